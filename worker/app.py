@@ -1,0 +1,152 @@
+"""The Celery app: `celery -A worker.app worker|beat|flower`. Settings of Celery only; the work itself is in the tasks.
+
+The table is the queue; a Celery message is a hint. So no task waits in a worker's memory (no ETA, no countdown, no
+retry), results are kept for `worker.track` alone, and every message may be lost, late or double.
+"""
+
+import logging
+import os
+import secrets
+import sys
+from pathlib import Path
+
+from celery import Celery
+from celery.signals import after_setup_logger, after_setup_task_logger
+from kombu.entity import Exchange, Queue
+
+from worker.errors import SettingsError
+from worker.scrubber import ScrubbedLogs, Scrubber
+from worker.settings import Settings, load
+
+QUEUE = "fetch-worker"
+POLLS = "fetch-worker.polls"
+DOWNLOADS = "fetch-worker.downloads"
+
+POLL_EVERY_SECONDS = 5.0
+SWEEP_EVERY_SECONDS = 2.0
+HINT_EXPIRES_SECONDS = 10.0
+TRACK_RESULT_SECONDS = 3_600
+UNACKED_SECONDS = 60
+FLOWER_PORT = 5555
+STATE_FOLDER = Path("var")
+
+
+def make_app(settings: Settings) -> Celery:
+    """The app for these settings. Nothing secret is in its configuration beside the servers' own URLs."""
+    celery_app = Celery(
+        "worker", broker=settings.broker, backend=settings.redis, include=["worker.tasks", "worker.ticker"]
+    )
+    celery_app.conf.update(
+        task_default_queue=QUEUE,
+        task_queues=[
+            Queue(name, Exchange(name, type="direct"), routing_key=name) for name in (QUEUE, POLLS, DOWNLOADS)
+        ],
+        task_routes={"worker.poll": {"queue": POLLS}, "worker.download": {"queue": DOWNLOADS}},
+        task_ignore_result=True,
+        result_expires=TRACK_RESULT_SECONDS,
+        task_serializer="json",
+        result_serializer="json",
+        accept_content=["json"],
+        task_acks_late=False,
+        worker_prefetch_multiplier=1,
+        worker_disable_prefetch=settings.broker.startswith(("redis", "rediss")),
+        worker_send_task_events=True,
+        task_send_sent_event=True,
+        worker_hijack_root_logger=True,
+        worker_redirect_stdouts=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options=_transport_options(settings.broker),
+        result_backend_transport_options={"retry_policy": {"timeout": 5.0}},
+        redis_socket_timeout=10.0,
+        redis_socket_connect_timeout=5.0,
+        redis_socket_keepalive=not settings.redis.startswith("redis+socket"),
+        redis_backend_health_check_interval=25,
+        enable_utc=True,
+        timezone="UTC",
+        beat_schedule_filename=str(STATE_FOLDER / "beat-schedule"),
+        beat_schedule={
+            "poll": {
+                "task": "worker.poll",
+                "schedule": POLL_EVERY_SECONDS,
+                "options": {"expires": HINT_EXPIRES_SECONDS, "queue": POLLS},
+            },
+            "sweep": {
+                "task": "worker.sweep",
+                "schedule": SWEEP_EVERY_SECONDS,
+                "options": {"expires": HINT_EXPIRES_SECONDS, "queue": QUEUE},
+            },
+        },
+    )
+    return celery_app
+
+
+def _transport_options(broker: str) -> dict[str, object]:
+    if not broker.startswith(("redis", "rediss")):
+        return {}
+    options: dict[str, object] = {
+        "socket_timeout": 10,
+        "socket_connect_timeout": 5,
+        "health_check_interval": 25,
+        # Names of our own: an app on the same Redis keeps its own time-out for messages that were not acknowledged.
+        "unacked_key": "fetch-worker.unacked",
+        "unacked_index_key": "fetch-worker.unacked_index",
+        "unacked_mutex_key": "fetch-worker.unacked_mutex",
+        "visibility_timeout": UNACKED_SECONDS,
+        "unacked_restore_interval": 5,
+        "unacked_restore_throttle": 1,
+    }
+    if not broker.startswith("redis+socket"):
+        options["socket_keepalive"] = True
+    return options
+
+
+def _scrub_logs(settings: Settings) -> None:
+    scrubbed = ScrubbedLogs(Scrubber(key.get_secret_value() for key in settings.keys.values()))
+
+    def scrub(logger: logging.Logger, **_: object) -> None:
+        for handler in logger.handlers:
+            handler.addFilter(scrubbed)
+
+    after_setup_logger.connect(scrub, weak=False)
+    after_setup_task_logger.connect(scrub, weak=False)
+
+
+def _prepare_flower(settings: Settings, arguments: list[str]) -> None:
+    """Flower listens on this machine alone and asks for a password, whoever starts it."""
+    given = any(argument.startswith(("--basic-auth", "--basic_auth", "--auth")) for argument in arguments)
+    if settings.flower_basic_auth is not None:
+        os.environ["FLOWER_BASIC_AUTH"] = settings.flower_basic_auth.get_secret_value()
+    elif not given:
+        password = secrets.token_urlsafe(12)
+        os.environ["FLOWER_BASIC_AUTH"] = f"admin:{password}"
+        print(f"Flower: log in as admin with {password} (set FLOWER_BASIC_AUTH to choose)", file=sys.stderr, flush=True)
+    port = settings.flower_port if settings.flower_port is not None else settings.port
+    wanted = {
+        "FLOWER_ADDRESS": settings.flower_address,
+        "FLOWER_PORT": str(FLOWER_PORT if port is None else port),
+        "FLOWER_PERSISTENT": "true",
+        "FLOWER_DB": str(STATE_FOLDER / "flower"),
+        "FLOWER_STATE_SAVE_INTERVAL": "10000",
+        "FLOWER_INSPECT_TIMEOUT": "3000",
+        "FLOWER_NATURAL_TIME": "false",
+    }
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+
+
+def _load() -> Settings:
+    try:
+        return load()
+    except SettingsError as wrong:
+        print(f"fetch-worker: {wrong}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+settings = _load()
+app = make_app(settings)
+_scrub_logs(settings)
+if len(sys.argv) > 1 and {"beat", "flower"} & set(sys.argv):
+    STATE_FOLDER.mkdir(exist_ok=True)
+    if "flower" in sys.argv:
+        _prepare_flower(settings, sys.argv)

@@ -1,0 +1,123 @@
+"""Commands that change jobs: migrate, track, cancel, retry."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from worker import enqueue
+from worker.cli.output import json_option, print_json, print_table
+from worker.database import connected, engine_for
+from worker.errors import JobNotFound, NotTrackable
+from worker.migrate import migrate as run_migrations
+from worker.settings import load
+from worker.store.jobs import job_row, jobs_by_remote
+
+
+@click.command()
+def migrate() -> None:
+    """Create the tables, or bring them up to this version."""
+    engine = engine_for(load().database)
+    before, after = run_migrations(engine)
+    where = engine.url.render_as_string(hide_password=True)
+    click.echo(f"{where} is at {after}" + (" already" if before == after else f", was {before or 'empty'}"))
+
+
+@click.command()
+@click.argument("remotes", metavar="ID...", nargs=-1, required=True)
+@click.option("--account", default="default", show_default=True, help="Whose key to ask with.")
+@click.option("--kind", help="Jobs of one kind take alike long; default: from the fetch address.")
+@click.option("--fetch-url", help="The submit answer's fetch_result.")
+@click.option("--eta", type=float, help="The submit answer's eta, in seconds.")
+@click.option("--submitted-at", help="When it was submitted: ISO 8601 with a zone.")
+@click.option("--priority", type=int, default=0, show_default=True, help="Higher is asked first.")
+@click.option("--reference", help="A name of yours to find it by.")
+@click.option("--on-done", help="A Celery task to call with the job's id: task or queue/task.")
+@click.option("--deadline", type=float, help="Seconds from submission after which it may expire.")
+@json_option
+def track(remotes: tuple[str, ...], as_json: bool, **options: Any) -> int:
+    """Hand jobs over: remote ids, or whole submit answers as JSON."""
+    rows: list[dict[str, Any]] = []
+    for remote in remotes:
+        try:
+            job_id, created = enqueue.tracked([remote], **options)[0]
+        except NotTrackable as wrong:
+            click.echo(f"fetch-worker: {remote[:60]!r} not tracked: {wrong}", err=True)
+            continue
+        job = enqueue.get(job_id)
+        if job is not None:
+            rows.append({"id": job_id, "remote_id": job.remote_id, "status": job.status, "created": created})
+    if as_json:
+        print_json(rows)
+    elif rows:
+        print_table(list(rows[0]), [list(row.values()) for row in rows], empty="")
+    return 0 if len(rows) == len(remotes) else 1
+
+
+def _targets(ids: tuple[str, ...], remote: str | None, account: str | None) -> list[int]:
+    """Job ids as given, or all jobs of a remote id."""
+    if bool(ids) == (remote is not None):
+        raise click.UsageError("give job ids, or --remote ID")
+    if remote is not None:
+        settings = load()
+        with connected(settings.database), engine_for(settings.database).connect() as connection:
+            found = [row.id for row in jobs_by_remote(connection, remote, account)]
+        if not found:
+            raise JobNotFound(f"there is no job with the remote id {remote!r}")
+        return found
+    if not all(word.isdecimal() for word in ids):
+        raise click.UsageError("a job id is a whole number; for the API's own id use --remote")
+    return [int(word) for word in ids]
+
+
+def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The arguments that name jobs."""
+    command = click.option("--account", help="With --remote: of this account only.")(command)
+    command = click.option("--remote", metavar="ID", help="All jobs with this remote id.")(command)
+    return click.argument("ids", metavar="[JOB]...", nargs=-1)(command)
+
+
+def targets(ids: tuple[str, ...], remote: str | None, account: str | None) -> list[int]:
+    """The jobs that the command line names. Raises JobNotFound, and click's usage error."""
+    return _targets(ids, remote, account)
+
+
+def _act(job_ids: list[int], act: Callable[[int], bool], as_json: bool) -> int:
+    settings = load()
+    rows: list[dict[str, Any]] = []
+    code = 0
+    for job_id in job_ids:
+        try:
+            changed = act(job_id)
+        except JobNotFound as missing:
+            click.echo(f"fetch-worker: {missing}", err=True)
+            code = 1
+            continue
+        with connected(settings.database), engine_for(settings.database).connect() as connection:
+            job = job_row(connection, job_id)
+        rows.append({"id": job_id, "changed": changed, "status": job.status if job else None})
+        code = code if changed else 1
+    if as_json:
+        print_json(rows)
+    elif rows:
+        print_table(list(rows[0]), [list(row.values()) for row in rows], empty="")
+    return code
+
+
+@click.command()
+@target_options
+@json_option
+def cancel(ids: tuple[str, ...], remote: str | None, account: str | None, as_json: bool) -> int:
+    """Cancel jobs: their unstored outputs end, stored files stay."""
+    return _act(targets(ids, remote, account), enqueue.cancel, as_json)
+
+
+@click.command()
+@target_options
+@json_option
+def retry(ids: tuple[str, ...], remote: str | None, account: str | None, as_json: bool) -> int:
+    """Take failed or expired jobs up again, at once and with their whole deadline."""
+    return _act(targets(ids, remote, account), enqueue.retry, as_json)
+
+
+COMMANDS: tuple[click.Command, ...] = (migrate, track, cancel, retry)

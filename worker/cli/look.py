@@ -1,0 +1,118 @@
+"""Commands that only look: list, show, status."""
+
+from typing import Any
+
+import click
+from sqlalchemy import Connection
+
+from worker.cli.act import target_options, targets
+from worker.cli.output import (
+    JOB_COLUMNS,
+    OUTPUT_COLUMNS,
+    json_option,
+    moment,
+    plain,
+    print_fields,
+    print_json,
+    print_table,
+)
+from worker.core.lifecycle import JOB_STATES
+from worker.database import connected, engine_for
+from worker.overview import Overview, overview, why
+from worker.settings import Settings, load
+from worker.store.jobs import job_row, newest, outputs_of
+
+LISTED = ("id", "remote_id", "account", "kind", "status", "polls", "submitted_at", "reference", "error_code")
+OUTPUTS = ("id", "position", "status", "media_type", "size_bytes", "attempts", "location", "error_code")
+
+
+@click.command("list")
+@click.option("--status", type=click.Choice(JOB_STATES), help="Only jobs in this state.")
+@click.option("--reference", help="Only jobs with this reference.")
+@click.option("--limit", type=click.IntRange(1, 100_000), default=50, show_default=True)
+@json_option
+def list_jobs(status: str | None, reference: str | None, limit: int, as_json: bool) -> None:
+    """Jobs, newest first."""
+    settings = load()
+    with connected(settings.database), engine_for(settings.database).connect() as connection:
+        rows = newest(connection, status=status, reference=reference, limit=limit)
+    if as_json:
+        print_json([plain(row, JOB_COLUMNS) for row in rows])
+    else:
+        print_table(LISTED, [[row._mapping[name] for name in LISTED] for row in rows], empty="no jobs")
+
+
+@click.command()
+@target_options
+@json_option
+def show(ids: tuple[str, ...], remote: str | None, account: str | None, as_json: bool) -> int:
+    """One job with its outputs, and why it is where it is."""
+    job_ids = targets(ids, remote, account)
+    settings = load()
+    documents: list[dict[str, Any]] = []
+    with connected(settings.database), engine_for(settings.database).connect() as connection:
+        for job_id in job_ids:
+            document = _document(connection, job_id, settings)
+            if document is None:
+                click.echo(f"fetch-worker: there is no job {job_id}", err=True)
+            else:
+                documents.append(document)
+    if as_json and documents:
+        print_json(documents[0] if len(job_ids) == 1 else documents)
+    elif not as_json:
+        for document in documents:
+            outputs = document.pop("outputs")
+            print_fields(document)
+            print_table(OUTPUTS, [[output[name] for name in OUTPUTS] for output in outputs], empty="no outputs yet")
+    return 0 if len(documents) == len(job_ids) else 1
+
+
+def _document(connection: Connection, job_id: int, settings: Settings) -> dict[str, Any] | None:
+    job = job_row(connection, job_id)
+    if job is None:
+        return None
+    outputs = outputs_of(connection, [job_id])
+    waits = job.status == "pending" and job.claim_token is None
+    return plain(job, JOB_COLUMNS) | {
+        "outputs": [plain(output, OUTPUT_COLUMNS) for output in outputs],
+        "why": why(connection, job, outputs, settings),
+        "next_poll_at": moment(job.due_at) if waits else None,
+    }
+
+
+@click.command()
+@json_option
+def status(as_json: bool) -> None:
+    """How everything stands: jobs by state, accounts and their holds, how late the work is."""
+    settings = load()
+    with connected(settings.database), engine_for(settings.database).connect() as connection:
+        state = overview(connection, settings)
+    if as_json:
+        print_json(_status_document(state))
+        return
+    print_fields({name: count for name, count in state.jobs.items() if count} or {"jobs": "none yet"})
+    rows = [(one.account, f"{one.rps:g}/s", one.reason or "open", one.since, one.until) for one in state.accounts]
+    print_table(("account", "budget", "state", "since", "until (UTC)"), rows, empty="no accounts yet")
+    health = "healthy" if state.healthy else "NOT healthy: due work is not done; is a worker running?"
+    click.echo(f"oldest due work: {state.oldest_due_seconds:.1f} s; {health}")
+
+
+def _status_document(state: Overview) -> dict[str, Any]:
+    return {
+        "jobs": dict(state.jobs),
+        "accounts": [
+            {
+                "account": one.account,
+                "hold": None
+                if one.reason is None
+                else {"reason": one.reason, "since": moment(one.since), "until": moment(one.until)},
+                "rps": one.rps,
+            }
+            for one in state.accounts
+        ],
+        "oldest_due_seconds": state.oldest_due_seconds,
+        "healthy": state.healthy,
+    }
+
+
+COMMANDS: tuple[click.Command, ...] = (list_jobs, show, status)

@@ -1,0 +1,104 @@
+"""How commands print: one JSON document, or a table that a person reads."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy import Row
+
+JOB_COLUMNS = (
+    "id",
+    "account",
+    "remote_id",
+    "kind",
+    "status",
+    "reference",
+    "polls",
+    "eta",
+    "priority",
+    "submitted_at",
+    "ready_at",
+    "completed_at",
+    "deadline_at",
+    "error_code",
+    "error_message",
+)
+OUTPUT_COLUMNS = (
+    "id",
+    "job_id",
+    "position",
+    "url",
+    "status",
+    "location",
+    "size_bytes",
+    "sha256",
+    "media_type",
+    "attempts",
+    "error_code",
+    "error_message",
+)
+FILE_WIDTH = 200  # characters a line where nobody watches
+COLOURS = {
+    "completed": "green",
+    "stored": "green",
+    "failed": "red",
+    "expired": "red",
+    "cancelled": "yellow",
+    "downloading": "cyan",
+}
+
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+
+
+def plain(row: Row[Any], columns: Sequence[str]) -> dict[str, Any]:
+    """Columns of a row, as JSON takes them: times in ISO 8601 with Z."""
+    return {name: moment(value) if isinstance(value := row._mapping[name], datetime) else value for name in columns}
+
+
+def moment(value: datetime | None) -> str | None:
+    """A time in ISO 8601, UTC, with Z."""
+    return None if value is None else value.isoformat().replace("+00:00", "Z")
+
+
+def print_json(document: object) -> None:
+    """The one document."""
+    click.echo(json.dumps(document, ensure_ascii=False, indent=2))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:
+    """A table, or one line that says that there is nothing."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    _console().print(table) if table.row_count else click.echo(empty)
+
+
+def print_fields(fields: Mapping[str, object]) -> None:
+    """Names and values, one a line; those without a value are left out."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in fields.items():
+        if value is not None:
+            table.add_row(name, _cell(value))
+    _console().print(table)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=FILE_WIDTH)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    text = f"{value:%Y-%m-%d %H:%M:%S}" if isinstance(value, datetime) else str(value)
+    escaped = text.replace("[", "\\[")
+    colour = COLOURS.get(text)
+    return f"[{colour}]{escaped}[/]" if colour else escaped

@@ -1,0 +1,120 @@
+"""Whether an account, or a host of the API, may be asked: open, shut, or open for a single probe.
+
+Trouble belongs to whom it concerns. A refused key, missing credits or a plan shut the account; a host that does not
+answer is shut too; a rate limit shuts the account for a known time. A shut gate costs its jobs nothing: they stay
+pending and are not asked. One probe at a time, after 10, 20, 40 and then every 60 seconds, opens it again by itself.
+"""
+
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Literal
+
+Scope = Literal["account", "host"]
+PROBE_WAITS = (10.0, 20.0, 40.0, 60.0)
+TROUBLES_TO_HOLD = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """One account or host as all processes see it. `until` is set for holds that end at a known time."""
+
+    scope: Scope
+    name: str
+    proven: bool = False
+    reason: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+    probe_at: datetime | None = None
+    probes: int = 0
+    troubles: int = 0
+    released_at: datetime | None = None
+
+    def held(self, now: datetime) -> bool:
+        """Whether it is held at `now`."""
+        return self.reason is not None and (self.until is None or now < self.until)
+
+    def allows(self, now: datetime) -> Literal["all", "one", "none"]:
+        """How many calls may be made: `one` means a probe, to be taken by one process alone."""
+        if self.held(now):
+            return "one" if self.until is None and self.probe_at is not None and now >= self.probe_at else "none"
+        if self.scope == "host" or self.proven:
+            return "all"
+        return "one" if self.probe_at is None or now >= self.probe_at else "none"
+
+    def last_hold_end(self, now: datetime) -> datetime | None:
+        """When the last hold ended, or None where there was none."""
+        if self.held(now):
+            return now
+        return max((at for at in (self.released_at, self.until) if at is not None), default=None)
+
+
+def answered(gate: Gate, *, now: datetime, probe: bool) -> Gate:
+    """The gate after the API spoke about a job: that proves an account, and ends a hold if this was its probe."""
+    settled = _settled(gate, now)
+    if settled.reason is not None and not probe and settled.scope == "account":
+        return settled  # an answer that was under way when the hold began
+    if settled.reason is not None and settled.until is not None:
+        return settled  # a rate limit ends at its time
+    if settled.reason is None and settled.proven and settled.troubles == 0:
+        return settled
+    released_at = now if settled.reason is not None else settled.released_at
+    return Gate(settled.scope, settled.name, proven=True, released_at=released_at)
+
+
+def refused(gate: Gate, reason: str, *, now: datetime, probe: bool) -> Gate:
+    """The gate after the API refused the account: held until a probe is accepted."""
+    settled = _settled(gate, now)
+    if settled.held(now) and settled.until is None and not probe:
+        return settled  # calls that were under way when the hold began
+    return _held(settled, reason, now)
+
+
+def limited(gate: Gate, seconds: float, *, now: datetime) -> Gate:
+    """The gate after a rate limit: shut for so many seconds, never shorter than it already is."""
+    settled = _settled(gate, now)
+    if settled.held(now) and settled.until is None:
+        return replace(settled, probe_at=max(settled.probe_at or now, now + timedelta(seconds=seconds)))
+    until = max(settled.until or now, now + timedelta(seconds=seconds))
+    return replace(settled, reason="rate limited", since=settled.since or now, until=until)
+
+
+def troubled(gate: Gate, reason: str, count: int, *, now: datetime, probe: bool) -> Gate:
+    """The gate of a host after `count` calls in a row came to nothing: held once there were five."""
+    settled = _settled(gate, now)
+    if settled.held(now):
+        return _held(settled, reason, now) if probe else settled
+    troubles = settled.troubles + count
+    counted = replace(settled, troubles=troubles)
+    return _held(counted, reason, now) if troubles >= TROUBLES_TO_HOLD else counted
+
+
+def unproven(gate: Gate, *, now: datetime) -> Gate:
+    """The gate of an account as a worker starts, maybe with another key: one call alone shows if it is accepted."""
+    settled = _settled(gate, now)
+    if settled.reason is not None and settled.until is not None:
+        return replace(settled, proven=False)
+    return replace(settled, proven=False, probe_at=now)
+
+
+def probing(gate: Gate, *, now: datetime, lease: timedelta) -> Gate:
+    """The gate while its one probe is under way: nobody else probes before the lease is over."""
+    return replace(gate, probe_at=now + lease)
+
+
+def undecided(gate: Gate, *, now: datetime) -> Gate:
+    """The gate after a probe that said nothing about it: the next one may try at once."""
+    return replace(gate, probe_at=now) if gate.reason is None else gate
+
+
+def _held(gate: Gate, reason: str, now: datetime) -> Gate:
+    wait = PROBE_WAITS[min(gate.probes, len(PROBE_WAITS) - 1)]
+    since = gate.since if gate.reason is not None else now
+    return replace(
+        gate, reason=reason, since=since, until=None, probe_at=now + timedelta(seconds=wait), probes=gate.probes + 1
+    )
+
+
+def _settled(gate: Gate, now: datetime) -> Gate:
+    if gate.until is None or now < gate.until:
+        return gate
+    return replace(gate, reason=None, since=None, until=None, released_at=gate.until)

@@ -1,0 +1,329 @@
+"""What becomes of a job after an answer, and of an output after an attempt. Pure decisions; the store carries them out.
+
+A job:     pending → downloading → completed | failed | cancelled;  pending → failed | expired | cancelled
+An output: pending → stored | failed
+"""
+
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Literal
+
+from worker.core.links import Link
+from worker.core.media import Media
+from worker.core.reply import (
+    AccountRefused,
+    AnotherJob,
+    ApiDown,
+    ApiError,
+    Empty,
+    Failed,
+    Odd,
+    Processing,
+    RateLimited,
+    Ready,
+    Reply,
+    UnknownId,
+)
+
+JobStatus = Literal["pending", "downloading", "completed", "failed", "expired", "cancelled"]
+JOB_STATES: tuple[JobStatus, ...] = ("pending", "downloading", "completed", "failed", "expired", "cancelled")
+FINAL_STATES: frozenset[str] = frozenset({"completed", "failed", "expired", "cancelled"})
+OUTPUT_STATES = ("pending", "stored", "failed")
+
+FAILED_ANSWERS = 2
+UNKNOWN_ANSWERS = 3
+ERROR_ANSWERS = 3
+EMPTY_ANSWERS = 5
+UNKNOWN_GRACE = timedelta(seconds=60)
+AFTER_HOLD_GRACE = timedelta(seconds=60)
+
+BAD_BODY_ATTEMPTS = 3
+DEAD_PATIENCE = timedelta(seconds=60)
+DEAD_ATTEMPTS = 3
+TROUBLE_WAIT_LEAST = 5.0
+TROUBLE_WAIT_MOST = 300.0
+STORAGE_WAIT = 15.0
+
+
+# ── jobs ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Strikes:
+    """How often the API has spoken against a job; a processing answer forgives all. `last` is when it last counted."""
+
+    failed: int = 0
+    unknown: int = 0
+    error: int = 0
+    empty: int = 0
+    last: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobFacts:
+    """What a decision about a job needs to know. `last_hold_end`: when its account or host was last let go."""
+
+    status: JobStatus
+    tracked_at: datetime
+    deadline_at: datetime
+    strikes: Strikes = Strikes()
+    last_hold_end: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AskAgain:
+    """The job stays as it is and is asked again. `note` says in a word what the answer was."""
+
+    strikes: Strikes
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """The job is ready: its outputs are to be downloaded. None at all completes it at once."""
+
+    outputs: tuple[Link, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The job ends here."""
+
+    status: Literal["failed", "expired"]
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class RenewLinks:
+    """A job that is being downloaded got its links afresh."""
+
+    outputs: tuple[Link, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KeepLinks:
+    """A job that is being downloaded got no fresh links: go on with what there is."""
+
+    note: str
+
+
+Step = AskAgain | Deliver | End | RenewLinks | KeepLinks
+
+
+def after_answer(job: JobFacts, reply: Reply, *, now: datetime, least: timedelta) -> Step:
+    """What becomes of a job. `least` is the time that two answers must be apart for both to count against it."""
+    if isinstance(reply, (RateLimited, AccountRefused, ApiDown)):
+        return AskAgain(job.strikes, note_of(reply))  # trouble of the account or the host is not the job's
+    if job.status == "downloading":
+        return RenewLinks(reply.outputs) if isinstance(reply, Ready) else KeepLinks(note_of(reply))
+    match reply:
+        case Ready(outputs):
+            return Deliver(outputs)
+        case AnotherJob(echoed):
+            return _unless_late(job, job.strikes, f"answered for another job, {echoed}", now)
+        case Odd(message):
+            return _unless_late(job, job.strikes, message, now)
+        case Processing():
+            return _unless_late(job, Strikes(last=job.strikes.last), "processing", now)
+        case _:
+            return _strike(job, reply, now, least)
+
+
+def _strike(job: JobFacts, reply: Failed | UnknownId | ApiError | Empty, now: datetime, least: timedelta) -> Step:
+    old = job.strikes
+    counts = old.last is None or now - old.last >= least
+    one = 1 if counts else 0
+    last = now if counts else old.last
+    others = replace(old, error=0, last=last)  # only errors count "in a row"
+    match reply:
+        case Failed(message):
+            strikes, over, code = replace(others, failed=old.failed + one), FAILED_ANSWERS, "api_failed"
+            reached = strikes.failed >= over
+        case UnknownId(message):
+            strikes, code = replace(others, unknown=old.unknown + one), "not_found"
+            reached = strikes.unknown >= UNKNOWN_ANSWERS and now - job.tracked_at >= UNKNOWN_GRACE
+        case ApiError(message):
+            strikes, code = replace(old, error=old.error + one, last=last), "api_error"
+            reached = strikes.error >= ERROR_ANSWERS
+        case Empty():
+            strikes, code = replace(others, empty=old.empty + one), "no_output"
+            message = f"success without any output, {strikes.empty} times"
+            reached = strikes.empty >= EMPTY_ANSWERS
+    if reached:
+        return End("failed", code, message)
+    return _unless_late(job, strikes, note_of(reply), now)
+
+
+def _unless_late(job: JobFacts, strikes: Strikes, note: str, now: datetime) -> Step:
+    late_from = job.deadline_at
+    if job.last_hold_end is not None:
+        late_from = max(late_from, job.last_hold_end + AFTER_HOLD_GRACE)
+    if now >= late_from:
+        return End(
+            "expired",
+            "expired",
+            f"not ready by its deadline {job.deadline_at:%Y-%m-%d %H:%M:%S} UTC; last answer: {note}",
+        )
+    return AskAgain(strikes, note)
+
+
+def note_of(reply: Reply) -> str:
+    """The answer in a few words, for `show` and for operators."""
+    match reply:
+        case Processing():
+            return "processing"
+        case Ready(outputs):
+            return f"ready, {len(outputs)} outputs"
+        case Empty():
+            return "success without output"
+        case AnotherJob(echoed):
+            return f"answered for another job, {echoed}"
+        case RateLimited(seconds, message):
+            return f"rate limited for {seconds:.0f} s: {message}"
+        case AccountRefused(reason, message):
+            return f"account refused ({reason}): {message}"
+        case Failed(message):
+            return f"failed: {message}"
+        case UnknownId(message):
+            return f"unknown id: {message}"
+        case ApiError(message):
+            return f"error: {message}"
+        case ApiDown(message) | Odd(message):
+            return message
+
+
+# ── outputs ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFacts:
+    """What a decision about an output needs to know.
+
+    `attempts` counts this attempt too; `bad_bodies` and `dead_attempts` (since the renewal) do not. `renewable` says
+    whether the API can be asked for a fresh link; `ready_at` is when the output was first seen.
+    """
+
+    attempts: int
+    proxies: int
+    ready_at: datetime
+    bad_bodies: int = 0
+    dead_since: datetime | None = None
+    renewed: bool = False
+    dead_attempts: int = 0
+    renewable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """The output is whole and stored."""
+
+    location: str
+    size_bytes: int
+    sha256: str
+    media: Media
+
+
+@dataclass(frozen=True, slots=True)
+class BadBody:
+    """Bytes came, but not the media: something else, or a part of it."""
+
+    code: Literal["not_media", "truncated"]
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unfit:
+    """Nothing that trying again could change: the address is refused, or the output too large."""
+
+    code: Literal["refused_address", "too_large"]
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLink:
+    """The link answers 403, 404 or 410: not there yet, or not there any more."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """The way to the output is in trouble, or our own storage is."""
+
+    code: Literal["http_error", "unreachable", "storage"]
+    message: str
+
+
+Attempt = StoredFile | BadBody | Unfit | DeadLink | Trouble
+
+
+@dataclass(frozen=True, slots=True)
+class TryAgain:
+    """The output stays pending and is tried again after `wait` seconds; `renew` asks the API for a fresh link first."""
+
+    wait: float
+    code: str
+    message: str
+    renew: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """The output ends here."""
+
+    code: str
+    message: str
+
+
+def after_attempt(
+    output: OutputFacts, attempt: Attempt, *, now: datetime, deadline: timedelta
+) -> StoredFile | TryAgain | GiveUp:
+    """What becomes of an output. `deadline` is how long after `ready_at` one in trouble is still tried."""
+    late = now >= output.ready_at + deadline
+    match attempt:
+        case StoredFile():
+            return attempt
+        case Unfit(code, message):
+            return GiveUp(code, message)
+        case BadBody(code, message):
+            if output.bad_bodies + 1 >= BAD_BODY_ATTEMPTS or late:
+                return GiveUp(code, message)
+            return TryAgain(2.0 * (output.bad_bodies + 1), code, message)
+        case DeadLink(message):
+            return _after_dead_link(output, message, now=now, late=late)
+        case Trouble("storage", message):
+            return TryAgain(STORAGE_WAIT, "storage", message)
+        case Trouble(code, message):
+            if late:
+                return GiveUp(code, message)
+            return TryAgain(_trouble_wait(output.attempts), code, message)
+
+
+def _after_dead_link(output: OutputFacts, message: str, *, now: datetime, late: bool) -> TryAgain | GiveUp:
+    since = output.dead_since or now
+    if not output.renewed and not late:
+        if now - since < DEAD_PATIENCE:
+            return TryAgain(5.0 if now - since < timedelta(seconds=20) else 10.0, "gone", message)
+        if output.renewable:
+            return TryAgain(0.0, "gone", message, renew=True)
+    tried = output.dead_attempts + 1
+    if tried >= 1 + output.proxies + DEAD_ATTEMPTS or late:
+        return GiveUp(
+            "gone", f"{message}; dead for {(now - since).total_seconds():.0f} s and {output.attempts} attempts"
+        )
+    return TryAgain(0.0 if tried <= output.proxies else 5.0, "gone", message)
+
+
+def source(output: OutputFacts) -> int:
+    """Which address to try now: 0 is the link, 1 and up its proxy links. They take turns while there is trouble."""
+    if output.proxies == 0:
+        return 0
+    if output.dead_since is None:
+        return (output.attempts - 1) % (1 + output.proxies)
+    patient = not output.renewed and output.renewable
+    return 0 if patient or output.dead_attempts > output.proxies else output.dead_attempts
+
+
+def _trouble_wait(attempts: int) -> float:
+    return float(min(TROUBLE_WAIT_LEAST * 2 ** min(attempts - 1, 10), TROUBLE_WAIT_MOST))

@@ -1,0 +1,138 @@
+"""One engine per process: how the database is connected to, and what time it says it is."""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import InterfaceError, OperationalError, ProgrammingError
+
+from worker.errors import SchemaOutdated, SettingsError, Unavailable
+from worker.tables import VERSION_TABLE
+
+SCHEMA_VERSION = "0001"
+LOCK_TIMEOUT_SECONDS = 15
+STATEMENT_TIMEOUT_SECONDS = 60
+
+_engines: dict[tuple[int, str], Engine] = {}
+_engines_lock = threading.Lock()
+
+
+def engine_for(url: URL) -> Engine:
+    """This process's engine for `url`. A forked child gets one of its own: sharing a connection would mix up rows."""
+    key = (os.getpid(), url.render_as_string(hide_password=False))
+    with _engines_lock:
+        if key not in _engines:
+            _engines[key] = make_engine(url)
+        return _engines[key]
+
+
+def make_engine(url: URL) -> Engine:
+    """A new engine. Raises SettingsError where the driver is not installed."""
+    backend = url.get_backend_name()
+    arguments: dict[str, Any] = {}
+    if backend == "postgresql":
+        # No server-side prepared statements: a pooler in transaction mode would mix them up.
+        arguments = {
+            "connect_args": {"prepare_threshold": None, "connect_timeout": 5, "application_name": "fetch-worker"}
+        }
+    elif backend == "sqlite":
+        if url.database and url.database != ":memory:":
+            Path(url.database).absolute().parent.mkdir(parents=True, exist_ok=True)
+        arguments = {"connect_args": {"timeout": LOCK_TIMEOUT_SECONDS}}
+    try:
+        engine = create_engine(url, pool_pre_ping=True, pool_size=8, max_overflow=24, hide_parameters=True, **arguments)
+    except ImportError as missing:
+        extra = {"postgresql": "postgres"}.get(backend, "mysql")
+        raise SettingsError(f"DATABASE_URL needs {missing.name}: pip install 'fetch-worker[{extra}]'") from None
+    if backend == "sqlite":
+        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "begin", _begin_immediate)
+    elif backend == "postgresql":
+        event.listen(engine, "begin", _bound_postgres)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, record: Any) -> None:
+    connection.isolation_level = None  # we begin transactions ourselves
+    for pragma in (
+        "journal_mode=WAL",
+        "synchronous=NORMAL",
+        "foreign_keys=ON",
+        f"busy_timeout={LOCK_TIMEOUT_SECONDS * 1000}",
+    ):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_immediate(connection: Connection) -> None:
+    # A transaction that reads first and writes later would fail at once when another wrote in between.
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _bound_postgres(connection: Connection) -> None:
+    connection.exec_driver_sql(
+        f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_SECONDS}s';"
+        f" SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT_SECONDS}s'"
+    )
+
+
+def database_now(connection: Connection) -> datetime:
+    """The database's clock, aware, UTC: the one clock that decides what is due and which lease is over."""
+    backend = connection.dialect.name
+    if backend == "postgresql":
+        value: datetime = connection.exec_driver_sql("SELECT clock_timestamp()").scalar_one()
+        return value.astimezone(UTC)
+    if backend == "sqlite":
+        return datetime.now(UTC)  # SQLite has no clock but the machine's
+    moment: datetime = connection.exec_driver_sql("SELECT UTC_TIMESTAMP(6)").scalar_one()
+    return moment.replace(tzinfo=UTC)
+
+
+@contextmanager
+def connected(url: URL) -> Iterator[None]:
+    """Turns what a driver raises when the server is away, or the tables are missing, into our own errors."""
+    try:
+        yield
+    except (OperationalError, InterfaceError, ProgrammingError) as error:
+        shown = url.render_as_string(hide_password=True)
+        if missing_table(error):
+            raise SchemaOutdated(f"the tables are missing in {shown}: run `fetch-worker migrate`") from None
+        if isinstance(error, ProgrammingError):
+            raise
+        reason = str(error.orig).strip().splitlines()[0] if error.orig else str(error)
+        raise Unavailable(
+            f"the database {shown} does not answer ({reason[:200]}); check DATABASE_URL and the server"
+        ) from None
+
+
+def missing_table(error: Exception) -> bool:
+    """Whether a driver's error says that a table or column of ours is not there."""
+    said = str(getattr(error, "orig", error)).lower()
+    return any(words in said for words in ("no such table", "no such column", "does not exist", "doesn't exist")) and (
+        "fetch_" in said or "column" in said
+    )
+
+
+def schema_version(connection: Connection) -> str | None:
+    """The version of our tables, or None where there are none."""
+    if not connection.dialect.has_table(connection, VERSION_TABLE):
+        return None
+    version: str | None = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()  # noqa: S608  # a constant
+    return version
+
+
+def check_schema(engine: Engine) -> None:
+    """Raises SchemaOutdated where the tables are not of this version, Unavailable where no database answers."""
+    with connected(engine.url), engine.connect() as connection:
+        version = schema_version(connection)
+    if version is None:
+        raise SchemaOutdated("the database has no tables of fetch-worker yet: run `fetch-worker migrate`")
+    if version < SCHEMA_VERSION:
+        raise SchemaOutdated(
+            f"the database schema is {version}, this version needs {SCHEMA_VERSION}: run `fetch-worker migrate`"
+        )

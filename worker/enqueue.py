@@ -1,0 +1,336 @@
+"""The Python front door for web apps: hand a submit answer over, look a job up, act on it, wait for it."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from typing import Any, Protocol
+from zlib import crc32
+
+from sqlalchemy import Connection, Row
+
+from worker.core.fetch_address import ACCOUNT, FetchAddress, checked_remote_id, family, fetch_address
+from worker.core.lifecycle import FINAL_STATES
+from worker.core.submission import Submission, seconds, submission
+from worker.database import connected, database_now, engine_for
+from worker.errors import JobNotFound, NotTrackable, WaitTimeout
+from worker.scrubber import Scrubber
+from worker.settings import Settings, load
+from worker.store import jobs as store
+
+WAIT_LOOK_SECONDS = 0.5
+MAX_REFERENCE = 255
+MAX_KIND = 64
+PRIORITY_LIMIT = 1_000
+
+
+class TrackingSession(Protocol):
+    """What `track(session=…)` needs of a session: SQLAlchemy's Session, scoped or not, has it."""
+
+    def connection(self) -> Connection:
+        """The connection of the session's transaction."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One output of a job. `location` is set once it is stored."""
+
+    id: int
+    job_id: int
+    position: int
+    url: str
+    status: str
+    location: str | None
+    size_bytes: int | None
+    sha256: str | None
+    media_type: str | None
+    attempts: int
+    error_code: str | None
+    error_message: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One job as it stands. Times are aware, in UTC; `eta` is in seconds."""
+
+    id: int
+    account: str
+    remote_id: str
+    kind: str
+    status: str
+    priority: int
+    reference: str | None
+    polls: int
+    eta: float | None
+    submitted_at: datetime
+    ready_at: datetime | None
+    completed_at: datetime | None
+    deadline_at: datetime
+    error_code: str | None
+    error_message: str | None
+    outputs: tuple[Output, ...] = ()
+
+    @property
+    def final(self) -> bool:
+        """Whether the job will not change any more by itself."""
+        return self.status in FINAL_STATES
+
+
+def track(remote: object, *, session: TrackingSession | None = None, **options: Any) -> int:
+    """Hands one job over; its id. The same job handed over again answers the same id and changes nothing.
+
+    `remote` is the remote id (text or number), or the whole submit answer (mapping, or its JSON text). Options:
+    `account`, `kind`, `fetch_url`, `eta` (seconds), `submitted_at` (aware), `priority` (higher is asked first),
+    `reference` (yours, for finding it again), `on_done` (`task` or `queue/task`), `deadline` (seconds from
+    submission). With `session` the row commits or rolls back with the caller's transaction. Raises NotTrackable
+    (nothing is written), SchemaOutdated, Unavailable.
+    """
+    return track_many([remote], session=session, **options)[0]
+
+
+def track_many(remotes: Sequence[object], *, session: TrackingSession | None = None, **options: Any) -> list[int]:
+    """Hands many jobs over in one transaction; their ids in order. If one can't be tracked, none is."""
+    return [job_id for job_id, _ in tracked(remotes, session=session, **options)]
+
+
+def tracked(
+    remotes: Sequence[object], *, session: TrackingSession | None = None, **options: Any
+) -> list[tuple[int, bool]]:
+    """As `track_many`, and for each whether it is new."""
+    settings = _settings()
+    plans = [_plan(settings, remote, **options) for remote in remotes]
+    if session is not None:
+        return _insert(session.connection(), settings, plans)
+    with _transaction(settings) as connection:
+        return _insert(connection, settings, plans)
+
+
+def get(job_id: int | None = None, *, remote_id: str | int | None = None, account: str | None = None) -> Job | None:
+    """A job with its outputs, by id or by remote id (the newest with it), or None."""
+    with _transaction(_settings()) as connection:
+        if job_id is not None:
+            row = store.job_row(connection, job_id)
+        else:
+            found = store.jobs_by_remote(connection, _some_id(remote_id), account)
+            row = found[0] if found else None
+        return None if row is None else _job(row, store.outputs_of(connection, [row.id]))
+
+
+def cancel(job_id: int) -> bool:
+    """Cancels a job that is not final; stored files stay. False where it was final. Raises JobNotFound."""
+    with _transaction(_settings()) as connection:
+        _existing(connection, job_id)
+        return store.cancel(connection, job_id, now=database_now(connection))
+
+
+def retry(job_id: int) -> bool:
+    """Takes a failed or expired job up again at once. False where it is in another state. Raises JobNotFound."""
+    with _transaction(_settings()) as connection:
+        _existing(connection, job_id)
+        return store.retry(connection, job_id, now=database_now(connection))
+
+
+def nudge(remote_id: str | int, account: str | None = None) -> int:
+    """A hint that jobs with this remote id may be ready; how many were brought forward. Unknown ids do nothing."""
+    settings = _settings()
+    with _transaction(settings) as connection:
+        least = timedelta(seconds=settings.poll_min)
+        return store.nudge(connection, _some_id(remote_id), account, now=database_now(connection), least=least)
+
+
+def wait(job_id: int, timeout: float | None = None) -> Job:
+    """Waits until a job is final and returns it. `timeout` in seconds; raises WaitTimeout, JobNotFound."""
+    until = None if timeout is None else time.monotonic() + timeout
+    while True:
+        job = get(job_id)
+        if job is None:
+            raise JobNotFound(f"there is no job {job_id}")
+        if job.final:
+            return job
+        left = WAIT_LOOK_SECONDS if until is None else until - time.monotonic()
+        if left <= 0:
+            raise WaitTimeout(f"job {job_id} is still {job.status} after {timeout} s; it goes on, wait again")
+        time.sleep(min(WAIT_LOOK_SECONDS, left))
+
+
+# ── planning ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    submission: Submission
+    account: str
+    address: FetchAddress
+    kind: str
+    eta: float | None
+    submitted_at: datetime | None
+    priority: int
+    reference: str | None
+    on_done: str | None
+    deadline: float
+
+
+def _plan(
+    settings: Settings,
+    remote: object,
+    *,
+    account: str = "default",
+    kind: str | None = None,
+    fetch_url: str | None = None,
+    eta: float | None = None,
+    submitted_at: datetime | str | None = None,
+    priority: int = 0,
+    reference: str | None = None,
+    on_done: str | None = None,
+    webhook_url: str | None = None,
+    deadline: float | None = None,
+) -> _Plan:
+    if not isinstance(account, str) or not ACCOUNT.fullmatch(account):
+        raise NotTrackable(f"{account!r} can't be an account: letters, digits, '.', '_' and '-', at most 64")
+    if webhook_url:
+        raise NotTrackable("webhook_url is refused: there is no secret to sign webhooks with; use on_done")
+    known = submission(remote)
+    address = fetch_address(fetch_url or known.fetch_url, known.remote_id, settings.api)
+    chosen = kind or _kind(address, known.model)
+    if not isinstance(chosen, str) or len(chosen) > MAX_KIND:
+        raise NotTrackable(f"kind is text of at most {MAX_KIND} characters")
+    scrubber = Scrubber(key.get_secret_value() for key in settings.keys.values())
+    return _Plan(
+        submission=known,
+        account=account,
+        address=address,
+        kind=scrubber.text(_plain(chosen, "kind")),
+        eta=known.eta if eta is None else _checked_seconds(eta, "eta"),
+        submitted_at=_moment(submitted_at),
+        priority=_priority(priority),
+        reference=None if reference is None else scrubber.text(_short(reference, "reference")),
+        on_done=_on_done(on_done, settings),
+        deadline=settings.deadline_for(chosen) if deadline is None else _checked_seconds(deadline, "deadline"),
+    )
+
+
+def _insert(connection: Connection, settings: Settings, plans: Sequence[_Plan]) -> list[tuple[int, bool]]:
+    now = database_now(connection)
+    return store.insert_jobs(connection, [_new_job(plan, settings, now) for plan in plans], now=now)
+
+
+def _new_job(plan: _Plan, settings: Settings, now: datetime) -> store.NewJob:
+    submitted_at = min(plan.submitted_at or now, now)
+    spread = (
+        crc32(plan.submission.remote_id.encode()) % 1_000
+    ) / 1_000  # jobs handed over together are not asked together
+    first = settings.pace.first_poll(plan.eta, spread=spread)
+    return store.NewJob(
+        account=plan.account,
+        remote_id=plan.submission.remote_id,
+        address=plan.address,
+        kind=plan.kind,
+        priority=plan.priority,
+        reference=plan.reference,
+        on_done=plan.on_done,
+        eta=plan.eta,
+        submitted_at=submitted_at,
+        deadline_at=submitted_at + timedelta(seconds=plan.deadline),
+        due_at=max(now, submitted_at + timedelta(seconds=first)),
+        outputs=plan.submission.outputs,
+    )
+
+
+def _kind(address: FetchAddress, model: str | None) -> str:
+    return f"{family(address)[:20]}/{model}"[:MAX_KIND] if model else family(address)
+
+
+def _moment(value: datetime | str | None) -> datetime | None:
+    if isinstance(value, str):
+        try:
+            parsed: object = datetime.fromisoformat(value)
+        except ValueError:
+            raise NotTrackable(f"submitted_at {value[:60]!r} is no ISO 8601 time") from None
+    else:
+        parsed = value
+    if parsed is None:
+        return None
+    if not isinstance(parsed, datetime) or parsed.tzinfo is None:
+        raise NotTrackable("submitted_at needs a time zone, for example datetime.now(UTC)")
+    return parsed.astimezone(UTC)
+
+
+def _checked_seconds(value: object, name: str) -> float:
+    number = None if isinstance(value, str) else seconds(value)
+    if number is None or number > 10 * 365 * 86_400:
+        raise NotTrackable(f"{name} is a positive number of seconds, not {value!r}")
+    return number
+
+
+def _priority(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > PRIORITY_LIMIT:
+        raise NotTrackable(f"priority is a whole number from -{PRIORITY_LIMIT} to {PRIORITY_LIMIT}, not {value!r}")
+    return value
+
+
+def _short(value: object, name: str) -> str:
+    text = str(value) if isinstance(value, int) else value
+    if not isinstance(text, str) or len(text) > MAX_REFERENCE:
+        raise NotTrackable(f"{name} is text of at most {MAX_REFERENCE} characters")
+    return _plain(text, name)
+
+
+def _plain(text: str, name: str) -> str:
+    if "\x00" in text or not text.isprintable():
+        raise NotTrackable(f"{name} has characters that can't be printed")
+    return text
+
+
+def _on_done(value: str | None, settings: Settings) -> str | None:
+    if value is None:
+        return None
+    text = _short(value, "on_done")
+    task = text.rpartition("/")[2]
+    if not task or text.startswith("/"):
+        raise NotTrackable(f"on_done {text!r} is neither task.name nor queue/task.name")
+    if settings.allowed_tasks is not None and task not in settings.allowed_tasks:
+        raise NotTrackable(
+            f"on_done may not name {task!r}: ON_DONE_TASKS lists {', '.join(sorted(settings.allowed_tasks))}"
+        )
+    return text
+
+
+# ── helpers of the door itself ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@cache
+def _settings() -> Settings:
+    return load()
+
+
+@contextmanager
+def _transaction(settings: Settings) -> Iterator[Connection]:
+    engine = engine_for(settings.database)
+    with connected(settings.database), engine.begin() as connection:
+        yield connection
+
+
+def _existing(connection: Connection, job_id: int) -> Row[Any]:
+    row = store.job_row(connection, job_id)
+    if row is None:
+        raise JobNotFound(f"there is no job {job_id}")
+    return row
+
+
+def _some_id(remote_id: object) -> str:
+    text = str(remote_id)
+    return text if text.startswith("sha256:") else checked_remote_id(remote_id)
+
+
+def _job(row: Row[Any], outputs: Sequence[Row[Any]]) -> Job:
+    values = row._mapping
+    own = {name: values[name] for name in Job.__dataclass_fields__ if name != "outputs"}
+    return Job(**own, outputs=tuple(_output(output) for output in outputs))
+
+
+def _output(row: Row[Any]) -> Output:
+    values = row._mapping
+    return Output(**{name: values[name] for name in Output.__dataclass_fields__})

@@ -1,0 +1,48 @@
+"""Every error a caller of fetch-worker can meet, drawn as one tree; each says what its catcher may do.
+
+WorkerError
+├── SettingsError      a setting is missing, unknown or malformed: correct it and start again
+├── NotTrackable       this can't become a job: nothing was written; correct the call
+│   └── RefusedAddress the fetch address is not one the key may go to
+├── JobNotFound        no such job: look it up by `list`
+├── WaitTimeout        the job is not final yet: wait again (also a TimeoutError)
+├── SchemaOutdated     the tables are missing or old: run `fetch-worker migrate`
+├── Unavailable        a server did not answer: nothing was done, safe to try again
+└── StorageTrouble     the file store refused: nothing is lost, it is tried again
+"""
+
+
+class WorkerError(Exception):
+    """The root of all errors of this package."""
+
+
+class SettingsError(WorkerError):
+    """A setting is missing, unknown or malformed. Correct it and start again."""
+
+
+class NotTrackable(WorkerError, ValueError):
+    """This can't become a job. Nothing was written; correct the call."""
+
+
+class RefusedAddress(NotTrackable):
+    """The fetch address is not one that the API key may be sent to. Nothing was written."""
+
+
+class JobNotFound(WorkerError, LookupError):
+    """There is no such job."""
+
+
+class WaitTimeout(WorkerError, TimeoutError):
+    """The job was not final within the time given. It goes on; waiting again is safe."""
+
+
+class SchemaOutdated(WorkerError):
+    """The tables are missing or of another version. Run `fetch-worker migrate`."""
+
+
+class Unavailable(WorkerError):
+    """A server did not answer. Nothing was done; it is safe to try again."""
+
+
+class StorageTrouble(WorkerError):
+    """The file store refused a file. Nothing is lost; the output waits and is tried again."""

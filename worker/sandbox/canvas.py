@@ -1,0 +1,214 @@
+"""A small raster painted column by column, and its PNG encoding. Pure: no clock, no randomness of its own, no I/O."""
+
+import struct
+import zlib
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil, sqrt
+
+Colour = tuple[float, float, float]
+Planes = tuple[list[bytearray], list[bytearray], list[bytearray]]
+
+_CELL = 10  # pixels between two computed points of a smooth field
+_GRAINS = 4  # differently dithered copies of one ramp, taken in turn by the columns
+_BAYER = (0, 48, 12, 60, 3, 51, 15, 63)  # one line of an ordered dither; the columns shift it
+
+
+def hex_colour(text: str) -> Colour:
+    """`rrggbb` as three numbers from 0 to 255."""
+    return (float(int(text[0:2], 16)), float(int(text[2:4], 16)), float(int(text[4:6], 16)))
+
+
+def mix(first: Colour, second: Colour, share: float) -> Colour:
+    """The colour `share` of the way from the first to the second."""
+    rest = 1.0 - share
+    return (
+        first[0] * rest + second[0] * share,
+        first[1] * rest + second[1] * share,
+        first[2] * rest + second[2] * share,
+    )
+
+
+def gradient(stops: Sequence[tuple[float, Colour]], place: float) -> Colour:
+    """The colour at `place` among stops that are sorted by their places."""
+    before, colour = stops[0]
+    for here, reached in stops:
+        if place <= here:
+            return mix(colour, reached, (place - before) / (here - before) if here > before else 1.0)
+        before, colour = here, reached
+    return colour
+
+
+@dataclass(frozen=True, slots=True)
+class Ramp:
+    """A run of colours down a column, in several dithered copies of one line of bytes per channel."""
+
+    grains: tuple[tuple[bytes, bytes, bytes], ...]
+
+
+def ramp(stops: Sequence[tuple[float, Colour]], length: int) -> Ramp:
+    """A ramp of `length` pixels; the places of its stops run from 0 to 1."""
+    colours = [gradient(stops, step / max(length - 1, 1)) for step in range(length)]
+    fine = [[int(colour[channel] * 64) for colour in colours] for channel in range(3)]
+    grains = []
+    for grain in range(_GRAINS):
+        dither = [_BAYER[(step * 5 + grain * 3) & 7] for step in range(8)] * (length // 8 + 1)
+        red, green, blue = (
+            bytes([(value + extra) >> 6 for value, extra in zip(line, dither, strict=False)]) for line in fine
+        )
+        grains.append((red, green, blue))
+    return Ramp(tuple(grains))
+
+
+def _blend_lines(lines: Sequence[int], lanes: int, count: int) -> list[int]:
+    """`count` lines between the given ones by a quadratic spline; each line is an integer of 32-bit lanes."""
+    mask = int.from_bytes(b"\xff\xff\x00\x00" * lanes, "little")
+    scale = (len(lines) - 2) / count
+    blended = []
+    for step in range(count):
+        place = (step + 0.5) * scale
+        cell = min(int(place), len(lines) - 3)
+        part = place - cell
+        left = int(128 * (1 - part) * (1 - part))
+        right = int(128 * part * part)
+        total = lines[cell] * left + lines[cell + 1] * (256 - left - right) + lines[cell + 2] * right
+        blended.append((total >> 8) & mask)
+    return blended
+
+
+def smooth_field(size: int, values: Callable[[float, float], Sequence[float]], channels: int) -> list[list[bytearray]]:
+    """Dithered columns of a smooth picture, one list per channel.
+
+    `values(x, y)` is asked on a coarse grid only, with places from 0 to 1, and answers numbers from 0 to 255. The rest
+    is interpolated many pixels at a time: a line is one big integer, so that Python's own arithmetic does the loop.
+    """
+    cells = max(size // _CELL, 4) + 2
+    grid = [[values((gx - 0.5) / (cells - 2), (gy - 0.5) / (cells - 2)) for gx in range(cells)] for gy in range(cells)]
+    dithers = [
+        int.from_bytes(b"".join(bytes((_BAYER[(y * 5 + x * 3) & 7] * 4, 0, 0, 0)) for y in range(size)), "little")
+        for x in range(8)
+    ]
+    planes = []
+    for channel in range(channels):
+        rows = [_lanes([point[channel] for point in row]) for row in grid]
+        tall = b"".join(line.to_bytes(cells * 4, "little") for line in _blend_lines(rows, cells, size))
+        flat = array("I", tall)
+        columns = [int.from_bytes(flat[gx::cells].tobytes(), "little") for gx in range(cells)]
+        planes.append(
+            [
+                bytearray((line + dithers[x & 7]).to_bytes(size * 4, "little")[1::4])
+                for x, line in enumerate(_blend_lines(columns, size, size))
+            ]
+        )
+    return planes
+
+
+def _lanes(values: Sequence[float]) -> int:
+    lanes = [int(min(254.9, max(0.0, value)) * 256) for value in values]
+    return int.from_bytes(struct.pack(f"<{len(lanes)}I", *lanes), "little")
+
+
+class Canvas:
+    """A square picture in work; places are in pixels from the top left."""
+
+    __slots__ = ("planes", "size")
+
+    def __init__(self, size: int, planes: Planes) -> None:
+        self.size = size
+        self.planes = planes
+
+    def below(self, edge: Sequence[float], paint: Ramp) -> None:
+        """Paint everything below a line of one height per column; the ramp starts at the line."""
+        self.below_toned(edge, (paint,), (0,) * self.size)
+
+    def below_toned(self, edge: Sequence[float], paints: Sequence[Ramp], tones: Sequence[int]) -> None:
+        """Like `below`, with a ramp of its own for each column."""
+        size = self.size
+        for x, height in enumerate(edge):
+            first = ceil(height)
+            if first >= size:
+                continue
+            first = max(first, 0)
+            cover = first - height
+            lines = paints[tones[x]].grains[x % _GRAINS]
+            for plane, line in zip(self.planes, lines, strict=True):
+                column = plane[x]
+                column[first:] = line[: size - first]
+                if first and 0 < cover < 1:
+                    column[first - 1] = int(column[first - 1] * (1 - cover) + line[0] * cover)
+
+    def dot(self, x: int, y: int, colour: Colour, share: float) -> None:
+        """Mix one pixel with a colour; outside is nowhere."""
+        if 0 <= x < self.size and 0 <= y < self.size:
+            rest = 1.0 - share
+            for plane, value in zip(self.planes, colour, strict=True):
+                column = plane[x]
+                column[y] = int(column[y] * rest + value * share)
+
+    def streak(self, centre: float, y: int, half: float, colour: Colour, share: float) -> None:
+        """A level stroke that fades to both ends."""
+        if half < 0.5:
+            self.dot(int(centre), y, colour, share * half * 2)
+            return
+        for x in range(int(centre - half), int(centre + half) + 1):
+            fade = 1.0 - abs(x - centre) / half
+            if fade > 0:
+                self.dot(x, y, colour, share * min(1.0, fade * 2))
+
+    def disc(self, cx: float, cy: float, radius: float, colour: Colour, share: float = 1.0) -> None:
+        """A filled circle with a soft edge."""
+        for x in range(max(0, int(cx - radius - 1)), min(self.size, int(cx + radius + 2))):
+            chord = radius * radius - (x - cx) * (x - cx)
+            if chord <= 0:
+                continue
+            half = sqrt(chord)
+            self.upright(x, cy - half, cy + half, colour, share)
+
+    def upright(self, x: int, top: float, bottom: float, colour: Colour, share: float = 1.0) -> None:
+        """A vertical run of one column, with soft ends."""
+        first, last = ceil(top), int(bottom)
+        if not 0 <= x < self.size:
+            return
+        if first > last:
+            self.dot(x, last, colour, share * max(0.0, bottom - top))
+            return
+        self.dot(x, first - 1, colour, share * (first - top))
+        self.dot(x, last, colour, share * (bottom - last))
+        first, last = max(first, 0), min(last, self.size)
+        if first >= last:
+            return
+        for plane, value in zip(self.planes, colour, strict=True):
+            column = plane[x]
+            if share >= 1.0:
+                column[first:last] = bytes((int(value),)) * (last - first)
+            else:
+                column[first:last] = bytes([int(old * (1 - share) + value * share) for old in column[first:last]])
+
+    def mirror_below(self, line: int, tint: Colour, share: float) -> None:
+        """Everything under `line` becomes a tinted reflection of what is over it."""
+        depth = self.size - line
+        for plane, value in zip(self.planes, tint, strict=True):
+            table = bytes([int(old * (1 - share) + value * share) for old in range(256)])
+            for column in plane:
+                column[line:] = column[max(0, line - depth) : line][::-1].translate(table).ljust(depth, column[:1])
+
+    def png(self) -> bytes:
+        """The picture as a PNG file of true colour."""
+        size = self.size
+        flat = [b"".join(plane) for plane in self.planes]
+        packer = zlib.compressobj(2)
+        parts = []
+        line = bytearray(size * 3 + 1)
+        for y in range(size):
+            for channel in range(3):
+                line[channel + 1 :: 3] = flat[channel][y::size]
+            parts.append(packer.compress(line))
+        parts.append(packer.flush())
+        header = struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0)
+        chunks = _chunk(b"IHDR", header) + _chunk(b"IDAT", b"".join(parts)) + _chunk(b"IEND", b"")
+        return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def _chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))

@@ -1,0 +1,46 @@
+"""The page a person sees at the root of the stand-in. Pure: jobs in, HTML out."""
+
+from collections.abc import Sequence
+from html import escape
+
+from worker.sandbox.behaviour import Job
+
+_STYLE = """
+:root{color-scheme:light dark}
+body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
+h1{margin:0 0 .3rem;font-size:1.6rem}pre{padding:.8rem 1rem;border-radius:8px;background:#8882;overflow-x:auto}
+.jobs{display:grid;gap:1rem;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));padding:0;list-style:none}
+.jobs li{border:1px solid #8884;border-radius:10px;padding:.8rem}.jobs p{margin:0 0 .5rem;overflow-wrap:anywhere}
+.jobs img{width:7.2rem;height:7.2rem;border-radius:6px;margin:0 .3rem .3rem 0;background:#8882}
+small{opacity:.7}
+"""
+
+
+def page(jobs: Sequence[Job], *, now: float, root_url: str) -> bytes:
+    """What this is, how to send it a job, and the latest jobs with small pictures."""
+    cards = "".join(_card(job, now) for job in jobs) or "<li>None yet. Send one with the line above.</li>"
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="5">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>Stand-in of the image API</title>
+<style>{_STYLE}</style></head><body>
+<h1>Stand-in of the image API</h1>
+<p>It speaks like the hosted API and costs nothing: a job is accepted, takes a while, and its pictures are drawn here
+from the words of the prompt. Try sunset, sea, forest, mountain, night, city, desert, space, meadow or silk.</p>
+<pre>curl -H 'Content-Type: application/json' -d '{{"key": "THE KEY", "prompt": "lake at dawn", "samples": 2}}' \\
+  {escape(root_url)}/api/v3/text2img
+curl -H 'Content-Type: application/json' -d '{{"key": "THE KEY"}}' {escape(root_url)}/api/v3/fetch/THE-ID</pre>
+<h2>Latest jobs</h2>
+<ul class="jobs">{cards}</ul>
+</body></html>
+""".encode("utf-8", "replace")
+
+
+def _card(job: Job, now: float) -> str:
+    wait = f", {job.ready_at - now:.0f} s to go" if now < job.ready_at else ""
+    pictures = ""
+    if job.ready(now):
+        pictures = "".join(
+            f'<a href="/thumbs/{name}?full"><img loading="lazy" src="/thumbs/{name}" alt="picture {index + 1}"></a>'
+            for index, name in enumerate(job.pictures)
+        )
+    return f"<li><p>{escape(job.prompt)}</p><p><small>{job.id}: {job.state(now)}{wait}</small></p>{pictures}</li>"

@@ -1,0 +1,253 @@
+"""The settings: what the environment and a `.env` file say, checked once, with one clear line for what is wrong."""
+
+import difflib
+import ipaddress
+import json
+import os
+import re
+import socket
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from worker.core.fetch_address import ACCOUNT, VENDOR_HOSTS, AllowedApi, api_host
+from worker.core.pace import Pace, Policy
+from worker.errors import NotTrackable, SettingsError
+
+EMBEDDED_SOCKET = Path("var/redis.sock")
+LONG_DEADLINES = (("training", 14_400.0), ("video", 7_200.0))
+SHARED_NAMES = frozenset({"DATABASE_URL", "REDIS_URL", "BROKER_URL", "PORT"})  # apps have like names of their own
+KEY_NAMES = ("SD_API_KEY", "SD_API_KEYS")
+DOTENV_SWITCH = "FETCH_WORKER_DOTENV"  # "off": `up` and `demo` hand their processes the whole environment themselves
+
+
+class Settings(BaseSettings):
+    """Every setting, under its environment variable's name in lower case. Seconds and bytes where a unit is missing."""
+
+    model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True, env_ignore_empty=True)
+
+    database_url: str = "sqlite:///var/worker.db"
+    redis_url: str | None = None
+    broker_url: str | None = None
+    sd_api_url: str = "https://stablediffusionapi.com/api/v3"
+    sd_api_key: SecretStr | None = None
+    sd_api_keys: SecretStr = SecretStr("{}")
+    sd_api_hosts: str = ""
+    sd_api_rps: float = Field(default=10.0, gt=0, le=100_000)
+    sd_api_timeout: float = Field(default=20.0, gt=0, le=3_600)
+    storage_url: str = ""
+    output_max_bytes: int = Field(default=209_715_200, gt=0)
+    output_timeout: float = Field(default=300.0, gt=0)
+    output_deadline: float = Field(default=86_400.0, gt=0)
+    output_allowed_networks: str = ""
+    poll_price: float = Field(default=0.5, gt=0, le=3_600)
+    poll_min: float = Field(default=3.0, ge=0, le=3_600)
+    poll_policy: Policy = "learned"
+    job_deadline: float | None = Field(default=None, gt=0)
+    recovery_seconds: float = Field(default=30.0, ge=5, le=3_600)
+    on_done_tasks: str = ""
+    flower_basic_auth: SecretStr | None = None
+    flower_address: str = "127.0.0.1"
+    flower_port: int | None = Field(default=None, ge=0, le=65_535)
+    port: int | None = Field(default=None, ge=0, le=65_535)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The real environment wins over the `.env` file; nothing else is read."""
+        return init_settings, env_settings, dotenv_settings
+
+    @field_validator("database_url")
+    @classmethod
+    def _known_database(cls, value: str) -> str:
+        try:
+            url = make_url(value)
+        except ArgumentError:
+            raise ValueError(
+                "is no database URL; for example postgresql://user@host/name or sqlite:///file.db"
+            ) from None
+        if url.get_backend_name() not in ("sqlite", "postgres", "postgresql", "mysql", "mariadb"):
+            raise ValueError("must be a postgresql://, sqlite:///, mysql:// or mariadb:// URL")
+        return value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _known_redis(cls, value: str | None) -> str | None:
+        if value is not None and urlsplit(value).scheme not in ("redis", "rediss", "redis+socket", "unix"):
+            raise ValueError("must be a redis://, rediss:// or redis+socket:// URL")
+        return value
+
+    @field_validator("sd_api_url")
+    @classmethod
+    def _plain_api_url(cls, value: str) -> str:
+        try:
+            api_host(value.rstrip("/"))
+        except NotTrackable as wrong:
+            raise ValueError(str(wrong)) from None
+        return value.rstrip("/")
+
+    @field_validator("sd_api_keys")
+    @classmethod
+    def _keys_by_account(cls, value: SecretStr) -> SecretStr:
+        try:
+            keys = json.loads(value.get_secret_value() or "{}")
+        except ValueError:
+            keys = None
+        if not isinstance(keys, dict) or not all(isinstance(key, str) for key in keys.values()):
+            raise ValueError('must be a JSON object of account names and keys, for example {"shop": "key"}')
+        wrong = [name for name in keys if not ACCOUNT.fullmatch(name)]
+        if wrong:
+            raise ValueError(f"has an account name that can't be one: {wrong[0][:64]!r}")
+        return value
+
+    @field_validator("storage_url")
+    @classmethod
+    def _absolute_storage(cls, value: str) -> str:
+        if not value or re.fullmatch(r"file:(//)?/[^\x00]*", value):
+            return value
+        if value.startswith("s3://"):
+            raise ValueError("names an S3 bucket; this version stores to file: only")
+        raise ValueError("must be file: and an absolute path, for example file:/srv/outputs")
+
+    @field_validator("output_allowed_networks")
+    @classmethod
+    def _networks(cls, value: str) -> str:
+        for item in _items(value):
+            try:
+                ipaddress.ip_network(item)
+            except ValueError as wrong:
+                raise ValueError(f"has no network in CIDR form: {wrong}") from None
+        return value
+
+    @cached_property
+    def database(self) -> URL:
+        """The database's URL with the driver that is used for it."""
+        url = make_url(self.database_url)
+        drivers = {"sqlite": "sqlite", "mysql": "mysql+pymysql", "mariadb": "mariadb+pymysql"}
+        return url.set(drivername=drivers.get(url.get_backend_name(), "postgresql+psycopg"))
+
+    @cached_property
+    def redis(self) -> str:
+        """Where Redis is: as set, else the embedded server of this directory if it answers, else the standard place."""
+        if self.redis_url:
+            return self.redis_url.replace("unix://", "redis+socket://", 1)
+        path = EMBEDDED_SOCKET.absolute()
+        return f"redis+socket://{path}" if _answers(path) else "redis://localhost:6379/0"
+
+    @property
+    def broker(self) -> str:
+        """The Celery broker's URL."""
+        return self.broker_url or self.redis
+
+    @cached_property
+    def keys(self) -> Mapping[str, SecretStr]:
+        """The API keys by account."""
+        by_account = {
+            name: SecretStr(key) for name, key in json.loads(self.sd_api_keys.get_secret_value() or "{}").items() if key
+        }
+        if self.sd_api_key is not None and self.sd_api_key.get_secret_value():
+            by_account["default"] = self.sd_api_key
+        return by_account
+
+    @cached_property
+    def api(self) -> AllowedApi:
+        """The hosted API's base address and the hosts that the key may be sent to."""
+        own = api_host(self.sd_api_url)
+        hosts = {item.lower() for item in _items(self.sd_api_hosts)}
+        if not hosts:
+            hosts = set(VENDOR_HOSTS) if own in VENDOR_HOSTS else {own}
+        return AllowedApi(self.sd_api_url, frozenset(hosts | {own}))
+
+    @property
+    def api_host(self) -> str:
+        """The host of `SD_API_URL`."""
+        return api_host(self.sd_api_url)
+
+    @cached_property
+    def allowed_networks(self) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+        """Non-public networks that downloads may reach."""
+        return tuple(ipaddress.ip_network(item) for item in _items(self.output_allowed_networks))
+
+    @cached_property
+    def storage_path(self) -> Path:
+        """The directory that outputs are stored in."""
+        if not self.storage_url:
+            return Path("var/outputs").absolute()
+        return Path(re.sub(r"^file:(//)?", "", self.storage_url))
+
+    @cached_property
+    def allowed_tasks(self) -> frozenset[str] | None:
+        """The task names that `on_done` may name; None allows any."""
+        return frozenset(_items(self.on_done_tasks)) or None
+
+    @property
+    def pace(self) -> Pace:
+        """How polls are paced."""
+        return Pace(self.poll_policy, self.poll_price, self.poll_min)
+
+    def deadline_for(self, kind: str) -> float:
+        """Seconds from submission after which a job of `kind` may expire."""
+        if self.job_deadline is not None:
+            return self.job_deadline
+        return next((seconds for word, seconds in LONG_DEADLINES if word in kind), 3_600.0)
+
+
+def load() -> Settings:
+    """The settings of this process. Raises SettingsError with one line that names the variable and what to do."""
+    file = None if os.environ.get(DOTENV_SWITCH) == "off" else ".env"
+    _refuse_unknown(os.environ, file)
+    try:
+        options: dict[str, Any] = {"_env_file": file}
+        return Settings(**options)
+    except ValidationError as wrong:
+        lines = [f"{_variable(error['loc'])} {_reason(error)}" for error in wrong.errors()]
+        raise SettingsError("; ".join(lines)) from None
+
+
+def _variable(location: tuple[int | str, ...]) -> str:
+    return str(location[0]).upper() if location else "the settings"
+
+
+def _reason(error: Any) -> str:
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return message if error["type"] == "value_error" else f"is wrong: {message[:1].lower()}{message[1:]}"
+
+
+def _refuse_unknown(env: Mapping[str, str], file: str | None) -> None:
+    known = {name.upper() for name in Settings.model_fields}
+    written = DotEnvSettingsSource(Settings, env_file=file).env_vars if file else {}
+    names = set(env) | {name.upper() for name in written}
+    for name in sorted(names - known):
+        near = difflib.get_close_matches(name, known - SHARED_NAMES, n=1, cutoff=0.9)
+        if near or name.startswith(("SD_API_", "POLL_")):
+            hint = near or difflib.get_close_matches(name, known, n=1)
+            raise SettingsError(f"{name} is no setting" + (f"; did you mean {hint[0]}?" if hint else ""))
+
+
+def _items(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _answers(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,209 @@
+"""Claims: taking due rows under a lease with a fencing token, renewing the lease, giving rows back."""
+
+import json
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, Row, Select, Table, Update, or_, select, update
+
+from worker.core.fetch_address import FetchAddress
+from worker.core.lifecycle import JobFacts, OutputFacts, Strikes
+from worker.tables import bodies, jobs, outputs
+
+_JOB_COLUMNS = (
+    jobs.c.id,
+    jobs.c.account,
+    jobs.c.remote_id,
+    jobs.c.kind,
+    jobs.c.fetch_url,
+    jobs.c.fetch_base,
+    jobs.c.fetch_host,
+    jobs.c.status,
+    jobs.c.eta,
+    jobs.c.polls,
+    jobs.c.failed_answers,
+    jobs.c.unknown_answers,
+    jobs.c.error_answers,
+    jobs.c.empty_answers,
+    jobs.c.struck_at,
+    jobs.c.submitted_at,
+    jobs.c.tracked_at,
+    jobs.c.deadline_at,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedJob:
+    """A job that is ours to ask about while the lease lasts. `polls` counts the request about to be made."""
+
+    id: int
+    token: str
+    account: str
+    remote_id: str
+    kind: str
+    address: FetchAddress
+    eta: float | None
+    polls: int
+    submitted_at: datetime
+    facts: JobFacts
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedOutput:
+    """An output that is ours to download while the lease lasts. `attempts` counts this one."""
+
+    id: int
+    token: str
+    job_id: int
+    position: int
+    urls: tuple[str, ...]
+    body: bytes | None
+    facts: OutputFacts
+
+
+def claim_jobs(
+    connection: Connection,
+    *,
+    account: str,
+    shut_hosts: list[str],
+    limit: int,
+    token: str,
+    holder: str,
+    lease: timedelta,
+    now: datetime,
+) -> list[ClaimedJob]:
+    """Takes up to `limit` due jobs of an account, the most important and then the longest due first.
+
+    Every request to come is counted here, so that a crash can't hide one; `release_jobs` takes it back.
+    """
+    due = (
+        select(jobs.c.id)
+        .where(jobs.c.account == account, jobs.c.due_at.is_not(None), jobs.c.due_at <= now)
+        .order_by(jobs.c.priority.desc(), jobs.c.due_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    if shut_hosts:
+        due = due.where(jobs.c.fetch_host.not_in(shut_hosts))
+    taken = update(jobs).values(
+        due_at=now + lease, claim_token=token, claim_holder=holder, asked_at=now, polls=jobs.c.polls + 1
+    )
+    rows = _take(connection, jobs, due, taken, _JOB_COLUMNS)
+    return [_claimed_job(row, token) for row in rows]
+
+
+def _take(
+    connection: Connection, table: Table, due: Select[Any], taken: Update, columns: tuple[Any, ...]
+) -> list[Row[Any]]:
+    if connection.dialect.name in ("mysql", "mariadb"):  # no UPDATE … RETURNING there
+        ids = list(connection.execute(due).scalars())
+        if not ids:
+            return []
+        connection.execute(taken.where(table.c.id.in_(ids)))
+        return list(connection.execute(select(*columns).where(table.c.id.in_(ids))))
+    picked = due.cte("picked")  # a plain IN could be planned so that it picks more than the limit
+    return list(connection.execute(taken.where(table.c.id == picked.c.id).returning(*columns)))
+
+
+def _claimed_job(row: Row[Any], token: str) -> ClaimedJob:
+    return ClaimedJob(
+        id=row.id,
+        token=token,
+        account=row.account,
+        remote_id=row.remote_id,
+        kind=row.kind,
+        address=FetchAddress(row.fetch_url, row.fetch_base, row.fetch_host),
+        eta=row.eta,
+        polls=row.polls,
+        submitted_at=row.submitted_at,
+        facts=JobFacts(
+            status=row.status,
+            tracked_at=row.tracked_at,
+            deadline_at=row.deadline_at,
+            strikes=Strikes(
+                row.failed_answers, row.unknown_answers, row.error_answers, row.empty_answers, row.struck_at
+            ),
+        ),
+    )
+
+
+def release_jobs(connection: Connection, ids: list[int], token: str, *, due_at: datetime) -> None:
+    """Gives claimed jobs back that were not asked about after all: due at `due_at`, the request not counted."""
+    connection.execute(
+        update(jobs)
+        .where(jobs.c.id.in_(ids), jobs.c.claim_token == token)
+        .values(due_at=due_at, claim_token=None, claim_holder=None, polls=jobs.c.polls - 1)
+    )
+
+
+def claim_output(
+    connection: Connection, output_id: int, *, token: str, holder: str, lease: timedelta, now: datetime
+) -> ClaimedOutput | None:
+    """Takes one output if it is due. None where there is nothing to do: stored, taken, cancelled, not due, unknown."""
+    taken = connection.execute(
+        update(outputs)
+        .where(outputs.c.id == output_id, outputs.c.status == "pending", outputs.c.due_at <= now)
+        .values(
+            due_at=now + lease, queued_at=None, claim_token=token, claim_holder=holder, attempts=outputs.c.attempts + 1
+        )
+    )
+    if not taken.rowcount:
+        return None
+    row = connection.execute(
+        select(outputs, jobs.c.remote_id, bodies.c.body)
+        .join(jobs, jobs.c.id == outputs.c.job_id)
+        .outerjoin(bodies, bodies.c.output_id == outputs.c.id)
+        .where(outputs.c.id == output_id)
+    ).one()
+    proxies = tuple(json.loads(row.proxy_urls))
+    return ClaimedOutput(
+        id=row.id,
+        token=token,
+        job_id=row.job_id,
+        position=row.position,
+        urls=(row.url, *proxies),
+        body=row.body,
+        facts=OutputFacts(
+            attempts=row.attempts,
+            proxies=len(proxies),
+            ready_at=row.listed_at,
+            bad_bodies=row.bad_bodies,
+            dead_since=row.dead_since,
+            renewed=row.renewed,
+            dead_attempts=row.dead_attempts,
+            renewable=not row.remote_id.startswith("sha256:"),
+        ),
+    )
+
+
+def renew_leases(connection: Connection, holder: str, *, lease: timedelta, now: datetime) -> int:
+    """Extends every lease of this process that is not over yet; how many. One that is over is lost for good."""
+    return sum(
+        connection.execute(
+            update(table).where(table.c.claim_holder == holder, table.c.due_at > now).values(due_at=now + lease)
+        ).rowcount
+        for table in (jobs, outputs)
+    )
+
+
+def waiting_outputs(connection: Connection, *, now: datetime, queued_before: datetime, limit: int) -> list[int]:
+    """Outputs that are due and were put on no queue, or so long ago that the message must be lost; oldest link first.
+
+    They are marked as queued at `now`; the caller sends their tasks after the commit.
+    """
+    due = (
+        select(outputs.c.id)
+        .where(
+            outputs.c.due_at.is_not(None),
+            outputs.c.due_at <= now,
+            or_(outputs.c.queued_at.is_(None), outputs.c.queued_at < queued_before),
+        )
+        .order_by(outputs.c.listed_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    ids = list(connection.execute(due).scalars())
+    if ids:
+        connection.execute(update(outputs).where(outputs.c.id.in_(ids)).values(queued_at=now))
+    return ids

@@ -1,0 +1,81 @@
+"""Gates: what all processes know of accounts and API hosts, read often and written rarely."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, insert, select, update
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+
+from worker.core.gate import Gate, Scope
+from worker.tables import gates
+
+_COLUMNS = (
+    gates.c.scope,
+    gates.c.name,
+    gates.c.proven,
+    gates.c.reason,
+    gates.c.since,
+    gates.c.until,
+    gates.c.probe_at,
+    gates.c.probes,
+    gates.c.troubles,
+    gates.c.released_at,
+)
+
+
+def all_gates(connection: Connection) -> dict[tuple[Scope, str], Gate]:
+    """Every gate there is, by scope and name."""
+    return {(row.scope, row.name): _gate(row) for row in connection.execute(select(*_COLUMNS))}
+
+
+def locked_gate(connection: Connection, scope: Scope, name: str) -> Gate:
+    """One gate, made where it is missing, and held by this transaction until it ends."""
+    query = select(*_COLUMNS).where(gates.c.scope == scope, gates.c.name == name).with_for_update()
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        _insert_missing(connection, scope, name)
+        row = connection.execute(query).one()
+    return _gate(row)
+
+
+def save_gate(connection: Connection, gate: Gate) -> None:
+    """Writes a gate that this transaction holds."""
+    values = asdict(gate)
+    scope, name = values.pop("scope"), values.pop("name")
+    if values["reason"] is not None:
+        values["reason"] = values["reason"][:600]
+    connection.execute(update(gates).where(gates.c.scope == scope, gates.c.name == name).values(values))
+
+
+def mark_asked(connection: Connection, accounts: Iterable[str], *, now: datetime) -> None:
+    """Notes that due work of these accounts was done just now."""
+    connection.execute(
+        update(gates).where(gates.c.scope == "account", gates.c.name.in_(sorted(accounts))).values(asked_at=now)
+    )
+
+
+def last_asked(connection: Connection) -> datetime | None:
+    """When any account's due work was last done."""
+    query = select(gates.c.asked_at).where(gates.c.asked_at.is_not(None)).order_by(gates.c.asked_at.desc()).limit(1)
+    at: datetime | None = connection.execute(query).scalar()
+    return at
+
+
+def _gate(row: Any) -> Gate:
+    return Gate(**row._mapping)
+
+
+def _insert_missing(connection: Connection, scope: Scope, name: str) -> None:
+    row = {"scope": scope, "name": name}
+    match connection.dialect.name:
+        case "postgresql":
+            statement: Any = postgresql.insert(gates).values(row).on_conflict_do_nothing()
+        case "sqlite":
+            statement = sqlite.insert(gates).values(row).on_conflict_do_nothing()
+        case "mysql" | "mariadb":
+            statement = mysql.insert(gates).prefix_with("IGNORE").values(row)
+        case _:
+            statement = insert(gates).values(row)
+    connection.execute(statement)

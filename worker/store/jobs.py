@@ -1,0 +1,323 @@
+"""Jobs: put in once, looked up, listed, cancelled, retried, nudged."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, CursorResult, Row, and_, case, func, insert, or_, select, update
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+
+from worker.core.fetch_address import FetchAddress
+from worker.core.lifecycle import FINAL_STATES
+from worker.core.links import Link
+from worker.tables import bodies, jobs, outputs
+
+INSERT_ROWS = 500  # one statement's worth; every database takes that many parameters
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """A job to be put in. Times are aware; `due_at` is when it is asked about first."""
+
+    account: str
+    remote_id: str
+    address: FetchAddress
+    kind: str
+    priority: int
+    reference: str | None
+    on_done: str | None
+    eta: float | None
+    submitted_at: datetime
+    deadline_at: datetime
+    due_at: datetime
+    outputs: tuple[Link, ...] = ()
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What makes two calls be about the same job: account, fetch address without the id, remote id."""
+        return (self.account, self.address.base, self.remote_id)
+
+
+def insert_jobs(connection: Connection, new: Sequence[NewJob], *, now: datetime) -> list[tuple[int, bool]]:
+    """Puts jobs in, each once: (id, whether it is new) in the order given. A job that is there stays as it is."""
+    wanted = {job.identity: job for job in new}
+    created: dict[tuple[str, str, str], int] = {}
+    rows = [_job_row(job, now) for job in wanted.values()]
+    for start in range(0, len(rows), INSERT_ROWS):
+        created |= _insert_missing(connection, rows[start : start + INSERT_ROWS])
+    known = created | _ids(connection, [identity for identity in wanted if identity not in created])
+    ready = [(known[identity], job.outputs) for identity, job in wanted.items() if identity in created and job.outputs]
+    for job_id, found in ready:
+        insert_outputs(connection, job_id, found, now=now)
+    first = dict.fromkeys(created, True)
+    return [(known[job.identity], first.pop(job.identity, False)) for job in new]
+
+
+def _job_row(job: NewJob, now: datetime) -> dict[str, Any]:
+    return {
+        "account": job.account,
+        "remote_id": job.remote_id,
+        "kind": job.kind,
+        "fetch_url": job.address.url,
+        "fetch_base": job.address.base,
+        "fetch_host": job.address.host,
+        "status": "downloading" if job.outputs else "pending",
+        "priority": job.priority,
+        "reference": job.reference,
+        "on_done": job.on_done,
+        "eta": job.eta,
+        "submitted_at": job.submitted_at,
+        "tracked_at": now,
+        "deadline_at": job.deadline_at,
+        "deadline_seconds": (job.deadline_at - job.submitted_at).total_seconds(),
+        "due_at": None if job.outputs else job.due_at,
+        "ready_at": now if job.outputs else None,
+    }
+
+
+def _insert_missing(connection: Connection, rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], int]:
+    same_job = ["account", "fetch_base", "remote_id"]
+    identity = [jobs.c.account, jobs.c.fetch_base, jobs.c.remote_id]
+    match connection.dialect.name:
+        case "postgresql":
+            statement: Any = postgresql.insert(jobs).values(rows).on_conflict_do_nothing(index_elements=same_job)
+        case "sqlite":
+            statement = sqlite.insert(jobs).values(rows).on_conflict_do_nothing(index_elements=same_job)
+        case _:
+            return _insert_missing_mysql(connection, rows)
+    found = connection.execute(statement.returning(jobs.c.id, *identity))
+    return {(row.account, row.fetch_base, row.remote_id): row.id for row in found}
+
+
+def _insert_missing_mysql(connection: Connection, rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], int]:
+    created = {}
+    for row in rows:
+        done = connection.execute(mysql.insert(jobs).prefix_with("IGNORE").values(row))
+        if done.rowcount:
+            created[(row["account"], row["fetch_base"], row["remote_id"])] = int(done.lastrowid)
+    return created
+
+
+def _ids(connection: Connection, identities: Sequence[tuple[str, str, str]]) -> dict[tuple[str, str, str], int]:
+    found: dict[tuple[str, str, str], int] = {}
+    for start in range(0, len(identities), INSERT_ROWS):
+        same = [
+            and_(jobs.c.account == account, jobs.c.fetch_base == base, jobs.c.remote_id == remote_id)
+            for account, base, remote_id in identities[start : start + INSERT_ROWS]
+        ]
+        rows = connection.execute(
+            select(jobs.c.id, jobs.c.account, jobs.c.fetch_base, jobs.c.remote_id).where(or_(*same))
+        )
+        found |= {(row.account, row.fetch_base, row.remote_id): row.id for row in rows}
+    return found
+
+
+def insert_outputs(connection: Connection, job_id: int, found: Iterable[Link], *, now: datetime) -> list[int]:
+    """Puts in an output row for each link, due at once; the bytes that an answer carried itself beside them."""
+    ids = []
+    for position, link in enumerate(found):
+        row = connection.execute(
+            insert(outputs).values(
+                job_id=job_id,
+                position=position,
+                url=link.url,
+                proxy_urls=json.dumps(link.proxies),
+                status="pending",
+                listed_at=now,
+                due_at=now,
+                queued_at=now,
+            )
+        )
+        output_id = _new_id(row)
+        ids.append(output_id)
+        if link.body is not None:
+            connection.execute(insert(bodies).values(output_id=output_id, body=link.body))
+    return ids
+
+
+def _new_id(done: CursorResult[Any]) -> int:
+    key = done.inserted_primary_key
+    if key is None:
+        raise RuntimeError("the database named no id for a row put in")
+    return int(key[0])
+
+
+# ── looking up ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def job_row(connection: Connection, job_id: int) -> Row[Any] | None:
+    """The whole row of one job, or None."""
+    return connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
+
+
+def jobs_by_remote(connection: Connection, remote_id: str, account: str | None) -> Sequence[Row[Any]]:
+    """All jobs with this remote id (families may share ids), newest first."""
+    query = select(jobs).where(jobs.c.remote_id == remote_id).order_by(jobs.c.id.desc())
+    return connection.execute(query if account is None else query.where(jobs.c.account == account)).all()
+
+
+def outputs_of(connection: Connection, job_ids: Sequence[int]) -> Sequence[Row[Any]]:
+    """The outputs of these jobs, by job and position."""
+    query = select(outputs).where(outputs.c.job_id.in_(job_ids)).order_by(outputs.c.job_id, outputs.c.position)
+    return connection.execute(query).all()
+
+
+def newest(connection: Connection, *, status: str | None, reference: str | None, limit: int) -> Sequence[Row[Any]]:
+    """Jobs, newest first."""
+    query = select(jobs).order_by(jobs.c.id.desc()).limit(limit)
+    if status is not None:
+        query = query.where(jobs.c.status == status)
+    if reference is not None:
+        query = query.where(jobs.c.reference == reference)
+    return connection.execute(query).all()
+
+
+def counts(connection: Connection) -> dict[str, int]:
+    """How many jobs there are in each state."""
+    rows = connection.execute(select(jobs.c.status, func.count()).group_by(jobs.c.status))
+    return {row[0]: row[1] for row in rows}
+
+
+def waiting_accounts(connection: Connection) -> dict[str, datetime]:
+    """Accounts with jobs that wait for a request, and when the first of each is due."""
+    query = select(jobs.c.account, func.min(jobs.c.due_at)).where(jobs.c.due_at.is_not(None)).group_by(jobs.c.account)
+    return {row[0]: row[1] for row in connection.execute(query)}
+
+
+def next_due(connection: Connection, accounts: Iterable[str]) -> datetime | None:
+    """When the next job of these accounts is due (claimed ones count with the end of their lease)."""
+    query = select(func.min(jobs.c.due_at)).where(jobs.c.account.in_(list(accounts)), jobs.c.due_at.is_not(None))
+    due: datetime | None = connection.execute(query).scalar()
+    return due
+
+
+def oldest_due(
+    connection: Connection, accounts: Iterable[str], shut_hosts: list[str], *, now: datetime
+) -> datetime | None:
+    """Since when the longest waiting job of these accounts is due and not asked about, or None."""
+    query = select(func.min(jobs.c.due_at)).where(
+        jobs.c.account.in_(list(accounts)), jobs.c.due_at.is_not(None), jobs.c.due_at <= now
+    )
+    due: datetime | None = connection.execute(
+        query.where(jobs.c.fetch_host.not_in(shut_hosts)) if shut_hosts else query
+    ).scalar()
+    return due
+
+
+# ── acting ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def nudge(connection: Connection, remote_id: str, account: str | None, *, now: datetime, least: timedelta) -> int:
+    """Brings the next request about all jobs with this remote id forward; how many that were."""
+    found = [row for row in jobs_by_remote(connection, remote_id, account) if row.status == "pending"]
+    moved = 0
+    for row in found:
+        due = now if row.asked_at is None else max(now, row.asked_at + least)
+        done = connection.execute(
+            update(jobs)
+            .where(jobs.c.id == row.id, jobs.c.status == "pending", jobs.c.claim_token.is_(None), jobs.c.due_at > due)
+            .values(due_at=due)
+        )
+        moved += done.rowcount
+    return moved
+
+
+def cancel(connection: Connection, job_id: int, *, now: datetime) -> bool:
+    """Cancels a job that is not final: its unstored outputs end, stored files stay. False where it changed nothing."""
+    done = connection.execute(
+        update(jobs)
+        .where(jobs.c.id == job_id, jobs.c.status.not_in(FINAL_STATES))
+        .values(status="cancelled", completed_at=now, due_at=None, claim_token=None, claim_holder=None)
+    )
+    if not done.rowcount:
+        return False
+    connection.execute(
+        update(outputs)
+        .where(outputs.c.job_id == job_id, outputs.c.status == "pending")
+        .values(
+            status="failed",
+            error_code="cancelled",
+            error_message="the job was cancelled",
+            due_at=None,
+            claim_token=None,
+            claim_holder=None,
+        )
+    )
+    return True
+
+
+def retry(connection: Connection, job_id: int, *, now: datetime) -> bool:
+    """Takes a failed or expired job up again, at once and with its whole deadline. False where it changed nothing."""
+    job = connection.execute(select(jobs).where(jobs.c.id == job_id).with_for_update()).one_or_none()
+    if job is None or job.status not in ("failed", "expired"):
+        return False
+    failed = connection.execute(
+        update(outputs)
+        .where(outputs.c.job_id == job_id, outputs.c.status == "failed")
+        .values(
+            status="pending",
+            due_at=now,
+            queued_at=None,
+            listed_at=now,
+            bad_bodies=0,
+            dead_since=None,
+            dead_attempts=0,
+            renewed=False,
+            error_code=None,
+            error_message=None,
+        )
+    ).rowcount
+    connection.execute(
+        update(jobs)
+        .where(jobs.c.id == job_id)
+        .values(
+            status="downloading" if failed else "pending",
+            due_at=None if failed else now,
+            deadline_at=now + timedelta(seconds=job.deadline_seconds),
+            completed_at=None,
+            told_at=None,
+            error_code=None,
+            error_message=None,
+            failed_answers=0,
+            unknown_answers=0,
+            error_answers=0,
+            empty_answers=0,
+            struck_at=None,
+        )
+    )
+    return True
+
+
+def settle(connection: Connection, job_id: int, *, now: datetime) -> str | None:
+    """Ends a job whose outputs are all final; its final state, or None where it is not there yet."""
+    job = connection.execute(select(jobs.c.status).where(jobs.c.id == job_id).with_for_update()).one_or_none()
+    if job is None or job.status != "downloading":
+        return None
+    total, stored, waiting = connection.execute(
+        select(func.count(), _count(outputs.c.status == "stored"), _count(outputs.c.status == "pending")).where(
+            outputs.c.job_id == job_id
+        )
+    ).one()
+    if waiting:
+        return None
+    whole = total == stored
+    connection.execute(
+        update(jobs)
+        .where(jobs.c.id == job_id)
+        .values(
+            status="completed" if whole else "failed",
+            completed_at=now,
+            due_at=None,
+            claim_token=None,
+            claim_holder=None,
+            error_code=None if whole else "output_failed",
+            error_message=None if whole else f"{total - stored} of {total} outputs could not be stored",
+        )
+    )
+    return "completed" if whole else "failed"
+
+
+def _count(condition: ColumnElement[bool]) -> ColumnElement[int]:
+    return func.coalesce(func.sum(case((condition, 1), else_=0)), 0)

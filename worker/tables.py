@@ -1,0 +1,208 @@
+"""The tables, as SQLAlchemy Core sees them: names, columns, and the constraints that keep the state machine honest.
+
+They stand beside an app's own tables, hence the `fetch_` names. `due_at` is the queue: a row with one waits for work,
+a row without is at rest. A claim moves `due_at` forward by the lease and writes a token that fences the result.
+"""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Dialect,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.dialects import mysql
+
+VERSION_TABLE = "fetch_worker_version"
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """Aware UTC times on every database. A naive time is refused, since nobody can know what it means."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> Any:
+        """Microseconds also on MySQL and MariaDB, where seconds are the default."""
+        if dialect.name in ("mysql", "mariadb"):
+            return dialect.type_descriptor(mysql.DATETIME(fsp=6))
+        return dialect.type_descriptor(DateTime(timezone=True))
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Refuses a naive time (ValueError); everything else is stored as UTC."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"a time without a zone can't be stored: {value!r}")
+        utc = value.astimezone(UTC)
+        return utc if dialect.name == "postgresql" else utc.replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Times come back aware, in UTC."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def _where(condition: str) -> dict[str, Any]:
+    return {"postgresql_where": text(condition), "sqlite_where": text(condition)}
+
+
+_Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by itself only where the type is INTEGER
+_Body = LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    }
+)
+
+_FINAL = "status IN ('completed', 'failed', 'expired', 'cancelled')"
+
+jobs = Table(
+    "fetch_jobs",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("account", String(64), nullable=False),
+    Column("remote_id", String(128), nullable=False),
+    Column("kind", String(64), nullable=False),
+    Column("fetch_url", String(500), nullable=False),
+    Column("fetch_base", String(500), nullable=False),
+    Column("fetch_host", String(255), nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("priority", SmallInteger, nullable=False, server_default="0"),
+    Column("reference", String(255)),
+    Column("on_done", String(255)),
+    Column("eta", Double),
+    Column("polls", Integer, nullable=False, server_default="0"),
+    Column("failed_answers", SmallInteger, nullable=False, server_default="0"),
+    Column("unknown_answers", SmallInteger, nullable=False, server_default="0"),
+    Column("error_answers", SmallInteger, nullable=False, server_default="0"),
+    Column("empty_answers", SmallInteger, nullable=False, server_default="0"),
+    Column("struck_at", UtcDateTime),
+    Column("last_answer", String(600)),
+    Column("submitted_at", UtcDateTime, nullable=False),
+    Column("tracked_at", UtcDateTime, nullable=False),
+    Column("deadline_at", UtcDateTime, nullable=False),
+    Column("deadline_seconds", Double, nullable=False),
+    Column("due_at", UtcDateTime),
+    Column("asked_at", UtcDateTime),
+    Column("ready_at", UtcDateTime),
+    Column("completed_at", UtcDateTime),
+    Column("told_at", UtcDateTime),
+    Column("claim_token", String(32)),
+    Column("claim_holder", String(32)),
+    Column("error_code", String(32)),
+    Column("error_message", Text),
+    UniqueConstraint("account", "fetch_base", "remote_id", name="uq_fetch_jobs_same_job"),
+    CheckConstraint(
+        "status IN ('pending', 'downloading', 'completed', 'failed', 'expired', 'cancelled')", name="known_status"
+    ),
+    CheckConstraint(f"({_FINAL}) = (completed_at IS NOT NULL)", name="final_has_completed_at"),
+    CheckConstraint(f"NOT ({_FINAL}) OR due_at IS NULL", name="final_is_at_rest"),
+    CheckConstraint("status <> 'pending' OR due_at IS NOT NULL", name="pending_is_due"),
+    CheckConstraint("status NOT IN ('failed', 'expired') OR error_code IS NOT NULL", name="failed_has_code"),
+    CheckConstraint("status NOT IN ('downloading', 'completed') OR ready_at IS NOT NULL", name="ready_has_ready_at"),
+    CheckConstraint("claim_token IS NULL OR (claim_holder IS NOT NULL AND due_at IS NOT NULL)", name="claim_is_leased"),
+    CheckConstraint("polls >= 0", name="polls_count_up"),
+    Index("ix_fetch_jobs_due", "account", "due_at", **_where("due_at IS NOT NULL")),
+    Index("ix_fetch_jobs_remote_id", "remote_id"),
+    Index("ix_fetch_jobs_reference", "reference"),
+    Index("ix_fetch_jobs_status", "status", "id"),
+    Index("ix_fetch_jobs_holder", "claim_holder", **_where("claim_holder IS NOT NULL")),
+    Index(
+        "ix_fetch_jobs_untold",
+        "completed_at",
+        **_where("completed_at IS NOT NULL AND on_done IS NOT NULL AND told_at IS NULL"),
+    ),
+    sqlite_autoincrement=True,  # ids are never used twice: files are named after them
+)
+
+outputs = Table(
+    "fetch_outputs",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("job_id", _Id, ForeignKey("fetch_jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("position", Integer, nullable=False),
+    Column("url", Text, nullable=False),
+    Column("proxy_urls", Text, nullable=False),  # a JSON list
+    Column("status", String(16), nullable=False),
+    Column("location", Text),
+    Column("size_bytes", BigInteger),
+    Column("sha256", String(64)),
+    Column("media_type", String(64)),
+    Column("attempts", Integer, nullable=False, server_default="0"),
+    Column("bad_bodies", SmallInteger, nullable=False, server_default="0"),
+    Column("dead_since", UtcDateTime),
+    Column("dead_attempts", SmallInteger, nullable=False, server_default="0"),
+    Column("renewed", Boolean, nullable=False, server_default=text("false")),
+    Column("listed_at", UtcDateTime, nullable=False),
+    Column("due_at", UtcDateTime),
+    Column("queued_at", UtcDateTime),
+    Column("stored_at", UtcDateTime),
+    Column("claim_token", String(32)),
+    Column("claim_holder", String(32)),
+    Column("error_code", String(32)),
+    Column("error_message", Text),
+    UniqueConstraint("job_id", "position", name="uq_fetch_outputs_position"),
+    CheckConstraint("status IN ('pending', 'stored', 'failed')", name="known_status"),
+    CheckConstraint("(status = 'pending') = (due_at IS NOT NULL)", name="pending_is_due"),
+    CheckConstraint(
+        "status <> 'stored' OR (location IS NOT NULL AND sha256 IS NOT NULL AND size_bytes IS NOT NULL"
+        " AND media_type IS NOT NULL AND stored_at IS NOT NULL)",
+        name="stored_is_described",
+    ),
+    CheckConstraint("status <> 'failed' OR error_code IS NOT NULL", name="failed_has_code"),
+    CheckConstraint("claim_token IS NULL OR (claim_holder IS NOT NULL AND due_at IS NOT NULL)", name="claim_is_leased"),
+    Index("ix_fetch_outputs_due", "due_at", **_where("due_at IS NOT NULL")),
+    Index("ix_fetch_outputs_holder", "claim_holder", **_where("claim_holder IS NOT NULL")),
+    sqlite_autoincrement=True,
+)
+
+bodies = Table(
+    "fetch_output_bodies",
+    metadata,
+    Column("output_id", _Id, ForeignKey("fetch_outputs.id", ondelete="CASCADE"), primary_key=True),
+    Column("body", _Body, nullable=False),
+    comment="bytes that an answer carried itself, until they are stored",
+)
+
+gates = Table(
+    "fetch_gates",
+    metadata,
+    Column("scope", String(16), primary_key=True),
+    Column("name", String(255), primary_key=True),
+    Column("proven", Boolean, nullable=False, server_default=text("false")),
+    Column("reason", String(600)),
+    Column("since", UtcDateTime),
+    Column("until", UtcDateTime),
+    Column("probe_at", UtcDateTime),
+    Column("probes", Integer, nullable=False, server_default="0"),
+    Column("troubles", Integer, nullable=False, server_default="0"),
+    Column("released_at", UtcDateTime),
+    Column("asked_at", UtcDateTime),
+    CheckConstraint("scope IN ('account', 'host')", name="known_scope"),
+    CheckConstraint("(reason IS NULL) = (since IS NULL)", name="hold_has_since"),
+    comment="accounts and API hosts: may they be asked, and if not, why and until when",
+)

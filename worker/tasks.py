@@ -1,0 +1,230 @@
+"""The Celery tasks: thin doors with stable names. Each may run twice, late or never, and does no harm."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import cached_property
+from typing import Any
+
+from celery.exceptions import Reject
+from celery.utils.log import get_task_logger
+from kombu.exceptions import OperationalError as BrokerError
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from worker import enqueue
+from worker.addresses import Guard, guarded_adapter
+from worker.app import DOWNLOADS, HINT_EXPIRES_SECONDS, app, settings
+from worker.core import gate as gates
+from worker.database import database_now, engine_for
+from worker.downloader import Downloader
+from worker.errors import NotTrackable, Unavailable, WorkerError
+from worker.hosted_api import HostedApi
+from worker.leases import LeaseKeeper
+from worker.notifier import tell
+from worker.poller import IN_FLIGHT, Poller
+from worker.scrubber import Scrubber
+from worker.shared_budget import SharedBudget
+from worker.storage import FileStorage
+from worker.store.claims import waiting_outputs
+from worker.store.gates import locked_gate, save_gate
+
+log = get_task_logger(__name__)
+
+SWEEP_LIMIT = 1_000
+DOWNLOAD_THREADS = 64
+DATABASE_AWAY_SECONDS = 1.0
+
+
+class Parts:
+    """What the tasks of one process share. Made when first needed, after any fork, never handed to a child."""
+
+    @cached_property
+    def engine(self) -> Engine:
+        """This process's engine."""
+        return engine_for(settings.database)
+
+    @cached_property
+    def scrubber(self) -> Scrubber:
+        """Takes the keys out of texts."""
+        return Scrubber(key.get_secret_value() for key in settings.keys.values())
+
+    @cached_property
+    def leases(self) -> LeaseKeeper:
+        """Holds this process's claims."""
+        return LeaseKeeper(self.engine, lease=timedelta(seconds=settings.recovery_seconds))
+
+    @cached_property
+    def poller(self) -> Poller:
+        """Polls."""
+        return Poller(
+            engine=self.engine,
+            api=HostedApi(settings.api, self.scrubber, timeout=settings.sd_api_timeout, connections=IN_FLIGHT),
+            budget=SharedBudget(settings.redis, rps=settings.sd_api_rps),
+            leases=self.leases,
+            keys=settings.keys,
+            pace=settings.pace,
+            api_timeout=settings.sd_api_timeout,
+            queue_downloads=queue_downloads,
+            tell=self.tell,
+        )
+
+    @cached_property
+    def downloader(self) -> Downloader:
+        """Downloads."""
+        guard = Guard(settings.allowed_networks)
+        return Downloader(
+            engine=self.engine,
+            leases=self.leases,
+            storage=FileStorage(settings.storage_path),
+            guard=guard,
+            adapter=guarded_adapter(guard, connections=DOWNLOAD_THREADS),
+            scrubber=self.scrubber,
+            max_bytes=settings.output_max_bytes,
+            timeout=settings.output_timeout,
+            deadline=settings.output_deadline,
+            tell=self.tell,
+        )
+
+    swept_at = 0.0
+
+    def tell(self, job_ids: Sequence[int] | None) -> None:
+        """Tells web apps of final jobs; trouble with the broker leaves it to the next sweep."""
+        if job_ids is not None and not job_ids:
+            return
+        _softly("on_done", lambda: tell(self.engine, _send_on_done, job_ids))
+
+
+_parts: dict[int, Parts] = {}
+_parts_lock = threading.Lock()
+
+
+def parts() -> Parts:
+    """This process's parts."""
+    with _parts_lock:
+        return _parts.setdefault(os.getpid(), Parts())
+
+
+def queue_downloads(output_ids: Sequence[int]) -> None:
+    """Puts download tasks on their queue. If the broker is away the sweep does it later."""
+
+    def publish() -> None:
+        with app.producer_pool.acquire(block=True, timeout=5) as producer:
+            for output_id in output_ids:
+                download.apply_async((output_id,), producer=producer, queue=DOWNLOADS)
+
+    if output_ids:
+        _softly("downloads", publish)
+
+
+def _send_on_done(task: str, queue: str, job_id: int) -> None:
+    app.send_task(task, (job_id,), queue=queue, ignore_result=True)
+
+
+def _softly(what: str, publish: Callable[[], object]) -> None:
+    try:
+        publish()
+    except (BrokerError, OSError) as error:
+        log.warning("the broker is away, the sweep will send it what=%s reason=%s", what, type(error).__name__)
+
+
+# ── the work, as tasks and tickers start it ───────────────────────────────────────────────────────────────────────────
+
+
+def run_polls() -> str:
+    """One poll run, in a few words."""
+    try:
+        report = parts().poller.run()
+    except SQLAlchemyError as error:
+        log.error("polling waits for the database reason=%s", type(error).__name__)
+        time.sleep(DATABASE_AWAY_SECONDS)
+        return "the database is away"
+    return "a run is on already" if report is None else str(report)
+
+
+def run_sweep() -> str:
+    """Puts back what a lost message or a dead process left."""
+    own = parts()
+    own.swept_at = time.monotonic()
+    try:
+        with own.engine.begin() as connection:
+            now = database_now(connection)
+            lost = now - timedelta(seconds=settings.recovery_seconds)
+            output_ids = waiting_outputs(connection, now=now, queued_before=lost, limit=SWEEP_LIMIT)
+    except SQLAlchemyError as error:
+        log.error("the sweep waits for the database reason=%s", type(error).__name__)
+        return "the database is away"
+    queue_downloads(output_ids)
+    own.tell(None)
+    return f"{len(output_ids)} downloads put back" if output_ids else "nothing to put back"
+
+
+def doubt_keys() -> None:
+    """As a worker starts: every key has to be accepted once, by one call alone, before it is used at full speed."""
+    with parts().engine.begin() as connection:
+        now = database_now(connection)
+        for account in sorted(settings.keys):
+            save_gate(connection, gates.unproven(locked_gate(connection, "account", account), now=now))
+
+
+# ── the tasks ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@app.task(name="worker.track", ignore_result=False, acks_late=True, throws=(WorkerError,))
+def track(remote: Any, **options: Any) -> int:
+    """Inserts the job once; its result is the job's id."""
+    try:
+        job_id, created = enqueue.tracked([remote], **options)[0]
+    except Unavailable:
+        time.sleep(DATABASE_AWAY_SECONDS)
+        raise Reject("the database is away", requeue=True) from None
+    except TypeError as wrong:
+        raise NotTrackable(parts().scrubber.text(f"worker.track was called wrongly: {wrong}")) from None
+    except WorkerError as wrong:
+        raise type(wrong)(parts().scrubber.text(str(wrong))) from None
+    if created and not isinstance(remote, int):
+        _softly("sweep", lambda: sweep.apply_async(expires=HINT_EXPIRES_SECONDS))  # it may be ready already
+    return job_id
+
+
+@app.task(name="worker.nudge", acks_late=True, throws=(WorkerError,))
+def nudge(remote_id: str | int, account: str | None = None) -> str:
+    """A hint that a job may be ready: it is asked about as soon as its last request is long enough ago."""
+    return f"{enqueue.nudge(remote_id, account)} brought forward"
+
+
+@app.task(name="worker.cancel", throws=(WorkerError,))
+def cancel(job_id: int) -> str:
+    """Cancels a job that is not final."""
+    return "cancelled" if enqueue.cancel(job_id) else "unchanged"
+
+
+@app.task(name="worker.retry", throws=(WorkerError,))
+def retry(job_id: int) -> str:
+    """Takes a failed or expired job up again."""
+    return "taken up again" if enqueue.retry(job_id) else "unchanged"
+
+
+@app.task(name="worker.poll")
+def poll() -> str:
+    """Claims and asks until nothing is due for a second, then publishes its successor."""
+    said = run_polls()
+    if said != "a run is on already" and not parts().poller.stopped:
+        _softly("poll", lambda: poll.apply_async(expires=HINT_EXPIRES_SECONDS))
+    return said
+
+
+@app.task(name="worker.download")
+def download(output_id: int) -> str:
+    """Stores one output."""
+    if isinstance(output_id, bool) or not isinstance(output_id, int):
+        return "nothing to do: no output id"
+    return parts().downloader.run(output_id)
+
+
+@app.task(name="worker.sweep")
+def sweep() -> str:
+    """Puts back what a lost message or a dead process left."""
+    return run_sweep()

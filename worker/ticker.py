@@ -1,0 +1,91 @@
+"""What every worker process does by itself: check the schema as it starts, and tick where no message comes.
+
+Messages are hints. Where none has come for two seconds (no broker, no beat, all of them lost) the ticker of a process
+that consumes polls starts the same poll run, and now and then a sweep, directly.
+"""
+
+import sys
+import threading
+import time
+from typing import Any
+
+from celery import bootsteps
+from celery.signals import worker_init, worker_shutting_down
+from celery.utils.log import get_logger
+from sqlalchemy.exc import SQLAlchemyError
+
+from worker.app import POLLS, app, settings
+from worker.database import check_schema, engine_for
+from worker.errors import SchemaOutdated, Unavailable
+from worker.tasks import doubt_keys, parts, run_polls, run_sweep
+
+log = get_logger(__name__)
+
+LOOK_SECONDS = 0.5
+SILENCE_SECONDS = 2.0
+SWEEP_SILENCE_SECONDS = 10.0
+
+
+class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
+    """Starts before the consumer connects, so that polling goes on without a broker."""
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        super().__init__(worker, **options)
+
+    def start(self, worker: Any) -> None:
+        """Ticks, in a worker that consumes polls."""
+        if POLLS not in worker.app.amqp.queues.consume_from:
+            return
+        self._thread = threading.Thread(target=self._run, name="ticker", daemon=True)
+        self._thread.start()
+
+    def stop(self, worker: Any) -> None:
+        """Stops ticking."""
+        self._stop.set()
+
+    terminate = stop
+
+    def _run(self) -> None:
+        self._begin()
+        while not self._stop.wait(LOOK_SECONDS):
+            own = parts()
+            try:
+                if time.monotonic() - own.poller.last_run > SILENCE_SECONDS:
+                    run_polls()
+                if time.monotonic() - own.swept_at > SWEEP_SILENCE_SECONDS:
+                    run_sweep()
+            except Exception:  # the ticker is the last resort: it must not die of one trouble
+                log.exception("a tick failed")
+
+    def _begin(self) -> None:
+        if not settings.keys:
+            log.warning("no SD_API_KEY: jobs are accepted and held until there is one")
+        while not self._stop.is_set():
+            try:
+                doubt_keys()
+            except SQLAlchemyError as error:
+                log.error("waiting for the database reason=%s", type(error).__name__)
+                self._stop.wait(SILENCE_SECONDS)
+            else:
+                return
+
+
+@worker_init.connect(weak=False)  # type: ignore[untyped-decorator]  # celery has no types
+def _check_schema(**_: object) -> None:
+    try:
+        check_schema(engine_for(settings.database))
+    except SchemaOutdated as outdated:
+        print(f"fetch-worker: {outdated}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+    except Unavailable as away:
+        log.error("%s; waiting for it", away)
+
+
+@worker_shutting_down.connect(weak=False)  # type: ignore[untyped-decorator]  # celery has no types
+def _stop_claiming(**_: object) -> None:
+    parts().poller.stop()
+
+
+app.steps["worker"].add(Ticker)
