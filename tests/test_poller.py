@@ -1,0 +1,303 @@
+"""The poll run against a real HTTP stand-in, a real Redis, and both databases."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import Engine, Row, select, update
+
+from worker.core.fetch_address import AllowedApi, fetch_address
+from worker.core.pace import Pace
+from worker.database import database_now
+from worker.hosted_api import HostedApi
+from worker.leases import LeaseKeeper
+from worker.poller import Poller
+from worker.sandbox import Answer, Sandbox, SandboxOptions
+from worker.scrubber import Scrubber
+from worker.shared_budget import SharedBudget
+from worker.store.jobs import NewJob, cancel, insert_jobs
+from worker.tables import gates, jobs, outputs
+
+KEY = "sandbox-key"
+
+
+class Polls:
+    """One process's polling: a poller, what it queued, and the stand-in that it asks."""
+
+    def __init__(self, engine: Engine, redis_url: str, sandbox: Sandbox, **keys: str) -> None:
+        self.engine = engine
+        self.sandbox = sandbox
+        self.queued: list[int] = []
+        self.told: list[int] = []
+        self.api = AllowedApi(sandbox.url, frozenset({sandbox.url.split("/")[2]}))
+        self.poller = Poller(
+            engine=engine,
+            api=HostedApi(self.api, Scrubber([KEY]), timeout=5.0, connections=16),
+            budget=SharedBudget(redis_url, rps=2_000),
+            leases=LeaseKeeper(engine, lease=timedelta(seconds=30)),
+            keys={name: SecretStr(key) for name, key in (keys or {"default": KEY}).items()},
+            pace=Pace("learned", 0.5, 0.0),
+            api_timeout=5.0,
+            queue_downloads=self.queued.extend,
+            tell=self.told.extend,
+        )
+
+    def track(self, remote_ids: Sequence[Any], **changes: Any) -> list[int]:
+        """Puts jobs in that are due now."""
+        with self.engine.begin() as connection:
+            now = database_now(connection)
+            new = [self._job(str(remote_id), now, **changes) for remote_id in remote_ids]
+            return [job_id for job_id, _ in insert_jobs(connection, new, now=now)]
+
+    def _job(self, remote_id: str, now: Any, **changes: Any) -> NewJob:
+        values: dict[str, Any] = {
+            "account": "default",
+            "kind": "image",
+            "priority": 0,
+            "reference": None,
+            "on_done": None,
+            "eta": None,
+            "submitted_at": now,
+            "deadline_at": now + timedelta(hours=1),
+            "due_at": now,
+        }
+        return NewJob(remote_id=remote_id, address=fetch_address(None, remote_id, self.api), **(values | changes))
+
+    def run(self, seconds: float = 0.3) -> str:
+        """One poll run that is over soon."""
+        return str(self.poller.run(seconds=seconds))
+
+    def until(self, reached: Callable[[], bool], seconds: float = 10.0) -> None:
+        """Polls on until something holds."""
+        end = time.monotonic() + seconds
+        while not reached():
+            assert time.monotonic() < end, "it did not come to pass in time"
+            self.run()
+
+    def row(self, job_id: int) -> Row[Any]:
+        """A job as it stands."""
+        with self.engine.connect() as connection:
+            return connection.execute(select(jobs).where(jobs.c.id == job_id)).one()
+
+    def gate(self, name: str) -> Row[Any]:
+        """A gate as it stands."""
+        with self.engine.connect() as connection:
+            return connection.execute(select(gates).where(gates.c.name == name)).one()
+
+
+@pytest.fixture
+def sandbox() -> Iterator[Sandbox]:
+    """A stand-in whose jobs are ready at once."""
+    with Sandbox(SandboxOptions(key=KEY, min_seconds=0.0, max_seconds=0.0, size=32)) as server:
+        yield server
+
+
+@pytest.fixture
+def polls(engine: Engine, redis_url: str, sandbox: Sandbox) -> Polls:
+    """A poller on a fresh database."""
+    return Polls(engine, redis_url, sandbox)
+
+
+def submitted(sandbox: Sandbox, count: int, samples: int = 2) -> list[str]:
+    """Jobs that the stand-in knows."""
+    return [str(sandbox.submit(f"a lake, {number}", samples=samples)["id"]) for number in range(count)]
+
+
+def scripted(message: bytes, status: int = 200, times: int = 50) -> list[Answer]:
+    """The same answer, again and again."""
+    return [Answer(status, {"Content-Type": "application/json"}, message)] * times
+
+
+def test_given_ready_jobs_when_polled_then_each_is_asked_once_and_its_outputs_are_queued(polls: Polls) -> None:
+    ids = polls.track(submitted(polls.sandbox, 30))
+
+    polls.until(lambda: all(polls.row(job).status == "downloading" for job in ids))
+
+    assert all(polls.row(job).polls == 1 for job in ids)
+    assert all(count == 1 for count in polls.sandbox.calls.fetches.values())
+    with polls.engine.connect() as connection:
+        rows = connection.execute(select(outputs.c.id, outputs.c.job_id).order_by(outputs.c.id)).all()
+    assert sorted(polls.queued) == [row.id for row in rows]
+    assert len(rows) == 60
+
+
+def test_given_jobs_in_progress_when_polled_then_the_waits_grow_and_nothing_is_lost(
+    engine: Engine, redis_url: str
+) -> None:
+    with Sandbox(SandboxOptions(key=KEY, min_seconds=1.5, max_seconds=2.5, size=32)) as sandbox:
+        polls = Polls(engine, redis_url, sandbox)
+        ids = polls.track(submitted(sandbox, 5, samples=1))
+
+        polls.until(lambda: all(polls.row(job).status == "downloading" for job in ids))
+
+        assert [polls.row(job).polls for job in ids] == [sandbox.calls.fetches[row] for row in sandbox.calls.fetches]
+        assert all(2 <= polls.row(job).polls <= 4 for job in ids)
+
+
+def test_given_a_wrong_key_when_polled_then_one_call_alone_is_made_and_the_jobs_wait_unharmed(
+    engine: Engine, redis_url: str, sandbox: Sandbox
+) -> None:
+    polls = Polls(engine, redis_url, sandbox, default="wrong-key")
+    ids = polls.track(submitted(sandbox, 20))
+
+    polls.run(1.5)
+
+    assert sum(sandbox.calls.fetches.values()) == 1
+    assert {polls.row(job).status for job in ids} == {"pending"}
+    gate = polls.gate("default")
+    assert gate.reason == "key rejected: Invalid Api Key"
+    assert timedelta(seconds=9) < gate.probe_at - gate.since < timedelta(seconds=11)
+
+
+def test_given_a_held_account_when_the_probe_is_accepted_then_all_its_jobs_go_on(
+    engine: Engine, redis_url: str, sandbox: Sandbox
+) -> None:
+    polls = Polls(engine, redis_url, sandbox, default="later-key")
+    ids = polls.track(submitted(sandbox, 20))
+    polls.run()
+    sandbox.options_now(key="later-key")
+    with engine.begin() as connection:
+        connection.execute(update(gates).values(probe_at=database_now(connection)))
+
+    polls.until(lambda: all(polls.row(job).status == "downloading" for job in ids))
+
+    gate = polls.gate("default")
+    assert gate.reason is None
+    assert gate.released_at is not None
+
+
+def test_given_an_account_without_a_key_when_polled_then_its_jobs_are_not_asked_about(polls: Polls) -> None:
+    (job,) = polls.track(submitted(polls.sandbox, 1), account="other")
+
+    polls.run()
+
+    assert polls.row(job).polls == 0
+    assert polls.row(job).status == "pending"
+
+
+def test_given_a_rate_limit_when_it_is_answered_then_the_whole_account_pauses(polls: Polls) -> None:
+    ids = submitted(polls.sandbox, 3)
+    jobs_in = polls.track(ids[:1])
+    polls.sandbox.script(ids[0], scripted(b'{"status":"error","message":"Rate limit exceeded","retry_after":30}'))
+    polls.run()
+    polls.track(ids[1:])
+
+    polls.run(0.6)
+
+    assert sum(polls.sandbox.calls.fetches.values()) == 1
+    gate = polls.gate("default")
+    assert gate.reason == "rate limited"
+    assert timedelta(seconds=29) < gate.until - gate.since <= timedelta(seconds=31)
+    assert polls.row(jobs_in[0]).status == "pending"
+
+
+def test_given_an_api_in_trouble_when_five_calls_failed_then_the_host_is_held_and_no_job_fails(polls: Polls) -> None:
+    ids = submitted(polls.sandbox, 12)
+    for remote_id in ids:
+        polls.sandbox.script(remote_id, scripted(b"<html>502</html>", status=502))
+    job_ids = polls.track(ids)
+
+    polls.run(1.0)
+    asked = sum(polls.sandbox.calls.fetches.values())
+    polls.run(1.0)
+
+    assert sum(polls.sandbox.calls.fetches.values()) == asked
+    assert {polls.row(job).status for job in job_ids} == {"pending"}
+    assert "HTTP 502" in polls.gate(polls.row(job_ids[0]).fetch_host).reason
+
+
+def test_given_a_job_that_failed_twice_when_polled_then_it_ends_and_is_told_of(polls: Polls) -> None:
+    remote_id = submitted(polls.sandbox, 1)[0]
+    polls.sandbox.script(remote_id, scripted(b'{"status":"failed","id":"","message":"Failed, Try Again","output":""}'))
+    (job,) = polls.track([remote_id])
+
+    polls.until(lambda: bool(polls.row(job).status == "failed"))
+
+    row = polls.row(job)
+    assert (row.error_code, row.error_message, row.polls) == ("api_failed", "Failed, Try Again", 2)
+    assert polls.told == [job]
+
+
+def test_given_a_job_past_its_deadline_when_it_is_still_processing_then_it_expires_only_after_being_asked(
+    engine: Engine, redis_url: str
+) -> None:
+    with Sandbox(SandboxOptions(key=KEY, min_seconds=900, max_seconds=900)) as sandbox:
+        polls = Polls(engine, redis_url, sandbox)
+        with engine.connect() as connection:
+            past = database_now(connection) - timedelta(hours=2)
+        (job,) = polls.track(submitted(sandbox, 1), submitted_at=past, deadline_at=past + timedelta(hours=1))
+
+        polls.until(lambda: bool(polls.row(job).status == "expired"))
+
+        assert polls.row(job).polls == 1
+        assert polls.row(job).error_code == "expired"
+
+
+def test_given_a_cancelled_job_when_its_answer_comes_late_then_nothing_changes(
+    polls: Polls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job,) = polls.track(submitted(polls.sandbox, 1))
+    asked, cancelled = threading.Event(), threading.Event()
+    ask = polls.poller._api.ask
+
+    def held(*arguments: Any) -> Any:
+        reply = ask(*arguments)
+        asked.set()
+        cancelled.wait(10)
+        return reply
+
+    monkeypatch.setattr(polls.poller._api, "ask", held)
+    run = threading.Thread(target=polls.run)
+    run.start()
+    assert asked.wait(10)
+    with polls.engine.begin() as connection:
+        assert cancel(connection, job, now=database_now(connection))
+    cancelled.set()
+    run.join()
+
+    assert polls.row(job).status == "cancelled"
+    assert polls.queued == []
+
+
+def test_given_two_pollers_when_they_share_the_table_then_no_job_is_asked_about_twice(
+    engine: Engine, redis_url: str, sandbox: Sandbox
+) -> None:
+    both = [Polls(engine, redis_url, sandbox), Polls(engine, redis_url, sandbox)]
+    both[0].track(submitted(sandbox, 1))
+    both[0].run()  # the key is accepted
+    ids = both[0].track(submitted(sandbox, 100, samples=1))
+    threads = [threading.Thread(target=one.run, args=(3.0,)) for one in both]
+
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert {both[0].row(job).status for job in ids} == {"downloading"}
+    assert set(sandbox.calls.fetches.values()) == {1}
+
+
+def test_given_a_stop_when_polling_then_nothing_more_is_claimed(polls: Polls) -> None:
+    ids = polls.track(submitted(polls.sandbox, 5))
+    polls.poller.stop()
+
+    polls.run()
+
+    assert {polls.row(job).polls for job in ids} == {0}
+
+
+def test_given_more_jobs_than_the_budget_when_polled_then_no_second_sees_more_than_rate_and_burst(
+    engine: Engine, redis_url: str, sandbox: Sandbox
+) -> None:
+    polls = Polls(engine, redis_url, sandbox, budgeted=KEY)
+    polls.poller._budget = SharedBudget(redis_url, rps=20)
+    ids = polls.track(submitted(sandbox, 60, samples=1), account="budgeted")
+    started = time.monotonic()
+
+    polls.until(lambda: all(polls.row(job).status == "downloading" for job in ids))
+
+    assert time.monotonic() - started >= (60 - 2) / 20 * 0.9
