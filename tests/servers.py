@@ -138,14 +138,19 @@ def free_port() -> int:
         return port
 
 
+_CELERY_WORKER = (
+    *(sys.executable, "-m", "celery", "-A", "worker.app", "worker", "--pool", "threads", "--concurrency", "4"),
+    *("--loglevel", "INFO", "--without-mingle", "--without-gossip"),
+)
+
+
 @contextmanager
 def celery_worker(folder: Path, *arguments: str) -> Iterator["subprocess.Popen[bytes]"]:
     """A real `celery -A worker.app worker` in the present environment, ready to work; stopped politely at the end."""
     log = folder / "worker.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "celery", "-A", "worker.app", "worker", "--pool", "threads", "--concurrency", "4"]
-            + ["--loglevel", "INFO", "--without-mingle", "--without-gossip", *arguments],
+            [*_CELERY_WORKER, *arguments],
             cwd=folder,
             stdout=out,
             stderr=subprocess.STDOUT,

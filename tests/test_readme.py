@@ -1,4 +1,4 @@
-"""The README is true: its examples run, its tables name every setting, state and code, and its two lines stand first."""
+"""The README is true: its examples run, its tables name every setting and state, its two lines stand first."""
 
 import os
 import re

@@ -15,7 +15,7 @@ from urllib3 import PoolManager
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
-from worker.timed_http import TimedHTTPConnection, TimedHTTPSConnection
+from worker.timed_http import TimedHTTPConnection, TimedHTTPSConnection, seconds_left
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -112,10 +112,10 @@ def is_public(address: Address) -> bool:
 def _connect_first(connection: Any, targets: Sequence[tuple[Any, Any]]) -> socket.socket:
     trouble: OSError | None = None
     for family, answer in targets:
+        seconds = min(float(connection.timeout), seconds_left())  # a name may have any number of silent addresses
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
-            if isinstance(connection.timeout, (int, float)):
-                sock.settimeout(connection.timeout)
+            sock.settimeout(seconds)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.connect(answer)
         except OSError as error:

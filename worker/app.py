@@ -51,7 +51,6 @@ def make_app(settings: Settings) -> Celery:
         worker_prefetch_multiplier=1,
         worker_disable_prefetch=settings.broker.startswith(("redis", "rediss")),
         worker_send_task_events=True,
-        task_send_sent_event=True,
         worker_hijack_root_logger=True,
         worker_redirect_stdouts=False,
         broker_connection_retry_on_startup=True,

@@ -2,15 +2,16 @@
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import InterfaceError, OperationalError, ProgrammingError
+from sqlalchemy.exc import DatabaseError, InterfaceError, OperationalError
 
 from worker.errors import SchemaOutdated, SettingsError, Unavailable
 from worker.tables import VERSION_TABLE
@@ -18,6 +19,9 @@ from worker.tables import VERSION_TABLE
 SCHEMA_VERSION = "0001"
 LOCK_TIMEOUT_SECONDS = 15
 STATEMENT_TIMEOUT_SECONDS = 60
+MISSING_STATES = ("42P01", "42703")  # PostgreSQL's codes for an undefined table and an undefined column
+
+_CLOCK = "fetch-worker: the database's time, and the monotonic time at which it was read"
 
 _engines: dict[tuple[int, str], Engine] = {}
 _engines_lock = threading.Lock()
@@ -43,7 +47,7 @@ def make_engine(url: URL) -> Engine:
         }
     elif backend == "sqlite":
         if url.database and url.database != ":memory:":
-            Path(url.database).absolute().parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(Path(url.database).absolute().parent)
         arguments = {"connect_args": {"timeout": LOCK_TIMEOUT_SECONDS}}
     try:
         engine = create_engine(url, pool_pre_ping=True, pool_size=8, max_overflow=24, hide_parameters=True, **arguments)
@@ -56,6 +60,13 @@ def make_engine(url: URL) -> Engine:
     elif backend == "postgresql":
         event.listen(engine, "begin", _bound_postgres)
     return engine
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unavailable(f"can't make the folder {folder} ({error.strerror}); check DATABASE_URL") from None
 
 
 def _prepare_sqlite(connection: Any, record: Any) -> None:
@@ -75,16 +86,25 @@ def _begin_immediate(connection: Connection) -> None:
 
 
 def _bound_postgres(connection: Connection) -> None:
-    connection.exec_driver_sql(
-        f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_SECONDS}s';"
-        f" SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT_SECONDS}s'"
-    )
+    """Sets the transaction's time-outs and reads the clock, all in one round trip. Nothing outlives the transaction."""
+    cursor: Any = connection.connection.cursor()
+    with cursor:
+        cursor.execute(
+            f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_SECONDS}s';"
+            f" SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT_SECONDS}s'; SELECT clock_timestamp()"
+        )
+        while cursor.nextset():
+            pass
+        connection.info[_CLOCK] = (cursor.fetchone()[0].astimezone(UTC), time.monotonic())
 
 
 def database_now(connection: Connection) -> datetime:
     """The database's clock, aware, UTC: the one clock that decides what is due and which lease is over."""
     backend = connection.dialect.name
     if backend == "postgresql":
+        if connection.in_transaction() and _CLOCK in connection.info:
+            began: tuple[datetime, float] = connection.info[_CLOCK]
+            return began[0] + timedelta(seconds=time.monotonic() - began[1])
         value: datetime = connection.exec_driver_sql("SELECT clock_timestamp()").scalar_one()
         return value.astimezone(UTC)
     if backend == "sqlite":
@@ -98,12 +118,12 @@ def connected(url: URL) -> Iterator[None]:
     """Turns what a driver raises when the server is away, or the tables are missing, into our own errors."""
     try:
         yield
-    except (OperationalError, InterfaceError, ProgrammingError) as error:
+    except (DatabaseError, InterfaceError) as error:
         shown = url.render_as_string(hide_password=True)
         if missing_table(error):
             raise SchemaOutdated(f"the tables are missing in {shown}: run `fetch-worker migrate`") from None
-        if isinstance(error, ProgrammingError):
-            raise
+        if type(error) not in (OperationalError, InterfaceError, DatabaseError):
+            raise  # a fault of ours, or of what was handed in; a bare DatabaseError is a file that is no database
         reason = str(error.orig).strip().splitlines()[0] if error.orig else str(error)
         raise Unavailable(
             f"the database {shown} does not answer ({reason[:200]}); check DATABASE_URL and the server"
@@ -112,10 +132,12 @@ def connected(url: URL) -> Iterator[None]:
 
 def missing_table(error: Exception) -> bool:
     """Whether a driver's error says that a table or column of ours is not there."""
-    said = str(getattr(error, "orig", error)).lower()
-    return any(words in said for words in ("no such table", "no such column", "does not exist", "doesn't exist")) and (
-        "fetch_" in said or "column" in said
-    )
+    cause = getattr(error, "orig", error)
+    state = getattr(cause, "sqlstate", None)
+    if state is not None:  # PostgreSQL says "does not exist" of databases and roles too
+        return state in MISSING_STATES
+    said = str(cause).lower()
+    return any(words in said for words in ("no such table", "no such column", "doesn't exist"))
 
 
 def schema_version(connection: Connection) -> str | None:

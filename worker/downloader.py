@@ -157,6 +157,8 @@ class Downloader:
             if limit.over:
                 return Trouble("unreachable", f"not done within OUTPUT_TIMEOUT, after {incoming.size} bytes")
             raise _Truncated(f"the body ended after {incoming.size} bytes ({type(error).__name__})") from None
+        if limit.over:  # where no length was declared, a connection that the watchdog ended looks like the end
+            return Trouble("unreachable", f"not done within OUTPUT_TIMEOUT, after {incoming.size} bytes")
         return None
 
     def _keep(self, output: ClaimedOutput, incoming: Incoming) -> Attempt:

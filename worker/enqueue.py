@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Any, Protocol
@@ -11,8 +11,9 @@ from zlib import crc32
 
 from sqlalchemy import Connection, Row
 
-from worker.core.fetch_address import ACCOUNT, FetchAddress, checked_remote_id, family, fetch_address
+from worker.core.fetch_address import ACCOUNT, SYNTHETIC_ID, FetchAddress, checked_remote_id, family, fetch_address
 from worker.core.lifecycle import FINAL_STATES
+from worker.core.links import Link
 from worker.core.submission import Submission, seconds, submission
 from worker.database import connected, database_now, engine_for
 from worker.errors import JobNotFound, NotTrackable, WaitTimeout
@@ -101,9 +102,16 @@ def tracked(
 ) -> list[tuple[int, bool]]:
     """As `track_many`, and for each whether it is new."""
     settings = _settings()
-    plans = [_plan(settings, remote, **options) for remote in remotes]
+    scrubber = Scrubber(key.get_secret_value() for key in settings.keys.values())
+    try:
+        plans = [_plan(settings, scrubber, remote, **options) for remote in remotes]
+    except NotTrackable as refused:
+        # its message quotes what was handed over, and callers log what they catch
+        raise type(refused)(scrubber.text(str(refused))) from None
     if session is not None:
-        return _insert(session.connection(), settings, plans)
+        connection = session.connection()
+        with connected(connection.engine.url):
+            return _insert(connection, settings, plans)
     with _transaction(settings) as connection:
         return _insert(connection, settings, plans)
 
@@ -114,7 +122,7 @@ def get(job_id: int | None = None, *, remote_id: str | int | None = None, accoun
         if job_id is not None:
             row = store.job_row(connection, job_id)
         else:
-            found = store.jobs_by_remote(connection, _some_id(remote_id), account)
+            found = store.jobs_by_remote(connection, lookup_id(remote_id), account)
             row = found[0] if found else None
         return None if row is None else _job(row, store.outputs_of(connection, [row.id]))
 
@@ -138,7 +146,7 @@ def nudge(remote_id: str | int, account: str | None = None) -> int:
     settings = _settings()
     with _transaction(settings) as connection:
         least = timedelta(seconds=settings.poll_min)
-        return store.nudge(connection, _some_id(remote_id), account, now=database_now(connection), least=least)
+        return store.nudge(connection, lookup_id(remote_id), account, now=database_now(connection), least=least)
 
 
 def wait(job_id: int, timeout: float | None = None) -> Job:
@@ -175,6 +183,7 @@ class _Plan:
 
 def _plan(
     settings: Settings,
+    scrubber: Scrubber,
     remote: object,
     *,
     account: str = "default",
@@ -192,14 +201,15 @@ def _plan(
         raise NotTrackable(f"{account!r} can't be an account: letters, digits, '.', '_' and '-', at most 64")
     if webhook_url:
         raise NotTrackable("webhook_url is refused: there is no secret to sign webhooks with; use on_done")
+    if fetch_url is not None and not isinstance(fetch_url, str):
+        raise NotTrackable(f"fetch_url is text, not {type(fetch_url).__name__}")
     known = submission(remote)
     address = fetch_address(fetch_url or known.fetch_url, known.remote_id, settings.api)
     chosen = kind or _kind(address, known.model)
     if not isinstance(chosen, str) or len(chosen) > MAX_KIND:
         raise NotTrackable(f"kind is text of at most {MAX_KIND} characters")
-    scrubber = Scrubber(key.get_secret_value() for key in settings.keys.values())
     return _Plan(
-        submission=known,
+        submission=replace(known, outputs=tuple(_scrubbed(link, scrubber) for link in known.outputs)),
         account=account,
         address=address,
         kind=scrubber.text(_plain(chosen, "kind")),
@@ -207,9 +217,13 @@ def _plan(
         submitted_at=_moment(submitted_at),
         priority=_priority(priority),
         reference=None if reference is None else scrubber.text(_short(reference, "reference")),
-        on_done=_on_done(on_done, settings),
+        on_done=None if on_done is None else scrubber.text(_on_done(on_done, settings)),
         deadline=settings.deadline_for(chosen) if deadline is None else _checked_seconds(deadline, "deadline"),
     )
+
+
+def _scrubbed(link: Link, scrubber: Scrubber) -> Link:
+    return replace(link, url=scrubber.text(link.url), proxies=tuple(map(scrubber.text, link.proxies)))
 
 
 def _insert(connection: Connection, settings: Settings, plans: Sequence[_Plan]) -> list[tuple[int, bool]]:
@@ -255,7 +269,10 @@ def _moment(value: datetime | str | None) -> datetime | None:
         return None
     if not isinstance(parsed, datetime) or parsed.tzinfo is None:
         raise NotTrackable("submitted_at needs a time zone, for example datetime.now(UTC)")
-    return parsed.astimezone(UTC)
+    try:
+        return parsed.astimezone(UTC)
+    except OverflowError:
+        raise NotTrackable(f"submitted_at {value!s} is out of range") from None
 
 
 def _checked_seconds(value: object, name: str) -> float:
@@ -284,9 +301,7 @@ def _plain(text: str, name: str) -> str:
     return text
 
 
-def _on_done(value: str | None, settings: Settings) -> str | None:
-    if value is None:
-        return None
+def _on_done(value: str, settings: Settings) -> str:
     text = _short(value, "on_done")
     task = text.rpartition("/")[2]
     if not task or text.startswith("/"):
@@ -320,9 +335,10 @@ def _existing(connection: Connection, job_id: int) -> Row[Any]:
     return row
 
 
-def _some_id(remote_id: object) -> str:
-    text = str(remote_id)
-    return text if text.startswith("sha256:") else checked_remote_id(remote_id)
+def lookup_id(remote_id: object) -> str:
+    """A remote id to look jobs up by, made up by us or not. Raises NotTrackable for what can't be one."""
+    made_up = isinstance(remote_id, str) and SYNTHETIC_ID.fullmatch(remote_id)
+    return str(remote_id) if made_up else checked_remote_id(remote_id)
 
 
 def _job(row: Row[Any], outputs: Sequence[Row[Any]]) -> Job:

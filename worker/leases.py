@@ -1,7 +1,6 @@
 """Keeps this process's leases alive: one statement per third of a lease, for whatever the process has claimed."""
 
 import logging
-import secrets
 import threading
 from datetime import timedelta
 
@@ -9,6 +8,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from worker.database import database_now
+from worker.process_id import holder_name
 from worker.store.claims import renew_leases
 
 log = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ class LeaseKeeper:
     """The holder of this process's claims. Its thread runs while there is something to hold."""
 
     def __init__(self, engine: Engine, *, lease: timedelta) -> None:
-        self.holder = secrets.token_hex(8)
+        self.holder = holder_name()
         self.lease = lease
         self._engine = engine
         self._held = 0

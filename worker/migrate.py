@@ -4,11 +4,14 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
+from alembic.util.exc import CommandError
 from sqlalchemy import Engine
 
-from worker.database import connected, schema_version
+from worker.database import SCHEMA_VERSION, connected, schema_version
+from worker.errors import SchemaOutdated
 
 _HERE = Path(__file__).parent
+_LOCK = 0x6665746368  # names the lock that two migrations at once queue on; any number of our own will do
 
 
 def scripts() -> Path:
@@ -18,12 +21,23 @@ def scripts() -> Path:
 
 
 def migrate(engine: Engine) -> tuple[str | None, str | None]:
-    """Runs what is missing; the version before and after. Raises Unavailable where the database does not answer."""
+    """Runs what is missing; the version before and after.
+
+    Raises Unavailable where the database does not answer, SchemaOutdated where its tables are ahead of this version.
+    """
     config = Config()
     config.set_main_option("script_location", str(scripts()).replace("%", "%%"))
     with connected(engine.url), engine.connect() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
         before = schema_version(connection)
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        try:
+            command.upgrade(config, "head")
+        except CommandError:
+            raise SchemaOutdated(
+                f"the database schema is {before}, which this version ({SCHEMA_VERSION}) does not know:"
+                " install the version that made it, or a newer one"
+            ) from None
         connection.commit()
         return before, schema_version(connection)

@@ -22,7 +22,7 @@ from worker.core import gate as gates
 from worker.core.gate import Gate, Scope
 from worker.core.lifecycle import AskAgain, JobFacts, after_answer, note_of
 from worker.core.pace import Pace, Waiting
-from worker.core.reply import AccountRefused, ApiDown, RateLimited, Reply
+from worker.core.reply import AccountRefused, ApiDown, Odd, RateLimited, Reply
 from worker.database import database_now
 from worker.hosted_api import HostedApi
 from worker.leases import LeaseKeeper
@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 IN_FLIGHT = 64
 IDLE_SECONDS = 1.0
 RUN_SECONDS = 10.0
-GATHER_SECONDS = 0.02  # answers that come within it are written in one transaction
-LOOK_SECONDS = 0.05  # the least time between two claims that found nothing more
+GATHER_SECONDS = 0.05  # answers that come within it are written in one transaction
+LOOK_SECONDS = 0.1  # the least time between two claims that found nothing more
 TROUBLE_WAIT = 5.0
 PROBE_MARGIN = timedelta(seconds=5)
 
@@ -342,7 +342,7 @@ class Poller:
         names |= {("host", one.job.address.host) for one in asked}
         for scope, name in sorted(names):
             gate = known.get((scope, name), Gate(scope, name))
-            mine = [one for one in asked if name in (one.job.account, one.job.address.host)]
+            mine = [one for one in asked if name == (one.job.account if scope == "account" else one.job.address.host)]
             if _moved(gate, mine, now) != gate or (scope, name) not in known:
                 locked = locked_gate(connection, scope, name)
                 gate = _moved(locked, mine, now)
@@ -377,7 +377,7 @@ def _moved_by(gate: Gate, one: _Asked, now: datetime) -> Gate:
             return gates.refused(gate, f"{words[reason]}: {message}", now=now, probe=one.probe)
         case RateLimited(seconds, _):
             return gates.limited(gate, seconds, now=now)
-        case ApiDown():
+        case ApiDown() | Odd():  # neither says whether the key is accepted
             return gates.undecided(gate, now=now) if one.probe else gate
         case _:
             return gates.answered(gate, now=now, probe=one.probe)

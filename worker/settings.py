@@ -22,9 +22,11 @@ from worker.core.pace import Pace, Policy
 from worker.errors import NotTrackable, SettingsError
 
 EMBEDDED_SOCKET = Path("var/redis.sock")
+LONGEST = 10 * 365 * 86_400.0  # seconds; more would be a slip, and no date can hold much more
 LONG_DEADLINES = (("training", 14_400.0), ("video", 7_200.0))
 SHARED_NAMES = frozenset({"DATABASE_URL", "REDIS_URL", "BROKER_URL", "PORT"})  # apps have like names of their own
 KEY_NAMES = ("SD_API_KEY", "SD_API_KEYS")
+_HOST = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 DOTENV_SWITCH = "FETCH_WORKER_DOTENV"  # "off": `up` and `demo` hand their processes the whole environment themselves
 
 
@@ -44,13 +46,13 @@ class Settings(BaseSettings):
     sd_api_timeout: float = Field(default=20.0, gt=0, le=3_600)
     storage_url: str = ""
     output_max_bytes: int = Field(default=209_715_200, gt=0)
-    output_timeout: float = Field(default=300.0, gt=0)
-    output_deadline: float = Field(default=86_400.0, gt=0)
+    output_timeout: float = Field(default=300.0, gt=0, le=86_400)
+    output_deadline: float = Field(default=86_400.0, gt=0, le=LONGEST)
     output_allowed_networks: str = ""
     poll_price: float = Field(default=0.5, gt=0, le=3_600)
     poll_min: float = Field(default=3.0, ge=0, le=3_600)
     poll_policy: Policy = "learned"
-    job_deadline: float | None = Field(default=None, gt=0)
+    job_deadline: float | None = Field(default=None, gt=0, le=LONGEST)
     recovery_seconds: float = Field(default=30.0, ge=5, le=3_600)
     on_done_tasks: str = ""
     flower_basic_auth: SecretStr | None = None
@@ -75,7 +77,7 @@ class Settings(BaseSettings):
     def _known_database(cls, value: str) -> str:
         try:
             url = make_url(value)
-        except ArgumentError:
+        except (ArgumentError, ValueError):  # a port that is no number is a ValueError
             raise ValueError(
                 "is no database URL; for example postgresql://user@host/name or sqlite:///file.db"
             ) from None
@@ -90,9 +92,18 @@ class Settings(BaseSettings):
             raise ValueError("must be a redis://, rediss:// or redis+socket:// URL")
         return value
 
+    @field_validator("broker_url")
+    @classmethod
+    def _known_broker(cls, value: str | None) -> str | None:
+        if value is not None and not re.match(r"[a-z][a-z0-9+]*://", value):
+            raise ValueError("must be a broker's URL, for example redis://host/0 or amqp://host")
+        return value
+
     @field_validator("sd_api_url")
     @classmethod
     def _plain_api_url(cls, value: str) -> str:
+        if "@" in value:
+            raise ValueError("carries a user name: only scheme, host, port and path may be in it")
         try:
             api_host(value.rstrip("/"))
         except NotTrackable as wrong:
@@ -110,17 +121,33 @@ class Settings(BaseSettings):
             raise ValueError('must be a JSON object of account names and keys, for example {"shop": "key"}')
         wrong = [name for name in keys if not ACCOUNT.fullmatch(name)]
         if wrong:
-            raise ValueError(f"has an account name that can't be one: {wrong[0][:64]!r}")
+            # Not shown: whoever took key and account for one another would find the key in a log.
+            raise ValueError("has an account name that can't be one: letters, digits, '.', '_' and '-', at most 64")
         return value
 
     @field_validator("storage_url")
     @classmethod
     def _absolute_storage(cls, value: str) -> str:
-        if not value or re.fullmatch(r"file:(//)?/[^\x00]*", value):
+        if not value or re.fullmatch(r"file:(//)?/(?!/)[^\x00]*", value):
             return value
         if value.startswith("s3://"):
             raise ValueError("names an S3 bucket; this version stores to file: only")
         raise ValueError("must be file: and an absolute path, for example file:/srv/outputs")
+
+    @field_validator("sd_api_hosts")
+    @classmethod
+    def _plain_hosts(cls, value: str) -> str:
+        wrong = next((item for item in _items(value) if not _HOST.fullmatch(item)), None)
+        if wrong is not None:
+            raise ValueError(f"lists hosts as host or host:port, not {wrong.rpartition('@')[2][:80]!r}")
+        return value
+
+    @field_validator("flower_basic_auth")
+    @classmethod
+    def _user_and_password(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not all(":" in item for item in _items(value.get_secret_value())):
+            raise ValueError("must be user:password")
+        return value
 
     @field_validator("output_allowed_networks")
     @classmethod
@@ -166,7 +193,7 @@ class Settings(BaseSettings):
     def api(self) -> AllowedApi:
         """The hosted API's base address and the hosts that the key may be sent to."""
         own = api_host(self.sd_api_url)
-        hosts = {item.lower() for item in _items(self.sd_api_hosts)}
+        hosts = {item.lower().removesuffix(":443") for item in _items(self.sd_api_hosts)}
         if not hosts:
             hosts = set(VENDOR_HOSTS) if own in VENDOR_HOSTS else {own}
         return AllowedApi(self.sd_api_url, frozenset(hosts | {own}))
@@ -208,10 +235,12 @@ class Settings(BaseSettings):
 def load() -> Settings:
     """The settings of this process. Raises SettingsError with one line that names the variable and what to do."""
     file = None if os.environ.get(DOTENV_SWITCH) == "off" else ".env"
-    _refuse_unknown(os.environ, file)
     try:
+        _refuse_unknown(os.environ, file)
         options: dict[str, Any] = {"_env_file": file}
         return Settings(**options)
+    except UnicodeDecodeError:
+        raise SettingsError("the file .env in this directory is no UTF-8 text: write it anew") from None
     except ValidationError as wrong:
         lines = [f"{_variable(error['loc'])} {_reason(error)}" for error in wrong.errors()]
         raise SettingsError("; ".join(lines)) from None

@@ -5,6 +5,7 @@ Without Redis each process takes a small share by its own clock, so that polling
 """
 
 import logging
+import threading
 import time
 from dataclasses import dataclass
 
@@ -23,13 +24,13 @@ _TAKE = """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
 local step, burst, wanted = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local full = math.max(tonumber(redis.call('GET', KEYS[1]) or now), now)
-local room = math.floor((now + burst * step - full) / step + 0.000001)
+local ahead = math.max(tonumber(redis.call('GET', KEYS[1]) or now) - now, 0)
+local room = math.floor((burst * step - ahead + 0.000001) / step)
 local granted = math.min(wanted, math.max(room, 0))
 if granted ~= 0 then
-  redis.call('SET', KEYS[1], string.format('%.6f', full + granted * step), 'EX', math.ceil(60 + burst * step))
+  redis.call('SET', KEYS[1], string.format('%.6f', now + ahead + granted * step), 'EX', math.ceil(60 + burst * step))
 end
-return {granted, tostring(math.max(0, full + (granted + 1) * step - burst * step - now))}
+return {granted, tostring(math.max(0, ahead + (granted + 1) * step - burst * step))}
 """
 
 
@@ -50,6 +51,7 @@ class SharedBudget:
         self._step = 1.0 / rps
         self._burst = burst(rps)
         self._local: dict[str, float] = {}
+        self._local_lock = threading.Lock()
         self._away_until = 0.0
 
     def take(self, account: str, wanted: int) -> Grant:
@@ -77,11 +79,12 @@ class SharedBudget:
     def _take_locally(self, account: str) -> Grant:
         step = self._step / LOCAL_SHARE
         now = time.monotonic()
-        free_at = self._local.get(account, 0.0)
-        if now < free_at:
-            return Grant(0, free_at - now)
-        self._local[account] = now + step
-        return Grant(1, step)
+        with self._local_lock:
+            free_at = self._local.get(account, 0.0)
+            if now < free_at:
+                return Grant(0, free_at - now)
+            self._local[account] = now + step
+            return Grant(1, step)
 
 
 def burst(rps: float) -> int:

@@ -175,6 +175,7 @@ outputs = Table(
     ),
     CheckConstraint("status <> 'failed' OR error_code IS NOT NULL", name="failed_has_code"),
     CheckConstraint("claim_token IS NULL OR (claim_holder IS NOT NULL AND due_at IS NOT NULL)", name="claim_is_leased"),
+    Index("ix_fetch_outputs_oldest", "listed_at", "id", **_where("due_at IS NOT NULL")),
     Index("ix_fetch_outputs_due", "due_at", **_where("due_at IS NOT NULL")),
     Index("ix_fetch_outputs_holder", "claim_holder", **_where("claim_holder IS NOT NULL")),
     sqlite_autoincrement=True,

@@ -10,6 +10,7 @@ from typing import Any
 
 from celery.exceptions import Reject
 from celery.utils.log import get_task_logger
+from kombu.exceptions import ChannelError
 from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
@@ -25,10 +26,11 @@ from worker.hosted_api import HostedApi
 from worker.leases import LeaseKeeper
 from worker.notifier import tell
 from worker.poller import IN_FLIGHT, Poller
+from worker.process_id import dead
 from worker.scrubber import Scrubber
 from worker.shared_budget import SharedBudget
 from worker.storage import FileStorage
-from worker.store.claims import waiting_outputs
+from worker.store.claims import holders, release_holders, waiting_outputs
 from worker.store.gates import locked_gate, save_gate
 
 log = get_task_logger(__name__)
@@ -36,6 +38,7 @@ log = get_task_logger(__name__)
 SWEEP_LIMIT = 1_000
 DOWNLOAD_THREADS = 64
 DATABASE_AWAY_SECONDS = 1.0
+TAKEN_WITHIN = timedelta(seconds=5)  # a message that left its queue is claimed within it, or was lost
 
 
 class Parts:
@@ -148,17 +151,35 @@ def run_sweep() -> str:
     """Puts back what a lost message or a dead process left."""
     own = parts()
     own.swept_at = time.monotonic()
+    patience = _patience()
     try:
         with own.engine.begin() as connection:
             now = database_now(connection)
-            lost = now - timedelta(seconds=settings.recovery_seconds)
+            gone = dead(holders(connection))
+            freed = release_holders(connection, gone, now=now) if gone else 0
+            lost = now - patience
             output_ids = waiting_outputs(connection, now=now, queued_before=lost, limit=SWEEP_LIMIT)
     except SQLAlchemyError as error:
         log.error("the sweep waits for the database reason=%s", type(error).__name__)
         return "the database is away"
     queue_downloads(output_ids)
     own.tell(None)
+    if freed:
+        log.warning("work of dead processes is taken up again holders=%s rows=%s", ",".join(gone), freed)
     return f"{len(output_ids)} downloads put back" if output_ids else "nothing to put back"
+
+
+def _patience() -> timedelta:
+    """How old a message of an output that nobody took must be to count as lost: not old, where the queue is empty."""
+    try:
+        with app.connection_for_read(connect_timeout=2) as connection:
+            waiting = connection.default_channel.queue_declare(DOWNLOADS, passive=True).message_count
+    except ChannelError:
+        waiting = 0  # there is no such queue: on Redis that is an empty one
+    except (BrokerError, OSError):
+        waiting = None
+    whole = timedelta(seconds=settings.recovery_seconds)
+    return min(whole, TAKEN_WITHIN) if waiting == 0 else whole
 
 
 def doubt_keys() -> None:

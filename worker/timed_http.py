@@ -5,6 +5,7 @@ thread per process shuts down the sockets of those that are late; the call then 
 It works in every Celery pool, since no signal is involved.
 """
 
+import math
 import os
 import socket
 import threading
@@ -90,6 +91,12 @@ class TimeLimit:
             watchdog.forget(sock)
         _call.until = None
         _call.socks = []
+
+
+def seconds_left() -> float:
+    """Seconds left of the call that this thread is in, never less than a millisecond; infinite outside of one."""
+    until = getattr(_call, "until", None)
+    return math.inf if until is None else max(until - time.monotonic(), 0.001)
 
 
 class _NoCookies(RequestsCookieJar):

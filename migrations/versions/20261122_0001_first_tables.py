@@ -155,7 +155,8 @@ def upgrade() -> None:
             "status <> 'failed' OR error_code IS NOT NULL", name=op.f("ck_fetch_outputs_failed_has_code")
         ),
         sa.CheckConstraint(
-            "status <> 'stored' OR (location IS NOT NULL AND sha256 IS NOT NULL AND size_bytes IS NOT NULL AND media_type IS NOT NULL AND stored_at IS NOT NULL)",
+            "status <> 'stored' OR (location IS NOT NULL AND sha256 IS NOT NULL AND size_bytes IS NOT NULL"
+            " AND media_type IS NOT NULL AND stored_at IS NOT NULL)",
             name=op.f("ck_fetch_outputs_stored_is_described"),
         ),
         sa.CheckConstraint("status IN ('pending', 'stored', 'failed')", name=op.f("ck_fetch_outputs_known_status")),
@@ -169,6 +170,9 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_fetch_outputs")),
         sa.UniqueConstraint("job_id", "position", name="uq_fetch_outputs_position"),
         sqlite_autoincrement=True,
+    )
+    op.create_index(
+        "ix_fetch_outputs_oldest", "fetch_outputs", ["listed_at", "id"], unique=False, **partial("due_at IS NOT NULL")
     )
     op.create_index("ix_fetch_outputs_due", "fetch_outputs", ["due_at"], unique=False, **partial("due_at IS NOT NULL"))
     op.create_index(

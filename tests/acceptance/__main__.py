@@ -44,7 +44,7 @@ def run(name: str, program: Program, home: Path) -> Report:
         report = program(home)
     except Exception:  # whatever stops a program is a finding about the product; the others still run
         report = Report(name)
-        report.check("the program ran to its end", False, traceback.format_exc()[-3000:])
+        report.check("the program ran to its end", False, traceback.format_exc()[-500:])
         print(traceback.format_exc(), file=sys.stderr)
     report.check("nothing of the product was imported here", "worker" not in sys.modules)
     report.figure("wall time (s)", time.monotonic() - began)

@@ -128,7 +128,7 @@ def _provoke(report: Report, stand: Stand, hosted: Hosted) -> None:
 def _commands(stand: Stand) -> bytes:
     said = [stand.command("fetch-worker", *words) for words in (["status"], ["list"])]
     told = [stand.document("status"), stand.document("list")]
-    for row in stand.rows("SELECT id FROM fetch_jobs"):
+    for row in stand.rows("SELECT id FROM fetch_jobs WHERE status <> 'completed'"):
         told.append(stand.document("show", str(row["id"])))
     said.append(stand.command("fetch-worker", "show", str(told[1][0]["id"])))
     return json.dumps(told).encode() + "".join(done.stdout + done.stderr for done in said).encode()

@@ -276,6 +276,15 @@ class Stand:
         """The processes that ended though nobody asked them to."""
         return [name for name, process in self._processes.items() if process.poll() is not None]
 
+    def cpu_seconds(self) -> str:
+        """The processor time that each running process has used so far (Linux)."""
+        ticks = os.sysconf("SC_CLK_TCK")
+        used = {}
+        for name, process in self._processes.items():
+            fields = _read(Path(f"/proc/{process.pid}/stat")).rpartition(b")")[2].split()
+            used[name] = sum(map(int, fields[11:15])) / ticks  # its own and its ended children's, user and system
+        return ", ".join(f"{name} {seconds:.1f}" for name, seconds in used.items())
+
     def leftovers(self) -> list[int]:
         """The processes of this stand that are alive, found by the mark in their environment (Linux)."""
         mark = f"ACCEPTANCE_STAND={self._mark}".encode()

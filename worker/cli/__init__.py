@@ -1,4 +1,4 @@
-"""The command line: `fetch-worker COMMAND`. Answers on stdout, messages on stderr; exit 0 done, 1 could not, 2 usage."""
+"""The command line: `fetch-worker COMMAND`. Answers on stdout, messages on stderr; 0 done, 1 could not, 2 usage."""
 
 import sys
 
@@ -21,6 +21,10 @@ for _command in (*run.COMMANDS, *act.COMMANDS, *look.COMMANDS):
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command. Whatever we know how to say is said in one line, without a traceback."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if any(not _is_text(word) for word in words):
+        click.echo("fetch-worker: an argument is no text in UTF-8", err=True)
+        sys.exit(2)
     try:
         code = group.main(arguments, prog_name="fetch-worker", standalone_mode=False)
     except click.exceptions.Abort:
@@ -36,3 +40,11 @@ def main(arguments: list[str] | None = None) -> None:
         click.echo(f"fetch-worker: {wrong}", err=True)
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_text(word: str) -> bool:
+    try:
+        word.encode()
+    except UnicodeEncodeError:  # bytes of another encoding arrive as lone surrogates, which no database takes
+        return False
+    return True

@@ -13,6 +13,8 @@ from worker.migrate import migrate as run_migrations
 from worker.settings import load
 from worker.store.jobs import job_row, jobs_by_remote
 
+MAX_DIGITS = 100  # of a number on the command line; Python itself refuses to read endless ones
+
 
 @click.command()
 def migrate() -> None:
@@ -60,13 +62,17 @@ def _targets(ids: tuple[str, ...], remote: str | None, account: str | None) -> l
         raise click.UsageError("give job ids, or --remote ID")
     if remote is not None:
         settings = load()
+        remote_id = enqueue.lookup_id(remote)
         with connected(settings.database), engine_for(settings.database).connect() as connection:
-            found = [row.id for row in jobs_by_remote(connection, remote, account)]
+            found = [row.id for row in jobs_by_remote(connection, remote_id, account)]
         if not found:
             raise JobNotFound(f"there is no job with the remote id {remote!r}")
         return found
     if not all(word.isdecimal() for word in ids):
         raise click.UsageError("a job id is a whole number; for the API's own id use --remote")
+    endless = next((word for word in ids if len(word) > MAX_DIGITS), None)
+    if endless is not None:
+        raise JobNotFound(f"there is no job {endless[:MAX_DIGITS]}…")
     return [int(word) for word in ids]
 
 

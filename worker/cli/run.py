@@ -1,7 +1,49 @@
 """Commands that run processes: demo, up, sandbox."""
 
+from pathlib import Path
+
 import click
 
-from worker import sandbox as sandbox_package  # noqa: F401  # shows that the stand-in is there
+from worker.demo.run import MOST_JOBS
+from worker.demo.run import demo as run_demo
+from worker.sandbox.command import main as run_sandbox
+from worker.up import up as run_up
 
-COMMANDS: tuple[click.Command, ...] = ()
+
+@click.command()
+@click.option("--jobs", type=click.IntRange(1, MOST_JOBS), default=12, show_default=True, help="Prompts to submit.")
+@click.option("--longest", type=click.FloatRange(1, 600), default=8.0, show_default=True, metavar="SECONDS",
+              help="A job is ready after 1 to so many seconds.")  # fmt: skip
+@click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="Where everything goes; new or empty.")
+@click.option("--flower/--no-flower", default=True, show_default=True, help="Show the tasks in Flower meanwhile.")
+def demo(jobs: int, longest: float, folder: Path | None, flower: bool) -> int:
+    """See the whole job happen: no key, no server, ends by itself.
+
+    Starts an embedded Redis, the stand-in of the API, Celery workers, beat and Flower, submits prompts, and shows how
+    each picture gets home. Reads no settings; everything is in one new directory, which is kept.
+    """
+    if folder is not None and folder.exists() and any(folder.iterdir()):
+        raise click.BadParameter(f"{folder} is not empty", param_hint="--folder")
+    return run_demo(jobs=jobs, longest=longest, folder=folder, with_flower=flower)
+
+
+@click.command()
+def up() -> int:
+    """Run the Procfile's processes, and start again what dies, until Ctrl-C.
+
+    Without REDIS_URL it brings an embedded Redis on var/redis.sock.
+    """
+    return run_up()
+
+
+@click.command(
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []},
+    options_metavar="[OPTIONS]",
+)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="")
+def sandbox(words: tuple[str, ...]) -> int:
+    """Run the stand-in of the API alone (`sandbox --help` lists its options)."""
+    return run_sandbox(words)
+
+
+COMMANDS: tuple[click.Command, ...] = (demo, up, sandbox)

@@ -12,6 +12,7 @@ ACCOUNT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 VENDOR_HOSTS = frozenset({"stablediffusionapi.com", "modelslab.com"})
 MAX_ADDRESS = 500
+MAX_ID_BITS = 512  # more than 128 digits have; Python refuses to print much longer numbers
 
 # No userinfo, query, fragment, dot segment or percent sign can get through: none of their characters is in the set.
 _ADDRESS = re.compile(
@@ -21,6 +22,7 @@ _ADDRESS = re.compile(
 )
 _FETCH_PATH = re.compile(r"(?P<base>/api/v[0-9]+(?:/[A-Za-z0-9_-]+)*?/fetch)(?:/(?P<id>[A-Za-z0-9_-]+))?")
 _TRAINING_PATH = re.compile(r"(?P<base>/api/v3/fine_tune_status)/(?P<id>[A-Za-z0-9_-]+)")
+_ROOT = re.compile(r"https?://[^/]*")
 _LOOPBACK = re.compile(r"localhost|127(?:\.[0-9]{1,3}){3}|\[::1\]")
 _FAMILY = re.compile(r"/api/v[0-9]+/(?P<family>.*?)/?fetch")
 
@@ -59,7 +61,9 @@ def checked_remote_id(value: object) -> str:
     """
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise NotTrackable(f"a remote id is text or a whole number, not {type(value).__name__}")
-    text = str(value).strip() if isinstance(value, str) else f"{value:d}"
+    if isinstance(value, int) and value.bit_length() > MAX_ID_BITS:
+        raise NotTrackable(f"a number of {value.bit_length()} bits can't be a remote id")
+    text = value.strip() if isinstance(value, str) else f"{value:d}"
     if not REMOTE_ID.fullmatch(text):
         raise NotTrackable(
             f"{text[:60]!r} can't be a remote id: letters, digits, '-' and '_', at most 128, no '-' or '_' first"
@@ -80,11 +84,17 @@ def normal_host(host: str, port: str | None, scheme: str) -> str:
 
 def api_host(url: str) -> str:
     """The host of the API's base address, as `normal_host` writes it. Raises RefusedAddress for a malformed one."""
+    return _api_site(url)[1]
+
+
+def _api_site(url: str) -> tuple[str, str]:
+    """Scheme and host of the API's base address, and the host alone, both in their normal form."""
     match = _ADDRESS.fullmatch(url) or _ADDRESS.fullmatch(url + "/x")
     if match is None:
         raise RefusedAddress(f"{url[:120]!r} is no plain address (scheme, host, port, path; nothing else)")
     _check_scheme(match, url)
-    return normal_host(match["host"], match["port"], match["scheme"])
+    host = normal_host(match["host"], match["port"], match["scheme"])
+    return f"{match['scheme']}://{host}", host
 
 
 def fetch_address(fetch_url: str | None, remote_id: str, api: AllowedApi) -> FetchAddress:
@@ -92,9 +102,13 @@ def fetch_address(fetch_url: str | None, remote_id: str, api: AllowedApi) -> Fet
 
     Raises RefusedAddress where the address breaks a rule; the message says which.
     """
+    if not (REMOTE_ID.fullmatch(remote_id) or SYNTHETIC_ID.fullmatch(remote_id)):
+        raise RefusedAddress(f"{remote_id[:60]!r} can't be a remote id, so it gets no fetch address")
+    own_url = api.url.rstrip("/")
+    own_site, own_host = _api_site(own_url)
+    configured = f"{own_site}{_ROOT.sub('', own_url, count=1)}/fetch"
     if not fetch_url:
-        base = f"{api.url.rstrip('/')}/fetch"
-        return FetchAddress(f"{base}/{remote_id}", base, api_host(base))
+        return FetchAddress(f"{configured}/{remote_id}", configured, own_host)
     match = _ADDRESS.fullmatch(fetch_url)
     if match is None or len(fetch_url) > MAX_ADDRESS:
         raise RefusedAddress(
@@ -107,7 +121,6 @@ def fetch_address(fetch_url: str | None, remote_id: str, api: AllowedApi) -> Fet
             f"the fetch host {host!r} is refused: it is not on SD_API_HOSTS ({', '.join(sorted(api.hosts))})"
         )
     site = f"{match['scheme']}://{host}"
-    configured = f"{api.url.rstrip('/')}/fetch"
     if f"{site}{match['path']}" == f"{configured}/{remote_id}":
         return FetchAddress(f"{configured}/{remote_id}", configured, host)
     path = _FETCH_PATH.fullmatch(match["path"]) or _TRAINING_PATH.fullmatch(match["path"])

@@ -93,7 +93,9 @@ def unproven(gate: Gate, *, now: datetime) -> Gate:
     settled = _settled(gate, now)
     if settled.reason is not None and settled.until is not None:
         return replace(settled, proven=False)
-    return replace(settled, proven=False, probe_at=now)
+    # Jobs of an account that was never asked with were held for want of a key: they get their grace from now on.
+    released_at = settled.released_at if settled.proven else now
+    return replace(settled, proven=False, probe_at=now, released_at=released_at)
 
 
 def probing(gate: Gate, *, now: datetime, lease: timedelta) -> Gate:
@@ -107,11 +109,11 @@ def undecided(gate: Gate, *, now: datetime) -> Gate:
 
 
 def _held(gate: Gate, reason: str, now: datetime) -> Gate:
-    wait = PROBE_WAITS[min(gate.probes, len(PROBE_WAITS) - 1)]
+    probe_at = now + timedelta(seconds=PROBE_WAITS[min(gate.probes, len(PROBE_WAITS) - 1)])
+    if gate.until is not None:
+        probe_at = max(probe_at, gate.until)  # no probe before the end of a rate limit
     since = gate.since if gate.reason is not None else now
-    return replace(
-        gate, reason=reason, since=since, until=None, probe_at=now + timedelta(seconds=wait), probes=gate.probes + 1
-    )
+    return replace(gate, reason=reason, since=since, until=None, probe_at=probe_at, probes=gate.probes + 1)
 
 
 def _settled(gate: Gate, now: datetime) -> Gate:

@@ -120,10 +120,8 @@ def after_answer(job: JobFacts, reply: Reply, *, now: datetime, least: timedelta
     match reply:
         case Ready(outputs):
             return Deliver(outputs)
-        case AnotherJob(echoed):
-            return _unless_late(job, job.strikes, f"answered for another job, {echoed}", now)
-        case Odd(message):
-            return _unless_late(job, job.strikes, message, now)
+        case AnotherJob() | Odd():
+            return _unless_late(job, replace(job.strikes, error=0), note_of(reply), now)
         case Processing():
             return _unless_late(job, Strikes(last=job.strikes.last), "processing", now)
         case _:
@@ -201,7 +199,8 @@ class OutputFacts:
     """What a decision about an output needs to know.
 
     `attempts` counts this attempt too; `bad_bodies` and `dead_attempts` (since the renewal) do not. `renewable` says
-    whether the API can be asked for a fresh link; `ready_at` is when the output was first seen.
+    whether the API can be asked for a fresh link; `ready_at` is when the output was first seen; `last_code` is the
+    trouble of the attempt before.
     """
 
     attempts: int
@@ -212,6 +211,13 @@ class OutputFacts:
     renewed: bool = False
     dead_attempts: int = 0
     renewable: bool = True
+    last_code: str | None = None
+
+    def patient(self, now: datetime) -> bool:
+        """Whether a dead link still has its time to come alive, or to be renewed after it."""
+        if self.renewed or self.dead_since is None:
+            return not self.renewed
+        return self.renewable or now - self.dead_since < DEAD_PATIENCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,9 +287,9 @@ def after_attempt(
 ) -> StoredFile | TryAgain | GiveUp:
     """What becomes of an output. `deadline` is how long after `ready_at` one in trouble is still tried."""
     late = now >= output.ready_at + deadline
-    match attempt:
-        case StoredFile():
-            return attempt
+    match _about_the_output(output, attempt):
+        case StoredFile() as stored:
+            return stored
         case Unfit(code, message):
             return GiveUp(code, message)
         case BadBody(code, message):
@@ -298,6 +304,15 @@ def after_attempt(
             if late:
                 return GiveUp(code, message)
             return TryAgain(_trouble_wait(output.attempts), code, message)
+
+
+def _about_the_output(output: OutputFacts, attempt: Attempt) -> Attempt:
+    """What an attempt says of the output: a proxy link that is dead or refused says nothing about the link itself."""
+    match attempt:
+        case DeadLink(message) | Unfit("refused_address", message) if source(output) > 0:
+            return DeadLink(message) if output.last_code == "gone" else Trouble("unreachable", message)
+        case _:
+            return attempt
 
 
 def _after_dead_link(output: OutputFacts, message: str, *, now: datetime, late: bool) -> TryAgain | GiveUp:
@@ -316,13 +331,16 @@ def _after_dead_link(output: OutputFacts, message: str, *, now: datetime, late: 
 
 
 def source(output: OutputFacts) -> int:
-    """Which address to try now: 0 is the link, 1 and up its proxy links. They take turns while there is trouble."""
-    if output.proxies == 0:
-        return 0
-    if output.dead_since is None:
-        return (output.attempts - 1) % (1 + output.proxies)
-    patient = not output.renewed and output.renewable
-    return 0 if patient or output.dead_attempts > output.proxies else output.dead_attempts
+    """Which address to try now: 0 is the link, 1 and up its proxy links.
+
+    They take turns while there is trouble. A dead link is waited for and renewed; then all are tried in order once.
+    """
+    if output.last_code == "gone":
+        if not output.renewed and (output.renewable or output.dead_attempts == 0):
+            return 0
+        if output.dead_attempts <= output.proxies:
+            return output.dead_attempts
+    return (output.attempts - 1) % (1 + output.proxies)
 
 
 def _trouble_wait(attempts: int) -> float:

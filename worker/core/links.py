@@ -4,15 +4,18 @@ import base64
 import binascii
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
+
+from worker.core.plain_text import plain_text
 
 MAX_LINKS = 1_000
 MAX_URL = 8_192
 MAX_DEPTH = 8
 
 _DATA = re.compile(r"data:(?P<head>[^,]{0,200}),", re.IGNORECASE)
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]++={0,2}")  # possessive: megabytes that do not match cost one pass
 _LEAST_BASE64 = 64  # shorter text is a word, not a file
 
 
@@ -25,6 +28,12 @@ class Link:
     body: bytes | None = None
 
 
+def listed(answer: Mapping[str, object]) -> tuple[Link, ...]:
+    """What a success lists: its `output`, else its `proxy_links`, else its `links`; never its `future_links`."""
+    proxies = answer.get("proxy_links")
+    return links(answer.get("output"), proxies) or links(proxies) or links(answer.get("links"))
+
+
 def links(output: object, proxy_links: object = None) -> tuple[Link, ...]:
     """Every output that `output` lists (text, list, object, nested), each with the proxy link of its place.
 
@@ -34,7 +43,7 @@ def links(output: object, proxy_links: object = None) -> tuple[Link, ...]:
     (Link(url='https://h/a.png', proxies=(), body=None),)
     """
     texts = list(_texts(output))
-    proxies = [text for text in _texts(proxy_links) if text.lower().startswith(("https://", "http://"))]
+    proxies = [plain_text(text) for text in _texts(proxy_links) if text.lower().startswith(("https://", "http://"))]
     paired = proxies if len(proxies) == len(texts) else []
     found: dict[str, Link] = {}
     for place, text in enumerate(texts[:MAX_LINKS]):
@@ -55,16 +64,27 @@ def _texts(value: object, depth: int = 0) -> Iterator[str]:
 def _link(text: str, proxies: tuple[str, ...]) -> Link:
     data = _DATA.match(text)
     if data:
-        encoded = text[data.end() :] if data["head"].lower().endswith(";base64") else None
-        return _decoded(encoded, "data:" + data["head"].split(";")[0].strip()[:100])
+        content = text[data.end() :]
+        media_type = plain_text(data["head"].split(";")[0].strip()[:100])
+        body = _decoded(content) if data["head"].lower().endswith(";base64") else _unquoted(content)
+        return _inline(body, f"data:{media_type}")
     if len(text) >= _LEAST_BASE64 and _BASE64.fullmatch(text):
-        return _decoded(text, "data:")
-    return Link(text if len(text) <= MAX_URL else text[:MAX_URL] + "…", proxies)
+        return _inline(_decoded(text), "data:")
+    return Link(plain_text(text if len(text) <= MAX_URL else text[:MAX_URL] + "…"), proxies)
 
 
-def _decoded(encoded: str | None, prefix: str) -> Link:
-    try:
-        body = base64.b64decode("".join((encoded or "").split()), validate=True)
-    except (binascii.Error, ValueError):
-        body = b""  # an empty body is no media: the output ends by the ordinary rule, it is not dropped
+def _inline(body: bytes, prefix: str) -> Link:
     return Link(f"{prefix};sha256={hashlib.sha256(body).hexdigest()}", (), body)
+
+
+def _decoded(encoded: str) -> bytes:
+    """The bytes that base64 stands for; what is none stays as it is: no media, so it ends by the ordinary rule."""
+    digits = "".join(encoded.split())
+    try:
+        return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        return encoded.encode("utf-8", "replace")
+
+
+def _unquoted(content: str) -> bytes:
+    return unquote_to_bytes(content.encode("utf-8", "replace"))

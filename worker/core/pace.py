@@ -41,7 +41,7 @@ class Pace:
 
     def first_poll(self, eta: float | None, *, spread: float) -> float:
         """Age in seconds at which a job is asked about first: its eta between 2 and 60 s. `spread` is 0 to 1."""
-        wait = FIRST_UNKNOWN if eta is None else min(max(eta, FIRST_LEAST), FIRST_MOST)
+        wait = FIRST_UNKNOWN if eta is None else min(max(FIRST_LEAST, eta), FIRST_MOST)
         return wait * (1 + SPREAD * spread)
 
     def next_poll(self, job: Waiting, *, spread: float) -> float:

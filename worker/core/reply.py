@@ -10,10 +10,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 
-from worker.core.links import Link, links
+from worker.core.links import Link, listed
+from worker.core.plain_text import plain_text
 
 Hold = Literal["key", "credits", "plan", "request"]
 
@@ -27,16 +29,21 @@ WAITING = frozenset({"processing", "queued", "pending", "in_progress", "in progr
 _LIMITED = re.compile(r"rate limit|limit exceeded|spam filter|too many (?:requests|attempts)", re.IGNORECASE)
 _KEY = re.compile(r"invalid api key|api key (?:is )?required|api key.{0,40}(?:expired|revoked|invalid)", re.IGNORECASE)
 _CREDITS = re.compile(
-    r"insufficient credits|out of credits|not enough credits|credits? (?:are |is )?exhausted", re.IGNORECASE
+    r"insufficient (?:credits?|balance|funds)|out of credits|not enough credits|credits? (?:are |is )?exhausted",
+    re.IGNORECASE,
 )
-_PLAN = re.compile(r"subscription (?:is )?(?:expired|required)|requires an? [a-z ]{0,30}subscription", re.IGNORECASE)
+_PLAN = re.compile(
+    r"subscription (?:is |has |was )?(?:expired|required|ended)|requires an? [a-z ]{0,30}subscription", re.IGNORECASE
+)
 _REQUEST = re.compile(r"invalid api request", re.IGNORECASE)
 _UNKNOWN = re.compile(
     r"request (?:was |is )?not found|specified id|\bid (?:does not exist|is not queued)|no such (?:request|id)"
     r"|not queued",
     re.IGNORECASE,
 )
-_SERVER = re.compile(r"\s*server error\s*", re.IGNORECASE)
+_SERVER = re.compile(
+    r"(?:internal )?server error\b.{0,60}|(?:the )?service (?:is )?(?:temporarily )?unavailable\b.{0,60}", re.IGNORECASE
+)
 _WAIT = re.compile(r"(\d{1,6})\s*(second|sec|minute|min)\w*", re.IGNORECASE)
 
 
@@ -154,7 +161,7 @@ def parse(
     if status in (401, 402, 403):
         reasons: dict[int, Hold] = {401: "key", 402: "credits", 403: "plan"}
         return AccountRefused(reasons[status], message or f"HTTP {status}")
-    if status >= 500 or (word == "" and _SERVER.fullmatch(message)):
+    if status >= 500 or (word in ("", "error") and _SERVER.fullmatch(message.strip())):
         return ApiDown(f"HTTP {status}: {message}" if message else f"HTTP {status}")
     return _about_the_job(status, word, message, answer, remote_id, training)
 
@@ -166,6 +173,8 @@ def _about_the_job(
         return Processing(_eta(answer.get("eta")))
     if word in ("failed", "error") and (status == 404 or _UNKNOWN.search(message)):
         return UnknownId(message or f"HTTP {status}")
+    if word == "" and status == 404 and _UNKNOWN.search(message):  # any other 404 may be a wrong SD_API_URL
+        return UnknownId(message)
     if word == "failed":
         return Failed(message or "failed, without a message")
     if word == "error":
@@ -187,9 +196,8 @@ def _success(answer: dict[str, Any], remote_id: str) -> Reply:
     if isinstance(echoed, (str, int)) and not isinstance(echoed, bool):
         text = str(echoed).strip() if isinstance(echoed, str) else f"{echoed:d}"
         if text and text != remote_id:
-            return AnotherJob(_plain(text)[:128])
-    proxies = answer.get("proxy_links")
-    outputs = links(answer.get("output"), proxies) or links(proxies) or links(answer.get("links"))
+            return AnotherJob(plain_text(text[:128]))
+    outputs = listed(answer)
     return Ready(outputs) if outputs else Empty()
 
 
@@ -206,10 +214,13 @@ def _refusal(message: str) -> Hold | Literal["limited"] | None:
 
 
 def _not_json(status: int, headers: Mapping[str, str], body: bytes, now: float) -> Reply:
-    page = body.lstrip()[:1].lower() == b"<"
+    start = body[:MAX_MESSAGE].decode("utf-8-sig", "replace").lstrip()
+    page = start.startswith("<")
     what = "an HTML page" if page else "no JSON object"
     if status >= 500 or (status >= 400 and page and status != 404):
         return ApiDown(f"HTTP {status} with {what}")
+    if status == 404 and not page and _UNKNOWN.search(start):
+        return UnknownId(plain_text(start))
     return Odd(f"HTTP {status} with {what} ({len(body)} bytes)")
 
 
@@ -231,7 +242,7 @@ def json_object(body: bytes) -> dict[str, Any] | None:
 def status_of(answer: Mapping[str, Any]) -> str:
     """The status word in lower case; empty where there is none, or where it is no text."""
     status = answer.get("status")
-    return _plain(status).strip().lower()[:100] if isinstance(status, str) else ""
+    return plain_text(status.strip()[:100]).strip().lower() if isinstance(status, str) else ""
 
 
 def message_of(answer: Mapping[str, Any]) -> str:
@@ -242,13 +253,7 @@ def message_of(answer: Mapping[str, Any]) -> str:
             message = json.dumps(message, ensure_ascii=False, default=str)
         except (ValueError, RecursionError):
             message = type(message).__name__
-    return _plain(message)[:MAX_MESSAGE]
-
-
-def _plain(text: str) -> str:
-    """Text that any database takes: no NUL, no lone surrogate, no control characters."""
-    whole = text.encode("utf-8", "replace").decode("utf-8")
-    return "".join(" " if ord(char) < 32 or ord(char) == 127 else char for char in whole)
+    return plain_text(message[:MAX_MESSAGE])
 
 
 def _eta(value: object) -> float | None:
@@ -290,7 +295,8 @@ def _date(value: str | None, now: float) -> float | None:
     if not value:
         return None
     try:
-        return parsedate_to_datetime(value).timestamp() - now
+        at = parsedate_to_datetime(value)
+        return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() - now
     except (ValueError, TypeError, OverflowError, IndexError):
         return None
 
@@ -302,7 +308,7 @@ def _reset(value: str | None, now: float) -> float | None:
 
 def _words(answer: Mapping[str, Any]) -> float | None:
     texts = [message_of(answer), *(answer[name] for name in ("tips", "tip") if isinstance(answer.get(name), str))]
-    for text in texts:
+    for text in (text[:MAX_MESSAGE] for text in texts):
         if match := _WAIT.search(text):
             return int(match[1]) * (60.0 if match[2].lower().startswith("min") else 1.0)
     return None

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from worker.core.fetch_address import checked_remote_id
-from worker.core.links import Link, links
+from worker.core.links import Link, listed
 from worker.core.reply import json_object, message_of, status_of
 from worker.errors import NotTrackable
 
@@ -32,7 +32,7 @@ def submission(remote: object) -> Submission:
 
     Raises NotTrackable for an `error` or `failed` answer, and for one with neither id nor output.
     """
-    if isinstance(remote, str) and remote.lstrip().startswith("{"):
+    if isinstance(remote, str) and remote.lstrip("\ufeff \t\r\n").startswith("{"):
         parsed = json_object(remote.encode("utf-8", "replace"))
         if parsed is None:
             raise NotTrackable(
@@ -44,10 +44,10 @@ def submission(remote: object) -> Submission:
     status = status_of(remote)
     if status in ("error", "failed"):
         raise NotTrackable(f"the API did not take the job ({status}): {message_of(remote) or 'no message'}")
-    ready = links(remote.get("output"), remote.get("proxy_links")) if status == "success" else ()
+    ready = listed(remote) if status == "success" else ()
     remote_id = next((remote[name] for name in ("id", "training_id", "request_id", "taskId") if remote.get(name)), None)
     if remote_id is None and not ready:
-        raise NotTrackable("the submit answer has neither an id nor an output: there is nothing to ask for")
+        raise NotTrackable("the submit answer has no id, nor the output of a success: there is nothing to ask for")
     return Submission(
         remote_id=_synthetic(ready) if remote_id is None else checked_remote_id(remote_id),
         fetch_url=_text(remote.get("fetch_result")),
@@ -83,7 +83,9 @@ def _text(value: object) -> str | None:
 def _model(answer: dict[str, object]) -> str | None:
     meta = answer.get("meta")
     model = answer.get("model_id") or (meta.get("model_id") if isinstance(meta, dict) else None)
-    return model.strip()[:40] or None if isinstance(model, str) else None
+    if not isinstance(model, str) or not model.isprintable():  # it becomes part of the kind, which people read
+        return None
+    return model.strip()[:40] or None
 
 
 def _synthetic(outputs: tuple[Link, ...]) -> str:

@@ -140,10 +140,26 @@ def release_jobs(connection: Connection, ids: list[int], token: str, *, due_at: 
 def claim_output(
     connection: Connection, output_id: int, *, token: str, holder: str, lease: timedelta, now: datetime
 ) -> ClaimedOutput | None:
-    """Takes one output if it is due. None where there is nothing to do: stored, taken, cancelled, not due, unknown."""
+    """Takes an output, if the one named is due. None where there is nothing to do: stored, taken, not due, unknown.
+
+    A message stands for one download, not for one output: where an older link is due too, that one is taken. So one
+    that was put back after a crash does not wait behind a backlog of younger ones.
+    """
+    due = (outputs.c.due_at.is_not(None), outputs.c.due_at <= now)
+    named = connection.execute(select(outputs.c.listed_at).where(outputs.c.id == output_id, *due)).scalar()
+    if named is None:
+        return None
+    oldest = (
+        select(outputs.c.id)
+        .where(*due, outputs.c.listed_at < named)
+        .order_by(outputs.c.listed_at, outputs.c.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
+    output_id = connection.execute(oldest).scalar() or output_id
     taken = connection.execute(
         update(outputs)
-        .where(outputs.c.id == output_id, outputs.c.status == "pending", outputs.c.due_at <= now)
+        .where(outputs.c.id == output_id, *due)
         .values(
             due_at=now + lease, queued_at=None, claim_token=token, claim_holder=holder, attempts=outputs.c.attempts + 1
         )
@@ -173,15 +189,46 @@ def claim_output(
             renewed=row.renewed,
             dead_attempts=row.dead_attempts,
             renewable=not row.remote_id.startswith("sha256:"),
+            last_code=row.error_code,
         ),
     )
 
 
 def renew_leases(connection: Connection, holder: str, *, lease: timedelta, now: datetime) -> int:
-    """Extends every lease of this process that is not over yet; how many. One that is over is lost for good."""
+    """Extends every lease of this process that is not over yet; how many. One that is over is lost for good.
+
+    Rows that are locked are being recorded just now: waiting for them, in another order than the recorder's, could
+    block both for good.
+    """
+    renewed = 0
+    for table in (jobs, outputs):
+        live = (
+            select(table.c.id)
+            .where(table.c.claim_holder == holder, table.c.due_at > now)
+            .with_for_update(skip_locked=True)
+        )
+        renewed += len(_take(connection, table, live, update(table).values(due_at=now + lease), (table.c.id,)))
+    return renewed
+
+
+def holders(connection: Connection) -> set[str]:
+    """The processes that hold claims now."""
+    return {
+        holder
+        for table in (jobs, outputs)
+        for holder in connection.execute(
+            select(table.c.claim_holder).where(table.c.claim_holder.is_not(None)).distinct()
+        ).scalars()
+    }
+
+
+def release_holders(connection: Connection, gone: list[str], *, now: datetime) -> int:
+    """Makes what these processes held due at once; how many rows. Only for processes that are known to be dead."""
     return sum(
         connection.execute(
-            update(table).where(table.c.claim_holder == holder, table.c.due_at > now).values(due_at=now + lease)
+            update(table)
+            .where(table.c.claim_holder.in_(gone), table.c.claim_token.is_not(None))
+            .values(due_at=now, claim_token=None, claim_holder=None)
         ).rowcount
         for table in (jobs, outputs)
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, CursorResult, Row, and_, case, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, case, func, insert, or_, select, update
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from worker.core.fetch_address import FetchAddress
@@ -14,6 +14,7 @@ from worker.core.lifecycle import FINAL_STATES
 from worker.core.links import Link
 from worker.tables import bodies, jobs, outputs
 
+MAX_ID = 2**63 - 1  # what the databases' integers hold
 INSERT_ROWS = 500  # one statement's worth; every database takes that many parameters
 
 
@@ -44,7 +45,8 @@ def insert_jobs(connection: Connection, new: Sequence[NewJob], *, now: datetime)
     """Puts jobs in, each once: (id, whether it is new) in the order given. A job that is there stays as it is."""
     wanted = {job.identity: job for job in new}
     created: dict[tuple[str, str, str], int] = {}
-    rows = [_job_row(job, now) for job in wanted.values()]
+    # Always in the same order: two batches with the same jobs could block each other for good.
+    rows = [_job_row(wanted[identity], now) for identity in sorted(wanted)]
     for start in range(0, len(rows), INSERT_ROWS):
         created |= _insert_missing(connection, rows[start : start + INSERT_ROWS])
     known = created | _ids(connection, [identity for identity in wanted if identity not in created])
@@ -116,32 +118,49 @@ def _ids(connection: Connection, identities: Sequence[tuple[str, str, str]]) -> 
 
 def insert_outputs(connection: Connection, job_id: int, found: Iterable[Link], *, now: datetime) -> list[int]:
     """Puts in an output row for each link, due at once; the bytes that an answer carried itself beside them."""
-    ids = []
-    for position, link in enumerate(found):
-        row = connection.execute(
-            insert(outputs).values(
-                job_id=job_id,
-                position=position,
-                url=link.url,
-                proxy_urls=json.dumps(link.proxies),
-                status="pending",
-                listed_at=now,
-                due_at=now,
-                queued_at=now,
-            )
-        )
-        output_id = _new_id(row)
-        ids.append(output_id)
-        if link.body is not None:
-            connection.execute(insert(bodies).values(output_id=output_id, body=link.body))
+    links = list(found)
+    if not links:
+        return []
+    rows = [
+        {
+            "job_id": job_id,
+            "position": position,
+            "url": link.url,
+            "proxy_urls": json.dumps(link.proxies),
+            "status": "pending",
+            "listed_at": now,
+            "due_at": now,
+            "queued_at": now,
+        }
+        for position, link in enumerate(links)
+    ]
+    ids: list[int] = []
+    for start in range(0, len(rows), INSERT_ROWS):
+        ids += _insert_outputs(connection, rows[start : start + INSERT_ROWS])
+    carried = [
+        {"output_id": output_id, "body": link.body}
+        for output_id, link in zip(ids, links, strict=True)
+        if link.body is not None
+    ]
+    if carried:
+        connection.execute(insert(bodies), carried)
     return ids
 
 
-def _new_id(done: CursorResult[Any]) -> int:
-    key = done.inserted_primary_key
-    if key is None:
-        raise RuntimeError("the database named no id for a row put in")
-    return int(key[0])
+def _insert_outputs(connection: Connection, rows: list[dict[str, Any]]) -> list[int]:
+    """Puts output rows of one job in; their ids by position."""
+    positions = [row["position"] for row in rows]
+    if connection.dialect.name in ("postgresql", "sqlite"):
+        found = connection.execute(insert(outputs).values(rows).returning(outputs.c.id, outputs.c.position))
+    else:
+        connection.execute(insert(outputs), rows)
+        found = connection.execute(
+            select(outputs.c.id, outputs.c.position).where(
+                outputs.c.job_id == rows[0]["job_id"], outputs.c.position.in_(positions)
+            )
+        )
+    by_position = {row.position: row.id for row in found}
+    return [by_position[position] for position in positions]
 
 
 # ── looking up ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -149,6 +168,8 @@ def _new_id(done: CursorResult[Any]) -> int:
 
 def job_row(connection: Connection, job_id: int) -> Row[Any] | None:
     """The whole row of one job, or None."""
+    if not 0 < job_id <= MAX_ID:
+        return None
     return connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
 
 
@@ -291,10 +312,10 @@ def retry(connection: Connection, job_id: int, *, now: datetime) -> bool:
 
 
 def settle(connection: Connection, job_id: int, *, now: datetime) -> str | None:
-    """Ends a job whose outputs are all final; its final state, or None where it is not there yet."""
-    job = connection.execute(select(jobs.c.status).where(jobs.c.id == job_id).with_for_update()).one_or_none()
-    if job is None or job.status != "downloading":
-        return None
+    """Ends a job whose outputs are all final; its final state, or None where it is not there yet.
+
+    The caller holds the job's row, and knows that it is being downloaded.
+    """
     total, stored, waiting = connection.execute(
         select(func.count(), _count(outputs.c.status == "stored"), _count(outputs.c.status == "pending")).where(
             outputs.c.job_id == job_id

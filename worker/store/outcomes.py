@@ -159,6 +159,9 @@ def record_attempt(
     connection: Connection, output: ClaimedOutput, result: StoredFile | TryAgain | GiveUp, *, now: datetime
 ) -> tuple[bool, str | None]:
     """Writes a download attempt: (whether the claim still stood, the job's final state where this ended it)."""
+    # The job is locked before its outputs, as in `cancel`: the other way round the two could block each other for good.
+    locked = select(jobs.c.status).where(jobs.c.id == output.job_id).with_for_update()
+    job_status = connection.execute(locked).scalar_one_or_none()
     values: dict[str, Any] = {"claim_token": None, "claim_holder": None}
     match result:
         case StoredFile(location, size_bytes, sha256, media):
@@ -189,8 +192,9 @@ def record_attempt(
         if result.renew:
             _ask_for_links(connection, output.job_id, now)
         return True, None
-    connection.execute(delete(bodies).where(bodies.c.output_id == output.id))
-    return True, settle(connection, output.job_id, now=now)
+    if output.body is not None:
+        connection.execute(delete(bodies).where(bodies.c.output_id == output.id))
+    return True, settle(connection, output.job_id, now=now) if job_status == "downloading" else None
 
 
 def _counted(output: ClaimedOutput, result: TryAgain, now: datetime) -> dict[str, Any]:
@@ -201,8 +205,7 @@ def _counted(output: ClaimedOutput, result: TryAgain, now: datetime) -> dict[str
             counted: dict[str, Any] = {"dead_since": output.facts.dead_since or now}
             if result.renew:
                 return counted | {"renewed": True}
-            patient = not output.facts.renewed and output.facts.renewable
-            return counted if patient else counted | {"dead_attempts": output.facts.dead_attempts + 1}
+            return counted if output.facts.patient(now) else counted | {"dead_attempts": output.facts.dead_attempts + 1}
         case _:
             return {}
 

@@ -3,6 +3,8 @@
 import ipaddress
 import os
 import socket
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +51,20 @@ def _guarded_sendto(self: socket.socket, *arguments: Any) -> int:
     return _sendto(self, *arguments)
 
 
+def _is_number(host: object) -> bool:
+    """Whether the system reads it as an address without asking a name server: 2130706433 is one too."""
+    text = host.decode("ascii", "replace") if isinstance(host, bytes) else str(host)
+    for read in (socket.inet_aton, partial(socket.inet_pton, socket.AF_INET6)):
+        with suppress(OSError, ValueError):
+            read(text.partition("%")[0])
+            return True
+    return False
+
+
 def _guarded_getaddrinfo(host: Any, *arguments: Any, **named: Any) -> Any:
-    if host is not None and not _stays_here(host):
-        try:
-            ipaddress.ip_address(host)
-        except ValueError:
-            _note("resolve", host)
-            raise socket.gaierror(socket.EAI_NONAME, "refused: names are not looked up here") from None
+    if host is not None and not _stays_here(host) and not _is_number(host):
+        _note("resolve", host)
+        raise socket.gaierror(socket.EAI_NONAME, "refused: names are not looked up here")
     return _getaddrinfo(host, *arguments, **named)
 
 

@@ -1,0 +1,246 @@
+"""Accounts and hosts that are held, walked through on a clock that is told the time."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.core.gate import Gate, answered, limited, probing, refused, troubled, undecided, unproven
+
+T0 = datetime(2026, 1, 1, tzinfo=UTC)
+LEASE = timedelta(seconds=25)
+
+
+def at(seconds: float) -> datetime:
+    return T0 + timedelta(seconds=seconds)
+
+
+NEW = Gate("account", "default")
+OPEN = answered(NEW, now=T0, probe=True)
+HOST = Gate("host", "modelslab.com")
+
+
+def probe_seconds(gate: Gate, *, until: int) -> list[int]:
+    """The seconds at which a worker that looks every second would probe a gate that keeps refusing."""
+    asked = []
+    for second in range(until):
+        now = at(second)
+        if gate.allows(now) == "one":
+            asked.append(second)
+            gate = refused(probing(gate, now=now, lease=LEASE), "key rejected", now=now, probe=True)
+        assert gate.allows(now) == "none"
+    return asked
+
+
+# ── accounts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_key_never_yet_accepted_is_tried_with_one_call_alone() -> None:
+    trying = probing(NEW, now=T0, lease=LEASE)
+
+    assert NEW.allows(T0) == "one"
+    assert [trying.allows(at(s)) for s in (0, 24, 25)] == ["none", "none", "one"]
+    assert answered(trying, now=at(1), probe=True).allows(at(1)) == "all"
+
+
+def test_a_rejected_key_is_probed_after_10_20_40_and_then_every_60_seconds() -> None:
+    held = refused(OPEN, "key rejected", now=T0, probe=False)
+
+    assert probe_seconds(held, until=320) == [10, 30, 70, 130, 190, 250, 310]
+
+
+def test_a_new_key_that_is_rejected_is_probed_by_the_same_schedule() -> None:
+    assert probe_seconds(NEW, until=140) == [0, 10, 30, 70, 130]
+
+
+def test_a_hold_names_its_reason_and_its_start_until_a_probe_is_accepted() -> None:
+    held = refused(OPEN, "key rejected", now=T0, probe=False)
+    later = refused(held, "no credits", now=at(10), probe=True)
+    free = answered(later, now=at(30), probe=True)
+
+    assert (held.reason, held.since, held.until) == ("key rejected", T0, None)
+    assert (later.reason, later.since) == ("no credits", T0)
+    assert (free.reason, free.since, free.allows(at(30))) == (None, None, "all")
+    assert free.last_hold_end(at(99)) == at(30)
+
+
+def test_the_schedule_starts_anew_after_a_release() -> None:
+    held = refused(OPEN, "key rejected", now=T0, probe=False)
+    for second in (10, 30, 70):
+        held = refused(held, "key rejected", now=at(second), probe=True)
+    again = refused(answered(held, now=at(130), probe=True), "key rejected", now=at(200), probe=False)
+
+    assert again.probe_at == at(210)
+
+
+def test_what_was_under_way_when_the_hold_began_does_not_move_it() -> None:
+    """Neither late refusals, which would stretch the schedule, nor late answers, which would end the hold."""
+    held = refused(OPEN, "key rejected", now=T0, probe=False)
+
+    assert refused(held, "no credits", now=at(3), probe=False) == held
+    assert answered(held, now=at(3), probe=False) == held
+
+
+def test_a_process_start_tries_a_held_key_at_once_and_alone() -> None:
+    held = refused(OPEN, "key rejected", now=T0, probe=False)
+    started = unproven(held, now=at(2))
+
+    assert started.allows(at(2)) == "one"
+    assert probing(started, now=at(2), lease=LEASE).allows(at(3)) == "none"
+    assert refused(started, "key rejected", now=at(3), probe=True).probe_at == at(23)  # the schedule goes on
+
+
+def test_a_process_start_tries_an_open_key_alone_too() -> None:
+    started = unproven(OPEN, now=at(5))
+
+    assert started.allows(at(5)) == "one"
+    assert started.last_hold_end(at(5)) is None
+    assert answered(started, now=at(6), probe=True).allows(at(6)) == "all"
+
+
+def test_a_probe_that_says_nothing_about_the_key_is_repeated() -> None:
+    trying = probing(NEW, now=T0, lease=LEASE)
+    held = probing(refused(OPEN, "key rejected", now=T0, probe=False), now=at(10), lease=LEASE)
+
+    assert undecided(trying, now=at(3)).allows(at(3)) == "one"
+    assert undecided(held, now=at(12)).allows(at(12)) == "none"
+    assert undecided(held, now=at(12)).allows(at(10) + LEASE) == "one"
+
+
+def test_a_rate_limit_shuts_the_account_for_its_time_and_no_longer() -> None:
+    paused = limited(OPEN, 30.0, now=T0)
+
+    assert [paused.allows(at(s)) for s in (0, 29.9, 30)] == ["none", "none", "all"]
+    assert (paused.reason, paused.until) == ("rate limited", at(30))
+    assert answered(paused, now=at(1), probe=False).allows(at(2)) == "none"
+
+
+def test_rate_limits_add_up_to_the_longest() -> None:
+    paused = limited(limited(limited(OPEN, 30.0, now=T0), 5.0, now=at(1)), 40.0, now=at(2))
+
+    assert paused.until == at(42)
+    assert paused.since == T0
+
+
+def test_the_end_of_a_rate_limit_is_the_end_of_a_hold() -> None:
+    paused = limited(OPEN, 30.0, now=T0)
+
+    assert paused.last_hold_end(at(10)) == at(10)
+    assert paused.last_hold_end(at(99)) == at(30)
+    assert limited(paused, 5.0, now=at(50)).last_hold_end(at(99)) == at(55)
+    assert answered(paused, now=at(99), probe=False).last_hold_end(at(99)) == at(30)
+
+
+def test_a_refusal_during_a_rate_limit_waits_for_its_end() -> None:
+    held = refused(limited(OPEN, 300.0, now=T0), "key rejected", now=at(5), probe=False)
+
+    assert [held.allows(at(s)) for s in (15, 299, 300)] == ["none", "none", "one"]
+
+
+def test_a_rate_limited_probe_of_a_held_account_waits_as_it_is_told() -> None:
+    held = refused(OPEN, "key rejected", now=T0, probe=False)
+    paused = limited(held, 300.0, now=at(10))
+
+    assert paused.reason == "key rejected"
+    assert [paused.allows(at(s)) for s in (70, 309, 310)] == ["none", "none", "one"]
+
+
+def test_a_key_that_is_not_proven_yet_stays_so_through_a_rate_limit() -> None:
+    paused = limited(NEW, 30.0, now=T0)
+
+    assert [paused.allows(at(s)) for s in (29, 30)] == ["none", "one"]
+    assert unproven(limited(OPEN, 30.0, now=T0), now=at(1)).allows(at(31)) == "one"
+
+
+# ── hosts ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def shaken(gate: Gate, times: int, *, start: float = 0.0) -> Gate:
+    for turn in range(times):
+        gate = troubled(gate, "time-out", 1, now=at(start + turn), probe=False)
+    return gate
+
+
+def test_a_host_is_held_after_five_calls_in_a_row_came_to_nothing() -> None:
+    assert shaken(HOST, 4).allows(at(4)) == "all"
+    assert shaken(HOST, 5).allows(at(4)) == "none"
+    assert troubled(HOST, "time-out", 5, now=T0, probe=False).held(T0)
+
+
+def test_an_answer_in_between_starts_the_count_anew() -> None:
+    counted = shaken(answered(shaken(HOST, 4), now=at(4), probe=False), 4, start=5)
+
+    assert counted.allows(at(9)) == "all"
+    assert shaken(counted, 1, start=9).held(at(9))
+
+
+def test_a_held_host_is_probed_by_the_schedule_and_let_go_by_the_first_answer() -> None:
+    gate = troubled(HOST, "time-out", 5, now=T0, probe=False)
+    probes = []
+    for second in range(140):
+        if gate.allows(at(second)) == "one":
+            probes.append(second)
+            gate = troubled(probing(gate, now=at(second), lease=LEASE), "time-out", 1, now=at(second), probe=True)
+    free = answered(gate, now=at(190), probe=True)
+
+    assert probes == [10, 30, 70, 130]
+    assert free.allows(at(190)) == "all"
+    assert (free.troubles, free.last_hold_end(at(500))) == (0, at(190))
+
+
+def test_late_failures_of_calls_under_way_do_not_stretch_a_host_s_hold() -> None:
+    held = shaken(HOST, 5)
+
+    assert shaken(held, 20, start=5) == held
+
+
+def test_a_gate_that_was_never_held_has_no_last_hold() -> None:
+    assert NEW.last_hold_end(T0) is None
+    assert OPEN.last_hold_end(T0) is None
+    assert shaken(HOST, 4).last_hold_end(T0) is None
+
+
+# ── properties ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(["answered", "refused", "limited", "troubled", "unproven", "undecided", "probing"]),
+        st.floats(0, 200),
+        st.booleans(),
+        st.floats(1, 900),
+    ),
+    max_size=25,
+)
+
+
+@pytest.mark.parametrize("scope", ["account", "host"])
+@given(events=EVENTS)
+def test_every_hold_can_end_within_a_quarter_of_an_hour(
+    scope: str, events: list[tuple[str, float, bool, float]]
+) -> None:
+    gate, now = replace(NEW if scope == "account" else HOST), T0
+    for name, pause, probe, seconds in events:
+        now += timedelta(seconds=pause)
+        match name:
+            case "answered":
+                gate = answered(gate, now=now, probe=probe)
+            case "refused" if scope == "account":
+                gate = refused(gate, "key rejected", now=now, probe=probe)
+            case "limited" if scope == "account":
+                gate = limited(gate, seconds, now=now)
+            case "troubled" if scope == "host":
+                gate = troubled(gate, "time-out", 1, now=now, probe=probe)
+            case "unproven" if scope == "account":
+                gate = unproven(gate, now=now)
+            case "undecided":
+                gate = undecided(gate, now=now)
+            case "probing" if gate.allows(now) == "one":
+                gate = probing(gate, now=now, lease=LEASE)
+
+        assert gate.allows(now + timedelta(seconds=960)) != "none"
+        assert not gate.held(now) or gate.allows(now) != "all"
+        assert not gate.held(now) or gate.since is not None
+        ended = gate.last_hold_end(now)
+        assert ended is None or ended <= now

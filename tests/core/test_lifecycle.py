@@ -1,0 +1,542 @@
+"""What becomes of jobs after answers and of outputs after attempts: every threshold, and whole ways on a told clock."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from itertools import chain, cycle, islice, pairwise, repeat
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worker.core.lifecycle import (
+    AskAgain,
+    Attempt,
+    BadBody,
+    DeadLink,
+    Deliver,
+    End,
+    GiveUp,
+    JobFacts,
+    KeepLinks,
+    OutputFacts,
+    RenewLinks,
+    Step,
+    StoredFile,
+    Strikes,
+    Trouble,
+    TryAgain,
+    Unfit,
+    after_answer,
+    after_attempt,
+    note_of,
+    source,
+)
+from worker.core.links import Link
+from worker.core.media import Media
+from worker.core.reply import (
+    AccountRefused,
+    AnotherJob,
+    ApiDown,
+    ApiError,
+    Empty,
+    Failed,
+    Odd,
+    Processing,
+    RateLimited,
+    Ready,
+    Reply,
+    UnknownId,
+)
+
+T0 = datetime(2026, 1, 1, tzinfo=UTC)
+LEAST = timedelta(seconds=3)
+DAY = timedelta(days=1)
+HOUR = 3_600.0
+
+OUTPUTS = (Link("https://h/a.png"),)
+READY, PROCESSING, EMPTY = Ready(OUTPUTS), Processing(), Empty()
+FAILED, UNKNOWN, ERROR = Failed("Failed, Try Again"), UnknownId("Request not found"), ApiError("Error message")
+ODD, OTHER = Odd("unknown status 'ok'"), AnotherJob("7")
+LIMITED, REFUSED, DOWN = RateLimited(30.0, "slow"), AccountRefused("key", "Invalid Api Key"), ApiDown("HTTP 502")
+NOT_THE_JOBS: tuple[Reply, ...] = (LIMITED, REFUSED, DOWN)
+NOT_READY: tuple[Reply, ...] = (PROCESSING, EMPTY, FAILED, UNKNOWN, ERROR, ODD, OTHER)
+
+
+def at(seconds: float) -> datetime:
+    return T0 + timedelta(seconds=seconds)
+
+
+JOB = JobFacts("pending", T0, at(HOUR))
+
+
+def answers(
+    replies: Iterator[Reply] | list[Reply], *, every: float = 5.0, job: JobFacts = JOB
+) -> list[tuple[float, Step]]:
+    """Asks about a job at a steady pace until it ends; (second, step) of each answer."""
+    walk: list[tuple[float, Step]] = []
+    for turn, reply in enumerate(islice(replies, 2_000)):
+        step = after_answer(job, reply, now=at(turn * every), least=LEAST)
+        walk.append((turn * every, step))
+        if not isinstance(step, AskAgain):
+            break
+        job = replace(job, strikes=step.strikes)
+    return walk
+
+
+def ending(replies: Iterator[Reply] | list[Reply], *, every: float = 5.0, job: JobFacts = JOB) -> tuple[int, str]:
+    """After how many answers a job ended, and as what."""
+    walk = answers(replies, every=every, job=job)
+    match walk[-1][1]:
+        case End(_, code, _):
+            return len(walk), code
+        case Deliver():
+            return len(walk), "delivered"
+    return len(walk), "pending"
+
+
+# ── jobs: thresholds ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+# one line per case: the answers, the seconds between them, and after how many the job ends as what
+THRESHOLDS: list[tuple[list[Reply], float, tuple[int, str]]] = [
+    ([READY], 5, (1, "delivered")),
+    ([PROCESSING, READY], 5, (2, "delivered")),
+    ([FAILED, READY], 5, (2, "delivered")),
+    # failed: twice
+    ([FAILED], 5, (1, "pending")),
+    ([FAILED, FAILED], 5, (2, "api_failed")),
+    ([FAILED, FAILED], 3, (2, "api_failed")),
+    ([FAILED, FAILED], 2.9, (2, "pending")),
+    ([FAILED, FAILED, FAILED], 2, (3, "api_failed")),  # 0 counts, 2 is too close, 4 counts
+    ([FAILED, PROCESSING, FAILED, PROCESSING], 5, (4, "pending")),
+    ([FAILED, PROCESSING, FAILED, FAILED], 5, (4, "api_failed")),
+    ([FAILED, ODD, OTHER, FAILED], 5, (4, "api_failed")),  # only processing forgives
+    ([FAILED, *NOT_THE_JOBS, FAILED], 5, (5, "api_failed")),
+    # unknown id: three times, and a minute after tracking
+    ([UNKNOWN] * 3, 30, (3, "not_found")),  # 0, 30, 60
+    ([UNKNOWN] * 3, 29.9, (3, "pending")),  # the third came at 59.8
+    ([UNKNOWN] * 4, 29.9, (4, "not_found")),
+    ([UNKNOWN] * 2, 100, (2, "pending")),
+    ([UNKNOWN] * 13, 5, (13, "not_found")),  # three at once, then its minute
+    ([UNKNOWN, UNKNOWN, PROCESSING, UNKNOWN, UNKNOWN], 30, (5, "pending")),
+    # error: three times in a row
+    ([ERROR] * 3, 5, (3, "api_error")),
+    ([ERROR] * 2, 5, (2, "pending")),
+    ([ERROR] * 3, 2.9, (3, "pending")),
+    ([ERROR, ERROR, FAILED, ERROR, ERROR], 5, (5, "pending")),
+    ([ERROR, ERROR, ODD, ERROR, ERROR], 5, (5, "pending")),
+    ([ERROR, ERROR, OTHER, ERROR, ERROR], 5, (5, "pending")),
+    ([ERROR, ERROR, EMPTY, ERROR, ERROR], 5, (5, "pending")),
+    ([ERROR, ERROR, UNKNOWN, ERROR, ERROR], 5, (5, "pending")),
+    ([ERROR, ERROR, PROCESSING, ERROR, ERROR], 5, (5, "pending")),
+    ([ERROR, LIMITED, ERROR, DOWN, ERROR], 5, (5, "api_error")),  # the account's trouble is no answer about the job
+    # success without output: five times
+    ([EMPTY] * 5, 5, (5, "no_output")),
+    ([EMPTY] * 4, 5, (4, "pending")),
+    ([EMPTY] * 5, 1, (5, "pending")),
+    ([EMPTY, EMPTY, EMPTY, PROCESSING, EMPTY, EMPTY], 5, (6, "pending")),
+    ([EMPTY, EMPTY, EMPTY, EMPTY, READY], 5, (5, "delivered")),
+    # whatever makes no sense is asked again
+    ([ODD] * 100, 5, (100, "pending")),
+    ([OTHER] * 100, 5, (100, "pending")),
+]
+
+
+@pytest.mark.parametrize(("replies", "every", "end"), THRESHOLDS)
+def test_a_job_ends_exactly_at_its_threshold(replies: list[Reply], every: float, end: tuple[int, str]) -> None:
+    assert ending(replies, every=every) == end
+
+
+@pytest.mark.parametrize(("reply", "count"), [(FAILED, 2), (ERROR, 3), (EMPTY, 5)])
+def test_where_the_least_time_is_zero_every_answer_counts(reply: Reply, count: int) -> None:
+    job = JOB
+    for _ in range(count - 1):
+        step = after_answer(job, reply, now=T0, least=timedelta(0))
+        assert isinstance(step, AskAgain)
+        job = replace(job, strikes=step.strikes)
+
+    assert isinstance(after_answer(job, reply, now=T0, least=timedelta(0)), End)
+
+
+def test_answers_that_do_not_count_do_not_put_off_the_ones_that_do() -> None:
+    """Asked twice as often as counted, a job ends after the same time."""
+    walk = answers(repeat(ERROR), every=1.5)
+
+    assert [second for second, _ in walk] == [0, 1.5, 3, 4.5, 6]
+
+
+@pytest.mark.parametrize("status", ["pending", "downloading"])
+@pytest.mark.parametrize("reply", NOT_THE_JOBS)
+def test_trouble_of_the_account_or_the_host_never_touches_the_job(status: str, reply: Reply) -> None:
+    strikes = Strikes(1, 2, 2, 4, T0)
+    job = JobFacts("pending" if status == "pending" else "downloading", T0, at(10), strikes)
+
+    step = after_answer(job, reply, now=at(10 * HOUR), least=LEAST)
+
+    assert step == AskAgain(strikes, note_of(reply))
+
+
+def test_alternating_answers_end_by_the_sum_of_the_failed_ones() -> None:
+    """failed, odd, empty, error, failed: the second failed ends it, though nothing came twice in a row."""
+    assert ending(cycle([FAILED, ODD, EMPTY, ERROR])) == (5, "api_failed")
+
+
+def test_a_job_that_flickers_between_processing_and_failed_ends_by_its_deadline() -> None:
+    walk = answers(cycle([FAILED, PROCESSING]))
+
+    assert walk[-1][0] == HOUR
+    assert isinstance(walk[-1][1], End)
+    assert walk[-1][1].code == "expired"
+
+
+# ── jobs: expiry ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("reply", NOT_READY)
+def test_a_job_expires_on_a_not_ready_answer_from_its_deadline_on(reply: Reply) -> None:
+    before = after_answer(JOB, reply, now=at(HOUR) - timedelta(microseconds=1), least=LEAST)
+    after = after_answer(JOB, reply, now=at(HOUR), least=LEAST)
+
+    assert isinstance(before, AskAgain)
+    assert isinstance(after, End)
+    assert (after.status, after.code) == ("expired", "expired")
+    assert note_of(reply) in after.message
+
+
+@pytest.mark.parametrize("late", [1.0, 86_400.0])
+def test_a_job_that_is_ready_after_its_deadline_is_delivered(late: float) -> None:
+    assert after_answer(JOB, READY, now=at(HOUR + late), least=LEAST) == Deliver(OUTPUTS)
+
+
+@pytest.mark.parametrize(
+    ("hold_end", "second", "expired"),
+    [
+        (10.0, HOUR - 1, False),
+        (10.0, HOUR, True),  # a hold long ago changes nothing
+        (HOUR - 30, HOUR + 29, False),
+        (HOUR - 30, HOUR + 30, True),
+        (HOUR - 60, HOUR, True),
+        (2 * HOUR, 2 * HOUR, False),
+        (2 * HOUR, 2 * HOUR + 59, False),
+        (2 * HOUR, 2 * HOUR + 60, True),
+    ],
+)
+def test_after_a_hold_a_job_has_a_minute_to_be_found_ready(hold_end: float, second: float, expired: bool) -> None:
+    job = replace(JOB, last_hold_end=at(hold_end))
+
+    step = after_answer(job, PROCESSING, now=at(second), least=LEAST)
+
+    assert isinstance(step, End) is expired
+
+
+def test_what_the_api_says_of_a_job_goes_before_its_deadline() -> None:
+    job = replace(JOB, strikes=Strikes(failed=1, last=T0))
+
+    step = after_answer(job, FAILED, now=at(2 * HOUR), least=LEAST)
+
+    assert step == End("failed", "api_failed", "Failed, Try Again")
+
+
+# ── jobs: links renewed ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("reply", NOT_READY)
+def test_a_downloading_job_keeps_its_links_where_the_api_has_no_fresh_ones(reply: Reply) -> None:
+    job = replace(JOB, status="downloading", strikes=Strikes(1, 2, 2, 4, T0))
+
+    assert after_answer(job, reply, now=at(9 * HOUR), least=LEAST) == KeepLinks(note_of(reply))
+
+
+def test_a_downloading_job_takes_fresh_links() -> None:
+    job = replace(JOB, status="downloading")
+
+    assert after_answer(job, READY, now=at(9 * HOUR), least=LEAST) == RenewLinks(OUTPUTS)
+
+
+def test_a_trained_model_has_no_outputs_and_is_delivered() -> None:
+    assert after_answer(JOB, Ready(()), now=T0, least=LEAST) == Deliver(())
+
+
+# ── outputs: single attempts ──────────────────────────────────────────────────────────────────────────────────────────
+
+STORED = StoredFile("file:///x/1.png", 9, "0" * 64, Media("image/png", "png"))
+DEAD, HTTP, AWAY, DISK = (
+    DeadLink("HTTP 404"),
+    Trouble("http_error", "HTTP 503"),
+    Trouble("unreachable", "no answer"),
+    Trouble("storage", "disk full"),
+)
+HTML, SHORT = BadBody("not_media", "HTML"), BadBody("truncated", "9 of 10 bytes")
+PRIVATE, LARGE = Unfit("refused_address", "10.0.0.1"), Unfit("too_large", "9 GB")
+FIRST = OutputFacts(attempts=1, proxies=0, ready_at=T0)
+
+
+def attempt(output: OutputFacts, came: Attempt, second: float = 0.0) -> StoredFile | TryAgain | GiveUp:
+    return after_attempt(output, came, now=at(second), deadline=DAY)
+
+
+def test_a_stored_file_is_stored_however_late() -> None:
+    assert attempt(FIRST, STORED, 10 * 86_400) == STORED
+
+
+@pytest.mark.parametrize("came", [PRIVATE, LARGE])
+def test_what_no_further_attempt_can_change_ends_at_once(came: Unfit) -> None:
+    assert attempt(FIRST, came) == GiveUp(came.code, came.message)
+
+
+@pytest.mark.parametrize("came", [HTML, SHORT])
+@pytest.mark.parametrize(("before", "second", "over"), [(0, 1, False), (1, 9, False), (2, 9, True), (0, 86_400, True)])
+def test_a_bad_body_is_tried_three_times(came: BadBody, before: int, second: float, over: bool) -> None:
+    result = attempt(replace(FIRST, attempts=before + 1, bad_bodies=before), came, second)
+
+    assert isinstance(result, GiveUp) is over
+    assert not isinstance(result, StoredFile)
+    assert result.code == came.code
+
+
+@pytest.mark.parametrize("came", [HTTP, AWAY])
+def test_trouble_on_the_way_is_tried_until_the_deadline(came: Trouble) -> None:
+    just_before = attempt(replace(FIRST, attempts=500), came, 86_399.9)
+
+    assert just_before == TryAgain(300.0, came.code, came.message)
+    assert attempt(replace(FIRST, attempts=500), came, 86_400) == GiveUp(came.code, came.message)
+
+
+@pytest.mark.parametrize(("attempts", "wait"), [(1, 5.0), (2, 10.0), (3, 20.0), (6, 160.0), (7, 300.0), (10**9, 300.0)])
+def test_the_waits_in_trouble_double_up_to_five_minutes(attempts: int, wait: float) -> None:
+    result = attempt(replace(FIRST, attempts=attempts), HTTP)
+
+    assert isinstance(result, TryAgain)
+    assert result.wait == wait
+
+
+@pytest.mark.parametrize("second", [0.0, 86_400.0, 900 * 86_400.0])
+def test_trouble_of_our_own_storage_never_ends_an_output(second: float) -> None:
+    assert attempt(replace(FIRST, attempts=999), DISK, second) == TryAgain(15.0, "storage", "disk full")
+
+
+@pytest.mark.parametrize(("seconds", "renew"), [(0, False), (19, False), (59.9, False), (60, True), (9_999, True)])
+def test_a_dead_link_gets_a_minute_and_is_then_renewed(seconds: float, renew: bool) -> None:
+    output = replace(FIRST, attempts=2, dead_since=T0, last_code="gone")
+
+    result = attempt(output, DEAD, seconds)
+
+    assert isinstance(result, TryAgain)
+    assert (result.code, result.renew) == ("gone", renew)
+
+
+def test_a_dead_link_past_the_deadline_is_gone() -> None:
+    result = attempt(FIRST, DEAD, 86_400)
+
+    assert isinstance(result, GiveUp)
+    assert result.code == "gone"
+
+
+# ── outputs: whole ways ───────────────────────────────────────────────────────────────────────────────────────────────
+
+Server = Callable[[int, float, bool], Attempt]
+"""What address `n` (0 is the link) answers at a second, before or after the link was renewed."""
+
+
+def way(server: Server, *, proxies: int = 0, renewable: bool = True, most: int = 3_000) -> list[str]:
+    """Downloads an output until it ends, as the store carries decisions out; one word per event."""
+    output = replace(FIRST, proxies=proxies, renewable=renewable)
+    second = 0.0
+    told: list[str] = []
+    for _ in range(most):
+        place = source(output)
+        result = attempt(output, server(place, second, output.renewed), second)
+        match result:
+            case StoredFile():
+                return [*told, f"{second:.0f} stored from {place}"]
+            case GiveUp(code, _):
+                return [*told, f"{second:.0f} {place} {code} for good"]
+        told.append(f"{second:.0f} {place} {result.code}" + (" renew" if result.renew else ""))
+        now = at(second)
+        output = replace(output, attempts=output.attempts + 1, last_code=result.code)
+        if result.code in ("not_media", "truncated"):
+            output = replace(output, bad_bodies=output.bad_bodies + 1)
+        elif result.code == "gone":
+            counted = 0 if result.renew or output.patient(now) else 1
+            output = replace(
+                output,
+                dead_since=output.dead_since or now,
+                renewed=output.renewed or result.renew,
+                dead_attempts=output.dead_attempts + counted,
+            )
+        second += result.wait
+    return told
+
+
+PATIENCE = ["0 0 gone", "5 0 gone", "10 0 gone", "15 0 gone", "20 0 gone", "30 0 gone", "40 0 gone", "50 0 gone"]
+
+
+def test_a_dead_link_is_waited_for_renewed_once_and_gone_after_three_more() -> None:
+    assert way(lambda place, second, renewed: DEAD) == [
+        *PATIENCE,
+        "60 0 gone renew",
+        "60 0 gone",
+        "65 0 gone",
+        "70 0 gone",
+        "75 0 gone for good",
+    ]
+
+
+def test_proxies_are_tried_in_order_after_the_renewal() -> None:
+    assert way(lambda place, second, renewed: DEAD, proxies=2)[len(PATIENCE) :] == [
+        "60 0 gone renew",
+        "60 0 gone",
+        "60 1 gone",
+        "60 2 gone",
+        "65 0 gone",
+        "70 1 gone",
+        "75 2 gone for good",
+    ]
+
+
+def test_a_link_that_comes_alive_within_the_minute_needs_no_renewal() -> None:
+    told = way(lambda place, second, renewed: STORED if second >= 40 else DEAD, proxies=1)
+
+    assert told[-1] == "40 stored from 0"
+    assert not [event for event in told if "renew" in event]
+
+
+def test_a_renewed_link_is_tried_before_any_proxy() -> None:
+    assert way(lambda place, second, renewed: STORED if renewed else DEAD, proxies=3)[-1] == "60 stored from 0"
+
+
+def test_a_proxy_saves_an_output_whose_link_is_gone() -> None:
+    assert way(lambda place, second, renewed: STORED if place == 2 else DEAD, proxies=2)[-1] == "60 stored from 2"
+
+
+def test_an_output_that_cannot_be_renewed_gets_its_minute_its_proxies_and_three_more() -> None:
+    """Its id was made up from its outputs: there is nothing to ask the API for."""
+    assert way(lambda place, second, renewed: DEAD, renewable=False, proxies=1)[len(PATIENCE) :] == [
+        "60 0 gone",
+        "60 1 gone",
+        "65 0 gone",
+        "70 1 gone",
+        "75 0 gone for good",
+    ]
+
+
+def test_the_link_and_its_proxies_take_turns_while_there_is_trouble() -> None:
+    places = [event.split()[1] for event in way(lambda place, second, renewed: AWAY, proxies=2)]
+
+    assert "".join(places[:7]) == "0120120"
+
+
+def test_an_unreachable_link_ends_at_the_deadline_with_its_last_code() -> None:
+    told = way(lambda place, second, renewed: AWAY)
+
+    second, _, code, *_ = told[-1].split()
+    assert 86_400 <= float(second) <= 86_400 + 300
+    assert code == "unreachable"
+
+
+def test_proxies_get_their_turn_where_a_dead_link_becomes_unreachable() -> None:
+    told = way(lambda place, second, renewed: STORED if place else (DEAD if second == 0 else AWAY), proxies=1)
+
+    assert told[-1].endswith("stored from 1")
+
+
+def test_an_unreachable_proxy_does_not_keep_the_others_from_their_turn() -> None:
+    """The renewed link is dead, the first proxy never answers, the second has the file."""
+    servers: dict[int, Attempt] = {0: DEAD, 1: AWAY, 2: STORED}
+
+    assert way(lambda place, second, renewed: servers[place], proxies=2)[-1].endswith("stored from 2")
+
+
+def test_a_slow_proxy_is_tried_again_before_a_dead_link_is_given_up() -> None:
+    told = way(lambda place, second, renewed: DEAD if place == 0 else (STORED if second > 600 else AWAY), proxies=1)
+
+    assert told[-1].endswith("stored from 1")
+
+
+@pytest.mark.parametrize("proxy", [DEAD, PRIVATE])
+def test_a_proxy_that_is_dead_or_refused_does_not_end_an_output_whose_link_is_only_in_trouble(proxy: Attempt) -> None:
+    """The API has named hosts of its own workshop as proxies, and a mirror may not have every file."""
+    told = way(lambda place, second, renewed: proxy if place else (STORED if second > 7_200 else AWAY), proxies=1)
+
+    assert told[-1].endswith("stored from 0")
+    assert {event.split()[2] for event in told[:-1]} == {"unreachable"}
+
+
+def test_a_refused_proxy_counts_as_dead_where_the_link_is_dead() -> None:
+    told = way(lambda place, second, renewed: PRIVATE if place else DEAD, proxies=1)
+
+    assert told[-1].endswith("gone for good")
+    assert len(told) == len(way(lambda place, second, renewed: DEAD, proxies=1))
+
+
+def test_a_link_that_is_refused_ends_the_output_though_it_has_proxies() -> None:
+    assert way(lambda place, second, renewed: PRIVATE, proxies=2) == ["0 0 refused_address for good"]
+
+
+def test_a_page_in_place_of_a_picture_is_fetched_three_times() -> None:
+    assert way(lambda place, second, renewed: HTML) == ["0 0 not_media", "2 0 not_media", "6 0 not_media for good"]
+
+
+def test_a_full_disk_is_waited_for_and_then_all_goes_on() -> None:
+    assert way(lambda place, second, renewed: STORED if second > 3 * 86_400 else DISK, most=20_000)[-1].startswith(
+        "259215 stored"
+    )
+
+
+# ── properties ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+REPLIES = st.sampled_from([READY, *NOT_READY, *NOT_THE_JOBS])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(REPLIES, max_size=30), st.floats(0, 600), st.integers(1, 20_000))
+def test_any_row_of_answers_leads_to_one_end_at_most(replies: list[Reply], every: float, deadline: int) -> None:
+    walk = answers(replies, every=every, job=replace(JOB, deadline_at=at(deadline)))
+
+    for turn, (second, step) in enumerate(walk):
+        assert isinstance(step, AskAgain) or turn == len(walk) - 1
+        assert not isinstance(step, (RenewLinks, KeepLinks))
+        assert isinstance(step, Deliver) == (replies[turn] == READY)
+        if isinstance(step, End):
+            assert step.status == ("expired" if step.code == "expired" else "failed")
+            assert second >= deadline or step.code != "expired"
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sampled_from(NOT_READY), max_size=5), st.floats(3, 60))
+def test_every_job_that_is_asked_ends_at_last(replies: list[Reply], every: float) -> None:
+    job = replace(JOB, deadline_at=at(600))
+
+    walk = answers(chain(replies, repeat(PROCESSING)), every=every, job=job)
+
+    assert isinstance(walk[-1][1], End)
+    assert walk[-1][0] <= 600 + every
+
+
+ATTEMPTS = st.lists(st.sampled_from([DEAD, HTTP, AWAY, DISK, HTML, SHORT, PRIVATE]), min_size=1, max_size=12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(ATTEMPTS, st.integers(0, 4), st.booleans())
+def test_any_row_of_attempts_ends_with_one_renewal_at_most_and_bounded_waits(
+    attempts: list[Attempt], proxies: int, renewable: bool
+) -> None:
+    came = chain(attempts, repeat(DEAD))
+    told = way(lambda place, second, renewed: next(came), proxies=proxies, renewable=renewable)
+
+    seconds = [float(event.split()[0]) for event in told]
+    assert told[-1].endswith("for good")
+    assert sum("renew" in event for event in told) <= (1 if renewable else 0)
+    assert all(0 <= later - earlier <= 300 for earlier, later in pairwise(seconds))
+    assert all(0 <= int(event.split()[1]) <= proxies for event in told)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from([DEAD, HTTP, AWAY, STORED]), min_size=1, max_size=5), st.integers(0, 3))
+def test_links_that_never_change_lead_to_the_file_or_to_an_end(servers: list[Attempt], proxies: int) -> None:
+    """Whatever address has the file, it is found: no address is waited for while another one is never asked."""
+    told = way(lambda place, second, renewed: servers[place % len(servers)], proxies=proxies)
+
+    has_it = any(servers[place % len(servers)] is STORED for place in range(proxies + 1))
+    assert ("stored" in told[-1]) is has_it
+    assert has_it or told[-1].endswith("for good")

@@ -1,0 +1,197 @@
+"""What can be handed to `track`, and what is refused before anything is written."""
+
+import json
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.core.test_reply import ANY_JSON
+from worker.core.fetch_address import REMOTE_ID, SYNTHETIC_ID
+from worker.core.links import Link
+from worker.core.submission import Submission, seconds, submission
+from worker.errors import NotTrackable, WorkerError
+
+A, B = "https://h/a.png", "https://h/b.png"
+P = "https://cdn2/a.png"
+FETCH = "https://modelslab.com/api/v6/video/fetch/7"
+LONGEST = "a" * 128
+
+
+@pytest.mark.parametrize(
+    ("remote", "remote_id"),
+    [
+        ("12202888", "12202888"),
+        (12202888, "12202888"),
+        (0, "0"),
+        (155_918_900, "155918900"),
+        ("abc123-def456", "abc123-def456"),
+        ("F5jvdzGnYi", "F5jvdzGnYi"),
+        ("a_b", "a_b"),
+        (" 7\n", "7"),
+        (LONGEST, LONGEST),
+        (int("9" * 128), "9" * 128),
+    ],
+)
+def test_a_bare_id_is_a_submission(remote: object, remote_id: str) -> None:
+    assert submission(remote) == Submission(remote_id)
+
+
+@pytest.mark.parametrize(
+    "remote",
+    [
+        "",
+        " ",
+        "-1",
+        -1,
+        "_a",
+        LONGEST + "a",
+        10**128,
+        pytest.param(10**5_000, id="a number that Python refuses to print"),
+        "../../v1/enterprise/flux/clear_queue",
+        "7/../8",
+        "7%2f8",
+        "7?x=1",
+        "7#",
+        "7.",
+        "7 8",
+        "7\x00",
+        "7\n8",
+        "\u0667",  # a digit, but no ASCII one
+        "é",
+        "sha256:" + "0" * 32,  # our own kind of id can't be handed in
+        True,
+        False,
+        None,
+        7.0,
+        float("nan"),
+        b"7",
+        [7],
+        ["12202888"],
+        (7,),
+        object(),
+        "[7]",
+        '"7"',
+        "{",
+        "{7}",
+        '{"id": 7',
+        pytest.param('{"id": ' + "9" * 5_000 + "}", id="JSON with such a number"),
+        pytest.param('{"a":' * 100_000, id="endlessly nested JSON"),
+    ],
+)
+def test_what_can_be_no_id_is_refused_by_an_error_of_ours(remote: object) -> None:
+    with pytest.raises(NotTrackable) as refused:
+        submission(remote)
+
+    assert isinstance(refused.value, WorkerError)
+    assert "\n" not in str(refused.value)
+
+
+# one line per case: the submit answer, and what is taken from it
+ANSWERS: list[tuple[dict[str, object], Submission]] = [
+    ({"id": 7}, Submission("7")),
+    ({"id": "7"}, Submission("7")),
+    ({"status": "processing", "id": 7, "eta": 20.9, "fetch_result": FETCH}, Submission("7", FETCH, 20.9)),
+    ({"status": "processing", "id": 7, "fetch_result": ""}, Submission("7")),
+    ({"status": "processing", "id": 7, "fetch_result": None}, Submission("7")),
+    ({"status": "processing", "id": 7, "fetch_result": f" {FETCH} "}, Submission("7", FETCH)),
+    ({"status": "processing", "id": 7, "eta": "12"}, Submission("7", eta=12.0)),
+    ({"status": "processing", "id": 7, "eta": -1}, Submission("7")),
+    ({"status": "processing", "id": 7, "eta": float("nan")}, Submission("7")),
+    ({"status": "processing", "id": 7, "eta": True}, Submission("7")),
+    ({"status": "processing", "id": 7, "eta": {}}, Submission("7")),
+    ({"status": "processing", "id": 7, "output": "", "future_links": [A]}, Submission("7")),
+    ({"status": "processing", "id": 7, "output": [A]}, Submission("7")),  # not ready: it says so itself
+    ({"id": 7, "output": [A]}, Submission("7")),
+    ({"status": "surprise", "id": 7}, Submission("7")),
+    ({"status": "success", "id": 7, "output": [A, B]}, Submission("7", outputs=(Link(A), Link(B)))),
+    ({"status": " SUCCESS", "id": 7, "output": A}, Submission("7", outputs=(Link(A),))),
+    ({"status": "success", "id": 7, "output": [A], "proxy_links": [P]}, Submission("7", outputs=(Link(A, (P,)),))),
+    ({"status": "success", "id": 7, "links": [A]}, Submission("7", outputs=(Link(A),))),
+    ({"status": "success", "id": 7, "output": []}, Submission("7")),
+    ({"status": "success", "messege": "deploying_gpu", "training_id": "F5jvdz"}, Submission("F5jvdz")),
+    ({"status": "queued", "taskId": "a352-b", "links": [A]}, Submission("a352-b")),
+    ({"status": "processing", "id": None, "request_id": 8}, Submission("8")),
+    ({"id": 7, "model_id": "midjourney"}, Submission("7", model="midjourney")),
+    ({"id": 7, "meta": {"model_id": " sdxl "}}, Submission("7", model="sdxl")),
+    ({"id": 7, "meta": {"model_id": "x" * 90}}, Submission("7", model="x" * 40)),
+    ({"id": 7, "meta": {"model_id": "\x00\ud800"}}, Submission("7")),
+    ({"id": 7, "meta": {"model_id": 5}}, Submission("7")),
+    ({"id": 7, "meta": ["model_id"]}, Submission("7")),
+    ({"id": 7, "message": "rate limit", "meta": {"prompt": "failed"}}, Submission("7")),
+]
+
+
+@pytest.mark.parametrize(("answer", "taken"), ANSWERS)
+def test_a_submit_answer_gives_what_it_knows(answer: dict[str, object], taken: Submission) -> None:
+    text = json.dumps(answer)
+
+    assert submission(answer) == taken
+    assert submission(text) == taken
+    assert submission(f"\ufeff\r\n {text}\n") == taken
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ({"status": "error", "message": "Invalid Api Key", "id": 7}, "Invalid Api Key"),
+        ({"status": "Error", "messege": {"prompt": ["required"]}}, "required"),
+        ({"status": "failed", "id": 7, "output": [A]}, "failed"),
+        ({"status": "error"}, "no message"),
+        ({}, "no id"),
+        ({"message": "Server Error"}, "no id"),
+        ({"status": "processing"}, "no id"),
+        ({"status": "processing", "output": [A]}, "no id"),
+        ({"status": "success", "output": []}, "no id"),
+        ({"status": "success", "id": "", "output": ""}, "no id"),
+        ({"status": "success", "future_links": [A]}, "no id"),
+        ({"id": ""}, "no id"),
+        ({"id": None}, "no id"),
+        ({"id": 7.5}, "not float"),
+        ({"id": True}, "not bool"),
+        ({"id": [7]}, "not list"),
+        ({"id": "../7"}, "can't be a remote id"),
+        ({"id": 7, "fetch_result": 5}, "fetch_result"),
+        ({"id": 7, "fetch_result": [FETCH]}, "fetch_result"),
+    ],
+)
+def test_an_answer_that_is_no_job_is_refused_with_a_reason(answer: dict[str, object], says: str) -> None:
+    with pytest.raises(NotTrackable, match=re.escape(says)):
+        submission(answer)
+
+
+def test_a_success_without_an_id_is_named_for_its_outputs() -> None:
+    """Handed over twice it must be the same job, so the id comes from the outputs, in their order."""
+    first = submission({"status": "success", "output": [A, B]})
+    again = submission({"status": "success", "id": None, "output": [A, B], "meta": {}})
+    other = submission({"status": "success", "output": [B, A]})
+
+    assert SYNTHETIC_ID.fullmatch(first.remote_id)
+    assert first == again
+    assert not first.pollable
+    assert other.remote_id != first.remote_id
+
+
+@pytest.mark.parametrize("value", [0, -0.0, -1, "", "x", None, True, [], float("inf"), "1e999", 10**400, "nan"])
+def test_what_is_no_positive_number_is_no_seconds(value: object) -> None:
+    assert seconds(value) is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    ANY_JSON
+    | st.dictionaries(
+        st.sampled_from(["status", "id", "eta", "fetch_result", "output", "training_id", "proxy_links", "meta"]),
+        ANY_JSON,
+    )
+)
+def test_anything_is_either_a_submission_with_a_good_id_or_refused(remote: object) -> None:
+    try:
+        known = submission(remote)
+    except NotTrackable:
+        return
+
+    assert REMOTE_ID.fullmatch(known.remote_id) or (SYNTHETIC_ID.fullmatch(known.remote_id) and known.outputs)
+    assert known.eta is None or 0 < known.eta < float("inf")
+    assert known.pollable == bool(REMOTE_ID.fullmatch(known.remote_id))

@@ -1,0 +1,118 @@
+"""Rows for tests of the store: jobs and outputs put in directly, at moments that a test tells."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Row, select
+
+from worker.store.claims import ClaimedJob, ClaimedOutput, claim_jobs, claim_output
+from worker.tables import jobs, outputs
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+LEASE = timedelta(seconds=30)
+TOKEN = "a token"
+BASE = "https://api.test/api/v3/fetch"
+
+
+def seconds(number: float) -> timedelta:
+    """So many seconds."""
+    return timedelta(seconds=number)
+
+
+def job_values(remote_id: str = "1", **changes: Any) -> dict[str, Any]:
+    """The values of a pending job that is due at NOW, with `changes`."""
+    return {
+        "account": "default",
+        "remote_id": remote_id,
+        "kind": "image",
+        "fetch_url": f"{BASE}/{remote_id}",
+        "fetch_base": BASE,
+        "fetch_host": "api.test",
+        "status": "pending",
+        "submitted_at": NOW,
+        "tracked_at": NOW,
+        "deadline_at": NOW + seconds(3_600),
+        "deadline_seconds": 3_600.0,
+        "due_at": NOW,
+    } | changes
+
+
+def output_values(job_id: int, position: int = 0, **changes: Any) -> dict[str, Any]:
+    """The values of a pending output that is due at NOW, with `changes`."""
+    return {
+        "job_id": job_id,
+        "position": position,
+        "url": f"https://cdn.test/{job_id}-{position}.png",
+        "proxy_urls": "[]",
+        "status": "pending",
+        "listed_at": NOW,
+        "due_at": NOW,
+    } | changes
+
+
+def add_job(connection: Connection, remote_id: str = "1", **changes: Any) -> int:
+    """Puts a job in; its id."""
+    done = connection.execute(jobs.insert().values(job_values(remote_id, **changes)).returning(jobs.c.id))
+    return int(done.scalar_one())
+
+
+def add_downloading(connection: Connection, remote_id: str = "1", **changes: Any) -> int:
+    """Puts a job in whose outputs are being downloaded; its id."""
+    return add_job(connection, remote_id, **({"status": "downloading", "due_at": None, "ready_at": NOW} | changes))
+
+
+def add_output(connection: Connection, job_id: int, position: int = 0, **changes: Any) -> int:
+    """Puts an output in; its id."""
+    done = connection.execute(
+        outputs.insert().values(output_values(job_id, position, **changes)).returning(outputs.c.id)
+    )
+    return int(done.scalar_one())
+
+
+def claim(
+    connection: Connection,
+    *,
+    token: str = TOKEN,
+    holder: str = "holder",
+    now: datetime = NOW,
+    account: str = "default",
+    shut_hosts: tuple[str, ...] = (),
+    limit: int = 100,
+) -> list[ClaimedJob]:
+    """Claims due jobs for LEASE."""
+    return claim_jobs(
+        connection,
+        account=account,
+        shut_hosts=list(shut_hosts),
+        limit=limit,
+        token=token,
+        holder=holder,
+        lease=LEASE,
+        now=now,
+    )
+
+
+def take(
+    connection: Connection, output_id: int, *, token: str = TOKEN, holder: str = "holder", now: datetime = NOW
+) -> ClaimedOutput | None:
+    """Claims one output for LEASE."""
+    return claim_output(connection, output_id, token=token, holder=holder, lease=LEASE, now=now)
+
+
+def taken(connection: Connection, output_id: int, *, token: str = TOKEN, now: datetime = NOW) -> ClaimedOutput:
+    """Claims one output that is there to be claimed."""
+    claimed = take(connection, output_id, token=token, now=now)
+    assert claimed is not None
+    return claimed
+
+
+def job_of(engine: Engine, job_id: int) -> Row[Any]:
+    """A job as it is committed."""
+    with engine.connect() as connection:
+        return connection.execute(select(jobs).where(jobs.c.id == job_id)).one()
+
+
+def output_of(engine: Engine, output_id: int) -> Row[Any]:
+    """An output as it is committed."""
+    with engine.connect() as connection:
+        return connection.execute(select(outputs).where(outputs.c.id == output_id)).one()

@@ -1,0 +1,385 @@
+"""Claims on real databases: each row to one holder, fenced by a token, for as long as the lease lasts."""
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine, event, insert, select, update
+
+from tests.rows import (
+    LEASE,
+    NOW,
+    add_downloading,
+    add_job,
+    add_output,
+    claim,
+    job_of,
+    job_values,
+    output_of,
+    seconds,
+    take,
+    taken,
+)
+from worker.core.lifecycle import AskAgain, End, GiveUp, Strikes
+from worker.store.claims import release_jobs, renew_leases, waiting_outputs
+from worker.store.outcomes import Outcome, record_answers, record_attempt
+from worker.tables import bodies, jobs, outputs
+
+MANY = 600
+AFTER_LEASE = NOW + LEASE + seconds(1)
+
+
+@pytest.fixture
+def many_due(engine: Engine) -> Engine:
+    """A database with many due jobs."""
+    with engine.begin() as connection:
+        connection.execute(insert(jobs), [job_values(str(number)) for number in range(MANY)])
+    return engine
+
+
+def _claim_all(engine: Engine, token: str) -> Iterator[int]:
+    while True:
+        with engine.begin() as connection:
+            found = claim(connection, token=token, holder=token, limit=7)
+        if not found:
+            return
+        yield from (job.id for job in found)
+
+
+def test_eight_claimers_at_once_get_each_row_exactly_once(many_due: Engine) -> None:
+    """Eight threads with connections of their own; the database keeps them apart."""
+    with ThreadPoolExecutor(8) as threads:
+        shares = list(threads.map(lambda name: list(_claim_all(many_due, name)), [f"t{n}" for n in range(8)]))
+
+    claimed = Counter(job_id for share in shares for job_id in share)
+    assert len(claimed) == MANY
+    assert set(claimed.values()) == {1}
+    with many_due.connect() as connection:
+        assert set(connection.execute(select(jobs.c.polls)).scalars()) == {1}
+
+
+CLAIMERS = """
+import multiprocessing, sys
+from sqlalchemy.engine import make_url
+from tests.rows import claim
+from worker.database import make_engine
+fork = multiprocessing.get_context("fork")
+together = fork.Barrier(4)
+def claim_all(name):
+    engine = make_engine(make_url(sys.argv[1]))
+    claimed = []
+    together.wait(30)
+    while True:
+        with engine.begin() as connection:
+            found = claim(connection, token=name, limit=7)
+        if not found:
+            return claimed
+        claimed += [job.id for job in found]
+with fork.Pool(4) as processes:
+    for claimed in processes.map(claim_all, ["a", "b", "c", "d"], chunksize=1):
+        print(*claimed)
+"""
+
+
+def test_processes_on_one_database_get_each_row_exactly_once(many_due: Engine) -> None:
+    """Four processes: SQLite ignores SKIP LOCKED, and its claims must be disjoint all the same."""
+    done = subprocess.run(
+        [sys.executable, "-c", CLAIMERS, many_due.url.render_as_string(hide_password=False)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    claimed = Counter(done.stdout.split())
+    assert len(claimed) == MANY
+    assert set(claimed.values()) == {1}
+
+
+def test_a_claim_takes_due_rows_of_its_account_only_the_most_important_then_the_longest_due_first(
+    engine: Engine,
+) -> None:
+    """Priority before age; other accounts, later rows and rows at rest stay."""
+    with engine.begin() as connection:
+        young = add_job(connection, "young", due_at=NOW - seconds(1))
+        old = add_job(connection, "old", due_at=NOW - seconds(9))
+        important = add_job(connection, "important", priority=5, due_at=NOW)
+        unimportant = add_job(connection, "unimportant", priority=-5, due_at=NOW - seconds(99))
+        add_job(connection, "later", due_at=NOW + seconds(0.001))
+        add_job(connection, "foreign", account="other")
+        add_downloading(connection, "rests")
+
+    order = []
+    for _ in range(5):
+        with engine.begin() as connection:
+            order += [job.id for job in claim(connection, limit=1)]
+
+    assert order == [important, old, young, unimportant]
+
+
+def test_rows_on_a_shut_host_are_left_where_they_are(engine: Engine) -> None:
+    """Trouble with one host holds nobody else's jobs."""
+    with engine.begin() as connection:
+        add_job(connection, "1", fetch_host="down.test")
+        free = add_job(connection, "2", fetch_host="up.test")
+        assert [job.id for job in claim(connection, shut_hosts=("down.test",))] == [free]
+        assert [job.remote_id for job in claim(connection)] == ["1"]
+
+
+def test_a_claim_counts_the_request_and_leases_the_row(engine: Engine) -> None:
+    """A crash right after it can't hide the request that may have been made."""
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+        [claimed] = claim(connection, token="t1", holder="h1")
+
+    row = job_of(engine, job_id)
+    assert claimed.polls == 1
+    assert (row.polls, row.asked_at, row.due_at) == (1, NOW, NOW + LEASE)
+    assert (row.claim_token, row.claim_holder) == ("t1", "h1")
+
+
+def test_a_row_whose_lease_is_over_can_be_claimed_again_and_the_old_holder_writes_nothing(engine: Engine) -> None:
+    """The fence: whoever missed the renewal has lost, whatever answer it brings."""
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+        [old] = claim(connection, token="old")
+        assert claim(connection, token="early", now=NOW + LEASE - seconds(1)) == []
+        [new] = claim(connection, token="new", now=AFTER_LEASE)
+
+    with engine.begin() as connection:
+        lost = record_answers(
+            connection, [Outcome(old, End("failed", "api_failed", "no"), 0.0, "failed")], now=AFTER_LEASE
+        )
+        lost_too = record_answers(
+            connection, [Outcome(old, AskAgain(Strikes(failed=9), "processing"), 5.0, "stale")], now=AFTER_LEASE
+        )
+    assert (lost.lost, lost.finished, lost_too.lost) == (1, (), 1)
+    row = job_of(engine, job_id)
+    assert (row.status, row.claim_token, row.polls, row.failed_answers, row.last_answer) == (
+        "pending",
+        "new",
+        2,
+        0,
+        None,
+    )
+    assert new.polls == 2
+
+
+def test_a_holder_whose_lease_is_over_writes_nothing_even_where_nobody_else_came(engine: Engine) -> None:
+    """Else two could both believe that they hold the row."""
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+        output_id = add_output(connection, add_downloading(connection, "2"))
+        [claimed] = claim(connection)
+        output = taken(connection, output_id)
+    with engine.begin() as connection:
+        recorded = record_answers(
+            connection, [Outcome(claimed, End("failed", "api_failed", "no"), 0.0, "failed")], now=NOW + LEASE
+        )
+        stood = record_attempt(connection, output, GiveUp("gone", "no"), now=NOW + LEASE)
+    assert recorded.lost == 1
+    assert stood == (False, None)
+    assert job_of(engine, job_id).status == "pending"
+    assert output_of(engine, output_id).status == "pending"
+
+
+def test_renewal_extends_the_live_leases_of_its_holder_only(engine: Engine) -> None:
+    """A lease that is over is lost for good; other processes look after their own."""
+    later = NOW + seconds(20)
+    with engine.begin() as connection:
+        mine = add_job(connection, "1")
+        claim(connection, token="a", holder="me")
+        theirs = add_job(connection, "2")
+        claim(connection, token="b", holder="they")
+        over = add_job(connection, "3", due_at=NOW - seconds(60))
+        claim(connection, token="c", holder="me", now=NOW - seconds(60))
+        output_id = add_output(connection, add_downloading(connection, "4"))
+        take(connection, output_id, holder="me")
+
+        renewed = renew_leases(connection, "me", lease=LEASE, now=later)
+
+    assert renewed == 2
+    assert job_of(engine, mine).due_at == later + LEASE
+    assert output_of(engine, output_id).due_at == later + LEASE
+    assert job_of(engine, theirs).due_at == NOW + LEASE
+    assert job_of(engine, over).due_at == NOW - seconds(30)
+
+
+def test_a_renewed_lease_still_fences_for_its_holder(engine: Engine) -> None:
+    """Renewal moves the end of the lease; the token stays."""
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+        [claimed] = claim(connection, holder="me")
+        renew_leases(connection, "me", lease=LEASE, now=NOW + seconds(20))
+        recorded = record_answers(
+            connection,
+            [Outcome(claimed, End("failed", "api_failed", "no"), 0.0, "failed")],
+            now=NOW + LEASE + seconds(10),
+        )
+    assert recorded.finished == (job_id,)
+
+
+def test_renewal_does_not_wait_for_rows_that_are_being_recorded(migrated_postgres: Engine) -> None:
+    """Waiting there, in another order than the recorder's, is how two transactions block each other for good."""
+    engine = migrated_postgres
+    with engine.begin() as connection:
+        first, second = add_job(connection, "1"), add_job(connection, "2")
+        claim(connection, holder="me")
+    try:
+        with engine.begin() as recorder:
+            recorder.execute(update(jobs).where(jobs.c.id == first).values(last_answer="being recorded"))
+            with engine.begin() as keeper:
+                keeper.exec_driver_sql("SET LOCAL lock_timeout = '500ms'")
+                assert renew_leases(keeper, "me", lease=LEASE, now=NOW + seconds(10)) == 1
+        assert job_of(engine, second).due_at == NOW + LEASE + seconds(10)
+    finally:
+        with engine.begin() as connection:
+            connection.execute(jobs.delete())
+
+
+def test_rows_given_back_are_due_again_and_uncounted_where_the_token_still_stands(engine: Engine) -> None:
+    """A request that was not made does not count; a row that another holds meanwhile is left alone."""
+    with engine.begin() as connection:
+        back = add_job(connection, "1", polls=3)
+        claim(connection, token="mine")
+        lost = add_job(connection, "2")
+        claim(connection, token="theirs")
+        release_jobs(connection, [back, lost], "mine", due_at=NOW + seconds(2))
+
+    row, other = job_of(engine, back), job_of(engine, lost)
+    assert (row.polls, row.due_at, row.claim_token, row.claim_holder) == (3, NOW + seconds(2), None, None)
+    assert (other.polls, other.due_at, other.claim_token) == (1, NOW + LEASE, "theirs")
+
+
+def test_an_output_is_taken_once_and_again_only_after_its_lease(engine: Engine) -> None:
+    """The same task delivered ten times asks the network once."""
+    with engine.begin() as connection:
+        output_id = add_output(connection, add_downloading(connection), queued_at=NOW)
+        connection.execute(insert(bodies).values(output_id=output_id, body=b"the bytes"))
+        first = take(connection, output_id, token="first")
+        again = [take(connection, output_id, token="again") for _ in range(9)]
+        assert take(connection, output_id + 1) is None
+        late = take(connection, output_id, token="late", now=AFTER_LEASE)
+
+    assert again == [None] * 9
+    assert first is not None
+    assert late is not None
+    assert (first.body, first.facts.attempts, late.facts.attempts) == (b"the bytes", 1, 2)
+    row = output_of(engine, output_id)
+    assert (row.claim_token, row.attempts, row.queued_at) == ("late", 2, None)
+
+
+def test_eight_messages_for_one_output_at_once_give_one_claim(engine: Engine) -> None:
+    """Really at once, each on a connection of its own."""
+    with engine.begin() as connection:
+        output_id = add_output(connection, add_downloading(connection))
+
+    def attempt(number: int) -> bool:
+        with engine.begin() as connection:
+            return take(connection, output_id, token=f"t{number}") is not None
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(attempt, range(8))) == 1
+    assert output_of(engine, output_id).attempts == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"due_at": NOW + seconds(5)},
+        {"status": "failed", "due_at": None, "error_code": "cancelled"},
+        {
+            "status": "stored",
+            "due_at": None,
+            "location": "file:///a",
+            "sha256": "0" * 64,
+            "size_bytes": 1,
+            "media_type": "image/png",
+            "stored_at": NOW,
+        },
+    ],
+    ids=["not due", "cancelled", "stored"],
+)
+def test_an_output_that_has_nothing_to_do_is_not_taken(engine: Engine, changes: dict[str, object]) -> None:
+    """A late or stale message is a no-op."""
+    with engine.begin() as connection:
+        output_id = add_output(connection, add_downloading(connection), **changes)
+        assert take(connection, output_id) is None
+    assert output_of(engine, output_id).attempts == 0
+
+
+def test_a_message_takes_the_oldest_link_that_is_due_and_the_older_ones_message_then_takes_its_own(
+    engine: Engine,
+) -> None:
+    """What a crash put back does not wait behind a backlog, and no output is left without a message."""
+    with engine.begin() as connection:
+        job_id = add_downloading(connection)
+        young = add_output(connection, job_id, 0, listed_at=NOW - seconds(1))
+        old = add_output(connection, job_id, 1, listed_at=NOW - seconds(60))
+        add_output(connection, job_id, 2, listed_at=NOW - seconds(90), due_at=NOW + seconds(9))
+
+        assert taken(connection, young).id == old
+        assert taken(connection, young).id == young
+        assert take(connection, old) is None
+
+
+def test_outputs_whose_message_was_lost_are_found_the_oldest_link_first_and_marked(engine: Engine) -> None:
+    """Never queued, or queued so long ago that the message must be gone; the rest is on its way already."""
+    before = NOW - timedelta(seconds=60)
+    with engine.begin() as connection:
+        job_id = add_downloading(connection)
+        never = add_output(connection, job_id, 0, listed_at=NOW - seconds(10))
+        lost = add_output(connection, job_id, 1, listed_at=NOW - seconds(99), queued_at=before - seconds(1))
+        under_way = add_output(connection, job_id, 2, queued_at=NOW - seconds(1))
+        add_output(connection, job_id, 3, due_at=NOW + seconds(9))
+        held = add_output(connection, job_id, 4, listed_at=NOW - seconds(200))
+        take(connection, held)
+        found = waiting_outputs(connection, now=NOW, queued_before=before, limit=10)
+        again = waiting_outputs(connection, now=NOW, queued_before=before, limit=10)
+
+    assert found == [lost, never]
+    assert again == []
+    assert output_of(engine, lost).queued_at == NOW
+    assert output_of(engine, under_way).queued_at == NOW - seconds(1)
+
+
+def test_an_output_that_a_dead_process_held_is_found_when_its_lease_is_over(engine: Engine) -> None:
+    """What a crash left comes back by itself."""
+    with engine.begin() as connection:
+        output_id = add_output(connection, add_downloading(connection))
+        take(connection, output_id)
+        assert waiting_outputs(connection, now=NOW, queued_before=NOW, limit=10) == []
+        assert waiting_outputs(connection, now=AFTER_LEASE, queued_before=NOW, limit=10) == [output_id]
+
+
+def test_the_oldest_links_come_first_and_no_more_than_asked_for(engine: Engine) -> None:
+    """Links die: the one that was listed first is the most urgent."""
+    with engine.begin() as connection:
+        job_id = add_downloading(connection)
+        ids = [add_output(connection, job_id, n, listed_at=NOW - seconds(n)) for n in range(5)]
+        assert waiting_outputs(connection, now=NOW, queued_before=NOW, limit=2) == [ids[4], ids[3]]
+
+
+def test_a_claim_is_one_statement(engine: Engine) -> None:
+    """Look and take in one: nothing can come in between, and it costs one round trip."""
+    statements: list[str] = []
+    with engine.begin() as connection:
+        add_job(connection)
+        event.listen(connection, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
+        claim(connection)
+    assert len(statements) == 1
+
+
+def test_outputs_of_no_job_that_is_gone_are_left(engine: Engine) -> None:
+    """A stale message about a deleted job is a no-op."""
+    with engine.begin() as connection:
+        output_id = add_output(connection, add_downloading(connection))
+        connection.execute(jobs.delete())
+        assert take(connection, output_id) is None
+        assert connection.execute(select(outputs)).all() == []

@@ -1,0 +1,68 @@
+"""The Celery app: names that web apps rely on, nothing secret, nothing that waits in memory."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from worker.settings import load
+
+
+@pytest.fixture
+def configured(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """The app's configuration, made by a process of its own with a key in its environment."""
+    monkeypatch.setenv("SD_API_KEY", "canary-key-3141592653")
+    script = "import json; from worker.app import app; print(json.dumps(dict(app.conf), default=repr))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    found: dict[str, object] = json.loads(done.stdout)
+    return found
+
+
+def test_the_configuration_holds_no_key(configured: dict[str, object]) -> None:
+    assert "canary-key" not in json.dumps(configured)
+
+
+def test_only_tracking_keeps_a_result_and_only_hints_from_outside_are_acknowledged_late() -> None:
+    from worker.tasks import app
+
+    tasks = {name: task for name, task in app.tasks.items() if name.startswith("worker.")}
+    assert set(tasks) == {
+        "worker.track",
+        "worker.nudge",
+        "worker.cancel",
+        "worker.retry",
+        "worker.poll",
+        "worker.sweep",
+        "worker.download",
+    }
+    assert {name for name, task in tasks.items() if not task.ignore_result} == {"worker.track"}
+    assert {name for name, task in tasks.items() if task.acks_late} == {"worker.track", "worker.nudge"}
+
+
+def test_the_queues_are_ours_alone() -> None:
+    from worker.tasks import app
+
+    names = [queue.name for queue in app.conf.task_queues]
+    assert names == ["fetch-worker", "fetch-worker.polls", "fetch-worker.downloads"]
+    assert app.conf.task_default_queue == "fetch-worker"
+    assert "global_keyprefix" not in app.conf.broker_transport_options
+
+
+def test_messages_that_were_not_acknowledged_are_kept_apart_from_an_apps_own() -> None:
+    from worker.tasks import app
+
+    options = app.conf.broker_transport_options
+    assert options["unacked_key"] == "fetch-worker.unacked"
+    assert options["socket_timeout"] == 10
+
+
+def test_nothing_secret_is_in_the_shown_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SD_API_KEY", "canary-key-3141592653")
+    monkeypatch.setenv("SD_API_KEYS", '{"shop": "canary-key-2718281828"}')
+
+    settings = load()
+
+    assert "canary-key" not in repr(settings)
+    assert "canary-key" not in settings.model_dump_json()
+    assert set(settings.keys) == {"default", "shop"}

@@ -1,0 +1,500 @@
+"""Downloads from a real server that misbehaves: what is stored is whole, what is not leaves nothing behind."""
+
+import base64
+import gzip
+import hashlib
+import ipaddress
+import struct
+import time
+import tracemalloc
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, insert, update
+from sqlalchemy.engine import make_url
+
+from tests.rows import add_downloading, add_output, job_of, output_of
+from tests.web import Answer, Web, drips, floods, head, page, resets, sends, web_server
+from worker.addresses import Guard, guarded_adapter
+from worker.database import make_engine
+from worker.downloader import Downloader
+from worker.leases import LeaseKeeper
+from worker.migrate import migrate
+from worker.scrubber import Scrubber
+from worker.storage import FileStorage, path_of
+from worker.tables import bodies, outputs
+
+KEY = "sk-canary-7f3a"
+MAX_BYTES = 1_048_576
+LOOPBACK = ipaddress.ip_network("127.0.0.0/8")
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png(width: int = 8, height: int = 8, *, padding: int = 0) -> bytes:
+    """A real picture, larger by some text where wanted."""
+    rows = (b"\x00" + b"\x30\x60\x90" * 8) * 8
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + (_chunk(b"tEXt", b"Comment\x00" + b"x" * padding) if padding else b"")
+        + _chunk(b"IDAT", zlib.compress(rows))
+        + _chunk(b"IEND", b"")
+    )
+
+
+PNG = png(padding=5_000)
+HTML = b"<!doctype html><html><body>Sign in</body></html>"
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    """The server that has the outputs."""
+    with web_server() as made:
+        yield made
+
+
+@dataclass
+class Stand:
+    """A downloader on a database and a folder of its own."""
+
+    engine: Engine
+    out: Path
+    told: list[int] = field(default_factory=list)
+    timeout: float = 5.0
+    allowed: tuple[Any, ...] = (LOOPBACK,)
+
+    def downloader(self) -> Downloader:
+        """One process's."""
+        return Downloader(
+            engine=self.engine,
+            leases=LeaseKeeper(self.engine, lease=timedelta(seconds=30)),
+            storage=FileStorage(self.out),
+            guard=Guard(self.allowed),
+            adapter=guarded_adapter(Guard(self.allowed), connections=8),
+            scrubber=Scrubber([KEY]),
+            max_bytes=MAX_BYTES,
+            timeout=self.timeout,
+            deadline=86_400,
+            tell=self.told.extend,
+        )
+
+    def add(self, url: str, **changes: Any) -> int:
+        """An output that is due, of a job of its own."""
+        with self.engine.begin() as connection:
+            job_id = add_downloading(connection, hashlib.sha256(url.encode()).hexdigest())
+            return add_output(connection, job_id, url=url, **changes)
+
+    def download(self, url: str, **changes: Any) -> Any:
+        """Adds an output and runs one attempt; its row."""
+        output_id = self.add(url, **changes)
+        self.downloader().run(output_id)
+        return output_of(self.engine, output_id)
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file there is, temporary ones included."""
+        return [path for path in self.out.rglob("*") if path.is_file()]
+
+
+@pytest.fixture
+def stand(tmp_path: Path) -> Iterator[Stand]:
+    """On SQLite; the claims have tests on each database of their own."""
+    engine = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
+    migrate(engine)
+    yield Stand(engine, tmp_path / "out")
+    engine.dispose()
+
+
+def _assert_stored(stand: Stand, row: Any, body: bytes) -> None:
+    assert (row.status, row.error_code, row.size_bytes) == ("stored", None, len(body))
+    assert row.sha256 == hashlib.sha256(body).hexdigest()
+    assert path_of(row.location).read_bytes() == body
+    assert stand.files == [path_of(row.location)]
+
+
+# ── what is stored ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        page(200, PNG),
+        page(200, PNG, Content_Type="text/html"),
+        sends(head(200), PNG),
+        sends(head(200, Transfer_Encoding="chunked") + b"%x\r\n" % len(PNG) + PNG + b"\r\n0\r\n\r\n"),
+        page(200, gzip.compress(PNG), Content_Encoding="gzip"),
+        sends(head(200, Content_Length=str(len(PNG))), PNG[:10], PNG[10:3_000], PNG[3_000:]),
+    ],
+    ids=["plain", "wrong type", "no length", "chunked", "gzip though not asked for", "in pieces"],
+)
+def test_a_good_picture_is_stored_whole(stand: Stand, web: Web, answer: Answer) -> None:
+    """The media is what its bytes are, whatever the headers say."""
+    row = stand.download(web.serves("/a.png", answer))
+    _assert_stored(stand, row, PNG)
+    job = job_of(stand.engine, row.job_id)
+    assert (row.media_type, job.status, stand.told) == ("image/png", "completed", [job.id])
+    assert path_of(row.location).suffix == ".png"
+
+
+def test_the_second_call_asks_the_network_nothing(stand: Stand, web: Web) -> None:
+    """The same message twice, and eight times at once."""
+    output_id = stand.add(web.serves("/a.png", page(200, PNG)))
+    downloader = stand.downloader()
+    with ThreadPoolExecutor(8) as threads:
+        said = list(threads.map(downloader.run, [output_id] * 8))
+    assert downloader.run(output_id) == "nothing to do"
+    assert downloader.run(output_id + 1) == "nothing to do"
+    assert sorted(said)[:7] == ["nothing to do"] * 7
+    assert len(web.asked) == 1
+    assert output_of(stand.engine, output_id).attempts == 1
+    assert stand.told == [output_of(stand.engine, output_id).job_id]
+
+
+def test_redirects_are_followed_three_times(stand: Stand, web: Web) -> None:
+    """Relative and absolute; each one is checked like the first."""
+    web.serves("/1", page(302, b"", Location="/2"))
+    web.serves("/2", page(307, b"", Location=web.url + "/3?x=1"))
+    web.serves("/3", page(301, b"moved", Location="a.png"))
+    web.serves("/a.png", page(200, PNG))
+    _assert_stored(stand, stand.download(web.url + "/1"), PNG)
+    assert [asked.path for asked in web.asked] == ["/1", "/2", "/3?x=1", "/a.png"]
+
+
+def test_bytes_that_the_answer_carried_are_stored_without_any_request(stand: Stand) -> None:
+    """And are gone from the table once they are a file."""
+    output_id = stand.add("data:image/png;sha256=00")
+    with stand.engine.begin() as connection:
+        connection.execute(insert(bodies).values(output_id=output_id, body=PNG))
+    stand.downloader().run(output_id)
+    _assert_stored(stand, output_of(stand.engine, output_id), PNG)
+    with stand.engine.connect() as connection:
+        assert connection.execute(bodies.select()).all() == []
+
+
+# ── what is not ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+DATA_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
+BOMB = gzip.compress(png()[:40] + b"\x00" * 64 * 1_048_576, 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        (page(200, HTML), "not_media"),
+        (page(200, b'<svg xmlns="http://www.w3.org/2000/svg"/>', Content_Type="image/svg+xml"), "not_media"),
+        (page(200, b'{"error": "expired"}'), "not_media"),
+        (page(200, b""), "not_media"),
+        (page(200, PNG[:4]), "not_media"),
+        (sends(head(200, Content_Length=str(len(PNG))) + PNG[:-100]), "truncated"),
+        (sends(head(200) + PNG[:-100]), "truncated"),
+        (page(200, PNG[:-12]), "truncated"),
+        (sends(head(200, Transfer_Encoding="chunked") + b"%x\r\n" % len(PNG) + PNG[:-100]), "truncated"),
+        (sends(head(200, Transfer_Encoding="chunked") + b"%x\r\n" % len(PNG) + PNG + b"\r\n"), "truncated"),
+        (page(200, gzip.compress(PNG)[:-20], Content_Encoding="gzip"), "truncated"),
+        (page(200, b"no gzip at all", Content_Encoding="gzip"), "truncated"),
+        (page(403, HTML), "gone"),
+        (page(404, HTML), "gone"),
+        (page(410, HTML), "gone"),
+        (page(400, HTML), "http_error"),
+        (page(401, HTML), "http_error"),
+        (page(429, HTML, Retry_After="9999"), "http_error"),
+        (page(500, PNG), "http_error"),
+        (page(503, HTML), "http_error"),
+        (page(204, b""), "http_error"),
+        (page(206, PNG), "http_error"),
+        (page(304, b""), "http_error"),
+        (page(302, b""), "http_error"),
+        (resets, "unreachable"),
+        (sends(), "unreachable"),
+        (sends(b"garbage\r\n\r\n"), "unreachable"),
+    ],
+)
+def test_an_output_in_trouble_stays_pending_with_its_code_and_leaves_nothing(
+    stand: Stand, web: Web, answer: Answer, code: str
+) -> None:
+    """It is tried again later; there is no file, under no name."""
+    row = stand.download(web.serves("/a.png", answer))
+    assert (row.status, row.error_code, row.attempts, row.claim_token) == ("pending", code, 1, None)
+    assert row.error_message
+    assert stand.files == []
+    assert (job_of(stand.engine, row.job_id).status, stand.told) == ("downloading", [])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        page(200, PNG + b"\x00" * MAX_BYTES),
+        sends(head(200, Content_Length=str(10**12)) + PNG),
+        floods(head(200) + PNG, b"\x00" * 65_536, times=64),
+        floods(
+            head(200, Transfer_Encoding="chunked"), b"10000\r\n" + PNG[:8].ljust(65_536, b"\x00") + b"\r\n", times=64
+        ),
+        page(200, BOMB, Content_Encoding="gzip"),
+        page(200, png(9_000, 9_000)),
+        page(200, png(2**31 - 1, 2**31 - 1)),
+    ],
+    ids=["declared", "declared terabyte", "undeclared", "chunked", "gzip bomb", "81 megapixels", "absurd pixels"],
+)
+def test_an_output_that_is_too_large_ends_at_once_within_bounds(stand: Stand, web: Web, answer: Answer) -> None:
+    """In bytes, unfolded or not, or in pixels: memory stays small, and nothing is left."""
+    url = web.serves("/a.png", answer)
+    tracemalloc.start()
+    try:
+        row = stand.download(url)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (row.status, row.error_code) == ("failed", "too_large")
+    assert stand.files == []
+    assert peak < 16 * MAX_BYTES
+    job = job_of(stand.engine, row.job_id)
+    assert (job.status, job.error_code, stand.told) == ("failed", "output_failed", [job.id])
+
+
+@pytest.mark.parametrize(
+    ("first", "drop"),
+    [
+        (b"", b""),
+        (b"HTTP/1.1 200 OK\r\n", b"X-Slow: 1\r\n"),
+        (head(200, Content_Length=str(len(PNG))), PNG[:1]),
+        (head(200) + PNG[:-100], b"\x00"),
+        (head(200) + b"PK\x03\x04", b"\x00"),
+        (head(200, Transfer_Encoding="chunked"), b"1\r\nx\r\n"),
+        (head(302, Location="/a.png") + b"", b""),
+    ],
+    ids=["silence", "headers", "body", "no length", "no length and no end mark", "chunks", "loop"],
+)
+def test_a_slow_server_is_given_up_within_the_time_of_the_attempt(
+    stand: Stand, web: Web, first: bytes, drop: bytes
+) -> None:
+    """And never mistaken for the end of a file, also where no length was declared."""
+    stand.timeout = 0.8
+    url = web.serves("/a.png", drips(first, drop, every=0.1, seconds=5))
+    started = time.monotonic()
+    row = stand.download(url)
+    assert time.monotonic() - started < 2.0
+    assert (row.status, row.error_code) == ("pending", "unreachable" if b"302" not in first else "http_error")
+    assert stand.files == []
+
+
+def test_a_loop_of_redirects_ends(stand: Stand, web: Web) -> None:
+    """After three it is trouble of the way."""
+    row = stand.download(web.serves("/a.png", page(302, b"", Location="/a.png")))
+    assert (row.status, row.error_code, len(web.asked)) == ("pending", "http_error", 4)
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "http://169.254.169.254/latest/meta-data",
+        "http://10.0.0.1/a.png",
+        "https://10.0.0.1/a.png",
+        "https://[::1]/a.png",
+        "http://[::ffff:10.0.0.1]/a.png",
+        "https://0x0a000001/a.png",
+        "http://93.184.215.14/a.png",
+        "https://93.184.215.14:8443/a.png",
+        "ftp://127.0.0.1/a.png",
+        "file:///etc/passwd",
+        "data:image/png;base64,AAAA",
+        "http://user:word@127.0.0.1/a.png",
+        "http:///a.png",
+        "http://127.0.0.1:99999/a.png",
+        "http://127.0.0.1\\@10.0.0.1/a.png",
+    ],
+)
+def test_a_redirect_to_where_downloads_may_not_go_ends_the_output(stand: Stand, web: Web, location: str) -> None:
+    """Nothing is connected to; the output is failed at once."""
+    row = stand.download(web.serves("/a.png", page(302, b"", Location=location)))
+    assert (row.status, row.error_code) == ("failed", "refused_address")
+    assert len(web.asked) == 1
+    assert stand.files == []
+
+
+def test_a_malformed_redirect_is_trouble_of_the_way(stand: Stand, web: Web) -> None:
+    """Whatever the URL library thinks of it."""
+    row = stand.download(web.serves("/a.png", page(302, b"", Location="http://[bad")))
+    assert row.status == "pending"
+    assert row.error_code in ("unreachable", "http_error")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:{port}/a.png",
+        "https://127.0.0.1/a.png",
+        "https://localhost/a.png",
+        "https://169.254.169.254/a.png",
+        "https://[::1]/a.png",
+        "https://2130706433/a.png",
+        "ftp://h/a.png",
+        "file:///etc/passwd",
+        "not an address",
+        "",
+        "https://h/" + "x" * 9_000 + " …",
+    ],
+)
+def test_an_address_that_is_not_allowed_ends_the_output(stand: Stand, web: Web, url: str) -> None:
+    """Without any allowed network: not even our own server is asked."""
+    stand.allowed = ()
+    web.serves("/a.png", page(200, PNG))
+    row = stand.download(url.format(port=web.port))
+    assert (row.status, row.error_code) == ("failed", "refused_address")
+    assert web.connections == 0
+    assert stand.files == []
+
+
+def test_a_server_that_is_not_there_is_trouble_of_the_way(stand: Stand) -> None:
+    """Refused, or a name that nobody knows."""
+    assert stand.download("http://127.0.0.1:1/a.png").error_code == "unreachable"
+    assert stand.download("http://nowhere.invalid/a.png").error_code == "unreachable"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (HTML, "pending", "not_media"),
+        (PNG[:-20], "pending", "truncated"),
+        (b"\x00" * (MAX_BYTES + 1), "failed", "too_large"),
+    ],
+)
+def test_carried_bytes_pass_the_same_checks(stand: Stand, body: bytes, status: str, code: str) -> None:
+    """Bytes in an answer are no better than bytes from a link."""
+    output_id = stand.add("data:image/png;sha256=00")
+    with stand.engine.begin() as connection:
+        connection.execute(insert(bodies).values(output_id=output_id, body=body))
+    stand.downloader().run(output_id)
+    row = output_of(stand.engine, output_id)
+    assert (row.status, row.error_code) == (status, code)
+    assert stand.files == []
+
+
+def test_carried_bytes_that_could_not_be_read_are_no_media(stand: Stand) -> None:
+    """No row is dropped for it, and no request is made."""
+    assert stand.download("data:image/png;sha256=00").error_code == "not_media"
+
+
+def test_three_bad_bodies_end_an_output(stand: Stand, web: Web) -> None:
+    """Not the first, not the second."""
+    output_id = stand.add(web.serves("/a.png", page(200, HTML)))
+    downloader = stand.downloader()
+    for status in ("pending", "pending", "failed"):
+        _make_due(stand.engine)
+        downloader.run(output_id)
+        assert output_of(stand.engine, output_id).status == status
+    assert len(web.asked) == 3
+
+
+def test_proxy_links_take_turns_while_there_is_trouble(stand: Stand, web: Web) -> None:
+    """The link first, then its proxy."""
+    web.serves("/a.png", page(500, b""))
+    proxy = web.serves("/proxy.png", page(200, PNG))
+    output_id = stand.add(web.url + "/a.png", proxy_urls=f'["{proxy}"]')
+    downloader = stand.downloader()
+    downloader.run(output_id)
+    _make_due(stand.engine)
+    downloader.run(output_id)
+    assert [asked.path for asked in web.asked] == ["/a.png", "/proxy.png"]
+    assert output_of(stand.engine, output_id).status == "stored"
+
+
+def test_our_own_storage_in_trouble_never_ends_an_output(stand: Stand, web: Web) -> None:
+    """Also long after its deadline; and the server need not be asked for nothing."""
+    stand.out.write_text("a file in the way")
+    url = web.serves("/a.png", page(200, PNG))
+    long_ago = output_of(stand.engine, stand.add(url)).listed_at - timedelta(days=900)
+    row = stand.download(url + "?2", listed_at=long_ago)
+    assert (row.status, row.error_code) == ("pending", "storage")
+    assert web.asked == []
+
+
+def test_a_cancel_meanwhile_leaves_the_row_as_it_is(stand: Stand, web: Web) -> None:
+    """The claim is gone when the bytes have come."""
+
+    def cancelled_meanwhile(client: Any) -> None:
+        with stand.engine.begin() as connection:
+            connection.execute(
+                update(outputs).values(
+                    status="failed", error_code="cancelled", due_at=None, claim_token=None, claim_holder=None
+                )
+            )
+        page(200, PNG)(client)
+
+    output_id = stand.add(web.serves("/a.png", cancelled_meanwhile))
+    assert stand.downloader().run(output_id) == "the claim was lost"
+    assert output_of(stand.engine, output_id).status == "failed"
+    assert stand.told == []
+
+
+def test_nothing_of_ours_and_nothing_of_the_environment_is_sent(
+    stand: Stand, web: Web, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No key, no cookie, no password, no proxy."""
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login someone password hidden-word\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    with web_server() as proxy:
+        for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, proxy.url)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.delenv("no_proxy", raising=False)
+        web.serves("/r", page(302, b"", Location="/a.png", Set_Cookie="sid=1; Path=/"))
+        web.serves("/a.png", page(200, PNG, Set_Cookie="sid=2; Path=/"))
+        downloader = stand.downloader()
+        for number in range(2):
+            downloader.run(stand.add(f"{web.url}/r?{number}"))
+    assert proxy.connections == 0
+    assert len(web.asked) == 4
+    for asked in web.asked:
+        assert asked.method == "GET"
+        assert not {"authorization", "cookie", "referer", "proxy-authorization"} & set(asked.headers)
+        assert KEY.encode() not in asked.raw
+        assert asked.headers["accept-encoding"] == "identity"
+
+
+def test_no_message_in_a_row_shows_a_key(stand: Stand) -> None:
+    """Also where the link itself carried it."""
+    row = stand.download(f"ftp{KEY}://h/a.png")
+    assert KEY not in row.error_message
+
+
+@pytest.mark.parametrize("name", ["../../x.png", "%2e%2e%2fx.png", "a.php", "CON.png", "x" * 250 + ".png"])
+def test_the_name_of_a_file_is_ours_whatever_the_link_is_called(
+    stand: Stand, web: Web, name: str, tmp_path: Path
+) -> None:
+    """Names come from ids and hashes."""
+    output_id = stand.add(f"{web.url}/{name}")
+    web.answers = _Always(page(200, PNG))
+    stand.downloader().run(output_id)
+    row = output_of(stand.engine, output_id)
+    digest = hashlib.sha256(PNG).hexdigest()
+    assert path_of(row.location) == stand.out / "0" / str(row.job_id) / f"0-{digest[:16]}.png"
+    assert stand.files == [path_of(row.location)]
+
+
+class _Always(dict[str, Answer]):
+    """Answers every path alike."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def get(self, *_: Any) -> Any:
+        """The one answer."""
+        return self.answer
+
+
+def _make_due(engine: Engine) -> None:
+    """The next attempt's time has come."""
+    with engine.begin() as connection:
+        connection.execute(update(outputs).where(outputs.c.due_at.is_not(None)).values(due_at=outputs.c.listed_at))

@@ -1,0 +1,151 @@
+"""Real Celery processes: clear words at the start, polls without a broker, every pool, a polite end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine, select
+from sqlalchemy.engine import make_url
+
+from tests.servers import celery_worker, free_port
+from worker import track
+from worker.database import make_engine
+from worker.migrate import migrate
+from worker.sandbox import Sandbox, SandboxOptions
+from worker.tables import jobs, outputs
+
+KEY = "a-key-of-the-sandbox"
+
+
+@pytest.fixture
+def sandbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
+    """A stand-in whose jobs are ready at once, and the settings that lead to it."""
+    with Sandbox(SandboxOptions(key=KEY, min_seconds=0.0, max_seconds=0.1, size=32)) as server:
+        monkeypatch.setenv("SD_API_URL", server.url)
+        monkeypatch.setenv("SD_API_KEY", KEY)
+        monkeypatch.setenv("OUTPUT_ALLOWED_NETWORKS", "127.0.0.0/8")
+        yield server
+
+
+@pytest.fixture
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """Migrated tables in a file that DATABASE_URL names."""
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/worker.db")
+    engine = make_engine(make_url(f"sqlite:///{tmp_path}/worker.db"))
+    migrate(engine)
+    yield engine
+    engine.dispose()
+
+
+def until(reached: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Waits for real processes to get somewhere."""
+    end = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < end, "it did not come to pass in time"
+        time.sleep(0.05)
+
+
+def states(engine: Engine) -> list[str]:
+    """The states of all jobs."""
+    with engine.connect() as connection:
+        return list(connection.execute(select(jobs.c.status).order_by(jobs.c.id)).scalars())
+
+
+def start(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Runs a Celery command that is expected to end by itself."""
+    command = [sys.executable, "-m", "celery", "-A", "worker.app", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=dict(os.environ))
+
+
+def test_given_no_broker_and_no_beat_when_a_worker_runs_then_it_polls_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Engine, sandbox: Sandbox
+) -> None:
+    monkeypatch.setenv("REDIS_URL", f"redis://127.0.0.1:{free_port()}/0")
+    job = track(sandbox.submit("a forest at dawn"), eta=0.1)
+    log = tmp_path / "lonely.log"
+
+    with log.open("wb") as out:
+        command = [sys.executable, "-m", "celery", "-A", "worker.app", "worker", "--pool", "threads", "-l", "INFO"]
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            until(lambda: states(database) == ["downloading"])
+        finally:
+            process.kill()
+            process.wait(10)
+
+    assert job == 1
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_given_a_pool_of_any_kind_when_a_job_is_tracked_then_it_is_polled_and_stored(
+    pool: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    database: Engine,
+    sandbox: Sandbox,
+    redis_url: str,
+) -> None:
+    monkeypatch.setenv("REDIS_URL", redis_url)
+    track(sandbox.submit("a lake in the mountains", samples=2), eta=0.1)
+
+    with celery_worker(tmp_path, "--pool", pool, "--concurrency", "2", "--hostname", f"{pool}@%h"):
+        until(lambda: states(database) == ["completed"])
+
+    with database.connect() as connection:
+        rows = connection.execute(select(outputs)).all()
+    assert [row.status for row in rows] == ["stored", "stored"]
+    assert len(list((tmp_path / "var" / "outputs").rglob("*.png"))) == 2
+    assert set(sandbox.calls.pictures.values()) == {1}
+
+
+def test_given_work_under_way_when_a_worker_is_told_to_stop_then_it_gives_back_what_it_did_not_ask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Engine, sandbox: Sandbox, redis_url: str
+) -> None:
+    monkeypatch.setenv("REDIS_URL", redis_url)
+    monkeypatch.setenv("SD_API_RPS", "5")
+    for number in range(30):
+        track(sandbox.submit(f"a city, {number}"), eta=0.1)
+
+    with celery_worker(tmp_path, "--queues", "fetch-worker.polls", "--hostname", "polite@%h") as process:
+        until(lambda: "downloading" in states(database))
+        stopped = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+        assert time.monotonic() - stopped < 15
+
+    with database.connect() as connection:
+        claimed = connection.execute(select(jobs.c.id).where(jobs.c.claim_token.is_not(None))).all()
+    assert claimed == []
+    assert set(states(database)) == {"pending", "downloading"}
+
+
+@pytest.mark.parametrize("command", ["worker", "beat", "flower"])
+def test_given_a_malformed_setting_when_a_process_starts_then_one_line_says_so(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SD_API_RPS", "many")
+
+    done = start(command)
+
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("fetch-worker: SD_API_RPS is wrong")
+    assert "Traceback" not in done.stderr
+
+
+def test_given_no_tables_when_a_worker_starts_then_one_line_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redis_url: str
+) -> None:
+    monkeypatch.setenv("REDIS_URL", redis_url)
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/empty.db")
+
+    done = start("worker", "--pool", "solo")
+
+    assert done.returncode == 1
+    assert "no tables of fetch-worker yet: run `fetch-worker migrate`" in done.stderr
+    assert "Traceback" not in done.stderr

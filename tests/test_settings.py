@@ -1,0 +1,264 @@
+"""The settings: the contract's defaults, where they come from, and one clear line for each thing that is wrong."""
+
+import ipaddress
+from pathlib import Path
+
+import pytest
+
+from worker.core.fetch_address import VENDOR_HOSTS
+from worker.errors import SettingsError
+from worker.settings import DOTENV_SWITCH, load
+
+SECRET = "hidden-word"
+
+
+def _load(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
+    """What is said about this environment."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as wrong:
+        load()
+    return str(wrong.value)
+
+
+def test_without_any_variable_the_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
+    """One line for each row of the table."""
+    settings = load()
+    assert settings.database.render_as_string() == "sqlite:///var/worker.db"
+    assert settings.redis == "redis://localhost:6379/0"
+    assert settings.broker == settings.redis
+    assert settings.sd_api_url == "https://stablediffusionapi.com/api/v3"
+    assert dict(settings.keys) == {}
+    assert settings.api.hosts == VENDOR_HOSTS
+    assert (settings.sd_api_rps, settings.sd_api_timeout) == (10, 20)
+    assert settings.storage_path == tmp_path / "var" / "outputs"
+    assert (settings.output_max_bytes, settings.output_timeout, settings.output_deadline) == (209_715_200, 300, 86_400)
+    assert settings.allowed_networks == ()
+    assert (settings.pace.price, settings.pace.least, settings.pace.policy) == (0.5, 3, "learned")
+    assert settings.recovery_seconds == 30
+    assert settings.allowed_tasks is None
+    assert (settings.flower_basic_auth, settings.flower_address) == (None, "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("kind", "seconds"),
+    [("image", 3_600), ("dreambooth/x", 3_600), ("video", 7_200), ("text2video", 7_200), ("training", 14_400)],
+)
+def test_deadlines_depend_on_the_kind_unless_one_is_set(
+    kind: str, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deadline that is set counts for every kind."""
+    assert load().deadline_for(kind) == seconds
+    monkeypatch.setenv("JOB_DEADLINE", "90")
+    assert load().deadline_for(kind) == 90
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DATABASE_URL", "not a url"),
+        ("DATABASE_URL", "oracle://host/name"),
+        ("DATABASE_URL", f"postgresql://user:{SECRET}@host:port/name"),
+        ("REDIS_URL", "localhost:6379"),
+        ("REDIS_URL", "http://localhost"),
+        ("BROKER_URL", "localhost"),
+        ("SD_API_URL", "http://api.example.com/api/v3"),
+        ("SD_API_URL", "ftp://api.example.com"),
+        ("SD_API_URL", "api.example.com"),
+        ("SD_API_URL", f"https://user:{SECRET}@api.example.com/api/v3"),
+        ("SD_API_URL", "https://api.example.com/api/v3?x=1"),
+        ("SD_API_URL", "https://api.example.com:99999/api"),
+        ("SD_API_KEYS", SECRET),
+        ("SD_API_KEYS", f'["{SECRET}"]'),
+        ("SD_API_KEYS", f'{{"shop": ["{SECRET}"]}}'),
+        ("SD_API_KEYS", f'{{"shop": 5, "x": "{SECRET}"}}'),
+        ("SD_API_KEYS", f'{{"my {SECRET}": "shop"}}'),
+        ("SD_API_HOSTS", "https://api.example.com"),
+        ("SD_API_HOSTS", "api.example.com/path"),
+        ("SD_API_HOSTS", "user@api.example.com"),
+        ("SD_API_HOSTS", "api.example.com:port"),
+        ("SD_API_RPS", "0"),
+        ("SD_API_RPS", "-1"),
+        ("SD_API_RPS", "many"),
+        ("SD_API_RPS", "nan"),
+        ("SD_API_RPS", "inf"),
+        ("SD_API_TIMEOUT", "0"),
+        ("SD_API_TIMEOUT", "nan"),
+        ("STORAGE_URL", "outputs"),
+        ("STORAGE_URL", "file:outputs"),
+        ("STORAGE_URL", "file://outputs"),
+        ("STORAGE_URL", "file://host/outputs"),
+        ("STORAGE_URL", "ftp://host/outputs"),
+        ("OUTPUT_MAX_BYTES", "0"),
+        ("OUTPUT_MAX_BYTES", "10MB"),
+        ("OUTPUT_TIMEOUT", "0"),
+        ("OUTPUT_TIMEOUT", "inf"),
+        ("OUTPUT_DEADLINE", "-1"),
+        ("OUTPUT_DEADLINE", "inf"),
+        ("OUTPUT_DEADLINE", "1e300"),
+        ("OUTPUT_ALLOWED_NETWORKS", "localhost"),
+        ("OUTPUT_ALLOWED_NETWORKS", "10.0.0.1/8"),
+        ("OUTPUT_ALLOWED_NETWORKS", "10.0.0.0/8,10.0.0.0/33"),
+        ("POLL_PRICE", "0"),
+        ("POLL_PRICE", "cheap"),
+        ("POLL_MIN", "-1"),
+        ("POLL_MIN", "nan"),
+        ("POLL_POLICY", "eager"),
+        ("JOB_DEADLINE", "0"),
+        ("JOB_DEADLINE", "1 h"),
+        ("JOB_DEADLINE", "1e300"),
+        ("RECOVERY_SECONDS", "4"),
+        ("RECOVERY_SECONDS", "nan"),
+        ("FLOWER_BASIC_AUTH", SECRET),
+        ("FLOWER_PORT", "65536"),
+        ("FLOWER_PORT", "flower"),
+        ("PORT", "-1"),
+    ],
+)
+def test_a_malformed_setting_is_one_line_that_names_its_variable_and_shows_no_secret(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the environment."""
+    said = _load(monkeypatch, **{name: value})
+    assert said.startswith(f"{name} ")
+    assert "\n" not in said
+    assert SECRET not in said
+    assert len(said) < 300
+
+
+def test_all_that_is_wrong_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody likes to correct one setting after the other."""
+    said = _load(monkeypatch, SD_API_RPS="x", POLL_MIN="y")
+    assert "SD_API_RPS" in said
+    assert "POLL_MIN" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("SD_API_KEYSS", "SD_API_KEYS"),
+        ("SD_API_TIMOUT", "SD_API_TIMEOUT"),
+        ("POLL_PRIZE", "POLL_PRICE"),
+        ("POLL_MINIMUM", "POLL_MIN"),
+        ("OUTPUT_MAX_BYTE", "OUTPUT_MAX_BYTES"),
+        ("RECOVERY_SECOND", "RECOVERY_SECONDS"),
+    ],
+)
+@pytest.mark.parametrize("where", ["environment", "file"])
+def test_an_unknown_setting_that_looks_like_ours_is_refused_with_what_may_be_meant(
+    name: str, meant: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A misspelt variable that is ignored in silence costs an afternoon."""
+    if where == "environment":
+        said = _load(monkeypatch, **{name: SECRET})
+    else:
+        (tmp_path / ".env").write_text(f"{name}={SECRET}\n")
+        said = _load(monkeypatch)
+    assert said == f"{name} is no setting; did you mean {meant}?"
+
+
+@pytest.mark.parametrize("name", ["DATABASE_URLS", "REDIS_URI", "OUTPUT_DIR", "POLLUTION", "APP_PORT", "STORAGE"])
+def test_variables_of_others_are_none_of_our_business(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment belongs to an app too."""
+    monkeypatch.setenv(name, "x")
+    load()
+
+
+def test_a_file_in_the_working_directory_is_read_and_the_environment_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quotes, comments, `export` and blanks as everybody writes them."""
+    (tmp_path / ".env").write_text(
+        "# mine\nexport SD_API_KEY='from file'\nSD_API_RPS=5\nPOLL_MIN = 7\nOTHER=1\nSD_API_TIMEOUT=\n"
+    )
+    monkeypatch.setenv("POLL_MIN", "9")
+    settings = load()
+    assert settings.keys["default"].get_secret_value() == "from file"
+    assert (settings.sd_api_rps, settings.poll_min, settings.sd_api_timeout) == (5, 9, 20)
+
+    monkeypatch.setenv(DOTENV_SWITCH, "off")
+    assert load().sd_api_rps == 10
+
+
+def test_a_file_that_is_no_text_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Someone's editor wrote another encoding."""
+    (tmp_path / ".env").write_bytes(b"SD_API_RPS=\xff\xfe5\n")
+    assert ".env" in _load(monkeypatch)
+
+
+def test_an_empty_variable_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a compose file that passes on what is not set."""
+    for name in ("DATABASE_URL", "REDIS_URL", "SD_API_KEY", "SD_API_KEYS", "SD_API_RPS", "STORAGE_URL", "JOB_DEADLINE"):
+        monkeypatch.setenv(name, "")
+    settings = load()
+    assert dict(settings.keys) == {}
+    assert settings.sd_api_rps == 10
+
+
+def test_lists_ignore_blanks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Around items, and empty items."""
+    monkeypatch.setenv("OUTPUT_ALLOWED_NETWORKS", " 10.0.0.0/8, ,::1/128 ,")
+    monkeypatch.setenv("ON_DONE_TASKS", " a.b , ,c.d")
+    monkeypatch.setenv("SD_API_HOSTS", " One.example , two.example:8443,,three.example:443 ")
+    monkeypatch.setenv("SD_API_URL", "https://base.example/api/v3/")
+    settings = load()
+    assert settings.allowed_networks == (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("::1/128"))
+    assert settings.allowed_tasks == {"a.b", "c.d"}
+    assert settings.api.hosts == {"one.example", "two.example:8443", "three.example", "base.example"}
+    assert settings.sd_api_url == "https://base.example/api/v3"
+
+
+def test_both_vendor_hosts_are_known_where_the_base_is_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else only the base's own host."""
+    monkeypatch.setenv("SD_API_URL", "https://modelslab.com/api/v6")
+    assert load().api.hosts == VENDOR_HOSTS
+    monkeypatch.setenv("SD_API_URL", "http://127.0.0.1:8010/api/v3")
+    assert load().api.hosts == {"127.0.0.1:8010"}
+
+
+def test_keys_by_account_and_the_single_key_wins_for_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No representation of the settings shows one."""
+    monkeypatch.setenv("SD_API_KEYS", f'{{"default": "other", "shop": "{SECRET}", "empty": ""}}')
+    monkeypatch.setenv("SD_API_KEY", SECRET + "2")
+    settings = load()
+    assert {name: key.get_secret_value() for name, key in settings.keys.items()} == {
+        "default": SECRET + "2",
+        "shop": SECRET,
+    }
+    assert SECRET not in repr(settings) + str(settings) + repr(settings.keys) + str(settings.model_dump())
+
+
+@pytest.mark.parametrize(
+    ("url", "driver"),
+    [
+        ("postgres://u@h/d", "postgresql+psycopg"),
+        ("postgresql://u@h/d", "postgresql+psycopg"),
+        ("postgresql+psycopg2://u@h/d", "postgresql+psycopg"),
+        ("mysql://u@h/d", "mysql+pymysql"),
+        ("mariadb://u@h/d", "mariadb+pymysql"),
+        ("sqlite:///x.db", "sqlite"),
+    ],
+)
+def test_every_database_is_used_with_the_driver_we_ship(url: str, driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also under the short names that hosting services hand out."""
+    monkeypatch.setenv("DATABASE_URL", url)
+    assert load().database.drivername == driver
+
+
+@pytest.mark.parametrize("url", ["file:/srv/out puts", "file:///srv/out puts"])
+def test_both_spellings_of_a_directory_are_taken(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One slash or three."""
+    monkeypatch.setenv("STORAGE_URL", url)
+    assert load().storage_path == Path("/srv/out puts")
+
+
+def test_a_bucket_is_a_clear_error_while_only_files_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Better than to store in the wrong place."""
+    assert "STORAGE_URL" in _load(monkeypatch, STORAGE_URL="s3://bucket/prefix")
+
+
+def test_a_socket_that_nobody_answers_on_is_not_taken_for_a_server(tmp_path: Path) -> None:
+    """A file that a crash left, or no socket at all."""
+    (tmp_path / "var").mkdir()
+    (tmp_path / "var" / "redis.sock").touch()
+    assert load().redis == "redis://localhost:6379/0"

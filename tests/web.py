@@ -1,0 +1,144 @@
+"""A small HTTP server for tests that can misbehave byte by byte: cut, drip, lie about lengths, say nothing."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+Answer = Callable[[socket.socket], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request as it came. Header names are in lower case."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+    raw: bytes
+
+
+@dataclass(slots=True)
+class Web:
+    """The server: `answers` by path, and every request that came. One request per connection."""
+
+    port: int
+    answers: dict[str, Answer] = field(default_factory=dict)
+    asked: list[Asked] = field(default_factory=list)
+    connections: int = 0
+
+    @property
+    def url(self) -> str:
+        """Its address, without a slash at the end."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def serves(self, path: str, answer: Answer) -> str:
+        """From now on `path` is answered so; its whole address."""
+        self.answers[path] = answer
+        return self.url + path
+
+
+@contextmanager
+def web_server() -> Iterator[Web]:
+    """A server on a free port of 127.0.0.1, gone afterwards."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        web = Web(listener.getsockname()[1])
+        thread = threading.Thread(target=_accept, args=(listener, web), daemon=True)
+        thread.start()
+        yield web
+        with suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+    thread.join(5)
+
+
+def _accept(listener: socket.socket, web: Web) -> None:
+    while True:
+        try:
+            client, _ = listener.accept()
+        except OSError:
+            return
+        web.connections += 1
+        threading.Thread(target=_serve, args=(client, web), daemon=True).start()
+
+
+def _serve(client: socket.socket, web: Web) -> None:
+    with client, suppress(OSError):  # whoever asked may hang up at any time
+        client.settimeout(10)
+        asked = _read(client)
+        if asked is None:
+            return
+        web.asked.append(asked)
+        web.answers.get(asked.path.partition("?")[0], page(404, b"nothing here"))(client)
+
+
+def _read(client: socket.socket) -> Asked | None:
+    raw = b""
+    while b"\r\n\r\n" not in raw:
+        chunk = client.recv(65_536)
+        if not chunk:
+            return None
+        raw += chunk
+    head, _, body = raw.partition(b"\r\n\r\n")
+    first, *lines = head.decode("latin-1").split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    while len(body) < int(headers.get("content-length", "0")):
+        chunk = client.recv(65_536)
+        body += chunk
+        raw += chunk
+    method, path, _ = first.split(" ", 2)
+    return Asked(method, path, headers, body, raw)
+
+
+def page(status: int, body: bytes, **headers: str) -> Answer:
+    """An ordinary answer. Header names are written with `_` for `-`."""
+    named = {"Content-Length": str(len(body))} | {name.replace("_", "-"): value for name, value in headers.items()}
+    return sends(head(status, **named) + body)
+
+
+def head(status: int, **headers: str) -> bytes:
+    """A status line and headers."""
+    lines = [f"HTTP/1.1 {status} Status", "Connection: close"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def sends(*parts: bytes) -> Answer:
+    """Sends these bytes as they are, and hangs up."""
+
+    def answer(client: socket.socket) -> None:
+        for part in parts:
+            client.sendall(part)
+
+    return answer
+
+
+def drips(first: bytes, drop: bytes, *, every: float, seconds: float) -> Answer:
+    """Sends `first`, then `drop` again and again, slower than anyone should wait for."""
+
+    def answer(client: socket.socket) -> None:
+        client.sendall(first)
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            time.sleep(every)
+            client.sendall(drop)
+
+    return answer
+
+
+def floods(first: bytes, block: bytes, *, times: int) -> Answer:
+    """Sends `first`, then `block` so many times, until nobody reads any more."""
+
+    def answer(client: socket.socket) -> None:
+        client.sendall(first)
+        for _ in range(times):
+            client.sendall(block)
+
+    return answer
+
+
+def resets(client: socket.socket) -> None:
+    """Breaks the connection off, with a reset."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
