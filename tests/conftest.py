@@ -1,6 +1,7 @@
 """What all tests share: databases that are really migrated, a Redis of their own, and no settings from outside."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,12 +46,22 @@ def migrated_postgres(postgres_url: str) -> Iterator[Engine]:
     engine.dispose()
 
 
+@pytest.fixture(scope="session")
+def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite file with our tables, to be copied: migrating anew for each test would take most of its time."""
+    path = tmp_path_factory.mktemp("sqlite") / "empty.db"
+    made = make_engine(make_url(f"sqlite:///{path}"))
+    migrate(made)
+    made.dispose()
+    return path
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
     """An engine on empty tables of ours; the test runs on each database."""
     if request.param == "sqlite":
+        shutil.copy(request.getfixturevalue("migrated_sqlite"), tmp_path / "test.db")
         made = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
-        migrate(made)
         yield made
         made.dispose()
         return

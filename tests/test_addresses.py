@@ -199,7 +199,7 @@ class Net:
         self.connected: list[tuple[Any, ...]] = []
         self.looked_up: list[str] = []
         self.timeouts: list[float] = []
-        self.answers: Callable[[str], Sequence[str]] | None = None
+        self.answers: Callable[[str], Sequence[str] | None] | None = None
         self.error: type[OSError] = ConnectionRefusedError
 
     def getaddrinfo(self, host: str, port: int, **options: Any) -> list[Any]:
@@ -333,7 +333,7 @@ def test_requests_of_a_guarded_session_never_leave_it(net: Net) -> None:
     """The guard's refusal comes through requests as what it is, for http and https, with and without a proxy set."""
     session = lean_session(guarded_adapter(Guard([]), connections=2))
     for url in ("https://127.0.0.1/a.png", "http://169.254.169.254/latest", "https://[::1]/", "http://localhost:80/"):
-        net.answers = lambda host: ["127.0.0.1"] if host == "localhost" else None  # type: ignore[return-value]
+        net.answers = lambda host: ["127.0.0.1"] if host == "localhost" else None
         with pytest.raises((RefusedTarget, requests.RequestException)):
             session.get(url, timeout=1)
     assert net.connected == []

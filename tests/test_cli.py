@@ -141,6 +141,16 @@ def test_track_refuses_what_cant_be_in_one_line(words: tuple[str, ...], run: Run
     assert not (tmp_path / "var").exists()
 
 
+def test_a_refused_submit_answer_is_quoted_without_the_key(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Terminals have logs too."""
+    monkeypatch.setenv("SD_API_KEY", "sk-canary-7f3a")
+    for remote in ('{"status": "error", "message": "sk-canary-7f3a is bad"}', "x/sk-canary-7f3a"):
+        said = run("track", remote)
+        assert said.code == 1
+        assert "[key]" in said.err
+        assert "sk-canary" not in said.out + said.err
+
+
 def test_list_shows_the_newest_first_and_filters(database: Engine, run: Run) -> None:
     """`[job columns]`, `--status`, `--reference`, `--limit`."""
     run("track", "1", "2", "--reference", "mine")

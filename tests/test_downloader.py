@@ -4,6 +4,7 @@ import base64
 import gzip
 import hashlib
 import ipaddress
+import shutil
 import struct
 import time
 import tracemalloc
@@ -11,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from worker.addresses import Guard, guarded_adapter
 from worker.database import make_engine
 from worker.downloader import Downloader
 from worker.leases import LeaseKeeper
-from worker.migrate import migrate
 from worker.scrubber import Scrubber
 from worker.storage import FileStorage, path_of
 from worker.tables import bodies, outputs
@@ -91,7 +91,9 @@ class Stand:
         """An output that is due, of a job of its own."""
         with self.engine.begin() as connection:
             job_id = add_downloading(connection, hashlib.sha256(url.encode()).hexdigest())
-            return add_output(connection, job_id, url=url, **changes)
+            now = datetime.now(UTC)
+            values: dict[str, Any] = {"url": url, "due_at": now, "listed_at": now}
+            return add_output(connection, job_id, **(values | changes))
 
     def download(self, url: str, **changes: Any) -> Any:
         """Adds an output and runs one attempt; its row."""
@@ -106,10 +108,10 @@ class Stand:
 
 
 @pytest.fixture
-def stand(tmp_path: Path) -> Iterator[Stand]:
+def stand(tmp_path: Path, migrated_sqlite: Path) -> Iterator[Stand]:
     """On SQLite; the claims have tests on each database of their own."""
+    shutil.copy(migrated_sqlite, tmp_path / "test.db")
     engine = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
-    migrate(engine)
     yield Stand(engine, tmp_path / "out")
     engine.dispose()
 
@@ -282,7 +284,7 @@ def test_a_slow_server_is_given_up_within_the_time_of_the_attempt(
     started = time.monotonic()
     row = stand.download(url)
     assert time.monotonic() - started < 2.0
-    assert (row.status, row.error_code) == ("pending", "unreachable" if b"302" not in first else "http_error")
+    assert (row.status, row.error_code) == ("pending", "unreachable")
     assert stand.files == []
 
 
@@ -307,7 +309,6 @@ def test_a_loop_of_redirects_ends(stand: Stand, web: Web) -> None:
         "file:///etc/passwd",
         "data:image/png;base64,AAAA",
         "http://user:word@127.0.0.1/a.png",
-        "http:///a.png",
         "http://127.0.0.1:99999/a.png",
         "http://127.0.0.1\\@10.0.0.1/a.png",
     ],

@@ -31,7 +31,8 @@ def pins(lock: str) -> dict[str, str]:
 def test_the_wheel_holds_the_package_its_types_and_every_migration(wheel: zipfile.ZipFile) -> None:
     inside = set(wheel.namelist())
 
-    assert {"worker/__init__.py", "worker/cli.py", "worker/py.typed", "worker/alembic.ini"} <= inside
+    names = ("__init__.py", "cli/__init__.py", "py.typed", "alembic.ini", "Procfile")
+    assert {f"worker/{name}" for name in names} <= inside
     assert {
         f"worker/{path.relative_to(ROOT)}"
         for path in (ROOT / "migrations").rglob("*")

@@ -203,7 +203,7 @@ def test_lists_ignore_blanks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SD_API_URL", "https://base.example/api/v3/")
     settings = load()
     assert settings.allowed_networks == (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("::1/128"))
-    assert settings.allowed_tasks == {"a.b", "c.d"}
+    assert settings.allowed_tasks == frozenset({"a.b", "c.d"})
     assert settings.api.hosts == {"one.example", "two.example:8443", "three.example", "base.example"}
     assert settings.sd_api_url == "https://base.example/api/v3"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DatabaseError, InterfaceError, OperationalError
+from sqlalchemy.exc import DatabaseError, DisconnectionError, InterfaceError, OperationalError
 
 from worker.errors import SchemaOutdated, SettingsError, Unavailable
 from worker.tables import VERSION_TABLE
@@ -19,8 +19,10 @@ from worker.tables import VERSION_TABLE
 SCHEMA_VERSION = "0001"
 LOCK_TIMEOUT_SECONDS = 15
 STATEMENT_TIMEOUT_SECONDS = 60
+IDLE_SECONDS = 2.0
 MISSING_STATES = ("42P01", "42703")  # PostgreSQL's codes for an undefined table and an undefined column
 
+_USED = "fetch-worker: when the connection was last given back"
 _CLOCK = "fetch-worker: the database's time, and the monotonic time at which it was read"
 
 _engines: dict[tuple[int, str], Engine] = {}
@@ -50,10 +52,12 @@ def make_engine(url: URL) -> Engine:
             _make_folder(Path(url.database).absolute().parent)
         arguments = {"connect_args": {"timeout": LOCK_TIMEOUT_SECONDS}}
     try:
-        engine = create_engine(url, pool_pre_ping=True, pool_size=8, max_overflow=24, hide_parameters=True, **arguments)
+        engine = create_engine(url, pool_size=8, max_overflow=24, hide_parameters=True, **arguments)
     except ImportError as missing:
         extra = {"postgresql": "postgres"}.get(backend, "mysql")
         raise SettingsError(f"DATABASE_URL needs {missing.name}: pip install 'fetch-worker[{extra}]'") from None
+    event.listen(engine, "checkout", _ping_idle)
+    event.listen(engine, "checkin", _note_use)
     if backend == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_immediate)
@@ -67,6 +71,23 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Unavailable(f"can't make the folder {folder} ({error.strerror}); check DATABASE_URL") from None
+
+
+def _note_use(connection: Any, record: Any) -> None:
+    record.info[_USED] = time.monotonic()
+
+
+def _ping_idle(connection: Any, record: Any, fairy: Any) -> None:
+    """Makes sure that a connection still stands that nobody used for a while; one in use says so itself."""
+    if time.monotonic() - record.info.get(_USED, time.monotonic()) < IDLE_SECONDS:
+        return
+    try:
+        cursor = connection.cursor()
+        cursor.execute("SELECT 1")
+        cursor.close()
+        connection.rollback()
+    except Exception as error:  # whatever the driver says: the pool opens another one
+        raise DisconnectionError(str(error)) from None
 
 
 def _prepare_sqlite(connection: Any, record: Any) -> None:

@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 import signal
+import sys
 import time
 from contextlib import suppress
 from importlib import import_module
@@ -122,8 +123,9 @@ class EmbeddedRedis:
         """The process of a server that was started here before and outlived its owner."""
         try:
             pid = int(self._pid_file.read_text())
-            os.kill(pid, 0)
         except (OSError, ValueError):
+            return None
+        if not _lives(pid):
             return None
         return pid if pid == self.pid() or str(self.socket) in _command_line(pid) else None
 
@@ -147,14 +149,24 @@ def _command_line(pid: int) -> str:
         return ""
 
 
+def _lives(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits to be taken note of does not."""
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return sys.platform != "linux" or bool(_command_line(pid))
+
+
 def _end(pid: int) -> None:
     """Ends a server that was left behind: politely, so that it writes what it holds, then by force."""
     for sent in (signal.SIGTERM, signal.SIGKILL):
         until = time.monotonic() + END_SECONDS
         with suppress(ProcessLookupError):
             os.kill(pid, sent)
-            while time.monotonic() < until:
-                os.kill(pid, 0)
-                time.sleep(LOOK_SECONDS)
-            continue
-        return
+        while _lives(pid):
+            if time.monotonic() > until:
+                break
+            time.sleep(LOOK_SECONDS)
+        else:
+            return

@@ -24,6 +24,8 @@ log = get_logger(__name__)
 LOOK_SECONDS = 0.5
 SILENCE_SECONDS = 2.0
 SWEEP_SILENCE_SECONDS = 10.0
+EVENTS_SECONDS = 0.25
+EVENTS_AT_ONCE = 500
 
 
 class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
@@ -72,6 +74,33 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
                 return
 
 
+class GatheredEvents(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
+    """Sends the events of tasks a few times a second in one message, since each message costs as much as a small task."""
+
+    requires = ("celery.worker.consumer.events:Events",)
+
+    def start(self, consumer: Any) -> None:
+        """Lets events gather, where an event loop can send them later."""
+        events, hub = consumer.event_dispatcher, consumer.hub
+        if events is None or hub is None or events.on_send_buffered is None:
+            return
+        waiting = False
+
+        def send() -> None:
+            nonlocal waiting
+            waiting = False
+            consumer._flush_events()
+
+        def gather() -> None:
+            nonlocal waiting
+            if not waiting:
+                waiting = True
+                hub.call_later(EVENTS_SECONDS, send)
+
+        events.buffer_limit = EVENTS_AT_ONCE
+        events.on_send_buffered = gather
+
+
 @worker_init.connect(weak=False)  # type: ignore[untyped-decorator]  # celery has no types
 def _check_schema(**_: object) -> None:
     try:
@@ -89,3 +118,4 @@ def _stop_claiming(**_: object) -> None:
 
 
 app.steps["worker"].add(Ticker)
+app.steps["consumer"].add(GatheredEvents)

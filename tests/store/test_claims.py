@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, event, insert, select, update
@@ -306,7 +307,7 @@ def test_eight_messages_for_one_output_at_once_give_one_claim(engine: Engine) ->
     ],
     ids=["not due", "cancelled", "stored"],
 )
-def test_an_output_that_has_nothing_to_do_is_not_taken(engine: Engine, changes: dict[str, object]) -> None:
+def test_an_output_that_has_nothing_to_do_is_not_taken(engine: Engine, changes: dict[str, Any]) -> None:
     """A late or stale message is a no-op."""
     with engine.begin() as connection:
         output_id = add_output(connection, add_downloading(connection), **changes)

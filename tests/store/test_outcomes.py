@@ -3,6 +3,7 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection, Engine, insert, select
@@ -416,8 +417,8 @@ def test_a_retried_job_without_outputs_is_asked_about_again(engine: Engine) -> N
 @pytest.mark.parametrize("status", ["completed", "cancelled", "pending", "downloading"])
 def test_only_failed_and_expired_jobs_are_taken_up_again(engine: Engine, status: str) -> None:
     """Everything else stays as it is."""
-    final = {"due_at": None, "completed_at": NOW} if status in ("completed", "cancelled") else {}
-    rest = {"due_at": None} if status == "downloading" else {}
+    final: dict[str, Any] = {"due_at": None, "completed_at": NOW} if status in ("completed", "cancelled") else {}
+    rest: dict[str, Any] = {"due_at": None} if status == "downloading" else {}
     with engine.begin() as connection:
         job_id = add_job(connection, status=status, ready_at=NOW, **final, **rest)
         assert not retry(connection, job_id, now=SOON)

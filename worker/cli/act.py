@@ -10,6 +10,7 @@ from worker.cli.output import json_option, print_json, print_table
 from worker.database import connected, engine_for
 from worker.errors import JobNotFound, NotTrackable
 from worker.migrate import migrate as run_migrations
+from worker.scrubber import Scrubber
 from worker.settings import load
 from worker.store.jobs import job_row, jobs_by_remote
 
@@ -40,11 +41,12 @@ def migrate() -> None:
 def track(remotes: tuple[str, ...], as_json: bool, **options: Any) -> int:
     """Hand jobs over: remote ids, or whole submit answers as JSON."""
     rows: list[dict[str, Any]] = []
+    scrubber = Scrubber(key.get_secret_value() for key in load().keys.values())
     for remote in remotes:
         try:
             job_id, created = enqueue.tracked([remote], **options)[0]
         except NotTrackable as wrong:
-            click.echo(f"fetch-worker: {remote[:60]!r} not tracked: {wrong}", err=True)
+            click.echo(f"fetch-worker: {scrubber.text(remote)[:60]!r} not tracked: {wrong}", err=True)
             continue
         job = enqueue.get(job_id)
         if job is not None:

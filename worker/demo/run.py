@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import requests
+from kombu.exceptions import OperationalError as BrokerError
+from redis.exceptions import RedisError
 from rich.console import Console
 from sqlalchemy import create_engine
 
@@ -23,6 +25,7 @@ LEAST_SECONDS = 1.0
 SPARE_SECONDS = 60.0  # beyond the time that the jobs themselves take, for a slow machine
 LOOK_SECONDS = 0.15
 HTTP_SECONDS = 10.0
+SETTLE_SECONDS = 1.0
 COULD_NOT = 1
 INTERRUPTED = 130
 PAGE = "contact-sheet.html"
@@ -57,14 +60,18 @@ def demo(*, jobs: int, longest: float, folder: Path | None, with_flower: bool) -
     _say(console, f"Everything of this demo is in {place}")
     try:
         with Parts(place, options, with_flower=with_flower) as parts:
-            _start(parts, console)
-            submitted = _submit(parts, Behaviour(options), jobs)
-            progress = _follow(parts, console, submitted, began, longest + SPARE_SECONDS + jobs)
+            try:
+                _start(parts, console)
+                submitted = _submit(parts, Behaviour(options), jobs)
+                progress = _follow(parts, console, submitted, began, longest + SPARE_SECONDS + jobs)
+            except (requests.RequestException, BrokerError, RedisError) as error:
+                parts.wait(SETTLE_SECONDS)  # a part that died says it better
+                raise DemoFailed(str(error)) from None
             _say(console, "Stopping the processes")
     except Stopped:
         _say(console, "Stopped; no process is left")
         return INTERRUPTED
-    except (WorkerError, requests.RequestException, OSError) as error:
+    except (WorkerError, OSError) as error:
         _say(console, f"The demo failed: {error}. The logs are in {place / 'logs'}")
         return COULD_NOT
     return _report(console, place, progress, seconds=time.monotonic() - began)
