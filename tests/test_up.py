@@ -34,7 +34,6 @@ def environment(changes: Mapping[str, str]) -> dict[str, str]:
         ({"REDIS_URL": "redis://:secret@127.0.0.1:1/0"}, 1, "check REDIS_URL"),
         ({"DATABASE_URL": "postgresql://u:secret@127.0.0.1:1/x"}, 1, "check DATABASE_URL"),
         ({"BROKER_URL": "amqp://u:secret@127.0.0.1:1//"}, 1, "check BROKER_URL"),
-        ({"BROKER_URL": "carrier-pigeon://u:secret@loft"}, 1, "check BROKER_URL"),
     ],
 )
 def test_what_is_wrong_is_one_line_without_a_secret_and_nothing_is_started(

@@ -213,7 +213,7 @@ def _plan(
         account=account,
         address=address,
         kind=scrubber.text(_plain(chosen, "kind")),
-        eta=known.eta if eta is None else _checked_seconds(eta, "eta"),
+        eta=known.eta if eta in (None, 0, "") else _checked_seconds(eta, "eta"),
         submitted_at=_moment(submitted_at),
         priority=_priority(priority),
         reference=None if reference is None else scrubber.text(_short(reference, "reference")),
@@ -276,7 +276,7 @@ def _moment(value: datetime | str | None) -> datetime | None:
 
 
 def _checked_seconds(value: object, name: str) -> float:
-    number = None if isinstance(value, str) else seconds(value)
+    number = seconds(value)
     if number is None or number > 10 * 365 * 86_400:
         raise NotTrackable(f"{name} is a positive number of seconds, not {value!r}")
     return number
