@@ -129,6 +129,7 @@ def _prepare_flower(settings: Settings, arguments: list[str]) -> None:
         "FLOWER_STATE_SAVE_INTERVAL": "10000",
         "FLOWER_INSPECT_TIMEOUT": "3000",
         "FLOWER_NATURAL_TIME": "false",
+        "FLOWER_TASKS_COLUMNS": "name,args,result,state,received,runtime,worker",
     }
     for name, value in wanted.items():
         os.environ.setdefault(name, value)

@@ -19,6 +19,7 @@ from worker import enqueue
 from worker.addresses import Guard, guarded_adapter
 from worker.app import DOWNLOADS, HINT_EXPIRES_SECONDS, app, settings
 from worker.core import gate as gates
+from worker.core.submission import submission
 from worker.database import database_now, engine_for
 from worker.downloader import Downloader
 from worker.errors import NotTrackable, Unavailable, WorkerError
@@ -205,8 +206,8 @@ def track(remote: Any, **options: Any) -> int:
         raise NotTrackable(parts().scrubber.text(f"worker.track was called wrongly: {wrong}")) from None
     except WorkerError as wrong:
         raise type(wrong)(parts().scrubber.text(str(wrong))) from None
-    if created and not isinstance(remote, int):
-        _softly("sweep", lambda: sweep.apply_async(expires=HINT_EXPIRES_SECONDS))  # it may be ready already
+    if created and submission(remote).outputs:  # ready at once: nothing but a sweep would find its outputs
+        _softly("sweep", lambda: sweep.apply_async(expires=HINT_EXPIRES_SECONDS))
     return job_id
 
 

@@ -25,6 +25,7 @@ LOOK_SECONDS = 0.5
 SILENCE_SECONDS = 2.0
 SWEEP_SILENCE_SECONDS = 10.0
 EVENTS_SECONDS = 0.25
+LOOK_AGAIN_SECONDS = 0.05
 EVENTS_AT_ONCE = 500
 
 
@@ -74,31 +75,40 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
                 return
 
 
-class GatheredEvents(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
-    """Sends the events of tasks a few times a second in one message, since each message costs as much as a small task."""
+class Pulse(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
+    """Keeps the consumer's event loop lively.
+
+    A loop whose places were all taken stops reading from Redis, and in the threads pool nothing wakes it when one is
+    free again: it would sleep on a full queue until some timer of its own. So it looks twenty times a second. Task
+    events are gathered and sent a few times a second, since each message costs as much as a small task.
+    """
 
     requires = ("celery.worker.consumer.events:Events",)
 
+    def __init__(self, consumer: Any, **options: Any) -> None:
+        self._timers: list[Any] = []
+        super().__init__(consumer, **options)
+
     def start(self, consumer: Any) -> None:
-        """Lets events gather, where an event loop can send them later."""
+        """Starts, each time the consumer has connected."""
         events, hub = consumer.event_dispatcher, consumer.hub
-        if events is None or hub is None or events.on_send_buffered is None:
+        if hub is None:
             return
-        waiting = False
+        self.stop(consumer)
+        self._timers.append(hub.call_repeatedly(LOOK_AGAIN_SECONDS, _look_again))
+        if events is not None and events.on_send_buffered is not None:
+            events.buffer_limit = EVENTS_AT_ONCE
+            events.on_send_buffered = _look_again
+            self._timers.append(hub.call_repeatedly(EVENTS_SECONDS, consumer._flush_events))
 
-        def send() -> None:
-            nonlocal waiting
-            waiting = False
-            consumer._flush_events()
+    def stop(self, consumer: Any) -> None:
+        """Stops, as the connection is lost or the worker ends."""
+        while self._timers:
+            self._timers.pop().cancel()
 
-        def gather() -> None:
-            nonlocal waiting
-            if not waiting:
-                waiting = True
-                hub.call_later(EVENTS_SECONDS, send)
 
-        events.buffer_limit = EVENTS_AT_ONCE
-        events.on_send_buffered = gather
+def _look_again() -> None:
+    """Nothing: the loop looks at its connections each time it has come round."""
 
 
 @worker_init.connect(weak=False)  # type: ignore[untyped-decorator]  # celery has no types
@@ -118,4 +128,4 @@ def _stop_claiming(**_: object) -> None:
 
 
 app.steps["worker"].add(Ticker)
-app.steps["consumer"].add(GatheredEvents)
+app.steps["consumer"].add(Pulse)
