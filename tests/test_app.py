@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from celery import Celery
 
 from worker.settings import load
 
@@ -23,9 +24,16 @@ def test_the_configuration_holds_no_key(configured: dict[str, object]) -> None:
     assert "canary-key" not in json.dumps(configured)
 
 
-def test_only_tracking_keeps_a_result_and_only_hints_from_outside_are_acknowledged_late() -> None:
-    from worker.tasks import app
+@pytest.fixture
+def app() -> Celery:
+    """The app with its tasks, made in an environment without settings."""
+    from worker.app import app
 
+    app.loader.import_default_modules()
+    return app
+
+
+def test_only_tracking_keeps_a_result_and_only_hints_from_outside_are_acknowledged_late(app: Celery) -> None:
     tasks = {name: task for name, task in app.tasks.items() if name.startswith("worker.")}
     assert set(tasks) == {
         "worker.track",
@@ -40,18 +48,14 @@ def test_only_tracking_keeps_a_result_and_only_hints_from_outside_are_acknowledg
     assert {name for name, task in tasks.items() if task.acks_late} == {"worker.track", "worker.nudge"}
 
 
-def test_the_queues_are_ours_alone() -> None:
-    from worker.tasks import app
-
+def test_the_queues_are_ours_alone(app: Celery) -> None:
     names = [queue.name for queue in app.conf.task_queues]
     assert names == ["fetch-worker", "fetch-worker.polls", "fetch-worker.downloads"]
     assert app.conf.task_default_queue == "fetch-worker"
     assert "global_keyprefix" not in app.conf.broker_transport_options
 
 
-def test_messages_that_were_not_acknowledged_are_kept_apart_from_an_apps_own() -> None:
-    from worker.tasks import app
-
+def test_messages_that_were_not_acknowledged_are_kept_apart_from_an_apps_own(app: Celery) -> None:
     options = app.conf.broker_transport_options
     assert options["unacked_key"] == "fetch-worker.unacked"
     assert options["socket_timeout"] == 10

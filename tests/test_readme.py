@@ -11,7 +11,7 @@ from celery import Celery
 from sqlalchemy.engine import make_url
 
 from tests.servers import celery_worker
-from worker.cli import group
+from worker.cli.commands import group
 from worker.core.lifecycle import JOB_STATES
 from worker.database import make_engine
 from worker.migrate import migrate

@@ -1,0 +1,47 @@
+"""All commands in one group, and how their errors are said: in one line, without a traceback."""
+
+import click
+
+from worker import __version__
+from worker.cli import act, look, run
+from worker.errors import SettingsError, WorkerError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="fetch-worker")
+def group() -> None:
+    """Polls a hosted image API until each job is ready, and stores every picture exactly once."""
+
+
+for _command in (*run.COMMANDS, *act.COMMANDS, *look.COMMANDS):
+    group.add_command(_command)
+
+
+def run_command(words: list[str]) -> int:
+    """Runs a command; its exit code."""
+    if any(not _is_text(word) for word in words):
+        click.echo("fetch-worker: an argument is no text in UTF-8", err=True)
+        return 2
+    try:
+        code = group.main(words, prog_name="fetch-worker", standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("stopped", err=True)
+        return 130
+    except click.ClickException as wrong:
+        wrong.show()
+        return wrong.exit_code
+    except SettingsError as wrong:
+        click.echo(f"fetch-worker: {wrong}", err=True)
+        return 2
+    except WorkerError as wrong:
+        click.echo(f"fetch-worker: {wrong}", err=True)
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def _is_text(word: str) -> bool:
+    try:
+        word.encode()
+    except UnicodeEncodeError:  # bytes of another encoding arrive as lone surrogates, which no database takes
+        return False
+    return True
