@@ -11,14 +11,16 @@ import pytest
 import redis
 
 from worker.settings import Settings
-from worker.up import writer
+from worker.supervisor import own_procfile
+from worker.up import procfile, writer
 
 UP = (sys.executable, "-c", "from worker.cli import main; main()", "up")
 MOST_SECONDS = 60
 PROCFILE = """\
+# stands in for worker.app
 release: python -c "print('migrated')"
 worker: python -c "import os, time; print(os.environ['REDIS_URL'], os.environ.get('SD_API_KEY')); time.sleep(60)"
-other: python -c "import os, time; print('the key is', os.environ.get('SD_API_KEY')); time.sleep(60)"
+downloads: python -c "import os, time; print('the key is', os.environ.get('SD_API_KEY')); time.sleep(60)"
 """
 
 
@@ -91,3 +93,24 @@ def test_lines_have_the_name_of_their_process_in_front(capsys: pytest.CaptureFix
     say("up", "two")
 
     assert capsys.readouterr().out == "worker    | one\nup        | two\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "web: gunicorn shop\n",
+        "worker: celery -A shop worker\n",
+        "worker: celery -A worker.app worker\nweb: gunicorn shop\n",
+    ],
+    ids=["another app's", "a worker of another app's", "ours and another app's"],
+)
+def test_a_web_apps_own_procfile_is_not_run(tmp_path: Path, text: str) -> None:
+    (tmp_path / "Procfile").write_text(text)
+
+    assert procfile(tmp_path) == own_procfile()
+
+
+def test_a_procfile_that_runs_our_app_alone_is_run(tmp_path: Path) -> None:
+    (tmp_path / "Procfile").write_text("worker: celery -A worker.app worker --concurrency 2\n")
+
+    assert procfile(tmp_path) == tmp_path / "Procfile"

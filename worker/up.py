@@ -34,6 +34,8 @@ SERVER_SECONDS = 5.0
 LOOK_SECONDS = 0.05
 EMBEDDED_NAME = "redis"
 COULD_NOT = 1
+OUR_APP = "worker.app"
+OUR_NAMES = frozenset({RELEASE, "worker", "downloads", "beat", "flower"})
 
 _COLOURS = (36, 33, 32, 35, 34, 31, 96, 93, 92, 95)
 
@@ -45,8 +47,7 @@ def up() -> int:
     """
     settings = load()
     folder = Path.cwd()
-    procfile = Path("Procfile")
-    lines = _runnable(read_procfile(procfile if procfile.is_file() else own_procfile()))
+    lines = _runnable(read_procfile(procfile(folder)))
     embedded = EmbeddedRedis(EMBEDDED_SOCKET, EMBEDDED_SOCKET.parent / "redis", keeps=True)
     environment = merged_environment(folder / ".env")
     check_database(settings)
@@ -73,6 +74,14 @@ def up() -> int:
             if one.name != RELEASE and not supervisor.told:
                 supervisor.start(one)
         return supervisor.run()
+
+
+def procfile(folder: Path) -> Path:
+    """The folder's Procfile where it runs our app and nothing else, else our own: a web app's is not ours to run."""
+    here = folder / "Procfile"
+    if here.is_file() and OUR_APP in here.read_text(encoding="utf-8", errors="replace"):
+        return here if {line.name for line in read_procfile(here)} <= OUR_NAMES else own_procfile()
+    return own_procfile()
 
 
 def _runnable(lines: Sequence[Line]) -> list[Line]:
