@@ -189,7 +189,9 @@ class Downloader:
         if isinstance(result, StoredFile):
             return f"stored {result.size_bytes} bytes" + (f", job {output.job_id} {final}" if final else "")
         verb = "gave up" if isinstance(result, GiveUp) else "again later"
-        log.warning("output not stored output=%s code=%s outcome=%s", output.id, result.code, verb)
+        log.warning(
+            "output not stored output=%s code=%s outcome=%s reason=%s", output.id, result.code, verb, result.message
+        )
         return f"{verb}: {result.code}"
 
     def _remove_stale(self) -> None:

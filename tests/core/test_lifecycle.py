@@ -540,3 +540,9 @@ def test_links_that_never_change_lead_to_the_file_or_to_an_end(servers: list[Att
     has_it = any(servers[place % len(servers)] is STORED for place in range(proxies + 1))
     assert ("stored" in told[-1]) is has_it
     assert has_it or told[-1].endswith("for good")
+
+
+def test_an_attempt_that_a_crash_cut_short_says_nothing_against_the_link() -> None:
+    """The next attempt tries the link again, not its proxy."""
+    assert source(OutputFacts(attempts=2, proxies=2, ready_at=NOW)) == 0
+    assert source(OutputFacts(attempts=2, proxies=2, ready_at=NOW, last_code="unreachable")) == 1

@@ -340,6 +340,8 @@ def source(output: OutputFacts) -> int:
             return 0
         if output.dead_attempts <= output.proxies:
             return output.dead_attempts
+    if output.last_code is None:
+        return 0  # an attempt that a crash cut short says nothing against the link
     return (output.attempts - 1) % (1 + output.proxies)
 
 
