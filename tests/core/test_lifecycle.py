@@ -544,5 +544,5 @@ def test_links_that_never_change_lead_to_the_file_or_to_an_end(servers: list[Att
 
 def test_an_attempt_that_a_crash_cut_short_says_nothing_against_the_link() -> None:
     """The next attempt tries the link again, not its proxy."""
-    assert source(OutputFacts(attempts=2, proxies=2, ready_at=NOW)) == 0
-    assert source(OutputFacts(attempts=2, proxies=2, ready_at=NOW, last_code="unreachable")) == 1
+    assert source(OutputFacts(attempts=2, proxies=2, ready_at=T0)) == 0
+    assert source(OutputFacts(attempts=2, proxies=2, ready_at=T0, last_code="unreachable")) == 1
