@@ -70,8 +70,8 @@ def test_without_settings_it_brings_a_redis_says_that_a_key_is_missing_and_ends_
     assert answered
     assert "no API key" in lines[0]
     assert "SD_API_KEY" in lines[0]
-    assert "release | migrated\n" in lines
-    assert f"worker  | redis+socket://{tmp_path}/var/redis.sock None\n" in lines
+    assert "release   | migrated\n" in lines
+    assert f"worker    | redis+socket://{tmp_path}/var/redis.sock None\n" in lines
     assert not (tmp_path / "var" / "redis.sock").exists()
 
 

@@ -194,16 +194,21 @@ class Poller:
 
     def _claimed(self, account: str, shut_hosts: list[str], limit: int) -> list[ClaimedJob]:
         with self._engine.begin() as connection:
-            return claim_jobs(
-                connection,
-                account=account,
-                shut_hosts=shut_hosts,
-                limit=limit,
-                token=secrets.token_hex(8),
-                holder=self._leases.holder,
-                lease=self._leases.lease,
-                now=database_now(connection),
-            )
+            return self._take(connection, account, shut_hosts, limit, database_now(connection))
+
+    def _take(
+        self, connection: Connection, account: str, shut_hosts: list[str], limit: int, now: datetime
+    ) -> list[ClaimedJob]:
+        return claim_jobs(
+            connection,
+            account=account,
+            shut_hosts=shut_hosts,
+            limit=limit,
+            token=secrets.token_hex(8),
+            holder=self._leases.holder,
+            lease=self._leases.lease,
+            now=now,
+        )
 
     def _probe(
         self,
@@ -218,16 +223,7 @@ class Poller:
             taken = [locked_gate(connection, kind, name) for kind, name in scope]
             if any(gate.allows(now) != "one" for gate in taken):
                 return 0
-            jobs = claim_jobs(
-                connection,
-                account=account,
-                shut_hosts=shut_hosts,
-                limit=1,
-                token=secrets.token_hex(8),
-                holder=self._leases.holder,
-                lease=self._leases.lease,
-                now=now,
-            )
+            jobs = self._take(connection, account, shut_hosts, 1, now)
             if not jobs:
                 return 0
             for gate in taken:

@@ -46,7 +46,7 @@ class SharedBudget:
     """Requests per second and account, for all processes on one Redis."""
 
     def __init__(self, redis_url: str, *, rps: float) -> None:
-        self._client = _client(redis_url)
+        self._client = redis_client(redis_url, seconds=REDIS_TIMEOUT_SECONDS)
         self._take = self._client.register_script(_TAKE)
         self._step = 1.0 / rps
         self._burst = burst(rps)
@@ -96,8 +96,7 @@ def _name(account: str) -> str:
     return f"fetch-worker:budget:{account}"
 
 
-def _client(url: str) -> "redis.Redis":
+def redis_client(url: str, *, seconds: float) -> "redis.Redis":
+    """A client for a URL as settings write it, which waits for so many seconds at most."""
     plain = url.replace("redis+socket://", "unix://", 1).replace("virtual_host=", "db=")
-    return redis.Redis.from_url(
-        plain, socket_timeout=REDIS_TIMEOUT_SECONDS, socket_connect_timeout=REDIS_TIMEOUT_SECONDS
-    )
+    return redis.Redis.from_url(plain, socket_timeout=seconds, socket_connect_timeout=seconds)

@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TextIO
 
-import redis
 from kombu.connection import Connection
 from kombu.utils.url import maybe_sanitize_url
 from redis.exceptions import RedisError
@@ -17,6 +16,7 @@ from worker.database import connected, make_engine
 from worker.embedded import START_SECONDS, EmbeddedRedis
 from worker.errors import Unavailable
 from worker.settings import EMBEDDED_SOCKET, KEY_NAMES, Settings, load
+from worker.shared_budget import redis_client
 from worker.supervisor import (
     OWN_NAME,
     RELEASE,
@@ -115,8 +115,7 @@ def check_database(settings: Settings) -> None:
 
 def check_redis(url: str, variable: str) -> None:
     """Raises Unavailable, with one line, where no Redis answers."""
-    plain = url.replace("redis+socket://", "unix://", 1).replace("virtual_host=", "db=")
-    client = redis.Redis.from_url(plain, socket_timeout=SERVER_SECONDS, socket_connect_timeout=SERVER_SECONDS)
+    client = redis_client(url, seconds=SERVER_SECONDS)
     try:
         client.ping()
     except (RedisError, OSError, ValueError) as error:
