@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +12,7 @@ from pydantic import SecretStr
 from sqlalchemy import Engine, Row, select, update
 
 from worker.core.fetch_address import AllowedApi, fetch_address
+from worker.core.gate import refused
 from worker.core.pace import Pace
 from worker.database import database_now
 from worker.hosted_api import HostedApi
@@ -19,6 +21,7 @@ from worker.poller import Poller
 from worker.sandbox import Answer, Sandbox, SandboxOptions
 from worker.scrubber import Scrubber
 from worker.shared_budget import SharedBudget
+from worker.store.gates import locked_gate, save_gate
 from worker.store.jobs import NewJob, cancel, insert_jobs
 from worker.tables import gates, jobs, outputs
 
@@ -301,3 +304,39 @@ def test_given_more_jobs_than_the_budget_when_polled_then_no_second_sees_more_th
     polls.until(lambda: all(polls.row(job).status == "downloading" for job in ids))
 
     assert time.monotonic() - started >= (60 - 2) / 20 * 0.9
+
+
+def test_given_a_job_whose_address_is_not_allowed_any_more_when_polled_then_it_waits_and_the_others_go_on(
+    polls: Polls,
+) -> None:
+    elsewhere = AllowedApi("https://modelslab.com/api/v3", frozenset({"modelslab.com"}))
+    with polls.engine.begin() as connection:
+        now = database_now(connection)
+        foreign = replace(polls._job("77", now), address=fetch_address(None, "77", elsewhere), priority=9)
+        ((strange, _),) = insert_jobs(connection, [foreign], now=now)
+    (job,) = polls.track(submitted(polls.sandbox, 1))
+
+    polls.until(lambda: bool(polls.row(job).status == "downloading"), seconds=5)
+
+    row = polls.row(strange)
+    assert (row.status, row.polls, row.claim_token) == ("pending", 0, None)
+
+
+def test_given_a_held_host_when_its_probe_is_due_then_only_an_account_that_may_be_asked_with_makes_it(
+    engine: Engine, redis_url: str, sandbox: Sandbox
+) -> None:
+    polls = Polls(engine, redis_url, sandbox, default=KEY, rejected="wrong-key")
+    good, bad = submitted(sandbox, 2, samples=1)
+    (held,) = polls.track([bad], account="rejected")
+    polls.run()
+    (job,) = polls.track([good])
+    name = polls.row(job).fetch_host
+    with engine.begin() as connection:
+        now = database_now(connection)
+        host = locked_gate(connection, "host", name)
+        save_gate(connection, refused(host, "unreachable", now=now - timedelta(seconds=30), probe=True))
+
+    polls.until(lambda: bool(polls.row(job).status == "downloading"))
+
+    assert polls.row(held).polls == 1
+    assert polls.gate(name).reason is None

@@ -41,6 +41,7 @@ GATHER_SECONDS = 0.05  # answers that come within it are written in one transact
 LOOK_SECONDS = 0.1  # the least time between two claims that found nothing more
 TROUBLE_WAIT = 5.0
 PROBE_MARGIN = timedelta(seconds=5)
+REFUSED_WAIT = timedelta(seconds=60)
 
 
 @dataclass(slots=True)
@@ -164,12 +165,10 @@ class Poller:
                     started += count
                     pause = min(pause, wait_seconds)
                 case "one":
-                    started += self._probe(account, [("account", account)], shut_hosts, flying)
+                    started += self._probe(account, [("account", account)], flying, shut_hosts=shut_hosts)
         for name in shut_hosts:
             if known["host", name].allows(now) == "one":
-                for account in self._fairly():
-                    others = [host for host in shut_hosts if host != name]
-                    started += self._probe(account, [("host", name)], others, flying)
+                started += self._probe_host(name, known, now, flying)
         return started, LOOK_SECONDS if started else self._until_due(now, pause)
 
     def _fairly(self) -> list[str]:
@@ -184,7 +183,10 @@ class Poller:
         if not grant.requests:
             return 0, max(LOOK_SECONDS, grant.wait)
         try:
-            jobs = self._claimed(account, shut_hosts, grant.requests)
+            with self._engine.begin() as connection:
+                now = database_now(connection)
+                taken = self._take(connection, account, shut_hosts, grant.requests, now)
+                jobs = self._permitted(connection, taken, now)
         except SQLAlchemyError:
             self._budget.give_back(account, grant.requests)
             raise
@@ -192,17 +194,21 @@ class Poller:
         self._ask(jobs, flying, probe=False)
         return len(jobs), IDLE_SECONDS
 
-    def _claimed(self, account: str, shut_hosts: list[str], limit: int) -> list[ClaimedJob]:
-        with self._engine.begin() as connection:
-            return self._take(connection, account, shut_hosts, limit, database_now(connection))
-
     def _take(
-        self, connection: Connection, account: str, shut_hosts: list[str], limit: int, now: datetime
+        self,
+        connection: Connection,
+        account: str,
+        shut_hosts: Sequence[str],
+        limit: int,
+        now: datetime,
+        *,
+        host: str | None = None,
     ) -> list[ClaimedJob]:
         return claim_jobs(
             connection,
             account=account,
             shut_hosts=shut_hosts,
+            host=host,
             limit=limit,
             token=secrets.token_hex(8),
             holder=self._leases.holder,
@@ -210,12 +216,29 @@ class Poller:
             now=now,
         )
 
+    def _probe_host(
+        self,
+        host: str,
+        known: Mapping[tuple[Scope, str], Gate],
+        now: datetime,
+        flying: dict[Future[Reply], _InFlight],
+    ) -> int:
+        """Asks a shut host about one job, of an account that may be asked with."""
+        for account in self._fairly():
+            allowed = known.get(("account", account), Gate("account", account)).allows(now)
+            scope: list[tuple[Scope, str]] = [("account", account)] if allowed == "one" else []
+            if allowed != "none" and self._probe(account, [*scope, ("host", host)], flying, host=host):
+                return 1
+        return 0
+
     def _probe(
         self,
         account: str,
         scope: Sequence[tuple[Scope, str]],
-        shut_hosts: list[str],
         flying: dict[Future[Reply], _InFlight],
+        *,
+        shut_hosts: Sequence[str] = (),
+        host: str | None = None,
     ) -> int:
         """Makes one call alone, if no other process does and a job is due for it."""
         with self._engine.begin() as connection:
@@ -223,7 +246,7 @@ class Poller:
             taken = [locked_gate(connection, kind, name) for kind, name in scope]
             if any(gate.allows(now) != "one" for gate in taken):
                 return 0
-            jobs = self._take(connection, account, shut_hosts, 1, now)
+            jobs = self._permitted(connection, self._take(connection, account, shut_hosts, 1, now, host=host), now)
             if not jobs:
                 return 0
             for gate in taken:
@@ -238,23 +261,24 @@ class Poller:
             return pause
         return min(max((due - now).total_seconds(), LOOK_SECONDS), pause)
 
+    def _permitted(self, connection: Connection, jobs: Sequence[ClaimedJob], now: datetime) -> list[ClaimedJob]:
+        """The jobs whose address the settings still allow the key to go to; the others wait, unasked."""
+        allowed = []
+        for job in jobs:
+            refused = self._api.permits(job.address, job.remote_id)
+            if refused is None:
+                allowed.append(job)
+                continue
+            log.error("a job's fetch address is refused job=%s reason=%s", job.id, refused)
+            release_jobs(connection, [job.id], job.token, due_at=now + REFUSED_WAIT)
+        return allowed
+
     # ── asking ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _ask(self, jobs: Iterable[ClaimedJob], flying: dict[Future[Reply], _InFlight], *, probe: bool) -> None:
         for job in jobs:
-            refused = self._api.permits(job.address, job.remote_id)
-            if refused is not None:
-                self._refuse(job, refused)
-                continue
             future = self._threads.submit(self._api.ask, job.address, job.remote_id, self._keys[job.account])
             flying[future] = _InFlight(job, probe)
-
-    def _refuse(self, job: ClaimedJob, why: str) -> None:
-        """The settings no longer allow to send the key to this job's address: it waits, unasked."""
-        log.error("a job's fetch address is refused job=%s reason=%s", job.id, why)
-        with self._engine.begin() as connection:
-            due = database_now(connection) + timedelta(seconds=60)
-            release_jobs(connection, [job.id], job.token, due_at=due)
 
     def _give_back(self, flying: dict[Future[Reply], _InFlight]) -> None:
         """After trouble of our own: whatever was not asked yet goes back at once, the rest when its lease is over."""

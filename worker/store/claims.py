@@ -1,6 +1,7 @@
 """Claims: taking due rows under a lease with a fencing token, renewing the lease, giving rows back."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -66,14 +67,15 @@ def claim_jobs(
     connection: Connection,
     *,
     account: str,
-    shut_hosts: list[str],
+    shut_hosts: Sequence[str] = (),
+    host: str | None = None,
     limit: int,
     token: str,
     holder: str,
     lease: timedelta,
     now: datetime,
 ) -> list[ClaimedJob]:
-    """Takes up to `limit` due jobs of an account, the most important and then the longest due first.
+    """Takes up to `limit` due jobs of an account (on one host), the most important and then the longest due first.
 
     Every request to come is counted here, so that a crash can't hide one; `release_jobs` takes it back.
     """
@@ -86,6 +88,8 @@ def claim_jobs(
     )
     if shut_hosts:
         due = due.where(jobs.c.fetch_host.not_in(shut_hosts))
+    if host is not None:
+        due = due.where(jobs.c.fetch_host == host)
     taken = update(jobs).values(
         due_at=now + lease, claim_token=token, claim_holder=holder, asked_at=now, polls=jobs.c.polls + 1
     )
