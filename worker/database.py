@@ -1,6 +1,7 @@
 """One engine per process: how the database is connected to, and what time it says it is."""
 
 import os
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ SCHEMA_VERSION = "0001"
 LOCK_TIMEOUT_SECONDS = 15
 STATEMENT_TIMEOUT_SECONDS = 60
 IDLE_SECONDS = 2.0
+POOL_KEEPS, POOL_ADDS = 4, 4  # no transaction waits for the network, so a few connections serve many threads
+FULL_SECONDS = 10.0  # how long a server without a free connection is asked again
+FULL = ("too many clients", "too many connections", "remaining connection slots")
 MISSING_STATES = ("42P01", "42703")  # PostgreSQL's codes for an undefined table and an undefined column
 
 _USED = "fetch-worker: when the connection was last given back"
@@ -52,10 +56,11 @@ def make_engine(url: URL) -> Engine:
             _make_folder(Path(url.database).absolute().parent)
         arguments = {"connect_args": {"timeout": LOCK_TIMEOUT_SECONDS}}
     try:
-        engine = create_engine(url, pool_size=8, max_overflow=24, hide_parameters=True, **arguments)
+        engine = create_engine(url, pool_size=POOL_KEEPS, max_overflow=POOL_ADDS, hide_parameters=True, **arguments)
     except ImportError as missing:
         extra = {"postgresql": "postgres"}.get(backend, "mysql")
         raise SettingsError(f"DATABASE_URL needs {missing.name}: pip install 'fetch-worker[{extra}]'") from None
+    event.listen(engine, "do_connect", _wait_for_a_place)
     event.listen(engine, "checkout", _ping_idle)
     event.listen(engine, "checkin", _note_use)
     if backend == "sqlite":
@@ -71,6 +76,18 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Unavailable(f"can't make the folder {folder} ({error.strerror}); check DATABASE_URL") from None
+
+
+def _wait_for_a_place(dialect: Any, record: Any, arguments: Any, options: Any) -> Any:
+    """Connects; where the server has no connection left it waits a while for one, since that passes by itself."""
+    until = time.monotonic() + FULL_SECONDS
+    while True:
+        try:
+            return dialect.connect(*arguments, **options)
+        except dialect.loaded_dbapi.OperationalError as error:
+            if time.monotonic() >= until or not any(words in str(error).lower() for words in FULL):
+                raise
+            time.sleep(random.uniform(0.05, 0.3))
 
 
 def _note_use(connection: Any, record: Any) -> None:
