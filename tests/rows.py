@@ -1,11 +1,12 @@
 """Rows for tests of the store: jobs and outputs put in directly, at moments that a test tells."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Row, select
 
-from worker.store.claims import ClaimedJob, ClaimedOutput, claim_jobs, claim_output
+from worker.store.claims import ClaimedJob, ClaimedOutput, claim_jobs, claim_output, waiting_levels
 from worker.tables import jobs, outputs
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -78,11 +79,15 @@ def claim(
     account: str = "default",
     shut_hosts: tuple[str, ...] = (),
     limit: int = 100,
+    priorities: Sequence[int] | None = None,
 ) -> list[ClaimedJob]:
-    """Claims due jobs for LEASE."""
+    """Claims due jobs for LEASE, of every priority that there is unless told otherwise."""
+    if priorities is None:
+        priorities = [level.priority for level in waiting_levels(connection, [account])]
     return claim_jobs(
         connection,
         account=account,
+        priorities=priorities,
         shut_hosts=list(shut_hosts),
         limit=limit,
         token=token,

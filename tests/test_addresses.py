@@ -11,9 +11,9 @@ import requests
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
 from tests.web import page, web_server
-from worker import addresses
+from worker import timed_http
 from worker.addresses import Guard, RefusedTarget, guarded_adapter, is_public
-from worker.timed_http import TimeLimit, lean_session
+from worker.timed_http import TimedHTTPConnection, TimeLimit, lean_session
 
 PUBLIC = "93.184.215.14"
 LOOPBACK = [ipaddress.ip_network("127.0.0.0/8")]
@@ -243,13 +243,14 @@ def net(monkeypatch: pytest.MonkeyPatch) -> Net:
         SOCK_STREAM=socket.SOCK_STREAM,
         IPPROTO_TCP=socket.IPPROTO_TCP,
         TCP_NODELAY=socket.TCP_NODELAY,
+        gaierror=socket.gaierror,
     )
-    monkeypatch.setattr(addresses, "socket", module)
+    monkeypatch.setattr(timed_http, "socket", module)
     return made
 
 
 def _connect(host: str, *, port: int = 443, scheme: str = "https", allowed: Sequence[Any] = ()) -> None:
-    Guard(allowed).connect(SimpleNamespace(host=host, port=port, timeout=3.0), scheme=scheme)
+    Guard(allowed).connect(TimedHTTPConnection(host, port, timeout=3.0), scheme=scheme)
 
 
 ODD_SPELLINGS = [

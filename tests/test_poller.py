@@ -40,9 +40,10 @@ class Polls:
         self.poller = Poller(
             engine=engine,
             api=HostedApi(self.api, Scrubber([KEY]), timeout=5.0, connections=16),
-            budget=SharedBudget(redis_url, rps=2_000),
+            budget=SharedBudget(redis_url),
             leases=LeaseKeeper(engine, lease=timedelta(seconds=30)),
             keys={name: SecretStr(key) for name, key in (keys or {"default": KEY}).items()},
+            rps=2_000,
             pace=Pace("learned", 0.5, 0.0),
             api_timeout=5.0,
             queue_downloads=self.queued.extend,
@@ -297,7 +298,7 @@ def test_given_more_jobs_than_the_budget_when_polled_then_no_second_sees_more_th
     engine: Engine, redis_url: str, sandbox: Sandbox
 ) -> None:
     polls = Polls(engine, redis_url, sandbox, budgeted=KEY)
-    polls.poller._budget = SharedBudget(redis_url, rps=20)
+    polls.poller._rps = 20
     ids = polls.track(submitted(sandbox, 60, samples=1), account="budgeted")
     started = time.monotonic()
 

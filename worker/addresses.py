@@ -7,15 +7,9 @@ so a name that changes its answer between check and connect gains nothing.
 import ipaddress
 import socket
 from collections.abc import Sequence
-from typing import Any
 from urllib.parse import urlsplit
 
-from requests.adapters import HTTPAdapter
-from urllib3 import PoolManager
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
-
-from worker.timed_http import TimedHTTPConnection, TimedHTTPSConnection, seconds_left
+from worker.timed_http import TimedAdapter, TimedHTTPConnection, TimedHTTPSConnection, connect_first
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -81,23 +75,19 @@ class Guard:
             return False
         return is_public(address)
 
-    def connect(self, connection: Any, *, scheme: str) -> socket.socket:
+    def connect(self, connection: TimedHTTPConnection | TimedHTTPSConnection, *, scheme: str) -> socket.socket:
         """A socket to the host of `connection`, connected to an address that was checked.
 
         Raises RefusedTarget where any of its addresses is not allowed, and urllib3's errors where none answers.
         """
-        host, port = connection.host.strip("[]"), connection.port
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError):
-            raise NewConnectionError(connection, "the host's name is not known") from None
-        targets = [(family, answer) for family, _, _, _, answer in found]
+        host, port = connection.host, connection.port
+        targets = connection.addresses()
         for _, answer in targets:
             if not self.permits(ipaddress.ip_address(str(answer[0]).split("%")[0]), scheme=scheme, port=port):
                 raise RefusedTarget(
                     f"{host} is at {answer[0]}, which downloads may not reach by {scheme} on port {port}"
                 )
-        return _connect_first(connection, targets)
+        return connect_first(connection, targets)
 
 
 def is_public(address: Address) -> bool:
@@ -109,45 +99,15 @@ def is_public(address: Address) -> bool:
     )
 
 
-def _connect_first(connection: Any, targets: Sequence[tuple[Any, Any]]) -> socket.socket:
-    trouble: OSError | None = None
-    for family, answer in targets:
-        seconds = min(float(connection.timeout), seconds_left())  # a name may have any number of silent addresses
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(seconds)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.connect(answer)
-        except OSError as error:
-            sock.close()
-            trouble = error
-        else:
-            return sock
-    if isinstance(trouble, TimeoutError):
-        raise ConnectTimeoutError(connection, "the connection timed out") from None
-    raise NewConnectionError(connection, f"no connection: {trouble}") from None
-
-
-def guarded_adapter(guard: Guard, *, connections: int) -> HTTPAdapter:
+def guarded_adapter(guard: Guard, *, connections: int) -> TimedAdapter:
     """An adapter whose every new connection passes the guard."""
 
-    class GuardedHTTP(TimedHTTPConnection):
-        def _new_conn(self) -> socket.socket:
+    class Plain(TimedHTTPConnection):
+        def dial(self) -> socket.socket:
             return guard.connect(self, scheme="http")
 
-    class GuardedHTTPS(TimedHTTPSConnection):
-        def _new_conn(self) -> socket.socket:
+    class Tls(TimedHTTPSConnection):
+        def dial(self) -> socket.socket:
             return guard.connect(self, scheme="https")
 
-    class Pool(HTTPConnectionPool):
-        ConnectionCls = GuardedHTTP
-
-    class TlsPool(HTTPSConnectionPool):
-        ConnectionCls = GuardedHTTPS
-
-    class Adapter(HTTPAdapter):
-        def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **pool_kwargs: Any) -> None:
-            self.poolmanager = PoolManager(num_pools=connections, maxsize=maxsize, block=block, **pool_kwargs)
-            self.poolmanager.pool_classes_by_scheme = {"http": Pool, "https": TlsPool}
-
-    return Adapter(pool_connections=32, pool_maxsize=connections)
+    return TimedAdapter(connections=connections, plain=Plain, tls=Tls)

@@ -17,7 +17,7 @@ from sqlalchemy.exc import DatabaseError, DisconnectionError, InterfaceError, Op
 from worker.errors import SchemaOutdated, SettingsError, Unavailable
 from worker.tables import VERSION_TABLE
 
-SCHEMA_VERSION = "0001"
+SCHEMA_VERSION = "0002"
 LOCK_TIMEOUT_SECONDS = 15
 STATEMENT_TIMEOUT_SECONDS = 60
 IDLE_SECONDS = 2.0
@@ -124,11 +124,11 @@ def _begin_immediate(connection: Connection) -> None:
 
 
 def _bound_postgres(connection: Connection) -> None:
-    """Sets the transaction's time-outs and reads the clock, all in one round trip. Nothing outlives the transaction."""
+    """Sets the transaction's zone and time-outs and reads the clock, in one round trip. Nothing outlives it."""
     cursor: Any = connection.connection.cursor()
     with cursor:
         cursor.execute(
-            f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_SECONDS}s';"
+            f"SET LOCAL timezone = 'UTC'; SET LOCAL lock_timeout = '{LOCK_TIMEOUT_SECONDS}s';"
             f" SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT_SECONDS}s'; SELECT clock_timestamp()"
         )
         while cursor.nextset():

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, Protocol
 from zlib import crc32
 
-from sqlalchemy import Connection, Row
+from sqlalchemy import Connection, Row, event
 
 from worker.core.fetch_address import ACCOUNT, SYNTHETIC_ID, FetchAddress, checked_remote_id, family, fetch_address
 from worker.core.lifecycle import FINAL_STATES
@@ -20,8 +20,10 @@ from worker.errors import JobNotFound, NotTrackable, WaitTimeout
 from worker.scrubber import Scrubber
 from worker.settings import Settings, load
 from worker.store import jobs as store
+from worker.wake_ups import WakeUps
 
 WAIT_LOOK_SECONDS = 0.5
+SOON_SECONDS = 1.0  # a waiting poll run looks at least this often by itself
 MAX_REFERENCE = 255
 MAX_KIND = 64
 PRIORITY_LIMIT = 1_000
@@ -111,9 +113,15 @@ def tracked(
     if session is not None:
         connection = session.connection()
         with connected(connection.engine.url):
-            return _insert(connection, settings, plans)
+            answer, soon = _insert(connection, settings, plans)
+        if soon:
+            event.listen(connection, "commit", lambda _: _wake(settings), once=True)
+        return answer
     with _transaction(settings) as connection:
-        return _insert(connection, settings, plans)
+        answer, soon = _insert(connection, settings, plans)
+    if soon:
+        _wake(settings)  # after the commit: the rows must be there
+    return answer
 
 
 def get(job_id: int | None = None, *, remote_id: str | int | None = None, account: str | None = None) -> Job | None:
@@ -136,9 +144,13 @@ def cancel(job_id: int) -> bool:
 
 def retry(job_id: int) -> bool:
     """Takes a failed or expired job up again at once. False where it is in another state. Raises JobNotFound."""
-    with _transaction(_settings()) as connection:
+    settings = _settings()
+    with _transaction(settings) as connection:
         _existing(connection, job_id)
-        return store.retry(connection, job_id, now=database_now(connection))
+        changed = store.retry(connection, job_id, now=database_now(connection))
+    if changed:
+        _wake(settings)
+    return changed
 
 
 def nudge(remote_id: str | int, account: str | None = None) -> int:
@@ -146,7 +158,10 @@ def nudge(remote_id: str | int, account: str | None = None) -> int:
     settings = _settings()
     with _transaction(settings) as connection:
         least = timedelta(seconds=settings.poll_min)
-        return store.nudge(connection, lookup_id(remote_id), account, now=database_now(connection), least=least)
+        moved = store.nudge(connection, lookup_id(remote_id), account, now=database_now(connection), least=least)
+    if moved:
+        _wake(settings)
+    return moved
 
 
 def wait(job_id: int, timeout: float | None = None) -> Job:
@@ -226,9 +241,12 @@ def _scrubbed(link: Link, scrubber: Scrubber) -> Link:
     return replace(link, url=scrubber.text(link.url), proxies=tuple(map(scrubber.text, link.proxies)))
 
 
-def _insert(connection: Connection, settings: Settings, plans: Sequence[_Plan]) -> list[tuple[int, bool]]:
+def _insert(connection: Connection, settings: Settings, plans: Sequence[_Plan]) -> tuple[list[tuple[int, bool]], bool]:
+    """Puts the jobs in: (id and whether it is new, for each; whether any is due before a poll run would look)."""
     now = database_now(connection)
-    return store.insert_jobs(connection, [_new_job(plan, settings, now) for plan in plans], now=now)
+    new = [_new_job(plan, settings, now) for plan in plans]
+    soon = now + timedelta(seconds=SOON_SECONDS)
+    return store.insert_jobs(connection, new, now=now), any(job.due_at < soon and not job.outputs for job in new)
 
 
 def _new_job(plan: _Plan, settings: Settings, now: datetime) -> store.NewJob:
@@ -319,6 +337,15 @@ def _on_done(value: str, settings: Settings) -> str:
 @cache
 def _settings() -> Settings:
     return load()
+
+
+@cache
+def _wake_ups(redis_url: str) -> WakeUps:
+    return WakeUps(redis_url)
+
+
+def _wake(settings: Settings) -> None:
+    _wake_ups(settings.redis).send()
 
 
 @contextmanager

@@ -3,52 +3,58 @@
 import json
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import requests
 from pydantic import SecretStr
-from requests.adapters import HTTPAdapter
-from urllib3 import PoolManager
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from requests import PreparedRequest
+from requests.structures import CaseInsensitiveDict
+from requests.utils import default_user_agent
 from urllib3.exceptions import HTTPError
 
 from worker.core.fetch_address import AllowedApi, FetchAddress, fetch_address, is_training
 from worker.core.reply import ApiDown, Odd, Reply, parse
 from worker.errors import RefusedAddress
+from worker.lean_http import LeanAdapter
 from worker.scrubber import Scrubber
-from worker.timed_http import TimedHTTPConnection, TimedHTTPSConnection, TimeLimit, lean_session
+from worker.timed_http import TimeLimit, lean_session
 
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
 CHUNK_BYTES = 64 * 1024
 CONNECT_SECONDS = 10.0
-
-
-class _Pool(HTTPConnectionPool):
-    ConnectionCls = TimedHTTPConnection
-
-
-class _TlsPool(HTTPSConnectionPool):
-    ConnectionCls = TimedHTTPSConnection
-
-
-class _TimedAdapter(HTTPAdapter):
-    def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **pool_kwargs: Any) -> None:
-        self.poolmanager = PoolManager(num_pools=connections, maxsize=maxsize, block=block, **pool_kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
+HEADERS = {
+    "User-Agent": default_user_agent(),
+    "Accept": "application/json",
+    "Content-Type": "application/json",
+}
 
 
 class HostedApi:
-    """The API as one process sees it: one pooled session for all its threads, without proxies, netrc or cookies."""
+    """The API as one process sees it: one pooled session for all its threads, without netrc or cookies.
 
-    def __init__(self, allowed: AllowedApi, scrubber: Scrubber, *, timeout: float, connections: int) -> None:
+    `session` is a plain `requests.Session`: an adapter that is mounted on it is used, as are proxies that were given.
+    """
+
+    def __init__(
+        self,
+        allowed: AllowedApi,
+        scrubber: Scrubber,
+        *,
+        timeout: float,
+        connections: int,
+        ca_bundle: str | None = None,
+        proxy: str | None = None,
+    ) -> None:
         self._allowed = allowed
         self._scrubber = scrubber
         self._timeout = timeout
-        self._session = lean_session(_TimedAdapter(pool_connections=8, pool_maxsize=connections))
+        self._own_fetch = f"{allowed.url}/fetch/"
+        self.session = lean_session(LeanAdapter(limit=MAX_ANSWER_BYTES, connections=connections, ca_bundle=ca_bundle))
+        if proxy is not None:
+            self.session.proxies = {"http": proxy, "https": proxy}
 
     def permits(self, address: FetchAddress, remote_id: str) -> str | None:
         """Why the key may not go to this address, or None. Asked before each call, since settings change."""
-        if address.url == f"{self._allowed.url}/fetch/{remote_id}":
+        if address.url == self._own_fetch + remote_id:
             return None
         try:
             fetch_address(address.url, remote_id, self._allowed)
@@ -58,12 +64,12 @@ class HostedApi:
 
     def ask(self, address: FetchAddress, remote_id: str, key: SecretStr) -> Reply:
         """Asks about one job: one POST with the key in its body, never redirected, over within the time-out."""
-        body: dict[str, str] = {"key": key.get_secret_value()}
+        words = {"key": key.get_secret_value()}
         if address.id_in_body:
-            body["request_id"] = remote_id
+            words["request_id"] = remote_id
         try:
             with TimeLimit(self._timeout) as limit:
-                status, headers, answer = self._post(address.url, body, limit)
+                status, headers, answer = self._post(address.url, json.dumps(words).encode(), limit)
         except (requests.RequestException, HTTPError, OSError, ValueError) as error:
             return ApiDown(self._scrubber.text(f"no answer: {_kind(error)}"))
         if answer is None:
@@ -77,26 +83,48 @@ class HostedApi:
             training=is_training(address.base),
         )
 
-    def _post(self, url: str, body: dict[str, str], limit: TimeLimit) -> tuple[int, Mapping[str, str], bytes | None]:
-        connect = min(CONNECT_SECONDS, limit.remaining)
-        with self._session.post(
-            url,
-            data=json.dumps(body),
-            headers={"Content-Type": "application/json", "Accept": "application/json"},
-            timeout=(connect, limit.remaining),
-            allow_redirects=False,
+    def _post(self, url: str, body: bytes, limit: TimeLimit) -> tuple[int, Mapping[str, str], bytes | None]:
+        session = self.session
+        response = session.get_adapter(url).send(
+            _prepared(url, body),
             stream=True,
-        ) as response:
-            read = bytearray()
-            for chunk in response.iter_content(CHUNK_BYTES):
-                read += chunk
-                if len(read) > MAX_ANSWER_BYTES:
-                    return response.status_code, response.headers, None
-                if limit.over:
-                    break
-            if limit.over:  # where no length was declared, a connection that the watchdog ended looks like the end
-                raise requests.Timeout("the whole call took too long")
-            return response.status_code, response.headers, bytes(read)
+            timeout=(min(CONNECT_SECONDS, self._timeout), self._timeout),
+            verify=True if session.verify is None else session.verify,
+            cert=session.cert,
+            proxies=session.proxies,
+        )
+        try:
+            read = _bounded(response, limit)
+        finally:
+            response.close()
+        if limit.over:  # where no length was declared, a connection that the watchdog ended looks like the end
+            raise requests.Timeout("the whole call took too long")
+        return response.status_code, response.headers, read
+
+
+def _prepared(url: str, body: bytes) -> PreparedRequest:
+    """A request as `Session.prepare_request` would make it, without going through all that we never use."""
+    request = PreparedRequest()
+    request.method = "POST"
+    request.url = url
+    request.headers = CaseInsensitiveDict(HEADERS)
+    request.headers["Content-Length"] = str(len(body))
+    request.body = body
+    return request
+
+
+def _bounded(response: requests.Response, limit: TimeLimit) -> bytes | None:
+    """The whole answer, or None where it is larger than we read."""
+    chunks = list[bytes]()
+    size = 0
+    for chunk in response.iter_content(CHUNK_BYTES):
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > MAX_ANSWER_BYTES:
+            return None
+        if limit.over:
+            break
+    return b"".join(chunks)
 
 
 def _kind(error: BaseException) -> str:

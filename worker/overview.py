@@ -11,6 +11,7 @@ from worker.core.gate import Gate, Scope
 from worker.core.lifecycle import JOB_STATES
 from worker.database import database_now
 from worker.settings import Settings
+from worker.store.claims import waiting_levels
 from worker.store.gates import all_gates, last_asked
 from worker.store.jobs import counts, oldest_due, waiting_accounts
 
@@ -19,7 +20,7 @@ HEALTHY_SECONDS = 30.0  # due work is done within it, or a request was made with
 
 @dataclass(frozen=True, slots=True)
 class AccountState:
-    """One account: why it is held, if it is, since and until when; and its requests per second."""
+    """One account: why it is held, if it is, since and until when; and the requests per second that it may make."""
 
     account: str
     reason: str | None
@@ -42,12 +43,19 @@ def overview(connection: Connection, settings: Settings) -> Overview:
     """The state of all jobs and accounts."""
     now = database_now(connection)
     known = all_gates(connection)
-    waiting = waiting_accounts(connection)
+    levels = waiting_levels(connection, waiting_accounts(connection))
+    waiting = {level.account: level.due_at for level in sorted(levels, key=lambda level: level.due_at, reverse=True)}
     names = sorted({*waiting, *settings.keys, *(name for scope, name in known if scope == "account")})
     accounts = [_account(name, known, waiting, settings, now) for name in names]
     free = [state.account for state in accounts if state.reason is None]
-    due = oldest_due(connection, free, _shut_hosts(known, now), now=now)
-    oldest = max(0.0, (now - due).total_seconds()) if due else 0.0
+    shut = _shut_hosts(known, now)
+    since = [
+        due
+        for level in levels
+        if level.account in free and level.due_at <= now
+        if (due := oldest_due(connection, level.account, level.priority, shut, now=now)) is not None
+    ]
+    oldest = max(0.0, (now - min(since)).total_seconds()) if since else 0.0
     asked = last_asked(connection)
     working = asked is not None and now - asked <= timedelta(seconds=HEALTHY_SECONDS)
     found = counts(connection)
@@ -72,7 +80,7 @@ def _account(
 ) -> AccountState:
     gate = known.get(("account", name), Gate("account", name))
     host = known.get(("host", settings.api_host))
-    rps = settings.sd_api_rps
+    rps = round(gate.rate(settings.sd_api_rps, now), 2)
     if gate.held(now):
         return AccountState(name, gate.reason, gate.since, gate.until or gate.probe_at, rps)
     if name not in settings.keys and not gate.proven and name in waiting:

@@ -1,6 +1,7 @@
 """One poll run: claim what is due within the budget, ask the API about all of it at once, record, top up, until idle.
 
 No barrier: as answers come they are recorded in small batches, and the free places are filled with what is due next.
+Jobs are claimed a little ahead of the places, so that no place waits for the database.
 """
 
 import logging
@@ -10,35 +11,40 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 from pydantic import SecretStr
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
+from worker.calls import Asked, Calls
 from worker.core import gate as gates
 from worker.core.gate import Gate, Scope
-from worker.core.lifecycle import AskAgain, JobFacts, after_answer, note_of
+from worker.core.lifecycle import AskAgain, End, JobFacts, after_answer, note_of
 from worker.core.pace import Pace, Waiting
 from worker.core.reply import AccountRefused, ApiDown, Odd, RateLimited, Reply
 from worker.database import database_now
 from worker.hosted_api import HostedApi
 from worker.leases import LeaseKeeper
 from worker.shared_budget import SharedBudget
-from worker.store.claims import ClaimedJob, claim_jobs, release_jobs
+from worker.store.claims import ClaimedJob, Level, claim_jobs, release_jobs, waiting_levels
 from worker.store.gates import all_gates, locked_gate, mark_asked, save_gate
-from worker.store.jobs import next_due
 from worker.store.outcomes import Outcome, Recorded, record_answers, set_aside
 
 log = logging.getLogger(__name__)
 
-IN_FLIGHT = 64
+IN_FLIGHT = 128
+CLAIM_MOST = 500
+AHEAD_SECONDS = 0.15  # claimed ahead: what the threads ask about while a batch is recorded and the next one claimed
+AHEAD_SHARE = 0.05  # but no more than this of a second's budget, which a stalled API could get at once
 IDLE_SECONDS = 1.0
 RUN_SECONDS = 10.0
 GATHER_SECONDS = 0.05  # answers that come within it are written in one transaction
-LOOK_SECONDS = 0.1  # the least time between two claims that found nothing more
+VIEW_SECONDS = 0.25  # the longest that a hold made by another process goes unseen
+LOOK_SECONDS = 0.05  # the least time between two looks that found nothing more
+ALERT_SECONDS = 0.4  # after a wake-up it looks often: whoever sent it sends no second one for a while
+MARK_SECONDS = 1.0
 TROUBLE_WAIT = 5.0
 PROBE_MARGIN = timedelta(seconds=5)
 REFUSED_WAIT = timedelta(seconds=60)
@@ -60,20 +66,28 @@ class PollReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    job: ClaimedJob
-    reply: Reply
-    probe: bool
+class _View:
+    """What was seen of the database, and when by the monotonic clock; `now` was the database's time then."""
 
+    seen: float
+    now: datetime
+    gates: dict[tuple[Scope, str], Gate]
+    levels: Sequence[Level]
 
-@dataclass(frozen=True, slots=True)
-class _InFlight:
-    job: ClaimedJob
-    probe: bool
+    def time(self) -> datetime:
+        """The database's time now."""
+        return self.now + timedelta(seconds=time.monotonic() - self.seen)
+
+    def gate(self, scope: Scope, name: str) -> Gate:
+        """The gate of an account or host; an open one where there is none yet."""
+        return self.gates.get((scope, name)) or Gate(scope, name)
 
 
 class Poller:
-    """Polls for one process. `run` is the task; one run at a time, more would only compete."""
+    """Polls for one process. `run` is the task; one run at a time, more would only compete.
+
+    Runs end while calls are in the air: the next one records their answers.
+    """
 
     def __init__(
         self,
@@ -83,6 +97,7 @@ class Poller:
         budget: SharedBudget,
         leases: LeaseKeeper,
         keys: Mapping[str, SecretStr],
+        rps: float,
         pace: Pace,
         api_timeout: float,
         queue_downloads: Callable[[Sequence[int]], None],
@@ -93,149 +108,213 @@ class Poller:
         self._budget = budget
         self._leases = leases
         self._keys = keys
+        self._rps = rps
         self._pace = pace
+        self._least = timedelta(seconds=pace.least)
         self._probe_lease = timedelta(seconds=api_timeout) + PROBE_MARGIN
         self._queue_downloads = queue_downloads
         self._tell = tell
-        self._threads = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="ask")
+        self._calls = Calls(self._call, threads=IN_FLIGHT)
         self._random = random.Random()  # spreads polls in time, guards nothing
         self._running = threading.Lock()
         self._stopping = threading.Event()
+        self._view: _View | None = None
+        self._stale = False
+        self._look_at = 0.0
+        self._alert_until = 0.0
+        self._found_nothing = 0
+        self._unwritten: list[Asked] = []
+        self._holding = False
+        self._answers_per_second = 0.0
+        self._recorded_at = time.monotonic()
+        self._marked_at = 0.0
         self.last_run = time.monotonic()
 
     def stop(self) -> None:
         """Claims nothing more; what is under way is finished."""
         self._stopping.set()
+        self._calls.wake()
 
     @property
     def stopped(self) -> bool:
         """Whether it claims nothing more."""
         return self._stopping.is_set()
 
+    def wake(self) -> None:
+        """Something may be due right now that was not known."""
+        self._alert_until = time.monotonic() + ALERT_SECONDS
+        self._stale = True
+        self._calls.wake()
+
     def run(self, *, seconds: float = RUN_SECONDS) -> PollReport | None:
         """Polls until nothing was due for a second, or for `seconds`; None where a run is on already."""
         if not self._running.acquire(blocking=False):
             return None
         try:
-            with self._leases:
-                return self._run(time.monotonic() + seconds)
+            return self._run(time.monotonic() + seconds)
         finally:
             self.last_run = time.monotonic()
             self._running.release()
 
     def _run(self, until: float) -> PollReport:
         report = PollReport()
-        flying: dict[Future[Reply], _InFlight] = {}
         idle_until = time.monotonic() + IDLE_SECONDS
-        look_at = 0.0
-        try:
-            while True:
-                self.last_run = now = time.monotonic()
-                over = now >= until or self._stopping.is_set()
-                if not over and now >= look_at and len(flying) < IN_FLIGHT:
-                    started, pause = self._start(flying)
-                    look_at = time.monotonic() + pause
-                    if started:
-                        idle_until = time.monotonic() + IDLE_SECONDS
-                if not flying:
-                    if over or time.monotonic() >= idle_until:
-                        return report
-                    self._stopping.wait(max(0.0, min(look_at, idle_until, until) - time.monotonic()))
-                    continue
-                done = _finished(flying, timeout=max(GATHER_SECONDS, min(look_at - time.monotonic(), LOOK_SECONDS)))
-                if done:
-                    self._record([_Asked(one.job, reply, one.probe) for one, reply in done], report)
-        finally:
-            self._give_back(flying)
+        while True:
+            self.last_run = now = time.monotonic()
+            if self.stopped:
+                self._give_back()
+            elif now >= until:
+                return report
+            elif (now >= self._look_at or now < self._alert_until) and self._look():
+                idle_until = time.monotonic() + IDLE_SECONDS
+            self._keep_leases()
+            busy = bool(self._calls.outstanding or self._unwritten)
+            if not busy and (self.stopped or now >= idle_until):
+                return report
+            answers = self._calls.answers(self._wait(until, idle_until, busy), gather=GATHER_SECONDS)
+            if answers or self._unwritten:
+                self._record(answers, report)
+
+    def _wait(self, until: float, idle_until: float, busy: bool) -> float:
+        """Seconds until there is something to do, unless an answer comes first."""
+        if self.stopped:
+            return IDLE_SECONDS
+        now = time.monotonic()
+        if now < self._alert_until:
+            return LOOK_SECONDS
+        return min(self._look_at, until, *(() if busy else (idle_until,))) - now
+
+    def _keep_leases(self) -> None:
+        """Leases are renewed while something is claimed, also between two runs."""
+        holds = bool(self._calls.outstanding or self._unwritten)
+        if holds != self._holding:
+            self._holding = holds
+            if holds:
+                self._leases.__enter__()
+            else:
+                self._leases.__exit__()
 
     # ── claiming ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _start(self, flying: dict[Future[Reply], _InFlight]) -> tuple[int, float]:
-        """Claims and starts what is due; (how many, seconds until it is worth looking again)."""
-        with self._engine.connect() as connection:
-            known = all_gates(connection)
-            now = database_now(connection)
-        shut_hosts = [gate.name for gate in known.values() if gate.scope == "host" and gate.allows(now) != "all"]
-        started, pause = 0, IDLE_SECONDS
-        for account in self._fairly():
-            gate = known.get(("account", account), Gate("account", account))
-            match gate.allows(now):
-                case "all":
-                    count, wait_seconds = self._claim(account, shut_hosts, IN_FLIGHT - len(flying), flying)
-                    started += count
-                    pause = min(pause, wait_seconds)
-                case "one":
-                    started += self._probe(account, [("account", account)], flying, shut_hosts=shut_hosts)
-        for name in shut_hosts:
-            if known["host", name].allows(now) == "one":
-                started += self._probe_host(name, known, now, flying)
-        return started, LOOK_SECONDS if started else self._until_due(now, pause)
+    def _look(self) -> bool:
+        """Claims and starts what is due, and sets when to look again; whether it found something."""
+        room = IN_FLIGHT + self._ahead() - self._calls.outstanding
+        if room <= 0:
+            self._look_at = time.monotonic() + LOOK_SECONDS
+            return False
+        view = self._current_view()
+        now = view.time()
+        shut = [gate.name for gate in view.gates.values() if gate.scope == "host" and gate.allows(now) != "all"]
+        due: dict[str, list[int]] = {}
+        for level in view.levels:
+            if level.due_at <= now:
+                due.setdefault(level.account, []).append(level.priority)
+        allowed = {account: view.gate("account", account).allows(now) for account in due}
+        started, more, wait = self._claim(
+            {account: due[account] for account in due if allowed[account] == "all"}, shut, room, view
+        )
+        for account in due:
+            if allowed[account] == "one":
+                started += self._probe(account, due[account], [("account", account)], shut_hosts=shut)
+        for name in shut:
+            if view.gate("host", name).allows(now) == "one":
+                started += self._probe_host(name, due, view, now)
+        self._found_nothing = 0 if started else self._found_nothing + 1
+        pause = min(wait, self._until_due(view, allowed)) if not started else 0.0 if more else LOOK_SECONDS
+        self._stale = not more  # where a claim came back full, what was due still is
+        self._look_at = time.monotonic() + pause
+        return started > 0
 
-    def _fairly(self) -> list[str]:
-        accounts = list(self._keys)
-        self._random.shuffle(accounts)  # no account is always first at the places that are free
-        return accounts
+    def _current_view(self) -> _View:
+        view = self._view
+        if view is None or self._stale or time.monotonic() - view.seen >= VIEW_SECONDS:
+            with self._engine.connect() as connection:
+                known = all_gates(connection)
+                levels = waiting_levels(connection, self._keys)
+                view = self._view = _View(time.monotonic(), database_now(connection), known, levels)
+        return view
+
+    def _ahead(self) -> int:
+        return min(CLAIM_MOST, int(self._answers_per_second * AHEAD_SECONDS), int(self._rps * AHEAD_SHARE))
+
+    def _until_due(self, view: _View, allowed: Mapping[str, str]) -> float:
+        """Seconds until something is due that is not yet, or a gate opens; nothing due is looked at ever less often."""
+        now = view.time()
+        moments = [level.due_at for level in view.levels if level.due_at > now]
+        moments += [at for gate in view.gates.values() for at in (gate.until, gate.probe_at) if at and at > now]
+        soon = min((moment - now).total_seconds() for moment in moments) if moments else IDLE_SECONDS
+        if "all" in allowed.values():  # others are taking it, or its host is shut
+            soon = min(soon, LOOK_SECONDS * 2 ** min(self._found_nothing, 5))
+        return min(max(soon, 0.001), IDLE_SECONDS)
 
     def _claim(
-        self, account: str, shut_hosts: list[str], places: int, flying: dict[Future[Reply], _InFlight]
-    ) -> tuple[int, float]:
-        grant = self._budget.take(account, places)
-        if not grant.requests:
-            return 0, max(LOOK_SECONDS, grant.wait)
-        try:
+        self, due: Mapping[str, Sequence[int]], shut_hosts: Sequence[str], room: int, view: _View
+    ) -> tuple[int, bool, float]:
+        """Takes jobs of these accounts: (how many, whether there may be more, seconds until the budget has more)."""
+        if not due:
+            return 0, False, IDLE_SECONDS
+        share = min(CLAIM_MOST, -(-room // len(due)))  # no account takes the places of another
+        now = view.time()
+        grants = {
+            account: self._budget.take(account, share, rate=view.gate("account", account).rate(self._rps, now))
+            for account in due
+        }
+        claimed: dict[str, list[ClaimedJob]] = {}
+        wanted = {account: grant for account, grant in grants.items() if grant.moments}
+        if wanted:
             with self._engine.begin() as connection:
                 now = database_now(connection)
-                taken = self._take(connection, account, shut_hosts, grant.requests, now)
-                jobs = self._permitted(connection, taken, now)
-        except SQLAlchemyError:
-            self._budget.give_back(account, grant.requests)
-            raise
-        self._budget.give_back(account, grant.requests - len(jobs))
-        self._ask(jobs, flying, probe=False)
-        return len(jobs), IDLE_SECONDS
+                token = secrets.token_hex(8)
+                for account, grant in sorted(wanted.items()):
+                    taken = self._take(connection, account, due[account], len(grant.moments), now, token, shut_hosts)
+                    claimed[account] = self._permitted(connection, taken, now)
+        for account, jobs in claimed.items():
+            grant = grants[account]
+            for job, moment in zip(jobs, grant.moments, strict=False):
+                self._calls.start(job, moment)
+            self._budget.give_back(grant, len(grant.moments) - len(jobs))
+        more = any(len(jobs) == len(grants[account].moments) == share for account, jobs in claimed.items())
+        wait = max(LOOK_SECONDS, min(grant.wait for grant in grants.values()))
+        return sum(map(len, claimed.values())), more, wait
 
     def _take(
         self,
         connection: Connection,
         account: str,
-        shut_hosts: Sequence[str],
+        priorities: Iterable[int],
         limit: int,
         now: datetime,
-        *,
+        token: str,
+        shut_hosts: Sequence[str] = (),
         host: str | None = None,
     ) -> list[ClaimedJob]:
         return claim_jobs(
             connection,
             account=account,
+            priorities=priorities,
             shut_hosts=shut_hosts,
             host=host,
             limit=limit,
-            token=secrets.token_hex(8),
+            token=token,
             holder=self._leases.holder,
             lease=self._leases.lease,
             now=now,
         )
 
-    def _probe_host(
-        self,
-        host: str,
-        known: Mapping[tuple[Scope, str], Gate],
-        now: datetime,
-        flying: dict[Future[Reply], _InFlight],
-    ) -> int:
+    def _probe_host(self, host: str, due: Mapping[str, Sequence[int]], view: _View, now: datetime) -> int:
         """Asks a shut host about one job, of an account that may be asked with."""
-        for account in self._fairly():
-            allowed = known.get(("account", account), Gate("account", account)).allows(now)
+        for account in due:
+            allowed = view.gate("account", account).allows(now)
             scope: list[tuple[Scope, str]] = [("account", account)] if allowed == "one" else []
-            if allowed != "none" and self._probe(account, [*scope, ("host", host)], flying, host=host):
+            if allowed != "none" and self._probe(account, due[account], [*scope, ("host", host)], host=host):
                 return 1
         return 0
 
     def _probe(
         self,
         account: str,
+        priorities: Sequence[int],
         scope: Sequence[tuple[Scope, str]],
-        flying: dict[Future[Reply], _InFlight],
         *,
         shut_hosts: Sequence[str] = (),
         host: str | None = None,
@@ -246,20 +325,14 @@ class Poller:
             taken = [locked_gate(connection, kind, name) for kind, name in scope]
             if any(gate.allows(now) != "one" for gate in taken):
                 return 0
-            jobs = self._permitted(connection, self._take(connection, account, shut_hosts, 1, now, host=host), now)
+            found = self._take(connection, account, priorities, 1, now, secrets.token_hex(8), shut_hosts, host)
+            jobs = self._permitted(connection, found, now)
             if not jobs:
                 return 0
             for gate in taken:
                 save_gate(connection, gates.probing(gate, now=now, lease=self._probe_lease))
-        self._ask(jobs, flying, probe=True)
+        self._calls.start(jobs[0], 0.0, probe=True)
         return 1
-
-    def _until_due(self, now: datetime, pause: float) -> float:
-        with self._engine.connect() as connection:
-            due = next_due(connection, self._keys)
-        if due is None:
-            return pause
-        return min(max((due - now).total_seconds(), LOOK_SECONDS), pause)
 
     def _permitted(self, connection: Connection, jobs: Sequence[ClaimedJob], now: datetime) -> list[ClaimedJob]:
         """The jobs whose address the settings still allow the key to go to; the others wait, unasked."""
@@ -273,20 +346,14 @@ class Poller:
             release_jobs(connection, [job.id], job.token, due_at=now + REFUSED_WAIT)
         return allowed
 
-    # ── asking ────────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _call(self, job: ClaimedJob) -> Reply:
+        return self._api.ask(job.address, job.remote_id, self._keys[job.account])
 
-    def _ask(self, jobs: Iterable[ClaimedJob], flying: dict[Future[Reply], _InFlight], *, probe: bool) -> None:
-        for job in jobs:
-            future = self._threads.submit(self._api.ask, job.address, job.remote_id, self._keys[job.account])
-            flying[future] = _InFlight(job, probe)
-
-    def _give_back(self, flying: dict[Future[Reply], _InFlight]) -> None:
-        """After trouble of our own: whatever was not asked yet goes back at once, the rest when its lease is over."""
+    def _give_back(self) -> None:
+        """Whatever was not asked yet is due again at once."""
         by_token: dict[str, list[int]] = {}
-        for future, one in flying.items():
-            if future.cancel():
-                by_token.setdefault(one.job.token, []).append(one.job.id)
-        flying.clear()
+        for job in self._calls.take_back():
+            by_token.setdefault(job.token, []).append(job.id)
         if by_token:
             with self._engine.begin() as connection:
                 now = database_now(connection)
@@ -295,34 +362,59 @@ class Poller:
 
     # ── recording ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _record(self, asked: Sequence[_Asked], report: PollReport) -> None:
-        report.asked += len(asked)
-        report.answers.update(type(one.reply).__name__.lower() for one in asked)
+    def _record(self, answers: Sequence[Asked], report: PollReport) -> None:
+        report.asked += len(answers)
+        report.answers.update(type(one.reply).__name__.lower() for one in answers)
+        self._measure(len(answers))
+        taken = self._count_taken(answers)
+        asked = self._unwritten = [*self._unwritten, *answers]  # until they are: the database may be away for a while
         try:
-            recorded = self._write(asked)
+            recorded = self._write(asked, taken)
         except OperationalError:
             raise  # the database is in trouble, not a row
         except DBAPIError as error:
             log.error("a batch of answers could not be written, writing them singly reason=%s", type(error).__name__)
-            recorded = self._write_singly(asked)
+            recorded = self._write_singly(asked, taken)
+        self._unwritten = []
+        if any(one.probe for one in asked):
+            self._look_at = 0.0  # it may have opened a gate
         report.lost += recorded.lost
         self._queue_downloads(recorded.outputs)  # after the commit: the rows must be there
         self._tell(recorded.finished)
 
-    def _write(self, asked: Sequence[_Asked]) -> Recorded:
+    def _measure(self, answers: int) -> None:
+        now = time.monotonic()
+        rate = answers / max(now - self._recorded_at, GATHER_SECONDS)
+        self._answers_per_second += (rate - self._answers_per_second) / 4
+        self._recorded_at = now
+
+    def _count_taken(self, asked: Sequence[Asked]) -> dict[str, float]:
+        """Counts what the API took; how many requests per second it takes of each account."""
+        counted: Counter[str] = Counter()
+        for one in asked:
+            counted[one.job.account] += not isinstance(one.reply, (RateLimited, ApiDown))
+        return {account: self._budget.taken(account, count) for account, count in counted.items()}
+
+    def _write(self, asked: Sequence[Asked], taken: Mapping[str, float]) -> Recorded:
         with self._engine.begin() as connection:
             now = database_now(connection)
-            known = self._move_gates(connection, asked, now)
-            mark_asked(connection, {one.job.account for one in asked}, now=now)
-            return record_answers(connection, [self._outcome(one, known, now) for one in asked], now=now)
+            known = self._move_gates(connection, asked, taken, now)
+            if time.monotonic() - self._marked_at >= MARK_SECONDS:
+                self._marked_at = time.monotonic()
+                mark_asked(connection, taken, now=now)
+            outcomes = [self._outcome(one, known, now) for one in asked]
+            if any(isinstance(outcome.step, End) for outcome in outcomes):
+                known = all_gates(connection)  # nothing ends by what may have been a hold
+                outcomes = [self._outcome(one, known, now) for one in asked]
+            return record_answers(connection, outcomes, now=now)
 
-    def _write_singly(self, asked: Sequence[_Asked]) -> Recorded:
+    def _write_singly(self, asked: Sequence[Asked], taken: Mapping[str, float]) -> Recorded:
         outputs: list[int] = []
         finished: list[int] = []
         lost = 0
         for one in asked:
             try:
-                recorded = self._write([one])
+                recorded = self._write([one], taken)
             except DBAPIError as error:
                 log.error("an answer can't be written, its job is set aside job=%s", one.job.id)
                 reason = f"its answer could not be written: {type(error.orig).__name__}"
@@ -335,7 +427,7 @@ class Poller:
             lost += recorded.lost
         return Recorded(tuple(outputs), tuple(finished), lost)
 
-    def _outcome(self, one: _Asked, known: Mapping[tuple[Scope, str], Gate], now: datetime) -> Outcome:
+    def _outcome(self, one: Asked, known: Mapping[tuple[Scope, str], Gate], now: datetime) -> Outcome:
         holds = [
             ended
             for gate in (known.get(("account", one.job.account)), known.get(("host", one.job.address.host)))
@@ -344,7 +436,7 @@ class Poller:
         facts = one.job.facts
         if holds:
             facts = _with_hold(facts, max(holds))
-        step = after_answer(facts, one.reply, now=now, least=timedelta(seconds=self._pace.least))
+        step = after_answer(facts, one.reply, now=now, least=self._least)
         age = (now - one.job.submitted_at).total_seconds()
         wait_seconds = self._pace.next_poll(
             Waiting(age=age, eta=one.job.eta, polls=one.job.polls), spread=self._random.random()
@@ -354,39 +446,42 @@ class Poller:
         return Outcome(one.job, step, wait_seconds, note_of(one.reply))
 
     def _move_gates(
-        self, connection: Connection, asked: Sequence[_Asked], now: datetime
+        self, connection: Connection, asked: Sequence[Asked], taken: Mapping[str, float], now: datetime
     ) -> Mapping[tuple[Scope, str], Gate]:
         """Lets the batch move the gates it concerns; a lock is taken only where one really changes."""
-        known = all_gates(connection)
-        names: set[tuple[Scope, str]] = {("account", one.job.account) for one in asked}
-        names |= {("host", one.job.address.host) for one in asked}
-        for scope, name in sorted(names):
+        known = self._view.gates if self._view is not None else all_gates(connection)
+        by_gate: dict[tuple[Scope, str], list[Asked]] = {}
+        for one in asked:
+            by_gate.setdefault(("account", one.job.account), []).append(one)
+            by_gate.setdefault(("host", one.job.address.host), []).append(one)
+        for (scope, name), mine in sorted(by_gate.items()):
+            pressure = _Pressure(self._rps, taken.get(name, 0.0), now - timedelta(seconds=time.monotonic()))
             gate = known.get((scope, name), Gate(scope, name))
-            mine = [one for one in asked if name == (one.job.account if scope == "account" else one.job.address.host)]
-            if _moved(gate, mine, now) != gate or (scope, name) not in known:
+            if (scope, name) not in known or _moved(gate, mine, pressure, now) != gate:
                 locked = locked_gate(connection, scope, name)
-                gate = _moved(locked, mine, now)
+                gate = _moved(locked, mine, pressure, now)
                 save_gate(connection, gate)
                 _tell_of_hold(locked, gate, now)
             known[scope, name] = gate
         return known
 
 
-def _finished(flying: dict[Future[Reply], _InFlight], *, timeout: float) -> list[tuple[_InFlight, Reply]]:
-    """The calls that are over, taken out of `flying`; those that end within a moment of the first come along."""
-    done, _ = wait(flying, timeout=timeout, return_when=FIRST_COMPLETED)
-    if done and len(done) < len(flying):
-        done |= wait([future for future in flying if future not in done], timeout=GATHER_SECONDS).done
-    return [(flying.pop(future), future.result()) for future in done]
+@dataclass(frozen=True, slots=True)
+class _Pressure:
+    """How hard the API is asked: the rate that the settings allow, what it took, and when the monotonic clock began."""
+
+    full: float
+    seen: float
+    beginning: datetime
 
 
-def _moved(gate: Gate, asked: Sequence[_Asked], now: datetime) -> Gate:
+def _moved(gate: Gate, asked: Sequence[Asked], pressure: _Pressure, now: datetime) -> Gate:
     for one in asked:
-        gate = _moved_by(gate, one, now)
+        gate = _moved_by(gate, one, pressure, now)
     return gate
 
 
-def _moved_by(gate: Gate, one: _Asked, now: datetime) -> Gate:
+def _moved_by(gate: Gate, one: Asked, pressure: _Pressure, now: datetime) -> Gate:
     if gate.scope == "host":
         if isinstance(one.reply, ApiDown):
             return gates.troubled(gate, f"unreachable: {one.reply.message}", 1, now=now, probe=one.probe)
@@ -396,7 +491,9 @@ def _moved_by(gate: Gate, one: _Asked, now: datetime) -> Gate:
             words = {"key": "key rejected", "credits": "no credits", "plan": "plan", "request": "request refused"}
             return gates.refused(gate, f"{words[reason]}: {message}", now=now, probe=one.probe)
         case RateLimited(seconds, _):
-            return gates.limited(gate, seconds, now=now)
+            paused = gates.limited(gate, seconds, now=now)
+            sent_at = pressure.beginning + timedelta(seconds=one.sent)
+            return gates.slowed(paused, full=pressure.full, seen=pressure.seen, sent_at=sent_at)
         case ApiDown() | Odd():  # neither says whether the key is accepted
             return gates.undecided(gate, now=now) if one.probe else gate
         case _:
@@ -406,6 +503,8 @@ def _moved_by(gate: Gate, one: _Asked, now: datetime) -> Gate:
 def _tell_of_hold(before: Gate, after: Gate, now: datetime) -> None:
     if after.held(now) and not before.held(now):
         log.warning("held scope=%s name=%s reason=%s", after.scope, after.name, after.reason)
+        if after.ceiling is not None and after.ceiling != before.ceiling:
+            log.warning("slowed account=%s ceiling_per_second=%.1f", after.name, after.ceiling)
     elif before.held(now) and not after.held(now):
         log.warning("resumed scope=%s name=%s", after.scope, after.name)
 

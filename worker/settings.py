@@ -24,7 +24,7 @@ from worker.errors import NotTrackable, SettingsError
 EMBEDDED_SOCKET = Path("var/redis.sock")
 LONGEST = 10 * 365 * 86_400.0  # seconds; more would be a slip, and no date can hold much more
 LONG_DEADLINES = (("training", 14_400.0), ("video", 7_200.0))
-SHARED_NAMES = frozenset({"DATABASE_URL", "REDIS_URL", "BROKER_URL", "PORT"})  # apps have like names of their own
+SHARED_NAMES = frozenset({"DATABASE_URL", "REDIS_URL", "BROKER_URL", "PORT", "REQUESTS_CA_BUNDLE"})  # apps have like names of their own
 KEY_NAMES = ("SD_API_KEY", "SD_API_KEYS")
 _HOST = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 DOTENV_SWITCH = "FETCH_WORKER_DOTENV"  # "off": `up` and `demo` hand their processes the whole environment themselves
@@ -42,8 +42,11 @@ class Settings(BaseSettings):
     sd_api_key: SecretStr | None = None
     sd_api_keys: SecretStr = SecretStr("{}")
     sd_api_hosts: str = ""
-    sd_api_rps: float = Field(default=10.0, gt=0, le=100_000)
+    sd_api_rps: float = Field(default=10.0, gt=0, le=1_000_000)
     sd_api_timeout: float = Field(default=20.0, gt=0, le=3_600)
+    sd_api_ca_bundle: str | None = None
+    sd_api_proxy: SecretStr | None = None
+    requests_ca_bundle: str | None = None
     storage_url: str = ""
     output_max_bytes: int = Field(default=209_715_200, gt=0)
     output_timeout: float = Field(default=300.0, gt=0, le=86_400)
@@ -134,6 +137,21 @@ class Settings(BaseSettings):
             raise ValueError("names an S3 bucket; this version stores to file: only")
         raise ValueError("must be file: and an absolute path, for example file:/srv/outputs")
 
+    @field_validator("sd_api_ca_bundle", "requests_ca_bundle")
+    @classmethod
+    def _readable_bundle(cls, value: str | None) -> str | None:
+        if value is not None and not Path(value).exists():
+            raise ValueError("must be a file or folder of certificates that exists")
+        return value
+
+    @field_validator("sd_api_proxy")
+    @classmethod
+    def _plain_proxy(cls, value: SecretStr | None) -> SecretStr | None:
+        parts = urlsplit("" if value is None else value.get_secret_value())
+        if value is not None and (parts.scheme not in ("http", "https") or not parts.hostname):
+            raise ValueError("must be a proxy's URL, for example http://proxy.example:3128")
+        return value
+
     @field_validator("sd_api_hosts")
     @classmethod
     def _plain_hosts(cls, value: str) -> str:
@@ -197,6 +215,16 @@ class Settings(BaseSettings):
         if not hosts:
             hosts = set(VENDOR_HOSTS) if own in VENDOR_HOSTS else {own}
         return AllowedApi(self.sd_api_url, frozenset(hosts | {own}))
+
+    @property
+    def ca_bundle(self) -> str | None:
+        """Whom TLS connections to the API trust, where it is not the public authorities."""
+        return self.sd_api_ca_bundle or self.requests_ca_bundle
+
+    @property
+    def proxy(self) -> str | None:
+        """The proxy that calls to the API go through. Only one that was asked for: the environment's is not used."""
+        return None if self.sd_api_proxy is None else self.sd_api_proxy.get_secret_value()
 
     @property
     def api_host(self) -> str:

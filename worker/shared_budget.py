@@ -1,99 +1,135 @@
-"""The request budget that all processes share: one token bucket per account in Redis, by Redis's own clock.
+"""The request budget that all processes share: one number per account in Redis, by Redis's own clock.
 
-It is the generic cell rate algorithm: a single number per account, the time at which the bucket would be full again.
-Without Redis each process takes a small share by its own clock, so that polling goes on and stays polite.
+The script is `worker.core.budget.slots`, run where all processes meet. It counts what the API took, too, so that a rate
+limit teaches the rate of all processes together. Without Redis each process takes a small share by its own clock, so
+that polling goes on and stays polite.
 """
 
 import logging
 import threading
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import redis
 from redis.exceptions import RedisError
 
+from worker.core.budget import AHEAD_SECONDS, Slots, burst, slots
+
 log = logging.getLogger(__name__)
 
-BURST_SECONDS = 0.1
 LOCAL_SHARE = 0.25
 RETRY_REDIS_SECONDS = 5.0
 REDIS_TIMEOUT_SECONDS = 2.0
+KEPT_SECONDS = 60
 
-# KEYS[1]: the account's bucket. ARGV: seconds per request, burst in requests, requests wanted (negative gives back).
+# KEYS[1]: the account's next free moment. ARGV: seconds per request, burst in requests, requests wanted, seconds ahead.
 _TAKE = """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
-local step, burst, wanted = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local ahead = math.max(tonumber(redis.call('GET', KEYS[1]) or now) - now, 0)
-local room = math.floor((burst * step - ahead + 0.000001) / step)
-local granted = math.min(wanted, math.max(room, 0))
-if granted ~= 0 then
-  redis.call('SET', KEYS[1], string.format('%.6f', now + ahead + granted * step), 'EX', math.ceil(60 + burst * step))
+local step, burst, wanted, ahead = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local begin = math.max(tonumber(redis.call('GET', KEYS[1]) or 0), now - burst * step)
+local room = math.floor((now + ahead - begin) / step + 0.000001) + 1
+local count = math.max(0, math.min(wanted, room))
+local free = begin + count * step
+local kept = string.format('%.6f', free)
+if count > 0 then
+  redis.call('SET', KEYS[1], kept, 'EX', math.ceil(tonumber(ARGV[5]) + burst * step))
 end
-return {granted, tostring(math.max(0, ahead + (granted + 1) * step - burst * step))}
+return {count, string.format('%.6f', begin - now), string.format('%.6f', math.max(0, free - now - ahead)), kept}
+"""
+
+# Gives moments back, if nobody took later ones since. ARGV: the free moment as `take` left it, seconds to go back.
+_GIVE_BACK = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then
+  redis.call('SET', KEYS[1], string.format('%.6f', ARGV[1] - ARGV[2]), 'KEEPTTL')
+end
+"""
+
+# KEYS[1]: requests that the API took, in this second and in the one before. ARGV: how many more.
+_TAKEN = """
+local now = tonumber(redis.call('TIME')[1])
+local at, count, before = unpack(redis.call('HMGET', KEYS[1], 'at', 'count', 'before'))
+at, count, before = tonumber(at or 0), tonumber(count or 0), tonumber(before or 0)
+if at ~= now then
+  before, count = at == now - 1 and count or 0, 0
+end
+count = count + ARGV[1]
+redis.call('HSET', KEYS[1], 'at', now, 'count', count, 'before', before)
+redis.call('EXPIRE', KEYS[1], 10)
+return math.max(count, before)
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Requests granted, and the seconds after which the next one can be."""
+    """Requests granted: when each may go out, by the monotonic clock; and the seconds after which there can be more."""
 
-    requests: int
+    moments: tuple[float, ...]
     wait: float
+    account: str = ""
+    mark: str = ""  # the account's free moment after these, as Redis has it; empty where they are a local share
+    step: float = 0.0
 
 
 class SharedBudget:
     """Requests per second and account, for all processes on one Redis."""
 
-    def __init__(self, redis_url: str, *, rps: float) -> None:
-        self._client = redis_client(redis_url, seconds=REDIS_TIMEOUT_SECONDS)
-        self._take = self._client.register_script(_TAKE)
-        self._step = 1.0 / rps
-        self._burst = burst(rps)
+    def __init__(self, redis_url: str) -> None:
+        client = redis_client(redis_url, seconds=REDIS_TIMEOUT_SECONDS)
+        self._take = client.register_script(_TAKE)
+        self._give_back = client.register_script(_GIVE_BACK)
+        self._taken = client.register_script(_TAKEN)
         self._local: dict[str, float] = {}
         self._local_lock = threading.Lock()
         self._away_until = 0.0
 
-    def take(self, account: str, wanted: int) -> Grant:
-        """Takes up to `wanted` requests of the account's budget."""
+    def take(self, account: str, wanted: int, *, rate: float) -> Grant:
+        """Takes up to `wanted` requests of the account's budget, of which there are `rate` per second."""
         if wanted < 1:
-            return Grant(0, 0.0)
-        if time.monotonic() >= self._away_until:
-            try:
-                granted, wait = self._take(keys=[_name(account)], args=[self._step, self._burst, wanted])
-                return Grant(int(granted), float(wait))
-            except (RedisError, OSError) as error:
-                self._away_until = time.monotonic() + RETRY_REDIS_SECONDS
-                log.warning("redis is away, polling at a local share of the budget reason=%s", type(error).__name__)
-        return self._take_locally(account)
+            return Grant((), 0.0)
+        called = time.monotonic()
+        said = self._ask(
+            self._take, _name("budget", account), 1 / rate, burst(rate), wanted, AHEAD_SECONDS, KEPT_SECONDS
+        )
+        if said is None:
+            return self._take_locally(account, wanted, rate)
+        found = Slots(int(said[0]), float(said[1]), 1 / rate, float(said[2]), 0.0)
+        return Grant(_moments(found, called), found.wait, account, said[3].decode(), 1 / rate)
 
-    def give_back(self, account: str, requests: int) -> None:
-        """Returns requests that were taken and not made."""
-        if requests < 1 or time.monotonic() < self._away_until:
-            return
+    def give_back(self, grant: Grant, unused: int) -> None:
+        """Returns the last `unused` requests of a grant that were not made."""
+        if unused > 0 and grant.mark:
+            self._ask(self._give_back, _name("budget", grant.account), grant.mark, unused * grant.step)
+
+    def taken(self, account: str, requests: int) -> float:
+        """Counts requests that the API did not refuse; how many it took of all processes in a second just now."""
+        return float(self._ask(self._taken, _name("taken", account), requests) or requests)
+
+    def _ask(self, script: Any, key: str, *arguments: object) -> Any:
+        if time.monotonic() < self._away_until:
+            return None
         try:
-            self._take(keys=[_name(account)], args=[self._step, self._burst, -requests])
-        except (RedisError, OSError):
+            return script(keys=[key], args=list(arguments))
+        except (RedisError, OSError) as error:
             self._away_until = time.monotonic() + RETRY_REDIS_SECONDS
+            log.warning("redis is away, polling at a local share of the budget reason=%s", type(error).__name__)
+            return None
 
-    def _take_locally(self, account: str) -> Grant:
-        step = self._step / LOCAL_SHARE
+    def _take_locally(self, account: str, wanted: int, rate: float) -> Grant:
         now = time.monotonic()
         with self._local_lock:
-            free_at = self._local.get(account, 0.0)
-            if now < free_at:
-                return Grant(0, free_at - now)
-            self._local[account] = now + step
-            return Grant(1, step)
+            found = slots(self._local.get(account, now), now, rate=rate * LOCAL_SHARE, wanted=wanted)
+            self._local[account] = found.free
+        return Grant(_moments(found, now), found.wait)
 
 
-def burst(rps: float) -> int:
-    """The requests that may go out at once after a pause: a tenth of a second's worth, at least one."""
-    return max(1, int(rps * BURST_SECONDS))
+def _moments(found: Slots, now: float) -> tuple[float, ...]:
+    return tuple(now + max(0.0, found.first + index * found.step) for index in range(found.count))
 
 
-def _name(account: str) -> str:
-    return f"fetch-worker:budget:{account}"
+def _name(what: str, account: str) -> str:
+    return f"fetch-worker:{what}:{account}"
 
 
 def redis_client(url: str, *, seconds: float) -> "redis.Redis":

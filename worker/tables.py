@@ -54,6 +54,10 @@ class UtcDateTime(TypeDecorator[datetime]):
         utc = value.astimezone(UTC)
         return utc if dialect.name == "postgresql" else utc.replace(tzinfo=None)
 
+    def result_processor(self, dialect: Dialect, coltype: object) -> Any:
+        """None on PostgreSQL, where times come aware and in UTC: `worker.database` sets the zone."""
+        return None if dialect.name == "postgresql" else super().result_processor(dialect, coltype)
+
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         """Times come back aware, in UTC."""
         if value is None:
@@ -126,7 +130,7 @@ jobs = Table(
     CheckConstraint("status NOT IN ('downloading', 'completed') OR ready_at IS NOT NULL", name="ready_has_ready_at"),
     CheckConstraint("claim_token IS NULL OR (claim_holder IS NOT NULL AND due_at IS NOT NULL)", name="claim_is_leased"),
     CheckConstraint("polls >= 0", name="polls_count_up"),
-    Index("ix_fetch_jobs_due", "account", "due_at", **_where("due_at IS NOT NULL")),
+    Index("ix_fetch_jobs_best", "account", "priority", "due_at", **_where("due_at IS NOT NULL")),
     Index("ix_fetch_jobs_remote_id", "remote_id"),
     Index("ix_fetch_jobs_reference", "reference"),
     Index("ix_fetch_jobs_status", "status", "id"),
@@ -203,6 +207,8 @@ gates = Table(
     Column("troubles", Integer, nullable=False, server_default="0"),
     Column("released_at", UtcDateTime),
     Column("asked_at", UtcDateTime),
+    Column("ceiling", Double),
+    Column("cut_at", UtcDateTime),
     CheckConstraint("scope IN ('account', 'host')", name="known_scope"),
     CheckConstraint("(reason IS NULL) = (since IS NULL)", name="hold_has_since"),
     comment="accounts and API hosts: may they be asked, and if not, why and until when",

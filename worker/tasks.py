@@ -33,6 +33,7 @@ from worker.shared_budget import SharedBudget
 from worker.storage import FileStorage
 from worker.store.claims import holders, release_holders, waiting_outputs
 from worker.store.gates import locked_gate, save_gate
+from worker.wake_ups import listen
 
 log = get_task_logger(__name__)
 
@@ -61,19 +62,34 @@ class Parts:
         return LeaseKeeper(self.engine, lease=timedelta(seconds=settings.recovery_seconds))
 
     @cached_property
+    def api(self) -> HostedApi:
+        """The hosted API; mount an adapter of your own on `parts().api.session` if you must."""
+        return HostedApi(
+            settings.api,
+            self.scrubber,
+            timeout=settings.sd_api_timeout,
+            connections=IN_FLIGHT,
+            ca_bundle=settings.ca_bundle,
+            proxy=settings.proxy,
+        )
+
+    @cached_property
     def poller(self) -> Poller:
-        """Polls."""
-        return Poller(
+        """Polls, and listens for wake-ups."""
+        poller = Poller(
             engine=self.engine,
-            api=HostedApi(settings.api, self.scrubber, timeout=settings.sd_api_timeout, connections=IN_FLIGHT),
-            budget=SharedBudget(settings.redis, rps=settings.sd_api_rps),
+            api=self.api,
+            budget=SharedBudget(settings.redis),
             leases=self.leases,
             keys=settings.keys,
+            rps=settings.sd_api_rps,
             pace=settings.pace,
             api_timeout=settings.sd_api_timeout,
             queue_downloads=queue_downloads,
             tell=self.tell,
         )
+        listen(settings.redis, poller.wake)
+        return poller
 
     @cached_property
     def downloader(self) -> Downloader:

@@ -1,62 +1,86 @@
-"""HTTP connections that a watchdog ends in time: no server holds a thread longer, however slowly it drips.
+"""HTTP connections that are over in time: no server holds a thread longer, however slowly it drips.
 
 Read time-outs bound each single wait, not their sum. So every connection says when its call must be over, and one
-thread per process shuts down the sockets of those that are late; the call then fails like any broken connection.
-It works in every Celery pool, since no signal is involved.
+thread per process shuts down those that are late; the call then fails like any broken connection. Names are looked up
+in a thread of their own, since a look-up can't be interrupted. It works in every Celery pool: no signal is involved.
 """
 
+import ipaddress
 import math
 import os
 import socket
+import ssl
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import requests
 from requests.adapters import HTTPAdapter
 from requests.cookies import RequestsCookieJar
+from requests.utils import DEFAULT_CA_BUNDLE_PATH
 from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
+from urllib3.util.ssl_ import create_urllib3_context
 
 CHECK_SECONDS = 0.2
 
+Target = tuple[int, Any]  # an address family, and an address as `socket.connect` takes it
+
+
+class Line:
+    """A second handle on a connection, to end it with. The TLS layer takes the first one over while it shakes hands."""
+
+    __slots__ = ("_fd",)
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._fd = os.dup(sock.fileno())
+
+    def shut(self) -> None:
+        """Ends whatever goes on with the connection, in whatever thread."""
+        with suppress(OSError), socket.socket(fileno=os.dup(self._fd)) as handle:
+            handle.shutdown(socket.SHUT_RDWR)
+
+    def __del__(self) -> None:
+        """Lets the connection go."""
+        os.close(self._fd)
+
 
 class Watchdog:
-    """Shuts sockets down whose deadline is over. One per process; its thread starts with the first call."""
+    """Shuts connections down whose time is over. One per process; its thread starts with the first call."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._deadlines: dict[int, tuple[float, socket.socket]] = {}
+        self._deadlines: dict[Line, float] = {}  # single operations on a dict need no lock
         self._pid = 0
 
-    def watch(self, sock: socket.socket, until: float) -> None:
-        """Ends whatever goes on with `sock` once the monotonic clock is past `until`."""
+    def watch(self, line: Line, until: float) -> None:
+        """Ends whatever goes on with `line` once the monotonic clock is past `until`."""
+        self._deadlines[line] = until
+        if self._pid != os.getpid():
+            self._start()
+
+    def forget(self, line: Line) -> None:
+        """The call with `line` is over."""
+        self._deadlines.pop(line, None)
+
+    def _start(self) -> None:
         with self._lock:
-            self._deadlines[id(sock)] = (until, sock)
             if self._pid != os.getpid():
                 self._pid = os.getpid()
                 threading.Thread(target=self._run, name="http-watchdog", daemon=True).start()
-
-    def forget(self, sock: socket.socket) -> None:
-        """The call with `sock` is over."""
-        with self._lock:
-            self._deadlines.pop(id(sock), None)
 
     def _run(self) -> None:
         while True:
             time.sleep(CHECK_SECONDS)
             now = time.monotonic()
-            with self._lock:
-                late = [key for key, (until, _) in self._deadlines.items() if now >= until]
-                socks = [self._deadlines.pop(key)[1] for key in late]
-            for sock in socks:
-                _shut(sock)
-
-
-def _shut(sock: socket.socket) -> None:
-    try:
-        sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        return  # it is closed already, which is what we wanted
+            for line, until in list(self._deadlines.items()):
+                if now >= until:
+                    self._deadlines.pop(line, None)
+                    line.shut()
 
 
 watchdog = Watchdog()
@@ -65,6 +89,8 @@ _call = threading.local()
 
 class TimeLimit:
     """All connections that this thread uses inside are given up `seconds` after it was entered."""
+
+    __slots__ = ("_until",)
 
     def __init__(self, seconds: float) -> None:
         self._until = time.monotonic() + seconds
@@ -82,21 +108,194 @@ class TimeLimit:
     def __enter__(self) -> "TimeLimit":
         """Starts to watch this thread's connections."""
         _call.until = self._until
-        _call.socks = []
+        _call.lines = []
         return self
 
     def __exit__(self, *_: object) -> None:
         """Stops watching them."""
-        for sock in _call.socks:
-            watchdog.forget(sock)
+        for line in _call.lines:
+            watchdog.forget(line)
         _call.until = None
-        _call.socks = []
+        _call.lines = []
 
 
 def seconds_left() -> float:
     """Seconds left of the call that this thread is in, never less than a millisecond; infinite outside of one."""
     until = getattr(_call, "until", None)
     return math.inf if until is None else max(until - time.monotonic(), 0.001)
+
+
+# ── looking up and connecting ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _LookUp:
+    """One look-up of a name, under way in a thread of its own; any number of calls can wait for it."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.host, self.port = host, port
+        self.over = threading.Event()
+        self.found: list[Target] = []
+        self.trouble: OSError | None = None
+
+    def run(self) -> None:
+        try:
+            self.found = _targets(self.host, self.port)
+        except (OSError, UnicodeError) as error:
+            self.trouble = error if isinstance(error, OSError) else socket.gaierror(str(error))
+        finally:
+            _look_ups.pop((self.host, self.port), None)
+            self.over.set()
+
+
+_look_ups: dict[tuple[str, int], _LookUp] = {}
+_look_ups_lock = threading.Lock()
+
+
+def look_up(host: str, port: int, seconds: float) -> list[Target]:
+    """The addresses of a host, or of an address literal. Raises OSError, TimeoutError after so many seconds."""
+    with suppress(ValueError):
+        ipaddress.ip_address(host)
+        return _targets(host, port)
+    with _look_ups_lock:
+        under_way = _look_ups.get((host, port))
+        if under_way is None:
+            under_way = _look_ups[host, port] = _LookUp(host, port)
+            threading.Thread(target=under_way.run, name="look-up", daemon=True).start()
+    if not under_way.over.wait(None if math.isinf(seconds) else seconds):
+        raise TimeoutError(f"the look-up of {host} took too long")
+    if under_way.trouble is not None:
+        raise under_way.trouble
+    return under_way.found
+
+
+def _targets(host: str, port: int) -> list[Target]:
+    return [(family, answer) for family, _, _, _, answer in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+
+
+def connect_first(connection: HTTPConnection, targets: Sequence[Target]) -> socket.socket:
+    """A socket to the first of the addresses that answers. Raises urllib3's errors where none does."""
+    trouble: OSError | None = None
+    for family, answer in targets:
+        seconds = min(float(connection.timeout or math.inf), seconds_left())  # a name may have many silent addresses
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(None if math.isinf(seconds) else seconds)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.connect(answer)
+        except OSError as error:
+            sock.close()
+            trouble = error
+        else:
+            return sock
+    if isinstance(trouble, TimeoutError):
+        raise ConnectTimeoutError(connection, "the connection timed out") from None
+    raise NewConnectionError(connection, f"no connection: {trouble}") from None
+
+
+# ── connections ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Timed(HTTPConnection):
+    """What both kinds of connections do to be watched during a call."""
+
+    line: Line | None = None
+
+    def addresses(self) -> list[Target]:
+        """Where the host is. Raises urllib3's errors."""
+        host = self._dns_host.strip("[]")
+        try:
+            return look_up(host, int(self.port), seconds_left())
+        except TimeoutError:
+            raise ConnectTimeoutError(self, f"the look-up of {host} took too long") from None
+        except OSError as error:
+            raise NameResolutionError(host, self, socket.gaierror(str(error))) from None
+
+    def dial(self) -> socket.socket:
+        """A new socket to the host, connected. Raises urllib3's errors."""
+        return connect_first(self, self.addresses())
+
+    def _new_conn(self) -> socket.socket:
+        sock = self.dial()
+        self.line = Line(sock)
+        self.watch()
+        return sock
+
+    def watch(self) -> None:
+        """From here on the connection belongs to the call that this thread is in, and ends with its time."""
+        until = getattr(_call, "until", None)
+        if until is not None and self.line is not None:
+            _call.lines.append(self.line)
+            watchdog.watch(self.line, until)
+
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        """Sends a request; a connection that was open already is watched from here."""
+        if self.sock is not None:
+            self.watch()
+        super().request(*args, **kwargs)
+
+    def close(self) -> None:
+        """Closes it; while a call still reads the last answer, the call keeps the line."""
+        super().close()
+        self.line = None
+
+
+class TimedHTTPConnection(_Timed):
+    """A connection that the watchdog knows while a call is under way."""
+
+
+class TimedHTTPSConnection(_Timed, HTTPSConnection):
+    """The same over TLS."""
+
+
+# ── sessions ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class TimedAdapter(HTTPAdapter):
+    """An adapter with timed connections, also through a proxy, and with one TLS context for all of them.
+
+    Left to itself requests has the CA bundle read again for every new connection: some 30 ms of processor time.
+    """
+
+    def __init__(
+        self,
+        *,
+        connections: int,
+        ca_bundle: str | None = None,
+        plain: type[TimedHTTPConnection] = TimedHTTPConnection,
+        tls: type[TimedHTTPSConnection] = TimedHTTPSConnection,
+    ) -> None:
+        self.context = tls_context(ca_bundle)
+        pool = type("Pool", (HTTPConnectionPool,), {"ConnectionCls": plain})
+        tls_pool = type("TlsPool", (HTTPSConnectionPool,), {"ConnectionCls": tls})
+        self._pool_classes = {"http": pool, "https": tls_pool}
+        super().__init__(pool_connections=32, pool_maxsize=connections)
+
+    def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **pool_kwargs: Any) -> None:
+        """Makes the pools: ours."""
+        super().init_poolmanager(connections, maxsize, block, ssl_context=self.context, **pool_kwargs)
+        self.poolmanager.pool_classes_by_scheme = self._pool_classes
+
+    def proxy_manager_for(self, proxy: str, **proxy_kwargs: Any) -> Any:
+        """The pools of a proxy: ours too."""
+        made = super().proxy_manager_for(proxy, ssl_context=self.context, **proxy_kwargs)
+        made.pool_classes_by_scheme = self._pool_classes
+        return made
+
+    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
+        """Leaves the context alone, which knows whom to trust, unless the caller says otherwise."""
+        if verify is not True or cert:
+            super().cert_verify(conn, url, verify, cert)  # type: ignore[no-untyped-call]  # requests' stubs
+
+
+def tls_context(ca_bundle: str | None) -> ssl.SSLContext:
+    """A context that trusts a bundle (a file or a folder), or the public authorities. Raises OSError, SSLError."""
+    context = create_urllib3_context()
+    bundle = ca_bundle or DEFAULT_CA_BUNDLE_PATH
+    if Path(bundle).is_dir():
+        context.load_verify_locations(capath=bundle)
+    else:
+        context.load_verify_locations(cafile=bundle)
+    return context
 
 
 class _NoCookies(RequestsCookieJar):
@@ -112,40 +311,3 @@ def lean_session(adapter: HTTPAdapter) -> requests.Session:
     session.mount("http://", adapter)
     session.mount("https://", adapter)
     return session
-
-
-def _watch_this_call(connection: HTTPConnection) -> None:
-    until = getattr(_call, "until", None)
-    if until is not None and connection.sock is not None:
-        _call.socks.append(connection.sock)
-        watchdog.watch(connection.sock, until)
-
-
-class TimedHTTPConnection(HTTPConnection):
-    """A connection that the watchdog knows while a call is under way."""
-
-    def connect(self) -> None:
-        """Connects, then tells the watchdog."""
-        super().connect()
-        _watch_this_call(self)
-
-    def request(self, *args: Any, **kwargs: Any) -> None:
-        """Sends a request; a connection that was open already is watched from here."""
-        if self.sock is not None:
-            _watch_this_call(self)
-        super().request(*args, **kwargs)
-
-
-class TimedHTTPSConnection(HTTPSConnection):
-    """The same over TLS."""
-
-    def connect(self) -> None:
-        """Connects, then tells the watchdog."""
-        super().connect()
-        _watch_this_call(self)
-
-    def request(self, *args: Any, **kwargs: Any) -> None:
-        """Sends a request; a connection that was open already is watched from here."""
-        if self.sock is not None:
-            _watch_this_call(self)
-        super().request(*args, **kwargs)

@@ -373,7 +373,7 @@ def test_a_claim_is_one_statement(engine: Engine) -> None:
     with engine.begin() as connection:
         add_job(connection)
         event.listen(connection, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
-        claim(connection)
+        claim(connection, priorities=[0])
     assert len(statements) == 1
 
 

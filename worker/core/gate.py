@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Literal
 
+from worker.core.budget import current_rate, learned_ceiling
+
 Scope = Literal["account", "host"]
 PROBE_WAITS = (10.0, 20.0, 40.0, 60.0)
 TROUBLES_TO_HOLD = 5
@@ -16,7 +18,11 @@ TROUBLES_TO_HOLD = 5
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """One account or host as all processes see it. `until` is set for holds that end at a known time."""
+    """One account or host as all processes see it. `until` is set for holds that end at a known time.
+
+    `ceiling` is how many requests per second the API took when it last refused one for being too many, and `cut_at`
+    the end of the pause that followed.
+    """
 
     scope: Scope
     name: str
@@ -28,6 +34,13 @@ class Gate:
     probes: int = 0
     troubles: int = 0
     released_at: datetime | None = None
+    ceiling: float | None = None
+    cut_at: datetime | None = None
+
+    def rate(self, full: float, now: datetime) -> float:
+        """Requests per second that may be made now, where `full` is what the settings allow."""
+        age = 0.0 if self.cut_at is None else (now - self.cut_at).total_seconds()
+        return current_rate(full, self.ceiling, age)
 
     def held(self, now: datetime) -> bool:
         """Whether it is held at `now`."""
@@ -58,7 +71,14 @@ def answered(gate: Gate, *, now: datetime, probe: bool) -> Gate:
     if settled.reason is None and settled.proven and settled.troubles == 0:
         return settled
     released_at = now if settled.reason is not None else settled.released_at
-    return Gate(settled.scope, settled.name, proven=True, released_at=released_at)
+    return Gate(
+        settled.scope,
+        settled.name,
+        proven=True,
+        released_at=released_at,
+        ceiling=settled.ceiling,
+        cut_at=settled.cut_at,
+    )
 
 
 def refused(gate: Gate, reason: str, *, now: datetime, probe: bool) -> Gate:
@@ -76,6 +96,18 @@ def limited(gate: Gate, seconds: float, *, now: datetime) -> Gate:
         return replace(settled, probe_at=max(settled.probe_at or now, now + timedelta(seconds=seconds)))
     until = max(settled.until or now, now + timedelta(seconds=seconds))
     return replace(settled, reason="rate limited", since=settled.since or now, until=until)
+
+
+def slowed(gate: Gate, *, full: float, seen: float, sent_at: datetime) -> Gate:
+    """The gate of an account whose request of `sent_at` was one too many: it learns what the API takes.
+
+    `seen` is how many requests per second the API took just then. The requests that were under way when the pause
+    began teach nothing more.
+    """
+    pause_end = max(at for at in (gate.until, gate.cut_at, sent_at) if at is not None)
+    if gate.cut_at is not None and sent_at < gate.cut_at:
+        return replace(gate, cut_at=pause_end)
+    return replace(gate, ceiling=learned_ceiling(gate.rate(full, sent_at), seen), cut_at=pause_end)
 
 
 def troubled(gate: Gate, reason: str, count: int, *, now: datetime, probe: bool) -> Gate:

@@ -1,12 +1,12 @@
 """Claims: taking due rows under a lease with a fencing token, renewing the lease, giving rows back."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, Table, Update, or_, select, update
+from sqlalchemy import Connection, Row, Select, Table, Update, bindparam, func, or_, select, update
 
 from worker.core.fetch_address import FetchAddress
 from worker.core.lifecycle import JobFacts, OutputFacts, Strikes
@@ -63,10 +63,50 @@ class ClaimedOutput:
     facts: OutputFacts
 
 
+@dataclass(frozen=True, slots=True)
+class Level:
+    """Jobs of one account and priority that wait for a request: when the first of them is due."""
+
+    account: str
+    priority: int
+    due_at: datetime
+
+
+def waiting_levels(connection: Connection, accounts: Iterable[str]) -> list[Level]:
+    """What waits, most important first within each account (claimed jobs count with the end of their lease).
+
+    It leaps from one priority to the next in the index, so its cost is their number, not that of the jobs.
+    """
+    return [
+        Level(account, row.priority, row.due_at)
+        for account in accounts
+        for row in connection.execute(_LEVELS, {"account": account})
+    ]
+
+
+def _levels() -> Select[Any]:
+    waiting = (jobs.c.account == bindparam("account"), jobs.c.due_at.is_not(None))
+    highest = select(func.max(jobs.c.priority).label("priority")).where(*waiting).cte("levels", recursive=True)
+    lower = select(func.max(jobs.c.priority)).where(*waiting, jobs.c.priority < highest.c.priority).scalar_subquery()
+    levels = highest.union_all(select(lower).where(highest.c.priority.is_not(None)))
+    first = (
+        select(jobs.c.due_at)
+        .where(*waiting, jobs.c.priority == levels.c.priority)
+        .order_by(jobs.c.due_at)
+        .limit(1)
+        .scalar_subquery()
+    )
+    return select(levels.c.priority, first.label("due_at")).where(levels.c.priority.is_not(None))
+
+
+_LEVELS = _levels()
+
+
 def claim_jobs(
     connection: Connection,
     *,
     account: str,
+    priorities: Iterable[int],
     shut_hosts: Sequence[str] = (),
     host: str | None = None,
     limit: int,
@@ -75,26 +115,35 @@ def claim_jobs(
     lease: timedelta,
     now: datetime,
 ) -> list[ClaimedJob]:
-    """Takes up to `limit` due jobs of an account (on one host), the most important and then the longest due first.
+    """Takes up to `limit` due jobs of an account (on one host): the highest of the priorities, the longest due first.
 
     Every request to come is counted here, so that a crash can't hide one; `release_jobs` takes it back.
     """
-    due = (
-        select(jobs.c.id)
-        .where(jobs.c.account == account, jobs.c.due_at.is_not(None), jobs.c.due_at <= now)
-        .order_by(jobs.c.priority.desc(), jobs.c.due_at)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-    )
-    if shut_hosts:
-        due = due.where(jobs.c.fetch_host.not_in(shut_hosts))
-    if host is not None:
-        due = due.where(jobs.c.fetch_host == host)
     taken = update(jobs).values(
         due_at=now + lease, claim_token=token, claim_holder=holder, asked_at=now, polls=jobs.c.polls + 1
     )
-    rows = _take(connection, jobs, due, taken, _JOB_COLUMNS)
-    return [_claimed_job(row, token) for row in rows]
+    claimed: list[ClaimedJob] = []
+    for priority in sorted(priorities, reverse=True):
+        if len(claimed) >= limit:
+            break
+        due = (
+            select(jobs.c.id)
+            .where(
+                jobs.c.account == account,
+                jobs.c.priority == priority,
+                jobs.c.due_at.is_not(None),
+                jobs.c.due_at <= now,
+            )
+            .order_by(jobs.c.due_at)
+            .limit(limit - len(claimed))
+            .with_for_update(skip_locked=True)
+        )
+        if shut_hosts:
+            due = due.where(jobs.c.fetch_host.not_in(shut_hosts))
+        if host is not None:
+            due = due.where(jobs.c.fetch_host == host)
+        claimed += [_claimed_job(row, token) for row in _take(connection, jobs, due, taken, _JOB_COLUMNS)]
+    return claimed
 
 
 def _take(
@@ -110,25 +159,27 @@ def _take(
     return list(connection.execute(taken.where(table.c.id == picked.c.id).returning(*columns)))
 
 
-def _claimed_job(row: Row[Any], token: str) -> ClaimedJob:
+_UNBLEMISHED = Strikes()
+
+
+def _claimed_job(row: Any, token: str) -> ClaimedJob:
+    # Unpacked in the order of _JOB_COLUMNS: this is done for every single request.
+    (
+        job_id, account, remote_id, kind, url, base, host, status, eta, polls,
+        failed, unknown, error, empty, struck_at, submitted_at, tracked_at, deadline_at,
+    ) = row  # fmt: skip
+    strikes = _UNBLEMISHED if struck_at is None else Strikes(failed, unknown, error, empty, struck_at)
     return ClaimedJob(
-        id=row.id,
-        token=token,
-        account=row.account,
-        remote_id=row.remote_id,
-        kind=row.kind,
-        address=FetchAddress(row.fetch_url, row.fetch_base, row.fetch_host),
-        eta=row.eta,
-        polls=row.polls,
-        submitted_at=row.submitted_at,
-        facts=JobFacts(
-            status=row.status,
-            tracked_at=row.tracked_at,
-            deadline_at=row.deadline_at,
-            strikes=Strikes(
-                row.failed_answers, row.unknown_answers, row.error_answers, row.empty_answers, row.struck_at
-            ),
-        ),
+        job_id,
+        token,
+        account,
+        remote_id,
+        kind,
+        FetchAddress(url, base, host),
+        eta,
+        polls,
+        submitted_at,
+        JobFacts(status, tracked_at, deadline_at, strikes),
     )
 
 

@@ -22,6 +22,8 @@ _COLUMNS = (
     gates.c.probes,
     gates.c.troubles,
     gates.c.released_at,
+    gates.c.ceiling,
+    gates.c.cut_at,
 )
 
 

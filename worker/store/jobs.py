@@ -12,6 +12,7 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 from worker.core.fetch_address import FetchAddress
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.links import Link
+from worker.store.batch import folded, unfolded
 from worker.tables import bodies, jobs, outputs
 
 MAX_ID = 2**63 - 1  # what the databases' integers hold
@@ -51,8 +52,7 @@ def insert_jobs(connection: Connection, new: Sequence[NewJob], *, now: datetime)
         created |= _insert_missing(connection, rows[start : start + INSERT_ROWS])
     known = created | _ids(connection, [identity for identity in wanted if identity not in created])
     ready = [(known[identity], job.outputs) for identity, job in wanted.items() if identity in created and job.outputs]
-    for job_id, found in ready:
-        insert_outputs(connection, job_id, found, now=now)
+    insert_outputs(connection, ready, now=now)
     first = dict.fromkeys(created, True)
     return [(known[job.identity], first.pop(job.identity, False)) for job in new]
 
@@ -82,14 +82,19 @@ def _job_row(job: NewJob, now: datetime) -> dict[str, Any]:
 def _insert_missing(connection: Connection, rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], int]:
     same_job = ["account", "fetch_base", "remote_id"]
     identity = [jobs.c.account, jobs.c.fetch_base, jobs.c.remote_id]
+    parameters: dict[str, Any] = {}
     match connection.dialect.name:
         case "postgresql":
-            statement: Any = postgresql.insert(jobs).values(rows).on_conflict_do_nothing(index_elements=same_job)
+            names = list(rows[0])
+            fresh = unfolded(jobs, names)
+            new = postgresql.insert(jobs).from_select(names, select(*(fresh.c[name] for name in names)))
+            statement: Any = new.on_conflict_do_nothing(index_elements=same_job)
+            parameters = folded(names, rows)
         case "sqlite":
             statement = sqlite.insert(jobs).values(rows).on_conflict_do_nothing(index_elements=same_job)
         case _:
             return _insert_missing_mysql(connection, rows)
-    found = connection.execute(statement.returning(jobs.c.id, *identity))
+    found = connection.execute(statement.returning(jobs.c.id, *identity), parameters)
     return {(row.account, row.fetch_base, row.remote_id): row.id for row in found}
 
 
@@ -116,11 +121,12 @@ def _ids(connection: Connection, identities: Sequence[tuple[str, str, str]]) -> 
     return found
 
 
-def insert_outputs(connection: Connection, job_id: int, found: Iterable[Link], *, now: datetime) -> list[int]:
-    """Puts in an output row for each link, due at once; the bytes that an answer carried itself beside them."""
-    links = list(found)
-    if not links:
-        return []
+def insert_outputs(connection: Connection, found: Iterable[tuple[int, Sequence[Link]]], *, now: datetime) -> list[int]:
+    """Puts in an output row for each link of these jobs, due at once; the bytes that an answer carried beside them.
+
+    The ids, in the order given.
+    """
+    links = [(job_id, position, link) for job_id, listed in found for position, link in enumerate(listed)]
     rows = [
         {
             "job_id": job_id,
@@ -132,35 +138,37 @@ def insert_outputs(connection: Connection, job_id: int, found: Iterable[Link], *
             "due_at": now,
             "queued_at": now,
         }
-        for position, link in enumerate(links)
+        for job_id, position, link in links
     ]
-    ids: list[int] = []
+    ids: dict[tuple[int, int], int] = {}
     for start in range(0, len(rows), INSERT_ROWS):
-        ids += _insert_outputs(connection, rows[start : start + INSERT_ROWS])
+        ids |= _insert_outputs(connection, rows[start : start + INSERT_ROWS])
     carried = [
-        {"output_id": output_id, "body": link.body}
-        for output_id, link in zip(ids, links, strict=True)
+        {"output_id": ids[job_id, position], "body": link.body}
+        for job_id, position, link in links
         if link.body is not None
     ]
     if carried:
         connection.execute(insert(bodies), carried)
-    return ids
+    return [ids[job_id, position] for job_id, position, _ in links]
 
 
-def _insert_outputs(connection: Connection, rows: list[dict[str, Any]]) -> list[int]:
-    """Puts output rows of one job in; their ids by position."""
-    positions = [row["position"] for row in rows]
-    if connection.dialect.name in ("postgresql", "sqlite"):
-        found = connection.execute(insert(outputs).values(rows).returning(outputs.c.id, outputs.c.position))
-    else:
-        connection.execute(insert(outputs), rows)
-        found = connection.execute(
-            select(outputs.c.id, outputs.c.position).where(
-                outputs.c.job_id == rows[0]["job_id"], outputs.c.position.in_(positions)
-            )
-        )
-    by_position = {row.position: row.id for row in found}
-    return [by_position[position] for position in positions]
+def _insert_outputs(connection: Connection, rows: list[dict[str, Any]]) -> dict[tuple[int, int], int]:
+    """Puts output rows in; their ids by job and position."""
+    known = (outputs.c.id, outputs.c.job_id, outputs.c.position)
+    match connection.dialect.name:
+        case "postgresql":
+            names = list(rows[0])
+            fresh = unfolded(outputs, names)
+            statement = insert(outputs).from_select(names, select(*(fresh.c[name] for name in names))).returning(*known)
+            found = connection.execute(statement, folded(names, rows))
+        case "sqlite":
+            found = connection.execute(insert(outputs).values(rows).returning(*known))
+        case _:
+            connection.execute(insert(outputs), rows)
+            jobs_of_rows = {row["job_id"] for row in rows}
+            found = connection.execute(select(*known).where(outputs.c.job_id.in_(jobs_of_rows)))
+    return {(row.job_id, row.position): row.id for row in found}
 
 
 # ── looking up ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -201,25 +209,29 @@ def counts(connection: Connection) -> dict[str, int]:
     return {row[0]: row[1] for row in rows}
 
 
-def waiting_accounts(connection: Connection) -> dict[str, datetime]:
-    """Accounts with jobs that wait for a request, and when the first of each is due."""
-    query = select(jobs.c.account, func.min(jobs.c.due_at)).where(jobs.c.due_at.is_not(None)).group_by(jobs.c.account)
-    return {row[0]: row[1] for row in connection.execute(query)}
-
-
-def next_due(connection: Connection, accounts: Iterable[str]) -> datetime | None:
-    """When the next job of these accounts is due (claimed ones count with the end of their lease)."""
-    query = select(func.min(jobs.c.due_at)).where(jobs.c.account.in_(list(accounts)), jobs.c.due_at.is_not(None))
-    due: datetime | None = connection.execute(query).scalar()
-    return due
+def waiting_accounts(connection: Connection) -> list[str]:
+    """Accounts with jobs that wait for a request. It leaps from one to the next in the index."""
+    waiting = jobs.c.due_at.is_not(None)
+    first = select(func.min(jobs.c.account).label("account")).where(waiting).cte("accounts", recursive=True)
+    following = select(func.min(jobs.c.account)).where(waiting, jobs.c.account > first.c.account).scalar_subquery()
+    accounts = first.union_all(select(following).where(first.c.account.is_not(None)))
+    return list(connection.execute(select(accounts.c.account).where(accounts.c.account.is_not(None))).scalars())
 
 
 def oldest_due(
-    connection: Connection, accounts: Iterable[str], shut_hosts: list[str], *, now: datetime
+    connection: Connection, account: str, priority: int, shut_hosts: list[str], *, now: datetime
 ) -> datetime | None:
-    """Since when the longest waiting job of these accounts is due and not asked about, or None."""
-    query = select(func.min(jobs.c.due_at)).where(
-        jobs.c.account.in_(list(accounts)), jobs.c.due_at.is_not(None), jobs.c.due_at <= now
+    """Since when the longest waiting job of an account and priority is due and not asked about, or None."""
+    query = (
+        select(jobs.c.due_at)
+        .where(
+            jobs.c.account == account,
+            jobs.c.priority == priority,
+            jobs.c.due_at.is_not(None),
+            jobs.c.due_at <= now,
+        )
+        .order_by(jobs.c.due_at)
+        .limit(1)
     )
     due: datetime | None = connection.execute(
         query.where(jobs.c.fetch_host.not_in(shut_hosts)) if shut_hosts else query

@@ -1,12 +1,13 @@
 """Outcomes: writing what an answer or a download attempt led to, only where the claim still stands."""
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import Connection, bindparam, delete, select, update
+from sqlalchemy import Connection, delete, select, update
 
 from worker.core.lifecycle import (
     AskAgain,
@@ -17,14 +18,14 @@ from worker.core.lifecycle import (
     RenewLinks,
     Step,
     StoredFile,
-    Strikes,
     TryAgain,
 )
-from worker.core.links import Link
+from worker.store.batch import write_claimed
 from worker.store.claims import ClaimedJob, ClaimedOutput
 from worker.store.jobs import insert_outputs, settle
 from worker.tables import bodies, jobs, outputs
 
+MAX_NOTE = 600
 RENEWAL_WAIT = timedelta(hours=1)  # how long an output waits for its fresh link before it is tried as it is
 
 
@@ -48,92 +49,85 @@ class Recorded:
 
 
 def record_answers(connection: Connection, batch: Sequence[Outcome], *, now: datetime) -> Recorded:
-    """Writes a batch of answers. One whose claim is lost changes nothing."""
-    again = [(outcome, outcome.step.strikes) for outcome in batch if isinstance(outcome.step, AskAgain)]
-    written = _ask_again(connection, again, now) if again else 0
-    queue: list[int] = []
-    finished: list[int] = []
+    """Writes a batch of answers, one statement per kind of outcome. One whose claim is lost changes nothing."""
+    by_kind: defaultdict[type[Any], list[Outcome]] = defaultdict(list)
     for outcome in batch:
-        match outcome.step:
-            case Deliver(found):
-                ids = _deliver(connection, outcome, found, now)
-            case End(status, code, message):
-                values = {"status": status, "error_code": code, "error_message": message, "completed_at": now}
-                ids = [] if _write(connection, outcome, now, due_at=None, **values) else None
-            case RenewLinks(found):
-                ids = _renew(connection, outcome, found, now)
-            case KeepLinks():
-                ids = _renew(connection, outcome, (), now)
-            case _:
-                continue
-        if ids is None:
-            continue
-        written += 1
-        queue += ids
-        if isinstance(outcome.step, End) or (isinstance(outcome.step, Deliver) and not ids):
-            finished.append(outcome.job.id)
-    return Recorded(tuple(queue), tuple(finished), len(batch) - written)
+        by_kind[type(outcome.step)].append(outcome)
+    asked_again = _ask_again(connection, by_kind[AskAgain], now)
+    queue, empty, delivered = _deliver(connection, by_kind[Deliver], now)
+    ended = _end(connection, by_kind[End], now)
+    fresh, renewed = _renew(connection, by_kind[RenewLinks] + by_kind[KeepLinks], now)
+    written = asked_again + delivered + len(ended) + renewed
+    return Recorded((*queue, *fresh), (*empty, *ended), len(batch) - written)
 
 
-def _ask_again(connection: Connection, batch: Sequence[tuple[Outcome, Strikes]], now: datetime) -> int:
-    # Rows are locked in the order of their ids, like everywhere: two batches can't block each other.
-    statement = (
-        update(jobs)
-        .where(jobs.c.id == bindparam("job"), jobs.c.claim_token == bindparam("token"), jobs.c.due_at > now)
-        .values(
-            due_at=bindparam("due"),
-            claim_token=None,
-            claim_holder=None,
-            failed_answers=bindparam("failed"),
-            unknown_answers=bindparam("unknown"),
-            error_answers=bindparam("error"),
-            empty_answers=bindparam("empty"),
-            struck_at=bindparam("struck"),
-            last_answer=bindparam("note"),
-        )
-    )
-    rows = []
-    for outcome, strikes in sorted(batch, key=lambda one: one[0].job.id):
-        rows.append(
-            {
-                "job": outcome.job.id,
-                "token": outcome.job.token,
-                "due": now + timedelta(seconds=outcome.wait),
-                "failed": strikes.failed,
-                "unknown": strikes.unknown,
-                "error": strikes.error,
-                "empty": strikes.empty,
-                "struck": strikes.last,
-                "note": outcome.note[:600],
+def _row(outcome: Outcome, **values: Any) -> dict[str, Any]:
+    return {
+        "id": outcome.job.id,
+        "claim_token": outcome.job.token,
+        "last_answer": outcome.note[:MAX_NOTE],
+        **values,
+    }
+
+
+def _ask_again(connection: Connection, batch: Sequence[Outcome], now: datetime) -> int:
+    plain, struck = list[dict[str, Any]](), list[dict[str, Any]]()
+    for outcome in batch:
+        row = _row(outcome, due_at=now + timedelta(seconds=outcome.wait))
+        strikes = cast("AskAgain", outcome.step).strikes
+        if strikes == outcome.job.facts.strikes:  # as after nearly every answer: the fewer columns, the cheaper
+            plain.append(row)
+        else:
+            row |= {
+                "failed_answers": strikes.failed,
+                "unknown_answers": strikes.unknown,
+                "error_answers": strikes.error,
+                "empty_answers": strikes.empty,
+                "struck_at": strikes.last,
             }
+            struck.append(row)
+    return sum(len(write_claimed(connection, rows, now=now, asked_at=now)) for rows in (plain, struck))
+
+
+def _deliver(connection: Connection, batch: Sequence[Outcome], now: datetime) -> tuple[list[int], list[int], int]:
+    """Ready jobs: (outputs to download, jobs that had none and are completed, how many were written)."""
+    found = {outcome.job.id: cast("Deliver", outcome.step).outputs for outcome in batch}
+    rows = [
+        _row(
+            outcome,
+            status="downloading" if found[outcome.job.id] else "completed",
+            completed_at=None if found[outcome.job.id] else now,
         )
-    return connection.execute(statement, rows).rowcount
+        for outcome in batch
+    ]
+    written = write_claimed(connection, rows, now=now, due_at=None, ready_at=now)
+    ready = [(job_id, links) for job_id, links in found.items() if job_id in written and links]
+    empty = [job_id for job_id, links in found.items() if job_id in written and not links]
+    return insert_outputs(connection, ready, now=now), empty, len(written)
 
 
-def _write(connection: Connection, outcome: Outcome, now: datetime, **values: Any) -> bool:
-    done = connection.execute(
-        update(jobs)
-        .where(jobs.c.id == outcome.job.id, jobs.c.claim_token == outcome.job.token, jobs.c.due_at > now)
-        .values(claim_token=None, claim_holder=None, last_answer=outcome.note[:600], **values)
-    )
-    return done.rowcount == 1
+def _end(connection: Connection, batch: Sequence[Outcome], now: datetime) -> list[int]:
+    rows = []
+    for outcome in batch:
+        step = cast("End", outcome.step)
+        rows.append(_row(outcome, status=step.status, error_code=step.code, error_message=step.message))
+    return sorted(write_claimed(connection, rows, now=now, due_at=None, completed_at=now))
 
 
-def _deliver(connection: Connection, outcome: Outcome, found: Sequence[Link], now: datetime) -> list[int] | None:
-    values: dict[str, Any] = {"status": "downloading"} if found else {"status": "completed", "completed_at": now}
-    if not _write(connection, outcome, now, due_at=None, ready_at=now, **values):
-        return None
-    return insert_outputs(connection, outcome.job.id, found, now=now)
-
-
-def _renew(connection: Connection, outcome: Outcome, found: Sequence[Link], now: datetime) -> list[int] | None:
-    """Gives the unstored outputs their fresh links, by position, and sets them off at once."""
-    if not _write(connection, outcome, now, due_at=None):
-        return None
+def _renew(connection: Connection, batch: Sequence[Outcome], now: datetime) -> tuple[list[int], int]:
+    """Gives the unstored outputs of jobs their fresh links, by position, and sets them off at once."""
+    written = write_claimed(connection, [_row(outcome) for outcome in batch], now=now, due_at=None)
+    links = {
+        outcome.job.id: outcome.step.outputs if isinstance(outcome.step, RenewLinks) else ()
+        for outcome in batch
+        if outcome.job.id in written
+    }
+    if not links:
+        return [], 0
     waiting = connection.execute(
-        select(outputs.c.id, outputs.c.position)
+        select(outputs.c.id, outputs.c.job_id, outputs.c.position)
         .where(
-            outputs.c.job_id == outcome.job.id,
+            outputs.c.job_id.in_(links),
             outputs.c.status == "pending",
             outputs.c.renewed,
             outputs.c.claim_token.is_(None),
@@ -141,12 +135,13 @@ def _renew(connection: Connection, outcome: Outcome, found: Sequence[Link], now:
         .order_by(outputs.c.id)
     ).all()
     for row in waiting:
+        found = links[row.job_id]
         values: dict[str, Any] = {"due_at": now, "queued_at": now}
         if row.position < len(found) and found[row.position].body is None:
             link = found[row.position]
             values |= {"url": link.url, "proxy_urls": json.dumps(link.proxies)}
         connection.execute(update(outputs).where(outputs.c.id == row.id).values(values))
-    return [row.id for row in waiting]
+    return [row.id for row in waiting], len(written)
 
 
 def set_aside(connection: Connection, job: ClaimedJob, message: str, *, now: datetime) -> bool:
