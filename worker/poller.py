@@ -20,10 +20,10 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 
 from worker.calls import Asked, Calls
 from worker.core import gate as gates
-from worker.core.gate import Gate, Scope
+from worker.core.gate import Gate, Heard, Limit, Scope
 from worker.core.lifecycle import AskAgain, End, JobFacts, after_answer, note_of
 from worker.core.pace import Pace, Waiting
-from worker.core.reply import AccountRefused, ApiDown, Odd, RateLimited, Reply
+from worker.core.reply import ApiDown, Processing, RateLimited, Reply
 from worker.database import database_now
 from worker.hosted_api import HostedApi
 from worker.leases import LeaseKeeper
@@ -36,11 +36,15 @@ log = logging.getLogger(__name__)
 
 IN_FLIGHT = 128
 CLAIM_MOST = 500
-AHEAD_SECONDS = 0.15  # claimed ahead: what the threads ask about while a batch is recorded and the next one claimed
+AHEAD_SECONDS = 0.3  # claimed ahead: what the threads ask about while a batch is recorded and the next one claimed
 AHEAD_SHARE = 0.05  # but no more than this of a second's budget, which a stalled API could get at once
 IDLE_SECONDS = 1.0
 RUN_SECONDS = 10.0
 GATHER_SECONDS = 0.05  # answers that come within it are written in one transaction
+GATHER_MOST = 0.15
+BATCH = 150
+BUSY_RATE = 200.0
+ROOM_LEAST = 32  # fewer free places than this can wait for the next answers: each claim has its price
 VIEW_SECONDS = 0.25  # the longest that a hold made by another process goes unseen
 LOOK_SECONDS = 0.05  # the least time between two looks that found nothing more
 ALERT_SECONDS = 0.4  # after a wake-up it looks often: whoever sent it sends no second one for a while
@@ -171,7 +175,7 @@ class Poller:
             busy = bool(self._calls.outstanding or self._unwritten)
             if not busy and (self.stopped or now >= idle_until):
                 return report
-            answers = self._calls.answers(self._wait(until, idle_until, busy), gather=GATHER_SECONDS)
+            answers = self._calls.answers(self._wait(until, idle_until, busy), gather=self._gather())
             if answers or self._unwritten:
                 self._record(answers, report)
 
@@ -183,6 +187,11 @@ class Poller:
         if now < self._alert_until:
             return LOOK_SECONDS
         return min(self._look_at, until, *(() if busy else (idle_until,))) - now
+
+    def _gather(self) -> float:
+        """Seconds that the first answer waits for company: the busier, the larger the batches may grow."""
+        rate = self._answers_per_second
+        return GATHER_SECONDS if rate < BUSY_RATE else min(max(GATHER_SECONDS, BATCH / rate), GATHER_MOST)
 
     def _keep_leases(self) -> None:
         """Leases are renewed while something is claimed, also between two runs."""
@@ -199,7 +208,7 @@ class Poller:
     def _look(self) -> bool:
         """Claims and starts what is due, and sets when to look again; whether it found something."""
         room = IN_FLIGHT + self._ahead() - self._calls.outstanding
-        if room <= 0:
+        if room < ROOM_LEAST and self._calls.outstanding:
             self._look_at = time.monotonic() + LOOK_SECONDS
             return False
         view = self._current_view()
@@ -398,14 +407,17 @@ class Poller:
     def _write(self, asked: Sequence[Asked], taken: Mapping[str, float]) -> Recorded:
         with self._engine.begin() as connection:
             now = database_now(connection)
-            known = self._move_gates(connection, asked, taken, now)
+            self._move_gates(connection, asked, taken, now)
             if time.monotonic() - self._marked_at >= MARK_SECONDS:
                 self._marked_at = time.monotonic()
                 mark_asked(connection, taken, now=now)
-            outcomes = [self._outcome(one, known, now) for one in asked]
-            if any(isinstance(outcome.step, End) for outcome in outcomes):
-                known = all_gates(connection)  # nothing ends by what may have been a hold
-                outcomes = [self._outcome(one, known, now) for one in asked]
+            outcomes = [self._outcome(one, now) for one in asked]
+            if any(_expires(outcome) for outcome in outcomes):
+                held = all_gates(connection)  # unasked means not expired, and a hold may have kept it unasked
+                outcomes = [
+                    self._outcome(one, now, held) if _expires(outcome) else outcome
+                    for one, outcome in zip(asked, outcomes, strict=True)
+                ]
             return record_answers(connection, outcomes, now=now)
 
     def _write_singly(self, asked: Sequence[Asked], taken: Mapping[str, float]) -> Recorded:
@@ -427,77 +439,59 @@ class Poller:
             lost += recorded.lost
         return Recorded(tuple(outputs), tuple(finished), lost)
 
-    def _outcome(self, one: Asked, known: Mapping[tuple[Scope, str], Gate], now: datetime) -> Outcome:
-        holds = [
-            ended
-            for gate in (known.get(("account", one.job.account)), known.get(("host", one.job.address.host)))
-            if gate is not None and (ended := gate.last_hold_end(now)) is not None
-        ]
-        facts = one.job.facts
-        if holds:
-            facts = _with_hold(facts, max(holds))
-        step = after_answer(facts, one.reply, now=now, least=self._least)
-        age = (now - one.job.submitted_at).total_seconds()
-        wait_seconds = self._pace.next_poll(
-            Waiting(age=age, eta=one.job.eta, polls=one.job.polls), spread=self._random.random()
-        )
-        if isinstance(one.reply, ApiDown) and isinstance(step, AskAgain):
+    def _outcome(self, one: Asked, now: datetime, held: Mapping[tuple[Scope, str], Gate] | None = None) -> Outcome:
+        job, reply = one.job, one.reply
+        facts = job.facts if held is None else _with_hold(job, held, now)
+        step = after_answer(facts, reply, now=now, least=self._least)
+        if not isinstance(step, AskAgain):
+            return Outcome(job, step, 0.0, note_of(reply))
+        age = (now - job.submitted_at).total_seconds()
+        wait_seconds = self._pace.next_poll(Waiting(age, job.eta, job.polls), spread=self._random.random())
+        if isinstance(reply, ApiDown):
             wait_seconds = max(wait_seconds, TROUBLE_WAIT * (1 + self._random.random()))
-        return Outcome(one.job, step, wait_seconds, note_of(one.reply))
+        return Outcome(job, step, wait_seconds, step.note)
 
     def _move_gates(
         self, connection: Connection, asked: Sequence[Asked], taken: Mapping[str, float], now: datetime
-    ) -> Mapping[tuple[Scope, str], Gate]:
+    ) -> None:
         """Lets the batch move the gates it concerns; a lock is taken only where one really changes."""
         known = self._view.gates if self._view is not None else all_gates(connection)
-        by_gate: dict[tuple[Scope, str], list[Asked]] = {}
-        for one in asked:
-            by_gate.setdefault(("account", one.job.account), []).append(one)
-            by_gate.setdefault(("host", one.job.address.host), []).append(one)
-        for (scope, name), mine in sorted(by_gate.items()):
-            pressure = _Pressure(self._rps, taken.get(name, 0.0), now - timedelta(seconds=time.monotonic()))
+        for (scope, name), mine in sorted(_by_gate(asked).items()):
+            heard = [Heard(one.reply, now - timedelta(seconds=time.monotonic() - one.sent), one.probe) for one in mine]
+            limit = Limit(self._rps, taken.get(name, 0.0))
             gate = known.get((scope, name), Gate(scope, name))
-            if (scope, name) not in known or _moved(gate, mine, pressure, now) != gate:
+            if (scope, name) not in known or gates.after_replies(gate, heard, limit, now=now) != gate:
                 locked = locked_gate(connection, scope, name)
-                gate = _moved(locked, mine, pressure, now)
+                gate = gates.after_replies(locked, heard, limit, now=now)
                 save_gate(connection, gate)
                 _tell_of_hold(locked, gate, now)
             known[scope, name] = gate
-        return known
 
 
-@dataclass(frozen=True, slots=True)
-class _Pressure:
-    """How hard the API is asked: the rate that the settings allow, what it took, and when the monotonic clock began."""
-
-    full: float
-    seen: float
-    beginning: datetime
-
-
-def _moved(gate: Gate, asked: Sequence[Asked], pressure: _Pressure, now: datetime) -> Gate:
+def _by_gate(asked: Sequence[Asked]) -> dict[tuple[Scope, str], list[Asked]]:
+    """Which answers concern which gate. Of those that say the same one after the other the first is enough."""
+    found: dict[tuple[Scope, str], list[Asked]] = {}
     for one in asked:
-        gate = _moved_by(gate, one, pressure, now)
-    return gate
+        concerned: tuple[tuple[Scope, str], ...] = (("account", one.job.account), ("host", one.job.address.host))
+        for gate in concerned:
+            mine = found.setdefault(gate, [])
+            same = mine and not one.probe and type(mine[-1].reply) is type(one.reply) is Processing
+            if not same:
+                mine.append(one)
+    return found
 
 
-def _moved_by(gate: Gate, one: Asked, pressure: _Pressure, now: datetime) -> Gate:
-    if gate.scope == "host":
-        if isinstance(one.reply, ApiDown):
-            return gates.troubled(gate, f"unreachable: {one.reply.message}", 1, now=now, probe=one.probe)
-        return gates.answered(gate, now=now, probe=one.probe)
-    match one.reply:
-        case AccountRefused(reason, message):
-            words = {"key": "key rejected", "credits": "no credits", "plan": "plan", "request": "request refused"}
-            return gates.refused(gate, f"{words[reason]}: {message}", now=now, probe=one.probe)
-        case RateLimited(seconds, _):
-            paused = gates.limited(gate, seconds, now=now)
-            sent_at = pressure.beginning + timedelta(seconds=one.sent)
-            return gates.slowed(paused, full=pressure.full, seen=pressure.seen, sent_at=sent_at)
-        case ApiDown() | Odd():  # neither says whether the key is accepted
-            return gates.undecided(gate, now=now) if one.probe else gate
-        case _:
-            return gates.answered(gate, now=now, probe=one.probe)
+def _expires(outcome: Outcome) -> bool:
+    return isinstance(outcome.step, End) and outcome.step.status == "expired"
+
+
+def _with_hold(job: ClaimedJob, held: Mapping[tuple[Scope, str], Gate], now: datetime) -> JobFacts:
+    ends = [
+        ended
+        for gate in (held.get(("account", job.account)), held.get(("host", job.address.host)))
+        if gate is not None and (ended := gate.last_hold_end(now)) is not None
+    ]
+    return replace(job.facts, last_hold_end=max(ends, default=None))
 
 
 def _tell_of_hold(before: Gate, after: Gate, now: datetime) -> None:
@@ -507,7 +501,3 @@ def _tell_of_hold(before: Gate, after: Gate, now: datetime) -> None:
             log.warning("slowed account=%s ceiling_per_second=%.1f", after.name, after.ceiling)
     elif before.held(now) and not after.held(now):
         log.warning("resumed scope=%s name=%s", after.scope, after.name)
-
-
-def _with_hold(facts: JobFacts, ended: datetime) -> JobFacts:
-    return replace(facts, last_hold_end=ended)

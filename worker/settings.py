@@ -24,7 +24,9 @@ from worker.errors import NotTrackable, SettingsError
 EMBEDDED_SOCKET = Path("var/redis.sock")
 LONGEST = 10 * 365 * 86_400.0  # seconds; more would be a slip, and no date can hold much more
 LONG_DEADLINES = (("training", 14_400.0), ("video", 7_200.0))
-SHARED_NAMES = frozenset({"DATABASE_URL", "REDIS_URL", "BROKER_URL", "PORT", "REQUESTS_CA_BUNDLE"})  # apps have like names of their own
+SHARED_NAMES = frozenset(
+    {"DATABASE_URL", "REDIS_URL", "BROKER_URL", "PORT", "REQUESTS_CA_BUNDLE"}
+)  # apps have like names of their own
 KEY_NAMES = ("SD_API_KEY", "SD_API_KEYS")
 _HOST = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 DOTENV_SWITCH = "FETCH_WORKER_DOTENV"  # "off": `up` and `demo` hand their processes the whole environment themselves

@@ -1,5 +1,6 @@
 """The Celery tasks: thin doors with stable names. Each may run twice, late or never, and does no harm."""
 
+import gc
 import os
 import threading
 import time
@@ -40,11 +41,18 @@ log = get_task_logger(__name__)
 SWEEP_LIMIT = 1_000
 DOWNLOAD_THREADS = 64
 DATABASE_AWAY_SECONDS = 1.0
+GARBAGE_THRESHOLDS = (20_000, 20, 50)
 TAKEN_WITHIN = timedelta(seconds=5)  # a message that left its queue is claimed within it, or was lost
 
 
 class Parts:
     """What the tasks of one process share. Made when first needed, after any fork, never handed to a child."""
+
+    def __init__(self) -> None:
+        # What was imported stays for ever: looking through it again and again took a tenth of all processor time.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GARBAGE_THRESHOLDS)
 
     @cached_property
     def engine(self) -> Engine:

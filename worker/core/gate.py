@@ -5,15 +5,18 @@ answer is shut too; a rate limit shuts the account for a known time. A shut gate
 pending and are not asked. One probe at a time, after 10, 20, 40 and then every 60 seconds, opens it again by itself.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Literal
 
 from worker.core.budget import current_rate, learned_ceiling
+from worker.core.reply import AccountRefused, ApiDown, Odd, RateLimited, Reply
 
 Scope = Literal["account", "host"]
 PROBE_WAITS = (10.0, 20.0, 40.0, 60.0)
 TROUBLES_TO_HOLD = 5
+REFUSALS = {"key": "key rejected", "credits": "no credits", "plan": "plan", "request": "request refused"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,47 @@ class Gate:
         if self.held(now):
             return now
         return max((at for at in (self.released_at, self.until) if at is not None), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What a gate needs to know of one answer: the reply, when the request was sent, and whether it was a probe."""
+
+    reply: Reply
+    sent_at: datetime
+    probe: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """Requests per second of an account: as the settings allow, and as the API took them just now."""
+
+    full: float
+    seen: float
+
+
+def after_replies(gate: Gate, heard: Iterable[Heard], limit: Limit, *, now: datetime) -> Gate:
+    """The gate after the replies of a batch, in their order."""
+    for one in heard:
+        gate = _after(gate, one, limit, now)
+    return gate
+
+
+def _after(gate: Gate, heard: Heard, limit: Limit, now: datetime) -> Gate:
+    if gate.scope == "host":
+        if isinstance(heard.reply, ApiDown):
+            return troubled(gate, f"unreachable: {heard.reply.message}", 1, now=now, probe=heard.probe)
+        return answered(gate, now=now, probe=heard.probe)
+    match heard.reply:
+        case AccountRefused(reason, message):
+            return refused(gate, f"{REFUSALS[reason]}: {message}", now=now, probe=heard.probe)
+        case RateLimited(seconds, _):
+            paused = limited(gate, seconds, now=now)
+            return slowed(paused, full=limit.full, seen=limit.seen, sent_at=heard.sent_at)
+        case ApiDown() | Odd():  # neither says whether the key is accepted
+            return undecided(gate, now=now) if heard.probe else gate
+        case _:
+            return answered(gate, now=now, probe=heard.probe)
 
 
 def answered(gate: Gate, *, now: datetime, probe: bool) -> Gate:

@@ -1,12 +1,12 @@
 """Claims: taking due rows under a lease with a fencing token, renewing the lease, giving rows back."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row, Select, Table, Update, bindparam, func, or_, select, update
+from sqlalchemy import Connection, Integer, Row, Select, Table, Update, bindparam, func, or_, select, update
 
 from worker.core.fetch_address import FetchAddress
 from worker.core.lifecycle import JobFacts, OutputFacts, Strikes
@@ -34,9 +34,11 @@ _JOB_COLUMNS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ClaimedJob:
-    """A job that is ours to ask about while the lease lasts. `polls` counts the request about to be made."""
+class ClaimedJob(NamedTuple):
+    """A job that is ours to ask about while the lease lasts. `polls` counts the request about to be made.
+
+    A tuple, since one is made for every single request.
+    """
 
     id: int
     token: str
@@ -119,44 +121,66 @@ def claim_jobs(
 
     Every request to come is counted here, so that a crash can't hide one; `release_jobs` takes it back.
     """
-    taken = update(jobs).values(
-        due_at=now + lease, claim_token=token, claim_holder=holder, asked_at=now, polls=jobs.c.polls + 1
-    )
     claimed: list[ClaimedJob] = []
     for priority in sorted(priorities, reverse=True):
         if len(claimed) >= limit:
             break
-        due = (
-            select(jobs.c.id)
-            .where(
-                jobs.c.account == account,
-                jobs.c.priority == priority,
-                jobs.c.due_at.is_not(None),
-                jobs.c.due_at <= now,
-            )
-            .order_by(jobs.c.due_at)
-            .limit(limit - len(claimed))
-            .with_for_update(skip_locked=True)
-        )
+        due = _DUE
         if shut_hosts:
             due = due.where(jobs.c.fetch_host.not_in(shut_hosts))
         if host is not None:
             due = due.where(jobs.c.fetch_host == host)
-        claimed += [_claimed_job(row, token) for row in _take(connection, jobs, due, taken, _JOB_COLUMNS)]
+        values = {
+            "of_account": account,
+            "of_priority": priority,
+            "now": now,
+            "most": limit - len(claimed),
+            "leased_until": now + lease,
+            "token": token,
+            "holder": holder,
+        }
+        claimed += [_claimed_job(row, token) for row in _take(connection, jobs, due, _CLAIM, _JOB_COLUMNS, values)]
     return claimed
 
 
+_DUE = (
+    select(jobs.c.id)
+    .where(
+        jobs.c.account == bindparam("of_account"),
+        jobs.c.priority == bindparam("of_priority"),
+        jobs.c.due_at.is_not(None),
+        jobs.c.due_at <= bindparam("now"),
+    )
+    .order_by(jobs.c.due_at)
+    .limit(bindparam("most", type_=Integer))
+    .with_for_update(skip_locked=True)
+)
+_CLAIM = update(jobs).values(
+    due_at=bindparam("leased_until"),
+    claim_token=bindparam("token"),
+    claim_holder=bindparam("holder"),
+    asked_at=bindparam("now"),
+    polls=jobs.c.polls + 1,
+)
+
+
 def _take(
-    connection: Connection, table: Table, due: Select[Any], taken: Update, columns: tuple[Any, ...]
+    connection: Connection,
+    table: Table,
+    due: Select[Any],
+    taken: Update,
+    columns: tuple[Any, ...],
+    values: Mapping[str, Any],
 ) -> list[Row[Any]]:
+    """Updates the rows that are due, at most once by anybody. `values` are the parameters of both statements."""
     if connection.dialect.name in ("mysql", "mariadb"):  # no UPDATE … RETURNING there
-        ids = list(connection.execute(due).scalars())
+        ids = list(connection.execute(due, values).scalars())
         if not ids:
             return []
-        connection.execute(taken.where(table.c.id.in_(ids)))
-        return list(connection.execute(select(*columns).where(table.c.id.in_(ids))))
+        connection.execute(taken.where(table.c.id.in_(ids)), values)
+        return list(connection.execute(select(*columns).where(table.c.id.in_(ids))).all())
     picked = due.cte("picked")  # a plain IN could be planned so that it picks more than the limit
-    return list(connection.execute(taken.where(table.c.id == picked.c.id).returning(*columns)))
+    return list(connection.execute(taken.where(table.c.id == picked.c.id).returning(*columns), values).all())
 
 
 _UNBLEMISHED = Strikes()
@@ -262,7 +286,7 @@ def renew_leases(connection: Connection, holder: str, *, lease: timedelta, now: 
             .where(table.c.claim_holder == holder, table.c.due_at > now)
             .with_for_update(skip_locked=True)
         )
-        renewed += len(_take(connection, table, live, update(table).values(due_at=now + lease), (table.c.id,)))
+        renewed += len(_take(connection, table, live, update(table).values(due_at=now + lease), (table.c.id,), {}))
     return renewed
 
 
