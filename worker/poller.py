@@ -49,6 +49,7 @@ VIEW_SECONDS = 0.25  # the longest that a hold made by another process goes unse
 LOOK_SECONDS = 0.05  # the least time between two looks that found nothing more
 ALERT_SECONDS = 0.4  # after a wake-up it looks often: whoever sent it sends no second one for a while
 MARK_SECONDS = 1.0
+TAKE_OVER_SECONDS = 0.5
 TROUBLE_WAIT = 5.0
 PROBE_MARGIN = timedelta(seconds=5)
 REFUSED_WAIT = timedelta(seconds=60)
@@ -122,6 +123,8 @@ class Poller:
         self._random = random.Random()  # spreads polls in time, guards nothing
         self._running = threading.Lock()
         self._stopping = threading.Event()
+        self._wanted = threading.Event()
+        self._gives_way = False
         self._view: _View | None = None
         self._stale = False
         self._look_at = 0.0
@@ -150,15 +153,31 @@ class Poller:
         self._stale = True
         self._calls.wake()
 
-    def run(self, *, seconds: float = RUN_SECONDS) -> PollReport | None:
-        """Polls until nothing was due for a second, or for `seconds`; None where a run is on already."""
-        if not self._running.acquire(blocking=False):
+    def run(self, *, seconds: float = RUN_SECONDS, gives_way: bool = False) -> PollReport | None:
+        """Polls until nothing was due for a second, or for `seconds`; None where a run is on already.
+
+        A run that gives way ends as soon as another one wants to begin.
+        """
+        if not self._running.acquire(blocking=False) and not self._taken_over():
             return None
+        self._gives_way = gives_way
         try:
             return self._run(time.monotonic() + seconds)
         finally:
+            self._gives_way = False
             self.last_run = time.monotonic()
             self._running.release()
+
+    def _taken_over(self) -> bool:
+        """Whether the run that is on has given way to this one."""
+        if not self._gives_way:
+            return False
+        self._wanted.set()
+        self._calls.wake()
+        try:
+            return self._running.acquire(timeout=TAKE_OVER_SECONDS)
+        finally:
+            self._wanted.clear()
 
     def _run(self, until: float) -> PollReport:
         report = PollReport()
@@ -167,7 +186,7 @@ class Poller:
             self.last_run = now = time.monotonic()
             if self.stopped:
                 self._give_back()
-            elif now >= until:
+            elif now >= until or (self._gives_way and self._wanted.is_set()):
                 return report
             elif (now >= self._look_at or now < self._alert_until) and self._look():
                 idle_until = time.monotonic() + IDLE_SECONDS

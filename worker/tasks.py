@@ -161,10 +161,10 @@ def _softly(what: str, publish: Callable[[], object]) -> None:
 # ── the work, as tasks and tickers start it ───────────────────────────────────────────────────────────────────────────
 
 
-def run_polls() -> str:
-    """One poll run, in a few words."""
+def run_polls(*, gives_way: bool = False) -> str:
+    """One poll run, in a few words; one that gives way ends when another one is asked for."""
     try:
-        report = parts().poller.run()
+        report = parts().poller.run(gives_way=gives_way)
     except SQLAlchemyError as error:
         log.error("polling waits for the database reason=%s", type(error).__name__)
         time.sleep(DATABASE_AWAY_SECONDS)

@@ -1,7 +1,8 @@
 """What every worker process does by itself: check the schema as it starts, and tick where no message comes.
 
-Messages are hints. Where none has come for two seconds (no broker, no beat, all of them lost) the ticker of a process
-that consumes polls starts the same poll run, and now and then a sweep, directly.
+Messages are hints. Where a poll run has ended and no message starts the next one at once (no broker, no beat, another
+process took the message) the ticker of a process that consumes polls starts the same run directly. It gives way to the
+next message, so that Flower sees what goes on. Now and then the ticker sweeps, too.
 """
 
 import sys
@@ -21,8 +22,9 @@ from worker.tasks import doubt_keys, parts, run_polls, run_sweep
 
 log = get_logger(__name__)
 
-LOOK_SECONDS = 0.5
-SILENCE_SECONDS = 2.0
+LOOK_SECONDS = 0.1
+SILENCE_SECONDS = 0.15
+DATABASE_WAIT_SECONDS = 2.0
 SWEEP_SILENCE_SECONDS = 10.0
 EVENTS_SECONDS = 0.25
 LOOK_AGAIN_SECONDS = 0.05
@@ -56,7 +58,7 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
             own = parts()
             try:
                 if time.monotonic() - own.poller.last_run > SILENCE_SECONDS:
-                    run_polls()
+                    run_polls(gives_way=True)
                 if time.monotonic() - own.swept_at > SWEEP_SILENCE_SECONDS:
                     run_sweep()
             except Exception:  # the ticker is the last resort: it must not die of one trouble
@@ -70,7 +72,7 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
                 doubt_keys()
             except SQLAlchemyError as error:
                 log.error("waiting for the database reason=%s", type(error).__name__)
-                self._stop.wait(SILENCE_SECONDS)
+                self._stop.wait(DATABASE_WAIT_SECONDS)
             else:
                 return
 

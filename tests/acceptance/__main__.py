@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests.acceptance.canary import canary_key
 from tests.acceptance.celery_user import celery_user
+from tests.acceptance.engine import budget, dripping_api, million_rows, two_accounts, unannounced_limit, wake_up
 from tests.acceptance.jobs import Size
 from tests.acceptance.main_job import kills, main_job, track_races
 from tests.acceptance.report import Report
@@ -32,6 +33,12 @@ def programs(options: argparse.Namespace) -> Mapping[str, Program]:
         "wrong-key": lambda home: wrong_key(place, home, few),
         "bad-outputs": lambda home: bad_outputs(place, home, few),
         "canary-key": lambda home: canary_key(place, home, few),
+        "budget": lambda home: budget(place, home),
+        "unannounced-limit": lambda home: unannounced_limit(place, home),
+        "two-accounts": lambda home: two_accounts(place, home),
+        "wake-up": lambda home: wake_up(place, home),
+        "dripping-api": lambda home: dripping_api(place, home),
+        "million-rows": lambda home: million_rows(place, home, options.rows, options.minutes),
         "celery-user": lambda home: celery_user(place, home, few),
     }
 
@@ -58,6 +65,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=500)
     parser.add_argument("--slowest", type=float, default=10.0, help="the longest a job takes, in seconds")
     parser.add_argument("--kills", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=1_000_000, help="of million-rows")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of million-rows")
     parser.add_argument("--recovery-seconds", type=int, default=30)
     parser.add_argument("--database", choices=("postgresql", "sqlite"), default="postgresql")
     parser.add_argument("--seed", type=int, default=1)

@@ -56,6 +56,8 @@ class Behaviour:
     latency_seconds: float = 0.0  # every fetch call takes this long
     picture_seconds: float = 0.0  # every picture takes this long
     calls_per_second: int = 0  # above it calls are refused; 0 is no limit
+    limit_form: str = "429 with retry_after"  # or "bare 429", "200 with retry_after"
+    endless: bool = False  # every job there could be exists, and is never ready
     echo_rejected: bool = False  # a refused key is repeated in the message
 
 
@@ -155,7 +157,11 @@ class HostedApi:
             while self._recent[0] <= now - 1.0:
                 self._recent.popleft()
             if 0 < self.behaviour.calls_per_second < len(self._recent):
-                return "rate_limited", 429, _error("Rate limit exceeded.", TIP) | {"retry_after": 2}
+                wait = {} if self.behaviour.limit_form == "bare 429" else {"retry_after": 2}
+                status = 200 if self.behaviour.limit_form.startswith("200") else 429
+                return "rate_limited", status, _error("Rate limit exceeded.", TIP) | wait
+            if self.behaviour.endless:
+                return "processing", 200, _processing(0)
             job = self.jobs.get(remote_id)
             if job is None:
                 return "unknown", 200, {"status": "failed", "id": "", "message": "Request not found", "output": ""}

@@ -243,7 +243,17 @@ class Stand:
     def start(self, *names: str) -> None:
         """Start these processes of the Procfile."""
         for name in names:
-            self._processes[name] = self.shell(self.procfile[name], self.log_folder / f"{name}.log")
+            self.start_line(name, self.procfile[name])
+
+    def start_line(self, name: str, command: str) -> int:
+        """Start a process of this name by a command line of our own; its process id."""
+        self._processes[name] = self.shell(command, self.log_folder / f"{name}.log")
+        return self._processes[name].pid
+
+    def start_workers(self, count: int) -> list[int]:
+        """Start so many processes by the Procfile's worker line, each with a node name of its own; their ids."""
+        line = self.procfile["worker"]
+        return [self.start_line(f"worker{n}", line.replace("worker@%h", f"worker{n}@%h")) for n in range(1, count + 1)]
 
     def wait_ready(self, nodes: int = len(WORKING), seconds: float = 45) -> None:
         """Wait until so many Celery nodes answer."""
@@ -299,6 +309,11 @@ class Stand:
         with self._engine.connect() as connection:
             found = connection.execute(sqlalchemy.text(query), values)
             return [dict(row) for row in found.mappings()]
+
+    def execute(self, statement: str, **values: object) -> None:
+        """Run a statement of our own, committed."""
+        with self._engine.begin() as connection:
+            connection.execute(sqlalchemy.text(statement), values)
 
     def count(self, query: str, **values: object) -> int:
         """The one number that a query answers."""
