@@ -302,9 +302,9 @@ def fast_api() -> Iterator[str]:
     program = [sys.executable, "-m", "tests.benchmarks.server"]
     with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        port = json.loads(process.stdout.readline())["port"]
+        ports = json.loads(process.stdout.readline())
         try:
-            yield f"http://127.0.0.1:{port}/api/v3"
+            yield f"http://127.0.0.1:{ports['port']}/api/v3"
         finally:
             process.terminate()
 

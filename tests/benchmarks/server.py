@@ -1,6 +1,7 @@
 """A server that is not the bottleneck: it says `processing` to every call, after a while if told so.
 
-`python -m tests.benchmarks.server` prints its port as one JSON line and runs until it is ended. A
+`python -m tests.benchmarks.server` prints its ports as one JSON line and runs until it is ended (`GET /count` on the
+second one, always plain http, says how many calls there were). A
 protocol on uvloop (libuv, compiled): it looks for the end of a request and writes a ready-made answer.
 """
 
@@ -101,7 +102,9 @@ async def serve(latency: float, certificate: Path | None) -> None:
     server = await loop.create_server(
         lambda: Conversation(tally, latency, loop), "127.0.0.1", 0, ssl=context, backlog=1024
     )
-    print(json.dumps({"port": server.sockets[0].getsockname()[1]}), flush=True)
+    counting = await loop.create_server(lambda: Conversation(tally, 0.0, loop), "127.0.0.1", 0)
+    ports = [made.sockets[0].getsockname()[1] for made in (server, counting)]
+    print(json.dumps({"port": ports[0], "count_port": ports[1]}), flush=True)
     await server.serve_forever()
 
 

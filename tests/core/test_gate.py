@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.core.gate import Gate, answered, limited, probing, refused, troubled, undecided, unproven
+from worker.core.gate import Gate, answered, limited, probing, refused, slowed, troubled, undecided, unproven
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 LEASE = timedelta(seconds=25)
@@ -244,3 +244,33 @@ def test_every_hold_can_end_within_a_quarter_of_an_hour(
         assert not gate.held(now) or gate.since is not None
         ended = gate.last_hold_end(now)
         assert ended is None or ended <= now
+
+
+# ── the rate of an account ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_rate_limit_halves_the_rate_once_however_many_requests_it_meets() -> None:
+    paused = limited(OPEN, 30.0, now=T0)
+    first = slowed(paused, full=100.0, seen=20.0, sent_at=at(-0.1))
+    second = slowed(first, full=100.0, seen=5.0, sent_at=at(0.2))
+
+    assert (first.ceiling, first.cut_at) == (20.0, at(30))
+    assert second == first
+    assert OPEN.rate(100.0, T0) == 100.0
+    assert [round(first.rate(100.0, at(s)), 1) for s in (0, 30, 90)] == [9.5, 9.5, 19.0]
+
+
+def test_a_request_after_the_pause_that_is_refused_again_teaches_anew() -> None:
+    first = slowed(limited(OPEN, 30.0, now=T0), full=100.0, seen=20.0, sent_at=T0)
+    again = slowed(limited(first, 30.0, now=at(40)), full=100.0, seen=8.0, sent_at=at(40))
+
+    assert again.ceiling == 8.0
+    assert again.cut_at == at(70)
+
+
+def test_what_was_learned_outlives_holds_and_answers() -> None:
+    learned = slowed(limited(OPEN, 30.0, now=T0), full=100.0, seen=20.0, sent_at=T0)
+    later = answered(refused(learned, "key rejected", now=at(40), probe=False), now=at(60), probe=True)
+
+    assert (later.ceiling, later.cut_at) == (20.0, at(30))
+    assert answered(unproven(learned, now=at(50)), now=at(51), probe=True).ceiling == 20.0

@@ -1,0 +1,229 @@
+"""The database's part: claiming, recording, tracking, each beside the cheapest statement that could do it."""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from statistics import median
+
+import psycopg
+from sqlalchemy import Engine
+from sqlalchemy.engine import make_url
+
+from tests.benchmarks.stand import ROOT, Stand, api, stand
+from tests.benchmarks.table import Rounds, Table
+from worker.core.lifecycle import AskAgain
+from worker.database import database_now, make_engine
+from worker.store.claims import ClaimedJob, claim_jobs, waiting_levels
+from worker.store.outcomes import Outcome, record_answers
+
+BATCH = 200
+BASE = "http://127.0.0.1:9/api/v3"
+CLAIMS = 60
+UNNEST = """
+UPDATE fetch_jobs
+SET due_at = fresh.due, last_answer = fresh.note, claim_token = NULL, claim_holder = NULL, asked_at = %s
+FROM unnest(%s::bigint[], %s::text[], %s::timestamptz[], %s::text[]) AS fresh (id, token, due, note)
+WHERE fetch_jobs.id = fresh.id AND fetch_jobs.claim_token = fresh.token
+"""
+# Runs in a process of its own, as a web app would.
+TRACK = """
+import json, sys, time
+from sqlalchemy import insert
+from worker import track, track_many
+from worker.database import engine_for
+from worker.settings import load
+from worker.tables import jobs
+engine, values = engine_for(load().database), json.loads(sys.argv[1])
+times = {"track": [], "insert": []}
+from datetime import datetime
+for name in ("submitted_at", "tracked_at", "deadline_at", "due_at"):
+    values[name] = datetime.fromisoformat(values[name])
+def ours(n): track(f"o{sys.argv[2]}x{n}")
+def core(n):
+    with engine.begin() as connection:
+        connection.execute(insert(jobs).values({**values, "remote_id": f"c{sys.argv[2]}x{n}"}))
+for n in range(20): ours(-n); core(-n)
+for n in range(1, 300):
+    for name, work in (("track", ours), ("insert", core)):
+        began = time.perf_counter(); work(n); times[name].append(time.perf_counter() - began)
+began = time.perf_counter()
+track_many([f"m{sys.argv[2]}x{n}" for n in range(10_000)])
+many = 10_000 / (time.perf_counter() - began)
+print(json.dumps({name: sorted(found)[len(found) // 2] for name, found in times.items()} | {"many": many}))
+"""
+SHARE = """
+import json, os, sys, time
+from worker import poller as module
+from worker.tasks import parts
+spent = [0.0]
+def timed(work):
+    def inner(*arguments, **options):
+        began = time.thread_time()
+        try:
+            return work(*arguments, **options)
+        finally:
+            spent[0] += time.thread_time() - began
+    return inner
+for name in ("claim_jobs", "record_answers", "waiting_levels", "all_gates", "mark_asked"):
+    setattr(module, name, timed(getattr(module, name)))
+class Begun:
+    def __init__(self, inner): self.inner = inner
+    def __enter__(self): return timed(self.inner.__enter__)()
+    def __exit__(self, *error): return timed(self.inner.__exit__)(*error)
+class Timed:
+    def __init__(self, engine): self.engine = engine
+    def begin(self): return Begun(self.engine.begin())
+    def connect(self): return Begun(self.engine.connect())
+poller = parts().poller
+poller._engine = Timed(poller._engine)
+poller.run(seconds=1.5)
+spent[0], cpu = 0.0, time.process_time()
+report = poller.run(seconds=float(sys.argv[1]))
+used = time.process_time() - cpu
+print(json.dumps({"share": spent[0] / used, "polls": report.asked, "cpu": used}))
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def engine_of(made: Stand) -> Engine:
+    """An engine of ours on a stand's database."""
+    return make_engine(make_url(made.database_url).set(drivername="postgresql+psycopg"))
+
+
+def claim(engine: Engine) -> tuple[list[ClaimedJob], float]:
+    """One claim as a poll run makes it, and how long it took."""
+    began = time.perf_counter()
+    with engine.begin() as connection:
+        now = database_now(connection)
+        found = claim_jobs(
+            connection,
+            account="default",
+            priorities=[0],
+            limit=BATCH,
+            token=secrets.token_hex(8),
+            holder="benchmark",
+            lease=timedelta(seconds=3_000),
+            now=now,
+        )
+    return found, time.perf_counter() - began
+
+
+def measure_claims(table: Table, folder: Path) -> None:
+    """Claims of 200 due rows among few and many others."""
+    folder.mkdir()
+    engines: dict[str, Engine] = {}
+    with (
+        stand(folder / "small") as small,
+        stand(folder / "large") as large,
+        stand(folder / "old") as old,
+    ):
+        for made, rows, finished in ((small, 10_000, 0), (large, 1_000_000, 0), (old, 1_000_000, 1_000_000)):
+            made.put_rows(BASE, rows, prefix="later", first=30_000)
+            if finished:
+                made.put_rows(BASE, finished, prefix="over", status="completed")
+            made.put_rows(BASE, CLAIMS * BATCH + 2_000, prefix="due")
+            made.settle()
+            engines[made.folder.name] = engine_of(made)
+        times: dict[str, list[float]] = {name: [] for name in engines}
+        for _ in range(CLAIMS):
+            for name, engine in engines.items():
+                found, seconds = claim(engine)
+                if len(found) != BATCH:
+                    raise RuntimeError(f"claimed {len(found)} of {BATCH} rows")
+                times[name].append(seconds * 1e3)
+        for engine in engines.values():
+            with engine.connect() as connection:
+                waiting_levels(connection, ["default"])
+            engine.dispose()
+    middle = {name: median(found) for name, found in times.items()}
+    p95 = sorted(times["large"])[int(CLAIMS * 0.95)]
+    table.one("claim of 200, 10⁶ ÷ 10⁴ pending", middle["large"], middle["small"], "ms", must=1.5, aim=1.1)
+    table.one("claim of 200, 10⁶ and 10⁶ finished ÷ 10⁴", middle["old"], middle["small"], "ms", must=1.5, aim=1.1)
+    table.figure("claim of 200 at 10⁶ pending, 95 % of them within", p95, "ms", must=20, more=False)
+
+
+def measure_recording(table: Table, folder: Path, rounds: int) -> None:
+    """200 answers written: `record_answers`, and psycopg with arrays by hand."""
+    folder.mkdir()
+    with stand(folder / "record") as made:
+        made.put_rows(BASE, 20_000, prefix="due")
+        made.settle()
+        engine = engine_of(made)
+        found = Rounds()
+        with psycopg.connect(made.database_url) as raw:
+            for number in range(max(rounds, 5) * 4):
+                mine, theirs = claim(engine)[0], claim(engine)[0]
+                pair = [lambda mine=mine: _ours(engine, mine), lambda theirs=theirs: _by_hand(raw, theirs)]
+                order = (0, 1) if number % 2 else (1, 0)
+                times = {which: _seconds(pair[which]) for which in order}
+                if number >= 4:
+                    found.add(times[0], times[1])
+        engine.dispose()
+    table.ratio("recording 200 answers ÷ psycopg with unnest", found, "ms", 1e3, must=2.5, aim=1.5)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _ours(engine: Engine, claimed: list[ClaimedJob]) -> None:
+    outcomes = [Outcome(job, AskAgain(job.facts.strikes, "processing"), 900.0, "processing") for job in claimed]
+    with engine.begin() as connection:
+        done = record_answers(connection, outcomes, now=database_now(connection))
+    if done.lost:
+        raise RuntimeError(f"{done.lost} claims were lost")
+
+
+def _by_hand(raw: "psycopg.Connection[tuple[object, ...]]", claimed: list[ClaimedJob]) -> None:
+    now = datetime.now(UTC)
+    due = now + timedelta(seconds=900)
+    columns = ([job.id for job in claimed], [job.token for job in claimed], [due] * BATCH, ["processing"] * BATCH)
+    with raw.cursor() as cursor:
+        cursor.execute(UNNEST, (now, *columns))
+        if cursor.rowcount != BATCH:
+            raise RuntimeError(f"{cursor.rowcount} rows were written")
+    raw.commit()
+
+
+def measure_tracking(table: Table, folder: Path, rounds: int) -> None:
+    """`track` and `track_many`, in a process of their own."""
+    folder.mkdir()
+    now = datetime.now(UTC)
+    row = {name: now.isoformat() for name in ("submitted_at", "tracked_at", "deadline_at", "due_at")} | {
+        "account": "default", "kind": "image", "fetch_url": f"{BASE}/fetch/1", "fetch_base": f"{BASE}/fetch",
+        "fetch_host": "127.0.0.1:9", "status": "pending", "priority": 0, "reference": None, "on_done": None,
+        "eta": None, "deadline_seconds": 3600.0, "ready_at": None,
+    }  # fmt: skip
+    found, many = Rounds(), list[float]()
+    with stand(folder / "track", SD_API_URL=BASE) as made:
+        for number in range(rounds):
+            said = json.loads(made.run(sys.executable, "-c", TRACK, json.dumps(row), str(number)))
+            found.add(said["track"], said["insert"])
+            many.append(said["many"])
+    table.ratio("track one ÷ one Core insert in a transaction", found, "ms", 1e3, must=1.5, aim=1.2)
+    table.figure("track_many, best round", max(many), "rows/s", must=20_000, aim=50_000)
+
+
+def measure_share(table: Table, folder: Path, seconds: float) -> None:
+    """How much of a poll run's processor time goes to claiming and recording, transactions included."""
+    folder.mkdir()
+    with api() as plain, stand(folder / "share", SD_API_URL=plain.base, SD_API_HOSTS=f"localhost:{plain.port}") as made:
+        made.put_rows(plain.base, int((seconds + 2) * 5_000), prefix="due")
+        made.settle()
+        with psycopg.connect(made.database_url, autocommit=True) as connection:
+            connection.execute("INSERT INTO fetch_gates (scope, name, proven) VALUES ('account', 'default', true)")
+        done = subprocess.run(
+            [sys.executable, "-c", SHARE, str(seconds)],
+            cwd=ROOT, env={**os.environ, **made.environment}, capture_output=True, text=True, check=True, timeout=120,
+        )  # fmt: skip
+        said = json.loads(done.stdout.splitlines()[-1])
+    table.figure("claim and record, share of the worker's CPU", said["share"] * 100, "%", must=5, aim=2, more=False)
