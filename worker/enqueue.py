@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Row, event
 from worker.core.fetch_address import ACCOUNT, SYNTHETIC_ID, FetchAddress, checked_remote_id, family, fetch_address
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.links import Link
+from worker.core.pace import Pace
 from worker.core.submission import Submission, seconds, submission
 from worker.database import connected, database_now, engine_for
 from worker.errors import JobNotFound, NotTrackable, WaitTimeout
@@ -106,19 +107,20 @@ def tracked(
     settings = _settings()
     scrubber = Scrubber(key.get_secret_value() for key in settings.keys.values())
     try:
-        plans = [_plan(settings, scrubber, remote, **options) for remote in remotes]
+        wanted = _options(settings, scrubber, **options)
+        plans = [_plan(settings, scrubber, wanted, remote) for remote in remotes]
     except NotTrackable as refused:
         # its message quotes what was handed over, and callers log what they catch
         raise type(refused)(scrubber.text(str(refused))) from None
     if session is not None:
         connection = session.connection()
         with connected(connection.engine.url):
-            answer, soon = _insert(connection, settings, plans)
+            answer, soon = _insert(connection, settings, wanted, plans)
         if soon:
             event.listen(connection, "commit", lambda _: _wake(settings), once=True)
         return answer
     with _transaction(settings) as connection:
-        answer, soon = _insert(connection, settings, plans)
+        answer, soon = _insert(connection, settings, wanted, plans)
     if soon:
         _wake(settings)  # after the commit: the rows must be there
     return answer
@@ -183,23 +185,32 @@ def wait(job_id: int, timeout: float | None = None) -> Job:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    submission: Submission
+class _Options:
+    """What was asked for, checked once for all jobs of a call."""
+
     account: str
-    address: FetchAddress
-    kind: str
+    kind: str | None
+    fetch_url: str | None
     eta: float | None
     submitted_at: datetime | None
     priority: int
     reference: str | None
     on_done: str | None
+    deadline: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    submission: Submission
+    address: FetchAddress
+    kind: str
+    eta: float | None
     deadline: float
 
 
-def _plan(
+def _options(
     settings: Settings,
     scrubber: Scrubber,
-    remote: object,
     *,
     account: str = "default",
     kind: str | None = None,
@@ -211,29 +222,40 @@ def _plan(
     on_done: str | None = None,
     webhook_url: str | None = None,
     deadline: float | None = None,
-) -> _Plan:
+) -> _Options:
     if not isinstance(account, str) or not ACCOUNT.fullmatch(account):
         raise NotTrackable(f"{account!r} can't be an account: letters, digits, '.', '_' and '-', at most 64")
     if webhook_url:
         raise NotTrackable("webhook_url is refused: there is no secret to sign webhooks with; use on_done")
     if fetch_url is not None and not isinstance(fetch_url, str):
         raise NotTrackable(f"fetch_url is text, not {type(fetch_url).__name__}")
-    known = submission(remote)
-    address = fetch_address(fetch_url or known.fetch_url, known.remote_id, settings.api)
-    chosen = kind or _kind(address, known.model)
-    if not isinstance(chosen, str) or len(chosen) > MAX_KIND:
-        raise NotTrackable(f"kind is text of at most {MAX_KIND} characters")
-    return _Plan(
-        submission=replace(known, outputs=tuple(_scrubbed(link, scrubber) for link in known.outputs)),
+    return _Options(
         account=account,
-        address=address,
-        kind=scrubber.text(_plain(chosen, "kind")),
-        eta=known.eta if eta in (None, 0, "") else _checked_seconds(eta, "eta"),
+        kind=kind or None,
+        fetch_url=fetch_url,
+        eta=None if eta in (None, 0, "") else _checked_seconds(eta, "eta"),
         submitted_at=_moment(submitted_at),
         priority=_priority(priority),
         reference=None if reference is None else scrubber.text(_short(reference, "reference")),
         on_done=None if on_done is None else scrubber.text(_on_done(on_done, settings)),
-        deadline=settings.deadline_for(chosen) if deadline is None else _checked_seconds(deadline, "deadline"),
+        deadline=None if deadline is None else _checked_seconds(deadline, "deadline"),
+    )
+
+
+def _plan(settings: Settings, scrubber: Scrubber, options: _Options, remote: object) -> _Plan:
+    known = submission(remote)
+    address = fetch_address(options.fetch_url or known.fetch_url, known.remote_id, settings.api)
+    chosen = options.kind or _kind(address, known.model)
+    if not isinstance(chosen, str) or len(chosen) > MAX_KIND:
+        raise NotTrackable(f"kind is text of at most {MAX_KIND} characters")
+    if known.outputs:
+        known = replace(known, outputs=tuple(_scrubbed(link, scrubber) for link in known.outputs))
+    return _Plan(
+        submission=known,
+        address=address,
+        kind=scrubber.text(_plain(chosen, "kind")),
+        eta=known.eta if options.eta is None else options.eta,
+        deadline=settings.deadline_for(chosen) if options.deadline is None else options.deadline,
     )
 
 
@@ -241,28 +263,28 @@ def _scrubbed(link: Link, scrubber: Scrubber) -> Link:
     return replace(link, url=scrubber.text(link.url), proxies=tuple(map(scrubber.text, link.proxies)))
 
 
-def _insert(connection: Connection, settings: Settings, plans: Sequence[_Plan]) -> tuple[list[tuple[int, bool]], bool]:
+def _insert(
+    connection: Connection, settings: Settings, options: _Options, plans: Sequence[_Plan]
+) -> tuple[list[tuple[int, bool]], bool]:
     """Puts the jobs in: (id and whether it is new, for each; whether any is due before a poll run would look)."""
     now = database_now(connection)
-    new = [_new_job(plan, settings, now) for plan in plans]
+    new = [_new_job(plan, options, settings.pace, now) for plan in plans]
     soon = now + timedelta(seconds=SOON_SECONDS)
     return store.insert_jobs(connection, new, now=now), any(job.due_at < soon and not job.outputs for job in new)
 
 
-def _new_job(plan: _Plan, settings: Settings, now: datetime) -> store.NewJob:
-    submitted_at = min(plan.submitted_at or now, now)
-    spread = (
-        crc32(plan.submission.remote_id.encode()) % 1_000
-    ) / 1_000  # jobs handed over together are not asked together
-    first = settings.pace.first_poll(plan.eta, spread=spread)
+def _new_job(plan: _Plan, options: _Options, pace: Pace, now: datetime) -> store.NewJob:
+    submitted_at = min(options.submitted_at or now, now)
+    spread = crc32(plan.submission.remote_id.encode()) % 1_000  # handed over together is not asked together
+    first = pace.first_poll(plan.eta, spread=spread / 1_000)
     return store.NewJob(
-        account=plan.account,
+        account=options.account,
         remote_id=plan.submission.remote_id,
         address=plan.address,
         kind=plan.kind,
-        priority=plan.priority,
-        reference=plan.reference,
-        on_done=plan.on_done,
+        priority=options.priority,
+        reference=options.reference,
+        on_done=options.on_done,
         eta=plan.eta,
         submitted_at=submitted_at,
         deadline_at=submitted_at + timedelta(seconds=plan.deadline),

@@ -250,7 +250,7 @@ class Settings(BaseSettings):
         """The task names that `on_done` may name; None allows any."""
         return frozenset(_items(self.on_done_tasks)) or None
 
-    @property
+    @cached_property
     def pace(self) -> Pace:
         """How polls are paced."""
         return Pace(self.poll_policy, self.poll_price, self.poll_min)

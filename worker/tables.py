@@ -132,7 +132,7 @@ jobs = Table(
     CheckConstraint("polls >= 0", name="polls_count_up"),
     Index("ix_fetch_jobs_best", "account", "priority", "due_at", **_where("due_at IS NOT NULL")),
     Index("ix_fetch_jobs_remote_id", "remote_id"),
-    Index("ix_fetch_jobs_reference", "reference"),
+    Index("ix_fetch_jobs_reference", "reference", **_where("reference IS NOT NULL")),
     Index("ix_fetch_jobs_status", "status", "id"),
     Index("ix_fetch_jobs_holder", "claim_holder", **_where("claim_holder IS NOT NULL")),
     Index(

@@ -1,8 +1,8 @@
 """A server that is not the bottleneck: it says `processing` to every call, after a while if told so.
 
 `python -m tests.benchmarks.server` prints its ports as one JSON line and runs until it is ended (`GET /count` on the
-second one, always plain http, says how many calls there were). A
-protocol on uvloop (libuv, compiled): it looks for the end of a request and writes a ready-made answer.
+second one, always plain http, says how many calls there were). A protocol on uvloop (libuv, compiled): it looks for the
+end of a request and writes a ready-made answer.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import asyncio
 import json
 import ssl
 from pathlib import Path
+from typing import cast
 
 import uvloop
 
@@ -55,8 +56,7 @@ class Conversation(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Somebody connects."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's own are not derived from it
 
     def data_received(self, data: bytes) -> None:
         """Answers each whole request."""

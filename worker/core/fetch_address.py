@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import lru_cache
 
 from worker.errors import NotTrackable, RefusedAddress
 
@@ -87,6 +88,7 @@ def api_host(url: str) -> str:
     return _api_site(url)[1]
 
 
+@lru_cache(maxsize=64)
 def _api_site(url: str) -> tuple[str, str]:
     """Scheme and host of the API's base address, and the host alone, both in their normal form."""
     match = _ADDRESS.fullmatch(url) or _ADDRESS.fullmatch(url + "/x")
@@ -138,9 +140,14 @@ def family(address: FetchAddress) -> str:
     >>> family(FetchAddress("https://h/api/v6/video/fetch/1", "https://h/api/v6/video/fetch", "h"))
     'video'
     """
-    if address.base.endswith("/fine_tune_status"):
+    return _family(address.base)
+
+
+@lru_cache(maxsize=256)
+def _family(base: str) -> str:
+    if base.endswith("/fine_tune_status"):
         return "training"
-    match = _FAMILY.search(address.base)
+    match = _FAMILY.search(base)
     name = match["family"].rstrip("/").replace("/", "-") if match else ""
     return name[:64] or "image"
 

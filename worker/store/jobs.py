@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, case, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, bindparam, case, func, insert, or_, select, update
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from worker.core.fetch_address import FetchAddress
@@ -17,6 +18,9 @@ from worker.tables import bodies, jobs, outputs
 
 MAX_ID = 2**63 - 1  # what the databases' integers hold
 INSERT_ROWS = 500  # one statement's worth; every database takes that many parameters
+FOLDED_ROWS = 5_000  # the same where all rows are one parameter
+SAME_JOB = ("account", "fetch_base", "remote_id")
+IDENTITY = (jobs.c.account, jobs.c.fetch_base, jobs.c.remote_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +52,9 @@ def insert_jobs(connection: Connection, new: Sequence[NewJob], *, now: datetime)
     created: dict[tuple[str, str, str], int] = {}
     # Always in the same order: two batches with the same jobs could block each other for good.
     rows = [_job_row(wanted[identity], now) for identity in sorted(wanted)]
-    for start in range(0, len(rows), INSERT_ROWS):
-        created |= _insert_missing(connection, rows[start : start + INSERT_ROWS])
+    size = FOLDED_ROWS if connection.dialect.name == "postgresql" else INSERT_ROWS
+    for start in range(0, len(rows), size):
+        created |= _insert_missing(connection, rows[start : start + size])
     known = created | _ids(connection, [identity for identity in wanted if identity not in created])
     ready = [(known[identity], job.outputs) for identity, job in wanted.items() if identity in created and job.outputs]
     insert_outputs(connection, ready, now=now)
@@ -80,22 +85,34 @@ def _job_row(job: NewJob, now: datetime) -> dict[str, Any]:
 
 
 def _insert_missing(connection: Connection, rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], int]:
-    same_job = ["account", "fetch_base", "remote_id"]
-    identity = [jobs.c.account, jobs.c.fetch_base, jobs.c.remote_id]
+    statement: Any
     parameters: dict[str, Any] = {}
     match connection.dialect.name:
         case "postgresql":
-            names = list(rows[0])
-            fresh = unfolded(jobs, names)
-            new = postgresql.insert(jobs).from_select(names, select(*(fresh.c[name] for name in names)))
-            statement: Any = new.on_conflict_do_nothing(index_elements=same_job)
-            parameters = folded(names, rows)
+            first = rows[0]
+            differ = tuple(
+                name for name in first if name == "remote_id" or any(row[name] != first[name] for row in rows)
+            )
+            same = tuple(name for name in first if name not in differ)
+            statement = _insert_new(differ, same)
+            parameters = folded(differ, rows) | {f"same_{name}": first[name] for name in same}
         case "sqlite":
-            statement = sqlite.insert(jobs).values(rows).on_conflict_do_nothing(index_elements=same_job)
+            new = sqlite.insert(jobs).values(rows).on_conflict_do_nothing(index_elements=SAME_JOB)
+            statement = new.returning(jobs.c.id, *IDENTITY)
         case _:
             return _insert_missing_mysql(connection, rows)
-    found = connection.execute(statement.returning(jobs.c.id, *identity), parameters)
-    return {(row.account, row.fetch_base, row.remote_id): row.id for row in found}
+    found = connection.execute(statement, parameters).all()
+    return {(account, base, remote_id): job_id for job_id, account, base, remote_id in found}
+
+
+@cache
+def _insert_new(differ: tuple[str, ...], same: tuple[str, ...]) -> Any:
+    """Jobs that are handed over together have most columns in common: those travel once."""
+    fresh = unfolded(jobs, differ)
+    values = [fresh.c[name] for name in differ]
+    values += [bindparam(f"same_{name}", type_=jobs.c[name].type).label(name) for name in same]
+    new = postgresql.insert(jobs).from_select([*differ, *same], select(*values))
+    return new.on_conflict_do_nothing(index_elements=SAME_JOB).returning(jobs.c.id, *IDENTITY)
 
 
 def _insert_missing_mysql(connection: Connection, rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], int]:
