@@ -290,12 +290,14 @@ class Poller:
         claimed: dict[str, list[ClaimedJob]] = {}
         wanted = {account: grant for account, grant in grants.items() if grant.moments}
         if wanted:
+            began = time.monotonic()
             with self._engine.begin() as connection:
                 now = database_now(connection)
                 token = secrets.token_hex(8)
                 for account, grant in sorted(wanted.items()):
                     taken = self._take(connection, account, due[account], len(grant.moments), now, token, shut_hosts)
                     claimed[account] = self._permitted(connection, taken, now)
+            log.debug("claimed jobs=%s ms=%.1f", sum(map(len, claimed.values())), 1e3 * (time.monotonic() - began))
         for account, jobs in claimed.items():
             grant = grants[account]
             for job, moment in zip(jobs, grant.moments, strict=False):

@@ -133,7 +133,8 @@ jobs = Table(
     Index("ix_fetch_jobs_best", "account", "priority", "due_at", **_where("due_at IS NOT NULL")),
     Index("ix_fetch_jobs_remote_id", "remote_id"),
     Index("ix_fetch_jobs_reference", "reference", **_where("reference IS NOT NULL")),
-    Index("ix_fetch_jobs_status", "status", "id"),
+    # Where a database can: without the jobs that wait, whose rows change all the time.
+    Index("ix_fetch_jobs_status", "status", "id", postgresql_where=text("status <> 'pending'")),
     Index("ix_fetch_jobs_holder", "claim_holder", **_where("claim_holder IS NOT NULL")),
     Index(
         "ix_fetch_jobs_untold",

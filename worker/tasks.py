@@ -131,8 +131,12 @@ _parts_lock = threading.Lock()
 
 def parts() -> Parts:
     """This process's parts."""
+    pid = os.getpid()
     with _parts_lock:
-        return _parts.setdefault(os.getpid(), Parts())
+        found = _parts.get(pid)
+        if found is None:
+            found = _parts[pid] = Parts()
+        return found
 
 
 def queue_downloads(output_ids: Sequence[int]) -> None:

@@ -1,8 +1,8 @@
 """Claims best first at any size, and what rate limits taught about an account.
 
 The index of due jobs goes by priority before time, so that a claim reads no row that it does not take, and the one of
-references leaves out jobs that have none. On PostgreSQL the hot table keeps room in its pages and is vacuumed early:
-each request writes its row twice.
+references leaves out jobs that have none. On PostgreSQL that of states leaves out the jobs that wait, and the hot table
+keeps room in its pages and is vacuumed early: each request writes its row twice.
 
 Imports nothing of ours. Every constraint has a name.
 
@@ -46,6 +46,10 @@ def upgrade() -> None:
     op.drop_index("ix_fetch_jobs_reference", table_name="fetch_jobs")
     op.create_index("ix_fetch_jobs_reference", "fetch_jobs", ["reference"], **partial("reference IS NOT NULL"))
     if op.get_bind().dialect.name == "postgresql":
+        op.drop_index("ix_fetch_jobs_status", table_name="fetch_jobs")
+        op.create_index(
+            "ix_fetch_jobs_status", "fetch_jobs", ["status", "id"], postgresql_where=sa.text("status <> 'pending'")
+        )
         op.execute(f"ALTER TABLE fetch_jobs SET ({', '.join(f'{name} = {value}' for name, value in HOT.items())})")
 
 
@@ -53,6 +57,8 @@ def downgrade() -> None:
     """Back to the first tables."""
     if op.get_bind().dialect.name == "postgresql":
         op.execute(f"ALTER TABLE fetch_jobs RESET ({', '.join(HOT)})")
+        op.drop_index("ix_fetch_jobs_status", table_name="fetch_jobs")
+        op.create_index("ix_fetch_jobs_status", "fetch_jobs", ["status", "id"])
     op.drop_index("ix_fetch_jobs_reference", table_name="fetch_jobs")
     op.create_index("ix_fetch_jobs_reference", "fetch_jobs", ["reference"])
     op.create_index("ix_fetch_jobs_due", "fetch_jobs", ["account", "due_at"], **partial("due_at IS NOT NULL"))

@@ -4,6 +4,7 @@ The rows are put in by SQL (PostgreSQL), as many as it takes; the hosted API cou
 """
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -296,6 +297,9 @@ def dripping_api(place: Place, home: Path) -> Report:
 # ── a big table ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+CLAIMED = re.compile(r"claimed jobs=(\d+) ms=([\d.]+)")
+
+
 @contextmanager
 def fast_api() -> Iterator[str]:
     """The server of the benchmarks: it says `processing` to everything; its address."""
@@ -323,7 +327,7 @@ def million_rows(place: Place, home: Path, rows: int, minutes: float) -> Report:
         stand.migrate()
         put_rows(stand, base, rows, first=15, apart=1 / due_per_second)
         stand.execute("ANALYZE fetch_jobs")
-        pid = stand.start_workers(1)[0]
+        pid = stand.start_line("worker", stand.procfile["worker"].replace("--loglevel INFO", "--loglevel DEBUG"))
         stand.wait_ready(1)
         time.sleep(15)
         memory: list[float] = []
@@ -339,12 +343,18 @@ def million_rows(place: Place, home: Path, rows: int, minutes: float) -> Report:
                 " WHERE account = 'default' AND priority = 0 AND due_at IS NOT NULL AND due_at <= clock_timestamp()"
             )
             waits.append(float(row["late"]))
+        log = (stand.log_folder / "worker.log").read_text(encoding="utf-8")
+        claims = [float(found) for jobs, found in CLAIMED.findall(log) if int(jobs)]
         steady = memory[min(11, len(memory) // 2) :]
         report.figure("requests per second", (counts[-1] - counts[0]) / (5 * (len(counts) - 1)))
+        report.figure(
+            "claims, p50 / p95 / p99 (ms)", " / ".join(f"{quantile(claims, q):.1f}" for q in (0.5, 0.95, 0.99))
+        )
         report.figure("oldest due, p50 / max (s)", f"{quantile(waits, 0.5):.2f} / {max(waits):.2f}")
         report.figure("memory after a minute / at the end (MiB)", f"{steady[0]:.0f} / {steady[-1]:.0f}")
         report.figure("processor time (s)", stand.cpu_seconds())
         report.check("claims keep up: nothing is ever due for 2 s", max(waits) < 2.0, max(waits))
+        report.check("95 % of the claims take less than 20 ms", quantile(claims, 0.95) < 20, quantile(claims, 0.95))
         report.check("memory is flat", steady[-1] <= steady[0] * 1.05 + 5, steady)
     return report
 

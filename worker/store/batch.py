@@ -5,7 +5,7 @@ databases get one prepared statement and many rows.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from typing import Any
@@ -13,8 +13,9 @@ from typing import Any
 from sqlalchemy import (
     JSON,
     Column,
+    ColumnElement,
     Connection,
-    DateTime,
+    Double,
     String,
     Table,
     Text,
@@ -63,47 +64,57 @@ def write_claimed(connection: Connection, rows: Sequence[Mapping[str, Any]], *, 
 
 @cache
 def _write_all(changed: tuple[str, ...], same: tuple[str, ...]) -> Any:
-    fresh = unfolded(jobs, [*KEYS, *changed])
+    fresh = unfolded(jobs, (*KEYS, *changed))
     now = bindparam("now", type_=jobs.c.due_at.type)
     return (
         update(jobs)
         .where(
-            jobs.c.id == fresh.c.id,
-            jobs.c.claim_token == fresh.c.claim_token,
+            jobs.c.id == fresh["id"],
+            jobs.c.claim_token == fresh["claim_token"],
             # Written so that no index serves it: the server would start from all jobs that are not due, not from ours.
             func.coalesce(jobs.c.due_at, now) > now,
         )
         .values(
-            {name: fresh.c[name] for name in changed}
+            {name: fresh[name] for name in changed}
             | {name: bindparam(f"same_{name}", type_=jobs.c[name].type) for name in same}
         )
         .returning(jobs.c.id)
     )
 
 
-def unfolded(table: Table, names: Sequence[str]) -> Any:
-    """The rows of a batch as PostgreSQL sees them; `folded` gives the parameter."""
+def unfolded(table: Table, names: Sequence[str]) -> dict[str, ColumnElement[Any]]:
+    """The columns of a batch as PostgreSQL sees them; `folded` gives the parameter."""
     columns = [column(name, _plain(table.c[name])) for name in names]
-    return (
+    fresh = (
         func.json_to_recordset(cast(bindparam("batch", type_=Text), JSON))
         .table_valued(*columns, name="fresh")
         .render_derived(with_types=True)
     )
+    return {
+        name: func.to_timestamp(fresh.c[name]) if isinstance(table.c[name].type, UtcDateTime) else fresh.c[name]
+        for name in names
+    }
 
 
-def folded(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+def folded(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """All rows in one parameter: JSON is written and read in C on both sides, arrays are escaped item by item."""
-    return {"batch": json.dumps([{name: row[name] for name in names} for row in rows], default=_text)}
+    if set(names) != set(rows[0]):
+        rows = [{name: row[name] for name in names} for row in rows]
+    return {"batch": _write(rows)}
 
 
-def _text(value: object) -> str:
+def _seconds(value: object) -> float:
+    # By far cheaper than text, and exact: a microsecond is four times the distance between two such numbers.
     if isinstance(value, datetime):
-        return value.isoformat()
+        return value.timestamp()
     raise TypeError(f"{type(value).__name__} can't be part of a batch")
 
 
+_write = json.JSONEncoder(separators=(",", ":"), check_circular=False, default=_seconds).encode
+
+
 def _plain(of: Column[Any]) -> TypeEngine[Any]:
-    """The type as the server knows it, without what SQLAlchemy would do to each value."""
+    """The type that travels, without what SQLAlchemy would do to each value. Times travel as seconds since 1970."""
     if isinstance(of.type, UtcDateTime):
-        return DateTime(timezone=True)
+        return Double()
     return Text() if isinstance(of.type, String) else of.type

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Integer, Row, Select, Table, Update, bindparam, func, or_, select, update
@@ -122,39 +123,43 @@ def claim_jobs(
     Every request to come is counted here, so that a crash can't hide one; `release_jobs` takes it back.
     """
     claimed: list[ClaimedJob] = []
+    due = _due(shut_hosts=bool(shut_hosts), one_host=host is not None)
+    values: dict[str, Any] = {
+        "of_account": account,
+        "shut_hosts": shut_hosts,
+        "of_host": host,
+        "now": now,
+        "leased_until": now + lease,
+        "token": token,
+        "holder": holder,
+    }
     for priority in sorted(priorities, reverse=True):
         if len(claimed) >= limit:
             break
-        due = _DUE
-        if shut_hosts:
-            due = due.where(jobs.c.fetch_host.not_in(shut_hosts))
-        if host is not None:
-            due = due.where(jobs.c.fetch_host == host)
-        values = {
-            "of_account": account,
-            "of_priority": priority,
-            "now": now,
-            "most": limit - len(claimed),
-            "leased_until": now + lease,
-            "token": token,
-            "holder": holder,
-        }
+        values |= {"of_priority": priority, "most": limit - len(claimed)}
         claimed += [_claimed_job(row, token) for row in _take(connection, jobs, due, _CLAIM, _JOB_COLUMNS, values)]
     return claimed
 
 
-_DUE = (
-    select(jobs.c.id)
-    .where(
-        jobs.c.account == bindparam("of_account"),
-        jobs.c.priority == bindparam("of_priority"),
-        jobs.c.due_at.is_not(None),
-        jobs.c.due_at <= bindparam("now"),
+@cache
+def _due(*, shut_hosts: bool, one_host: bool) -> Select[Any]:
+    due = (
+        select(jobs.c.id)
+        .where(
+            jobs.c.account == bindparam("of_account"),
+            jobs.c.priority == bindparam("of_priority"),
+            jobs.c.due_at.is_not(None),
+            jobs.c.due_at <= bindparam("now"),
+        )
+        .order_by(jobs.c.due_at)
+        .limit(bindparam("most", type_=Integer))
+        .with_for_update(skip_locked=True)
     )
-    .order_by(jobs.c.due_at)
-    .limit(bindparam("most", type_=Integer))
-    .with_for_update(skip_locked=True)
-)
+    if shut_hosts:
+        due = due.where(jobs.c.fetch_host.not_in(bindparam("shut_hosts", expanding=True)))
+    return due.where(jobs.c.fetch_host == bindparam("of_host")) if one_host else due
+
+
 _CLAIM = update(jobs).values(
     due_at=bindparam("leased_until"),
     claim_token=bindparam("token"),
@@ -171,16 +176,21 @@ def _take(
     taken: Update,
     columns: tuple[Any, ...],
     values: Mapping[str, Any],
-) -> list[Row[Any]]:
+) -> Sequence[Row[Any]]:
     """Updates the rows that are due, at most once by anybody. `values` are the parameters of both statements."""
     if connection.dialect.name in ("mysql", "mariadb"):  # no UPDATE … RETURNING there
         ids = list(connection.execute(due, values).scalars())
         if not ids:
             return []
         connection.execute(taken.where(table.c.id.in_(ids)), values)
-        return list(connection.execute(select(*columns).where(table.c.id.in_(ids))).all())
+        return connection.execute(select(*columns).where(table.c.id.in_(ids))).all()
+    return connection.execute(_taking(table, due, taken, columns), values).all()
+
+
+@cache
+def _taking(table: Table, due: Select[Any], taken: Update, columns: tuple[Any, ...]) -> Any:
     picked = due.cte("picked")  # a plain IN could be planned so that it picks more than the limit
-    return list(connection.execute(taken.where(table.c.id == picked.c.id).returning(*columns), values).all())
+    return taken.where(table.c.id == picked.c.id).returning(*columns)
 
 
 _UNBLEMISHED = Strikes()
@@ -279,15 +289,22 @@ def renew_leases(connection: Connection, holder: str, *, lease: timedelta, now: 
     Rows that are locked are being recorded just now: waiting for them, in another order than the recorder's, could
     block both for good.
     """
-    renewed = 0
-    for table in (jobs, outputs):
-        live = (
-            select(table.c.id)
-            .where(table.c.claim_holder == holder, table.c.due_at > now)
-            .with_for_update(skip_locked=True)
-        )
-        renewed += len(_take(connection, table, live, update(table).values(due_at=now + lease), (table.c.id,), {}))
-    return renewed
+    values = {"of_holder": holder, "now": now, "leased_until": now + lease}
+    return sum(
+        len(_take(connection, table, live, longer, (table.c.id,), values)) for table, live, longer in _LIVE_CLAIMS
+    )
+
+
+_LIVE_CLAIMS = [
+    (
+        table,
+        select(table.c.id)
+        .where(table.c.claim_holder == bindparam("of_holder"), table.c.due_at > bindparam("now"))
+        .with_for_update(skip_locked=True),
+        update(table).values(due_at=bindparam("leased_until")),
+    )
+    for table in (jobs, outputs)
+]
 
 
 def holders(connection: Connection) -> set[str]:

@@ -109,7 +109,7 @@ def _insert_missing(connection: Connection, rows: list[dict[str, Any]]) -> dict[
 def _insert_new(differ: tuple[str, ...], same: tuple[str, ...]) -> Any:
     """Jobs that are handed over together have most columns in common: those travel once."""
     fresh = unfolded(jobs, differ)
-    values = [fresh.c[name] for name in differ]
+    values = [fresh[name] for name in differ]
     values += [bindparam(f"same_{name}", type_=jobs.c[name].type).label(name) for name in same]
     new = postgresql.insert(jobs).from_select([*differ, *same], select(*values))
     return new.on_conflict_do_nothing(index_elements=SAME_JOB).returning(jobs.c.id, *IDENTITY)
@@ -177,7 +177,7 @@ def _insert_outputs(connection: Connection, rows: list[dict[str, Any]]) -> dict[
         case "postgresql":
             names = list(rows[0])
             fresh = unfolded(outputs, names)
-            statement = insert(outputs).from_select(names, select(*(fresh.c[name] for name in names))).returning(*known)
+            statement = insert(outputs).from_select(names, select(*fresh.values())).returning(*known)
             found = connection.execute(statement, folded(names, rows))
         case "sqlite":
             found = connection.execute(insert(outputs).values(rows).returning(*known))
@@ -215,15 +215,24 @@ def newest(connection: Connection, *, status: str | None, reference: str | None,
     query = select(jobs).order_by(jobs.c.id.desc()).limit(limit)
     if status is not None:
         query = query.where(jobs.c.status == status)
+    if status == "pending":
+        query = query.where(jobs.c.due_at.is_not(None))  # as they all are: so that an index of such jobs serves
     if reference is not None:
         query = query.where(jobs.c.reference == reference)
     return connection.execute(query).all()
 
 
 def counts(connection: Connection) -> dict[str, int]:
-    """How many jobs there are in each state."""
-    rows = connection.execute(select(jobs.c.status, func.count()).group_by(jobs.c.status))
-    return {row[0]: row[1] for row in rows}
+    """How many jobs there are in each state. It counts in indexes, since there may be millions.
+
+    Jobs that are due to be asked about are pending, or downloading and in want of fresh links.
+    """
+    rest = select(jobs.c.status, func.count()).where(jobs.c.status != "pending").group_by(jobs.c.status)
+    found = {row[0]: row[1] for row in connection.execute(rest)}
+    due = select(func.count()).select_from(jobs).where(jobs.c.due_at.is_not(None))
+    renewing = due.where(jobs.c.status == "downloading")
+    pending = connection.execute(due).scalar_one() - connection.execute(renewing).scalar_one()
+    return found | ({"pending": pending} if pending else {})
 
 
 def waiting_accounts(connection: Connection) -> list[str]:

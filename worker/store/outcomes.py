@@ -75,7 +75,8 @@ def _ask_again(connection: Connection, batch: Sequence[Outcome], now: datetime) 
     for outcome in batch:
         row = _row(outcome, due_at=now + timedelta(seconds=outcome.wait))
         strikes = cast("AskAgain", outcome.step).strikes
-        if strikes == outcome.job.facts.strikes:  # as after nearly every answer: the fewer columns, the cheaper
+        before = outcome.job.facts.strikes
+        if strikes is before or strikes == before:  # as after nearly every answer: the fewer columns, the cheaper
             plain.append(row)
         else:
             row |= {
