@@ -29,6 +29,7 @@ from worker.errors import (
     WorkerError,
 )
 from worker.tables import bodies, jobs, outputs
+from worker.wake_ups import WakeUps
 
 KEY = "sk-canary/7f3a+9"
 PROCESSING = {
@@ -243,6 +244,39 @@ def test_a_callers_session_decides_whether_the_job_stays(door: Engine) -> None:
     scoped.commit()
     scoped.remove()
     assert _count(door) == 3
+
+
+def test_who_waits_for_work_is_woken_after_the_commit_and_only_for_what_is_due_soon(
+    door: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wake-up before the commit would find nothing; one for later work would cost a look for nothing."""
+    seen: list[int] = []  # how many jobs are there for everybody as a wake-up is sent
+    monkeypatch.setattr(WakeUps, "send", lambda _: seen.append(_count(door)))
+    long_ago: dict[str, Any] = {"submitted_at": datetime.now(UTC) - timedelta(hours=1), "deadline": 86_400}
+
+    worker.track("1")  # asked about in some seconds: the waiting run knows by then
+    worker.track(READY)  # not asked about at all
+    assert seen == []
+    job_id = worker.track("2", **long_ago)
+    assert seen == [3]
+    worker.track_many(["3", "4"], **long_ago)
+    assert seen == [3, 5]
+    with Session(door) as session:
+        worker.track("5", session=session, **long_ago)
+        session.rollback()
+    assert seen == [3, 5]
+    with Session(door) as session, session.begin():
+        worker.track("5", session=session, **long_ago)
+        assert seen == [3, 5]
+    assert seen == [3, 5, 6]
+    _set(door, job_id, due_at=datetime.now(UTC) + timedelta(hours=1))
+    assert worker.nudge("2") == 1
+    assert worker.nudge("nobody") == 0
+    assert seen == [3, 5, 6, 6]
+    _set(door, job_id, status="expired", due_at=None, completed_at=datetime.now(UTC), error_code="expired")
+    assert worker.retry(job_id)
+    assert not worker.retry(job_id)
+    assert seen == [3, 5, 6, 6, 6]
 
 
 def test_a_refused_job_leaves_the_callers_transaction_usable(door: Engine) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import Engine, Row, select, update
+from sqlalchemy.exc import OperationalError
 
+from worker import poller
 from worker.core.fetch_address import AllowedApi, fetch_address
 from worker.core.gate import refused
 from worker.core.pace import Pace
@@ -23,6 +25,7 @@ from worker.scrubber import Scrubber
 from worker.shared_budget import SharedBudget
 from worker.store.gates import locked_gate, save_gate
 from worker.store.jobs import NewJob, cancel, insert_jobs
+from worker.store.outcomes import record_answers
 from worker.tables import gates, jobs, outputs
 
 KEY = "sandbox-key"
@@ -196,6 +199,7 @@ def test_given_a_rate_limit_when_it_is_answered_then_the_whole_account_pauses(po
     gate = polls.gate("default")
     assert gate.reason == "rate limited"
     assert timedelta(seconds=29) < gate.until - gate.since <= timedelta(seconds=31)
+    assert 0 < gate.ceiling < 2_000, "what the API takes is learned"
     assert polls.row(jobs_in[0]).status == "pending"
 
 
@@ -341,3 +345,184 @@ def test_given_a_held_host_when_its_probe_is_due_then_only_an_account_that_may_b
 
     assert polls.row(held).polls == 1
     assert polls.gate(name).reason is None
+
+
+# ── who is asked first ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_given_a_crowd_of_one_account_when_another_has_a_few_then_the_few_do_not_wait_for_the_crowd(
+    engine: Engine, redis_url: str, sandbox: Sandbox
+) -> None:
+    polls = Polls(engine, redis_url, sandbox, crowd=KEY, few=KEY)
+    polls.track(submitted(sandbox, 1), account="crowd")
+    polls.track(submitted(sandbox, 1), account="few")
+    polls.until(lambda: polls.gate("crowd").proven and polls.gate("few").proven)
+    asked = len(sandbox.calls.fetches)
+    polls.track(submitted(sandbox, 1_500, samples=1), account="crowd")
+    few = submitted(sandbox, 5, samples=1)
+    polls.track(few, account="few")
+
+    polls.until(lambda: set(few) <= set(sandbox.calls.fetches))
+
+    order = list(sandbox.calls.fetches)[asked:]
+    assert max(order.index(one) for one in few) < 400, "the crowd was asked about first"
+
+
+def test_given_a_short_budget_when_jobs_are_due_then_the_important_and_then_the_longest_due_are_asked_first(
+    engine: Engine, redis_url: str, sandbox: Sandbox
+) -> None:
+    polls = Polls(engine, redis_url, sandbox, short=KEY)
+    with engine.connect() as connection:
+        now = database_now(connection)
+    polls.track(submitted(sandbox, 1), account="short")
+    polls.run()
+    asked = len(sandbox.calls.fetches)
+    polls.poller._rps = 40
+    late, early, important = (submitted(sandbox, 6, samples=1) for _ in range(3))
+    polls.track(late, account="short", due_at=now - timedelta(seconds=10))
+    polls.track(early, account="short", due_at=now - timedelta(seconds=60))
+    polls.track(important, account="short", priority=5)
+
+    polls.until(lambda: len(sandbox.calls.fetches) == asked + 18)
+
+    order = list(sandbox.calls.fetches)[asked:]
+    places = [sum(order.index(one) for one in group) / 6 for group in (important, early, late)]
+    assert places == sorted(places)
+    assert places[0] + 4 < places[1]
+    assert places[1] + 4 < places[2]
+
+
+# ── runs one after the other ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_given_a_run_that_is_on_when_another_begins_then_the_other_ends_at_once(polls: Polls) -> None:
+    first = threading.Thread(target=polls.run, args=(1.0,))
+    first.start()
+    time.sleep(0.1)
+
+    assert polls.poller.run() is None
+
+    first.join()
+
+
+def test_given_a_run_that_gives_way_when_another_begins_then_it_takes_over_at_once(polls: Polls) -> None:
+    reports: list[object] = []
+    first = threading.Thread(target=lambda: reports.append(polls.poller.run(seconds=30, gives_way=True)))
+    began = time.monotonic()
+    first.start()
+    time.sleep(0.1)
+
+    assert polls.poller.run(seconds=0.1) is not None
+
+    first.join(5)
+    assert reports[0] is not None
+    assert time.monotonic() - began < 3
+
+
+def test_given_a_run_that_waits_when_something_comes_due_and_it_is_woken_then_it_is_asked_about_at_once(
+    polls: Polls,
+) -> None:
+    polls.track(submitted(polls.sandbox, 1))
+    polls.run()
+    run = threading.Thread(target=polls.run, args=(5.0,))
+    run.start()
+    time.sleep(0.3)
+    (one,) = submitted(polls.sandbox, 1)
+    polls.track([one])
+    polls.poller.wake()
+    began = time.monotonic()
+    while one not in polls.sandbox.calls.fetches:
+        assert time.monotonic() - began < 2
+        time.sleep(0.002)
+    took = time.monotonic() - began
+    polls.poller.stop()
+    run.join()
+
+    assert took < 0.2, "without a wake-up it would have looked a second later"
+
+
+def test_given_a_stop_when_jobs_are_claimed_and_not_asked_then_they_are_due_again_at_once_and_uncounted(
+    engine: Engine, redis_url: str, sandbox: Sandbox
+) -> None:
+    polls = Polls(engine, redis_url, sandbox, slow=KEY)
+    polls.track(submitted(sandbox, 1), account="slow")
+    polls.run()
+    polls.poller._rps = 100
+    ids = polls.track(submitted(sandbox, 60, samples=1), account="slow")
+    gate = threading.Event()
+    ask = polls.poller._api.ask
+    polls.poller._calls._ask = lambda job: (gate.wait(10), ask(job.address, job.remote_id, SecretStr(KEY)))[1]
+    polls.poller._calls._most = 2
+    run = threading.Thread(target=polls.run, args=(20.0,))
+    run.start()
+    until = time.monotonic() + 5
+    while sum(polls.row(job).polls for job in ids) < 4 and time.monotonic() < until:
+        time.sleep(0.01)
+
+    polls.poller.stop()
+    time.sleep(0.2)
+    gate.set()
+    run.join(10)
+
+    rows = [polls.row(job) for job in ids]
+    assert not run.is_alive()
+    assert all(row.claim_token is None for row in rows)
+    assert sum(row.polls for row in rows) == sum(sandbox.calls.fetches[one.remote_id] for one in rows)
+    assert sum(row.polls for row in rows) <= 4
+    with engine.connect() as connection:
+        now = database_now(connection)
+    assert all(row.due_at <= now for row in rows if row.status == "pending")
+
+
+# ── the database in trouble ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_given_answers_that_came_when_the_database_is_away_then_the_next_run_writes_them_and_nobody_is_asked_twice(
+    polls: Polls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = polls.track(submitted(polls.sandbox, 1))
+    record, failures = record_answers, 3
+
+    def away(*arguments: Any, **options: Any) -> Any:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise OperationalError("UPDATE", {}, RuntimeError("the server closed the connection"))
+        return record(*arguments, **options)
+
+    monkeypatch.setattr(poller, "record_answers", away)
+    for _ in range(3):
+        with pytest.raises(OperationalError):
+            polls.run(1.0)
+        assert polls.row(ids[0]).status == "pending"
+    polls.run()
+
+    assert polls.row(ids[0]).status == "downloading"
+    assert set(polls.sandbox.calls.fetches.values()) == {1}
+    assert len(polls.queued) == 2
+
+
+@pytest.mark.parametrize("engine", ["postgresql"], indirect=True)  # SQLite writes anything
+def test_given_an_answer_that_no_statement_can_write_when_it_is_in_a_batch_then_its_job_alone_is_set_aside(
+    engine: Engine, redis_url: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    polls = Polls(engine, redis_url, sandbox)
+    polls.track(submitted(sandbox, 1))
+    polls.run()
+    remote_ids = submitted(sandbox, 20, samples=1)
+    ids = polls.track(remote_ids)
+    outcome = polls.poller._outcome
+
+    def spoilt(one: Any, *arguments: Any, **options: Any) -> Any:
+        made = outcome(one, *arguments, **options)
+        return replace(made, note="no text\x00") if one.job.remote_id == remote_ids[7] else made
+
+    monkeypatch.setattr(polls.poller, "_outcome", spoilt)
+    polls.until(lambda: all(polls.row(job).status != "pending" for job in ids))
+
+    rows = {row.remote_id: row for row in map(polls.row, ids)}
+    bad = rows.pop(remote_ids[7])
+    assert (bad.status, bad.error_code) == ("failed", "unwritable")
+    assert {row.status for row in rows.values()} == {"downloading"}
+    assert bad.id in polls.told
+    assert set(sandbox.calls.fetches.values()) == {1}

@@ -84,6 +84,11 @@ def test_deadlines_depend_on_the_kind_unless_one_is_set(
         ("SD_API_RPS", "inf"),
         ("SD_API_TIMEOUT", "0"),
         ("SD_API_TIMEOUT", "nan"),
+        ("SD_API_CA_BUNDLE", "/nowhere/bundle.pem"),
+        ("REQUESTS_CA_BUNDLE", "/nowhere/bundle.pem"),
+        ("SD_API_PROXY", f"user:{SECRET}@proxy.example:3128"),
+        ("SD_API_PROXY", f"socks5://user:{SECRET}@proxy.example"),
+        ("SD_API_PROXY", "http://"),
         ("STORAGE_URL", "outputs"),
         ("STORAGE_URL", "file:outputs"),
         ("STORAGE_URL", "file://outputs"),
@@ -226,6 +231,23 @@ def test_keys_by_account_and_the_single_key_wins_for_the_default(monkeypatch: py
         "shop": SECRET,
     }
     assert SECRET not in repr(settings) + str(settings) + repr(settings.keys) + str(settings.model_dump())
+
+
+def test_the_api_s_own_bundle_wins_and_only_a_proxy_that_was_asked_for_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundle that everybody knows counts too; the proxies of the environment do not."""
+    common, own = tmp_path / "common.pem", tmp_path / "own.pem"
+    for path in (common, own):
+        path.write_text("")
+    monkeypatch.setenv("HTTPS_PROXY", "http://somebody.example:3128")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(common))
+    assert (load().ca_bundle, load().proxy) == (str(common), None)
+    monkeypatch.setenv("SD_API_CA_BUNDLE", str(own))
+    monkeypatch.setenv("SD_API_PROXY", f"http://user:{SECRET}@proxy.example:3128")
+    settings = load()
+    assert (settings.ca_bundle, settings.proxy) == (str(own), f"http://user:{SECRET}@proxy.example:3128")
+    assert SECRET not in repr(settings) + str(settings.model_dump())
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from tests.benchmarks.rows import (
 from tests.benchmarks.server import PROCESSING
 from tests.benchmarks.stand import api, cpu_seconds
 from tests.benchmarks.table import Table
-from tests.benchmarks.transfer import measure_transfer
+from tests.benchmarks.transfer import measure_downloads, measure_transfer
 
 
 def server_speed(calls: int = 20_000) -> str:
@@ -63,6 +63,7 @@ def main() -> int:
         "recording": lambda table, folder: measure_recording(table, folder, rounds),
         "tracking": lambda table, folder: measure_tracking(table, folder, rounds),
         "transfer": lambda table, folder: measure_transfer(table, folder, rounds),
+        "downloads": lambda table, folder: measure_downloads(table, folder, rounds),
         "idle": lambda table, folder: measure_idle(table, folder, seconds * 5),
     }
     unknown = [name for name in options.parts if name not in parts]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psycopg
+import trustme
 
 from tests.servers import postgres, redis_server
 
@@ -64,14 +65,11 @@ def api(latency: float = 0.0, certificate: Path | None = None) -> Iterator[Api]:
 
 
 def make_certificate(folder: Path) -> Path:
-    """A self-signed certificate for localhost, with its key, in one file."""
-    key, certificate, both = folder / "key.pem", folder / "certificate.pem", folder / "both.pem"
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    kind = ["-x509", "-nodes", "-days", "2", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
-    files = ["-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(["openssl", "req", *kind, *files, *subject], check=True, capture_output=True)
-    both.write_text(key.read_text() + certificate.read_text())
-    return both
+    """One file with a certificate for localhost, its key, and the certificate of whoever signed it."""
+    authority, path = trustme.CA(), folder / "certificate.pem"
+    authority.issue_cert("localhost", "127.0.0.1").private_key_and_cert_chain_pem.write_to_path(path)
+    authority.cert_pem.write_to_path(path, append=True)
+    return path
 
 
 @dataclass
@@ -140,11 +138,11 @@ class Stand:
             time.sleep(0.1)
         return process.pid
 
-    def start_worker(self, number: int = 1) -> int:
-        """Starts a worker by the Procfile's line."""
+    def start_worker(self, number: int = 1, name: str = "worker") -> int:
+        """Starts a worker by the Procfile's line of this name."""
         lines = dict(line.split(": ", 1) for line in (ROOT / "Procfile").read_text().splitlines())
-        words = lines["worker"].replace("worker@%h", f"worker{number}@%h").split()
-        return self.start(str(BIN / words[0]), *words[1:], log=f"worker{number}.log")
+        words = lines[name].replace(f"{name}@%h", f"{name}{number}@%h").split()
+        return self.start(str(BIN / words[0]), *words[1:], log=f"{name}{number}.log")
 
     def stop(self) -> None:
         """Ends its processes."""

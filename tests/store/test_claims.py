@@ -27,7 +27,8 @@ from tests.rows import (
     taken,
 )
 from worker.core.lifecycle import AskAgain, End, GiveUp, Strikes
-from worker.store.claims import release_jobs, renew_leases, waiting_outputs
+from worker.store.claims import Level, release_jobs, renew_leases, waiting_levels, waiting_outputs
+from worker.store.jobs import waiting_accounts
 from worker.store.outcomes import Outcome, record_answers, record_attempt
 from worker.tables import bodies, jobs, outputs
 
@@ -122,6 +123,59 @@ def test_a_claim_takes_due_rows_of_its_account_only_the_most_important_then_the_
             order += [job.id for job in claim(connection, limit=1)]
 
     assert order == [important, old, young, unimportant]
+
+
+def test_what_waits_is_known_by_account_and_priority_with_its_first_due_time(engine: Engine) -> None:
+    """However many jobs there are: one line for each, the most important first; claimed ones with their lease."""
+    with engine.begin() as connection:
+        for number in range(30):
+            add_job(connection, f"a{number}", priority=number % 3, due_at=NOW + seconds(number))
+        add_job(connection, "b", account="shop", priority=-7, due_at=NOW - seconds(5))
+        add_job(connection, "c", account="other", due_at=NOW)
+        add_downloading(connection, "d", priority=9)
+        claim(connection, account="shop")
+
+        found = waiting_levels(connection, ["default", "shop", "nobody"])
+
+        assert found == [
+            Level("default", 2, NOW + seconds(2)),
+            Level("default", 1, NOW + seconds(1)),
+            Level("default", 0, NOW),
+            Level("shop", -7, NOW + LEASE),
+        ]
+        assert waiting_accounts(connection) == ["default", "other", "shop"]
+        assert waiting_levels(connection, []) == []
+
+
+@pytest.mark.parametrize("engine", ["postgresql"], indirect=True)
+def test_a_claim_reads_no_more_of_the_table_than_it_takes(engine: Engine) -> None:
+    """Whatever else is there: rows that are due later, less important, of others, or over."""
+    with engine.begin() as connection:
+        others: dict[str, dict[str, Any]] = {
+            "later": {"due_at": NOW + seconds(900)},
+            "less": {"priority": -1, "due_at": NOW - seconds(900)},
+            "foreign": {"account": "other", "due_at": NOW - seconds(900)},
+            "over": {"status": "completed", "due_at": None, "ready_at": NOW, "completed_at": NOW},
+            "due": {},
+        }
+        for name, changes in others.items():
+            connection.execute(jobs.insert(), [job_values(f"{name}{n}", **changes) for n in range(1_500)])
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("ANALYZE fetch_jobs")
+    plans: list[str] = []
+
+    def explain(connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if statement.startswith("WITH picked"):
+            cursor.execute("EXPLAIN (ANALYZE, TIMING OFF, SUMMARY OFF, COSTS OFF) " + statement, parameters)
+            plans.extend(row[0] for row in cursor.fetchall())
+
+    with engine.connect() as connection, connection.begin() as undone:
+        event.listen(connection, "before_cursor_execute", explain)
+        claim(connection, limit=100, priorities=[0])
+        undone.rollback()
+
+    assert any("Index Scan using ix_fetch_jobs_best" in line and "rows=100 " in line for line in plans), plans
+    assert not any("Seq Scan" in line or "Sort" in line or "Removed by Filter" in line for line in plans), plans
 
 
 def test_rows_on_a_shut_host_are_left_where_they_are(engine: Engine) -> None:

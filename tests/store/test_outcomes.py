@@ -6,9 +6,9 @@ from threading import Barrier
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, insert, select
+from sqlalchemy import Connection, Engine, event, insert, select
 
-from tests.rows import NOW, add_downloading, add_job, add_output, claim, job_of, output_of, seconds, taken
+from tests.rows import NOW, add_downloading, add_job, add_output, claim, job_of, job_values, output_of, seconds, taken
 from worker.core.lifecycle import (
     AskAgain,
     Deliver,
@@ -137,6 +137,33 @@ def test_a_batch_of_everything_is_written_in_one_go_and_counts_what_was_lost(eng
     assert (len(recorded.outputs), recorded.finished, recorded.lost) == (1, (over.id,), 1)
     states = [job_of(engine, job.id).status for job in (again, ready, over, gone)]
     assert states == ["pending", "downloading", "failed", "cancelled"]
+
+
+@pytest.mark.parametrize("engine", ["postgresql"], indirect=True)
+def test_a_large_batch_takes_few_statements_and_keeps_every_microsecond(engine: Engine) -> None:
+    """One per kind of outcome, however many answers there are; times travel exactly."""
+    statements: list[str] = []
+    odd = NOW.replace(microsecond=123_457)
+    with engine.begin() as connection:
+        connection.execute(jobs.insert(), [job_values(str(number)) for number in range(400)])
+        claimed = claim(connection, limit=400)
+        steps: list[Step] = [
+            AskAgain(Strikes(), "processing"),
+            AskAgain(Strikes(unknown=1, last=NOW), "unknown"),
+            Deliver((Link("https://cdn/a.png"), Link("https://cdn/b.png"))),
+            Deliver(()),
+            End("failed", "api_failed", "because"),
+        ]
+        batch = [Outcome(job, steps[number % 5], 1.5, "note") for number, job in enumerate(claimed)]
+        event.listen(connection, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
+        recorded = record_answers(connection, batch, now=odd)
+
+    assert len(statements) <= 6
+    assert (len(recorded.outputs), len(recorded.finished), recorded.lost) == (160, 160, 0)
+    with engine.connect() as connection:
+        waiting = connection.execute(select(jobs.c.due_at, jobs.c.asked_at).where(jobs.c.status == "pending")).all()
+    assert {tuple(row) for row in waiting} == {(odd + seconds(1.5), odd)}
+    assert len(waiting) == 160
 
 
 def test_a_very_long_answer_is_noted_in_short(engine: Engine) -> None:

@@ -1,0 +1,160 @@
+"""Calls in threads: nothing waits for the slowest, nothing is asked too early, nothing is lost."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import pytest
+
+from tests.rows import BASE, NOW
+from worker.calls import Asked, Calls
+from worker.core.fetch_address import FetchAddress
+from worker.core.lifecycle import JobFacts
+from worker.core.reply import ApiDown, Processing, Reply
+from worker.store.claims import ClaimedJob
+
+
+def job(number: int) -> ClaimedJob:
+    """A claimed job."""
+    name = str(number)
+    address = FetchAddress(f"{BASE}/{name}", BASE, "api.test")
+    facts = JobFacts("pending", NOW, NOW + timedelta(hours=1))
+    return ClaimedJob(number, "token", "default", name, "image", address, None, 1, NOW, facts)
+
+
+def collected(calls: Calls, count: int, seconds: float = 5.0) -> list[Asked]:
+    """So many answers, however they come."""
+    found: list[Asked] = []
+    until = time.monotonic() + seconds
+    while len(found) < count and time.monotonic() < until:
+        found += calls.answers(0.1, gather=0.0)
+    return found
+
+
+@pytest.fixture
+def opened() -> Iterator[threading.Event]:
+    """Lets calls end that wait for it; opened in the end in any case."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def waits_for(event: threading.Event, slow: set[int]) -> Callable[[ClaimedJob], Reply]:
+    """Asks, and for some jobs only once the event is set."""
+
+    def ask(one: ClaimedJob) -> Reply:
+        if one.id in slow:
+            event.wait(10)
+        return Processing()
+
+    return ask
+
+
+def test_given_a_slow_call_when_others_are_done_then_their_answers_come_and_their_places_are_free(
+    opened: threading.Event,
+) -> None:
+    calls = Calls(waits_for(opened, {1}), threads=2)
+    for number in range(1, 8):
+        calls.start(job(number), 0.0)
+
+    assert sorted(one.job.id for one in collected(calls, 6)) == [2, 3, 4, 5, 6, 7]
+    assert calls.outstanding == 1
+
+    opened.set()
+    assert [one.job.id for one in collected(calls, 1)] == [1]
+    assert calls.outstanding == 0
+
+
+def test_given_more_jobs_than_threads_when_asked_then_never_more_at_once_than_threads() -> None:
+    lock, now, most = threading.Lock(), 0, 0
+
+    def ask(_: ClaimedJob) -> Reply:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.01)
+        with lock:
+            now -= 1
+        return Processing()
+
+    calls = Calls(ask, threads=4)
+    for number in range(40):
+        calls.start(job(number), 0.0)
+
+    assert len(collected(calls, 40)) == 40
+    assert most == 4
+
+
+def test_given_few_jobs_when_asked_then_no_more_threads_are_started_than_are_needed(opened: threading.Event) -> None:
+    before = threading.active_count()
+    calls = Calls(waits_for(opened, {1, 2}), threads=128)
+    calls.start(job(1), 0.0)
+    calls.start(job(2), 0.0)
+
+    assert threading.active_count() == before + 2
+
+
+def test_given_a_moment_to_come_when_a_job_is_started_then_it_is_not_asked_before() -> None:
+    calls = Calls(lambda _: Processing(), threads=1)
+    moment = time.monotonic() + 0.15
+    calls.start(job(1), moment)
+
+    (one,) = collected(calls, 1)
+
+    assert moment <= one.sent < moment + 0.5
+
+
+def test_given_a_call_that_raises_when_asked_then_it_is_the_apis_trouble_and_the_thread_lives_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def ask(one: ClaimedJob) -> Reply:
+        if one.id == 1:
+            raise RuntimeError("an adapter of somebody's own")
+        return Processing()
+
+    calls = Calls(ask, threads=1)
+    calls.start(job(1), 0.0)
+    calls.start(job(2), 0.0)
+
+    replies = {one.job.id: one.reply for one in collected(calls, 2)}
+
+    assert isinstance(replies[1], ApiDown)
+    assert replies[2] == Processing()
+    assert "a call failed job=1" in caplog.text
+
+
+def test_given_a_stop_when_jobs_wait_for_a_thread_then_they_come_back_and_the_rest_is_finished(
+    opened: threading.Event,
+) -> None:
+    calls = Calls(waits_for(opened, {1}), threads=1)
+    for number in range(1, 5):
+        calls.start(job(number), 0.0)
+    until = time.monotonic() + 5
+    while calls._to_ask.qsize() > 3 and time.monotonic() < until:
+        time.sleep(0.001)  # the first one has begun
+
+    assert [one.id for one in calls.take_back()] == [2, 3, 4]
+    assert calls.outstanding == 1
+    opened.set()
+    assert [one.job.id for one in collected(calls, 1)] == [1]
+
+
+def test_given_nothing_to_come_when_answers_are_waited_for_then_it_ends_in_time_or_when_woken() -> None:
+    calls = Calls(lambda _: Processing(), threads=1)
+    began = time.monotonic()
+    assert calls.answers(0.05, gather=0.0) == []
+    assert 0.04 < time.monotonic() - began < 1.0
+
+    threading.Timer(0.05, calls.wake).start()
+    began = time.monotonic()
+    assert calls.answers(10.0, gather=0.0) == []
+    assert time.monotonic() - began < 5.0
+
+
+def test_given_a_probe_when_it_is_answered_then_the_answer_says_so() -> None:
+    calls = Calls(lambda _: Processing(), threads=1)
+    calls.start(job(1), 0.0, probe=True)
+
+    assert [one.probe for one in collected(calls, 1)] == [True]

@@ -1,0 +1,447 @@
+"""The lean way to the API, against real servers that keep connections: it stays `requests`, and opens few lines."""
+
+import http.server
+import json
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import requests
+import trustme
+from pydantic import SecretStr
+from requests.adapters import HTTPAdapter
+
+from tests.web import page, sends, web_server
+from worker import timed_http
+from worker.core.fetch_address import AllowedApi, fetch_address
+from worker.core.reply import ApiDown, Processing, Reply
+from worker.hosted_api import HostedApi
+from worker.lean_http import LeanAdapter
+from worker.scrubber import Scrubber
+from worker.timed_http import TimeLimit, lean_session, look_up, tls_context
+
+KEY = "canary-key-1c0de"
+PROCESSING = b'{"status": "processing"}'
+NAME = "localhost"
+
+
+@dataclass
+class Kept:
+    """A server that keeps connections open: how many were made, and what was asked on all of them."""
+
+    port: int = 0
+    scheme: str = "http"
+    connections: int = 0
+    asked: list[tuple[str, str, bytes]] = field(default_factory=list)
+    hangs_up: bool = False  # after each answer, without a word
+    says_close: bool = False
+    seconds: float = 0.0
+
+    @property
+    def origin(self) -> str:
+        """Its address."""
+        return f"{self.scheme}://{NAME}:{self.port}"
+
+    @property
+    def allowed(self) -> AllowedApi:
+        """The API at it."""
+        return AllowedApi(f"{self.origin}/api/v3", frozenset({f"{NAME}:{self.port}"}))
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    kept: ClassVar[Kept]
+
+    def setup(self) -> None:
+        super().setup()
+        self.kept.connections += 1
+
+    def do_POST(self) -> None:
+        """Says that the job is not ready."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.kept.asked.append((self.command, self.path, body))
+        time.sleep(self.kept.seconds)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(PROCESSING)))
+        if self.kept.says_close:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(PROCESSING)
+        self.wfile.flush()
+        if self.kept.hangs_up:
+            self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def handle_error(self, *_: object) -> None:
+        """Whoever hangs up in the middle is no news."""
+
+
+@contextmanager
+def keeping(context: ssl.SSLContext | None = None) -> Iterator[Kept]:
+    """A server on a free port of this machine."""
+    kept = Kept(scheme="https" if context else "http")
+    server = _Server(("127.0.0.1", 0), type("Bound", (_Handler,), {"kept": kept}))
+    kept.port = server.server_address[1]
+    if context is not None:
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield kept
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def kept() -> Iterator[Kept]:
+    """A plain one."""
+    with keeping() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    """Somebody who signs certificates, whom nobody but us knows."""
+    return trustme.CA()
+
+
+@pytest.fixture
+def bundle(authority: trustme.CA, tmp_path: Path) -> Path:
+    """A file that says whom to trust."""
+    path = tmp_path / "bundle.pem"
+    authority.cert_pem.write_to_path(path)
+    return path
+
+
+@pytest.fixture
+def secure(authority: trustme.CA) -> Iterator[Kept]:
+    """A server with a certificate for its name."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(NAME).configure_cert(context)
+    with keeping(context) as made:
+        yield made
+
+
+def _api(kept: Kept, **options: Any) -> HostedApi:
+    return HostedApi(kept.allowed, Scrubber([KEY]), **({"timeout": 5.0, "connections": 4} | options))
+
+
+def _ask(api: HostedApi, kept: Kept, remote_id: str = "1") -> Reply:
+    return api.ask(fetch_address(None, remote_id, kept.allowed), remote_id, SecretStr(KEY))
+
+
+def test_given_calls_one_after_the_other_when_the_server_keeps_connections_then_one_line_serves_them_all(
+    kept: Kept,
+) -> None:
+    api = _api(kept)
+
+    assert [_ask(api, kept, str(number)) for number in range(20)] == [Processing()] * 20
+
+    assert kept.connections == 1
+    assert [path for _, path, _ in kept.asked] == [f"/api/v3/fetch/{number}" for number in range(20)]
+    assert {body for _, _, body in kept.asked} == {json.dumps({"key": KEY}).encode()}
+
+
+def test_given_many_threads_when_they_ask_at_once_then_each_has_a_line_and_no_answer_goes_astray(kept: Kept) -> None:
+    kept.seconds = 0.05
+    api = _api(kept, connections=8)
+
+    with ThreadPoolExecutor(8) as threads:
+        replies = list(threads.map(lambda number: _ask(api, kept, str(number)), range(64)))
+
+    assert replies == [Processing()] * 64
+    assert sorted(int(path.rpartition("/")[2]) for _, path, _ in kept.asked) == list(range(64))
+    assert kept.connections <= 8
+
+
+def test_given_a_kept_line_that_the_server_has_closed_when_asked_again_then_a_new_one_is_opened(kept: Kept) -> None:
+    kept.hangs_up = True
+    api = _api(kept)
+
+    for number in range(5):
+        assert _ask(api, kept) == Processing()
+        time.sleep(0.05)  # a hang-up takes a moment to arrive
+        assert kept.connections == number + 1
+
+
+def test_given_a_server_that_announces_its_hang_up_when_asked_again_at_once_then_the_line_is_not_used_again(
+    kept: Kept,
+) -> None:
+    kept.says_close = True
+    api = _api(kept)
+
+    assert [_ask(api, kept) for _ in range(10)] == [Processing()] * 10
+
+    assert kept.connections == 10
+
+
+def test_given_an_answer_without_a_length_when_read_then_its_line_is_not_kept() -> None:
+    with web_server() as web:  # hangs up after each answer, as the end of it
+        web.serves("/api/v3/fetch/1", sends(b"HTTP/1.1 200 OK\r\n\r\n" + PROCESSING))
+        adapter = LeanAdapter(limit=1_000, connections=4)
+        request = requests.Request("POST", f"{web.url}/api/v3/fetch/1", data=b"{}").prepare()
+
+        assert adapter.send(request, timeout=(1.0, 1.0)).content == PROCESSING
+
+        assert not any(adapter._idle.values())
+
+
+def test_given_more_lines_than_wanted_when_they_are_done_then_only_so_many_are_kept(kept: Kept) -> None:
+    kept.seconds = 0.1
+    adapter = LeanAdapter(limit=1_000, connections=2)
+    request = requests.Request("POST", f"{kept.origin}/x", data=b"{}").prepare()
+
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(lambda _: adapter.send(request, timeout=(1.0, 1.0)), range(6)))
+
+    assert [len(lines) for lines in adapter._idle.values()] == [2]
+    adapter.close()
+    assert not any(adapter._idle.values())
+
+
+def test_given_an_adapter_of_the_users_own_when_mounted_then_every_call_goes_through_it(kept: Kept) -> None:
+    sent: list[str | None] = []
+
+    class Own(HTTPAdapter):
+        def send(self, request: requests.PreparedRequest, *arguments: Any, **options: Any) -> requests.Response:
+            sent.append(request.url)
+            return super().send(request, *arguments, **options)
+
+    api = _api(kept)
+    api.session.mount(kept.origin, Own())
+
+    assert _ask(api, kept) == Processing()
+
+    assert sent == [f"{kept.origin}/api/v3/fetch/1"]
+
+
+def test_given_a_plain_proxy_when_it_is_asked_for_then_calls_go_through_it_and_nothing_else_does(kept: Kept) -> None:
+    with web_server() as proxy:
+        proxy.serves(f"{kept.origin}/api/v3/fetch/1", page(200, PROCESSING))
+        api = _api(kept, proxy=f"http://user:word@127.0.0.1:{proxy.port}")
+
+        assert _ask(api, kept) == Processing()
+
+    [asked] = proxy.asked
+    assert asked.path == f"{kept.origin}/api/v3/fetch/1"
+    assert asked.headers["proxy-authorization"].startswith("Basic ")
+    assert kept.connections == 0
+
+
+def test_given_a_proxy_when_the_api_is_https_then_a_tunnel_is_dug_and_the_proxy_never_sees_the_key(
+    secure: Kept, bundle: Path
+) -> None:
+    with tunnels() as (port, seen):
+        api = _api(secure, proxy=f"http://127.0.0.1:{port}", ca_bundle=str(bundle))
+
+        assert [_ask(api, secure) for _ in range(3)] == [Processing()] * 3
+
+    assert secure.connections == 1
+    assert bytes(seen).startswith(f"CONNECT {NAME}:{secure.port}".encode())
+    assert KEY.encode() not in seen
+
+
+def test_given_a_proxy_that_digs_for_ever_when_asked_then_the_call_is_over_in_time(secure: Kept, bundle: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        api = _api(secure, proxy=proxy, ca_bundle=str(bundle), timeout=0.5)
+        started = time.monotonic()
+
+        assert isinstance(_ask(api, secure), ApiDown)
+
+        assert time.monotonic() - started < 1.5
+
+
+@contextmanager
+def tunnels() -> Iterator[tuple[int, bytearray]]:
+    """A proxy that digs tunnels: its port, and every byte that it saw."""
+    seen = bytearray()
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while block := source.recv(65_536):
+                seen.extend(block)
+                target.sendall(block)
+            target.shutdown(socket.SHUT_WR)
+
+    def serve(client: socket.socket) -> None:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += client.recv(65_536)
+        seen.extend(head)
+        host, _, port = head.split()[1].decode().partition(":")
+        far = socket.create_connection((host, int(port)))
+        client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        threading.Thread(target=pump, args=(far, client), daemon=True).start()
+        pump(client, far)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield listener.getsockname()[1], seen
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_given_a_bundle_when_the_server_s_certificate_is_signed_by_it_then_one_context_serves_every_line(
+    secure: Kept, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str | None] = []
+
+    def load(ca_bundle: str | None) -> ssl.SSLContext:
+        loaded.append(ca_bundle)
+        return tls_context(ca_bundle)
+
+    monkeypatch.setattr(timed_http, "tls_context", load)
+    secure.says_close = True
+    api = _api(secure, ca_bundle=str(bundle))
+
+    assert [_ask(api, secure) for _ in range(5)] == [Processing()] * 5
+
+    assert secure.connections == 5
+    assert loaded == [str(bundle)]
+
+
+def test_given_a_folder_of_certificates_when_named_as_the_bundle_then_it_is_used(tmp_path: Path) -> None:
+    assert tls_context(str(tmp_path)).cert_store_stats()["x509_ca"] == 0  # read as they are needed
+
+
+def test_given_a_certificate_that_nobody_trusts_when_asked_then_it_is_tls_trouble_and_nothing_was_sent(
+    secure: Kept,
+) -> None:
+    reply = _ask(_api(secure), secure)
+
+    assert isinstance(reply, ApiDown)
+    assert "TLS" in reply.message
+    assert secure.asked == []
+
+
+def test_given_a_certificate_for_another_name_when_asked_then_it_is_refused(
+    authority: trustme.CA, bundle: Path
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("elsewhere.test").configure_cert(context)
+    with keeping(context) as other:
+        reply = _ask(_api(other, ca_bundle=str(bundle)), other)
+
+        assert isinstance(reply, ApiDown)
+        assert "TLS" in reply.message
+        assert other.asked == []
+
+
+def test_given_a_handshake_that_drips_when_asked_then_the_call_is_over_in_time(bundle: Path) -> None:
+    def drip(client: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                time.sleep(0.1)
+                client.sendall(b"\x16\x03\x03\x40\x00"[:1])
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=lambda: drip(listener.accept()[0]), daemon=True).start()
+        silent = Kept(port=listener.getsockname()[1], scheme="https")
+        started = time.monotonic()
+
+        reply = _ask(_api(silent, ca_bundle=str(bundle), timeout=0.5), silent)
+
+    assert isinstance(reply, ApiDown)
+    assert time.monotonic() - started < 1.5
+
+
+# ── names ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_given_a_name_server_that_hangs_when_asked_then_the_call_is_over_in_time_and_the_look_up_is_not_repeated(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, looked_up = threading.Event(), list[str]()
+    real = socket.getaddrinfo
+
+    def hangs(host: Any, *arguments: Any, **options: Any) -> Any:
+        looked_up.append(str(host))
+        release.wait(10)
+        return real(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", hangs)
+    api = _api(kept, timeout=0.4)
+    started = time.monotonic()
+    with ThreadPoolExecutor(6) as threads:
+        replies = list(threads.map(lambda _: _ask(api, kept), range(6)))
+    took = time.monotonic() - started
+    release.set()
+
+    assert all(isinstance(reply, ApiDown) for reply in replies)
+    assert took < 1.4
+    assert looked_up == [NAME]
+
+
+def test_given_a_look_up_that_failed_when_it_is_made_again_then_it_is_tried_afresh(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers: list[Any] = [socket.gaierror("no such name"), [(socket.AF_INET, 1, 6, "", ("127.0.0.1", 80))]]
+
+    def answer(*_: Any, **__: Any) -> Any:
+        found = answers.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+
+    with pytest.raises(OSError, match="no such name"):
+        look_up("somewhere.test", 80, 2.0)
+    assert look_up("somewhere.test", 80, 2.0) == [(socket.AF_INET, ("127.0.0.1", 80))]
+
+
+def test_given_a_name_that_is_none_when_looked_up_then_it_is_an_ordinary_error() -> None:
+    with pytest.raises(OSError, match="label"):
+        look_up("a" * 70 + ".test", 80, 2.0)
+
+
+def test_given_an_address_when_looked_up_then_no_thread_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "Thread", None)
+
+    assert look_up("127.0.0.1", 80, 1.0) == [(socket.AF_INET, ("127.0.0.1", 80))]
+    assert look_up("::1", 80, 1.0)[0][0] == socket.AF_INET6
+
+
+def test_given_several_silent_addresses_when_connecting_then_all_together_take_no_longer_than_the_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.create_connection(full.getsockname()):
+        port = full.getsockname()[1]
+        fillers = []
+        for _ in range(8):  # what waits to be accepted fills up, and then nobody answers
+            filler = socket.socket()
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.1", port))
+            fillers.append(filler)
+        monkeypatch.setattr(timed_http, "look_up", lambda *_: [(socket.AF_INET, ("127.0.0.1", port))] * 20)
+        session = lean_session(LeanAdapter(limit=1_000, connections=2))
+        request = requests.Request("POST", f"http://{NAME}:{port}/x", data=b"{}").prepare()
+        started = time.monotonic()
+
+        with TimeLimit(0.6), pytest.raises(requests.RequestException):
+            session.get_adapter(request.url or "").send(request, timeout=(5.0, 5.0))
+
+        assert time.monotonic() - started < 1.6
+        for filler in fillers:
+            filler.close()
