@@ -1,6 +1,5 @@
 """Rows for tests of the store: jobs and outputs put in directly, at moments that a test tells."""
 
-from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -77,24 +76,15 @@ def claim(
     holder: str = "holder",
     now: datetime = NOW,
     account: str = "default",
-    shut_hosts: tuple[str, ...] = (),
     limit: int = 100,
-    priorities: Sequence[int] | None = None,
 ) -> list[ClaimedJob]:
-    """Claims due jobs for LEASE, of every priority that there is unless told otherwise."""
-    if priorities is None:
-        priorities = [level.priority for level in waiting_levels(connection, [account])]
-    return claim_jobs(
-        connection,
-        account=account,
-        priorities=priorities,
-        shut_hosts=list(shut_hosts),
-        limit=limit,
-        token=token,
-        holder=holder,
-        lease=LEASE,
-        now=now,
-    )
+    """Claims due jobs for LEASE, best first."""
+    claimed: list[ClaimedJob] = []
+    for level in waiting_levels(connection, [account]):
+        left = limit - len(claimed)
+        if left:
+            claimed += claim_jobs(connection, level, limit=left, token=token, holder=holder, lease=LEASE, now=now)
+    return claimed
 
 
 def take(

@@ -15,10 +15,10 @@ from worker.core.reply import ApiDown, Processing, Reply
 from worker.store.claims import ClaimedJob
 
 
-def job(number: int) -> ClaimedJob:
+def job(number: int, host: str = "api.test") -> ClaimedJob:
     """A claimed job."""
     name = str(number)
-    address = FetchAddress(f"{BASE}/{name}", BASE, "api.test")
+    address = FetchAddress(f"{BASE}/{name}", BASE, host)
     facts = JobFacts("pending", NOW, NOW + timedelta(hours=1))
     return ClaimedJob(number, "token", "default", name, "image", address, None, 1, NOW, facts)
 
@@ -87,6 +87,21 @@ def test_given_more_jobs_than_threads_when_asked_then_never_more_at_once_than_th
     assert most == 4
 
 
+def test_given_a_host_that_says_nothing_when_others_are_asked_then_they_do_not_wait_for_it(
+    opened: threading.Event,
+) -> None:
+    calls = Calls(waits_for(opened, set(range(10))), threads=2)
+    for number in range(10):
+        calls.start(job(number, "silent.test"), 0.0)
+    for number in range(10, 14):
+        calls.start(job(number), 0.0)
+
+    assert sorted(one.job.id for one in collected(calls, 4)) == [10, 11, 12, 13]
+    assert (calls.outstanding_at("silent.test"), calls.outstanding_at("api.test"), calls.outstanding) == (10, 0, 10)
+    assert [one.id for one in calls.take_back()] == list(range(2, 10))
+    assert calls.outstanding_at("silent.test") == 2
+
+
 def test_given_few_jobs_when_asked_then_no_more_threads_are_started_than_are_needed(opened: threading.Event) -> None:
     before = threading.active_count()
     calls = Calls(waits_for(opened, {1, 2}), threads=128)
@@ -132,7 +147,7 @@ def test_given_a_stop_when_jobs_wait_for_a_thread_then_they_come_back_and_the_re
     for number in range(1, 5):
         calls.start(job(number), 0.0)
     until = time.monotonic() + 5
-    while calls._to_ask.qsize() > 3 and time.monotonic() < until:
+    while calls._lanes["api.test"].to_ask.qsize() > 3 and time.monotonic() < until:
         time.sleep(0.001)  # the first one has begun
 
     assert [one.id for one in calls.take_back()] == [2, 3, 4]

@@ -58,6 +58,7 @@ class Kept:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = 65_536  # an answer goes out in one piece
     kept: ClassVar[Kept]
 
     def setup(self) -> None:
@@ -138,8 +139,25 @@ def secure(authority: trustme.CA) -> Iterator[Kept]:
         yield made
 
 
-def _api(kept: Kept, **options: Any) -> HostedApi:
-    return HostedApi(kept.allowed, Scrubber([KEY]), **({"timeout": 5.0, "connections": 4} | options))
+class Apis:
+    """Makes `HostedApi`s, and closes their lines in the end."""
+
+    def __init__(self) -> None:
+        self.made: list[HostedApi] = []
+
+    def __call__(self, kept: Kept, **options: Any) -> HostedApi:
+        """One for a server."""
+        self.made.append(HostedApi(kept.allowed, Scrubber([KEY]), **({"timeout": 5.0, "connections": 4} | options)))
+        return self.made[-1]
+
+
+@pytest.fixture
+def api_of() -> Iterator[Apis]:
+    """Makes them."""
+    apis = Apis()
+    yield apis
+    for api in apis.made:
+        api.session.close()
 
 
 def _ask(api: HostedApi, kept: Kept, remote_id: str = "1") -> Reply:
@@ -147,9 +165,9 @@ def _ask(api: HostedApi, kept: Kept, remote_id: str = "1") -> Reply:
 
 
 def test_given_calls_one_after_the_other_when_the_server_keeps_connections_then_one_line_serves_them_all(
-    kept: Kept,
+    kept: Kept, api_of: Apis
 ) -> None:
-    api = _api(kept)
+    api = api_of(kept)
 
     assert [_ask(api, kept, str(number)) for number in range(20)] == [Processing()] * 20
 
@@ -158,9 +176,11 @@ def test_given_calls_one_after_the_other_when_the_server_keeps_connections_then_
     assert {body for _, _, body in kept.asked} == {json.dumps({"key": KEY}).encode()}
 
 
-def test_given_many_threads_when_they_ask_at_once_then_each_has_a_line_and_no_answer_goes_astray(kept: Kept) -> None:
+def test_given_many_threads_when_they_ask_at_once_then_each_has_a_line_and_no_answer_goes_astray(
+    kept: Kept, api_of: Apis
+) -> None:
     kept.seconds = 0.05
-    api = _api(kept, connections=8)
+    api = api_of(kept, connections=8)
 
     with ThreadPoolExecutor(8) as threads:
         replies = list(threads.map(lambda number: _ask(api, kept, str(number)), range(64)))
@@ -170,9 +190,11 @@ def test_given_many_threads_when_they_ask_at_once_then_each_has_a_line_and_no_an
     assert kept.connections <= 8
 
 
-def test_given_a_kept_line_that_the_server_has_closed_when_asked_again_then_a_new_one_is_opened(kept: Kept) -> None:
+def test_given_a_kept_line_that_the_server_has_closed_when_asked_again_then_a_new_one_is_opened(
+    kept: Kept, api_of: Apis
+) -> None:
     kept.hangs_up = True
-    api = _api(kept)
+    api = api_of(kept)
 
     for number in range(5):
         assert _ask(api, kept) == Processing()
@@ -181,10 +203,10 @@ def test_given_a_kept_line_that_the_server_has_closed_when_asked_again_then_a_ne
 
 
 def test_given_a_server_that_announces_its_hang_up_when_asked_again_at_once_then_the_line_is_not_used_again(
-    kept: Kept,
+    kept: Kept, api_of: Apis
 ) -> None:
     kept.says_close = True
-    api = _api(kept)
+    api = api_of(kept)
 
     assert [_ask(api, kept) for _ in range(10)] == [Processing()] * 10
 
@@ -215,7 +237,9 @@ def test_given_more_lines_than_wanted_when_they_are_done_then_only_so_many_are_k
     assert not any(adapter._idle.values())
 
 
-def test_given_an_adapter_of_the_users_own_when_mounted_then_every_call_goes_through_it(kept: Kept) -> None:
+def test_given_an_adapter_of_the_users_own_when_mounted_then_every_call_goes_through_it(
+    kept: Kept, api_of: Apis
+) -> None:
     sent: list[str | None] = []
 
     class Own(HTTPAdapter):
@@ -223,7 +247,7 @@ def test_given_an_adapter_of_the_users_own_when_mounted_then_every_call_goes_thr
             sent.append(request.url)
             return super().send(request, *arguments, **options)
 
-    api = _api(kept)
+    api = api_of(kept)
     api.session.mount(kept.origin, Own())
 
     assert _ask(api, kept) == Processing()
@@ -231,10 +255,12 @@ def test_given_an_adapter_of_the_users_own_when_mounted_then_every_call_goes_thr
     assert sent == [f"{kept.origin}/api/v3/fetch/1"]
 
 
-def test_given_a_plain_proxy_when_it_is_asked_for_then_calls_go_through_it_and_nothing_else_does(kept: Kept) -> None:
+def test_given_a_plain_proxy_when_it_is_asked_for_then_calls_go_through_it_and_nothing_else_does(
+    kept: Kept, api_of: Apis
+) -> None:
     with web_server() as proxy:
         proxy.serves(f"{kept.origin}/api/v3/fetch/1", page(200, PROCESSING))
-        api = _api(kept, proxy=f"http://user:word@127.0.0.1:{proxy.port}")
+        api = api_of(kept, proxy=f"http://user:word@127.0.0.1:{proxy.port}")
 
         assert _ask(api, kept) == Processing()
 
@@ -245,10 +271,10 @@ def test_given_a_plain_proxy_when_it_is_asked_for_then_calls_go_through_it_and_n
 
 
 def test_given_a_proxy_when_the_api_is_https_then_a_tunnel_is_dug_and_the_proxy_never_sees_the_key(
-    secure: Kept, bundle: Path
+    secure: Kept, bundle: Path, api_of: Apis
 ) -> None:
     with tunnels() as (port, seen):
-        api = _api(secure, proxy=f"http://127.0.0.1:{port}", ca_bundle=str(bundle))
+        api = api_of(secure, proxy=f"http://127.0.0.1:{port}", ca_bundle=str(bundle))
 
         assert [_ask(api, secure) for _ in range(3)] == [Processing()] * 3
 
@@ -257,10 +283,12 @@ def test_given_a_proxy_when_the_api_is_https_then_a_tunnel_is_dug_and_the_proxy_
     assert KEY.encode() not in seen
 
 
-def test_given_a_proxy_that_digs_for_ever_when_asked_then_the_call_is_over_in_time(secure: Kept, bundle: Path) -> None:
+def test_given_a_proxy_that_digs_for_ever_when_asked_then_the_call_is_over_in_time(
+    secure: Kept, bundle: Path, api_of: Apis
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        api = _api(secure, proxy=proxy, ca_bundle=str(bundle), timeout=0.5)
+        api = api_of(secure, proxy=proxy, ca_bundle=str(bundle), timeout=0.5)
         started = time.monotonic()
 
         assert isinstance(_ask(api, secure), ApiDown)
@@ -281,15 +309,21 @@ def tunnels() -> Iterator[tuple[int, bytearray]]:
             target.shutdown(socket.SHUT_WR)
 
     def serve(client: socket.socket) -> None:
+        with client:
+            dig(client)
+
+    def dig(client: socket.socket) -> None:
         head = b""
         while b"\r\n\r\n" not in head:
             head += client.recv(65_536)
         seen.extend(head)
         host, _, port = head.split()[1].decode().partition(":")
-        far = socket.create_connection((host, int(port)))
-        client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-        threading.Thread(target=pump, args=(far, client), daemon=True).start()
-        pump(client, far)
+        with socket.create_connection((host, int(port))) as far:
+            client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            back = threading.Thread(target=pump, args=(far, client), daemon=True)
+            back.start()
+            pump(client, far)
+            back.join()
 
     def accept() -> None:
         with suppress(OSError):
@@ -303,7 +337,7 @@ def tunnels() -> Iterator[tuple[int, bytearray]]:
 
 
 def test_given_a_bundle_when_the_server_s_certificate_is_signed_by_it_then_one_context_serves_every_line(
-    secure: Kept, bundle: Path, monkeypatch: pytest.MonkeyPatch
+    secure: Kept, bundle: Path, monkeypatch: pytest.MonkeyPatch, api_of: Apis
 ) -> None:
     loaded: list[str | None] = []
 
@@ -313,7 +347,7 @@ def test_given_a_bundle_when_the_server_s_certificate_is_signed_by_it_then_one_c
 
     monkeypatch.setattr(timed_http, "tls_context", load)
     secure.says_close = True
-    api = _api(secure, ca_bundle=str(bundle))
+    api = api_of(secure, ca_bundle=str(bundle))
 
     assert [_ask(api, secure) for _ in range(5)] == [Processing()] * 5
 
@@ -326,9 +360,9 @@ def test_given_a_folder_of_certificates_when_named_as_the_bundle_then_it_is_used
 
 
 def test_given_a_certificate_that_nobody_trusts_when_asked_then_it_is_tls_trouble_and_nothing_was_sent(
-    secure: Kept,
+    secure: Kept, api_of: Apis
 ) -> None:
-    reply = _ask(_api(secure), secure)
+    reply = _ask(api_of(secure), secure)
 
     assert isinstance(reply, ApiDown)
     assert "TLS" in reply.message
@@ -336,21 +370,21 @@ def test_given_a_certificate_that_nobody_trusts_when_asked_then_it_is_tls_troubl
 
 
 def test_given_a_certificate_for_another_name_when_asked_then_it_is_refused(
-    authority: trustme.CA, bundle: Path
+    authority: trustme.CA, bundle: Path, api_of: Apis
 ) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("elsewhere.test").configure_cert(context)
     with keeping(context) as other:
-        reply = _ask(_api(other, ca_bundle=str(bundle)), other)
+        reply = _ask(api_of(other, ca_bundle=str(bundle)), other)
 
         assert isinstance(reply, ApiDown)
         assert "TLS" in reply.message
         assert other.asked == []
 
 
-def test_given_a_handshake_that_drips_when_asked_then_the_call_is_over_in_time(bundle: Path) -> None:
+def test_given_a_handshake_that_drips_when_asked_then_the_call_is_over_in_time(bundle: Path, api_of: Apis) -> None:
     def drip(client: socket.socket) -> None:
-        with suppress(OSError):
+        with client, suppress(OSError):
             while True:
                 time.sleep(0.1)
                 client.sendall(b"\x16\x03\x03\x40\x00"[:1])
@@ -360,7 +394,7 @@ def test_given_a_handshake_that_drips_when_asked_then_the_call_is_over_in_time(b
         silent = Kept(port=listener.getsockname()[1], scheme="https")
         started = time.monotonic()
 
-        reply = _ask(_api(silent, ca_bundle=str(bundle), timeout=0.5), silent)
+        reply = _ask(api_of(silent, ca_bundle=str(bundle), timeout=0.5), silent)
 
     assert isinstance(reply, ApiDown)
     assert time.monotonic() - started < 1.5
@@ -370,7 +404,7 @@ def test_given_a_handshake_that_drips_when_asked_then_the_call_is_over_in_time(b
 
 
 def test_given_a_name_server_that_hangs_when_asked_then_the_call_is_over_in_time_and_the_look_up_is_not_repeated(
-    kept: Kept, monkeypatch: pytest.MonkeyPatch
+    kept: Kept, monkeypatch: pytest.MonkeyPatch, api_of: Apis
 ) -> None:
     release, looked_up = threading.Event(), list[str]()
     real = socket.getaddrinfo
@@ -381,7 +415,7 @@ def test_given_a_name_server_that_hangs_when_asked_then_the_call_is_over_in_time
         return real(host, *arguments, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", hangs)
-    api = _api(kept, timeout=0.4)
+    api = api_of(kept, timeout=0.4)
     started = time.monotonic()
     with ThreadPoolExecutor(6) as threads:
         replies = list(threads.map(lambda _: _ask(api, kept), range(6)))

@@ -3,7 +3,9 @@
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
@@ -30,24 +32,39 @@ class _ToAsk:
     probe: bool
 
 
+class _Lane:
+    """The calls to one host: another that is slow or silent keeps none of them waiting."""
+
+    def __init__(self) -> None:
+        self.to_ask: SimpleQueue[_ToAsk] = SimpleQueue()
+        self.threads = 0
+        self.outstanding = 0
+
+
 class Calls:
-    """Up to `threads` calls at once. All but `wake` is for the one thread that runs the show."""
+    """Up to `threads` calls at once to each host. All but `wake` is for the one thread that runs the show."""
 
     def __init__(self, ask: Callable[[ClaimedJob], Reply], *, threads: int) -> None:
         self._ask = ask
         self._most = threads
-        self._started = 0
-        self._to_ask: SimpleQueue[_ToAsk] = SimpleQueue()
+        self._lanes: defaultdict[str, _Lane] = defaultdict(_Lane)
         self._inbox: SimpleQueue[Asked | None] = SimpleQueue()
         self.outstanding = 0
 
+    def outstanding_at(self, host: str) -> int:
+        """Jobs that are being asked about at this host, or are to be."""
+        return self._lanes[host].outstanding
+
     def start(self, job: ClaimedJob, moment: float, *, probe: bool = False) -> None:
         """Asks about a job, not before `moment` by the monotonic clock."""
+        lane = self._lanes[job.address.host]
+        lane.outstanding += 1
         self.outstanding += 1
-        self._to_ask.put(_ToAsk(job, moment, probe))
-        if self._started < min(self._most, self.outstanding):
-            self._started += 1
-            threading.Thread(target=self._run, name=f"ask-{self._started}", daemon=True).start()
+        lane.to_ask.put(_ToAsk(job, moment, probe))
+        if lane.threads < min(self._most, lane.outstanding):
+            lane.threads += 1
+            name = f"ask-{job.address.host}-{lane.threads}"
+            threading.Thread(target=self._run, args=(lane.to_ask,), name=name, daemon=True).start()
 
     def wake(self) -> None:
         """Ends the wait of `answers`."""
@@ -66,22 +83,25 @@ class Calls:
             one = self._inbox.get()
             if one is not None:
                 found.append(one)
+        for one in found:
+            self._lanes[one.job.address.host].outstanding -= 1
         self.outstanding -= len(found)
         return found
 
     def take_back(self) -> list[ClaimedJob]:
         """The jobs that no thread has begun with; nobody will."""
-        back = []
-        while True:
-            try:
-                back.append(self._to_ask.get_nowait().job)
-            except Empty:
-                self.outstanding -= len(back)
-                return back
+        back: list[ClaimedJob] = []
+        for lane in self._lanes.values():
+            with suppress(Empty):
+                while True:
+                    back.append(lane.to_ask.get_nowait().job)
+                    lane.outstanding -= 1
+        self.outstanding -= len(back)
+        return back
 
-    def _run(self) -> None:
+    def _run(self, to_ask: "SimpleQueue[_ToAsk]") -> None:
         while True:
-            one = self._to_ask.get()
+            one = to_ask.get()
             early = one.moment - time.monotonic()
             if early > 0:
                 time.sleep(early)

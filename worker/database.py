@@ -26,6 +26,8 @@ FULL_SECONDS = 10.0  # how long a server without a free connection is asked agai
 FULL = ("too many clients", "too many connections", "remaining connection slots")
 MISSING_STATES = ("42P01", "42703")  # PostgreSQL's codes for an undefined table and an undefined column
 
+RELAXED = "fetch_worker_relaxed"  # an execution option: no harm is done if a crash of the server undoes the commit
+
 _USED = "fetch-worker: when the connection was last given back"
 _CLOCK = "fetch-worker: the database's time, and the monotonic time at which it was read"
 
@@ -126,10 +128,11 @@ def _begin_immediate(connection: Connection) -> None:
 def _bound_postgres(connection: Connection) -> None:
     """Sets the transaction's zone and time-outs and reads the clock, in one round trip. Nothing outlives it."""
     cursor: Any = connection.connection.cursor()
+    relaxed = "SET LOCAL synchronous_commit = off; " if connection.get_execution_options().get(RELAXED) else ""
     with cursor:
         cursor.execute(
             f"SET LOCAL timezone = 'UTC'; SET LOCAL lock_timeout = '{LOCK_TIMEOUT_SECONDS}s';"
-            f" SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT_SECONDS}s'; SELECT clock_timestamp()"
+            f" SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT_SECONDS}s'; {relaxed}SELECT clock_timestamp()"
         )
         while cursor.nextset():
             pass

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from zlib import crc32
 
 from sqlalchemy import Connection, Row, event
+from sqlalchemy.orm import Session, scoped_session
 
 from worker.core.fetch_address import ACCOUNT, SYNTHETIC_ID, FetchAddress, checked_remote_id, family, fetch_address
 from worker.core.lifecycle import FINAL_STATES
@@ -28,6 +29,7 @@ SOON_SECONDS = 1.0  # a waiting poll run looks at least this often by itself
 MAX_REFERENCE = 255
 MAX_KIND = 64
 PRIORITY_LIMIT = 1_000
+_WAKES = "fetch-worker: something is due soon that this session tracked"
 
 
 class TrackingSession(Protocol):
@@ -117,7 +119,7 @@ def tracked(
         with connected(connection.engine.url):
             answer, soon = _insert(connection, settings, wanted, plans)
         if soon:
-            event.listen(connection, "commit", lambda _: _wake(settings), once=True)
+            _wake_after_commit(session)
         return answer
     with _transaction(settings) as connection:
         answer, soon = _insert(connection, settings, wanted, plans)
@@ -364,6 +366,27 @@ def _settings() -> Settings:
 @cache
 def _wake_ups(redis_url: str) -> WakeUps:
     return WakeUps(redis_url)
+
+
+def _wake_after_commit(session: TrackingSession) -> None:
+    """Wakes once the rows are there for everybody. Other sessions than SQLAlchemy's wait for the next look."""
+    own = session() if isinstance(session, scoped_session) else session
+    if isinstance(own, Session):
+        if _WAKES not in own.info:
+            event.listen(own, "after_commit", _committed)
+            event.listen(own, "after_rollback", _rolled_back)
+        own.info[_WAKES] = True
+
+
+def _committed(session: Session) -> None:
+    if session.info[_WAKES] and not session.in_nested_transaction():
+        session.info[_WAKES] = False
+        _wake(_settings())
+
+
+def _rolled_back(session: Session) -> None:
+    if not session.in_nested_transaction():
+        session.info[_WAKES] = False
 
 
 def _wake(settings: Settings) -> None:

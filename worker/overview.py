@@ -13,7 +13,7 @@ from worker.database import database_now
 from worker.settings import Settings
 from worker.store.claims import waiting_levels
 from worker.store.gates import all_gates, last_asked
-from worker.store.jobs import counts, oldest_due, waiting_accounts
+from worker.store.jobs import counts, waiting_accounts
 
 HEALTHY_SECONDS = 30.0  # due work is done within it, or a request was made within it
 
@@ -48,12 +48,9 @@ def overview(connection: Connection, settings: Settings) -> Overview:
     names = sorted({*waiting, *settings.keys, *(name for scope, name in known if scope == "account")})
     accounts = [_account(name, known, waiting, settings, now) for name in names]
     free = [state.account for state in accounts if state.reason is None]
-    shut = _shut_hosts(known, now)
+    shut = [gate.name for gate in known.values() if gate.scope == "host" and gate.held(now)]
     since = [
-        due
-        for level in levels
-        if level.account in free and level.due_at <= now
-        if (due := oldest_due(connection, level.account, level.priority, shut, now=now)) is not None
+        level.due_at for level in levels if level.due_at <= now and level.account in free and level.host not in shut
     ]
     oldest = max(0.0, (now - min(since)).total_seconds()) if since else 0.0
     asked = last_asked(connection)
@@ -65,10 +62,6 @@ def overview(connection: Connection, settings: Settings) -> Overview:
         oldest_due_seconds=round(oldest, 3),
         healthy=oldest <= HEALTHY_SECONDS or working,
     )
-
-
-def _shut_hosts(known: Mapping[tuple[Scope, str], Gate], now: datetime) -> list[str]:
-    return [gate.name for gate in known.values() if gate.scope == "host" and gate.held(now)]
 
 
 def _account(

@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
@@ -24,10 +24,10 @@ from worker.core.gate import Gate, Heard, Limit, Scope
 from worker.core.lifecycle import AskAgain, End, JobFacts, after_answer, note_of
 from worker.core.pace import Pace, Waiting
 from worker.core.reply import ApiDown, Processing, RateLimited, Reply
-from worker.database import database_now
+from worker.database import RELAXED, database_now
 from worker.hosted_api import HostedApi
 from worker.leases import LeaseKeeper
-from worker.shared_budget import SharedBudget
+from worker.shared_budget import Grant, SharedBudget
 from worker.store.claims import ClaimedJob, Level, claim_jobs, release_jobs, waiting_levels
 from worker.store.gates import all_gates, locked_gate, mark_asked, save_gate
 from worker.store.outcomes import Outcome, Recorded, record_answers, set_aside
@@ -35,7 +35,7 @@ from worker.store.outcomes import Outcome, Recorded, record_answers, set_aside
 log = logging.getLogger(__name__)
 
 IN_FLIGHT = 128
-CLAIM_MOST = 500
+CLAIM_MOST = 200
 AHEAD_SECONDS = 0.3  # claimed ahead: what the threads ask about while a batch is recorded and the next one claimed
 AHEAD_SHARE = 0.05  # but no more than this of a second's budget, which a stalled API could get at once
 IDLE_SECONDS = 1.0
@@ -109,6 +109,7 @@ class Poller:
         tell: Callable[[Sequence[int]], None],
     ) -> None:
         self._engine = engine
+        self._claims = engine.execution_options(**{RELAXED: True})  # a claim that is undone is made again
         self._api = api
         self._budget = budget
         self._leases = leases
@@ -226,32 +227,47 @@ class Poller:
 
     def _look(self) -> bool:
         """Claims and starts what is due, and sets when to look again; whether it found something."""
-        room = IN_FLIGHT + self._ahead() - self._calls.outstanding
-        if room < ROOM_LEAST and self._calls.outstanding:
+        if self._no_room():
             self._look_at = time.monotonic() + LOOK_SECONDS
             return False
         view = self._current_view()
         now = view.time()
-        shut = [gate.name for gate in view.gates.values() if gate.scope == "host" and gate.allows(now) != "all"]
-        due: dict[str, list[int]] = {}
+        due: dict[str, list[Level]] = {}
         for level in view.levels:
             if level.due_at <= now:
-                due.setdefault(level.account, []).append(level.priority)
+                due.setdefault(level.account, []).append(level)
         allowed = {account: view.gate("account", account).allows(now) for account in due}
+        hosts = {level.host: view.gate("host", level.host).allows(now) for levels in due.values() for level in levels}
+        open_levels = {
+            account: [level for level in levels if hosts[level.host] == "all"] for account, levels in due.items()
+        }
         started, more, wait = self._claim(
-            {account: due[account] for account in due if allowed[account] == "all"}, shut, room, view
+            {account: levels for account, levels in open_levels.items() if levels and allowed[account] == "all"}, view
         )
-        for account in due:
+        for account, levels in open_levels.items():
             if allowed[account] == "one":
-                started += self._probe(account, due[account], [("account", account)], shut_hosts=shut)
-        for name in shut:
-            if view.gate("host", name).allows(now) == "one":
-                started += self._probe_host(name, due, view, now)
+                started += self._probe(levels, [("account", account)])
+        for host, may in hosts.items():
+            if may == "one":
+                started += self._probe_host(host, due, allowed)
         self._found_nothing = 0 if started else self._found_nothing + 1
         pause = min(wait, self._until_due(view, allowed)) if not started else 0.0 if more else LOOK_SECONDS
         self._stale = not more  # where a claim came back full, what was due still is
         self._look_at = time.monotonic() + pause
         return started > 0
+
+    def _no_room(self) -> bool:
+        """Whether every host that anything waits for has enough to do, as far as is known from a recent look."""
+        view = self._view
+        if view is None or not view.levels or time.monotonic() - view.seen >= VIEW_SECONDS:
+            return False
+        return not any(self._room(level.host) for level in view.levels)
+
+    def _room(self, host: str) -> int:
+        """How many more jobs may be claimed for a host."""
+        outstanding = self._calls.outstanding_at(host)
+        room = IN_FLIGHT + self._ahead() - outstanding
+        return 0 if outstanding and room < ROOM_LEAST else room
 
     def _current_view(self) -> _View:
         view = self._view
@@ -275,29 +291,19 @@ class Poller:
             soon = min(soon, LOOK_SECONDS * 2 ** min(self._found_nothing, 5))
         return min(max(soon, 0.001), IDLE_SECONDS)
 
-    def _claim(
-        self, due: Mapping[str, Sequence[int]], shut_hosts: Sequence[str], room: int, view: _View
-    ) -> tuple[int, bool, float]:
+    def _claim(self, due: Mapping[str, Sequence[Level]], view: _View) -> tuple[int, bool, float]:
         """Takes jobs of these accounts: (how many, whether there may be more, seconds until the budget has more)."""
-        if not due:
-            return 0, False, IDLE_SECONDS
-        share = min(CLAIM_MOST, -(-room // len(due)))  # no account takes the places of another
+        room = {level.host: self._room(level.host) for levels in due.values() for level in levels}
+        if not any(room.values()):
+            return 0, False, LOOK_SECONDS if due else IDLE_SECONDS
+        share = min(CLAIM_MOST, -(-sum(room.values()) // len(due)))  # no account takes the places of another
         now = view.time()
-        grants = {
-            account: self._budget.take(account, share, rate=view.gate("account", account).rate(self._rps, now))
-            for account in due
-        }
-        claimed: dict[str, list[ClaimedJob]] = {}
-        wanted = {account: grant for account, grant in grants.items() if grant.moments}
-        if wanted:
-            began = time.monotonic()
-            with self._engine.begin() as connection:
-                now = database_now(connection)
-                token = secrets.token_hex(8)
-                for account, grant in sorted(wanted.items()):
-                    taken = self._take(connection, account, due[account], len(grant.moments), now, token, shut_hosts)
-                    claimed[account] = self._permitted(connection, taken, now)
-            log.debug("claimed jobs=%s ms=%.1f", sum(map(len, claimed.values())), 1e3 * (time.monotonic() - began))
+        grants: dict[str, Grant] = {}
+        for account, levels in due.items():
+            wanted = min(share, sum(room[host] for host in {level.host for level in levels}))
+            rate = view.gate("account", account).rate(self._rps, now)
+            grants[account] = self._budget.take(account, wanted, rate=rate)
+        claimed = self._claim_granted(due, {account: len(one.moments) for account, one in grants.items()}, room)
         for account, jobs in claimed.items():
             grant = grants[account]
             for job, moment in zip(jobs, grant.moments, strict=False):
@@ -307,23 +313,30 @@ class Poller:
         wait = max(LOOK_SECONDS, min(grant.wait for grant in grants.values()))
         return sum(map(len, claimed.values())), more, wait
 
-    def _take(
-        self,
-        connection: Connection,
-        account: str,
-        priorities: Iterable[int],
-        limit: int,
-        now: datetime,
-        token: str,
-        shut_hosts: Sequence[str] = (),
-        host: str | None = None,
-    ) -> list[ClaimedJob]:
+    def _claim_granted(
+        self, due: Mapping[str, Sequence[Level]], granted: Mapping[str, int], room: dict[str, int]
+    ) -> dict[str, list[ClaimedJob]]:
+        claimed: dict[str, list[ClaimedJob]] = {account: [] for account, count in granted.items() if count}
+        if not claimed:
+            return claimed
+        began = time.monotonic()
+        with self._claims.begin() as connection:
+            now = database_now(connection)
+            token = secrets.token_hex(8)
+            for account in sorted(claimed):
+                for level in due[account]:
+                    most = min(granted[account] - len(claimed[account]), room[level.host])
+                    if most > 0:
+                        found = self._take(connection, level, most, now, token)
+                        room[level.host] -= len(found)
+                        claimed[account] += self._permitted(connection, found, now)
+        log.debug("claimed jobs=%s ms=%.1f", sum(map(len, claimed.values())), 1e3 * (time.monotonic() - began))
+        return claimed
+
+    def _take(self, connection: Connection, level: Level, limit: int, now: datetime, token: str) -> list[ClaimedJob]:
         return claim_jobs(
             connection,
-            account=account,
-            priorities=priorities,
-            shut_hosts=shut_hosts,
-            host=host,
+            level,
             limit=limit,
             token=token,
             holder=self._leases.holder,
@@ -331,32 +344,29 @@ class Poller:
             now=now,
         )
 
-    def _probe_host(self, host: str, due: Mapping[str, Sequence[int]], view: _View, now: datetime) -> int:
+    def _probe_host(self, host: str, due: Mapping[str, Sequence[Level]], allowed: Mapping[str, str]) -> int:
         """Asks a shut host about one job, of an account that may be asked with."""
-        for account in due:
-            allowed = view.gate("account", account).allows(now)
-            scope: list[tuple[Scope, str]] = [("account", account)] if allowed == "one" else []
-            if allowed != "none" and self._probe(account, due[account], [*scope, ("host", host)], host=host):
+        for account, levels in due.items():
+            mine = [level for level in levels if level.host == host]
+            scope: list[tuple[Scope, str]] = [("account", account)] if allowed[account] == "one" else []
+            if allowed[account] != "none" and self._probe(mine, [*scope, ("host", host)]):
                 return 1
         return 0
 
-    def _probe(
-        self,
-        account: str,
-        priorities: Sequence[int],
-        scope: Sequence[tuple[Scope, str]],
-        *,
-        shut_hosts: Sequence[str] = (),
-        host: str | None = None,
-    ) -> int:
+    def _probe(self, levels: Sequence[Level], scope: Sequence[tuple[Scope, str]]) -> int:
         """Makes one call alone, if no other process does and a job is due for it."""
+        if not levels:
+            return 0
         with self._engine.begin() as connection:
             now = database_now(connection)
             taken = [locked_gate(connection, kind, name) for kind, name in scope]
             if any(gate.allows(now) != "one" for gate in taken):
                 return 0
-            found = self._take(connection, account, priorities, 1, now, secrets.token_hex(8), shut_hosts, host)
-            jobs = self._permitted(connection, found, now)
+            jobs: list[ClaimedJob] = []
+            for level in levels:
+                if not jobs:
+                    found = self._take(connection, level, 1, now, secrets.token_hex(8))
+                    jobs = self._permitted(connection, found, now)
             if not jobs:
                 return 0
             for gate in taken:

@@ -130,7 +130,7 @@ jobs = Table(
     CheckConstraint("status NOT IN ('downloading', 'completed') OR ready_at IS NOT NULL", name="ready_has_ready_at"),
     CheckConstraint("claim_token IS NULL OR (claim_holder IS NOT NULL AND due_at IS NOT NULL)", name="claim_is_leased"),
     CheckConstraint("polls >= 0", name="polls_count_up"),
-    Index("ix_fetch_jobs_best", "account", "priority", "due_at", **_where("due_at IS NOT NULL")),
+    Index("ix_fetch_jobs_best", "account", "priority", "fetch_host", "due_at", **_where("due_at IS NOT NULL")),
     Index("ix_fetch_jobs_remote_id", "remote_id"),
     Index("ix_fetch_jobs_reference", "reference", **_where("reference IS NOT NULL")),
     # Where a database can: without the jobs that wait, whose rows change all the time.

@@ -1,8 +1,8 @@
 """Claims best first at any size, and what rate limits taught about an account.
 
-The index of due jobs goes by priority before time, so that a claim reads no row that it does not take, and the one of
-references leaves out jobs that have none. On PostgreSQL that of states leaves out the jobs that wait, and the hot table
-keeps room in its pages and is vacuumed early: each request writes its row twice.
+The index of due jobs goes by priority and host before time, so that a claim reads no row that it does not take, and
+that of references leaves out jobs that have none. On PostgreSQL that of states leaves out the jobs that wait, and the
+hot table keeps room in its pages and is vacuumed early: each request writes its row twice.
 
 Imports nothing of ours. Every constraint has a name.
 
@@ -40,7 +40,10 @@ def upgrade() -> None:
     op.add_column("fetch_gates", sa.Column("ceiling", sa.Double(), nullable=True))
     op.add_column("fetch_gates", sa.Column("cut_at", MOMENT, nullable=True))
     op.create_index(
-        "ix_fetch_jobs_best", "fetch_jobs", ["account", "priority", "due_at"], **partial("due_at IS NOT NULL")
+        "ix_fetch_jobs_best",
+        "fetch_jobs",
+        ["account", "priority", "fetch_host", "due_at"],
+        **partial("due_at IS NOT NULL"),
     )
     op.drop_index("ix_fetch_jobs_due", table_name="fetch_jobs")
     op.drop_index("ix_fetch_jobs_reference", table_name="fetch_jobs")

@@ -19,12 +19,13 @@ from tests.benchmarks.stand import ROOT, Stand, api, stand
 from tests.benchmarks.table import Rounds, Table
 from worker.core.lifecycle import AskAgain
 from worker.database import database_now, make_engine
-from worker.store.claims import ClaimedJob, claim_jobs, waiting_levels
+from worker.store.claims import ClaimedJob, Level, claim_jobs, waiting_levels
 from worker.store.outcomes import Outcome, record_answers
 
 BATCH = 200
 BASE = "http://127.0.0.1:9/api/v3"
 CLAIMS = 60
+LEVEL = Level("default", 0, BASE.split("/")[2], datetime.now(UTC))
 UNNEST = """
 UPDATE fetch_jobs
 SET due_at = fresh.due, last_answer = fresh.note, claim_token = NULL, claim_holder = NULL, asked_at = %s
@@ -104,8 +105,7 @@ def claim(engine: Engine) -> tuple[list[ClaimedJob], float]:
         now = database_now(connection)
         found = claim_jobs(
             connection,
-            account="default",
-            priorities=[0],
+            LEVEL,
             limit=BATCH,
             token=secrets.token_hex(8),
             holder="benchmark",

@@ -27,13 +27,14 @@ from tests.rows import (
     taken,
 )
 from worker.core.lifecycle import AskAgain, End, GiveUp, Strikes
-from worker.store.claims import Level, release_jobs, renew_leases, waiting_levels, waiting_outputs
+from worker.store.claims import Level, claim_jobs, release_jobs, renew_leases, waiting_levels, waiting_outputs
 from worker.store.jobs import waiting_accounts
 from worker.store.outcomes import Outcome, record_answers, record_attempt
 from worker.tables import bodies, jobs, outputs
 
 MANY = 600
 AFTER_LEASE = NOW + LEASE + seconds(1)
+WANTED = Level("default", 0, "api.test", NOW)
 
 
 @pytest.fixture
@@ -125,11 +126,12 @@ def test_a_claim_takes_due_rows_of_its_account_only_the_most_important_then_the_
     assert order == [important, old, young, unimportant]
 
 
-def test_what_waits_is_known_by_account_and_priority_with_its_first_due_time(engine: Engine) -> None:
+def test_what_waits_is_known_by_account_priority_and_host_with_its_first_due_time(engine: Engine) -> None:
     """However many jobs there are: one line for each, the most important first; claimed ones with their lease."""
     with engine.begin() as connection:
         for number in range(30):
             add_job(connection, f"a{number}", priority=number % 3, due_at=NOW + seconds(number))
+        add_job(connection, "e", priority=1, due_at=NOW - seconds(1), fetch_host="other.test")
         add_job(connection, "b", account="shop", priority=-7, due_at=NOW - seconds(5))
         add_job(connection, "c", account="other", due_at=NOW)
         add_downloading(connection, "d", priority=9)
@@ -138,10 +140,11 @@ def test_what_waits_is_known_by_account_and_priority_with_its_first_due_time(eng
         found = waiting_levels(connection, ["default", "shop", "nobody"])
 
         assert found == [
-            Level("default", 2, NOW + seconds(2)),
-            Level("default", 1, NOW + seconds(1)),
-            Level("default", 0, NOW),
-            Level("shop", -7, NOW + LEASE),
+            Level("default", 2, "api.test", NOW + seconds(2)),
+            Level("default", 1, "other.test", NOW - seconds(1)),
+            Level("default", 1, "api.test", NOW + seconds(1)),
+            Level("default", 0, "api.test", NOW),
+            Level("shop", -7, "api.test", NOW + LEASE),
         ]
         assert waiting_accounts(connection) == ["default", "other", "shop"]
         assert waiting_levels(connection, []) == []
@@ -155,6 +158,7 @@ def test_a_claim_reads_no_more_of_the_table_than_it_takes(engine: Engine) -> Non
             "later": {"due_at": NOW + seconds(900)},
             "less": {"priority": -1, "due_at": NOW - seconds(900)},
             "foreign": {"account": "other", "due_at": NOW - seconds(900)},
+            "elsewhere": {"fetch_host": "down.test", "due_at": NOW - seconds(900)},
             "over": {"status": "completed", "due_at": None, "ready_at": NOW, "completed_at": NOW},
             "due": {},
         }
@@ -171,20 +175,11 @@ def test_a_claim_reads_no_more_of_the_table_than_it_takes(engine: Engine) -> Non
 
     with engine.connect() as connection, connection.begin() as undone:
         event.listen(connection, "before_cursor_execute", explain)
-        claim(connection, limit=100, priorities=[0])
+        claim_jobs(connection, WANTED, limit=100, token="t", holder="h", lease=LEASE, now=NOW)
         undone.rollback()
 
     assert any("Index Scan using ix_fetch_jobs_best" in line and "rows=100 " in line for line in plans), plans
     assert not any("Seq Scan" in line or "Sort" in line or "Removed by Filter" in line for line in plans), plans
-
-
-def test_rows_on_a_shut_host_are_left_where_they_are(engine: Engine) -> None:
-    """Trouble with one host holds nobody else's jobs."""
-    with engine.begin() as connection:
-        add_job(connection, "1", fetch_host="down.test")
-        free = add_job(connection, "2", fetch_host="up.test")
-        assert [job.id for job in claim(connection, shut_hosts=("down.test",))] == [free]
-        assert [job.remote_id for job in claim(connection)] == ["1"]
 
 
 def test_a_claim_counts_the_request_and_leases_the_row(engine: Engine) -> None:
@@ -427,7 +422,7 @@ def test_a_claim_is_one_statement(engine: Engine) -> None:
     with engine.begin() as connection:
         add_job(connection)
         event.listen(connection, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
-        claim(connection, priorities=[0])
+        claim_jobs(connection, WANTED, limit=9, token="t", holder="h", lease=LEASE, now=NOW)
     assert len(statements) == 1
 
 

@@ -7,7 +7,20 @@ from datetime import datetime, timedelta
 from functools import cache
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Integer, Row, Select, Table, Update, bindparam, func, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Integer,
+    Row,
+    Select,
+    Table,
+    Update,
+    bindparam,
+    func,
+    or_,
+    select,
+    update,
+)
 
 from worker.core.fetch_address import FetchAddress
 from worker.core.lifecycle import JobFacts, OutputFacts, Strikes
@@ -15,12 +28,10 @@ from worker.tables import bodies, jobs, outputs
 
 _JOB_COLUMNS = (
     jobs.c.id,
-    jobs.c.account,
     jobs.c.remote_id,
     jobs.c.kind,
     jobs.c.fetch_url,
     jobs.c.fetch_base,
-    jobs.c.fetch_host,
     jobs.c.status,
     jobs.c.eta,
     jobs.c.polls,
@@ -68,38 +79,49 @@ class ClaimedOutput:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """Jobs of one account and priority that wait for a request: when the first of them is due."""
+    """Jobs of one account, priority and API host that wait for a request: when the first of them is due."""
 
     account: str
     priority: int
+    host: str
     due_at: datetime
 
 
 def waiting_levels(connection: Connection, accounts: Iterable[str]) -> list[Level]:
-    """What waits, most important first within each account (claimed jobs count with the end of their lease).
+    """What waits: by account, the most important first, and among those what is due longest.
 
-    It leaps from one priority to the next in the index, so its cost is their number, not that of the jobs.
+    Claimed jobs count with the end of their lease. It leaps from one level to the next in the index, so its cost is
+    their number, not that of the jobs.
     """
     return [
-        Level(account, row.priority, row.due_at)
+        Level(account, row.priority, row.host, row.due_at)
         for account in accounts
-        for row in connection.execute(_LEVELS, {"account": account})
+        for row in connection.execute(_LEVELS, {"account": account}).all()
     ]
 
 
 def _levels() -> Select[Any]:
     waiting = (jobs.c.account == bindparam("account"), jobs.c.due_at.is_not(None))
-    highest = select(func.max(jobs.c.priority).label("priority")).where(*waiting).cte("levels", recursive=True)
+    highest = select(func.max(jobs.c.priority).label("priority")).where(*waiting).cte("priorities", recursive=True)
     lower = select(func.max(jobs.c.priority)).where(*waiting, jobs.c.priority < highest.c.priority).scalar_subquery()
-    levels = highest.union_all(select(lower).where(highest.c.priority.is_not(None)))
+    priorities = highest.union_all(select(lower).where(highest.c.priority.is_not(None)))
+
+    def last_host(priority: ColumnElement[int], *before: ColumnElement[bool]) -> Any:
+        of_priority = select(func.max(jobs.c.fetch_host)).where(*waiting, jobs.c.priority == priority, *before)
+        return of_priority.scalar_subquery()
+
+    last = select(priorities.c.priority, last_host(priorities.c.priority).label("host")).cte("hosts", recursive=True)
+    earlier = last_host(last.c.priority, jobs.c.fetch_host < last.c.host)
+    levels = last.union_all(select(last.c.priority, earlier).where(last.c.host.is_not(None)))
     first = (
         select(jobs.c.due_at)
-        .where(*waiting, jobs.c.priority == levels.c.priority)
+        .where(*waiting, jobs.c.priority == levels.c.priority, jobs.c.fetch_host == levels.c.host)
         .order_by(jobs.c.due_at)
         .limit(1)
         .scalar_subquery()
     )
-    return select(levels.c.priority, first.label("due_at")).where(levels.c.priority.is_not(None))
+    found = select(levels.c.priority, levels.c.host, first.label("due_at")).where(levels.c.host.is_not(None))
+    return found.order_by(levels.c.priority.desc(), "due_at")
 
 
 _LEVELS = _levels()
@@ -107,59 +129,44 @@ _LEVELS = _levels()
 
 def claim_jobs(
     connection: Connection,
+    level: Level,
     *,
-    account: str,
-    priorities: Iterable[int],
-    shut_hosts: Sequence[str] = (),
-    host: str | None = None,
     limit: int,
     token: str,
     holder: str,
     lease: timedelta,
     now: datetime,
 ) -> list[ClaimedJob]:
-    """Takes up to `limit` due jobs of an account (on one host): the highest of the priorities, the longest due first.
+    """Takes up to `limit` due jobs of a level, the longest due first.
 
     Every request to come is counted here, so that a crash can't hide one; `release_jobs` takes it back.
     """
-    claimed: list[ClaimedJob] = []
-    due = _due(shut_hosts=bool(shut_hosts), one_host=host is not None)
-    values: dict[str, Any] = {
-        "of_account": account,
-        "shut_hosts": shut_hosts,
-        "of_host": host,
+    values = {
+        "of_account": level.account,
+        "of_priority": level.priority,
+        "of_host": level.host,
+        "most": limit,
         "now": now,
         "leased_until": now + lease,
         "token": token,
         "holder": holder,
     }
-    for priority in sorted(priorities, reverse=True):
-        if len(claimed) >= limit:
-            break
-        values |= {"of_priority": priority, "most": limit - len(claimed)}
-        claimed += [_claimed_job(row, token) for row in _take(connection, jobs, due, _CLAIM, _JOB_COLUMNS, values)]
-    return claimed
+    return [_claimed_job(row, level, token) for row in _take(connection, jobs, _DUE, _CLAIM, _JOB_COLUMNS, values)]
 
 
-@cache
-def _due(*, shut_hosts: bool, one_host: bool) -> Select[Any]:
-    due = (
-        select(jobs.c.id)
-        .where(
-            jobs.c.account == bindparam("of_account"),
-            jobs.c.priority == bindparam("of_priority"),
-            jobs.c.due_at.is_not(None),
-            jobs.c.due_at <= bindparam("now"),
-        )
-        .order_by(jobs.c.due_at)
-        .limit(bindparam("most", type_=Integer))
-        .with_for_update(skip_locked=True)
+_DUE = (
+    select(jobs.c.id)
+    .where(
+        jobs.c.account == bindparam("of_account"),
+        jobs.c.priority == bindparam("of_priority"),
+        jobs.c.fetch_host == bindparam("of_host"),
+        jobs.c.due_at.is_not(None),
+        jobs.c.due_at <= bindparam("now"),
     )
-    if shut_hosts:
-        due = due.where(jobs.c.fetch_host.not_in(bindparam("shut_hosts", expanding=True)))
-    return due.where(jobs.c.fetch_host == bindparam("of_host")) if one_host else due
-
-
+    .order_by(jobs.c.due_at)
+    .limit(bindparam("most", type_=Integer))
+    .with_for_update(skip_locked=True)
+)
 _CLAIM = update(jobs).values(
     due_at=bindparam("leased_until"),
     claim_token=bindparam("token"),
@@ -196,20 +203,20 @@ def _taking(table: Table, due: Select[Any], taken: Update, columns: tuple[Any, .
 _UNBLEMISHED = Strikes()
 
 
-def _claimed_job(row: Any, token: str) -> ClaimedJob:
+def _claimed_job(row: Any, level: Level, token: str) -> ClaimedJob:
     # Unpacked in the order of _JOB_COLUMNS: this is done for every single request.
     (
-        job_id, account, remote_id, kind, url, base, host, status, eta, polls,
+        job_id, remote_id, kind, url, base, status, eta, polls,
         failed, unknown, error, empty, struck_at, submitted_at, tracked_at, deadline_at,
     ) = row  # fmt: skip
     strikes = _UNBLEMISHED if struck_at is None else Strikes(failed, unknown, error, empty, struck_at)
     return ClaimedJob(
         job_id,
         token,
-        account,
+        level.account,
         remote_id,
         kind,
-        FetchAddress(url, base, host),
+        FetchAddress(url, base, level.host),
         eta,
         polls,
         submitted_at,

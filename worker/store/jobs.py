@@ -244,27 +244,6 @@ def waiting_accounts(connection: Connection) -> list[str]:
     return list(connection.execute(select(accounts.c.account).where(accounts.c.account.is_not(None))).scalars())
 
 
-def oldest_due(
-    connection: Connection, account: str, priority: int, shut_hosts: list[str], *, now: datetime
-) -> datetime | None:
-    """Since when the longest waiting job of an account and priority is due and not asked about, or None."""
-    query = (
-        select(jobs.c.due_at)
-        .where(
-            jobs.c.account == account,
-            jobs.c.priority == priority,
-            jobs.c.due_at.is_not(None),
-            jobs.c.due_at <= now,
-        )
-        .order_by(jobs.c.due_at)
-        .limit(1)
-    )
-    due: datetime | None = connection.execute(
-        query.where(jobs.c.fetch_host.not_in(shut_hosts)) if shut_hosts else query
-    ).scalar()
-    return due
-
-
 # ── acting ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
