@@ -1,13 +1,15 @@
 """The request budget that all processes share: one number per account in Redis, by Redis's own clock.
 
 The script is `worker.core.budget.slots`, run where all processes meet. It counts what the API took, too, so that a rate
-limit teaches the rate of all processes together. Without Redis each process takes a small share by its own clock, so
-that polling goes on and stays polite.
+limit teaches the rate of all processes together. Without Redis each process takes its share by its own clock, one of as
+many as there were when Redis last answered, so that polling goes on and stays polite.
 """
 
 import logging
+import secrets
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +20,14 @@ from worker.core.budget import AHEAD_SECONDS, Slots, burst, slots
 
 log = logging.getLogger(__name__)
 
-LOCAL_SHARE = 0.25
+LOCAL_SHARE = 0.8  # of the budget, for all processes together: their clocks differ, and some may be new
+UNKNOWN_PROCESSES = 4  # as many are assumed where Redis never answered
 RETRY_REDIS_SECONDS = 5.0
 REDIS_TIMEOUT_SECONDS = 2.0
 KEPT_SECONDS = 60
 
-# KEYS[1]: the account's next free moment. ARGV: seconds per request, burst in requests, requests wanted, seconds ahead.
+# KEYS: the account's next free moment; the processes that ask for it. ARGV: seconds per request, burst in requests,
+# requests wanted, seconds ahead, seconds that both are kept, the process.
 _TAKE = """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
@@ -36,7 +40,11 @@ local kept = string.format('%.6f', free)
 if count > 0 then
   redis.call('SET', KEYS[1], kept, 'EX', math.ceil(tonumber(ARGV[5]) + burst * step))
 end
-return {count, string.format('%.6f', begin - now), string.format('%.6f', math.max(0, free - now - ahead)), kept}
+redis.call('ZADD', KEYS[2], now, ARGV[6])
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - ARGV[5])
+redis.call('EXPIRE', KEYS[2], ARGV[5])
+local first, wait = string.format('%.6f', begin - now), string.format('%.6f', math.max(0, free - now - ahead))
+return {count, first, wait, kept, redis.call('ZCARD', KEYS[2])}
 """
 
 # Gives moments back, if nobody took later ones since. ARGV: the free moment as `take` left it, seconds to go back.
@@ -80,6 +88,8 @@ class SharedBudget:
         self._take = client.register_script(_TAKE)
         self._give_back = client.register_script(_GIVE_BACK)
         self._taken = client.register_script(_TAKEN)
+        self._name = secrets.token_hex(4)
+        self._processes: dict[str, int] = {}
         self._local: dict[str, float] = {}
         self._local_lock = threading.Lock()
         self._away_until = 0.0
@@ -89,28 +99,28 @@ class SharedBudget:
         if wanted < 1:
             return Grant((), 0.0)
         called = time.monotonic()
-        said = self._ask(
-            self._take, _name("budget", account), 1 / rate, burst(rate), wanted, AHEAD_SECONDS, KEPT_SECONDS
-        )
+        keys = [_name("budget", account), _name("processes", account)]
+        said = self._ask(self._take, keys, 1 / rate, burst(rate), wanted, AHEAD_SECONDS, KEPT_SECONDS, self._name)
         if said is None:
             return self._take_locally(account, wanted, rate)
+        self._processes[account] = int(said[4])
         found = Slots(int(said[0]), float(said[1]), 1 / rate, float(said[2]), 0.0)
         return Grant(_moments(found, called), found.wait, account, said[3].decode(), 1 / rate)
 
     def give_back(self, grant: Grant, unused: int) -> None:
         """Returns the last `unused` requests of a grant that were not made."""
         if unused > 0 and grant.mark:
-            self._ask(self._give_back, _name("budget", grant.account), grant.mark, unused * grant.step)
+            self._ask(self._give_back, [_name("budget", grant.account)], grant.mark, unused * grant.step)
 
     def taken(self, account: str, requests: int) -> float:
         """Counts requests that the API did not refuse; how many it took of all processes in a second just now."""
-        return float(self._ask(self._taken, _name("taken", account), requests) or requests)
+        return float(self._ask(self._taken, [_name("taken", account)], requests) or requests)
 
-    def _ask(self, script: Any, key: str, *arguments: object) -> Any:
+    def _ask(self, script: Any, keys: Sequence[str], *arguments: object) -> Any:
         if time.monotonic() < self._away_until:
             return None
         try:
-            return script(keys=[key], args=list(arguments))
+            return script(keys=keys, args=list(arguments))
         except (RedisError, OSError) as error:
             self._away_until = time.monotonic() + RETRY_REDIS_SECONDS
             log.warning("redis is away, polling at a local share of the budget reason=%s", type(error).__name__)
@@ -118,8 +128,9 @@ class SharedBudget:
 
     def _take_locally(self, account: str, wanted: int, rate: float) -> Grant:
         now = time.monotonic()
+        share = rate * LOCAL_SHARE / self._processes.get(account, UNKNOWN_PROCESSES)
         with self._local_lock:
-            found = slots(self._local.get(account, now), now, rate=rate * LOCAL_SHARE, wanted=wanted)
+            found = slots(self._local.get(account, now), now, rate=share, wanted=wanted)
             self._local[account] = found.free
         return Grant(_moments(found, now), found.wait)
 
