@@ -126,17 +126,25 @@ def _begin_immediate(connection: Connection) -> None:
 
 
 def _bound_postgres(connection: Connection) -> None:
-    """Sets the transaction's zone and time-outs and reads the clock, in one round trip. Nothing outlives it."""
+    """Sets the transaction's zone and time-outs and reads the clock, in one statement. Nothing outlives it."""
     cursor: Any = connection.connection.cursor()
-    relaxed = "SET LOCAL synchronous_commit = off; " if connection.get_execution_options().get(RELAXED) else ""
     with cursor:
-        cursor.execute(
-            f"SET LOCAL timezone = 'UTC'; SET LOCAL lock_timeout = '{LOCK_TIMEOUT_SECONDS}s';"
-            f" SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT_SECONDS}s'; {relaxed}SELECT clock_timestamp()"
-        )
-        while cursor.nextset():
-            pass
+        cursor.execute(_BOUND_RELAXED if connection.get_execution_options().get(RELAXED) else _BOUND)
         connection.info[_CLOCK] = (cursor.fetchone()[0].astimezone(UTC), time.monotonic())
+
+
+def _local_settings(**names: str) -> str:
+    settings = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in names.items())
+    return f"SELECT clock_timestamp(), {settings}"
+
+
+_LOCAL = {
+    "timezone": "UTC",
+    "lock_timeout": f"{LOCK_TIMEOUT_SECONDS}s",
+    "statement_timeout": f"{STATEMENT_TIMEOUT_SECONDS}s",
+}
+_BOUND = _local_settings(**_LOCAL)
+_BOUND_RELAXED = _local_settings(**_LOCAL, synchronous_commit="off")
 
 
 def database_now(connection: Connection) -> datetime:

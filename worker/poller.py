@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from pydantic import SecretStr
@@ -45,10 +45,10 @@ GATHER_MOST = 0.15
 BATCH = 150
 BUSY_RATE = 200.0
 ROOM_LEAST = 32  # fewer free places than this can wait for the next answers: each claim has its price
-VIEW_SECONDS = 0.25  # the longest that a hold made by another process goes unseen
+VIEW_SECONDS = 0.5  # the longest that a hold made by another process goes unseen
 LOOK_SECONDS = 0.05  # the least time between two looks that found nothing more
 ALERT_SECONDS = 0.4  # after a wake-up it looks often: whoever sent it sends no second one for a while
-MARK_SECONDS = 1.0
+MARK_SECONDS = 5.0
 TAKE_OVER_SECONDS = 0.5
 TROUBLE_WAIT = 5.0
 PROBE_MARGIN = timedelta(seconds=5)
@@ -522,7 +522,7 @@ def _with_hold(job: ClaimedJob, held: Mapping[tuple[Scope, str], Gate], now: dat
         for gate in (held.get(("account", job.account)), held.get(("host", job.address.host)))
         if gate is not None and (ended := gate.last_hold_end(now)) is not None
     ]
-    return replace(job.facts, last_hold_end=max(ends, default=None))
+    return job.facts._replace(last_hold_end=max(ends, default=None))
 
 
 def _tell_of_hold(before: Gate, after: Gate, now: datetime) -> None:

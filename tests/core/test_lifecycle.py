@@ -80,7 +80,7 @@ def answers(
         walk.append((turn * every, step))
         if not isinstance(step, AskAgain):
             break
-        job = replace(job, strikes=step.strikes)
+        job = job._replace(strikes=step.strikes)
     return walk
 
 
@@ -153,7 +153,7 @@ def test_where_the_least_time_is_zero_every_answer_counts(reply: Reply, count: i
     for _ in range(count - 1):
         step = after_answer(job, reply, now=T0, least=timedelta(0))
         assert isinstance(step, AskAgain)
-        job = replace(job, strikes=step.strikes)
+        job = job._replace(strikes=step.strikes)
 
     assert isinstance(after_answer(job, reply, now=T0, least=timedelta(0)), End)
 
@@ -222,7 +222,7 @@ def test_a_job_that_is_ready_after_its_deadline_is_delivered(late: float) -> Non
     ],
 )
 def test_after_a_hold_a_job_has_a_minute_to_be_found_ready(hold_end: float, second: float, expired: bool) -> None:
-    job = replace(JOB, last_hold_end=at(hold_end))
+    job = JOB._replace(last_hold_end=at(hold_end))
 
     step = after_answer(job, PROCESSING, now=at(second), least=LEAST)
 
@@ -230,7 +230,7 @@ def test_after_a_hold_a_job_has_a_minute_to_be_found_ready(hold_end: float, seco
 
 
 def test_what_the_api_says_of_a_job_goes_before_its_deadline() -> None:
-    job = replace(JOB, strikes=Strikes(failed=1, last=T0))
+    job = JOB._replace(strikes=Strikes(failed=1, last=T0))
 
     step = after_answer(job, FAILED, now=at(2 * HOUR), least=LEAST)
 
@@ -242,13 +242,13 @@ def test_what_the_api_says_of_a_job_goes_before_its_deadline() -> None:
 
 @pytest.mark.parametrize("reply", NOT_READY)
 def test_a_downloading_job_keeps_its_links_where_the_api_has_no_fresh_ones(reply: Reply) -> None:
-    job = replace(JOB, status="downloading", strikes=Strikes(1, 2, 2, 4, T0))
+    job = JOB._replace(status="downloading", strikes=Strikes(1, 2, 2, 4, T0))
 
     assert after_answer(job, reply, now=at(9 * HOUR), least=LEAST) == KeepLinks(note_of(reply))
 
 
 def test_a_downloading_job_takes_fresh_links() -> None:
-    job = replace(JOB, status="downloading")
+    job = JOB._replace(status="downloading")
 
     assert after_answer(job, READY, now=at(9 * HOUR), least=LEAST) == RenewLinks(OUTPUTS)
 
@@ -491,7 +491,7 @@ REPLIES = st.sampled_from([READY, *NOT_READY, *NOT_THE_JOBS])
 @settings(max_examples=100, deadline=None)
 @given(st.lists(REPLIES, max_size=30), st.floats(0, 600), st.integers(1, 20_000))
 def test_any_row_of_answers_leads_to_one_end_at_most(replies: list[Reply], every: float, deadline: int) -> None:
-    walk = answers(replies, every=every, job=replace(JOB, deadline_at=at(deadline)))
+    walk = answers(replies, every=every, job=JOB._replace(deadline_at=at(deadline)))
 
     for turn, (second, step) in enumerate(walk):
         assert isinstance(step, AskAgain) or turn == len(walk) - 1
@@ -505,7 +505,7 @@ def test_any_row_of_answers_leads_to_one_end_at_most(replies: list[Reply], every
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from(NOT_READY), max_size=5), st.floats(3, 60))
 def test_every_job_that_is_asked_ends_at_last(replies: list[Reply], every: float) -> None:
-    job = replace(JOB, deadline_at=at(600))
+    job = JOB._replace(deadline_at=at(600))
 
     walk = answers(chain(replies, repeat(PROCESSING)), every=every, job=job)
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from worker.errors import NotTrackable, RefusedAddress
 
@@ -28,9 +29,11 @@ _LOOPBACK = re.compile(r"localhost|127(?:\.[0-9]{1,3}){3}|\[::1\]")
 _FAMILY = re.compile(r"/api/v[0-9]+/(?P<family>.*?)/?fetch")
 
 
-@dataclass(frozen=True, slots=True)
-class FetchAddress:
-    """One job's own place to ask: `url` is posted to, `base` is `url` without the id and names the job's family."""
+class FetchAddress(NamedTuple):
+    """One job's own place to ask: `url` is posted to, `base` is `url` without the id and names the job's family.
+
+    A tuple, since one is made for every single request.
+    """
 
     url: str
     base: str

@@ -6,7 +6,7 @@ An output: pending → stored | failed
 
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from worker.core.links import Link
 from worker.core.media import Media
@@ -59,9 +59,11 @@ class Strikes:
     last: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class JobFacts:
-    """What a decision about a job needs to know. `last_hold_end`: when its account or host was last let go."""
+class JobFacts(NamedTuple):
+    """What a decision about a job needs to know. `last_hold_end`: when its account or host was last let go.
+
+    A tuple, since one is made for every single request.
+    """
 
     status: JobStatus
     tracked_at: datetime

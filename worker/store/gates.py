@@ -5,13 +5,13 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, bindparam, insert, select, update
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from worker.core.gate import Gate, Scope
 from worker.tables import gates
 
-_COLUMNS = (
+_COLUMNS = (  # in the order of the fields of a Gate
     gates.c.scope,
     gates.c.name,
     gates.c.proven,
@@ -27,18 +27,21 @@ _COLUMNS = (
 )
 
 
+_ALL = select(*_COLUMNS)
+_ONE = _ALL.where(gates.c.scope == bindparam("scope"), gates.c.name == bindparam("name")).with_for_update()
+
+
 def all_gates(connection: Connection) -> dict[tuple[Scope, str], Gate]:
     """Every gate there is, by scope and name."""
-    return {(row.scope, row.name): _gate(row) for row in connection.execute(select(*_COLUMNS))}
+    return {(row.scope, row.name): _gate(row) for row in connection.execute(_ALL).all()}
 
 
 def locked_gate(connection: Connection, scope: Scope, name: str) -> Gate:
     """One gate, made where it is missing, and held by this transaction until it ends."""
-    query = select(*_COLUMNS).where(gates.c.scope == scope, gates.c.name == name).with_for_update()
-    row = connection.execute(query).one_or_none()
+    row = connection.execute(_ONE, {"scope": scope, "name": name}).one_or_none()
     if row is None:
         _insert_missing(connection, scope, name)
-        row = connection.execute(query).one()
+        row = connection.execute(_ONE, {"scope": scope, "name": name}).one()
     return _gate(row)
 
 
@@ -66,7 +69,7 @@ def last_asked(connection: Connection) -> datetime | None:
 
 
 def _gate(row: Any) -> Gate:
-    return Gate(**row._mapping)
+    return Gate(*row)
 
 
 def _insert_missing(connection: Connection, scope: Scope, name: str) -> None:

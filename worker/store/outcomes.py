@@ -62,12 +62,9 @@ def record_answers(connection: Connection, batch: Sequence[Outcome], *, now: dat
 
 
 def _row(outcome: Outcome, **values: Any) -> dict[str, Any]:
-    return {
-        "id": outcome.job.id,
-        "claim_token": outcome.job.token,
-        "last_answer": outcome.note[:MAX_NOTE],
-        **values,
-    }
+    job = outcome.job
+    values |= {"id": job.id, "claim_token": job.token, "last_answer": outcome.note[:MAX_NOTE]}
+    return values
 
 
 def _ask_again(connection: Connection, batch: Sequence[Outcome], now: datetime) -> int:
