@@ -140,11 +140,12 @@ def test_given_jobs_in_progress_when_polled_then_the_waits_grow_and_nothing_is_l
 ) -> None:
     with Sandbox(SandboxOptions(key=KEY, min_seconds=1.5, max_seconds=2.5, size=32)) as sandbox:
         polls = Polls(engine, redis_url, sandbox)
-        ids = polls.track(submitted(sandbox, 5, samples=1))
+        names = submitted(sandbox, 5, samples=1)
+        ids = polls.track(names)
 
         polls.until(lambda: all(polls.row(job).status == "downloading" for job in ids))
 
-        assert [polls.row(job).polls for job in ids] == [sandbox.calls.fetches[row] for row in sandbox.calls.fetches]
+        assert [polls.row(job).polls for job in ids] == [sandbox.calls.fetches[name] for name in names]
         assert all(2 <= polls.row(job).polls <= 4 for job in ids)
 
 

@@ -62,20 +62,25 @@ def working(
 
 
 def window(made: Stand, pids: list[int], server: Api, name: str, *, rows: int, seconds: float) -> tuple[float, float]:
-    """Lets the workers loose on `rows` due jobs: (processor seconds per poll, polls per second) amid them."""
-    before = server.count()
-    made.put_rows(server.base, rows, prefix=name)
-    while server.count() < before + rows / 20:
-        time.sleep(0.02)
-    asked, used, began = server.count(), cpu_seconds(pids), time.perf_counter()
-    time.sleep(seconds)
-    polls, spent, took = server.count() - asked, cpu_seconds(pids) - used, time.perf_counter() - began
-    if server.count() >= before + rows:
-        raise RuntimeError(f"{rows} rows were too few for {seconds} s")
-    while server.count() < before + rows:  # nothing of this round runs into the next
-        time.sleep(0.1)
-    time.sleep(1.0)
-    return spent / polls, polls / took
+    """Lets the workers loose on due jobs: (processor seconds per poll, polls per second) amid them.
+
+    `rows` is how many are thought to be enough; where they are not, it begins anew with twice as many.
+    """
+    while True:
+        before = server.count()
+        made.put_rows(server.base, rows, prefix=f"{name}{rows}x")
+        while server.count() < before + rows / 20:
+            time.sleep(0.02)
+        asked, used, began = server.count(), cpu_seconds(pids), time.perf_counter()
+        time.sleep(seconds)
+        polls, spent, took = server.count() - asked, cpu_seconds(pids) - used, time.perf_counter() - began
+        enough = server.count() < before + rows
+        while server.count() < before + rows:  # nothing of this round runs into the next
+            time.sleep(0.1)
+        time.sleep(1.0)
+        if enough:
+            return spent / polls, polls / took
+        rows *= 2
 
 
 def measure_polls(table: Table, folder: Path, rounds: int, seconds: float) -> None:
