@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DatabaseError, DisconnectionError, InterfaceError, OperationalError
+from sqlalchemy.exc import DatabaseError, DBAPIError, DisconnectionError, InterfaceError, OperationalError
 
 from worker.errors import SchemaOutdated, SettingsError, Unavailable
 from worker.tables import VERSION_TABLE
@@ -51,7 +51,12 @@ def make_engine(url: URL) -> Engine:
     if backend == "postgresql":
         # No server-side prepared statements: a pooler in transaction mode would mix them up.
         arguments = {
-            "connect_args": {"prepare_threshold": None, "connect_timeout": 5, "application_name": "fetch-worker"}
+            "connect_args": {
+                "prepare_threshold": None,
+                "connect_timeout": 5,
+                "application_name": "fetch-worker",
+                "autocommit": True,  # transactions are begun by `_bound_postgres`
+            }
         }
     elif backend == "sqlite":
         if url.database and url.database != ":memory:":
@@ -126,16 +131,26 @@ def _begin_immediate(connection: Connection) -> None:
 
 
 def _bound_postgres(connection: Connection) -> None:
-    """Sets the transaction's zone and time-outs and reads the clock, in one statement. Nothing outlives it."""
-    cursor: Any = connection.connection.cursor()
-    with cursor:
-        cursor.execute(_BOUND_RELAXED if connection.get_execution_options().get(RELAXED) else _BOUND)
-        connection.info[_CLOCK] = (cursor.fetchone()[0].astimezone(UTC), time.monotonic())
+    """Begins, sets the transaction's zone and time-outs and reads the clock, all at once. Nothing outlives it."""
+    dialect = connection.dialect
+    words = _BOUND_RELAXED if connection.get_execution_options().get(RELAXED) else _BOUND
+    try:
+        cursor: Any = connection.connection.cursor()
+        with cursor:
+            cursor.execute(words)
+            cursor.nextset()
+            connection.info[_CLOCK] = (cursor.fetchone()[0].astimezone(UTC), time.monotonic())
+    except dialect.loaded_dbapi.Error as error:
+        lost = dialect.is_disconnect(error, connection.connection, None)
+        if lost:
+            connection.invalidate(error)
+        base = dialect.loaded_dbapi.Error
+        raise DBAPIError.instance(words, None, error, base, connection_invalidated=lost, dialect=dialect) from error
 
 
 def _local_settings(**names: str) -> str:
     settings = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in names.items())
-    return f"SELECT clock_timestamp(), {settings}"
+    return f"BEGIN; SELECT clock_timestamp(), {settings}"
 
 
 _LOCAL = {

@@ -35,7 +35,7 @@ from worker.store.outcomes import Outcome, Recorded, record_answers, set_aside
 log = logging.getLogger(__name__)
 
 IN_FLIGHT = 128
-CLAIM_MOST = 200
+CLAIM_MOST = 400
 AHEAD_SECONDS = 0.3  # claimed ahead: what the threads ask about while a batch is recorded and the next one claimed
 AHEAD_SHARE = 0.05  # but no more than this of a second's budget, which a stalled API could get at once
 IDLE_SECONDS = 1.0

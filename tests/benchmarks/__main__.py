@@ -58,7 +58,7 @@ def main() -> int:
     parts: dict[str, Callable[[Table, Path], None]] = {
         "polls": lambda table, folder: measure_polls(table, folder, rounds, seconds),
         "scale": lambda table, folder: measure_scale(table, folder, rounds, seconds),
-        "share": lambda table, folder: measure_share(table, folder, seconds),
+        "share": lambda table, folder: measure_share(table, folder, rounds, seconds),
         "claims": measure_claims,
         "recording": lambda table, folder: measure_recording(table, folder, rounds),
         "tracking": lambda table, folder: measure_tracking(table, folder, rounds),
