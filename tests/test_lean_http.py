@@ -20,7 +20,7 @@ from pydantic import SecretStr
 from requests.adapters import HTTPAdapter
 
 from tests.web import page, sends, web_server
-from worker import timed_http
+from worker import lean_http, timed_http
 from worker.core.fetch_address import AllowedApi, fetch_address
 from worker.core.reply import ApiDown, Processing, Reply
 from worker.hosted_api import HostedApi
@@ -42,6 +42,7 @@ class Kept:
     connections: int = 0
     asked: list[tuple[str, str, bytes]] = field(default_factory=list)
     hangs_up: bool = False  # after each answer, without a word
+    forgets: bool = False  # connections that have had an answer: whatever comes over them gets none
     says_close: bool = False
     seconds: float = 0.0
 
@@ -64,10 +65,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.kept.connections += 1
+        self.answered = False
 
     def do_POST(self) -> None:
         """Says that the job is not ready."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.kept.forgets and self.answered:
+            self.close_connection = True
+            return
+        self.answered = True
         self.kept.asked.append((self.command, self.path, body))
         time.sleep(self.kept.seconds)
         self.send_response(200)
@@ -200,6 +206,79 @@ def test_given_a_kept_line_that_the_server_has_closed_when_asked_again_then_a_ne
         assert _ask(api, kept) == Processing()
         time.sleep(0.05)  # a hang-up takes a moment to arrive
         assert kept.connections == number + 1
+
+
+def test_given_lines_that_a_balancer_has_forgotten_when_asked_again_then_no_call_fails_and_none_of_them_is_used(
+    kept: Kept, api_of: Apis
+) -> None:
+    kept.seconds = 0.1
+    api = api_of(kept, connections=8)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda number: _ask(api, kept, str(number)), range(8)))
+    opened, kept.seconds = kept.connections, 0.0
+    kept.forgets = True
+
+    assert _ask(api, kept, "again") == Processing()
+    assert _ask(api, kept, "and-again") == Processing()
+
+    assert opened == 8
+    assert kept.connections == opened + 2
+
+
+def test_given_a_line_that_was_idle_for_long_when_asked_again_then_a_new_one_is_opened(
+    kept: Kept, api_of: Apis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = api_of(kept)
+    _ask(api, kept)
+    monkeypatch.setattr(lean_http, "IDLE_SECONDS", -1.0)
+
+    assert _ask(api, kept) == Processing()
+
+    assert kept.connections == 2
+
+
+def test_given_a_forgotten_line_when_the_time_is_up_then_nothing_is_asked_again(
+    kept: Kept, api_of: Apis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = api_of(kept)
+    _ask(api, kept)
+    kept.forgets = True
+    monkeypatch.setattr(lean_http, "LEAST_SECONDS", 60.0)
+
+    assert isinstance(_ask(api, kept), ApiDown)
+
+    assert kept.connections == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n",  # ends within its headers
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n" + PROCESSING,
+        b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n" + PROCESSING,
+        b"HTTP/1.1 200 OK\r\nContent-Length: 4, 5\r\n\r\n" + PROCESSING,
+        b"SMTP ready\r\n\r\n",
+    ],
+)
+def test_given_an_answer_that_is_cut_or_none_at_all_when_read_then_it_is_the_connection_s_fault(
+    answer: bytes, api_of: Apis
+) -> None:
+    with web_server() as web:
+        kept = Kept(port=web.port)
+        web.serves("/api/v3/fetch/1", sends(answer))
+
+        assert isinstance(_ask(api_of(kept), kept), ApiDown)
+
+
+def test_given_an_empty_answer_that_calls_itself_chunked_when_read_then_nobody_waits_for_chunks(api_of: Apis) -> None:
+    with web_server() as web:
+        kept = Kept(port=web.port)
+        web.serves("/api/v3/fetch/1", sends(b"HTTP/1.1 204 None\r\nTransfer-Encoding: chunked\r\n\r\n"))
+        began = time.monotonic()
+
+        assert not isinstance(_ask(api_of(kept), kept), ApiDown)
+
+        assert time.monotonic() - began < 2.0
 
 
 def test_given_a_server_that_announces_its_hang_up_when_asked_again_at_once_then_the_line_is_not_used_again(

@@ -3,7 +3,9 @@
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -13,7 +15,7 @@ from pydantic import SecretStr
 from sqlalchemy import Engine, Row, select, update
 from sqlalchemy.exc import OperationalError
 
-from worker import poller
+from worker import poller, recorder
 from worker.core.fetch_address import AllowedApi, fetch_address
 from worker.core.gate import refused
 from worker.core.pace import Pace
@@ -24,6 +26,7 @@ from worker.poller import IN_FLIGHT, Poller
 from worker.sandbox import Answer, Sandbox, SandboxOptions
 from worker.scrubber import Scrubber
 from worker.shared_budget import SharedBudget
+from worker.store.claims import claim_jobs
 from worker.store.gates import locked_gate, save_gate
 from worker.store.jobs import NewJob, cancel, insert_jobs
 from worker.store.outcomes import record_answers
@@ -115,6 +118,14 @@ def polls(engine: Engine, redis_url: str, sandbox: Sandbox) -> Polls:
 def submitted(sandbox: Sandbox, count: int, samples: int = 2) -> list[str]:
     """Jobs that the stand-in knows."""
     return [str(sandbox.submit(f"a lake, {number}", samples=samples)["id"]) for number in range(count)]
+
+
+def wait_for(reached: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Waits until something holds."""
+    end = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < end, "it did not come to pass in time"
+        time.sleep(0.02)
 
 
 def scripted(message: bytes, status: int = 200, times: int = 50) -> list[Answer]:
@@ -521,7 +532,7 @@ def test_given_answers_that_came_when_the_database_is_away_then_the_next_run_wri
             raise OperationalError("UPDATE", {}, RuntimeError("the server closed the connection"))
         return record(*arguments, **options)
 
-    monkeypatch.setattr(poller, "record_answers", away)
+    monkeypatch.setattr(recorder, "record_answers", away)
     for _ in range(3):
         with pytest.raises(OperationalError):
             polls.run(1.0)
@@ -542,13 +553,13 @@ def test_given_an_answer_that_no_statement_can_write_when_it_is_in_a_batch_then_
     polls.run()
     remote_ids = submitted(sandbox, 20, samples=1)
     ids = polls.track(remote_ids)
-    outcome = polls.poller._outcome
+    outcome = polls.poller._recorder._outcome
 
     def spoilt(one: Any, *arguments: Any, **options: Any) -> Any:
         made = outcome(one, *arguments, **options)
         return replace(made, note="no text\x00") if one.job.remote_id == remote_ids[7] else made
 
-    monkeypatch.setattr(polls.poller, "_outcome", spoilt)
+    monkeypatch.setattr(polls.poller._recorder, "_outcome", spoilt)
     polls.until(lambda: all(polls.row(job).status != "pending" for job in ids))
 
     rows = {row.remote_id: row for row in map(polls.row, ids)}
@@ -557,3 +568,123 @@ def test_given_an_answer_that_no_statement_can_write_when_it_is_in_a_batch_then_
     assert {row.status for row in rows.values()} == {"downloading"}
     assert bad.id in polls.told
     assert set(sandbox.calls.fetches.values()) == {1}
+
+
+@pytest.mark.parametrize("engine", ["postgresql"], indirect=True)  # SQLite locks no single row
+def test_given_a_row_that_somebody_has_locked_when_answers_are_written_then_only_its_own_waits(
+    engine: Engine, redis_url: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "BATCH_PATIENCE", 0.2)
+    monkeypatch.setattr(recorder, "LOCKED_SECONDS", 0.1)
+    polls = Polls(engine, redis_url, sandbox)
+    polls.track(submitted(sandbox, 1))
+    polls.run()
+    names = submitted(sandbox, 20, samples=1)
+    ids = polls.track(names)
+    ask, gate = polls.poller._api.ask, threading.Event()
+
+    def held(*arguments: Any) -> Any:
+        gate.wait(10)
+        return ask(*arguments)
+
+    monkeypatch.setattr(polls.poller._api, "ask", held)
+    run = threading.Thread(target=polls.run, args=(3.0,))
+    run.start()
+    wait_for(lambda: all(polls.row(job).claim_token for job in ids))
+    with engine.begin() as other:
+        other.execute(select(jobs.c.id).where(jobs.c.id == ids[7]).with_for_update())
+        gate.set()
+        wait_for(lambda: sum(polls.row(job).status == "downloading" for job in ids) == 19)
+        assert polls.row(ids[7]).status == "pending"
+    run.join(10)
+    polls.until(lambda: polls.row(ids[7]).status == "downloading")
+
+    assert set(sandbox.calls.fetches.values()) == {1}
+    assert all(polls.row(job).error_code is None for job in ids)
+
+
+def test_given_a_claim_whose_commit_was_cut_off_when_the_next_run_begins_then_its_jobs_are_asked_about(
+    polls: Polls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    polls.track(submitted(polls.sandbox, 1))
+    polls.run()
+    ids = polls.track(submitted(polls.sandbox, 5, samples=1))
+    claims, cut = polls.poller._claims, [True]
+
+    class Cut:
+        """Commits, but the word of it gets lost."""
+
+        @contextmanager
+        def begin(self) -> Iterator[Any]:
+            with claims.begin() as connection:
+                yield connection
+            if cut:
+                cut.clear()
+                raise OperationalError("COMMIT", {}, RuntimeError("the server closed the connection"))
+
+    monkeypatch.setattr(polls.poller, "_claims", Cut())
+    with pytest.raises(OperationalError):
+        polls.run(2.0)
+    assert all(polls.row(job).claim_token for job in ids)
+    polls.until(lambda: all(polls.row(job).status == "downloading" for job in ids))
+
+    assert [polls.row(job).polls for job in ids] == [1] * 5
+
+
+# ── shares ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_given_many_accounts_and_few_places_when_all_have_more_than_enough_then_each_gets_its_turn(
+    engine: Engine, redis_url: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(poller, "IN_FLIGHT", 4)
+    monkeypatch.setattr(poller, "ROOM_LEAST", 1)
+    names = [f"account-{number:02}" for number in range(20)]
+    polls = Polls(engine, redis_url, sandbox, **dict.fromkeys(names, KEY))
+    with engine.begin() as connection:
+        for name in names:
+            save_gate(connection, replace(locked_gate(connection, "account", name), proven=True))
+    for name in names:
+        polls.track([f"{name}-{number}" for number in range(100)], account=name)
+    asked: Counter[str] = Counter()
+    ask = polls.poller._api.ask
+
+    def counted(address: Any, remote_id: str, key: Any) -> Any:
+        asked[remote_id[:10]] += 1
+        time.sleep(0.005)
+        return ask(address, remote_id, key)
+
+    monkeypatch.setattr(polls.poller._api, "ask", counted)
+    polls.until(lambda: asked.total() >= 300)
+
+    assert set(asked) == set(names)
+    assert max(asked.values()) < asked.total() / 5
+
+
+def test_given_a_database_that_kept_a_claim_waiting_when_it_goes_on_then_its_calls_do_not_go_out_all_at_once(
+    engine: Engine, redis_url: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    polls = Polls(engine, redis_url, sandbox)
+    polls.track(submitted(sandbox, 1))
+    polls.run()
+    monkeypatch.setattr(polls.poller, "_rps", 100.0)
+    claim, sent = claim_jobs, list[float]()
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.3)
+        return claim(*arguments, **options)
+
+    ask = polls.poller._api.ask
+
+    def noted(*arguments: Any) -> Any:
+        sent.append(time.monotonic())
+        return ask(*arguments)
+
+    monkeypatch.setattr(poller, "claim_jobs", slow)
+    monkeypatch.setattr(polls.poller._api, "ask", noted)
+    polls.track([f"late{number}" for number in range(400)])
+    polls.run(2.0)
+
+    busiest = max(sum(at <= other < at + 0.1 for other in sent) for at in sent)
+    assert len(sent) >= 20
+    assert busiest <= 10 + 10 + 4, "a tenth of a second's worth, what may go at once, and some tolerance"

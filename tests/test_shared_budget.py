@@ -78,7 +78,7 @@ def test_requests_given_back_can_be_taken_again_and_never_by_two(redis_url: str,
     budget.give_back(earlier, 2)
     assert float(budget.take(other, 1, rate=100).mark) > float(later.mark)
     budget.give_back(later, 0)
-    assert budget.take(account, 0, rate=0.5) == Grant((), 0.0)
+    assert budget.take(account, 0, rate=0.5) == Grant((), 0.0, account)
 
 
 def test_accounts_have_budgets_of_their_own(redis_url: str) -> None:

@@ -61,10 +61,18 @@ class Calls:
         lane.outstanding += 1
         self.outstanding += 1
         lane.to_ask.put(_ToAsk(job, moment, probe))
+        self._man(job.address.host, lane)
+
+    def _man(self, host: str, lane: "_Lane") -> None:
+        """Starts a thread where there is work for one more. A machine that has none left may have one later."""
         if lane.threads < min(self._most, lane.outstanding):
-            lane.threads += 1
-            name = f"ask-{job.address.host}-{lane.threads}"
-            threading.Thread(target=self._run, args=(lane.to_ask,), name=name, daemon=True).start()
+            thread = threading.Thread(target=self._run, args=(lane.to_ask,), name=f"ask-{host}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                log.error("no thread could be started, those there are go on count=%s reason=%s", lane.threads, error)
+            else:
+                lane.threads += 1
 
     def wake(self) -> None:
         """Ends the wait of `answers`."""
@@ -72,6 +80,9 @@ class Calls:
 
     def answers(self, timeout: float, *, gather: float) -> list[Asked]:
         """The answers that came; it waits for the first one up to `timeout`, and then for `gather` for its company."""
+        for host, lane in self._lanes.items():
+            if lane.outstanding and not lane.threads:
+                self._man(host, lane)
         try:
             first = self._inbox.get(timeout=max(timeout, 0.0)) if timeout > 0 else self._inbox.get_nowait()
         except Empty:

@@ -7,8 +7,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL
@@ -19,6 +20,7 @@ from worker.tables import VERSION_TABLE
 
 SCHEMA_VERSION = "0002"
 LOCK_TIMEOUT_SECONDS = 15
+MYSQL_LOCK_SECONDS = 5
 STATEMENT_TIMEOUT_SECONDS = 60
 IDLE_SECONDS = 2.0
 POOL_KEEPS, POOL_ADDS = 4, 4  # no transaction waits for the network, so a few connections serve many threads
@@ -26,7 +28,18 @@ FULL_SECONDS = 10.0  # how long a server without a free connection is asked agai
 FULL = ("too many clients", "too many connections", "remaining connection slots")
 MISSING_STATES = ("42P01", "42703")  # PostgreSQL's codes for an undefined table and an undefined column
 
-RELAXED = "fetch_worker_relaxed"  # an execution option: no harm is done if a crash of the server undoes the commit
+# Execution options: no harm is done if a crash of the server undoes the commit; seconds to wait for a locked row.
+RELAXED = "fetch_worker_relaxed"
+PATIENCE = "fetch_worker_patience"
+
+LOCKED_STATES = (
+    "55P03",
+    "40P01",
+    "57014",
+    "40001",
+)  # PostgreSQL: lock not available, deadlock, cancelled, serialization
+LOCKED_NUMBERS = (1205, 1213)  # MariaDB: lock wait time-out, deadlock
+ROW_NUMBERS = (1153, 4025)  # MariaDB calls them operational: a packet too large, a CHECK that does not hold
 
 _USED = "fetch-worker: when the connection was last given back"
 _CLOCK = "fetch-worker: the database's time, and the monotonic time at which it was read"
@@ -75,6 +88,8 @@ def make_engine(url: URL) -> Engine:
         event.listen(engine, "begin", _begin_immediate)
     elif backend == "postgresql":
         event.listen(engine, "begin", _bound_postgres)
+    else:
+        event.listen(engine, "connect", _prepare_mysql)
     return engine
 
 
@@ -125,6 +140,11 @@ def _prepare_sqlite(connection: Any, record: Any) -> None:
         connection.execute(f"PRAGMA {pragma}")
 
 
+def _prepare_mysql(connection: Any, record: Any) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET SESSION time_zone = '+00:00', innodb_lock_wait_timeout = {MYSQL_LOCK_SECONDS}")
+
+
 def _begin_immediate(connection: Connection) -> None:
     # A transaction that reads first and writes later would fail at once when another wrote in between.
     connection.exec_driver_sql("BEGIN IMMEDIATE")
@@ -133,7 +153,8 @@ def _begin_immediate(connection: Connection) -> None:
 def _bound_postgres(connection: Connection) -> None:
     """Begins, sets the transaction's zone and time-outs and reads the clock, all at once. Nothing outlives it."""
     dialect = connection.dialect
-    words = _BOUND_RELAXED if connection.get_execution_options().get(RELAXED) else _BOUND
+    options = connection.get_execution_options()
+    words = _bound(options.get(RELAXED, False), options.get(PATIENCE, LOCK_TIMEOUT_SECONDS))
     try:
         cursor: Any = connection.connection.cursor()
         with cursor:
@@ -148,18 +169,15 @@ def _bound_postgres(connection: Connection) -> None:
         raise DBAPIError.instance(words, None, error, base, connection_invalidated=lost, dialect=dialect) from error
 
 
-def _local_settings(**names: str) -> str:
+@cache
+def _bound(relaxed: bool, patience: float) -> str:
+    names = {
+        "timezone": "UTC",
+        "lock_timeout": f"{patience * 1000:.0f}ms",
+        "statement_timeout": f"{STATEMENT_TIMEOUT_SECONDS}s",
+    } | ({"synchronous_commit": "off"} if relaxed else {})
     settings = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in names.items())
     return f"BEGIN; SELECT clock_timestamp(), {settings}"
-
-
-_LOCAL = {
-    "timezone": "UTC",
-    "lock_timeout": f"{LOCK_TIMEOUT_SECONDS}s",
-    "statement_timeout": f"{STATEMENT_TIMEOUT_SECONDS}s",
-}
-_BOUND = _local_settings(**_LOCAL)
-_BOUND_RELAXED = _local_settings(**_LOCAL, synchronous_commit="off")
 
 
 def database_now(connection: Connection) -> datetime:
@@ -192,6 +210,20 @@ def connected(url: URL) -> Iterator[None]:
         raise Unavailable(
             f"the database {shown} does not answer ({reason[:200]}); check DATABASE_URL and the server"
         ) from None
+
+
+def trouble(error: Exception) -> Literal["away", "locked", "row"]:
+    """What a failed statement says: the server is away, somebody has locked a row, or a row can't be written."""
+    if not isinstance(error, DBAPIError):
+        return "row"
+    cause = error.orig
+    number = cause.args[0] if cause is not None and cause.args else None
+    if getattr(cause, "sqlstate", None) in LOCKED_STATES or number in LOCKED_NUMBERS:
+        return "locked"
+    if error.connection_invalidated:
+        return "away"
+    away = isinstance(error, (OperationalError, InterfaceError)) and number not in ROW_NUMBERS
+    return "away" if away else "row"
 
 
 def missing_table(error: Exception) -> bool:

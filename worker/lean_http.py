@@ -10,9 +10,11 @@ import io
 import re
 import socket
 import ssl
+import time
 from collections import defaultdict, deque
 from collections.abc import Mapping
-from http.client import HTTPException, HTTPResponse, IncompleteRead, LineTooLong, UnknownProtocol
+from contextlib import suppress
+from http.client import HTTPException, HTTPResponse, IncompleteRead, LineTooLong, RemoteDisconnected, UnknownProtocol
 from typing import Any, BinaryIO, cast
 
 from requests import PreparedRequest, Response, exceptions
@@ -21,14 +23,19 @@ from urllib3.exceptions import ConnectTimeoutError, HTTPError
 from urllib3.exceptions import SSLError as TlsError
 from urllib3.response import HTTPResponse as DecodingResponse
 
-from worker.timed_http import TimedAdapter, TimedHTTPConnection, TimedHTTPSConnection
+from worker.timed_http import TimedAdapter, TimedHTTPConnection, TimedHTTPSConnection, seconds_left
 
 MOST_HEADERS = 100
 LONGEST_LINE = 65_536
 MOST_DIGITS = 19
+LEAST_SECONDS = 0.1  # with less time left nothing is asked again
+IDLE_SECONDS = 30.0  # an older connection may be dead without a word: a balancer or a NAT forgot it
 PLAIN_URL = re.compile(r"https?://[A-Za-z0-9.:\[\]_-]+(?:/[A-Za-z0-9._~!$&'()*+,;=:%/-]*)?")
 
 Connection = TimedHTTPConnection | TimedHTTPSConnection
+
+# How a kept connection fails that the server had closed. Asking again is safe: a fetch only reads.
+DEAD = (RemoteDisconnected, ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 
 class LeanAdapter(TimedAdapter):
@@ -38,7 +45,7 @@ class LeanAdapter(TimedAdapter):
         super().__init__(connections=connections, ca_bundle=ca_bundle)
         self._limit = limit
         self._keep = connections
-        self._idle: defaultdict[str, deque[Connection]] = defaultdict(deque)
+        self._idle: defaultdict[str, deque[tuple[Connection, float]]] = defaultdict(deque)
 
     def send(
         self,
@@ -58,38 +65,63 @@ class LeanAdapter(TimedAdapter):
             )
         scheme, _, rest = url.partition("://")
         site, _, path = rest.partition("/")
-        origin = f"{scheme}://{site}"
-        connection = self._kept(origin) or self._new(scheme, site, float(timeout[0]))
+        words = _written(request, site, f"/{path}")
         try:
-            raw, body = self._exchange(connection, _written(request, site, f"/{path}"), float(timeout[1]))
+            connection, raw, body = self._ask(scheme, site, words, timeout)
         except (HTTPError, HTTPException, OSError) as error:
-            connection.close()
             raise _as_requests_says_it(error, request) from None
         if raw.will_close or not raw.isclosed():
             connection.close()
-        elif len(self._idle[origin]) < self._keep:
-            self._idle[origin].append(connection)
         else:
-            connection.close()
+            self._put_by(f"{scheme}://{site}", connection)
         return _response(request, raw, body)
+
+    def _ask(
+        self, scheme: str, site: str, words: bytes, timeout: tuple[float, float]
+    ) -> tuple[Connection, "Answer", bytes]:
+        """One exchange; a second one, where the first went over a kept connection that turned out to be dead."""
+        origin = f"{scheme}://{site}"
+        kept = self._kept(origin)
+        if kept is not None:
+            try:
+                return kept, *self._exchange(kept, words, float(timeout[1]))
+            except BaseException as error:
+                self._drop(origin)  # what ended this one may have ended them all
+                if not isinstance(error, DEAD) or seconds_left() < LEAST_SECONDS:
+                    raise
+        connection = self._new(scheme, site, float(timeout[0]))
+        return connection, *self._exchange(connection, words, float(timeout[1]))
 
     def close(self) -> None:
         """Closes every kept connection."""
-        for kept in self._idle.values():
-            while kept:
-                kept.pop().close()
+        for origin in list(self._idle):
+            self._drop(origin)
         super().close()
 
     def _kept(self, origin: str) -> Connection | None:
+        """The connection used last, if it stands: it is the likeliest to."""
         kept = self._idle[origin]
         while True:
             try:
-                connection = kept.pop()  # the last one used is the likeliest to stand
+                connection, since = kept.pop()
             except IndexError:
                 return None
-            if connection.is_connected:
+            if connection.is_connected and time.monotonic() - since < IDLE_SECONDS:
                 return connection
             connection.close()
+
+    def _put_by(self, origin: str, connection: Connection) -> None:
+        kept, now = self._idle[origin], time.monotonic()
+        kept.append((connection, now))
+        with suppress(IndexError):  # other threads take some out meanwhile
+            while len(kept) > self._keep or now - kept[0][1] > IDLE_SECONDS:
+                kept.popleft()[0].close()
+
+    def _drop(self, origin: str) -> None:
+        kept = self._idle[origin]
+        with suppress(IndexError):
+            while True:
+                kept.pop()[0].close()
 
     def _new(self, scheme: str, site: str, timeout: float) -> Connection:
         host, port = _host_and_port(site)
@@ -98,24 +130,31 @@ class LeanAdapter(TimedAdapter):
         return TimedHTTPConnection(host, port, timeout=timeout)
 
     def _exchange(self, connection: Connection, request: bytes, timeout: float) -> tuple["Answer", bytes]:
-        if connection.sock is None:
-            connection.connect()
-            sock = cast("socket.socket", connection.sock)
-            sock.settimeout(timeout)  # until now it had the time-out of the connecting
-        else:
-            connection.watch()
-            sock = connection.sock
-        sock.sendall(request)
-        raw = Answer(sock, method="POST")
         try:
-            raw.begin()
-            body = raw.read(self._limit + 1)
+            if connection.sock is None:
+                connection.connect()
+                sock = cast("socket.socket", connection.sock)
+                sock.settimeout(timeout)  # until now it had the time-out of the connecting
+            else:
+                connection.watch()
+                sock = connection.sock
+            sock.sendall(request)
+            return _read(Answer(sock, method="POST"), self._limit)
         except BaseException:
-            raw.close()
+            connection.close()
             raise
-        if raw.length and len(body) <= self._limit:
-            raise IncompleteRead(body, raw.length)
-        return raw, body
+
+
+def _read(raw: "Answer", limit: int) -> tuple["Answer", bytes]:
+    try:
+        raw.begin()
+        body = raw.read(limit + 1)
+    except BaseException:
+        raw.close()
+        raise
+    if raw.length and len(body) <= limit:
+        raise IncompleteRead(body, raw.length)
+    return raw, body
 
 
 def _written(request: PreparedRequest, site: str, path: str) -> bytes:
@@ -145,13 +184,19 @@ class Answer(HTTPResponse):
         self.code = self.status = status
         self.reason = reason.strip()
         self.headers = _read_headers(self.fp)
-        self.chunked = self.headers.get("Transfer-Encoding", "").lower() == "chunked"
+        empty = status in (204, 304)
+        self.chunked = not empty and self.headers.get("Transfer-Encoding", "").lower() == "chunked"
         self.chunk_left = None
-        self.length = None if self.chunked else _length(self.headers.get("Content-Length"))
-        if status in (204, 304):
-            self.length = 0
+        self.length = 0 if empty else None if self.chunked else _length(self.headers.get("Content-Length"))
         # Without a length the end of the connection is the end of the answer.
         self.will_close = self._check_close() or (not self.chunked and self.length is None)  # type: ignore[attr-defined]
+
+    def _read_next_chunk_size(self) -> int:
+        """As the parent reads it, but `-1`, which Python takes for a number, would be a chunk without an end."""
+        size: int = super()._read_next_chunk_size()  # type: ignore[misc]  # the stubs leave it out
+        if size < 0:
+            raise ValueError("a chunk of less than nothing")
+        return size
 
 
 def _read_headers(file: BinaryIO) -> CaseInsensitiveDict[str]:
@@ -160,8 +205,10 @@ def _read_headers(file: BinaryIO) -> CaseInsensitiveDict[str]:
         line = file.readline(LONGEST_LINE + 1)
         if len(line) > LONGEST_LINE:
             raise LineTooLong("header line")
-        if line in (b"\r\n", b"\n", b""):
+        if line in (b"\r\n", b"\n"):
             return found
+        if not line:
+            raise HTTPException("an answer that ends within its headers")
         name, _, value = line.decode("latin-1").partition(":")
         found[name] = f"{found[name]}, {value.strip()}" if name in found else value.strip()
     raise HTTPException(f"more than {MOST_HEADERS} headers")

@@ -5,7 +5,6 @@ import threading
 from datetime import timedelta
 
 from sqlalchemy import Engine
-from sqlalchemy.exc import SQLAlchemyError
 
 from worker.database import database_now
 from worker.process_id import holder_name
@@ -47,12 +46,13 @@ class LeaseKeeper:
             rest.wait(self.lease.total_seconds() / 3)
             with self._lock:
                 idle = self._held == 0
+                if idle:
+                    self._wake.clear()  # under the lock: whoever begins to hold something wakes after it
             if idle:
-                self._wake.clear()
                 self._wake.wait()
                 continue
             try:
                 with self._engine.begin() as connection:
                     renew_leases(connection, self.holder, lease=self.lease, now=database_now(connection))
-            except SQLAlchemyError as error:
+            except Exception as error:  # a thread that dies here would let every lease run out
                 log.warning("leases could not be renewed reason=%s", type(error).__name__)

@@ -16,21 +16,19 @@ from datetime import datetime, timedelta
 
 from pydantic import SecretStr
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DBAPIError, OperationalError
 
 from worker.calls import Asked, Calls
 from worker.core import gate as gates
-from worker.core.gate import Gate, Heard, Limit, Scope
-from worker.core.lifecycle import AskAgain, End, JobFacts, after_answer, note_of
-from worker.core.pace import Pace, Waiting
-from worker.core.reply import ApiDown, Processing, RateLimited, Reply
+from worker.core.gate import Gate, Scope
+from worker.core.pace import Pace
+from worker.core.reply import ApiDown, RateLimited, Reply
 from worker.database import RELAXED, database_now
 from worker.hosted_api import HostedApi
 from worker.leases import LeaseKeeper
+from worker.recorder import Recorder
 from worker.shared_budget import Grant, SharedBudget
-from worker.store.claims import ClaimedJob, Level, claim_jobs, release_jobs, waiting_levels
-from worker.store.gates import all_gates, locked_gate, mark_asked, save_gate
-from worker.store.outcomes import Outcome, Recorded, record_answers, set_aside
+from worker.store.claims import ClaimedJob, Level, claim_jobs, release_jobs, release_tokens, waiting_levels
+from worker.store.gates import all_gates, locked_gate, save_gate
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +46,8 @@ ROOM_LEAST = 32  # fewer free places than this can wait for the next answers: ea
 VIEW_SECONDS = 0.5  # the longest that a hold made by another process goes unseen
 LOOK_SECONDS = 0.05  # the least time between two looks that found nothing more
 ALERT_SECONDS = 0.4  # after a wake-up it looks often: whoever sent it sends no second one for a while
-MARK_SECONDS = 5.0
 TAKE_OVER_SECONDS = 0.5
-TROUBLE_WAIT = 5.0
+LATE_SECONDS = 0.1  # a claim that took longer has missed its moments
 PROBE_MARGIN = timedelta(seconds=5)
 REFUSED_WAIT = timedelta(seconds=60)
 
@@ -115,13 +112,10 @@ class Poller:
         self._leases = leases
         self._keys = keys
         self._rps = rps
-        self._pace = pace
-        self._least = timedelta(seconds=pace.least)
         self._probe_lease = timedelta(seconds=api_timeout) + PROBE_MARGIN
-        self._queue_downloads = queue_downloads
-        self._tell = tell
+        self._recorder = Recorder(engine=engine, pace=pace, rps=rps, queue_downloads=queue_downloads, tell=tell)
         self._calls = Calls(self._call, threads=IN_FLIGHT)
-        self._random = random.Random()  # spreads polls in time, guards nothing
+        self._random = random.Random()  # spreads accounts, guards nothing
         self._running = threading.Lock()
         self._stopping = threading.Event()
         self._wanted = threading.Event()
@@ -131,11 +125,10 @@ class Poller:
         self._look_at = 0.0
         self._alert_until = 0.0
         self._found_nothing = 0
-        self._unwritten: list[Asked] = []
+        self._unsure: list[str] = []
         self._holding = False
         self._answers_per_second = 0.0
         self._recorded_at = time.monotonic()
-        self._marked_at = 0.0
         self.last_run = time.monotonic()
 
     def stop(self) -> None:
@@ -148,22 +141,28 @@ class Poller:
         """Whether it claims nothing more."""
         return self._stopping.is_set()
 
+    @property
+    def busy(self) -> bool:
+        """Whether answers are still to come, or to be written."""
+        return bool(self._calls.outstanding or self._recorder.waiting)
+
     def wake(self) -> None:
         """Something may be due right now that was not known."""
         self._alert_until = time.monotonic() + ALERT_SECONDS
         self._stale = True
         self._calls.wake()
 
-    def run(self, *, seconds: float = RUN_SECONDS, gives_way: bool = False) -> PollReport | None:
+    def run(self, *, seconds: float = RUN_SECONDS, gives_way: bool = False, finish: bool = False) -> PollReport | None:
         """Polls until nothing was due for a second, or for `seconds`; None where a run is on already.
 
-        A run that gives way ends as soon as another one wants to begin.
+        A run that gives way ends as soon as another one wants to begin. One that is to finish waits for the last
+        answer, since no other run may follow it in this process.
         """
         if not self._running.acquire(blocking=False) and not self._taken_over():
             return None
         self._gives_way = gives_way
         try:
-            return self._run(time.monotonic() + seconds)
+            return self._run(time.monotonic() + seconds, finish)
         finally:
             self._gives_way = False
             self.last_run = time.monotonic()
@@ -180,30 +179,34 @@ class Poller:
         finally:
             self._wanted.clear()
 
-    def _run(self, until: float) -> PollReport:
+    def _run(self, until: float, finish: bool) -> PollReport:
         report = PollReport()
+        if self._recorder.waiting:
+            self._record((), report)  # where the database is still away nothing more is asked
+        self._release_unsure()
         idle_until = time.monotonic() + IDLE_SECONDS
         while True:
             self.last_run = now = time.monotonic()
+            over = now >= until or (self._gives_way and self._wanted.is_set())
             if self.stopped:
                 self._give_back()
-            elif now >= until or (self._gives_way and self._wanted.is_set()):
+            elif over and not (finish and self.busy):
                 return report
-            elif (now >= self._look_at or now < self._alert_until) and self._look():
+            elif not over and (now >= self._look_at or now < self._alert_until) and self._look():
                 idle_until = time.monotonic() + IDLE_SECONDS
             self._keep_leases()
-            busy = bool(self._calls.outstanding or self._unwritten)
+            busy = self.busy
             if not busy and (self.stopped or now >= idle_until):
                 return report
             answers = self._calls.answers(self._wait(until, idle_until, busy), gather=self._gather())
-            if answers or self._unwritten:
+            if answers or self._recorder.kept:
                 self._record(answers, report)
 
     def _wait(self, until: float, idle_until: float, busy: bool) -> float:
         """Seconds until there is something to do, unless an answer comes first."""
-        if self.stopped:
-            return IDLE_SECONDS
         now = time.monotonic()
+        if self.stopped or now >= until:
+            return IDLE_SECONDS
         if now < self._alert_until:
             return LOOK_SECONDS
         return min(self._look_at, until, *(() if busy else (idle_until,))) - now
@@ -215,7 +218,7 @@ class Poller:
 
     def _keep_leases(self) -> None:
         """Leases are renewed while something is claimed, also between two runs."""
-        holds = bool(self._calls.outstanding or self._unwritten)
+        holds = bool(self._calls.outstanding or self._recorder.kept)
         if holds != self._holding:
             self._holding = holds
             if holds:
@@ -265,7 +268,7 @@ class Poller:
 
     def _room(self, host: str) -> int:
         """How many more jobs may be claimed for a host."""
-        outstanding = self._calls.outstanding_at(host)
+        outstanding = self._calls.outstanding_at(host) + self._recorder.kept
         room = IN_FLIGHT + self._ahead() - outstanding
         return 0 if outstanding and room < ROOM_LEAST else room
 
@@ -296,22 +299,35 @@ class Poller:
         room = {level.host: self._room(level.host) for levels in due.values() for level in levels}
         if not any(room.values()):
             return 0, False, LOOK_SECONDS if due else IDLE_SECONDS
-        share = min(CLAIM_MOST, -(-sum(room.values()) // len(due)))  # no account takes the places of another
+        free = sum(room.values())
+        accounts = self._random.sample(sorted(due), min(len(due), free))  # not always the same one first
+        share = min(CLAIM_MOST, -(-free // len(accounts)))  # and none takes the places of another
         now = view.time()
         grants: dict[str, Grant] = {}
-        for account, levels in due.items():
-            wanted = min(share, sum(room[host] for host in {level.host for level in levels}))
-            rate = view.gate("account", account).rate(self._rps, now)
-            grants[account] = self._budget.take(account, wanted, rate=rate)
+        for account in accounts:
+            wanted = min(share, sum(room[host] for host in {level.host for level in due[account]}))
+            grants[account] = self._budget.take(
+                account, wanted, rate=view.gate("account", account).rate(self._rps, now)
+            )
         claimed = self._claim_granted(due, {account: len(one.moments) for account, one in grants.items()}, room)
-        for account, jobs in claimed.items():
-            grant = grants[account]
-            for job, moment in zip(jobs, grant.moments, strict=False):
-                self._calls.start(job, moment)
-            self._budget.give_back(grant, len(grant.moments) - len(jobs))
-        more = any(len(jobs) == len(grants[account].moments) == share for account, jobs in claimed.items())
-        wait = max(LOOK_SECONDS, min(grant.wait for grant in grants.values()))
-        return sum(map(len, claimed.values())), more, wait
+        more = len(accounts) < len(due) or any(
+            len(jobs) == len(grants[account].moments) == share for account, jobs in claimed.items()
+        )
+        started = sum(self._start(jobs, grants[account], view) for account, jobs in claimed.items())
+        self._unsure.clear()
+        return started, more, max(LOOK_SECONDS, min(grant.wait for grant in grants.values()))
+
+    def _start(self, jobs: Sequence[ClaimedJob], grant: Grant, view: _View) -> int:
+        """Has these jobs of one account asked about, each at its moment; how many."""
+        self._budget.give_back(grant, len(grant.moments) - len(jobs))
+        if jobs and time.monotonic() - grant.moments[0] > LATE_SECONDS:
+            # The database kept us waiting. All at once would be more than the API takes: the others took their share.
+            rate = view.gate("account", grant.account).rate(self._rps, view.time())
+            grant = self._budget.take(grant.account, len(jobs), rate=rate)
+            self._release(jobs[len(grant.moments) :])
+        for job, moment in zip(jobs, grant.moments, strict=False):
+            self._calls.start(job, moment)
+        return min(len(jobs), len(grant.moments))
 
     def _claim_granted(
         self, due: Mapping[str, Sequence[Level]], granted: Mapping[str, int], room: dict[str, int]
@@ -320,10 +336,10 @@ class Poller:
         if not claimed:
             return claimed
         began = time.monotonic()
+        token = self._new_token()
         with self._claims.begin() as connection:
             now = database_now(connection)
-            token = secrets.token_hex(8)
-            for account in sorted(claimed):
+            for account in claimed:
                 for level in due[account]:
                     most = min(granted[account] - len(claimed[account]), room[level.host])
                     if most > 0:
@@ -332,6 +348,21 @@ class Poller:
                         claimed[account] += self._permitted(connection, found, now)
         log.debug("claimed jobs=%s ms=%.1f", sum(map(len, claimed.values())), 1e3 * (time.monotonic() - began))
         return claimed
+
+    def _new_token(self) -> str:
+        """A token for a claim. Until the claim is known to have come about, so is that it may have."""
+        token = secrets.token_hex(8)
+        self._unsure.append(token)
+        return token
+
+    def _release_unsure(self) -> None:
+        """Gives back what was claimed by a transaction of which nobody knows if it was committed."""
+        if self._unsure:
+            with self._engine.begin() as connection:
+                released = release_tokens(connection, self._leases.holder, self._unsure, now=database_now(connection))
+            self._unsure.clear()
+            if released:
+                log.warning("claims whose commit was cut off are given back jobs=%s", released)
 
     def _take(self, connection: Connection, level: Level, limit: int, now: datetime, token: str) -> list[ClaimedJob]:
         return claim_jobs(
@@ -357,22 +388,26 @@ class Poller:
         """Makes one call alone, if no other process does and a job is due for it."""
         if not levels:
             return 0
+        grant = self._budget.take(levels[0].account, 1, rate=self._rps)
+        if not grant.moments:
+            return 0
+        token = self._new_token()
         with self._engine.begin() as connection:
             now = database_now(connection)
             taken = [locked_gate(connection, kind, name) for kind, name in scope]
-            if any(gate.allows(now) != "one" for gate in taken):
-                return 0
             jobs: list[ClaimedJob] = []
-            for level in levels:
-                if not jobs:
-                    found = self._take(connection, level, 1, now, secrets.token_hex(8))
-                    jobs = self._permitted(connection, found, now)
-            if not jobs:
-                return 0
-            for gate in taken:
-                save_gate(connection, gates.probing(gate, now=now, lease=self._probe_lease))
-        self._calls.start(jobs[0], 0.0, probe=True)
-        return 1
+            if all(gate.allows(now) == "one" for gate in taken):
+                for level in levels:
+                    if not jobs:
+                        jobs = self._permitted(connection, self._take(connection, level, 1, now, token), now)
+            if jobs:
+                for gate in taken:
+                    save_gate(connection, gates.probing(gate, now=now, lease=self._probe_lease))
+        self._unsure.clear()
+        for job in jobs:
+            self._calls.start(job, grant.moments[0], probe=True)
+        self._budget.give_back(grant, 1 - len(jobs))
+        return len(jobs)
 
     def _permitted(self, connection: Connection, jobs: Sequence[ClaimedJob], now: datetime) -> list[ClaimedJob]:
         """The jobs whose address the settings still allow the key to go to; the others wait, unasked."""
@@ -391,8 +426,11 @@ class Poller:
 
     def _give_back(self) -> None:
         """Whatever was not asked yet is due again at once."""
+        self._release(self._calls.take_back())
+
+    def _release(self, jobs: Sequence[ClaimedJob]) -> None:
         by_token: dict[str, list[int]] = {}
-        for job in self._calls.take_back():
+        for job in jobs:
             by_token.setdefault(job.token, []).append(job.id)
         if by_token:
             with self._engine.begin() as connection:
@@ -406,21 +444,10 @@ class Poller:
         report.asked += len(answers)
         report.answers.update(type(one.reply).__name__.lower() for one in answers)
         self._measure(len(answers))
-        taken = self._count_taken(answers)
-        asked = self._unwritten = [*self._unwritten, *answers]  # until they are: the database may be away for a while
-        try:
-            recorded = self._write(asked, taken)
-        except OperationalError:
-            raise  # the database is in trouble, not a row
-        except DBAPIError as error:
-            log.error("a batch of answers could not be written, writing them singly reason=%s", type(error).__name__)
-            recorded = self._write_singly(asked, taken)
-        self._unwritten = []
-        if any(one.probe for one in asked):
+        self._recorder.take(answers, self._count_taken(answers))
+        if any(one.probe for one in answers):
             self._look_at = 0.0  # it may have opened a gate
-        report.lost += recorded.lost
-        self._queue_downloads(recorded.outputs)  # after the commit: the rows must be there
-        self._tell(recorded.finished)
+        report.lost += self._recorder.write({} if self._view is None else self._view.gates)
 
     def _measure(self, answers: int) -> None:
         now = time.monotonic()
@@ -434,101 +461,3 @@ class Poller:
         for one in asked:
             counted[one.job.account] += not isinstance(one.reply, (RateLimited, ApiDown))
         return {account: self._budget.taken(account, count) for account, count in counted.items()}
-
-    def _write(self, asked: Sequence[Asked], taken: Mapping[str, float]) -> Recorded:
-        with self._engine.begin() as connection:
-            now = database_now(connection)
-            self._move_gates(connection, asked, taken, now)
-            if time.monotonic() - self._marked_at >= MARK_SECONDS:
-                self._marked_at = time.monotonic()
-                mark_asked(connection, taken, now=now)
-            outcomes = [self._outcome(one, now) for one in asked]
-            if any(_expires(outcome) for outcome in outcomes):
-                held = all_gates(connection)  # unasked means not expired, and a hold may have kept it unasked
-                outcomes = [
-                    self._outcome(one, now, held) if _expires(outcome) else outcome
-                    for one, outcome in zip(asked, outcomes, strict=True)
-                ]
-            return record_answers(connection, outcomes, now=now)
-
-    def _write_singly(self, asked: Sequence[Asked], taken: Mapping[str, float]) -> Recorded:
-        outputs: list[int] = []
-        finished: list[int] = []
-        lost = 0
-        for one in asked:
-            try:
-                recorded = self._write([one], taken)
-            except DBAPIError as error:
-                log.error("an answer can't be written, its job is set aside job=%s", one.job.id)
-                reason = f"its answer could not be written: {type(error.orig).__name__}"
-                with self._engine.begin() as connection:
-                    if set_aside(connection, one.job, reason, now=database_now(connection)):
-                        finished.append(one.job.id)
-                continue
-            outputs += recorded.outputs
-            finished += recorded.finished
-            lost += recorded.lost
-        return Recorded(tuple(outputs), tuple(finished), lost)
-
-    def _outcome(self, one: Asked, now: datetime, held: Mapping[tuple[Scope, str], Gate] | None = None) -> Outcome:
-        job, reply = one.job, one.reply
-        facts = job.facts if held is None else _with_hold(job, held, now)
-        step = after_answer(facts, reply, now=now, least=self._least)
-        if not isinstance(step, AskAgain):
-            return Outcome(job, step, 0.0, note_of(reply))
-        age = (now - job.submitted_at).total_seconds()
-        wait_seconds = self._pace.next_poll(Waiting(age, job.eta, job.polls), spread=self._random.random())
-        if isinstance(reply, ApiDown):
-            wait_seconds = max(wait_seconds, TROUBLE_WAIT * (1 + self._random.random()))
-        return Outcome(job, step, wait_seconds, step.note)
-
-    def _move_gates(
-        self, connection: Connection, asked: Sequence[Asked], taken: Mapping[str, float], now: datetime
-    ) -> None:
-        """Lets the batch move the gates it concerns; a lock is taken only where one really changes."""
-        known = self._view.gates if self._view is not None else all_gates(connection)
-        for (scope, name), mine in sorted(_by_gate(asked).items()):
-            heard = [Heard(one.reply, now - timedelta(seconds=time.monotonic() - one.sent), one.probe) for one in mine]
-            limit = Limit(self._rps, taken.get(name, 0.0))
-            gate = known.get((scope, name), Gate(scope, name))
-            if (scope, name) not in known or gates.after_replies(gate, heard, limit, now=now) != gate:
-                locked = locked_gate(connection, scope, name)
-                gate = gates.after_replies(locked, heard, limit, now=now)
-                save_gate(connection, gate)
-                _tell_of_hold(locked, gate, now)
-            known[scope, name] = gate
-
-
-def _by_gate(asked: Sequence[Asked]) -> dict[tuple[Scope, str], list[Asked]]:
-    """Which answers concern which gate. Of those that say the same one after the other the first is enough."""
-    found: dict[tuple[Scope, str], list[Asked]] = {}
-    for one in asked:
-        concerned: tuple[tuple[Scope, str], ...] = (("account", one.job.account), ("host", one.job.address.host))
-        for gate in concerned:
-            mine = found.setdefault(gate, [])
-            same = mine and not one.probe and type(mine[-1].reply) is type(one.reply) is Processing
-            if not same:
-                mine.append(one)
-    return found
-
-
-def _expires(outcome: Outcome) -> bool:
-    return isinstance(outcome.step, End) and outcome.step.status == "expired"
-
-
-def _with_hold(job: ClaimedJob, held: Mapping[tuple[Scope, str], Gate], now: datetime) -> JobFacts:
-    ends = [
-        ended
-        for gate in (held.get(("account", job.account)), held.get(("host", job.address.host)))
-        if gate is not None and (ended := gate.last_hold_end(now)) is not None
-    ]
-    return job.facts._replace(last_hold_end=max(ends, default=None))
-
-
-def _tell_of_hold(before: Gate, after: Gate, now: datetime) -> None:
-    if after.held(now) and not before.held(now):
-        log.warning("held scope=%s name=%s reason=%s", after.scope, after.name, after.reason)
-        if after.ceiling is not None and after.ceiling != before.ceiling:
-            log.warning("slowed account=%s ceiling_per_second=%.1f", after.name, after.ceiling)
-    elif before.held(now) and not after.held(now):
-        log.warning("resumed scope=%s name=%s", after.scope, after.name)

@@ -75,7 +75,7 @@ class Grant:
 
     moments: tuple[float, ...]
     wait: float
-    account: str = ""
+    account: str
     mark: str = ""  # the account's free moment after these, as Redis has it; empty where they are a local share
     step: float = 0.0
 
@@ -97,7 +97,7 @@ class SharedBudget:
     def take(self, account: str, wanted: int, *, rate: float) -> Grant:
         """Takes up to `wanted` requests of the account's budget, of which there are `rate` per second."""
         if wanted < 1:
-            return Grant((), 0.0)
+            return Grant((), 0.0, account)
         called = time.monotonic()
         keys = [_name("budget", account), _name("processes", account)]
         said = self._ask(self._take, keys, 1 / rate, burst(rate), wanted, AHEAD_SECONDS, KEPT_SECONDS, self._name)
@@ -132,7 +132,7 @@ class SharedBudget:
         with self._local_lock:
             found = slots(self._local.get(account, now), now, rate=share, wanted=wanted)
             self._local[account] = found.free
-        return Grant(_moments(found, now), found.wait)
+        return Grant(_moments(found, now), found.wait, account)
 
 
 def _moments(found: Slots, now: float) -> tuple[float, ...]:

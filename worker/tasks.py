@@ -21,6 +21,7 @@ from worker.addresses import Guard, guarded_adapter
 from worker.app import DOWNLOADS, HINT_EXPIRES_SECONDS, app, settings
 from worker.core import gate as gates
 from worker.core.submission import submission
+from worker.courier import Courier
 from worker.database import database_now, engine_for
 from worker.downloader import Downloader
 from worker.errors import NotTrackable, Unavailable, WorkerError
@@ -93,11 +94,16 @@ class Parts:
             rps=settings.sd_api_rps,
             pace=settings.pace,
             api_timeout=settings.sd_api_timeout,
-            queue_downloads=queue_downloads,
-            tell=self.tell,
+            queue_downloads=lambda ids: self.courier.send("downloads", lambda: queue_downloads(ids)) if ids else None,
+            tell=lambda ids: self.courier.send("on_done", lambda: self.tell(ids)) if ids else None,
         )
         listen(settings.redis, poller.wake)
         return poller
+
+    @cached_property
+    def courier(self) -> Courier:
+        """Sends messages, so that no poll run waits for a broker that is slow or away."""
+        return Courier()
 
     @cached_property
     def downloader(self) -> Downloader:
@@ -117,6 +123,7 @@ class Parts:
         )
 
     swept_at = 0.0
+    ticks = False  # whether a ticker in this process takes up what a run leaves (in a prefork child none does)
 
     def tell(self, job_ids: Sequence[int] | None) -> None:
         """Tells web apps of final jobs; trouble with the broker leaves it to the next sweep."""
@@ -167,8 +174,9 @@ def _softly(what: str, publish: Callable[[], object]) -> None:
 
 def run_polls(*, gives_way: bool = False) -> str:
     """One poll run, in a few words; one that gives way ends when another one is asked for."""
+    own = parts()
     try:
-        report = parts().poller.run(gives_way=gives_way)
+        report = own.poller.run(gives_way=gives_way, finish=not own.ticks)
     except SQLAlchemyError as error:
         log.error("polling waits for the database reason=%s", type(error).__name__)
         time.sleep(DATABASE_AWAY_SECONDS)

@@ -8,12 +8,12 @@ next message, so that Flower sees what goes on. Now and then the ticker sweeps, 
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from celery import bootsteps
 from celery.signals import worker_init, worker_shutting_down
 from celery.utils.log import get_logger
-from sqlalchemy.exc import SQLAlchemyError
 
 from worker.app import POLLS, app, settings
 from worker.database import check_schema, engine_for
@@ -26,43 +26,58 @@ LOOK_SECONDS = 0.1
 SILENCE_SECONDS = 0.15
 DATABASE_WAIT_SECONDS = 2.0
 SWEEP_SILENCE_SECONDS = 10.0
+STOP_MARGIN_SECONDS = 5.0
+COURIER_SECONDS = 2.0
 EVENTS_SECONDS = 0.25
 LOOK_AGAIN_SECONDS = 0.05
 EVENTS_AT_ONCE = 500
 
 
 class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
-    """Starts before the consumer connects, so that polling goes on without a broker."""
+    """Starts before the consumer connects, so that polling goes on without a broker; after any pool has forked."""
+
+    requires = ("celery.worker.components:Pool",)
 
     def __init__(self, worker: Any, **options: Any) -> None:
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         super().__init__(worker, **options)
 
     def start(self, worker: Any) -> None:
         """Ticks, in a worker that consumes polls."""
         if POLLS not in worker.app.amqp.queues.consume_from:
             return
-        self._thread = threading.Thread(target=self._run, name="ticker", daemon=True)
-        self._thread.start()
+        parts().ticks = True
+        for work in (self._poll, self._sweep):
+            self._threads.append(threading.Thread(target=work, name=f"ticker{work.__name__}", daemon=True))
+            self._threads[-1].start()
 
     def stop(self, worker: Any) -> None:
-        """Stops ticking."""
+        """Stops ticking: what is being asked about is waited for, as long as a call may take."""
+        self._stop.set()
+        until = time.monotonic() + settings.sd_api_timeout + STOP_MARGIN_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        if self._threads:
+            parts().courier.finish(COURIER_SECONDS)
+
+    def terminate(self, worker: Any) -> None:
+        """Stops at once."""
         self._stop.set()
 
-    terminate = stop
-
-    def _run(self) -> None:
+    def _poll(self) -> None:
         self._begin()
+        poller = parts().poller
         while not self._stop.wait(LOOK_SECONDS):
-            own = parts()
-            try:
-                if time.monotonic() - own.poller.last_run > SILENCE_SECONDS:
-                    run_polls(gives_way=True)
-                if time.monotonic() - own.swept_at > SWEEP_SILENCE_SECONDS:
-                    run_sweep()
-            except Exception:  # the ticker is the last resort: it must not die of one trouble
-                log.exception("a tick failed")
+            if time.monotonic() - poller.last_run > SILENCE_SECONDS:
+                _carefully(lambda: run_polls(gives_way=True))
+        if poller.busy:
+            _carefully(run_polls)  # claims nothing more, but records what is still to come
+
+    def _sweep(self) -> None:
+        while not self._stop.wait(LOOK_SECONDS):
+            if time.monotonic() - parts().swept_at > SWEEP_SILENCE_SECONDS:
+                _carefully(run_sweep)
 
     def _begin(self) -> None:
         if not settings.keys:
@@ -70,11 +85,18 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
         while not self._stop.is_set():
             try:
                 doubt_keys()
-            except SQLAlchemyError as error:
+            except Exception as error:
                 log.error("waiting for the database reason=%s", type(error).__name__)
                 self._stop.wait(DATABASE_WAIT_SECONDS)
             else:
                 return
+
+
+def _carefully(work: Callable[[], object]) -> None:
+    try:
+        work()
+    except Exception:  # the ticker is the last resort: it must not die of one trouble
+        log.exception("a tick failed")
 
 
 class Pulse(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types

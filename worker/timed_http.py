@@ -77,7 +77,7 @@ class Watchdog:
         while True:
             time.sleep(CHECK_SECONDS)
             now = time.monotonic()
-            for line, until in list(self._deadlines.items()):
+            for line, until in self._deadlines.copy().items():  # in one step, whatever other threads do
                 if now >= until:
                     self._deadlines.pop(line, None)
                     line.shut()
@@ -143,7 +143,8 @@ class _LookUp:
         except (OSError, UnicodeError) as error:
             self.trouble = error if isinstance(error, OSError) else socket.gaierror(str(error))
         finally:
-            _look_ups.pop((self.host, self.port), None)
+            with _look_ups_lock:
+                _look_ups.pop((self.host, self.port), None)
             self.over.set()
 
 
@@ -159,8 +160,9 @@ def look_up(host: str, port: int, seconds: float) -> list[Target]:
     with _look_ups_lock:
         under_way = _look_ups.get((host, port))
         if under_way is None:
-            under_way = _look_ups[host, port] = _LookUp(host, port)
+            under_way = _LookUp(host, port)
             threading.Thread(target=under_way.run, name="look-up", daemon=True).start()
+            _look_ups[host, port] = under_way  # once it is sure to end; it takes the lock to take it out again
     if not under_way.over.wait(None if math.isinf(seconds) else seconds):
         raise TimeoutError(f"the look-up of {host} took too long")
     if under_way.trouble is not None:

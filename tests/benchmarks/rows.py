@@ -60,7 +60,7 @@ print(json.dumps({name: sorted(found)[len(found) // 2] for name, found in times.
 """
 SHARE = """
 import json, os, sys, time
-from worker import poller as module
+from worker import poller as claiming, recorder as recording
 from worker.tasks import parts
 spent = [0.0]
 def timed(work):
@@ -71,8 +71,11 @@ def timed(work):
         finally:
             spent[0] += time.thread_time() - began
     return inner
-for name in ("claim_jobs", "record_answers", "waiting_levels", "all_gates", "mark_asked"):
-    setattr(module, name, timed(getattr(module, name)))
+for module, names in (claiming, ("claim_jobs", "waiting_levels", "all_gates")), (
+    recording, ("record_answers", "mark_asked")
+):
+    for name in names:
+        setattr(module, name, timed(getattr(module, name)))
 class Begun:
     def __init__(self, inner): self.inner = inner
     def __enter__(self): return timed(self.inner.__enter__)()
@@ -83,6 +86,7 @@ class Timed:
     def connect(self): return Begun(self.engine.connect())
 poller = parts().poller
 poller._engine, poller._claims = Timed(poller._engine), Timed(poller._claims)
+poller._recorder._batches = Timed(poller._recorder._batches)
 poller.run(seconds=1.5)
 spent[0], cpu = 0.0, time.process_time()
 report = poller.run(seconds=float(sys.argv[1]))

@@ -104,9 +104,10 @@ def test_a_probe_that_says_nothing_about_the_key_is_repeated() -> None:
     trying = probing(NEW, now=T0, lease=LEASE)
     held = probing(refused(OPEN, "key rejected", now=T0, probe=False), now=at(10), lease=LEASE)
 
-    assert undecided(trying, now=at(3)).allows(at(3)) == "one"
-    assert undecided(held, now=at(12)).allows(at(12)) == "none"
-    assert undecided(held, now=at(12)).allows(at(10) + LEASE) == "one"
+    assert undecided(trying, now=at(3), wait=0.0).allows(at(3)) == "one"
+    assert [undecided(trying, now=at(3), wait=1.0).allows(at(s)) for s in (3, 3.9, 4)] == ["none", "none", "one"]
+    assert undecided(held, now=at(12), wait=0.0).allows(at(12)) == "none"
+    assert undecided(held, now=at(12), wait=0.0).allows(at(10) + LEASE) == "one"
 
 
 def test_a_rate_limit_shuts_the_account_for_its_time_and_no_longer() -> None:
@@ -235,7 +236,7 @@ def test_every_hold_can_end_within_a_quarter_of_an_hour(
             case "unproven" if scope == "account":
                 gate = unproven(gate, now=now)
             case "undecided":
-                gate = undecided(gate, now=now)
+                gate = undecided(gate, now=now, wait=0.5)
             case "probing" if gate.allows(now) == "one":
                 gate = probing(gate, now=now, lease=LEASE)
 

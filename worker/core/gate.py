@@ -15,6 +15,7 @@ from worker.core.reply import AccountRefused, ApiDown, Odd, RateLimited, Reply
 
 Scope = Literal["account", "host"]
 PROBE_WAITS = (10.0, 20.0, 40.0, 60.0)
+UNDECIDED_WAIT = 1.0
 TROUBLES_TO_HOLD = 5
 REFUSALS = {"key": "key rejected", "credits": "no credits", "plan": "plan", "request": "request refused"}
 
@@ -99,8 +100,10 @@ def _after(gate: Gate, heard: Heard, limit: Limit, now: datetime) -> Gate:
         case RateLimited(seconds, _):
             paused = limited(gate, seconds, now=now)
             return slowed(paused, full=limit.full, seen=limit.seen, sent_at=heard.sent_at)
-        case ApiDown() | Odd():  # neither says whether the key is accepted
-            return undecided(gate, now=now) if heard.probe else gate
+        case ApiDown():  # says nothing of the key; the host's own gate counts these
+            return undecided(gate, now=now, wait=0.0) if heard.probe else gate
+        case Odd():
+            return undecided(gate, now=now, wait=UNDECIDED_WAIT) if heard.probe else gate
         case _:
             return answered(gate, now=now, probe=heard.probe)
 
@@ -179,9 +182,9 @@ def probing(gate: Gate, *, now: datetime, lease: timedelta) -> Gate:
     return replace(gate, probe_at=now + lease)
 
 
-def undecided(gate: Gate, *, now: datetime) -> Gate:
-    """The gate after a probe that said nothing about it: the next one may try at once."""
-    return replace(gate, probe_at=now) if gate.reason is None else gate
+def undecided(gate: Gate, *, now: datetime, wait: float) -> Gate:
+    """The gate after a probe that said nothing about it: the next one may try in `wait` seconds."""
+    return replace(gate, probe_at=now + timedelta(seconds=wait)) if gate.reason is None else gate
 
 
 def _held(gate: Gate, reason: str, now: datetime) -> Gate:

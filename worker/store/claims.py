@@ -233,6 +233,13 @@ def release_jobs(connection: Connection, ids: list[int], token: str, *, due_at: 
     )
 
 
+def release_tokens(connection: Connection, holder: str, tokens: Sequence[str], *, now: datetime) -> int:
+    """Gives back whatever this process claimed with these tokens and never asked about; how many jobs."""
+    mine = (jobs.c.claim_holder == holder, jobs.c.claim_token.in_(tokens))
+    released = update(jobs).where(*mine).values(due_at=now, claim_token=None, claim_holder=None, polls=jobs.c.polls - 1)
+    return connection.execute(released).rowcount
+
+
 def claim_output(
     connection: Connection, output_id: int, *, token: str, holder: str, lease: timedelta, now: datetime
 ) -> ClaimedOutput | None:

@@ -1,0 +1,45 @@
+"""Sends messages from a thread of its own: who has something to send never waits for the broker.
+
+What it can't send, or has no room for, is dropped: a message is a hint, and the sweep sends it again.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from queue import Full, Queue
+
+log = logging.getLogger(__name__)
+
+MOST = 1_000  # batches that wait to be sent
+
+
+class Courier:
+    """One thread that does what it is handed, one after the other. It starts with the first."""
+
+    def __init__(self) -> None:
+        self._queue: Queue[tuple[str, Callable[[], object]]] = Queue(MOST)
+        self._thread: threading.Thread | None = None
+
+    def send(self, what: str, work: Callable[[], object]) -> None:
+        """Has something sent soon. Only for the one thread that runs the show."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="courier", daemon=True)
+            self._thread.start()
+        try:
+            self._queue.put_nowait((what, work))
+        except Full:
+            log.warning("too much waits to be sent, the sweep will send it what=%s", what)
+
+    def finish(self, seconds: float) -> bool:
+        """Waits until all is sent, but not longer; whether it was."""
+        done = threading.Event()
+        self.send("nothing", done.set)
+        return done.wait(seconds)
+
+    def _run(self) -> None:
+        while True:
+            what, work = self._queue.get()
+            try:
+                work()
+            except Exception:  # the thread must not die of one message
+                log.exception("not sent, the sweep will send it what=%s", what)

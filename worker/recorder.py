@@ -1,0 +1,235 @@
+"""Writes answers: a batch in one transaction, with the gates that it moves. What can't be written spoils no batch.
+
+Answers are kept until they are written. Where the database is away they wait for it; where somebody has locked a job's
+row, that one answer waits; an answer that no statement can write ends its job as `unwritable`.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sqlalchemy import Connection, Engine
+
+from worker.calls import Asked
+from worker.core import gate as gates
+from worker.core.gate import Gate, Heard, Limit, Scope
+from worker.core.lifecycle import AskAgain, End, JobFacts, after_answer, note_of
+from worker.core.pace import Pace, Waiting
+from worker.core.reply import ApiDown, Processing
+from worker.database import PATIENCE, database_now, trouble
+from worker.store.claims import ClaimedJob
+from worker.store.gates import all_gates, locked_gate, mark_asked, save_gate
+from worker.store.outcomes import Outcome, Recorded, record_answers, set_aside
+
+log = logging.getLogger(__name__)
+
+WRITE_MOST = 500
+BATCH_PATIENCE, SINGLE_PATIENCE = 2.0, 0.1  # seconds that a row which somebody else has locked is waited for
+LOCKED_SECONDS = 2.0
+MARK_SECONDS = 5.0
+TROUBLE_WAIT = 5.0
+
+Gates = dict[tuple[Scope, str], Gate]
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    recorded: Recorded
+    moved: Mapping[tuple[Scope, str], Gate]
+
+
+class Recorder:
+    """Writes for one poller. All of it is for the one thread that runs the show."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        pace: Pace,
+        rps: float,
+        queue_downloads: Callable[[Sequence[int]], None],
+        tell: Callable[[Sequence[int]], None],
+    ) -> None:
+        self._engine = engine
+        self._batches = engine.execution_options(**{PATIENCE: BATCH_PATIENCE})
+        self._single = engine.execution_options(**{PATIENCE: SINGLE_PATIENCE})
+        self._pace = pace
+        self._least = timedelta(seconds=pace.least)
+        self._rps = rps
+        self._queue_downloads = queue_downloads
+        self._tell = tell
+        self._random = random.Random()  # spreads polls in time, guards nothing
+        self._waiting: list[Asked] = []
+        self._locked: list[Asked] = []
+        self._unlock_at = 0.0
+        self._taken: dict[str, float] = {}
+        self._marked_at = 0.0
+
+    @property
+    def waiting(self) -> int:
+        """Answers that are to be written as soon as the database lets us."""
+        return len(self._waiting)
+
+    @property
+    def kept(self) -> int:
+        """All answers that are not written yet, those of locked rows too."""
+        return len(self._waiting) + len(self._locked)
+
+    def take(self, answers: Sequence[Asked], taken: Mapping[str, float]) -> None:
+        """Keeps answers. `taken` is how many requests per second the API took of each account just now."""
+        self._waiting += answers
+        self._taken.update(taken)
+
+    def write(self, known: Gates) -> int:
+        """Writes what was taken, and moves the gates in `known` with it; how many claims had been lost.
+
+        Raises what the database raises where it is away; what is not written yet is kept.
+        """
+        if self._locked and time.monotonic() >= self._unlock_at:
+            self._unlock_at = time.monotonic() + LOCKED_SECONDS
+            self._waiting, self._locked = self._locked + self._waiting, []
+            return self._write_singly(len(self._waiting), known)
+        lost = 0
+        while self._waiting:
+            batch = self._waiting[:WRITE_MOST]
+            try:
+                done = self._write(self._batches, batch, known)
+            except Exception as error:  # whatever a row can do to a statement; only its own answer may suffer
+                if trouble(error) == "away":
+                    raise
+                log.error("a batch of answers could not be written, writing them singly reason=%s", _reason(error))
+                lost += self._write_singly(len(batch), known)
+            else:
+                del self._waiting[: len(batch)]
+                lost += self._finish(done, known)
+        return lost
+
+    def _write_singly(self, count: int, known: Gates) -> int:
+        lost = 0
+        for _ in range(count):
+            one = self._waiting[0]
+            try:
+                done = self._write(self._single, [one], known)
+            except Exception as error:  # as above
+                what = trouble(error)
+                if what == "away":
+                    raise
+                if what == "locked" or not self._set_aside(one, error):
+                    self._locked.append(one)
+                del self._waiting[0]
+            else:
+                del self._waiting[0]
+                lost += self._finish(done, known)
+        if self._locked:
+            log.warning("rows are locked by somebody else, their answers wait count=%s", len(self._locked))
+        return lost
+
+    def _finish(self, done: _Written, known: Gates) -> int:
+        known.update(done.moved)
+        self._queue_downloads(done.recorded.outputs)  # after the commit: the rows must be there
+        self._tell(done.recorded.finished)
+        return done.recorded.lost
+
+    def _set_aside(self, one: Asked, error: Exception) -> bool:
+        log.error("an answer can't be written, its job is set aside job=%s reason=%s", one.job.id, _reason(error))
+        try:
+            with self._single.begin() as connection:
+                now = database_now(connection)
+                ended = set_aside(connection, one.job, f"its answer could not be written: {_reason(error)}", now=now)
+        except Exception as again:  # nothing is lost: its answer waits
+            if trouble(again) == "away":
+                raise
+            return False
+        if ended:
+            self._tell([one.job.id])
+        return True
+
+    # ── one transaction ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _write(self, engine: Engine, asked: Sequence[Asked], known: Gates) -> _Written:
+        with engine.begin() as connection:
+            now = database_now(connection)
+            if time.monotonic() - self._marked_at >= MARK_SECONDS:
+                self._marked_at = time.monotonic()
+                mark_asked(connection, {one.job.account for one in asked}, now=now)
+            moved = self._move_gates(connection, asked, known, now)
+            outcomes = [self._outcome(one, now) for one in asked]
+            if any(_expires(outcome) for outcome in outcomes):
+                held = all_gates(connection)  # unasked means not expired, and a hold may have kept it unasked
+                outcomes = [
+                    self._outcome(one, now, held) if _expires(outcome) else outcome
+                    for one, outcome in zip(asked, outcomes, strict=True)
+                ]
+            return _Written(record_answers(connection, outcomes, now=now), moved)
+
+    def _outcome(self, one: Asked, now: datetime, held: Mapping[tuple[Scope, str], Gate] | None = None) -> Outcome:
+        job, reply = one.job, one.reply
+        facts = job.facts if held is None else _with_hold(job, held, now)
+        step = after_answer(facts, reply, now=now, least=self._least)
+        if not isinstance(step, AskAgain):
+            return Outcome(job, step, 0.0, note_of(reply))
+        age = (now - job.submitted_at).total_seconds()
+        wait_seconds = self._pace.next_poll(Waiting(age, job.eta, job.polls), spread=self._random.random())
+        if isinstance(reply, ApiDown):
+            wait_seconds = max(wait_seconds, TROUBLE_WAIT * (1 + self._random.random()))
+        return Outcome(job, step, wait_seconds, step.note)
+
+    def _move_gates(
+        self, connection: Connection, asked: Sequence[Asked], known: Mapping[tuple[Scope, str], Gate], now: datetime
+    ) -> Gates:
+        """Lets the batch move the gates it concerns; a lock is taken only where one really changes."""
+        moved: Gates = {}
+        for (scope, name), mine in sorted(_by_gate(asked).items()):
+            heard = [Heard(one.reply, now - timedelta(seconds=time.monotonic() - one.sent), one.probe) for one in mine]
+            limit = Limit(self._rps, self._taken.get(name, 0.0))
+            gate = known.get((scope, name))
+            if gate is None or gates.after_replies(gate, heard, limit, now=now) != gate:
+                locked = locked_gate(connection, scope, name)
+                gate = gates.after_replies(locked, heard, limit, now=now)
+                save_gate(connection, gate)
+                _tell_of_hold(locked, gate, now)
+                moved[scope, name] = gate
+        return moved
+
+
+def _by_gate(asked: Sequence[Asked]) -> dict[tuple[Scope, str], list[Asked]]:
+    """Which answers concern which gate. Of those that say the same one after the other the first is enough."""
+    found: dict[tuple[Scope, str], list[Asked]] = {}
+    for one in asked:
+        concerned: tuple[tuple[Scope, str], ...] = (("account", one.job.account), ("host", one.job.address.host))
+        for gate in concerned:
+            mine = found.setdefault(gate, [])
+            same = mine and not one.probe and type(mine[-1].reply) is type(one.reply) is Processing
+            if not same:
+                mine.append(one)
+    return found
+
+
+def _expires(outcome: Outcome) -> bool:
+    return isinstance(outcome.step, End) and outcome.step.status == "expired"
+
+
+def _with_hold(job: ClaimedJob, held: Mapping[tuple[Scope, str], Gate], now: datetime) -> JobFacts:
+    ends = [
+        ended
+        for gate in (held.get(("account", job.account)), held.get(("host", job.address.host)))
+        if gate is not None and (ended := gate.last_hold_end(now)) is not None
+    ]
+    return job.facts._replace(last_hold_end=max(ends, default=None))
+
+
+def _tell_of_hold(before: Gate, after: Gate, now: datetime) -> None:
+    if after.held(now) and not before.held(now):
+        log.warning("held scope=%s name=%s reason=%s", after.scope, after.name, after.reason)
+        if after.ceiling is not None and after.ceiling != before.ceiling:
+            log.warning("slowed account=%s ceiling_per_second=%.1f", after.name, after.ceiling)
+    elif before.held(now) and not after.held(now):
+        log.warning("resumed scope=%s name=%s", after.scope, after.name)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, by the class of the driver's error: its text may quote the row."""
+    return type(getattr(error, "orig", None) or error).__name__
