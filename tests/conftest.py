@@ -47,6 +47,16 @@ def migrated_postgres(postgres_url: str) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="session")
+def migrated_mariadb() -> Iterator[Engine]:
+    """An engine on a MariaDB database with our tables."""
+    with servers.mariadb() as url:
+        engine = make_engine(make_url(url).set(drivername="mariadb+pymysql"))
+        migrate(engine)
+        yield engine
+        engine.dispose()
+
+
+@pytest.fixture(scope="session")
 def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An SQLite file with our tables, to be copied: migrating anew for each test would take most of its time."""
     path = tmp_path_factory.mktemp("sqlite") / "empty.db"
@@ -56,7 +66,7 @@ def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
     """An engine on empty tables of ours; the test runs on each database."""
     if request.param == "sqlite":
@@ -65,7 +75,7 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
         yield made
         made.dispose()
         return
-    made = request.getfixturevalue("migrated_postgres")
+    made = request.getfixturevalue("migrated_postgres" if request.param == "postgresql" else "migrated_mariadb")
     yield made
     with made.begin() as connection:
         for table in reversed(metadata.sorted_tables):

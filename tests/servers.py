@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
+import pymysql
 import pytest
 import redis
 from sqlalchemy.engine import make_url
 
 MACHINE_POSTGRES = os.environ.get("TEST_POSTGRES_URL", "postgresql://postgres@127.0.0.1:5432/postgres")
+MACHINE_MARIADB = os.environ.get("TEST_MARIADB_URL", "mariadb://root@127.0.0.1:3306")
 START_SECONDS = 20.0
 
 
@@ -70,6 +72,24 @@ def _own_database(server_url: str) -> Iterator[str]:
     finally:
         with psycopg.connect(server_url, autocommit=True) as connection:
             connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)'.encode())
+
+
+@contextmanager
+def mariadb() -> Iterator[str]:
+    """A database of this run's own on the machine's MariaDB (no wheel has one); its URL as `DATABASE_URL` takes it."""
+    server = make_url(MACHINE_MARIADB)
+    name = f"fetch_worker_test_{secrets.token_hex(6)}"
+    parts = {"host": server.host, "port": server.port, "user": server.username, "password": server.password or ""}
+    try:
+        connection = pymysql.connect(**parts, connect_timeout=3, autocommit=True)
+    except pymysql.err.OperationalError:
+        missing("MariaDB")
+    with connection, connection.cursor() as cursor:
+        cursor.execute(f"CREATE DATABASE {name}")
+        try:
+            yield server.set(database=name).render_as_string(hide_password=False)
+        finally:
+            cursor.execute(f"DROP DATABASE {name}")
 
 
 @contextmanager

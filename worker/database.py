@@ -18,7 +18,7 @@ from sqlalchemy.exc import DatabaseError, DBAPIError, DisconnectionError, Interf
 from worker.errors import SchemaOutdated, SettingsError, Unavailable
 from worker.tables import VERSION_TABLE
 
-SCHEMA_VERSION = "0002"
+SCHEMA_VERSION = "0003"
 LOCK_TIMEOUT_SECONDS = 15
 MYSQL_LOCK_SECONDS = 5
 STATEMENT_TIMEOUT_SECONDS = 60
@@ -143,6 +143,7 @@ def _prepare_sqlite(connection: Any, record: Any) -> None:
 def _prepare_mysql(connection: Any, record: Any) -> None:
     with connection.cursor() as cursor:
         cursor.execute(f"SET SESSION time_zone = '+00:00', innodb_lock_wait_timeout = {MYSQL_LOCK_SECONDS}")
+        cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")  # no locks on gaps between rows
 
 
 def _begin_immediate(connection: Connection) -> None:

@@ -1,17 +1,20 @@
 """Brings the tables up to this version, in a checkout as well as from an installed wheel."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
 from alembic.util.exc import CommandError
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from worker.database import SCHEMA_VERSION, connected, schema_version
 from worker.errors import SchemaOutdated
 
 _HERE = Path(__file__).parent
 _LOCK = 0x6665746368  # names the lock that two migrations at once queue on; any number of our own will do
+_LOCK_SECONDS = 300
 
 
 def scripts() -> Path:
@@ -27,9 +30,7 @@ def migrate(engine: Engine) -> tuple[str | None, str | None]:
     """
     config = Config()
     config.set_main_option("script_location", str(scripts()).replace("%", "%%"))
-    with connected(engine.url), engine.connect() as connection:
-        if connection.dialect.name == "postgresql":
-            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+    with connected(engine.url), engine.connect() as connection, _alone(connection):
         before = schema_version(connection)
         config.attributes["connection"] = connection
         try:
@@ -41,3 +42,17 @@ def migrate(engine: Engine) -> tuple[str | None, str | None]:
             ) from None
         connection.commit()
         return before, schema_version(connection)
+
+
+@contextmanager
+def _alone(connection: Connection) -> Iterator[None]:
+    """Keeps two migrations apart; SQLite does it by itself."""
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+    elif connection.dialect.name != "sqlite":
+        connection.exec_driver_sql(f"SELECT GET_LOCK('fetch-worker {_LOCK}', {_LOCK_SECONDS})")
+    try:
+        yield
+    finally:
+        if connection.dialect.name not in ("postgresql", "sqlite") and not connection.invalidated:
+            connection.exec_driver_sql(f"SELECT RELEASE_LOCK('fetch-worker {_LOCK}')")

@@ -249,7 +249,10 @@ def claim_output(
     that was put back after a crash does not wait behind a backlog of younger ones.
     """
     due = (outputs.c.due_at.is_not(None), outputs.c.due_at <= now)
-    named = connection.execute(select(outputs.c.listed_at).where(outputs.c.id == output_id, *due)).scalar()
+    wanted = select(outputs.c.listed_at).where(outputs.c.id == output_id, *due).with_for_update(skip_locked=True)
+    named = connection.execute(
+        wanted
+    ).scalar()  # locked here: on MariaDB updates that meet in an index block each other
     if named is None:
         return None
     oldest = (
