@@ -117,6 +117,15 @@ class Stand:
             statement = ROWS.replace("now() + %(first)s * interval '1 second'", "NULL") if over else ROWS
             connection.execute(statement, {**values, "first": first, "status": status, "over": over})
 
+    def database_cpu_seconds(self) -> float:
+        """Processor time of the server's processes that serve this database."""
+        with psycopg.connect(self.database_url, autocommit=True) as connection:
+            query = (
+                "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                " AND backend_type = 'client backend'"
+            )
+            return cpu_seconds([row[0] for row in connection.execute(query)])
+
     def settle(self) -> None:
         """Lets the database come to rest."""
         with psycopg.connect(self.database_url, autocommit=True) as connection:
