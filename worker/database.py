@@ -1,5 +1,6 @@
 """One engine per process: how the database is connected to, and what time it says it is."""
 
+import math
 import os
 import random
 import threading
@@ -18,7 +19,7 @@ from sqlalchemy.exc import DatabaseError, DBAPIError, DisconnectionError, Interf
 from worker.errors import SchemaOutdated, SettingsError, Unavailable
 from worker.tables import VERSION_TABLE
 
-SCHEMA_VERSION = "0003"
+SCHEMA_VERSION = "0004"
 LOCK_TIMEOUT_SECONDS = 15
 MYSQL_LOCK_SECONDS = 5
 STATEMENT_TIMEOUT_SECONDS = 60
@@ -131,6 +132,7 @@ def _ping_idle(connection: Any, record: Any, fairy: Any) -> None:
 
 def _prepare_sqlite(connection: Any, record: Any) -> None:
     connection.isolation_level = None  # we begin transactions ourselves
+    connection.create_function("ln", 1, _logarithm, deterministic=True)  # not in every build
     for pragma in (
         "journal_mode=WAL",
         "synchronous=NORMAL",
@@ -138,6 +140,10 @@ def _prepare_sqlite(connection: Any, record: Any) -> None:
         f"busy_timeout={LOCK_TIMEOUT_SECONDS * 1000}",
     ):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _logarithm(value: float | None) -> float | None:
+    return None if value is None or value <= 0 else math.log(value)
 
 
 def _prepare_mysql(connection: Any, record: Any) -> None:

@@ -7,6 +7,7 @@ WorkerError
 ├── JobNotFound        no such job: look it up by `list`
 ├── WaitTimeout        the job is not final yet: wait again (also a TimeoutError)
 ├── SchemaOutdated     the tables are missing or old: run `fetch-worker migrate`
+├── TraceError         a line is no job of a trace: correct the file and simulate again
 ├── Unavailable        a server did not answer: nothing was done, safe to try again
 └── StorageTrouble     the file store refused: nothing is lost, it is tried again
 """
@@ -46,3 +47,7 @@ class Unavailable(WorkerError):
 
 class StorageTrouble(WorkerError):
     """The file store refused a file. Nothing is lost; the output waits and is tried again."""
+
+
+class TraceError(WorkerError, ValueError):
+    """A line is no job of a trace. Correct the file and simulate again."""

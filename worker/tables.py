@@ -99,6 +99,10 @@ jobs = Table(
     Column("reference", String(255)),
     Column("on_done", String(255)),
     Column("eta", Double),
+    Column("eta_at", UtcDateTime),  # when it came, where that was after the submission
+    Column("not_ready_at", UtcDateTime),  # when the API last said so
+    Column("pace_scale", Double),  # how the worth of a request grows: see `worker.core.pace.urgency`
+    Column("pace_growth", Double),
     Column("polls", Integer, nullable=False, server_default="0"),
     Column("failed_answers", SmallInteger, nullable=False, server_default="0"),
     Column("unknown_answers", SmallInteger, nullable=False, server_default="0"),
@@ -192,6 +196,17 @@ bodies = Table(
     Column("output_id", _Id, ForeignKey("fetch_outputs.id", ondelete="CASCADE"), primary_key=True),
     Column("body", _Body, nullable=False),
     comment="bytes that an answer carried itself, until they are stored",
+)
+
+paces = Table(
+    "fetch_paces",
+    metadata,
+    Column("account", String(64), primary_key=True),
+    Column("kind", String(64), primary_key=True),  # empty: the account as a whole
+    Column("state", Text, nullable=False),  # a model's snapshot, JSON
+    Column("version", Integer, nullable=False),
+    Column("learned_at", UtcDateTime, nullable=False),
+    comment="how long jobs of each kind take, as polls showed",
 )
 
 gates = Table(

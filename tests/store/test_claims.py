@@ -27,6 +27,7 @@ from tests.rows import (
     taken,
 )
 from worker.core.lifecycle import AskAgain, End, GiveUp, Strikes
+from worker.core.pace import Plan, urgency
 from worker.store.claims import Level, claim_jobs, release_jobs, renew_leases, waiting_levels, waiting_outputs
 from worker.store.jobs import waiting_accounts
 from worker.store.outcomes import Outcome, record_answers, record_attempt
@@ -204,10 +205,10 @@ def test_a_row_whose_lease_is_over_can_be_claimed_again_and_the_old_holder_write
 
     with engine.begin() as connection:
         lost = record_answers(
-            connection, [Outcome(old, End("failed", "api_failed", "no"), 0.0, "failed")], now=AFTER_LEASE
+            connection, [Outcome(old, End("failed", "api_failed", "no"), "failed", Plan(0.0))], now=AFTER_LEASE
         )
         lost_too = record_answers(
-            connection, [Outcome(old, AskAgain(Strikes(failed=9), "processing"), 5.0, "stale")], now=AFTER_LEASE
+            connection, [Outcome(old, AskAgain(Strikes(failed=9), "processing"), "stale", Plan(5.0))], now=AFTER_LEASE
         )
     assert (lost.lost, lost.finished, lost_too.lost) == (1, (), 1)
     row = job_of(engine, job_id)
@@ -230,7 +231,7 @@ def test_a_holder_whose_lease_is_over_writes_nothing_even_where_nobody_else_came
         output = taken(connection, output_id)
     with engine.begin() as connection:
         recorded = record_answers(
-            connection, [Outcome(claimed, End("failed", "api_failed", "no"), 0.0, "failed")], now=NOW + LEASE
+            connection, [Outcome(claimed, End("failed", "api_failed", "no"), "failed", Plan(0.0))], now=NOW + LEASE
         )
         stood = record_attempt(connection, output, GiveUp("gone", "no"), now=NOW + LEASE)
     assert recorded.lost == 1
@@ -269,7 +270,7 @@ def test_a_renewed_lease_still_fences_for_its_holder(engine: Engine) -> None:
         renew_leases(connection, "me", lease=LEASE, now=NOW + seconds(20))
         recorded = record_answers(
             connection,
-            [Outcome(claimed, End("failed", "api_failed", "no"), 0.0, "failed")],
+            [Outcome(claimed, End("failed", "api_failed", "no"), "failed", Plan(0.0))],
             now=NOW + LEASE + seconds(10),
         )
     assert recorded.finished == (job_id,)
@@ -434,3 +435,60 @@ def test_outputs_of_no_job_that_is_gone_are_left(engine: Engine) -> None:
         connection.execute(jobs.delete())
         assert take(connection, output_id) is None
         assert connection.execute(select(outputs)).all() == []
+
+
+# ── where requests are short ──────────────────────────────────────────────────────────────────────────────────────────
+
+AROUND = (NOW + seconds(20), NOW + seconds(40))
+
+
+def test_where_requests_are_short_the_most_urgent_jobs_are_taken(engine: Engine) -> None:
+    """As the pure core reckons: here by twice, four times and once the time that makes a request worth its price."""
+    now = NOW + seconds(60)
+    planned = {
+        "late": (40.0, 20.0, 2.0),
+        "later": (40.0, 10.0, 2.0),
+        "soon": (10.0, 10.0, 2.0),
+        "slow": (50.0, 10.0, 0.5),
+    }
+    with engine.begin() as connection:
+        for name, (unseen, scale, growth) in planned.items():
+            add_job(connection, name, not_ready_at=now - seconds(unseen), pace_scale=scale, pace_growth=growth)
+        add_job(connection, "nudged", due_at=now, not_ready_at=now - seconds(5))
+        taken = []
+        for number in range(5):
+            taken += claim_jobs(
+                connection, WANTED, limit=1, token=f"t{number}", holder="h", lease=LEASE, now=now, around=AROUND
+            )
+
+    order = sorted(planned, key=lambda name: -urgency(*planned[name]))
+    assert [job.remote_id for job in taken] == ["nudged", *order]
+    assert order == ["later", "late", "slow", "soon"]
+
+
+def test_where_requests_are_short_and_nothing_is_planned_the_longest_due_are_taken(engine: Engine) -> None:
+    with engine.begin() as connection:
+        for number in (3, 1, 2):
+            add_job(connection, str(number), due_at=NOW + seconds(number))
+        taken = claim_jobs(
+            connection, WANTED, limit=2, token="t", holder="h", lease=LEASE, now=NOW + seconds(60), around=AROUND
+        )
+
+    assert sorted(job.remote_id for job in taken) == ["1", "2"]
+
+
+def test_where_very_many_are_due_a_claim_looks_at_four_windows_and_takes_what_it_may(many_due: Engine) -> None:
+    with many_due.begin() as connection:
+        taken = claim_jobs(
+            connection, WANTED, limit=7, token="t", holder="h", lease=LEASE, now=NOW + seconds(60), around=AROUND
+        )
+
+    assert len({job.id for job in taken}) == 7
+
+
+def test_a_claimed_job_tells_when_it_was_last_seen_not_ready(engine: Engine) -> None:
+    with engine.begin() as connection:
+        add_job(connection, not_ready_at=NOW - seconds(7), pace_scale=4.5, pace_growth=2.0, eta_at=NOW - seconds(9))
+        (job,) = claim_jobs(connection, WANTED, limit=1, token="t", holder="h", lease=LEASE, now=NOW)
+
+    assert (job.not_ready_at, job.pace_scale, job.eta_at) == (NOW - seconds(7), 4.5, NOW - seconds(9))

@@ -23,6 +23,7 @@ from worker.core.lifecycle import (
 )
 from worker.core.links import Link
 from worker.core.media import Media
+from worker.core.pace import Plan
 from worker.store.claims import ClaimedJob
 from worker.store.jobs import cancel, retry
 from worker.store.outcomes import RENEWAL_WAIT, Outcome, Recorded, record_answers, record_attempt, set_aside
@@ -33,7 +34,7 @@ FILE = StoredFile("file:///out/0.png", 42, "ab" * 32, Media("image/png", "png"))
 
 
 def _record(connection: Connection, job: ClaimedJob, step: Step, *, wait: float = 0.0, note: str = "note") -> Recorded:
-    return record_answers(connection, [Outcome(job, step, wait, note)], now=SOON)
+    return record_answers(connection, [Outcome(job, step, note, Plan(wait))], now=SOON)
 
 
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -127,10 +128,10 @@ def test_a_batch_of_everything_is_written_in_one_go_and_counts_what_was_lost(eng
         recorded = record_answers(
             connection,
             [
-                Outcome(gone, AskAgain(Strikes(), "processing"), 1.0, "processing"),
-                Outcome(over, End("failed", "not_found", "unknown"), 0.0, "unknown"),
-                Outcome(ready, Deliver((Link("https://cdn/a.png"),)), 0.0, "ready"),
-                Outcome(again, AskAgain(Strikes(), "processing"), 2.0, "processing"),
+                Outcome(gone, AskAgain(Strikes(), "processing"), "processing", Plan(1.0)),
+                Outcome(over, End("failed", "not_found", "unknown"), "unknown", Plan(0.0)),
+                Outcome(ready, Deliver((Link("https://cdn/a.png"),)), "ready"),
+                Outcome(again, AskAgain(Strikes(), "processing"), "processing", Plan(2.0)),
             ],
             now=SOON,
         )
@@ -154,7 +155,7 @@ def test_a_large_batch_takes_few_statements_and_keeps_every_microsecond(engine: 
             Deliver(()),
             End("failed", "api_failed", "because"),
         ]
-        batch = [Outcome(job, steps[number % 5], 1.5, "note") for number, job in enumerate(claimed)]
+        batch = [Outcome(job, steps[number % 5], "note", Plan(1.5)) for number, job in enumerate(claimed)]
         event.listen(connection, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
         recorded = record_answers(connection, batch, now=odd)
 
@@ -328,7 +329,7 @@ def test_a_dead_link_sends_its_job_to_the_api_once_and_waits_for_the_answer(engi
 
     with engine.begin() as connection:
         [claimed] = claim(connection, now=SOON)
-        record_answers(connection, [Outcome(claimed, KeepLinks("processing"), 0.0, "processing")], now=SOON)
+        record_answers(connection, [Outcome(claimed, KeepLinks("processing"), "processing", Plan(0.0))], now=SOON)
         again = taken(connection, output_id, now=SOON)
         assert again.facts.renewed
         record_attempt(connection, again, TryAgain(5.0, "gone", "HTTP 404"), now=SOON)

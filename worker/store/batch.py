@@ -6,8 +6,9 @@ databases get one prepared statement and many rows.
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cache
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import (
@@ -26,6 +27,7 @@ from sqlalchemy import (
     select,
     update,
 )
+from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.types import TypeEngine
 
 from worker.tables import UtcDateTime, jobs
@@ -36,11 +38,12 @@ KEYS = ("id", "claim_token")
 def write_claimed(connection: Connection, rows: Sequence[Mapping[str, Any]], *, now: datetime, **same: Any) -> set[int]:
     """Writes claimed jobs whose claim still stands, and ends the claim; the ids of those that were written.
 
-    Each row has `id`, `claim_token` and the same columns as the others; `same` is what all of them get.
+    Each row has `id`, `claim_token` and the same columns as the others; `same` is what all of them get. A time in a
+    row may be given as seconds since 1970, which is how it travels to PostgreSQL anyway.
     """
     if not rows:
         return set()
-    by_id = sorted(rows, key=lambda row: int(row["id"]))  # locked in this order everywhere: no batch blocks another
+    by_id = sorted(rows, key=itemgetter("id"))  # locked in this order everywhere: no batch blocks another
     ended = {"claim_token": None, "claim_holder": None, **same}
     changed = [name for name in by_id[0] if name not in KEYS]
     if connection.dialect.name == "postgresql":
@@ -57,9 +60,15 @@ def write_claimed(connection: Connection, rows: Sequence[Mapping[str, Any]], *, 
         fresh: dict[str, Any] = {name: bindparam(f"new_{name}") for name in changed}
         singly = update(jobs).where(jobs.c.id == bindparam("job")).values(fresh | ended)
         connection.execute(
-            singly, [{"job": row["id"]} | {f"new_{name}": row[name] for name in changed} for row in mine]
+            singly, [{"job": row["id"]} | {f"new_{name}": _moment(name, row[name]) for name in changed} for row in mine]
         )
     return {row["id"] for row in mine}
+
+
+def _moment(name: str, value: Any) -> Any:
+    if isinstance(value, float) and isinstance(jobs.c[name].type, UtcDateTime):
+        return datetime.fromtimestamp(value, UTC)
+    return value
 
 
 @cache
@@ -101,6 +110,18 @@ def folded(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str,
     if set(names) != set(rows[0]):
         rows = [{name: row[name] for name in names} for row in rows]
     return {"batch": _write(rows)}
+
+
+def insert_missing(connection: Connection, table: Table, row: Mapping[str, Any]) -> None:
+    """Puts a row in, unless one with its key is there."""
+    match connection.dialect.name:
+        case "postgresql":
+            statement: Any = postgresql.insert(table).values(row).on_conflict_do_nothing()
+        case "sqlite":
+            statement = sqlite.insert(table).values(row).on_conflict_do_nothing()
+        case _:
+            statement = mysql.insert(table).prefix_with("IGNORE").values(row)
+    connection.execute(statement)
 
 
 def _seconds(value: object) -> float:

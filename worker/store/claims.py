@@ -16,14 +16,18 @@ from sqlalchemy import (
     Table,
     Update,
     bindparam,
+    case,
     func,
     or_,
     select,
+    union,
     update,
 )
 
 from worker.core.fetch_address import FetchAddress
 from worker.core.lifecycle import JobFacts, OutputFacts, Strikes
+from worker.core.pace import SOONEST
+from worker.store.times import seconds_between
 from worker.tables import bodies, jobs, outputs
 
 _JOB_COLUMNS = (
@@ -43,6 +47,9 @@ _JOB_COLUMNS = (
     jobs.c.submitted_at,
     jobs.c.tracked_at,
     jobs.c.deadline_at,
+    jobs.c.eta_at,
+    jobs.c.not_ready_at,
+    jobs.c.pace_scale,
 )
 
 
@@ -62,6 +69,9 @@ class ClaimedJob(NamedTuple):
     polls: int
     submitted_at: datetime
     facts: JobFacts
+    eta_at: datetime | None = None
+    not_ready_at: datetime | None = None
+    pace_scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +146,12 @@ def claim_jobs(
     holder: str,
     lease: timedelta,
     now: datetime,
+    around: Sequence[datetime] = (),
 ) -> list[ClaimedJob]:
     """Takes up to `limit` due jobs of a level, the longest due first.
+
+    Where requests are short, `around` names two moments between the first due time and now: then the most urgent are
+    taken, out of those due longest, those due last, and those due just before these moments.
 
     Every request to come is counted here, so that a crash can't hide one; `release_jobs` takes it back.
     """
@@ -151,22 +165,54 @@ def claim_jobs(
         "token": token,
         "holder": holder,
     }
-    return [_claimed_job(row, level, token) for row in _take(connection, jobs, _DUE, _CLAIM, _JOB_COLUMNS, values)]
+    due = _DUE
+    if around:
+        due = _URGENT
+        values |= {"first": now, "second": around[0], "third": around[1]}
+    return [_claimed_job(row, level, token) for row in _take(connection, jobs, due, _CLAIM, _JOB_COLUMNS, values)]
 
 
+_OF_LEVEL = (
+    jobs.c.account == bindparam("of_account"),
+    jobs.c.priority == bindparam("of_priority"),
+    jobs.c.fetch_host == bindparam("of_host"),
+    jobs.c.due_at.is_not(None),
+)
 _DUE = (
     select(jobs.c.id)
-    .where(
-        jobs.c.account == bindparam("of_account"),
-        jobs.c.priority == bindparam("of_priority"),
-        jobs.c.fetch_host == bindparam("of_host"),
-        jobs.c.due_at.is_not(None),
-        jobs.c.due_at <= bindparam("now"),
-    )
+    .where(*_OF_LEVEL, jobs.c.due_at <= bindparam("now"))
     .order_by(jobs.c.due_at)
     .limit(bindparam("most", type_=Integer))
     .with_for_update(skip_locked=True)
 )
+WINDOW = 250  # candidates of each of four windows: looking at all that is due would cost the more the more there is
+
+
+def _urgent() -> Select[Any]:
+    """The same by urgency (`worker.core.pace.urgency`): what was nudged, or never planned, comes first."""
+
+    def window(until: str, *, oldest: bool = False) -> Select[Any]:
+        order = jobs.c.due_at if oldest else jobs.c.due_at.desc()
+        near = select(jobs.c.id).where(*_OF_LEVEL, jobs.c.due_at <= bindparam(until)).order_by(order).limit(WINDOW)
+        return select(near.subquery().c.id)
+
+    windows = [window("first", oldest=True), window("first"), window("second"), window("third")]
+    candidates = union(*windows).subquery()
+    unseen = seconds_between(
+        func.coalesce(jobs.c.not_ready_at, jobs.c.submitted_at), bindparam("now", type_=jobs.c.due_at.type)
+    )
+    odds = jobs.c.pace_growth * func.ln(case((unseen > SOONEST, unseen), else_=SOONEST) / jobs.c.pace_scale)
+    return (
+        select(jobs.c.id)
+        .where(jobs.c.id.in_(select(candidates.c.id)), *_OF_LEVEL, jobs.c.due_at <= bindparam("now"))
+        .order_by(func.coalesce(odds, UNPLANNED).desc(), jobs.c.due_at)
+        .limit(bindparam("most", type_=Integer))
+        .with_for_update(skip_locked=True)
+    )
+
+
+UNPLANNED = 1e9
+_URGENT = _urgent()
 _CLAIM = update(jobs).values(
     due_at=bindparam("leased_until"),
     claim_token=bindparam("token"),
@@ -208,6 +254,7 @@ def _claimed_job(row: Any, level: Level, token: str) -> ClaimedJob:
     (
         job_id, remote_id, kind, url, base, status, eta, polls,
         failed, unknown, error, empty, struck_at, submitted_at, tracked_at, deadline_at,
+        eta_at, not_ready_at, pace_scale,
     ) = row  # fmt: skip
     strikes = _UNBLEMISHED if struck_at is None else Strikes(failed, unknown, error, empty, struck_at)
     return ClaimedJob(
@@ -221,6 +268,9 @@ def _claimed_job(row: Any, level: Level, token: str) -> ClaimedJob:
         polls,
         submitted_at,
         JobFacts(status, tracked_at, deadline_at, strikes),
+        eta_at,
+        not_ready_at,
+        pace_scale,
     )
 
 

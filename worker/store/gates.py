@@ -5,10 +5,10 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, insert, select, update
-from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy import Connection, bindparam, select, update
 
 from worker.core.gate import Gate, Scope
+from worker.store.batch import insert_missing
 from worker.tables import gates
 
 _COLUMNS = (  # in the order of the fields of a Gate
@@ -40,7 +40,7 @@ def locked_gate(connection: Connection, scope: Scope, name: str) -> Gate:
     """One gate, made where it is missing, and held by this transaction until it ends."""
     row = connection.execute(_ONE, {"scope": scope, "name": name}).one_or_none()
     if row is None:
-        _insert_missing(connection, scope, name)
+        insert_missing(connection, gates, {"scope": scope, "name": name})
         row = connection.execute(_ONE, {"scope": scope, "name": name}).one()
     return _gate(row)
 
@@ -70,17 +70,3 @@ def last_asked(connection: Connection) -> datetime | None:
 
 def _gate(row: Any) -> Gate:
     return Gate(*row)
-
-
-def _insert_missing(connection: Connection, scope: Scope, name: str) -> None:
-    row = {"scope": scope, "name": name}
-    match connection.dialect.name:
-        case "postgresql":
-            statement: Any = postgresql.insert(gates).values(row).on_conflict_do_nothing()
-        case "sqlite":
-            statement = sqlite.insert(gates).values(row).on_conflict_do_nothing()
-        case "mysql" | "mariadb":
-            statement = mysql.insert(gates).prefix_with("IGNORE").values(row)
-        case _:
-            statement = insert(gates).values(row)
-    connection.execute(statement)

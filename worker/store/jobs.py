@@ -13,6 +13,7 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 from worker.core.fetch_address import FetchAddress
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.links import Link
+from worker.core.pace import Plan
 from worker.store.batch import folded, unfolded
 from worker.tables import bodies, jobs, outputs
 
@@ -39,6 +40,7 @@ class NewJob:
     deadline_at: datetime
     due_at: datetime
     outputs: tuple[Link, ...] = ()
+    plan: Plan = Plan(0.0)  # noqa: RUF009  # frozen
 
     @property
     def identity(self) -> tuple[str, str, str]:
@@ -81,6 +83,8 @@ def _job_row(job: NewJob, now: datetime) -> dict[str, Any]:
         "deadline_seconds": (job.deadline_at - job.submitted_at).total_seconds(),
         "due_at": None if job.outputs else job.due_at,
         "ready_at": now if job.outputs else None,
+        "pace_scale": job.plan.scale,
+        "pace_growth": job.plan.growth,
     }
 
 
@@ -244,6 +248,34 @@ def waiting_accounts(connection: Connection) -> list[str]:
     return list(connection.execute(select(accounts.c.account).where(accounts.c.account.is_not(None))).scalars())
 
 
+def seen_durations(connection: Connection, *, limit: int) -> list[tuple[float, float | None, str, float | None]]:
+    """The last jobs that were polled to their end: (submitted, duration, kind, eta), in seconds, the first at 0.
+
+    A job was ready some time between its last two answers; the middle is taken. One that expired never was.
+    """
+    query = (
+        select(jobs.c.submitted_at, jobs.c.not_ready_at, jobs.c.ready_at, jobs.c.kind, jobs.c.eta, jobs.c.eta_at)
+        .where(jobs.c.polls > 0, or_(jobs.c.ready_at.is_not(None), jobs.c.status == "expired"))
+        .order_by(jobs.c.id.desc())
+        .limit(limit)
+    )
+    rows = sorted(connection.execute(query).all(), key=lambda row: row.submitted_at)
+    return [
+        (
+            (row.submitted_at - rows[0].submitted_at).total_seconds(),
+            None if row.ready_at is None else _middle(row.submitted_at, row.not_ready_at, row.ready_at),
+            row.kind,
+            row.eta if row.eta_at is None else None,
+        )
+        for row in rows
+    ]
+
+
+def _middle(submitted_at: datetime, not_ready_at: datetime | None, ready_at: datetime) -> float:
+    last = submitted_at if not_ready_at is None else min(not_ready_at, ready_at)
+    return max(0.0, ((last - submitted_at) + (ready_at - submitted_at)).total_seconds() / 2)
+
+
 # ── acting ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -256,7 +288,7 @@ def nudge(connection: Connection, remote_id: str, account: str | None, *, now: d
         done = connection.execute(
             update(jobs)
             .where(jobs.c.id == row.id, jobs.c.status == "pending", jobs.c.claim_token.is_(None), jobs.c.due_at > due)
-            .values(due_at=due)
+            .values(due_at=due, pace_scale=None, pace_growth=None)
         )
         moved += done.rowcount
     return moved
@@ -313,6 +345,8 @@ def retry(connection: Connection, job_id: int, *, now: datetime) -> bool:
         .values(
             status="downloading" if failed else "pending",
             due_at=None if failed else now,
+            pace_scale=None,
+            pace_growth=None,
             deadline_at=now + timedelta(seconds=job.deadline_seconds),
             completed_at=None,
             told_at=None,

@@ -20,6 +20,7 @@ from worker.core.lifecycle import (
     StoredFile,
     TryAgain,
 )
+from worker.core.pace import Plan
 from worker.store.batch import write_claimed
 from worker.store.claims import ClaimedJob, ClaimedOutput
 from worker.store.jobs import insert_outputs, settle
@@ -31,12 +32,14 @@ RENEWAL_WAIT = timedelta(hours=1)  # how long an output waits for its fresh link
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What an answer led to, and for a job that is asked again, in how many seconds."""
+    """What an answer led to; for a job that is asked again, when, and whether the answer said that it is not ready."""
 
     job: ClaimedJob
     step: Step
-    wait: float
     note: str
+    plan: Plan = Plan(0.0)  # noqa: RUF009  # frozen
+    not_ready: bool = False
+    eta: float | None = None  # a new one, where the answer brought it
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +71,23 @@ def _row(outcome: Outcome, **values: Any) -> dict[str, Any]:
 
 
 def _ask_again(connection: Connection, batch: Sequence[Outcome], now: datetime) -> int:
-    plain, struck = list[dict[str, Any]](), list[dict[str, Any]]()
+    """The fewer columns, the cheaper: so rows are grouped by what changes, and nearly all are of one group."""
+    began = now.timestamp()
+    groups: defaultdict[tuple[bool, bool, bool], list[dict[str, Any]]] = defaultdict(list)
     for outcome in batch:
-        row = _row(outcome, due_at=now + timedelta(seconds=outcome.wait))
+        job, plan = outcome.job, outcome.plan
+        row: dict[str, Any] = {
+            "id": job.id,
+            "claim_token": job.token,
+            "last_answer": outcome.note[:MAX_NOTE],
+            "due_at": began + plan.wait,
+            "pace_scale": plan.scale if plan.scale is None else round(plan.scale, 3),
+            "pace_growth": plan.growth if plan.growth is None else round(plan.growth, 3),
+        }
         strikes = cast("AskAgain", outcome.step).strikes
-        before = outcome.job.facts.strikes
-        if strikes is before or strikes == before:  # as after nearly every answer: the fewer columns, the cheaper
-            plain.append(row)
-        else:
+        before = job.facts.strikes
+        struck = strikes is not before and strikes != before
+        if struck:
             row |= {
                 "failed_answers": strikes.failed,
                 "unknown_answers": strikes.unknown,
@@ -83,8 +95,13 @@ def _ask_again(connection: Connection, batch: Sequence[Outcome], now: datetime) 
                 "empty_answers": strikes.empty,
                 "struck_at": strikes.last,
             }
-            struck.append(row)
-    return sum(len(write_claimed(connection, rows, now=now, asked_at=now)) for rows in (plain, struck))
+        if outcome.eta is not None:
+            row |= {"eta": outcome.eta, "eta_at": now}
+        groups[struck, outcome.eta is not None, outcome.not_ready].append(row)
+    return sum(
+        len(write_claimed(connection, rows, now=now, asked_at=now, **({"not_ready_at": now} if not_ready else {})))
+        for (_, _, not_ready), rows in groups.items()
+    )
 
 
 def _deliver(connection: Connection, batch: Sequence[Outcome], now: datetime) -> tuple[list[int], list[int], int]:
@@ -145,7 +162,7 @@ def _renew(connection: Connection, batch: Sequence[Outcome], now: datetime) -> t
 def set_aside(connection: Connection, job: ClaimedJob, message: str, *, now: datetime) -> bool:
     """Ends a job whose answer no statement could write, so that it does not spoil every batch it is in."""
     step = End("failed", "unwritable", message)
-    return bool(record_answers(connection, [Outcome(job, step, 0.0, "unwritable answer")], now=now).finished)
+    return bool(record_answers(connection, [Outcome(job, step, "unwritable answer")], now=now).finished)
 
 
 def record_attempt(
@@ -207,5 +224,5 @@ def _ask_for_links(connection: Connection, job_id: int, now: datetime) -> None:
     connection.execute(
         update(jobs)
         .where(jobs.c.id == job_id, jobs.c.status == "downloading", jobs.c.due_at.is_(None))
-        .values(due_at=now)
+        .values(due_at=now, pace_scale=None, pace_growth=None)
     )

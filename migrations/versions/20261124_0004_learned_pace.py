@@ -1,0 +1,49 @@
+"""How long jobs take, as polls showed: a row per account and kind, and with each job when it was last seen not ready.
+
+The worker before this one leaves the new columns alone: to it they are empty, and what is empty is asked about first.
+
+Imports nothing of ours. Every constraint has a name.
+
+Revision 0004, after 0003, 2026-11-24.
+"""
+
+import sqlalchemy as sa
+from alembic import op
+from sqlalchemy.dialects import mysql
+
+revision = "0004"
+down_revision = "0003"
+branch_labels = None
+depends_on = None
+
+MOMENT = sa.DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
+
+
+def upgrade() -> None:
+    """Add the table and the columns."""
+    op.create_table(
+        "fetch_paces",
+        sa.Column("account", sa.String(64), nullable=False),
+        sa.Column("kind", sa.String(64), nullable=False),
+        sa.Column("state", sa.Text(), nullable=False),
+        sa.Column("version", sa.Integer(), nullable=False),
+        sa.Column("learned_at", MOMENT, nullable=False),
+        sa.PrimaryKeyConstraint("account", "kind", name="pk_fetch_paces"),
+        comment="how long jobs of each kind take, as polls showed",
+        mysql_charset="utf8mb4",
+        mysql_collate="utf8mb4_bin",
+    )
+    for name, kind in (
+        ("eta_at", MOMENT),
+        ("not_ready_at", MOMENT),
+        ("pace_scale", sa.Double()),
+        ("pace_growth", sa.Double()),
+    ):
+        op.add_column("fetch_jobs", sa.Column(name, kind, nullable=True))
+
+
+def downgrade() -> None:
+    """Forget it."""
+    for name in ("pace_growth", "pace_scale", "not_ready_at", "eta_at"):
+        op.drop_column("fetch_jobs", name)
+    op.drop_table("fetch_paces")
