@@ -17,7 +17,8 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 import worker
 from tests.rows import add_downloading, add_output
-from worker import enqueue
+from worker import enqueue, track
+from worker.core.pace import Waiting
 from worker.enqueue import tracked
 from worker.errors import (
     JobNotFound,
@@ -28,6 +29,7 @@ from worker.errors import (
     WaitTimeout,
     WorkerError,
 )
+from worker.learner import Learner
 from worker.tables import bodies, jobs, outputs
 from worker.wake_ups import WakeUps
 
@@ -587,3 +589,23 @@ def test_an_unreachable_database_is_an_error_that_is_safe_to_try_again(monkeypat
     assert "127.0.0.1" in said
     assert "hidden-word" not in said
     assert "\n" not in said
+
+
+# ── the first poll ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_first_poll_of_a_job_is_when_jobs_of_its_kind_were_ready(door: Engine) -> None:
+    learner = Learner(door)
+    learner.prepare([("default", "slow")])
+    for _ in range(60):
+        learner.observe("default", "slow", Waiting(100.0, 95.0), ready=True, planned=100.0)
+    learner.share()
+    enqueue._models.clear()
+
+    before = datetime.now(UTC)
+    known, unknown = track("1", kind="slow"), track("2", kind="slow", account="another")
+    late = track("3", kind="slow", submitted_at=before - timedelta(seconds=200))
+
+    assert 60.0 < (_due(door, known) - before).total_seconds() < 110.0
+    assert (_due(door, unknown) - before).total_seconds() < 5.0
+    assert (_due(door, late) - before).total_seconds() < 5.0

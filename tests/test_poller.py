@@ -15,10 +15,10 @@ from pydantic import SecretStr
 from sqlalchemy import Engine, Row, select, update
 from sqlalchemy.exc import OperationalError
 
-from worker import poller, recorder
+from worker import learner, poller, recorder
 from worker.core.fetch_address import AllowedApi, fetch_address
 from worker.core.gate import refused
-from worker.core.pace import Pace
+from worker.core.pace import Model, Pace
 from worker.database import database_now
 from worker.hosted_api import HostedApi
 from worker.leases import LeaseKeeper
@@ -28,7 +28,7 @@ from worker.scrubber import Scrubber
 from worker.shared_budget import SharedBudget
 from worker.store.claims import claim_jobs
 from worker.store.gates import locked_gate, save_gate
-from worker.store.jobs import NewJob, cancel, insert_jobs
+from worker.store.jobs import NewJob, cancel, insert_jobs, nudge
 from worker.store.outcomes import record_answers
 from worker.tables import gates, jobs, outputs
 
@@ -688,3 +688,89 @@ def test_given_a_database_that_kept_a_claim_waiting_when_it_goes_on_then_its_cal
     busiest = max(sum(at <= other < at + 0.1 for other in sent) for at in sent)
     assert len(sent) >= 20
     assert busiest <= 10 + 10 + 4, "a tenth of a second's worth, what may go at once, and some tolerance"
+
+
+# ── pace ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_given_answers_when_they_are_written_then_what_they_teach_is_there_for_all(
+    polls: Polls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learner, "SHARE_SECONDS", 0.0)
+    names = submitted(polls.sandbox, 12, samples=1)
+    for name in names[:6]:
+        polls.sandbox.script(name, scripted(b'{"status": "processing", "output": ""}', times=1))
+    ids = polls.track(names)
+
+    polls.until(lambda: all(polls.row(job).status == "downloading" for job in ids))
+    polls.until(lambda: model_of(polls.engine).by_age.moments.count == 12)
+
+    late = [polls.row(job) for job in ids if polls.row(job).polls > 1]
+    assert len(late) == 6
+    assert all(row.not_ready_at is not None and row.submitted_at < row.not_ready_at < row.ready_at for row in late)
+    assert all(polls.row(job).not_ready_at is None for job in ids if polls.row(job).polls == 1)
+    assert model_of(polls.engine).asked == pytest.approx(18, abs=2)
+
+
+def model_of(engine: Engine) -> Model:
+    """What all processes know of images."""
+    with engine.connect() as connection:
+        return learner.read_models(connection, [("default", "image")])["default", "image"][0]
+
+
+def test_given_a_job_that_waits_when_it_is_nudged_then_nothing_is_more_urgent(polls: Polls) -> None:
+    (name,) = submitted(polls.sandbox, 1)
+    polls.sandbox.script(name, scripted(b'{"status": "processing", "output": ""}', times=1))
+    (job,) = polls.track([name], submitted_at=database_time(polls.engine) - timedelta(minutes=5))
+    polls.until(lambda: polls.row(job).not_ready_at is not None)
+    before = polls.row(job)
+
+    with polls.engine.begin() as connection:
+        assert nudge(connection, name, None, now=database_now(connection), least=timedelta(seconds=0)) == 1
+
+    assert before.pace_scale > 0
+    assert before.pace_growth > 0
+    assert (polls.row(job).pace_scale, polls.row(job).pace_growth) == (None, None)
+    assert polls.row(job).due_at < before.due_at
+
+
+def database_time(engine: Engine) -> Any:
+    """What the database's clock says."""
+    with engine.connect() as connection:
+        return database_now(connection)
+
+
+def test_given_an_eta_in_an_answer_when_it_is_another_one_then_its_clock_starts_and_the_same_again_changes_nothing(
+    polls: Polls,
+) -> None:
+    (name,) = submitted(polls.sandbox, 1)
+    body = b'{"status": "processing", "output": "", "eta": 0.4}'
+    polls.sandbox.script(name, scripted(body, times=3))
+    (job,) = polls.track([name])
+
+    polls.until(lambda: polls.row(job).polls >= 1 and polls.row(job).eta is not None)
+    first = polls.row(job)
+    polls.until(lambda: polls.row(job).polls > first.polls)
+
+    assert first.eta == 0.4
+    assert first.eta_at is not None
+    assert polls.row(job).eta_at == first.eta_at
+
+
+def test_given_answers_that_say_nothing_about_the_job_when_they_are_written_then_they_teach_nothing(
+    polls: Polls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learner, "SHARE_SECONDS", 0.0)
+    polls.track(submitted(polls.sandbox, 1))
+    polls.run()
+    polls.until(lambda: model_of(polls.engine).asked == 1)
+    names = submitted(polls.sandbox, 3)
+    for name, body in zip(
+        names, (b"<html>", b'{"status": "what"}', b'{"status": "failed", "message": "no"}'), strict=True
+    ):
+        polls.sandbox.script(name, scripted(body, times=1))
+    ids = polls.track(names)
+    polls.until(lambda: all(polls.row(job).polls >= 1 and not polls.row(job).claim_token for job in ids))
+
+    assert all(row.not_ready_at is None for row in map(polls.row, ids) if row.polls == 1)
+    assert model_of(polls.engine).asked <= 1 + sum(polls.row(job).polls > 1 for job in ids)

@@ -15,10 +15,11 @@ from sqlalchemy.orm import Session, scoped_session
 from worker.core.fetch_address import ACCOUNT, SYNTHETIC_ID, FetchAddress, checked_remote_id, family, fetch_address
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.links import Link
-from worker.core.pace import Pace
+from worker.core.pace import SPREAD, Model, Pace, Plan, Waiting
 from worker.core.submission import Submission, seconds, submission
 from worker.database import connected, database_now, engine_for
 from worker.errors import JobNotFound, NotTrackable, WaitTimeout
+from worker.learner import FRESH_SECONDS, read_models
 from worker.scrubber import Scrubber
 from worker.settings import Settings, load
 from worker.store import jobs as store
@@ -29,6 +30,7 @@ SOON_SECONDS = 1.0  # a waiting poll run looks at least this often by itself
 MAX_REFERENCE = 255
 MAX_KIND = 64
 PRIORITY_LIMIT = 1_000
+MODELS_MOST = 2_000
 _WAKES = "fetch-worker: something is due soon that this session tracked"
 
 
@@ -270,15 +272,17 @@ def _insert(
 ) -> tuple[list[tuple[int, bool]], bool]:
     """Puts the jobs in: (id and whether it is new, for each; whether any is due before a poll run would look)."""
     now = database_now(connection)
-    new = [_new_job(plan, options, settings.pace, now) for plan in plans]
+    paced = _Paced(connection, settings.pace, options, now)
+    new = [_new_job(plan, options, paced, now) for plan in plans]
     soon = now + timedelta(seconds=SOON_SECONDS)
     return store.insert_jobs(connection, new, now=now), any(job.due_at < soon and not job.outputs for job in new)
 
 
-def _new_job(plan: _Plan, options: _Options, pace: Pace, now: datetime) -> store.NewJob:
+def _new_job(plan: _Plan, options: _Options, paced: "_Paced", now: datetime) -> store.NewJob:
     submitted_at = min(options.submitted_at or now, now)
+    first = paced.first(plan, (now - submitted_at).total_seconds())
     spread = crc32(plan.submission.remote_id.encode()) % 1_000  # handed over together is not asked together
-    first = pace.first_poll(plan.eta, spread=spread / 1_000)
+    wait = first.wait * (1 + SPREAD * spread / 1_000)
     return store.NewJob(
         account=options.account,
         remote_id=plan.submission.remote_id,
@@ -290,9 +294,43 @@ def _new_job(plan: _Plan, options: _Options, pace: Pace, now: datetime) -> store
         eta=plan.eta,
         submitted_at=submitted_at,
         deadline_at=submitted_at + timedelta(seconds=plan.deadline),
-        due_at=max(now, submitted_at + timedelta(seconds=first)),
+        due_at=now + timedelta(seconds=wait),
         outputs=plan.submission.outputs,
+        plan=first,
     )
+
+
+class _Paced:
+    """When jobs of one call are asked about first: worked out once for those that are alike."""
+
+    def __init__(self, connection: Connection, pace: Pace, options: _Options, now: datetime) -> None:
+        self._connection, self._pace, self._account, self._now = connection, pace, options.account, now
+        self._firsts: dict[tuple[str, float | None, float], Plan] = {}
+
+    def first(self, plan: _Plan, age: float) -> Plan:
+        """The plan of a job of this age in seconds, in the middle of its spread."""
+        alike = (plan.kind, plan.eta, plan.deadline)
+        found = self._firsts.get(alike)
+        if found is None:
+            model = _model(self._connection, self._account, plan.kind)
+            job = Waiting(age, eta=plan.eta, left=plan.deadline - age)
+            found = self._firsts[alike] = self._pace.first(job, model, spread=0.0)
+        return found
+
+
+_models: dict[tuple[str, str, str], tuple[Model, float]] = {}
+
+
+def _model(connection: Connection, account: str, kind: str) -> Model:
+    """What is known of a class of jobs, looked up now and then."""
+    key = (str(connection.engine.url), account, kind)
+    model, until = _models.get(key, (None, 0.0))
+    if model is None or time.monotonic() >= until:
+        if len(_models) >= MODELS_MOST:
+            _models.clear()
+        model, _ = read_models(connection, [(account, kind)])[account, kind]
+        _models[key] = (model, time.monotonic() + FRESH_SECONDS)
+    return model
 
 
 def _kind(address: FetchAddress, model: str | None) -> str:

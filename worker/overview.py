@@ -7,14 +7,19 @@ from typing import Any
 
 from sqlalchemy import Connection, Row
 
+from worker.core.durations import OLDEST
 from worker.core.gate import Gate, Scope
 from worker.core.lifecycle import JOB_STATES
+from worker.core.pace import Model, Waiting
 from worker.database import database_now
+from worker.learner import read_models
 from worker.settings import Settings
 from worker.store.claims import waiting_levels
 from worker.store.gates import all_gates, last_asked
 from worker.store.jobs import counts, waiting_accounts
+from worker.store.paces import newest_paces
 
+KINDS_MOST = 50  # those learned about last
 HEALTHY_SECONDS = 30.0  # due work is done within it, or a request was made within it
 
 
@@ -30,6 +35,42 @@ class AccountState:
 
 
 @dataclass(frozen=True, slots=True)
+class KindState:
+    """What is believed of one kind of an account's jobs. Times in seconds; None where so many are never ready.
+
+    `median` and `p90` are the ages by which half and 90 % are ready. Of recent requests `expected` is the share that
+    was thought to find its job ready, `ready` the share that did; of those `planned_delay` and `seen_delay` are the
+    mean times from ready to seen as they were aimed at, and as they came about.
+    """
+
+    account: str
+    kind: str
+    jobs: float
+    median: float | None
+    p90: float | None
+    expected: float
+    ready: float
+    planned_delay: float
+    seen_delay: float
+
+
+@dataclass(frozen=True, slots=True)
+class Belief:
+    """What is believed of one waiting job: the chances of its being ready now and when it is asked about.
+
+    `median` and `p90` are the seconds from now until half, or 90 %, of such jobs are ready; `by` is the clock that
+    decides, of age or of eta.
+    """
+
+    chance_now: float
+    chance_then: float
+    median: float | None
+    p90: float | None
+    by: str
+    jobs: float
+
+
+@dataclass(frozen=True, slots=True)
 class Overview:
     """How everything stands. `oldest_due_seconds` counts work that could be done now; 0 where there is none."""
 
@@ -37,6 +78,7 @@ class Overview:
     accounts: Sequence[AccountState]
     oldest_due_seconds: float
     healthy: bool
+    kinds: Sequence[KindState] = ()
 
 
 def overview(connection: Connection, settings: Settings) -> Overview:
@@ -61,6 +103,66 @@ def overview(connection: Connection, settings: Settings) -> Overview:
         accounts=accounts,
         oldest_due_seconds=round(oldest, 3),
         healthy=oldest <= HEALTHY_SECONDS or working,
+        kinds=_kinds(connection),
+    )
+
+
+def _kinds(connection: Connection) -> list[KindState]:
+    classes = sorted((row.account, row.kind) for row in newest_paces(connection, limit=KINDS_MOST))
+    return [_kind(account, kind, read[0]) for (account, kind), read in read_models(connection, classes).items()]
+
+
+def _kind(account: str, kind: str, model: Model) -> KindState:
+    new = Waiting(0.0)
+    asked = max(model.asked, 1e-9)
+    return KindState(
+        account=account,
+        kind=kind,
+        jobs=model.by_age.moments.count,
+        median=_finite(model.by_age.quantile(new.seen, 0.5)),
+        p90=_finite(model.by_age.quantile(new.seen, 0.9)),
+        expected=round(model.expected / asked, 3),
+        ready=round(model.ready / asked, 3),
+        planned_delay=round(model.planned, 2),
+        seen_delay=round(model.seen, 2),
+    )
+
+
+def belief(connection: Connection, job: Row[Any]) -> Belief | None:
+    """What is believed of a job that waits for its next poll; None for any other."""
+    if job.status != "pending":
+        return None
+    now = database_now(connection)
+    model, _ = read_models(connection, [(job.account, job.kind)])[job.account, job.kind]
+    since = job.submitted_at
+    age = max((now - since).total_seconds(), 0.0)
+    seen = 0.0 if job.not_ready_at is None else max((job.not_ready_at - since).total_seconds(), 0.0)
+    eta_age = 0.0 if job.eta_at is None else max((job.eta_at - since).total_seconds(), 0.0)
+    waiting = Waiting(max(age, seen), seen, job.eta, eta_age)
+    due = max((job.due_at - since).total_seconds(), seen)
+    clock = model.by_age if job.eta is None or model.lead <= 0 else model.by_eta
+    return Belief(
+        chance_now=round(model.chance(waiting, waiting.age), 3),
+        chance_then=round(model.chance(waiting, due), 3),
+        median=_finite(model.quantile(waiting, 0.5) - age),
+        p90=_finite(model.quantile(waiting, 0.9) - age),
+        by="age" if clock is model.by_age else "eta",
+        jobs=clock.moments.count,
+    )
+
+
+def _finite(seconds: float) -> float | None:
+    return round(max(seconds, 0.0), 1) if seconds < OLDEST else None
+
+
+def _in_words(believed: Belief) -> str:
+    if not believed.jobs:
+        return "nothing is known of such jobs yet"
+    half = "never" if believed.median is None else f"in {believed.median:.0f} s"
+    most = "never" if believed.p90 is None else f"in {believed.p90:.0f} s"
+    return (
+        f"it is ready now with a chance of {believed.chance_now:.0%}, then with {believed.chance_then:.0%}"
+        f"; of {believed.jobs:.0f} such jobs by their {believed.by}: half {half}, 90 % {most}"
     )
 
 
@@ -111,8 +213,10 @@ def why(connection: Connection, job: Row[Any], outputs: Sequence[Row[Any]], sett
     last = f"; last answer: {job.last_answer}" if job.last_answer else ""
     if job.claim_token is not None:
         return f"it is being asked about, by {job.claim_holder}{last}"
+    believed = belief(connection, job)
+    thought = f"; {_in_words(believed)}" if believed is not None and settings.poll_policy == "learned" else ""
     if job.due_at > now:
-        return f"waiting for its next poll in {(job.due_at - now).total_seconds():.0f} s{last}"
+        return f"waiting for its next poll in {(job.due_at - now).total_seconds():.0f} s{thought}{last}"
     return (
         f"due since {(now - job.due_at).total_seconds():.0f} s: no worker has asked yet, or the budget is short{last}"
     )

@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
@@ -162,7 +162,9 @@ class Poller:
             return None
         self._gives_way = gives_way
         try:
-            return self._run(time.monotonic() + seconds, finish)
+            report = self._run(time.monotonic() + seconds, finish)
+            self._recorder.rest()
+            return report
         finally:
             self._gives_way = False
             self.last_run = time.monotonic()
@@ -304,12 +306,15 @@ class Poller:
         share = min(CLAIM_MOST, -(-free // len(accounts)))  # and none takes the places of another
         now = view.time()
         grants: dict[str, Grant] = {}
+        short = set[str]()
         for account in accounts:
             wanted = min(share, sum(room[host] for host in {level.host for level in due[account]}))
-            grants[account] = self._budget.take(
-                account, wanted, rate=view.gate("account", account).rate(self._rps, now)
-            )
-        claimed = self._claim_granted(due, {account: len(one.moments) for account, one in grants.items()}, room)
+            rate = view.gate("account", account).rate(self._rps, now)
+            grants[account] = self._budget.take(account, wanted, rate=rate)
+            if len(grants[account].moments) < wanted:
+                short.add(account)  # requests are short: the most urgent jobs get them
+        granted = {account: len(one.moments) for account, one in grants.items()}
+        claimed = self._claim_granted(due, granted, room, short)
         more = len(accounts) < len(due) or any(
             len(jobs) == len(grants[account].moments) == share for account, jobs in claimed.items()
         )
@@ -330,7 +335,11 @@ class Poller:
         return min(len(jobs), len(grant.moments))
 
     def _claim_granted(
-        self, due: Mapping[str, Sequence[Level]], granted: Mapping[str, int], room: dict[str, int]
+        self,
+        due: Mapping[str, Sequence[Level]],
+        granted: Mapping[str, int],
+        room: dict[str, int],
+        short: Container[str],
     ) -> dict[str, list[ClaimedJob]]:
         claimed: dict[str, list[ClaimedJob]] = {account: [] for account, count in granted.items() if count}
         if not claimed:
@@ -343,7 +352,7 @@ class Poller:
                 for level in due[account]:
                     most = min(granted[account] - len(claimed[account]), room[level.host])
                     if most > 0:
-                        found = self._take(connection, level, most, now, token)
+                        found = self._take(connection, level, most, now, token, urgent=account in short)
                         room[level.host] -= len(found)
                         claimed[account] += self._permitted(connection, found, now)
         log.debug("claimed jobs=%s ms=%.1f", sum(map(len, claimed.values())), 1e3 * (time.monotonic() - began))
@@ -364,7 +373,11 @@ class Poller:
             if released:
                 log.warning("claims whose commit was cut off are given back jobs=%s", released)
 
-    def _take(self, connection: Connection, level: Level, limit: int, now: datetime, token: str) -> list[ClaimedJob]:
+    def _take(
+        self, connection: Connection, level: Level, limit: int, now: datetime, token: str, *, urgent: bool = False
+    ) -> list[ClaimedJob]:
+        late = max(now - level.due_at, timedelta(0))
+        around = [now - late * self._random.random() for _ in range(2)] if urgent else ()
         return claim_jobs(
             connection,
             level,
@@ -373,6 +386,7 @@ class Poller:
             holder=self._leases.holder,
             lease=self._leases.lease,
             now=now,
+            around=around,
         )
 
     def _probe_host(self, host: str, due: Mapping[str, Sequence[Level]], allowed: Mapping[str, str]) -> int:

@@ -8,18 +8,20 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from worker.calls import Asked
 from worker.core import gate as gates
 from worker.core.gate import Gate, Heard, Limit, Scope
 from worker.core.lifecycle import AskAgain, End, JobFacts, after_answer, note_of
 from worker.core.pace import Pace, Waiting
-from worker.core.reply import ApiDown, Processing
+from worker.core.reply import ApiDown, Processing, Ready, Reply
 from worker.database import PATIENCE, database_now, trouble
+from worker.learner import Learner
 from worker.store.claims import ClaimedJob
 from worker.store.gates import all_gates, locked_gate, mark_asked, save_gate
 from worker.store.outcomes import Outcome, Recorded, record_answers, set_aside
@@ -57,12 +59,14 @@ class Recorder:
         self._batches = engine.execution_options(**{PATIENCE: BATCH_PATIENCE})
         self._single = engine.execution_options(**{PATIENCE: SINGLE_PATIENCE})
         self._pace = pace
+        self._learner = Learner(engine)
         self._least = timedelta(seconds=pace.least)
         self._rps = rps
         self._queue_downloads = queue_downloads
         self._tell = tell
         self._random = random.Random()  # spreads polls in time, guards nothing
         self._waiting: list[Asked] = []
+        self._unlearned: list[Asked] = []
         self._locked: list[Asked] = []
         self._unlock_at = 0.0
         self._taken: dict[str, float] = {}
@@ -81,6 +85,7 @@ class Recorder:
     def take(self, answers: Sequence[Asked], taken: Mapping[str, float]) -> None:
         """Keeps answers. `taken` is how many requests per second the API took of each account just now."""
         self._waiting += answers
+        self._unlearned += answers
         self._taken.update(taken)
 
     def write(self, known: Gates) -> int:
@@ -88,6 +93,7 @@ class Recorder:
 
         Raises what the database raises where it is away; what is not written yet is kept.
         """
+        self._learner.prepare({(one.job.account, one.job.kind) for one in self._unlearned})
         if self._locked and time.monotonic() >= self._unlock_at:
             self._unlock_at = time.monotonic() + LOCKED_SECONDS
             self._waiting, self._locked = self._locked + self._waiting, []
@@ -105,7 +111,15 @@ class Recorder:
             else:
                 del self._waiting[: len(batch)]
                 lost += self._finish(done, known)
+        self._learner.share_if_due()
         return lost
+
+    def rest(self) -> None:
+        """Before a pause: shares what was learned. Where the database is away it is shared later."""
+        try:
+            self._learner.share()
+        except SQLAlchemyError as error:
+            log.warning("what was learned is shared later reason=%s", _reason(error))
 
     def _write_singly(self, count: int, known: Gates) -> int:
         lost = 0
@@ -152,6 +166,7 @@ class Recorder:
     def _write(self, engine: Engine, asked: Sequence[Asked], known: Gates) -> _Written:
         with engine.begin() as connection:
             now = database_now(connection)
+            self._learn(now)
             if time.monotonic() - self._marked_at >= MARK_SECONDS:
                 self._marked_at = time.monotonic()
                 mark_asked(connection, {one.job.account for one in asked}, now=now)
@@ -165,17 +180,31 @@ class Recorder:
                 ]
             return _Written(record_answers(connection, outcomes, now=now), moved)
 
+    def _learn(self, now: datetime) -> None:
+        """Each answer teaches once, however often it takes to write it."""
+        for one in self._unlearned:
+            job, ready = one.job, isinstance(one.reply, Ready)
+            if (ready or isinstance(one.reply, Processing)) and job.facts.status == "pending":
+                age = (now - job.submitted_at).total_seconds() - (time.monotonic() - one.sent)
+                asked = _waiting(job, age)
+                planned = age if job.pace_scale is None else asked.seen + max(job.pace_scale, self._pace.least)
+                self._learner.observe(job.account, job.kind, asked, ready=ready, planned=planned)
+        self._unlearned = []
+
     def _outcome(self, one: Asked, now: datetime, held: Mapping[tuple[Scope, str], Gate] | None = None) -> Outcome:
         job, reply = one.job, one.reply
         facts = job.facts if held is None else _with_hold(job, held, now)
         step = after_answer(facts, reply, now=now, least=self._least)
         if not isinstance(step, AskAgain):
-            return Outcome(job, step, 0.0, note_of(reply))
-        age = (now - job.submitted_at).total_seconds()
-        wait_seconds = self._pace.next_poll(Waiting(age, job.eta, job.polls), spread=self._random.random())
+            return Outcome(job, step, note_of(reply))
+        not_ready = isinstance(reply, Processing)
+        eta = _new_eta(job, reply)
+        waiting = _waiting(job, (now - job.submitted_at).total_seconds(), not_ready=not_ready, eta=eta, now=now)
+        model = self._learner.model(job.account, job.kind)
+        plan = self._pace.next(waiting, model, spread=self._random.random())
         if isinstance(reply, ApiDown):
-            wait_seconds = max(wait_seconds, TROUBLE_WAIT * (1 + self._random.random()))
-        return Outcome(job, step, wait_seconds, step.note)
+            plan = replace(plan, wait=max(plan.wait, TROUBLE_WAIT * (1 + self._random.random())))
+        return Outcome(job, step, step.note, plan, not_ready, eta)
 
     def _move_gates(
         self, connection: Connection, asked: Sequence[Asked], known: Mapping[tuple[Scope, str], Gate], now: datetime
@@ -193,6 +222,29 @@ class Recorder:
                 _tell_of_hold(locked, gate, now)
                 moved[scope, name] = gate
         return moved
+
+
+def _waiting(
+    job: ClaimedJob, age: float, *, not_ready: bool = False, eta: float | None = None, now: datetime | None = None
+) -> Waiting:
+    """A job as pacing sees it at `age`, where it was `not_ready` just now, and a new `eta` may have come."""
+    since = job.submitted_at
+    seen = 0.0 if job.not_ready_at is None else (job.not_ready_at - since).total_seconds()
+    eta_at = now if eta is not None else job.eta_at
+    return Waiting(
+        age,
+        age if not_ready else min(seen, age),
+        job.eta if eta is None else eta,
+        0.0 if eta_at is None else (eta_at - since).total_seconds(),
+        job.polls,
+        (job.facts.deadline_at - since).total_seconds() - age,
+    )
+
+
+def _new_eta(job: ClaimedJob, reply: Reply) -> float | None:
+    """The eta of an answer, where it is another one: the same again does not start its clock anew."""
+    eta = reply.eta if isinstance(reply, Processing) else None
+    return None if eta is None or (job.eta is not None and abs(eta - job.eta) < 0.01 * job.eta) else eta
 
 
 def _by_gate(asked: Sequence[Asked]) -> dict[tuple[Scope, str], list[Asked]]:

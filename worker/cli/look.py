@@ -1,5 +1,6 @@
 """Commands that only look: list, show, status."""
 
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -18,7 +19,7 @@ from worker.cli.output import (
 )
 from worker.core.lifecycle import JOB_STATES
 from worker.database import connected, engine_for
-from worker.overview import Overview, overview, why
+from worker.overview import KindState, Overview, belief, overview, why
 from worker.settings import Settings, load
 from worker.store.jobs import job_row, newest, outputs_of
 
@@ -62,6 +63,7 @@ def show(ids: tuple[str, ...], remote: str | None, account: str | None, as_json:
     elif not as_json:
         for document in documents:
             outputs = document.pop("outputs")
+            document.pop("believed")  # `why` says it in words
             print_fields(document)
             print_table(OUTPUTS, [[output[name] for name in OUTPUTS] for output in outputs], empty="no outputs yet")
     return 0 if len(documents) == len(job_ids) else 1
@@ -73,10 +75,12 @@ def _document(connection: Connection, job_id: int, settings: Settings) -> dict[s
         return None
     outputs = outputs_of(connection, [job_id])
     waits = job.status == "pending" and job.claim_token is None
+    believed = belief(connection, job)
     return plain(job, JOB_COLUMNS) | {
         "outputs": [plain(output, OUTPUT_COLUMNS) for output in outputs],
         "why": why(connection, job, outputs, settings),
         "next_poll_at": moment(job.due_at) if waits else None,
+        "believed": None if believed is None else asdict(believed),
     }
 
 
@@ -93,6 +97,10 @@ def status(as_json: bool) -> None:
     print_fields({name: count for name, count in state.jobs.items() if count} or {"jobs": "none yet"})
     rows = [(one.account, f"{one.rps:g}/s", one.reason or "open", one.since, one.until) for one in state.accounts]
     print_table(("account", "budget", "state", "since", "until (UTC)"), rows, empty="no accounts yet")
+    if state.kinds:
+        columns = ("account", "kind", "jobs", "half ready (s)", "90 % (s)", "found ready", "expected",
+                   "delay (s)", "planned")  # fmt: skip
+        print_table(columns, [_kind_row(one) for one in state.kinds], empty="")
     health = "healthy" if state.healthy else "NOT healthy: due work is not done; is a worker running?"
     click.echo(f"oldest due work: {state.oldest_due_seconds:.1f} s; {health}")
 
@@ -112,7 +120,26 @@ def _status_document(state: Overview) -> dict[str, Any]:
         ],
         "oldest_due_seconds": state.oldest_due_seconds,
         "healthy": state.healthy,
+        "kinds": [asdict(one) for one in state.kinds],
     }
+
+
+def _kind_row(one: KindState) -> list[str]:
+    times = (_or_never(one.median), _or_never(one.p90))
+    shares = (f"{one.ready:.0%}", f"{one.expected:.0%}")
+    return [
+        one.account,
+        one.kind,
+        f"{one.jobs:.0f}",
+        *times,
+        *shares,
+        f"{one.seen_delay:.1f}",
+        f"{one.planned_delay:.1f}",
+    ]
+
+
+def _or_never(seconds: float | None) -> str:
+    return "never" if seconds is None else f"{seconds:.1f}"
 
 
 COMMANDS: tuple[click.Command, ...] = (list_jobs, show, status)
