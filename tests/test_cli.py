@@ -5,9 +5,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from sqlalchemy import Engine, insert, update
 
 from tests.rows import NOW, add_downloading, add_output
 from worker.cli import main
+from worker.core.pace import Waiting
+from worker.learner import Learner
 from worker.tables import gates, jobs
 
 JOB_COLUMNS = {
@@ -313,7 +315,8 @@ def test_status_tells_how_everything_stands(database: Engine, run: Run, monkeypa
     said = run("status", "--json")
     document = said.document
     assert (said.code, said.err) == (0, "")
-    assert set(document) == {"jobs", "accounts", "oldest_due_seconds", "healthy"}
+    assert set(document) == {"jobs", "accounts", "oldest_due_seconds", "healthy", "kinds"}
+    assert document["kinds"] == []
     assert document["jobs"] == {
         "pending": 1,
         "downloading": 0,
@@ -433,3 +436,179 @@ def test_the_module_runs_as_a_process_and_takes_a_closed_pipe_in_silence(tmp_pat
     )
     os.close(writer)
     assert "Traceback" not in done.stderr
+
+
+# ── pace ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def teach(engine: Engine, kind: str = "image", seconds: float = 20.0, jobs_seen: int = 40) -> None:
+    """Has a process learn that jobs of a kind take so long."""
+    learner = Learner(engine)
+    learner.prepare([("default", kind)])
+    for _ in range(jobs_seen):
+        learner.observe("default", kind, Waiting(seconds, seconds - 1), ready=True, planned=seconds)
+    learner.share()
+
+
+def test_status_tells_what_is_believed_of_each_kind(database: Engine, run: Run) -> None:
+    teach(database)
+
+    (kind,) = run("status", "--json").document["kinds"]
+    shown = run("status").out
+
+    assert (kind["account"], kind["kind"], kind["jobs"], kind["ready"]) == ("default", "image", 40, 1.0)
+    assert kind["median"] == pytest.approx(19.5, abs=1.5)
+    assert 0.1 < kind["seen_delay"] <= 1.0
+    assert "half ready (s)" in shown
+    assert "image" in shown
+
+
+def test_show_tells_what_is_believed_of_a_job_and_when_it_is_asked_about(
+    database: Engine, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SD_API_KEY", "k")
+    teach(database)
+    run("track", "1", "--kind", "image", "--json")
+
+    document = run("show", "--remote", "1", "--json").document
+    shown = run("show", "--remote", "1").out
+
+    assert document["believed"]["median"] == pytest.approx(19.5, abs=1.5)
+    assert document["believed"]["chance_now"] < 0.2
+    assert document["believed"]["by"] == "age"
+    assert "waiting for its next poll in" in document["why"]
+    assert "of 40 such jobs by their age: half in" in document["why"]
+    assert "of 40 such jobs" in " ".join(shown.split())
+
+
+def test_a_job_of_which_nothing_is_known_says_so(database: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SD_API_KEY", "k")
+    run("track", "1", "--json")
+
+    assert "nothing is known of such jobs yet" in run("show", "--remote", "1", "--json").document["why"]
+
+
+TRACE = [{"t": number / 2, "duration": 6.0 + number % 5, "kind": "image", "eta": None} for number in range(400)]
+
+
+def written(path: Path, lines: Sequence[object]) -> str:
+    """A trace in a file."""
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    return str(path)
+
+
+def test_simulate_prints_what_would_be(run: Run, tmp_path: Path) -> None:
+    """`{"jobs", "polls", "polls_per_job", "delay": {"mean","p50","p95","p99"}}`."""
+    trace = written(tmp_path / "trace", TRACE)
+
+    said = run("simulate", "--trace", trace, "--json")
+
+    assert (said.code, said.err) == (0, "")
+    assert set(said.document) == {"jobs", "polls", "polls_per_job", "delay"}
+    assert list(said.document["delay"]) == ["mean", "p50", "p95", "p99"]
+    assert said.document["jobs"] == 400
+    assert said.document["polls_per_job"] == said.document["polls"] / 400
+    assert run("simulate", "--trace", trace, "--json").document == said.document
+    assert "polls_per_job" in run("simulate", "--trace", trace).out
+
+
+def test_simulate_takes_price_policy_budget_and_settings(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = written(tmp_path / "trace", TRACE)
+    cheap = run("simulate", "--trace", trace, "--price", "0.05", "--json").document
+    dear = run("simulate", "--trace", trace, "--price", "5", "--json").document
+    fixed = run("simulate", "--trace", trace, "--policy", "fixed", "--json").document
+    short = run("simulate", "--trace", trace, "--rps", "2.5", "--policy", "fixed", "--json").document
+    monkeypatch.setenv("POLL_MIN", "0")
+    free = run("simulate", "--trace", trace, "--price", "0.05", "--json").document
+
+    assert cheap["polls"] > dear["polls"]
+    assert cheap["delay"]["mean"] < dear["delay"]["mean"]
+    assert fixed["delay"]["mean"] != cheap["delay"]["mean"]
+    assert short["delay"]["mean"] > fixed["delay"]["mean"]
+    assert free["delay"]["mean"] < cheap["delay"]["mean"]
+
+
+def test_simulate_compares_all_policies(run: Run, tmp_path: Path) -> None:
+    trace = written(tmp_path / "trace", TRACE)
+
+    found = run("simulate", "--trace", trace, "--compare", "--json").document
+    shown = run("simulate", "--trace", trace, "--compare").out
+
+    assert list(found) == ["learned", "fixed", "exponential", "eta"]
+    assert all(one["jobs"] == 400 for one in found.values())
+    assert all(name in shown for name in found)
+
+
+def test_simulate_replays_what_was_really_seen(database: Engine, run: Run) -> None:
+    with database.begin() as connection:
+        for number in range(30):
+            ready_at = NOW + timedelta(seconds=number + 12)
+            add_downloading(
+                connection,
+                f"r{number}",
+                submitted_at=NOW + timedelta(seconds=number),
+                not_ready_at=NOW + timedelta(seconds=number + 8),
+                ready_at=ready_at,
+                polls=2,
+            )
+
+    document = run("simulate", "--from-database", "--json").document
+
+    assert document["jobs"] == 30
+    assert 30 <= document["polls"] <= 300
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ([], 2, "--trace FILE or --from-database"),
+        (["--trace", "{trace}", "--from-database"], 2, "--trace FILE or --from-database"),
+        (["--trace", "{trace}", "--policy", "eta", "--compare"], 2, "--policy or --compare"),
+        (["--trace", "{trace}", "--rps", "0"], 2, "rps"),
+        (["--trace", "{trace}.none"], 2, "does not exist"),
+    ],
+)
+def test_simulate_says_what_is_wrong_with_its_words(
+    run: Run, tmp_path: Path, words: list[str], code: int, said: str
+) -> None:
+    trace = written(tmp_path / "trace", TRACE)
+
+    answer = run("simulate", *(word.replace("{trace}", trace) for word in words))
+
+    assert answer.code == code
+    assert said in answer.err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nonsense",
+        "[]",
+        "7",
+        '{"t": 1}',
+        '{"t": "x", "duration": 3}',
+        '{"t": 1, "duration": -3}',
+        '{"t": 1, "duration": NaN}',
+        '{"t": 1, "duration": 2, "kind": 7}',
+        '{"t": 1, "duration": 2, "eta": true}',
+    ],
+)
+def test_simulate_names_the_line_of_a_trace_that_is_none(run: Run, tmp_path: Path, line: str) -> None:
+    path = tmp_path / "trace"
+    path.write_text(f"{json.dumps(TRACE[0])}\n\n{line}\n")
+
+    said = run("simulate", "--trace", str(path))
+
+    assert said.code == 1
+    assert "line 3 is no job of a trace" in said.err
+    assert _one_line(said.err)
+
+
+def test_simulate_refuses_a_trace_without_jobs(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    path.write_bytes(b"\n")
+    assert "there are no jobs to simulate" in run("simulate", "--trace", str(path)).err
+    path.write_bytes(b"\xff\xfe")
+    assert "no UTF-8 text" in run("simulate", "--trace", str(path)).err

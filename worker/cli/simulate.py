@@ -1,0 +1,110 @@
+"""The command that only reckons: what a policy, a price or a budget would do."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from worker.cli.output import json_option, print_fields, print_json, print_table
+from worker.core.pace import POLICIES, Pace, Policy
+from worker.database import connected, engine_for
+from worker.errors import TraceError
+from worker.settings import load
+from worker.simulator import Simulation, TraceJob, quantile, read_trace, simulate
+from worker.store.jobs import seen_durations
+
+MOST_JOBS = 1_000_000
+
+
+@click.command("simulate")
+@click.option("--trace", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True, exists=True), metavar="FILE",
+              help='Lines of {"t": s, "duration": s or null, "kind": "…", "eta": s or null}.')  # fmt: skip
+@click.option("--from-database", is_flag=True, help="Replay the jobs that were really seen, as far as polls tell.")
+@click.option("--limit", type=click.IntRange(1, MOST_JOBS), default=10_000, show_default=True,
+              help="With --from-database: so many of the last jobs.")  # fmt: skip
+@click.option(
+    "--rps", type=click.FloatRange(0, min_open=True), help="Requests per second there are; default: no limit."
+)
+@click.option("--price", type=click.FloatRange(0, 3_600, min_open=True), help="Instead of POLL_PRICE.")
+@click.option("--policy", type=click.Choice(POLICIES), help="Instead of POLL_POLICY.")
+@click.option("--compare", is_flag=True, help="All policies side by side.")
+@json_option
+def simulate_command(
+    trace: Path | None,
+    from_database: bool,
+    limit: int,
+    rps: float | None,
+    price: float | None,
+    policy: Policy | None,
+    compare: bool,
+    as_json: bool,
+) -> None:
+    """What would be: polls and delays of a trace of jobs, by the worker's own scheduling on a virtual clock.
+
+    It starts knowing nothing. POLL_MIN and JOB_DEADLINE apply. A delay is the time from ready to seen.
+    """
+    if (trace is None) != from_database or (compare and policy is not None):
+        raise click.UsageError("give --trace FILE or --from-database; and --policy or --compare, not both")
+    settings = load()
+    if trace is None:
+        with connected(settings.database), engine_for(settings.database).connect() as connection:
+            jobs = [TraceJob(*row) for row in seen_durations(connection, limit=limit)]
+    else:
+        jobs = _read(trace)
+    if not jobs:
+        raise TraceError("there are no jobs to simulate")
+    cost = settings.poll_price if price is None else price
+
+    def run(name: Policy) -> dict[str, Any]:
+        pace = Pace(name, cost, settings.poll_min)
+        return _document(simulate(jobs, pace, deadline_for=settings.deadline_for, rps=rps))
+
+    if compare:
+        _show_all({name: run(name) for name in POLICIES}, as_json)
+        return
+    document = run(policy or settings.poll_policy)
+    if as_json:
+        print_json(document)
+    else:
+        delay = document.pop("delay")
+        print_fields(document | {f"delay {name} (s)": value for name, value in delay.items()})
+
+
+def _show_all(found: dict[Policy, dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print_json(found)
+        return
+    columns = ("policy", "polls per job", "mean delay (s)", "p50", "p95", "p99")
+    rows = [(name, one["polls_per_job"], *one["delay"].values()) for name, one in found.items()]
+    print_table(columns, rows, empty="")
+
+
+def _read(trace: Path) -> list[TraceJob]:
+    try:
+        text = sys.stdin.read() if str(trace) == "-" else trace.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise TraceError(f"{trace} is no UTF-8 text") from None
+    except OSError as error:
+        raise TraceError(f"{trace} can't be read: {error.strerror}") from None
+    return read_trace(text.splitlines())
+
+
+def _document(done: Simulation) -> dict[str, Any]:
+    delays = sorted(done.delays)
+    shares: Sequence[tuple[str, Callable[[], float]]] = (
+        ("mean", lambda: sum(delays) / len(delays) if delays else 0.0),
+        ("p50", lambda: quantile(delays, 0.5)),
+        ("p95", lambda: quantile(delays, 0.95)),
+        ("p99", lambda: quantile(delays, 0.99)),
+    )
+    return {
+        "jobs": done.jobs,
+        "polls": done.polls,
+        "polls_per_job": round(done.polls / done.jobs, 4),
+        "delay": {name: round(value(), 4) for name, value in shares},
+    }
+
+
+COMMANDS: tuple[click.Command, ...] = (simulate_command,)
