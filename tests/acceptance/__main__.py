@@ -14,6 +14,7 @@ from tests.acceptance.celery_user import celery_user
 from tests.acceptance.engine import budget, dripping_api, million_rows, two_accounts, unannounced_limit, wake_up
 from tests.acceptance.jobs import Size
 from tests.acceptance.main_job import kills, main_job, track_races
+from tests.acceptance.pace import pace
 from tests.acceptance.report import Report
 from tests.acceptance.stand import Place
 from tests.acceptance.trouble import bad_outputs, wrong_key
@@ -39,6 +40,7 @@ def programs(options: argparse.Namespace) -> Mapping[str, Program]:
         "wake-up": lambda home: wake_up(place, home),
         "dripping-api": lambda home: dripping_api(place, home),
         "million-rows": lambda home: million_rows(place, home, options.rows, options.minutes),
+        "pace": lambda home: pace(place, home),
         "celery-user": lambda home: celery_user(place, home, few),
     }
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from tests.benchmarks.pace import measure_pace
 from tests.benchmarks.polls import measure_idle, measure_polls, measure_scale
 from tests.benchmarks.rows import (
     measure_claims,
@@ -64,6 +65,7 @@ def main() -> int:
         "tracking": lambda table, folder: measure_tracking(table, folder, rounds),
         "transfer": lambda table, folder: measure_transfer(table, folder, rounds),
         "downloads": lambda table, folder: measure_downloads(table, folder, rounds),
+        "pace": measure_pace,
         "idle": lambda table, folder: measure_idle(table, folder, seconds * 5),
     }
     unknown = [name for name in options.parts if name not in parts]

@@ -18,6 +18,7 @@ from sqlalchemy.engine import make_url
 from tests.benchmarks.stand import ROOT, Api, Stand, api, stand
 from tests.benchmarks.table import Rounds, Table
 from worker.core.lifecycle import AskAgain
+from worker.core.pace import Plan
 from worker.database import database_now, make_engine
 from worker.store.claims import ClaimedJob, Level, claim_jobs, waiting_levels
 from worker.store.outcomes import Outcome, record_answers
@@ -180,7 +181,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _ours(engine: Engine, claimed: list[ClaimedJob]) -> None:
-    outcomes = [Outcome(job, AskAgain(job.facts.strikes, "processing"), 900.0, "processing") for job in claimed]
+    outcomes = [Outcome(job, AskAgain(job.facts.strikes, "processing"), "processing", Plan(900.0)) for job in claimed]
     with engine.begin() as connection:
         done = record_answers(connection, outcomes, now=database_now(connection))
     if done.lost:

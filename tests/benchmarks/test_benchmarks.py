@@ -1,14 +1,18 @@
 """The benchmarks themselves: their yardsticks answer, and the command prints its table. No figure is asserted."""
 
 import json
+import math
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import requests
 
+from tests.benchmarks.optimum import GRID, burst_bound, cheapest, frontier, least_delay, lognormal, slot_bound
+from tests.benchmarks.pace import run, workloads
 from tests.benchmarks.stand import ROOT, api, make_certificate
 from tests.benchmarks.table import Rounds, Table
 
@@ -68,3 +72,29 @@ def test_an_unknown_part_is_refused_with_the_names_that_there_are() -> None:
 
     assert done.returncode == 2
     assert "polls, scale, share" in done.stderr
+
+
+def test_the_optimum_is_what_theory_says_where_theory_has_a_formula() -> None:
+    """For a memoryless duration polls are equally far apart: the odds over one interval are the price."""
+    rate, price = 1 / 40.0, 0.5
+    left = [math.exp(-rate * age) for age in GRID]
+    cost, _ = cheapest(left, [price] * len(GRID))
+    apart = min((step / 100 for step in range(1, 3_000)), key=lambda d: abs(math.expm1(rate * d) / rate - d - price))
+
+    assert cost.polls == pytest.approx(1 / -math.expm1(-rate * apart), rel=0.03)
+    assert cost.delay == pytest.approx(apart / -math.expm1(-rate * apart) - 1 / rate, rel=0.05)
+
+
+def test_no_policy_beats_the_optimum_and_the_learned_one_comes_near() -> None:
+    images = next(one for one in workloads(count=1_500) if one.name == "images")
+    costs = frontier(images.classes)
+    done = run(images.jobs, 0.5)
+    best = least_delay(costs, done.polls / done.jobs)
+
+    assert 0.9 < sum(done.delays) / len(done.delays) / best < 1.2
+
+
+def test_bounds_of_bursts_hold_where_the_answer_is_plain() -> None:
+    assert slot_bound([0.0] * 10, 2.0) == pytest.approx(2.75)  # 0.5, 1.0, … 5.0 seconds
+    assert slot_bound([100.0, 200.0], 2.0) == 0.0
+    assert burst_bound(lognormal(8.0, 0.6), 200, 2.0) < slot_bound([8.0] * 200, 2.0) * 1.5
