@@ -26,7 +26,7 @@ WIDTHS = tuple(min(end, 2 * start + FIRST_EDGE) - start for start, end in zip(ED
 OLDEST = 1e9  # an age beyond which nothing is asked
 
 PRIOR_JOBS = 3.0  # what the prior weighs
-PRIOR_FLOOR = 0.01  # of a job, where the prior has none left: so that a tail without an end is believed soon
+PRIOR_FLOOR = 0.03  # of a job, where the prior has none left: so that a tail without an end is believed soon
 PRIOR_SPREAD = 0.5  # standard deviation of log duration, before any was seen; worth two jobs
 TAIL = 0.03  # some jobs never end: this share of the prior has a heavy tail
 FORGET_JOBS = 150.0  # old evidence fades by 1/e as so many jobs end
