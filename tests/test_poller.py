@@ -631,6 +631,30 @@ def test_given_a_claim_whose_commit_was_cut_off_when_the_next_run_begins_then_it
     assert [polls.row(job).polls for job in ids] == [1] * 5
 
 
+def test_given_a_fault_of_ours_when_answers_are_written_then_no_job_pays_for_it(
+    polls: Polls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "LOCKED_SECONDS", 0.1)
+    polls.track(submitted(polls.sandbox, 1))
+    polls.run()
+    names = submitted(polls.sandbox, 5, samples=1)
+    ids = polls.track(names)
+    outcome, broken = polls.poller._recorder._outcome, [True]
+
+    def faulty(one: Any, *arguments: Any, **options: Any) -> Any:
+        if broken and one.job.remote_id == names[2]:
+            raise KeyError("a slip")
+        return outcome(one, *arguments, **options)
+
+    monkeypatch.setattr(polls.poller._recorder, "_outcome", faulty)
+    polls.until(lambda: sum(polls.row(job).status == "downloading" for job in ids) == 4)
+    assert polls.row(ids[2]).status == "pending"
+    broken.clear()
+    polls.until(lambda: polls.row(ids[2]).status == "downloading")
+
+    assert set(polls.sandbox.calls.fetches.values()) == {1}
+
+
 # ── shares ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -93,7 +93,7 @@ class Recorder:
 
         Raises what the database raises where it is away; what is not written yet is kept.
         """
-        self._learner.prepare({(one.job.account, one.job.kind) for one in self._unlearned})
+        self._learner.prepare({(one.job.account, one.job.kind) for one in (*self._waiting, *self._locked)})
         if self._locked and time.monotonic() >= self._unlock_at:
             self._unlock_at = time.monotonic() + LOCKED_SECONDS
             self._waiting, self._locked = self._locked + self._waiting, []
@@ -131,7 +131,10 @@ class Recorder:
                 what = trouble(error)
                 if what == "away":
                     raise
-                if what == "locked" or not self._set_aside(one, error):
+                if not isinstance(error, (SQLAlchemyError, ValueError)):
+                    log.exception("a fault of ours, the answer waits job=%s", one.job.id)
+                    self._locked.append(one)
+                elif what == "locked" or not self._set_aside(one, error):
                     self._locked.append(one)
                 del self._waiting[0]
             else:
