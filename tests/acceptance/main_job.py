@@ -26,6 +26,7 @@ from tests.acceptance.stand import WORKING, Place, Stand, wait_until
 
 KEY = "acceptance-key-1f6b"
 CALLS_PER_SECOND = 200  # what the stand sets SD_API_RPS to
+BURST = CALLS_PER_SECOND // 5  # what the README states
 RACERS, CALLS_EACH = 8, 13
 
 Thing = TypeVar("Thing", bound=Hashable)
@@ -95,7 +96,8 @@ def main_job(place: Place, home: Path, size: Size) -> Report:
         told = {job.remote_id: rows[job.remote_id]["polls"] for job in jobs if job.remote_id in rows}
         report.check("polls equals the API's own count", dict(asked) == told, _differences(told, asked))
         busiest = ledger.busiest_second()
-        report.check(f"no second with more than {CALLS_PER_SECOND} calls", busiest <= CALLS_PER_SECOND, busiest)
+        most = CALLS_PER_SECOND + BURST
+        report.check(f"no second with more than {CALLS_PER_SECOND} + {BURST} calls", busiest <= most, busiest)
         report.none_of("every call had the form of a fetch call", ledger.strays)
         report.none_of("no key went to the picture host", [get for get in ledger.gets if get.carried_key])
 

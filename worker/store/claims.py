@@ -168,7 +168,7 @@ def claim_jobs(
     due = _DUE
     if around:
         due = _URGENT
-        values |= {"first": now, "second": around[0], "third": around[1]}
+        values |= {"first": now, "second": around[0], "third": around[1], "most_and_spare": limit + SPARE}
     return [_claimed_job(row, level, token) for row in _take(connection, jobs, due, _CLAIM, _JOB_COLUMNS, values)]
 
 
@@ -190,27 +190,35 @@ WINDOW = 250  # candidates of each of four windows: looking at all that is due w
 
 def _urgent() -> Select[Any]:
     """The same by urgency (`worker.core.pace.urgency`): what was nudged, or never planned, comes first."""
+    now = bindparam("now", type_=jobs.c.due_at.type)
+    unseen = seconds_between(func.coalesce(jobs.c.not_ready_at, jobs.c.submitted_at), now)
+    odds = jobs.c.pace_growth * func.ln(case((unseen > SOONEST, unseen), else_=SOONEST) / jobs.c.pace_scale)
+    worth = func.coalesce(odds, UNPLANNED)
 
     def window(until: str, *, oldest: bool = False) -> Select[Any]:
         order = jobs.c.due_at if oldest else jobs.c.due_at.desc()
-        near = select(jobs.c.id).where(*_OF_LEVEL, jobs.c.due_at <= bindparam(until)).order_by(order).limit(WINDOW)
-        return select(near.subquery().c.id)
+        near = select(jobs.c.id, jobs.c.due_at, worth.label("worth"))
+        near = near.where(*_OF_LEVEL, jobs.c.due_at <= bindparam(until)).order_by(order).limit(WINDOW)
+        return select(near.subquery())
 
     windows = [window("first", oldest=True), window("first"), window("second"), window("third")]
     candidates = union(*windows).subquery()
-    unseen = seconds_between(
-        func.coalesce(jobs.c.not_ready_at, jobs.c.submitted_at), bindparam("now", type_=jobs.c.due_at.type)
-    )
-    odds = jobs.c.pace_growth * func.ln(case((unseen > SOONEST, unseen), else_=SOONEST) / jobs.c.pace_scale)
+    most = bindparam("most", type_=Integer)
+    # A few more than are wanted, since others may be taking the same; and few, so that they are looked up by their ids.
+    some = bindparam("most_and_spare", type_=Integer)
+    best = select(candidates.c.id).order_by(candidates.c.worth.desc(), candidates.c.due_at).limit(some)
+    # Asked in a way that no index serves: where nothing is known of the table yet a server would go through all of it.
+    still_due = seconds_between(jobs.c.due_at, now) >= 0
     return (
         select(jobs.c.id)
-        .where(jobs.c.id.in_(select(candidates.c.id)), *_OF_LEVEL, jobs.c.due_at <= bindparam("now"))
-        .order_by(func.coalesce(odds, UNPLANNED).desc(), jobs.c.due_at)
-        .limit(bindparam("most", type_=Integer))
+        .where(jobs.c.id.in_(select(best.subquery().c.id)), still_due)
+        .order_by(worth.desc(), jobs.c.due_at)
+        .limit(most)
         .with_for_update(skip_locked=True)
     )
 
 
+SPARE = 64
 UNPLANNED = 1e9
 _URGENT = _urgent()
 _CLAIM = update(jobs).values(
