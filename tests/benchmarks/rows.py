@@ -158,7 +158,7 @@ def measure_claims(table: Table, folder: Path) -> None:
 
 
 def urgent_claims(folder: Path) -> dict[str, float]:
-    """Milliseconds of a claim of eight where requests are short, by how many rows are due: nothing is known of those."""
+    """Milliseconds of a claim of eight where requests are short, by how many rows of an unknown table are due."""
     found = {}
     for rows in (5_000, 500_000):
         with stand(folder / f"urgent{rows}") as made:
