@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine
 
 from worker.core.pace import Model, Waiting
 from worker.database import RELAXED, database_now
-from worker.store.paces import Class, load_paces, locked_pace, save_pace
+from worker.store.paces import Class, add_pace, load_paces, locked_pace, save_pace
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class Learner:
         self._share_at = time.monotonic() + SHARE_SECONDS
         if not self._taught:
             return
+        self._add_new()
         with self._engine.begin() as connection:
             now = database_now(connection)
             for one in sorted(self._taught):  # locked in this order everywhere
@@ -81,6 +82,14 @@ class Learner:
         for one in self._taught:  # after the commit: else it would be taught again
             self._models[one].mark()
         self._taught.clear()
+
+    def _add_new(self) -> None:
+        """Makes missing rows beforehand: on MariaDB some that make one and then lock it could block each other."""
+        new = [one for one in sorted(self._taught) if not self._versions.get(one)]
+        if new:
+            with self._engine.begin() as connection:
+                for one in new:
+                    add_pace(connection, one, now=database_now(connection))
 
 
 def read_models(connection: Connection, classes: Iterable[Class]) -> dict[Class, tuple[Model, int]]:

@@ -21,13 +21,18 @@ def load_paces(connection: Connection, classes: Iterable[Class]) -> dict[Class, 
     return {(account, kind): (state, version) for account, kind, state, version in found}
 
 
+def add_pace(connection: Connection, one: Class, *, now: datetime) -> None:
+    """Makes the row of a class, unless it is there."""
+    new = {"account": one[0], "kind": one[1], "state": "", "version": 0, "learned_at": now}
+    insert_missing(connection, paces, new)
+
+
 def locked_pace(connection: Connection, one: Class, *, now: datetime) -> tuple[str, int]:
     """State and version of a class, held by this transaction until it ends; an empty state where it is new."""
     mine = _STATE.where(paces.c.account == one[0], paces.c.kind == one[1]).with_for_update()
     row = connection.execute(mine).one_or_none()
     if row is None:
-        new = {"account": one[0], "kind": one[1], "state": "", "version": 0, "learned_at": now}
-        insert_missing(connection, paces, new)
+        add_pace(connection, one, now=now)
         row = connection.execute(mine).one()
     return row.state, row.version
 
