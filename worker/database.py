@@ -33,12 +33,8 @@ MISSING_STATES = ("42P01", "42703")  # PostgreSQL's codes for an undefined table
 RELAXED = "fetch_worker_relaxed"
 PATIENCE = "fetch_worker_patience"
 
-LOCKED_STATES = (
-    "55P03",
-    "40P01",
-    "57014",
-    "40001",
-)  # PostgreSQL: lock not available, deadlock, cancelled, serialization
+# PostgreSQL: lock not available, deadlock, cancelled, serialization.
+LOCKED_STATES = ("55P03", "40P01", "57014", "40001")
 LOCKED_NUMBERS = (1205, 1213)  # MariaDB: lock wait time-out, deadlock
 ROW_NUMBERS = (1153, 4025)  # MariaDB calls them operational: a packet too large, a CHECK that does not hold
 

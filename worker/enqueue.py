@@ -272,7 +272,7 @@ def _insert(
 ) -> tuple[list[tuple[int, bool]], bool]:
     """Puts the jobs in: (id and whether it is new, for each; whether any is due before a poll run would look)."""
     now = database_now(connection)
-    paced = _Paced(connection, settings.pace, options, now)
+    paced = _Paced(connection, settings.pace, options)
     new = [_new_job(plan, options, paced, now) for plan in plans]
     soon = now + timedelta(seconds=SOON_SECONDS)
     return store.insert_jobs(connection, new, now=now), any(job.due_at < soon and not job.outputs for job in new)
@@ -303,8 +303,8 @@ def _new_job(plan: _Plan, options: _Options, paced: "_Paced", now: datetime) -> 
 class _Paced:
     """When jobs of one call are asked about first: worked out once for those that are alike."""
 
-    def __init__(self, connection: Connection, pace: Pace, options: _Options, now: datetime) -> None:
-        self._connection, self._pace, self._account, self._now = connection, pace, options.account, now
+    def __init__(self, connection: Connection, pace: Pace, options: _Options) -> None:
+        self._connection, self._pace, self._account = connection, pace, options.account
         self._firsts: dict[tuple[str, float | None, float], Plan] = {}
 
     def first(self, plan: _Plan, age: float) -> Plan:

@@ -113,14 +113,13 @@ def _kinds(connection: Connection) -> list[KindState]:
 
 
 def _kind(account: str, kind: str, model: Model) -> KindState:
-    new = Waiting(0.0)
     asked = max(model.asked, 1e-9)
     return KindState(
         account=account,
         kind=kind,
         jobs=model.by_age.moments.count,
-        median=_finite(model.by_age.quantile(new.seen, 0.5)),
-        p90=_finite(model.by_age.quantile(new.seen, 0.9)),
+        median=_finite(model.by_age.quantile(0.0, 0.5)),
+        p90=_finite(model.by_age.quantile(0.0, 0.9)),
         expected=round(model.expected / asked, 3),
         ready=round(model.ready / asked, 3),
         planned_delay=round(model.planned, 2),
@@ -140,7 +139,7 @@ def belief(connection: Connection, job: Row[Any]) -> Belief | None:
     eta_age = 0.0 if job.eta_at is None else max((job.eta_at - since).total_seconds(), 0.0)
     waiting = Waiting(max(age, seen), seen, job.eta, eta_age)
     due = max((job.due_at - since).total_seconds(), seen)
-    clock = model.by_age if job.eta is None or model.lead <= 0 else model.by_eta
+    clock, _, _ = model.clock(waiting)
     return Belief(
         chance_now=round(model.chance(waiting, waiting.age), 3),
         chance_then=round(model.chance(waiting, due), 3),

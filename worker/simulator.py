@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from worker.core.budget import slots
-from worker.core.pace import Model, Pace, Plan, Waiting
+from worker.core.pace import WINDOW, Model, Pace, Plan, Waiting
 from worker.errors import TraceError
 
 LOOK_SECONDS = 0.05  # a poll run looks again after it, where the budget had no more
-WINDOW = 250  # candidates of each of the four windows of a claim
 PLACES = 128
 
 

@@ -1,7 +1,6 @@
 """The command that only reckons: what a policy, a price or a budget would do."""
 
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +92,13 @@ def _read(trace: Path) -> list[TraceJob]:
 
 def _document(done: Simulation) -> dict[str, Any]:
     delays = sorted(done.delays)
-    shares: Sequence[tuple[str, Callable[[], float]]] = (
-        ("mean", lambda: sum(delays) / len(delays) if delays else 0.0),
-        ("p50", lambda: quantile(delays, 0.5)),
-        ("p95", lambda: quantile(delays, 0.95)),
-        ("p99", lambda: quantile(delays, 0.99)),
-    )
+    delay = {"mean": sum(delays) / len(delays) if delays else 0.0}
+    delay |= {name: quantile(delays, share) for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))}
     return {
         "jobs": done.jobs,
         "polls": done.polls,
         "polls_per_job": round(done.polls / done.jobs, 4),
-        "delay": {name: round(value(), 4) for name, value in shares},
+        "delay": {name: round(value, 4) for name, value in delay.items()},
     }
 
 

@@ -34,6 +34,7 @@ AGE_MOST = 1e8
 FIXED_WAIT = 5.0
 EXPONENT, EXPONENTIAL_FIRST, EXPONENTIAL_MOST = 1.5, 1.0, 60.0
 SPREAD = 0.1
+WINDOW = 250  # where requests are short a claim weighs so many due jobs of each of four windows
 AT_DEADLINE = 0.5  # the last question is asked so many seconds after the deadline
 
 
@@ -125,28 +126,28 @@ class Model:
             if job.eta is not None:
                 self.by_eta.note(*_in_etas(job, job.seen, job.age))
 
+    def clock(self, job: Waiting) -> tuple[Clock, float, float]:
+        """The clock that decides about a job: with its unit in seconds, and the age at which it started."""
+        if job.eta is None or self.lead <= 0:
+            return self.by_age, 1.0, 0.0
+        return self.by_eta, job.eta / ETA_UNITS, job.eta_age
+
     def due(self, job: Waiting, price: float) -> tuple[float, float]:
         """Ages in seconds at which asking is worth `price`, and STEEPNESS times that."""
-        if job.eta is None or self.lead <= 0:
-            first, later = self.by_age.next_ages(job.seen, (price, STEEPNESS * price))
-            return first, later
-        unit = job.eta / ETA_UNITS
-        seen = max(0.0, job.seen - job.eta_age) / unit
-        first, later = self.by_eta.next_ages(seen, (price / unit, STEEPNESS * price / unit))
-        return job.eta_age + unit * first, job.eta_age + unit * later
+        clock, unit, start = self.clock(job)
+        seen = max(0.0, job.seen - start) / unit
+        first, later = clock.next_ages(seen, (price / unit, STEEPNESS * price / unit))
+        return start + unit * first, start + unit * later
 
     def chance(self, job: Waiting, age: float) -> float:
         """The chance that a job is ready at `age`, by the clock that decides."""
-        if job.eta is None or self.lead <= 0:
-            return self.by_age.chance(job.seen, age)
-        return self.by_eta.chance(*_in_etas(job, job.seen, age))
+        clock, unit, start = self.clock(job)
+        return clock.chance(max(0.0, job.seen - start) / unit, max(0.0, age - start) / unit)
 
     def quantile(self, job: Waiting, share: float) -> float:
         """The age in seconds by which so many of such jobs are ready; infinite where so many never are."""
-        if job.eta is None or self.lead <= 0:
-            return self.by_age.quantile(job.seen, share)
-        unit = job.eta / ETA_UNITS
-        return job.eta_age + unit * self.by_eta.quantile(max(0.0, job.seen - job.eta_age) / unit, share)
+        clock, unit, start = self.clock(job)
+        return start + unit * clock.quantile(max(0.0, job.seen - start) / unit, share)
 
     # ── keeping and sharing ───────────────────────────────────────────────────────────────────────────────────────────
 

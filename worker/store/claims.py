@@ -26,7 +26,7 @@ from sqlalchemy import (
 
 from worker.core.fetch_address import FetchAddress
 from worker.core.lifecycle import JobFacts, OutputFacts, Strikes
-from worker.core.pace import SOONEST
+from worker.core.pace import SOONEST, WINDOW
 from worker.store.times import seconds_between
 from worker.tables import bodies, jobs, outputs
 
@@ -185,7 +185,6 @@ _DUE = (
     .limit(bindparam("most", type_=Integer))
     .with_for_update(skip_locked=True)
 )
-WINDOW = 250  # candidates of each of four windows: looking at all that is due would cost the more the more there is
 
 
 def _urgent() -> Select[Any]:
@@ -308,9 +307,8 @@ def claim_output(
     """
     due = (outputs.c.due_at.is_not(None), outputs.c.due_at <= now)
     wanted = select(outputs.c.listed_at).where(outputs.c.id == output_id, *due).with_for_update(skip_locked=True)
-    named = connection.execute(
-        wanted
-    ).scalar()  # locked here: on MariaDB updates that meet in an index block each other
+    # Locked already here: on MariaDB updates that meet in an index block each other.
+    named = connection.execute(wanted).scalar()
     if named is None:
         return None
     oldest = (

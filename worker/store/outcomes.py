@@ -75,17 +75,15 @@ def _ask_again(connection: Connection, batch: Sequence[Outcome], now: datetime) 
     began = now.timestamp()
     groups: defaultdict[tuple[bool, bool, bool], list[dict[str, Any]]] = defaultdict(list)
     for outcome in batch:
-        job, plan = outcome.job, outcome.plan
-        row: dict[str, Any] = {
-            "id": job.id,
-            "claim_token": job.token,
-            "last_answer": outcome.note[:MAX_NOTE],
-            "due_at": began + plan.wait,
-            "pace_scale": plan.scale if plan.scale is None else round(plan.scale, 3),
-            "pace_growth": plan.growth if plan.growth is None else round(plan.growth, 3),
-        }
+        plan = outcome.plan
+        row = _row(
+            outcome,
+            due_at=began + plan.wait,
+            pace_scale=None if plan.scale is None else round(plan.scale, 3),
+            pace_growth=None if plan.growth is None else round(plan.growth, 3),
+        )
         strikes = cast("AskAgain", outcome.step).strikes
-        before = job.facts.strikes
+        before = outcome.job.facts.strikes
         struck = strikes is not before and strikes != before
         if struck:
             row |= {
