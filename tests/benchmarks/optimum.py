@@ -88,6 +88,26 @@ def cheapest(left: Sequence[float], prices: Sequence[float], grid: Sequence[floa
     return Cost(polls, delay), asked
 
 
+def replayed(ages: Sequence[float], durations: Sequence[float | None]) -> Cost:
+    """What asking at these ages comes to with jobs of these durations; the last age is the deadline."""
+    polls, delay = 0, 0.0
+    for duration in durations:
+        at = len(ages) - 1 if duration is None else bisect_left(ages, duration)
+        polls += at + 1
+        delay += ages[at] - duration if duration is not None else 0.0
+    return Cost(polls / len(durations), delay / len(durations))
+
+
+def optimum_of(alive: Alive, durations: Sequence[float | None]) -> list[Cost]:
+    """The optimum of one class, as it does with these very jobs: so that their luck is no part of a comparison."""
+    left = [alive(age) for age in GRID]
+    found = []
+    for price in PRICES:
+        asked = cheapest(left, [price] * len(GRID))[1]
+        found.append(replayed([age for age, many in zip(GRID, asked, strict=True) if many], durations))
+    return sorted(found, key=lambda cost: cost.polls)
+
+
 def frontier(classes: Sequence[tuple[float, Alive]], longest_step: float = math.inf) -> list[Cost]:
     """The least delay for each number of requests, over classes that can be told apart, by their shares."""
     found = []

@@ -8,17 +8,19 @@ from pathlib import Path
 from tests.benchmarks.optimum import (
     DEADLINE,
     Alive,
+    Cost,
     burst_bound,
     frontier,
     least_delay,
     lognormal,
     mixed,
     never,
+    optimum_of,
     slot_bound,
 )
 from tests.benchmarks.table import Table
-from worker.core.pace import Pace, Policy
-from worker.simulator import Simulation, TraceJob, simulate
+from worker.core.pace import Model, Pace, Policy
+from worker.simulator import Simulation, TraceJob, _Job, _Run, simulate
 
 JOBS = 4_000
 RATE = 2.0  # jobs per second
@@ -120,8 +122,8 @@ def run(jobs: list[TraceJob], price: float, *, policy: Policy = "learned", rps: 
 
 
 def mean(done: Simulation) -> float:
-    """The mean delay."""
-    return sum(done.delays) / len(done.delays)
+    """The mean delay, over all jobs: as the optimum counts it too, one that never ends has none."""
+    return sum(done.delays) / done.jobs
 
 
 def at_calls(jobs: list[TraceJob], calls: float) -> Simulation:
@@ -136,10 +138,17 @@ def at_calls(jobs: list[TraceJob], calls: float) -> Simulation:
         low, high = (price, high) if polls > calls else (low, price)
 
 
+def best_of(workload: Workload) -> list[Cost]:
+    """The least delay for each number of requests, of whoever knows the truth but not what comes."""
+    if len(workload.classes) == 1:
+        return optimum_of(workload.classes[0][1], [job.duration for job in workload.jobs])
+    return frontier(workload.classes, workload.step)
+
+
 def measure_pace(table: Table, folder: Path) -> None:
     """Delay beside the optimum at equal calls, and beside backing off behind the same limiter."""
     for workload in workloads():
-        costs = frontier(workload.classes, workload.step)
+        costs = best_of(workload)
         for calls in CALLS:
             done = at_calls(workload.jobs, calls)
             polls = done.polls / done.jobs
@@ -152,11 +161,13 @@ def measure_pace(table: Table, folder: Path) -> None:
             table.one(what, mean(done), least_delay(costs, polls), "s")
     short_budget(table)
     bursts(table)
+    two_that_learn(table)
 
 
 def short_budget(table: Table) -> None:
     """Too few requests for all that is due."""
-    jobs = next(one for one in workloads(count=10_000) if one.name == "mixture").jobs
+    workload = next(one for one in workloads(count=10_000) if one.name == "mixture")
+    jobs, costs = workload.jobs, frontier(workload.classes, workload.step)
     for calls, must in ((1.2, 1 / 6), (2.0, 1 / 4), (3.0, 1 / 3), (8.0, 1 / 2.2)):
         rps = calls * len(jobs) / jobs[-1].submitted
         ours = mean(run(jobs, 0.05, rps=rps))
@@ -164,6 +175,7 @@ def short_budget(table: Table) -> None:
         table.one(
             f"mixture, {calls:g} requests per job there are: mean delay ÷ exponential's", ours, theirs, "s", must=must
         )
+        table.one("the optimum at as many requests ÷ exponential's", least_delay(costs, calls), theirs, "s")
 
 
 def bursts(table: Table, count: int = 20, size: int = 200, rps: float = 2.0) -> None:
@@ -177,3 +189,39 @@ def bursts(table: Table, count: int = 20, size: int = 200, rps: float = 2.0) -> 
     theirs = mean(run(jobs, 0.5, policy="exponential", rps=rps))
     table.one(f"bursts of {size} jobs at {rps:g} requests/s: mean delay ÷ lower bound", ours, bound, "s", must=1.4)
     table.one("the same, exponential", theirs, bound, "s")
+
+
+class TwoProcesses(_Run):
+    """The same with two processes: each learns what it asks itself, and once a second they share it."""
+
+    def __init__(self, pace: Pace, seed: int) -> None:
+        super().__init__(pace, lambda kind: DEADLINE, None, seed)
+        self._draw = random.Random(seed)
+        self._processes = [Model(), Model()]
+        self._shared = Model()
+        self._share_at = 0.0
+
+    def _arrive(self, number: int, trace: TraceJob) -> None:
+        self._models[trace.kind] = self._draw.choice(self._processes)
+        super()._arrive(number, trace)
+
+    def _ask(self, job: _Job, now: float) -> None:
+        if now >= self._share_at:
+            self._share_at = now + 1.0
+            for place, model in enumerate(self._processes):
+                model.teach(self._shared)
+                self._processes[place] = Model.restored(self._shared.snapshot(), self._account)
+            self._processes[0] = Model.restored(self._shared.snapshot(), self._account)
+        self._models[job.trace.kind] = self._draw.choice(self._processes)
+        super()._ask(job, now)
+
+
+def two_that_learn(table: Table, traces: int = 60) -> None:
+    """Short traces of one new kind: what it costs that two processes have to tell each other."""
+    pace, one, two = Pace("learned", 0.5, 0.0), 0.0, 0.0
+    for seed in range(traces):
+        draw = random.Random(seed)
+        jobs = [TraceJob(0.25 * number, _drawn(draw, 8.0, 0.6)) for number in range(300)]
+        one += mean(simulate(jobs, pace, deadline_for=lambda kind: DEADLINE, seed=seed)) / traces
+        two += mean(TwoProcesses(pace, seed).over(jobs)) / traces
+    table.one("300 jobs of a new kind, two processes that learn: mean delay ÷ with one", two, one, "s", must=1.05)

@@ -68,7 +68,7 @@ def test_a_higher_price_never_means_sooner_and_one_walk_finds_what_many_find(
 
     ages = clock.next_ages(seen, rising)
 
-    assert ages == sorted(ages)
+    assert all(later >= sooner * (1 - 1e-9) for sooner, later in pairwise(ages))  # as far as numbers go
     assert ages == pytest.approx([clock.next_age(seen, price) for price in rising])
 
 
@@ -140,10 +140,11 @@ def test_jobs_that_never_end_are_asked_about_ever_less_often() -> None:
         clock.observe(ages[-2], ages[-1], False)
     late = [later - sooner for sooner, later in pairwise(ages) if sooner > 60.0]
 
-    tens = [sum(late[start : start + 10]) for start in range(0, len(late) - 9, 10)]
-    assert tens == sorted(tens)
-    assert tens[-1] > 3 * tens[0]
-    assert len(late) < 60
+    fives = [sum(late[start : start + 5]) for start in range(0, len(late) - 4, 5)]
+    assert len(fives) > 1
+    assert fives == sorted(fives)
+    assert fives[-1] > 3 * fives[0]
+    assert len(late) < 30
 
 
 def test_the_delay_of_a_job_is_told_from_the_interval_alone() -> None:

@@ -29,6 +29,8 @@ PRIOR_JOBS = 3.0  # what the prior weighs
 PRIOR_FLOOR = 0.03  # of a job, where the prior has none left: so that a tail without an end is believed soon
 PRIOR_SPREAD = 0.5  # standard deviation of log duration, before any was seen; worth two jobs
 TAIL = 0.03  # some jobs never end: this share of the prior has a heavy tail
+NEVER_MOST = 0.5  # of that tail never ends at all, where a class has jobs of its own that took much the same time
+NEVER_JOBS = 50.0  # after so many of them
 FORGET_JOBS = 150.0  # old evidence fades by 1/e as so many jobs end
 FORGET_PASSES = 30.0  # but of a bucket no faster than so many jobs pass through it: few come so far, and are remembered
 SLOWEST_RATE = 0.03  # mean and variance follow at least this fast
@@ -100,7 +102,7 @@ class Clock:
     def _follow(self) -> None:
         """Sets the prior anew: in each bucket, the time it is worth and the jobs that would have ended in it."""
         known = self.moments if self.moments.count else self.parent
-        self._pull, self._base = _prior(*_rounded(known))
+        self._pull, self._base = _prior(*_rounded(known, _never(self.moments)))
 
     def hazard(self, at: int) -> float:
         """Jobs that end per unit of age, of those that are still under way in bucket `at`."""
@@ -324,13 +326,22 @@ def _stretch(odds: float, factor: float, hazard: float, longest: float) -> float
     return min(length, longest)
 
 
-def _rounded(moments: Moments) -> tuple[bool, float, float]:
+def _never(moments: Moments) -> float:
+    """Which part of the prior's tail never ends: more of it the more jobs were seen, and the less they differ.
+
+    Late jobs of a class that is not known yet, or whose durations differ by orders of magnitude, are just late.
+    """
+    return NEVER_MOST * min(moments.count / NEVER_JOBS, 1.0) * max(1.0 - moments.spread, 0.0)
+
+
+def _rounded(moments: Moments, never: float) -> tuple[bool, float, float, float]:
     """As much of the moments as a prior depends on, coarsely: it is made anew for each finished job otherwise."""
-    return moments.count > 0, round(moments.mean * 20) / 20, round(math.log(moments.spread) * 10) / 10
+    spread = round(math.log(moments.spread) * 10) / 10
+    return moments.count > 0, round(moments.mean * 20) / 20, spread, round(never * 10) / 10
 
 
 @lru_cache(maxsize=4_096)
-def _prior(known: bool, mean: float, log_variance: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _prior(known: bool, mean: float, log_variance: float, never: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The prior: (time it is worth, jobs that ended in it) by bucket.
 
     A log-logistic with a share of a heavy tail; where nothing is known the scale-free hazard 1/t.
@@ -339,7 +350,7 @@ def _prior(known: bool, mean: float, log_variance: float) -> tuple[tuple[float, 
     pulls, bases = list[float](), list[float]()
     for start, width in zip(EDGES, WIDTHS, strict=True):
         if known:
-            alive, left = _alive(start, mean, shape), _alive(start + width, mean, shape)
+            alive, left = _alive(start, mean, shape, never), _alive(start + width, mean, shape, never)
             hazard = math.log(alive / left) / width
         else:
             alive = min(1.0, FIRST_EDGE / max(start, FIRST_EDGE))
@@ -350,9 +361,9 @@ def _prior(known: bool, mean: float, log_variance: float) -> tuple[tuple[float, 
     return tuple(pulls), tuple(bases)
 
 
-def _alive(age: float, mean: float, shape: float) -> float:
+def _alive(age: float, mean: float, shape: float, never: float) -> float:
     if age <= 0:
         return 1.0
     distance = math.log(age) - mean
     main = 1 / (1 + math.exp(min(shape * distance, 700.0)))
-    return (1 - TAIL) * main + TAIL / (1 + math.exp(min(distance, 700.0)))
+    return (1 - TAIL) * main + TAIL * (never + (1 - never) / (1 + math.exp(min(distance, 700.0))))
