@@ -5,6 +5,7 @@ WorkerError
 ├── NotTrackable       this can't become a job: nothing was written; correct the call
 │   └── RefusedAddress the fetch address is not one the key may go to
 ├── JobNotFound        no such job: look it up by `list`
+├── OutputMissing      no such output, not stored yet, or its file is gone: `verify` gets it again
 ├── WaitTimeout        the job is not final yet: wait again (also a TimeoutError)
 ├── SchemaOutdated     the tables are missing or old: run `fetch-worker migrate`
 ├── TraceError         a line is no job of a trace: correct the file and simulate again
@@ -31,6 +32,10 @@ class RefusedAddress(NotTrackable):
 
 class JobNotFound(WorkerError, LookupError):
     """There is no such job."""
+
+
+class OutputMissing(WorkerError, LookupError):
+    """There is no such output, it is not stored yet, or its file is gone."""
 
 
 class WaitTimeout(WorkerError, TimeoutError):

@@ -2,112 +2,175 @@
 
 import hashlib
 import os
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO, Literal, Protocol
 from urllib.parse import quote, unquote
 
-from worker.core.media import HEAD_BYTES, TAIL_BYTES
-from worker.errors import StorageTrouble
+from worker.core.media import Media
+from worker.errors import OutputMissing, StorageTrouble
+from worker.partials import Incoming, Partials
 
 PARTIAL = ".partial"
 JOBS_PER_FOLDER = 1_000
+READ_BYTES = 1 << 20
+
+Condition = Literal["whole", "missing", "damaged"]
 
 
-class Incoming:
-    """A file being received under a temporary name: counted and hashed as it comes."""
+class Storage(Protocol):
+    """A place for outputs. Whatever the place refuses is a StorageTrouble: nothing is lost, and it is tried again."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.size = 0
-        self.head = b""
-        self.tail = b""
-        self._digest = hashlib.sha256()
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    partials: Partials
 
-    @property
-    def sha256(self) -> str:
-        """The hash of what came so far, as 64 hex digits."""
-        return self._digest.hexdigest()
+    def prepare(self) -> None:
+        """Makes the place itself, as a process starts. What is missing later is missed, not made anew."""
+        ...
 
-    def write(self, chunk: bytes) -> None:
-        """Appends bytes. Raises StorageTrouble where the disk refuses."""
-        view = memoryview(chunk)
-        try:
-            while view:
-                view = view[os.write(self._file, view) :]
-        except OSError as error:
-            raise StorageTrouble(f"can't write: {error.strerror}") from None
-        self._digest.update(chunk)
-        self.size += len(chunk)
-        if len(self.head) < HEAD_BYTES:
-            self.head += chunk[: HEAD_BYTES - len(self.head)]
-        self.tail = (self.tail + chunk)[-TAIL_BYTES:] if len(chunk) < TAIL_BYTES else chunk[-TAIL_BYTES:]
+    def keep(self, incoming: Incoming, *, job_id: int, position: int, media: Media) -> str:
+        """Gives a received file its final name; its location. Never overwrites anything of another content."""
+        ...
 
-    def sync(self) -> None:
-        """Makes sure that the bytes are on the disk."""
-        try:
-            os.fsync(self._file)
-        except OSError as error:
-            raise StorageTrouble(f"can't write: {error.strerror}") from None
+    def open(self, location: str) -> BinaryIO:
+        """The bytes at a location. Raises OutputMissing."""
+        ...
 
-    def close(self) -> None:
-        """Closes the file and removes the temporary name, where it still stands."""
-        os.close(self._file)
-        with suppress(FileNotFoundError):
-            self.path.unlink()
+    def url(self, location: str, seconds: float) -> str:
+        """An address of a location that a page can show for so many seconds."""
+        ...
+
+    def examine(self, location: str, *, size: int, sha256: str) -> Condition:
+        """Whether what is at a location is what was stored there."""
+        ...
+
+    def set_aside(self, location: str) -> None:
+        """Moves what is at a location out of the way: its name then ends in `.damaged`."""
+        ...
+
+    def locations(self) -> Iterator[str]:
+        """All locations there are, in no order."""
+        ...
+
+
+def name_of(*, job_id: int, position: int, sha256: str, extension: str) -> str:
+    """The name of an output below the place: folders of a thousand jobs, the job, then position and hash.
+
+    >>> name_of(job_id=12345, position=0, sha256="ab" * 8, extension="png")
+    '12/12345/0-abababababababab.png'
+    """
+    return f"{job_id // JOBS_PER_FOLDER}/{job_id}/{position}-{sha256}.{extension}"
 
 
 class FileStorage:
-    """Outputs as files below one directory: `<job / 1000>/<job>/<position>-<first 16 of the SHA-256>.<extension>`."""
+    """Outputs as files below one directory. What is still on its way is in a folder `.partial` beside them."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, address: str | None = None) -> None:
         self._root = root
+        self._address = address
+        self.partials = Partials(root / PARTIAL)
 
-    @contextmanager
-    def receive(self, output_id: int, token: str) -> Iterator[Incoming]:
-        """A temporary file to write to; it is gone afterwards unless it was kept. Raises StorageTrouble."""
-        folder = self._root / PARTIAL
+    def prepare(self) -> None:
+        """Makes the directory. Raises StorageTrouble."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            incoming = Incoming(folder / f"{output_id}-{token}.part")
+            self._root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageTrouble(f"can't write to {folder}: {error.strerror}") from None
-        try:
-            yield incoming
-        finally:
-            incoming.close()
+            raise StorageTrouble(f"can't make {self._root}: {error.strerror}") from None
 
-    def keep(self, incoming: Incoming, *, job_id: int, position: int, extension: str) -> str:
+    def keep(self, incoming: Incoming, *, job_id: int, position: int, media: Media) -> str:
         """Gives a received file its final name; its location as a file: URL. Raises StorageTrouble."""
-        folder = self._root / str(job_id // JOBS_PER_FOLDER) / str(job_id)
-        final = folder / f"{position}-{incoming.sha256[:16]}.{extension}"
         incoming.sync()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            incoming.path.replace(final)  # the name carries the hash: what may be there already is the same
-            _sync_folder(folder)
-        except OSError as error:
-            raise StorageTrouble(f"can't write to {folder}: {error.strerror}") from None
-        return f"file://{quote(str(final))}"
+        for digits in (16, 64):
+            name = name_of(
+                job_id=job_id, position=position, sha256=incoming.sha256[:digits], extension=media.extension
+            )
+            final = self._root / name
+            try:
+                if not self._root.is_dir():
+                    raise StorageTrouble(f"{self._root} is missing: mount it, or make it")
+                final.parent.mkdir(parents=True, exist_ok=True)
+                if not final.exists():
+                    incoming.path.replace(final)
+                elif _hash(final) != incoming.sha256:
+                    continue  # something else has our name: it stays
+                _sync_folder(final.parent)
+            except OSError as error:
+                raise StorageTrouble(f"can't write to {final.parent}: {error.strerror}") from None
+            return f"file://{quote(str(final))}"
+        raise StorageTrouble(f"{final} has another content than its name says: move it away")
 
-    def remove_stale(self, *, older_than: float) -> int:
-        """Removes temporary files that nobody has written to for so many seconds; how many."""
-        removed = 0
-        oldest = time.time() - older_than
-        with suppress(OSError):
-            for path in (self._root / PARTIAL).iterdir():
-                with suppress(OSError):
-                    if path.stat().st_mtime < oldest:
-                        path.unlink()
-                        removed += 1
-        return removed
+    def open(self, location: str) -> BinaryIO:
+        """The file. Raises OutputMissing, StorageTrouble."""
+        path = path_of(location)
+        try:
+            return path.open("rb")
+        except (FileNotFoundError, NotADirectoryError):
+            raise OutputMissing(f"{path} is gone: `fetch-worker verify` gets it again") from None
+        except OSError as error:
+            raise StorageTrouble(f"can't read {path}: {error.strerror}") from None
+
+    def url(self, location: str, seconds: float) -> str:
+        """Below STORAGE_ADDRESS where a web server shows the directory; else the file: URL itself, for this host."""
+        if self._address is None:
+            return location
+        try:
+            name = path_of(location).relative_to(self._root)
+        except ValueError:
+            return location  # stored elsewhere, before the setting was changed
+        return f"{self._address.rstrip('/')}/{quote(str(name))}"
+
+    def examine(self, location: str, *, size: int, sha256: str) -> Condition:
+        """Reads the file and hashes it. Raises StorageTrouble where it can't be told."""
+        path = path_of(location)
+        if path.is_relative_to(self._root) and not self._root.is_dir():
+            raise StorageTrouble(f"{self._root} is missing: mount it, or make it")
+        try:
+            same = path.stat().st_size == size and _hash(path) == sha256
+        except (FileNotFoundError, NotADirectoryError):
+            return "missing"
+        except OSError as error:
+            raise StorageTrouble(f"can't read {path}: {error.strerror}") from None
+        return "whole" if same else "damaged"
+
+    def set_aside(self, location: str) -> None:
+        """Renames the file. Raises StorageTrouble."""
+        path = path_of(location)
+        try:
+            path.rename(_free(path))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StorageTrouble(f"can't rename {path}: {error.strerror}") from None
+
+    def locations(self) -> Iterator[str]:
+        """All files below the directory but those on their way. Raises StorageTrouble."""
+        if not self._root.is_dir():
+            raise StorageTrouble(f"{self._root} is missing: mount it, or make it")
+        for folder, folders, names in os.walk(self._root):
+            if PARTIAL in folders:
+                folders.remove(PARTIAL)
+            for name in names:
+                yield f"file://{quote(str(Path(folder) / name))}"
 
 
 def path_of(location: str) -> Path:
     """The path that a `file:` location names."""
     return Path(unquote(location.removeprefix("file://")))
+
+
+def _free(path: Path) -> Path:
+    number, free = 0, path.with_name(f"{path.name}.damaged")
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}.{number}.damaged")
+    return free
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:
