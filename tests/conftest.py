@@ -10,6 +10,8 @@ from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 
 from tests import servers
+from tests.downloads import Stand
+from tests.web import Web, web_server
 from worker import enqueue
 from worker.database import make_engine
 from worker.migrate import migrate
@@ -87,3 +89,19 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Redis server of this process's own."""
     with servers.redis_server(tmp_path_factory.mktemp("redis")) as url:
         yield url
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    """The server that has the outputs."""
+    with web_server() as made:
+        yield made
+
+
+@pytest.fixture
+def stand(tmp_path: Path, migrated_sqlite: Path) -> Iterator[Stand]:
+    """On SQLite; the claims have tests on each database of their own."""
+    shutil.copy(migrated_sqlite, tmp_path / "test.db")
+    engine = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
+    yield Stand(engine, tmp_path / "out")
+    engine.dispose()

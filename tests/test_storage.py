@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from worker.core.media import HEAD_BYTES, TAIL_BYTES
+from worker.core.media import HEAD_BYTES, TAIL_BYTES, Media
 from worker.errors import StorageTrouble
 from worker.storage import PARTIAL, FileStorage, path_of
 
@@ -21,11 +21,15 @@ def _files(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*") if not path.is_dir())
 
 
+PNG = Media("image/png", "png")
+
+
 def _keep(storage: FileStorage, *, job_id: int = 12_345, token: str = "t") -> str:  # noqa: S107  # a claim's, no password
-    with storage.receive(7, token) as incoming:
+    storage.prepare()
+    with storage.partials.receive(7, token) as incoming:
         for start in range(0, len(BODY), 999):
             incoming.write(BODY[start : start + 999])
-        return storage.keep(incoming, job_id=job_id, position=2, extension="png")
+        return storage.keep(incoming, job_id=job_id, position=2, media=PNG)
 
 
 def test_a_kept_file_has_its_bytes_and_a_name_made_by_us(tmp_path: Path) -> None:
@@ -49,7 +53,7 @@ def test_the_location_is_percent_encoded_and_leads_back(tmp_path: Path) -> None:
 def test_while_it_comes_a_file_has_a_temporary_name_only(tmp_path: Path) -> None:
     """Whoever looks into the folders sees whole files."""
     storage = FileStorage(tmp_path)
-    with storage.receive(7, "t") as incoming:
+    with storage.partials.receive(7, "t") as incoming:
         incoming.write(BODY)
         assert [path.parent.name for path in _files(tmp_path)] == [PARTIAL]
         assert (incoming.size, incoming.sha256) == (len(BODY), SHA)
@@ -61,7 +65,7 @@ def test_head_and_tail_are_those_of_the_whole_file_however_it_comes(tmp_path: Pa
     """In blocks larger and smaller than they are."""
     body = os.urandom(400_000)
     for block in (1, 511, 70_000, 400_000):
-        with FileStorage(tmp_path).receive(7, "t") as incoming:
+        with FileStorage(tmp_path).partials.receive(7, "t") as incoming:
             for start in range(0, 1_500 if block == 1 else len(body), block):
                 incoming.write(body[start : start + block])
             seen = body[: incoming.size]
@@ -71,7 +75,7 @@ def test_head_and_tail_are_those_of_the_whole_file_however_it_comes(tmp_path: Pa
 
 def test_a_download_that_fails_leaves_nothing(tmp_path: Path) -> None:
     """Whatever was raised in between."""
-    with pytest.raises(TypeError), FileStorage(tmp_path).receive(7, "t") as incoming:
+    with pytest.raises(TypeError), FileStorage(tmp_path).partials.receive(7, "t") as incoming:
         incoming.write("no bytes")  # type: ignore[arg-type]  # any error will do
     assert _files(tmp_path) == []
 
@@ -83,23 +87,11 @@ def test_the_same_file_kept_twice_is_there_once(tmp_path: Path) -> None:
     assert len(_files(tmp_path)) == 1
 
 
-def test_two_at_once_for_one_output_do_not_mix(tmp_path: Path) -> None:
-    """Each claim has a temporary file of its own; the same claim twice is refused."""
-    storage = FileStorage(tmp_path)
-    with storage.receive(7, "a") as first, storage.receive(7, "b") as second:
-        first.write(b"a" * 10)
-        second.write(b"b" * 20)
-        assert (first.size, second.size) == (10, 20)
-        with pytest.raises(StorageTrouble), storage.receive(7, "a"):
-            pass
-        assert first.path.read_bytes() == b"a" * 10
-
-
 def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path: Path) -> None:
     """Nobody gets us to write elsewhere."""
     (tmp_path / PARTIAL).mkdir()
-    (tmp_path / PARTIAL / "7-t.part").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(StorageTrouble), FileStorage(tmp_path).receive(7, "t"):
+    (tmp_path / PARTIAL / "7.part").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StorageTrouble), FileStorage(tmp_path).partials.receive(7, "t"):
         pass
     assert not (tmp_path / "elsewhere").exists()
 
@@ -107,7 +99,7 @@ def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path: Path)
 def test_a_place_that_cant_be_written_to_is_storage_trouble(tmp_path: Path) -> None:
     """A file where the folder should be, also only for this job's; the temporary file is gone all the same."""
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StorageTrouble, match="can't write"), FileStorage(tmp_path / "file").receive(7, "t"):
+    with pytest.raises(StorageTrouble, match="can't write"), FileStorage(tmp_path / "file").partials.receive(7, "t"):
         pass
     (tmp_path / "12").write_text("in the way")
     with pytest.raises(StorageTrouble, match="can't write"):
@@ -143,7 +135,7 @@ def test_a_disk_that_takes_a_little_at_a_time_gets_it_all(tmp_path: Path, monkey
 def test_what_a_crash_left_is_removed_by_age(tmp_path: Path) -> None:
     """Old temporary files go; those being written to, and finished ones, stay."""
     storage = FileStorage(tmp_path)
-    assert storage.remove_stale(older_than=10) == 0
+    assert storage.partials.remove_stale(older_than=10) == 0
     location = _keep(storage)
     old, young = tmp_path / PARTIAL / "1-a.part", tmp_path / PARTIAL / "2-b.part"
     old.write_bytes(b"x")
@@ -151,5 +143,5 @@ def test_what_a_crash_left_is_removed_by_age(tmp_path: Path) -> None:
     past = time.time() - 1_000
     os.utime(old, (past, past))
     os.utime(path_of(location), (past, past))
-    assert storage.remove_stale(older_than=500) == 1
+    assert storage.partials.remove_stale(older_than=500) == 1
     assert _files(tmp_path) == sorted([young, path_of(location)])

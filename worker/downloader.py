@@ -1,17 +1,22 @@
 """One download: claim the output, stream it to a temporary file, check it, name it, record it. Trusts nobody."""
 
 import logging
+import re
 import secrets
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import timedelta
-from urllib.parse import urljoin
+from datetime import UTC, timedelta
+from email.utils import format_datetime, parsedate_to_datetime
+from urllib.parse import urljoin, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
 from sqlalchemy import Engine
-from urllib3.exceptions import DecodeError, HTTPError, IncompleteRead, ProtocolError
+from urllib3.exceptions import HTTPError
 
 from worker.addresses import Guard, RefusedTarget
 from worker.core.lifecycle import (
@@ -29,9 +34,10 @@ from worker.core.media import MAX_PIXELS, pixels, sniff, whole
 from worker.database import database_now
 from worker.errors import StorageTrouble
 from worker.leases import LeaseKeeper
+from worker.partials import Incoming, Source, link_hash
 from worker.scrubber import Scrubber
-from worker.storage import FileStorage, Incoming
-from worker.store.claims import ClaimedOutput, claim_output
+from worker.storage import Storage
+from worker.store.claims import ClaimedOutput, claim_output, release_output
 from worker.store.outcomes import record_attempt
 from worker.timed_http import TimeLimit, lean_session
 
@@ -43,6 +49,14 @@ MAX_REDIRECTS = 3
 DEAD = frozenset({403, 404, 410})
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 STALE_EVERY_SECONDS = 600.0
+STALE_SECONDS = 3_600.0  # what came of an output is of use until its next attempt; none waits longer for one
+READ_SECONDS = 60.0
+FLOOR_SECONDS = 30.0  # a transfer that brings less than the floor in so many seconds is given up for now
+FLOOR_BYTES_PER_SECOND = 1_024
+RESTARTS = 6  # of one attempt: breaks after which nothing new had come
+BREAK_SECONDS = 0.1
+HOST_PATIENCE_SECONDS = 0.25
+HOST_BUSY_SECONDS = 3.0
 
 
 class Downloader:
@@ -53,7 +67,7 @@ class Downloader:
         *,
         engine: Engine,
         leases: LeaseKeeper,
-        storage: FileStorage,
+        storage: Storage,
         guard: Guard,
         adapter: HTTPAdapter,
         scrubber: Scrubber,
@@ -61,6 +75,8 @@ class Downloader:
         timeout: float,
         deadline: float,
         tell: Callable[[Sequence[int]], None],
+        per_host: int = 12,
+        pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._engine = engine
         self._leases = leases
@@ -72,7 +88,11 @@ class Downloader:
         self._deadline = timedelta(seconds=deadline)
         self._tell = tell
         self._session = lean_session(adapter)
+        self._hosts = Hosts(per_host)
+        self._pause = pause
         self._cleaned_at = time.monotonic()
+        with suppress(StorageTrouble):  # every attempt says so again
+            storage.prepare()
 
     def run(self, output_id: int) -> str:
         """Stores one output, if there is something to do; what happened, in a few words."""
@@ -89,11 +109,20 @@ class Downloader:
                 )
             if output is None:
                 return "nothing to do"
-            return self._record(output, self._attempt(output))
+            with self._hosts.place(_host_of(output)) as free:
+                if free:
+                    return self._record(output, self._attempt(output))
+            self._give_back(output)
+            return "its host is busy: again in a few seconds"
+
+    def _give_back(self, output: ClaimedOutput) -> None:
+        with self._engine.begin() as connection:
+            now = database_now(connection)
+            release_output(connection, output, due_at=now + timedelta(seconds=HOST_BUSY_SECONDS), now=now)
 
     def _attempt(self, output: ClaimedOutput) -> Attempt:
         try:
-            with self._storage.receive(output.id, output.token) as incoming:
+            with self._storage.partials.receive(output.id, output.token) as incoming:
                 trouble = self._receive(output, incoming)
                 return trouble or self._keep(output, incoming)
         except StorageTrouble as refused:
@@ -101,67 +130,111 @@ class Downloader:
 
     def _receive(self, output: ClaimedOutput, incoming: Incoming) -> Attempt | None:
         """Fills `incoming`; what stood in the way, or None."""
+        url = output.urls[source(output.facts)]
+        link = link_hash(url)
         if output.body is not None:
             if len(output.body) > self._max_bytes:
                 return Unfit("too_large", f"{len(output.body)} bytes, more than OUTPUT_MAX_BYTES")
+            incoming.begin(Source(link))
             incoming.write(output.body)
             return None
-        url = output.urls[source(output.facts)]
         if url.startswith("data:"):
             return BadBody("not_media", "a data: address whose bytes could not be read")
+        if incoming.source is not None and incoming.source.link == link and incoming.complete:
+            return None  # nothing but our own storage stood in the way
         try:
             with TimeLimit(self._timeout) as limit:
-                return self._download(url, incoming, limit)
+                return self._transfer(url, link, incoming, limit)
         except RefusedTarget as refused:
             return Unfit("refused_address", str(refused))
-        except _Truncated as broken:
-            return BadBody("truncated", str(broken))
         except (requests.RequestException, HTTPError, OSError, ValueError) as error:
             refusal = _refusal_in(error)
             if refusal is not None:
                 return Unfit("refused_address", str(refusal))
+            incoming.hold = True
             return Trouble("unreachable", f"no answer: {type(error).__name__}")
 
-    def _download(self, url: str, incoming: Incoming, limit: TimeLimit) -> Attempt | None:
-        for _ in range(MAX_REDIRECTS + 1):
+    def _transfer(self, url: str, link: str, incoming: Incoming, limit: TimeLimit) -> Attempt | None:
+        """One attempt: a transfer that breaks is gone on with, or started over, while there is sense in it."""
+        restarts, furthest, last = 0, 0, -1
+        while True:
+            try:
+                return self._request(url, link, incoming, limit)
+            except _Broken as broken:
+                incoming.hold = True
+                if broken.slow or limit.over:
+                    return Trouble("unreachable", str(broken))
+                if incoming.size == last:  # twice at the same place: it is cut there
+                    return BadBody("truncated", str(broken))
+                if not incoming.resumable or incoming.size <= furthest:
+                    restarts += 1
+                if restarts > RESTARTS:
+                    return BadBody("truncated", str(broken))
+                last = incoming.size
+                furthest = max(furthest, last)
+            self._pause(min(BREAK_SECONDS * 2**restarts, limit.remaining))
+
+    def _request(self, url: str, link: str, incoming: Incoming, limit: TimeLimit) -> Attempt | None:
+        redirects = 0
+        while redirects <= MAX_REDIRECTS:
             self._guard.check_url(url)
+            asked = _range_headers(incoming, link)
             with self._session.get(
                 url,
-                headers={"Accept": "*/*", "Accept-Encoding": "identity"},
-                timeout=(min(CONNECT_SECONDS, limit.remaining), min(60.0, limit.remaining)),
+                headers={"Accept": "*/*", "Accept-Encoding": "identity"} | asked,
+                timeout=(min(CONNECT_SECONDS, limit.remaining), min(READ_SECONDS, limit.remaining)),
                 allow_redirects=False,
                 stream=True,
             ) as response:
-                if response.status_code in REDIRECTS and response.headers.get("location"):
-                    url = urljoin(url, response.headers["location"])
+                status, location = response.status_code, response.headers.get("location")
+                if status in REDIRECTS and location:
+                    url = urljoin(url, location)
+                    redirects += 1
                     continue
-                if response.status_code in DEAD:
-                    return DeadLink(f"HTTP {response.status_code}")
-                if response.status_code != 200:
-                    return Trouble("http_error", f"HTTP {response.status_code}")
+                if status in DEAD:
+                    return DeadLink(f"HTTP {status}")
+                if asked and not (status == 200 or (status == 206 and _goes_on(response, incoming))):
+                    if status not in (206, 416):
+                        incoming.hold = True
+                        return Trouble("http_error", f"HTTP {status}")
+                    incoming.begin(Source(link))  # it answers for other bytes: from the start, then
+                    continue
+                if status not in (200, 206) or (status == 206 and not asked):
+                    return Trouble("http_error", f"HTTP {status}")
+                if status == 200:
+                    incoming.begin(_source_of(response, link))
                 return self._stream(response, incoming, limit)
         return Trouble("http_error", f"more than {MAX_REDIRECTS} redirects")
 
     def _stream(self, response: requests.Response, incoming: Incoming, limit: TimeLimit) -> Attempt | None:
-        declared = response.headers.get("content-length", "")
-        if declared.isdigit() and int(declared) > self._max_bytes:
-            return Unfit("too_large", f"{declared} bytes, more than OUTPUT_MAX_BYTES")
+        """Receives a body. Raises _Broken where it ended too soon, or came too slowly."""
+        whole = None if incoming.source is None else incoming.source.length
+        if whole is not None and whole > self._max_bytes:
+            return Unfit("too_large", f"{whole} bytes, more than OUTPUT_MAX_BYTES")
+        look_at, before = time.monotonic() + FLOOR_SECONDS, incoming.size
         try:
-            for chunk in response.raw.stream(CHUNK_BYTES, decode_content=True):
+            while chunk := response.raw.read1(CHUNK_BYTES, decode_content=True):
                 if incoming.size + len(chunk) > self._max_bytes:
                     return Unfit("too_large", f"more than OUTPUT_MAX_BYTES ({self._max_bytes} bytes)")
                 incoming.write(chunk)
+                now = time.monotonic()
+                if now >= look_at:
+                    if incoming.size - before < FLOOR_SECONDS * FLOOR_BYTES_PER_SECOND:
+                        raise _Broken(f"slower than {FLOOR_BYTES_PER_SECOND} bytes/s, {incoming.size} bytes", slow=True)
+                    look_at, before = now + FLOOR_SECONDS, incoming.size
                 if limit.over:
-                    return Trouble("unreachable", f"not done within OUTPUT_TIMEOUT, after {incoming.size} bytes")
-        except (IncompleteRead, ProtocolError, DecodeError) as error:
-            if limit.over:
-                return Trouble("unreachable", f"not done within OUTPUT_TIMEOUT, after {incoming.size} bytes")
-            raise _Truncated(f"the body ended after {incoming.size} bytes ({type(error).__name__})") from None
+                    break
+        except (HTTPError, OSError) as error:
+            if not limit.over:
+                raise _Broken(f"the body ended after {incoming.size} bytes ({type(error).__name__})") from None
         if limit.over:  # where no length was declared, a connection that the watchdog ended looks like the end
-            return Trouble("unreachable", f"not done within OUTPUT_TIMEOUT, after {incoming.size} bytes")
+            raise _Broken(f"not done within OUTPUT_TIMEOUT, after {incoming.size} bytes", slow=True)
+        if whole is not None and incoming.size < whole:
+            raise _Broken(f"the body ended after {incoming.size} of {whole} bytes")
         return None
 
     def _keep(self, output: ClaimedOutput, incoming: Incoming) -> Attempt:
+        incoming.hold = False
         media = sniff(incoming.head)
         if media is None:
             return BadBody("not_media", f"{incoming.size} bytes that begin like no media")
@@ -170,9 +243,10 @@ class Downloader:
             return Unfit("too_large", f"{area} pixels, more than {MAX_PIXELS}")
         if not whole(media, incoming.head, incoming.tail, incoming.size):
             return BadBody("truncated", f"{incoming.size} bytes that do not end like {media.type}")
-        location = self._storage.keep(
-            incoming, job_id=output.job_id, position=output.position, extension=media.extension
-        )
+        incoming.finish()
+        incoming.hold = True  # should the storage refuse it, it need not come again
+        location = self._storage.keep(incoming, job_id=output.job_id, position=output.position, media=media)
+        incoming.hold = False
         return StoredFile(location, incoming.size, incoming.sha256, media)
 
     def _record(self, output: ClaimedOutput, attempt: Attempt) -> str:
@@ -184,6 +258,8 @@ class Downloader:
             stood, final = record_attempt(connection, output, result, now=now)
         if not stood:
             return "the claim was lost"
+        if isinstance(result, GiveUp):
+            self._storage.partials.discard(output.id)
         if final is not None:
             self._tell([output.job_id])
         if isinstance(result, StoredFile):
@@ -198,11 +274,95 @@ class Downloader:
         if time.monotonic() - self._cleaned_at < STALE_EVERY_SECONDS:
             return
         self._cleaned_at = time.monotonic()
-        self._storage.remove_stale(older_than=2 * self._timeout + 60)
+        self._storage.partials.remove_stale(older_than=max(2 * self._timeout, STALE_SECONDS))
 
 
-class _Truncated(ValueError):
-    """The body ended before its end."""
+class _Broken(Exception):
+    """The transfer ended before its end; `slow` where it took too long."""
+
+    def __init__(self, text: str, *, slow: bool = False) -> None:
+        super().__init__(text)
+        self.slow = slow
+
+
+class Hosts:
+    """How many downloads go on from each host: one that hangs must not take all the threads there are."""
+
+    def __init__(self, most: int, *, patience: float = HOST_PATIENCE_SECONDS) -> None:
+        self._most = most
+        self._patience = patience
+        self._busy: Counter[str] = Counter()
+        self._freed = threading.Condition()
+
+    @contextmanager
+    def place(self, host: str) -> Iterator[bool]:
+        """A place for one download from a host; whether there was one, within a moment."""
+        with self._freed:
+            free = self._freed.wait_for(lambda: self._busy[host] < self._most, self._patience)
+            if free:
+                self._busy[host] += 1
+        try:
+            yield free
+        finally:
+            if free:
+                with self._freed:
+                    self._busy[host] -= 1
+                    if not self._busy[host]:
+                        del self._busy[host]
+                    self._freed.notify_all()
+
+
+def _host_of(output: ClaimedOutput) -> str:
+    """Where the next attempt goes; outputs that need no network have a place each."""
+    if output.body is not None:
+        return f"#{output.id}"
+    with suppress(ValueError):
+        return (urlsplit(output.urls[source(output.facts)]).hostname or "").rstrip(".")
+    return ""
+
+
+def _range_headers(incoming: Incoming, link: str) -> dict[str, str]:
+    """What asks for the rest of a file, if its link is the one that the beginning is from."""
+    known = incoming.source
+    if known is None or known.link != link or not known.validator or not incoming.size:
+        return {}
+    return {"Range": f"bytes={incoming.size}-", "If-Range": known.validator}
+
+
+def _source_of(response: requests.Response, link: str) -> Source:
+    """What a whole answer says of itself: its length, and what the rest of it can be asked for with, if at all."""
+    headers = response.headers
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        return Source(link)  # its lengths are those of the packed bytes
+    declared = headers.get("content-length", "")
+    length = int(declared) if declared.isascii() and declared.isdigit() and len(declared) < 20 else None
+    if headers.get("accept-ranges", "bytes").lower() == "none":
+        return Source(link, "", length)
+    return Source(link, _validator(headers), length)
+
+
+def _validator(headers: Mapping[str, str]) -> str:
+    """The entity tag if it is a strong one, else the date of the last change where it is sure to be one (RFC 9110,
+    8.8.2.2: changed at least a second before the answer)."""
+    tag = headers.get("etag", "")
+    if re.fullmatch(r'"[\x21\x23-\x7e]{0,200}"', tag):
+        return tag
+    with suppress(TypeError, ValueError):
+        changed = parsedate_to_datetime(headers.get("last-modified", ""))
+        if (parsedate_to_datetime(headers.get("date", "")) - changed).total_seconds() >= 1:
+            return format_datetime(changed.astimezone(UTC), usegmt=True)
+    return ""
+
+
+def _goes_on(response: requests.Response, incoming: Incoming) -> bool:
+    """Whether a partial answer is the rest of what is there, and nothing else."""
+    known = incoming.source
+    span = re.fullmatch(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", response.headers.get("content-range", ""))
+    if known is None or span is None or response.headers.get("content-encoding", "identity").lower() != "identity":
+        return False
+    if known.validator.startswith('"') and response.headers.get("etag", known.validator) != known.validator:
+        return False
+    return int(span[1]) == incoming.size and known.length is not None and span[3] in (str(known.length), "*")
 
 
 def _refusal_in(error: BaseException) -> RefusedTarget | None:

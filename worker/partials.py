@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from worker.core.media import HEAD_BYTES, TAIL_BYTES
@@ -61,6 +61,11 @@ class Incoming:
         """Whether all of it is there, as far as its source said how long it is."""
         return self.source is not None and self.source.length is not None and self.size == self.source.length
 
+    @property
+    def resumable(self) -> bool:
+        """Whether the rest of it can be asked for."""
+        return self.source is not None and bool(self.source.validator)
+
     def write(self, chunk: bytes) -> None:
         """Appends bytes. Raises StorageTrouble where the disk refuses."""
         view = memoryview(chunk)
@@ -85,24 +90,34 @@ class Incoming:
                 os.ftruncate(self._handle, 0)
                 os.lseek(self._handle, 0, os.SEEK_SET)
                 self._empty()
-            self.source = source
-            if self._lasting and source.validator:
-                note = self._sidecar.with_suffix(".new")
-                note.write_text(json.dumps(asdict(source) | {"host": host_name()}))
-                note.replace(self._sidecar)
-            elif self._lasting:
-                self._sidecar.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageTrouble(f"can't write: {error.strerror}") from None
+        self._note(source)
+
+    def finish(self) -> None:
+        """What is there is all there is to come. Raises StorageTrouble."""
+        if self.source is not None and self.source.length is None:
+            self._note(replace(self.source, length=self.size))
+
+    def _note(self, source: Source) -> None:
+        self.source = source
+        if not self._lasting:
+            return
+        note = self._sidecar.with_suffix(".new")
+        try:
+            note.write_text(json.dumps(asdict(source) | {"host": host_name()}))
+            note.replace(self._sidecar)
         except OSError as error:
             raise StorageTrouble(f"can't write: {error.strerror}") from None
 
-    def decoded(self, decode: "Iterator[bytes]") -> None:
+    def replace(self, content: Iterator[bytes]) -> None:
         """Puts other bytes in the place of what came, made from it. Raises StorageTrouble."""
         other = self.path.with_suffix(".decoded")
         handle = os.open(other, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
             old, self._handle = self._handle, handle
             self._empty()
-            for chunk in decode:
+            for chunk in content:
                 self.write(chunk)
             fcntl.flock(handle, fcntl.LOCK_EX)
             other.replace(self.path)
@@ -129,7 +144,7 @@ class Incoming:
 
     def close(self) -> None:
         """Lets the file go; it is removed, where it still has its temporary name, unless it is to be held."""
-        if not (self.hold and self._lasting and self.size and self.source is not None and self.source.validator):
+        if not (self.hold and self._lasting and self.size and (self.resumable or self.complete)):
             for path in (self.path, self._sidecar):
                 with suppress(OSError):
                     path.unlink()
@@ -148,7 +163,8 @@ class Incoming:
             there = os.fstat(self._handle).st_size
         except (OSError, ValueError, KeyError, TypeError):
             return self._drop()
-        if not here or not source.validator or (source.length is not None and there > source.length):
+        usable = source.validator and (source.length is None or there <= source.length)
+        if not here or not (usable or there == source.length):
             return self._drop()
         self.source = source
         while chunk := os.read(self._handle, READ_BYTES):

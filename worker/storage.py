@@ -80,9 +80,7 @@ class FileStorage:
         """Gives a received file its final name; its location as a file: URL. Raises StorageTrouble."""
         incoming.sync()
         for digits in (16, 64):
-            name = name_of(
-                job_id=job_id, position=position, sha256=incoming.sha256[:digits], extension=media.extension
-            )
+            name = name_of(job_id=job_id, position=position, sha256=incoming.sha256[:digits], extension=media.extension)
             final = self._root / name
             try:
                 if not self._root.is_dir():

@@ -356,6 +356,15 @@ def claim_output(
     )
 
 
+def release_output(connection: Connection, output: ClaimedOutput, *, due_at: datetime, now: datetime) -> None:
+    """Gives a claimed output back that was not tried after all: due at `due_at`, the attempt not counted."""
+    connection.execute(
+        update(outputs)
+        .where(outputs.c.id == output.id, outputs.c.claim_token == output.token, outputs.c.due_at > now)
+        .values(due_at=due_at, claim_token=None, claim_holder=None, attempts=outputs.c.attempts - 1)
+    )
+
+
 def renew_leases(connection: Connection, holder: str, *, lease: timedelta, now: datetime) -> int:
     """Extends every lease of this process that is not over yet; how many. One that is over is lost for good.
 

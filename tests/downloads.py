@@ -1,0 +1,87 @@
+"""A downloader on a database and a folder of its own, and pictures for it to fetch."""
+
+import hashlib
+import ipaddress
+import struct
+import zlib
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine
+
+from tests.rows import add_downloading, add_output, output_of
+from worker.addresses import Guard, guarded_adapter
+from worker.downloader import Downloader
+from worker.leases import LeaseKeeper
+from worker.scrubber import Scrubber
+from worker.storage import FileStorage
+
+KEY = "sk-canary-7f3a"
+MAX_BYTES = 1_048_576
+LOOPBACK = ipaddress.ip_network("127.0.0.0/8")
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png(width: int = 8, height: int = 8, *, padding: int = 0) -> bytes:
+    """A real picture, larger by some text where wanted."""
+    rows = (b"\x00" + b"\x30\x60\x90" * 8) * 8
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + (_chunk(b"tEXt", b"Comment\x00" + b"x" * padding) if padding else b"")
+        + _chunk(b"IDAT", zlib.compress(rows))
+        + _chunk(b"IEND", b"")
+    )
+
+
+PNG = png(padding=5_000)
+
+
+@dataclass
+class Stand:
+    """A downloader on a database and a folder of its own."""
+
+    engine: Engine
+    out: Path
+    told: list[int] = field(default_factory=list)
+    timeout: float = 5.0
+    allowed: tuple[Any, ...] = (LOOPBACK,)
+
+    def downloader(self) -> Downloader:
+        """One process's."""
+        return Downloader(
+            engine=self.engine,
+            leases=LeaseKeeper(self.engine, lease=timedelta(seconds=30)),
+            storage=FileStorage(self.out),
+            guard=Guard(self.allowed),
+            adapter=guarded_adapter(Guard(self.allowed), connections=8),
+            scrubber=Scrubber([KEY]),
+            max_bytes=MAX_BYTES,
+            timeout=self.timeout,
+            deadline=86_400,
+            tell=self.told.extend,
+        )
+
+    def add(self, url: str, **changes: Any) -> int:
+        """An output that is due, of a job of its own."""
+        with self.engine.begin() as connection:
+            job_id = add_downloading(connection, hashlib.sha256(url.encode()).hexdigest())
+            now = datetime.now(UTC)
+            values: dict[str, Any] = {"url": url, "due_at": now, "listed_at": now}
+            return add_output(connection, job_id, **(values | changes))
+
+    def download(self, url: str, **changes: Any) -> Any:
+        """Adds an output and runs one attempt; its row."""
+        output_id = self.add(url, **changes)
+        self.downloader().run(output_id)
+        return output_of(self.engine, output_id)
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file there is, temporary ones included."""
+        return [path for path in self.out.rglob("*") if path.is_file()]
