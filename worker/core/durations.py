@@ -26,13 +26,13 @@ WIDTHS = tuple(min(end, 2 * start + FIRST_EDGE) - start for start, end in zip(ED
 OLDEST = 1e9  # an age beyond which nothing is asked
 
 PRIOR_JOBS = 3.0  # what the prior weighs
-PRIOR_FLOOR = 0.03  # of a job, where the prior has none left: so that a tail without an end is believed soon
+PRIOR_FLOOR = 0.1  # of a job, where the prior has none left: so that a tail without an end is believed soon
 PRIOR_SPREAD = 0.5  # standard deviation of log duration, before any was seen; worth two jobs
 TAIL = 0.03  # some jobs never end: this share of the prior has a heavy tail
 NEVER_MOST = 0.5  # of that tail never ends at all, where a class has jobs of its own that took much the same time
 NEVER_JOBS = 50.0  # after so many of them
 FORGET_JOBS = 150.0  # old evidence fades by 1/e as so many jobs end
-FORGET_PASSES = 30.0  # but of a bucket no faster than so many jobs pass through it: few come so far, and are remembered
+FORGET_PASSES = 60.0  # but of a bucket no faster than so many jobs pass through it: few come so far, and are remembered
 SLOWEST_RATE = 0.03  # mean and variance follow at least this fast
 LEAST_CHANCE = 1e-9
 TINY = 1e-6
