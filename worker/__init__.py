@@ -12,15 +12,19 @@ if TYPE_CHECKING:
     from worker.enqueue import cancel as cancel
     from worker.enqueue import get as get
     from worker.enqueue import nudge as nudge
+    from worker.enqueue import open_output as open_output
+    from worker.enqueue import output_url as output_url
     from worker.enqueue import retry as retry
     from worker.enqueue import track as track
     from worker.enqueue import track_many as track_many
     from worker.enqueue import wait as wait
     from worker.errors import JobNotFound as JobNotFound
     from worker.errors import NotTrackable as NotTrackable
+    from worker.errors import OutputMissing as OutputMissing
     from worker.errors import RefusedAddress as RefusedAddress
     from worker.errors import SchemaOutdated as SchemaOutdated
     from worker.errors import SettingsError as SettingsError
+    from worker.errors import StorageTrouble as StorageTrouble
     from worker.errors import Unavailable as Unavailable
     from worker.errors import WaitTimeout as WaitTimeout
     from worker.errors import WorkerError as WorkerError
@@ -28,13 +32,27 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "worker.enqueue": ("Job", "Output", "cancel", "get", "nudge", "retry", "track", "track_many", "wait"),
+    "worker.enqueue": (
+        "Job",
+        "Output",
+        "cancel",
+        "get",
+        "nudge",
+        "open_output",
+        "output_url",
+        "retry",
+        "track",
+        "track_many",
+        "wait",
+    ),
     "worker.errors": (
         "JobNotFound",
         "NotTrackable",
+        "OutputMissing",
         "RefusedAddress",
         "SchemaOutdated",
         "SettingsError",
+        "StorageTrouble",
         "Unavailable",
         "WaitTimeout",
         "WorkerError",

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 from zlib import crc32
 
 from sqlalchemy import Connection, Row, event
@@ -18,11 +18,13 @@ from worker.core.links import Link
 from worker.core.pace import SPREAD, Model, Pace, Plan, Waiting
 from worker.core.submission import Submission, seconds, submission
 from worker.database import connected, database_now, engine_for
-from worker.errors import JobNotFound, NotTrackable, WaitTimeout
+from worker.errors import JobNotFound, NotTrackable, OutputMissing, WaitTimeout
 from worker.learner import FRESH_SECONDS, read_models
 from worker.scrubber import Scrubber
 from worker.settings import Settings, load
 from worker.store import jobs as store
+from worker.store.outputs import output_row
+from worker.stores import storage_of
 from worker.wake_ups import WakeUps
 
 WAIT_LOOK_SECONDS = 0.5
@@ -139,6 +141,34 @@ def get(job_id: int | None = None, *, remote_id: str | int | None = None, accoun
             found = store.jobs_by_remote(connection, lookup_id(remote_id), account)
             row = found[0] if found else None
         return None if row is None else _job(row, store.outputs_of(connection, [row.id]))
+
+
+def open_output(output_id: int) -> BinaryIO:
+    """The bytes of a stored output, as a file to read from; close it. Raises OutputMissing, StorageTrouble."""
+    location = _location(output_id)
+    return storage_of(location, _settings()).open(location)
+
+
+def output_url(output_id: int, seconds: float = 3_600) -> str:
+    """An address of a stored output that a page can show for so many seconds.
+
+    Signed, on S3. For files it is below STORAGE_ADDRESS, where a web server shows them; without one it is their
+    `file:` URL, for programs on this host: serve `open_output` to everybody else. Raises OutputMissing, StorageTrouble.
+    """
+    location = _location(output_id)
+    return storage_of(location, _settings()).url(location, seconds)
+
+
+def _location(output_id: int) -> str:
+    if isinstance(output_id, bool) or not isinstance(output_id, int):
+        raise OutputMissing(f"{output_id!r} is no id of an output: those of a job are in get(job_id).outputs")
+    with _transaction(_settings()) as connection:
+        row = output_row(connection, output_id)
+    if row is None:
+        raise OutputMissing(f"there is no output {output_id}")
+    if row.location is None:
+        raise OutputMissing(f"output {output_id} is not stored: it is {row.status}")
+    return str(row.location)
 
 
 def cancel(job_id: int) -> bool:

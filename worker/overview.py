@@ -17,6 +17,7 @@ from worker.settings import Settings
 from worker.store.claims import waiting_levels
 from worker.store.gates import all_gates, last_asked
 from worker.store.jobs import counts, waiting_accounts
+from worker.store.outputs import unstored
 from worker.store.paces import newest_paces
 
 KINDS_MOST = 50  # those learned about last
@@ -71,6 +72,19 @@ class Belief:
 
 
 @dataclass(frozen=True, slots=True)
+class Unstored:
+    """Outputs that are paid for and not stored yet: how many, and for how long the oldest link is known, in seconds.
+
+    `trouble` counts them by the code of their last trouble; `storage` is what our own storage said last, if it is that.
+    """
+
+    count: int
+    oldest_seconds: float
+    trouble: Mapping[str, int]
+    storage: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Overview:
     """How everything stands. `oldest_due_seconds` counts work that could be done now; 0 where there is none."""
 
@@ -78,6 +92,7 @@ class Overview:
     accounts: Sequence[AccountState]
     oldest_due_seconds: float
     healthy: bool
+    unstored: Unstored
     kinds: Sequence[KindState] = ()
 
 
@@ -103,7 +118,19 @@ def overview(connection: Connection, settings: Settings) -> Overview:
         accounts=accounts,
         oldest_due_seconds=round(oldest, 3),
         healthy=oldest <= HEALTHY_SECONDS or working,
+        unstored=_unstored(connection, now),
         kinds=_kinds(connection),
+    )
+
+
+def _unstored(connection: Connection, now: datetime) -> Unstored:
+    found = unstored(connection)
+    oldest = min((one.oldest for one in found), default=now)
+    return Unstored(
+        count=sum(one.count for one in found),
+        oldest_seconds=round(max(0.0, (now - oldest).total_seconds()), 3),
+        trouble={one.code: one.count for one in found if one.code is not None},
+        storage=next((one.message for one in found if one.code == "storage"), None),
     )
 
 

@@ -21,7 +21,8 @@ from worker.core.fetch_address import ACCOUNT, VENDOR_HOSTS, AllowedApi, api_hos
 from worker.core.pace import Pace, Policy
 from worker.errors import NotTrackable, SettingsError
 
-EMBEDDED_SOCKET = Path("var/redis.sock")
+STATE_FOLDER = Path("var")
+EMBEDDED_SOCKET = STATE_FOLDER / "redis.sock"
 LONGEST = 10 * 365 * 86_400.0  # seconds; more would be a slip, and no date can hold much more
 LONG_DEADLINES = (("training", 14_400.0), ("video", 7_200.0))
 SHARED_NAMES = frozenset(
@@ -29,6 +30,7 @@ SHARED_NAMES = frozenset(
 )  # apps have like names of their own
 KEY_NAMES = ("SD_API_KEY", "SD_API_KEYS")
 _HOST = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
+_S3 = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(?P<prefix>[^\x00-\x1f]*))?")
 DOTENV_SWITCH = "FETCH_WORKER_DOTENV"  # "off": `up` and `demo` hand their processes the whole environment themselves
 
 
@@ -54,6 +56,8 @@ class Settings(BaseSettings):
     output_timeout: float = Field(default=300.0, gt=0, le=86_400)
     output_deadline: float = Field(default=86_400.0, gt=0, le=LONGEST)
     output_allowed_networks: str = ""
+    storage_address: str = ""
+    downloads_per_host: int = Field(default=12, ge=1, le=1_000)
     poll_price: float = Field(default=0.5, gt=0, le=3_600)
     poll_min: float = Field(default=3.0, ge=0, le=3_600)
     poll_policy: Policy = "learned"
@@ -133,11 +137,19 @@ class Settings(BaseSettings):
     @field_validator("storage_url")
     @classmethod
     def _absolute_storage(cls, value: str) -> str:
-        if not value or re.fullmatch(r"file:(//)?/(?!/)[^\x00]*", value):
+        if not value or re.fullmatch(r"file:(//)?/(?!/)[^\x00]*", value) or _S3.fullmatch(value):
             return value
-        if value.startswith("s3://"):
-            raise ValueError("names an S3 bucket; this version stores to file: only")
-        raise ValueError("must be file: and an absolute path, for example file:/srv/outputs")
+        if value.startswith("s3:"):
+            raise ValueError("must name a bucket, and may name a prefix, for example s3://pictures/app")
+        raise ValueError("must be file: and an absolute path, for example file:/srv/outputs, or s3://bucket/prefix")
+
+    @field_validator("storage_address")
+    @classmethod
+    def _plain_address(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if value and (parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment):
+            raise ValueError("must be the address that a web server shows STORAGE_URL at, such as https://host/outputs")
+        return value
 
     @field_validator("sd_api_ca_bundle", "requests_ca_bundle")
     @classmethod
@@ -239,11 +251,24 @@ class Settings(BaseSettings):
         return tuple(ipaddress.ip_network(item) for item in _items(self.output_allowed_networks))
 
     @cached_property
-    def storage_path(self) -> Path:
-        """The directory that outputs are stored in."""
+    def storage_path(self) -> Path | None:
+        """The directory that outputs are stored in; None where that is a bucket."""
         if not self.storage_url:
-            return Path("var/outputs").absolute()
+            return STATE_FOLDER.absolute() / "outputs"
+        if self.storage_url.startswith("s3:"):
+            return None
         return Path(re.sub(r"^file:(//)?", "", self.storage_url))
+
+    @cached_property
+    def bucket(self) -> tuple[str, str] | None:
+        """The bucket that outputs are stored in, and the prefix of their names; None where that is a directory."""
+        found = _S3.fullmatch(self.storage_url)
+        return None if found is None else (found["bucket"], (found["prefix"] or "").strip("/"))
+
+    @property
+    def partial_path(self) -> Path:
+        """Where outputs are received that go to a bucket then."""
+        return STATE_FOLDER.absolute() / "partial"
 
     @cached_property
     def allowed_tasks(self) -> frozenset[str] | None:

@@ -32,9 +32,9 @@ from worker.poller import IN_FLIGHT, Poller
 from worker.process_id import dead
 from worker.scrubber import Scrubber
 from worker.shared_budget import SharedBudget
-from worker.storage import FileStorage
 from worker.store.claims import holders, release_holders, waiting_outputs
 from worker.store.gates import locked_gate, save_gate
+from worker.stores import storage_for
 from worker.wake_ups import listen
 
 log = get_task_logger(__name__)
@@ -112,7 +112,7 @@ class Parts:
         return Downloader(
             engine=self.engine,
             leases=self.leases,
-            storage=FileStorage(settings.storage_path),
+            storage=storage_for(settings),
             guard=guard,
             adapter=guarded_adapter(guard, connections=DOWNLOAD_THREADS),
             scrubber=self.scrubber,
@@ -120,6 +120,7 @@ class Parts:
             timeout=settings.output_timeout,
             deadline=settings.output_deadline,
             tell=self.tell,
+            per_host=settings.downloads_per_host,
         )
 
     swept_at = 0.0

@@ -1,6 +1,7 @@
-"""Commands that change jobs: migrate, track, cancel, retry."""
+"""Commands that change jobs: migrate, track, cancel, retry, verify."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -13,8 +14,12 @@ from worker.migrate import migrate as run_migrations
 from worker.scrubber import Scrubber
 from worker.settings import load
 from worker.store.jobs import job_row, jobs_by_remote
+from worker.verifier import verify as run_verification
 
 MAX_DIGITS = 100  # of a number on the command line; Python itself refuses to read endless ones
+
+
+WRONG = ("output_id", "job_id", "condition", "after", "location")
 
 
 @click.command()
@@ -128,4 +133,29 @@ def retry(ids: tuple[str, ...], remote: str | None, account: str | None, as_json
     return _act(targets(ids, remote, account), enqueue.retry, as_json)
 
 
-COMMANDS: tuple[click.Command, ...] = (migrate, track, cancel, retry)
+@click.command()
+@target_options
+@click.option("--dry-run", is_flag=True, help="Only say what would be put back.")
+@click.option("--force", is_flag=True, help="Put all back even where nothing at all is there.")
+@json_option
+def verify(
+    ids: tuple[str, ...], remote: str | None, account: str | None, dry_run: bool, force: bool, as_json: bool
+) -> int:
+    """Read what is stored again, all of it or of some jobs; fetch once more what is gone or damaged."""
+    job_ids = targets(ids, remote, account) if ids or remote is not None else None
+    settings = load()
+    with connected(settings.database):
+        found = run_verification(engine_for(settings.database), settings, job_ids=job_ids, dry_run=dry_run, force=force)
+    if as_json:
+        print_json({"checked": found.checked, "whole": found.whole, "wrong": [asdict(one) for one in found.wrong],
+                    "orphans": found.orphans})  # fmt: skip
+    else:
+        click.echo(f"{found.whole} of {found.checked} stored outputs are whole")
+        if found.wrong:
+            print_table(WRONG, [[getattr(one, name) for name in WRONG] for one in found.wrong], empty="")
+        for orphan in found.orphans:
+            click.echo(f"no output knows {orphan}")
+    return 0 if found.settled or dry_run else 1
+
+
+COMMANDS: tuple[click.Command, ...] = (migrate, track, cancel, retry, verify)

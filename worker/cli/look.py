@@ -17,7 +17,7 @@ from worker.cli.output import (
     print_json,
     print_table,
 )
-from worker.core.lifecycle import JOB_STATES
+from worker.core.lifecycle import JOB_STATES, STORAGE_WAIT
 from worker.database import connected, engine_for
 from worker.overview import KindState, Overview, belief, overview, why
 from worker.settings import Settings, load
@@ -101,6 +101,14 @@ def status(as_json: bool) -> None:
         columns = ("account", "kind", "jobs", "half ready (s)", "90 % (s)", "found ready", "expected",
                    "delay (s)", "planned")  # fmt: skip
         print_table(columns, [_kind_row(one) for one in state.kinds], empty="")
+    waiting = state.unstored
+    if waiting.count:
+        said = "".join(f", {count} {code}" for code, count in sorted(waiting.trouble.items()))
+        click.echo(f"outputs not stored yet: {waiting.count}, the oldest for {waiting.oldest_seconds:.0f} s{said}")
+    if waiting.storage is not None:
+        click.echo(
+            f"the storage is in trouble: {waiting.storage}; nothing is lost, it is tried every {STORAGE_WAIT:g} s"
+        )
     health = "healthy" if state.healthy else "NOT healthy: due work is not done; is a worker running?"
     click.echo(f"oldest due work: {state.oldest_due_seconds:.1f} s; {health}")
 
@@ -120,6 +128,12 @@ def _status_document(state: Overview) -> dict[str, Any]:
         ],
         "oldest_due_seconds": state.oldest_due_seconds,
         "healthy": state.healthy,
+        "outputs": {
+            "unstored": state.unstored.count,
+            "oldest_seconds": state.unstored.oldest_seconds,
+            "trouble": dict(state.unstored.trouble),
+            "storage": state.unstored.storage,
+        },
         "kinds": [asdict(one) for one in state.kinds],
     }
 
