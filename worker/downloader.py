@@ -4,6 +4,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from urllib.parse import urljoin
@@ -133,7 +134,7 @@ class Downloader:
                 stream=True,
             ) as response:
                 if response.status_code in REDIRECTS and response.headers.get("location"):
-                    url = urljoin(url, response.headers["location"])
+                    url = _redirected(url, response.headers["location"])
                     continue
                 if response.status_code in DEAD:
                     return DeadLink(f"HTTP {response.status_code}")
@@ -203,6 +204,13 @@ class Downloader:
 
 class _Truncated(ValueError):
     """The body ended before its end."""
+
+
+def _redirected(url: str, location: str) -> str:
+    """Where a redirect leads. Headers are read as Latin-1, but UTF-8 is what servers write."""
+    with suppress(UnicodeError):
+        location = location.encode("latin-1").decode("utf-8")
+    return urljoin(url, location)
 
 
 def _refusal_in(error: BaseException) -> RefusedTarget | None:
