@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ from sqlalchemy.engine import make_url
 from tests import servers
 from tests.downloads import Stand
 from tests.web import Web, web_server
-from worker import enqueue
+from worker import enqueue, timed_http
 from worker.database import make_engine
 from worker.migrate import migrate
 from worker.settings import DOTENV_SWITCH, Settings
 from worker.tables import metadata
+
+_tls_context = cache(timed_http.tls_context)  # reading the public authorities takes longer than most tests
 
 
 @pytest.fixture(autouse=True)
@@ -99,8 +102,9 @@ def web() -> Iterator[Web]:
 
 
 @pytest.fixture
-def stand(tmp_path: Path, migrated_sqlite: Path) -> Iterator[Stand]:
+def stand(tmp_path: Path, migrated_sqlite: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stand]:
     """On SQLite; the claims have tests on each database of their own."""
+    monkeypatch.setattr(timed_http, "tls_context", _tls_context)
     shutil.copy(migrated_sqlite, tmp_path / "test.db")
     engine = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
     yield Stand(engine, tmp_path / "out")

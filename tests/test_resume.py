@@ -455,7 +455,7 @@ def test_old_partial_files_are_swept_but_none_that_is_written_to(tmp_path: Path)
     """With their sidecars, and what a crash left beside no file."""
     partials = Partials(tmp_path)
     past = time.time() - 1_000
-    for name in ("1.part", "1.json", "2.json", "3.decoded"):
+    for name in ("1.part", "1.json", "2.json", "3.other"):
         (tmp_path / name).write_text("x")
         os.utime(tmp_path / name, (past, past))
     with partials.receive(9, "t") as busy:

@@ -26,6 +26,7 @@ class Web:
     """The server: `answers` by path, and every request that came. One request per connection."""
 
     port: int
+    host: str = "127.0.0.1"
     answers: dict[str, Answer] = field(default_factory=dict)
     asked: list[Asked] = field(default_factory=list)
     connections: int = 0
@@ -33,7 +34,7 @@ class Web:
     @property
     def url(self) -> str:
         """Its address, without a slash at the end."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
 
     def serves(self, path: str, answer: Answer) -> str:
         """From now on `path` is answered so; its whole address."""
@@ -42,10 +43,10 @@ class Web:
 
 
 @contextmanager
-def web_server() -> Iterator[Web]:
-    """A server on a free port of 127.0.0.1, gone afterwards."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        web = Web(listener.getsockname()[1])
+def web_server(host: str = "127.0.0.1") -> Iterator[Web]:
+    """A server on a free port of a loopback address, gone afterwards."""
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        web = Web(listener.getsockname()[1], host)
         thread = threading.Thread(target=_accept, args=(listener, web), daemon=True)
         thread.start()
         yield web

@@ -30,7 +30,7 @@ from worker.core.lifecycle import (
     after_attempt,
     source,
 )
-from worker.core.media import MAX_PIXELS, pixels, sniff, whole
+from worker.core.media import MAX_PIXELS, Base64Decoder, base64_start, pixels, sniff, whole
 from worker.database import database_now
 from worker.errors import StorageTrouble
 from worker.leases import LeaseKeeper
@@ -188,7 +188,7 @@ class Downloader:
             ) as response:
                 status, location = response.status_code, response.headers.get("location")
                 if status in REDIRECTS and location:
-                    url = urljoin(url, location)
+                    url = _redirected(url, location)
                     redirects += 1
                     continue
                 if status in DEAD:
@@ -236,6 +236,13 @@ class Downloader:
     def _keep(self, output: ClaimedOutput, incoming: Incoming) -> Attempt:
         incoming.hold = False
         media = sniff(incoming.head)
+        start = base64_start(incoming.head) if media is None else None
+        if start is not None:
+            try:
+                incoming.replace(_decoded(incoming.chunks(), start))
+            except ValueError:
+                return BadBody("truncated", f"{incoming.size} bytes of a base64 text, which breaks off")
+            media = sniff(incoming.head)
         if media is None:
             return BadBody("not_media", f"{incoming.size} bytes that begin like no media")
         area = pixels(media, incoming.head)
@@ -321,6 +328,15 @@ def _host_of(output: ClaimedOutput) -> str:
     return ""
 
 
+def _decoded(chunks: Iterator[bytes], start: int) -> Iterator[bytes]:
+    """The bytes that a base64 text stands for. Raises ValueError where it is none, or not whole."""
+    decoder = Base64Decoder()
+    for chunk in chunks:
+        yield decoder.feed(chunk[start:])
+        start = max(0, start - len(chunk))
+    yield decoder.finish()
+
+
 def _range_headers(incoming: Incoming, link: str) -> dict[str, str]:
     """What asks for the rest of a file, if its link is the one that the beginning is from."""
     known = incoming.source
@@ -363,6 +379,13 @@ def _goes_on(response: requests.Response, incoming: Incoming) -> bool:
     if known.validator.startswith('"') and response.headers.get("etag", known.validator) != known.validator:
         return False
     return int(span[1]) == incoming.size and known.length is not None and span[3] in (str(known.length), "*")
+
+
+def _redirected(url: str, location: str) -> str:
+    """Where a redirect leads. Headers are read as Latin-1, but UTF-8 is what servers write."""
+    with suppress(UnicodeError):
+        location = location.encode("latin-1").decode("utf-8")
+    return urljoin(url, location)
 
 
 def _refusal_in(error: BaseException) -> RefusedTarget | None:

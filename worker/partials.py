@@ -111,22 +111,32 @@ class Incoming:
             raise StorageTrouble(f"can't write: {error.strerror}") from None
 
     def replace(self, content: Iterator[bytes]) -> None:
-        """Puts other bytes in the place of what came, made from it. Raises StorageTrouble."""
-        other = self.path.with_suffix(".decoded")
-        handle = os.open(other, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        """Puts other bytes in the place of what came, which can't be gone on with then. Raises StorageTrouble.
+
+        Whatever `content` raises leaves the file as it was.
+        """
+        other = self.path.with_suffix(".other")
+        old, known = self._handle, (self.size, self.head, self.tail, self._digest)
         try:
-            old, self._handle = self._handle, handle
+            handle = os.open(other, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise StorageTrouble(f"can't write: {error.strerror}") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            self._handle = handle
             self._empty()
             for chunk in content:
                 self.write(chunk)
-            fcntl.flock(handle, fcntl.LOCK_EX)
             other.replace(self.path)
-            os.close(old)
-        except BaseException:
+        except BaseException as error:
             self._handle = old
+            self.size, self.head, self.tail, self._digest = known
             os.close(handle)
             other.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise StorageTrouble(f"can't write: {error.strerror}") from None
             raise
+        os.close(old)
         self.source = None
 
     def chunks(self) -> Iterator[bytes]:

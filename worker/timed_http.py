@@ -305,9 +305,15 @@ class _NoCookies(RequestsCookieJar):
         """Drops the cookie."""
 
 
+class _LeanSession(requests.Session):
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        """Leaves redirects to the caller; requests would read their whole body, however long, even to not follow."""
+        return None
+
+
 def lean_session(adapter: HTTPAdapter) -> requests.Session:
-    """A session that takes nothing from the environment: no proxies, no .netrc, no cookies."""
-    session = requests.Session()
+    """A session that follows no redirect and takes nothing from the environment: no proxies, no .netrc, no cookies."""
+    session = _LeanSession()
     session.trust_env = False
     session.cookies = _NoCookies()
     session.mount("http://", adapter)

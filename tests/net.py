@@ -1,0 +1,63 @@
+"""A network for tests that nothing leaves: it stands where connections are made, and notes and refuses them."""
+
+import ipaddress
+import socket
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from worker import timed_http
+
+
+class Net:
+    """Answers look-ups, notes where sockets are connected to, and lets none beyond loopback; by default none at all."""
+
+    def __init__(self, *, loopback: bool = False) -> None:
+        self.connected: list[tuple[str, int]] = []
+        self.looked_up: list[str] = []
+        self.timeouts: list[float | None] = []
+        self.answers: Callable[[str], Sequence[str] | None] | None = None
+        self.error: type[OSError] = ConnectionRefusedError
+        self.loopback = loopback
+
+    @property
+    def beyond(self) -> list[tuple[str, int]]:
+        """The connections that were refused for not being to loopback."""
+        return [(host, port) for host, port in self.connected if not ipaddress.ip_address(host).is_loopback]
+
+    def getaddrinfo(self, host: str, port: int, **options: Any) -> list[Any]:
+        """Literals as the system reads them; names as the test says, never asking any server."""
+        self.looked_up.append(host)
+        found = self.answers(host) if self.answers else None
+        if found is None:
+            return socket.getaddrinfo(host, port, flags=socket.AI_NUMERICHOST, **options)
+        return [
+            (socket.AF_INET6, 1, 6, "", (one, port, 0, 0)) if ":" in one else (socket.AF_INET, 1, 6, "", (one, port))
+            for one in found
+        ]
+
+    def put_into(self, monkeypatch: pytest.MonkeyPatch) -> "Net":
+        """From now on connections of the worker are made here."""
+        net = self
+
+        class Socket(socket.socket):
+            """A socket of this network."""
+
+            def settimeout(self, value: float | None) -> None:
+                """Notes it."""
+                net.timeouts.append(value)
+                super().settimeout(value)
+
+            def connect(self, address: Any) -> None:
+                """Notes where to, and goes to loopback at most."""
+                host, port = address[:2]
+                net.connected.append((host, port))
+                if not (net.loopback and ipaddress.ip_address(host).is_loopback):
+                    raise net.error
+                super().connect(address)
+
+        module = SimpleNamespace(**vars(socket) | {"socket": Socket, "getaddrinfo": self.getaddrinfo})
+        monkeypatch.setattr(timed_http, "socket", module)
+        return self
