@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -21,7 +20,7 @@ from sqlalchemy import update
 
 from tests.downloads import Stand, png
 from tests.rows import output_of
-from tests.web import Web, drips, head, page, sends
+from tests.web import Picture, Web, drips, head, page, sends
 from worker import downloader as downloads
 from worker.core.lifecycle import Attempt
 from worker.downloader import Hosts
@@ -36,40 +35,10 @@ BODY = png(padding=600_000)
 TAG = '"v1"'
 
 
-@dataclass
-class Picture:
-    """A file on a server whose transfers break: `cuts` says after how many bytes each does, in turn."""
-
-    web: Web
-    body: bytes = BODY
-    cuts: list[int] = field(default_factory=list)
-    headers: dict[str, str] = field(default_factory=lambda: {"ETag": TAG})
-    ranges: bool = True
-    sent: int = 0
-    spans: list[str] = field(default_factory=list)
-
-    def __call__(self, client: socket.socket) -> None:
-        asked = self.web.asked[-1].headers
-        span = asked.get("range", "")
-        self.spans.append(span)
-        start = 0
-        if self.ranges and span and asked.get("if-range") in self.headers.values():
-            start = int(span.removeprefix("bytes=").removesuffix("-"))
-        rest = self.body[start:]
-        told = self.headers | {"Content-Length": str(len(rest))}
-        if start:
-            told["Content-Range"] = f"bytes {start}-{len(self.body) - 1}/{len(self.body)}"
-        client.sendall(head(206 if start else 200, **told))
-        if self.cuts:
-            rest = rest[: self.cuts.pop(0)]
-        client.sendall(rest)
-        self.sent += len(rest)
-
-
 @pytest.fixture
 def picture(web: Web) -> Picture:
     """At `/a.png`."""
-    made = Picture(web)
+    made = Picture(web, BODY, headers={"ETag": TAG})
     web.serves("/a.png", made)
     return made
 

@@ -143,3 +143,33 @@ def floods(first: bytes, block: bytes, *, times: int) -> Answer:
 def resets(client: socket.socket) -> None:
     """Breaks the connection off, with a reset."""
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+
+
+@dataclass
+class Picture:
+    """A file on a server whose transfers break: `cuts` says after how many bytes each does, in turn."""
+
+    web: Web
+    body: bytes
+    cuts: list[int] = field(default_factory=list)
+    headers: dict[str, str] = field(default_factory=lambda: {"ETag": '"v1"'})
+    ranges: bool = True
+    sent: int = 0
+    spans: list[str] = field(default_factory=list)
+
+    def __call__(self, client: socket.socket) -> None:
+        asked = self.web.asked[-1].headers
+        span = asked.get("range", "")
+        self.spans.append(span)
+        start = 0
+        if self.ranges and span and asked.get("if-range") in self.headers.values():
+            start = int(span.removeprefix("bytes=").removesuffix("-"))
+        rest = self.body[start:]
+        told = self.headers | {"Content-Length": str(len(rest))}
+        if start:
+            told["Content-Range"] = f"bytes {start}-{len(self.body) - 1}/{len(self.body)}"
+        client.sendall(head(206 if start else 200, **told))
+        if self.cuts:
+            rest = rest[: self.cuts.pop(0)]
+        client.sendall(rest)
+        self.sent += len(rest)

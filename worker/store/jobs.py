@@ -59,7 +59,7 @@ def insert_jobs(connection: Connection, new: Sequence[NewJob], *, now: datetime)
         created |= _insert_missing(connection, rows[start : start + size])
     known = created | _ids(connection, [identity for identity in wanted if identity not in created])
     ready = [(known[identity], job.outputs) for identity, job in wanted.items() if identity in created and job.outputs]
-    insert_outputs(connection, ready, now=now)
+    insert_outputs(connection, ready, now=now, queued=False)
     first = dict.fromkeys(created, True)
     return [(known[job.identity], first.pop(job.identity, False)) for job in new]
 
@@ -142,10 +142,12 @@ def _ids(connection: Connection, identities: Sequence[tuple[str, str, str]]) -> 
     return found
 
 
-def insert_outputs(connection: Connection, found: Iterable[tuple[int, Sequence[Link]]], *, now: datetime) -> list[int]:
+def insert_outputs(
+    connection: Connection, found: Iterable[tuple[int, Sequence[Link]]], *, now: datetime, queued: bool
+) -> list[int]:
     """Puts in an output row for each link of these jobs, due at once; the bytes that an answer carried beside them.
 
-    The ids, in the order given.
+    `queued` where the caller sends their messages after the commit; else the next sweep does. The ids, in order.
     """
     links = [(job_id, position, link) for job_id, listed in found for position, link in enumerate(listed)]
     rows = [
@@ -157,7 +159,7 @@ def insert_outputs(connection: Connection, found: Iterable[tuple[int, Sequence[L
             "status": "pending",
             "listed_at": now,
             "due_at": now,
-            "queued_at": now,
+            "queued_at": now if queued else None,
         }
         for job_id, position, link in links
     ]

@@ -116,7 +116,7 @@ def _deliver(connection: Connection, batch: Sequence[Outcome], now: datetime) ->
     written = write_claimed(connection, rows, now=now, due_at=None, ready_at=now)
     ready = [(job_id, links) for job_id, links in found.items() if job_id in written and links]
     empty = [job_id for job_id, links in found.items() if job_id in written and not links]
-    return insert_outputs(connection, ready, now=now), empty, len(written)
+    return insert_outputs(connection, ready, now=now, queued=True), empty, len(written)
 
 
 def _end(connection: Connection, batch: Sequence[Outcome], now: datetime) -> list[int]:
