@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 
-from tests import servers
+from tests import s3_servers, servers
 from tests.downloads import Stand
 from tests.web import Web, web_server
 from worker import enqueue, timed_http
@@ -26,7 +26,7 @@ _tls_context = cache(timed_http.tls_context)  # reading the public authorities t
 def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No test sees the settings of whoever runs it, nor leaves its own behind."""
     for name in list(os.environ):
-        if name.lower() in Settings.model_fields or name.startswith(("FLOWER_", "CELERY_")):
+        if name.lower() in Settings.model_fields or name.startswith(("FLOWER_", "CELERY_", "AWS_")):
             monkeypatch.delenv(name)
     monkeypatch.delenv(DOTENV_SWITCH, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -92,6 +92,20 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Redis server of this process's own."""
     with servers.redis_server(tmp_path_factory.mktemp("redis")) as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3_servers.S3Server]:
+    """An S3 server of this process's own."""
+    with s3_servers.s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: s3_servers.S3Server) -> s3_servers.S3Server:
+    """The S3 server, running, whatever a test before did to it. Nobody is told of it: see `environment`."""
+    s3_server.start()
+    return s3_server
 
 
 @pytest.fixture

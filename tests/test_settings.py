@@ -1,6 +1,7 @@
 """The settings: the contract's defaults, where they come from, and one clear line for each thing that is wrong."""
 
 import ipaddress
+import os
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,13 @@ def test_deadlines_depend_on_the_kind_unless_one_is_set(
         ("STORAGE_URL", "file://outputs"),
         ("STORAGE_URL", "file://host/outputs"),
         ("STORAGE_URL", "ftp://host/outputs"),
+        ("STORAGE_URL", "s3:/bucket"),
+        ("STORAGE_URL", "s3://"),
+        ("STORAGE_URL", "s3://Bucket/prefix"),
+        ("STORAGE_URL", "s3://bucket:9000/prefix"),
+        ("STORAGE_ADDRESS", "host/outputs"),
+        ("STORAGE_ADDRESS", "https://host/outputs?page=1"),
+        ("DOWNLOADS_PER_HOST", "0"),
         ("OUTPUT_MAX_BYTES", "0"),
         ("OUTPUT_MAX_BYTES", "10MB"),
         ("OUTPUT_TIMEOUT", "0"),
@@ -274,9 +282,30 @@ def test_both_spellings_of_a_directory_are_taken(url: str, monkeypatch: pytest.M
     assert load().storage_path == Path("/srv/out puts")
 
 
-def test_a_bucket_is_a_clear_error_while_only_files_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Better than to store in the wrong place."""
-    assert "STORAGE_URL" in _load(monkeypatch, STORAGE_URL="s3://bucket/prefix")
+@pytest.mark.parametrize(
+    ("url", "bucket"),
+    [
+        ("s3://pictures", ("pictures", "")),
+        ("s3://pictures/", ("pictures", "")),
+        ("s3://my.pictures-1/shop/to day/", ("my.pictures-1", "shop/to day")),
+    ],
+)
+def test_a_bucket_may_have_a_prefix(url: str, bucket: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is received for it lies in the state folder meanwhile."""
+    monkeypatch.setenv("STORAGE_URL", url)
+    settings = load()
+    assert (settings.bucket, settings.storage_path) == (bucket, None)
+    assert settings.partial_path == Path("var/partial").absolute()
+
+
+def test_what_s3_clients_look_for_in_the_environment_may_be_in_the_file_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real environment wins, as for everything."""
+    Path(".env").write_text("AWS_ENDPOINT_URL=http://one:8333\nAWS_ACCESS_KEY_ID=of-the-file\n")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://other:8333")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    load()
+    assert (os.environ["AWS_ENDPOINT_URL"], os.environ["AWS_ACCESS_KEY_ID"]) == ("http://other:8333", "of-the-file")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
 
 
 def test_a_socket_that_nobody_answers_on_is_not_taken_for_a_server(tmp_path: Path) -> None:

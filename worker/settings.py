@@ -292,6 +292,7 @@ def load() -> Settings:
     file = None if os.environ.get(DOTENV_SWITCH) == "off" else ".env"
     try:
         _refuse_unknown(os.environ, file)
+        _hand_on(file)
         options: dict[str, Any] = {"_env_file": file}
         return Settings(**options)
     except UnicodeDecodeError:
@@ -319,6 +320,14 @@ def _refuse_unknown(env: Mapping[str, str], file: str | None) -> None:
         if near or name.startswith(("SD_API_", "POLL_")):
             hint = near or difflib.get_close_matches(name, known, n=1)
             raise SettingsError(f"{name} is no setting" + (f"; did you mean {hint[0]}?" if hint else ""))
+
+
+def _hand_on(file: str | None) -> None:
+    """Puts the AWS_* variables of the `.env` file where every S3 client looks for them; the environment's own win."""
+    written = DotEnvSettingsSource(Settings, env_file=file, case_sensitive=True).env_vars if file else {}
+    for name, value in written.items():
+        if name.startswith("AWS_") and value:
+            os.environ.setdefault(name, value)
 
 
 def _items(text: str) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.acceptance.canary import canary_key
 from tests.acceptance.celery_user import celery_user
-from tests.acceptance.downloads import downloads
+from tests.acceptance.downloads import bucket, downloads
 from tests.acceptance.engine import budget, dripping_api, million_rows, two_accounts, unannounced_limit, wake_up
 from tests.acceptance.jobs import Size
 from tests.acceptance.main_job import kills, main_job, track_races
@@ -43,6 +43,7 @@ def programs(options: argparse.Namespace) -> Mapping[str, Program]:
         "million-rows": lambda home: million_rows(place, home, options.rows, options.minutes),
         "pace": lambda home: pace(place, home),
         "downloads": lambda home: downloads(place, home),
+        "bucket": lambda home: bucket(place, home),
         "celery-user": lambda home: celery_user(place, home, few),
     }
 

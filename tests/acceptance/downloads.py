@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +20,12 @@ from typing import Any
 from tests.acceptance.main_job import KEY
 from tests.acceptance.report import Report
 from tests.acceptance.stand import WORKING, Place, Stand, file_of, wait_until
+from tests.s3_servers import S3Server, s3_server
 from tests.web import Answer, Picture, Web, drips, floods, head, page, web_server
 
 MEGABYTE = 1_000_000
+TOO_LARGE = "too_large"
+OUTAGE_SECONDS = 30
 GROWTH_MIB = 50  # how much the memory of a process may grow, whatever it is sent
 TIMEOUT = 12  # seconds for one attempt
 DISK_BYTES = 3 * MEGABYTE
@@ -151,17 +155,18 @@ def bounds(bench: Bench) -> None:
     report, web = bench.report, bench.web
     bomb = gzip.compress(large(8, 8) + bytes(300 * MEGABYTE), 9)
     report.figure("gzip bomb (bytes on the wire)", len(bomb))
-    tricks = {
-        "two gigabytes": (floods(head(200, Content_Length=str(2 * 10**9)) + picture(10), bytes(MEGABYTE), times=2_000), "too_large"),
-        "endless": (floods(head(200) + picture(10), bytes(MEGABYTE), times=100_000), "too_large"),
-        "endless chunks": (
-            floods(head(200, Transfer_Encoding="chunked"), b"%x\r\n%b\r\n" % (65_536, picture(10).ljust(65_536)), times=10**6),
-            "too_large",
+    block, chunk = bytes(MEGABYTE), b"%x\r\n%b\r\n" % (65_536, picture(10).ljust(65_536))
+    tricks: dict[str, tuple[Answer, str | None]] = {
+        "two gigabytes": (
+            floods(head(200, Content_Length=str(2 * 10**9)) + picture(10), block, times=2_000),
+            TOO_LARGE,
         ),
-        "gzip bomb": (page(200, bomb, Content_Encoding="gzip"), "too_large"),
-        "81 megapixels": (page(200, large(9_000, 9_000)), "too_large"),
-        "endless body of a redirect": (floods(head(302, Location="/warm.png"), bytes(MEGABYTE), times=100_000), None),
-    }  # fmt: skip
+        "endless": (floods(head(200) + picture(10), block, times=100_000), TOO_LARGE),
+        "endless chunks": (floods(head(200, Transfer_Encoding="chunked"), chunk, times=10**6), TOO_LARGE),
+        "gzip bomb": (page(200, bomb, Content_Encoding="gzip"), TOO_LARGE),
+        "81 megapixels": (page(200, large(9_000, 9_000)), TOO_LARGE),
+        "endless body of a redirect": (floods(head(302, Location="/warm.png"), block, times=100_000), None),
+    }
     with memory_of(bench.stand.leftovers()) as grown:
         for name, (answer, code) in tricks.items():
             job_id = bench.track_one(f"/{name.replace(' ', '-')}.png", answer)
@@ -308,3 +313,57 @@ def _waits(bench: Bench, what: str, size: int, seed: int) -> None:
 def _goes_on(bench: Bench, what: str) -> None:
     job_id, body = bench.waiting
     bench.stored(what, job_id, body, 40)
+
+
+def bucket(place: Place, home: Path) -> Report:
+    """Pictures go to an S3 server, which is away for half a minute: each is fetched once and stored once."""
+    report = Report("bucket")
+    home.mkdir(parents=True, exist_ok=True)
+    with web_server() as web, s3_server(home / "s3") as s3:
+        name = s3.bucket()
+        storage_url = {"STORAGE_URL": f"s3://{name}/shop/pictures", **s3.environment}
+        with Stand(place, home / "stand", f"{web.url}/api/v3", KEY, **storage_url) as stand:
+            stand.migrate()
+            stand.start(*WORKING)
+            stand.wait_ready()
+            bench = Bench(report, stand, web)
+            bodies = {n: picture(200_000 + n, seed=n) for n in range(30)}
+            tracked = {n: bench.track_one(f"/{n}.png", page(200, bodies[n])) for n in range(10)}
+            wait_until(lambda: len(_objects(s3, name)) >= 5, 20)
+            s3.stop()
+            began = time.monotonic()
+            tracked |= {n: bench.track_one(f"/{n}.png", page(200, bodies[n])) for n in range(10, 30)}
+            bench.wait(tracked[29], 25, error_code="storage")
+            told = stand.document("status")["outputs"]
+            report.check("status says that the storage is in trouble", told["trouble"].get("storage", 0) > 0, told)
+            report.figure("what status says", told["storage"])
+            time.sleep(max(0.0, OUTAGE_SECONDS - (time.monotonic() - began)))
+            s3.start()
+            back = time.monotonic()
+            states = "SELECT count(*) FROM fetch_jobs WHERE status = 'completed'"
+            wait_until(lambda: stand.count(states) == len(tracked), 90)
+            report.check("all are stored once it is back", stand.count(states) == len(tracked), stand.count(states))
+            report.figure("back to all stored (s)", time.monotonic() - back)
+            kept = _objects(s3, name)
+            expected = {hashlib.sha256(body).hexdigest() for body in bodies.values()}
+            report.check("each once, with its very bytes", sorted(kept.values()) == sorted(expected), len(kept))
+            asked = Counter(asked.path for asked in web.asked)
+            report.none_of("none was fetched twice", [path for path, times in asked.items() if times > 1])
+            verified = stand.document("verify")
+            report.check("verify finds all whole", verified["whole"] == len(tracked), verified)
+            s3.client.delete_object(Bucket=name, Key=min(kept))
+            stand.document("verify")
+            wait_until(lambda: stand.count(states) == len(tracked) and len(_objects(s3, name)) == len(tracked), 30)
+            report.check("verify gets back what was removed", _objects(s3, name) == kept)
+            report.none_of("no process died", stand.died())
+            report.none_of("nothing left the machine", stand.refused_connections())
+            left = list((stand.checkout / "var" / "partial").glob("*"))
+            report.none_of("no partial file is left", left)
+    return report
+
+
+def _objects(s3: S3Server, name: str) -> dict[str, str]:
+    """The hash of each object in a bucket, by its key."""
+    found = s3.client.list_objects_v2(Bucket=name).get("Contents", [])
+    keys = [one["Key"] for one in found]
+    return {key: hashlib.sha256(s3.client.get_object(Bucket=name, Key=key)["Body"].read()).hexdigest() for key in keys}

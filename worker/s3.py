@@ -1,0 +1,450 @@
+"""Outputs in an S3 bucket, of Amazon's or of any store that speaks its language: checked by the store as they arrive.
+
+Where the store is and who we are is said by the usual AWS_* variables (or files) of every S3 client.
+"""
+
+import base64
+import errno
+import hashlib
+import io
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from http import HTTPStatus
+from typing import Any, BinaryIO
+
+from urllib3.exceptions import HTTPError
+
+from worker.core.media import Media
+from worker.errors import OutputMissing, SettingsError, StorageTrouble
+from worker.partials import Incoming, Partials
+from worker.storage import READ_BYTES, Condition, name_of
+
+SCHEME = "s3://"
+SINGLE_BYTES = 64 << 20  # up to this a file is sent by one call
+PART_BYTES = 32 << 20  # S3 takes no parts below 5 MiB, except the last
+PAGE = 1_000  # names per call of a listing, the most that S3 gives
+LONGEST_URL = 604_800  # seconds: no store signs for more than a week
+DEFAULT_REGION = "us-east-1"
+CONNECT_TIMEOUT = 5.0
+READ_TIMEOUT = 30.0
+ATTEMPTS = 2
+CONNECTIONS = 64
+AMAZON = re.compile(r"^https://[a-z0-9.-]+\.amazonaws\.com(\.cn)?$")
+
+
+class S3Storage:
+    """Outputs as objects below `prefix` of a bucket, which must exist. What is still on its way is in local files."""
+
+    def __init__(self, bucket: str, prefix: str, partials: Partials) -> None:
+        self.partials = partials
+        self._bucket = bucket
+        self._prefix = "".join(f"{part}/" for part in prefix.split("/") if part)
+        self._lock = threading.Lock()
+        self._made: tuple[int, Any] | None = None  # a process and its client: connections don't survive a fork
+        self._conditional = True  # whether the store knows writing only where nothing is yet
+
+    def prepare(self) -> None:
+        """Makes the folder of partial files, and looks whether the bucket can be used.
+
+        Raises SettingsError, StorageTrouble.
+        """
+        try:
+            self.partials.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageTrouble(f"can't make {self.partials.folder}: {error.strerror}") from None
+        with self._talking(f"use the bucket {self._bucket}") as client:
+            status = _status_of(lambda: client.head_bucket(Bucket=self._bucket))
+        if status == HTTPStatus.NOT_FOUND:
+            raise StorageTrouble(f"the bucket {self._bucket} is missing: make it, or correct STORAGE_URL")
+        if status == HTTPStatus.FORBIDDEN:
+            raise StorageTrouble(
+                f"access to the bucket {self._bucket} is refused: check the AWS_* credentials, and that they may "
+                "list it (s3:ListBucket) and read, write and delete in it"
+            )
+
+    def keep(self, incoming: Incoming, *, job_id: int, position: int, media: Media) -> str:
+        """Uploads a received file under its final name; its s3: location. Raises StorageTrouble."""
+        incoming.sync()
+        for digits in (16, 64):
+            key = self._prefix + name_of(
+                job_id=job_id, position=position, sha256=incoming.sha256[:digits], extension=media.extension
+            )
+            if self._stored(key, incoming, media):
+                incoming.hold = False  # its bytes are safe elsewhere
+                return self._location(key)
+        raise StorageTrouble(f"{self._location(key)} has another content than its name says: move it away")
+
+    def open(self, location: str) -> BinaryIO:
+        """The object, to be read from its start on; closing it ends the transfer. Raises OutputMissing, StorageTrouble.
+
+        Reading may raise StorageTrouble as well.
+        """
+        bucket, key = _parsed(location)
+        with self._talking(f"read {location}") as client:
+            answer = _unless_missing(lambda: client.get_object(Bucket=bucket, Key=key))
+        if answer is None:
+            raise OutputMissing(f"{location} is gone: `fetch-worker verify` gets it again")
+        return io.BufferedReader(_Download(answer["Body"], location), READ_BYTES)
+
+    def url(self, location: str, seconds: float) -> str:
+        """A signed URL: whoever has it can read the object, for at most a week. Raises StorageTrouble."""
+        bucket, key = _parsed(location)
+        with self._talking(f"sign a URL of {location}") as client:
+            url: str = client.generate_presigned_url(
+                "get_object",
+                Params={"Bucket": bucket, "Key": key},
+                ExpiresIn=int(min(max(seconds, 1), LONGEST_URL)),
+            )
+        return url
+
+    def examine(self, location: str, *, size: int, sha256: str) -> Condition:
+        """Reads the object and hashes it. Raises StorageTrouble where it can't be told."""
+        bucket, key = _parsed(location)
+        with self._talking(f"read {location}") as client:
+            answer = _unless_missing(lambda: client.get_object(Bucket=bucket, Key=key))
+            if answer is None:
+                return "missing"
+            with closing(answer["Body"]) as body:
+                if answer["ContentLength"] != size:
+                    return "damaged"
+                digest = hashlib.sha256()
+                while chunk := body.read(READ_BYTES):
+                    digest.update(chunk)
+        return "whole" if digest.hexdigest() == sha256 else "damaged"
+
+    def set_aside(self, location: str) -> None:
+        """Copies the object to a free name, then removes it. Raises StorageTrouble."""
+        bucket, key = _parsed(location)
+        with self._talking(f"rename {location}") as client:
+            number, free = 0, f"{key}.damaged"
+            while self._head(client, bucket, free) is not None:
+                number += 1
+                free = f"{key}.{number}.damaged"
+            source = {"Bucket": bucket, "Key": key}
+            if _unless_missing(lambda: client.copy_object(Bucket=bucket, Key=free, CopySource=source)) is not None:
+                client.delete_object(Bucket=bucket, Key=key)
+
+    def locations(self) -> Iterator[str]:
+        """All objects below the prefix. Raises StorageTrouble."""
+        doing = f"list {self._location(self._prefix)}"
+        with self._talking(doing) as client:
+            pages = iter(
+                client.get_paginator("list_objects_v2").paginate(
+                    Bucket=self._bucket, Prefix=self._prefix, PaginationConfig={"PageSize": PAGE}
+                )
+            )
+        while True:
+            with self._talking(doing):
+                page = next(pages, None)
+            if page is None:
+                return
+            for found in page.get("Contents", ()):
+                if not found["Key"].endswith("/"):  # a folder, as consoles make them
+                    yield self._location(found["Key"])
+
+    def _location(self, key: str) -> str:
+        return f"{SCHEME}{self._bucket}/{key}"
+
+    def _stored(self, key: str, incoming: Incoming, media: Media) -> bool:
+        """Makes sure that a file is at a key; False where something else is."""
+        there = self._compare(key, incoming)
+        if there is None:
+            checked = self._upload(key, incoming, media)
+            if checked is not None:
+                self._verify(key, incoming, checked=checked)
+                return True
+            there = self._compare(key, incoming)
+        if there is None:
+            raise StorageTrouble(f"can't write {self._location(key)}: another upload of it is under way")
+        return there
+
+    def _compare(self, key: str, incoming: Incoming) -> bool | None:
+        """Whether what is at a key is this file; None where nothing is."""
+        with self._talking(f"read {self._location(key)}") as client:
+            head = self._head(client, self._bucket, key)
+        if head is None:
+            return None
+        if head["ContentLength"] != incoming.size:
+            return False
+        known = {name.lower(): value for name, value in head.get("Metadata", {}).items()}.get("sha256")
+        if known is not None:
+            return bool(known == incoming.sha256)
+        if head.get("ChecksumSHA256") == _base64(incoming.sha256):
+            return True
+        # nobody says what it is (a copy by another tool, say): its bytes do
+        return self.examine(self._location(key), size=incoming.size, sha256=incoming.sha256) == "whole"
+
+    def _verify(self, key: str, incoming: Incoming, *, checked: bool) -> None:
+        """Looks at what was uploaded; its bytes are read back where the store doesn't say that it has checked them."""
+        location = self._location(key)
+        if checked:
+            with self._talking(f"read {location}") as client:
+                head = self._head(client, self._bucket, key)
+            if head is None or head["ContentLength"] != incoming.size:
+                raise StorageTrouble(f"{location} was taken by the store, but is not there as it was sent")
+        elif self.examine(location, size=incoming.size, sha256=incoming.sha256) != "whole":
+            with self._talking(f"remove {location}") as client:
+                client.delete_object(Bucket=self._bucket, Key=key)
+            raise StorageTrouble(f"can't write {location}: other bytes arrived than were received")
+
+    def _upload(self, key: str, incoming: Incoming, media: Media) -> bool | None:
+        """Sends a file; whether the store says that it checked the bytes. None where the name was taken meanwhile."""
+        from botocore.exceptions import ClientError
+
+        with self._talking(f"write {self._location(key)}") as client, incoming.path.open("rb") as file:
+            send = self._send_whole if incoming.size <= SINGLE_BYTES else self._send_parts
+            described = {"ContentType": media.type, "Metadata": {"sha256": incoming.sha256}}
+            try:
+                return send(client, key, incoming, file.fileno(), described)
+            except ClientError as error:
+                if _status(error) in (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.CONFLICT):
+                    return None
+                if _status(error) == HTTPStatus.BAD_REQUEST:
+                    incoming.hold = False  # a checksum that is wrong: the file is not what was received any more
+                raise
+
+    def _send_whole(self, client: Any, key: str, incoming: Incoming, handle: int, described: dict[str, Any]) -> bool:
+        checksum = _base64(incoming.sha256)
+        answer = self._where_nothing_is(
+            lambda **condition: client.put_object(
+                Bucket=self._bucket,
+                Key=key,
+                Body=_Slice(handle, 0, incoming.size),
+                ContentLength=incoming.size,
+                ChecksumSHA256=checksum,
+                **described,
+                **condition,
+            )
+        )
+        return bool(answer.get("ChecksumSHA256") == checksum)
+
+    def _send_parts(self, client: Any, key: str, incoming: Incoming, handle: int, described: dict[str, Any]) -> bool:
+        begun = client.create_multipart_upload(Bucket=self._bucket, Key=key, ChecksumAlgorithm="SHA256", **described)
+        upload = {"Bucket": self._bucket, "Key": key, "UploadId": begun["UploadId"]}
+        whole, parts, checked = hashlib.sha256(), [], True
+        try:
+            for number, start in enumerate(range(0, incoming.size, PART_BYTES), 1):
+                part = _Slice(handle, start, min(PART_BYTES, incoming.size - start))
+                digest = hashlib.sha256()
+                while chunk := part.read(READ_BYTES):
+                    digest.update(chunk)
+                    whole.update(chunk)
+                part.seek(0)
+                checksum = _base64(digest.hexdigest())
+                answer = client.upload_part(
+                    **upload, PartNumber=number, Body=part, ContentLength=part.size, ChecksumSHA256=checksum
+                )
+                parts.append({"PartNumber": number, "ETag": answer["ETag"]})
+                if answer.get("ChecksumSHA256") == checksum:
+                    parts[-1]["ChecksumSHA256"] = checksum
+                else:
+                    checked = False
+            if whole.hexdigest() != incoming.sha256:  # the store only knows what each part should be
+                incoming.hold = False
+                raise StorageTrouble(f"can't write {self._location(key)}: the partial file has changed on the disk")
+            self._where_nothing_is(
+                lambda **condition: client.complete_multipart_upload(
+                    **upload, MultipartUpload={"Parts": parts}, **condition
+                )
+            )
+        except BaseException:
+            with suppress(Exception):
+                client.abort_multipart_upload(**upload)
+            raise
+        return checked
+
+    def _where_nothing_is(self, call: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+        """Makes a call that must not overwrite; a store that can't promise it has been asked for the name before."""
+        from botocore.exceptions import ClientError
+
+        if self._conditional:
+            try:
+                return call(IfNoneMatch="*")
+            except ClientError as error:
+                if _status(error) != HTTPStatus.NOT_IMPLEMENTED:
+                    raise
+                self._conditional = False
+        return call()
+
+    def _head(self, client: Any, bucket: str, key: str) -> dict[str, Any] | None:
+        """What a store says about an object; None where there is none."""
+        return _unless_missing(lambda: client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED"))
+
+    @contextmanager
+    def _talking(self, doing: str) -> Iterator[Any]:
+        """The client, to do something with; whatever it or the network refuses is a StorageTrouble."""
+        client = self._client()
+        try:
+            yield client
+        except _refusals() as error:
+            raise StorageTrouble(f"can't {doing}: {_reason(error)}") from None
+
+    def _client(self) -> Any:
+        """This process's client: making one is slow and not safe among threads, using it is both."""
+        made = self._made
+        if made is None or made[0] != os.getpid():
+            with self._lock:
+                made = self._made
+                if made is None or made[0] != os.getpid():
+                    made = self._made = (os.getpid(), self._new_client())
+        return made[1]
+
+    def _new_client(self) -> Any:
+        try:
+            import boto3  # an extra, and slow to import
+            from botocore.config import Config
+        except ImportError:
+            raise SettingsError("STORAGE_URL names an S3 bucket: pip install 'fetch-worker[s3]'") from None
+        config = Config(
+            signature_version="s3v4",
+            connect_timeout=CONNECT_TIMEOUT,
+            read_timeout=READ_TIMEOUT,
+            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+            max_pool_connections=CONNECTIONS,
+            proxies={},  # none from the environment, as for everything else
+            request_checksum_calculation="when_required",  # we name checksums ourselves, and check what we read
+            response_checksum_validation="when_required",
+        )
+        try:
+            session = boto3.session.Session()
+            region = os.environ.get("AWS_REGION") or session.region_name or DEFAULT_REGION
+            # with an endpoint of its own the bucket goes into the path, unless AWS_CONFIG_FILE says `virtual`
+            client = session.client("s3", region_name=region, config=config)
+            if AMAZON.search(client.meta.endpoint_url):  # else a signed URL would name no region, and be redirected
+                client = session.client(
+                    "s3", region_name=region, config=config.merge(Config(s3={"addressing_style": "virtual"}))
+                )
+            return client
+        except ValueError:
+            raise SettingsError("AWS_ENDPOINT_URL or AWS_REGION is malformed, for example http://host:8333") from None
+        except _refusals() as error:
+            raise StorageTrouble(f"can't use the bucket {self._bucket}: {_reason(error)}") from None
+
+
+class _Slice(io.RawIOBase):
+    """A part of an open file, as a file that is read and wound back on its own."""
+
+    def __init__(self, handle: int, start: int, size: int) -> None:
+        self.size = size
+        self._handle = handle
+        self._start = start
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        chunk = os.pread(self._handle, min(len(buffer), self.size - self._at), self._start + self._at)
+        if not chunk and self._at < self.size and len(buffer):
+            raise OSError(errno.EIO, "the partial file has changed on the disk")
+        buffer[: len(chunk)] = chunk
+        self._at += len(chunk)
+        return len(chunk)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
+        self._at = min(max(origin + offset, 0), self.size)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+
+class _Download(io.RawIOBase):
+    """The body of an answer as a file."""
+
+    def __init__(self, body: Any, location: str) -> None:
+        self._body = body
+        self._location = location
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        try:
+            chunk = self._body.read(len(buffer))
+        except _refusals() as error:
+            raise StorageTrouble(f"can't read {self._location}: {_reason(error)}") from None
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._body.close()
+        super().close()
+
+
+def _parsed(location: str) -> tuple[str, str]:
+    """The bucket and the key of a location.
+
+    >>> _parsed("s3://bucket/12/12345/0-ab.png")
+    ('bucket', '12/12345/0-ab.png')
+    """
+    bucket, _, key = location.removeprefix(SCHEME).partition("/")
+    if not (location.startswith(SCHEME) and bucket and key):
+        raise StorageTrouble(f"{location} is not in S3: it was stored under another STORAGE_URL")
+    return bucket, key
+
+
+def _base64(digest: str) -> str:
+    return base64.b64encode(bytes.fromhex(digest)).decode()
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    return BotoCoreError, ClientError, HTTPError, OSError
+
+
+def _unless_missing(call: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """What a call answers; None where it says that there is no such object. A missing bucket is no missing object."""
+    from botocore.exceptions import ClientError
+
+    try:
+        return call()
+    except ClientError as error:
+        if _status(error) == HTTPStatus.NOT_FOUND and error.response["Error"].get("Code") != "NoSuchBucket":
+            return None
+        raise
+
+
+def _status_of(call: Callable[[], Any]) -> int:
+    """The status that a call is answered with, where it is one that says something about the bucket."""
+    from botocore.exceptions import ClientError
+
+    try:
+        call()
+    except ClientError as error:
+        if _status(error) in (HTTPStatus.NOT_FOUND, HTTPStatus.FORBIDDEN):
+            return _status(error)
+        raise
+    return HTTPStatus.OK
+
+
+def _status(error: Any) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _reason(error: Exception) -> str:
+    """Why something was refused, in a few words. The errors' own texts are not used: they hold URLs and more."""
+    kind = type(error).__name__
+    if kind in ("NoCredentialsError", "PartialCredentialsError"):
+        return "no credentials, set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if kind in ("EndpointConnectionError", "ConnectTimeoutError"):
+        return "the store can't be reached, see AWS_ENDPOINT_URL"
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        code = str(response.get("Error", {}).get("Code", ""))
+        if code.isdecimal() or not code:  # a HEAD is answered without a text
+            status = _status(error)
+            return f"{status} {HTTPStatus(status).phrase}" if status in set(HTTPStatus) else f"status {status}"
+        return code[:80]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return kind
