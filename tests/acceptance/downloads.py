@@ -318,7 +318,7 @@ def _goes_on(bench: Bench, what: str) -> None:
 def bucket(place: Place, home: Path) -> Report:
     """Pictures go to an S3 server, which is away for half a minute: each is fetched once and stored once."""
     report = Report("bucket")
-    home.mkdir(parents=True, exist_ok=True)
+    (home / "s3").mkdir(parents=True)
     with web_server() as web, s3_server(home / "s3") as s3:
         name = s3.bucket()
         storage_url = {"STORAGE_URL": f"s3://{name}/shop/pictures", **s3.environment}
