@@ -211,7 +211,7 @@ class Pace:
         else:
             plan = Plan(self._first_age(job.eta) * (1 + SPREAD * spread) - job.age)
             least = 0.0
-        return replace(plan, wait=_until_deadline(max(plan.wait, least - job.age, 0.0), job.left))
+        return Plan(_until_deadline(max(plan.wait, least - job.age, 0.0), job.left), plan.scale, plan.growth)
 
     def next(self, job: Waiting, model: Model, *, spread: float) -> Plan:
         """When to ask next about a job that was asked about just now. `spread` is 0 to 1."""
@@ -221,7 +221,7 @@ class Pace:
         else:
             wait = max(self.least, min(_WAITS[self.policy](job), SIMPLE_MOST))
             plan = Plan(wait * (1 + SPREAD * spread))
-        return replace(plan, wait=max(_until_deadline(plan.wait, job.left), self.least))
+        return Plan(max(_until_deadline(plan.wait, job.left), self.least), plan.scale, plan.growth)
 
     def _learned(self, job: Waiting, model: Model, spread: float) -> Plan:
         due, later = model.due(job, self.price)
