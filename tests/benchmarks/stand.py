@@ -147,10 +147,12 @@ class Stand:
             time.sleep(0.1)
         return process.pid
 
-    def start_worker(self, number: int = 1, name: str = "worker") -> int:
-        """Starts a worker by the Procfile's line of this name."""
+    def start_worker(self, number: int = 1, name: str = "worker", concurrency: int | None = None) -> int:
+        """Starts a worker by the Procfile's line of this name, with another number of threads where one is given."""
         lines = dict(line.split(": ", 1) for line in (ROOT / "Procfile").read_text().splitlines())
         words = lines[name].replace(f"{name}@%h", f"{name}{number}@%h").split()
+        if concurrency is not None:
+            words[words.index("--concurrency") + 1] = str(concurrency)
         return self.start(str(BIN / words[0]), *words[1:], log=f"{name}{number}.log")
 
     def stop(self) -> None:

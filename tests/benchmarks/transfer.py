@@ -1,4 +1,8 @@
-"""Downloads: receive, hash, write, fsync; beside curl, sha256sum and sync doing the same."""
+"""Downloads: receive, hash, write, fsync; beside curl, sha256sum and sync doing the same.
+
+One large file at a time, then pictures of a usual size, eight and thirty-two at once: the downloader alone, and the
+whole task with Celery and PostgreSQL. The server of the files is a process of its own.
+"""
 
 import http.server
 import os
@@ -8,10 +12,10 @@ import socketserver
 import struct
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_network
@@ -19,21 +23,24 @@ from pathlib import Path
 from typing import ClassVar
 
 import psycopg
+from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 
 from tests.benchmarks.stand import cpu_seconds, stand
 from tests.benchmarks.table import Rounds, Table
-from tests.rows import add_downloading, add_output, output_of
 from worker.addresses import Guard, guarded_adapter
+from worker.core.lifecycle import OutputFacts, StoredFile
 from worker.database import make_engine
 from worker.downloader import Downloader
 from worker.leases import LeaseKeeper
 from worker.migrate import migrate
 from worker.scrubber import Scrubber
 from worker.storage import FileStorage
+from worker.store.claims import ClaimedOutput
 
 MEGABYTES = 50
-PICTURES, PICTURE_MEGABYTES = 60, 2
+PICTURES, PICTURE_BYTES = 96, 1_500_000
+AT_ONCE = (8, 32)
 QUEUE = "import sys; from worker.tasks import queue_downloads; queue_downloads([int(one) for one in sys.argv[1:]])"
 LISTED = """
 WITH job AS (
@@ -81,97 +88,122 @@ class _Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     daemon_threads = True
 
 
+def _serve(file: Path) -> None:
+    """Serves a file until the process ends; prints its port."""
+    server = _Server(("127.0.0.1", 0), type("Bound", (_Handler,), {"file": file}))
+    print(server.server_address[1], flush=True)
+    server.serve_forever()
+
+
 @contextmanager
 def served(file: Path) -> Iterator[str]:
     """A file's address."""
-    server = _Server(("127.0.0.1", 0), type("Bound", (_Handler,), {"file": file}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/a.png"
-    finally:
-        server.shutdown()
-        server.server_close()
+    program = [sys.executable, "-m", "tests.benchmarks.transfer", str(file)]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        try:
+            yield f"http://127.0.0.1:{port}/a.png"
+        finally:
+            process.kill()
 
 
-def measure_transfer(table: Table, folder: Path, rounds: int) -> None:
-    """Processor time per megabyte. The server's thread is left out: it works in another process's stead."""
-    folder.mkdir()
-    file = folder / "source.png"
-    file.write_bytes(big_png(MEGABYTES * 1_000_000))
-    engine = make_engine(make_url(f"sqlite:///{folder}/transfer.db"))
-    migrate(engine)
+def _downloader(engine: Engine, folder: Path, threads: int) -> Downloader:
     guard = Guard([LOOPBACK])
-    downloader = Downloader(
+    return Downloader(
         engine=engine,
         leases=LeaseKeeper(engine, lease=timedelta(seconds=60)),
         storage=FileStorage(folder / "out"),
         guard=guard,
-        adapter=guarded_adapter(guard, connections=4),
+        adapter=guarded_adapter(guard, connections=threads),
         scrubber=Scrubber([]),
         max_bytes=200_000_000,
         timeout=60,
         deadline=86_400,
         tell=lambda ids: None,
+        per_host=threads,
     )
-    found = Rounds()
-    with served(file) as url:
-        for number in range(rounds + 1):
-            with engine.begin() as connection:
-                now = datetime.now(UTC)
-                output = add_output(
-                    connection, add_downloading(connection, f"t{number}"), url=url, due_at=now, listed_at=now
-                )
-            began = time.thread_time()  # the downloader works in this thread alone
-            downloader.run(output)
-            ours = time.thread_time() - began
-            row = output_of(engine, output)
-            if row.status != "stored":
-                raise RuntimeError(f"not stored: {row.error_code} {row.error_message}")
-            theirs = _by_hand([url], folder / f"curl{number}")
-            if number:
-                found.add(ours / MEGABYTES, theirs / MEGABYTES)
+
+
+def measure_transfer(table: Table, folder: Path, rounds: int) -> None:
+    """Receiving, checking and storing alone, without claims: one large file, then many pictures at once."""
+    folder.mkdir()
+    engine = make_engine(make_url(f"sqlite:///{folder}/transfer.db"))
+    migrate(engine)
+    for count, size, threads in ((1, MEGABYTES * 1_000_000, 1), *((PICTURES, PICTURE_BYTES, n) for n in AT_ONCE)):
+        file = folder / f"source{threads}.png"
+        file.write_bytes(big_png(size))
+        found, speeds = Rounds(), Rounds()
+        downloader = _downloader(engine, folder, threads)
+        with served(file) as url, ThreadPoolExecutor(threads) as pool:
+            for number in range(rounds + 1):
+                wanted = [_claimed(number * count + one + 1, url) for one in range(count)]
+                used, began = time.process_time(), time.perf_counter()
+                said = list(pool.map(downloader._attempt, wanted))
+                ours, took = time.process_time() - used, time.perf_counter() - began
+                if not all(isinstance(one, StoredFile) for one in said):
+                    raise RuntimeError(f"not stored: {said}")
+                theirs, their_time = _by_hand([url] * count, folder / f"curl{threads}-{number}", threads)
+                megabytes = count * size / 1e6
+                if number:
+                    found.add(ours / megabytes, theirs / megabytes)
+                    speeds.add(took / megabytes, their_time / megabytes)
+        what = f"transfer, {threads} at once of {size / 1e6:g} MB"
+        table.ratio(f"{what} ÷ (curl + sha256sum + sync)", found, "ms CPU/MB", 1e3, must=1.3, aim=1.0)
+        table.ratio(f"{what}, elapsed, beside the same", speeds, "ms/MB", 1e3)
     engine.dispose()
-    table.ratio("transfer ÷ (curl + sha256sum + sync)", found, "ms CPU/MB", 1e3, must=1.3, aim=1.0)
 
 
-def _by_hand(urls: Sequence[str], folder: Path) -> float:
-    """Processor seconds of one curl, one sha256sum and one sync for all of them: no time goes into starting more."""
+def _claimed(number: int, url: str) -> ClaimedOutput:
+    facts = OutputFacts(attempts=1, proxies=0, ready_at=datetime.now(UTC))
+    return ClaimedOutput(number, "token", number, 0, (url,), None, facts)
+
+
+def _by_hand(urls: Sequence[str], folder: Path, at_once: int) -> tuple[float, float]:
+    """Processor and elapsed seconds of one curl, one sha256sum and one sync for all: none goes into starting more."""
     folder.mkdir()
     targets = [str(folder / f"{number}.png") for number, _ in enumerate(urls)]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     wanted = [word for url, target in zip(urls, targets, strict=True) for word in ("-o", target, url)]
-    subprocess.run(["curl", "-s", *wanted], check=True)
+    subprocess.run(["curl", "-s", "--parallel", "--parallel-max", str(at_once), *wanted], check=True)
     subprocess.run(["sha256sum", *targets], check=True, capture_output=True)
     subprocess.run(["sync", *targets], check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    after, took = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - began
     shutil.rmtree(folder)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, took
 
 
 def measure_downloads(table: Table, folder: Path, rounds: int) -> None:
-    """The whole task, Celery and PostgreSQL included, by the Procfile's line, on pictures of a usual size."""
+    """The whole task, Celery and PostgreSQL included, by the Procfile's line with so many threads."""
     folder.mkdir()
     file = folder / "source.png"
-    file.write_bytes(big_png(PICTURE_MEGABYTES * 1_000_000))
-    megabytes = PICTURES * PICTURE_MEGABYTES
-    found, rates = Rounds(), list[float]()
-    settings = {"STORAGE_URL": f"file:{folder}/out", "OUTPUT_ALLOWED_NETWORKS": "127.0.0.0/8"}
-    with served(file) as url, stand(folder / "stand", **settings) as made:
-        pid = made.start_worker(name="downloads")
-        for number in range(rounds + 1):
-            with psycopg.connect(made.database_url, autocommit=True) as connection:
-                ids = [str(row[0]) for row in connection.execute(LISTED, (f"d{number}", url, PICTURES - 1))]
-                used, began = cpu_seconds([pid]), time.perf_counter()
-                made.run(sys.executable, "-c", QUEUE, *ids)
-                _until_stored(connection, PICTURES * (number + 1))
-                took, ours = time.perf_counter() - began, cpu_seconds([pid]) - used
-            theirs = _by_hand([url] * PICTURES, folder / f"curl{number}")
-            if number:
-                found.add(ours / megabytes, theirs / megabytes)
-                rates.append(PICTURES / took)
-    what = f"download task of a {PICTURE_MEGABYTES} MB picture ÷ (curl + sha256sum + sync)"
-    table.ratio(what, found, "ms CPU/MB", 1e3, must=2.5, aim=2.0)
-    table.figure(f"downloads of {PICTURE_MEGABYTES} MB, one process, best round", max(rates), "/s")
+    file.write_bytes(big_png(PICTURE_BYTES))
+    megabytes = PICTURES * PICTURE_BYTES / 1e6
+    for threads in AT_ONCE:
+        found, speeds, rates = Rounds(), Rounds(), list[float]()
+        settings = {
+            "STORAGE_URL": f"file:{folder}/out{threads}",
+            "OUTPUT_ALLOWED_NETWORKS": "127.0.0.0/8",
+            "DOWNLOADS_PER_HOST": str(threads),
+        }
+        with served(file) as url, stand(folder / f"stand{threads}", **settings) as made:
+            pid = made.start_worker(name="downloads", concurrency=threads)
+            for number in range(rounds + 1):
+                with psycopg.connect(made.database_url, autocommit=True) as connection:
+                    ids = [str(row[0]) for row in connection.execute(LISTED, (f"d{number}", url, PICTURES - 1))]
+                    used, began = cpu_seconds([pid]), time.perf_counter()
+                    made.run(sys.executable, "-c", QUEUE, *ids)
+                    _until_stored(connection, PICTURES * (number + 1))
+                    took, ours = time.perf_counter() - began, cpu_seconds([pid]) - used
+                theirs, their_time = _by_hand([url] * PICTURES, folder / f"curl{threads}-{number}", threads)
+                if number:
+                    found.add(ours / megabytes, theirs / megabytes)
+                    speeds.add(took / megabytes, their_time / megabytes)
+                    rates.append(PICTURES / took)
+        what = f"download task, {threads} at once of {PICTURE_BYTES / 1e6:g} MB"
+        table.ratio(f"{what} ÷ (curl + sha256sum + sync)", found, "ms CPU/MB", 1e3, must=2.5, aim=2.0)
+        table.ratio(f"{what}, elapsed, beside the same", speeds, "ms/MB", 1e3)
+        table.figure(f"{what}, one process, best round", max(rates), "/s")
 
 
 def _until_stored(connection: "psycopg.Connection[tuple[object, ...]]", count: int) -> None:
@@ -183,3 +215,7 @@ def _until_stored(connection: "psycopg.Connection[tuple[object, ...]]", count: i
         if time.monotonic() > until:
             raise RuntimeError(f"only {row} of {count} outputs are stored")
         time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    _serve(Path(sys.argv[1]))

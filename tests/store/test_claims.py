@@ -492,3 +492,17 @@ def test_a_claimed_job_tells_when_it_was_last_seen_not_ready(engine: Engine) -> 
         (job,) = claim_jobs(connection, WANTED, limit=1, token="t", holder="h", lease=LEASE, now=NOW)
 
     assert (job.not_ready_at, job.pace_scale, job.eta_at) == (NOW - seconds(7), 4.5, NOW - seconds(9))
+
+
+def test_given_two_messages_that_cross_when_each_took_the_others_output_then_none_is_left_over(engine: Engine) -> None:
+    """Where threads take messages out of order, as they do."""
+    with engine.begin() as connection:
+        job_id = add_downloading(connection)
+        older = add_output(connection, job_id, 0, listed_at=NOW - seconds(5))
+        younger = add_output(connection, job_id, 1)
+
+        first = taken(connection, younger, token="a")
+        second = taken(connection, older, token="b")
+
+        assert (first.id, second.id) == (older, younger)
+        assert take(connection, younger, token="c") is None

@@ -300,25 +300,27 @@ def release_tokens(connection: Connection, holder: str, tokens: Sequence[str], *
 def claim_output(
     connection: Connection, output_id: int, *, token: str, holder: str, lease: timedelta, now: datetime
 ) -> ClaimedOutput | None:
-    """Takes an output, if the one named is due. None where there is nothing to do: stored, taken, not due, unknown.
+    """Takes a due output: the oldest one there is, or the one named. None where there is nothing to do.
 
-    A message stands for one download, not for one output: where an older link is due too, that one is taken. So one
-    that was put back after a crash does not wait behind a backlog of younger ones.
+    A message stands for one download, not for one output: so one that was put back after a crash does not wait behind a
+    backlog of younger ones, and where two messages cross, each having taken the other's output, none is left over.
     """
     due = (outputs.c.due_at.is_not(None), outputs.c.due_at <= now)
     wanted = select(outputs.c.listed_at).where(outputs.c.id == output_id, *due).with_for_update(skip_locked=True)
     # Locked already here: on MariaDB updates that meet in an index block each other.
     named = connection.execute(wanted).scalar()
-    if named is None:
-        return None
+    older = () if named is None else (outputs.c.listed_at < named,)
     oldest = (
         select(outputs.c.id)
-        .where(*due, outputs.c.listed_at < named)
+        .where(*due, *older)
         .order_by(outputs.c.listed_at, outputs.c.id)
         .limit(1)
         .with_for_update(skip_locked=True)
     )
-    output_id = connection.execute(oldest).scalar() or output_id
+    found = connection.execute(oldest).scalar()
+    if found is None and named is None:
+        return None
+    output_id = output_id if found is None else found
     taken = connection.execute(
         update(outputs)
         .where(outputs.c.id == output_id, *due)
