@@ -315,8 +315,9 @@ def test_status_tells_how_everything_stands(database: Engine, run: Run, monkeypa
     said = run("status", "--json")
     document = said.document
     assert (said.code, said.err) == (0, "")
-    assert set(document) == {"jobs", "accounts", "oldest_due_seconds", "healthy", "kinds"}
+    assert set(document) == {"jobs", "accounts", "oldest_due_seconds", "healthy", "kinds", "outputs"}
     assert document["kinds"] == []
+    assert document["outputs"] == {"unstored": 0, "oldest_seconds": 0.0, "trouble": {}, "storage": None}
     assert document["jobs"] == {
         "pending": 1,
         "downloading": 0,
