@@ -1,4 +1,4 @@
-"""Commands that only look: list, show, status."""
+"""Commands that only look: list, show, status, doctor."""
 
 from dataclasses import asdict
 from typing import Any
@@ -19,10 +19,17 @@ from worker.cli.output import (
 )
 from worker.core.lifecycle import JOB_STATES, STORAGE_WAIT
 from worker.database import connected, engine_for
+from worker.doctor import alive, examine
 from worker.overview import KindState, Overview, belief, overview, why
 from worker.settings import Settings, load
 from worker.store.jobs import job_row, newest, outputs_of
 
+NODES_SECONDS = 1.5
+QUEUES = {
+    "fetch-worker": "tracking and sweeping: start a `worker` process",
+    "fetch-worker.polls": "polls: start a `worker` process",
+    "fetch-worker.downloads": "downloads: start a `downloads` process",
+}
 LISTED = ("id", "remote_id", "account", "kind", "status", "polls", "submitted_at", "reference", "error_code")
 OUTPUTS = ("id", "position", "status", "media_type", "size_bytes", "attempts", "location", "error_code")
 
@@ -156,4 +163,25 @@ def _or_never(seconds: float | None) -> str:
     return "never" if seconds is None else f"{seconds:.1f}"
 
 
-COMMANDS: tuple[click.Command, ...] = (list_jobs, show, status)
+@click.command()
+@click.option("--liveness", is_flag=True, help="Only whether due work is being done: for containers, and quick.")
+@json_option
+def doctor(liveness: bool, as_json: bool) -> int:
+    """Look at everything that the work depends on, and say what to do; exits with 1 if anything is wrong."""
+    settings = load()
+    checks = [alive(settings)] if liveness else list(examine(settings, _nodes, queues=QUEUES))
+    if as_json:
+        print_json({"checks": [asdict(check) for check in checks]})
+    else:
+        print_table(("check", "", "seen"), [(c.name, "ok" if c.ok else "WRONG", c.message) for c in checks], empty="")
+    return 0 if all(check.ok for check in checks) else 1
+
+
+def _nodes() -> dict[str, frozenset[str]]:
+    from worker.app import app  # connects to nothing yet, but brings all of Celery
+
+    replies = app.control.inspect(timeout=NODES_SECONDS).active_queues() or {}
+    return {node: frozenset(queue["name"] for queue in queues) for node, queues in replies.items()}
+
+
+COMMANDS: tuple[click.Command, ...] = (list_jobs, show, status, doctor)

@@ -41,6 +41,16 @@ def unstored(connection: Connection) -> list[Unstored]:
     return [Unstored(row.error_code, row._mapping["count"], row.oldest, row.message) for row in rows]
 
 
+def stuck_claims(connection: Connection, *, before: datetime) -> int:
+    """Rows, of jobs and of outputs, whose claim was over before that and that nobody has taken up since."""
+    return sum(
+        connection.execute(
+            select(func.count()).where(table.c.claim_holder.is_not(None), table.c.due_at < before)
+        ).scalar_one()
+        for table in (jobs, outputs)
+    )
+
+
 def output_row(connection: Connection, output_id: int) -> Row[Any] | None:
     """One output, or None."""
     if not 0 < output_id < 2**63:

@@ -1,0 +1,237 @@
+"""What stands in the way: every server, setting and rule that the work depends on, each with what to do about it."""
+
+import importlib.util
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from kombu.connection import Connection as BrokerConnection
+from kombu.exceptions import KombuError
+from kombu.exceptions import OperationalError as BrokerError
+from redis.exceptions import RedisError
+from sqlalchemy.exc import SQLAlchemyError
+
+from worker.database import check_schema, connected, database_now, engine_for
+from worker.errors import SettingsError, StorageTrouble, WorkerError
+from worker.overview import HEALTHY_SECONDS, Overview, overview
+from worker.process_id import host_name
+from worker.settings import Settings
+from worker.shared_budget import redis_client
+from worker.store.outputs import stuck_claims
+from worker.stores import storage_for
+
+SKEW_SECONDS = 5.0
+SLOW_SECONDS = 0.5
+PING_SECONDS = 2.0
+REDIS_LEAST = (6, 2)
+FULL_SHARE = 0.9
+UNSTORED_LATE_SECONDS = 3_600.0
+STALE_PARTIAL_SECONDS = 2 * 3_600.0
+MIB = 1 << 20
+
+Nodes = Callable[[], Mapping[str, frozenset[str]]]  # the queues that each worker process that answers consumes
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at. `message` says what was seen, and where it is not ok, what to do."""
+
+    name: str
+    ok: bool
+    message: str
+
+
+def examine(settings: Settings, nodes: Nodes, *, queues: Mapping[str, str]) -> Iterator[Check]:
+    """All checks, one after the other; none of them raises. `queues` is what each queue is for, by its name."""
+    yield _names()
+    database = _database(settings)
+    yield database
+    if database.ok:
+        yield from _with_tables(settings)
+    yield _redis(settings)
+    if settings.broker_url is not None:
+        yield _broker(settings)
+    yield from _processes(nodes, queues)
+    yield from _storage(settings)
+
+
+def alive(settings: Settings) -> Check:
+    """Whether the work is being done: nothing is due for long, or requests went out lately. For containers."""
+    try:
+        with connected(settings.database), engine_for(settings.database).connect() as connection:
+            return _work(overview(connection, settings))
+    except WorkerError as wrong:
+        return Check("work", False, str(wrong))
+
+
+def _names() -> Check:
+    """Whether Python finds our package by its name, and not the app's."""
+    for name in ("worker.py", "worker"):
+        path = Path.cwd() / name
+        ours = Path(__file__).resolve().parent
+        if path.exists() and path.resolve() != ours and not (path.is_dir() and (path / "bootstrap.py").exists()):
+            said = (
+                f"{path} has our package's name: Python may find it instead. Run fetch-worker in another directory, or"
+            )
+            return Check("names", False, f"{said} in an environment of its own, and enqueue by task name")
+    found = importlib.util.find_spec("worker")
+    return Check("names", True, f"the package is {Path(str(found.origin)).parent if found else 'here'}")
+
+
+def _database(settings: Settings) -> Check:
+    engine = engine_for(settings.database)
+    where = engine.url.render_as_string(hide_password=True)
+    try:
+        check_schema(engine)
+        began = time.monotonic()
+        with connected(settings.database), engine.connect() as connection:
+            skew = (database_now(connection) - datetime.now(UTC)).total_seconds()
+        took = time.monotonic() - began
+    except WorkerError as wrong:
+        return Check("database", False, str(wrong))
+    except SQLAlchemyError as error:
+        return Check("database", False, f"{where} refused a query ({type(error).__name__}): look at its log")
+    said = f"{where} answers in {took * 1e3:.0f} ms, its schema is of this version"
+    if took > SLOW_SECONDS:
+        return Check("database", False, f"{where} took {took:.1f} s for a query: is it overloaded, or far away?")
+    if abs(skew) > SKEW_SECONDS:
+        ahead = "ahead of" if skew > 0 else "behind"
+        return Check(
+            "database",
+            False,
+            f"its clock is {abs(skew):.0f} s {ahead} this machine's: run NTP on both (dues go by its)",
+        )
+    return Check("database", True, f"{said}, clocks differ by {abs(skew):.2f} s")
+
+
+def _with_tables(settings: Settings) -> Iterator[Check]:
+    try:
+        with connected(settings.database), engine_for(settings.database).connect() as connection:
+            state = overview(connection, settings)
+            stuck = stuck_claims(connection, before=database_now(connection) - _grace(settings))
+    except WorkerError as wrong:
+        yield Check("work", False, str(wrong))
+        return
+    yield _work(state)
+    held = [f"{one.account}: {one.reason}" for one in state.accounts if one.reason is not None]
+    if held:
+        yield Check("holds", False, "; ".join(held) + ". Held jobs wait and cost nothing; see `fetch-worker status`")
+    else:
+        yield Check("holds", True, "no account and no host is held" if state.accounts else "no account has jobs yet")
+    if stuck:
+        said = (
+            f"{stuck} rows were taken by processes that are gone, and nobody took them up: is a worker process running?"
+        )
+        yield Check("claims", False, said)
+    else:
+        yield Check("claims", True, "no claim is left of a process that is gone")
+    waiting = state.unstored
+    said = f"{waiting.count} outputs are paid for and not stored yet, the oldest for {waiting.oldest_seconds:.0f} s"
+    late = waiting.count > 0 and waiting.oldest_seconds > UNSTORED_LATE_SECONDS
+    trouble = ", ".join(f"{count} {code}" for code, count in sorted(waiting.trouble.items()))
+    if late:
+        said += f" ({trouble or 'no attempt yet'}): is a `downloads` process running? Links die; see `show`"
+    yield Check("outputs", not late, said if waiting.count else "every output that is listed is stored, or given up")
+
+
+def _grace(settings: Settings) -> timedelta:
+    """How long a claim may be over before somebody should have taken it up."""
+    return timedelta(seconds=settings.recovery_seconds + HEALTHY_SECONDS)
+
+
+def _work(state: Overview) -> Check:
+    if state.healthy:
+        return Check("work", True, f"the oldest work that is due waits for {state.oldest_due_seconds:.1f} s")
+    return Check(
+        "work", False, f"work is due for {state.oldest_due_seconds:.0f} s and nobody does it: start a `worker` process"
+    )
+
+
+def _redis(settings: Settings) -> Check:
+    client = redis_client(settings.redis, seconds=PING_SECONDS)
+    try:
+        information: Any = client.info()
+        policy = _policy(client)
+    except (RedisError, OSError) as error:
+        return Check(
+            "redis", False, f"REDIS_URL does not answer ({type(error).__name__}): polling goes on slowly without it"
+        )
+    finally:
+        client.close()
+    version = str(information.get("redis_version", "0"))
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < REDIS_LEAST:
+        return Check("redis", False, f"version {version}: 6.2 is the least that Celery works with")
+    used, most = int(information.get("used_memory", 0)), int(information.get("maxmemory", 0))
+    if policy not in ("", "noeviction"):
+        return Check("redis", False, f"maxmemory-policy is {policy}: messages may vanish; set it to noeviction")
+    if most and used > FULL_SHARE * most:
+        return Check(
+            "redis", False, f"{used // MIB} of {most // MIB} MiB are used: raise maxmemory, or it refuses soon"
+        )
+    return Check("redis", True, f"version {version} answers, {used // MIB} MiB used")
+
+
+def _policy(client: Any) -> str:
+    """Empty where a hosted server does not tell."""
+    try:
+        return str(client.config_get("maxmemory-policy").get("maxmemory-policy", ""))
+    except RedisError:
+        return ""
+
+
+def _broker(settings: Settings) -> Check:
+    connection = BrokerConnection(settings.broker, connect_timeout=PING_SECONDS)
+    where = connection.as_uri()  # without the password
+    try:
+        connection.ensure_connection(max_retries=1, timeout=PING_SECONDS)
+    except (BrokerError, KombuError, OSError) as error:
+        return Check("broker", False, f"{where} does not answer ({type(error).__name__}): check BROKER_URL")
+    finally:
+        connection.release()
+    return Check("broker", True, f"{where} answers")
+
+
+def _processes(nodes: Nodes, queues: Mapping[str, str]) -> Iterator[Check]:
+    try:
+        found = nodes()
+    except (BrokerError, KombuError, RedisError, OSError) as error:
+        yield Check("processes", False, f"nobody can be asked, since the broker is away ({type(error).__name__})")
+        return
+    consumed = frozenset().union(*found.values())
+    missing = [f"{queue} ({purpose})" for queue, purpose in queues.items() if queue not in consumed]
+    if missing:
+        names = ", ".join(sorted(found)) or "none at all"
+        yield Check("processes", False, f"nobody consumes {', '.join(missing)}; processes that answer: {names}")
+    else:
+        yield Check("processes", True, f"{len(found)} worker processes answer: {', '.join(sorted(found))}")
+
+
+def _storage(settings: Settings) -> Iterator[Check]:
+    try:
+        storage = storage_for(settings)
+        if not settings.storage_url or settings.bucket is not None:
+            storage.prepare()  # what somebody named and is missing may be a disk that is not mounted
+        with storage.partials.receive(0, f"doctor-{host_name()}-{os.getpid()}") as probe:
+            probe.write(b"a few bytes, to see whether it can be written to")
+            probe.sync()
+    except (StorageTrouble, SettingsError) as wrong:
+        yield Check("storage", False, f"{wrong}; outputs wait until it is put right")
+        return
+    where = settings.storage_url or f"file:{settings.storage_path}"
+    folder = storage.partials.folder
+    room = shutil.disk_usage(folder).free
+    if room < 2 * settings.output_max_bytes:
+        said = f"only {room // MIB} MiB are free for {where}"
+        yield Check("storage", False, f"{said}: make room, one output may have {settings.output_max_bytes // MIB}")
+    else:
+        yield Check("storage", True, f"{where} can be written to, {room // MIB} MiB are free")
+    stale = [path for path in folder.glob("*.part") if time.time() - path.stat().st_mtime > STALE_PARTIAL_SECONDS]
+    if stale:
+        yield Check("partials", False, f"{len(stale)} old partial files in {folder}: does a `downloads` process run?")
+    else:
+        yield Check("partials", True, "no old partial file is left")
