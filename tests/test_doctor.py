@@ -92,11 +92,9 @@ def test_claims_of_processes_that_are_gone_and_outputs_that_wait_for_long_are_co
     with settled.begin() as connection:
         job_id = add_downloading(connection)
         listed = now - timedelta(hours=2)
-        output_id = add_output(
-            connection, job_id, listed_at=listed, due_at=listed, error_code="storage", error_message="x"
-        )
-        old = {"token": "t", "holder": "gone.1.2", "lease": timedelta(seconds=1)}
-        assert claim_output(connection, output_id, now=now - timedelta(hours=1), **old)
+        output_id = add_output(connection, job_id, listed_at=listed, due_at=listed, error_code="storage")
+        then, lease = now - timedelta(hours=1), timedelta(seconds=1)
+        assert claim_output(connection, output_id, token="t", holder="gone.1.2", lease=lease, now=then)
     wrong = _wrong(_examined())
     assert wrong["claims"].startswith("1 rows were taken")
     assert "1 outputs are paid for" in wrong["outputs"]

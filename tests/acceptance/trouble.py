@@ -169,7 +169,10 @@ def bad_outputs(place: Place, home: Path, size: Size) -> Report:
             gets = len([get for get in ledger.gets if get.remote_id == job.remote_id])
             report.figure(name, f"{found['error_code']}, {found['attempts']} attempts, {gets} GETs")
             if code in ("not_media", "truncated"):
-                report.check(f"{name} was tried three times", gets == found["attempts"] == 3, (gets, found["attempts"]))
+                # a cut transfer is asked for once more within an attempt: at the same place again, it is cut there
+                wanted = 6 if code == "truncated" else 3
+                counted = (found["attempts"], gets)
+                report.check(f"{name} was tried three times", counted == (3, wanted), counted)
         _check_renewal(report, stand, hosted, jobs["404 for ever"])
         states = [row["status"] for row in outputs_of(stand, mixed.remote_id)]
         report.check("beside a bad output the good ones stay stored", states == ["stored", "failed", "stored"], states)
