@@ -15,6 +15,7 @@ from celery.signals import after_setup_logger, after_setup_task_logger
 from kombu.entity import Exchange, Queue
 
 from worker.errors import SettingsError
+from worker.kombu_repair import repair
 from worker.scrubber import ScrubbedLogs, Scrubber
 from worker.settings import Settings, load
 
@@ -144,6 +145,8 @@ def _load() -> Settings:
 
 
 settings = _load()
+if settings.broker.startswith(("redis", "rediss")):
+    repair()
 app = make_app(settings)
 _scrub_logs(settings)
 if len(sys.argv) > 1 and {"beat", "flower"} & set(sys.argv):

@@ -1,0 +1,143 @@
+"""Servers that can be hurt: a Redis that is killed, frozen, filled, started again; and the product under its `up`."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import redis
+from sqlalchemy import Engine, func, select
+
+from tests.servers import START_SECONDS, free_port, redis_binary
+from worker.sandbox import Sandbox
+from worker.tables import jobs, outputs
+
+
+class HurtRedis:
+    """A Redis of a test's own, on a TCP port that stays the same."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def client(self) -> "redis.Redis":
+        """A client; close it."""
+        return redis.Redis(port=self.port, socket_timeout=5)
+
+    def start(self) -> None:
+        """Starts it, empty: nothing was saved."""
+        words = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        self._process = subprocess.Popen(
+            [redis_binary(), *words, "--dir", str(self._folder)], stdout=subprocess.DEVNULL
+        )
+        until = time.monotonic() + START_SECONDS
+        with self.client as client:
+            while True:
+                with suppress(redis.RedisError):
+                    assert client.info("server")["process_id"] == self._process.pid, "the tests must hurt their own"
+                    return
+                assert time.monotonic() < until
+                time.sleep(0.02)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Freezes it, or lets it go on."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """`kill -9`; whatever it had is gone."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def tell(self, *words: str) -> None:
+        """A command."""
+        with self.client as client:
+            client.execute_command(*words)
+
+
+@contextmanager
+def hurt_redis(folder: Path) -> Iterator[HurtRedis]:
+    """A running one, gone afterwards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = HurtRedis(folder)
+    made.start()
+    try:
+        yield made
+    finally:
+        made.kill()
+
+
+@contextmanager
+def up(folder: Path, seconds: float = 40.0) -> Iterator["subprocess.Popen[bytes]"]:
+    """`fetch-worker up` in the present environment, once all its processes are there; stopped politely at the end."""
+    log = folder / "up.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "worker", "up"], cwd=folder, stdout=out, stderr=out, env=dict(os.environ)
+        )
+    try:
+        until = time.monotonic() + seconds
+        while log.read_text().count(" ready.") < 2:
+            assert process.poll() is None, log.read_text()[-3_000:]
+            assert time.monotonic() < until, log.read_text()[-3_000:]
+            time.sleep(0.1)
+        yield process
+        assert process.poll() is None, log.read_text()[-3_000:]
+    finally:
+        process.terminate()
+        try:
+            process.wait(40)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(10)
+
+
+def until(reached: Callable[[], bool], seconds: float, what: Callable[[], object] = lambda: "") -> float:
+    """Waits for real processes to get somewhere; how long it took, in seconds."""
+    began = time.monotonic()
+    while not reached():
+        assert time.monotonic() < began + seconds, f"it did not come to pass in {seconds:g} s: {what()}"
+        time.sleep(0.1)
+    return time.monotonic() - began
+
+
+def states(engine: Engine) -> dict[str, int]:
+    """How many jobs there are of each state."""
+    with engine.connect() as connection:
+        return {
+            row[0]: row[1] for row in connection.execute(select(jobs.c.status, func.count()).group_by(jobs.c.status))
+        }
+
+
+def all_completed(engine: Engine, count: int) -> bool:
+    """Whether that is all there is."""
+    return states(engine) == {"completed": count}
+
+
+def assert_nothing_lost(engine: Engine, sandbox: Sandbox, folder: Path, count: int) -> None:
+    """Every job is in its one right state, one whole file per output, and nothing is left over."""
+    assert states(engine) == {"completed": count}
+    with engine.connect() as connection:
+        rows = connection.execute(select(outputs)).all()
+        claimed = connection.execute(select(func.count()).where(jobs.c.claim_token.is_not(None))).scalar_one()
+    assert claimed == 0
+    assert {row.status for row in rows} == {"stored"}
+    assert len({(row.job_id, row.position) for row in rows}) == len(rows)
+    files = [path for path in (folder / "var" / "outputs").rglob("*") if path.is_file()]
+    assert sorted(str(path) for path in files) == sorted(row.location.removeprefix("file://") for row in rows)
+    for row in rows:
+        name = row.url.rpartition("/")[2]
+        picture = sandbox.picture(name)
+        assert picture is not None
+        assert Path(row.location.removeprefix("file://")).read_bytes() == picture
+    again = {job: times for job, times in sandbox.calls.fetches_after_success.items() if times}
+    assert not again, f"asked about after its success: {again}"

@@ -1,0 +1,120 @@
+"""Redis goes away, hangs, is emptied, is full, or turns read-only: it carries hints, and nothing is lost with it."""
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from celery import Celery
+from sqlalchemy import Engine
+from sqlalchemy.engine import make_url
+
+from tests.faults.servers import HurtRedis, all_completed, assert_nothing_lost, hurt_redis, states, until, up
+from tests.servers import celery_worker
+from worker import track_many
+from worker.database import make_engine
+from worker.migrate import migrate
+from worker.sandbox import Sandbox, SandboxOptions
+
+KEY = "sk-canary-of-faults"
+JOBS = 40
+
+
+@pytest.fixture
+def sandbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
+    """A stand-in whose jobs take a few seconds, and the settings that lead to it."""
+    with Sandbox(SandboxOptions(key=KEY, min_seconds=0.5, max_seconds=8.0, size=32)) as server:
+        monkeypatch.setenv("SD_API_URL", server.url)
+        monkeypatch.setenv("SD_API_KEY", KEY)
+        monkeypatch.setenv("SD_API_RPS", "50")
+        monkeypatch.setenv("OUTPUT_ALLOWED_NETWORKS", "127.0.0.0/8")
+        monkeypatch.setenv("RECOVERY_SECONDS", "5")
+        monkeypatch.setenv("FLOWER_PORT", "0")
+        yield server
+
+
+@pytest.fixture
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """Migrated tables in a file that DATABASE_URL names."""
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/worker.db")
+    engine = make_engine(make_url(f"sqlite:///{tmp_path}/worker.db"))
+    migrate(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HurtRedis]:
+    """A Redis that can be hurt, which REDIS_URL names."""
+    with hurt_redis(tmp_path / "redis") as made:
+        monkeypatch.setenv("REDIS_URL", made.url)
+        yield made
+
+
+def test_a_worker_outlives_a_redis_that_goes_away_while_a_job_is_being_tracked(
+    tmp_path: Path, database: Engine, sandbox: Sandbox, broker: HurtRedis
+) -> None:
+    """A message that is acknowledged late is under way when the connection is lost."""
+    client = Celery(broker=broker.url, set_as_current=False)
+    with celery_worker(tmp_path, "--hostname", "hardy@%h") as process:
+        with database.begin():  # nobody else can write now
+            client.send_task("worker.track", ["4711"], {"eta": 1}, queue="fetch-worker")
+            log = tmp_path / "worker.log"
+            until(lambda: "worker.track" in log.read_text().partition(" ready.")[2], 10, log.read_text)
+            broker.kill()
+            time.sleep(1.5)
+            broker.start()
+        until(lambda: sum(states(database).values()) == 1, 30, lambda: log.read_text()[-2_000:])
+        client.send_task("worker.track", ["4712"], {"eta": 1}, queue="fetch-worker")
+        until(lambda: sum(states(database).values()) == 2, 30, lambda: log.read_text()[-2_000:])
+        assert process.poll() is None, "it ended with the connection"
+    client.close()
+
+
+def _restarted(broker: HurtRedis) -> None:
+    broker.kill()
+    time.sleep(2)
+    broker.start()
+
+
+def _emptied(broker: HurtRedis) -> None:
+    broker.tell("FLUSHALL")
+
+
+def _frozen(broker: HurtRedis) -> None:
+    broker.signal(signal.SIGSTOP)
+    time.sleep(15)
+    broker.signal(signal.SIGCONT)
+
+
+def _full(broker: HurtRedis) -> None:
+    broker.tell("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    broker.tell("CONFIG", "SET", "maxmemory", "1mb")
+    time.sleep(5)
+    broker.tell("CONFIG", "SET", "maxmemory", "0")
+
+
+def _read_only(broker: HurtRedis) -> None:
+    broker.tell("REPLICAOF", "127.0.0.1", "1")
+    time.sleep(5)
+    broker.tell("REPLICAOF", "NO", "ONE")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "hurt", [_restarted, _emptied, _frozen, _full, _read_only], ids=lambda hurt: hurt.__name__.strip("_")
+)
+def test_nothing_is_lost_when_redis_is(
+    hurt: object, tmp_path: Path, database: Engine, sandbox: Sandbox, broker: HurtRedis
+) -> None:
+    """Under load, with half of the jobs handed over while it lasts; all is done within a minute after it is back."""
+    with up(tmp_path):
+        track_many([sandbox.submit(f"a lighthouse, {number}") for number in range(JOBS // 2)])
+        time.sleep(2)
+        hurt(broker)  # type: ignore[operator]  # one of the functions above
+        track_many([sandbox.submit(f"a harbour, {number}") for number in range(JOBS // 2)])
+        log = tmp_path / "up.log"
+        until(lambda: all_completed(database, JOBS), 60, lambda: f"{states(database)} {log.read_text()[-1_500:]}")
+    assert_nothing_lost(database, sandbox, tmp_path, JOBS)
+    assert KEY not in log.read_text()
