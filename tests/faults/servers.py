@@ -81,9 +81,9 @@ def up(folder: Path, seconds: float = 40.0) -> Iterator["subprocess.Popen[bytes]
     """`fetch-worker up` in the present environment, once all its processes are there; stopped politely at the end."""
     log = folder / "up.log"
     with log.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "worker", "up"], cwd=folder, stdout=out, stderr=out, env=dict(os.environ)
-        )
+        programs = Path(sys.executable).parent
+        env = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+        process = subprocess.Popen([programs / "fetch-worker", "up"], cwd=folder, stdout=out, stderr=out, env=env)
     try:
         until = time.monotonic() + seconds
         while log.read_text().count(" ready.") < 2:
