@@ -28,7 +28,8 @@ from worker.errors import StorageTrouble
 from worker.partials import Partials, Source, link_hash
 from worker.process_id import dead
 from worker.storage import PARTIAL, path_of
-from worker.store.claims import holders, release_holders
+from worker.store.claims import holders
+from worker.store.crashes import release_crashed
 from worker.tables import outputs
 
 BODY = png(padding=600_000)
@@ -372,7 +373,7 @@ Stand(make_engine(make_url("sqlite:///{tmp_path}/test.db")), Path({str(stand.out
     assert part.stat().st_size >= 390_000
     row = output_of(stand.engine, output_id)
     with stand.engine.begin() as connection:
-        assert release_holders(connection, dead(holders(connection)), now=row.listed_at)
+        assert release_crashed(connection, dead(holders(connection)), now=row.listed_at).rows
     assert _is_stored(stand, _again(stand, output_id))
     assert picture.sent < 1.2 * len(BODY)
 

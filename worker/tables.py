@@ -209,6 +209,17 @@ paces = Table(
     comment="how long jobs of each kind take, as polls showed",
 )
 
+crashes = Table(
+    "fetch_crashes",
+    metadata,
+    Column("scope", String(8), primary_key=True),  # job or output
+    Column("row_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("times", Integer, nullable=False),  # in a row
+    Column("attempt", Integer, nullable=False),  # the row's own count of attempts at the last crash
+    Column("crashed_at", UtcDateTime, nullable=False),
+    comment="jobs and outputs whose process died, how often in a row",
+)
+
 gates = Table(
     "fetch_gates",
     metadata,

@@ -32,7 +32,8 @@ from worker.poller import IN_FLIGHT, Poller
 from worker.process_id import dead
 from worker.scrubber import Scrubber
 from worker.shared_budget import SharedBudget
-from worker.store.claims import holders, release_holders, waiting_outputs
+from worker.store.claims import holders, waiting_outputs
+from worker.store.crashes import Released, release_crashed
 from worker.store.gates import locked_gate, save_gate
 from worker.stores import storage_for
 from worker.wake_ups import listen
@@ -43,6 +44,7 @@ SWEEP_LIMIT = 1_000
 DOWNLOAD_THREADS = 64
 DATABASE_AWAY_SECONDS = 1.0
 GARBAGE_THRESHOLDS = (20_000, 20, 50)
+NOTHING_HELD = Released(0, (), (), ())
 TAKEN_WITHIN = timedelta(seconds=5)  # a message that left its queue is claimed within it, or was lost
 
 
@@ -194,7 +196,7 @@ def run_sweep() -> str:
         with own.engine.begin() as connection:
             now = database_now(connection)
             gone = dead(holders(connection))
-            freed = release_holders(connection, gone, now=now) if gone else 0
+            freed = release_crashed(connection, gone, now=now) if gone else NOTHING_HELD
             lost = now - patience
             output_ids = waiting_outputs(connection, now=now, queued_before=lost, limit=SWEEP_LIMIT)
     except SQLAlchemyError as error:
@@ -202,8 +204,10 @@ def run_sweep() -> str:
         return "the database is away"
     queue_downloads(output_ids)
     own.tell(None)
-    if freed:
-        log.warning("work of dead processes is taken up again holders=%s rows=%s", ",".join(gone), freed)
+    if freed.rows:
+        log.warning("work of dead processes is taken up again holders=%s rows=%s", ",".join(gone), freed.rows)
+    if freed.jobs or freed.outputs:
+        log.error("set aside, its processes died again and again jobs=%s outputs=%s", freed.jobs, freed.outputs)
     return f"{len(output_ids)} downloads put back" if output_ids else "nothing to put back"
 
 

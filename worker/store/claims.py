@@ -402,18 +402,6 @@ def holders(connection: Connection) -> set[str]:
     }
 
 
-def release_holders(connection: Connection, gone: list[str], *, now: datetime) -> int:
-    """Makes what these processes held due at once; how many rows. Only for processes that are known to be dead."""
-    return sum(
-        connection.execute(
-            update(table)
-            .where(table.c.claim_holder.in_(gone), table.c.claim_token.is_not(None))
-            .values(due_at=now, claim_token=None, claim_holder=None)
-        ).rowcount
-        for table in (jobs, outputs)
-    )
-
-
 def waiting_outputs(connection: Connection, *, now: datetime, queued_before: datetime, limit: int) -> list[int]:
     """Outputs that are due and were put on no queue, or so long ago that the message must be lost; oldest link first.
 
