@@ -16,6 +16,8 @@ from tests.servers import START_SECONDS, free_port, redis_binary
 from worker.sandbox import Sandbox
 from worker.tables import jobs, outputs
 
+KEY = "sk-canary-of-faults"
+
 
 class HurtRedis:
     """A Redis of a test's own, on a TCP port that stays the same."""

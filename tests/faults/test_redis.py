@@ -10,28 +10,14 @@ from celery import Celery
 from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 
-from tests.faults.servers import HurtRedis, all_completed, assert_nothing_lost, hurt_redis, states, until, up
+from tests.faults.servers import KEY, HurtRedis, all_completed, assert_nothing_lost, states, until, up
 from tests.servers import celery_worker
 from worker import track_many
 from worker.database import make_engine
 from worker.migrate import migrate
-from worker.sandbox import Sandbox, SandboxOptions
+from worker.sandbox import Sandbox
 
-KEY = "sk-canary-of-faults"
 JOBS = 40
-
-
-@pytest.fixture
-def sandbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
-    """A stand-in whose jobs take a few seconds, and the settings that lead to it."""
-    with Sandbox(SandboxOptions(key=KEY, min_seconds=0.5, max_seconds=8.0, size=32)) as server:
-        monkeypatch.setenv("SD_API_URL", server.url)
-        monkeypatch.setenv("SD_API_KEY", KEY)
-        monkeypatch.setenv("SD_API_RPS", "50")
-        monkeypatch.setenv("OUTPUT_ALLOWED_NETWORKS", "127.0.0.0/8")
-        monkeypatch.setenv("RECOVERY_SECONDS", "5")
-        monkeypatch.setenv("FLOWER_PORT", "0")
-        yield server
 
 
 @pytest.fixture
@@ -42,14 +28,6 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine
     migrate(engine)
     yield engine
     engine.dispose()
-
-
-@pytest.fixture
-def broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HurtRedis]:
-    """A Redis that can be hurt, which REDIS_URL names."""
-    with hurt_redis(tmp_path / "redis") as made:
-        monkeypatch.setenv("REDIS_URL", made.url)
-        yield made
 
 
 def test_a_worker_outlives_a_redis_that_goes_away_while_a_job_is_being_tracked(

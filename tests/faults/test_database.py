@@ -1,0 +1,103 @@
+"""PostgreSQL restarts, cannot be reached, or is cut off in the middle of a COMMIT: work waits, and nothing is lost."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine
+from sqlalchemy.engine import make_url
+
+from tests import servers
+from tests.faults.proxy import Proxy, proxy
+from tests.faults.servers import HurtRedis, all_completed, assert_nothing_lost, states, until, up
+from worker import track_many
+from worker.database import make_engine
+from worker.migrate import migrate
+from worker.sandbox import Sandbox
+
+JOBS = 40
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Engine]:
+    """A database of this test's own, as the test itself reaches it."""
+    with servers.postgres(tmp_path / "postgres") as url:
+        engine = make_engine(make_url(url))
+        migrate(engine)
+        yield engine
+        engine.dispose()
+
+
+@pytest.fixture
+def way(database: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """The product's way to that database, which can be hurt."""
+    url = database.url
+    with proxy(url.host or "127.0.0.1", url.port or 5_432) as made:
+        through = url.set(host="127.0.0.1", port=made.port)
+        monkeypatch.setenv("DATABASE_URL", through.render_as_string(hide_password=False))
+        yield made
+
+
+def _restarted(way: Proxy, calls: Callable[[], int]) -> None:
+    way.mode = "refuse"
+    way.cut_all()
+    time.sleep(3)
+    way.mode = "pass"
+
+
+def _unreachable(way: Proxy, calls: Callable[[], int]) -> None:
+    way.mode = "refuse"
+    way.cut_all()
+    time.sleep(3)  # what was in the air has come back
+    before = calls()
+    time.sleep(20)
+    assert calls() == before, "the API was asked though nothing could be recorded"
+    way.mode = "pass"
+
+
+def _swallowing(way: Proxy, calls: Callable[[], int]) -> None:
+    way.mode = "swallow"
+    time.sleep(12)
+    way.mode = "pass"
+    way.cut_all()
+
+
+def _cut_before_the_commit(way: Proxy, calls: Callable[[], int]) -> None:
+    _cut(way, before=True)
+
+
+def _cut_after_the_commit(way: Proxy, calls: Callable[[], int]) -> None:
+    _cut(way, before=False)
+
+
+def _cut(way: Proxy, *, before: bool) -> None:
+    way.cut_at, way.cut_before = b"COMMIT", before
+    time.sleep(4)
+    way.cut_at = None
+    assert way.cuts > 0, "nothing was committed meanwhile"
+
+
+HURTS = [_restarted, _unreachable, _swallowing, _cut_before_the_commit, _cut_after_the_commit]
+
+
+@pytest.mark.long
+@pytest.mark.server
+@pytest.mark.parametrize("hurt", HURTS, ids=lambda hurt: hurt.__name__.strip("_"))
+def test_nothing_is_lost_when_the_database_is(
+    hurt: Callable[[Proxy, Callable[[], int]], None],
+    tmp_path: Path,
+    database: Engine,
+    way: Proxy,
+    sandbox: Sandbox,
+    broker: HurtRedis,
+) -> None:
+    """Under load. No process ends for it, and all is done within a minute after it is back."""
+    with up(tmp_path):
+        track_many([sandbox.submit(f"a lighthouse, {number}") for number in range(JOBS)])
+        time.sleep(2)
+        hurt(way, lambda: sum(sandbox.calls.fetches.values()))
+        log = tmp_path / "up.log"
+        until(lambda: all_completed(database, JOBS), 60, lambda: f"{states(database)} {log.read_text()[-1_500:]}")
+    assert_nothing_lost(database, sandbox, tmp_path, JOBS)
+    assert "it is started again" not in log.read_text(), "a process ended for it"
