@@ -1,0 +1,105 @@
+"""`kill -9` of whatever runs, again and again: each job ends in its one right state, each output is one whole file."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine, select
+from sqlalchemy.engine import make_url
+
+from tests import servers
+from tests.faults.servers import HurtRedis, all_completed, assert_nothing_lost, children, states, until, up
+from worker import track_many
+from worker.database import make_engine
+from worker.migrate import migrate
+from worker.sandbox import Sandbox
+from worker.tables import gates
+
+JOBS, SECONDS = 2_000, 60.0
+
+
+@pytest.fixture
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """A database of this test's own, which DATABASE_URL names."""
+    with servers.postgres(tmp_path / "postgres") as url:
+        monkeypatch.setenv("DATABASE_URL", url)
+        engine = make_engine(make_url(url))
+        migrate(engine)
+        yield engine
+        engine.dispose()
+
+
+def _submitted(sandbox: Sandbox, count: int) -> list[object]:
+    return [sandbox.submit(f"a lighthouse, {number}", samples=1) for number in range(count)]
+
+
+def _held(engine: Engine) -> list[str]:
+    """The gates as they stand, for whoever wonders."""
+    with engine.connect() as connection:
+        return [str(row) for row in connection.execute(select(gates))]
+
+
+@pytest.mark.long
+@pytest.mark.server
+@pytest.mark.timeout(300)
+def test_nothing_is_lost_by_a_minute_of_random_kills(
+    tmp_path: Path, database: Engine, sandbox: Sandbox, broker: HurtRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of workers, beat and Flower, under load, with Redis emptied in the middle."""
+    monkeypatch.setenv("SD_API_RPS", "200")
+    draw, killed = random.Random(1), 0
+    with up(tmp_path) as process:
+        track_many(_submitted(sandbox, JOBS))
+        over = time.monotonic() + SECONDS
+        emptied = False
+        while time.monotonic() < over:
+            time.sleep(draw.uniform(0.5, 2.0))
+            if not emptied and time.monotonic() > over - SECONDS / 2:
+                broker.tell("FLUSHALL")
+                emptied = True
+            pids = children(process.pid)
+            if pids:
+                os.kill(draw.choice(pids), signal.SIGKILL)
+                killed += 1
+        took = until(lambda: all_completed(database, JOBS), 120, lambda: states(database))
+    print(f"{killed} kills, all done {took:.1f} s after the last one")
+    assert_nothing_lost(database, sandbox, tmp_path, JOBS, asked_again=killed * 128)
+
+
+@pytest.mark.long
+@pytest.mark.server
+def test_rolling_restarts_lose_nothing_and_leave_no_partial_file(
+    tmp_path: Path, database: Engine, sandbox: Sandbox, broker: HurtRedis
+) -> None:
+    """Sixteen polite ones, one process after the other, under load."""
+    with up(tmp_path) as process:
+        for round_ in range(16):
+            track_many(_submitted(sandbox, 20))
+            pids = children(process.pid)
+            os.kill(pids[round_ % len(pids)], signal.SIGTERM)
+            time.sleep(1.5)
+        log = tmp_path / "up.log"
+        until(lambda: all_completed(database, 320), 60, lambda: f"{states(database)} {_held(database)}")
+    assert_nothing_lost(database, sandbox, tmp_path, 320)
+    # Flower has one of its own where a signal finds it on its way out
+    assert not [line for line in log.read_text().splitlines() if "Traceback" in line and not line.startswith("flower")]
+
+
+@pytest.mark.long
+@pytest.mark.server
+def test_a_supervisor_that_is_killed_leaves_nothing_that_stands_in_the_way(
+    tmp_path: Path, database: Engine, sandbox: Sandbox, broker: HurtRedis
+) -> None:
+    """Started again it does the work."""
+    track_many(_submitted(sandbox, 40))
+    with up(tmp_path, outlives=False) as process:
+        time.sleep(2)
+        process.kill()
+        process.wait()
+    with up(tmp_path):
+        until(lambda: all_completed(database, 40), 60, lambda: states(database))
+    assert_nothing_lost(database, sandbox, tmp_path, 40)
