@@ -5,11 +5,12 @@ import re
 import secrets
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, timedelta
+from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime, parsedate_to_datetime
 from urllib.parse import urljoin, urlsplit
 
@@ -31,6 +32,7 @@ from worker.core.lifecycle import (
     source,
 )
 from worker.core.media import MAX_PIXELS, Base64Decoder, base64_start, pixels, sniff, whole
+from worker.core.plain_text import plain_text
 from worker.database import database_now
 from worker.errors import StorageTrouble
 from worker.leases import LeaseKeeper
@@ -42,6 +44,7 @@ from worker.store.outcomes import record_attempt
 from worker.timed_http import TimeLimit, lean_session
 
 log = logging.getLogger(__name__)
+logging.getLogger("urllib3.connection").setLevel(logging.ERROR)  # its warnings of odd headers quote the whole link
 
 CHUNK_BYTES = 256 * 1024
 CONNECT_SECONDS = 10.0
@@ -127,6 +130,13 @@ class Downloader:
                 return trouble or self._keep(output, incoming)
         except StorageTrouble as refused:
             return Trouble("storage", str(refused))
+        except Exception as fault:  # a claim that nobody ends would come back for ever, and never be given up
+            kind, place = (
+                type(fault).__name__,
+                traceback.extract_tb(fault.__traceback__)[-1],
+            )  # its text may quote a link
+            log.error("a fault of ours output=%s reason=%s at=%s:%s", output.id, kind, place.name, place.lineno)
+            return Trouble("unreachable", f"a fault of ours: {kind}")
 
     def _receive(self, output: ClaimedOutput, incoming: Incoming) -> Attempt | None:
         """Fills `incoming`; what stood in the way, or None."""
@@ -216,6 +226,9 @@ class Downloader:
             while chunk := response.raw.read1(CHUNK_BYTES, decode_content=True):
                 if incoming.size + len(chunk) > self._max_bytes:
                     return Unfit("too_large", f"more than OUTPUT_MAX_BYTES ({self._max_bytes} bytes)")
+                if whole is not None and incoming.size + len(chunk) > whole:
+                    incoming.begin(Source(incoming.source.link if incoming.source else ""))  # whose bytes are these?
+                    raise _Broken(f"more came than the {whole} bytes there are")
                 incoming.write(chunk)
                 now = time.monotonic()
                 if now >= look_at:
@@ -261,7 +274,7 @@ class Downloader:
             now = database_now(connection)
             result = after_attempt(output.facts, attempt, now=now, deadline=self._deadline)
             if not isinstance(result, StoredFile):
-                result = replace(result, message=self._scrubber.text(result.message))
+                result = replace(result, message=plain_text(self._scrubber.text(result.message)))
             stood, final = record_attempt(connection, output, result, now=now)
         if not stood:
             return "the claim was lost"
@@ -350,7 +363,7 @@ def _source_of(response: requests.Response, link: str) -> Source:
     headers = response.headers
     if headers.get("content-encoding", "identity").lower() != "identity":
         return Source(link)  # its lengths are those of the packed bytes
-    declared = headers.get("content-length", "")
+    declared = headers.get("content-length", "") if "transfer-encoding" not in headers else ""  # RFC 9112, 6.3
     length = int(declared) if declared.isascii() and declared.isdigit() and len(declared) < 20 else None
     if headers.get("accept-ranges", "bytes").lower() == "none":
         return Source(link, "", length)
@@ -363,11 +376,24 @@ def _validator(headers: Mapping[str, str]) -> str:
     tag = headers.get("etag", "")
     if re.fullmatch(r'"[\x21\x23-\x7e]{0,200}"', tag):
         return tag
-    with suppress(TypeError, ValueError):
+    with suppress(TypeError, ValueError, OverflowError):
         changed = parsedate_to_datetime(headers.get("last-modified", ""))
         if (parsedate_to_datetime(headers.get("date", "")) - changed).total_seconds() >= 1:
-            return format_datetime(changed.astimezone(UTC), usegmt=True)
+            return _written(changed)
     return ""
+
+
+def _written(moment: datetime) -> str:
+    return format_datetime(moment.astimezone(UTC), usegmt=True)
+
+
+def _other_version(headers: Mapping[str, str], validator: str) -> bool:
+    """Whether an answer names another version than the one that was asked for: not every server heeds If-Range."""
+    if validator.startswith('"'):
+        return headers.get("etag", validator) != validator
+    with suppress(TypeError, ValueError, OverflowError):
+        return _written(parsedate_to_datetime(headers.get("last-modified", validator))) != validator
+    return False
 
 
 def _goes_on(response: requests.Response, incoming: Incoming) -> bool:
@@ -376,7 +402,7 @@ def _goes_on(response: requests.Response, incoming: Incoming) -> bool:
     span = re.fullmatch(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", response.headers.get("content-range", ""))
     if known is None or span is None or response.headers.get("content-encoding", "identity").lower() != "identity":
         return False
-    if known.validator.startswith('"') and response.headers.get("etag", known.validator) != known.validator:
+    if _other_version(response.headers, known.validator):
         return False
     return int(span[1]) == incoming.size and known.length is not None and span[3] in (str(known.length), "*")
 
