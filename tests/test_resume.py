@@ -23,7 +23,7 @@ from sqlalchemy import update
 
 from tests.downloads import Stand, png
 from tests.rows import output_of
-from tests.web import Picture, Web, drips, head, page, sends
+from tests.web import Picture, Web, drips, head, page, sends, web_server
 from worker import downloader as downloads
 from worker.core.lifecycle import Attempt
 from worker.core.media import Media
@@ -601,6 +601,41 @@ def test_a_host_that_hangs_takes_no_more_than_its_places() -> None:
         time.sleep(0.05)
     thread.join(5)
     assert got == [True]
+
+
+def test_what_waits_for_a_host_that_hangs_does_not_keep_the_others_waiting(stand: Stand, web: Web) -> None:
+    """However many there are, and however old: threads that are free take what they can store."""
+    hang = Event()
+    stand.timeout = 30.0
+
+    def hangs(_: socket.socket) -> None:
+        hang.wait(20)
+
+    with web_server("127.0.0.2") as other:
+        url = other.serves("/h.png", hangs)
+        waiting = [stand.add(f"{url}?{number}") for number in range(150)]
+        late = [stand.add(web.serves(f"/{number}.png", page(200, png(padding=number)))) for number in range(5)]
+        downloader = stand.downloader()
+        downloader._hosts = Hosts(2)
+        over = Event()
+
+        def works() -> None:
+            while not over.is_set():
+                downloader.run(waiting[0])
+
+        threads = [Thread(target=works) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        until = time.monotonic() + 10
+        while (states := {output_of(stand.engine, one).status for one in late}) != {"stored"}:
+            if time.monotonic() >= until:
+                break
+            time.sleep(0.05)
+        over.set()
+        hang.set()
+        for thread in threads:
+            thread.join()
+    assert states == {"stored"}
 
 
 @contextmanager

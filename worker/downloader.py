@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -60,6 +60,7 @@ RESTARTS = 6  # of one attempt: breaks after which nothing new had come
 BREAK_SECONDS = 0.1
 HOST_PATIENCE_SECONDS = 0.25
 HOST_BUSY_SECONDS = 3.0
+ELSEWHERE_SECONDS = 0.5
 
 
 class Downloader:
@@ -92,6 +93,7 @@ class Downloader:
         self._tell = tell
         self._session = lean_session(adapter)
         self._hosts = Hosts(per_host)
+        self._look_elsewhere_at = 0.0
         self._pause = pause
         self._cleaned_at = time.monotonic()
         with suppress(StorageTrouble):  # every attempt says so again
@@ -101,15 +103,7 @@ class Downloader:
         """Stores one output, if there is something to do; what happened, in a few words."""
         self._remove_stale()
         with self._leases:
-            with self._engine.begin() as connection:
-                output = claim_output(
-                    connection,
-                    output_id,
-                    token=secrets.token_hex(8),
-                    holder=self._leases.holder,
-                    lease=self._leases.lease,
-                    now=database_now(connection),
-                )
+            output = self._claim(output_id)
             if output is None:
                 return "nothing to do"
             with self._hosts.place(_host_of(output)) as free:
@@ -117,6 +111,28 @@ class Downloader:
                     return self._record(output, self._attempt(output))
             self._give_back(output)
             return "its host is busy: again in a few seconds"
+
+    def _claim(self, output_id: int) -> ClaimedOutput | None:
+        """The next output: of a host that has places left, where there is one due."""
+        full = self._hosts.full()
+        if full and time.monotonic() >= self._look_elsewhere_at:
+            output = self._claim_without(full, output_id)
+            if output is not None:
+                return output
+            self._look_elsewhere_at = time.monotonic() + ELSEWHERE_SECONDS  # it goes through all that is due
+        return self._claim_without((), output_id)
+
+    def _claim_without(self, hosts: Collection[str], output_id: int) -> ClaimedOutput | None:
+        with self._engine.begin() as connection:
+            return claim_output(
+                connection,
+                output_id,
+                token=secrets.token_hex(8),
+                holder=self._leases.holder,
+                lease=self._leases.lease,
+                now=database_now(connection),
+                without=hosts,
+            )
 
     def _give_back(self, output: ClaimedOutput) -> None:
         with self._engine.begin() as connection:
@@ -313,6 +329,11 @@ class Hosts:
         self._patience = patience
         self._busy: Counter[str] = Counter()
         self._freed = threading.Condition()
+
+    def full(self) -> frozenset[str]:
+        """The hosts that have no place left."""
+        with self._freed:
+            return frozenset(host for host, busy in self._busy.items() if busy >= self._most)
 
     @contextmanager
     def place(self, host: str) -> Iterator[bool]:
