@@ -157,6 +157,11 @@ def path_of(location: str) -> Path:
     return Path(unquote(location.removeprefix("file://")))
 
 
+def place_of(location: str) -> str:
+    """What tells one location from another: a file is the same one by whatever links its directory is reached."""
+    return os.path.realpath(path_of(location)) if location.startswith("file:") else location
+
+
 def _free(path: Path) -> Path:
     number, free = 0, path.with_name(f"{path.name}.damaged")
     while free.exists():
