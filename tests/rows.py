@@ -1,5 +1,6 @@
 """Rows for tests of the store: jobs and outputs put in directly, at moments that a test tells."""
 
+from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -88,10 +89,16 @@ def claim(
 
 
 def take(
-    connection: Connection, output_id: int, *, token: str = TOKEN, holder: str = "holder", now: datetime = NOW
+    connection: Connection,
+    output_id: int,
+    *,
+    token: str = TOKEN,
+    holder: str = "holder",
+    now: datetime = NOW,
+    without: Collection[str] = (),
 ) -> ClaimedOutput | None:
     """Claims one output for LEASE."""
-    return claim_output(connection, output_id, token=token, holder=holder, lease=LEASE, now=now)
+    return claim_output(connection, output_id, token=token, holder=holder, lease=LEASE, now=now, without=without)
 
 
 def taken(connection: Connection, output_id: int, *, token: str = TOKEN, now: datetime = NOW) -> ClaimedOutput:

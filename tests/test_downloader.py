@@ -19,7 +19,9 @@ from tests.downloads import KEY, MAX_BYTES, PNG, Stand, png
 from tests.net import Net
 from tests.rows import job_of, output_of
 from tests.web import Answer, Web, drips, floods, head, page, resets, sends, web_server
-from worker.storage import path_of
+from worker import downloader
+from worker.errors import StorageTrouble
+from worker.storage import FileStorage, path_of
 from worker.tables import bodies, outputs
 
 HTML = b"<!doctype html><html><body>Sign in</body></html>"
@@ -546,6 +548,66 @@ def test_three_bad_bodies_end_an_output(stand: Stand, web: Web) -> None:
         downloader.run(output_id)
         assert output_of(stand.engine, output_id).status == status
     assert len(web.asked) == 3
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Last-Modified": "Tue, 24 Nov 2026 09:59:59 +99999999999999999999"},
+        {"Last-Modified": "Tue, 24 Nov 99999999999999999999 09:59:59 GMT"},
+        {"Last-Modified": "Fri, 31 Dec 9999 23:59:58 -2359", "Date": "Fri, 31 Dec 9999 23:59:59 -2359"},
+        {"ETag": '"' + "x" * 60_000 + '"'},
+        {"Content-Length": "9" * 5_000},
+        {"Set-Cookie": "ÿ=þ; expires=ÿ; version=x; max-age=z"},
+        {"Content-Type": "image/png; charset"},
+    ],
+    ids=lambda headers: str(headers)[:60],
+)
+def test_no_header_is_too_odd(stand: Stand, web: Web, headers: dict[str, str]) -> None:
+    """What can't be read says nothing."""
+    _assert_stored(stand, stand.download(web.serves("/a.png", page(200, PNG, **headers))), PNG)
+
+
+def test_a_length_beside_chunks_does_not_count(stand: Stand, web: Web) -> None:
+    """The chunks tell where the end is (RFC 9112, 6.3)."""
+    both = head(200, Transfer_Encoding="chunked", Content_Length="999999")
+    answer = sends(both + b"%x\r\n" % len(PNG) + PNG + b"\r\n0\r\n\r\n")
+    _assert_stored(stand, stand.download(web.serves("/a.png", answer)), PNG)
+
+
+def test_a_fault_of_ours_ends_the_attempt_like_any_trouble(
+    stand: Stand, web: Web, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else its claim would run out and be taken again for ever. The text of the error may quote the link."""
+
+    def faulty(*_: Any) -> None:
+        raise LookupError("https://cdn.test/a.png?signature=secret")
+
+    monkeypatch.setattr(downloader, "sniff", faulty)
+    row = stand.download(web.serves("/a.png", page(200, PNG)))
+    assert (row.status, row.error_code, row.claim_token) == ("pending", "unreachable", None)
+    assert row.error_message == "a fault of ours: LookupError"
+    assert "LookupError" in caplog.text
+    assert "secret" not in caplog.text
+    assert stand.files == []
+
+
+def test_a_message_is_fit_for_every_database(stand: Stand, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the path of the storage is not."""
+
+    def refuses(*_: Any, **__: Any) -> str:
+        raise StorageTrouble("can't write to /srv/\udcff\x00")
+
+    monkeypatch.setattr(FileStorage, "keep", refuses)
+    row = stand.download(web.serves("/a.png", page(200, PNG)))
+    assert (row.error_code, row.error_message) == ("storage", "can't write to /srv/? ")
+
+
+def test_a_broken_header_gets_no_link_into_the_logs(stand: Stand, web: Web, caplog: pytest.LogCaptureFixture) -> None:
+    """Links may carry signatures."""
+    broken = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nno header\r\n\r\n" % len(PNG)
+    _assert_stored(stand, stand.download(web.serves("/a.png", sends(broken, PNG)) + "?signature=secret"), PNG)
+    assert "secret" not in caplog.text
 
 
 def test_proxy_links_take_turns_while_there_is_trouble(stand: Stand, web: Web) -> None:

@@ -1,5 +1,8 @@
 """Transfers that break: what came is gone on with where the server allows, and never mixed with anything else."""
 
+import base64
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -20,14 +23,15 @@ from sqlalchemy import update
 
 from tests.downloads import Stand, png
 from tests.rows import output_of
-from tests.web import Picture, Web, drips, head, page, sends
+from tests.web import Picture, Web, drips, head, page, sends, web_server
 from worker import downloader as downloads
 from worker.core.lifecycle import Attempt
+from worker.core.media import Media
 from worker.downloader import Hosts
 from worker.errors import StorageTrouble
-from worker.partials import Partials, Source, link_hash
+from worker.partials import Incoming, Partials, Source, link_hash
 from worker.process_id import dead
-from worker.storage import PARTIAL, path_of
+from worker.storage import PARTIAL, FileStorage, path_of
 from worker.store.claims import holders
 from worker.store.crashes import release_crashed
 from worker.tables import outputs
@@ -246,6 +250,40 @@ def test_a_transfer_below_the_floor_is_given_up_for_now(
     assert {path.suffix for path in stand.files} == {".part", ".json"}
 
 
+def test_a_partial_answer_that_goes_on_beyond_the_end_is_thrown_away(stand: Stand, web: Web, picture: Picture) -> None:
+    """Who sends more than there is may have sent anything: all of it is asked for anew."""
+    picture.cuts = [100_000]
+
+    def more(client: socket.socket) -> None:
+        if web.asked[-1].headers.get("range"):
+            span = f"bytes 100000-{len(BODY) - 1}/{len(BODY)}"
+            sends(head(206, ETag=TAG, Content_Range=span), BODY[100_000:], b"more" * 1_000)(client)
+        else:
+            picture(client)
+
+    assert _is_stored(stand, stand.download(web.serves("/a.png", more)))
+
+
+def test_a_server_that_does_not_heed_if_range_is_found_out_by_the_date_it_names(
+    stand: Stand, web: Web, picture: Picture
+) -> None:
+    """The new file may be as long as the old one."""
+    picture.headers = {"Last-Modified": "Tue, 24 Nov 2026 09:59:59 GMT", "Date": "Tue, 24 Nov 2026 10:00:00 GMT"}
+    picture.cuts = [100_000]
+    other = BODY.replace(b"xx", b"yy")
+
+    def heeds_not(client: socket.socket) -> None:
+        asked = web.asked[-1].headers
+        if "range" in asked:
+            changed = {"Last-Modified": "Tue, 24 Nov 2026 11:00:00 GMT"}
+            page(206, other[100_000:], Content_Range=f"bytes 100000-{len(BODY) - 1}/{len(BODY)}", **changed)(client)
+        else:
+            picture(client)
+            picture.body = other
+
+    assert _is_stored(stand, stand.download(web.serves("/a.png", heeds_not)), other)
+
+
 # ── from one attempt to the next ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -284,8 +322,17 @@ def test_the_bytes_of_one_link_never_continue_another(half: int, stand: Stand, w
     assert picture.spans[-1] == ""
 
 
-@pytest.mark.parametrize("spoil", ["another boot", "no sidecar", "no JSON", "longer than whole", "no validator"])
-def test_what_is_not_sure_is_thrown_away(spoil: str, half: int, stand: Stand, picture: Picture) -> None:
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        *("another boot", "no sidecar", "no JSON", "longer than whole", "no validator"),
+        *({"length": "7"}, {"length": [7]}, {"length": True}, {"validator": "a\r\nb"}, {"validator": "“"}, {"link": 7}),
+    ],
+    ids=str,
+)
+def test_what_is_not_sure_is_thrown_away(
+    spoil: str | dict[str, Any], half: int, stand: Stand, picture: Picture
+) -> None:
     """After a crash of the host there may be holes in it."""
     part = stand.out / PARTIAL / f"{half}.part"
     note = part.with_suffix(".json")
@@ -299,8 +346,10 @@ def test_what_is_not_sure_is_thrown_away(spoil: str, half: int, stand: Stand, pi
             note.write_text("{")
         case "longer than whole":
             part.write_bytes(b"x" * 2_000_000)
-        case _:
+        case "no validator":
             note.write_text(json.dumps(said | {"validator": ""}))
+        case dict():
+            note.write_text(json.dumps(said | spoil))
     assert _is_stored(stand, _again(stand, half))
     assert picture.spans[-1] == ""
 
@@ -378,6 +427,30 @@ Stand(make_engine(make_url("sqlite:///{tmp_path}/test.db")), Path({str(stand.out
     assert picture.sent < 1.2 * len(BODY)
 
 
+def test_what_a_base64_text_was_decoded_to_is_never_followed_by_the_rest_of_the_text(
+    stand: Stand, web: Web, picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a process is killed between the two, the sidecar of the text must not stand beside a picture."""
+    picture.body = base64.b64encode(png(padding=60_000))
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: Any, **__: Any) -> str:
+        raise Killed
+
+    output_id = stand.add(web.url + "/a.png")
+    with monkeypatch.context() as patched:
+        patched.setattr(FileStorage, "keep", killed)
+        patched.setattr(Incoming, "close", lambda incoming: os.close(incoming._handle))
+        with pytest.raises(Killed):
+            stand.downloader().run(output_id)
+    with stand.engine.begin() as connection:
+        connection.execute(update(outputs).values(claim_token=None, claim_holder=None))
+    assert _is_stored(stand, _again(stand, output_id), png(padding=60_000))
+    assert len(web.asked) == 1
+
+
 # ── files of two processes ────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -421,6 +494,76 @@ def test_a_name_that_went_to_another_file_while_we_waited_is_not_written_to(
     assert (tmp_path / "kept.png").read_bytes() == b"whole"
 
 
+def test_who_has_named_a_file_lets_alone_what_the_next_one_receives_under_the_old_name(tmp_path: Path) -> None:
+    """Else a third one could take the name, and the second one would give its unfinished file a final name."""
+    storage, media = FileStorage(tmp_path / "out"), Media("image/png", "png")
+    storage.prepare()
+    source = Source(link_hash("x"), TAG, 100)
+    with storage.partials.receive(7, "a") as first:
+        first.begin(source)
+        first.write(b"a" * 100)
+        storage.keep(first, job_id=1, position=0, media=media)
+        later = storage.partials.receive(7, "b")
+        second = later.__enter__()
+        second.begin(source)
+        second.write(b"b" * 100)
+    with storage.partials.receive(7, "c") as third:
+        third.begin(source)
+        third.write(b"c" * 40)
+        assert path_of(storage.keep(second, job_id=1, position=0, media=media)).read_bytes() == b"b" * 100
+        later.__exit__(None, None, None)
+        assert third.path.read_bytes() == b"c" * 40
+
+
+def test_a_file_whose_temporary_name_is_another_s_gets_no_final_one(tmp_path: Path) -> None:
+    """Whoever removed it."""
+    storage = FileStorage(tmp_path / "out")
+    storage.prepare()
+    with storage.partials.receive(7, "a") as incoming:
+        incoming.write(b"a" * 100)
+        incoming.path.unlink()
+        incoming.path.write_bytes(b"other")
+        with pytest.raises(StorageTrouble, match="removed"):
+            storage.keep(incoming, job_id=1, position=0, media=Media("image/png", "png"))
+    assert incoming.path.read_bytes() == b"other"
+
+
+@pytest.mark.parametrize("refusal", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_where_nothing_can_be_locked_every_claim_has_a_file_of_its_own(
+    refusal: int, stand: Stand, web: Web, picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on some network file systems: what breaks starts over in the next attempt, and old files are swept."""
+
+    def refuses(*_: Any) -> None:
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    picture.cuts = [1_000]
+    assert _is_stored(stand, stand.download(web.url + "/a.png"))
+    old = stand.out / PARTIAL / "8-t.part"
+    old.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    assert Partials(old.parent).remove_stale(older_than=10) == 1
+
+
+def test_trouble_while_a_file_is_taken_up_leaves_no_handle_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An open one would keep its lock for the life of the process."""
+
+    def refuses(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    partials = Partials(tmp_path / "p")
+    for call in ("utime", "ftruncate"):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, call, refuses)
+            with pytest.raises(StorageTrouble), partials.receive(7, "a"):
+                pass
+        with partials.receive(7, "b") as incoming:
+            assert incoming.path.name == "7.part"
+
+
 def test_old_partial_files_are_swept_but_none_that_is_written_to(tmp_path: Path) -> None:
     """With their sidecars, and what a crash left beside no file."""
     partials = Partials(tmp_path)
@@ -459,6 +602,41 @@ def test_a_host_that_hangs_takes_no_more_than_its_places() -> None:
         time.sleep(0.05)
     thread.join(5)
     assert got == [True]
+
+
+def test_what_waits_for_a_host_that_hangs_does_not_keep_the_others_waiting(stand: Stand, web: Web) -> None:
+    """However many there are, and however old: threads that are free take what they can store."""
+    hang = Event()
+    stand.timeout = 30.0
+
+    def hangs(_: socket.socket) -> None:
+        hang.wait(20)
+
+    with web_server("127.0.0.2") as other:
+        url = other.serves("/h.png", hangs)
+        waiting = [stand.add(f"{url}?{number}") for number in range(150)]
+        late = [stand.add(web.serves(f"/{number}.png", page(200, png(padding=number)))) for number in range(5)]
+        downloader = stand.downloader()
+        downloader._hosts = Hosts(2)
+        over = Event()
+
+        def works() -> None:
+            while not over.is_set():
+                downloader.run(waiting[0])
+
+        threads = [Thread(target=works) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        until = time.monotonic() + 10
+        while (states := {output_of(stand.engine, one).status for one in late}) != {"stored"}:
+            if time.monotonic() >= until:
+                break
+            time.sleep(0.05)
+        over.set()
+        hang.set()
+        for thread in threads:
+            thread.join()
+    assert states == {"stored"}
 
 
 @contextmanager

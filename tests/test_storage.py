@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import stat
 import time
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,22 @@ def test_a_full_disk_is_storage_trouble_and_leaves_nothing(
         with pytest.raises(StorageTrouble, match="No space left"):
             _keep(FileStorage(tmp_path))
     assert _files(tmp_path) == []
+
+
+@pytest.mark.parametrize("refusal", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_file_system_that_can_not_sync_folders_is_no_trouble(
+    refusal: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some network file systems: the file itself is synced all the same."""
+    real = os.fsync
+
+    def only_files(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(refusal, os.strerror(refusal))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    assert path_of(_keep(FileStorage(tmp_path))).read_bytes() == BODY
 
 
 def test_a_disk_that_takes_a_little_at_a_time_gets_it_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """What is stored is shown to apps, and read again on demand: what is gone or damaged is fetched once more."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import worker
 from tests.downloads import PNG, Stand, png
 from tests.rows import job_of, output_of
 from tests.web import Web, page
+from worker import storage
 from worker.cli import main
 from worker.errors import OutputMissing
 from worker.storage import path_of
@@ -118,6 +121,38 @@ def test_a_file_that_no_output_knows_is_named_and_stays(
     code, said = _verify(capsys)
     assert (code, said["orphans"]) == (0, [f"file://{stand.out}/0/stray%20name.png"])
     assert (stand.out / "0" / "stray name.png").exists()
+
+
+def test_no_stored_file_is_called_a_stranger_where_the_directory_is_reached_by_another_name(
+    stand: Stand, stored: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Strangers may be thrown away."""
+    link = stand.out.with_name("link")
+    link.symlink_to(stand.out)
+    monkeypatch.setenv("STORAGE_URL", f"file:{link}")
+    assert _verify(capsys) == (0, {"checked": 3, "whole": 3, "wrong": [], "orphans": []})
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_file_that_can_not_be_read_is_named_and_the_others_are_read(
+    number: int, stored: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where a disk goes bad; what is gone is put back all the same."""
+    real, bad = storage._hash, path_of(stored[number].location)
+
+    def reads(path: Path) -> str:
+        if path == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path)
+
+    monkeypatch.setattr(storage, "_hash", reads)
+    path_of(stored[2].location).unlink()
+    code, said = _verify(capsys)
+    assert (code, said["checked"], said["whole"], said["orphans"]) == (1, 3, 1, [])
+    assert [(one["output_id"], one["condition"]) for one in said["wrong"]] == [
+        (stored[number].id, "unreadable"),
+        (stored[2].id, "missing"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ import re
 import secrets
 import threading
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, timedelta
+from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime, parsedate_to_datetime
 from urllib.parse import urljoin, urlsplit
 
@@ -31,6 +32,7 @@ from worker.core.lifecycle import (
     source,
 )
 from worker.core.media import MAX_PIXELS, Base64Decoder, base64_start, pixels, sniff, whole
+from worker.core.plain_text import plain_text
 from worker.database import database_now
 from worker.errors import StorageTrouble
 from worker.leases import LeaseKeeper
@@ -42,6 +44,7 @@ from worker.store.outcomes import record_attempt
 from worker.timed_http import TimeLimit, lean_session
 
 log = logging.getLogger(__name__)
+logging.getLogger("urllib3.connection").setLevel(logging.ERROR)  # its warnings of odd headers quote the whole link
 
 CHUNK_BYTES = 256 * 1024
 CONNECT_SECONDS = 10.0
@@ -57,6 +60,7 @@ RESTARTS = 6  # of one attempt: breaks after which nothing new had come
 BREAK_SECONDS = 0.1
 HOST_PATIENCE_SECONDS = 0.25
 HOST_BUSY_SECONDS = 3.0
+ELSEWHERE_SECONDS = 0.5
 
 
 class Downloader:
@@ -89,6 +93,7 @@ class Downloader:
         self._tell = tell
         self._session = lean_session(adapter)
         self._hosts = Hosts(per_host)
+        self._look_elsewhere_at = 0.0
         self._pause = pause
         self._cleaned_at = time.monotonic()
         with suppress(StorageTrouble):  # every attempt says so again
@@ -98,15 +103,7 @@ class Downloader:
         """Stores one output, if there is something to do; what happened, in a few words."""
         self._remove_stale()
         with self._leases:
-            with self._engine.begin() as connection:
-                output = claim_output(
-                    connection,
-                    output_id,
-                    token=secrets.token_hex(8),
-                    holder=self._leases.holder,
-                    lease=self._leases.lease,
-                    now=database_now(connection),
-                )
+            output = self._claim(output_id)
             if output is None:
                 return "nothing to do"
             with self._hosts.place(_host_of(output)) as free:
@@ -114,6 +111,28 @@ class Downloader:
                     return self._record(output, self._attempt(output))
             self._give_back(output)
             return "its host is busy: again in a few seconds"
+
+    def _claim(self, output_id: int) -> ClaimedOutput | None:
+        """The next output: of a host that has places left, where there is one due."""
+        full = self._hosts.full()
+        if full and time.monotonic() >= self._look_elsewhere_at:
+            output = self._claim_without(full, output_id)
+            if output is not None:
+                return output
+            self._look_elsewhere_at = time.monotonic() + ELSEWHERE_SECONDS  # it goes through all that is due
+        return self._claim_without((), output_id)
+
+    def _claim_without(self, hosts: Collection[str], output_id: int) -> ClaimedOutput | None:
+        with self._engine.begin() as connection:
+            return claim_output(
+                connection,
+                output_id,
+                token=secrets.token_hex(8),
+                holder=self._leases.holder,
+                lease=self._leases.lease,
+                now=database_now(connection),
+                without=hosts,
+            )
 
     def _give_back(self, output: ClaimedOutput) -> None:
         with self._engine.begin() as connection:
@@ -127,6 +146,13 @@ class Downloader:
                 return trouble or self._keep(output, incoming)
         except StorageTrouble as refused:
             return Trouble("storage", str(refused))
+        except Exception as fault:  # a claim that nobody ends would come back for ever, and never be given up
+            kind, place = (
+                type(fault).__name__,
+                traceback.extract_tb(fault.__traceback__)[-1],
+            )  # its text may quote a link
+            log.error("a fault of ours output=%s reason=%s at=%s:%s", output.id, kind, place.name, place.lineno)
+            return Trouble("unreachable", f"a fault of ours: {kind}")
 
     def _receive(self, output: ClaimedOutput, incoming: Incoming) -> Attempt | None:
         """Fills `incoming`; what stood in the way, or None."""
@@ -216,6 +242,9 @@ class Downloader:
             while chunk := response.raw.read1(CHUNK_BYTES, decode_content=True):
                 if incoming.size + len(chunk) > self._max_bytes:
                     return Unfit("too_large", f"more than OUTPUT_MAX_BYTES ({self._max_bytes} bytes)")
+                if whole is not None and incoming.size + len(chunk) > whole:
+                    incoming.begin(Source(incoming.source.link if incoming.source else ""))  # whose bytes are these?
+                    raise _Broken(f"more came than the {whole} bytes there are")
                 incoming.write(chunk)
                 now = time.monotonic()
                 if now >= look_at:
@@ -261,7 +290,7 @@ class Downloader:
             now = database_now(connection)
             result = after_attempt(output.facts, attempt, now=now, deadline=self._deadline)
             if not isinstance(result, StoredFile):
-                result = replace(result, message=self._scrubber.text(result.message))
+                result = replace(result, message=plain_text(self._scrubber.text(result.message)))
             stood, final = record_attempt(connection, output, result, now=now)
         if not stood:
             return "the claim was lost"
@@ -300,6 +329,11 @@ class Hosts:
         self._patience = patience
         self._busy: Counter[str] = Counter()
         self._freed = threading.Condition()
+
+    def full(self) -> frozenset[str]:
+        """The hosts that have no place left."""
+        with self._freed:
+            return frozenset(host for host, busy in self._busy.items() if busy >= self._most)
 
     @contextmanager
     def place(self, host: str) -> Iterator[bool]:
@@ -350,7 +384,7 @@ def _source_of(response: requests.Response, link: str) -> Source:
     headers = response.headers
     if headers.get("content-encoding", "identity").lower() != "identity":
         return Source(link)  # its lengths are those of the packed bytes
-    declared = headers.get("content-length", "")
+    declared = headers.get("content-length", "") if "transfer-encoding" not in headers else ""  # RFC 9112, 6.3
     length = int(declared) if declared.isascii() and declared.isdigit() and len(declared) < 20 else None
     if headers.get("accept-ranges", "bytes").lower() == "none":
         return Source(link, "", length)
@@ -363,11 +397,24 @@ def _validator(headers: Mapping[str, str]) -> str:
     tag = headers.get("etag", "")
     if re.fullmatch(r'"[\x21\x23-\x7e]{0,200}"', tag):
         return tag
-    with suppress(TypeError, ValueError):
+    with suppress(TypeError, ValueError, OverflowError):
         changed = parsedate_to_datetime(headers.get("last-modified", ""))
         if (parsedate_to_datetime(headers.get("date", "")) - changed).total_seconds() >= 1:
-            return format_datetime(changed.astimezone(UTC), usegmt=True)
+            return _written(changed)
     return ""
+
+
+def _written(moment: datetime) -> str:
+    return format_datetime(moment.astimezone(UTC), usegmt=True)
+
+
+def _other_version(headers: Mapping[str, str], validator: str) -> bool:
+    """Whether an answer names another version than the one that was asked for: not every server heeds If-Range."""
+    if validator.startswith('"'):
+        return headers.get("etag", validator) != validator
+    with suppress(TypeError, ValueError, OverflowError):
+        return _written(parsedate_to_datetime(headers.get("last-modified", validator))) != validator
+    return False
 
 
 def _goes_on(response: requests.Response, incoming: Incoming) -> bool:
@@ -376,7 +423,7 @@ def _goes_on(response: requests.Response, incoming: Incoming) -> bool:
     span = re.fullmatch(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", response.headers.get("content-range", ""))
     if known is None or span is None or response.headers.get("content-encoding", "identity").lower() != "identity":
         return False
-    if known.validator.startswith('"') and response.headers.get("etag", known.validator) != known.validator:
+    if _other_version(response.headers, known.validator):
         return False
     return int(span[1]) == incoming.size and known.length is not None and span[3] in (str(known.length), "*")
 

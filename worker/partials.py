@@ -1,10 +1,12 @@
 """Files that are being received: counted and hashed as they come, and taken up again after whatever cut them short.
 
 A partial file has a sidecar that says which link its bytes are from and what to ask that link for. Whoever writes to it
-holds a lock on it, which a dead process lets go of by itself. Bytes that were written before the host last started are
+holds a lock on it, which a dead process lets go of by itself; where the file system knows no locks every claim has a
+file of its own, and none lasts. Bytes that were written before the host last started are
 not trusted: a crash of the host may have left holes in them.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -21,6 +23,7 @@ from worker.process_id import host_name
 
 READ_BYTES = 1 << 20
 TRIES = 3
+NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +125,12 @@ class Incoming:
         except OSError as error:
             raise StorageTrouble(f"can't write: {error.strerror}") from None
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            _lock(handle)
             self._handle = handle
             self._empty()
             for chunk in content:
                 self.write(chunk)
+            self._sidecar.unlink(missing_ok=True)  # it tells of the old bytes, and a crash may come in between
             other.replace(self.path)
         except BaseException as error:
             self._handle = old
@@ -137,7 +141,8 @@ class Incoming:
                 raise StorageTrouble(f"can't write: {error.strerror}") from None
             raise
         os.close(old)
-        self.source = None
+        if self.source is not None:
+            self._note(Source(self.source.link, "", self.size))
 
     def chunks(self) -> Iterator[bytes]:
         """What came, from its start."""
@@ -152,12 +157,20 @@ class Incoming:
         except OSError as error:
             raise StorageTrouble(f"can't write: {error.strerror}") from None
 
+    def rename(self, final: Path) -> None:
+        """Gives the file its final name. Raises OSError, and StorageTrouble where its temporary one is another's."""
+        if not _same(self._handle, self.path):
+            raise StorageTrouble(f"can't write: somebody removed {self.path}")
+        self.path.replace(final)
+
     def close(self) -> None:
         """Lets the file go; it is removed, where it still has its temporary name, unless it is to be held."""
-        if not (self.hold and self._lasting and self.size and (self.resumable or self.complete)):
-            for path in (self.path, self._sidecar):
-                with suppress(OSError):
-                    path.unlink()
+        with suppress(OSError):
+            if not (self.hold and self._lasting and self.size and (self.resumable or self.complete)):
+                if _same(self._handle, self.path):  # once renamed, the name may be the next claim's already
+                    self.path.unlink()
+                if not self.path.exists():
+                    self._sidecar.unlink()
         os.close(self._handle)
 
     @property
@@ -168,10 +181,12 @@ class Incoming:
         """Counts what an attempt before left, if it can be gone on with."""
         try:
             said = json.loads(self._sidecar.read_text())
-            source = Source(str(said["link"]), str(said["validator"]), said["length"])
+            source = Source(said["link"], said["validator"], said["length"])
             here = bool(said["host"]) and said["host"] == host_name()
             there = os.fstat(self._handle).st_size
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return self._drop()
+        if not _sound(source):
             return self._drop()
         usable = source.validator and (source.length is None or there <= source.length)
         if not here or not (usable or there == source.length):
@@ -198,7 +213,7 @@ class Partials:
         """A file to write to, with what came of it before. Raises StorageTrouble.
 
         It is gone afterwards, unless it was kept under another name or is held for the next attempt. Where another
-        process still writes to it, the file is one of this claim alone, and does not last.
+        process still writes to it, or nothing can be locked, the file is one of this claim alone, and does not last.
         """
         try:
             self.folder.mkdir(exist_ok=True)
@@ -214,19 +229,22 @@ class Partials:
         path = self.folder / f"{output_id}.part"
         for _ in range(TRIES):
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(handle)
-                break
-            if _same(handle, path):  # else it was kept or removed while we waited, and the name is another file's
-                os.utime(handle)
-                return Incoming(path, handle, lasting=True)
+            with _closed_on_trouble(handle):
+                locked = _lock(handle)
+                if locked and _same(handle, path):
+                    os.utime(handle)
+                    return Incoming(path, handle, lasting=True)
+                if locked is None and not os.fstat(handle).st_size:
+                    path.unlink(missing_ok=True)
             os.close(handle)
+            if not locked:
+                break
+            # it was kept or removed while we waited, and the name is another file's
         own = self.folder / f"{output_id}-{token}.part"
         handle = os.open(own, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        return Incoming(own, handle, lasting=False)
+        with _closed_on_trouble(handle):
+            _lock(handle)
+            return Incoming(own, handle, lasting=False)
 
     def discard(self, output_id: int) -> None:
         """Removes what came of an output, unless somebody writes to it."""
@@ -253,6 +271,40 @@ def link_hash(url: str) -> str:
     return hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def _sound(source: Source) -> bool:
+    """Whether a sidecar holds what we write into one."""
+    texts = isinstance(source.link, str) and isinstance(source.validator, str)
+    return (
+        texts
+        and source.validator.isascii()
+        and source.validator.isprintable()
+        and (source.length is None or type(source.length) is int)
+    )
+
+
+def _lock(handle: int) -> bool | None:
+    """Locks a file: False where somebody else has it, None where the file system knows no locks. Raises OSError."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return None
+        raise
+    return True
+
+
+@contextmanager
+def _closed_on_trouble(handle: int) -> Iterator[None]:
+    """A handle that is left open would keep its lock as long as the process lives."""
+    try:
+        yield
+    except BaseException:
+        os.close(handle)
+        raise
+
+
 def _same(handle: int, path: Path) -> bool:
     try:
         there = path.stat(follow_symlinks=False)
@@ -267,8 +319,7 @@ def _remove(path: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not _same(handle, path):
+        if _lock(handle) is False or not _same(handle, path):
             return False
         path.unlink()
         path.with_suffix(".json").unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Where outputs are stored: whole, and under names made by us that never stand before their bytes do."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from worker.partials import Incoming, Partials
 PARTIAL = ".partial"
 JOBS_PER_FOLDER = 1_000
 READ_BYTES = 1 << 20
+NO_SYNC = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})  # of folders, as some file systems answer
 
 Condition = Literal["whole", "missing", "damaged"]
 
@@ -87,7 +89,7 @@ class FileStorage:
                     raise StorageTrouble(f"{self._root} is missing: mount it, or make it")
                 final.parent.mkdir(parents=True, exist_ok=True)
                 if not final.exists():
-                    incoming.path.replace(final)
+                    incoming.rename(final)
                 elif _hash(final) != incoming.sha256:
                     continue  # something else has our name: it stays
                 _sync_folder(final.parent)
@@ -155,6 +157,11 @@ def path_of(location: str) -> Path:
     return Path(unquote(location.removeprefix("file://")))
 
 
+def place_of(location: str) -> str:
+    """What tells one location from another: a file is the same one by whatever links its directory is reached."""
+    return os.path.realpath(path_of(location)) if location.startswith("file:") else location
+
+
 def _free(path: Path) -> Path:
     number, free = 0, path.with_name(f"{path.name}.damaged")
     while free.exists():
@@ -175,5 +182,8 @@ def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
     finally:
         os.close(handle)

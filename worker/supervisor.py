@@ -62,12 +62,14 @@ class Program:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Seconds: the first and the longest delay of a restart, the life after which delays begin anew, the time a
-    process has to end when asked, and the life below which an exit for wrong settings counts."""
+    """Seconds: the first and the longest delay of a restart, the life after which delays begin anew, the life after
+    which one that ended politely was asked to, the time a process has to end when asked, and the life below which an
+    exit for wrong settings counts."""
 
     first_restart: float = 1.0
     longest_restart: float = 30.0
     steady: float = 60.0
+    started: float = 2.0
     polite: float = 25.0
     soon: float = 10.0
 
@@ -326,7 +328,8 @@ class Supervisor:
             return
         name, now = child.program.name, self._clock()
         lived = now - child.started_at
-        child.deaths = 1 if lived >= self._timing.steady else child.deaths + 1
+        asked = code in (0, -signal.SIGTERM) and lived >= self._timing.started  # by an operator: no crash
+        child.deaths = 1 if asked or lived >= self._timing.steady else child.deaths + 1
         child.refusals = child.refusals + 1 if code == REFUSED and lived < self._timing.soon else 0
         self.deaths[name] = self.deaths.get(name, 0) + 1
         if child.refusals >= REFUSALS:

@@ -9,12 +9,13 @@ from sqlalchemy import Engine, Row
 from worker.database import database_now
 from worker.errors import StorageTrouble
 from worker.settings import Settings
-from worker.storage import Storage
+from worker.storage import Storage, place_of
 from worker.store.outputs import put_back, stored_after, unknown_of
 from worker.stores import storage_for, storage_of
 
 PAGE = 200
 SUSPICIOUS = 20
+TROUBLES = 5
 
 
 @dataclass(slots=True)
@@ -56,21 +57,30 @@ def verify(
 ) -> Findings:
     """Reads every stored output, or those of some jobs, and hashes it.
 
-    What is missing is put back, what is damaged is moved aside and put back; a dry run only says what it would do.
-    Raises StorageTrouble where the storage can't be read, or where the first SUSPICIOUS outputs are all missing, unless
-    it is forced: rather is a disk not mounted then, and nothing is touched.
+    What is missing is put back, what is damaged is moved aside and put back, what can't be read is left; a dry run only
+    says what it would do. Raises StorageTrouble where TROUBLES outputs in a row can't be read, or where the first
+    SUSPICIOUS outputs are all missing, unless it is forced: rather is a disk not mounted then, and nothing is touched.
     """
     found = Findings()
     stores: dict[str, Storage] = {}
-    known: set[int] = set()  # hashes of locations, which take a tenth of the room
+    known: set[int] = set()  # hashes of places, which take a tenth of the room
+    troubles = 0
     missing: list[Row[Any]] | None = None if force or dry_run else []
     for row in _stored(engine, job_ids):
         found.checked += 1
-        known.add(hash(row.location))
+        known.add(hash(place_of(row.location)))
         scheme = row.location.partition(":")[0]
         if scheme not in stores:
             stores[scheme] = storage_of(row.location, settings)
-        condition = stores[scheme].examine(row.location, size=row.size_bytes, sha256=row.sha256)
+        try:
+            condition = stores[scheme].examine(row.location, size=row.size_bytes, sha256=row.sha256)
+        except StorageTrouble as refused:
+            troubles += 1
+            if troubles >= TROUBLES:
+                raise
+            found.wrong.append(Finding(row.id, row.job_id, row.location, "unreadable", f"left: {refused}"))
+            continue
+        troubles = 0
         if missing is not None and condition == "missing":
             missing.append(row)
             if len(missing) >= SUSPICIOUS:
@@ -90,7 +100,7 @@ def verify(
     for late in missing or ():
         found.wrong.append(_mended(engine, stores, late, "missing"))
     if job_ids is None:
-        strangers = [one for one in storage_for(settings).locations() if hash(one) not in known]
+        strangers = [one for one in storage_for(settings).locations() if hash(place_of(one)) not in known]
         with engine.connect() as connection:
             found.orphans = sorted(unknown_of(connection, strangers))
     return found

@@ -506,3 +506,23 @@ def test_given_two_messages_that_cross_when_each_took_the_others_output_then_non
 
         assert (first.id, second.id) == (older, younger)
         assert take(connection, younger, token="c") is None
+
+
+@pytest.mark.parametrize(
+    ("host", "passed"),
+    [("a.test", {0, 1}), ("::1", {2}), ("a_test", set()), ("test", set()), ("b.test", {3})],
+)
+def test_given_hosts_to_pass_over_when_outputs_are_taken_then_none_whose_link_is_there(
+    host: str, passed: set[int], engine: Engine
+) -> None:
+    """Not the oldest, nor the one that is named."""
+    links = ["https://a.test/0.png", "http://a.test:8080/1", "https://[::1]/2.png", "https://b.test/?https://a.test/"]
+    with engine.begin() as connection:
+        job_id = add_downloading(connection)
+        ids = [add_output(connection, job_id, number, url=link) for number, link in enumerate(links)]
+        named = ids[min(passed, default=0)]
+        taken_ids = set()
+        while claimed := take(connection, named, without={host, "other.test"}):
+            taken_ids.add(claimed.id)
+
+    assert taken_ids == {one for number, one in enumerate(ids) if number not in passed}

@@ -1,7 +1,7 @@
 """Claims: taking due rows under a lease with a fencing token, renewing the lease, giving rows back."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cache
@@ -18,6 +18,7 @@ from sqlalchemy import (
     bindparam,
     case,
     func,
+    not_,
     or_,
     select,
     union,
@@ -298,14 +299,23 @@ def release_tokens(connection: Connection, holder: str, tokens: Sequence[str], *
 
 
 def claim_output(
-    connection: Connection, output_id: int, *, token: str, holder: str, lease: timedelta, now: datetime
+    connection: Connection,
+    output_id: int,
+    *,
+    token: str,
+    holder: str,
+    lease: timedelta,
+    now: datetime,
+    without: Collection[str] = (),
 ) -> ClaimedOutput | None:
     """Takes a due output: the oldest one there is, or the one named. None where there is nothing to do.
 
     A message stands for one download, not for one output: so one that was put back after a crash does not wait behind a
     backlog of younger ones, and where two messages cross, each having taken the other's output, none is left over.
+    Outputs whose link is on one of the hosts in `without` are passed over.
     """
-    due = (outputs.c.due_at.is_not(None), outputs.c.due_at <= now)
+    elsewhere = tuple(not_(_link_is_on(host)) for host in sorted(without))
+    due = (outputs.c.due_at.is_not(None), outputs.c.due_at <= now, *elsewhere)
     wanted = select(outputs.c.listed_at).where(outputs.c.id == output_id, *due).with_for_update(skip_locked=True)
     # Locked already here: on MariaDB updates that meet in an index block each other.
     named = connection.execute(wanted).scalar()
@@ -356,6 +366,12 @@ def claim_output(
             last_code=row.error_code,
         ),
     )
+
+
+def _link_is_on(host: str) -> ColumnElement[bool]:
+    name = f"[{host}]" if ":" in host else host
+    starts = [f"{scheme}://{name}{end}" for scheme in ("https", "http") for end in ("/", ":")]
+    return or_(*(outputs.c.url.startswith(start, autoescape=True) for start in starts))
 
 
 def release_output(connection: Connection, output: ClaimedOutput, *, due_at: datetime, now: datetime) -> None:
