@@ -534,6 +534,17 @@ def test_carried_bytes_pass_the_same_checks(stand: Stand, body: bytes, status: s
     assert stand.files == []
 
 
+def test_carried_bytes_that_were_too_large_are_there_for_a_retry_with_a_larger_limit(stand: Stand) -> None:
+    """Nobody else has them."""
+    output_id = stand.add("data:image/png;sha256=00")
+    with stand.engine.begin() as connection:
+        connection.execute(insert(bodies).values(output_id=output_id, body=png(padding=MAX_BYTES)))
+    stand.downloader().run(output_id)
+    assert output_of(stand.engine, output_id).error_code == "too_large"
+    with stand.engine.connect() as connection:
+        assert len(connection.execute(bodies.select()).all()) == 1
+
+
 def test_carried_bytes_that_could_not_be_read_are_no_media(stand: Stand) -> None:
     """No row is dropped for it, and no request is made."""
     assert stand.download("data:image/png;sha256=00").error_code == "not_media"

@@ -184,11 +184,13 @@ def test_a_partial_answer_that_is_not_the_rest_is_thrown_away(
     "answer",
     [
         page(416, b"", Content_Range="bytes */7"),
+        page(400, b"no ranges here"),
+        page(501, b""),
         page(206, BODY[100_000:], ETag='"v2"', Content_Range=f"bytes 100000-{len(BODY) - 1}/{len(BODY)}"),
         page(206, b"x" * 9, Content_Encoding="gzip", Content_Range=f"bytes 100000-{len(BODY) - 1}/{len(BODY)}"),
         page(206, b"--x\r\n", Content_Type="multipart/byteranges; boundary=x"),
     ],
-    ids=["not satisfiable", "another version", "packed", "several parts"],
+    ids=["not satisfiable", "bad request", "not implemented", "another version", "packed", "several parts"],
 )
 def test_a_server_that_can_not_go_on_is_asked_for_all_of_it(
     answer: Callable[[socket.socket], None],

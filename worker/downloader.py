@@ -50,6 +50,7 @@ CHUNK_BYTES = 256 * 1024
 CONNECT_SECONDS = 10.0
 MAX_REDIRECTS = 3
 DEAD = frozenset({403, 404, 410})
+NO_RANGE = frozenset({206, 400, 405, 416, 501})  # answers to a range that say: ask for all of it
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 STALE_EVERY_SECONDS = 600.0
 STALE_SECONDS = 3_600.0  # what came of an output is of use until its next attempt; none waits longer for one
@@ -220,7 +221,7 @@ class Downloader:
                 if status in DEAD:
                     return DeadLink(f"HTTP {status}")
                 if asked and not (status == 200 or (status == 206 and _goes_on(response, incoming))):
-                    if status not in (206, 416):
+                    if status not in NO_RANGE:
                         incoming.hold = True
                         return Trouble("http_error", f"HTTP {status}")
                     incoming.begin(Source(link))  # it answers for other bytes: from the start, then

@@ -32,6 +32,7 @@ CONNECT_TIMEOUT = 5.0
 READ_TIMEOUT = 30.0
 ATTEMPTS = 2
 CONNECTIONS = 64
+WRONG_SUM = frozenset({"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "InvalidPart"})
 AMAZON = re.compile(r"^https://[a-z0-9.-]+\.amazonaws\.com(\.cn)?$")
 
 
@@ -202,8 +203,8 @@ class S3Storage:
             except ClientError as error:
                 if _status(error) in (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.CONFLICT):
                     return None
-                if _status(error) == HTTPStatus.BAD_REQUEST:
-                    incoming.hold = False  # a checksum that is wrong: the file is not what was received any more
+                if error.response.get("Error", {}).get("Code") in WRONG_SUM:
+                    incoming.hold = False  # the file is not what was received any more
                 raise
 
     def _send_whole(self, client: Any, key: str, incoming: Incoming, handle: int, described: dict[str, Any]) -> bool:

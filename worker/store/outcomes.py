@@ -200,7 +200,8 @@ def record_attempt(
         if result.renew:
             _ask_for_links(connection, output.job_id, now)
         return True, None
-    if output.body is not None:
+    too_large = isinstance(result, GiveUp) and result.code == "too_large"  # `retry` may find a larger limit
+    if output.body is not None and not too_large:
         connection.execute(delete(bodies).where(bodies.c.output_id == output.id))
     return True, settle(connection, output.job_id, now=now) if job_status == "downloading" else None
 
