@@ -1,5 +1,8 @@
 """Which storage there is, by the settings and by what a location says."""
 
+from functools import cache
+from pathlib import Path
+
 from worker.errors import StorageTrouble
 from worker.partials import Partials
 from worker.settings import STATE_FOLDER, Settings
@@ -11,20 +14,22 @@ def storage_for(settings: Settings) -> Storage:
     if settings.storage_path is not None:
         return FileStorage(settings.storage_path, address=settings.storage_address or None)
     bucket, prefix = settings.bucket or ("", "")
-    return _s3(bucket, prefix, settings)
+    return _s3(bucket, prefix, settings.partial_path)
 
 
 def storage_of(location: str, settings: Settings) -> Storage:
     """What can read a location, whatever the settings say of new ones. Raises SettingsError, StorageTrouble."""
     if location.startswith("s3:"):
         bucket, prefix = settings.bucket or (location.removeprefix("s3://").partition("/")[0], "")
-        return _s3(bucket, prefix, settings)
+        return _s3(bucket, prefix, settings.partial_path)
     if location.startswith("file:"):
         return FileStorage(settings.storage_path or STATE_FOLDER, address=settings.storage_address or None)
     raise StorageTrouble(f"nothing can read {location[:200]}")
 
 
-def _s3(bucket: str, prefix: str, settings: Settings) -> Storage:
+@cache
+def _s3(bucket: str, prefix: str, partials: Path) -> Storage:
+    """One per process: each has a client of its own, which takes long to make, and connections to keep."""
     from worker.s3 import S3Storage  # an extra: whoever stores files needs none of it
 
-    return S3Storage(bucket, prefix, Partials(settings.partial_path))
+    return S3Storage(bucket, prefix, Partials(partials))

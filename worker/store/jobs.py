@@ -320,26 +320,29 @@ def cancel(connection: Connection, job_id: int, *, now: datetime) -> bool:
     return True
 
 
+def listed_anew(now: datetime) -> dict[str, Any]:
+    """The values of an output that is to be tried as if it had just been listed; its attempts are kept."""
+    return {
+        "status": "pending",
+        "due_at": now,
+        "queued_at": None,
+        "listed_at": now,
+        "bad_bodies": 0,
+        "dead_since": None,
+        "dead_attempts": 0,
+        "renewed": False,
+        "error_code": None,
+        "error_message": None,
+    }
+
+
 def retry(connection: Connection, job_id: int, *, now: datetime) -> bool:
     """Takes a failed or expired job up again, at once and with its whole deadline. False where it changed nothing."""
     job = connection.execute(select(jobs).where(jobs.c.id == job_id).with_for_update()).one_or_none()
     if job is None or job.status not in ("failed", "expired"):
         return False
     failed = connection.execute(
-        update(outputs)
-        .where(outputs.c.job_id == job_id, outputs.c.status == "failed")
-        .values(
-            status="pending",
-            due_at=now,
-            queued_at=None,
-            listed_at=now,
-            bad_bodies=0,
-            dead_since=None,
-            dead_attempts=0,
-            renewed=False,
-            error_code=None,
-            error_message=None,
-        )
+        update(outputs).where(outputs.c.job_id == job_id, outputs.c.status == "failed").values(listed_anew(now))
     ).rowcount
     connection.execute(
         update(jobs)

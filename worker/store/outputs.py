@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, select, update
 
+from worker.store.jobs import listed_anew
 from worker.tables import jobs, outputs
 
 _AT_ONCE = 500
@@ -101,23 +102,7 @@ def put_back(connection: Connection, output_id: int, *, location: str, now: date
             outputs.c.location == location,
             outputs.c.url.not_like("data:%"),
         )
-        .values(
-            status="pending",
-            location=None,
-            size_bytes=None,
-            sha256=None,
-            media_type=None,
-            stored_at=None,
-            due_at=now,
-            queued_at=None,
-            listed_at=now,
-            bad_bodies=0,
-            dead_since=None,
-            dead_attempts=0,
-            renewed=False,
-            error_code=None,
-            error_message=None,
-        )
+        .values(listed_anew(now) | dict.fromkeys(("location", "size_bytes", "sha256", "media_type", "stored_at")))
     ).rowcount
     if changed:
         connection.execute(
