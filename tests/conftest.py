@@ -87,6 +87,26 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
             connection.execute(table.delete())
 
 
+@pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
+def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
+    """An engine on a database with nothing in it."""
+    if request.param == "sqlite":
+        engine = make_engine(make_url(f"sqlite:///{tmp_path}/empty.db"))
+        yield engine
+        engine.dispose()
+        return
+    if request.param == "mariadb":
+        with servers.mariadb() as url:
+            engine = make_engine(make_url(url).set(drivername="mariadb+pymysql"))
+            yield engine
+            engine.dispose()
+        return
+    with servers.postgres(tmp_path / "postgres") as url:
+        engine = make_engine(make_url(url).set(drivername="postgresql+psycopg"))
+        yield engine
+        engine.dispose()
+
+
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Redis server of this process's own."""

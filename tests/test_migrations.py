@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,11 +12,9 @@ from alembic import command
 from alembic.config import Config
 from alembic.util.exc import CommandError
 from sqlalchemy import CheckConstraint, Engine, UniqueConstraint, insert, inspect, select, text
-from sqlalchemy.engine import make_url
 
-from tests import servers
 from tests.rows import job_values
-from worker.database import SCHEMA_VERSION, check_schema, make_engine, schema_version
+from worker.database import SCHEMA_VERSION, check_schema, schema_version
 from worker.errors import SchemaOutdated
 from worker.migrate import migrate, scripts
 from worker.tables import VERSION_TABLE, jobs, metadata
@@ -44,26 +41,6 @@ def upgrade():
 def downgrade():
     op.drop_table("shop_orders")
 """
-
-
-@pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
-def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
-    """An engine on a database with nothing in it."""
-    if request.param == "sqlite":
-        engine = make_engine(make_url(f"sqlite:///{tmp_path}/empty.db"))
-        yield engine
-        engine.dispose()
-        return
-    if request.param == "mariadb":
-        with servers.mariadb() as url:
-            engine = make_engine(make_url(url).set(drivername="mariadb+pymysql"))
-            yield engine
-            engine.dispose()
-        return
-    with servers.postgres(tmp_path / "postgres") as url:
-        engine = make_engine(make_url(url).set(drivername="postgresql+psycopg"))
-        yield engine
-        engine.dispose()
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ from alembic import command
 from alembic.config import Config
 from alembic.util.exc import CommandError
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 
-from worker.database import SCHEMA_VERSION, connected, schema_version
-from worker.errors import SchemaOutdated
+from worker.database import LOCK_TIMEOUT_SECONDS, SCHEMA_VERSION, check_schema, connected, schema_version
+from worker.errors import SchemaOutdated, Unavailable
 
 _HERE = Path(__file__).parent
 _LOCK = 0x6665746368  # names the lock that two migrations at once queue on; any number of our own will do
@@ -44,11 +45,33 @@ def migrate(engine: Engine) -> tuple[str | None, str | None]:
         return before, schema_version(connection)
 
 
+def expand(engine: Engine) -> None:
+    """Makes sure that tables of an older version have what this one needs, as a worker process does at its start.
+
+    A migration only adds, so that the workers of the version before go on beside it. Where there are no tables none are
+    made. Raises SchemaOutdated where somebody has to run `fetch-worker migrate`, Unavailable where no database answers.
+    """
+    try:
+        check_schema(engine)
+    except SchemaOutdated:
+        with connected(engine.url), engine.connect() as connection:
+            there = schema_version(connection) is not None
+        if not there:
+            raise
+        try:
+            migrate(engine)
+        except (DBAPIError, Unavailable):  # no right to, or somebody else holds the tables
+            check_schema(engine)
+
+
 @contextmanager
 def _alone(connection: Connection) -> Iterator[None]:
-    """Keeps two migrations apart; SQLite does it by itself."""
+    """Keeps two migrations apart; SQLite does it by itself. An index of a large table may take its time."""
     if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'")
+        connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_SECONDS}s'")
     elif connection.dialect.name != "sqlite":
         connection.exec_driver_sql(f"SELECT GET_LOCK('fetch-worker {_LOCK}', {_LOCK_SECONDS})")
     try:

@@ -16,8 +16,9 @@ from celery.signals import worker_init, worker_shutting_down
 from celery.utils.log import get_logger
 
 from worker.app import POLLS, app, settings
-from worker.database import check_schema, engine_for
+from worker.database import engine_for
 from worker.errors import SchemaOutdated, Unavailable
+from worker.migrate import expand
 from worker.tasks import doubt_keys, parts, run_polls, run_sweep
 
 log = get_logger(__name__)
@@ -138,7 +139,7 @@ def _look_again() -> None:
 @worker_init.connect(weak=False)  # type: ignore[untyped-decorator]  # celery has no types
 def _check_schema(**_: object) -> None:
     try:
-        check_schema(engine_for(settings.database))
+        expand(engine_for(settings.database))
     except SchemaOutdated as outdated:
         print(f"fetch-worker: {outdated}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None

@@ -1,6 +1,6 @@
 """The first tables: jobs, their outputs, bytes that answers carried themselves, and the gates of accounts and hosts.
 
-Imports nothing of ours. Every constraint has a name.
+Every constraint has a name.
 
 Revision 0001, the first, 2026-11-22.
 """
@@ -10,6 +10,8 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
+
+from worker.schema_steps import create_index, create_table
 
 revision = "0001"
 down_revision = None
@@ -28,7 +30,7 @@ def partial(condition: str) -> dict[str, Any]:
 
 def upgrade() -> None:
     """Create them."""
-    op.create_table(
+    create_table(
         "fetch_gates",
         sa.Column("scope", sa.String(length=16), nullable=False),
         sa.Column("name", sa.String(length=255), nullable=False),
@@ -46,7 +48,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("scope", "name", name=op.f("pk_fetch_gates")),
         comment="accounts and API hosts: may they be asked, and if not, why and until when",
     )
-    op.create_table(
+    create_table(
         "fetch_jobs",
         sa.Column("id", ROW_ID, autoincrement=True, nullable=False),
         sa.Column("account", sa.String(length=64), nullable=False),
@@ -109,23 +111,23 @@ def upgrade() -> None:
         sa.UniqueConstraint("account", "fetch_base", "remote_id", name="uq_fetch_jobs_same_job"),
         sqlite_autoincrement=True,
     )
-    op.create_index(
+    create_index(
         "ix_fetch_jobs_due", "fetch_jobs", ["account", "due_at"], unique=False, **partial("due_at IS NOT NULL")
     )
-    op.create_index(
+    create_index(
         "ix_fetch_jobs_holder", "fetch_jobs", ["claim_holder"], unique=False, **partial("claim_holder IS NOT NULL")
     )
-    op.create_index("ix_fetch_jobs_reference", "fetch_jobs", ["reference"], unique=False)
-    op.create_index("ix_fetch_jobs_remote_id", "fetch_jobs", ["remote_id"], unique=False)
-    op.create_index("ix_fetch_jobs_status", "fetch_jobs", ["status", "id"], unique=False)
-    op.create_index(
+    create_index("ix_fetch_jobs_reference", "fetch_jobs", ["reference"], unique=False)
+    create_index("ix_fetch_jobs_remote_id", "fetch_jobs", ["remote_id"], unique=False)
+    create_index("ix_fetch_jobs_status", "fetch_jobs", ["status", "id"], unique=False)
+    create_index(
         "ix_fetch_jobs_untold",
         "fetch_jobs",
         ["completed_at"],
         unique=False,
         **partial("completed_at IS NOT NULL AND on_done IS NOT NULL AND told_at IS NULL"),
     )
-    op.create_table(
+    create_table(
         "fetch_outputs",
         sa.Column("id", ROW_ID, autoincrement=True, nullable=False),
         sa.Column("job_id", ROW_ID, nullable=False),
@@ -171,18 +173,18 @@ def upgrade() -> None:
         sa.UniqueConstraint("job_id", "position", name="uq_fetch_outputs_position"),
         sqlite_autoincrement=True,
     )
-    op.create_index(
+    create_index(
         "ix_fetch_outputs_oldest", "fetch_outputs", ["listed_at", "id"], unique=False, **partial("due_at IS NOT NULL")
     )
-    op.create_index("ix_fetch_outputs_due", "fetch_outputs", ["due_at"], unique=False, **partial("due_at IS NOT NULL"))
-    op.create_index(
+    create_index("ix_fetch_outputs_due", "fetch_outputs", ["due_at"], unique=False, **partial("due_at IS NOT NULL"))
+    create_index(
         "ix_fetch_outputs_holder",
         "fetch_outputs",
         ["claim_holder"],
         unique=False,
         **partial("claim_holder IS NOT NULL"),
     )
-    op.create_table(
+    create_table(
         "fetch_output_bodies",
         sa.Column("output_id", ROW_ID, nullable=False),
         sa.Column("body", BODY, nullable=False),

@@ -4,7 +4,7 @@ The index of due jobs goes by priority and host before time, so that a claim rea
 that of references leaves out jobs that have none. On PostgreSQL that of states leaves out the jobs that wait, and the
 hot table keeps room in its pages and is vacuumed early: each request writes its row twice.
 
-Imports nothing of ours. Every constraint has a name.
+Every constraint has a name.
 
 Revision 0002, after 0001, 2026-11-23.
 """
@@ -14,6 +14,8 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
+
+from worker.schema_steps import add_column, create_index, drop_index
 
 revision = "0002"
 down_revision = "0001"
@@ -37,20 +39,20 @@ def partial(condition: str) -> dict[str, Any]:
 
 def upgrade() -> None:
     """Add the columns and the index; the old index is of no more use."""
-    op.add_column("fetch_gates", sa.Column("ceiling", sa.Double(), nullable=True))
-    op.add_column("fetch_gates", sa.Column("cut_at", MOMENT, nullable=True))
-    op.create_index(
+    add_column("fetch_gates", sa.Column("ceiling", sa.Double(), nullable=True))
+    add_column("fetch_gates", sa.Column("cut_at", MOMENT, nullable=True))
+    create_index(
         "ix_fetch_jobs_best",
         "fetch_jobs",
         ["account", "priority", "fetch_host", "due_at"],
         **partial("due_at IS NOT NULL"),
     )
-    op.drop_index("ix_fetch_jobs_due", table_name="fetch_jobs")
-    op.drop_index("ix_fetch_jobs_reference", table_name="fetch_jobs")
-    op.create_index("ix_fetch_jobs_reference", "fetch_jobs", ["reference"], **partial("reference IS NOT NULL"))
+    drop_index("ix_fetch_jobs_due", "fetch_jobs")
+    drop_index("ix_fetch_jobs_reference", "fetch_jobs")
+    create_index("ix_fetch_jobs_reference", "fetch_jobs", ["reference"], **partial("reference IS NOT NULL"))
     if op.get_bind().dialect.name == "postgresql":
-        op.drop_index("ix_fetch_jobs_status", table_name="fetch_jobs")
-        op.create_index(
+        drop_index("ix_fetch_jobs_status", "fetch_jobs")
+        create_index(
             "ix_fetch_jobs_status", "fetch_jobs", ["status", "id"], postgresql_where=sa.text("status <> 'pending'")
         )
         op.execute(f"ALTER TABLE fetch_jobs SET ({', '.join(f'{name} = {value}' for name, value in HOT.items())})")

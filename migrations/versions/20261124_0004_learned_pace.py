@@ -2,7 +2,7 @@
 
 The worker before this one leaves the new columns alone: to it they are empty, and what is empty is asked about first.
 
-Imports nothing of ours. Every constraint has a name.
+Every constraint has a name.
 
 Revision 0004, after 0003, 2026-11-24.
 """
@@ -10,6 +10,8 @@ Revision 0004, after 0003, 2026-11-24.
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
+
+from worker.schema_steps import add_column, create_table
 
 revision = "0004"
 down_revision = "0003"
@@ -21,7 +23,7 @@ MOMENT = sa.DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql",
 
 def upgrade() -> None:
     """Add the table and the columns."""
-    op.create_table(
+    create_table(
         "fetch_paces",
         sa.Column("account", sa.String(64), nullable=False),
         sa.Column("kind", sa.String(64), nullable=False),
@@ -39,7 +41,7 @@ def upgrade() -> None:
         ("pace_scale", sa.Double()),
         ("pace_growth", sa.Double()),
     ):
-        op.add_column("fetch_jobs", sa.Column(name, kind, nullable=True))
+        add_column("fetch_jobs", sa.Column(name, kind, nullable=True))
 
 
 def downgrade() -> None:

@@ -2,7 +2,7 @@
 
 The worker before this one knows nothing of the table, and needs nothing of it.
 
-Imports nothing of ours. Every constraint has a name.
+Every constraint has a name.
 
 Revision 0005, after 0004, 2026-11-24.
 """
@@ -10,6 +10,8 @@ Revision 0005, after 0004, 2026-11-24.
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
+
+from worker.schema_steps import create_table
 
 revision = "0005"
 down_revision = "0004"
@@ -21,7 +23,7 @@ MOMENT = sa.DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql",
 
 def upgrade() -> None:
     """Add the table."""
-    op.create_table(
+    create_table(
         "fetch_crashes",
         sa.Column("scope", sa.String(8), nullable=False),
         sa.Column("row_id", sa.BigInteger(), nullable=False, autoincrement=False),
