@@ -16,6 +16,7 @@ from tests.acceptance.engine import budget, dripping_api, million_rows, two_acco
 from tests.acceptance.jobs import Size
 from tests.acceptance.main_job import kills, main_job, track_races
 from tests.acceptance.pace import pace
+from tests.acceptance.recovery import recovery, restarts
 from tests.acceptance.report import Report
 from tests.acceptance.stand import Place
 from tests.acceptance.trouble import bad_outputs, wrong_key
@@ -44,6 +45,8 @@ def programs(options: argparse.Namespace) -> Mapping[str, Program]:
         "pace": lambda home: pace(place, home),
         "downloads": lambda home: downloads(place, home),
         "bucket": lambda home: bucket(place, home),
+        "recovery": lambda home: recovery(place, home, options.kills, options.recovery_seconds),
+        "restarts": lambda home: restarts(place, home),
         "celery-user": lambda home: celery_user(place, home, few),
     }
 

@@ -101,21 +101,26 @@ def engine_for(address: str) -> sqlalchemy.Engine:
     return sqlalchemy.create_engine(spelled, poolclass=NullPool)
 
 
-@contextmanager
-def own_redis(home: Path) -> Iterator[str]:
-    """A Redis (or Valkey) server for one run on a port of its own; its address as `REDIS_URL` takes it."""
-    program, port = _redis_program(), free_port()
-    settings = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(home), "--save", "", "--appendonly", "no"]
-    with (home / "redis.log").open("wb") as log:
-        process = subprocess.Popen([program, *settings], stdout=log, stderr=log, start_new_session=True)
-    try:
-        with closing(redis.Redis(port=port)) as client:
-            if not wait_until(lambda: _is_ours(client, process.pid), 10, 0.05):
-                raise NotReady(f"{program} did not answer on port {port}: {(home / 'redis.log').read_text()[-400:]}")
-        yield f"redis://127.0.0.1:{port}/0"
-    finally:
-        process.kill()
-        process.wait()
+class OwnRedis:
+    """A Redis (or Valkey) server for one run on a port of its own; `url` is its address as `REDIS_URL` takes it."""
+
+    def __init__(self, home: Path) -> None:
+        self._log, port = home / "redis.log", free_port()
+        self.url = f"redis://127.0.0.1:{port}/0"
+        where = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(home)]
+        self._words = [_redis_program(), *where, "--save", "", "--appendonly", "no"]
+
+    def __enter__(self) -> Self:
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(self._words, stdout=log, stderr=log, start_new_session=True)
+        with closing(redis.Redis.from_url(self.url)) as client:
+            if not wait_until(lambda: _is_ours(client, self._process.pid), 10, 0.05):
+                raise NotReady(f"{self._words[0]} did not answer on {self.url}: {self._log.read_text()[-400:]}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
 
 
 def _redis_program() -> str:
@@ -158,7 +163,8 @@ class Stand:
         shutil.copytree(self.place.repo, self.checkout, ignore=shutil.ignore_patterns(*NOT_COPIED))
         with ExitStack() as servers:
             self.database_url = servers.enter_context(own_database(self.place.database, self.home))
-            self.redis_url = servers.enter_context(own_redis(self.home))
+            self._redis = servers.enter_context(OwnRedis(self.home))
+            self.redis_url = self._redis.url
             servers.callback(self._end_processes)
             self._servers = servers.pop_all()
         return self
@@ -265,6 +271,15 @@ class Stand:
         """How many Celery nodes answer a ping."""
         replies: Sequence[Mapping[str, object]] = self.client.control.ping(timeout=0.7) or ()
         return len({node for reply in replies for node in reply})
+
+    def pid_of(self, name: str) -> int:
+        """The process id of one that was started."""
+        return self._processes[name].pid
+
+    def restart_redis(self) -> None:
+        """Kill -9 of Redis, and an empty one in its place."""
+        self._redis.__exit__()
+        self._redis.__enter__()
 
     def kill(self, *names: str) -> None:
         """Kill -9 the whole process groups of these processes."""
