@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -161,6 +162,7 @@ def recovery(place: Place, home: Path, kills: int, recovery_seconds: int) -> Rep
                 hosts.kill(kind)
                 seconds = _moved(stand, before, began, recovery_seconds + 60)
                 taken[kind].append(seconds)
+                print(f"{kind}: {len(before)} rows moved after {seconds:.1f} s", file=sys.stderr, flush=True)
                 time.sleep(SETTLE + draw.random())
         wait_final(stand, load.jobs, recovery_seconds + 60)
         check_completed(report, stand, load.jobs)

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -363,7 +363,8 @@ class Stand:
     def _end_processes(self) -> None:
         self.stop(*self._processes, seconds=15)
         for pid in self.leftovers():
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it went with its parent
+                os.kill(pid, signal.SIGKILL)
 
     def _end(self, process: subprocess.Popen[bytes], last_word: signal.Signals) -> None:
         try:
