@@ -41,9 +41,13 @@ SELECT 'output ' || id, claim_token, attempts, status FROM fetch_outputs
 WHERE claim_token IS NOT NULL OR due_at <= clock_timestamp()
 """
 NOW = """
-SELECT 'job ' || id AS name, claim_token, polls AS tries, status FROM fetch_jobs WHERE id = ANY(:jobs)
+SELECT 'job ' || id AS name, claim_token, polls AS tries, status,
+    claim_token IS NULL AND due_at > clock_timestamp() + interval '1 second' AS waits
+FROM fetch_jobs WHERE id = ANY(:jobs)
 UNION ALL
-SELECT 'output ' || id, claim_token, attempts, status FROM fetch_outputs WHERE id = ANY(:outputs)
+SELECT 'output ' || id, claim_token, attempts, status,
+    claim_token IS NULL AND due_at > clock_timestamp() + interval '1 second'
+FROM fetch_outputs WHERE id = ANY(:outputs)
 """
 
 
@@ -182,7 +186,7 @@ def recovery(place: Place, home: Path, kills: int, recovery_seconds: int) -> Rep
 
 
 def _moved(stand: Stand, before: list[dict[str, Any]], began: float, patience: float) -> float:
-    """Seconds until each of these rows was claimed anew, asked about, or came to rest."""
+    """Seconds until each of these rows was claimed anew, answered, or came to rest."""
     waiting = {row["name"]: row for row in before}
     while waiting and time.monotonic() < began + patience:
         ids: dict[str, list[int]] = {"job": [], "output": []}
@@ -192,7 +196,7 @@ def _moved(stand: Stand, before: list[dict[str, Any]], began: float, patience: f
         for row in stand.rows(NOW, jobs=ids["job"], outputs=ids["output"]):
             was = waiting[row["name"]]
             claimed = row["claim_token"] is not None and row["claim_token"] != was["claim_token"]
-            if claimed or (row["tries"], row["status"]) != (was["tries"], was["status"]):
+            if claimed or row["waits"] or (row["tries"], row["status"]) != (was["tries"], was["status"]):
                 del waiting[row["name"]]
         time.sleep(0.05)
     return time.monotonic() - began
