@@ -20,6 +20,7 @@ from tests.acceptance.jobs import (
     check_completed,
     check_files,
     check_no_stray_files,
+    rows_of,
     track_by_name,
     wait_final,
 )
@@ -168,6 +169,11 @@ def recovery(place: Place, home: Path, kills: int, recovery_seconds: int) -> Rep
                 taken[kind].append(seconds)
                 print(f"{kind}: {len(before)} rows moved after {seconds:.1f} s", file=sys.stderr, flush=True)
                 time.sleep(SETTLE + draw.random())
+        wait_until(lambda: len(rows_of(stand, load.jobs)) == len(load.jobs), 5)
+        rows = rows_of(stand, load.jobs)
+        lost = [job for job in load.jobs if job.remote_id not in rows]
+        track_by_name(stand, lost)
+        report.figure("messages that went with Redis before they were rows, sent again", len(lost))
         wait_final(stand, load.jobs, recovery_seconds + 60)
         check_completed(report, stand, load.jobs)
         check_files(report, stand, hosted, load.jobs)
