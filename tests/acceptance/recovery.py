@@ -24,13 +24,14 @@ from tests.acceptance.jobs import (
     track_by_name,
     wait_final,
 )
-from tests.acceptance.main_job import KEY, start_working
+from tests.acceptance.main_job import KEY
 from tests.acceptance.report import Report, quantile
 from tests.acceptance.stand import WORKING, NotReady, Place, Stand, wait_until
 
 MARGIN = 5.0  # seconds beside RECOVERY_SECONDS
 SETTLE = 3.0  # seconds of quiet between a recovery and the next kill
 LATENCY, PICTURE = 0.4, 0.5  # seconds: long enough that a kill finds something under way
+ROLLING = ("worker1", "downloads", "worker2")
 RESTARTS, ROLLING_JOBS, ROLLING_SECONDS = 16, 400, 70.0
 
 # What was under way or due at a moment, and how one sees that it has moved since.
@@ -209,23 +210,31 @@ def _moved(stand: Stand, before: list[dict[str, Any]], began: float, patience: f
 
 
 def restarts(place: Place, home: Path) -> Report:
-    """Sixteen restarts by SIGTERM under load: jobs are asked about as if nothing were, and nobody sees an error."""
+    """Sixteen rolling restarts by SIGTERM under load: jobs are asked about as if nothing were, nobody sees an error."""
     report = Report("restarts")
     settings = {"POLL_POLICY": "fixed"}
     with Hosted(seed=1, accept=[KEY]) as hosted, Stand(place, home, hosted.base, KEY, **settings) as stand:
-        start_working(report, stand)
+        stand.migrate()
+        stand.start_workers(2)
+        stand.start("downloads", "beat")
+        stand.wait_ready(len(ROLLING))
         hosted.behave(latency_seconds=0.2, picture_seconds=0.3)
         quiet = _patient_jobs(19_000_000)
         calm = _waits(stand, hosted, quiet, lambda: None)
         stubborn: list[str] = []
+        stopped: list[float] = []
 
         def restart() -> None:
             pause = (ROLLING_SECONDS - 10) / RESTARTS
             for number in range(RESTARTS):
                 began = time.monotonic()
-                name = WORKING[number % len(WORKING)]
+                name = ROLLING[number % len(ROLLING)]
                 stubborn.extend(stand.stop(name, seconds=30))
-                stand.start(name)
+                stopped.append(time.monotonic() - began)
+                if name == "downloads":
+                    stand.start(name)
+                else:
+                    stand.start_worker(name)
                 time.sleep(max(0.0, pause - (time.monotonic() - began)))
 
         disturbed = _patient_jobs(20_000_000)
@@ -247,6 +256,7 @@ def restarts(place: Place, home: Path) -> Report:
         figures = " / ".join(f"{quantile(waits, share):.2f}" for share in (0.5, 0.95, 0.99))
         report.figure(f"between two requests {name} (s), p50 / p95 / p99 / max", f"{figures} / {max(waits):.2f}")
     report.figure("delay added, p99 / max (s)", f"{worst:.2f} / {max(late):.2f}")
+    report.figure("asked to end to gone (s), median / max", f"{quantile(stopped, 0.5):.1f} / {max(stopped):.1f}")
     report.figure("waits measured", len(rolling))
     return report
 

@@ -258,8 +258,11 @@ class Stand:
 
     def start_workers(self, count: int) -> list[int]:
         """Start so many processes by the Procfile's worker line, each with a node name of its own; their ids."""
-        line = self.procfile["worker"]
-        return [self.start_line(f"worker{n}", line.replace("worker@%h", f"worker{n}@%h")) for n in range(1, count + 1)]
+        return [self.start_worker(f"worker{number}") for number in range(1, count + 1)]
+
+    def start_worker(self, name: str) -> int:
+        """Start a process by the Procfile's worker line, with this node name; its id."""
+        return self.start_line(name, self.procfile["worker"].replace("worker@%h", f"{name}@%h"))
 
     def wait_ready(self, nodes: int = len(WORKING), seconds: float = 45) -> None:
         """Wait until so many Celery nodes answer."""
