@@ -372,7 +372,8 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ("1", {"on_done": "queue/"}, "on_done"),
     ("1", {"on_done": "/task"}, "on_done"),
     ("1", {"on_done": OVERLONG}, "on_done"),
-    ("1", {"webhook_url": "https://shop.test/hook"}, "on_done"),
+    ("1", {"webhook_url": "https://shop.test/hook"}, "set WEBHOOK_SECRET"),
+    ("1", {"webhook_url": "shop.test/hook"}, "webhook_url must be an https: address"),
     ("1", {"priority": 1_001}, "priority"),
     ("1", {"priority": "high"}, "priority"),
     ("1", {"priority": True}, "priority"),
@@ -414,6 +415,28 @@ def test_a_foreign_address_is_refused_by_its_own_error(door: Engine) -> None:
         worker.track("1", fetch_url="https://evil.test/api/v3/fetch/1")
     assert isinstance(refused.value, (NotTrackable, ValueError, WorkerError))
     assert _count(door) == 0
+
+
+def test_with_a_secret_a_webhook_address_is_kept_and_plain_http_is_for_networks_of_ones_own(
+    door: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The secret itself is nowhere."""
+    secret = "whsec_" + "c2VjcmV0" * 4
+    monkeypatch.setenv("WEBHOOK_SECRET", f"{secret}, {secret}")
+    enqueue._settings.cache_clear()
+    track("1", webhook_url="https://shop.test/hook")
+    with pytest.raises(NotTrackable, match="WEBHOOK_ALLOWED_NETWORKS"):
+        track("2", webhook_url="http://shop.test/hook")
+    with pytest.raises(NotTrackable) as refused:
+        track("2", webhook_url=f"https://user:{secret}@shop.test/hook")
+    assert secret not in str(refused.value)
+    monkeypatch.setenv("WEBHOOK_ALLOWED_NETWORKS", "10.0.0.0/8")
+    enqueue._settings.cache_clear()
+    track("3", webhook_url=f"http://10.0.0.1/{secret}")
+    with door.connect() as connection:
+        kept = list(connection.execute(select(jobs.c.webhook_url).order_by(jobs.c.id)).scalars())
+    assert kept[0] == "https://shop.test/hook"
+    assert secret not in kept[1]
 
 
 def test_only_listed_tasks_may_be_called_when_done(door: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

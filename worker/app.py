@@ -102,7 +102,7 @@ def _transport_options(broker: str) -> dict[str, object]:
 
 
 def _scrub_logs(settings: Settings) -> None:
-    scrubbed = ScrubbedLogs(Scrubber(key.get_secret_value() for key in settings.keys.values()))
+    scrubbed = ScrubbedLogs(Scrubber(settings.secret_texts))
 
     def scrub(logger: logging.Logger, **_: object) -> None:
         for handler in logger.handlers:

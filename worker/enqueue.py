@@ -17,6 +17,7 @@ from worker.core.lifecycle import FINAL_STATES
 from worker.core.links import Link
 from worker.core.pace import SPREAD, Model, Pace, Plan, Waiting
 from worker.core.submission import Submission, seconds, submission
+from worker.core.webhook import checked_url
 from worker.database import connected, database_now, engine_for
 from worker.errors import JobNotFound, NotTrackable, OutputMissing, WaitTimeout
 from worker.learner import FRESH_SECONDS, read_models
@@ -94,9 +95,9 @@ def track(remote: object, *, session: TrackingSession | None = None, **options: 
 
     `remote` is the remote id (text or number), or the whole submit answer (mapping, or its JSON text). Options:
     `account`, `kind`, `fetch_url`, `eta` (seconds), `submitted_at` (aware), `priority` (higher is asked first),
-    `reference` (yours, for finding it again), `on_done` (`task` or `queue/task`), `deadline` (seconds from
-    submission). With `session` the row commits or rolls back with the caller's transaction. Raises NotTrackable
-    (nothing is written), SchemaOutdated, Unavailable.
+    `reference` (yours, for finding it again), `on_done` (`task` or `queue/task`), `webhook_url` (told of every final
+    state, signed with WEBHOOK_SECRET), `deadline` (seconds from submission). With `session` the row commits or rolls
+    back with the caller's transaction. Raises NotTrackable (nothing is written), SchemaOutdated, Unavailable.
     """
     return track_many([remote], session=session, **options)[0]
 
@@ -111,7 +112,7 @@ def tracked(
 ) -> list[tuple[int, bool]]:
     """As `track_many`, and for each whether it is new."""
     settings = _settings()
-    scrubber = Scrubber(key.get_secret_value() for key in settings.keys.values())
+    scrubber = Scrubber(settings.secret_texts)
     try:
         wanted = _options(settings, scrubber, **options)
         plans = [_plan(settings, scrubber, wanted, remote) for remote in remotes]
@@ -230,6 +231,7 @@ class _Options:
     priority: int
     reference: str | None
     on_done: str | None
+    webhook_url: str | None
     deadline: float | None
 
 
@@ -259,8 +261,6 @@ def _options(
 ) -> _Options:
     if not isinstance(account, str) or not ACCOUNT.fullmatch(account):
         raise NotTrackable(f"{account!r} can't be an account: letters, digits, '.', '_' and '-', at most 64")
-    if webhook_url:
-        raise NotTrackable("webhook_url is refused: there is no secret to sign webhooks with; use on_done")
     if fetch_url is not None and not isinstance(fetch_url, str):
         raise NotTrackable(f"fetch_url is text, not {type(fetch_url).__name__}")
     return _Options(
@@ -272,6 +272,7 @@ def _options(
         priority=_priority(priority),
         reference=None if reference is None else scrubber.text(_short(reference, "reference")),
         on_done=None if on_done is None else scrubber.text(_on_done(on_done, settings)),
+        webhook_url=None if not webhook_url else scrubber.text(_webhook(webhook_url, settings)),
         deadline=None if deadline is None else _checked_seconds(deadline, "deadline"),
     )
 
@@ -321,6 +322,7 @@ def _new_job(plan: _Plan, options: _Options, paced: "_Paced", now: datetime) -> 
         priority=options.priority,
         reference=options.reference,
         on_done=options.on_done,
+        webhook_url=options.webhook_url,
         eta=plan.eta,
         submitted_at=submitted_at,
         deadline_at=submitted_at + timedelta(seconds=plan.deadline),
@@ -409,6 +411,18 @@ def _plain(text: str, name: str) -> str:
     if "\x00" in text or not text.isprintable():
         raise NotTrackable(f"{name} has characters that can't be printed")
     return text
+
+
+def _webhook(url: object, settings: Settings) -> str:
+    checked = checked_url(url)
+    if not settings.webhook_secrets:
+        raise NotTrackable(
+            "webhook_url is refused: there is no secret to sign webhooks with; set WEBHOOK_SECRET to whsec_ and the"
+            " base64 of 24 to 64 random bytes, here and where the worker runs"
+        )
+    if checked.startswith("http:") and not settings.webhook_networks:
+        raise NotTrackable("webhook_url must be an https: address; http: is for networks in WEBHOOK_ALLOWED_NETWORKS")
+    return checked
 
 
 def _on_done(value: str, settings: Settings) -> str:

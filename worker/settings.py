@@ -19,6 +19,7 @@ from sqlalchemy.exc import ArgumentError
 
 from worker.core.fetch_address import ACCOUNT, VENDOR_HOSTS, AllowedApi, api_host
 from worker.core.pace import Pace, Policy
+from worker.core.webhook import secret_bytes
 from worker.errors import NotTrackable, SettingsError
 
 STATE_FOLDER = Path("var")
@@ -28,7 +29,7 @@ LONG_DEADLINES = (("training", 14_400.0), ("video", 7_200.0))
 SHARED_NAMES = frozenset(
     {"DATABASE_URL", "REDIS_URL", "BROKER_URL", "PORT", "REQUESTS_CA_BUNDLE"}
 )  # apps have like names of their own
-KEY_NAMES = ("SD_API_KEY", "SD_API_KEYS")
+KEY_NAMES = ("SD_API_KEY", "SD_API_KEYS", "WEBHOOK_SECRET")
 _HOST = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 _S3 = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(?P<prefix>[^\x00-\x1f]*))?")
 DOTENV_SWITCH = "FETCH_WORKER_DOTENV"  # "off": `up` and `demo` hand their processes the whole environment themselves
@@ -64,6 +65,8 @@ class Settings(BaseSettings):
     job_deadline: float | None = Field(default=None, gt=0, le=LONGEST)
     recovery_seconds: float = Field(default=30.0, ge=5, le=3_600)
     on_done_tasks: str = ""
+    webhook_secret: SecretStr | None = None
+    webhook_allowed_networks: str = ""
     flower_basic_auth: SecretStr | None = None
     flower_address: str = "127.0.0.1"
     flower_port: int | None = Field(default=None, ge=0, le=65_535)
@@ -181,7 +184,17 @@ class Settings(BaseSettings):
             raise ValueError("must be user:password")
         return value
 
-    @field_validator("output_allowed_networks")
+    @field_validator("webhook_secret")
+    @classmethod
+    def _signing_secrets(cls, value: SecretStr | None) -> SecretStr | None:
+        for item in _items("" if value is None else value.get_secret_value()):
+            try:
+                secret_bytes(item)
+            except ValueError as wrong:
+                raise ValueError(f"{wrong}; several are separated by commas, the first is the current one") from None
+        return value
+
+    @field_validator("output_allowed_networks", "webhook_allowed_networks")
     @classmethod
     def _networks(cls, value: str) -> str:
         for item in _items(value):
@@ -249,6 +262,25 @@ class Settings(BaseSettings):
     def allowed_networks(self) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
         """Non-public networks that downloads may reach."""
         return tuple(ipaddress.ip_network(item) for item in _items(self.output_allowed_networks))
+
+    @cached_property
+    def webhook_networks(self) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+        """Non-public networks that webhooks may be sent to."""
+        return tuple(ipaddress.ip_network(item) for item in _items(self.webhook_allowed_networks))
+
+    @cached_property
+    def webhook_secrets(self) -> tuple[bytes, ...]:
+        """What webhooks are signed with, the current secret first."""
+        return tuple(secret_bytes(item) for item in self._secret_texts)
+
+    @property
+    def _secret_texts(self) -> list[str]:
+        return _items("" if self.webhook_secret is None else self.webhook_secret.get_secret_value())
+
+    @cached_property
+    def secret_texts(self) -> tuple[str, ...]:
+        """All that must never be shown: API keys, and the secrets of webhooks."""
+        return (*(key.get_secret_value() for key in self.keys.values()), *self._secret_texts)
 
     @cached_property
     def storage_path(self) -> Path | None:

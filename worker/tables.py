@@ -98,6 +98,7 @@ jobs = Table(
     Column("priority", SmallInteger, nullable=False, server_default="0"),
     Column("reference", String(255)),
     Column("on_done", String(255)),
+    Column("webhook_url", Text),
     Column("eta", Double),
     Column("eta_at", UtcDateTime),  # when it came, where that was after the submission
     Column("not_ready_at", UtcDateTime),  # when the API last said so
@@ -119,6 +120,7 @@ jobs = Table(
     Column("ready_at", UtcDateTime),
     Column("completed_at", UtcDateTime),
     Column("told_at", UtcDateTime),
+    Column("announced_at", UtcDateTime),  # when the event of the present final state was made
     Column("claim_token", String(32)),
     Column("claim_holder", String(32)),
     Column("error_code", String(32)),
@@ -144,6 +146,11 @@ jobs = Table(
         "ix_fetch_jobs_untold",
         "completed_at",
         **_where("completed_at IS NOT NULL AND on_done IS NOT NULL AND told_at IS NULL"),
+    ),
+    Index(
+        "ix_fetch_jobs_unannounced",
+        "completed_at",
+        **_where("completed_at IS NOT NULL AND webhook_url IS NOT NULL AND announced_at IS NULL"),
     ),
     sqlite_autoincrement=True,  # ids are never used twice: files are named after them
 )
@@ -196,6 +203,36 @@ bodies = Table(
     Column("output_id", _Id, ForeignKey("fetch_outputs.id", ondelete="CASCADE"), primary_key=True),
     Column("body", _Body, nullable=False),
     comment="bytes that an answer carried itself, until they are stored",
+)
+
+events = Table(
+    "fetch_events",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("event_id", String(64), nullable=False),  # what the receiver knows it by
+    Column("job_id", _Id, ForeignKey("fetch_jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("type", String(16), nullable=False),
+    Column("url", Text, nullable=False),
+    Column("body", Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb"), nullable=False),  # the same each time
+    Column("status", String(16), nullable=False),
+    Column("attempts", Integer, nullable=False, server_default="0"),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("due_at", UtcDateTime),
+    Column("ended_at", UtcDateTime),
+    Column("claim_token", String(32)),
+    Column("claim_holder", String(32)),
+    Column("http_status", SmallInteger),  # of the last attempt
+    Column("error_message", Text),
+    UniqueConstraint("event_id", name="uq_fetch_events_event_id"),
+    CheckConstraint("status IN ('pending', 'delivered', 'failed')", name="known_status"),
+    CheckConstraint("(status = 'pending') = (due_at IS NOT NULL)", name="pending_is_due"),
+    CheckConstraint("(status = 'pending') = (ended_at IS NULL)", name="ended_has_ended_at"),
+    CheckConstraint("claim_token IS NULL OR (claim_holder IS NOT NULL AND due_at IS NOT NULL)", name="claim_is_leased"),
+    Index("ix_fetch_events_job_id", "job_id"),
+    Index("ix_fetch_events_due", "due_at", **_where("due_at IS NOT NULL")),
+    Index("ix_fetch_events_holder", "claim_holder", **_where("claim_holder IS NOT NULL")),
+    comment="what is told by webhook: one event for each final state of a job that has an address",
+    sqlite_autoincrement=True,
 )
 
 paces = Table(

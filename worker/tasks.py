@@ -34,9 +34,11 @@ from worker.scrubber import Scrubber
 from worker.shared_budget import SharedBudget
 from worker.store.claims import holders, waiting_outputs
 from worker.store.crashes import Released, release_crashed
+from worker.store.events import release_events
 from worker.store.gates import locked_gate, save_gate
 from worker.stores import storage_for
 from worker.wake_ups import listen
+from worker.webhooks import AT_ONCE, Webhooks
 
 log = get_task_logger(__name__)
 
@@ -65,7 +67,7 @@ class Parts:
     @cached_property
     def scrubber(self) -> Scrubber:
         """Takes the keys out of texts."""
-        return Scrubber(key.get_secret_value() for key in settings.keys.values())
+        return Scrubber(settings.secret_texts)
 
     @cached_property
     def leases(self) -> LeaseKeeper:
@@ -123,6 +125,19 @@ class Parts:
             deadline=settings.output_deadline,
             tell=self.tell,
             per_host=settings.downloads_per_host,
+        )
+
+    @cached_property
+    def webhooks(self) -> Webhooks:
+        """Tells receivers of final jobs."""
+        guard = Guard(settings.webhook_networks)
+        return Webhooks(
+            engine=self.engine,
+            leases=self.leases,
+            guard=guard,
+            adapter=guarded_adapter(guard, connections=AT_ONCE),
+            scrubber=self.scrubber,
+            secrets=settings.webhook_secrets,
         )
 
     swept_at = 0.0
@@ -197,6 +212,7 @@ def run_sweep() -> str:
             now = database_now(connection)
             gone = dead(holders(connection))
             freed = release_crashed(connection, gone, now=now) if gone else NOTHING_HELD
+            release_events(connection, gone, now=now)
             lost = now - patience
             output_ids = waiting_outputs(connection, now=now, queued_before=lost, limit=SWEEP_LIMIT)
     except SQLAlchemyError as error:
@@ -209,6 +225,15 @@ def run_sweep() -> str:
     if freed.jobs or freed.outputs:
         log.error("set aside, its processes died again and again jobs=%s outputs=%s", freed.jobs, freed.outputs)
     return f"{len(output_ids)} downloads put back" if output_ids else "nothing to put back"
+
+
+def run_webhooks() -> int:
+    """Begins to deliver the webhooks that are due; how many."""
+    try:
+        return parts().webhooks.run()
+    except SQLAlchemyError as error:
+        log.error("webhooks wait for the database reason=%s", type(error).__name__)
+        return 0
 
 
 def _patience() -> timedelta:

@@ -5,6 +5,7 @@ process took the message) the ticker of a process that consumes polls starts the
 next message, so that Flower sees what goes on. Now and then the ticker sweeps, too.
 """
 
+import random
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from worker.app import POLLS, app, settings
 from worker.database import engine_for
 from worker.errors import SchemaOutdated, Unavailable
 from worker.migrate import expand
-from worker.tasks import doubt_keys, parts, run_polls, run_sweep
+from worker.tasks import doubt_keys, parts, run_polls, run_sweep, run_webhooks
 
 log = get_logger(__name__)
 
@@ -27,6 +28,7 @@ LOOK_SECONDS = 0.1
 SILENCE_SECONDS = 0.15
 DATABASE_WAIT_SECONDS = 2.0
 SWEEP_SILENCE_SECONDS = 10.0
+WEBHOOK_SECONDS = (0.5, 1.0)
 STOP_MARGIN_SECONDS = 5.0
 COURIER_SECONDS = 2.0
 EVENTS_SECONDS = 0.25
@@ -49,7 +51,7 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
         if POLLS not in worker.app.amqp.queues.consume_from:
             return
         parts().ticks = True
-        for work in (self._poll, self._sweep):
+        for work in (self._poll, self._sweep, *((self._tell,) if settings.webhook_secrets else ())):
             self._threads.append(threading.Thread(target=work, name=f"ticker{work.__name__}", daemon=True))
             self._threads[-1].start()
 
@@ -61,6 +63,8 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
             thread.join(max(0.0, until - time.monotonic()))
         if self._threads:
             parts().courier.finish(COURIER_SECONDS)
+        if settings.webhook_secrets:
+            parts().webhooks.wait(max(0.0, until - time.monotonic()))
 
     def terminate(self, worker: Any) -> None:
         """Stops at once."""
@@ -79,6 +83,10 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
         while not self._stop.wait(LOOK_SECONDS):
             if time.monotonic() - parts().swept_at > SWEEP_SILENCE_SECONDS:
                 _carefully(run_sweep)
+
+    def _tell(self) -> None:
+        while not self._stop.wait(random.uniform(*WEBHOOK_SECONDS)):
+            _carefully(run_webhooks)
 
     def _begin(self) -> None:
         if not settings.keys:

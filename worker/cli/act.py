@@ -41,12 +41,13 @@ def migrate() -> None:
 @click.option("--priority", type=int, default=0, show_default=True, help="Higher is asked first.")
 @click.option("--reference", help="A name of yours to find it by.")
 @click.option("--on-done", help="A Celery task to call with the job's id: task or queue/task.")
+@click.option("--webhook-url", help="An address that is told of every final state.")
 @click.option("--deadline", type=float, help="Seconds from submission after which it may expire.")
 @json_option
 def track(remotes: tuple[str, ...], as_json: bool, **options: Any) -> int:
     """Hand jobs over: remote ids, or whole submit answers as JSON."""
     rows: list[dict[str, Any]] = []
-    scrubber = Scrubber(key.get_secret_value() for key in load().keys.values())
+    scrubber = Scrubber(load().secret_texts)
     for remote in remotes:
         try:
             job_id, created = enqueue.tracked([remote], **options)[0]

@@ -8,6 +8,7 @@ from sqlalchemy import Connection
 
 from worker.cli.act import target_options, targets
 from worker.cli.output import (
+    EVENT_COLUMNS,
     JOB_COLUMNS,
     OUTPUT_COLUMNS,
     json_option,
@@ -22,6 +23,7 @@ from worker.database import connected, engine_for
 from worker.doctor import alive, examine
 from worker.overview import KindState, Overview, belief, overview, why
 from worker.settings import Settings, load
+from worker.store.events import events_of
 from worker.store.jobs import job_row, newest, outputs_of
 
 NODES_SECONDS = 1.5
@@ -31,6 +33,7 @@ QUEUES = {
     "fetch-worker.downloads": "downloads: start a `downloads` process",
 }
 LISTED = ("id", "remote_id", "account", "kind", "status", "polls", "submitted_at", "reference", "error_code")
+EVENTS = ("event_id", "type", "status", "attempts", "due_at", "http_status", "error_message")
 OUTPUTS = ("id", "position", "status", "media_type", "size_bytes", "attempts", "location", "error_code")
 
 
@@ -70,8 +73,11 @@ def show(ids: tuple[str, ...], remote: str | None, account: str | None, as_json:
     elif not as_json:
         for document in documents:
             outputs = document.pop("outputs")
+            webhooks = document.pop("webhooks")
             document.pop("believed")  # `why` says it in words
             print_fields(document)
+            if webhooks:
+                print_table(EVENTS, [[event[name] for name in EVENTS] for event in webhooks], empty="")
             print_table(OUTPUTS, [[output[name] for name in OUTPUTS] for output in outputs], empty="no outputs yet")
     return 0 if len(documents) == len(job_ids) else 1
 
@@ -85,6 +91,7 @@ def _document(connection: Connection, job_id: int, settings: Settings) -> dict[s
     believed = belief(connection, job)
     return plain(job, JOB_COLUMNS) | {
         "outputs": [plain(output, OUTPUT_COLUMNS) for output in outputs],
+        "webhooks": [plain(event, EVENT_COLUMNS) for event in events_of(connection, job_id)],
         "why": why(connection, job, outputs, settings),
         "next_poll_at": moment(job.due_at) if waits else None,
         "believed": None if believed is None else asdict(believed),

@@ -27,6 +27,18 @@ JOB_COLUMNS = (
     "error_code",
     "error_message",
 )
+EVENT_COLUMNS = (
+    "event_id",
+    "type",
+    "url",
+    "status",
+    "attempts",
+    "created_at",
+    "due_at",
+    "ended_at",
+    "http_status",
+    "error_message",
+)
 OUTPUT_COLUMNS = (
     "id",
     "job_id",

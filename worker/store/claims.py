@@ -29,7 +29,7 @@ from worker.core.fetch_address import FetchAddress
 from worker.core.lifecycle import JobFacts, OutputFacts, Strikes
 from worker.core.pace import SOONEST, WINDOW
 from worker.store.times import seconds_between
-from worker.tables import bodies, jobs, outputs
+from worker.tables import bodies, events, jobs, outputs
 
 _JOB_COLUMNS = (
     jobs.c.id,
@@ -403,7 +403,7 @@ _LIVE_CLAIMS = [
         .with_for_update(skip_locked=True),
         update(table).values(due_at=bindparam("leased_until")),
     )
-    for table in (jobs, outputs)
+    for table in (jobs, outputs, events)
 ]
 
 
@@ -411,7 +411,7 @@ def holders(connection: Connection) -> set[str]:
     """The processes that hold claims now."""
     return {
         holder
-        for table in (jobs, outputs)
+        for table in (jobs, outputs, events)
         for holder in connection.execute(
             select(table.c.claim_holder).where(table.c.claim_holder.is_not(None)).distinct()
         ).scalars()

@@ -35,6 +35,7 @@ class NewJob:
     priority: int
     reference: str | None
     on_done: str | None
+    webhook_url: str | None
     eta: float | None
     submitted_at: datetime
     deadline_at: datetime
@@ -76,6 +77,7 @@ def _job_row(job: NewJob, now: datetime) -> dict[str, Any]:
         "priority": job.priority,
         "reference": job.reference,
         "on_done": job.on_done,
+        "webhook_url": job.webhook_url,
         "eta": job.eta,
         "submitted_at": job.submitted_at,
         "tracked_at": now,
@@ -355,6 +357,7 @@ def retry(connection: Connection, job_id: int, *, now: datetime) -> bool:
             deadline_at=now + timedelta(seconds=job.deadline_seconds),
             completed_at=None,
             told_at=None,
+            announced_at=None,
             error_code=None,
             error_message=None,
             failed_answers=0,

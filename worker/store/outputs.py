@@ -108,6 +108,13 @@ def put_back(connection: Connection, output_id: int, *, location: str, now: date
         connection.execute(
             update(jobs)
             .where(jobs.c.id == job.id)
-            .values(status="downloading", completed_at=None, told_at=None, error_code=None, error_message=None)
+            .values(
+                status="downloading",
+                completed_at=None,
+                told_at=None,
+                announced_at=None,
+                error_code=None,
+                error_message=None,
+            )
         )
     return bool(changed)

@@ -1,0 +1,102 @@
+"""Webhooks as the reference library of the scheme reads them."""
+
+import base64
+import json
+import secrets
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from standardwebhooks.webhooks import Webhook, WebhookVerificationError
+
+from worker.core.webhook import LONGEST_WAIT, body, checked_url, event_id, secret_bytes, signature, wait_after
+from worker.errors import NotTrackable
+
+MOMENT = datetime(2026, 3, 1, 12, 0, 0, 250_000, tzinfo=UTC)
+
+
+def _secret(size: int = 32) -> str:
+    return f"whsec_{base64.b64encode(secrets.token_bytes(size)).decode()}"
+
+
+def _headers(text: str, *signed_with: str, at: int, name: str = "evt_1") -> dict[str, str]:
+    keys = [secret_bytes(secret) for secret in signed_with]
+    return {
+        "webhook-id": name,
+        "webhook-timestamp": str(at),
+        "webhook-signature": signature(keys, name, at, text),
+    }
+
+
+def test_the_reference_library_takes_what_is_signed_and_reads_what_was_meant() -> None:
+    """Names in other alphabets, too."""
+    secret = _secret()
+    text = body("job.completed", MOMENT, {"id": 7, "reference": "Zoë’s picture"})
+    read = Webhook(secret).verify(text, _headers(text, secret, at=int(time.time())))
+    assert read == json.loads(text)
+    assert read["type"] == "job.completed"
+    assert datetime.fromisoformat(read["timestamp"]) == MOMENT
+    assert read["data"] == {"id": 7, "reference": "Zoë’s picture"}
+
+
+def test_while_secrets_change_receivers_with_the_old_and_with_the_new_one_take_it() -> None:
+    """And one with another secret does not."""
+    old, new = _secret(), _secret(64)
+    headers = _headers("{}", new, old, at=int(time.time()))
+    for receiver in (old, new):
+        assert Webhook(receiver).verify("{}", headers) == {}
+    with pytest.raises(WebhookVerificationError):
+        Webhook(_secret()).verify("{}", headers)
+
+
+def test_a_replay_under_another_name_or_time_or_with_another_text_is_refused_by_the_reference_library() -> None:
+    """All three are signed."""
+    secret, now = _secret(), int(time.time())
+    headers = _headers("{}", secret, at=now)
+    for changed in ({"webhook-id": "evt_2"}, {"webhook-timestamp": str(now + 1)}):
+        with pytest.raises(WebhookVerificationError):
+            Webhook(secret).verify("{}", headers | changed)
+    with pytest.raises(WebhookVerificationError):
+        Webhook(secret).verify('{"a":1}', headers)
+    with pytest.raises(WebhookVerificationError, match="too old"):
+        Webhook(secret).verify("{}", _headers("{}", secret, at=now - 600))
+
+
+@pytest.mark.parametrize("wrong", ["", "whsec_", "secret", "whsec_?", "whsec_AAAA", f"whsec_{'A' * 400}", "whsec_Zoë"])
+def test_a_secret_that_is_none_is_refused_without_being_shown(wrong: str) -> None:
+    """What it stands for has 24 to 64 bytes."""
+    with pytest.raises(ValueError, match="must") as refused:
+        secret_bytes(wrong)
+    assert not wrong or wrong not in str(refused.value)
+
+
+def test_one_final_state_has_one_name_and_another_one_another() -> None:
+    """Whoever makes it."""
+    names = [event_id(7, MOMENT), event_id(8, MOMENT), event_id(7, MOMENT + timedelta(microseconds=1))]
+    assert len(set(names)) == 3
+    assert event_id(7, MOMENT) == names[0]
+
+
+def test_attempts_grow_apart_up_to_an_hour_and_a_receiver_may_ask_for_more_but_not_for_days() -> None:
+    """About thirty in a day; never less than the last wait."""
+    waits = [wait_after(attempts, 0.0) for attempts in range(1, 40)]
+    assert waits == sorted(waits)
+    assert (waits[0], waits[-1]) == (5.0, LONGEST_WAIT)
+    assert wait_after(1, 1.0) == 6.0
+    assert wait_after(1, 0.0, asked=120.0) == 120.0
+    assert wait_after(1, 0.0, asked=999_999.0) == LONGEST_WAIT * 1.2
+    assert wait_after(10_000, 1.0) == LONGEST_WAIT * 1.2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("", "app.example/hook", "ftp://app.example/", "https://", "https://app.example:0/", "https://app.example:x/"),
+        *("https://user:word@app.example/", "https://app.example/ä", "https://app.example/ b", "https://a/\n", 7),
+        f"https://app.example/{'x' * 2_000}",
+    ],
+)
+def test_an_address_that_is_none_is_refused_with_a_reason(wrong: object) -> None:
+    """Before anything is written."""
+    with pytest.raises(NotTrackable, match="webhook_url"):
+        checked_url(wrong)

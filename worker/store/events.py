@@ -1,0 +1,154 @@
+"""Events: one for each final state of a job that has a webhook address; each is delivered, or given up after a day."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, Row, insert, select, update
+
+from worker.core.lifecycle import FINAL_STATES
+from worker.core.webhook import body, event_id
+from worker.store.jobs import outputs_of
+from worker.tables import events, jobs
+
+OUTPUT_FIELDS = ("position", "location", "sha256", "media_type", "size_bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedEvent:
+    """An event that this process delivers now. `attempts` counts this one."""
+
+    id: int
+    token: str
+    event_id: str
+    job_id: int
+    url: str
+    body: str
+    attempts: int
+    created_at: datetime
+
+
+def open_events(connection: Connection, *, now: datetime, limit: int) -> int:
+    """Makes the events of jobs that became final; how many. Once for each final state, whoever else does so."""
+    found = connection.execute(
+        select(jobs)
+        .where(jobs.c.completed_at.is_not(None), jobs.c.webhook_url.is_not(None), jobs.c.announced_at.is_(None))
+        .order_by(jobs.c.completed_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    ).all()
+    if not found:
+        return 0
+    ids = [job.id for job in found]
+    stored: dict[int, list[Row[Any]]] = {job_id: [] for job_id in ids}
+    for output in outputs_of(connection, ids):
+        stored[output.job_id].append(output)
+    connection.execute(insert(events), [_event(job, stored[job.id], now) for job in found])
+    connection.execute(update(jobs).where(jobs.c.id.in_(ids), jobs.c.status.in_(FINAL_STATES)).values(announced_at=now))
+    return len(ids)
+
+
+def _event(job: Row[Any], outputs: Sequence[Row[Any]], now: datetime) -> dict[str, Any]:
+    data = {
+        "id": job.id,
+        "remote_id": job.remote_id,
+        "account": job.account,
+        "reference": job.reference,
+        "status": job.status,
+        "error_code": job.error_code,
+        "outputs": [{name: getattr(output, name) for name in OUTPUT_FIELDS} for output in outputs],
+    }
+    kind = f"job.{job.status}"
+    return {
+        "event_id": event_id(job.id, job.completed_at),
+        "job_id": job.id,
+        "type": kind,
+        "url": job.webhook_url,
+        "body": body(kind, job.completed_at, data),
+        "status": "pending",
+        "created_at": now,
+        "due_at": now,
+    }
+
+
+def claim_events(
+    connection: Connection, *, token: str, holder: str, lease: timedelta, now: datetime, limit: int
+) -> list[ClaimedEvent]:
+    """Takes the events that are due, those that wait longest first."""
+    due = (
+        select(events)
+        .where(events.c.due_at.is_not(None), events.c.due_at <= now)
+        .order_by(events.c.due_at, events.c.id)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    found = connection.execute(due).all()
+    if found:
+        connection.execute(
+            update(events)
+            .where(events.c.id.in_([row.id for row in found]))
+            .values(due_at=now + lease, claim_token=token, claim_holder=holder, attempts=events.c.attempts + 1)
+        )
+    return [
+        ClaimedEvent(row.id, token, row.event_id, row.job_id, row.url, row.body, int(row.attempts) + 1, row.created_at)
+        for row in found
+    ]
+
+
+def record_delivery(
+    connection: Connection,
+    event: ClaimedEvent,
+    *,
+    now: datetime,
+    ended: str | None,
+    due_at: datetime | None,
+    http_status: int | None,
+    message: str | None,
+) -> bool:
+    """Writes down how an attempt went, where the claim still stands; whether it did.
+
+    `ended` is `delivered` or `failed`; with None it is tried again at `due_at`.
+    """
+    written = connection.execute(
+        update(events)
+        .where(events.c.id == event.id, events.c.claim_token == event.token, events.c.due_at > now)
+        .values(
+            status=ended or "pending",
+            ended_at=now if ended else None,
+            due_at=None if ended else due_at,
+            claim_token=None,
+            claim_holder=None,
+            http_status=http_status,
+            error_message=message,
+        )
+    )
+    return bool(written.rowcount)
+
+
+def put_off(connection: Connection, claimed: Sequence[ClaimedEvent], *, now: datetime, due_at: datetime) -> None:
+    """Gives claimed events back that were not tried after all: due at `due_at`, the attempt not counted."""
+    connection.execute(
+        update(events)
+        .where(events.c.id.in_([event.id for event in claimed]), events.c.claim_token == claimed[0].token)
+        .where(events.c.due_at > now)
+        .values(due_at=due_at, claim_token=None, claim_holder=None, attempts=events.c.attempts - 1)
+    )
+
+
+def release_events(connection: Connection, gone: Sequence[str], *, now: datetime) -> int:
+    """Gives back what dead processes were about to deliver; how many. The receiver may get those twice."""
+    if not gone:
+        return 0
+    held = select(events.c.id).where(events.c.claim_holder.in_(gone)).with_for_update(skip_locked=True)
+    ids = list(connection.execute(held).scalars())
+    if ids:
+        connection.execute(
+            update(events).where(events.c.id.in_(ids)).values(due_at=now, claim_token=None, claim_holder=None)
+        )
+    return len(ids)
+
+
+def events_of(connection: Connection, job_id: int) -> Sequence[Row[Any]]:
+    """The events of a job, oldest first."""
+    return connection.execute(select(events).where(events.c.job_id == job_id).order_by(events.c.id)).all()

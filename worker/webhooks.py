@@ -1,0 +1,178 @@
+"""Sends webhooks: claims due events, posts them signed, and tries again with growing delays for a day.
+
+Receivers are trusted with nothing: addresses are guarded like downloads, redirects are not followed, no answer is read.
+"""
+
+import logging
+import random
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from datetime import timedelta
+from urllib.parse import urlsplit
+
+import requests
+from requests.adapters import HTTPAdapter
+from sqlalchemy import Engine
+from urllib3.exceptions import HTTPError
+
+from worker.addresses import Guard, RefusedTarget
+from worker.core.plain_text import plain_text
+from worker.core.webhook import signature, wait_after
+from worker.database import database_now
+from worker.leases import LeaseKeeper
+from worker.scrubber import Scrubber
+from worker.store.events import ClaimedEvent, claim_events, open_events, put_off, record_delivery
+from worker.timed_http import TimeLimit, lean_session
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 16
+PER_RECEIVER = 4  # of those
+PUT_OFF_SECONDS = 3.0
+BATCH = 200
+TIMEOUT_SECONDS = 15.0  # Standard Webhooks: receivers answer within 15 to 30 s
+CONNECT_SECONDS = 5.0
+GIVE_UP = timedelta(days=1)
+GONE = 410  # the receiver wants nothing more
+
+
+class Webhooks:
+    """What one process delivers. `run` is called again and again by one thread."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        leases: LeaseKeeper,
+        guard: Guard,
+        adapter: HTTPAdapter,
+        scrubber: Scrubber,
+        secrets: Sequence[bytes],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._engine = engine
+        self._leases = leases
+        self._guard = guard
+        self._scrubber = scrubber
+        self._secrets = tuple(secrets)
+        self._clock = clock
+        self._session = lean_session(adapter)
+        self._threads: ThreadPoolExecutor | None = None
+        self._under_way: dict[Future[None], str] = {}  # to which receiver; single operations on it need no lock
+
+    def run(self) -> int:
+        """Makes the events that are missing and begins to deliver those that are due; how many were begun."""
+        free = AT_ONCE - len(self._under_way)
+        if not self._secrets or free <= 0:
+            return 0
+        with self._leases:
+            with self._engine.begin() as connection:
+                now = database_now(connection)
+                open_events(connection, now=now, limit=BATCH)
+                due = claim_events(
+                    connection,
+                    token=secrets.token_hex(16),
+                    holder=self._leases.holder,
+                    lease=self._leases.lease,
+                    now=now,
+                    limit=free,
+                )
+            later = self._begin(due)
+            if later:
+                with self._engine.begin() as connection:
+                    put_off(connection, later, now=now, due_at=now + timedelta(seconds=PUT_OFF_SECONDS))
+        return len(due) - len(later)
+
+    def wait(self, seconds: float) -> bool:
+        """Waits for what is under way, but not longer; whether all of it is over."""
+        return not wait_for(list(self._under_way), timeout=seconds).not_done
+
+    def _begin(self, due: Sequence[ClaimedEvent]) -> list[ClaimedEvent]:
+        """Those of a receiver that has enough to do already are left over: one that hangs must not stop the others."""
+        busy = Counter(self._under_way.values())
+        later = []
+        for event in due:
+            receiver = urlsplit(event.url).netloc
+            if busy[receiver] >= PER_RECEIVER:
+                later.append(event)
+                continue
+            busy[receiver] += 1
+            self._leases.__enter__()
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="webhook")
+            begun = self._threads.submit(self._deliver, event)
+            self._under_way[begun] = receiver
+            begun.add_done_callback(self._over)
+        return later
+
+    def _over(self, begun: "Future[None]") -> None:
+        self._under_way.pop(begun, None)
+        self._leases.__exit__()
+        if begun.exception() is not None:  # the lease brings it back
+            log.error("webhook not recorded reason=%s", type(begun.exception()).__name__)
+
+    def _deliver(self, event: ClaimedEvent) -> None:
+        status, message, asked = self._post(event)
+        message = None if message is None else plain_text(self._scrubber.text(message))
+        with self._engine.begin() as connection:
+            now = database_now(connection)
+            ended = _ended(status, late=now - event.created_at > GIVE_UP)
+            wait = timedelta(seconds=wait_after(event.attempts, random.random(), asked))
+            stood = record_delivery(
+                connection, event, now=now, ended=ended, due_at=now + wait, http_status=status, message=message
+            )
+        if ended == "delivered":
+            log.info("webhook delivered job=%s event=%s attempts=%s", event.job_id, event.event_id, event.attempts)
+            return
+        outcome = "gave up" if ended else f"again in {wait.total_seconds():.0f} s" if stood else "the claim was lost"
+        log.warning(
+            "webhook not delivered job=%s event=%s attempts=%s outcome=%s reason=%s",
+            *(event.job_id, event.event_id, event.attempts, outcome, message),
+        )
+
+    def _post(self, event: ClaimedEvent) -> tuple[int | None, str | None, float | None]:
+        """(the status that was answered, what went wrong, seconds that the receiver asks us to wait)."""
+        at = int(self._clock())
+        headers = {
+            "Content-Type": "application/json",
+            "User-Agent": "fetch-worker",
+            "webhook-id": event.event_id,
+            "webhook-timestamp": str(at),
+            "webhook-signature": signature(self._secrets, event.event_id, at, event.body),
+        }
+        limit = TimeLimit(TIMEOUT_SECONDS)
+        try:
+            with limit:
+                self._guard.check_url(event.url)
+                with self._session.post(
+                    event.url,
+                    data=event.body.encode(),
+                    headers=headers,
+                    timeout=(min(CONNECT_SECONDS, limit.remaining), limit.remaining),
+                    allow_redirects=False,
+                    stream=True,
+                ) as response:
+                    status = response.status_code
+                    asked = _seconds(response.headers.get("retry-after"))
+            if limit.over:  # a head that was cut off looks like one that ended
+                raise TimeoutError
+        except RefusedTarget as refused:
+            return None, f"{refused}; see WEBHOOK_ALLOWED_NETWORKS", None
+        except (requests.RequestException, HTTPError, OSError, ValueError) as error:
+            late = f"no answer within {TIMEOUT_SECONDS:.0f} s" if limit.over else "the receiver can't be reached"
+            return None, f"{late} ({type(error).__name__})", None
+        return status, None if 200 <= status < 300 else f"HTTP {status}", asked
+
+
+def _ended(status: int | None, *, late: bool) -> str | None:
+    if status is not None and 200 <= status < 300:
+        return "delivered"
+    return "failed" if late or status == GONE else None
+
+
+def _seconds(text: str | None) -> float | None:
+    return float(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 7 else None
