@@ -19,7 +19,7 @@ from worker.database import database_now
 from worker.doctor import Check, alive, examine
 from worker.settings import load
 from worker.store.claims import claim_output
-from worker.tables import gates
+from worker.tables import events, gates
 
 ALL = {
     "worker@here": frozenset({"fetch-worker", "fetch-worker.polls"}),
@@ -84,6 +84,19 @@ def test_holds_are_named_with_their_reason(settled: Engine) -> None:
         row = {"scope": "account", "name": "default", "proven": False, "reason": "key: refused", "since": now}
         connection.execute(insert(gates).values(**row, probe_at=now + timedelta(seconds=20)))
     assert "default: key: refused" in _wrong(_examined())["holds"]
+
+
+def test_webhooks_that_nobody_takes_are_told(settled: Engine) -> None:
+    """Those that are tried again, and those given up lately."""
+    with settled.begin() as connection:
+        now = datetime.now(UTC)
+        job_id = add_job(connection)
+        whole = {"job_id": job_id, "type": "job.failed", "url": "https://app.test/", "body": "{}", "created_at": now}
+        given_up = {"status": "failed", "ended_at": now, "due_at": None, "error_message": "HTTP 500"}
+        waiting = {"status": "pending", "ended_at": None, "due_at": now, "error_message": "HTTP 500"}
+        rows = [whole | {"event_id": "1"} | waiting, whole | {"event_id": "2"} | given_up]
+        connection.execute(insert(events), rows)
+    assert "1 are tried again, 1 were given up in the last day, HTTP 500" in _wrong(_examined())["webhooks"]
 
 
 def test_claims_of_processes_that_are_gone_and_outputs_that_wait_for_long_are_counted(settled: Engine) -> None:

@@ -22,6 +22,7 @@ from worker.overview import HEALTHY_SECONDS, Overview, overview
 from worker.process_id import host_name
 from worker.settings import Settings
 from worker.shared_budget import redis_client
+from worker.store.events import Undelivered, undelivered
 from worker.store.outputs import stuck_claims
 from worker.stores import storage_for
 
@@ -113,6 +114,7 @@ def _with_tables(settings: Settings) -> Iterator[Check]:
     try:
         with connected(settings.database), engine_for(settings.database).connect() as connection:
             state = overview(connection, settings)
+            told = undelivered(connection, since=database_now(connection) - timedelta(days=1))
             stuck = stuck_claims(connection, before=database_now(connection) - _grace(settings))
     except WorkerError as wrong:
         yield Check("work", False, str(wrong))
@@ -137,6 +139,14 @@ def _with_tables(settings: Settings) -> Iterator[Check]:
     if late:
         said += f" ({trouble or 'no attempt yet'}): is a `downloads` process running? Links die; see `show`"
     yield Check("outputs", not late, said if waiting.count else "every output that is listed is stored, or given up")
+    yield _webhooks(told)
+
+
+def _webhooks(told: Undelivered) -> Check:
+    if not told.waiting and not told.given_up:
+        return Check("webhooks", True, "no receiver refuses them")
+    said = f"{told.waiting} are tried again, {told.given_up} were given up in the last day, {told.message}"
+    return Check("webhooks", False, f"{said}: does the receiver run? `show` has the events of a job")
 
 
 def _grace(settings: Settings) -> timedelta:

@@ -19,6 +19,7 @@ from tests.acceptance.pace import pace
 from tests.acceptance.recovery import recovery, restarts
 from tests.acceptance.report import Report
 from tests.acceptance.stand import Place
+from tests.acceptance.told import webhooks
 from tests.acceptance.trouble import bad_outputs, wrong_key
 
 Program = Callable[[Path], Report]
@@ -47,6 +48,7 @@ def programs(options: argparse.Namespace) -> Mapping[str, Program]:
         "bucket": lambda home: bucket(place, home),
         "recovery": lambda home: recovery(place, home, options.kills, options.recovery_seconds),
         "restarts": lambda home: restarts(place, home),
+        "webhooks": lambda home: webhooks(place, home, few),
         "celery-user": lambda home: celery_user(place, home, few),
     }
 

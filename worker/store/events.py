@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, Row, and_, case, func, insert, or_, select, update
 
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.webhook import body, event_id
@@ -152,3 +152,26 @@ def release_events(connection: Connection, gone: Sequence[str], *, now: datetime
 def events_of(connection: Connection, job_id: int) -> Sequence[Row[Any]]:
     """The events of a job, oldest first."""
     return connection.execute(select(events).where(events.c.job_id == job_id).order_by(events.c.id)).all()
+
+
+@dataclass(frozen=True, slots=True)
+class Undelivered:
+    """Events that were tried and not taken so far, those given up since a moment, and what one of them met."""
+
+    waiting: int
+    given_up: int
+    message: str | None
+
+
+def undelivered(connection: Connection, *, since: datetime) -> Undelivered:
+    """What receivers did not take."""
+    waits = and_(events.c.due_at.is_not(None), events.c.error_message.is_not(None))
+    gave_up = and_(events.c.status == "failed", events.c.ended_at > since)
+    row = connection.execute(
+        select(
+            func.count(case((waits, 1))).label("waiting"),
+            func.count(case((gave_up, 1))).label("given_up"),
+            func.max(events.c.error_message).label("message"),
+        ).where(or_(waits, gave_up))
+    ).one()
+    return Undelivered(row.waiting, row.given_up, row.message)
