@@ -284,7 +284,12 @@ def download(output_id: int) -> str:
     """Stores one output."""
     if isinstance(output_id, bool) or not isinstance(output_id, int):
         return "nothing to do: no output id"
-    return parts().downloader.run(output_id)
+    try:
+        return parts().downloader.run(output_id)
+    except SQLAlchemyError as error:
+        log.error("a download waits for the database output=%s reason=%s", output_id, type(error).__name__)
+        time.sleep(DATABASE_AWAY_SECONDS)
+        return "the database is away"
 
 
 @app.task(name="worker.sweep")
