@@ -231,13 +231,16 @@ def test_given_nonsense_of_every_kind_when_sense_comes_again_then_each_job_has_i
         polls = {row.remote_id: row.polls for row in connection.execute(select(jobs))}
     kinds = {name: str(answer["id"]) for answer, name in zip(submitted, NONSENSE, strict=True)}
     began: dict[str, float] = {}
+    last: dict[str, float] = {}
     for at, job in sandbox.calls.fetch_moments:
         began.setdefault(job, at)
+        last[job] = at
     others = [began[job] for name, job in kinds.items() if "drip" not in name]
     print(f"nonsense: all done in {took:.1f} s; polls {sorted(polls.values())}")
     assert {name: polls[job] for name, job in kinds.items()} == {name: 2 if "drip" in name else 3 for name in kinds}
     assert polls[str(plain["id"])] == 1
     assert max(others) - min(others) < 3, "they waited for those that drip"
+    assert all(last[job] - began[job] < 25 for name, job in kinds.items() if "drip" in name), "4 s, and 10 s of rest"
     assert least_gap(sandbox) >= 0.9
     assert_nothing_lost(database, sandbox, tmp_path, count, asked_again=len(NONSENSE))
     assert_polls_are_the_calls(database, sandbox)
