@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, select, update
 
 from tests.faults.servers import (
     HurtRedis,
@@ -17,8 +17,9 @@ from tests.faults.servers import (
     until,
 )
 from worker import track
+from worker.database import database_now
 from worker.sandbox import Sandbox
-from worker.tables import jobs, outputs
+from worker.tables import crashes, jobs, outputs
 
 EXIT_CODE = 70
 
@@ -90,3 +91,29 @@ def test_given_a_process_that_ends_at_the_worst_moment_when_another_one_runs_the
     assert sandbox.calls.fetches[str(answer["id"])] == point.calls
     assert_nothing_lost(database, sandbox, tmp_path, 1, asked_again=point.calls - 1)
     assert_polls_are_the_calls(database, sandbox, unheard=point.unheard)
+
+
+@pytest.mark.long
+@pytest.mark.server
+def test_given_processes_that_die_of_a_job_when_the_next_begins_after_the_lease_then_each_death_is_counted(
+    tmp_path: Path, database: Engine, sandbox: Sandbox, broker: HurtRedis
+) -> None:
+    """A process looks for the dead before it claims anything, though what they held is due by then."""
+    sandbox.options_now(min_seconds=0, max_seconds=0.1)
+    job = track(sandbox.submit("a lighthouse", samples=1)["id"])
+    deaths = 3
+    for number in range(deaths):
+        with celery(tmp_path, f"doomed-{number}", plant=POINTS["between claim and call"].plant) as doomed:
+            assert doomed.wait(30) == EXIT_CODE
+        with database.begin() as connection:  # as the lease runs out by itself
+            over = database_now(connection)
+            connection.execute(update(jobs).where(jobs.c.id == job).values(due_at=over))
+
+    with celery(tmp_path, "healthy"):
+        until(lambda: all_completed(database, 1), 20, lambda: states(database))
+
+    with database.connect() as connection:
+        counted = connection.execute(select(crashes.c.times)).scalars().all()
+    assert counted == [deaths]
+    assert_nothing_lost(database, sandbox, tmp_path, 1)
+    assert_polls_are_the_calls(database, sandbox, unheard=deaths)

@@ -174,14 +174,15 @@ def test_given_neither_beat_nor_redis_for_a_minute_when_jobs_wait_then_polling_g
         began = time.time()
         time.sleep(57)
         moments = [at - began for at, _ in sandbox.calls.fetch_moments if at >= began]
-        most = busiest(sandbox, since=began)
+        most, in_five = busiest(sandbox, since=began), busiest(sandbox, 5.0, since=began)
         reached = dict(states(database))
         broker.start()
         took = until(lambda: all_completed(database, count), 60, lambda: states(database))
     every = [sum(start <= at < start + 10 for at in moments) for start in range(0, 30, 10)]
     print(f"without Redis: {every} calls in 10 s each, most in one second {most}; {reached}; then {took:.1f} s")
     assert all(every), "polling stood still"
-    assert most <= rps
+    assert most <= rps + 2, "calls that a busy machine held back may arrive together"
+    assert in_five <= 5 * rps
     assert "pending" not in reached, reached
     assert least_gap(sandbox) >= 2.9
     assert_nothing_lost(database, sandbox, tmp_path, count)
