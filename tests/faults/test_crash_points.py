@@ -93,17 +93,32 @@ def test_given_a_process_that_ends_at_the_worst_moment_when_another_one_runs_the
     assert_polls_are_the_calls(database, sandbox, unheard=point.unheard)
 
 
+LATE_SWEEP = """
+import threading, time
+from worker import process_id
+
+dead = process_id.dead
+
+def late(holders):
+    if threading.current_thread().name == "ticker_sweep":
+        time.sleep(5)
+    return dead(holders)
+
+process_id.dead = late
+"""
+
+
 @pytest.mark.long
 @pytest.mark.server
 def test_given_processes_that_die_of_a_job_when_the_next_begins_after_the_lease_then_each_death_is_counted(
     tmp_path: Path, database: Engine, sandbox: Sandbox, broker: HurtRedis
 ) -> None:
-    """A process looks for the dead before it claims anything, though what they held is due by then."""
+    """A process looks for the dead before it claims anything, though what they held is due and no sweep came."""
     sandbox.options_now(min_seconds=0, max_seconds=0.1)
     job = track(sandbox.submit("a lighthouse", samples=1)["id"])
-    deaths = 3
+    deaths, plant = 3, LATE_SWEEP + POINTS["between claim and call"].plant
     for number in range(deaths):
-        with celery(tmp_path, f"doomed-{number}", plant=POINTS["between claim and call"].plant) as doomed:
+        with celery(tmp_path, f"doomed-{number}", plant=plant) as doomed:
             assert doomed.wait(30) == EXIT_CODE
         with database.begin() as connection:  # as the lease runs out by itself
             over = database_now(connection)
