@@ -42,7 +42,7 @@ HostedApi.ask, Downloader._attempt = asked, attempted
 
 @pytest.mark.long
 @pytest.mark.server
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_given_a_job_and_an_output_that_kill_their_process_when_they_did_so_again_and_again_then_they_are_set_aside(
     tmp_path: Path, database: Engine, sandbox: Sandbox, broker: HurtRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,7 +64,7 @@ def test_given_a_job_and_an_output_that_kill_their_process_when_they_did_so_agai
             240,
             lambda: f"{states(database)} {_counts(database)}",
         )
-        until(lambda: states(database).get("failed") == 2, 240, lambda: f"{states(database)} {_counts(database)}")
+        until(lambda: states(database).get("failed") == 2, 330, lambda: f"{states(database)} {_counts(database)}")
         aside = time.monotonic() - began
         with database.connect() as connection:
             ended = {row.remote_id: row for row in connection.execute(select(jobs).where(jobs.c.status == "failed"))}
