@@ -4,22 +4,29 @@ import base64
 import gzip
 import hashlib
 import ipaddress
+import shutil
+import socket
+import sqlite3
 import time
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import Engine, insert, update
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
 
 from tests.downloads import KEY, MAX_BYTES, PNG, Stand, png
 from tests.net import Net
 from tests.rows import job_of, output_of
 from tests.web import Answer, Web, drips, floods, head, page, resets, sends, web_server
-from worker import downloader
+from worker import database, downloader
+from worker.database import make_engine
 from worker.errors import StorageTrouble
 from worker.storage import FileStorage, path_of
 from worker.tables import bodies, outputs
@@ -642,6 +649,36 @@ def test_our_own_storage_in_trouble_never_ends_an_output(stand: Stand, web: Web)
     row = stand.download(url + "?2", listed_at=long_ago)
     assert (row.status, row.error_code) == ("pending", "storage")
     assert web.asked == []
+
+
+def test_given_a_database_that_is_away_as_a_download_ends_when_it_is_back_then_the_next_run_writes_what_came_of_it(
+    tmp_path: Path, migrated_sqlite: Path, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is fetched twice; else the lease of that claim would be renewed as long as there is other work."""
+    monkeypatch.setattr(database, "LOCK_TIMEOUT_SECONDS", 0)
+    shutil.copy(migrated_sqlite, tmp_path / "away.db")
+    engine = make_engine(make_url(f"sqlite:///{tmp_path}/away.db"))
+    stand = Stand(engine, tmp_path / "out")
+    with closing(sqlite3.connect(tmp_path / "away.db", isolation_level=None, check_same_thread=False)) as somebody:
+
+        def locks(client: socket.socket) -> None:
+            somebody.execute("BEGIN IMMEDIATE")
+            page(200, PNG)(client)
+
+        first = stand.add(web.serves("/first.png", locks))
+        loader = stand.downloader()
+        with pytest.raises(OperationalError):
+            loader.run(first)
+        with pytest.raises(OperationalError):
+            loader.run(first)
+        somebody.execute("COMMIT")
+
+    second = stand.add(web.serves("/second.png", page(200, png(padding=7))))
+    loader.run(second)
+
+    assert [output_of(engine, output).status for output in (first, second)] == ["stored", "stored"]
+    assert [asked.path for asked in web.asked] == ["/first.png", "/second.png"]
+    engine.dispose()
 
 
 def test_a_cancel_meanwhile_leaves_the_row_as_it_is(stand: Stand, web: Web) -> None:

@@ -6,7 +6,7 @@ import secrets
 import threading
 import time
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -17,6 +17,7 @@ from urllib.parse import urljoin, urlsplit
 import requests
 from requests.adapters import HTTPAdapter
 from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
 from urllib3.exceptions import HTTPError
 
 from worker.addresses import Guard, RefusedTarget
@@ -33,7 +34,7 @@ from worker.core.lifecycle import (
 )
 from worker.core.media import MAX_PIXELS, Base64Decoder, base64_start, pixels, sniff, whole
 from worker.core.plain_text import plain_text
-from worker.database import database_now
+from worker.database import PATIENCE, database_now, trouble
 from worker.errors import StorageTrouble
 from worker.leases import LeaseKeeper
 from worker.partials import Incoming, Source, link_hash
@@ -62,6 +63,7 @@ BREAK_SECONDS = 0.1
 HOST_PATIENCE_SECONDS = 0.25
 HOST_BUSY_SECONDS = 3.0
 ELSEWHERE_SECONDS = 0.5
+LOCKED_SECONDS = 0.1  # how long what is left to be written waits for a row that somebody else has locked
 
 
 class Downloader:
@@ -84,6 +86,7 @@ class Downloader:
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._engine = engine
+        self._impatient = engine.execution_options(**{PATIENCE: LOCKED_SECONDS})
         self._leases = leases
         self._storage = storage
         self._guard = guard
@@ -94,6 +97,7 @@ class Downloader:
         self._tell = tell
         self._session = lean_session(adapter)
         self._hosts = Hosts(per_host)
+        self._unwritten: deque[tuple[ClaimedOutput, Attempt]] = deque()
         self._look_elsewhere_at = 0.0
         self._pause = pause
         self._cleaned_at = time.monotonic()
@@ -101,15 +105,20 @@ class Downloader:
             storage.prepare()
 
     def run(self, output_id: int) -> str:
-        """Stores one output, if there is something to do; what happened, in a few words."""
+        """Stores one output, if there is something to do; what happened, in a few words.
+
+        Raises what the database raises where it is away. What came of an attempt is kept then, and written first the
+        next time: a claim that nobody ends would have its lease renewed for as long as this process has work.
+        """
         self._remove_stale()
         with self._leases:
+            self._write_what_is_left()
             output = self._claim(output_id)
             if output is None:
                 return "nothing to do"
             with self._hosts.place(_host_of(output)) as free:
                 if free:
-                    return self._record(output, self._attempt(output))
+                    return self._record_or_keep(output, self._attempt(output))
             self._give_back(output)
             return "its host is busy: again in a few seconds"
 
@@ -286,8 +295,28 @@ class Downloader:
         incoming.hold = False
         return StoredFile(location, incoming.size, incoming.sha256, media)
 
-    def _record(self, output: ClaimedOutput, attempt: Attempt) -> str:
-        with self._engine.begin() as connection:
+    def _write_what_is_left(self) -> None:
+        for _ in range(len(self._unwritten)):
+            try:
+                output, attempt = self._unwritten.popleft()
+            except IndexError:
+                return  # other threads are at it
+            try:
+                self._record_or_keep(output, attempt, self._impatient)
+            except SQLAlchemyError as error:
+                if trouble(error) == "away":
+                    raise
+
+    def _record_or_keep(self, output: ClaimedOutput, attempt: Attempt, engine: Engine | None = None) -> str:
+        try:
+            return self._record(output, attempt, engine or self._engine)
+        except SQLAlchemyError as error:
+            if trouble(error) != "row":  # one that no statement can write would come back for ever
+                self._unwritten.append((output, attempt))
+            raise
+
+    def _record(self, output: ClaimedOutput, attempt: Attempt, engine: Engine) -> str:
+        with engine.begin() as connection:
             now = database_now(connection)
             result = after_attempt(output.facts, attempt, now=now, deadline=self._deadline)
             if not isinstance(result, StoredFile):

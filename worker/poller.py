@@ -461,7 +461,10 @@ class Poller:
         self._recorder.take(answers, self._count_taken(answers))
         if any(one.probe for one in answers):
             self._look_at = 0.0  # it may have opened a gate
-        report.lost += self._recorder.write({} if self._view is None else self._view.gates)
+        lost = self._recorder.write({} if self._view is None else self._view.gates)
+        if lost:
+            log.warning("answers came too late, their jobs were taken up by others or have ended count=%s", lost)
+        report.lost += lost
 
     def _measure(self, answers: int) -> None:
         now = time.monotonic()

@@ -13,7 +13,7 @@ from celery.exceptions import Reject
 from celery.utils.log import get_task_logger
 from kombu.exceptions import ChannelError
 from kombu.exceptions import OperationalError as BrokerError
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from worker import enqueue
@@ -140,7 +140,16 @@ class Parts:
             secrets=settings.webhook_secrets,
         )
 
+    def look_back(self) -> None:
+        """Once, before anything is claimed: a claim of what a dead process held would hide that it died."""
+        if not self._looked_back:
+            with self.engine.begin() as connection:
+                freed = _freed(connection)
+            self._looked_back = True
+            _say(freed)
+
     swept_at = 0.0
+    _looked_back = False
     ticks = False  # whether a ticker in this process takes up what a run leaves (in a prefork child none does)
 
     def tell(self, job_ids: Sequence[int] | None) -> None:
@@ -194,6 +203,7 @@ def run_polls(*, gives_way: bool = False) -> str:
     """One poll run, in a few words; one that gives way ends when another one is asked for."""
     own = parts()
     try:
+        own.look_back()
         report = own.poller.run(gives_way=gives_way, finish=not own.ticks)
     except SQLAlchemyError as error:
         log.error("polling waits for the database reason=%s", type(error).__name__)
@@ -210,9 +220,7 @@ def run_sweep() -> str:
     try:
         with own.engine.begin() as connection:
             now = database_now(connection)
-            gone = dead(holders(connection))
-            freed = release_crashed(connection, gone, now=now) if gone else NOTHING_HELD
-            release_events(connection, gone, now=now)
+            freed = _freed(connection)
             lost = now - patience
             output_ids = waiting_outputs(connection, now=now, queued_before=lost, limit=SWEEP_LIMIT)
     except SQLAlchemyError as error:
@@ -220,11 +228,24 @@ def run_sweep() -> str:
         return "the database is away"
     queue_downloads(output_ids)
     own.tell(None)
+    _say(freed)
+    return f"{len(output_ids)} downloads put back" if output_ids else "nothing to put back"
+
+
+def _freed(connection: Connection) -> Released:
+    gone = dead(holders(connection))
+    if not gone:
+        return NOTHING_HELD
+    now = database_now(connection)
+    release_events(connection, gone, now=now)
+    return release_crashed(connection, gone, now=now)
+
+
+def _say(freed: Released) -> None:
     if freed.rows:
-        log.warning("work of dead processes is taken up again holders=%s rows=%s", ",".join(gone), freed.rows)
+        log.warning("work of dead processes is taken up again rows=%s", freed.rows)
     if freed.jobs or freed.outputs:
         log.error("set aside, its processes died again and again jobs=%s outputs=%s", freed.jobs, freed.outputs)
-    return f"{len(output_ids)} downloads put back" if output_ids else "nothing to put back"
 
 
 def run_webhooks() -> int:
@@ -309,7 +330,14 @@ def download(output_id: int) -> str:
     """Stores one output."""
     if isinstance(output_id, bool) or not isinstance(output_id, int):
         return "nothing to do: no output id"
-    return parts().downloader.run(output_id)
+    own = parts()
+    try:
+        own.look_back()
+        return own.downloader.run(output_id)
+    except SQLAlchemyError as error:
+        log.error("a download waits for the database output=%s reason=%s", output_id, type(error).__name__)
+        time.sleep(DATABASE_AWAY_SECONDS)
+        return "the database is away"
 
 
 @app.task(name="worker.sweep")

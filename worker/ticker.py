@@ -86,7 +86,11 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
 
     def _tell(self) -> None:
         while not self._stop.wait(random.uniform(*WEBHOOK_SECONDS)):
-            _carefully(run_webhooks)
+            _carefully(self._tell_all)
+
+    def _tell_all(self) -> None:
+        while not self._stop.wait(LOOK_SECONDS) and run_webhooks():
+            pass
 
     def _begin(self) -> None:
         if not settings.keys:

@@ -30,9 +30,9 @@ from worker.timed_http import TimeLimit, lean_session
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 16
-PER_RECEIVER = 4  # of those
-PUT_OFF_SECONDS = 3.0
+AT_ONCE = 48
+PER_RECEIVER = 16  # of those
+PUT_OFF_SECONDS = 0.5
 BATCH = 200
 TIMEOUT_SECONDS = 15.0  # Standard Webhooks: receivers answer within 15 to 30 s
 CONNECT_SECONDS = 5.0

@@ -1,4 +1,4 @@
-"""Webhooks from outside: a receiver that is away, or sends us elsewhere, or has a new secret; a worker that is killed."""
+"""Webhooks from outside: receivers that are away, send us elsewhere or have a new secret; a worker that is killed."""
 
 import base64
 import http.server

@@ -4,8 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Engine
+from sqlalchemy.engine import make_url
 
+from tests import servers
 from tests.faults.servers import KEY, HurtRedis, hurt_redis
+from worker.database import make_engine
+from worker.migrate import migrate
 from worker.sandbox import Sandbox, SandboxOptions
 
 
@@ -28,3 +33,14 @@ def broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HurtRedi
     with hurt_redis(tmp_path / "redis") as made:
         monkeypatch.setenv("REDIS_URL", made.url)
         yield made
+
+
+@pytest.fixture
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """A PostgreSQL database of the test's own, which DATABASE_URL names."""
+    with servers.postgres(tmp_path / "postgres") as url:
+        monkeypatch.setenv("DATABASE_URL", url)
+        engine = make_engine(make_url(url))
+        migrate(engine)
+        yield engine
+        engine.dispose()

@@ -23,6 +23,7 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self._open: set[socket.socket] = set()
+        self._half_open: set[socket.socket] = set()
         self._lock = threading.Lock()
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -31,6 +32,15 @@ class Proxy:
         with self._lock:
             for one in self._open:
                 _end(one)
+
+    def forget_all(self) -> int:
+        """Leaves all connections there are half-open, as a router that lost its table does; how many.
+
+        Neither side hears of it: what it sends comes to nothing. New connections pass.
+        """
+        with self._lock:
+            self._half_open |= self._open
+            return len(self._open) // 2
 
     def close(self) -> None:
         """Ends it."""
@@ -61,7 +71,7 @@ class Proxy:
     def _pump(self, source: socket.socket, sink: socket.socket, from_client: bool) -> None:
         with suppress(OSError):
             while chunk := source.recv(CHUNK):
-                if self.mode == "swallow":
+                if self.mode == "swallow" or source in self._half_open:
                     continue
                 cut = from_client and self.cut_at is not None and self.cut_at in chunk
                 if not (cut and self.cut_before):

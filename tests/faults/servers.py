@@ -1,5 +1,6 @@
 """Servers that can be hurt: a Redis that is killed, frozen, filled, started again; and the product under its `up`."""
 
+import math
 import os
 import signal
 import subprocess
@@ -25,13 +26,14 @@ class HurtRedis:
     def __init__(self, folder: Path) -> None:
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.password: str | None = None  # what `tell` needs
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def client(self) -> "redis.Redis":
         """A client; close it."""
-        return redis.Redis(port=self.port, socket_timeout=5)
+        return redis.Redis(port=self.port, socket_timeout=5, password=self.password)
 
     def start(self) -> None:
         """Starts it, empty: nothing was saved."""
@@ -106,6 +108,46 @@ def up(folder: Path, *, seconds: float = 40.0, outlives: bool = True) -> Iterato
             process.wait(10)
 
 
+WORKER = ("-A", "worker.app", "worker", "--pool", "threads", "--concurrency", "4", "--without-mingle")
+
+
+@contextmanager
+def celery(
+    folder: Path, name: str, *words: str, plant: str = "", says: str = " ready.", **environment: str
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """A Celery process of this name once it `says` so in `<name>.log`; a worker of all queues where no words are given.
+
+    `plant` is code that runs in it before anything else. It is stopped politely at the end, frozen or not.
+    """
+    log = folder / f"{name}.log"
+    env = os.environ | environment
+    if plant:
+        planted = folder / f"{name}-planted"
+        planted.mkdir()
+        (planted / "sitecustomize.py").write_text(plant)
+        env["PYTHONPATH"] = os.pathsep.join([str(planted), *filter(None, [os.environ.get("PYTHONPATH")])])
+    words = words or (*WORKER, "--without-gossip", "--hostname", f"{name}@%h")
+    with log.open("wb") as out:
+        command = [sys.executable, "-m", "celery", *words, "--loglevel", "INFO"]
+        process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=out, env=env)
+    try:
+        began = time.monotonic()
+        while says not in log.read_text():
+            assert process.poll() is None, log.read_text()[-3_000:]
+            assert time.monotonic() < began + 2 * START_SECONDS, log.read_text()[-3_000:]
+            time.sleep(0.05)
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGCONT)
+            process.terminate()
+        try:
+            process.wait(40)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(10)
+
+
 def until(reached: Callable[[], bool], seconds: float, what: Callable[[], object] = lambda: "") -> float:
     """Waits for real processes to get somewhere; how long it took, in seconds."""
     began = time.monotonic()
@@ -161,3 +203,34 @@ def assert_nothing_lost(engine: Engine, sandbox: Sandbox, folder: Path, count: i
         assert Path(row.location.removeprefix("file://")).read_bytes() == picture
     again = sum(sandbox.calls.fetches_after_success.values())
     assert again <= asked_again, f"asked {again} times about jobs whose success was answered"
+
+
+def busiest(sandbox: Sandbox, seconds: float = 1.0, *, since: float = 0.0) -> int:
+    """The most fetches that came within any so many seconds, from a moment on."""
+    moments = [at for at, _ in sandbox.calls.fetch_moments if at >= since]
+    first, most = 0, 0
+    for last, at in enumerate(moments):
+        while moments[first] <= at - seconds:
+            first += 1
+        most = max(most, last - first + 1)
+    return most
+
+
+def least_gap(sandbox: Sandbox) -> float:
+    """The least time between two fetches about the same job."""
+    last: dict[str, float] = {}
+    gaps = [math.inf]
+    for at, job in sandbox.calls.fetch_moments:
+        if job in last:
+            gaps.append(at - last[job])
+        last[job] = at
+    return min(gaps)
+
+
+def assert_polls_are_the_calls(engine: Engine, sandbox: Sandbox, *, unheard: int = 0) -> None:
+    """Every job's `polls` are the calls that the stand-in got about it, and those that it could not hear of."""
+    with engine.connect() as connection:
+        polls = {row.remote_id: row.polls for row in connection.execute(select(jobs.c.remote_id, jobs.c.polls))}
+    heard = {job: sandbox.calls.fetches[job] for job in polls}
+    assert all(polls[job] >= heard[job] for job in polls), (polls, heard)
+    assert sum(polls.values()) - sum(heard.values()) == unheard

@@ -4,33 +4,17 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, select
-from sqlalchemy.engine import make_url
 
-from tests import servers
 from tests.faults.servers import HurtRedis, all_completed, assert_nothing_lost, children, states, until, up
 from worker import track_many
-from worker.database import make_engine
-from worker.migrate import migrate
 from worker.sandbox import Sandbox
 from worker.tables import gates
 
 JOBS, SECONDS = 2_000, 60.0
-
-
-@pytest.fixture
-def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """A database of this test's own, which DATABASE_URL names."""
-    with servers.postgres(tmp_path / "postgres") as url:
-        monkeypatch.setenv("DATABASE_URL", url)
-        engine = make_engine(make_url(url))
-        migrate(engine)
-        yield engine
-        engine.dispose()
 
 
 def _submitted(sandbox: Sandbox, count: int) -> list[object]:

@@ -4,6 +4,7 @@ import http.client
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -210,6 +211,48 @@ def test_a_scripted_picture_can_break_off(sandbox: Sandbox, client: Client, cloc
         client.ask("GET", path)
     client.link.close()
     assert client.ask("GET", path)[2] == draw("city", str(job["id"]), 0, 32)
+
+
+def test_a_storm_answers_every_fetch_in_turns_until_it_is_over(sandbox: Sandbox, client: Client) -> None:
+    """Scripted answers come first; the moments of all calls are noted by the clock."""
+    sandbox.storm([Answer(502, {}, b""), Answer(429, {"Retry-After": "-1"}, b"")])
+    sandbox.script(77, [(418, {"Content-Type": "text/plain"}, b"")])
+
+    asked = [client.ask("POST", f"/api/v3/fetch/{job}", b'{"key": "k"}', JSON)[0] for job in (7, 77, 8, 9)]
+    sandbox.storm([])
+
+    assert asked == [502, 418, 429, 502]
+    assert client.post("/api/v3/fetch/7")["message"] == "Request not found"
+    assert list(sandbox.calls.fetch_moments) == [(1_000_000.0, job) for job in ("7", "77", "8", "9", "7")]
+
+
+@pytest.mark.parametrize("headers_too", [False, True])
+def test_an_answer_can_drip(sandbox: Sandbox, client: Client, headers_too: bool) -> None:
+    """Byte by byte; it is the same answer at last."""
+    sandbox.script(77, [Answer(200, {"Content-Type": "text/plain"}, b"slow", 0.001, headers_too)])
+
+    began = time.monotonic()
+    answer = client.ask("POST", "/api/v3/fetch/77", b'{"key": "sandbox-key"}', JSON)
+
+    assert answer == (200, "text/plain", b"slow")
+    assert time.monotonic() - began >= (0.07 if headers_too else 0.003)
+
+
+def test_while_it_is_away_connections_are_refused_and_afterwards_it_knows_its_jobs(
+    sandbox: Sandbox, client: Client
+) -> None:
+    """At the same address."""
+    job = sandbox.submit("city")["id"]
+    client.post(f"/api/v3/fetch/{job}")
+
+    with sandbox.away(), pytest.raises((ConnectionError, http.client.HTTPException)):
+        client.post(f"/api/v3/fetch/{job}")
+    with sandbox.away(), pytest.raises(ConnectionRefusedError):
+        Client(sandbox).post(f"/api/v3/fetch/{job}")
+    client.link.close()
+
+    assert client.post(f"/api/v3/fetch/{job}")["status"] == "processing"
+    assert sandbox.calls.fetches[str(job)] == 2
 
 
 def test_many_kept_connections_are_served_at_once(sandbox: Sandbox) -> None:

@@ -90,6 +90,8 @@ class Answer:
     status: int
     headers: Mapping[str, str]
     body: bytes
+    drip_seconds: float = 0.0  # between any two bytes of the body
+    drip_headers: bool = False  # the headers come as slowly
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ import sys
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -32,6 +33,7 @@ THUMB_SIZE = 128
 JOBS_SHOWN = 24
 IDLE_SECONDS = 120.0  # a kept connection that says nothing is closed
 CLOSING_SECONDS = 3.0
+MOMENTS_KEPT = 100_000
 
 
 @dataclass(slots=True)
@@ -42,6 +44,8 @@ class Calls:
     fetches: Counter[str] = field(default_factory=Counter)  # by job id, whatever was answered
     fetches_after_success: Counter[str] = field(default_factory=Counter)  # by job id, after a success was answered
     fetch_answers: Counter[str] = field(default_factory=Counter)  # by status text of the answer
+    fetch_moments: deque[tuple[float, str]] = field(default_factory=lambda: deque(maxlen=MOMENTS_KEPT))
+    """When each fetch came, by the clock of the stand-in, and the job id."""
     pictures: Counter[str] = field(default_factory=Counter)  # GETs that had the picture, by name
     pictures_missing: Counter[str] = field(default_factory=Counter)  # GETs that had not, by name
 
@@ -66,13 +70,18 @@ class Sandbox:
         self._drawing = threading.Lock()
         self._drawn: OrderedDict[tuple[str, int], bytes] = OrderedDict()
         self._scripts: dict[str, deque[Answer]] = {}
+        self._storm: deque[Answer] = deque()
         self._succeeded: set[str] = set()
         self._server = _Server(self, host, port)
         bound = self._server.server_address[1]
         self.root_url = f"http://[{host}]:{bound}" if ":" in host else f"http://{host}:{bound}"
         self.url = f"{self.root_url}/api/v3"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="sandbox", daemon=True)
-        self._thread.start()
+        self._thread = self._serving()
+
+    def _serving(self) -> threading.Thread:
+        thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="sandbox", daemon=True)
+        thread.start()
+        return thread
 
     def __enter__(self) -> Self:
         return self
@@ -88,6 +97,19 @@ class Sandbox:
         self._thread.join()
         self._server.server_close()
         self._server.end_connections()
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Refuses every connection inside its block; the jobs, and the port, are kept."""
+        host, port = self._server.server_address[0], self._server.server_address[1]
+        family = self._server.address_family
+        self.close()
+        with socket.socket(family) as reserved:  # bound, but nobody listens
+            reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            reserved.bind((host, port))
+            yield
+        self._server = _Server(self, str(host), port)
+        self._thread = self._serving()
 
     @property
     def options(self) -> SandboxOptions:
@@ -105,6 +127,11 @@ class Sandbox:
         fixed = (each if isinstance(each, Answer) else Answer(*each) for each in answers)
         with self._lock:
             self._scripts.setdefault(str(target), deque()).extend(fixed)
+
+    def storm(self, answers: Iterable[Answer]) -> None:
+        """Answer every fetch with these in turns, whatever it is about; none at all ends it. Scripts come first."""
+        with self._lock:
+            self._storm = deque(answers)
 
     def submit(self, prompt: str, *, samples: int | None = None, family: Family | str = Family.V3) -> dict[str, Any]:
         """Submit without HTTP; the answer is the one a web app would have got."""
@@ -143,9 +170,10 @@ class Sandbox:
                 return self._answered(path, body)
             job_id = target[1]
             self.calls.fetches[job_id] += 1
+            self.calls.fetch_moments.append((self._clock(), job_id))
             if job_id in self._succeeded:
                 self.calls.fetches_after_success[job_id] += 1
-            answer = self._scripted(job_id) or self._answered(path, body)
+            answer = self._scripted(job_id) or self._of_the_storm() or self._answered(path, body)
             status = _status_text(answer.body)
             self.calls.fetch_answers[status] += 1
             if status == "success" and answer.status == 200:
@@ -176,6 +204,12 @@ class Sandbox:
     def _scripted(self, target: str) -> Answer | None:
         waiting = self._scripts.get(target)
         return waiting.popleft() if waiting else None
+
+    def _of_the_storm(self) -> Answer | None:
+        if not self._storm:
+            return None
+        self._storm.rotate(-1)
+        return self._storm[-1]
 
     def _picture(self, name: str) -> Answer:
         with self._lock:
@@ -303,11 +337,26 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Length"] = str(len(answer.body))
         if self.close_connection:
             headers["Connection"] = "close"
+        if answer.drip_seconds:
+            self._drip(answer, headers)
+            return
         self.send_response(answer.status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(answer.body)
+
+    def _drip(self, answer: Answer, headers: dict[str, str]) -> None:
+        self.log_request(answer.status)
+        lines = [f"{self.protocol_version} {answer.status} {self.responses.get(answer.status, ('Odd', ''))[0]}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+        at_once, slowly = (b"", head + answer.body) if answer.drip_headers else (head, answer.body)
+        self.wfile.write(at_once)
+        for place in range(len(slowly)):
+            self.wfile.write(slowly[place : place + 1])
+            self.wfile.flush()
+            time.sleep(answer.drip_seconds)
 
     def log_request(self, code: Any = "-", size: Any = "-") -> None:
         """One line per call where it was asked for: never a query, a header or a body, where a key could be."""

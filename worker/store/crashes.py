@@ -17,7 +17,7 @@ from worker.store.jobs import settle
 from worker.tables import crashes, jobs, outputs
 
 CRASHES_MOST = 8  # in a row; then the work is set aside
-WAIT_MOST = 60.0  # seconds
+WAIT_MOST = 15.0  # seconds
 CODE = "worker_crash"
 
 
