@@ -15,7 +15,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.engine import make_url
 
 from tests.faults.servers import HurtRedis, all_completed, assert_nothing_lost, states, until
-from tests.servers import celery_worker, missing
+from tests.servers import celery_worker, missing, postgres
 from worker.database import SCHEMA_VERSION, make_engine, schema_version
 from worker.errors import SchemaOutdated
 from worker.migrate import expand, migrate, scripts
@@ -143,25 +143,26 @@ def test_tables_of_an_older_version_are_expanded_and_none_are_made_where_there_a
     assert _version(empty) == SCHEMA_VERSION
 
 
-def test_a_worker_without_the_right_to_expand_says_what_to_do(empty: Engine) -> None:
+def test_a_worker_without_the_right_to_expand_says_what_to_do(tmp_path: Path) -> None:
     """A role that may only read and write; the tables stay as they are."""
-    if empty.dialect.name != "postgresql":
-        pytest.skip("roles are PostgreSQL's here")
-    _as_of_the_first_release(empty)
-    role = f"{empty.url.database}_reader"
-    with empty.begin() as connection:
-        connection.execute(text(f"CREATE ROLE {role} LOGIN PASSWORD 'harmless'"))
-        connection.execute(text(f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {role}"))
-    poor = make_engine(make_url(empty.url).set(username=role, password="harmless"))  # of this test's own
-    try:
-        with pytest.raises(SchemaOutdated, match=f"the database schema is {FIRST_SCHEMA}.*fetch-worker migrate"):
-            expand(poor)
-        assert _version(empty) == FIRST_SCHEMA
-    finally:
-        poor.dispose()
-        with empty.begin() as connection:
-            connection.execute(text(f"DROP OWNED BY {role}"))
-            connection.execute(text(f"DROP ROLE {role}"))
+    with postgres(tmp_path / "postgres") as url:
+        owner = make_engine(make_url(url).set(drivername="postgresql+psycopg"))
+        _as_of_the_first_release(owner)
+        role = f"{owner.url.database}_reader"
+        with owner.begin() as connection:
+            connection.execute(text(f"CREATE ROLE {role} LOGIN PASSWORD 'harmless'"))
+            connection.execute(text(f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {role}"))
+        poor = make_engine(owner.url.set(username=role, password="harmless"))  # of this test's own
+        try:
+            with pytest.raises(SchemaOutdated, match=f"the database schema is {FIRST_SCHEMA}.*fetch-worker migrate"):
+                expand(poor)
+            assert _version(owner) == FIRST_SCHEMA
+        finally:
+            poor.dispose()
+            with owner.begin() as connection:
+                connection.execute(text(f"DROP OWNED BY {role}"))
+                connection.execute(text(f"DROP ROLE {role}"))
+            owner.dispose()
 
 
 # Run by a process of its own without threads: it forks one migration after the other, and each dies a statement later.
