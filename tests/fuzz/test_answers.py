@@ -29,6 +29,8 @@ from worker.scrubber import Scrubber
 from worker.store.claims import ClaimedJob
 from worker.tables import bodies, gates, jobs, outputs
 
+pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning")  # answers are long
+
 SCRUBBER = Scrubber([KEY])
 PACE = Pace("learned", 0.5, 3.0)
 MOST_TEXT_BYTES = 65_535  # what MariaDB's TEXT holds
