@@ -12,7 +12,7 @@ MASK = "[key]"
 
 
 class Scrubber:
-    """Replaces keys, also where their characters were quoted for a URL or escaped for JSON, or all encoded as base64."""
+    """Replaces keys, also where any characters were quoted for a URL or escaped for JSON, and encoded as base64."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         longest_first = sorted({key for key in keys if key}, key=len, reverse=True)
@@ -42,7 +42,7 @@ def _ways(char: str) -> Iterable[str]:
     yield char
     yield "".join(f"%{byte:02x}" for byte in char.encode())
     units = char.encode("utf-16-be")
-    yield "".join(f"\\u{unit:04x}" for unit, in struct.iter_unpack(">H", units))
+    yield "".join(f"\\u{unit:04x}" for (unit,) in struct.iter_unpack(">H", units))
     yield f"\\{char}" if char == "/" else json.dumps(char)[1:-1]
 
 

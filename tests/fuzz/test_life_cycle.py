@@ -5,12 +5,12 @@ model has it.
 """
 
 import random
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,17 +58,18 @@ from worker.tables import crashes, gates, jobs, outputs, paces
 API = AllowedApi("https://api.test/api/v3", frozenset({"api.test"}))
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
 LEASE = timedelta(seconds=30)
-POLL_MIN = 3.0
-WAIT_LONGEST = 1_000.0  # more than any policy waits
+S = 1_000_000  # the model counts in microseconds, as the databases do
+POLL_MIN = 3 * S
+WAIT_LONGEST = 1_000 * S  # more than any policy waits
 OUTPUT_DEADLINE = timedelta(days=1)
-RENEWAL = timedelta(hours=1)
+RENEWAL = 3_600 * S
 HOLDERS = ("ada", "bob")
 FINAL = ("completed", "failed", "expired", "cancelled")
 
 
-def at(seconds: float) -> datetime:
-    """A moment, in seconds since the walk began."""
-    return START + timedelta(seconds=seconds)
+def at(moment: int) -> datetime:
+    """A moment of the model, which begins with the walk."""
+    return START + timedelta(microseconds=moment)
 
 
 # ── the model: what the contract says, and nothing of how it is done ──────────────────────────────────────────────────
@@ -76,28 +77,28 @@ def at(seconds: float) -> datetime:
 
 @dataclass
 class Output:
-    """One output, as it should be. Times are seconds since the walk began."""
+    """One output, as it should be. Times are microseconds since the walk began."""
 
     url: str
-    listed: float
-    due: float | None
-    queued: float | None
+    listed: int
+    due: int | None
+    queued: int | None
     status: str = "pending"
     code: str | None = None
     attempts: int = 0
     bad: int = 0
-    dead_since: float | None = None
+    dead_since: int | None = None
     dead: int = 0
     renewed: bool = False
     claim: tuple[str, str] | None = None  # token, holder
     crashes: int = 0
-    attempts_at_crash: int | None = None
+    tries_at_crash: int | None = None
 
     def end(self, status: str, code: str | None) -> None:
         """It is final."""
         self.status, self.code, self.due, self.claim = status, code, None, None
 
-    def anew(self, now: float) -> None:
+    def anew(self, now: int) -> None:
         """As if it had just been listed."""
         self.status, self.code, self.due, self.listed, self.queued = "pending", None, now, now, None
         self.bad, self.dead, self.dead_since, self.renewed = 0, 0, None, False
@@ -108,30 +109,30 @@ class Job:
     """One job, as it should be."""
 
     remote: str
-    tracked: float
-    lasts: float
-    due: float | None
+    tracked: int
+    lasts: int
+    due: int | None
     status: str = "pending"
     code: str | None = None
     polls: int = 0
-    asked: float | None = None
+    asked: int | None = None
     strikes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("failed", "unknown", "error", "empty"), 0))
-    struck: float | None = None
+    struck: int | None = None
     claim: tuple[str, str] | None = None
     outputs: list[Output] = field(default_factory=list)
-    deadline: float = 0.0
+    deadline: int = 0
     crashes: int = 0
-    polls_at_crash: int | None = None
-    replanned: tuple[float, float] | None = None  # between which moments it may be due; None where that is known
+    tries_at_crash: int | None = None
+    replanned: tuple[int, int] | None = None  # between which moments it may be due; None where that is known
 
     def end(self, status: str, code: str | None) -> None:
         """It is final."""
         self.status, self.code, self.due, self.claim = status, code, None, None
 
-    def again(self, now: float, least: float = POLL_MIN) -> None:
+    def again(self, now: int, least: int = POLL_MIN - S // 1_000) -> None:
         """It is asked again, at a moment that the pace chooses."""
         self.claim, self.asked = None, now
-        self.replanned = (now + least - 0.001, now + WAIT_LONGEST)
+        self.replanned = (now + least, now + WAIT_LONGEST)
 
     def settle(self) -> None:
         """Ends once no output is left to wait for."""
@@ -139,12 +140,12 @@ class Job:
             whole = all(one.status == "stored" for one in self.outputs)
             self.end("completed" if whole else "failed", None if whole else "output_failed")
 
-    def deliver(self, urls: list[str], now: float, *, queued: bool) -> None:
+    def deliver(self, urls: list[str], now: int, *, queued: bool) -> None:
         """It is ready: its outputs are listed."""
         self.status, self.due, self.claim = "downloading", None, None
         self.outputs = [Output(url, now, now, now if queued else None) for url in urls]
 
-    def answered(self, kind: str, urls: list[str], now: float, hold_end: float | None) -> None:
+    def answered(self, kind: str, urls: list[str], now: int, hold_end: int | None) -> None:
         """An answer came, under a claim that stands."""
         if kind in ACCOUNT_OR_HOST:
             self.again(now)
@@ -156,7 +157,7 @@ class Job:
         else:
             self._not_ready(kind, now, hold_end)
 
-    def _not_ready(self, kind: str, now: float, hold_end: float | None) -> None:
+    def _not_ready(self, kind: str, now: int, hold_end: int | None) -> None:
         if kind in STRIKES:
             counts = self.struck is None or now - self.struck >= POLL_MIN
             if kind != "error":
@@ -165,17 +166,17 @@ class Job:
                 self.strikes[kind] += 1
                 self.struck = now
             most, code = STRIKES[kind]
-            if self.strikes[kind] >= most and (kind != "unknown" or now - self.tracked >= 60):
+            if self.strikes[kind] >= most and (kind != "unknown" or now - self.tracked >= 60 * S):
                 return self.end("failed", code)
         elif kind == "processing":
             self.strikes = dict.fromkeys(self.strikes, 0)
         else:
             self.strikes["error"] = 0
-        if now >= max(self.deadline, -1.0 if hold_end is None else hold_end + 60):
+        if now >= max(self.deadline, -1 if hold_end is None else hold_end + 60 * S):
             return self.end("expired", "expired")
         return self.again(now)
 
-    def _links_renewed(self, urls: list[str], now: float) -> None:
+    def _links_renewed(self, urls: list[str], now: int) -> None:
         for place, one in enumerate(self.outputs):
             if one.status == "pending" and one.renewed and one.claim is None:
                 one.due = one.queued = now
@@ -218,18 +219,19 @@ ATTEMPTS: dict[str, Attempt] = {
     "storage": Trouble("storage", "disk full"),
 }
 LIKELY = st.sampled_from([*ANSWERS, "processing", "success", "failed", "failed", "unknown", "empty", "empty", "error"])
-JUMPS = st.sampled_from([0.5, 1.0, 3.0, 3.5, 6.0, 11.0, 29.0, 31.0, 61.0, 125.0, 950.0, 3_650.0, 86_401.0])
+SECONDS = [0.5, 1, 3, 3.5, 6, 11, 29, 30, 31, 60, 61, 125, 950, 3_600, 3_650, 86_400, 86_401]
+JUMPS = st.sampled_from([round(by * S) for by in SECONDS])
 
 
-def tried_once(job: Job, one: Output, kind: str, now: float) -> tuple[float, float] | None:
+def tried_once(job: Job, one: Output, kind: str, now: int) -> tuple[int, int] | None:
     """What an attempt does to an output; between which moments it is due again, or None where it is at rest."""
-    late = now >= one.listed + OUTPUT_DEADLINE.total_seconds()
+    late = now >= one.listed + 86_400 * S
     one.claim = None
     if kind == "stored":
         one.end("stored", None)
         return None
     over = kind in ("refused_address", "too_large")
-    least, most = 1.0, 300.0
+    least, most = S, 300 * S
     if kind in ("not_media", "truncated"):
         one.bad += 1
         over = one.bad >= 3 or late
@@ -237,14 +239,14 @@ def tried_once(job: Job, one: Output, kind: str, now: float) -> tuple[float, flo
         over = late
     elif kind == "gone":
         since = now if one.dead_since is None else one.dead_since
-        one.dead_since, least = since, 0.0
+        one.dead_since, least = since, 0
         renewable = not job.remote.startswith("sha256:")
-        if not one.renewed and not late and (now - since < 60 or renewable):
-            if now - since >= 60:
+        if not one.renewed and not late and (now - since < 60 * S or renewable):
+            if now - since >= 60 * S:
                 one.renewed, one.code = True, "gone"
                 if job.status == "downloading" and job.due is None:
                     job.due = now
-                one.due = now + RENEWAL.total_seconds()
+                one.due = now + RENEWAL
                 return (one.due, one.due)
         else:
             one.dead += 1
@@ -264,19 +266,19 @@ class Stage:
     """Where walks take place: a database that is emptied before each of them, and the clock."""
 
     engine: Engine
-    now: float = 0.0
+    now: int = 0
     tokens: Iterator[int] = field(default_factory=count)
 
     def clear(self) -> None:
         """Nothing is there, and the clock begins anew."""
-        self.now = 0.0
+        self.now = 0
         with self.engine.begin() as connection:
             for table in (outputs, jobs, gates, crashes, paces):
                 connection.execute(delete(table))
 
     def recorder(self) -> Recorder:
         """One process's."""
-        pace = Pace("learned", 0.5, POLL_MIN)
+        pace = Pace("learned", 0.5, POLL_MIN / S)
         made = Recorder(engine=self.engine, pace=pace, rps=10.0, queue_downloads=lambda _: None, tell=lambda _: None)
         made._random = random.Random(0)
         return made
@@ -295,7 +297,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
             self.jobs: dict[int, Job] = {}
             self.claimed: list[ClaimedJob] = []  # all that were handed out, also those that are stale by now
             self.taken: list[ClaimedOutput] = []
-            self.replanned: dict[int, tuple[float, float]] = {}  # outputs, and when they may be due
+            self.replanned: dict[int, tuple[int, int]] = {}  # outputs, and when they may be due
 
         # ── helpers ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -317,14 +319,14 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
                 self.rows = {row.id: row for row in connection.execute(select(outputs)).all()}
             for job_id, job in self.jobs.items():
                 if job.replanned is not None:
-                    due = seconds(self.job_rows[job_id].due_at)
+                    due = micros(self.job_rows[job_id].due_at)
                     assert due is not None
                     assert job.replanned[0] <= due <= job.replanned[1]
                     job.due, job.replanned = due, None
             for output_id, (least, most) in self.replanned.items():
-                due = seconds(self.rows[output_id].due_at)
+                due = micros(self.rows[output_id].due_at)
                 assert due is not None
-                assert least - 0.001 <= due <= most + 0.001
+                assert least <= due <= most
                 self.output(output_id)[1].due = due
             self.replanned.clear()
 
@@ -363,11 +365,11 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
         def begin(self, remotes: list[str], lasts: bool) -> None:
             """A few jobs are there from the start."""
             for remote in remotes:
-                self.track(remote, 3_600.0 if lasts else 40.0)
+                self.track(remote, 3_600 if lasts else 40)
             self.look()
 
-        @rule(remote=st.sampled_from("abcd"), lasts=st.sampled_from([40.0, 3_600.0]))
-        def track(self, remote: str, lasts: float) -> None:
+        @rule(remote=st.sampled_from("abcd"), lasts=st.sampled_from([40, 3_600]))
+        def track(self, remote: str, lasts: int) -> None:
             """A job is handed over, maybe again."""
             job = store.NewJob(
                 "default", remote, fetch_address(None, remote, API), "image", 0, None, None, None,
@@ -379,7 +381,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
             assert new == (remote not in known)
             assert known.get(remote, job_id) == job_id
             if new:
-                made = Job(remote, stage.now, lasts, stage.now + 1, deadline=stage.now + lasts)
+                made = Job(remote, stage.now, lasts * S, stage.now + S, deadline=stage.now + lasts * S)
                 self.jobs[job_id] = made
 
         @rule(number=st.integers(1, 2), copies=st.integers(1, 2))
@@ -395,7 +397,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
                 [(job_id, new)] = store.insert_jobs(connection, [job], now=self.now)
             assert new == (job_id not in self.jobs)
             if new:
-                made = Job(remote, stage.now, 60.0, None, deadline=stage.now + 60)
+                made = Job(remote, stage.now, 60 * S, None, deadline=stage.now + 60 * S)
                 made.deliver([link.url for link in links], stage.now, queued=False)
                 self.jobs[job_id] = made
 
@@ -433,7 +435,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
         def nudge(self, remote: str) -> None:
             """A webhook came."""
             with stage.engine.begin() as connection:
-                least = timedelta(seconds=POLL_MIN)
+                least = timedelta(microseconds=POLL_MIN)
                 moved = store.nudge(connection, remote, None, now=self.now, least=least)
             expected = 0
             for job in self.jobs.values():
@@ -446,7 +448,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
         # ── what workers do ───────────────────────────────────────────────────────────────────────────────────────
 
         @rule(by=JUMPS)
-        def time_goes_by(self, by: float) -> None:
+        def time_goes_by(self, by: int) -> None:
             """The clock moves."""
             stage.now += by
 
@@ -470,10 +472,10 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
             assert len(found) == min(limit, len(due))
             assert {one.id for one in found} <= due.keys()
             left = [moment for number, moment in due.items() if number not in {one.id for one in found}]
-            assert all((due[one.id] or 0) <= min(left, default=1e12) for one in found)  # longest due first
+            assert all((due[one.id] or 0) <= min(left, default=10**18) for one in found)  # longest due first
             for one in found:
                 job = self.jobs[one.id]
-                job.claim, job.due, job.asked = (token, holder), stage.now + 30, stage.now
+                job.claim, job.due, job.asked = (token, holder), stage.now + 30 * S, stage.now
                 job.polls += 1
                 assert one.polls == job.polls
             self.claimed += found
@@ -518,12 +520,12 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
                     listed = ", ".join(f'"{url}"' for url in urls[one.id])
                     body = f'{{"status": "success", "id": "{one.remote_id}", "output": [{listed}, {listed}]}}'
                 reply = parse(code, {}, body.encode(), remote_id=one.remote_id, now=0.0)
-                asked.append(Asked(one, reply, False, time.monotonic()))
+                asked.append(Asked(one, reply, False, stage.now / S))
             self.recorder.take(asked, {})
             lost = self.recorder.write({})
             with stage.engine.connect() as connection:
                 ends = [gate.last_hold_end(self.now) for gate in all_gates(connection).values()]
-            hold_end = max((seconds(end) or 0.0 for end in ends if end is not None), default=None)
+            hold_end = max((micros(end) or 0 for end in ends if end is not None), default=None)
             assert self.recorder.kept == 0
             missed = 0
             for one, kind in heard:
@@ -551,15 +553,14 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
             """A worker is slow, and alive."""
             with stage.engine.begin() as connection:
                 renewed = renew_leases(connection, holder, lease=LEASE, now=self.now)
+            rows: list[Job | Output] = [*self.jobs.values()]
+            rows += [one for job in self.jobs.values() for one in job.outputs]
             held = [
-                one
-                for job in self.jobs.values()
-                for one in (job, *job.outputs)
-                if one.claim is not None and one.claim[1] == holder and (one.due or 0) > stage.now
+                one for one in rows if one.claim is not None and one.claim[1] == holder and (one.due or 0) > stage.now
             ]
             assert renewed == len(held)
             for one in held:
-                one.due = stage.now + 30
+                one.due = stage.now + 30 * S
 
         @rule(holder=st.sampled_from(HOLDERS), times=st.sampled_from([1, 1, 2, 9]), claims=st.booleans())
         def a_worker_dies(self, holder: str, times: int, claims: bool) -> None:
@@ -573,42 +574,36 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
 
         def crash(self, holder: str) -> None:
             """A process is gone, and a sweep finds out."""
+            numbers = {(row.job_id, row.position): number for number, row in self.rows.items()}
             with stage.engine.begin() as connection:
                 release_crashed(connection, [holder], now=self.now)
             for job_id, job in self.jobs.items():
-                self.crashed(job, holder, job.polls)
+                if self.crashed(job, holder, job.polls) and job.due is not None:
+                    job.replanned = self.soon(job)
                 for position, one in enumerate(job.outputs):
-                    if self.crashed(one, holder, one.attempts):
-                        row = next(row for row in self.rows.values() if (row.job_id, row.position) == (job_id, position))
-                        if one.status == "pending":
-                            self.replanned[row.id] = self.again
+                    if self.crashed(one, holder, one.attempts) and one.due is not None:
+                        self.replanned[numbers[job_id, position]] = self.soon(one)
                 job.settle()
 
-        def crashed(self, one: Any, holder: str, tries: int) -> bool:
-            """Whether it was held by a process that died; what becomes of it."""
+        def crashed(self, one: Job | Output, holder: str, tries: int) -> bool:
+            """Whether it was held by the process that died; then that is counted, and it may be too often."""
             if one.claim is None or one.claim[1] != holder:
                 return False
-            in_a_row = getattr(one, "polls_at_crash", None) if isinstance(one, Job) else one.attempts_at_crash
-            one.crashes = one.crashes + 1 if in_a_row == tries - 1 else 1
-            if isinstance(one, Job):
-                one.polls_at_crash = tries
-            else:
-                one.attempts_at_crash = tries
-            one.claim = None
-            longest = 0.0 if one.crashes < 2 else min(2.0**one.crashes, 60.0)
-            self.again = (stage.now, stage.now + longest)
-            if isinstance(one, Job):
-                one.replanned = self.again
+            one.crashes = one.crashes + 1 if one.tries_at_crash == tries - 1 else 1
+            one.tries_at_crash, one.claim = tries, None
             if one.crashes >= 8 and one.status == "pending":
                 one.end("failed", "worker_crash")
-                if isinstance(one, Job):
-                    one.replanned = None
             return True
+
+        def soon(self, one: Job | Output) -> tuple[int, int]:
+            """When it is due after a crash: at once after the first one."""
+            longest = 0 if one.crashes < 2 else min(2**one.crashes, 60) * S
+            return stage.now, stage.now + longest
 
         # ── downloads ─────────────────────────────────────────────────────────────────────────────────────────────
 
-        @rule(patience=st.sampled_from([5.0, 30.0]))
-        def a_sweep_comes(self, patience: float) -> None:
+        @rule(patience=st.sampled_from([5, 30]))
+        def a_sweep_comes(self, patience: int) -> None:
             """Outputs whose message is lost are put on the queue again."""
             lost = self.now - timedelta(seconds=patience)
             with stage.engine.begin() as connection:
@@ -617,7 +612,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
             expected = set()
             for output_id in self.rows:
                 _, one = self.output(output_id)
-                unqueued = one.queued is None or one.queued < stage.now - patience
+                unqueued = one.queued is None or one.queued < stage.now - patience * S
                 if one.due is not None and one.due <= stage.now and unqueued:
                     one.queued = stage.now
                     expected.add(output_id)
@@ -641,7 +636,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
             assert one.listed == min(other.listed for other in due.values())  # the oldest link first
             if output_id in due and due[output_id].listed == one.listed:
                 assert taken.id == output_id
-            one.claim, one.due, one.queued = (token, holder), stage.now + 30, None
+            one.claim, one.due, one.queued = (token, holder), stage.now + 30 * S, None
             one.attempts += 1
             assert taken.facts.attempts == one.attempts
             self.taken.append(taken)
@@ -699,7 +694,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
                 with stage.engine.begin() as connection:
                     release_output(connection, taken, due_at=self.now + timedelta(seconds=3), now=self.now)
                 if one.claim is not None and one.claim[0] == taken.token and (one.due or 0) > stage.now:
-                    one.claim, one.due = None, stage.now + 3
+                    one.claim, one.due = None, stage.now + 3 * S
                     one.attempts -= 1
 
         @rule(pick=st.integers(0, 9))
@@ -722,15 +717,14 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
     return Life
 
 
-def seconds(moment: datetime | None) -> float | None:
+def micros(moment: datetime | None) -> int | None:
     """A moment as the model has it."""
-    return None if moment is None else (moment - START).total_seconds()
+    return None if moment is None else (moment - START) // timedelta(microseconds=1)
 
 
-def same(moment: datetime | None, expected: float | None) -> bool:
-    """Whether a moment is the one expected; databases keep microseconds."""
-    found = seconds(moment)
-    return found == expected if found is None or expected is None else abs(found - expected) < 0.001
+def same(moment: datetime | None, expected: int | None) -> bool:
+    """Whether a moment is the one expected."""
+    return micros(moment) == expected
 
 
 def nth(found: dict[int, Any], pick: int) -> int:
@@ -743,8 +737,10 @@ def staged(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     """A stage on a database, whose clock it is. On SQLite nothing has to outlive a crash of the machine."""
     stage = Stage(engine)
     clock: Callable[..., datetime] = lambda _: at(stage.now)  # noqa: E731
-    monkeypatch.setattr(recorder, "database_now", clock)
-    monkeypatch.setattr(learner, "database_now", clock)
+    for module in (recorder, learner):
+        monkeypatch.setattr(module, "database_now", clock)
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: stage.now / S))
+        monkeypatch.setattr(module.log, "disabled", True)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=OFF"))
     yield stage

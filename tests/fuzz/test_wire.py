@@ -1,4 +1,5 @@
 """Any bytes at all on a real line: every call ends in time with a reply, and no line is used again after nonsense."""
+# ruff: noqa: E501  # rows of pieces
 
 import gzip
 import socket
@@ -194,7 +195,9 @@ ENDS = st.sampled_from(["close", "close", "close", "reset"])
 @st.composite
 def answers(draw: st.DrawFn) -> bytes:
     """A status line, headers and a body that need not fit each other, cut off anywhere."""
-    whole = draw(STATUS_LINES) + draw(HEADER_LINES) + draw(st.sampled_from([b"\r\n", b"\r\n", b"\n", b""])) + draw(BODIES)
+    whole = (
+        draw(STATUS_LINES) + draw(HEADER_LINES) + draw(st.sampled_from([b"\r\n", b"\r\n", b"\n", b""])) + draw(BODIES)
+    )
     return whole[: draw(st.integers(0, len(whole)))] if draw(st.integers(0, 3)) == 0 else whole
 
 
@@ -236,9 +239,7 @@ def test_whatever_bytes_come_the_call_ends_with_a_reply_and_the_next_answer_is_i
 @EFFORTS
 def test_an_answer_that_is_cut_off_anywhere_is_no_answer_and_a_whole_one_is_one(line: Line, examples: int) -> None:
     @tried(examples)
-    @given(
-        chunk=st.integers(0, 70), packed=st.booleans(), share=st.floats(0, 1), then=ENDS, split=st.integers(0, 200)
-    )
+    @given(chunk=st.integers(0, 70), packed=st.booleans(), share=st.floats(0, 1), then=ENDS, split=st.integers(0, 200))
     def check(chunk: int, packed: bool, share: float, then: str, split: int) -> None:
         whole = well_formed(READY, chunk=chunk, packed=packed)
         at = round(share * len(whole))

@@ -1,8 +1,20 @@
 """Addresses put together from pieces that some reader of addresses takes otherwise than another one."""
+# ruff: noqa: E501, RUF001  # rows of pieces, and letters that are mistaken for others
 
 from hypothesis import strategies as st
 
-SCHEMES = ["https://", "http://", "HTTPS://", "https:/", "https:", "//", "ftp://", "file://", "https:\\\\", "javascript:"]
+SCHEMES = [
+    "https://",
+    "http://",
+    "HTTPS://",
+    "https:/",
+    "https:",
+    "//",
+    "ftp://",
+    "file://",
+    "https:\\\\",
+    "javascript:",
+]
 USERS = ["", "", "", "", "", "user@", "user:pass@", "@", "good.test@", "good.test:443@", "%40@", "a@b@", "\\@", "#@"]
 NAMES = [
     "good.test", "GOOD.test", "api.test", "evil.test", "good.test.", "good.test.evil.test", "evil.test.good.test",
@@ -26,13 +38,42 @@ SEGMENTS = [
     "", "a", "..", ".", "%2e%2e", "%2E.", "..;", "...", "a.png", "%", "%zz", "%00", "%2f", "é", "\x00", " ", "\r\n", "\\", "~", "*",
     "api", "v3", "fetch", "12202888", "fine_tune_status", "x" * 300, "a:b", "@", "//", "'", '"', "{}", "+", "&", "﹒﹒", "＃",
 ]  # fmt: skip
-TAILS = ["", "", "", "", "?", "?a=b", "#", "#x", ";p", "?key=1#y", "/", "//", "?" + "x" * 9_000, "\n", " ", "\u2028", "%0d%0aX: y"]
+TAILS = [
+    "",
+    "",
+    "",
+    "",
+    "?",
+    "?a=b",
+    "#",
+    "#x",
+    ";p",
+    "?key=1#y",
+    "/",
+    "//",
+    "?" + "x" * 9_000,
+    "\n",
+    " ",
+    "\u2028",
+    "%0d%0aX: y",
+]
 
 
 GOOD_HOSTS = ["good.test", "outer.test", "rebound.test", "GOOD.test", "1.1.1.1", "[2606:4700:4700::1111]", "mixed.test"]
 FETCH_STARTS = ["/api/v3", "/api/v6", "/api/v12", "/api/v6/images", "/api/v1/enterprise/flux"]
 FETCH_ENDS = ["/fetch", "/fetch/12202888", "/fetch/12202888", "/fetch/fetch"]
-ODD_STARTS = ["/api/v", "/api", "/api/v3/", "", "/x/api/v3", "/api/v3/..", "/api/v3/%2e", "/api/v3/é", "//api/v3", "/api/v3/a.b"]
+ODD_STARTS = [
+    "/api/v",
+    "/api",
+    "/api/v3/",
+    "",
+    "/x/api/v3",
+    "/api/v3/..",
+    "/api/v3/%2e",
+    "/api/v3/é",
+    "//api/v3",
+    "/api/v3/a.b",
+]
 ODD_ENDS = [
     "/fetch/", "/fetch/12202889", "/FETCH", "/clear_queue", "/fine_tune_status", "/fetch/12202888/x", "/fetch/../clear_queue",
     "/fetch/12202888/../../v1/x", "/fetch/%31", "/fetch;x", "/fetch//12202888", "/prefetch",
@@ -81,4 +122,5 @@ def fetch_urls(draw: st.DrawFn, sites: tuple[str, ...]) -> str:
 def struck(draw: st.DrawFn, url: str) -> str:
     """The address, with one character put in."""
     at = draw(st.integers(0, len(url)))
-    return url[:at] + draw(st.sampled_from([*"@:/\\?#%[]. \t\r\n\x00", "\u3002", "\uff0f", "\ufeff", "é"])) + url[at:]
+    put_in: str = draw(st.sampled_from([*"@:/\\?#%[]. \t\r\n\x00", "\u3002", "\uff0f", "\ufeff", "é"]))
+    return url[:at] + put_in + url[at:]
