@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-QUICK, LONG = 150, 10_000
+QUICK, LONG = 300, 10_000
 LONG_SECONDS = 900
 
 EFFORTS = pytest.mark.parametrize(

@@ -116,13 +116,16 @@ def test_no_form_of_the_key_in_an_answer_gets_into_a_reply(examples: int) -> Non
 @EFFORTS
 def test_whatever_a_gate_hears_it_can_be_written_and_opens_again(examples: int) -> None:
     moment = datetime(2026, 3, 1, 12, tzinfo=UTC)
-    answers = st.tuples(CODES, HEADERS, BODIES, st.booleans(), st.floats(0, 2_000))
+    trouble = st.sampled_from([(401, b"{}"), (503, b""), (429, b"{}"), (200, b'{"status": "processing"}'), (200, b"<")])
+    answers = st.tuples(
+        trouble | st.tuples(CODES, BODIES), HEADERS, st.booleans(), st.sampled_from([0.0, 1.0, 61.0, 950.0])
+    )
 
     @tried(examples, of=4)
-    @given(scope=st.sampled_from(["account", "host"]), heard=st.lists(answers, max_size=6))
-    def check(scope: Any, heard: list[tuple[int, dict[str, str], bytes, bool, float]]) -> None:
+    @given(scope=st.sampled_from(["account", "host"]), heard=st.lists(answers, min_size=3, max_size=9))
+    def check(scope: Any, heard: list[tuple[tuple[int, bytes], dict[str, str], bool, float]]) -> None:
         gate, now = Gate(scope, "one"), moment
-        for code, headers, body, probe, wait in heard:
+        for (code, body), headers, probe, wait in heard:
             now += timedelta(seconds=wait)
             one = Heard(reply_to(code, headers, body), now - timedelta(seconds=1), probe)
             gate = after_replies(gate, [one], Limit(10.0, 3.0), now=now)

@@ -502,6 +502,35 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
                 self.record([(one, kind) for one in self.claim("ada", 3)])
                 self.look()
 
+        @rule(kind=LIKELY, by=JUMPS, meanwhile=st.sampled_from(["nothing", "renewal", "crash", "claim", "cancel"]))
+        def an_answer_takes_its_time(self, kind: str, by: int, meanwhile: str) -> None:
+            """Between the question and its answer the lease may end, and much may happen."""
+            self.the_next_moment_comes()
+            found = self.claim("ada", 2)
+            stage.now += by
+            match meanwhile:
+                case "renewal":
+                    self.leases_are_renewed("ada")
+                case "crash":
+                    self.crash("ada")
+                    self.look()
+                case "claim":
+                    self.claim("bob", 1)
+                case "cancel":
+                    self.cancel(0)
+            self.record([(one, kind) for one in found])
+
+        @rule(remote=st.sampled_from("abc"), by=JUMPS)
+        def a_webhook_comes_between(self, remote: str, by: int) -> None:
+            """A hint about a job that is asked about just now, or was just now."""
+            self.the_next_moment_comes()
+            found = self.claim("ada", 2)
+            self.nudge(remote)
+            self.record([(one, "processing") for one in found[:1]])
+            self.look()
+            self.nudge(remote)
+            stage.now += by
+
         @rule(picks=st.lists(st.tuples(st.integers(0, 9), LIKELY), min_size=1, max_size=3))
         def an_answer_comes(self, picks: list[tuple[int, str]]) -> None:
             """Answers to claims of long ago, maybe to ones that were answered already, or taken over."""
@@ -651,6 +680,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
         def downloads_end_alike(self, kind: str, times: int) -> None:
             """One download after the other, as they are due."""
             for _ in range(times):
+                self.look()
                 moments = [one.due for job in self.jobs.values() for one in job.outputs if one.due is not None]
                 if not moments:
                     return

@@ -78,6 +78,10 @@ ODD_ENDS = [
     "/fetch/", "/fetch/12202889", "/FETCH", "/clear_queue", "/fine_tune_status", "/fetch/12202888/x", "/fetch/../clear_queue",
     "/fetch/12202888/../../v1/x", "/fetch/%31", "/fetch;x", "/fetch//12202888", "/prefetch",
 ]  # fmt: skip
+STRANGERS = [
+    "https://evil.test", "https://good.test.evil.test", "https://good.test:8443", "http://good.test", "https://api.test",
+    "http://127.0.0.1:7002", "https://127.0.0.1", "http://127.1:7001", "https://xgood.test", "http://localhost:7001",
+]  # fmt: skip
 PIECES = st.sets(st.sampled_from(["scheme", "user", "host", "port", "path", "tail", "struck"]), max_size=3)
 
 
@@ -102,7 +106,8 @@ def fetch_urls(draw: st.DrawFn, sites: tuple[str, ...]) -> str:
     odd = draw(PIECES)
     site = draw(st.sampled_from(sites))
     if "host" in odd:
-        site = draw(urls()).rstrip("/")
+        elsewhere = st.sampled_from([*NAMES, *ADDRESSES]).map("https://{}".format)
+        site = draw(st.sampled_from(STRANGERS) | elsewhere | urls())
     elif "user" in odd or "scheme" in odd:
         scheme, _, rest = site.partition("://")
         scheme = draw(st.sampled_from(SCHEMES)) if "scheme" in odd else f"{scheme}://"
