@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sqlalchemy import Engine, String, Table, Text, delete, select
 
@@ -74,6 +74,9 @@ def of_another_job(answer: Mapping[str, Any]) -> bool:
 def test_no_answer_makes_the_parser_fail_or_a_job_ready_without_an_output_of_that_very_answer(examples: int) -> None:
     @tried(examples)
     @given(code=CODES, headers=HEADERS, body=BODIES, training=st.booleans())
+    @example(200, {}, b'{"status": "success", "id": 12202889, "output": ["https://h.example/a.png"]}', False)
+    @example(200, {}, b'{"status": "success", "id": "x", "output": "", "links": ["https://h.example/a.png"]}', False)
+    @example(200, {}, b'{"status": "success", "output": "", "future_links": ["https://h.example/a.png"]}', False)
     def check(code: int, headers: dict[str, str], body: bytes, training: bool) -> None:
         reply = reply_to(code, headers, body, training=training)
 
@@ -122,6 +125,8 @@ def test_whatever_a_gate_hears_it_can_be_written_and_opens_again(examples: int) 
     )
 
     @tried(examples, of=4)
+    @example("account", [((401, b"{}"), {}, True, 61.0)] * 8)
+    @example("host", [((503, b""), {}, True, 61.0)] * 12)
     @given(scope=st.sampled_from(["account", "host"]), heard=st.lists(answers, min_size=3, max_size=9))
     def check(scope: Any, heard: list[tuple[tuple[int, bytes], dict[str, str], bool, float]]) -> None:
         gate, now = Gate(scope, "one"), moment
@@ -161,6 +166,9 @@ def test_whatever_is_answered_the_rows_hold_what_their_columns_and_constraints_a
         age=_AGES,
         counts=st.tuples(_COUNTS, _COUNTS, _COUNTS, _COUNTS),
     )
+    @example(200, {}, b'{"status": "failed", "message": "%s"}' % (b"x" * 600), False, False, False, 0.0, (0, 0, 0, 0))
+    @example(401, {}, b'{"message": "%s"}' % ("é" * 600).encode(), False, False, True, 0.0, (0, 0, 0, 0))
+    @example(200, {}, b'{"status": "%s"}' % (b"x" * 600), False, True, False, 4_000.0, (0, 0, 0, 0))
     def check(
         code: int,
         headers: dict[str, str],

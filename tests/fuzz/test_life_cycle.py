@@ -454,10 +454,17 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
 
         @rule()
         def the_next_moment_comes(self) -> None:
-            """The clock moves to when something is due."""
+            """The clock moves to when a job is due."""
+            self.look()
             moments = [job.due for job in self.jobs.values() if job.due is not None]
-            moments += [one.due for job in self.jobs.values() for one in job.outputs if one.due is not None]
             stage.now = max(stage.now, min(moments, default=stage.now))
+
+        def the_next_download_is_due(self) -> bool:
+            """The clock moves to when an output is due; whether there is one."""
+            self.look()
+            moments = [one.due for job in self.jobs.values() for one in job.outputs if one.due is not None]
+            stage.now = max(stage.now, min(moments, default=stage.now))
+            return bool(moments)
 
         def claim(self, holder: str, limit: int) -> list[ClaimedJob]:
             """A worker claims what is due."""
@@ -494,13 +501,12 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
             found = self.claim(holder, 3)
             self.record([(one, kind) for one, kind in zip(found, kinds, strict=False)])
 
-        @rule(kind=LIKELY, times=st.integers(2, 5))
+        @rule(kind=st.sampled_from([*STRIKES, "empty", "unknown", "processing", "odd"]), times=st.integers(2, 6))
         def the_same_again_and_again(self, kind: str, times: int) -> None:
             """The API says the same, however often it is asked."""
             for _ in range(times):
                 self.the_next_moment_comes()
                 self.record([(one, kind) for one in self.claim("ada", 3)])
-                self.look()
 
         @rule(kind=LIKELY, by=JUMPS, meanwhile=st.sampled_from(["nothing", "renewal", "crash", "claim", "cancel"]))
         def an_answer_takes_its_time(self, kind: str, by: int, meanwhile: str) -> None:
@@ -565,11 +571,14 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
                 missed += not stands
             assert lost == missed
 
-        @rule(pick=st.integers(0, 9))
-        def a_claim_is_given_back(self, pick: int) -> None:
+        @rule(pick=st.integers(0, 9), fresh=st.booleans())
+        def a_claim_is_given_back(self, pick: int, fresh: bool) -> None:
             """A worker ends before it asks."""
+            if fresh:
+                self.the_next_moment_comes()
+                self.claim("ada", 1)
             if self.claimed:
-                one = self.claimed[-1 - pick % len(self.claimed)]
+                one = self.claimed[-1 if fresh else -1 - pick % len(self.claimed)]
                 with stage.engine.begin() as connection:
                     release_jobs(connection, [one.id], one.token, due_at=self.now)
                 job = self.jobs[one.id]
@@ -680,13 +689,33 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
         def downloads_end_alike(self, kind: str, times: int) -> None:
             """One download after the other, as they are due."""
             for _ in range(times):
-                self.look()
-                moments = [one.due for job in self.jobs.values() for one in job.outputs if one.due is not None]
-                if not moments:
+                if not self.the_next_download_is_due():
                     return
-                stage.now = max(stage.now, min(moments))
                 taken = self.take(0, "ada")
                 assert taken is not None
+                self.attempt(taken, kind)
+
+        @rule(kind=st.sampled_from(["success", "processing", "failed", "unknown"]), times=st.integers(15, 30))
+        def links_stay_dead(self, kind: str, times: int) -> None:
+            """Every download finds nothing, and so says the API, or not."""
+            for _ in range(times):
+                self.look()
+                due = [job.due for job in self.jobs.values() if job.due is not None and job.due <= stage.now]
+                if due:
+                    self.record([(one, kind) for one in self.claim("bob", 3)])
+                if not self.the_next_download_is_due():
+                    return
+                taken = self.take(0, "ada")
+                assert taken is not None
+                self.attempt(taken, "gone")
+
+        @rule(by=JUMPS, kind=st.sampled_from([*ATTEMPTS]))
+        def a_download_takes_its_time(self, by: int, kind: str) -> None:
+            """Longer than its lease, maybe."""
+            if self.the_next_download_is_due():
+                taken = self.take(0, "ada")
+                assert taken is not None
+                stage.now += by
                 self.attempt(taken, kind)
 
         @rule(pick=st.integers(0, 9), kind=st.sampled_from([*ATTEMPTS]))

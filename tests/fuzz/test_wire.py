@@ -61,7 +61,8 @@ class Line:
                     continue
                 for part in self.parts:
                     client.sendall(part)
-                while self.then == "drip":
+                until = time.monotonic() + 2 * ROOM
+                while self.then == "drip" and time.monotonic() < until:
                     time.sleep(0.02)
                     client.sendall(b" ")
                 match self.then:
