@@ -526,6 +526,14 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
                     self.cancel(0)
             self.record([(one, kind) for one in found])
 
+        @rule(trouble=st.sampled_from(ACCOUNT_OR_HOST), by=st.sampled_from([31 * S, 45 * S, 95 * S, 3_600 * S]))
+        def a_hold_is_over(self, trouble: str, by: int) -> None:
+            """Jobs that could not be asked about in time are not late at once."""
+            for kind in (trouble, "processing"):
+                self.the_next_moment_comes()
+                stage.now += by if kind == "processing" else 0
+                self.record([(one, kind) for one in self.claim("ada", 3)])
+
         @rule(remote=st.sampled_from("abc"), by=JUMPS)
         def a_webhook_comes_between(self, remote: str, by: int) -> None:
             """A hint about a job that is asked about just now, or was just now."""
