@@ -21,6 +21,7 @@ class Net:
         self.answers: Callable[[str], Sequence[str] | None] | None = None
         self.error: type[OSError] = ConnectionRefusedError
         self.loopback = loopback
+        self.only: tuple[str, int] | None = None  # of loopback, too, where it is set
 
     @property
     def beyond(self) -> list[tuple[str, int]]:
@@ -54,7 +55,8 @@ class Net:
                 """Notes where to, and goes to loopback at most."""
                 host, port = address[:2]
                 net.connected.append((host, port))
-                if not (net.loopback and ipaddress.ip_address(host).is_loopback):
+                near = net.loopback and ipaddress.ip_address(host).is_loopback
+                if not near or net.only not in (None, (host, port)):
                     raise net.error
                 super().connect(address)
 

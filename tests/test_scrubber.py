@@ -24,6 +24,25 @@ def test_given_a_key_in_any_writing_when_scrubbed_then_it_is_gone(written: str) 
     assert scrubber.body(f"before {written} after".encode()) == b"before [key] after"
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        quote(KEY).lower(),
+        "".join(f"%{byte:02X}" for byte in KEY.encode()),
+        "".join(f"\\u{ord(char):04x}" for char in KEY),
+        KEY.replace('"', "\\u0022").replace("/", "\\/").replace("+", "\\u002B").replace(":", "%3a"),
+        "sé\U0001f511",
+        "s%C3%A9%f0%9f%94%91",
+        "s\\u00e9\\ud83d\\uDD11",
+    ],
+)
+def test_given_a_key_of_which_any_characters_are_escaped_when_scrubbed_then_it_is_gone(written: str) -> None:
+    scrubber = Scrubber([KEY, "sé\U0001f511"])
+
+    assert scrubber.text(f"before {written} after") == "before [key] after"
+    assert scrubber.body(f"before {written} after".encode()) == b"before [key] after"
+
+
 def test_given_no_keys_when_scrubbed_then_the_text_stays() -> None:
     assert Scrubber([]).text("anything") == "anything"
 

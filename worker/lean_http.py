@@ -31,6 +31,7 @@ MOST_DIGITS = 19
 LEAST_SECONDS = 0.1  # with less time left nothing is asked again
 IDLE_SECONDS = 30.0  # an older connection may be dead without a word: a balancer or a NAT forgot it
 PLAIN_URL = re.compile(r"https?://[A-Za-z0-9.:\[\]_-]+(?:/[A-Za-z0-9._~!$&'()*+,;=:%/-]*)?")
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\n]*)?\r?\n")
 
 Connection = TimedHTTPConnection | TimedHTTPSConnection
 
@@ -192,11 +193,15 @@ class Answer(HTTPResponse):
         self.will_close = self._check_close() or (not self.chunked and self.length is None)  # type: ignore[attr-defined]
 
     def _read_next_chunk_size(self) -> int:
-        """As the parent reads it, but `-1`, which Python takes for a number, would be a chunk without an end."""
-        size: int = super()._read_next_chunk_size()  # type: ignore[misc]  # the stubs leave it out
-        if size < 0:
-            raise ValueError("a chunk of less than nothing")
-        return size
+        """As the parent reads it, but a size is hexadecimal digits and its line has an end.
+
+        Of a line that is cut off nobody knows the size; and `-1`, a number to Python, would be a chunk without an end.
+        """
+        line = self.fp.readline(LONGEST_LINE + 1)
+        size = CHUNK_SIZE.fullmatch(line) if len(line) <= LONGEST_LINE else None
+        if size is None:
+            raise ValueError("a chunk without a size")
+        return int(size[1], 16)
 
 
 def _read_headers(file: BinaryIO) -> CaseInsensitiveDict[str]:

@@ -4,23 +4,21 @@ import base64
 import json
 import logging
 import re
+import struct
 import traceback
 from collections.abc import Iterable
-from urllib.parse import quote
 
 MASK = "[key]"
 
 
 class Scrubber:
-    """Replaces keys, also where they were quoted for a URL, escaped for JSON or encoded as base64."""
+    """Replaces keys, also where any characters were quoted for a URL or escaped for JSON, and encoded as base64."""
 
     def __init__(self, keys: Iterable[str]) -> None:
-        forms = {form for key in keys if key for form in _forms(key)}
-        longest_first = sorted(forms, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-        self._bytes = (
-            re.compile(b"|".join(re.escape(form.encode()) for form in longest_first)) if longest_first else None
-        )
+        longest_first = sorted({key for key in keys if key}, key=len, reverse=True)
+        ways = "|".join(f"{_spelled(key)}|{_base64(key)}" for key in longest_first)
+        self._pattern = re.compile(ways) if ways else None
+        self._bytes = re.compile(ways.encode()) if ways else None
 
     def text(self, text: str) -> str:
         """The text without any key."""
@@ -35,12 +33,26 @@ class Scrubber:
         return "Scrubber()"
 
 
-def _forms(key: str) -> Iterable[str]:
-    yield key
-    yield quote(key, safe="")
-    yield json.dumps(key)[1:-1]
-    yield json.dumps(key)[1:-1].replace("/", "\\/")
-    yield base64.b64encode(key.encode()).decode().rstrip("=")
+def _spelled(key: str) -> str:
+    """A pattern for a key each of whose characters may be written in any of its ways."""
+    return "".join(f"(?:{'|'.join(map(_either_case, _ways(char)))})" for char in key)
+
+
+def _ways(char: str) -> Iterable[str]:
+    yield char
+    yield "".join(f"%{byte:02x}" for byte in char.encode())
+    units = char.encode("utf-16-be")
+    yield "".join(f"\\u{unit:04x}" for (unit,) in struct.iter_unpack(">H", units))
+    yield f"\\{char}" if char == "/" else json.dumps(char)[1:-1]
+
+
+def _either_case(way: str) -> str:
+    """A pattern: the hexadecimal digits of an escape may be of either case."""
+    return re.escape(way) if len(way) < 3 else f"(?i:{re.escape(way)})"
+
+
+def _base64(key: str) -> str:
+    return re.escape(base64.b64encode(key.encode()).decode().rstrip("="))
 
 
 class ScrubbedLogs(logging.Filter):

@@ -37,6 +37,7 @@ SHAPES: list[tuple[str, object, object, tuple[Link, ...]]] = [
     ("proxies with a hole pair with nobody", [A, B], ["", Q], (Link(A), Link(B))),
     ("a proxy that is the link", [A], [A], (Link(A),)),
     ("proxies of another scheme", [A], ["javascript:x"], (Link(A),)),
+    ("a proxy too long to be one keeps its place", [A, B], ["https://h/" + "x" * MAX_URL, Q], (Link(A), Link(B, (Q,)))),
     ("proxies of no shape", [A], {"x": 5}, (Link(A),)),
     ("the proxies of one that is listed twice", [A, A], [P, Q], (Link(A, (P,)),)),
     ("data URI", f"data:image/png;base64,{INLINE}", None, (Link(f"data:image/png;sha256={SUM}", (), PICTURE),)),

@@ -43,11 +43,12 @@ def links(output: object, proxy_links: object = None) -> tuple[Link, ...]:
     (Link(url='https://h/a.png', proxies=(), body=None),)
     """
     texts = list(_texts(output))
-    proxies = [plain_text(text) for text in _texts(proxy_links) if text.lower().startswith(("https://", "http://"))]
+    addresses = [text for text in _texts(proxy_links) if text.lower().startswith(("https://", "http://"))]
+    proxies = [plain_text(text) if len(text) <= MAX_URL else "" for text in addresses]
     paired = proxies if len(proxies) == len(texts) else []
     found: dict[str, Link] = {}
     for place, text in enumerate(texts[:MAX_LINKS]):
-        link = _link(text, (paired[place],) if paired and paired[place] != text else ())
+        link = _link(text, (paired[place],) if paired and paired[place] not in ("", text) else ())
         found.setdefault(link.url, link)
     return tuple(found.values())
 

@@ -157,7 +157,7 @@ def insert_outputs(
             "job_id": job_id,
             "position": position,
             "url": link.url,
-            "proxy_urls": json.dumps(link.proxies),
+            "proxy_urls": json.dumps(link.proxies, ensure_ascii=False),
             "status": "pending",
             "listed_at": now,
             "due_at": now,

@@ -152,7 +152,7 @@ def _renew(connection: Connection, batch: Sequence[Outcome], now: datetime) -> t
         values: dict[str, Any] = {"due_at": now, "queued_at": now}
         if row.position < len(found) and found[row.position].body is None:
             link = found[row.position]
-            values |= {"url": link.url, "proxy_urls": json.dumps(link.proxies)}
+            values |= {"url": link.url, "proxy_urls": json.dumps(link.proxies, ensure_ascii=False)}
         connection.execute(update(outputs).where(outputs.c.id == row.id).values(values))
     return [row.id for row in waiting], len(written)
 

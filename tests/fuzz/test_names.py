@@ -1,0 +1,247 @@
+"""Whatever an output is called and whatever it holds: its name is made by us, and a file is whole or not there."""
+
+import base64
+import re
+import time
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from sqlalchemy import delete, insert
+
+from tests.core.test_media import HTML, KINDS, STARTS, UNITS, WHOLE
+from tests.downloads import Stand
+from tests.fuzz.effort import EFFORTS, tried
+from tests.fuzz.urls import urls
+from tests.rows import output_of
+from tests.s3_servers import S3Server
+from worker import enqueue
+from worker.core.links import MAX_URL
+from worker.core.media import HEAD_BYTES, TAIL_BYTES, Media, base64_start, pixels, sniff, whole
+from worker.database import database_now
+from worker.partials import Partials
+from worker.s3 import S3Storage
+from worker.sandbox.pictures import draw as drawn
+from worker.storage import FileStorage, path_of
+from worker.tables import bodies, jobs, outputs
+
+SOME_SECONDS = 0.5  # of the processor; each takes milliseconds
+SOME_BYTES = 24 * HEAD_BYTES  # of memory, for parts of a kilobyte to four times the largest head
+EXTENSIONS = {
+    "png", "jpg", "gif", "mp3", "flac", "ogg", "glb", "zip", "webm", "mkv", "webp", "wav", "avi", "avif", "heic", "mp4",
+    "mov", "m4a", "obj", "ply", "stl",
+}  # fmt: skip
+NAME = re.compile(r"[0-9]+/[0-9]+/[0-9]+-[0-9a-f]{16}(?:[0-9a-f]{48})?\.([a-z0-9]{3,4})")
+PICTURES = [*STARTS, drawn("a lake at dawn", "1", 0, 64)]
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> bytes:
+    """A real file, or two in one, with bytes exchanged, put in or cut off."""
+    body = draw(st.sampled_from(PICTURES))
+    if draw(st.integers(0, 3)) == 0:
+        body += draw(st.sampled_from([*PICTURES, HTML, b"<script>alert(1)</script>", b"#!/bin/sh\n", b"PK\x05\x06"]))
+    for _ in range(draw(st.integers(0, 3))):
+        at = draw(st.integers(0, max(len(body) - 1, 0)))
+        piece = draw(st.binary(max_size=4) | st.sampled_from([b"\xff" * 4, bytes(4), b"\x7f\xff\xff\xff", b"\x01"]))
+        match draw(st.integers(0, 2)):
+            case 0:
+                body = body[:at] + piece + body[at + len(piece) :]
+            case 1:
+                body = body[:at] + piece + body[at:]
+            case _:
+                body = body[:at]
+    return base64.b64encode(body) if draw(st.integers(0, 5)) == 0 else body
+
+
+FILES = st.one_of(mutated(), mutated(), st.sampled_from(PICTURES), st.binary(max_size=100), st.just(HTML))
+LINKS = st.one_of(
+    urls(), st.text(max_size=40), st.sampled_from(["../../../etc/x.sh", "data:text/html,x", "a.php\x00.png"])
+)
+
+# ── names ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@EFFORTS
+def test_whatever_a_link_says_and_bytes_hold_a_file_is_whole_below_its_place_and_of_a_name_made_by_us(
+    stand: Stand, examples: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand.out = tmp_path / "my 100% Bilder ü#?;"
+    downloader = stand.downloader()
+    monkeypatch.setenv("DATABASE_URL", str(stand.engine.url))
+    enqueue._settings.cache_clear()
+
+    @tried(examples, of=4)
+    @given(link=LINKS, body=FILES)
+    def check(link: str, body: bytes) -> None:
+        url = f"data:{link.encode('utf-8', 'replace').decode().replace(chr(0), ' ')[:MAX_URL]}"
+        with stand.engine.begin() as connection:
+            for table in (bodies, outputs, jobs):
+                connection.execute(delete(table))
+            now = database_now(connection)
+        output_id = stand.add(url, due_at=now, listed_at=now, position=3)
+        with stand.engine.begin() as connection:
+            connection.execute(insert(bodies).values(output_id=output_id, body=body))
+
+        downloader.run(output_id)
+
+        row = output_of(stand.engine, output_id)
+        if row.status != "stored":
+            assert stand.files == []
+            assert row.error_code in ("not_media", "truncated", "too_large")
+            return
+        [file] = stand.files
+        assert path_of(row.location) == file
+        assert row.location.isascii()
+        assert not set(" #?;") & set(row.location)
+        match = NAME.fullmatch(file.relative_to(stand.out).as_posix())
+        assert match is not None
+        assert match[1] in EXTENSIONS
+        kept = file.read_bytes()
+        media = sniff(kept[:HEAD_BYTES])
+        assert media == Media(row.media_type, match[1])
+        assert kept == body or kept == base64.b64decode(body.strip(b'"').rpartition(b",")[2] + b"==")
+        assert not kept.lstrip().lower().startswith((b"<", b"#!"))
+        assert (row.size_bytes, file.stat().st_mode & 0o111) == (len(kept), 0)
+        with enqueue.open_output(output_id) as opened:
+            assert opened.read() == kept
+        file.unlink()
+
+    check()
+
+
+_PARTS = st.text(
+    alphabet=st.characters(exclude_characters="/\x00", exclude_categories=["Cs"]), min_size=1, max_size=20
+).filter(lambda name: name not in (".", "..") and len(name.encode()) < 200)
+
+
+@EFFORTS
+def test_whatever_the_place_is_called_a_location_leads_back_to_the_bytes_and_is_found_again(
+    examples: int, tmp_path: Path
+) -> None:
+    tries = iter(range(10**9))
+
+    @tried(examples, of=4)
+    @given(place=_PARTS, job_id=st.integers(1, 2**63 - 1), position=st.integers(0, 1_000), body=st.binary(max_size=50))
+    @example("%2e%2e", 1, 0, b"x")
+    @example("%", 999, 0, b"")
+    @example("a%2Fb", 1_000, 1, b"y")
+    def check(place: str, job_id: int, position: int, body: bytes) -> None:
+        storage = FileStorage(tmp_path / str(next(tries)) / place)
+        storage.prepare()
+        with storage.partials.receive(1, "t") as incoming:
+            incoming.write(body)
+            location = storage.keep(incoming, job_id=job_id, position=position, media=Media("image/png", "png"))
+            digest = incoming.sha256
+
+        assert location.isascii()
+        with storage.open(location) as file:
+            assert file.read() == body
+        assert list(storage.locations()) == [location]
+        assert storage.examine(location, size=len(body), sha256=digest) == "whole"
+        assert path_of(location).is_relative_to(tmp_path)
+
+    check()
+
+
+@pytest.mark.server
+@EFFORTS
+def test_whatever_the_prefix_a_location_in_s3_leads_back_to_the_bytes_and_is_found_again(
+    examples: int, tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    bucket, tries = s3.bucket(), iter(range(10**9))
+    partials = Partials(tmp_path / "partial")
+    partials.folder.mkdir()
+    odd = st.text(alphabet="aZ09 %+&=#?;:@~'()*!$,_.-éü漢\U0001f600", min_size=1, max_size=12).filter(
+        lambda name: name.strip(". ") == name
+    )
+
+    @tried(examples, of=15)
+    @given(place=odd, job_id=st.integers(1, 2**63 - 1), body=st.binary(min_size=1, max_size=50))
+    @example("100%25", 1, b"x")
+    @example("a+b %2F", 1, b"x")
+    def check(place: str, job_id: int, body: bytes) -> None:
+        prefix = f"{next(tries)}/{place}"
+        storage = S3Storage(bucket, prefix, partials)
+        with partials.receive(1, "t") as incoming:
+            incoming.write(body)
+            location = storage.keep(incoming, job_id=job_id, position=0, media=Media("image/png", "png"))
+
+        assert NAME.fullmatch(location.removeprefix(f"s3://{bucket}/{prefix}/"))
+        with storage.open(location) as file:
+            assert file.read() == body
+        assert list(storage.locations()) == [location]
+
+    check()
+
+
+# ── what bytes are ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@EFFORTS
+def test_no_bytes_make_the_parsers_fail_or_linger_and_what_they_say_is_of_the_kinds_there_are(examples: int) -> None:
+    @tried(examples)
+    @given(body=mutated() | st.binary(max_size=200), kind=st.sampled_from(KINDS), size=st.integers(0, 2**40))
+    def check(body: bytes, kind: Media, size: int) -> None:
+        began = time.thread_time()
+        head, tail = body[:HEAD_BYTES], body[-TAIL_BYTES:]
+
+        media = sniff(head)
+        base64_start(head)
+        for one in (media, kind):
+            if one is not None:
+                assert isinstance(whole(one, head, tail, max(size, len(body))), bool)
+                area = pixels(one, head)
+                assert area is None or area >= 0
+        if media is not None:
+            assert media.extension in EXTENSIONS
+            assert not body.lstrip().lower().startswith((b"<!doctype", b"<html", b"<svg", b"<script"))
+            assert whole(media, head, tail, len(body)) in (True, False)
+
+        assert time.thread_time() - began < SOME_SECONDS
+
+    check()
+
+
+@EFFORTS
+def test_a_part_again_and_again_costs_neither_time_nor_memory(examples: int) -> None:
+    starts = st.sampled_from([b"", *PICTURES, *UNITS])
+    parts = st.one_of(st.sampled_from(UNITS), mutated(), st.binary(min_size=1, max_size=12)).filter(bool)
+
+    @tried(examples, of=10)
+    @given(start=starts, part=parts, end=st.binary(max_size=8), kind=st.sampled_from(KINDS))
+    def check(start: bytes, part: bytes, end: bytes, kind: Media) -> None:
+        head = (start + part * (HEAD_BYTES // len(part) + 1))[: HEAD_BYTES - len(end)] + end
+        began = time.thread_time()
+
+        media = sniff(head)
+        base64_start(head)
+        for one in {kind, media} - {None}:
+            assert one is not None
+            whole(one, head, head, len(head))
+            pixels(one, head)
+
+        assert time.thread_time() - began < 2 * SOME_SECONDS
+
+    check()
+
+
+def test_what_is_parsed_takes_little_memory() -> None:
+    """Of every kind, as much of it as is looked at."""
+    for body in [*WHOLE.values(), *PICTURES]:
+        head = (body * (HEAD_BYTES // len(body) + 1))[:HEAD_BYTES]
+        tracemalloc.start()
+        try:
+            media = sniff(head)
+            base64_start(head)
+            if media is not None:
+                whole(media, head, head, 10**9)
+                pixels(media, head)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < SOME_BYTES

@@ -1,0 +1,240 @@
+"""Addresses written to be misread: the key goes nowhere but to a fetch path, and no download to an inner address."""
+
+import ipaddress
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import requests
+from hypothesis import example, given
+from hypothesis import strategies as st
+from pydantic import SecretStr
+from urllib3.exceptions import HTTPError
+from urllib3.util import parse_url
+
+from tests.downloads import Stand
+from tests.fuzz.effort import EFFORTS, tried
+from tests.fuzz.urls import fetch_urls, urls
+from tests.net import Net
+from tests.web import page, sends, web_server
+from worker.addresses import Guard, RefusedTarget, guarded_adapter
+from worker.core.fetch_address import AllowedApi, FetchAddress, fetch_address
+from worker.core.links import links
+from worker.core.reply import Processing
+from worker.errors import RefusedAddress
+from worker.hosted_api import HostedApi
+from worker.scrubber import Scrubber
+from worker.timed_http import lean_session
+
+ID = "12202888"
+HOSTS = frozenset({"good.test", "api.test:8443", "127.0.0.1:7001", "[::1]:7001"})
+SITES = (
+    "https://good.test",
+    "https://GOOD.test:443",
+    "https://api.test:8443",
+    "http://127.0.0.1:7001",
+    "http://[::1]:7001",
+)
+FETCH_PATH = re.compile(r"/api/v[0-9]+/([A-Za-z0-9_-]+/)*fetch(/12202888)?|/api/v3/fine_tune_status/12202888")
+
+# ── where the key may go ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_rules(url: str, hosts: frozenset[str]) -> None:
+    """Every rule of the contract for a fetch address, as another reader of addresses sees it."""
+    parts = urlsplit(url)
+    assert parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
+    assert parts.username is None
+    assert parts.password is None
+    assert (parts.query, parts.fragment) == ("", "")
+    assert not set("?#%@\\;") & set(url)
+    assert url.isascii()
+    assert url.isprintable()
+    assert " " not in url
+    assert FETCH_PATH.fullmatch(parts.path)
+    assert not {".", ".."} & set(unquote(parts.path).split("/"))
+    host = parts.netloc.lower().removesuffix(":443" if parts.scheme == "https" else ":80")
+    assert host in hosts
+
+
+def is_loopback(host: str) -> bool:
+    """127.0.0.0/8, ::1 or localhost."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+@EFFORTS
+def test_a_fetch_address_that_is_accepted_keeps_every_rule_and_every_reader_sees_the_same_in_it(examples: int) -> None:
+    api = AllowedApi("https://good.test/api/v3", HOSTS)
+    accepted = list[str]()
+
+    @tried(examples)
+    @given(url=fetch_urls(SITES))
+    def check(url: str) -> None:
+        try:
+            address = fetch_address(url, ID, api)
+        except RefusedAddress:
+            return
+
+        accepted.append(url)
+        check_rules(url, HOSTS)
+        check_rules(address.url, HOSTS)
+        assert address.url == address.base or address.url == f"{address.base}/{ID}"
+        prepared = requests.Request("POST", address.url).prepare()
+        assert prepared.url == address.url
+        assert parse_url(address.url).url == address.url
+        assert prepared.path_url == urlsplit(url).path == urlsplit(address.url).path
+        assert urlsplit(address.url).hostname == urlsplit(url).hostname
+        assert fetch_address(address.url, ID, api) == address  # as it is read again before each call
+
+    check()
+
+    assert len(set(accepted)) >= 10  # else nothing was looked at
+
+
+@EFFORTS
+def test_the_key_is_sent_to_the_very_path_that_was_accepted_and_over_no_other_line(
+    examples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with web_server() as web:
+        net = Net(loopback=True).put_into(monkeypatch)
+        net.answers = lambda host: ["127.0.0.1"] if host == "localhost" else None
+        hosts = frozenset({f"127.0.0.1:{web.port}", f"localhost:{web.port}", "good.test"})
+        allowed = AllowedApi(f"{web.url}/api/v3", hosts)
+        api = HostedApi(allowed, Scrubber(["key"]), timeout=5.0, connections=2)
+
+        @tried(examples, of=5)
+        @given(url=fetch_urls((web.url, f"http://localhost:{web.port}")))
+        def check(url: str) -> None:
+            web.asked.clear()
+            net.connected.clear()
+            made = FetchAddress(url, url.removesuffix(f"/{ID}"), "whatever")  # as an old row may have it
+            if api.permits(made, ID) is not None or urlsplit(url).scheme != "http":
+                return
+            web.serves(urlsplit(url).path, page(200, b'{"status": "processing"}'))
+
+            assert api.ask(made, ID, SecretStr("key")) == Processing()
+
+            assert set(net.connected) == {("127.0.0.1", web.port)}
+            [asked] = web.asked
+            assert asked.path == urlsplit(url).path
+            assert asked.headers["host"] == urlsplit(url).netloc
+            assert FETCH_PATH.fullmatch(asked.path)
+
+        check()
+        api.session.close()
+
+
+# ── where downloads may go ────────────────────────────────────────────────────────────────────────────────────────────
+
+PUBLIC = ["93.184.215.14", "1.1.1.1", "2606:4700:4700::1111"]
+INNER = [
+    "127.0.0.1",
+    "10.0.0.1",
+    "169.254.169.254",
+    "::1",
+    "fe80::1",
+    "::ffff:127.0.0.1",
+    "64:ff9b::7f00:1",
+    "2002:7f00:1::",
+]
+KNOWN: dict[str, list[str]] = {
+    "good.test": PUBLIC[:1],
+    "mixed.test": [PUBLIC[0], INNER[0]],
+    "inner.test": INNER[1:2],
+    "outer.test": PUBLIC,
+    "six.test": [INNER[5]],
+}
+
+
+def names() -> Callable[[str], Sequence[str] | None]:
+    """A name server: one name changes its answer from one question to the next, unknown ones lead inside."""
+    turns: Iterator[int] = iter(range(10**9))
+
+    def answer(host: str) -> Sequence[str] | None:
+        if re.fullmatch(r"[0-9a-fA-Fx.:%]+", host):
+            return None  # as the system reads literals
+        if host == "rebound.test":
+            return [[*PUBLIC, *INNER][next(turns) % (len(PUBLIC) + len(INNER))]]
+        return KNOWN.get(host.lower().rstrip("."), INNER[:1])
+
+    return answer
+
+
+def is_open(host: str) -> bool:
+    """Whether an address is one that anybody on the internet may have."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        assigned = address in ipaddress.ip_network("2000::/3")
+        return assigned and address.is_global and not address.sixtofour and not address.teredo
+    return address.is_global and not address.is_multicast and host != "168.63.129.16"
+
+
+@EFFORTS
+def test_whatever_an_output_is_called_no_socket_goes_to_an_inner_address_or_another_port(
+    examples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = Net().put_into(monkeypatch)
+    net.answers = names()
+    guard = Guard(())
+    adapter = guarded_adapter(guard, connections=2)
+    session = lean_session(adapter)
+    reached = set[str]()
+
+    @tried(examples)
+    @given(url=urls())
+    def check(url: str) -> None:
+        net.connected.clear()
+        [link] = links([url]) or links(["https://good.test/x"])
+
+        with suppress(RefusedTarget, requests.RequestException, HTTPError, ValueError, OSError):
+            guard.check_url(link.url)
+            session.get(link.url, timeout=1.0, allow_redirects=False, stream=True)
+
+        for host, port in net.connected:
+            reached.add(host)
+            assert is_open(host)
+            assert port == 443
+            assert urlsplit(link.url).scheme == "https"
+
+    check()
+
+    assert len(reached) >= 3  # else nothing was looked at
+
+
+@EFFORTS
+def test_wherever_a_redirect_leads_no_socket_goes_beyond_what_is_allowed(
+    stand: Stand, examples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = "127.7.7.7"
+    stand.allowed = (ipaddress.ip_network(f"{own}/32"),)
+    with web_server(own) as web:
+        net = Net(loopback=True).put_into(monkeypatch)
+        net.answers, net.only = names(), (own, web.port)  # what else listens on this machine is left alone
+        downloader = stand.downloader()
+        turns = iter(range(10**9))
+
+        @tried(examples, of=5)
+        @given(location=urls(), status=st.sampled_from([301, 302, 303, 307, 308]))
+        @example("http://good.test/a.png", 302)
+        @example("https://good.test:8443/a.png", 301)
+        @example("https://inner.test/a.png", 307)
+        @example("//127.0.0.1:5432/", 308)
+        @example("https://rebound.test/a.png", 303)
+        def check(location: str, status: int) -> None:
+            net.connected.clear()
+            written = location.encode("utf-8", "replace").replace(b"\r", b"").replace(b"\n", b"")
+            web.serves(
+                "/start", sends(b"HTTP/1.1 %d x\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n" % (status, written))
+            )
+
+            downloader.run(stand.add(f"{web.url}/start?{next(turns)}"))
+
+            assert net.connected[0] == (own, web.port)
+            for host, port in net.connected:
+                assert host == own or (is_open(host) and port == 443)
+
+        check()
