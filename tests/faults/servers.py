@@ -139,6 +139,14 @@ def children(pid: int) -> list[int]:
     return sorted(found)
 
 
+def kill_workers(pid: int) -> int:
+    """`kill -9` of the Celery workers that a process started; how many there were."""
+    workers = [one for one in children(pid) if b"\0worker.app\0worker\0" in Path(f"/proc/{one}/cmdline").read_bytes()]
+    for one in workers:
+        os.kill(one, signal.SIGKILL)
+    return len(workers)
+
+
 def assert_nothing_lost(engine: Engine, sandbox: Sandbox, folder: Path, count: int, *, asked_again: int = 0) -> None:
     """Every job is in its one right state, one whole file per output, and nothing is left over.
 
