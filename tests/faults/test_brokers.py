@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -149,3 +148,30 @@ def test_given_a_worker_killed_over_a_message_when_rabbitmq_delivers_it_again_th
 
         assert _rows(database) == [job_id]
         assert "Task worker.track" in log.read_text(), "it was not delivered again"
+
+
+CUTS, MESSAGES = 2, 800
+
+
+@pytest.mark.long
+@pytest.mark.server
+def test_given_full_queues_when_rabbitmq_is_cut_off_and_back_then_a_worker_takes_messages_again(
+    tmp_path: Path, database: Engine, messages: str, way: Proxy, client: Celery
+) -> None:
+    """Cut off while its threads acknowledge, which they do one after the other; each time anew."""
+    queue = "fetch-worker.downloads"
+
+    def waiting() -> int:
+        with client.connection_for_read() as connection:
+            return int(connection.default_channel.queue_declare(queue, passive=True).message_count)
+
+    with celery_worker(tmp_path, "--queues", queue, "--concurrency", "16"):
+        for _ in range(CUTS):
+            for unknown in range(MESSAGES):
+                client.send_task("worker.download", [unknown], queue=queue)
+            way.mode = "refuse"
+            way.cut_all()
+            assert waiting() > 0, "it was cut off too late"
+            time.sleep(1)
+            way.mode = "pass"
+            until(lambda: waiting() == 0, 30, lambda: f"{waiting()} messages wait")
