@@ -229,6 +229,15 @@ def trouble(error: Exception) -> Literal["away", "locked", "row"]:
     return "away" if away else "row"
 
 
+def reason(error: Exception) -> str:
+    """An error's class and the server's code for it, such as SQLITE_FULL: never its text, which may quote a row."""
+    cause = getattr(error, "orig", None)
+    code = getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorname", None)
+    if code is None and isinstance(cause, Exception) and cause.args and isinstance(cause.args[0], int):
+        code = cause.args[0]
+    return type(error).__name__ + ("" if code is None else f" ({code})")
+
+
 def missing_table(error: Exception) -> bool:
     """Whether a driver's error says that a table or column of ours is not there."""
     cause = getattr(error, "orig", error)

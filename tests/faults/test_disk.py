@@ -21,7 +21,7 @@ from worker.sandbox import Sandbox
 
 JOBS = 60
 FULL_SECONDS = 6.0
-MEGABYTE = 1 << 20
+NO_ROOM = ("SQLITE_FULL", "SQLITE_IOERR")
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = os.geteuid() == 0 and not subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], check=False, stderr=subprocess.DEVNULL
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], check=False, stderr=subprocess.DEVNULL
     ).returncode
     yield folder
     if mounted:
@@ -91,7 +91,7 @@ def test_given_jobs_under_way_when_there_is_no_room_for_sqlite_then_it_says_so_a
         track_many([sandbox.submit(f"a lighthouse, {number}") for number in range(JOBS)])
         time.sleep(1)
         with full(small, process.pid):
-            until(lambda: "for the database" in log.read_text(), 20, lambda: log.read_text()[-1_500:])
+            until(lambda: any(words in log.read_text() for words in NO_ROOM), 20, lambda: log.read_text()[-1_500:])
             time.sleep(FULL_SECONDS)
             assert not all_completed(database, JOBS), "there was room all the while"
         until(lambda: all_completed(database, JOBS), 60, lambda: f"{states(database)} {log.read_text()[-1_500:]}")
