@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import psycopg
 import pymysql
@@ -23,7 +24,7 @@ MACHINE_RABBITMQ = os.environ.get("TEST_RABBITMQ_URL", "amqp://guest:guest@127.0
 START_SECONDS = 20.0
 
 
-def missing(what: str) -> None:
+def missing(what: str) -> NoReturn:
     """A server that can't be had: on a desk the test is skipped, in CI it fails."""
     if os.environ.get("CI"):
         pytest.fail(f"{what} is needed in CI")

@@ -6,7 +6,7 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -54,9 +54,12 @@ def small(tmp_path: Path) -> Iterator[Path]:
     """A folder on a disk of its own, of a few megabytes where we may mount one."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = os.geteuid() == 0 and not subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], check=False, stderr=subprocess.DEVNULL
-    ).returncode
+    mounted = (
+        os.geteuid() == 0
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], check=False, stderr=subprocess.DEVNULL
+        ).returncode
+    )
     yield folder
     if mounted:
         subprocess.run(["umount", "--lazy", folder], check=True)
@@ -76,7 +79,7 @@ def database(small: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
 @pytest.mark.long
 @pytest.mark.parametrize("full", [_full_disk, _limited], ids=["full_disk", "limited"])
 def test_given_jobs_under_way_when_there_is_no_room_for_sqlite_then_it_says_so_and_goes_on_afterwards(
-    full: Callable[[Path, int], "contextmanager[None]"],
+    full: Callable[[Path, int], AbstractContextManager[None]],
     tmp_path: Path,
     small: Path,
     database: Engine,

@@ -42,20 +42,10 @@ def pooled(
         yield made
 
 
-def _sessions(url: str) -> list[tuple[object, ...]]:
-    """What the settings are in every session that the pooler has with the server, and which session that is."""
+def _session(connection: "psycopg.Connection[tuple[object, ...]]") -> tuple[object, ...]:
+    """Which of the server's processes it is, and what the settings are there."""
     names = ", ".join(f"current_setting('{name}')" for name in SETTINGS)
-    with ExitStack() as stack:
-        found = []
-        for _ in range(SERVERS):
-            connection = stack.enter_context(psycopg.connect(url, prepare_threshold=None))
-            found.append(connection.execute(f"SELECT pg_backend_pid(), {names}".encode()).fetchone() or ())
-        return found
-
-
-def _plain_session(straight: str) -> tuple[object, ...]:
-    with psycopg.connect(straight) as connection:
-        return tuple(connection.execute(f"SELECT current_setting('{name}')".encode()).fetchone()[0] for name in SETTINGS)
+    return connection.execute(f"SELECT pg_backend_pid(), {names}".encode()).fetchone() or ()
 
 
 @pytest.mark.long
@@ -79,14 +69,15 @@ def test_given_a_pooler_in_transaction_mode_when_jobs_are_done_then_nothing_is_m
         log = tmp_path / "up.log"
         until(lambda: all_completed(database, JOBS), 60, lambda: f"{states(database)} {log.read_text()[-1_500:]}")
         assert pooled.clients() >= CLIENTS
-        sessions = _sessions(pooled.url)
+        # each in a transaction that goes on, so that each has a session of its own
+        sessions = [_session(other) for other in others[:SERVERS]]
         with psycopg.connect(straight) as connection:
+            untouched = _session(connection)
             assert connection.execute(LOCKS).fetchone() == (0,)
-        for engine in engines[1:]:
-            engine.dispose()
 
         assert len({session[0] for session in sessions}) == SERVERS
-        assert {session[1:] for session in sessions} == {_plain_session(straight)}
+        assert {session[1:] for session in sessions} == {untouched[1:]}
+        engines[1].dispose()
     assert_nothing_lost(database, sandbox, tmp_path, JOBS)
     database.dispose()
     said = log.read_text().lower()
