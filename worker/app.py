@@ -50,6 +50,9 @@ def make_app(settings: Settings) -> Celery:
         accept_content=["json"],
         task_acks_late=False,
         worker_prefetch_multiplier=1,
+        # After a lost connection Celery would raise the count again from threads of the pool. They wait for RabbitMQ's
+        # answer on the socket that the event loop reads, and the worker takes no more messages, for good.
+        worker_enable_prefetch_count_reduction=False,
         worker_disable_prefetch=settings.broker.startswith(("redis", "rediss")),
         worker_send_task_events=True,
         worker_hijack_root_logger=True,

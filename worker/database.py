@@ -5,12 +5,12 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL
@@ -36,7 +36,11 @@ PATIENCE = "fetch_worker_patience"
 # PostgreSQL: lock not available, deadlock, cancelled, serialization.
 LOCKED_STATES = ("55P03", "40P01", "57014", "40001")
 LOCKED_NUMBERS = (1205, 1213)  # MariaDB: lock wait time-out, deadlock
+DEADLOCKS = ("40P01", "40001", 1213)
+DEADLOCK_PAUSES = (0.02, 0.1, 0.5)  # seconds at most, before a transaction that had to yield is tried again
 ROW_NUMBERS = (1153, 4025)  # MariaDB calls them operational: a packet too large, a CHECK that does not hold
+
+T = TypeVar("T")
 
 _USED = "fetch-worker: when the connection was last given back"
 _CLOCK = "fetch-worker: the database's time, and the monotonic time at which it was read"
@@ -227,6 +231,35 @@ def trouble(error: Exception) -> Literal["away", "locked", "row"]:
         return "away"
     away = isinstance(error, (OperationalError, InterfaceError)) and number not in ROW_NUMBERS
     return "away" if away else "row"
+
+
+def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
+    """Does work in a transaction; again, a few times, where the server chose it to yield in a deadlock."""
+    for pause in DEADLOCK_PAUSES:
+        try:
+            with engine.begin() as connection:
+                return work(connection)
+        except DBAPIError as error:
+            if not _deadlock(error):
+                raise
+            time.sleep(random.uniform(0, pause))
+    with engine.begin() as connection:
+        return work(connection)
+
+
+def _deadlock(error: DBAPIError) -> bool:
+    cause = error.orig
+    number = cause.args[0] if cause is not None and cause.args else None
+    return getattr(cause, "sqlstate", None) in DEADLOCKS or number in DEADLOCKS
+
+
+def reason(error: Exception) -> str:
+    """An error's class and the server's code for it, such as SQLITE_FULL: never its text, which may quote a row."""
+    cause = getattr(error, "orig", None)
+    code = getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorname", None)
+    if code is None and isinstance(cause, Exception) and cause.args and isinstance(cause.args[0], int):
+        code = cause.args[0]
+    return type(error).__name__ + ("" if code is None else f" ({code})")
 
 
 def missing_table(error: Exception) -> bool:

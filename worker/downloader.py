@@ -16,7 +16,7 @@ from urllib.parse import urljoin, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 from urllib3.exceptions import HTTPError
 
@@ -28,19 +28,20 @@ from worker.core.lifecycle import (
     GiveUp,
     StoredFile,
     Trouble,
+    TryAgain,
     Unfit,
     after_attempt,
     source,
 )
 from worker.core.media import MAX_PIXELS, Base64Decoder, base64_start, pixels, sniff, whole
 from worker.core.plain_text import plain_text
-from worker.database import PATIENCE, database_now, trouble
+from worker.database import PATIENCE, database_now, transact, trouble
 from worker.errors import StorageTrouble
 from worker.leases import LeaseKeeper
 from worker.partials import Incoming, Source, link_hash
 from worker.scrubber import Scrubber
 from worker.storage import Storage
-from worker.store.claims import ClaimedOutput, claim_output, release_output
+from worker.store.claims import ClaimedOutput, claim_output, release_output, release_outputs
 from worker.store.outcomes import record_attempt
 from worker.timed_http import TimeLimit, lean_session
 
@@ -98,6 +99,7 @@ class Downloader:
         self._session = lean_session(adapter)
         self._hosts = Hosts(per_host)
         self._unwritten: deque[tuple[ClaimedOutput, Attempt]] = deque()
+        self._lost: deque[str] = deque()
         self._look_elsewhere_at = 0.0
         self._pause = pause
         self._cleaned_at = time.monotonic()
@@ -112,37 +114,60 @@ class Downloader:
         """
         self._remove_stale()
         with self._leases:
+            self._release_lost()
             self._write_what_is_left()
-            output = self._claim(output_id)
-            if output is None:
-                return "nothing to do"
-            with self._hosts.place(_host_of(output)) as free:
-                if free:
-                    return self._record_or_keep(output, self._attempt(output))
-            self._give_back(output)
+            token = secrets.token_hex(8)
+            try:
+                output = self._claim(output_id, token)
+                if output is None:
+                    return "nothing to do"
+                with self._hosts.place(_host_of(output)) as free:
+                    if free:
+                        return self._record_or_keep(output, self._attempt(output))
+                self._give_back(output)
+            except SQLAlchemyError:
+                if not any(output.token == token for output, _ in self._unwritten.copy()):
+                    self._lost.append(token)
+                raise
             return "its host is busy: again in a few seconds"
 
-    def _claim(self, output_id: int) -> ClaimedOutput | None:
+    def _release_lost(self) -> None:
+        """Gives back claims whose end could not be recorded: a process that is never idle would renew them for ever."""
+        lost = [self._lost.popleft() for _ in range(len(self._lost))]
+        if not lost:
+            return
+        try:
+            with self._engine.begin() as connection:
+                released = release_outputs(connection, self._leases.holder, lost, now=database_now(connection))
+        except SQLAlchemyError:
+            self._lost.extend(lost)
+            raise
+        if released:
+            log.warning("claims whose end could not be recorded are given back outputs=%s", released)
+
+    def _claim(self, output_id: int, token: str) -> ClaimedOutput | None:
         """The next output: of a host that has places left, where there is one due."""
         full = self._hosts.full()
         if full and time.monotonic() >= self._look_elsewhere_at:
-            output = self._claim_without(full, output_id)
+            output = self._claim_without(full, output_id, token)
             if output is not None:
                 return output
             self._look_elsewhere_at = time.monotonic() + ELSEWHERE_SECONDS  # it goes through all that is due
-        return self._claim_without((), output_id)
+        return self._claim_without((), output_id, token)
 
-    def _claim_without(self, hosts: Collection[str], output_id: int) -> ClaimedOutput | None:
-        with self._engine.begin() as connection:
+    def _claim_without(self, hosts: Collection[str], output_id: int, token: str) -> ClaimedOutput | None:
+        def claim(connection: Connection) -> ClaimedOutput | None:
             return claim_output(
                 connection,
                 output_id,
-                token=secrets.token_hex(8),
+                token=token,
                 holder=self._leases.holder,
                 lease=self._leases.lease,
                 now=database_now(connection),
                 without=hosts,
             )
+
+        return transact(self._engine, claim)
 
     def _give_back(self, output: ClaimedOutput) -> None:
         with self._engine.begin() as connection:
@@ -316,12 +341,14 @@ class Downloader:
             raise
 
     def _record(self, output: ClaimedOutput, attempt: Attempt, engine: Engine) -> str:
-        with engine.begin() as connection:
+        def record(connection: Connection) -> tuple[StoredFile | TryAgain | GiveUp, bool, str | None]:
             now = database_now(connection)
             result = after_attempt(output.facts, attempt, now=now, deadline=self._deadline)
             if not isinstance(result, StoredFile):
                 result = replace(result, message=plain_text(self._scrubber.text(result.message)))
-            stood, final = record_attempt(connection, output, result, now=now)
+            return result, *record_attempt(connection, output, result, now=now)
+
+        result, stood, final = transact(engine, record)
         if not stood:
             return "the claim was lost"
         if isinstance(result, GiveUp):

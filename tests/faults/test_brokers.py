@@ -1,0 +1,177 @@
+"""Other brokers, other databases: what is promised of Redis and PostgreSQL holds with RabbitMQ, MariaDB and SQLite."""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from celery import Celery
+from sqlalchemy import Engine, select, text
+from sqlalchemy.engine import make_url
+
+from tests import servers
+from tests.faults.proxy import Proxy, proxy
+from tests.faults.servers import (
+    KEY,
+    HurtRedis,
+    all_completed,
+    assert_nothing_lost,
+    kill_workers,
+    states,
+    until,
+    up,
+)
+from tests.servers import celery_worker
+from worker import track_many
+from worker.database import make_engine
+from worker.migrate import migrate
+from worker.sandbox import Sandbox
+from worker.tables import jobs
+
+JOBS = 80
+PAIRS = ["rabbitmq-postgresql", "rabbitmq-mariadb", "redis-mariadb", "redis-sqlite"]
+
+
+@pytest.fixture
+def database(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """A database of this test's own, of the kind that the pair names, which DATABASE_URL names."""
+    kind = getattr(request, "param", "rabbitmq-postgresql").partition("-")[2]
+    with ExitStack() as stack:
+        url = f"sqlite:///{tmp_path}/worker.db"
+        if kind == "postgresql":
+            url = stack.enter_context(servers.postgres(tmp_path / "postgres"))
+        elif kind == "mariadb":
+            url = stack.enter_context(servers.mariadb())
+        monkeypatch.setenv("DATABASE_URL", url)
+        engine = make_engine(make_url(url.replace("mariadb://", "mariadb+pymysql://")))
+        migrate(engine)
+        yield engine
+        engine.dispose()
+
+
+@pytest.fixture
+def messages(request: pytest.FixtureRequest, broker: HurtRedis) -> Iterator[str]:
+    """The broker of the pair, as the test itself reaches it."""
+    if getattr(request, "param", "rabbitmq").startswith("redis"):
+        yield broker.url
+        return
+    with servers.rabbitmq() as url:
+        yield url
+
+
+@pytest.fixture
+def way(messages: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """The product's way to that broker, which can be hurt."""
+    parts = urlsplit(messages)
+    with proxy(parts.hostname or "127.0.0.1", parts.port or 5_672) as made:
+        monkeypatch.setenv("BROKER_URL", messages.replace(f":{parts.port}", f":{made.port}"))
+        yield made
+
+
+@pytest.fixture
+def client(messages: str, broker: HurtRedis) -> Iterator[Celery]:
+    """A web app that has nothing of ours but the broker's address."""
+    made = Celery(broker=messages, backend=broker.url, set_as_current=False)
+    yield made
+    made.close()
+
+
+@pytest.mark.long
+@pytest.mark.server
+@pytest.mark.parametrize(("messages", "database"), [(pair, pair) for pair in PAIRS], indirect=True, ids=PAIRS)
+def test_given_killed_workers_and_a_cut_off_broker_when_jobs_are_tracked_all_the_while_then_nothing_is_lost(
+    tmp_path: Path, messages: str, database: Engine, way: Proxy, sandbox: Sandbox, client: Celery, broker: HurtRedis
+) -> None:
+    """Half of the jobs come as messages, half as rows. All is done within a minute after the last hurt."""
+    prompts = [f"a lighthouse, {number}" for number in range(JOBS)]
+
+    def track_twenty() -> None:
+        answers = [sandbox.submit(prompts.pop()) for _ in range(20)]
+        track_many(answers[:10])
+        for answer in answers[10:]:
+            client.send_task("worker.track", [answer], queue="fetch-worker")
+
+    with up(tmp_path) as process:
+        log = tmp_path / "up.log"
+        track_twenty()
+        until(lambda: states(database).get("completed", 0) > 0, 30, lambda: states(database))
+        if messages.startswith("amqp"):  # Redis hands out again what a dead worker had, but only after a minute
+            track_twenty()
+        assert kill_workers(process.pid) == 2
+        while prompts[20:]:
+            track_twenty()
+        until(lambda: log.read_text().count(" ready.") >= 4, 30, lambda: log.read_text()[-1_500:])
+        way.mode = "refuse"
+        way.cut_all()
+        track_twenty()
+        time.sleep(3)
+        way.mode = "pass"
+        until(lambda: all_completed(database, JOBS), 60, lambda: f"{states(database)} {log.read_text()[-1_500:]}")
+    assert_nothing_lost(database, sandbox, tmp_path, JOBS, asked_again=JOBS)
+    assert KEY not in log.read_text()
+
+
+def _rows(engine: Engine) -> list[int]:
+    with engine.connect() as connection:
+        return list(connection.execute(select(jobs.c.id)).scalars())
+
+
+_WAITS = text("SELECT count(*) FROM pg_locks WHERE relation = 'fetch_jobs'::regclass AND NOT granted")
+
+
+@pytest.mark.long
+@pytest.mark.server
+@pytest.mark.parametrize("committed", [False, True], ids=["before_its_commit", "after_its_commit"])
+def test_given_a_worker_killed_over_a_message_when_rabbitmq_delivers_it_again_then_there_is_one_row(
+    committed: bool, tmp_path: Path, database: Engine, way: Proxy, sandbox: Sandbox, client: Celery
+) -> None:
+    """`worker.track` is acknowledged late there also: the message outlives whoever was working on it."""
+    log = tmp_path / "worker.log"
+    with celery_worker(tmp_path, "--hostname", "first@%h") as first:
+        with database.begin() as other, database.connect() as looking:
+            other.execute(text("LOCK TABLE fetch_jobs IN EXCLUSIVE MODE"))
+            result = client.send_task("worker.track", [sandbox.submit("a lighthouse")], queue="fetch-worker")
+            until(lambda: looking.execute(_WAITS).scalar() == 1, 10, log.read_text)
+            if committed:
+                way.mode = "swallow"  # its acknowledgement too
+            else:
+                first.kill()
+        until(lambda: len(_rows(database)) == committed, 10, log.read_text)
+        first.kill()
+        first.wait()
+    way.mode = "pass"
+
+    with celery_worker(tmp_path, "--hostname", "second@%h"):
+        job_id = result.get(timeout=20)
+
+        assert _rows(database) == [job_id]
+        assert "Task worker.track" in log.read_text(), "it was not delivered again"
+
+
+CUTS, MESSAGES = 2, 800
+
+
+@pytest.mark.long
+@pytest.mark.server
+def test_given_full_queues_when_rabbitmq_is_cut_off_and_back_then_a_worker_takes_messages_again(
+    tmp_path: Path, database: Engine, messages: str, way: Proxy, client: Celery
+) -> None:
+    """Cut off while its threads acknowledge, which they do one after the other; each time anew."""
+    queue = "fetch-worker.downloads"
+
+    def waiting() -> int:
+        with client.connection_for_read() as connection:
+            return int(connection.default_channel.queue_declare(queue, passive=True).message_count)
+
+    with celery_worker(tmp_path, "--queues", queue, "--concurrency", "16"):
+        for _ in range(CUTS):
+            for unknown in range(MESSAGES):
+                client.send_task("worker.download", [unknown], queue=queue)
+            way.mode = "refuse"
+            way.cut_all()
+            assert waiting() > 0, "it was cut off too late"
+            time.sleep(1)
+            way.mode = "pass"
+            until(lambda: waiting() == 0, 30, lambda: f"{waiting()} messages wait")
