@@ -86,6 +86,7 @@ class FetchWorker(Workers):
         self.celery: Any = None
         self._clock = clock
         self._turn = threading.RLock()
+        self._waited_since: dict[int, datetime] = {}
         self._polls = _Polls(engine, settings, api)
         self.works: list[Work] = [self._polls, _Downloads(engine, settings), _OnDone(self)]
 
@@ -151,7 +152,7 @@ class FetchWorker(Workers):
         """Works on instead of waiting."""
         with self._turn:
             until = None if most is None else self.now + timedelta(seconds=most)
-            self._check(job, self.now)
+            self._check(job, self._waited_since.setdefault(job.id, self.now))
             if not self._step(until) and until is not None:
                 self._clock.move_to(until)
 
