@@ -173,3 +173,19 @@ def test_given_a_probe_when_it_is_answered_then_the_answer_says_so() -> None:
     calls.start(job(1), 0.0, probe=True)
 
     assert [one.probe for one in collected(calls, 1)] == [True]
+
+
+def test_closed_calls_leave_no_thread() -> None:
+    calls = Calls(lambda job: Processing(), threads=2)
+    before = set(threading.enumerate())
+    for number in range(4):
+        calls.start(job(number), time.monotonic())
+    collected(calls, 4)
+    started = set(threading.enumerate()) - before
+
+    calls.close()
+
+    assert started
+    for thread in started:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in started)

@@ -57,6 +57,15 @@ def test_the_wheel_brings_the_command_and_the_licence(wheel: zipfile.ZipFile) ->
     assert any(name.endswith("/licenses/LICENSE") for name in wheel.namelist())
 
 
+def test_the_wheel_brings_the_pytest_plugin(wheel: zipfile.ZipFile) -> None:
+    (points,) = (name for name in wheel.namelist() if name.endswith("/entry_points.txt"))
+    parsed = configparser.ConfigParser()
+    parsed.read_string(wheel.read(points).decode())
+
+    assert dict(parsed["pytest11"]) == {"fetch-worker": "worker.testing.plugin"}
+    assert "worker/testing/plugin.py" in wheel.namelist()
+
+
 @pytest.mark.parametrize("lock", LOCKS)
 def test_every_locked_requirement_has_hashes(lock: str) -> None:
     locked = pins(lock)

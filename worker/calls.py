@@ -36,7 +36,7 @@ class _Lane:
     """The calls to one host: another that is slow or silent keeps none of them waiting."""
 
     def __init__(self) -> None:
-        self.to_ask: SimpleQueue[_ToAsk] = SimpleQueue()
+        self.to_ask: SimpleQueue[_ToAsk | None] = SimpleQueue()
         self.threads = 0
         self.outstanding = 0
 
@@ -99,20 +99,25 @@ class Calls:
         self.outstanding -= len(found)
         return found
 
+    def close(self) -> None:
+        """Ends the threads, each after the call that it is at. Nothing may be started afterwards."""
+        for lane in self._lanes.values():
+            for _ in range(lane.threads):
+                lane.to_ask.put(None)
+
     def take_back(self) -> list[ClaimedJob]:
         """The jobs that no thread has begun with; nobody will."""
         back: list[ClaimedJob] = []
         for lane in self._lanes.values():
             with suppress(Empty):
-                while True:
-                    back.append(lane.to_ask.get_nowait().job)
+                while (one := lane.to_ask.get_nowait()) is not None:
+                    back.append(one.job)
                     lane.outstanding -= 1
         self.outstanding -= len(back)
         return back
 
-    def _run(self, to_ask: "SimpleQueue[_ToAsk]") -> None:
-        while True:
-            one = to_ask.get()
+    def _run(self, to_ask: "SimpleQueue[_ToAsk | None]") -> None:
+        while (one := to_ask.get()) is not None:
             early = one.moment - time.monotonic()
             if early > 0:
                 time.sleep(early)

@@ -47,6 +47,7 @@ _CLOCK = "fetch-worker: the database's time, and the monotonic time at which it 
 
 _engines: dict[tuple[int, str], Engine] = {}
 _engines_lock = threading.Lock()
+_clock: Callable[[], datetime] | None = None
 
 
 def engine_for(url: URL) -> Engine:
@@ -58,13 +59,29 @@ def engine_for(url: URL) -> Engine:
         return _engines[key]
 
 
-def make_engine(url: URL) -> Engine:
-    """A new engine. Raises SettingsError where the driver is not installed."""
+@contextmanager
+def engine_in_place(url: URL, engine: Engine) -> Iterator[None]:
+    """Has this process use an engine that somebody else made: a database in memory has no other."""
+    key = (os.getpid(), url.render_as_string(hide_password=False))
+    with _engines_lock:
+        before = _engines.get(key)
+        _engines[key] = engine
+    try:
+        yield
+    finally:
+        with _engines_lock:
+            if before is None:
+                _engines.pop(key, None)
+            else:
+                _engines[key] = before
+
+
+def make_engine(url: URL, **arguments: Any) -> Engine:
+    """A new engine; `arguments` are SQLAlchemy's. Raises SettingsError where the driver is not installed."""
     backend = url.get_backend_name()
-    arguments: dict[str, Any] = {}
     if backend == "postgresql":
         # No server-side prepared statements: a pooler in transaction mode would mix them up.
-        arguments = {
+        arguments |= {
             "connect_args": {
                 "prepare_threshold": None,
                 "connect_timeout": 5,
@@ -75,7 +92,7 @@ def make_engine(url: URL) -> Engine:
     elif backend == "sqlite":
         if url.database and url.database != ":memory:":
             _make_folder(Path(url.database).absolute().parent)
-        arguments = {"connect_args": {"timeout": LOCK_TIMEOUT_SECONDS}}
+        arguments |= {"connect_args": {"timeout": LOCK_TIMEOUT_SECONDS}}
     try:
         engine = create_engine(url, pool_size=POOL_KEEPS, max_overflow=POOL_ADDS, hide_parameters=True, **arguments)
     except ImportError as missing:
@@ -189,6 +206,8 @@ def _bound(relaxed: bool, patience: float) -> str:
 
 def database_now(connection: Connection) -> datetime:
     """The database's clock, aware, UTC: the one clock that decides what is due and which lease is over."""
+    if _clock is not None:
+        return _clock()
     backend = connection.dialect.name
     if backend == "postgresql":
         if connection.in_transaction() and _CLOCK in connection.info:
@@ -200,6 +219,17 @@ def database_now(connection: Connection) -> datetime:
         return datetime.now(UTC)  # SQLite has no clock but the machine's
     moment: datetime = connection.exec_driver_sql("SELECT UTC_TIMESTAMP(6)").scalar_one()
     return moment.replace(tzinfo=UTC)
+
+
+@contextmanager
+def clock_in_place(clock: Callable[[], datetime]) -> Iterator[None]:
+    """Has all of this process believe another clock than the database's: one that a test moves, and nobody waits."""
+    global _clock
+    before, _clock = _clock, clock
+    try:
+        yield
+    finally:
+        _clock = before
 
 
 @contextmanager

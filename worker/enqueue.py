@@ -203,17 +203,54 @@ def nudge(remote_id: str | int, account: str | None = None) -> int:
 
 def wait(job_id: int, timeout: float | None = None) -> Job:
     """Waits until a job is final and returns it. `timeout` in seconds; raises WaitTimeout, JobNotFound."""
-    until = None if timeout is None else time.monotonic() + timeout
+    until = None if timeout is None else _workers.clock() + timeout
     while True:
         job = get(job_id)
         if job is None:
             raise JobNotFound(f"there is no job {job_id}")
         if job.final:
             return job
-        left = WAIT_LOOK_SECONDS if until is None else until - time.monotonic()
-        if left <= 0:
+        left = None if until is None else until - _workers.clock()
+        if left is not None and left <= 0:
             raise WaitTimeout(f"job {job_id} is still {job.status} after {timeout} s; it goes on, wait again")
-        time.sleep(min(WAIT_LOOK_SECONDS, left))
+        _workers.pause(job, left)
+
+
+class Workers:
+    """The worker processes as a web app knows them: elsewhere, woken by a word over Redis, waited for by looking."""
+
+    def wake(self, settings: Settings) -> None:
+        """Something is due that they don't know of. After the commit."""
+        _wake_ups(settings.redis).send()
+
+    def clock(self) -> float:
+        """Seconds, to measure a time-out by."""
+        return time.monotonic()
+
+    def pause(self, job: Job, most: float | None) -> None:
+        """Leaves them some time for a job, but not more than `most` seconds."""
+        time.sleep(WAIT_LOOK_SECONDS if most is None else min(WAIT_LOOK_SECONDS, most))
+
+
+_workers = Workers()
+
+
+@contextmanager
+def workers_in_place(workers: Workers) -> Iterator[None]:
+    """Has this process work with other workers, in a world of their own: nothing read or learned before is kept."""
+    global _workers
+    before, _workers = _workers, workers
+    _forget()
+    try:
+        yield
+    finally:
+        _workers = before
+        _forget()
+
+
+def _forget() -> None:
+    _settings.cache_clear()
+    _models.clear()
 
 
 # ── planning ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -472,7 +509,7 @@ def _rolled_back(session: Session) -> None:
 
 
 def _wake(settings: Settings) -> None:
-    _wake_ups(settings.redis).send()
+    _workers.wake(settings)
 
 
 @contextmanager

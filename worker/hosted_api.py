@@ -43,12 +43,14 @@ class HostedApi:
         connections: int,
         ca_bundle: str | None = None,
         proxy: str | None = None,
+        adapter: LeanAdapter | None = None,
     ) -> None:
         self._allowed = allowed
         self._scrubber = scrubber
         self._timeout = timeout
         self._own_fetch = f"{allowed.url}/fetch/"
-        self.session = lean_session(LeanAdapter(limit=MAX_ANSWER_BYTES, connections=connections, ca_bundle=ca_bundle))
+        own = adapter or LeanAdapter(limit=MAX_ANSWER_BYTES, connections=connections, ca_bundle=ca_bundle)
+        self.session = lean_session(own)
         if proxy is not None:
             self.session.proxies = {"http": proxy, "https": proxy}
 

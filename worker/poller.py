@@ -104,6 +104,8 @@ class Poller:
         api_timeout: float,
         queue_downloads: Callable[[Sequence[int]], None],
         tell: Callable[[Sequence[int]], None],
+        threads: int = IN_FLIGHT,
+        dice: random.Random | None = None,
     ) -> None:
         self._engine = engine
         self._claims = engine.execution_options(**{RELAXED: True})  # a claim that is undone is made again
@@ -113,9 +115,11 @@ class Poller:
         self._keys = keys
         self._rps = rps
         self._probe_lease = timedelta(seconds=api_timeout) + PROBE_MARGIN
-        self._recorder = Recorder(engine=engine, pace=pace, rps=rps, queue_downloads=queue_downloads, tell=tell)
-        self._calls = Calls(self._call, threads=IN_FLIGHT)
-        self._random = random.Random()  # spreads accounts, guards nothing
+        self._recorder = Recorder(
+            engine=engine, pace=pace, rps=rps, queue_downloads=queue_downloads, tell=tell, dice=dice
+        )
+        self._calls = Calls(self._call, threads=threads)
+        self._random = dice or random.Random()  # spreads accounts, guards nothing
         self._running = threading.Lock()
         self._stopping = threading.Event()
         self._wanted = threading.Event()
@@ -151,6 +155,29 @@ class Poller:
         self._alert_until = time.monotonic() + ALERT_SECONDS
         self._stale = True
         self._calls.wake()
+
+    @property
+    def kept(self) -> int:
+        """Answers that could not be written yet, those of locked rows too."""
+        return self._recorder.kept
+
+    def close(self) -> None:
+        """Ends its threads, for a process that goes on without it. It can't be used afterwards."""
+        self._calls.close()
+
+    def round(self) -> PollReport:
+        """Asks about what is due right now, records the answers, and is done: for whoever moves the clock himself."""
+        report = PollReport()
+        with self._running:
+            self._stale = True  # the clock may have leapt
+            self._look()
+            self._keep_leases()
+            while self.busy:
+                answers = self._calls.answers(IDLE_SECONDS, gather=0.0)
+                if answers:
+                    self._record(answers, report)
+            self._keep_leases()
+        return report
 
     def run(self, *, seconds: float = RUN_SECONDS, gives_way: bool = False, finish: bool = False) -> PollReport | None:
         """Polls until nothing was due for a second, or for `seconds`; None where a run is on already.

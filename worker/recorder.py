@@ -54,6 +54,7 @@ class Recorder:
         rps: float,
         queue_downloads: Callable[[Sequence[int]], None],
         tell: Callable[[Sequence[int]], None],
+        dice: random.Random | None = None,
     ) -> None:
         self._engine = engine
         self._batches = engine.execution_options(**{PATIENCE: BATCH_PATIENCE})
@@ -64,7 +65,7 @@ class Recorder:
         self._rps = rps
         self._queue_downloads = queue_downloads
         self._tell = tell
-        self._random = random.Random()  # spreads polls in time, guards nothing
+        self._random = dice or random.Random()  # spreads polls in time, guards nothing
         self._waiting: list[Asked] = []
         self._unlearned: list[Asked] = []
         self._locked: list[Asked] = []

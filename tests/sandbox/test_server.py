@@ -14,6 +14,7 @@ import pytest
 
 from worker.sandbox import Answer, Sandbox, SandboxOptions
 from worker.sandbox.pictures import draw
+from worker.sandbox.server import LOOK_SECONDS
 
 JSON = {"Content-Type": "application/json"}
 
@@ -327,3 +328,12 @@ def test_it_listens_on_ipv6_loopback_too(clock: Clock) -> None:
 
     assert status == 200
     assert sandbox.url.startswith("http://[::1]:")
+
+
+def test_closing_is_not_put_off_until_its_next_look() -> None:
+    began = time.monotonic()
+
+    for _ in range(20):
+        Sandbox().close()
+
+    assert time.monotonic() - began < 20 * LOOK_SECONDS / 2

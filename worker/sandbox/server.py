@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -34,6 +34,7 @@ JOBS_SHOWN = 24
 IDLE_SECONDS = 120.0  # a kept connection that says nothing is closed
 CLOSING_SECONDS = 3.0
 MOMENTS_KEPT = 100_000
+LOOK_SECONDS = 0.5  # the longest that an end goes unseen which could not be called out
 
 
 @dataclass(slots=True)
@@ -79,7 +80,7 @@ class Sandbox:
         self._thread = self._serving()
 
     def _serving(self) -> threading.Thread:
-        thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="sandbox", daemon=True)
+        thread = threading.Thread(target=self._server.serve, name="sandbox", daemon=True)
         thread.start()
         return thread
 
@@ -93,7 +94,7 @@ class Sandbox:
 
     def close(self) -> None:
         """Stop listening and end every kept connection."""
-        self._server.shutdown()
+        self._server.end()
         self._thread.join()
         self._server.server_close()
         self._server.end_connections()
@@ -250,6 +251,7 @@ class _Server(ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 512
+    timeout = LOOK_SECONDS
 
     def __init__(self, sandbox: Sandbox, host: str, port: int) -> None:
         if ":" in host:
@@ -257,6 +259,7 @@ class _Server(ThreadingHTTPServer):
         self.sandbox = sandbox
         self.open_connections: set[socket.socket] = set()
         self.all_closed = threading.Condition()
+        self._ending = False
         super().__init__((host, port), _Handler)
 
     def server_bind(self) -> None:
@@ -265,6 +268,17 @@ class _Server(ThreadingHTTPServer):
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def serve(self) -> None:
+        """Takes connections until `end` is called."""
+        while not self._ending:
+            self.handle_request()
+
+    def end(self) -> None:
+        """Takes no more connections; one of its own ends the wait for the next."""
+        self._ending = True
+        with suppress(OSError):
+            socket.create_connection((self.server_name, self.server_port), LOOK_SECONDS).close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Note the connection before its thread starts."""

@@ -1,0 +1,38 @@
+"""For the tests of apps: the API's stand-in and a worker in this process, on a clock that they move themselves.
+
+As a pytest plugin it brings the fixtures of `worker.testing.plugin`; `kit` is the same for everybody else. Names are
+loaded when they are first used, since pytest loads its plugins in every session.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from worker.migrate import migrate as migrate
+    from worker.testing.inline import FetchWorker as FetchWorker
+    from worker.testing.inline import KitError as KitError
+    from worker.testing.inline import NeverEnds as NeverEnds
+    from worker.testing.inline import Told as Told
+    from worker.testing.parts import Kit as Kit
+    from worker.testing.parts import kit as kit
+    from worker.testing.stand_in import Answers as Answers
+    from worker.testing.stand_in import FetchApi as FetchApi
+
+_HOME = {
+    "Answers": "worker.testing.stand_in",
+    "FetchApi": "worker.testing.stand_in",
+    "FetchWorker": "worker.testing.inline",
+    "Kit": "worker.testing.parts",
+    "KitError": "worker.testing.inline",
+    "NeverEnds": "worker.testing.inline",
+    "Told": "worker.testing.inline",
+    "kit": "worker.testing.parts",
+    "migrate": "worker.migrate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name from its module."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'worker.testing' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
