@@ -9,13 +9,14 @@ from functools import cache
 from typing import Any, BinaryIO, Protocol
 from zlib import crc32
 
-from sqlalchemy import Connection, Row, event
+from sqlalchemy import URL, Connection, Row, event
 from sqlalchemy.orm import Session, scoped_session
 
 from worker.core.fetch_address import ACCOUNT, SYNTHETIC_ID, FetchAddress, checked_remote_id, family, fetch_address
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.links import Link
-from worker.core.pace import SPREAD, Model, Pace, Plan, Waiting
+from worker.core.pace import NOTHING_KNOWN, SPREAD, Model, Pace, Plan, Waiting
+from worker.core.progress import Progress, progress
 from worker.core.submission import Submission, seconds, submission
 from worker.database import connected, database_now, engine_for
 from worker.errors import JobNotFound, NotTrackable, OutputMissing, WaitTimeout
@@ -64,7 +65,10 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job as it stands. Times are aware, in UTC; `eta` is in seconds."""
+    """One job as it stood at `read_at`, by the database's clock. Times are aware, in UTC; `eta` is in seconds.
+
+    `not_ready_at`: when the API last said that it is not ready; `eta_at`: when its eta came, if not at submission.
+    """
 
     id: int
     account: str
@@ -81,12 +85,38 @@ class Job:
     deadline_at: datetime
     error_code: str | None
     error_message: str | None
+    not_ready_at: datetime | None
+    eta_at: datetime | None
+    read_at: datetime
     outputs: tuple[Output, ...] = ()
 
     @property
     def final(self) -> bool:
         """Whether the job will not change any more by itself."""
         return self.status in FINAL_STATES
+
+    def progress(self) -> Progress:
+        """How far it was as it was read: the chance that it is ready, how long it may still take, and for a bar.
+
+        From how long its kind took before, which is looked up twice a minute at most. Raises Unavailable.
+        """
+        waiting = Waiting.at(
+            self.read_at,
+            submitted_at=self.submitted_at,
+            not_ready_at=self.not_ready_at,
+            eta=self.eta,
+            eta_at=self.eta_at,
+            deadline_at=self.deadline_at,
+        )
+        return progress(self.status, waiting, self._model() if self.status == "pending" else NOTHING_KNOWN)
+
+    def _model(self) -> Model:
+        settings = _settings()
+        known = _known_model(settings.database, self.account, self.kind)
+        if known is not None:
+            return known
+        with _transaction(settings) as connection:
+            return _model(connection, self.account, self.kind)
 
 
 def track(remote: object, *, session: TrackingSession | None = None, **options: Any) -> int:
@@ -140,7 +170,9 @@ def get(job_id: int | None = None, *, remote_id: str | int | None = None, accoun
         else:
             found = store.jobs_by_remote(connection, lookup_id(remote_id), account)
             row = found[0] if found else None
-        return None if row is None else _job(row, store.outputs_of(connection, [row.id]))
+        if row is None:
+            return None
+        return _job(row, store.outputs_of(connection, [row.id]), database_now(connection))
 
 
 def open_output(output_id: int) -> BinaryIO:
@@ -195,6 +227,17 @@ def nudge(remote_id: str | int, account: str | None = None) -> int:
     with _transaction(settings) as connection:
         least = timedelta(seconds=settings.poll_min)
         moved = store.nudge(connection, lookup_id(remote_id), account, now=database_now(connection), least=least)
+    if moved:
+        _wake(settings)
+    return moved
+
+
+def nudge_reference(reference: str) -> int:
+    """The same hint about the jobs with this `reference`; how many were brought forward."""
+    settings = _settings()
+    with _transaction(settings) as connection:
+        least = timedelta(seconds=settings.poll_min)
+        moved = store.nudge_reference(connection, reference, now=database_now(connection), least=least)
     if moved:
         _wake(settings)
     return moved
@@ -270,7 +313,7 @@ def _options(
         eta=None if eta in (None, 0, "") else _checked_seconds(eta, "eta"),
         submitted_at=_moment(submitted_at),
         priority=_priority(priority),
-        reference=None if reference is None else scrubber.text(_short(reference, "reference")),
+        reference=None if reference is None else scrubber.text(checked_reference(reference)),
         on_done=None if on_done is None else scrubber.text(_on_done(on_done, settings)),
         deadline=None if deadline is None else _checked_seconds(deadline, "deadline"),
     )
@@ -351,15 +394,21 @@ class _Paced:
 _models: dict[tuple[str, str, str], tuple[Model, float]] = {}
 
 
+def _known_model(url: URL, account: str, kind: str) -> Model | None:
+    """What was looked up a short while ago of a class of jobs."""
+    model, until = _models.get((str(url), account, kind), (None, 0.0))
+    return model if time.monotonic() < until else None
+
+
 def _model(connection: Connection, account: str, kind: str) -> Model:
     """What is known of a class of jobs, looked up now and then."""
-    key = (str(connection.engine.url), account, kind)
-    model, until = _models.get(key, (None, 0.0))
-    if model is None or time.monotonic() >= until:
+    url = connection.engine.url
+    model = _known_model(url, account, kind)
+    if model is None:
         if len(_models) >= MODELS_MOST:
             _models.clear()
         model, _ = read_models(connection, [(account, kind)])[account, kind]
-        _models[key] = (model, time.monotonic() + FRESH_SECONDS)
+        _models[str(url), account, kind] = (model, time.monotonic() + FRESH_SECONDS)
     return model
 
 
@@ -396,6 +445,11 @@ def _priority(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or abs(value) > PRIORITY_LIMIT:
         raise NotTrackable(f"priority is a whole number from -{PRIORITY_LIMIT} to {PRIORITY_LIMIT}, not {value!r}")
     return value
+
+
+def checked_reference(value: object) -> str:
+    """A reference as `track` takes it. Raises NotTrackable."""
+    return _short(value, "reference")
 
 
 def _short(value: object, name: str) -> str:
@@ -481,10 +535,10 @@ def lookup_id(remote_id: object) -> str:
     return str(remote_id) if made_up else checked_remote_id(remote_id)
 
 
-def _job(row: Row[Any], outputs: Sequence[Row[Any]]) -> Job:
+def _job(row: Row[Any], outputs: Sequence[Row[Any]], now: datetime) -> Job:
     values = row._mapping
-    own = {name: values[name] for name in Job.__dataclass_fields__ if name != "outputs"}
-    return Job(**own, outputs=tuple(_output(output) for output in outputs))
+    own = {name: values[name] for name in Job.__dataclass_fields__ if name not in ("outputs", "read_at")}
+    return Job(**own, read_at=now, outputs=tuple(_output(output) for output in outputs))
 
 
 def _output(row: Row[Any]) -> Output:

@@ -1,5 +1,7 @@
 """The settings: what the environment and a `.env` file say, checked once, with one clear line for what is wrong."""
 
+import base64
+import binascii
 import difflib
 import ipaddress
 import json
@@ -64,6 +66,7 @@ class Settings(BaseSettings):
     job_deadline: float | None = Field(default=None, gt=0, le=LONGEST)
     recovery_seconds: float = Field(default=30.0, ge=5, le=3_600)
     on_done_tasks: str = ""
+    webhook_secret: SecretStr | None = None
     flower_basic_auth: SecretStr | None = None
     flower_address: str = "127.0.0.1"
     flower_port: int | None = Field(default=None, ge=0, le=65_535)
@@ -181,6 +184,14 @@ class Settings(BaseSettings):
             raise ValueError("must be user:password")
         return value
 
+    @field_validator("webhook_secret")
+    @classmethod
+    def _long_secrets(cls, value: SecretStr | None) -> SecretStr | None:
+        for item in _items("" if value is None else value.get_secret_value()):
+            if not 24 <= len(_secret(item) or b"") <= 64:
+                raise ValueError("must be whsec_ and 24 to 64 bytes in base64; several, the current first, by commas")
+        return value
+
     @field_validator("output_allowed_networks")
     @classmethod
     def _networks(cls, value: str) -> str:
@@ -276,6 +287,12 @@ class Settings(BaseSettings):
         return frozenset(_items(self.on_done_tasks)) or None
 
     @cached_property
+    def webhook_secrets(self) -> tuple[bytes, ...]:
+        """The keys that webhooks are signed with: the first is current, the others are on their way out."""
+        written = "" if self.webhook_secret is None else self.webhook_secret.get_secret_value()
+        return tuple(_secret(item) or b"" for item in _items(written))
+
+    @cached_property
     def pace(self) -> Pace:
         """How polls are paced."""
         return Pace(self.poll_policy, self.poll_price, self.poll_min)
@@ -332,6 +349,14 @@ def _hand_on(file: str | None) -> None:
 
 def _items(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _secret(text: str) -> bytes | None:
+    prefix, _, encoded = text.partition("_")
+    try:
+        return base64.b64decode(encoded, validate=True) if prefix == "whsec" else None
+    except binascii.Error:
+        return None
 
 
 def _answers(path: Path) -> bool:
