@@ -89,6 +89,8 @@ def test_of_jobs_that_are_told_a_time_so_many_are_ready_by_then(draw: Draw, shar
     assert len(dated) > 600
     in_time = sum(left <= seconds for seconds, left in dated) / len(dated)
     assert in_time == pytest.approx(share, abs=0.08), f"{in_time:.1%} of {len(dated)}"
+    now = [one.left <= 0 for one in told if getattr(one.said, name) == 0.0]
+    assert len(now) < 20 or sum(now) / len(now) > share - 0.1, "as good as ready, it was said"
 
 
 @pytest.mark.parametrize("draw", [images, warm_or_cold, never_sometimes, with_an_eta])
