@@ -91,7 +91,7 @@ def until_due(engine: Engine, job_id: int) -> float:
 
 
 @pytest.mark.parametrize(
-    "reference", ["order-77", "77", "a/b", "..", "a//b", "größe 7", "~x", "x" * 255, "%2F", "a?b#c", "", "🦊"][:10]
+    "reference", ["order-77", "77", "a/b", "..", "a//b", "größe 7", "~x", "x" * 255, "%2F", "a?b#c", "🦊"]
 )
 def test_an_address_has_two_plain_parts_that_lead_back_to_the_reference(
     reference: str, monkeypatch: pytest.MonkeyPatch
@@ -161,7 +161,7 @@ def test_a_secret_that_is_none_is_refused_and_not_shown(wrong: str, monkeypatch:
 
     with pytest.raises(SettingsError, match="WEBHOOK_SECRET must be whsec_") as refused:
         hook_url(BASE, "a")
-    assert wrong not in str(refused.value)
+    assert wrong == "whsec_" or wrong.removeprefix("whsec_") not in str(refused.value)
 
 
 # ── what a call does ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -169,11 +169,8 @@ def test_a_secret_that_is_none_is_refused_and_not_shown(wrong: str, monkeypatch:
 
 def test_a_true_call_brings_the_jobs_of_its_reference_forward_and_no_others(door: Engine) -> None:
     mine, twin = tracked_far_off(door, "1", "order-7"), tracked_far_off(door, "2", "order-7")
-    others = [
-        tracked_far_off(door, "3", "order-77"),
-        tracked_far_off(door, "4", "ORDER-7"),
-        tracked_far_off(door, "5", None),
-    ]
+    references = ("order-77", "ORDER-7", "order-7 x", None)
+    others = [tracked_far_off(door, str(number), name) for number, name in enumerate(references, 3)]
 
     assert called(hook_url(BASE, "order-7"))
 
@@ -330,9 +327,8 @@ def test_a_handler_takes_a_true_call_whatever_its_body_and_knows_no_other(
     with app() as address:
         mine, other = tracked_far_off(door, "1", "a/b"), tracked_far_off(door, "2", "b")
         url = hook_url(f"{address}/api-hook", "a/b")
-        event.listen(
-            engine_for(enqueue._settings().database), "before_cursor_execute", lambda *now: asked.append(now[2])
-        )
+        engine = engine_for(enqueue._settings().database)
+        event.listen(engine, "before_cursor_execute", lambda *now: asked.append(now[2]))
 
         forged = [requests.post(one, json={"status": "success"}, timeout=10).status_code for one in forgeries(url)]
         assert (set(forged), asked) == ({404}, [])
