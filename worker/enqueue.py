@@ -197,9 +197,10 @@ def _location(output_id: int) -> str:
     with _transaction(_settings()) as connection:
         row = output_row(connection, output_id)
     if row is None:
-        raise OutputMissing(f"there is no output {output_id}")
+        raise OutputMissing(f"there is no output {output_id}: those of a job are in get(job_id).outputs")
     if row.location is None:
-        raise OutputMissing(f"output {output_id} is not stored: it is {row.status}")
+        advice = "wait for its job" if row.status == "pending" else "its error_code says why, retry(job_id) tries again"
+        raise OutputMissing(f"output {output_id} is not stored: it is {row.status}; {advice}")
     return str(row.location)
 
 
@@ -249,7 +250,7 @@ def wait(job_id: int, timeout: float | None = None) -> Job:
     while True:
         job = get(job_id)
         if job is None:
-            raise JobNotFound(f"there is no job {job_id}")
+            raise JobNotFound(f"there is no job {job_id}: `fetch-worker list` shows those that there are")
         if job.final:
             return job
         left = WAIT_LOOK_SECONDS if until is None else until - time.monotonic()
@@ -421,7 +422,9 @@ def _moment(value: datetime | str | None) -> datetime | None:
         try:
             parsed: object = datetime.fromisoformat(value)
         except ValueError:
-            raise NotTrackable(f"submitted_at {value[:60]!r} is no ISO 8601 time") from None
+            raise NotTrackable(
+                f"submitted_at {value[:60]!r} is no ISO 8601 time, such as 2026-03-01T12:00:00Z"
+            ) from None
     else:
         parsed = value
     if parsed is None:
@@ -431,7 +434,9 @@ def _moment(value: datetime | str | None) -> datetime | None:
     try:
         return parsed.astimezone(UTC)
     except OverflowError:
-        raise NotTrackable(f"submitted_at {value!s} is out of range") from None
+        raise NotTrackable(
+            f"submitted_at {value!s} is out of range: leave it out for a job that was submitted just now"
+        ) from None
 
 
 def _checked_seconds(value: object, name: str) -> float:
@@ -461,7 +466,7 @@ def _short(value: object, name: str) -> str:
 
 def _plain(text: str, name: str) -> str:
     if "\x00" in text or not text.isprintable():
-        raise NotTrackable(f"{name} has characters that can't be printed")
+        raise NotTrackable(f"{name} has characters that can't be printed: take them out")
     return text
 
 
@@ -525,7 +530,7 @@ def _transaction(settings: Settings) -> Iterator[Connection]:
 def _existing(connection: Connection, job_id: int) -> Row[Any]:
     row = store.job_row(connection, job_id)
     if row is None:
-        raise JobNotFound(f"there is no job {job_id}")
+        raise JobNotFound(f"there is no job {job_id}: `fetch-worker list` shows those that there are")
     return row
 
 
