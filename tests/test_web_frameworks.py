@@ -317,7 +317,7 @@ def test_every_error_of_the_front_door_says_what_to_do(door: Engine, tmp_path: P
         (lambda: worker.open_output(77), "get(job_id).outputs"),
         (lambda: worker.output_url(waiting), "wait for its job"),
         (lambda: worker.output_url(failed), "retry(job_id) tries again"),
-        (lambda: track("1", submitted_at="noon"), "like 2026-03-01T12:00:00Z"),
+        (lambda: track("1", submitted_at="noon"), "such as 2026-03-01T12:00:00Z"),
         (lambda: track("1", submitted_at=datetime(2026, 1, 1)), "for example datetime.now(UTC)"),
         (lambda: track("1", reference="a\x00"), "take them out"),
         (lambda: track("1", account="a b"), "letters, digits"),
