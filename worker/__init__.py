@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from worker.core.progress import Progress as Progress
     from worker.enqueue import Job as Job
     from worker.enqueue import Output as Output
     from worker.enqueue import cancel as cancel
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "worker.core.progress": ("Progress",),
     "worker.enqueue": (
         "Job",
         "Output",

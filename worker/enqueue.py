@@ -9,13 +9,14 @@ from functools import cache
 from typing import Any, BinaryIO, Protocol
 from zlib import crc32
 
-from sqlalchemy import Connection, Row, event
+from sqlalchemy import URL, Connection, Row, event
 from sqlalchemy.orm import Session, scoped_session
 
 from worker.core.fetch_address import ACCOUNT, SYNTHETIC_ID, FetchAddress, checked_remote_id, family, fetch_address
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.links import Link
-from worker.core.pace import SPREAD, Model, Pace, Plan, Waiting
+from worker.core.pace import NOTHING_KNOWN, SPREAD, Model, Pace, Plan, Waiting
+from worker.core.progress import Progress, progress
 from worker.core.submission import Submission, seconds, submission
 from worker.core.webhook import checked_url
 from worker.database import connected, database_now, engine_for
@@ -65,7 +66,10 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job as it stands. Times are aware, in UTC; `eta` is in seconds."""
+    """One job as it stood at `read_at`, by the database's clock. Times are aware, in UTC; `eta` is in seconds.
+
+    `not_ready_at`: when the API last said that it is not ready; `eta_at`: when its eta came, if not at submission.
+    """
 
     id: int
     account: str
@@ -82,12 +86,38 @@ class Job:
     deadline_at: datetime
     error_code: str | None
     error_message: str | None
+    not_ready_at: datetime | None
+    eta_at: datetime | None
+    read_at: datetime
     outputs: tuple[Output, ...] = ()
 
     @property
     def final(self) -> bool:
         """Whether the job will not change any more by itself."""
         return self.status in FINAL_STATES
+
+    def progress(self) -> Progress:
+        """How far it was as it was read: the chance that it is ready, how long it may still take, and for a bar.
+
+        From how long its kind took before, which is looked up twice a minute at most. Raises Unavailable.
+        """
+        waiting = Waiting.at(
+            self.read_at,
+            submitted_at=self.submitted_at,
+            not_ready_at=self.not_ready_at,
+            eta=self.eta,
+            eta_at=self.eta_at,
+            deadline_at=self.deadline_at,
+        )
+        return progress(self.status, waiting, self._model() if self.status == "pending" else NOTHING_KNOWN)
+
+    def _model(self) -> Model:
+        settings = _settings()
+        known = _known_model(settings.database, self.account, self.kind)
+        if known is not None:
+            return known
+        with _transaction(settings) as connection:
+            return _model(connection, self.account, self.kind)
 
 
 def track(remote: object, *, session: TrackingSession | None = None, **options: Any) -> int:
@@ -141,7 +171,9 @@ def get(job_id: int | None = None, *, remote_id: str | int | None = None, accoun
         else:
             found = store.jobs_by_remote(connection, lookup_id(remote_id), account)
             row = found[0] if found else None
-        return None if row is None else _job(row, store.outputs_of(connection, [row.id]))
+        if row is None:
+            return None
+        return _job(row, store.outputs_of(connection, [row.id]), database_now(connection))
 
 
 def open_output(output_id: int) -> BinaryIO:
@@ -166,9 +198,10 @@ def _location(output_id: int) -> str:
     with _transaction(_settings()) as connection:
         row = output_row(connection, output_id)
     if row is None:
-        raise OutputMissing(f"there is no output {output_id}")
+        raise OutputMissing(f"there is no output {output_id}: those of a job are in get(job_id).outputs")
     if row.location is None:
-        raise OutputMissing(f"output {output_id} is not stored: it is {row.status}")
+        advice = "wait for its job" if row.status == "pending" else "its error_code says why, retry(job_id) tries again"
+        raise OutputMissing(f"output {output_id} is not stored: it is {row.status}; {advice}")
     return str(row.location)
 
 
@@ -201,13 +234,24 @@ def nudge(remote_id: str | int, account: str | None = None) -> int:
     return moved
 
 
+def nudge_reference(reference: str) -> int:
+    """The same hint about the jobs with this `reference`; how many were brought forward."""
+    settings = _settings()
+    with _transaction(settings) as connection:
+        least = timedelta(seconds=settings.poll_min)
+        moved = store.nudge_reference(connection, reference, now=database_now(connection), least=least)
+    if moved:
+        _wake(settings)
+    return moved
+
+
 def wait(job_id: int, timeout: float | None = None) -> Job:
     """Waits until a job is final and returns it. `timeout` in seconds; raises WaitTimeout, JobNotFound."""
     until = None if timeout is None else _workers.clock() + timeout
     while True:
         job = get(job_id)
         if job is None:
-            raise JobNotFound(f"there is no job {job_id}")
+            raise JobNotFound(f"there is no job {job_id}: `fetch-worker list` shows those that there are")
         if job.final:
             return job
         left = None if until is None else until - _workers.clock()
@@ -307,7 +351,7 @@ def _options(
         eta=None if eta in (None, 0, "") else _checked_seconds(eta, "eta"),
         submitted_at=_moment(submitted_at),
         priority=_priority(priority),
-        reference=None if reference is None else scrubber.text(_short(reference, "reference")),
+        reference=None if reference is None else scrubber.text(checked_reference(reference)),
         on_done=None if on_done is None else scrubber.text(_on_done(on_done, settings)),
         webhook_url=None if not webhook_url else scrubber.text(_webhook(webhook_url, settings)),
         deadline=None if deadline is None else _checked_seconds(deadline, "deadline"),
@@ -390,15 +434,21 @@ class _Paced:
 _models: dict[tuple[str, str, str], tuple[Model, float]] = {}
 
 
+def _known_model(url: URL, account: str, kind: str) -> Model | None:
+    """What was looked up a short while ago of a class of jobs."""
+    model, until = _models.get((str(url), account, kind), (None, 0.0))
+    return model if time.monotonic() < until else None
+
+
 def _model(connection: Connection, account: str, kind: str) -> Model:
     """What is known of a class of jobs, looked up now and then."""
-    key = (str(connection.engine.url), account, kind)
-    model, until = _models.get(key, (None, 0.0))
-    if model is None or time.monotonic() >= until:
+    url = connection.engine.url
+    model = _known_model(url, account, kind)
+    if model is None:
         if len(_models) >= MODELS_MOST:
             _models.clear()
         model, _ = read_models(connection, [(account, kind)])[account, kind]
-        _models[key] = (model, time.monotonic() + FRESH_SECONDS)
+        _models[str(url), account, kind] = (model, time.monotonic() + FRESH_SECONDS)
     return model
 
 
@@ -411,7 +461,9 @@ def _moment(value: datetime | str | None) -> datetime | None:
         try:
             parsed: object = datetime.fromisoformat(value)
         except ValueError:
-            raise NotTrackable(f"submitted_at {value[:60]!r} is no ISO 8601 time") from None
+            raise NotTrackable(
+                f"submitted_at {value[:60]!r} is no ISO 8601 time, such as 2026-03-01T12:00:00Z"
+            ) from None
     else:
         parsed = value
     if parsed is None:
@@ -421,7 +473,9 @@ def _moment(value: datetime | str | None) -> datetime | None:
     try:
         return parsed.astimezone(UTC)
     except OverflowError:
-        raise NotTrackable(f"submitted_at {value!s} is out of range") from None
+        raise NotTrackable(
+            f"submitted_at {value!s} is out of range: leave it out for a job that was submitted just now"
+        ) from None
 
 
 def _checked_seconds(value: object, name: str) -> float:
@@ -437,6 +491,11 @@ def _priority(value: object) -> int:
     return value
 
 
+def checked_reference(value: object) -> str:
+    """A reference as `track` takes it. Raises NotTrackable."""
+    return _short(value, "reference")
+
+
 def _short(value: object, name: str) -> str:
     text = str(value) if isinstance(value, int) else value
     if not isinstance(text, str) or len(text) > MAX_REFERENCE:
@@ -446,7 +505,7 @@ def _short(value: object, name: str) -> str:
 
 def _plain(text: str, name: str) -> str:
     if "\x00" in text or not text.isprintable():
-        raise NotTrackable(f"{name} has characters that can't be printed")
+        raise NotTrackable(f"{name} has characters that can't be printed: take them out")
     return text
 
 
@@ -522,7 +581,7 @@ def _transaction(settings: Settings) -> Iterator[Connection]:
 def _existing(connection: Connection, job_id: int) -> Row[Any]:
     row = store.job_row(connection, job_id)
     if row is None:
-        raise JobNotFound(f"there is no job {job_id}")
+        raise JobNotFound(f"there is no job {job_id}: `fetch-worker list` shows those that there are")
     return row
 
 
@@ -532,10 +591,10 @@ def lookup_id(remote_id: object) -> str:
     return str(remote_id) if made_up else checked_remote_id(remote_id)
 
 
-def _job(row: Row[Any], outputs: Sequence[Row[Any]]) -> Job:
+def _job(row: Row[Any], outputs: Sequence[Row[Any]], now: datetime) -> Job:
     values = row._mapping
-    own = {name: values[name] for name in Job.__dataclass_fields__ if name != "outputs"}
-    return Job(**own, outputs=tuple(_output(output) for output in outputs))
+    own = {name: values[name] for name in Job.__dataclass_fields__ if name not in ("outputs", "read_at")}
+    return Job(**own, read_at=now, outputs=tuple(_output(output) for output in outputs))
 
 
 def _output(row: Row[Any]) -> Output:

@@ -161,17 +161,21 @@ def belief(connection: Connection, job: Row[Any]) -> Belief | None:
     now = database_now(connection)
     model, _ = read_models(connection, [(job.account, job.kind)])[job.account, job.kind]
     since = job.submitted_at
-    age = max((now - since).total_seconds(), 0.0)
-    seen = 0.0 if job.not_ready_at is None else max((job.not_ready_at - since).total_seconds(), 0.0)
-    eta_age = 0.0 if job.eta_at is None else max((job.eta_at - since).total_seconds(), 0.0)
-    waiting = Waiting(max(age, seen), seen, job.eta, eta_age)
-    due = max((job.due_at - since).total_seconds(), seen)
+    waiting = Waiting.at(
+        now,
+        submitted_at=since,
+        not_ready_at=job.not_ready_at,
+        eta=job.eta,
+        eta_at=job.eta_at,
+        deadline_at=job.deadline_at,
+    )
+    due = max((job.due_at - since).total_seconds(), waiting.seen)
     clock, _, _ = model.clock(waiting)
     return Belief(
         chance_now=round(model.chance(waiting, waiting.age), 3),
         chance_then=round(model.chance(waiting, due), 3),
-        median=_finite(model.quantile(waiting, 0.5) - age),
-        p90=_finite(model.quantile(waiting, 0.9) - age),
+        median=_finite(model.quantile(waiting, 0.5) - waiting.age),
+        p90=_finite(model.quantile(waiting, 0.9) - waiting.age),
         by="age" if clock is model.by_age else "eta",
         jobs=clock.moments.count,
     )

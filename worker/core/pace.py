@@ -9,6 +9,7 @@ promise: a second clock learns on ages in units of it, and whichever predicted t
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, Literal
 
 from worker.core.durations import Clock, Moments
@@ -52,6 +53,26 @@ class Waiting:
     eta_age: float = 0.0
     polls: int = 0
     left: float = math.inf
+
+    @classmethod
+    def at(
+        cls,
+        now: datetime,
+        *,
+        submitted_at: datetime,
+        not_ready_at: datetime | None,
+        eta: float | None,
+        eta_at: datetime | None,
+        deadline_at: datetime,
+    ) -> "Waiting":
+        """A job at a moment, with numbers that can be reckoned with, whatever a clock or an API said."""
+
+        def age(moment: datetime | None) -> float:
+            return 0.0 if moment is None else max((moment - submitted_at).total_seconds(), 0.0)
+
+        seen = age(not_ready_at)
+        left = (deadline_at - now).total_seconds()
+        return _sane(cls(max(age(now), seen), seen, eta, age(eta_at), left=left))
 
 
 @dataclass(frozen=True, slots=True)

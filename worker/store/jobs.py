@@ -20,6 +20,7 @@ from worker.tables import bodies, jobs, outputs
 MAX_ID = 2**63 - 1  # what the databases' integers hold
 INSERT_ROWS = 500  # one statement's worth; every database takes that many parameters
 FOLDED_ROWS = 5_000  # the same where all rows are one parameter
+NUDGED_MOST = 100  # a reference that more jobs share says little about any of them
 SAME_JOB = ("account", "fetch_base", "remote_id")
 IDENTITY = (jobs.c.account, jobs.c.fetch_base, jobs.c.remote_id)
 
@@ -286,6 +287,17 @@ def _middle(submitted_at: datetime, not_ready_at: datetime | None, ready_at: dat
 def nudge(connection: Connection, remote_id: str, account: str | None, *, now: datetime, least: timedelta) -> int:
     """Brings the next request about all jobs with this remote id forward; how many that were."""
     found = [row for row in jobs_by_remote(connection, remote_id, account) if row.status == "pending"]
+    return _bring_forward(connection, found, now=now, least=least)
+
+
+def nudge_reference(connection: Connection, reference: str, *, now: datetime, least: timedelta) -> int:
+    """The same for the jobs with this reference; of very many the newest."""
+    query = select(jobs.c.id, jobs.c.asked_at).where(jobs.c.reference == reference, jobs.c.status == "pending")
+    found = connection.execute(query.order_by(jobs.c.id.desc()).limit(NUDGED_MOST)).all()
+    return _bring_forward(connection, found, now=now, least=least)
+
+
+def _bring_forward(connection: Connection, found: Iterable[Any], *, now: datetime, least: timedelta) -> int:
     moved = 0
     for row in found:
         due = now if row.asked_at is None else max(now, row.asked_at + least)

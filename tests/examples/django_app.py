@@ -1,0 +1,91 @@
+"""A web app that has pictures painted, with Django: `python django_app.py runserver`."""
+
+import json
+import os
+import secrets
+import sys
+from dataclasses import asdict
+
+import requests
+from django.conf import settings
+from django.core.management import execute_from_command_line
+from django.http import FileResponse, Http404, HttpRequest, HttpResponse, JsonResponse
+from django.urls import include, path
+
+from worker import get, open_output, track
+from worker.hooks import hook_url
+
+HOOK = os.environ.get("PUBLIC_URL", "http://127.0.0.1:8000") + "/api-hook"  # where the API finds the handler
+
+
+def submit(request: HttpRequest) -> JsonResponse:
+    """Hands a prompt to the API, and what it answered to fetch-worker."""
+    prompt = json.loads(request.body)["prompt"]
+    reference = secrets.token_urlsafe(9)
+    order = {"key": os.environ["SD_API_KEY"], "prompt": prompt, "samples": 1, "webhook": hook_url(HOOK, reference)}
+    answer = requests.post(f"{os.environ['SD_API_URL']}/text2img", json=order, timeout=30).json()
+    return JsonResponse({"id": track(answer, reference=reference)})
+
+
+def picture(request: HttpRequest, job_id: int) -> JsonResponse:
+    """How far it is. An app with users looks here whose it is."""
+    job = get(job_id)
+    if job is None:
+        raise Http404
+    stored = [output.id for output in job.outputs if output.status == "stored"]
+    return JsonResponse(asdict(job.progress()) | {"status": job.status, "stored": stored})
+
+
+def output(request: HttpRequest, output_id: int) -> FileResponse:
+    """The picture itself, from wherever it is stored."""
+    return FileResponse(open_output(output_id), content_type="image/png")
+
+
+def page(request: HttpRequest) -> HttpResponse:
+    """The page."""
+    return HttpResponse(PAGE)
+
+
+urlpatterns = [
+    path("", page),
+    path("pictures", submit),
+    path("pictures/<int:job_id>", picture),
+    path("outputs/<int:output_id>", output),
+    path("api-hook/", include("worker.hooks_django")),  # a hint of the API's own, which saves a wait
+]
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Pictures</title>
+<style>
+body { font: 17px/1.5 system-ui, sans-serif; max-width: 34rem; margin: 3rem auto; padding: 0 1rem; color: #222 }
+form { display: flex; gap: .5rem } input { flex: 1 } input, button { font: inherit; padding: .5rem .8rem }
+progress { width: 100%; height: 1rem; margin-top: 1.5rem } img { width: 100%; border-radius: .4rem; margin-top: 1rem }
+</style></head><body>
+<h1>Pictures</h1>
+<form><input name="prompt" placeholder="What shall it show?" required autofocus><button>Paint it</button></form>
+<progress max="1" value="0" hidden></progress><p role="status"></p><div id="pictures"></div>
+<script>
+const [form, bar, said, pictures] = ["form", "progress", "p", "#pictures"].map(one => document.querySelector(one));
+const asked = async (path, options) => (await fetch(path, options)).json();
+const within = seconds => seconds === null ? "nobody knows when" : `within ${Math.ceil(seconds)} s`;
+form.onsubmit = async event => {
+  event.preventDefault();
+  pictures.replaceChildren(); bar.value = 0; bar.hidden = false; said.textContent = "Sent.";
+  const body = JSON.stringify({prompt: form.prompt.value});
+  const {id} = await asked("/pictures", {method: "POST", headers: {"Content-Type": "application/json"}, body});
+  for (let job = {}; job.phase !== "final"; await new Promise(done => setTimeout(done, 400))) {
+    job = await asked(`/pictures/${id}`);
+    bar.value = Math.max(bar.value, job.fraction);  // a bar never goes back
+    said.textContent = job.phase === "waiting" ? `Even chances: ${within(job.median_seconds)}. `
+      + `Nine of ten: ${within(job.p90_seconds)}.` : job.phase === "downloading" ? "Painted, on its way." : job.status;
+    for (const output of job.stored.slice(pictures.childElementCount)) {
+      pictures.append(Object.assign(new Image(), {src: `/outputs/${output}`, alt: form.prompt.value}));
+    }
+  }
+};
+</script></body></html>
+"""
+
+if __name__ == "__main__":
+    settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=["127.0.0.1"], SECRET_KEY=secrets.token_hex())
+    execute_from_command_line(sys.argv)
