@@ -305,3 +305,24 @@ def test_real_installations_survive_a_kill_and_wait_for_each_other(checkout: Pat
     out, err = changed.communicate(timeout=30)
     assert (out.split(" ")[0], changed.returncode) == ("['show']", 0), err
     assert builds.read_text() == "built\nbuilt\n"
+
+
+def test_in_ci_the_browser_that_tests_drive_is_installed_where_that_can_be_done() -> None:
+    """As root, by apt-get; on a desk nothing is installed that nobody asked for."""
+    there, here = {"apt-get"}, {"apt-get", "chromium", "chromedriver"}
+
+    def commands(found: set[str], user: int = 0, **environ: str) -> list[str]:
+        which = {name: f"/usr/bin/{name}" for name in found}.get
+        return [" ".join(words) for words in bootstrap.browser_commands(environ, user, which)]
+
+    assert commands(there, CI="true") == [
+        "apt-get update",
+        "apt-get install -y --no-install-recommends chromium chromium-driver",
+    ]
+    for nothing in (
+        commands(there),
+        commands(there, user=7, CI="true"),
+        commands(here, CI="true"),
+        commands(set(), CI="1"),
+    ):
+        assert nothing == []
