@@ -1,13 +1,15 @@
 """The README is true: its examples run, its tables name every setting and state, its two lines stand first."""
 
+import asyncio
 import os
 import re
 import subprocess
 import sys
+from collections.abc import AsyncIterable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from celery import Celery
 from sqlalchemy.engine import make_url
 
 from tests.servers import celery_worker
@@ -16,6 +18,7 @@ from worker.core.lifecycle import JOB_STATES
 from worker.database import make_engine
 from worker.migrate import migrate
 from worker.settings import Settings
+from worker.testing import FetchApi, FetchWorker
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,15 +57,54 @@ def test_the_python_example_runs_as_it_stands(database: str, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
 
 
+def test_the_fastapi_example_takes_a_prompt_to_a_picture(fetch_api: FetchApi, fetch_worker: FetchWorker) -> None:
+    names = _example("FastAPI")
+    job_id = names["submit"]("a lake at dawn")["id"]
+    assert names["picture"](job_id)["phase"] == "waiting"
+
+    fetch_worker.run(job_id)
+
+    shown = names["picture"](job_id)
+    assert (shown["phase"], shown["fraction"], len(shown["stored"])) == ("final", 1.0, 1)
+    response = names["output"](shown["stored"][0])
+    assert b"".join(_chunks(response.body_iterator)).startswith(b"\x89PNG")
+
+
+def _chunks(body: AsyncIterable[bytes]) -> list[bytes]:
+    async def gather() -> list[bytes]:
+        return [chunk async for chunk in body]
+
+    return asyncio.run(gather())
+
+
+def _example(word: str, **names: Any) -> dict[str, Any]:
+    """The first Python example that has this word, executed."""
+    exec(next(block for block in PYTHON if word in block), names)  # noqa: S102  # the README's own example
+    return names
+
+
 def test_the_celery_example_runs_as_it_stands(
     database: str, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REDIS_URL", redis_url)
     with celery_worker(tmp_path, "--queues", "fetch-worker"):
-        names = {"REDIS_URL": redis_url, "Celery": Celery}
-        exec(PYTHON[1], names)  # noqa: S102  # the README's own example
+        names = _example("Celery(", REDIS_URL=redis_url)
 
     assert isinstance(names["job_id"], int)
+
+
+def test_the_tests_of_an_integration_run_as_they_stand(tmp_path: Path) -> None:
+    (tmp_path / "test_app.py").write_text(next(block for block in PYTHON if "fetch_worker.told" in block))
+    words = ["-p", "worker.testing.plugin", "-p", "no:cacheprovider", "-q", "--rootdir", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "2 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_the_settings_table_names_every_setting_and_its_default() -> None:
