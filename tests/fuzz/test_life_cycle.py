@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from sqlalchemy import Engine, delete, event, select
 
-from tests.fuzz.effort import EFFORTS, effort
+from tests.fuzz.effort import EFFORTS, QUICK, effort
 from worker import learner, recorder
 from worker.calls import Asked
 from worker.core.fetch_address import AllowedApi, fetch_address
@@ -818,5 +818,6 @@ def test_whatever_happens_in_whatever_order_every_job_is_as_the_contract_says(
     engine: Engine, examples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with staged(engine, monkeypatch) as stage:
-        share = 1 if engine.dialect.name == "sqlite" else 20
-        run_state_machine_as_test(walks(stage), settings=effort(examples, of=share, steps=10))
+        share = 1 if engine.dialect.name == "sqlite" else 50
+        steps = 10 if examples <= QUICK else 6  # a step is a whole story; the long run tells more of them
+        run_state_machine_as_test(walks(stage), settings=effort(examples, of=share, steps=steps))

@@ -160,7 +160,7 @@ def test_whatever_the_prefix_a_location_in_s3_leads_back_to_the_bytes_and_is_fou
         lambda name: name.strip(". ") == name
     )
 
-    @tried(examples, of=15)
+    @tried(examples, of=60)
     @given(place=odd, job_id=st.integers(1, 2**63 - 1), body=st.binary(min_size=1, max_size=50))
     @example("100%25", 1, b"x")
     @example("a+b %2F", 1, b"x")
