@@ -85,8 +85,10 @@ def test_given_jobs_under_way_when_there_is_no_room_for_sqlite_then_it_says_so_a
     database: Engine,
     sandbox: Sandbox,
     broker: HurtRedis,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The file is readable all the while, and no process ends for it."""
+    monkeypatch.setenv("RECOVERY_SECONDS", "20")  # leases outlast it: nothing may be asked twice
     if full is _full_disk and not small.is_mount():
         pytest.skip("only root can mount a small disk")
     log = tmp_path / "up.log"
