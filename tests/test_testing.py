@@ -14,6 +14,7 @@ import pytest
 from celery import Celery
 from sqlalchemy import Engine, StaticPool, create_engine, func, select, text
 from sqlalchemy.orm import Session
+from standardwebhooks.webhooks import Webhook
 
 import worker
 from tests.downloads import PNG
@@ -261,6 +262,20 @@ def test_an_answer_that_is_never_given_is_refused(made: Kit) -> None:
 
 
 # ── on_done and wait ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_webhooks_are_kept_as_a_receiver_would_get_them(made: Kit) -> None:
+    made.api.answers("2").failed("out of paint")
+    first, second = (worker.track(number, webhook_url=f"https://shop.test/{number}") for number in (1, 2))
+
+    made.worker.run_all()
+
+    secret = os.environ["WEBHOOK_SECRET"]
+    read = {sent.url: Webhook(secret).verify(sent.body, sent.headers) for sent in made.worker.webhooks}
+    assert {url: (text["type"], text["data"]["id"]) for url, text in read.items()} == {
+        "https://shop.test/1": ("job.completed", first),
+        "https://shop.test/2": ("job.failed", second),
+    }
 
 
 def test_on_done_is_told_for_every_final_state(made: Kit) -> None:

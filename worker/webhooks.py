@@ -21,7 +21,7 @@ from urllib3.exceptions import HTTPError
 
 from worker.addresses import Guard, RefusedTarget
 from worker.core.plain_text import plain_text
-from worker.core.webhook import signature, wait_after
+from worker.core.webhook import headers, wait_after
 from worker.database import database_now
 from worker.leases import LeaseKeeper
 from worker.scrubber import Scrubber
@@ -136,14 +136,7 @@ class Webhooks:
 
     def _post(self, event: ClaimedEvent) -> tuple[int | None, str | None, float | None]:
         """(the status that was answered, what went wrong, seconds that the receiver asks us to wait)."""
-        at = int(self._clock())
-        headers = {
-            "Content-Type": "application/json",
-            "User-Agent": "fetch-worker",
-            "webhook-id": event.event_id,
-            "webhook-timestamp": str(at),
-            "webhook-signature": signature(self._secrets, event.event_id, at, event.body),
-        }
+        signed = headers(self._secrets, event.event_id, int(self._clock()), event.body)
         limit = TimeLimit(TIMEOUT_SECONDS)
         try:
             with limit:
@@ -151,7 +144,7 @@ class Webhooks:
                 with self._session.post(
                     event.url,
                     data=event.body.encode(),
-                    headers=headers,
+                    headers=signed,
                     timeout=(min(CONNECT_SECONDS, limit.remaining), limit.remaining),
                     allow_redirects=False,
                     stream=True,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import requests
 from fastapi import Body, FastAPI, HTTPException
-from fastapi.responses import HTMLResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, Response
 
 from worker import get, open_output, track
 from worker.hooks import hook_url
@@ -39,9 +39,10 @@ def picture(job_id: int) -> dict[str, Any]:
 
 
 @app.get("/outputs/{output_id}")
-def output(output_id: int) -> StreamingResponse:
+def output(output_id: int) -> Response:
     """The picture itself, from wherever it is stored."""
-    return StreamingResponse(open_output(output_id), media_type="image/png")
+    with open_output(output_id) as file:
+        return Response(file.read(), media_type="image/png")
 
 
 @app.get("/")

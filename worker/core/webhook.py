@@ -56,6 +56,17 @@ def signature(secrets: Sequence[bytes], name: str, at: int, text: str) -> str:
     return " ".join(f"v1,{base64.b64encode(digest).decode('ascii')}" for digest in digests)
 
 
+def headers(secrets: Sequence[bytes], name: str, at: int, text: str) -> dict[str, str]:
+    """What is sent with an event's text at a time in whole seconds since 1970."""
+    return {
+        "Content-Type": "application/json",
+        "User-Agent": "fetch-worker",
+        "webhook-id": name,
+        "webhook-timestamp": str(at),
+        "webhook-signature": signature(secrets, name, at, text),
+    }
+
+
 def wait_after(attempts: int, draw: float, asked: float | None = None) -> float:
     """Seconds until the next attempt, after so many. `draw` is from 0 to 1; `asked` is what Retry-After said.
 

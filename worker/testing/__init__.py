@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from worker.testing.inline import FetchWorker as FetchWorker
     from worker.testing.inline import KitError as KitError
     from worker.testing.inline import NeverEnds as NeverEnds
+    from worker.testing.inline import Sent as Sent
     from worker.testing.inline import Told as Told
     from worker.testing.parts import Kit as Kit
     from worker.testing.parts import kit as kit
@@ -22,6 +23,7 @@ _HOME = {
     "Answers": "worker.testing.stand_in",
     "FetchApi": "worker.testing.stand_in",
     "FetchWorker": "worker.testing.inline",
+    "Sent": "worker.testing.inline",
     "Kit": "worker.testing.parts",
     "KitError": "worker.testing.inline",
     "NeverEnds": "worker.testing.inline",

@@ -6,6 +6,7 @@ which something will be. `worker.wait` moves it too, so that an app's own code r
 
 import random
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -19,6 +20,7 @@ from sqlalchemy.exc import OperationalError
 
 from worker import enqueue
 from worker.addresses import Guard, guarded_adapter
+from worker.core.webhook import headers
 from worker.database import database_now, trouble
 from worker.downloader import Downloader
 from worker.enqueue import Job, Workers
@@ -32,11 +34,13 @@ from worker.poller import Poller
 from worker.scrubber import Scrubber
 from worker.settings import Settings
 from worker.shared_budget import Grant, SharedBudget
+from worker.store.events import claim_events, open_events, record_delivery
 from worker.store.jobs import job_row, outputs_of
 from worker.store.moments import due_outputs, next_download, next_request, unfinished, waiting_jobs
 from worker.stores import storage_for
 from worker.testing.clock import Clock
 from worker.testing.stand_in import KEY, FetchApi
+from worker.webhooks import BATCH
 
 LEASE = timedelta(days=365)  # nobody else works here, and the clock leaps
 GRACE = timedelta(minutes=10)  # how long after its last deadline a job may go on
@@ -60,6 +64,14 @@ class Told(NamedTuple):
     job_id: int
 
 
+class Sent(NamedTuple):
+    """A webhook as it would have been posted: signed, with the real time, so that a receiver of yours takes it."""
+
+    url: str
+    headers: dict[str, str]
+    body: str
+
+
 class Work(Protocol):
     """One kind of work that worker processes do."""
 
@@ -75,20 +87,22 @@ class Work(Protocol):
 class FetchWorker(Workers):
     """Runs tracked jobs to their end in this process. All its methods may be called from any thread.
 
-    `told` has the `on_done` tasks of final jobs, in order. Give `celery` an app of yours, and they are run too, at
-    once and in this process. `works` is all that it does, in this order; append what else a test wants done.
+    `told` has the `on_done` tasks of final jobs, in order, and `webhooks` what would have been posted. Give `celery` an
+    app of yours, and the tasks are run too, at once and in this process. `works` is all that it does, in this order;
+    append what else a test wants done.
     """
 
     def __init__(self, engine: Engine, settings: Settings, api: FetchApi, clock: Clock) -> None:
         self.engine = engine
         self.settings = settings
         self.told: list[Told] = []
+        self.webhooks: list[Sent] = []
         self.celery: Any = None
         self._clock = clock
         self._turn = threading.RLock()
         self._waited_since: dict[int, datetime] = {}
         self._polls = _Polls(engine, settings, api)
-        self.works: list[Work] = [self._polls, _Downloads(engine, settings), _OnDone(self)]
+        self.works: list[Work] = [self._polls, _Downloads(engine, settings), _OnDone(self), _Webhooks(self)]
 
     @property
     def now(self) -> datetime:
@@ -310,6 +324,31 @@ class _OnDone:
         return None
 
 
+class _Webhooks:
+    """The telling of receivers: what would be posted is kept."""
+
+    def __init__(self, worker: FetchWorker) -> None:
+        self._worker = worker
+
+    def do(self) -> bool:
+        with self._worker.engine.begin() as connection:
+            now = database_now(connection)
+            open_events(connection, now=now, limit=BATCH)
+            due = claim_events(connection, token="kit", holder="kit", lease=LEASE, now=now, limit=BATCH)  # noqa: S106
+            for event in due:
+                record_delivery(
+                    connection, event, now=now, ended="delivered", due_at=None, http_status=200, message=None
+                )
+        secrets, at = self._worker.settings.webhook_secrets, int(time.time())
+        self._worker.webhooks += [
+            Sent(event.url, headers(secrets, event.event_id, at, event.body), event.body) for event in due
+        ]
+        return bool(due)
+
+    def next(self, after: datetime) -> datetime | None:
+        return None
+
+
 def _run_task(app: Any, told: Told) -> None:
     task = app.tasks.get(told.task)
     if task is None:
@@ -352,7 +391,7 @@ def _adapters() -> tuple[LeanAdapter, HTTPAdapter]:
 
 
 def _scrubber(settings: Settings) -> Scrubber:
-    return Scrubber(key.get_secret_value() for key in settings.keys.values())
+    return Scrubber(settings.secret_texts)
 
 
 def _nothing(_: object) -> None:

@@ -23,6 +23,7 @@ from worker.testing.inline import FetchWorker, KitError
 from worker.testing.stand_in import KEY, FetchApi
 
 BUSY_MS = 2_000  # how long a test's own open transaction is waited for
+SECRET = "whsec_" + "dGVzdCBraXQg" * 4  # where the app's tests have none of their own: nothing is sent
 ELSEWHERE = ("SD_API_KEYS", "SD_API_HOSTS", "SD_API_PROXY", "SD_API_CA_BUNDLE")  # settings that lead to the real API
 
 
@@ -95,6 +96,7 @@ def _environment(folder: Path, database: URL, api: FetchApi) -> Iterator[Setting
         "DATABASE_URL": database.render_as_string(hide_password=False),
         "SD_API_URL": api.url,
         "SD_API_KEY": KEY,
+        "WEBHOOK_SECRET": os.environ.get("WEBHOOK_SECRET") or SECRET,
         "STORAGE_URL": f"file:{folder.absolute() / 'outputs'}",
         "OUTPUT_ALLOWED_NETWORKS": "127.0.0.0/8",
         "REDIS_URL": f"redis+socket://{quote(str(folder.absolute() / 'no-redis.sock'))}",
