@@ -13,6 +13,7 @@ from typing import Any
 from kombu.connection import Connection as BrokerConnection
 from kombu.exceptions import KombuError
 from kombu.exceptions import OperationalError as BrokerError
+from kombu.utils.url import maybe_sanitize_url
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -183,7 +184,8 @@ def _redis(settings: Settings) -> Check:
         return Check(
             "redis", False, f"{used // MIB} of {most // MIB} MiB are used: raise maxmemory, or it refuses soon"
         )
-    return Check("redis", True, f"version {version} answers, {used // MIB} MiB used")
+    where = maybe_sanitize_url(settings.redis)
+    return Check("redis", True, f"{where} answers, version {version}, {used // MIB} MiB used")
 
 
 def _policy(client: Any) -> str:
