@@ -192,3 +192,12 @@ def undelivered(connection: Connection, *, since: datetime) -> Undelivered:
         ).where(or_(waits, gave_up))
     ).one()
     return Undelivered(row.waiting, row.given_up, row.message)
+
+
+def overdue(connection: Connection, *, before: datetime) -> int:
+    """Final jobs and events that somebody should have taken up by then, and nobody did; how many."""
+    unannounced = select(func.count()).where(
+        jobs.c.completed_at < before, jobs.c.webhook_url.is_not(None), jobs.c.announced_at.is_(None)
+    )
+    unsent = select(func.count()).where(events.c.due_at < before)
+    return sum(int(connection.execute(query).scalar_one()) for query in (unannounced, unsent))
