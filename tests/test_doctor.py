@@ -100,6 +100,16 @@ def test_webhooks_that_nobody_takes_are_told(settled: Engine) -> None:
     assert "1 are tried again, 1 were given up in the last day, HTTP 500" in _wrong(_examined())["webhooks"]
 
 
+def test_webhooks_that_nobody_sends_are_told(settled: Engine) -> None:
+    """The secret was taken out of the settings, or no process is there to send them."""
+    with settled.begin() as connection:
+        ended = datetime.now(UTC) - timedelta(minutes=2)
+        final = {"status": "cancelled", "due_at": None, "completed_at": ended}
+        add_job(connection, "1", **final, webhook_url="https://app.test/")
+        add_job(connection, "2", **final)
+    assert "1 are due for more than 60 s and nobody sends them" in _wrong(_examined())["webhooks"]
+
+
 def test_claims_of_processes_that_are_gone_and_outputs_that_wait_for_long_are_counted(settled: Engine) -> None:
     """A lease that is over is taken up within seconds, where anybody is there to do it."""
     now = datetime.now(UTC)

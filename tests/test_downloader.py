@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, insert, update
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, OperationalError
 
 from tests.downloads import KEY, MAX_BYTES, PNG, Stand, png
 from tests.net import Net
@@ -29,6 +29,7 @@ from worker import database, downloader
 from worker.database import make_engine
 from worker.errors import StorageTrouble
 from worker.storage import FileStorage, path_of
+from worker.store.outcomes import record_attempt
 from worker.tables import bodies, outputs
 
 HTML = b"<!doctype html><html><body>Sign in</body></html>"
@@ -679,6 +680,30 @@ def test_given_a_database_that_is_away_as_a_download_ends_when_it_is_back_then_t
     assert [output_of(engine, output).status for output in (first, second)] == ["stored", "stored"]
     assert [asked.path for asked in web.asked] == ["/first.png", "/second.png"]
     engine.dispose()
+
+
+def test_an_outcome_that_was_kept_and_then_can_not_be_written_gives_its_claim_back(
+    stand: Stand, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its lease would be renewed for as long as this process has other work."""
+    first, second = stand.add(web.serves("/a.png", page(200, PNG))), stand.add(web.serves("/b.png", page(200, PNG)))
+    loader = stand.downloader()
+    troubles: list[Exception] = [
+        OperationalError("", {}, Exception("away")),
+        DataError("", {}, Exception("no such value")),
+    ]
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        if troubles:
+            raise troubles.pop(0)
+        return record_attempt(*arguments, **options)
+
+    monkeypatch.setattr(downloader, "record_attempt", fails)
+    with pytest.raises(OperationalError):
+        loader.run(first)
+    for _ in range(3):
+        loader.run(second)
+    assert [output_of(stand.engine, output).status for output in (first, second)] == ["stored", "stored"]
 
 
 def test_a_cancel_meanwhile_leaves_the_row_as_it_is(stand: Stand, web: Web) -> None:

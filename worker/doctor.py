@@ -23,7 +23,7 @@ from worker.overview import HEALTHY_SECONDS, Overview, overview
 from worker.process_id import host_name
 from worker.settings import Settings
 from worker.shared_budget import redis_client
-from worker.store.events import Undelivered, undelivered
+from worker.store.events import Undelivered, overdue, undelivered
 from worker.store.outputs import stuck_claims
 from worker.stores import storage_for
 
@@ -32,6 +32,7 @@ SLOW_SECONDS = 0.5
 PING_SECONDS = 2.0
 REDIS_LEAST = (6, 2)
 FULL_SHARE = 0.9
+UNTOLD_LATE_SECONDS = 60.0
 UNSTORED_LATE_SECONDS = 3_600.0
 STALE_PARTIAL_SECONDS = 2 * 3_600.0
 MIB = 1 << 20
@@ -116,6 +117,7 @@ def _with_tables(settings: Settings) -> Iterator[Check]:
         with connected(settings.database), engine_for(settings.database).connect() as connection:
             state = overview(connection, settings)
             told = undelivered(connection, since=database_now(connection) - timedelta(days=1))
+            late_news = overdue(connection, before=database_now(connection) - timedelta(seconds=UNTOLD_LATE_SECONDS))
             stuck = stuck_claims(connection, before=database_now(connection) - _grace(settings))
     except WorkerError as wrong:
         yield Check("work", False, str(wrong))
@@ -140,10 +142,13 @@ def _with_tables(settings: Settings) -> Iterator[Check]:
     if late:
         said += f" ({trouble or 'no attempt yet'}): is a `downloads` process running? Links die; see `show`"
     yield Check("outputs", not late, said if waiting.count else "every output that is listed is stored, or given up")
-    yield _webhooks(told)
+    yield _webhooks(told, late_news)
 
 
-def _webhooks(told: Undelivered) -> Check:
+def _webhooks(told: Undelivered, late: int) -> Check:
+    if late:
+        said = f"{late} are due for more than {UNTOLD_LATE_SECONDS:.0f} s and nobody sends them"
+        return Check("webhooks", False, f"{said}: does the `worker` process run, and has it WEBHOOK_SECRET?")
     if not told.waiting and not told.given_up:
         return Check("webhooks", True, "no receiver refuses them")
     said = f"{told.waiting} are tried again, {told.given_up} were given up in the last day, {told.message}"

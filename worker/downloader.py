@@ -117,19 +117,24 @@ class Downloader:
             self._release_lost()
             self._write_what_is_left()
             token = secrets.token_hex(8)
-            try:
+            with self._lost_if_unwritten(token):
                 output = self._claim(output_id, token)
-                if output is None:
-                    return "nothing to do"
-                with self._hosts.place(_host_of(output)) as free:
-                    if free:
-                        return self._record_or_keep(output, self._attempt(output))
+            if output is None:
+                return "nothing to do"
+            with self._hosts.place(_host_of(output)) as free:
+                if free:
+                    return self._record_or_keep(output, self._attempt(output))
+            with self._lost_if_unwritten(token):
                 self._give_back(output)
-            except SQLAlchemyError:
-                if not any(output.token == token for output, _ in self._unwritten.copy()):
-                    self._lost.append(token)
-                raise
             return "its host is busy: again in a few seconds"
+
+    @contextmanager
+    def _lost_if_unwritten(self, token: str) -> Iterator[None]:
+        try:
+            yield
+        except SQLAlchemyError:
+            self._lost.append(token)
+            raise
 
     def _release_lost(self) -> None:
         """Gives back claims whose end could not be recorded: a process that is never idle would renew them for ever."""
@@ -336,7 +341,9 @@ class Downloader:
         try:
             return self._record(output, attempt, engine or self._engine)
         except SQLAlchemyError as error:
-            if trouble(error) != "row":  # one that no statement can write would come back for ever
+            if trouble(error) == "row":  # one that no statement can write would come back for ever
+                self._lost.append(output.token)
+            else:
                 self._unwritten.append((output, attempt))
             raise
 

@@ -73,7 +73,9 @@ def _alone(connection: Connection) -> Iterator[None]:
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_SECONDS}s'")
     elif connection.dialect.name != "sqlite":
-        connection.exec_driver_sql(f"SELECT GET_LOCK('fetch-worker {_LOCK}', {_LOCK_SECONDS})")
+        taken = connection.exec_driver_sql(f"SELECT GET_LOCK('fetch-worker {_LOCK}', {_LOCK_SECONDS})").scalar()
+        if not taken:
+            raise Unavailable(f"another migration is under way for more than {_LOCK_SECONDS} s: try again after it")
     try:
         yield
     finally:

@@ -237,7 +237,7 @@ def _freed(connection: Connection) -> Released:
     if not gone:
         return NOTHING_HELD
     now = database_now(connection)
-    release_events(connection, gone, now=now)
+    release_events(connection, gone, due_at=now)
     return release_crashed(connection, gone, now=now)
 
 

@@ -5,14 +5,15 @@ Receivers are trusted with nothing: addresses are guarded like downloads, redire
 
 import logging
 import random
+import re
 import secrets
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from datetime import timedelta
-from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -25,13 +26,13 @@ from worker.core.webhook import headers, wait_after
 from worker.database import database_now
 from worker.leases import LeaseKeeper
 from worker.scrubber import Scrubber
-from worker.store.events import ClaimedEvent, claim_events, open_events, put_off, record_delivery
+from worker.store.events import ClaimedEvent, claim_events, open_events, put_off, record_delivery, release_events
 from worker.timed_http import TimeLimit, lean_session
 
 log = logging.getLogger(__name__)
 
 AT_ONCE = 48
-PER_RECEIVER = 16  # of those
+PER_RECEIVER = 16  # of those, and never more than there are places left: many that hang leave some to the others
 PUT_OFF_SECONDS = 0.5
 BATCH = 200
 TIMEOUT_SECONDS = 15.0  # Standard Webhooks: receivers answer within 15 to 30 s
@@ -62,7 +63,8 @@ class Webhooks:
         self._clock = clock
         self._session = lean_session(adapter)
         self._threads: ThreadPoolExecutor | None = None
-        self._under_way: dict[Future[None], str] = {}  # to which receiver; single operations on it need no lock
+        self._under_way: dict[Future[None], ClaimedEvent] = {}  # single operations on it need no lock
+        self._astray = threading.Event()  # some claim may be left that nobody ends
 
     def run(self) -> int:
         """Makes the events that are missing and begins to deliver those that are due; how many were begun."""
@@ -70,53 +72,70 @@ class Webhooks:
         if not self._secrets or free <= 0:
             return 0
         with self._leases:
+            try:
+                return self._claim_and_begin(free)
+            except Exception:
+                self._astray.set()
+                raise
+
+    def _claim_and_begin(self, free: int) -> int:
+        astray = self._astray.is_set()
+        self._astray.clear()  # before the look at what is under way: whoever goes astray from here on says so again
+        under_way = list(self._under_way.values())
+        busy = Counter(_receiver(event.url) for event in under_way)
+        with self._engine.begin() as connection:
+            now = database_now(connection)
+            if astray:  # their leases would be renewed for as long as this process has any work
+                mine, again = [self._leases.holder], now + self._leases.lease
+                release_events(connection, mine, due_at=again, but=[event.id for event in under_way])
+            open_events(connection, now=now, limit=BATCH)
+            due = claim_events(
+                connection,
+                token=secrets.token_hex(16),
+                holder=self._leases.holder,
+                lease=self._leases.lease,
+                now=now,
+                limit=free,
+                without=[receiver for receiver, events in busy.items() if _full(events, free)],
+            )
+        later = self._begin(due, busy, free)
+        if later:
             with self._engine.begin() as connection:
-                now = database_now(connection)
-                open_events(connection, now=now, limit=BATCH)
-                due = claim_events(
-                    connection,
-                    token=secrets.token_hex(16),
-                    holder=self._leases.holder,
-                    lease=self._leases.lease,
-                    now=now,
-                    limit=free,
-                )
-            later = self._begin(due)
-            if later:
-                with self._engine.begin() as connection:
-                    put_off(connection, later, now=now, due_at=now + timedelta(seconds=PUT_OFF_SECONDS))
+                put_off(connection, later, now=now, due_at=now + timedelta(seconds=PUT_OFF_SECONDS))
         return len(due) - len(later)
 
     def wait(self, seconds: float) -> bool:
         """Waits for what is under way, but not longer; whether all of it is over."""
         return not wait_for(list(self._under_way), timeout=seconds).not_done
 
-    def _begin(self, due: Sequence[ClaimedEvent]) -> list[ClaimedEvent]:
+    def _begin(self, due: Sequence[ClaimedEvent], busy: Counter[str], free: int) -> list[ClaimedEvent]:
         """Those of a receiver that has enough to do already are left over: one that hangs must not stop the others."""
-        busy = Counter(self._under_way.values())
         later = []
         for event in due:
-            receiver = urlsplit(event.url).netloc
-            if busy[receiver] >= PER_RECEIVER:
+            receiver = _receiver(event.url)
+            if _full(busy[receiver], free):
                 later.append(event)
                 continue
             busy[receiver] += 1
-            self._leases.__enter__()
+            free -= 1
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="webhook")
             begun = self._threads.submit(self._deliver, event)
-            self._under_way[begun] = receiver
+            self._under_way[begun] = event
             begun.add_done_callback(self._over)
         return later
 
     def _over(self, begun: "Future[None]") -> None:
         self._under_way.pop(begun, None)
-        self._leases.__exit__()
-        if begun.exception() is not None:  # the lease brings it back
+        if begun.exception() is not None:
+            self._astray.set()  # the next run gives it back
             log.error("webhook not recorded reason=%s", type(begun.exception()).__name__)
 
     def _deliver(self, event: ClaimedEvent) -> None:
-        status, message, asked = self._post(event)
+        with self._leases:
+            self._record(event, *self._post(event))
+
+    def _record(self, event: ClaimedEvent, status: int | None, message: str | None, asked: float | None) -> None:
         message = None if message is None else plain_text(self._scrubber.text(message))
         with self._engine.begin() as connection:
             now = database_now(connection)
@@ -158,7 +177,20 @@ class Webhooks:
         except (requests.RequestException, HTTPError, OSError, ValueError) as error:
             late = f"no answer within {TIMEOUT_SECONDS:.0f} s" if limit.over else "the receiver can't be reached"
             return None, f"{late} ({type(error).__name__})", None
+        except Exception as fault:  # a claim that nobody ends would come back without any wait, and for ever
+            log.error("a fault of ours event=%s reason=%s", event.event_id, type(fault).__name__)
+            return None, f"a fault of ours: {type(fault).__name__}", None
         return status, None if 200 <= status < 300 else f"HTTP {status}", asked
+
+
+def _receiver(url: str) -> str:
+    """What an address begins with, down to its host and port: whoever is there answers all that begin so."""
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{re.split('[/?#]', rest, maxsplit=1)[0]}"
+
+
+def _full(under_way: int, free: int) -> bool:
+    return under_way >= min(PER_RECEIVER, free)
 
 
 def _ended(status: int | None, *, late: bool) -> str | None:

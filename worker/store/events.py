@@ -1,11 +1,11 @@
 """Events: one for each final state of a job that has a webhook address; each is delivered, or given up after a day."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, case, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, case, func, insert, not_, or_, select, update
 
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.webhook import body, event_id
@@ -73,12 +73,23 @@ def _event(job: Row[Any], outputs: Sequence[Row[Any]], now: datetime) -> dict[st
 
 
 def claim_events(
-    connection: Connection, *, token: str, holder: str, lease: timedelta, now: datetime, limit: int
+    connection: Connection,
+    *,
+    token: str,
+    holder: str,
+    lease: timedelta,
+    now: datetime,
+    limit: int,
+    without: Collection[str] = (),
 ) -> list[ClaimedEvent]:
-    """Takes the events that are due, those that wait longest first."""
+    """Takes the events that are due, those that wait longest first; none to a receiver in `without`.
+
+    A receiver is named by what its addresses begin with, such as `https://app.example`.
+    """
+    elsewhere = tuple(not_(_is_to(receiver)) for receiver in sorted(without))
     due = (
         select(events)
-        .where(events.c.due_at.is_not(None), events.c.due_at <= now)
+        .where(events.c.due_at.is_not(None), events.c.due_at <= now, *elsewhere)
         .order_by(events.c.due_at, events.c.id)
         .limit(limit)
         .with_for_update(skip_locked=True)
@@ -94,6 +105,11 @@ def claim_events(
         ClaimedEvent(row.id, token, row.event_id, row.job_id, row.url, row.body, int(row.attempts) + 1, row.created_at)
         for row in found
     ]
+
+
+def _is_to(receiver: str) -> ColumnElement[bool]:
+    begins = (events.c.url.startswith(f"{receiver}{end}", autoescape=True) for end in "/?#")
+    return or_(events.c.url == receiver, *begins)
 
 
 def record_delivery(
@@ -136,13 +152,16 @@ def put_off(connection: Connection, claimed: Sequence[ClaimedEvent], *, now: dat
     )
 
 
-def release_events(connection: Connection, gone: Sequence[str], *, now: datetime) -> int:
-    """Gives back what dead processes were about to deliver; how many. The receiver may get those twice."""
-    held = select(events.c.id).where(events.c.claim_holder.in_(gone)).with_for_update(skip_locked=True)
-    ids = list(connection.execute(held).scalars())
+def release_events(connection: Connection, holders: Sequence[str], *, due_at: datetime, but: Sequence[int] = ()) -> int:
+    """Gives back what these processes hold, all but some; how many. The receiver may get those twice.
+
+    Only for what nobody will record: the process is dead, or has lost sight of them.
+    """
+    held = select(events.c.id).where(events.c.claim_holder.in_(holders), events.c.id.not_in(but))
+    ids = list(connection.execute(held.with_for_update(skip_locked=True)).scalars())
     if ids:
         connection.execute(
-            update(events).where(events.c.id.in_(ids)).values(due_at=now, claim_token=None, claim_holder=None)
+            update(events).where(events.c.id.in_(ids)).values(due_at=due_at, claim_token=None, claim_holder=None)
         )
     return len(ids)
 
@@ -173,3 +192,12 @@ def undelivered(connection: Connection, *, since: datetime) -> Undelivered:
         ).where(or_(waits, gave_up))
     ).one()
     return Undelivered(row.waiting, row.given_up, row.message)
+
+
+def overdue(connection: Connection, *, before: datetime) -> int:
+    """Final jobs and events that somebody should have taken up by then, and nobody did; how many."""
+    unannounced = select(func.count()).where(
+        jobs.c.completed_at < before, jobs.c.webhook_url.is_not(None), jobs.c.announced_at.is_(None)
+    )
+    unsent = select(func.count()).where(events.c.due_at < before)
+    return sum(int(connection.execute(query).scalar_one()) for query in (unannounced, unsent))
