@@ -425,8 +425,9 @@ def test_with_a_secret_a_webhook_address_is_kept_and_plain_http_is_for_networks_
     monkeypatch.setenv("WEBHOOK_SECRET", f"{secret}, {secret}")
     enqueue._settings.cache_clear()
     track("1", webhook_url="https://shop.test/hook")
-    with pytest.raises(NotTrackable, match="WEBHOOK_ALLOWED_NETWORKS"):
-        track("2", webhook_url="http://shop.test/hook")
+    for wrong in ("http://shop.test/hook", "https://shop.test:8443/hook", "https://10.0.0.1/hook"):
+        with pytest.raises(NotTrackable, match="WEBHOOK_ALLOWED_NETWORKS"):
+            track("2", webhook_url=wrong)
     with pytest.raises(NotTrackable) as refused:
         track("2", webhook_url=f"https://user:{secret}@shop.test/hook")
     assert secret not in str(refused.value)

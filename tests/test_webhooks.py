@@ -20,7 +20,7 @@ from standardwebhooks.webhooks import Webhook
 
 from tests.rows import NOW, add_downloading, add_job, add_output, seconds
 from tests.web import Web, drips
-from worker import webhooks
+from worker import enqueue, webhooks
 from worker.addresses import Guard, guarded_adapter
 from worker.core.webhook import secret_bytes
 from worker.database import database_now
@@ -429,6 +429,35 @@ def test_a_job_that_is_taken_up_again_is_told_of_under_another_name(
         connection.execute(update(jobs).values(ended))
     _deliver(sender)
     assert len(set(receiver.names)) == 2
+
+
+def test_a_final_state_that_is_left_before_it_was_told_is_told_all_the_same(
+    engine: Engine, sender: Webhooks, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever takes the job up again announces its end first."""
+    monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
+    job_id = _final(engine, receiver.url, status="failed", error_code="api_failed", ready_at=None)
+    assert enqueue.retry(job_id)
+    with engine.begin() as connection:
+        ended = {"status": "expired", "error_code": "expired", "due_at": None, "completed_at": NOW + seconds(20)}
+        connection.execute(update(jobs).values(ended))
+    _deliver(sender)
+    assert sorted(json.loads(text)["type"] for _, text in receiver.came) == ["job.expired", "job.failed"]
+
+
+def test_the_databases_clock_signs_and_not_the_hosts(
+    engine: Engine, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Receivers refuse what is older than five minutes."""
+    _final(engine, receiver.url)
+    sender = _sender(engine)
+    began = time.time()
+    monkeypatch.setattr(time, "time", lambda: began - 3_600)
+    _deliver(sender)
+    monkeypatch.undo()
+    ((headers, text),) = receiver.came
+    assert Webhook(SECRET).verify(text, headers)["type"] == "job.completed"
 
 
 def test_many_processes_make_each_event_once_and_deliver_it_once(engine: Engine, receiver: Receiver) -> None:

@@ -148,7 +148,7 @@ def written_address(host: str) -> Address | None:
 
 
 def _refusal(host: str, address: object, scheme: str, port: int) -> str:
-    return f"{host} is at {address}, which downloads may not reach by {scheme} on port {port}"
+    return f"{host} is at {address}, which may not be reached by {scheme} on port {port}"
 
 
 def guarded_adapter(guard: Guard, *, connections: int) -> TimedAdapter:

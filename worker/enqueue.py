@@ -25,6 +25,7 @@ from worker.learner import FRESH_SECONDS, read_models
 from worker.scrubber import Scrubber
 from worker.settings import Settings, load
 from worker.store import jobs as store
+from worker.store.events import open_events
 from worker.store.outputs import output_row
 from worker.stores import storage_of
 from worker.wake_ups import WakeUps
@@ -217,6 +218,7 @@ def retry(job_id: int) -> bool:
     settings = _settings()
     with _transaction(settings) as connection:
         _existing(connection, job_id)
+        open_events(connection, now=database_now(connection), job_id=job_id)  # of the end that is taken back
         changed = store.retry(connection, job_id, now=database_now(connection))
     if changed:
         _wake(settings)
@@ -510,14 +512,18 @@ def _plain(text: str, name: str) -> str:
 
 
 def _webhook(url: object, settings: Settings) -> str:
+    from worker.addresses import Guard, RefusedTarget  # most apps have no webhooks, and need no HTTP library
+
     checked = checked_url(url)
     if not settings.webhook_secrets:
         raise NotTrackable(
             "webhook_url is refused: there is no secret to sign webhooks with; set WEBHOOK_SECRET to whsec_ and the"
             " base64 of 24 to 64 random bytes, here and where the worker runs"
         )
-    if checked.startswith("http:") and not settings.webhook_networks:
-        raise NotTrackable("webhook_url must be an https: address; http: is for networks in WEBHOOK_ALLOWED_NETWORKS")
+    try:
+        Guard(settings.webhook_networks).check_url(checked)
+    except RefusedTarget as refused:
+        raise NotTrackable(f"webhook_url is refused: {refused} (see WEBHOOK_ALLOWED_NETWORKS)") from None
     return checked
 
 

@@ -10,6 +10,7 @@ from worker.database import database_now
 from worker.errors import StorageTrouble
 from worker.settings import Settings
 from worker.storage import Storage, place_of
+from worker.store.events import open_events
 from worker.store.outputs import put_back, stored_after, unknown_of
 from worker.stores import storage_for, storage_of
 
@@ -137,5 +138,7 @@ def _mend(engine: Engine, storage: Storage, row: Row[Any], condition: str) -> st
     except StorageTrouble as refused:
         return f"left: {refused}"
     with engine.begin() as connection:
-        done = put_back(connection, row.id, location=row.location, now=database_now(connection))
+        now = database_now(connection)
+        open_events(connection, now=now, job_id=row.job_id)  # of the end that is taken back
+        done = put_back(connection, row.id, location=row.location, now=now)
     return PUT_BACK if done else "left: it was changed meanwhile"

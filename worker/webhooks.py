@@ -53,7 +53,7 @@ class Webhooks:
         adapter: HTTPAdapter,
         scrubber: Scrubber,
         secrets: Sequence[bytes],
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._leases = leases
@@ -61,6 +61,7 @@ class Webhooks:
         self._scrubber = scrubber
         self._secrets = tuple(secrets)
         self._clock = clock
+        self._ahead = 0.0  # the database's clock, which signs, before that one: a host's own may be wrong
         self._session = lean_session(adapter)
         self._threads: ThreadPoolExecutor | None = None
         self._under_way: dict[Future[None], ClaimedEvent] = {}  # single operations on it need no lock
@@ -85,6 +86,7 @@ class Webhooks:
         busy = Counter(_receiver(event.url) for event in under_way)
         with self._engine.begin() as connection:
             now = database_now(connection)
+            self._ahead = now.timestamp() - self._clock()
             if astray:  # their leases would be renewed for as long as this process has any work
                 mine, again = [self._leases.holder], now + self._leases.lease
                 release_events(connection, mine, due_at=again, but=[event.id for event in under_way])
@@ -155,7 +157,7 @@ class Webhooks:
 
     def _post(self, event: ClaimedEvent) -> tuple[int | None, str | None, float | None]:
         """(the status that was answered, what went wrong, seconds that the receiver asks us to wait)."""
-        signed = headers(self._secrets, event.event_id, int(self._clock()), event.body)
+        signed = headers(self._secrets, event.event_id, int(self._ahead + self._clock()), event.body)
         limit = TimeLimit(TIMEOUT_SECONDS)
         try:
             with limit:

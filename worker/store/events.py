@@ -29,11 +29,15 @@ class ClaimedEvent:
     created_at: datetime
 
 
-def open_events(connection: Connection, *, now: datetime, limit: int) -> int:
-    """Makes the events of jobs that became final; how many. Once for each final state, whoever else does so."""
+def open_events(connection: Connection, *, now: datetime, limit: int = 1, job_id: int | None = None) -> int:
+    """Makes the events of jobs that became final; how many. Once for each final state, whoever else does so.
+
+    With `job_id` only of that job, as is done before it leaves its final state.
+    """
+    only = () if job_id is None else (jobs.c.id == job_id,)
     found = connection.execute(
         select(jobs)
-        .where(jobs.c.completed_at.is_not(None), jobs.c.webhook_url.is_not(None), jobs.c.announced_at.is_(None))
+        .where(jobs.c.completed_at.is_not(None), jobs.c.webhook_url.is_not(None), jobs.c.announced_at.is_(None), *only)
         .order_by(jobs.c.completed_at)
         .limit(limit)
         .with_for_update(skip_locked=True)
