@@ -38,7 +38,7 @@ def open_events(connection: Connection, *, now: datetime, limit: int = 1, job_id
     found = connection.execute(
         select(jobs)
         .where(jobs.c.completed_at.is_not(None), jobs.c.webhook_url.is_not(None), jobs.c.announced_at.is_(None), *only)
-        .order_by(jobs.c.completed_at)
+        .order_by(jobs.c.completed_at, jobs.c.id)
         .limit(limit)
         .with_for_update(skip_locked=True)
     ).all()
