@@ -1,0 +1,67 @@
+"""An app's own Celery workers in the same Redis database: neither side takes or loses a task of the other."""
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from celery import Celery
+from sqlalchemy.engine import make_url
+
+from tests.faults.servers import HurtRedis, all_completed, states, until, up
+from worker import track_many
+from worker.database import make_engine
+from worker.migrate import migrate
+from worker.sandbox import Sandbox
+
+SHOP = """
+import os
+from celery import Celery
+app = Celery("shop", broker=os.environ["REDIS_URL"])
+def write(line):
+    with open(os.environ["SHOP_LOG"], "a") as log:
+        log.write(line + "\\n")
+@app.task(name="shop.ready")
+def ready(job_id):
+    write(f"ready {job_id}")
+@app.task(name="shop.own")
+def own(number):
+    write(f"own {number}")
+"""
+JOBS = 40
+
+
+@pytest.mark.long
+@pytest.mark.server
+def test_an_apps_own_tasks_and_ours_share_a_redis_and_none_is_lost_or_taken(
+    tmp_path: Path, sandbox: Sandbox, broker: HurtRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the app's default queue, and on one of its own."""
+    (tmp_path / "shop.py").write_text(SHOP)
+    log = tmp_path / "shop.log"
+    monkeypatch.setenv("SHOP_LOG", str(log))
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/worker.db")
+    engine = make_engine(make_url(f"sqlite:///{tmp_path}/worker.db"))
+    migrate(engine)
+    words = [sys.executable, "-m", "celery", "-A", "shop", "worker", "--queues", "celery,orders", "--pool", "threads"]
+    with (tmp_path / "shop_worker.log").open("wb") as out:
+        shop = subprocess.Popen([*words, "--hostname", "shop@%h"], cwd=tmp_path, stdout=out, stderr=out)
+    client = Celery(broker=broker.url, set_as_current=False)
+    try:
+        with up(tmp_path):
+            ids = track_many([sandbox.submit(f"a, {n}") for n in range(JOBS // 2)], on_done="shop.ready")
+            ids += track_many([sandbox.submit(f"b, {n}") for n in range(JOBS // 2)], on_done="orders/shop.ready")
+            for number in range(JOBS):
+                client.send_task("shop.own", (number,), queue="celery" if number % 2 else "orders")
+            until(lambda: all_completed(engine, JOBS), 60, lambda: states(engine))
+            until(lambda: log.exists() and len(log.read_text().splitlines()) >= 2 * JOBS, 20)
+    finally:
+        shop.terminate()
+        shop.wait(20)
+        client.close()
+        engine.dispose()
+    wanted = Counter([f"ready {job_id}" for job_id in ids] + [f"own {number}" for number in range(JOBS)])
+    assert Counter(log.read_text().splitlines()) == wanted
+    for said in ((tmp_path / "shop_worker.log").read_text(), (tmp_path / "up.log").read_text()):
+        assert "unregistered task" not in said
