@@ -30,6 +30,7 @@ from worker.store.claims import claim_jobs
 from worker.store.gates import locked_gate, save_gate
 from worker.store.jobs import NewJob, cancel, insert_jobs, nudge
 from worker.store.outcomes import record_answers
+from worker.store.totals import Tally
 from worker.tables import gates, jobs, outputs
 
 KEY = "sandbox-key"
@@ -278,7 +279,7 @@ def test_given_a_cancelled_job_when_its_answer_comes_late_then_nothing_changes(
     run.start()
     assert asked.wait(10)
     with polls.engine.begin() as connection:
-        assert cancel(connection, job, now=database_now(connection))
+        assert cancel(connection, job, Tally(), now=database_now(connection))
     cancelled.set()
     run.join()
 

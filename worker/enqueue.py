@@ -27,6 +27,7 @@ from worker.settings import Settings, load
 from worker.store import jobs as store
 from worker.store.events import open_events
 from worker.store.outputs import output_row
+from worker.store.totals import Tally
 from worker.stores import storage_of
 from worker.wake_ups import WakeUps
 
@@ -210,7 +211,10 @@ def cancel(job_id: int) -> bool:
     """Cancels a job that is not final; stored files stay. False where it was final. Raises JobNotFound."""
     with _transaction(_settings()) as connection:
         _existing(connection, job_id)
-        return store.cancel(connection, job_id, now=database_now(connection))
+        tally = Tally()
+        cancelled = store.cancel(connection, job_id, tally, now=database_now(connection))
+        tally.write(connection)
+        return cancelled
 
 
 def retry(job_id: int) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row
 
+from worker.core.answers import answers
 from worker.core.durations import OLDEST
 from worker.core.gate import Gate, Scope
 from worker.core.lifecycle import JOB_STATES
@@ -207,12 +208,17 @@ def _account(
     host = known.get(("host", settings.api_host))
     rps = round(gate.rate(settings.sd_api_rps, now), 2)
     if gate.held(now):
-        return AccountState(name, gate.reason, gate.since, gate.until or gate.probe_at, rps)
+        return AccountState(name, gate.why, gate.paused_at or gate.since, _tried_at(gate), rps)
     if name not in settings.keys and not gate.proven and name in waiting:
         return AccountState(name, no_key(name), waiting[name], None, rps)
     if host is not None and host.held(now):
-        return AccountState(name, f"{host.name} {host.reason}", host.since, host.until or host.probe_at, rps)
+        return AccountState(name, f"{host.name} {host.why}", host.paused_at or host.since, _tried_at(host), rps)
     return AccountState(name, None, None, None, rps)
+
+
+def _tried_at(gate: Gate) -> datetime | None:
+    """When a held gate ends or is tried again; None where only an operator ends it."""
+    return None if gate.paused_at is not None else gate.until or gate.probe_at
 
 
 def no_key(account: str) -> str:
@@ -239,8 +245,9 @@ def why(connection: Connection, job: Row[Any], outputs: Sequence[Row[Any]], sett
         return f"held: {state.reason}{until}; it costs the job nothing"
     host = known.get(("host", job.fetch_host))
     if host is not None and host.held(now):
-        return f"held: {host.name} {host.reason}; it costs the job nothing"
-    last = f"; last answer: {job.last_answer}" if job.last_answer else ""
+        return f"held: {host.name} {host.why}; it costs the job nothing"
+    said = answers(job.last_answer)
+    last = f"; last answer: {said[0].note}" if said else ""
     if job.claim_token is not None:
         return f"it is being asked about, by {job.claim_holder}{last}"
     believed = belief(connection, job)

@@ -25,6 +25,7 @@ from worker.learner import Learner
 from worker.store.claims import ClaimedJob
 from worker.store.gates import all_gates, locked_gate, mark_asked, save_gate
 from worker.store.outcomes import Outcome, Recorded, record_answers, set_aside
+from worker.store.totals import ANSWERS, Tally
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class Recorder:
         self._random = dice or random.Random()  # spreads polls in time, guards nothing
         self._waiting: list[Asked] = []
         self._unlearned: list[Asked] = []
+        self._delays: dict[int, float] = {}  # of jobs that were found ready, until that is written
         self._locked: list[Asked] = []
         self._unlock_at = 0.0
         self._taken: dict[str, float] = {}
@@ -147,6 +149,8 @@ class Recorder:
 
     def _finish(self, done: _Written, known: Gates) -> int:
         known.update(done.moved)
+        if not self._waiting and not self._locked:
+            self._delays.clear()
         self._queue_downloads(done.recorded.outputs)  # after the commit: the rows must be there
         self._tell(done.recorded.finished)
         return done.recorded.lost
@@ -182,7 +186,12 @@ class Recorder:
                     self._outcome(one, now, held) if _expires(outcome) else outcome
                     for one, outcome in zip(asked, outcomes, strict=True)
                 ]
-            return _Written(record_answers(connection, outcomes, now=now), moved)
+            tally = Tally()
+            recorded = record_answers(connection, outcomes, tally, now=now)
+            for one in asked:
+                tally.add(ANSWERS, type(one.reply).__name__.lower(), account=one.job.account)
+            tally.write(connection)
+            return _Written(recorded, moved)
 
     def _learn(self, now: datetime) -> None:
         """Each answer teaches once, however often it takes to write it."""
@@ -193,6 +202,8 @@ class Recorder:
                 asked = _waiting(job, age)
                 planned = age if job.pace_scale is None else asked.seen + max(job.pace_scale, self._pace.least)
                 self._learner.observe(job.account, job.kind, asked, ready=ready, planned=planned)
+                if ready:
+                    self._delays[job.id] = self._learner.model(job.account, job.kind).by_age.delay
         self._unlearned = []
 
     def _outcome(self, one: Asked, now: datetime, held: Mapping[tuple[Scope, str], Gate] | None = None) -> Outcome:
@@ -200,7 +211,7 @@ class Recorder:
         facts = job.facts if held is None else _with_hold(job, held, now)
         step = after_answer(facts, reply, now=now, least=self._least)
         if not isinstance(step, AskAgain):
-            return Outcome(job, step, note_of(reply))
+            return Outcome(job, step, note_of(reply), delay=self._delays.get(job.id))
         not_ready = isinstance(reply, Processing)
         eta = _new_eta(job, reply)
         waiting = _waiting(job, (now - job.submitted_at).total_seconds(), not_ready=not_ready, eta=eta, now=now)
@@ -279,7 +290,7 @@ def _with_hold(job: ClaimedJob, held: Mapping[tuple[Scope, str], Gate], now: dat
 
 def _tell_of_hold(before: Gate, after: Gate, now: datetime) -> None:
     if after.held(now) and not before.held(now):
-        log.warning("held scope=%s name=%s reason=%s", after.scope, after.name, after.reason)
+        log.warning("held scope=%s name=%s reason=%s", after.scope, after.name, after.why)
         if after.ceiling is not None and after.ceiling != before.ceiling:
             log.warning("slowed account=%s ceiling_per_second=%.1f", after.name, after.ceiling)
     elif before.held(now) and not after.held(now):

@@ -31,6 +31,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql
 
 VERSION_TABLE = "fetch_worker_version"
+HELD_UNTIL = datetime(9999, 1, 1, tzinfo=UTC)  # when a job is due that an operator holds
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -110,7 +111,7 @@ jobs = Table(
     Column("error_answers", SmallInteger, nullable=False, server_default="0"),
     Column("empty_answers", SmallInteger, nullable=False, server_default="0"),
     Column("struck_at", UtcDateTime),
-    Column("last_answer", String(600)),
+    Column("last_answer", String(600)),  # the last ones, newest first, a line each: see `worker.core.answers`
     Column("submitted_at", UtcDateTime, nullable=False),
     Column("tracked_at", UtcDateTime, nullable=False),
     Column("deadline_at", UtcDateTime, nullable=False),
@@ -121,6 +122,7 @@ jobs = Table(
     Column("completed_at", UtcDateTime),
     Column("told_at", UtcDateTime),
     Column("announced_at", UtcDateTime),  # when the event of the present final state was made
+    Column("held_at", UtcDateTime),  # since when an operator holds it: its due time is `HELD_UNTIL` then
     Column("claim_token", String(32)),
     Column("claim_holder", String(32)),
     Column("error_code", String(32)),
@@ -186,6 +188,8 @@ outputs = Table(
     Column("due_at", UtcDateTime),
     Column("queued_at", UtcDateTime),
     Column("stored_at", UtcDateTime),
+    Column("claimed_at", UtcDateTime),  # when the last attempt began
+    Column("received_bytes", BigInteger),  # of the attempt that is under way, as of a few seconds ago
     Column("claim_token", String(32)),
     Column("claim_holder", String(32)),
     Column("error_code", String(32)),
@@ -282,7 +286,29 @@ gates = Table(
     Column("asked_at", UtcDateTime),
     Column("ceiling", Double),
     Column("cut_at", UtcDateTime),
+    Column("paused_at", UtcDateTime),  # since when an operator holds it
     CheckConstraint("scope IN ('account', 'host')", name="known_scope"),
     CheckConstraint("(reason IS NULL) = (since IS NULL)", name="hold_has_since"),
     comment="accounts and API hosts: may they be asked, and if not, why and until when",
+)
+
+totals = Table(
+    "fetch_totals",
+    metadata,
+    Column("name", String(24), primary_key=True),
+    Column("account", String(64), primary_key=True),
+    Column("kind", String(64), primary_key=True),
+    Column("label", String(64), primary_key=True),
+    Column("slot", SmallInteger, primary_key=True, autoincrement=False),
+    Column("times", BigInteger, nullable=False),
+    Column("total", Double, nullable=False),
+    comment="what has happened so far: counts and sums, in slots that add up",
+)
+
+history = Table(
+    "fetch_history",
+    metadata,
+    Column("minute", UtcDateTime, primary_key=True),
+    Column("body", Text, nullable=False),  # JSON
+    comment="how everything stood, once a minute",
 )

@@ -22,6 +22,7 @@ from worker.core.pace import Plan
 from worker.database import database_now, make_engine
 from worker.store.claims import ClaimedJob, Level, claim_jobs, waiting_levels
 from worker.store.outcomes import Outcome, record_answers
+from worker.store.totals import Tally
 
 BATCH = 200
 BASE = "http://127.0.0.1:9/api/v3"
@@ -40,6 +41,7 @@ from sqlalchemy import insert
 from worker import track, track_many
 from worker.database import engine_for
 from worker.settings import load
+from worker.store.totals import Tally
 from worker.tables import jobs
 engine, values = engine_for(load().database), json.loads(sys.argv[1])
 times = {"track": [], "insert": []}
@@ -63,6 +65,7 @@ SHARE = """
 import json, os, sys, time
 from worker import poller as claiming, recorder as recording
 from worker.tasks import parts
+from worker.store.totals import Tally
 spent = [0.0]
 def timed(work):
     def inner(*arguments, **options):
@@ -218,7 +221,7 @@ def _seconds(work: Callable[[], object]) -> float:
 def _ours(engine: Engine, claimed: list[ClaimedJob]) -> None:
     outcomes = [Outcome(job, AskAgain(job.facts.strikes, "processing"), "processing", Plan(900.0)) for job in claimed]
     with engine.begin() as connection:
-        done = record_answers(connection, outcomes, now=database_now(connection))
+        done = record_answers(connection, outcomes, Tally(), now=database_now(connection))
     if done.lost:
         raise RuntimeError(f"{done.lost} claims were lost")
 

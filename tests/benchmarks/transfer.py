@@ -156,7 +156,7 @@ def measure_transfer(table: Table, folder: Path, rounds: int) -> None:
 
 def _claimed(number: int, url: str) -> ClaimedOutput:
     facts = OutputFacts(attempts=1, proxies=0, ready_at=datetime.now(UTC))
-    return ClaimedOutput(number, "token", number, 0, (url,), None, facts)
+    return ClaimedOutput(number, "token", number, 0, (url,), None, facts, datetime.now(UTC))
 
 
 def _by_hand(urls: Sequence[str], folder: Path, at_once: int) -> tuple[float, float]:

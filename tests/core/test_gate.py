@@ -7,7 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.core.gate import Gate, answered, limited, probing, refused, slowed, troubled, undecided, unproven
+from worker.core.gate import (
+    Gate,
+    answered,
+    limited,
+    paused,
+    probing,
+    refused,
+    resumed,
+    slowed,
+    troubled,
+    undecided,
+    unproven,
+)
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 LEASE = timedelta(seconds=25)
@@ -275,3 +287,29 @@ def test_what_was_learned_outlives_holds_and_answers() -> None:
 
     assert (later.ceiling, later.cut_at) == (20.0, at(30))
     assert answered(unproven(learned, now=at(50)), now=at(51), probe=True).ceiling == 20.0
+
+
+def test_a_gate_that_an_operator_holds_lets_nothing_through_until_it_is_resumed() -> None:
+    """Not a probe either, whatever answers still come in, and whoever starts; then one call alone tries it."""
+    held = paused(Gate("account", "default", proven=True), now=T0)
+    later = unproven(answered(held, now=at(5), probe=False), now=at(9))
+    open_again = resumed(later, now=at(10))
+
+    assert [gate.allows(at(9_999)) for gate in (held, later)] == ["none", "none"]
+    assert (later.held(T0), later.why) == (True, "held by an operator")
+    assert open_again.allows(at(10)) == "one"
+    assert open_again.last_hold_end(at(11)) == at(10)
+    assert answered(open_again, now=at(11), probe=True).allows(at(11)) == "all"
+
+
+def test_what_the_api_holds_is_tried_at_once_where_an_operator_says_so() -> None:
+    """A refused key by a probe, which may find it refused still; a rate limit is over."""
+    refused_key = refused(Gate("account", "default", proven=True), "key rejected: no", now=T0, probe=False)
+    limit = limited(Gate("account", "default", proven=True), 900.0, now=T0)
+    down = troubled(Gate("host", "api.test"), "unreachable: refused", 5, now=T0, probe=False)
+
+    assert [gate.allows(at(1)) for gate in (refused_key, limit, down)] == ["none"] * 3
+    resumed_at_once = [resumed(gate, now=at(1)).allows(at(1)) for gate in (refused_key, limit, down)]
+    assert resumed_at_once == ["one", "all", "one"]
+    still = refused(resumed(refused_key, now=at(1)), "key rejected: no", now=at(2), probe=True)
+    assert still.allows(at(3)) == "none"

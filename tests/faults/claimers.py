@@ -21,6 +21,7 @@ from worker.core.pace import Plan
 from worker.database import make_engine, transact
 from worker.store.claims import ClaimedJob, ClaimedOutput, claim_jobs, claim_output, waiting_levels
 from worker.store.outcomes import Outcome, record_answers, record_attempt
+from worker.store.totals import Tally
 from worker.tables import outputs
 
 PROCESSES, ROUNDS = 4, 3
@@ -71,7 +72,7 @@ def _recorded(engine: Engine, found: list[ClaimedJob], taken: list[ClaimedOutput
     again = TryAgain(0.0, "unreachable", "no answer")
     stood = 0
     with engine.begin() as connection:
-        stood += len(batch) - record_answers(connection, batch, now=moment(number)).lost
+        stood += len(batch) - record_answers(connection, batch, Tally(), now=moment(number)).lost
     for output in taken:
         recording = partial(record_attempt, output=output, result=again, now=moment(number))
         stood += transact(engine, recording)[0]

@@ -53,6 +53,7 @@ from worker.store.crashes import release_crashed
 from worker.store.gates import all_gates
 from worker.store.outcomes import record_attempt
 from worker.store.outputs import put_back
+from worker.store.totals import Tally
 from worker.tables import crashes, gates, jobs, outputs, paces
 
 API = AllowedApi("https://api.test/api/v3", frozenset({"api.test"}))
@@ -406,7 +407,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
             """Somebody cancels a job."""
             job_id = nth(self.jobs, pick)
             with stage.engine.begin() as connection:
-                changed = store.cancel(connection, job_id, now=self.now)
+                changed = store.cancel(connection, job_id, Tally(), now=self.now)
             job = self.jobs[job_id]
             assert changed == (job.status not in FINAL)
             if changed:

@@ -31,6 +31,7 @@ from worker.core.pace import Plan, urgency
 from worker.store.claims import Level, claim_jobs, release_jobs, renew_leases, waiting_levels, waiting_outputs
 from worker.store.jobs import waiting_accounts
 from worker.store.outcomes import Outcome, record_answers, record_attempt
+from worker.store.totals import Tally
 from worker.tables import bodies, jobs, outputs
 
 MANY = 600
@@ -72,6 +73,7 @@ import multiprocessing, sys
 from sqlalchemy.engine import make_url
 from tests.rows import claim
 from worker.database import make_engine
+from worker.store.totals import Tally
 fork = multiprocessing.get_context("fork")
 together = fork.Barrier(4)
 def claim_all(name):
@@ -205,10 +207,13 @@ def test_a_row_whose_lease_is_over_can_be_claimed_again_and_the_old_holder_write
 
     with engine.begin() as connection:
         lost = record_answers(
-            connection, [Outcome(old, End("failed", "api_failed", "no"), "failed", Plan(0.0))], now=AFTER_LEASE
+            connection, [Outcome(old, End("failed", "api_failed", "no"), "failed", Plan(0.0))], Tally(), now=AFTER_LEASE
         )
         lost_too = record_answers(
-            connection, [Outcome(old, AskAgain(Strikes(failed=9), "processing"), "stale", Plan(5.0))], now=AFTER_LEASE
+            connection,
+            [Outcome(old, AskAgain(Strikes(failed=9), "processing"), "stale", Plan(5.0))],
+            Tally(),
+            now=AFTER_LEASE,
         )
     assert (lost.lost, lost.finished, lost_too.lost) == (1, (), 1)
     row = job_of(engine, job_id)
@@ -231,7 +236,10 @@ def test_a_holder_whose_lease_is_over_writes_nothing_even_where_nobody_else_came
         output = taken(connection, output_id)
     with engine.begin() as connection:
         recorded = record_answers(
-            connection, [Outcome(claimed, End("failed", "api_failed", "no"), "failed", Plan(0.0))], now=NOW + LEASE
+            connection,
+            [Outcome(claimed, End("failed", "api_failed", "no"), "failed", Plan(0.0))],
+            Tally(),
+            now=NOW + LEASE,
         )
         stood = record_attempt(connection, output, GiveUp("gone", "no"), now=NOW + LEASE)
     assert recorded.lost == 1
@@ -271,6 +279,7 @@ def test_a_renewed_lease_still_fences_for_its_holder(engine: Engine) -> None:
         recorded = record_answers(
             connection,
             [Outcome(claimed, End("failed", "api_failed", "no"), "failed", Plan(0.0))],
+            Tally(),
             now=NOW + LEASE + seconds(10),
         )
     assert recorded.finished == (job_id,)

@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import Connection, Engine, event, insert, select
 
 from tests.rows import NOW, add_downloading, add_job, add_output, claim, job_of, job_values, output_of, seconds, taken
+from worker.core.answers import answer_line
 from worker.core.lifecycle import (
     AskAgain,
     Deliver,
@@ -27,6 +28,7 @@ from worker.core.pace import Plan
 from worker.store.claims import ClaimedJob
 from worker.store.jobs import cancel, retry
 from worker.store.outcomes import RENEWAL_WAIT, Outcome, Recorded, record_answers, record_attempt, set_aside
+from worker.store.totals import Tally
 from worker.tables import bodies, jobs, outputs
 
 SOON = NOW + seconds(1)
@@ -34,7 +36,7 @@ FILE = StoredFile("file:///out/0.png", 42, "ab" * 32, Media("image/png", "png"))
 
 
 def _record(connection: Connection, job: ClaimedJob, step: Step, *, wait: float = 0.0, note: str = "note") -> Recorded:
-    return record_answers(connection, [Outcome(job, step, note, Plan(wait))], now=SOON)
+    return record_answers(connection, [Outcome(job, step, note, Plan(wait))], Tally(), now=SOON)
 
 
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -52,7 +54,10 @@ def test_a_job_to_be_asked_again_waits_and_keeps_its_strikes(engine: Engine) -> 
     assert recorded == Recorded((), (), 0)
     assert (row.status, row.due_at, row.claim_token, row.claim_holder) == ("pending", SOON + seconds(7.5), None, None)
     assert (row.failed_answers, row.unknown_answers, row.error_answers, row.empty_answers) == (1, 2, 3, 4)
-    assert (row.struck_at, row.last_answer) == (NOW, "processing")
+    assert (row.struck_at, row.last_answer) == (
+        NOW,
+        answer_line((SOON - row.submitted_at).total_seconds(), "processing"),
+    )
 
 
 def test_a_ready_job_gets_a_row_for_each_output_in_order_and_the_bytes_it_carried(engine: Engine) -> None:
@@ -109,7 +114,7 @@ def test_the_first_end_stands_whatever_comes_later(engine: Engine) -> None:
     with engine.begin() as connection:
         job_id = add_job(connection)
         [claimed] = claim(connection)
-        assert cancel(connection, job_id, now=NOW)
+        assert cancel(connection, job_id, Tally(), now=NOW)
         assert _record(connection, claimed, Deliver((Link("https://cdn/a.png"),))) == Recorded((), (), 1)
         assert _record(connection, claimed, End("failed", "api_failed", "late")).lost == 1
         assert _record(connection, claimed, AskAgain(Strikes(), "processing")).lost == 1
@@ -124,7 +129,7 @@ def test_a_batch_of_everything_is_written_in_one_go_and_counts_what_was_lost(eng
         for number in range(4):
             add_job(connection, str(number))
         again, ready, over, gone = sorted(claim(connection), key=lambda job: job.id)
-        cancel(connection, gone.id, now=NOW)
+        cancel(connection, gone.id, Tally(), now=NOW)
         recorded = record_answers(
             connection,
             [
@@ -133,6 +138,7 @@ def test_a_batch_of_everything_is_written_in_one_go_and_counts_what_was_lost(eng
                 Outcome(ready, Deliver((Link("https://cdn/a.png"),)), "ready"),
                 Outcome(again, AskAgain(Strikes(), "processing"), "processing", Plan(2.0)),
             ],
+            Tally(),
             now=SOON,
         )
     assert (len(recorded.outputs), recorded.finished, recorded.lost) == (1, (over.id,), 1)
@@ -157,7 +163,7 @@ def test_a_large_batch_takes_few_statements_and_keeps_every_microsecond(engine: 
         ]
         batch = [Outcome(job, steps[number % 5], "note", Plan(1.5)) for number, job in enumerate(claimed)]
         event.listen(connection, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
-        recorded = record_answers(connection, batch, now=odd)
+        recorded = record_answers(connection, batch, Tally(), now=odd)
 
     assert len(statements) <= 6
     assert (len(recorded.outputs), len(recorded.finished), recorded.lost) == (160, 160, 0)
@@ -329,7 +335,9 @@ def test_a_dead_link_sends_its_job_to_the_api_once_and_waits_for_the_answer(engi
 
     with engine.begin() as connection:
         [claimed] = claim(connection, now=SOON)
-        record_answers(connection, [Outcome(claimed, KeepLinks("processing"), "processing", Plan(0.0))], now=SOON)
+        record_answers(
+            connection, [Outcome(claimed, KeepLinks("processing"), "processing", Plan(0.0))], Tally(), now=SOON
+        )
         again = taken(connection, output_id, now=SOON)
         assert again.facts.renewed
         record_attempt(connection, again, TryAgain(5.0, "gone", "HTTP 404"), now=SOON)
@@ -342,7 +350,7 @@ def test_an_output_of_a_cancelled_job_is_not_stored_any_more(engine: Engine) -> 
         job_id = add_downloading(connection)
         output_id = add_output(connection, job_id)
         claimed = taken(connection, output_id)
-        cancel(connection, job_id, now=SOON)
+        cancel(connection, job_id, Tally(), now=SOON)
         assert record_attempt(connection, claimed, FILE, now=SOON) == (False, None)
     row = output_of(engine, output_id)
     assert (row.status, row.error_code) == ("failed", "cancelled")
@@ -393,7 +401,7 @@ def test_a_cancel_and_the_end_of_a_download_at_once_never_block_each_other(engin
             def stop(job_id=job_id, barrier=barrier) -> bool:  # type: ignore[no-untyped-def]
                 barrier.wait(5)
                 with engine.begin() as connection:
-                    return cancel(connection, job_id, now=SOON)
+                    return cancel(connection, job_id, Tally(), now=SOON)
 
             stored, stopped = threads.submit(store), threads.submit(stop)
             assert {stored.result(10), stopped.result(10)} == {True, False}
@@ -459,8 +467,8 @@ def test_a_cancelled_job_ends_its_unstored_outputs_and_keeps_the_stored_ones(eng
         job_id = add_downloading(connection)
         good, open_ = add_output(connection, job_id, 0), add_output(connection, job_id, 1)
         record_attempt(connection, taken(connection, good), FILE, now=SOON)
-        assert cancel(connection, job_id, now=SOON)
-        assert not cancel(connection, job_id, now=SOON + seconds(5))
+        assert cancel(connection, job_id, Tally(), now=SOON)
+        assert not cancel(connection, job_id, Tally(), now=SOON + seconds(5))
         assert not retry(connection, job_id, now=SOON)
     job, row = job_of(engine, job_id), output_of(engine, open_)
     assert (job.status, job.completed_at, job.due_at) == ("cancelled", SOON, None)

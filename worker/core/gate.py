@@ -17,6 +17,7 @@ Scope = Literal["account", "host"]
 PROBE_WAITS = (10.0, 20.0, 40.0, 60.0)
 UNDECIDED_WAIT = 1.0
 TROUBLES_TO_HOLD = 5
+BY_HAND = "held by an operator"
 REFUSALS = {"key": "key rejected", "credits": "no credits", "plan": "plan", "request": "request refused"}
 
 
@@ -25,7 +26,7 @@ class Gate:
     """One account or host as all processes see it. `until` is set for holds that end at a known time.
 
     `ceiling` is how many requests per second the API took when it last refused one for being too many, and `cut_at`
-    the end of the pause that followed.
+    the end of the pause that followed. While `paused_at` is set an operator holds it, whatever else is known of it.
     """
 
     scope: Scope
@@ -40,6 +41,12 @@ class Gate:
     released_at: datetime | None = None
     ceiling: float | None = None
     cut_at: datetime | None = None
+    paused_at: datetime | None = None
+
+    @property
+    def why(self) -> str | None:
+        """Why it is held, if it is: by whom, or what the API said."""
+        return BY_HAND if self.paused_at is not None else self.reason
 
     def rate(self, full: float, now: datetime) -> float:
         """Requests per second that may be made now, where `full` is what the settings allow."""
@@ -48,10 +55,14 @@ class Gate:
 
     def held(self, now: datetime) -> bool:
         """Whether it is held at `now`."""
+        if self.paused_at is not None:
+            return True
         return self.reason is not None and (self.until is None or now < self.until)
 
     def allows(self, now: datetime) -> Literal["all", "one", "none"]:
         """How many calls may be made: `one` means a probe, to be taken by one process alone."""
+        if self.paused_at is not None:
+            return "none"
         if self.held(now):
             return "one" if self.until is None and self.probe_at is not None and now >= self.probe_at else "none"
         if self.scope == "host" or self.proven:
@@ -125,6 +136,7 @@ def answered(gate: Gate, *, now: datetime, probe: bool) -> Gate:
         released_at=released_at,
         ceiling=settled.ceiling,
         cut_at=settled.cut_at,
+        paused_at=settled.paused_at,
     )
 
 
@@ -175,6 +187,22 @@ def unproven(gate: Gate, *, now: datetime) -> Gate:
     # Jobs of an account that was never asked with were held for want of a key: they get their grace from now on.
     released_at = settled.released_at if settled.proven else now
     return replace(settled, proven=False, probe_at=now, released_at=released_at)
+
+
+def paused(gate: Gate, *, now: datetime) -> Gate:
+    """The gate once an operator holds it: nothing is asked until it is resumed, not even by a probe."""
+    return gate if gate.paused_at is not None else replace(gate, paused_at=now)
+
+
+def resumed(gate: Gate, *, now: datetime) -> Gate:
+    """The gate once an operator says to go on: what held it is tried at once, by one call alone.
+
+    A rate limit ends here, too: whoever asks for that knows better.
+    """
+    opened = replace(gate, paused_at=None, released_at=now, probe_at=now)
+    if opened.until is not None:
+        return replace(opened, reason=None, since=None, until=None, probe_at=None)
+    return opened if opened.scope == "host" or opened.reason is not None else replace(opened, proven=False)
 
 
 def probing(gate: Gate, *, now: datetime, lease: timedelta) -> Gate:

@@ -30,6 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.types import TypeEngine
 
+from worker.core.answers import BETWEEN, KEPT
 from worker.tables import UtcDateTime, jobs
 
 KEYS = ("id", "claim_token")
@@ -58,11 +59,18 @@ def write_claimed(connection: Connection, rows: Sequence[Mapping[str, Any]], *, 
     mine = [row for row in by_id if (row["id"], row["claim_token"]) in held]
     if mine:
         fresh: dict[str, Any] = {name: bindparam(f"new_{name}") for name in changed}
+        if "last_answer" in fresh:
+            fresh["last_answer"] = _with_those_before(bindparam("new_last_answer", type_=jobs.c.last_answer.type))
         singly = update(jobs).where(jobs.c.id == bindparam("job")).values(fresh | ended)
         connection.execute(
             singly, [{"job": row["id"]} | {f"new_{name}": _moment(name, row[name]) for name in changed} for row in mine]
         )
     return {row["id"] for row in mine}
+
+
+def _with_those_before(line: ColumnElement[Any]) -> ColumnElement[Any]:
+    """A job's last answers: this one, and under it those before, as far as there is room."""
+    return func.substr(line + func.coalesce(BETWEEN + jobs.c.last_answer, ""), 1, KEPT)
 
 
 def _moment(name: str, value: Any) -> Any:
@@ -74,6 +82,7 @@ def _moment(name: str, value: Any) -> Any:
 @cache
 def _write_all(changed: tuple[str, ...], same: tuple[str, ...]) -> Any:
     fresh = unfolded(jobs, (*KEYS, *changed))
+    written = {name: _with_those_before(fresh[name]) if name == "last_answer" else fresh[name] for name in changed}
     now = bindparam("now", type_=jobs.c.due_at.type)
     return (
         update(jobs)
@@ -83,10 +92,7 @@ def _write_all(changed: tuple[str, ...], same: tuple[str, ...]) -> Any:
             # Written so that no index serves it: the server would start from all jobs that are not due, not from ours.
             func.coalesce(jobs.c.due_at, now) > now,
         )
-        .values(
-            {name: fresh[name] for name in changed}
-            | {name: bindparam(f"same_{name}", type_=jobs.c[name].type) for name in same}
-        )
+        .values(written | {name: bindparam(f"same_{name}", type_=jobs.c[name].type) for name in same})
         .returning(jobs.c.id)
     )
 

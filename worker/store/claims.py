@@ -86,6 +86,7 @@ class ClaimedOutput:
     urls: tuple[str, ...]
     body: bytes | None
     facts: OutputFacts
+    claimed_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +336,13 @@ def claim_output(
         update(outputs)
         .where(outputs.c.id == output_id, *due)
         .values(
-            due_at=now + lease, queued_at=None, claim_token=token, claim_holder=holder, attempts=outputs.c.attempts + 1
+            due_at=now + lease,
+            queued_at=None,
+            claim_token=token,
+            claim_holder=holder,
+            claimed_at=now,
+            received_bytes=None,
+            attempts=outputs.c.attempts + 1,
         )
     )
     if not taken.rowcount:
@@ -365,6 +372,7 @@ def claim_output(
             renewable=not row.remote_id.startswith("sha256:"),
             last_code=row.error_code,
         ),
+        claimed_at=now,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from worker.store.jobs import settle
+from worker.store.totals import Tally
 from worker.tables import crashes, jobs, outputs
 
 CRASHES_MOST = 8  # in a row; then the work is set aside
@@ -35,9 +36,11 @@ def release_crashed(connection: Connection, gone: Sequence[str], *, now: datetim
     """Gives back what these processes held. Only for processes that are known to be dead."""
     poisoned_jobs, freed_jobs = _release(connection, "job", gone, now)
     poisoned_outputs, freed_outputs = _release(connection, "output", gone, now)
-    finished = [row.id for row in poisoned_jobs if _end_job(connection, row, now)]
+    tally = Tally()
+    finished = [row.id for row in poisoned_jobs if _end_job(connection, row, tally, now)]
     for row in poisoned_outputs:
-        finished += _end_output(connection, row, now)
+        finished += _end_output(connection, row, tally, now)
+    tally.write(connection)
     return Released(
         freed_jobs + freed_outputs,
         tuple(row.id for row in poisoned_jobs),
@@ -90,17 +93,20 @@ def _said(times: int = CRASHES_MOST) -> str:
     return f"the process that worked on it died, {times} times in a row; `retry` tries it once more"
 
 
-def _end_job(connection: Connection, row: Row[Any], now: datetime) -> bool:
+def _end_job(connection: Connection, row: Row[Any], tally: Tally, now: datetime) -> bool:
     """A job that is asked about for fresh links only keeps its outputs; any other one ends."""
     ended = connection.execute(
         update(jobs)
         .where(jobs.c.id == row.id, jobs.c.status == "pending", jobs.c.claim_token.is_(None))
         .values(status="failed", error_code=CODE, error_message=_said(), completed_at=now, due_at=None)
     )
+    if ended.rowcount:
+        account, kind = connection.execute(select(jobs.c.account, jobs.c.kind).where(jobs.c.id == row.id)).one()
+        tally.finished(account, kind, "failed")
     return bool(ended.rowcount)
 
 
-def _end_output(connection: Connection, row: Row[Any], now: datetime) -> list[int]:
+def _end_output(connection: Connection, row: Row[Any], tally: Tally, now: datetime) -> list[int]:
     job_id = connection.execute(select(outputs.c.job_id).where(outputs.c.id == row.id)).scalar_one()
     status = connection.execute(select(jobs.c.status).where(jobs.c.id == job_id).with_for_update()).scalar_one()
     connection.execute(
@@ -108,5 +114,5 @@ def _end_output(connection: Connection, row: Row[Any], now: datetime) -> list[in
         .where(outputs.c.id == row.id, outputs.c.status == "pending", outputs.c.claim_token.is_(None))
         .values(status="failed", error_code=CODE, error_message=_said(), due_at=None)
     )
-    final = settle(connection, job_id, now=now) if status == "downloading" else None
+    final = settle(connection, job_id, tally, now=now) if status == "downloading" else None
     return [] if final is None else [job_id]

@@ -24,6 +24,7 @@ _COLUMNS = (  # in the order of the fields of a Gate
     gates.c.released_at,
     gates.c.ceiling,
     gates.c.cut_at,
+    gates.c.paused_at,
 )
 
 

@@ -15,6 +15,7 @@ from worker.core.lifecycle import FINAL_STATES
 from worker.core.links import Link
 from worker.core.pace import Plan
 from worker.store.batch import folded, unfolded
+from worker.store.totals import Tally
 from worker.tables import bodies, jobs, outputs
 
 MAX_ID = 2**63 - 1  # what the databases' integers hold
@@ -303,19 +304,28 @@ def _bring_forward(connection: Connection, found: Iterable[Any], *, now: datetim
         due = now if row.asked_at is None else max(now, row.asked_at + least)
         done = connection.execute(
             update(jobs)
-            .where(jobs.c.id == row.id, jobs.c.status == "pending", jobs.c.claim_token.is_(None), jobs.c.due_at > due)
+            .where(
+                jobs.c.id == row.id,
+                jobs.c.status == "pending",
+                jobs.c.claim_token.is_(None),
+                jobs.c.held_at.is_(None),
+                jobs.c.due_at > due,
+            )
             .values(due_at=due, pace_scale=None, pace_growth=None)
         )
         moved += done.rowcount
     return moved
 
 
-def cancel(connection: Connection, job_id: int, *, now: datetime) -> bool:
-    """Cancels a job that is not final: its unstored outputs end, stored files stay. False where it changed nothing."""
+def cancel(connection: Connection, job_id: int, tally: Tally, *, now: datetime) -> bool:
+    """Cancels a job that is not final: its unstored outputs end, stored files stay. False where it changed nothing.
+
+    The caller writes the tally, as the last thing of its transaction.
+    """
     done = connection.execute(
         update(jobs)
         .where(jobs.c.id == job_id, jobs.c.status.not_in(FINAL_STATES))
-        .values(status="cancelled", completed_at=now, due_at=None, claim_token=None, claim_holder=None)
+        .values(status="cancelled", completed_at=now, due_at=None, claim_token=None, claim_holder=None, held_at=None)
     )
     if not done.rowcount:
         return False
@@ -331,6 +341,8 @@ def cancel(connection: Connection, job_id: int, *, now: datetime) -> bool:
             claim_holder=None,
         )
     )
+    account, kind = connection.execute(select(jobs.c.account, jobs.c.kind).where(jobs.c.id == job_id)).one()
+    tally.finished(account, kind, "cancelled")
     return True
 
 
@@ -382,15 +394,18 @@ def retry(connection: Connection, job_id: int, *, now: datetime) -> bool:
     return True
 
 
-def settle(connection: Connection, job_id: int, *, now: datetime) -> str | None:
+def settle(connection: Connection, job_id: int, tally: Tally, *, now: datetime) -> str | None:
     """Ends a job whose outputs are all final; its final state, or None where it is not there yet.
 
-    The caller holds the job's row, and knows that it is being downloaded.
+    The caller holds the job's row, knows that it is being downloaded, and writes the tally.
     """
-    total, stored, waiting = connection.execute(
-        select(func.count(), _count(outputs.c.status == "stored"), _count(outputs.c.status == "pending")).where(
-            outputs.c.job_id == job_id
-        )
+    total, stored, waiting, account, kind = connection.execute(
+        select(
+            func.count(),
+            _count(outputs.c.status == "stored"),
+            _count(outputs.c.status == "pending"),
+            *(select(column).where(jobs.c.id == job_id).scalar_subquery() for column in (jobs.c.account, jobs.c.kind)),
+        ).where(outputs.c.job_id == job_id)
     ).one()
     if waiting:
         return None
@@ -408,6 +423,7 @@ def settle(connection: Connection, job_id: int, *, now: datetime) -> str | None:
             error_message=None if whole else f"{total - stored} of {total} outputs could not be stored",
         )
     )
+    tally.finished(account, kind, "completed" if whole else "failed")
     return "completed" if whole else "failed"
 
 

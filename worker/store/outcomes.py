@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from sqlalchemy import Connection, delete, select, update
 
+from worker.core.answers import answer_line
 from worker.core.lifecycle import (
     AskAgain,
     Deliver,
@@ -24,9 +25,9 @@ from worker.core.pace import Plan
 from worker.store.batch import write_claimed
 from worker.store.claims import ClaimedJob, ClaimedOutput
 from worker.store.jobs import insert_outputs, settle
+from worker.store.totals import Tally
 from worker.tables import bodies, jobs, outputs
 
-MAX_NOTE = 600
 RENEWAL_WAIT = timedelta(hours=1)  # how long an output waits for its fresh link before it is tried as it is
 
 
@@ -40,6 +41,7 @@ class Outcome:
     plan: Plan = Plan(0.0)  # noqa: RUF009  # frozen
     not_ready: bool = False
     eta: float | None = None  # a new one, where the answer brought it
+    delay: float | None = None  # seconds from ready to seen, where it is ready, as far as can be told
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +53,26 @@ class Recorded:
     lost: int
 
 
-def record_answers(connection: Connection, batch: Sequence[Outcome], *, now: datetime) -> Recorded:
-    """Writes a batch of answers, one statement per kind of outcome. One whose claim is lost changes nothing."""
+def record_answers(connection: Connection, batch: Sequence[Outcome], tally: Tally, *, now: datetime) -> Recorded:
+    """Writes a batch of answers, one statement per kind of outcome. One whose claim is lost changes nothing.
+
+    What it did to the jobs is counted in `tally`, which the caller writes as the last thing of the transaction.
+    """
     by_kind: defaultdict[type[Any], list[Outcome]] = defaultdict(list)
     for outcome in batch:
         by_kind[type(outcome.step)].append(outcome)
     asked_again = _ask_again(connection, by_kind[AskAgain], now)
-    queue, empty, delivered = _deliver(connection, by_kind[Deliver], now)
-    ended = _end(connection, by_kind[End], now)
+    queue, empty, delivered = _deliver(connection, by_kind[Deliver], tally, now)
+    ended = _end(connection, by_kind[End], tally, now)
     fresh, renewed = _renew(connection, by_kind[RenewLinks] + by_kind[KeepLinks], now)
     written = asked_again + delivered + len(ended) + renewed
     return Recorded((*queue, *fresh), (*empty, *ended), len(batch) - written)
 
 
-def _row(outcome: Outcome, **values: Any) -> dict[str, Any]:
+def _row(outcome: Outcome, now: datetime, **values: Any) -> dict[str, Any]:
     job = outcome.job
-    values |= {"id": job.id, "claim_token": job.token, "last_answer": outcome.note[:MAX_NOTE]}
+    age = (now - job.submitted_at).total_seconds()
+    values |= {"id": job.id, "claim_token": job.token, "last_answer": answer_line(age, outcome.note)}
     return values
 
 
@@ -78,6 +84,7 @@ def _ask_again(connection: Connection, batch: Sequence[Outcome], now: datetime) 
         plan = outcome.plan
         row = _row(
             outcome,
+            now,
             due_at=began + plan.wait,
             pace_scale=None if plan.scale is None else round(plan.scale, 3),
             pace_growth=None if plan.growth is None else round(plan.growth, 3),
@@ -102,12 +109,15 @@ def _ask_again(connection: Connection, batch: Sequence[Outcome], now: datetime) 
     )
 
 
-def _deliver(connection: Connection, batch: Sequence[Outcome], now: datetime) -> tuple[list[int], list[int], int]:
+def _deliver(
+    connection: Connection, batch: Sequence[Outcome], tally: Tally, now: datetime
+) -> tuple[list[int], list[int], int]:
     """Ready jobs: (outputs to download, jobs that had none and are completed, how many were written)."""
     found = {outcome.job.id: cast("Deliver", outcome.step).outputs for outcome in batch}
     rows = [
         _row(
             outcome,
+            now,
             status="downloading" if found[outcome.job.id] else "completed",
             completed_at=None if found[outcome.job.id] else now,
         )
@@ -116,20 +126,34 @@ def _deliver(connection: Connection, batch: Sequence[Outcome], now: datetime) ->
     written = write_claimed(connection, rows, now=now, due_at=None, ready_at=now)
     ready = [(job_id, links) for job_id, links in found.items() if job_id in written and links]
     empty = [job_id for job_id, links in found.items() if job_id in written and not links]
+    for outcome in batch:
+        job = outcome.job
+        if job.id in written:
+            tally.polled(job.account, job.kind, job.polls)
+            if outcome.delay is not None:
+                tally.delay(job.account, job.kind, outcome.delay)
+            if not found[job.id]:
+                tally.finished(job.account, job.kind, "completed")
     return insert_outputs(connection, ready, now=now, queued=True), empty, len(written)
 
 
-def _end(connection: Connection, batch: Sequence[Outcome], now: datetime) -> list[int]:
+def _end(connection: Connection, batch: Sequence[Outcome], tally: Tally, now: datetime) -> list[int]:
     rows = []
     for outcome in batch:
         step = cast("End", outcome.step)
-        rows.append(_row(outcome, status=step.status, error_code=step.code, error_message=step.message))
-    return sorted(write_claimed(connection, rows, now=now, due_at=None, completed_at=now))
+        rows.append(_row(outcome, now, status=step.status, error_code=step.code, error_message=step.message))
+    written = write_claimed(connection, rows, now=now, due_at=None, completed_at=now)
+    for outcome in batch:
+        job = outcome.job
+        if job.id in written:
+            tally.polled(job.account, job.kind, job.polls)
+            tally.finished(job.account, job.kind, cast("End", outcome.step).status)
+    return sorted(written)
 
 
 def _renew(connection: Connection, batch: Sequence[Outcome], now: datetime) -> tuple[list[int], int]:
     """Gives the unstored outputs of jobs their fresh links, by position, and sets them off at once."""
-    written = write_claimed(connection, [_row(outcome) for outcome in batch], now=now, due_at=None)
+    written = write_claimed(connection, [_row(outcome, now) for outcome in batch], now=now, due_at=None)
     links = {
         outcome.job.id: outcome.step.outputs if isinstance(outcome.step, RenewLinks) else ()
         for outcome in batch
@@ -159,8 +183,10 @@ def _renew(connection: Connection, batch: Sequence[Outcome], now: datetime) -> t
 
 def set_aside(connection: Connection, job: ClaimedJob, message: str, *, now: datetime) -> bool:
     """Ends a job whose answer no statement could write, so that it does not spoil every batch it is in."""
-    step = End("failed", "unwritable", message)
-    return bool(record_answers(connection, [Outcome(job, step, "unwritable answer")], now=now).finished)
+    step, tally = End("failed", "unwritable", message), Tally()
+    recorded = record_answers(connection, [Outcome(job, step, "unwritable answer")], tally, now=now)
+    tally.write(connection)
+    return bool(recorded.finished)
 
 
 def record_attempt(
@@ -170,7 +196,8 @@ def record_attempt(
     # The job is locked before its outputs, as in `cancel`: the other way round the two could block each other for good.
     locked = select(jobs.c.status).where(jobs.c.id == output.job_id).with_for_update()
     job_status = connection.execute(locked).scalar_one_or_none()
-    values: dict[str, Any] = {"claim_token": None, "claim_holder": None}
+    values: dict[str, Any] = {"claim_token": None, "claim_holder": None, "received_bytes": None}
+    tally = Tally()
     match result:
         case StoredFile(location, size_bytes, sha256, media):
             values |= {
@@ -196,14 +223,20 @@ def record_attempt(
     )
     if not done.rowcount:
         return False, None
+    stored_bytes = result.size_bytes if isinstance(result, StoredFile) else 0
+    outcome = "stored" if isinstance(result, StoredFile) else result.code
+    tally.attempt(outcome, seconds=(now - output.claimed_at).total_seconds(), stored_bytes=stored_bytes)
     if isinstance(result, TryAgain):
         if result.renew:
             _ask_for_links(connection, output.job_id, now)
+        tally.write(connection)
         return True, None
     too_large = isinstance(result, GiveUp) and result.code == "too_large"  # `retry` may find a larger limit
     if output.body is not None and not too_large:
         connection.execute(delete(bodies).where(bodies.c.output_id == output.id))
-    return True, settle(connection, output.job_id, now=now) if job_status == "downloading" else None
+    final = settle(connection, output.job_id, tally, now=now) if job_status == "downloading" else None
+    tally.write(connection)
+    return True, final
 
 
 def _counted(output: ClaimedOutput, result: TryAgain, now: datetime) -> dict[str, Any]:

@@ -1,0 +1,60 @@
+"""For operators: totals and their history, holds by hand, how far a download is.
+
+Revision 0007, after 0006, 2026-11-24.
+"""
+
+import sqlalchemy as sa
+from alembic import op
+from sqlalchemy.dialects import mysql
+
+from worker.schema_steps import add_column, create_table
+
+revision = "0007"
+down_revision = "0006"
+branch_labels = None
+depends_on = None
+
+MOMENT = sa.DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
+ADDED = (
+    ("fetch_jobs", "held_at", MOMENT),
+    ("fetch_outputs", "claimed_at", MOMENT),
+    ("fetch_outputs", "received_bytes", sa.BigInteger()),
+    ("fetch_gates", "paused_at", MOMENT),
+)
+
+
+def upgrade() -> None:
+    """Add the columns and the tables."""
+    for table, name, type_ in ADDED:
+        add_column(table, sa.Column(name, type_, nullable=True))
+    create_table(
+        "fetch_totals",
+        sa.Column("name", sa.String(24), nullable=False),
+        sa.Column("account", sa.String(64), nullable=False),
+        sa.Column("kind", sa.String(64), nullable=False),
+        sa.Column("label", sa.String(64), nullable=False),
+        sa.Column("slot", sa.SmallInteger(), autoincrement=False, nullable=False),
+        sa.Column("times", sa.BigInteger(), nullable=False),
+        sa.Column("total", sa.Double(), nullable=False),
+        sa.PrimaryKeyConstraint("name", "account", "kind", "label", "slot", name=op.f("pk_fetch_totals")),
+        comment="what has happened so far: counts and sums, in slots that add up",
+        mysql_charset="utf8mb4",
+        mysql_collate="utf8mb4_bin",
+    )
+    create_table(
+        "fetch_history",
+        sa.Column("minute", MOMENT, nullable=False),
+        sa.Column("body", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("minute", name=op.f("pk_fetch_history")),
+        comment="how everything stood, once a minute",
+        mysql_charset="utf8mb4",
+        mysql_collate="utf8mb4_bin",
+    )
+
+
+def downgrade() -> None:
+    """Forget them."""
+    op.drop_table("fetch_history")
+    op.drop_table("fetch_totals")
+    for table, name, _ in reversed(ADDED):
+        op.drop_column(table, name)
