@@ -24,6 +24,7 @@ from tests.benchmarks.rows import (
     measure_share,
     measure_tracking,
 )
+from tests.benchmarks.scale_out import measure_scale_out
 from tests.benchmarks.server import PROCESSING
 from tests.benchmarks.stand import api, cpu_seconds
 from tests.benchmarks.table import Table
@@ -59,6 +60,7 @@ def main() -> int:
     parts: dict[str, Callable[[Table, Path], None]] = {
         "polls": lambda table, folder: measure_polls(table, folder, rounds, seconds),
         "scale": lambda table, folder: measure_scale(table, folder, rounds, seconds),
+        "scale-out": lambda table, folder: measure_scale_out(table, folder, rounds, seconds),
         "share": lambda table, folder: measure_share(table, folder, rounds, seconds),
         "claims": measure_claims,
         "recording": lambda table, folder: measure_recording(table, folder, rounds),
