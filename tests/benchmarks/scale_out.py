@@ -7,7 +7,7 @@ little less than two hosts would. The variants wait idle for their turn, each on
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,52 +26,61 @@ PICTURES, PICTURE_BYTES = 96, 300_000
 DOWNLOAD_THREADS = 16
 US = "µs CPU"
 
-Lead = Callable[[Stand, ExitStack], None]
+Lead = Callable[[Stand, ExitStack], Sequence[int]]
 
 
 @dataclass
 class Variant:
-    """Workers on servers of their own, and what each round found: polls per second, and processor time per poll."""
+    """Workers on servers of their own, and what each round found: polls per second, and processor time per poll.
+
+    `between` are the processes that stand between the workers and their servers.
+    """
 
     made: Stand
     pids: list[int]
     server: Api
+    between: Sequence[int]
     rates: list[float] = field(default_factory=list)
     costs: list[float] = field(default_factory=list)
     database: list[float] = field(default_factory=list)
+    passing: list[float] = field(default_factory=list)
 
     def measure(self, name: str, seconds: float) -> None:
         """One window."""
-        asked, used = self.server.count(), self.made.database_cpu_seconds()
+        asked, used, passed = self.server.count(), self.made.database_cpu_seconds(), cpu_seconds(self.between)
         rows = int(seconds * 4_000 * len(self.pids))
         cost, rate = window(self.made, self.pids, self.server, name, rows=rows, seconds=seconds)
         polls = self.server.count() - asked
         self.rates.append(rate)
         self.costs.append(cost)
         self.database.append((self.made.database_cpu_seconds() - used) / polls)
+        self.passing.append((cpu_seconds(self.between) - passed) / polls)
 
 
 @contextmanager
 def variant(folder: Path, workers: int, lead: Lead) -> Iterator[Variant]:
     """Workers that are led to their servers by `lead`, with an API of their own."""
     with api() as server, ExitStack() as servers, stand(folder, **settings_for(server)) as made:
-        lead(made, servers)
-        yield Variant(made, start_workers(made, server, workers), server)
+        between = lead(made, servers)
+        yield Variant(made, start_workers(made, server, workers), server, between)
 
 
-def straight(made: Stand, servers: ExitStack) -> None:
+def straight(made: Stand, servers: ExitStack) -> Sequence[int]:
     """To PostgreSQL and Redis."""
+    return ()
 
 
-def pooled(made: Stand, servers: ExitStack) -> None:
+def pooled(made: Stand, servers: ExitStack) -> Sequence[int]:
     """To PostgreSQL through pgbouncer, in transaction mode."""
     way = servers.enter_context(pgbouncer(made.database_url, made.folder / "pgbouncer"))
     made.settings["DATABASE_URL"] = way.url
+    return (way.pid,)
 
 
-def by_rabbit(made: Stand, servers: ExitStack) -> None:
+def by_rabbit(made: Stand, servers: ExitStack) -> Sequence[int]:
     """To RabbitMQ as the broker; the budget stays on Redis."""
     made.settings["BROKER_URL"] = servers.enter_context(rabbitmq())
+    return ()
 
 
 def measure_scale_out(table: Table, folder: Path, rounds: int, seconds: float) -> None:
@@ -101,6 +110,7 @@ def _measure_polls(table: Table, folder: Path, rounds: int, seconds: float) -> N
         table.ratio(f"a poll, {what}", Rounds(other.costs, one.costs), US, 1e6)
         table.ratio(f"PostgreSQL per poll, {what}", Rounds(other.database, one.database), US, 1e6)
     table.figure("PostgreSQL, processor time per poll", median(one.database) * 1e6, "µs", more=False)
+    table.figure("pgbouncer, processor time per poll", median(found["pooled"].passing) * 1e6, "µs", more=False)
 
 
 def _measure_downloads(table: Table, folder: Path, rounds: int) -> None:

@@ -33,10 +33,11 @@ TOLD = ("server_version", "server_encoding", "client_encoding", "DateStyle", "Ti
 
 @dataclass(frozen=True, slots=True)
 class Pooled:
-    """The URL that leads through a pooler, and how many clients it has now."""
+    """The URL that leads through a pooler, how many clients it has now, and the process that it is."""
 
     url: str
     clients: Callable[[], int]
+    pid: int
 
 
 class Pooler:
@@ -169,7 +170,7 @@ def own_pooler(url: str) -> Iterator[Pooled]:
     """Ours, in front of a database."""
     made = Pooler(url)
     try:
-        yield Pooled(_through(url, made.port), lambda: made.clients)
+        yield Pooled(_through(url, made.port), lambda: made.clients, os.getpid())
     finally:
         made.close()
 
@@ -202,7 +203,7 @@ def pgbouncer(url: str, folder: Path, sample: Path | None = None) -> Iterator[Po
         process = subprocess.Popen([program, *who, settings], stdout=out, stderr=out)
     try:
         _until_listening(port, process, log)
-        yield Pooled(_through(url, port), clients)
+        yield Pooled(_through(url, port), clients, process.pid)
     finally:
         process.terminate()
         process.wait(10)
