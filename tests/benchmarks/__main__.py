@@ -60,13 +60,13 @@ def main() -> int:
     parts: dict[str, Callable[[Table, Path], None]] = {
         "polls": lambda table, folder: measure_polls(table, folder, rounds, seconds),
         "scale": lambda table, folder: measure_scale(table, folder, rounds, seconds),
-        "scale-out": lambda table, folder: measure_scale_out(table, folder, rounds, seconds),
         "share": lambda table, folder: measure_share(table, folder, rounds, seconds),
         "claims": measure_claims,
         "recording": lambda table, folder: measure_recording(table, folder, rounds),
         "tracking": lambda table, folder: measure_tracking(table, folder, rounds),
         "transfer": lambda table, folder: measure_transfer(table, folder, rounds),
         "downloads": lambda table, folder: measure_downloads(table, folder, rounds),
+        "scale-out": lambda table, folder: measure_scale_out(table, folder, rounds, seconds),
         "pace": measure_pace,
         "idle": lambda table, folder: measure_idle(table, folder, seconds * 5),
     }
