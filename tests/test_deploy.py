@@ -319,6 +319,14 @@ def test_no_file_names_a_registry_of_packages() -> None:
     assert [path.name for path in TEXTS if registries.search(path.read_text(encoding="utf-8"))] == []
 
 
+def test_the_guide_names_every_file() -> None:
+    guide = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    names = {path.name for path in DEPLOY.iterdir() if path.is_file() and path.suffix != ".env"} - {"README.md"}
+
+    assert {name for name in names if f"`{name}`" not in guide and f"]({name})" not in guide} == set()
+    assert set(re.findall(r"`(?:worker/deploy/)?([a-z-]+\.(?:conf|ini|yml|example))`", guide)) <= names
+
+
 # ── samples for servers ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
