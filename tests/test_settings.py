@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from worker.app import make_app
 from worker.core.fetch_address import VENDOR_HOSTS
 from worker.errors import SettingsError
 from worker.settings import DOTENV_SWITCH, load
+from worker.shared_budget import redis_client
 
 SECRET = "hidden-word"
 
@@ -20,6 +22,29 @@ def _load(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
     with pytest.raises(SettingsError) as wrong:
         load()
     return str(wrong.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("rediss://r:6380/0", "rediss://r:6380/0?ssl_cert_reqs=required"),  # Celery would refuse it as it stands
+        ("rediss://r:6380/0?db=1", "rediss://r:6380/0?db=1&ssl_cert_reqs=required"),
+        ("rediss://r:6380?ssl_cert_reqs=none", "rediss://r:6380?ssl_cert_reqs=none"),
+        ("rediss://r:6380?ssl_cert_reqs=CERT_NONE&db=1", "rediss://r:6380?ssl_cert_reqs=none&db=1"),  # redis-py would
+        ("redis://r:6379/0", "redis://r:6379/0"),
+        ("unix:///tmp/r.sock", "redis+socket:///tmp/r.sock"),
+    ],
+)
+def test_a_redis_url_is_read_so_that_celery_and_redis_py_both_take_it(
+    given: str, read: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REDIS_URL", given)
+    monkeypatch.setenv("BROKER_URL", given.replace("unix://", "redis+socket://"))
+    settings = load()
+
+    assert (settings.redis, settings.broker) == (read, read)
+    assert make_app(settings).backend.connparams
+    assert redis_client(settings.redis, seconds=1.0).connection_pool.make_connection()
 
 
 def test_without_any_variable_the_defaults_are_those_of_the_contract(tmp_path: Path) -> None:

@@ -215,14 +215,14 @@ class Settings(BaseSettings):
     def redis(self) -> str:
         """Where Redis is: as set, else the embedded server of this directory if it answers, else the standard place."""
         if self.redis_url:
-            return self.redis_url.replace("unix://", "redis+socket://", 1)
+            return _verifying(self.redis_url.replace("unix://", "redis+socket://", 1))
         path = EMBEDDED_SOCKET.absolute()
         return f"redis+socket://{path}" if _answers(path) else "redis://localhost:6379/0"
 
     @property
     def broker(self) -> str:
         """The Celery broker's URL."""
-        return self.broker_url or self.redis
+        return _verifying(self.broker_url) if self.broker_url else self.redis
 
     @cached_property
     def keys(self) -> Mapping[str, SecretStr]:
@@ -364,6 +364,18 @@ def _hand_on(file: str | None) -> None:
 
 def _items(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _verifying(url: str) -> str:
+    """A URL whose `rediss:` says how certificates are checked, in words that Celery and redis-py both know.
+
+    Celery refuses one that does not; redis-py checks them then, and so do we.
+    """
+    if not url.startswith("rediss://"):
+        return url
+    if "ssl_cert_reqs=" not in url:
+        return f"{url}{'&' if '?' in url else '?'}ssl_cert_reqs=required"
+    return re.sub(r"(?<=ssl_cert_reqs=)CERT_\w+", lambda word: word[0].removeprefix("CERT_").lower(), url)
 
 
 def _answers(path: Path) -> bool:

@@ -56,7 +56,7 @@ def up() -> int:
     else:
         environment["REDIS_URL"] = embedded.url
     if settings.broker_url:
-        check_broker(settings.broker_url)
+        check_broker(settings.broker)
 
     say = writer([line.name for line in lines], sys.stdout)
     if not settings.keys:
