@@ -93,6 +93,7 @@ def task_fields(job: SeenJob) -> dict[str, object]:
         "state": state,
         "args": repr((job.remote_id,)),
         "kwargs": repr(_kwargs(job)),
+        "sent": None,  # it is the same moment
         "received": job.submitted_at.timestamp(),
         "started": job.asked_at.timestamp() if asked and job.asked_at else None,
         **{name: ended if ENDED_AS.get(state) == name else None for name in ENDED_AS.values()},
