@@ -212,30 +212,34 @@ def run_polls(*, gives_way: bool = False, progress: Progress | None = None) -> s
     return "a run is on already" if report is None else str(report)
 
 
-def _progress_of(request: Any) -> Progress | None:
-    """Tells Celery's monitors of a task how far it is, by an event; None where the task has no id."""
-    uuid, hostname = request.id, request.hostname  # now: the courier's thread has another request, or none
-    if uuid is None:
-        return None
+class ProgressEvents:
+    """Tells Celery's monitors how far a task is, from the courier's thread: never two words at once."""
 
-    def tell_monitors(report: PollReport, in_flight: int) -> None:
-        told = {
+    def __init__(self, request: Any) -> None:
+        self._uuid, self._hostname = request.id, request.hostname  # now: the courier's thread has no request
+        self._on_its_way = False
+
+    def __call__(self, report: PollReport, in_flight: int) -> None:
+        """Says in words and in numbers what was done so far."""
+        if self._on_its_way:
+            return
+        self._on_its_way = True
+        told: dict[str, object] = {
             "result": f"{report}; {in_flight} in flight",  # the one place where Flower shows it
             "asked": report.asked,
             "answers": dict(report.answers),
             "in_flight": in_flight,
         }
-        parts().courier.send("progress", lambda: _send_progress(hostname, uuid, told))
+        parts().courier.send("progress", lambda: self._send(told))
 
-    return tell_monitors
-
-
-def _send_progress(hostname: str, uuid: str, told: dict[str, object]) -> None:
-    try:
-        with app.events.default_dispatcher(hostname=hostname) as dispatcher:
-            dispatcher.send("task-progress", uuid=uuid, **told)
-    except Exception as error:  # each transport has errors of its own; it was only to be looked at
-        log.debug("a monitor was not told of the progress reason=%s", type(error).__name__)
+    def _send(self, told: dict[str, object]) -> None:
+        try:
+            with app.events.default_dispatcher(hostname=self._hostname) as dispatcher:
+                dispatcher.send("task-progress", uuid=self._uuid, retry=True, retry_policy={"max_retries": 1}, **told)
+        except Exception as error:  # each transport has errors of its own; it was only to be looked at
+            log.debug("a monitor was not told of the progress reason=%s", type(error).__name__)
+        finally:
+            self._on_its_way = False
 
 
 def run_sweep() -> str:
@@ -345,7 +349,7 @@ def retry(job_id: int) -> str:
 @app.task(name="worker.poll", bind=True)
 def poll(self: Any) -> str:
     """Claims and asks until nothing is due for a second, then publishes its successor."""
-    said = run_polls(progress=_progress_of(self.request))
+    said = run_polls(progress=ProgressEvents(self.request))
     if said != "a run is on already" and not parts().poller.stopped:
         _softly("poll", lambda: poll.apply_async(expires=HINT_EXPIRES_SECONDS))
     return said

@@ -22,7 +22,7 @@ def after(seconds: float) -> datetime:
     return NOW + timedelta(seconds=seconds)
 
 
-ASKED = {"polls": 2, "asked_at": after(9), "last_answer": f"9.0 s: processing{BETWEEN}4.0 s: queued"}
+ASKED: dict[str, Any] = {"polls": 2, "asked_at": after(9), "last_answer": f"9.0 s: processing{BETWEEN}4.0 s: queued"}
 READY = ASKED | {"status": "downloading", "ready_at": after(9)}
 HELD_WORDS = "held by an operator since 2026-03-01 12:00 UTC"
 

@@ -1,17 +1,17 @@
 """What is seen of jobs each second: the newest and those on their way, with few and short columns."""
 
+from typing import Any
+
 from sqlalchemy import Engine, event, update
 
-from tests.rows import NOW, add_downloading, add_job, add_output, seconds
+from tests.rows import NOW, STORED, add_downloading, add_job, add_output, seconds
 from worker.core.task_row import MESSAGE_MOST, Outputs, SeenJob
 from worker.database import clock_in_place
 from worker.store.jobs import retry
 from worker.store.seen import look
 from worker.tables import jobs
 
-FILE = {"location": "file:///x", "sha256": "ab" * 32, "media_type": "image/png", "stored_at": NOW}
-STORED = FILE | {"status": "stored", "due_at": None}
-ENDED = {"due_at": None, "completed_at": NOW + seconds(10)}
+ENDED: dict[str, Any] = {"due_at": None, "completed_at": NOW + seconds(10)}
 
 
 def seen(engine: Engine, before: dict[int, SeenJob], most: int, *, late: float = 20.0) -> dict[int, SeenJob]:
@@ -53,7 +53,7 @@ def test_given_more_jobs_than_are_shown_when_looked_at_then_the_old_ones_leave_o
         *((new[3], "pending"), (new[2], "pending")),
         *((ids[3], "failed"), (ids[2], "pending")),
     ]
-    assert list(seen(engine, after, 4, late=90)) == [new[3], new[2], ids[2], new[1]]
+    assert list(seen(engine, after, 4, late=90)) == [new[3], new[2], new[1], ids[2]]
 
 
 def test_given_a_job_that_is_gone_when_looked_at_then_it_is_shown_no_more(engine: Engine) -> None:
