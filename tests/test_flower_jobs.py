@@ -8,7 +8,7 @@ import secrets
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,12 @@ def test_given_the_database_was_away_when_it_is_back_then_jobs_are_shown_and_its
     shown = threading.Event()
     state = EventsState()
     rows = JobRows(state)
-    monkeypatch.setattr(rows, "put", lambda some: (JobRows.put(rows, some), shown.set()))
+
+    def put_and_tell(some: Sequence[SeenJob]) -> None:
+        JobRows.put(rows, some)
+        shown.set()
+
+    monkeypatch.setattr(rows, "put", put_and_tell)
     feeder = Feeder(lambda: next(engines, engine), rows, loop, 2)
     with engine.begin() as connection:
         add_job(connection)
