@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import secrets
+import signal
 import subprocess
 import sys
 import threading
@@ -391,7 +392,7 @@ def sandbox(monkeypatch: pytest.MonkeyPatch, migrated: Engine) -> Callable[[floa
     return made
 
 
-def test_given_a_real_worker_when_jobs_run_then_their_rows_follow_and_no_page_has_the_key(
+def test_given_a_real_worker_when_jobs_run_then_their_rows_follow_even_a_revoked_one_and_no_page_has_the_key(
     migrated: Engine, sandbox: Callable[[float], Sandbox], tmp_path: Path
 ) -> None:
     with sandbox(0.5) as server, celery_worker(tmp_path), flower(tmp_path) as shown:
@@ -400,7 +401,10 @@ def test_given_a_real_worker_when_jobs_run_then_their_rows_follow_and_no_page_ha
         body = json.dumps({"status": "failed", "message": f"no credit for {KEY}"}).encode()
         server.script(submitted["id"], [Answer(200, {"Content-Type": "application/json"}, body)] * 9)
         bad = track(submitted, eta=0.2)
-        expected = {f"job-{good}": "SUCCESS", f"job-{bad}": "FAILURE"}
+        unwanted = track("424242", eta=3_000, submitted_at=datetime.now(UTC))
+        shown.until(lambda: f"job-{unwanted}" in shown.tasks())
+        shown.page(f"/api/task/revoke/job-{unwanted}?terminate=true", post=True)
+        expected = {f"job-{good}": "SUCCESS", f"job-{bad}": "FAILURE", f"job-{unwanted}": "REVOKED"}
         shown.until(lambda: shown.states() == expected)
         tasks = shown.tasks("")
         paths = ["/", "/tasks", "/broker", "/api/tasks", "/metrics", *(f"/task/{uuid}" for uuid in tasks)]
@@ -427,7 +431,7 @@ def test_given_a_long_poll_run_when_it_goes_on_then_flower_shows_how_far_it_is(
     with (
         sandbox(60.0) as server,
         flower(tmp_path, FLOWER_JOBS="0") as shown,
-        celery_worker(tmp_path, "--pool", pool, "--concurrency", "2", "--hostname", f"{pool}@%h"),
+        celery_worker(tmp_path, "--pool", pool, "--concurrency", "2", "--hostname", f"{pool}@%h") as worker,
         Celery("web-app", broker=redis_url, set_as_current=False) as client,
     ):
         for number in range(40):
@@ -436,6 +440,7 @@ def test_given_a_long_poll_run_when_it_goes_on_then_flower_shows_how_far_it_is(
         shown.until(lambda: shown.tasks("search=state:PROGRESS") != {})
         (task,) = shown.tasks("search=state:PROGRESS").values()
         page = shown.page(f"/task/{task['uuid']}")
+        worker.send_signal(signal.SIGQUIT)  # at once: a run may go on for ten seconds
 
     assert re.fullmatch(r"asked \d+: \d+ processing; \d+ in flight", task["result"]), task["result"]
     assert task["name"] == "worker.poll"

@@ -138,17 +138,16 @@ def _prepare_flower(settings: Settings, arguments: list[str]) -> None:
     }
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
-    _show_jobs(settings)
 
 
-def _show_jobs(settings: Settings) -> None:
+def _show_jobs(celery_app: Celery, settings: Settings) -> None:
     """Flower shows jobs, too; without them it goes on."""
     try:
         from worker.flower_jobs import show_jobs  # here, since Flower is an extra that only its own process needs
     except ImportError as error:
         print(f"fetch-worker: no jobs are shown in Flower ({error})", file=sys.stderr, flush=True)
     else:
-        show_jobs(lambda: engine_for(settings.database), settings.flower_jobs)
+        show_jobs(celery_app, lambda: engine_for(settings.database), settings.flower_jobs)
 
 
 def _load() -> Settings:
@@ -168,3 +167,4 @@ if len(sys.argv) > 1 and {"beat", "flower"} & set(sys.argv):
     STATE_FOLDER.mkdir(exist_ok=True)
     if "flower" in sys.argv:
         _prepare_flower(settings, sys.argv)
+        _show_jobs(app, settings)

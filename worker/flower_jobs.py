@@ -10,13 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from celery import Celery
+from celery.app.control import Control
 from celery.events.state import State
 from flower import app as flower_app
 from flower.events import Events
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from worker.core.task_row import NAME, PREFIX, SeenJob, task_fields, task_id
+from worker.core.task_row import NAME, SeenJob, job_of, task_fields, task_id
 from worker.database import missing_table, reason
 from worker.errors import WorkerError
 from worker.store.seen import look
@@ -27,6 +29,7 @@ LOOK_SECONDS = 1.0
 AWAY_SECONDS = 5.0  # until the next look where the database did not answer
 PUT_AT_ONCE = 100  # rows; between them Flower serves its pages
 FORGOTTEN_MOST = 1_000  # rows that are gone and may still have a place in the order of events
+CANCEL = "worker.cancel"
 CLIENT = "fetch-worker"  # who announced these tasks, as Celery sees it
 
 
@@ -40,7 +43,7 @@ class JobRows:
 
     def clear(self) -> None:
         """Takes out every row, also those that Flower had in its file."""
-        for uuid in [uuid for uuid in self._state.tasks.data if uuid.startswith(PREFIX)]:
+        for uuid in [uuid for uuid in self._state.tasks.data if job_of(uuid)]:
             self._drop(uuid)
         self._shown.clear()
         self._close_ranks()
@@ -185,6 +188,17 @@ class EventsAndJobs(Events):  # type: ignore[misc]  # flower has no types
         super().stop()
 
 
+class JobControl(Control):  # type: ignore[misc]  # celery has no types
+    """What Flower's buttons do: to revoke a job is to cancel it."""
+
+    def revoke(self, task_id: str, *arguments: Any, **options: Any) -> Any:
+        """Cancels a job by the task for it; all else as ever."""
+        job_id = job_of(str(task_id))
+        if job_id is None:
+            return super().revoke(task_id, *arguments, **options)
+        return self.app.send_task(CANCEL, (job_id,), ignore_result=True)
+
+
 def fits(events: Any) -> bool:
     """Whether this release of Flower has what the rows rely on; a line in its log where it has not."""
     state = getattr(events, "state", None)
@@ -202,12 +216,13 @@ def fits(events: Any) -> bool:
     return not lacking
 
 
-def show_jobs(engine: Callable[[], Engine], most: int) -> bool:
-    """Has the Flower of this process show `most` jobs, once it is made; whether it will."""
+def show_jobs(app: Celery, engine: Callable[[], Engine], most: int) -> bool:
+    """Has the Flower of this process show `most` jobs of `app`, once it is made; whether it will."""
     if getattr(flower_app, "Events", None) not in (Events, EventsAndJobs):
         log.warning("jobs are not shown in Flower: this release is not known")
         return False
     EventsAndJobs.most = most
     EventsAndJobs.engine = staticmethod(engine)
     flower_app.Events = EventsAndJobs
+    app.control_cls = JobControl
     return True

@@ -70,6 +70,16 @@ def task_id(job_id: int) -> str:
     return f"{PREFIX}{job_id}"
 
 
+def job_of(uuid: str) -> int | None:
+    """The job that a row is about; None for tasks of other kinds.
+
+    >>> job_of("job-7"), job_of("job-x"), job_of("0a611538-674c-4d69")
+    (7, None, None)
+    """
+    digits = uuid.removeprefix(PREFIX)
+    return int(digits) if uuid.startswith(PREFIX) and digits.isascii() and digits.isdecimal() else None
+
+
 def window(newest: Sequence[int], shown: Iterable[SeenJob], most: int, *, now: datetime) -> list[int]:
     """The jobs to look at, `most` at most: the newest, half of it at least, and those shown that are not over yet.
 

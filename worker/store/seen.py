@@ -40,7 +40,12 @@ def look(connection: Connection, before: Mapping[int, SeenJob], most: int) -> di
     there = [rows[job_id] for job_id in ids if job_id in rows]
     known = {row.id: _known_outputs(row, before.get(row.id)) for row in there}
     counted = _count_outputs(connection, [job_id for job_id, found in known.items() if found is None])
-    return {row.id: SeenJob(*row, known[row.id] or counted.get(row.id, NO_OUTPUTS)) for row in there}
+    return {row.id: _seen(row, known[row.id] or counted.get(row.id, NO_OUTPUTS)) for row in there}
+
+
+def _seen(row: Row[Any], found: Outputs) -> SeenJob:
+    fields: Any = (*row, found)
+    return SeenJob(*fields)
 
 
 def _known_outputs(row: Row[Any], before: SeenJob | None) -> Outputs | None:
