@@ -98,3 +98,15 @@ def test_outputs_of_a_job_that_is_over_are_not_counted_again(engine: Engine) -> 
 
     assert again == before
     assert not [statement for statement in said if "fetch_outputs" in statement]
+
+
+def test_given_a_job_that_ended_anew_between_two_looks_then_its_outputs_are_counted_again(engine: Engine) -> None:
+    with engine.begin() as connection:
+        job = add_downloading(connection, status="completed", completed_at=NOW + seconds(10))
+        add_output(connection, job, 0, size_bytes=391_002, **STORED)
+    before = seen(engine, {}, 10)
+    with engine.begin() as connection:
+        connection.execute(update(jobs).where(jobs.c.id == job).values(completed_at=NOW + seconds(15)))
+        add_output(connection, job, 1, size_bytes=8, **STORED)
+
+    assert seen(engine, before, 10)[job].outputs == Outputs(2, 2, 391_010)
