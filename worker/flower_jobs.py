@@ -84,7 +84,10 @@ class JobRows:
         return tasks.data[uuid]
 
     def _drop(self, uuid: str) -> None:
-        if self._state.tasks.data.pop(uuid, None) is not None:
+        task = self._state.tasks.data.pop(uuid, None)
+        if task is not None:
+            # By these it refers to itself: it would be listed until garbage is collected.
+            vars(task).pop("_serializer_handlers", None)
             self._forgotten += 1
         self._index("remove", uuid)
 
