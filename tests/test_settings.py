@@ -149,6 +149,7 @@ def test_deadlines_depend_on_the_kind_unless_one_is_set(
         ("RECOVERY_SECONDS", "nan"),
         ("FLOWER_BASIC_AUTH", SECRET),
         ("FLOWER_PORT", "65536"),
+        ("FLOWER_JOBS", "5001"),
         ("FLOWER_PORT", "flower"),
         ("PORT", "-1"),
     ],

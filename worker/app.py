@@ -14,6 +14,7 @@ from celery import Celery
 from celery.signals import after_setup_logger, after_setup_task_logger
 from kombu.entity import Exchange, Queue
 
+from worker.database import engine_for
 from worker.errors import SettingsError
 from worker.kombu_repair import repair
 from worker.scrubber import ScrubbedLogs, Scrubber
@@ -133,10 +134,20 @@ def _prepare_flower(settings: Settings, arguments: list[str]) -> None:
         "FLOWER_STATE_SAVE_INTERVAL": "10000",
         "FLOWER_INSPECT_TIMEOUT": "3000",
         "FLOWER_NATURAL_TIME": "false",
-        "FLOWER_TASKS_COLUMNS": "name,args,result,state,received,runtime,worker",
+        "FLOWER_TASKS_COLUMNS": "name,uuid,args,result,state,received,runtime,worker",
     }
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
+
+
+def _show_jobs(celery_app: Celery, settings: Settings) -> None:
+    """Flower shows jobs, too; without them it goes on."""
+    try:
+        from worker.flower_jobs import show_jobs  # here, since Flower is an extra that only its own process needs
+    except ImportError as error:
+        print(f"fetch-worker: no jobs are shown in Flower ({error})", file=sys.stderr, flush=True)
+    else:
+        show_jobs(celery_app, lambda: engine_for(settings.database), settings.flower_jobs)
 
 
 def _load() -> Settings:
@@ -156,3 +167,4 @@ if len(sys.argv) > 1 and {"beat", "flower"} & set(sys.argv):
     STATE_FOLDER.mkdir(exist_ok=True)
     if "flower" in sys.argv:
         _prepare_flower(settings, sys.argv)
+        _show_jobs(app, settings)

@@ -70,6 +70,7 @@ class Settings(BaseSettings):
     flower_basic_auth: SecretStr | None = None
     flower_address: str = "127.0.0.1"
     flower_port: int | None = Field(default=None, ge=0, le=65_535)
+    flower_jobs: int = Field(default=1_000, ge=0, le=5_000)
     port: int | None = Field(default=None, ge=0, le=65_535)
 
     @classmethod

@@ -28,7 +28,7 @@ from worker.errors import NotTrackable, Unavailable, WorkerError
 from worker.hosted_api import HostedApi
 from worker.leases import LeaseKeeper
 from worker.notifier import tell
-from worker.poller import IN_FLIGHT, Poller
+from worker.poller import IN_FLIGHT, Poller, PollReport, Progress
 from worker.process_id import dead
 from worker.scrubber import Scrubber
 from worker.shared_budget import SharedBudget
@@ -199,17 +199,47 @@ def _softly(what: str, publish: Callable[[], object]) -> None:
 # ── the work, as tasks and tickers start it ───────────────────────────────────────────────────────────────────────────
 
 
-def run_polls(*, gives_way: bool = False) -> str:
+def run_polls(*, gives_way: bool = False, progress: Progress | None = None) -> str:
     """One poll run, in a few words; one that gives way ends when another one is asked for."""
     own = parts()
     try:
         own.look_back()
-        report = own.poller.run(gives_way=gives_way, finish=not own.ticks)
+        report = own.poller.run(gives_way=gives_way, finish=not own.ticks, progress=progress)
     except SQLAlchemyError as error:
         log.error("polling waits for the database reason=%s", reason(error))
         time.sleep(DATABASE_AWAY_SECONDS)
         return "the database is away"
     return "a run is on already" if report is None else str(report)
+
+
+class ProgressEvents:
+    """Tells Celery's monitors how far a task is, from the courier's thread: never two words at once."""
+
+    def __init__(self, request: Any) -> None:
+        self._uuid, self._hostname = request.id, request.hostname  # now: the courier's thread has no request
+        self._on_its_way = False
+
+    def __call__(self, report: PollReport, in_flight: int) -> None:
+        """Says in words and in numbers what was done so far."""
+        if self._on_its_way:
+            return
+        self._on_its_way = True
+        told: dict[str, object] = {
+            "result": f"{report}; {in_flight} in flight",  # the one place where Flower shows it
+            "asked": report.asked,
+            "answers": dict(report.answers),
+            "in_flight": in_flight,
+        }
+        parts().courier.send("progress", lambda: self._send(told))
+
+    def _send(self, told: dict[str, object]) -> None:
+        try:
+            with app.events.default_dispatcher(hostname=self._hostname) as dispatcher:
+                dispatcher.send("task-progress", uuid=self._uuid, retry=True, retry_policy={"max_retries": 1}, **told)
+        except Exception as error:  # each transport has errors of its own; it was only to be looked at
+            log.debug("a monitor was not told of the progress reason=%s", type(error).__name__)
+        finally:
+            self._on_its_way = False
 
 
 def run_sweep() -> str:
@@ -316,10 +346,10 @@ def retry(job_id: int) -> str:
     return "taken up again" if enqueue.retry(job_id) else "unchanged"
 
 
-@app.task(name="worker.poll")
-def poll() -> str:
+@app.task(name="worker.poll", bind=True)
+def poll(self: Any) -> str:
     """Claims and asks until nothing is due for a second, then publishes its successor."""
-    said = run_polls()
+    said = run_polls(progress=ProgressEvents(self.request))
     if said != "a run is on already" and not parts().poller.stopped:
         _softly("poll", lambda: poll.apply_async(expires=HINT_EXPIRES_SECONDS))
     return said
