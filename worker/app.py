@@ -25,6 +25,7 @@ DOWNLOADS = "fetch-worker.downloads"
 
 POLL_EVERY_SECONDS = 5.0
 SWEEP_EVERY_SECONDS = 2.0
+PRUNE_EVERY_SECONDS = 3_600.0
 HINT_EXPIRES_SECONDS = 10.0
 TRACK_RESULT_SECONDS = 3_600
 UNACKED_SECONDS = 60
@@ -78,6 +79,11 @@ def make_app(settings: Settings) -> Celery:
                 "task": "worker.sweep",
                 "schedule": SWEEP_EVERY_SECONDS,
                 "options": {"expires": HINT_EXPIRES_SECONDS, "queue": QUEUE},
+            },
+            "prune": {
+                "task": "worker.prune",
+                "schedule": PRUNE_EVERY_SECONDS,
+                "options": {"expires": PRUNE_EVERY_SECONDS, "queue": QUEUE},
             },
         },
     )
