@@ -9,7 +9,7 @@ import socket
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
@@ -30,7 +30,7 @@ LONGEST = 10 * 365 * 86_400.0  # seconds; more would be a slip, and no date can 
 LEAST_PRUNE_AGE = 3_600.0  # seconds; whoever waits for a job must find it
 LONG_DEADLINES = (("training", 14_400.0), ("video", 7_200.0))
 SHARED_NAMES = frozenset(
-    {"DATABASE_URL", "REDIS_URL", "BROKER_URL", "PORT", "REQUESTS_CA_BUNDLE"}
+    {"DATABASE_URL", "REDIS_URL", "BROKER_URL", "PORT", "REQUESTS_CA_BUNDLE", "LOG_FORMAT"}
 )  # apps have like names of their own
 KEY_NAMES = ("SD_API_KEY", "SD_API_KEYS", "WEBHOOK_SECRET")
 _HOST = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
@@ -73,6 +73,7 @@ class Settings(BaseSettings):
     prune_files: Literal["keep", "remove"] = "keep"
     webhook_secret: SecretStr | None = None
     webhook_allowed_networks: str = ""
+    log_format: Literal["auto", "json", "text"] = "auto"
     flower_basic_auth: SecretStr | None = None
     flower_address: str = "127.0.0.1"
     flower_port: int | None = Field(default=None, ge=0, le=65_535)
@@ -182,6 +183,12 @@ class Settings(BaseSettings):
         if wrong is not None:
             raise ValueError(f"lists hosts as host or host:port, not {wrong.rpartition('@')[2][:80]!r}")
         return value
+
+    @field_validator("log_format", mode="before")
+    @classmethod
+    def _some_format(cls, value: object) -> object:
+        word = str(value).strip().lower()
+        return word if word in ("json", "text") else "auto"  # an app may have a setting of this name for itself
 
     @field_validator("flower_basic_auth")
     @classmethod
@@ -327,6 +334,10 @@ class Settings(BaseSettings):
     def allowed_tasks(self) -> frozenset[str] | None:
         """The task names that `on_done` may name; None allows any."""
         return frozenset(_items(self.on_done_tasks)) or None
+
+    def json_logs(self, stream: TextIO) -> bool:
+        """Whether logs that go to this stream are JSON: where it is no terminal, if nothing else is said."""
+        return self.log_format == "json" or (self.log_format == "auto" and not stream.isatty())
 
     @cached_property
     def prune_seconds(self) -> float | None:
