@@ -12,15 +12,19 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, func, insert, select, update
 
-from tests.rows import add_job, add_output, job_of, output_of
+from tests.rows import add_job, add_output, claim, job_of, output_of
 from tests.s3_servers import S3Server
 from worker import enqueue, pruner, storage
+from worker.core.lifecycle import AskAgain
+from worker.core.pace import Plan
 from worker.database import database_now
 from worker.pruner import Pruned, Retention, look, prune
 from worker.settings import Settings, load
 from worker.store import jobs as job_store
+from worker.store.outcomes import Outcome, record_answers
 from worker.store.outputs import put_back
 from worker.store.pruning import lock_prunable, mark
+from worker.store.totals import Tally
 from worker.tables import bodies, crashes, events, jobs, outputs, totals
 from worker.verifier import verify
 
@@ -259,6 +263,49 @@ def test_two_prunes_at_once_remove_everything_once(
     assert [one.kept for one in done] == [0, 0]
     assert _there(engine) == []
     assert _files(tmp_path / "out") == []
+
+
+def test_beside_a_live_worker_no_live_job_is_touched_and_none_of_its_answers_is_lost(
+    engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old jobs that wait are claimed and answered while finished ones, tracked on the same days, go."""
+    monkeypatch.setattr(pruner, "BATCH", 4)
+    long_ago = _ago(engine, 60 * DAY)
+    live = []
+    for number in range(60):
+        _finished(engine, f"over{number}", 40 * DAY)
+        if number % 3 == 0:
+            with engine.begin() as connection:
+                live.append(add_job(connection, f"live{number}", tracked_at=long_ago, due_at=long_ago))
+    over = threading.Event()
+    lost: list[int] = []
+    answered: list[int] = []
+
+    def work() -> None:
+        while not over.is_set():
+            with engine.begin() as connection:
+                now = database_now(connection)
+                claimed = claim(connection, token=f"t{len(answered)}", now=now, limit=5)
+            again = [
+                Outcome(job, AskAgain(job.facts.strikes, "processing"), "processing", Plan(0.0)) for job in claimed
+            ]
+            with engine.begin() as connection:
+                tally = Tally()
+                lost.append(record_answers(connection, again, tally, now=database_now(connection)).lost)
+                tally.write(connection)
+            answered.extend(job.id for job in claimed)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        done = prune(engine, settings, _wanted(states=tuple(ENDED)))
+    finally:
+        over.set()
+        worker.join()
+
+    assert done.jobs == 60
+    assert (_there(engine), sum(lost)) == (live, 0)
+    assert answered
 
 
 def test_a_job_whose_files_are_going_is_not_taken_up_again(engine: Engine, settings: Settings, tmp_path: Path) -> None:

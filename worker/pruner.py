@@ -23,6 +23,7 @@ from worker.store import pruning
 from worker.stores import storage_of
 
 BATCH = 200  # jobs per transaction
+LOOK = 1_000  # jobs per look, which locks nothing
 PATIENCE_SECONDS = 0.5  # for a row that is locked: it is left to the next prune then
 LEAST_PAUSE, LONGEST_PAUSE = 0.005, 2.0
 
@@ -56,7 +57,7 @@ class Pruned:
 def look(engine: Engine, wanted: Retention) -> Pruned:
     """What would be removed, by what the rows say."""
     found = Pruned()
-    for status, ids, cutoff in _windows(engine, wanted):
+    for status, ids, cutoff in _windows(engine, wanted, LOOK):
         with engine.connect() as connection:
             going = pruning.prunable(connection, ids, status, cutoff=cutoff)[: _left(wanted, found)]
             outputs, files, size = pruning.count_files(connection, going) if going else (0, 0, 0)
@@ -84,7 +85,7 @@ def prune(
     """
     done = Pruned()
     files = _Files(settings)
-    for status, ids, cutoff in _windows(engine, wanted):
+    for status, ids, cutoff in _windows(engine, wanted, BATCH):
         began = time.monotonic()
         try:
             _batch(engine, files, wanted, done, status, ids, cutoff)
@@ -94,17 +95,20 @@ def prune(
         if done.stopped or _left(wanted, done) == 0 or not go_on():
             break
         rest(min(max(time.monotonic() - began, LEAST_PAUSE), LONGEST_PAUSE))
+    if done.jobs:
+        with engine.begin() as connection:
+            pruning.forget_crashes(connection)
     return done
 
 
-def _windows(engine: Engine, wanted: Retention) -> Iterator[tuple[str, list[int], datetime]]:
+def _windows(engine: Engine, wanted: Retention, size: int) -> Iterator[tuple[str, list[int], datetime]]:
     with engine.connect() as connection:
         cutoff = database_now(connection) - wanted.older_than
     for status in wanted.states:
         after: int | None = 0
         while after is not None:
             with engine.connect() as connection:
-                ids, after = pruning.window(connection, status, after=after, cutoff=cutoff, limit=BATCH)
+                ids, after = pruning.window(connection, status, after=after, cutoff=cutoff, limit=size)
             if ids:
                 yield status, ids, cutoff
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, func, or_, select, update
+from sqlalchemy import Connection, Row, delete, exists, func, or_, select, update
 
 from worker.core.lifecycle import FINAL_STATES, PRUNED
 from worker.tables import crashes, events, jobs, outputs
@@ -98,9 +98,13 @@ def unmark(connection: Connection, output_ids: Sequence[int]) -> None:
 
 
 def remove(connection: Connection, job_ids: Sequence[int]) -> int:
-    """Removes final jobs, and their outputs, bodies, events and counts of crashes; how many jobs there were."""
-    theirs = select(outputs.c.id).where(outputs.c.job_id.in_(job_ids))
-    for scope, ids in (("job", list(job_ids)), ("output", theirs)):
-        connection.execute(delete(crashes).where(crashes.c.scope == scope, crashes.c.row_id.in_(ids)))
+    """Removes final jobs, and with them their outputs, bodies and events; how many jobs there were."""
     done = connection.execute(delete(jobs).where(jobs.c.id.in_(job_ids), jobs.c.status.in_(FINAL_STATES)))
     return int(done.rowcount)
+
+
+def forget_crashes(connection: Connection) -> None:
+    """Removes the counts of crashes of jobs and outputs that are gone. There are few of any."""
+    for scope, table in (("job", jobs), ("output", outputs)):
+        there = exists().where(table.c.id == crashes.c.row_id)
+        connection.execute(delete(crashes).where(crashes.c.scope == scope, ~there))
