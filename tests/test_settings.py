@@ -63,6 +63,11 @@ def test_without_any_variable_the_defaults_are_those_of_the_contract(tmp_path: P
     assert (settings.pace.price, settings.pace.least, settings.pace.policy) == (0.5, 3, "learned")
     assert settings.recovery_seconds == 30
     assert settings.allowed_tasks is None
+    assert (settings.prune_seconds, settings.states_to_prune, settings.prune_files) == (
+        None,
+        ("completed", "cancelled"),
+        "keep",
+    )
     assert (settings.flower_basic_auth, settings.flower_address) == (None, "127.0.0.1")
 
 
@@ -147,6 +152,16 @@ def test_deadlines_depend_on_the_kind_unless_one_is_set(
         ("JOB_DEADLINE", "1e300"),
         ("RECOVERY_SECONDS", "4"),
         ("RECOVERY_SECONDS", "nan"),
+        ("PRUNE_AFTER", "soon"),
+        ("PRUNE_AFTER", "0"),
+        ("PRUNE_AFTER", "59m"),
+        ("PRUNE_AFTER", "-1d"),
+        ("PRUNE_AFTER", "nan"),
+        ("PRUNE_AFTER", "1e300"),
+        ("PRUNE_STATES", "pending"),
+        ("PRUNE_STATES", "completed,done"),
+        ("PRUNE_STATES", ","),
+        ("PRUNE_FILES", "delete"),
         ("FLOWER_BASIC_AUTH", SECRET),
         ("FLOWER_PORT", "65536"),
         ("FLOWER_JOBS", "5001"),

@@ -30,6 +30,8 @@ from worker.leases import LeaseKeeper
 from worker.notifier import tell
 from worker.poller import IN_FLIGHT, Poller, PollReport, Progress
 from worker.process_id import dead
+from worker.pruner import Retention
+from worker.pruner import prune as prune_jobs
 from worker.scrubber import Scrubber
 from worker.shared_budget import SharedBudget
 from worker.store.claims import holders, waiting_outputs
@@ -47,6 +49,7 @@ DOWNLOAD_THREADS = 64
 DATABASE_AWAY_SECONDS = 1.0
 GARBAGE_THRESHOLDS = (20_000, 20, 50)
 NOTHING_HELD = Released(0, (), (), ())
+PRUNE_SECONDS = 300.0  # what is left is for the next hour: a prune must not take a place of the pool for long
 TAKEN_WITHIN = timedelta(seconds=5)  # a message that left its queue is claimed within it, or was lost
 
 
@@ -161,6 +164,7 @@ class Parts:
 
 _parts: dict[int, Parts] = {}
 _parts_lock = threading.Lock()
+_pruning = threading.Lock()
 
 
 def parts() -> Parts:
@@ -287,6 +291,35 @@ def run_webhooks() -> int:
         return 0
 
 
+def run_prune() -> str:
+    """Removes what retention says, for a while; what came of it, in a few words."""
+    if settings.prune_seconds is None:
+        return "nothing is pruned: PRUNE_AFTER is not set"
+    if not _pruning.acquire(blocking=False):
+        return "a prune is on already"
+    until = time.monotonic() + PRUNE_SECONDS
+    wanted = Retention(
+        older_than=timedelta(seconds=settings.prune_seconds),
+        states=settings.states_to_prune,
+        remove_files=settings.prune_files == "remove",
+    )
+    own = parts()
+    try:
+        done = prune_jobs(
+            own.engine, settings, wanted, go_on=lambda: time.monotonic() < until and not own.poller.stopped
+        )
+    except SQLAlchemyError as error:
+        log.error("pruning waits for the database reason=%s", reason(error))
+        return "the database is away"
+    finally:
+        _pruning.release()
+    if done.jobs:
+        log.info("pruned jobs=%s outputs=%s files=%s bytes=%s", done.jobs, done.outputs, done.files, done.bytes)
+    if done.kept:
+        log.error("files could not be removed, their jobs stay jobs=%s reason=%s", done.kept, done.reason)
+    return f"{done.jobs} jobs pruned"
+
+
 def _patience() -> timedelta:
     """How old a message of an output that nobody took must be to count as lost: not old, where the queue is empty."""
     try:
@@ -374,3 +407,9 @@ def download(output_id: int) -> str:
 def sweep() -> str:
     """Puts back what a lost message or a dead process left."""
     return run_sweep()
+
+
+@app.task(name="worker.prune")
+def prune() -> str:
+    """Removes finished jobs that are old enough, where PRUNE_AFTER says how old that is."""
+    return run_prune()

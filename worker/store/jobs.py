@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, bindparam, case, fu
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from worker.core.fetch_address import FetchAddress
-from worker.core.lifecycle import FINAL_STATES
+from worker.core.lifecycle import FINAL_STATES, PRUNED
 from worker.core.links import Link
 from worker.core.pace import Plan
 from worker.store.batch import folded, unfolded
@@ -367,6 +367,9 @@ def retry(connection: Connection, job_id: int, *, now: datetime) -> bool:
     job = connection.execute(select(jobs).where(jobs.c.id == job_id).with_for_update()).one_or_none()
     if job is None or job.status not in ("failed", "expired"):
         return False
+    going = select(outputs.c.id).where(outputs.c.job_id == job_id, outputs.c.error_code == PRUNED).limit(1)
+    if connection.execute(going).one_or_none() is not None:
+        return False  # its files are being removed
     failed = connection.execute(
         update(outputs).where(outputs.c.job_id == job_id, outputs.c.status == "failed").values(listed_anew(now))
     ).rowcount
