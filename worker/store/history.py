@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, delete, select
 
 from worker.store.batch import insert_missing
-from worker.store.standing import Standing, standing
+from worker.store.standing import Standing, standing, waiting_by_account
 from worker.store.totals import ANSWERS, ATTEMPTS, DELAY, FINISHED, POLLED, Total, read_totals
 from worker.tables import history
 
@@ -35,7 +35,8 @@ def sample(connection: Connection, *, now: datetime, full_rps: float) -> timedel
     present = connection.execute(select(history.c.minute).where(history.c.minute == minute)).scalar()
     if present is None:
         counted = read_totals(connection, (ANSWERS, ATTEMPTS, DELAY, FINISHED, POLLED))
-        body = _body(standing(connection, now=now, full_rps=full_rps), counted)
+        state = standing(connection, waiting_by_account(connection, now=now), now=now, full_rps=full_rps)
+        body = _body(state, counted)
         insert_missing(connection, history, {"minute": minute, "body": json.dumps(body, separators=(",", ":"))})
         connection.execute(delete(history).where(history.c.minute < minute - KEPT))
     return minute + MINUTE - now

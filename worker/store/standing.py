@@ -3,23 +3,39 @@
 Jobs that an operator holds are a state of their own here, `held`: they wait, but for nobody's request.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, case, func, select
+from sqlalchemy import ColumnElement, Connection, case, func, literal, select
 
 from worker.core.gate import Gate, Scope, hold_class
 from worker.core.lifecycle import JOB_STATES
 from worker.store.claims import Level, waiting_levels
 from worker.store.gates import all_gates
 from worker.store.outputs import Unstored, unstored
+from worker.store.totals import OTHER
 from worker.tables import HELD_UNTIL, gates, jobs
 
 HELD = "held"
 STATES = (*JOB_STATES[:1], HELD, *JOB_STATES[1:])
 NO_KEY = "no key"
+KINDS_COUNTED = 200_000  # waiting jobs; of more the kinds are not told, since that would mean to read every one of them
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """How many jobs of an account and kind have a due time; how many of them an operator holds, and are due now.
+
+    Nearly all are pending; a few are downloading and wait for fresh links.
+    """
+
+    account: str
+    kind: str
+    count: int
+    held: int
+    due: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,28 +80,71 @@ class Standing:
         return max((_age(one.oldest, self.now) for one in self.unstored), default=0.0)
 
 
-def standing(connection: Connection, *, now: datetime, full_rps: float) -> Standing:
-    """Reads it. `full_rps` is what the settings allow each account."""
+def waiting_by_account(connection: Connection, *, now: datetime) -> list[Waiting]:
+    """What waits, by account alone."""
+    return _waiting(connection, now)
+
+
+def waiting_by_kind(connection: Connection, *, now: datetime) -> list[Waiting]:
+    """What waits, by account and kind; all kinds together where there is very much."""
+    some = select(jobs.c.account).where(jobs.c.due_at.is_not(None)).limit(KINDS_COUNTED + 1)
+    many = connection.execute(select(func.count()).select_from(some.subquery())).scalar_one() > KINDS_COUNTED
+    return _waiting(connection, now) if many else _waiting(connection, now, jobs.c.kind)
+
+
+def _waiting(connection: Connection, now: datetime, *by: ColumnElement[str]) -> list[Waiting]:
+    query = select(
+        jobs.c.account,
+        *(by or (literal(OTHER),)),
+        func.count(),
+        _count(jobs.c.due_at >= HELD_UNTIL),
+        _count(jobs.c.due_at <= now),
+    )
+    waiting = query.where(jobs.c.due_at.is_not(None)).group_by(jobs.c.account, *by)
+    return [Waiting(*row) for row in connection.execute(waiting)]
+
+
+def unfinished(connection: Connection, waiting: Iterable[Waiting]) -> Counter[tuple[str, str, str]]:
+    """Jobs that are not final, by account, kind and state; `waiting` is as `waiting_by_kind` read it."""
+    found: Counter[tuple[str, str, str]] = Counter()
+    fine = True
+    for one in waiting:
+        found[one.account, one.kind, "pending"] += one.count - one.held
+        found[one.account, one.kind, HELD] += one.held
+        fine = fine and one.kind != OTHER
+    due = jobs.c.due_at.is_not(None)
+    downloading = (
+        select(jobs.c.account, jobs.c.kind, func.count(), _count(due), _count(jobs.c.due_at >= HELD_UNTIL))
+        .where(jobs.c.status == "downloading")
+        .group_by(jobs.c.account, jobs.c.kind)
+    )
+    for account, kind, count, renewing, paused in connection.execute(downloading):
+        found[account, kind, "downloading"] += count
+        waits_as = kind if fine else OTHER
+        found[account, waits_as, "pending"] -= renewing - paused
+        found[account, waits_as, HELD] -= paused
+    return found
+
+
+def standing(connection: Connection, waiting: Sequence[Waiting], *, now: datetime, full_rps: float) -> Standing:
+    """How everything stands, where this is `waiting`. `full_rps` is what the settings allow each account."""
     known = all_gates(connection)
-    waiting = _waiting(connection, now)
-    levels = waiting_levels(connection, sorted(waiting))
-    due = [level for level in levels if level.due_at <= now]
-    keyless = _keyless(connection, known, due)
-    holds = [*_gate_holds(known.values(), now), *keyless]
+    due: Counter[str] = Counter()
+    for one in waiting:
+        due[one.account] += one.due
+    levels = [one for one in waiting_levels(connection, sorted(due)) if one.due_at <= now]
+    holds = [*_gate_holds(known.values(), now), *_keyless(connection, known, levels)]
     held = {one.name for one in holds if one.scope == "account"}
     shut = {one.name for one in holds if one.scope == "host"}
-    free = [level for level in due if level.account not in held and level.host not in shut]
-    oldest = {level.account: level.due_at for level in sorted(free, key=lambda level: level.due_at, reverse=True)}
-    names = sorted({*waiting, *(name for scope, name in known if scope == "account")})
+    since = _oldest(one for one in levels if one.account not in held and one.host not in shut)
     accounts = []
-    for name in names:
+    for name in sorted({*due, *(name for scope, name in known if scope == "account")}):
         gate = known.get(("account", name), Gate("account", name))
-        seconds = _age(oldest.get(name, now), now)
-        rps = gate.rate(full_rps, now)
-        accounts.append(Account(name, _due(waiting.get(name)), seconds, rps, gate.ceiling, name in held))
+        late = _age(since.get(name, now), now)
+        accounts.append(Account(name, due[name], late, gate.rate(full_rps, now), gate.ceiling, name in held))
     return Standing(
         now=now,
-        jobs=_jobs(connection, waiting.values()),
+        jobs=_jobs(connection, waiting),
         accounts=accounts,
         holds=holds,
         oldest_due=max((one.oldest_due for one in accounts), default=0.0),
@@ -97,31 +156,11 @@ def _age(since: datetime, now: datetime) -> float:
     return max(0.0, (now - since).total_seconds())
 
 
-def _waiting(connection: Connection, now: datetime) -> dict[str, Any]:
-    """The jobs with a due time, by account: how many, how many of them are held, and due now."""
-    query = (
-        select(
-            jobs.c.account,
-            func.count().label("all"),
-            _count(jobs.c.due_at >= HELD_UNTIL).label("held"),
-            _count(jobs.c.due_at <= now).label("due"),
-        )
-        .where(jobs.c.due_at.is_not(None))
-        .group_by(jobs.c.account)
-    )
-    return {row.account: row for row in connection.execute(query)}
-
-
 def _count(condition: ColumnElement[bool]) -> ColumnElement[int]:
     return func.count(case((condition, 1)))
 
 
-def _due(row: Any) -> int:
-    return 0 if row is None else int(row.due)
-
-
-def _jobs(connection: Connection, waiting: Iterable[Any]) -> dict[str, int]:
-    """Jobs by state. One with a due time is pending, or downloading and in want of fresh links."""
+def _jobs(connection: Connection, waiting: Sequence[Waiting]) -> dict[str, int]:
     rest = select(jobs.c.status, func.count()).where(jobs.c.status != "pending").group_by(jobs.c.status)
     found = {row[0]: int(row[1]) for row in connection.execute(rest)}
     renewing, paused = connection.execute(
@@ -129,10 +168,17 @@ def _jobs(connection: Connection, waiting: Iterable[Any]) -> dict[str, int]:
             jobs.c.status == "downloading", jobs.c.due_at.is_not(None)
         )
     ).one()
-    rows = list(waiting)
-    held = sum(row.held for row in rows) - paused
-    pending = sum(row._mapping["all"] for row in rows) - renewing - held
-    return dict.fromkeys(STATES, 0) | found | {"pending": int(pending), HELD: int(held)}
+    held = sum(one.held for one in waiting) - paused
+    pending = sum(one.count for one in waiting) - renewing - held
+    return dict.fromkeys(STATES, 0) | found | {"pending": pending, HELD: held}
+
+
+def _oldest(levels: Iterable[Level]) -> dict[str, datetime]:
+    """Since when each account's jobs are due."""
+    found: dict[str, datetime] = {}
+    for level in levels:
+        found[level.account] = min(level.due_at, found.get(level.account, level.due_at))
+    return found
 
 
 def _gate_holds(known: Iterable[Gate], now: datetime) -> list[Hold]:
@@ -148,13 +194,13 @@ def _keyless(connection: Connection, known: Mapping[tuple[Scope, str], Gate], du
 
     A worker that has one makes the account's gate as it starts, and notes the first answer there.
     """
-    since: dict[str, datetime] = {}
-    for level in due:
-        since[level.account] = min(level.due_at, since.get(level.account, level.due_at))
     asked = select(gates.c.name).where(gates.c.scope == "account", gates.c.asked_at.is_not(None))
-    proven = set(connection.execute(asked).scalars())
-    silent = [name for name in sorted(since) if name not in proven and _says_nothing(known.get(("account", name)))]
-    return [Hold("account", name, NO_KEY, since[name]) for name in silent]
+    heard = set(connection.execute(asked).scalars())
+    return [
+        Hold("account", name, NO_KEY, since)
+        for name, since in sorted(_oldest(due).items())
+        if name not in heard and _says_nothing(known.get(("account", name)))
+    ]
 
 
 def _says_nothing(gate: Gate | None) -> bool:
