@@ -71,6 +71,8 @@ class Settings(BaseSettings):
     flower_address: str = "127.0.0.1"
     flower_port: int | None = Field(default=None, ge=0, le=65_535)
     port: int | None = Field(default=None, ge=0, le=65_535)
+    metrics_address: str = "127.0.0.1"
+    metrics_port: int = Field(default=9464, ge=0, le=65_535)
 
     @classmethod
     def settings_customise_sources(
