@@ -10,6 +10,7 @@ from prometheus_client.registry import CollectorRegistry
 
 log = logging.getLogger(__name__)
 
+PLAIN = "text/plain; charset=utf-8"
 CLIENT_SECONDS = 10.0  # a client that sends or takes nothing for so long is let go
 SCRAPES_MOST = 16  # at once; more are turned away
 
@@ -45,11 +46,11 @@ class _Answer(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if path == "/healthz":
-            self._send(200, "text/plain; charset=utf-8", b"ok\n")
+            self._send(200, PLAIN, b"ok\n")
         elif path != "/metrics":
-            self._send(404, "text/plain; charset=utf-8", b"look at /metrics\n")
+            self._send(404, PLAIN, b"look at /metrics\n")
         elif not self.server.places.acquire(blocking=False):
-            self._send(503, "text/plain; charset=utf-8", b"too many scrapes at once\n")
+            self._send(503, PLAIN, b"too many scrapes at once\n")
         else:
             self._scrape()
 
@@ -57,9 +58,13 @@ class _Answer(BaseHTTPRequestHandler):
         try:
             encode, content_type = choose_encoder(self.headers.get("Accept", ""))
             body = encode(self.server.metrics)
+        except Exception:  # whatever it is, whoever scrapes must learn that there is nothing, and the log why
+            log.exception("a fault of ours, nothing is told")
+            self._send(500, PLAIN, b"a fault of ours, see the log\n")
+        else:
+            self._send(200, content_type, body)
         finally:
             self.server.places.release()
-        self._send(200, content_type, body)
 
     def _send(self, status: int, content_type: str, body: bytes) -> None:
         self.send_response(status)
