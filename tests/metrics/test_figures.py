@@ -252,14 +252,14 @@ def test_claims_are_counted_and_those_of_the_dead_stand_out(engine: Engine) -> N
 def test_webhooks_that_wait_are_refused_or_late_are_told_apart(engine: Engine) -> None:
     with engine.begin() as connection:
         job_id = add_job(connection)
-        whole: dict[str, object] = {
+        whole: dict[str, Any] = {
             "job_id": job_id,
             "type": "job.failed",
             "url": "https://app.test/",
             "body": "{}",
             "created_at": NOW,
         }
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"due_at": NOW, "status": "pending", "ended_at": None, "error_message": None},
             {"due_at": NOW, "status": "pending", "ended_at": None, "error_message": "HTTP 500"},
             {"due_at": NOW - seconds(61), "status": "pending", "ended_at": None, "error_message": None},

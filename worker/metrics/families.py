@@ -9,6 +9,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from worker import __version__
+from worker.core.lifecycle import FINAL_STATES
 from worker.core.measures import ANSWER_WORDS, DELAYS, MORE, POLLS, TRANSFERS
 from worker.metrics.reading import Reading
 from worker.store.standing import STATES, Standing
@@ -56,7 +57,7 @@ def _all(reading: Reading) -> Iterator[Metric]:
     yield from _jobs(reading)
     yield from _accounts(reading)
     yield from _holds(reading.standing)
-    yield from _answers(reading.totals)
+    yield from _answers(reading)
     yield from _downloads(reading)
     yield from _claims(reading)
     yield from _webhooks(reading)
@@ -94,11 +95,13 @@ def _jobs(reading: Reading) -> Iterator[Metric]:
         ["account"],
         (((one.name,), one.oldest_due) for one in state.accounts),
     )
+    finished = {(of.account, of.kind, of.label): times for of, times in _times(reading.totals, FINISHED)}
+    none = {(account, kind, end): 0 for account, kind, _ in finished for end in FINAL_STATES}  # so that a first is seen
     yield _counter(
         "jobs_finished",
         "Jobs that became final, by final status. One that is retried and ends again counts again.",
         ["account", "kind", "status"],
-        (((f.account, f.kind, f.label), times) for f, times in _times(reading.totals, FINISHED)),
+        (none | finished).items(),
     )
     yield _histogram(
         "detection_delay_seconds",
@@ -155,12 +158,17 @@ def _holds(state: Standing) -> Iterator[Metric]:
     )
 
 
-def _answers(totals: Sequence[Total]) -> Iterator[Metric]:
+def _answers(reading: Reading) -> Iterator[Metric]:
+    counted = {
+        (of.account, ANSWER_WORDS.get(of.label, of.label)): times for of, times in _times(reading.totals, ANSWERS)
+    }
+    accounts = {one.name for one in reading.standing.accounts}
+    none = {(account, word): 0 for account in accounts for word in ANSWER_WORDS.values()}
     yield _counter(
         "api_answers",
         "Answers of the API that were recorded, by class. A call whose process died before that is not among them.",
         ["account", "answer"],
-        (((f.account, ANSWER_WORDS.get(f.label, f.label)), times) for f, times in _times(totals, ANSWERS)),
+        (none | counted).items(),
     )
 
 
