@@ -1,8 +1,12 @@
 """History: a line each minute, whoever comes first; what it says; and what is forgotten."""
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from sqlalchemy import Connection, Engine, func, insert, select, update
+import pytest
+from sqlalchemy import Connection, Engine, func, insert, select, text, update
 
 from tests.rows import NOW, add_downloading, add_job, add_output, seconds
 from worker.core.gate import paused
@@ -108,3 +112,36 @@ def test_a_line_that_is_there_costs_one_look(engine: Engine) -> None:
         sample(connection, now=LATER, full_rps=10.0)
 
         assert read_history(connection, NOW) == before
+
+
+SWEEPS = """
+import logging
+
+from worker.tasks import parts, run_sweep
+
+logging.basicConfig()
+said = [run_sweep()]
+parts().sample_at = 0.0
+print(said + [run_sweep()])
+"""
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["", "its table is gone"])
+def test_every_sweep_sees_to_it_and_trouble_with_it_hurts_none(there: bool, engine: Engine, redis_url: str) -> None:
+    with engine.begin() as connection:
+        if not there:
+            connection.execute(text("ALTER TABLE fetch_history RENAME TO fetch_history_gone"))
+    database = engine.url.render_as_string(hide_password=False)
+    env = os.environ | {"DATABASE_URL": database, "REDIS_URL": redis_url}
+    try:
+        done = subprocess.run([sys.executable, "-c", SWEEPS], env=env, capture_output=True, text=True, check=True)
+    finally:
+        if not there:
+            with engine.begin() as connection:
+                connection.execute(text("ALTER TABLE fetch_history_gone RENAME TO fetch_history"))
+
+    assert done.stdout.strip() == "['nothing to put back', 'nothing to put back']"
+    assert ("the history lacks a line" in done.stderr) != there
+    with engine.connect() as connection:
+        lines = connection.execute(select(func.count()).select_from(history)).scalar_one()
+    assert bool(lines) == there

@@ -11,7 +11,7 @@ from datetime import timedelta
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from worker.database import SCHEMA_VERSION, connected, database_now, reason, schema_version
+from worker.database import SCHEMA_VERSION, SNAPSHOT, connected, database_now, reason, schema_version
 from worker.errors import SchemaOutdated, WorkerError
 from worker.overview import HEALTHY_SECONDS
 from worker.settings import Settings
@@ -44,7 +44,8 @@ class Reading:
 
 def read(engine: Engine, settings: Settings) -> Reading:
     """Reads it. Raises SchemaOutdated where the tables are of an older version, Unavailable where nobody answers."""
-    with connected(engine.url), engine.connect() as connection:
+    snapshots = engine.execution_options(**{SNAPSHOT: True})  # else a job on its way is counted twice, or not at all
+    with connected(engine.url), snapshots.connect() as connection:
         schema = schema_version(connection)
         if schema is None or schema < SCHEMA_VERSION:
             raise SchemaOutdated(f"the schema is {schema}, {SCHEMA_VERSION} is needed: run `fetch-worker migrate`")

@@ -168,8 +168,8 @@ def _jobs(connection: Connection, waiting: Sequence[Waiting]) -> dict[str, int]:
             jobs.c.status == "downloading", jobs.c.due_at.is_not(None)
         )
     ).one()
-    held = sum(one.held for one in waiting) - paused
-    pending = sum(one.count for one in waiting) - renewing - held
+    held = max(0, sum(one.held for one in waiting) - paused)  # where no snapshot is read, a job may be on its way
+    pending = max(0, sum(one.count for one in waiting) - renewing - held)
     return dict.fromkeys(STATES, 0) | found | {"pending": pending, HELD: held}
 
 
