@@ -74,7 +74,7 @@ def _jobs(reading: Reading) -> Iterator[Metric]:
     )
     yield _gauges(
         "jobs_unfinished",
-        "Jobs that are pending, held by an operator, or downloading. Where more than 200,000 wait their kind is other.",
+        "Jobs that are pending, held by an operator, or downloading. Where more than 100,000 wait their kind is other.",
         ["account", "kind", "status"],
         reading.unfinished.items(),
     )

@@ -21,7 +21,7 @@ from worker.tables import HELD_UNTIL, gates, jobs
 HELD = "held"
 STATES = (*JOB_STATES[:1], HELD, *JOB_STATES[1:])
 NO_KEY = "no key"
-KINDS_COUNTED = 200_000  # waiting jobs; of more the kinds are not told, since that would mean to read every one of them
+KINDS_COUNTED = 100_000  # waiting jobs; of more the kinds are not told, since that would mean to read every one of them
 
 
 @dataclass(frozen=True, slots=True)
