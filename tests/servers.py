@@ -172,6 +172,25 @@ def redis_binary() -> str:
     return str(found)
 
 
+def promtool(folder: Path) -> str:
+    """Prometheus's own checker: the machine's, or in CI the one in Debian's package, which need not be installed."""
+    found = shutil.which("promtool")
+    if found is None and os.environ.get("CI"):
+        found = _packaged_promtool(folder)
+    return found or missing("promtool")
+
+
+def _packaged_promtool(folder: Path) -> str | None:
+    download = ("apt-get", "download", "prometheus")
+    for words in (download, ("apt-get", "update"), download):
+        if shutil.which("apt-get") is None or list(folder.glob("*.deb")):
+            break
+        subprocess.run(words, cwd=folder, check=False, capture_output=True, timeout=90)
+    for package in folder.glob("*.deb"):
+        subprocess.run(["dpkg", "-x", package.name, "."], cwd=folder, check=True, timeout=60)
+    return shutil.which("promtool", path=str(folder / "usr" / "bin"))
+
+
 def _until_ping(client: "redis.Redis") -> None:
     until = time.monotonic() + START_SECONDS
     while True:

@@ -5,12 +5,14 @@ from datetime import UTC, datetime, timedelta
 
 import psycopg
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Engine, func, select, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DataError, IntegrityError, InterfaceError, OperationalError
 
+from tests.rows import add_job
 from worker import database
-from worker.database import PATIENCE, RELAXED, database_now, make_engine, trouble
+from worker.database import PATIENCE, RELAXED, SNAPSHOT, database_now, make_engine, trouble
+from worker.tables import jobs
 
 
 def test_given_a_server_without_a_free_connection_when_one_is_freed_then_it_is_taken(
@@ -120,3 +122,21 @@ class _Said(Exception):
 )
 def test_what_an_error_says_of_the_database(error: Exception, means: str) -> None:
     assert trouble(error) == means
+
+
+def test_given_a_snapshot_when_others_write_then_they_do_not_wait_and_it_stays_what_it_was(engine: Engine) -> None:
+    """The next transaction on the same connection is as every other one."""
+    count = select(func.count()).select_from(jobs)
+    with engine.execution_options(**{SNAPSHOT: True}).connect() as reading:
+        before = reading.execute(count).scalar_one()
+        began = time.monotonic()
+        with engine.begin() as writing:
+            add_job(writing)
+        waited = time.monotonic() - began
+        during = reading.execute(count).scalar_one()
+    with engine.begin() as connection:
+        add_job(connection, "2")
+        after = connection.execute(count).scalar_one()
+
+    assert (before, during, after) == (0, 0, 2)
+    assert waited < 5

@@ -40,6 +40,11 @@ def test_the_wheel_holds_the_package_its_types_and_every_migration(wheel: zipfil
     } <= inside
 
 
+def test_the_wheel_holds_what_grafana_and_prometheus_read(wheel: zipfile.ZipFile) -> None:
+    names = {"grafana/fetch-worker.json", "prometheus/alerts.yml", "prometheus/scrape.yml"}
+    assert {f"worker/deploy/{name}" for name in names} <= set(wheel.namelist())
+
+
 def test_the_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
     assert {name.split("/")[0].removesuffix(".dist-info").split("-")[0] for name in wheel.namelist()} == {
         "worker",

@@ -29,9 +29,11 @@ FULL_SECONDS = 10.0  # how long a server without a free connection is asked agai
 FULL = ("too many clients", "too many connections", "remaining connection slots")
 MISSING_STATES = ("42P01", "42703")  # PostgreSQL's codes for an undefined table and an undefined column
 
-# Execution options: no harm is done if a crash of the server undoes the commit; seconds to wait for a locked row.
+# Execution options: no harm is done if a crash of the server undoes the commit; seconds to wait for a locked row; only
+# reading is done, all of it as of one moment, and nobody waits for it.
 RELAXED = "fetch_worker_relaxed"
 PATIENCE = "fetch_worker_patience"
+SNAPSHOT = "fetch_worker_snapshot"
 
 # PostgreSQL: lock not available, deadlock, cancelled, serialization.
 LOCKED_STATES = ("55P03", "40P01", "57014", "40001")
@@ -108,6 +110,7 @@ def make_engine(url: URL, **arguments: Any) -> Engine:
         event.listen(engine, "begin", _bound_postgres)
     else:
         event.listen(engine, "connect", _prepare_mysql)
+        event.listen(engine, "begin", _begin_mysql)
     return engine
 
 
@@ -169,16 +172,23 @@ def _prepare_mysql(connection: Any, record: Any) -> None:
         cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")  # no locks on gaps between rows
 
 
+def _begin_mysql(connection: Connection) -> None:
+    if connection.get_execution_options().get(SNAPSHOT, False):
+        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")  # the next one only
+
+
 def _begin_immediate(connection: Connection) -> None:
     # A transaction that reads first and writes later would fail at once when another wrote in between.
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    snapshot = connection.get_execution_options().get(SNAPSHOT, False)
+    connection.exec_driver_sql("BEGIN" if snapshot else "BEGIN IMMEDIATE")
 
 
 def _bound_postgres(connection: Connection) -> None:
     """Begins, sets the transaction's zone and time-outs and reads the clock, all at once. Nothing outlives it."""
     dialect = connection.dialect
     options = connection.get_execution_options()
-    words = _bound(options.get(RELAXED, False), options.get(PATIENCE, LOCK_TIMEOUT_SECONDS))
+    begin = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY" if options.get(SNAPSHOT, False) else "BEGIN"
+    words = _bound(begin, options.get(RELAXED, False), options.get(PATIENCE, LOCK_TIMEOUT_SECONDS))
     try:
         cursor: Any = connection.connection.cursor()
         with cursor:
@@ -194,14 +204,14 @@ def _bound_postgres(connection: Connection) -> None:
 
 
 @cache
-def _bound(relaxed: bool, patience: float) -> str:
+def _bound(begin: str, relaxed: bool, patience: float) -> str:
     names = {
         "timezone": "UTC",
         "lock_timeout": f"{patience * 1000:.0f}ms",
         "statement_timeout": f"{STATEMENT_TIMEOUT_SECONDS}s",
     } | ({"synchronous_commit": "off"} if relaxed else {})
     settings = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in names.items())
-    return f"BEGIN; SELECT clock_timestamp(), {settings}"
+    return f"{begin}; SELECT clock_timestamp(), {settings}"
 
 
 def database_now(connection: Connection) -> datetime:

@@ -79,6 +79,8 @@ class Settings(BaseSettings):
     flower_port: int | None = Field(default=None, ge=0, le=65_535)
     flower_jobs: int = Field(default=1_000, ge=0, le=5_000)
     port: int | None = Field(default=None, ge=0, le=65_535)
+    metrics_address: str = "127.0.0.1"
+    metrics_port: int = Field(default=9464, ge=0, le=65_535)
 
     @classmethod
     def settings_customise_sources(

@@ -38,6 +38,7 @@ from worker.store.claims import holders, waiting_outputs
 from worker.store.crashes import Released, release_crashed
 from worker.store.events import release_events
 from worker.store.gates import locked_gate, save_gate
+from worker.store.history import sample
 from worker.stores import storage_for
 from worker.wake_ups import listen
 from worker.webhooks import AT_ONCE, Webhooks
@@ -50,6 +51,7 @@ DATABASE_AWAY_SECONDS = 1.0
 GARBAGE_THRESHOLDS = (20_000, 20, 50)
 NOTHING_HELD = Released(0, (), (), ())
 PRUNE_SECONDS = 300.0  # what is left is for the next hour: a prune must not take a place of the pool for long
+SAMPLE_AGAIN = timedelta(seconds=10)
 TAKEN_WITHIN = timedelta(seconds=5)  # a message that left its queue is claimed within it, or was lost
 
 
@@ -152,6 +154,7 @@ class Parts:
             _say(freed)
 
     swept_at = 0.0
+    sample_at = 0.0
     _looked_back = False
     ticks = False  # whether a ticker in this process takes up what a run leaves (in a prefork child none does)
 
@@ -263,6 +266,7 @@ def run_sweep() -> str:
     queue_downloads(output_ids)
     own.tell(None)
     _say(freed)
+    _sample(own)
     return f"{len(output_ids)} downloads put back" if output_ids else "nothing to put back"
 
 
@@ -280,6 +284,19 @@ def _say(freed: Released) -> None:
         log.warning("work of dead processes is taken up again rows=%s", freed.rows)
     if freed.jobs or freed.outputs:
         log.error("set aside, its processes died again and again jobs=%s outputs=%s", freed.jobs, freed.outputs)
+
+
+def _sample(own: Parts) -> None:
+    """Writes the minute's line of history, in a transaction of its own: trouble with it hurts no sweep."""
+    if time.monotonic() < own.sample_at:
+        return
+    try:
+        with own.engine.begin() as connection:
+            wait = sample(connection, now=database_now(connection), full_rps=settings.sd_api_rps)
+    except SQLAlchemyError as error:
+        log.warning("the history lacks a line reason=%s", reason(error))
+        wait = SAMPLE_AGAIN
+    own.sample_at = time.monotonic() + wait.total_seconds()
 
 
 def run_webhooks() -> int:

@@ -19,6 +19,7 @@ UNDECIDED_WAIT = 1.0
 TROUBLES_TO_HOLD = 5
 BY_HAND = "held by an operator"
 REFUSALS = {"key": "key rejected", "credits": "no credits", "plan": "plan", "request": "request refused"}
+HOLD_CLASSES = (*REFUSALS.values(), "rate limited", "unreachable", "by hand", "other")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,16 @@ class Limit:
 
     full: float
     seen: float
+
+
+def hold_class(why: str) -> str:
+    """The reason of a hold as one of a few words, without what the API said.
+
+    >>> hold_class("key rejected: Invalid API key"), hold_class(BY_HAND), hold_class("something new")
+    ('key rejected', 'by hand', 'other')
+    """
+    word = "by hand" if why == BY_HAND else why.partition(":")[0]
+    return word if word in HOLD_CLASSES else "other"
 
 
 def after_replies(gate: Gate, heard: Iterable[Heard], limit: Limit, *, now: datetime) -> Gate:

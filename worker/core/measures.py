@@ -16,6 +16,21 @@ POLLS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0,
 # Seconds of one download attempt that stored its output.
 TRANSFERS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0)
 
+# The classes of answers as they are counted, and the words that operators are told.
+ANSWER_WORDS = {
+    "processing": "processing",
+    "ready": "ready",
+    "empty": "empty",
+    "anotherjob": "another_job",
+    "failed": "failed",
+    "unknownid": "unknown_id",
+    "apierror": "api_error",
+    "odd": "odd",
+    "ratelimited": "rate_limited",
+    "accountrefused": "account_refused",
+    "apidown": "unreachable",
+}
+
 
 def bucket(value: float, bounds: Sequence[float]) -> str:
     """The name of the bucket that a value falls into: its upper bound, which belongs to it.

@@ -10,6 +10,7 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, case, func, insert,
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.webhook import body, event_id
 from worker.store.jobs import outputs_of
+from worker.store.totals import WEBHOOKS, Tally
 from worker.tables import events, jobs
 
 OUTPUT_FIELDS = ("position", "location", "sha256", "media_type", "size_bytes")
@@ -126,7 +127,7 @@ def record_delivery(
     http_status: int | None,
     message: str | None,
 ) -> bool:
-    """Writes down how an attempt went, where the claim still stands; whether it did.
+    """Writes down how an attempt went, where the claim still stands; whether it did. It is its transaction's last act.
 
     `ended` is `delivered` or `failed`; with None it is tried again at `due_at`.
     """
@@ -143,6 +144,10 @@ def record_delivery(
             error_message=message,
         )
     )
+    if written.rowcount and ended is not None:
+        tally = Tally()
+        tally.add(WEBHOOKS, ended)
+        tally.write(connection)
     return bool(written.rowcount)
 
 
@@ -173,6 +178,20 @@ def release_events(connection: Connection, holders: Sequence[str], *, due_at: da
 def events_of(connection: Connection, job_id: int) -> Sequence[Row[Any]]:
     """The events of a job, oldest first."""
     return connection.execute(select(events).where(events.c.job_id == job_id).order_by(events.c.id)).all()
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """Events that are not delivered yet, and how many of them a receiver did not take so far."""
+
+    count: int
+    refused: int
+
+
+def pending(connection: Connection) -> Pending:
+    """What is still to be delivered."""
+    refused = func.count(case((events.c.error_message.is_not(None), 1)))
+    return Pending(*connection.execute(select(func.count(), refused).where(events.c.due_at.is_not(None))).one())
 
 
 @dataclass(frozen=True, slots=True)

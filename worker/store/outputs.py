@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, func, select, update
 
 from worker.store.jobs import listed_anew
-from worker.tables import jobs, outputs
+from worker.tables import events, jobs, outputs
 
 _AT_ONCE = 500
 
@@ -50,6 +50,14 @@ def stuck_claims(connection: Connection, *, before: datetime) -> int:
         ).scalar_one()
         for table in (jobs, outputs)
     )
+
+
+def claims_held(connection: Connection) -> dict[str, int]:
+    """How many jobs, outputs and webhooks are being worked on, or were when their process died."""
+    return {
+        name: int(connection.execute(select(func.count()).where(table.c.claim_holder.is_not(None))).scalar_one())
+        for name, table in (("job", jobs), ("output", outputs), ("webhook", events))
+    }
 
 
 def output_row(connection: Connection, output_id: int) -> Row[Any] | None:

@@ -29,6 +29,7 @@ POLLED = "polls"  # the same of POLLS
 FINISHED = "finished"  # by account and kind; label: the final state
 ATTEMPTS = "attempts"  # label: "stored", or the code of the trouble; the sum is of bytes stored
 TRANSFER = "transfer"  # label: a bucket of TRANSFERS
+WEBHOOKS = "webhooks"  # label: how an event ended, "delivered" or "failed"
 
 
 class Figure(NamedTuple):

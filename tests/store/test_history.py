@@ -1,0 +1,150 @@
+"""History: a line each minute, whoever comes first; what it says; and what is forgotten."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from sqlalchemy import Connection, Engine, event, func, insert, select, text, update
+
+from tests.rows import NOW, add_downloading, add_job, add_output, seconds
+from worker.core.gate import paused
+from worker.store.gates import locked_gate, save_gate
+from worker.store.history import KEPT, read_history, sample
+from worker.store.totals import Tally
+from worker.tables import HELD_UNTIL, gates, history
+
+LATER = NOW + seconds(20.5)
+
+
+def _count_something(connection: Connection) -> None:
+    tally = Tally()
+    tally.add("answers", "processing", account="shop")
+    tally.add("answers", "ready", account="shop")
+    for kind in ("image", "video"):
+        tally.delay("shop", kind, 0.7)
+        tally.polled("shop", kind, 3)
+        tally.finished("shop", kind, "completed")
+    tally.attempt("stored", seconds=0.2, stored_bytes=4_000_000_000)
+    tally.write(connection)
+
+
+def test_a_line_says_how_everything_stood(engine: Engine) -> None:
+    with engine.begin() as connection:
+        for number in range(3):
+            add_job(connection, str(number), account="shop", due_at=NOW + seconds(number))
+        add_job(connection, "held", account="shop", due_at=HELD_UNTIL, held_at=NOW)
+        add_job(connection, "no key", account="other", due_at=NOW - seconds(99))
+        add_output(connection, add_downloading(connection, "ready"))
+        locked_gate(connection, "account", "shop")
+        connection.execute(update(gates).values(proven=True, asked_at=NOW, ceiling=4.0, cut_at=LATER))
+        _count_something(connection)
+        sample(connection, now=LATER, full_rps=10.0)
+        (found,) = read_history(connection, NOW)
+
+    assert found.minute == NOW
+    assert found.body == {
+        "jobs": {"pending": 4, "held": 1, "downloading": 1, "completed": 0, "failed": 0, "expired": 0, "cancelled": 0},
+        "oldest_due": 20.5,
+        "unstored": 1,
+        "accounts": {
+            "other": {"rps": 10.0, "held": True, "answers": 0},
+            "shop": {"rps": 1.9, "held": False, "answers": 2},
+        },
+        "delay": {"1": 2},
+        "polls": {"3": 2},
+        "finished": {"completed": 2},
+        "stored_bytes": 4_000_000_000,
+    }
+
+
+def test_what_nobody_may_ask_about_is_not_late(engine: Engine) -> None:
+    """Jobs of an account that is held, and those on a host that is."""
+    with engine.begin() as connection:
+        add_job(connection, "1", account="held")
+        add_job(connection, "2", account="shop", fetch_host="away.test")
+        locked_gate(connection, "account", "shop")
+        save_gate(connection, paused(locked_gate(connection, "account", "held"), now=NOW))
+        save_gate(connection, paused(locked_gate(connection, "host", "away.test"), now=NOW))
+        connection.execute(update(gates).values(asked_at=NOW))
+        sample(connection, now=LATER, full_rps=10.0)
+        (found,) = read_history(connection, NOW)
+
+    assert found.body["oldest_due"] == 0
+    assert {name: one["held"] for name, one in found.body["accounts"].items()} == {"held": True, "shop": False}
+
+
+def test_of_many_that_try_at_once_one_line_results(engine: Engine) -> None:
+    def attempt(_: int) -> float:
+        with engine.begin() as connection:
+            return sample(connection, now=LATER, full_rps=10.0).total_seconds()
+
+    with ThreadPoolExecutor(6) as threads:
+        waits = list(threads.map(attempt, range(12)))
+
+    with engine.connect() as connection:
+        assert connection.execute(select(func.count()).select_from(history)).scalar_one() == 1
+    assert waits == [39.5] * 12
+
+
+def test_lines_come_once_a_minute_and_go_after_eight_days(engine: Engine) -> None:
+    with engine.begin() as connection:
+        old = [{"minute": NOW - KEPT - seconds(60 * number), "body": "{}"} for number in range(3)]
+        connection.execute(insert(history), old)
+        for late in (0, 30, 59.9, 60, 125):
+            sample(connection, now=NOW + seconds(late), full_rps=10.0)
+        found = read_history(connection, NOW - KEPT - seconds(3_600))
+        lately = read_history(connection, NOW + seconds(1))
+
+    minutes = [NOW, NOW + seconds(60), NOW + seconds(120)]
+    assert [one.minute for one in found] == minutes
+    assert [one.minute for one in lately] == minutes[1:]
+
+
+def test_a_line_that_is_there_costs_one_look(engine: Engine) -> None:
+    """So that it may be tried with every sweep."""
+    asked: list[str] = []
+    with engine.begin() as connection:
+        sample(connection, now=NOW, full_rps=10.0)
+        before = read_history(connection, NOW)
+        add_job(connection)
+        event.listen(connection, "before_cursor_execute", lambda *values: asked.append(values[2]))
+        sample(connection, now=LATER, full_rps=10.0)
+        looks = len(asked)
+
+        assert read_history(connection, NOW) == before
+    assert looks == 1
+
+
+SWEEPS = """
+import logging
+
+from worker.tasks import parts, run_sweep
+
+logging.basicConfig()
+said = [run_sweep()]
+parts().sample_at = 0.0
+print(said + [run_sweep()])
+"""
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["", "its table is gone"])
+def test_every_sweep_sees_to_it_and_trouble_with_it_hurts_none(there: bool, engine: Engine, redis_url: str) -> None:
+    with engine.begin() as connection:
+        if not there:
+            connection.execute(text("ALTER TABLE fetch_history RENAME TO fetch_history_gone"))
+    database = engine.url.render_as_string(hide_password=False)
+    env = os.environ | {"DATABASE_URL": database, "REDIS_URL": redis_url}
+    try:
+        done = subprocess.run([sys.executable, "-c", SWEEPS], env=env, capture_output=True, text=True, check=True)
+    finally:
+        if not there:
+            with engine.begin() as connection:
+                connection.execute(text("ALTER TABLE fetch_history_gone RENAME TO fetch_history"))
+
+    assert done.stdout.strip() == "['nothing to put back', 'nothing to put back']"
+    assert ("the history lacks a line" in done.stderr) != there
+    with engine.connect() as connection:
+        lines = connection.execute(select(func.count()).select_from(history)).scalar_one()
+    assert bool(lines) == there
