@@ -123,10 +123,14 @@ def _answer(age: float | None, note: str) -> str:
     return masked(note) if age is None else f"at {span(age)}: {masked(note)}"
 
 
+def _times(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def _job(facts: Facts) -> Step:
     job = facts.job
     asked = "" if job.asked_at is None else f", last {span(facts.since(job.asked_at))} ago"
-    detail = f"submitted {span(facts.since(job.submitted_at))} ago, asked about {job.polls} times{asked}"
+    detail = f"submitted {span(facts.since(job.submitted_at))} ago, {_times(job.polls, 'request')} about it{asked}"
     if job.ready_at is not None:
         detail += f"; seen ready {span(facts.since(job.ready_at))} ago"
     if job.completed_at is not None:
@@ -260,11 +264,13 @@ def _queue(facts: Facts) -> Step:
         return Step("queue", "not in it", "held by an operator")
     if not facts.ahead:
         return Step("queue", "first", "no due job of its account goes before it")
-    return Step("queue", "behind", f"{_ahead(facts)} of its account go before it")
+    return Step("queue", "behind", f"before it: {_ahead(facts)} of its account")
 
 
 def _ahead(facts: Facts) -> str:
-    return f"more than {AHEAD_MOST:,} due jobs" if facts.ahead > AHEAD_MOST else f"{facts.ahead:,} due jobs"
+    if facts.ahead > AHEAD_MOST:
+        return f"more than {AHEAD_MOST:,} due jobs"
+    return f"{facts.ahead:,} due job{'s' if facts.ahead > 1 else ''}"
 
 
 def _poll(facts: Facts) -> Step:
@@ -282,7 +288,8 @@ def _about_late(facts: Facts, late: float) -> str:
     if late > HEALTHY_SECONDS and not facts.working:
         return f"{START_WORKER}: nobody asks"
     if facts.ahead:
-        return f"nothing: {_ahead(facts)} go before it; a higher SD_API_RPS, if the API takes it, or priority is faster"
+        faster = "a higher SD_API_RPS, if the API takes it, or priority is faster"
+        return f"nothing: it waits for {_ahead(facts)} before it; {faster}"
     if late > HEALTHY_SECONDS:
         return "fetch-worker doctor: others are asked about, and this one is not"
     return "nothing: it is asked next"
@@ -330,7 +337,7 @@ def _deadline(facts: Facts) -> Step:
 def _output(facts: Facts, output: Row[Any]) -> Step:
     name = f"output {output.position}"
     host = attempt_host(output, facts.job.remote_id)
-    tried = f"{output.attempts} attempts"
+    tried = _times(output.attempts, "attempt")
     if output.status == "stored":
         return Step(name, "stored", f"{size(output.size_bytes)} {output.media_type}, {tried}, from {host}")
     last = "" if output.error_code is None else f"; {output.error_code}: {masked(output.error_message or '')}"
@@ -387,7 +394,7 @@ def _webhooks(facts: Facts) -> Iterator[Step]:
 
 def _webhook(facts: Facts, event: Row[Any], receiver: str, secret: str) -> Step:
     met = "" if event.error_message is None else f"; {masked(event.error_message)}"
-    detail = f"{event.type} to {receiver}, {event.attempts} attempts{met}"
+    detail = f"{event.type} to {receiver}, {_times(event.attempts, 'attempt')}{met}"
     if event.status == "failed":
         return Step("webhook", "given up", detail, f"look at the receiver {receiver}: it was told in vain for a day")
     if event.status == "delivered":

@@ -7,7 +7,7 @@ between two frames; a reader keeps those of the last minute.
 import json
 import time
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -29,14 +29,15 @@ from worker.store.gates import all_gates, last_asked
 from worker.store.jobs import waiting_accounts
 from worker.store.totals import ANSWERS, DELAY, POLLED, Figure, Total, read_totals
 
+NO_WORKER = "no worker asks"
 WINDOW_SECONDS = 60.0  # over which delays and polls are told
 RATE_SECONDS = 10.0  # over which requests per second are told
 OVER_SECONDS = 5.0  # a claim that is over is taken up sooner, where anybody works
 LATE_SECONDS = 1.0  # what is due for less is about to be asked about
 LATE_EVENT_SECONDS = 60.0
-LATE_MOST = 50
+LATE_MOST = 20
 TRANSFERS_MOST = 100
-UNSTORED_MOST = 2_000
+UNSTORED_MOST = 1_000
 EVENTS_MOST = 500
 FAILURES_MOST = 20
 
@@ -173,7 +174,8 @@ class KindNow:
 class Frame:
     """How everything stands at a moment. `kinds_seconds` is over how long `kinds` tells; None: since counting began.
 
-    `asked_seconds` is how long ago the last request was made for due work; None where none ever was.
+    `asked_seconds` is how long ago the last request was made for due work; None where none ever was. `late` has the
+    latest of `late_count` jobs.
     """
 
     at: datetime
@@ -184,6 +186,7 @@ class Frame:
     accounts: Sequence[AccountNow]
     hosts: Sequence[HeldHost]
     late: Sequence[LateJob]
+    late_count: Counted
     claims: Sequence[LostClaim]
     transfers: Sequence[Transfer]
     unstored: Sequence[Unstored]
@@ -215,6 +218,7 @@ class _Read:
     gone: Collection[str]
     jobs: Mapping[str, int]
     late: Sequence[Row[Any]]
+    late_count: int
     claims: Sequence[live.LostClaim]
     transfers: Sequence[Row[Any]]
     unstored: Sequence[Row[Any]]
@@ -229,6 +233,7 @@ def _read(connection: Connection, settings: Settings) -> _Read:
     known = all_gates(connection)
     levels = waiting_levels(connection, waiting_accounts(connection))
     gone = dead(holders(connection))
+    late = now - timedelta(seconds=LATE_SECONDS)
     return _Read(
         now=now,
         known=known,
@@ -237,7 +242,8 @@ def _read(connection: Connection, settings: Settings) -> _Read:
         asking=live.asked_about(connection, now=now),
         gone=gone,
         jobs=live.counted_jobs(connection),
-        late=live.latest_due(connection, levels, before=now - timedelta(seconds=LATE_SECONDS), limit=LATE_MOST),
+        late=live.latest_due(connection, levels, before=late, limit=LATE_MOST),
+        late_count=live.count_late(connection, levels, before=late),
         claims=live.lost_claims(connection, dead=gone, over_before=now - timedelta(seconds=OVER_SECONDS)),
         transfers=live.received_now(connection, now=now, limit=TRANSFERS_MOST),
         unstored=live.oldest_unstored(connection, limit=UNSTORED_MOST),
@@ -255,9 +261,10 @@ def _working(read: _Read) -> bool:
 class Watcher:
     """Reads frame after frame, and knows what the last ones were."""
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
+    def __init__(self, engine: Engine, settings: Settings, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
         self._settings = settings
+        self._clock = clock
         self._budget = SharedBudget(settings.redis)
         self._samples: deque[_Sample] = deque()
 
@@ -267,7 +274,7 @@ class Watcher:
             read = _read(connection, self._settings)
         # Redis is looked into after the transaction: no network inside of one.
         peeks = self._budget.peek({state.account: state.rps for state in read.states})
-        sample = _Sample(time.monotonic(), {one.figure: one for one in read.totals}, _received(read.transfers))
+        sample = _Sample(self._clock(), {one.figure: one for one in read.totals}, _received(read.transfers))
         frame = self._frame(read, peeks, sample)
         self._samples.append(sample)
         return frame
@@ -285,6 +292,7 @@ class Watcher:
             accounts=[self._account(state, read.known, peeks.get(state.account), sample) for state in read.states],
             hosts=_held_hosts(read.known, now),
             late=[why.late(row) for row in read.late],
+            late_count=_count("late", read.late_count),
             claims=[_lost(claim, read.gone, now) for claim in read.claims],
             transfers=[_transfer(row, sample, before, now) for row in read.transfers],
             unstored=_unstored(read.unstored, now),
@@ -343,8 +351,11 @@ def _seconds(span: timedelta) -> float:
 
 
 def _counted(found: Mapping[str, int]) -> list[Counted]:
-    most = live.COUNTED_MOST
-    return [Counted(state, min(count, most), count > most) for state, count in found.items()]
+    return [_count(state, count) for state, count in found.items()]
+
+
+def _count(state: str, count: int) -> Counted:
+    return Counted(state, min(count, live.COUNTED_MOST), count > live.COUNTED_MOST)
 
 
 def _held_hosts(known: Mapping[tuple[Scope, str], Gate], now: datetime) -> list[HeldHost]:
@@ -390,7 +401,7 @@ class _Why:
             return f"held: {host.name} {masked(host.why or '')}"
         if job.claim_token is not None:
             return f"claimed by {job.claim_holder}, which is {'dead' if job.claim_holder in self.gone else 'silent'}"
-        return "the budget is short" if self.working else "no worker asks"
+        return "the budget is short" if self.working else NO_WORKER
 
 
 def _lost(claim: live.LostClaim, gone: Collection[str], now: datetime) -> LostClaim:

@@ -21,6 +21,7 @@ from worker.store.gates import all_gates, last_asked
 from worker.store.jobs import counts, waiting_accounts
 from worker.store.outputs import unstored
 from worker.store.paces import newest_paces
+from worker.tables import HELD_UNTIL
 
 KINDS_MOST = 50  # those learned about last
 HEALTHY_SECONDS = 30.0  # due work is done within it, or a request was made within it
@@ -127,8 +128,10 @@ def account_states(
     known: Mapping[tuple[Scope, str], Gate], levels: Iterable[Level], settings: Settings, now: datetime
 ) -> list[AccountState]:
     """Every account that has a key, a gate, or jobs that wait, by its name."""
-    waiting = {level.account: level.due_at for level in sorted(levels, key=lambda level: level.due_at, reverse=True)}
-    names = sorted({*waiting, *settings.keys, *(name for scope, name in known if scope == "account")})
+    by_time = sorted(levels, key=lambda level: level.due_at, reverse=True)
+    waiting = {level.account: level.due_at for level in by_time if level.due_at < HELD_UNTIL}
+    gated = (name for scope, name in known if scope == "account")
+    names = sorted({*(level.account for level in by_time), *settings.keys, *gated})
     return [_account(name, known, waiting, settings, now) for name in names]
 
 
@@ -256,6 +259,8 @@ def why(connection: Connection, job: Row[Any], outputs: Sequence[Row[Any]], sett
         return f"held: {host.name} {host.why}; it costs the job nothing"
     said = answers(job.last_answer)
     last = f"; last answer: {masked(said[0].note)}" if said else ""
+    if job.claim_token is not None and job.due_at < now:
+        return f"{job.claim_holder} took it, and its lease is over: no worker has taken it up since{last}"
     if job.claim_token is not None:
         return f"it is being asked about, by {job.claim_holder}{last}"
     believed = belief(connection, job)

@@ -23,7 +23,7 @@ from worker.core.in_words import size, span
 from worker.core.plain_text import plain_text
 from worker.database import engine_for
 from worker.errors import WorkerError
-from worker.lately import AccountNow, Frame, LateJob, LostClaim, Transfer, Unstored, Watcher
+from worker.lately import NO_WORKER, AccountNow, Frame, LateJob, LostClaim, Transfer, Unstored, Watcher
 from worker.overview import HEALTHY_SECONDS
 from worker.settings import load
 
@@ -38,12 +38,19 @@ class Section:
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    alarming: bool = False
+    alarming: bool = False  # red
+    count: int = 0  # where there are more than `rows`
+    more: bool = False  # and more than could be counted
 
     @property
     def least(self) -> int:
         """The lines that show anything of it: the title, a row, and how many more there are."""
-        return min(len(self.rows), 2) + 1
+        return min(max(len(self.rows), self.count), 2) + 1
+
+    @property
+    def most(self) -> int:
+        """The lines that show all there is to show of it."""
+        return 1 + len(self.rows) + (self.count > len(self.rows))
 
 
 @click.command()
@@ -70,6 +77,7 @@ def top(every: float, once: bool, as_json: bool) -> int:
 def document(frame: Frame) -> dict[str, Any]:
     """A frame as JSON takes it: jobs by state, `jobs_more` names the states with more than could be counted."""
     told = asdict(frame)
+    told["late_count"], told["late_more"] = frame.late_count.count, frame.late_count.more
     told["jobs"] = {one.state: one.count for one in frame.jobs}
     told["jobs_more"] = [one.state for one in frame.jobs if one.more]
     plain: dict[str, Any] = _plain(told)
@@ -156,10 +164,10 @@ def drawn(frame: Frame, width: int, height: int, trouble: str | None = None) -> 
 def _head(frame: Frame, trouble: str | None) -> Iterator[Text]:
     asked = "never" if frame.asked_seconds is None else f"{span(frame.asked_seconds)} ago"
     line = Text(f"fetch-worker {frame.at:%H:%M:%S} UTC", style="bold")
-    line.append(f"{GAP}last request {asked}, {frame.asking:,} under way", style="not bold")
     silent = frame.asked_seconds is None or frame.asked_seconds > HEALTHY_SECONDS
-    if any(job.why == "no worker asks" for job in frame.late) and silent:
-        line.append(f"{GAP}NO WORKER ASKS: start a `worker` process", style="bold red")
+    if silent and any(job.why == NO_WORKER for job in frame.late):
+        line.append(f"{GAP}NO WORKER ASKS", style="bold red")
+    line.append(f"{GAP}last request {asked}, {frame.asking:,} under way", style="not bold")
     yield line
     counts = [f"{one.count:,}{'+' if one.more else ''} {one.state}" for one in frame.jobs if one.count]
     yield Text(GAP.join(counts) or "no jobs yet")
@@ -178,7 +186,7 @@ def _rooms(parts: Sequence[Section], height: int) -> list[int]:
             rooms[place] = part.least
             left -= part.least - 1
     while left > 0:
-        short = [place for place, part in enumerate(parts) if part.least <= rooms[place] < len(part.rows) + 1]
+        short = [place for place, part in enumerate(parts) if part.least <= rooms[place] < part.most]
         if not short:
             break
         for place in short[:left]:
@@ -188,14 +196,14 @@ def _rooms(parts: Sequence[Section], height: int) -> list[int]:
 
 
 def _lines(section: Section, room: int, width: int) -> list[Text]:
-    count = len(section.rows)
-    shown = list(section.rows) if room > count else list(section.rows[: max(room - 2, 0)])
+    count = max(len(section.rows), section.count)
+    shown = section.rows[:count] if room > count else section.rows[: max(room - 2, 0)]
     table = [(section.title, *section.columns), *shown]
     cells = [[plain_text(cell) for cell in row] for row in table]
     widths = [max(cell_len(row[place]) for row in cells) for place in range(len(cells[0]))]
     style = "bold red" if section.alarming else "bold"
     lines = [Text(_joined(row, widths), style=style if not place else "") for place, row in enumerate(cells)]
-    more = f"… and {count - len(shown)} more"
+    more = f"… and {count - len(shown):,}{'+' if section.more else ''} more"
     if room == 1:
         return [Text(f"{section.title} {more}", style=style)]
     return lines if len(shown) == count else [*lines, Text(more, style="dim")]
@@ -213,17 +221,23 @@ def _sections(frame: Frame) -> list[Section]:
     return [
         Section(
             "ACCOUNTS",
-            ("per second", "of", "free now", "since", "next try", "state"),
-            [_account_row(one) for one in frame.accounts],
+            ("per second", "of", "free now", "held for", "next try", "state"),
+            [_account_row(one, at) for one in sorted(frame.accounts, key=lambda one: one.reason is None)],
         ),
         Section(
             "HELD HOSTS",
-            ("since", "next try", "why"),
-            [(one.host, _clock(one.since), _clock(one.until), one.reason) for one in frame.hosts],
+            ("held for", "next try", "why"),
+            [(one.host, _since(one.since, at), _in(one.until, at), one.reason) for one in frame.hosts],
             alarming=True,
         ),
         Section("LOST CLAIMS", ("over for", "its process"), [_claim_row(one) for one in frame.claims], True),
-        Section("LATE JOBS", ("account", "late", "past deadline", "why"), [_late_row(one) for one in frame.late]),
+        Section(
+            "LATE JOBS",
+            ("account", "late", "past deadline", "why"),
+            [_late_row(one) for one in frame.late],
+            count=frame.late_count.count,
+            more=frame.late_count.more,
+        ),
         Section(
             "NOT STORED",
             ("outputs", "oldest", "next try", "host", "last said"),
@@ -276,15 +290,15 @@ def _sections(frame: Frame) -> list[Section]:
     ]
 
 
-def _account_row(one: AccountNow) -> Sequence[str]:
+def _account_row(one: AccountNow, now: datetime) -> Sequence[str]:
     ceiling = "" if one.ceiling is None else f" (it took {one.ceiling:g})"
     return (
         one.account,
         _or_dash(one.used, lambda number: f"{number:.1f}"),
         f"{one.rps:g}{ceiling}",
         "-" if one.left is None else str(one.left),
-        _clock(one.since),
-        _clock(one.until),
+        _since(one.since, now),
+        _in(one.until, now),
         "open" if one.reason is None else f"HELD: {one.reason}",
     )
 
@@ -321,8 +335,15 @@ def _or_dash(value: float | None, said: Any) -> str:
     return "-" if value is None else str(said(value))
 
 
-def _clock(at: datetime | None) -> str:
-    return "-" if at is None else f"{at:%H:%M:%S}"
+def _since(moment: datetime | None, now: datetime) -> str:
+    return "-" if moment is None else span((now - moment).total_seconds())
+
+
+def _in(moment: datetime | None, now: datetime) -> str:
+    if moment is None:
+        return "-"
+    left = (moment - now).total_seconds()
+    return f"in {span(left)}" if left > 0 else f"due for {span(-left)}"
 
 
 COMMANDS: tuple[click.Command, ...] = (top,)

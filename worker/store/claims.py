@@ -445,7 +445,7 @@ def note_received(connection: Connection, holder: str, received: Mapping[Claim, 
         ids = list(connection.execute(standing).scalars())
         return connection.execute(noted.where(outputs.c.id.in_(ids))).rowcount if ids else 0
     picked = standing.cte("picked")
-    return connection.execute(noted.where(outputs.c.id == picked.c.id)).rowcount
+    return len(connection.execute(noted.where(outputs.c.id == picked.c.id).returning(outputs.c.id)).all())
 
 
 def holders(connection: Connection) -> set[str]:

@@ -14,7 +14,7 @@ from worker.core.lifecycle import JOB_STATES
 from worker.store.claims import Level
 from worker.tables import events, jobs, outputs
 
-COUNTED_MOST = 50_000  # jobs of one state; beyond it "more than"
+COUNTED_MOST = 10_000  # jobs of one state; beyond it "more than"
 CLAIMS_MOST = 200
 FAILURES_LOOKED_AT = 100  # of each state: those with the highest ids, which are not always those that ended last
 LEVELS_MOST = 500
@@ -22,15 +22,21 @@ LEVELS_MOST = 500
 
 def counted_jobs(connection: Connection) -> dict[str, int]:
     """How many jobs there are in each state, up to COUNTED_MOST + 1; pending ones with those that want fresh links."""
+    best = (jobs.c.account, jobs.c.priority, jobs.c.fetch_host, jobs.c.due_at)
     found: dict[str, int] = {}
     for state in JOB_STATES:
-        waits = state == "pending"
-        inside = jobs.c.due_at.is_not(None) if waits else jobs.c.status == state
-        # In the order of the index, so that no server goes through the table for it.
-        order = (jobs.c.account, jobs.c.priority, jobs.c.fetch_host, jobs.c.due_at) if waits else (jobs.c.id,)
-        some = select(order[0]).where(inside).order_by(*order).limit(COUNTED_MOST + 1).subquery()
-        found[state] = int(connection.execute(select(func.count()).select_from(some)).scalar_one())
+        if state == "pending":
+            some = select(jobs.c.account).where(jobs.c.due_at.is_not(None)).order_by(*best)
+        else:
+            some = select(jobs.c.id).where(*_in_state(state)).order_by(jobs.c.status, jobs.c.id)
+        counted = select(func.count()).select_from(some.limit(COUNTED_MOST + 1).subquery())
+        found[state] = int(connection.execute(counted).scalar_one())
     return found
+
+
+def _in_state(state: str) -> tuple[ColumnElement[bool], ...]:
+    """One final state, said so that its index serves in its own order, whatever else a server thinks is cheap."""
+    return (jobs.c.status.between(state, state), jobs.c.status != "pending")
 
 
 def latest_due(connection: Connection, levels: Iterable[Level], *, before: datetime, limit: int) -> list[Row[Any]]:
@@ -40,10 +46,37 @@ def latest_due(connection: Connection, levels: Iterable[Level], *, before: datet
     """
     late = sorted((level for level in levels if level.due_at < before), key=lambda level: level.due_at)
     found: list[Row[Any]] = []
-    for level in late[:limit]:  # the first of all others is due later than the first of each of these
-        first = select(jobs).where(*_of(level), jobs.c.due_at < before).order_by(jobs.c.due_at).limit(limit)
-        found += connection.execute(first).all()
-    return sorted(found, key=lambda row: (row.due_at, row.id))[:limit]
+    for level in late[:limit]:  # no other has one that is due earlier than the first of each of these
+        if len(found) == limit and found[-1].due_at <= level.due_at:
+            break
+        first = select(*_LATE).where(*_of(level), jobs.c.due_at < before).order_by(jobs.c.due_at).limit(limit)
+        found += list(connection.execute(first))
+        found = sorted(found, key=lambda row: (row.due_at, row.id))[:limit]
+    return found
+
+
+def count_late(connection: Connection, levels: Iterable[Level], *, before: datetime) -> int:
+    """How many jobs are due since before that, up to COUNTED_MOST + 1."""
+    count = 0
+    for level in [level for level in levels if level.due_at < before][:LEVELS_MOST]:
+        left = COUNTED_MOST + 1 - count
+        late = select(jobs.c.account).where(*_of(level), jobs.c.due_at < before).limit(left).subquery()
+        count += int(connection.execute(select(func.count()).select_from(late)).scalar_one())
+        if count > COUNTED_MOST:
+            break
+    return count
+
+
+_LATE = (
+    jobs.c.id,
+    jobs.c.account,
+    jobs.c.kind,
+    jobs.c.fetch_host,
+    jobs.c.due_at,
+    jobs.c.deadline_at,
+    jobs.c.claim_token,
+    jobs.c.claim_holder,
+)
 
 
 def due_before(connection: Connection, levels: Sequence[Level], job: Row[Any], *, now: datetime, most: int) -> int:
@@ -53,7 +86,7 @@ def due_before(connection: Connection, levels: Sequence[Level], job: Row[Any], *
         if level.account != job.account or level.priority < job.priority or level.due_at > now:
             continue
         until = now if level.priority > job.priority else min(now, job.due_at)
-        earlier = select(jobs.c.id).where(*_of(level), jobs.c.due_at < until).limit(most - count).subquery()
+        earlier = select(jobs.c.account).where(*_of(level), jobs.c.due_at < until).limit(most - count).subquery()
         count += int(connection.execute(select(func.count()).select_from(earlier)).scalar_one())
         if count >= most:
             break
@@ -133,8 +166,9 @@ def last_failures(connection: Connection, *, limit: int) -> list[Row[Any]]:
     found: list[Row[Any]] = []
     for state in ("failed", "expired"):
         columns = (jobs.c.id, jobs.c.account, jobs.c.kind, jobs.c.status, jobs.c.error_code, jobs.c.completed_at)
-        ended = select(*columns).where(jobs.c.status == state).order_by(jobs.c.id.desc())
-        found += list(connection.execute(ended.limit(FAILURES_LOOKED_AT)))
+        ended = select(*columns).where(*_in_state(state))
+        newest = ended.order_by(jobs.c.status.desc(), jobs.c.id.desc()).limit(FAILURES_LOOKED_AT)
+        found += list(connection.execute(newest))
     return sorted(found, key=lambda row: (row.completed_at, row.id), reverse=True)[:limit]
 
 
