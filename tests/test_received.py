@@ -73,6 +73,23 @@ def test_a_short_download_costs_no_statement(stand: Stand, web: Web) -> None:
     assert not [statement for statement in said if "SET received_bytes=CASE" in statement]
 
 
+def test_only_an_attempt_that_lasts_is_told_of(stand: Stand, tmp_path: Path) -> None:
+    """However long the thread runs already, for others."""
+    output_id = stand.add("https://cdn.test/a.png")
+    with stand.engine.begin() as connection:
+        output = take(connection, output_id, now=datetime.now(UTC))
+    assert output is not None
+    progress = ReceivedBytes(stand.engine, "holder")
+
+    with Partials(tmp_path / "parts").receive(1, "t") as incoming, progress.counted(output, incoming):
+        incoming.write(b"12345")
+        now = time.monotonic()
+        young, old = progress.lasting(now), progress.lasting(now + received.REPORT_SECONDS)
+
+    assert (young, old) == ({}, {(output.id, output.token): 5})
+    assert progress.lasting(now + 60) == {}
+
+
 def test_a_database_that_is_away_hurts_no_download(
     stand: Stand, tmp_path: Path, often: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,10 +131,11 @@ def test_only_a_claim_that_stands_is_written_to(engine: Engine) -> None:
 
     with engine.begin() as connection:
         first = note_received(connection, "holder", received | others, now=NOW + seconds(5))
+        older = note_received(connection, "holder", {(ids[0], "older"): 6}, now=NOW + seconds(5))
         late = note_received(connection, "holder", {(ids[0], mine[0].token): 99}, now=NOW + seconds(31))
     written = [output_of(engine, output_id).received_bytes for output_id in ids]
 
-    assert (first, late) == (3, 0)
+    assert (first, older, late) == (3, 0, 0)
     assert written == [10 * ids[0], 10 * ids[1], 10 * ids[2], None]
 
 

@@ -42,6 +42,11 @@ class ReceivedBytes:
             with self._lock:
                 del self._running[claim]
 
+    def lasting(self, now: float) -> dict[Claim, int]:
+        """The attempts that are under way for REPORT_SECONDS and longer at `now`, and how many bytes are there."""
+        running = list(self._running.items())
+        return {claim: incoming.size for claim, (incoming, since) in running if since <= now - REPORT_SECONDS}
+
     def _start(self) -> None:
         thread = threading.Thread(target=self._run, name="received-bytes", daemon=True)
         with suppress(RuntimeError):  # no room for a thread, or the process is ending: the download itself goes on
@@ -56,8 +61,7 @@ class ReceivedBytes:
                 if not self._running:
                     self._thread = None  # under the lock: whoever begins to receive something starts another one
                     return
-                oldest = time.monotonic() - REPORT_SECONDS
-                sizes = {claim: incoming.size for claim, (incoming, since) in self._running.items() if since <= oldest}
+                sizes = self.lasting(time.monotonic())
             self._tell({claim: size for claim, size in sizes.items() if told.get(claim) != size})
             told = sizes
 
