@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from worker.process_id import dead, holder_name, host_name, started_at
+from worker.process_id import dead, fate, holder_name, host_name, started_at
 
 
 def test_given_this_process_when_named_then_it_counts_as_living() -> None:
@@ -28,6 +28,11 @@ def test_given_a_process_id_that_was_used_again_when_looked_for_then_the_earlier
 
 def test_given_a_holder_of_another_host_or_of_no_known_form_when_looked_for_then_nothing_is_said_of_it() -> None:
     assert dead(["00000000.1.1", "d41d8cd98f00b204", ""]) == []
+
+
+def test_given_a_holder_when_its_fate_is_asked_for_then_it_runs_or_is_dead_or_nothing_is_known() -> None:
+    holders = [holder_name(), f"{host_name()}.{os.getpid()}.1", "00000000.1.1", "d41d8cd98f00b204"]
+    assert [fate(holder) for holder in holders] == ["runs", "dead", "unknown", "unknown"]
 
 
 def test_names_fit_their_column() -> None:

@@ -172,3 +172,35 @@ def test_a_redis_that_hangs_holds_nobody_for_long(account: str, monkeypatch: pyt
         for _ in range(100):
             budget.take(account, 1, rate=10)
         assert time.monotonic() - started < 3
+
+
+def test_a_look_takes_nothing_and_tells_what_is_left(redis_url: str, account: str) -> None:
+    budget = SharedBudget(redis_url)
+    before = budget.peek({account: 0.5})[account]
+    while budget.take(account, 1, rate=0.5).moments:
+        pass
+    looks = [budget.peek({account: 0.5})[account] for _ in range(3)]
+
+    assert (before.left, before.wait, before.processes) == (2, 0.0, 0)
+    assert [(look.left, look.processes) for look in looks] == [(0, 1)] * 3
+    assert 0.5 < looks[-1].wait <= 2.0
+    assert budget.peek({}) == {}
+
+
+@pytest.mark.parametrize(("ago", "taken"), [(0, 7.0), (1, 3.0), (2, 0.0)])
+def test_a_look_tells_the_requests_of_the_last_whole_second(
+    redis_url: str, account: str, ago: int, taken: float
+) -> None:
+    client = shared_budget.redis_client(redis_url, seconds=2)
+    while True:
+        second = client.time()[0]
+        client.hset(f"fetch-worker:taken:{account}", items=["at", second - ago, "count", 3, "before", 7])
+        look = SharedBudget(redis_url).peek({account: 10.0})[account]
+        if client.time()[0] == second:
+            break
+
+    assert look.taken == taken
+
+
+def test_a_look_into_a_redis_that_is_away_tells_nothing(account: str) -> None:
+    assert SharedBudget("redis://127.0.0.1:1/0").peek({account: 10.0}) == {}

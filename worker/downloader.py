@@ -39,6 +39,7 @@ from worker.database import PATIENCE, database_now, transact, trouble
 from worker.errors import StorageTrouble
 from worker.leases import LeaseKeeper
 from worker.partials import Incoming, Source, link_hash
+from worker.received import ReceivedBytes
 from worker.scrubber import Scrubber
 from worker.storage import Storage
 from worker.store.claims import ClaimedOutput, claim_output, release_output, release_outputs
@@ -98,6 +99,7 @@ class Downloader:
         self._tell = tell
         self._session = lean_session(adapter)
         self._hosts = Hosts(per_host)
+        self._received = ReceivedBytes(engine, leases.holder)
         self._unwritten: deque[tuple[ClaimedOutput, Attempt]] = deque()
         self._lost: deque[str] = deque()
         self._look_elsewhere_at = 0.0
@@ -181,7 +183,8 @@ class Downloader:
 
     def _attempt(self, output: ClaimedOutput) -> Attempt:
         try:
-            with self._storage.partials.receive(output.id, output.token) as incoming:
+            receive = self._storage.partials.receive
+            with receive(output.id, output.token) as incoming, self._received.counted(output, incoming):
                 trouble = self._receive(output, incoming)
                 return trouble or self._keep(output, incoming)
         except StorageTrouble as refused:

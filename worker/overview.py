@@ -1,6 +1,6 @@
 """What operators ask: how everything stands, and why one job is where it is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -11,15 +11,17 @@ from worker.core.answers import answers
 from worker.core.durations import OLDEST
 from worker.core.gate import Gate, Scope
 from worker.core.lifecycle import JOB_STATES
+from worker.core.masking import masked
 from worker.core.pace import Model, Waiting
 from worker.database import database_now
 from worker.learner import read_models
 from worker.settings import Settings
-from worker.store.claims import waiting_levels
+from worker.store.claims import Level, waiting_levels
 from worker.store.gates import all_gates, last_asked
 from worker.store.jobs import counts, waiting_accounts
 from worker.store.outputs import unstored
 from worker.store.paces import newest_paces
+from worker.tables import HELD_UNTIL
 
 KINDS_MOST = 50  # those learned about last
 HEALTHY_SECONDS = 30.0  # due work is done within it, or a request was made within it
@@ -102,9 +104,7 @@ def overview(connection: Connection, settings: Settings) -> Overview:
     now = database_now(connection)
     known = all_gates(connection)
     levels = waiting_levels(connection, waiting_accounts(connection))
-    waiting = {level.account: level.due_at for level in sorted(levels, key=lambda level: level.due_at, reverse=True)}
-    names = sorted({*waiting, *settings.keys, *(name for scope, name in known if scope == "account")})
-    accounts = [_account(name, known, waiting, settings, now) for name in names]
+    accounts = account_states(known, levels, settings, now)
     free = [state.account for state in accounts if state.reason is None]
     shut = [gate.name for gate in known.values() if gate.scope == "host" and gate.held(now)]
     since = [
@@ -122,6 +122,17 @@ def overview(connection: Connection, settings: Settings) -> Overview:
         unstored=_unstored(connection, now),
         kinds=_kinds(connection),
     )
+
+
+def account_states(
+    known: Mapping[tuple[Scope, str], Gate], levels: Iterable[Level], settings: Settings, now: datetime
+) -> list[AccountState]:
+    """Every account that has a key, a gate, or jobs that wait, by its name."""
+    by_time = sorted(levels, key=lambda level: level.due_at, reverse=True)
+    waiting = {level.account: level.due_at for level in by_time if level.due_at < HELD_UNTIL}
+    gated = (name for scope, name in known if scope == "account")
+    names = sorted({*(level.account for level in by_time), *settings.keys, *gated})
+    return [_account(name, known, waiting, settings, now) for name in names]
 
 
 def _unstored(connection: Connection, now: datetime) -> Unstored:
@@ -247,7 +258,9 @@ def why(connection: Connection, job: Row[Any], outputs: Sequence[Row[Any]], sett
     if host is not None and host.held(now):
         return f"held: {host.name} {host.why}; it costs the job nothing"
     said = answers(job.last_answer)
-    last = f"; last answer: {said[0].note}" if said else ""
+    last = f"; last answer: {masked(said[0].note)}" if said else ""
+    if job.claim_token is not None and job.due_at < now:
+        return f"{job.claim_holder} took it, and its lease is over: no worker has taken it up since{last}"
     if job.claim_token is not None:
         return f"it is being asked about, by {job.claim_holder}{last}"
     believed = belief(connection, job)

@@ -5,6 +5,7 @@ import os
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 PROC = Path("/proc")
 
@@ -34,6 +35,14 @@ def started_at(pid: int) -> str:
         return ""
     fields = stat.rpartition(")")[2].split()  # the name before it may hold blanks
     return "" if fields[0] in ("Z", "X") else fields[19]
+
+
+def fate(holder: str) -> Literal["runs", "dead", "unknown"]:
+    """What is known of a holder: whether it is a process of this host that runs or is no more, or of another host."""
+    if dead([holder]):
+        return "dead"
+    host = host_name()
+    return "runs" if host and holder.startswith(f"{host}.") else "unknown"
 
 
 def dead(holders: Iterable[str]) -> list[str]:

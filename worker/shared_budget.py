@@ -9,7 +9,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,11 +80,26 @@ class Grant:
     step: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Peek:
+    """An account's budget as it stands, without taking anything of it.
+
+    `left` is how many requests could go out at once, `wait` the seconds until there is one; `taken` how many the API
+    took in the last whole second, and `processes` how many asked for a part of the budget within a minute.
+    """
+
+    left: int
+    wait: float
+    taken: float
+    processes: int
+
+
 class SharedBudget:
     """Requests per second and account, for all processes on one Redis."""
 
     def __init__(self, redis_url: str) -> None:
         client = redis_client(redis_url, seconds=REDIS_TIMEOUT_SECONDS)
+        self._client = client
         self._take = client.register_script(_TAKE)
         self._give_back = client.register_script(_GIVE_BACK)
         self._taken = client.register_script(_TAKEN)
@@ -116,6 +131,25 @@ class SharedBudget:
         """Counts requests that the API did not refuse; how many it took of all processes in a second just now."""
         return float(self._ask(self._taken, [_name("taken", account)], requests) or requests)
 
+    def peek(self, rates: Mapping[str, float]) -> dict[str, Peek]:
+        """How the budgets of these accounts stand, whose rates are in force; nothing of it where Redis is away."""
+        if not rates or time.monotonic() < self._away_until:
+            return {}
+        reads = self._client.pipeline(transaction=True)
+        reads.time()
+        for account in rates:
+            reads.get(_name("budget", account))
+            reads.hmget(_name("taken", account), "at", "count", "before")
+            reads.zrange(_name("processes", account), 0, -1, withscores=True)
+        try:
+            (second, micro), *found = reads.execute()
+        except (RedisError, OSError):
+            self._away_until = time.monotonic() + RETRY_REDIS_SECONDS
+            return {}
+        now = second + micro / 1e6
+        each = zip(found[::3], found[1::3], found[2::3], strict=True)
+        return {account: _peek(rate, now, *read) for (account, rate), read in zip(rates.items(), each, strict=True)}
+
     def _ask(self, script: Any, keys: Sequence[str], *arguments: object) -> Any:
         if time.monotonic() < self._away_until:
             return None
@@ -133,6 +167,16 @@ class SharedBudget:
             found = slots(self._local.get(account, now), now, rate=share, wanted=wanted)
             self._local[account] = found.free
         return Grant(_moments(found, now), found.wait, account)
+
+
+def _peek(rate: float, now: float, free: bytes | None, taken: Sequence[bytes | None], asked: Sequence[Any]) -> Peek:
+    begin = float(free or 0)
+    found = slots(begin, now, rate=rate, wanted=burst(rate) + int(rate * AHEAD_SECONDS) + 1)
+    at, count, before = (int(float(value or 0)) for value in taken)
+    last = {int(now): before, int(now) - 1: count}.get(at, 0)
+    processes = sum(score > now - KEPT_SECONDS for _, score in asked)
+    wait = 0.0 if found.count else max(0.0, begin - now - AHEAD_SECONDS)
+    return Peek(found.count, round(wait, 3), float(last), processes)
 
 
 def _moments(found: Slots, now: float) -> tuple[float, ...]:

@@ -6,6 +6,7 @@ from typing import Any
 import click
 from sqlalchemy import Connection
 
+from worker.chain import Facts, chain, read_facts
 from worker.cli.act import target_options, targets
 from worker.cli.output import (
     EVENT_COLUMNS,
@@ -23,6 +24,7 @@ from worker.database import connected, engine_for
 from worker.doctor import alive, examine
 from worker.overview import KindState, Overview, belief, overview, why
 from worker.settings import Settings, load
+from worker.shared_budget import SharedBudget
 from worker.store.events import events_of
 from worker.store.jobs import job_row, newest, outputs_of
 
@@ -34,6 +36,7 @@ QUEUES = {
 }
 LISTED = ("id", "remote_id", "account", "kind", "status", "polls", "submitted_at", "reference", "error_code")
 EVENTS = ("event_id", "type", "status", "attempts", "due_at", "http_status", "error_message")
+CHAIN = ("step", "state", "detail")
 OUTPUTS = ("id", "position", "status", "media_type", "size_bytes", "attempts", "location", "error_code")
 
 
@@ -57,45 +60,58 @@ def list_jobs(status: str | None, reference: str | None, limit: int, as_json: bo
 @target_options
 @json_option
 def show(ids: tuple[str, ...], remote: str | None, account: str | None, as_json: bool) -> int:
-    """One job with its outputs, and why it is where it is."""
+    """One job with its outputs, why it is where it is, and what to do."""
     job_ids = targets(ids, remote, account)
     settings = load()
+    budget = SharedBudget(settings.redis)
     documents: list[dict[str, Any]] = []
-    with connected(settings.database), engine_for(settings.database).connect() as connection:
-        for job_id in job_ids:
-            document = _document(connection, job_id, settings)
-            if document is None:
-                click.echo(f"fetch-worker: there is no job {job_id}", err=True)
-            else:
-                documents.append(document)
+    for job_id in job_ids:
+        with connected(settings.database), engine_for(settings.database).connect() as connection:
+            found = _document(connection, job_id, settings)
+        if found is None:
+            click.echo(f"fetch-worker: there is no job {job_id}", err=True)
+        else:
+            documents.append(_with_chain(*found, budget))
     if as_json and documents:
         print_json(documents[0] if len(job_ids) == 1 else documents)
     elif not as_json:
         for document in documents:
             outputs = document.pop("outputs")
             webhooks = document.pop("webhooks")
-            document.pop("believed")  # `why` says it in words
+            document.pop("believed")  # the chain says it in words
+            links = document.pop("chain")
+            advice = document.pop("advice")
             print_fields(document)
+            print_table(CHAIN, [[link[name] for name in CHAIN] for link in links], empty="")
             if webhooks:
                 print_table(EVENTS, [[event[name] for name in EVENTS] for event in webhooks], empty="")
             print_table(OUTPUTS, [[output[name] for name in OUTPUTS] for output in outputs], empty="no outputs yet")
+            click.echo(f"what to do: {advice}")
     return 0 if len(documents) == len(job_ids) else 1
 
 
-def _document(connection: Connection, job_id: int, settings: Settings) -> dict[str, Any] | None:
+def _document(connection: Connection, job_id: int, settings: Settings) -> tuple[dict[str, Any], Facts] | None:
     job = job_row(connection, job_id)
     if job is None:
         return None
-    outputs = outputs_of(connection, [job_id])
+    outputs, events = outputs_of(connection, [job_id]), events_of(connection, job_id)
     waits = job.status == "pending" and job.claim_token is None
     believed = belief(connection, job)
-    return plain(job, JOB_COLUMNS) | {
+    document = plain(job, JOB_COLUMNS) | {
         "outputs": [plain(output, OUTPUT_COLUMNS) for output in outputs],
-        "webhooks": [plain(event, EVENT_COLUMNS) for event in events_of(connection, job_id)],
+        "webhooks": [plain(event, EVENT_COLUMNS) for event in events],
         "why": why(connection, job, outputs, settings),
         "next_poll_at": moment(job.due_at) if waits else None,
         "believed": None if believed is None else asdict(believed),
     }
+    return document, read_facts(connection, job, outputs, events, settings)
+
+
+def _with_chain(document: dict[str, Any], facts: Facts, budget: SharedBudget) -> dict[str, Any]:
+    """Redis is looked into after the transaction: no network inside of one."""
+    peek = budget.peek({facts.job.account: facts.rate}) if facts.job.due_at is not None else {}
+    steps, advice = chain(facts, peek.get(facts.job.account))
+    return document | {"chain": [{name: getattr(step, name) for name in CHAIN} for step in steps], "advice": advice}
 
 
 @click.command()

@@ -31,6 +31,8 @@ from worker.core.pace import SOONEST, WINDOW
 from worker.store.times import seconds_between
 from worker.tables import bodies, events, jobs, outputs
 
+Claim = tuple[int, str]  # the id of an output, and the token that its claim is known by
+
 _JOB_COLUMNS = (
     jobs.c.id,
     jobs.c.remote_id,
@@ -420,6 +422,30 @@ _LIVE_CLAIMS = [
     )
     for table in (jobs, outputs, events)
 ]
+
+
+def note_received(connection: Connection, holder: str, received: Mapping[Claim, int], *, now: datetime) -> int:
+    """Notes how many bytes of these outputs are there, where the claim still stands; how many outputs.
+
+    One that is locked is being recorded just now, and told of no more.
+    """
+    standing = (
+        select(outputs.c.id)
+        .where(
+            outputs.c.id.in_(sorted(output_id for output_id, _ in received)),
+            outputs.c.claim_token.in_([token for _, token in received]),
+            outputs.c.claim_holder == holder,
+            outputs.c.due_at > now,
+        )
+        .with_for_update(skip_locked=True)
+    )
+    sizes = {token: size for (_, token), size in received.items()}
+    noted = update(outputs).values(received_bytes=case(sizes, value=outputs.c.claim_token))
+    if connection.dialect.name in ("mysql", "mariadb"):
+        ids = list(connection.execute(standing).scalars())
+        return connection.execute(noted.where(outputs.c.id.in_(ids))).rowcount if ids else 0
+    picked = standing.cte("picked")
+    return len(connection.execute(noted.where(outputs.c.id == picked.c.id).returning(outputs.c.id)).all())
 
 
 def holders(connection: Connection) -> set[str]:

@@ -1,0 +1,90 @@
+"""Troubles put into the tables one by one, for tests of what looks at them: each a job that does not move, and why."""
+
+import os
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, insert
+
+from tests.rows import add_downloading, add_job, add_output, seconds
+from worker.process_id import host_name
+from worker.tables import events, gates
+
+ELSEWHERE = "0badc0de.7.7"  # a process of another host
+DEAD = f"{host_name()}.{os.getpid()}.1"  # of this host: its number is used again
+MINE = "https://cdn.dead.test:8443/users/ann/1.png?sig=secret"
+
+
+def now() -> datetime:
+    """The moment that the tables' times are told from."""
+    return datetime.now(UTC)
+
+
+def waiting(connection: Connection, remote_id: str, *, due: float = -100.0, **changes: Any) -> int:
+    """A job that is due in so many seconds, below zero: since then."""
+    at = now()
+    times = {
+        "submitted_at": at - seconds(200),
+        "tracked_at": at - seconds(200),
+        "deadline_at": at + seconds(3_400),
+        "due_at": at + seconds(due),
+    }
+    return add_job(connection, remote_id, **(times | changes))
+
+
+def claimed(connection: Connection, remote_id: str, holder: str, *, over: float, **changes: Any) -> int:
+    """A job that a process took, whose lease is over for so many seconds, below zero: ends then."""
+    claim = {"claim_token": "t", "claim_holder": holder, "asked_at": now() - seconds(over + 30)}
+    return waiting(connection, remote_id, due=-over, **(claim | changes))
+
+
+def delivered(connection: Connection, remote_id: str, **changes: Any) -> int:
+    """A job that is being downloaded, with one output that is due; `changes` are the output's."""
+    at = now()
+    times = {"submitted_at": at - seconds(300), "tracked_at": at - seconds(300), "deadline_at": at + seconds(3_300)}
+    job_id = add_downloading(connection, remote_id, ready_at=at - seconds(250), **times)
+    values: dict[str, Any] = {"url": MINE, "listed_at": at - seconds(250), "due_at": at + seconds(40), "attempts": 3}
+    add_output(connection, job_id, **(values | changes))
+    return job_id
+
+
+def received(connection: Connection, remote_id: str, *, over: float = -20.0, **changes: Any) -> int:
+    """A job whose output is being received, or was by a process whose lease is over for so many seconds."""
+    at = now()
+    claim = {"claim_token": "t", "claim_holder": ELSEWHERE, "claimed_at": at - seconds(10), "attempts": 1}
+    return delivered(connection, remote_id, **(claim | {"due_at": at - seconds(over)} | changes))
+
+
+def failed(connection: Connection, remote_id: str, **changes: Any) -> int:
+    """A job that ended badly."""
+    ended = {"status": "failed", "due_at": None, "completed_at": now(), "error_code": "api_failed"}
+    return waiting(connection, remote_id, **(ended | {"error_message": "no paint left"} | changes))
+
+
+def gate(connection: Connection, scope: str, name: str, **changes: Any) -> None:
+    """An account or a host, accepted and open unless `changes` say otherwise."""
+    connection.execute(insert(gates).values({"scope": scope, "name": name, "proven": True} | changes))
+
+
+def held(connection: Connection, scope: str, name: str, reason: str, **changes: Any) -> None:
+    """An account or host that is held for a minute, and tried again in 20 s."""
+    at = now()
+    shut = {"reason": reason, "since": at - seconds(60), "probe_at": at + seconds(20), "probes": 3}
+    gate(connection, scope, name, **(shut | changes))
+
+
+def event(connection: Connection, job_id: int, *, due: float, **changes: Any) -> None:
+    """A webhook event that is due in so many seconds."""
+    at = now()
+    values = {
+        "event_id": f"e{job_id}",
+        "job_id": job_id,
+        "type": "job.failed",
+        "url": "https://ann:pw@shop.test/hook?token=hidden",
+        "body": "{}",
+        "status": "pending",
+        "attempts": 4,
+        "created_at": at - seconds(500),
+        "due_at": at + seconds(due),
+    }
+    connection.execute(insert(events).values(values | changes))
