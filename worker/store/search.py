@@ -64,7 +64,7 @@ class JobFilter:
         """The states that such a job can be in."""
         left = frozenset(self.statuses or JOB_STATES)
         if self.codes:
-            left &= {"failed", "expired"}
+            left &= {"expired" if code == "expired" else "failed" for code in self.codes}
         if self.output_codes:
             left &= {"downloading", "failed", "cancelled"}
         if self.finished_since is not None or self.finished_until is not None:

@@ -124,7 +124,8 @@ class FetchWorker(Workers):
                     self._finish()
                     return job
                 self._check(job, began)
-                self._step(None)
+                if not self._step(None):
+                    raise self._at_rest(job)
         raise AssertionError("unreachable")
 
     def run_all(self) -> list[Job]:
@@ -167,7 +168,9 @@ class FetchWorker(Workers):
         with self._turn:
             until = None if most is None else self.now + timedelta(seconds=most)
             self._check(job, self._waited_since.setdefault(job.id, self.now))
-            if not self._step(until) and until is not None:
+            if not self._step(until):
+                if until is None:
+                    raise self._at_rest(job)
                 self._clock.move_to(until)
 
     # ── steps ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -211,6 +214,9 @@ class FetchWorker(Workers):
                 f"job {job.id} is still {job.status} at {self.now:%Y-%m-%d %H:%M:%S} UTC, long after its deadline"
                 f" ({self._why(job)}): have the stand-in answer otherwise, or look at half-way states by `advance`"
             )
+
+    def _at_rest(self, job: Job) -> NeverEnds:
+        return NeverEnds(f"job {job.id} is {job.status}, and nothing is to come ({self._why(job)})")
 
     def _why(self, job: Job) -> str:
         with self.engine.connect() as connection:
