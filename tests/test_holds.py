@@ -2,6 +2,7 @@
 
 import logging
 from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, select, update
@@ -37,7 +38,7 @@ def database(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     return engine
 
 
-def _held(engine: Engine, **changes: object) -> int:
+def _held(engine: Engine, **changes: Any) -> int:
     with engine.begin() as connection:
         job_id = add_job(connection, **changes)
         assert store.hold(connection, [job_id], now=NOW) == {job_id}

@@ -153,7 +153,7 @@ def test_the_first_job_of_a_time_is_found_among_ids_with_gaps(engine: Engine, no
             moment = NOW + timedelta(minutes=minute)
             expected = min(job_id for job_id, tracked_at in left if tracked_at >= moment)
             first = module._first_tracked(connection, moment)
-            assert [job_id for job_id, _ in left if job_id >= first][0] == expected
+            assert next(job_id for job_id, _ in left if job_id >= first) == expected
         assert module._first_tracked(connection, NOW + timedelta(minutes=40)) > ids[-1]
 
 

@@ -125,7 +125,7 @@ class FetchWorker(Workers):
                     return job
                 self._check(job, began)
                 if not self._step(None):
-                    raise self._at_rest(job)
+                    self._check_rest(job.id)
         raise AssertionError("unreachable")
 
     def run_all(self) -> list[Job]:
@@ -170,8 +170,9 @@ class FetchWorker(Workers):
             self._check(job, self._waited_since.setdefault(job.id, self.now))
             if not self._step(until):
                 if until is None:
-                    raise self._at_rest(job)
-                self._clock.move_to(until)
+                    self._check_rest(job.id)
+                else:
+                    self._clock.move_to(until)
 
     # ── steps ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -215,8 +216,11 @@ class FetchWorker(Workers):
                 f" ({self._why(job)}): have the stand-in answer otherwise, or look at half-way states by `advance`"
             )
 
-    def _at_rest(self, job: Job) -> NeverEnds:
-        return NeverEnds(f"job {job.id} is {job.status}, and nothing is to come ({self._why(job)})")
+    def _check_rest(self, job_id: int) -> None:
+        """Raises NeverEnds where nothing is to come, and the job is not final; another thread may have seen to it."""
+        job = enqueue.get(job_id)
+        if job is not None and not job.final:
+            raise NeverEnds(f"job {job_id} is {job.status}, and nothing is to come ({self._why(job)})")
 
     def _why(self, job: Job) -> str:
         with self.engine.connect() as connection:
