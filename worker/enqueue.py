@@ -70,7 +70,8 @@ class Output:
 class Job:
     """One job as it stood at `read_at`, by the database's clock. Times are aware, in UTC; `eta` is in seconds.
 
-    `not_ready_at`: when the API last said that it is not ready; `eta_at`: when its eta came, if not at submission.
+    `not_ready_at`: when the API last said that it is not ready; `eta_at`: when its eta came, if not at submission;
+    `held_at`: since when an operator holds it.
     """
 
     id: int
@@ -90,6 +91,7 @@ class Job:
     error_message: str | None
     not_ready_at: datetime | None
     eta_at: datetime | None
+    held_at: datetime | None
     read_at: datetime
     outputs: tuple[Output, ...] = ()
 
@@ -161,7 +163,7 @@ def tracked(
     with _transaction(settings) as connection:
         answer, soon = _insert(connection, settings, wanted, plans)
     if soon:
-        _wake(settings)  # after the commit: the rows must be there
+        wake(settings)  # after the commit: the rows must be there
     return answer
 
 
@@ -222,10 +224,10 @@ def retry(job_id: int) -> bool:
     settings = _settings()
     with _transaction(settings) as connection:
         _existing(connection, job_id)
-        open_events(connection, now=database_now(connection), job_id=job_id)  # of the end that is taken back
+        open_events(connection, now=database_now(connection), of=[job_id])  # of the end that is taken back
         changed = store.retry(connection, job_id, now=database_now(connection))
     if changed:
-        _wake(settings)
+        wake(settings)
     return changed
 
 
@@ -236,7 +238,7 @@ def nudge(remote_id: str | int, account: str | None = None) -> int:
         least = timedelta(seconds=settings.poll_min)
         moved = store.nudge(connection, lookup_id(remote_id), account, now=database_now(connection), least=least)
     if moved:
-        _wake(settings)
+        wake(settings)
     return moved
 
 
@@ -247,7 +249,7 @@ def nudge_reference(reference: str) -> int:
         least = timedelta(seconds=settings.poll_min)
         moved = store.nudge_reference(connection, reference, now=database_now(connection), least=least)
     if moved:
-        _wake(settings)
+        wake(settings)
     return moved
 
 
@@ -283,6 +285,11 @@ class Workers:
 
 
 _workers = Workers()
+
+
+def wake(settings: Settings) -> None:
+    """Tells the worker processes that something is due that they don't know of. After the commit."""
+    _workers.wake(settings)
 
 
 @contextmanager
@@ -569,16 +576,12 @@ def _wake_after_commit(session: TrackingSession) -> None:
 def _committed(session: Session) -> None:
     if session.info[_WAKES] and not session.in_nested_transaction():
         session.info[_WAKES] = False
-        _wake(_settings())
+        wake(_settings())
 
 
 def _rolled_back(session: Session) -> None:
     if not session.in_nested_transaction():
         session.info[_WAKES] = False
-
-
-def _wake(settings: Settings) -> None:
-    _workers.wake(settings)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Row
 
 from worker.core.answers import answers
 from worker.core.durations import OLDEST
-from worker.core.gate import Gate, Scope
+from worker.core.gate import BY_HAND, Gate, Scope
 from worker.core.lifecycle import JOB_STATES
 from worker.core.masking import masked
 from worker.core.pace import Model, Waiting
@@ -167,8 +167,8 @@ def _kind(account: str, kind: str, model: Model) -> KindState:
 
 
 def belief(connection: Connection, job: Row[Any]) -> Belief | None:
-    """What is believed of a job that waits for its next poll; None for any other."""
-    if job.status != "pending":
+    """What is believed of a job that waits for its next poll; None for any other, and for one that is held."""
+    if job.status != "pending" or job.held_at is not None:
         return None
     now = database_now(connection)
     model, _ = read_models(connection, [(job.account, job.kind)])[job.account, job.kind]
@@ -249,6 +249,8 @@ def why(connection: Connection, job: Row[Any], outputs: Sequence[Row[Any]], sett
             return "it was cancelled"
         case "downloading":
             return _why_downloading(job, outputs, now)
+    if job.held_at is not None:
+        return f"{BY_HAND} since {job.held_at:%Y-%m-%d %H:%M:%S} UTC; it costs the job nothing, `resume` lets it go"
     known = all_gates(connection)
     state = _account(job.account, known, {job.account: job.due_at}, settings, now)
     if state.reason is not None:

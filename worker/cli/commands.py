@@ -3,7 +3,7 @@
 import click
 
 from worker import __version__
-from worker.cli import act, look, metrics, prune, run, simulate, top
+from worker.cli import act, control, find, look, metrics, prune, run, simulate, top
 from worker.errors import SettingsError, WorkerError
 
 
@@ -13,7 +13,7 @@ def group() -> None:
     """Polls a hosted image API until each job is ready, and stores every picture exactly once."""
 
 
-_modules = (run, act, look, top, metrics, prune, simulate)
+_modules = (run, act, control, find, look, top, metrics, prune, simulate)
 for _command in (command for module in _modules for command in module.COMMANDS):
     group.add_command(_command)
 
