@@ -28,6 +28,7 @@ LONGEST = 10 * 365 * 86_400.0  # seconds; more would be a slip, and no date can 
 LONG_DEADLINES = (("training", 14_400.0), ("video", 7_200.0))
 SHARED_NAMES = frozenset(
     {"DATABASE_URL", "REDIS_URL", "BROKER_URL", "PORT", "REQUESTS_CA_BUNDLE"}
+    | {"ADMIN_PASSWORD", "ADMIN_ADDRESS", "ADMIN_PORT"}
 )  # apps have like names of their own
 KEY_NAMES = ("SD_API_KEY", "SD_API_KEYS", "WEBHOOK_SECRET")
 _HOST = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
@@ -71,6 +72,9 @@ class Settings(BaseSettings):
     flower_address: str = "127.0.0.1"
     flower_port: int | None = Field(default=None, ge=0, le=65_535)
     port: int | None = Field(default=None, ge=0, le=65_535)
+    admin_password: SecretStr | None = None
+    admin_address: str = "127.0.0.1"
+    admin_port: int | None = Field(default=None, ge=0, le=65_535)
 
     @classmethod
     def settings_customise_sources(
