@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from worker.errors import Unavailable as Unavailable
     from worker.errors import WaitTimeout as WaitTimeout
     from worker.errors import WorkerError as WorkerError
+    from worker.holds import hold as hold
+    from worker.holds import resume as resume
 
 __version__ = "0.1.0"
 
@@ -59,6 +61,7 @@ _HOMES = {
         "WaitTimeout",
         "WorkerError",
     ),
+    "worker.holds": ("hold", "resume"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -161,7 +161,7 @@ def tracked(
     with _transaction(settings) as connection:
         answer, soon = _insert(connection, settings, wanted, plans)
     if soon:
-        _wake(settings)  # after the commit: the rows must be there
+        wake(settings)  # after the commit: the rows must be there
     return answer
 
 
@@ -222,10 +222,10 @@ def retry(job_id: int) -> bool:
     settings = _settings()
     with _transaction(settings) as connection:
         _existing(connection, job_id)
-        open_events(connection, now=database_now(connection), job_id=job_id)  # of the end that is taken back
+        open_events(connection, now=database_now(connection), of=[job_id])  # of the end that is taken back
         changed = store.retry(connection, job_id, now=database_now(connection))
     if changed:
-        _wake(settings)
+        wake(settings)
     return changed
 
 
@@ -236,7 +236,7 @@ def nudge(remote_id: str | int, account: str | None = None) -> int:
         least = timedelta(seconds=settings.poll_min)
         moved = store.nudge(connection, lookup_id(remote_id), account, now=database_now(connection), least=least)
     if moved:
-        _wake(settings)
+        wake(settings)
     return moved
 
 
@@ -247,7 +247,7 @@ def nudge_reference(reference: str) -> int:
         least = timedelta(seconds=settings.poll_min)
         moved = store.nudge_reference(connection, reference, now=database_now(connection), least=least)
     if moved:
-        _wake(settings)
+        wake(settings)
     return moved
 
 
@@ -283,6 +283,11 @@ class Workers:
 
 
 _workers = Workers()
+
+
+def wake(settings: Settings) -> None:
+    """Tells the worker processes that something is due that they don't know of. After the commit."""
+    _workers.wake(settings)
 
 
 @contextmanager
@@ -569,16 +574,12 @@ def _wake_after_commit(session: TrackingSession) -> None:
 def _committed(session: Session) -> None:
     if session.info[_WAKES] and not session.in_nested_transaction():
         session.info[_WAKES] = False
-        _wake(_settings())
+        wake(_settings())
 
 
 def _rolled_back(session: Session) -> None:
     if not session.in_nested_transaction():
         session.info[_WAKES] = False
-
-
-def _wake(settings: Settings) -> None:
-    _workers.wake(settings)
 
 
 @contextmanager

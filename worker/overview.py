@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Row
 
 from worker.core.answers import answers
 from worker.core.durations import OLDEST
-from worker.core.gate import Gate, Scope
+from worker.core.gate import BY_HAND, Gate, Scope
 from worker.core.lifecycle import JOB_STATES
 from worker.core.pace import Model, Waiting
 from worker.database import database_now
@@ -20,6 +20,7 @@ from worker.store.gates import all_gates, last_asked
 from worker.store.jobs import counts, waiting_accounts
 from worker.store.outputs import unstored
 from worker.store.paces import newest_paces
+from worker.tables import HELD_UNTIL
 
 KINDS_MOST = 50  # those learned about last
 HEALTHY_SECONDS = 30.0  # due work is done within it, or a request was made within it
@@ -102,8 +103,11 @@ def overview(connection: Connection, settings: Settings) -> Overview:
     now = database_now(connection)
     known = all_gates(connection)
     levels = waiting_levels(connection, waiting_accounts(connection))
-    waiting = {level.account: level.due_at for level in sorted(levels, key=lambda level: level.due_at, reverse=True)}
-    names = sorted({*waiting, *settings.keys, *(name for scope, name in known if scope == "account")})
+    by_time = sorted(levels, key=lambda level: level.due_at, reverse=True)
+    waiting = {level.account: level.due_at for level in by_time if level.due_at < HELD_UNTIL}
+    names = sorted(
+        {*(level.account for level in levels), *settings.keys, *(name for scope, name in known if scope == "account")}
+    )
     accounts = [_account(name, known, waiting, settings, now) for name in names]
     free = [state.account for state in accounts if state.reason is None]
     shut = [gate.name for gate in known.values() if gate.scope == "host" and gate.held(now)]
@@ -156,8 +160,8 @@ def _kind(account: str, kind: str, model: Model) -> KindState:
 
 
 def belief(connection: Connection, job: Row[Any]) -> Belief | None:
-    """What is believed of a job that waits for its next poll; None for any other."""
-    if job.status != "pending":
+    """What is believed of a job that waits for its next poll; None for any other, and for one that is held."""
+    if job.status != "pending" or job.held_at is not None:
         return None
     now = database_now(connection)
     model, _ = read_models(connection, [(job.account, job.kind)])[job.account, job.kind]
@@ -238,6 +242,8 @@ def why(connection: Connection, job: Row[Any], outputs: Sequence[Row[Any]], sett
             return "it was cancelled"
         case "downloading":
             return _why_downloading(job, outputs, now)
+    if job.held_at is not None:
+        return f"{BY_HAND} since {job.held_at:%Y-%m-%d %H:%M:%S} UTC; it costs the job nothing, `resume` lets it go"
     known = all_gates(connection)
     state = _account(job.account, known, {job.account: job.due_at}, settings, now)
     if state.reason is not None:

@@ -139,6 +139,6 @@ def _mend(engine: Engine, storage: Storage, row: Row[Any], condition: str) -> st
         return f"left: {refused}"
     with engine.begin() as connection:
         now = database_now(connection)
-        open_events(connection, now=now, job_id=row.job_id)  # of the end that is taken back
+        open_events(connection, now=now, of=[row.job_id])  # of the end that is taken back
         done = put_back(connection, row.id, location=row.location, now=now)
     return PUT_BACK if done else "left: it was changed meanwhile"

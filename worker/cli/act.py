@@ -1,4 +1,4 @@
-"""Commands that change jobs: migrate, track, cancel, retry, verify."""
+"""Commands that bring jobs in and see to what they stored: migrate, track, verify."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,7 +13,7 @@ from worker.errors import JobNotFound, NotTrackable
 from worker.migrate import migrate as run_migrations
 from worker.scrubber import Scrubber
 from worker.settings import load
-from worker.store.jobs import job_row, jobs_by_remote
+from worker.store.jobs import jobs_by_remote
 from worker.verifier import verify as run_verification
 
 MAX_DIGITS = 100  # of a number on the command line; Python itself refuses to read endless ones
@@ -76,6 +76,11 @@ def _targets(ids: tuple[str, ...], remote: str | None, account: str | None) -> l
         if not found:
             raise JobNotFound(f"there is no job with the remote id {remote!r}")
         return found
+    return job_numbers(ids)
+
+
+def job_numbers(ids: tuple[str, ...]) -> list[int]:
+    """Job ids as they are given. Raises JobNotFound for one that no job can have, and click's usage error."""
     if not all(word.isdecimal() for word in ids):
         raise click.UsageError("a job id is a whole number; for the API's own id use --remote")
     endless = next((word for word in ids if len(word) > MAX_DIGITS), None)
@@ -94,44 +99,6 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def targets(ids: tuple[str, ...], remote: str | None, account: str | None) -> list[int]:
     """The jobs that the command line names. Raises JobNotFound, and click's usage error."""
     return _targets(ids, remote, account)
-
-
-def _act(job_ids: list[int], act: Callable[[int], bool], as_json: bool) -> int:
-    settings = load()
-    rows: list[dict[str, Any]] = []
-    code = 0
-    for job_id in job_ids:
-        try:
-            changed = act(job_id)
-        except JobNotFound as missing:
-            click.echo(f"fetch-worker: {missing}", err=True)
-            code = 1
-            continue
-        with connected(settings.database), engine_for(settings.database).connect() as connection:
-            job = job_row(connection, job_id)
-        rows.append({"id": job_id, "changed": changed, "status": job.status if job else None})
-        code = code if changed else 1
-    if as_json:
-        print_json(rows)
-    elif rows:
-        print_table(list(rows[0]), [list(row.values()) for row in rows], empty="")
-    return code
-
-
-@click.command()
-@target_options
-@json_option
-def cancel(ids: tuple[str, ...], remote: str | None, account: str | None, as_json: bool) -> int:
-    """Cancel jobs: their unstored outputs end, stored files stay."""
-    return _act(targets(ids, remote, account), enqueue.cancel, as_json)
-
-
-@click.command()
-@target_options
-@json_option
-def retry(ids: tuple[str, ...], remote: str | None, account: str | None, as_json: bool) -> int:
-    """Take failed or expired jobs up again, at once and with their whole deadline."""
-    return _act(targets(ids, remote, account), enqueue.retry, as_json)
 
 
 @click.command()
@@ -159,4 +126,4 @@ def verify(
     return 0 if found.settled or dry_run else 1
 
 
-COMMANDS: tuple[click.Command, ...] = (migrate, track, cancel, retry, verify)
+COMMANDS: tuple[click.Command, ...] = (migrate, track, verify)

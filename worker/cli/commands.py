@@ -3,7 +3,7 @@
 import click
 
 from worker import __version__
-from worker.cli import act, look, run, simulate
+from worker.cli import act, control, find, look, run, simulate
 from worker.errors import SettingsError, WorkerError
 
 
@@ -13,7 +13,7 @@ def group() -> None:
     """Polls a hosted image API until each job is ready, and stores every picture exactly once."""
 
 
-for _command in (*run.COMMANDS, *act.COMMANDS, *look.COMMANDS, *simulate.COMMANDS):
+for _command in (*run.COMMANDS, *act.COMMANDS, *control.COMMANDS, *find.COMMANDS, *look.COMMANDS, *simulate.COMMANDS):
     group.add_command(_command)
 
 

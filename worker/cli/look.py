@@ -1,4 +1,4 @@
-"""Commands that only look: list, show, status, doctor."""
+"""Commands that only look: show, status, doctor."""
 
 from dataclasses import asdict
 from typing import Any
@@ -18,13 +18,13 @@ from worker.cli.output import (
     print_json,
     print_table,
 )
-from worker.core.lifecycle import JOB_STATES, STORAGE_WAIT
+from worker.core.lifecycle import STORAGE_WAIT
 from worker.database import connected, engine_for
 from worker.doctor import alive, examine
 from worker.overview import KindState, Overview, belief, overview, why
 from worker.settings import Settings, load
 from worker.store.events import events_of
-from worker.store.jobs import job_row, newest, outputs_of
+from worker.store.jobs import job_row, outputs_of
 
 NODES_SECONDS = 1.5
 QUEUES = {
@@ -32,25 +32,8 @@ QUEUES = {
     "fetch-worker.polls": "polls: start a `worker` process",
     "fetch-worker.downloads": "downloads: start a `downloads` process",
 }
-LISTED = ("id", "remote_id", "account", "kind", "status", "polls", "submitted_at", "reference", "error_code")
 EVENTS = ("event_id", "type", "status", "attempts", "due_at", "http_status", "error_message")
 OUTPUTS = ("id", "position", "status", "media_type", "size_bytes", "attempts", "location", "error_code")
-
-
-@click.command("list")
-@click.option("--status", type=click.Choice(JOB_STATES), help="Only jobs in this state.")
-@click.option("--reference", help="Only jobs with this reference.")
-@click.option("--limit", type=click.IntRange(1, 100_000), default=50, show_default=True)
-@json_option
-def list_jobs(status: str | None, reference: str | None, limit: int, as_json: bool) -> None:
-    """Jobs, newest first."""
-    settings = load()
-    with connected(settings.database), engine_for(settings.database).connect() as connection:
-        rows = newest(connection, status=status, reference=reference, limit=limit)
-    if as_json:
-        print_json([plain(row, JOB_COLUMNS) for row in rows])
-    else:
-        print_table(LISTED, [[row._mapping[name] for name in LISTED] for row in rows], empty="no jobs")
 
 
 @click.command()
@@ -87,7 +70,7 @@ def _document(connection: Connection, job_id: int, settings: Settings) -> dict[s
     if job is None:
         return None
     outputs = outputs_of(connection, [job_id])
-    waits = job.status == "pending" and job.claim_token is None
+    waits = job.status == "pending" and job.claim_token is None and job.held_at is None
     believed = belief(connection, job)
     return plain(job, JOB_COLUMNS) | {
         "outputs": [plain(output, OUTPUT_COLUMNS) for output in outputs],
@@ -191,4 +174,4 @@ def _nodes() -> dict[str, frozenset[str]]:
     return {node: frozenset(queue["name"] for queue in queues) for node, queues in replies.items()}
 
 
-COMMANDS: tuple[click.Command, ...] = (list_jobs, show, status, doctor)
+COMMANDS: tuple[click.Command, ...] = (show, status, doctor)

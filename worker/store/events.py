@@ -29,12 +29,13 @@ class ClaimedEvent:
     created_at: datetime
 
 
-def open_events(connection: Connection, *, now: datetime, limit: int = 1, job_id: int | None = None) -> int:
+def open_events(connection: Connection, *, now: datetime, limit: int = 1, of: Collection[int] | None = None) -> int:
     """Makes the events of jobs that became final; how many. Once for each final state, whoever else does so.
 
-    With `job_id` only of that job, as is done before it leaves its final state.
+    With `of` those of these jobs, all of them, as is done before they leave their final state.
     """
-    only = () if job_id is None else (jobs.c.id == job_id,)
+    only = () if of is None else (jobs.c.id.in_(of),)
+    limit = limit if of is None else len(of)
     found = connection.execute(
         select(jobs)
         .where(jobs.c.completed_at.is_not(None), jobs.c.webhook_url.is_not(None), jobs.c.announced_at.is_(None), *only)

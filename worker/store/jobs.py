@@ -220,18 +220,6 @@ def outputs_of(connection: Connection, job_ids: Sequence[int]) -> Sequence[Row[A
     return connection.execute(query).all()
 
 
-def newest(connection: Connection, *, status: str | None, reference: str | None, limit: int) -> Sequence[Row[Any]]:
-    """Jobs, newest first."""
-    query = select(jobs).order_by(jobs.c.id.desc()).limit(limit)
-    if status is not None:
-        query = query.where(jobs.c.status == status)
-    if status == "pending":
-        query = query.where(jobs.c.due_at.is_not(None))  # as they all are: so that an index of such jobs serves
-    if reference is not None:
-        query = query.where(jobs.c.reference == reference)
-    return connection.execute(query).all()
-
-
 def counts(connection: Connection) -> dict[str, int]:
     """How many jobs there are in each state. It counts in indexes, since there may be millions.
 
@@ -322,28 +310,29 @@ def cancel(connection: Connection, job_id: int, tally: Tally, *, now: datetime) 
 
     The caller writes the tally, as the last thing of its transaction.
     """
-    done = connection.execute(
-        update(jobs)
-        .where(jobs.c.id == job_id, jobs.c.status.not_in(FINAL_STATES))
-        .values(status="cancelled", completed_at=now, due_at=None, claim_token=None, claim_holder=None, held_at=None)
+    return bool(cancel_all(connection, [job_id], tally, now=now))
+
+
+def cancel_all(connection: Connection, job_ids: Iterable[int], tally: Tally, *, now: datetime) -> set[int]:
+    """The same for some hundred jobs at once; the ids of those it changed."""
+    unfinished = select(jobs.c.id, jobs.c.account, jobs.c.kind)
+    unfinished = unfinished.where(jobs.c.id.in_(list(job_ids)), jobs.c.status.not_in(FINAL_STATES))
+    rows = connection.execute(unfinished.order_by(jobs.c.id).with_for_update()).all()
+    if not rows:
+        return set()
+    ids = {row.id for row in rows}
+    free = {"due_at": None, "claim_token": None, "claim_holder": None}
+    connection.execute(
+        update(jobs).where(jobs.c.id.in_(ids)).values(status="cancelled", completed_at=now, held_at=None, **free)
     )
-    if not done.rowcount:
-        return False
     connection.execute(
         update(outputs)
-        .where(outputs.c.job_id == job_id, outputs.c.status == "pending")
-        .values(
-            status="failed",
-            error_code="cancelled",
-            error_message="the job was cancelled",
-            due_at=None,
-            claim_token=None,
-            claim_holder=None,
-        )
+        .where(outputs.c.job_id.in_(ids), outputs.c.status == "pending")
+        .values(status="failed", error_code="cancelled", error_message="the job was cancelled", **free)
     )
-    account, kind = connection.execute(select(jobs.c.account, jobs.c.kind).where(jobs.c.id == job_id)).one()
-    tally.finished(account, kind, "cancelled")
-    return True
+    for row in rows:
+        tally.finished(row.account, row.kind, "cancelled")
+    return ids
 
 
 def listed_anew(now: datetime) -> dict[str, Any]:
@@ -364,34 +353,46 @@ def listed_anew(now: datetime) -> dict[str, Any]:
 
 def retry(connection: Connection, job_id: int, *, now: datetime) -> bool:
     """Takes a failed or expired job up again, at once and with its whole deadline. False where it changed nothing."""
-    job = connection.execute(select(jobs).where(jobs.c.id == job_id).with_for_update()).one_or_none()
-    if job is None or job.status not in ("failed", "expired"):
-        return False
-    failed = connection.execute(
-        update(outputs).where(outputs.c.job_id == job_id, outputs.c.status == "failed").values(listed_anew(now))
-    ).rowcount
-    connection.execute(
-        update(jobs)
-        .where(jobs.c.id == job_id)
-        .values(
-            status="downloading" if failed else "pending",
-            due_at=None if failed else now,
-            pace_scale=None,
-            pace_growth=None,
-            deadline_at=now + timedelta(seconds=job.deadline_seconds),
-            completed_at=None,
-            told_at=None,
-            announced_at=None,
-            error_code=None,
-            error_message=None,
-            failed_answers=0,
-            unknown_answers=0,
-            error_answers=0,
-            empty_answers=0,
-            struck_at=None,
+    return bool(retry_all(connection, [job_id], now=now))
+
+
+def retry_all(connection: Connection, job_ids: Iterable[int], *, now: datetime) -> set[int]:
+    """The same for some hundred jobs at once; the ids of those it changed."""
+    ended = select(jobs.c.id, jobs.c.deadline_seconds)
+    ended = ended.where(jobs.c.id.in_(list(job_ids)), jobs.c.status.in_(("failed", "expired")))
+    rows = connection.execute(ended.order_by(jobs.c.id).with_for_update()).all()
+    if not rows:
+        return set()
+    ids = {row.id for row in rows}
+    failed = (outputs.c.job_id.in_(ids), outputs.c.status == "failed")
+    renewed = set(connection.execute(select(outputs.c.job_id).where(*failed)).scalars())
+    connection.execute(update(outputs).where(*failed).values(listed_anew(now)))
+    alike: dict[tuple[bool, float], list[int]] = {}
+    for row in rows:
+        alike.setdefault((row.id in renewed, row.deadline_seconds), []).append(row.id)
+    for (downloading, deadline_seconds), some in alike.items():
+        connection.execute(
+            update(jobs)
+            .where(jobs.c.id.in_(some))
+            .values(
+                status="downloading" if downloading else "pending",
+                due_at=None if downloading else now,
+                pace_scale=None,
+                pace_growth=None,
+                deadline_at=now + timedelta(seconds=deadline_seconds),
+                completed_at=None,
+                told_at=None,
+                announced_at=None,
+                error_code=None,
+                error_message=None,
+                failed_answers=0,
+                unknown_answers=0,
+                error_answers=0,
+                empty_answers=0,
+                struck_at=None,
+            )
         )
-    )
-    return True
+    return ids
 
 
 def settle(connection: Connection, job_id: int, tally: Tally, *, now: datetime) -> str | None:

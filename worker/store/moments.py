@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, func, select, union_all
 
-from worker.tables import gates, jobs, outputs
+from worker.tables import HELD_UNTIL, gates, jobs, outputs
 
 _NOW = bindparam("now", type_=jobs.c.due_at.type)
 _WAITING = (
@@ -21,7 +21,7 @@ _DUE_OUTPUTS = (
 )
 _NEXT_REQUEST = union_all(
     *(
-        select(func.min(column).label("moment")).where(column > _NOW)
+        select(func.min(column).label("moment")).where(column > _NOW, column < HELD_UNTIL)  # no leap to the year 9999
         for column in (jobs.c.due_at, gates.c.until, gates.c.probe_at)
     )
 )

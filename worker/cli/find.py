@@ -1,0 +1,122 @@
+"""Which jobs are meant: the filters that `list` shares with `cancel`, `retry`, `hold` and `resume`; and `list`."""
+
+import re
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import click
+
+from worker.cli.output import JOB_COLUMNS, json_option, plain, print_json, print_table
+from worker.core.lifecycle import JOB_STATES
+from worker.database import connected, database_now, engine_for
+from worker.enqueue import lookup_id
+from worker.settings import load
+from worker.store.search import JobFilter, matching
+
+LISTED = ("id", "remote_id", "account", "kind", "status", "polls", "submitted_at", "reference", "error_code")
+UNITS = {"s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0}
+AGE = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+
+
+def _time(ctx: click.Context, option: click.Parameter, value: str | None) -> datetime | timedelta | None:
+    """A time, or an age, which counts from the database's time."""
+    if value is None:
+        return None
+    try:
+        if age := AGE.fullmatch(value):
+            return timedelta(seconds=float(age[1]) * UNITS[age[2]])
+        moment = datetime.fromisoformat(value)
+        if moment.tzinfo is not None:
+            return moment.astimezone(UTC)
+    except (ValueError, OverflowError):
+        pass
+    raise click.BadParameter(
+        f"{value!r} is neither ISO 8601 with a zone, such as 2026-03-01T12:00:00Z, nor an age: 90s, 15m, 2h, 7d"
+    )
+
+
+FILTERS = (
+    click.option("--status", "statuses", type=click.Choice(JOB_STATES), multiple=True, help="In this state."),
+    click.option("--account", "accounts", metavar="NAME", multiple=True, help="Of this account."),
+    click.option("--kind", "kinds", metavar="KIND", multiple=True, help="Of this kind."),
+    click.option("--remote", "remotes", metavar="ID", multiple=True, help="With this remote id."),
+    click.option("--reference", "references", metavar="TEXT", multiple=True, help="With this reference."),
+    click.option("--code", "codes", metavar="CODE", multiple=True, help="That ended with this error code."),
+    click.option("--output-code", "output_codes", metavar="CODE", multiple=True, help="With an output of this code."),
+    click.option("--host", "hosts", metavar="HOST", multiple=True, help="Fetched from this host of the API."),
+    click.option(
+        "--since",
+        metavar="TIME",
+        callback=_time,
+        help="Submitted since: ISO 8601 with a zone, or an age (90s, 15m, 2h, 7d).",
+    ),
+    click.option("--until", metavar="TIME", callback=_time, help="Submitted before."),
+    click.option("--finished-since", metavar="TIME", callback=_time, help="Final since."),
+    click.option("--finished-until", metavar="TIME", callback=_time, help="Final before."),
+    click.option("--late", type=click.FloatRange(min=0), metavar="SECONDS", help="Due for longer, and not claimed."),
+    click.option("--stuck", is_flag=True, help="Claimed by a process that is gone, and not taken up."),
+    click.option("--past-deadline", is_flag=True, help="Pending beyond the deadline."),
+    click.option("--held", is_flag=True, help="Held, or their account or host is."),
+    click.option("--claimed-by", "holders", metavar="PROCESS", multiple=True, help="Claimed by this process."),
+)
+
+
+def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The filters. An option that is given again adds a value; different options must all be true of a job."""
+    for option in reversed(FILTERS):
+        command = option(command)
+    return command
+
+
+def job_filter(options: Mapping[str, Any], now: datetime) -> JobFilter:
+    """The filter that the options make. Raises NotTrackable where a remote id can't be one, and click's usage error."""
+    return JobFilter(
+        statuses=options["statuses"],
+        accounts=options["accounts"],
+        kinds=options["kinds"],
+        remote_ids=tuple(lookup_id(remote) for remote in options["remotes"]),
+        references=options["references"],
+        codes=options["codes"],
+        output_codes=options["output_codes"],
+        hosts=tuple(host.lower() for host in options["hosts"]),
+        submitted_since=_moment(options["since"], now),
+        submitted_until=_moment(options["until"], now),
+        finished_since=_moment(options["finished_since"], now),
+        finished_until=_moment(options["finished_until"], now),
+        late=options["late"],
+        stuck=options["stuck"],
+        past_deadline=options["past_deadline"],
+        held=options["held"],
+        holders=options["holders"],
+    )
+
+
+def _moment(value: datetime | timedelta | None, now: datetime) -> datetime | None:
+    if not isinstance(value, timedelta):
+        return value
+    try:
+        return now - value
+    except OverflowError:
+        raise click.UsageError(f"{value.days} days ago there was no calendar yet") from None
+
+
+@click.command("list")
+@filter_options
+@click.option("--limit", type=click.IntRange(1, 100_000), default=50, show_default=True)
+@json_option
+def list_jobs(limit: int, as_json: bool, **options: Any) -> None:
+    """Jobs, newest first: all of them, or those of which all the options are true.
+
+    An option that is given more than once takes any of its values.
+    """
+    settings = load()
+    with connected(settings.database), engine_for(settings.database).connect() as connection:
+        rows = matching(connection, job_filter(options, database_now(connection)), limit=limit)
+    if as_json:
+        print_json([plain(row, JOB_COLUMNS) for row in rows])
+    else:
+        print_table(LISTED, [[row._mapping[name] for name in LISTED] for row in rows], empty="no jobs")
+
+
+COMMANDS: tuple[click.Command, ...] = (list_jobs,)
