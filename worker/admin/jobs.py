@@ -15,13 +15,15 @@ from worker.admin.acts import ACTS, act_on, job_ids
 from worker.admin.reading import Reading
 from worker.admin.wording import counted, moment
 from worker.core.lifecycle import FINAL_STATES, JOB_STATES
-from worker.store.browse import JobsWanted, kinds_known
 from worker.store.browse import jobs_page as browse_jobs
+from worker.store.browse import kinds_known
 from worker.store.jobs import MAX_ID, waiting_accounts
+from worker.store.search import JobFilter
 from worker.tables import jobs
 
 PAGE_ROWS = 50
 TEXT_MOST = 255
+LATE_MOST = 10 * 365 * 86_400
 CODES = ("api_error", "api_failed", "expired", "no_output", "not_found", "output_failed", "unwritable", "worker_crash")
 LATE = ((10, "10 s"), (60, "1 min"), (600, "10 min"), (3_600, "1 h"))
 FIELDS = (
@@ -84,10 +86,10 @@ class JobsView(RowsView):
         """One page, by what the address asks for; how many there are in all nobody counts."""
         wanted = wanted_jobs()
         with self.reading.connection() as (connection, now):
-            page = browse_jobs(connection, wanted, before=asked_before(), limit=PAGE_ROWS, now=now)
+            page = browse_jobs(connection, wanted, text=text("search"), before=asked_before(), limit=PAGE_ROWS)
             self._template_args.update(accounts=waiting_accounts(connection), kinds=kinds_known(connection))
         self._template_args.update(
-            found=page, now=now, wanted=wanted, states=JOB_STATES, codes=CODES, lates=LATE, acts=ACTS.values()
+            found=page, now=now, asked=request.args, states=JOB_STATES, codes=CODES, lates=LATE, acts=ACTS.values()
         )
         return None, page.rows
 
@@ -147,17 +149,20 @@ class JobsView(RowsView):
 JobsView.only_these("index_view", "details_view", "action_view")
 
 
-def wanted_jobs() -> JobsWanted:
+def wanted_jobs() -> JobFilter:
     """What the address asks for."""
-    return JobsWanted(
-        status=one_of("status", JOB_STATES),
-        account=text("account"),
-        kind=text("kind"),
-        code=text("code"),
+    return JobFilter(
+        statuses=_any_or(one_of("status", JOB_STATES)),
+        accounts=_any_or(text("account")),
+        kinds=_any_or(text("kind")),
+        codes=_any_or(text("code")),
         held=request.args.get("held") == "yes",
-        late=float(number("late") or 0) or None,
-        text=text("search"),
+        late=min(number("late") or 0, LATE_MOST) or None,
     )
+
+
+def _any_or(word: str) -> tuple[str, ...]:
+    return (word,) if word else ()
 
 
 def text(name: str) -> str:

@@ -6,32 +6,19 @@ page is full or the time for it is over; the page then says how far it looked, a
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Table, func, or_, select
 
 from worker.store.jobs import MAX_ID
-from worker.tables import HELD_UNTIL, history, jobs, outputs
+from worker.store.search import JobFilter, Search, matching, search
+from worker.tables import history, jobs, outputs
 
 WINDOW = 20_000  # ids
 LOOK_SECONDS = 0.12
 CHOICES_MOST = 200
-ENDED_BADLY = ("failed", "expired")  # the states that have a code
-
-
-@dataclass(frozen=True, slots=True)
-class JobsWanted:
-    """What a list of jobs is asked for; what is empty does not matter. `late` in seconds; `text` is an id or a name."""
-
-    status: str = ""
-    account: str = ""
-    kind: str = ""
-    code: str = ""
-    held: bool = False
-    late: float | None = None
-    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,26 +45,34 @@ class Page:
 
 def jobs_page(
     connection: Connection,
-    wanted: JobsWanted,
+    wanted: JobFilter,
     *,
     before: int | None,
     limit: int,
-    now: datetime,
+    text: str = "",
     clock: Callable[[], float] = time.monotonic,
 ) -> Page:
-    """Jobs with smaller ids than `before`, newest first."""
-    conditions = _job_conditions(wanted, now)
-    if wanted.text:
-        found = {
-            row.id: row
-            for same in _same_text(wanted.text)
-            for row in _newest(connection, jobs, [*conditions, same], before, limit + 1)
-        }
-        rows = sorted(found.values(), key=lambda row: -row.id)
-        return _page(rows[: limit + 1], limit)
-    if wanted.account or wanted.kind or wanted.code:
-        return _looked_for(connection, jobs, conditions, before, limit, clock)
-    return _page(_newest(connection, jobs, conditions, before, limit + 1), limit)
+    """Jobs with smaller ids than `before`, newest first; with a text those whose id, remote id or reference it is."""
+    if text:
+        named = [matching(connection, same, limit=limit + 1, after=before) for same in _named(wanted, text)]
+        found = {row.id: row for rows in named for row in rows}
+        return _page(sorted(found.values(), key=lambda row: -row.id)[: limit + 1], limit)
+    ready = search(connection, wanted)
+    if not (wanted.accounts or wanted.kinds or wanted.codes):
+        return _page(matching(connection, ready, limit=limit + 1, after=before), limit)
+
+    def look(low: int, high: int, most: int) -> Sequence[Row[Any]]:
+        within = Search(tuple((*way, jobs.c.id >= low) for way in ready.ways))
+        return matching(connection, within, limit=most, after=high)
+
+    return _looked_for(connection, jobs, look, before, limit, clock)
+
+
+def _named(wanted: JobFilter, text: str) -> list[JobFilter]:
+    """The ways in which a text can name a job, each answered by an index of its own."""
+    named = [replace(wanted, remote_ids=(text,)), replace(wanted, references=(text,))]
+    plain = text.isascii() and text.isdecimal() and len(text) <= len(str(MAX_ID))
+    return [*named, replace(wanted, ids=(int(text),))] if plain and int(text) <= MAX_ID else named
 
 
 def outputs_page(
@@ -90,28 +85,13 @@ def outputs_page(
 ) -> Page:
     """Outputs with smaller ids than `before`, newest first."""
     conditions = _output_conditions(wanted)
+
+    def look(low: int, high: int, most: int) -> Sequence[Row[Any]]:
+        return _newest_outputs(connection, [*conditions, outputs.c.id >= low], high, most)
+
     if wanted.job_id is None and (wanted.code or wanted.host or wanted.status in ("stored", "failed")):
-        return _looked_for(connection, outputs, conditions, before, limit, clock)
-    return _page(_newest(connection, outputs, conditions, before, limit + 1), limit)
-
-
-def _job_conditions(wanted: JobsWanted, now: datetime) -> list[ColumnElement[bool]]:
-    conditions: list[ColumnElement[bool]] = []
-    if wanted.status:
-        conditions.append(jobs.c.status == wanted.status)
-    if wanted.status == "pending":
-        conditions.append(jobs.c.due_at.is_not(None))  # as they all are: so that an index of such jobs serves
-    if wanted.account:
-        conditions.append(jobs.c.account == wanted.account)
-    if wanted.kind:
-        conditions.append(jobs.c.kind == wanted.kind)
-    if wanted.code:
-        conditions += [jobs.c.status.in_(ENDED_BADLY), jobs.c.error_code == wanted.code]
-    if wanted.held:
-        conditions += [jobs.c.due_at == HELD_UNTIL, jobs.c.held_at.is_not(None)]
-    if wanted.late is not None:
-        conditions += [jobs.c.due_at < now - timedelta(seconds=wanted.late), jobs.c.claim_token.is_(None)]
-    return conditions
+        return _looked_for(connection, outputs, look, before, limit, clock)
+    return _page(_newest_outputs(connection, conditions, before, limit + 1), limit)
 
 
 def _output_conditions(wanted: OutputsWanted) -> list[ColumnElement[bool]]:
@@ -130,29 +110,22 @@ def _output_conditions(wanted: OutputsWanted) -> list[ColumnElement[bool]]:
     return conditions
 
 
-def _same_text(text: str) -> list[ColumnElement[bool]]:
-    """The ways in which a text can mean a job, each answered by an index of its own."""
-    same: list[ColumnElement[bool]] = [jobs.c.remote_id == text, jobs.c.reference == text]
-    if text.isascii() and text.isdecimal() and len(text) <= len(str(MAX_ID)) and int(text) <= MAX_ID:
-        same.append(jobs.c.id == int(text))
-    return same
-
-
-def _newest(
-    connection: Connection, table: Table, conditions: Sequence[ColumnElement[bool]], before: int | None, limit: int
+def _newest_outputs(
+    connection: Connection, conditions: Sequence[ColumnElement[bool]], before: int | None, limit: int
 ) -> Sequence[Row[Any]]:
-    query = select(table).where(*conditions).order_by(table.c.id.desc()).limit(limit)
-    return connection.execute(query if before is None else query.where(table.c.id < before)).all()
+    query = select(outputs).where(*conditions).order_by(outputs.c.id.desc()).limit(limit)
+    return connection.execute(query if before is None else query.where(outputs.c.id < before)).all()
 
 
 def _looked_for(
     connection: Connection,
     table: Table,
-    conditions: Sequence[ColumnElement[bool]],
+    look: Callable[[int, int, int], Sequence[Row[Any]]],
     before: int | None,
     limit: int,
     clock: Callable[[], float],
 ) -> Page:
+    """A page of what `look` finds from one id up to another, the newest windows first."""
     newest = connection.execute(select(func.max(table.c.id))).scalar() or 0
     oldest = connection.execute(select(func.min(table.c.id))).scalar() or 0
     high = newest + 1 if before is None else min(before, newest + 1)
@@ -160,7 +133,7 @@ def _looked_for(
     until = clock() + LOOK_SECONDS
     while high > oldest and len(rows) <= limit:
         low = max(high - WINDOW, oldest)
-        rows += _newest(connection, table, [*conditions, table.c.id >= low], high, limit + 1 - len(rows))
+        rows += look(low, high, limit + 1 - len(rows))
         high = low
         if clock() > until:
             break
