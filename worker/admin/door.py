@@ -201,7 +201,6 @@ def _own_path(path: str) -> str:
 
 
 def _with_headers(response: Response) -> Response:
-    for name, value in HEADERS.items():
-        response.headers.setdefault(name, value)
+    response.headers.update(HEADERS)
     response.headers.setdefault("Content-Security-Policy", POLICY)
     return response

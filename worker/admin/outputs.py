@@ -6,7 +6,7 @@ from typing import Any
 from flask import request
 from flask_admin import expose
 from sqlalchemy import Row
-from werkzeug.exceptions import NotFound
+from werkzeug.exceptions import NotFound, RequestedRangeNotSatisfiable
 from werkzeug.wrappers import Response
 from werkzeug.wsgi import FileWrapper
 
@@ -77,7 +77,11 @@ class OutputsView(RowsView):
         response.headers["Content-Disposition"] = f'{"inline" if shown else "attachment"}; filename="{file_name(row)}"'
         response.headers["Content-Security-Policy"] = FILE_POLICY
         response.call_on_close(body.close)
-        return response.make_conditional(request.environ, accept_ranges=True, complete_length=row.size_bytes)
+        try:
+            return response.make_conditional(request.environ, accept_ranges=True, complete_length=row.size_bytes)
+        except RequestedRangeNotSatisfiable:
+            body.close()
+            raise
 
 
 OutputsView.only_these("index_view", "gallery", "file")

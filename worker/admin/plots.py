@@ -1,5 +1,6 @@
 """The page of plots: how everything went over hours, a day, a week, drawn as SVG without scripts."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,6 +29,9 @@ from worker.admin.curves import (
 )
 from worker.admin.reading import Reading
 from worker.store.browse import history_at
+
+# It looks after the imports of its own plugins in a way that Python 3.11 warns of at every import that follows.
+sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != "pygal"]
 
 SVG_POLICY = "default-src 'none'; style-src 'unsafe-inline'; sandbox"
 COLOURS = ("#1d6fb8", "#d9822b", "#3b8a5a", "#b23a48", "#7a5ea8", "#5f6b76")
@@ -108,6 +112,7 @@ def draw(plot: Plot, curves: Sequence[Curve], span: Span, now: datetime) -> byte
         js=[],
         style=_style(plot),
         width=900,
+        explicit_size=True,
         height=320,
         margin=12,
         margin_bottom=30,

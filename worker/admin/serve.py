@@ -1,5 +1,6 @@
 """Serving the page for operators on one address of this machine, until it is stopped."""
 
+import os
 import secrets
 import socket
 import sys
@@ -64,7 +65,7 @@ def _listener(place: Place) -> socket.socket:
         family = socket.AF_INET6 if ":" in place.address else socket.AF_INET
         return socket.create_server((place.address, place.port), family=family)
     except OSError as error:
-        said = error.strerror or str(error)
+        said = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         raise Unavailable(
             f"can't listen on {place.address} port {place.port} ({said}): see ADMIN_ADDRESS, ADMIN_PORT"
         ) from None

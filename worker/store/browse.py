@@ -1,7 +1,8 @@
 """Lists for people who look through millions of rows: newest first, a page at a time, each in bounded time.
 
-What an index answers is asked at once. Anything else is looked for in windows of ids, from the newest down, until the
-page is full or the time for it is over; the page then says how far it looked, and the next one goes on from there.
+What an index answers is asked at once. Anything else is looked for in windows of ids, from the newest down, each twice
+as wide as the one before, until the page is full or the time for it is over; the page then says how far it looked, and
+the next one goes on from there.
 """
 
 import time
@@ -16,7 +17,7 @@ from worker.store.jobs import MAX_ID
 from worker.store.search import JobFilter, Search, matching, search
 from worker.tables import history, jobs, outputs
 
-WINDOW = 20_000  # ids
+WINDOW = 20_000  # ids, of the first one
 LOOK_SECONDS = 0.12
 CHOICES_MOST = 200
 
@@ -58,7 +59,7 @@ def jobs_page(
         found = {row.id: row for rows in named for row in rows}
         return _page(sorted(found.values(), key=lambda row: -row.id)[: limit + 1], limit)
     ready = search(connection, wanted)
-    if not (wanted.accounts or wanted.kinds or wanted.codes):
+    if replace(wanted, statuses=()) == JobFilter():
         return _page(matching(connection, ready, limit=limit + 1, after=before), limit)
 
     def look(low: int, high: int, most: int) -> Sequence[Row[Any]]:
@@ -130,11 +131,11 @@ def _looked_for(
     oldest = connection.execute(select(func.min(table.c.id))).scalar() or 0
     high = newest + 1 if before is None else min(before, newest + 1)
     rows: list[Row[Any]] = []
-    until = clock() + LOOK_SECONDS
+    until, width = clock() + LOOK_SECONDS, WINDOW
     while high > oldest and len(rows) <= limit:
-        low = max(high - WINDOW, oldest)
+        low = max(high - width, oldest)
         rows += look(low, high, limit + 1 - len(rows))
-        high = low
+        high, width = low, width * 2
         if clock() > until:
             break
     if len(rows) > limit or high <= oldest:
