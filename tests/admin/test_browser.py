@@ -53,7 +53,7 @@ def served(folder: Path, redis_url: str, *words: str, **settings: str) -> Iterat
         "FETCH_WORKER_DOTENV": "off", **settings,
     }  # fmt: skip
     with log.open("wb") as out:
-        program = [Path(sys.executable).with_name("fetch-worker"), "admin", "--port", "0", *words]
+        program = [str(Path(sys.executable).with_name("fetch-worker")), "admin", "--port", "0", *words]
         process = subprocess.Popen(program, cwd=folder, env=environment, stdout=out, stderr=out)
     try:
         until = time.monotonic() + 30

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from sqlalchemy import Engine, insert, update
 
 from tests.admin_pages import PASSWORD, Operator, add_stored
 from tests.rows import NOW, add_downloading, add_job, add_output, job_of, seconds
+from worker import enqueue
+from worker.admin.acts import ACTS, act_on
 from worker.admin.door import Door
 from worker.admin.outputs import PICTURE_BYTES_MOST, PICTURES, as_what
 from worker.admin.site import make_site
@@ -19,6 +22,7 @@ from worker.core import media as core_media
 from worker.core.answers import BETWEEN
 from worker.core.media import Media
 from worker.database import database_now
+from worker.errors import Unavailable
 from worker.settings import load
 from worker.tables import HELD_UNTIL, events, gates, history, jobs
 
@@ -119,6 +123,22 @@ def test_what_is_done_to_several_jobs_is_said_plainly(operator: Operator, engine
     assert operator.act("retry", [failed]) == "1 job taken up again."
     assert job_of(engine, failed).status == "pending"
     assert operator.act("retry", waiting) == "0 jobs taken up again, 3 were neither failed nor expired."
+
+
+def test_a_database_that_goes_away_between_two_jobs_leaves_a_true_account(operator: Operator, engine: Engine) -> None:
+    with engine.begin() as connection:
+        ids = [add_job(connection, f"w{number}") for number in range(4)]
+    left = iter([True, True])
+
+    def cancel_two(job_id: int) -> bool:
+        if next(left, None) is None:
+            raise Unavailable("the database does not answer")
+        return enqueue.cancel(job_id)
+
+    said = act_on(replace(ACTS["cancel"], work=cancel_two), ids)
+
+    assert said == "2 jobs cancelled, 2 left as they were: the database does not answer."
+    assert [job_of(engine, job_id).status for job_id in ids] == ["cancelled", "cancelled", "pending", "pending"]
 
 
 def test_nothing_is_done_before_it_is_confirmed(operator: Operator, engine: Engine) -> None:

@@ -1,12 +1,13 @@
 """What an operator can do to jobs, accounts and hosts, and the sentence that says what came of it."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from worker.admin.wording import counted
 from worker.core.gate import Scope
 from worker.enqueue import cancel, retry
-from worker.errors import JobNotFound
+from worker.errors import JobNotFound, Unavailable
 from worker.holds import hold, hold_gate, resume, resume_gate
 from worker.store.jobs import MAX_ID
 
@@ -47,21 +48,29 @@ def job_ids(words: Sequence[str]) -> list[int]:
 
 def act_on(act: Act, ids: Sequence[int]) -> str:
     """Does it to each of the jobs, in the order of their ids; what came of it, in a sentence."""
-    changed, unchanged, missing = 0, 0, 0
-    for job_id in sorted(ids):
-        try:
-            if act.work(job_id):
-                changed += 1
-            else:
-                unchanged += 1
-        except JobNotFound:
-            missing += 1
+    came_of_it, trouble = _done_to_each(act, sorted(ids))
+    changed, unchanged, missing = (came_of_it[what] for what in ("changed", "unchanged", "missing"))
     said = [f"{counted(changed, 'job')} {act.done}"]
     if unchanged:
         said.append(f"{unchanged:,} {'was' if unchanged == 1 else 'were'} {act.unchanged}")
     if missing:
         said.append(f"{missing:,} {'is' if missing == 1 else 'are'} not there")
+    if trouble:
+        said.append(f"{len(ids) - came_of_it.total():,} left as they were: {trouble}")
     return ", ".join(said) + "."
+
+
+def _done_to_each(act: Act, ids: Sequence[int]) -> tuple[Counter[str], str]:
+    """How many changed, did not, or are not there; and what kept it from going through all of them, if anything did."""
+    came_of_it: Counter[str] = Counter()
+    for job_id in ids:
+        try:
+            came_of_it["changed" if act.work(job_id) else "unchanged"] += 1
+        except JobNotFound:
+            came_of_it["missing"] += 1
+        except Unavailable as away:
+            return came_of_it, str(away)
+    return came_of_it, ""
 
 
 def act_on_gate(name: str, scope: Scope, gate: str) -> str:

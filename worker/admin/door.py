@@ -177,7 +177,7 @@ def _to_login() -> AnyResponse:
 
 
 def _log_in(door: Door) -> AnyResponse | str:
-    then = _own_path(request.values.get("then", "/"))
+    then = own_path(request.values.get("then", "/"))
     guest = request.remote_addr or ""
     if request.method == "GET":
         return render_template("login.html", then=then)
@@ -194,7 +194,7 @@ def _log_in(door: Door) -> AnyResponse | str:
     return redirect(then)
 
 
-def _own_path(path: str) -> str:
+def own_path(path: str) -> str:
     """A path of this server to go to, never another server's."""
     plain = path.startswith("/") and not path.startswith(("//", "/\\")) and path.isprintable() and "\\" not in path
     return path if plain else "/"

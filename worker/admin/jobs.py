@@ -12,12 +12,13 @@ from sqlalchemy import Row, Table
 from werkzeug.exceptions import NotFound
 
 from worker.admin.acts import ACTS, act_on, job_ids
+from worker.admin.door import own_path
 from worker.admin.reading import Reading
 from worker.admin.wording import counted, moment
 from worker.core.lifecycle import FINAL_STATES, JOB_STATES
+from worker.store.browse import accounts_known, kinds_known
 from worker.store.browse import jobs_page as browse_jobs
-from worker.store.browse import kinds_known
-from worker.store.jobs import MAX_ID, waiting_accounts
+from worker.store.jobs import MAX_ID
 from worker.store.search import JobFilter
 from worker.tables import jobs
 
@@ -87,7 +88,7 @@ class JobsView(RowsView):
         wanted = wanted_jobs()
         with self.reading.connection() as (connection, now):
             page = browse_jobs(connection, wanted, text=text("search"), before=asked_before(), limit=PAGE_ROWS)
-            self._template_args.update(accounts=waiting_accounts(connection), kinds=kinds_known(connection))
+            self._template_args.update(accounts=accounts_known(connection), kinds=kinds_known(connection))
         self._template_args.update(
             found=page, now=now, asked=request.args, states=JOB_STATES, codes=CODES, lates=LATE, acts=ACTS.values()
         )
@@ -99,7 +100,8 @@ class JobsView(RowsView):
         found = self.reading.job(asked_id())
         if found is None:
             raise NotFound("there is no such job")
-        fields = [(name, shown(getattr(found.job, name))) for group in FIELDS for name in group]
+        hidden = "due_at" if found.job.held_at is not None else ""
+        fields = [(name, shown(getattr(found.job, name))) for group in FIELDS for name in group if name != hidden]
         acts = [act for act in ACTS.values() if act.name in possible(found.job)]
         page: str = self.render(self.details_template, found=found, fields=fields, acts=acts)
         return page
@@ -118,7 +120,7 @@ class JobsView(RowsView):
                 rows=[("rowid", number, f"job {number}") for number in wanted],
                 target=url_for("jobs.action_view"),
                 chosen=name,
-                back=request.form.get("url", ""),
+                back=own_path(request.form.get("url", "")),
             )
             return page
         else:

@@ -13,7 +13,8 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Table, func, or_, select
 
-from worker.store.jobs import MAX_ID
+from worker.store.gates import all_gates
+from worker.store.jobs import MAX_ID, waiting_accounts
 from worker.store.search import JobFilter, Search, matching, search
 from worker.tables import history, jobs, outputs
 
@@ -146,6 +147,12 @@ def _looked_for(
 def _page(rows: Sequence[Row[Any]], limit: int) -> Page:
     """A page of `limit` rows, of which one more was asked for."""
     return Page(rows[:limit], rows[limit - 1].id if len(rows) > limit else None)
+
+
+def accounts_known(connection: Connection) -> list[str]:
+    """Accounts that have been asked with, or have jobs that wait, to choose from."""
+    asked = [name for scope, name in all_gates(connection) if scope == "account"]
+    return sorted({*asked, *waiting_accounts(connection)})[:CHOICES_MOST]
 
 
 def kinds_known(connection: Connection) -> list[str]:
