@@ -209,6 +209,12 @@ def test_no_page_shows_a_key_a_secret_a_password_or_a_signed_link(
         connection.execute(update(jobs).values(webhook_url=hook, last_answer=f"3.0 s: error: see {link}"))
         add_output(connection, job_id, 1, status="failed", due_at=None, error_code="gone", error_message=f"404 {link}")
         add_job(connection, "2", **FAILED, error_message=f"look at {link}", webhook_url=hook)
+        connection.execute(
+            insert(events).values(
+                event_id="msg_1", job_id=job_id, type="job.completed", url=hook, body=hook, status="failed",
+                created_at=NOW, ended_at=NOW, error_message=f"{hook} said 500",
+            )
+        )  # fmt: skip
     keyed = Operator(make_site(load(), Door(PASSWORD, "127.0.0.1")).test_client())
     paths = ("/", "/jobs/", f"/jobs/details/?id={job_id}", f"/jobs/details/?id={job_id + 1}", "/outputs/",
              "/outputs/gallery/", "/accounts/", "/plots/", "/plots/picture/delay.svg", "/nowhere", "/login",
