@@ -18,7 +18,7 @@ from standardwebhooks.webhooks import Webhook
 
 import worker
 from tests.downloads import PNG
-from worker import database, enqueue
+from worker import database, enqueue, holds
 from worker.database import database_now
 from worker.errors import JobNotFound, WaitTimeout
 from worker.tables import jobs
@@ -146,6 +146,35 @@ def test_work_that_never_ceases_at_one_moment_is_an_error(made: Kit) -> None:
 
     with pytest.raises(NeverEnds, match="at the same moment"):
         made.worker.advance(1)
+
+
+def test_a_held_job_is_an_error_that_says_so_and_goes_on_once_it_is_resumed(made: Kit) -> None:
+    """No clock leaps to the year 9999, and nobody waits for ever."""
+    job_id = worker.track(made.api.submit("a lake"))
+    worker.hold(job_id)
+    began = made.worker.now
+
+    for run in (made.worker.run, worker.wait):
+        with pytest.raises(NeverEnds, match="held by an operator since"):
+            run(job_id)
+    made.worker.advance(7_200)
+    held = worker.get(job_id)
+    assert held is not None
+    assert (held.status, held.polls, made.worker.now) == ("pending", 0, began + timedelta(seconds=7_200))
+    worker.resume(job_id)
+
+    assert made.worker.run(job_id).status == "completed"
+
+
+def test_a_held_account_is_not_asked_until_it_is_resumed(made: Kit) -> None:
+    job_id = worker.track(made.api.submit("a lake"))
+    holds.hold_gate("account", "default")
+
+    with pytest.raises(NeverEnds, match="held by an operator"):
+        made.worker.run(job_id)
+    holds.resume_gate("account", "default")
+
+    assert made.worker.run(job_id).status == "completed"
 
 
 def test_work_of_another_kind_is_done_at_its_time(made: Kit) -> None:

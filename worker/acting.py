@@ -1,5 +1,6 @@
 """Acting on many jobs at once: those that a filter finds, some hundred per transaction, however many there are."""
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from worker.store.jobs import cancel_all, retry_all
 from worker.store.search import FEW, JobFilter, Search, matching_ids, search, still_matching
 from worker.store.totals import Tally
 from worker.tables import jobs
+
+log = logging.getLogger(__name__)
 
 Action = Literal["cancel", "retry", "hold", "resume"]
 
@@ -56,6 +59,17 @@ def act(action: Action, wanted: JobFilter, settings: Settings) -> Iterator[list[
 
     What no longer is as it was meant when its turn comes is left alone. Raises Unavailable; what was told of is done.
     """
+    changed = 0
+    try:
+        for acted in _batches(action, wanted, settings):
+            changed += sum(one.changed for one in acted)
+            yield acted
+    finally:
+        if changed:
+            log.info("an operator acted on a filter action=%s jobs=%s", action, changed)
+
+
+def _batches(action: Action, wanted: JobFilter, settings: Settings) -> Iterator[list[Acted]]:
     engine = engine_for(settings.database)
     with connected(settings.database), engine.begin() as connection:
         found = search(connection, changeable(action, wanted))

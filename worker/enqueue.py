@@ -70,7 +70,8 @@ class Output:
 class Job:
     """One job as it stood at `read_at`, by the database's clock. Times are aware, in UTC; `eta` is in seconds.
 
-    `not_ready_at`: when the API last said that it is not ready; `eta_at`: when its eta came, if not at submission.
+    `not_ready_at`: when the API last said that it is not ready; `eta_at`: when its eta came, if not at submission;
+    `held_at`: since when an operator holds it.
     """
 
     id: int
@@ -90,6 +91,7 @@ class Job:
     error_message: str | None
     not_ready_at: datetime | None
     eta_at: datetime | None
+    held_at: datetime | None
     read_at: datetime
     outputs: tuple[Output, ...] = ()
 

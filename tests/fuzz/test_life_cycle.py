@@ -37,6 +37,7 @@ from worker.core.media import Media
 from worker.core.pace import Pace
 from worker.core.reply import parse
 from worker.recorder import Recorder
+from worker.store import holds
 from worker.store import jobs as store
 from worker.store.claims import (
     ClaimedJob,
@@ -54,7 +55,7 @@ from worker.store.gates import all_gates
 from worker.store.outcomes import record_attempt
 from worker.store.outputs import put_back
 from worker.store.totals import Tally
-from worker.tables import crashes, gates, jobs, outputs, paces
+from worker.tables import HELD_UNTIL, crashes, gates, jobs, outputs, paces
 
 API = AllowedApi("https://api.test/api/v3", frozenset({"api.test"}))
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -65,6 +66,8 @@ WAIT_LONGEST = 1_000 * S  # more than any policy waits
 OUTPUT_DEADLINE = timedelta(days=1)
 RENEWAL = 3_600 * S
 HOLDERS = ("ada", "bob")
+MEANWHILE = ["nothing", "renewal", "crash", "claim", "cancel", "hold"]
+NEVER = (HELD_UNTIL - START) // timedelta(microseconds=1)  # when a held job is due
 FINAL = ("completed", "failed", "expired", "cancelled")
 
 
@@ -124,11 +127,12 @@ class Job:
     deadline: int = 0
     crashes: int = 0
     tries_at_crash: int | None = None
+    held: bool = False
     replanned: tuple[int, int] | None = None  # between which moments it may be due; None where that is known
 
     def end(self, status: str, code: str | None) -> None:
         """It is final."""
-        self.status, self.code, self.due, self.claim = status, code, None, None
+        self.status, self.code, self.due, self.claim, self.held = status, code, None, None, False
 
     def again(self, now: int, least: int = POLL_MIN - S // 1_000) -> None:
         """It is asked again, at a moment that the pace chooses."""
@@ -340,6 +344,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
                 row = self.job_rows[job_id]
                 assert (row.status, row.error_code) == (job.status, job.code)
                 assert same(row.due_at, job.due)
+                assert (row.held_at is not None) == job.held
                 assert row.polls == job.polls
                 counted = (row.failed_answers, row.unknown_answers, row.error_answers, row.empty_answers)
                 if job.status == "pending":
@@ -432,6 +437,31 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
                 job.code, job.struck, job.deadline = None, None, stage.now + job.lasts
                 job.strikes = dict.fromkeys(job.strikes, 0)
 
+        @rule(pick=st.integers(0, 9))
+        def hold(self, pick: int) -> None:
+            """An operator holds a job, maybe once more, maybe while it is asked about."""
+            job_id = nth(self.jobs, pick)
+            with stage.engine.begin() as connection:
+                changed = holds.hold(connection, [job_id], now=self.now)
+            job = self.jobs[job_id]
+            assert changed == ({job_id} if job.status == "pending" and not job.held else set())
+            if changed:
+                job.due, job.claim, job.held = NEVER, None, True
+
+        @rule(by=JUMPS)
+        def resume(self, by: int) -> None:
+            """Some time later an operator lets all jobs go."""
+            stage.now += by
+            with stage.engine.begin() as connection:
+                least = timedelta(microseconds=POLL_MIN)
+                changed = holds.resume(connection, self.jobs, now=self.now, least=least)
+            held = {job_id: job for job_id, job in self.jobs.items() if job.held}
+            assert changed == held.keys()
+            for job in held.values():
+                job.held = False
+                job.due = stage.now if job.asked is None else max(stage.now, job.asked + POLL_MIN)
+                job.deadline = max(job.deadline, stage.now + 60 * S)
+
         @rule(remote=st.sampled_from("abcde"))
         def nudge(self, remote: str) -> None:
             """A webhook came."""
@@ -441,7 +471,8 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
             expected = 0
             for job in self.jobs.values():
                 due = stage.now if job.asked is None else max(stage.now, job.asked + POLL_MIN)
-                if job.remote == remote and job.status == "pending" and job.claim is None and (job.due or 0) > due:
+                waits = job.status == "pending" and job.claim is None and not job.held
+                if job.remote == remote and waits and (job.due or 0) > due:
                     job.due = due
                     expected += 1
             assert moved == expected
@@ -457,7 +488,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
         def the_next_moment_comes(self) -> None:
             """The clock moves to when a job is due."""
             self.look()
-            moments = [job.due for job in self.jobs.values() if job.due is not None]
+            moments = [job.due for job in self.jobs.values() if job.due is not None and not job.held]
             stage.now = max(stage.now, min(moments, default=stage.now))
 
         def the_next_download_is_due(self) -> bool:
@@ -509,7 +540,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
                 self.the_next_moment_comes()
                 self.record([(one, kind) for one in self.claim("ada", 3)])
 
-        @rule(kind=LIKELY, by=JUMPS, meanwhile=st.sampled_from(["nothing", "renewal", "crash", "claim", "cancel"]))
+        @rule(kind=LIKELY, by=JUMPS, meanwhile=st.sampled_from(MEANWHILE))
         def an_answer_takes_its_time(self, kind: str, by: int, meanwhile: str) -> None:
             """Between the question and its answer the lease may end, and much may happen."""
             self.the_next_moment_comes()
@@ -525,6 +556,8 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
                     self.claim("bob", 1)
                 case "cancel":
                     self.cancel(0)
+                case "hold":
+                    self.hold(0)
             self.record([(one, kind) for one in found])
 
         @rule(trouble=st.sampled_from(ACCOUNT_OR_HOST), by=st.sampled_from([31 * S, 45 * S, 95 * S, 3_600 * S]))

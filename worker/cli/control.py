@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import click
@@ -23,6 +24,7 @@ from worker.settings import Settings, load
 from worker.store.gates import all_gates
 from worker.store.jobs import job_row, jobs_by_remote
 from worker.store.search import JobFilter, Search, count_matching, matching, search
+from worker.tables import jobs
 
 SHOWN = 20  # of the jobs that would be changed
 PAGE = 1_000
@@ -114,7 +116,7 @@ def _jobs(said: _Said, job_ids: Iterable[int], settings: Settings) -> int:
     if said.as_json:
         _print_stream(rows)
     elif rows:
-        _print_acted(rows)
+        _print_acted(rows, said)
     return code if all(row.changed for row in rows) else 1
 
 
@@ -171,9 +173,8 @@ def _foretell(said: _Said, found: Search, count: int, settings: Settings) -> Non
         _print_stream(would)
         return
     click.echo(f"{_jobs_of(count)} would be {DONE[said.action]}")
-    shown = [row for row, _ in zip(would, range(SHOWN), strict=False)]
-    if shown:
-        _print_acted(shown)
+    shown = list(islice(would, SHOWN))
+    _print_acted(shown, said)
     if count > len(shown):
         click.echo(f"and {count - len(shown):,} more: --json lists them all")
 
@@ -183,7 +184,8 @@ def _all(found: Search, settings: Settings) -> Iterator[Any]:
     after: int | None = None
     while True:
         with connected(settings.database), engine_for(settings.database).connect() as connection:
-            rows = matching(connection, found, limit=PAGE, after=after)
+            columns = (jobs.c.id, jobs.c.status)
+            rows = matching(connection, found, limit=PAGE, after=after, columns=columns)
         yield from rows
         if len(rows) < PAGE:
             return
@@ -270,16 +272,18 @@ def _would_gate(action: Action, scope: Scope, name: str, settings: Settings) -> 
 
 
 def _print_stream(rows: Iterable[Acted]) -> None:
-    """A JSON list, however long, a row as it comes."""
-    between = "["
-    for row in rows:
-        click.echo(f"{between}\n  {json.dumps(asdict(row))}", nl=False)
-        between = ","
-    click.echo("[]" if between == "[" else "\n]")
+    """A JSON list, however long: a page of rows is written as it comes."""
+    said = (json.dumps(asdict(row)) for row in rows)
+    between = "[\n  "
+    while page := list(islice(said, PAGE)):
+        click.echo(between + ",\n  ".join(page), nl=False)
+        between = ",\n  "
+    click.echo("[]" if between.startswith("[") else "\n]")
 
 
-def _print_acted(rows: Iterable[Acted]) -> None:
-    print_table(("id", "changed", "status"), [(row.id, row.changed, row.status) for row in rows], empty="")
+def _print_acted(rows: Iterable[Acted], said: _Said) -> None:
+    columns = ("id", "would change" if said.dry_run else "changed", "status")
+    print_table(columns, [(row.id, row.changed, row.status) for row in rows], empty="")
 
 
 COMMANDS: tuple[click.Command, ...] = (

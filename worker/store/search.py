@@ -64,7 +64,7 @@ class JobFilter:
         """The states that such a job can be in."""
         left = frozenset(self.statuses or JOB_STATES)
         if self.codes:
-            left &= {"failed", "expired"}
+            left &= {"expired" if code == "expired" else "failed" for code in self.codes}
         if self.output_codes:
             left &= {"downloading", "failed", "cancelled"}
         if self.finished_since is not None or self.finished_until is not None:
@@ -99,17 +99,32 @@ def _implied(wanted: JobFilter) -> frozenset[str]:
 
 
 def matching(
-    connection: Connection, wanted: JobFilter | Search, *, limit: int, after: int | None = None
+    connection: Connection,
+    wanted: JobFilter | Search,
+    *,
+    limit: int,
+    after: int | None = None,
+    columns: Sequence[ColumnElement[Any]] = tuple(jobs.c),
 ) -> Sequence[Row[Any]]:
     """Up to `limit` of these jobs, newest first; those that come after the id `after`, where that is given."""
-    return _newest(connection, wanted, tuple(jobs.c), limit, after)
+    below = () if after is None else (jobs.c.id < after,)
+    ways = [
+        select(*columns).where(*way, *below).order_by(jobs.c.id.desc()).limit(limit)
+        for way in _ready(connection, wanted).ways
+    ]
+    if not ways:
+        return []
+    if len(ways) == 1:
+        return connection.execute(ways[0]).all()
+    each = union_all(*(select(way.subquery()) for way in ways)).subquery()
+    return connection.execute(select(each).order_by(each.c.id.desc()).limit(limit)).all()
 
 
 def matching_ids(
     connection: Connection, wanted: JobFilter | Search, *, limit: int, after: int | None = None
 ) -> list[int]:
     """The ids of the same."""
-    return [row.id for row in _newest(connection, wanted, (jobs.c.id,), limit, after)]
+    return [row.id for row in matching(connection, wanted, limit=limit, after=after, columns=(jobs.c.id,))]
 
 
 def count_matching(connection: Connection, wanted: JobFilter | Search, *, most: int | None = None) -> int:
@@ -136,26 +151,6 @@ def still_matching(connection: Connection, wanted: Search, ids: Iterable[int]) -
 
 def _ready(connection: Connection, wanted: JobFilter | Search) -> Search:
     return wanted if isinstance(wanted, Search) else search(connection, wanted)
-
-
-def _newest(
-    connection: Connection,
-    wanted: JobFilter | Search,
-    columns: tuple[ColumnElement[Any], ...],
-    limit: int,
-    after: int | None,
-) -> Sequence[Row[Any]]:
-    below = () if after is None else (jobs.c.id < after,)
-    ways = [
-        select(*columns).where(*way, *below).order_by(jobs.c.id.desc()).limit(limit)
-        for way in _ready(connection, wanted).ways
-    ]
-    if not ways:
-        return []
-    if len(ways) == 1:
-        return connection.execute(ways[0]).all()
-    each = union_all(*(select(way.subquery()) for way in ways)).subquery()
-    return connection.execute(select(each).order_by(each.c.id.desc()).limit(limit)).all()
 
 
 # ── conditions ────────────────────────────────────────────────────────────────────────────────────────────────────────

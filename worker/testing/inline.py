@@ -124,7 +124,8 @@ class FetchWorker(Workers):
                     self._finish()
                     return job
                 self._check(job, began)
-                self._step(None)
+                if not self._step(None):
+                    self._check_rest(job.id)
         raise AssertionError("unreachable")
 
     def run_all(self) -> list[Job]:
@@ -167,8 +168,11 @@ class FetchWorker(Workers):
         with self._turn:
             until = None if most is None else self.now + timedelta(seconds=most)
             self._check(job, self._waited_since.setdefault(job.id, self.now))
-            if not self._step(until) and until is not None:
-                self._clock.move_to(until)
+            if not self._step(until):
+                if until is None:
+                    self._check_rest(job.id)
+                else:
+                    self._clock.move_to(until)
 
     # ── steps ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -211,6 +215,12 @@ class FetchWorker(Workers):
                 f"job {job.id} is still {job.status} at {self.now:%Y-%m-%d %H:%M:%S} UTC, long after its deadline"
                 f" ({self._why(job)}): have the stand-in answer otherwise, or look at half-way states by `advance`"
             )
+
+    def _check_rest(self, job_id: int) -> None:
+        """Raises NeverEnds where nothing is to come, and the job is not final; another thread may have seen to it."""
+        job = enqueue.get(job_id)
+        if job is not None and not job.final:
+            raise NeverEnds(f"job {job_id} is {job.status}, and nothing is to come ({self._why(job)})")
 
     def _why(self, job: Job) -> str:
         with self.engine.connect() as connection:

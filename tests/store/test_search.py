@@ -1,0 +1,177 @@
+"""Filters: each finds its jobs, newest first, on every database, whether few jobs have what it asks for or many."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, delete, insert, select, update
+
+from tests.rows import NOW, add_downloading, add_job, add_output, seconds
+from worker.store import search as module
+from worker.store.search import (
+    JobFilter,
+    count_matching,
+    matching,
+    matching_ids,
+    search,
+    still_matching,
+)
+from worker.tables import HELD_UNTIL, gates, jobs
+
+CLAIMED = {"claim_token": "t", "claim_holder": "ada"}
+HOURS = {"submitted_at": NOW - seconds(7_200), "tracked_at": NOW - seconds(7_200)}
+ENDED = {"due_at": None, "completed_at": NOW - seconds(600)}
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock of the tests' rows."""
+    monkeypatch.setattr(module, "database_now", lambda _: NOW)
+
+
+@pytest.fixture(params=["few", "many"])
+def stocked(engine: Engine, request: pytest.FixtureRequest, now: None, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """One job of each sort, named by its remote id; looked up by ids, or gone through since nothing is few."""
+    monkeypatch.setattr(module, "FEW", 1_000 if request.param == "few" else 0)
+    later: dict[str, Any] = {"due_at": NOW + seconds(60)}
+    with engine.begin() as connection:
+        add_job(connection, "old", **HOURS, **ENDED, status="expired", error_code="expired")
+        add_job(connection, "failed", **ENDED | {"completed_at": NOW}, status="failed", error_code="api_failed")
+        gone = ENDED | {"status": "failed", "error_code": "output_failed", "ready_at": NOW}
+        add_output(connection, add_job(connection, "gone", **gone), status="failed", error_code="gone", due_at=None)
+        add_output(connection, add_downloading(connection, "loading"), error_code="http_error")
+        add_job(connection, "calm", **later, reference="mine", kind="video")
+        add_job(connection, "late", due_at=NOW - seconds(61), priority=3)
+        add_job(connection, "stuck", due_at=NOW - seconds(61), **CLAIMED)
+        add_job(connection, "asked", **later, **CLAIMED | {"claim_holder": "bob"})
+        add_job(connection, "overdue", **later, deadline_at=NOW - seconds(1), account="shop")
+        add_job(connection, "held", due_at=HELD_UNTIL, held_at=NOW, fetch_host="other.test")
+        add_job(connection, "shut", **later, account="shut")
+        add_job(connection, "off", **later, fetch_host="off.test")
+        for scope, name, values in (
+            ("account", "shut", {"paused_at": NOW}),
+            ("host", "off.test", {"reason": "unreachable", "since": NOW, "probe_at": NOW}),
+            ("host", "api.test", {"reason": "rate limited", "since": NOW, "until": NOW}),  # it is over
+        ):
+            connection.execute(insert(gates).values(scope=scope, name=name, **values))
+    return engine
+
+
+ALL = "off shut held overdue asked stuck late calm loading gone failed old"
+MINE: list[tuple[JobFilter, str]] = [
+    (JobFilter(), ALL),
+    (JobFilter(statuses=("expired",)), "old"),
+    (JobFilter(statuses=("downloading", "expired", "failed")), "loading gone failed old"),
+    (JobFilter(statuses=("pending",)), "off shut held overdue asked stuck late calm"),
+    (JobFilter(accounts=("shop", "shut")), "shut overdue"),
+    (JobFilter(kinds=("video",)), "calm"),
+    (JobFilter(remote_ids=("calm", "gone", "nobody")), "calm gone"),
+    (JobFilter(references=("mine",)), "calm"),
+    (JobFilter(references=("nobody's",)), ""),
+    (JobFilter(codes=("api_failed", "expired")), "failed old"),
+    (JobFilter(codes=("expired",), statuses=("failed",)), ""),
+    (JobFilter(output_codes=("gone", "http_error")), "loading gone"),
+    (JobFilter(output_codes=("gone",), codes=("output_failed",)), "gone"),
+    (JobFilter(hosts=("off.test", "other.test")), "off held"),
+    (JobFilter(holders=("bob",)), "asked"),
+    (JobFilter(holders=("ada", "bob")), "asked stuck"),
+    (JobFilter(submitted_since=NOW - seconds(60)), ALL.removesuffix(" old")),
+    (JobFilter(submitted_since=NOW), ALL.removesuffix(" old")),
+    (JobFilter(submitted_since=NOW + seconds(0.001)), ""),
+    (JobFilter(submitted_until=NOW), "old"),
+    (JobFilter(finished_since=NOW - seconds(60)), "failed"),
+    (JobFilter(finished_until=NOW), "gone old"),
+    (JobFilter(finished_until=NOW - seconds(600)), ""),
+    (JobFilter(finished_until=NOW, statuses=("failed",)), "gone"),
+    (JobFilter(late=60.0), "late"),
+    (JobFilter(late=61.0), ""),
+    (JobFilter(late=1e300), ""),
+    (JobFilter(late=60.0, accounts=("shop",)), ""),
+    (JobFilter(stuck=True), "stuck"),
+    (JobFilter(stuck=True, holders=("bob",)), ""),
+    (JobFilter(past_deadline=True), "overdue"),
+    (JobFilter(held=True), "off shut held"),
+    (JobFilter(held=True, accounts=("shut",)), "shut"),
+    (JobFilter(by_hand=True), "held"),
+    (JobFilter(by_hand=False, statuses=("pending",)), "off shut overdue asked stuck late calm"),
+    (JobFilter(held=True, by_hand=False), "off shut"),
+    (JobFilter(held=True, late=1.0), ""),
+    (JobFilter(statuses=("completed",), stuck=True), ""),
+]
+
+
+def test_each_filter_finds_its_jobs_newest_first_and_counts_them(stocked: Engine) -> None:
+    for wanted, names in MINE:
+        with stocked.connect() as connection:
+            assert [row.remote_id for row in matching(connection, wanted, limit=100)] == names.split(), wanted
+            assert count_matching(connection, wanted) == len(names.split()), wanted
+
+
+def test_pages_of_any_size_make_up_the_whole(stocked: Engine) -> None:
+    for wanted, _ in MINE:
+        with stocked.connect() as connection:
+            whole = matching_ids(connection, wanted, limit=100)
+            paged: list[int] = []
+            while page := matching_ids(connection, wanted, limit=2, after=paged[-1] if paged else None):
+                paged += page
+        assert paged == whole, wanted
+
+
+def test_what_no_longer_matches_when_its_turn_comes_is_left_out(stocked: Engine) -> None:
+    """Locked in the order of the ids, whatever order they are told in."""
+    for wanted, _ in MINE:
+        with stocked.begin() as connection:
+            found = search(connection, wanted)
+            ids = matching_ids(connection, found, limit=100)
+            assert still_matching(connection, found, ids) == sorted(ids), wanted
+    with stocked.begin() as connection:
+        found = search(connection, JobFilter(statuses=("pending",)))
+        ids = matching_ids(connection, found, limit=100)
+        connection.execute(
+            update(jobs).where(jobs.c.remote_id == "calm").values(status="cancelled", due_at=None, completed_at=NOW)
+        )
+        assert len(still_matching(connection, found, ids)) == len(ids) - 1
+
+
+def test_no_more_are_counted_than_asked_for(stocked: Engine) -> None:
+    with stocked.connect() as connection:
+        for wanted in (JobFilter(), JobFilter(statuses=("failed", "expired", "pending"))):
+            assert [count_matching(connection, wanted, most=most) for most in (1, 3, 100)][:2] == [1, 3]
+
+
+def test_the_first_job_of_a_time_is_found_among_ids_with_gaps(engine: Engine, now: None) -> None:
+    """Retention takes rows away, and a transaction that was rolled back its ids."""
+    with engine.begin() as connection:
+        ids = [
+            add_job(connection, str(minute), tracked_at=NOW + timedelta(minutes=minute), submitted_at=NOW)
+            for minute in range(40)
+        ]
+        connection.execute(delete(jobs).where(jobs.c.id.in_(ids[5:17] + ids[30:33])))
+        left = [(row.id, row.tracked_at) for row in connection.execute(select(jobs).order_by(jobs.c.id)).all()]
+
+        for minute in (-1, 0, 4.5, 5, 10, 16, 17, 29, 29.5, 31, 38, 39):
+            moment = NOW + timedelta(minutes=minute)
+            expected = min(job_id for job_id, tracked_at in left if tracked_at >= moment)
+            first = module._first_tracked(connection, moment)
+            assert next(job_id for job_id, _ in left if job_id >= first) == expected
+        assert module._first_tracked(connection, NOW + timedelta(minutes=40)) > ids[-1]
+
+
+def test_a_job_that_was_tracked_long_after_its_submission_is_found_by_its_submission(engine: Engine, now: None) -> None:
+    """And one whose transaction took its time, so that its id is younger than others tracked after it."""
+    with engine.begin() as connection:
+        add_job(connection, "late-comer", submitted_at=NOW - seconds(86_400))
+        add_job(connection, "next", tracked_at=NOW + seconds(30))
+        add_job(connection, "slow")
+        found = [
+            [row.remote_id for row in matching(connection, wanted, limit=9)]
+            for wanted in (JobFilter(submitted_until=NOW), JobFilter(submitted_since=NOW))
+        ]
+
+    assert found == [["late-comer"], ["slow", "next"]]
+
+
+def test_among_no_jobs_at_all_every_filter_finds_none(engine: Engine) -> None:
+    for wanted, _ in MINE:
+        with engine.connect() as connection:
+            assert (matching(connection, wanted, limit=9), count_matching(connection, wanted)) == ([], 0)
