@@ -5,7 +5,6 @@ The rows are put in by SQL (PostgreSQL), in an order that helps no list: waiting
 
 import base64
 import http.client
-import json
 import re
 import secrets
 import time
@@ -49,6 +48,14 @@ SELECT id, 0, 'https://' || CASE WHEN id % 1000 = 3 THEN 'rare.test' ELSE 'cdn.t
        CASE WHEN id % 5000 <> 4 THEN :location END, :size, repeat('a', 64), 'image/png', 1, now(), now(),
        CASE WHEN id % 5000 = 4 THEN now() END, CASE WHEN id % 5000 = 4 THEN 'unreachable' END
 FROM fetch_jobs WHERE status = 'completed'
+"""
+HISTORY = """
+INSERT INTO fetch_history
+SELECT date_trunc('minute', now()) - n * interval '1 minute', json_build_object(
+    'jobs', json_build_object('pending', 5), 'oldest_due', 1, 'delay', json_build_object('1', 10000 - n),
+    'finished', json_build_object('completed', 10000 - n),
+    'accounts', json_build_object('default', json_build_object('rps', 10, 'answers', 10000 - n)))
+FROM generate_series(0, 179) AS n
 """
 PICTURE = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
@@ -122,15 +129,7 @@ def _put(stand: Stand, rows: int) -> None:
     stand.execute(JOBS, rows=rows, held_until=HELD_UNTIL)
     stand.execute(OUTPUTS, location=f"file://{picture}", size=len(PICTURE))
     stand.execute("INSERT INTO fetch_gates (scope, name, proven) VALUES ('account', 'default', true)")
-    for minutes in range(180):
-        body = {
-            "jobs": {"pending": 5}, "oldest_due": 1, "accounts": {"default": {"rps": 10, "answers": -60 * minutes}},
-            "delay": {"1": 10_000 - minutes}, "finished": {"completed": 10_000 - minutes},
-        }  # fmt: skip
-        stand.execute(
-            "INSERT INTO fetch_history VALUES (date_trunc('minute', now()) - :minutes * interval '1 minute', :body)",
-            minutes=minutes, body=json.dumps(body),
-        )  # fmt: skip
+    stand.execute(HISTORY)
     for table in ("fetch_jobs", "fetch_outputs"):
         stand.vacuum(table)
 

@@ -197,7 +197,10 @@ def test_an_operator_logs_in_finds_jobs_acts_on_them_looks_at_pictures_and_leave
     assert of_job == (f"Job {ended} completed", [128])
     assert complaints == []
     assert "/login" in outside
-    assert PASSWORD not in log.read_text()
+    told = log.read_text()
+    assert f"retry by an operator jobs={dead} changed=1" in told
+    assert "a wrong password from=127.0.0.1" in told
+    assert PASSWORD not in told
 
 
 def test_plots_are_drawn_and_pages_fit_a_telephone(

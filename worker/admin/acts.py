@@ -1,5 +1,6 @@
 """What an operator can do to jobs, accounts and hosts, and the sentence that says what came of it."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from worker.enqueue import cancel, retry
 from worker.errors import JobNotFound, Unavailable
 from worker.holds import hold, hold_gate, resume, resume_gate
 from worker.store.jobs import MAX_ID
+
+log = logging.getLogger(__name__)
 
 AT_ONCE_MOST = 500  # jobs of one form
 
@@ -57,6 +60,7 @@ def act_on(act: Act, ids: Sequence[int]) -> str:
         said.append(f"{missing:,} {'is' if missing == 1 else 'are'} not there")
     if trouble:
         said.append(f"{len(ids) - came_of_it.total():,} left as they were: {trouble}")
+    log.info("%s by an operator jobs=%s changed=%s", act.name, ",".join(map(str, sorted(ids))), changed)
     return ", ".join(said) + "."
 
 

@@ -6,6 +6,7 @@ anything is a POST with the token of its session, from a page of ours.
 
 import hmac
 import ipaddress
+import logging
 import secrets
 import threading
 import time
@@ -17,6 +18,8 @@ from urllib.parse import urlsplit
 from flask import Flask, Response, g, redirect, render_template, request, session, url_for
 from werkzeug.exceptions import Forbidden, MisdirectedRequest
 from werkzeug.wrappers import Response as AnyResponse
+
+log = logging.getLogger(__name__)
 
 COOKIE = "fetch_worker_admin"
 LOGIN_SECONDS = 12 * 3600.0
@@ -187,6 +190,7 @@ def _log_in(door: Door) -> AnyResponse | str:
         return Response(render_template("login.html", then=then, said=said), 429, {"Retry-After": f"{wait + 1:.0f}"})
     name = door.enter(guest, request.form.get("password", ""))
     if name is None:
+        log.warning("a wrong password from=%s", guest)
         return Response(render_template("login.html", then=then, said="That is not the password."), 401)
     door.leave(session.get("login"))
     session.clear()

@@ -1,5 +1,6 @@
 """Serving the page for operators on one address of this machine, until it is stopped."""
 
+import logging
 import os
 import secrets
 import socket
@@ -40,6 +41,7 @@ def serve(settings: Settings, place: Place) -> None:
     port = listener.getsockname()[1]
     host = f"[{place.address}]" if ":" in place.address else place.address
     site = make_site(settings, Door(_password(settings), place.address))
+    _log_to_stderr()
     server = waitress.create_server(
         site,
         sockets=[listener],
@@ -50,6 +52,15 @@ def serve(settings: Settings, place: Place) -> None:
     )
     print(f"Admin: http://{host}:{port}/", file=sys.stderr, flush=True)
     server.run()
+
+
+def _log_to_stderr() -> None:
+    """Who acted, and who could not come in, is told where the process is started."""
+    shown = logging.StreamHandler()
+    shown.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    ours = logging.getLogger("worker")
+    ours.addHandler(shown)
+    ours.setLevel(logging.INFO)
 
 
 def _password(settings: Settings) -> str:

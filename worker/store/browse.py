@@ -19,7 +19,7 @@ from worker.store.search import JobFilter, Search, matching, search
 from worker.tables import history, jobs, outputs
 
 WINDOW = 20_000  # ids, of the first one
-LOOK_SECONDS = 0.12
+LOOK_SECONDS = 0.08  # no further window is begun after that
 CHOICES_MOST = 200
 
 
