@@ -43,7 +43,11 @@ def test_no_other_command_loads_what_it_needs() -> None:
     assert done.stdout == "set()\n"
 
 
-def test_without_tables_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_tables_it_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/test.db")
+
     code, words = said(capsys, "admin", "--port", "0")
 
     assert code == 1
