@@ -31,6 +31,7 @@ LEAST_PRUNE_AGE = 3_600.0  # seconds; whoever waits for a job must find it
 LONG_DEADLINES = (("training", 14_400.0), ("video", 7_200.0))
 SHARED_NAMES = frozenset(
     {"DATABASE_URL", "REDIS_URL", "BROKER_URL", "PORT", "REQUESTS_CA_BUNDLE", "LOG_FORMAT"}
+    | {"ADMIN_PASSWORD", "ADMIN_ADDRESS", "ADMIN_PORT"}
 )  # apps have like names of their own
 KEY_NAMES = ("SD_API_KEY", "SD_API_KEYS", "WEBHOOK_SECRET")
 _HOST = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
@@ -81,6 +82,9 @@ class Settings(BaseSettings):
     port: int | None = Field(default=None, ge=0, le=65_535)
     metrics_address: str = "127.0.0.1"
     metrics_port: int = Field(default=9464, ge=0, le=65_535)
+    admin_password: SecretStr | None = None
+    admin_address: str = "127.0.0.1"
+    admin_port: int | None = Field(default=None, ge=0, le=65_535)
 
     @classmethod
     def settings_customise_sources(

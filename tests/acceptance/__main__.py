@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from tests.acceptance.admin import admin
 from tests.acceptance.canary import canary_key
 from tests.acceptance.celery_user import celery_user
 from tests.acceptance.downloads import bucket, downloads
@@ -44,6 +45,7 @@ def programs(options: argparse.Namespace) -> Mapping[str, Program]:
         "wake-up": lambda home: wake_up(place, home),
         "dripping-api": lambda home: dripping_api(place, home),
         "million-rows": lambda home: million_rows(place, home, options.rows, options.minutes),
+        "admin": lambda home: admin(place, home, options.rows),
         "pace": lambda home: pace(place, home),
         "prune": lambda home: prune(place, home, options.rows),
         "downloads": lambda home: downloads(place, home),
@@ -77,7 +79,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=500)
     parser.add_argument("--slowest", type=float, default=10.0, help="the longest a job takes, in seconds")
     parser.add_argument("--kills", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=1_000_000, help="of million-rows and prune")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="of million-rows, prune and admin")
     parser.add_argument("--minutes", type=float, default=10.0, help="of million-rows")
     parser.add_argument("--recovery-seconds", type=int, default=30)
     parser.add_argument("--database", choices=("postgresql", "sqlite"), default="postgresql")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.acceptance.stand import postgresql_answers
+from tests.servers import missing
 
 REPO = Path(__file__).parents[2]
 
@@ -33,3 +34,11 @@ def accept(folder: Path, *words: str) -> None:
 def test_the_product_keeps_its_promises_when_driven_from_outside(words: list[str], tmp_path: Path) -> None:
     """Environment, Procfile, task names, tables and command are all that is used."""
     accept(tmp_path, *words)
+
+
+@pytest.mark.server
+def test_the_page_for_operators_is_quick_and_shows_nothing_secret(tmp_path: Path) -> None:
+    """In small; what it is for is a million rows."""
+    if not postgresql_answers():
+        missing("PostgreSQL")
+    accept(tmp_path, "admin", "--rows", "2000")

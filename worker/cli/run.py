@@ -1,4 +1,4 @@
-"""Commands that run processes: demo, up, sandbox."""
+"""Commands that run processes: demo, up, sandbox, admin."""
 
 from pathlib import Path
 
@@ -6,7 +6,9 @@ import click
 
 from worker.demo.run import MOST_JOBS
 from worker.demo.run import demo as run_demo
+from worker.errors import SettingsError
 from worker.sandbox.command import main as run_sandbox
+from worker.settings import load
 from worker.up import up as run_up
 
 
@@ -46,4 +48,23 @@ def sandbox(words: tuple[str, ...]) -> int:
     return run_sandbox(words)
 
 
-COMMANDS: tuple[click.Command, ...] = (demo, up, sandbox)
+@click.command()
+@click.option("--address", help="What to listen on; default: ADMIN_ADDRESS, 127.0.0.1.")
+@click.option("--port", type=click.IntRange(0, 65_535), help="Default: ADMIN_PORT, 5556; 0 takes a free one.")
+def admin(address: str | None, port: int | None) -> None:
+    """Serve a web page for operators: jobs, outputs, accounts, plots.
+
+    It needs no API key: DATABASE_URL, REDIS_URL and STORAGE_URL as the workers have them are enough. The password is
+    ADMIN_PASSWORD, or one that is shown as it starts.
+    """
+    settings = load()
+    try:
+        from worker.admin.serve import place_of, serve  # an extra: the other commands do without it
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").startswith("worker"):
+            raise
+        raise SettingsError(f"`admin` needs {missing.name}: pip install 'fetch-worker[admin]'") from None
+    serve(settings, place_of(settings, address, port))
+
+
+COMMANDS: tuple[click.Command, ...] = (demo, up, sandbox, admin)

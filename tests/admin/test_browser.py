@@ -1,0 +1,247 @@
+"""The page for operators in a real browser, served by the command itself on a real port."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
+from sqlalchemy import Engine, insert
+from sqlalchemy.engine import make_url
+
+from tests.admin_pages import add_stored
+from tests.rows import NOW, add_job, job_of
+from tests.servers import missing
+from worker.database import database_now, make_engine
+from worker.sandbox.pictures import draw
+from worker.tables import gates, history
+
+pytestmark = pytest.mark.server
+
+PASSWORD = "a password for the browser"
+ADDRESS = re.compile(r"Admin: (http://\S+)/\n")
+
+
+@pytest.fixture
+def engine(migrated_sqlite: Path, tmp_path: Path) -> Iterator[Engine]:
+    """A database on which the command serves."""
+    shutil.copy(migrated_sqlite, tmp_path / "test.db")
+    made = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
+    yield made
+    made.dispose()
+
+
+@contextmanager
+def served(folder: Path, redis_url: str, *words: str, **settings: str) -> Iterator[tuple[str, Path]]:
+    """The command in a process of its own, without a key of the API: its address, and what it said."""
+    log = folder / "admin.log"
+    environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LANG") if name in os.environ}
+    environment |= {
+        "DATABASE_URL": f"sqlite:///{folder}/test.db", "REDIS_URL": redis_url, "STORAGE_URL": f"file:{folder}/out",
+        "FETCH_WORKER_DOTENV": "off", **settings,
+    }  # fmt: skip
+    with log.open("wb") as out:
+        program = [str(Path(sys.executable).with_name("fetch-worker")), "admin", "--port", "0", *words]
+        process = subprocess.Popen(program, cwd=folder, env=environment, stdout=out, stderr=out)
+    try:
+        until = time.monotonic() + 30
+        while (found := ADDRESS.search(log.read_text())) is None:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.05)
+        yield found[1], log
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) in (0, 130), log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    """A headless Chromium that reaches this machine alone."""
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if program is None or driver is None:
+        missing("chromium")
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(program)
+    for word in (
+        *("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1280,900"),
+        *("--disable-background-networking", "--no-first-run", "--disable-component-update"),
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):
+        options.add_argument(word)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    made = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
+    yield made
+    made.quit()
+
+
+class Reader:
+    """Somebody before the browser."""
+
+    def __init__(self, browser: webdriver.Chrome, address: str) -> None:
+        self.browser, self.address = browser, address
+
+    def open(self, path: str) -> None:
+        """Goes to a page."""
+        self.browser.get(self.address + path)
+
+    def one(self, selector: str) -> WebElement:
+        """The first of these on the page."""
+        return self.browser.find_element(By.CSS_SELECTOR, selector)
+
+    def press(self, selector: str) -> None:
+        """Presses a button or link, and waits for the page that follows."""
+        before = self.one("html")
+        self.one(selector).click()
+        WebDriverWait(self.browser, 10).until(lambda _: self.one("html") != before)
+
+    def log_in(self, password: str) -> None:
+        """Types a password."""
+        self.one("#password").send_keys(password)
+        self.press("form button")
+
+    def jobs(self) -> list[str]:
+        """The ids of the jobs on the page."""
+        return [box.get_attribute("value") or "" for box in self.browser.find_elements(By.NAME, "rowid")]
+
+    def said(self) -> str:
+        """What the page says of what was done."""
+        return self.one(".said").text
+
+    def widths(self, selector: str) -> list[int]:
+        """How wide these pictures are, once all of them are there."""
+        script = f"return [...document.querySelectorAll('{selector}')].map(one => one.complete && one.naturalWidth)"
+        WebDriverWait(self.browser, 10).until(lambda browser: all(browser.execute_script(script)))
+        found: list[int] = self.browser.execute_script(script)
+        return found
+
+    def complaints(self) -> list[str]:
+        """What the browser refused to load or run since it was asked last, pages that were refused apart."""
+        logged = self.browser.get_log("browser")  # type: ignore[no-untyped-call]  # selenium
+        return [entry["message"] for entry in logged if entry["level"] == "SEVERE" and "401" not in entry["message"]]
+
+
+def test_an_operator_logs_in_finds_jobs_acts_on_them_looks_at_pictures_and_leaves(
+    chromium: webdriver.Chrome, engine: Engine, redis_url: str, tmp_path: Path
+) -> None:
+    with engine.begin() as connection:
+        now = database_now(connection)
+        failed = {"status": "failed", "due_at": None, "completed_at": NOW, "error_code": "api_failed"}
+        waiting = [add_job(connection, f"w{number}", due_at=now + timedelta(hours=1)) for number in range(3)]
+        dead = add_job(connection, "dead", **failed, error_message="<b>gave up</b>", reference="order-12")
+        ended, _ = add_stored(connection, tmp_path / "out", draw("a lake", "1", 0, 128), remote_id="done")
+    with served(tmp_path, redis_url, ADMIN_PASSWORD=PASSWORD) as (address, log):
+        reader = Reader(chromium, address)
+        reader.open("/jobs/?status=failed")
+        asked = chromium.current_url
+        reader.log_in("wrong")
+        refused = reader.one("[role=alert]").text
+        time.sleep(0.6)  # the server's own clock makes the next guess wait
+        reader.log_in(PASSWORD)
+        first = reader.jobs()
+
+        reader.open("/jobs/")
+        reader.one("input[name=search]").send_keys("order-12")
+        reader.press(".filters button")
+        found = reader.jobs()
+        reader.press(f"a[href='/jobs/details/?id={dead}']")
+        why = reader.one(".why").text
+        reader.press("button[value=retry]")
+        question = reader.one("h1").text
+        reader.press("#confirm")
+        retried = (reader.said(), job_of(engine, dead).status)
+
+        reader.open("/jobs/?status=pending")
+        reader.one("[data-chooses]").click()
+        reader.press("button[value=cancel]")
+        reader.press("main a.button")  # back
+        unharmed = job_of(engine, waiting[0]).status
+        reader.one("[data-chooses]").click()
+        reader.press("button[value=cancel]")
+        reader.press("#confirm")
+        cancelled = (reader.said(), [job_of(engine, job_id).status for job_id in (*waiting, dead)])
+
+        reader.open("/outputs/gallery/")
+        pictures = reader.widths("figure img")
+        reader.press("figcaption a")
+        of_job = (reader.one("h1").text, reader.widths("figure img"))
+        complaints = reader.complaints()
+        reader.press("#logout")
+        reader.open("/outputs/gallery/")
+        outside = chromium.current_url
+    assert asked.endswith("/login?then=/jobs/?status%3Dfailed")
+    assert refused == "That is not the password."
+    assert first == [str(dead)]
+    assert found == [str(dead)]
+    assert why == "api_failed: <b>gave up</b>"
+    assert question == "Retry this job?"
+    assert retried == ("1 job taken up again.", "pending")
+    assert unharmed == "pending"
+    assert cancelled == ("4 jobs cancelled.", ["cancelled"] * 4)
+    assert pictures == [128]
+    assert of_job == (f"Job {ended} completed", [128])
+    assert complaints == []
+    assert "/login" in outside
+    told = log.read_text()
+    assert f"retry by an operator jobs={dead} changed=1" in told
+    assert "a wrong password from=127.0.0.1" in told
+    assert PASSWORD not in told
+
+
+def test_plots_are_drawn_and_pages_fit_a_telephone(
+    chromium: webdriver.Chrome, engine: Engine, redis_url: str, tmp_path: Path
+) -> None:
+    with engine.begin() as connection:
+        minute = database_now(connection).replace(second=0, microsecond=0)
+        for back in range(30):
+            body = {"jobs": {"pending": back}, "oldest_due": 0.5, "delay": {"1": 6_000 - 100 * back},
+                    "accounts": {"default": {"rps": 10, "held": False, "answers": 6_000 - 100 * back}},
+                    "finished": {"completed": 6_000 - 100 * back}}  # fmt: skip
+            connection.execute(insert(history).values(minute=minute - timedelta(minutes=back), body=json.dumps(body)))
+        job_id, _ = add_stored(connection, tmp_path / "out", draw("a lake", "1", 0, 128), remote_id="done")
+        add_job(connection, "a" * 128, reference="b" * 255, kind="c" * 64)
+        connection.execute(insert(gates).values(scope="account", name="default", reason="key rejected: no", since=NOW))
+    with served(tmp_path, redis_url, ADMIN_PASSWORD=PASSWORD) as (address, _):
+        reader = Reader(chromium, address)
+        reader.open("/plots/")
+        reader.log_in(PASSWORD)
+        plots = reader.widths("img.plot")
+        too_wide = {}
+        for width in (1280, 400):
+            size = {"width": width, "height": 860, "deviceScaleFactor": 1, "mobile": width < 800}
+            chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            for path in ("/", "/jobs/", f"/jobs/details/?id={job_id}", f"/jobs/details/?id={job_id + 1}", "/outputs/",
+                         "/outputs/gallery/", "/accounts/", "/plots/"):  # fmt: skip
+                reader.open(path)
+                needed = int(chromium.execute_script("return document.documentElement.scrollWidth"))
+                if needed > width:
+                    too_wide[path, width] = needed
+        chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        complaints = reader.complaints()
+
+    assert plots == [900] * 5
+    assert too_wide == {}
+    assert complaints == []
+
+
+def test_a_password_of_its_own_is_shown_once_where_none_is_set(engine: Engine, redis_url: str, tmp_path: Path) -> None:
+    with served(tmp_path, redis_url) as (address, log):
+        said = log.read_text()
+
+    assert address.startswith("http://127.0.0.1:")
+    assert re.fullmatch(r"Admin: log in with [\w-]{16} \(set ADMIN_PASSWORD to choose\)\nAdmin: http://\S+/\n", said)

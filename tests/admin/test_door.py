@@ -1,0 +1,244 @@
+"""The door: what a guest can do (nothing), what a form must carry, by which names the server answers."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from sqlalchemy import Engine, select
+from sqlalchemy.engine import make_url
+
+from tests.admin_pages import PASSWORD, Clock, Operator, add_stored
+from tests.rows import add_job, job_of
+from worker.admin.door import LOGIN_SECONDS, OPEN_ENDPOINTS, Door
+from worker.database import make_engine
+from worker.tables import gates
+
+ACTIONS = ("retry", "cancel", "hold", "resume")
+
+
+@pytest.fixture
+def engine(migrated_sqlite: Path, tmp_path: Path) -> Iterator[Engine]:
+    """One database is enough to be kept out of."""
+    shutil.copy(migrated_sqlite, tmp_path / "test.db")
+    made = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
+    yield made
+    made.dispose()
+
+
+def filled(rule: str) -> str:
+    """An address of a rule, with something in its places."""
+    return re.sub(r"<(?:(\w+):)?\w+>", lambda found: "1" if found[1] == "int" else "site.css", rule)
+
+
+def test_no_page_and_no_action_answers_without_a_login(
+    site: Flask, guest: FlaskClient, engine: Engine, tmp_path: Path
+) -> None:
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+        add_stored(connection, tmp_path / "out", b"bytes", remote_id="2")
+    before = job_of(engine, job_id)
+    rules = [rule for rule in site.url_map.iter_rules() if rule.endpoint not in OPEN_ENDPOINTS]
+
+    said = {}
+    for rule in rules:
+        said[rule.rule, "GET"] = guest.get(filled(rule.rule))
+        for action in ACTIONS:
+            form = {"action": action, "rowid": job_id, "confirmed": "yes", "scope": "account", "name": "default"}
+            said[rule.rule, action] = guest.post(filled(rule.rule), data=form)
+
+    assert len(rules) >= 12
+    for (path, method), answer in said.items():
+        to_login = answer.status_code == 302 and answer.headers["Location"].startswith("/login")
+        assert to_login or answer.status_code == 401, (path, method, answer.status_code)
+        assert b"bytes" not in answer.data
+    assert job_of(engine, job_id) == before
+    with engine.connect() as connection:
+        assert connection.execute(select(gates)).all() == []
+
+
+def test_the_addresses_that_would_edit_or_delete_do_not_exist(site: Flask) -> None:
+    endpoints = {rule.endpoint.rpartition(".")[2] for rule in site.url_map.iter_rules()}
+
+    assert endpoints == {
+        *("static", "login", "logout", "assets", "index", "index_view", "details_view", "action_view", "act"),
+        *("gallery", "file", "picture"),
+    }
+
+
+@pytest.mark.parametrize("token", [None, "", "wrong", "another login's"])
+def test_a_form_without_the_token_of_its_login_changes_nothing(
+    token: str | None, site: Flask, operator: Operator, engine: Engine
+) -> None:
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+    if token == "another login's":
+        token = Operator(site.test_client()).token
+    form = {"action": "cancel", "rowid": job_id, "confirmed": "yes"} | ({} if token is None else {"token": token})
+
+    answers = [operator.client.post(path, data=form) for path in ("/jobs/action/", "/accounts/act/", "/logout")]
+
+    assert [answer.status_code for answer in answers] == [403, 403, 403]
+    assert job_of(engine, job_id).status == "pending"
+    assert operator.client.get("/jobs/").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "https://elsewhere.test"},
+        {"Origin": "null"},
+        {"Origin": "http://localhost:81"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+    ],
+)
+def test_a_form_of_another_site_changes_nothing_even_with_the_token(
+    headers: dict[str, str], operator: Operator, engine: Engine
+) -> None:
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+    form = {"token": operator.token, "action": "cancel", "rowid": job_id, "confirmed": "yes"}
+
+    refused = operator.client.post("/jobs/action/", data=form, headers=headers)
+    logged_in = operator.client.post("/login", data={"password": PASSWORD}, headers=headers)
+
+    assert (refused.status_code, logged_in.status_code) == (403, 403)
+    assert job_of(engine, job_id).status == "pending"
+
+
+def test_a_page_of_our_own_may_send_forms(operator: Operator, engine: Engine) -> None:
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+    form = {"token": operator.token, "action": "cancel", "rowid": job_id, "confirmed": "yes"}
+
+    operator.client.post(
+        "/jobs/action/", data=form, headers={"Origin": "http://localhost", "Sec-Fetch-Site": "same-origin"}
+    )
+
+    assert job_of(engine, job_id).status == "cancelled"
+
+
+def test_a_get_never_changes_anything(operator: Operator, engine: Engine) -> None:
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+    query = {"token": operator.token, "action": "cancel", "rowid": job_id, "confirmed": "yes"}
+
+    answers = [operator.client.get(path, query_string=query) for path in ("/jobs/action/", "/accounts/act/", "/logout")]
+
+    assert [answer.status_code for answer in answers] == [405, 405, 405]
+    assert job_of(engine, job_id).status == "pending"
+
+
+@pytest.mark.parametrize(
+    ("address", "host", "known"),
+    [
+        ("127.0.0.1", "127.0.0.1:5556", True),
+        ("127.0.0.1", "localhost:8000", True),  # through a tunnel, on a port of its own
+        ("127.0.0.1", "[::1]:5556", True),
+        ("127.0.0.1", "elsewhere.test:5556", False),
+        ("127.0.0.1", "127.0.0.1.elsewhere.test", False),
+        ("127.0.0.1", "10.0.0.5:5556", False),
+        ("0.0.0.0", "10.0.0.5:5556", True),
+        ("0.0.0.0", "elsewhere.test", False),
+        ("admin.test", "admin.test:5556", True),
+        ("10.0.0.5", "10.0.0.5:5556", True),
+        ("10.0.0.5", "10.0.0.6:5556", False),
+        ("127.0.0.1", "[", False),
+        ("127.0.0.1", "", False),
+    ],
+)
+def test_the_server_answers_by_its_own_names_alone(address: str, host: str, known: bool) -> None:
+    assert Door(PASSWORD, address).knows(host) is known
+
+
+def test_a_name_that_somebody_pointed_at_us_gets_no_page(guest: FlaskClient) -> None:
+    assert guest.get("/login", headers={"Host": "elsewhere.test"}).status_code == 421
+
+
+def test_wrong_passwords_open_nothing_and_make_the_guest_wait(guest: FlaskClient, clock: Clock) -> None:
+    first = guest.post("/login", data={"password": "wrong"})
+    at_once = guest.post("/login", data={"password": PASSWORD})
+    clock.now += 0.6
+    second = guest.post("/login", data={"password": ""})
+    clock.now += 0.6
+    too_soon = guest.post("/login", data={"password": PASSWORD})
+    clock.now += 0.6
+    right = guest.post("/login", data={"password": PASSWORD, "then": "/plots/?span=day"})
+
+    codes = [answer.status_code for answer in (first, at_once, second, too_soon, right)]
+    assert codes == [401, 429, 401, 429, 302]
+    assert int(too_soon.headers["Retry-After"]) >= 1
+    assert right.headers["Location"] == "/plots/?span=day"
+    assert guest.get("/jobs/").status_code == 200
+
+
+def test_after_a_hundred_wrong_passwords_the_next_guess_is_half_a_minute_away() -> None:
+    clock = Clock()
+    door = Door(PASSWORD, "127.0.0.1", clock)
+    for _ in range(100):
+        clock.now += door.wait("guest") + 0.001
+        assert door.enter("guest", "wrong") is None
+
+    assert 29 < door.wait("guest") <= 30
+    assert door.enter("guest", PASSWORD) is None
+    assert door.enter("another guest", PASSWORD) is not None
+
+
+@pytest.mark.parametrize("then", ["https://elsewhere.test/", "//elsewhere.test", "/\\elsewhere.test", "jobs"])
+def test_the_login_leads_to_no_other_server(then: str, guest: FlaskClient) -> None:
+    assert guest.post("/login", data={"password": PASSWORD, "then": then}).headers["Location"] == "/"
+
+
+def test_logging_out_ends_the_login_wherever_its_cookie_is(site: Flask, operator: Operator) -> None:
+    cookie = operator.client.get_cookie("fetch_worker_admin")
+    assert cookie is not None
+    thief = site.test_client()
+    thief.set_cookie("fetch_worker_admin", cookie.value)
+    in_time = thief.get("/jobs/").status_code
+
+    operator.send("/logout")
+
+    assert (in_time, thief.get("/jobs/").status_code, operator.client.get("/jobs/").status_code) == (200, 302, 302)
+
+
+def test_a_login_lasts_half_a_day(operator: Operator, clock: Clock) -> None:
+    clock.now += LOGIN_SECONDS - 1
+    in_time = operator.client.get("/jobs/").status_code
+    clock.now += 2
+
+    assert (in_time, operator.client.get("/jobs/").status_code) == (200, 302)
+
+
+def test_the_cookie_is_for_this_site_and_for_no_script(guest: FlaskClient) -> None:
+    cookie = guest.post("/login", data={"password": PASSWORD}).headers["Set-Cookie"]
+
+    assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= {part.strip() for part in cookie.split(";")}
+
+
+def test_every_page_forbids_frames_scripts_of_others_and_keeping(operator: Operator, tmp_path: Path) -> None:
+    paths = ("/", "/jobs/", "/login", "/plots/picture/delay.svg", "/assets/site.css", "/nowhere")
+    for path in paths:
+        headers = operator.client.get(path).headers
+        policy = headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy
+        assert "http" not in policy
+        assert "script-src 'unsafe-inline'" not in policy
+        assert (headers["X-Frame-Options"], headers["X-Content-Type-Options"]) == ("DENY", "nosniff")
+        assert "no-store" in headers["Cache-Control"]
+
+
+def test_no_page_loads_anything_from_another_server(operator: Operator, engine: Engine, tmp_path: Path) -> None:
+    with engine.begin() as connection:
+        job_id, _ = add_stored(connection, tmp_path / "out", b"bytes")
+    paths = ("/", "/jobs/", f"/jobs/details/?id={job_id}", "/outputs/", "/outputs/gallery/", "/accounts/", "/plots/")
+
+    for path in (*paths, "/login"):
+        text = operator.client.get(path).text
+        loaded = re.findall(r'<(?:script|link|img|video|audio|iframe|form)[^>]*?(?:src|href|action)="([^"]*)"', text)
+        assert loaded
+        assert [one for one in loaded if not one.startswith(("/", "data:,")) or one.startswith("//")] == []
+        assert re.findall(r"<script(?![^>]*\bsrc=)|\son\w+=|style=", text) == []

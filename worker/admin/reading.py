@@ -1,0 +1,131 @@
+"""What the pages read: short transactions on the worker's own tables, each over before anything is sent."""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from pydantic import SecretStr
+from sqlalchemy import Connection, Engine, Row
+
+from worker.core.answers import Answer, answers
+from worker.core.gate import Gate
+from worker.database import connected, database_now, engine_for
+from worker.overview import Overview, belief, overview, why
+from worker.settings import Settings
+from worker.store.browse import history_at, latest_history
+from worker.store.events import events_of
+from worker.store.gates import all_gates
+from worker.store.jobs import job_row, outputs_of, waiting_accounts
+from worker.store.outputs import output_row
+
+OUTPUTS_SHOWN = 200
+RATES_FRESH = timedelta(minutes=3)
+
+
+@dataclass(frozen=True, slots=True)
+class JobPage:
+    """One job as its page shows it."""
+
+    job: Row[Any]
+    why: str
+    now: datetime
+    outputs: list[Row[Any]]
+    events: list[Row[Any]]
+    answers: list[Answer]
+    likely: str
+
+
+@dataclass(frozen=True, slots=True)
+class GateState:
+    """An account or a host, whether it is held, its requests per second, and whether jobs wait for it."""
+
+    gate: Gate
+    held: bool
+    rps: float
+    waiting: bool
+    now: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The database as the pages see it."""
+
+    settings: Settings
+
+    @property
+    def engine(self) -> Engine:
+        """This process's engine."""
+        return engine_for(self.settings.database)
+
+    @contextmanager
+    def connection(self) -> Iterator[tuple[Connection, datetime]]:
+        """A transaction, and the database's time. Raises SchemaOutdated, Unavailable."""
+        with connected(self.settings.database), self.engine.connect() as connection:
+            yield connection, database_now(connection)
+
+    def job(self, job_id: int) -> JobPage | None:
+        """A job with all that belongs to it, or None."""
+        with self.connection() as (connection, now):
+            job = job_row(connection, job_id)
+            if job is None:
+                return None
+            outputs = outputs_of(connection, [job_id])
+            believed = belief(connection, job)
+            return JobPage(
+                job=job,
+                why=why(connection, job, outputs, self.as_the_workers([job.account])),
+                now=now,
+                outputs=list(outputs[:OUTPUTS_SHOWN]),
+                events=list(events_of(connection, job_id)),
+                answers=answers(job.last_answer),
+                likely="" if believed is None else f"{believed.chance_now:.0%}",
+            )
+
+    def output(self, output_id: int) -> Row[Any] | None:
+        """One output, or None."""
+        with self.connection() as (connection, _):
+            return output_row(connection, output_id)
+
+    def gates(self) -> list[GateState]:
+        """Every account and host that anything is known of, those that are held first."""
+        with self.connection() as (connection, now):
+            known = all_gates(connection)
+            waiting = waiting_accounts(connection)
+            rates = _rates(connection, now)
+        for name in waiting:
+            known.setdefault(("account", name), Gate("account", name))
+        full = self.settings.sd_api_rps
+        states = [
+            GateState(gate, gate.held(now), rates.get(gate.name, gate.rate(full, now)), gate.name in waiting, now)
+            for gate in known.values()
+        ]
+        return sorted(states, key=lambda state: (not state.held, state.gate.scope, state.gate.name))
+
+    def overview(self) -> Overview:
+        """How everything stands."""
+        with self.connection() as (connection, _):
+            return overview(connection, self.as_the_workers(waiting_accounts(connection)))
+
+    def as_the_workers(self, accounts: Iterable[str]) -> Settings:
+        """The settings with a key for these accounts, where this process has none.
+
+        It needs none, so it can't tell which accounts have one in the workers' environment, and must not say.
+        """
+        if self.settings.keys:
+            return self.settings
+        stand_ins = SecretStr(json.dumps(dict.fromkeys(accounts, "in the environment of the workers")))
+        same = self.settings.model_copy(update={"sd_api_keys": stand_ins})
+        same.__dict__.pop("keys", None)  # read already, and copied
+        return same
+
+
+def _rates(connection: Connection, now: datetime) -> dict[str, float]:
+    """Requests per second in force, by account, as the workers wrote them down just now: their settings decide."""
+    latest = latest_history(connection)
+    if latest is None or now - latest > RATES_FRESH:
+        return {}
+    (row,) = history_at(connection, [latest])
+    return {name: float(state["rps"]) for name, state in json.loads(row.body).get("accounts", {}).items()}
