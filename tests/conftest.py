@@ -29,6 +29,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
         if name.lower() in Settings.model_fields or name.startswith(("FLOWER_", "CELERY_", "AWS_")):
             monkeypatch.delenv(name)
     monkeypatch.delenv(DOTENV_SWITCH, raising=False)
+    monkeypatch.setenv("LOG_FORMAT", "text")  # what processes write is read here as people read it
     monkeypatch.chdir(tmp_path)
     enqueue._settings.cache_clear()
     yield

@@ -14,6 +14,11 @@ LEASE = timedelta(seconds=30)
 TOKEN = "a token"
 BASE = "https://api.test/api/v3/fetch"
 
+STORED: dict[str, Any] = {
+    **{"status": "stored", "due_at": None, "stored_at": NOW},
+    **{"location": "file:///x", "sha256": "ab" * 32, "media_type": "image/png"},
+}  # of an output; its size is missing
+
 
 def seconds(number: float) -> timedelta:
     """So many seconds."""

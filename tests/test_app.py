@@ -43,6 +43,7 @@ def test_only_tracking_keeps_a_result_and_only_hints_from_outside_are_acknowledg
         "worker.poll",
         "worker.sweep",
         "worker.download",
+        "worker.prune",
     }
     assert {name for name, task in tasks.items() if not task.ignore_result} == {"worker.track"}
     assert {name for name, task in tasks.items() if task.acks_late} == {"worker.track", "worker.nudge"}

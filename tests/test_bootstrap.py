@@ -307,18 +307,19 @@ def test_real_installations_survive_a_kill_and_wait_for_each_other(checkout: Pat
     assert builds.read_text() == "built\nbuilt\n"
 
 
-def test_in_ci_the_browser_that_tests_drive_is_installed_where_that_can_be_done() -> None:
+def test_in_ci_the_programs_that_tests_need_are_installed_where_that_can_be_done() -> None:
     """As root, by apt-get; on a desk nothing is installed that nobody asked for."""
-    there, here = {"apt-get"}, {"apt-get", "chromium", "chromedriver"}
+    there, here = {"apt-get"}, {"apt-get", *bootstrap.TEST_PACKAGES}
 
     def commands(found: set[str], user: int = 0, **environ: str) -> list[str]:
         which = {name: f"/usr/bin/{name}" for name in found}.get
-        return [" ".join(words) for words in bootstrap.browser_commands(environ, user, which)]
+        return [" ".join(words) for words in bootstrap.commands_for_tests(environ, user, which)]
 
     assert commands(there, CI="true") == [
         "apt-get update",
-        "apt-get install -y --no-install-recommends chromium chromium-driver",
+        "apt-get install -y --no-install-recommends chromium chromium-driver systemd",
     ]
+    assert commands(here - {"systemd-analyze"}, CI="true")[1].endswith(" --no-install-recommends systemd")
     for nothing in (
         commands(there),
         commands(there, user=7, CI="true"),

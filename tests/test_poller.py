@@ -134,6 +134,18 @@ def scripted(message: bytes, status: int = 200, times: int = 50) -> list[Answer]
     return [Answer(status, {"Content-Type": "application/json"}, message)] * times
 
 
+def test_given_a_run_that_goes_on_when_asked_for_then_it_tells_how_far_it_is(
+    polls: Polls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(poller, "PROGRESS_SECONDS", 0.0)
+    told: list[tuple[str, int]] = []
+    polls.track(submitted(polls.sandbox, 3))
+
+    polls.poller.run(seconds=0.5, progress=lambda report, in_flight: told.append((str(report), in_flight)))
+
+    assert told[-1] == ("asked 3: 3 ready", 0)
+
+
 def test_given_ready_jobs_when_polled_then_each_is_asked_once_and_its_outputs_are_queued(polls: Polls) -> None:
     ids = polls.track(submitted(polls.sandbox, 30))
 

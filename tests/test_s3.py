@@ -391,6 +391,26 @@ def test_what_is_set_aside_makes_room_and_is_not_lost(storage: S3Storage, bucket
     assert _keep(storage) == f"s3://{bucket.name}/{key}"
 
 
+def test_what_is_removed_is_gone_hundreds_by_one_call(
+    storage: S3Storage, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not there is no trouble; what the store keeps is named, with its reason."""
+    monkeypatch.setattr(module, "PAGE", 2)
+    kept = [_keep(storage, position=position) for position in range(3)]
+    bucket.put("elsewhere", b"")
+    calls: list[str] = []
+    _calls(storage, calls)
+    assert storage.remove([*kept, f"{kept[0]}x"]) == {}
+    assert (len(calls), bucket.keys()) == (2, ["elsewhere"])
+
+    said = "<DeleteResult><Error><Key>a b/1</Key><Code>AccessDenied</Code></Error></DeleteResult>"
+    _answers(storage, "DeleteObjects", lambda _: (200, said.encode()))
+    location = f"s3://{bucket.name}/a b/1"
+    assert storage.remove([location]) == {location: f"can't remove {location}: AccessDenied"}
+    with pytest.raises(StorageTrouble, match="not in S3"):
+        storage.remove(["file:///etc/passwd"])
+
+
 def test_all_locations_are_listed_page_by_page(
     storage: S3Storage, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,6 +457,7 @@ def test_a_missing_bucket_is_said_at_the_start_and_made_by_nobody(storage: S3Sto
         lambda: storage.open("s3://no-such-bucket/key"),
         lambda: storage.examine("s3://no-such-bucket/key", size=1, sha256=SHA),
         lambda: storage.set_aside("s3://no-such-bucket/key"),
+        lambda: storage.remove(["s3://no-such-bucket/key"]),
     ):
         with pytest.raises(StorageTrouble, match="NoSuchBucket"):
             call()
@@ -458,6 +479,7 @@ def test_wrong_credentials_are_refused_and_not_told(
         lambda: storage.open(location),
         lambda: storage.examine(location, size=len(BODY), sha256=SHA),
         lambda: storage.set_aside(location),
+        lambda: storage.remove([location]),
         lambda: list(storage.locations()),
     ):
         with pytest.raises(StorageTrouble, match=r"refused|403|InvalidAccessKeyId|SignatureDoesNotMatch") as refused:
@@ -508,6 +530,7 @@ def test_an_outage_is_storage_trouble_soon_and_ends_by_itself(storage: S3Storage
         lambda: storage.open(location),
         lambda: storage.examine(location, size=len(BODY), sha256=SHA),
         lambda: storage.set_aside(location),
+        lambda: storage.remove([location]),
         lambda: list(storage.locations()),
     ):
         with pytest.raises(StorageTrouble, match="can't be reached"):

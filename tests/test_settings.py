@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from worker.app import make_app
 from worker.core.fetch_address import VENDOR_HOSTS
 from worker.errors import SettingsError
 from worker.settings import DOTENV_SWITCH, load
+from worker.shared_budget import redis_client
 
 SECRET = "hidden-word"
 
@@ -20,6 +22,29 @@ def _load(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
     with pytest.raises(SettingsError) as wrong:
         load()
     return str(wrong.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("rediss://r:6380/0", "rediss://r:6380/0?ssl_cert_reqs=required"),  # Celery would refuse it as it stands
+        ("rediss://r:6380/0?db=1", "rediss://r:6380/0?db=1&ssl_cert_reqs=required"),
+        ("rediss://r:6380?ssl_cert_reqs=none", "rediss://r:6380?ssl_cert_reqs=none"),
+        ("rediss://r:6380?ssl_cert_reqs=CERT_NONE&db=1", "rediss://r:6380?ssl_cert_reqs=none&db=1"),  # redis-py would
+        ("redis://r:6379/0", "redis://r:6379/0"),
+        ("unix:///tmp/r.sock", "redis+socket:///tmp/r.sock"),
+    ],
+)
+def test_a_redis_url_is_read_so_that_celery_and_redis_py_both_take_it(
+    given: str, read: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REDIS_URL", given)
+    monkeypatch.setenv("BROKER_URL", given.replace("unix://", "redis+socket://"))
+    settings = load()
+
+    assert (settings.redis, settings.broker) == (read, read)
+    assert make_app(settings).backend.connparams
+    assert redis_client(settings.redis, seconds=1.0).connection_pool.make_connection()
 
 
 def test_without_any_variable_the_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
@@ -38,6 +63,11 @@ def test_without_any_variable_the_defaults_are_those_of_the_contract(tmp_path: P
     assert (settings.pace.price, settings.pace.least, settings.pace.policy) == (0.5, 3, "learned")
     assert settings.recovery_seconds == 30
     assert settings.allowed_tasks is None
+    assert (settings.prune_seconds, settings.states_to_prune, settings.prune_files) == (
+        None,
+        ("completed", "cancelled"),
+        "keep",
+    )
     assert (settings.flower_basic_auth, settings.flower_address) == (None, "127.0.0.1")
 
 
@@ -122,8 +152,19 @@ def test_deadlines_depend_on_the_kind_unless_one_is_set(
         ("JOB_DEADLINE", "1e300"),
         ("RECOVERY_SECONDS", "4"),
         ("RECOVERY_SECONDS", "nan"),
+        ("PRUNE_AFTER", "soon"),
+        ("PRUNE_AFTER", "0"),
+        ("PRUNE_AFTER", "59m"),
+        ("PRUNE_AFTER", "-1d"),
+        ("PRUNE_AFTER", "nan"),
+        ("PRUNE_AFTER", "1e300"),
+        ("PRUNE_STATES", "pending"),
+        ("PRUNE_STATES", "completed,done"),
+        ("PRUNE_STATES", ","),
+        ("PRUNE_FILES", "delete"),
         ("FLOWER_BASIC_AUTH", SECRET),
         ("FLOWER_PORT", "65536"),
+        ("FLOWER_JOBS", "5001"),
         ("FLOWER_PORT", "flower"),
         ("PORT", "-1"),
     ],

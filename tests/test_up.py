@@ -26,7 +26,11 @@ downloads: python -c "import os, time; print('the key is', os.environ.get('SD_AP
 
 def environment(changes: Mapping[str, str]) -> dict[str, str]:
     known = {name.upper() for name in Settings.model_fields}
-    return {name: value for name, value in os.environ.items() if name not in known} | dict(changes)
+    return (
+        {name: value for name, value in os.environ.items() if name not in known}
+        | {"LOG_FORMAT": "text"}
+        | dict(changes)
+    )
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_there_is_nothing_to_read_of_an_output_that_waits_or_whose_file_is_gone(
 
 def test_while_all_is_whole_nothing_changes(stored: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     """And nobody is asked."""
-    assert _verify(capsys) == (0, {"checked": 3, "whole": 3, "wrong": [], "orphans": []})
+    assert _verify(capsys) == (0, {"checked": 3, "whole": 3, "wrong": [], "orphans": [], "kept": []})
 
 
 def test_what_is_gone_or_damaged_is_fetched_once_more(
@@ -130,7 +130,7 @@ def test_no_stored_file_is_called_a_stranger_where_the_directory_is_reached_by_a
     link = stand.out.with_name("link")
     link.symlink_to(stand.out)
     monkeypatch.setenv("STORAGE_URL", f"file:{link}")
-    assert _verify(capsys) == (0, {"checked": 3, "whole": 3, "wrong": [], "orphans": []})
+    assert _verify(capsys) == (0, {"checked": 3, "whole": 3, "wrong": [], "orphans": [], "kept": []})
 
 
 @pytest.mark.parametrize("number", [0, 1])

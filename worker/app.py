@@ -8,14 +8,18 @@ import logging
 import os
 import secrets
 import sys
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from celery import Celery
-from celery.signals import after_setup_logger, after_setup_task_logger
+from celery.signals import after_setup_logger, after_setup_task_logger, celeryd_init
 from kombu.entity import Exchange, Queue
 
+from worker.database import engine_for
 from worker.errors import SettingsError
 from worker.kombu_repair import repair
+from worker.logs import JsonLines
 from worker.scrubber import ScrubbedLogs, Scrubber
 from worker.settings import Settings, load
 
@@ -25,6 +29,7 @@ DOWNLOADS = "fetch-worker.downloads"
 
 POLL_EVERY_SECONDS = 5.0
 SWEEP_EVERY_SECONDS = 2.0
+PRUNE_EVERY_SECONDS = 3_600.0
 HINT_EXPIRES_SECONDS = 10.0
 TRACK_RESULT_SECONDS = 3_600
 UNACKED_SECONDS = 60
@@ -79,6 +84,11 @@ def make_app(settings: Settings) -> Celery:
                 "schedule": SWEEP_EVERY_SECONDS,
                 "options": {"expires": HINT_EXPIRES_SECONDS, "queue": QUEUE},
             },
+            "prune": {
+                "task": "worker.prune",
+                "schedule": PRUNE_EVERY_SECONDS,
+                "options": {"expires": PRUNE_EVERY_SECONDS, "queue": QUEUE},
+            },
         },
     )
     return celery_app
@@ -104,15 +114,47 @@ def _transport_options(broker: str) -> dict[str, object]:
     return options
 
 
-def _scrub_logs(settings: Settings) -> None:
-    scrubbed = ScrubbedLogs(Scrubber(settings.secret_texts))
+def _prepare_logs(settings: Settings, celery_app: Celery, arguments: list[str]) -> None:
+    """No key gets into the logs of any process, whatever form they have."""
+    scrubber = Scrubber(settings.secret_texts)
+    scrubbed, lines = ScrubbedLogs(scrubber), JsonLines(scrubber, _process_name(arguments))
+    as_json = settings.json_logs(sys.stderr)
 
-    def scrub(logger: logging.Logger, **_: object) -> None:
+    def prepare(logger: logging.Logger, **_: object) -> None:
         for handler in logger.handlers:
-            handler.addFilter(scrubbed)
+            if as_json:
+                handler.setFormatter(lines)
+            else:
+                handler.addFilter(scrubbed)
 
-    after_setup_logger.connect(scrub, weak=False)
-    after_setup_task_logger.connect(scrub, weak=False)
+    after_setup_logger.connect(prepare, weak=False)
+    after_setup_task_logger.connect(prepare, weak=False)
+    if not as_json:
+        return
+    celeryd_init.connect(_without_banner, weak=False)
+    beat: Any = celery_app.Beat
+    celery_app.Beat = lambda **options: beat(**(options | {"quiet": True}))
+    if "flower" in arguments:  # it has loggers of its own, and leaves those alone that it finds
+        handler = logging.StreamHandler()
+        logging.getLogger().addHandler(handler)
+        prepare(logging.getLogger())
+
+
+def _without_banner(instance: Any, **_: object) -> None:
+    instance.quiet = True
+
+
+def _process_name(arguments: list[str]) -> str:
+    """What a process is called: by its node's name, else by what it does.
+
+    >>> _process_name(["celery", "-A", "worker.app", "worker", "--hostname", "downloads@%h"])
+    'downloads'
+    """
+    words = [part for argument in arguments for part in argument.split("=", 1)]
+    for option, value in pairwise(words):
+        if option in ("-n", "--hostname") and "@" in value:
+            return value.partition("@")[0]
+    return next((word for word in arguments if word in ("worker", "beat", "flower")), "worker")
 
 
 def _prepare_flower(settings: Settings, arguments: list[str]) -> None:
@@ -133,10 +175,20 @@ def _prepare_flower(settings: Settings, arguments: list[str]) -> None:
         "FLOWER_STATE_SAVE_INTERVAL": "10000",
         "FLOWER_INSPECT_TIMEOUT": "3000",
         "FLOWER_NATURAL_TIME": "false",
-        "FLOWER_TASKS_COLUMNS": "name,args,result,state,received,runtime,worker",
+        "FLOWER_TASKS_COLUMNS": "name,uuid,args,result,state,received,runtime,worker",
     }
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
+
+
+def _show_jobs(celery_app: Celery, settings: Settings) -> None:
+    """Flower shows jobs, too; without them it goes on."""
+    try:
+        from worker.flower_jobs import show_jobs  # here, since Flower is an extra that only its own process needs
+    except ImportError as error:
+        print(f"fetch-worker: no jobs are shown in Flower ({error})", file=sys.stderr, flush=True)
+    else:
+        show_jobs(celery_app, lambda: engine_for(settings.database), settings.flower_jobs)
 
 
 def _load() -> Settings:
@@ -151,8 +203,9 @@ settings = _load()
 if settings.broker.startswith(("redis", "rediss")):
     repair()
 app = make_app(settings)
-_scrub_logs(settings)
+_prepare_logs(settings, app, sys.argv)
 if len(sys.argv) > 1 and {"beat", "flower"} & set(sys.argv):
     STATE_FOLDER.mkdir(exist_ok=True)
     if "flower" in sys.argv:
         _prepare_flower(settings, sys.argv)
+        _show_jobs(app, settings)

@@ -38,6 +38,7 @@ STATIC_CHECKS = (
     ("mypy",),
     ("lint-imports",),
 )
+TEST_PACKAGES = {"chromium": "chromium", "chromedriver": "chromium-driver", "systemd-analyze": "systemd"}
 LOCK_CONTENTS = {
     "requirements.lock": ("--all-extras", "--group", "build"),
     "requirements-dev.lock": ("--all-extras", "--group", "dev", "--constraint", "requirements.lock"),
@@ -138,7 +139,7 @@ def carry_out(plan: Plan) -> int:
             if not is_ready(place):  # another bootstrap may have done it while we waited
                 fill(place, runner(environ, guard))
     if any(check[0] == "pytest" for check in plan.checks):
-        for words in browser_commands(os.environ, os.geteuid(), shutil.which):
+        for words in commands_for_tests(os.environ, os.geteuid(), shutil.which):
             subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=False)
     if plan.program:
         if place.lock.name == "requirements-dev.lock":
@@ -148,14 +149,17 @@ def carry_out(plan: Plan) -> int:
     return run_checks(plan.checks, place, environ)
 
 
-def browser_commands(
+def commands_for_tests(
     environ: Mapping[str, str], user: int, which: Callable[[str], str | None]
 ) -> tuple[tuple[str, ...], ...]:
-    """What installs the browser that some tests drive: in CI, as root, on Debian and its kin. On a desk they skip."""
-    if not environ.get("CI") or user != 0 or which("apt-get") is None or (which("chromium") and which("chromedriver")):
+    """What installs the programs that some tests need and no wheel has: in CI, as root, on Debian and its kin.
+
+    On a desk those tests are skipped.
+    """
+    wanted = [package for program, package in TEST_PACKAGES.items() if not which(program)]
+    if not environ.get("CI") or user != 0 or which("apt-get") is None or not wanted:
         return ()
-    install = ("apt-get", "install", "-y", "--no-install-recommends", "chromium", "chromium-driver")
-    return (("apt-get", "update"), install)
+    return ("apt-get", "update"), ("apt-get", "install", "-y", "--no-install-recommends", *wanted)
 
 
 def run_checks(checks: Sequence[Sequence[str]], place: Environment, environ: Mapping[str, str]) -> int:

@@ -37,6 +37,7 @@ CLAIM_MOST = 400
 AHEAD_SECONDS = 0.3  # claimed ahead: what the threads ask about while a batch is recorded and the next one claimed
 AHEAD_SHARE = 0.05  # but no more than this of a second's budget, which a stalled API could get at once
 IDLE_SECONDS = 1.0
+PROGRESS_SECONDS = 2.0  # the least time between two words about how a run gets on
 RUN_SECONDS = 10.0
 GATHER_SECONDS = 0.05  # answers that come within it are written in one transaction
 GATHER_MOST = 0.15
@@ -65,6 +66,9 @@ class PollReport:
             return "nothing due"
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.answers.most_common())
         return f"asked {self.asked}: {kinds}"
+
+
+Progress = Callable[[PollReport, int], object]  # is told what a run did so far, and how many calls are in the air
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,17 +183,24 @@ class Poller:
             self._keep_leases()
         return report
 
-    def run(self, *, seconds: float = RUN_SECONDS, gives_way: bool = False, finish: bool = False) -> PollReport | None:
+    def run(
+        self,
+        *,
+        seconds: float = RUN_SECONDS,
+        gives_way: bool = False,
+        finish: bool = False,
+        progress: Progress | None = None,
+    ) -> PollReport | None:
         """Polls until nothing was due for a second, or for `seconds`; None where a run is on already.
 
         A run that gives way ends as soon as another one wants to begin. One that is to finish waits for the last
-        answer, since no other run may follow it in this process.
+        answer, since no other run may follow it in this process. `progress` is told now and then how it gets on.
         """
         if not self._running.acquire(blocking=False) and not self._taken_over():
             return None
         self._gives_way = gives_way
         try:
-            report = self._run(time.monotonic() + seconds, finish)
+            report = self._run(time.monotonic() + seconds, finish, progress)
             self._recorder.rest()
             return report
         finally:
@@ -208,8 +219,9 @@ class Poller:
         finally:
             self._wanted.clear()
 
-    def _run(self, until: float, finish: bool) -> PollReport:
+    def _run(self, until: float, finish: bool, progress: Progress | None) -> PollReport:
         report = PollReport()
+        tell_at = time.monotonic() + PROGRESS_SECONDS
         if self._recorder.waiting:
             self._record((), report)  # where the database is still away nothing more is asked
         self._release_unsure()
@@ -230,6 +242,9 @@ class Poller:
             answers = self._calls.answers(self._wait(until, idle_until, busy), gather=self._gather())
             if answers or self._recorder.kept:
                 self._record(answers, report)
+            if progress is not None and now >= tell_at:
+                tell_at = now + PROGRESS_SECONDS
+                progress(report, self._calls.outstanding)
 
     def _wait(self, until: float, idle_until: float, busy: bool) -> float:
         """Seconds until there is something to do, unless an answer comes first."""

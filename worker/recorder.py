@@ -7,6 +7,7 @@ row, that one answer waits; an answer that no statement can write ends its job a
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -188,8 +189,8 @@ class Recorder:
                 ]
             tally = Tally()
             recorded = record_answers(connection, outcomes, tally, now=now)
-            for one in asked:
-                tally.add(ANSWERS, type(one.reply).__name__.lower(), account=one.job.account)
+            for (account, reply), times in Counter((one.job.account, type(one.reply)) for one in asked).items():
+                tally.add(ANSWERS, reply.__name__.lower(), account=account, times=times)
             tally.write(connection)
             return _Written(recorded, moved)
 

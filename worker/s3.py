@@ -10,7 +10,8 @@ import io
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from http import HTTPStatus
 from typing import Any, BinaryIO
@@ -127,6 +128,23 @@ class S3Storage:
             source = {"Bucket": bucket, "Key": key}
             if _unless_missing(lambda: client.copy_object(Bucket=bucket, Key=free, CopySource=source)) is not None:
                 client.delete_object(Bucket=bucket, Key=key)
+
+    def remove(self, locations: Sequence[str]) -> dict[str, str]:
+        """Removes objects, hundreds by one call. Those that the store keeps, and why. Raises StorageTrouble."""
+        refused: dict[str, str] = {}
+        by_bucket: defaultdict[str, list[str]] = defaultdict(list)
+        for location in locations:
+            bucket, key = _parsed(location)
+            by_bucket[bucket].append(key)
+        for bucket, keys in by_bucket.items():
+            for start in range(0, len(keys), PAGE):
+                some = [{"Key": key} for key in keys[start : start + PAGE]]
+                with self._talking(f"remove from the bucket {bucket}") as client:
+                    answer = client.delete_objects(Bucket=bucket, Delete={"Objects": some, "Quiet": True})
+                for error in answer.get("Errors", ()):
+                    location = f"{SCHEME}{bucket}/{error['Key']}"
+                    refused[location] = f"can't remove {location}: {error.get('Code', 'refused')[:80]}"
+        return refused
 
     def locations(self) -> Iterator[str]:
         """All objects below the prefix. Raises StorageTrouble."""

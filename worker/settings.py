@@ -9,7 +9,7 @@ import socket
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TextIO
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
@@ -18,16 +18,19 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from worker.core.fetch_address import ACCOUNT, VENDOR_HOSTS, AllowedApi, api_host
+from worker.core.lifecycle import FINAL_STATES
 from worker.core.pace import Pace, Policy
+from worker.core.spans import seconds_of
 from worker.core.webhook import secret_bytes
 from worker.errors import NotTrackable, SettingsError
 
 STATE_FOLDER = Path("var")
 EMBEDDED_SOCKET = STATE_FOLDER / "redis.sock"
 LONGEST = 10 * 365 * 86_400.0  # seconds; more would be a slip, and no date can hold much more
+LEAST_PRUNE_AGE = 3_600.0  # seconds; whoever waits for a job must find it
 LONG_DEADLINES = (("training", 14_400.0), ("video", 7_200.0))
 SHARED_NAMES = frozenset(
-    {"DATABASE_URL", "REDIS_URL", "BROKER_URL", "PORT", "REQUESTS_CA_BUNDLE"}
+    {"DATABASE_URL", "REDIS_URL", "BROKER_URL", "PORT", "REQUESTS_CA_BUNDLE", "LOG_FORMAT"}
 )  # apps have like names of their own
 KEY_NAMES = ("SD_API_KEY", "SD_API_KEYS", "WEBHOOK_SECRET")
 _HOST = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
@@ -65,11 +68,16 @@ class Settings(BaseSettings):
     job_deadline: float | None = Field(default=None, gt=0, le=LONGEST)
     recovery_seconds: float = Field(default=30.0, ge=5, le=3_600)
     on_done_tasks: str = ""
+    prune_after: str = ""
+    prune_states: str = "completed,cancelled"
+    prune_files: Literal["keep", "remove"] = "keep"
     webhook_secret: SecretStr | None = None
     webhook_allowed_networks: str = ""
+    log_format: Literal["auto", "json", "text"] = "auto"
     flower_basic_auth: SecretStr | None = None
     flower_address: str = "127.0.0.1"
     flower_port: int | None = Field(default=None, ge=0, le=65_535)
+    flower_jobs: int = Field(default=1_000, ge=0, le=5_000)
     port: int | None = Field(default=None, ge=0, le=65_535)
 
     @classmethod
@@ -177,11 +185,32 @@ class Settings(BaseSettings):
             raise ValueError(f"lists hosts as host or host:port, not {wrong.rpartition('@')[2][:80]!r}")
         return value
 
+    @field_validator("log_format", mode="before")
+    @classmethod
+    def _some_format(cls, value: object) -> object:
+        word = str(value).strip().lower()
+        return word if word in ("json", "text") else "auto"  # an app may have a setting of this name for itself
+
     @field_validator("flower_basic_auth")
     @classmethod
     def _user_and_password(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and not all(":" in item for item in _items(value.get_secret_value())):
             raise ValueError("must be user:password")
+        return value
+
+    @field_validator("prune_after")
+    @classmethod
+    def _some_age(cls, value: str) -> str:
+        if value and not LEAST_PRUNE_AGE <= seconds_of(value) <= LONGEST:
+            raise ValueError("must be from 1h to ten years")
+        return value
+
+    @field_validator("prune_states")
+    @classmethod
+    def _final_states(cls, value: str) -> str:
+        named = _items(value)
+        if not named or not FINAL_STATES.issuperset(named):
+            raise ValueError(f"must list final states: {', '.join(sorted(FINAL_STATES))}")
         return value
 
     @field_validator("webhook_secret")
@@ -215,14 +244,14 @@ class Settings(BaseSettings):
     def redis(self) -> str:
         """Where Redis is: as set, else the embedded server of this directory if it answers, else the standard place."""
         if self.redis_url:
-            return self.redis_url.replace("unix://", "redis+socket://", 1)
+            return _verifying(self.redis_url.replace("unix://", "redis+socket://", 1))
         path = EMBEDDED_SOCKET.absolute()
         return f"redis+socket://{path}" if _answers(path) else "redis://localhost:6379/0"
 
     @property
     def broker(self) -> str:
         """The Celery broker's URL."""
-        return self.broker_url or self.redis
+        return _verifying(self.broker_url) if self.broker_url else self.redis
 
     @cached_property
     def keys(self) -> Mapping[str, SecretStr]:
@@ -307,6 +336,20 @@ class Settings(BaseSettings):
         """The task names that `on_done` may name; None allows any."""
         return frozenset(_items(self.on_done_tasks)) or None
 
+    def json_logs(self, stream: TextIO) -> bool:
+        """Whether logs that go to this stream are JSON: where it is no terminal, if nothing else is said."""
+        return self.log_format == "json" or (self.log_format == "auto" and not stream.isatty())
+
+    @cached_property
+    def prune_seconds(self) -> float | None:
+        """How long ago a job must have ended to be pruned; None where none is."""
+        return seconds_of(self.prune_after) if self.prune_after else None
+
+    @cached_property
+    def states_to_prune(self) -> tuple[str, ...]:
+        """The final states whose jobs are pruned."""
+        return tuple(dict.fromkeys(_items(self.prune_states)))
+
     @cached_property
     def pace(self) -> Pace:
         """How polls are paced."""
@@ -364,6 +407,18 @@ def _hand_on(file: str | None) -> None:
 
 def _items(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _verifying(url: str) -> str:
+    """A URL whose `rediss:` says how certificates are checked, in words that Celery and redis-py both know.
+
+    Celery refuses one that does not; redis-py checks them then, and so do we.
+    """
+    if not url.startswith("rediss://"):
+        return url
+    if "ssl_cert_reqs=" not in url:
+        return f"{url}{'&' if '?' in url else '?'}ssl_cert_reqs=required"
+    return re.sub(r"(?<=ssl_cert_reqs=)CERT_\w+", lambda word: word[0].removeprefix("CERT_").lower(), url)
 
 
 def _answers(path: Path) -> bool:

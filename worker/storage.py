@@ -3,7 +3,9 @@
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Literal, Protocol
 from urllib.parse import quote, unquote
@@ -16,6 +18,8 @@ PARTIAL = ".partial"
 JOBS_PER_FOLDER = 1_000
 READ_BYTES = 1 << 20
 NO_SYNC = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})  # of folders, as some file systems answer
+
+_NAME = re.compile(r"(?:^|/)[0-9]+/(?P<job>[0-9]+)/(?P<position>[0-9]+)-[0-9a-f]{16,64}\.[^/]+")
 
 Condition = Literal["whole", "missing", "damaged"]
 
@@ -49,6 +53,13 @@ class Storage(Protocol):
         """Moves what is at a location out of the way: its name then ends in `.damaged`."""
         ...
 
+    def remove(self, locations: Sequence[str]) -> dict[str, str]:
+        """Removes what is there, for good. Those that are surely there still, or out of reach, and why.
+
+        Raises StorageTrouble where it can't be told what was removed.
+        """
+        ...
+
     def locations(self) -> Iterator[str]:
         """All locations there are, in no order."""
         ...
@@ -61,6 +72,16 @@ def name_of(*, job_id: int, position: int, sha256: str, extension: str) -> str:
     '12/12345/0-abababababababab.png'
     """
     return f"{job_id // JOBS_PER_FOLDER}/{job_id}/{position}-{sha256}.{extension}"
+
+
+def job_of(location: str) -> int | None:
+    """The job that an output's name tells, or None where it is no name of ours.
+
+    >>> job_of("s3://bucket/12/12345/0-abababababababab.png"), job_of("file:///etc/passwd")
+    (12345, None)
+    """
+    found = _NAME.search(location)
+    return None if found is None or found.end() < len(location) else int(found["job"])
 
 
 class FileStorage:
@@ -141,6 +162,30 @@ class FileStorage:
         except OSError as error:
             raise StorageTrouble(f"can't rename {path}: {error.strerror}") from None
 
+    def remove(self, locations: Sequence[str]) -> dict[str, str]:
+        """Removes files, and the folders that are empty then. Those that could not be removed, and why.
+
+        Where nothing at all is in their directory they are out of reach: rather is a disk not mounted then.
+        """
+        refused: dict[str, str] = {}
+        folders: set[Path] = set()
+        for location in locations:
+            path = path_of(location)
+            try:
+                path.unlink()
+            except (FileNotFoundError, NotADirectoryError):
+                why = _bare(path.parents[2])
+                if why is not None:
+                    refused[location] = why
+                    continue
+            except OSError as error:
+                refused[location] = f"can't remove {path}: {error.strerror}"
+                continue
+            folders.add(path.parent)
+        for folder in {_remove_empty(folder) for folder in folders}:
+            _sync_removal(folder)
+        return refused
+
     def locations(self) -> Iterator[str]:
         """All files below the directory but those on their way. Raises StorageTrouble."""
         if not self._root.is_dir():
@@ -160,6 +205,35 @@ def path_of(location: str) -> Path:
 def place_of(location: str) -> str:
     """What tells one location from another: a file is the same one by whatever links its directory is reached."""
     return os.path.realpath(path_of(location)) if location.startswith("file:") else location
+
+
+def _bare(root: Path) -> str | None:
+    """Why nothing can be told of files below a directory: it has not even the folder of partial files, as all have."""
+    try:
+        with os.scandir(root) as found:
+            return None if next(found, None) else f"{root} is empty: mount it, or keep the files"
+    except OSError as error:
+        return f"can't read {root} ({error.strerror}): mount it, or keep the files"
+
+
+def _remove_empty(folder: Path) -> Path:
+    """Removes a job's folder, and the one around it, where they are empty; the folder that is left."""
+    left = folder
+    with suppress(OSError):  # something else is in it, or it is gone
+        for _ in range(2):
+            left.rmdir()
+            left = left.parent
+    return left
+
+
+def _sync_removal(folder: Path) -> None:
+    """What is gone, a crash does not bring back. Raises StorageTrouble."""
+    try:
+        _sync_folder(folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageTrouble(f"can't write to {folder}: {error.strerror}") from None
 
 
 def _free(path: Path) -> Path:

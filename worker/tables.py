@@ -154,13 +154,21 @@ jobs = Table(
         "completed_at",
         **_where("completed_at IS NOT NULL AND webhook_url IS NOT NULL AND announced_at IS NULL"),
     ),
-    # The same for MariaDB, which has no partial indexes and would go through all final jobs; empty everywhere else.
+    # The same two for MariaDB, which has no partial indexes and would go through all final jobs; empty everywhere else.
     Index(
         "ix_fetch_jobs_unannounced_mysql",
         "announced_at",
         "webhook_url",
         mysql_length={"webhook_url": 1},
         mariadb_length={"webhook_url": 1},
+        **_where("false"),
+    ),
+    Index(
+        "ix_fetch_jobs_untold_mysql",
+        "told_at",
+        "on_done",
+        mysql_length={"on_done": 1},
+        mariadb_length={"on_done": 1},
         **_where("false"),
     ),
     sqlite_autoincrement=True,  # ids are never used twice: files are named after them

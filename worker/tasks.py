@@ -28,8 +28,10 @@ from worker.errors import NotTrackable, Unavailable, WorkerError
 from worker.hosted_api import HostedApi
 from worker.leases import LeaseKeeper
 from worker.notifier import tell
-from worker.poller import IN_FLIGHT, Poller
+from worker.poller import IN_FLIGHT, Poller, PollReport, Progress
 from worker.process_id import dead
+from worker.pruner import Retention
+from worker.pruner import prune as prune_jobs
 from worker.scrubber import Scrubber
 from worker.shared_budget import SharedBudget
 from worker.store.claims import holders, waiting_outputs
@@ -47,6 +49,7 @@ DOWNLOAD_THREADS = 64
 DATABASE_AWAY_SECONDS = 1.0
 GARBAGE_THRESHOLDS = (20_000, 20, 50)
 NOTHING_HELD = Released(0, (), (), ())
+PRUNE_SECONDS = 300.0  # what is left is for the next hour: a prune must not take a place of the pool for long
 TAKEN_WITHIN = timedelta(seconds=5)  # a message that left its queue is claimed within it, or was lost
 
 
@@ -161,6 +164,7 @@ class Parts:
 
 _parts: dict[int, Parts] = {}
 _parts_lock = threading.Lock()
+_pruning = threading.Lock()
 
 
 def parts() -> Parts:
@@ -199,17 +203,47 @@ def _softly(what: str, publish: Callable[[], object]) -> None:
 # ── the work, as tasks and tickers start it ───────────────────────────────────────────────────────────────────────────
 
 
-def run_polls(*, gives_way: bool = False) -> str:
+def run_polls(*, gives_way: bool = False, progress: Progress | None = None) -> str:
     """One poll run, in a few words; one that gives way ends when another one is asked for."""
     own = parts()
     try:
         own.look_back()
-        report = own.poller.run(gives_way=gives_way, finish=not own.ticks)
+        report = own.poller.run(gives_way=gives_way, finish=not own.ticks, progress=progress)
     except SQLAlchemyError as error:
         log.error("polling waits for the database reason=%s", reason(error))
         time.sleep(DATABASE_AWAY_SECONDS)
         return "the database is away"
     return "a run is on already" if report is None else str(report)
+
+
+class ProgressEvents:
+    """Tells Celery's monitors how far a task is, from the courier's thread: never two words at once."""
+
+    def __init__(self, request: Any) -> None:
+        self._uuid, self._hostname = request.id, request.hostname  # now: the courier's thread has no request
+        self._on_its_way = False
+
+    def __call__(self, report: PollReport, in_flight: int) -> None:
+        """Says in words and in numbers what was done so far."""
+        if self._on_its_way:
+            return
+        self._on_its_way = True
+        told: dict[str, object] = {
+            "result": f"{report}; {in_flight} in flight",  # the one place where Flower shows it
+            "asked": report.asked,
+            "answers": dict(report.answers),
+            "in_flight": in_flight,
+        }
+        parts().courier.send("progress", lambda: self._send(told))
+
+    def _send(self, told: dict[str, object]) -> None:
+        try:
+            with app.events.default_dispatcher(hostname=self._hostname) as dispatcher:
+                dispatcher.send("task-progress", uuid=self._uuid, retry=True, retry_policy={"max_retries": 1}, **told)
+        except Exception as error:  # each transport has errors of its own; it was only to be looked at
+            log.debug("a monitor was not told of the progress reason=%s", type(error).__name__)
+        finally:
+            self._on_its_way = False
 
 
 def run_sweep() -> str:
@@ -255,6 +289,35 @@ def run_webhooks() -> int:
     except SQLAlchemyError as error:
         log.error("webhooks wait for the database reason=%s", type(error).__name__)
         return 0
+
+
+def run_prune() -> str:
+    """Removes what retention says, for a while; what came of it, in a few words."""
+    if settings.prune_seconds is None:
+        return "nothing is pruned: PRUNE_AFTER is not set"
+    if not _pruning.acquire(blocking=False):
+        return "a prune is on already"
+    until = time.monotonic() + PRUNE_SECONDS
+    wanted = Retention(
+        older_than=timedelta(seconds=settings.prune_seconds),
+        states=settings.states_to_prune,
+        remove_files=settings.prune_files == "remove",
+    )
+    own = parts()
+    try:
+        done = prune_jobs(
+            own.engine, settings, wanted, go_on=lambda: time.monotonic() < until and not own.poller.stopped
+        )
+    except SQLAlchemyError as error:
+        log.error("pruning waits for the database reason=%s", reason(error))
+        return "the database is away"
+    finally:
+        _pruning.release()
+    if done.jobs:
+        log.info("pruned jobs=%s outputs=%s files=%s bytes=%s", done.jobs, done.outputs, done.files, done.bytes)
+    if done.kept:
+        log.error("files could not be removed, their jobs stay jobs=%s reason=%s", done.kept, done.reason)
+    return f"{done.jobs} jobs pruned"
 
 
 def _patience() -> timedelta:
@@ -316,10 +379,10 @@ def retry(job_id: int) -> str:
     return "taken up again" if enqueue.retry(job_id) else "unchanged"
 
 
-@app.task(name="worker.poll")
-def poll() -> str:
+@app.task(name="worker.poll", bind=True)
+def poll(self: Any) -> str:
     """Claims and asks until nothing is due for a second, then publishes its successor."""
-    said = run_polls()
+    said = run_polls(progress=ProgressEvents(self.request))
     if said != "a run is on already" and not parts().poller.stopped:
         _softly("poll", lambda: poll.apply_async(expires=HINT_EXPIRES_SECONDS))
     return said
@@ -344,3 +407,9 @@ def download(output_id: int) -> str:
 def sweep() -> str:
     """Puts back what a lost message or a dead process left."""
     return run_sweep()
+
+
+@app.task(name="worker.prune")
+def prune() -> str:
+    """Removes finished jobs that are old enough, where PRUNE_AFTER says how old that is."""
+    return run_prune()

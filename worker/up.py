@@ -15,6 +15,7 @@ from redis.exceptions import RedisError
 from worker.database import connected, make_engine
 from worker.embedded import START_SECONDS, EmbeddedRedis
 from worker.errors import Unavailable
+from worker.logs import OPENING, plain_line
 from worker.settings import EMBEDDED_SOCKET, KEY_NAMES, Settings, load
 from worker.shared_budget import redis_client
 from worker.supervisor import (
@@ -56,9 +57,11 @@ def up() -> int:
     else:
         environment["REDIS_URL"] = embedded.url
     if settings.broker_url:
-        check_broker(settings.broker_url)
+        check_broker(settings.broker)
 
-    say = writer([line.name for line in lines], sys.stdout)
+    as_json = settings.json_logs(sys.stdout)
+    environment["LOG_FORMAT"] = "json" if as_json else "text"
+    say = json_writer(sys.stdout) if as_json else writer([line.name for line in lines], sys.stdout)
     if not settings.keys:
         say(OWN_NAME, f"no API key: jobs are accepted and held; set {KEY_NAMES[0]} (or {KEY_NAMES[1]}) and start again")
     programs = [program(line, environment) for line in lines]
@@ -157,6 +160,18 @@ def writer(names: Sequence[str], stream: TextIO) -> Say:
     def say(name: str, text: str) -> None:
         with suppress(OSError):  # nobody reads any more: the work goes on
             stream.write(f"{front[name]}{text}\n")
+            stream.flush()
+
+    return say
+
+
+def json_writer(stream: TextIO) -> Say:
+    """Writes every line as JSON: those that are it already as they are, all others with the name of their process."""
+
+    def say(name: str, text: str) -> None:
+        line = text if text.startswith(OPENING) else plain_line(name, text)
+        with suppress(OSError):  # nobody reads any more: the work goes on
+            stream.write(f"{line}\n")
             stream.flush()
 
     return say

@@ -9,9 +9,9 @@ from sqlalchemy import Engine, Row
 from worker.database import database_now
 from worker.errors import StorageTrouble
 from worker.settings import Settings
-from worker.storage import Storage, place_of
+from worker.storage import Storage, job_of, place_of
 from worker.store.events import open_events
-from worker.store.outputs import put_back, stored_after, unknown_of
+from worker.store.outputs import known_jobs, put_back, stored_after, unknown_of
 from worker.stores import storage_for, storage_of
 
 PAGE = 200
@@ -32,12 +32,13 @@ class Finding:
 
 @dataclass(slots=True)
 class Findings:
-    """What came of it. `orphans` are files that no output knows."""
+    """What came of it. `orphans` are files that no output knows; `kept` are those whose job is not there any more."""
 
     checked: int = 0
     whole: int = 0
     wrong: list[Finding] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
 
     @property
     def settled(self) -> bool:
@@ -103,7 +104,11 @@ def verify(
     if job_ids is None:
         strangers = [one for one in storage_for(settings).locations() if hash(place_of(one)) not in known]
         with engine.connect() as connection:
-            found.orphans = sorted(unknown_of(connection, strangers))
+            unknown = sorted(unknown_of(connection, strangers))
+            there = known_jobs(connection, {job for one in unknown if (job := job_of(one)) is not None})
+        found.kept = [one for one in unknown if (job := job_of(one)) is not None and job not in there]
+        kept = set(found.kept)
+        found.orphans = [one for one in unknown if one not in kept]
     return found
 
 

@@ -147,11 +147,11 @@ class Webhooks:
                 connection, event, now=now, ended=ended, due_at=now + wait, http_status=status, message=message
             )
         if ended == "delivered":
-            log.info("webhook delivered job=%s event=%s attempts=%s", event.job_id, event.event_id, event.attempts)
+            log.info("webhook delivered job=%s event_id=%s attempts=%s", event.job_id, event.event_id, event.attempts)
             return
         outcome = "gave up" if ended else f"again in {wait.total_seconds():.0f} s" if stood else "the claim was lost"
         log.warning(
-            "webhook not delivered job=%s event=%s attempts=%s outcome=%s reason=%s",
+            "webhook not delivered job=%s event_id=%s attempts=%s outcome=%s reason=%s",
             *(event.job_id, event.event_id, event.attempts, outcome, message),
         )
 
@@ -180,7 +180,7 @@ class Webhooks:
             late = f"no answer within {TIMEOUT_SECONDS:.0f} s" if limit.over else "the receiver can't be reached"
             return None, f"{late} ({type(error).__name__})", None
         except Exception as fault:  # a claim that nobody ends would come back without any wait, and for ever
-            log.error("a fault of ours event=%s reason=%s", event.event_id, type(fault).__name__)
+            log.error("a fault of ours event_id=%s reason=%s", event.event_id, type(fault).__name__)
             return None, f"a fault of ours: {type(fault).__name__}", None
         return status, None if 200 <= status < 300 else f"HTTP {status}", asked
 

@@ -16,6 +16,7 @@ from tests.acceptance.engine import budget, dripping_api, million_rows, two_acco
 from tests.acceptance.jobs import Size
 from tests.acceptance.main_job import kills, main_job, track_races
 from tests.acceptance.pace import pace
+from tests.acceptance.prune import prune
 from tests.acceptance.recovery import recovery, restarts
 from tests.acceptance.report import Report
 from tests.acceptance.stand import Place
@@ -44,6 +45,7 @@ def programs(options: argparse.Namespace) -> Mapping[str, Program]:
         "dripping-api": lambda home: dripping_api(place, home),
         "million-rows": lambda home: million_rows(place, home, options.rows, options.minutes),
         "pace": lambda home: pace(place, home),
+        "prune": lambda home: prune(place, home, options.rows),
         "downloads": lambda home: downloads(place, home),
         "bucket": lambda home: bucket(place, home),
         "recovery": lambda home: recovery(place, home, options.kills, options.recovery_seconds),
@@ -75,7 +77,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=500)
     parser.add_argument("--slowest", type=float, default=10.0, help="the longest a job takes, in seconds")
     parser.add_argument("--kills", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=1_000_000, help="of million-rows")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="of million-rows and prune")
     parser.add_argument("--minutes", type=float, default=10.0, help="of million-rows")
     parser.add_argument("--recovery-seconds", type=int, default=30)
     parser.add_argument("--database", choices=("postgresql", "sqlite"), default="postgresql")

@@ -14,7 +14,7 @@ from tests.acceptance.main_job import KEY, start_working
 from tests.acceptance.report import Report
 from tests.acceptance.stand import WORKING, Place, Stand, wait_until
 
-TASKS = ("track", "nudge", "cancel", "retry", "poll", "sweep", "download")
+TASKS = ("track", "nudge", "cancel", "retry", "poll", "sweep", "prune", "download")
 MIGRATIONS = (("upgrade", "head"), ("downgrade", "base"), ("upgrade", "head"), ("check",))
 PROCESSES = (*WORKING, "beat", "flower")
 

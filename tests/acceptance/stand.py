@@ -202,6 +202,7 @@ class Stand:
             "DATABASE_URL": self.database_url,
             "REDIS_URL": self.redis_url,
             "STORAGE_URL": f"file:{self.outputs}",
+            "LOG_FORMAT": "text",
             "SD_API_RPS": "200",
             "OUTPUT_ALLOWED_NETWORKS": "127.0.0.0/8",
             "FLOWER_BASIC_AUTH": ":".join(FLOWER_LOGIN),

@@ -24,6 +24,7 @@ from tests.benchmarks.rows import (
     measure_share,
     measure_tracking,
 )
+from tests.benchmarks.scale_out import measure_scale_out
 from tests.benchmarks.server import PROCESSING
 from tests.benchmarks.stand import api, cpu_seconds
 from tests.benchmarks.table import Table
@@ -65,6 +66,7 @@ def main() -> int:
         "tracking": lambda table, folder: measure_tracking(table, folder, rounds),
         "transfer": lambda table, folder: measure_transfer(table, folder, rounds),
         "downloads": lambda table, folder: measure_downloads(table, folder, rounds),
+        "scale-out": lambda table, folder: measure_scale_out(table, folder, rounds, seconds),
         "pace": measure_pace,
         "idle": lambda table, folder: measure_idle(table, folder, seconds * 5),
     }

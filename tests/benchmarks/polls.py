@@ -42,24 +42,35 @@ def working(
     folder: Path, server: Api, *, workers: int = 1, rows: int = 0, finished: int = 0
 ) -> Iterator[tuple[Stand, list[int]]]:
     """A stand whose workers have proven their key and are idle; `rows` wait, due much later."""
-    settings = {"SD_API_URL": server.base, "SD_API_HOSTS": f"localhost:{server.port}"}
-    if server.certificate:
-        settings["SD_API_CA_BUNDLE"] = str(server.certificate)
-    with stand(folder, **settings) as made:
+    with stand(folder, **settings_for(server)) as made:
         if rows:
             made.put_rows(server.base, rows, prefix="later", first=30_000)
         if finished:
             made.put_rows(server.base, finished, prefix="over", status="completed")
-        made.settle()
-        pids = [made.start_worker(number) for number in range(1, workers + 1)]
-        made.put_rows(server.base, 1, prefix="key")
-        until = time.monotonic() + 20
-        while not server.count():
-            if time.monotonic() > until:
-                raise RuntimeError((made.folder / "worker1.log").read_text()[-2000:])
-            time.sleep(0.1)
-        time.sleep(1.5)
-        yield made, pids
+        yield made, start_workers(made, server, workers)
+
+
+def settings_for(server: Api) -> dict[str, str]:
+    """What a worker that asks this server is set to."""
+    settings = {"SD_API_URL": server.base, "SD_API_HOSTS": f"localhost:{server.port}"}
+    if server.certificate:
+        settings["SD_API_CA_BUNDLE"] = str(server.certificate)
+    return settings
+
+
+def start_workers(made: Stand, server: Api, workers: int) -> list[int]:
+    """Starts workers and lets them prove their key; the ids of their processes."""
+    made.settle()
+    asked = server.count()
+    pids = [made.start_worker(number) for number in range(1, workers + 1)]
+    made.put_rows(server.base, 1, prefix="key")
+    until = time.monotonic() + 20
+    while server.count() == asked:
+        if time.monotonic() > until:
+            raise RuntimeError((made.folder / "worker1.log").read_text()[-2000:])
+        time.sleep(0.1)
+    time.sleep(1.5)
+    return pids
 
 
 def window(made: Stand, pids: list[int], server: Api, name: str, *, rows: int, seconds: float) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from sqlalchemy.engine import make_url
 
 from tests.servers import START_SECONDS, free_port
 
+SAMPLE = Path(__file__).parents[2] / "worker" / "deploy" / "pgbouncer.ini"
 SERVERS = 4
 ADMIN = "fetch_worker_test_admin"
 SSL, GSS, CANCEL = 80_877_103, 80_877_104, 80_877_102
@@ -32,10 +33,11 @@ TOLD = ("server_version", "server_encoding", "client_encoding", "DateStyle", "Ti
 
 @dataclass(frozen=True, slots=True)
 class Pooled:
-    """The URL that leads through a pooler, and how many clients it has now."""
+    """The URL that leads through a pooler, how many clients it has now, and the process that it is."""
 
     url: str
     clients: Callable[[], int]
+    pid: int
 
 
 class Pooler:
@@ -168,14 +170,14 @@ def own_pooler(url: str) -> Iterator[Pooled]:
     """Ours, in front of a database."""
     made = Pooler(url)
     try:
-        yield Pooled(_through(url, made.port), lambda: made.clients)
+        yield Pooled(_through(url, made.port), lambda: made.clients, os.getpid())
     finally:
         made.close()
 
 
 @contextmanager
-def pgbouncer(url: str, folder: Path) -> Iterator[Pooled]:
-    """The real one, in front of a database. Skipped where the program is not found."""
+def pgbouncer(url: str, folder: Path, sample: Path | None = None) -> Iterator[Pooled]:
+    """The real one, in front of a database, as a sample says or with few connections. Skipped where it is not found."""
     program = shutil.which("pgbouncer")
     if program is None:
         pytest.skip("pgbouncer is not here; our own pooler has had its turn")
@@ -184,10 +186,11 @@ def pgbouncer(url: str, folder: Path) -> Iterator[Pooled]:
     settings, log = folder / "pgbouncer.ini", folder / "pgbouncer.log"
     password = f" password={server.password}" if server.password else ""
     target = f"host={server.host or '127.0.0.1'} port={server.port or 5_432} user={server.username}{password}"
-    settings.write_text(
-        f"[databases]\n{server.database} = {target}\n[pgbouncer]\n"
-        f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
-        f"pool_mode = transaction\ndefault_pool_size = {SERVERS}\nadmin_users = {ADMIN}\n"
+    few = f"[pgbouncer]\npool_mode = transaction\ndefault_pool_size = {SERVERS}\n"
+    text = few if sample is None else sample.read_text(encoding="utf-8")
+    settings.write_text(  # what stands last in a section is what counts
+        f"[databases]\n{server.database} = {target}\n{text[text.index('[pgbouncer]') :]}"
+        f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\nadmin_users = {ADMIN}\n"
     )
 
     def clients() -> int:
@@ -200,7 +203,7 @@ def pgbouncer(url: str, folder: Path) -> Iterator[Pooled]:
         process = subprocess.Popen([program, *who, settings], stdout=out, stderr=out)
     try:
         _until_listening(port, process, log)
-        yield Pooled(_through(url, port), clients)
+        yield Pooled(_through(url, port), clients, process.pid)
     finally:
         process.terminate()
         process.wait(10)

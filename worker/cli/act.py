@@ -116,13 +116,15 @@ def verify(
         found = run_verification(engine_for(settings.database), settings, job_ids=job_ids, dry_run=dry_run, force=force)
     if as_json:
         print_json({"checked": found.checked, "whole": found.whole, "wrong": [asdict(one) for one in found.wrong],
-                    "orphans": found.orphans})  # fmt: skip
+                    "orphans": found.orphans, "kept": found.kept})  # fmt: skip
     else:
         click.echo(f"{found.whole} of {found.checked} stored outputs are whole")
         if found.wrong:
             print_table(WRONG, [[getattr(one, name) for name in WRONG] for one in found.wrong], empty="")
         for orphan in found.orphans:
             click.echo(f"no output knows {orphan}")
+        if found.kept:
+            click.echo(f"{len(found.kept)} files were kept when their jobs were pruned (--json lists them)")
     return 0 if found.settled or dry_run else 1
 
 

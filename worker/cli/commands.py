@@ -3,7 +3,7 @@
 import click
 
 from worker import __version__
-from worker.cli import act, control, find, look, run, simulate
+from worker.cli import act, control, find, look, prune, run, simulate
 from worker.errors import SettingsError, WorkerError
 
 
@@ -13,8 +13,9 @@ def group() -> None:
     """Polls a hosted image API until each job is ready, and stores every picture exactly once."""
 
 
-for _command in (*run.COMMANDS, *act.COMMANDS, *control.COMMANDS, *find.COMMANDS, *look.COMMANDS, *simulate.COMMANDS):
-    group.add_command(_command)
+for _module in (run, act, control, find, look, prune, simulate):
+    for _command in _module.COMMANDS:
+        group.add_command(_command)
 
 
 def run_command(words: list[str]) -> int:

@@ -28,6 +28,7 @@ from worker.core.reply import (
 JobStatus = Literal["pending", "downloading", "completed", "failed", "expired", "cancelled"]
 JOB_STATES: tuple[JobStatus, ...] = ("pending", "downloading", "completed", "failed", "expired", "cancelled")
 FINAL_STATES: frozenset[str] = frozenset({"completed", "failed", "expired", "cancelled"})
+PRUNED = "pruned"  # the code of an output whose file is about to be removed, and its job with it
 OUTPUT_STATES = ("pending", "stored", "failed")
 
 FAILED_ANSWERS = 2

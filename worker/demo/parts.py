@@ -162,7 +162,7 @@ class Parts:
 
     @property
     def _environment(self) -> dict[str, str]:
-        own = {name.upper(): str(value) for name, value in self._settings.items()}
+        own = {name.upper(): str(value) for name, value in self._settings.items()} | {"LOG_FORMAT": "text"}
         if self.flower is not None:
             login = f"{self.flower.user}:{self.flower.password}"
             own |= {"FLOWER_BASIC_AUTH": login, "FLOWER_PORT": str(self.flower.port)}

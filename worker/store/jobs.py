@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, bindparam, case, fu
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from worker.core.fetch_address import FetchAddress
-from worker.core.lifecycle import FINAL_STATES
+from worker.core.lifecycle import FINAL_STATES, PRUNED
 from worker.core.links import Link
 from worker.core.pace import Plan
 from worker.store.batch import folded, unfolded
@@ -360,7 +360,12 @@ def retry_all(connection: Connection, job_ids: Iterable[int], *, now: datetime) 
     """The same for some hundred jobs at once; the ids of those it changed."""
     ended = select(jobs.c.id, jobs.c.deadline_seconds)
     ended = ended.where(jobs.c.id.in_(list(job_ids)), jobs.c.status.in_(("failed", "expired")))
-    rows = connection.execute(ended.order_by(jobs.c.id).with_for_update()).all()
+    locked = connection.execute(ended.order_by(jobs.c.id).with_for_update()).all()
+    pruned = select(outputs.c.job_id).where(
+        outputs.c.job_id.in_([row.id for row in locked]), outputs.c.error_code == PRUNED
+    )
+    going = set(connection.execute(pruned).scalars())  # their files are being removed
+    rows = [row for row in locked if row.id not in going]
     if not rows:
         return set()
     ids = {row.id for row in rows}

@@ -1,6 +1,6 @@
 """Outputs that are stored, or not yet: looking them up, and putting back those whose file is gone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -80,6 +80,16 @@ def unknown_of(connection: Connection, locations: Sequence[str]) -> list[str]:
         some = locations[start : start + _AT_ONCE]
         known.update(connection.execute(select(outputs.c.location).where(outputs.c.location.in_(some))).scalars())
     return [location for location in locations if location not in known]
+
+
+def known_jobs(connection: Connection, job_ids: Iterable[int]) -> set[int]:
+    """Those of the jobs that there are."""
+    wanted = sorted(job_ids)
+    known: set[int] = set()
+    for start in range(0, len(wanted), _AT_ONCE):
+        some = jobs.c.id.in_(wanted[start : start + _AT_ONCE])
+        known.update(connection.execute(select(jobs.c.id).where(some)).scalars())
+    return known
 
 
 def put_back(connection: Connection, output_id: int, *, location: str, now: datetime) -> bool:

@@ -55,10 +55,12 @@ class Tally:
     def __init__(self) -> None:
         self._counted: dict[Figure, list[float]] = {}
 
-    def add(self, name: str, label: str, *, account: str = "", kind: str = "", value: float = 0.0) -> None:
-        """Counts one."""
+    def add(
+        self, name: str, label: str, *, account: str = "", kind: str = "", value: float = 0.0, times: int = 1
+    ) -> None:
+        """Counts one, or so many; `value` is what they measured together."""
         counted = self._counted.setdefault(Figure(name, account, kind, label), [0, 0.0])
-        counted[0] += 1
+        counted[0] += times
         counted[1] += value
 
     def delay(self, account: str, kind: str, seconds: float) -> None:

@@ -1,0 +1,89 @@
+"""A real Flower for the tests: its own process, its pages, and its end."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.servers import free_port
+
+LOGIN = "looker:on-the-wall"
+START_SECONDS = 40.0
+WAIT_SECONDS = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Flower:
+    """One that runs."""
+
+    port: int
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+    def page(self, path: str, *, post: bool = False) -> str:
+        """What a page says. Raises OSError where there is none."""
+        login = base64.b64encode(LOGIN.encode()).decode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            headers={"Authorization": f"Basic {login}"},
+            method="POST" if post else "GET",
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310  # the same
+            text: str = answer.read().decode()
+            return text
+
+    def tasks(self, query: str = "taskname=fetch-worker.job") -> dict[str, dict[str, Any]]:
+        """The tasks that the API lists; our jobs, where nothing else is asked for."""
+        found: dict[str, dict[str, Any]] = json.loads(self.page(f"/api/tasks?{query}"))
+        return found
+
+    def states(self) -> dict[str, str]:
+        """The states of all jobs that are shown."""
+        return {uuid: task["state"] for uuid, task in self.tasks().items()}
+
+    def until(self, reached: Callable[[], bool]) -> None:
+        """Waits for it to get somewhere."""
+        end = time.monotonic() + WAIT_SECONDS
+        while not reached():
+            assert time.monotonic() < end, f"{self.states()}\n{self.log.read_text()}"
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        """Ends it as a crash does."""
+        self.process.kill()
+        self.process.wait(10)
+
+
+@contextmanager
+def flower(folder: Path, **settings: str) -> Iterator[Flower]:
+    """A Flower in the present environment and `settings`, which answers; killed at the end."""
+    port, log = free_port(), folder / "flower.log"
+    environment = os.environ | {"FLOWER_BASIC_AUTH": LOGIN, "FLOWER_PORT": str(port)} | settings
+    words = [sys.executable, "-m", "celery", "-A", "worker.app", "flower"]
+    with log.open("wb") as out:
+        process = subprocess.Popen(words, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
+    started = Flower(port, process, log)
+    try:
+        _wait(started)
+        yield started
+    finally:
+        started.kill()
+
+
+def _wait(started: Flower) -> None:
+    end = time.monotonic() + START_SECONDS
+    while True:
+        assert started.process.poll() is None, started.log.read_text()
+        assert time.monotonic() < end, started.log.read_text()
+        with suppress(OSError):
+            started.page("/healthcheck")
+            return
+        time.sleep(0.05)

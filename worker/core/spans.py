@@ -1,0 +1,22 @@
+"""Spans of time as people write them: `30d`, `12h`, `90m`, `45s`, or seconds."""
+
+import math
+
+UNITS = {"s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0, "w": 604_800.0}
+
+
+def seconds_of(text: str) -> float:
+    """The seconds of a span. Raises ValueError, with words for whoever wrote it.
+
+    >>> seconds_of("30d"), seconds_of("1.5h"), seconds_of("90")
+    (2592000.0, 5400.0, 90.0)
+    """
+    word = text.strip().lower()
+    unit = UNITS.get(word[-1:], 0.0)
+    try:
+        seconds = float(word[:-1]) * unit if unit else float(word)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError("must be a span of time such as 30d, 12h, 90m or 3600 (seconds)")
+    return seconds
