@@ -162,7 +162,12 @@ CASES = [
         "put the right key into SD_API_KEY and restart the worker",
     ),
     Case(
-        "credits", refused("no credits: 0"), "account", "held", ".*no credits.*", "buy credits for account default: .*"
+        "credits",
+        refused("no credits: 0"),
+        "account",
+        "held",
+        ".*no credits.*",
+        "buy credits for account default, then fetch-worker resume --account default, .*",
     ),
     Case(
         "rate limit",
@@ -236,6 +241,30 @@ CASES = [
         "nothing: it is asked in .*, and ends then unless it is ready",
     ),
     Case(
+        "past deadline, asked in hours",
+        lambda c: waits(c, deadline_at=planted.now() - seconds(65), due_at=planted.now() + seconds(7_300)),
+        "deadline",
+        "over",
+        ".*",
+        r"nothing: it is asked in 2.0 h, and ends then unless it is ready; fetch-worker resume \d+ asks at once",
+    ),
+    Case(
+        "a lease without end",
+        lambda c: planted.claimed(c, "1", ELSEWHERE, over=-20_000, asked_at=planted.now() - seconds(81)),
+        "claim",
+        "stuck",
+        f"by {ELSEWHERE}, of which this host knows nothing, since 8. s; its lease ends in .*",
+        r"fetch-worker resume \d+: no work takes that long, so its process must be gone",
+    ),
+    Case(
+        "dead download host, tried again in a while",
+        output("unreachable", due=300),
+        "output 0",
+        "unreachable",
+        "again in .*",
+        r"nothing here: .* in 5 min, until .*; once it does, fetch-worker resume \d+ tries at once",
+    ),
+    Case(
         "dead download host",
         output("unreachable"),
         "output 0",
@@ -264,7 +293,12 @@ CASES = [
         f"start a `downloads` process: {TAKEN_UP}",
     ),
     Case(
-        "fresh link held", renewing, "output 0", "gone", ".*asked for afresh.*", "buy credits for account default: .*"
+        "fresh link held",
+        renewing,
+        "output 0",
+        "gone",
+        ".*asked for afresh.*",
+        "buy credits for account default, then fetch-worker resume --account default, .*",
     ),
     Case(
         "webhook refused",

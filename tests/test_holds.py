@@ -8,8 +8,8 @@ import pytest
 from sqlalchemy import Engine, select, update
 
 import worker
-from tests.rows import NOW, add_downloading, add_job, claim, job_of, seconds
-from worker import enqueue, holds, overview
+from tests.rows import NOW, add_downloading, add_job, add_output, claim, job_of, output_of, seconds
+from worker import acting, enqueue, holds, overview
 from worker.core.gate import Gate, Scope, limited, refused
 from worker.core.lifecycle import AskAgain, End, JobFacts, Strikes, after_answer
 from worker.core.reply import Processing
@@ -21,13 +21,16 @@ from worker.settings import load
 from worker.store import holds as store
 from worker.store.claims import release_jobs, renew_leases, waiting_levels
 from worker.store.gates import all_gates, locked_gate, save_gate
+from worker.store.holds import Patience
 from worker.store.jobs import cancel, nudge, retry
 from worker.store.moments import next_request
 from worker.store.outcomes import Outcome, record_answers
+from worker.store.search import JobFilter
 from worker.store.totals import Tally
 from worker.tables import HELD_UNTIL, jobs
 
 LEAST = timedelta(seconds=3)
+PATIENCE = Patience(LEAST, timedelta(seconds=80), timedelta(seconds=360))
 YEARS = NOW + timedelta(days=3_650)
 
 
@@ -71,7 +74,7 @@ def test_only_what_is_pending_and_not_held_yet_can_be_held(engine: Engine) -> No
         loading = add_downloading(connection, "3", due_at=NOW)  # asked about for a fresh link
         assert store.hold(connection, [pending, ended, loading], now=NOW) == {pending}
         assert store.hold(connection, [pending, ended, loading], now=YEARS) == set()
-        assert store.resume(connection, [ended, loading], now=NOW, least=LEAST) == set()
+        assert store.resume(connection, [ended, loading], PATIENCE, now=NOW) == set()
 
     assert job_of(engine, pending).held_at == NOW
 
@@ -95,8 +98,8 @@ def test_a_resumed_job_is_due_at_once_and_does_not_expire_within_its_grace(engin
     """The first answer is not too late, however long it was held; one after the minute is."""
     job_id = _held(engine, deadline_at=NOW + seconds(5), pace_scale=4.0, pace_growth=1.0)
     with engine.begin() as connection:
-        assert store.resume(connection, [job_id], now=YEARS, least=LEAST) == {job_id}
-        assert store.resume(connection, [job_id], now=YEARS, least=LEAST) == set()
+        assert store.resume(connection, [job_id], PATIENCE, now=YEARS) == {job_id}
+        assert store.resume(connection, [job_id], PATIENCE, now=YEARS) == set()
         [claimed] = claim(connection, now=YEARS)
 
     resumed = job_of(engine, job_id)
@@ -110,7 +113,7 @@ def test_a_resumed_job_is_due_at_once_and_does_not_expire_within_its_grace(engin
 def test_a_deadline_that_is_far_off_stays(engine: Engine) -> None:
     job_id = _held(engine)
     with engine.begin() as connection:
-        store.resume(connection, [job_id], now=NOW + seconds(10), least=LEAST)
+        store.resume(connection, [job_id], PATIENCE, now=NOW + seconds(10))
 
     assert job_of(engine, job_id).deadline_at == NOW + seconds(3_600)
 
@@ -121,7 +124,7 @@ def test_holding_and_resuming_asks_no_sooner_than_poll_min(engine: Engine) -> No
         claim(connection, limit=1, now=NOW)
         connection.execute(update(jobs).where(jobs.c.id == recent).values(asked_at=NOW))
         store.hold(connection, [recent, long_ago], now=NOW + seconds(1))
-        store.resume(connection, [recent, long_ago], now=NOW + seconds(1), least=LEAST)
+        store.resume(connection, [recent, long_ago], PATIENCE, now=NOW + seconds(1))
 
     assert job_of(engine, recent).due_at == NOW + LEAST
     assert job_of(engine, long_ago).due_at == NOW + seconds(1)
@@ -235,3 +238,70 @@ def test_resuming_tries_at_once_what_the_api_holds_and_leaves_what_is_open(datab
             "open": "all",
         }
         assert connection.execute(select(jobs)).all() == []
+
+
+# ── what else keeps a job ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_job_that_waits_is_asked_at_once_but_no_sooner_than_poll_min(engine: Engine) -> None:
+    """Its deadline stays: who asks for an answer after it may get the end."""
+    with engine.begin() as connection:
+        due = NOW + seconds(9_000)
+        waits = add_job(connection, "1", due_at=due, asked_at=NOW - seconds(60), deadline_at=NOW - seconds(5))
+        recent = add_job(connection, "2", due_at=due, asked_at=NOW - seconds(1), pace_scale=2.0)
+        already = add_job(connection, "3", due_at=NOW - seconds(1))
+        assert store.resume(connection, [waits, recent, already], PATIENCE, now=NOW) == {waits, recent}
+
+    assert [job_of(engine, one).due_at for one in (waits, recent)] == [NOW, NOW + seconds(2)]
+    assert job_of(engine, waits).deadline_at == NOW - seconds(5)
+    assert job_of(engine, recent).pace_scale is None
+
+
+def test_a_claim_is_given_back_only_once_it_is_older_than_any_call(engine: Engine) -> None:
+    """Its lease may go on for hours: a process of another host renews what it has lost sight of."""
+    with engine.begin() as connection:
+        for remote_id in ("fresh", "stuck"):
+            add_job(connection, remote_id)
+        claimed = {job.remote_id: job.id for job in claim(connection)}
+        hours = {"due_at": NOW + timedelta(hours=6)}
+        connection.execute(update(jobs).values(hours))
+        connection.execute(update(jobs).where(jobs.c.id == claimed["stuck"]).values(asked_at=NOW - seconds(81)))
+        assert store.resume(connection, list(claimed.values()), PATIENCE, now=NOW) == {claimed["stuck"]}
+
+    assert (job_of(engine, claimed["stuck"]).due_at, job_of(engine, claimed["stuck"]).claim_token) == (NOW, None)
+    assert job_of(engine, claimed["fresh"]).claim_token is not None
+
+
+def test_downloads_in_trouble_are_tried_at_once(engine: Engine) -> None:
+    """Not one that is under way, nor one that waits for the fresh link that the API is asked for."""
+    with engine.begin() as connection:
+        later: dict[str, Any] = {
+            "due_at": NOW + timedelta(hours=1),
+            "error_code": "unreachable",
+            "error_message": "no answer",
+        }
+        job_id, renewing = add_downloading(connection, "1"), add_downloading(connection, "2", due_at=NOW)
+        waits = add_output(connection, job_id, 0, queued_at=NOW, **later)
+        claimed = {"claim_token": "t", "claim_holder": "h"}
+        under_way = add_output(connection, job_id, 1, claimed_at=NOW - seconds(300), **claimed, **later)
+        stuck = add_output(connection, job_id, 2, claimed_at=NOW - seconds(361), **claimed, **later)
+        link = add_output(connection, renewing, 0, renewed=True, **later)
+        assert store.resume(connection, [job_id, renewing], PATIENCE, now=NOW) == {job_id}
+
+    rows = {one: output_of(engine, one) for one in (waits, under_way, stuck, link)}
+    assert {one: row.due_at == NOW for one, row in rows.items()} == {
+        waits: True, under_way: False, stuck: True, link: False,
+    }  # fmt: skip
+    assert (rows[waits].queued_at, rows[stuck].claim_token, rows[under_way].claim_token) == (None, None, "t")
+
+
+def test_a_filter_of_output_codes_resumes_downloads(database: Engine) -> None:
+    """`resume --output-code unreachable`, once the host is back."""
+    with database.begin() as connection:
+        trouble: dict[str, Any] = {"due_at": database_now(connection) + timedelta(hours=1), "error_code": "unreachable"}
+        mine, other = add_downloading(connection, "1"), add_downloading(connection, "2")
+        add_output(connection, mine, **trouble)
+        add_output(connection, other, **(trouble | {"error_code": "http_error"}))
+    wanted = JobFilter(output_codes=("unreachable",))
+
+    assert [one.id for batch in acting.act("resume", wanted, load()) for one in batch if one.changed] == [mine]

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import partial
 from typing import Literal
 
@@ -12,6 +12,7 @@ from sqlalchemy import Connection, Engine, select
 
 from worker import enqueue
 from worker.database import connected, database_now, engine_for, transact
+from worker.holds import patience
 from worker.settings import Settings
 from worker.store import holds
 from worker.store.events import open_events
@@ -27,7 +28,7 @@ Action = Literal["cancel", "retry", "hold", "resume"]
 BATCH = 300  # jobs of one transaction: their rows are locked for some ten milliseconds
 REST_SHARE = 0.5  # of a transaction's time nobody is in the way afterwards: SQLite has room for one writer alone
 CHANGEABLE = {"cancel": ("pending", "downloading"), "retry": ("failed", "expired"), "hold": ("pending",),
-              "resume": ("pending",)}  # fmt: skip
+              "resume": ("pending", "downloading")}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,8 @@ def changeable(action: Action, wanted: JobFilter) -> JobFilter:
         states = tuple(state for state in states if state in wanted.statuses)
     if not states:
         return replace(wanted, ids=(0,))  # none at all
+    if action == "resume" and wanted.output_codes:  # whose downloads are in trouble: they are tried at once
+        return replace(wanted, statuses=states)
     by_hand = {"hold": False, "resume": True}.get(action, wanted.by_hand)
     return replace(wanted, statuses=states, by_hand=by_hand)
 
@@ -122,4 +125,4 @@ def _change(
         case "hold":
             return holds.hold(connection, ids, now=now)
         case "resume":
-            return holds.resume(connection, ids, now=now, least=timedelta(seconds=settings.poll_min))
+            return holds.resume(connection, ids, patience(settings), now=now)

@@ -18,6 +18,7 @@ from worker.core.lifecycle import FINAL_STATES
 from worker.core.masking import link_host, masked
 from worker.core.pace import Model, Waiting
 from worker.database import database_now
+from worker.holds import patience
 from worker.lately import LATE_EVENT_SECONDS, OVER_SECONDS, attempt_host
 from worker.learner import read_models
 from worker.overview import HEALTHY_SECONDS, AccountState, account_states
@@ -29,6 +30,7 @@ from worker.store.gates import all_gates, last_asked
 from worker.store.live import due_before
 
 AHEAD_MOST = 10_000
+SOON_SECONDS = 60.0  # who waits longer than that is told how it goes on at once
 CURVE_SECONDS = (0.0, 5.0, 15.0, 60.0, 300.0)  # from now
 START_WORKER = "start a `worker` process"
 START_DOWNLOADS = "start a `downloads` process"
@@ -219,7 +221,7 @@ def _about(gate: Gate, named: str, variable: str, again: str) -> str:
     if reason.startswith(REFUSALS["key"]):
         return f"put the right key into {variable} and restart the worker"
     if reason.startswith(REFUSALS["credits"]):
-        return f"buy credits for {named}: it {again}, and all goes on once they are there"
+        return f"buy credits for {named}, then fetch-worker resume --account {gate.name}, or wait: it {again}"
     if reason.startswith(REFUSALS["plan"]):
         return f"look at the plan of {named}: it {again}"
     return f"nothing: {named} {again}"
@@ -229,12 +231,14 @@ def _claim(facts: Facts) -> Step:
     job = facts.job
     if job.claim_token is None:
         return Step("claim", "free", "no process has taken it")
-    since = "" if job.asked_at is None else f" since {span(facts.since(job.asked_at))}"
-    return _claimed(facts, "claim", job, since, "it is asked about now", START_WORKER)
+    return _claimed(facts, "claim", job, "it is asked about now", START_WORKER)
 
 
-def _claimed(facts: Facts, name: str, row: Row[Any], since: str, doing: str, start: str) -> Step:
+def _claimed(facts: Facts, name: str, row: Row[Any], doing: str, start: str) -> Step:
     """A claim, of the job or of an output: whether anybody still works on it."""
+    most = patience(facts.settings)
+    began, longest = (row.asked_at, most.call) if row is facts.job else (row.claimed_at, most.download)
+    since = "" if began is None else f" since {span(facts.since(began))}"
     life = fate(row.claim_holder)
     known = {"runs": "which runs", "dead": "which is dead", "unknown": "of which this host knows nothing"}[life]
     over = facts.since(row.due_at)
@@ -244,6 +248,9 @@ def _claimed(facts: Facts, name: str, row: Row[Any], since: str, doing: str, sta
         return Step(name, "stuck", detail, f"{start}: it takes up what a process that is gone has left")
     if life == "dead":
         return Step(name, "stuck", detail, "nothing: the next sweep gives it back within seconds")
+    if life == "unknown" and began is not None and facts.now - began > longest:
+        advice = f"fetch-worker resume {facts.job.id}: no work takes that long, so its process must be gone"
+        return Step(name, "stuck", detail, advice)
     return Step(name, "held", detail, f"nothing: {doing}")
 
 
@@ -280,7 +287,8 @@ def _poll(facts: Facts) -> Step:
         return Step("poll", "never", "not before it is resumed")
     if late < 0:
         ends = ", and ends then unless it is ready" if job.status == "pending" and job.deadline_at < facts.now else ""
-        return Step("poll", "waits", f"in {span(-late)}", f"nothing: it is asked in {span(-late)}{ends}")
+        sooner = f"; fetch-worker resume {job.id} asks at once" if ends and -late > SOON_SECONDS else ""
+        return Step("poll", "waits", f"in {span(-late)}", f"nothing: it is asked in {span(-late)}{ends}{sooner}")
     return Step("poll", "due", f"for {span(late)}", _about_late(facts, late))
 
 
@@ -354,8 +362,7 @@ def _output(facts: Facts, output: Row[Any]) -> Step:
 
 
 def _receiving(facts: Facts, output: Row[Any], detail: str, name: str) -> Step:
-    since = "" if output.claimed_at is None else f" since {span(facts.since(output.claimed_at))}"
-    step = _claimed(facts, name, output, since, "it is being received", START_DOWNLOADS)
+    step = _claimed(facts, name, output, "it is being received", START_DOWNLOADS)
     so_far = "" if output.received_bytes is None else f"{size(output.received_bytes)} so far, "
     state = "receiving" if step.state == "held" else step.state
     return Step(name, state, f"{so_far}{step.detail}; {detail}", step.advice)
@@ -375,7 +382,8 @@ def _about_output(facts: Facts, output: Row[Any], host: str, due: float) -> str:
             ends = (
                 f"until OUTPUT_DEADLINE in {span(left)}" if left > 0 else "for the last time: OUTPUT_DEADLINE is over"
             )
-            return f"nothing here: {host} does not give it; {again}, {ends}"
+            sooner = f"; once it does, fetch-worker resume {facts.job.id} tries at once" if due > SOON_SECONDS else ""
+            return f"nothing here: {host} does not give it; {again}, {ends}{sooner}"
         case "gone" if facts.job.due_at is not None:
             return "nothing: the API is asked for a fresh link"
         case _:

@@ -13,9 +13,12 @@ from worker.database import connected, database_now, engine_for
 from worker.errors import JobNotFound
 from worker.settings import Settings, load
 from worker.store import holds as store
+from worker.store.holds import Patience
 from worker.store.jobs import job_row
 
 log = logging.getLogger(__name__)
+
+WRITING_SECONDS = 30.0
 
 
 def hold(job_id: int) -> bool:
@@ -32,15 +35,15 @@ def hold(job_id: int) -> bool:
 
 
 def resume(job_id: int) -> bool:
-    """Has a held job asked about again, at once, and not expired within the next minute.
+    """Has a job go on at once, whatever keeps it: a hold by hand, a wait for a poll or for another download attempt,
+    or a claim of a process that must be gone by now.
 
-    False where it is not held itself. Raises JobNotFound.
+    Who was held does not expire within the next minute. False where nothing keeps it. Raises JobNotFound.
     """
     settings = load()
-    least = timedelta(seconds=settings.poll_min)
     with _transaction(settings) as connection:
         _existing(connection, job_id)
-        changed = bool(store.resume(connection, [job_id], now=database_now(connection), least=least))
+        changed = bool(store.resume(connection, [job_id], patience(settings), now=database_now(connection)))
     if changed:
         log.info("resumed by an operator job=%s", job_id)
         enqueue.wake(settings)
@@ -71,6 +74,16 @@ def resume_gate(scope: Scope, name: str) -> bool:
         log.warning("resumed by an operator scope=%s name=%s", scope, name)
         enqueue.wake(settings)
     return changed
+
+
+def patience(settings: Settings) -> Patience:
+    """How long work can take, with the time in which its end is written."""
+    lease = settings.recovery_seconds + WRITING_SECONDS
+    return Patience(
+        least=timedelta(seconds=settings.poll_min),
+        call=timedelta(seconds=settings.sd_api_timeout + lease),
+        download=timedelta(seconds=settings.output_timeout + lease),
+    )
 
 
 @contextmanager

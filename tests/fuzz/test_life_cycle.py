@@ -52,6 +52,7 @@ from worker.store.claims import (
 )
 from worker.store.crashes import release_crashed
 from worker.store.gates import all_gates
+from worker.store.holds import Patience
 from worker.store.outcomes import record_attempt
 from worker.store.outputs import put_back
 from worker.store.totals import Tally
@@ -450,11 +451,12 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
 
         @rule(by=JUMPS)
         def resume(self, by: int) -> None:
-            """Some time later an operator lets all jobs go."""
+            """Some time later an operator lets all held jobs go."""
             stage.now += by
             with stage.engine.begin() as connection:
-                least = timedelta(microseconds=POLL_MIN)
-                changed = holds.resume(connection, self.jobs, now=self.now, least=least)
+                held_ids = [job_id for job_id, job in self.jobs.items() if job.held]
+                never = Patience(timedelta(microseconds=POLL_MIN), timedelta.max, timedelta.max)
+                changed = holds.resume(connection, held_ids, never, now=self.now)
             held = {job_id: job for job_id, job in self.jobs.items() if job.held}
             assert changed == held.keys()
             for job in held.values():

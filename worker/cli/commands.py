@@ -13,9 +13,9 @@ def group() -> None:
     """Polls a hosted image API until each job is ready, and stores every picture exactly once."""
 
 
-_modules = (run, act, control, find, look, top, metrics, prune, simulate)
-for _command in (command for module in _modules for command in module.COMMANDS):
-    group.add_command(_command)
+for _module in (run, act, control, find, look, top, metrics, prune, simulate):
+    for _command in _module.COMMANDS:
+        group.add_command(_command)
 
 
 def run_command(words: list[str]) -> int:

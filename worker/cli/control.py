@@ -291,6 +291,9 @@ COMMANDS: tuple[click.Command, ...] = (
     _command("retry", "Take failed or expired jobs up again, at once and with their whole deadline."),
     _command("hold", "Keep pending jobs from being asked about until they are resumed; none expires.", GATE_RULES),
     _command(
-        "resume", "Have held jobs asked about again at once; and an account or host that the API held.", GATE_RULES
+        "resume",
+        "Have jobs go on at once: named ones whatever keeps them; of a filter those that are held, or with"
+        " --output-code those whose downloads are in trouble; an account or host whoever held it.",
+        GATE_RULES,
     ),
 )

@@ -5,6 +5,7 @@ it: it can't expire, since that takes an answer, and a hint that it may be ready
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, case, select, update
@@ -12,7 +13,19 @@ from sqlalchemy import Connection, case, select, update
 from worker.core.gate import Scope, paused, resumed
 from worker.core.lifecycle import AFTER_HOLD_GRACE
 from worker.store.gates import all_gates, locked_gate, save_gate
-from worker.tables import HELD_UNTIL, jobs
+from worker.tables import HELD_UNTIL, jobs, outputs
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """The least time between two requests about a job, and the longest that a request, or a download, can take."""
+
+    least: timedelta
+    call: timedelta
+    download: timedelta
+
+
+_SEEN = (jobs.c.id, jobs.c.status, jobs.c.due_at, jobs.c.asked_at, jobs.c.held_at, jobs.c.claim_token)
 
 
 def hold(connection: Connection, job_ids: Iterable[int], *, now: datetime) -> set[int]:
@@ -26,32 +39,53 @@ def hold(connection: Connection, job_ids: Iterable[int], *, now: datetime) -> se
     return ids
 
 
-def resume(connection: Connection, job_ids: Iterable[int], *, now: datetime, least: timedelta) -> set[int]:
-    """Lets those of these jobs go that are held; the ids of those it changed.
+def resume(connection: Connection, job_ids: Iterable[int], patience: Patience, *, now: datetime) -> set[int]:
+    """Has these jobs go on at once, whatever keeps them; the ids of those it changed.
 
-    They are due now, or `least` after the last request; none expires sooner than the grace that follows any hold.
+    Who is held is let go, and expires no sooner than the grace that follows any hold. Who waits for a request is due
+    now, or the least wait after the last one; an output that waits for another attempt is due now. A claim is given
+    back once it is older than any work can be: its process is gone, or will find that it lost the fence.
     """
-    held = (jobs.c.status == "pending", jobs.c.held_at.is_not(None))
-    locked = select(jobs.c.id, jobs.c.asked_at).where(jobs.c.id.in_(list(job_ids)), *held)
-    rows = connection.execute(locked.order_by(jobs.c.id).with_for_update()).all()
-    if not rows:
-        return set()
-    grace = now + AFTER_HOLD_GRACE
-    connection.execute(
-        update(jobs)
-        .where(jobs.c.id.in_([row.id for row in rows]))
-        .values(
-            held_at=None,
-            due_at=now,
-            pace_scale=None,
-            pace_growth=None,
-            deadline_at=case((jobs.c.deadline_at < grace, grace), else_=jobs.c.deadline_at),
-        )
-    )
+    going = jobs.c.status.in_(("pending", "downloading"))
+    locked = select(*_SEEN).where(jobs.c.id.in_(list(job_ids)), going).order_by(jobs.c.id).with_for_update()
+    rows = connection.execute(locked).all()
+    changed = {row.id for row in rows if row.held_at is not None}
+    if changed:
+        grace = now + AFTER_HOLD_GRACE
+        later = case((jobs.c.deadline_at < grace, grace), else_=jobs.c.deadline_at)
+        connection.execute(update(jobs).where(jobs.c.id.in_(changed)).values(held_at=None, deadline_at=later))
     for row in rows:
-        if row.asked_at is not None and row.asked_at + least > now:
-            connection.execute(update(jobs).where(jobs.c.id == row.id).values(due_at=row.asked_at + least))
-    return {row.id for row in rows}
+        due = now if row.asked_at is None else max(now, row.asked_at + patience.least)
+        lost = row.claim_token is not None and _older(row.asked_at, patience.call, now)
+        waits = row.claim_token is None and row.due_at is not None and row.due_at > due
+        if lost or waits or (row.held_at is not None and row.due_at is not None):
+            free = {"claim_token": None, "claim_holder": None, "pace_scale": None, "pace_growth": None}
+            connection.execute(update(jobs).where(jobs.c.id == row.id).values(due_at=due, **free))
+            changed.add(row.id)
+    return changed | _resume_outputs(connection, [row.id for row in rows if row.status == "downloading"], patience, now)
+
+
+def _resume_outputs(connection: Connection, job_ids: list[int], patience: Patience, now: datetime) -> set[int]:
+    """The same for the outputs of jobs that are locked already; those that wait for a fresh link go on waiting."""
+    if not job_ids:
+        return set()
+    unstored = (outputs.c.job_id.in_(job_ids), outputs.c.status == "pending")
+    asks = select(jobs.c.id).where(jobs.c.id == outputs.c.job_id, jobs.c.due_at.is_not(None))
+    found = select(outputs, asks.exists().label("asks")).where(*unstored).order_by(outputs.c.id).with_for_update()
+    moved = [
+        row
+        for row in connection.execute(found).all()
+        if (row.claim_token is not None and _older(row.claimed_at, patience.download, now))
+        or (row.claim_token is None and row.due_at > now and not (row.renewed and row.asks))
+    ]
+    if moved:
+        free = {"due_at": now, "queued_at": None, "claim_token": None, "claim_holder": None, "received_bytes": None}
+        connection.execute(update(outputs).where(outputs.c.id.in_([row.id for row in moved])).values(free))
+    return {row.job_id for row in moved}
+
+
+def _older(began: datetime | None, most: timedelta, now: datetime) -> bool:
+    return began is None or now - began > most
 
 
 def hold_gate(connection: Connection, scope: Scope, name: str, *, now: datetime) -> bool:

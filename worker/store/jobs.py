@@ -360,9 +360,12 @@ def retry_all(connection: Connection, job_ids: Iterable[int], *, now: datetime) 
     """The same for some hundred jobs at once; the ids of those it changed."""
     ended = select(jobs.c.id, jobs.c.deadline_seconds)
     ended = ended.where(jobs.c.id.in_(list(job_ids)), jobs.c.status.in_(("failed", "expired")))
-    going = select(outputs.c.id).where(outputs.c.job_id == jobs.c.id, outputs.c.error_code == PRUNED)
-    ended = ended.where(~going.exists())  # those whose files are being removed stay what they are
-    rows = connection.execute(ended.order_by(jobs.c.id).with_for_update()).all()
+    locked = connection.execute(ended.order_by(jobs.c.id).with_for_update()).all()
+    pruned = select(outputs.c.job_id).where(
+        outputs.c.job_id.in_([row.id for row in locked]), outputs.c.error_code == PRUNED
+    )
+    going = set(connection.execute(pruned).scalars())  # their files are being removed
+    rows = [row for row in locked if row.id not in going]
     if not rows:
         return set()
     ids = {row.id for row in rows}
