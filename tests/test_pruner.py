@@ -298,12 +298,16 @@ def test_beside_a_live_worker_no_live_job_is_touched_and_none_of_its_answers_is_
     worker = threading.Thread(target=work)
     worker.start()
     try:
-        done = prune(engine, settings, _wanted(states=tuple(ENDED)))
+        pruned = 0
+        for _ in range(20):  # rows that somebody has locked are left for the next time; MariaDB locks those beside, too
+            pruned += prune(engine, settings, _wanted(states=tuple(ENDED))).jobs
+            if pruned == 60:
+                break
     finally:
         over.set()
         worker.join()
 
-    assert done.jobs == 60
+    assert pruned == 60
     assert (_there(engine), sum(lost)) == (live, 0)
     assert answered
 

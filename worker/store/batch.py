@@ -118,8 +118,8 @@ def folded(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str,
     return {"batch": _write(rows)}
 
 
-def insert_missing(connection: Connection, table: Table, row: Mapping[str, Any]) -> None:
-    """Puts a row in, unless one with its key is there."""
+def insert_missing(connection: Connection, table: Table, row: Mapping[str, Any]) -> bool:
+    """Puts a row in, unless one with its key is there; whether it did."""
     match connection.dialect.name:
         case "postgresql":
             statement: Any = postgresql.insert(table).values(row).on_conflict_do_nothing()
@@ -127,7 +127,7 @@ def insert_missing(connection: Connection, table: Table, row: Mapping[str, Any])
             statement = sqlite.insert(table).values(row).on_conflict_do_nothing()
         case _:
             statement = mysql.insert(table).prefix_with("IGNORE").values(row)
-    connection.execute(statement)
+    return bool(connection.execute(statement).rowcount)
 
 
 def _seconds(value: object) -> float:

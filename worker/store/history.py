@@ -37,8 +37,9 @@ def sample(connection: Connection, *, now: datetime, full_rps: float) -> timedel
         counted = read_totals(connection, (ANSWERS, ATTEMPTS, DELAY, FINISHED, POLLED))
         state = standing(connection, waiting_by_account(connection, now=now), now=now, full_rps=full_rps)
         body = _body(state, counted)
-        insert_missing(connection, history, {"minute": minute, "body": json.dumps(body, separators=(",", ":"))})
-        connection.execute(delete(history).where(history.c.minute < minute - KEPT))
+        line = {"minute": minute, "body": json.dumps(body, separators=(",", ":"))}
+        if insert_missing(connection, history, line):  # of many that try one does: deletes that meet block each other
+            connection.execute(delete(history).where(history.c.minute < minute - KEPT))
     return minute + MINUTE - now
 
 
