@@ -87,6 +87,10 @@ def troubles(connection: Connection) -> dict[str, int]:
         "receiving": planted.received(connection, "receiving", received_bytes=5_000_000),
         "abandoned": planted.received(connection, "abandoned", over=60),
         "failed": planted.failed(connection, "failed"),
+        "endless": planted.claimed(
+            connection, "endless", ELSEWHERE, over=-20_000, asked_at=planted.now() - seconds(600)
+        ),
+        "forgotten": planted.waiting(connection, "forgotten", due=7_200, deadline_at=at - seconds(900)),
         "by hand": planted.waiting(connection, "hand", due_at=HELD_UNTIL, held_at=at),
     }
     refused = {"error_message": "it answered 500 to ann@shop.test", "http_status": 500}
@@ -126,7 +130,12 @@ def test_each_trouble_that_there_is_is_in_the_document(database: Engine, top: To
     assert 65 < claims["job", jobs["stuck"]]["over_seconds"] < 130
     assert claims["job", jobs["dead"]]["dead"] is True
     assert claims["job", jobs["dead"]]["over_seconds"] < 0, "its lease still runs"
-    assert sorted(what for what, _ in claims) == ["job", "job", "output"]
+    assert claims["job", jobs["endless"]]["over_seconds"] < -19_000, "no work takes as long as it has"
+    assert sorted(what for what, _ in claims) == ["job", "job", "job", "output"]
+    (forgotten,) = frame["overdue"]
+    assert forgotten["id"] == jobs["forgotten"]
+    assert 890 < forgotten["past_deadline_seconds"] < 960
+    assert 7_100 < forgotten["asked_in_seconds"] <= 7_200
     (transfer,) = frame["transfers"]
     assert (transfer["job_id"], transfer["bytes"], transfer["host"]) == (jobs["receiving"], 5_000_000, "cdn.dead.test")
     assert 100_000 < transfer["bytes_per_second"] <= 500_000
@@ -137,7 +146,7 @@ def test_each_trouble_that_there_is_is_in_the_document(database: Engine, top: To
     (webhook,) = frame["webhooks"]
     assert (webhook["receiver"], webhook["http_status"]) == ("shop.test", 500)
     assert webhook["message"] == "it answered 500 to [e-mail]"
-    assert (frame["jobs"]["pending"], frame["jobs"]["downloading"], frame["jobs"]["failed"]) == (9, 3, 1)
+    assert (frame["jobs"]["pending"], frame["jobs"]["downloading"], frame["jobs"]["failed"]) == (11, 3, 1)
     assert frame["asked_seconds"] >= 400
     assert not re.search(r"sk-canary|sig=|hidden|users/ann|ann@", said)
 

@@ -19,6 +19,7 @@ from worker.core.lifecycle import OutputFacts, source
 from worker.core.masking import link_host, masked
 from worker.core.measures import DELAYS, quantile
 from worker.database import connected, database_now
+from worker.holds import patience
 from worker.overview import HEALTHY_SECONDS, AccountState, account_states, no_key
 from worker.process_id import dead
 from worker.settings import Settings
@@ -35,6 +36,7 @@ RATE_SECONDS = 10.0  # over which requests per second are told
 OVER_SECONDS = 5.0  # a claim that is over is taken up sooner, where anybody works
 LATE_SECONDS = 1.0  # what is due for less is about to be asked about
 LATE_EVENT_SECONDS = 60.0
+SOON = timedelta(seconds=60)  # a job past its deadline that is asked sooner ends by itself
 LATE_MOST = 20
 TRANSFERS_MOST = 100
 UNSTORED_MOST = 1_000
@@ -92,10 +94,21 @@ class LateJob:
 
 
 @dataclass(frozen=True, slots=True)
+class Overdue:
+    """A job past its deadline that is not asked about soon, so that it does not end either."""
+
+    id: int
+    account: str
+    kind: str
+    past_deadline_seconds: float
+    asked_in_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class LostClaim:
     """Work that a process took and will not end: whose, whether that process is known to be dead, how long it is over.
 
-    `over_seconds` is below zero while the lease of the dead process still runs.
+    `over_seconds` is below zero while the lease still runs: its process is dead, or has it longer than any work takes.
     """
 
     what: str
@@ -175,7 +188,7 @@ class Frame:
     """How everything stands at a moment. `kinds_seconds` is over how long `kinds` tells; None: since counting began.
 
     `asked_seconds` is how long ago the last request was made for due work; None where none ever was. `late` has the
-    latest of `late_count` jobs.
+    latest of `late_count` jobs. `overdue` is empty where more jobs wait than can be gone through in a moment.
     """
 
     at: datetime
@@ -187,6 +200,7 @@ class Frame:
     hosts: Sequence[HeldHost]
     late: Sequence[LateJob]
     late_count: Counted
+    overdue: Sequence[Overdue]
     claims: Sequence[LostClaim]
     transfers: Sequence[Transfer]
     unstored: Sequence[Unstored]
@@ -219,6 +233,7 @@ class _Read:
     jobs: Mapping[str, int]
     late: Sequence[Row[Any]]
     late_count: int
+    overdue: Sequence[Row[Any]]
     claims: Sequence[live.LostClaim]
     transfers: Sequence[Row[Any]]
     unstored: Sequence[Row[Any]]
@@ -233,7 +248,8 @@ def _read(connection: Connection, settings: Settings) -> _Read:
     known = all_gates(connection)
     levels = waiting_levels(connection, waiting_accounts(connection))
     gone = dead(holders(connection))
-    late = now - timedelta(seconds=LATE_SECONDS)
+    late, work = now - timedelta(seconds=LATE_SECONDS), patience(settings)
+    jobs = live.counted_jobs(connection)
     return _Read(
         now=now,
         known=known,
@@ -241,10 +257,19 @@ def _read(connection: Connection, settings: Settings) -> _Read:
         asked=last_asked(connection),
         asking=live.asked_about(connection, now=now),
         gone=gone,
-        jobs=live.counted_jobs(connection),
+        jobs=jobs,
         late=live.latest_due(connection, levels, before=late, limit=LATE_MOST),
         late_count=live.count_late(connection, levels, before=late),
-        claims=live.lost_claims(connection, dead=gone, over_before=now - timedelta(seconds=OVER_SECONDS)),
+        overdue=live.overdue(connection, now=now, later=now + SOON, limit=LATE_MOST)
+        if jobs["pending"] <= live.COUNTED_MOST
+        else (),
+        claims=live.lost_claims(
+            connection,
+            dead=gone,
+            over_before=now - timedelta(seconds=OVER_SECONDS),
+            asked_before=now - work.call,
+            fetched_before=now - work.download,
+        ),
         transfers=live.received_now(connection, now=now, limit=TRANSFERS_MOST),
         unstored=live.oldest_unstored(connection, limit=UNSTORED_MOST),
         events=live.pending_events(connection, limit=EVENTS_MOST),
@@ -293,6 +318,10 @@ class Watcher:
             hosts=_held_hosts(read.known, now),
             late=[why.late(row) for row in read.late],
             late_count=_count("late", read.late_count),
+            overdue=[
+                Overdue(row.id, row.account, row.kind, _seconds(now - row.deadline_at), _seconds(row.due_at - now))
+                for row in read.overdue
+            ],
             claims=[_lost(claim, read.gone, now) for claim in read.claims],
             transfers=[_transfer(row, sample, before, now) for row in read.transfers],
             unstored=_unstored(read.unstored, now),

@@ -23,7 +23,7 @@ from worker.core.in_words import size, span
 from worker.core.plain_text import plain_text
 from worker.database import engine_for
 from worker.errors import WorkerError
-from worker.lately import NO_WORKER, AccountNow, Frame, LateJob, LostClaim, Transfer, Unstored, Watcher
+from worker.lately import NO_WORKER, AccountNow, Frame, LateJob, LostClaim, Overdue, Transfer, Unstored, Watcher
 from worker.overview import HEALTHY_SECONDS
 from worker.settings import load
 
@@ -238,6 +238,7 @@ def _sections(frame: Frame) -> list[Section]:
             count=frame.late_count.count,
             more=frame.late_count.more,
         ),
+        Section("PAST DEADLINE", ("account", "for", "asked in"), [_overdue_row(one) for one in frame.overdue]),
         Section(
             "NOT STORED",
             ("outputs", "oldest", "next try", "host", "last said"),
@@ -305,7 +306,12 @@ def _account_row(one: AccountNow, now: datetime) -> Sequence[str]:
 
 def _claim_row(one: LostClaim) -> Sequence[str]:
     over = span(one.over_seconds) if one.over_seconds > 0 else f"ends in {span(-one.over_seconds)}"
-    return (f"{one.what} {one.id}", over, f"{one.holder} {'is dead' if one.dead else 'is silent'}")
+    what = "is dead" if one.dead else "is silent" if one.over_seconds > 0 else "has it longer than any work takes"
+    return (f"{one.what} {one.id}", over, f"{one.holder} {what}")
+
+
+def _overdue_row(one: Overdue) -> Sequence[str]:
+    return (str(one.id), one.account, span(one.past_deadline_seconds), span(one.asked_in_seconds))
 
 
 def _late_row(one: LateJob) -> Sequence[str]:

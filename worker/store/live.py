@@ -5,14 +5,14 @@ Where a question could lead through all jobs, it leaps through an index in the i
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Table, func, or_, select
 
 from worker.core.lifecycle import JOB_STATES
 from worker.store.claims import Level
-from worker.tables import events, jobs, outputs
+from worker.tables import HELD_UNTIL, events, jobs, outputs
 
 COUNTED_MOST = 10_000  # jobs of one state; beyond it "more than"
 CLAIMS_MOST = 200
@@ -112,12 +112,22 @@ class LostClaim:
     until: datetime
 
 
-def lost_claims(connection: Connection, *, dead: Collection[str], over_before: datetime) -> list[LostClaim]:
-    """Claims that were over before that, or whose holder is known to be dead; those that are over longest first."""
+def lost_claims(
+    connection: Connection,
+    *,
+    dead: Collection[str],
+    over_before: datetime,
+    asked_before: datetime,
+    fetched_before: datetime,
+) -> list[LostClaim]:
+    """Claims that were over before that, whose holder is known to be dead, or that are older than any work can be:
+    a request of `asked_before`, a download of `fetched_before`. Those that are over longest come first."""
     found: list[LostClaim] = []
+    older = {"job": jobs.c.asked_at < asked_before, "output": outputs.c.claimed_at < fetched_before}
     for name, table in (("job", jobs), ("output", outputs), ("event", events)):
         of_the_dead = (table.c.claim_holder.in_(sorted(dead)),) if dead else ()
-        lost = or_(table.c.due_at < over_before, *of_the_dead)
+        too_old = (older[name],) if name in older else ()
+        lost = or_(table.c.due_at < over_before, *of_the_dead, *too_old)
         query = _claims(table).where(lost).order_by(table.c.due_at).limit(CLAIMS_MOST)
         found += [LostClaim(name, row.id, row.claim_holder, row.due_at) for row in connection.execute(query)]
     return sorted(found, key=lambda one: one.until)
@@ -125,6 +135,19 @@ def lost_claims(connection: Connection, *, dead: Collection[str], over_before: d
 
 def _claims(table: Table) -> Any:
     return select(table.c.id, table.c.claim_holder, table.c.due_at).where(table.c.claim_holder.is_not(None))
+
+
+def overdue(connection: Connection, *, now: datetime, later: datetime, limit: int) -> list[Row[Any]]:
+    """Jobs past their deadline that nobody asks about before `later`, the longest first. It reads all that wait."""
+    columns = (jobs.c.id, jobs.c.account, jobs.c.kind, jobs.c.deadline_at, jobs.c.due_at)
+    query = select(*columns).where(
+        jobs.c.due_at.is_not(None),
+        jobs.c.due_at.between(later, HELD_UNTIL - timedelta(days=1)),
+        jobs.c.deadline_at < now,
+        jobs.c.status == "pending",
+        jobs.c.claim_token.is_(None),
+    )
+    return list(connection.execute(query.order_by(jobs.c.deadline_at).limit(limit)))
 
 
 def asked_about(connection: Connection, *, now: datetime) -> int:
