@@ -151,7 +151,7 @@ CASES = [
         "account",
         "no key",
         "shop has none.*",
-        "put the key of account shop into SD_API_KEYS and restart the worker",
+        r'put the key of account shop into SD_API_KEYS\["shop"\] and restart the worker',
     ),
     Case(
         "wrong key",
@@ -246,7 +246,7 @@ CASES = [
         "deadline",
         "over",
         ".*",
-        r"nothing: it is asked in 2.0 h, and ends then unless it is ready; fetch-worker resume \d+ asks at once",
+        r"fetch-worker resume \d+ asks at once; else it is asked in 2.0 h, and ends then unless it is ready",
     ),
     Case(
         "a lease without end",
@@ -269,8 +269,8 @@ CASES = [
         output("unreachable"),
         "output 0",
         "unreachable",
-        "again in .*, 3 attempts, link of cdn.dead.test, 4 min old; unreachable: no answer: ConnectTimeout",
-        "nothing here: cdn.dead.test does not give it; tried again in .*, until OUTPUT_DEADLINE in 23.9 h",
+        "again in .*, 3 attempts, link of cdn.dead.test:8443, 4 min old; unreachable: no answer: ConnectTimeout",
+        "nothing here: cdn.dead.test:8443 does not give it; tried again in .*, until OUTPUT_DEADLINE in 23.9 h",
     ),
     Case("storage", output("storage"), "output 0", "storage", ".*", r"put the storage right \(STORAGE_URL\).*"),
     Case("no downloads", output(None, due=-70), "output 0", "waits", "due for 7.*", "start a `downloads` process: .*"),

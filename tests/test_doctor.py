@@ -62,7 +62,7 @@ def test_where_all_is_well_every_check_is_ok() -> None:
     checks = _examined()
     assert _wrong(checks) == {}
     assert set(checks) == {
-        "names", "database", "work", "holds", "claims", "outputs", "webhooks", "redis", "processes", "storage",
+        "names", "database", "work", "holds", "claims", "deadlines", "outputs", "webhooks", "redis", "processes", "storage",
         "partials",
     }  # fmt: skip
     assert all(check.message for check in checks.values())
@@ -123,6 +123,22 @@ def test_claims_of_processes_that_are_gone_and_outputs_that_wait_for_long_are_co
     assert wrong["claims"].startswith("1 rows were taken")
     assert "1 outputs are paid for" in wrong["outputs"]
     assert "1 storage" in wrong["outputs"]
+
+
+def test_what_top_shows_is_wrong_for_the_doctor_too(settled: Engine) -> None:
+    """A claim that is older than any work, a job past its deadline that is asked in hours, a host of pictures away."""
+    now = datetime.now(UTC)
+    hours = {"due_at": now + timedelta(hours=4), "asked_at": now - timedelta(minutes=20)}
+    with settled.begin() as connection:
+        stuck = add_job(connection, "1", claim_token="t", claim_holder="0badc0de.7.7", **hours)
+        forgotten = add_job(connection, "2", deadline_at=now - timedelta(hours=2), **hours)
+        job_id = add_downloading(connection, "3")
+        listed = now - timedelta(minutes=6)
+        add_output(connection, job_id, listed_at=listed, due_at=now + timedelta(minutes=1), error_code="unreachable")
+    wrong = _wrong(_examined())
+    assert f"(job {stuck})" in wrong["claims"]
+    assert f"`fetch-worker resume {forgotten}`" in wrong["deadlines"]
+    assert "1 unreachable" in wrong["outputs"]
 
 
 @pytest.mark.parametrize(

@@ -137,10 +137,14 @@ def test_each_trouble_that_there_is_is_in_the_document(database: Engine, top: To
     assert 890 < forgotten["past_deadline_seconds"] < 960
     assert 7_100 < forgotten["asked_in_seconds"] <= 7_200
     (transfer,) = frame["transfers"]
-    assert (transfer["job_id"], transfer["bytes"], transfer["host"]) == (jobs["receiving"], 5_000_000, "cdn.dead.test")
+    assert (transfer["job_id"], transfer["bytes"], transfer["host"]) == (
+        jobs["receiving"],
+        5_000_000,
+        "cdn.dead.test:8443",
+    )
     assert 100_000 < transfer["bytes_per_second"] <= 500_000
     trouble = frame["unstored"][0]
-    assert (trouble["code"], trouble["host"], trouble["count"]) == ("unreachable", "cdn.dead.test", 1)
+    assert (trouble["code"], trouble["host"], trouble["count"]) == ("unreachable", "cdn.dead.test:8443", 1)
     assert trouble["message"] == "no answer: ConnectTimeout"
     assert [(one["id"], one["code"]) for one in frame["failures"]] == [(jobs["failed"], "api_failed")]
     (webhook,) = frame["webhooks"]
@@ -172,7 +176,7 @@ def test_a_frame_fits_80_by_24_and_cuts_each_part(database: Engine) -> None:
     assert "… and 36 more" in small, "of the late jobs, that were not read, too"
     assert "NO WORKER ASKS" in small[0]
     assert shown(frame, 80, 24, "the database is away")[2] == "the database is away"
-    assert sum(line.endswith("cdn.dead.test") for line in large) == 31
+    assert sum(line.endswith("cdn.dead.test:8443") for line in large) == 31
     assert any(line.startswith("READY TO SEEN") and line.endswith("(since counting began)") for line in large)
 
 

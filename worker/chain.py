@@ -151,6 +151,9 @@ def _final(facts: Facts) -> str | None:
         case "cancelled":
             return "nothing: it was cancelled"
         case "expired":
+            said = answers(job.last_answer)
+            if said and said[0].note.startswith("unknown id"):
+                return f"look at its remote id and account: the API knows no such job; {retry} asks again"
             return f"{retry}, if it may come late"
     codes = {output.error_code for output in facts.outputs if output.status == "failed"}
     if "refused_address" in codes:
@@ -179,7 +182,7 @@ def _request(facts: Facts, peek: Peek | None) -> Iterator[Step]:
 def _account(facts: Facts) -> Step:
     name = facts.job.account
     gate = facts.gates.get(("account", name), Gate("account", name))
-    variable = "SD_API_KEY" if name == "default" else "SD_API_KEYS"
+    variable = "SD_API_KEY" if name == "default" else f'SD_API_KEYS["{name}"]'
     if gate.held(facts.now):
         return _held(facts, gate, f"account {name}", variable)
     if name not in facts.settings.keys and not gate.proven:
@@ -286,9 +289,12 @@ def _poll(facts: Facts) -> Step:
     if job.held_at is not None:
         return Step("poll", "never", "not before it is resumed")
     if late < 0:
-        ends = ", and ends then unless it is ready" if job.status == "pending" and job.deadline_at < facts.now else ""
-        sooner = f"; fetch-worker resume {job.id} asks at once" if ends and -late > SOON_SECONDS else ""
-        return Step("poll", "waits", f"in {span(-late)}", f"nothing: it is asked in {span(-late)}{ends}{sooner}")
+        over = job.status == "pending" and job.deadline_at < facts.now
+        ends = ", and ends then unless it is ready" if over else ""
+        if over and -late > SOON_SECONDS:
+            advice = f"fetch-worker resume {job.id} asks at once; else it is asked in {span(-late)}{ends}"
+            return Step("poll", "waits", f"in {span(-late)}", advice)
+        return Step("poll", "waits", f"in {span(-late)}", f"nothing: it is asked in {span(-late)}{ends}")
     return Step("poll", "due", f"for {span(late)}", _about_late(facts, late))
 
 

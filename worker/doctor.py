@@ -15,16 +15,18 @@ from kombu.exceptions import KombuError
 from kombu.exceptions import OperationalError as BrokerError
 from kombu.utils.url import maybe_sanitize_url
 from redis.exceptions import RedisError
+from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from worker.database import check_schema, connected, database_now, engine_for
 from worker.errors import SettingsError, StorageTrouble, WorkerError
+from worker.holds import patience
 from worker.overview import HEALTHY_SECONDS, Overview, overview
 from worker.process_id import host_name
 from worker.settings import Settings
 from worker.shared_budget import redis_client
+from worker.store import live
 from worker.store.events import Undelivered, overdue, undelivered
-from worker.store.outputs import stuck_claims
 from worker.stores import storage_for
 
 SKEW_SECONDS = 5.0
@@ -34,7 +36,10 @@ REDIS_LEAST = (6, 2)
 FULL_SHARE = 0.9
 UNTOLD_LATE_SECONDS = 60.0
 UNSTORED_LATE_SECONDS = 3_600.0
+UNREACHABLE_LATE_SECONDS = 300.0
 STALE_PARTIAL_SECONDS = 2 * 3_600.0
+SOON_SECONDS = 60.0
+NAMED_MOST = 5
 MIB = 1 << 20
 
 Nodes = Callable[[], Mapping[str, frozenset[str]]]  # the queues that each worker process that answers consumes
@@ -118,7 +123,8 @@ def _with_tables(settings: Settings) -> Iterator[Check]:
             state = overview(connection, settings)
             told = undelivered(connection, since=database_now(connection) - timedelta(days=1))
             late_news = overdue(connection, before=database_now(connection) - timedelta(seconds=UNTOLD_LATE_SECONDS))
-            stuck = stuck_claims(connection, before=database_now(connection) - _grace(settings))
+            claims = _claims(connection, settings)
+            forgotten = _forgotten(connection, state)
     except WorkerError as wrong:
         yield Check("work", False, str(wrong))
         return
@@ -128,16 +134,13 @@ def _with_tables(settings: Settings) -> Iterator[Check]:
         yield Check("holds", False, "; ".join(held) + ". Held jobs wait and cost nothing; see `fetch-worker status`")
     else:
         yield Check("holds", True, "no account and no host is held" if state.accounts else "no account has jobs yet")
-    if stuck:
-        said = (
-            f"{stuck} rows were taken by processes that are gone, and nobody took them up: is a worker process running?"
-        )
-        yield Check("claims", False, said)
-    else:
-        yield Check("claims", True, "no claim is left of a process that is gone")
+    yield claims
+    yield forgotten
     waiting = state.unstored
     said = f"{waiting.count} outputs are paid for and not stored yet, the oldest for {waiting.oldest_seconds:.0f} s"
-    late = waiting.count > 0 and waiting.oldest_seconds > UNSTORED_LATE_SECONDS
+    refused = waiting.trouble.get("unreachable", 0) + waiting.trouble.get("http_error", 0)
+    patient = UNREACHABLE_LATE_SECONDS if refused else UNSTORED_LATE_SECONDS
+    late = waiting.count > 0 and waiting.oldest_seconds > patient
     trouble = ", ".join(f"{count} {code}" for code, count in sorted(waiting.trouble.items()))
     if late:
         said += f" ({trouble or 'no attempt yet'}): is a `downloads` process running? Links die; see `show`"
@@ -155,9 +158,32 @@ def _webhooks(told: Undelivered, late: int) -> Check:
     return Check("webhooks", False, f"{said}: does the receiver run? `show` has the events of a job")
 
 
-def _grace(settings: Settings) -> timedelta:
-    """How long a claim may be over before somebody should have taken it up."""
-    return timedelta(seconds=settings.recovery_seconds + HEALTHY_SECONDS)
+def _claims(connection: Connection, settings: Settings) -> Check:
+    """Claims that somebody should have taken up by now, or that are older than any work can be."""
+    now, work = database_now(connection), patience(settings)
+    grace = timedelta(seconds=settings.recovery_seconds + HEALTHY_SECONDS)
+    lost = live.lost_claims(
+        connection, dead=(), over_before=now - grace, asked_before=now - work.call, fetched_before=now - work.download
+    )
+    if not lost:
+        return Check("claims", True, "no claim is left of a process that is gone")
+    names = ", ".join(f"{one.what} {one.id}" for one in lost[:NAMED_MOST]) + (" …" if len(lost) > NAMED_MOST else "")
+    said = f"{len(lost)} rows were taken by processes that are gone, and nobody took them up ({names})"
+    return Check("claims", False, f"{said}: is a worker process running? `show` says what to do")
+
+
+def _forgotten(connection: Connection, state: Overview) -> Check:
+    """Jobs past their deadline that nobody asks about soon, so that they don't end either."""
+    if state.jobs["pending"] > live.COUNTED_MOST:
+        return Check("deadlines", True, "too many jobs wait to look at each: `fetch-worker list --past-deadline`")
+    now = database_now(connection)
+    found = live.overdue(connection, now=now, later=now + timedelta(seconds=SOON_SECONDS), limit=NAMED_MOST)
+    if not found:
+        return Check("deadlines", True, "no job past its deadline is forgotten")
+    ids = " ".join(str(row.id) for row in found)
+    return Check(
+        "deadlines", False, f"past their deadline, and not asked about soon: `fetch-worker resume {ids}` asks at once"
+    )
 
 
 def _work(state: Overview) -> Check:

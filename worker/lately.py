@@ -141,6 +141,7 @@ class Unstored:
 
     code: str | None
     host: str
+    job_id: int
     count: int
     oldest_seconds: float
     next_seconds: float
@@ -492,6 +493,7 @@ def _unstored(rows: Iterable[Row[Any]], now: datetime) -> list[Unstored]:
         Unstored(
             code=code,
             host=host,
+            job_id=min(group, key=lambda row: row.listed_at).job_id,
             count=len(group),
             oldest_seconds=_seconds(now - min(row.listed_at for row in group)),
             next_seconds=_seconds(min(row.due_at for row in group) - now),

@@ -43,6 +43,28 @@ def test_jobs_are_listed_newest_first_page_by_page(operator: Operator, engine: E
     assert [job_id for page in pages for job_id in page] == ids[::-1]
 
 
+def test_the_overview_names_what_is_in_trouble_and_its_job_says_what_to_do(operator: Operator, engine: Engine) -> None:
+    """A claim without end, a job past its deadline, a host that is away: each a click from what mends it."""
+    with engine.begin() as connection:
+        now = database_now(connection)
+        hours: dict[str, Any] = {"due_at": now + timedelta(hours=4), "asked_at": now - timedelta(minutes=20)}
+        stuck = add_job(connection, "1", claim_token="t", claim_holder="0badc0de.7.7", **hours)
+        forgotten = add_job(connection, "2", deadline_at=now - timedelta(hours=2), **hours)
+        trouble: dict[str, Any] = {"due_at": now + timedelta(minutes=9), "error_code": "unreachable"}
+        lost = add_downloading(connection, "3")
+        add_output(connection, lost, listed_at=now - timedelta(minutes=6), url="https://cdn.test:8443/a?b", **trouble)
+
+    page = operator.client.get("/").text
+    for job_id in (stuck, forgotten, lost):
+        assert f'href="/jobs/details/?id={job_id}"' in page
+        assert f"fetch-worker resume {job_id}" in operator.client.get(f"/jobs/details/?id={job_id}").text
+        operator.send("/jobs/action/", action="resume", rowid=str(job_id), confirmed="yes", url="/jobs/")
+    assert "unreachable from cdn.test:8443" in page
+    assert job_of(engine, stuck).claim_token is None
+    assert job_of(engine, forgotten).due_at <= now + timedelta(minutes=1)
+    assert "unreachable from" in operator.client.get("/").text  # it is tried, and still has to come
+
+
 def test_each_filter_and_each_kind_of_search_finds_its_jobs(operator: Operator, engine: Engine) -> None:
     with engine.begin() as connection:
         now = database_now(connection)

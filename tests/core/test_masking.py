@@ -18,7 +18,7 @@ KEPT = [
 ]
 MASKED = [
     ("write to Ann.Lee+x@mail.shop.example!", "write to [e-mail]!"),
-    ("see http://ann:pw@cdn.test:8443/u/ann.png?sig=1#x", "see http://cdn.test/…"),
+    ("see http://ann:pw@cdn.test:8443/u/ann.png?sig=1#x", "see http://cdn.test:8443/…"),
     ("see s3://bucket/ann/1.png, or ftp://[::1/x", "see s3://bucket/… or ftp://?/…"),
     ("data:image/png;base64,iVBORw0KGgo= is no link", "data:… is no link"),
     ("from 192.168.0.17 and 2001:db8:0:1::7, fe80::1", "from [ip] and [ip], [ip]"),
@@ -29,6 +29,7 @@ MASKED = [
     ('cut off in "a lake at', 'cut off in "[text]"'),
     ("card 4111-1111 1111 1111, call +49 170 1234567", "card [digits], call [digits]"),
     ("id 123456789012", "id [digits]"),
+    ("not ready by its deadline 2026-11-24 20:17:38 UTC", "not ready by its deadline 2026-11-24 20:17:38 UTC"),
     ("key 8f14e45fceea167a5a36dedd4bea2543.", "key [key?]"),
     ("Bearer eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.s1g", "Bearer [key?]"),
 ]
@@ -63,8 +64,8 @@ def test_wherever_it_stands_it_is_not_shown(before: str, personal: str, after: s
 @pytest.mark.parametrize(
     ("url", "host"),
     [
-        ("https://CDN.test:443/a?b=c", "cdn.test"),
-        ("http://[2001:db8::7]:80/x", "2001:db8::7"),
+        ("https://CDN.test:443/a?b=c", "cdn.test:443"),
+        ("http://[2001:db8::7]:80/x", "[2001:db8::7]:80"),
         ("data:image/png;sha256=00", "(in the answer)"),
         ("http://[::1/x", "?"),
         ("", "?"),

@@ -144,7 +144,7 @@ class JobsView(RowsView):
 
     @action("resume", "Resume")
     def resume(self, ids: Sequence[str]) -> str | None:
-        """Lets held jobs go on."""
+        """Has jobs go on at once, whatever keeps them."""
         return self._act("resume", ids)
 
 
@@ -209,5 +209,5 @@ def possible(job: Row[Any]) -> set[str]:
     if job.status in FINAL_STATES:
         return {"retry"} if job.status in ("failed", "expired") else set()
     if job.status == "downloading":
-        return {"cancel"}
-    return {"cancel", "hold" if job.held_at is None else "resume"}
+        return {"cancel", "resume"}
+    return {"cancel", "resume"} | ({"hold"} if job.held_at is None else set())

@@ -34,6 +34,7 @@ from worker.store.browse import history_at
 sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != "pygal"]
 
 SVG_POLICY = "default-src 'none'; style-src 'unsafe-inline'; sandbox"
+DOTS_MOST = 60
 COLOURS = ("#1d6fb8", "#d9822b", "#3b8a5a", "#b23a48", "#7a5ea8", "#5f6b76")
 STYLE = Style(
     background="#ffffff",
@@ -116,7 +117,8 @@ def draw(plot: Plot, curves: Sequence[Curve], span: Span, now: datetime) -> byte
         height=320,
         margin=12,
         margin_bottom=30,
-        show_dots=False,
+        show_dots=_sparse(curves),
+        dots_size=2.5,
         show_y_guides=True,
         include_x_axis=True,
         allow_interruptions=True,
@@ -136,6 +138,11 @@ def draw(plot: Plot, curves: Sequence[Curve], span: Span, now: datetime) -> byte
         if any(value is not None for _, value in curve.points):
             chart.add(curve.name, list(curve.points), stroke_style={"width": 2, **dashes})
     return _without_scripts(chart.render(is_unicode=False))
+
+
+def _sparse(curves: Sequence[Curve]) -> bool:
+    """Whether there are so few points that dots help: one between two gaps makes no line."""
+    return max((sum(value is not None for _, value in curve.points) for curve in curves), default=0) <= DOTS_MOST
 
 
 def _style(plot: Plot) -> Any:

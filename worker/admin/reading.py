@@ -5,16 +5,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any
 
 from pydantic import SecretStr
 from sqlalchemy import Connection, Engine, Row
 
+from worker.chain import Step, chain, read_facts
 from worker.core.answers import Answer, answers
 from worker.core.gate import Gate
 from worker.database import connected, database_now, engine_for
+from worker.lately import Frame, Watcher
 from worker.overview import Overview, belief, overview, why
 from worker.settings import Settings
+from worker.shared_budget import SharedBudget
 from worker.store.browse import history_at, latest_history
 from worker.store.events import events_of
 from worker.store.gates import all_gates
@@ -36,6 +40,8 @@ class JobPage:
     events: list[Row[Any]]
     answers: list[Answer]
     likely: str
+    chain: list[Step]
+    advice: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +78,25 @@ class Reading:
             job = job_row(connection, job_id)
             if job is None:
                 return None
-            outputs = outputs_of(connection, [job_id])
+            settings = self.as_the_workers([job.account])
+            outputs, events = outputs_of(connection, [job_id]), events_of(connection, job_id)
             believed = belief(connection, job)
-            return JobPage(
-                job=job,
-                why=why(connection, job, outputs, self.as_the_workers([job.account])),
-                now=now,
-                outputs=list(outputs[:OUTPUTS_SHOWN]),
-                events=list(events_of(connection, job_id)),
-                answers=answers(job.last_answer),
-                likely="" if believed is None else f"{believed.chance_now:.0%}",
-            )
+            said = why(connection, job, outputs, settings)
+            facts = read_facts(connection, job, outputs, events, settings)
+        # Redis is looked into after the transaction: no network inside of one.
+        peeks = _budget(settings.redis).peek({job.account: facts.rate}) if job.due_at is not None else {}
+        steps, advice = chain(facts, peeks.get(job.account))
+        return JobPage(
+            job=job,
+            why=said,
+            now=now,
+            outputs=list(outputs[:OUTPUTS_SHOWN]),
+            events=list(events),
+            answers=answers(job.last_answer),
+            likely="" if believed is None else f"{believed.chance_now:.0%}",
+            chain=steps,
+            advice=advice,
+        )
 
     def output(self, output_id: int) -> Row[Any] | None:
         """One output, or None."""
@@ -109,6 +123,12 @@ class Reading:
         with self.connection() as (connection, _):
             return overview(connection, self.as_the_workers(waiting_accounts(connection)))
 
+    def frame(self) -> Frame:
+        """What `top` shows: the troubles that there are."""
+        with self.connection() as (connection, _):
+            accounts = waiting_accounts(connection)
+        return Watcher(self.engine, self.as_the_workers(accounts)).frame()
+
     def as_the_workers(self, accounts: Iterable[str]) -> Settings:
         """The settings with a key for these accounts, where this process has none.
 
@@ -120,6 +140,11 @@ class Reading:
         same = self.settings.model_copy(update={"sd_api_keys": stand_ins})
         same.__dict__.pop("keys", None)  # read already, and copied
         return same
+
+
+@cache
+def _budget(redis_url: str) -> SharedBudget:
+    return SharedBudget(redis_url)
 
 
 def _rates(connection: Connection, now: datetime) -> dict[str, float]:

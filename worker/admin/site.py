@@ -34,7 +34,11 @@ class StartView(AdminIndexView):
         """Jobs by state, what is late, what is held."""
         states = self.reading.gates()
         page: str = self.render(
-            "start.html", stands=self.reading.overview(), held=[one for one in states if one.held], states=states
+            "start.html",
+            stands=self.reading.overview(),
+            held=[one for one in states if one.held],
+            states=states,
+            frame=self.reading.frame(),
         )
         return page
 

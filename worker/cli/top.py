@@ -170,7 +170,10 @@ def _head(frame: Frame, trouble: str | None) -> Iterator[Text]:
     line.append(f"{GAP}last request {asked}, {frame.asking:,} under way", style="not bold")
     yield line
     counts = [f"{one.count:,}{'+' if one.more else ''} {one.state}" for one in frame.jobs if one.count]
-    yield Text(GAP.join(counts) or "no jobs yet")
+    line = Text(GAP.join(counts) or "no jobs yet")
+    if frame.claims or frame.late or frame.overdue or frame.unstored:
+        line.append(f"{GAP}(`fetch-worker show ID`: why, and what to do)", style="dim")
+    yield line
     if trouble is not None:
         yield Text(plain_text(trouble), style="bold red")
     if not frame.budget_known:
@@ -230,7 +233,7 @@ def _sections(frame: Frame) -> list[Section]:
             [(one.host, _since(one.since, at), _in(one.until, at), one.reason) for one in frame.hosts],
             alarming=True,
         ),
-        Section("LOST CLAIMS", ("over for", "its process"), [_claim_row(one) for one in frame.claims], True),
+        Section("LOST CLAIMS", ("its lease", "its process"), [_claim_row(one) for one in frame.claims], True),
         Section(
             "LATE JOBS",
             ("account", "late", "past deadline", "why"),
@@ -241,7 +244,7 @@ def _sections(frame: Frame) -> list[Section]:
         Section("PAST DEADLINE", ("account", "for", "asked in"), [_overdue_row(one) for one in frame.overdue]),
         Section(
             "NOT STORED",
-            ("outputs", "oldest", "next try", "host", "last said"),
+            ("outputs", "oldest", "of job", "next try", "host", "last said"),
             [_unstored_row(one, frame.unstored_more) for one in frame.unstored],
         ),
         Section(
@@ -305,7 +308,7 @@ def _account_row(one: AccountNow, now: datetime) -> Sequence[str]:
 
 
 def _claim_row(one: LostClaim) -> Sequence[str]:
-    over = span(one.over_seconds) if one.over_seconds > 0 else f"ends in {span(-one.over_seconds)}"
+    over = f"over for {span(one.over_seconds)}" if one.over_seconds > 0 else f"ends in {span(-one.over_seconds)}"
     what = "is dead" if one.dead else "is silent" if one.over_seconds > 0 else "has it longer than any work takes"
     return (f"{one.what} {one.id}", over, f"{one.holder} {what}")
 
@@ -322,7 +325,8 @@ def _late_row(one: LateJob) -> Sequence[str]:
 def _unstored_row(one: Unstored, more: bool) -> Sequence[str]:
     next_try = f"in {span(one.next_seconds)}" if one.next_seconds > 0 else f"due for {span(-one.next_seconds)}"
     count = f"{one.count:,}{'+' if more else ''}"
-    return (one.code or "none yet", count, span(one.oldest_seconds), next_try, one.host or "-", one.message or "")
+    oldest = (span(one.oldest_seconds), str(one.job_id))
+    return (one.code or "none yet", count, *oldest, next_try, one.host or "-", one.message or "")
 
 
 def _transfer_row(one: Transfer) -> Sequence[str]:

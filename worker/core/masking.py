@@ -26,7 +26,7 @@ _PROMPT = re.compile(r"""(["']?\b\w*prompt\w*["']?\s*[:=]\s*)(?:"[^"]*"?|'[^']*'
 _QUOTED = re.compile(r"\"([^\"]*)(?:\"|$)|“([^”]*)(?:”|$)|«([^»]*)(?:»|$)|(?<!\w)'([^']*)'(?!\w)")
 _KEYLIKE = re.compile(r"(?<![\w+/-])(?=[\w+/.-]*\d)(?=[\w+/.-]*[a-z])[\w+/.-]{20,}={0,2}", re.IGNORECASE)
 _WORD = re.compile(r"[\w.-]*|\[text\]")
-_DIGITS = re.compile(r"(?<!\d)\+?\d(?:[ -]?\d){8,}(?!\d)")
+_DIGITS = re.compile(r"(?<!\d)(?!\d{4}-\d\d-\d\d[ T]\d\d:)\+?\d(?:[ -]?\d){8,}(?!\d)")  # a moment is none
 
 
 def masked(text: str) -> str:
@@ -51,15 +51,17 @@ def masked(text: str) -> str:
 
 
 def link_host(url: str) -> str:
-    """The host of a link, and nothing else of it; for bytes that an answer carried itself it says so.
+    """The host of a link, with its port, and nothing else of it; for bytes that an answer carried itself it says so.
 
     >>> link_host("https://ann:pw@cdn.test:8443/u/ann.png?sig=1"), link_host("data:image/png;sha256=00"), link_host("?")
-    ('cdn.test', '(in the answer)', '?')
+    ('cdn.test:8443', '(in the answer)', '?')
     """
     if url.startswith("data:"):
         return "(in the answer)"
     try:
-        return urlsplit(url).hostname or "?"
+        parts = urlsplit(url)
+        host = parts.hostname or "?"
+        return host if parts.port is None else f"[{host}]:{parts.port}" if ":" in host else f"{host}:{parts.port}"
     except ValueError:
         return "?"
 
