@@ -38,7 +38,7 @@ ACTS: Mapping[str, Act] = {
             "cancelled", "final already", cancel),
         Act("hold", "Hold", "The API is not asked about the jobs until they are resumed. Only pending jobs can be.",
             "held", "not pending, or held already", hold),
-        Act("resume", "Resume", "The jobs go on at once: held ones, those that wait, and those that a lost process has.",
+        Act("resume", "Resume", "The jobs go on at once: held ones, those that wait, and those a lost process has.",
             "resumed", "kept by nothing", resume),
     )
 }  # fmt: skip
