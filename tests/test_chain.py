@@ -472,3 +472,13 @@ def test_the_jobs_ahead_are_counted_up_to_a_bound(
         job_id = behind(connection)
 
     assert _step(show(job_id)[0]["chain"], "queue")["detail"] == "before it: more than 3 due jobs of its account"
+
+
+def test_why_does_not_say_of_a_claim_without_end_that_it_is_being_asked_about(database: Engine, show: Show) -> None:
+    with database.begin() as connection:
+        job_id = planted.claimed(connection, "1", ELSEWHERE, over=-20_000, asked_at=planted.now() - seconds(900))
+
+    document, _ = show(job_id)
+
+    said = f"{ELSEWHERE} took it 90. s ago, longer than any request takes: `resume` has it go on"
+    assert re.fullmatch(said, document["why"]), document["why"]

@@ -12,10 +12,10 @@ from sqlalchemy import Connection, Engine, select
 
 from worker import enqueue
 from worker.database import connected, database_now, engine_for, transact
-from worker.holds import patience
 from worker.settings import Settings
 from worker.store import holds
 from worker.store.events import open_events
+from worker.store.holds import patience
 from worker.store.jobs import cancel_all, retry_all
 from worker.store.search import FEW, JobFilter, Search, matching_ids, search, still_matching
 from worker.store.totals import Tally

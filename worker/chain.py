@@ -18,7 +18,6 @@ from worker.core.lifecycle import FINAL_STATES
 from worker.core.masking import link_host, masked
 from worker.core.pace import Model, Waiting
 from worker.database import database_now
-from worker.holds import patience
 from worker.lately import LATE_EVENT_SECONDS, OVER_SECONDS, attempt_host
 from worker.learner import read_models
 from worker.overview import HEALTHY_SECONDS, AccountState, account_states
@@ -27,6 +26,7 @@ from worker.settings import Settings
 from worker.shared_budget import Peek
 from worker.store.claims import Level, waiting_levels
 from worker.store.gates import all_gates, last_asked
+from worker.store.holds import patience
 from worker.store.live import due_before
 
 AHEAD_MOST = 10_000

@@ -20,13 +20,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from worker.database import check_schema, connected, database_now, engine_for
 from worker.errors import SettingsError, StorageTrouble, WorkerError
-from worker.holds import patience
 from worker.overview import HEALTHY_SECONDS, Overview, overview
 from worker.process_id import host_name
 from worker.settings import Settings
 from worker.shared_budget import redis_client
 from worker.store import live
 from worker.store.events import Undelivered, overdue, undelivered
+from worker.store.holds import patience
 from worker.stores import storage_for
 
 SKEW_SECONDS = 5.0

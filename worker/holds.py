@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 from sqlalchemy import Connection
 
@@ -13,12 +12,10 @@ from worker.database import connected, database_now, engine_for
 from worker.errors import JobNotFound
 from worker.settings import Settings, load
 from worker.store import holds as store
-from worker.store.holds import Patience
+from worker.store.holds import patience
 from worker.store.jobs import job_row
 
 log = logging.getLogger(__name__)
-
-WRITING_SECONDS = 30.0
 
 
 def hold(job_id: int) -> bool:
@@ -74,16 +71,6 @@ def resume_gate(scope: Scope, name: str) -> bool:
         log.warning("resumed by an operator scope=%s name=%s", scope, name)
         enqueue.wake(settings)
     return changed
-
-
-def patience(settings: Settings) -> Patience:
-    """How long work can take, with the time in which its end is written."""
-    lease = settings.recovery_seconds + WRITING_SECONDS
-    return Patience(
-        least=timedelta(seconds=settings.poll_min),
-        call=timedelta(seconds=settings.sd_api_timeout + lease),
-        download=timedelta(seconds=settings.output_timeout + lease),
-    )
 
 
 @contextmanager

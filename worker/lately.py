@@ -19,7 +19,6 @@ from worker.core.lifecycle import OutputFacts, source
 from worker.core.masking import link_host, masked
 from worker.core.measures import DELAYS, quantile
 from worker.database import connected, database_now
-from worker.holds import patience
 from worker.overview import HEALTHY_SECONDS, AccountState, account_states, no_key
 from worker.process_id import dead
 from worker.settings import Settings
@@ -27,6 +26,7 @@ from worker.shared_budget import Peek, SharedBudget
 from worker.store import live
 from worker.store.claims import holders, waiting_levels
 from worker.store.gates import all_gates, last_asked
+from worker.store.holds import patience
 from worker.store.jobs import waiting_accounts
 from worker.store.totals import ANSWERS, DELAY, POLLED, Figure, Total, read_totals
 

@@ -18,6 +18,7 @@ from worker.learner import read_models
 from worker.settings import Settings
 from worker.store.claims import Level, waiting_levels
 from worker.store.gates import all_gates, last_asked
+from worker.store.holds import patience
 from worker.store.jobs import counts, waiting_accounts
 from worker.store.outputs import unstored
 from worker.store.paces import newest_paces
@@ -263,6 +264,11 @@ def why(connection: Connection, job: Row[Any], outputs: Sequence[Row[Any]], sett
     last = f"; last answer: {masked(said[0].note)}" if said else ""
     if job.claim_token is not None and job.due_at < now:
         return f"{job.claim_holder} took it, and its lease is over: no worker has taken it up since{last}"
+    if job.claim_token is not None and job.asked_at is not None and now - job.asked_at > patience(settings).call:
+        took = (now - job.asked_at).total_seconds()
+        return (
+            f"{job.claim_holder} took it {took:.0f} s ago, longer than any request takes: `resume` has it go on{last}"
+        )
     if job.claim_token is not None:
         return f"it is being asked about, by {job.claim_holder}{last}"
     believed = belief(connection, job)

@@ -12,8 +12,11 @@ from sqlalchemy import Connection, case, select, update
 
 from worker.core.gate import Scope, paused, resumed
 from worker.core.lifecycle import AFTER_HOLD_GRACE
+from worker.settings import Settings
 from worker.store.gates import all_gates, locked_gate, save_gate
 from worker.tables import HELD_UNTIL, jobs, outputs
+
+WRITING_SECONDS = 30.0  # in which the end of any work is written
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,16 @@ class Patience:
     least: timedelta
     call: timedelta
     download: timedelta
+
+
+def patience(settings: Settings) -> Patience:
+    """How long work can take, with the time in which its end is written."""
+    lease = settings.recovery_seconds + WRITING_SECONDS
+    return Patience(
+        least=timedelta(seconds=settings.poll_min),
+        call=timedelta(seconds=settings.sd_api_timeout + lease),
+        download=timedelta(seconds=settings.output_timeout + lease),
+    )
 
 
 _SEEN = (jobs.c.id, jobs.c.status, jobs.c.due_at, jobs.c.asked_at, jobs.c.held_at, jobs.c.claim_token)
