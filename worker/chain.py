@@ -23,7 +23,7 @@ from worker.learner import read_models
 from worker.overview import HEALTHY_SECONDS, AccountState, account_states
 from worker.process_id import fate
 from worker.settings import Settings
-from worker.shared_budget import Peek
+from worker.shared_budget import Peek, SharedBudget
 from worker.store.claims import Level, waiting_levels
 from worker.store.gates import all_gates, last_asked
 from worker.store.holds import patience
@@ -115,6 +115,12 @@ def chain(facts: Facts, peek: Peek | None) -> tuple[list[Step], str]:
     steps += [_output(facts, output) for output in facts.outputs]
     steps += _webhooks(facts)
     return steps, next((step.advice for step in steps if step.advice is not None), _rest(facts))
+
+
+def chain_with_budget(facts: Facts, budget: SharedBudget) -> tuple[list[Step], str]:
+    """The chain of a job, and what to do. It looks into Redis, so after the transaction: no network inside of one."""
+    peeks = budget.peek({facts.job.account: facts.rate}) if facts.job.due_at is not None else {}
+    return chain(facts, peeks.get(facts.job.account))
 
 
 def _rest(facts: Facts) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import SecretStr
 from sqlalchemy import Connection, Engine, Row
 
-from worker.chain import Step, chain, read_facts
+from worker.chain import Step, chain_with_budget, read_facts
 from worker.core.answers import Answer, answers
 from worker.core.gate import Gate
 from worker.database import connected, database_now, engine_for
@@ -83,9 +83,7 @@ class Reading:
             believed = belief(connection, job)
             said = why(connection, job, outputs, settings)
             facts = read_facts(connection, job, outputs, events, settings)
-        # Redis is looked into after the transaction: no network inside of one.
-        peeks = _budget(settings.redis).peek({job.account: facts.rate}) if job.due_at is not None else {}
-        steps, advice = chain(facts, peeks.get(job.account))
+        steps, advice = chain_with_budget(facts, _budget(settings.redis))
         return JobPage(
             job=job,
             why=said,

@@ -9,13 +9,13 @@ import click
 
 from worker.cli.output import JOB_COLUMNS, json_option, plain, print_json, print_table
 from worker.core.lifecycle import JOB_STATES
+from worker.core.spans import UNITS
 from worker.database import connected, database_now, engine_for
 from worker.enqueue import lookup_id
 from worker.settings import load
 from worker.store.search import JobFilter, matching
 
 LISTED = ("id", "remote_id", "account", "kind", "status", "polls", "submitted_at", "reference", "error_code")
-UNITS = {"s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0}
 AGE = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import click
 from sqlalchemy import Connection
 
-from worker.chain import Facts, chain, read_facts
+from worker.chain import Facts, chain_with_budget, read_facts
 from worker.cli.act import target_options, targets
 from worker.cli.output import (
     EVENT_COLUMNS,
@@ -91,9 +91,7 @@ def _document(connection: Connection, job_id: int, settings: Settings) -> tuple[
 
 
 def _with_chain(document: dict[str, Any], facts: Facts, budget: SharedBudget) -> dict[str, Any]:
-    """Redis is looked into after the transaction: no network inside of one."""
-    peek = budget.peek({facts.job.account: facts.rate}) if facts.job.due_at is not None else {}
-    steps, advice = chain(facts, peek.get(facts.job.account))
+    steps, advice = chain_with_budget(facts, budget)
     return document | {"chain": [{name: getattr(step, name) for name in CHAIN} for step in steps], "advice": advice}
 
 
