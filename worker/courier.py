@@ -19,12 +19,14 @@ class Courier:
     def __init__(self) -> None:
         self._queue: Queue[tuple[str, Callable[[], object]]] = Queue(MOST)
         self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
 
     def send(self, what: str, work: Callable[[], object]) -> None:
-        """Has something sent soon. Only for the one thread that runs the show."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="courier", daemon=True)
-            self._thread.start()
+        """Send something soon, from the courier's thread. May be called from any thread."""
+        with self._starting:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="courier", daemon=True)
+                self._thread.start()
         try:
             self._queue.put_nowait((what, work))
         except Full:

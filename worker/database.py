@@ -52,6 +52,15 @@ _engines_lock = threading.Lock()
 _clock: Callable[[], datetime] | None = None
 
 
+def _new_engines_lock() -> None:
+    """In a forked child: a thread that held the lock in the parent is not there to release it."""
+    global _engines_lock
+    _engines_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_new_engines_lock)
+
+
 def engine_for(url: URL) -> Engine:
     """This process's engine for `url`. A forked child gets one of its own: sharing a connection would mix up rows."""
     key = (os.getpid(), url.render_as_string(hide_password=False))

@@ -105,8 +105,8 @@ class Downloader:
         self._look_elsewhere_at = 0.0
         self._pause = pause
         self._cleaned_at = time.monotonic()
-        with suppress(StorageTrouble):  # every attempt says so again
-            storage.prepare()
+        self._preparing = threading.Lock()
+        self._prepared = False
 
     def run(self, output_id: int) -> str:
         """Stores one output, if there is something to do; what happened, in a few words.
@@ -114,6 +114,7 @@ class Downloader:
         Raises what the database raises where it is away. What came of an attempt is kept then, and written first the
         next time: a claim that nobody ends would have its lease renewed for as long as this process has work.
         """
+        self._prepare_storage()
         self._remove_stale()
         with self._leases:
             self._release_lost()
@@ -372,6 +373,14 @@ class Downloader:
             "output not stored output=%s code=%s outcome=%s reason=%s", output.id, result.code, verb, result.message
         )
         return f"{verb}: {result.code}"
+
+    def _prepare_storage(self) -> None:
+        """Prepare the storage once, before the first download; it may ask a server, so not while the process starts."""
+        with self._preparing:
+            if not self._prepared:
+                with suppress(StorageTrouble):  # every attempt says so again
+                    self._storage.prepare()
+                self._prepared = True
 
     def _remove_stale(self) -> None:
         if time.monotonic() - self._cleaned_at < STALE_EVERY_SECONDS:

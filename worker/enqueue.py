@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from functools import cache
 from typing import Any, BinaryIO, Protocol
 from zlib import crc32
 
@@ -22,6 +21,7 @@ from worker.core.webhook import checked_url
 from worker.database import connected, database_now, engine_for
 from worker.errors import JobNotFound, NotTrackable, OutputMissing, WaitTimeout
 from worker.learner import FRESH_SECONDS, read_models
+from worker.once import locked_cache
 from worker.scrubber import Scrubber
 from worker.settings import Settings, load
 from worker.store import jobs as store
@@ -553,12 +553,12 @@ def _on_done(value: str, settings: Settings) -> str:
 # ── helpers of the door itself ────────────────────────────────────────────────────────────────────────────────────────
 
 
-@cache
+@locked_cache
 def _settings() -> Settings:
     return load()
 
 
-@cache
+@locked_cache
 def _wake_ups(redis_url: str) -> WakeUps:
     return WakeUps(redis_url)
 

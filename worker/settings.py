@@ -23,6 +23,7 @@ from worker.core.pace import Pace, Policy
 from worker.core.spans import seconds_of
 from worker.core.webhook import secret_bytes
 from worker.errors import NotTrackable, SettingsError
+from worker.once import locked_property
 
 STATE_FOLDER = Path("var")
 EMBEDDED_SOCKET = STATE_FOLDER / "redis.sock"
@@ -42,7 +43,13 @@ DOTENV_SWITCH = "FETCH_WORKER_DOTENV"  # "off": `up` and `demo` hand their proce
 class Settings(BaseSettings):
     """Every setting, under its environment variable's name in lower case. Seconds and bytes where a unit is missing."""
 
-    model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True, env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+        env_ignore_empty=True,
+        ignored_types=(locked_property,),
+    )
 
     database_url: str = "sqlite:///var/worker.db"
     redis_url: str | None = None
@@ -246,7 +253,7 @@ class Settings(BaseSettings):
         drivers = {"sqlite": "sqlite", "mysql": "mysql+pymysql", "mariadb": "mariadb+pymysql"}
         return url.set(drivername=drivers.get(url.get_backend_name(), "postgresql+psycopg"))
 
-    @cached_property
+    @locked_property
     def redis(self) -> str:
         """Where Redis is: as set, else the embedded server of this directory if it answers, else the standard place."""
         if self.redis_url:

@@ -1,9 +1,10 @@
 """Which storage there is, by the settings and by what a location says."""
 
-from functools import cache
+import os
 from pathlib import Path
 
 from worker.errors import StorageTrouble
+from worker.once import locked_cache
 from worker.partials import Partials
 from worker.settings import STATE_FOLDER, Settings
 from worker.storage import FileStorage, Storage
@@ -14,21 +15,21 @@ def storage_for(settings: Settings) -> Storage:
     if settings.storage_path is not None:
         return FileStorage(settings.storage_path, address=settings.storage_address or None)
     bucket, prefix = settings.bucket or ("", "")
-    return _s3(bucket, prefix, settings.partial_path)
+    return _s3(bucket, prefix, settings.partial_path, os.getpid())
 
 
 def storage_of(location: str, settings: Settings) -> Storage:
     """What can read a location, whatever the settings say of new ones. Raises SettingsError, StorageTrouble."""
     if location.startswith("s3:"):
         bucket, prefix = settings.bucket or (location.removeprefix("s3://").partition("/")[0], "")
-        return _s3(bucket, prefix, settings.partial_path)
+        return _s3(bucket, prefix, settings.partial_path, os.getpid())
     if location.startswith("file:"):
         return FileStorage(settings.storage_path or STATE_FOLDER, address=settings.storage_address or None)
     raise StorageTrouble(f"nothing can read {location[:200]}")
 
 
-@cache
-def _s3(bucket: str, prefix: str, partials: Path) -> Storage:
+@locked_cache
+def _s3(bucket: str, prefix: str, partials: Path, pid: int) -> Storage:
     """One per process: each has a client of its own, which takes long to make, and connections to keep."""
     from worker.s3 import S3Storage  # an extra: whoever stores files needs none of it
 

@@ -4,9 +4,8 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from datetime import timedelta
-from functools import cached_property
 from typing import Any
 
 from celery.exceptions import Reject
@@ -18,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from worker import enqueue
 from worker.addresses import Guard, guarded_adapter
-from worker.app import DOWNLOADS, HINT_EXPIRES_SECONDS, app, settings
+from worker.app import DOWNLOADS, HINT_EXPIRES_SECONDS, POLLS, app, settings
 from worker.core import gate as gates
 from worker.core.submission import submission
 from worker.courier import Courier
@@ -28,6 +27,7 @@ from worker.errors import NotTrackable, Unavailable, WorkerError
 from worker.hosted_api import HostedApi
 from worker.leases import LeaseKeeper
 from worker.notifier import tell
+from worker.once import locked_property
 from worker.poller import IN_FLIGHT, Poller, PollReport, Progress
 from worker.process_id import dead
 from worker.pruner import Retention
@@ -55,31 +55,33 @@ SAMPLE_AGAIN = timedelta(seconds=10)
 TAKEN_WITHIN = timedelta(seconds=5)  # a message that left its queue is claimed within it, or was lost
 
 
-class Parts:
-    """What the tasks of one process share. Made when first needed, after any fork, never handed to a child."""
+class ProcessResources:
+    """What the tasks of one process share. A forked child makes its own.
+
+    A worker process makes what its queues need as it starts (`make_for`). Anywhere else (`task.apply()`, a shell) each
+    resource is made on first use, by one thread while the others wait.
+    """
 
     def __init__(self) -> None:
-        # What was imported stays for ever: looking through it again and again took a tenth of all processor time.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(*GARBAGE_THRESHOLDS)
+        self.stopping = threading.Event()  # set when the worker shuts down: nothing new is begun
+        self._release_lock = threading.Lock()
 
-    @cached_property
+    @locked_property
     def engine(self) -> Engine:
         """This process's engine."""
         return engine_for(settings.database)
 
-    @cached_property
+    @locked_property
     def scrubber(self) -> Scrubber:
         """Takes the keys out of texts."""
         return Scrubber(settings.secret_texts)
 
-    @cached_property
+    @locked_property
     def leases(self) -> LeaseKeeper:
         """Holds this process's claims."""
         return LeaseKeeper(self.engine, lease=timedelta(seconds=settings.recovery_seconds))
 
-    @cached_property
+    @locked_property
     def api(self) -> HostedApi:
         """The hosted API; mount an adapter of your own on `parts().api.session` if you must."""
         return HostedApi(
@@ -91,7 +93,7 @@ class Parts:
             proxy=settings.proxy,
         )
 
-    @cached_property
+    @locked_property
     def poller(self) -> Poller:
         """Polls, and listens for wake-ups."""
         poller = Poller(
@@ -107,14 +109,16 @@ class Parts:
             tell=lambda ids: self.courier.send("on_done", lambda: self.tell(ids)) if ids else None,
         )
         listen(settings.redis, poller.wake)
+        if self.stopping.is_set():
+            poller.stop()
         return poller
 
-    @cached_property
+    @locked_property
     def courier(self) -> Courier:
         """Sends messages, so that no poll run waits for a broker that is slow or away."""
         return Courier()
 
-    @cached_property
+    @locked_property
     def downloader(self) -> Downloader:
         """Downloads."""
         guard = Guard(settings.allowed_networks)
@@ -132,7 +136,7 @@ class Parts:
             per_host=settings.downloads_per_host,
         )
 
-    @cached_property
+    @locked_property
     def webhooks(self) -> Webhooks:
         """Tells receivers of final jobs."""
         guard = Guard(settings.webhook_networks)
@@ -145,13 +149,35 @@ class Parts:
             secrets=settings.webhook_secrets,
         )
 
+    def make_for(self, queues: Container[str]) -> None:
+        """Make what the tasks on these queues need, before the first task comes. No server is asked for anything."""
+        # What was imported stays for ever: looking through it again and again took a tenth of all processor time.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GARBAGE_THRESHOLDS)
+        if POLLS in queues:
+            _ = self.poller, self.courier
+            if settings.webhook_secrets:
+                _ = self.webhooks
+        if DOWNLOADS in queues:
+            _ = self.downloader
+
+    def stop(self) -> None:
+        """Begin nothing new. Safe in a signal handler: it makes nothing."""
+        self.stopping.set()
+        poller = self.__dict__.get("poller")  # one that is being made just now looks at `stopping` itself
+        if poller is not None:
+            poller.stop()
+
     def look_back(self) -> None:
-        """Once, before anything is claimed: a claim of what a dead process held would hide that it died."""
-        if not self._looked_back:
+        """Release what dead processes held, once, before anything is claimed: a new claim would hide the crash."""
+        with self._release_lock:
+            if self._looked_back:
+                return
             with self.engine.begin() as connection:
                 freed = _freed(connection)
             self._looked_back = True
-            _say(freed)
+        _say(freed)
 
     swept_at = 0.0
     sample_at = 0.0
@@ -165,19 +191,32 @@ class Parts:
         _softly("on_done", lambda: tell(self.engine, _send_on_done, job_ids))
 
 
-_parts: dict[int, Parts] = {}
-_parts_lock = threading.Lock()
 _pruning = threading.Lock()
 
 
-def parts() -> Parts:
-    """This process's parts."""
+_parts: dict[int, ProcessResources] = {}  # by process id: a forked child finds none of its own, and makes them
+_parts_lock = threading.RLock()  # a signal handler may come while its own thread holds it
+
+
+def parts() -> ProcessResources:
+    """Return the resources of this process."""
     pid = os.getpid()
-    with _parts_lock:
-        found = _parts.get(pid)
-        if found is None:
-            found = _parts[pid] = Parts()
-        return found
+    found = _parts.get(pid)
+    if found is None:
+        with _parts_lock:
+            found = _parts.get(pid)
+            if found is None:
+                found = _parts[pid] = ProcessResources()
+    return found
+
+
+def _new_parts_lock() -> None:
+    """In a forked child: a thread that held the lock in the parent is not there to release it."""
+    global _parts_lock
+    _parts_lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_new_parts_lock)
 
 
 def queue_downloads(output_ids: Sequence[int]) -> None:
@@ -286,7 +325,7 @@ def _say(freed: Released) -> None:
         log.error("set aside, its processes died again and again jobs=%s outputs=%s", freed.jobs, freed.outputs)
 
 
-def _sample(own: Parts) -> None:
+def _sample(own: ProcessResources) -> None:
     """Writes the minute's line of history, in a transaction of its own: trouble with it hurts no sweep."""
     if time.monotonic() < own.sample_at:
         return
@@ -323,7 +362,7 @@ def run_prune() -> str:
     own = parts()
     try:
         done = prune_jobs(
-            own.engine, settings, wanted, go_on=lambda: time.monotonic() < until and not own.poller.stopped
+            own.engine, settings, wanted, go_on=lambda: time.monotonic() < until and not own.stopping.is_set()
         )
     except SQLAlchemyError as error:
         log.error("pruning waits for the database reason=%s", reason(error))
@@ -400,7 +439,7 @@ def retry(job_id: int) -> str:
 def poll(self: Any) -> str:
     """Claims and asks until nothing is due for a second, then publishes its successor."""
     said = run_polls(progress=ProgressEvents(self.request))
-    if said != "a run is on already" and not parts().poller.stopped:
+    if said != "a run is on already" and not parts().stopping.is_set():
         _softly("poll", lambda: poll.apply_async(expires=HINT_EXPIRES_SECONDS))
     return said
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from celery import bootsteps
-from celery.signals import worker_init, worker_shutting_down
+from celery.signals import worker_init, worker_process_init, worker_shutting_down
 from celery.utils.log import get_logger
 
 from worker.app import POLLS, app, settings
@@ -47,7 +47,8 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
         super().__init__(worker, **options)
 
     def start(self, worker: Any) -> None:
-        """Ticks, in a worker that consumes polls."""
+        """Make the resources of this process; tick, in a worker that consumes polls."""
+        make_resources()
         if POLLS not in worker.app.amqp.queues.consume_from:
             return
         parts().ticks = True
@@ -161,7 +162,13 @@ def _check_schema(**_: object) -> None:
 
 @worker_shutting_down.connect(weak=False)  # type: ignore[untyped-decorator]  # celery has no types
 def _stop_claiming(**_: object) -> None:
-    parts().poller.stop()
+    parts().stop()
+
+
+@worker_process_init.connect(weak=False)  # type: ignore[untyped-decorator]  # celery has no types
+def make_resources(**_: object) -> None:
+    """Make what this process needs, in each child of a prefork pool too, before the first task runs."""
+    parts().make_for(app.amqp.queues.consume_from)
 
 
 app.steps["worker"].add(Ticker)

@@ -87,6 +87,17 @@ watchdog = Watchdog()
 _call = threading.local()
 
 
+def _forget_parent() -> None:
+    """In a forked child: forget the parent's calls and look-ups, whose threads and sockets are not the child's."""
+    global watchdog, _look_ups_lock
+    watchdog = Watchdog()
+    _look_ups_lock = threading.Lock()
+    _look_ups.clear()
+
+
+os.register_at_fork(after_in_child=_forget_parent)
+
+
 class TimeLimit:
     """All connections that this thread uses inside are given up `seconds` after it was entered."""
 

@@ -63,7 +63,7 @@ class Webhooks:
         self._clock = clock
         self._ahead = 0.0  # the database's clock, which signs, before that one: a host's own may be wrong
         self._session = lean_session(adapter)
-        self._threads: ThreadPoolExecutor | None = None
+        self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="webhook")  # starts none before the first call
         self._under_way: dict[Future[None], ClaimedEvent] = {}  # single operations on it need no lock
         self._astray = threading.Event()  # some claim may be left that nobody ends
 
@@ -120,8 +120,6 @@ class Webhooks:
                 continue
             busy[receiver] += 1
             free -= 1
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="webhook")
             begun = self._threads.submit(self._deliver, event)
             self._under_way[begun] = event
             begun.add_done_callback(self._over)
