@@ -88,6 +88,7 @@ class Timed:
     def __init__(self, engine): self.engine = engine
     def begin(self): return Begun(self.engine.begin())
     def connect(self): return Begun(self.engine.connect())
+parts().make_for({"fetch-worker.polls"})  # as a worker does when it starts
 poller = parts().poller
 poller._engine, poller._claims = Timed(poller._engine), Timed(poller._claims)
 poller._recorder._batches = Timed(poller._recorder._batches)
