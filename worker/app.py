@@ -60,6 +60,7 @@ def make_app(settings: Settings) -> Celery:
         worker_enable_prefetch_count_reduction=False,
         worker_disable_prefetch=settings.broker.startswith(("redis", "rediss")),
         worker_send_task_events=True,
+        worker_consumer="worker.message_guard:GuardedConsumer",
         worker_hijack_root_logger=True,
         worker_redirect_stdouts=False,
         broker_connection_retry_on_startup=True,
