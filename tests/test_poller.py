@@ -570,7 +570,7 @@ def test_given_an_answer_that_no_statement_can_write_when_it_is_in_a_batch_then_
 
     def spoilt(one: Any, *arguments: Any, **options: Any) -> Any:
         made = outcome(one, *arguments, **options)
-        return replace(made, note="no text\x00") if one.job.remote_id == remote_ids[7] else made
+        return made._replace(note="no text\x00") if one.job.remote_id == remote_ids[7] else made
 
     monkeypatch.setattr(polls.poller._recorder, "_outcome", spoilt)
     polls.until(lambda: all(polls.row(job).status != "pending" for job in ids))

@@ -6,8 +6,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from typing import NamedTuple
 
 from worker.core.reply import ApiDown, Reply
 from worker.store.claims import ClaimedJob
@@ -15,8 +15,7 @@ from worker.store.claims import ClaimedJob
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(NamedTuple):
     """An answer: what was asked, when by the monotonic clock, and whether the call was a probe."""
 
     job: ClaimedJob
@@ -25,8 +24,7 @@ class Asked:
     sent: float
 
 
-@dataclass(frozen=True, slots=True)
-class _ToAsk:
+class _ToAsk(NamedTuple):
     job: ClaimedJob
     moment: float
     probe: bool

@@ -9,7 +9,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, Engine
@@ -219,7 +219,7 @@ class Recorder:
         model = self._learner.model(job.account, job.kind)
         plan = self._pace.next(waiting, model, spread=self._random.random())
         if isinstance(reply, ApiDown):
-            plan = replace(plan, wait=max(plan.wait, TROUBLE_WAIT * (1 + self._random.random())))
+            plan = plan._replace(wait=max(plan.wait, TROUBLE_WAIT * (1 + self._random.random())))
         return Outcome(job, step, step.note, plan, not_ready, eta)
 
     def _move_gates(

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -35,13 +35,13 @@ def polled(draw: Draw, *, jobs: int, taught: int, seed: int, pace: Pace = PACE) 
         age = pace.first(job, model, spread=dice.random()).wait
         for _ in range(200):
             if number >= taught and job.seen <= look < age:
-                seen_then = replace(job, age=look, left=DEADLINE - look)
+                seen_then = job._replace(age=look, left=DEADLINE - look)
                 told.append(Told(progress("pending", seen_then, model), duration - look))
             ready = age >= duration
-            model.observe(replace(job, age=age), ready, age)
+            model.observe(job._replace(age=age), ready, age)
             if ready or age > DEADLINE:
                 break
-            job = replace(job, age=age, seen=age)
+            job = job._replace(age=age, seen=age)
             age += pace.next(job, model, spread=dice.random()).wait
         if ready:
             model.note(job)

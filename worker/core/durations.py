@@ -183,28 +183,32 @@ class Clock:
 
     def observe(self, seen: float, age: float, ready: bool) -> float:
         """Learns from an answer: not ready at `seen`, ready or not at `age`. How likely it was, as a logarithm."""
-        pieces = [(at, length, self.hazard(at)) for at, length in _pieces(seen, age)]
-        total = sum(length * hazard for _, length, hazard in pieces)
+        ended, time, base, pull = self.ended, self.time, self._base, self._pull
+        touched, faded, jobs = self._touched, self._faded, self._jobs
+        pieces: list[tuple[int, float, float]] = []
+        total = 0.0
+        for at, length in _pieces(seen, age):
+            hazard = (ended[at] + base[at]) / (time[at] + pull[at])
+            pieces.append((at, length, hazard))
+            total += length * hazard
+            # Old evidence makes room as new evidence comes.
+            by_jobs, by_passes = (jobs - touched[at]) / FORGET_JOBS, length / WIDTHS[at] / FORGET_PASSES
+            fading = by_jobs if by_jobs < by_passes else by_passes
+            keep = 1.0 - fading if fading < 1.0 else 0.0
+            touched[at] = jobs
+            ended[at] *= keep
+            time[at] *= keep
+            faded[at] *= keep
         chance = max(-math.expm1(-total), LEAST_CHANCE)
-        for at, length, _ in pieces:
-            self._fade(at, length)
         if ready and pieces:
             self.delay = age - seen - self._spread(pieces, math.exp(-total), 1 / chance)
             self.note(seen, age)
             self._follow()
         else:
             for at, length, _ in pieces:
-                self.time[at] += length
+                time[at] += length
         self._jobs += 1.0 if ready else chance
         return math.log(chance) if ready else -total
-
-    def _fade(self, at: int, length: float) -> None:
-        """Old evidence makes room as new evidence comes."""
-        keep = 1.0 - min((self._jobs - self._touched[at]) / FORGET_JOBS, length / WIDTHS[at] / FORGET_PASSES, 1.0)
-        self._touched[at] = self._jobs
-        self.ended[at] *= keep
-        self.time[at] *= keep
-        self._faded[at] *= keep
 
     def note(self, seen: float, age: float) -> None:
         """Takes a job that ended between two ages into mean and variance."""

@@ -59,6 +59,11 @@ class Strikes:
     empty: int = 0
     last: datetime | None = None
 
+    def forgiven(self) -> "Strikes":
+        """Return these strikes with every count at zero; `last` stays."""
+        counted = self.failed or self.unknown or self.error or self.empty
+        return Strikes(last=self.last) if counted else self
+
 
 class JobFacts(NamedTuple):
     """What a decision about a job needs to know. `last_hold_end`: when its account or host was last let go.
@@ -73,8 +78,7 @@ class JobFacts(NamedTuple):
     last_hold_end: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class AskAgain:
+class AskAgain(NamedTuple):
     """The job stays as it is and is asked again. `note` says in a word what the answer was."""
 
     strikes: Strikes
@@ -126,7 +130,7 @@ def after_answer(job: JobFacts, reply: Reply, *, now: datetime, least: timedelta
         case AnotherJob() | Odd():
             return _unless_late(job, replace(job.strikes, error=0), note_of(reply), now)
         case Processing():
-            return _unless_late(job, Strikes(last=job.strikes.last), "processing", now)
+            return _unless_late(job, job.strikes.forgiven(), "processing", now)
         case _:
             return _strike(job, reply, now, least)
 

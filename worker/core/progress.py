@@ -5,7 +5,7 @@ said so. Of a kind that nobody has seen yet, the scale-free prior is told, whose
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from worker.core.durations import OLDEST
@@ -56,7 +56,7 @@ def progress(status: str, job: Waiting, model: Model) -> Progress:
         median_seconds=_within(job, curve.quantile(job, 0.5)),
         p90_seconds=_within(job, curve.quantile(job, 0.9)),
         phase="waiting",
-        fraction=WAITING_PART * curve.chance(replace(job, seen=0.0), job.age),
+        fraction=WAITING_PART * curve.chance(job._replace(seen=0.0), job.age),
     )
 
 

@@ -42,7 +42,7 @@ class NewJob:
     deadline_at: datetime
     due_at: datetime
     outputs: tuple[Link, ...] = ()
-    plan: Plan = Plan(0.0)  # noqa: RUF009  # frozen
+    plan: Plan = Plan(0.0)  # noqa: RUF009  # a tuple
     webhook_url: str | None = None
 
     @property

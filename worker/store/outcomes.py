@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from sqlalchemy import Connection, delete, select, update
 
@@ -31,14 +31,13 @@ from worker.tables import bodies, jobs, outputs
 RENEWAL_WAIT = timedelta(hours=1)  # how long an output waits for its fresh link before it is tried as it is
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What an answer led to; for a job that is asked again, when, and whether the answer said that it is not ready."""
 
     job: ClaimedJob
     step: Step
     note: str
-    plan: Plan = Plan(0.0)  # noqa: RUF009  # frozen
+    plan: Plan = Plan(0.0)
     not_ready: bool = False
     eta: float | None = None  # a new one, where the answer brought it
     delay: float | None = None  # seconds from ready to seen, where it is ready, as far as can be told
