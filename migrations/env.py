@@ -6,12 +6,12 @@ from sqlalchemy.sql.schema import SchemaItem
 
 from worker.database import make_engine
 from worker.settings import load
-from worker.tables import VERSION_TABLE, metadata
+from worker.tables import MYSQL_ONLY, VERSION_TABLE, metadata
 
 
 def ours(item: SchemaItem, name: str | None, kind: str, reflected: bool, compare_to: SchemaItem | None) -> bool:
-    """Whether a table is ours to look at: an app's own tables in the same database are not."""
-    return kind != "table" or name in metadata.tables
+    """Whether Alembic compares this: not an app's own tables, nor what is only on MariaDB and MySQL."""
+    return name in metadata.tables if kind == "table" else name not in MYSQL_ONLY
 
 
 def run(connection: Connection) -> None:

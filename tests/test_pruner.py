@@ -188,8 +188,10 @@ def test_all_that_belongs_to_a_job_goes_with_it_and_totals_stay(engine: Engine, 
 def test_so_many_and_no_more(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest first; a look counts what would go, and takes nothing."""
     monkeypatch.setattr(pruner, "BATCH", 2)
+    monkeypatch.setattr(pruner, "LOOK_IDS", 2)
     ids = [_finished(engine, str(number), 40 * DAY) for number in range(5)]
 
+    assert look(engine, _wanted()).jobs == 5
     assert look(engine, _wanted(limit=3)).jobs == 3
     assert _there(engine) == ids
     assert _at_once(engine, settings, _wanted(limit=3)).jobs == 3

@@ -26,11 +26,13 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    literal_column,
     text,
 )
 from sqlalchemy.dialects import mysql
 
 VERSION_TABLE = "fetch_worker_version"
+MYSQL_FAMILY = frozenset({"mysql", "mariadb"})  # the names of their dialects
 HELD_UNTIL = datetime(9999, 1, 1, tzinfo=UTC)  # when a job is due that an operator holds
 
 
@@ -42,7 +44,7 @@ class UtcDateTime(TypeDecorator[datetime]):
 
     def load_dialect_impl(self, dialect: Dialect) -> Any:
         """Microseconds also on MySQL and MariaDB, where seconds are the default."""
-        if dialect.name in ("mysql", "mariadb"):
+        if dialect.name in MYSQL_FAMILY:
             return dialect.type_descriptor(mysql.DATETIME(fsp=6))
         return dialect.type_descriptor(DateTime(timezone=True))
 
@@ -173,6 +175,12 @@ jobs = Table(
     ),
     sqlite_autoincrement=True,  # ids are never used twice: files are named after them
 )
+
+# MariaDB and MySQL have no partial indexes. There this generated column holds the account of each job that has a due
+# time, and is NULL for all others, so that its index leaves out the jobs at rest. No other database has the column, and
+# nothing writes it, so it is no part of the table above.
+WAITING_ACCOUNT = literal_column("fetch_jobs.waiting_account", String(64))
+MYSQL_ONLY = frozenset({"waiting_account", "ix_fetch_jobs_waiting"})
 
 outputs = Table(
     "fetch_outputs",

@@ -8,6 +8,7 @@ from sqlalchemy import Engine, delete, insert, select, update
 
 from tests.rows import NOW, add_downloading, add_job, add_output, seconds
 from worker.store import search as module
+from worker.store.jobs import first_tracked
 from worker.store.search import (
     JobFilter,
     count_matching,
@@ -152,9 +153,9 @@ def test_the_first_job_of_a_time_is_found_among_ids_with_gaps(engine: Engine, no
         for minute in (-1, 0, 4.5, 5, 10, 16, 17, 29, 29.5, 31, 38, 39):
             moment = NOW + timedelta(minutes=minute)
             expected = min(job_id for job_id, tracked_at in left if tracked_at >= moment)
-            first = module._first_tracked(connection, moment)
+            first = first_tracked(connection, moment)
             assert next(job_id for job_id, _ in left if job_id >= first) == expected
-        assert module._first_tracked(connection, NOW + timedelta(minutes=40)) > ids[-1]
+        assert first_tracked(connection, NOW + timedelta(minutes=40)) > ids[-1]
 
 
 def test_a_job_that_was_tracked_long_after_its_submission_is_found_by_its_submission(engine: Engine, now: None) -> None:

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, bindparam, case, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, and_, bindparam, case, func, insert, or_, select, update
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from worker.core.fetch_address import FetchAddress
@@ -15,14 +15,16 @@ from worker.core.lifecycle import FINAL_STATES, PRUNED
 from worker.core.links import Link
 from worker.core.pace import Plan
 from worker.store.batch import folded, unfolded
+from worker.store.times import HAS_DUE_TIME
 from worker.store.totals import Tally
-from worker.tables import bodies, jobs, outputs
+from worker.tables import MYSQL_FAMILY, WAITING_ACCOUNT, bodies, jobs, outputs
 
 MAX_ID = 2**63 - 1  # what the databases' integers hold
 INSERT_ROWS = 500  # one statement's worth; every database takes that many parameters
 FOLDED_ROWS = 5_000  # the same where all rows are one parameter
 NUDGED_MOST = 100  # a reference that more jobs share says little about any of them
 SAME_JOB = ("account", "fetch_base", "remote_id")
+OUT_OF_ORDER = timedelta(minutes=10)  # how long a slow transaction may hold back its commit
 IDENTITY = (jobs.c.account, jobs.c.fetch_base, jobs.c.remote_id)
 
 
@@ -227,19 +229,52 @@ def counts(connection: Connection) -> dict[str, int]:
     """
     rest = select(jobs.c.status, func.count()).where(jobs.c.status != "pending").group_by(jobs.c.status)
     found = {row[0]: row[1] for row in connection.execute(rest)}
-    due = select(func.count()).select_from(jobs).where(jobs.c.due_at.is_not(None))
+    due = select(func.count()).select_from(jobs).where(HAS_DUE_TIME)
     renewing = due.where(jobs.c.status == "downloading")
     pending = connection.execute(due).scalar_one() - connection.execute(renewing).scalar_one()
     return found | ({"pending": pending} if pending else {})
 
 
 def waiting_accounts(connection: Connection) -> list[str]:
-    """Accounts with jobs that wait for a request. It leaps from one to the next in the index."""
+    """Return the accounts that have jobs with a due time, in order. The query leaps through the index."""
+    query = _WAITING_ACCOUNTS_MYSQL if connection.dialect.name in MYSQL_FAMILY else _WAITING_ACCOUNTS
+    return sorted(set(connection.execute(query).scalars()))
+
+
+def _waiting_accounts() -> Select[Any]:
     waiting = jobs.c.due_at.is_not(None)
     first = select(func.min(jobs.c.account).label("account")).where(waiting).cte("accounts", recursive=True)
     following = select(func.min(jobs.c.account)).where(waiting, jobs.c.account > first.c.account).scalar_subquery()
     accounts = first.union_all(select(following).where(first.c.account.is_not(None)))
-    return list(connection.execute(select(accounts.c.account).where(accounts.c.account.is_not(None))).scalars())
+    return select(accounts.c.account).where(accounts.c.account.is_not(None))
+
+
+_WAITING_ACCOUNTS = _waiting_accounts()
+_WAITING_ACCOUNTS_MYSQL = (  # grouped by all these columns the server reads one entry of the index per group
+    select(WAITING_ACCOUNT, jobs.c.priority, jobs.c.fetch_host, func.min(jobs.c.due_at))
+    .where(HAS_DUE_TIME)
+    .group_by(WAITING_ACCOUNT, jobs.c.priority, jobs.c.fetch_host)
+)
+
+
+def first_tracked(connection: Connection, moment: datetime) -> int:
+    """Return about the first id of the jobs tracked at this moment or later. Halving the ids reads a few rows.
+
+    Ids follow the time of tracking, but a slow transaction may be out of order by up to `OUT_OF_ORDER`.
+    """
+    low, last = connection.execute(select(func.min(jobs.c.id), func.max(jobs.c.id))).one()
+    if last is None:
+        return 0
+    high = int(last) + 1
+    while low < high:
+        middle = (low + high) // 2
+        following = select(jobs.c.id, jobs.c.tracked_at).where(jobs.c.id >= middle).order_by(jobs.c.id).limit(1)
+        row = connection.execute(following).one_or_none()
+        if row is not None and row.tracked_at < moment:
+            low = row.id + 1
+        else:
+            high = middle
+    return int(low)
 
 
 def seen_durations(connection: Connection, *, limit: int) -> list[tuple[float, float | None, str, float | None]]:

@@ -6,11 +6,12 @@ its job can't be taken up again. So a file never goes while its row says that it
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row, delete, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, func, or_, select, update
 
 from worker.core.lifecycle import FINAL_STATES, PRUNED
+from worker.store.jobs import OUT_OF_ORDER, first_tracked
 from worker.tables import crashes, events, jobs, outputs
 
 MESSAGE = "its job is pruned, its file is being removed"
@@ -34,23 +35,53 @@ def window(
     return old, None if over else found[-1].id
 
 
-def prunable(connection: Connection, ids: Sequence[int], status: str, *, cutoff: datetime) -> list[int]:
-    """Those of the jobs that are finished for so long, and of which everybody was told who is to be told."""
-    found = list(connection.execute(_finished(ids, status, cutoff)).scalars())
-    return _delivered(connection, found)
+class Prunable(NamedTuple):
+    """How many jobs can be pruned, their outputs, how many of these have a file, and the bytes of the files."""
+
+    jobs: int
+    outputs: int
+    files: int
+    bytes: int
+
+
+def id_windows(connection: Connection, *, cutoff: datetime, width: int) -> list[tuple[int, int]]:
+    """Return first and last ids of windows that hold every job tracked before `cutoff`, `width` ids in each."""
+    lowest = connection.execute(select(func.min(jobs.c.id))).scalar()
+    end = first_tracked(connection, cutoff + OUT_OF_ORDER)
+    return [] if lowest is None else [(first, first + width - 1) for first in range(lowest, end, width)]
+
+
+def count_prunable(
+    connection: Connection, status: str, *, first: int, last: int, cutoff: datetime, limit: int | None
+) -> Prunable:
+    """Count the jobs in this state with ids from `first` to `last` that ended before `cutoff` and can be pruned.
+
+    At most `limit` jobs are counted, the lowest ids first.
+    """
+    undelivered = exists().where(events.c.job_id == jobs.c.id, events.c.due_at.is_not(None))
+    old = _finished(jobs.c.id.between(first, last), status, cutoff).where(~undelivered).limit(limit).subquery()
+    theirs = and_(outputs.c.job_id == old.c.id, outputs.c.job_id.between(first, last))
+    counted = select(
+        func.count(old.c.id.distinct()),
+        func.count(outputs.c.id),
+        func.count(outputs.c.location),
+        func.coalesce(func.sum(outputs.c.size_bytes), 0),
+    ).select_from(old.outerjoin(outputs, theirs))
+    return Prunable(*map(int, connection.execute(counted).one()))
 
 
 def lock_prunable(connection: Connection, ids: Sequence[int], status: str, *, cutoff: datetime) -> list[int]:
-    """The same, locked. A job that somebody else has locked is left out."""
-    found = list(connection.execute(_finished(ids, status, cutoff).with_for_update(skip_locked=True)).scalars())
-    return _delivered(connection, found)  # after they are locked: from now on nobody makes an event of theirs
+    """Lock those of the jobs that can be pruned, and return their ids. A job that is locked already is left out."""
+    finished = _finished(jobs.c.id.in_(ids), status, cutoff).with_for_update(skip_locked=True)
+    locked = list(connection.execute(finished).scalars())
+    return _delivered(connection, locked)  # after they are locked: from now on nobody makes an event of theirs
 
 
-def _finished(ids: Sequence[int], status: str, cutoff: datetime) -> Any:
+def _finished(which: ColumnElement[bool], status: str, cutoff: datetime) -> Any:
     return (
         select(jobs.c.id)
         .where(
-            jobs.c.id.in_(ids),
+            which,
             jobs.c.status == status,
             jobs.c.completed_at < cutoff,
             or_(jobs.c.on_done.is_(None), jobs.c.told_at.is_not(None)),
@@ -70,13 +101,6 @@ def outputs_to_prune(connection: Connection, job_ids: Sequence[int]) -> list[Row
     """The outputs of these jobs: what is known of their files."""
     query = select(outputs.c.id, outputs.c.job_id, outputs.c.location, outputs.c.size_bytes)
     return list(connection.execute(query.where(outputs.c.job_id.in_(job_ids)).order_by(outputs.c.id)))
-
-
-def count_files(connection: Connection, job_ids: Sequence[int]) -> tuple[int, int, int]:
-    """How many outputs these jobs have, how many of them have a file, and the bytes of those."""
-    counted = select(func.count(), func.count(outputs.c.location), func.coalesce(func.sum(outputs.c.size_bytes), 0))
-    found = connection.execute(counted.where(outputs.c.job_id.in_(job_ids))).one()
-    return int(found[0]), int(found[1]), int(found[2])
 
 
 def mark(connection: Connection, job_ids: Sequence[int]) -> None:

@@ -16,12 +16,11 @@ from worker.core.lifecycle import FINAL_STATES, JOB_STATES
 from worker.database import database_now
 from worker.store.claims import Level, waiting_levels
 from worker.store.gates import all_gates
-from worker.store.jobs import waiting_accounts
+from worker.store.jobs import OUT_OF_ORDER, first_tracked, waiting_accounts
+from worker.store.times import HAS_DUE_TIME
 from worker.tables import HELD_UNTIL, jobs, outputs
 
 FEW = 5_000  # so many ids are a condition; more are not looked up
-OUT_OF_ORDER = timedelta(minutes=10)  # ids follow the time of tracking, but for transactions that took their time
-_WAITING = jobs.c.due_at.is_not(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +157,7 @@ def _ready(connection: Connection, wanted: JobFilter | Search) -> Search:
 
 def _in_state(state: str) -> tuple[ColumnElement[bool], ...]:
     # What is pending is due, as they all are: said, so that an index of such jobs serves.
-    return (jobs.c.status == state, *((_WAITING,) if state == "pending" else ()))
+    return (jobs.c.status == state, *((HAS_DUE_TIME,) if state == "pending" else ()))
 
 
 def _same(wanted: JobFilter) -> list[ColumnElement[bool]]:
@@ -184,33 +183,16 @@ def _same(wanted: JobFilter) -> list[ColumnElement[bool]]:
 def _times(connection: Connection, wanted: JobFilter) -> list[ColumnElement[bool]]:
     found: list[ColumnElement[bool]] = []
     if wanted.submitted_since is not None:  # it was tracked no earlier than that
-        first = _first_tracked(connection, wanted.submitted_since - OUT_OF_ORDER)
+        first = first_tracked(connection, wanted.submitted_since - OUT_OF_ORDER)
         found += [jobs.c.submitted_at >= wanted.submitted_since, jobs.c.id >= first]
     if wanted.submitted_until is not None:
         found.append(jobs.c.submitted_at < wanted.submitted_until)
     if wanted.finished_since is not None:
         found.append(jobs.c.completed_at >= wanted.finished_since)
     if wanted.finished_until is not None:  # it was tracked before that
-        first = _first_tracked(connection, wanted.finished_until + OUT_OF_ORDER)
+        first = first_tracked(connection, wanted.finished_until + OUT_OF_ORDER)
         found += [jobs.c.completed_at < wanted.finished_until, jobs.c.id < first]
     return found
-
-
-def _first_tracked(connection: Connection, moment: datetime) -> int:
-    """About the first id of the jobs that were tracked at a moment or later: halving finds it in a few rows."""
-    low, last = connection.execute(select(func.min(jobs.c.id), func.max(jobs.c.id))).one()
-    if last is None:
-        return 0
-    high = int(last) + 1
-    while low < high:
-        middle = (low + high) // 2
-        following = select(jobs.c.id, jobs.c.tracked_at).where(jobs.c.id >= middle).order_by(jobs.c.id).limit(1)
-        row = connection.execute(following).one_or_none()
-        if row is not None and row.tracked_at < moment:
-            low = row.id + 1
-        else:
-            high = middle
-    return int(low)
 
 
 def _conditions(wanted: JobFilter, now: datetime) -> list[ColumnElement[bool]]:
@@ -227,7 +209,7 @@ def _conditions(wanted: JobFilter, now: datetime) -> list[ColumnElement[bool]]:
 
 
 def _late(seconds: float, now: datetime) -> tuple[ColumnElement[bool], ...]:
-    return (_WAITING, jobs.c.due_at < _before(now, seconds), jobs.c.claim_token.is_(None))
+    return (HAS_DUE_TIME, jobs.c.due_at < _before(now, seconds), jobs.c.claim_token.is_(None))
 
 
 def _stuck(now: datetime) -> tuple[ColumnElement[bool], ...]:
@@ -255,8 +237,11 @@ def _few(connection: Connection, wanted: JobFilter, now: datetime) -> list[Colum
         found += _ids(connection, jobs.c.claim_holder, [(jobs.c.claim_holder == one,) for one in wanted.holders])
     if wanted.stuck:
         found += _ids(connection, jobs.c.claim_holder, [_stuck(now)])
-    if wanted.late is not None or wanted.held or wanted.by_hand:
+    if wanted.late is not None or wanted.past_deadline or wanted.held or wanted.by_hand:
         levels = waiting_levels(connection, wanted.accounts or waiting_accounts(connection))
+        if wanted.past_deadline:
+            expired = (jobs.c.deadline_at < now, jobs.c.status == "pending")
+            found += _ids(connection, jobs.c.due_at, [(*_of(level), *expired) for level in levels])
         if wanted.late is not None:
             late = _late(wanted.late, now)
             due = [(*_of(level), *late) for level in levels if level.due_at < _before(now, wanted.late)]
@@ -289,7 +274,7 @@ def _of(level: Level) -> tuple[ColumnElement[bool], ...]:
         jobs.c.account == level.account,
         jobs.c.priority == level.priority,
         jobs.c.fetch_host == level.host,
-        _WAITING,
+        jobs.c.due_at.is_not(None),
     )
 
 

@@ -15,12 +15,12 @@ from worker.core.lifecycle import JOB_STATES
 from worker.store.claims import Level, waiting_levels
 from worker.store.gates import all_gates
 from worker.store.outputs import Unstored, unstored
+from worker.store.times import HAS_DUE_TIME
 from worker.store.totals import OTHER
 from worker.tables import HELD_UNTIL, gates, jobs
 
 HELD = "held"
 STATES = (*JOB_STATES[:1], HELD, *JOB_STATES[1:])
-UNFINISHED = JOB_STATES[:2]
 NO_KEY = "no key"
 KINDS_COUNTED = 100_000  # waiting jobs; of more the kinds are not told, since that would mean to read every one of them
 
@@ -88,24 +88,12 @@ def waiting_by_account(connection: Connection, *, now: datetime) -> list[Waiting
 
 def waiting_by_kind(connection: Connection, *, now: datetime) -> list[Waiting]:
     """What waits, by account and kind; all kinds together where there is very much."""
-    due = _with_due_time(connection)
-    some = select(jobs.c.account).where(*due).limit(KINDS_COUNTED + 1)
+    some = select(jobs.c.account).where(HAS_DUE_TIME).limit(KINDS_COUNTED + 1)
     many = connection.execute(select(func.count()).select_from(some.subquery())).scalar_one() > KINDS_COUNTED
-    return _waiting(connection, now) if many else _waiting(connection, now, jobs.c.kind, due=due)
+    return _waiting(connection, now) if many else _waiting(connection, now, jobs.c.kind)
 
 
-def _with_due_time(connection: Connection) -> tuple[ColumnElement[bool], ...]:
-    """Only MariaDB is told their states, too: it has no index of these jobs alone, and would read all final ones."""
-    due = jobs.c.due_at.is_not(None)
-    return (due, jobs.c.status.in_(UNFINISHED)) if connection.dialect.name in ("mysql", "mariadb") else (due,)
-
-
-def _waiting(
-    connection: Connection,
-    now: datetime,
-    *by: ColumnElement[str],
-    due: tuple[ColumnElement[bool], ...] = (jobs.c.due_at.is_not(None),),
-) -> list[Waiting]:
+def _waiting(connection: Connection, now: datetime, *by: ColumnElement[str]) -> list[Waiting]:
     query = select(
         jobs.c.account,
         *(by or (literal(OTHER),)),
@@ -113,7 +101,7 @@ def _waiting(
         _count(jobs.c.due_at >= HELD_UNTIL),
         _count(jobs.c.due_at <= now),
     )
-    waiting = query.where(*due).group_by(jobs.c.account, *by)
+    waiting = query.where(HAS_DUE_TIME).group_by(jobs.c.account, *by)
     return [Waiting(*row) for row in connection.execute(waiting)]
 
 

@@ -1,11 +1,14 @@
-"""Spans of time in SQL, as each database writes them."""
+"""What each database writes in its own way: spans of time, and the jobs that have a due time."""
 
 from typing import Any
 
-from sqlalchemy import Double
+from sqlalchemy import Boolean, Double
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.expression import ColumnElement
 from sqlalchemy.sql.functions import FunctionElement
+
+from worker.tables import WAITING_ACCOUNT, jobs
 
 
 class seconds_between(FunctionElement[float]):  # noqa: N801  # SQLAlchemy's functions are written like this
@@ -36,3 +39,31 @@ def _sqlite(element: seconds_between, compiler: SQLCompiler, **options: Any) -> 
 def _mysql(element: seconds_between, compiler: SQLCompiler, **options: Any) -> str:
     begin, end = _both(element, compiler, options)
     return f"(TIMESTAMPDIFF(MICROSECOND, {begin}, {end}) / 1e6)"
+
+
+class HasDueTime(ColumnElement[bool]):
+    """The condition that a job has a due time, in the words for which the database has an index of such jobs alone."""
+
+    type = Boolean()
+    inherit_cache = True
+
+    def self_group(self, against: Any = None) -> Any:
+        """Return itself: MariaDB has no booleans, and SQLAlchemy would append `= 1`, which no index serves."""
+        return self
+
+    @property
+    def _from_objects(self) -> list[Any]:
+        return [jobs]
+
+
+HAS_DUE_TIME = HasDueTime()
+
+
+@compiles(HasDueTime)
+def _partial_index(element: HasDueTime, compiler: SQLCompiler, **options: Any) -> str:
+    return str(compiler.process(jobs.c.due_at.is_not(None), **options))
+
+
+@compiles(HasDueTime, "mysql", "mariadb")
+def _generated_column(element: HasDueTime, compiler: SQLCompiler, **options: Any) -> str:
+    return str(compiler.process(WAITING_ACCOUNT.is_not(None), **options))

@@ -1,0 +1,84 @@
+"""How many rows MariaDB reads for a look at the jobs: a few for each answer, however many jobs are at rest."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, Engine, insert
+
+from tests.rows import LEASE, NOW, job_values, seconds
+from worker.store.claims import Level, claim_jobs, waiting_levels
+from worker.store.jobs import waiting_accounts
+from worker.store.live import last_failures
+from worker.store.search import JobFilter, matching_ids
+from worker.store.standing import waiting_by_account, waiting_by_kind
+from worker.tables import jobs
+
+AT_REST = 3_000
+ACCOUNTS = ("default", "idle", "shop")
+WAITING = 20  # in each account but the idle one
+LEVELS = 2 * (len(ACCOUNTS) - 1)
+
+Look = Callable[[Connection], object]
+
+
+@pytest.fixture
+def stocked(engine: Engine) -> Engine:
+    """Three accounts with thousands of jobs at rest; two of them have a few that wait for a request."""
+    final: dict[str, Any] = {"status": "completed", "due_at": None, "ready_at": NOW, "completed_at": NOW, "priority": 9}
+    rows = [
+        job_values(f"final{n}", account=ACCOUNTS[n % 3], fetch_host=f"h{n % 7}.test", **final) for n in range(AT_REST)
+    ]
+    for number in range(WAITING):
+        due = {"status": "pending", "ready_at": None, "completed_at": None, "due_at": NOW - seconds(number)}
+        later = NOW + timedelta(days=365)
+        rows += [
+            job_values(f"due{number}", account=name, priority=number % 2, deadline_at=later, **due)
+            for name in ("default", "shop")
+        ]
+    with engine.begin() as connection:
+        connection.execute(insert(jobs), rows)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("ANALYZE TABLE fetch_jobs")
+    return engine
+
+
+def _rows_read(engine: Engine, look: Look) -> int:
+    def counted(connection: Connection) -> int:
+        status = connection.exec_driver_sql("SHOW SESSION STATUS LIKE 'Handler_read%%'").all()
+        return sum(int(value) for _, value in status)
+
+    with engine.connect() as connection:
+        before = counted(connection)
+        own_price = counted(connection) - before  # reading the status reads rows, too
+        before = counted(connection)
+        look(connection)
+        return counted(connection) - before - own_price
+
+
+def _claim(connection: Connection) -> object:
+    level = Level("default", 1, "api.test", NOW)
+    return claim_jobs(connection, level, limit=5, token="t", holder="h", lease=LEASE, now=NOW)
+
+
+@pytest.mark.parametrize("engine", ["mariadb"], indirect=True)
+@pytest.mark.parametrize(
+    ("look", "most"),
+    [
+        (lambda connection: waiting_levels(connection, ACCOUNTS), 3 * (LEVELS + len(ACCOUNTS))),
+        (waiting_accounts, 3 * LEVELS),
+        (_claim, 8 * 5),
+        (lambda connection: waiting_by_account(connection, now=NOW), 4 * 2 * WAITING),
+        (lambda connection: waiting_by_kind(connection, now=NOW), 6 * 2 * WAITING),
+        (lambda connection: matching_ids(connection, JobFilter(past_deadline=True), limit=50), 4 * 2 * WAITING),
+        (lambda connection: matching_ids(connection, JobFilter(late=10.0), limit=50), 7 * 2 * WAITING),
+        (lambda connection: matching_ids(connection, JobFilter(held=True), limit=50), 4 * 2 * WAITING),
+        (lambda connection: last_failures(connection, limit=5), 20),
+    ],
+    ids=["levels", "accounts", "claim", "by account", "by kind", "past deadline", "late", "held", "failures"],
+)
+def test_no_look_at_what_waits_reads_the_jobs_at_rest(stocked: Engine, look: Look, most: int) -> None:
+    """Given thousands of final jobs, when waiting ones are looked for, then no more than the waiting ones are read."""
+    assert most < AT_REST / 10
+    assert 0 < _rows_read(stocked, look) <= most
