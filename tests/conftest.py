@@ -13,7 +13,7 @@ from sqlalchemy.engine import make_url
 from tests import s3_servers, servers
 from tests.downloads import Stand
 from tests.web import Web, web_server
-from worker import enqueue, timed_http
+from worker import enqueue, scrubber, timed_http
 from worker.database import make_engine
 from worker.migrate import migrate
 from worker.settings import DOTENV_SWITCH, Settings
@@ -31,6 +31,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
     monkeypatch.delenv(DOTENV_SWITCH, raising=False)
     monkeypatch.setenv("LOG_FORMAT", "text")  # what processes write is read here as people read it
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scrubber, "_shared", scrubber.Scrubber())
     enqueue._settings.cache_clear()
     yield
     enqueue._settings.cache_clear()

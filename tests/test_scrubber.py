@@ -1,71 +1,223 @@
 """The scrubber takes keys out, however they are written."""
 
 import base64
+import html
 import io
+import json
 import logging
-from urllib.parse import quote
+import struct
+import threading
+from collections.abc import Callable
+from urllib.parse import quote, quote_plus
 
 import pytest
 
 from worker.scrubber import ScrubbedLogs, Scrubber
 
-KEY = 'se"cret/key+with:marks'
+KEY = 'Kq3vZ8/mT1x"Rw5y+Lb7n&Pd0c=Gh2s Jf6a'
+JWT_HEADER = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9."
+
+
+def in_json(text: str, times: int = 1) -> str:
+    for _ in range(times):
+        text = json.dumps(text)[1:-1]
+    return text
+
+
+def units(text: str) -> str:
+    return "".join(f"\\u{unit:04x}" for (unit,) in struct.iter_unpack(">H", text.encode("utf-16-be")))
+
+
+def entities(text: str) -> str:
+    return "".join(f"&#{ord(char)};" for char in text)
+
+
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "plain": str,
+    "in a URL": lambda key: quote(key, safe=""),
+    "in a URL, in lower case": lambda key: quote(key, safe="").replace("%2F", "%2f").replace("%2B", "%2b"),
+    "in a URL, every byte": lambda key: "".join(f"%{byte:02X}" for byte in key.encode()),
+    "in a URL, twice": lambda key: quote(quote(key, safe=""), safe=""),
+    "in a URL, every byte, twice": lambda key: quote("".join(f"%{byte:02x}" for byte in key.encode())),
+    "in a URL, three times": lambda key: quote(quote(quote(key, safe=""), safe=""), safe=""),
+    "form field": quote_plus,
+    "in JSON": in_json,
+    "in JSON of PHP": lambda key: in_json(key).replace("/", "\\/"),
+    "in JSON as code units": units,
+    "JSON in JSON": lambda key: in_json(in_json(key).replace("/", "\\/"), 1),
+    "JSON five deep": lambda key: in_json(key, 5),
+    "code units in JSON in JSON": lambda key: in_json(units(key), 2),
+    "only some code units": lambda key: in_json(key).replace("q", "\\u0071").replace("/", "\\u002F"),
+    "HTML": html.escape,
+    "HTML, decimal": entities,
+    "HTML, with zeros": lambda key: "".join(f"&#000{ord(char)};" for char in key),
+    "HTML, hexadecimal": lambda key: "".join(f"&#x{ord(char):04X};" for char in key),
+    "HTML, without semicolons": lambda key: "".join(f"&#{ord(char)}" for char in key),
+    "HTML, named": lambda key: key.replace("&", "&amp;").replace("/", "&sol;").replace("+", "&plus;"),
+    "HTML in HTML": lambda key: html.escape(entities(key)),
+    "URL in JSON": lambda key: in_json(quote(key)).replace("/", "\\/"),
+    "JSON in a URL": lambda key: quote(in_json(key), safe=""),
+    "code units in a URL": lambda key: quote(units(key), safe=""),
+    "HTML in a form field": lambda key: quote_plus(html.escape(key)),
+    "half escaped": lambda key: quote(key[:9], safe="") + units(key[9:20]) + entities(key[20:]),
+    "bytes of Python": lambda key: "".join(f"\\x{byte:02x}" for byte in key.encode()),
+    "over two lines": lambda key: f"{key[:7]}\r\n{key[7:]}",
+    "over two lines, in JSON": lambda key: in_json(f"{key[:7]}\n{key[7:]}"),
+    "hexadecimal": lambda key: key.encode().hex(),
+    "hexadecimal, in upper case": lambda key: key.encode().hex().upper(),
+    "base64": lambda key: base64.b64encode(key.encode()).decode().rstrip("="),
+    "base64 for URLs": lambda key: base64.urlsafe_b64encode(key.encode()).decode().rstrip("="),
+    "base64 in a URL": lambda key: quote(base64.b64encode(key.encode()).decode().rstrip("="), safe=""),
+    "base64 in JSON of PHP": lambda key: base64.b64encode(key.encode()).decode().rstrip("=").replace("/", "\\/"),
+    "base64 of JSON": lambda key: base64.b64encode(in_json(key).encode()).decode().rstrip("="),
+    "with zeros, as UTF-16 has them": "\0".join,
+}
 
 
 @pytest.mark.parametrize(
-    "written",
-    [KEY, quote(KEY, safe=""), KEY.replace('"', '\\"'), base64.b64encode(KEY.encode()).decode().rstrip("=")],
-    ids=["plain", "in a URL", "in JSON", "as base64"],
+    "key", [KEY, "d41d8cd98f00b204e9800998ecf8427e", JWT_HEADER + "eyJhIjoxfQ.A-B_c", "sé\U0001f511" * 4]
 )
-def test_given_a_key_in_any_writing_when_scrubbed_then_it_is_gone(written: str) -> None:
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_given_a_key_in_any_spelling_when_scrubbed_then_it_is_gone(spelling: str, key: str) -> None:
+    scrubber = Scrubber(["another key that is not there", key])
+    spelled = SPELLINGS[spelling](key)
+
+    assert scrubber.text(f"before {spelled} after") == "before [key] after"
+    assert scrubber.body(f"before {spelled} after".encode()) == b"before [key] after"
+
+
+@pytest.mark.parametrize("alphabet", [base64.b64encode, base64.urlsafe_b64encode])
+@pytest.mark.parametrize("before", [b"", b"u", b"us", b"use", b"user:"])
+@pytest.mark.parametrize("after", [b"", b"x", b"xy"])
+def test_given_a_key_within_base64_when_scrubbed_then_no_digit_is_left_that_depends_on_it(
+    before: bytes, after: bytes, alphabet: Callable[[bytes], bytes]
+) -> None:
+    scrubbed = Scrubber([KEY]).body(b"Basic " + alphabet(before + KEY.encode() + after))
+
+    other = KEY.translate({ord(char): chr(ord(char) ^ 3) for char in KEY}).encode()
+    assert Scrubber([other.decode()]).body(b"Basic " + alphabet(before + other + after)) == scrubbed
+    assert b"[key]" in scrubbed
+
+
+@pytest.mark.parametrize("at", [0, 1, 65_000, 65_530, 65_536, 131_072, 200_000])
+@pytest.mark.parametrize("spelling", ["plain", "code units in JSON in JSON", "in a URL, twice", "base64"])
+def test_given_a_key_anywhere_in_a_long_text_when_scrubbed_then_it_is_gone_and_the_rest_is_as_it_was(
+    spelling: str, at: int
+) -> None:
+    filling = "%41\\n&lt; "
+    text = filling * 30_000
+    before, after = text[:at] + " ", " " + text[at:]
+
+    assert Scrubber([KEY]).text(before + SPELLINGS[spelling](KEY) + after) == f"{before}[key]{after}"
+
+
+@pytest.mark.parametrize("size", [18, 20, 30, len(KEY) - 1])
+def test_given_a_long_beginning_or_end_of_a_key_when_scrubbed_then_texts_lose_it(size: int) -> None:
     scrubber = Scrubber([KEY])
 
-    assert scrubber.text(f"before {written} after") == "before [key] after"
-    assert scrubber.body(f"before {written} after".encode()) == b"before [key] after"
+    assert scrubber.text(f"your key {KEY[:size]}... is not valid") == "your key [key]... is not valid"
+    assert scrubber.text(f"key …{KEY[-size:]} is not valid") == "key …[key] is not valid"
+    assert scrubber.text(f"see {quote(KEY[:size])}!") == "see [key]!"
 
 
-@pytest.mark.parametrize(
-    "written",
-    [
-        quote(KEY).lower(),
-        "".join(f"%{byte:02X}" for byte in KEY.encode()),
-        "".join(f"\\u{ord(char):04x}" for char in KEY),
-        KEY.replace('"', "\\u0022").replace("/", "\\/").replace("+", "\\u002B").replace(":", "%3a"),
-        "sé\U0001f511",
-        "s%C3%A9%f0%9f%94%91",
-        "s\\u00e9\\ud83d\\uDD11",
-    ],
-)
-def test_given_a_key_of_which_any_characters_are_escaped_when_scrubbed_then_it_is_gone(written: str) -> None:
-    scrubber = Scrubber([KEY, "sé\U0001f511"])
+def test_given_a_short_beginning_of_a_key_when_scrubbed_then_it_stays() -> None:
+    assert Scrubber([KEY]).text(f"key {KEY[:8]}...") == f"key {KEY[:8]}..."
 
-    assert scrubber.text(f"before {written} after") == "before [key] after"
-    assert scrubber.body(f"before {written} after".encode()) == b"before [key] after"
+
+def test_given_a_link_that_is_signed_by_a_token_that_begins_like_the_key_when_scrubbed_then_it_still_works() -> None:
+    scrubber = Scrubber([JWT_HEADER + "eyJhIjoxfQ.AAAA"])
+    link = f"https://cdn.example/a.png?token={JWT_HEADER}eyJhIjoyfQ.BBBB"
+
+    assert scrubber.link(link) == link
+    assert scrubber.body(link.encode()) == link.encode()
+
+
+def test_given_json_in_which_the_key_begins_with_a_quotation_mark_when_scrubbed_then_it_is_json_still() -> None:
+    scrubbed = Scrubber(['"quoted" key of somebody']).body(json.dumps({"a": ['"quoted" key of somebody!']}).encode())
+
+    assert json.loads(scrubbed) == {"a": ["[key]!"]}
 
 
 def test_given_no_keys_when_scrubbed_then_the_text_stays() -> None:
     assert Scrubber([]).text("anything") == "anything"
+    assert Scrubber(["", KEY]).text("anything") == "anything"
+
+
+@pytest.mark.parametrize("key", ["k", "abc", "abcdefg", "a%2Fb", "\\", "/", "aaaaaaaaaaaaaaaaaaaaaaaa"])
+def test_given_an_odd_key_when_scrubbed_then_it_is_gone_where_it_stands(key: str) -> None:
+    scrubbed = Scrubber([key]).text(f"?? {key} ??")
+
+    assert scrubbed in ("?? [key] ??", f"?? {key} ??" if key == "\\" else "?? [key] ??")
+
+
+def test_given_a_text_with_lone_surrogates_when_scrubbed_then_they_stay() -> None:
+    assert Scrubber([KEY]).text(f"\ud83d {KEY} \udc00") == "\ud83d [key] \udc00"
 
 
 def test_given_two_keys_of_which_one_begins_like_the_other_when_scrubbed_then_both_are_gone() -> None:
     assert Scrubber(["abcd", "abcdefgh"]).text("abcdefgh abcd") == "[key] [key]"
 
 
+def test_given_keys_that_are_added_by_many_threads_when_scrubbed_then_all_are_known() -> None:
+    scrubber = Scrubber([KEY])
+    keys = [f"{number:032x}" for number in range(40)]
+    threads = [threading.Thread(target=scrubber.add, args=([key],)) for key in keys]
+    for thread in threads:
+        thread.start()
+        assert scrubber.text(KEY) == "[key]"
+    for thread in threads:
+        thread.join()
+
+    assert scrubber.text(" ".join([KEY, *keys])) == " ".join(["[key]"] * 41)
+
+
 def test_given_a_traceback_with_the_key_when_logged_then_the_log_has_none_of_it() -> None:
     out = io.StringIO()
     handler = logging.StreamHandler(out)
+    handler.setFormatter(logging.Formatter("%(message)s %(extra)s"))
     handler.addFilter(ScrubbedLogs(Scrubber([KEY])))
     logger = logging.Logger("scrubbed")
     logger.addHandler(handler)
 
     try:
-        raise ValueError(f"trouble with {KEY}")
+        try:
+            raise KeyError(KEY)
+        except KeyError as cause:
+            error = ValueError(f"trouble with {KEY}")
+            error.add_note(f"note: {KEY}")
+            raise error from cause
     except ValueError:
-        logger.exception("no luck with %s", KEY)
+        logger.exception("no luck with %s", KEY, extra={"extra": {"args": [f"<{KEY}>"]}}, stack_info=True)
 
     assert KEY not in out.getvalue()
+    assert KEY.replace('"', '\\"') not in out.getvalue()
     assert "no luck with [key]" in out.getvalue()
-    assert "ValueError: trouble with [key]" in out.getvalue()
+    assert "{'args': ['<[key]>']}" in out.getvalue()
+    assert "ValueError: trouble with [key]\nnote: [key]" in out.getvalue()
+
+
+def test_given_a_record_that_others_have_formatted_when_logged_then_its_traceback_and_stack_have_no_key() -> None:
+    record = logging.makeLogRecord({"msg": "x", "exc_text": f"Error: {KEY}", "stack_info": f"at {KEY}"})
+
+    ScrubbedLogs(Scrubber([KEY])).filter(record)
+
+    assert (record.exc_text, record.stack_info) == ("Error: [key]", "at [key]")
+
+
+def test_given_arguments_that_do_not_fit_when_logged_then_the_line_is_there_without_the_key(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    handler = logging.StreamHandler()
+    handler.addFilter(ScrubbedLogs(Scrubber([KEY])))
+    logger = logging.Logger("scrubbed")
+    logger.addHandler(handler)
+
+    logger.error("two %s of %d", KEY)
+
+    written = capsys.readouterr().err
+    assert "two %s of %d" in written
+    assert "[key]" in written
+    assert KEY not in written
 
 
 def test_given_a_scrubber_when_shown_then_it_says_nothing_of_its_keys() -> None:

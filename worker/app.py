@@ -20,7 +20,7 @@ from worker.database import engine_for
 from worker.errors import SettingsError
 from worker.kombu_repair import repair
 from worker.logs import JsonLines
-from worker.scrubber import ScrubbedLogs, Scrubber
+from worker.scrubber import ScrubbedLogs, shared_scrubber
 from worker.settings import Settings, load
 
 QUEUE = "fetch-worker"
@@ -117,7 +117,7 @@ def _transport_options(broker: str) -> dict[str, object]:
 
 def _prepare_logs(settings: Settings, celery_app: Celery, arguments: list[str]) -> None:
     """No key gets into the logs of any process, whatever form they have."""
-    scrubber = Scrubber(settings.secret_texts)
+    scrubber = shared_scrubber(settings.secret_texts)
     scrubbed, lines = ScrubbedLogs(scrubber), JsonLines(scrubber, _process_name(arguments))
     as_json = settings.json_logs(sys.stderr)
 

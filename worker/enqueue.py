@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, BinaryIO, Protocol
 from zlib import crc32
@@ -13,7 +13,6 @@ from sqlalchemy.orm import Session, scoped_session
 
 from worker.core.fetch_address import ACCOUNT, SYNTHETIC_ID, FetchAddress, checked_remote_id, family, fetch_address
 from worker.core.lifecycle import FINAL_STATES
-from worker.core.links import Link
 from worker.core.pace import NOTHING_KNOWN, SPREAD, Model, Pace, Plan, Waiting
 from worker.core.progress import Progress, progress
 from worker.core.submission import Submission, seconds, submission
@@ -22,7 +21,7 @@ from worker.database import connected, database_now, engine_for
 from worker.errors import JobNotFound, NotTrackable, OutputMissing, WaitTimeout
 from worker.learner import FRESH_SECONDS, read_models
 from worker.once import locked_cache
-from worker.scrubber import Scrubber
+from worker.scrubber import Scrubber, shared_scrubber
 from worker.settings import Settings, load
 from worker.store import jobs as store
 from worker.store.events import open_events
@@ -146,10 +145,10 @@ def tracked(
 ) -> list[tuple[int, bool]]:
     """As `track_many`, and for each whether it is new."""
     settings = _settings()
-    scrubber = Scrubber(settings.secret_texts)
+    scrubber = shared_scrubber(settings.secret_texts)
     try:
         wanted = _options(settings, scrubber, **options)
-        plans = [_plan(settings, scrubber, wanted, remote) for remote in remotes]
+        plans = [_plan(settings, scrubber, wanted, scrubber.links(remote)) for remote in remotes]
     except NotTrackable as refused:
         # its message quotes what was handed over, and callers log what they catch
         raise type(refused)(scrubber.text(str(refused))) from None
@@ -366,7 +365,7 @@ def _options(
         priority=_priority(priority),
         reference=None if reference is None else scrubber.text(checked_reference(reference)),
         on_done=None if on_done is None else scrubber.text(_on_done(on_done, settings)),
-        webhook_url=None if not webhook_url else scrubber.text(_webhook(webhook_url, settings)),
+        webhook_url=None if not webhook_url else scrubber.link(_webhook(webhook_url, settings)),
         deadline=None if deadline is None else _checked_seconds(deadline, "deadline"),
     )
 
@@ -377,8 +376,6 @@ def _plan(settings: Settings, scrubber: Scrubber, options: _Options, remote: obj
     chosen = options.kind or _kind(address, known.model)
     if not isinstance(chosen, str) or len(chosen) > MAX_KIND:
         raise NotTrackable(f"kind is text of at most {MAX_KIND} characters")
-    if known.outputs:
-        known = replace(known, outputs=tuple(_scrubbed(link, scrubber) for link in known.outputs))
     return _Plan(
         submission=known,
         address=address,
@@ -386,10 +383,6 @@ def _plan(settings: Settings, scrubber: Scrubber, options: _Options, remote: obj
         eta=known.eta if options.eta is None else options.eta,
         deadline=settings.deadline_for(chosen) if options.deadline is None else options.deadline,
     )
-
-
-def _scrubbed(link: Link, scrubber: Scrubber) -> Link:
-    return replace(link, url=scrubber.text(link.url), proxies=tuple(map(scrubber.text, link.proxies)))
 
 
 def _insert(

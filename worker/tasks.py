@@ -32,7 +32,7 @@ from worker.poller import IN_FLIGHT, Poller, PollReport, Progress
 from worker.process_id import dead
 from worker.pruner import Retention
 from worker.pruner import prune as prune_jobs
-from worker.scrubber import Scrubber
+from worker.scrubber import Scrubber, shared_scrubber
 from worker.shared_budget import SharedBudget
 from worker.store.claims import holders, waiting_outputs
 from worker.store.crashes import Released, release_crashed
@@ -74,7 +74,7 @@ class ProcessResources:
     @locked_property
     def scrubber(self) -> Scrubber:
         """Takes the keys out of texts."""
-        return Scrubber(settings.secret_texts)
+        return shared_scrubber(settings.secret_texts)
 
     @locked_property
     def leases(self) -> LeaseKeeper:

@@ -11,7 +11,7 @@ from worker.cli.output import json_option, print_json, print_table
 from worker.database import connected, engine_for
 from worker.errors import JobNotFound, NotTrackable
 from worker.migrate import migrate as run_migrations
-from worker.scrubber import Scrubber
+from worker.scrubber import shared_scrubber
 from worker.settings import load
 from worker.store.jobs import jobs_by_remote
 from worker.verifier import verify as run_verification
@@ -47,7 +47,7 @@ def migrate() -> None:
 def track(remotes: tuple[str, ...], as_json: bool, **options: Any) -> int:
     """Hand jobs over: remote ids, or whole submit answers as JSON."""
     rows: list[dict[str, Any]] = []
-    scrubber = Scrubber(load().secret_texts)
+    scrubber = shared_scrubber(load().secret_texts)
     for remote in remotes:
         try:
             job_id, created = enqueue.tracked([remote], **options)[0]

@@ -31,7 +31,7 @@ from worker.leases import LeaseKeeper
 from worker.notifier import tell
 from worker.overview import why
 from worker.poller import Poller
-from worker.scrubber import Scrubber
+from worker.scrubber import Scrubber, shared_scrubber
 from worker.settings import Settings
 from worker.shared_budget import Grant, SharedBudget
 from worker.store.events import claim_events, open_events, record_delivery
@@ -401,7 +401,7 @@ def _adapters() -> tuple[LeanAdapter, HTTPAdapter]:
 
 
 def _scrubber(settings: Settings) -> Scrubber:
-    return Scrubber(settings.secret_texts)
+    return shared_scrubber(settings.secret_texts)
 
 
 def _nothing(_: object) -> None:

@@ -1,0 +1,116 @@
+r"""Undo the escapes of URLs, JSON, HTML and Python in bytes, and tell where each byte came from. Pure.
+
+The patterns can't backtrack, so the time grows with the length of the text alone.
+"""
+
+import html
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html.entities import html5
+from itertools import compress
+
+_HEX = "[0-9A-Fa-f]"
+_NAMES = "|".join(sorted({name.rstrip(";") for name, char in html5.items() if char.isascii()}, reverse=True))
+_RUN = r"\\(?<!\\\\)\\*+"  # a run of backslashes, tried at its first one only
+_PERCENT = f"%{_HEX}{{2}}"
+_UNIT = f"u{_HEX}{{4}}"
+_PAIR = rf"u[dD][89abAB]{_HEX}{{2}}\\++u[dD][c-fC-F]{_HEX}{{2}}"
+_BYTE = f"x{_HEX}{{2}}"
+_ENTITY = f"&(?:#(?:0*+[1-9][0-9]{{0,6}}|[xX]0*+[1-9A-Fa-f]{_HEX}{{0,5}})|(?=[A-Za-z])(?:{_NAMES}));?"
+# Each alternative begins with a literal, so that `re` skips everything else fast.
+_RUNS = re.compile(
+    f"({_PERCENT}(?:{_PERCENT})*+|{_ENTITY}(?:{_ENTITY})*+"
+    f"|{_RUN}(?:{_UNIT}(?:{_RUN}{_UNIT})*+|{_BYTE}(?:{_RUN}{_BYTE})*+|[rn]))".encode()
+)
+_SINGLE = re.compile(f"({_PERCENT}|{_ENTITY}|{_RUN}(?:{_PAIR}|{_UNIT}|{_BYTE}|[rn]))".encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Decoded bytes; byte `i` of them was written in `begins[i]` to `ends[i]` of the original."""
+
+    data: bytes
+    begins: Sequence[int]
+    ends: Sequence[int]
+
+    @classmethod
+    def of(cls, data: bytes) -> "Origin":
+        """The original itself."""
+        return cls(data, range(len(data)), range(1, len(data) + 1))
+
+    def decoded(self) -> "Origin":
+        """Undo one level of escapes, as `decoded` does."""
+        parts, begins, ends = [], list[int](), list[int]()
+        at = 0
+        for number, part in enumerate(_SINGLE.split(self.data)):
+            until = at + len(part)
+            if number % 2:
+                part = _MEANINGS[part]
+                begins += [self.begins[at]] * len(part)
+                ends += [self.ends[until - 1]] * len(part)
+            else:
+                begins += self.begins[at:until]
+                ends += self.ends[at:until]
+            parts.append(part)
+            at = until
+        return Origin(b"".join(parts), begins, ends)
+
+    def without(self, ignored: bytes) -> "Origin":
+        """Leave these bytes out."""
+        data = self.data.translate(None, ignored)
+        if len(data) == len(self.data):
+            return self
+        kept = self.data.translate(bytes(byte not in ignored for byte in range(256)))
+        return Origin(data, list(compress(self.begins, kept)), list(compress(self.ends, kept)))
+
+
+def decoded(data: bytes) -> bytes | None:
+    r"""Undo one level of escapes; None where there are none.
+
+    >>> decoded(b"a%2Fb \\u0041\\\\u00e9 &#65;&#x42;&amp;lt; C:\\path")
+    b'a/b A\xc3\xa9 AB&lt; C:\\path'
+    >>> decoded(b"100 % & more") is None
+    True
+    """
+    parts = _RUNS.split(data)
+    if len(parts) == 1:
+        return None
+    parts[1::2] = map(_MEANINGS.__getitem__, parts[1::2])
+    return b"".join(parts)
+
+
+class _Meanings(dict[bytes, bytes]):
+    """What runs of escapes stand for; short ones are remembered, as many as there may be."""
+
+    def __init__(self, meaning: Callable[[bytes], bytes], *, longest: int, most: int) -> None:
+        super().__init__()
+        self._meaning, self._longest, self._most = meaning, longest, most
+
+    def __missing__(self, escape: bytes) -> bytes:
+        meaning = self._meaning(escape)
+        if len(escape) <= self._longest and len(self) < self._most:
+            self[escape] = meaning
+        return meaning
+
+
+def _of_entity(name: bytes) -> bytes:
+    return html.unescape(f"&{name.decode()}").encode("utf-8", "surrogatepass")
+
+
+_ENTITIES = _Meanings(_of_entity, longest=16, most=4_096)
+
+
+def _of_run(run: bytes) -> bytes:
+    if run.startswith(b"%"):
+        return bytes.fromhex(run.translate(None, b"%").decode())
+    if run.startswith(b"&"):
+        return b"".join(map(_ENTITIES.__getitem__, run.split(b"&")[1:]))
+    digits = run.translate(None, b"\\")
+    if digits.startswith(b"u"):
+        units = bytes.fromhex(digits.translate(None, b"u").decode())
+        return units.decode("utf-16-be", "surrogatepass").encode("utf-8", "surrogatepass")
+    return bytes.fromhex(digits.translate(None, b"x").decode()) if digits.startswith(b"x") else b""
+
+
+_MEANINGS = _Meanings(_of_run, longest=16, most=4_096)
