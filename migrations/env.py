@@ -4,7 +4,7 @@ from alembic import context
 from sqlalchemy import Connection
 from sqlalchemy.sql.schema import SchemaItem
 
-from worker.database import make_engine
+from worker.database import UNLIMITED, limit_statements, make_engine
 from worker.settings import load
 from worker.tables import MYSQL_ONLY, VERSION_TABLE, metadata
 
@@ -43,7 +43,8 @@ elif (given := context.config.attributes.get("connection")) is not None:
     run(given)
 else:
     engine = make_engine(load().database)
-    with engine.connect() as opened:
+    with engine.execution_options(**{UNLIMITED: True}).connect() as opened:
+        limit_statements(opened, 0)
         run(opened)
         opened.commit()
     engine.dispose()

@@ -221,8 +221,8 @@ def test_a_migration_that_waited_too_long_for_another_one_does_nothing(
     """MariaDB says so with a number, not with an error."""
     monkeypatch.setattr(migrate_module, "_LOCK_SECONDS", 0)
     with empty.connect() as other:
-        assert other.exec_driver_sql(f"SELECT GET_LOCK('fetch-worker {migrate_module._LOCK}', 0)").scalar() == 1
+        assert other.exec_driver_sql(f"SELECT GET_LOCK({migrate_module.MYSQL_LOCK}, 0)").scalar() == 1
         with pytest.raises(Unavailable):
             migrate(empty)
-        other.exec_driver_sql(f"SELECT RELEASE_LOCK('fetch-worker {migrate_module._LOCK}')")
+        other.exec_driver_sql(f"SELECT RELEASE_LOCK({migrate_module.MYSQL_LOCK})")
     assert _tables(empty) == set()

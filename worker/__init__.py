@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from worker.enqueue import track as track
     from worker.enqueue import track_many as track_many
     from worker.enqueue import wait as wait
+    from worker.errors import DatabaseRefused as DatabaseRefused
+    from worker.errors import DeploymentError as DeploymentError
     from worker.errors import JobNotFound as JobNotFound
     from worker.errors import NotTrackable as NotTrackable
     from worker.errors import OutputMissing as OutputMissing
@@ -50,6 +52,8 @@ _HOMES = {
         "wait",
     ),
     "worker.errors": (
+        "DatabaseRefused",
+        "DeploymentError",
         "JobNotFound",
         "NotTrackable",
         "OutputMissing",

@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
-from worker.database import check_schema, connected, database_now, engine_for
+from worker.database import check_schema, connected, database_now, engine_for, shown_url, takes_writes
 from worker.errors import SettingsError, StorageTrouble, WorkerError
 from worker.overview import HEALTHY_SECONDS, Overview, overview
 from worker.process_id import host_name
@@ -27,6 +27,7 @@ from worker.shared_budget import redis_client
 from worker.store import live
 from worker.store.events import Undelivered, overdue, undelivered
 from worker.store.holds import patience
+from worker.store.server_state import HISTORY_MOST, ServerState, server_state
 from worker.stores import storage_for
 
 SKEW_SECONDS = 5.0
@@ -61,6 +62,7 @@ def examine(settings: Settings, nodes: Nodes, *, queues: Mapping[str, str]) -> I
     yield database
     if database.ok:
         yield from _with_tables(settings)
+        yield from _server(settings)
     yield _redis(settings)
     if settings.broker_url is not None:
         yield _broker(settings)
@@ -93,17 +95,21 @@ def _names() -> Check:
 
 def _database(settings: Settings) -> Check:
     engine = engine_for(settings.database)
-    where = engine.url.render_as_string(hide_password=True)
+    where = shown_url(engine.url)
     try:
         check_schema(engine)
         began = time.monotonic()
         with connected(settings.database), engine.connect() as connection:
             skew = (database_now(connection) - datetime.now(UTC)).total_seconds()
+            writable = takes_writes(connection)
         took = time.monotonic() - began
     except WorkerError as wrong:
         return Check("database", False, str(wrong))
     except SQLAlchemyError as error:
         return Check("database", False, f"{where} refused a query ({type(error).__name__}): look at its log")
+    if not writable:
+        advice = "is it a standby, or did somebody set it to read-only? Work goes on as soon as it can be written to"
+        return Check("database", False, f"{where} is read-only: {advice}")
     said = f"{where} answers in {took * 1e3:.0f} ms, its schema is of this version"
     if took > SLOW_SECONDS:
         return Check("database", False, f"{where} took {took:.1f} s for a query: is it overloaded, or far away?")
@@ -146,6 +152,50 @@ def _with_tables(settings: Settings) -> Iterator[Check]:
         said += f" ({trouble or 'no attempt yet'}): is a `downloads` process running? Links die; see `show`"
     yield Check("outputs", not late, said if waiting.count else "every output that is listed is stored, or given up")
     yield _webhooks(told, late_news)
+
+
+def _server(settings: Settings) -> Iterator[Check]:
+    """The database server's own upkeep: what slows everything down in the course of days."""
+    try:
+        with connected(settings.database), engine_for(settings.database).connect() as connection:
+            state = server_state(connection)
+    except WorkerError as wrong:
+        yield Check("vacuum", False, str(wrong))
+        return
+    yield _vacuum(state)
+    yield _transactions(state)
+
+
+def _vacuum(state: ServerState) -> Check:
+    if state.autovacuum_off:
+        names = ", ".join(state.autovacuum_off)
+        return Check("vacuum", False, f"autovacuum is off for {names}: turn it on, or every query gets slower")
+    if state.unvacuumed:
+        tables = ", ".join(f"{name} ({dead:,} of {rows:,} rows)" for name, dead, rows in state.unvacuumed)
+        advice = "look at its settings" if state.autovacuum else "it is off for the whole server"
+        return Check("vacuum", False, f"most rows are dead in {tables}: run VACUUM; autovacuum clears them: {advice}")
+    if state.history is not None and state.history > HISTORY_MOST:
+        said = f"{state.history:,} old row versions wait to be purged"
+        return Check("vacuum", False, f"{said}: look for long transactions, and at innodb_purge_threads")
+    if not state.autovacuum:
+        return Check("vacuum", True, "few rows are dead, but autovacuum is off for the whole server: turn it on")
+    return Check("vacuum", True, "few rows are dead")
+
+
+def _transactions(state: ServerState) -> Check:
+    if state.open:
+        names = "; ".join(
+            f"{one.name} of {one.owner} for {one.seconds / 60:.0f} min" for one in state.open[:NAMED_MOST]
+        )
+        more = " …" if len(state.open) > NAMED_MOST else ""
+        advice = "end them: dead rows can't be cleared away meanwhile, and locked rows wait"
+        return Check("transactions", False, f"open for long: {names}{more}. If nobody needs them, {advice}")
+    if state.isolation is None or state.isolation == "read committed":
+        return Check("transactions", True, "none is open for long")
+    said = f"none is open for long; the server's default isolation is {state.isolation}: the processes use their own,"
+    return Check(
+        "transactions", True, f"{said} and `track(session=…)` uses the app's, where a conflict means: try again"
+    )
 
 
 def _webhooks(told: Undelivered, late: int) -> Check:

@@ -35,7 +35,7 @@ from worker.core.lifecycle import (
 )
 from worker.core.media import MAX_PIXELS, Base64Decoder, base64_start, pixels, sniff, whole
 from worker.core.plain_text import plain_text
-from worker.database import PATIENCE, database_now, transact, trouble
+from worker.database import PATIENCE, database_now, server_trouble, transact, trouble
 from worker.errors import StorageTrouble
 from worker.leases import LeaseKeeper
 from worker.partials import Incoming, Source, link_hash
@@ -338,7 +338,7 @@ class Downloader:
             try:
                 self._record_or_keep(output, attempt, self._impatient)
             except SQLAlchemyError as error:
-                if trouble(error) == "away":
+                if server_trouble(error):
                     raise
 
     def _record_or_keep(self, output: ClaimedOutput, attempt: Attempt, engine: Engine | None = None) -> str:

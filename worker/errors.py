@@ -10,6 +10,8 @@ WorkerError
 ├── SchemaOutdated     the tables are missing or old: run `fetch-worker migrate`
 ├── TraceError         a line is no job of a trace: correct the file and simulate again
 ├── Unavailable        a server did not answer: nothing was done, safe to try again
+│   └── DeploymentError a server lacks a right, a schema or a setting: correct it, then try again
+├── DatabaseRefused    the database refused a value: nothing was written; correct the call
 └── StorageTrouble     the file store refused: nothing is lost, it is tried again
 """
 
@@ -48,6 +50,14 @@ class SchemaOutdated(WorkerError):
 
 class Unavailable(WorkerError):
     """A server did not answer. Nothing was done; it is safe to try again."""
+
+
+class DeploymentError(Unavailable):
+    """A server answers, but a right, a schema or a setting is missing there. Nothing was done; correct it there."""
+
+
+class DatabaseRefused(WorkerError, ValueError):
+    """The database refused a value. Nothing was written; correct the call."""
 
 
 class StorageTrouble(WorkerError):

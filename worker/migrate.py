@@ -10,12 +10,22 @@ from alembic.util.exc import CommandError
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from worker.database import LOCK_TIMEOUT_SECONDS, SCHEMA_VERSION, check_schema, connected, schema_version
+from worker.database import (
+    LOCK_TIMEOUT_SECONDS,
+    SCHEMA_VERSION,
+    STATEMENT_TIMEOUT_SECONDS,
+    UNLIMITED,
+    check_schema,
+    connected,
+    limit_statements,
+    schema_version,
+)
 from worker.errors import SchemaOutdated, Unavailable
 
 _HERE = Path(__file__).parent
 _LOCK = 0x6665746368  # names the lock that two migrations at once queue on; any number of our own will do
 _LOCK_SECONDS = 300
+MYSQL_LOCK = "CONCAT('fetch-worker ', MD5(DATABASE()))"  # locks belong to the server there, not to a database
 
 
 def scripts() -> Path:
@@ -31,7 +41,8 @@ def migrate(engine: Engine) -> tuple[str | None, str | None]:
     """
     config = Config()
     config.set_main_option("script_location", str(scripts()).replace("%", "%%"))
-    with connected(engine.url), engine.connect() as connection, _alone(connection):
+    unlimited = engine.execution_options(**{UNLIMITED: True})
+    with connected(engine.url), unlimited.connect() as connection, _alone(connection):
         before = schema_version(connection)
         config.attributes["connection"] = connection
         try:
@@ -69,15 +80,16 @@ def _alone(connection: Connection) -> Iterator[None]:
     """Keeps two migrations apart; SQLite does it by itself. An index of a large table may take its time."""
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'")
-        connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_SECONDS}s'")
     elif connection.dialect.name != "sqlite":
-        taken = connection.exec_driver_sql(f"SELECT GET_LOCK('fetch-worker {_LOCK}', {_LOCK_SECONDS})").scalar()
+        limit_statements(connection, 0)
+        taken = connection.exec_driver_sql(f"SELECT GET_LOCK({MYSQL_LOCK}, {_LOCK_SECONDS})").scalar()
         if not taken:
             raise Unavailable(f"another migration is under way for more than {_LOCK_SECONDS} s: try again after it")
     try:
         yield
     finally:
         if connection.dialect.name not in ("postgresql", "sqlite") and not connection.invalidated:
-            connection.exec_driver_sql(f"SELECT RELEASE_LOCK('fetch-worker {_LOCK}')")
+            connection.exec_driver_sql(f"SELECT RELEASE_LOCK({MYSQL_LOCK})")
+            limit_statements(connection, STATEMENT_TIMEOUT_SECONDS)

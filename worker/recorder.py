@@ -21,7 +21,7 @@ from worker.core.gate import Gate, Heard, Limit, Scope
 from worker.core.lifecycle import AskAgain, End, JobFacts, after_answer, note_of
 from worker.core.pace import Pace, Waiting
 from worker.core.reply import ApiDown, Processing, Ready, Reply
-from worker.database import PATIENCE, database_now, trouble
+from worker.database import PATIENCE, database_now, server_trouble, trouble
 from worker.learner import Learner
 from worker.store.claims import ClaimedJob
 from worker.store.gates import all_gates, locked_gate, mark_asked, save_gate
@@ -108,7 +108,7 @@ class Recorder:
             try:
                 done = self._write(self._batches, batch, known)
             except Exception as error:  # whatever a row can do to a statement; only its own answer may suffer
-                if trouble(error) == "away":
+                if server_trouble(error):
                     raise
                 log.error("a batch of answers could not be written, writing them singly reason=%s", _reason(error))
                 lost += self._write_singly(len(batch), known)
@@ -132,13 +132,12 @@ class Recorder:
             try:
                 done = self._write(self._single, [one], known)
             except Exception as error:  # as above
-                what = trouble(error)
-                if what == "away":
+                if server_trouble(error):
                     raise
                 if not isinstance(error, (SQLAlchemyError, ValueError)):
                     log.exception("a fault of ours, the answer waits job=%s", one.job.id)
                     self._locked.append(one)
-                elif what == "locked" or not self._set_aside(one, error):
+                elif trouble(error) == "locked" or not self._set_aside(one, error):
                     self._locked.append(one)
                 del self._waiting[0]
             else:
@@ -163,7 +162,7 @@ class Recorder:
                 now = database_now(connection)
                 ended = set_aside(connection, one.job, f"its answer could not be written: {_reason(error)}", now=now)
         except Exception as again:  # nothing is lost: its answer waits
-            if trouble(again) == "away":
+            if server_trouble(again):
                 raise
             return False
         if ended:

@@ -18,7 +18,7 @@ from celery.utils.log import get_logger
 
 from worker.app import POLLS, app, settings
 from worker.database import engine_for
-from worker.errors import SchemaOutdated, Unavailable
+from worker.errors import DeploymentError, SchemaOutdated, Unavailable
 from worker.migrate import expand
 from worker.tasks import doubt_keys, parts, run_polls, run_sweep, run_webhooks
 
@@ -153,8 +153,8 @@ def _look_again() -> None:
 def _check_schema(**_: object) -> None:
     try:
         expand(engine_for(settings.database))
-    except SchemaOutdated as outdated:
-        print(f"fetch-worker: {outdated}", file=sys.stderr, flush=True)
+    except (SchemaOutdated, DeploymentError) as wrong:
+        print(f"fetch-worker: {wrong}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except Unavailable as away:
         log.error("%s; waiting for it", away)

@@ -8,8 +8,8 @@ import click
 
 from worker import enqueue
 from worker.cli.output import json_option, print_json, print_table
-from worker.database import connected, engine_for
-from worker.errors import JobNotFound, NotTrackable
+from worker.database import connected, engine_for, make_engine, odd_encoding, shown_url, wrong_encoding
+from worker.errors import DatabaseRefused, JobNotFound, NotTrackable
 from worker.migrate import migrate as run_migrations
 from worker.scrubber import shared_scrubber
 from worker.settings import load
@@ -25,9 +25,13 @@ WRONG = ("output_id", "job_id", "condition", "after", "location")
 @click.command()
 def migrate() -> None:
     """Create the tables, or bring them up to this version."""
-    engine = engine_for(load().database)
+    engine = make_engine(load().database, any_encoding=True)
     before, after = run_migrations(engine)
-    where = engine.url.render_as_string(hide_password=True)
+    encoding = odd_encoding(engine)
+    engine.dispose()
+    where = shown_url(engine.url)
+    if encoding is not None:
+        click.echo(f"fetch-worker: no process will start: {wrong_encoding(encoding)}", err=True)
     click.echo(f"{where} is at {after}" + (" already" if before == after else f", was {before or 'empty'}"))
 
 
@@ -51,7 +55,7 @@ def track(remotes: tuple[str, ...], as_json: bool, **options: Any) -> int:
     for remote in remotes:
         try:
             job_id, created = enqueue.tracked([remote], **options)[0]
-        except NotTrackable as wrong:
+        except (NotTrackable, DatabaseRefused) as wrong:
             click.echo(f"fetch-worker: {scrubber.text(remote)[:60]!r} not tracked: {wrong}", err=True)
             continue
         job = enqueue.get(job_id)
