@@ -90,7 +90,6 @@ SQLITE_SETTINGS = (
     "foreign_keys=ON",
     "ignore_check_constraints=OFF",
     "query_only=OFF",
-    f"busy_timeout={LOCK_TIMEOUT_SECONDS * 1000}",
 )
 # Whether a server takes no writes: it is a standby, or somebody set it to read-only. It answers SELECT 1 all the same.
 READ_ONLY_QUERIES: Mapping[str, str] = {
@@ -275,7 +274,7 @@ def _statement_bytes(context: ExceptionContext) -> int:
 def _prepare_sqlite(connection: Any, record: Any) -> None:
     connection.isolation_level = None  # we begin transactions ourselves
     connection.create_function("ln", 1, _logarithm, deterministic=True)  # not in every build
-    for pragma in SQLITE_SETTINGS:
+    for pragma in (*SQLITE_SETTINGS, f"busy_timeout={LOCK_TIMEOUT_SECONDS * 1000}"):
         connection.execute(f"PRAGMA {pragma}")
 
 
