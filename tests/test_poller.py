@@ -51,7 +51,7 @@ class Polls:
             budget=SharedBudget(redis_url),
             leases=LeaseKeeper(engine, lease=timedelta(seconds=30)),
             keys={name: SecretStr(key) for name, key in (keys or {"default": KEY}).items()},
-            rps=2_000,
+            rps=lambda _: 2_000,
             pace=Pace("learned", 0.5, 0.0),
             api_timeout=5.0,
             queue_downloads=self.queued.extend,
@@ -330,7 +330,7 @@ def test_given_more_jobs_than_the_budget_when_polled_then_no_second_sees_more_th
     engine: Engine, redis_url: str, sandbox: Sandbox
 ) -> None:
     polls = Polls(engine, redis_url, sandbox, budgeted=KEY)
-    polls.poller._rps = 20
+    polls.poller._rps = lambda _: 20
     ids = polls.track(submitted(sandbox, 60, samples=1), account="budgeted")
     started = time.monotonic()
 
@@ -406,7 +406,7 @@ def test_given_a_short_budget_when_jobs_are_due_then_the_important_and_then_the_
     polls.track(submitted(sandbox, 1), account="short")
     polls.run()
     asked = len(sandbox.calls.fetches)
-    polls.poller._rps = 40
+    polls.poller._rps = lambda _: 40
     late, early, important = (submitted(sandbox, 6, samples=1) for _ in range(3))
     polls.track(late, account="short", due_at=now - timedelta(seconds=10))
     polls.track(early, account="short", due_at=now - timedelta(seconds=60))
@@ -502,7 +502,7 @@ def test_given_a_stop_when_jobs_are_claimed_and_not_asked_then_they_are_due_agai
     polls = Polls(engine, redis_url, sandbox, slow=KEY)
     polls.track(submitted(sandbox, 1), account="slow")
     polls.run()
-    polls.poller._rps = 100
+    polls.poller._rps = lambda _: 100
     ids = polls.track(submitted(sandbox, 60, samples=1), account="slow")
     gate = threading.Event()
     ask = polls.poller._api.ask

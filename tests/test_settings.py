@@ -9,7 +9,7 @@ import pytest
 from worker.app import make_app
 from worker.core.fetch_address import VENDOR_HOSTS
 from worker.errors import SettingsError
-from worker.settings import DOTENV_SWITCH, load
+from worker.settings import DOTENV_SWITCH, PROCESS_SETTINGS, load
 from worker.shared_budget import redis_client
 
 SECRET = "hidden-word"
@@ -20,7 +20,7 @@ def _load(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError) as wrong:
-        load()
+        load(*PROCESS_SETTINGS)
     return str(wrong.value)
 
 
@@ -28,9 +28,9 @@ def _load(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
     ("given", "read"),
     [
         ("rediss://r:6380/0", "rediss://r:6380/0?ssl_cert_reqs=required"),  # Celery would refuse it as it stands
-        ("rediss://r:6380/0?db=1", "rediss://r:6380/0?db=1&ssl_cert_reqs=required"),
-        ("rediss://r:6380?ssl_cert_reqs=none", "rediss://r:6380?ssl_cert_reqs=none"),
-        ("rediss://r:6380?ssl_cert_reqs=CERT_NONE&db=1", "rediss://r:6380?ssl_cert_reqs=none&db=1"),  # redis-py would
+        ("rediss://r:6380/0?db=1", "rediss://r:6380/1?ssl_cert_reqs=required"),
+        ("rediss://r:6380?ssl_cert_reqs=none", "rediss://r:6380/0?ssl_cert_reqs=none"),
+        ("rediss://r:6380?ssl_cert_reqs=CERT_NONE&db=1", "rediss://r:6380/1?ssl_cert_reqs=none"),  # redis-py would
         ("redis://r:6379/0", "redis://r:6379/0"),
         ("unix:///tmp/r.sock", "redis+socket:///tmp/r.sock"),
     ],
@@ -56,7 +56,7 @@ def test_without_any_variable_the_defaults_are_those_of_the_contract(tmp_path: P
     assert settings.sd_api_url == "https://stablediffusionapi.com/api/v3"
     assert dict(settings.keys) == {}
     assert settings.api.hosts == VENDOR_HOSTS
-    assert (settings.sd_api_rps, settings.sd_api_timeout) == (10, 20)
+    assert (settings.rps("default"), settings.sd_api_timeout) == (10, 20)
     assert settings.storage_path == tmp_path / "var" / "outputs"
     assert (settings.output_max_bytes, settings.output_timeout, settings.output_deadline) == (209_715_200, 300, 86_400)
     assert settings.allowed_networks == ()
@@ -228,10 +228,10 @@ def test_a_file_in_the_working_directory_is_read_and_the_environment_wins(
     monkeypatch.setenv("POLL_MIN", "9")
     settings = load()
     assert settings.keys["default"].get_secret_value() == "from file"
-    assert (settings.sd_api_rps, settings.poll_min, settings.sd_api_timeout) == (5, 9, 20)
+    assert (settings.rps("default"), settings.poll_min, settings.sd_api_timeout) == (5, 9, 20)
 
     monkeypatch.setenv(DOTENV_SWITCH, "off")
-    assert load().sd_api_rps == 10
+    assert load().rps("default") == 10
 
 
 def test_a_file_that_is_no_text_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +246,7 @@ def test_an_empty_variable_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv(name, "")
     settings = load()
     assert dict(settings.keys) == {}
-    assert settings.sd_api_rps == 10
+    assert settings.rps("default") == 10
 
 
 def test_lists_ignore_blanks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,15 +8,19 @@ import logging
 import os
 import secrets
 import sys
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from celery import Celery
+from celery.beat import Scheduler
+from celery.loaders.app import AppLoader
 from celery.signals import after_setup_logger, after_setup_task_logger, celeryd_init
 from kombu.entity import Exchange, Queue
 
 from worker.database import engine_for
+from worker.environment import clean, is_service_link, trimmed
 from worker.errors import SettingsError
 from worker.kombu_repair import repair
 from worker.logs import JsonLines
@@ -34,14 +38,61 @@ HINT_EXPIRES_SECONDS = 10.0
 TRACK_RESULT_SECONDS = 3_600
 UNACKED_SECONDS = 60
 FLOWER_PORT = 5555
-STATE_FOLDER = Path("var")
+FLOWER_PREFIX = "FLOWER_"
+
+
+class FixedScheduler(Scheduler):  # type: ignore[misc]  # celery has no types
+    """Sends the tasks of `beat_schedule`, each at once after its start, and keeps no file."""
+
+    def setup_schedule(self) -> None:
+        """Take the schedule as it is configured."""
+        for name, entry in self.app.conf.beat_schedule.items():
+            started = self.app.now() - timedelta(seconds=entry["schedule"])
+            self.data[name] = self.Entry(name=name, app=self.app, last_run_at=started, **entry)
+
+
+class _OwnLoader(AppLoader):  # type: ignore[misc]  # celery has no types
+    """Reads no CELERY_CONFIG_MODULE: it belongs to the web app."""
+
+    def read_configuration(self, env: str = "") -> dict[str, object]:
+        """Return no configuration."""
+        return {}
+
+
+class FetchWorkerApp(Celery):  # type: ignore[misc]  # celery has no types
+    """A Celery app that our settings alone configure.
+
+    Celery prefers CELERY_BROKER_URL, CELERY_BROKER_READ_URL, CELERY_BROKER_WRITE_URL and CELERY_RESULT_BACKEND to what
+    an app is given, and its command reads BROKER_URL by itself. In our environment they are meant for the web app.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(
+            "worker",
+            broker=settings.broker,
+            backend=settings.redis,
+            include=["worker.tasks", "worker.ticker"],
+            loader=_OwnLoader,
+            fixups=(),  # none for Django: our tasks use nothing of it
+        )
+        self._broker, self.backend_cls = settings.broker, settings.redis
+
+    def connection_for_read(self, url: str | None = None, **options: Any) -> Any:
+        """Return a connection to consume from."""
+        return super().connection_for_read(self._ours(url), **options)
+
+    def connection_for_write(self, url: str | None = None, **options: Any) -> Any:
+        """Return a connection to publish on."""
+        return super().connection_for_write(self._ours(url), **options)
+
+    def _ours(self, url: str | None) -> str:
+        """Celery itself hands over what the environment says."""
+        return url if url in self._broker.split(";") else self._broker
 
 
 def make_app(settings: Settings) -> Celery:
     """The app for these settings. Nothing secret is in its configuration beside the servers' own URLs."""
-    celery_app = Celery(
-        "worker", broker=settings.broker, backend=settings.redis, include=["worker.tasks", "worker.ticker"]
-    )
+    celery_app = FetchWorkerApp(settings)
     celery_app.conf.update(
         task_default_queue=QUEUE,
         task_queues=[
@@ -73,7 +124,7 @@ def make_app(settings: Settings) -> Celery:
         redis_backend_health_check_interval=25,
         enable_utc=True,
         timezone="UTC",
-        beat_schedule_filename=str(STATE_FOLDER / "beat-schedule"),
+        beat_scheduler=f"{__name__}:{FixedScheduler.__name__}",
         beat_schedule={
             "poll": {
                 "task": "worker.poll",
@@ -160,6 +211,8 @@ def _process_name(arguments: list[str]) -> str:
 
 def _prepare_flower(settings: Settings, arguments: list[str]) -> None:
     """Flower listens on this machine alone and asks for a password, whoever starts it."""
+    os.umask(0o077)  # what it keeps is for this user alone
+    _clean_flower_variables()
     given = any(argument.startswith(("--basic-auth", "--basic_auth", "--auth")) for argument in arguments)
     if settings.flower_basic_auth is not None:
         os.environ["FLOWER_BASIC_AUTH"] = settings.flower_basic_auth.get_secret_value()
@@ -168,18 +221,44 @@ def _prepare_flower(settings: Settings, arguments: list[str]) -> None:
         os.environ["FLOWER_BASIC_AUTH"] = f"admin:{password}"
         print(f"Flower: log in as admin with {password} (set FLOWER_BASIC_AUTH to choose)", file=sys.stderr, flush=True)
     port = settings.flower_port if settings.flower_port is not None else settings.port
-    wanted = {
-        "FLOWER_ADDRESS": settings.flower_address,
-        "FLOWER_PORT": str(FLOWER_PORT if port is None else port),
+    os.environ["FLOWER_ADDRESS"] = settings.flower_address
+    os.environ["FLOWER_PORT"] = str(FLOWER_PORT if port is None else port)
+    defaults = {
+        "FLOWER_CONF": os.devnull,  # a flowerconfig.py in the working directory is for the web app's own Flower
         "FLOWER_PERSISTENT": "true",
-        "FLOWER_DB": str(STATE_FOLDER / "flower"),
         "FLOWER_STATE_SAVE_INTERVAL": "10000",
         "FLOWER_INSPECT_TIMEOUT": "3000",
         "FLOWER_NATURAL_TIME": "false",
         "FLOWER_TASKS_COLUMNS": "name,uuid,args,result,state,received,runtime,worker",
     }
-    for name, value in wanted.items():
+    for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    if "FLOWER_DB" not in os.environ and os.environ["FLOWER_PERSISTENT"].lower() not in ("false", "0", "no", "off"):
+        os.environ["FLOWER_DB"] = str(settings.state / "flower")
+
+
+def _clean_flower_variables() -> None:
+    """Flower takes its options from the environment itself: a wrong one would end it in a traceback.
+
+    Raises SettingsError where an option can't be read.
+    """
+    try:
+        from flower.options import options  # here, since Flower is an extra that only its own process needs
+    except ImportError:
+        return  # the command says so itself
+    for variable in [name for name in os.environ if name.startswith(FLOWER_PREFIX)]:
+        value = os.environ.pop(variable)
+        name = variable.removeprefix(FLOWER_PREFIX).lower()
+        if is_service_link(variable, value) or not trimmed(value) or name not in options:
+            continue
+        kind = type(options[name])
+        try:
+            os.environ[variable] = clean(value)
+            if kind in (int, float):
+                kind(clean(value))
+        except ValueError as wrong:
+            reason = str(wrong) if str(wrong).startswith("has ") else "must be a number"
+            raise SettingsError(f"{variable} {reason}") from None
 
 
 def _show_jobs(celery_app: Celery, settings: Settings) -> None:
@@ -192,21 +271,47 @@ def _show_jobs(celery_app: Celery, settings: Settings) -> None:
         show_jobs(celery_app, lambda: engine_for(settings.database), settings.flower_jobs)
 
 
-def _load() -> Settings:
+def _is_celery_command(arguments: list[str]) -> bool:
+    """Whether this process is `celery -A worker.app …`, and no web app that imports us."""
+    return Path(arguments[0]).stem in ("celery", "__main__") and any("worker.app" in word for word in arguments[1:])
+
+
+def _forget_celery_variables() -> None:
+    """Celery's command takes options from CELERY_… variables, too: here they are meant for the web app."""
+    for name in [name for name in os.environ if name.upper().startswith(("CELERY_", "CELERYD_"))]:
+        del os.environ[name]
+
+
+def _queues(arguments: list[str]) -> frozenset[str]:
+    """The queues that a worker's command line names; all of ours where it names none."""
+    words = [part for argument in arguments for part in argument.split("=", 1)]
+    named = [value for option, value in pairwise(words) if option in ("-Q", "--queues")]
+    return frozenset(",".join(named).split(",")) if named else frozenset({QUEUE, POLLS, DOWNLOADS})
+
+
+def _load(arguments: list[str]) -> Settings:
+    """The settings, with those that this process alone uses. Ends the process with one line where they are wrong."""
+    processes = ["flower"] if "flower" in arguments else []
+    downloads = "worker" in arguments and DOWNLOADS in _queues(arguments)
     try:
-        return load()
+        settings = load(*processes, *(["downloads"] if downloads else []))
+        if "flower" in arguments:
+            _prepare_flower(settings, arguments)
+        elif downloads and settings.bucket is not None:
+            _ = settings.state  # for partial files: said as the process starts, not with the first output
     except SettingsError as wrong:
         print(f"fetch-worker: {wrong}", file=sys.stderr)
         raise SystemExit(2) from None
+    return settings
 
 
-settings = _load()
+_command = sys.argv[1:] if _is_celery_command(sys.argv) else []
+if _command:
+    _forget_celery_variables()
+settings = _load(_command)
 if settings.broker.startswith(("redis", "rediss")):
     repair()
 app = make_app(settings)
 _prepare_logs(settings, app, sys.argv)
-if len(sys.argv) > 1 and {"beat", "flower"} & set(sys.argv):
-    STATE_FOLDER.mkdir(exist_ok=True)
-    if "flower" in sys.argv:
-        _prepare_flower(settings, sys.argv)
-        _show_jobs(app, settings)
+if "flower" in _command:
+    _show_jobs(app, settings)

@@ -95,7 +95,7 @@ def read_facts(
         outputs=outputs,
         events=events,
         now=now,
-        state=state or AccountState(job.account, None, None, None, settings.sd_api_rps),
+        state=state or AccountState(job.account, None, None, None, settings.rps(job.account)),
         gates=gates,
         model=read_models(connection, [(job.account, job.kind)])[job.account, job.kind][0],
         ahead=due_before(connection, levels, job, now=now, most=AHEAD_MOST + 1) if waits else 0,
@@ -266,7 +266,7 @@ def _claimed(facts: Facts, name: str, row: Row[Any], doing: str, start: str) -> 
 def _budget(facts: Facts, peek: Peek | None) -> Step:
     gate = facts.gates.get(("account", facts.job.account))
     ceiling = "" if gate is None or gate.ceiling is None else f", the API took {gate.ceiling:.3g} when it refused one"
-    detail = f"{facts.rate:g} requests per second in force of {facts.settings.sd_api_rps:g}{ceiling}"
+    detail = f"{facts.rate:g} requests per second in force of {facts.settings.rps(facts.job.account):g}{ceiling}"
     if peek is None:
         return Step("budget", "unknown", f"{detail}; unknown, Redis is away: what is left now")
     used = f"{peek.taken:.0f} were made in the last second"

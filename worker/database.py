@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
@@ -155,8 +155,8 @@ def make_engine(url: URL, *, any_encoding: bool = False, **arguments: Any) -> En
     """
     backend = url.get_backend_name()
     arguments |= {"connect_args": _connect_options(url)}
-    if backend == "sqlite" and url.database and url.database != ":memory:":
-        _make_folder(Path(url.database).absolute().parent)
+    if backend == "sqlite" and url.database and not url.database.startswith((":memory:", "file:")):
+        _make_private_file(Path(url.database))
     try:
         engine = create_engine(url, pool_size=POOL_KEEPS, max_overflow=POOL_ADDS, hide_parameters=True, **arguments)
     except ImportError as missing:
@@ -192,11 +192,10 @@ def _connect_options(url: URL) -> dict[str, Any]:
             return {"charset": "utf8mb4", "init_command": MYSQL_SETTINGS, "autocommit": False}
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Unavailable(f"can't make the folder {folder} ({error.strerror}); check DATABASE_URL") from None
+def _make_private_file(path: Path) -> None:
+    """Make an SQLite file that others on the machine can't read: SQLite itself lets them. One that is there stays."""
+    with suppress(OSError):  # SQLite says it in its own words when it connects
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o660))
 
 
 def _wait_for_a_place(dialect: Any, record: Any, arguments: Any, options: Any) -> Any:

@@ -218,7 +218,7 @@ def _account(
 ) -> AccountState:
     gate = known.get(("account", name), Gate("account", name))
     host = known.get(("host", settings.api_host))
-    rps = round(gate.rate(settings.sd_api_rps, now), 2)
+    rps = round(gate.rate(settings.rps(name), now), 2)
     if gate.held(now):
         return AccountState(name, gate.why, gate.paused_at or gate.since, _tried_at(gate), rps)
     if name not in settings.keys and not gate.proven and name in waiting:

@@ -103,7 +103,7 @@ class Poller:
         budget: SharedBudget,
         leases: LeaseKeeper,
         keys: Mapping[str, SecretStr],
-        rps: float,
+        rps: Callable[[str], float],
         pace: Pace,
         api_timeout: float,
         queue_downloads: Callable[[Sequence[int]], None],
@@ -326,7 +326,11 @@ class Poller:
         return view
 
     def _ahead(self) -> int:
-        return min(CLAIM_MOST, int(self._answers_per_second * AHEAD_SECONDS), int(self._rps * AHEAD_SHARE))
+        return min(
+            CLAIM_MOST,
+            int(self._answers_per_second * AHEAD_SECONDS),
+            int(max(map(self._rps, self._keys), default=0.0) * AHEAD_SHARE),
+        )
 
     def _until_due(self, view: _View, allowed: Mapping[str, str]) -> float:
         """Seconds until something is due that is not yet, or a gate opens; nothing due is looked at ever less often."""
@@ -351,7 +355,7 @@ class Poller:
         short = set[str]()
         for account in accounts:
             wanted = min(share, sum(room[host] for host in {level.host for level in due[account]}))
-            rate = view.gate("account", account).rate(self._rps, now)
+            rate = view.gate("account", account).rate(self._rps(account), now)
             grants[account] = self._budget.take(account, wanted, rate=rate)
             if len(grants[account].moments) < wanted:
                 short.add(account)  # requests are short: the most urgent jobs get them
@@ -369,7 +373,7 @@ class Poller:
         self._budget.give_back(grant, len(grant.moments) - len(jobs))
         if jobs and time.monotonic() - grant.moments[0] > LATE_SECONDS:
             # The database kept us waiting. All at once would be more than the API takes: the others took their share.
-            rate = view.gate("account", grant.account).rate(self._rps, view.time())
+            rate = view.gate("account", grant.account).rate(self._rps(grant.account), view.time())
             grant = self._budget.take(grant.account, len(jobs), rate=rate)
             self._release(jobs[len(grant.moments) :])
         for job, moment in zip(jobs, grant.moments, strict=False):
@@ -444,7 +448,7 @@ class Poller:
         """Makes one call alone, if no other process does and a job is due for it."""
         if not levels:
             return 0
-        grant = self._budget.take(levels[0].account, 1, rate=self._rps)
+        grant = self._budget.take(levels[0].account, 1, rate=self._rps(levels[0].account))
         if not grant.moments:
             return 0
         token = self._new_token()

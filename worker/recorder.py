@@ -53,7 +53,7 @@ class Recorder:
         *,
         engine: Engine,
         pace: Pace,
-        rps: float,
+        rps: Callable[[str], float],
         queue_downloads: Callable[[Sequence[int]], None],
         tell: Callable[[Sequence[int]], None],
         dice: random.Random | None = None,
@@ -228,7 +228,7 @@ class Recorder:
         moved: Gates = {}
         for (scope, name), mine in sorted(_by_gate(asked).items()):
             heard = [Heard(one.reply, now - timedelta(seconds=time.monotonic() - one.sent), one.probe) for one in mine]
-            limit = Limit(self._rps, self._taken.get(name, 0.0))
+            limit = Limit(self._rps(name), self._taken.get(name, 0.0))
             gate = known.get((scope, name))
             if gate is None or gates.after_replies(gate, heard, limit, now=now) != gate:
                 locked = locked_gate(connection, scope, name)

@@ -3,40 +3,61 @@
 import difflib
 import ipaddress
 import json
+import math
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TextIO
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, DotEnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from pydantic import Field, PrivateAttr, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from sqlalchemy.engine import URL
 
+from worker import state_directory
+from worker.api_keys import ApiKeys, parse_keys
+from worker.core.budget import RequestRates
 from worker.core.fetch_address import ACCOUNT, VENDOR_HOSTS, AllowedApi, api_host
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.pace import Pace, Policy
 from worker.core.spans import seconds_of
 from worker.core.webhook import secret_bytes
+from worker.environment import clean, read_environment, trimmed
 from worker.errors import NotTrackable, SettingsError
 from worker.once import locked_property
+from worker.urls import broker_url, database_url, redis_url
 
-STATE_FOLDER = Path("var")
-EMBEDDED_SOCKET = STATE_FOLDER / "redis.sock"
+DEFAULT_STORAGE = Path("var/outputs")
+EMBEDDED_SOCKET = "redis.sock"
 LONGEST = 10 * 365 * 86_400.0  # seconds; more would be a slip, and no date can hold much more
 LEAST_PRUNE_AGE = 3_600.0  # seconds; whoever waits for a job must find it
 LONG_DEADLINES = (("training", 14_400.0), ("video", 7_200.0))
 SHARED_NAMES = frozenset(
     {"DATABASE_URL", "REDIS_URL", "BROKER_URL", "PORT", "REQUESTS_CA_BUNDLE", "LOG_FORMAT"}
-    | {"ADMIN_PASSWORD", "ADMIN_ADDRESS", "ADMIN_PORT"}
+    | {"ADMIN_PASSWORD", "ADMIN_ADDRESS", "ADMIN_PORT", "STATE_DIRECTORY", "USER_AGENT"}
 )  # apps have like names of their own
-KEY_NAMES = ("SD_API_KEY", "SD_API_KEYS", "WEBHOOK_SECRET")
+KEY_NAMES = ("SD_API_KEY", "SD_API_KEYS", "SD_API_KEYS_FILE", "WEBHOOK_SECRET")
+DEFAULT_RPS = 10.0
+MOST_RPS = 1_000_000.0
+USER_AGENT = "fetch-worker/0.1 (+python-requests)"
+# Settings that one process alone has a use for: where they are wrong, the others go on.
+PROCESS_SETTINGS: Mapping[str, tuple[str, ...]] = {
+    "flower": ("flower_", "port"),
+    "admin": ("admin_",),
+    "metrics": ("metrics_",),
+    "downloads": ("output_", "downloads_per_host", "user_agent"),
+}
 _HOST = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 _S3 = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(?P<prefix>[^\x00-\x1f]*))?")
+_LISTS = frozenset(
+    {"sd_api_hosts", "output_allowed_networks", "on_done_tasks", "prune_states", "webhook_secret"}
+    | {"webhook_allowed_networks", "flower_basic_auth"}
+)
 DOTENV_SWITCH = "FETCH_WORKER_DOTENV"  # "off": `up` and `demo` hand their processes the whole environment themselves
 
 
@@ -47,7 +68,7 @@ class Settings(BaseSettings):
         extra="ignore",
         frozen=True,
         hide_input_in_errors=True,
-        env_ignore_empty=True,
+        arbitrary_types_allowed=True,
         ignored_types=(locked_property,),
     )
 
@@ -57,8 +78,9 @@ class Settings(BaseSettings):
     sd_api_url: str = "https://stablediffusionapi.com/api/v3"
     sd_api_key: SecretStr | None = None
     sd_api_keys: SecretStr = SecretStr("{}")
+    sd_api_keys_file: Path | None = None
     sd_api_hosts: str = ""
-    sd_api_rps: float = Field(default=10.0, gt=0, le=1_000_000)
+    sd_api_rps: RequestRates = RequestRates(DEFAULT_RPS)
     sd_api_timeout: float = Field(default=20.0, gt=0, le=3_600)
     sd_api_ca_bundle: str | None = None
     sd_api_proxy: SecretStr | None = None
@@ -69,6 +91,8 @@ class Settings(BaseSettings):
     output_deadline: float = Field(default=86_400.0, gt=0, le=LONGEST)
     output_allowed_networks: str = ""
     storage_address: str = ""
+    state_directory: str = str(state_directory.DEFAULT)
+    user_agent: str = Field(default=USER_AGENT, max_length=256)
     downloads_per_host: int = Field(default=12, ge=1, le=1_000)
     poll_price: float = Field(default=0.5, gt=0, le=3_600)
     poll_min: float = Field(default=3.0, ge=0, le=3_600)
@@ -93,6 +117,8 @@ class Settings(BaseSettings):
     admin_address: str = "127.0.0.1"
     admin_port: int | None = Field(default=None, ge=0, le=65_535)
 
+    _wrong: dict[str, str] = PrivateAttr(default_factory=dict)
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -102,35 +128,36 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The real environment wins over the `.env` file; nothing else is read."""
-        return init_settings, env_settings, dotenv_settings
+        """The environment and the `.env` file are read by `worker.environment`; nothing else is read."""
+        return init_settings, _EnvironmentSource(settings_cls)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _visible(cls, value: object, info: ValidationInfo) -> object:
+        """Take off what nobody sees around a value, and refuse it inside."""
+        if not isinstance(value, str):
+            return value
+        if info.field_name in ("sd_api_keys", "sd_api_rps"):  # JSON, in lines as one likes
+            return trimmed(value)
+        if info.field_name in _LISTS:
+            return ",".join(clean(item) for item in trimmed(value).split(","))
+        return clean(value)
 
     @field_validator("database_url")
     @classmethod
     def _known_database(cls, value: str) -> str:
-        try:
-            url = make_url(value)
-        except (ArgumentError, ValueError):  # a port that is no number is a ValueError
-            raise ValueError(
-                "is no database URL; for example postgresql://user@host/name or sqlite:///file.db"
-            ) from None
-        if url.get_backend_name() not in ("sqlite", "postgres", "postgresql", "mysql", "mariadb"):
-            raise ValueError("must be a postgresql://, sqlite:///, mysql:// or mariadb:// URL")
+        database_url(value)
         return value
 
     @field_validator("redis_url")
     @classmethod
     def _known_redis(cls, value: str | None) -> str | None:
-        if value is not None and urlsplit(value).scheme not in ("redis", "rediss", "redis+socket", "unix"):
-            raise ValueError("must be a redis://, rediss:// or redis+socket:// URL")
-        return value
+        return None if value is None else redis_url(value)
 
     @field_validator("broker_url")
     @classmethod
     def _known_broker(cls, value: str | None) -> str | None:
-        if value is not None and not re.match(r"[a-z][a-z0-9+]*://", value):
-            raise ValueError("must be a broker's URL, for example redis://host/0 or amqp://host")
-        return value
+        return None if value is None else broker_url(value)
 
     @field_validator("sd_api_url")
     @classmethod
@@ -146,17 +173,24 @@ class Settings(BaseSettings):
     @field_validator("sd_api_keys")
     @classmethod
     def _keys_by_account(cls, value: SecretStr) -> SecretStr:
-        try:
-            keys = json.loads(value.get_secret_value() or "{}")
-        except ValueError:
-            keys = None
-        if not isinstance(keys, dict) or not all(isinstance(key, str) for key in keys.values()):
-            raise ValueError('must be a JSON object of account names and keys, for example {"shop": "key"}')
-        wrong = [name for name in keys if not ACCOUNT.fullmatch(name)]
-        if wrong:
-            # Not shown: whoever took key and account for one another would find the key in a log.
-            raise ValueError("has an account name that can't be one: letters, digits, '.', '_' and '-', at most 64")
+        parse_keys(value.get_secret_value())
         return value
+
+    @field_validator("sd_api_rps", mode="before")
+    @classmethod
+    def _rates(cls, value: object) -> RequestRates:
+        """A number for every account, or a JSON object of accounts and numbers; `*` stands for all others."""
+        if isinstance(value, RequestRates):
+            return value
+        try:
+            text = trimmed(value) if isinstance(value, str) else value
+            given = json.loads(text) if isinstance(text, str) and text.startswith("{") else {"*": text}
+            rates = {str(account): _rate(rate) for account, rate in given.items()}
+        except (ValueError, TypeError):
+            raise ValueError('is wrong: it must be a number, or JSON such as {"shop": 3, "*": 10}') from None
+        if not all(account == "*" or ACCOUNT.fullmatch(account) for account in rates):
+            raise ValueError('has an account name that can\'t be one; for example {"shop": 3, "*": 10}')
+        return RequestRates(rates.pop("*", DEFAULT_RPS), rates)
 
     @field_validator("storage_url")
     @classmethod
@@ -201,7 +235,7 @@ class Settings(BaseSettings):
     @field_validator("log_format", mode="before")
     @classmethod
     def _some_format(cls, value: object) -> object:
-        word = str(value).strip().lower()
+        word = trimmed(str(value)).lower()
         return word if word in ("json", "text") else "auto"  # an app may have a setting of this name for itself
 
     @field_validator("flower_basic_auth")
@@ -209,6 +243,13 @@ class Settings(BaseSettings):
     def _user_and_password(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and not all(":" in item for item in _items(value.get_secret_value())):
             raise ValueError("must be user:password")
+        return value
+
+    @field_validator("user_agent")
+    @classmethod
+    def _plain_ascii(cls, value: str) -> str:
+        if not value.isascii():
+            raise ValueError("must be ASCII text, for example shop/2.1 (+https://shop.example)")
         return value
 
     @field_validator("prune_after")
@@ -246,35 +287,72 @@ class Settings(BaseSettings):
                 raise ValueError(f"has no network in CIDR form: {wrong}") from None
         return value
 
-    @cached_property
+    def check(self, process: str) -> None:
+        """Raise SettingsError where a setting that this process alone uses is wrong."""
+        lines = [line for name, line in self._wrong.items() if name.startswith(PROCESS_SETTINGS[process])]
+        if lines:
+            raise SettingsError("; ".join(lines))
+
+    @property
+    def wrong(self) -> tuple[str, ...]:
+        """What is wrong with settings of single processes, one line each."""
+        return tuple(self._wrong.values())
+
+    @locked_property
     def database(self) -> URL:
-        """The database's URL with the driver that is used for it."""
-        url = make_url(self.database_url)
-        drivers = {"sqlite": "sqlite", "mysql": "mysql+pymysql", "mariadb": "mariadb+pymysql"}
-        return url.set(drivername=drivers.get(url.get_backend_name(), "postgresql+psycopg"))
+        """The database's URL with the driver that is used for it. Raises SettingsError where its folder is missing."""
+        url = database_url(self.database_url)
+        if url.get_backend_name() == "sqlite" and url.database and not url.database.startswith((":memory:", "file:")):
+            self._make_folder(Path(url.database).absolute().parent)
+        return url
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make the folder of an SQLite file where it is one for state; any other that is missing is a slip."""
+        if folder.is_dir():
+            return
+        if folder not in (state_directory.DEFAULT.absolute(), state_directory.chosen(self.state_directory)):
+            raise SettingsError(f"DATABASE_URL names a file in {folder}, which is no directory: make it, or correct it")
+        try:
+            folder.mkdir(mode=state_directory.PRIVATE, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"DATABASE_URL: can't make the directory {folder} ({error.strerror})") from None
+
+    @locked_property
+    def state(self) -> Path:
+        """A directory for state that can be written to. Raises SettingsError where there is none."""
+        return state_directory.writable(state_directory.chosen(self.state_directory))
 
     @locked_property
     def redis(self) -> str:
         """Where Redis is: as set, else the embedded server of this directory if it answers, else the standard place."""
         if self.redis_url:
-            return _verifying(self.redis_url.replace("unix://", "redis+socket://", 1))
-        path = EMBEDDED_SOCKET.absolute()
-        return f"redis+socket://{path}" if _answers(path) else "redis://localhost:6379/0"
+            return self.redis_url
+        folder = state_directory.chosen(self.state_directory)
+        places = [folder]
+        with suppress(SettingsError):  # a machine may have no directory for temporary files
+            places.append(state_directory.substitute(folder))
+        for place in places:
+            if _answers(place / EMBEDDED_SOCKET):
+                return f"redis+socket://{place / EMBEDDED_SOCKET}"
+        return "redis://localhost:6379/0"
 
     @property
     def broker(self) -> str:
         """The Celery broker's URL."""
-        return _verifying(self.broker_url) if self.broker_url else self.redis
+        return self.broker_url or self.redis
 
-    @cached_property
-    def keys(self) -> Mapping[str, SecretStr]:
-        """The API keys by account."""
-        by_account = {
-            name: SecretStr(key) for name, key in json.loads(self.sd_api_keys.get_secret_value() or "{}").items() if key
-        }
-        if self.sd_api_key is not None and self.sd_api_key.get_secret_value():
-            by_account["default"] = self.sd_api_key
-        return by_account
+    @locked_property
+    def keys(self) -> ApiKeys:
+        """The API keys by account, as they are now."""
+        from_file = self.sd_api_keys_file is not None
+        fixed = {} if from_file else parse_keys(self.sd_api_keys.get_secret_value())
+        if self.sd_api_key is not None:
+            fixed["default"] = self.sd_api_key.get_secret_value()
+        return ApiKeys({account: key for account, key in fixed.items() if key}, self.sd_api_keys_file)
+
+    def rps(self, account: str) -> float:
+        """Requests per second that the account may make, all processes together."""
+        return self.sd_api_rps.of(account)
 
     @cached_property
     def api(self) -> AllowedApi:
@@ -319,16 +397,16 @@ class Settings(BaseSettings):
     def _secret_texts(self) -> list[str]:
         return _items("" if self.webhook_secret is None else self.webhook_secret.get_secret_value())
 
-    @cached_property
+    @property
     def secret_texts(self) -> tuple[str, ...]:
-        """All that must never be shown: API keys, and the secrets of webhooks."""
-        return (*(key.get_secret_value() for key in self.keys.values()), *self._secret_texts)
+        """All that must never be shown: API keys, those that were replaced too, and the secrets of webhooks."""
+        return (*self.keys.texts(), *self._secret_texts)
 
     @cached_property
     def storage_path(self) -> Path | None:
         """The directory that outputs are stored in; None where that is a bucket."""
         if not self.storage_url:
-            return STATE_FOLDER.absolute() / "outputs"
+            return DEFAULT_STORAGE.absolute()
         if self.storage_url.startswith("s3:"):
             return None
         return Path(re.sub(r"^file:(//)?", "", self.storage_url))
@@ -341,8 +419,8 @@ class Settings(BaseSettings):
 
     @property
     def partial_path(self) -> Path:
-        """Where outputs are received that go to a bucket then."""
-        return STATE_FOLDER.absolute() / "partial"
+        """Where outputs are received that go to a bucket then. Raises SettingsError where nothing can be written."""
+        return self.state / "partial"
 
     @cached_property
     def allowed_tasks(self) -> frozenset[str] | None:
@@ -375,63 +453,89 @@ class Settings(BaseSettings):
         return next((seconds for word, seconds in LONG_DEADLINES if word in kind), 3_600.0)
 
 
-def load() -> Settings:
-    """The settings of this process. Raises SettingsError with one line that names the variable and what to do."""
-    file = None if os.environ.get(DOTENV_SWITCH) == "off" else ".env"
+class _EnvironmentSource(PydanticBaseSettingsSource):
+    """Settings from the environment and, unless it is switched off, the `.env` file in the working directory."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """Not used: all values are read at once."""
+        raise NotImplementedError
+
+    def __call__(self) -> dict[str, Any]:
+        """Return the values that are set, by field."""
+        values = {name.lower(): value for name, value in read_environment(os.environ, dotenv_file()).items()}
+        return {name: values[name] for name in self.settings_cls.model_fields if name in values}
+
+
+def dotenv_file() -> Path | None:
+    """The `.env` file that is read, whether or not it is there; None where that is switched off."""
+    return None if os.environ.get(DOTENV_SWITCH) == "off" else Path(".env")
+
+
+def load(*processes: str) -> Settings:
+    """Return the settings of this process. Raises SettingsError with one line that names variables and what to do.
+
+    A wrong setting that only another process uses keeps its default; `processes` are those that this one is.
+    """
+    variables = read_environment(os.environ, dotenv_file())
+    _refuse_unknown(variables)
+    wrong: dict[str, str] = {}
     try:
-        _refuse_unknown(os.environ, file)
-        _hand_on(file)
-        options: dict[str, Any] = {"_env_file": file}
-        return Settings(**options)
-    except UnicodeDecodeError:
-        raise SettingsError("the file .env in this directory is no UTF-8 text: write it anew") from None
-    except ValidationError as wrong:
-        lines = [f"{_variable(error['loc'])} {_reason(error)}" for error in wrong.errors()]
-        raise SettingsError("; ".join(lines)) from None
+        settings = Settings()
+    except ValidationError as error:
+        for detail in error.errors():
+            wrong.setdefault(str(detail["loc"][0]) if detail["loc"] else "", _reason(detail))
+        if not all(_process_of(name) for name in wrong):
+            raise SettingsError("; ".join(wrong.values())) from None
+        settings = Settings(**{name: Settings.model_fields[name].default for name in wrong})
+    settings._wrong.update(wrong)
+    _clean_aws(variables, needed=settings.bucket is not None)
+    for process in processes:
+        settings.check(process)
+    return settings
 
 
-def _variable(location: tuple[int | str, ...]) -> str:
-    return str(location[0]).upper() if location else "the settings"
+def _process_of(name: str) -> str | None:
+    return next((process for process, prefixes in PROCESS_SETTINGS.items() if name.startswith(prefixes)), None)
 
 
 def _reason(error: Any) -> str:
+    """One line for an error of pydantic, with the variable's name and without its value."""
+    variable = str(error["loc"][0]).upper() if error["loc"] else "the settings"
     message = str(error["msg"]).removeprefix("Value error, ")
-    return message if error["type"] == "value_error" else f"is wrong: {message[:1].lower()}{message[1:]}"
+    said = message if error["type"] == "value_error" else f"is wrong: {message[:1].lower()}{message[1:]}"
+    return f"{variable} {said}"
 
 
-def _refuse_unknown(env: Mapping[str, str], file: str | None) -> None:
+def _refuse_unknown(variables: Collection[str]) -> None:
+    """Refuse a variable that is none of ours but nearly: a slip that is ignored in silence costs an afternoon."""
     known = {name.upper() for name in Settings.model_fields}
-    written = DotEnvSettingsSource(Settings, env_file=file).env_vars if file else {}
-    names = set(env) | {name.upper() for name in written}
-    for name in sorted(names - known):
+    for name in sorted({name.upper() for name in variables} - known):
         near = difflib.get_close_matches(name, known - SHARED_NAMES, n=1, cutoff=0.9)
         if near or name.startswith(("SD_API_", "POLL_")):
             hint = near or difflib.get_close_matches(name, known, n=1)
             raise SettingsError(f"{name} is no setting" + (f"; did you mean {hint[0]}?" if hint else ""))
 
 
-def _hand_on(file: str | None) -> None:
-    """Puts the AWS_* variables of the `.env` file where every S3 client looks for them; the environment's own win."""
-    written = DotEnvSettingsSource(Settings, env_file=file, case_sensitive=True).env_vars if file else {}
-    for name, value in written.items():
-        if name.startswith("AWS_") and value:
-            os.environ.setdefault(name, value)
+def _clean_aws(variables: Mapping[str, str], *, needed: bool) -> None:
+    """Put the AWS_* variables, cleaned, where every S3 client looks for them."""
+    for name, value in variables.items():
+        if name.startswith("AWS_"):
+            try:
+                os.environ[name] = clean(value)
+            except ValueError as wrong:
+                if needed:
+                    raise SettingsError(f"{name} {wrong}") from None
+
+
+def _rate(value: object) -> float:
+    rate = math.nan if isinstance(value, bool) else float(str(value))
+    if not 0 < rate <= MOST_RPS:
+        raise ValueError
+    return rate
 
 
 def _items(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
-
-
-def _verifying(url: str) -> str:
-    """A URL whose `rediss:` says how certificates are checked, in words that Celery and redis-py both know.
-
-    Celery refuses one that does not; redis-py checks them then, and so do we.
-    """
-    if not url.startswith("rediss://"):
-        return url
-    if "ssl_cert_reqs=" not in url:
-        return f"{url}{'&' if '?' in url else '?'}ssl_cert_reqs=required"
-    return re.sub(r"(?<=ssl_cert_reqs=)CERT_\w+", lambda word: word[0].removeprefix("CERT_").lower(), url)
 
 
 def _answers(path: Path) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 from worker.errors import StorageTrouble
 from worker.once import locked_cache
 from worker.partials import Partials
-from worker.settings import STATE_FOLDER, Settings
+from worker.settings import DEFAULT_STORAGE, Settings
 from worker.storage import FileStorage, Storage
 
 
@@ -24,7 +24,7 @@ def storage_of(location: str, settings: Settings) -> Storage:
         bucket, prefix = settings.bucket or (location.removeprefix("s3://").partition("/")[0], "")
         return _s3(bucket, prefix, settings.partial_path, os.getpid())
     if location.startswith("file:"):
-        return FileStorage(settings.storage_path or STATE_FOLDER, address=settings.storage_address or None)
+        return FileStorage(settings.storage_path or DEFAULT_STORAGE, address=settings.storage_address or None)
     raise StorageTrouble(f"nothing can read {location[:200]}")
 
 

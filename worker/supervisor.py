@@ -21,8 +21,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from dotenv import dotenv_values
-
+from worker.environment import read_environment
 from worker.errors import SettingsError
 from worker.settings import DOTENV_SWITCH, KEY_NAMES
 
@@ -104,11 +103,7 @@ def read_procfile(path: Path) -> list[Line]:
 
 def merged_environment(dotenv: Path | None) -> dict[str, str]:
     """The environment for our processes: the real one, filled up from a `.env` file which they need not read again."""
-    merged = dict(os.environ)
-    filled = {name.upper() for name, value in merged.items() if value}
-    written = dotenv_values(dotenv) if dotenv is not None and dotenv.is_file() else {}
-    merged |= {name: value for name, value in written.items() if value is not None and name.upper() not in filled}
-    return prepared(merged)
+    return prepared(dict(os.environ) | read_environment(os.environ, dotenv))
 
 
 def prepared(environment: Mapping[str, str]) -> dict[str, str]:

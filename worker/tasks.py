@@ -102,7 +102,7 @@ class ProcessResources:
             budget=SharedBudget(settings.redis),
             leases=self.leases,
             keys=settings.keys,
-            rps=settings.sd_api_rps,
+            rps=settings.rps,
             pace=settings.pace,
             api_timeout=settings.sd_api_timeout,
             queue_downloads=lambda ids: self.courier.send("downloads", lambda: queue_downloads(ids)) if ids else None,
@@ -331,7 +331,7 @@ def _sample(own: ProcessResources) -> None:
         return
     try:
         with own.engine.begin() as connection:
-            wait = sample(connection, now=database_now(connection), full_rps=settings.sd_api_rps)
+            wait = sample(connection, now=database_now(connection), full_rps=settings.rps)
     except SQLAlchemyError as error:
         log.warning("the history lacks a line reason=%s", reason(error))
         wait = SAMPLE_AGAIN

@@ -16,7 +16,7 @@ from worker.database import connected, make_engine
 from worker.embedded import START_SECONDS, EmbeddedRedis
 from worker.errors import Unavailable
 from worker.logs import OPENING, plain_line
-from worker.settings import EMBEDDED_SOCKET, KEY_NAMES, Settings, load
+from worker.settings import EMBEDDED_SOCKET, KEY_NAMES, Settings, dotenv_file, load
 from worker.shared_budget import redis_client
 from worker.supervisor import (
     OWN_NAME,
@@ -49,8 +49,8 @@ def up() -> int:
     settings = load()
     folder = Path.cwd()
     lines = _runnable(read_procfile(procfile(folder)))
-    embedded = EmbeddedRedis(EMBEDDED_SOCKET, EMBEDDED_SOCKET.parent / "redis", keeps=True)
-    environment = merged_environment(folder / ".env")
+    environment = merged_environment(dotenv_file()) | {"STATE_DIRECTORY": str(settings.state)}
+    embedded = EmbeddedRedis(settings.state / EMBEDDED_SOCKET, settings.state / "redis", keeps=True)
     check_database(settings)
     if settings.redis_url:
         check_redis(settings.redis, "REDIS_URL")

@@ -152,7 +152,9 @@ _COUNTS = st.integers(0, 5)
 def test_whatever_is_answered_the_rows_hold_what_their_columns_and_constraints_allow(
     engine: Engine, examples: int
 ) -> None:
-    recorder = Recorder(engine=engine, pace=PACE, rps=10.0, queue_downloads=lambda _: None, tell=lambda _: None)
+    recorder = Recorder(
+        engine=engine, pace=PACE, rps=lambda _: 10.0, queue_downloads=lambda _: None, tell=lambda _: None
+    )
     dialect = engine.dialect.name
 
     @tried(examples, of=1 if dialect == "sqlite" else 10)

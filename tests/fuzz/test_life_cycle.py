@@ -285,7 +285,9 @@ class Stage:
     def recorder(self) -> Recorder:
         """One process's."""
         pace = Pace("learned", 0.5, POLL_MIN / S)
-        made = Recorder(engine=self.engine, pace=pace, rps=10.0, queue_downloads=lambda _: None, tell=lambda _: None)
+        made = Recorder(
+            engine=self.engine, pace=pace, rps=lambda _: 10.0, queue_downloads=lambda _: None, tell=lambda _: None
+        )
         made._random = random.Random(0)
         return made
 

@@ -109,9 +109,14 @@ class Reading:
             rates = _rates(connection, now)
         for name in waiting:
             known.setdefault(("account", name), Gate("account", name))
-        full = self.settings.sd_api_rps
         states = [
-            GateState(gate, gate.held(now), rates.get(gate.name, gate.rate(full, now)), gate.name in waiting, now)
+            GateState(
+                gate,
+                gate.held(now),
+                rates.get(gate.name, gate.rate(self.settings.rps(gate.name), now)),
+                gate.name in waiting,
+                now,
+            )
             for gate in known.values()
         ]
         return sorted(states, key=lambda state: (not state.held, state.gate.scope, state.gate.name))
@@ -135,7 +140,7 @@ class Reading:
         if self.settings.keys:
             return self.settings
         stand_ins = SecretStr(json.dumps(dict.fromkeys(accounts, "in the environment of the workers")))
-        same = self.settings.model_copy(update={"sd_api_keys": stand_ins})
+        same = self.settings.model_copy(update={"sd_api_keys": stand_ins, "sd_api_keys_file": None})
         same.__dict__.pop("keys", None)  # read already, and copied
         return same
 

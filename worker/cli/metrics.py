@@ -22,7 +22,7 @@ PORTS = range(65_536)
               "which is 127.0.0.1:9464.")  # fmt: skip
 def metrics(listen: str | None) -> int:
     """Prometheus metrics, computed from the database: printed once, or served."""
-    settings = load()
+    settings = load("metrics")
     try:
         from worker.metrics import families, reading, server
     except ImportError as missing:

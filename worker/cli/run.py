@@ -57,7 +57,7 @@ def admin(address: str | None, port: int | None) -> None:
     It needs no API key: DATABASE_URL, REDIS_URL and STORAGE_URL as the workers have them are enough. The password is
     ADMIN_PASSWORD, or one that is shown as it starts.
     """
-    settings = load()
+    settings = load("admin")
     try:
         from worker.admin.serve import place_of, serve  # an extra: the other commands do without it
     except ModuleNotFoundError as missing:

@@ -8,7 +8,8 @@ After a rate limit the rate falls to half of what the API was seen to take, and 
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 BURST_SECONDS = 0.1  # so many seconds' worth may go at once after a pause
 AHEAD_SECONDS = 0.1  # moments are given out so far ahead
@@ -16,6 +17,18 @@ LEAST_RATE = 0.2
 RECOVERY_SECONDS = 60.0  # from the half to the ceiling
 KEPT_BELOW = 0.95  # the flat part of the curve, as a share of the ceiling: just below what was refused
 DEEPEST_CUT = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRates:
+    """The most requests per second of each account: `default` where `by_account` does not name it."""
+
+    default: float
+    by_account: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, account: str) -> float:
+        """Requests per second that the account may make, all processes together."""
+        return self.by_account.get(account, self.default)
 
 
 @dataclass(frozen=True, slots=True)

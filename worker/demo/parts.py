@@ -146,7 +146,7 @@ class Parts:
     def settings(self) -> Settings:
         """Every setting is given, so that neither the environment nor a file has a say."""
         values: dict[str, Any] = {name: field.default for name, field in Settings.model_fields.items()}
-        return Settings(**(values | self._settings | {"_env_file": None}))
+        return Settings(**(values | self._settings))
 
     @property
     def _settings(self) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def _accounts(reading: Reading) -> Iterator[Metric]:
         "budget_configured_requests_per_second",
         "SD_API_RPS, as it is set where these metrics are served.",
         ["account"],
-        (((one.name,), reading.full_rps) for one in accounts),
+        (((one.name,), reading.full_rps(one.name)) for one in accounts),
     )
     yield _gauges(
         "budget_requests_per_second",

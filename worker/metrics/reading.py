@@ -39,7 +39,7 @@ class Reading:
     stuck: int
     webhooks: Pending
     webhooks_late: int
-    full_rps: float
+    full_rps: Callable[[str], float]
 
 
 def read(engine: Engine, settings: Settings) -> Reading:
@@ -54,14 +54,14 @@ def read(engine: Engine, settings: Settings) -> Reading:
         totals = read_totals(connection)
         return Reading(
             schema=schema,
-            standing=standing(connection, waiting, now=now, full_rps=settings.sd_api_rps),
+            standing=standing(connection, waiting, now=now, full_rps=settings.rps),
             unfinished=bounded(unfinished(connection, waiting), {one.figure.kind for one in totals} - {""}),
             totals=totals,
             claims=claims_held(connection),
             stuck=stuck_claims(connection, before=now - timedelta(seconds=settings.recovery_seconds + HEALTHY_SECONDS)),
             webhooks=pending(connection),
             webhooks_late=overdue(connection, before=now - timedelta(seconds=LATE_SECONDS)),
-            full_rps=settings.sd_api_rps,
+            full_rps=settings.rps,
         )
 
 

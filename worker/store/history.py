@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -26,7 +26,7 @@ class Sample:
     body: dict[str, Any]
 
 
-def sample(connection: Connection, *, now: datetime, full_rps: float) -> timedelta:
+def sample(connection: Connection, *, now: datetime, full_rps: Callable[[str], float]) -> timedelta:
     """Writes down how everything stands, where nobody has done so in this minute; how long until the next one is due.
 
     What is older than KEPT is forgotten. `full_rps` is what the settings allow each account.

@@ -4,7 +4,7 @@ Jobs that an operator holds are a state of their own here, `held`: they wait, bu
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -127,7 +127,9 @@ def unfinished(connection: Connection, waiting: Iterable[Waiting]) -> Counter[tu
     return found
 
 
-def standing(connection: Connection, waiting: Sequence[Waiting], *, now: datetime, full_rps: float) -> Standing:
+def standing(
+    connection: Connection, waiting: Sequence[Waiting], *, now: datetime, full_rps: Callable[[str], float]
+) -> Standing:
     """How everything stands, where this is `waiting`. `full_rps` is what the settings allow each account."""
     known = all_gates(connection)
     due: Counter[str] = Counter()
@@ -142,7 +144,7 @@ def standing(connection: Connection, waiting: Sequence[Waiting], *, now: datetim
     for name in sorted({*due, *(name for scope, name in known if scope == "account")}):
         gate = known.get(("account", name), Gate("account", name))
         late = _age(since.get(name, now), now)
-        accounts.append(Account(name, due[name], late, gate.rate(full_rps, now), gate.ceiling, name in held))
+        accounts.append(Account(name, due[name], late, gate.rate(full_rps(name), now), gate.ceiling, name in held))
     return Standing(
         now=now,
         jobs=_jobs(connection, waiting),

@@ -253,7 +253,7 @@ class _Polls:
             budget=_NoBudget(),
             leases=_Leases(engine, lease=LEASE),
             keys=self._keys,
-            rps=settings.sd_api_rps,
+            rps=settings.rps,
             pace=settings.pace,
             api_timeout=settings.sd_api_timeout,
             queue_downloads=_nothing,
