@@ -106,7 +106,7 @@ def test_json_and_lists_may_have_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load()
 
     assert settings.keys["shop"].get_secret_value() == KEY
-    assert {"a.example", "b.example"} <= settings.api.hosts
+    assert {"a.example", "b.example"} <= set(settings.api.hosts)
 
 
 def test_service_links_are_left_alone_by_every_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from worker.scrubber import Scrubber
 from worker.settings import load
 from worker.up import json_writer
 
-KEY = 'sk-"canary"/\n-é7f3a'
+KEY = 'sk-"canary"/\\-é7f3a'
 ROOT = Path(__file__).parent.parent
 
 

@@ -704,7 +704,7 @@ def test_given_a_database_that_kept_a_claim_waiting_when_it_goes_on_then_its_cal
     polls = Polls(engine, redis_url, sandbox)
     polls.track(submitted(sandbox, 1))
     polls.run()
-    monkeypatch.setattr(polls.poller, "_rps", 100.0)
+    monkeypatch.setattr(polls.poller, "_rps", lambda _: 100.0)
     claim, sent = claim_jobs, list[float]()
 
     def slow(*arguments: Any, **options: Any) -> Any:
