@@ -31,7 +31,7 @@ from worker.database_errors import reason as reason
 from worker.database_errors import server_trouble as server_trouble
 from worker.database_errors import shown_url as shown_url
 from worker.database_errors import trouble as trouble
-from worker.errors import DeploymentError, SchemaOutdated, SettingsError, Unavailable
+from worker.errors import DeploymentError, SchemaOutdated, SettingsError
 from worker.tables import VERSION_TABLE
 
 SCHEMA_VERSION = "0008"
