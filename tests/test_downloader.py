@@ -28,6 +28,7 @@ from tests.web import Answer, Web, drips, floods, head, page, resets, sends, web
 from worker import database, downloader
 from worker.database import make_engine
 from worker.errors import StorageTrouble
+from worker.leases import LeaseLost
 from worker.storage import FileStorage, path_of
 from worker.store.outcomes import record_attempt
 from worker.tables import bodies, outputs
@@ -814,3 +815,39 @@ def test_given_an_outcome_that_could_not_be_recorded_when_the_process_is_never_i
     busy.run(unlucky)
 
     assert {output_of(stand.engine, one).status for one in (unlucky, other)} == {"stored"}
+
+
+def test_given_a_lease_that_may_be_over_when_a_download_would_begin_then_nothing_is_asked(
+    stand: Stand, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that was stopped for longer than its lease: another may be storing it."""
+    output_id = stand.add(web.serves("/a.png", page(200, PNG)))
+    downloader = stand.downloader()
+
+    def refuse(*_: object) -> None:
+        raise LeaseLost
+
+    with monkeypatch.context() as asleep:
+        asleep.setattr(downloader._leases, "check", refuse)
+        assert "given back" in downloader.run(output_id)
+    row = output_of(stand.engine, output_id)
+    assert (row.status, row.attempts, row.claim_token, row.error_code) == ("pending", 0, None, None)
+    assert len(web.asked) == 0
+    assert stand.files == []
+
+
+def test_given_a_lease_that_ends_between_two_redirects_then_the_second_request_is_not_made(
+    stand: Stand, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web.serves("/1", page(302, b"", Location="/2"))
+    web.serves("/2", page(200, PNG))
+    output_id, downloader, asked = stand.add(web.url + "/1"), stand.downloader(), []
+
+    def once(*_: object) -> None:
+        asked.append(1)
+        if len(asked) > 1:
+            raise LeaseLost
+
+    monkeypatch.setattr(downloader._leases, "check", once)
+    assert "given back" in downloader.run(output_id)
+    assert [request.path for request in web.asked] == ["/1"]

@@ -21,12 +21,12 @@ from worker.core.gate import refused
 from worker.core.pace import Model, Pace
 from worker.database import database_now
 from worker.hosted_api import HostedApi
-from worker.leases import LeaseKeeper
+from worker.leases import LeaseKeeper, LeaseLost
 from worker.poller import IN_FLIGHT, Poller
 from worker.sandbox import Answer, Sandbox, SandboxOptions
 from worker.scrubber import Scrubber
 from worker.shared_budget import SharedBudget
-from worker.store.claims import claim_jobs
+from worker.store.claims import ClaimedJob, claim_jobs
 from worker.store.gates import locked_gate, save_gate
 from worker.store.jobs import NewJob, cancel, insert_jobs, nudge
 from worker.store.outcomes import record_answers
@@ -686,10 +686,10 @@ def test_given_many_accounts_and_few_places_when_all_have_more_than_enough_then_
     asked: Counter[str] = Counter()
     ask = polls.poller._api.ask
 
-    def counted(address: Any, remote_id: str, key: Any) -> Any:
+    def counted(address: Any, remote_id: str, *options: Any) -> Any:
         asked[remote_id[:10]] += 1
         time.sleep(0.005)
-        return ask(address, remote_id, key)
+        return ask(address, remote_id, *options)
 
     monkeypatch.setattr(polls.poller._api, "ask", counted)
     polls.until(lambda: asked.total() >= 300)
@@ -811,3 +811,55 @@ def test_given_answers_that_say_nothing_about_the_job_when_they_are_written_then
 
     assert all(row.not_ready_at is None for row in map(polls.row, ids) if row.polls == 1)
     assert model_of(polls.engine).asked <= 1 + sum(polls.row(job).polls > 1 for job in ids)
+
+
+def test_given_a_lease_that_may_be_over_when_a_job_is_to_be_asked_about_then_it_is_given_back_unasked(
+    polls: Polls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that was stopped for longer than its lease: others may be asking by now."""
+    polls.track(submitted(polls.sandbox, 1))
+    polls.until(lambda: len(polls.sandbox.calls.fetches) == 1)  # the account is proven from here on
+    leases, slept = polls.poller._leases, threading.Event()
+    check = leases.check
+
+    def check_after_sleep(row_id: int, token: str) -> None:
+        if not slept.is_set():
+            raise LeaseLost
+        check(row_id, token)
+
+    monkeypatch.setattr(leases, "check", check_after_sleep)
+    job_ids = polls.track(submitted(polls.sandbox, 20))
+    polls.run()
+    assert len(polls.sandbox.calls.fetches) == 1
+    rows = [polls.row(job_id) for job_id in job_ids]
+    assert {(row.status, row.polls, row.claim_token) for row in rows} == {("pending", 0, None)}
+    assert not polls.poller.busy
+
+    slept.set()
+    polls.until(lambda: all(polls.row(job_id).status == "downloading" for job_id in job_ids))
+    assert {polls.row(job_id).polls for job_id in job_ids} == {1}
+
+
+def test_given_a_database_that_is_away_when_unasked_jobs_are_given_back_then_they_are_given_back_later(
+    polls: Polls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else this process would renew their leases for as long as it has other work."""
+
+    def refuse(*_: object) -> None:
+        raise LeaseLost
+
+    release = polls.poller._release
+
+    def away(jobs: Sequence[ClaimedJob]) -> None:
+        monkeypatch.setattr(polls.poller, "_release", release)
+        raise OperationalError("", {}, Exception("away"))
+
+    [job_id] = polls.track(submitted(polls.sandbox, 1))
+    monkeypatch.setattr(polls.poller._leases, "check", refuse)
+    monkeypatch.setattr(polls.poller, "_release", away)
+    with pytest.raises(OperationalError):
+        polls.run(seconds=2)
+    assert polls.row(job_id).claim_token is not None
+    polls.poller._keys = {}  # nothing new is claimed
+    polls.run()
+    assert (polls.row(job_id).claim_token, polls.row(job_id).polls) == (None, 0)

@@ -24,7 +24,7 @@ from worker import enqueue, webhooks
 from worker.addresses import Guard, guarded_adapter
 from worker.core.webhook import secret_bytes
 from worker.database import database_now
-from worker.leases import LeaseKeeper
+from worker.leases import LeaseKeeper, LeaseLost
 from worker.scrubber import Scrubber
 from worker.store.events import claim_events, open_events, record_delivery, release_events
 from worker.store.jobs import retry
@@ -543,4 +543,25 @@ def test_without_a_secret_nothing_is_sent_and_nothing_is_lost(engine: Engine, re
     assert _deliver(silent) == 0
     assert _events(engine) == []
     assert _deliver(_sender(engine)) == 1
+    assert len(receiver.came) == 1
+
+
+def test_given_a_lease_that_may_be_over_when_a_webhook_would_be_sent_then_it_is_given_back(
+    engine: Engine, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that was stopped for longer than its lease: another may have sent it."""
+    leases = LeaseKeeper(engine, lease=LEASE)
+    sender = _sender(engine, leases=leases)
+    _final(engine, receiver.url)
+
+    def refuse(*_: object) -> None:
+        raise LeaseLost
+
+    with monkeypatch.context() as asleep:
+        asleep.setattr(leases, "check", refuse)
+        assert _deliver(sender) == 1
+    assert receiver.came == []
+    [event] = _events(engine)
+    assert (event.status, event.attempts, event.claim_token) == ("pending", 0, None)
+    assert _deliver(sender) == 1
     assert len(receiver.came) == 1

@@ -10,6 +10,7 @@ from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 from worker.core.reply import ApiDown, Reply
+from worker.leases import LeaseLost
 from worker.store.claims import ClaimedJob
 
 log = logging.getLogger(__name__)
@@ -46,8 +47,9 @@ class Calls:
         self._ask = ask
         self._most = threads
         self._lanes: defaultdict[str, _Lane] = defaultdict(_Lane)
-        self._inbox: SimpleQueue[Asked | None] = SimpleQueue()
+        self._inbox: SimpleQueue[Asked | _ToAsk | None] = SimpleQueue()  # a call that was not made comes back
         self.outstanding = 0
+        self.not_asked: list[ClaimedJob] = []  # claims that were lost before their call; the caller gives them back
 
     def outstanding_at(self, host: str) -> int:
         """Jobs that are being asked about at this host, or are to be."""
@@ -95,7 +97,10 @@ class Calls:
         for one in found:
             self._lanes[one.job.address.host].outstanding -= 1
         self.outstanding -= len(found)
-        return found
+        answers = [one for one in found if isinstance(one, Asked)]
+        if len(answers) < len(found):
+            self.not_asked += [one.job for one in found if isinstance(one, _ToAsk)]
+        return answers
 
     def close(self) -> None:
         """Ends the threads, each after the call that it is at. Nothing may be started afterwards."""
@@ -122,6 +127,9 @@ class Calls:
             sent = time.monotonic()
             try:
                 reply = self._ask(one.job)
+            except LeaseLost:
+                self._inbox.put(one)
+                continue
             except Exception as error:  # an adapter that somebody mounted may raise anything
                 log.exception("a call failed job=%s", one.job.id)
                 reply = ApiDown(f"no answer: {type(error).__name__}")

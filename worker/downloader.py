@@ -2,7 +2,6 @@
 
 import logging
 import re
-import secrets
 import threading
 import time
 import traceback
@@ -12,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime, parsedate_to_datetime
+from functools import partial
 from urllib.parse import urljoin, urlsplit
 
 import requests
@@ -37,7 +37,7 @@ from worker.core.media import MAX_PIXELS, Base64Decoder, base64_start, pixels, s
 from worker.core.plain_text import plain_text
 from worker.database import PATIENCE, database_now, server_trouble, transact, trouble
 from worker.errors import StorageTrouble
-from worker.leases import LeaseKeeper
+from worker.leases import LeaseKeeper, LeaseLost
 from worker.partials import Incoming, Source, link_hash
 from worker.received import ReceivedBytes
 from worker.scrubber import Scrubber
@@ -119,17 +119,19 @@ class Downloader:
         with self._leases:
             self._release_lost()
             self._write_what_is_left()
-            token = secrets.token_hex(8)
+            token = self._leases.new_token()
             with self._lost_if_unwritten(token):
                 output = self._claim(output_id, token)
             if output is None:
                 return "nothing to do"
             with self._hosts.place(_host_of(output)) as free:
+                busy = not free
                 if free:
-                    return self._record_or_keep(output, self._attempt(output))
+                    with suppress(LeaseLost):
+                        return self._record_or_keep(output, self._attempt(output))
             with self._lost_if_unwritten(token):
                 self._give_back(output)
-            return "its host is busy: again in a few seconds"
+            return "its host is busy: again in a few seconds" if busy else "its lease may be over: given back"
 
     @contextmanager
     def _lost_if_unwritten(self, token: str) -> Iterator[None]:
@@ -190,6 +192,8 @@ class Downloader:
                 return trouble or self._keep(output, incoming)
         except StorageTrouble as refused:
             return Trouble("storage", str(refused))
+        except LeaseLost:
+            raise
         except Exception as fault:  # a claim that nobody ends would come back for ever, and never be given up
             kind, place = (
                 type(fault).__name__,
@@ -213,8 +217,11 @@ class Downloader:
         if incoming.source is not None and incoming.source.link == link and incoming.complete:
             return None  # nothing but our own storage stood in the way
         try:
-            with TimeLimit(self._timeout) as limit:
+            with TimeLimit(self._timeout, partial(self._leases.check, output.id, output.token)) as limit:
                 return self._transfer(url, link, incoming, limit)
+        except LeaseLost:
+            incoming.hold = True
+            raise
         except RefusedTarget as refused:
             return Unfit("refused_address", str(refused))
         except (requests.RequestException, HTTPError, OSError, ValueError) as error:

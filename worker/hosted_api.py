@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import requests
 from pydantic import SecretStr
@@ -64,13 +64,18 @@ class HostedApi:
             return str(refused)
         return None
 
-    def ask(self, address: FetchAddress, remote_id: str, key: SecretStr) -> Reply:
-        """Asks about one job: one POST with the key in its body, never redirected, over within the time-out."""
+    def ask(
+        self, address: FetchAddress, remote_id: str, key: SecretStr, permit: Callable[[], object] | None = None
+    ) -> Reply:
+        """Ask about one job: one POST with the key in its body, never redirected, over within the time-out.
+
+        `permit` is called right before it is sent; what it raises is raised here.
+        """
         words = {"key": key.get_secret_value()}
         if address.id_in_body:
             words["request_id"] = remote_id
         try:
-            with TimeLimit(self._timeout) as limit:
+            with TimeLimit(self._timeout, permit) as limit:
                 status, headers, answer = self._post(address.url, json.dumps(words).encode(), limit)
         except (requests.RequestException, HTTPError, OSError, ValueError) as error:
             return ApiDown(self._scrubber.text(f"no answer: {_kind(error)}"))

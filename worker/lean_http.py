@@ -23,7 +23,7 @@ from urllib3.exceptions import ConnectTimeoutError, HTTPError
 from urllib3.exceptions import SSLError as TlsError
 from urllib3.response import HTTPResponse as DecodingResponse
 
-from worker.timed_http import TimedAdapter, TimedHTTPConnection, TimedHTTPSConnection, seconds_left
+from worker.timed_http import TimedAdapter, TimedHTTPConnection, TimedHTTPSConnection, ask_permission, seconds_left
 
 MOST_HEADERS = 100
 LONGEST_LINE = 65_536
@@ -139,6 +139,7 @@ class LeanAdapter(TimedAdapter):
             else:
                 connection.watch()
                 sock = connection.sock
+            ask_permission()
             sock.sendall(request)
             return _read(Answer(sock, method="POST"), self._limit)
         except BaseException:

@@ -6,13 +6,13 @@ Jobs are claimed a little ahead of the places, so that no place waits for the da
 
 import logging
 import random
-import secrets
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 
 from pydantic import SecretStr
 from sqlalchemy import Connection, Engine
@@ -180,6 +180,7 @@ class Poller:
                 answers = self._calls.answers(IDLE_SECONDS, gather=0.0)
                 if answers:
                     self._record(answers, report)
+            self._give_back_lost()
             self._keep_leases()
         return report
 
@@ -227,6 +228,7 @@ class Poller:
         self._release_unsure()
         idle_until = time.monotonic() + IDLE_SECONDS
         while True:
+            self._give_back_lost()
             self.last_run = now = time.monotonic()
             over = now >= until or (self._gives_way and self._wanted.is_set())
             if self.stopped:
@@ -406,7 +408,7 @@ class Poller:
 
     def _new_token(self) -> str:
         """A token for a claim. Until the claim is known to have come about, so is that it may have."""
-        token = secrets.token_hex(8)
+        token = self._leases.new_token()
         self._unsure.append(token)
         return token
 
@@ -482,11 +484,19 @@ class Poller:
         return allowed
 
     def _call(self, job: ClaimedJob) -> Reply:
-        return self._api.ask(job.address, job.remote_id, self._keys[job.account])
+        permit = partial(self._leases.check, job.id, job.token)
+        return self._api.ask(job.address, job.remote_id, self._keys[job.account], permit)
 
     def _give_back(self) -> None:
         """Whatever was not asked yet is due again at once."""
         self._release(self._calls.take_back())
+
+    def _give_back_lost(self) -> None:
+        """Give back what was not asked about because its lease may be over; again, where the database was away."""
+        if self._calls.not_asked:
+            self._release(self._calls.not_asked)
+            log.warning("claims were not sure to last, nothing was asked jobs=%s", len(self._calls.not_asked))
+            self._calls.not_asked.clear()
 
     def _release(self, jobs: Sequence[ClaimedJob]) -> None:
         by_token: dict[str, list[int]] = {}

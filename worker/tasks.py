@@ -29,10 +29,12 @@ from worker.leases import LeaseKeeper
 from worker.notifier import tell
 from worker.once import locked_property
 from worker.poller import IN_FLIGHT, Poller, PollReport, Progress
-from worker.process_id import dead
+from worker.process_id import dead, holder_name
 from worker.pruner import Retention
 from worker.pruner import prune as prune_jobs
 from worker.scrubber import Scrubber, shared_scrubber
+from worker.sent_requests import SentRequests, processes_with_files, remove_files, sent_by
+from worker.settings import STATE_FOLDER
 from worker.shared_budget import SharedBudget
 from worker.store.claims import holders, waiting_outputs
 from worker.store.crashes import Released, release_crashed
@@ -49,6 +51,7 @@ SWEEP_LIMIT = 1_000
 DOWNLOAD_THREADS = 64
 DATABASE_AWAY_SECONDS = 1.0
 GARBAGE_THRESHOLDS = (20_000, 20, 50)
+SENT_FOLDER = STATE_FOLDER.absolute() / "sent"
 NOTHING_HELD = Released(0, (), (), ())
 PRUNE_SECONDS = 300.0  # what is left is for the next hour: a prune must not take a place of the pool for long
 SAMPLE_AGAIN = timedelta(seconds=10)
@@ -79,7 +82,13 @@ class ProcessResources:
     @locked_property
     def leases(self) -> LeaseKeeper:
         """Holds this process's claims."""
-        return LeaseKeeper(self.engine, lease=timedelta(seconds=settings.recovery_seconds))
+        holder = holder_name()
+        return LeaseKeeper(
+            self.engine,
+            lease=timedelta(seconds=settings.recovery_seconds),
+            holder=holder,
+            sent=SentRequests(SENT_FOLDER, holder),
+        )
 
     @locked_property
     def api(self) -> HostedApi:
@@ -176,7 +185,9 @@ class ProcessResources:
                 return
             with self.engine.begin() as connection:
                 freed = _freed(connection)
+                holding = holders(connection)
             self._looked_back = True
+        remove_files(SENT_FOLDER, set(dead(processes_with_files(SENT_FOLDER))) - holding)
         _say(freed)
 
     swept_at = 0.0
@@ -315,7 +326,7 @@ def _freed(connection: Connection) -> Released:
         return NOTHING_HELD
     now = database_now(connection)
     release_events(connection, gone, due_at=now)
-    return release_crashed(connection, gone, now=now)
+    return release_crashed(connection, gone, now=now, sent=sent_by(SENT_FOLDER, gone))
 
 
 def _say(freed: Released) -> None:

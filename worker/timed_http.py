@@ -12,7 +12,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -99,12 +99,17 @@ os.register_at_fork(after_in_child=_forget_parent)
 
 
 class TimeLimit:
-    """All connections that this thread uses inside are given up `seconds` after it was entered."""
+    """All connections that this thread uses inside are given up `seconds` after it was made.
 
-    __slots__ = ("_until",)
+    `permit` is called right before each request is sent, redirects and second attempts included. What it raises stops
+    the call.
+    """
 
-    def __init__(self, seconds: float) -> None:
+    __slots__ = ("_permit", "_until")
+
+    def __init__(self, seconds: float, permit: Callable[[], object] | None = None) -> None:
         self._until = time.monotonic() + seconds
+        self._permit = permit
 
     @property
     def remaining(self) -> float:
@@ -119,6 +124,7 @@ class TimeLimit:
     def __enter__(self) -> "TimeLimit":
         """Starts to watch this thread's connections."""
         _call.until = self._until
+        _call.permit = self._permit
         _call.lines = []
         return self
 
@@ -126,7 +132,7 @@ class TimeLimit:
         """Stops watching them."""
         for line in _call.lines:
             watchdog.forget(line)
-        _call.until = None
+        _call.until = _call.permit = None
         _call.lines = []
 
 
@@ -134,6 +140,13 @@ def seconds_left() -> float:
     """Seconds left of the call that this thread is in, never less than a millisecond; infinite outside of one."""
     until = getattr(_call, "until", None)
     return math.inf if until is None else max(until - time.monotonic(), 0.001)
+
+
+def ask_permission() -> None:
+    """Call the `permit` of the call that this thread is in. To be called with nothing left to do but to send."""
+    permit = getattr(_call, "permit", None)
+    if permit is not None:
+        permit()
 
 
 # ── looking up and connecting ─────────────────────────────────────────────────────────────────────────────────────────
@@ -241,9 +254,12 @@ class _Timed(HTTPConnection):
             watchdog.watch(self.line, until)
 
     def request(self, *args: Any, **kwargs: Any) -> None:
-        """Sends a request; a connection that was open already is watched from here."""
-        if self.sock is not None:
+        """Send a request, once it is permitted; a connection that was open already is watched from here."""
+        if self.sock is None:
+            self.connect()  # the sending would do it, after the permission
+        else:
             self.watch()
+        ask_permission()
         super().request(*args, **kwargs)
 
     def close(self) -> None:

@@ -6,7 +6,6 @@ Receivers are trusted with nothing: addresses are guarded like downloads, redire
 import logging
 import random
 import re
-import secrets
 import threading
 import time
 from collections import Counter
@@ -14,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from datetime import timedelta
+from functools import partial
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -24,7 +24,7 @@ from worker.addresses import Guard, RefusedTarget
 from worker.core.plain_text import plain_text
 from worker.core.webhook import headers, wait_after
 from worker.database import database_now
-from worker.leases import LeaseKeeper
+from worker.leases import LeaseKeeper, LeaseLost
 from worker.scrubber import Scrubber
 from worker.store.events import ClaimedEvent, claim_events, open_events, put_off, record_delivery, release_events
 from worker.timed_http import TimeLimit, lean_session
@@ -84,6 +84,7 @@ class Webhooks:
         self._astray.clear()  # before the look at what is under way: whoever goes astray from here on says so again
         under_way = list(self._under_way.values())
         busy = Counter(_receiver(event.url) for event in under_way)
+        token = self._leases.new_token()
         with self._engine.begin() as connection:
             now = database_now(connection)
             self._ahead = now.timestamp() - self._clock()
@@ -93,7 +94,7 @@ class Webhooks:
             open_events(connection, now=now, limit=BATCH)
             due = claim_events(
                 connection,
-                token=secrets.token_hex(16),
+                token=token,
                 holder=self._leases.holder,
                 lease=self._leases.lease,
                 now=now,
@@ -133,7 +134,19 @@ class Webhooks:
 
     def _deliver(self, event: ClaimedEvent) -> None:
         with self._leases:
-            self._record(event, *self._post(event))
+            try:
+                outcome = self._post(event)
+            except LeaseLost:
+                self._give_back(event)
+            else:
+                self._record(event, *outcome)
+
+    def _give_back(self, event: ClaimedEvent) -> None:
+        """Give back an event that was not sent because its lease may be over."""
+        with self._engine.begin() as connection:
+            now = database_now(connection)
+            put_off(connection, [event], now=now, due_at=now)
+        log.warning("a claim was not sure to last, no webhook was sent event_id=%s", event.event_id)
 
     def _record(self, event: ClaimedEvent, status: int | None, message: str | None, asked: float | None) -> None:
         message = None if message is None else plain_text(self._scrubber.text(message))
@@ -156,7 +169,7 @@ class Webhooks:
     def _post(self, event: ClaimedEvent) -> tuple[int | None, str | None, float | None]:
         """(the status that was answered, what went wrong, seconds that the receiver asks us to wait)."""
         signed = headers(self._secrets, event.event_id, int(self._ahead + self._clock()), event.body)
-        limit = TimeLimit(TIMEOUT_SECONDS)
+        limit = TimeLimit(TIMEOUT_SECONDS, partial(self._leases.check, event.id, event.token))
         try:
             with limit:
                 self._guard.check_url(event.url)
@@ -172,6 +185,8 @@ class Webhooks:
                     asked = _seconds(response.headers.get("retry-after"))
             if limit.over:  # a head that was cut off looks like one that ended
                 raise TimeoutError
+        except LeaseLost:
+            raise
         except RefusedTarget as refused:
             return None, f"{refused}; see WEBHOOK_ALLOWED_NETWORKS", None
         except (requests.RequestException, HTTPError, OSError, ValueError) as error:

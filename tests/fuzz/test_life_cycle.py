@@ -304,6 +304,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
             self.recorder = stage.recorder()
             self.jobs: dict[int, Job] = {}
             self.claimed: list[ClaimedJob] = []  # all that were handed out, also those that are stale by now
+            self.sent: set[tuple[int, str]] = set()  # the claims that were asked about
             self.taken: list[ClaimedOutput] = []
             self.replanned: dict[int, tuple[int, int]] = {}  # outputs, and when they may be due
 
@@ -594,6 +595,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
             """Answers are written, those of lost claims too."""
             asked = []
             urls: dict[int, list[str]] = {}
+            self.sent |= {(one.id, one.token) for one, _ in heard}
             for one, kind in heard:
                 code, body = ANSWERS[kind]
                 if kind == "success":
@@ -623,14 +625,16 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
             if fresh:
                 self.the_next_moment_comes()
                 self.claim("ada", 1)
-            if self.claimed:
-                one = self.claimed[-1 if fresh else -1 - pick % len(self.claimed)]
+            unsent = [one for one in self.claimed if (one.id, one.token) not in self.sent]
+            if unsent:
+                one = unsent[-1 if fresh else -1 - pick % len(unsent)]
+                self.claimed.remove(one)  # nobody will ask about it
                 with stage.engine.begin() as connection:
                     release_jobs(connection, [one.id], one.token, due_at=self.now)
                 job = self.jobs[one.id]
+                job.polls -= 1
                 if job.claim is not None and job.claim[0] == one.token:
                     job.claim, job.due = None, stage.now
-                    job.polls -= 1
 
         @rule(holder=st.sampled_from(HOLDERS))
         def leases_are_renewed(self, holder: str) -> None:
@@ -642,7 +646,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
             held = [
                 one for one in rows if one.claim is not None and one.claim[1] == holder and (one.due or 0) > stage.now
             ]
-            assert renewed == len(held)
+            assert len(renewed) == len(held)
             for one in held:
                 one.due = stage.now + 30 * S
 

@@ -31,7 +31,7 @@ from worker.core.pace import SOONEST, WINDOW
 from worker.store.times import seconds_between
 from worker.tables import MYSQL_FAMILY, WAITING_ACCOUNT, bodies, events, jobs, outputs
 
-Claim = tuple[int, str]  # the id of an output, and the token that its claim is known by
+Claim = tuple[int, str]  # the id of a row, and the token that its claim is known by
 
 _JOB_COLUMNS = (
     jobs.c.id,
@@ -300,7 +300,12 @@ def _claimed_job(row: Any, level: Level, token: str) -> ClaimedJob:
 
 
 def release_jobs(connection: Connection, ids: list[int], token: str, *, due_at: datetime) -> None:
-    """Gives claimed jobs back that were not asked about after all: due at `due_at`, the request not counted."""
+    """Give back claimed jobs that were not asked about after all: due at `due_at`, the request not counted.
+
+    A job whose claim was lost meanwhile stays as it is, but for the count.
+    """
+    lost = or_(jobs.c.claim_token.is_(None), jobs.c.claim_token != token)
+    connection.execute(update(jobs).where(jobs.c.id.in_(ids), lost, jobs.c.polls > 0).values(polls=jobs.c.polls - 1))
     connection.execute(
         update(jobs)
         .where(jobs.c.id.in_(ids), jobs.c.claim_token == token)
@@ -414,16 +419,18 @@ def release_outputs(connection: Connection, holder: str, tokens: Sequence[str], 
     return connection.execute(released).rowcount
 
 
-def renew_leases(connection: Connection, holder: str, *, lease: timedelta, now: datetime) -> int:
-    """Extends every lease of this process that is not over yet; how many. One that is over is lost for good.
+def renew_leases(connection: Connection, holder: str, *, lease: timedelta, now: datetime) -> set[Claim]:
+    """Extend every lease of this process that is not over yet; return the claims. One that is over is lost for good.
 
     Rows that are locked are being recorded just now: waiting for them, in another order than the recorder's, could
     block both for good.
     """
     values = {"of_holder": holder, "now": now, "leased_until": now + lease}
-    return sum(
-        len(_take(connection, table, live, longer, (table.c.id,), values)) for table, live, longer in _LIVE_CLAIMS
-    )
+    return {
+        (row.id, row.claim_token)
+        for table, live, longer in _LIVE_CLAIMS
+        for row in _take(connection, table, live, longer, (table.c.id, table.c.claim_token), values)
+    }
 
 
 _LIVE_CLAIMS = [

@@ -6,13 +6,14 @@ that one that kills its process does not take the same others with it each time.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
+from worker.store.claims import Claim
 from worker.store.jobs import settle
 from worker.store.totals import Tally
 from worker.tables import crashes, jobs, outputs
@@ -32,8 +33,15 @@ class Released:
     finished: tuple[int, ...]
 
 
-def release_crashed(connection: Connection, gone: Sequence[str], *, now: datetime) -> Released:
-    """Gives back what these processes held. Only for processes that are known to be dead."""
+def release_crashed(
+    connection: Connection, gone: Sequence[str], *, now: datetime, sent: Mapping[str, Container[Claim]] | None = None
+) -> Released:
+    """Give back what these processes held. Only for processes that are known to be dead.
+
+    `sent` has, by process, the claims that a request was sent for, where that is known. A claim that led to none is
+    given back as if it had not been: no request and no crash is counted.
+    """
+    unsent = _release_unsent(connection, sent or {}, now)
     poisoned_jobs, freed_jobs = _release(connection, "job", gone, now)
     poisoned_outputs, freed_outputs = _release(connection, "output", gone, now)
     tally = Tally()
@@ -42,11 +50,26 @@ def release_crashed(connection: Connection, gone: Sequence[str], *, now: datetim
         finished += _end_output(connection, row, tally, now)
     tally.write(connection)
     return Released(
-        freed_jobs + freed_outputs,
+        unsent + freed_jobs + freed_outputs,
         tuple(row.id for row in poisoned_jobs),
         tuple(row.id for row in poisoned_outputs),
         tuple(finished),
     )
+
+
+def _release_unsent(connection: Connection, sent: Mapping[str, Container[Claim]], now: datetime) -> int:
+    held = select(jobs.c.id, jobs.c.claim_token, jobs.c.claim_holder).where(
+        jobs.c.claim_holder.in_(sent), jobs.c.claim_token.is_not(None)
+    )
+    rows = connection.execute(held.order_by(jobs.c.id).with_for_update(skip_locked=True)).all() if sent else []
+    ids = [row.id for row in rows if (row.id, row.claim_token) not in sent[row.claim_holder]]
+    if ids:
+        connection.execute(
+            update(jobs)
+            .where(jobs.c.id.in_(ids), jobs.c.polls > 0)
+            .values(due_at=now, claim_token=None, claim_holder=None, polls=jobs.c.polls - 1)
+        )
+    return len(ids)
 
 
 def _release(connection: Connection, scope: str, gone: Sequence[str], now: datetime) -> tuple[list[Row[Any]], int]:

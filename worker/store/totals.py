@@ -163,5 +163,5 @@ def _known_kinds(connection: Connection) -> _Kinds:
     found = _kinds_by_url.get(key)
     if found is None:
         names = connection.execute(select(totals.c.kind).where(totals.c.kind != "").distinct()).scalars()
-        found = _kinds_by_url[key] = _Kinds(names)
+        found = _kinds_by_url.setdefault(key, _Kinds(names))  # of two threads that came at once, the first one's
     return found
