@@ -110,7 +110,9 @@ def test_a_locked_cache_works_in_a_child_that_was_forked_while_a_thread_made_som
 @pytest.fixture
 def _own_resources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Resources of this test alone, on a database file that nobody opens."""
-    settings = Settings(database_url=f"sqlite:///{tmp_path}/jobs.db", redis_url="redis://127.0.0.1:1/0")
+    settings = Settings(
+        database_url=f"sqlite:///{tmp_path}/jobs.db", redis_url="redis://127.0.0.1:1/0", state_directory=str(tmp_path)
+    )
     monkeypatch.setattr(tasks, "settings", settings)
     monkeypatch.setattr(tasks, "_parts", {})
     monkeypatch.setattr(tasks, "listen", lambda *_: None)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Container, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from celery.exceptions import Reject
@@ -15,7 +16,7 @@ from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from worker import enqueue
+from worker import enqueue, state_directory
 from worker.addresses import Guard, guarded_adapter
 from worker.app import DOWNLOADS, HINT_EXPIRES_SECONDS, POLLS, app, settings
 from worker.core import gate as gates
@@ -23,7 +24,7 @@ from worker.core.submission import submission
 from worker.courier import Courier
 from worker.database import database_now, engine_for, reason
 from worker.downloader import Downloader
-from worker.errors import NotTrackable, Unavailable, WorkerError
+from worker.errors import NotTrackable, SettingsError, Unavailable, WorkerError
 from worker.hosted_api import HostedApi
 from worker.leases import LeaseKeeper
 from worker.notifier import tell
@@ -34,7 +35,6 @@ from worker.pruner import Retention
 from worker.pruner import prune as prune_jobs
 from worker.scrubber import Scrubber, shared_scrubber
 from worker.sent_requests import SentRequests, processes_with_files, remove_files, sent_by
-from worker.settings import STATE_FOLDER
 from worker.shared_budget import SharedBudget
 from worker.store.claims import holders, waiting_outputs
 from worker.store.crashes import Released, release_crashed
@@ -51,7 +51,6 @@ SWEEP_LIMIT = 1_000
 DOWNLOAD_THREADS = 64
 DATABASE_AWAY_SECONDS = 1.0
 GARBAGE_THRESHOLDS = (20_000, 20, 50)
-SENT_FOLDER = STATE_FOLDER.absolute() / "sent"
 NOTHING_HELD = Released(0, (), (), ())
 PRUNE_SECONDS = 300.0  # what is left is for the next hour: a prune must not take a place of the pool for long
 SAMPLE_AGAIN = timedelta(seconds=10)
@@ -87,7 +86,7 @@ class ProcessResources:
             self.engine,
             lease=timedelta(seconds=settings.recovery_seconds),
             holder=holder,
-            sent=SentRequests(SENT_FOLDER, holder),
+            sent=SentRequests(sent_folder(), holder),
         )
 
     @locked_property
@@ -187,7 +186,8 @@ class ProcessResources:
                 freed = _freed(connection)
                 holding = holders(connection)
             self._looked_back = True
-        remove_files(SENT_FOLDER, set(dead(processes_with_files(SENT_FOLDER))) - holding)
+        folder = sent_folder()
+        remove_files(folder, set(dead(processes_with_files(folder))) - holding)
         _say(freed)
 
     swept_at = 0.0
@@ -228,6 +228,14 @@ def _new_parts_lock() -> None:
 
 
 os.register_at_fork(after_in_child=_new_parts_lock)
+
+
+def sent_folder() -> Path:
+    """Return the directory of the files that say which claims led to a request."""
+    try:
+        return settings.state / "sent"
+    except SettingsError:  # nothing can be written anywhere: then every claim counts
+        return state_directory.chosen(settings.state_directory) / "sent"
 
 
 def queue_downloads(output_ids: Sequence[int]) -> None:
@@ -326,7 +334,7 @@ def _freed(connection: Connection) -> Released:
         return NOTHING_HELD
     now = database_now(connection)
     release_events(connection, gone, due_at=now)
-    return release_crashed(connection, gone, now=now, sent=sent_by(SENT_FOLDER, gone))
+    return release_crashed(connection, gone, now=now, sent=sent_by(sent_folder(), gone))
 
 
 def _say(freed: Released) -> None:
