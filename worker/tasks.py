@@ -24,7 +24,7 @@ from worker.core.submission import submission
 from worker.courier import Courier
 from worker.database import database_now, engine_for, reason
 from worker.downloader import Downloader
-from worker.errors import NotTrackable, SettingsError, Unavailable, WorkerError
+from worker.errors import NotTrackable, SchemaOutdated, SettingsError, Unavailable, WorkerError
 from worker.hosted_api import HostedApi
 from worker.leases import LeaseKeeper
 from worker.notifier import tell
@@ -41,6 +41,7 @@ from worker.store.crashes import Released, release_crashed
 from worker.store.events import release_events
 from worker.store.gates import locked_gate, save_gate
 from worker.store.history import sample
+from worker.store.repair import Repairer
 from worker.stores import storage_for
 from worker.wake_ups import listen
 from worker.webhooks import AT_ONCE, Webhooks
@@ -157,6 +158,11 @@ class ProcessResources:
             secrets=settings.webhook_secrets,
         )
 
+    @locked_property
+    def repairer(self) -> Repairer:
+        """Repairs rows in a state that no step of ours leaves behind."""
+        return Repairer(self.engine)
+
     def make_for(self, queues: Container[str]) -> None:
         """Make what the tasks on these queues need, before the first task comes. No server is asked for anything."""
         # What was imported stays for ever: looking through it again and again took a tenth of all processor time.
@@ -203,6 +209,7 @@ class ProcessResources:
 
 
 _pruning = threading.Lock()
+_repairing = threading.Lock()
 
 
 _parts: dict[int, ProcessResources] = {}  # by process id: a forked child finds none of its own, and makes them
@@ -324,6 +331,7 @@ def run_sweep() -> str:
     queue_downloads(output_ids)
     own.tell(None)
     _say(freed)
+    _repair(own)
     _sample(own)
     return f"{len(output_ids)} downloads put back" if output_ids else "nothing to put back"
 
@@ -342,6 +350,25 @@ def _say(freed: Released) -> None:
         log.warning("work of dead processes is taken up again rows=%s", freed.rows)
     if freed.jobs or freed.outputs:
         log.error("set aside, its processes died again and again jobs=%s outputs=%s", freed.jobs, freed.outputs)
+
+
+def _repair(own: ProcessResources) -> None:
+    """Repair rows in a state that no step of ours leaves behind, in transactions of its own."""
+    if not _repairing.acquire(blocking=False):
+        return
+    try:
+        repaired = own.repairer.run()
+    except SQLAlchemyError as error:
+        log.warning("a repair waits for the database reason=%s", reason(error))
+        return
+    finally:
+        _repairing.release()
+    if repaired.jobs or repaired.outputs or repaired.claims:
+        log.warning(
+            "repaired rows that were left in no proper state jobs_ended=%s outputs_cancelled=%s claims_released=%s",
+            *(len(repaired.jobs), repaired.outputs, repaired.claims),
+        )
+    own.tell(repaired.jobs)
 
 
 def _sample(own: ProcessResources) -> None:
@@ -424,7 +451,7 @@ def track(remote: Any, **options: Any) -> int:
     """Inserts the job once; its result is the job's id."""
     try:
         job_id, created = enqueue.tracked([remote], **options)[0]
-    except Unavailable:
+    except (Unavailable, SchemaOutdated):
         time.sleep(DATABASE_AWAY_SECONDS)
         raise Reject("the database is away", requeue=True) from None
     except TypeError as wrong:

@@ -360,14 +360,18 @@ def cancel_all(connection: Connection, job_ids: Iterable[int], tally: Tally, *, 
     connection.execute(
         update(jobs).where(jobs.c.id.in_(ids)).values(status="cancelled", completed_at=now, held_at=None, **free)
     )
-    connection.execute(
-        update(outputs)
-        .where(outputs.c.job_id.in_(ids), outputs.c.status == "pending")
-        .values(status="failed", error_code="cancelled", error_message="the job was cancelled", **free)
-    )
+    cancel_outputs(connection, outputs.c.job_id.in_(ids))
     for row in rows:
         tally.finished(row.account, row.kind, "cancelled")
     return ids
+
+
+def cancel_outputs(connection: Connection, which: ColumnElement[bool]) -> int:
+    """End the outputs that still wait, of cancelled jobs; return how many. Stored files stay."""
+    cancelled = {"status": "failed", "error_code": "cancelled", "error_message": "the job was cancelled"}
+    free = {"due_at": None, "claim_token": None, "claim_holder": None}
+    waiting = update(outputs).where(which, outputs.c.status == "pending")
+    return connection.execute(waiting.values(**cancelled, **free)).rowcount
 
 
 def listed_anew(now: datetime) -> dict[str, Any]:
@@ -438,7 +442,8 @@ def retry_all(connection: Connection, job_ids: Iterable[int], *, now: datetime) 
 def settle(connection: Connection, job_id: int, tally: Tally, *, now: datetime) -> str | None:
     """Ends a job whose outputs are all final; its final state, or None where it is not there yet.
 
-    The caller holds the job's row, knows that it is being downloaded, and writes the tally.
+    A job without any outputs has lost them, and ends as failed: `retry` asks the API for them again. The caller holds
+    the job's row, knows that it is being downloaded, and writes the tally.
     """
     total, stored, waiting, account, kind = connection.execute(
         select(
@@ -450,7 +455,10 @@ def settle(connection: Connection, job_id: int, tally: Tally, *, now: datetime) 
     ).one()
     if waiting:
         return None
-    whole = total == stored
+    whole = total == stored > 0
+    code, message = "output_failed", f"{total - stored} of {total} outputs could not be stored"
+    if not total:
+        code, message = "no_output", "its outputs are missing in the database; `retry` asks for them again"
     connection.execute(
         update(jobs)
         .where(jobs.c.id == job_id)
@@ -460,8 +468,8 @@ def settle(connection: Connection, job_id: int, tally: Tally, *, now: datetime) 
             due_at=None,
             claim_token=None,
             claim_holder=None,
-            error_code=None if whole else "output_failed",
-            error_message=None if whole else f"{total - stored} of {total} outputs could not be stored",
+            error_code=None if whole else code,
+            error_message=None if whole else message,
         )
     )
     tally.finished(account, kind, "completed" if whole else "failed")

@@ -1,0 +1,119 @@
+"""Rows in a state that no step of ours leaves behind: each look repairs a page of them, and costs little otherwise."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, event
+
+from tests.rows import STORED, add_downloading, add_job, add_output, job_of, output_of
+from worker.store.repair import Repaired, Repairer
+from worker.store.totals import FINISHED, read_totals
+
+WHOLE: dict[str, Any] = STORED | {"size_bytes": 1}
+FAILED: dict[str, Any] = {"status": "failed", "due_at": None, "error_code": "gone"}
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+@pytest.mark.parametrize(
+    ("ended", "status", "code"),
+    [
+        ([WHOLE, WHOLE], "completed", None),
+        ([WHOLE, FAILED], "failed", "output_failed"),
+        ([], "failed", "no_output"),
+    ],
+)
+def test_given_a_job_that_is_downloading_while_no_output_waits_when_repaired_then_it_ends(
+    engine: Engine, ended: list[dict[str, Any]], status: str, code: str | None
+) -> None:
+    """And is counted as finished, once."""
+    with engine.begin() as connection:
+        job_id = add_downloading(connection)
+        for position, values in enumerate(ended):
+            add_output(connection, job_id, position, **values)
+
+    assert Repairer(engine).run() == Repaired(jobs=(job_id,))
+    assert (job_of(engine, job_id).status, job_of(engine, job_id).error_code) == (status, code)
+    assert job_of(engine, job_id).completed_at is not None
+    assert Repairer(engine).run() == Repaired()
+    with engine.connect() as connection:
+        assert [(one.figure.label, one.times) for one in read_totals(connection, [FINISHED])] == [(status, 1)]
+
+
+def test_given_a_job_with_an_output_that_waits_when_repaired_then_it_stays_as_it_is(engine: Engine) -> None:
+    with engine.begin() as connection:
+        job_id = add_downloading(connection)
+        add_output(connection, job_id, **WHOLE)
+        output_id = add_output(connection, job_id, 1)
+
+    assert Repairer(engine).run() == Repaired()
+    assert job_of(engine, job_id).status == "downloading"
+    assert output_of(engine, output_id).status == "pending"
+
+
+def test_given_an_output_that_waits_when_its_job_is_cancelled_then_it_is_cancelled_too(engine: Engine) -> None:
+    """The output of a job that ended otherwise is paid for, and is still downloaded."""
+    final: dict[str, Any] = {"due_at": None, "completed_at": _now()}
+    with engine.begin() as connection:
+        cancelled = add_output(connection, add_job(connection, "1", status="cancelled", **final))
+        failed = add_job(connection, "2", status="failed", error_code="output_failed", **final)
+        paid = add_output(connection, failed)
+
+    assert Repairer(engine).run() == Repaired(outputs=1)
+    assert (output_of(engine, cancelled).status, output_of(engine, cancelled).error_code) == ("failed", "cancelled")
+    assert output_of(engine, paid).status == "pending"
+
+
+def test_given_a_claim_that_lasts_longer_than_any_lease_when_repaired_then_its_row_is_due_again(engine: Engine) -> None:
+    """A lease is renewed every few seconds, and ends within an hour: whoever wrote this is gone."""
+    far: dict[str, Any] = {"claim_token": "t", "claim_holder": "h", "due_at": _now() + timedelta(days=30)}
+    near = far | {"due_at": _now() + timedelta(minutes=50)}
+    with engine.begin() as connection:
+        job_id, other = add_job(connection, "1", **far), add_job(connection, "2", **near)
+        output_id = add_output(connection, add_downloading(connection, "3"), **far)
+
+    assert Repairer(engine).run() == Repaired(claims=2)
+    assert job_of(engine, job_id).claim_holder is None
+    assert job_of(engine, job_id).due_at < _now() + timedelta(seconds=5)
+    assert output_of(engine, output_id).claim_holder is None
+    assert job_of(engine, other).claim_holder == "h"
+
+
+def test_given_more_rows_than_a_page_when_repaired_page_by_page_then_all_are_seen_and_it_begins_anew(
+    engine: Engine,
+) -> None:
+    final: dict[str, Any] = {"status": "cancelled", "due_at": None, "completed_at": _now()}
+    with engine.begin() as connection:
+        for number in range(7):
+            add_output(connection, add_job(connection, f"c{number}", **final))
+            if number % 3:
+                add_output(connection, add_downloading(connection, f"d{number}"))
+            else:
+                add_downloading(connection, f"d{number}")
+    repairer = Repairer(engine, page=2)
+    found = [repairer.run() for _ in range(8)]
+    with engine.begin() as connection:
+        late = add_downloading(connection, "late")
+    found += [repairer.run() for _ in range(5)]
+
+    assert sum(len(one.jobs) for one in found) == 4
+    assert sum(one.outputs for one in found) == 7
+    assert job_of(engine, late).status == "failed"
+
+
+def test_given_nothing_to_repair_when_looked_for_then_no_statement_writes_or_locks(engine: Engine) -> None:
+    with engine.begin() as connection:
+        add_output(connection, add_downloading(connection))
+    statements: list[str] = []
+
+    def note(*arguments: Any) -> None:
+        statements.append(arguments[2])
+
+    event.listen(engine, "before_cursor_execute", note)
+    Repairer(engine).run()
+    event.remove(engine, "before_cursor_execute", note)
+    assert len(statements) < 12
+    assert not [one for one in statements if "UPDATE" in one]
