@@ -189,3 +189,69 @@ def test_closed_calls_leave_no_thread() -> None:
     for thread in started:
         thread.join(10)
     assert not any(thread.is_alive() for thread in started)
+
+
+def threads_of(calls: Calls) -> int:
+    """How many threads ask at the one host of these tests."""
+    return calls._lanes["api.test"].threads
+
+
+def test_given_short_calls_when_many_were_asked_then_few_threads_are_left_and_none_of_the_others_lives_on() -> None:
+    before = set(threading.enumerate())
+    calls = Calls(lambda _: Processing(), threads=64)
+    for number in range(64):
+        calls.start(job(number), 0.0)
+    assert threads_of(calls) == 64
+
+    for number in range(1_000):
+        calls.start(job(number), 0.0)
+        collected(calls, 1)
+    collected(calls, 64)
+
+    assert threads_of(calls) <= 24
+    until = time.monotonic() + 5
+    while len(set(threading.enumerate()) - before) > threads_of(calls) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(set(threading.enumerate()) - before) == threads_of(calls)
+
+
+def test_given_few_threads_when_calls_are_not_answered_any_more_then_all_threads_ask(opened: threading.Event) -> None:
+    calls = Calls(waits_for(opened, set(range(2_000, 2_100))), threads=64)
+    for number in range(1_000):
+        calls.start(job(number), 0.0)
+        collected(calls, 1)
+    assert threads_of(calls) <= 24
+
+    for number in range(2_000, 2_100):
+        calls.start(job(number), 0.0)
+    until = time.monotonic() + 5
+    while threads_of(calls) < 64 and time.monotonic() < until:
+        assert calls.answers(0.02, gather=0.0) == []
+
+    assert threads_of(calls) == 64
+    opened.set()
+    assert len(collected(calls, 100)) == 100
+
+
+def test_given_threads_that_are_to_end_when_jobs_are_taken_back_then_the_threads_end_and_no_job_is_lost(
+    opened: threading.Event,
+) -> None:
+    before = set(threading.enumerate())
+    calls = Calls(waits_for(opened, {1, 2}), threads=2)
+    calls.start(job(1), 0.0)
+    calls.start(job(2), 0.0)
+    calls._most = 1
+    lane = calls._lanes["api.test"]
+    while lane.to_ask.qsize():
+        time.sleep(0.001)  # both have begun
+    lane.to_ask.put(None)  # as when a thread is retired
+    lane.threads = 1
+    calls.start(job(3), 0.0)
+
+    assert [taken.id for taken in calls.take_back()] == [3]
+    opened.set()
+    collected(calls, 2)
+    until = time.monotonic() + 5
+    while len(set(threading.enumerate()) - before) > threads_of(calls) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(set(threading.enumerate()) - before) == threads_of(calls)

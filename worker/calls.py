@@ -1,10 +1,15 @@
-"""Calls in threads: jobs go in with the moment to ask at, answers come out as they come. No barrier anywhere."""
+"""Calls in threads: jobs go in with the moment to ask at, answers come out as they come. No barrier anywhere.
+
+Threads that have nothing to wait for compete for the interpreter lock, and each switch between them costs processor
+time. So a host gets as many threads as its calls can keep waiting: few where answers come at once, all where they take
+long.
+"""
 
 import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
@@ -15,6 +20,10 @@ from worker.store.claims import ClaimedJob
 
 log = logging.getLogger(__name__)
 
+FEWEST_THREADS = 8
+USEFUL_RATE = 3_000.0  # calls per second: about what one process can do, so threads for more only compete
+FIRST_SECONDS = 1.0  # how long a call takes, before any was made: many at once are asked about at once
+
 
 class Asked(NamedTuple):
     """An answer: what was asked, when by the monotonic clock, and whether the call was a probe."""
@@ -23,6 +32,7 @@ class Asked(NamedTuple):
     reply: Reply
     probe: bool
     sent: float
+    seconds: float = 0.0  # how long the call occupied its thread
 
 
 class _ToAsk(NamedTuple):
@@ -38,6 +48,28 @@ class _Lane:
         self.to_ask: SimpleQueue[_ToAsk | None] = SimpleQueue()
         self.threads = 0
         self.outstanding = 0
+        self.answered_at = 0.0  # or began to be asked, where no answer has come since
+        self._seconds = FIRST_SECONDS
+
+    @property
+    def useful_threads(self) -> int:
+        """How many threads its calls can keep waiting."""
+        return FEWEST_THREADS + int(self._seconds * USEFUL_RATE)
+
+    def learn(self, seconds: float) -> None:
+        """Adapt the number of threads to how long calls take: to longer ones at once, to shorter ones by and by."""
+        self._seconds = max(seconds, self._seconds + (seconds - self._seconds) / 4)
+        useful = self.useful_threads
+        if self.threads > useful + FEWEST_THREADS:
+            for _ in range(self.threads - useful):
+                self.to_ask.put(None)
+            self.threads = useful
+
+    def learn_from_silence(self) -> None:
+        """Adapt it to calls that have not been answered yet: they take at least that long."""
+        silent = time.monotonic() - self.answered_at
+        if silent > self._seconds:
+            self.learn(silent)
 
 
 class Calls:
@@ -58,21 +90,23 @@ class Calls:
     def start(self, job: ClaimedJob, moment: float, *, probe: bool = False) -> None:
         """Asks about a job, not before `moment` by the monotonic clock."""
         lane = self._lanes[job.address.host]
+        if not lane.outstanding:
+            lane.answered_at = time.monotonic()
         lane.outstanding += 1
         self.outstanding += 1
         lane.to_ask.put(_ToAsk(job, moment, probe))
         self._man(job.address.host, lane)
 
     def _man(self, host: str, lane: "_Lane") -> None:
-        """Starts a thread where there is work for one more. A machine that has none left may have one later."""
-        if lane.threads < min(self._most, lane.outstanding):
+        """Start threads where there is work for more. A machine that has none left may have one later."""
+        while lane.threads < min(self._most, lane.outstanding) and lane.threads < lane.useful_threads:
             thread = threading.Thread(target=self._run, args=(lane.to_ask,), name=f"ask-{host}", daemon=True)
             try:
                 thread.start()
             except RuntimeError as error:
                 log.error("no thread could be started, those there are go on count=%s reason=%s", lane.threads, error)
-            else:
-                lane.threads += 1
+                return
+            lane.threads += 1
 
     def wake(self) -> None:
         """Ends the wait of `answers`."""
@@ -81,7 +115,8 @@ class Calls:
     def answers(self, timeout: float, *, gather: float) -> list[Asked]:
         """The answers that came; it waits for the first one up to `timeout`, and then for `gather` for its company."""
         for host, lane in self._lanes.items():
-            if lane.outstanding and not lane.threads:
+            if lane.outstanding:
+                lane.learn_from_silence()
                 self._man(host, lane)
         try:
             first = self._inbox.get(timeout=max(timeout, 0.0)) if timeout > 0 else self._inbox.get_nowait()
@@ -94,13 +129,23 @@ class Calls:
             one = self._inbox.get()
             if one is not None:
                 found.append(one)
-        for one in found:
-            self._lanes[one.job.address.host].outstanding -= 1
-        self.outstanding -= len(found)
+        self._count(found)
         answers = [one for one in found if isinstance(one, Asked)]
         if len(answers) < len(found):
             self.not_asked += [one.job for one in found if isinstance(one, _ToAsk)]
         return answers
+
+    def _count(self, ended: Sequence[Asked | _ToAsk]) -> None:
+        self.outstanding -= len(ended)
+        taken: defaultdict[str, list[float]] = defaultdict(list)
+        for call in ended:
+            host = call.job.address.host
+            self._lanes[host].outstanding -= 1
+            if isinstance(call, Asked):
+                taken[host].append(call.seconds)
+        for host, seconds in taken.items():
+            self._lanes[host].answered_at = time.monotonic()
+            self._lanes[host].learn(sum(seconds) / len(seconds))
 
     def close(self) -> None:
         """Ends the threads, each after the call that it is at. Nothing may be started afterwards."""
@@ -112,19 +157,26 @@ class Calls:
         """The jobs that no thread has begun with; nobody will."""
         back: list[ClaimedJob] = []
         for lane in self._lanes.values():
+            ends = 0  # of threads, that are to come about nevertheless
             with suppress(Empty):
-                while (one := lane.to_ask.get_nowait()) is not None:
-                    back.append(one.job)
-                    lane.outstanding -= 1
+                while True:
+                    waiting = lane.to_ask.get_nowait()
+                    if waiting is None:
+                        ends += 1
+                    else:
+                        back.append(waiting.job)
+                        lane.outstanding -= 1
+            for _ in range(ends):
+                lane.to_ask.put(None)
         self.outstanding -= len(back)
         return back
 
     def _run(self, to_ask: "SimpleQueue[_ToAsk | None]") -> None:
         while (one := to_ask.get()) is not None:
-            early = one.moment - time.monotonic()
-            if early > 0:
-                time.sleep(early)
-            sent = time.monotonic()
+            taken = sent = time.monotonic()
+            if one.moment > taken:
+                time.sleep(one.moment - taken)
+                sent = time.monotonic()
             try:
                 reply = self._ask(one.job)
             except LeaseLost:
@@ -133,4 +185,4 @@ class Calls:
             except Exception as error:  # an adapter that somebody mounted may raise anything
                 log.exception("a call failed job=%s", one.job.id)
                 reply = ApiDown(f"no answer: {type(error).__name__}")
-            self._inbox.put(Asked(one.job, reply, one.probe, sent))
+            self._inbox.put(Asked(one.job, reply, one.probe, sent, time.monotonic() - taken))
