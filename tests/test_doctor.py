@@ -224,12 +224,13 @@ def test_too_little_room_and_old_partial_files_are_told(
     assert "1 old partial files" in wrong["partials"]
 
 
-@pytest.mark.parametrize("name", ["worker.py", "worker"])
+@pytest.mark.parametrize("name", ["worker.py", "worker/__init__.py"])
 def test_a_module_of_the_app_with_our_name_is_told(
     name: str, settled: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Python would find only one of the two."""
-    (tmp_path / "app" / name).mkdir(parents=True)
+    (tmp_path / "app" / name).parent.mkdir(parents=True)
+    (tmp_path / "app" / name).touch()
     monkeypatch.chdir(tmp_path / "app")
     assert name in _wrong(_examined())["names"]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+ENTRY = ROOT / "worker" / "testing" / "entry"
 EXAMPLE = ROOT / "tests" / "example"
 TESTS = 8
 
@@ -92,6 +93,23 @@ def test_they_pass_side_by_side_in_several_processes(app: Path) -> None:
     assert f"{TESTS} passed" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("name", ["worker.py", "worker/__init__.py"])
+def test_given_an_app_with_a_worker_of_its_own_when_its_tests_run_then_the_plugin_steps_aside(
+    name: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("raise SystemExit('it must not be imported')\n")
+    (tmp_path / "test_app.py").write_text("def test_it():\n    pass\n")
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ENTRY)}
+    for strict in ((), ("-W", "error")):
+        words = [sys.executable, "-m", "pytest", "-p", "fetch_worker_pytest", *strict, "test_app.py"]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "1 passed" in done.stdout
+        assert strict or "has the name of fetch-worker's package" in done.stdout
+
+
 def test_pytest_finds_the_plugin_by_its_entry_point(app: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     installed = app.parent / "site" / f"fetch_worker-{project['version']}.dist-info"
@@ -100,7 +118,7 @@ def test_pytest_finds_the_plugin_by_its_entry_point(app: Path) -> None:
     named = "".join(f"{name} = {value}\n" for name, value in project["entry-points"]["pytest11"].items())
     (installed / "entry_points.txt").write_text(f"[pytest11]\n{named}")
 
-    done = run(app, autoload=True, path=str(installed.parent))
+    done = run(app, autoload=True, path=os.pathsep.join((str(installed.parent), str(ENTRY))))
 
     assert f"{TESTS} passed" in done.stdout, done.stdout + done.stderr
 

@@ -33,7 +33,6 @@ class ApiKeys(Mapping[str, SecretStr]):
         self._fixed, self._file, self._clock = dict(fixed), file, clock
         self._lock = threading.Lock()
         self._keys = dict(fixed)
-        self._last_known = dict(fixed)
         self._texts = dict.fromkeys(fixed.values())  # ordered; never forgets one, so that old keys stay masked
         self._listeners: list[Listener] = []
         self._changed: set[str] = set()
@@ -56,10 +55,6 @@ class ApiKeys(Mapping[str, SecretStr]):
     def __repr__(self) -> str:
         """The accounts, never the keys."""
         return f"ApiKeys({', '.join(sorted(self._keys))})"
-
-    def last_known(self, account: str) -> SecretStr:
-        """The account's key, or the last one it had: for a call whose job was claimed before the key was taken away."""
-        return SecretStr(self._current().get(account) or self._last_known[account])
 
     def texts(self) -> tuple[str, ...]:
         """Every key there was in this process's time: all of them stay secret."""
@@ -110,7 +105,6 @@ class ApiKeys(Mapping[str, SecretStr]):
         self._texts |= dict.fromkeys(keys.values())
         for listener in self._listeners:
             listener(tuple(self._texts))
-        self._last_known |= keys
         self._keys = keys
         self._changed |= changed
         if changed and self._content is not None:

@@ -169,6 +169,7 @@ def _transport_options(broker: str) -> dict[str, object]:
 def _prepare_logs(settings: Settings, celery_app: Celery, arguments: list[str]) -> None:
     """No key gets into the logs of any process, whatever form they have."""
     scrubber = shared_scrubber(settings.secret_texts)
+    settings.keys.listen(scrubber.add)
     scrubbed, lines = ScrubbedLogs(scrubber), JsonLines(scrubber, _process_name(arguments))
     as_json = settings.json_logs(sys.stderr)
 

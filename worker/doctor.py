@@ -1,13 +1,11 @@
 """What stands in the way: every server, setting and rule that the work depends on, each with what to do about it."""
 
-import importlib.util
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 from kombu.connection import Connection as BrokerConnection
@@ -21,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from worker.database import check_schema, connected, database_now, engine_for, shown_url, takes_writes
 from worker.errors import SettingsError, StorageTrouble, WorkerError
 from worker.overview import HEALTHY_SECONDS, Overview, overview
+from worker.own_package import OURS, advice, other_worker, python_path
 from worker.process_id import host_name
 from worker.settings import Settings
 from worker.shared_budget import redis_client
@@ -58,6 +57,7 @@ class Check:
 def examine(settings: Settings, nodes: Nodes, *, queues: Mapping[str, str]) -> Iterator[Check]:
     """All checks, one after the other; none of them raises. `queues` is what each queue is for, by its name."""
     yield _names()
+    yield from _settings(settings)
     database = _database(settings)
     yield database
     if database.ok:
@@ -79,18 +79,21 @@ def alive(settings: Settings) -> Check:
         return Check("work", False, str(wrong))
 
 
+def _settings(settings: Settings) -> Iterator[Check]:
+    """Settings that are wrong and stop one process alone, or keep a file of keys from being read."""
+    wrong = list(settings.wrong)
+    if settings.keys.trouble is None:
+        len(settings.keys)  # reads the file
+    if settings.keys.trouble is not None:
+        wrong.append(f"SD_API_KEYS_FILE {settings.keys.trouble}")
+    if wrong:
+        yield Check("settings", False, "; ".join(wrong))
+
+
 def _names() -> Check:
     """Whether Python finds our package by its name, and not the app's."""
-    for name in ("worker.py", "worker"):
-        path = Path.cwd() / name
-        ours = Path(__file__).resolve().parent
-        if path.exists() and path.resolve() != ours and not (path.is_dir() and (path / "bootstrap.py").exists()):
-            said = (
-                f"{path} has our package's name: Python may find it instead. Run fetch-worker in another directory, or"
-            )
-            return Check("names", False, f"{said} in an environment of its own, and enqueue by task name")
-    found = importlib.util.find_spec("worker")
-    return Check("names", True, f"the package is {Path(str(found.origin)).parent if found else 'here'}")
+    other = other_worker(python_path(os.environ.get("PYTHONPATH", "")))
+    return Check("names", True, f"the package is {OURS}") if other is None else Check("names", False, advice(other))
 
 
 def _database(settings: Settings) -> Check:

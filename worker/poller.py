@@ -116,7 +116,8 @@ class Poller:
         self._api = api
         self._budget = budget
         self._leases = leases
-        self._keys = keys
+        self._keys = keys  # may change at any time
+        self._keys_before = dict(keys)
         self._rps = rps
         self._probe_lease = timedelta(seconds=api_timeout) + PROBE_MARGIN
         self._recorder = Recorder(
@@ -323,6 +324,7 @@ class Poller:
         if view is None or self._stale or time.monotonic() - view.seen >= VIEW_SECONDS:
             with self._engine.connect() as connection:
                 known = all_gates(connection)
+                self._keys_before |= self._keys
                 levels = waiting_levels(connection, self._keys)
                 view = self._view = _View(time.monotonic(), database_now(connection), known, levels)
         return view
@@ -485,7 +487,11 @@ class Poller:
 
     def _call(self, job: ClaimedJob) -> Reply:
         permit = partial(self._leases.check, job.id, job.token)
-        return self._api.ask(job.address, job.remote_id, self._keys[job.account], permit)
+        return self._api.ask(job.address, job.remote_id, self._key(job.account), permit)
+
+    def _key(self, account: str) -> SecretStr:
+        """The account's key; the one it had when its jobs were looked for, where it was taken away since."""
+        return self._keys.get(account) or self._keys_before[account]
 
     def _give_back(self) -> None:
         """Whatever was not asked yet is due again at once."""

@@ -4,7 +4,7 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -435,11 +435,14 @@ def _patience() -> timedelta:
     return min(whole, TAKEN_WITHIN) if waiting == 0 else whole
 
 
-def doubt_keys() -> None:
-    """As a worker starts: every key has to be accepted once, by one call alone, before it is used at full speed."""
+def doubt_keys(accounts: Iterable[str]) -> None:
+    """Have the keys of these accounts tried, each by one call alone, before they are used at full speed.
+
+    For all accounts as a worker starts, and for those whose key has changed since.
+    """
     with parts().engine.begin() as connection:
         now = database_now(connection)
-        for account in sorted(settings.keys):
+        for account in sorted(accounts):
             save_gate(connection, gates.unproven(locked_gate(connection, "account", account), now=now))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from celery import bootsteps
 from celery.signals import worker_init, worker_process_init, worker_shutting_down
 from celery.utils.log import get_logger
+from sqlalchemy.exc import SQLAlchemyError
 
 from worker.app import POLLS, app, settings
 from worker.database import engine_for
@@ -44,6 +45,7 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
     def __init__(self, worker: Any, **options: Any) -> None:
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
+        self._changed_keys = set[str]()
         super().__init__(worker, **options)
 
     def start(self, worker: Any) -> None:
@@ -84,6 +86,20 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
         while not self._stop.wait(LOOK_SECONDS):
             if time.monotonic() - parts().swept_at > SWEEP_SILENCE_SECONDS:
                 _carefully(run_sweep)
+            self._changed_keys |= settings.keys.take_changed()
+            if self._changed_keys:
+                self._try_keys()
+
+    def _try_keys(self) -> None:
+        """Have keys that are new tried, whatever held their accounts; an account without a key is held from now on."""
+        try:
+            doubt_keys(self._changed_keys)
+        except SQLAlchemyError as error:
+            log.error("keys that have changed wait for the database reason=%s", type(error).__name__)
+            self._stop.wait(DATABASE_WAIT_SECONDS)
+        else:
+            self._changed_keys.clear()
+            parts().poller.wake()
 
     def _tell(self) -> None:
         while not self._stop.wait(random.uniform(*WEBHOOK_SECONDS)):
@@ -95,10 +111,12 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
 
     def _begin(self) -> None:
         if not settings.keys:
-            log.warning("no SD_API_KEY: jobs are accepted and held until there is one")
+            name = "SD_API_KEY" if settings.sd_api_keys_file is None else "key in SD_API_KEYS_FILE"
+            log.warning("no %s: jobs are accepted and held until there is one", name)
         while not self._stop.is_set():
             try:
-                doubt_keys()
+                settings.keys.take_changed()
+                doubt_keys(settings.keys)
             except Exception as error:
                 log.error("waiting for the database reason=%s", type(error).__name__)
                 self._stop.wait(DATABASE_WAIT_SECONDS)

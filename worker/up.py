@@ -14,9 +14,10 @@ from redis.exceptions import RedisError
 
 from worker.database import connected, make_engine
 from worker.embedded import START_SECONDS, EmbeddedRedis
-from worker.errors import Unavailable
+from worker.errors import SettingsError, Unavailable
 from worker.logs import OPENING, plain_line
-from worker.settings import EMBEDDED_SOCKET, KEY_NAMES, Settings, dotenv_file, load
+from worker.own_package import advice, other_worker, python_path
+from worker.settings import EMBEDDED_SOCKET, KEY_NAMES, PROCESS_SETTINGS, Settings, dotenv_file, load
 from worker.shared_budget import redis_client
 from worker.supervisor import (
     OWN_NAME,
@@ -49,6 +50,9 @@ def up() -> int:
     settings = load()
     folder = Path.cwd()
     lines = _runnable(read_procfile(procfile(folder)))
+    other = other_worker(python_path(merged_environment(dotenv_file()).get("PYTHONPATH", "")))
+    if other is not None:
+        raise SettingsError(advice(other))
     environment = merged_environment(dotenv_file()) | {"STATE_DIRECTORY": str(settings.state)}
     embedded = EmbeddedRedis(settings.state / EMBEDDED_SOCKET, settings.state / "redis", keeps=True)
     check_database(settings)
@@ -64,7 +68,7 @@ def up() -> int:
     say = json_writer(sys.stdout) if as_json else writer([line.name for line in lines], sys.stdout)
     if not settings.keys:
         say(OWN_NAME, f"no API key: jobs are accepted and held; set {KEY_NAMES[0]} (or {KEY_NAMES[1]}) and start again")
-    programs = [program(line, environment) for line in lines]
+    programs = [program(line, environment) for line in lines if _settings_allow(settings, line.name, say)]
     with Supervisor(folder, say) as supervisor:
         if not settings.redis_url and embedded.claim():
             _start_embedded(supervisor, embedded)
@@ -93,6 +97,18 @@ def _runnable(lines: Sequence[Line]) -> list[Line]:
     if len(kept) < len(lines):
         print("flower is left out: pip install 'fetch-worker[flower]'", file=sys.stderr)
     return kept
+
+
+def _settings_allow(settings: Settings, name: str, say: Say) -> bool:
+    """Whether a process can start with these settings; one that can't is left out, the others need none of its own."""
+    if name not in PROCESS_SETTINGS:
+        return True
+    try:
+        settings.check(name)
+    except SettingsError as wrong:
+        say(OWN_NAME, f"{name} is left out: {wrong}")
+        return False
+    return True
 
 
 def _start_embedded(supervisor: Supervisor, embedded: EmbeddedRedis) -> None:

@@ -1,16 +1,25 @@
 """All commands in one group, and how their errors are said: in one line, without a traceback."""
 
+import os
+
 import click
 
 from worker import __version__
 from worker.cli import act, control, find, look, metrics, prune, run, simulate, top
 from worker.errors import SettingsError, WorkerError
+from worker.own_package import advice, other_worker, python_path
+
+ANYWHERE = ("doctor", "demo", "sandbox")  # they start nothing by our package's name in the working directory
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="fetch-worker")
-def group() -> None:
+@click.pass_context
+def group(context: click.Context) -> None:
     """Polls a hosted image API until each job is ready, and stores every picture exactly once."""
+    other = other_worker(python_path(os.environ.get("PYTHONPATH", "")))
+    if other is not None and context.invoked_subcommand not in ANYWHERE:
+        raise SettingsError(advice(other))
 
 
 for _module in (run, act, control, find, look, top, metrics, prune, simulate):
