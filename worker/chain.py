@@ -113,6 +113,7 @@ def chain(facts: Facts, peek: Peek | None) -> tuple[list[Step], str]:
     if said:
         steps.append(Step("answers", f"{len(said)} kept", "; ".join(_answer(one.age, one.note) for one in said)))
     steps += [_output(facts, output) for output in facts.outputs]
+    steps += _on_done(facts)
     steps += _webhooks(facts)
     return steps, next((step.advice for step in steps if step.advice is not None), _rest(facts))
 
@@ -400,6 +401,22 @@ def _about_output(facts: Facts, output: Row[Any], host: str, due: float) -> str:
             return "nothing: the API is asked for a fresh link"
         case _:
             return f"nothing: {again}"
+
+
+def _on_done(facts: Facts) -> Iterator[Step]:
+    job = facts.job
+    if job.on_done is None or job.completed_at is None:
+        return
+    if job.told_at is not None:
+        yield Step("on_done", "sent", f"{job.on_done}, {span(facts.since(job.told_at))} ago")
+    elif job.on_done_error is None:
+        waits = facts.since(job.completed_at)
+        yield Step("on_done", "waits", f"for {span(waits)}", START_WORKER if waits > LATE_EVENT_SECONDS else None)
+    else:
+        again = None if job.on_done_due_at is None else -facts.since(job.on_done_due_at)
+        when = "" if again is None or again < 0 else f"again in {span(again)}; "
+        detail = f"{when}{job.on_done}, {_times(job.on_done_attempts, 'attempt')}; {masked(job.on_done_error)}"
+        yield Step("on_done", "refused", detail, "look at the queue that on_done names, and at the broker")
 
 
 def _webhooks(facts: Facts) -> Iterator[Step]:

@@ -26,6 +26,7 @@ from worker.shared_budget import redis_client
 from worker.store import live
 from worker.store.events import Undelivered, overdue, undelivered
 from worker.store.holds import patience
+from worker.store.on_done import GIVE_UP, refused_calls, unsent_calls
 from worker.store.server_state import HISTORY_MOST, ServerState, server_state
 from worker.stores import storage_for
 
@@ -133,6 +134,7 @@ def _with_tables(settings: Settings) -> Iterator[Check]:
             told = undelivered(connection, since=database_now(connection) - timedelta(days=1))
             late_news = overdue(connection, before=database_now(connection) - timedelta(seconds=UNTOLD_LATE_SECONDS))
             claims = _claims(connection, settings)
+            on_done = _on_done(connection)
             forgotten = _forgotten(connection, state)
     except WorkerError as wrong:
         yield Check("work", False, str(wrong))
@@ -144,6 +146,7 @@ def _with_tables(settings: Settings) -> Iterator[Check]:
     else:
         yield Check("holds", True, "no account and no host is held" if state.accounts else "no account has jobs yet")
     yield claims
+    yield on_done
     yield forgotten
     waiting = state.unstored
     said = f"{waiting.count} outputs are paid for and not stored yet, the oldest for {waiting.oldest_seconds:.0f} s"
@@ -199,6 +202,20 @@ def _transactions(state: ServerState) -> Check:
     return Check(
         "transactions", True, f"{said} and `track(session=…)` uses the app's, where a conflict means: try again"
     )
+
+
+def _on_done(connection: Connection) -> Check:
+    """Whether brokers refuse what `on_done` asks for."""
+    now = database_now(connection)
+    refused = refused_calls(connection, now=now)
+    late = unsent_calls(connection, before=now - timedelta(seconds=UNTOLD_LATE_SECONDS))
+    if refused.job_id is not None:
+        counts = f"{refused.waiting} are tried again, {refused.given_up} were given up after {GIVE_UP.days} days"
+        example = f"job {refused.job_id}, {refused.on_done}: {refused.reason}"
+        return Check("on_done", False, f"{counts} ({example}): look at that queue of the broker")
+    if late:
+        return Check("on_done", False, f"{late} are unsent for more than a minute: does a `worker` process run?")
+    return Check("on_done", True, "every on_done task of a final job is sent")
 
 
 def _webhooks(told: Undelivered, late: int) -> Check:

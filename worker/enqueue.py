@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session, scoped_session
 
 from worker.core.fetch_address import ACCOUNT, SYNTHETIC_ID, FetchAddress, checked_remote_id, family, fetch_address
 from worker.core.lifecycle import FINAL_STATES
+from worker.core.on_done import on_done_problem, task_and_queue
 from worker.core.pace import NOTHING_KNOWN, SPREAD, Model, Pace, Plan, Waiting
 from worker.core.progress import Progress, progress
 from worker.core.submission import Submission, seconds, submission
@@ -533,9 +534,10 @@ def _webhook(url: object, settings: Settings) -> str:
 
 def _on_done(value: str, settings: Settings) -> str:
     text = _short(value, "on_done")
-    task = text.rpartition("/")[2]
-    if not task or text.startswith("/"):
-        raise NotTrackable(f"on_done {text!r} is neither task.name nor queue/task.name")
+    task, _ = task_and_queue(text)
+    problem = on_done_problem(text)
+    if problem is not None:
+        raise NotTrackable(f"on_done is refused: {problem}")
     if settings.allowed_tasks is not None and task not in settings.allowed_tasks:
         raise NotTrackable(
             f"on_done may not name {task!r}: ON_DONE_TASKS lists {', '.join(sorted(settings.allowed_tasks))}"

@@ -1,44 +1,80 @@
-"""Tells web apps that a job is final: their `on_done` task, sent after the commit, at least once."""
+"""Tell web apps that a job is final: their `on_done` task, sent after the commit, at least once."""
 
 import logging
 from collections.abc import Callable, Sequence
 
-from sqlalchemy import Engine, select, update
+from kombu.exceptions import ChannelError
+from kombu.exceptions import OperationalError as BrokerError
+from redis.exceptions import ResponseError
+from sqlalchemy import Engine
 
-from worker.core.lifecycle import FINAL_STATES
+from worker.core.on_done import on_done_problem, task_and_queue
+from worker.core.plain_text import plain_text
 from worker.database import database_now
-from worker.tables import jobs
+from worker.store.on_done import OnDoneCall, claim_calls, record_refused, record_sent, release_calls
 
 log = logging.getLogger(__name__)
 
-DEFAULT_QUEUE = "celery"
-BATCH = 200
+ERROR_MOST = 255  # characters
+# What a full or half-started Redis answers: it is away for every queue, and refuses none.
+REDIS_AWAY = ("OOM", "READONLY", "MISCONF", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "BUSY")
+
+Send = Callable[[str, str, int], None]
 
 
-def tell(engine: Engine, send: Callable[[str, str, int], None], job_ids: Sequence[int] | None = None) -> int:
-    """Sends the `on_done` task of every final job that was not told of yet; how many.
+def tell(engine: Engine, send: Send, job_ids: Sequence[int] | None = None) -> int:
+    """Send the `on_done` task of each final job that was not told of yet. Return how many were sent.
 
-    `send` takes task name, queue and job id. With `job_ids` only those are looked at. A job is marked only after its
-    message is out, so a crash in between tells it twice and never not at all.
+    `send` takes task name, queue and job id. With `job_ids` only those are looked at. Jobs are claimed first and marked
+    after their messages are out, so a message is sent twice only where its process dies in between. A queue that
+    refuses a message is tried again with growing delays, and keeps no other job. Raises what `send` raised where the
+    broker is away: nothing is lost then, the next sweep sends the rest.
     """
-    query = (
-        select(jobs.c.id, jobs.c.on_done)
-        .where(jobs.c.completed_at.is_not(None), jobs.c.on_done.is_not(None), jobs.c.told_at.is_(None))
-        .order_by(jobs.c.completed_at)
-        .limit(BATCH)
-    )
-    with engine.connect() as connection:
-        found = connection.execute(query if job_ids is None else query.where(jobs.c.id.in_(job_ids))).all()
-    told = []
-    for row in found:
-        queue, _, task = row.on_done.rpartition("/")
-        send(task, queue or DEFAULT_QUEUE, row.id)
-        told.append(row.id)
-    if told:
+    with engine.begin() as connection:
+        calls = claim_calls(connection, now=database_now(connection), job_ids=job_ids)
+    if not calls:
+        return 0
+    sent: set[int] = set()
+    refused: dict[OnDoneCall, str] = {}
+    try:
+        _send_all(calls, send, sent, refused)
+    finally:
+        left = {call.job_id for call in calls} - sent - {call.job_id for call in refused}
         with engine.begin() as connection:
-            connection.execute(
-                update(jobs)
-                .where(jobs.c.id.in_(told), jobs.c.status.in_(FINAL_STATES))
-                .values(told_at=database_now(connection))
-            )
-    return len(told)
+            now = database_now(connection)
+            record_sent(connection, sent, now=now)
+            record_refused(connection, refused, now=now)
+            release_calls(connection, left)
+    return len(sent)
+
+
+def _send_all(calls: Sequence[OnDoneCall], send: Send, sent: set[int], refused: dict[OnDoneCall, str]) -> None:
+    """Send what can be sent. A queue that has refused one call is not asked again for the others."""
+    refused_queues: dict[str, str] = {}
+    for call in calls:
+        task, queue = task_and_queue(call.on_done)
+        reason = on_done_problem(call.on_done) or refused_queues.get(queue)
+        if reason is None:
+            try:
+                send(task, queue, call.job_id)
+            except Exception as error:
+                reason = refusal(error)
+                if reason is None:
+                    raise
+                refused_queues[queue] = reason
+        if reason is None:
+            sent.add(call.job_id)
+        else:
+            refused[call] = reason
+            log.warning("on_done not sent job=%s attempts=%s reason=%s", call.job_id, call.attempts, reason)
+
+
+def refusal(error: Exception) -> str | None:
+    """Return what a broker has against one queue, or None where the broker is away."""
+    cause = error.__cause__ if isinstance(error, BrokerError) and isinstance(error.__cause__, Exception) else error
+    if isinstance(cause, ResponseError) and str(cause).startswith(REDIS_AWAY):
+        return None
+    if isinstance(cause, (BrokerError, OSError)) and not isinstance(cause, (ChannelError, ResponseError)):
+        return None
+    text = plain_text(str(cause)).strip()
+    return f"the broker refuses the message: {text or type(cause).__name__}"[:ERROR_MOST]

@@ -123,6 +123,9 @@ jobs = Table(
     Column("ready_at", UtcDateTime),
     Column("completed_at", UtcDateTime),
     Column("told_at", UtcDateTime),
+    Column("on_done_attempts", SmallInteger, nullable=False, server_default="0"),  # that the broker refused
+    Column("on_done_due_at", UtcDateTime),  # not sent before; also while a process sends it
+    Column("on_done_error", String(255)),
     Column("announced_at", UtcDateTime),  # when the event of the present final state was made
     Column("held_at", UtcDateTime),  # since when an operator holds it: its due time is `HELD_UNTIL` then
     Column("claim_token", String(32)),

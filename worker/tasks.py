@@ -27,7 +27,7 @@ from worker.downloader import Downloader
 from worker.errors import NotTrackable, SchemaOutdated, SettingsError, Unavailable, WorkerError
 from worker.hosted_api import HostedApi
 from worker.leases import LeaseKeeper
-from worker.notifier import tell
+from worker.notifier import refusal, tell
 from worker.once import locked_property
 from worker.poller import IN_FLIGHT, Poller, PollReport, Progress
 from worker.process_id import dead, holder_name
@@ -258,7 +258,22 @@ def queue_downloads(output_ids: Sequence[int]) -> None:
 
 
 def _send_on_done(task: str, queue: str, job_id: int) -> None:
-    app.send_task(task, (job_id,), queue=queue, ignore_result=True)
+    """Send, once more where a connection of the pool was lost meanwhile. Celery's own retries would take too long."""
+    try:
+        _send_once(task, queue, job_id)
+    except Exception as error:
+        if refusal(error) is not None:
+            raise
+        _send_once(task, queue, job_id)
+
+
+def _send_once(task: str, queue: str, job_id: int) -> None:
+    with app.producer_pool.acquire(block=True, timeout=5) as producer:
+        try:
+            app.send_task(task, (job_id,), queue=queue, producer=producer, retry=False, ignore_result=True)
+        except Exception:
+            producer.__connection__.collect()  # RabbitMQ closes the channel of what it refuses: the next gets a new one
+            raise
 
 
 def _softly(what: str, publish: Callable[[], object]) -> None:

@@ -64,6 +64,8 @@ def show(ids: tuple[str, ...], remote: str | None, account: str | None, as_json:
             document.pop("believed")  # the chain says it in words
             links = document.pop("chain")
             advice = document.pop("advice")
+            if document["on_done"] is None:
+                del document["on_done_attempts"]
             print_fields(document)
             print_table(CHAIN, [[link[name] for name in CHAIN] for link in links], empty="")
             if webhooks:
@@ -81,6 +83,11 @@ def _document(connection: Connection, job_id: int, settings: Settings) -> tuple[
     waits = job.status == "pending" and job.claim_token is None and job.held_at is None
     believed = belief(connection, job)
     document = plain(job, JOB_COLUMNS) | {
+        "on_done": job.on_done,
+        "on_done_sent_at": moment(job.told_at),
+        "on_done_attempts": job.on_done_attempts,
+        "on_done_due_at": moment(job.on_done_due_at),
+        "on_done_error": job.on_done_error,
         "outputs": [plain(output, OUTPUT_COLUMNS) for output in outputs],
         "webhooks": [plain(event, EVENT_COLUMNS) for event in events],
         "why": why(connection, job, outputs, settings),
