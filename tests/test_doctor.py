@@ -62,8 +62,8 @@ def test_where_all_is_well_every_check_is_ok() -> None:
     checks = _examined()
     assert _wrong(checks) == {}
     assert set(checks) == {
-        "names", "database", "work", "holds", "claims", "deadlines", "outputs", "webhooks", "vacuum", "transactions",
-        "redis", "processes", "storage", "partials",
+        "names", "database", "work", "holds", "claims", "on_done", "deadlines", "outputs", "webhooks", "vacuum",
+        "transactions", "redis", "processes", "storage", "partials",
     }  # fmt: skip
     assert all(check.message for check in checks.values())
     assert alive(load()).ok
