@@ -1,5 +1,6 @@
 """A network for tests that nothing leaves: it stands where connections are made, and notes and refuses them."""
 
+import errno
 import ipaddress
 import socket
 from collections.abc import Callable, Sequence
@@ -53,12 +54,21 @@ class Net:
 
             def connect(self, address: Any) -> None:
                 """Notes where to, and goes to loopback at most."""
+                if not self._permitted(address):
+                    raise net.error
+                super().connect(address)
+
+            def connect_ex(self, address: Any) -> int:
+                """The same, for a connection that is waited for elsewhere."""
+                if not self._permitted(address):
+                    return errno.ETIMEDOUT if net.error is TimeoutError else errno.ECONNREFUSED
+                return super().connect_ex(address)
+
+            def _permitted(self, address: Any) -> bool:
                 host, port = address[:2]
                 net.connected.append((host, port))
                 near = net.loopback and ipaddress.ip_address(host).is_loopback
-                if not near or net.only not in (None, (host, port)):
-                    raise net.error
-                super().connect(address)
+                return near and net.only in (None, (host, port))
 
         module = SimpleNamespace(**vars(socket) | {"socket": Socket, "getaddrinfo": self.getaddrinfo})
         monkeypatch.setattr(timed_http, "socket", module)

@@ -12,7 +12,7 @@ import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +163,17 @@ BOMB = gzip.compress(png()[:40] + b"\x00" * 64 * 1_048_576, 1)
         (sends(head(200) + PNG[:-100]), "truncated"),
         (page(200, PNG[:-12]), "truncated"),
         (sends(head(200, Transfer_Encoding="chunked") + b"%x\r\n" % len(PNG) + PNG[:-100]), "truncated"),
-        (sends(head(200, Transfer_Encoding="chunked") + b"%x\r\n" % len(PNG) + PNG + b"\r\n"), "truncated"),
         (page(200, gzip.compress(PNG)[:-20], Content_Encoding="gzip"), "truncated"),
-        (page(200, b"no gzip at all", Content_Encoding="gzip"), "truncated"),
-        (page(403, HTML), "gone"),
+        (page(200, b"no gzip at all", Content_Encoding="gzip"), "not_media"),
+        (page(403, b""), "gone"),
+        (page(403, b"<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>"), "gone"),
+        (page(400, b"<Error><Code>ExpiredToken</Code></Error>"), "gone"),
+        (page(403, HTML), "http_error"),
+        (page(403, b"error code: 1010", Content_Type="text/plain"), "http_error"),
+        (page(403, b"{}", Content_Type="application/json", CF_Mitigated="challenge"), "http_error"),
+        (page(407, HTML), "http_error"),
+        (page(451, HTML), "http_error"),
+        (page(511, HTML), "http_error"),
         (page(404, HTML), "gone"),
         (page(410, HTML), "gone"),
         (page(400, HTML), "http_error"),
@@ -175,7 +182,7 @@ BOMB = gzip.compress(png()[:40] + b"\x00" * 64 * 1_048_576, 1)
         (page(500, PNG), "http_error"),
         (page(503, HTML), "http_error"),
         (page(204, b""), "http_error"),
-        (page(206, PNG), "http_error"),
+        (page(206, PNG[5:], Content_Range=f"bytes 5-{len(PNG) - 1}/{len(PNG)}"), "http_error"),
         (page(304, b""), "http_error"),
         (page(302, b""), "http_error"),
         (resets, "unreachable"),
@@ -561,7 +568,7 @@ def test_carried_bytes_that_could_not_be_read_are_no_media(stand: Stand) -> None
 
 def test_three_bad_bodies_end_an_output(stand: Stand, web: Web) -> None:
     """Not the first, not the second."""
-    output_id = stand.add(web.serves("/a.png", page(200, HTML)))
+    output_id = stand.add(web.serves("/a.png", page(200, HTML)), listed_at=datetime.now(UTC) - timedelta(minutes=2))
     downloader = stand.downloader()
     for status in ("pending", "pending", "failed"):
         _make_due(stand.engine)

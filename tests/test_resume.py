@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -225,7 +226,7 @@ def test_a_file_that_is_cut_at_its_source_is_not_asked_for_again_and_again(
         length = str(len(BODY) - start)
         sends(head(206 if start else 200, ETag=TAG, Content_Length=length, **span), cut[start:])(client)
 
-    row = stand.download(web.serves("/a.png", short))
+    row = stand.download(web.serves("/a.png", short), listed_at=datetime.now(UTC) - timedelta(minutes=2))
     assert (row.status, row.error_code, row.bad_bodies, len(web.asked)) == ("pending", "truncated", 1, 2)
     _again(stand, row.id)
     row = _again(stand, row.id)

@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 from urllib3.util import parse_url
 
-from worker.timed_http import TimedAdapter, TimedHTTPConnection, TimedHTTPSConnection, connect_first
+from worker.lean_http import LeanAdapter
+from worker.timed_http import TimedHTTPConnection, TimedHTTPSConnection, connect_first
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -151,7 +152,7 @@ def _refusal(host: str, address: object, scheme: str, port: int) -> str:
     return f"{host} is at {address}, which may not be reached by {scheme} on port {port}"
 
 
-def guarded_adapter(guard: Guard, *, connections: int) -> TimedAdapter:
+def guarded_adapter(guard: Guard, *, connections: int) -> LeanAdapter:
     """An adapter whose every new connection passes the guard."""
 
     class Plain(TimedHTTPConnection):
@@ -162,4 +163,4 @@ def guarded_adapter(guard: Guard, *, connections: int) -> TimedAdapter:
         def dial(self) -> socket.socket:
             return guard.connect(self, scheme="https")
 
-    return TimedAdapter(connections=connections, plain=Plain, tls=Tls)
+    return LeanAdapter(connections=connections, plain=Plain, tls=Tls)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from worker.core.reply import ApiDown, Reply
 from worker.leases import LeaseLost
+from worker.network_errors import describe
 from worker.store.claims import ClaimedJob
 
 log = logging.getLogger(__name__)
@@ -184,5 +185,5 @@ class Calls:
                 continue
             except Exception as error:  # an adapter that somebody mounted may raise anything
                 log.exception("a call failed job=%s", one.job.id)
-                reply = ApiDown(f"no answer: {type(error).__name__}")
+                reply = ApiDown(f"no answer: {describe(error)}")
             self._inbox.put(Asked(one.job, reply, one.probe, sent, time.monotonic() - taken))

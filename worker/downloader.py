@@ -12,10 +12,9 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime, parsedate_to_datetime
 from functools import partial
-from urllib.parse import urljoin, urlsplit
+from http.client import HTTPException
+from urllib.parse import urlsplit
 
-import requests
-from requests.adapters import HTTPAdapter
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 from urllib3.exceptions import HTTPError
@@ -33,26 +32,34 @@ from worker.core.lifecycle import (
     after_attempt,
     source,
 )
-from worker.core.media import MAX_PIXELS, Base64Decoder, base64_start, pixels, sniff, whole
+from worker.core.links import MAX_URL
+from worker.core.media import MAX_PIXELS, Base64Decoder, base64_start, is_text, pixels, shows_its_end, sniff, whole
 from worker.core.plain_text import plain_text
+from worker.core.refusals import HEAD_BYTES, is_dead_link
+from worker.core.reply import retry_after_seconds
+from worker.core.urls import quoted, redirected
 from worker.database import PATIENCE, database_now, server_trouble, transact, trouble
 from worker.errors import StorageTrouble
+from worker.lean_http import LeanAdapter, StreamedAnswer
 from worker.leases import LeaseKeeper, LeaseLost
+from worker.network_errors import describe
 from worker.partials import Incoming, Source, link_hash
 from worker.received import ReceivedBytes
 from worker.scrubber import Scrubber
 from worker.storage import Storage
 from worker.store.claims import ClaimedOutput, claim_output, release_output, release_outputs
 from worker.store.outcomes import record_attempt
-from worker.timed_http import TimeLimit, lean_session
+from worker.timed_http import TimeLimit
+from worker.unpacking import TooLarge, packing, unpacked
 
 log = logging.getLogger(__name__)
-logging.getLogger("urllib3.connection").setLevel(logging.ERROR)  # its warnings of odd headers quote the whole link
 
 CHUNK_BYTES = 256 * 1024
 CONNECT_SECONDS = 10.0
 MAX_REDIRECTS = 3
-DEAD = frozenset({403, 404, 410})
+BEYOND_SECONDS = 1.0  # how long we wait for bytes after a declared end at which the file is not whole
+REFUSAL_SECONDS = 2.0  # how long we read the page of a refusal
+MOST_PACKINGS = 3  # of one body
 NO_RANGE = frozenset({206, 400, 405, 416, 501})  # answers to a range that say: ask for all of it
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 STALE_EVERY_SECONDS = 600.0
@@ -78,13 +85,14 @@ class Downloader:
         leases: LeaseKeeper,
         storage: Storage,
         guard: Guard,
-        adapter: HTTPAdapter,
+        adapter: LeanAdapter,
         scrubber: Scrubber,
         max_bytes: int,
         timeout: float,
         deadline: float,
         tell: Callable[[Sequence[int]], None],
         per_host: int = 12,
+        user_agent: str = "fetch-worker",
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._engine = engine
@@ -97,7 +105,8 @@ class Downloader:
         self._timeout = timeout
         self._deadline = timedelta(seconds=deadline)
         self._tell = tell
-        self._session = lean_session(adapter)
+        self._adapter = adapter
+        self._headers = {"User-Agent": user_agent, "Accept": "*/*"}
         self._hosts = Hosts(per_host)
         self._received = ReceivedBytes(engine, leases.holder)
         self._unwritten: deque[tuple[ClaimedOutput, Attempt]] = deque()
@@ -214,22 +223,23 @@ class Downloader:
             return None
         if url.startswith("data:"):
             return BadBody("not_media", "a data: address whose bytes could not be read")
+        if len(url) > MAX_URL:
+            return Unfit("refused_address", f"the address has more than {MAX_URL} characters")
         if incoming.source is not None and incoming.source.link == link and incoming.complete:
             return None  # nothing but our own storage stood in the way
+        limit = TimeLimit(self._timeout, partial(self._leases.check, output.id, output.token))
         try:
-            with TimeLimit(self._timeout, partial(self._leases.check, output.id, output.token)) as limit:
+            with limit:
                 return self._transfer(url, link, incoming, limit)
         except LeaseLost:
             incoming.hold = True
             raise
         except RefusedTarget as refused:
             return Unfit("refused_address", str(refused))
-        except (requests.RequestException, HTTPError, OSError, ValueError) as error:
-            refusal = _refusal_in(error)
-            if refusal is not None:
-                return Unfit("refused_address", str(refusal))
+        except (HTTPError, HTTPException, OSError, ValueError) as error:
             incoming.hold = True
-            return Trouble("unreachable", f"no answer: {type(error).__name__}")
+            cause = f"none within OUTPUT_TIMEOUT, {self._timeout:g} s" if limit.over else describe(error)
+            return Trouble("unreachable", f"no answer: {cause}")
 
     def _transfer(self, url: str, link: str, incoming: Incoming, limit: TimeLimit) -> Attempt | None:
         """One attempt: a transfer that breaks is gone on with, or started over, while there is sense in it."""
@@ -241,12 +251,12 @@ class Downloader:
                 incoming.hold = True
                 if broken.slow or limit.over:
                     return Trouble("unreachable", str(broken))
-                if incoming.size == last:  # twice at the same place: it is cut there
-                    return BadBody("truncated", str(broken))
+                if incoming.size == last:  # twice at the same place: it is cut there, or its headers are wrong
+                    return self._ended_otherwise(incoming, broken)
                 if not incoming.resumable or incoming.size <= furthest:
                     restarts += 1
                 if restarts > RESTARTS:
-                    return BadBody("truncated", str(broken))
+                    return BadBody("truncated", str(broken), early=True)
                 last = incoming.size
                 furthest = max(furthest, last)
             self._pause(min(BREAK_SECONDS * 2**restarts, limit.remaining))
@@ -254,46 +264,46 @@ class Downloader:
     def _request(self, url: str, link: str, incoming: Incoming, limit: TimeLimit) -> Attempt | None:
         redirects = 0
         while redirects <= MAX_REDIRECTS:
+            url = quoted(url)
             self._guard.check_url(url)
             asked = _range_headers(incoming, link)
-            with self._session.get(
-                url,
-                headers={"Accept": "*/*", "Accept-Encoding": "identity"} | asked,
-                timeout=(min(CONNECT_SECONDS, limit.remaining), min(READ_SECONDS, limit.remaining)),
-                allow_redirects=False,
-                stream=True,
-            ) as response:
-                status, location = response.status_code, response.headers.get("location")
-                if status in REDIRECTS and location:
-                    url = _redirected(url, location)
+            timeout = (min(CONNECT_SECONDS, limit.remaining), min(READ_SECONDS, limit.remaining))
+            with self._adapter.exchange("GET", url, self._headers | asked, timeout) as answer:
+                location = answer.headers.get("location")
+                if answer.status in REDIRECTS and location:
+                    try:
+                        url = redirected(url, location)
+                    except ValueError:
+                        return Trouble("http_error", f"HTTP {answer.status} to a malformed address")
                     redirects += 1
                     continue
-                if status in DEAD:
-                    return DeadLink(f"HTTP {status}")
-                if asked and not (status == 200 or (status == 206 and _goes_on(response, incoming))):
-                    if status not in NO_RANGE:
-                        incoming.hold = True
-                        return Trouble("http_error", f"HTTP {status}")
+                if answer.status not in (200, 206):
+                    if asked and answer.status in NO_RANGE:
+                        incoming.begin(Source(link))
+                        continue
+                    incoming.hold = bool(asked)
+                    return _refusal(answer)
+                if answer.status == 206 and asked and not _goes_on(answer, incoming):
                     incoming.begin(Source(link))  # it answers for other bytes: from the start, then
                     continue
-                if status not in (200, 206) or (status == 206 and not asked):
-                    return Trouble("http_error", f"HTTP {status}")
-                if status == 200:
-                    incoming.begin(_source_of(response, link))
-                return self._stream(response, incoming, limit)
+                if answer.status == 200 or not asked:
+                    if not _from_the_start(answer):
+                        return Trouble("http_error", "HTTP 206 with another part than the first")
+                    incoming.begin(_source_of(answer, link))
+                return self._stream(answer, incoming, limit)
         return Trouble("http_error", f"more than {MAX_REDIRECTS} redirects")
 
-    def _stream(self, response: requests.Response, incoming: Incoming, limit: TimeLimit) -> Attempt | None:
-        """Receives a body. Raises _Broken where it ended too soon, or came too slowly."""
+    def _stream(self, answer: StreamedAnswer, incoming: Incoming, limit: TimeLimit) -> Attempt | None:
+        """Receives a body as it comes. Raises _Broken where it ended too soon, or came too slowly."""
         whole = None if incoming.source is None else incoming.source.length
         if whole is not None and whole > self._max_bytes:
             return Unfit("too_large", f"{whole} bytes, more than OUTPUT_MAX_BYTES")
         look_at, before = time.monotonic() + FLOOR_SECONDS, incoming.size
         try:
-            while chunk := response.raw.read1(CHUNK_BYTES, decode_content=True):
+            while chunk := self._piece(answer, incoming):
                 if incoming.size + len(chunk) > self._max_bytes:
                     return Unfit("too_large", f"more than OUTPUT_MAX_BYTES ({self._max_bytes} bytes)")
-                if whole is not None and incoming.size + len(chunk) > whole:
+                if answer.status == 206 and whole is not None and incoming.size + len(chunk) > whole:
                     incoming.begin(Source(incoming.source.link if incoming.source else ""))  # whose bytes are these?
                     raise _Broken(f"more came than the {whole} bytes there are")
                 incoming.write(chunk)
@@ -304,32 +314,79 @@ class Downloader:
                     look_at, before = now + FLOOR_SECONDS, incoming.size
                 if limit.over:
                     break
-        except (HTTPError, OSError) as error:
+        except (HTTPException, OSError) as error:
             if not limit.over:
-                raise _Broken(f"the body ended after {incoming.size} bytes ({type(error).__name__})") from None
+                raise _Broken(f"the body ended after {incoming.size} bytes: {describe(error)}") from None
         if limit.over:  # where no length was declared, a connection that the watchdog ended looks like the end
             raise _Broken(f"not done within OUTPUT_TIMEOUT, after {incoming.size} bytes", slow=True)
         if whole is not None and incoming.size < whole:
             raise _Broken(f"the body ended after {incoming.size} of {whole} bytes")
         return None
 
+    def _piece(self, answer: StreamedAnswer, incoming: Incoming) -> bytes:
+        """Return the next bytes of a body: also those after its declared end, where the file goes on there."""
+        piece = answer.piece(CHUNK_BYTES)
+        if piece or answer.left != 0 or answer.status != 200 or not incoming.size:
+            return piece
+        media = sniff(incoming.head)
+        packed = incoming.source is not None and incoming.source.coding
+        if not packed and (media is None or whole(media, incoming.head, incoming.tail, incoming.size)):
+            return b""
+        piece = answer.piece_beyond(CHUNK_BYTES, BEYOND_SECONDS)
+        if piece:
+            incoming.forget_length()
+        return piece
+
+    def _ended_otherwise(self, incoming: Incoming, broken: "_Broken") -> Attempt | None:
+        """Return None where a file is whole by its own account, though its transfer ended before its declared end."""
+        trouble = self._unpack(incoming)
+        if trouble is not None:
+            return trouble
+        media = sniff(incoming.head)
+        if media is None or not shows_its_end(media, incoming.head, incoming.tail, incoming.size):
+            return BadBody("truncated", str(broken), early=True)
+        incoming.forget_length()
+        return None
+
+    def _unpack(self, incoming: Incoming) -> Attempt | None:
+        """Unpack a body that is no media as it came. Its headers need not be right: what they say is tried first."""
+        codings = [] if incoming.source is None else [name for name in incoming.source.coding.split(",") if name]
+        for _ in range(MOST_PACKINGS):
+            if sniff(incoming.head) is not None:
+                return None
+            coding = packing(incoming.head) or (codings.pop() if codings else None)
+            if coding is None:
+                return None
+            try:
+                incoming.replace(unpacked(incoming.chunks(), coding, most=self._max_bytes))
+            except TooLarge:
+                return Unfit("too_large", f"unpacked more than OUTPUT_MAX_BYTES ({self._max_bytes} bytes)")
+            except ValueError:
+                continue  # it is not packed so, whatever the header says
+        return None
+
     def _keep(self, output: ClaimedOutput, incoming: Incoming) -> Attempt:
         incoming.hold = False
+        remote = output.body is None
+        trouble = self._unpack(incoming)
+        if trouble is not None:
+            return trouble
         media = sniff(incoming.head)
         start = base64_start(incoming.head) if media is None else None
         if start is not None:
             try:
                 incoming.replace(_decoded(incoming.chunks(), start))
             except ValueError:
-                return BadBody("truncated", f"{incoming.size} bytes of a base64 text, which breaks off")
+                return BadBody("truncated", f"{incoming.size} bytes of a base64 text, which breaks off", remote)
             media = sniff(incoming.head)
         if media is None:
-            return BadBody("not_media", f"{incoming.size} bytes that begin like no media")
+            early = remote and is_text(incoming.head)
+            return BadBody("not_media", f"{incoming.size} bytes that begin like no media", early)
         area = pixels(media, incoming.head)
         if area is not None and area > MAX_PIXELS:
             return Unfit("too_large", f"{area} pixels, more than {MAX_PIXELS}")
         if not whole(media, incoming.head, incoming.tail, incoming.size):
-            return BadBody("truncated", f"{incoming.size} bytes that do not end like {media.type}")
+            return BadBody("truncated", f"{incoming.size} bytes that do not end like {media.type}", remote)
         incoming.finish()
         incoming.hold = True  # should the storage refuse it, it need not come again
         location = self._storage.keep(incoming, job_id=output.job_id, position=output.position, media=media)
@@ -462,16 +519,29 @@ def _range_headers(incoming: Incoming, link: str) -> dict[str, str]:
     return {"Range": f"bytes={incoming.size}-", "If-Range": known.validator}
 
 
-def _source_of(response: requests.Response, link: str) -> Source:
+def _refusal(answer: StreamedAnswer) -> Attempt:
+    """Return what an answer without the file means: a dead link, or trouble on the way."""
+    body = answer.beginning(HEAD_BYTES, REFUSAL_SECONDS) if 400 <= answer.status < 500 else b""
+    if is_dead_link(answer.status, answer.headers, body):
+        return DeadLink(f"HTTP {answer.status}")
+    on_the_way = ", refused on the way (a page or a check, not the store)" if answer.status == 403 else ""
+    wait = retry_after_seconds(answer.headers.get("retry-after"), time.time())
+    return Trouble("http_error", f"HTTP {answer.status}{on_the_way}", wait)
+
+
+def _source_of(answer: StreamedAnswer, link: str) -> Source:
     """What a whole answer says of itself: its length, and what the rest of it can be asked for with, if at all."""
-    headers = response.headers
-    if headers.get("content-encoding", "identity").lower() != "identity":
-        return Source(link)  # its lengths are those of the packed bytes
-    declared = headers.get("content-length", "") if "transfer-encoding" not in headers else ""  # RFC 9112, 6.3
-    length = int(declared) if declared.isascii() and declared.isdigit() and len(declared) < 20 else None
-    if headers.get("accept-ranges", "bytes").lower() == "none":
-        return Source(link, "", length)
-    return Source(link, _validator(headers), length)
+    headers = answer.headers
+    codings = [name.strip() for name in headers.get("content-encoding", "").lower().split(",")]
+    coding = ",".join(name for name in codings if name not in ("", "identity"))
+    if coding or answer.status == 206 or headers.get("accept-ranges", "bytes").lower() == "none":
+        return Source(link, "", answer.left, coding[:100])
+    return Source(link, _validator(headers), answer.left)
+
+
+def _from_the_start(answer: StreamedAnswer) -> bool:
+    """Whether an answer to a request without a range holds the first byte, also where it calls itself a part."""
+    return answer.status == 200 or not re.match(r"bytes [1-9]", answer.headers.get("content-range", ""))
 
 
 def _validator(headers: Mapping[str, str]) -> str:
@@ -500,29 +570,12 @@ def _other_version(headers: Mapping[str, str], validator: str) -> bool:
     return False
 
 
-def _goes_on(response: requests.Response, incoming: Incoming) -> bool:
+def _goes_on(answer: StreamedAnswer, incoming: Incoming) -> bool:
     """Whether a partial answer is the rest of what is there, and nothing else."""
     known = incoming.source
-    span = re.fullmatch(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", response.headers.get("content-range", ""))
-    if known is None or span is None or response.headers.get("content-encoding", "identity").lower() != "identity":
+    span = re.fullmatch(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", answer.headers.get("content-range", ""))
+    if known is None or span is None or answer.headers.get("content-encoding", "identity").lower() != "identity":
         return False
-    if _other_version(response.headers, known.validator):
+    if _other_version(answer.headers, known.validator):
         return False
     return int(span[1]) == incoming.size and known.length is not None and span[3] in (str(known.length), "*")
-
-
-def _redirected(url: str, location: str) -> str:
-    """Where a redirect leads. Headers are read as Latin-1, but UTF-8 is what servers write."""
-    with suppress(UnicodeError):
-        location = location.encode("latin-1").decode("utf-8")
-    return urljoin(url, location)
-
-
-def _refusal_in(error: BaseException) -> RefusedTarget | None:
-    """The guard's refusal, where a library wrapped it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, RefusedTarget):
-            return seen
-        seen = seen.__cause__ or seen.__context__
-    return None

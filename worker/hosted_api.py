@@ -8,13 +8,13 @@ import requests
 from pydantic import SecretStr
 from requests import PreparedRequest
 from requests.structures import CaseInsensitiveDict
-from requests.utils import default_user_agent
 from urllib3.exceptions import HTTPError
 
 from worker.core.fetch_address import AllowedApi, FetchAddress, fetch_address, is_training
 from worker.core.reply import ApiDown, Odd, Reply, parse
 from worker.errors import RefusedAddress
 from worker.lean_http import LeanAdapter
+from worker.network_errors import describe
 from worker.scrubber import Scrubber
 from worker.timed_http import TimeLimit, lean_session
 
@@ -22,7 +22,6 @@ MAX_ANSWER_BYTES = 32 * 1024 * 1024
 CHUNK_BYTES = 64 * 1024
 CONNECT_SECONDS = 10.0
 HEADERS = {
-    "User-Agent": default_user_agent(),
     "Accept": "application/json",
     "Content-Type": "application/json",
 }
@@ -44,10 +43,12 @@ class HostedApi:
         ca_bundle: str | None = None,
         proxy: str | None = None,
         adapter: LeanAdapter | None = None,
+        user_agent: str = "fetch-worker",
     ) -> None:
         self._allowed = allowed
         self._scrubber = scrubber
         self._timeout = timeout
+        self._headers = {"User-Agent": user_agent, **HEADERS}
         self._own_fetch = f"{allowed.url}/fetch/"
         own = adapter or LeanAdapter(limit=MAX_ANSWER_BYTES, connections=connections, ca_bundle=ca_bundle)
         self.session = lean_session(own)
@@ -74,11 +75,13 @@ class HostedApi:
         words = {"key": key.get_secret_value()}
         if address.id_in_body:
             words["request_id"] = remote_id
+        limit = TimeLimit(self._timeout, permit)
         try:
-            with TimeLimit(self._timeout, permit) as limit:
+            with limit:
                 status, headers, answer = self._post(address.url, json.dumps(words).encode(), limit)
         except (requests.RequestException, HTTPError, OSError, ValueError) as error:
-            return ApiDown(self._scrubber.text(f"no answer: {_kind(error)}"))
+            cause = f"none within {self._timeout:g} s" if limit.over else describe(error)
+            return ApiDown(self._scrubber.text(f"no answer: {cause}"))
         if answer is None:
             return Odd(f"HTTP {status} with an answer of more than {MAX_ANSWER_BYTES} bytes")
         return parse(
@@ -93,7 +96,7 @@ class HostedApi:
     def _post(self, url: str, body: bytes, limit: TimeLimit) -> tuple[int, Mapping[str, str], bytes | None]:
         session = self.session
         response = session.get_adapter(url).send(
-            _prepared(url, body),
+            _prepared(url, self._headers, body),
             stream=True,
             timeout=(min(CONNECT_SECONDS, self._timeout), self._timeout),
             verify=True if session.verify is None else session.verify,
@@ -109,12 +112,12 @@ class HostedApi:
         return response.status_code, response.headers, read
 
 
-def _prepared(url: str, body: bytes) -> PreparedRequest:
+def _prepared(url: str, headers: Mapping[str, str], body: bytes) -> PreparedRequest:
     """A request as `Session.prepare_request` would make it, without going through all that we never use."""
     request = PreparedRequest()
     request.method = "POST"
     request.url = url
-    request.headers = CaseInsensitiveDict(HEADERS)
+    request.headers = CaseInsensitiveDict(headers)
     request.headers["Content-Length"] = str(len(body))
     request.body = body
     return request
@@ -132,17 +135,3 @@ def _bounded(response: requests.Response, limit: TimeLimit) -> bytes | None:
         if limit.over:
             break
     return b"".join(chunks)
-
-
-def _kind(error: BaseException) -> str:
-    """What went wrong, in words that carry no address, no body and no key."""
-    if isinstance(error, requests.exceptions.SSLError):
-        return "TLS trouble"
-    if isinstance(error, requests.Timeout):
-        return "time-out"
-    if isinstance(error, requests.exceptions.ConnectionError):
-        said = str(error)
-        if "NameResolution" in said or "getaddrinfo" in said:
-            return "the host's name is not known"
-        return "connection refused" if "refused" in said else "the connection broke"
-    return type(error).__name__

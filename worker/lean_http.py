@@ -1,9 +1,12 @@
-"""The shortest way for a request to the API that is still `requests`: an adapter that leaves out what we never need.
+"""HTTP over kept connections, without what we never need: for the API as an adapter of `requests`, for others plain.
 
 A plain `session.post` spends most of its time on merging settings, looking for proxies and cookies, on layers of pools
-and responses, and on a parser for e-mail that reads the headers. This adapter writes a prepared POST in one piece to a
+and responses, and on a parser for e-mail that reads the headers. `send` writes a prepared POST in one piece to a
 kept connection, and reads the whole bounded answer at once. What needs more (a proxy, a client certificate, another
 bundle) takes the way of its parent.
+
+`exchange` is for downloads and webhooks: the address goes out as it was given, and the body is read by the caller, as
+it comes. `requests` and urllib3 would rewrite the path (`//`, `..`, percent-encoding) and unpack the body.
 """
 
 import io
@@ -11,42 +14,68 @@ import re
 import socket
 import ssl
 import time
+import weakref
 from collections import defaultdict, deque
-from collections.abc import Mapping
-from contextlib import suppress
-from http.client import HTTPException, HTTPResponse, IncompleteRead, LineTooLong, RemoteDisconnected, UnknownProtocol
-from typing import Any, BinaryIO, cast
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from http.client import HTTPException, IncompleteRead, LineTooLong, RemoteDisconnected, UnknownProtocol
+from typing import Any, BinaryIO, TypeVar, cast
 
 from requests import PreparedRequest, Response, exceptions
 from requests.structures import CaseInsensitiveDict
 from urllib3.exceptions import ConnectTimeoutError, HTTPError
 from urllib3.exceptions import SSLError as TlsError
 from urllib3.response import HTTPResponse as DecodingResponse
+from urllib3.util import parse_url
 
-from worker.timed_http import TimedAdapter, TimedHTTPConnection, TimedHTTPSConnection, ask_permission, seconds_left
+from worker.core.urls import split
+from worker.timed_http import (
+    LONGEST_HEADER_LINE,
+    MOST_HEADERS,
+    InterimAnswers,
+    TimedAdapter,
+    TimedHTTPConnection,
+    TimedHTTPSConnection,
+    ask_permission,
+    seconds_left,
+)
 
-MOST_HEADERS = 100
-LONGEST_LINE = 65_536
+MOST_SITES = 64  # that connections are kept to: downloads may go to any number of hosts
 MOST_DIGITS = 19
 LEAST_SECONDS = 0.1  # with less time left nothing is asked again
 IDLE_SECONDS = 30.0  # an older connection may be dead without a word: a balancer or a NAT forgot it
 PLAIN_URL = re.compile(r"https?://[A-Za-z0-9.:\[\]_-]+(?:/[A-Za-z0-9._~!$&'()*+,;=:%/-]*)?")
+HEX_DIGITS = b"0123456789abcdefABCDEF"
+TARGET = re.compile(r"/[\x21-\x7e]*")  # what may stand in the first line of a request
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\n]*)?\r?\n")
 
 Connection = TimedHTTPConnection | TimedHTTPSConnection
+Origin = tuple[str, str, int | None]  # scheme, host, port
+T = TypeVar("T")
 
-# How a kept connection fails that the server had closed. Asking again is safe: a fetch only reads.
+# How a kept connection fails that the server had closed: before any answer, so the request is sent once more
+# (RFC 9110, section 9.2.2). A fetch or a download only reads, and a webhook is delivered at least once.
 DEAD = (RemoteDisconnected, ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 
 class LeanAdapter(TimedAdapter):
-    """Sends over kept connections, and reads answers of up to `limit` bytes (and one more, to tell larger ones)."""
+    """Sends over kept connections; `send` reads answers of up to `limit` bytes (and one more, to tell larger ones)."""
 
-    def __init__(self, *, limit: int, connections: int, ca_bundle: str | None = None) -> None:
-        super().__init__(connections=connections, ca_bundle=ca_bundle)
+    def __init__(
+        self,
+        *,
+        connections: int,
+        limit: int = 0,
+        ca_bundle: str | None = None,
+        plain: type[TimedHTTPConnection] = TimedHTTPConnection,
+        tls: type[TimedHTTPSConnection] = TimedHTTPSConnection,
+    ) -> None:
+        super().__init__(connections=connections, ca_bundle=ca_bundle, plain=plain, tls=tls)
+        self._connection_types = plain, tls
         self._limit = limit
         self._keep = connections
-        self._idle: defaultdict[str, deque[tuple[Connection, float]]] = defaultdict(deque)
+        self._idle: defaultdict[Origin, deque[tuple[Connection, float]]] = defaultdict(deque)
+        weakref.finalize(self, _close_all, self._idle)
 
     def send(
         self,
@@ -66,32 +95,74 @@ class LeanAdapter(TimedAdapter):
             )
         scheme, _, rest = url.partition("://")
         site, _, path = rest.partition("/")
-        words = _written(request, site, f"/{path}")
+        origin = (scheme, *_host_and_port(site))
         try:
-            connection, raw, body = self._ask(scheme, site, words, timeout)
+            connection, (raw, body) = self._ask(
+                origin,
+                _request_bytes(request.method or "POST", f"/{path}", site, request.headers, request.body or b""),
+                timeout,
+                lambda sock: _read(Answer(sock, method="POST"), self._limit),
+            )
         except (HTTPError, HTTPException, OSError) as error:
-            raise _as_requests_says_it(error, request) from None
+            raise _as_requests_says_it(error, request) from error
         if raw.will_close or not raw.isclosed():
             connection.close()
         else:
-            self._put_by(f"{scheme}://{site}", connection)
+            self._put_by(origin, connection)
         return _response(request, raw, body)
 
+    @contextmanager
+    def exchange(
+        self, method: str, url: str, headers: Mapping[str, str], timeout: tuple[float, float], body: bytes = b""
+    ) -> Iterator["StreamedAnswer"]:
+        """Send one request and yield the answer, whose body the caller reads by `piece`.
+
+        `url` goes out as it is: see `worker.core.urls.quoted`. `timeout` is (connect, read) in seconds. No redirect is
+        followed, no proxy used, and nothing unpacked. Raises ValueError for an address that is none, HTTPError,
+        HTTPException and OSError.
+        """
+        site, target = split(url)
+        parts = parse_url(site)
+        if parts.scheme not in ("http", "https") or not parts.host or parts.auth or not TARGET.fullmatch(target):
+            raise ValueError("the address is malformed")
+        named = parts.host if parts.port is None else f"{parts.host}:{parts.port}"
+        if body:
+            headers = {**headers, "Content-Length": str(len(body))}
+        origin = (parts.scheme, parts.host.strip("[]"), parts.port)
+        connection, answer = self._ask(
+            origin,
+            _request_bytes(method, target, named, headers, body),
+            timeout,
+            lambda sock: _begun(StreamedAnswer(sock, method)),
+        )
+        try:
+            yield answer
+        finally:
+            reusable = answer.reusable
+            answer.close()
+            if reusable:
+                self._put_by(origin, connection)
+            else:
+                connection.close()
+
     def _ask(
-        self, scheme: str, site: str, words: bytes, timeout: tuple[float, float]
-    ) -> tuple[Connection, "Answer", bytes]:
+        self,
+        origin: Origin,
+        request: bytes,
+        timeout: tuple[float, float],
+        read: Callable[[socket.socket], T],
+    ) -> tuple[Connection, T]:
         """One exchange; a second one, where the first went over a kept connection that turned out to be dead."""
-        origin = f"{scheme}://{site}"
         kept = self._kept(origin)
         if kept is not None:
             try:
-                return kept, *self._exchange(kept, words, float(timeout[1]))
+                return kept, _exchanged(kept, request, float(timeout[1]), read)
             except BaseException as error:
                 self._drop(origin)  # what ended this one may have ended them all
                 if not isinstance(error, DEAD) or seconds_left() < LEAST_SECONDS:
                     raise
-        connection = self._new(scheme, site, float(timeout[0]))
-        return connection, *self._exchange(connection, words, float(timeout[1]))
+        connection = self._new(origin, float(timeout[0]))
+        return connection, _exchanged(connection, request, float(timeout[1]), read)
 
     def close(self) -> None:
         """Closes every kept connection."""
@@ -99,7 +170,7 @@ class LeanAdapter(TimedAdapter):
             self._drop(origin)
         super().close()
 
-    def _kept(self, origin: str) -> Connection | None:
+    def _kept(self, origin: Origin) -> Connection | None:
         """The connection used last, if it stands: it is the likeliest to."""
         kept = self._idle[origin]
         while True:
@@ -111,40 +182,60 @@ class LeanAdapter(TimedAdapter):
                 return connection
             connection.close()
 
-    def _put_by(self, origin: str, connection: Connection) -> None:
+    def _put_by(self, origin: Origin, connection: Connection) -> None:
+        if origin not in self._idle and len(self._idle) >= MOST_SITES:
+            with suppress(RuntimeError, StopIteration):  # other threads take some out meanwhile
+                self._drop(next(iter(self._idle)))
         kept, now = self._idle[origin], time.monotonic()
         kept.append((connection, now))
         with suppress(IndexError):  # other threads take some out meanwhile
             while len(kept) > self._keep or now - kept[0][1] > IDLE_SECONDS:
                 kept.popleft()[0].close()
 
-    def _drop(self, origin: str) -> None:
-        kept = self._idle[origin]
+    def _drop(self, origin: Origin) -> None:
+        kept = self._idle.pop(origin, None)
         with suppress(IndexError):
-            while True:
+            while kept:
                 kept.pop()[0].close()
 
-    def _new(self, scheme: str, site: str, timeout: float) -> Connection:
-        host, port = _host_and_port(site)
+    def _new(self, origin: Origin, timeout: float) -> Connection:
+        scheme, host, port = origin
+        plain, tls = self._connection_types
         if scheme == "https":
-            return TimedHTTPSConnection(host, port, timeout=timeout, ssl_context=self.context)
-        return TimedHTTPConnection(host, port, timeout=timeout)
+            return tls(host, port, timeout=timeout, ssl_context=self.context)
+        return plain(host, port, timeout=timeout)
 
-    def _exchange(self, connection: Connection, request: bytes, timeout: float) -> tuple["Answer", bytes]:
-        try:
-            if connection.sock is None:
-                connection.connect()
-                sock = cast("socket.socket", connection.sock)
-                sock.settimeout(timeout)  # until now it had the time-out of the connecting
-            else:
-                connection.watch()
-                sock = connection.sock
-            ask_permission()
-            sock.sendall(request)
-            return _read(Answer(sock, method="POST"), self._limit)
-        except BaseException:
+
+def _close_all(idle: "dict[Origin, deque[tuple[Connection, float]]]") -> None:
+    for kept in list(idle.values()):
+        for connection, _ in list(kept):
             connection.close()
-            raise
+
+
+def _exchanged(connection: Connection, request: bytes, timeout: float, read: Callable[[socket.socket], T]) -> T:
+    try:
+        if connection.sock is None:
+            connection.connect()  # with the time-out of the connecting
+        else:
+            connection.watch()
+        sock = cast("socket.socket", connection.sock)
+        if sock.gettimeout() != timeout:
+            sock.settimeout(timeout)
+        ask_permission()
+        sock.sendall(request)
+        return read(sock)
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _begun(raw: "StreamedAnswer") -> "StreamedAnswer":
+    try:
+        raw.begin()
+    except BaseException:
+        raw.close()
+        raise
+    return raw
 
 
 def _read(raw: "Answer", limit: int) -> tuple["Answer", bytes]:
@@ -159,27 +250,23 @@ def _read(raw: "Answer", limit: int) -> tuple["Answer", bytes]:
     return raw, body
 
 
-def _written(request: PreparedRequest, site: str, path: str) -> bytes:
+def _request_bytes(method: str, target: str, site: str, headers: Mapping[str, str], body: bytes | str) -> bytes:
     """A request as it goes over the line."""
-    headers = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
-    if headers.count("\r") != len(request.headers) or headers.count("\n") != len(request.headers):
-        raise exceptions.InvalidHeader("a header with a line break in it", request=request)
-    head = f"{request.method} {path} HTTP/1.1\r\nHost: {site}\r\nAccept-Encoding: identity\r\n{headers}\r\n"
-    body = request.body or b""
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    if lines.count("\r") != len(headers) or lines.count("\n") != len(headers):
+        raise exceptions.InvalidHeader("a header with a line break in it")
+    head = f"{method} {target} HTTP/1.1\r\nHost: {site}\r\nAccept-Encoding: identity\r\n{lines}\r\n"
     return head.encode("latin-1") + (body.encode() if isinstance(body, str) else body)
 
 
-class Answer(HTTPResponse):
+class Answer(InterimAnswers):
     """An answer whose headers are read line by line, without `http.client`'s parser for e-mail."""
 
     headers: CaseInsensitiveDict[str]  # type: ignore[assignment]  # reads the same
 
     def begin(self) -> None:
         """Reads up to the body. Raises the exceptions of `http.client`."""
-        version, status, reason = self._read_status()  # type: ignore[attr-defined]  # the stubs leave it out
-        while 100 <= status < 200:  # a word in between
-            _read_headers(self.fp)
-            version, status, reason = self._read_status()  # type: ignore[attr-defined]
+        version, status, reason = self._read_status()
         if not version.startswith("HTTP/1."):
             raise UnknownProtocol(version)
         self.version = 10 if version == "HTTP/1.0" else 11
@@ -189,27 +276,95 @@ class Answer(HTTPResponse):
         empty = status in (204, 304)
         self.chunked = not empty and self.headers.get("Transfer-Encoding", "").lower() == "chunked"
         self.chunk_left = None
-        self.length = 0 if empty else None if self.chunked else _length(self.headers.get("Content-Length"))
+        self.length = 0 if empty else None if self.chunked else self._declared_length()
         # Without a length the end of the connection is the end of the answer.
         self.will_close = self._check_close() or (not self.chunked and self.length is None)  # type: ignore[attr-defined]
+
+    def _declared_length(self) -> int | None:
+        return _length(self.headers.get("Content-Length"))
 
     def _read_next_chunk_size(self) -> int:
         """As the parent reads it, but a size is hexadecimal digits and its line has an end.
 
         Of a line that is cut off nobody knows the size; and `-1`, a number to Python, would be a chunk without an end.
         """
-        line = self.fp.readline(LONGEST_LINE + 1)
-        size = CHUNK_SIZE.fullmatch(line) if len(line) <= LONGEST_LINE else None
+        line = self.fp.readline(LONGEST_HEADER_LINE + 1)
+        size = CHUNK_SIZE.fullmatch(line) if len(line) <= LONGEST_HEADER_LINE else None
         if size is None:
             raise ValueError("a chunk without a size")
         return int(size[1], 16)
 
 
+class StreamedAnswer(Answer):
+    """An answer whose body is read piece by piece, also where its headers say something wrong about it.
+
+    A length that is no number, or several of them, counts as none. A body that does not begin like a chunk is not
+    chunked, whatever the header says. What follows the declared end can be read, too.
+    """
+
+    def __init__(self, sock: socket.socket, method: str) -> None:
+        super().__init__(sock, method=method)
+        self.left: int | None = None  # bytes of the body that are still to come, where its length was declared
+        self._sock = sock
+        self._started = False
+        self._went_beyond = False
+
+    def begin(self) -> None:
+        """Read up to the body. Raises the exceptions of `http.client`."""
+        super().begin()
+        self.left, self.length = self.length, None  # we count ourselves: http.client would close at the end
+
+    def _declared_length(self) -> int | None:
+        with suppress(HTTPException):
+            return super()._declared_length()
+        return None
+
+    @property
+    def reusable(self) -> bool:
+        """Whether the connection can take another request: the whole answer was read, and no more than that."""
+        whole = self.left == 0 or (self.chunked and self.isclosed())
+        return whole and not self.will_close and not self._went_beyond
+
+    def piece(self, most: int) -> bytes:
+        """Return up to `most` bytes of the body, as soon as there are any; none at its end.
+
+        Raises OSError, HTTPException.
+        """
+        if self.isclosed() or self.left == 0:
+            return b""
+        if not self._started and self.chunked and self.fp.peek(1)[:1].strip(HEX_DIGITS):
+            self.chunked, self.will_close = False, True
+        self._started = True
+        piece = self.read1(most if self.left is None else min(most, self.left))
+        if self.left is not None:
+            self.left -= len(piece)
+        return piece
+
+    def beginning(self, most: int, seconds: float) -> bytes:
+        """Return up to `most` bytes of the body, of what comes within some `seconds`. Raises nothing."""
+        until, start = time.monotonic() + seconds, b""
+        with suppress(OSError, HTTPException):
+            self._sock.settimeout(seconds)
+            while time.monotonic() < until and len(start) < most and (piece := self.piece(most - len(start))):
+                start += piece
+        return start
+
+    def piece_beyond(self, most: int, seconds: float) -> bytes:
+        """Return up to `most` bytes that follow the declared end, if any come within `seconds`."""
+        self._went_beyond = True
+        if self.isclosed():
+            return b""
+        with suppress(OSError):
+            self._sock.settimeout(seconds)
+            return self.fp.read1(most)
+        return b""
+
+
 def _read_headers(file: BinaryIO) -> CaseInsensitiveDict[str]:
     found = CaseInsensitiveDict[str]()
     for _ in range(MOST_HEADERS + 1):
-        line = file.readline(LONGEST_LINE + 1)
-        if len(line) > LONGEST_LINE:
+        line = file.readline(LONGEST_HEADER_LINE + 1)
+        if len(line) > LONGEST_HEADER_LINE:
             raise LineTooLong("header line")
         if line in (b"\r\n", b"\n"):
             return found

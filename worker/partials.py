@@ -33,6 +33,7 @@ class Source:
     link: str
     validator: str = ""  # an entity tag or a date, as If-Range takes it; empty where the server names none
     length: int | None = None
+    coding: str = ""  # how the server says that it packed them
 
 
 class Incoming:
@@ -101,6 +102,11 @@ class Incoming:
         """What is there is all there is to come. Raises StorageTrouble."""
         if self.source is not None and self.source.length is None:
             self._note(replace(self.source, length=self.size))
+
+    def forget_length(self) -> None:
+        """Note that the length which the server declared is wrong. Raises StorageTrouble."""
+        if self.source is not None:
+            self._note(replace(self.source, validator="", length=None))
 
     def _note(self, source: Source) -> None:
         self.source = source

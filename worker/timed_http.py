@@ -5,17 +5,22 @@ thread per process shuts down those that are late; the call then fails like any 
 in a thread of their own, since a look-up can't be interrupted. It works in every Celery pool: no signal is involved.
 """
 
+import errno
 import ipaddress
 import math
 import os
+import selectors
 import socket
 import ssl
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from http.client import HTTPException, HTTPResponse
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -27,6 +32,11 @@ from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConn
 from urllib3.util.ssl_ import create_urllib3_context
 
 CHECK_SECONDS = 0.2
+ATTEMPT_DELAY_SECONDS = 0.25  # between attempts to connect to the addresses of one host: RFC 8305, section 5
+MOST_INTERIM_ANSWERS = 32
+LONGEST_HEADER_LINE = 65_536
+MOST_HEADERS = 100
+UNDER_WAY = frozenset({errno.EINPROGRESS, errno.EWOULDBLOCK})
 
 Target = tuple[int, Any]  # an address family, and an address as `socket.connect` takes it
 
@@ -152,6 +162,10 @@ def ask_permission() -> None:
 # ── looking up and connecting ─────────────────────────────────────────────────────────────────────────────────────────
 
 
+class LookUpTimeout(TimeoutError):
+    """The look-up of a name took too long."""
+
+
 class _LookUp:
     """One look-up of a name, under way in a thread of its own; any number of calls can wait for it."""
 
@@ -165,7 +179,7 @@ class _LookUp:
         try:
             self.found = _targets(self.host, self.port)
         except (OSError, UnicodeError) as error:
-            self.trouble = error if isinstance(error, OSError) else socket.gaierror(str(error))
+            self.trouble = error if isinstance(error, OSError) else socket.gaierror(socket.EAI_NONAME, str(error))
         finally:
             with _look_ups_lock:
                 _look_ups.pop((self.host, self.port), None)
@@ -177,7 +191,7 @@ _look_ups_lock = threading.Lock()
 
 
 def look_up(host: str, port: int, seconds: float) -> list[Target]:
-    """The addresses of a host, or of an address literal. Raises OSError, TimeoutError after so many seconds."""
+    """The addresses of a host, or of an address literal. Raises OSError, LookUpTimeout after so many seconds."""
     with suppress(ValueError):
         ipaddress.ip_address(host)
         return _targets(host, port)
@@ -188,7 +202,7 @@ def look_up(host: str, port: int, seconds: float) -> list[Target]:
             threading.Thread(target=under_way.run, name="look-up", daemon=True).start()
             _look_ups[host, port] = under_way  # once it is sure to end; it takes the lock to take it out again
     if not under_way.over.wait(None if math.isinf(seconds) else seconds):
-        raise TimeoutError(f"the look-up of {host} took too long")
+        raise LookUpTimeout(f"the look-up of {host} took too long")
     if under_way.trouble is not None:
         raise under_way.trouble
     return under_way.found
@@ -199,31 +213,129 @@ def _targets(host: str, port: int) -> list[Target]:
 
 
 def connect_first(connection: HTTPConnection, targets: Sequence[Target]) -> socket.socket:
-    """A socket to the first of the addresses that answers. Raises urllib3's errors where none does."""
-    trouble: OSError | None = None
-    for family, answer in targets:
-        seconds = min(float(connection.timeout or math.inf), seconds_left())  # a name may have many silent addresses
-        sock = socket.socket(family, socket.SOCK_STREAM)
+    """Return a socket that is connected to the first of the addresses that answers.
+
+    One address is simply connected to. Several are tried as RFC 8305 ("Happy Eyeballs") has it: the next one begins
+    250 ms after the one before it, or as soon as that one fails, and the first connection wins. All of them together
+    have the connection's own time-out. Raises urllib3's errors where none answers; their cause is the system's error.
+    """
+    seconds = min(float(connection.timeout or math.inf), seconds_left())
+    try:
+        if len(targets) == 1:
+            return _connect(targets[0], seconds)
+        return _connect_to_fastest(_interleaved(targets), seconds)
+    except TimeoutError as error:
+        raise ConnectTimeoutError(connection, "the connection timed out") from error
+    except OSError as error:
+        raise NewConnectionError(connection, f"no connection: {error}") from error
+
+
+def _connect(target: Target, seconds: float) -> socket.socket:
+    family, address = target
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(None if math.isinf(seconds) else seconds)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.connect(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _connect_to_fastest(targets: Sequence[Target], seconds: float) -> socket.socket:
+    """Return the first connection that comes about. Raises OSError: TimeoutError, or the last address's error."""
+    waiting, failure = deque(targets), OSError(errno.EADDRNOTAVAIL, "the host has no address")
+    now = time.monotonic()
+    end, next_at = now + seconds, now
+    attempts: set[socket.socket] = set()
+    with selectors.DefaultSelector() as selector:
         try:
-            sock.settimeout(None if math.isinf(seconds) else seconds)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.connect(answer)
-        except OSError as error:
-            sock.close()
-            trouble = error
-        else:
-            return sock
-    if isinstance(trouble, TimeoutError):
-        raise ConnectTimeoutError(connection, "the connection timed out") from None
-    raise NewConnectionError(connection, f"no connection: {trouble}") from None
+            while waiting or attempts:
+                now = time.monotonic()
+                if now >= end:
+                    raise TimeoutError("the connection timed out")
+                if waiting and (now >= next_at or not attempts):
+                    next_at = now + ATTEMPT_DELAY_SECONDS
+                    try:
+                        attempt = _begin_to_connect(waiting.popleft())
+                    except OSError as error:
+                        failure, next_at = error, now
+                        continue
+                    attempts.add(attempt)
+                    selector.register(attempt, selectors.EVENT_WRITE, attempt)
+                until = min(end, next_at) if waiting else end
+                for key, _ in selector.select(None if math.isinf(until) else max(until - time.monotonic(), 0.0)):
+                    attempt = cast("socket.socket", key.data)
+                    selector.unregister(attempt)
+                    attempts.remove(attempt)
+                    number = attempt.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if not number:
+                        attempt.settimeout(None if math.isinf(seconds) else max(end - time.monotonic(), 0.001))
+                        return attempt
+                    attempt.close()
+                    failure, next_at = OSError(number, os.strerror(number)), time.monotonic()
+        finally:
+            for attempt in attempts:
+                attempt.close()
+    raise failure
+
+
+def _begin_to_connect(target: Target) -> socket.socket:
+    family, address = target
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        number = sock.connect_ex(address)
+        if number and number not in UNDER_WAY:
+            raise OSError(number, os.strerror(number))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _interleaved(targets: Sequence[Target]) -> list[Target]:
+    """The addresses, none twice, with the families taking turns: a family that leads nowhere costs one delay."""
+    unique = list(dict.fromkeys(targets))
+    first = [target for target in unique if target[0] == unique[0][0]] if unique else []
+    others = [target for target in unique if target not in first]
+    return [target for target in chain.from_iterable(zip_longest(first, others)) if target is not None]
 
 
 # ── connections ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+class InterimAnswers(HTTPResponse):
+    """An answer that may be preceded by interim ones (1xx), which are read past.
+
+    `http.client` reads past "100 Continue" alone and takes "102 Processing" or "103 Early Hints" for the answer.
+    "101 Switching Protocols" is an answer: what follows it is no HTTP.
+    """
+
+    def _read_status(self) -> tuple[str, int, str]:
+        for _ in range(MOST_INTERIM_ANSWERS):
+            line: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]  # not in the stubs
+            if not 100 <= line[1] < 200 or line[1] == 101:
+                return line
+            self._skip_headers()
+        raise HTTPException(f"more than {MOST_INTERIM_ANSWERS} interim answers")
+
+    def _skip_headers(self) -> None:
+        for _ in range(MOST_HEADERS + 1):
+            line = self.fp.readline(LONGEST_HEADER_LINE + 1)
+            if line in (b"\r\n", b"\n", b""):
+                return
+            if len(line) > LONGEST_HEADER_LINE:
+                break
+        raise HTTPException("an interim answer with too many or too long headers")
+
+
 class _Timed(HTTPConnection):
     """What both kinds of connections do to be watched during a call."""
 
+    response_class = InterimAnswers
     line: Line | None = None
 
     def addresses(self) -> list[Target]:
@@ -231,10 +343,10 @@ class _Timed(HTTPConnection):
         host = self._dns_host.strip("[]")
         try:
             return look_up(host, int(self.port), seconds_left())
-        except TimeoutError:
-            raise ConnectTimeoutError(self, f"the look-up of {host} took too long") from None
+        except TimeoutError as error:
+            raise ConnectTimeoutError(self, f"the look-up of {host} took too long") from error
         except OSError as error:
-            raise NameResolutionError(host, self, socket.gaierror(str(error))) from None
+            raise NameResolutionError(host, self, socket.gaierror(str(error))) from error
 
     def dial(self) -> socket.socket:
         """A new socket to the host, connected. Raises urllib3's errors."""

@@ -14,20 +14,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from datetime import timedelta
 from functools import partial
+from http.client import HTTPException
 
-import requests
-from requests.adapters import HTTPAdapter
 from sqlalchemy import Engine
 from urllib3.exceptions import HTTPError
 
 from worker.addresses import Guard, RefusedTarget
 from worker.core.plain_text import plain_text
+from worker.core.urls import quoted
 from worker.core.webhook import headers, wait_after
 from worker.database import database_now
+from worker.lean_http import LeanAdapter
 from worker.leases import LeaseKeeper, LeaseLost
+from worker.network_errors import describe
 from worker.scrubber import Scrubber
 from worker.store.events import ClaimedEvent, claim_events, open_events, put_off, record_delivery, release_events
-from worker.timed_http import TimeLimit, lean_session
+from worker.timed_http import TimeLimit
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +52,10 @@ class Webhooks:
         engine: Engine,
         leases: LeaseKeeper,
         guard: Guard,
-        adapter: HTTPAdapter,
+        adapter: LeanAdapter,
         scrubber: Scrubber,
         secrets: Sequence[bytes],
+        user_agent: str = "fetch-worker",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
@@ -62,7 +65,8 @@ class Webhooks:
         self._secrets = tuple(secrets)
         self._clock = clock
         self._ahead = 0.0  # the database's clock, which signs, before that one: a host's own may be wrong
-        self._session = lean_session(adapter)
+        self._adapter = adapter
+        self._user_agent = user_agent
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="webhook")  # starts none before the first call
         self._under_way: dict[Future[None], ClaimedEvent] = {}  # single operations on it need no lock
         self._astray = threading.Event()  # some claim may be left that nobody ends
@@ -168,30 +172,26 @@ class Webhooks:
 
     def _post(self, event: ClaimedEvent) -> tuple[int | None, str | None, float | None]:
         """(the status that was answered, what went wrong, seconds that the receiver asks us to wait)."""
-        signed = headers(self._secrets, event.event_id, int(self._ahead + self._clock()), event.body)
-        limit = TimeLimit(TIMEOUT_SECONDS, partial(self._leases.check, event.id, event.token))
+        sent_at = int(self._ahead + self._clock())
+        signed = headers(self._secrets, event.event_id, sent_at, event.body) | {"User-Agent": self._user_agent}
+        url, limit = quoted(event.url), TimeLimit(TIMEOUT_SECONDS, partial(self._leases.check, event.id, event.token))
         try:
             with limit:
-                self._guard.check_url(event.url)
-                with self._session.post(
-                    event.url,
-                    data=event.body.encode(),
-                    headers=signed,
-                    timeout=(min(CONNECT_SECONDS, limit.remaining), limit.remaining),
-                    allow_redirects=False,
-                    stream=True,
-                ) as response:
-                    status = response.status_code
-                    asked = _seconds(response.headers.get("retry-after"))
+                self._guard.check_url(url)
+                timeout = (min(CONNECT_SECONDS, limit.remaining), limit.remaining)
+                with self._adapter.exchange("POST", url, signed, timeout, event.body.encode()) as answer:
+                    status = answer.status
+                    asked = _seconds(answer.headers.get("retry-after"))
             if limit.over:  # a head that was cut off looks like one that ended
                 raise TimeoutError
         except LeaseLost:
             raise
         except RefusedTarget as refused:
             return None, f"{refused}; see WEBHOOK_ALLOWED_NETWORKS", None
-        except (requests.RequestException, HTTPError, OSError, ValueError) as error:
-            late = f"no answer within {TIMEOUT_SECONDS:.0f} s" if limit.over else "the receiver can't be reached"
-            return None, f"{late} ({type(error).__name__})", None
+        except (HTTPError, HTTPException, OSError, ValueError) as error:
+            if limit.over:
+                return None, f"no answer within {TIMEOUT_SECONDS:.0f} s", None
+            return None, f"the receiver can't be reached: {describe(error)}", None
         except Exception as fault:  # a claim that nobody ends would come back without any wait, and for ever
             log.error("a fault of ours event_id=%s reason=%s", event.event_id, type(fault).__name__)
             return None, f"a fault of ours: {type(fault).__name__}", None

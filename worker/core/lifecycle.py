@@ -43,7 +43,9 @@ DEAD_PATIENCE = timedelta(seconds=60)
 DEAD_ATTEMPTS = 3
 TROUBLE_WAIT_LEAST = 5.0
 TROUBLE_WAIT_MOST = 300.0
+RETRY_AFTER_MOST = 3_600.0  # a server that asks for more is asked again all the same
 STORAGE_WAIT = 15.0
+EARLY_CODES = frozenset({"not_media", "truncated", "gone"})  # of an attempt before, while the store lagged
 
 
 # ── jobs ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -239,10 +241,14 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class BadBody:
-    """Bytes came, but not the media: something else, or a part of it."""
+    """Bytes came, but not the media: something else, or a part of it.
+
+    `early` says that it may be because the store does not have the file yet: nothing, a page, or a part of the file.
+    """
 
     code: Literal["not_media", "truncated"]
     message: str
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +272,7 @@ class Trouble:
 
     code: Literal["http_error", "unreachable", "storage"]
     message: str
+    retry_after: float | None = None  # seconds, where the server said when to come again
 
 
 Attempt = StoredFile | BadBody | Unfit | DeadLink | Trouble
@@ -273,12 +280,16 @@ Attempt = StoredFile | BadBody | Unfit | DeadLink | Trouble
 
 @dataclass(frozen=True, slots=True)
 class TryAgain:
-    """The output stays pending and is tried again after `wait` seconds; `renew` asks the API for a fresh link first."""
+    """The output stays pending and is tried again after `wait` seconds; `renew` asks the API for a fresh link first.
+
+    `counts` says whether a bad body brings the output nearer to its end.
+    """
 
     wait: float
     code: str
     message: str
     renew: bool = False
+    counts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,18 +310,17 @@ def after_attempt(
             return stored
         case Unfit(code, message):
             return GiveUp(code, message)
-        case BadBody(code, message):
-            if output.bad_bodies + 1 >= BAD_BODY_ATTEMPTS or late:
-                return GiveUp(code, message)
-            return TryAgain(2.0 * (output.bad_bodies + 1), code, message)
+        case BadBody() as bad:
+            return _after_bad_body(output, bad, now=now, late=late)
         case DeadLink(message):
             return _after_dead_link(output, message, now=now, late=late)
         case Trouble("storage", message):
             return TryAgain(STORAGE_WAIT, "storage", message)
-        case Trouble(code, message):
+        case Trouble(code, message, retry_after):
             if late:
                 return GiveUp(code, message)
-            return TryAgain(_trouble_wait(output.attempts), code, message)
+            least = min(retry_after or 0.0, RETRY_AFTER_MOST)
+            return TryAgain(max(_trouble_wait(output.attempts), least), code, message)
 
 
 def _about_the_output(output: OutputFacts, attempt: Attempt) -> Attempt:
@@ -322,11 +332,29 @@ def _about_the_output(output: OutputFacts, attempt: Attempt) -> Attempt:
             return attempt
 
 
+def _after_bad_body(output: OutputFacts, bad: BadBody, *, now: datetime, late: bool) -> TryAgain | GiveUp:
+    """A store may lag: what is not whole in the first minute gets the patience of a dead link, then a fresh link."""
+    code, message = bad.code, bad.message
+    if bad.early and not (output.renewed or output.bad_bodies or late):
+        age = now - output.ready_at
+        if age < DEAD_PATIENCE:
+            return TryAgain(_patient_wait(age), code, message, counts=False)
+        if output.renewable and output.last_code in EARLY_CODES:
+            return TryAgain(0.0, code, message, renew=True, counts=False)
+    if output.bad_bodies + 1 >= BAD_BODY_ATTEMPTS or late:
+        return GiveUp(code, message)
+    return TryAgain(2.0 * (output.bad_bodies + 1), code, message)
+
+
+def _patient_wait(waited: timedelta) -> float:
+    return 5.0 if waited < timedelta(seconds=20) else 10.0
+
+
 def _after_dead_link(output: OutputFacts, message: str, *, now: datetime, late: bool) -> TryAgain | GiveUp:
     since = output.dead_since or now
     if not output.renewed and not late:
         if now - since < DEAD_PATIENCE:
-            return TryAgain(5.0 if now - since < timedelta(seconds=20) else 10.0, "gone", message)
+            return TryAgain(_patient_wait(now - since), "gone", message)
         if output.renewable:
             return TryAgain(0.0, "gone", message, renew=True)
     tried = output.dead_attempts + 1

@@ -16,6 +16,7 @@ MAX_DEPTH = 8
 
 _DATA = re.compile(r"data:(?P<head>[^,]{0,200}),", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]++={0,2}")  # possessive: megabytes that do not match cost one pass
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _LEAST_BASE64 = 64  # shorter text is a word, not a file
 
 
@@ -44,7 +45,7 @@ def links(output: object, proxy_links: object = None) -> tuple[Link, ...]:
     """
     texts = list(_texts(output))
     addresses = [text for text in _texts(proxy_links) if text.lower().startswith(("https://", "http://"))]
-    proxies = [plain_text(text) if len(text) <= MAX_URL else "" for text in addresses]
+    proxies = [_address(text) if len(text) <= MAX_URL else "" for text in addresses]
     paired = proxies if len(proxies) == len(texts) else []
     found: dict[str, Link] = {}
     for place, text in enumerate(texts[:MAX_LINKS]):
@@ -71,7 +72,17 @@ def _link(text: str, proxies: tuple[str, ...]) -> Link:
         return _inline(body, f"data:{media_type}")
     if len(text) >= _LEAST_BASE64 and _BASE64.fullmatch(text):
         return _inline(_decoded(text), "data:")
-    return Link(plain_text(text if len(text) <= MAX_URL else text[:MAX_URL] + "…"), proxies)
+    return Link(_address(text), proxies)
+
+
+def _address(text: str) -> str:
+    r"""Return an address as it is stored. A control character becomes an escape, whose backslash has it refused.
+
+    >>> _address("https://h/a\nb")
+    'https://h/a\\nb'
+    """
+    text = text if len(text) <= MAX_URL else text[:MAX_URL] + "…"
+    return plain_text(_CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text))
 
 
 def _inline(body: bytes, prefix: str) -> Link:

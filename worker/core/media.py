@@ -117,6 +117,41 @@ def whole(media: Media, head: bytes, tail: bytes, size: int) -> bool:
             return True
 
 
+def shows_its_end(media: Media, head: bytes, tail: bytes, size: int) -> bool:
+    """Return whether the file itself proves that it is whole: by an end mark, or by a length of its own.
+
+    `whole` gives the benefit of the doubt; this is for files whose transfer ended otherwise than its headers say.
+    """
+    if not whole(media, head, tail, size):
+        return False
+    match media.type:
+        case "image/png" | "image/gif" | "image/webp" | "model/gltf-binary" | "application/zip":
+            return True
+        case "image/jpeg":
+            return tail.rstrip(b"\0\r\n").endswith(b"\xff\xd9")
+        case "audio/wav" | "video/x-msvideo":
+            return 0 < _little(head[4:8]) < _STREAMED
+        case "image/avif" | "image/heic" | "video/mp4" | "video/quicktime" | "audio/mp4":
+            return _boxes_end(head, tail, size) == size
+        case "video/webm" | "video/x-matroska":
+            return _ebml_length(head) is not None
+        case "model/ply":
+            return size == _ply_least(head)
+        case "model/stl":
+            return _stl_text(head) or size == 84 + 50 * _little(head[80:84])
+        case _:
+            return False
+
+
+def is_text(head: bytes) -> bool:
+    r"""Return whether bytes begin like a text, a page or nothing at all: what a store says instead of the file.
+
+    >>> is_text(b"<html>"), is_text(b""), is_text(b"\x7fELF\x02\x01\x01\x00")
+    (True, True, False)
+    """
+    return head.translate(None, _CONTROLS) == head
+
+
 def pixels(media: Media, head: bytes) -> int | None:
     """Width times height from the header, where the format keeps them near its start; None where it does not."""
     size = _dimensions(media, head)
@@ -291,23 +326,35 @@ def _heif_dimensions(head: bytes) -> tuple[int, int] | None:
 
 def _boxes_whole(head: bytes, tail: bytes, size: int, needed: set[bytes]) -> bool:
     """Whether the top-level boxes reach the end and not beyond, as far as their headers are in view."""
+    boxes = list(_box_list(head, tail, size))
+    at = boxes[-1][1] if boxes else 0
+    if boxes and boxes[-1][0] == b"":  # from there on they are out of view
+        return True
+    return at <= size and needed <= {kind for kind, _ in boxes}
+
+
+def _boxes_end(head: bytes, tail: bytes, size: int) -> int | None:
+    """Where the last top-level box ends; None where not all of their headers are in view."""
+    boxes = list(_box_list(head, tail, size))
+    return boxes[-1][1] if boxes and boxes[-1][0] else None
+
+
+def _box_list(head: bytes, tail: bytes, size: int) -> Iterator[tuple[bytes, int]]:
+    """The top-level boxes, each as (kind, where it ends); one without a kind where the next header is out of view."""
     at = 0
-    seen = set()
     while at + 8 <= size:
         header = _view(head, tail, size, at, 16)
         kind = header[4:8]
-        if len(header) < min(16, size - at) or kind not in _BOXES:
-            return True
         length = int.from_bytes(header[:4], "big")
         if length == 1:
             length = int.from_bytes(header[8:16], "big")
         elif length == 0:  # as long as the file
             length = size - at
-        if length < 8:
-            return True
-        seen.add(kind)
+        if len(header) < min(16, size - at) or kind not in _BOXES or length < 8:
+            yield b"", at
+            return
         at += length
-    return at <= size and needed <= seen
+        yield kind, at
 
 
 def _view(head: bytes, tail: bytes, size: int, at: int, count: int) -> bytes:
@@ -320,12 +367,18 @@ def _view(head: bytes, tail: bytes, size: int, at: int, count: int) -> bytes:
 
 def _ebml_whole(head: bytes, size: int) -> bool:
     """Whether the segment is as long as it says. A recording in progress doesn't know how long it gets."""
+    length = _ebml_length(head)
+    return length is None or size >= length
+
+
+def _ebml_length(head: bytes) -> int | None:
+    """The least bytes of the whole file, as its segment says; None where it does not."""
     length, at = _vint(head, 4)
     at += length or 0
     if length is None or head[at : at + 4] != _SEGMENT:
-        return True
+        return None
     length, at = _vint(head, at + 4)
-    return length is None or size >= at + length
+    return None if length is None else at + length
 
 
 def _vint(data: bytes, at: int) -> tuple[int | None, int]:

@@ -270,8 +270,7 @@ def _retry_after(headers: Mapping[str, str], answer: Mapping[str, Any], now: flo
     """Seconds to wait, from wherever the answer says so, clamped to 1 s and 15 min; 30 s where it does not say."""
     named = {name.lower(): value for name, value in headers.items()}
     for wait in (
-        _number(named.get("retry-after")),
-        _date(named.get("retry-after"), now),
+        retry_after_seconds(named.get("retry-after"), now),
         _number(answer.get("retry_after")),
         _reset(named.get("x-ratelimit-reset"), now),
         _words(answer),
@@ -279,6 +278,16 @@ def _retry_after(headers: Mapping[str, str], answer: Mapping[str, Any], now: flo
         if wait is not None:
             return min(max(wait, RETRY_LEAST), RETRY_MOST)
     return RETRY_DEFAULT
+
+
+def retry_after_seconds(value: str | None, now: float) -> float | None:
+    """Return the seconds that a Retry-After header asks for: a number or a date. `now` is in seconds since 1970.
+
+    >>> retry_after_seconds("120", 0.0), retry_after_seconds("Thu, 01 Jan 1970 00:01:00 GMT", 0.0)
+    (120.0, 60.0)
+    """
+    number = _number(value)
+    return _date(value, now) if number is None else number
 
 
 def _number(value: object) -> float | None:

@@ -241,7 +241,9 @@ def record_attempt(
 def _counted(output: ClaimedOutput, result: TryAgain, now: datetime) -> dict[str, Any]:
     match result.code:
         case "not_media" | "truncated":
-            return {"bad_bodies": output.facts.bad_bodies + 1}
+            if result.counts:
+                return {"bad_bodies": output.facts.bad_bodies + 1}
+            return {"renewed": True} if result.renew else {}
         case "gone":
             counted: dict[str, Any] = {"dead_since": output.facts.dead_since or now}
             if result.renew:

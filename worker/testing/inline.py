@@ -14,7 +14,6 @@ from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 from pydantic import SecretStr
-from requests.adapters import HTTPAdapter
 from sqlalchemy import Engine
 from sqlalchemy.exc import OperationalError
 
@@ -394,7 +393,7 @@ class _NoBudget(SharedBudget):
 
 
 @cache
-def _adapters() -> tuple[LeanAdapter, HTTPAdapter]:
+def _adapters() -> tuple[LeanAdapter, LeanAdapter]:
     """For the API and for downloads, once per process: reading the public authorities takes longer than a test."""
     loopback = Settings(output_allowed_networks="127.0.0.0/8").allowed_networks
     return LeanAdapter(limit=MAX_ANSWER_BYTES, connections=1), guarded_adapter(Guard(loopback), connections=1)

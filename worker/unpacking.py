@@ -1,0 +1,59 @@
+"""Bodies that came packed, though nobody asked for that: unpacked piece by piece, within bounds."""
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+from urllib3.exceptions import HTTPError
+from urllib3.response import HTTPResponse
+
+CHUNK_BYTES = 256 * 1024
+_SIGNATURES = ((b"\x1f\x8b\x08", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"))
+
+
+class TooLarge(Exception):
+    """There is more than may be unpacked."""
+
+
+def packing(head: bytes) -> str | None:
+    """Return how bytes are packed, as their signature says; None where they have none.
+
+    >>> packing(b"\\x1f\\x8b\\x08\\0"), packing(b"GIF89a")
+    ('gzip', None)
+    """
+    return next((coding for signature, coding in _SIGNATURES if head.startswith(signature)), None)
+
+
+def unpacked(chunks: Iterator[bytes], coding: str, *, most: int) -> Iterator[bytes]:
+    """Unpack bytes by a content coding: gzip, deflate, and what urllib3 has libraries for (br, zstd).
+
+    Raises ValueError where they are not packed so, and TooLarge for more than `most` bytes.
+    """
+    source = io.BufferedReader(_Chunks(chunks))
+    response = HTTPResponse(source, headers={"content-encoding": coding}, preload_content=False)
+    size = 0
+    try:
+        while chunk := response.read(CHUNK_BYTES, decode_content=True):
+            size += len(chunk)
+            if size > most:
+                raise TooLarge
+            yield chunk
+    except HTTPError:
+        raise ValueError(f"not packed by {coding[:20]}") from None
+
+
+class _Chunks(io.RawIOBase):
+    """Chunks as a file."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        self._rest = self._rest or next(self._chunks, b"")
+        piece, self._rest = self._rest[: len(buffer)], self._rest[len(buffer) :]
+        buffer[: len(piece)] = piece
+        return len(piece)
