@@ -27,7 +27,7 @@ from worker.storage import Storage
 PNG = Media("image/png", "png")
 BODY = b"picture " * 1_000
 SHA = hashlib.sha256(BODY).hexdigest()
-LARGE = os.urandom(1 << 20) * 12  # three parts of the least size there is
+LARGE = os.urandom(1 << 20) * 12
 
 
 class Bucket:
@@ -86,12 +86,6 @@ def bucket(s3: S3Server, shared_bucket: Bucket, monkeypatch: pytest.MonkeyPatch)
 def storage(bucket: Bucket, tmp_path: Path) -> S3Storage:
     """Outputs in an empty bucket."""
     return S3Storage(bucket.name, "out/puts", Partials(tmp_path / "partial"))
-
-
-@pytest.fixture
-def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SINGLE_BYTES", 5 << 20)
-    monkeypatch.setattr(module, "PART_BYTES", 5 << 20)
 
 
 def _keep(storage: Storage, body: bytes = BODY, *, position: int = 2, then: Callable[[Path], Any] = str) -> str:
@@ -216,32 +210,18 @@ def test_a_name_taken_between_looking_and_writing_is_not_overwritten(storage: S3
     assert bucket.get(key) == b"other"
 
 
-@pytest.mark.usefixtures("_small_parts")
-def test_a_large_output_is_sent_in_parts(storage: S3Storage, bucket: Bucket) -> None:
-    """And is one object afterwards; the second time it is not sent at all."""
+def test_a_large_output_is_one_call(storage: S3Storage, bucket: Bucket) -> None:
+    """The second time it is not sent at all."""
     calls: list[str] = []
     location = _keep(storage, LARGE)
     key = location.partition(f"{bucket.name}/")[2]
     head = bucket.head(key)
-    assert head["ETag"].endswith('-3"')
     assert (head["ContentType"], head["Metadata"]) == ("image/png", {"sha256": hashlib.sha256(LARGE).hexdigest()})
     assert bucket.get(key) == LARGE
     assert bucket.uploads() == 0
     _calls(storage, calls)
     assert _keep(storage, LARGE) == location
     assert calls == ["before-send.s3.HeadObject"]
-
-
-@pytest.mark.usefixtures("_small_parts")
-def test_parts_do_not_overwrite_either_and_leave_nothing_behind(storage: S3Storage, bucket: Bucket) -> None:
-    """A name taken while the parts were sent."""
-    key = f"out/puts/12/12345/2-{hashlib.sha256(LARGE).hexdigest()[:16]}.png"
-    storage._client().meta.events.register_first(
-        "before-call.s3.UploadPart", lambda **_: bucket.put(key, b"other"), unique_id="once"
-    )
-    assert _keep(storage, LARGE).endswith(f"2-{hashlib.sha256(LARGE).hexdigest()}.png")
-    assert bucket.get(key) == b"other"
-    assert bucket.uploads() == 0
 
 
 def test_bytes_that_change_before_they_are_sent_are_refused_by_the_store(storage: S3Storage, bucket: Bucket) -> None:
@@ -253,61 +233,22 @@ def test_bytes_that_change_before_they_are_sent_are_refused_by_the_store(storage
     assert bucket.keys() == []
 
 
-@pytest.mark.usefixtures("_small_parts")
-def test_bytes_that_change_before_their_parts_are_sent_are_noticed(storage: S3Storage, bucket: Bucket) -> None:
-    """The store knows each part's hash only: the whole is compared before it becomes an object."""
-    with pytest.raises(StorageTrouble, match="changed on the disk"):
-        _keep(storage, LARGE, then=lambda path: path.write_bytes(LARGE[::-1]))
-    assert bucket.keys() == []
-    assert bucket.uploads() == 0
-
-
-@pytest.mark.parametrize("large", [False, True])
-@pytest.mark.usefixtures("_small_parts")
-def test_a_store_that_knows_no_checksums_is_read_back(large: bool, storage: S3Storage, bucket: Bucket) -> None:
+def test_a_store_that_knows_no_checksums_is_read_back(storage: S3Storage, bucket: Bucket) -> None:
     """What it has of another content than was sent is removed again; it is then tried again."""
-    body = LARGE if large else BODY
 
     def forget(params: dict[str, Any], **_: Any) -> None:
-        for name in ("x-amz-checksum-sha256", "x-amz-checksum-algorithm"):
-            params["headers"].pop(name, None)
+        params["headers"].pop("x-amz-checksum-sha256", None)
 
-    events = storage._client().meta.events
-    for operation in ("PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"):
-        events.register(f"before-call.s3.{operation}", forget)
+    storage._client().meta.events.register("before-call.s3.PutObject", forget)
     calls: list[str] = []
     _calls(storage, calls)
-    location = _keep(storage, body)
+    location = _keep(storage)
     assert calls[-1] == "before-send.s3.GetObject"
-    assert bucket.get(location.partition(f"{bucket.name}/")[2]) == body
-    if not large:
-        bucket.client.delete_object(Bucket=bucket.name, Key=location.partition(f"{bucket.name}/")[2])
-        with pytest.raises(StorageTrouble, match="other bytes arrived"):
-            _keep(storage, body, then=lambda path: path.write_bytes(body[::-1]))
-        assert bucket.keys() == []
-
-
-@pytest.mark.parametrize("large", [False, True])
-@pytest.mark.usefixtures("_small_parts")
-def test_a_store_that_knows_no_conditions_is_asked_before(large: bool, storage: S3Storage, bucket: Bucket) -> None:
-    """And is not told of conditions again."""
-    refused = []
-
-    def answer(request: Any) -> tuple[int, bytes] | None:
-        if "If-None-Match" not in request.headers:
-            return None
-        refused.append(request)
-        return 501, b"<Error><Code>NotImplemented</Code></Error>"
-
-    _answers(storage, "CompleteMultipartUpload" if large else "PutObject", answer)
-    body = LARGE if large else BODY
-    location = _keep(storage, body)
-    assert bucket.get(location.partition(f"{bucket.name}/")[2]) == body
-    seen = len(refused)
-    assert _keep(storage, body) == location
-    _keep(storage, body, position=3)
-    assert len(refused) == seen > 0
-    assert bucket.uploads() == 0
+    assert bucket.get(location.partition(f"{bucket.name}/")[2]) == BODY
+    bucket.client.delete_object(Bucket=bucket.name, Key=location.partition(f"{bucket.name}/")[2])
+    with pytest.raises(StorageTrouble, match="other bytes arrived"):
+        _keep(storage, then=lambda path: path.write_bytes(BODY[::-1]))
+    assert bucket.keys() == []
 
 
 def test_a_store_in_trouble_is_storage_trouble(storage: S3Storage) -> None:

@@ -1,31 +1,36 @@
 """Outputs in an S3 bucket, of Amazon's or of any store that speaks its language: checked by the store as they arrive.
 
-Where the store is and who we are is said by the usual AWS_* variables (or files) of every S3 client.
+Where the store is and who we are is said by the usual AWS_* variables (or files) of every S3 client. Many stores lack
+some of what Amazon's has, and refuse it in different ways. What a store refuses is left out from then on: files are
+then read back and compared, and objects removed one by one.
 """
 
 import base64
 import errno
 import hashlib
 import io
+import logging
 import os
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from http import HTTPStatus
+from itertools import combinations
 from typing import Any, BinaryIO
 
 from urllib3.exceptions import HTTPError
 
 from worker.core.media import Media
 from worker.errors import OutputMissing, SettingsError, StorageTrouble
+from worker.network_errors import describe
 from worker.partials import Incoming, Partials
 from worker.storage import READ_BYTES, Condition, name_of
 
+log = logging.getLogger(__name__)
+
 SCHEME = "s3://"
-SINGLE_BYTES = 64 << 20  # up to this a file is sent by one call
-PART_BYTES = 32 << 20  # S3 takes no parts below 5 MiB, except the last
 PAGE = 1_000  # names per call of a listing, the most that S3 gives
 LONGEST_URL = 604_800  # seconds: no store signs for more than a week
 DEFAULT_REGION = "us-east-1"
@@ -34,6 +39,21 @@ READ_TIMEOUT = 30.0
 ATTEMPTS = 2
 CONNECTIONS = 64
 WRONG_SUM = frozenset({"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "InvalidPart"})
+REFUSALS = frozenset({400, 403, 405, 501})  # how stores answer to what they do not know
+ANSWERS = frozenset({404, 409, 412})  # to a call that was understood
+NOT_ABOUT_FEATURES = WRONG_SUM | {
+    "EntityTooLarge",
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "NoSuchBucket",
+    "RequestTimeTooSkewed",
+    "TokenRefreshRequired",
+}
+CONDITION = "If-None-Match"
+CHECKSUM = "x-amz-checksum-sha256"
+CHECKSUM_MODE = "x-amz-checksum-mode"
+BATCH_DELETE = "DeleteObjects"
 AMAZON = re.compile(r"^https://[a-z0-9.-]+\.amazonaws\.com(\.cn)?$")
 
 
@@ -46,7 +66,7 @@ class S3Storage:
         self._prefix = "".join(f"{part}/" for part in prefix.split("/") if part)
         self._lock = threading.Lock()
         self._made: tuple[int, Any] | None = None  # a process and its client: connections don't survive a fork
-        self._conditional = True  # whether the store knows writing only where nothing is yet
+        self._missing: set[str] = set()  # what the store turned out not to know
 
     def prepare(self) -> None:
         """Makes the folder of partial files, and looks whether the bucket can be used.
@@ -138,13 +158,41 @@ class S3Storage:
             by_bucket[bucket].append(key)
         for bucket, keys in by_bucket.items():
             for start in range(0, len(keys), PAGE):
-                some = [{"Key": key} for key in keys[start : start + PAGE]]
                 with self._talking(f"remove from the bucket {bucket}") as client:
-                    answer = client.delete_objects(Bucket=bucket, Delete={"Objects": some, "Quiet": True})
-                for error in answer.get("Errors", ()):
-                    location = f"{SCHEME}{bucket}/{error['Key']}"
-                    refused[location] = f"can't remove {location}: {error.get('Code', 'refused')[:80]}"
+                    errors = self._delete(client, bucket, keys[start : start + PAGE])
+                for key, reason in errors.items():
+                    location = f"{SCHEME}{bucket}/{key}"
+                    refused[location] = f"can't remove {location}: {reason}"
         return refused
+
+    def _delete(self, client: Any, bucket: str, keys: Sequence[str]) -> dict[str, str]:
+        """Remove objects of a bucket; why some are still there, by key. Raises the errors of the client."""
+        from botocore.exceptions import ClientError
+
+        refused, rest = dict[str, str](), list(keys)
+        if BATCH_DELETE not in self._missing:
+            try:
+                answer = client.delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": key} for key in keys]})
+            except ClientError as error:
+                if not _may_be_unknown(error):
+                    raise
+                self._delete_one(client, bucket, rest.pop(0))  # raises, where nothing may be removed at all
+                self._do_without({BATCH_DELETE})
+            else:
+                refused = {error["Key"]: error.get("Code", "refused")[:80] for error in answer.get("Errors", ())}
+                removed = {entry["Key"] for entry in answer.get("Deleted", ())}
+                rest = [key for key in keys if key not in removed and key not in refused]  # it says nothing of these
+        for key in rest:
+            try:
+                self._delete_one(client, bucket, key)
+            except ClientError as error:
+                if _status(error) >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                    raise
+                refused[key] = _reason(error)
+        return refused
+
+    def _delete_one(self, client: Any, bucket: str, key: str) -> None:
+        _unless_missing(lambda: client.delete_object(Bucket=bucket, Key=key))
 
     def locations(self) -> Iterator[str]:
         """All objects below the prefix. Raises StorageTrouble."""
@@ -213,84 +261,73 @@ class S3Storage:
         """Sends a file; whether the store says that it checked the bytes. None where the name was taken meanwhile."""
         from botocore.exceptions import ClientError
 
+        checksum = _base64(incoming.sha256)
         with self._talking(f"write {self._location(key)}") as client, incoming.path.open("rb") as file:
-            send = self._send_whole if incoming.size <= SINGLE_BYTES else self._send_parts
-            described = {"ContentType": media.type, "Metadata": {"sha256": incoming.sha256}}
             try:
-                return send(client, key, incoming, file.fileno(), described)
+                answer = self._with_features(
+                    {CONDITION: {"IfNoneMatch": "*"}, CHECKSUM: {"ChecksumSHA256": checksum}},
+                    lambda **features: client.put_object(
+                        Bucket=self._bucket,
+                        Key=key,
+                        Body=_Body(file.fileno(), incoming.size),
+                        ContentLength=incoming.size,
+                        ContentType=media.type,
+                        Metadata={"sha256": incoming.sha256},
+                        **features,
+                    ),
+                )
             except ClientError as error:
                 if _status(error) in (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.CONFLICT):
                     return None
-                if error.response.get("Error", {}).get("Code") in WRONG_SUM:
+                if _code(error) in WRONG_SUM:
                     incoming.hold = False  # the file is not what was received any more
                 raise
-
-    def _send_whole(self, client: Any, key: str, incoming: Incoming, handle: int, described: dict[str, Any]) -> bool:
-        checksum = _base64(incoming.sha256)
-        answer = self._where_nothing_is(
-            lambda **condition: client.put_object(
-                Bucket=self._bucket,
-                Key=key,
-                Body=_Slice(handle, 0, incoming.size),
-                ContentLength=incoming.size,
-                ChecksumSHA256=checksum,
-                **described,
-                **condition,
-            )
-        )
         return bool(answer.get("ChecksumSHA256") == checksum)
 
-    def _send_parts(self, client: Any, key: str, incoming: Incoming, handle: int, described: dict[str, Any]) -> bool:
-        begun = client.create_multipart_upload(Bucket=self._bucket, Key=key, ChecksumAlgorithm="SHA256", **described)
-        upload = {"Bucket": self._bucket, "Key": key, "UploadId": begun["UploadId"]}
-        whole, parts, checked = hashlib.sha256(), [], True
-        try:
-            for number, start in enumerate(range(0, incoming.size, PART_BYTES), 1):
-                part = _Slice(handle, start, min(PART_BYTES, incoming.size - start))
-                digest = hashlib.sha256()
-                while chunk := part.read(READ_BYTES):
-                    digest.update(chunk)
-                    whole.update(chunk)
-                part.seek(0)
-                checksum = _base64(digest.hexdigest())
-                answer = client.upload_part(
-                    **upload, PartNumber=number, Body=part, ContentLength=part.size, ChecksumSHA256=checksum
-                )
-                parts.append({"PartNumber": number, "ETag": answer["ETag"]})
-                if answer.get("ChecksumSHA256") == checksum:
-                    parts[-1]["ChecksumSHA256"] = checksum
-                else:
-                    checked = False
-            if whole.hexdigest() != incoming.sha256:  # the store only knows what each part should be
-                incoming.hold = False
-                raise StorageTrouble(f"can't write {self._location(key)}: the partial file has changed on the disk")
-            self._where_nothing_is(
-                lambda **condition: client.complete_multipart_upload(
-                    **upload, MultipartUpload={"Parts": parts}, **condition
-                )
-            )
-        except BaseException:
-            with suppress(Exception):
-                client.abort_multipart_upload(**upload)
-            raise
-        return checked
+    def _with_features(
+        self, features: Mapping[str, Mapping[str, Any]], call: Callable[..., dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Make a call with what the store may not know; where it refuses, without one of these, or all of them.
 
-    def _where_nothing_is(self, call: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-        """Makes a call that must not overwrite; a store that can't promise it has been asked for the name before."""
+        What a call succeeds without is left out from then on. Raises the last refusal where nothing helps: then it was
+        meant.
+        """
         from botocore.exceptions import ClientError
 
-        if self._conditional:
+        known = [name for name in features if name not in self._missing]
+        attempts = [set(left_out) for count in range(len(known) + 1) for left_out in combinations(known, count)]
+        refusal: ClientError | None = None
+        for left_out in attempts:
+            arguments = {
+                name: value for feature in known if feature not in left_out for name, value in features[feature].items()
+            }
             try:
-                return call(IfNoneMatch="*")
+                answer = call(**arguments)
             except ClientError as error:
-                if _status(error) != HTTPStatus.NOT_IMPLEMENTED:
+                if not _may_be_unknown(error):
+                    if _status(error) in ANSWERS:
+                        self._do_without(left_out)
                     raise
-                self._conditional = False
-        return call()
+                refusal = error
+            else:
+                self._do_without(left_out)
+                return answer
+        raise refusal or AssertionError("no call was made")
+
+    def _do_without(self, features: Collection[str]) -> None:
+        for name in sorted(features):
+            if name not in self._missing:
+                self._missing.add(name)
+                log.warning("the S3 store does not know %s: it is done without from now on", name)
 
     def _head(self, client: Any, bucket: str, key: str) -> dict[str, Any] | None:
         """What a store says about an object; None where there is none."""
-        return _unless_missing(lambda: client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED"))
+        return _unless_missing(
+            lambda: self._with_features(
+                {CHECKSUM_MODE: {"ChecksumMode": "ENABLED"}},
+                lambda **features: client.head_object(Bucket=bucket, Key=key, **features),
+            )
+        )
 
     @contextmanager
     def _talking(self, doing: str) -> Iterator[Any]:
@@ -336,6 +373,7 @@ class S3Storage:
                 client = session.client(
                     "s3", region_name=region, config=config.merge(Config(s3={"addressing_style": "virtual"}))
                 )
+            client.meta.events.register("before-sign.s3.DeleteObjects", _by_md5)
             return client
         except ValueError:
             raise SettingsError("AWS_ENDPOINT_URL or AWS_REGION is malformed, for example http://host:8333") from None
@@ -343,13 +381,12 @@ class S3Storage:
             raise StorageTrouble(f"can't use the bucket {self._bucket}: {_reason(error)}") from None
 
 
-class _Slice(io.RawIOBase):
-    """A part of an open file, as a file that is read and wound back on its own."""
+class _Body(io.RawIOBase):
+    """The first `size` bytes of an open file, read on their own. Raises OSError where there are fewer."""
 
-    def __init__(self, handle: int, start: int, size: int) -> None:
-        self.size = size
+    def __init__(self, handle: int, size: int) -> None:
         self._handle = handle
-        self._start = start
+        self._size = size
         self._at = 0
 
     def readable(self) -> bool:
@@ -359,16 +396,16 @@ class _Slice(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        chunk = os.pread(self._handle, min(len(buffer), self.size - self._at), self._start + self._at)
-        if not chunk and self._at < self.size and len(buffer):
+        chunk = os.pread(self._handle, min(len(buffer), self._size - self._at), self._at)
+        if not chunk and self._at < self._size and len(buffer):
             raise OSError(errno.EIO, "the partial file has changed on the disk")
         buffer[: len(chunk)] = chunk
         self._at += len(chunk)
         return len(chunk)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
-        self._at = min(max(origin + offset, 0), self.size)
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = min(max(origin + offset, 0), self._size)
         return self._at
 
     def tell(self) -> int:
@@ -411,6 +448,16 @@ def _parsed(location: str) -> tuple[str, str]:
     return bucket, key
 
 
+def _by_md5(request: Any, **_: Any) -> None:
+    """Have the list of a batch delete checked by Content-MD5, as every store knows it, in place of newer checksums."""
+    for name in [
+        name for name in request.headers if name.lower().startswith(("x-amz-checksum-", "x-amz-sdk-checksum"))
+    ]:
+        del request.headers[name]
+    digest = hashlib.md5(request.body or b"", usedforsecurity=False).digest()
+    request.headers["Content-MD5"] = base64.b64encode(digest).decode()
+
+
 def _base64(digest: str) -> str:
     return base64.b64encode(bytes.fromhex(digest)).decode()
 
@@ -428,7 +475,7 @@ def _unless_missing(call: Callable[[], dict[str, Any]]) -> dict[str, Any] | None
     try:
         return call()
     except ClientError as error:
-        if _status(error) == HTTPStatus.NOT_FOUND and error.response["Error"].get("Code") != "NoSuchBucket":
+        if _status(error) == HTTPStatus.NOT_FOUND and _code(error) != "NoSuchBucket":
             return None
         raise
 
@@ -446,6 +493,15 @@ def _status_of(call: Callable[[], Any]) -> int:
     return HTTPStatus.OK
 
 
+def _may_be_unknown(error: Any) -> bool:
+    """Whether a refusal may only mean that the store does not know what it was asked for."""
+    return _status(error) in REFUSALS and _code(error) not in NOT_ABOUT_FEATURES
+
+
+def _code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
 def _status(error: Any) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
@@ -456,7 +512,7 @@ def _reason(error: Exception) -> str:
     if kind in ("NoCredentialsError", "PartialCredentialsError"):
         return "no credentials, set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     if kind in ("EndpointConnectionError", "ConnectTimeoutError"):
-        return "the store can't be reached, see AWS_ENDPOINT_URL"
+        return f"the store can't be reached, see AWS_ENDPOINT_URL ({describe(error)})"
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         code = str(response.get("Error", {}).get("Code", ""))
@@ -466,4 +522,4 @@ def _reason(error: Exception) -> str:
         return code[:80]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return kind
+    return describe(error)

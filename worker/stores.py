@@ -3,17 +3,24 @@
 import os
 from pathlib import Path
 
-from worker.errors import StorageTrouble
+from worker.errors import SettingsError, StorageTrouble
 from worker.once import locked_cache
 from worker.partials import Partials
 from worker.settings import DEFAULT_STORAGE, Settings
 from worker.storage import FileStorage, Storage
 
+S3_LARGEST = 5 << 30  # bytes that S3 takes by one call; no picture or film of the API is near it
+
 
 def storage_for(settings: Settings) -> Storage:
-    """Where outputs are stored from now on. Raises SettingsError where a library for it is missing."""
+    """Where outputs are stored from now on.
+
+    Raises SettingsError where a library for it is missing, or OUTPUT_MAX_BYTES is more than S3 takes.
+    """
     if settings.storage_path is not None:
         return FileStorage(settings.storage_path, address=settings.storage_address or None)
+    if settings.output_max_bytes > S3_LARGEST:
+        raise SettingsError(f"OUTPUT_MAX_BYTES is {settings.output_max_bytes}: in S3 it is at most {S3_LARGEST}")
     bucket, prefix = settings.bucket or ("", "")
     return _s3(bucket, prefix, settings.partial_path, os.getpid())
 
