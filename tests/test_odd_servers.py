@@ -4,15 +4,19 @@ import gzip
 import zlib
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import select, update
 
+import worker
 from tests.downloads import PNG, Stand, png
 from tests.rows import job_of, output_of
 from tests.test_downloader import _assert_stored, _make_due
 from tests.web import Answer, Web, head, page, sends
+from worker import tasks
+from worker.settings import Settings
 from worker.tables import outputs
 
 RAW_DEFLATE = zlib.compressobj(wbits=-15)
@@ -273,8 +277,19 @@ def test_a_server_that_asks_for_time_gets_it(
 
 def test_the_product_says_who_it_is(stand: Stand, web: Web) -> None:
     """Hosts refuse the names that libraries go by."""
+    assert Settings().user_agent == f"fetch-worker/{worker.__version__}"
     stand.download(web.serves("/a.png", page(200, PNG)))
     assert web.asked[0].headers["user-agent"].startswith("fetch-worker")
+
+
+def test_whoever_wants_another_name_sets_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """For the API, downloads and webhooks alike."""
+    monkeypatch.setattr(
+        tasks, "settings", Settings(user_agent="shop/2.1 (+https://shop.test)", storage_url=f"file:{tmp_path}")
+    )
+    own = tasks.ProcessResources()
+    used = [own.api._headers["User-Agent"], own.downloader._headers["User-Agent"], own.webhooks._user_agent]
+    assert used == ["shop/2.1 (+https://shop.test)"] * 3
 
 
 def test_a_file_that_unpacks_to_more_than_is_allowed_ends_the_output(stand: Stand, web: Web) -> None:

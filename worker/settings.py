@@ -44,7 +44,7 @@ SHARED_NAMES = frozenset(
 KEY_NAMES = ("SD_API_KEY", "SD_API_KEYS", "SD_API_KEYS_FILE", "WEBHOOK_SECRET")
 DEFAULT_RPS = 10.0
 MOST_RPS = 1_000_000.0
-USER_AGENT = "fetch-worker/0.1 (+python-requests)"
+USER_AGENT = "fetch-worker/0.1.0"  # names the product: many hosts refuse the names of HTTP libraries
 # Settings that one process alone has a use for: where they are wrong, the others go on.
 PROCESS_SETTINGS: Mapping[str, tuple[str, ...]] = {
     "flower": ("flower_", "port"),
@@ -248,8 +248,8 @@ class Settings(BaseSettings):
     @field_validator("user_agent")
     @classmethod
     def _plain_ascii(cls, value: str) -> str:
-        if not value.isascii():
-            raise ValueError("must be ASCII text, for example shop/2.1 (+https://shop.example)")
+        if not (value.isascii() and value.isprintable()):
+            raise ValueError("must be one line of ASCII text, for example shop/2.1 (+https://shop.example)")
         return value
 
     @field_validator("prune_after")

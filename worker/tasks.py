@@ -100,6 +100,7 @@ class ProcessResources:
             connections=IN_FLIGHT,
             ca_bundle=settings.ca_bundle,
             proxy=settings.proxy,
+            user_agent=settings.user_agent,
         )
 
     @locked_property
@@ -143,6 +144,7 @@ class ProcessResources:
             deadline=settings.output_deadline,
             tell=self.tell,
             per_host=settings.downloads_per_host,
+            user_agent=settings.user_agent,
         )
 
     @locked_property
@@ -156,6 +158,7 @@ class ProcessResources:
             adapter=guarded_adapter(guard, connections=AT_ONCE),
             scrubber=self.scrubber,
             secrets=settings.webhook_secrets,
+            user_agent=settings.user_agent,
         )
 
     @locked_property
