@@ -26,6 +26,7 @@ from sqlalchemy.exc import DataError, DBAPIError, DisconnectionError, Invalidate
 
 from worker.database_errors import FULL, TOO_LARGE, conflict, driver_meaning
 from worker.database_errors import connected as connected
+from worker.database_errors import described as described
 from worker.database_errors import missing_table as missing_table
 from worker.database_errors import reason as reason
 from worker.database_errors import server_trouble as server_trouble

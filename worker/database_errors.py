@@ -340,6 +340,13 @@ def reason(error: Exception) -> str:
     return type(error).__name__ + ("" if code is None else f" ({code})")
 
 
+def described(error: Exception, url: URL) -> str:
+    """Return what a log says of an error: its code; where the server is the cause also what to do about it."""
+    if isinstance(error, WorkerError):
+        return str(error)
+    return f"{reason(error)}: {explained(error, url)}" if server_trouble(error) else reason(error)
+
+
 def missing_table(error: Exception) -> bool:
     """Return whether a driver's error says that a table or column of ours is not there."""
     return meaning(error) is NO_TABLES

@@ -14,7 +14,7 @@ from datetime import timedelta
 
 from sqlalchemy import Engine
 
-from worker.database import database_now
+from worker.database import database_now, reason
 from worker.process_id import holder_name
 from worker.sent_requests import TOKEN_BYTES, SentRequests
 from worker.store.claims import Claim, renew_leases
@@ -127,4 +127,4 @@ class LeaseKeeper:
             try:
                 self.renew()
             except Exception as error:  # a thread that dies here would let every lease run out
-                log.warning("leases could not be renewed reason=%s", type(error).__name__)
+                log.warning("leases could not be renewed reason=%s", reason(error))

@@ -22,7 +22,7 @@ from worker.app import DOWNLOADS, HINT_EXPIRES_SECONDS, POLLS, app, settings
 from worker.core import gate as gates
 from worker.core.submission import submission
 from worker.courier import Courier
-from worker.database import database_now, engine_for, reason
+from worker.database import database_now, described, engine_for
 from worker.downloader import Downloader
 from worker.errors import NotTrackable, SchemaOutdated, SettingsError, Unavailable, WorkerError
 from worker.hosted_api import HostedApi
@@ -51,6 +51,7 @@ log = get_task_logger(__name__)
 SWEEP_LIMIT = 1_000
 DOWNLOAD_THREADS = 64
 DATABASE_AWAY_SECONDS = 1.0
+DATABASE_ERRORS = (SQLAlchemyError, Unavailable)
 GARBAGE_THRESHOLDS = (20_000, 20, 50)
 NOTHING_HELD = Released(0, (), (), ())
 PRUNE_SECONDS = 300.0  # what is left is for the next hour: a prune must not take a place of the pool for long
@@ -295,8 +296,8 @@ def run_polls(*, gives_way: bool = False, progress: Progress | None = None) -> s
     try:
         own.look_back()
         report = own.poller.run(gives_way=gives_way, finish=not own.ticks, progress=progress)
-    except SQLAlchemyError as error:
-        log.error("polling waits for the database reason=%s", reason(error))
+    except DATABASE_ERRORS as error:
+        log.error("polling waits for the database reason=%s", described(error, settings.database))
         time.sleep(DATABASE_AWAY_SECONDS)
         return "the database is away"
     return "a run is on already" if report is None else str(report)
@@ -343,8 +344,8 @@ def run_sweep() -> str:
             freed = _freed(connection)
             lost = now - patience
             output_ids = waiting_outputs(connection, now=now, queued_before=lost, limit=SWEEP_LIMIT)
-    except SQLAlchemyError as error:
-        log.error("the sweep waits for the database reason=%s", reason(error))
+    except DATABASE_ERRORS as error:
+        log.error("the sweep waits for the database reason=%s", described(error, settings.database))
         return "the database is away"
     queue_downloads(output_ids)
     own.tell(None)
@@ -376,8 +377,8 @@ def _repair(own: ProcessResources) -> None:
         return
     try:
         repaired = own.repairer.run()
-    except SQLAlchemyError as error:
-        log.warning("a repair waits for the database reason=%s", reason(error))
+    except DATABASE_ERRORS as error:
+        log.warning("a repair waits for the database reason=%s", described(error, settings.database))
         return
     finally:
         _repairing.release()
@@ -396,8 +397,8 @@ def _sample(own: ProcessResources) -> None:
     try:
         with own.engine.begin() as connection:
             wait = sample(connection, now=database_now(connection), full_rps=settings.rps)
-    except SQLAlchemyError as error:
-        log.warning("the history lacks a line reason=%s", reason(error))
+    except DATABASE_ERRORS as error:
+        log.warning("the history lacks a line reason=%s", described(error, settings.database))
         wait = SAMPLE_AGAIN
     own.sample_at = time.monotonic() + wait.total_seconds()
 
@@ -406,8 +407,8 @@ def run_webhooks() -> int:
     """Begins to deliver the webhooks that are due; how many."""
     try:
         return parts().webhooks.run()
-    except SQLAlchemyError as error:
-        log.error("webhooks wait for the database reason=%s", type(error).__name__)
+    except DATABASE_ERRORS as error:
+        log.error("webhooks wait for the database reason=%s", described(error, settings.database))
         return 0
 
 
@@ -428,8 +429,8 @@ def run_prune() -> str:
         done = prune_jobs(
             own.engine, settings, wanted, go_on=lambda: time.monotonic() < until and not own.stopping.is_set()
         )
-    except SQLAlchemyError as error:
-        log.error("pruning waits for the database reason=%s", reason(error))
+    except DATABASE_ERRORS as error:
+        log.error("pruning waits for the database reason=%s", described(error, settings.database))
         return "the database is away"
     finally:
         _pruning.release()
@@ -520,8 +521,9 @@ def download(output_id: int) -> str:
     try:
         own.look_back()
         return own.downloader.run(output_id)
-    except SQLAlchemyError as error:
-        log.error("a download waits for the database output=%s reason=%s", output_id, type(error).__name__)
+    except DATABASE_ERRORS as error:
+        said = described(error, settings.database)
+        log.error("a download waits for the database output=%s reason=%s", output_id, said)
         time.sleep(DATABASE_AWAY_SECONDS)
         return "the database is away"
 

@@ -18,7 +18,7 @@ from celery.utils.log import get_logger
 from sqlalchemy.exc import SQLAlchemyError
 
 from worker.app import POLLS, app, settings
-from worker.database import engine_for
+from worker.database import described, engine_for
 from worker.errors import DeploymentError, SchemaOutdated, Unavailable
 from worker.migrate import expand
 from worker.tasks import doubt_keys, parts, run_polls, run_sweep, run_webhooks
@@ -118,7 +118,7 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
                 settings.keys.take_changed()
                 doubt_keys(settings.keys)
             except Exception as error:
-                log.error("waiting for the database reason=%s", type(error).__name__)
+                log.error("waiting for the database reason=%s", described(error, settings.database))
                 self._stop.wait(DATABASE_WAIT_SECONDS)
             else:
                 return

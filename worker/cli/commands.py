@@ -46,7 +46,25 @@ def run_command(words: list[str]) -> int:
     except WorkerError as wrong:
         click.echo(f"fetch-worker: {wrong}", err=True)
         return 1
+    except Exception as error:
+        line = _database_line(error)
+        if line is None:
+            raise
+        click.echo(f"fetch-worker: {line}", err=True)
+        return 1
     return code if isinstance(code, int) else 0
+
+
+def _database_line(error: Exception) -> str | None:
+    """Return the one line for an error of the database that a command did not expect, or None for any other error."""
+    from sqlalchemy.exc import SQLAlchemyError  # most commands have it loaded by then; the others need not load it
+
+    if not isinstance(error, SQLAlchemyError):
+        return None
+    from worker.database_errors import explained
+    from worker.settings import load
+
+    return str(explained(error, load().database))
 
 
 def _is_text(word: str) -> bool:
