@@ -6,10 +6,11 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -558,3 +559,95 @@ def test_given_several_silent_addresses_when_connecting_then_all_together_take_n
         assert time.monotonic() - started < 1.6
         for filler in fillers:
             filler.close()
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-A: 1\r\nx-a: 2\r\n\r\n{}"
+RAW_ANSWERS = {
+    "the usual one": OK,
+    "an error": b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\n\r\ndown",
+    "no reason": b"HTTP/1.1 200\r\nContent-Length: 2\r\n\r\n{}",
+    "no body": b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
+    "no headers": b"HTTP/1.1 200 OK\r\n\r\n{}",
+    "no content": b"HTTP/1.1 204 No Content\r\nContent-Length: 2\r\n\r\n{}",
+    "an interim answer": b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + OK,
+    "HTTP/1.0": OK.replace(b"HTTP/1.1", b"HTTP/1.0"),
+    "HTTP/2": OK.replace(b"HTTP/1.1", b"HTTP/2"),
+    "a status that is none": OK.replace(b"200", b"2x0"),
+    "two spaces": OK.replace(b" 200 ", b"  200 "),
+    "bare line feeds": OK.replace(b"\r\n", b"\n"),
+    "a bare line feed in a header": OK.replace(b"X-A: 1", b"X-A: 1\nX-B: 2"),
+    "a bare carriage return": OK.replace(b"X-A: 1", b"X-A: \r1\r"),
+    "a folded header": OK.replace(b"X-A: 1", b"X-A: 1\r\n 2"),
+    "a header without a colon": OK.replace(b"X-A: 1", b"X-A"),
+    "a blank before the colon": OK.replace(b"Content-Length:", b"Content-Length :"),
+    "chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Length: x\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+    "not quite chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
+    "two lengths": OK.replace(b"X-A: 1", b"Content-Length: 3"),
+    "one length twice": OK.replace(b"X-A: 1", b"Content-Length: 2"),
+    "a length that is none": OK.replace(b": 2", b": -2"),
+    "cut off in the headers": OK[:30],
+    "cut off in the body": OK[:-1],
+    "cut off at once": b"",
+    "no HTTP": b"SSH-2.0-OpenSSH_9.2\r\n",
+    "larger than the limit": b"HTTP/1.1 200 OK\r\nContent-Length: 3000\r\n\r\n" + b"x" * 3000,
+    "a hundred headers": OK.replace(b"X-A: 1", b"\r\n".join(b"X-%d: 1" % number for number in range(97))),
+    "more headers than that": OK.replace(b"X-A: 1", b"\r\n".join(b"X-%d: 1" % number for number in range(99))),
+    "something packed": OK.replace(b"X-A: 1", b"Content-Encoding: gzip"),
+}
+
+
+def read_by(read: Callable[[socket.socket], lean_http.WholeAnswer], raw: bytes, first: int) -> object:
+    """What a way of reading makes of an answer of which the first bytes come alone: the answer, or the error's type."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(5)
+        theirs.sendall(raw[:first])
+
+        def send_rest() -> None:
+            theirs.sendall(raw[first:])
+            theirs.shutdown(socket.SHUT_WR)
+
+        rest = threading.Timer(0.02 if first else 0.0, send_rest)
+        rest.start()
+        try:
+            answer = read(ours)
+        except (OSError, HTTPException, ValueError) as error:
+            return type(error)
+        finally:
+            rest.join()
+    headers = {name.lower(): value for name, value in answer.headers.items()}
+    return answer.status, answer.reason, headers, answer.body, answer.encoded
+
+
+@pytest.mark.parametrize("first", [0, 20, 60])
+@pytest.mark.parametrize("raw", RAW_ANSWERS.values(), ids=RAW_ANSWERS.keys())
+def test_given_any_answer_when_read_the_short_way_then_it_is_what_the_long_way_reads(raw: bytes, first: int) -> None:
+    short = read_by(lambda sock: lean_http._read(sock, 1_000), raw, first)
+    long = read_by(lambda sock: lean_http._read_any(b"", sock, 1_000), raw, first)
+
+    assert short == long
+
+
+def test_given_the_usual_answer_when_read_then_the_short_way_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lean_http, "_read_any", None)
+
+    assert read_by(lambda sock: lean_http._read(sock, 1_000), OK, 0) == (
+        200,
+        "OK",
+        {"content-length": "2", "x-a": "1, 2"},
+        b"{}",
+        False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("raw", "reusable"), [(OK, True), (OK + b"more", False), (OK.replace(b"X-A: 1", b"Connection: close"), False)]
+)
+def test_given_an_answer_with_something_behind_it_when_read_then_its_connection_takes_no_other_request(
+    raw: bytes, reusable: bool
+) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(raw)
+
+        assert lean_http._read(ours, 1_000).reusable is reusable

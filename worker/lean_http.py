@@ -11,6 +11,7 @@ it comes. `requests` and urllib3 would rewrite the path (`//`, `..`, percent-enc
 
 import io
 import re
+import select
 import socket
 import ssl
 import time
@@ -19,7 +20,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http.client import HTTPException, IncompleteRead, LineTooLong, RemoteDisconnected, UnknownProtocol
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from requests import PreparedRequest, Response, exceptions
 from requests.structures import CaseInsensitiveDict
@@ -42,11 +43,14 @@ from worker.timed_http import (
 
 MOST_SITES = 64  # that connections are kept to: downloads may go to any number of hosts
 MOST_DIGITS = 19
+RECEIVE_BYTES = 16_384  # more than the usual answer has
+RECEIVE_MOST = 262_144
 LEAST_SECONDS = 0.1  # with less time left nothing is asked again
 IDLE_SECONDS = 30.0  # an older connection may be dead without a word: a balancer or a NAT forgot it
 PLAIN_URL = re.compile(r"https?://[A-Za-z0-9.:\[\]_-]+(?:/[A-Za-z0-9._~!$&'()*+,;=:%/-]*)?")
 HEX_DIGITS = b"0123456789abcdefABCDEF"
 TARGET = re.compile(r"/[\x21-\x7e]*")  # what may stand in the first line of a request
+STATUS_LINE = re.compile(rb"HTTP/1\.1 ([2-9]\d\d)(|[ \t][^\r\n]*)(?=\r\n|\Z)")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\n]*)?\r?\n")
 
 Connection = TimedHTTPConnection | TimedHTTPSConnection
@@ -93,23 +97,31 @@ class LeanAdapter(TimedAdapter):
             return super().send(
                 request, stream=stream, timeout=timeout, verify=verify, cert=cert, proxies=dict(proxies or {})
             )
+        try:
+            return as_response(request, self.post(url, request.headers, request.body or b"", timeout))
+        except exceptions.RequestException as error:
+            error.request = request
+            raise
+
+    def post(
+        self, url: str, headers: Mapping[str, str], body: bytes | str, timeout: tuple[float, float]
+    ) -> "WholeAnswer":
+        """Send one POST to a plain address, as `send` does, and return what came. Raises the exceptions of requests."""
+        if not PLAIN_URL.fullmatch(url):
+            raise exceptions.InvalidURL("the address is malformed")
         scheme, _, rest = url.partition("://")
         site, _, path = rest.partition("/")
         origin = (scheme, *_host_and_port(site))
+        request = _request_bytes("POST", f"/{path}", site, headers, body)
         try:
-            connection, (raw, body) = self._ask(
-                origin,
-                _request_bytes(request.method or "POST", f"/{path}", site, request.headers, request.body or b""),
-                timeout,
-                lambda sock: _read(Answer(sock, method="POST"), self._limit),
-            )
+            connection, answer = self._ask(origin, request, timeout, lambda sock: _read(sock, self._limit))
         except (HTTPError, HTTPException, OSError) as error:
-            raise _as_requests_says_it(error, request) from error
-        if raw.will_close or not raw.isclosed():
-            connection.close()
-        else:
+            raise _as_requests_says_it(error) from error
+        if answer.reusable:
             self._put_by(origin, connection)
-        return _response(request, raw, body)
+        else:
+            connection.close()
+        return answer
 
     @contextmanager
     def exchange(
@@ -178,7 +190,7 @@ class LeanAdapter(TimedAdapter):
                 connection, since = kept.pop()
             except IndexError:
                 return None
-            if connection.is_connected and time.monotonic() - since < IDLE_SECONDS:
+            if connection.sock is not None and _is_quiet(connection.sock) and time.monotonic() - since < IDLE_SECONDS:
                 return connection
             connection.close()
 
@@ -206,6 +218,13 @@ class LeanAdapter(TimedAdapter):
         return plain(host, port, timeout=timeout)
 
 
+def _is_quiet(sock: socket.socket) -> bool:
+    """Whether nothing came since the last answer: neither the end of the connection, nor what nobody asked for."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return not poll.poll(0)
+
+
 def _close_all(idle: "dict[Origin, deque[tuple[Connection, float]]]") -> None:
     for kept in list(idle.values()):
         for connection, _ in list(kept):
@@ -219,8 +238,11 @@ def _exchanged(connection: Connection, request: bytes, timeout: float, read: Cal
         else:
             connection.watch()
         sock = cast("socket.socket", connection.sock)
-        if sock.gettimeout() != timeout:
-            sock.settimeout(timeout)
+        # Python polls a socket that has a time-out before each operation. It needs none where the watchdog ends the
+        # whole call no later.
+        wait = None if seconds_left() <= timeout else timeout
+        if sock.gettimeout() != wait:
+            sock.settimeout(wait)
         ask_permission()
         sock.sendall(request)
         return read(sock)
@@ -238,7 +260,69 @@ def _begun(raw: "StreamedAnswer") -> "StreamedAnswer":
     return raw
 
 
-def _read(raw: "Answer", limit: int) -> tuple["Answer", bytes]:
+class WholeAnswer(NamedTuple):
+    """An answer that was read to its end, or a byte beyond the limit. `reusable`: the connection takes another one."""
+
+    status: int
+    reason: str
+    headers: Mapping[str, str]
+    body: bytes
+    reusable: bool
+
+    @property
+    def encoded(self) -> bool:
+        """Whether the body is packed, although nobody asked for it."""
+        return self.headers.get("content-encoding", "").lower() not in ("", "identity")
+
+
+def _read(sock: socket.socket, limit: int) -> WholeAnswer:
+    start = sock.recv(RECEIVE_BYTES)
+    return _read_usual(start, sock, limit) or _read_any(start, sock, limit)
+
+
+def _read_usual(start: bytes, sock: socket.socket, limit: int) -> WholeAnswer | None:
+    """Read an answer of HTTP/1.1 whose headers came in one piece and whose length was declared; None: it is another.
+
+    All others are left to `Answer`, which reads these, too, at five times the price.
+    """
+    head, end, body = start.partition(b"\r\n\r\n")
+    first = STATUS_LINE.match(head)
+    if not end or first is None or first[1] in (b"204", b"304"):
+        return None
+    lines = head[first.end() :].decode("latin-1").split("\r\n")[1:]
+    if head.count(b"\n") != len(lines) or len(lines) > MOST_HEADERS:
+        return None
+    headers = dict[str, str]()
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon:
+            return None
+        name, value = name.lower(), value.strip()
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    if "transfer-encoding" in headers:
+        return None
+    length = _length(headers.get("content-length"))
+    if length is None or length > limit:
+        return None
+    if len(body) < length:
+        body = _read_on(body, sock, length)
+    whole = len(body) == length and "close" not in headers.get("connection", "").lower()
+    return WholeAnswer(int(first[1]), first[2].strip().decode("latin-1"), headers, body[:length], whole)
+
+
+def _read_on(start: bytes, sock: socket.socket, length: int) -> bytes:
+    pieces, size = [start], len(start)
+    while size < length:
+        piece = sock.recv(min(length - size, RECEIVE_MOST))
+        if not piece:
+            raise IncompleteRead(b"".join(pieces), length - size)
+        pieces.append(piece)
+        size += len(piece)
+    return b"".join(pieces)
+
+
+def _read_any(start: bytes, sock: socket.socket, limit: int) -> WholeAnswer:
+    raw = Answer(cast("socket.socket", _Begun(start, sock)), method="POST")
     try:
         raw.begin()
         body = raw.read(limit + 1)
@@ -247,7 +331,31 @@ def _read(raw: "Answer", limit: int) -> tuple["Answer", bytes]:
         raise
     if raw.length and len(body) <= limit:
         raise IncompleteRead(body, raw.length)
-    return raw, body
+    return WholeAnswer(raw.status, raw.reason, raw.headers, body, raw.isclosed() and not raw.will_close)
+
+
+class _Begun(io.RawIOBase):
+    """A connection of which something was read already: that comes first."""
+
+    def __init__(self, start: bytes, sock: socket.socket) -> None:
+        self._start = start
+        self._sock = sock
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what is there."""
+        if not self._start:
+            return self._sock.recv_into(buffer)
+        size = min(len(self._start), len(buffer))
+        buffer[:size], self._start = self._start[:size], self._start[size:]
+        return size
+
+    def makefile(self, _: str) -> io.BufferedReader:
+        """Return it as `HTTPResponse` wants it."""
+        return io.BufferedReader(self)
 
 
 def _request_bytes(method: str, target: str, site: str, headers: Mapping[str, str], body: bytes | str) -> bytes:
@@ -392,29 +500,29 @@ def _host_and_port(site: str) -> tuple[str, int | None]:
     return site.strip("[]"), None
 
 
-def _response(request: PreparedRequest, raw: Answer, body: bytes) -> Response:
+def as_response(request: PreparedRequest, answer: WholeAnswer) -> Response:
+    """Return an answer as `requests` has them; a packed body is unpacked as it is read."""
     response = Response()
-    response.status_code = raw.status
-    response.reason = raw.reason
+    response.status_code = answer.status
+    response.reason = answer.reason
     response.url = request.url or ""
     response.request = request
-    response.headers = raw.headers
-    encoding = raw.headers.get("Content-Encoding")
-    if encoding and encoding.lower() != "identity":
+    response.headers = CaseInsensitiveDict(answer.headers)
+    if answer.encoded:
         response.raw = DecodingResponse(
-            io.BytesIO(body), headers=dict(raw.headers.items()), status=raw.status, preload_content=False
+            io.BytesIO(answer.body), headers=dict(answer.headers), status=answer.status, preload_content=False
         )
-    else:
-        vars(response).update(_content=body, _content_consumed=True)  # read already, as after `response.content`
+    else:  # read already, as after `response.content`
+        vars(response).update(_content=answer.body, _content_consumed=True)
     return response
 
 
-def _as_requests_says_it(error: Exception, request: PreparedRequest) -> exceptions.RequestException:
+def _as_requests_says_it(error: Exception) -> exceptions.RequestException:
     said = f"{type(error).__name__}: {error}"
     if isinstance(error, (ssl.SSLError, TlsError)):
-        return exceptions.SSLError(said, request=request)
+        return exceptions.SSLError(said)
     if isinstance(error, ConnectTimeoutError) and "NewConnection" not in said:
-        return exceptions.ConnectTimeout(said, request=request)
+        return exceptions.ConnectTimeout(said)
     if isinstance(error, TimeoutError):
-        return exceptions.ReadTimeout(said, request=request)
-    return exceptions.ConnectionError(said, request=request)
+        return exceptions.ReadTimeout(said)
+    return exceptions.ConnectionError(said)
