@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from xml.etree import ElementTree
 
@@ -109,7 +109,8 @@ def _span() -> Span:
 def draw(plot: Plot, curves: Sequence[Curve], span: Span, now: datetime) -> bytes:
     """The picture as SVG."""
     pattern = "%H:%M" if span.length.days < 2 else "%a %H:%M"
-    chart: Any = pygal.DateTimeLine(
+    # The x axis is POSIX time in seconds: pygal's own date axis calls datetime.utcfromtimestamp, deprecated since 3.12.
+    chart: Any = pygal.XY(
         js=[],
         style=_style(plot),
         width=900,
@@ -126,8 +127,8 @@ def draw(plot: Plot, curves: Sequence[Curve], span: Span, now: datetime) -> byte
         legend_at_bottom_columns=4,
         legend_box_size=12,
         truncate_legend=40,
-        xrange=(now - span.length, now),
-        x_value_formatter=lambda moment: f"{moment:{pattern}}",
+        xrange=((now - span.length).timestamp(), now.timestamp()),
+        x_value_formatter=lambda seconds: f"{datetime.fromtimestamp(seconds, UTC):{pattern}}",
         value_formatter=lambda value: f"{value:,.4g}{' ' if plot.unit.isalpha() else ''}{plot.unit}",
         no_data_text="nothing was written down in this time",
         pretty_print=False,
@@ -136,7 +137,8 @@ def draw(plot: Plot, curves: Sequence[Curve], span: Span, now: datetime) -> byte
     for curve in curves:
         dashes = {"dasharray": "6, 5"} if curve.dashed else {}
         if any(value is not None for _, value in curve.points):
-            chart.add(curve.name, list(curve.points), stroke_style={"width": 2, **dashes})
+            points = [(moment.timestamp(), value) for moment, value in curve.points]
+            chart.add(curve.name, points, stroke_style={"width": 2, **dashes})
     return _without_scripts(chart.render(is_unicode=False))
 
 
