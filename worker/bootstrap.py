@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,8 @@ USAGE = """\
 usage: python3 worker/bootstrap.py COMMAND [ARGUMENTS…]
 
   demo, up, migrate, …   any command of fetch-worker, run in .venv
-  test                   lint, format, types, import fence and all tests, run in .venv-test
+  test                   lint, format, types, import fence and all tests, run in .venv-test; then the tests
+                         marked every_python on each other supported Python of this machine
   test ARGUMENTS…        pytest alone, with these arguments
   check                  lint, format, types and import fence alone
   lock [--upgrade]       write the lock files anew from pyproject.toml (needs the program uv)
@@ -38,7 +40,9 @@ STATIC_CHECKS = (
     ("mypy",),
     ("lint-imports",),
 )
-TEST_PACKAGES = {"chromium": "chromium", "chromedriver": "chromium-driver", "systemd-analyze": "systemd"}
+SUPPORTED_PYTHONS = ("3.11", "3.12", "3.13")
+# Exits with 0 where this is a Python of that version that can make virtual environments.
+IS_USABLE = "import sys, ensurepip, venv; sys.exit(sys.argv[1] != '{}.{}'.format(*sys.version_info))"
 LOCK_CONTENTS = {
     "requirements.lock": ("--all-extras", "--group", "build"),
     "requirements-dev.lock": ("--all-extras", "--group", "dev", "--constraint", "requirements.lock"),
@@ -62,12 +66,28 @@ class BootstrapError(Exception):
     """Nothing was started; the text says what to do."""
 
 
+class Interpreter(NamedTuple):
+    """A Python to make an environment with; `release` is `3.12`, or `3.12.1` where the exact one matters."""
+
+    path: str
+    release: str
+
+    @property
+    def cache_tag(self) -> str:
+        return "cpython-{}{}".format(*self.release.split("."))
+
+
+# The Python below an active virtual environment: that one may be the very folder that is cleared.
+THIS_PYTHON = Interpreter(getattr(sys, "_base_executable", sys.executable), platform.python_version())
+
+
 class Environment(NamedTuple):
-    """A virtual environment of a checkout and the lock file that says what is in it."""
+    """A virtual environment of a checkout, the lock file that says what is in it, and its Python."""
 
     root: Path
     folder: Path
     lock: Path
+    interpreter: Interpreter = THIS_PYTHON
 
     @property
     def python(self) -> Path:
@@ -86,11 +106,23 @@ class Stamp(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a command line asks for: checks to run one after the other, or else a program to become."""
+    """What a command line asks for: checks to run one after the other, or else a program to become.
+
+    `pytest` runs on the environment's Python, `pytest_elsewhere` on each other supported Python of the machine.
+    """
 
     environment: Environment
     checks: tuple[tuple[str, ...], ...] = ()
+    pytest: tuple[str, ...] = ()
+    pytest_elsewhere: tuple[str, ...] = ()
     program: tuple[str, ...] = ()
+
+
+class Result(NamedTuple):
+    """The exit code of a check, under the name that the summary shows."""
+
+    name: str
+    code: int
 
 
 def main(words: Sequence[str]) -> int:
@@ -125,72 +157,156 @@ def plan_for(words: Sequence[str], root: Path, *, cores: int) -> Plan:
     if command == "test" and arguments:
         return Plan(tests, program=("pytest", *arguments))
     if command == "test":
-        at_once = ("-n", "2") if cores > 1 else ()
-        return Plan(tests, checks=(*STATIC_CHECKS, ("pytest", *at_once)))
+        pytest = ("pytest", "-n", "2") if cores > 1 else ("pytest",)
+        elsewhere = (*pytest, "-m", "every_python and not long")
+        return Plan(tests, checks=STATIC_CHECKS, pytest=pytest, pytest_elsewhere=elsewhere)
     return Plan(product, program=("fetch-worker", *words))
 
 
 def carry_out(plan: Plan) -> int:
-    """Makes the environment ready, then runs the checks or becomes the program."""
+    """Fill the environment, then run the checks or become the program."""
     place = plan.environment
-    environ = clean_environ(os.environ, place.folder)
-    if not is_ready(place):
-        with alone(place) as guard:
-            if not is_ready(place):  # another bootstrap may have done it while we waited
-                fill(place, runner(environ, guard))
-    if any(check[0] == "pytest" for check in plan.checks):
-        for words in commands_for_tests(os.environ, os.geteuid(), shutil.which):
-            subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=False)
+    make_ready(place)
     if plan.program:
         if place.lock.name == "requirements-dev.lock":
             os.chdir(place.root)  # pytest's arguments are paths in the checkout
         sys.stdout.flush()
+        environ = clean_environ(os.environ, place.folder)
         os.execve(place.folder / "bin" / plan.program[0], plan.program, environ)  # noqa: S606 - signals go straight to it
-    return run_checks(plan.checks, place, environ)
+    if not plan.pytest:
+        return summary([run_check(place, words) for words in plan.checks])
+    return run_tests(plan)
 
 
-def commands_for_tests(
-    environ: Mapping[str, str], user: int, which: Callable[[str], str | None]
-) -> tuple[tuple[str, ...], ...]:
-    """What installs the programs that some tests need and no wheel has: in CI, as root, on Debian and its kin.
+def run_tests(plan: Plan) -> int:
+    """Run the checks and all tests, then the tests for every Python on the others; return the exit code.
 
-    On a desk those tests are skipped.
+    The environments of the others are filled while the static checks run, which use one core.
     """
-    wanted = [package for program, package in TEST_PACKAGES.items() if not which(program)]
-    if not environ.get("CI") or user != 0 or which("apt-get") is None or not wanted:
-        return ()
-    return ("apt-get", "update"), ("apt-get", "install", "-y", "--no-install-recommends", *wanted)
+    place = plan.environment
+    others = other_environments(place, find_pythons(os.environ))
+    with ThreadPoolExecutor(max_workers=1) as threads:
+        filling = {release: threads.submit(make_ready, other) for release, other in others.items()}
+        results = [run_check(place, words) for words in plan.checks]
+        for future in filling.values():
+            future.exception()  # wait: tests that measure time share the machine with nothing of ours
+    results.append(run_check(place, plan.pytest))
+    tested = [f"{place.interpreter.release} (all tests)"]
+    for release, other in others.items():
+        results.append(run_elsewhere(other, filling[release], plan.pytest_elsewhere))
+        tested.append(f"{release} (the tests marked every_python)")
+    code = summary(results)
+    print(f"tested on Python {', '.join(tested)}")
+    this = release_of(place.interpreter)
+    if absent := [release for release in SUPPORTED_PYTHONS if release not in others and release != this]:
+        print(f"NOT tested on Python {', '.join(absent)}: not found on this machine")
+    return code
 
 
-def run_checks(checks: Sequence[Sequence[str]], place: Environment, environ: Mapping[str, str]) -> int:
-    """Runs every check, also after a failure; the exit code is that of the first failure."""
-    codes = {}
-    for check in checks:
-        print(f"--- {' '.join(check)}", flush=True)
-        codes[" ".join(check)] = subprocess.run(
-            [place.folder / "bin" / check[0], *check[1:]], cwd=place.root, env=environ, check=False
-        ).returncode
+def run_elsewhere(place: Environment, filling: "Future[None]", words: Sequence[str]) -> Result:
+    """Run a check in the environment of another Python, whose installation may have failed."""
+    error = filling.exception()
+    if isinstance(error, (BootstrapError, OSError)):
+        print(f"--- Python {place.interpreter.release}: {error}", flush=True)
+        return Result(f"installation into {place.folder.name}", 1)
+    filling.result()
+    return run_check(place, words)
+
+
+def run_check(place: Environment, words: Sequence[str]) -> Result:
+    """Run a program of the environment."""
+    name = " ".join(words)
+    if place.interpreter is not THIS_PYTHON:
+        name = f"Python {place.interpreter.release}: {name}"
+    print(f"--- {name}", flush=True)
+    environ = clean_environ(os.environ, place.folder)
+    command = [str(place.folder / "bin" / words[0]), *words[1:]]
+    return Result(name, subprocess.run(command, cwd=place.root, env=environ, check=False).returncode)
+
+
+def summary(results: Sequence[Result]) -> int:
+    """Print what passed and what failed; return the exit code of the first failure."""
     print("--- in short")
-    for name, code in codes.items():
+    for name, code in results:
         print(f"{'ok    ' if code == 0 else 'FAILED'} {name}")
-    return next((code for code in codes.values() if code != 0), 0)
+    return next((code for _, code in results if code != 0), 0)
+
+
+def release_of(interpreter: Interpreter) -> str:
+    """Return `3.12` for Python 3.12.1."""
+    return ".".join(interpreter.release.split(".")[:2])
+
+
+def other_environments(place: Environment, pythons: Mapping[str, str]) -> dict[str, Environment]:
+    """Return an environment beside `place` for each Python found of another release."""
+    return {
+        release: place._replace(
+            folder=place.folder.with_name(f"{place.folder.name}-{release}"), interpreter=Interpreter(path, release)
+        )
+        for release, path in pythons.items()
+        if release != release_of(place.interpreter)
+    }
+
+
+def find_pythons(environ: Mapping[str, str]) -> dict[str, str]:
+    """Find a Python of each supported release: on the PATH, or where pyenv and uv keep theirs."""
+    pythons = {}
+    for release in SUPPORTED_PYTHONS:
+        usable = (path for path in python_candidates(release, environ) if is_usable(path, release))
+        if path := next(usable, None):
+            pythons[release] = path
+    return pythons
+
+
+def python_candidates(release: str, environ: Mapping[str, str]) -> Iterator[str]:
+    """Yield the places where a Python of a release may be."""
+    for folder in environ.get("PATH", os.defpath).split(os.pathsep):
+        if found := shutil.which(f"python{release}", path=folder):
+            yield found
+    home = Path(environ.get("HOME", "/"))
+    pyenv = Path(environ.get("PYENV_ROOT", home / ".pyenv")) / "versions"
+    uv = Path(environ.get("UV_PYTHON_INSTALL_DIR", home / ".local" / "share" / "uv" / "python"))
+    for versions, name in ((pyenv, f"{release}.*"), (uv, f"cpython-{release}.*")):
+        for installed in sorted(versions.glob(name), reverse=True):
+            yield str(installed / "bin" / f"python{release}")
+
+
+def is_usable(python: str, release: str) -> bool:
+    """Return whether this program is a Python of that release that can make virtual environments."""
+    try:
+        words = [python, "-I", "-c", IS_USABLE, release]
+        return subprocess.run(words, capture_output=True, check=False, timeout=20).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False  # pyenv's shims are programs of every release, and fail for those that are not chosen
+
+
+def make_ready(place: Environment) -> None:
+    """Fill the environment where it is not up to date. Raise BootstrapError where that fails."""
+    if is_ready(place):
+        return
+    with alone(place) as guard:
+        if not is_ready(place):  # another bootstrap may have done it while we waited
+            fill(place, runner(clean_environ(os.environ, place.folder), guard))
 
 
 def stamp_for(place: Environment) -> Stamp:
     """The stamp that the environment has when it is up to date."""
     libraries = hashlib.sha256(place.lock.read_bytes())
-    for trait in (sys.implementation.cache_tag, platform.machine(), str(place.root)):
+    for trait in (place.interpreter.cache_tag, platform.machine(), str(place.root)):
         libraries.update(f"\0{trait}".encode())
     return Stamp(libraries.hexdigest(), hashlib.sha256((place.root / "pyproject.toml").read_bytes()).hexdigest())
 
 
 def stamp_of(place: Environment) -> Stamp | None:
-    """The stamp that the environment has; None where it was never finished, or its Python has gone."""
+    """The stamp that the environment has; None where it was never finished, or its Python is gone or another one."""
     try:
         libraries, project = place.stamp.read_text().split()
+        config = (place.folder / "pyvenv.cfg").read_text()
     except (FileNotFoundError, ValueError):
         return None
-    return Stamp(libraries, project) if place.python.exists() else None
+    releases = [line.partition("=")[2].strip() for line in config.splitlines() if line.startswith("version =")]
+    same = any(f"{release}.".startswith(f"{place.interpreter.release}.") for release in releases)
+    return Stamp(libraries, project) if same and place.python.exists() else None
 
 
 def is_ready(place: Environment) -> bool:
@@ -205,8 +321,7 @@ def fill(place: Environment, run: Callable[[Sequence[str]], None]) -> None:
     if present is None or present.libraries != wanted.libraries:
         tell(f"Installing into {place.folder.name} (first time only, about a minute) …")
         require_ensurepip()
-        # The Python below an active virtual environment: that one may be the very folder we clear.
-        run([getattr(sys, "_base_executable", sys.executable), "-I", "-m", "venv", "--clear", str(place.folder)])
+        run([place.interpreter.path, "-I", "-m", "venv", "--clear", str(place.folder)])
         run([*pip, "--require-hashes", "--requirement", str(place.lock)])
     else:
         tell(f"Bringing {place.folder.name} up to date …")

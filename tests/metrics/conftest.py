@@ -19,11 +19,9 @@ from worker.tables import gates
 
 
 @pytest.fixture(scope="session")
-def promtool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def promtool() -> str:
     """The program `promtool`."""
-    folder = tmp_path_factory.mktemp("promtool")
-    yield servers.promtool(folder)
-    shutil.rmtree(folder)
+    return servers.promtool()
 
 
 @pytest.fixture
