@@ -132,6 +132,14 @@ def engine_for(url: URL) -> Engine:
         return _engines[key]
 
 
+def close_engines() -> None:
+    """Close the idle connections of this process's engines, and forget the engines."""
+    with _engines_lock:
+        engines = [_engines.pop(key) for key in list(_engines) if key[0] == os.getpid()]
+    for engine in engines:
+        engine.dispose()
+
+
 @contextmanager
 def engine_in_place(url: URL, engine: Engine) -> Iterator[None]:
     """Has this process use an engine that somebody else made: a database in memory has no other."""

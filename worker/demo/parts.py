@@ -86,7 +86,9 @@ class Parts:
         self._redis.claim()
         self._supervisor.start(Program("redis", self._redis.words, self._plain, outlives=True))
         self._supervisor.start(Program("sandbox", self._sandbox_words, self._plain))
-        migrate(make_engine(self.database))
+        engine = make_engine(self.database)
+        migrate(engine)
+        engine.dispose()
         environment = self._plain | self._environment
         lines = {line.name: line for line in read_procfile(own_procfile())}
         for name in ("worker", "downloads", "beat", *(["flower"] if self.flower else [])):
