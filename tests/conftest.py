@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -14,12 +15,27 @@ from tests import s3_servers, servers
 from tests.downloads import Stand
 from tests.web import Web, web_server
 from worker import enqueue, scrubber, timed_http
-from worker.database import make_engine
+from worker.database import close_engines, make_engine
 from worker.migrate import migrate
 from worker.settings import DOTENV_SWITCH, Settings
 from worker.tables import metadata
 
+LONG_SECONDS = 900  # most for a test marked long that names no limit of its own; its waits end long before
+
 _tls_context = cache(timed_http.tls_context)  # reading the public authorities takes longer than most tests
+
+
+def pytest_configure() -> None:
+    """Let this process and those it starts hear SIGINT: a shell has its background jobs ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give long tests more time than the quick ones have."""
+    for item in items:
+        if item.get_closest_marker("long") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(LONG_SECONDS))
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +51,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
     enqueue._settings.cache_clear()
     yield
     enqueue._settings.cache_clear()
+    close_engines()
 
 
 @pytest.fixture(scope="session")

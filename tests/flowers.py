@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.servers import free_port
+from tests.waiting import wait_until
 
 LOGIN = "looker:on-the-wall"
-START_SECONDS = 40.0
-WAIT_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +48,8 @@ class Flower:
         return {uuid: task["state"] for uuid, task in self.tasks().items()}
 
     def until(self, reached: Callable[[], bool]) -> None:
-        """Waits for it to get somewhere."""
-        end = time.monotonic() + WAIT_SECONDS
-        while not reached():
-            assert time.monotonic() < end, f"{self.states()}\n{self.log.read_text()}"
-            time.sleep(0.05)
+        """Wait until Flower shows what is expected."""
+        wait_until(reached, "Flower shows it", seen=lambda: f"{self.states()}\n{self.log.read_text()}")
 
     def kill(self) -> None:
         """Ends it as a crash does."""
@@ -79,11 +74,12 @@ def flower(folder: Path, **settings: str) -> Iterator[Flower]:
 
 
 def _wait(started: Flower) -> None:
-    end = time.monotonic() + START_SECONDS
-    while True:
+
+    def answers() -> bool:
         assert started.process.poll() is None, started.log.read_text()
-        assert time.monotonic() < end, started.log.read_text()
         with suppress(OSError):
             started.page("/healthcheck")
-            return
-        time.sleep(0.05)
+            return True
+        return False
+
+    wait_until(answers, "Flower answers", seen=started.log.read_text)

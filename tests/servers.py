@@ -6,9 +6,8 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,10 +17,12 @@ import pytest
 import redis
 from sqlalchemy.engine import make_url
 
+from tests.waiting import wait_until
+
 MACHINE_POSTGRES = os.environ.get("TEST_POSTGRES_URL", "postgresql://postgres@127.0.0.1:5432/postgres")
 MACHINE_MARIADB = os.environ.get("TEST_MARIADB_URL", "mariadb://root@127.0.0.1:3306")
 MACHINE_RABBITMQ = os.environ.get("TEST_RABBITMQ_URL", "amqp://guest:guest@127.0.0.1:5672")
-START_SECONDS = 20.0
+START_SECONDS = 60.0
 
 
 def missing(what: str) -> NoReturn:
@@ -172,36 +173,18 @@ def redis_binary() -> str:
     return str(found)
 
 
-def promtool(folder: Path) -> str:
-    """Prometheus's own checker: the machine's, or in CI the one in Debian's package, which need not be installed."""
-    found = shutil.which("promtool")
-    if found is None and os.environ.get("CI"):
-        found = _packaged_promtool(folder)
-    return found or missing("promtool")
-
-
-def _packaged_promtool(folder: Path) -> str | None:
-    download = ("apt-get", "download", "prometheus")
-    for words in (download, ("apt-get", "update"), download):
-        if shutil.which("apt-get") is None or list(folder.glob("*.deb")):
-            break
-        subprocess.run(words, cwd=folder, check=False, capture_output=True, timeout=90)
-    for package in folder.glob("*.deb"):
-        subprocess.run(["dpkg", "-x", package.name, "."], cwd=folder, check=True, timeout=60)
-    return shutil.which("promtool", path=str(folder / "usr" / "bin"))
+def promtool() -> str:
+    """Return the path of Prometheus's own checker."""
+    return shutil.which("promtool") or missing("promtool")
 
 
 def _until_ping(client: "redis.Redis") -> None:
-    until = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            client.ping()
-        except redis.ConnectionError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.02)
-        else:
-            return
+    def answers() -> bool:
+        with suppress(redis.ConnectionError):
+            return bool(client.ping())
+        return False
+
+    wait_until(answers, "Redis answers", START_SECONDS)
 
 
 def free_port() -> int:
@@ -230,11 +213,12 @@ def celery_worker(folder: Path, *arguments: str) -> Iterator["subprocess.Popen[b
             stderr=subprocess.STDOUT,
         )
     try:
-        until = time.monotonic() + START_SECONDS * 2
-        while b" ready." not in log.read_bytes():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < until, log.read_text()
-            time.sleep(0.05)
+        wait_until(
+            lambda: process.poll() is not None or b" ready." in log.read_bytes(),
+            "the worker is ready",
+            seen=log.read_text,
+        )
+        assert process.poll() is None, log.read_text()
         yield process
     finally:
         process.terminate()

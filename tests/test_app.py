@@ -9,6 +9,8 @@ from celery import Celery
 
 from worker.settings import load
 
+pytestmark = pytest.mark.every_python
+
 
 @pytest.fixture
 def configured(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:

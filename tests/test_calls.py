@@ -14,6 +14,8 @@ from worker.core.lifecycle import JobFacts
 from worker.core.reply import ApiDown, Processing, Reply
 from worker.store.claims import ClaimedJob
 
+pytestmark = pytest.mark.every_python
+
 
 def job(number: int, host: str = "api.test") -> ClaimedJob:
     """A claimed job."""

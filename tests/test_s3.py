@@ -476,7 +476,7 @@ def test_an_outage_is_storage_trouble_soon_and_ends_by_itself(storage: S3Storage
     ):
         with pytest.raises(StorageTrouble, match="can't be reached"):
             call()
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 40
     storage.url(location, 60)
     s3.start()
     assert storage.examine(location, size=len(BODY), sha256=SHA) == "whole"

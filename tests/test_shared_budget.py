@@ -14,6 +14,8 @@ from worker import shared_budget
 from worker.core.budget import AHEAD_SECONDS, burst
 from worker.shared_budget import LOCAL_SHARE, UNKNOWN_PROCESSES, Grant, SharedBudget
 
+pytestmark = pytest.mark.every_python
+
 ACCOUNTS = (f"account-{number}" for number in count())
 CLOCK_SECONDS = 0.01  # how far apart Redis's clock and ours may be read
 
@@ -135,7 +137,7 @@ def test_without_redis_each_process_takes_a_small_share(account: str, caplog: py
     started = time.monotonic()
     with ThreadPoolExecutor(8) as threads:
         grants = list(threads.map(lambda _: budget.take(account, 5, rate=10), range(32)))
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10
     moments = [moment for grant in grants for moment in grant.moments]
     share = 10 * LOCAL_SHARE / UNKNOWN_PROCESSES
     assert 1 <= len(moments) <= 1 + (time.monotonic() - started + AHEAD_SECONDS) * share
@@ -171,7 +173,7 @@ def test_a_redis_that_hangs_holds_nobody_for_long(account: str, monkeypatch: pyt
         assert len(budget.take(account, 1, rate=10).moments) == 1
         for _ in range(100):
             budget.take(account, 1, rate=10)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 10
 
 
 def test_a_look_takes_nothing_and_tells_what_is_left(redis_url: str, account: str) -> None:

@@ -5,12 +5,12 @@ import secrets
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.waiting import wait_until
 from worker.errors import SettingsError
 from worker.supervisor import (
     Line,
@@ -23,9 +23,11 @@ from worker.supervisor import (
     read_procfile,
 )
 
-QUICK = Timing(first_restart=0.02, longest_restart=0.05, polite=5.0)
+pytestmark = pytest.mark.every_python
+
+QUICK = Timing(first_restart=0.02, longest_restart=0.05, polite=60.0)
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the kernel is asked for it on Linux alone")
-MOST_SECONDS = 15.0
+MOST_SECONDS = 60.0
 
 
 class Words:
@@ -52,7 +54,7 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     value = secrets.token_hex(8)
     monkeypatch.setenv("SUPERVISOR_TEST", value)
     yield value
-    assert wait_for(lambda: not marked(value))
+    wait_until(lambda: not marked(value), "no process of the test is left")
 
 
 def marked(value: str) -> list[int]:
@@ -65,13 +67,6 @@ def marked(value: str) -> list[int]:
         except OSError:
             continue
     return [pid for pid in found if pid != os.getpid()]
-
-
-def wait_for(condition: Callable[[], bool]) -> bool:
-    until = time.monotonic() + MOST_SECONDS
-    while not (held := condition()) and time.monotonic() < until:
-        time.sleep(0.02)
-    return held
 
 
 def python(name: str, code: str) -> Program:
@@ -265,18 +260,18 @@ def test_who_does_not_end_in_time_is_killed_with_all_it_started(tmp_path: Path, 
 
 
 def test_a_second_signal_kills_at_once(tmp_path: Path, words: Words, mark: str) -> None:
-    began = time.monotonic()
-    with Supervisor(tmp_path, words, timing=Timing(polite=60.0)) as supervisor:
+    with Supervisor(tmp_path, words, timing=Timing(polite=600.0)) as supervisor:
         supervisor.start(python("stubborn", STUBBORN))
         assert supervisor.wait_until(lambda: words.of("stubborn") == ["ready"], MOST_SECONDS, 0.02)
         os.kill(os.getpid(), signal.SIGTERM)
-        supervisor.wait_until(lambda: "no" in words.of("stubborn"), MOST_SECONDS, 0.02)
-        while "no" not in words.of("stubborn"):
+
+        def refuses() -> bool:
             supervisor.step(0.02)
+            return "no" in words.of("stubborn")
+
+        wait_until(refuses, "it refuses to end")
         os.kill(os.getpid(), signal.SIGINT)
         assert supervisor.run() == 0
-
-    assert time.monotonic() - began < MOST_SECONDS
 
 
 def test_what_others_need_ends_after_them(tmp_path: Path, words: Words, mark: str) -> None:
@@ -331,7 +326,7 @@ def test_when_the_supervisor_is_killed_no_process_survives(tmp_path: Path, mark:
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as killed:
         assert killed.stdout is not None
         assert killed.stdout.readline() == "ready\n"
-        assert wait_for(lambda: len(marked(mark)) == 2)  # one may just be between two programs
+        wait_until(lambda: len(marked(mark)) == 2, "both processes are there")  # one may just be between two programs
         killed.kill()
 
-    assert wait_for(lambda: not marked(mark))
+    wait_until(lambda: not marked(mark), "no process is left")

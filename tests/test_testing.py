@@ -25,6 +25,8 @@ from worker.tables import jobs
 from worker.testing import Kit, KitError, NeverEnds, Told, kit, migrate
 from worker.testing.stand_in import READY_SECONDS
 
+pytestmark = pytest.mark.every_python
+
 
 @pytest.fixture
 def made(tmp_path: Path, migrated_sqlite: Path) -> Iterator[Kit]:

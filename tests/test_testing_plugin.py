@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.every_python
+
 ROOT = Path(__file__).parent.parent
 ENTRY = ROOT / "worker" / "testing" / "entry"
 EXAMPLE = ROOT / "tests" / "example"

@@ -14,6 +14,8 @@ from worker.settings import Settings
 from worker.supervisor import own_procfile
 from worker.up import procfile, writer
 
+pytestmark = pytest.mark.every_python
+
 UP = (sys.executable, "-c", "from worker.cli import main; main()", "up")
 MOST_SECONDS = 60
 PROCFILE = """\

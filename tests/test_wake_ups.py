@@ -9,8 +9,11 @@ import pytest
 import redis
 
 from tests.servers import redis_server
+from tests.waiting import wait_until
 from worker import wake_ups
 from worker.wake_ups import CHANNEL, WakeUps, listen
+
+pytestmark = pytest.mark.every_python
 
 
 class Heard:
@@ -24,7 +27,7 @@ class Heard:
         self.count += 1
         self._came.set()
 
-    def wait(self, seconds: float = 5.0) -> bool:
+    def wait(self, seconds: float = 30.0) -> bool:
         """Waits for the next one."""
         came = self._came.wait(seconds)
         self._came.clear()
@@ -39,10 +42,7 @@ def client(url: str) -> "redis.Redis":
 def listening(url: str, count: int = 1) -> None:
     """Waits until so many listen."""
     with client(url) as own:
-        until = time.monotonic() + 5
-        while dict(own.pubsub_numsub(CHANNEL))[CHANNEL.encode()] < count:
-            assert time.monotonic() < until, "nobody listens"
-            time.sleep(0.01)
+        wait_until(lambda: dict(own.pubsub_numsub(CHANNEL))[CHANNEL.encode()] >= count, f"{count} listen")
 
 
 def test_given_processes_that_listen_when_one_word_is_sent_then_all_hear_it(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_given_no_redis_when_a_word_is_to_be_sent_then_nothing_is_raised_and_it_
         for _ in range(200):
             sender.send()
 
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < 10.0
     WakeUps("redis://127.0.0.1:1/0").send()
 
 

@@ -238,7 +238,7 @@ def test_a_receiver_that_drips_is_given_up_in_time(
     _final(engine, web.serves("/hooks", drips(b"HTTP/1.1 200 OK\r\n", b"x", every=0.05, seconds=10)))
     began = time.monotonic()
     _deliver(sender)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 8
     (event,) = _events(engine)
     assert event.status == "pending"
     assert "no answer within" in event.error_message

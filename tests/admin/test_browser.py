@@ -24,6 +24,7 @@ from sqlalchemy.engine import make_url
 from tests.admin_pages import add_stored
 from tests.rows import NOW, add_job, job_of
 from tests.servers import missing
+from tests.waiting import wait_until
 from worker.database import database_now, make_engine
 from worker.sandbox.pictures import draw
 from worker.tables import gates, history
@@ -56,14 +57,14 @@ def served(folder: Path, redis_url: str, *words: str, **settings: str) -> Iterat
         program = [str(Path(sys.executable).with_name("fetch-worker")), "admin", "--port", "0", *words]
         process = subprocess.Popen(program, cwd=folder, env=environment, stdout=out, stderr=out)
     try:
-        until = time.monotonic() + 30
-        while (found := ADDRESS.search(log.read_text())) is None:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < until, log.read_text()
-            time.sleep(0.05)
+        wait_until(
+            lambda: process.poll() is not None or ADDRESS.search(log.read_text()), "it serves", seen=log.read_text
+        )
+        found = ADDRESS.search(log.read_text())
+        assert found is not None, log.read_text()
         yield found[1], log
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) in (0, 130), log.read_text()
+        assert process.wait(60) in (0, 130), log.read_text()
     finally:
         process.kill()
         process.wait()

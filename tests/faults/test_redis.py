@@ -10,8 +10,9 @@ from celery import Celery
 from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 
-from tests.faults.servers import KEY, HurtRedis, all_completed, assert_nothing_lost, states, until, up
+from tests.faults.servers import KEY, PATIENCE, HurtRedis, assert_nothing_lost, states, tail, up, wait_completed
 from tests.servers import celery_worker
+from tests.waiting import wait_until
 from worker import track_many
 from worker.database import make_engine
 from worker.migrate import migrate
@@ -39,13 +40,17 @@ def test_a_worker_outlives_a_redis_that_goes_away_while_a_job_is_being_tracked(
         with database.begin():  # nobody else can write now
             client.send_task("worker.track", ["4711"], {"eta": 1}, queue="fetch-worker")
             log = tmp_path / "worker.log"
-            until(lambda: "worker.track" in log.read_text().partition(" ready.")[2], 10, log.read_text)
+            wait_until(
+                lambda: "worker.track" in log.read_text().partition(" ready.")[2],
+                "the message has been received",
+                seen=log.read_text,
+            )
             broker.kill()
             time.sleep(1.5)
             broker.start()
-        until(lambda: sum(states(database).values()) == 1, 30, lambda: log.read_text()[-2_000:])
+        wait_until(lambda: sum(states(database).values()) == 1, "the job is tracked", PATIENCE, seen=lambda: tail(log))
         client.send_task("worker.track", ["4712"], {"eta": 1}, queue="fetch-worker")
-        until(lambda: sum(states(database).values()) == 2, 30, lambda: log.read_text()[-2_000:])
+        wait_until(lambda: sum(states(database).values()) == 2, "the next is tracked", PATIENCE, seen=lambda: tail(log))
         assert process.poll() is None, "it ended with the connection"
     client.close()
 
@@ -86,13 +91,13 @@ def _read_only(broker: HurtRedis) -> None:
 def test_nothing_is_lost_when_redis_is(
     hurt: object, tmp_path: Path, database: Engine, sandbox: Sandbox, broker: HurtRedis
 ) -> None:
-    """Under load, with half of the jobs handed over while it lasts; all is done within a minute after it is back."""
+    """Under load, with half of the jobs handed over while it lasts; all is done soon after it is back."""
     with up(tmp_path):
         track_many([sandbox.submit(f"a lighthouse, {number}") for number in range(JOBS // 2)])
         time.sleep(2)
         hurt(broker)  # type: ignore[operator]  # one of the functions above
         track_many([sandbox.submit(f"a harbour, {number}") for number in range(JOBS // 2)])
         log = tmp_path / "up.log"
-        until(lambda: all_completed(database, JOBS), 60, lambda: f"{states(database)} {log.read_text()[-1_500:]}")
+        wait_completed(database, JOBS, tmp_path)
     assert_nothing_lost(database, sandbox, tmp_path, JOBS)
     assert KEY not in log.read_text()

@@ -12,22 +12,25 @@ import pytest
 from sqlalchemy import Engine, select
 
 from tests.faults.servers import (
+    PATIENCE,
     HurtRedis,
-    all_completed,
     assert_nothing_lost,
     assert_polls_are_the_calls,
     busiest,
     celery,
     least_gap,
     states,
-    until,
+    wait_completed,
 )
+from tests.waiting import wait_until
 from worker import track, track_many
 from worker.core.pace import FIXED_WAIT
 from worker.sandbox import Answer, Sandbox
 from worker.tables import jobs, outputs
 
 JOBS = 40
+POLL_MIN = 3.0  # the default, in seconds
+SLACK = 0.5  # so long may a busy machine hold back a request after its moment was noted
 JSON = {"Content-Type": "application/json"}
 
 pytestmark = [pytest.mark.long, pytest.mark.server]
@@ -50,9 +53,9 @@ def test_given_two_beats_and_three_workers_when_they_poll_then_no_job_is_asked_a
             processes.enter_context(celery(tmp_path, name))
         submitted = [sandbox.submit(f"a lighthouse, {number}", samples=1) for number in range(JOBS)]
         track_many(submitted)
-        until(lambda: all_completed(database, JOBS), 60, lambda: states(database))
+        wait_completed(database, JOBS, tmp_path)
 
-    assert least_gap(sandbox) >= 2.9, "POLL_MIN"
+    assert least_gap(sandbox) >= POLL_MIN - SLACK
     for answer in submitted:
         job = sandbox.job(answer["id"])
         assert job is not None
@@ -77,13 +80,13 @@ def test_given_a_worker_frozen_in_the_middle_of_an_answer_when_it_wakes_up_after
 ) -> None:
     """Another one did the work meanwhile; the row, and its one file, stay as that one left them."""
     answer = _ready(sandbox)
-    sandbox.script(answer["id"], [_slowly(late, 3)])
+    sandbox.script(answer["id"], [_slowly(late, 6)])
     with celery(tmp_path, "frozen") as frozen:
         track(answer["id"])
-        until(lambda: sandbox.calls.fetches[str(answer["id"])] == 1, 20)
+        wait_until(lambda: sandbox.calls.fetches[str(answer["id"])] == 1, "the job is asked about")
         frozen.send_signal(signal.SIGSTOP)
         with celery(tmp_path, "awake"):
-            took = until(lambda: all_completed(database, 1), 5 + 30, lambda: states(database))
+            took = wait_completed(database, 1, tmp_path)
             before = _rows(database)
             _wakes_up_too_late(tmp_path, frozen)
             after = _rows(database)
@@ -100,16 +103,16 @@ def test_given_a_worker_frozen_in_the_middle_of_an_answer_when_it_wakes_up_while
     """The claim that stands is another one, though the job is claimed."""
     answer = _ready(sandbox)
     right = {"status": "success", "id": answer["id"], "output": answer["output"]}
-    sandbox.script(answer["id"], [_slowly(OTHER_PICTURES, 3), _slowly(right, 10)])
+    sandbox.script(answer["id"], [_slowly(OTHER_PICTURES, 6), _slowly(right, 18)])
     with celery(tmp_path, "frozen") as frozen:
         track(answer["id"])
-        until(lambda: sandbox.calls.fetches[str(answer["id"])] == 1, 20)
+        wait_until(lambda: sandbox.calls.fetches[str(answer["id"])] == 1, "the job is asked about")
         frozen.send_signal(signal.SIGSTOP)
         with celery(tmp_path, "awake"):
-            until(lambda: sandbox.calls.fetches[str(answer["id"])] == 2, 5 + 30, lambda: states(database))
+            wait_until(lambda: sandbox.calls.fetches[str(answer["id"])] == 2, "the other worker asks", PATIENCE)
             _wakes_up_too_late(tmp_path, frozen)
             assert states(database) == {"pending": 1}
-            until(lambda: all_completed(database, 1), 30, lambda: states(database))
+            wait_completed(database, 1, tmp_path)
     assert sandbox.calls.fetches[str(answer["id"])] == 2
     assert_nothing_lost(database, sandbox, tmp_path, 1, asked_again=1)
     assert_polls_are_the_calls(database, sandbox)
@@ -124,7 +127,7 @@ def _ready(sandbox: Sandbox) -> dict[str, Any]:
 def _wakes_up_too_late(folder: Path, frozen: "subprocess.Popen[bytes]", says: str = "answers came too late") -> None:
     frozen.send_signal(signal.SIGCONT)
     log = folder / "frozen.log"
-    until(lambda: says in log.read_text(), 30, log.read_text)
+    wait_until(lambda: says in log.read_text(), f"its log says {says!r}", seen=log.read_text)
 
 
 def test_given_a_worker_frozen_in_the_middle_of_a_download_when_it_wakes_up_after_its_lease_then_there_is_one_file(
@@ -135,13 +138,13 @@ def test_given_a_worker_frozen_in_the_middle_of_a_download_when_it_wakes_up_afte
     name = answer["output"][0].rpartition("/")[2]
     picture = sandbox.picture(name)
     assert picture is not None
-    sandbox.script(name, [Answer(200, {"Content-Type": "image/png"}, picture, 4 / len(picture))])
+    sandbox.script(name, [Answer(200, {"Content-Type": "image/png"}, picture, 8 / len(picture))])
     with celery(tmp_path, "frozen") as frozen:
         track(answer["id"])
-        until(lambda: sandbox.calls.pictures[name] == 1, 20, lambda: states(database))
+        wait_until(lambda: sandbox.calls.pictures[name] == 1, "the download begins", seen=lambda: states(database))
         frozen.send_signal(signal.SIGSTOP)
         with celery(tmp_path, "awake"):
-            took = until(lambda: all_completed(database, 1), 5 + 30, lambda: states(database))
+            took = wait_completed(database, 1, tmp_path)
             before = _rows(database)
             _wakes_up_too_late(tmp_path, frozen, "the claim was lost")
             after = _rows(database)
@@ -156,8 +159,7 @@ def _rows(engine: Engine) -> list[Any]:
         return [*connection.execute(select(jobs)).all(), *connection.execute(select(outputs)).all()]
 
 
-@pytest.mark.timeout(200)
-def test_given_neither_beat_nor_redis_for_a_minute_when_jobs_wait_then_polling_goes_on_within_the_budget(
+def test_given_neither_beat_nor_redis_when_jobs_wait_then_polling_goes_on_within_the_budget(
     tmp_path: Path, database: Engine, sandbox: Sandbox, broker: HurtRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the local share, by two workers that knew of each other; downloads follow once Redis is back."""
@@ -168,22 +170,23 @@ def test_given_neither_beat_nor_redis_for_a_minute_when_jobs_wait_then_polling_g
         time.sleep(2)
         first = [sandbox.submit(f"a harbour, {number}", samples=1) for number in range(count)]
         track_many(first)
-        until(lambda: sum(sandbox.calls.fetches.values()) >= count, 60)
+        wait_until(lambda: sum(sandbox.calls.fetches.values()) >= count, "as many calls as jobs", PATIENCE)
         broker.kill()
         time.sleep(3)  # it is noticed
         began = time.time()
-        time.sleep(57)
-        moments = [at - began for at, _ in sandbox.calls.fetch_moments if at >= began]
+        wait_until(
+            lambda: "pending" not in states(database),
+            "every job is polled to its end",
+            PATIENCE,
+            seen=lambda: f"{states(database)}, {len(sandbox.calls.fetch_moments)} calls",
+        )
+        calls = sum(at >= began for at, _ in sandbox.calls.fetch_moments)
         most, in_five = busiest(sandbox, since=began), busiest(sandbox, 5.0, since=began)
-        reached = dict(states(database))
         broker.start()
-        took = until(lambda: all_completed(database, count), 60, lambda: states(database))
-    every = [sum(start <= at < start + 10 for at in moments) for start in range(0, 30, 10)]
-    print(f"without Redis: {every} calls in 10 s each, most in one second {most}; {reached}; then {took:.1f} s")
-    assert all(every), "polling stood still"
-    assert most <= rps + 2, "calls that a busy machine held back may arrive together"
-    assert in_five <= 5 * rps
-    assert "pending" not in reached, reached
-    assert least_gap(sandbox) >= 2.9
+        took = wait_completed(database, count, tmp_path)
+    print(f"without Redis: {calls} calls, most in one second {most}, in five {in_five}; then {took:.1f} s")
+    assert most <= 1.5 * rps, "calls that a busy machine held back for half a second may arrive together"
+    assert in_five <= 5.5 * rps
+    assert least_gap(sandbox) >= POLL_MIN - SLACK
     assert_nothing_lost(database, sandbox, tmp_path, count)
     assert_polls_are_the_calls(database, sandbox)

@@ -22,7 +22,8 @@ from sqlalchemy.exc import OperationalError
 
 from tests.metrics.exposed import open_metrics, parsed
 from tests.rows import add_job
-from tests.servers import START_SECONDS, free_port
+from tests.servers import free_port
+from tests.waiting import wait_until
 from worker.cli import main
 from worker.database import make_engine
 from worker.errors import Unavailable
@@ -89,8 +90,16 @@ def readings(engine: Engine) -> Readings:
 
 def test_scrapes_at_once_share_one_reading(readings: Readings) -> None:
     readings.go_on.clear()
-    with serving(SharedReading(readings)) as made, ThreadPoolExecutor(8) as threads:
+    arrived: list[int] = []
+
+    class Counted(SharedReading):
+        def get(self) -> Reading | None:
+            arrived.append(1)
+            return super().get()
+
+    with serving(Counted(readings)) as made, ThreadPoolExecutor(8) as threads:
         answers = [threads.submit(get, made.address) for _ in range(8)]
+        wait_until(lambda: len(arrived) == 8, "all scrapes have arrived")
         readings.go_on.set()
         said = [parsed(answer.result()) for answer in answers]
 
@@ -144,8 +153,7 @@ def test_who_would_wait_too_long_is_told_that_it_is_not_there(readings: Readings
     shared = SharedReading(readings, patience=0.05)
     with ThreadPoolExecutor(1) as threads:
         first = threads.submit(shared.get)
-        while not readings.count:
-            time.sleep(0.001)
+        wait_until(lambda: readings.count, "the first one reads")
         second = shared.get()
         readings.go_on.set()
 
@@ -159,8 +167,7 @@ def test_only_so_many_scrapes_are_answered_at_once(readings: Readings, monkeypat
     readings.go_on.clear()
     with serving(SharedReading(readings)) as made, ThreadPoolExecutor(1) as threads:
         first = threads.submit(get, made.address)
-        while not readings.count:
-            time.sleep(0.001)
+        wait_until(lambda: readings.count, "the first one reads")
         with pytest.raises(HTTPError, match="503"):
             get(made.address)
         assert get(made.address, "/healthz") == "ok\n"
@@ -283,15 +290,14 @@ def test_the_process_serves_where_it_is_told_until_it_is_stopped(settled: Engine
         words = [str(Path(sys.executable).parent / "fetch-worker"), "metrics", "--listen"]
         process = subprocess.Popen(words, stdout=out, stderr=out, env=env, cwd=tmp_path)
     try:
-        until = time.monotonic() + START_SECONDS
-        while "metrics are on" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < until
-            time.sleep(0.05)
+        wait_until(
+            lambda: process.poll() is not None or "metrics are on" in log.read_text(), "it serves", seen=log.read_text
+        )
+        assert process.poll() is None, log.read_text()
         said = parsed(get(f"127.0.0.1:{port}"))
         process.send_signal(signal.SIGTERM)
 
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
