@@ -42,10 +42,11 @@ made: list["Polls"] = []  # in the test that runs
 
 @pytest.fixture(autouse=True)
 def closed() -> Iterator[None]:
-    """End the threads of every poller that a test made: they keep connections open."""
+    """End the threads and connections of every poller that a test made."""
     yield
     for polls in made:
         polls.poller.close()
+        polls.poller._api.session.close()
     made.clear()
 
 
