@@ -139,6 +139,7 @@ class Poller:
         self._answers_per_second = 0.0
         self._recorded_at = time.monotonic()
         self.last_run = time.monotonic()
+        self._run_thread: int | None = None
 
     def stop(self) -> None:
         """Claims nothing more; what is under way is finished."""
@@ -149,6 +150,12 @@ class Poller:
     def stopped(self) -> bool:
         """Whether it claims nothing more."""
         return self._stopping.is_set()
+
+    @property
+    def run_progress(self) -> tuple[float, int] | None:
+        """When the run that is on last went round, by the monotonic clock, and its thread; None where none is on."""
+        thread = self._run_thread
+        return None if thread is None else (self.last_run, thread)
 
     @property
     def busy(self) -> bool:
@@ -201,13 +208,14 @@ class Poller:
         if not self._running.acquire(blocking=False) and not self._taken_over():
             return None
         self._gives_way = gives_way
+        self.last_run, self._run_thread = time.monotonic(), threading.get_ident()
         try:
             report = self._run(time.monotonic() + seconds, finish, progress)
             self._recorder.rest()
             return report
         finally:
             self._gives_way = False
-            self.last_run = time.monotonic()
+            self.last_run, self._run_thread = time.monotonic(), None
             self._running.release()
 
     def _taken_over(self) -> bool:

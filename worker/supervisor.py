@@ -13,10 +13,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -24,6 +26,7 @@ from typing import Any, Self
 from worker.environment import read_environment
 from worker.errors import SettingsError
 from worker.settings import DOTENV_SWITCH, KEY_NAMES
+from worker.watchdog import MICROSECONDS, NAMES, SOCKET, notify, watched_seconds
 
 RELEASE = "release"  # run once before the others
 KEY_HOLDER = "worker"  # the only process that is given the API keys
@@ -32,6 +35,10 @@ REFUSALS = 3  # so many in a row, each soon after its start, and nothing more is
 LONGEST_LINE = 65_536
 LOOK_SECONDS = 1.0  # deaths wake the loop; it looks by itself this often, too
 OWN_NAME = "up"
+ABORT_SECONDS = 3.0  # from SIGABRT, which has a process write where its threads are, to SIGKILL
+AWAY_SECONDS = 5.0  # a loop that looks every second and comes this late stood still itself
+BEATS = 4  # within the time that systemd gives this process
+START_SECONDS = 180.0  # as in the units for systemd; a worker tells its own limit as soon as it starts
 
 _PR_SET_PDEATHSIG = 1
 _HERE = Path(__file__).parent
@@ -51,12 +58,16 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What to start: its name, its words, its whole environment. One that `outlives` the others ends after them."""
+    """What to start: its name, its words, its whole environment. One that `outlives` the others ends after them.
+
+    One that is `watched` is given a socket to say at that it is alive; once it has done so it must go on.
+    """
 
     name: str
     words: Sequence[str]
     environment: Mapping[str, str]
     outlives: bool = False
+    watched: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,15 +132,55 @@ def program(line: Line, environment: Mapping[str, str]) -> Program:
         name: value for name, value in environment.items() if line.name == KEY_HOLDER or name.upper() not in KEY_NAMES
     }
     become = "exec env" if re.match(r"[A-Za-z_]\w*=", line.command) else "exec"  # no shell stays in between
-    return Program(line.name, ("/bin/sh", "-c", f"{become} {line.command}"), own)
+    return Program(line.name, ("/bin/sh", "-c", f"{become} {line.command}"), own, watched=True)
 
 
 # ── running it ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+class _Beats:
+    """What a program says of itself, by systemd's protocol: one socket for each, in a folder of this process alone."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.address = str(folder / name)
+        self.limit: float | None = None  # seconds it may say nothing; None until it says so itself: nobody watches it
+        self.heard_at = 0.0
+        self.triggered = False
+        self.aborted_at: float | None = None
+        self.stopped = False
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.setblocking(False)
+        try:
+            self.socket.bind(self.address)
+        except OSError:
+            self.socket.close()
+            raise
+
+    def begin(self, now: float) -> None:
+        """Forget what the process before said: a new one starts."""
+        self.hear(now)
+        self.limit, self.heard_at, self.triggered, self.aborted_at, self.stopped = None, now, False, None, False
+
+    def hear(self, now: float) -> None:
+        """Take in all that was said."""
+        with suppress(BlockingIOError):
+            while True:
+                for line in self.socket.recv(LONGEST_LINE).decode("utf-8", "replace").splitlines():
+                    name, _, value = line.partition("=")
+                    if name == "WATCHDOG":
+                        self.heard_at, self.triggered = now, self.triggered or value == "trigger"
+                    elif name == MICROSECONDS and value.isascii() and value.isdigit() and len(value) < 16:
+                        self.heard_at, self.limit = now, int(value) / 1e6
+
+    def overdue(self, now: float) -> bool:
+        """Whether it said nothing for longer than it may, or says itself that it stands still."""
+        return self.triggered or (self.limit is not None and now - self.heard_at > self.limit)
+
+
 @dataclass(slots=True)
 class _Child:
     program: Program
+    beats: _Beats | None = None
     process: "subprocess.Popen[bytes] | None" = None
     started_at: float = 0.0
     start_at: float = 0.0
@@ -165,11 +216,17 @@ class Supervisor:
         self._wake, self._woken = socket.socketpair()
         self.told = 0
         self.deaths: dict[str, int] = {}
+        self._beats: list[_Beats] = []
+        self._beats_folder: tempfile.TemporaryDirectory[str] | None = None
+        self._unwatched = False
+        self._watched_at = clock()
+        self._beat_every = (watched_seconds() or 0.0) / BEATS  # where systemd watches this process, too
+        self._beat_at = clock()
 
     def __enter__(self) -> Self:
         for end in (self._wake, self._woken):
             end.setblocking(False)
-        self._selector.register(self._woken, selectors.EVENT_READ)
+        self._selector.register(self._woken, selectors.EVENT_READ, self._drain)
         self._wakeup_before = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         for order in _ORDERS:
             self._before[order] = signal.signal(order, self._hear)
@@ -189,10 +246,14 @@ class Supervisor:
             self._selector.close()
             self._wake.close()
             self._woken.close()
+            for beats in self._beats:
+                beats.socket.close()
+            if self._beats_folder is not None:
+                self._beats_folder.cleanup()
 
     def start(self, program: Program) -> None:
         """Starts a program and keeps it running."""
-        child = _Child(program)
+        child = _Child(program, self._new_beats(program))
         self._children.append(child)
         self._spawn(child)
 
@@ -222,6 +283,7 @@ class Supervisor:
         """Waits up to so many seconds for something to happen, and does what it asks for."""
         self._sleep(seconds)
         self._follow_orders()
+        self._end_standing()
         for child in list(self._children):
             code = None if child.process is None else child.process.poll()
             if code is not None:
@@ -251,11 +313,14 @@ class Supervisor:
         if self._stop_by is not None:
             due.append(self._stop_by - now)
         for key, _ in self._selector.select(max(0.0, min([seconds, *due]))):
-            if key.data is None:
-                with suppress(BlockingIOError):
-                    self._woken.recv(4_096)
-            else:
-                self._read(key.data)
+            key.data()
+        if self._beat_every and self._clock() >= self._beat_at:
+            self._beat_at = self._clock() + self._beat_every
+            notify("WATCHDOG=1")
+
+    def _drain(self) -> None:
+        with suppress(BlockingIOError):
+            self._woken.recv(4_096)
 
     def _spawn(self, child: _Child) -> None:
         wanted = child.program
@@ -264,7 +329,7 @@ class Supervisor:
             child.process = subprocess.Popen(
                 list(wanted.words),
                 cwd=self._folder,
-                env=dict(wanted.environment),
+                env=_environment(child),
                 stdin=subprocess.DEVNULL,
                 stdout=log or subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -275,9 +340,11 @@ class Supervisor:
             if log is not None:
                 log.close()
         child.started_at = self._clock()
+        if child.beats is not None:
+            child.beats.begin(child.started_at)
         if child.process.stdout is not None:
             os.set_blocking(child.process.stdout.fileno(), False)
-            self._selector.register(child.process.stdout, selectors.EVENT_READ, child)
+            self._selector.register(child.process.stdout, selectors.EVENT_READ, partial(self._read, child))
 
     def _read(self, child: _Child) -> bool:
         """Says what a process wrote; False at the end of it."""
@@ -312,6 +379,58 @@ class Supervisor:
         if child.output:
             self._say(child.program.name, child.output.decode("utf-8", "replace"))
             child.output.clear()
+
+    # ── the watchdog ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _new_beats(self, program: Program) -> _Beats | None:
+        """A socket to hear from a program that may say when it is alive; without one it is run unwatched."""
+        if not program.watched:
+            return None
+        try:
+            if self._beats_folder is None:
+                self._beats_folder = tempfile.TemporaryDirectory(prefix="fetch-worker-up-")  # 0700
+            beats = _Beats(Path(self._beats_folder.name), program.name)
+        except OSError as error:
+            if not self._unwatched:
+                self._unwatched = True
+                self._say(OWN_NAME, f"no watchdog: can't make a socket for it ({error.strerror or error})")
+            return None
+        self._beats.append(beats)
+        self._selector.register(beats.socket, selectors.EVENT_READ, lambda: beats.hear(self._clock()))
+        return beats
+
+    def _end_standing(self) -> None:
+        """End processes that say nothing for longer than they may: SIGABRT, for a trace of their threads, then kill."""
+        now = self._clock()
+        away, self._watched_at = now - self._watched_at > AWAY_SECONDS, now
+        for child in self._children:
+            beats = child.beats
+            if beats is None or child.process is None or child.process.poll() is not None or self._stop_by is not None:
+                continue
+            if away:  # this process was the one that stood still, and could not hear them
+                beats.hear(now)
+                beats.heard_at = now
+            if beats.aborted_at is not None:
+                if now - beats.aborted_at >= ABORT_SECONDS:
+                    _send_to_group(child, signal.SIGKILL)
+            elif beats.overdue(now):
+                self._end_overdue(child, beats, now)
+
+    def _end_overdue(self, child: _Child, beats: _Beats, now: float) -> None:
+        process = child.process
+        if process is None:
+            return
+        name, silent = child.program.name, now - beats.heard_at
+        if not beats.triggered and _is_stopped(process.pid):
+            if not beats.stopped:
+                self._say(OWN_NAME, f"{name} was stopped by a signal: nothing is done until it goes on (SIGCONT)")
+            beats.stopped, beats.heard_at = True, now
+            return
+        beats.aborted_at = now
+        why = "says that it stands still" if beats.triggered else f"stood still for {silent:.0f} s"
+        self._say(OWN_NAME, f"{name} {why}: it is ended")
+        with suppress(ProcessLookupError):
+            process.send_signal(signal.SIGABRT)
 
     def _bury(self, child: _Child, code: int) -> None:
         """After a death: ends what the process left in its group, and plans the next start."""
@@ -371,12 +490,34 @@ def _tie_to_this_process() -> Callable[[], None] | None:
     return tie
 
 
+def _environment(child: _Child) -> dict[str, str]:
+    """A program's environment, with the address that it is to say at that it is alive. Systemd's own is ours."""
+    own = {name: value for name, value in child.program.environment.items() if name not in NAMES}
+    if child.beats is None:
+        return own
+    return own | {SOCKET: child.beats.address, MICROSECONDS: str(int(START_SECONDS * 1e6))}
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether an operator or a debugger stopped a process. Known on Linux alone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] in ("T", "t")  # the name before it may hold anything
+
+
+def _send_to_group(child: _Child, number: int) -> None:
+    if child.process is not None:
+        with suppress(ProcessLookupError, PermissionError):  # macOS says so of a group that has ended
+            os.killpg(child.process.pid, number)
+
+
 def _kill_group(child: _Child) -> None:
     """Kills a process and all it started, and takes note of its end."""
     if child.process is None:
         return
-    with suppress(ProcessLookupError, PermissionError):  # macOS says so of a group that has ended
-        os.killpg(child.process.pid, signal.SIGKILL)
+    _send_to_group(child, signal.SIGKILL)
     child.process.wait()
 
 

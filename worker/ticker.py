@@ -22,6 +22,7 @@ from worker.database import described, engine_for
 from worker.errors import DeploymentError, SchemaOutdated, Unavailable
 from worker.migrate import expand
 from worker.tasks import doubt_keys, parts, run_polls, run_sweep, run_webhooks
+from worker.watchdog import Loop, Watchdog, watched_seconds
 
 log = get_logger(__name__)
 
@@ -35,6 +36,10 @@ COURIER_SECONDS = 2.0
 EVENTS_SECONDS = 0.25
 LOOK_AGAIN_SECONDS = 0.05
 EVENTS_AT_ONCE = 500
+OTHER_THREADS = ("celery.concurrency.thread", "celery.concurrency.prefork")  # pools that leave the event loop alone
+
+
+watchdog = Watchdog(settings.recovery_seconds)
 
 
 class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
@@ -60,6 +65,7 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
 
     def stop(self, worker: Any) -> None:
         """Stops ticking: what is being asked about is waited for, as long as a call may take."""
+        watchdog.rest()
         self._stop.set()
         until = time.monotonic() + settings.sd_api_timeout + STOP_MARGIN_SECONDS
         for thread in self._threads:
@@ -76,14 +82,21 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
     def _poll(self) -> None:
         self._begin()
         poller = parts().poller
+        loop = Loop()
+        watchdog.watch("the poll run", lambda: poller.run_progress)
+        watchdog.watch("the poll loop", lambda: loop() if poller.run_progress is None else None)
         while not self._stop.wait(LOOK_SECONDS):
+            loop.turn()
             if time.monotonic() - poller.last_run > SILENCE_SECONDS:
                 _carefully(lambda: run_polls(gives_way=True))
         if poller.busy:
             _carefully(run_polls)  # claims nothing more, but records what is still to come
 
     def _sweep(self) -> None:
+        loop = Loop()
+        watchdog.watch("the sweep loop", loop)
         while not self._stop.wait(LOOK_SECONDS):
+            loop.turn()
             if time.monotonic() - parts().swept_at > SWEEP_SILENCE_SECONDS:
                 _carefully(run_sweep)
             self._changed_keys |= settings.keys.take_changed()
@@ -102,12 +115,15 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
             parts().poller.wake()
 
     def _tell(self) -> None:
+        loop = Loop()
+        watchdog.watch("the webhook loop", loop)
         while not self._stop.wait(random.uniform(*WEBHOOK_SECONDS)):
-            _carefully(self._tell_all)
+            loop.turn()
+            _carefully(lambda: self._tell_all(loop))
 
-    def _tell_all(self) -> None:
+    def _tell_all(self, loop: Loop) -> None:
         while not self._stop.wait(LOOK_SECONDS) and run_webhooks():
-            pass
+            loop.turn()
 
     def _begin(self) -> None:
         if not settings.keys:
@@ -151,7 +167,12 @@ class Pulse(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no typ
         if hub is None:
             return
         self.stop(consumer)
-        self._timers.append(hub.call_repeatedly(LOOK_AGAIN_SECONDS, _look_again))
+        if type(consumer.pool).__module__ in OTHER_THREADS:  # elsewhere tasks run in the event loop, and may take long
+            loop = Loop()
+            watchdog.watch("the event loop", loop)
+            self._timers.append(hub.call_repeatedly(LOOK_AGAIN_SECONDS, loop.turn))
+        else:
+            self._timers.append(hub.call_repeatedly(LOOK_AGAIN_SECONDS, _look_again))
         if events is not None and events.on_send_buffered is not None:
             events.buffer_limit = EVENTS_AT_ONCE
             events.on_send_buffered = _look_again
@@ -159,12 +180,19 @@ class Pulse(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no typ
 
     def stop(self, consumer: Any) -> None:
         """Stops, as the connection is lost or the worker ends."""
+        watchdog.forget("the event loop")
         while self._timers:
             self._timers.pop().cancel()
 
 
 def _look_again() -> None:
     """Nothing: the loop looks at its connections each time it has come round."""
+
+
+@worker_init.connect(weak=False)  # type: ignore[untyped-decorator]  # celery has no types
+def _start_watchdog(**_: object) -> None:
+    if watched_seconds() is not None:
+        watchdog.start()
 
 
 @worker_init.connect(weak=False)  # type: ignore[untyped-decorator]  # celery has no types
