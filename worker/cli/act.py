@@ -26,9 +26,11 @@ WRONG = ("output_id", "job_id", "condition", "after", "location")
 def migrate() -> None:
     """Create the tables, or bring them up to this version."""
     engine = make_engine(load().database, any_encoding=True)
-    before, after = run_migrations(engine)
-    encoding = odd_encoding(engine)
-    engine.dispose()
+    try:
+        before, after = run_migrations(engine)
+        encoding = odd_encoding(engine)
+    finally:
+        engine.dispose()
     where = shown_url(engine.url)
     if encoding is not None:
         click.echo(f"fetch-worker: no process will start: {wrong_encoding(encoding)}", err=True)
