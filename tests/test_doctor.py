@@ -16,14 +16,15 @@ from tests.rows import add_downloading, add_job, add_output
 from worker import doctor
 from worker.cli import look, main
 from worker.database import database_now
-from worker.doctor import Check, alive, examine
+from worker.doctor import Check, Node, alive, examine
 from worker.settings import load
 from worker.store.claims import claim_output
+from worker.store.identity import database_id
 from worker.tables import events, gates
 
 ALL = {
-    "worker@here": frozenset({"fetch-worker", "fetch-worker.polls"}),
-    "downloads@here": frozenset({"fetch-worker.downloads"}),
+    "worker@here": Node(frozenset({"fetch-worker", "fetch-worker.polls"})),
+    "downloads@here": Node(frozenset({"fetch-worker.downloads"})),
 }
 QUEUES = dict.fromkeys(("fetch-worker", "fetch-worker.polls", "fetch-worker.downloads"), "start a process")
 
@@ -41,8 +42,8 @@ def settled(engine: Engine, redis_url: str, tmp_path: Path, monkeypatch: pytest.
     return engine
 
 
-def _examined(nodes: Mapping[str, frozenset[str]] | Exception = ALL) -> dict[str, Check]:
-    def answer() -> Mapping[str, frozenset[str]]:
+def _examined(nodes: Mapping[str, Node] | Exception = ALL) -> dict[str, Check]:
+    def answer() -> Mapping[str, Node]:
         if isinstance(nodes, Exception):
             raise nodes
         return nodes
@@ -145,7 +146,7 @@ def test_what_top_shows_is_wrong_for_the_doctor_too(settled: Engine) -> None:
     ("nodes", "words"),
     [
         ({}, "none at all"),
-        ({"worker@here": frozenset({"fetch-worker", "fetch-worker.polls"})}, "fetch-worker.downloads"),
+        ({"worker@here": Node(frozenset({"fetch-worker", "fetch-worker.polls"}))}, "fetch-worker.downloads"),
         (BrokerError("away"), "broker is away"),
     ],
 )
@@ -153,6 +154,18 @@ def test_what_top_shows_is_wrong_for_the_doctor_too(settled: Engine) -> None:
 def test_queues_that_nobody_consumes_are_named(nodes: Any, words: str) -> None:
     """With the process to start."""
     assert words in _wrong(_examined(nodes))["processes"]
+
+
+def test_processes_that_serve_another_database_are_named(settled: Engine) -> None:
+    """Two apps on one Redis take each other's messages."""
+    with settled.connect() as connection:
+        own = database_id(connection)
+    ours = {name: Node(node.queues, own) for name, node in ALL.items()}
+    assert "processes" not in _wrong(_examined(ours))
+
+    said = _wrong(_examined(ours | {"worker@there": Node(frozenset({"fetch-worker"}), "0123456789abcdef")}))
+
+    assert said["processes"].startswith("worker@there take our messages into another database: give each app a Redis")
 
 
 def test_a_database_without_tables_is_told_what_to_do(settled: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,6 +214,8 @@ def _prepare_flower(settings: Settings, arguments: list[str]) -> None:
     """Flower listens on this machine alone and asks for a password, whoever starts it."""
     os.umask(0o077)  # what it keeps is for this user alone
     _clean_flower_variables()
+    if os.environ.get("FLOWER_PERSISTENT", "true").strip().lower() not in ("false", "0", "no", "off"):
+        os.environ.setdefault("FLOWER_DB", str(settings.state / "flower"))
     given = any(argument.startswith(("--basic-auth", "--basic_auth", "--auth")) for argument in arguments)
     if settings.flower_basic_auth is not None:
         os.environ["FLOWER_BASIC_AUTH"] = settings.flower_basic_auth.get_secret_value()
@@ -234,8 +236,6 @@ def _prepare_flower(settings: Settings, arguments: list[str]) -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    if "FLOWER_DB" not in os.environ and os.environ["FLOWER_PERSISTENT"].lower() not in ("false", "0", "no", "off"):
-        os.environ["FLOWER_DB"] = str(settings.state / "flower")
 
 
 def _clean_flower_variables() -> None:

@@ -26,6 +26,7 @@ from worker.shared_budget import redis_client
 from worker.store import live
 from worker.store.events import Undelivered, overdue, undelivered
 from worker.store.holds import patience
+from worker.store.identity import database_id
 from worker.store.on_done import GIVE_UP, refused_calls, unsent_calls
 from worker.store.server_state import HISTORY_MOST, ServerState, server_state
 from worker.stores import storage_for
@@ -43,7 +44,16 @@ SOON_SECONDS = 60.0
 NAMED_MOST = 5
 MIB = 1 << 20
 
-Nodes = Callable[[], Mapping[str, frozenset[str]]]  # the queues that each worker process that answers consumes
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A worker process that answers: the queues that it consumes, and the id of its database where it says one."""
+
+    queues: frozenset[str]
+    database: str | None = None
+
+
+Nodes = Callable[[], Mapping[str, Node]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +77,7 @@ def examine(settings: Settings, nodes: Nodes, *, queues: Mapping[str, str]) -> I
     yield _redis(settings)
     if settings.broker_url is not None:
         yield _broker(settings)
-    yield from _processes(nodes, queues)
+    yield from _processes(settings, nodes, queues)
     yield from _storage(settings)
 
 
@@ -309,19 +319,34 @@ def _broker(settings: Settings) -> Check:
     return Check("broker", True, f"{where} answers")
 
 
-def _processes(nodes: Nodes, queues: Mapping[str, str]) -> Iterator[Check]:
+def _processes(settings: Settings, nodes: Nodes, queues: Mapping[str, str]) -> Iterator[Check]:
     try:
         found = nodes()
     except (BrokerError, KombuError, RedisError, OSError) as error:
         yield Check("processes", False, f"nobody can be asked, since the broker is away ({type(error).__name__})")
         return
-    consumed = frozenset().union(*found.values())
+    others = strangers(settings, found)
+    if others:
+        advice = "give each app a Redis database, or a broker vhost, of its own"
+        yield Check("processes", False, f"{', '.join(others)} take our messages into another database: {advice}")
+        return
+    consumed = frozenset[str]().union(*(node.queues for node in found.values()))
     missing = [f"{queue} ({purpose})" for queue, purpose in queues.items() if queue not in consumed]
     if missing:
         names = ", ".join(sorted(found)) or "none at all"
         yield Check("processes", False, f"nobody consumes {', '.join(missing)}; processes that answer: {names}")
     else:
         yield Check("processes", True, f"{len(found)} worker processes answer: {', '.join(sorted(found))}")
+
+
+def strangers(settings: Settings, nodes: Mapping[str, Node]) -> list[str]:
+    """The names of the processes that serve another database than these settings name; none where it is away."""
+    try:
+        with engine_for(settings.database).connect() as connection:
+            own = database_id(connection)
+    except (SQLAlchemyError, WorkerError, OSError):
+        return []
+    return sorted(name for name, node in nodes.items() if node.database not in (None, own))
 
 
 def _storage(settings: Settings) -> Iterator[Check]:

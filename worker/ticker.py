@@ -21,6 +21,7 @@ from worker.app import POLLS, app, settings
 from worker.database import described, engine_for
 from worker.errors import DeploymentError, SchemaOutdated, Unavailable
 from worker.migrate import expand
+from worker.neighbours import remember_database, warn_of_strangers
 from worker.tasks import doubt_keys, parts, run_polls, run_sweep, run_webhooks
 from worker.watchdog import Loop, Watchdog, watched_seconds
 
@@ -29,6 +30,7 @@ log = get_logger(__name__)
 LOOK_SECONDS = 0.1
 SILENCE_SECONDS = 0.15
 DATABASE_WAIT_SECONDS = 2.0
+NEIGHBOURS_SECONDS = 3.0
 SWEEP_SILENCE_SECONDS = 10.0
 WEBHOOK_SECONDS = (0.5, 1.0)
 STOP_MARGIN_SECONDS = 5.0
@@ -56,6 +58,7 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
     def start(self, worker: Any) -> None:
         """Make the resources of this process; tick, in a worker that consumes polls."""
         make_resources()
+        threading.Thread(target=_look_around, name="neighbours", daemon=True).start()
         if POLLS not in worker.app.amqp.queues.consume_from:
             return
         parts().ticks = True
@@ -138,6 +141,14 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
                 self._stop.wait(DATABASE_WAIT_SECONDS)
             else:
                 return
+
+
+def _look_around() -> None:
+    """Learn which database this is, for processes that ask, and warn of those that serve another one."""
+    while remember_database(settings) is None:
+        time.sleep(DATABASE_WAIT_SECONDS)
+    time.sleep(NEIGHBOURS_SECONDS)  # those that start together with this one answer by then
+    _carefully(lambda: warn_of_strangers(app, settings))
 
 
 def _carefully(work: Callable[[], object]) -> None:

@@ -1,5 +1,6 @@
 """Commands that only look: show, status, doctor."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -21,7 +22,7 @@ from worker.cli.output import (
 )
 from worker.core.lifecycle import STORAGE_WAIT
 from worker.database import connected, engine_for
-from worker.doctor import alive, examine
+from worker.doctor import Node, alive, examine
 from worker.overview import KindState, Overview, belief, overview, why
 from worker.settings import Settings, load
 from worker.shared_budget import SharedBudget
@@ -188,11 +189,11 @@ def doctor(liveness: bool, as_json: bool) -> int:
     return 0 if all(check.ok for check in checks) else 1
 
 
-def _nodes() -> dict[str, frozenset[str]]:
+def _nodes() -> Mapping[str, Node]:
     from worker.app import app  # connects to nothing yet, but brings all of Celery
+    from worker.neighbours import ask_nodes
 
-    replies = app.control.inspect(timeout=NODES_SECONDS).active_queues() or {}
-    return {node: frozenset(queue["name"] for queue in queues) for node, queues in replies.items()}
+    return ask_nodes(app, NODES_SECONDS)
 
 
 COMMANDS: tuple[click.Command, ...] = (show, status, doctor)
