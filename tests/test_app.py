@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from celery import Celery
 
+from worker.app import FixedScheduler, make_app
 from worker.settings import load
 
 pytestmark = pytest.mark.every_python
@@ -73,3 +75,29 @@ def test_nothing_secret_is_in_the_shown_settings(monkeypatch: pytest.MonkeyPatch
     assert "canary-key" not in repr(settings)
     assert "canary-key" not in settings.model_dump_json()
     assert set(settings.keys) == {"default", "shop"}
+
+
+def test_celery_s_own_variables_for_the_web_app_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIS_URL", "redis://ours:6379/3")
+    for name in ("BROKER_URL", "BROKER_READ_URL", "BROKER_WRITE_URL", "RESULT_BACKEND"):
+        monkeypatch.setenv(f"CELERY_{name}", "amqp://theirs//")
+    monkeypatch.setenv("CELERY_CONFIG_MODULE", "their.settings")
+    monkeypatch.setenv("CELERY_LOADER", "their.loader")
+    monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "their.settings")
+
+    app = make_app(load())
+
+    for connection in (app.connection(), app.connection_for_read(), app.connection_for_write()):
+        assert (connection.hostname, connection.virtual_host) == ("ours", "3")
+    assert app.backend.connparams["host"] == "ours"
+    assert app.conf.task_default_queue == "fetch-worker"
+
+
+def test_beat_keeps_no_file_and_sends_each_task_as_it_starts(tmp_path: Path) -> None:
+    app = make_app(load())
+    scheduler = FixedScheduler(app)
+
+    assert set(scheduler.schedule) == {"poll", "sweep", "prune"}
+    assert all(entry.is_due().is_due for entry in scheduler.schedule.values())
+    assert app.conf.beat_scheduler == "worker.app:FixedScheduler"
+    assert list(tmp_path.iterdir()) == []

@@ -154,6 +154,10 @@ def tracked(
         # its message quotes what was handed over, and callers log what they catch
         raise type(refused)(scrubber.text(str(refused))) from None
     if session is not None:
+        if hasattr(session, "sync_session"):  # an AsyncSession
+            raise NotTrackable(
+                "session is an AsyncSession: write `await session.run_sync(lambda plain: track(…, session=plain))`"
+            )
         connection = session.connection()
         with connected(connection.engine.url):
             answer, soon = _insert(connection, settings, wanted, plans)
