@@ -5,7 +5,6 @@ Receivers are trusted with nothing: addresses are guarded like downloads, redire
 
 import logging
 import random
-import re
 import threading
 import time
 from collections import Counter
@@ -27,6 +26,8 @@ from worker.database import database_now
 from worker.lean_http import LeanAdapter
 from worker.leases import LeaseKeeper, LeaseLost
 from worker.network_errors import describe
+from worker.receivers import Receivers, prefix
+from worker.receivers import receiver_name as _receiver
 from worker.scrubber import Scrubber
 from worker.store.events import ClaimedEvent, claim_events, open_events, put_off, record_delivery, release_events
 from worker.timed_http import TimeLimit
@@ -69,6 +70,9 @@ class Webhooks:
         self._user_agent = user_agent
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="webhook")  # starts none before the first call
         self._under_way: dict[Future[None], ClaimedEvent] = {}  # single operations on it need no lock
+        self._receivers = Receivers()
+        self._busy: Counter[str] = Counter()  # calls under way, by receiver
+        self._places = threading.Lock()
         self._astray = threading.Event()  # some claim may be left that nobody ends
 
     def run(self) -> int:
@@ -87,7 +91,7 @@ class Webhooks:
         astray = self._astray.is_set()
         self._astray.clear()  # before the look at what is under way: whoever goes astray from here on says so again
         under_way = list(self._under_way.values())
-        busy = Counter(_receiver(event.url) for event in under_way)
+        busy = Counter(self._receivers.known(event.url) for event in under_way)
         token = self._leases.new_token()
         with self._engine.begin() as connection:
             now = database_now(connection)
@@ -103,7 +107,9 @@ class Webhooks:
                 lease=self._leases.lease,
                 now=now,
                 limit=free,
-                without=[receiver for receiver, events in busy.items() if _full(events, free)],
+                without={
+                    prefix(event.url) for event in under_way if _full(busy[self._receivers.known(event.url)], free)
+                },
             )
         later = self._begin(due, busy, free)
         if later:
@@ -119,7 +125,7 @@ class Webhooks:
         """Those of a receiver that has enough to do already are left over: one that hangs must not stop the others."""
         later = []
         for event in due:
-            receiver = _receiver(event.url)
+            receiver = self._receivers.known(event.url)
             if _full(busy[receiver], free):
                 later.append(event)
                 continue
@@ -138,12 +144,37 @@ class Webhooks:
 
     def _deliver(self, event: ClaimedEvent) -> None:
         with self._leases:
+            receiver = self._receivers.look_up(event.url, CONNECT_SECONDS)
+            if not self._enter(receiver):  # another spelling of one that has enough to do
+                self._put_off(event)
+                return
             try:
                 outcome = self._post(event)
             except LeaseLost:
                 self._give_back(event)
             else:
                 self._record(event, *outcome)
+            finally:
+                self._leave(receiver)
+
+    def _enter(self, receiver: str) -> bool:
+        """Take one of the places of a receiver, if it has one left."""
+        with self._places:
+            if self._busy[receiver] >= PER_RECEIVER:
+                return False
+            self._busy[receiver] += 1
+            return True
+
+    def _leave(self, receiver: str) -> None:
+        with self._places:
+            self._busy[receiver] -= 1
+            if not self._busy[receiver]:
+                del self._busy[receiver]
+
+    def _put_off(self, event: ClaimedEvent) -> None:
+        with self._engine.begin() as connection:
+            now = database_now(connection)
+            put_off(connection, [event], now=now, due_at=now + timedelta(seconds=PUT_OFF_SECONDS))
 
     def _give_back(self, event: ClaimedEvent) -> None:
         """Give back an event that was not sent because its lease may be over."""
@@ -166,8 +197,8 @@ class Webhooks:
             return
         outcome = "gave up" if ended else f"again in {wait.total_seconds():.0f} s" if stood else "the claim was lost"
         log.warning(
-            "webhook not delivered job=%s event_id=%s attempts=%s outcome=%s reason=%s",
-            *(event.job_id, event.event_id, event.attempts, outcome, message),
+            "webhook not delivered job=%s event_id=%s receiver=%s attempts=%s outcome=%s reason=%s",
+            *(event.job_id, event.event_id, _receiver(event.url), event.attempts, outcome, message),
         )
 
     def _post(self, event: ClaimedEvent) -> tuple[int | None, str | None, float | None]:
@@ -196,12 +227,6 @@ class Webhooks:
             log.error("a fault of ours event_id=%s reason=%s", event.event_id, type(fault).__name__)
             return None, f"a fault of ours: {type(fault).__name__}", None
         return status, None if 200 <= status < 300 else f"HTTP {status}", asked
-
-
-def _receiver(url: str) -> str:
-    """What an address begins with, down to its host and port: whoever is there answers all that begin so."""
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{re.split('[/?#]', rest, maxsplit=1)[0]}"
 
 
 def _full(under_way: int, free: int) -> bool:
