@@ -123,7 +123,8 @@ def prepared(environment: Mapping[str, str]) -> dict[str, str]:
     if Path(sys.argv[0]).is_file():
         programs.append(str(Path(sys.argv[0]).absolute().parent))
     path = [*dict.fromkeys(programs), environment.get("PATH", os.defpath)]
-    return dict(environment) | {"PATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", DOTENV_SWITCH: "off"}
+    kept = {name: value for name, value in environment.items() if not name.startswith("CELERY_")}  # for the web app
+    return kept | {"PATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", DOTENV_SWITCH: "off"}
 
 
 def program(line: Line, environment: Mapping[str, str]) -> Program:
