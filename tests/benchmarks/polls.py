@@ -1,4 +1,7 @@
-"""Polls: what one costs a whole worker, beside a bare `requests` call and a Celery task per poll; and how many go."""
+"""Polls: what one costs a whole worker, and how many go.
+
+Beside it a bare `requests` call, a Celery task per poll, and a small poller on asyncio.
+"""
 
 import json
 import subprocess
@@ -96,11 +99,11 @@ def window(made: Stand, pids: list[int], server: Api, name: str, *, rows: int, s
 
 
 def measure_polls(table: Table, folder: Path, rounds: int, seconds: float) -> None:
-    """One worker process: http, https, and http with latency; beside it the bare loop and the naive way."""
+    """One worker process: http, https, and http with latency; beside it the bare loop, the naive way and the peer."""
     folder.mkdir()
     certificate = make_certificate(folder)
     with api() as plain, api(certificate=certificate) as tls, api(LATENCY) as slow:
-        ours, naive, ours_tls, ours_slow, rate_slow, naive_by_ours = (Rounds() for _ in range(6))
+        ours, naive, peer, ours_tls, ours_slow, rate_slow, naive_by_ours = (Rounds() for _ in range(7))
         best = 0.0
         with (
             working(folder / "plain", plain) as one,
@@ -108,13 +111,17 @@ def measure_polls(table: Table, folder: Path, rounds: int, seconds: float) -> No
             working(folder / "slow", slow) as three,
             api() as naive_server,
             naive_worker(folder / "naive", naive_server) as naive_pid,
+            api() as peer_server,
+            peer_worker(folder / "peer", peer_server) as peer_pid,
         ):
             for number in range(rounds):
                 yardstick = bare(plain)
                 cost, rate = window(*one, plain, f"p{number}x", rows=int(seconds * 4_000), seconds=seconds)
                 best = max(best, rate)
                 ours.add(cost, yardstick)
-                cost_naive, rate_naive = naive_window(naive_pid, naive_server, seconds)
+                cost_peer, rate_peer = window_of_other(peer_pid, peer_server, seconds)
+                peer.add(cost_peer, yardstick)
+                cost_naive, rate_naive = window_of_other(naive_pid, naive_server, seconds)
                 naive.add(cost_naive, yardstick)
                 naive_by_ours.add(cost_naive, cost)
                 cost, rate = window(*three, slow, f"s{number}x", rows=int(seconds * 1_300), seconds=seconds)
@@ -125,12 +132,14 @@ def measure_polls(table: Table, folder: Path, rounds: int, seconds: float) -> No
                 ours_tls.add(cost, yardstick)
         us = "µs CPU"
         table.ratio("poll: whole worker ÷ bare requests", ours, us, 1e6, must=0.8, aim=0.5)
+        table.ratio("poll: asyncio, aiohttp, asyncpg, without our duties ÷ bare requests", peer, us, 1e6)
         table.ratio("poll over https: whole worker ÷ bare requests", ours_tls, us, 1e6)
         table.ratio("poll at 150 ms latency ÷ bare requests", ours_slow, us, 1e6, must=0.95, aim=0.65)
         table.ratio("polls/s at 150 ms ÷ (128 / 0.15 s)", rate_slow, "/s", 1, must=0.85, aim=0.95, more=True)
         table.ratio("naive: Celery task per poll ÷ bare requests", naive, us, 1e6)
         table.ratio("naive: Celery task per poll ÷ ours", naive_by_ours, us, 1e6, must=20, more=True)
         table.figure("polls/s, one process, best round", best, "/s")
+        table.figure("polls/s of the asyncio way, last round", rate_peer, "/s")
         table.figure("polls/s of the naive way, prefork -c 2", rate_naive, "/s")
 
 
@@ -140,21 +149,40 @@ def naive_worker(folder: Path, server: Api) -> Iterator[int]:
     with stand(folder, NAIVE_API=server.base) as made:
         made.run(sys.executable, "-m", "tests.benchmarks.naive")
         words = [str(BIN / "celery"), "-A", "tests.benchmarks.naive", "worker", "-Q", "naive", "-c", "2", "-n", "n@%h"]
-        process = subprocess.Popen(
-            words, cwd=ROOT, env=made.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        made.processes.append(process)
-        while not server.count():
-            time.sleep(0.1)
-        subprocess.run(["kill", "-STOP", *tree(process.pid)], check=True)
-        try:
-            yield process.pid
-        finally:
-            subprocess.run(["kill", "-CONT", *tree(process.pid)], check=True)
+        with stopped(made, words, server) as pid:
+            yield pid
 
 
-def naive_window(pid: int, server: Api, seconds: float) -> tuple[float, float]:
-    """The naive worker goes on for a while: (processor seconds per poll, polls per second)."""
+@contextmanager
+def peer_worker(folder: Path, server: Api) -> Iterator[int]:
+    """The poller on asyncio; its process id."""
+    with stand(folder) as made:
+        words = [sys.executable, "-m", "tests.benchmarks.peer", server.base, made.database_url]
+        with stopped(made, words, server) as pid:
+            yield pid
+
+
+@contextmanager
+def stopped(made: Stand, words: list[str], server: Api) -> Iterator[int]:
+    """Start a program that polls without end, and stop it (SIGSTOP) once it has begun; its process id."""
+    process = subprocess.Popen(
+        words, cwd=ROOT, env=made.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    made.processes.append(process)
+    until = time.monotonic() + 60
+    while not server.count():
+        if process.poll() is not None or time.monotonic() > until:
+            raise RuntimeError(f"{' '.join(words)} does not poll")
+        time.sleep(0.1)
+    subprocess.run(["kill", "-STOP", *tree(process.pid)], check=True)
+    try:
+        yield process.pid
+    finally:
+        subprocess.run(["kill", "-CONT", *tree(process.pid)], check=True)
+
+
+def window_of_other(pid: int, server: Api, seconds: float) -> tuple[float, float]:
+    """Let a stopped program go on for a while: (processor seconds per poll, polls per second)."""
     subprocess.run(["kill", "-CONT", *tree(pid)], check=True)
     time.sleep(1.0)
     asked, used, began = server.count(), cpu_seconds([pid]), time.perf_counter()

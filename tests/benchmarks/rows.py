@@ -15,6 +15,7 @@ import psycopg
 from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 
+from tests.benchmarks.polls import bare
 from tests.benchmarks.stand import ROOT, Api, Stand, api, stand
 from tests.benchmarks.table import Rounds, Table
 from worker.core.lifecycle import AskAgain
@@ -61,29 +62,37 @@ track_many([f"m{sys.argv[2]}x{n}" for n in range(10_000)])
 many = 10_000 / (time.perf_counter() - began)
 print(json.dumps({name: sorted(found)[len(found) // 2] for name, found in times.items()} | {"many": many}))
 """
+# Runs in a process of its own: a poller without Celery, whose threads' processor time is noted by what they do.
 SHARE = """
-import json, os, sys, time
+import collections, json, os, sys, threading, time
 from worker import poller as claiming, recorder as recording
 from worker.tasks import parts
-from worker.store.totals import Tally
-spent = [0.0]
-def timed(work):
+spent, asked = collections.Counter(), collections.Counter()
+def timed(name, work):
     def inner(*arguments, **options):
         began = time.thread_time()
         try:
             return work(*arguments, **options)
         finally:
-            spent[0] += time.thread_time() - began
+            spent[name] += time.thread_time() - began
+    return inner
+def each_thread(work):
+    def inner(job):
+        began = time.thread_time()
+        try:
+            return work(job)
+        finally:
+            asked[threading.get_ident()] += time.thread_time() - began
     return inner
 for module, names in (claiming, ("claim_jobs", "waiting_levels", "all_gates")), (
     recording, ("record_answers", "mark_asked")
 ):
     for name in names:
-        setattr(module, name, timed(getattr(module, name)))
+        setattr(module, name, timed("claim and record", getattr(module, name)))
 class Begun:
     def __init__(self, inner): self.inner = inner
-    def __enter__(self): return timed(self.inner.__enter__)()
-    def __exit__(self, *error): return timed(self.inner.__exit__)(*error)
+    def __enter__(self): return timed("claim and record", self.inner.__enter__)()
+    def __exit__(self, *error): return timed("claim and record", self.inner.__exit__)(*error)
 class Timed:
     def __init__(self, engine): self.engine = engine
     def begin(self): return Begun(self.engine.begin())
@@ -91,12 +100,22 @@ class Timed:
 parts().make_for({"fetch-worker.polls"})  # as a worker does when it starts
 poller = parts().poller
 poller._engine, poller._claims = Timed(poller._engine), Timed(poller._claims)
-poller._recorder._batches = Timed(poller._recorder._batches)
+recorder = poller._recorder
+recorder._batches = Timed(recorder._batches)
+recorder._learn = timed("learning", recorder._learn)
+recorder._learner.share_if_due = timed("learning", recorder._learner.share_if_due)
+recorder._outcome = timed("deciding", recorder._outcome)
+for name in ("take", "give_back", "taken"):
+    setattr(poller._budget, name, timed("budget", getattr(poller._budget, name)))
+poller._calls._ask = each_thread(poller._calls._ask)
 poller.run(seconds=1.5)
-spent[0], cpu = 0.0, time.process_time()
+spent.clear()
+asked.clear()
+cpu = time.process_time()
 report = poller.run(seconds=float(sys.argv[1]))
 used = time.process_time() - cpu
-print(json.dumps({"share": spent[0] / used, "polls": report.asked, "cpu": used}))
+spent["HTTP"] = sum(asked.values())
+print(json.dumps({name: seconds / report.asked for name, seconds in spent.items()} | {"all": used / report.asked}))
 sys.stdout.flush()
 os._exit(0)
 """
@@ -258,16 +277,24 @@ def measure_tracking(table: Table, folder: Path, rounds: int) -> None:
 
 
 def measure_share(table: Table, folder: Path, rounds: int, seconds: float) -> None:
-    """How much of a poll run's processor time goes to claiming and recording, transactions included."""
+    """Where a poller's processor time goes. Claiming and recording have their transactions with them."""
     folder.mkdir()
+    parts = ("HTTP", "claim and record", "learning", "deciding", "budget")
+    found = {part: Rounds() for part in parts}
+    yardsticks = Rounds()
     with api() as plain:
-        shares = [_share(plain, folder / str(number), seconds) for number in range(rounds)]
-    spread = f"{min(shares):.1f}–{max(shares):.1f}"
-    what = f"claim and record, share of the worker's CPU ({spread})"
-    table.figure(what, median(shares), "%", must=5, aim=2, more=False)
+        for number in range(rounds):
+            yardstick = bare(plain)
+            spent = _share(plain, folder / str(number), seconds)
+            for part in parts:
+                found[part].add(spent.get(part, 0.0), spent["all"])
+            yardsticks.add(spent["claim and record"], yardstick)
+    table.ratio("claim and record ÷ bare requests", yardsticks, "µs CPU", 1e6)
+    for part in parts:
+        table.ratio(f"of a poller's CPU without Celery: {part}", found[part], "µs CPU", 1e6)
 
 
-def _share(plain: Api, folder: Path, seconds: float) -> float:
+def _share(plain: Api, folder: Path, seconds: float) -> dict[str, float]:
     with stand(folder, SD_API_URL=plain.base, SD_API_HOSTS=f"localhost:{plain.port}") as made:
         made.put_rows(plain.base, int((seconds + 2) * 6_000), prefix="due")
         made.settle()
@@ -277,4 +304,5 @@ def _share(plain: Api, folder: Path, seconds: float) -> float:
             [sys.executable, "-c", SHARE, str(seconds)],
             cwd=ROOT, env={**os.environ, **made.environment}, capture_output=True, text=True, check=True, timeout=120,
         )  # fmt: skip
-    return float(json.loads(done.stdout.splitlines()[-1])["share"]) * 100
+    spent: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return spent
