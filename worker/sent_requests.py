@@ -6,10 +6,12 @@ count.
 
 One file per process, named after it. A record is the job's id and the claim's token, written right before the request
 is sent; the file is a ring, so the oldest records are overwritten. Nothing is synced to the disk: the kernel keeps what
-a killed process wrote, and after a crash of the host every claim counts.
+a killed process wrote, and after a crash of the host every claim counts. The file is written as memory: a system call
+would let go of the interpreter lock, for which all threads that send compete.
 """
 
 import itertools
+import mmap
 import os
 import struct
 from collections.abc import Collection, Iterable
@@ -25,25 +27,20 @@ class SentRequests:
     """Notes what this process sends, for others on the same host. Does nothing where the file can't be written."""
 
     def __init__(self, folder: Path, holder: str) -> None:
-        self._file: int | None = None
+        self._records: mmap.mmap | None = None
         self._next = itertools.count()
         with suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._file = os.open(folder / holder, flags, 0o600)
+            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+            with os.fdopen(os.open(folder / holder, flags, 0o600), "r+b") as file:
+                file.write(bytes(RECORDS * RECORD.size))  # on a full disk it fails here, and not as memory
+                file.flush()
+                self._records = mmap.mmap(file.fileno(), RECORDS * RECORD.size)
 
     def note(self, row_id: int, token: str) -> None:
         """Note that a request is about to be sent. May be called from any thread."""
-        if self._file is None:
-            return
-        record = RECORD.pack(row_id, bytes.fromhex(token))
-        with suppress(OSError):  # a full disk: the claim counts, as without a file
-            os.pwrite(self._file, record, next(self._next) % RECORDS * RECORD.size)
-
-    def __del__(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            os.close(self._file)
+        if self._records is not None:
+            RECORD.pack_into(self._records, next(self._next) % RECORDS * RECORD.size, row_id, bytes.fromhex(token))
 
 
 def sent_by(folder: Path, holders: Iterable[str]) -> dict[str, frozenset[tuple[int, str]]]:
