@@ -22,7 +22,7 @@ from worker.app import DOWNLOADS, HINT_EXPIRES_SECONDS, POLLS, app, settings
 from worker.core import gate as gates
 from worker.core.submission import submission
 from worker.courier import Courier
-from worker.database import database_now, described, engine_for
+from worker.database import check_schema, database_now, described, engine_for
 from worker.downloader import Downloader
 from worker.errors import NotTrackable, SchemaOutdated, SettingsError, Unavailable, WorkerError
 from worker.hosted_api import HostedApi
@@ -33,9 +33,10 @@ from worker.poller import IN_FLIGHT, Poller, PollReport, Progress
 from worker.process_id import dead, holder_name
 from worker.pruner import Retention
 from worker.pruner import prune as prune_jobs
+from worker.redelivery import DELIVERIES_MOST, Deliveries, Outage, TooManyDeliveries, remote_id_of
 from worker.scrubber import Scrubber, shared_scrubber
 from worker.sent_requests import SentRequests, processes_with_files, remove_files, sent_by
-from worker.shared_budget import SharedBudget
+from worker.shared_budget import SharedBudget, redis_client
 from worker.store.claims import holders, waiting_outputs
 from worker.store.crashes import Released, release_crashed
 from worker.store.events import release_events
@@ -43,6 +44,7 @@ from worker.store.gates import locked_gate, save_gate
 from worker.store.history import sample
 from worker.store.repair import Repairer
 from worker.stores import storage_for
+from worker.transport_guard import shown
 from worker.wake_ups import listen
 from worker.webhooks import AT_ONCE, Webhooks
 
@@ -51,6 +53,7 @@ log = get_task_logger(__name__)
 SWEEP_LIMIT = 1_000
 DOWNLOAD_THREADS = 64
 DATABASE_AWAY_SECONDS = 1.0
+COUNT_TIMEOUT_SECONDS = 2.0
 DATABASE_ERRORS = (SQLAlchemyError, Unavailable)
 GARBAGE_THRESHOLDS = (20_000, 20, 50)
 NOTHING_HELD = Released(0, (), (), ())
@@ -123,6 +126,23 @@ class ProcessResources:
         if self.stopping.is_set():
             poller.stop()
         return poller
+
+    @locked_property
+    def deliveries(self) -> Deliveries:
+        """Counts the deliveries of messages that end their process."""
+        return Deliveries(redis_client(settings.redis, seconds=COUNT_TIMEOUT_SECONDS))
+
+    @locked_property
+    def outage(self) -> Outage:
+        """How long messages wait while the database is away."""
+        return Outage(self._database_answers)
+
+    def _database_answers(self) -> bool:
+        try:
+            check_schema(self.engine)
+        except WorkerError:
+            return False
+        return True
 
     @locked_property
     def courier(self) -> Courier:
@@ -468,14 +488,24 @@ def doubt_keys(accounts: Iterable[str]) -> None:
 # ── the tasks ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@app.task(name="worker.track", ignore_result=False, acks_late=True, throws=(WorkerError,))
-def track(remote: Any, **options: Any) -> int:
+@app.task(name="worker.track", bind=True, ignore_result=False, acks_late=True, throws=(WorkerError,))
+def track(self: Any, remote: Any, **options: Any) -> int:
     """Inserts the job once; its result is the job's id."""
+    own = parts()
+    redelivered = bool((self.request.delivery_info or {}).get("redelivered"))
     try:
-        job_id, created = enqueue.tracked([remote], **options)[0]
+        with own.deliveries.counted(self.request.id, redelivered=redelivered):
+            job_id, created = enqueue.tracked([remote], **options)[0]
+        own.outage.over()
     except (Unavailable, SchemaOutdated):
-        time.sleep(DATABASE_AWAY_SECONDS)
+        own.outage.wait(own.stopping)
         raise Reject("the database is away", requeue=True) from None
+    except TooManyDeliveries:
+        log.error(
+            "message set aside, its process died at each delivery remote=%s size=%s deliveries=%s",
+            *(shown(own.scrubber.text(remote_id_of(remote))), len(str(remote)), DELIVERIES_MOST),
+        )
+        raise Reject("its process died at each delivery", requeue=False) from None
     except TypeError as wrong:
         raise NotTrackable(parts().scrubber.text(f"worker.track was called wrongly: {wrong}")) from None
     except WorkerError as wrong:
