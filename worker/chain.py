@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row
 
 from worker.core.answers import answers
 from worker.core.durations import OLDEST
-from worker.core.gate import BY_HAND, REFUSALS, Gate, Scope
+from worker.core.gate import BY_HAND, NOT_LISTED, REFUSALS, Gate, Scope
 from worker.core.in_words import size, span
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.masking import link_host, masked
@@ -214,6 +214,9 @@ def _held(facts: Facts, gate: Gate, named: str, variable: str) -> Step:
     if gate.paused_at is not None:
         advice = f"fetch-worker resume --{gate.scope} {gate.name}"
         return Step(gate.scope, BY_HAND, f"{named}:{since}; whatever else is known of it", advice)
+    if (gate.reason or "").startswith(NOT_LISTED):
+        advice = f"add {gate.name} to SD_API_HOSTS and restart the worker, or cancel the job: it ends by its deadline"
+        return Step(gate.scope, "held", f"{named}:{since}, {NOT_LISTED}", advice)
     until = gate.until or gate.probe_at
     left = 0.0 if until is None else -facts.since(until)
     again = f"goes on in {span(left)}" if gate.until else f"is tried again in {span(left)}"

@@ -151,6 +151,7 @@ def _with_tables(settings: Settings) -> Iterator[Check]:
         return
     yield _work(state)
     held = [f"{one.account}: {one.reason}" for one in state.accounts if one.reason is not None]
+    held += [f"{one.host}: {one.reason}" for one in state.hosts if one.host != settings.api_host]
     if held:
         yield Check("holds", False, "; ".join(held) + ". Held jobs wait and cost nothing; see `fetch-worker status`")
     else:

@@ -55,6 +55,10 @@ class HostedApi:
         if proxy is not None:
             self.session.proxies = {"http": proxy, "https": proxy}
 
+    def lists(self, host: str) -> bool:
+        """Return whether the settings let the key go to a host, written as `host` or `host:port`."""
+        return host in self._allowed.hosts
+
     def permits(self, address: FetchAddress, remote_id: str) -> str | None:
         """Why the key may not go to this address, or None. Asked before each call, since settings change."""
         if address.url == self._own_fetch + remote_id:

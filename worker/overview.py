@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Row
 
 from worker.core.answers import answers
 from worker.core.durations import OLDEST
-from worker.core.gate import BY_HAND, Gate, Scope
+from worker.core.gate import BY_HAND, NOT_LISTED, Gate, Scope
 from worker.core.lifecycle import JOB_STATES
 from worker.core.masking import masked
 from worker.core.pace import Model, Waiting
@@ -37,6 +37,16 @@ class AccountState:
     since: datetime | None
     until: datetime | None
     rps: float
+
+
+@dataclass(frozen=True, slots=True)
+class HostState:
+    """A host of the API that is held: why, since and until when."""
+
+    host: str
+    reason: str
+    since: datetime | None
+    until: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +108,7 @@ class Overview:
     healthy: bool
     unstored: Unstored
     kinds: Sequence[KindState] = ()
+    hosts: Sequence[HostState] = ()
 
 
 def overview(connection: Connection, settings: Settings) -> Overview:
@@ -122,6 +133,11 @@ def overview(connection: Connection, settings: Settings) -> Overview:
         healthy=oldest <= HEALTHY_SECONDS or working,
         unstored=_unstored(connection, now),
         kinds=_kinds(connection),
+        hosts=[
+            HostState(gate.name, gate.why or "", gate.paused_at or gate.since, _tried_at(gate))
+            for (scope, _), gate in sorted(known.items())
+            if scope == "host" and gate.held(now)
+        ],
     )
 
 
@@ -229,8 +245,10 @@ def _account(
 
 
 def _tried_at(gate: Gate) -> datetime | None:
-    """When a held gate ends or is tried again; None where only an operator ends it."""
-    return None if gate.paused_at is not None else gate.until or gate.probe_at
+    """When a held gate ends or is tried again; None where only an operator can end it."""
+    if gate.paused_at is not None or (gate.reason or "").startswith(NOT_LISTED):
+        return None
+    return gate.until or gate.probe_at
 
 
 def no_key(account: str) -> str:
@@ -259,7 +277,8 @@ def why(connection: Connection, job: Row[Any], outputs: Sequence[Row[Any]], sett
         return f"held: {state.reason}{until}; it costs the job nothing"
     host = known.get(("host", job.fetch_host))
     if host is not None and host.held(now):
-        return f"held: {host.name} {host.why}; it costs the job nothing"
+        costs = "it ends by its deadline" if (host.why or "").startswith(NOT_LISTED) else "it costs the job nothing"
+        return f"held: {host.name} {host.why}; {costs}"
     said = answers(job.last_answer)
     last = f"; last answer: {masked(said[0].note)}" if said else ""
     if job.claim_token is not None and job.due_at < now:

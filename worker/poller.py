@@ -29,6 +29,7 @@ from worker.recorder import Recorder
 from worker.shared_budget import Grant, SharedBudget
 from worker.store.claims import ClaimedJob, Level, claim_jobs, release_jobs, release_tokens, waiting_levels
 from worker.store.gates import all_gates, locked_gate, save_gate
+from worker.store.unlisted import hold_unlisted
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ ALERT_SECONDS = 0.4  # after a wake-up it looks often: whoever sent it sends no 
 TAKE_OVER_SECONDS = 0.5
 LATE_SECONDS = 0.1  # a claim that took longer has missed its moments
 PROBE_MARGIN = timedelta(seconds=5)
+UNLISTED_SECONDS = 3.0  # between two looks at what waits for hosts that are not on SD_API_HOSTS
 REFUSED_WAIT = timedelta(seconds=60)
 
 
@@ -129,6 +131,8 @@ class Poller:
         self._stopping = threading.Event()
         self._wanted = threading.Event()
         self._gives_way = False
+        self._tell = tell
+        self._unlisted_at = 0.0
         self._view: _View | None = None
         self._stale = False
         self._look_at = 0.0
@@ -291,9 +295,14 @@ class Poller:
         view = self._current_view()
         now = view.time()
         due: dict[str, list[Level]] = {}
+        unlisted: list[Level] = []
         for level in view.levels:
-            if level.due_at <= now:
+            if level.due_at <= now and self._api.lists(level.host):
                 due.setdefault(level.account, []).append(level)
+            elif level.due_at <= now:
+                unlisted.append(level)
+        if unlisted:
+            self._hold_unlisted(unlisted)
         allowed = {account: view.gate("account", account).allows(now) for account in due}
         hosts = {level.host: view.gate("host", level.host).allows(now) for levels in due.values() for level in levels}
         open_levels = {
@@ -313,6 +322,15 @@ class Poller:
         self._stale = not more  # where a claim came back full, what was due still is
         self._look_at = time.monotonic() + pause
         return started > 0
+
+    def _hold_unlisted(self, levels: Sequence[Level]) -> None:
+        """Hold the hosts that SD_API_HOSTS does not list, now and then; tell of jobs that end by it."""
+        if time.monotonic() < self._unlisted_at:
+            return
+        self._unlisted_at = time.monotonic() + UNLISTED_SECONDS
+        with self._engine.begin() as connection:
+            ended = hold_unlisted(connection, levels, now=database_now(connection))
+        self._tell(ended)
 
     def _no_room(self) -> bool:
         """Whether every host that anything waits for has enough to do, as far as is known from a recent look."""

@@ -116,6 +116,9 @@ def status(as_json: bool) -> None:
     print_fields({name: count for name, count in state.jobs.items() if count} or {"jobs": "none yet"})
     rows = [(one.account, f"{one.rps:g}/s", one.reason or "open", one.since, one.until) for one in state.accounts]
     print_table(("account", "budget", "state", "since", "until (UTC)"), rows, empty="no accounts yet")
+    if state.hosts:
+        held = [(one.host, one.reason, one.since, one.until) for one in state.hosts]
+        print_table(("host", "held", "since", "until (UTC)"), held, empty="")
     if state.kinds:
         columns = ("account", "kind", "jobs", "half ready (s)", "90 % (s)", "found ready", "expected",
                    "delay (s)", "planned")  # fmt: skip
@@ -145,6 +148,7 @@ def _status_document(state: Overview) -> dict[str, Any]:
             }
             for one in state.accounts
         ],
+        "hosts": [asdict(one) for one in state.hosts],
         "oldest_due_seconds": state.oldest_due_seconds,
         "healthy": state.healthy,
         "outputs": {

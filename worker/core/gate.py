@@ -19,7 +19,8 @@ UNDECIDED_WAIT = 1.0
 TROUBLES_TO_HOLD = 5
 BY_HAND = "held by an operator"
 REFUSALS = {"key": "key rejected", "credits": "no credits", "plan": "plan", "request": "request refused"}
-HOLD_CLASSES = (*REFUSALS.values(), "rate limited", "unreachable", "by hand", "other")
+NOT_LISTED = "not on SD_API_HOSTS"
+HOLD_CLASSES = (*REFUSALS.values(), "rate limited", "unreachable", NOT_LISTED, "by hand", "other")
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +199,18 @@ def unproven(gate: Gate, *, now: datetime) -> Gate:
     # Jobs of an account that was never asked with were held for want of a key: they get their grace from now on.
     released_at = settled.released_at if settled.proven else now
     return replace(settled, proven=False, probe_at=now, released_at=released_at)
+
+
+def unlisted(gate: Gate, *, now: datetime) -> Gate:
+    """Return the gate of a host that the settings keep the key from: held, until a worker whose settings list it asks.
+
+    Such a worker may do so at once, by one call alone.
+    """
+    settled = _settled(gate, now)
+    if settled.reason is not None and settled.reason.startswith(NOT_LISTED):
+        return settled
+    reason = f"{NOT_LISTED}: add {gate.name} to it and restart the worker"
+    return replace(settled, reason=reason, since=now, until=None, probe_at=now)
 
 
 def paused(gate: Gate, *, now: datetime) -> Gate:

@@ -1,0 +1,80 @@
+"""Jobs whose fetch host is not on SD_API_HOSTS: the host is held, and past their deadline they end, though unasked."""
+
+import logging
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+from sqlalchemy import Connection, select, update
+
+from worker.core.gate import NOT_LISTED, Gate, unlisted
+from worker.core.lifecycle import AFTER_HOLD_GRACE
+from worker.store.claims import Level
+from worker.store.gates import locked_gate, save_gate
+from worker.store.totals import Tally
+from worker.tables import jobs
+
+log = logging.getLogger(__name__)
+
+LIMIT = 200
+OTHERS_ASK = timedelta(seconds=10)  # a host that was asked before is held once no other worker seems to ask it
+
+
+def hold_unlisted(connection: Connection, levels: Sequence[Level], *, now: datetime) -> list[int]:
+    """Hold the hosts of these levels, which the caller's settings do not list; return the jobs that ended.
+
+    A worker with other settings may ask such a host meanwhile, as in a rolling deployment: then there is no hold. A
+    hold is given a minute before any job ends by it.
+    """
+    by_host: dict[str, list[Level]] = {}
+    for level in levels:
+        by_host.setdefault(level.host, []).append(level)
+    ended: list[int] = []
+    tally = Tally()
+    for host, waiting in sorted(by_host.items()):
+        gate = locked_gate(connection, "host", host)
+        if gate.paused_at is not None:
+            continue
+        if not _is_unlisted(gate):
+            if not gate.proven or min(level.due_at for level in waiting) <= now - OTHERS_ASK:
+                held = unlisted(gate, now=now)
+                save_gate(connection, held)
+                log.warning("held scope=host name=%s reason=%s", host, held.reason)
+        elif gate.since is not None and now - gate.since >= AFTER_HOLD_GRACE:
+            for level in waiting:
+                ended += _expire(connection, level, tally, now)
+    tally.write(connection)
+    return ended
+
+
+def _is_unlisted(gate: Gate) -> bool:
+    return gate.reason is not None and gate.reason.startswith(NOT_LISTED)
+
+
+def _expire(connection: Connection, level: Level, tally: Tally, now: datetime) -> list[int]:
+    late = (
+        select(jobs.c.id, jobs.c.account, jobs.c.kind, jobs.c.polls)
+        .where(
+            jobs.c.account == level.account,
+            jobs.c.priority == level.priority,
+            jobs.c.fetch_host == level.host,
+            jobs.c.due_at <= now,
+            jobs.c.status == "pending",
+            jobs.c.claim_token.is_(None),
+            jobs.c.deadline_at <= now,
+        )
+        .order_by(jobs.c.due_at)
+        .limit(LIMIT)
+        .with_for_update(skip_locked=True)
+    )
+    rows = connection.execute(late).all()
+    if not rows:
+        return []
+    message = f"could not be asked by its deadline: {level.host} is {NOT_LISTED}; add it there, then `retry`"
+    connection.execute(
+        update(jobs)
+        .where(jobs.c.id.in_([row.id for row in rows]))
+        .values(status="expired", error_code="expired", error_message=message, completed_at=now, due_at=None)
+    )
+    for row in rows:
+        tally.finished(row.account, row.kind, "expired")
+    return [row.id for row in rows]
