@@ -243,3 +243,33 @@ def test_an_address_is_judged_anew_before_each_call(web: Web) -> None:
     assert api.permits(FetchAddress(queue, queue, "127.0.0.1"), "1") is not None
     other = f"{web.url}/api/v3/fetch"
     assert api.permits(FetchAddress(f"{other}/2", other, "127.0.0.1"), "1") is not None
+
+
+@pytest.mark.parametrize(
+    "interim",
+    [
+        b"HTTP/1.1 100 Continue\r\n\r\n",
+        b"HTTP/1.1 102 Processing\r\n\r\n",
+        b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n\r\n" * 3,
+    ],
+)
+def test_interim_answers_are_read_past(web: Web, interim: bytes) -> None:
+    """By this client, and by the one that goes through a proxy."""
+    answer = sends(interim, head(200, Content_Length="24"), b'{"status": "processing"}')
+    web.serves("/api/v3/fetch/1", answer)
+    web.serves(f"{web.url}/api/v3/fetch/1", answer)
+    allowed = _allowed(web)
+    address = fetch_address(None, "1", allowed)
+    for proxy in (None, web.url):
+        api = HostedApi(allowed, Scrubber([]), timeout=5.0, connections=1, proxy=proxy)
+        assert isinstance(api.ask(address, "1", SecretStr("k")), Processing)
+        api.session.close()
+
+
+def test_interim_answers_without_end_are_trouble(web: Web) -> None:
+    """They must not hold a thread."""
+    web.serves("/api/v3/fetch/1", sends(b"HTTP/1.1 102 Processing\r\n\r\n" * 1_000))
+    allowed = _allowed(web)
+    api = HostedApi(allowed, Scrubber([]), timeout=5.0, connections=1)
+    assert isinstance(api.ask(fetch_address(None, "1", allowed), "1", SecretStr("k")), ApiDown)
+    api.session.close()

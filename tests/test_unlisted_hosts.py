@@ -110,7 +110,7 @@ def test_given_such_a_job_before_its_deadline_then_it_waits(unlisted: Unlisted) 
 def test_given_a_setting_that_is_corrected_then_the_job_is_asked_at_once(unlisted: Unlisted) -> None:
     """By the process that lists the host; the hold ends with the answer."""
     unlisted.unlisting.until(lambda: unlisted.held)
-    unlisted.listing.until(lambda: unlisted.listing.row(unlisted.job_id).status == "downloading", 5.0)
+    unlisted.listing.until(lambda: unlisted.listing.row(unlisted.job_id).status == "downloading")
     assert not unlisted.held
 
 
