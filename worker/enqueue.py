@@ -147,6 +147,7 @@ def tracked(
     """As `track_many`, and for each whether it is new."""
     settings = _settings()
     scrubber = shared_scrubber(settings.secret_texts)
+    options = {name: scrubber.links(value) if isinstance(value, str) else value for name, value in options.items()}
     try:
         wanted = _options(settings, scrubber, **options)
         plans = [_plan(settings, scrubber, wanted, scrubber.links(remote)) for remote in remotes]
@@ -420,6 +421,7 @@ def _new_job(plan: _Plan, options: _Options, paced: "_Paced", now: datetime) -> 
         deadline_at=submitted_at + timedelta(seconds=plan.deadline),
         due_at=now + timedelta(seconds=wait),
         outputs=plan.submission.outputs,
+        left_out=plan.submission.left_out,
         plan=first,
     )
 

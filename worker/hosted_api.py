@@ -1,8 +1,11 @@
 """Every call to the hosted API. Raises nothing: what does not lead to an answer is a reply of its own, `ApiDown`."""
 
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 
 import requests
 from pydantic import SecretStr
@@ -11,7 +14,7 @@ from requests.structures import CaseInsensitiveDict
 from urllib3.exceptions import HTTPError
 
 from worker.core.fetch_address import AllowedApi, FetchAddress, fetch_address, is_training
-from worker.core.reply import ApiDown, Odd, Reply, parse
+from worker.core.reply import AnotherJob, ApiDown, Empty, Odd, Processing, Ready, Reply, parse
 from worker.errors import RefusedAddress
 from worker.lean_http import LeanAdapter, as_response
 from worker.network_errors import describe
@@ -20,11 +23,14 @@ from worker.timed_http import TimeLimit, lean_session
 
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
 CHUNK_BYTES = 64 * 1024
+LARGE_ANSWER_BYTES = 1024 * 1024  # larger ones are parsed one after the other: parsed, they take several times as much
 CONNECT_SECONDS = 10.0
 HEADERS = {
     "Accept": "application/json",
     "Content-Type": "application/json",
 }
+
+_parsing_large = threading.Lock()
 
 
 class HostedApi:
@@ -88,14 +94,16 @@ class HostedApi:
             return ApiDown(self._scrubber.text(f"no answer: {cause}"))
         if answer is None:
             return Odd(f"HTTP {status} with an answer of more than {MAX_ANSWER_BYTES} bytes")
-        return parse(
-            status,
-            headers,
-            self._scrubber.body(answer),
-            remote_id=remote_id,
-            now=time.time(),
-            training=is_training(address.base),
-        )
+        with _parsing_large if len(answer) > LARGE_ANSWER_BYTES else nullcontext():
+            reply = parse(
+                status,
+                headers,
+                self._scrubber.body(answer),
+                remote_id=remote_id,
+                now=time.time(),
+                training=is_training(address.base),
+            )
+        return _scrubbed(reply, self._scrubber)
 
     def _post(self, url: str, body: bytes, limit: TimeLimit) -> tuple[int, Mapping[str, str], bytes | None]:
         session = self.session
@@ -131,6 +139,16 @@ def _in_time(
     if limit.over:  # where no length was declared, a connection that the watchdog ended looks like the end
         raise requests.Timeout("the whole call took too long")
     return status, headers, body
+
+
+def _scrubbed(reply: Reply, scrubber: Scrubber) -> Reply:
+    """The reply, its message without the beginning of a key either: APIs shorten keys that they quote."""
+    if isinstance(reply, Processing | Ready | Empty):
+        return reply
+    if isinstance(reply, AnotherJob):
+        return replace(reply, echoed=scrubber.text(reply.echoed))
+    message = scrubber.text(reply.message)
+    return reply if message is reply.message else replace(reply, message=message)
 
 
 def _prepared(url: str, headers: Mapping[str, str], body: bytes) -> PreparedRequest:

@@ -17,9 +17,9 @@ from typing import Any
 
 from celery import current_task
 
-from worker.scrubber import Scrubber
+from worker.core.display import display_json
+from worker.scrubber import OURS, Scrubber
 
-OURS = "worker"
 OPENING = '{"time":'  # by which a line is known that is one of ours
 RESERVED = frozenset(
     {"time", "level", "logger", "event", "task", "task_id", "process", "pid", "thread", "exception", "stack"}
@@ -67,7 +67,8 @@ class JsonLines(logging.Formatter):
             document["exception"] = record.exc_text
         if record.stack_info:
             document["stack"] = record.stack_info
-        return json.dumps({name: self._plain(value) for name, value in document.items()}, ensure_ascii=False)
+        plain = {name: self._plain(value) for name, value in document.items()}
+        return display_json(json.dumps(plain, ensure_ascii=False))
 
     def _plain(self, value: object) -> object:
         """What JSON takes, without any key."""
@@ -85,7 +86,8 @@ class JsonLines(logging.Formatter):
 def plain_line(process: str, text: str) -> str:
     """What a process wrote that is no line of ours, as one."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    return json.dumps({"time": now, "level": "INFO", "event": text, "process": process}, ensure_ascii=False)
+    line = {"time": now, "level": "INFO", "event": text, "process": process}
+    return display_json(json.dumps(line, ensure_ascii=False))
 
 
 def _event(record: logging.LogRecord) -> tuple[str, dict[str, object]]:

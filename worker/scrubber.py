@@ -6,9 +6,11 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from worker.core.display import display_lines, display_text
 from worker.core.key_finder import KeyFinder
 
 MASK = "[key]"
+OURS = "worker"  # the loggers of this package
 DEEPEST = 32  # levels of lists and mappings; what is read of an answer has eight
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) - {"msg", "args", "exc_text", "stack_info"}
 
@@ -109,7 +111,10 @@ def _masked(data: bytes, spans: list[tuple[int, int]]) -> bytes:
 
 
 class ScrubbedLogs(logging.Filter):
-    """A filter that scrubs whole log records: message, arguments, traceback with its notes, stack and extra fields."""
+    """A filter that scrubs whole log records: message, arguments, traceback with its notes, stack and extra fields.
+
+    Control characters and invisible ones go, too; a message of ours is one line.
+    """
 
     def __init__(self, scrubber: Scrubber) -> None:
         super().__init__()
@@ -121,7 +126,7 @@ class ScrubbedLogs(logging.Filter):
         if record.exc_info and record.exc_info[1] is not None:
             record.exc_text = "".join(traceback.format_exception(*record.exc_info)).rstrip()
         if record.exc_text:
-            record.exc_text = self._scrubber.text(record.exc_text)
+            record.exc_text = display_lines(self._scrubber.text(record.exc_text))
         if record.stack_info:
             record.stack_info = self._scrubber.text(record.stack_info)
         extra: dict[str, Any] = vars(record)
@@ -136,5 +141,7 @@ class ScrubbedLogs(logging.Filter):
             record.msg, record.args = self._scrubber.text(f"{record.msg} {record.args!r}"), None
             return
         scrubbed = self._scrubber.text(message)
-        if scrubbed != message:
-            record.msg, record.args = scrubbed, None
+        ours = record.name == OURS or record.name.startswith(f"{OURS}.")
+        plain = display_text(scrubbed) if ours else display_lines(scrubbed)  # Celery writes lists of several lines
+        if plain != message:
+            record.msg, record.args = plain, None

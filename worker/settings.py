@@ -7,7 +7,7 @@ import math
 import os
 import re
 import socket
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -298,6 +298,10 @@ class Settings(BaseSettings):
         """What is wrong with settings of single processes, one line each."""
         return tuple(self._wrong.values())
 
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """Return what `repr` and `str` show: URLs without user, password and query, which may all be secret."""
+        return [(name, _without_secrets(value)) for name, value in super().__repr_args__()]
+
     @locked_property
     def database(self) -> URL:
         """The database's URL with the driver that is used for it. Raises SettingsError where its folder is missing."""
@@ -532,6 +536,18 @@ def _rate(value: object) -> float:
     if not 0 < rate <= MOST_RPS:
         raise ValueError
     return rate
+
+
+def _without_secrets(value: object) -> object:
+    """A setting as it may be shown: of a URL its scheme, host and path."""
+    if not isinstance(value, str) or not {"@", "?", "#"} & set(value):
+        return value
+    scheme, separator, rest = value.partition("://")
+    if not separator:
+        return "***"
+    _, at, host = rest.rpartition("@")  # a password may have any character, so the last one counts
+    bare = re.split("[?#;]", host, maxsplit=1)[0]
+    return f"{scheme}://{'***@' if at else ''}{bare}{'?***' if bare != host else ''}"
 
 
 def _items(text: str) -> list[str]:

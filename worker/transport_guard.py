@@ -15,6 +15,7 @@ from amqp.basic_message import Message as AmqpMessage
 from kombu.transport import redis as redis_transport
 
 from worker.core.plain_text import plain_text
+from worker.scrubber import shared_scrubber
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def log_refused(queue: object, size: int, content_type: object, reason: str) -> 
 
 def shown(value: object) -> str:
     """Return a foreign text for a log line: short, printable, in quotation marks."""
-    return repr(plain_text(str(value)[:SHOWN_MOST]))
+    return repr(plain_text(shared_scrubber().text(str(value))[:SHOWN_MOST]))
 
 
 def kind(value: object) -> str:

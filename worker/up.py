@@ -12,6 +12,7 @@ from kombu.connection import Connection
 from kombu.utils.url import maybe_sanitize_url
 from redis.exceptions import RedisError
 
+from worker.core.display import display_json, display_text
 from worker.database import connected, make_engine
 from worker.embedded import START_SECONDS, EmbeddedRedis
 from worker.errors import SettingsError, Unavailable
@@ -175,7 +176,7 @@ def writer(names: Sequence[str], stream: TextIO) -> Say:
 
     def say(name: str, text: str) -> None:
         with suppress(OSError):  # nobody reads any more: the work goes on
-            stream.write(f"{front[name]}{text}\n")
+            stream.write(f"{front[name]}{display_text(text)}\n")
             stream.flush()
 
     return say
@@ -185,7 +186,7 @@ def json_writer(stream: TextIO) -> Say:
     """Writes every line as JSON: those that are it already as they are, all others with the name of their process."""
 
     def say(name: str, text: str) -> None:
-        line = text if text.startswith(OPENING) else plain_line(name, text)
+        line = display_json(text) if text.startswith(OPENING) else plain_line(name, text)
         with suppress(OSError):  # nobody reads any more: the work goes on
             stream.write(f"{line}\n")
             stream.flush()

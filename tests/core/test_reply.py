@@ -2,6 +2,7 @@
 # ruff: noqa: E501  # a table has one line per case
 
 import json
+import tracemalloc
 from dataclasses import astuple
 from email.utils import formatdate
 from typing import Any
@@ -357,3 +358,42 @@ def test_no_word_in_a_success_stops_an_account(text: str, meta: object) -> None:
 @given(ANSWERS, st.sampled_from([300, 307, 429, 500, 503, 524]))
 def test_some_codes_are_never_about_the_job(body: bytes, status: int) -> None:
     assert isinstance(ask(body, status), (ApiDown, RateLimited, AccountRefused))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"a": [' + b"[]," * 1_000_000 + b"1]}",
+        b'{"a": [' + b'"",' * 1_000_000 + b"1]}",
+        b'{"a": ["\\"", ' + b"{}," * 1_000_000 + b"1]}",
+        b'{"a": ' + b"[" * 1_000_000 + b"]" * 1_000_000 + b"}",
+        b'{"a": 1' + b"0" * 3_000_000 + b"}",
+    ],
+    ids=["lists", "strings", "after an escaped quotation mark", "deep", "digits"],
+)
+def test_given_an_answer_that_unfolds_when_parsed_then_it_takes_little_memory_and_is_asked_again(body: bytes) -> None:
+    tracemalloc.start()
+    try:
+        reply = parse(200, {}, body, remote_id="1", now=0.0)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert isinstance(reply, Odd)
+    assert most < 3 * len(body)
+
+
+def test_given_a_text_with_a_million_commas_when_parsed_then_it_is_one_value() -> None:
+    body = json.dumps({"status": "processing", "prompt": 'a lake, "at dawn", \\' * 300_000}).encode()
+
+    assert parse(200, {}, body, remote_id="1", now=0.0) == Processing()
+
+
+def test_given_more_outputs_than_are_stored_when_parsed_then_the_reply_says_how_many_are_left_out() -> None:
+    listed = [f"https://cdn.example/{number}.png" for number in range(1_500)]
+    body = json.dumps({"status": "success", "output": [*listed, *listed[-100:]]}).encode()
+
+    reply = parse(200, {}, body, remote_id="1", now=0.0)
+
+    assert isinstance(reply, Ready)
+    assert (len(reply.outputs), reply.left_out) == (1_000, 500)

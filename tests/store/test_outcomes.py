@@ -28,7 +28,7 @@ from worker.core.pace import Plan
 from worker.store.claims import ClaimedJob
 from worker.store.jobs import cancel, retry
 from worker.store.outcomes import RENEWAL_WAIT, Outcome, Recorded, record_answers, record_attempt, set_aside
-from worker.store.totals import Tally
+from worker.store.totals import LEFT_OUT, Tally, read_totals
 from worker.tables import bodies, jobs, outputs
 
 SOON = NOW + seconds(1)
@@ -94,6 +94,31 @@ def test_a_ready_job_without_outputs_is_completed_at_once(engine: Engine) -> Non
     row = job_of(engine, job_id)
     assert recorded.finished == (job_id,)
     assert (row.status, row.ready_at, row.completed_at, row.due_at) == ("completed", SOON, SOON, None)
+
+
+def test_given_more_outputs_than_are_stored_when_recorded_then_the_job_says_so_and_they_are_counted(
+    engine: Engine,
+) -> None:
+    tally = Tally()
+    with engine.begin() as connection:
+        job_ids = [add_job(connection), add_job(connection, remote_id="12202889")]
+        steps = [Deliver((Link("https://cdn/a.png"),), left_out=499), Deliver((Link("https://cdn/b.png"),))]
+        outcomes = [Outcome(job, step, "note") for job, step in zip(claim(connection), steps, strict=True)]
+        record_answers(connection, outcomes, tally, now=SOON)
+        tally.write(connection)
+    with engine.begin() as connection:
+        for output in connection.execute(select(outputs)).all():
+            record_attempt(connection, taken(connection, output.id, now=SOON), FILE, now=SOON)
+
+    rows = {outcome.job.id: job_of(engine, outcome.job.id) for outcome in outcomes}
+    note = "the answer listed 500 outputs; only the first 1 are stored"
+    assert [(row.status, row.error_code, row.error_message) for row in rows.values()] == [
+        ("completed", None, note),
+        ("completed", None, None),
+    ]
+    assert set(job_ids) == set(rows)
+    with engine.connect() as connection:
+        assert [total.times for total in read_totals(connection, [LEFT_OUT])] == [499]
 
 
 @pytest.mark.parametrize(("status", "code"), [("failed", "api_failed"), ("expired", "expired")])

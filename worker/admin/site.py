@@ -14,6 +14,7 @@ from worker.admin.outputs import OutputsView, as_what
 from worker.admin.plots import PlotsView
 from worker.admin.reading import Reading
 from worker.admin.wording import age, host_of, moment, size, without_links
+from worker.core.display import display_lines
 from worker.errors import Unavailable, WorkerError
 from worker.settings import Settings
 
@@ -54,6 +55,7 @@ def make_site(settings: Settings, door: Door) -> Flask:
     admin.add_view(GatesView(reading, name="Accounts", endpoint="gates", url="/accounts"))
     admin.add_view(PlotsView(reading, name="Plots", endpoint="plots", url="/plots"))
     app.add_url_rule("/assets/<name>", "assets", _asset)
+    app.after_request(_display)
     app.register_error_handler(HTTPException, _refused)
     app.register_error_handler(WorkerError, _trouble)
     for shown in (age, host_of, moment, size, without_links):
@@ -67,6 +69,13 @@ def make_site(settings: Settings, door: Door) -> Flask:
         }
     )
     return app
+
+
+def _display(response: Response) -> Response:
+    """Leave what moves or hides text out of a page, wherever it came from."""
+    if response.mimetype in ("text/html", "image/svg+xml") and not response.direct_passthrough:
+        response.set_data(display_lines(response.get_data(as_text=True)))
+    return response
 
 
 def _without_before() -> dict[str, str]:

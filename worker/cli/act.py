@@ -14,6 +14,7 @@ from worker.migrate import migrate as run_migrations
 from worker.scrubber import shared_scrubber
 from worker.settings import load
 from worker.store.jobs import jobs_by_remote
+from worker.terminal import echo
 from worker.verifier import verify as run_verification
 
 MAX_DIGITS = 100  # of a number on the command line; Python itself refuses to read endless ones
@@ -33,8 +34,8 @@ def migrate() -> None:
         engine.dispose()
     where = shown_url(engine.url)
     if encoding is not None:
-        click.echo(f"fetch-worker: no process will start: {wrong_encoding(encoding)}", err=True)
-    click.echo(f"{where} is at {after}" + (" already" if before == after else f", was {before or 'empty'}"))
+        echo(f"fetch-worker: no process will start: {wrong_encoding(encoding)}", err=True)
+    echo(f"{where} is at {after}" + (" already" if before == after else f", was {before or 'empty'}"))
 
 
 @click.command()
@@ -58,7 +59,7 @@ def track(remotes: tuple[str, ...], as_json: bool, **options: Any) -> int:
         try:
             job_id, created = enqueue.tracked([remote], **options)[0]
         except (NotTrackable, DatabaseRefused) as wrong:
-            click.echo(f"fetch-worker: {scrubber.text(remote)[:60]!r} not tracked: {wrong}", err=True)
+            echo(f"fetch-worker: {scrubber.text(remote)[:60]!r} not tracked: {wrong}", err=True)
             continue
         job = enqueue.get(job_id)
         if job is not None:
@@ -124,13 +125,13 @@ def verify(
         print_json({"checked": found.checked, "whole": found.whole, "wrong": [asdict(one) for one in found.wrong],
                     "orphans": found.orphans, "kept": found.kept})  # fmt: skip
     else:
-        click.echo(f"{found.whole} of {found.checked} stored outputs are whole")
+        echo(f"{found.whole} of {found.checked} stored outputs are whole")
         if found.wrong:
             print_table(WRONG, [[getattr(one, name) for name in WRONG] for one in found.wrong], empty="")
         for orphan in found.orphans:
-            click.echo(f"no output knows {orphan}")
+            echo(f"no output knows {orphan}")
         if found.kept:
-            click.echo(f"{len(found.kept)} files were kept when their jobs were pruned (--json lists them)")
+            echo(f"{len(found.kept)} files were kept when their jobs were pruned (--json lists them)")
     return 0 if found.settled or dry_run else 1
 
 

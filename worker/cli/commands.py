@@ -1,13 +1,16 @@
 """All commands in one group, and how their errors are said: in one line, without a traceback."""
 
+import io
 import os
 
 import click
 
 from worker import __version__
 from worker.cli import act, control, find, look, metrics, prune, run, simulate, top
+from worker.core.display import display_lines
 from worker.errors import SettingsError, WorkerError
 from worker.own_package import advice, other_worker, python_path
+from worker.terminal import echo
 
 ANYWHERE = ("doctor", "demo", "sandbox")  # they start nothing by our package's name in the working directory
 
@@ -30,27 +33,29 @@ for _module in (run, act, control, find, look, top, metrics, prune, simulate):
 def run_command(words: list[str]) -> int:
     """Runs a command; its exit code."""
     if any(not _is_text(word) for word in words):
-        click.echo("fetch-worker: an argument is no text in UTF-8", err=True)
+        echo("fetch-worker: an argument is no text in UTF-8", err=True)
         return 2
     try:
         code = group.main(words, prog_name="fetch-worker", standalone_mode=False)
     except click.exceptions.Abort:
-        click.echo("stopped", err=True)
+        echo("stopped", err=True)
         return 130
     except click.ClickException as wrong:
-        wrong.show()
+        written = io.StringIO()
+        wrong.show(written)
+        click.echo(display_lines(written.getvalue()), err=True, nl=False)
         return wrong.exit_code
     except SettingsError as wrong:
-        click.echo(f"fetch-worker: {wrong}", err=True)
+        echo(f"fetch-worker: {wrong}", err=True)
         return 2
     except WorkerError as wrong:
-        click.echo(f"fetch-worker: {wrong}", err=True)
+        echo(f"fetch-worker: {wrong}", err=True)
         return 1
     except Exception as error:
         line = _database_line(error)
         if line is None:
             raise
-        click.echo(f"fetch-worker: {line}", err=True)
+        echo(f"fetch-worker: {line}", err=True)
         return 1
     return code if isinstance(code, int) else 0
 

@@ -15,7 +15,7 @@ from worker import enqueue, holds
 from worker.acting import Acted, Action, act, changeable
 from worker.cli.act import job_numbers
 from worker.cli.find import filter_options, job_filter
-from worker.cli.output import json_option, print_table
+from worker.cli.output import json_option, print_json, print_table
 from worker.core.fetch_address import ACCOUNT
 from worker.core.gate import Scope
 from worker.database import connected, database_now, engine_for
@@ -25,6 +25,7 @@ from worker.store.gates import all_gates
 from worker.store.jobs import job_row, jobs_by_remote
 from worker.store.search import JobFilter, Search, count_matching, matching, search
 from worker.tables import jobs
+from worker.terminal import echo
 
 SHOWN = 20  # of the jobs that would be changed
 PAGE = 1_000
@@ -111,7 +112,7 @@ def _jobs(said: _Said, job_ids: Iterable[int], settings: Settings) -> int:
         try:
             rows.append(one(said.action, job_id, settings))
         except JobNotFound as missing:
-            click.echo(f"fetch-worker: {missing}", err=True)
+            echo(f"fetch-worker: {missing}", err=True)
             code = 1
     if said.as_json:
         _print_stream(rows)
@@ -148,12 +149,12 @@ def _filtered(said: _Said, wanted: JobFilter, settings: Settings) -> int:
         found = search(connection, changeable(said.action, wanted))
         count = count_matching(connection, found)
     if count == 0:
-        click.echo(f"no job matches that could be {DONE[said.action]}", err=True)
+        echo(f"no job matches that could be {DONE[said.action]}", err=True)
         if said.as_json:
             _print_stream(())
         return 0
     if asks and not click.confirm(f"{said.action} {_jobs_of(count)}?", err=True):
-        click.echo("nothing was done", err=True)
+        echo("nothing was done", err=True)
         return 1
     if said.dry_run:
         _foretell(said, found, count, settings)
@@ -163,7 +164,7 @@ def _filtered(said: _Said, wanted: JobFilter, settings: Settings) -> int:
         _print_stream(acted)
     else:
         changed = sum(row.changed for row in acted)
-        click.echo(f"{_jobs_of(changed)} {DONE[said.action]}")
+        echo(f"{_jobs_of(changed)} {DONE[said.action]}")
     return 0
 
 
@@ -172,11 +173,11 @@ def _foretell(said: _Said, found: Search, count: int, settings: Settings) -> Non
     if said.as_json:
         _print_stream(would)
         return
-    click.echo(f"{_jobs_of(count)} would be {DONE[said.action]}")
+    echo(f"{_jobs_of(count)} would be {DONE[said.action]}")
     shown = list(islice(would, SHOWN))
     _print_acted(shown, said)
     if count > len(shown):
-        click.echo(f"and {count - len(shown):,} more: --json lists them all")
+        echo(f"and {count - len(shown):,} more: --json lists them all")
 
 
 def _all(found: Search, settings: Settings) -> Iterator[Any]:
@@ -205,7 +206,8 @@ def _told(batches: Iterable[list[Acted]], action: Action, count: int) -> Iterato
                 click.echo(f"\r{done:,} of {count:,} {DONE[action]}", err=True, nl=not terminal)
             yield from batch
     except BaseException:
-        click.echo(f"\n{_jobs_of(done)} {DONE[action]} so far: the same again goes on", err=True)
+        click.echo(err=True)
+        echo(f"{_jobs_of(done)} {DONE[action]} so far: the same again goes on", err=True)
         raise
     if terminal and done:
         click.echo("\r\033[K", err=True, nl=False)
@@ -240,7 +242,7 @@ def _whole(said: _Said, gates: Iterable[tuple[Scope, str]], settings: Settings) 
             changed = holds.resume_gate(scope, name)
         rows.append({"scope": scope, "name": name, "changed": changed})
     if said.as_json:
-        click.echo(json.dumps(rows, ensure_ascii=False, indent=2))
+        print_json(rows)
     else:
         print_table(list(rows[0]), [list(row.values()) for row in rows], empty="")
     return 0

@@ -28,6 +28,7 @@ from worker.settings import Settings, load
 from worker.shared_budget import SharedBudget
 from worker.store.events import events_of
 from worker.store.jobs import job_row, outputs_of
+from worker.terminal import echo
 
 NODES_SECONDS = 1.5
 QUEUES = {
@@ -53,7 +54,7 @@ def show(ids: tuple[str, ...], remote: str | None, account: str | None, as_json:
         with connected(settings.database), engine_for(settings.database).connect() as connection:
             found = _document(connection, job_id, settings)
         if found is None:
-            click.echo(f"fetch-worker: there is no job {job_id}", err=True)
+            echo(f"fetch-worker: there is no job {job_id}", err=True)
         else:
             documents.append(_with_chain(*found, budget))
     if as_json and documents:
@@ -72,7 +73,7 @@ def show(ids: tuple[str, ...], remote: str | None, account: str | None, as_json:
             if webhooks:
                 print_table(EVENTS, [[event[name] for name in EVENTS] for event in webhooks], empty="")
             print_table(OUTPUTS, [[output[name] for name in OUTPUTS] for output in outputs], empty="no outputs yet")
-            click.echo(f"what to do: {advice}")
+            echo(f"what to do: {advice}")
     return 0 if len(documents) == len(job_ids) else 1
 
 
@@ -126,13 +127,11 @@ def status(as_json: bool) -> None:
     waiting = state.unstored
     if waiting.count:
         said = "".join(f", {count} {code}" for code, count in sorted(waiting.trouble.items()))
-        click.echo(f"outputs not stored yet: {waiting.count}, the oldest for {waiting.oldest_seconds:.0f} s{said}")
+        echo(f"outputs not stored yet: {waiting.count}, the oldest for {waiting.oldest_seconds:.0f} s{said}")
     if waiting.storage is not None:
-        click.echo(
-            f"the storage is in trouble: {waiting.storage}; nothing is lost, it is tried every {STORAGE_WAIT:g} s"
-        )
+        echo(f"the storage is in trouble: {waiting.storage}; nothing is lost, it is tried every {STORAGE_WAIT:g} s")
     health = "healthy" if state.healthy else "NOT healthy: due work is not done; is a worker running?"
-    click.echo(f"oldest due work: {state.oldest_due_seconds:.1f} s; {health}")
+    echo(f"oldest due work: {state.oldest_due_seconds:.1f} s; {health}")
 
 
 def _status_document(state: Overview) -> dict[str, Any]:

@@ -6,9 +6,12 @@ from datetime import datetime
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from sqlalchemy import Row
+
+from worker.core.display import display_json
+from worker.terminal import cell, echo, make_console
 
 JOB_COLUMNS = (
     "id",
@@ -53,7 +56,6 @@ OUTPUT_COLUMNS = (
     "error_code",
     "error_message",
 )
-FILE_WIDTH = 200  # characters a line where nobody watches
 COLOURS = {
     "completed": "green",
     "stored": "green",
@@ -78,7 +80,7 @@ def moment(value: datetime | None) -> str | None:
 
 def print_json(document: object) -> None:
     """The one document."""
-    click.echo(json.dumps(document, ensure_ascii=False, indent=2))
+    click.echo(display_json(json.dumps(document, ensure_ascii=False, indent=2)))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:
@@ -88,7 +90,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, emp
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
-    _console().print(table) if table.row_count else click.echo(empty)
+    make_console().print(table) if table.row_count else echo(empty)
 
 
 def print_fields(fields: Mapping[str, object]) -> None:
@@ -99,18 +101,11 @@ def print_fields(fields: Mapping[str, object]) -> None:
     for name, value in fields.items():
         if value is not None:
             table.add_row(name, _cell(value))
-    _console().print(table)
+    make_console().print(table)
 
 
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=FILE_WIDTH)
-
-
-def _cell(value: object) -> str:
+def _cell(value: object) -> Text:
     if value is None:
-        return ""
+        return cell("")
     text = f"{value:%Y-%m-%d %H:%M:%S}" if isinstance(value, datetime) else str(value)
-    escaped = text.replace("[", "\\[")
-    colour = COLOURS.get(text)
-    return f"[{colour}]{escaped}[/]" if colour else escaped
+    return cell(text, COLOURS.get(text, ""))

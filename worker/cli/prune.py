@@ -12,6 +12,7 @@ from worker.database import connected, engine_for
 from worker.pruner import Pruned, Retention, look
 from worker.pruner import prune as run_prune
 from worker.settings import LONGEST, Settings, load
+from worker.terminal import echo
 
 
 def _span(context: click.Context, option: click.Parameter, value: str | None) -> float | None:
@@ -59,9 +60,9 @@ def prune(
     if as_json:
         print_json({name: getattr(done, name) for name in ("jobs", "outputs", "files", "bytes")})
     else:
-        click.echo(_words(done, wanted, "would be removed" if dry_run else "removed"))
+        echo(_words(done, wanted, "would be removed" if dry_run else "removed"))
     if done.kept:
-        click.echo(f"fetch-worker: {done.kept} jobs stay, their files could not be removed: {done.reason}", err=True)
+        echo(f"fetch-worker: {done.kept} jobs stay, their files could not be removed: {done.reason}", err=True)
     return 1 if done.kept else 0
 
 

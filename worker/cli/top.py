@@ -18,14 +18,15 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from worker.cli.output import FILE_WIDTH, json_option, moment, print_json
+from worker.cli.output import json_option, moment, print_json
+from worker.core.display import display_text
 from worker.core.in_words import size, span
-from worker.core.plain_text import plain_text
 from worker.database import engine_for
 from worker.errors import WorkerError
 from worker.lately import NO_WORKER, AccountNow, Frame, LateJob, LostClaim, Overdue, Transfer, Unstored, Watcher
 from worker.overview import HEALTHY_SECONDS
 from worker.settings import load
+from worker.terminal import cell, make_console
 
 FILE_LINES = 1_000  # where nobody watches, nothing is cut but what is cut by `worker.lately`
 GAP = "  "
@@ -62,12 +63,10 @@ def top(every: float, once: bool, as_json: bool) -> int:
     """Watch everything that goes on: rates, holds, late work, downloads, troubles. `q` ends it."""
     settings = load()
     watcher = Watcher(engine_for(settings.database), settings)
-    console = Console()
+    console = make_console(height=FILE_LINES)
     if as_json:
         print_json(document(watcher.frame()))
     elif once or not console.is_terminal:
-        if not console.is_terminal:
-            console = Console(width=FILE_WIDTH, height=FILE_LINES)
         console.print(drawn(watcher.frame(), console.width, console.height - 1), soft_wrap=True)
     else:
         _watch(watcher, console, every)
@@ -175,7 +174,7 @@ def _head(frame: Frame, trouble: str | None) -> Iterator[Text]:
         line.append(f"{GAP}(`fetch-worker show ID`: why, and what to do)", style="dim")
     yield line
     if trouble is not None:
-        yield Text(plain_text(trouble), style="bold red")
+        yield cell(trouble, "bold red")
     if not frame.budget_known:
         yield Text("Redis is away: what is left of the budget is not known", style="red")
 
@@ -202,7 +201,7 @@ def _lines(section: Section, room: int, width: int) -> list[Text]:
     count = max(len(section.rows), section.count)
     shown = section.rows[:count] if room > count else section.rows[: max(room - 2, 0)]
     table = [(section.title, *section.columns), *shown]
-    cells = [[plain_text(cell) for cell in row] for row in table]
+    cells = [[display_text(text) for text in row] for row in table]
     widths = [max(cell_len(row[place]) for row in cells) for place in range(len(cells[0]))]
     style = "bold red" if section.alarming else "bold"
     lines = [Text(_joined(row, widths), style=style if not place else "") for place, row in enumerate(cells)]

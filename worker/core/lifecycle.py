@@ -89,9 +89,13 @@ class AskAgain(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """The job is ready: its outputs are to be downloaded. None at all completes it at once."""
+    """The job is ready: its outputs are to be downloaded. None at all completes it at once.
+
+    `left_out`: how many more the answer listed, which are not stored.
+    """
 
     outputs: tuple[Link, ...]
+    left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +131,8 @@ def after_answer(job: JobFacts, reply: Reply, *, now: datetime, least: timedelta
     if job.status == "downloading":
         return RenewLinks(reply.outputs) if isinstance(reply, Ready) else KeepLinks(note_of(reply))
     match reply:
-        case Ready(outputs):
-            return Deliver(outputs)
+        case Ready(outputs, left_out):
+            return Deliver(outputs, left_out)
         case AnotherJob() | Odd():
             return _unless_late(job, replace(job.strikes, error=0), note_of(reply), now)
         case Processing():
@@ -180,8 +184,8 @@ def note_of(reply: Reply) -> str:
     match reply:
         case Processing():
             return "processing"
-        case Ready(outputs):
-            return f"ready, {len(outputs)} outputs"
+        case Ready(outputs, left_out):
+            return f"ready, {len(outputs)} outputs" + (f", {left_out} more left out" if left_out else "")
         case Empty():
             return "success without output"
         case AnotherJob(echoed):

@@ -35,6 +35,23 @@ def listed(answer: Mapping[str, object]) -> tuple[Link, ...]:
     return links(answer.get("output"), proxies) or links(proxies) or links(answer.get("links"))
 
 
+def left_out(answer: Mapping[str, object]) -> int:
+    """How many outputs a success lists beyond those that `listed` returns."""
+    for name in ("output", "proxy_links", "links"):
+        if texts := list(_texts(answer.get(name))):
+            return len(set(texts[MAX_LINKS:]).difference(texts[:MAX_LINKS]))
+    return 0
+
+
+def left_out_note(listed: int, missing: int) -> str:
+    """The note for a job of whose outputs some are not stored.
+
+    >>> left_out_note(1000, 500)
+    'the answer listed 1,500 outputs; only the first 1,000 are stored'
+    """
+    return f"the answer listed {listed + missing:,} outputs; only the first {listed:,} are stored"
+
+
 def links(output: object, proxy_links: object = None) -> tuple[Link, ...]:
     """Every output that `output` lists (text, list, object, nested), each with the proxy link of its place.
 

@@ -14,7 +14,8 @@ from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 
-from worker.core.links import Link, listed
+from worker.core.json_size import MAX_VALUES, too_many_values
+from worker.core.links import Link, left_out, listed
 from worker.core.plain_text import plain_text
 
 Hold = Literal["key", "credits", "plan", "request"]
@@ -56,9 +57,10 @@ class Processing:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Done: `outputs` is everything that was made (empty for a trained model)."""
+    """Done: `outputs` is what was made (empty for a trained model), but for the `left_out` last of a long list."""
 
     outputs: tuple[Link, ...]
+    left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +200,7 @@ def _success(answer: dict[str, Any], remote_id: str) -> Reply:
         if text and text != remote_id:
             return AnotherJob(plain_text(text[:128]))
     outputs = listed(answer)
-    return Ready(outputs) if outputs else Empty()
+    return Ready(outputs, left_out(answer)) if outputs else Empty()
 
 
 def _refusal(message: str) -> Hold | Literal["limited"] | None:
@@ -215,6 +217,8 @@ def _refusal(message: str) -> Hold | Literal["limited"] | None:
 
 def _not_json(status: int, headers: Mapping[str, str], body: bytes, now: float) -> Reply:
     start = body[:MAX_MESSAGE].decode("utf-8-sig", "replace").lstrip()
+    if too_many_values(body):
+        return Odd(f"HTTP {status} with JSON of more than {MAX_VALUES:,} values ({len(body)} bytes)")
     page = start.startswith("<")
     what = "an HTML page" if page else "no JSON object"
     if status >= 500 or (status >= 400 and page and status != 404):
@@ -232,6 +236,8 @@ def json_object(body: bytes) -> dict[str, Any] | None:
     >>> json_object(b"[" * 100_000) is None
     True
     """
+    if too_many_values(body):
+        return None
     try:
         answer = json.loads(body.decode("utf-8-sig"))
     except (ValueError, RecursionError):

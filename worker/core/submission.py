@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from worker.core.fetch_address import checked_remote_id
-from worker.core.links import Link, listed
+from worker.core.links import Link, left_out, listed
 from worker.core.reply import json_object, message_of, status_of
 from worker.errors import NotTrackable
 
@@ -20,6 +20,7 @@ class Submission:
     eta: float | None = None
     model: str | None = None
     outputs: tuple[Link, ...] = ()
+    left_out: int = 0
 
     @property
     def pollable(self) -> bool:
@@ -54,6 +55,7 @@ def submission(remote: object) -> Submission:
         eta=seconds(remote.get("eta")),
         model=_model(remote),
         outputs=ready,
+        left_out=left_out(remote) if ready else 0,
     )
 
 

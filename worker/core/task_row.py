@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from worker.core.answers import answers
+from worker.core.display import display_text
 from worker.core.lifecycle import FINAL_STATES
 
 NAME = "fetch-worker.job"
@@ -109,7 +110,7 @@ def task_fields(job: SeenJob) -> dict[str, object]:
         **{name: ended if ENDED_AS.get(state) == name else None for name in ENDED_AS.values()},
         "timestamp": max(moment.timestamp() for moment in moments if moment),
         "runtime": None if job.completed_at is None else (job.completed_at - job.submitted_at).total_seconds(),
-        "result": _words(job) or None,
+        "result": display_text(_words(job)) or None,
         "exception": _trouble(job),
     }
 
@@ -122,7 +123,7 @@ def _kwargs(job: SeenJob) -> dict[str, object]:
 def _trouble(job: SeenJob) -> str | None:
     if job.status not in ("failed", "expired"):
         return None
-    return f"{job.error_code}: {job.error_message or ''}".rstrip(": ")[:MESSAGE_MOST]
+    return display_text(f"{job.error_code}: {job.error_message or ''}".rstrip(": ")[:MESSAGE_MOST])
 
 
 def _words(job: SeenJob) -> str:

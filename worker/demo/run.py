@@ -18,6 +18,7 @@ from worker.demo.sheet import sheet
 from worker.demo.watch import Display, Progress, Submitted, look, mean, results, seconds_text
 from worker.errors import WorkerError
 from worker.sandbox.behaviour import Behaviour, Family, SandboxOptions
+from worker.terminal import cell, make_console
 
 MOST_JOBS = 500
 SEED = 7
@@ -30,7 +31,6 @@ COULD_NOT = 1
 INTERRUPTED = 130
 PAGE = "contact-sheet.html"
 QUEUE = "fetch-worker"
-FILE_WIDTH = 160  # characters a line where nobody watches
 PICTURE_SIZE = 400  # pixels both ways: sharp enough, and quickly drawn
 
 PROMPTS = (
@@ -52,9 +52,7 @@ PROMPTS = (
 def demo(*, jobs: int, longest: float, folder: Path | None, with_flower: bool) -> int:
     """The exit code: 0 where all jobs completed, 1 where one did not, 130 where it was told to end."""
     began = time.monotonic()
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=FILE_WIDTH)
+    console = make_console()
     place = _place(folder)
     options = SandboxOptions(seed=SEED, min_seconds=LEAST_SECONDS, max_seconds=longest, size=PICTURE_SIZE)
     _say(console, f"Everything of this demo is in {place}")
@@ -163,7 +161,7 @@ def _report(console: Console, place: Path, progress: Sequence[Progress], *, seco
 
 def _say(console: Console, text: str) -> None:
     """One line, never folded: paths and addresses are there to be copied."""
-    console.print(text, soft_wrap=True, highlight=False, markup=False)
+    console.print(cell(text), soft_wrap=True)
 
 
 def _busy(console: Console, text: str) -> AbstractContextManager[object]:

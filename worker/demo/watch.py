@@ -22,6 +22,7 @@ from worker.overview import why
 from worker.settings import Settings
 from worker.storage import path_of
 from worker.store.jobs import outputs_of
+from worker.terminal import cell
 
 ALMOST = 0.9  # as far as a bar gets by waiting alone: nobody knows when a job is ready
 ROWS_LEFT_FREE = 9  # of the terminal's height, for what stands around the jobs
@@ -146,7 +147,7 @@ class Display:
         said = summary(progress)
         if said != self._said and (seconds - self._said_at >= SAY_SECONDS or all(one.final for one in progress)):
             self._said, self._said_at = said, seconds
-            self._console.print(f"{seconds:5.1f} s  {said}", soft_wrap=True, highlight=False)
+            self._console.print(cell(f"{seconds:5.1f} s  {said}"), soft_wrap=True)
 
 
 def results(progress: Sequence[Progress], folder: Path) -> RenderableType:
@@ -160,7 +161,7 @@ def results(progress: Sequence[Progress], folder: Path) -> RenderableType:
         files = f"{places[0].parent}/ ×{len(places)}" if places else one.reason
         state = Text(one.status, style=STYLES.get(one.status, ""))
         after = [seconds_text(one.seen_after), seconds_text(one.stored_after)]
-        table.add_row(str(one.id or ""), one.submitted.prompt, state, str(one.polls), *after, files)
+        table.add_row(str(one.id or ""), cell(one.submitted.prompt), state, str(one.polls), *after, cell(files))
     return table
 
 
@@ -193,20 +194,20 @@ def view(progress: Sequence[Progress], console: Console, *, now: datetime, secon
         bar = ProgressBar(total=1.0, completed=done, width=16, complete_style=style, finished_style=style)
         cells: list[RenderableType] = [
             "" if one.id is None else str(one.id),
-            one.submitted.prompt,
+            cell(one.submitted.prompt),
             bar,
             Text(one.status, style=style),
             str(one.polls),
             _squares(one),
         ]
         if console.width >= NARROW:
-            cells.append(Text("" if one.status == "completed" else one.reason))
+            cells.append(cell("" if one.status == "completed" else one.reason))
         table.add_row(*cells)
     hidden = len(progress) - len(shown)
     parts: list[RenderableType] = [table]
     if hidden:
         parts.append(Text(f"… and {hidden} more", style="dim"))
-    return Group(*parts, Text(), Text(f"{seconds:.1f} s  {summary(progress)}", style="bold"))
+    return Group(*parts, Text(), cell(f"{seconds:.1f} s  {summary(progress)}", "bold"))
 
 
 def _shown(progress: Sequence[Progress], most: int) -> list[Progress]:

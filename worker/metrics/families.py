@@ -9,11 +9,12 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from worker import __version__
+from worker.core.display import display_text
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.measures import ANSWER_WORDS, DELAYS, MORE, POLLS, TRANSFERS
 from worker.metrics.reading import Reading
 from worker.store.standing import STATES, Standing
-from worker.store.totals import ANSWERS, ATTEMPTS, DELAY, FINISHED, POLLED, TRANSFER, WEBHOOKS, Figure, Total
+from worker.store.totals import ANSWERS, ATTEMPTS, DELAY, FINISHED, LEFT_OUT, POLLED, TRANSFER, WEBHOOKS, Figure, Total
 
 PREFIX = "fetch_worker_"
 TROUBLES = ("none", "storage", "http_error", "unreachable", "gone", "not_media", "truncated", "worker_crash")
@@ -194,6 +195,13 @@ def _downloads(reading: Reading) -> Iterator[Metric]:
         ["outcome"],
         (((outcome,), times) for outcome, times in outcomes.items()),
     )
+    none = {(one.name,): 0 for one in reading.standing.accounts}
+    yield _counter(
+        "outputs_left_out",
+        "Outputs that an answer listed after its 1,000th, which are not stored.",
+        ["account"],
+        (none | {(of.account,): times for of, times in _times(reading.totals, LEFT_OUT)}).items(),
+    )
     yield _counter("stored_bytes", "Bytes of outputs that were stored.", [], [((), sum(one.total for one in attempts))])
     yield _histogram(
         "download_duration_seconds",
@@ -241,14 +249,14 @@ def _gauge(name: str, text: str, value: float) -> Metric:
 def _gauges(name: str, text: str, labels: Sequence[str], rows: Rows) -> Metric:
     made = GaugeMetricFamily(PREFIX + name, text, labels=labels)
     for values, value in sorted(rows):
-        made.add_metric(values, value)
+        made.add_metric([display_text(label) for label in values], value)
     return made
 
 
 def _counter(name: str, text: str, labels: Sequence[str], rows: Rows) -> Metric:
     made = CounterMetricFamily(PREFIX + name, text, labels=labels)
     for values, value in sorted(rows):
-        made.add_metric(values, value)
+        made.add_metric([display_text(label) for label in values], value)
     return made
 
 
@@ -264,7 +272,7 @@ def _histogram(
         sums[key] += one.total
     whole: list[tuple[str, ...]] = [()]  # one that has no labels is there from the beginning
     for key in sorted(times) if labels else whole:
-        made.add_metric(key, _cumulative(times[key], bounds), sums[key])
+        made.add_metric([display_text(label) for label in key], _cumulative(times[key], bounds), sums[key])
     return made
 
 

@@ -12,7 +12,7 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from worker.core.fetch_address import FetchAddress
 from worker.core.lifecycle import FINAL_STATES, PRUNED
-from worker.core.links import Link
+from worker.core.links import Link, left_out_note
 from worker.core.pace import Plan
 from worker.store.batch import folded, unfolded
 from worker.store.times import HAS_DUE_TIME
@@ -44,6 +44,7 @@ class NewJob:
     deadline_at: datetime
     due_at: datetime
     outputs: tuple[Link, ...] = ()
+    left_out: int = 0  # outputs that the answer listed beyond these
     plan: Plan = Plan(0.0)  # noqa: RUF009  # a tuple
     webhook_url: str | None = None
 
@@ -65,6 +66,11 @@ def insert_jobs(connection: Connection, new: Sequence[NewJob], *, now: datetime)
     known = created | _ids(connection, [identity for identity in wanted if identity not in created])
     ready = [(known[identity], job.outputs) for identity, job in wanted.items() if identity in created and job.outputs]
     insert_outputs(connection, ready, now=now, queued=False)
+    tally = Tally()
+    for identity in sorted(created):
+        if wanted[identity].left_out:
+            tally.left_out(wanted[identity].account, wanted[identity].left_out)
+    tally.write(connection)
     first = dict.fromkeys(created, True)
     return [(known[job.identity], first.pop(job.identity, False)) for job in new]
 
@@ -91,6 +97,7 @@ def _job_row(job: NewJob, now: datetime) -> dict[str, Any]:
         "ready_at": now if job.outputs else None,
         "pace_scale": job.plan.scale,
         "pace_growth": job.plan.growth,
+        "error_message": left_out_note(len(job.outputs), job.left_out) if job.left_out else None,
     }
 
 
@@ -472,7 +479,8 @@ def settle(connection: Connection, job_id: int, tally: Tally, *, now: datetime) 
             claim_token=None,
             claim_holder=None,
             error_code=None if whole else code,
-            error_message=None if whole else message,
+            # Of a completed job it stays: it may say that outputs were left out.
+            **({} if whole else {"error_message": message}),
         )
     )
     tally.finished(account, kind, "completed" if whole else "failed")

@@ -29,6 +29,7 @@ POLLED = "polls"  # the same of POLLS
 FINISHED = "finished"  # by account and kind; label: the final state
 ATTEMPTS = "attempts"  # label: "stored", or the code of the trouble; the sum is of bytes stored
 TRANSFER = "transfer"  # label: a bucket of TRANSFERS
+LEFT_OUT = "left_out"  # by account: outputs that an answer listed beyond those that are stored
 WEBHOOKS = "webhooks"  # label: how an event ended, "delivered" or "failed"
 
 
@@ -81,6 +82,10 @@ class Tally:
         self.add(ATTEMPTS, outcome, value=stored_bytes)
         if outcome == "stored":
             self.add(TRANSFER, bucket(seconds, TRANSFERS), value=seconds)
+
+    def left_out(self, account: str, outputs: int) -> None:
+        """Count outputs that are not stored, since the answer listed too many."""
+        self.add(LEFT_OUT, "", account=account, times=outputs)
 
     def write(self, connection: Connection) -> None:
         """Adds it to the totals: the last thing that its transaction does."""
