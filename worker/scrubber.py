@@ -141,7 +141,7 @@ class ScrubbedLogs(logging.Filter):
             record.msg, record.args = self._scrubber.text(f"{record.msg} {record.args!r}"), None
             return
         scrubbed = self._scrubber.text(message)
-        ours = record.name == OURS or record.name.startswith(f"{OURS}.")
+        ours = f"{record.name}.".startswith(f"{OURS}.")
         plain = display_text(scrubbed) if ours else display_lines(scrubbed)  # Celery writes lists of several lines
         if plain != message:
             record.msg, record.args = plain, None
