@@ -11,10 +11,12 @@ from sqlalchemy import Engine
 from worker.core.on_done import on_done_problem, task_and_queue
 from worker.core.plain_text import plain_text
 from worker.database import database_now
-from worker.store.on_done import OnDoneCall, claim_calls, record_refused, record_sent, release_calls
+from worker.leases import boot_seconds
+from worker.store.on_done import CLAIM, OnDoneCall, claim_calls, record_refused, record_sent, release_calls
 
 log = logging.getLogger(__name__)
 
+SURE = 2 / 3  # of a claim: later another process may be about to send the same, after a pause of this process
 ERROR_MOST = 255  # characters
 # What a full or half-started Redis answers: it is away for every queue, and refuses none.
 REDIS_AWAY = ("OOM", "READONLY", "MISCONF", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "BUSY")
@@ -22,7 +24,9 @@ REDIS_AWAY = ("OOM", "READONLY", "MISCONF", "LOADING", "MASTERDOWN", "CLUSTERDOW
 Send = Callable[[str, str, int], None]
 
 
-def tell(engine: Engine, send: Send, job_ids: Sequence[int] | None = None) -> int:
+def tell(
+    engine: Engine, send: Send, job_ids: Sequence[int] | None = None, *, clock: Callable[[], float] = boot_seconds
+) -> int:
     """Send the `on_done` task of each final job that was not told of yet. Return how many were sent.
 
     `send` takes task name, queue and job id. With `job_ids` only those are looked at. Jobs are claimed first and marked
@@ -30,6 +34,7 @@ def tell(engine: Engine, send: Send, job_ids: Sequence[int] | None = None) -> in
     refuses a message is tried again with growing delays, and keeps no other job. Raises what `send` raised where the
     broker is away: nothing is lost then, the next sweep sends the rest.
     """
+    until = clock() + CLAIM.total_seconds() * SURE
     with engine.begin() as connection:
         calls = claim_calls(connection, now=database_now(connection), job_ids=job_ids)
     if not calls:
@@ -37,21 +42,31 @@ def tell(engine: Engine, send: Send, job_ids: Sequence[int] | None = None) -> in
     sent: set[int] = set()
     refused: dict[OnDoneCall, str] = {}
     try:
-        _send_all(calls, send, sent, refused)
+        _send_all(calls, send, sent, refused, lambda: clock() < until)
     finally:
         left = {call.job_id for call in calls} - sent - {call.job_id for call in refused}
         with engine.begin() as connection:
             now = database_now(connection)
             record_sent(connection, sent, now=now)
             record_refused(connection, refused, now=now)
-            release_calls(connection, left)
+            if clock() < until:
+                release_calls(connection, left)
     return len(sent)
 
 
-def _send_all(calls: Sequence[OnDoneCall], send: Send, sent: set[int], refused: dict[OnDoneCall, str]) -> None:
-    """Send what can be sent. A queue that has refused one call is not asked again for the others."""
+def _send_all(
+    calls: Sequence[OnDoneCall],
+    send: Send,
+    sent: set[int],
+    refused: dict[OnDoneCall, str],
+    lasts: Callable[[], bool],
+) -> None:
+    """Send what can be sent while the claim lasts. A queue that refused one call is not asked again for the others."""
     refused_queues: dict[str, str] = {}
     for call in calls:
+        if not lasts():
+            log.warning("on_done calls are left to the next sweep: their claim is not sure to last")
+            return
         task, queue = task_and_queue(call.on_done)
         reason = on_done_problem(call.on_done) or refused_queues.get(queue)
         if reason is None:
