@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, Connection, Engine, and_, exists, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Engine, and_, or_, select, update
 
 from worker.database import SNAPSHOT, database_now
 from worker.store.jobs import cancel_outputs, settle
@@ -73,16 +73,22 @@ class Repairer:
 
     def _downloading(self, connection: Connection) -> list[int]:
         """Return jobs of the next page that are downloading while none of their outputs waits."""
-        waits = exists().where(outputs.c.job_id == jobs.c.id, outputs.c.status == "pending")
+        waiting = (
+            select(outputs.c.position)
+            .where(outputs.c.job_id == jobs.c.id, outputs.c.status == "pending")
+            .order_by(outputs.c.job_id, outputs.c.position)  # by its index, whatever the planner knows of the table
+            .limit(1)
+            .scalar_subquery()
+        )
         page = (
-            select(jobs.c.id, waits.label("waits"))
+            select(jobs.c.id, waiting.label("waiting"))
             .where(jobs.c.status == "downloading", jobs.c.id > self._job)
             .order_by(jobs.c.id)
             .limit(self._page)
         )
         rows = connection.execute(page).all()
         self._job = rows[-1].id if len(rows) == self._page else 0
-        return [row.id for row in rows if not row.waits]
+        return [row.id for row in rows if row.waiting is None]
 
     def _waiting(self, connection: Connection) -> list[int]:
         """Return outputs of the next page that wait while their job is cancelled."""
@@ -110,7 +116,10 @@ def _locked(connection: Connection, job_ids: Sequence[int]) -> list[int]:
 
 def _overlong(connection: Connection, now: datetime) -> bool:
     claims = [
-        select(table.c.id).where(table.c.claim_holder.is_not(None), table.c.due_at > now + LONGEST_CLAIM).limit(1)
+        select(table.c.id)
+        .where(table.c.claim_holder.is_not(None), table.c.due_at > now + LONGEST_CLAIM)
+        .order_by(table.c.claim_holder)  # by its index, which has the claimed rows alone
+        .limit(1)
         for table in (jobs, outputs, events)
     ]
     return any(connection.execute(query).first() for query in claims)
