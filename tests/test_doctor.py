@@ -18,6 +18,7 @@ from worker.cli import look, main
 from worker.database import database_now
 from worker.doctor import Check, Node, alive, examine
 from worker.settings import load
+from worker.shared_budget import redis_client
 from worker.store.claims import claim_output
 from worker.store.identity import database_id
 from worker.tables import events, gates
@@ -63,8 +64,8 @@ def test_where_all_is_well_every_check_is_ok() -> None:
     checks = _examined()
     assert _wrong(checks) == {}
     assert set(checks) == {
-        "names", "database", "work", "holds", "claims", "on_done", "deadlines", "outputs", "webhooks", "vacuum",
-        "transactions", "redis", "processes", "storage", "partials",
+        "names", "database", "work", "holds", "claims", "on_done", "on_done queues", "deadlines", "outputs", "webhooks",
+        "vacuum", "transactions", "redis", "processes", "storage", "partials",
     }  # fmt: skip
     assert all(check.message for check in checks.values())
     assert alive(load()).ok
@@ -267,3 +268,19 @@ def test_the_command_prints_a_document_and_its_exit_code_says_it_in_one(
     assert (code, "WRONG" in out) == (1, True)
     code, out = _doctor(capsys, "--liveness", "--json")
     assert (code, [check["name"] for check in json.loads(out)["checks"]]) == (0, ["work"])
+
+
+def test_messages_in_an_on_done_queue_that_nobody_consumes_are_told(settled: Engine, redis_url: str) -> None:
+    """Redis knows no consumers, so the processes that answer say which queues they take from."""
+    with settled.begin() as connection:
+        later = datetime.now(UTC) + timedelta(hours=1)
+        add_job(connection, "1", on_done="shop/shop.ready", due_at=later, deadline_at=later)
+    with redis_client(redis_url, seconds=5) as client:
+        client.lpush("shop", "a message", "another one")
+        try:
+            assert _wrong(_examined()) == {
+                "on_done queues": "nobody consumes shop (2 messages): start the Celery worker of your app"
+            }
+            assert _wrong(_examined(ALL | {"celery@shop": Node(frozenset({"shop"}))})) == {}
+        finally:
+            client.delete("shop")

@@ -9,13 +9,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from kombu.connection import Connection as BrokerConnection
-from kombu.exceptions import KombuError
+from kombu.exceptions import ChannelError, KombuError
 from kombu.exceptions import OperationalError as BrokerError
 from kombu.utils.url import maybe_sanitize_url
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
+from worker.core.on_done import task_and_queue
 from worker.database import check_schema, connected, database_now, engine_for, shown_url, takes_writes
 from worker.errors import SettingsError, StorageTrouble, WorkerError
 from worker.overview import HEALTHY_SECONDS, Overview, overview
@@ -27,7 +28,7 @@ from worker.store import live
 from worker.store.events import Undelivered, overdue, undelivered
 from worker.store.holds import patience
 from worker.store.identity import database_id
-from worker.store.on_done import GIVE_UP, refused_calls, unsent_calls
+from worker.store.on_done import GIVE_UP, recent_on_done, refused_calls, unsent_calls
 from worker.store.server_state import HISTORY_MOST, ServerState, server_state
 from worker.stores import storage_for
 
@@ -326,6 +327,7 @@ def _processes(settings: Settings, nodes: Nodes, queues: Mapping[str, str]) -> I
     except (BrokerError, KombuError, RedisError, OSError) as error:
         yield Check("processes", False, f"nobody can be asked, since the broker is away ({type(error).__name__})")
         return
+    yield _on_done_queues(settings, found)
     others = strangers(settings, found)
     if others:
         advice = "give each app a Redis database, or a broker vhost, of its own"
@@ -338,6 +340,36 @@ def _processes(settings: Settings, nodes: Nodes, queues: Mapping[str, str]) -> I
         yield Check("processes", False, f"nobody consumes {', '.join(missing)}; processes that answer: {names}")
     else:
         yield Check("processes", True, f"{len(found)} worker processes answer: {', '.join(sorted(found))}")
+
+
+def _on_done_queues(settings: Settings, nodes: Mapping[str, Node]) -> Check:
+    """Whether messages for web apps pile up in queues that no process consumes, as far as the broker can tell."""
+    try:
+        with connected(settings.database), engine_for(settings.database).connect() as connection:
+            queues = {task_and_queue(on_done)[1] for on_done in recent_on_done(connection)}
+        with BrokerConnection(settings.broker, connect_timeout=PING_SECONDS) as broker:
+            broker.ensure_connection(max_retries=1, timeout=PING_SECONDS)
+            waiting = {queue: _unconsumed(broker, queue, nodes) for queue in sorted(queues)}
+    except (WorkerError, BrokerError, KombuError, RedisError, OSError) as error:
+        return Check("on_done queues", True, f"they can't be looked at ({type(error).__name__})")
+    piles = [f"{queue} ({count} messages)" for queue, count in waiting.items() if count]
+    if piles:
+        return Check(
+            "on_done queues", False, f"nobody consumes {', '.join(piles)}: start the Celery worker of your app"
+        )
+    return Check("on_done queues", True, "no message for a web app waits in a queue that nobody consumes")
+
+
+def _unconsumed(broker: BrokerConnection, queue: str, nodes: Mapping[str, Node]) -> int:
+    """Return the messages in a queue without consumers. Redis knows no consumers: there the processes are asked."""
+    try:
+        with broker.channel() as channel:
+            declared = channel.queue_declare(queue, passive=True)
+    except (ChannelError, ResponseError):
+        return 0  # there is no such queue; on Redis that is an empty one
+    if declared.consumer_count or any(queue in node.queues for node in nodes.values()):
+        return 0
+    return int(declared.message_count)
 
 
 def strangers(settings: Settings, nodes: Mapping[str, Node]) -> list[str]:

@@ -87,6 +87,8 @@ def test_given_fifty_jobs_of_which_one_is_refused_then_the_others_are_told_once_
         until(lambda: all_completed(database, JOBS), 120, lambda: states(database))
         until(lambda: _untold(database) == [refused], 30, lambda: _untold(database))
         until(lambda: shown(refused)["on_done_attempts"] >= 2, 60, lambda: shown(refused))
+        checks = {check["name"]: check for check in json.loads(cli("doctor", "--json").stdout)["checks"]}
+        assert f"nobody consumes shop ({JOBS - 1} messages)" in checks["on_done queues"]["message"]
     assert Counter(received(messages, "shop")) == Counter(others)
     with database.connect() as connection:
         delays = [

@@ -11,6 +11,7 @@ from worker.core.webhook import wait_after
 from worker.tables import jobs
 
 BATCH = 200
+RECENT = 1_000  # jobs
 CLAIM = timedelta(seconds=60)  # how long a process has for a batch, before another one may send it again
 GIVE_UP = timedelta(days=7)  # after the job's end, for a queue that refuses each message
 
@@ -90,6 +91,13 @@ def unsent_calls(connection: Connection, *, before: datetime) -> int:
     """Count the jobs that ended before that moment and whose call nobody has tried to send."""
     query = select(func.count()).where(_unsent(), jobs.c.on_done_attempts == 0, jobs.c.completed_at < before)
     return int(connection.execute(query).scalar_one())
+
+
+def recent_on_done(connection: Connection) -> list[str]:
+    """Return what the newest jobs have as `on_done`, each once."""
+    newest = select(jobs.c.on_done).order_by(jobs.c.id.desc()).limit(RECENT).subquery()
+    query = select(newest.c.on_done).where(newest.c.on_done.is_not(None)).distinct()
+    return list(connection.execute(query).scalars())
 
 
 def _unsent() -> ColumnElement[bool]:
