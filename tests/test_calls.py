@@ -1,5 +1,6 @@
 """Calls in threads: nothing waits for the slowest, nothing is asked too early, nothing is lost."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -198,41 +199,81 @@ def threads_of(calls: Calls) -> int:
     return calls._lanes["api.test"].threads
 
 
-def test_given_short_calls_when_many_were_asked_then_few_threads_are_left_and_none_of_the_others_lives_on() -> None:
+@pytest.fixture
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of threads changes only where a test says so."""
+    monkeypatch.setattr("worker.calls.ADAPT_SECONDS", math.inf)
+
+
+def test_given_calls_that_keep_the_processor_busy_when_adapted_then_few_threads_are_left_and_no_job_is_lost(
+    opened: threading.Event, by_hand: None
+) -> None:
     before = set(threading.enumerate())
-    calls = Calls(lambda _: Processing(), threads=64)
-    for number in range(64):
+    calls = Calls(waits_for(opened, set(range(100))), threads=64)
+    for number in range(100):
         calls.start(job(number), 0.0)
     assert threads_of(calls) == 64
 
-    for number in range(1_000):
-        calls.start(job(number), 0.0)
-        collected(calls, 1)
-    collected(calls, 64)
+    for _ in range(5):
+        calls._adapt_to(0.9)
 
-    assert threads_of(calls) <= 24
+    assert threads_of(calls) == 8
+    opened.set()
+    assert len(collected(calls, 100)) == 100
     until = time.monotonic() + 5
-    while len(set(threading.enumerate()) - before) > threads_of(calls) and time.monotonic() < until:
+    while len(set(threading.enumerate()) - before) > 8 and time.monotonic() < until:
         time.sleep(0.01)
-    assert len(set(threading.enumerate()) - before) == threads_of(calls)
+    assert len(set(threading.enumerate()) - before) == 8
 
 
-def test_given_few_threads_when_calls_are_not_answered_any_more_then_all_threads_ask(opened: threading.Event) -> None:
-    calls = Calls(waits_for(opened, set(range(2_000, 2_100))), threads=64)
-    for number in range(1_000):
+def test_given_few_threads_when_jobs_wait_and_the_processor_has_time_then_all_threads_are_back_at_once(
+    opened: threading.Event, by_hand: None
+) -> None:
+    calls = Calls(waits_for(opened, set(range(100))), threads=64)
+    for number in range(100):
         calls.start(job(number), 0.0)
-        collected(calls, 1)
-    assert threads_of(calls) <= 24
+    for _ in range(5):
+        calls._adapt_to(0.9)
 
-    for number in range(2_000, 2_100):
-        calls.start(job(number), 0.0)
-    until = time.monotonic() + 5
-    while threads_of(calls) < 64 and time.monotonic() < until:
-        assert calls.answers(0.02, gather=0.0) == []
+    for _ in range(3):
+        calls._adapt_to(0.1)
+        calls.answers(0.0, gather=0.0)
 
     assert threads_of(calls) == 64
     opened.set()
     assert len(collected(calls, 100)) == 100
+
+
+def test_given_few_threads_when_jobs_come_after_a_rest_then_there_may_be_all_of_them(
+    opened: threading.Event, by_hand: None
+) -> None:
+    calls = Calls(waits_for(opened, set(range(1_000, 1_064))), threads=64)
+    for number in range(64):
+        calls.start(job(number), 0.0)
+    for _ in range(5):
+        calls._adapt_to(0.9)
+    collected(calls, 64)
+    assert threads_of(calls) == 8
+
+    for number in range(1_000, 1_064):
+        calls.start(job(number), 0.0)
+
+    assert threads_of(calls) == 64
+
+
+def test_an_answer_says_how_much_processor_time_its_call_took() -> None:
+    def ask(_: ClaimedJob) -> Reply:
+        until = time.thread_time() + 0.05
+        while time.thread_time() < until:
+            pass
+        return Processing()
+
+    calls = Calls(ask, threads=1)
+    calls.start(job(1), 0.0)
+
+    (answer,) = collected(calls, 1)
+
+    assert 0.05 <= answer.cpu_seconds < 0.5
 
 
 def test_given_threads_that_are_to_end_when_jobs_are_taken_back_then_the_threads_end_and_no_job_is_lost(
@@ -242,12 +283,10 @@ def test_given_threads_that_are_to_end_when_jobs_are_taken_back_then_the_threads
     calls = Calls(waits_for(opened, {1, 2}), threads=2)
     calls.start(job(1), 0.0)
     calls.start(job(2), 0.0)
-    calls._most = 1
     lane = calls._lanes["api.test"]
     while lane.to_ask.qsize():
         time.sleep(0.001)  # both have begun
-    lane.to_ask.put(None)  # as when a thread is retired
-    lane.threads = 1
+    lane.limit_threads(1)
     calls.start(job(3), 0.0)
 
     assert [taken.id for taken in calls.take_back()] == [3]
