@@ -25,7 +25,7 @@ def test_given_slow_and_failing_work_when_it_is_handed_over_then_nobody_waits_an
 
     assert sender.finish(10)
     assert done == [1]
-    assert handed_over < 1.0
+    assert handed_over < 5.0
 
 
 def test_given_more_than_it_has_room_for_when_handed_over_then_it_is_dropped_with_a_word(
@@ -38,7 +38,7 @@ def test_given_more_than_it_has_room_for_when_handed_over_then_it_is_dropped_wit
     for number in range(9):
         sender.send("downloads", partial(done.append, number))
     opened.set()
-    sender.finish(10)
+    assert sender.finish(30), "what is there to be sent is waited for, though the queue was full"
 
     assert 1 <= len(done) < 9
     assert "too much waits to be sent" in caplog.text

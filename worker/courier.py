@@ -5,6 +5,7 @@ What it can't send, or has no room for, is dropped: a message is a hint, and the
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from queue import Full, Queue
 
@@ -33,10 +34,16 @@ class Courier:
             log.warning("too much waits to be sent, the sweep will send it what=%s", what)
 
     def finish(self, seconds: float) -> bool:
-        """Waits until all is sent, but not longer; whether it was."""
+        """Wait until all is sent, at most so many seconds; return whether it was."""
+        if self._thread is None:
+            return True
+        until = time.monotonic() + seconds
         done = threading.Event()
-        self.send("nothing", done.set)
-        return done.wait(seconds)
+        try:
+            self._queue.put(("nothing", done.set), timeout=seconds)  # where the queue is full, once there is room
+        except Full:
+            return False
+        return done.wait(max(0.0, until - time.monotonic()))
 
     def _run(self) -> None:
         while True:
