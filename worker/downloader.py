@@ -358,7 +358,7 @@ class Downloader:
             if coding is None:
                 return None
             try:
-                incoming.replace(unpacked(incoming.chunks(), coding, most=self._max_bytes))
+                incoming.replace(unpacked(incoming.chunks(), coding, limit=self._max_bytes))
             except TooLarge:
                 return Unfit("too_large", f"unpacked more than OUTPUT_MAX_BYTES ({self._max_bytes} bytes)")
             except ValueError:

@@ -73,9 +73,9 @@ def describe(error: BaseException) -> str:
     'connection refused'
     """
     causes = list(_causes(error))
-    text = next((words for words in (_known(causes, cause) for cause in reversed(causes)) if words), None)
+    text = next(filter(None, (_known(causes, cause) for cause in reversed(causes))), None)
     if text is None:
-        text = next((words for words in map(_general, causes) if words), f"an unexpected error ({_name(error)})")
+        text = next(filter(None, map(_general, causes)), f"an unexpected error ({_name(error)})")
     if any(isinstance(cause, (urllib3_errors.ProxyError, requests.exceptions.ProxyError)) for cause in causes):
         return f"the proxy: {text}"
     return text
@@ -94,7 +94,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         inner = [cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)]
         inner += [getattr(cause, name, None) for name in ("reason", "original_error")]
         inner.append(getattr(cause, "kwargs", {}).get("error"))  # botocore's
-        waiting += [one for one in (*inner, *cause.args) if isinstance(one, BaseException)]
+        waiting += [item for item in (*inner, *cause.args) if isinstance(item, BaseException)]
 
 
 def _known(causes: list[BaseException], cause: BaseException) -> str | None:
@@ -131,6 +131,8 @@ def _general(cause: BaseException) -> str | None:
             return "a SOCKS proxy needs an extension: pip install 'requests[socks]'"
         case urllib3_errors.NameResolutionError():
             return "its name is not known"
+        case urllib3_errors.NewConnectionError():  # a time-out to its class, for old callers
+            return "no connection"
         case urllib3_errors.ConnectTimeoutError() | requests.exceptions.ConnectTimeout():
             return "time-out while connecting"
         case urllib3_errors.TimeoutError() | requests.exceptions.Timeout():
@@ -154,20 +156,20 @@ def _general(cause: BaseException) -> str | None:
 def _certificate(error: ssl.SSLCertVerificationError) -> str:
     code = getattr(error, "verify_code", None)
     message = str(getattr(error, "verify_message", "") or "")
-    known = _CERTIFICATES.get(code or 0)
-    if known is None and "missing" in message.lower():  # Python 3.13 checks what RFC 5280 wants, strictly
+    text = _CERTIFICATES.get(code or 0)
+    if text is None and "missing" in message.lower():  # Python 3.13 checks what RFC 5280 wants, strictly
         return f"its certificate lacks an extension ({message[:60]})"
-    if known is None:
+    if text is None:
         return f"its certificate is not valid ({message[:60] or 'no reason given'})"
-    return known
+    return text
 
 
 def _tls(error: ssl.SSLError) -> str:
     if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
         return "the connection was cut"
     reason = (error.reason or str(error)).upper().replace(" ", "_")
-    known = next((words for part, words in _TLS_REASONS if part in reason), None)
-    return known or f"the handshake failed ({reason[:60].lower().replace('_', ' ')})"
+    text = next((meaning for part, meaning in _TLS_REASONS if part in reason), None)
+    return text or f"the handshake failed ({reason[:60].lower().replace('_', ' ')})"
 
 
 def _look_up(error: socket.gaierror) -> str:

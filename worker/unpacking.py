@@ -24,10 +24,10 @@ def packing(head: bytes) -> str | None:
     return next((coding for signature, coding in _SIGNATURES if head.startswith(signature)), None)
 
 
-def unpacked(chunks: Iterator[bytes], coding: str, *, most: int) -> Iterator[bytes]:
+def unpacked(chunks: Iterator[bytes], coding: str, *, limit: int) -> Iterator[bytes]:
     """Unpack bytes by a content coding: gzip, deflate, and what urllib3 has libraries for (br, zstd).
 
-    Raises ValueError where they are not packed so, and TooLarge for more than `most` bytes.
+    Raises ValueError where they are not packed so, and TooLarge for more than `limit` bytes.
     """
     source = io.BufferedReader(_Chunks(chunks))
     response = HTTPResponse(source, headers={"content-encoding": coding}, preload_content=False)
@@ -35,7 +35,7 @@ def unpacked(chunks: Iterator[bytes], coding: str, *, most: int) -> Iterator[byt
     try:
         while chunk := response.read(CHUNK_BYTES, decode_content=True):
             size += len(chunk)
-            if size > most:
+            if size > limit:
                 raise TooLarge
             yield chunk
     except HTTPError:
