@@ -134,12 +134,13 @@ def test_all_are_left_alone_while_a_thread_waits_for_the_database(
 ) -> None:
     """They may wait for a lock of ours that this thread holds."""
     engine = create_engine(f"sqlite:///{tmp_path}/locked.db", connect_args={"timeout": 60})
-    lock, waits = threading.Lock(), threading.Event()
+    lock, waits, written = threading.Lock(), threading.Event(), threading.Event()
 
     def write(_: Loop) -> None:
         with engine.connect() as connection:
             waits.set()
             connection.execute(text("CREATE TABLE t (x)"))
+        written.set()
 
     with closing(sqlite3.connect(tmp_path / "locked.db", isolation_level=None)) as holder:
         holder.execute("BEGIN EXCLUSIVE")
@@ -149,6 +150,8 @@ def test_all_are_left_alone_while_a_thread_waits_for_the_database(
             watchdog.watch("the loop", loop)
             assert looks(watchdog, clock, 10 * LIMIT) == []
         holder.execute("ROLLBACK")
+    assert written.wait(30)
+    engine.dispose()
 
 
 def test_two_threads_of_a_pool_that_wait_for_each_other_are_found(watchdog: Watchdog, clock: Clock) -> None:
