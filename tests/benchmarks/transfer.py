@@ -108,12 +108,14 @@ def served(file: Path) -> Iterator[str]:
             process.kill()
 
 
-def _downloader(engine: Engine, folder: Path, threads: int) -> Downloader:
+def _downloader(engine: Engine, leases: LeaseKeeper, folder: Path, threads: int) -> Downloader:
     guard = Guard([LOOPBACK])
+    storage = FileStorage(folder / "out")
+    storage.prepare()
     return Downloader(
         engine=engine,
-        leases=LeaseKeeper(engine, lease=timedelta(seconds=60)),
-        storage=FileStorage(folder / "out"),
+        leases=leases,
+        storage=storage,
         guard=guard,
         adapter=guarded_adapter(guard, connections=threads),
         scrubber=Scrubber([]),
@@ -134,10 +136,11 @@ def measure_transfer(table: Table, folder: Path, rounds: int) -> None:
         file = folder / f"source{threads}.png"
         file.write_bytes(big_png(size))
         found, speeds = Rounds(), Rounds()
-        downloader = _downloader(engine, folder, threads)
+        leases = LeaseKeeper(engine, lease=timedelta(hours=1))
+        downloader = _downloader(engine, leases, folder, threads)
         with served(file) as url, ThreadPoolExecutor(threads) as pool:
             for number in range(rounds + 1):
-                wanted = [_claimed(number * count + one + 1, url) for one in range(count)]
+                wanted = [_claimed(number * count + one + 1, leases.new_token(), url) for one in range(count)]
                 used, began = time.process_time(), time.perf_counter()
                 said = list(pool.map(downloader._attempt, wanted))
                 ours, took = time.process_time() - used, time.perf_counter() - began
@@ -154,9 +157,9 @@ def measure_transfer(table: Table, folder: Path, rounds: int) -> None:
     engine.dispose()
 
 
-def _claimed(number: int, url: str) -> ClaimedOutput:
+def _claimed(number: int, token: str, url: str) -> ClaimedOutput:
     facts = OutputFacts(attempts=1, proxies=0, ready_at=datetime.now(UTC))
-    return ClaimedOutput(number, "token", number, 0, (url,), None, facts, datetime.now(UTC))
+    return ClaimedOutput(number, token, number, 0, (url,), None, facts, datetime.now(UTC))
 
 
 def _by_hand(urls: Sequence[str], folder: Path, at_once: int) -> tuple[float, float]:
