@@ -79,7 +79,7 @@ POSTGRES_SETTINGS: Mapping[str, str] = {
 # comments are read by MariaDB alone, and by MySQL alone.
 MYSQL_SETTINGS = (
     "SET SESSION time_zone = '+00:00', sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION',"
-    " sql_safe_updates = 0, sql_auto_is_null = 0, sql_select_limit = DEFAULT, sql_big_selects = 1,"
+    " sql_safe_updates = 0, sql_auto_is_null = 0, sql_select_limit = 18446744073709551615, sql_big_selects = 1,"
     " completion_type = 0, foreign_key_checks = 1, unique_checks = 1, default_storage_engine = InnoDB,"
     f" innodb_lock_wait_timeout = {MYSQL_LOCK_SECONDS}, lock_wait_timeout = {LOCK_TIMEOUT_SECONDS}"
     f" /*M!100100 , max_statement_time = {STATEMENT_TIMEOUT_SECONDS}, check_constraint_checks = 1 */"

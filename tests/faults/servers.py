@@ -2,6 +2,8 @@
 
 import math
 import os
+import pwd
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pymysql
 import redis
 from sqlalchemy import Engine, func, select
 
@@ -140,6 +143,63 @@ def hurt_postgres(folder: Path) -> Iterator[HurtPostgres]:
     finally:
         made.stop()
         server.cleanup()
+
+
+class OwnMariaDb:
+    """A MariaDB server of a test's own, whose global settings it may change; its app's user has no special rights."""
+
+    def __init__(self, socket: Path, port: int) -> None:
+        self.url = f"mariadb://app:s3cret@127.0.0.1:{port}/shop"
+        self._socket = str(socket)
+
+    def run(self, *statements: str) -> None:
+        """Run statements as an administrator."""
+        with pymysql.connect(unix_socket=self._socket, user="root", autocommit=True) as connection:
+            for statement in ("SET SESSION max_statement_time = 0", *statements):
+                connection.cursor().execute(statement)
+
+
+@contextmanager
+def own_mariadb(folder: Path) -> Iterator[OwnMariaDb]:
+    """Start a MariaDB server from the machine's programs; gone afterwards."""
+    program, install = shutil.which("mariadbd"), shutil.which("mariadb-install-db")
+    if program is None or install is None:
+        missing("MariaDB's programs")
+    folder.mkdir(parents=True)
+    user = [f"--user={pwd.getpwuid(os.geteuid()).pw_name}"]
+    data, socket, port, log = folder / "data", folder / "own.sock", free_port(), folder / "own.log"
+    words = ["--no-defaults", f"--datadir={data}", *user]
+    subprocess.run([install, *words, "--auth-root-authentication-method=normal"], check=True, capture_output=True)
+    with log.open("wb") as out:
+        places = [
+            f"--socket={socket}",
+            f"--port={port}",
+            "--bind-address=127.0.0.1",
+            f"--pid-file={folder / 'own.pid'}",
+        ]
+        process = subprocess.Popen([program, *words, *places], stdout=out, stderr=out)
+    made = OwnMariaDb(socket, port)
+
+    def answers() -> bool:
+        assert process.poll() is None, log.read_text()
+        if not socket.exists():  # PyMySQL leaves its own socket open where there is nothing to connect to
+            return False
+        with suppress(pymysql.err.OperationalError):
+            made.run("SELECT 1")
+            return True
+        return False
+
+    try:
+        until(answers, 2 * START_SECONDS, log.read_text)
+        made.run(
+            "CREATE DATABASE shop",
+            "CREATE USER app@localhost IDENTIFIED BY 's3cret'",
+            "GRANT ALL PRIVILEGES ON shop.* TO app@localhost",
+        )
+        yield made
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 @contextmanager

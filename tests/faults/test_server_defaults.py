@@ -7,10 +7,14 @@ from pathlib import Path
 import psycopg
 import pytest
 from sqlalchemy import Engine, func, select
+from sqlalchemy.engine import make_url
 
-from tests.faults.servers import HurtRedis, all_completed, assert_nothing_lost, states, until, up
-from worker import track_many
+from tests.faults.servers import HurtRedis, all_completed, assert_nothing_lost, own_mariadb, states, until, up
+from worker import Unavailable, track, track_many
+from worker.database import engine_for, make_engine
+from worker.migrate import migrate
 from worker.sandbox import Sandbox
+from worker.settings import load
 from worker.tables import jobs
 
 JOBS = 300
@@ -86,3 +90,49 @@ def test_given_jobs_under_way_when_the_database_is_so_then_all_are_completed_and
     assert "set aside" not in said
     assert "Traceback" not in said
     assert "it is started again" not in said, "a process ended for it"
+
+
+MARIADB_DEFAULTS = (
+    "SET GLOBAL sql_mode = 'ANSI_QUOTES,PIPES_AS_CONCAT,NO_BACKSLASH_ESCAPES'",
+    "SET GLOBAL tx_isolation = 'SERIALIZABLE'",
+    "SET GLOBAL autocommit = 0",
+    "SET GLOBAL time_zone = '+05:45'",
+    "SET GLOBAL sql_safe_updates = 1",
+    "SET GLOBAL sql_select_limit = 1",
+    "SET GLOBAL completion_type = 'CHAIN'",
+    "SET GLOBAL max_statement_time = 0.01",
+    "SET GLOBAL character_set_server = 'latin1'",
+)
+
+
+@pytest.mark.long
+@pytest.mark.server
+@pytest.mark.timeout(240)
+def test_given_a_mariadb_of_other_defaults_when_it_is_read_only_for_a_while_then_all_jobs_are_completed(
+    tmp_path: Path, sandbox: Sandbox, broker: HurtRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Polls go on soon after it takes writes again."""
+    log = tmp_path / "up.log"
+    with own_mariadb(tmp_path / "mariadb") as server:
+        server.run(*MARIADB_DEFAULTS)
+        monkeypatch.setenv("DATABASE_URL", server.url)
+        database = make_engine(make_url(server.url).set(drivername="mariadb+pymysql"))
+        migrate(database)
+        with up(tmp_path):
+            track_many([sandbox.submit(f"a lighthouse, {number}") for number in range(JOBS)])
+            time.sleep(1)
+            server.run("SET GLOBAL read_only = 1")
+            with pytest.raises(Unavailable, match="read-only"):
+                track("1")
+            time.sleep(READ_ONLY_SECONDS)
+            before = _polls(database)
+            server.run("SET GLOBAL read_only = 0")
+            took = until(lambda: _polls(database) > before, BACK_WITHIN_SECONDS, lambda: states(database))
+            print(f"polls went on {took:.1f} s after writes were possible again")
+            until(lambda: all_completed(database, JOBS), 120, lambda: f"{states(database)} {log.read_text()[-1_500:]}")
+        assert_nothing_lost(database, sandbox, tmp_path, JOBS, asked_again=JOBS)
+        database.dispose()
+        engine_for(load().database).dispose()
+    said = log.read_text()
+    assert "set aside" not in said
+    assert "Traceback" not in said
