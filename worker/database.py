@@ -47,7 +47,7 @@ ENCODING = "UTF8"
 MYSQL_BATCH_BYTES = 1_024_000  # PyMySQL puts the rows of one INSERT together up to this size
 
 # Execution options: no harm is done if a crash of the server undoes the commit; seconds to wait for a locked row; only
-# reading is done, all of it as of one moment, and nobody waits for it; a statement may take as long as it takes.
+# reading is done, all of it as of one moment, and no writer waits for it; a statement may take as long as it takes.
 RELAXED = "fetch_worker_relaxed"
 PATIENCE = "fetch_worker_patience"
 SNAPSHOT = "fetch_worker_snapshot"
@@ -92,7 +92,7 @@ SQLITE_SETTINGS = (
     "ignore_check_constraints=OFF",
     "query_only=OFF",
 )
-# Whether a server takes no writes: it is a standby, or somebody set it to read-only. It answers SELECT 1 all the same.
+# Whether a server takes no writes: it is a standby, or was set to read-only. It answers SELECT 1 all the same.
 READ_ONLY_QUERIES: Mapping[str, str] = {
     "postgresql": "SHOW transaction_read_only",
     "mysql": "SELECT @@GLOBAL.read_only",
@@ -390,7 +390,7 @@ def database_now(connection: Connection) -> datetime:
         if connection.in_transaction() and _CLOCK in connection.info:
             began: tuple[datetime, float] = connection.info[_CLOCK]
             return began[0] + timedelta(seconds=time.monotonic() - began[1])
-        # In a transaction of somebody else's, whose DateStyle psycopg may not be able to read.
+        # In the transaction of an app, whose DateStyle psycopg may not be able to read.
         seconds = connection.exec_driver_sql("SELECT extract(epoch FROM clock_timestamp())::double precision")
         return datetime.fromtimestamp(seconds.scalar_one(), UTC)
     if backend == "sqlite":

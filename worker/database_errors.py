@@ -3,7 +3,7 @@
 Each code has one of four kinds, which says what to do:
 
 - `away`: the server can't do the work now. Keep the work and try again; the connection may have to be replaced.
-- `locked`: this one statement failed because of somebody else's. Try this statement again later.
+- `locked`: this one statement failed because of another transaction. Try this statement again later.
 - `deployment`: the server answers, but a right, a table or a setting is missing. Keep the work; people must act.
 - `row`: the values of this statement can't be written. Trying again fails again.
 """
@@ -55,7 +55,7 @@ TROUBLED = Code("away", "is in trouble", "look at the server's log")
 READ_ONLY = Code(
     "away",
     "is read-only",
-    "it is a standby, or somebody set it to read-only; work goes on as soon as it can be written to",
+    "it is a standby, or was set to read-only; work goes on as soon as it can be written to",
     reconnect=True,
 )
 FULL = Code("away", "has no free connection", "raise its limit of connections, or start fewer processes")
@@ -110,7 +110,7 @@ POSTGRES: Mapping[str, Code] = {
     "3D": NO_DATABASE,
     "3F": NO_SCHEMA,
     "40": CONFLICT,
-    "40003": AWAY,  # nobody knows whether the statement was completed
+    "40003": AWAY,  # it is not known whether the statement was completed
     "42": MISFIT,
     "42501": RIGHTS,
     "42703": NO_TABLES,  # undefined column
@@ -264,7 +264,7 @@ CONFLICTS = ("40P01", "40001", 1213, 1020)  # the transaction was stopped, and m
 
 
 def trouble(error: Exception) -> Kind:
-    """Return what a failed statement means: the server is away, another one is in the way, and so on."""
+    """Return the kind of a failed statement."""
     return meaning(error).kind
 
 
@@ -294,7 +294,7 @@ def driver_meaning(cause: BaseException | None) -> Code | None:
     entry = _entry(code)
     if entry is None or code in UNSURE:
         message = str(cause).lower()
-        entry = next((known for parts, known in TEXTS if all(part in message for part in parts)), entry)
+        entry = next((match for parts, match in TEXTS if all(part in message for part in parts)), entry)
     return entry
 
 
@@ -321,10 +321,10 @@ def _likely(error: DBAPIError) -> Code:
         return AWAY
     if isinstance(error, (DataError, IntegrityError, NotSupportedError)):
         return BAD_VALUE
-    known = server_code(error.orig) is not None
+    has_code = server_code(error.orig) is not None
     if isinstance(error, ProgrammingError):
-        return MISFIT if known else BAD_VALUE
-    if known:  # the server works, and this statement failed
+        return MISFIT if has_code else BAD_VALUE
+    if has_code:  # the server works, and this statement failed
         return BUSY
     return AWAY if isinstance(error, (OperationalError, InterfaceError, InternalError)) else NOT_A_DATABASE
 

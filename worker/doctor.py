@@ -123,7 +123,7 @@ def _database(settings: Settings) -> Check:
     except SQLAlchemyError as error:
         return Check("database", False, f"{where} refused a query ({type(error).__name__}): look at its log")
     if not writable:
-        advice = "is it a standby, or did somebody set it to read-only? Work goes on as soon as it can be written to"
+        advice = "is it a standby, or was it set to read-only? Work goes on as soon as it can be written to"
         return Check("database", False, f"{where} is read-only: {advice}")
     said = f"{where} answers in {took * 1e3:.0f} ms, its schema is of this version"
     if took > SLOW_SECONDS:
@@ -193,8 +193,8 @@ def _vacuum(state: ServerState) -> Check:
         advice = "look at its settings" if state.autovacuum else "it is off for the whole server"
         return Check("vacuum", False, f"most rows are dead in {tables}: run VACUUM; autovacuum clears them: {advice}")
     if state.history is not None and state.history > HISTORY_MOST:
-        said = f"{state.history:,} old row versions wait to be purged"
-        return Check("vacuum", False, f"{said}: look for long transactions, and at innodb_purge_threads")
+        versions = f"{state.history:,} old row versions wait to be purged"
+        return Check("vacuum", False, f"{versions}: look for long transactions, and at innodb_purge_threads")
     if not state.autovacuum:
         return Check("vacuum", True, "few rows are dead, but autovacuum is off for the whole server: turn it on")
     return Check("vacuum", True, "few rows are dead")
@@ -203,16 +203,19 @@ def _vacuum(state: ServerState) -> Check:
 def _transactions(state: ServerState) -> Check:
     if state.open:
         names = "; ".join(
-            f"{one.name} of {one.owner} for {one.seconds / 60:.0f} min" for one in state.open[:NAMED_MOST]
+            f"{transaction.name} of {transaction.owner} for {transaction.seconds / 60:.0f} min"
+            for transaction in state.open[:NAMED_MOST]
         )
         more = " …" if len(state.open) > NAMED_MOST else ""
         advice = "end them: dead rows can't be cleared away meanwhile, and locked rows wait"
-        return Check("transactions", False, f"open for long: {names}{more}. If nobody needs them, {advice}")
+        return Check("transactions", False, f"open for long: {names}{more}. If they are not needed, {advice}")
     if state.isolation is None or state.isolation == "read committed":
         return Check("transactions", True, "none is open for long")
-    said = f"none is open for long; the server's default isolation is {state.isolation}: the processes use their own,"
+    default = (
+        f"none is open for long; the server's default isolation is {state.isolation}: the processes use their own,"
+    )
     return Check(
-        "transactions", True, f"{said} and `track(session=…)` uses the app's, where a conflict means: try again"
+        "transactions", True, f"{default} and `track(session=…)` uses the app's, where a conflict means: try again"
     )
 
 
