@@ -121,8 +121,9 @@ HOSTILE = {
     "bytea_output": "escape",
     "standard_conforming_strings": "off",
     "client_encoding": "LATIN1",
-    "statement_timeout": "1ms",
-    "lock_timeout": "1ms",
+    "statement_timeout": "5s",
+    "lock_timeout": "5s",
+    "idle_in_transaction_session_timeout": "5s",
     "synchronous_commit": "off",
 }
 
@@ -162,6 +163,8 @@ def test_given_a_database_whose_defaults_are_all_others_when_jobs_are_tracked_th
         assert connection.execute(text("SHOW transaction_isolation")).scalar_one() == "read committed"
         assert connection.execute(text("SHOW transaction_deferrable")).scalar_one() == "off"
         assert connection.execute(text("SHOW synchronous_commit")).scalar_one() == "on"
+        assert connection.execute(text("SHOW statement_timeout")).scalar_one() == "1min"
+        assert connection.execute(text("SHOW lock_timeout")).scalar_one() == "15s"
         assert connection.execute(text("SHOW idle_in_transaction_session_timeout")).scalar_one() == "1min"
     engine.dispose()
     engine_for(load().database).dispose()
