@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 
@@ -21,6 +22,9 @@ from worker.settings import DOTENV_SWITCH, Settings
 from worker.tables import metadata
 
 LONG_SECONDS = 900  # most for a test marked long that names no limit of its own; its waits end long before
+
+settings.register_profile("fetch-worker", deadline=None)  # on a busy machine any example may be slow
+settings.load_profile("fetch-worker")
 
 _tls_context = cache(timed_http.tls_context)  # reading the public authorities takes longer than most tests
 

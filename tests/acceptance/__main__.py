@@ -34,7 +34,9 @@ def programs(options: argparse.Namespace) -> Mapping[str, Program]:
     few = Size(min(20, options.jobs), min(5.0, options.slowest), options.seed)
     return {
         "main-job": lambda home: main_job(place, home, size),
-        "kills": lambda home: kills(place, home, size, options.kills, options.recovery_seconds),
+        "kills": lambda home: kills(
+            place, home, size, options.kills, options.recovery_seconds, options.restart_seconds
+        ),
         "track-races": lambda home: track_races(place, home, few),
         "wrong-key": lambda home: wrong_key(place, home, few),
         "bad-outputs": lambda home: bad_outputs(place, home, few),
@@ -45,7 +47,7 @@ def programs(options: argparse.Namespace) -> Mapping[str, Program]:
         "wake-up": lambda home: wake_up(place, home),
         "dripping-api": lambda home: dripping_api(place, home),
         "million-rows": lambda home: million_rows(place, home, options.rows, options.minutes),
-        "admin": lambda home: admin(place, home, options.rows),
+        "admin": lambda home: admin(place, home, options.rows, options.page_milliseconds),
         "pace": lambda home: pace(place, home),
         "prune": lambda home: prune(place, home, options.rows),
         "downloads": lambda home: downloads(place, home),
@@ -80,8 +82,10 @@ def main() -> int:
     parser.add_argument("--slowest", type=float, default=10.0, help="the longest a job takes, in seconds")
     parser.add_argument("--kills", type=int, default=2)
     parser.add_argument("--rows", type=int, default=1_000_000, help="of million-rows, prune and admin")
+    parser.add_argument("--page-milliseconds", type=float, default=300.0, help="most that a page of admin may take")
     parser.add_argument("--minutes", type=float, default=10.0, help="of million-rows")
     parser.add_argument("--recovery-seconds", type=int, default=30)
+    parser.add_argument("--restart-seconds", type=int, default=10, help="that kills may add to a lease; more if busy")
     parser.add_argument("--database", choices=("postgresql", "sqlite"), default="postgresql")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--repo", type=Path, default=Path(__file__).parents[2], help="the checkout to try")

@@ -1,7 +1,10 @@
 """The acceptance programs in small, each in a process of its own, as anybody runs them."""
 
+import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,9 +18,17 @@ REPO = Path(__file__).parents[2]
 def accept(folder: Path, *words: str) -> None:
     database = "postgresql" if postgresql_answers() else "sqlite"
     program = [sys.executable, "-m", "tests.acceptance", *words, "--database", database, "--keep", str(folder / "kept")]
-    done = subprocess.run(program, cwd=REPO, text=True, capture_output=True, timeout=110)
-    print(done.stdout)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
+    log = folder / "accept.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(program, cwd=REPO, stdout=out, stderr=out, start_new_session=True)
+    try:
+        code = process.wait(270)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it started, where it was cut off
+        process.wait()
+    print(log.read_text())
+    assert code == 0, log.read_text()[-8_000:]
 
 
 @pytest.mark.parametrize(
@@ -25,7 +36,20 @@ def accept(folder: Path, *words: str) -> None:
     [
         pytest.param(["main-job", "--jobs", "50", "--slowest", "6"], id="the main job"),
         pytest.param(
-            ["kills", "--jobs", "30", "--slowest", "5", "--kills", "1", "--recovery-seconds", "5"], id="one kill"
+            [
+                "kills",
+                "--jobs",
+                "30",
+                "--slowest",
+                "5",
+                "--kills",
+                "1",
+                "--recovery-seconds",
+                "5",
+                "--restart-seconds",
+                "60",
+            ],
+            id="one kill",
         ),
         pytest.param(["track-races"], id="the same job tracked a hundred times at once"),
         pytest.param(["canary-key"], id="a key that is looked for everywhere"),
@@ -41,4 +65,4 @@ def test_the_page_for_operators_is_quick_and_shows_nothing_secret(tmp_path: Path
     """In small; what it is for is a million rows."""
     if not postgresql_answers():
         missing("PostgreSQL")
-    accept(tmp_path, "admin", "--rows", "2000")
+    accept(tmp_path, "admin", "--rows", "2000", "--page-milliseconds", "3000")
