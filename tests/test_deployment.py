@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import click
 import psycopg
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
@@ -129,5 +129,23 @@ def test_given_an_apps_own_transaction_when_another_tracks_the_same_job_then_it_
             worker.track(remote, session=session)
         session.rollback()
         assert worker.track(remote, session=session) == job_id
+    own.dispose()
+    engine_for(load().database).dispose()
+
+
+def test_given_a_snapshot_of_an_apps_transaction_on_mariadb_when_another_tracks_the_same_job_then_it_gets_the_id(
+    migrated_mariadb: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """REPEATABLE READ is the default there: a plain SELECT does not show what was committed since."""
+    url = migrated_mariadb.url
+    monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False).replace("+pymysql", ""))
+    remote = secrets.token_hex(6)
+    own = create_engine(url, isolation_level="REPEATABLE READ")
+    with Session(own) as session:
+        session.execute(text("SELECT count(*) FROM fetch_jobs"))  # its snapshot
+        job_id = worker.track(remote)
+
+        assert worker.track(remote, session=session) == job_id
+        session.commit()
     own.dispose()
     engine_for(load().database).dispose()

@@ -142,17 +142,29 @@ def _insert_missing_mysql(connection: Connection, rows: list[dict[str, Any]]) ->
 
 
 def _ids(connection: Connection, identities: Sequence[tuple[str, str, str]]) -> dict[tuple[str, str, str], int]:
-    found: dict[tuple[str, str, str], int] = {}
+    """Return the ids of these jobs, which are all there.
+
+    In a caller's own transaction MariaDB may show a snapshot that is older than a job that another one has put in.
+    Only a locking read finds that job.
+    """
+    ids = _visible_ids(connection, identities)
+    hidden = [identity for identity in identities if identity not in ids]
+    return ids | _visible_ids(connection, hidden, locking=True) if hidden else ids
+
+
+def _visible_ids(
+    connection: Connection, identities: Sequence[tuple[str, str, str]], *, locking: bool = False
+) -> dict[tuple[str, str, str], int]:
+    ids: dict[tuple[str, str, str], int] = {}
     for start in range(0, len(identities), INSERT_ROWS):
         same = [
             and_(jobs.c.account == account, jobs.c.fetch_base == base, jobs.c.remote_id == remote_id)
             for account, base, remote_id in identities[start : start + INSERT_ROWS]
         ]
-        rows = connection.execute(
-            select(jobs.c.id, jobs.c.account, jobs.c.fetch_base, jobs.c.remote_id).where(or_(*same))
-        )
-        found |= {(row.account, row.fetch_base, row.remote_id): row.id for row in rows}
-    return found
+        query = select(jobs.c.id, jobs.c.account, jobs.c.fetch_base, jobs.c.remote_id).where(or_(*same))
+        rows = connection.execute(query.with_for_update(read=True) if locking else query)
+        ids |= {(row.account, row.fetch_base, row.remote_id): row.id for row in rows}
+    return ids
 
 
 def insert_outputs(
