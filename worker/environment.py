@@ -15,9 +15,10 @@ from worker.errors import SettingsError
 
 _QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019"}
 _LINK_NAME = re.compile(
+    r"(?=\w++\Z)(?:"  # else each place to split at would be tried to the end
     r"\w+_SERVICE_(?:HOST|PORT(?:_\w+)?)"  # Kubernetes
     r"|\w+_PORT_[0-9]+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR|START|END))?"  # Kubernetes and `docker --link`
-    r"|\w+_ENV_\w+"  # `docker --link`
+    r"|\w+_ENV_\w+)"  # `docker --link`
 )
 _PORT_LINK = re.compile(r"(?:tcp|udp|sctp)://", re.IGNORECASE)
 _NAME_LINK = re.compile(r"/[^/]+/[^/]+")  # `docker --link` says by which name a container knows another one

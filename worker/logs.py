@@ -25,7 +25,7 @@ RESERVED = frozenset(
     {"time", "level", "logger", "event", "task", "task_id", "process", "pid", "thread", "exception", "stack"}
 )
 _FIELD = re.compile(r"(?P<name>[a-z][a-z_]*)=(?P<value>.*%.*)", re.DOTALL)
-_CONVERSION = re.compile(r"%[-#0 +]*[0-9]*(?:\.[0-9]+)?[a-zA-Z]")
+_CONVERSION = re.compile(r"%[-#0 +]*+[0-9]*+(?:\.[0-9]++)?[a-zA-Z]")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 

@@ -26,7 +26,7 @@ _FETCH_PATH = re.compile(r"(?P<base>/api/v[0-9]+(?:/[A-Za-z0-9_-]+)*?/fetch)(?:/
 _TRAINING_PATH = re.compile(r"(?P<base>/api/v3/fine_tune_status)/(?P<id>[A-Za-z0-9_-]+)")
 _ROOT = re.compile(r"https?://[^/]*")
 _LOOPBACK = re.compile(r"localhost|127(?:\.[0-9]{1,3}){3}|\[::1\]")
-_FAMILY = re.compile(r"/api/v[0-9]+/(?P<family>.*?)/?fetch")
+_FAMILY = re.compile(r"[^/]*//[^/]*/api/v[0-9]+/(?P<family>.*?)/?fetch")
 
 
 class FetchAddress(NamedTuple):
@@ -150,7 +150,7 @@ def family(address: FetchAddress) -> str:
 def _family(base: str) -> str:
     if base.endswith("/fine_tune_status"):
         return "training"
-    match = _FAMILY.search(base)
+    match = _FAMILY.match(base)
     name = match["family"].rstrip("/").replace("/", "-") if match else ""
     return name[:64] or "image"
 

@@ -16,15 +16,18 @@ TEXT = '"[text]"'
 LONGEST_WORD = 24  # of a quoted text without blanks: a name of the API's own, such as "fetch_result"
 
 _LINK = re.compile(r"\b[a-z][a-z0-9+.-]{1,15}://[^\s\"'<>]+", re.IGNORECASE)
-_DATA = re.compile(r"\bdata:[\w.+-]*/?[\w.+-]*[;,][^\s\"'<>]*", re.IGNORECASE)
+_DATA = re.compile(r"\bdata:[\w.+-]*+(?:/[\w.+-]*+)?[;,][^\s\"'<>]*", re.IGNORECASE)
 _EMAIL = re.compile(r"[\w.+%-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+")
 _IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.])")
 _IPV6 = re.compile(
-    r"(?<![\w:])(?:[0-9a-f]{1,4}:){3,7}[0-9a-f]{0,4}(?![\w:])|(?<![\w:])[0-9a-f:]*::[0-9a-f:]*(?![\w:])", re.I
+    r"(?<![\w:])(?:[0-9a-f]{1,4}:){3,7}[0-9a-f]{0,4}(?![\w:])|(?<![\w:])(?=[0-9a-f:]*?::)[0-9a-f:]++(?![\w:])",
+    re.I,
 )
-_PROMPT = re.compile(r"""(["']?\b\w*prompt\w*["']?\s*[:=]\s*)(?:"[^"]*"?|'[^']*'?|[^"',;}\s][^;}]*)""", re.IGNORECASE)
+_PROMPT = re.compile(
+    r"""(["']?\b(?=\w*?prompt)\w++["']?\s*+[:=]\s*+)(?:"[^"]*"?|'[^']*'?|[^"',;}\s][^;}]*)""", re.IGNORECASE
+)
 _QUOTED = re.compile(r"\"([^\"]*)(?:\"|$)|“([^”]*)(?:”|$)|«([^»]*)(?:»|$)|(?<!\w)'([^']*)'(?!\w)")
-_KEYLIKE = re.compile(r"(?<![\w+/-])(?=[\w+/.-]*\d)(?=[\w+/.-]*[a-z])[\w+/.-]{20,}={0,2}", re.IGNORECASE)
+_KEYLIKE = re.compile(r"(?<![\w+/.-])(?=[\w+/.-]*?\d)(?=[\w+/.-]*?[a-z])[\w+/.-]{20,}+={0,2}", re.IGNORECASE)
 _WORD = re.compile(r"[\w.-]*|\[text\]")
 _DIGITS = re.compile(r"(?<!\d)(?!\d{4}-\d\d-\d\d[ T]\d\d:)\+?\d(?:[ -]?\d){8,}(?!\d)")  # a moment is none
 

@@ -1,0 +1,232 @@
+"""Find every regular expression of the package, and write the texts that a backtracking one is slowest at."""
+
+import ast
+import importlib
+import pkgutil
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import worker
+
+sre: Any = importlib.import_module("re._constants")  # neither has types
+parser: Any = importlib.import_module("re._parser")
+
+METHODS = frozenset({"match", "fullmatch", "search", "sub", "subn", "split", "findall", "finditer"})
+NOT_OURS = frozenset({"sandbox"})  # the stand-in of the API: only its own user sends it anything
+FOLDER = Path(worker.__file__).parent
+ENDINGS = ("", "\0", "a")
+VARIANTS = 12  # samples of one pattern
+CATEGORIES = {
+    sre.CATEGORY_DIGIT: "1",
+    sre.CATEGORY_SPACE: " ",
+    sre.CATEGORY_WORD: "a",
+    sre.CATEGORY_NOT_DIGIT: "a",
+    sre.CATEGORY_NOT_SPACE: "a",
+    sre.CATEGORY_NOT_WORD: " ",
+}
+
+
+@dataclass(frozen=True)
+class Use:
+    """A pattern, where it stands, and the methods that it is used with."""
+
+    place: str
+    pattern: "re.Pattern[Any]"
+    methods: frozenset[str]
+
+    def run(self, method: str, text: str) -> None:
+        """Use it on a text, as the code does."""
+        subject: Any = text if isinstance(self.pattern.pattern, str) else text.encode("latin-1", "replace")
+        match method:
+            case "sub" | "subn":
+                self.pattern.sub(lambda found: found[0][:0], subject)
+            case "finditer" | "findall":
+                for _ in self.pattern.finditer(subject):
+                    pass
+            case _:
+                getattr(self.pattern, method)(subject)
+
+
+def uses() -> list[Use]:
+    """Return all patterns of the package: those that modules hold, and those that are written where they are used."""
+    methods = _methods()
+    found: dict[tuple[Any, int], Use] = {}
+    for module in _modules():
+        for name, value in vars(module).items():
+            for number, pattern in enumerate(_patterns(value)):
+                used = methods.get(name) or METHODS
+                place = f"{module.__name__}.{name}" + (f"[{number}]" if number else "")
+                found.setdefault((pattern.pattern, pattern.flags), Use(place, pattern, used))
+    for place, method, pattern in _inline():
+        found.setdefault((pattern.pattern, pattern.flags), Use(place, pattern, frozenset({method})))
+    return list(found.values())
+
+
+def unread() -> list[str]:
+    """Return the places where a pattern is made that is neither a constant nor held by a module."""
+    held = {name for module in _modules() for name, value in vars(module).items() if any(_patterns(value))}
+    lost = []
+    for path, tree in _trees():
+        names = {id(call): name for value, name in _named_values(tree) for call in ast.walk(value)}
+        for call in _calls(tree):
+            constant = isinstance(call.args[0], ast.Constant) or getattr(call.args[0], "id", "") in held
+            if not constant and names.get(id(call)) not in held:
+                lost.append(f"{path.relative_to(FOLDER)}:{call.lineno}")
+    return lost
+
+
+def texts(pattern: "re.Pattern[Any]", size: int) -> Iterator[str]:
+    """Texts of about `size` characters that nearly match: each repeated part, after what stands before it, pumped."""
+    source = pattern.pattern if isinstance(pattern.pattern, str) else pattern.pattern.decode("latin-1")
+    tree = list(parser.parse(source, pattern.flags & ~re.UNICODE))
+    pumps = set[tuple[str, str]]()
+    for full in (True, False):
+        wholes = list(islice(_samples(tree, full), VARIANTS))
+        pumps |= {("", whole) for whole in wholes} | {("", whole[:-1]) for whole in wholes}
+        pumps |= {("", char) for whole in wholes for char in whole} | set(_pumps(tree, "", full))
+    for before, pump in sorted(pumps):
+        if pump:
+            for ending in ENDINGS:
+                yield before + pump * (size // len(pump)) + ending
+
+
+def _samples(nodes: Iterable[Any], full: bool) -> Iterator[str]:
+    """Short texts that match, as far as lookarounds allow; with `full` they have what may be left out."""
+    nodes = list(nodes)
+    if not nodes:
+        yield ""
+        return
+    for rest in islice(_samples(nodes[1:], full), VARIANTS):
+        for first in islice(_sample(nodes[0][0], nodes[0][1], full), VARIANTS):
+            yield first + rest
+
+
+def _sample(kind: Any, argument: Any, full: bool) -> Iterator[str]:
+    if kind in (sre.LITERAL,):
+        yield chr(argument)
+    elif kind in (sre.NOT_LITERAL, sre.ANY):
+        yield from ("a", " ")
+    elif kind is sre.IN:
+        yield from _members(argument)
+    elif kind is sre.BRANCH:
+        for branch in argument[1]:
+            yield from islice(_samples(branch, full), 2)
+    elif kind is sre.SUBPATTERN:
+        yield from _samples(argument[3], full)
+    elif kind is sre.ATOMIC_GROUP:
+        yield from _samples(argument, full)
+    elif kind in (sre.MAX_REPEAT, sre.MIN_REPEAT, sre.POSSESSIVE_REPEAT):
+        least, _, body = argument
+        if not full and not least:
+            yield ""
+            return
+        for sample in islice(_samples(body, full), 3):
+            yield sample * max(1, min(least, 40))
+    else:
+        yield ""
+
+
+def _members(members: Any) -> Iterator[str]:
+    if members[0][0] is sre.NEGATE:
+        yield from ("a", "1", " ", "-", ":", "/")
+        return
+    for kind, argument in members:
+        if kind is sre.LITERAL:
+            yield chr(argument)
+        elif kind is sre.RANGE:
+            yield chr(argument[0])
+        elif kind is sre.CATEGORY:
+            yield CATEGORIES.get(argument, "a")
+
+
+def _pumps(nodes: Iterable[Any], before: str, full: bool) -> Iterator[tuple[str, str]]:
+    """(What stands before a repeated part, the part), for each of them."""
+    for kind, argument in nodes:
+        if kind in (sre.MAX_REPEAT, sre.MIN_REPEAT, sre.POSSESSIVE_REPEAT):
+            for sample in islice(_samples(argument[2], full), VARIANTS):
+                yield before, sample
+                yield "", before + sample
+            yield from _pumps(argument[2], before, full)
+        elif kind is sre.BRANCH:
+            for branch in argument[1]:
+                yield from _pumps(branch, before, full)
+        elif kind is sre.SUBPATTERN:
+            yield from _pumps(argument[3], before, full)
+        elif kind in (sre.ASSERT, sre.ASSERT_NOT):
+            yield from _pumps(argument[1], before, full)
+        elif kind is sre.ATOMIC_GROUP:
+            yield from _pumps(argument, before, full)
+        before += next(_sample(kind, argument, full), "")
+
+
+# ── where patterns are ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _modules() -> Iterator[Any]:
+    for found in pkgutil.walk_packages(worker.__path__, "worker."):
+        if found.name.split(".")[1] not in NOT_OURS and not found.name.endswith("__main__"):
+            try:
+                yield importlib.import_module(found.name)
+            except ImportError:  # an extra that is not installed
+                continue
+
+
+def _patterns(value: object) -> Iterator["re.Pattern[Any]"]:
+    if isinstance(value, re.Pattern):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _patterns(item)
+    elif isinstance(value, tuple | list | set | frozenset):
+        for item in value:
+            yield from _patterns(item)
+
+
+@cache
+def _trees() -> list[tuple[Path, ast.Module]]:
+    paths = (path for path in sorted(FOLDER.rglob("*.py")) if path.relative_to(FOLDER).parts[0] not in NOT_OURS)
+    return [(path, ast.parse(path.read_text(encoding="utf-8"))) for path in paths]
+
+
+def _named_values(tree: ast.Module) -> Iterator[tuple[ast.expr, str]]:
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if isinstance(target, ast.Name):
+                yield node.value, target.id
+
+
+def _calls(tree: ast.Module) -> Iterator[ast.Call]:
+    """The calls of `re` that take a pattern."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
+            module = node.func.value
+            if isinstance(module, ast.Name) and module.id == "re" and node.func.attr in METHODS | {"compile"}:
+                yield node
+
+
+def _inline() -> Iterator[tuple[str, str, "re.Pattern[Any]"]]:
+    for path, tree in _trees():
+        for call in _calls(tree):
+            function, source = call.func, call.args[0]
+            if isinstance(function, ast.Attribute) and function.attr != "compile" and isinstance(source, ast.Constant):
+                flags = re.IGNORECASE if "IGNORECASE" in ast.unparse(call) else 0
+                pattern: re.Pattern[Any] = re.compile(str(source.value), flags)
+                yield f"{path.relative_to(FOLDER)}:{call.lineno}", function.attr, pattern
+
+
+def _methods() -> dict[str, frozenset[str]]:
+    """By the name of a pattern, the methods that the package uses it with."""
+    found: dict[str, set[str]] = {}
+    for _, tree in _trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr in METHODS:
+                value = node.value
+                name = value.id if isinstance(value, ast.Name) else getattr(value, "attr", "")
+                found.setdefault(name, set()).add(node.attr)
+    return {name: frozenset(methods) for name, methods in found.items()}

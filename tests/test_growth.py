@@ -1,0 +1,234 @@
+"""What reads text from outside takes time that grows with its length, and no faster.
+
+All regular expressions of the package are found by themselves; scanners written by hand are listed in `SCANNERS`.
+Processor time is measured, and the least of several runs counts, so that a busy machine changes nothing.
+"""
+
+import gc
+import json
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from itertools import islice
+
+import pytest
+
+from tests.adversaries import Use, texts, unread, uses
+from worker.addresses import Guard
+from worker.admin.wording import without_links
+from worker.core.answers import answers
+from worker.core.display import display_json, display_lines, display_text
+from worker.core.escapes import decoded
+from worker.core.fetch_address import AllowedApi, checked_remote_id, fetch_address
+from worker.core.json_size import too_many_values
+from worker.core.links import links
+from worker.core.masking import link_host, masked
+from worker.core.media import Base64Decoder, base64_start, is_text, sniff
+from worker.core.plain_text import plain_text
+from worker.core.reply import parse
+from worker.core.spans import seconds_of
+from worker.core.submission import submission
+from worker.core.webhook import checked_url
+from worker.errors import WorkerError
+from worker.scrubber import Scrubber
+
+STAGES = 22, 200, 1_500, 6_000  # characters: an exponential pattern is noticed in the first, a quadratic in the last
+SLOWEST = 0.02  # seconds for a text of any stage; a thousandth is usual
+LENGTH, LONG_LENGTH = 60_000, 8 << 20
+RATIO = 2.5
+TRIES = 12
+KEYS = [f"{number:02d}{'Kq3vZ8mT1xRw5yLb7nPd0cGh2sJf6aUe9iDo4kXe'[number % 9 :]}" for number in range(100)]
+USES = uses()
+ALLOWED = AllowedApi("https://api.example/api/v3", frozenset({"api.example"}))
+BAD = r"data:[\w.+-]*/?[\w.+-]*;", r"\w*prompt\w*[:=]", r"(?:a|a)*b", r"\s*x?\s*y", r"<.*?>", r"(?:%|a)*="
+
+
+def used(work: Callable[[], object]) -> float:
+    """Processor seconds of one call."""
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def grows_too_fast(work: Callable[[str], object], text: Callable[[int], str], length: int) -> str | None:
+    """Compare half of `length` with all of it; None as soon as the least times are no more than RATIO apart."""
+    half, whole = text(length // 2), text(length)
+    least = [float("inf"), float("inf")]
+    gc.collect()
+    for _ in range(TRIES):
+        least = [min(least[0], used(lambda: work(half))), min(least[1], used(lambda: work(whole)))]
+        if least[1] <= RATIO * least[0] + 0.0005:
+            return None
+    return f"{least[0]:.4f} s for {len(half)} characters, {least[1]:.4f} s for {len(whole)}"
+
+
+def worst_of(use: Use) -> tuple[float, str, int]:
+    """(Seconds, method, number of the text) of what the pattern is slowest at."""
+    worst = (-1.0, "", 0)
+    for length in STAGES:
+        worst = (-1.0, "", 0)
+        for number, text in enumerate(texts(use.pattern, length)):
+            for method in sorted(use.methods):
+                run = partial(use.run, method, text)
+                seconds = used(run)
+                if seconds > SLOWEST:
+                    seconds = min(seconds, used(run))
+                worst = max(worst, (seconds, method, number))
+                if worst[0] > SLOWEST:
+                    return worst
+    return worst
+
+
+def text_of(use: Use, number: int, length: int) -> str:
+    """The text of that number, about so long."""
+    return next(islice(texts(use.pattern, length), number, None))
+
+
+def growth_of(use: Use, method: str, number: int, length: int) -> str | None:
+    """As `grows_too_fast`, for a pattern."""
+    return grows_too_fast(partial(use.run, method), partial(text_of, use, number), length)
+
+
+# ── regular expressions ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_pattern_of_the_package_is_found() -> None:
+    """One that is built at run time, or held by no module, would escape: give it a name at the top of its module."""
+    assert unread() == []
+    assert len(USES) > 50
+
+
+@pytest.mark.parametrize("pattern", BAD)
+def test_given_a_pattern_that_backtracks_when_measured_then_it_is_noticed(pattern: str) -> None:
+    use = Use("bad", re.compile(pattern), frozenset({"search"}))
+
+    seconds, method, number = worst_of(use)
+
+    assert seconds > SLOWEST or growth_of(use, method, number, 12_000)
+
+
+@pytest.mark.parametrize("use", USES, ids=[use.place for use in USES])
+def test_given_texts_that_nearly_match_when_doubled_then_a_pattern_takes_twice_as_long(use: Use) -> None:
+    seconds, method, number = worst_of(use)
+
+    assert seconds <= SLOWEST, f"{seconds:.3f} s for {text_of(use, number, 60)!r}…"
+    assert growth_of(use, method, number, LENGTH) is None
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("use", USES, ids=[use.place for use in USES])
+def test_given_eight_megabytes_that_nearly_match_then_a_pattern_takes_twice_as_long_as_for_four(use: Use) -> None:
+    _, method, number = worst_of(use)
+
+    assert growth_of(use, method, number, LONG_LENGTH) is None
+
+
+# ── scanners written by hand ──────────────────────────────────────────────────────────────────────────────────────────
+
+FLOODS = (
+    *(KEYS[0][:-1], KEYS[0][:20], "".join(key[:25] for key in KEYS), KEYS[0] + " "),
+    *(
+        "%",
+        "%41",
+        "%25",
+        "%41B",
+        "\\",
+        "\\u0041",
+        "\\\\u0041",
+        "\\ud83d",
+        "\\u",
+        "&",
+        "&#",
+        "&#65;",
+        "&#0",
+        "&amp;",
+        "&amp",
+    ),
+    *("a", "QUJD", "+", " ", "\n", "\x1b[31m", "\u202e", "\u200d", "é", "\U0001f511", "\ud800", "\0", "\xff"),
+    *("/", "..", ":", "::", "a.", "a@", "1", "1 ", "'", '"', "“", "prompt", "data:", "https://", "-", "=", "<"),
+    *("[],", "[", "{", '{"a":', '"",', '\\"', ","),
+)
+scrubber = Scrubber(KEYS)
+
+
+def encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def answer(text: str) -> bytes:
+    return json.dumps({"status": "error", "message": text, "output": [text, text]}).encode()
+
+
+SCANNERS: dict[str, Callable[[str], object]] = {
+    "Scrubber.text": scrubber.text,
+    "Scrubber.link": scrubber.link,
+    "Scrubber.body": lambda text: scrubber.body(encoded(text)),
+    "decoded": lambda text: decoded(encoded(text)),
+    "display_text": display_text,
+    "display_lines": display_lines,
+    "display_json": display_json,
+    "plain_text": plain_text,
+    "masked": masked,
+    "link_host": link_host,
+    "without_links": without_links,
+    "answers": answers,
+    "too_many_values": lambda text: too_many_values(encoded(text)),
+    "parse, the body": lambda text: parse(200, {}, encoded(text), remote_id="1", now=0.0),
+    "parse, a value": lambda text: parse(200, {}, answer(text), remote_id="1", now=0.0),
+    "parse, headers": lambda text: parse(
+        429, {"Retry-After": text, "x-ratelimit-reset": text}, b"{}", remote_id="1", now=0.0
+    ),
+    "links": lambda text: links([text, f"data:image/png;base64,{text}", f"data:{text}"]),
+    "submission": submission,
+    "checked_remote_id": checked_remote_id,
+    "fetch_address": lambda text: fetch_address(f"https://api.example/{text}", "1", ALLOWED),
+    "checked_url": lambda text: checked_url(f"https://shop.example/{text}"),
+    "Guard.check_url": lambda text: Guard(()).check_url(f"https://{text}"),
+    "seconds_of": seconds_of,
+    "sniff": lambda text: sniff(encoded(text)),
+    "is_text": lambda text: is_text(encoded(text)),
+    "base64_start": lambda text: base64_start(encoded(text)),
+    "Base64Decoder": lambda text: Base64Decoder().feed(encoded(text)),
+}  # fmt: skip
+
+
+def scan(name: str, text: str) -> None:
+    with suppress(WorkerError, ValueError):
+        SCANNERS[name](text)
+
+
+def flood_of(unit: str, length: int) -> str:
+    return unit * (length // len(unit))
+
+
+def slowest_floods(name: str) -> list[str]:
+    """The two floods that a scanner is slowest at."""
+    return sorted(FLOODS, key=lambda unit: -used(partial(scan, name, flood_of(unit, 4_000))))[:2]
+
+
+@pytest.mark.parametrize("name", SCANNERS)
+def test_given_a_flood_when_doubled_then_a_scanner_takes_twice_as_long(name: str) -> None:
+    for unit in slowest_floods(name):
+        slow = grows_too_fast(partial(scan, name), partial(flood_of, unit), LENGTH)
+        assert slow is None, f"{unit!r}: {slow}"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", SCANNERS)
+def test_given_eight_megabytes_of_a_flood_then_a_scanner_takes_twice_as_long_as_for_four(name: str) -> None:
+    for unit in slowest_floods(name):
+        slow = grows_too_fast(partial(scan, name), partial(flood_of, unit), LONG_LENGTH)
+        assert slow is None, f"{unit!r}: {slow}"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("unit", ["a lake at dawn, ", '{"output":["https:\\/\\/h\\/a.png"]},', KEYS[0][:12]])
+def test_given_32_megabytes_and_100_keys_when_scrubbed_then_it_takes_less_than_a_second(unit: str) -> None:
+    text = flood_of(unit, 32 << 20)
+    data = text.encode()
+
+    assert min(used(lambda: scrubber.text(text)) for _ in range(3)) < 1.0
+    assert min(used(lambda: scrubber.body(data)) for _ in range(3)) < 1.0
