@@ -1,8 +1,10 @@
 """A key that is easy to recognise is provoked into every corner, and then looked for everywhere."""
 
 import base64
+import html
 import http.client
 import json
+import re
 import socket
 import threading
 import time
@@ -11,18 +13,20 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import redis
 
-from tests.acceptance.api import Job, Output
+from tests.acceptance.api import SAYS, Job, Output
 from tests.acceptance.hosted import Hosted
 from tests.acceptance.jobs import Size, check_nothing_left_the_machine, rows_of, track_by_name
 from tests.acceptance.main_job import start_working
 from tests.acceptance.report import Report
 from tests.acceptance.stand import FLOWER_LOGIN, NotReady, Place, Stand, wait_until
+from tests.spellings import SPELLINGS
 
 FLOWER_PAGES = ("/", "/workers", "/tasks", "/broker", "/api/tasks", "/api/workers?refresh=1", "/metrics")
+DEPTH = 5  # escapes of escapes that are undone
 TASK_PAGES = 60  # how many tasks are looked at one by one
 
 
@@ -35,6 +39,16 @@ def needles(core: str) -> tuple[bytes, ...]:
         whole = encoded[4 if shift else 0 : -4]  # the groups that hold nothing but the text
         shifted += [whole, whole.replace(b"+", b"-").replace(b"/", b"_")]
     return (raw, raw.hex().encode(), *shifted)
+
+
+def readings(text: bytes) -> Iterator[bytes]:
+    """A text as it is, and with escapes of JSON, URLs and HTML undone, again and again."""
+    yield text
+    read = text.decode("utf-8", "replace")
+    for _ in range(DEPTH):
+        read = re.sub(r"\\+u([0-9a-fA-F]{4})|\\+x([0-9a-fA-F]{2})", lambda unit: chr(int(unit[1] or unit[2], 16)), read)
+        read = html.unescape(unquote(read)).replace("\\", "")
+        yield read.encode("utf-8", "replace")
 
 
 def canary_key(place: Place, home: Path, size: Size) -> Report:
@@ -50,6 +64,7 @@ def canary_key(place: Place, home: Path, size: Size) -> Report:
         stand.start("flower")
         with _watched_redis(stand) as commands, _captured_events(stand) as events:
             _provoke(report, stand, hosted)
+            _provoke_spellings(report, stand, hosted, key)
             seen = {
                 "the output of commands": _commands(stand),
                 "the pages of Flower": _flower(report, stand),
@@ -65,7 +80,12 @@ def canary_key(place: Place, home: Path, size: Size) -> Report:
             "files beside the outputs": b"".join(_other_files(stand)),
         }
         for where, text in seen.items():
-            found = [text[max(0, at - 80) : at + 80] for needle in needles(core) if (at := text.find(needle)) >= 0]
+            found = [
+                read[max(0, at - 80) : at + 80]
+                for read in readings(text)
+                for needle in needles(core)
+                if (at := read.find(needle)) >= 0
+            ]
             report.none_of(f"not in {where} ({len(text)} bytes)", found)
         report.check("events were heard and commands seen", bool(events) and bool(commands))
         used = {call.key for call in hosted.ledger().calls}
@@ -123,6 +143,28 @@ def _provoke(report: Report, stand: Stand, hosted: Hosted) -> None:
     asked = wait_until(lambda: bool(hosted.ledger().calls_about(refused.remote_id)), 20)
     report.check("a refusal that echoes was met", asked)
     time.sleep(1)
+
+
+def _provoke_spellings(report: Report, stand: Stand, hosted: Hosted, key: str) -> None:
+    """Jobs that fail with the key in their message: whole in every spelling, and all but its last characters."""
+    hosted.behave(accept=[key], echo_rejected=False)
+    spelled = {name: spell(key) for name, spell in SPELLINGS.items()} | {"cut": f"{key[:-4]}…"}
+    jobs = {
+        name: Job(str(18_001_000 + number), time.time(), 1.0, script=(f"{SAYS}refused: {text} (see there)",) * 2)
+        for number, (name, text) in enumerate(spelled.items())
+    }
+    hosted.register(list(jobs.values()))
+    track_by_name(stand, jobs.values())
+    stand.command("fetch-worker", "resume", "--account", "default")  # it was held for the refused key
+
+    def all_failed() -> bool:
+        rows = rows_of(stand, list(jobs.values()))
+        return len(rows) == len(jobs) and all(row["status"] == "failed" for row in rows.values())
+
+    report.check("the jobs that quote the key in all spellings fail", wait_until(all_failed, 90, 0.5))
+    rows = rows_of(stand, list(jobs.values()))
+    messages = {name: str(rows.get(job.remote_id, {}).get("error_message")) for name, job in jobs.items()}
+    report.none_of("each message has the mask", {name: text for name, text in messages.items() if "[key]" not in text})
 
 
 def _commands(stand: Stand) -> bytes:
