@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 from celery import Celery
+from celery.events.dispatcher import EventDispatcher
 
 from worker.app import FixedScheduler, make_app
+from worker.scrubber import shared_scrubber
 from worker.settings import load
 
 pytestmark = pytest.mark.every_python
@@ -101,3 +104,33 @@ def test_beat_keeps_no_file_and_sends_each_task_as_it_starts(tmp_path: Path) -> 
     assert all(entry.is_due().is_due for entry in scheduler.schedule.values())
     assert app.conf.beat_scheduler == "worker.app:FixedScheduler"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_given_a_key_in_the_fields_of_an_event_when_sent_then_it_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: dict[str, object] = {}
+    monkeypatch.setattr(EventDispatcher, "send", lambda _, kind, **fields: sent.update(fields))
+    shared_scrubber(["Kq3vZ8mT1xRw5yLb7nPd0cGh2sJf6aUe"])
+    dispatcher = make_app(load()).events.Dispatcher(enabled=False)
+
+    dispatcher.send("task-received", args="('Kq3vZ8mT1xRw5yLb7nPd0cGh2sJf6aUe',)", retries=0)
+
+    assert sent == {"args": "('[key]',)", "retries": 0}
+
+
+def test_given_a_task_that_fails_with_a_key_when_run_then_its_error_and_what_led_to_it_have_none() -> None:
+    key = "Kq3vZ8mT1xRw5yLb7nPd0cGh2sJf6aUe"
+    shared_scrubber([key])
+
+    @make_app(load()).task(name="tests.failing", shared=False)  # type: ignore[untyped-decorator]  # celery has no types
+    def failing() -> None:
+        try:
+            raise KeyError(key)
+        except KeyError as cause:
+            raise ValueError(f"trouble with {key}") from cause
+
+    with pytest.raises(RuntimeError) as raised:
+        failing()
+
+    written = "".join(traceback.format_exception(raised.value))
+    assert key not in written
+    assert "ValueError: trouble with [key]" in written

@@ -1,6 +1,8 @@
 """The settings: the contract's defaults, where they come from, and one clear line for each thing that is wrong."""
 
+import base64
 import ipaddress
+import json
 import os
 from pathlib import Path
 
@@ -354,3 +356,28 @@ def test_a_socket_that_nobody_answers_on_is_not_taken_for_a_server(tmp_path: Pat
     (tmp_path / "var").mkdir()
     (tmp_path / "var" / "redis.sock").touch()
     assert load().redis == "redis://localhost:6379/0"
+
+
+def test_given_passwords_in_settings_when_shown_then_none_of_them_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in `repr` and `str`, nor where a debugger or a traceback with locals writes them."""
+    secret = "Pa55-of-somebody"
+    values = {
+        "DATABASE_URL": f"postgresql://app:{secret}@db.example/app?password={secret}",
+        "REDIS_URL": f"redis://:{secret}@redis.example/0",
+        "BROKER_URL": f"amqp://app:{secret}@broker.example//",
+        "SD_API_PROXY": f"http://app:{secret}@proxy.example:3128",
+        "SD_API_KEY": secret,
+        "SD_API_KEYS": json.dumps({"shop": secret}),
+        "WEBHOOK_SECRET": "whsec_" + base64.b64encode(secret.encode() * 2).decode(),
+        "FLOWER_BASIC_AUTH": f"admin:{secret}",
+        "ADMIN_PASSWORD": secret,
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+    settings = load()
+
+    for shown in (repr(settings), str(settings), f"{settings}", repr([settings])):
+        assert secret not in shown
+        assert values["WEBHOOK_SECRET"] not in shown
+        assert "db.example" in shown

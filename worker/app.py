@@ -8,20 +8,24 @@ import logging
 import os
 import secrets
 import sys
+import traceback
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from celery import Celery
+from celery import Celery, Task
+from celery.app.events import Events
 from celery.beat import Scheduler
+from celery.events.dispatcher import EventDispatcher
+from celery.exceptions import TaskPredicate
 from celery.loaders.app import AppLoader
 from celery.signals import after_setup_logger, after_setup_task_logger, celeryd_init
 from kombu.entity import Exchange, Queue
 
 from worker.database import engine_for
 from worker.environment import clean, is_service_link, trimmed
-from worker.errors import SettingsError
+from worker.errors import SettingsError, WorkerError
 from worker.kombu_repair import repair
 from worker.logs import JsonLines
 from worker.scrubber import ScrubbedLogs, shared_scrubber
@@ -59,12 +63,51 @@ class _OwnLoader(AppLoader):  # type: ignore[misc]  # celery has no types
         return {}
 
 
+class ScrubbedTask(Task):  # type: ignore[misc]  # celery has no types
+    """A task whose errors, which become log lines, events and results, hold no key."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Run the task."""
+        try:
+            return self.run(*arguments, **options)
+        except TaskPredicate:  # how a task tells Celery what to do with its message
+            raise
+        except Exception as error:
+            scrubber = shared_scrubber()
+            written = "".join(traceback.format_exception(error))
+            if scrubber.text(written) == written:
+                raise
+            message = scrubber.text(str(error))
+            if isinstance(error, WorkerError):
+                raise type(error)(message) from None
+            raise RuntimeError(f"{type(error).__name__}: {message}") from None
+
+
+class ScrubbedDispatcher(EventDispatcher):  # type: ignore[misc]  # celery has no types
+    """Sends events without keys: a task's arguments are what an app has put into them."""
+
+    def send(self, type: str, *arguments: Any, **fields: Any) -> None:
+        """Send an event."""
+        scrub = shared_scrubber().text
+        plain = {name: scrub(value) if isinstance(value, str) else value for name, value in fields.items()}
+        super().send(type, *arguments, **plain)
+
+
+class ScrubbedEvents(Events):  # type: ignore[misc]  # celery has no types
+    """What Celery takes the dispatcher from."""
+
+    dispatcher_cls = ScrubbedDispatcher
+
+
 class FetchWorkerApp(Celery):  # type: ignore[misc]  # celery has no types
     """A Celery app that our settings alone configure.
 
     Celery prefers CELERY_BROKER_URL, CELERY_BROKER_READ_URL, CELERY_BROKER_WRITE_URL and CELERY_RESULT_BACKEND to what
     an app is given, and its command reads BROKER_URL by itself. In our environment they are meant for the web app.
     """
+
+    events_cls = ScrubbedEvents
+    task_cls = ScrubbedTask
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(
