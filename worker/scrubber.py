@@ -39,7 +39,7 @@ class Scrubber:
     def text(self, text: str) -> str:
         """The text without any key, and without the beginning or end of one (at least half of it, 16 characters).
 
-        Scrub before you cut: what is left of a key after a cut may be shorter than that.
+        Scrub before you cut: a piece that a cut leaves may be shorter than that.
         """
         data = text.encode("utf-8", "surrogatepass")
         spans = self._texts.spans(data)
@@ -113,7 +113,7 @@ def _masked(data: bytes, spans: list[tuple[int, int]]) -> bytes:
 class ScrubbedLogs(logging.Filter):
     """A filter that scrubs whole log records: message, arguments, traceback with its notes, stack and extra fields.
 
-    Control characters and invisible ones go, too; a message of ours is one line.
+    Control characters and invisible ones go, too; a message of our own loggers is one line.
     """
 
     def __init__(self, scrubber: Scrubber) -> None:

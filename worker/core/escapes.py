@@ -61,12 +61,12 @@ class Origin:
         data = self.data.translate(None, ignored)
         if len(data) == len(self.data):
             return self
-        kept = self.data.translate(bytes(byte not in ignored for byte in range(256)))
-        return Origin(data, list(compress(self.begins, kept)), list(compress(self.ends, kept)))
+        keep = self.data.translate(bytes(byte not in ignored for byte in range(256)))
+        return Origin(data, list(compress(self.begins, keep)), list(compress(self.ends, keep)))
 
 
 def decoded(data: bytes) -> bytes | None:
-    r"""Undo one level of escapes; None where there are none.
+    r"""Undo one level of escapes; None if there is none.
 
     >>> decoded(b"a%2Fb \\u0041\\\\u00e9 &#65;&#x42;&amp;lt; C:\\path")
     b'a/b A\xc3\xa9 AB&lt; C:\\path'

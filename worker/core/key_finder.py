@@ -75,13 +75,13 @@ class KeyFinder:
         if not self._spellings:
             return []
         if len(data) <= self._chunk:
-            found = self._in_chunk(data)
+            spans = self._in_chunk(data)
         else:
-            found = []
+            spans = []
             for start in range(0, len(data), self._chunk):
                 chunk = data[start : start + self._chunk + self._overlap]
-                found.extend((start + begin, start + end) for begin, end in self._in_chunk(chunk))
-        return _merged(found)
+                spans.extend((start + begin, start + end) for begin, end in self._in_chunk(chunk))
+        return _merged(spans)
 
     def _in_chunk(self, data: bytes) -> list[tuple[int, int]]:
         spans = list[tuple[int, int]]()
