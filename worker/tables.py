@@ -185,7 +185,7 @@ jobs = Table(
 # MariaDB and MySQL have no partial indexes. There this generated column holds the account of each job that has a due
 # time, and is NULL for all others, so that its index leaves out the jobs at rest. No other database has the column, and
 # nothing writes it, so it is no part of the table above.
-WAITING_ACCOUNT = literal_column("fetch_jobs.waiting_account", String(64))
+waiting_account = literal_column("fetch_jobs.waiting_account", String(64))
 MYSQL_ONLY = frozenset({"waiting_account", "ix_fetch_jobs_waiting"})
 
 outputs = Table(

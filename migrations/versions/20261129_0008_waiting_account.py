@@ -1,7 +1,8 @@
 """MariaDB and MySQL find the jobs with a due time without reading the jobs at rest.
 
 They have no partial indexes. A generated column holds the account of each job that has a due time and is NULL for all
-others, and the index on it takes the part that the partial index `ix_fetch_jobs_best` has on other databases.
+others, and the index on it takes the part that the partial index `ix_fetch_jobs_best` has on other databases. It holds
+the deadline, too, so that jobs past it are found without reading every job that waits.
 
 Revision 0008, after 0007, 2026-11-29.
 """
@@ -26,7 +27,8 @@ def upgrade() -> None:
         return
     waiting = sa.Computed("IF(due_at IS NULL, NULL, account)", persisted=False)
     add_column("fetch_jobs", sa.Column("waiting_account", NAME, waiting, nullable=True))
-    create_index("ix_fetch_jobs_waiting", "fetch_jobs", ["waiting_account", "priority", "fetch_host", "due_at"])
+    columns = ["waiting_account", "priority", "fetch_host", "due_at", "deadline_at"]
+    create_index("ix_fetch_jobs_waiting", "fetch_jobs", columns)
 
 
 def downgrade() -> None:

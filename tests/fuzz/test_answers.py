@@ -21,6 +21,7 @@ from worker.calls import Asked
 from worker.core.fetch_address import FetchAddress
 from worker.core.gate import Gate, Heard, Limit, after_replies
 from worker.core.lifecycle import JobFacts, Strikes
+from worker.core.links import stored_address
 from worker.core.pace import Pace
 from worker.core.plain_text import plain_text
 from worker.core.reply import AnotherJob, RateLimited, Ready, Reply, parse
@@ -91,7 +92,7 @@ def test_no_answer_makes_the_parser_fail_or_a_job_ready_without_an_output_of_tha
                 return
             assert not of_another_job(answer)
             listed = [text for name in ("output", "proxy_links", "links") for text in texts(answer.get(name))]
-            known = {plain_text(text.strip()) for text in listed}
+            known = {stored_address(text.strip()) for text in listed}
             assert reply.outputs
             for link in reply.outputs:
                 assert link.body is not None or any(text.startswith(link.url.removesuffix("…")) for text in known)

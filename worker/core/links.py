@@ -62,7 +62,7 @@ def links(output: object, proxy_links: object = None) -> tuple[Link, ...]:
     """
     texts = list(_texts(output))
     addresses = [text for text in _texts(proxy_links) if text.lower().startswith(("https://", "http://"))]
-    proxies = [_address(text) if len(text) <= MAX_URL else "" for text in addresses]
+    proxies = [stored_address(text) if len(text) <= MAX_URL else "" for text in addresses]
     paired = proxies if len(proxies) == len(texts) else []
     found: dict[str, Link] = {}
     for place, text in enumerate(texts[:MAX_LINKS]):
@@ -89,13 +89,13 @@ def _link(text: str, proxies: tuple[str, ...]) -> Link:
         return _inline(body, f"data:{media_type}")
     if len(text) >= _LEAST_BASE64 and _BASE64.fullmatch(text):
         return _inline(_decoded(text), "data:")
-    return Link(_address(text), proxies)
+    return Link(stored_address(text), proxies)
 
 
-def _address(text: str) -> str:
+def stored_address(text: str) -> str:
     r"""Return an address as it is stored. A control character becomes an escape, whose backslash has it refused.
 
-    >>> _address("https://h/a\nb")
+    >>> stored_address("https://h/a\nb")
     'https://h/a\\nb'
     """
     text = text if len(text) <= MAX_URL else text[:MAX_URL] + "…"

@@ -29,7 +29,7 @@ from worker.core.fetch_address import FetchAddress
 from worker.core.lifecycle import JobFacts, OutputFacts, Strikes
 from worker.core.pace import SOONEST, WINDOW
 from worker.store.times import seconds_between
-from worker.tables import MYSQL_FAMILY, WAITING_ACCOUNT, bodies, events, jobs, outputs
+from worker.tables import MYSQL_FAMILY, bodies, events, jobs, outputs, waiting_account
 
 Claim = tuple[int, str]  # the id of a row, and the token that its claim is known by
 
@@ -149,9 +149,9 @@ def _levels() -> Select[Any]:
 
 _LEVELS = _levels()
 _LEVELS_MYSQL = (
-    select(WAITING_ACCOUNT, jobs.c.priority, jobs.c.fetch_host, func.min(jobs.c.due_at))
-    .where(WAITING_ACCOUNT.in_(bindparam("accounts", expanding=True)))
-    .group_by(WAITING_ACCOUNT, jobs.c.priority, jobs.c.fetch_host)
+    select(waiting_account, jobs.c.priority, jobs.c.fetch_host, func.min(jobs.c.due_at))
+    .where(waiting_account.in_(bindparam("accounts", expanding=True)))
+    .group_by(waiting_account, jobs.c.priority, jobs.c.fetch_host)
 )
 
 

@@ -17,7 +17,7 @@ from worker.core.pace import Plan
 from worker.store.batch import folded, unfolded
 from worker.store.times import HAS_DUE_TIME
 from worker.store.totals import Tally
-from worker.tables import MYSQL_FAMILY, WAITING_ACCOUNT, bodies, jobs, outputs
+from worker.tables import MYSQL_FAMILY, bodies, jobs, outputs, waiting_account
 
 MAX_ID = 2**63 - 1  # what the databases' integers hold
 INSERT_ROWS = 500  # one statement's worth; every database takes that many parameters
@@ -270,9 +270,9 @@ def _waiting_accounts() -> Select[Any]:
 
 _WAITING_ACCOUNTS = _waiting_accounts()
 _WAITING_ACCOUNTS_MYSQL = (  # grouped by all these columns the server reads one entry of the index per group
-    select(WAITING_ACCOUNT, jobs.c.priority, jobs.c.fetch_host, func.min(jobs.c.due_at))
+    select(waiting_account, jobs.c.priority, jobs.c.fetch_host, func.min(jobs.c.due_at))
     .where(HAS_DUE_TIME)
-    .group_by(WAITING_ACCOUNT, jobs.c.priority, jobs.c.fetch_host)
+    .group_by(waiting_account, jobs.c.priority, jobs.c.fetch_host)
 )
 
 

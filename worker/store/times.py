@@ -8,7 +8,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import ColumnElement
 from sqlalchemy.sql.functions import FunctionElement
 
-from worker.tables import WAITING_ACCOUNT, jobs
+from worker.tables import jobs, waiting_account
 
 
 class seconds_between(FunctionElement[float]):  # noqa: N801  # SQLAlchemy's functions are written like this
@@ -66,4 +66,4 @@ def _partial_index(element: HasDueTime, compiler: SQLCompiler, **options: Any) -
 
 @compiles(HasDueTime, "mysql", "mariadb")
 def _generated_column(element: HasDueTime, compiler: SQLCompiler, **options: Any) -> str:
-    return str(compiler.process(WAITING_ACCOUNT.is_not(None), **options))
+    return str(compiler.process(waiting_account.is_not(None), **options))
