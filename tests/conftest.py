@@ -29,12 +29,6 @@ settings.load_profile("fetch-worker")
 _tls_context = cache(timed_http.tls_context)  # reading the public authorities takes longer than most tests
 
 
-def pytest_configure() -> None:
-    """Let this process and those it starts hear SIGINT: a shell has its background jobs ignore it."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give long tests more time than the quick ones have."""
     for item in items:
@@ -56,6 +50,16 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
     yield
     enqueue._settings.cache_clear()
     close_engines()
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let processes that the test starts hear SIGINT: a shell has its background jobs ignore it."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ MARK = "DEMO_TEST"
 
 pytestmark = [
     pytest.mark.every_python,
+    pytest.mark.usefixtures("interruptible"),
     pytest.mark.skipif(sys.platform != "linux", reason="processes are looked for in /proc"),
 ]
 

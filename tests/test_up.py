@@ -14,7 +14,7 @@ from worker.settings import Settings
 from worker.supervisor import own_procfile
 from worker.up import procfile, writer
 
-pytestmark = pytest.mark.every_python
+pytestmark = [pytest.mark.every_python, pytest.mark.usefixtures("interruptible")]
 
 UP = (sys.executable, "-c", "from worker.cli import main; main()", "up")
 MOST_SECONDS = 60

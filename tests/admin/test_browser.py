@@ -29,7 +29,7 @@ from worker.database import database_now, make_engine
 from worker.sandbox.pictures import draw
 from worker.tables import gates, history
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("interruptible")]
 
 PASSWORD = "a password for the browser"
 ADDRESS = re.compile(r"Admin: (http://\S+)/\n")

@@ -32,6 +32,7 @@ def started(*options: str, cwd: Path = ROOT) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_announces_itself_serves_and_ends_cleanly(number: signal.Signals, tmp_path: Path) -> None:
     """One JSON line once it listens; exit 0 on either signal, also with a connection open; the key in no log."""
