@@ -296,3 +296,20 @@ def test_given_threads_that_are_to_end_when_jobs_are_taken_back_then_the_threads
     while len(set(threading.enumerate()) - before) > threads_of(calls) and time.monotonic() < until:
         time.sleep(0.01)
     assert len(set(threading.enumerate()) - before) == threads_of(calls)
+
+
+def test_given_calls_of_one_host_that_only_wait_when_another_keeps_the_processor_busy_then_they_keep_their_threads(
+    opened: threading.Event, by_hand: None
+) -> None:
+    """Its threads take nothing from the others; without them a slow host would be asked ever less often."""
+    calls = Calls(waits_for(opened, set(range(200))), threads=64)
+    for number in range(200):
+        calls.start(job(number, host="slow.test" if number % 2 else "fast.test"), 0.0)
+    slow, fast = calls._lanes["slow.test"], calls._lanes["fast.test"]
+
+    for _ in range(5):
+        calls._adapt_to(0.9, light=[slow])
+
+    assert (slow.most_threads, fast.most_threads) == (64, 8)
+    opened.set()
+    assert len(collected(calls, 200)) == 200

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -653,3 +653,33 @@ def test_given_an_answer_with_something_behind_it_when_read_then_its_connection_
         theirs.sendall(raw)
 
         assert lean_http._read(ours, 1_000).reusable is reusable
+
+
+def test_given_a_deadline_of_the_call_before_when_it_is_forgotten_then_that_of_the_next_call_stays() -> None:
+    """A connection may be taken by the next call before the first one has forgotten its deadline."""
+    own, other = socket.socketpair()
+    line, guard = timed_http.Line(own), timed_http.Watchdog()
+    guard.watch(line, time.monotonic() + 60.0)
+    first = next(iter(guard._deadlines))[1]
+    guard.watch(line, time.monotonic() + 0.2)
+
+    guard.forget(line, first)
+
+    other.settimeout(10.0)
+    assert other.recv(1) == b"", "the line is shut as the second deadline is over"
+    own.close()
+    other.close()
+
+
+def test_given_more_sites_than_are_kept_when_asked_then_no_more_connections_stay_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lean_http, "MOST_SITES", 3)
+    adapter = LeanAdapter(connections=2, limit=10_000)
+    with ExitStack() as servers:
+        for _ in range(6):
+            kept = servers.enter_context(keeping())
+            with TimeLimit(5.0):
+                adapter.post(f"http://127.0.0.1:{kept.port}/fetch/1", {"Content-Length": "2"}, b"{}", (2, 2))
+        assert len(adapter._idle) == 3
+        adapter.close()

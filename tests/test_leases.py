@@ -1,5 +1,6 @@
 """Leases: a request goes out only while its claim is sure to last, and a claim that led to none is not counted."""
 
+import os
 import secrets
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from sqlalchemy import Engine, update
 from tests.rows import NOW, add_job, claim, job_of, seconds
 from worker.database import clock_in_place
 from worker.leases import LeaseKeeper, LeaseLost, boot_seconds
-from worker.sent_requests import RECORDS, SentRequests, processes_with_files, remove_files, sent_by
+from worker.sent_requests import RECORDS, SentRequests, old_files, processes_with_files, remove_files, sent_by
 from worker.store.crashes import release_crashed
 from worker.tables import jobs
 
@@ -179,3 +180,16 @@ def test_a_file_of_sent_requests_can_be_read_by_its_owner_alone(tmp_path: Path) 
     assert processes_with_files(tmp_path / "sent") == ["me"]
     remove_files(tmp_path / "sent", ["me", "another"])
     assert not list((tmp_path / "sent").iterdir())
+
+
+def test_given_a_file_of_sent_requests_that_was_not_set_up_when_read_then_it_says_nothing(tmp_path: Path) -> None:
+    """An empty or short file would say that nothing was sent, and hide that a job kills its process."""
+    (tmp_path / "me").write_bytes(b"\0" * 64)
+    assert sent_by(tmp_path, ["me"]) == {}
+
+
+def test_given_files_of_a_boot_before_when_a_day_has_passed_then_they_are_old(tmp_path: Path) -> None:
+    for name, age in (("young", 10), ("old", 2 * 86_400)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    assert old_files(tmp_path, seconds=86_400) == {"old"}

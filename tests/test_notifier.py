@@ -2,10 +2,15 @@
 
 from typing import Any
 
+import pytest
+import redis
+from amqp.exceptions import RecoverableConnectionError as AmqpLost
+from kombu.exceptions import OperationalError as BrokerError
+from redis import exceptions as redis_errors
 from sqlalchemy import Engine, event, insert, select
 
 from tests.rows import NOW, job_values
-from worker.notifier import tell
+from worker.notifier import refusal, tell
 from worker.tables import jobs
 
 ENDED = {"status": "completed", "due_at": None, "ready_at": NOW, "completed_at": NOW}
@@ -57,3 +62,53 @@ def test_given_a_process_that_sleeps_between_two_calls_then_the_rest_is_left_to_
     assert len(sent) == 1
     assert len(untold) == 2
     assert None not in untold, "whoever has claimed them goes on having them"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        redis_errors.ConnectionError("Connection refused"),
+        redis_errors.TimeoutError("Timeout reading from socket"),
+        redis_errors.ReadOnlyError("You can't write against a read only replica."),
+        redis_errors.OutOfMemoryError("command not allowed when used memory > 'maxmemory'."),
+        redis_errors.ResponseError("Command # 1 (LPUSH celery) of pipeline caused error: MISCONF Redis can't save"),
+        redis_errors.AuthenticationError("invalid username-password pair"),
+        AmqpLost("the connection is lost"),
+        OSError("Network is unreachable"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_given_a_broker_that_is_away_when_kombu_says_so_then_no_queue_is_blamed(error: Exception) -> None:
+    wrapped = BrokerError(str(error))
+    wrapped.__cause__ = error
+    assert refusal(error) is None
+    assert refusal(wrapped) is None
+
+
+def test_given_a_key_that_is_no_list_when_kombu_says_so_then_that_queue_is_refused() -> None:
+    wrapped = BrokerError("WRONGTYPE")
+    wrapped.__cause__ = redis_errors.ResponseError(
+        "Command # 1 (LPUSH shop) of pipeline caused error: WRONGTYPE Operation against a key of the wrong kind"
+    )
+    reason = refusal(wrapped)
+    assert reason is not None
+    assert "WRONGTYPE" in reason
+
+
+def test_given_no_redis_when_a_job_has_ended_then_its_call_stays_due_and_is_not_put_off(engine: Engine) -> None:
+    """So that it is sent as soon as Redis is back."""
+    closed = redis.Redis(port=1)
+
+    def send(task: str, queue: str, job_id: int) -> None:
+        try:
+            closed.lpush(queue, job_id)
+        except redis_errors.ConnectionError as error:
+            raise BrokerError(str(error)) from error
+
+    with engine.begin() as connection:
+        connection.execute(insert(jobs), [job_values("1", **ENDED) | {"on_done": "shop.ready"}])
+    with pytest.raises(BrokerError):
+        tell(engine, send)
+    with engine.connect() as connection:
+        row = connection.execute(select(jobs)).one()
+    assert (row.told_at, row.on_done_attempts, row.on_done_error) == (None, 0, None)

@@ -50,6 +50,7 @@ class _Lane:
         self.threads = 0
         self.most_threads = threads
         self.outstanding = 0
+        self.cpu_seconds = 0.0  # of its calls that have ended since the last look
 
     def limit_threads(self, count: int) -> None:
         """Have at most so many threads; the others end, each after the call that it is at."""
@@ -68,9 +69,7 @@ class Calls:
         self._lanes: defaultdict[str, _Lane] = defaultdict(lambda: _Lane(self._most))
         self._inbox: SimpleQueue[Asked | _ToAsk | None] = SimpleQueue()  # a call that was not made comes back
         self.outstanding = 0
-        self._cpu_seconds = 0.0  # of all calls that have ended
         self._adapted_at = 0.0
-        self._cpu_seconds_then = 0.0
         self.not_asked: list[ClaimedJob] = []  # claims that were lost before their call; the caller gives them back
 
     def outstanding_at(self, host: str) -> int:
@@ -127,23 +126,31 @@ class Calls:
     def _count(self, ended: Sequence[Asked | _ToAsk]) -> None:
         self.outstanding -= len(ended)
         for call in ended:
-            self._lanes[call.job.address.host].outstanding -= 1
+            lane = self._lanes[call.job.address.host]
+            lane.outstanding -= 1
             if isinstance(call, Asked):
-                self._cpu_seconds += call.cpu_seconds
+                lane.cpu_seconds += call.cpu_seconds
 
     def _adapt(self) -> None:
         now = time.monotonic()
         passed = now - self._adapted_at
         if passed >= ADAPT_SECONDS:
-            self._adapt_to((self._cpu_seconds - self._cpu_seconds_then) / passed)
-            self._adapted_at, self._cpu_seconds_then = now, self._cpu_seconds
+            active = [lane for lane in self._lanes.values() if lane.outstanding or lane.cpu_seconds]
+            busy = sum(lane.cpu_seconds for lane in active) / passed
+            self._adapt_to(busy, [lane for lane in active if lane.cpu_seconds / passed * len(active) < SPARE])
+            self._adapted_at = now
+            for lane in active:
+                lane.cpu_seconds = 0.0
 
-    def _adapt_to(self, busy: float) -> None:
-        """Change the number of threads: `busy` is how much of a core the calls took of late."""
+    def _adapt_to(self, busy: float, light: Sequence[_Lane] = ()) -> None:
+        """Change the number of threads: `busy` is how much of a core the calls took of late.
+
+        Calls of `light` lanes only wait: they take nothing from the others, and keep their threads.
+        """
         for lane in self._lanes.values():
-            if busy > BUSY and lane.threads > FEWEST_THREADS:
+            if lane not in light and busy > BUSY and lane.threads > FEWEST_THREADS:
                 lane.limit_threads(max(lane.threads // 2, FEWEST_THREADS))
-            elif busy < SPARE and not lane.to_ask.empty():
+            elif (lane in light or busy < SPARE) and not lane.to_ask.empty():
                 lane.limit_threads(min(2 * lane.most_threads, self._most))
 
     def close(self) -> None:

@@ -189,15 +189,23 @@ def _request(facts: Facts, peek: Peek | None) -> Iterator[Step]:
 def _account(facts: Facts) -> Step:
     name = facts.job.account
     gate = facts.gates.get(("account", name), Gate("account", name))
-    variable = "SD_API_KEY" if name == "default" else f'SD_API_KEYS["{name}"]'
+    variable = _key_variable(facts, name)
     if gate.held(facts.now):
         return _held(facts, gate, f"account {name}", variable)
     if name not in facts.settings.keys and not gate.proven:
-        advice = f"put the key of account {name} into {variable} and restart the worker"
+        advice = f"put the key of account {name} into {variable}"
         return Step("account", "no key", f"{name} has none, as far as this command can see", advice)
     if gate.proven:
         return Step("account", "open", f"{name}: its key was accepted")
     return Step("account", "open", f"{name}: its key was not accepted yet, so one call alone goes first")
+
+
+def _key_variable(facts: Facts, account: str) -> str:
+    """Where the key of an account is to be written, and what has to be done then."""
+    if facts.settings.sd_api_keys_file:
+        return f'the file SD_API_KEYS_FILE, as "{account}": it is read again by itself'
+    variable = "SD_API_KEY" if account == "default" else f'SD_API_KEYS["{account}"]'
+    return f"{variable} and restart the worker"
 
 
 def _host(facts: Facts) -> Step:
@@ -232,7 +240,7 @@ def _about(gate: Gate, named: str, variable: str, again: str) -> str:
     if gate.scope == "host":
         return f"nothing here: {named} does not answer; it {again}"
     if reason.startswith(REFUSALS["key"]):
-        return f"put the right key into {variable} and restart the worker"
+        return f"put the right key into {variable}"
     if reason.startswith(REFUSALS["credits"]):
         return f"buy credits for {named}, then fetch-worker resume --account {gate.name}, or wait: it {again}"
     if reason.startswith(REFUSALS["plan"]):

@@ -26,8 +26,9 @@ class Courier:
         """Send something soon, from the courier's thread. May be called from any thread."""
         with self._starting:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="courier", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="courier", daemon=True)
+                thread.start()  # raises where no thread is left: then the next call tries again
+                self._thread = thread
         try:
             self._queue.put_nowait((what, work))
         except Full:

@@ -155,6 +155,7 @@ MYSQL: Mapping[int, Code] = {
     1077: AWAY,  # shutdown
     1079: AWAY,  # shutdown
     1114: NO_SPACE,  # the table is full
+    1118: BAD_VALUE,  # the row is larger than a page takes
     1129: LOGIN,  # the host is blocked
     1130: LOGIN,  # the host is not allowed
     1142: RIGHTS,
@@ -189,6 +190,7 @@ MYSQL: Mapping[int, Code] = {
     1451: BAD_VALUE,
     1452: BAD_VALUE,
     1524: LOGIN,  # an authentication plugin is missing
+    1644: BAD_VALUE,  # SIGNAL in an app's own trigger on our tables
     1690: BAD_VALUE,
     1698: LOGIN,
     1792: READ_ONLY,
@@ -312,7 +314,8 @@ def _entry(code: str | int | None) -> Code | None:
         return None
     if code.startswith("SQLITE_"):  # extended codes are the primary one with a suffix: SQLITE_READONLY_DBMOVED
         return SQLITE.get("_".join(code.split("_")[:2]))
-    return POSTGRES.get(code, POSTGRES.get(code[:2]))
+    own = BAD_VALUE if code[0] in "6789IJKLMNOQRSTUVWYZ" and code[:2] != "72" else None  # of an app's own trigger
+    return POSTGRES.get(code, POSTGRES.get(code[:2], own))
 
 
 def _likely(error: DBAPIError) -> Code:

@@ -30,8 +30,6 @@ HEADERS = {
     "Content-Type": "application/json",
 }
 
-_parsing_large = threading.Lock()
-
 
 class HostedApi:
     """The API as one process sees it: one pooled session for all its threads, without netrc or cookies.
@@ -52,6 +50,7 @@ class HostedApi:
         user_agent: str = "fetch-worker",
     ) -> None:
         self._allowed = allowed
+        self._parsing_large = threading.Lock()  # of this process: a child would inherit it locked
         self._scrubber = scrubber
         self._timeout = timeout
         self._headers = {"User-Agent": user_agent, **HEADERS}
@@ -94,7 +93,7 @@ class HostedApi:
             return ApiDown(self._scrubber.text(f"no answer: {cause}"))
         if answer is None:
             return Odd(f"HTTP {status} with an answer of more than {MAX_ANSWER_BYTES} bytes")
-        with _parsing_large if len(answer) > LARGE_ANSWER_BYTES else nullcontext():
+        with self._parsing_large if len(answer) > LARGE_ANSWER_BYTES else nullcontext():
             reply = parse(
                 status,
                 headers,

@@ -184,8 +184,8 @@ class LeanAdapter(TimedAdapter):
 
     def _kept(self, origin: Origin) -> Connection | None:
         """The connection used last, if it stands: it is the likeliest to."""
-        kept = self._idle[origin]
-        while True:
+        kept = self._idle.get(origin)  # it makes no place for a site: `_put_by` counts them
+        while kept is not None:
             try:
                 connection, since = kept.pop()
             except IndexError:
@@ -193,6 +193,7 @@ class LeanAdapter(TimedAdapter):
             if connection.sock is not None and _is_quiet(connection.sock) and time.monotonic() - since < IDLE_SECONDS:
                 return connection
             connection.close()
+        return None
 
     def _put_by(self, origin: Origin, connection: Connection) -> None:
         if origin not in self._idle and len(self._idle) >= MOST_SITES:
@@ -220,6 +221,8 @@ class LeanAdapter(TimedAdapter):
 
 def _is_quiet(sock: socket.socket) -> bool:
     """Whether nothing came since the last answer: neither the end of the connection, nor what nobody asked for."""
+    if isinstance(sock, ssl.SSLSocket) and sock.pending():  # taken from the connection already, with its last record
+        return False
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     return not poll.poll(0)
@@ -353,6 +356,10 @@ class _Begun(io.RawIOBase):
         buffer[:size], self._start = self._start[:size], self._start[size:]
         return size
 
+    def settimeout(self, seconds: float) -> None:
+        """Have the connection wait no longer."""
+        self._sock.settimeout(seconds)
+
     def makefile(self, _: str) -> io.BufferedReader:
         """Return it as `HTTPResponse` wants it."""
         return io.BufferedReader(self)
@@ -372,6 +379,22 @@ class Answer(InterimAnswers):
 
     headers: CaseInsensitiveDict[str]  # type: ignore[assignment]  # reads the same
 
+    def __init__(self, sock: socket.socket, method: str) -> None:
+        super().__init__(sock, method=method)
+        self._sock = sock
+
+    def _close_conn(self) -> None:
+        self.will_close = self.will_close or self._more_came()
+        super()._close_conn()  # type: ignore[misc]  # not in the stubs
+
+    def _more_came(self) -> bool:
+        """Whether bytes came that are none of this answer's: the buffer that holds them goes with it."""
+        try:
+            self._sock.settimeout(0)
+            return bool(self.fp.peek(1))
+        except (OSError, ValueError):
+            return False  # nothing did
+
     def begin(self) -> None:
         """Reads up to the body. Raises the exceptions of `http.client`."""
         version, status, reason = self._read_status()
@@ -387,6 +410,8 @@ class Answer(InterimAnswers):
         self.length = 0 if empty else None if self.chunked else self._declared_length()
         # Without a length the end of the connection is the end of the answer.
         self.will_close = self._check_close() or (not self.chunked and self.length is None)  # type: ignore[attr-defined]
+        if "Transfer-Encoding" in self.headers and (not self.chunked or "Content-Length" in self.headers):
+            self.will_close = True  # nobody knows for sure where it ends (RFC 9112, section 6.3)
 
     def _declared_length(self) -> int | None:
         return _length(self.headers.get("Content-Length"))
@@ -413,7 +438,6 @@ class StreamedAnswer(Answer):
     def __init__(self, sock: socket.socket, method: str) -> None:
         super().__init__(sock, method=method)
         self.left: int | None = None  # bytes of the body that are still to come, where its length was declared
-        self._sock = sock
         self._started = False
         self._went_beyond = False
 
@@ -431,7 +455,9 @@ class StreamedAnswer(Answer):
     def reusable(self) -> bool:
         """Whether the connection can take another request: the whole answer was read, and no more than that."""
         whole = self.left == 0 or (self.chunked and self.isclosed())
-        return whole and not self.will_close and not self._went_beyond
+        return (
+            whole and not self._went_beyond and not (self.fp is not None and self._more_came()) and not self.will_close
+        )
 
     def piece(self, most: int) -> bytes:
         """Return up to `most` bytes of the body, as soon as there are any; none at its end.

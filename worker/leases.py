@@ -69,10 +69,11 @@ class LeaseKeeper:
     def __enter__(self) -> "LeaseKeeper":
         """Some work is claimed, or about to be."""
         with self._lock:
-            self._held += 1
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="lease-keeper", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="lease-keeper", daemon=True)
+                thread.start()  # where no thread is left nothing is held, and the next one tries again
+                self._thread = thread
+            self._held += 1
         self._wake.set()
         return self
 

@@ -37,6 +37,7 @@ CLOCK_MOST = 1 << 53
 ETA_SECONDS = 30.0  # half of the time after which Redis hands out a message again
 TRACK_ETA_SECONDS = 86_400.0
 TRACK = "worker.track"
+AT_ONCE = frozenset({TRACK, "worker.nudge"})  # what does no harm before its ETA
 ENCODINGS = frozenset({"", "utf-8", "utf8", "us-ascii", "ascii", "binary"})
 EMBED = frozenset({"callbacks", "errbacks", "chain", "chord"})
 # Names that would replace what Celery itself sets on `task.request`, or its methods.
@@ -268,7 +269,7 @@ def _moment(value: object) -> datetime | None:
 
 
 def check_eta(message: Any, task: TaskMessage) -> None:
-    """Keep no message in memory for long: run `worker.track` at once, refuse any other task. Raises Malformed.
+    """Keep no message in memory for long: run what may run early at once, refuse any other task. Raises Malformed.
 
     Celery keeps a message with an eta in memory; Redis hands it out again every minute, and so it multiplies.
     """
@@ -276,7 +277,7 @@ def check_eta(message: Any, task: TaskMessage) -> None:
     seconds = 0.0 if moment is None else (moment - datetime.now(UTC)).total_seconds()
     if seconds <= ETA_SECONDS:
         return
-    if task.name != TRACK or seconds > TRACK_ETA_SECONDS:
+    if task.name not in AT_ONCE or seconds > TRACK_ETA_SECONDS:
         raise Malformed(f"its eta is {seconds:.0f} s away, and {ETA_SECONDS:.0f} s is the most that is waited")
     for fields in (message.headers, message.payload):
         if isinstance(fields, dict) and "eta" in fields:

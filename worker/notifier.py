@@ -1,10 +1,13 @@
 """Tell web apps that a job is final: their `on_done` task, sent after the commit, at least once."""
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 
+from amqp.exceptions import RecoverableConnectionError as AmqpLost
 from kombu.exceptions import ChannelError
 from kombu.exceptions import OperationalError as BrokerError
+from redis import exceptions as redis_errors
 from redis.exceptions import ResponseError
 from sqlalchemy import Engine
 
@@ -19,7 +22,15 @@ log = logging.getLogger(__name__)
 SURE = 2 / 3  # of a claim: later another process may be about to send the same, after a pause of this process
 ERROR_MOST = 255  # characters
 # What a full or half-started Redis answers: it is away for every queue, and refuses none.
-REDIS_AWAY = ("OOM", "READONLY", "MISCONF", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "BUSY")
+REDIS_AWAY = re.compile(  # codes that redis-py has no class for; a pipeline writes the command before them
+    r"(?:^|caused error: )(?:OOM|READONLY|MISCONF|LOADING|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|NOREPLICAS|BUSY|NOAUTH) "
+)
+# None of these is an OSError. redis-py takes the code off the text of what it has a class for.
+AWAY = (
+    *(OSError, AmqpLost, redis_errors.ConnectionError, redis_errors.TimeoutError),
+    *(redis_errors.ReadOnlyError, redis_errors.OutOfMemoryError, redis_errors.MasterDownError),
+    *(redis_errors.ClusterDownError, redis_errors.TryAgainError),
+)
 
 Send = Callable[[str, str, int], None]
 
@@ -87,9 +98,9 @@ def _send_all(
 def refusal(error: Exception) -> str | None:
     """Return what a broker has against one queue, or None where the broker is away."""
     cause = error.__cause__ if isinstance(error, BrokerError) and isinstance(error.__cause__, Exception) else error
-    if isinstance(cause, ResponseError) and str(cause).startswith(REDIS_AWAY):
+    if isinstance(cause, AWAY) or (isinstance(cause, ResponseError) and REDIS_AWAY.search(str(cause))):
         return None
-    if isinstance(cause, (BrokerError, OSError)) and not isinstance(cause, (ChannelError, ResponseError)):
+    if isinstance(cause, BrokerError) and not isinstance(cause, (ChannelError, ResponseError)):
         return None
     text = plain_text(str(cause)).strip()
     return f"the broker refuses the message: {text or type(cause).__name__}"[:ERROR_MOST]

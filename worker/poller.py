@@ -279,11 +279,11 @@ class Poller:
         """Leases are renewed while something is claimed, also between two runs."""
         holds = bool(self._calls.outstanding or self._recorder.kept)
         if holds != self._holding:
-            self._holding = holds
             if holds:
                 self._leases.__enter__()
             else:
                 self._leases.__exit__()
+            self._holding = holds
 
     # ── claiming ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

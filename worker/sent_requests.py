@@ -14,6 +14,7 @@ import itertools
 import mmap
 import os
 import struct
+import time
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -29,13 +30,15 @@ class SentRequests:
     def __init__(self, folder: Path, holder: str) -> None:
         self._records: mmap.mmap | None = None
         self._next = itertools.count()
-        with suppress(OSError):
+        try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
             with os.fdopen(os.open(folder / holder, flags, 0o600), "r+b") as file:
                 file.write(bytes(RECORDS * RECORD.size))  # on a full disk it fails here, and not as memory
                 file.flush()
                 self._records = mmap.mmap(file.fileno(), RECORDS * RECORD.size)
+        except OSError:  # a file that nothing is noted in would say that nothing was sent
+            remove_files(folder, [holder])
 
     def note(self, row_id: int, token: str) -> None:
         """Note that a request is about to be sent. May be called from any thread."""
@@ -52,8 +55,8 @@ def sent_by(folder: Path, holders: Iterable[str]) -> dict[str, frozenset[tuple[i
     for holder in holders:
         with suppress(OSError):
             content = (folder / holder).read_bytes()
-            whole = content[: len(content) // RECORD.size * RECORD.size]
-            found[holder] = frozenset((row_id, token.hex()) for row_id, token in RECORD.iter_unpack(whole))
+            if len(content) == RECORDS * RECORD.size:
+                found[holder] = frozenset((row_id, token.hex()) for row_id, token in RECORD.iter_unpack(content))
     return found
 
 
@@ -62,6 +65,17 @@ def remove_files(folder: Path, holders: Collection[str]) -> None:
     for holder in holders:
         with suppress(OSError):
             (folder / holder).unlink()
+
+
+def old_files(folder: Path, *, seconds: float) -> set[str]:
+    """Return the names of the processes that wrote nothing here for so long: they may be of a host that is no more."""
+    oldest, found = time.time() - seconds, set()
+    with suppress(OSError):
+        for path in folder.iterdir():
+            with suppress(OSError):
+                if path.stat().st_mtime < oldest:
+                    found.add(path.name)
+    return found
 
 
 def processes_with_files(folder: Path) -> list[str]:

@@ -555,8 +555,7 @@ def _items(text: str) -> list[str]:
 
 
 def _answers(path: Path) -> bool:
-    if not path.exists():
-        return False
+    """Whether a server answers on this socket, and this user may talk to it."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:

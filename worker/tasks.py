@@ -35,7 +35,7 @@ from worker.pruner import Retention
 from worker.pruner import prune as prune_jobs
 from worker.redelivery import DELIVERIES_MOST, Deliveries, Outage, TooManyDeliveries, remote_id_of
 from worker.scrubber import Scrubber, shared_scrubber
-from worker.sent_requests import SentRequests, processes_with_files, remove_files, sent_by
+from worker.sent_requests import SentRequests, old_files, processes_with_files, remove_files, sent_by
 from worker.shared_budget import SharedBudget, redis_client
 from worker.store.claims import holders, waiting_outputs
 from worker.store.crashes import Released, release_crashed
@@ -59,6 +59,7 @@ GARBAGE_THRESHOLDS = (20_000, 20, 50)
 NOTHING_HELD = Released(0, (), (), ())
 PRUNE_SECONDS = 300.0  # what is left is for the next hour: a prune must not take a place of the pool for long
 SAMPLE_AGAIN = timedelta(seconds=10)
+OLD_FILES_SECONDS = 86_400.0  # of a boot or a container before: nobody here knows whether its processes live
 TAKEN_WITHIN = timedelta(seconds=5)  # a message that left its queue is claimed within it, or was lost
 
 
@@ -217,7 +218,8 @@ class ProcessResources:
                 holding = holders(connection)
             self._looked_back = True
         folder = sent_folder()
-        remove_files(folder, set(dead(processes_with_files(folder))) - holding)
+        gone = set(dead(processes_with_files(folder))) | old_files(folder, seconds=OLD_FILES_SECONDS)
+        remove_files(folder, gone - holding - {holder_name()})
         _say(freed)
 
     swept_at = 0.0

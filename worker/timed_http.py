@@ -44,19 +44,20 @@ Target = tuple[int, Any]  # an address family, and an address as `socket.connect
 class Line:
     """A second handle on a connection, to end it with. The TLS layer takes the first one over while it shakes hands."""
 
-    __slots__ = ("_fd",)
+    __slots__ = ("_handle",)
 
     def __init__(self, sock: socket.socket) -> None:
-        self._fd = os.dup(sock.fileno())
+        # Made here: when the time is over the process may have no file descriptor left.
+        self._handle = socket.socket(sock.family, sock.type, sock.proto, fileno=os.dup(sock.fileno()))
 
     def shut(self) -> None:
         """Ends whatever goes on with the connection, in whatever thread."""
-        with suppress(OSError), socket.socket(fileno=os.dup(self._fd)) as handle:
-            handle.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):
+            self._handle.shutdown(socket.SHUT_RDWR)
 
     def __del__(self) -> None:
         """Lets the connection go."""
-        os.close(self._fd)
+        self._handle.close()
 
 
 class Watchdog:
@@ -64,33 +65,34 @@ class Watchdog:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._deadlines: dict[Line, float] = {}  # single operations on a dict need no lock
+        # By line and end: a line that is put by may be the next call's before this one forgets it.
+        self._deadlines: dict[tuple[Line, float], None] = {}  # single operations on a dict need no lock
         self._pid = 0
 
     def watch(self, line: Line, until: float) -> None:
         """Ends whatever goes on with `line` once the monotonic clock is past `until`."""
-        self._deadlines[line] = until
+        self._deadlines[line, until] = None
         if self._pid != os.getpid():
             self._start()
 
-    def forget(self, line: Line) -> None:
-        """The call with `line` is over."""
-        self._deadlines.pop(line, None)
+    def forget(self, line: Line, until: float) -> None:
+        """The call with `line` that was to end then is over."""
+        self._deadlines.pop((line, until), None)
 
     def _start(self) -> None:
         with self._lock:
             if self._pid != os.getpid():
-                self._pid = os.getpid()
                 threading.Thread(target=self._run, name="http-watchdog", daemon=True).start()
+                self._pid = os.getpid()  # once it runs: where no thread is left the next call tries again
 
     def _run(self) -> None:
         while True:
             time.sleep(CHECK_SECONDS)
             now = time.monotonic()
-            for line, until in self._deadlines.copy().items():  # in one step, whatever other threads do
-                if now >= until:
-                    self._deadlines.pop(line, None)
+            for line, until in self._deadlines.copy():  # in one step, whatever other threads do
+                if now >= until and (line, until) in self._deadlines:
                     line.shut()
+                    self._deadlines.pop((line, until), None)
 
 
 watchdog = Watchdog()
@@ -141,7 +143,7 @@ class TimeLimit:
     def __exit__(self, *_: object) -> None:
         """Stops watching them."""
         for line in _call.lines:
-            watchdog.forget(line)
+            watchdog.forget(line, self._until)
         _call.until = _call.permit = None
         _call.lines = []
 

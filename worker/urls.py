@@ -196,7 +196,7 @@ def _amqp_url(text: str) -> str:
         tls["ssl_cert_reqs"] = {"peer": "required"}.get(wanted, wanted)
         if tls["ssl_cert_reqs"] not in _CERTIFICATES:
             raise ValueError("has an ssl_cert_reqs that is none of none, optional, required")
-    if tls and parts.scheme != "amqps":
+    if parts.scheme != "amqps" and (tls or any(options.get(name, "").lower() in _TRUE for name in ("ssl", "tls"))):
         raise ValueError("has options of TLS but not its scheme: write amqps:// instead of amqp://")
     vhost = options.get("virtual_host") or options.get("vhost") or unquote(parts.path[1:])
     login = f"{quote(parts.user, safe='')}:{quote(parts.password, safe='')}@" if parts.user or parts.password else ""
@@ -224,6 +224,7 @@ _DRIVERS = {
 }
 _LIBPQ = frozenset(
     {"host", "hostaddr", "port", "passfile", "require_auth", "channel_binding", "options", "application_name"}
+    | {"connect_timeout"}
     | {"fallback_application_name", "keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count"}
     | {"tcp_user_timeout", "gssencmode", "krbsrvname", "gsslib", "gssdelegation", "service", "target_session_attrs"}
     | {"load_balance_hosts", "sslmode", "sslcert", "sslkey", "sslcertmode", "sslrootcert", "sslcrl", "sslcrldir"}
@@ -340,7 +341,9 @@ def _mysql_tls(options: Mapping[str, str]) -> dict[str, str]:
         mode = "disabled"
     elif not mode and (checks.get("ssl_verify_identity") or checks.get("ssl_check_hostname")):
         mode = "verify_identity"
-    elif not mode and (checks.get("ssl_verify_cert") or checks.get("ssl_check_hostname") is False):
+    elif not mode and checks.get("ssl_verify_cert"):
+        mode = "verify_ca"
+    elif not mode and checks.get("ssl_check_hostname") is False:
         mode = "verify_ca" if files else "required"
     if mode == "disabled":
         return {"ssl_disabled": "true"}

@@ -34,6 +34,9 @@ OUR_CODE = Path(__file__).parent
 OUR_IO = frozenset(
     {"timed_http.py", "lean_http.py", "addresses.py", "storage.py", "partials.py", "s3.py", "sent_requests.py"}
 )
+BEHIND_IO = frozenset(
+    {("downloader.py", "_prepare_storage"), ("redelivery.py", "counted")}
+)  # wait for one that asks a server
 POOLS = ("ThreadPoolExecutor", "webhook")  # how the threads are named that run tasks and send webhooks
 WAITING = ("threading.py", "queue.py")  # the standard library's own waits: who called them is looked at
 DATABASE = ("sqlalchemy", "psycopg", "pymysql")
@@ -127,16 +130,27 @@ class Watchdog:
         now, frames = self._clock(), sys._current_frames()
         with self._lock:
             if any(_is_in(frame, DATABASE) for frame in frames.values()):
-                self._places.clear()
-                self._since = dict.fromkeys(self._loops, now)
+                self._forget_times(now)
                 return None
             standing = [self._standing_loop(name, progress, frames, now) for name, progress in self._loops.items()]
             standing += self._standing_threads(frames, now)
         return next((text for text in standing if text), None)
 
+    def _begin_anew(self, now: float) -> None:
+        with self._lock:
+            self._forget_times(now)
+
+    def _forget_times(self, now: float) -> None:
+        self._places.clear()
+        self._since = dict.fromkeys(self._loops, now)
+
     def _run(self) -> None:
-        rest = threading.Event()
+        rest, looked_at = threading.Event(), self._clock()
         while not rest.wait(self.interval):
+            now, before = self._clock(), looked_at
+            looked_at = now
+            if now - before > self.limit / 2:  # the whole process was stopped (SIGSTOP, a frozen container)
+                self._begin_anew(now)
             standing = self.standstill()
             if standing is None:
                 notify("WATCHDOG=1")
@@ -179,7 +193,8 @@ class Watchdog:
         if at is None or not self._our_code:
             return False
         file = at.f_code.co_filename
-        return file.startswith(self._our_code) and Path(file).name not in OUR_IO
+        name = Path(file).name
+        return file.startswith(self._our_code) and name not in OUR_IO and (name, at.f_code.co_name) not in BEHIND_IO
 
 
 def _is_in(frame: FrameType, libraries: tuple[str, ...]) -> bool:
