@@ -33,7 +33,7 @@ from worker.database_errors import server_trouble as server_trouble
 from worker.database_errors import shown_url as shown_url
 from worker.database_errors import trouble as trouble
 from worker.errors import DeploymentError, SchemaOutdated, SettingsError
-from worker.tables import VERSION_TABLE
+from worker.tables import MYSQL_FAMILY, VERSION_TABLE
 
 SCHEMA_VERSION = "0009"
 LOCK_TIMEOUT_SECONDS = 15
@@ -325,7 +325,7 @@ def _prepare_mysql(connection: Any, record: Any) -> None:
 
 def limit_statements(connection: Connection, seconds: int) -> None:
     """Limit the statements of a MariaDB or MySQL session, 0 for not at all. PostgreSQL has `UNLIMITED` for it."""
-    if connection.dialect.name in ("mysql", "mariadb"):
+    if connection.dialect.name in MYSQL_FAMILY:
         mariadb, mysql = f"max_statement_time = {seconds}", f"max_execution_time = {seconds * 1000}"
         connection.exec_driver_sql(f"SET SESSION sql_auto_is_null = 0 /*M!100100 , {mariadb} */ /*!50708 , {mysql} */")
 

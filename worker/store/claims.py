@@ -101,6 +101,16 @@ class Level:
     due_at: datetime
 
 
+def of_level(level: Level) -> tuple[ColumnElement[bool], ...]:
+    """Return the conditions of the jobs of a level, in the words of the index that finds them."""
+    return (
+        jobs.c.account == level.account,
+        jobs.c.priority == level.priority,
+        jobs.c.fetch_host == level.host,
+        jobs.c.due_at.is_not(None),
+    )
+
+
 def waiting_levels(connection: Connection, accounts: Iterable[str]) -> list[Level]:
     """Return the levels of these accounts: account by account, the highest priority first, then the longest due.
 

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, Select, Table, func, or_, select
 
 from worker.core.lifecycle import JOB_STATES
-from worker.store.claims import Level
+from worker.store.claims import Level, of_level
 from worker.store.times import HAS_DUE_TIME
 from worker.tables import HELD_UNTIL, MYSQL_FAMILY, events, jobs, outputs
 
@@ -60,7 +60,7 @@ def latest_due(connection: Connection, levels: Iterable[Level], *, before: datet
     for level in late[:limit]:  # no other has one that is due earlier than the first of each of these
         if len(found) == limit and found[-1].due_at <= level.due_at:
             break
-        first = select(*_LATE).where(*_of(level), jobs.c.due_at < before).order_by(jobs.c.due_at).limit(limit)
+        first = select(*_LATE).where(*of_level(level), jobs.c.due_at < before).order_by(jobs.c.due_at).limit(limit)
         found += list(connection.execute(first))
         found = sorted(found, key=lambda row: (row.due_at, row.id))[:limit]
     return found
@@ -71,7 +71,7 @@ def count_late(connection: Connection, levels: Iterable[Level], *, before: datet
     count = 0
     for level in [level for level in levels if level.due_at < before][:LEVELS_MOST]:
         left = COUNTED_MOST + 1 - count
-        late = select(jobs.c.account).where(*_of(level), jobs.c.due_at < before).limit(left).subquery()
+        late = select(jobs.c.account).where(*of_level(level), jobs.c.due_at < before).limit(left).subquery()
         count += int(connection.execute(select(func.count()).select_from(late)).scalar_one())
         if count > COUNTED_MOST:
             break
@@ -97,20 +97,11 @@ def due_before(connection: Connection, levels: Sequence[Level], job: Row[Any], *
         if level.account != job.account or level.priority < job.priority or level.due_at > now:
             continue
         until = now if level.priority > job.priority else min(now, job.due_at)
-        earlier = select(jobs.c.account).where(*_of(level), jobs.c.due_at < until).limit(most - count).subquery()
+        earlier = select(jobs.c.account).where(*of_level(level), jobs.c.due_at < until).limit(most - count).subquery()
         count += int(connection.execute(select(func.count()).select_from(earlier)).scalar_one())
         if count >= most:
             break
     return count
-
-
-def _of(level: Level) -> tuple[ColumnElement[bool], ...]:
-    return (
-        jobs.c.account == level.account,
-        jobs.c.priority == level.priority,
-        jobs.c.fetch_host == level.host,
-        jobs.c.due_at.is_not(None),
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, false, func, or_, s
 
 from worker.core.lifecycle import FINAL_STATES, JOB_STATES
 from worker.database import database_now
-from worker.store.claims import Level, waiting_levels
+from worker.store.claims import Level, of_level, waiting_levels
 from worker.store.gates import all_gates
 from worker.store.jobs import OUT_OF_ORDER, first_tracked, waiting_accounts
 from worker.store.times import HAS_DUE_TIME
@@ -244,10 +244,10 @@ def _few(connection: Connection, wanted: JobFilter, now: datetime) -> list[Colum
             found += _ids(connection, jobs.c.due_at, past)
         if wanted.late is not None:
             late = _late(wanted.late, now)
-            due = [(*_of(level), *late) for level in levels if level.due_at < _before(now, wanted.late)]
+            due = [(*of_level(level), *late) for level in levels if level.due_at < _before(now, wanted.late)]
             found += _ids(connection, jobs.c.due_at, due)
         if wanted.by_hand:
-            found += _ids(connection, jobs.c.due_at, [(*_of(level), _resting()) for level in levels])
+            found += _ids(connection, jobs.c.due_at, [(*of_level(level), _resting()) for level in levels])
         if wanted.held:
             found += _held(connection, levels, now)
     return found
@@ -256,7 +256,9 @@ def _few(connection: Connection, wanted: JobFilter, now: datetime) -> list[Colum
 def _held(connection: Connection, levels: Sequence[Level], now: datetime) -> list[ColumnElement[bool]]:
     shut = {key for key, gate in all_gates(connection).items() if gate.held(now)}
     ways = [
-        _of(level) if ("account", level.account) in shut or ("host", level.host) in shut else (*_of(level), _resting())
+        of_level(level)
+        if ("account", level.account) in shut or ("host", level.host) in shut
+        else (*of_level(level), _resting())
         for level in levels
     ]
     found = _ids(connection, jobs.c.due_at, ways)
@@ -269,19 +271,10 @@ def _resting() -> ColumnElement[bool]:
     return jobs.c.due_at >= HELD_UNTIL
 
 
-def _of(level: Level) -> tuple[ColumnElement[bool], ...]:
-    return (
-        jobs.c.account == level.account,
-        jobs.c.priority == level.priority,
-        jobs.c.fetch_host == level.host,
-        jobs.c.due_at.is_not(None),
-    )
-
-
 def _waiting_in(connection: Connection, level: Level) -> tuple[ColumnElement[bool], ...]:
     """The jobs of a level, in words for which an index has the deadline on MariaDB."""
     if connection.dialect.name not in MYSQL_FAMILY:
-        return _of(level)
+        return of_level(level)
     return (
         waiting_account == level.account,
         jobs.c.priority == level.priority,
