@@ -10,7 +10,7 @@ import pytest
 
 from tests.rows import BASE, NOW
 from worker.calls import Asked, Calls
-from worker.core.fetch_address import FetchAddress
+from worker.core.identity import FetchAddress
 from worker.core.lifecycle import JobFacts
 from worker.core.reply import ApiDown, Processing, Reply
 from worker.store.claims import ClaimedJob

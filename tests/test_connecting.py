@@ -18,12 +18,12 @@ from tests.waiting import wait_until
 from tests.web import Web, page, web_server
 from worker import timed_http
 from worker.addresses import Guard, RefusedTarget, guarded_adapter
-from worker.core.fetch_address import AllowedApi, fetch_address
 from worker.core.reply import ApiDown, Processing
 from worker.hosted_api import HostedApi
 from worker.network_errors import describe
 from worker.scrubber import Scrubber
 from worker.timed_http import TimedHTTPConnection, TimeLimit, connect_first
+from worker.vendor.fetch_url import AllowedApi, fetch_address
 
 SILENT, REFUSING, GOOD = "127.0.0.3", "127.0.0.4", "127.0.0.1"
 HOST = "many.test"

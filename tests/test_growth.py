@@ -21,18 +21,19 @@ from worker.admin.wording import without_links
 from worker.core.answers import answers
 from worker.core.display import display_json, display_lines, display_text
 from worker.core.escapes import decoded
-from worker.core.fetch_address import AllowedApi, checked_remote_id, fetch_address
+from worker.core.identity import checked_remote_id
 from worker.core.json_size import too_many_values
-from worker.core.links import links
 from worker.core.masking import link_host, masked
 from worker.core.media import Base64Decoder, base64_start, is_text, sniff
 from worker.core.plain_text import plain_text
-from worker.core.reply import parse
 from worker.core.spans import seconds_of
-from worker.core.submission import submission
 from worker.core.webhook import checked_url
 from worker.errors import WorkerError
 from worker.scrubber import Scrubber
+from worker.vendor.fetch_url import AllowedApi, fetch_address
+from worker.vendor.links import links
+from worker.vendor.replies import Question, parse
+from worker.vendor.submissions import submission
 
 STAGES = 22, 200, 1_500, 6_000  # characters: an exponential pattern is noticed in the first, a quadratic in the last
 SLOWEST = 0.02  # seconds for a text of any stage; a thousandth is usual
@@ -175,8 +176,8 @@ SCANNERS: dict[str, Callable[[str], object]] = {
     "without_links": without_links,
     "answers": answers,
     "too_many_values": lambda text: too_many_values(encoded(text)),
-    "parse, the body": lambda text: parse(200, {}, encoded(text), remote_id="1", now=0.0),
-    "parse, a value": lambda text: parse(200, {}, answer(text), remote_id="1", now=0.0),
+    "parse, the body": lambda text: parse(200, {}, encoded(text), Question("1", 0.0)),
+    "parse, a value": lambda text: parse(200, {}, answer(text), Question("1", 0.0)),
     "parse, headers": lambda text: parse(
         429, {"Retry-After": text, "x-ratelimit-reset": text}, b"{}", remote_id="1", now=0.0
     ),

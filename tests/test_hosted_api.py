@@ -14,10 +14,11 @@ import pytest
 from pydantic import SecretStr
 
 from tests.web import Web, drips, floods, head, page, resets, sends, web_server
-from worker.core.fetch_address import AllowedApi, FetchAddress, fetch_address
-from worker.core.reply import AccountRefused, ApiDown, ApiError, Odd, Processing, Ready, Reply
+from worker.core.identity import FetchAddress
+from worker.core.reply import AccountRefused, ApiDown, ApiError, Processing, Ready, Reply, Unread
 from worker.hosted_api import MAX_ANSWER_BYTES, HostedApi
 from worker.scrubber import Scrubber
+from worker.vendor.fetch_url import AllowedApi, fetch_address
 
 KEY = "sk/canary+7f3a"
 PATH = "/api/v3/fetch/1"
@@ -128,7 +129,7 @@ def test_an_answer_of_more_than_32_mib_is_not_read_to_its_end(web: Web, first: b
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert isinstance(reply, Odd)
+    assert isinstance(reply, Unread)
     assert str(MAX_ANSWER_BYTES) in reply.message
     assert peak < 3 * MAX_ANSWER_BYTES
 
@@ -143,7 +144,7 @@ def test_a_compressed_answer_is_bounded_by_what_it_unfolds_to(web: Web) -> None:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert isinstance(reply, Odd)
+    assert isinstance(reply, Unread)
     assert peak < 3 * MAX_ANSWER_BYTES
 
 

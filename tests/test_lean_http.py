@@ -22,12 +22,12 @@ from requests.adapters import HTTPAdapter
 
 from tests.web import page, sends, web_server
 from worker import lean_http, timed_http
-from worker.core.fetch_address import AllowedApi, fetch_address
 from worker.core.reply import ApiDown, Processing, Reply
 from worker.hosted_api import HostedApi
 from worker.lean_http import LeanAdapter
 from worker.scrubber import Scrubber
 from worker.timed_http import TimeLimit, lean_session, look_up, tls_context
+from worker.vendor.fetch_url import AllowedApi, fetch_address
 
 pytestmark = pytest.mark.every_python
 

@@ -17,7 +17,6 @@ from sqlalchemy.exc import OperationalError
 
 from tests.waiting import wait_until
 from worker import learner, poller, recorder
-from worker.core.fetch_address import AllowedApi, fetch_address
 from worker.core.gate import refused
 from worker.core.pace import Model, Pace
 from worker.database import database_now
@@ -33,6 +32,7 @@ from worker.store.jobs import NewJob, cancel, insert_jobs, nudge
 from worker.store.outcomes import record_answers
 from worker.store.totals import Tally
 from worker.tables import gates, jobs, outputs
+from worker.vendor.fetch_url import AllowedApi, fetch_address
 
 KEY = "sandbox-key"
 

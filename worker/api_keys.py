@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from worker.core.fetch_address import ACCOUNT
+from worker.core.identity import ACCOUNT
 from worker.environment import clean
 
 log = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Row
 from worker.core.answers import answers
 from worker.core.durations import OLDEST
 from worker.core.gate import BY_HAND, NOT_LISTED, REFUSALS, Gate, Scope
+from worker.core.identity import can_be_asked
 from worker.core.in_words import size, span
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.masking import link_host, masked
@@ -368,7 +369,7 @@ def _deadline(facts: Facts) -> Step:
 
 def _output(facts: Facts, output: Row[Any]) -> Step:
     name = f"output {output.position}"
-    host = attempt_host(output, facts.job.remote_id)
+    host = attempt_host(output, renewable=can_be_asked(facts.job.fetch_base, facts.job.remote_id))
     tried = _times(output.attempts, "attempt")
     if output.status == "stored":
         return Step(name, "stored", f"{size(output.size_bytes)} {output.media_type}, {tried}, from {host}")

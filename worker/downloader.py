@@ -32,11 +32,11 @@ from worker.core.lifecycle import (
     after_attempt,
     source,
 )
-from worker.core.links import MAX_URL
 from worker.core.media import MAX_PIXELS, Base64Decoder, base64_start, is_text, pixels, shows_its_end, sniff, whole
+from worker.core.numbers import retry_after_seconds
 from worker.core.plain_text import plain_text
 from worker.core.refusals import HEAD_BYTES, is_dead_link
-from worker.core.reply import retry_after_seconds
+from worker.core.reply import MAX_URL
 from worker.core.urls import quoted, redirected
 from worker.database import PATIENCE, database_now, server_trouble, transact, trouble
 from worker.errors import StorageTrouble

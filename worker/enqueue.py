@@ -1,5 +1,6 @@
 """The Python front door for web apps: hand a submit answer over, look a job up, act on it, wait for it."""
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,15 +12,15 @@ from zlib import crc32
 from sqlalchemy import URL, Connection, Row, event
 from sqlalchemy.orm import Session, scoped_session
 
-from worker.core.fetch_address import ACCOUNT, SYNTHETIC_ID, FetchAddress, checked_remote_id, family, fetch_address
+from worker.core.identity import ACCOUNT, SYNTHETIC_ID, checked_remote_id
 from worker.core.lifecycle import FINAL_STATES
+from worker.core.numbers import positive
 from worker.core.on_done import on_done_problem, task_and_queue
 from worker.core.pace import NOTHING_KNOWN, SPREAD, Model, Pace, Plan, Waiting
 from worker.core.progress import Progress, progress
-from worker.core.submission import Submission, seconds, submission
 from worker.core.webhook import checked_url
 from worker.database import connected, database_now, engine_for
-from worker.errors import JobNotFound, NotTrackable, OutputMissing, WaitTimeout
+from worker.errors import ApiRefused, JobNotFound, NotTrackable, OutputMissing, WaitTimeout
 from worker.learner import FRESH_SECONDS, read_models
 from worker.once import locked_cache
 from worker.scrubber import Scrubber, shared_scrubber
@@ -29,7 +30,10 @@ from worker.store.events import open_events
 from worker.store.outputs import output_row
 from worker.store.totals import Tally
 from worker.stores import storage_of
+from worker.vendor.submissions import PlannedJob, planned_job, submit_answer
 from worker.wake_ups import WakeUps
+
+log = logging.getLogger(__name__)
 
 WAIT_LOOK_SECONDS = 0.5
 SOON_SECONDS = 1.0  # a waiting poll run looks at least this often by itself
@@ -127,11 +131,15 @@ class Job:
 def track(remote: object, *, session: TrackingSession | None = None, **options: Any) -> int:
     """Hands one job over; its id. The same job handed over again answers the same id and changes nothing.
 
-    `remote` is the remote id (text or number), or the whole submit answer (mapping, or its JSON text). Options:
-    `account`, `kind`, `fetch_url`, `eta` (seconds), `submitted_at` (aware), `priority` (higher is asked first),
-    `reference` (yours, for finding it again), `on_done` (`task` or `queue/task`), `webhook_url` (told of every final
-    state, signed with WEBHOOK_SECRET), `deadline` (seconds from submission). With `session` the row commits or rolls
-    back with the caller's transaction. Raises NotTrackable (nothing is written), SchemaOutdated, Unavailable.
+    `remote` is the response of the submit call (of requests or httpx), the whole submit answer (mapping, or its JSON
+    text), or the remote id (text or number). Options: `account`, `kind`, `endpoint` (the URL or path that the order was
+    posted to: it says the family, where neither the answer nor the response does), `fetch_url`, `eta` (seconds),
+    `submitted_at` (aware), `priority` (higher is asked first), `reference` (yours, for finding it again), `on_done`
+    (`task` or `queue/task`), `webhook_url` (told of every final state, signed with WEBHOOK_SECRET), `deadline` (seconds
+    from submission). With `session` the row commits or rolls back with the caller's transaction.
+
+    Raises ApiRefused where the API did not take the order, NotTrackable for anything else that can't become a job
+    (nothing is written either way), SchemaOutdated, Unavailable.
     """
     return track_many([remote], session=session, **options)[0]
 
@@ -150,9 +158,13 @@ def tracked(
     options = {name: scrubber.links(value) if isinstance(value, str) else value for name, value in options.items()}
     try:
         wanted = _options(settings, scrubber, **options)
-        plans = [_plan(settings, scrubber, wanted, scrubber.links(remote)) for remote in remotes]
+        plans = [_plan(settings, scrubber, wanted, _scrubbed(scrubber, remote)) for remote in remotes]
+    except ApiRefused as refused:
+        # their messages quote what was handed over, and callers log what they catch
+        raise ApiRefused(
+            scrubber.text(str(refused)), message=scrubber.text(refused.message), answer=refused.answer
+        ) from None
     except NotTrackable as refused:
-        # its message quotes what was handed over, and callers log what they catch
         raise type(refused)(scrubber.text(str(refused))) from None
     if session is not None:
         if hasattr(session, "sync_session"):  # an AsyncSession
@@ -324,6 +336,7 @@ class _Options:
 
     account: str
     kind: str | None
+    endpoint: str | None
     fetch_url: str | None
     eta: float | None
     submitted_at: datetime | None
@@ -336,8 +349,7 @@ class _Options:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    submission: Submission
-    address: FetchAddress
+    job: PlannedJob
     kind: str
     eta: float | None
     deadline: float
@@ -349,6 +361,7 @@ def _options(
     *,
     account: str = "default",
     kind: str | None = None,
+    endpoint: str | None = None,
     fetch_url: str | None = None,
     eta: float | None = None,
     submitted_at: datetime | str | None = None,
@@ -365,6 +378,7 @@ def _options(
     return _Options(
         account=account,
         kind=kind or None,
+        endpoint=endpoint or None,
         fetch_url=fetch_url,
         eta=None if eta in (None, 0, "") else _checked_seconds(eta, "eta"),
         submitted_at=_moment(submitted_at),
@@ -377,18 +391,29 @@ def _options(
 
 
 def _plan(settings: Settings, scrubber: Scrubber, options: _Options, remote: object) -> _Plan:
-    known = submission(remote)
-    address = fetch_address(options.fetch_url or known.fetch_url, known.remote_id, settings.api)
-    chosen = options.kind or _kind(address, known.model)
+    job = planned_job(remote, settings.api, fetch_url=options.fetch_url, endpoint=options.endpoint)
+    if job.warning is not None:
+        log.warning("%s", scrubber.text(job.warning))
+    chosen = options.kind or _kind(job)
     if not isinstance(chosen, str) or len(chosen) > MAX_KIND:
         raise NotTrackable(f"kind is text of at most {MAX_KIND} characters")
+    deadline = settings.deadline_for(chosen) if options.deadline is None else options.deadline
+    eta = job.submission.eta if options.eta is None else options.eta
     return _Plan(
-        submission=known,
-        address=address,
+        job=job,
         kind=scrubber.text(_plain(chosen, "kind")),
-        eta=known.eta if options.eta is None else options.eta,
-        deadline=settings.deadline_for(chosen) if options.deadline is None else options.deadline,
+        eta=None if eta is None or eta > deadline else eta,  # beyond the deadline it says nothing
+        deadline=deadline,
     )
+
+
+def _scrubbed(scrubber: Scrubber, remote: object) -> object:
+    """Return what was handed over without any key in it."""
+    answer = submit_answer(remote)
+    if answer is None:
+        return scrubber.links(remote)
+    fields: Any = scrubber.links(dict(answer.fields))
+    return answer._replace(fields=fields, url=None if answer.url is None else scrubber.link(answer.url))
 
 
 def _insert(
@@ -403,14 +428,15 @@ def _insert(
 
 
 def _new_job(plan: _Plan, options: _Options, paced: "_Paced", now: datetime) -> store.NewJob:
+    submission = plan.job.submission
     submitted_at = min(options.submitted_at or now, now)
     first = paced.first(plan, (now - submitted_at).total_seconds())
-    spread = crc32(plan.submission.remote_id.encode()) % 1_000  # handed over together is not asked together
+    spread = crc32(submission.remote_id.encode()) % 1_000  # handed over together is not asked together
     wait = first.wait * (1 + SPREAD * spread / 1_000)
     return store.NewJob(
         account=options.account,
-        remote_id=plan.submission.remote_id,
-        address=plan.address,
+        remote_id=submission.remote_id,
+        address=plan.job.address,
         kind=plan.kind,
         priority=options.priority,
         reference=options.reference,
@@ -420,8 +446,8 @@ def _new_job(plan: _Plan, options: _Options, paced: "_Paced", now: datetime) -> 
         submitted_at=submitted_at,
         deadline_at=submitted_at + timedelta(seconds=plan.deadline),
         due_at=now + timedelta(seconds=wait),
-        outputs=plan.submission.outputs,
-        left_out=plan.submission.left_out,
+        outputs=submission.outputs,
+        left_out=submission.left_out,
         plan=first,
     )
 
@@ -465,8 +491,9 @@ def _model(connection: Connection, account: str, kind: str) -> Model:
     return model
 
 
-def _kind(address: FetchAddress, model: str | None) -> str:
-    return f"{family(address)[:20]}/{model}"[:MAX_KIND] if model else family(address)
+def _kind(job: PlannedJob) -> str:
+    model = job.submission.model
+    return f"{job.kind[:20]}/{model}"[:MAX_KIND] if model else job.kind
 
 
 def _moment(value: datetime | str | None) -> datetime | None:
@@ -492,7 +519,7 @@ def _moment(value: datetime | str | None) -> datetime | None:
 
 
 def _checked_seconds(value: object, name: str) -> float:
-    number = seconds(value)
+    number = positive(value)
     if number is None or number > 10 * 365 * 86_400:
         raise NotTrackable(f"{name} is a positive number of seconds, not {value!r}")
     return number

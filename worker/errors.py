@@ -3,6 +3,7 @@
 WorkerError
 ├── SettingsError      a setting is missing, unknown or malformed: correct it and start again
 ├── NotTrackable       this can't become a job: nothing was written; correct the call
+│   ├── ApiRefused     the API did not take the order: `answer` and `message` say why
 │   └── RefusedAddress the fetch address is not one the key may go to
 ├── JobNotFound        no such job: look it up by `list`
 ├── OutputMissing      no such output, not stored yet, or its file is gone: `verify` gets it again
@@ -15,6 +16,8 @@ WorkerError
 └── StorageTrouble     the file store refused: nothing is lost, it is tried again
 """
 
+from typing import Any
+
 
 class WorkerError(Exception):
     """The root of all errors of this package."""
@@ -26,6 +29,18 @@ class SettingsError(WorkerError):
 
 class NotTrackable(WorkerError, ValueError):
     """This can't become a job. Nothing was written; correct the call."""
+
+
+class ApiRefused(NotTrackable):
+    """The API did not take the order. Nothing was written.
+
+    `message` is the API's reason in its own words, `answer` the whole JSON object (None where there was none).
+    """
+
+    def __init__(self, text: str, *, message: str = "", answer: dict[str, Any] | None = None) -> None:
+        super().__init__(text)
+        self.message = message
+        self.answer = answer
 
 
 class RefusedAddress(NotTrackable):

@@ -13,13 +13,16 @@ from requests import PreparedRequest
 from requests.structures import CaseInsensitiveDict
 from urllib3.exceptions import HTTPError
 
-from worker.core.fetch_address import AllowedApi, FetchAddress, fetch_address, is_training
-from worker.core.reply import AnotherJob, ApiDown, Empty, Odd, Processing, Ready, Reply, parse
+from worker.core.identity import FetchAddress
+from worker.core.reply import AnotherJob, ApiDown, Empty, Processing, Ready, Reply, Unread
 from worker.errors import RefusedAddress
 from worker.lean_http import LeanAdapter, as_response
 from worker.network_errors import describe
 from worker.scrubber import Scrubber
 from worker.timed_http import TimeLimit, lean_session
+from worker.vendor.families import is_training
+from worker.vendor.fetch_url import AllowedApi, call_for, fetch_address
+from worker.vendor.replies import Question, parse
 
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
 CHUNK_BYTES = 64 * 1024
@@ -48,11 +51,13 @@ class HostedApi:
         proxy: str | None = None,
         adapter: LeanAdapter | None = None,
         user_agent: str = "fetch-worker",
+        status_words: Mapping[str, str] | None = None,
     ) -> None:
         self._allowed = allowed
         self._parsing_large = threading.Lock()  # of this process: a child would inherit it locked
         self._scrubber = scrubber
         self._timeout = timeout
+        self._status_words = dict(status_words or {})
         self._headers = {"User-Agent": user_agent, **HEADERS}
         self._own_fetch = f"{allowed.url}/fetch/"
         own = adapter or LeanAdapter(limit=MAX_ANSWER_BYTES, connections=connections, ca_bundle=ca_bundle)
@@ -77,48 +82,54 @@ class HostedApi:
     def ask(
         self, address: FetchAddress, remote_id: str, key: SecretStr, permit: Callable[[], object] | None = None
     ) -> Reply:
-        """Ask about one job: one POST with the key in its body, never redirected, over within the time-out.
+        """Ask about one job: one request with the key in its body, never redirected, over within the time-out.
 
         `permit` is called right before it is sent; what it raises is raised here.
         """
+        call = call_for(address)
         words = {"key": key.get_secret_value()}
-        if address.id_in_body:
-            words["request_id"] = remote_id
+        if call.id_field is not None:
+            words[call.id_field] = remote_id
         limit = TimeLimit(self._timeout, permit)
         try:
             with limit:
-                status, headers, answer = self._post(address.url, json.dumps(words).encode(), limit)
+                status, headers, answer = self._send(call.method, address.url, json.dumps(words).encode(), limit)
         except (requests.RequestException, HTTPError, OSError, ValueError) as error:
             cause = f"none within {self._timeout:g} s" if limit.over else describe(error)
             return ApiDown(self._scrubber.text(f"no answer: {cause}"))
         if answer is None:
-            return Odd(f"HTTP {status} with an answer of more than {MAX_ANSWER_BYTES} bytes")
+            return Unread(f"HTTP {status} with an answer of more than {MAX_ANSWER_BYTES} bytes")
         with self._parsing_large if len(answer) > LARGE_ANSWER_BYTES else nullcontext():
             reply = parse(
                 status,
                 headers,
                 self._scrubber.body(answer),
-                remote_id=remote_id,
-                now=time.time(),
-                training=is_training(address.base),
+                Question(remote_id, time.time(), is_training(address.base), self._status_words),
             )
         return _scrubbed(reply, self._scrubber)
 
-    def _post(self, url: str, body: bytes, limit: TimeLimit) -> tuple[int, Mapping[str, str], bytes | None]:
+    def _send(
+        self, method: str, url: str, body: bytes, limit: TimeLimit
+    ) -> tuple[int, Mapping[str, str], bytes | None]:
         session = self.session
         adapter = session.get_adapter(url)
         timeout = min(CONNECT_SECONDS, self._timeout), self._timeout
         verify = True if session.verify is None else session.verify
-        if type(adapter) is LeanAdapter and verify is True and not (session.proxies or session.cert):
+        if (
+            type(adapter) is LeanAdapter
+            and method == "POST"
+            and verify is True
+            and not (session.proxies or session.cert)
+        ):
             # Straight to the connection: the objects of `requests` would take longer than all the rest.
             answer = adapter.post(url, self._headers | {"Content-Length": str(len(body))}, body, timeout)
             if not answer.encoded:
                 whole = answer.body if len(answer.body) <= MAX_ANSWER_BYTES else None
                 return _in_time(limit, answer.status, answer.headers, whole)
-            response = as_response(_prepared(url, self._headers, body), answer)
+            response = as_response(_prepared(method, url, self._headers, body), answer)
         else:
             response = adapter.send(
-                _prepared(url, self._headers, body),
+                _prepared(method, url, self._headers, body),
                 stream=True,
                 timeout=timeout,
                 verify=verify,
@@ -150,10 +161,10 @@ def _scrubbed(reply: Reply, scrubber: Scrubber) -> Reply:
     return reply if message is reply.message else replace(reply, message=message)
 
 
-def _prepared(url: str, headers: Mapping[str, str], body: bytes) -> PreparedRequest:
+def _prepared(method: str, url: str, headers: Mapping[str, str], body: bytes) -> PreparedRequest:
     """A request as `Session.prepare_request` would make it, without going through all that we never use."""
     request = PreparedRequest()
-    request.method = "POST"
+    request.method = method
     request.url = url
     request.headers = CaseInsensitiveDict(headers)
     request.headers["Content-Length"] = str(len(body))

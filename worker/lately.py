@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Row
 
 from worker.core.gate import Gate, Scope
+from worker.core.identity import can_be_asked
 from worker.core.lifecycle import OutputFacts, source
 from worker.core.masking import link_host, masked
 from worker.core.measures import DELAYS, quantile
@@ -447,7 +448,7 @@ def _transfer(row: Row[Any], sample: _Sample, before: _Sample | None, now: datet
     return Transfer(
         output_id=row.id,
         job_id=row.job_id,
-        host=attempt_host(row, row.remote_id),
+        host=attempt_host(row, renewable=can_be_asked(row.fetch_base, row.remote_id)),
         attempts=row.attempts,
         age_seconds=None if age is None else round(age, 1),
         bytes=row.received_bytes,
@@ -467,7 +468,7 @@ def _speed(row: Row[Any], sample: _Sample, before: _Sample | None, age: float | 
     return None
 
 
-def attempt_host(row: Row[Any], remote_id: str) -> str:
+def attempt_host(row: Row[Any], *, renewable: bool) -> str:
     """The host that an output's present or next attempt goes to: of its link, or of one of its proxy links."""
     proxies = json.loads(row.proxy_urls)
     facts = OutputFacts(
@@ -477,7 +478,7 @@ def attempt_host(row: Row[Any], remote_id: str) -> str:
         dead_since=row.dead_since,
         renewed=row.renewed,
         dead_attempts=row.dead_attempts,
-        renewable=not remote_id.startswith("sha256:"),
+        renewable=renewable,
         last_code=row.error_code,
     )
     return link_host((row.url, *proxies)[source(facts)])

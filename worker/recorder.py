@@ -19,6 +19,7 @@ from worker.calls import Asked
 from worker.core import gate as gates
 from worker.core.gate import Gate, Heard, Limit, Scope
 from worker.core.lifecycle import AskAgain, End, JobFacts, after_answer, note_of
+from worker.core.measures import COUNTED_AS
 from worker.core.pace import Pace, Waiting
 from worker.core.reply import ApiDown, Processing, Ready, Reply
 from worker.database import PATIENCE, database_now, server_trouble, trouble
@@ -189,7 +190,8 @@ class Recorder:
             tally = Tally()
             recorded = record_answers(connection, outcomes, tally, now=now)
             for (account, reply), times in Counter((one.job.account, type(one.reply)) for one in asked).items():
-                tally.add(ANSWERS, reply.__name__.lower(), account=account, times=times)
+                label = reply.__name__.lower()
+                tally.add(ANSWERS, COUNTED_AS.get(label, label), account=account, times=times)
             tally.write(connection)
             return _Written(recorded, moved)
 
@@ -259,6 +261,8 @@ def _waiting(
 def _new_eta(job: ClaimedJob, reply: Reply) -> float | None:
     """The eta of an answer, where it is another one: the same again does not start its clock anew."""
     eta = reply.eta if isinstance(reply, Processing) else None
+    if eta is not None and eta > (job.facts.deadline_at - job.submitted_at).total_seconds():
+        return None  # beyond the deadline it says nothing
     return None if eta is None or (job.eta is not None and abs(eta - job.eta) < 0.01 * job.eta) else eta
 
 

@@ -22,7 +22,7 @@ from sqlalchemy.engine import URL
 from worker import state_directory
 from worker.api_keys import ApiKeys, parse_keys
 from worker.core.budget import RequestRates
-from worker.core.fetch_address import ACCOUNT, VENDOR_HOSTS, AllowedApi, api_host
+from worker.core.identity import ACCOUNT
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.pace import Pace, Policy
 from worker.core.spans import seconds_of
@@ -31,6 +31,7 @@ from worker.environment import clean, read_environment, trimmed
 from worker.errors import NotTrackable, SettingsError
 from worker.once import locked_property
 from worker.urls import broker_url, database_url, redis_url
+from worker.vendor.fetch_url import VENDOR_HOSTS, AllowedApi, api_host
 
 DEFAULT_STORAGE = Path("var/outputs")
 EMBEDDED_SOCKET = "redis.sock"

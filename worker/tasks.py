@@ -20,7 +20,6 @@ from worker import enqueue, state_directory
 from worker.addresses import Guard, guarded_adapter
 from worker.app import DOWNLOADS, HINT_EXPIRES_SECONDS, POLLS, app, settings
 from worker.core import gate as gates
-from worker.core.submission import submission
 from worker.courier import Courier
 from worker.database import check_schema, database_now, described, engine_for
 from worker.downloader import Downloader
@@ -45,6 +44,7 @@ from worker.store.history import sample
 from worker.store.repair import Repairer
 from worker.stores import storage_for
 from worker.transport_guard import shown
+from worker.vendor.submissions import submission
 from worker.wake_ups import listen
 from worker.webhooks import AT_ONCE, Webhooks
 

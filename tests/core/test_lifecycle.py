@@ -32,7 +32,6 @@ from worker.core.lifecycle import (
     note_of,
     source,
 )
-from worker.core.links import Link
 from worker.core.media import Media
 from worker.core.reply import (
     AccountRefused,
@@ -41,12 +40,13 @@ from worker.core.reply import (
     ApiError,
     Empty,
     Failed,
-    Odd,
+    Link,
     Processing,
     RateLimited,
     Ready,
     Reply,
     UnknownId,
+    Unread,
 )
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
@@ -57,7 +57,7 @@ HOUR = 3_600.0
 OUTPUTS = (Link("https://h/a.png"),)
 READY, PROCESSING, EMPTY = Ready(OUTPUTS), Processing(), Empty()
 FAILED, UNKNOWN, ERROR = Failed("Failed, Try Again"), UnknownId("Request not found"), ApiError("Error message")
-ODD, OTHER = Odd("unknown status 'ok'"), AnotherJob("7")
+ODD, OTHER = Unread("unknown status 'ok'"), AnotherJob("7")
 LIMITED, REFUSED, DOWN = RateLimited(30.0, "slow"), AccountRefused("key", "Invalid Api Key"), ApiDown("HTTP 502")
 NOT_THE_JOBS: tuple[Reply, ...] = (LIMITED, REFUSED, DOWN)
 NOT_READY: tuple[Reply, ...] = (PROCESSING, EMPTY, FAILED, UNKNOWN, ERROR, ODD, OTHER)

@@ -18,17 +18,18 @@ from tests.fuzz.answers import BODIES, CODES, HEADERS, ID, KEY, key_forms
 from tests.fuzz.effort import EFFORTS, tried
 from tests.rows import add_job, add_output, job_values
 from worker.calls import Asked
-from worker.core.fetch_address import FetchAddress
 from worker.core.gate import Gate, Heard, Limit, after_replies
+from worker.core.identity import FetchAddress
 from worker.core.lifecycle import JobFacts, Strikes
-from worker.core.links import stored_address
 from worker.core.pace import Pace
 from worker.core.plain_text import plain_text
-from worker.core.reply import AnotherJob, RateLimited, Ready, Reply, parse
+from worker.core.reply import AnotherJob, RateLimited, Ready, Reply
 from worker.recorder import Recorder
 from worker.scrubber import Scrubber
 from worker.store.claims import ClaimedJob
 from worker.tables import bodies, gates, jobs, outputs
+from worker.vendor.links import stored_address
+from worker.vendor.replies import Question, parse
 
 pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning")  # answers are long
 
@@ -39,7 +40,7 @@ MOST_TEXT_BYTES = 65_535  # what MariaDB's TEXT holds
 
 def reply_to(code: int, headers: Mapping[str, str], body: bytes, *, training: bool = False) -> Reply:
     """What the product makes of an answer, scrubbed as it is before it is read."""
-    return parse(code, headers, SCRUBBER.body(body), remote_id=ID, now=time.time(), training=training)
+    return parse(code, headers, SCRUBBER.body(body), Question(ID, time.time(), training))
 
 
 def read(body: bytes) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from sqlalchemy import Engine, delete, event, select
 from tests.fuzz.effort import EFFORTS, QUICK, effort
 from worker import learner, recorder
 from worker.calls import Asked
-from worker.core.fetch_address import AllowedApi, fetch_address
 from worker.core.lifecycle import (
     Attempt,
     BadBody,
@@ -32,10 +31,9 @@ from worker.core.lifecycle import (
     Unfit,
     after_attempt,
 )
-from worker.core.links import Link
 from worker.core.media import Media
 from worker.core.pace import Pace
-from worker.core.reply import parse
+from worker.core.reply import Link
 from worker.recorder import Recorder
 from worker.store import holds
 from worker.store import jobs as store
@@ -57,6 +55,8 @@ from worker.store.outcomes import record_attempt
 from worker.store.outputs import put_back
 from worker.store.totals import Tally
 from worker.tables import HELD_UNTIL, crashes, gates, jobs, outputs, paces
+from worker.vendor.fetch_url import AllowedApi, fetch_address
+from worker.vendor.replies import Question, parse
 
 API = AllowedApi("https://api.test/api/v3", frozenset({"api.test"}))
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -602,7 +602,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
                     urls[one.id] = [f"https://h.test/{one.remote_id}{place}-{one.polls}.png" for place in (0, 1)]
                     listed = ", ".join(f'"{url}"' for url in urls[one.id])
                     body = f'{{"status": "success", "id": "{one.remote_id}", "output": [{listed}, {listed}]}}'
-                reply = parse(code, {}, body.encode(), remote_id=one.remote_id, now=0.0)
+                reply = parse(code, {}, body.encode(), Question(one.remote_id, 0.0))
                 asked.append(Asked(one, reply, False, stage.now / S))
             self.recorder.take(asked, {})
             lost = self.recorder.write({})

@@ -20,13 +20,14 @@ from tests.fuzz.urls import fetch_urls, urls
 from tests.net import Net
 from tests.web import page, sends, web_server
 from worker.addresses import Guard, RefusedTarget, guarded_adapter
-from worker.core.fetch_address import AllowedApi, FetchAddress, fetch_address
-from worker.core.links import links
+from worker.core.identity import FetchAddress
 from worker.core.reply import Processing
 from worker.errors import RefusedAddress
 from worker.hosted_api import HostedApi
 from worker.scrubber import Scrubber
 from worker.timed_http import lean_session
+from worker.vendor.fetch_url import AllowedApi, fetch_address
+from worker.vendor.links import links
 
 ID = "12202888"
 HOSTS = frozenset({"good.test", "api.test:8443", "127.0.0.1:7001", "[::1]:7001"})
@@ -188,7 +189,7 @@ def test_whatever_an_output_is_called_no_socket_goes_to_an_inner_address_or_anot
     @given(url=urls())
     def check(url: str) -> None:
         net.connected.clear()
-        [link] = links([url]) or links(["https://good.test/x"])
+        [link] = links([url]).links or links(["https://good.test/x"]).links
 
         with suppress(RefusedTarget, requests.RequestException, HTTPError, ValueError, OSError):
             guard.check_url(link.url)

@@ -22,9 +22,9 @@ from worker.core.lifecycle import (
     Strikes,
     TryAgain,
 )
-from worker.core.links import Link
 from worker.core.media import Media
 from worker.core.pace import Plan
+from worker.core.reply import Link
 from worker.store.claims import ClaimedJob
 from worker.store.jobs import cancel, retry
 from worker.store.outcomes import RENEWAL_WAIT, Outcome, Recorded, record_answers, record_attempt, set_aside

@@ -7,8 +7,8 @@ from sqlalchemy import Engine, func, select
 
 from tests.rows import NOW, add_downloading, add_job, add_output, claim, seconds, taken
 from worker.core.lifecycle import AskAgain, Deliver, End, StoredFile, Strikes, TryAgain
-from worker.core.links import Link
 from worker.core.media import Media
+from worker.core.reply import Link
 from worker.store import totals as module
 from worker.store.jobs import cancel
 from worker.store.outcomes import Outcome, record_answers, record_attempt

@@ -16,8 +16,8 @@ from worker.acting import Acted, Action, act, changeable
 from worker.cli.act import job_numbers
 from worker.cli.find import filter_options, job_filter
 from worker.cli.output import json_option, print_json, print_table
-from worker.core.fetch_address import ACCOUNT
 from worker.core.gate import Scope
+from worker.core.identity import ACCOUNT
 from worker.database import connected, database_now, engine_for
 from worker.errors import JobNotFound
 from worker.settings import Settings, load

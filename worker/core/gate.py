@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from typing import Literal
 
 from worker.core.budget import current_rate, learned_ceiling
-from worker.core.reply import AccountRefused, ApiDown, Odd, RateLimited, Reply
+from worker.core.reply import AccountRefused, ApiDown, RateLimited, Reply, Unread
 
 Scope = Literal["account", "host"]
 PROBE_WAITS = (10.0, 20.0, 40.0, 60.0)
@@ -125,7 +125,7 @@ def _after(gate: Gate, heard: Heard, limit: Limit, now: datetime) -> Gate:
             return slowed(paused, full=limit.full, seen=limit.seen, sent_at=heard.sent_at)
         case ApiDown():  # says nothing of the key; the host's own gate counts these
             return undecided(gate, now=now, wait=0.0) if heard.probe else gate
-        case Odd():
+        case Unread():
             return undecided(gate, now=now, wait=UNDECIDED_WAIT) if heard.probe else gate
         case _:
             return answered(gate, now=now, probe=heard.probe)

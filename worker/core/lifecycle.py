@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Literal, NamedTuple
 
-from worker.core.links import Link
 from worker.core.media import Media
 from worker.core.reply import (
     AccountRefused,
@@ -17,12 +16,13 @@ from worker.core.reply import (
     ApiError,
     Empty,
     Failed,
-    Odd,
+    Link,
     Processing,
     RateLimited,
     Ready,
     Reply,
     UnknownId,
+    Unread,
 )
 
 JobStatus = Literal["pending", "downloading", "completed", "failed", "expired", "cancelled"]
@@ -36,6 +36,9 @@ UNKNOWN_ANSWERS = 3
 ERROR_ANSWERS = 3
 EMPTY_ANSWERS = 5
 UNKNOWN_GRACE = timedelta(seconds=60)
+RECOVERABLE_ANSWERS, RECOVERABLE_APART = 5, timedelta(seconds=15)  # "Failed, Try Again" gets a minute at least
+MAX_EXPECTED = 3_600.0  # seconds that an eta may make a failed job wait
+VAGUE_APART = timedelta(seconds=60)  # between two errors that count, where they don't say what is wrong
 AFTER_HOLD_GRACE = timedelta(seconds=60)
 
 BAD_BODY_ATTEMPTS = 3
@@ -78,6 +81,7 @@ class JobFacts(NamedTuple):
     deadline_at: datetime
     strikes: Strikes = Strikes()
     last_hold_end: datetime | None = None
+    eta: float | None = None  # seconds, as the API estimated
 
 
 class AskAgain(NamedTuple):
@@ -121,19 +125,28 @@ class KeepLinks:
     note: str
 
 
+def left_out_note(listed: int, missing: int) -> str:
+    """Return the note for a job of whose outputs some are not stored.
+
+    >>> left_out_note(1000, 500)
+    'the answer listed 1,500 outputs; only the first 1,000 are stored'
+    """
+    return f"the answer listed {listed + missing:,} outputs; only the first {listed:,} are stored"
+
+
 Step = AskAgain | Deliver | End | RenewLinks | KeepLinks
 
 
 def after_answer(job: JobFacts, reply: Reply, *, now: datetime, least: timedelta) -> Step:
     """What becomes of a job. `least` is the time that two answers must be apart for both to count against it."""
-    if isinstance(reply, (RateLimited, AccountRefused, ApiDown)):
+    if isinstance(reply, (RateLimited, AccountRefused)) or (isinstance(reply, ApiDown) and not reply.answered):
         return AskAgain(job.strikes, note_of(reply))  # trouble of the account or the host is not the job's
     if job.status == "downloading":
         return RenewLinks(reply.outputs) if isinstance(reply, Ready) else KeepLinks(note_of(reply))
     match reply:
         case Ready(outputs, left_out):
             return Deliver(outputs, left_out)
-        case AnotherJob() | Odd():
+        case AnotherJob() | Unread() | ApiDown():
             return _unless_late(job, replace(job.strikes, error=0), note_of(reply), now)
         case Processing():
             return _unless_late(job, job.strikes.forgiven(), "processing", now)
@@ -143,14 +156,17 @@ def after_answer(job: JobFacts, reply: Reply, *, now: datetime, least: timedelta
 
 def _strike(job: JobFacts, reply: Failed | UnknownId | ApiError | Empty, now: datetime, least: timedelta) -> Step:
     old = job.strikes
-    counts = old.last is None or now - old.last >= least
+    counts = old.last is None or now - old.last >= max(least, _apart(reply))
     one = 1 if counts else 0
     last = now if counts else old.last
     others = replace(old, error=0, last=last)  # only errors count "in a row"
     match reply:
         case Failed(message):
-            strikes, over, code = replace(others, failed=old.failed + one), FAILED_ANSWERS, "api_failed"
-            reached = strikes.failed >= over
+            strikes, code = replace(others, failed=old.failed + one), "api_failed"
+            reached = strikes.failed >= FAILED_ANSWERS
+            if reply.may_recover:
+                expected = timedelta(seconds=min(job.eta or 0.0, MAX_EXPECTED))
+                reached = strikes.failed >= RECOVERABLE_ANSWERS and now - job.tracked_at >= expected
         case UnknownId(message):
             strikes, code = replace(others, unknown=old.unknown + one), "not_found"
             reached = strikes.unknown >= UNKNOWN_ANSWERS and now - job.tracked_at >= UNKNOWN_GRACE
@@ -164,6 +180,17 @@ def _strike(job: JobFacts, reply: Failed | UnknownId | ApiError | Empty, now: da
     if reached:
         return End("failed", code, message)
     return _unless_late(job, strikes, note_of(reply), now)
+
+
+def _apart(reply: Failed | UnknownId | ApiError | Empty) -> timedelta:
+    """Return the time that two answers must be apart for both to count, beside the least between two requests."""
+    match reply:
+        case Failed(may_recover=True):
+            return RECOVERABLE_APART
+        case ApiError(vague=True):
+            return VAGUE_APART
+        case _:
+            return timedelta(0)
 
 
 def _unless_late(job: JobFacts, strikes: Strikes, note: str, now: datetime) -> Step:
@@ -200,7 +227,7 @@ def note_of(reply: Reply) -> str:
             return f"unknown id: {message}"
         case ApiError(message):
             return f"error: {message}"
-        case ApiDown(message) | Odd(message):
+        case ApiDown(message) | Unread(message):
             return message
 
 

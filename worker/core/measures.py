@@ -30,6 +30,7 @@ ANSWER_WORDS = {
     "accountrefused": "account_refused",
     "apidown": "unreachable",
 }
+COUNTED_AS = {"unread": "odd"}  # the label that these answers have in the counters of every release
 
 
 def bucket(value: float, bounds: Sequence[float]) -> str:

@@ -25,7 +25,7 @@ from sqlalchemy import (
     update,
 )
 
-from worker.core.fetch_address import FetchAddress
+from worker.core.identity import FetchAddress, can_be_asked
 from worker.core.lifecycle import JobFacts, OutputFacts, Strikes
 from worker.core.pace import SOONEST, WINDOW
 from worker.store.times import seconds_between
@@ -302,7 +302,7 @@ def _claimed_job(row: Any, level: Level, token: str) -> ClaimedJob:
         eta,
         polls,
         submitted_at,
-        JobFacts(status, tracked_at, deadline_at, strikes),
+        JobFacts(status, tracked_at, deadline_at, strikes, eta=eta),
         eta_at,
         not_ready_at,
         pace_scale,
@@ -379,7 +379,7 @@ def claim_output(
     if not taken.rowcount:
         return None
     row = connection.execute(
-        select(outputs, jobs.c.remote_id, bodies.c.body)
+        select(outputs, jobs.c.remote_id, jobs.c.fetch_base, bodies.c.body)
         .join(jobs, jobs.c.id == outputs.c.job_id)
         .outerjoin(bodies, bodies.c.output_id == outputs.c.id)
         .where(outputs.c.id == output_id)
@@ -400,7 +400,7 @@ def claim_output(
             dead_since=row.dead_since,
             renewed=row.renewed,
             dead_attempts=row.dead_attempts,
-            renewable=not row.remote_id.startswith("sha256:"),
+            renewable=can_be_asked(row.fetch_base, row.remote_id),
             last_code=row.error_code,
         ),
         claimed_at=now,

@@ -10,10 +10,10 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, Select, and_, bindparam, case, func, insert, or_, select, update
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
-from worker.core.fetch_address import FetchAddress
-from worker.core.lifecycle import FINAL_STATES, PRUNED
-from worker.core.links import Link, left_out_note
+from worker.core.identity import FetchAddress
+from worker.core.lifecycle import FINAL_STATES, PRUNED, left_out_note
 from worker.core.pace import Plan
+from worker.core.reply import Link
 from worker.store.batch import folded, unfolded
 from worker.store.times import HAS_DUE_TIME
 from worker.store.totals import Tally

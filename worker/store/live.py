@@ -161,7 +161,7 @@ def asked_about(connection: Connection, *, now: datetime) -> int:
 def received_now(connection: Connection, *, now: datetime, limit: int) -> Sequence[Row[Any]]:
     """The outputs that are being downloaded, those first whose attempt began first; with their jobs' remote ids."""
     query = (
-        select(outputs, jobs.c.remote_id)
+        select(outputs, jobs.c.remote_id, jobs.c.fetch_base)
         .join(jobs, jobs.c.id == outputs.c.job_id)
         .where(outputs.c.claim_holder.is_not(None), outputs.c.due_at > now)
         .order_by(outputs.c.claimed_at, outputs.c.id)

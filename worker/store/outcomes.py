@@ -20,8 +20,8 @@ from worker.core.lifecycle import (
     Step,
     StoredFile,
     TryAgain,
+    left_out_note,
 )
-from worker.core.links import left_out_note
 from worker.core.pace import Plan
 from worker.store.batch import write_claimed
 from worker.store.claims import ClaimedJob, ClaimedOutput

@@ -6,17 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.core.fetch_address import (
-    MAX_ADDRESS,
-    AllowedApi,
-    FetchAddress,
-    api_host,
-    checked_remote_id,
-    family,
-    fetch_address,
-    is_training,
-)
+from worker.core.identity import FetchAddress, checked_remote_id
 from worker.errors import NotTrackable, RefusedAddress
+from worker.vendor.families import is_training, kind_of
+from worker.vendor.fetch_url import MAX_ADDRESS, AllowedApi, api_host, fetch_address, path_of
 
 ID = "298"
 VENDOR = AllowedApi("https://stablediffusionapi.com/api/v3", frozenset({"stablediffusionapi.com", "modelslab.com"}))
@@ -58,7 +51,7 @@ def test_every_family_can_be_asked_with_the_id_in_the_path_or_in_the_body(site: 
     assert in_path == FetchAddress(f"{site}{path}/{ID}", f"{site}{path}", host)
     assert in_body == FetchAddress(f"{site}{path}", f"{site}{path}", host)
     assert (in_path.id_in_body, in_body.id_in_body) == (False, True)
-    assert family(in_path) == family(in_body) == kind
+    assert kind_of(path_of(in_path.base)) == kind_of(path_of(in_body.base)) == kind
     assert not is_training(in_path.base)
 
 
@@ -66,7 +59,7 @@ def test_a_training_has_a_path_of_its_own() -> None:
     address = fetch_address(f"{NEW}/api/v3/fine_tune_status/F5jvdzGnYi", "F5jvdzGnYi", VENDOR)
 
     assert address.base == f"{NEW}/api/v3/fine_tune_status"
-    assert family(address) == "training"
+    assert kind_of(path_of(address.base)) == "training"
     assert is_training(address.base)
     assert not address.id_in_body
 

@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.core.test_reply import ANY_JSON
-from worker.core.fetch_address import REMOTE_ID, SYNTHETIC_ID
-from worker.core.links import Link
-from worker.core.submission import Submission, seconds, submission
+from tests.vendor.test_replies import ANY_JSON
+from worker.core.identity import REMOTE_ID, SYNTHETIC_ID, can_be_asked
+from worker.core.numbers import positive
+from worker.core.reply import Link
 from worker.errors import NotTrackable, WorkerError
+from worker.vendor.families import TRAINING
+from worker.vendor.submissions import Submission, submission
 
 A, B = "https://h/a.png", "https://h/b.png"
 P = "https://cdn2/a.png"
@@ -101,7 +103,7 @@ ANSWERS: list[tuple[dict[str, object], Submission]] = [
     ({"status": "processing", "id": 7, "eta": float("nan")}, Submission("7")),
     ({"status": "processing", "id": 7, "eta": True}, Submission("7")),
     ({"status": "processing", "id": 7, "eta": {}}, Submission("7")),
-    ({"status": "processing", "id": 7, "output": "", "future_links": [A]}, Submission("7")),
+    ({"status": "processing", "id": 7, "output": "", "future_links": [A]}, Submission("7", promised=(A,))),
     ({"status": "processing", "id": 7, "output": [A]}, Submission("7")),  # not ready: it says so itself
     ({"id": 7, "output": [A]}, Submission("7")),
     ({"status": "surprise", "id": 7}, Submission("7")),
@@ -110,7 +112,7 @@ ANSWERS: list[tuple[dict[str, object], Submission]] = [
     ({"status": "success", "id": 7, "output": [A], "proxy_links": [P]}, Submission("7", outputs=(Link(A, (P,)),))),
     ({"status": "success", "id": 7, "links": [A]}, Submission("7", outputs=(Link(A),))),
     ({"status": "success", "id": 7, "output": []}, Submission("7")),
-    ({"status": "success", "messege": "deploying_gpu", "training_id": "F5jvdz"}, Submission("F5jvdz")),
+    ({"status": "success", "messege": "deploying_gpu", "training_id": "F5jvdz"}, Submission("F5jvdz", own_path=TRAINING)),
     ({"status": "queued", "taskId": "a352-b", "links": [A]}, Submission("a352-b")),
     ({"status": "processing", "id": None, "request_id": 8}, Submission("8")),
     ({"id": 7, "model_id": "midjourney"}, Submission("7", model="midjourney")),
@@ -138,9 +140,9 @@ def test_a_submit_answer_gives_what_it_knows(answer: dict[str, object], taken: S
         ({"status": "error", "message": "Invalid Api Key", "id": 7}, "Invalid Api Key"),
         ({"status": "Error", "messege": {"prompt": ["required"]}}, "required"),
         ({"status": "failed", "id": 7, "output": [A]}, "failed"),
-        ({"status": "error"}, "no message"),
+        ({"status": "error"}, "without a message"),
         ({}, "no id"),
-        ({"message": "Server Error"}, "no id"),
+        ({"message": "Server Error"}, "Server Error"),
         ({"status": "processing"}, "no id"),
         ({"status": "processing", "output": [A]}, "no id"),
         ({"status": "success", "output": []}, "no id"),
@@ -169,13 +171,13 @@ def test_a_success_without_an_id_is_named_for_its_outputs() -> None:
 
     assert SYNTHETIC_ID.fullmatch(first.remote_id)
     assert first == again
-    assert not first.pollable
+    assert not can_be_asked("https://h/api/v3/fetch", first.remote_id)
     assert other.remote_id != first.remote_id
 
 
 @pytest.mark.parametrize("value", [0, -0.0, -1, "", "x", None, True, [], float("inf"), "1e999", 10**400, "nan"])
 def test_what_is_no_positive_number_is_no_seconds(value: object) -> None:
-    assert seconds(value) is None
+    assert positive(value) is None
 
 
 @settings(max_examples=100, deadline=None)
@@ -194,4 +196,4 @@ def test_anything_is_either_a_submission_with_a_good_id_or_refused(remote: objec
 
     assert REMOTE_ID.fullmatch(known.remote_id) or (SYNTHETIC_ID.fullmatch(known.remote_id) and known.outputs)
     assert known.eta is None or 0 < known.eta < float("inf")
-    assert known.pollable == bool(REMOTE_ID.fullmatch(known.remote_id))
+    assert can_be_asked("https://h/api/v3/fetch", known.remote_id) == bool(REMOTE_ID.fullmatch(known.remote_id))

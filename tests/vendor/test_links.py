@@ -7,8 +7,8 @@ import hashlib
 import pytest
 from hypothesis import given, settings
 
-from tests.core.test_reply import ANY_JSON
-from worker.core.links import MAX_LINKS, MAX_URL, Link, links, listed
+from tests.vendor.test_replies import ANY_JSON
+from worker.vendor.links import MAX_LINKS, MAX_URL, Link, links, listed
 
 A, B, C = "https://h/a.png", "https://h/b.png", "https://h/c.png"
 P, Q = "https://cdn2/a.png", "https://cdn2/b.png"
@@ -29,6 +29,16 @@ SHAPES: list[tuple[str, object, object, tuple[Link, ...]]] = [
     ("nothing at all", None, None, ()),
     ("numbers", 5, None, ()),
     ("too deep", [[[[[[[[[A]]]]]]]]], None, ()),
+    ("words are no addresses", [{"text": "A sentence.", "words": [{"word": "A", "start": 0.1}]}], None, ()),
+    ("a sentence is no address", "Good morning and welcome.", None, ()),
+    ("an output inside the output", {"status": "success", "output": [A], "proxy_links": [P]}, None, (Link(A, (P,)),)),
+    ("proxies inside a list of objects", [{"url": A, "proxy_links": [P]}, {"url": B, "proxy_links": [Q]}], None, (Link(A, (P,)), Link(B, (Q,)))),
+    ("an object's picture, not what it was made from", {"image": A, "init_image": B, "thumbnail": C}, None, (Link(A),)),
+    ("texts beside an object's link", {"url": A, "seed": "5", "model": "sdxl", "name": "a.png"}, None, (Link(A),)),
+    ("subtitles named by what they are", {"srt": A, "text": B}, None, (Link(A), Link(B))),
+    ("base64 in an object", {"image": INLINE}, None, (Link(f"data:;sha256={SUM}", (), PICTURE),)),
+    ("promises inside are no outputs", {"future_links": [A]}, None, ()),
+    ("proxies in an object", [A], {"0": P}, (Link(A, (P,)),)),
     ("other schemes get their row, too", ["ftp://h/a", "file:///etc/passwd", "a.png"], None, (Link("ftp://h/a"), Link("file:///etc/passwd"), Link("a.png"))),
     ("proxies by place", [A, B], [P, Q], (Link(A, (P,)), Link(B, (Q,)))),
     ("proxy as text beside one output", [A], P, (Link(A, (P,)),)),
@@ -55,20 +65,20 @@ SHAPES: list[tuple[str, object, object, tuple[Link, ...]]] = [
 
 @pytest.mark.parametrize(("output", "proxies", "found"), [pytest.param(*case, id=name) for name, *case in SHAPES])
 def test_every_shape_of_output_becomes_links(output: object, proxies: object, found: tuple[Link, ...]) -> None:
-    assert links(output, proxies) == found
+    assert links(output, proxies).links == found
 
 
 def test_two_broken_data_uris_are_two_outputs() -> None:
     """Each is listed, so each gets its row, though neither can be decoded."""
-    found = links(["data:image/png;base64,!!", "data:image/png;base64,??"])
+    found = links(["data:image/png;base64,!!", "data:image/png;base64,??"]).links
 
     assert len(found) == 2
     assert all(link.body is not None for link in found)
 
 
 def test_an_endless_link_and_an_endless_list_are_cut() -> None:
-    assert len(links("https://h/" + "a" * 100_000)[0].url) == MAX_URL + 1
-    assert len(links([f"https://h/{i}" for i in range(MAX_LINKS + 5)])) == MAX_LINKS
+    assert len(links("https://h/" + "a" * 100_000).links[0].url) == MAX_URL + 1
+    assert len(links([f"https://h/{i}" for i in range(MAX_LINKS + 5)]).links) == MAX_LINKS
 
 
 @pytest.mark.parametrize(
@@ -78,19 +88,23 @@ def test_an_endless_link_and_an_endless_list_are_cut() -> None:
         ({"output": [], "links": [B], "proxy_links": [P]}, (Link(P),)),
         ({"links": [B]}, (Link(B),)),
         ({"future_links": [B]}, ()),
+        ({"output": [], "output_url": A, "future_links": [B]}, (Link(A),)),
+        ({"output": "", "assets": [{"href": A}]}, (Link(A),)),
+        ({"result": "a transcript", "images": ["not-an-address"]}, ()),
+        ({"message": A, "tip": A, "meta": {"init_image": A}, "fetch_result": A}, ()),
         ({}, ()),
     ],
 )
 def test_an_answer_lists_its_output_or_else_its_proxies_or_links(
     answer: dict[str, object], found: tuple[Link, ...]
 ) -> None:
-    assert listed(answer) == found
+    assert listed(answer).links == found
 
 
 @settings(max_examples=60, deadline=None)
 @given(ANY_JSON, ANY_JSON)
 def test_whatever_is_listed_is_stored_once_and_can_be_written_down(output: object, proxies: object) -> None:
-    found = links(output, proxies)
+    found = links(output, proxies).links
 
     assert len({link.url for link in found}) == len(found)
     for text in [text for link in found for text in (link.url, *link.proxies)]:

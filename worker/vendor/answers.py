@@ -1,0 +1,118 @@
+"""The fields of an answer, in every spelling that the API has for them. Nothing here raises."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from worker.core.json_size import too_many_values
+from worker.core.numbers import positive
+from worker.core.plain_text import plain_text
+
+MAX_MESSAGE = 500
+_MESSAGE_FIELDS = ("message", "messege", "error_message", "msg", "detail")
+_TRAINING_FIELDS = ("model_training_status", "training_status", "messege", "message")
+
+
+def json_object(body: bytes) -> dict[str, Any] | None:
+    """Return the JSON object in `body`, or None for anything else, however broken or hostile.
+
+    >>> json_object(b'\\xef\\xbb\\xbf{"status": "processing"}')
+    {'status': 'processing'}
+    >>> json_object(b"[" * 100_000) is None
+    True
+    """
+    if too_many_values(body):
+        return None
+    try:
+        answer = json.loads(body.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return None
+    return answer if isinstance(answer, dict) else None
+
+
+def status_of(answer: Mapping[str, Any]) -> str:
+    """Return the status word in lower case; empty where there is none.
+
+    An answer that says `false`, or names an HTTP code of a failure, calls itself an error. So does one without a
+    status that has an `error`.
+
+    >>> status_of({"status": " SUCCESS"}), status_of({"success": False}), status_of({"error": "No credits"})
+    ('success', 'error', 'error')
+    """
+    status = answer.get("status")
+    if isinstance(status, str):
+        return plain_text(status.strip()[:100]).strip().lower()
+    if status is False or http_status_of(answer) is not None:
+        return "error"
+    if status is None and (answer.get("success") is False or answer.get("error")):
+        return "error"
+    return ""
+
+
+def http_status_of(answer: Mapping[str, Any]) -> int | None:
+    """Return the HTTP code of a failure that an answer names as its status, or None.
+
+    >>> http_status_of({"status": 401, "message": "Unauthenticated."})
+    401
+    """
+    status = answer.get("status")
+    return status if type(status) is int and 400 <= status < 600 else None
+
+
+def message_of(answer: Mapping[str, Any]) -> str:
+    """Return the message under any of its names, as plain text of at most 500 characters.
+
+    >>> message_of({"messege": "try again later."})
+    'try again later.'
+    >>> message_of({"error": {"code": "unauthenticated", "message": "No key."}})
+    'No key.'
+    """
+    message = next((answer[name] for name in _MESSAGE_FIELDS if answer.get(name)), None)
+    if message is None:
+        error = answer.get("error") or answer.get("errors")
+        message = (message_of(error) or error.get("code") or error) if isinstance(error, dict) else error or ""
+    if not isinstance(message, str):
+        try:
+            message = json.dumps(message, ensure_ascii=False, default=str)
+        except (ValueError, RecursionError):
+            message = type(message).__name__
+    return plain_text(message[:MAX_MESSAGE])
+
+
+def code_of(answer: Mapping[str, Any]) -> str:
+    """Return the machine-readable name of an error in plain words, or an empty text.
+
+    >>> code_of({"error": {"code": "insufficient_credits", "message": "x"}})
+    'insufficient credits'
+    """
+    error = answer.get("error")
+    holders = [error, answer] if isinstance(error, dict) else [answer]
+    for holder in holders:
+        for name in ("code", "error_code", "type"):
+            code = holder.get(name)
+            if isinstance(code, str):
+                return plain_text(code[:100]).replace("_", " ").replace("-", " ").lower()
+    return ""
+
+
+def training_words(answer: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the words that may be the state of a training, in lower case."""
+    for name in _TRAINING_FIELDS:
+        word = answer.get(name)
+        if isinstance(word, str) and word.strip():
+            yield word.strip()[:100].lower()
+
+
+def execution_of(answer: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the run of a workflow that an answer is about, or None. The `status` beside it is of the call alone."""
+    execution = answer.get("execution")
+    return execution if isinstance(execution, dict) else None
+
+
+def eta_of(answer: Mapping[str, Any]) -> float | None:
+    """Return the seconds until the job is expected to be ready, where the answer names them as a number.
+
+    >>> eta_of({"eta": 20.9}), eta_of({"eta": "30 Minutes"}), eta_of({"estimated_time": 12})
+    (20.9, None, 12.0)
+    """
+    return positive(answer.get("eta")) or positive(answer.get("estimated_time"))

@@ -1,0 +1,153 @@
+"""The families of the API: where an order is posted, where its job is fetched, and what it makes. One row each.
+
+A path is written as it stands below `/api/`. `*` is one part of a path, `**` any number of parts, and `{server}` one
+part that the fetch path repeats. The first row whose `order` fits is the family of an order. To add a family, add a
+row; nothing else changes.
+"""
+
+import re
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+How = Literal["path", "request_id", "chat_id", "get"]
+Media = Literal["picture", "video", "audio", "model", "text", "training", "any"]
+
+MAX_KIND = 64
+
+
+class Family(NamedTuple):
+    """One family. `fetch` is the path without the id.
+
+    `how` says where the id stands: as the last part of the path (`path`), in the body under that name (`request_id`,
+    `chat_id`), or as the last part of a path that is asked by GET (`get`). `media` is what its outputs are.
+    """
+
+    order: str
+    fetch: str
+    how: How
+    media: Media
+
+
+# Sources: the vendor's pages of 2022 to 2026 and the `fetch_result` values in their examples and in captured answers.
+# Where two of them disagree, a captured `fetch_result` counts more than a page.
+FAMILIES: tuple[Family, ...] = (
+    # Trainings are asked at v3, whatever the version of the order.
+    Family("*/fine_tune/**", "v3/fine_tune_status", "path", "training"),
+    Family("*/lora_fine_tune/**", "v3/fine_tune_status", "path", "training"),
+    Family("*/fine_tune_v2/**", "v3/fine_tune_status", "path", "training"),
+    # Version 3 and its communities. A captured text2video of version 5 is fetched at v3.
+    Family("v3/dreambooth/**", "v3/dreambooth/fetch", "path", "picture"),
+    Family("v3/text2video/**", "v3/fetch", "path", "video"),
+    Family("v3/**", "v3/fetch", "path", "picture"),
+    Family("v4/dreambooth/**", "v4/dreambooth/fetch", "request_id", "picture"),
+    Family("v4/**", "v3/fetch", "path", "picture"),
+    Family("v5/text2video/**", "v3/fetch", "path", "video"),
+    Family("v5/**", "v3/fetch", "path", "picture"),
+    # Version 6: each family has its own fetch path, but for two that share another's.
+    Family("v6/images/**", "v6/images/fetch", "path", "picture"),
+    Family("v6/realtime/**", "v6/realtime/fetch", "path", "picture"),
+    Family("v6/image_editing/**", "v6/image_editing/fetch", "path", "picture"),
+    Family("v6/fashion/**", "v6/fashion/fetch", "path", "picture"),
+    Family("v6/interior/**", "v6/interior/fetch", "path", "picture"),
+    Family("v6/deepfake/**", "v6/deepfake/fetch", "path", "any"),
+    Family("v6/faceswap/**", "v6/faceswap/fetch", "path", "any"),
+    Family("v6/video/**", "v6/video/fetch", "path", "video"),
+    Family("v6/voice/speech_to_text/**", "v6/whisper/fetch", "path", "text"),
+    Family("v6/whisper/**", "v6/whisper/fetch", "path", "text"),
+    Family("v6/voice/**", "v6/voice/fetch", "path", "audio"),
+    Family("v6/3d/**", "v6/3d/fetch", "path", "model"),
+    Family("v6/llm/**", "v6/llm/get_queued_response", "chat_id", "text"),
+    # Version 7.
+    Family("v7/images/**", "v7/images/fetch", "path", "picture"),
+    Family("v7/video-fusion/**", "v7/video-fusion/fetch", "path", "video"),
+    Family("v7/voice/**", "v7/voice/fetch", "path", "any"),
+    # Enterprise: a server of its own per model. The text-to-image server alone takes the id in the body.
+    Family("v1/enterprise/*", "v1/enterprise/fetch", "request_id", "picture"),
+    Family("v1/enterprise/speech_to_text/**", "v1/enterprise/speech_to_text/fetch", "path", "text"),
+    Family("v1/enterprise/{server}/**", "v1/enterprise/{server}/fetch", "path", "any"),
+    # Workflows: a run is asked for by GET.
+    Family("v1/workflows/{server}/**", "v1/workflows/{server}/runs", "get", "any"),
+    # A family that is newer than this table, by the pattern of the others.
+    Family("{version}/{server}/*/**", "{version}/{server}/fetch", "path", "any"),
+    Family("{version}/*", "{version}/fetch", "path", "any"),
+)
+
+TRAINING = "/api/v3/fine_tune_status"
+CHAT = "/api/v6/llm/get_queued_response"
+_RUNS = re.compile(r"/api/v1/workflows/[A-Za-z0-9_-]+/runs")
+_NAME = re.compile(r"/api/v[0-9]+/(?P<name>.*?)/?fetch")
+
+# The fetch paths that a job may have besides `/api/v<n>/…fetch`, each with its id at the end, or in the body.
+OTHER_FETCH_PATHS = rf"{TRAINING}|{CHAT}|{_RUNS.pattern}"
+
+
+def _pattern(order: str) -> re.Pattern[str]:
+    parts = []
+    for part in order.split("/"):
+        if part == "**":
+            parts.append("(?:/[A-Za-z0-9_.-]{1,100})*")
+        elif part == "*":
+            parts.append("/[A-Za-z0-9_.-]{1,100}")
+        elif part == "{version}":
+            parts.append("/(?P<version>v[0-9]{1,3})")
+        elif part == "{server}":
+            parts.append("/(?P<server>[A-Za-z0-9_-]{1,100})")
+        else:
+            parts.append(f"/{re.escape(part)}")
+    return re.compile("".join(parts))
+
+
+_ORDERS = tuple((_pattern(family.order), family) for family in FAMILIES)
+
+
+@lru_cache(maxsize=256)
+def family_of_order(path: str) -> Family | None:
+    """Return the family of an order that was posted to `/api/` and `path`; its `fetch` has no names left to fill in.
+
+    >>> family_of_order("v6/video/text2video").fetch
+    'v6/video/fetch'
+    >>> family_of_order("v1/enterprise/flux/text2img").fetch
+    'v1/enterprise/flux/fetch'
+    """
+    for pattern, family in _ORDERS:
+        match = pattern.fullmatch(f"/{path}")
+        if match is not None:
+            return family._replace(fetch=family.fetch.format(**match.groupdict()))
+    return None
+
+
+def how_asked(fetch_path: str) -> How:
+    """Return how a fetch path without the id is asked, where its job's address ends with the id.
+
+    >>> how_asked("/api/v1/workflows/upscale/runs"), how_asked("/api/v3/fetch")
+    ('get', 'path')
+    """
+    return "get" if _RUNS.fullmatch(fetch_path) else "path"
+
+
+def id_field(fetch_path: str) -> str:
+    """Return the name of the id in the body, for a fetch path that does not end with the id."""
+    return "chat_id" if fetch_path == CHAT else "request_id"
+
+
+@lru_cache(maxsize=256)
+def kind_of(fetch_path: str) -> str:
+    """Return the kind of the jobs that are fetched at a path without the id, for those that were given none.
+
+    >>> kind_of("/api/v6/video/fetch"), kind_of("/api/v3/fetch"), kind_of("/api/v3/fine_tune_status")
+    ('video', 'image', 'training')
+    """
+    if fetch_path == TRAINING:
+        return "training"
+    if fetch_path == CHAT:
+        return "chat"
+    if _RUNS.fullmatch(fetch_path):
+        return "workflow"
+    match = _NAME.match(fetch_path)
+    name = match["name"].rstrip("/").replace("/", "-") if match else ""
+    return name[:MAX_KIND] or "image"
+
+
+def is_training(fetch_path: str) -> bool:
+    """Return whether the answers of this path are about a training, where `success` does not mean that it is done."""
+    return fetch_path.endswith("/fine_tune_status")

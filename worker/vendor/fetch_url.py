@@ -1,0 +1,239 @@
+"""Where the API key may be sent: the rules for hosts and fetch paths, and the address of each job."""
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+from urllib.parse import SplitResult, urlsplit
+
+from worker.core.identity import REMOTE_ID, SYNTHETIC_ID, FetchAddress
+from worker.errors import NotTrackable, RefusedAddress
+from worker.vendor.families import OTHER_FETCH_PATHS, TRAINING, Family, family_of_order, how_asked, id_field
+
+VENDOR_HOSTS = frozenset({"stablediffusionapi.com", "modelslab.com"})
+MAX_ADDRESS = 500
+
+# No userinfo, query, fragment, dot segment or percent sign can get through: none of their characters is in the set.
+_ADDRESS = re.compile(
+    r"(?P<scheme>https?)://(?P<host>[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{1,5}))?"
+    r"(?P<path>(?:/[A-Za-z0-9_-]+)+)",
+    re.ASCII,
+)
+_FETCH_PATH = re.compile(
+    rf"(?P<base>/api/v[0-9]+(?:/[A-Za-z0-9_-]+)*?/fetch|{OTHER_FETCH_PATHS})(?:/(?P<id>[A-Za-z0-9_-]+))?"
+)
+_ROOT = re.compile(r"https?://[^/]*")
+_LOOPBACK = re.compile(r"localhost|127(?:\.[0-9]{1,3}){3}|\[::1\]")
+_ORDER_PATH = re.compile(r"/?(?:api/)?(?P<path>v[0-9]{1,3}(?:/[A-Za-z0-9_.-]{1,100}){1,10})/?")
+
+
+@dataclass(frozen=True, slots=True)
+class AllowedApi:
+    """The API as configured: `url` is its base address, `hosts` the hosts that a job's own address may name."""
+
+    url: str
+    hosts: Collection[str]
+
+
+class Call(NamedTuple):
+    """How a job is asked about: the method, and the name of the id in the body (None: the address carries the id)."""
+
+    method: str
+    id_field: str | None
+
+
+def call_for(address: FetchAddress) -> Call:
+    """Return how an address is asked.
+
+    >>> chats = "https://modelslab.com/api/v6/llm/get_queued_response"
+    >>> call_for(FetchAddress(chats, chats, "modelslab.com"))
+    Call(method='POST', id_field='chat_id')
+    """
+    return _call(address.base, address.id_in_body)
+
+
+@lru_cache(maxsize=1_024)
+def _call(base: str, id_in_body: bool) -> Call:
+    if id_in_body:
+        return Call("POST", id_field(path_of(base)))
+    return Call("GET" if how_asked(path_of(base)) == "get" else "POST", None)
+
+
+@lru_cache(maxsize=1_024)
+def path_of(url: str) -> str:
+    """Return the path of an address.
+
+    >>> path_of("https://modelslab.com/api/v3/fetch")
+    '/api/v3/fetch'
+    """
+    return _ROOT.sub("", url, count=1)
+
+
+def site_of(api: AllowedApi) -> str:
+    """Return scheme and host of the configured API."""
+    return _api_site(api.url.rstrip("/"))[0]
+
+
+def normal_host(host: str, port: str | None, scheme: str) -> str:
+    """Return `host` or `host:port` in lower case, without the scheme's own port.
+
+    >>> normal_host("ModelsLab.com", "443", "https")
+    'modelslab.com'
+    """
+    own_port = {"https": "443", "http": "80"}[scheme]
+    name = host.lower()
+    return name if port in (None, own_port) else f"{name}:{port}"
+
+
+def api_host(url: str) -> str:
+    """Return the host of the API's base address, as `normal_host` writes it. Raises RefusedAddress if malformed."""
+    return _api_site(url)[1]
+
+
+@lru_cache(maxsize=64)
+def _api_site(url: str) -> tuple[str, str]:
+    """Return scheme and host of the API's base address, and the host alone, both in their normal form."""
+    match = _ADDRESS.fullmatch(url) or _ADDRESS.fullmatch(url + "/x")
+    if match is None:
+        raise RefusedAddress(f"{url[:120]!r} is no plain address (scheme, host, port, path; nothing else)")
+    _check_scheme(match, url)
+    host = normal_host(match["host"], match["port"], match["scheme"])
+    return f"{match['scheme']}://{host}", host
+
+
+def fetch_address(fetch_url: str | None, remote_id: str, api: AllowedApi) -> FetchAddress:
+    """Return where to ask about `remote_id`: the job's own address where it has one, else the API's base and the id.
+
+    Raises RefusedAddress where the address breaks a rule; the message says which.
+    """
+    if not (REMOTE_ID.fullmatch(remote_id) or SYNTHETIC_ID.fullmatch(remote_id)):
+        raise RefusedAddress(f"{remote_id[:60]!r} can't be a remote id, so it gets no fetch address")
+    own_url = api.url.rstrip("/")
+    own_site, own_host = _api_site(own_url)
+    configured = f"{own_site}{path_of(own_url)}/fetch"
+    if not fetch_url:
+        return FetchAddress(f"{configured}/{remote_id}", configured, own_host)
+    match = _ADDRESS.fullmatch(fetch_url)
+    if match is None or len(fetch_url) > MAX_ADDRESS:
+        raise RefusedAddress(
+            f"the fetch address {fetch_url[:120]!r} is refused: only scheme, host, port and a plain path may be in it"
+        )
+    _check_scheme(match, fetch_url)
+    host = normal_host(match["host"], match["port"], match["scheme"])
+    if host not in api.hosts:
+        raise RefusedAddress(
+            f"the fetch host {host!r} is refused: it is not on SD_API_HOSTS ({', '.join(sorted(api.hosts))})"
+        )
+    site = f"{match['scheme']}://{host}"
+    if f"{site}{match['path']}" == f"{configured}/{remote_id}":
+        return FetchAddress(f"{configured}/{remote_id}", configured, host)
+    path = _FETCH_PATH.fullmatch(match["path"])
+    if path is None or (path["id"] is None and not _takes_id_in_body(path["base"])):
+        raise RefusedAddress(f"the fetch address {fetch_url[:120]!r} is refused: {match['path']!r} is no fetch path")
+    if path["id"] is not None and path["id"] != remote_id:
+        raise RefusedAddress(f"the fetch address is refused: it names the id {path['id']!r}, the job is {remote_id!r}")
+    base = f"{site}{path['base']}"
+    return FetchAddress(base if path["id"] is None else f"{base}/{remote_id}", base, host)
+
+
+def _takes_id_in_body(fetch_path: str) -> bool:
+    return fetch_path != TRAINING and how_asked(fetch_path) != "get"
+
+
+class NamedJob(NamedTuple):
+    """What a `fetch_result` says by itself: the id at its end, and the address without the id."""
+
+    remote_id: str
+    base: str
+
+
+def named_job(fetch_result: str) -> NamedJob | None:
+    """Return the id that a fetch address ends with, and its base; None where it has no id or is no fetch address.
+
+    >>> named_job("https://modelslab.com/api/v7/video-fusion/fetch/155").remote_id
+    '155'
+    """
+    match = _ADDRESS.fullmatch(fetch_result)
+    path = None if match is None else _FETCH_PATH.fullmatch(match["path"])
+    if path is None or path["id"] is None:
+        return None
+    return NamedJob(path["id"], fetch_result.removesuffix(f"/{path['id']}"))
+
+
+class Order(NamedTuple):
+    """Where an order was posted: its family, and the site (scheme and host) that its job is asked at."""
+
+    family: Family
+    site: str
+
+    def fetch_url(self, remote_id: str) -> str:
+        """Return the address of the job that the order became."""
+        base = f"{self.site}/api/{self.family.fetch}"
+        return f"{base}/{remote_id}" if self.family.how in ("path", "get") else base
+
+
+def order_at(endpoint: object, api: AllowedApi) -> Order:
+    """Return the order that was posted to `endpoint`: a URL, or a path below `/api/`, such as `v6/video/text2video`.
+
+    Raises NotTrackable for what is neither, RefusedAddress for a host that is not on SD_API_HOSTS.
+    """
+    if not isinstance(endpoint, str):
+        raise NotTrackable(f"endpoint is the URL or path that the order was posted to, not {type(endpoint).__name__}")
+    text = endpoint.strip()
+    site = site_of(api)
+    path = text
+    if "://" in text:
+        parts = _split(text)
+        if parts is None:
+            raise NotTrackable(f"endpoint {text[:120]!r} is no URL")
+        own_site, host = _api_site(f"{parts.scheme}://{parts.netloc}/x")
+        if host not in api.hosts:
+            raise RefusedAddress(
+                f"the host {host!r} of endpoint is refused: it is not on SD_API_HOSTS ({', '.join(sorted(api.hosts))})"
+            )
+        site, path = own_site, parts.path
+    match = _ORDER_PATH.fullmatch(path)
+    family = None if match is None else family_of_order(match["path"])
+    if family is None:
+        raise NotTrackable(
+            f"endpoint {text[:120]!r} is no path of the API: write it as in v6/video/text2video, or as the whole URL"
+        )
+    return Order(family, site)
+
+
+def order_of_response(url: object, api: AllowedApi) -> Order | None:
+    """Return the order that a response of `url` answered, or None where its address says nothing.
+
+    A response may have come through a gateway of the app's own, so a host that is not on SD_API_HOSTS is no error: the
+    path alone counts then.
+    """
+    parts = _split(str(url))
+    if parts is None:
+        return None
+    try:
+        return order_at(f"{parts.scheme}://{parts.netloc}{parts.path}", api)
+    except NotTrackable:
+        pass
+    below = parts.path.find("/api/")
+    try:
+        return order_at(parts.path[below:], api) if below >= 0 else None
+    except NotTrackable:
+        return None
+
+
+def _split(url: str) -> SplitResult | None:
+    try:
+        parts = urlsplit(url[:2_000])
+    except ValueError:
+        return None
+    return parts if parts.scheme in ("http", "https") and parts.netloc else None
+
+
+def _check_scheme(match: re.Match[str], url: str) -> None:
+    if match["port"] is not None and not 0 < int(match["port"]) < 65536:
+        raise RefusedAddress(f"{url[:120]!r} is refused: {match['port']} is no port")
+    if match["scheme"] == "http" and not _LOOPBACK.fullmatch(match["host"].lower()):
+        raise RefusedAddress(
+            f"{url[:120]!r} is refused: plain http only to 127.0.0.0/8, [::1] and localhost, else https"
+        )

@@ -1,0 +1,190 @@
+"""The links in an answer: the outputs that a success lists, and the addresses where outputs are promised."""
+
+import base64
+import binascii
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+from urllib.parse import unquote_to_bytes
+
+from worker.core.plain_text import plain_text
+from worker.core.reply import MAX_URL, Link
+
+MAX_LINKS = 1_000
+MAX_DEPTH = 8
+MAX_PROMISED = 20
+
+# The fields that hold a success's outputs, best first. The vendor's own command line tool reads `output`, then
+# `output_url`, then `future_links`; `links` and `link` come from voice and cropping; the others from clients.
+OUTPUT_FIELDS = (
+    "output",
+    "outputs",
+    "output_url",
+    "output_urls",
+    "proxy_links",
+    "links",
+    "link",
+    "images",
+    "videos",
+    "audios",
+    "files",
+    "urls",
+    "url",
+    "assets",
+    "result",
+    "results",
+)
+_MAIN_FIELDS = frozenset({"output", "outputs", "proxy_links", "links"})  # any text there is meant as an output
+PROXY_FIELD = "proxy_links"
+PROMISE_FIELD = "future_links"
+# Fields beside an output that hold other addresses: what the order was made from, previews, help, callbacks.
+_NO_OUTPUT = re.compile(
+    r"(?:^|[_-])(?:init|input|inputs|source|src|mask|target|reference|ref|prompt|thumbnail|thumb"
+    r"|preview|poster|webhook|callback|docs|doc|help|tip|tips|tip_1|meta|metadata|message|messege|status|fetch|license"
+    r"|page|homepage|website|schema|model)(?:$|[_-])"
+)
+
+_DATA = re.compile(r"data:(?P<head>[^,]{0,200}),", re.IGNORECASE)
+_ADDRESS = re.compile(r"https?://[^\s/]", re.IGNORECASE)
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]++={0,2}")  # possessive: megabytes that do not match cost one pass
+_BLANK = re.compile(r"\s")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_LEAST_BASE64 = 64  # shorter text is a word, not a file
+
+
+class Listed(NamedTuple):
+    """The outputs of a success; `left_out` counts those beyond the first MAX_LINKS."""
+
+    links: tuple[Link, ...]
+    left_out: int
+
+
+def listed(answer: Mapping[str, object]) -> Listed:
+    """Return what a success lists, from the first of its fields that has any; never its `future_links`.
+
+    >>> listed({"status": "success", "output": [], "links": ["https://h/a.wav"]}).links
+    (Link(url='https://h/a.wav', proxies=(), body=None),)
+    """
+    proxies = answer.get(PROXY_FIELD)
+    for name in OUTPUT_FIELDS:
+        value = answer.get(name)
+        if value:
+            found = links(value, None if name == PROXY_FIELD else proxies, strict=name not in _MAIN_FIELDS)
+            if found.links:
+                return found
+    return Listed((), 0)
+
+
+def promised(answer: Mapping[str, object]) -> tuple[str, ...]:
+    """Return the addresses at which the API says that outputs will be, at most MAX_PROMISED, in their order.
+
+    >>> promised({"future_links": ["https://h/a.mp4", "", 5]})
+    ('https://h/a.mp4',)
+    """
+    value = answer.get(PROMISE_FIELD)
+    if not value:
+        return ()
+    addresses = (stored_address(text) for text in _texts(value) if _is_address(text) and len(text) <= MAX_URL)
+    return tuple(dict.fromkeys(addresses))[:MAX_PROMISED]
+
+
+def links(output: object, proxy_links: object = None, *, strict: bool = False) -> Listed:
+    """Return every output that `output` lists (text, list, object, nested), each with the proxy link of its place.
+
+    A text that stands alone or in a list is an output, unless it is a sentence. In an object, or where `strict`, only
+    http(s) addresses, data URIs and long base64 are outputs, since the other texts there describe them. `proxy_links`
+    in an object are alternatives.
+
+    >>> links("https://h/a.png").links
+    (Link(url='https://h/a.png', proxies=(), body=None),)
+    >>> links([{"text": "A sentence.", "words": [{"word": "A"}]}]).links
+    ()
+    """
+    inner: list[str] = []
+    texts = list(_texts(output, inner, strict=strict))
+    proxies = list(_proxies(proxy_links)) or [_stored_proxy(text) for text in inner]
+    paired = proxies if len(proxies) == len(texts) else []
+    found: dict[str, Link] = {}
+    for place, text in enumerate(texts[:MAX_LINKS]):
+        link = _link(text, (paired[place],) if paired and paired[place] not in ("", text) else ())
+        found.setdefault(link.url, link)
+    return Listed(tuple(found.values()), len(set(texts[MAX_LINKS:]).difference(texts[:MAX_LINKS])))
+
+
+def _proxies(value: object) -> Iterator[str]:
+    """Yield the proxy links in `value`. One that is too long to be stored is empty, and keeps its place."""
+    return (_stored_proxy(text) for text in _texts(value) if _is_address(text))
+
+
+def _stored_proxy(text: str) -> str:
+    return stored_address(text) if len(text) <= MAX_URL else ""
+
+
+def _texts(value: object, proxies: list[str] | None = None, depth: int = 0, *, strict: bool = False) -> Iterator[str]:
+    """Yield the texts that may be outputs. Those under `proxy_links` of an inner object go to `proxies` instead."""
+    if isinstance(value, str):
+        text = value.strip()
+        if text and (_is_output(text) or not (strict or _BLANK.search(text))):
+            yield text
+    elif depth < MAX_DEPTH and isinstance(value, list):
+        for item in value:
+            yield from _texts(item, proxies, depth + 1, strict=strict)
+    elif depth < MAX_DEPTH and isinstance(value, dict):
+        for name, item in value.items():
+            if name == PROXY_FIELD:
+                if proxies is not None:
+                    proxies += [text for text in _texts(item, None, depth + 1) if _is_address(text)]
+            elif name != PROMISE_FIELD and not _NO_OUTPUT.search(str(name).lower()):
+                yield from _texts(item, proxies, depth + 1, strict=True)
+
+
+def _is_output(text: str) -> bool:
+    return _is_address(text) or _DATA.match(text) is not None or _is_base64(text)
+
+
+def _is_address(text: str) -> bool:
+    return _ADDRESS.match(text) is not None
+
+
+def _is_base64(text: str) -> bool:
+    return len(text) >= _LEAST_BASE64 and _BASE64.fullmatch(text) is not None
+
+
+def _link(text: str, proxies: tuple[str, ...]) -> Link:
+    data = _DATA.match(text)
+    if data:
+        content = text[data.end() :]
+        media_type = plain_text(data["head"].split(";")[0].strip()[:100])
+        body = _decoded(content) if data["head"].lower().endswith(";base64") else _unquoted(content)
+        return _inline(body, f"data:{media_type}")
+    if _is_base64(text):
+        return _inline(_decoded(text), "data:")
+    return Link(stored_address(text), proxies)
+
+
+def stored_address(text: str) -> str:
+    r"""Return an address as it is stored. A control character becomes an escape, whose backslash has it refused.
+
+    >>> stored_address("https://h/a\nb")
+    'https://h/a\\nb'
+    """
+    text = text if len(text) <= MAX_URL else text[:MAX_URL] + "…"
+    return plain_text(_CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text))
+
+
+def _inline(body: bytes, prefix: str) -> Link:
+    return Link(f"{prefix};sha256={hashlib.sha256(body).hexdigest()}", (), body)
+
+
+def _decoded(encoded: str) -> bytes:
+    """Return the bytes that base64 stands for. Text that is no base64 stays as it is, and is refused as no media."""
+    digits = "".join(encoded.split())
+    try:
+        return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        return encoded.encode("utf-8", "replace")
+
+
+def _unquoted(content: str) -> bytes:
+    return unquote_to_bytes(content.encode("utf-8", "replace"))

@@ -1,0 +1,266 @@
+"""What a submit answer, the response that carried it, or a bare id says about the job to be tracked."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from worker.core.identity import READY, FetchAddress, checked_remote_id
+from worker.core.reply import (
+    AccountRefused,
+    ApiDown,
+    ApiError,
+    Failed,
+    Link,
+    RateLimited,
+    Reply,
+    UnknownId,
+)
+from worker.errors import ApiRefused, NotTrackable
+from worker.vendor.answers import eta_of, execution_of, json_object, status_of
+from worker.vendor.families import CHAT, TRAINING, kind_of
+from worker.vendor.fetch_url import (
+    AllowedApi,
+    Order,
+    fetch_address,
+    named_job,
+    order_at,
+    order_of_response,
+    path_of,
+    site_of,
+)
+from worker.vendor.links import listed, promised
+from worker.vendor.replies import Answer, Question, rule_for
+
+_ID_FIELDS = ("id", "training_id", "request_id", "taskId", "task_id", "execution_id", "fetch_id", "job_id")
+_REFUSALS = (AccountRefused, ApiDown, ApiError, Failed, RateLimited, UnknownId)
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """What is known of a job when it is handed over. `outputs` is filled where it was ready at once.
+
+    `fetch_url` is the address that the answer names for it; `own_path` the fetch path that only such answers have. Both
+    are None where the answer says nothing. `named_id` is the id in that address, where the answer has another one.
+    """
+
+    remote_id: str
+    fetch_url: str | None = None
+    eta: float | None = None
+    model: str | None = None
+    outputs: tuple[Link, ...] = ()
+    left_out: int = 0
+    promised: tuple[str, ...] = ()
+    own_path: str | None = None
+    named_id: str | None = None
+
+
+class PlannedJob(NamedTuple):
+    """A submission, where its job is asked about, and the kind that this stands for."""
+
+    submission: Submission
+    address: FetchAddress
+    kind: str
+
+    @property
+    def warning(self) -> str | None:
+        """What the log should say about the answer, or None."""
+        if self.submission.named_id is None:
+            return None
+        return (
+            f"the fetch_result of the answer names the job {self.submission.named_id}, its id is"
+            f" {self.submission.remote_id}: the id is asked about"
+        )
+
+
+class SubmitAnswer(NamedTuple):
+    """The JSON of a submit answer, the HTTP status it came with, and the URL it came from, if that is known."""
+
+    fields: Mapping[str, Any]
+    http_status: int = 200
+    url: str | None = None
+
+
+def planned_job(
+    remote: object, api: AllowedApi, *, fetch_url: str | None = None, endpoint: str | None = None
+) -> PlannedJob:
+    """Read what was handed to `track`, and say where its job is asked about.
+
+    The first of these that is known decides: `fetch_url`, the answer's own `fetch_result`, `endpoint`, the URL of the
+    response, the form of the answer (trainings, chats, workflows), the configured address of the API. Raises
+    NotTrackable, ApiRefused, RefusedAddress.
+    """
+    order = order_at(endpoint, api) if endpoint else None
+    answer = submit_answer(remote)
+    if order is None and answer is not None and answer.url is not None:
+        order = order_of_response(answer.url, api)
+    known = submission(remote) if answer is None else _submission(answer)
+    return _planned(known, order, fetch_url or None, api)
+
+
+def _planned(known: Submission, order: Order | None, fetch_url: str | None, api: AllowedApi) -> PlannedJob:
+    remote_id = known.remote_id
+    url = fetch_url or known.fetch_url
+    if url is None and order is not None:
+        url = order.fetch_url(remote_id)
+    elif url is None and known.own_path is not None:
+        url = f"{site_of(api)}{known.own_path}" + ("" if known.own_path == CHAT else f"/{remote_id}")
+    if url is None and known.outputs:  # it need not be asked about, and another family may know its id
+        base = f"{READY}{_digest(known.outputs)}"
+        default = fetch_address(None, remote_id, api)
+        return PlannedJob(known, FetchAddress(base, base, default.host), kind_of(path_of(default.base)))
+    address = fetch_address(url, remote_id, api)
+    kind = kind_of(path_of(address.base))
+    if order is not None and fetch_url is None and order.family.media == "video" and "video" not in kind:
+        kind = "video"  # of a family whose fetch path is shared with pictures
+    return PlannedJob(known, address, kind)
+
+
+def submission(remote: object) -> Submission:
+    """Read an id (text or number), a whole submit answer (mapping, or its JSON text), or the response that carried it.
+
+    Raises ApiRefused for an answer by which the API did not take the order, NotTrackable for one that is no job.
+    """
+    answer = submit_answer(remote)
+    return Submission(checked_remote_id(remote)) if answer is None else _submission(answer)
+
+
+def submit_answer(remote: object) -> SubmitAnswer | None:
+    """Return the answer in what was handed over; None where that may be a bare id. Raises NotTrackable."""
+    if isinstance(remote, SubmitAnswer):
+        return remote
+    if isinstance(remote, Mapping):
+        return SubmitAnswer(remote)
+    if isinstance(remote, str):
+        if not remote.lstrip("\ufeff \t\r\n").startswith("{"):
+            return None
+        fields = json_object(remote.encode("utf-8", "replace"))
+        if fields is None:
+            raise NotTrackable(
+                "the submit answer is no JSON object: hand over the API's answer as it came, or the id alone"
+            )
+        return SubmitAnswer(fields)
+    if callable(getattr(remote, "json", None)) and getattr(remote, "url", None) is not None:
+        return _of_response(remote)
+    return None
+
+
+def _of_response(response: Any) -> SubmitAnswer:
+    """Return the answer in a response of requests or httpx."""
+    status = getattr(response, "status_code", 200)
+    status = status if type(status) is int else 200
+    try:
+        fields = response.json()
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        refused = f"the API answered HTTP {status} with no JSON object, so there is no job in it"
+        raise ApiRefused(refused, message=f"HTTP {status}") if status >= 400 else NotTrackable(refused)
+    return SubmitAnswer(fields, status, str(response.url))
+
+
+def _submission(answer: SubmitAnswer) -> Submission:
+    fields = answer.fields
+    _check_is_a_job(fields)
+    reply = _read(answer)
+    if isinstance(reply, _REFUSALS):
+        text = f"the API did not take the order: {reply.message or 'it gives no reason'}"
+        raise ApiRefused(text, message=reply.message, answer=dict(fields))
+    ready = listed(fields) if status_of(fields) == "success" else listed({})
+    fetch_url = _text(fields, "fetch_result") or _text(fields, "status_url")
+    named = None if fetch_url is None else named_job(fetch_url)
+    remote_id = _remote_id(fields)
+    if remote_id is None and named is not None:
+        remote_id = named.remote_id
+    if remote_id is None and not ready.links:
+        raise NotTrackable("the submit answer has no id, nor the output of a success: there is nothing to ask for")
+    named_id = None
+    if remote_id is not None and named is not None and named.remote_id != remote_id:
+        named_id, fetch_url = named.remote_id, f"{named.base}/{remote_id}"
+    return Submission(
+        remote_id=f"sha256:{_digest(ready.links)}" if remote_id is None else remote_id,
+        fetch_url=fetch_url,
+        eta=eta_of(fields),
+        model=_model(fields),
+        outputs=ready.links,
+        left_out=ready.left_out,
+        promised=() if ready.links else promised(fields),
+        own_path=_own_path(fields),
+        named_id=named_id,
+    )
+
+
+def _read(answer: SubmitAnswer) -> Reply:
+    """Read a submit answer by the rules of all answers."""
+    fields = dict(answer.fields)
+    return rule_for(Answer(answer.http_status, {}, b"", fields, Question(remote_id=None, now=0.0)))[1]
+
+
+def _check_is_a_job(fields: Mapping[str, Any]) -> None:
+    """Raise NotTrackable for answers of other calls, saying what they are."""
+    of = fields.get("object")
+    if isinstance(of, str) and of.startswith(("chat.completion", "text_completion", "response", "embedding", "list")):
+        raise NotTrackable(
+            f"this is a finished answer of a chat API ({of[:60]}): it is no job, nothing is to be fetched"
+        )
+    if "jsonrpc" in fields:
+        raise NotTrackable(
+            "this is a JSON-RPC answer, not the answer of a submit call: hand over what is in its result"
+        )
+
+
+def _remote_id(fields: Mapping[str, Any]) -> str | None:
+    """Return the id under the first of its names that has one."""
+    meta = fields.get("meta")
+    run = execution_of(fields) or {}
+    candidates = [fields.get(name) for name in _ID_FIELDS]
+    candidates += [run.get("id"), fields.get("chat_id"), meta.get("chat_id") if isinstance(meta, dict) else None]
+    if _is_training(fields):
+        candidates.append(fields.get("model_id"))
+    for value in candidates:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if value:
+            return checked_remote_id(value)
+    return None
+
+
+def _own_path(fields: Mapping[str, Any]) -> str | None:
+    """Return the fetch path of a job whose answer has a form that no other family's has."""
+    if _is_training(fields):
+        return TRAINING
+    meta = fields.get("meta")
+    if fields.get("id") is None and isinstance(meta, dict) and meta.get("chat_id"):
+        return CHAT
+    workflow = fields.get("workflow_id")
+    if fields.get("execution_id") and isinstance(workflow, (str, int)) and not isinstance(workflow, bool):
+        return f"/api/v1/workflows/{workflow}/runs"
+    return None
+
+
+def _is_training(fields: Mapping[str, Any]) -> bool:
+    if fields.get("training_id"):
+        return True
+    return fields.get("id") is None and any(name in fields for name in ("training_status", "model_training_status"))
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str | None:
+    value = fields.get(name)
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str):
+        raise NotTrackable(f"{name} is text, not {type(value).__name__}")
+    return value.strip() or None
+
+
+def _model(fields: Mapping[str, Any]) -> str | None:
+    meta = fields.get("meta")
+    model = fields.get("model_id") or (meta.get("model_id") if isinstance(meta, dict) else None)
+    if not isinstance(model, str) or not model.isprintable():  # it becomes part of the kind, which people read
+        return None
+    return model.strip()[:40] or None
+
+
+def _digest(outputs: tuple[Link, ...]) -> str:
+    return hashlib.sha256(json.dumps([link.url for link in outputs]).encode()).hexdigest()[:32]
