@@ -179,7 +179,7 @@ SCANNERS: dict[str, Callable[[str], object]] = {
     "parse, the body": lambda text: parse(200, {}, encoded(text), Question("1", 0.0)),
     "parse, a value": lambda text: parse(200, {}, answer(text), Question("1", 0.0)),
     "parse, headers": lambda text: parse(
-        429, {"Retry-After": text, "x-ratelimit-reset": text}, b"{}", remote_id="1", now=0.0
+        429, {"Retry-After": text, "x-ratelimit-reset": text}, b"{}", Question("1", 0.0)
     ),
     "links": lambda text: links([text, f"data:image/png;base64,{text}", f"data:{text}"]),
     "submission": submission,

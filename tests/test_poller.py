@@ -261,13 +261,20 @@ def test_given_an_api_in_trouble_when_five_calls_failed_then_the_host_is_held_an
 
 def test_given_a_job_that_failed_twice_when_polled_then_it_ends_and_is_told_of(polls: Polls) -> None:
     remote_id = submitted(polls.sandbox, 1)[0]
-    polls.sandbox.script(remote_id, scripted(b'{"status":"failed","id":"","message":"Failed, Try Again","output":""}'))
+    polls.sandbox.script(
+        remote_id,
+        scripted(b'{"status":"failed","id":"","message":"Processing failed: Invalid input dimensions","output":""}'),
+    )
     (job,) = polls.track([remote_id])
 
     polls.until(lambda: bool(polls.row(job).status == "failed"))
 
     row = polls.row(job)
-    assert (row.error_code, row.error_message, row.polls) == ("api_failed", "Failed, Try Again", 2)
+    assert (row.error_code, row.error_message, row.polls) == (
+        "api_failed",
+        "Processing failed: Invalid input dimensions",
+        2,
+    )
     assert polls.told == [job]
 
 

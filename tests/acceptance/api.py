@@ -177,7 +177,16 @@ class HostedApi:
     def _scripted(self, job: Job, name: str, key: str) -> tuple[str, int, object]:
         match name:
             case "failed":
-                return name, 200, {"status": "failed", "id": "", "message": "Failed, Try Again", "output": ""}
+                return (
+                    name,
+                    200,
+                    {
+                        "status": "failed",
+                        "id": "",
+                        "message": "Processing failed: Invalid input dimensions",
+                        "output": "",
+                    },
+                )
             case "failed_echo":
                 return name, 200, {"status": "failed", "id": "", "message": f"Failed for key {key}", "output": ""}
             case "error_echo":

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 
 from tests.vendor.test_replies import ANY_JSON
-from worker.vendor.links import MAX_LINKS, MAX_URL, Link, links, listed
+from worker.core.reply import MAX_URL, Link
+from worker.vendor.links import MAX_LINKS, links, listed
 
 A, B, C = "https://h/a.png", "https://h/b.png", "https://h/c.png"
 P, Q = "https://cdn2/a.png", "https://cdn2/b.png"

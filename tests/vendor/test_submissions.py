@@ -112,7 +112,10 @@ ANSWERS: list[tuple[dict[str, object], Submission]] = [
     ({"status": "success", "id": 7, "output": [A], "proxy_links": [P]}, Submission("7", outputs=(Link(A, (P,)),))),
     ({"status": "success", "id": 7, "links": [A]}, Submission("7", outputs=(Link(A),))),
     ({"status": "success", "id": 7, "output": []}, Submission("7")),
-    ({"status": "success", "messege": "deploying_gpu", "training_id": "F5jvdz"}, Submission("F5jvdz", own_path=TRAINING)),
+    (
+        {"status": "success", "messege": "deploying_gpu", "training_id": "F5jvdz"},
+        Submission("F5jvdz", own_path=TRAINING),
+    ),
     ({"status": "queued", "taskId": "a352-b", "links": [A]}, Submission("a352-b")),
     ({"status": "processing", "id": None, "request_id": 8}, Submission("8")),
     ({"id": 7, "model_id": "midjourney"}, Submission("7", model="midjourney")),

@@ -280,7 +280,9 @@ class Behaviour:
             label = "messege" if family is Family.DREAMBOOTH else "message"
             return json_answer({"status": "processing", label: "try again later.", "output": "", "tip": _TIP})
         if job.fails:
-            return json_answer({"status": "failed", "id": "", "message": "Failed, Try Again", "output": ""})
+            return json_answer(
+                {"status": "failed", "id": "", "message": "Processing failed: Invalid input dimensions", "output": ""}
+            )
         return json_answer({"status": "success", **_ready(job, origin)})
 
     def _load(self, now: float) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Answers:
         """Ready: so many pictures, or these: addresses as they stand, or bytes that the stand-in serves."""
         return self._add(_Step(lambda remote_id: self._api.ready(remote_id, pictures)))
 
-    def failed(self, message: str = "Failed, Try Again", *, times: int = 1) -> Self:
+    def failed(self, message: str = "Processing failed: Invalid input dimensions", *, times: int = 1) -> Self:
         """The job failed."""
         return self.body({"status": "failed", "id": "", "message": message, "output": ""}, times=times)
 

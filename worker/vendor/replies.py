@@ -381,8 +381,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "service",
         "An error about the service passes. It is not about the job.",
-        lambda answer: (answer.is_error and answer.meaning in ("service", "try_again"))
-        or (answer.word == "" and _SERVER.fullmatch(answer.message.strip()) is not None),
+        lambda answer: (
+            (answer.is_error and answer.meaning in ("service", "try_again"))
+            or (answer.word == "" and _SERVER.fullmatch(answer.message.strip()) is not None)
+        ),
         lambda answer: ApiDown(f"HTTP {answer.code}: {answer.message}", answered=True),
     ),
     Rule("error", "Any other error is about the job.", lambda answer: answer.word == "error", _error),
