@@ -73,6 +73,7 @@ def _where(condition: str) -> dict[str, Any]:
 
 
 _Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by itself only where the type is INTEGER
+_LongText = Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
 _Body = LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
 
 metadata = MetaData(
@@ -248,7 +249,7 @@ events = Table(
     Column("job_id", _Id, ForeignKey("fetch_jobs.id", ondelete="CASCADE"), nullable=False),
     Column("type", String(16), nullable=False),
     Column("url", Text, nullable=False),
-    Column("body", Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb"), nullable=False),  # the same each time
+    Column("body", _LongText, nullable=False),  # the same each time
     Column("status", String(16), nullable=False),
     Column("attempts", Integer, nullable=False, server_default="0"),
     Column("created_at", UtcDateTime, nullable=False),
@@ -268,6 +269,43 @@ events = Table(
     Index("ix_fetch_events_holder", "claim_holder", **_where("claim_holder IS NOT NULL")),
     comment="what is told by webhook: one event for each final state of a job that has an address",
     sqlite_autoincrement=True,
+)
+
+unread = Table(
+    "fetch_unread",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("job_id", _Id, ForeignKey("fetch_jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("at", UtcDateTime, nullable=False),
+    Column("http_status", SmallInteger, nullable=False),
+    Column("shape", String(255), nullable=False),
+    Column("body", _LongText, nullable=False),  # scrubbed, its first 64 KiB
+    Index("ix_fetch_unread_job_id", "job_id"),
+    Index("ix_fetch_unread_shape", "shape"),
+    comment="the last answers that no rule reads, and the last answer of each job that ended without an output",
+    sqlite_autoincrement=True,
+)
+
+promises = Table(
+    "fetch_promises",
+    metadata,
+    Column("job_id", _Id, ForeignKey("fetch_jobs.id", ondelete="CASCADE"), primary_key=True, autoincrement=False),
+    Column("urls", _LongText, nullable=False),  # a JSON list
+    Column("tried_at", UtcDateTime),  # since when they are tried; the three below are set with it
+    Column("end_status", String(16)),
+    Column("end_code", String(32)),
+    Column("end_message", Text),
+    comment="links at which the API promised outputs, and how a job would have ended without them",
+)
+
+late_looks = Table(
+    "fetch_late_looks",
+    metadata,
+    Column("job_id", _Id, ForeignKey("fetch_jobs.id", ondelete="CASCADE"), primary_key=True, autoincrement=False),
+    Column("looks", SmallInteger, nullable=False, server_default="0"),
+    Column("due_at", UtcDateTime, nullable=False),
+    Index("ix_fetch_late_looks_due_at", "due_at"),
+    comment="expired jobs that are asked about again, how often they were, and when next",
 )
 
 paces = Table(
