@@ -30,6 +30,7 @@ from worker.store.events import open_events
 from worker.store.outputs import output_row
 from worker.store.totals import Tally
 from worker.stores import storage_of
+from worker.vendor.families import MAX_KIND
 from worker.vendor.submissions import PlannedJob, planned_job, submit_answer
 from worker.wake_ups import WakeUps
 
@@ -38,7 +39,6 @@ log = logging.getLogger(__name__)
 WAIT_LOOK_SECONDS = 0.5
 SOON_SECONDS = 1.0  # a waiting poll run looks at least this often by itself
 MAX_REFERENCE = 255
-MAX_KIND = 64
 PRIORITY_LIMIT = 1_000
 MODELS_MOST = 2_000
 _WAKES = "fetch-worker: something is due soon that this session tracked"
@@ -394,7 +394,7 @@ def _plan(settings: Settings, scrubber: Scrubber, options: _Options, remote: obj
     job = planned_job(remote, settings.api, fetch_url=options.fetch_url, endpoint=options.endpoint)
     if job.warning is not None:
         log.warning("%s", scrubber.text(job.warning))
-    chosen = options.kind or _kind(job)
+    chosen = options.kind or job.kind
     if not isinstance(chosen, str) or len(chosen) > MAX_KIND:
         raise NotTrackable(f"kind is text of at most {MAX_KIND} characters")
     deadline = settings.deadline_for(chosen) if options.deadline is None else options.deadline
@@ -489,11 +489,6 @@ def _model(connection: Connection, account: str, kind: str) -> Model:
         model, _ = read_models(connection, [(account, kind)])[account, kind]
         _models[str(url), account, kind] = (model, time.monotonic() + FRESH_SECONDS)
     return model
-
-
-def _kind(job: PlannedJob) -> str:
-    model = job.submission.model
-    return f"{job.kind[:20]}/{model}"[:MAX_KIND] if model else job.kind
 
 
 def _moment(value: datetime | str | None) -> datetime | None:

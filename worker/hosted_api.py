@@ -99,14 +99,9 @@ class HostedApi:
             return ApiDown(self._scrubber.text(f"no answer: {cause}"))
         if answer is None:
             return Unread(f"HTTP {status} with an answer of more than {MAX_ANSWER_BYTES} bytes")
+        question = Question(remote_id, time.time(), is_training(address.base), self._status_words)
         with self._parsing_large if len(answer) > LARGE_ANSWER_BYTES else nullcontext():
-            reply = parse(
-                status,
-                headers,
-                self._scrubber.body(answer),
-                Question(remote_id, time.time(), is_training(address.base), self._status_words),
-            )
-        return _scrubbed(reply, self._scrubber)
+            return read_answer(self._scrubber, status, headers, answer, question)
 
     def _send(
         self, method: str, url: str, body: bytes, limit: TimeLimit
@@ -141,6 +136,11 @@ class HostedApi:
         finally:
             response.close()
         return _in_time(limit, response.status_code, response.headers, whole)
+
+
+def read_answer(scrubber: Scrubber, status: int, headers: Mapping[str, str], body: bytes, question: Question) -> Reply:
+    """Return what an answer means, without any key in it."""
+    return _scrubbed(parse(status, headers, scrubber.body(body), question), scrubber)
 
 
 def _in_time(

@@ -42,6 +42,7 @@ def migrate() -> None:
 @click.argument("remotes", metavar="ID...", nargs=-1, required=True)
 @click.option("--account", default="default", show_default=True, help="Whose key to ask with.")
 @click.option("--kind", help="Jobs of one kind take alike long; default: from the fetch address.")
+@click.option("--endpoint", help="The URL or path that the order was posted to: it says where to ask.")
 @click.option("--fetch-url", help="The submit answer's fetch_result.")
 @click.option("--eta", type=float, help="The submit answer's eta, in seconds.")
 @click.option("--submitted-at", help="When it was submitted: ISO 8601 with a zone.")

@@ -19,7 +19,7 @@ from worker.core.reply import (
 )
 from worker.errors import ApiRefused, NotTrackable
 from worker.vendor.answers import eta_of, execution_of, json_object, status_of
-from worker.vendor.families import CHAT, TRAINING, kind_of
+from worker.vendor.families import CHAT, MAX_KIND, TRAINING, kind_of
 from worker.vendor.fetch_url import (
     AllowedApi,
     Order,
@@ -57,7 +57,7 @@ class Submission:
 
 
 class PlannedJob(NamedTuple):
-    """A submission, where its job is asked about, and the kind that this stands for."""
+    """A submission, where its job is asked about, and the kind that its family and its model stand for."""
 
     submission: Submission
     address: FetchAddress
@@ -109,12 +109,18 @@ def _planned(known: Submission, order: Order | None, fetch_url: str | None, api:
     if url is None and known.outputs:  # it need not be asked about, and another family may know its id
         base = f"{READY}{_digest(known.outputs)}"
         default = fetch_address(None, remote_id, api)
-        return PlannedJob(known, FetchAddress(base, base, default.host), kind_of(path_of(default.base)))
+        return PlannedJob(known, FetchAddress(base, base, default.host), _kind(path_of(default.base), known.model))
     address = fetch_address(url, remote_id, api)
-    kind = kind_of(path_of(address.base))
-    if order is not None and fetch_url is None and order.family.media == "video" and "video" not in kind:
-        kind = "video"  # of a family whose fetch path is shared with pictures
-    return PlannedJob(known, address, kind)
+    is_video = order is not None and fetch_url is None and order.family.media == "video"
+    return PlannedJob(known, address, _kind(path_of(address.base), known.model, is_video=is_video))
+
+
+def _kind(fetch_path: str, model: str | None, *, is_video: bool = False) -> str:
+    """Return the kind of a job: its family, with the model where the answer names one."""
+    kind = kind_of(fetch_path)
+    if is_video and "video" not in kind:
+        kind = "video"  # its fetch path is shared with pictures
+    return f"{kind[:20]}/{model}"[:MAX_KIND] if model else kind
 
 
 def submission(remote: object) -> Submission:

@@ -1,0 +1,176 @@
+"""`fetch-worker parse`: what the worker makes of an answer of the API, without a database and without a call."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from worker.cli.output import json_option, print_json
+from worker.core.identity import READY
+from worker.core.lifecycle import note_of
+from worker.core.reply import CLASSES, Empty, Link, Processing, RateLimited, Ready, Reply
+from worker.errors import ApiRefused, NotTrackable
+from worker.hosted_api import read_answer
+from worker.scrubber import Scrubber, shared_scrubber
+from worker.settings import Settings, load
+from worker.terminal import echo
+from worker.vendor.answers import json_object
+from worker.vendor.families import is_training
+from worker.vendor.fetch_url import order_at
+from worker.vendor.replies import Question
+from worker.vendor.submissions import PlannedJob, SubmitAnswer, planned_job
+
+MAX_BYTES = 32 * 1024 * 1024  # as much as the worker reads of an answer
+NOT_TAKEN = frozenset({"refused", "not_trackable"})
+
+Document = dict[str, Any]
+
+
+@click.command()
+@click.argument("file", metavar="FILE|-")
+@click.option("--submit", is_flag=True, help="It is the answer of a submit call, as it is handed to `track`.")
+@click.option("--endpoint", help="The URL or path that the order was posted to, such as v6/video/text2video.")
+@click.option("--http-status", type=click.IntRange(100, 599), default=200, show_default=True, help="It came with it.")
+@click.option("--header", "headers", metavar="NAME:VALUE", multiple=True, help="A header of the answer.")
+@click.option("--remote-id", help="The job that was asked about; without it any id in the answer is accepted.")
+@json_option
+def parse(
+    file: str,
+    submit: bool,
+    endpoint: str | None,
+    http_status: int,
+    headers: Sequence[str],
+    remote_id: str | None,
+    as_json: bool,
+) -> int:
+    """Say what the worker would make of an answer of the API. Nothing is called and nothing is stored.
+
+    FILE holds the body as it came; - reads it from standard input. Exits with 1 where the order was not taken, or the
+    answer of a submit call is no job.
+    """
+    settings = load()
+    scrubber = shared_scrubber(settings.secret_texts)
+    body = _body(file)
+    try:
+        if submit:
+            document = _submit_document(settings, scrubber, body, http_status, endpoint)
+        else:
+            training = endpoint is not None and is_training(f"/{order_at(endpoint, settings.api).family.fetch}")
+            question = Question(remote_id, time.time(), training)
+            reply = read_answer(scrubber, http_status, _headers(headers), body, question)
+            document = _fetch_document(reply)
+    except NotTrackable as wrong:
+        raise click.UsageError(scrubber.text(str(wrong))) from None
+    if as_json:
+        print_json(document)
+    else:
+        _print(document)
+    return 1 if document["class"] in NOT_TAKEN else 0
+
+
+def _body(file: str) -> bytes:
+    try:
+        body = sys.stdin.buffer.read(MAX_BYTES + 1) if file == "-" else Path(file).read_bytes()
+    except OSError as error:
+        raise click.UsageError(f"{file} can't be read: {error.strerror or error}") from None
+    if len(body) > MAX_BYTES:
+        raise click.UsageError(f"the answer has more than {MAX_BYTES} bytes: the worker reads no more of one")
+    return body
+
+
+def _headers(lines: Sequence[str]) -> dict[str, str]:
+    named = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not (colon and name.strip()):
+            raise click.UsageError(f"--header {line!r} is no NAME:VALUE")
+        named[name.strip()] = value.strip()
+    return named
+
+
+def _fetch_document(reply: Reply) -> Document:
+    return _document(
+        CLASSES[type(reply)],
+        getattr(reply, "message", "") or note_of(reply),
+        outputs=reply.outputs if isinstance(reply, Ready) else (),
+        promised=reply.promised if isinstance(reply, Processing | Empty) else (),
+        retry_after=reply.seconds if isinstance(reply, RateLimited) else None,
+        eta=reply.eta if isinstance(reply, Processing) else None,
+    )
+
+
+def _submit_document(
+    settings: Settings, scrubber: Scrubber, body: bytes, http_status: int, endpoint: str | None
+) -> Document:
+    fields = json_object(scrubber.body(body))
+    if endpoint is not None:
+        order_at(endpoint, settings.api)  # a wrong one is a wrong use of the command, not an answer that is no job
+    try:
+        if fields is None:
+            raise NotTrackable("the answer is no JSON object")
+        job = planned_job(SubmitAnswer(fields, http_status), settings.api, endpoint=endpoint)
+    except ApiRefused as refused:
+        return _document("refused", scrubber.text(refused.message))
+    except NotTrackable as wrong:
+        return _document("not_trackable", scrubber.text(str(wrong)))
+    known = job.submission
+    return _document(
+        "ready" if known.outputs else "tracked",
+        job.warning or "",
+        outputs=known.outputs,
+        promised=known.promised,
+        eta=known.eta,
+        job=_job(job),
+    )
+
+
+def _job(job: PlannedJob) -> Document:
+    asked = not job.address.base.startswith(READY)
+    return {
+        "remote_id": job.submission.remote_id,
+        "fetch_url": job.address.url if asked else None,
+        "kind": job.kind,
+    }
+
+
+def _document(
+    name: str,
+    message: str,
+    *,
+    outputs: Sequence[Link] = (),
+    promised: Sequence[str] = (),
+    retry_after: float | None = None,
+    eta: float | None = None,
+    job: Document | None = None,
+) -> Document:
+    return {
+        "class": name,
+        "message": message,
+        "outputs": [link.url for link in outputs],
+        "proxy_links": [proxy for link in outputs for proxy in link.proxies],
+        "promised": list(promised),
+        "retry_after": retry_after,
+        "eta": eta,
+        "job": job,
+    }
+
+
+def _print(document: Document) -> None:
+    echo(f"{document['class']}: {document['message']}" if document["message"] else str(document["class"]))
+    for name, words in (("outputs", "output"), ("proxy_links", "or from"), ("promised", "promised")):
+        for url in document[name]:
+            echo(f"  {words} {url}")
+    if document["retry_after"] is not None:
+        echo(f"  asked again in {document['retry_after']:g} s")
+    if document["eta"] is not None:
+        echo(f"  expected in {document['eta']:g} s")
+    if document["job"] is not None:
+        job = document["job"]
+        echo(f"  job {job['remote_id']} of kind {job['kind']}")
+        echo(f"  asked at {job['fetch_url']}" if job["fetch_url"] else "  not asked about: its family is not known")
+
+
+COMMANDS = (parse,)
