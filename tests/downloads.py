@@ -20,6 +20,7 @@ from worker.storage import FileStorage
 
 KEY = "sk-canary-7f3a"
 MAX_BYTES = 1_048_576
+MAX_PIXELS = 150_000_000
 LOOPBACK = ipaddress.ip_network("127.0.0.0/8")
 
 
@@ -62,6 +63,7 @@ class Stand:
             adapter=guarded_adapter(Guard(self.allowed), connections=8),
             scrubber=Scrubber([KEY]),
             max_bytes=MAX_BYTES,
+            max_pixels=MAX_PIXELS,
             timeout=self.timeout,
             deadline=86_400,
             tell=self.told.extend,

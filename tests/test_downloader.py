@@ -100,9 +100,9 @@ def test_a_text_file_of_base64_is_stored_as_what_it_stands_for(stand: Stand, web
         (base64.b64encode(PNG[:-100]), "truncated"),
         (base64.b64encode(PNG) + b"<html>", "not_media"),
         (base64.b64encode(HTML * 9), "not_media"),
-        (base64.b64encode(png(9_000, 9_000)), "too_large"),
+        (base64.b64encode(png(12_500, 12_001)), "too_large"),
     ],
-    ids=["text cut", "picture cut", "more after it", "of a page", "81 megapixels"],
+    ids=["text cut", "picture cut", "more after it", "of a page", "150 megapixels and more"],
 )
 def test_a_text_file_of_base64_passes_the_same_checks(stand: Stand, web: Web, text: bytes, code: str) -> None:
     """Nothing is left of it."""
@@ -211,10 +211,10 @@ def test_an_output_in_trouble_stays_pending_with_its_code_and_leaves_nothing(
             head(200, Transfer_Encoding="chunked"), b"10000\r\n" + PNG[:8].ljust(65_536, b"\x00") + b"\r\n", times=64
         ),
         page(200, BOMB, Content_Encoding="gzip"),
-        page(200, png(9_000, 9_000)),
+        page(200, png(12_500, 12_001)),
         page(200, png(2**31 - 1, 2**31 - 1)),
     ],
-    ids=["declared", "declared terabyte", "undeclared", "chunked", "gzip bomb", "81 megapixels", "absurd pixels"],
+    ids=["declared", "declared terabyte", "undeclared", "chunked", "gzip bomb", "over 150 megapixels", "absurd pixels"],
 )
 def test_an_output_that_is_too_large_ends_at_once_within_bounds(stand: Stand, web: Web, answer: Answer) -> None:
     """In bytes, unfolded or not, or in pixels: memory stays small, and nothing is left."""

@@ -60,6 +60,7 @@ def test_without_any_variable_the_defaults_are_those_of_the_contract(tmp_path: P
     assert settings.api.hosts == VENDOR_HOSTS
     assert (settings.rps("default"), settings.sd_api_timeout) == (10, 20)
     assert settings.storage_path == tmp_path / "var" / "outputs"
+    assert settings.output_max_pixels == 150_000_000
     assert (settings.output_max_bytes, settings.output_timeout, settings.output_deadline) == (209_715_200, 300, 86_400)
     assert settings.allowed_networks == ()
     assert (settings.pace.price, settings.pace.least, settings.pace.policy) == (0.5, 3, "learned")
@@ -136,6 +137,8 @@ def test_deadlines_depend_on_the_kind_unless_one_is_set(
         ("DOWNLOADS_PER_HOST", "0"),
         ("OUTPUT_MAX_BYTES", "0"),
         ("OUTPUT_MAX_BYTES", "10MB"),
+        ("OUTPUT_MAX_PIXELS", "0"),
+        ("OUTPUT_MAX_PIXELS", "133 M"),
         ("OUTPUT_TIMEOUT", "0"),
         ("OUTPUT_TIMEOUT", "inf"),
         ("OUTPUT_DEADLINE", "-1"),

@@ -32,11 +32,12 @@ from worker.core.lifecycle import (
     after_attempt,
     source,
 )
-from worker.core.media import MAX_PIXELS, Base64Decoder, base64_start, is_text, pixels, shows_its_end, sniff, whole
+from worker.core.media import Base64Decoder, Media, base64_start, is_text, pixels, shows_its_end, sniff, whole
 from worker.core.numbers import retry_after_seconds
 from worker.core.plain_text import plain_text
 from worker.core.refusals import HEAD_BYTES, is_dead_link
 from worker.core.reply import MAX_URL
+from worker.core.text_media import NoText, Promise, promised_text, text_media
 from worker.core.urls import quoted, redirected
 from worker.database import PATIENCE, database_now, server_trouble, transact, trouble
 from worker.errors import StorageTrouble
@@ -88,6 +89,7 @@ class Downloader:
         adapter: LeanAdapter,
         scrubber: Scrubber,
         max_bytes: int,
+        max_pixels: int,
         timeout: float,
         deadline: float,
         tell: Callable[[Sequence[int]], None],
@@ -102,6 +104,7 @@ class Downloader:
         self._guard = guard
         self._scrubber = scrubber
         self._max_bytes = max_bytes
+        self._max_pixels = max_pixels
         self._timeout = timeout
         self._deadline = timedelta(seconds=deadline)
         self._tell = tell
@@ -218,7 +221,8 @@ class Downloader:
         if output.body is not None:
             if len(output.body) > self._max_bytes:
                 return Unfit("too_large", f"{len(output.body)} bytes, more than OUTPUT_MAX_BYTES")
-            incoming.begin(Source(link))
+            declared = url.removeprefix("data:").partition(";")[0] if url.startswith("data:") else ""
+            incoming.begin(Source(link, text=promised_text((), declared)))
             incoming.write(output.body)
             return None
         if url.startswith("data:"):
@@ -262,7 +266,7 @@ class Downloader:
             self._pause(min(BREAK_SECONDS * 2**restarts, limit.remaining))
 
     def _request(self, url: str, link: str, incoming: Incoming, limit: TimeLimit) -> Attempt | None:
-        redirects = 0
+        redirects, listed = 0, url
         while redirects <= MAX_REDIRECTS:
             url = quoted(url)
             self._guard.check_url(url)
@@ -289,7 +293,8 @@ class Downloader:
                 if answer.status == 200 or not asked:
                     if not _from_the_start(answer):
                         return Trouble("http_error", "HTTP 206 with another part than the first")
-                    incoming.begin(_source_of(answer, link))
+                    text = promised_text((listed, url), answer.headers.get("content-type", ""))
+                    incoming.begin(_source_of(answer, link, text))
                 return self._stream(answer, incoming, limit)
         return Trouble("http_error", f"more than {MAX_REDIRECTS} redirects")
 
@@ -380,11 +385,13 @@ class Downloader:
                 return BadBody("truncated", f"{incoming.size} bytes of a base64 text, which breaks off", remote)
             media = sniff(incoming.head)
         if media is None:
-            early = remote and is_text(incoming.head)
-            return BadBody("not_media", f"{incoming.size} bytes that begin like no media", early)
+            judged = _as_text(incoming, remote=remote)
+            if not isinstance(judged, Media):
+                return judged
+            media = judged
         area = pixels(media, incoming.head)
-        if area is not None and area > MAX_PIXELS:
-            return Unfit("too_large", f"{area} pixels, more than {MAX_PIXELS}")
+        if area is not None and area > self._max_pixels:
+            return Unfit("too_large", f"{area} pixels, more than OUTPUT_MAX_PIXELS ({self._max_pixels})")
         if not whole(media, incoming.head, incoming.tail, incoming.size):
             return BadBody("truncated", f"{incoming.size} bytes that do not end like {media.type}", remote)
         incoming.finish()
@@ -502,6 +509,19 @@ def _host_of(output: ClaimedOutput) -> str:
     return ""
 
 
+def _as_text(incoming: Incoming, *, remote: bool) -> Media | BadBody:
+    """Return what text a file is that is no other media, where its address or its type promises text."""
+    promise = incoming.source.text if incoming.source is not None else ""
+    early = remote and is_text(incoming.head)
+    if not promise:
+        return BadBody("not_media", f"{incoming.size} bytes that begin like no media", early)
+    try:
+        return text_media(promise, incoming.chunks())
+    except NoText as reason:
+        message = f"{incoming.size} bytes where {promise} is promised: {reason}"
+        return BadBody("truncated", message, remote) if reason.breaks_off else BadBody("not_media", message, early)
+
+
 def _decoded(chunks: Iterator[bytes], start: int) -> Iterator[bytes]:
     """The bytes that a base64 text stands for. Raises ValueError where it is none, or not whole."""
     decoder = Base64Decoder()
@@ -529,14 +549,14 @@ def _refusal(answer: StreamedAnswer) -> Attempt:
     return Trouble("http_error", f"HTTP {answer.status}{on_the_way}", wait)
 
 
-def _source_of(answer: StreamedAnswer, link: str) -> Source:
-    """What a whole answer says of itself: its length, and what the rest of it can be asked for with, if at all."""
+def _source_of(answer: StreamedAnswer, link: str, text: Promise) -> Source:
+    """Return what a whole answer says of itself: its length, and what its rest can be asked for with, if at all."""
     headers = answer.headers
     codings = [name.strip() for name in headers.get("content-encoding", "").lower().split(",")]
     coding = ",".join(name for name in codings if name not in ("", "identity"))
     if coding or answer.status == 206 or headers.get("accept-ranges", "bytes").lower() == "none":
-        return Source(link, "", answer.left, coding[:100])
-    return Source(link, _validator(headers), answer.left)
+        return Source(link, "", answer.left, coding[:100], text)
+    return Source(link, _validator(headers), answer.left, text=text)
 
 
 def _from_the_start(answer: StreamedAnswer) -> bool:

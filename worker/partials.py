@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from worker.core.media import HEAD_BYTES, TAIL_BYTES
+from worker.core.text_media import PROMISES, Promise
 from worker.errors import StorageTrouble
 from worker.process_id import host_name
 
@@ -34,6 +35,7 @@ class Source:
     validator: str = ""  # an entity tag or a date, as If-Range takes it; empty where the server names none
     length: int | None = None
     coding: str = ""  # how the server says that it packed them
+    text: Promise = ""  # what text its address or its type promises
 
 
 class Incoming:
@@ -148,7 +150,7 @@ class Incoming:
             raise
         os.close(old)
         if self.source is not None:
-            self._note(Source(self.source.link, "", self.size))
+            self._note(replace(self.source, validator="", length=self.size, coding=""))
 
     def chunks(self) -> Iterator[bytes]:
         """What came, from its start."""
@@ -187,7 +189,7 @@ class Incoming:
         """Counts what an attempt before left, if it can be gone on with."""
         try:
             said = json.loads(self._sidecar.read_text())
-            source = Source(said["link"], said["validator"], said["length"])
+            source = Source(said["link"], said["validator"], said["length"], text=said.get("text", ""))
             here = bool(said["host"]) and said["host"] == host_name()
             there = os.fstat(self._handle).st_size
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -282,6 +284,7 @@ def _sound(source: Source) -> bool:
     texts = isinstance(source.link, str) and isinstance(source.validator, str)
     return (
         texts
+        and source.text in PROMISES
         and source.validator.isascii()
         and source.validator.isprintable()
         and (source.length is None or type(source.length) is int)

@@ -271,7 +271,7 @@ class S3Storage:
                         Key=key,
                         Body=_Body(file.fileno(), incoming.size),
                         ContentLength=incoming.size,
-                        ContentType=media.type,
+                        ContentType=f"{media.type}; charset=utf-8" if media.type == "text/plain" else media.type,
                         Metadata={"sha256": incoming.sha256},
                         **features,
                     ),

@@ -88,6 +88,7 @@ class Settings(BaseSettings):
     requests_ca_bundle: str | None = None
     storage_url: str = ""
     output_max_bytes: int = Field(default=209_715_200, gt=0)
+    output_max_pixels: int = Field(default=150_000_000, gt=0)
     output_timeout: float = Field(default=300.0, gt=0, le=86_400)
     output_deadline: float = Field(default=86_400.0, gt=0, le=LONGEST)
     output_allowed_networks: str = ""

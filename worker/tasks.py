@@ -162,6 +162,7 @@ class ProcessResources:
             adapter=guarded_adapter(guard, connections=DOWNLOAD_THREADS),
             scrubber=self.scrubber,
             max_bytes=settings.output_max_bytes,
+            max_pixels=settings.output_max_pixels,
             timeout=settings.output_timeout,
             deadline=settings.output_deadline,
             tell=self.tell,

@@ -164,7 +164,7 @@ def bounds(bench: Bench) -> None:
         "endless": (floods(head(200) + picture(10), block, times=100_000), TOO_LARGE),
         "endless chunks": (floods(head(200, Transfer_Encoding="chunked"), chunk, times=10**6), TOO_LARGE),
         "gzip bomb": (page(200, bomb, Content_Encoding="gzip"), TOO_LARGE),
-        "81 megapixels": (page(200, large(9_000, 9_000)), TOO_LARGE),
+        "over 150 megapixels": (page(200, large(12_500, 12_001)), TOO_LARGE),
         "endless body of a redirect": (floods(head(302, Location="/warm.png"), block, times=100_000), None),
     }
     with memory_of(bench.stand.leftovers()) as grown:

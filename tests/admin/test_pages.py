@@ -306,6 +306,24 @@ def test_what_a_browser_might_run_or_can_not_show_is_only_offered(
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
+@pytest.mark.parametrize("media_type", ["text/plain", "application/json", "text/vtt", "application/x-subrip"])
+def test_given_a_stored_text_when_it_is_looked_at_then_it_is_shown_as_plain_text_whatever_is_in_it(
+    media_type: str, operator: Operator, engine: Engine, tmp_path: Path
+) -> None:
+    body = b"WEBVTT\n\n<script>alert(1)</script>"
+    with engine.begin() as connection:
+        _, output_id = add_stored(connection, tmp_path / "out", body, media_type=media_type)
+
+    answer = operator.file(f"/outputs/file/{output_id}")
+    offered = operator.file(f"/outputs/file/{output_id}?download=yes")
+
+    assert (answer.data, answer.headers["Content-Type"]) == (body, "text/plain; charset=utf-8")
+    assert answer.headers["Content-Disposition"].startswith("inline")
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert "sandbox" in answer.headers["Content-Security-Policy"]
+    assert offered.mimetype == "application/octet-stream"
+
+
 def test_a_stored_file_that_is_gone_is_said_to_be(operator: Operator, engine: Engine, tmp_path: Path) -> None:
     with engine.begin() as connection:
         _, output_id = add_stored(connection, tmp_path / "out", b"bytes")

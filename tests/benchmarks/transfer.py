@@ -120,6 +120,7 @@ def _downloader(engine: Engine, leases: LeaseKeeper, folder: Path, threads: int)
         adapter=guarded_adapter(guard, connections=threads),
         scrubber=Scrubber([]),
         max_bytes=200_000_000,
+        max_pixels=150_000_000,
         timeout=60,
         deadline=86_400,
         tell=lambda ids: None,

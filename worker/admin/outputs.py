@@ -24,6 +24,7 @@ PICTURE_BYTES_MOST = 25_000_000  # larger ones are offered by name: a page of th
 PICTURES = frozenset({"image/png", "image/jpeg", "image/gif", "image/webp", "image/avif"})
 FILMS = frozenset({"video/mp4", "video/webm", "video/quicktime"})
 SOUNDS = frozenset({"audio/mpeg", "audio/flac", "audio/ogg", "audio/wav", "audio/mp4"})
+TEXTS = frozenset({"text/plain", "application/json", "text/vtt", "application/x-subrip"})
 CODES = (
     "cancelled", "gone", "http_error", "not_media", "refused_address", "storage", "too_large", "truncated",
     "unreachable",
@@ -62,7 +63,7 @@ class OutputsView(RowsView):
 
     @expose("/file/<int:output_id>")
     def file(self, output_id: int) -> Response:
-        """A stored file. What no browser shows safely is only offered for download."""
+        """A stored file. Text is shown as plain text; what no browser shows safely is only offered for download."""
         row = self.reading.output(output_id)
         if row is None or row.status != "stored":
             raise NotFound("there is no such file")
@@ -70,9 +71,11 @@ class OutputsView(RowsView):
             body = open_output(output_id)
         except OutputMissing:
             raise NotFound("the file is gone: `fetch-worker verify` gets it again") from None
-        shown = as_what(row.media_type, 0) != "file" and "download" not in request.args
+        kind = "file" if "download" in request.args else as_what(row.media_type, 0)
+        shown = kind != "file"
         response = Response(FileWrapper(body, BLOCK), direct_passthrough=True)
-        response.mimetype = row.media_type if shown else "application/octet-stream"
+        shown_type = "text/plain; charset=utf-8" if kind == "text" else row.media_type
+        response.headers["Content-Type"] = shown_type if shown else "application/octet-stream"
         response.content_length = row.size_bytes
         response.headers["Content-Disposition"] = f'{"inline" if shown else "attachment"}; filename="{file_name(row)}"'
         response.headers["Content-Security-Policy"] = FILE_POLICY
@@ -88,10 +91,11 @@ OutputsView.only_these("index_view", "gallery", "file")
 
 
 def as_what(media_type: str | None, size_bytes: int | None) -> str:
-    """How a page shows an output: as a picture, a film, a sound, or by name as a file."""
+    """Return how a page shows an output: as a picture, a film, a sound, or by name as a text or another file."""
     if media_type in PICTURES and (size_bytes or 0) <= PICTURE_BYTES_MOST:
         return "picture"
-    return "film" if media_type in FILMS else "sound" if media_type in SOUNDS else "file"
+    kinds = {"film": FILMS, "sound": SOUNDS, "text": TEXTS}
+    return next((kind for kind, types in kinds.items() if media_type in types), "file")
 
 
 def file_name(row: Row[Any]) -> str:

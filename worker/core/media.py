@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 HEAD_BYTES = 65_536
 TAIL_BYTES = 65_536
-MAX_PIXELS = 80_000_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -296,6 +296,7 @@ class _Downloads:
             adapter=_adapters()[1],
             scrubber=_scrubber(settings),
             max_bytes=settings.output_max_bytes,
+            max_pixels=settings.output_max_pixels,
             timeout=settings.output_timeout,
             deadline=settings.output_deadline,
             tell=_nothing,
