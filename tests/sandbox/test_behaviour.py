@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from worker.sandbox.behaviour import Behaviour, Family, SandboxOptions, parse_body
+from worker.sandbox.answers import parse_body
+from worker.sandbox.behaviour import Behaviour
+from worker.sandbox.options import SandboxOptions
 
 ORIGIN = "http://127.0.0.1:9"
 BOOTH = "/api/v3/dreambooth/fetch/12202888"
@@ -60,8 +62,8 @@ def test_a_submission_that_is_ready_at_once_is_a_success() -> None:
         ("/api/v3/text2img", "/api/v3/fetch/12202888", "/api/v3/fetch/12202888", False, "message"),
         ("/api/v3/dreambooth", BOOTH, BOOTH, False, "messege"),
         ("/api/v4/dreambooth", BOOTH, "/api/v4/dreambooth/fetch", True, "messege"),
-        ("/api/v6/images/text2img", "/api/v6/images/fetch/12202888", "/api/v6/images/fetch", True, "message"),
-        ("/api/v6/images/text2img", "/api/v6/images/fetch/12202888", "/api/v6/images/fetch/12202888", False, "message"),
+        ("/api/v6/images/text2img", "/api/v6/images/fetch/12202888", "/api/v6/images/fetch", True, "messege"),
+        ("/api/v6/images/text2img", "/api/v6/images/fetch/12202888", "/api/v6/images/fetch/12202888", False, "messege"),
     ],
 )  # fmt: skip
 def test_each_family_is_fetched_where_its_submission_says(
@@ -111,7 +113,7 @@ def test_a_failing_job_says_so_only_when_its_time_has_come() -> None:
     assert asked(stand_in, "/api/v3/fetch/12202888", 2.0) == {
         "status": "failed",
         "id": "",
-        "message": "Failed, Try Again",
+        "message": "Processing failed: Invalid input dimensions",
         "output": "",
     }
 
@@ -179,7 +181,7 @@ def test_the_seed_decides_durations_counts_and_names() -> None:
 
     def jobs(seed: int) -> list[object]:
         stand_in = model(seed=seed, failure_rate=0.3)
-        return [stand_in.submit(f"p{n}", samples=None, family=Family.V3, now=float(n)) for n in range(40)]
+        return [stand_in.submit(f"p{n}", now=float(n)) for n in range(40)]
 
     assert jobs(1) == jobs(1)
     assert jobs(1) != jobs(2)
@@ -188,9 +190,9 @@ def test_the_seed_decides_durations_counts_and_names() -> None:
 def test_durations_and_counts_stay_in_their_bounds_and_some_jobs_have_second_links() -> None:
     """Over a few hundred jobs every count appears, and so do both kinds of success."""
     stand_in = model(min_seconds=1, max_seconds=10)
-    jobs = [stand_in.submit("p", samples=None, family=Family.V3, now=0.0) for _ in range(300)]
+    jobs = [stand_in.submit("p", now=0.0) for _ in range(300)]
 
-    assert {len(job.pictures) for job in jobs} == {1, 2, 3, 4}
+    assert {len(job.files) for job in jobs} == {1, 2, 3, 4}
     assert all(1 <= job.ready_at <= 10 for job in jobs)
     answers = [asked(stand_in, f"/api/v3/fetch/{job.id}", 10.0) for job in jobs]
     assert {"proxy_links" in answer for answer in answers} == {True, False}
@@ -199,11 +201,11 @@ def test_durations_and_counts_stay_in_their_bounds_and_some_jobs_have_second_lin
 def test_a_picture_is_there_only_when_its_job_is_ready() -> None:
     """A promised link answers nothing before its time."""
     stand_in = model(min_seconds=3, max_seconds=3)
-    job = stand_in.submit("sea", samples=1, family=Family.V3, now=0.0)
+    job = stand_in.submit("sea", samples=1, now=0.0)
 
-    assert stand_in.picture(job.pictures[0], now=2.9) is None
-    assert stand_in.picture(job.pictures[0], now=3.0) == (job, 0)
-    assert stand_in.picture("other.png", now=3.0) is None
+    assert stand_in.file(job.files[0], now=2.9) == (job, 0, 404)
+    assert stand_in.file(job.files[0], now=3.0) == (job, 0, 200)
+    assert stand_in.file("other.png", now=3.0) is None
 
 
 @pytest.mark.parametrize(
@@ -221,7 +223,9 @@ def test_a_picture_is_there_only_when_its_job_is_ready() -> None:
         {"limit_style": "polite"},
         {"size": 4},
         {"failure_rate": 1.1},
-        {"first_id": 0},
+        {"ids_after": -1},
+        {"plan": "free"},
+        {"scenarios": ("unheard-of",)},
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:

@@ -5,7 +5,8 @@ import zlib
 
 import pytest
 
-from worker.sandbox.pictures import LARGEST, SMALLEST, draw, picture_name, subject
+from worker.sandbox.files import file_name
+from worker.sandbox.pictures import LARGEST, SMALLEST, draw, subject
 from worker.sandbox.scenes import SCENES
 
 SCENE_PROMPTS = {
@@ -90,10 +91,19 @@ def test_any_text_gets_some_picture(prompt: str) -> None:
     assert pixels(draw(prompt, "1", 0, 32))[:2] == (32, 32)
 
 
-def test_names_of_pictures_are_fixed_and_differ_by_seed_id_and_index() -> None:
+def test_names_of_pictures_are_fixed_and_differ_by_seed_family_id_and_index() -> None:
     """A name is safe in a URL and belongs to one output of one seed."""
-    names = {picture_name(*case) for case in ((0, "1", 0), (1, "1", 0), (0, "2", 0), (0, "1", 1))}
+    names = {
+        file_name(*words, index=index, extension="png")
+        for *words, index in (
+            (0, "v3", "1", 0),
+            (1, "v3", "1", 0),
+            (0, "v6", "1", 0),
+            (0, "v3", "2", 0),
+            (0, "v3", "1", 1),
+        )
+    }
 
-    assert len(names) == 4
-    assert picture_name(0, "1", 0) in names
+    assert len(names) == 5
+    assert file_name(0, "v3", "1", index=0, extension="png") in names
     assert all(name.replace("-", "").removesuffix(".png").isalnum() for name in names)

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from worker.sandbox import Answer, Sandbox, SandboxOptions
+from worker.sandbox.listener import LOOK_SECONDS
 from worker.sandbox.pictures import draw
-from worker.sandbox.server import LOOK_SECONDS
 
 JSON = {"Content-Type": "application/json"}
 
@@ -56,7 +56,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def sandbox(clock: Clock) -> Iterator[Sandbox]:
-    with Sandbox(SandboxOptions(min_seconds=5, max_seconds=5, size=32), clock=clock) as running:
+    with Sandbox(SandboxOptions(seed=0, min_seconds=5, max_seconds=5, size=32), clock=clock) as running:
         yield running
 
 
@@ -107,14 +107,14 @@ def test_a_second_link_shows_the_same_picture(sandbox: Sandbox, client: Client, 
 
 def test_submitting_in_process_is_the_same_as_over_http(sandbox: Sandbox, client: Client, clock: Clock) -> None:
     """The short cut answers what a web app would have got, and the pictures are at hand."""
-    job = sandbox.submit("desert", samples=3, family="v6")
+    job = sandbox.submit("desert", samples=3, family="v6/images/text2img")
     clock.now += 5
 
     assert job["fetch_result"] == f"{sandbox.root_url}/api/v6/images/fetch/{job['id']}"
     assert client.post("/api/v6/images/fetch", request_id=job["id"])["output"] == job["future_links"]
     known = sandbox.job(job["id"])
     assert known is not None
-    assert [sandbox.picture(name) for name in known.pictures] == [
+    assert [sandbox.picture(name) for name in known.files] == [
         draw("desert", known.id, index, 32) for index in range(3)
     ]
 
@@ -159,7 +159,7 @@ def test_unknown_addresses_are_404(client: Client, path: str) -> None:
 
 def test_an_unknown_call_of_the_api_is_404_in_json(client: Client) -> None:
     """Not every path of the real one is stood in for."""
-    status, kind, _ = client.ask("POST", "/api/v5/controlnet", b'{"key": "sandbox-key"}', JSON)
+    status, kind, _ = client.ask("POST", "/api/v5/no-such-call", b'{"key": "sandbox-key"}', JSON)
 
     assert (status, kind) == (404, "application/json")
 
@@ -288,7 +288,7 @@ def test_the_page_shows_jobs_and_small_pictures_that_do_not_count_as_downloads(
     status, kind, html = client.ask("GET", "/")
     job = sandbox.job(waiting["id"] - 1)
     assert job is not None
-    thumb = client.ask("GET", f"/thumbs/{job.pictures[0]}")
+    thumb = client.ask("GET", f"/thumbs/{job.files[0]}")
 
     assert (status, kind) == (200, "text/html; charset=utf-8")
     assert b"<script>" not in html

@@ -265,6 +265,16 @@ def test_a_real_answer_means_what_it_should(status: int, body: object, reply: Re
     assert ask(body, status) == reply
 
 
+@pytest.mark.parametrize("of_what", ["Model id", "model_id", "Voice id", "LoRA id", "Scheduler id"])
+def test_an_id_of_something_else_that_is_not_found_says_nothing_of_the_job(of_what: str) -> None:
+    assert isinstance(ask(error(f"{of_what} not found")), ApiError)
+
+
+@pytest.mark.parametrize("text", ["ID not found", "Request id not found", "The id does not exist", "Such id not found"])
+def test_the_id_of_the_job_that_is_not_found_is_an_unknown_id(text: str) -> None:
+    assert ask(error(text)) == UnknownId(text)
+
+
 @pytest.mark.parametrize(("status", "body", "reply"), CODES_AND_BODIES, ids=shown)
 def test_code_and_body_decide_together(status: int, body: object, reply: Reply) -> None:
     assert ask(body, status) == reply

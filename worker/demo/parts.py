@@ -21,7 +21,7 @@ from worker.database import make_engine
 from worker.embedded import EmbeddedRedis
 from worker.errors import WorkerError
 from worker.migrate import migrate
-from worker.sandbox.behaviour import SandboxOptions
+from worker.sandbox.options import SandboxOptions
 from worker.settings import Settings
 from worker.supervisor import Program, Supervisor, Timing, own_procfile, prepared, program, read_procfile
 

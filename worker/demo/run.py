@@ -17,7 +17,8 @@ from worker.demo.parts import DemoFailed, Parts, Stopped
 from worker.demo.sheet import sheet
 from worker.demo.watch import Display, Progress, Submitted, look, mean, results, seconds_text
 from worker.errors import WorkerError
-from worker.sandbox.behaviour import Behaviour, Family, SandboxOptions
+from worker.sandbox.behaviour import Behaviour
+from worker.sandbox.options import SandboxOptions
 from worker.terminal import cell, make_console
 
 MOST_JOBS = 500
@@ -112,7 +113,7 @@ def _submit(parts: Parts, twin: Behaviour, jobs: int) -> list[Submitted]:
                 raise DemoFailed(f"the stand-in refused a prompt: {str(answer)[:200]}")
             shown = f"({answer['id']},)"  # what Flower shows of the whole answer
             parts.client.send_task("worker.track", [answer], queue=QUEUE, ignore_result=True, argsrepr=shown)
-            job = twin.submit(prompt, samples=None, family=Family.V3, now=at.timestamp())
+            job = twin.submit(prompt, now=at.timestamp())
             ready_at = datetime.fromtimestamp(job.ready_at, UTC)
             submitted.append(Submitted(str(answer["id"]), prompt, float(answer.get("eta") or 0), at, ready_at))
     return submitted

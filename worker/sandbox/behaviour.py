@@ -1,296 +1,274 @@
 """What the stand-in answers, as a pure model: calls and times come in, answers go out, the seed decides the rest."""
 
-import json
-import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import StrEnum
-from math import ceil, isfinite
+from heapq import heappop, heappush
+from math import ceil
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
-from worker.sandbox.pictures import LARGEST, SMALLEST, picture_name
+from worker.sandbox.answers import (
+    Answer,
+    invalid_field,
+    invalid_key,
+    json_answer,
+    no_such_route,
+    unknown_id,
+)
+from worker.sandbox.families import FAMILIES, Family, Target, family_of, target_of
+from worker.sandbox.files import file_name
+from worker.sandbox.jobs import Job, accepted, done, failed, waiting
+from worker.sandbox.options import MOST_OUTPUTS, PLANS, SandboxOptions
+from worker.sandbox.orders import extension_of, next_id, orders, samples_of
+from worker.sandbox.scenarios import SCENARIOS, Look, Scenario, check_scenario
+from worker.sandbox.webhooks import NOT_CALLED, Webhook, is_local, webhook_of
 
 JOBS_KEPT = 50_000  # the oldest are forgotten first, as the real one forgets
-MOST_OUTPUTS = 4
+DEFAULT_ORDER = "v3/text2img"
 
-_ID = r"(?P<id>[A-Za-z0-9][A-Za-z0-9_-]{0,127})"
 _PROXIED_SHARE = 0.35
-_TIP = "This is the stand-in of the API: the waiting is real, the pictures are drawn here."
-_REQUEST_TIP = "Send a POST request with the header Content-Type: application/json and one valid JSON object."
-_KEY_TIP = _REQUEST_TIP + " Its key must be the one that the stand-in was started with."
+_API = "/api/"
+_USUAL = Scenario(about="as usual")
 
-LIMIT_STYLES = ("http429", "http200")
-
-
-class Family(StrEnum):
-    """Endpoints that share one kind of job and one place to fetch it from."""
-
-    V3 = "v3"
-    DREAMBOOTH = "dreambooth"
-    V6 = "v6"
+Place = tuple[str, str]  # a store and the id of a job in it
 
 
-_SUBMIT_PATHS = {
-    "/api/v3/text2img": Family.V3,
-    "/api/v3/dreambooth": Family.DREAMBOOTH,
-    "/api/v4/dreambooth": Family.DREAMBOOTH,
-    "/api/v6/images/text2img": Family.V6,
-}
-_FETCH_BASES = {  # where `fetch_result` points; the version 4 answer really names a version 3 path
-    Family.V3: "/api/v3/fetch/",
-    Family.DREAMBOOTH: "/api/v3/dreambooth/fetch/",
-    Family.V6: "/api/v6/images/fetch/",
-}
-_FETCH_BY_PATH = tuple((re.compile(re.escape(base) + _ID), family) for family, base in _FETCH_BASES.items())
-_FETCH_BY_BODY = {"/api/v4/dreambooth/fetch": Family.DREAMBOOTH, "/api/v6/images/fetch": Family.V6}
+class Found(NamedTuple):
+    """An output: its job, its place in it, and the HTTP status that its address answers."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SandboxOptions:
-    """How the stand-in behaves. Raises ValueError, with a sentence, for what makes no sense."""
-
-    seed: int = 0
-    min_seconds: float = 2.0  # a job is ready this long after its submission at the earliest
-    max_seconds: float = 8.0
-    min_outputs: int = 1  # pictures of a job whose submission has no `samples`
-    max_outputs: int = 4
-    key: str = "sandbox-key"
-    rps: float = 0.0  # keyed calls per second before the limit answers; 0: no limit
-    limit_style: str = "http429"
-    size: int = 512  # pixels, both ways
-    failure_rate: float = 0.0  # share of the jobs that end as failed
-    eta: bool = True  # whether the answer to a submission has an estimate
-    first_id: int = 12_202_888
-
-    def __post_init__(self) -> None:
-        if not (isfinite(self.max_seconds) and 0 <= self.min_seconds <= self.max_seconds):
-            raise ValueError("seconds must be numbers from 0 up, the least not above the most")
-        if not 1 <= self.min_outputs <= self.max_outputs <= MOST_OUTPUTS:
-            raise ValueError(f"outputs must be between 1 and {MOST_OUTPUTS}, the least not above the most")
-        if not self.key:
-            raise ValueError("the key must not be empty")
-        if not (isfinite(self.rps) and self.rps >= 0):
-            raise ValueError("rps must be 0 (no limit) or more")
-        if self.limit_style not in LIMIT_STYLES:
-            raise ValueError(f"the limit style is one of {', '.join(LIMIT_STYLES)}")
-        if not SMALLEST <= self.size <= LARGEST:
-            raise ValueError(f"the size must be between {SMALLEST} and {LARGEST} pixels")
-        if not 0 <= self.failure_rate <= 1:
-            raise ValueError("the failure rate must be between 0 and 1")
-        if self.first_id < 1:
-            raise ValueError("the first id must be 1 or more")
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """An HTTP answer. A Content-Length of its own is sent as it stands, and the connection closed after it."""
-
+    job: Job
+    position: int
     status: int
-    headers: Mapping[str, str]
-    body: bytes
-    drip_seconds: float = 0.0  # between any two bytes of the body
-    drip_headers: bool = False  # the headers come as slowly
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A submitted job; nothing about it is decided later."""
-
-    id: str
-    family: Family
-    prompt: str
-    submitted_at: float
-    ready_at: float
-    fails: bool
-    proxied: bool
-    size: int
-    pictures: tuple[str, ...]
-
-    def ready(self, now: float) -> bool:
-        """Whether its pictures can be had."""
-        return now >= self.ready_at and not self.fails
-
-    def state(self, now: float) -> str:
-        """The status in the words of the API."""
-        if now < self.ready_at:
-            return "processing"
-        return "failed" if self.fails else "success"
-
-
-def json_answer(content: Mapping[str, Any], status: int = 200) -> Answer:
-    """An answer as the API gives nearly all of them: JSON, mostly with HTTP 200, whatever it says."""
-    return Answer(status, {"Content-Type": "application/json"}, json.dumps(content, separators=(",", ":")).encode())
-
-
-def invalid_request() -> Answer:
-    """For a call that is not POST, or has no JSON object."""
-    return json_answer({"status": "error", "message": "Invalid API Request", "tip": _REQUEST_TIP})
-
-
-def fetch_target(path: str, body: Mapping[str, Any]) -> tuple[Family, str] | None:
-    """Which job a fetch call is about, or None where the path is no fetch path."""
-    if path in _FETCH_BY_BODY:
-        return _FETCH_BY_BODY[path], str(body.get("request_id", ""))
-    for pattern, family in _FETCH_BY_PATH:
-        if found := pattern.fullmatch(path):
-            return family, found["id"]
-    return None
-
-
-def parse_body(content_type: str, raw: bytes) -> Mapping[str, Any] | None:
-    """The JSON object of a call, or None where there is none that can be read."""
-    if "application/json" not in content_type.lower():
-        return None
-    try:
-        content = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
+def fetch_target(path: str, body: Mapping[str, Any], method: str = "POST") -> Target | None:
+    """Return the job that a call is about, or None where its path is no fetch path."""
+    return target_of(path.removeprefix(_API), body, method) if path.startswith(_API) else None
 
 
 class Behaviour:
     """The jobs and the request budget of one stand-in. Not for several threads at once; `now` never comes from here."""
 
-    __slots__ = ("_allowance", "_counted_at", "_jobs", "_next_id", "_pictures", "options")
-
     def __init__(self, options: SandboxOptions) -> None:
         self.options = options
-        self._jobs: OrderedDict[str, Job] = OrderedDict()
-        self._pictures: dict[str, tuple[Job, int]] = {}
-        self._next_id = options.first_id
+        self._jobs: OrderedDict[Place, Job] = OrderedDict()
+        self._files: dict[str, tuple[Job, int]] = {}
+        self._orders = 0
+        self._counts: Counter[str] = Counter()  # ids given out, by counter
+        self._turns: Counter[Place] = Counter()  # fetches of jobs that were ready
+        self._queue: list[float] = []  # when the jobs that wait are ready
+        self._webhooks: list[tuple[float, int, Job]] = []
         self._allowance: float | None = None
         self._counted_at = 0.0
 
-    def answer(self, path: str, body: Mapping[str, Any], *, now: float, origin: str) -> Answer:
-        """The answer to a POST; `origin` is the address that links in it start with."""
+    def answer(self, path: str, body: Mapping[str, Any], *, now: float, origin: str, method: str = "POST") -> Answer:
+        """Return the answer to a call; `origin` is the address that links in it start with."""
+        route, target = path.removeprefix(_API), fetch_target(path, body, method)
+        family = family_of(route) if path.startswith(_API) and method == "POST" and target is None else None
+        account = _ACCOUNT_CALLS.get(route)
+        if target is None and family is None and account is None:
+            return no_such_route(path)
         if body.get("key") != self.options.key:
-            return json_answer({"status": "error", "message": "Invalid Api Key", "tip": _KEY_TIP})
+            return invalid_key()
         wait = self._over_limit(now)
         if wait:
             return self._limited(wait)
-        if path == "/api/v3/system_load":
-            return json_answer(self._load(now))
-        if path in _SUBMIT_PATHS:
-            return self._submitted(_SUBMIT_PATHS[path], body, now=now, origin=origin)
-        target = fetch_target(path, body)
-        if target is None:
-            return json_answer({"status": "error", "message": "Not found"}, status=404)
-        return self._fetched(*target, now=now, origin=origin)
+        for name in self.options.scenarios:
+            scenario = SCENARIOS[name]
+            if scenario.account is not None:
+                return scenario.account()
+        if account is not None:
+            return json_answer(account(self, now))
+        if target is not None:
+            return self._fetched(target, now=now, origin=origin)
+        return no_such_route(path) if family is None else self._ordered(family, body, now=now, origin=origin)
 
-    def submit(self, prompt: str, *, samples: int | None, family: Family, now: float) -> Job:
-        """Take in a job."""
-        options = self.options
-        job_id = str(self._next_id)
-        self._next_id += 1
-        dice = Random(f"{options.seed}|{job_id}")
-        drawn = dice.randint(options.min_outputs, options.max_outputs)
+    def submit(
+        self,
+        prompt: str,
+        *,
+        samples: int | None = None,
+        family: str = DEFAULT_ORDER,
+        scenario: str = "",
+        now: float,
+        body: Mapping[str, Any] | None = None,
+    ) -> Job:
+        """Take in a job that is ordered at a path below `/api/`. Raises ValueError for what is not known."""
+        row = family_of(family.removeprefix(_API).strip("/"))
+        if row is None:
+            raise ValueError(f"the path of an order must be one of {', '.join(orders())}, not {family!r}")
+        if scenario:
+            check_scenario(scenario)
+        return self._submit(row, prompt, samples or 0, scenario, now, body or {})
+
+    def adopt(self, target: Target, *, submitted_at: float, scenario: str = "") -> Job:
+        """Take in a job under an id that was not given out here."""
+        return self._submit(target.family, "", 0, scenario, submitted_at, {}, target.id)
+
+    def job(self, job_id: str, store: str | None = None) -> Job | None:
+        """Return the job of an id, if it is known; without a store, the oldest one of that id."""
+        if store is not None:
+            return self._jobs.get((store, job_id))
+        places = ((family.store, job_id) for family in FAMILIES)
+        named = next((self._jobs[place] for place in places if place in self._jobs), None)
+        return named or next((job for (_, kept), job in self._jobs.items() if kept == job_id), None)
+
+    def latest(self, count: int) -> list[Job]:
+        """Return the youngest jobs, youngest first."""
+        newest = reversed(self._jobs.values())
+        return [job for job, _ in zip(newest, range(count), strict=False)]
+
+    def file(self, name: str, *, now: float, proxy: bool = False) -> Found | None:
+        """Return an output by its name; a promised one has status 404 until its job is ready."""
+        known = self._files.get(name)
+        if known is None:
+            return None
+        job, index = known
+        if not job.ready(now):
+            return Found(job, index, 404)
+        trick = SCENARIOS.get(job.scenario, _USUAL).file
+        return Found(job, index, (trick(now - job.ready_at, proxy) if trick else 0) or 200)
+
+    def accepted(self, job: Job, *, now: float, origin: str) -> dict[str, Any]:
+        """Return the answer to an order: the outputs at once where they are ready, else where to ask for them."""
+        content = accepted(job, now=now, origin=origin, eta=self.options.eta)
+        if job.webhook and not is_local(job.webhook) and "webhook_status" in content:
+            content["webhook_status"] = NOT_CALLED
+        change = SCENARIOS.get(job.scenario, _USUAL).accepted
+        return content if change is None else change(job, content, origin)
+
+    def webhooks_due(self, now: float, origin: str) -> list[Webhook]:
+        """Return the webhooks that are to be called now, each once."""
+        due = []
+        while self._webhooks and self._webhooks[0][0] <= now:
+            job = heappop(self._webhooks)[2]
+            ends = job.fails or job.scenario == "failed"
+            due.append(webhook_of(job, failed(job) if ends else done(job, origin)))
+        return due
+
+    @property
+    def webhooks_wait(self) -> bool:
+        """Return whether a webhook is to be called later."""
+        return bool(self._webhooks)
+
+    def _submit(
+        self,
+        family: Family,
+        prompt: str,
+        samples: int,
+        scenario: str,
+        now: float,
+        body: Mapping[str, Any],
+        job_id: str = "",
+    ) -> Job:
+        options, store = self.options, family.store
+        counter = family.counter or store
+        number = self._orders
+        self._orders += 1
+        if not job_id:
+            job_id = next_id(family, options, self._counts[counter])
+            self._counts[counter] += 1
+        if not scenario and options.scenarios:
+            scenario = options.scenarios[number % len(options.scenarios)]
+        dice = Random(f"{options.seed or 0}|{number}")
+        drawn = dice.randint(options.min_outputs, options.max_outputs) if family.makes == "png" else 1
+        seconds = dice.uniform(options.min_seconds, options.max_seconds)
+        told = SCENARIOS.get(scenario, _USUAL).seconds
+        extension = extension_of(family, body)
+        webhook = body.get("webhook")
         job = Job(
             id=job_id,
+            number=number,
             family=family,
             prompt=prompt,
             submitted_at=now,
-            ready_at=now + dice.uniform(options.min_seconds, options.max_seconds),
+            ready_at=now + (seconds if told is None else told),
             fails=dice.random() < options.failure_rate,
             proxied=dice.random() < _PROXIED_SHARE,
             size=options.size,
-            pictures=tuple(picture_name(options.seed, job_id, index) for index in range(samples or drawn)),
+            files=tuple(
+                file_name(options.seed or 0, store, job_id, index=index, extension=extension)
+                for index in range((samples or drawn) if family.makes else 0)
+            ),
+            scenario=scenario,
+            webhook=webhook if isinstance(webhook, str) else "",
+            track_id=body.get("track_id"),
         )
-        self._jobs[job_id] = job
-        self._pictures.update({name: (job, index) for index, name in enumerate(job.pictures)})
+        self._jobs[store, job_id] = job
+        self._files.update({name: (job, index) for index, name in enumerate(job.files)})
+        heappush(self._queue, job.ready_at)
+        if job.webhook and is_local(job.webhook):
+            heappush(self._webhooks, (job.ready_at, number, job))
         if len(self._jobs) > JOBS_KEPT:
-            _, forgotten = self._jobs.popitem(last=False)
-            for name in forgotten.pictures:
-                del self._pictures[name]
+            place, forgotten = self._jobs.popitem(last=False)
+            self._turns.pop(place, None)
+            for name in forgotten.files:
+                del self._files[name]
         return job
 
-    def job(self, job_id: str) -> Job | None:
-        """The job of an id, if it is known."""
-        return self._jobs.get(job_id)
-
-    def latest(self, count: int) -> list[Job]:
-        """The youngest jobs, youngest first."""
-        newest: list[Job] = []
-        for job in reversed(self._jobs.values()):
-            if len(newest) == count:
-                break
-            newest.append(job)
-        return newest
-
-    def picture(self, name: str, *, now: float) -> tuple[Job, int] | None:
-        """The job and index of a picture that can be had now; a promised one is not there before its job is ready."""
-        known = self._pictures.get(name)
-        return known if known and known[0].ready(now) else None
-
-    def accepted(self, job: Job, *, now: float, origin: str) -> dict[str, Any]:
-        """The answer to a submission: the pictures at once where they are ready, else where to ask for them."""
-        meta = {
-            "prompt": job.prompt,
-            "model_id": "stand-in",
-            "negative_prompt": None,
-            "W": job.size,
-            "H": job.size,
-            "steps": 20,
-            "n_samples": len(job.pictures),
-            "seed": Random(f"meta|{job.id}").randrange(2**32),
-            "safety_checker": "no",
-        }
-        if job.ready(now):
-            return {
-                "status": "success",
-                "generationTime": round(job.ready_at - job.submitted_at, 6),
-                **_ready(job, origin),
-                "nsfw_content_detected": False,
-                "webhook_status": "",
-                "meta": meta,
-                "tip": _TIP,
-            }
-        estimate = (job.ready_at - now) * Random(f"eta|{job.id}").uniform(0.6, 1.6)
-        return {
-            "status": "processing",
-            "tip": _TIP,
-            **({"eta": round(estimate, 10)} if self.options.eta else {}),
-            "messege": "Please fetch the result after the estimated seconds",
-            "webhook_status": "",
-            "fetch_result": f"{origin}{_FETCH_BASES[job.family]}{job.id}",
-            "id": int(job.id),
-            "output": [],
-            "future_links": _links(job, origin),
-            "meta": meta,
-        }
-
-    def _submitted(self, family: Family, body: Mapping[str, Any], *, now: float, origin: str) -> Answer:
-        prompt = body.get("prompt")
-        if not isinstance(prompt, str) or not prompt.strip():
-            return _invalid_field("prompt", "The prompt field is required.")
-        samples = _samples(body.get("samples"))
+    def _ordered(self, family: Family, body: Mapping[str, Any], *, now: float, origin: str) -> Answer:
+        named = body.get("scenario", "")
+        if named and (not isinstance(named, str) or named not in SCENARIOS):
+            return invalid_field("scenario", f"The scenario must be one of {', '.join(SCENARIOS)}.")
+        ahead = named or (
+            self.options.scenarios[self._orders % len(self.options.scenarios)] if self.options.scenarios else ""
+        )
+        refusal = SCENARIOS.get(ahead, _USUAL).order
+        if refusal is not None:
+            self._orders += not named  # the next order takes the next scenario
+            return refusal()
+        most, queued = PLANS[self.options.plan], self._queued(now)
+        if most and queued >= most:
+            text = f"Rate limit exceeded. Maximum {most} queued requests allowed."
+            wait = max(1, ceil(min(self._queue[0] - now, 30)))
+            return json_answer({"status": "error", "message": text, "retry_after": wait}, status=429)
+        prompt = body.get("prompt", body.get("text", ""))
+        prompt = prompt if isinstance(prompt, str) else ""
+        if family.prompt and not prompt.strip():
+            return invalid_field("prompt", "The prompt field is required.")
+        samples = samples_of(body.get("samples"))
         if samples is None:
-            return _invalid_field("samples", f"The samples field must be between 1 and {MOST_OUTPUTS}.")
-        job = self.submit(prompt, samples=samples or None, family=family, now=now)
-        return json_answer(self.accepted(job, now=now, origin=origin))
+            return invalid_field("samples", f"The samples field must be between 1 and {MOST_OUTPUTS}.")
+        job = self._submit(family, prompt, samples if family.makes == "png" else 0, named, now, body)
+        return json_answer(
+            self.accepted(job, now=now, origin=origin), status=202 if family.shape == "workflow" else 200
+        )
 
-    def _fetched(self, family: Family, job_id: str, *, now: float, origin: str) -> Answer:
-        job = self._jobs.get(job_id)
-        if job is None or job.family is not family:
-            return json_answer(
-                {"status": "failed", "id": "", "message": "Request not found", "output": "", "tip": _TIP}
-            )
-        if now < job.ready_at:
-            label = "messege" if family is Family.DREAMBOOTH else "message"
-            return json_answer({"status": "processing", label: "try again later.", "output": "", "tip": _TIP})
-        if job.fails:
-            return json_answer(
-                {"status": "failed", "id": "", "message": "Processing failed: Invalid input dimensions", "output": ""}
-            )
-        return json_answer({"status": "success", **_ready(job, origin)})
+    def _fetched(self, target: Target, *, now: float, origin: str) -> Answer:
+        place = (target.store, target.id)
+        job = self._jobs.get(place)
+        if job is None:
+            if target.family.unknown_status == 404:
+                text = "The specified ID does not exist or is not queued"
+                return json_answer({"status": "error", "message": text}, status=404)
+            return unknown_id()
+        ready = now >= job.ready_at
+        usual = waiting(job, now=now) if not ready else failed(job) if job.fails else done(job, origin)
+        play = SCENARIOS.get(job.scenario, _USUAL).fetched
+        answer = None if play is None else play(Look(job, self._turns[place], ready, usual, now, origin))
+        self._turns[place] += ready
+        return answer or json_answer(usual)
+
+    def _queued(self, now: float) -> int:
+        while self._queue and self._queue[0] <= now:
+            heappop(self._queue)
+        return len(self._queue)
 
     def _load(self, now: float) -> dict[str, Any]:
-        waiting = [job.ready_at - now for job in self._jobs.values() if now < job.ready_at]
-        return {"queue_num": len(waiting), "queue_time": ceil(max(waiting, default=0)), "status": "ok"}
+        return {"queue_num": self._queued(now), "queue_time": ceil(max(self._queue, default=now) - now), "status": "ok"}
+
+    def _count(self, now: float) -> dict[str, Any]:
+        return {
+            "status": "success",
+            "processing_count": self._queued(now),
+            "message": "Requests that are processed now",
+        }
+
+    def _balance(self, now: float) -> dict[str, Any]:
+        return {"status": "success", "data": {"balance": 43.6, "currency": "USD"}}
 
     def _over_limit(self, now: float) -> float:
-        """Seconds until the next call is allowed; 0 counts this one."""
+        """Return the seconds until the next call is allowed; 0 counts this one."""
         rate = self.options.rps
         if not rate:
             return 0.0
@@ -310,25 +288,8 @@ class Behaviour:
         return json_answer({"status": "error", "message": "Rate limit exceeded", "tips": tips, "retry_after": seconds})
 
 
-def _invalid_field(name: str, complaint: str) -> Answer:
-    return json_answer({"status": "error", "message": {name: [complaint]}})
-
-
-def _samples(given: object) -> int | None:
-    """How many pictures are wanted: 0 where nothing is said, None where it can't be."""
-    if given is None or given == "":
-        return 0
-    if isinstance(given, str) and re.fullmatch("[0-9]{1,3}", given):
-        given = int(given)
-    if isinstance(given, int) and not isinstance(given, bool) and 1 <= given <= MOST_OUTPUTS:
-        return given
-    return None
-
-
-def _ready(job: Job, origin: str) -> dict[str, Any]:
-    proxies = {"proxy_links": [f"{origin}/cdn2/generations/{name}" for name in job.pictures]} if job.proxied else {}
-    return {"id": int(job.id), "output": _links(job, origin), **proxies}
-
-
-def _links(job: Job, origin: str) -> list[str]:
-    return [f"{origin}/generations/{name}" for name in job.pictures]
+_ACCOUNT_CALLS = {
+    "v3/system_load": Behaviour._load,
+    "v6/processing/request_count": Behaviour._count,
+    "wallet_balance": Behaviour._balance,
+}

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from ipaddress import ip_address
 from typing import NoReturn
 
-from worker.sandbox.behaviour import LIMIT_STYLES, SandboxOptions
+from worker.sandbox.options import LIMIT_STYLES, PLANS, SandboxOptions
+from worker.sandbox.orders import orders
+from worker.sandbox.scenarios import SCENARIOS
 from worker.sandbox.server import Sandbox
 
 DEFAULT_PORT = 8377
@@ -53,12 +55,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="fetch-worker sandbox",
         description="A stand-in of the hosted image API, for trying things out without an account.",
+        epilog=_epilog(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--host", type=_loopback, default="127.0.0.1", help="loopback address to listen on (127.0.0.1)")
     add("--port", type=_port, default=DEFAULT_PORT, help=f"port to listen on, 0 for any free one ({DEFAULT_PORT})")
-    add("--seed", type=int, default=_DEFAULTS.seed, help="the same seed gives the same durations and pictures (0)")
+    add(
+        "--seed", type=int, help="the same seed gives the same ids, durations and outputs (none: ids never used before)"
+    )
     add("--min-seconds", type=float, default=_DEFAULTS.min_seconds, help="a job takes at least this long (2)")
     add("--max-seconds", type=float, default=_DEFAULTS.max_seconds, help="and at most this long (8)")
     add("--outputs", type=_span, default=(_DEFAULTS.min_outputs, _DEFAULTS.max_outputs), metavar="N or N-M",
@@ -66,11 +72,28 @@ def _parser() -> argparse.ArgumentParser:
     add("--key", default=_DEFAULTS.key, help=f"the key it accepts ({_DEFAULTS.key})")
     add("--rps", type=float, default=_DEFAULTS.rps, help="calls per second before its rate limit answers (0: none)")
     add("--limit-style", choices=LIMIT_STYLES, default=_DEFAULTS.limit_style, help="how the rate limit answers")
+    add(
+        "--plan",
+        choices=tuple(PLANS),
+        default=_DEFAULTS.plan,
+        help="how many orders may wait: 5, 10, 15, or any number (enterprise)",
+    )
+    add("--scenario", action="append", default=[], metavar="NAME",
+        help="what goes wrong, by a name below; several are taken in turn by the jobs")  # fmt: skip
     add("--failure-rate", type=float, default=_DEFAULTS.failure_rate, help="share of jobs that fail (0)")
     add("--size", type=int, default=_DEFAULTS.size, help="pixels of a picture, both ways (512)")
     add("--json", action="store_true", help="announce the address as one JSON document")
     add("--verbose", action="store_true", help="one line per call on standard error")
     return parser
+
+
+def _epilog() -> str:
+    width = max(map(len, SCENARIOS)) + 2
+    scenarios = "\n".join(f"  {name:<{width}}{scenario.about}" for name, scenario in SCENARIOS.items())
+    return (
+        f"scenarios (--scenario NAME, or the field `scenario` of an order):\n{scenarios}\n\n"
+        f"orders are taken at these paths below /api/:\n  " + "\n  ".join(orders())
+    )
 
 
 def _options(given: argparse.Namespace) -> SandboxOptions:
@@ -85,6 +108,8 @@ def _options(given: argparse.Namespace) -> SandboxOptions:
         limit_style=given.limit_style,
         size=given.size,
         failure_rate=given.failure_rate,
+        plan=given.plan,
+        scenarios=tuple(given.scenario),
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from worker.sandbox.behaviour import Job
+from worker.sandbox.jobs import Job
 
 _STYLE = """
 :root{color-scheme:light dark}
@@ -25,7 +25,8 @@ def page(jobs: Sequence[Job], *, now: float, root_url: str) -> bytes:
 <style>{_STYLE}</style></head><body>
 <h1>Stand-in of the image API</h1>
 <p>It speaks like the hosted API and costs nothing: a job is accepted, takes a while, and its pictures are drawn here
-from the words of the prompt. Try sunset, sea, forest, mountain, night, city, desert, space, meadow or silk.</p>
+from the words of the prompt; other families make sounds, videos, models and texts.
+Try sunset, sea, forest, mountain, night, city, desert, space, meadow or silk.</p>
 <pre>curl -H 'Content-Type: application/json' -d '{{"key": "THE KEY", "prompt": "lake at dawn", "samples": 2}}' \\
   {escape(root_url)}/api/v3/text2img
 curl -H 'Content-Type: application/json' -d '{{"key": "THE KEY"}}' {escape(root_url)}/api/v3/fetch/THE-ID</pre>
@@ -40,7 +41,13 @@ def _card(job: Job, now: float) -> str:
     pictures = ""
     if job.ready(now):
         pictures = "".join(
-            f'<a href="/thumbs/{name}?full"><img loading="lazy" src="/thumbs/{name}" alt="picture {index + 1}"></a>'
-            for index, name in enumerate(job.pictures)
+            f'<a href="/thumbs/{name}?full">{_shown(name, index)}</a> ' for index, name in enumerate(job.files)
         )
-    return f"<li><p>{escape(job.prompt)}</p><p><small>{job.id}: {job.state(now)}{wait}</small></p>{pictures}</li>"
+    about = f"{job.id} of {job.family.store}: {job.state(now)}{wait}"
+    return f"<li><p>{escape(job.prompt)}</p><p><small>{escape(about)}</small></p>{pictures}</li>"
+
+
+def _shown(name: str, index: int) -> str:
+    if name.endswith(".png"):
+        return f'<img loading="lazy" src="/thumbs/{name}" alt="picture {index + 1}">'
+    return f"output {index + 1} (.{name.rpartition('.')[2]})"

@@ -4,7 +4,6 @@ import re
 from colorsys import hls_to_rgb, rgb_to_hls
 from dataclasses import dataclass, replace
 from functools import partial
-from hashlib import sha256
 from random import Random
 
 from worker.sandbox.canvas import Colour
@@ -90,12 +89,6 @@ def draw(prompt: str, job_id: str, index: int, size: int) -> bytes:
     turn = partial(_turned_hue, wanted.hue_shift + dice.uniform(-0.015, 0.015))
     mood = replace(mood, palette=mood.palette.turned(turn))
     return SCENES[wanted.scene](size, mood, dice, wanted.words).png()
-
-
-def picture_name(seed: int, job_id: str, index: int) -> str:
-    """The file name of one output: random in looks, fixed in fact, the index in front as in the real ones."""
-    digest = sha256(f"{seed}|{job_id}|{index}".encode()).hexdigest()
-    return f"{index}-{digest[:8]}-{digest[8:12]}-4{digest[13:16]}-a{digest[17:20]}-{digest[20:32]}.png"
 
 
 def _dice(seed: str) -> Random:

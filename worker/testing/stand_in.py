@@ -4,10 +4,15 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-from worker.sandbox.behaviour import Answer, SandboxOptions, fetch_target, json_answer, parse_body
-from worker.sandbox.pictures import SMALLEST, draw, picture_name
+from worker.sandbox.answers import Answer, json_answer, parse_body
+from worker.sandbox.behaviour import DEFAULT_ORDER, fetch_target
+from worker.sandbox.families import Target, family_of
+from worker.sandbox.files import file_name
+from worker.sandbox.options import SandboxOptions
+from worker.sandbox.pictures import SMALLEST, draw
+from worker.sandbox.scenarios import ScenarioName, check_scenario
 from worker.sandbox.server import Sandbox
 from worker.testing.clock import Clock
 
@@ -118,8 +123,14 @@ class FetchApi(Sandbox):
     """The stand-in of the hosted API, on the test's clock.
 
     Jobs that were submitted here, by the app or by `submit`, are ready after `READY_SECONDS` of that clock, unless
-    `ready_after` or `answers` says otherwise. An id that the stand-in never gave out is taken for one of its jobs, so
-    that a test may make ids up.
+    `ready_after`, `play` or `answers` says otherwise. An id that the stand-in never gave out is taken for one of its
+    jobs, of the family at whose fetch path it is asked about, so that a test may make ids up.
+
+    Every family of the API is there. An order is posted to `root_url` + `/api/` + its path, or handed in by `submit`:
+    pictures at `v3/text2img`, `v3/dreambooth`, `v6/images/text2img`, `v6/realtime/…`, `v6/interior/…`, `v7/images/…`;
+    videos at `v6/video/text2video`, `v7/video-fusion/…`; sound at `v6/voice/…`; texts at `v6/voice/speech_to_text`;
+    models at `v6/3d/…`; chats at `v6/llm/…`; trainings at `v3/fine_tune`; servers at `v1/enterprise/{server}/…`;
+    workflows at `v1/workflows/{name}/run`. `fetch-worker sandbox --help` lists all paths, and all scenarios.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -128,7 +139,8 @@ class FetchApi(Sandbox):
         self._answers: dict[str, Answers] = {}
         self._for_all: Answers | None = None
         self._copies: dict[str, Answers] = {}  # of those for all: each job goes through them by itself
-        self._made_up: dict[str, float] = {}
+        self._made_up: dict[str, float] = {}  # when their jobs were submitted
+        self._plays: dict[str, str] = {}  # scenarios by made-up id
         self._files: dict[str, bytes] = {}
         self._telling = threading.RLock()
         options = SandboxOptions(
@@ -150,6 +162,44 @@ class FetchApi(Sandbox):
                 self._answers[str(remote_id)] = made
         return made
 
+    def submit(
+        self,
+        prompt: str = "a picture",
+        *,
+        samples: int | None = None,
+        family: str = DEFAULT_ORDER,
+        scenario: ScenarioName | Literal[""] = "",
+        **fields: object,
+    ) -> dict[str, Any]:
+        """Order without HTTP; the answer is the one that the app would have got. Hand it to `track`.
+
+        `family` is the path below `/api/` that the order would be posted to (the class lists them), `scenario` what
+        goes wrong with this job (`play` says which there are), `fields` what else would be in the order, such as
+        `webhook`. Raises ValueError for a path or scenario that there is not.
+
+        `worker.track(fetch_api.submit(family="v6/video/text2video"), endpoint="v6/video/text2video")`
+        """
+        return super().submit(prompt, samples=samples, family=family, scenario=scenario, **fields)
+
+    def play(self, *scenarios: ScenarioName, remote_id: str | int | None = None) -> None:
+        """Let orders from now on take these scenarios in turn, or the job of a made-up id take one; none ends it.
+
+        The most useful: `failed`, `try-again` (failed with the words Try Again, then ready), `forgotten` (Request not
+        found, though its future links work), `empty` (three successes without an output), `only-future-links`,
+        `new-words` (status done, links under assets), `late-links`, `dead-links` (only proxy_links work), `gone`,
+        `busy`, `down`, `rate-limit`; for every keyed call `monthly-limit`, `no-credits`, `wrong-key`; for orders
+        `queue-full`, `refused-order`. `fetch-worker sandbox --help` has all of them. Raises ValueError.
+        """
+        if remote_id is None:
+            self.options_now(scenarios=scenarios)
+            return
+        for name in scenarios:
+            check_scenario(name)
+        if len(scenarios) > 1 or self.job(remote_id) is not None:
+            raise ValueError("remote_id is for one scenario, and for an id that the stand-in did not give out")
+        with self._telling:
+            self._plays[str(remote_id)] = scenarios[0] if scenarios else ""
+
     def ready_after(self, seconds: float) -> None:
         """Jobs that are submitted from now on are ready after so many seconds of the test's clock."""
         self.options_now(min_seconds=seconds, max_seconds=seconds)
@@ -163,30 +213,29 @@ class FetchApi(Sandbox):
         with self._telling:
             for remote_id, submitted_at in waiting:
                 if self.job(remote_id) is None:
-                    ready_at = submitted_at.timestamp() + self.options.min_seconds
-                    self._made_up.setdefault(remote_id, ready_at)
+                    self._made_up.setdefault(remote_id, submitted_at.timestamp())
 
     def posted(self, path: str, content_type: str, raw: bytes) -> Answer:
         """Answers a POST: as it was told to, or else as the stand-in does."""
         body = parse_body(content_type, raw) or {}
         target = fetch_target(path, body)
-        if target is None:
-            if "prompt" in body:
-                self.submissions.append({name: value for name, value in body.items() if name != "key"})
-            return super().posted(path, content_type, raw)
-        told = self._told(target[1])
-        if told is not None:
-            self.script(target[1], [told])
+        if target is not None:
+            self._prepare(target)
+        elif family_of(path.removeprefix("/api/")) is not None:
+            self.submissions.append({name: value for name, value in body.items() if name != "key"})
         return super().posted(path, content_type, raw)
 
-    def got(self, path: str, query: str) -> Answer:
-        """Answers a GET: the pictures that answers named, or else as the stand-in does."""
+    def got(self, path: str, query: str, raw: bytes = b"", key: str = "") -> Answer:
+        """Answers a GET: the outputs that answers named, or else as the stand-in does."""
+        target = fetch_target(path, {}, "GET")
+        if target is not None:
+            self._prepare(target)
         name = path.removeprefix(PICTURES)
         with self._telling:
             content = self._files.get(name)
         if content is not None:
             self.script(name, [Answer(200, {"Content-Type": "application/octet-stream"}, content)])
-        return super().got(path, query)
+        return super().got(path, query, raw, key)
 
     def ready(self, remote_id: str, pictures: int | Sequence[str | bytes]) -> Answer:
         """The answer about a job that is ready; what is no address of somebody else's is served here."""
@@ -197,26 +246,24 @@ class FetchApi(Sandbox):
     def _address(self, remote_id: str, index: int, picture: str | bytes | None) -> str:
         if isinstance(picture, str):
             return picture
-        name = picture_name(-1, remote_id, index)
+        name = file_name("answers", remote_id, index=index, extension="png")
         content = draw("a picture", remote_id, index, SMALLEST) if picture is None else picture
         with self._telling:
             self._files[name] = content
         return f"{self.root_url}{PICTURES}{name}"
 
-    def _told(self, remote_id: str) -> Answer | None:
+    def _prepare(self, target: Target) -> None:
+        """Have the stand-in answer the next fetch of a job as the test says; take in an id that the test made up."""
         with self._telling:
-            wanted = self._answers.get(remote_id) or self._copies.get(remote_id)
-            if wanted is None and self._for_all is not None:
-                wanted = self._copies[remote_id] = self._for_all.copy()
-            found = None if wanted is None else wanted.next(remote_id)
-            if found is None and self.job(remote_id) is None and remote_id in self._made_up:
-                found = self._as_one_of_ours(remote_id)
-            return found
-
-    def _as_one_of_ours(self, remote_id: str) -> Answer:
-        if self._time.timestamp() < self._made_up[remote_id]:
-            return json_answer({"status": "processing", "message": "try again later.", "output": ""})
-        return self.ready(remote_id, self.options.min_outputs)
+            answers = self._answers.get(target.id) or self._copies.get(target.id)
+            if answers is None and self._for_all is not None:
+                answers = self._copies[target.id] = self._for_all.copy()
+            told = None if answers is None else answers.next(target.id)
+            submitted_at = self._made_up.get(target.id)
+        if told is not None:
+            self.script(target.id, [told])
+        elif submitted_at is not None and self.job(target.id) is None:
+            self.adopt(target, submitted_at=submitted_at, scenario=self._plays.get(target.id, ""))
 
 
 def _as_said(remote_id: str) -> int | str:

@@ -112,7 +112,8 @@ PHRASES: tuple[Phrase, ...] = (
            "Rate limit exceeded. Maximum 5 queued requests allowed."),
     Phrase("plan", r"(?:upgrade|renew|buy|purchase) (?:[a-z]{1,20} ){0,3}(?:subscription|plan)\b|please subscribe",
            "Please upgrade your plan"),
-    Phrase("unknown_id", r"request (?:was |is )?not found|specified id|\bid (?:does not exist|is not queued|not found)"
+    Phrase("unknown_id", r"request (?:was |is )?not found|specified id"
+           r"|(?:^|\b(?:request|job|task|training|run|the|this|that|such|given) )id (?:does not exist|is not queued|not found)"
            r"|no such (?:request|id|job)|(?:not|no longer) queued|no query results|^not found\.?$|(?:job|task|training|execution|run) (?:was |is )?not found",
            "Request not found"),
     Phrase("moderated", r"\bnsfw\b|moderat(?:ed|ion)|safety (?:check|filter|system)|inappropriate|content policy|prohibited",

@@ -1,0 +1,98 @@
+"""Webhooks of the stand-in: really called, with what the order asked for, and on this machine only."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from worker.sandbox import Sandbox, SandboxOptions
+from worker.sandbox.webhooks import is_local
+
+
+@contextmanager
+def receiver(statuses: list[int]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A receiver that answers these statuses in turn, the last one for ever; its address, and what it got."""
+    calls: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            calls.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(statuses[min(len(calls), len(statuses)) - 1])
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/hook?a=1", calls
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox(SandboxOptions(min_seconds=0.2, max_seconds=0.2, size=16)) as running:
+        yield running
+
+
+def called(sandbox: Sandbox, times: int = 1) -> bool:
+    deadline = time.monotonic() + 10
+    while len(sandbox.calls.webhooks) < times and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return len(sandbox.calls.webhooks) == times
+
+
+def test_a_webhook_is_called_once_the_job_is_ready_with_its_track_id(sandbox: Sandbox) -> None:
+    with receiver([200]) as (url, calls):
+        answer = sandbox.submit("sea", samples=1, webhook=url, track_id="order-7")
+        assert called(sandbox)
+
+    assert [(call["status"], call["id"], call["track_id"]) for call in calls] == [("success", answer["id"], "order-7")]
+    assert calls[0]["output"] == answer["future_links"]
+    assert sandbox.calls.webhooks == [(url, 200)]
+
+
+def test_a_failure_is_told_too_and_a_receiver_in_trouble_is_called_again(sandbox: Sandbox) -> None:
+    with receiver([500, 200]) as (url, calls):
+        answer = sandbox.submit("sea", scenario="failed", webhook=url, track_id=5)
+        assert called(sandbox)
+
+    assert [(call["status"], call["id"], call["track_id"]) for call in calls] == [("failed", answer["id"], 5)] * 2
+
+
+def test_a_receiver_that_is_not_there_is_noted_and_harms_nobody(sandbox: Sandbox) -> None:
+    with receiver([200]) as (url, _):
+        pass
+    sandbox.submit("sea", webhook=url)
+
+    assert called(sandbox)
+    assert sandbox.calls.webhooks == [(url, 0)]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://example.org/hook", "http://example.org/", "http://10.0.0.5/", "http://127.0.0.1.example.org/",
+        "http://localhost.example.org/", "ftp://localhost/", "file:///etc/passwd", "http://[", "http://0.0.0.0/",
+        "http://127.0.0.1@example.org/", "http://2130706433/", "",
+    ],
+)  # fmt: skip
+def test_no_address_of_another_machine_is_called(sandbox: Sandbox, url: str) -> None:
+    answer = sandbox.submit("sea", webhook=url)
+
+    assert not is_local(url)
+    assert ("not called" in answer["webhook_status"]) == (url != "")
+    assert sandbox._calling is None
+
+
+@pytest.mark.parametrize("url", ["http://localhost:80/a", "http://127.9.9.9/", "http://[::1]:8000/hook"])
+def test_addresses_of_this_machine_are_called(url: str) -> None:
+    assert is_local(url)

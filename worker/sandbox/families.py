@@ -1,0 +1,215 @@
+"""The families of the hosted API as its documents show them: where each is ordered and fetched, and how it answers.
+
+A path is written as it stands below `/api/`. `*` is one part of a path, `{name}` one part that the fetch path repeats,
+and `{id}` the job's id; a fetch path without it takes the id from the body.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+IMAGES_FROM = 12_202_888
+OTHERS_FROM = 298  # the pages of face swap and interior really show the same id
+SERVERS_FROM = 1  # each enterprise server counts by itself
+
+Shape = Literal["job", "nameless", "task", "training", "chat", "workflow"]
+Output = Literal["list", "text", "links"]
+Proxies = Literal["list", "object", "text", "null", "none"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Endpoints that share one kind of job and one place to fetch it from.
+
+    `shape` is the form of its answers: a plain `job`; `nameless` where the answer to an order has no id but in
+    `fetch_result`; a queued `task`; a `training`; a `chat`; a `workflow`, which is asked by GET.
+    """
+
+    orders: tuple[str, ...]
+    fetch: tuple[str, ...]  # the first one is where its jobs are kept, and what `fetch_result` names
+    makes: str = "png"
+    shape: Shape = "job"
+    fetch_result: bool = True  # whether the answer to an order says where to fetch
+    eta: float | None = None  # seconds that the pages name; None: worked out from the job
+    label: str = "message"  # how its answers spell the name of their message
+    fetch_label: str = "message"  # the same, in the answer to a fetch
+    output: Output = "list"
+    no_output: str | tuple[()] = ()  # what `output` of an order's answer is before there is any
+    proxies: Proxies = "list"
+    promises: bool = True  # whether the answer to an order has `future_links`
+    counter: str = ""  # families with the same counter share their ids; empty: each store has one of its own
+    first_id: int = OTHERS_FROM
+    text_ids: bool = False
+    unknown_status: int = 200  # HTTP status about an id that it does not know
+    prompt: bool = False  # whether an order needs a prompt
+
+    @property
+    def store(self) -> str:
+        """Return the fetch path without the id: jobs of one store never share an id."""
+        return self.fetch[0].removesuffix("/{id}")
+
+
+def _images(*orders: str, fetch: str, **changes: Any) -> Family:
+    """Return a family whose ids are counted with all pictures."""
+    row = Family(orders=orders, fetch=(f"{fetch}/{{id}}",), counter="images", first_id=IMAGES_FROM, prompt=True)
+    return replace(row, **changes)
+
+
+def _simple(name: str, **changes: Any) -> Family:
+    """Return a family whose jobs are fetched beside where they are ordered."""
+    return replace(Family(orders=(f"{name}/*",), fetch=(f"{name}/fetch/{{id}}",)), **changes)
+
+
+_V3: Mapping[str, Any] = {"fetch": "v3/fetch", "label": "messege"}
+_V3_VIDEO: Mapping[str, Any] = {**_V3, "makes": "mp4", "no_output": "", "eta": 6.0}
+_V5_PICTURES = tuple(f"v5/{name}" for name in ("controlnet", "interior", "removebg_mask", "pix2pix"))
+_BOOTHS = tuple(f"{version}/dreambooth{rest}" for version in ("v3", "v4") for rest in ("", "/img2img", "/inpaint"))
+
+# Enterprise: a server of its own per model.
+_PLAIN_SERVERS = (
+    "flux", "flux_klein", "flux_kontext_dev", "z_image_turbo", "qwen", "realtime", "image_editing", "interior",
+    "deepfake",
+)  # fmt: skip
+_SERVERS: Mapping[str, Mapping[str, Any]] = {
+    "video": {"makes": "mp4"},
+    "ultra_video": {"makes": "mp4"},
+    "image_to_video_ultra": {"makes": "mp4"},
+    "voice": {"makes": "wav", "shape": "task", "output": "links", "eta": 5.0},
+    "text_to_speech": {"makes": "wav"},
+    "speech_to_text": {"makes": "txt"},
+    "3d": {"makes": "glb", "eta": 4.0},
+    "super_resolution": {"output": "text", "proxies": "text"},
+    "face_gen": {"unknown_status": 404},
+    "flux_headshot": {"unknown_status": 404},
+    "faceswap": {"fetch": ("v1/enterprise/faceswap/fetch/{id}", "v1/enterprise/faceswap/fetch")},
+    **{name: {} for name in _PLAIN_SERVERS},
+}
+
+FAMILIES: tuple[Family, ...] = (
+    # Version 3, its communities, and version 5, which is fetched at version 3. The answers of the version 4 community
+    # name an address of version 3, and its pages one that takes the id in the body: both have the job.
+    _images("v3/text2img", "v3/img2img", "v3/inpaint", **_V3),
+    _images("v3/text2video", **_V3_VIDEO),
+    replace(
+        _images(*_BOOTHS, fetch="v3/dreambooth/fetch", label="messege", fetch_label="messege"),
+        fetch=("v3/dreambooth/fetch/{id}", "v4/dreambooth/fetch"),
+    ),
+    _images(*_V5_PICTURES, **_V3, no_output="", prompt=False),
+    _images("v5/super_resolution", **_V3, no_output="", output="text", prompt=False),
+    _images("v5/text2video", **_V3_VIDEO),
+    # Version 6.
+    replace(
+        _images("v6/images/*", fetch="v6/images/fetch", label="messege", fetch_label="messege"),
+        fetch=("v6/images/fetch/{id}", "v6/images/fetch"),
+    ),
+    _images("v6/realtime/*", fetch="v6/realtime/fetch", label="messege", eta=33.0),
+    _simple("v6/image_editing", label="messege", eta=5.0, proxies="text"),
+    _simple("v6/interior", label="messege", eta=20.0),
+    _simple("v6/deepfake", label="messege", eta=605.0, makes="mp4", proxies="null"),
+    _simple("v6/faceswap", label="messege", eta=605.0),
+    _simple("v6/video", eta=960.0, makes="mp4"),
+    replace(_simple("v6/whisper", eta=5.0, makes="txt"), orders=("v6/voice/speech_to_text", "v6/whisper/*")),
+    _simple("v6/voice", eta=100.0, makes="wav"),
+    _simple("v6/3d", label="messege", eta=4.0, makes="glb"),
+    Family(
+        orders=("v6/llm/*",),
+        fetch=("v6/llm/get_queued_response",),
+        makes="json",
+        shape="chat",
+        fetch_result=False,
+        eta=5.0,
+        promises=False,
+        proxies="none",
+        text_ids=True,
+    ),
+    # Version 7. The newest pages have no `fetch_result`; a captured video has no id beside it.
+    _images("v7/images/*", fetch="v7/images/fetch", fetch_result=False, promises=False, proxies="object", eta=30.0,
+            text_ids=True),
+    _simple("v7/video-fusion", shape="nameless", eta=10.0, makes="mp4"),
+    _simple("v7/voice", eta=100.0, makes="wav", output="links"),
+    # Enterprise. The text-to-image server alone takes the id in the body.
+    Family(
+        orders=tuple(f"v1/enterprise/{name}" for name in ("text2img", "img2img", "inpaint")),
+        fetch=("v1/enterprise/fetch",),
+        first_id=SERVERS_FROM,
+        fetch_result=False,
+        eta=10.0,
+        prompt=True,
+    ),
+    *(_simple(f"v1/enterprise/{name}", **{"first_id": SERVERS_FROM, "eta": 10.0, **changes})
+      for name, changes in _SERVERS.items()),
+    # Trainings are asked at version 3, and make a model instead of a file.
+    Family(orders=("v3/fine_tune", "v3/lora_fine_tune"), fetch=("v3/fine_tune_status/{id}",), makes="",
+           shape="training", label="messege", text_ids=True, promises=False),
+    Family(orders=("v1/workflows/{name}/run", "v1/workflows/{name}/runs"), fetch=("v1/workflows/{name}/runs/{id}",),
+           shape="workflow", first_id=12_345),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a fetch call asks about: a job by its id, in one store."""
+
+    family: Family
+    id: str
+
+    @property
+    def store(self) -> str:
+        """Return the store that the job is in."""
+        return self.family.store
+
+
+def family_of(path: str) -> Family | None:
+    """Return the family of an order that is posted to a path below `/api/`, its names filled in; None for no order.
+
+    >>> family_of("v6/video/text2video").fetch
+    ('v6/video/fetch/{id}',)
+    """
+    for pattern, family in _ORDERS:
+        match = pattern.fullmatch(path)
+        if match is not None and not path.endswith("/fetch"):
+            return _filled(family, match.groupdict())
+    return None
+
+
+def target_of(path: str, body: Mapping[str, Any], method: str = "POST") -> Target | None:
+    """Return the job that a call to a path below `/api/` asks about; None where it is no fetch path of this method."""
+    for pattern, in_path, family in _FETCHES:
+        match = pattern.fullmatch(path)
+        if match is None or method != ("GET" if family.shape == "workflow" else "POST"):
+            continue
+        names = match.groupdict()
+        job_id = names.pop("id", None) if in_path else _id_in(body, family)
+        return Target(_filled(family, names), str(job_id))
+    return None
+
+
+def families_at(store: str) -> Family | None:
+    """Return the first family whose jobs are kept in a store."""
+    return next((family for family in FAMILIES if family.store == store), None)
+
+
+def _id_in(body: Mapping[str, Any], family: Family) -> object:
+    if family.shape == "chat":
+        return body.get("chat_id", "")
+    return body.get("request_id", body.get("id", ""))
+
+
+def _filled(family: Family, names: Mapping[str, str]) -> Family:
+    if not names:
+        return family
+    return replace(family, fetch=tuple(path.replace("{name}", names["name"]) for path in family.fetch))
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    text = re.escape(path).replace(r"\*", "[A-Za-z0-9_-]{1,100}").replace(r"\{name\}", "(?P<name>[A-Za-z0-9_-]{1,100})")
+    return re.compile(text.replace(r"\{id\}", "(?P<id>[A-Za-z0-9][A-Za-z0-9_-]{0,127})"))
+
+
+_ORDERS = tuple((_pattern(order), family) for family in FAMILIES for order in family.orders)
+_FETCHES = tuple(
+    (_pattern(path), path.endswith("/{id}"), family)
+    for family in {family.fetch: family for family in reversed(FAMILIES)}.values()
+    for path in family.fetch
+)

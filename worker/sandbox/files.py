@@ -1,0 +1,188 @@
+"""The outputs of jobs: tiny files of each kind, valid and made by arithmetic. Pure: the same words, the same bytes."""
+
+import base64
+import json
+import struct
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from math import pi, sin
+from typing import NamedTuple
+
+from worker.sandbox.pictures import SMALLEST, draw
+
+RATE = 8_000  # samples of a sound per second
+FRAMES = 4  # of a video, one each half second
+FRAME_SIZE = 64  # pixels of a video, both ways
+TIMED = "words.txt"  # a transcript with times: JSON, though its name ends as a text's
+
+
+class Made(NamedTuple):
+    """The bytes of an output, and the media type that the store gives them."""
+
+    content: bytes
+    media_type: str
+
+
+def made(name: str, prompt: str, job_id: str, index: int, size: int) -> Made:
+    """Return the output of this name; its extension says of which kind. `size` is that of a picture, in pixels."""
+    media_type, make = _KINDS[TIMED if name.endswith(TIMED) else name.rpartition(".")[2]]
+    return Made(make(prompt, job_id, index, size), media_type)
+
+
+def file_name(*words: object, index: int, extension: str) -> str:
+    """Return the name of an output: random in looks, fixed by the words, the index in front as in the real ones."""
+    digest = sha256("|".join(map(str, (*words, index))).encode()).hexdigest()
+    return f"{index}-{digest[:8]}-{digest[8:12]}-4{digest[13:16]}-a{digest[17:20]}-{digest[20:32]}.{extension}"
+
+
+def wav(prompt: str, job_id: str, index: int, size: int) -> bytes:
+    """Return a quarter of a second of two tones, 16 bits, one channel."""
+    low = 220 + sha256(f"{prompt}|{job_id}|{index}".encode("utf-8", "replace")).digest()[0]
+    count = RATE // 4
+    samples = []
+    for place in range(count):
+        turn, fade = 2 * pi * place / RATE, 1 - place / count
+        samples.append(int(fade * (9_000 * sin(turn * low) + 6_000 * sin(turn * low * 1.5))))
+    sound = struct.pack(f"<{count}h", *samples)
+    form = struct.pack("<HHIIHH", 1, 1, RATE, RATE * 2, 2, 16)
+    chunks = b"fmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(sound)) + sound
+    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks
+
+
+def mp4(prompt: str, job_id: str, index: int, size: int) -> bytes:
+    """Return a video of four pictures: MPEG-4 boxes around PNG frames, which common players show."""
+    edge = max(SMALLEST, min(size, FRAME_SIZE))
+    frames = [draw(prompt, job_id, index * FRAMES + number, edge) for number in range(FRAMES)]
+    ticks, each = 1_000, 500
+    first = _box("ftyp", b"isom\0\0\2\0isomiso2mp41")
+    start = len(first) + 8
+    starts = [start + sum(map(len, frames[:number])) for number in range(FRAMES)]
+    matrix = struct.pack(">9I", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
+    decoder = b"\x04\x0d\x6d\x11" + bytes(11)  # 6D: each frame is a PNG
+    stream = b"\x03\x15\0\1\0" + decoder + b"\x06\x01\x02"
+    entry = bytes(6) + b"\0\1" + bytes(16) + struct.pack(">HHIIIH", edge, edge, 72 << 16, 72 << 16, 0, 1)
+    entry += bytes(32) + struct.pack(">Hh", 24, -1) + _full("esds", stream)
+    table = _full("stsd", _count([_box("mp4v", entry)]))
+    table += _full("stts", struct.pack(">III", 1, FRAMES, each))
+    table += _full("stsc", struct.pack(">IIII", 1, 1, 1, 1))
+    table += _full("stsz", struct.pack(f">II{FRAMES}I", 0, FRAMES, *map(len, frames)))
+    table += _full("stco", struct.pack(f">I{FRAMES}I", FRAMES, *starts))
+    place = _box("dinf", _full("dref", _count([_full("url ", b"", flags=1)])))
+    inside = _box("minf", _full("vmhd", bytes(8), flags=1) + place + _box("stbl", table))
+    length = FRAMES * each
+    header = _full("mdhd", struct.pack(">IIIIHH", 0, 0, ticks, length, 0x55C4, 0))
+    handler = _full("hdlr", bytes(4) + b"vide" + bytes(12) + b"stand-in\0")
+    track = _full("tkhd", struct.pack(">IIIII", 0, 0, 1, 0, length) + bytes(16) + matrix
+                  + struct.pack(">II", edge << 16, edge << 16), flags=3)  # fmt: skip
+    movie = _full("mvhd", struct.pack(">IIIIIH", 0, 0, ticks, length, 0x10000, 0x100) + bytes(10) + matrix + bytes(24)
+                  + struct.pack(">I", 2))  # fmt: skip
+    tree = _box("moov", movie + _box("trak", track + _box("mdia", header + handler + inside)))
+    return first + _box("mdat", b"".join(frames)) + tree
+
+
+def glb(prompt: str, job_id: str, index: int, size: int) -> bytes:
+    """Return a pyramid as binary glTF 2.0."""
+    tall = 0.5 + sha256(f"{prompt}|{job_id}|{index}".encode("utf-8", "replace")).digest()[0] / 255
+    corners = ((-1.0, 0.0, -1.0), (1.0, 0.0, -1.0), (1.0, 0.0, 1.0), (-1.0, 0.0, 1.0), (0.0, tall, 0.0))
+    faces = (0, 1, 2, 0, 2, 3, 1, 0, 4, 2, 1, 4, 3, 2, 4, 0, 3, 4)
+    points = b"".join(struct.pack("<3f", *corner) for corner in corners)
+    body = points + struct.pack(f"<{len(faces)}H", *faces)
+    views = [{"buffer": 0, "byteOffset": 0, "byteLength": len(points)},
+             {"buffer": 0, "byteOffset": len(points), "byteLength": len(body) - len(points)}]  # fmt: skip
+    accessors = [
+        {"bufferView": 0, "componentType": 5126, "count": len(corners), "type": "VEC3", "min": [-1.0, 0.0, -1.0],
+         "max": [1.0, tall, 1.0]},
+        {"bufferView": 1, "componentType": 5123, "count": len(faces), "type": "SCALAR"},
+    ]  # fmt: skip
+    scene = {
+        "asset": {"version": "2.0", "generator": "stand-in"},
+        "scene": 0,
+        "scenes": [{"nodes": [0]}],
+        "nodes": [{"mesh": 0}],
+        "meshes": [{"primitives": [{"attributes": {"POSITION": 0}, "indices": 1}]}],
+        "buffers": [{"byteLength": len(body)}],
+        "bufferViews": views,
+        "accessors": accessors,
+    }
+    text = json.dumps(scene, separators=(",", ":")).encode()
+    chunks = b"".join(
+        struct.pack("<I", len(data)) + kind + data
+        for kind, data in ((b"JSON", text + b" " * (-len(text) % 4)), (b"BIN\0", body + bytes(-len(body) % 4)))
+    )
+    return b"glTF" + struct.pack("<II", 2, 12 + len(chunks)) + chunks
+
+
+def txt(prompt: str, job_id: str, index: int, size: int) -> bytes:
+    """Return the prompt as a transcript."""
+    return f"{_plain(prompt)}\n".encode()
+
+
+def word_times(prompt: str, job_id: str, index: int, size: int) -> bytes:
+    """Return the words of the prompt with their times, as JSON."""
+    words = [{"word": word, "start": place * 0.5, "end": place * 0.5 + 0.4} for place, word in _spoken(prompt)]
+    return json.dumps([{"text": _plain(prompt), "words": words}], ensure_ascii=False).encode()
+
+
+def chat(prompt: str, job_id: str, index: int, size: int) -> bytes:
+    """Return a chat's answer as JSON."""
+    message = {"role": "assistant", "content": f"The stand-in heard: {_plain(prompt)}"}
+    return json.dumps({"id": job_id, "choices": [{"index": 0, "message": message}]}, ensure_ascii=False).encode()
+
+
+def srt(prompt: str, job_id: str, index: int, size: int) -> bytes:
+    """Return captions in the form of SubRip, one word each."""
+    lines = [
+        f"{place + 1}\n{_time(place, ',')} --> {_time(place + 1, ',')}\n{word}\n" for place, word in _spoken(prompt)
+    ]
+    return "\n".join(lines).encode()
+
+
+def vtt(prompt: str, job_id: str, index: int, size: int) -> bytes:
+    """Return captions in the form of WebVTT, one word each."""
+    lines = [f"{_time(place, '.')} --> {_time(place + 1, '.')}\n{word}\n" for place, word in _spoken(prompt)]
+    return "\n".join(["WEBVTT\n", *lines]).encode()
+
+
+def base64_text(prompt: str, job_id: str, index: int, size: int) -> bytes:
+    """Return a picture as text in base64."""
+    return base64.b64encode(draw(prompt, job_id, index, size))
+
+
+_KINDS: Mapping[str, tuple[str, Callable[[str, str, int, int], bytes]]] = {
+    "png": ("image/png", draw),
+    "wav": ("audio/wav", wav),
+    "mp4": ("video/mp4", mp4),
+    "glb": ("model/gltf-binary", glb),
+    "txt": ("text/plain", txt),
+    TIMED: ("text/plain", word_times),
+    "json": ("application/json", chat),
+    "srt": ("application/x-subrip", srt),
+    "vtt": ("text/vtt", vtt),
+    "base64": ("text/plain", base64_text),
+}
+
+
+def _plain(prompt: str) -> str:
+    """Return a prompt that can be written as UTF-8: one from JSON may hold half a character."""
+    return " ".join(prompt.encode("utf-8", "replace").decode().split()) or "Nothing was said"
+
+
+def _spoken(prompt: str) -> enumerate[str]:
+    return enumerate(_plain(prompt).split()[:200])
+
+
+def _time(seconds: int, point: str) -> str:
+    return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}{point}000"
+
+
+def _box(kind: str, content: bytes) -> bytes:
+    return struct.pack(">I", 8 + len(content)) + kind.encode("ascii") + content
+
+
+def _full(kind: str, content: bytes, *, flags: int = 0) -> bytes:
+    """Return a box with version 0 and flags."""
+    return _box(kind, struct.pack(">I", flags) + content)
+
+
+def _count(boxes: list[bytes]) -> bytes:
+    return struct.pack(">I", len(boxes)) + b"".join(boxes)

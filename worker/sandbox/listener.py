@@ -1,0 +1,176 @@
+"""The HTTP server under the stand-in: one thread per connection, kept connections, answers in one piece or dripping."""
+
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Protocol
+
+from worker.sandbox.answers import Answer, invalid_request, json_answer
+
+LARGEST_BODY = 1 << 20
+IDLE_SECONDS = 120.0  # a kept connection that says nothing is closed
+CLOSING_SECONDS = 3.0
+LOOK_SECONDS = 0.5  # the longest that an end goes unseen which could not be called out
+
+
+class Site(Protocol):
+    """Who answers the calls."""
+
+    verbose: bool
+
+    def posted(self, path: str, content_type: str, raw: bytes) -> Answer:
+        """Answer a POST."""
+        ...
+
+    def got(self, path: str, query: str, raw: bytes = b"", key: str = "") -> Answer:
+        """Answer a GET; `key` is the one of its headers."""
+        ...
+
+
+class Listener(ThreadingHTTPServer):
+    """One thread per connection, and a list of the open ones so that they can be ended."""
+
+    daemon_threads = True
+    request_queue_size = 512
+    timeout = LOOK_SECONDS
+
+    def __init__(self, site: Site, host: str, port: int) -> None:
+        if ":" in host:
+            self.address_family = socket.AF_INET6
+        self.site = site
+        self.open_connections: set[socket.socket] = set()
+        self.all_closed = threading.Condition()
+        self._ending = False
+        super().__init__((host, port), Handler)
+
+    def server_bind(self) -> None:
+        """Bind without the look-up of the host's own name that the parent does."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def serve(self) -> None:
+        """Takes connections until `end` is called."""
+        while not self._ending:
+            self.handle_request()
+
+    def end(self) -> None:
+        """Takes no more connections; one of its own ends the wait for the next."""
+        self._ending = True
+        with suppress(OSError):
+            socket.create_connection((self.server_name, self.server_port), LOOK_SECONDS).close()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Note the connection before its thread starts."""
+        with self.all_closed:
+            self.open_connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Forget the connection once it is closed."""
+        super().shutdown_request(request)
+        with self.all_closed:
+            self.open_connections.discard(request)
+            self.all_closed.notify_all()
+
+    def end_connections(self) -> None:
+        """Shut every connection and wait, within a bound, until their threads have let go."""
+        with self.all_closed:
+            for connection in self.open_connections:
+                try:
+                    connection.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    continue  # the other side was faster
+            self.all_closed.wait_for(lambda: not self.open_connections, CLOSING_SECONDS)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is no error of ours."""
+        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Reads one call after the other from a kept connection and writes each answer in one piece."""
+
+    protocol_version = "HTTP/1.1"
+    server_version = "sandbox"
+    sys_version = ""
+    disable_nagle_algorithm = True
+    wbufsize = -1
+    timeout = IDLE_SECONDS
+    server: Listener
+
+    def do_GET(self) -> None:
+        """Outputs, the page, and the calls of the API that are made by GET."""
+        raw = self._body()
+        if raw is None:
+            return
+        path, _, query = self.path.partition("?")
+        header = self.headers.get("Key") or self.headers.get("Authorization", "").removeprefix("Bearer ")
+        self._send(self.server.site.got(path, query, raw, header))
+
+    def do_POST(self) -> None:
+        """The API."""
+        raw = self._body()
+        if raw is not None:
+            path = self.path.partition("?")[0]
+            self._send(self.server.site.posted(path, self.headers.get("Content-Type", ""), raw))
+
+    def _body(self) -> bytes | None:
+        """The body of the call; None where there is none to be had, and the call is answered or over."""
+        length = self.headers.get("Content-Length", "0")
+        if "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdigit() and len(length) < 9):
+            self.close_connection = True  # what follows can't be told apart from the next call
+            self._send(invalid_request())
+            return None
+        if int(length) > LARGEST_BODY:
+            self.close_connection = True
+            self._send(json_answer({"status": "error", "message": "Invalid API Request"}, status=413))
+            return None
+        raw = self.rfile.read(int(length))
+        if len(raw) < int(length):
+            self.close_connection = True  # the caller went away in the middle of its request
+            return None
+        return raw
+
+    def _send(self, answer: Answer) -> None:
+        headers = {name.title(): value for name, value in answer.headers.items()}
+        if "Content-Length" in headers:
+            self.close_connection = True
+        else:
+            headers["Content-Length"] = str(len(answer.body))
+        if self.close_connection:
+            headers["Connection"] = "close"
+        if answer.drip_seconds:
+            self._drip(answer, headers)
+            return
+        self.send_response(answer.status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(answer.body)
+
+    def _drip(self, answer: Answer, headers: dict[str, str]) -> None:
+        self.log_request(answer.status)
+        lines = [f"{self.protocol_version} {answer.status} {self.responses.get(answer.status, ('Odd', ''))[0]}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+        at_once, slowly = (b"", head + answer.body) if answer.drip_headers else (head, answer.body)
+        self.wfile.write(at_once)
+        for place in range(len(slowly)):
+            self.wfile.write(slowly[place : place + 1])
+            self.wfile.flush()
+            time.sleep(answer.drip_seconds)
+
+    def log_request(self, code: Any = "-", size: Any = "-") -> None:
+        """One line per call where it was asked for: never a query, a header or a body, where a key could be."""
+        if self.server.site.verbose:
+            path = ascii(getattr(self, "path", "").partition("?")[0])[1:-1]
+            sys.stderr.write(f"{self.command} {path} {int(code)}\n")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing else."""
