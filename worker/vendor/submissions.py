@@ -31,9 +31,10 @@ from worker.vendor.fetch_url import (
     site_of,
 )
 from worker.vendor.links import listed, promised
-from worker.vendor.replies import Answer, Question, rule_for
+from worker.vendor.replies import WAITING, Answer, Question, rule_for
 
 _ID_FIELDS = ("id", "training_id", "request_id", "taskId", "task_id", "execution_id", "fetch_id", "job_id")
+_TAKEN = WAITING | {"success"}  # what such answers say can't be a refusal
 _REFUSALS = (AccountRefused, ApiDown, ApiError, Failed, RateLimited, UnknownId)
 
 
@@ -169,11 +170,12 @@ def _of_response(response: Any) -> SubmitAnswer:
 def _submission(answer: SubmitAnswer) -> Submission:
     fields = answer.fields
     _check_is_a_job(fields)
-    reply = _read(answer)
+    word = status_of(fields)
+    reply = None if word in _TAKEN and answer.http_status < 400 else _read(answer)
     if isinstance(reply, _REFUSALS):
         text = f"the API did not take the order: {reply.message or 'it gives no reason'}"
         raise ApiRefused(text, message=reply.message, answer=dict(fields))
-    ready = listed(fields) if status_of(fields) == "success" else listed({})
+    ready = listed(fields if word == "success" else {})
     fetch_url = _text(fields, "fetch_result") or _text(fields, "status_url")
     named = None if fetch_url is None else named_job(fetch_url)
     remote_id = _remote_id(fields)
