@@ -14,7 +14,8 @@ from worker.database import database_now
 from worker.overview import overview, why
 from worker.sandbox import Sandbox, SandboxOptions
 from worker.settings import Settings
-from worker.store.jobs import job_row
+from worker.store.jobs import job_row, outputs_of
+from worker.store.promises import add_promises, promise_row
 from worker.tables import gates, jobs
 
 
@@ -97,6 +98,25 @@ def test_given_such_a_job_past_its_deadline_when_the_hold_is_a_minute_old_then_i
     assert NOT_LISTED in row.error_message
     assert row.completed_at is not None
     assert unlisted.unlisting.told == [unlisted.job_id]
+
+
+def test_given_such_a_job_with_a_promised_link_when_it_would_expire_then_that_is_tried_first(
+    unlisted: Unlisted,
+) -> None:
+    """A link can be fetched without asking the API."""
+    with unlisted.engine.begin() as connection:
+        add_promises(connection, {unlisted.job_id: ("https://h.example/a.png",)})
+    unlisted.unlisting.until(lambda: unlisted.held)
+    unlisted.pass_deadline()
+    unlisted.age_hold()
+    unlisted.unlisting.until(lambda: unlisted.unlisting.row(unlisted.job_id).status == "downloading")
+
+    with unlisted.engine.connect() as connection:
+        [output] = outputs_of(connection, [unlisted.job_id])
+        promise = promise_row(connection, unlisted.job_id)
+    assert (output.url, output.status, unlisted.unlisting.told) == ("https://h.example/a.png", "pending", [])
+    assert promise is not None
+    assert (promise.end_status, promise.end_code) == ("expired", "expired")
 
 
 def test_given_such_a_job_before_its_deadline_then_it_waits(unlisted: Unlisted) -> None:

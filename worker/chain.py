@@ -3,6 +3,7 @@
 Each link of the chain says what it found; the first one that stands in the way gives the advice.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -15,7 +16,7 @@ from worker.core.durations import OLDEST
 from worker.core.gate import BY_HAND, NOT_LISTED, REFUSALS, Gate, Scope
 from worker.core.identity import can_be_asked
 from worker.core.in_words import size, span
-from worker.core.lifecycle import FINAL_STATES
+from worker.core.lifecycle import FINAL_STATES, PROMISE_PATIENCE
 from worker.core.masking import link_host, masked
 from worker.core.pace import Model, Waiting
 from worker.database import database_now
@@ -29,6 +30,7 @@ from worker.store.claims import Level, waiting_levels
 from worker.store.gates import all_gates, last_asked
 from worker.store.holds import patience
 from worker.store.live import due_before
+from worker.store.promises import promise_row
 
 AHEAD_MOST = 10_000
 SOON_SECONDS = 60.0  # who waits longer than that is told how it goes on at once
@@ -64,6 +66,12 @@ class Facts:
     ahead: int
     asked: datetime | None
     settings: Settings
+    promise: Row[Any] | None = None
+
+    @property
+    def trying(self) -> bool:
+        """Whether its outputs are links that were promised, and that nobody listed."""
+        return self.promise is not None and self.promise.end_status is not None
 
     @property
     def working(self) -> bool:
@@ -102,6 +110,7 @@ def read_facts(
         ahead=due_before(connection, levels, job, now=now, most=AHEAD_MOST + 1) if waits else 0,
         asked=last_asked(connection),
         settings=settings,
+        promise=promise_row(connection, job.id),
     )
 
 
@@ -113,6 +122,7 @@ def chain(facts: Facts, peek: Peek | None) -> tuple[list[Step], str]:
     said = answers(facts.job.last_answer)
     if said:
         steps.append(Step("answers", f"{len(said)} kept", "; ".join(_answer(one.age, one.note) for one in said)))
+    steps += _promise(facts)
     steps += [_output(facts, output) for output in facts.outputs]
     steps += _on_done(facts)
     steps += _webhooks(facts)
@@ -141,7 +151,7 @@ def _job(facts: Facts) -> Step:
     job = facts.job
     asked = "" if job.asked_at is None else f", last {span(facts.since(job.asked_at))} ago"
     detail = f"submitted {span(facts.since(job.submitted_at))} ago, {_times(job.polls, 'request')} about it{asked}"
-    if job.ready_at is not None:
+    if job.ready_at is not None and not facts.trying:
         detail += f"; seen ready {span(facts.since(job.ready_at))} ago"
     if job.completed_at is not None:
         detail += f"; {job.status} {span(facts.since(job.completed_at))} ago"
@@ -367,6 +377,25 @@ def _deadline(facts: Facts) -> Step:
 # ── outputs and webhooks ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _promise(facts: Facts) -> Iterator[Step]:
+    promise = facts.promise
+    if promise is None:
+        return
+    links = _times(len(json.loads(promise.urls)), "link")
+    if promise.tried_at is None:
+        if facts.job.status == "pending":
+            yield Step("promise", "kept", f"{links}; tried before the job ends without an output")
+        return
+    tried = f"{links}, tried since {span(facts.since(promise.tried_at))} because the API promised output there"
+    if promise.end_status is None:
+        yield Step("promise", "stored", f"{links}: output came from where the API promised it")
+    elif facts.job.status == "downloading":
+        end = f"if nothing comes, the job ends as {promise.end_code}: {masked(promise.end_message or '')}"
+        yield Step("promise", "tried", f"{tried}; {end}")
+    else:
+        yield Step("promise", "dead", f"{links}: nothing came from where the API promised output")
+
+
 def _output(facts: Facts, output: Row[Any]) -> Step:
     name = f"output {output.position}"
     host = attempt_host(output, renewable=can_be_asked(facts.job.fetch_base, facts.job.remote_id))
@@ -402,6 +431,9 @@ def _about_output(facts: Facts, output: Row[Any], host: str, due: float) -> str:
             return "nothing: it is fetched next"
         case "storage":
             return f"put the storage right (STORAGE_URL), or make room: {again}"
+        case _ if facts.trying:
+            left = PROMISE_PATIENCE.total_seconds() - facts.since(output.listed_at)
+            return f"nothing: {again}, since the API promised it" + (f"; for {span(left)} more" if left > 0 else "")
         case "unreachable" | "http_error":
             left = facts.settings.output_deadline - facts.since(output.listed_at)
             ends = (

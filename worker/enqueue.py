@@ -448,6 +448,7 @@ def _new_job(plan: _Plan, options: _Options, paced: "_Paced", now: datetime) -> 
         due_at=now + timedelta(seconds=wait),
         outputs=submission.outputs,
         left_out=submission.left_out,
+        promised=submission.promised,
         plan=first,
     )
 

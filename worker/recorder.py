@@ -21,7 +21,7 @@ from worker.core.gate import Gate, Heard, Limit, Scope
 from worker.core.lifecycle import AskAgain, End, JobFacts, after_answer, note_of
 from worker.core.measures import COUNTED_AS
 from worker.core.pace import Pace, Waiting
-from worker.core.reply import ApiDown, Processing, Ready, Reply
+from worker.core.reply import ApiDown, Empty, Processing, Ready, Reply
 from worker.database import PATIENCE, database_now, server_trouble, trouble
 from worker.learner import Learner
 from worker.store.claims import ClaimedJob
@@ -213,7 +213,7 @@ class Recorder:
         facts = job.facts if held is None else _with_hold(job, held, now)
         step = after_answer(facts, reply, now=now, least=self._least)
         if not isinstance(step, AskAgain):
-            return Outcome(job, step, note_of(reply), delay=self._delays.get(job.id))
+            return Outcome(job, step, note_of(reply), delay=self._delays.get(job.id), promised=_promised(reply))
         not_ready = isinstance(reply, Processing)
         eta = _new_eta(job, reply)
         waiting = _waiting(job, (now - job.submitted_at).total_seconds(), not_ready=not_ready, eta=eta, now=now)
@@ -221,7 +221,8 @@ class Recorder:
         plan = self._pace.next(waiting, model, spread=self._random.random())
         if isinstance(reply, ApiDown):
             plan = plan._replace(wait=max(plan.wait, TROUBLE_WAIT * (1 + self._random.random())))
-        return Outcome(job, step, step.note, plan, not_ready, eta)
+        promised = _promised(reply) if _is_power_of_two(job.polls) else ()
+        return Outcome(job, step, step.note, plan, not_ready, eta, promised=promised)
 
     def _move_gates(
         self, connection: Connection, asked: Sequence[Asked], known: Mapping[tuple[Scope, str], Gate], now: datetime
@@ -264,6 +265,16 @@ def _new_eta(job: ClaimedJob, reply: Reply) -> float | None:
     if eta is not None and eta > (job.facts.deadline_at - job.submitted_at).total_seconds():
         return None  # beyond the deadline it says nothing
     return None if eta is None or (job.eta is not None and abs(eta - job.eta) < 0.01 * job.eta) else eta
+
+
+def _promised(reply: Reply) -> tuple[str, ...]:
+    """Return the links at which an answer promised outputs."""
+    return reply.promised if isinstance(reply, Processing | Empty) else ()
+
+
+def _is_power_of_two(polls: int) -> bool:
+    """Return whether an answer to this request has its promises kept: every answer repeats them, a few are enough."""
+    return polls & (polls - 1) == 0
 
 
 def _by_gate(asked: Sequence[Asked]) -> dict[tuple[Scope, str], list[Asked]]:

@@ -546,3 +546,59 @@ def test_an_attempt_that_a_crash_cut_short_says_nothing_against_the_link() -> No
     """The next attempt tries the link again, not its proxy."""
     assert source(OutputFacts(attempts=2, proxies=2, ready_at=T0)) == 0
     assert source(OutputFacts(attempts=2, proxies=2, ready_at=T0, last_code="unreachable")) == 1
+
+
+# ── promised links ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+PROMISED = OutputFacts(attempts=1, proxies=0, ready_at=T0, renewable=True, promised=True)
+NO_FILE: list[Attempt] = [
+    DeadLink("HTTP 404"), BadBody("not_media", "a page"), BadBody("truncated", "a part", early=True),
+    Trouble("http_error", "HTTP 500"), Trouble("unreachable", "no answer"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("attempt", NO_FILE, ids=lambda attempt: type(attempt).__name__)
+def test_given_a_promised_link_without_a_file_then_it_is_tried_for_ten_minutes_with_growing_pauses(
+    attempt: Attempt,
+) -> None:
+    waits, moment, attempts = [], 0.0, 0
+    while True:
+        attempts += 1
+        output = replace(PROMISED, attempts=attempts, dead_since=T0, last_code="gone", bad_bodies=attempts)
+        result = after_attempt(output, attempt, now=at(moment), deadline=timedelta(days=1))
+        if isinstance(result, GiveUp):
+            break
+        assert isinstance(result, TryAgain)
+        assert (result.renew, result.counts) == (False, False)
+        waits.append(result.wait)
+        moment += result.wait
+
+    assert waits[:5] == [5, 10, 20, 40, 60]
+    assert set(waits[5:-1]) == {60}
+    assert moment == 600
+    assert result.message.endswith("a promised link, tried for 600 s")
+
+
+def test_given_a_promised_link_when_its_server_says_when_to_come_again_then_it_is_tried_then_or_at_the_end() -> None:
+    soon, late = Trouble("http_error", "HTTP 429", 90.0), Trouble("http_error", "HTTP 429", 3_600.0)
+
+    assert after_attempt(PROMISED, soon, now=at(0), deadline=timedelta(days=1)) == TryAgain(
+        90.0, "http_error", "HTTP 429", counts=False
+    )
+    assert after_attempt(PROMISED, late, now=at(500), deadline=timedelta(days=1)) == TryAgain(
+        100.0, "http_error", "HTTP 429", counts=False
+    )
+
+
+def test_given_a_promised_link_then_a_short_output_deadline_counts_and_storage_trouble_never_ends_it() -> None:
+    dead, full = DeadLink("HTTP 404"), Trouble("storage", "disk full")
+
+    assert isinstance(after_attempt(PROMISED, dead, now=at(60), deadline=timedelta(seconds=60)), GiveUp)
+    assert isinstance(after_attempt(PROMISED, full, now=at(900), deadline=timedelta(seconds=60)), TryAgain)
+
+
+def test_given_a_promised_link_that_no_try_can_mend_then_it_ends_at_once() -> None:
+    for unfit in (Unfit("refused_address", "not public"), Unfit("too_large", "9 GB")):
+        assert after_attempt(PROMISED, unfit, now=at(0), deadline=timedelta(days=1)) == GiveUp(
+            unfit.code, unfit.message
+        )

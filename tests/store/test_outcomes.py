@@ -29,7 +29,7 @@ from worker.store.claims import ClaimedJob
 from worker.store.jobs import cancel, retry
 from worker.store.outcomes import RENEWAL_WAIT, Outcome, Recorded, record_answers, record_attempt, set_aside
 from worker.store.totals import LEFT_OUT, Tally, read_totals
-from worker.tables import bodies, jobs, outputs
+from worker.tables import bodies, jobs, outputs, promises
 
 SOON = NOW + seconds(1)
 FILE = StoredFile("file:///out/0.png", 42, "ab" * 32, Media("image/png", "png"))
@@ -250,6 +250,71 @@ def test_without_fresh_links_the_outputs_go_on_with_what_they_have(engine: Engin
         [claimed] = claim(connection)
         assert _record(connection, claimed, KeepLinks("processing")).outputs == (waits,)
     assert (output_of(engine, waits).due_at, job_of(engine, other).due_at) == (SOON, None)
+
+
+def test_given_a_fresh_link_to_another_kind_of_media_then_all_links_of_the_job_stay(engine: Engine) -> None:
+    with engine.begin() as connection:
+        sound, picture = (add_downloading(connection, name, due_at=NOW) for name in ("1", "2"))
+        waiting = {"renewed": True, "due_at": NOW + RENEWAL_WAIT}
+        links = ("https://cdn/0", "https://cdn/1.wav")
+        voice = [add_output(connection, sound, place, url=link, **waiting) for place, link in enumerate(links)]
+        add_output(connection, picture, 0, url="https://cdn/0.png", **waiting)
+        outcomes = [
+            Outcome(job, RenewLinks((Link("https://fresh/0.png"), Link("https://fresh/1.png"))), "ready")
+            for job in claim(connection)
+        ]
+        recorded = record_answers(connection, outcomes, Tally(), now=SOON)
+
+    with engine.connect() as connection:
+        urls = connection.execute(select(outputs.c.url).order_by(outputs.c.id)).scalars().all()
+    assert urls == ["https://cdn/0", "https://cdn/1.wav", "https://fresh/0.png"]
+    assert len(recorded.outputs) == 3
+    assert {output_of(engine, output_id).due_at for output_id in voice} == {SOON}
+
+
+def _promised(job: ClaimedJob, step: Step, *urls: str) -> Outcome:
+    return Outcome(job, step, "note", promised=urls)
+
+
+def test_given_a_lost_claim_when_its_answer_would_end_the_job_then_no_promise_is_tried(engine: Engine) -> None:
+    end = End("expired", "expired", "late")
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+        [claimed] = claim(connection)
+        cancel(connection, job_id, Tally(), now=NOW)
+        recorded = record_answers(connection, [_promised(claimed, end, "https://h/a.png")], Tally(), now=SOON)
+
+    assert recorded == Recorded((), (), 1)
+    with engine.connect() as connection:
+        assert connection.execute(select(outputs)).all() == connection.execute(select(promises)).all() == []
+
+
+def test_given_ends_of_all_kinds_in_one_batch_then_promises_are_tried_before_those_without_an_output(
+    engine: Engine,
+) -> None:
+    codes = ("not_found", "no_output", "api_failed", "api_error", "expired")
+    with engine.begin() as connection:
+        for code in codes:
+            add_job(connection, code)
+        claimed = {job.remote_id: job for job in claim(connection)}
+        ends = [End("expired" if code == "expired" else "failed", code, f"m {code}") for code in codes]
+        batch = [_promised(claimed[end.code], end, f"https://h/{end.code}.png") for end in ends]
+        recorded = record_answers(connection, batch, Tally(), now=SOON)
+
+    with engine.connect() as connection:
+        found = {row.remote_id: row for row in connection.execute(select(jobs)).all()}
+        kept = {row.job_id: row for row in connection.execute(select(promises)).all()}
+    assert {code: row.status for code, row in found.items()} == {
+        "not_found": "downloading", "no_output": "downloading", "expired": "downloading",
+        "api_failed": "failed", "api_error": "failed",
+    }  # fmt: skip
+    assert len(recorded.outputs) == 3
+    assert sorted(recorded.finished) == sorted(found[code].id for code in ("api_failed", "api_error"))
+    saved = kept[found["expired"].id]
+    assert (saved.tried_at, saved.end_status, saved.end_code, saved.end_message) == (
+        SOON, "expired", "expired", "m expired",
+    )  # fmt: skip
+    assert len(kept) == 3
 
 
 def test_a_job_that_no_statement_can_write_is_set_aside(engine: Engine) -> None:

@@ -48,6 +48,9 @@ TROUBLE_WAIT_LEAST = 5.0
 TROUBLE_WAIT_MOST = 300.0
 RETRY_AFTER_MOST = 3_600.0  # a server that asks for more is asked again all the same
 STORAGE_WAIT = 15.0
+PROMISE_CODES = frozenset({"not_found", "no_output", "expired"})  # of ends before which promised links are tried
+PROMISE_PATIENCE = timedelta(minutes=10)
+PROMISE_WAIT_LEAST, PROMISE_WAIT_MOST = 5.0, 60.0
 EARLY_CODES = frozenset({"not_media", "truncated", "gone"})  # of an attempt before, while the store lagged
 
 
@@ -240,7 +243,7 @@ class OutputFacts:
 
     `attempts` counts this attempt too; `bad_bodies` and `dead_attempts` (since the renewal) do not. `renewable` says
     whether the API can be asked for a fresh link; `ready_at` is when the output was first seen; `last_code` is the
-    trouble of the attempt before.
+    trouble of the attempt before. `promised`: no answer listed the output, so there may never be one at its link.
     """
 
     attempts: int
@@ -252,6 +255,7 @@ class OutputFacts:
     dead_attempts: int = 0
     renewable: bool = True
     last_code: str | None = None
+    promised: bool = False
 
     def patient(self, now: datetime) -> bool:
         """Whether a dead link still has its time to come alive, or to be renewed after it."""
@@ -335,6 +339,8 @@ def after_attempt(
     output: OutputFacts, attempt: Attempt, *, now: datetime, deadline: timedelta
 ) -> StoredFile | TryAgain | GiveUp:
     """What becomes of an output. `deadline` is how long after `ready_at` one in trouble is still tried."""
+    if output.promised:
+        return _after_promised(output, attempt, now=now, until=output.ready_at + min(PROMISE_PATIENCE, deadline))
     late = now >= output.ready_at + deadline
     match _about_the_output(output, attempt):
         case StoredFile() as stored:
@@ -352,6 +358,27 @@ def after_attempt(
                 return GiveUp(code, message)
             least = min(retry_after or 0.0, RETRY_AFTER_MOST)
             return TryAgain(max(_trouble_wait(output.attempts), least), code, message)
+
+
+def _after_promised(
+    output: OutputFacts, attempt: Attempt, *, now: datetime, until: datetime
+) -> StoredFile | TryAgain | GiveUp:
+    """Return what becomes of a promised link: it is tried until it brings a file, with pauses that grow."""
+    match attempt:
+        case StoredFile():
+            return attempt
+        case Unfit():
+            return GiveUp(attempt.code, attempt.message)
+        case Trouble("storage", message):
+            return TryAgain(STORAGE_WAIT, "storage", message)
+    code = "gone" if isinstance(attempt, DeadLink) else attempt.code
+    left = (until - now).total_seconds()
+    if left <= 0:
+        tried = f"a promised link, tried for {(now - output.ready_at).total_seconds():.0f} s"
+        return GiveUp(code, f"{attempt.message}; {tried}")
+    wait = min(PROMISE_WAIT_LEAST * 2 ** min(output.attempts - 1, 10), PROMISE_WAIT_MOST)
+    least = (attempt.retry_after or 0.0) if isinstance(attempt, Trouble) else 0.0
+    return TryAgain(min(max(wait, least), left), code, attempt.message, counts=False)
 
 
 def _about_the_output(output: OutputFacts, attempt: Attempt) -> Attempt:

@@ -29,7 +29,7 @@ from worker.core.identity import FetchAddress, can_be_asked
 from worker.core.lifecycle import JobFacts, OutputFacts, Strikes
 from worker.core.pace import SOONEST, WINDOW
 from worker.store.times import seconds_between
-from worker.tables import MYSQL_FAMILY, bodies, events, jobs, outputs, waiting_account
+from worker.tables import MYSQL_FAMILY, bodies, events, jobs, outputs, promises, waiting_account
 
 Claim = tuple[int, str]  # the id of a row, and the token that its claim is known by
 
@@ -379,8 +379,9 @@ def claim_output(
     if not taken.rowcount:
         return None
     row = connection.execute(
-        select(outputs, jobs.c.remote_id, jobs.c.fetch_base, bodies.c.body)
+        select(outputs, jobs.c.remote_id, jobs.c.fetch_base, bodies.c.body, promises.c.end_status)
         .join(jobs, jobs.c.id == outputs.c.job_id)
+        .outerjoin(promises, promises.c.job_id == outputs.c.job_id)
         .outerjoin(bodies, bodies.c.output_id == outputs.c.id)
         .where(outputs.c.id == output_id)
     ).one()
@@ -402,6 +403,7 @@ def claim_output(
             dead_attempts=row.dead_attempts,
             renewable=can_be_asked(row.fetch_base, row.remote_id),
             last_code=row.error_code,
+            promised=row.end_status is not None,
         ),
         claimed_at=now,
     )

@@ -1,13 +1,12 @@
 """Jobs: put in once, looked up, listed, cancelled, retried, nudged."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, and_, bindparam, case, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, and_, bindparam, case, func, or_, select, update
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from worker.core.identity import FetchAddress
@@ -15,12 +14,13 @@ from worker.core.lifecycle import FINAL_STATES, PRUNED, left_out_note
 from worker.core.pace import Plan
 from worker.core.reply import Link
 from worker.store.batch import folded, unfolded
+from worker.store.listing import INSERT_ROWS, insert_outputs
+from worker.store.promises import add_promises, end_promises, take_back_promises
 from worker.store.times import HAS_DUE_TIME
 from worker.store.totals import Tally
-from worker.tables import MYSQL_FAMILY, bodies, jobs, outputs, waiting_account
+from worker.tables import MYSQL_FAMILY, jobs, outputs, promises, waiting_account
 
 MAX_ID = 2**63 - 1  # what the databases' integers hold
-INSERT_ROWS = 500  # one statement's worth; every database takes that many parameters
 FOLDED_ROWS = 5_000  # the same where all rows are one parameter
 NUDGED_MOST = 100  # a reference that more jobs share says little about any of them
 SAME_JOB = ("account", "fetch_base", "remote_id")
@@ -45,6 +45,7 @@ class NewJob:
     due_at: datetime
     outputs: tuple[Link, ...] = ()
     left_out: int = 0  # outputs that the answer listed beyond these
+    promised: tuple[str, ...] = ()  # addresses where outputs are to appear
     plan: Plan = Plan(0.0)  # noqa: RUF009  # a tuple
     webhook_url: str | None = None
 
@@ -66,6 +67,9 @@ def insert_jobs(connection: Connection, new: Sequence[NewJob], *, now: datetime)
     known = created | _ids(connection, [identity for identity in wanted if identity not in created])
     ready = [(known[identity], job.outputs) for identity, job in wanted.items() if identity in created and job.outputs]
     insert_outputs(connection, ready, now=now, queued=False)
+    add_promises(
+        connection, {created[identity]: wanted[identity].promised for identity in created if wanted[identity].promised}
+    )
     tally = Tally()
     for identity in sorted(created):
         if wanted[identity].left_out:
@@ -165,58 +169,6 @@ def _visible_ids(
         rows = connection.execute(query.with_for_update(read=True) if locking else query)
         ids |= {(row.account, row.fetch_base, row.remote_id): row.id for row in rows}
     return ids
-
-
-def insert_outputs(
-    connection: Connection, found: Iterable[tuple[int, Sequence[Link]]], *, now: datetime, queued: bool
-) -> list[int]:
-    """Puts in an output row for each link of these jobs, due at once; the bytes that an answer carried beside them.
-
-    `queued` where the caller sends their messages after the commit; else the next sweep does. The ids, in order.
-    """
-    links = [(job_id, position, link) for job_id, listed in found for position, link in enumerate(listed)]
-    rows = [
-        {
-            "job_id": job_id,
-            "position": position,
-            "url": link.url,
-            "proxy_urls": json.dumps(link.proxies, ensure_ascii=False),
-            "status": "pending",
-            "listed_at": now,
-            "due_at": now,
-            "queued_at": now if queued else None,
-        }
-        for job_id, position, link in links
-    ]
-    ids: dict[tuple[int, int], int] = {}
-    for start in range(0, len(rows), INSERT_ROWS):
-        ids |= _insert_outputs(connection, rows[start : start + INSERT_ROWS])
-    carried = [
-        {"output_id": ids[job_id, position], "body": link.body}
-        for job_id, position, link in links
-        if link.body is not None
-    ]
-    if carried:
-        connection.execute(insert(bodies), carried)
-    return [ids[job_id, position] for job_id, position, _ in links]
-
-
-def _insert_outputs(connection: Connection, rows: list[dict[str, Any]]) -> dict[tuple[int, int], int]:
-    """Puts output rows in; their ids by job and position."""
-    known = (outputs.c.id, outputs.c.job_id, outputs.c.position)
-    match connection.dialect.name:
-        case "postgresql":
-            names = list(rows[0])
-            fresh = unfolded(outputs, names)
-            statement = insert(outputs).from_select(names, select(*fresh.values())).returning(*known)
-            found = connection.execute(statement, folded(names, rows))
-        case "sqlite":
-            found = connection.execute(insert(outputs).values(rows).returning(*known))
-        case _:
-            connection.execute(insert(outputs), rows)
-            jobs_of_rows = {row["job_id"] for row in rows}
-            found = connection.execute(select(*known).where(outputs.c.job_id.in_(jobs_of_rows)))
-    return {(row.job_id, row.position): row.id for row in found}
 
 
 # ── looking up ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -427,6 +379,7 @@ def retry_all(connection: Connection, job_ids: Iterable[int], *, now: datetime) 
     if not rows:
         return set()
     ids = {row.id for row in rows}
+    take_back_promises(connection, sorted(ids))
     failed = (outputs.c.job_id.in_(ids), outputs.c.status == "failed")
     renewed = set(connection.execute(select(outputs.c.job_id).where(*failed)).scalars())
     connection.execute(update(outputs).where(*failed).values(listed_anew(now)))
@@ -462,41 +415,45 @@ def retry_all(connection: Connection, job_ids: Iterable[int], *, now: datetime) 
 
 
 def settle(connection: Connection, job_id: int, tally: Tally, *, now: datetime) -> str | None:
-    """Ends a job whose outputs are all final; its final state, or None where it is not there yet.
+    """End a job whose outputs are all final; return its final state, or None where it is not there yet.
 
-    A job without any outputs has lost them, and ends as failed: `retry` asks the API for them again. The caller holds
-    the job's row, knows that it is being downloaded, and writes the tally.
+    Where its outputs were promised links, and none of them brought anything, the job ends as it would have without
+    them. A job without any outputs has lost them, and ends as failed: `retry` asks the API for them again. The caller
+    holds the job's row, knows that it is being downloaded, and writes the tally.
     """
-    total, stored, waiting, account, kind = connection.execute(
+    of_job = [select(column).where(jobs.c.id == job_id).scalar_subquery() for column in (jobs.c.account, jobs.c.kind)]
+    saved = (promises.c.end_status, promises.c.end_code, promises.c.end_message)
+    of_promise = [select(column).where(promises.c.job_id == job_id).scalar_subquery() for column in saved]
+    total, stored, waiting, account, kind, end_status, end_code, end_message = connection.execute(
         select(
             func.count(),
             _count(outputs.c.status == "stored"),
             _count(outputs.c.status == "pending"),
-            *(select(column).where(jobs.c.id == job_id).scalar_subquery() for column in (jobs.c.account, jobs.c.kind)),
+            *of_job,
+            *of_promise,
         ).where(outputs.c.job_id == job_id)
     ).one()
     if waiting:
         return None
-    whole = total == stored > 0
-    code, message = "output_failed", f"{total - stored} of {total} outputs could not be stored"
-    if not total:
-        code, message = "no_output", "its outputs are missing in the database; `retry` asks for them again"
+    if end_status is not None and stored:
+        end_promises(connection, job_id)
+    values: dict[str, Any] = {"error_code": None}  # its message stays: it may say that outputs were left out
+    status = "completed"
+    if end_status is not None and not stored:
+        status = end_status  # it never was ready
+        values = {"error_code": end_code, "error_message": end_message, "ready_at": None}
+    elif not total:
+        status, message = "failed", "its outputs are missing in the database; `retry` asks for them again"
+        values = {"error_code": "no_output", "error_message": message}
+    elif total != stored:
+        status, message = "failed", f"{total - stored} of {total} outputs could not be stored"
+        values = {"error_code": "output_failed", "error_message": message}
+    free = {"due_at": None, "claim_token": None, "claim_holder": None}
     connection.execute(
-        update(jobs)
-        .where(jobs.c.id == job_id)
-        .values(
-            status="completed" if whole else "failed",
-            completed_at=now,
-            due_at=None,
-            claim_token=None,
-            claim_holder=None,
-            error_code=None if whole else code,
-            # Of a completed job it stays: it may say that outputs were left out.
-            **({} if whole else {"error_message": message}),
-        )
+        update(jobs).where(jobs.c.id == job_id).values(status=status, completed_at=now, **free, **values)
     )
-    tally.finished(account, kind, "completed" if whole else "failed")
-    return "completed" if whole else "failed"
+    tally.finished(account, kind, status)
+    return status
 
 
 def _count(condition: ColumnElement[bool]) -> ColumnElement[int]:

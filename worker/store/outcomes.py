@@ -1,8 +1,9 @@
 """Outcomes: writing what an answer or a download attempt led to, only where the claim still stands."""
 
 import json
+import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple, cast
@@ -11,6 +12,7 @@ from sqlalchemy import Connection, delete, select, update
 
 from worker.core.answers import answer_line
 from worker.core.lifecycle import (
+    PROMISE_CODES,
     AskAgain,
     Deliver,
     End,
@@ -22,12 +24,18 @@ from worker.core.lifecycle import (
     TryAgain,
     left_out_note,
 )
+from worker.core.link_kinds import may_replace
 from worker.core.pace import Plan
+from worker.core.reply import Link
 from worker.store.batch import write_claimed
 from worker.store.claims import ClaimedJob, ClaimedOutput
-from worker.store.jobs import insert_outputs, settle
+from worker.store.jobs import settle
+from worker.store.listing import insert_outputs
+from worker.store.promises import PromisedEnd, keep_promises, promised_links, try_promises
 from worker.store.totals import Tally
 from worker.tables import bodies, jobs, outputs
+
+log = logging.getLogger(__name__)
 
 RENEWAL_WAIT = timedelta(hours=1)  # how long an output waits for its fresh link before it is tried as it is
 
@@ -42,6 +50,7 @@ class Outcome(NamedTuple):
     not_ready: bool = False
     eta: float | None = None  # a new one, where the answer brought it
     delay: float | None = None  # seconds from ready to seen, where it is ready, as far as can be told
+    promised: tuple[str, ...] = ()  # links that the answer promised, where they are to be kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +72,12 @@ def record_answers(connection: Connection, batch: Sequence[Outcome], tally: Tall
         by_kind[type(outcome.step)].append(outcome)
     asked_again = _ask_again(connection, by_kind[AskAgain], now)
     queue, empty, delivered = _deliver(connection, by_kind[Deliver], tally, now)
-    ended = _end(connection, by_kind[End], tally, now)
+    promised = _promised(connection, by_kind[End])
+    tried, trying = _try_promised(connection, by_kind[End], promised, tally, now)
+    ended = _end(connection, [outcome for outcome in by_kind[End] if outcome.job.id not in promised], tally, now)
     fresh, renewed = _renew(connection, by_kind[RenewLinks] + by_kind[KeepLinks], now)
-    written = asked_again + delivered + len(ended) + renewed
-    return Recorded((*queue, *fresh), (*empty, *ended), len(batch) - written)
+    written = asked_again + delivered + trying + len(ended) + renewed
+    return Recorded((*queue, *tried, *fresh), (*empty, *ended), len(batch) - written)
 
 
 def _row(outcome: Outcome, now: datetime, **values: Any) -> dict[str, Any]:
@@ -103,10 +114,14 @@ def _ask_again(connection: Connection, batch: Sequence[Outcome], now: datetime) 
         if outcome.eta is not None:
             row |= {"eta": outcome.eta, "eta_at": now}
         groups[struck, outcome.eta is not None, outcome.not_ready].append(row)
-    return sum(
-        len(write_claimed(connection, rows, now=now, asked_at=now, **({"not_ready_at": now} if not_ready else {})))
+    written = [
+        write_claimed(connection, rows, now=now, asked_at=now, **({"not_ready_at": now} if not_ready else {}))
         for (_, _, not_ready), rows in groups.items()
-    )
+    ]
+    promised = {outcome.job.id: outcome.promised for outcome in batch if outcome.promised}
+    if promised:
+        keep_promises(connection, {job_id: promised[job_id] for ids in written for job_id in ids & promised.keys()})
+    return sum(map(len, written))
 
 
 def _deliver(
@@ -156,8 +171,38 @@ def _end(connection: Connection, batch: Sequence[Outcome], tally: Tally, now: da
     return sorted(written)
 
 
+def _promised(connection: Connection, batch: Sequence[Outcome]) -> dict[int, tuple[str, ...]]:
+    """Return the promised links of jobs that would end without an output, by job."""
+    outcomes = [outcome for outcome in batch if cast("End", outcome.step).code in PROMISE_CODES]
+    fresh = {outcome.job.id: outcome.promised for outcome in outcomes if outcome.promised}
+    return promised_links(connection, [outcome.job.id for outcome in outcomes if not outcome.promised]) | fresh
+
+
+def _try_promised(
+    connection: Connection,
+    batch: Sequence[Outcome],
+    promised: Mapping[int, tuple[str, ...]],
+    tally: Tally,
+    now: datetime,
+) -> tuple[list[int], int]:
+    """Have promised links tried before their jobs end: (outputs to download, how many jobs were written)."""
+    outcomes = [outcome for outcome in batch if outcome.job.id in promised]
+    rows = [_row(outcome, now, status="downloading") for outcome in outcomes]
+    written = write_claimed(connection, rows, now=now, due_at=None, ready_at=now)
+    ends = []
+    for outcome in outcomes:
+        job = outcome.job
+        if job.id in written:
+            tally.polled(job.account, job.kind, job.polls)
+            ends.append(PromisedEnd(job.id, cast("End", outcome.step), promised[job.id]))
+    return try_promises(connection, ends, now=now, queued=True), len(written)
+
+
 def _renew(connection: Connection, batch: Sequence[Outcome], now: datetime) -> tuple[list[int], int]:
-    """Gives the unstored outputs of jobs their fresh links, by position, and sets them off at once."""
+    """Give the unstored outputs of jobs their fresh links, by position, and set them off at once.
+
+    Where a fresh link is of another kind than the old one, the answer is about another job, and all links stay.
+    """
     written = write_claimed(connection, [_row(outcome, now) for outcome in batch], now=now, due_at=None)
     links = {
         outcome.job.id: outcome.step.outputs if isinstance(outcome.step, RenewLinks) else ()
@@ -167,7 +212,7 @@ def _renew(connection: Connection, batch: Sequence[Outcome], now: datetime) -> t
     if not links:
         return [], 0
     waiting = connection.execute(
-        select(outputs.c.id, outputs.c.job_id, outputs.c.position)
+        select(outputs.c.id, outputs.c.job_id, outputs.c.position, outputs.c.url)
         .where(
             outputs.c.job_id.in_(links),
             outputs.c.status == "pending",
@@ -176,6 +221,9 @@ def _renew(connection: Connection, batch: Sequence[Outcome], now: datetime) -> t
         )
         .order_by(outputs.c.id)
     ).all()
+    for job_id in {row.job_id for row in waiting if not _may_replace(links[row.job_id], row)}:
+        log.warning("fresh links lead to another kind of media, the old ones are kept job=%s", job_id)
+        links[job_id] = ()
     for row in waiting:
         found = links[row.job_id]
         values: dict[str, Any] = {"due_at": now, "queued_at": now}
@@ -184,6 +232,10 @@ def _renew(connection: Connection, batch: Sequence[Outcome], now: datetime) -> t
             values |= {"url": link.url, "proxy_urls": json.dumps(link.proxies, ensure_ascii=False)}
         connection.execute(update(outputs).where(outputs.c.id == row.id).values(values))
     return [row.id for row in waiting], len(written)
+
+
+def _may_replace(fresh: Sequence[Link], output: Any) -> bool:
+    return output.position >= len(fresh) or may_replace(fresh[output.position].url, output.url)
 
 
 def set_aside(connection: Connection, job: ClaimedJob, message: str, *, now: datetime) -> bool:

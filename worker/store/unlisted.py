@@ -7,9 +7,10 @@ from datetime import datetime, timedelta
 from sqlalchemy import Connection, select, update
 
 from worker.core.gate import NOT_LISTED, Gate, unlisted
-from worker.core.lifecycle import AFTER_HOLD_GRACE
+from worker.core.lifecycle import AFTER_HOLD_GRACE, End
 from worker.store.claims import Level
 from worker.store.gates import locked_gate, save_gate
+from worker.store.promises import PromisedEnd, promised_links, try_promises
 from worker.store.totals import Tally
 from worker.tables import jobs
 
@@ -70,11 +71,18 @@ def _expire(connection: Connection, level: Level, tally: Tally, now: datetime) -
     if not rows:
         return []
     message = f"could not be asked by its deadline: {level.host} is {NOT_LISTED}; add it there, then `retry`"
+    promised = promised_links(connection, [row.id for row in rows])
+    trying = [PromisedEnd(job_id, End("expired", "expired", message), urls) for job_id, urls in promised.items()]
+    if trying:
+        downloading = {"status": "downloading", "ready_at": now, "due_at": None}
+        connection.execute(update(jobs).where(jobs.c.id.in_(promised)).values(downloading))
+        try_promises(connection, trying, now=now, queued=False)
+    over = [row for row in rows if row.id not in promised]
     connection.execute(
         update(jobs)
-        .where(jobs.c.id.in_([row.id for row in rows]))
+        .where(jobs.c.id.in_([row.id for row in over]))
         .values(status="expired", error_code="expired", error_message=message, completed_at=now, due_at=None)
     )
-    for row in rows:
+    for row in over:
         tally.finished(row.account, row.kind, "expired")
-    return [row.id for row in rows]
+    return [row.id for row in over]

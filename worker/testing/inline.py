@@ -19,6 +19,7 @@ from sqlalchemy.exc import OperationalError
 
 from worker import enqueue
 from worker.addresses import Guard, guarded_adapter
+from worker.core.lifecycle import PROMISE_PATIENCE
 from worker.core.webhook import headers
 from worker.database import database_now, trouble
 from worker.downloader import Downloader
@@ -42,7 +43,7 @@ from worker.testing.stand_in import KEY, FetchApi
 from worker.webhooks import BATCH
 
 LEASE = timedelta(days=365)  # nobody else works here, and the clock leaps
-GRACE = timedelta(minutes=10)  # how long after its last deadline a job may go on
+GRACE = timedelta(minutes=10) + PROMISE_PATIENCE  # how long after its last deadline a job may go on
 STEPS_MOST = 20_000
 SAME_MOMENT_MOST = 1_000
 
