@@ -339,6 +339,22 @@ def test_status_tells_how_everything_stands(database: Engine, run: Run, monkeypa
     assert "no key for account default" in run("status").out
 
 
+def test_status_shows_a_host_that_is_held_as_json_too(database: Engine, run: Run) -> None:
+    """Its times are texts, like all others."""
+    with database.begin() as connection:
+        connection.execute(
+            insert(gates).values(
+                scope="host", name="api.example", proven=True, reason="unreachable: HTTP 404", since=NOW
+            )
+        )
+
+    held = run("status", "--json").document["hosts"]
+
+    assert [row["host"] for row in held] == ["api.example"]
+    assert held[0]["since"] == NOW.isoformat().replace("+00:00", "Z")
+    assert set(held[0]) == {"host", "reason", "since", "until"}
+
+
 def test_status_is_unhealthy_where_due_work_waits(database: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Liveness by work, not by processes."""
     monkeypatch.setenv("SD_API_KEY", "k")

@@ -14,6 +14,7 @@ from tests.acceptance.canary import canary_key
 from tests.acceptance.celery_user import celery_user
 from tests.acceptance.downloads import bucket, downloads
 from tests.acceptance.engine import budget, dripping_api, million_rows, two_accounts, unannounced_limit, wake_up
+from tests.acceptance.families import families
 from tests.acceptance.jobs import Size
 from tests.acceptance.main_job import kills, main_job, track_races
 from tests.acceptance.pace import pace
@@ -55,6 +56,7 @@ def programs(options: argparse.Namespace) -> Mapping[str, Program]:
         "recovery": lambda home: recovery(place, home, options.kills, options.recovery_seconds),
         "restarts": lambda home: restarts(place, home),
         "webhooks": lambda home: webhooks(place, home, few),
+        "families": lambda home: families(place, home),
         "celery-user": lambda home: celery_user(place, home, few),
     }
 

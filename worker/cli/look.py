@@ -147,7 +147,10 @@ def _status_document(state: Overview) -> dict[str, Any]:
             }
             for one in state.accounts
         ],
-        "hosts": [asdict(one) for one in state.hosts],
+        "hosts": [
+            {"host": host.host, "reason": host.reason, "since": moment(host.since), "until": moment(host.until)}
+            for host in state.hosts
+        ],
         "oldest_due_seconds": state.oldest_due_seconds,
         "healthy": state.healthy,
         "outputs": {
