@@ -97,7 +97,7 @@ REAL_ANSWERS: list[tuple[str, int, object, Reply]] = [
     ("29 null id", 200, success(["https://h/a.glb"], id=None, warning="", webhook_status=""), Ready((Link("https://h/a.glb"),))),
     ("30 no id", 200, success([A], warning=""), Ready((Link(A),))),
     ("31 id as text", 200, success([A], id=ID), Ready((Link(A),))),
-    ("32 queued with links", 200, {"status": "queued", "taskId": "a352", "links": [WAV], "message": "Request has been queued"}, Processing()),
+    ("32 queued with links", 200, {"status": "queued", "taskId": "a352", "links": [WAV], "message": "Request has been queued"}, Processing(promised=(WAV,))),
     ("33 broken JSON", 200, '{ { "eta": 5, "status":"queued" }}', Unread("HTTP 200 with no JSON object (34 bytes)")),
     ("33a no status", 200, {"generationTime": 1.57, "id": 12202888, "links": [WAV], "proxy_links": [CDN], "meta": {"id": None}}, Unread("HTTP 200 without a status")),
     ("33b proxy link is plain text", 200, success([A], proxy_links=CDN), Ready((Link(A, (CDN,)),))),

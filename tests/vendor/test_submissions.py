@@ -116,7 +116,7 @@ ANSWERS: list[tuple[dict[str, object], Submission]] = [
         {"status": "success", "messege": "deploying_gpu", "training_id": "F5jvdz"},
         Submission("F5jvdz", own_path=TRAINING),
     ),
-    ({"status": "queued", "taskId": "a352-b", "links": [A]}, Submission("a352-b")),
+    ({"status": "queued", "taskId": "a352-b", "links": [A]}, Submission("a352-b", promised=(A,))),
     ({"status": "processing", "id": None, "request_id": 8}, Submission("8")),
     ({"id": 7, "model_id": "midjourney"}, Submission("7", model="midjourney")),
     ({"id": 7, "meta": {"model_id": " sdxl "}}, Submission("7", model="sdxl")),

@@ -9,7 +9,7 @@ from worker.core.numbers import positive
 from worker.core.plain_text import plain_text
 
 MAX_MESSAGE = 500
-_MESSAGE_FIELDS = ("message", "messege", "error_message", "msg", "detail")
+_MESSAGE_FIELDS = ("message", "messege", "error_message", "msg", "detail", "title")
 _TRAINING_FIELDS = ("model_training_status", "training_status", "messege", "message")
 
 
@@ -44,7 +44,7 @@ def status_of(answer: Mapping[str, Any]) -> str:
         return plain_text(status.strip()[:100]).strip().lower()
     if status is False or http_status_of(answer) is not None:
         return "error"
-    if status is None and (answer.get("success") is False or answer.get("error")):
+    if status is None and (answer.get("success") is False or answer.get("error") or answer.get("errors")):
         return "error"
     return ""
 

@@ -35,6 +35,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("*/fine_tune/**", "v3/fine_tune_status", "path", "training"),
     Family("*/lora_fine_tune/**", "v3/fine_tune_status", "path", "training"),
     Family("*/fine_tune_v2/**", "v3/fine_tune_status", "path", "training"),
+    Family("*/fine_tune_status/**", "v3/fine_tune_status", "path", "training"),
     # Version 3 and its communities. A captured text2video of version 5 is fetched at v3.
     Family("v3/dreambooth/**", "v3/dreambooth/fetch", "path", "picture"),
     Family("v3/text2video/**", "v3/fetch", "path", "video"),
@@ -43,14 +44,12 @@ FAMILIES: tuple[Family, ...] = (
     Family("v4/**", "v3/fetch", "path", "picture"),
     Family("v5/text2video/**", "v3/fetch", "path", "video"),
     Family("v5/**", "v3/fetch", "path", "picture"),
-    # Version 6: each family has its own fetch path, but for two that share another's.
+    # Version 6: each family has its own fetch path; transcripts have another's.
     Family("v6/images/**", "v6/images/fetch", "path", "picture"),
     Family("v6/realtime/**", "v6/realtime/fetch", "path", "picture"),
     Family("v6/image_editing/**", "v6/image_editing/fetch", "path", "picture"),
     Family("v6/fashion/**", "v6/fashion/fetch", "path", "picture"),
     Family("v6/interior/**", "v6/interior/fetch", "path", "picture"),
-    Family("v6/deepfake/**", "v6/deepfake/fetch", "path", "any"),
-    Family("v6/faceswap/**", "v6/faceswap/fetch", "path", "any"),
     Family("v6/video/**", "v6/video/fetch", "path", "video"),
     Family("v6/voice/speech_to_text/**", "v6/whisper/fetch", "path", "text"),
     Family("v6/whisper/**", "v6/whisper/fetch", "path", "text"),
@@ -60,14 +59,13 @@ FAMILIES: tuple[Family, ...] = (
     # Version 7.
     Family("v7/images/**", "v7/images/fetch", "path", "picture"),
     Family("v7/video-fusion/**", "v7/video-fusion/fetch", "path", "video"),
-    Family("v7/voice/**", "v7/voice/fetch", "path", "any"),
     # Enterprise: a server of its own per model. The text-to-image server alone takes the id in the body.
     Family("v1/enterprise/*", "v1/enterprise/fetch", "request_id", "picture"),
     Family("v1/enterprise/speech_to_text/**", "v1/enterprise/speech_to_text/fetch", "path", "text"),
     Family("v1/enterprise/{server}/**", "v1/enterprise/{server}/fetch", "path", "any"),
     # Workflows: a run is asked for by GET.
     Family("v1/workflows/{server}/**", "v1/workflows/{server}/runs", "get", "any"),
-    # A family that is newer than this table, by the pattern of the others.
+    # All others, and those that are newer than this table, by the same pattern: face swaps, voices of version 7.
     Family("{version}/{server}/*/**", "{version}/{server}/fetch", "path", "any"),
     Family("{version}/*", "{version}/fetch", "path", "any"),
 )
@@ -75,13 +73,13 @@ FAMILIES: tuple[Family, ...] = (
 TRAINING = "/api/v3/fine_tune_status"
 CHAT = "/api/v6/llm/get_queued_response"
 _RUNS = re.compile(r"/api/v1/workflows/[A-Za-z0-9_-]+/runs")
-_NAME = re.compile(r"/api/v[0-9]+/(?P<name>.*?)/?fetch")
+_KIND_NAME = re.compile(r"/api/v[0-9]+/(?:(?P<name>[A-Za-z0-9_/-]*)/)?fetch")
 
 # The fetch paths that a job may have besides `/api/v<n>/…fetch`, each with its id at the end, or in the body.
 OTHER_FETCH_PATHS = rf"{TRAINING}|{CHAT}|{_RUNS.pattern}"
 
 
-def _pattern(order: str) -> re.Pattern[str]:
+def _order_pattern(order: str) -> str:
     parts = []
     for part in order.split("/"):
         if part == "**":
@@ -94,26 +92,43 @@ def _pattern(order: str) -> re.Pattern[str]:
             parts.append("/(?P<server>[A-Za-z0-9_-]{1,100})")
         else:
             parts.append(f"/{re.escape(part)}")
-    return re.compile("".join(parts))
+    return "".join(parts)
 
 
-_ORDERS = tuple((_pattern(family.order), family) for family in FAMILIES)
+_FETCH = re.compile(
+    r"/(?P<fetch>v[0-9]{1,3}(?:/[A-Za-z0-9_-]{1,100})*?/fetch)(?:/[A-Za-z0-9_.-]{1,100})?", re.IGNORECASE
+)
+_ORDERS = tuple(re.compile(_order_pattern(family.order), re.IGNORECASE) for family in FAMILIES)
 
 
 @lru_cache(maxsize=256)
 def family_of_order(path: str) -> Family | None:
     """Return the family of an order that was posted to `/api/` and `path`; its `fetch` has no names left to fill in.
 
+    A path that a job is fetched at, with or without an id, stands for its family, too.
+
     >>> family_of_order("v6/video/text2video").fetch
     'v6/video/fetch'
-    >>> family_of_order("v1/enterprise/flux/text2img").fetch
+    >>> family_of_order("V1/Enterprise/Flux/Text2Img").fetch
     'v1/enterprise/flux/fetch'
+    >>> family_of_order("v1/enterprise/fetch/7")[1:3]
+    ('v1/enterprise/fetch', 'request_id')
     """
-    for pattern, family in _ORDERS:
+    if match := _FETCH.fullmatch(f"/{path}"):
+        fetch = match["fetch"].lower()
+        rows = [row for row in FAMILIES if row.fetch == fetch] or [Family(path, fetch, "path", "any")]
+        return rows[0] if len({row.media for row in rows}) == 1 else rows[0]._replace(media="any")
+    for pattern, family in zip(_ORDERS, FAMILIES, strict=True):
         match = pattern.fullmatch(f"/{path}")
         if match is not None:
-            return family._replace(fetch=family.fetch.format(**match.groupdict()))
+            names = match.groupdict()
+            return family._replace(fetch=family.fetch.format(**(names if family.how == "get" else _lower(names))))
     return None
+
+
+def _lower(names: dict[str, str]) -> dict[str, str]:
+    """Return the names of servers and versions as the API writes them. Ids of workflows stay as they are."""
+    return {name: value.lower() for name, value in names.items()}
 
 
 def how_asked(fetch_path: str) -> How:
@@ -143,8 +158,8 @@ def kind_of(fetch_path: str) -> str:
         return "chat"
     if _RUNS.fullmatch(fetch_path):
         return "workflow"
-    match = _NAME.match(fetch_path)
-    name = match["name"].rstrip("/").replace("/", "-") if match else ""
+    match = _KIND_NAME.fullmatch(fetch_path)
+    name = (match["name"] or "").replace("/", "-") if match else ""
     return name[:MAX_KIND] or "image"
 
 

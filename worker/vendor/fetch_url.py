@@ -25,7 +25,9 @@ _FETCH_PATH = re.compile(
 )
 _ROOT = re.compile(r"https?://[^/]*")
 _LOOPBACK = re.compile(r"localhost|127(?:\.[0-9]{1,3}){3}|\[::1\]")
-_ORDER_PATH = re.compile(r"/?(?:api/)?(?P<path>v[0-9]{1,3}(?:/[A-Za-z0-9_.-]{1,100}){1,10})/?")
+_ORDER_PATH = re.compile(r"(?:api/)?(?P<path>v[0-9]{1,3}(?:/[A-Za-z0-9_.-]{1,100}){1,10})", re.IGNORECASE)
+_SLASHES = re.compile(r"/+")
+_BELOW_API = re.compile(r"/api/v[0-9]{1,3}/", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +183,10 @@ def order_at(endpoint: object, api: AllowedApi) -> Order:
     if not isinstance(endpoint, str):
         raise NotTrackable(f"endpoint is the URL or path that the order was posted to, not {type(endpoint).__name__}")
     text = endpoint.strip()
-    site = site_of(api)
-    path = text
+    site, path = site_of(api), re.split("[?#]", text, maxsplit=1)[0]
+    named = path.partition("/")[0].lower()
+    if "://" not in text and named in api.hosts:
+        text = f"{site.partition('://')[0] if named == api_host(api.url) else 'https'}://{text}"
     if "://" in text:
         parts = _split(text)
         if parts is None:
@@ -193,7 +197,7 @@ def order_at(endpoint: object, api: AllowedApi) -> Order:
                 f"the host {host!r} of endpoint is refused: it is not on SD_API_HOSTS ({', '.join(sorted(api.hosts))})"
             )
         site, path = own_site, parts.path
-    match = _ORDER_PATH.fullmatch(path)
+    match = _ORDER_PATH.fullmatch(_SLASHES.sub("/", path[:MAX_ADDRESS]).strip("/"))
     family = None if match is None else family_of_order(match["path"])
     if family is None:
         raise NotTrackable(
@@ -215,9 +219,9 @@ def order_of_response(url: object, api: AllowedApi) -> Order | None:
         return order_at(f"{parts.scheme}://{parts.netloc}{parts.path}", api)
     except NotTrackable:
         pass
-    below = parts.path.find("/api/")
+    below = list(_BELOW_API.finditer(parts.path))
     try:
-        return order_at(parts.path[below:], api) if below >= 0 else None
+        return order_at(parts.path[below[-1].start() :], api) if below else None
     except NotTrackable:
         return None
 

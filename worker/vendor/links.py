@@ -16,7 +16,8 @@ MAX_DEPTH = 8
 MAX_PROMISED = 20
 
 # The fields that hold a success's outputs, best first. The vendor's own command line tool reads `output`, then
-# `output_url`, then `future_links`; `links` and `link` come from voice and cropping; the others from clients.
+# `output_url`, then `future_links`; `links` and `link` come from voice and cropping; the others from clients, of which
+# some read an envelope (`data`, `result`), or the outputs that `meta` repeats.
 OUTPUT_FIELDS = (
     "output",
     "outputs",
@@ -34,19 +35,25 @@ OUTPUT_FIELDS = (
     "assets",
     "result",
     "results",
+    *("image_url", "video_url", "audio_url", "file_url", "download_url", "image", "video", "audio", "data"),
 )
 _MAIN_FIELDS = frozenset({"output", "outputs", "proxy_links", "links"})  # any text there is meant as an output
 PROXY_FIELD = "proxy_links"
 PROMISE_FIELD = "future_links"
+_PROMISES = (PROMISE_FIELD, "links")  # a queued order may name its outputs-to-be under `links` alone
 # Fields beside an output that hold other addresses: what the order was made from, previews, help, callbacks.
 _NO_OUTPUT = re.compile(
     r"(?:^|[_-])(?:init|input|inputs|source|src|mask|target|reference|ref|prompt|thumbnail|thumb"
     r"|preview|poster|webhook|callback|docs|doc|help|tip|tips|tip_1|meta|metadata|message|messege|status|fetch|license"
-    r"|page|homepage|website|schema|model)(?:$|[_-])"
+    r"|page|homepage|website|schema)(?:$|[_-])"
 )
+_MODEL = re.compile(r"(?:^|[_-])model(?:$|[_-])")  # the model that was used, unless it is a file: then the one made
+_MODEL_FILE = re.compile(r"\.(?:glb|gltf|obj|ply|fbx|stl|usdz|zip|safetensors)\b", re.IGNORECASE)
+_PLACEHOLDERS = frozenset({"null", "none", "n/a", "undefined", "false", "true", "processing", "pending", "queued"})
 
 _DATA = re.compile(r"data:(?P<head>[^,]{0,200}),", re.IGNORECASE)
 _ADDRESS = re.compile(r"https?://[^\s/]", re.IGNORECASE)
+_BETWEEN = re.compile(r"(?<![\s,])[\s,]++(?=https?://)", re.IGNORECASE)  # between the addresses in one text
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]++={0,2}")  # possessive: megabytes that do not match cost one pass
 _BLANK = re.compile(r"\s")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -73,7 +80,8 @@ def listed(answer: Mapping[str, object]) -> Listed:
             found = links(value, None if name == PROXY_FIELD else proxies, strict=name not in _MAIN_FIELDS)
             if found.links:
                 return found
-    return Listed((), 0)
+    meta = answer.get("meta")
+    return links(meta.get("output"), strict=True) if isinstance(meta, dict) else Listed((), 0)
 
 
 def promised(answer: Mapping[str, object]) -> tuple[str, ...]:
@@ -82,11 +90,13 @@ def promised(answer: Mapping[str, object]) -> tuple[str, ...]:
     >>> promised({"future_links": ["https://h/a.mp4", "", 5]})
     ('https://h/a.mp4',)
     """
-    value = answer.get(PROMISE_FIELD)
-    if not value:
-        return ()
-    addresses = (stored_address(text) for text in _texts(value) if _is_address(text) and len(text) <= MAX_URL)
-    return tuple(dict.fromkeys(addresses))[:MAX_PROMISED]
+    for name in _PROMISES:
+        value = answer.get(name)
+        if value:
+            addresses = (stored_address(text) for text in _texts(value) if _is_address(text) and len(text) <= MAX_URL)
+            if found := tuple(dict.fromkeys(addresses))[:MAX_PROMISED]:
+                return found
+    return ()
 
 
 def links(output: object, proxy_links: object = None, *, strict: bool = False) -> Listed:
@@ -125,7 +135,14 @@ def _texts(value: object, proxies: list[str] | None = None, depth: int = 0, *, s
     """Yield the texts that may be outputs. Those under `proxy_links` of an inner object go to `proxies` instead."""
     if isinstance(value, str):
         text = value.strip()
-        if text and (_is_output(text) or not (strict or _BLANK.search(text))):
+        if not text:
+            return
+        if _is_address(text):
+            if text.count("://") == 1:
+                yield text
+            else:
+                yield from _BETWEEN.split(text)
+        elif _is_output(text) or not (strict or _BLANK.search(text) or text.lower() in _PLACEHOLDERS):
             yield text
     elif depth < MAX_DEPTH and isinstance(value, list):
         for item in value:
@@ -135,8 +152,15 @@ def _texts(value: object, proxies: list[str] | None = None, depth: int = 0, *, s
             if name == PROXY_FIELD:
                 if proxies is not None:
                     proxies += [text for text in _texts(item, None, depth + 1) if _is_address(text)]
-            elif name != PROMISE_FIELD and not _NO_OUTPUT.search(str(name).lower()):
+            elif name != PROMISE_FIELD and _holds_outputs(str(name).lower(), item):
                 yield from _texts(item, proxies, depth + 1, strict=True)
+
+
+def _holds_outputs(name: str, item: object) -> bool:
+    """Return whether a field beside an output may hold another one."""
+    if _NO_OUTPUT.search(name):
+        return False
+    return not (_MODEL.search(name) and isinstance(item, str)) or _MODEL_FILE.search(str(item)[:MAX_URL]) is not None
 
 
 def _is_output(text: str) -> bool:

@@ -1,16 +1,13 @@
 """What an answer means: (HTTP status, headers, body) in, one typed reply out. It is total: it never raises.
 
 `RULES` is read from the top, and the first rule that fits decides. Each says why it stands where it stands, and gives
-an answer that no other rule reads in the same way. The words of an answer are matched against `PHRASES`, only where the
-answer calls itself an error or a failure: prompts that a success repeats can contain any words.
+an answer that is read differently without it. What the words of an error mean is in `worker.vendor.phrases`.
 """
-# ruff: noqa: E501  # a table has one line per phrase
 
 import re
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from worker.core.json_size import MAX_VALUES, too_many_values
 from worker.core.numbers import number, retry_after_seconds
@@ -42,10 +39,12 @@ from worker.vendor.answers import (
     training_words,
 )
 from worker.vendor.links import listed, promised
+from worker.vendor.phrases import ACCOUNT, OF_THE_JOB, PASSING, RUN_OUT, Meaning, meaning_of
 
 RETRY_DEFAULT = 30.0  # seconds; the vendor's own answers ask for as many
 RETRY_LEAST = 1.0
 RETRY_MOST = 900.0
+_DAY = 86_400.0
 
 WAITING = frozenset(
     {
@@ -57,102 +56,10 @@ WAITING = frozenset(
 FAILED_WORDS = frozenset({"failed", "failure"})
 TAUGHT = frozenset({"success", "processing", "failed", "error"})  # what SD_API_STATUS_WORDS may map a word to
 
-Meaning = Literal[
-    "key", "credits", "plan", "request", "limited", "unknown_id", "service", "try_again", "order", "moderated"
-]
-
-
-class Phrase(NamedTuple):
-    """Words of the API: what they mean, the pattern that finds them, and an answer that has them."""
-
-    meaning: Meaning
-    pattern: str
-    example: str
-
-
-# Read from the top: the first that fits. What concerns the account comes before what concerns the rate: "Your monthly
-# limit exceeded" is a plan that has run out, and no pause ends it.
-PHRASES: tuple[Phrase, ...] = (
-    Phrase("key", r"(?:invalid|wrong|incorrect|missing|unknown|bad) api[ _-]?key", "Invalid Api Key"),
-    Phrase("key", r"api[ _-]?key (?:is |was |has been )?(?:required|missing|not found|invalid|not valid|incorrect)",
-           "API key required"),
-    Phrase("key", r"api[ _-]?key.{0,40}(?:expired|revoked|invalid|disabled|deactivated|suspended|blocked|not active)",
-           "Your API key has been revoked"),
-    Phrase("key", r"\bunauthenticated\b|\bunauthori[sz]ed\b|authentication (?:failed|required|error)|invalid token",
-           "Unauthenticated."),
-    Phrase("key", r"(?:account|user) (?:is |was |has been |not )?(?:suspended|blocked|banned|disabled|deactivated|found)",
-           "Your account has been suspended"),
-    Phrase("credits", r"insufficient (?:[a-z]{1,20} )?(?:credits?|balance|funds|tokens?)|insufficient[ _]?quota",
-           "Insufficient credits. Please add more credits to continue."),
-    Phrase("credits", r"(?:not enough|no more|no|out of|low|zero|negative) (?:[a-z]{1,20} )?(?:credits?|balance|funds)\b",
-           "Not enough balance"),
-    Phrase("credits", r"(?:credits?|balance|funds|wallet|quota|tokens?)[a-z ]{0,30} (?:exhausted|used up|is empty|ran out)",
-           "Your credits are exhausted"),
-    Phrase("credits", r"(?:exhausted|used up|run out of|ran out of)[a-z ]{0,30} (?:credits?|balance|funds|quota|tokens?)",
-           "You have run out of credits"),
-    Phrase("credits", r"\b(?:recharge|top[ -]?up|refill)\b|payment required|add (?:more )?(?:credits|funds|money)",
-           "Please recharge your wallet"),
-    Phrase("credits", r"\bwallet\b", "Wallet balance is 0"),
-    Phrase("plan", r"(?:monthly|daily|weekly|yearly|annual|plan|quota|usage|subscription|trial|credits?|free|account)"
-           r" (?:[a-z]{1,20} )?limit (?:is |was |has been |have been )?(?:exceeded|reached|exhausted|over|crossed)",
-           "Your monthly limit exceeded, upgrade subscription now"),
-    Phrase("plan", r"(?:exceeded|reached|used)(?: all)?(?: of)? (?:your|the|this) (?:[a-z]{1,20} ){0,2}"
-           r"(?:monthly|daily|weekly|yearly|annual|plan|quota|usage|subscription|trial|free)\b(?!'s rate)",
-           "You have exceeded your monthly limit"),
-    Phrase("plan", r"quota (?:is |was |has been )?(?:exceeded|reached|exhausted|over)|(?:exceeded|over) (?:your )?quota",
-           "Quota exceeded"),
-    Phrase("plan", r"(?:subscription|plan|trial) (?:is |was |has |has been |have )?(?:expired|required|ended|over|inactive"
-           r"|cancell?ed|not active|not found)", "Your subscription has expired"),
-    Phrase("plan", r"(?:requires?|needs?) an? [a-z ]{0,30}(?:subscription|plan)|no (?:active )?(?:subscription|plan)\b"
-           r"|not (?:available|included|allowed) (?:in|on|with|for) (?:your|the|this|free)[a-z ]{0,30} plan",
-           "This feature requires a premium subscription"),
-    Phrase("request", r"invalid api request", "Invalid API Request"),
-    Phrase("limited", r"rate[ _-]?limit|limit exceeded|spam filter|too many (?:requests|attempts|queued)|throttl"
-           r"|maximum \d{1,6} (?:queued|concurrent|parallel)|slow down|requests? per (?:second|minute|hour)",
-           "Rate limit exceeded. Maximum 5 queued requests allowed."),
-    Phrase("plan", r"(?:upgrade|renew|buy|purchase) (?:[a-z]{1,20} ){0,3}(?:subscription|plan)\b|please subscribe",
-           "Please upgrade your plan"),
-    Phrase("unknown_id", r"request (?:was |is )?not found|specified id"
-           r"|(?:^|\b(?:request|job|task|training|run|the|this|that|such|given) )id (?:does not exist|is not queued|not found)"
-           r"|no such (?:request|id|job)|(?:not|no longer) queued|no query results|^not found\.?$|(?:job|task|training|execution|run) (?:was |is )?not found",
-           "Request not found"),
-    Phrase("moderated", r"\bnsfw\b|moderat(?:ed|ion)|safety (?:check|filter|system)|inappropriate|content policy|prohibited",
-           "NSFW content detected"),
-    Phrase("order", r"(?:field|parameter|prompt|image|url|id|key|value|size|width|height|model)\b.{0,80}"
-           r"\b(?:required|invalid|missing|must|not found|not valid|not supported|does not exist|too (?:large|small|long|many))",
-           "The prompt field is required."),
-    Phrase("order", r"\b(?:invalid|unsupported|missing|unknown|wrong|bad)\b.{0,60}"
-           r"\b(?:input|inputs|image|prompt|parameters?|dimensions?|format|url|model|value|file|audio|video|arguments?|request)",
-           "Invalid input dimensions"),
-    Phrase("order", r"(?:unable|failed|could not|cannot|can't) (?:to )?(?:fetch|load|download|read|open|decode|process|find)"
-           r"\b.{0,60}\b(?:image|url|file|audio|video|model|prompt|input)", "Unable to fetch image from provided URL"),
-    Phrase("order", r"^error message$", "Error message"),  # what the vendor's pages show for any failed fetch
-    Phrase("try_again", r"\btry again\b|\bretry\b|\btry later\b|\bplease wait\b", "Failed, Try Again"),
-    Phrase("service", r"server error|server (?:is )?(?:busy|down|overloaded|restarting|unavailable)|\bbusy\b|overload"
-           r"|maintenance|unavailable|not available|\bqueue\b|current_queue|timed? ?-?out|at capacity|no capacity"
-           r"|no (?:gpu|worker)s?\b|(?:high|heavy) (?:traffic|load|demand)|\blater\b|temporar|bad gateway|gateway",
-           "Service is not available"),
-)  # fmt: skip
-_COMPILED = tuple((phrase.meaning, re.compile(phrase.pattern, re.IGNORECASE)) for phrase in PHRASES)
-ACCOUNT: frozenset[Meaning] = frozenset({"key", "credits", "plan", "request"})
-RUN_OUT: frozenset[Meaning] = frozenset({"credits", "plan"})  # what may be said with HTTP 429 instead of 402
-_SERVER = re.compile(
-    r"(?:internal )?server error\b.{0,60}|(?:the )?service (?:is )?(?:temporarily )?unavailable\b.{0,60}", re.IGNORECASE
-)
-
+_OF_A_JOB = ("id", "request_id", "output", "links", "future_links", "fetch_result", "eta", "meta", "execution")
 _WAIT = re.compile(r"(\d{1,6})\s*(second|sec|minute|min|hour|hr)\w*", re.IGNORECASE)
 _REDIRECT = "the API redirects; a redirect is never followed with a key. Check SD_API_URL"
 NO_SUCH_PATH = "the API has no such path. Check the path in SD_API_URL, or the fetch_url or endpoint of the job"
-
-
-@lru_cache(maxsize=512)
-def meaning_of(text: str) -> Meaning | None:
-    """Return what the words of an error mean, or None where no phrase is in them.
-
-    >>> meaning_of("Your monthly limit exceeded, upgrade subscription now"), meaning_of("Something went wrong")
-    ('plan', None)
-    """
-    return next((meaning for meaning, pattern in _COMPILED if pattern.search(text)), None)
 
 
 class Question(NamedTuple):
@@ -190,8 +97,21 @@ class Answer:
 
     @property
     def is_error(self) -> bool:
-        """Whether the answer calls itself an error; one without a status does so by its HTTP code."""
-        return self.fields is not None and (self.word == "error" or (self.word == "" and self.code >= 400))
+        """Whether the answer calls itself an error.
+
+        One without a status does so by its HTTP code, or by being nothing but a message.
+        """
+        if self.fields is None:
+            return False
+        if self.word:
+            return self.word == "error"
+        return self.code >= 400 or self.is_message
+
+    @property
+    def is_message(self) -> bool:
+        """Whether the answer has a message, and nothing that is of a job."""
+        fields = self.fields or {}
+        return self.message != "" and not any(fields.get(name) for name in _OF_A_JOB)
 
     @property
     def meaning(self) -> Meaning | None:
@@ -213,20 +133,42 @@ class Answer:
         return self.message or f"HTTP {self.code}"
 
 
+class Example(NamedTuple):
+    """An answer about the job 7."""
+
+    body: str
+    http_status: int = 200
+    training: bool = False
+
+
 class Rule(NamedTuple):
-    """One rule: when it fits, what the answer means then, and why it stands in this place."""
+    """One rule: why it stands in this place, when it fits, what the answer means then, and an answer that needs it."""
 
     name: str
     why: str
     fits: Callable[[Answer], bool]
     reply: Callable[[Answer], Reply]
+    example: Example
 
 
 _BY_CODE: dict[int, Hold] = {401: "key", 402: "credits", 403: "plan"}
+_HOLDS: dict[str, Hold] = {"key": "key", "credits": "credits", "plan": "plan", "request": "request"}
 _WRONG_PATH = re.compile(
     r"^(?:(?:page|route|url|endpoint|resource|path) )?not found\.?$|\broute\b|endpoint|\bmethod\b|^$", re.IGNORECASE
 )
+_WALL = "https://developers.cloudflare.com/"  # begins the `type` of an error that the network in front of the API made
 _RUN_WORDS = {"completed": "success", "cancelled": "failed", "canceled": "failed"}
+
+
+def _is_wall(answer: Answer) -> bool:
+    fields = answer.fields or {}
+    kind = fields.get("type")
+    is_walls = fields.get("cloudflare_error") is True or (isinstance(kind, str) and kind.startswith(_WALL))
+    return is_walls and answer.code >= 400
+
+
+def _limited(answer: Answer) -> Reply:
+    return RateLimited(_retry_after(answer), answer.says())
 
 
 def _is_wrong_path(answer: Answer) -> bool:
@@ -241,6 +183,8 @@ def _is_unknown_id(answer: Answer) -> bool:
     if answer.fields is None:
         return answer.http_status == 404 and meaning_of(answer.start) == "unknown_id"
     if answer.word not in FAILED_WORDS and not answer.is_error:
+        return False
+    if answer.code < 400 and answer.word == "" and _WRONG_PATH.search(answer.message.strip()):
         return False
     meaning = answer.meaning
     return meaning == "unknown_id" or (answer.http_status == 404 and answer.word != "" and meaning is None)
@@ -272,7 +216,7 @@ def _server(answer: Answer) -> Reply:
 
 def _failed(answer: Answer) -> Reply:
     message = answer.message or "failed, without a message"
-    return Failed(message, may_recover=meaning_of(message) in ("try_again", "service", "limited"))
+    return Failed(message, may_recover=meaning_of(message) in PASSING)
 
 
 def _error(answer: Answer) -> Reply:
@@ -300,8 +244,15 @@ def _echoed_id(answer: Answer) -> str:
 
 
 def _refused(answer: Answer) -> Reply:
-    reason = {"key": "key", "credits": "credits", "plan": "plan"}.get(answer.meaning or "", "request")
-    return AccountRefused(reason, answer.message)  # type: ignore[arg-type]
+    return AccountRefused(_HOLDS[answer.meaning or "request"], answer.says())
+
+
+def _is_refused_by_code(answer: Answer) -> bool:
+    if answer.code not in _BY_CODE:
+        return False
+    if answer.fields is None:
+        return answer.code != 403 and not answer.is_page
+    return answer.code != 403 or answer.meaning not in OF_THE_JOB
 
 
 def _unread(answer: Answer) -> Reply:
@@ -318,80 +269,114 @@ RULES: tuple[Rule, ...] = (
         "A redirect would take the key elsewhere, whatever its body says.",
         lambda answer: 300 <= answer.http_status < 400,
         lambda answer: ApiDown(f"HTTP {answer.http_status}: {_REDIRECT}"),
+        Example('{"status": "success", "output": ["https://h/a.png"]}', 302),
+    ),
+    Rule(
+        "wall",
+        "Before the account: the network in front of the API writes its errors as JSON, and knows no account.",
+        _is_wall,
+        lambda answer: _limited(answer) if answer.code == 429 else ApiDown(f"HTTP {answer.code}: {answer.message}"),
+        Example('{"cloudflare_error": true, "status": 403, "detail": "Access denied by the owner"}', 403),
     ),
     Rule(
         "account",
         "Before the limits: a monthly limit is a plan that has run out, and no pause ends it.",
         lambda answer: answer.is_error and answer.meaning in (RUN_OUT if answer.code == 429 else ACCOUNT),
         _refused,
+        Example('{"status": "error", "message": "Your monthly limit exceeded"}'),
     ),
     Rule(
         "limit",
         "Before the codes: a limit comes with any HTTP status.",
         lambda answer: answer.code == 429 or (answer.is_error and answer.meaning == "limited"),
-        lambda answer: RateLimited(_retry_after(answer), answer.says()),
+        _limited,
+        Example('{"status": "error", "messege": "Rate limit exceeded"}'),
     ),
     Rule(
         "moderated",
         "Before the codes: a picture that was refused says nothing about the account.",
         lambda answer: answer.is_error and answer.meaning == "moderated" and answer.code < 500,
-        lambda answer: ApiError(answer.message),
+        lambda answer: ApiError(answer.says()),
+        Example('{"message": "NSFW content detected"}', 400),
     ),
     Rule(
         "account_by_code",
         "JSON, or a bare line. A page with such a code comes from a wall in front of the API.",
-        lambda answer: (
-            answer.code in _BY_CODE and (answer.fields is not None or (answer.code != 403 and not answer.is_page))
-        ),
+        _is_refused_by_code,
         lambda answer: AccountRefused(_BY_CODE[answer.code], answer.says()),
+        Example('{"detail": "pay"}', 402),
     ),
     Rule(
         "wrong_path",
         "Before the unknown ids: a path that the API does not have says nothing about a job.",
         _is_wrong_path,
         lambda answer: ApiDown(f"HTTP {answer.http_status}: {NO_SUCH_PATH}"),
+        Example('{"message": "The route api/v6/fetch/1 could not be found."}', 404),
     ),
     Rule(
         "server",
         "Before the unknown ids: the server or a gateway failed, whatever the body says of the job.",
         lambda answer: answer.code >= 500 or (answer.is_page and answer.http_status >= 400),
         _server,
+        Example('{"status": "failed", "message": "Request not found"}', 500),
     ),
     Rule(
         "unknown_id",
         "Before the failures: an unknown id is a `failed` by its status.",
         _is_unknown_id,
         lambda answer: UnknownId(answer.says() if answer.fields is not None else plain_text(answer.start)),
+        Example('{"status": "failed", "id": "", "message": "Request not found", "output": ""}'),
     ),
-    Rule("no_json", "Without JSON there is nothing else to read.", lambda answer: answer.fields is None, _unread),
     Rule(
         "training",
         "Before the status words: of a training, `success` is said all the while.",
         lambda answer: answer.question.training and _training(answer) is not None,
         lambda answer: _training(answer) or Processing(),
+        Example('{"status": "success", "messege": "deploying_gpu"}', training=True),
     ),
     Rule(
         "waiting",
-        "The job is not ready.",
-        lambda answer: answer.word in WAITING,
+        "The job is not ready, by its status or by the words of an error.",
+        lambda answer: answer.word in WAITING or (answer.is_error and answer.meaning == "waiting"),
         lambda answer: Processing(eta_of(answer.fields or {}), promised(answer.fields or {})),
+        Example('{"status": "queued", "taskId": "a352", "links": ["https://h/a.wav"]}'),
     ),
     Rule(
-        "failed", "The job failed, or the words ask to try again.", lambda answer: answer.word in FAILED_WORDS, _failed
+        "failed",
+        "The job failed, or the words ask to try again.",
+        lambda answer: answer.word in FAILED_WORDS,
+        _failed,
+        Example('{"status": "failed", "message": "Failed, Try Again"}'),
     ),
     Rule(
         "service",
         "An error about the service passes. It is not about the job.",
-        lambda answer: (
-            (answer.is_error and answer.meaning in ("service", "try_again"))
-            or (answer.word == "" and _SERVER.fullmatch(answer.message.strip()) is not None)
-        ),
-        lambda answer: ApiDown(f"HTTP {answer.code}: {answer.message}", answered=True),
+        lambda answer: answer.is_error and answer.meaning in PASSING,
+        lambda answer: ApiDown(f"HTTP {answer.code}: {answer.says()}", answered=True),
+        Example('{"status": "error", "message": "Service is not available, try again later"}'),
     ),
-    Rule("error", "Any other error is about the job.", lambda answer: answer.word == "error", _error),
-    Rule("contradiction", "A code of a failure beside another status.", lambda answer: answer.code >= 400, _unread),
-    Rule("success", "The job is done, if its outputs are listed.", lambda answer: answer.word == "success", _success),
-    Rule("unread", "No rule reads it.", lambda answer: True, _unread),
+    Rule(
+        "error",
+        "Any other error is about the job. Where only the HTTP status says so, the words must name what is wrong.",
+        lambda answer: answer.word == "error" or (answer.is_error and answer.meaning == "order"),
+        _error,
+        Example('{"message": "The prompt field is required."}', 422),
+    ),
+    Rule(
+        "contradiction",
+        "A code of a failure beside another status.",
+        lambda answer: answer.code >= 400,
+        _unread,
+        Example('{"status": "success", "output": ["https://h/a.png"]}', 400),
+    ),
+    Rule(
+        "success",
+        "The job is done, if its outputs are listed.",
+        lambda answer: answer.word == "success",
+        _success,
+        Example('{"status": "success", "id": 7, "output": ["https://h/a.png"]}'),
+    ),
+    Rule("unread", "No rule reads it.", lambda answer: True, _unread, Example('{"status": "surprise"}')),
 )
 
 
@@ -421,9 +406,11 @@ def _retry_after(answer: Answer) -> float:
     """Return the seconds to wait, from wherever the answer says so, from 1 s to 15 min; 30 s where it does not say."""
     headers = {name.lower(): value for name, value in answer.headers.items()}
     fields = answer.fields or {}
+    error = fields.get("error")
+    inner = error if isinstance(error, dict) else {}
     for wait in (
         retry_after_seconds(headers.get("retry-after"), answer.question.now),
-        number(fields.get("retry_after")),
+        *(number(holder.get("retry_after")) for holder in (fields, inner)),
         _until(headers.get("x-ratelimit-reset"), answer.question.now),
         _wait_in_words(answer.message, fields),
     ):
@@ -434,11 +421,13 @@ def _retry_after(answer: Answer) -> float:
 
 def _until(value: str | None, now: float) -> float | None:
     at = number(value)
+    if at is not None and 0 < at <= _DAY < now:
+        return at  # some servers write the seconds that are left, not the time
     return None if at is None or at <= now else at - now
 
 
 def _wait_in_words(message: str, fields: Mapping[str, Any]) -> float | None:
-    texts = [message, *(fields[name] for name in ("tips", "tip") if isinstance(fields.get(name), str))]
+    texts = [message, *(fields[name] for name in ("retry_after", "tips", "tip") if isinstance(fields.get(name), str))]
     for text in (text[:MAX_MESSAGE] for text in texts):
         if match := _WAIT.search(text):
             unit = match[2].lower()

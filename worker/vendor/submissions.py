@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
+from inspect import isawaitable
 from typing import Any, NamedTuple
 
 from worker.core.identity import READY, FetchAddress, checked_remote_id
@@ -18,7 +19,7 @@ from worker.core.reply import (
     UnknownId,
 )
 from worker.errors import ApiRefused, NotTrackable
-from worker.vendor.answers import eta_of, execution_of, json_object, status_of
+from worker.vendor.answers import eta_of, execution_of, json_object, message_of, status_of
 from worker.vendor.families import CHAT, MAX_KIND, TRAINING, kind_of
 from worker.vendor.fetch_url import (
     AllowedApi,
@@ -33,8 +34,12 @@ from worker.vendor.fetch_url import (
 from worker.vendor.links import listed, promised
 from worker.vendor.replies import WAITING, Answer, Question, rule_for
 
-_ID_FIELDS = ("id", "training_id", "request_id", "taskId", "task_id", "execution_id", "fetch_id", "job_id")
+_ID_FIELDS = (
+    *("id", "training_id", "request_id", "requestId", "taskId", "task_id", "execution_id", "fetch_id", "job_id"),
+)
 _TAKEN = WAITING | {"success"}  # what such answers say can't be a refusal
+_ADDRESS_FIELDS = ("fetch_result", "status_url", "fetch_url", "fetchResult")  # the first is the vendor's
+_NO_ANSWER = (ValueError, TypeError, RecursionError, RuntimeError, OSError)  # of a body that was not, or is not, read
 _REFUSALS = (AccountRefused, ApiDown, ApiError, Failed, RateLimited, UnknownId)
 
 
@@ -139,49 +144,68 @@ def submit_answer(remote: object) -> SubmitAnswer | None:
         return remote
     if isinstance(remote, Mapping):
         return SubmitAnswer(remote)
-    if isinstance(remote, str):
-        if not remote.lstrip("\ufeff \t\r\n").startswith("{"):
+    if isinstance(remote, (str, bytes)):
+        body = remote.encode("utf-8", "replace") if isinstance(remote, str) else remote
+        if not body.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
             return None
-        fields = json_object(remote.encode("utf-8", "replace"))
+        fields = json_object(body.lstrip())
         if fields is None:
             raise NotTrackable(
                 "the submit answer is no JSON object: hand over the API's answer as it came, or the id alone"
             )
         return SubmitAnswer(fields)
-    if callable(getattr(remote, "json", None)) and getattr(remote, "url", None) is not None:
+    if callable(getattr(remote, "json", None)) and _has_url(remote):
         return _of_response(remote)
     return None
 
 
+def _has_url(remote: object) -> bool:
+    """Return whether something has a `url`, be it one that can't be read: httpx raises where it has no request."""
+    try:
+        return hasattr(remote, "url")
+    except RuntimeError:
+        return True
+
+
 def _of_response(response: Any) -> SubmitAnswer:
-    """Return the answer in a response of requests or httpx."""
+    """Return the answer in a response of requests or httpx, or of anything that has the same attributes."""
     status = getattr(response, "status_code", 200)
     status = status if type(status) is int else 200
     try:
         fields = response.json()
-    except (ValueError, RecursionError):
+    except _NO_ANSWER:
         fields = None
+    if isawaitable(fields):
+        if isinstance(fields, Coroutine):
+            fields.close()
+        raise NotTrackable("this response is read asynchronously: hand over `await response.json()`")
     if not isinstance(fields, dict):
         refused = f"the API answered HTTP {status} with no JSON object, so there is no job in it"
         raise ApiRefused(refused, message=f"HTTP {status}") if status >= 400 else NotTrackable(refused)
-    return SubmitAnswer(fields, status, str(response.url))
+    try:
+        url = response.url
+    except RuntimeError:
+        url = None
+    return SubmitAnswer(fields, status, None if url is None else str(url))
 
 
 def _submission(answer: SubmitAnswer) -> Submission:
     fields = answer.fields
     _check_is_a_job(fields)
     word = status_of(fields)
-    reply = None if word in _TAKEN and answer.http_status < 400 else _read(answer)
+    taken = word in _TAKEN and answer.http_status < 300 and "execution" not in fields
+    reply = None if taken else _read(answer)
     if isinstance(reply, _REFUSALS):
-        text = f"the API did not take the order: {reply.message or 'it gives no reason'}"
-        raise ApiRefused(text, message=reply.message, answer=dict(fields))
+        raise _refusal(reply.message, fields)
     ready = listed(fields if word == "success" else {})
-    fetch_url = _text(fields, "fetch_result") or _text(fields, "status_url")
+    fetch_url = next((url for url in (_text(fields, name) for name in _ADDRESS_FIELDS) if url), None)
     named = None if fetch_url is None else named_job(fetch_url)
-    remote_id = _remote_id(fields)
+    remote_id = _remote_id(fields, is_ready=bool(ready.links))
     if remote_id is None and named is not None:
         remote_id = named.remote_id
     if remote_id is None and not ready.links:
+        if answer.http_status >= 400 or word == "error":
+            raise _refusal(message_of(fields) or f"HTTP {answer.http_status}", fields)
         raise NotTrackable("the submit answer has no id, nor the output of a success: there is nothing to ask for")
     named_id = None
     if remote_id is not None and named is not None and named.remote_id != remote_id:
@@ -197,6 +221,11 @@ def _submission(answer: SubmitAnswer) -> Submission:
         own_path=_own_path(fields),
         named_id=named_id,
     )
+
+
+def _refusal(message: str, fields: Mapping[str, Any]) -> ApiRefused:
+    text = f"the API did not take the order: {message or 'it gives no reason'}"
+    return ApiRefused(text, message=message, answer=dict(fields))
 
 
 def _read(answer: SubmitAnswer) -> Reply:
@@ -218,28 +247,35 @@ def _check_is_a_job(fields: Mapping[str, Any]) -> None:
         )
 
 
-def _remote_id(fields: Mapping[str, Any]) -> str | None:
-    """Return the id under the first of its names that has one."""
-    meta = fields.get("meta")
+def _remote_id(fields: Mapping[str, Any], *, is_ready: bool) -> str | None:
+    """Return the id under the first of its names that has one.
+
+    Raises NotTrackable for one that can't be an id. A job that `is_ready` needs none, and does without.
+    """
+    names = ("training_id", *_ID_FIELDS, "model_id") if _is_training(fields) else _ID_FIELDS
     run = execution_of(fields) or {}
-    candidates = [fields.get(name) for name in _ID_FIELDS]
-    candidates += [run.get("id"), fields.get("chat_id"), meta.get("chat_id") if isinstance(meta, dict) else None]
-    if _is_training(fields):
-        candidates.append(fields.get("model_id"))
-    for value in candidates:
+    for value in (*(fields.get(name) for name in names), run.get("id"), _chat_id(fields)):
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if value:
-            return checked_remote_id(value)
+            try:
+                return checked_remote_id(value)
+            except NotTrackable:
+                if not is_ready:
+                    raise
     return None
+
+
+def _chat_id(fields: Mapping[str, Any]) -> object:
+    meta = fields.get("meta")
+    return fields.get("chat_id") or (meta.get("chat_id") if isinstance(meta, dict) else None)
 
 
 def _own_path(fields: Mapping[str, Any]) -> str | None:
     """Return the fetch path of a job whose answer has a form that no other family's has."""
     if _is_training(fields):
         return TRAINING
-    meta = fields.get("meta")
-    if fields.get("id") is None and isinstance(meta, dict) and meta.get("chat_id"):
+    if fields.get("id") is None and _chat_id(fields):
         return CHAT
     workflow = fields.get("workflow_id")
     if fields.get("execution_id") and isinstance(workflow, (str, int)) and not isinstance(workflow, bool):

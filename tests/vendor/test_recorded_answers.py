@@ -1,0 +1,89 @@
+"""Every answer on record, to fetch and to submit calls, is read as it should be; so are its neighbours."""
+
+import json
+import time
+
+import pytest
+
+from tests.vendor.recorded_fetches import FETCHES, Fetch
+from tests.vendor.recorded_submits import SUBMITS, Submit
+from worker.core.identity import READY
+from worker.core.reply import (
+    CLASSES,
+    AccountRefused,
+    ApiDown,
+    ApiError,
+    Empty,
+    Failed,
+    Processing,
+    RateLimited,
+    Ready,
+    Reply,
+)
+from worker.errors import ApiRefused, NotTrackable
+from worker.vendor.fetch_url import VENDOR_HOSTS, AllowedApi
+from worker.vendor.replies import Question, parse
+from worker.vendor.submissions import SubmitAnswer, planned_job
+
+ID = "4711"
+API = AllowedApi("https://modelslab.com/api/v6", VENDOR_HOSTS)
+
+
+def told(reply: Reply) -> str:
+    """A reply in a few words, as the tables write it."""
+    name = CLASSES[type(reply)]
+    match reply:
+        case Ready(outputs):
+            proxies = sum(len(link.proxies) for link in outputs)
+            return f"ready:{len(outputs)}" + (f" proxies:{proxies}" if proxies else "")
+        case Processing(eta, promised):
+            return name + (f" eta:{eta:.6g}" if eta else "") + (f" promised:{len(promised)}" if promised else "")
+        case Empty(promised):
+            return name + (f" promised:{len(promised)}" if promised else "")
+        case RateLimited(seconds):
+            return f"{name} {seconds:g}"
+        case AccountRefused(reason):
+            return f"{name} {reason}"
+        case Failed(may_recover=True):
+            return f"{name} recoverable"
+        case ApiError(vague=True):
+            return f"{name} vague"
+        case ApiDown(answered=True):
+            return f"{name} answered"
+    return name
+
+
+def body_of(body: object) -> bytes:
+    return (body if isinstance(body, str) else json.dumps(body)).replace("{ID}", ID).encode()
+
+
+@pytest.mark.parametrize("row", FETCHES, ids=[row.name for row in FETCHES])
+def test_given_an_answer_on_record_when_a_job_is_asked_about_then_it_means_what_the_record_says(row: Fetch) -> None:
+    reply = parse(row.status, row.headers, body_of(row.body), Question(ID, time.time(), row.training))
+
+    assert told(reply) == row.means, reply
+
+
+def became(row: Submit) -> str:
+    """What becomes of an order, as the table writes it."""
+    try:
+        job = planned_job(SubmitAnswer(row.answer, row.status), API, endpoint=row.endpoint)
+    except ApiRefused:
+        return "refused"
+    except NotTrackable:
+        return "not_trackable"
+    known = job.submission
+    name = f"ready:{len(known.outputs)}" if known.outputs else "tracked"
+    url = "-" if job.address.base.startswith(READY) else job.address.url.removeprefix("https://modelslab.com/api/")
+    return f"{name} {known.remote_id.partition(':')[0]} at {url} ({job.kind})"
+
+
+@pytest.mark.parametrize("row", SUBMITS, ids=[row.name for row in SUBMITS])
+def test_given_a_submit_answer_on_record_when_handed_over_then_its_job_is_what_the_record_says(row: Submit) -> None:
+    assert became(row) == row.means
+
+
+def test_the_records_are_many_and_each_has_its_own_name() -> None:
+    assert len({row.name for row in FETCHES}) == len(FETCHES) >= 150
+    assert len({row.name for row in SUBMITS}) == len(SUBMITS) >= 60
+    assert {row.sure for row in FETCHES} == {row.sure for row in SUBMITS} == set("ABC")

@@ -1,0 +1,203 @@
+"""Every rule and every phrase is needed, and every wording means the same however an answer carries it."""
+# ruff: noqa: E501  # a table of wordings
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.vendor.test_recorded_answers import told
+from worker.core.reply import Reply
+from worker.vendor import phrases, replies
+from worker.vendor.answers import json_object
+from worker.vendor.phrases import PHRASES, Phrase, meaning_of
+from worker.vendor.replies import RULES, Answer, Question, Rule, parse, rule_for
+
+ID = "7"
+QUESTION = Question(ID, 1_700_000_000.0)
+
+
+def read(body: object, status: int = 200, *, training: bool = False) -> Reply:
+    raw = body if isinstance(body, str) else json.dumps(body)
+    return parse(status, {}, raw.encode(), QUESTION._replace(training=training))
+
+
+def error(message: str) -> dict[str, object]:
+    return {"status": "error", "message": message}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=[rule.name for rule in RULES])
+def test_without_its_rule_an_example_is_read_differently(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = rule.example
+    body = example.body.encode()
+    answer = Answer(example.http_status, {}, body, json_object(body), QUESTION._replace(training=example.training))
+    used, reply = rule_for(answer)
+    monkeypatch.setattr(replies, "RULES", tuple(other for other in RULES if other is not rule))
+
+    try:
+        other_reply = rule_for(answer)[1]
+    except StopIteration:  # only the last rule reads whatever is left
+        assert rule is RULES[-1]
+        return
+    assert used is rule
+    assert other_reply != reply
+
+
+@pytest.mark.parametrize("phrase", PHRASES, ids=[phrase.example for phrase in PHRASES])
+def test_without_its_phrase_an_example_is_read_differently(phrase: Phrase, monkeypatch: pytest.MonkeyPatch) -> None:
+    reply = read(error(phrase.example))
+    assert meaning_of(phrase.example) == phrase.meaning
+    left = tuple(pair for pair, other in zip(phrases._COMPILED, PHRASES, strict=True) if other is not phrase)
+    monkeypatch.setattr(phrases, "_COMPILED", left)
+    meaning_of.cache_clear()
+    try:
+        other_reply = read(error(phrase.example))
+    finally:
+        monkeypatch.undo()
+        meaning_of.cache_clear()
+
+    assert other_reply != reply
+
+
+# fmt: off
+WORDINGS: dict[str, list[str]] = {
+    "account_refused key": [
+        "Invalid Api Key", "invalid API-key", "Wrong api key", "Missing API key", "Missing or invalid API key", "No API key provided",
+        "API key required", "Api key is missing", "Please provide a valid API key", "The key field is required.", "API key not found",
+        "API key is not valid", "Your API key has expired", "This API key was disabled", "Unauthenticated.", "Unauthorized",
+        "Authentication failed", "Invalid token", "Token has expired", "Your account has been suspended", "This account is blocked",
+        "User not found", "Account is currently inactive",
+    ],
+    "account_refused credits": [
+        "Insufficient credits. Please add more credits to continue.", "Insufficient credit", "Insufficient API credits", "insufficient_quota",
+        "Insufficient account balance", "Not enough balance", "Not enough credits left", "You are out of credits", "No more credits",
+        "You have 0 credits left", "You do not have enough credits", "You don't have sufficient balance", "Your credit balance is too low",
+        "Balance is not sufficient", "Your credits are exhausted", "Credits finished", "You have run out of credits", "Please recharge",
+        "Top up your account to continue", "Payment required", "Payment is overdue", "Please buy more credits", "Wallet balance is 0",
+    ],
+    "account_refused plan": [
+        "Your monthly limit exceeded, upgrade subscription now on https://stablediffusionapi.com/pricing", "Monthly limit reached",
+        "Daily limit exceeded", "You have exceeded your monthly limit", "You have reached the daily image limit", "Yearly quota exhausted",
+        "Your plan limit exceeded", "Free limit has been reached", "API call limit exceeded", "Trial limits are crossed",
+        "You have used all your free images", "You have exhausted your API calls", "Quota exceeded", "You have exceeded your quota",
+        "No API calls left", "You have no more images remaining", "Your subscription has expired", "Subscription required",
+        "Your plan has ended", "This feature requires a premium subscription", "You need an active plan", "No active subscription",
+        "Not available in your current plan", "Only for enterprise customers", "You must be a premium member", "Please upgrade your plan",
+        "Please subscribe",
+    ],
+    "account_refused request": ["Invalid API Request"],
+    "rate_limited 30": [
+        "Rate limit exceeded. Maximum 5 queued requests allowed.", "Rate limit exceeded", "rate-limit", "Limit exceeded", "Too many requests",
+        "Too many API requests", "Too Many Attempts.", "Spam filter is enabled", "You are being throttled", "Slow down",
+        "Maximum 5 concurrent jobs allowed", "Maximum 10 requests allowed", "You already have 15 requests in queue",
+        "Your plan limit is reached: 5 concurrent requests", "Free plan rate limit exceeded", "10 requests per minute allowed",
+        "Rate limit exceeded, upgrade your plan",
+    ],
+    "unknown_id": [
+        "Request not found", "Request was not found", "Request id not found", "The specified ID does not exist or is not queued",
+        "Request does not exist", "No such request", "Invalid request id", "Invalid job ID", "Unknown task id", "No request found",
+        "No records found", "No query results for model", "Job not found", "Training not found", "Execution not found.",
+        "This request does not belong to you",
+    ],
+    "processing": [
+        "Your image is still processing", "Request is processing", "Your video is being generated", "Image is not ready yet", "Not yet ready",
+        "Training in progress", "Request is in queue", "Your request is currently processing",
+    ],
+    "api_down answered": [
+        "Queue is full", "Queue is full, try again later", "The server is busy", "Service is not available, try again later",
+        "Service temporarily unavailable", "Server is down", "GPU overloaded", "Under maintenance", "current_queue: 15", "Try again later",
+        "Please try later", "Model is not available right now, please try again later", "Failed, Try Again", "Please retry",
+        "Internal server error. Please try again.", "Server Error", "Request timed out", "Timeout", "No GPU available", "At capacity",
+        "High demand", "Bad gateway", "Failed to process image, please try again",
+    ],
+    "api_error": [
+        "The prompt field is required.", "prompt is required", "The key word parameter is invalid", "Model id not found", "lora_id does not exist",
+        "Model not found: x", "Image is too large", "Invalid image", "Unsupported audio format", "Invalid input dimensions",
+        "Unable to fetch image from provided URL", "Could not download video", "init_image must be a valid url", "Error message",
+        "NSFW content detected", "Blocked by moderation", "Violates our content policy", "Prohibited words",
+    ],
+    "api_error vague": [
+        "Something went wrong", "Error", "Unknown error", "Oops", "Failed to process image", "Bad request", "Invalid request", "fail",
+        "Human-readable error description", "Your card was declined.",
+    ],
+}
+# fmt: on
+CASES = [(text, means) for means, texts in WORDINGS.items() for text in texts]
+
+
+def carriers(text: str) -> Iterator[dict[str, object]]:
+    """The same words, as answers carry them that call themselves errors."""
+    for name in ("message", "messege", "error_message", "msg", "detail"):
+        yield {"status": "error", name: text}
+        yield {"status": " ERROR ", "id": "", "output": "", name: text, "tip": "1. Make sure you have valid API key."}
+    yield {"status": "error", "message": "", "messege": text}
+    yield {"status": "error", "error": text}
+    yield {"status": "error", "error": {"message": text}}
+    yield {"status": "error", "message": text.upper()}
+    yield {"status": "error", "message": text.lower()}
+    yield {"status": "error", "message": f"Error: {text}" if not text.lower().startswith("error") else text}
+    yield {"error": text}
+    yield {"error": {"code": "x", "message": text}, "data": None}
+    yield {"success": False, "message": text}
+    yield {"status": False, "message": text}
+
+
+@pytest.mark.parametrize(("text", "means"), CASES, ids=[text for text, _ in CASES])
+def test_words_mean_the_same_however_an_answer_carries_them(text: str, means: str) -> None:
+    for carrier in carriers(text):
+        if means == "api_error" and text == "Error message" and text.lower() not in str(carrier).lower():
+            continue
+        assert told(read(carrier)) == means, carrier
+    if not means.startswith("api_error"):  # without a status, only words that say what they are about are read
+        bare: list[dict[str, object]] = [
+            {"message": text},
+            {"messege": text, "output": "", "id": None},
+            {"message": text, "status": None},
+        ]
+        for carrier in bare:
+            assert told(read(carrier)) == means, carrier
+
+
+@pytest.mark.parametrize(("text", "means"), CASES, ids=[text for text, _ in CASES])
+@pytest.mark.parametrize("status", [200, 400, 402, 403, 429, 500])
+def test_words_and_code_decide_together(text: str, means: str, status: int) -> None:
+    for body in (error(text), {"message": text}):
+        with_status = "status" in body
+        reply = told(read(body, status)).removesuffix(" answered")
+        expected = means.removesuffix(" answered")
+        account = expected.startswith("account_refused")
+        if status == 429:
+            run_out = expected in ("account_refused credits", "account_refused plan")
+            expected = expected if run_out else "rate_limited"
+            reply = reply if run_out else reply.partition(" ")[0]
+        elif not account and not expected.startswith("rate_limited"):
+            if status == 500:
+                expected = "api_down"
+            elif status == 402:
+                expected = "api_error" if meaning_of(text) == "moderated" else "account_refused credits"
+            elif status == 403 and (expected in ("api_down", "api_error vague") or text == "Error message"):
+                expected = "account_refused plan" if text != "Error message" else "api_error"
+            elif not with_status and expected.startswith("api_error"):
+                expected = expected if meaning_of(text) in ("order", "moderated") else "unread"
+        assert reply == expected, body
+
+
+@pytest.mark.parametrize(("text", "means"), CASES, ids=[text for text, _ in CASES])
+def test_no_words_do_harm_where_an_answer_is_no_error(text: str, means: str) -> None:
+    """A prompt may hold any of them, and servers repeat prompts in messages, tips and meta."""
+    url = "https://h/a.png"
+    more = {"message": text, "messege": text, "tip": text, "tips": text, "meta": {"prompt": text}}
+
+    assert told(read({"status": "success", "id": 7, "output": [url], **more})) == "ready:1"
+    assert told(read({"status": "processing", **more})) == "processing"
+    assert told(read({"status": "success", "messege": "deploying_gpu", "data": text}, training=True)) == "processing"
+    assert told(read({"id": 7, "output": [], **more})) == "unread"
+
+
+@pytest.mark.parametrize(("text", "means"), CASES, ids=[text for text, _ in CASES])
+def test_a_failure_is_final_unless_its_words_say_that_it_passes(text: str, means: str) -> None:
+    passes = means in ("api_down answered", "rate_limited 30", "processing")
+    expected = "unknown_id" if means == "unknown_id" else "failed recoverable" if passes else "failed"
+
+    for status in ("failed", "FAILED", "failure"):
+        assert told(read({"status": status, "id": "", "message": text, "output": ""})) == expected

@@ -1,0 +1,126 @@
+"""The words of the API's errors, and what they mean. One row per phrase; the first that fits decides.
+
+They are matched against the message of an answer that calls itself an error or a failure, and against nothing else:
+prompts that a success repeats can contain any words. To teach a new wording, add a row with an example. The tests take
+out each row in turn, and fail where its example is still read in the same way.
+"""
+# ruff: noqa: E501  # a table has one line per phrase
+
+import re
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+Meaning = Literal[
+    "key",
+    "credits",
+    "plan",
+    "request",
+    "limited",
+    "unknown_id",
+    "service",
+    "try_again",
+    "order",
+    "moderated",
+    "waiting",
+]
+
+
+class Phrase(NamedTuple):
+    """Words of the API: what they mean, the pattern that finds them, and a message that no other phrase reads so."""
+
+    meaning: Meaning
+    pattern: str
+    example: str
+
+
+# What concerns the account comes before what concerns the rate: "Your monthly limit exceeded" is a plan that has run
+# out, and no pause ends it. A limit of requests in the queue is a rate limit, also where the plan is named as its reason.
+PHRASES: tuple[Phrase, ...] = (
+    Phrase("key", r"(?:invalid|wrong|incorrect|missing|unknown|bad|no) (?:or \w{1,20} )?(?:valid )?api[ _-]?key", "Invalid Api Key"),
+    Phrase("key", r"api[ _-]?key (?:is |was |has been )?(?:required|missing|not found|incorrect)|provide (?:\w{1,20} ){0,2}api[ _-]?key|\bkey field is required",
+           "API key required"),
+    Phrase("key", r"api[ _-]?key.{0,40}(?:expired|revoked|invalid|disabled|deactivated|suspended|blocked|not (?:active|valid))",
+           "Your API key has been revoked"),
+    Phrase("key", r"\bunauthenticated\b|\bunauthori[sz]ed\b|authentication (?:failed|required|error)|invalid (?:access )?token|token (?:is |has |was )?(?:expired|invalid|revoked)",
+           "Unauthenticated."),
+    Phrase("key", r"(?:account|user) (?:is |was |has been )?(?:currently )?(?:suspended|blocked|banned|disabled|deactivated|inactive)|\b(?:account|user) (?:was |is )?not found",
+           "Your account has been suspended"),
+    Phrase("credits", r"insufficient (?:[a-z]{1,20} ){0,2}(?:credits?|balance|funds|tokens?)|insufficient[ _]?quota",
+           "Insufficient funds"),
+    Phrase("credits", r"(?:not enough|no more|no|out of|low|zero|negative|0) (?:[a-z]{1,20} )?(?:credits?|balance|funds)\b",
+           "Not enough balance"),
+    Phrase("credits", r"(?:not|n't) have (?:enough|sufficient|any)(?: more)? (?:[a-z]{1,20} )?(?:credits?|balance|funds)|(?:credits?|balance|funds) (?:is |are )?(?:too )?(?:low|insufficient|not (?:enough|sufficient))",
+           "Your credit balance is too low"),
+    Phrase("credits", r"(?:credits?|balance|funds|wallet|tokens?)[a-z ]{0,30} (?:exhausted|used up|is empty|ran out|run out|finished)",
+           "Your credits are exhausted"),
+    Phrase("credits", r"(?:exhausted|used up|run out of|ran out of)[a-z ]{0,30} (?:credits?|balance|funds|tokens?)",
+           "You have used up all your tokens"),
+    Phrase("credits", r"\b(?:recharge|top[ -]?up|refill)\b|payment (?:is )?(?:required|overdue|past due)|(?:add|buy|purchase) (?:more )?(?:credits|funds|money)",
+           "Please recharge your account"),
+    Phrase("credits", r"\bwallet\b", "Wallet balance is 0"),
+    Phrase("plan", r"(?:monthly|daily|weekly|yearly|annual) (?:[a-z]{1,20} ){0,2}(?:limits?|quota|allowance) (?:is |are |was |were |has been |have been )?(?:exceeded|reached|exhausted|over|crossed)",
+           "Your monthly limit exceeded, upgrade subscription now"),
+    Phrase("plan", r"(?:exceeded|reached|used|crossed)(?: all)?(?: of)? (?:your|the|this) (?:[a-z]{1,20} ){0,2}(?:monthly|daily|weekly|yearly|annual)\b",
+           "You have exceeded your monthly limit"),
+    Phrase("limited", r"(?:queued|concurrent|parallel|simultaneous) (?:[a-z]{1,20} )?(?:requests?|jobs?|generations?|tasks?)|requests (?:already )?(?:in|on) (?:the |your )?queue",
+           "Your plan limit is reached: 5 concurrent requests"),
+    Phrase("plan", r"\b(?:plan|quota|usage|subscription|trial|credits?|free|account|free tier|api calls?) (?:(?!rate\b)[a-z]{1,20} )?limits? (?:is |are |was |were |has been |have been )?(?:exceeded|reached|exhausted|over|crossed)",
+           "Your usage limit has been reached"),
+    Phrase("plan", r"(?:exceeded|reached|used|exhausted)(?: up)?(?: all)?(?: of)? (?:your|the|this) (?:[a-z]{1,20} ){0,2}(?:plan|quota|usage|subscription|trial|free|api calls|images|generations)\b",
+           "You have used all your free images"),
+    Phrase("plan", r"quota (?:is |was |has been )?(?:exceeded|reached|exhausted|over)|(?:exceeded|over|exhausted|used up) (?:[a-z]{1,20} )?quota",
+           "Quota exceeded"),
+    Phrase("plan", r"\bno (?:more )?(?:[a-z]{1,20} )?(?:api calls?|images?|generations?) (?:left|remaining|available)|\b0 (?:api calls?|images?|generations?) (?:left|remaining)",
+           "No API calls left"),
+    Phrase("plan", r"(?:subscription|plan|trial) (?:is |was |has |has been |have )?(?:expired|required|ended|over|inactive|cancell?ed|not active|not found)",
+           "Your subscription has expired"),
+    Phrase("plan", r"(?:requires?|needs?) an? [a-z ]{0,30}(?:subscription|plan)|no (?:active )?(?:subscription|plan)\b|not (?:available|included|allowed) (?:in|on|with|for) (?:your|the|this|free)[a-z ]{0,30} plan",
+           "You need an active plan"),
+    Phrase("plan", r"\b(?:premium|paid|paying|enterprise|subscribed) (?:members?|users?|customers?|accounts?|plans?|subscriptions?)\b",
+           "Only for enterprise customers"),
+    Phrase("request", r"invalid api request", "Invalid API Request"),
+    Phrase("limited", r"rate[ _-]?limit|limit exceeded|spam filter|too many (?:[a-z]{1,20} )?(?:requests|attempts)|throttl|maximum \d{1,6} requests|slow down|requests? per (?:second|minute|hour)",
+           "Rate limit exceeded"),
+    Phrase("plan", r"(?:upgrade|renew|buy|purchase) (?:[a-z]{1,20} ){0,3}(?:subscription|plan)\b|please subscribe",
+           "Please upgrade your plan"),
+    Phrase("unknown_id", r"\brequest (?:id )?(?:was |is |does )?not (?:found|exist)|specified id|(?:^|\b(?:request|job|task|training|run|the|this|that|such|given) )id (?:does not exist|is not queued|not found)|no such (?:request|id|job)|(?:not|no longer) queued",
+           "Request not found"),
+    Phrase("unknown_id", r"(?:invalid|unknown|wrong) (?:request|job|task|fetch|execution|training)[ _-]?id|no (?:request|record|result|job)s? (?:was |were )?found|no query results",
+           "Invalid request id"),
+    Phrase("unknown_id", r"(?:job|task|training|execution|run|record|generation) (?:was |is )?not found|^not found\.?$",
+           "Execution not found"),
+    Phrase("unknown_id", r"(?:does not|doesn't|do not|not) belong", "This request does not belong to you"),
+    Phrase("moderated", r"\bnsfw\b|moderat(?:ed|ion)|safety (?:check|filter|system)|inappropriate|content policy|prohibited",
+           "NSFW content detected"),
+    Phrase("waiting", r"(?:still|currently|being) process(?:ing|ed)|request (?:is )?processing|not (?:yet )?ready|in progress|being generated|(?:in|has been added to) (?:the )?queue\b",
+           "Your image is not ready yet"),
+    Phrase("service", r"(?:server|service|queue|system|gpu)s? (?:is |are )?(?:currently |temporarily )?(?:busy|down|full|overloaded|restarting|unavailable|not available)|\bbusy\b|overload|maintenance|temporar|\bagain later\b|\btry later\b|current_queue",
+           "The server is busy"),
+    Phrase("order", r"(?:field|parameter|prompt|image|url|id|value|size|width|height|model|samples|scale)\b.{0,80}\b(?:required|invalid|missing|must|not found|not valid|not supported|does not exist|too (?:large|small|long|many))"
+           r"|\bmust be (?:an?|one|between|at|greater|less|in|of)\b",
+           "The prompt field is required."),
+    Phrase("order", r"\b(?:invalid|unsupported|missing|unknown|wrong|bad)\b.{0,60}\b(?:inputs?|image|prompt|parameters?|dimensions?|format|url|model|value|file|audio|video|arguments?)\b",
+           "Invalid input dimensions"),
+    Phrase("order", r"(?:unable|failed|could not|cannot|can't) (?:to )?(?:fetch|load|download|read|open|decode|find)\b.{0,60}\b(?:image|url|file|audio|video|model|prompt|input)",
+           "Unable to fetch image from provided URL"),
+    Phrase("order", r"^error message$", "Error message"),  # what the vendor's pages show for any failed fetch
+    Phrase("try_again", r"\btry again\b|\bretry\b|\bplease wait\b", "Failed, Try Again"),
+    Phrase("service", r"server error|\bunavailable\b|\bnot available\b|\bqueue\b|timed? ?-?out|capacity|no (?:gpu|worker)s?\b|(?:high|heavy) (?:traffic|load|demand)|\blater\b|gateway",
+           "Internal server error"),
+)  # fmt: skip
+_COMPILED = tuple((phrase.meaning, re.compile(phrase.pattern, re.IGNORECASE)) for phrase in PHRASES)
+
+ACCOUNT: frozenset[Meaning] = frozenset({"key", "credits", "plan", "request"})
+RUN_OUT: frozenset[Meaning] = frozenset({"credits", "plan"})  # what may be said with HTTP 429 instead of 402
+OF_THE_JOB: frozenset[Meaning] = frozenset({"order", "unknown_id", "moderated", "waiting"})
+PASSING: frozenset[Meaning] = frozenset({"try_again", "service", "limited", "waiting"})
+
+
+@lru_cache(maxsize=512)
+def meaning_of(text: str) -> Meaning | None:
+    """Return what the words of an error mean, or None where no phrase is in them.
+
+    >>> meaning_of("Your monthly limit exceeded, upgrade subscription now"), meaning_of("Something went wrong")
+    ('plan', None)
+    """
+    return next((meaning for meaning, pattern in _COMPILED if pattern.search(text)), None)
