@@ -12,7 +12,7 @@ from tests.rows import BASE, NOW
 from worker.calls import Asked, Calls
 from worker.core.identity import FetchAddress
 from worker.core.lifecycle import JobFacts
-from worker.core.reply import ApiDown, Processing, Reply
+from worker.core.reply import ApiDown, ApiReply, Processing
 from worker.store.claims import ClaimedJob
 
 pytestmark = pytest.mark.every_python
@@ -43,13 +43,13 @@ def opened() -> Iterator[threading.Event]:
     event.set()
 
 
-def waits_for(event: threading.Event, slow: set[int]) -> Callable[[ClaimedJob], Reply]:
+def waits_for(event: threading.Event, slow: set[int]) -> Callable[[ClaimedJob], ApiReply]:
     """Asks, and for some jobs only once the event is set."""
 
-    def ask(one: ClaimedJob) -> Reply:
+    def ask(one: ClaimedJob) -> ApiReply:
         if one.id in slow:
             event.wait(10)
-        return Processing()
+        return ApiReply(Processing())
 
     return ask
 
@@ -72,7 +72,7 @@ def test_given_a_slow_call_when_others_are_done_then_their_answers_come_and_thei
 def test_given_more_jobs_than_threads_when_asked_then_never_more_at_once_than_threads() -> None:
     lock, now, most = threading.Lock(), 0, 0
 
-    def ask(_: ClaimedJob) -> Reply:
+    def ask(_: ClaimedJob) -> ApiReply:
         nonlocal now, most
         with lock:
             now += 1
@@ -80,7 +80,7 @@ def test_given_more_jobs_than_threads_when_asked_then_never_more_at_once_than_th
         time.sleep(0.01)
         with lock:
             now -= 1
-        return Processing()
+        return ApiReply(Processing())
 
     calls = Calls(ask, threads=4)
     for number in range(40):
@@ -115,7 +115,7 @@ def test_given_few_jobs_when_asked_then_no_more_threads_are_started_than_are_nee
 
 
 def test_given_a_moment_to_come_when_a_job_is_started_then_it_is_not_asked_before() -> None:
-    calls = Calls(lambda _: Processing(), threads=1)
+    calls = Calls(lambda _: ApiReply(Processing()), threads=1)
     moment = time.monotonic() + 0.15
     calls.start(job(1), moment)
 
@@ -127,10 +127,10 @@ def test_given_a_moment_to_come_when_a_job_is_started_then_it_is_not_asked_befor
 def test_given_a_call_that_raises_when_asked_then_it_is_the_apis_trouble_and_the_thread_lives_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def ask(one: ClaimedJob) -> Reply:
+    def ask(one: ClaimedJob) -> ApiReply:
         if one.id == 1:
             raise RuntimeError("an adapter of somebody's own")
-        return Processing()
+        return ApiReply(Processing())
 
     calls = Calls(ask, threads=1)
     calls.start(job(1), 0.0)
@@ -160,7 +160,7 @@ def test_given_a_stop_when_jobs_wait_for_a_thread_then_they_come_back_and_the_re
 
 
 def test_given_nothing_to_come_when_answers_are_waited_for_then_it_ends_in_time_or_when_woken() -> None:
-    calls = Calls(lambda _: Processing(), threads=1)
+    calls = Calls(lambda _: ApiReply(Processing()), threads=1)
     began = time.monotonic()
     assert calls.answers(0.05, gather=0.0) == []
     assert 0.04 < time.monotonic() - began < 1.0
@@ -172,14 +172,14 @@ def test_given_nothing_to_come_when_answers_are_waited_for_then_it_ends_in_time_
 
 
 def test_given_a_probe_when_it_is_answered_then_the_answer_says_so() -> None:
-    calls = Calls(lambda _: Processing(), threads=1)
+    calls = Calls(lambda _: ApiReply(Processing()), threads=1)
     calls.start(job(1), 0.0, probe=True)
 
     assert [one.probe for one in collected(calls, 1)] == [True]
 
 
 def test_closed_calls_leave_no_thread() -> None:
-    calls = Calls(lambda job: Processing(), threads=2)
+    calls = Calls(lambda job: ApiReply(Processing()), threads=2)
     before = set(threading.enumerate())
     for number in range(4):
         calls.start(job(number), time.monotonic())
@@ -262,11 +262,11 @@ def test_given_few_threads_when_jobs_come_after_a_rest_then_there_may_be_all_of_
 
 
 def test_an_answer_says_how_much_processor_time_its_call_took() -> None:
-    def ask(_: ClaimedJob) -> Reply:
+    def ask(_: ClaimedJob) -> ApiReply:
         until = time.thread_time() + 0.05
         while time.thread_time() < until:
             pass
-        return Processing()
+        return ApiReply(Processing())
 
     calls = Calls(ask, threads=1)
     calls.start(job(1), 0.0)

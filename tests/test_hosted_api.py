@@ -41,7 +41,7 @@ def _api(web: Web, *, timeout: float = 5.0) -> HostedApi:
 
 
 def _ask(web: Web, *, timeout: float = 5.0) -> Reply:
-    return _api(web, timeout=timeout).ask(fetch_address(None, "1", _allowed(web)), "1", SecretStr(KEY))
+    return _api(web, timeout=timeout).ask(fetch_address(None, "1", _allowed(web)), "1", SecretStr(KEY)).reply
 
 
 def test_the_key_goes_in_the_body_and_nowhere_else(web: Web) -> None:
@@ -60,7 +60,7 @@ def test_a_family_without_the_id_in_its_path_gets_it_in_the_body(web: Web) -> No
     """As `request_id`."""
     address = fetch_address(f"{web.url}/api/v4/dreambooth/fetch", "12", _allowed(web))
     web.serves("/api/v4/dreambooth/fetch", page(200, PROCESSING))
-    assert _api(web).ask(address, "12", SecretStr(KEY)) == Processing()
+    assert _api(web).ask(address, "12", SecretStr(KEY)).reply == Processing()
     assert json.loads(web.asked[0].body) == {"key": KEY, "request_id": "12"}
 
 
@@ -107,9 +107,9 @@ def test_the_time_of_a_call_is_not_that_of_the_next_on_the_same_connection(web: 
     address = fetch_address(None, "1", _allowed(web))
     for _ in range(2):
         web.serves(PATH, drips(head(200), b" ", every=0.1, seconds=3))
-        assert isinstance(api.ask(address, "1", SecretStr(KEY)), ApiDown)
+        assert isinstance(api.ask(address, "1", SecretStr(KEY)).reply, ApiDown)
         web.serves(PATH, page(200, PROCESSING))
-        assert api.ask(address, "1", SecretStr(KEY)) == Processing()
+        assert api.ask(address, "1", SecretStr(KEY)).reply == Processing()
 
 
 BLOCK = b" " * 1_048_576
@@ -185,7 +185,7 @@ def test_a_server_that_is_not_there_is_trouble_too() -> None:
     assert isinstance(reply, ApiDown)
     assert "refused" in reply.message
     nowhere = FetchAddress("http://nowhere.invalid/api/v3/fetch/1", "http://nowhere.invalid/api/v3/fetch", "nowhere")
-    assert isinstance(_api(gone).ask(nowhere, "1", SecretStr(KEY)), ApiDown)
+    assert isinstance(_api(gone).ask(nowhere, "1", SecretStr(KEY)).reply, ApiDown)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +227,8 @@ def test_nothing_of_the_environment_is_used(web: Web, monkeypatch: pytest.Monkey
         monkeypatch.delenv("no_proxy", raising=False)
         web.serves(PATH, page(200, PROCESSING, Set_Cookie="sid=1; Path=/"))
         api, address = _api(web), fetch_address(None, "1", _allowed(web))
-        assert api.ask(address, "1", SecretStr(KEY)) == Processing()
-        assert api.ask(address, "1", SecretStr(KEY)) == Processing()
+        assert api.ask(address, "1", SecretStr(KEY)).reply == Processing()
+        assert api.ask(address, "1", SecretStr(KEY)).reply == Processing()
     assert proxy.connections == 0
     assert len(web.asked) == 2
     assert not any({"authorization", "cookie"} & set(asked.headers) for asked in web.asked)
@@ -263,7 +263,7 @@ def test_interim_answers_are_read_past(web: Web, interim: bytes) -> None:
     address = fetch_address(None, "1", allowed)
     for proxy in (None, web.url):
         api = HostedApi(allowed, Scrubber([]), timeout=5.0, connections=1, proxy=proxy)
-        assert isinstance(api.ask(address, "1", SecretStr("k")), Processing)
+        assert isinstance(api.ask(address, "1", SecretStr("k")).reply, Processing)
         api.session.close()
 
 
@@ -272,5 +272,5 @@ def test_interim_answers_without_end_are_trouble(web: Web) -> None:
     web.serves("/api/v3/fetch/1", sends(b"HTTP/1.1 102 Processing\r\n\r\n" * 1_000))
     allowed = _allowed(web)
     api = HostedApi(allowed, Scrubber([]), timeout=5.0, connections=1)
-    assert isinstance(api.ask(fetch_address(None, "1", allowed), "1", SecretStr("k")), ApiDown)
+    assert isinstance(api.ask(fetch_address(None, "1", allowed), "1", SecretStr("k")).reply, ApiDown)
     api.session.close()

@@ -170,7 +170,7 @@ def api_of() -> Iterator[Apis]:
 
 
 def _ask(api: HostedApi, kept: Kept, remote_id: str = "1") -> Reply:
-    return api.ask(fetch_address(None, remote_id, kept.allowed), remote_id, SecretStr(KEY))
+    return api.ask(fetch_address(None, remote_id, kept.allowed), remote_id, SecretStr(KEY)).reply
 
 
 def test_given_calls_one_after_the_other_when_the_server_keeps_connections_then_one_line_serves_them_all(

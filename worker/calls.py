@@ -14,7 +14,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
-from worker.core.reply import ApiDown, Reply
+from worker.core.reply import ApiDown, ApiReply, RawAnswer, Reply
 from worker.leases import LeaseLost
 from worker.network_errors import describe
 from worker.store.claims import ClaimedJob
@@ -34,6 +34,7 @@ class Asked(NamedTuple):
     probe: bool
     sent: float
     cpu_seconds: float = 0.0  # that the call took of its thread
+    raw: RawAnswer | None = None  # the answer as it came, where it may be kept
 
 
 class _ToAsk(NamedTuple):
@@ -63,7 +64,7 @@ class _Lane:
 class Calls:
     """Up to `threads` calls at once to each host. All but `wake` is for the one thread that runs the show."""
 
-    def __init__(self, ask: Callable[[ClaimedJob], Reply], *, threads: int) -> None:
+    def __init__(self, ask: Callable[[ClaimedJob], ApiReply], *, threads: int) -> None:
         self._ask = ask
         self._most = threads
         self._lanes: defaultdict[str, _Lane] = defaultdict(lambda: _Lane(self._most))
@@ -184,11 +185,11 @@ class Calls:
                 time.sleep(early)
             sent, used = time.monotonic(), time.thread_time()
             try:
-                reply = self._ask(one.job)
+                reply, raw = self._ask(one.job)
             except LeaseLost:
                 self._inbox.put(one)
                 continue
             except Exception as error:  # an adapter that somebody mounted may raise anything
                 log.exception("a call failed job=%s", one.job.id)
-                reply = ApiDown(f"no answer: {describe(error)}")
-            self._inbox.put(Asked(one.job, reply, one.probe, sent, time.thread_time() - used))
+                reply, raw = ApiDown(f"no answer: {describe(error)}"), None
+            self._inbox.put(Asked(one.job, reply, one.probe, sent, time.thread_time() - used, raw))

@@ -391,7 +391,13 @@ def _options(
 
 
 def _plan(settings: Settings, scrubber: Scrubber, options: _Options, remote: object) -> _Plan:
-    job = planned_job(remote, settings.api, fetch_url=options.fetch_url, endpoint=options.endpoint)
+    job = planned_job(
+        remote,
+        settings.api,
+        fetch_url=options.fetch_url,
+        endpoint=options.endpoint,
+        words=settings.status_words,
+    )
     if job.warning is not None:
         log.warning("%s", scrubber.text(job.warning))
     chosen = options.kind or job.kind

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import NamedTuple
 
 import requests
 from pydantic import SecretStr
@@ -14,8 +15,9 @@ from requests.structures import CaseInsensitiveDict
 from urllib3.exceptions import HTTPError
 
 from worker.core.identity import FetchAddress
-from worker.core.reply import AnotherJob, ApiDown, Empty, Processing, Ready, Reply, Unread
+from worker.core.reply import AnotherJob, ApiDown, ApiReply, Empty, Processing, RawAnswer, Ready, Reply, Unread
 from worker.errors import RefusedAddress
+from worker.kept_text import kept_text
 from worker.lean_http import LeanAdapter, as_response
 from worker.network_errors import describe
 from worker.scrubber import Scrubber
@@ -23,9 +25,11 @@ from worker.timed_http import TimeLimit, lean_session
 from worker.vendor.families import is_training
 from worker.vendor.fetch_url import AllowedApi, call_for, fetch_address
 from worker.vendor.replies import Question, parse
+from worker.vendor.shapes import TOO_LARGE, shape_of
 
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
 CHUNK_BYTES = 64 * 1024
+RAW_BYTES = 128 * 1024  # of an answer that may be kept, before keys are taken out of what is kept of it
 LARGE_ANSWER_BYTES = 1024 * 1024  # larger ones are parsed one after the other: parsed, they take several times as much
 CONNECT_SECONDS = 10.0
 HEADERS = {
@@ -81,7 +85,7 @@ class HostedApi:
 
     def ask(
         self, address: FetchAddress, remote_id: str, key: SecretStr, permit: Callable[[], object] | None = None
-    ) -> Reply:
+    ) -> ApiReply:
         """Ask about one job: one request with the key in its body, never redirected, over within the time-out.
 
         `permit` is called right before it is sent; what it raises is raised here.
@@ -93,19 +97,24 @@ class HostedApi:
         limit = TimeLimit(self._timeout, permit)
         try:
             with limit:
-                status, headers, answer = self._send(call.method, address.url, json.dumps(words).encode(), limit)
+                answer = self._send(call.method, address.url, json.dumps(words).encode(), limit)
         except (requests.RequestException, HTTPError, OSError, ValueError) as error:
             cause = f"none within {self._timeout:g} s" if limit.over else describe(error)
-            return ApiDown(self._scrubber.text(f"no answer: {cause}"))
-        if answer is None:
-            return Unread(f"HTTP {status} with an answer of more than {MAX_ANSWER_BYTES} bytes")
+            return ApiReply(ApiDown(self._scrubber.text(f"no answer: {cause}")))
+        if len(answer.body) > MAX_ANSWER_BYTES:
+            begin = self._scrubber.body(answer.body[:RAW_BYTES])
+            unread = Unread(f"HTTP {answer.status} with an answer of more than {MAX_ANSWER_BYTES} bytes")
+            return ApiReply(unread, RawAnswer(answer.status, begin, TOO_LARGE))
         question = Question(remote_id, time.time(), is_training(address.base), self._status_words)
-        with self._parsing_large if len(answer) > LARGE_ANSWER_BYTES else nullcontext():
-            return read_answer(self._scrubber, status, headers, answer, question)
+        with self._parsing_large if len(answer.body) > LARGE_ANSWER_BYTES else nullcontext():
+            return read_answer(self._scrubber, answer.status, answer.headers, answer.body, question)
 
-    def _send(
-        self, method: str, url: str, body: bytes, limit: TimeLimit
-    ) -> tuple[int, Mapping[str, str], bytes | None]:
+    def kept_text(self, raw: RawAnswer) -> str:
+        """Return what may be kept of an answer."""
+        return kept_text(raw.body, self._scrubber)
+
+    def _send(self, method: str, url: str, body: bytes, limit: TimeLimit) -> "_Received":
+        """Send a request. Of an answer that is too large the body is a byte, or a chunk, longer than the limit."""
         session = self.session
         adapter = session.get_adapter(url)
         timeout = min(CONNECT_SECONDS, self._timeout), self._timeout
@@ -119,8 +128,7 @@ class HostedApi:
             # Straight to the connection: the objects of `requests` would take longer than all the rest.
             answer = adapter.post(url, self._headers | {"Content-Length": str(len(body))}, body, timeout)
             if not answer.encoded:
-                whole = answer.body if len(answer.body) <= MAX_ANSWER_BYTES else None
-                return _in_time(limit, answer.status, answer.headers, whole)
+                return _in_time(limit, answer.status, answer.headers, answer.body)
             response = as_response(_prepared(method, url, self._headers, body), answer)
         else:
             response = adapter.send(
@@ -132,23 +140,37 @@ class HostedApi:
                 proxies=session.proxies,
             )
         try:
-            whole = _bounded(response, limit)
+            received = _bounded(response, limit)
         finally:
             response.close()
-        return _in_time(limit, response.status_code, response.headers, whole)
+        return _in_time(limit, response.status_code, response.headers, received)
 
 
-def read_answer(scrubber: Scrubber, status: int, headers: Mapping[str, str], body: bytes, question: Question) -> Reply:
-    """Return what an answer means, without any key in it."""
-    return _scrubbed(parse(status, headers, scrubber.body(body), question), scrubber)
+def read_answer(
+    scrubber: Scrubber, status: int, headers: Mapping[str, str], body: bytes, question: Question
+) -> ApiReply:
+    """Return what an answer means, and the answer where it may be kept, both without any key."""
+    scrubbed = scrubber.body(body)
+    reply = parse(status, headers, scrubbed, question)
+    return ApiReply(_scrubbed(reply, scrubber), None if isinstance(reply, Ready) else _raw(status, scrubbed))
 
 
-def _in_time(
-    limit: TimeLimit, status: int, headers: Mapping[str, str], body: bytes | None
-) -> tuple[int, Mapping[str, str], bytes | None]:
+class _Received(NamedTuple):
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def _in_time(limit: TimeLimit, status: int, headers: Mapping[str, str], body: bytes) -> _Received:
     if limit.over:  # where no length was declared, a connection that the watchdog ended looks like the end
         raise requests.Timeout("the whole call took too long")
-    return status, headers, body
+    return _Received(status, headers, body)
+
+
+def _raw(http_status: int, body: bytes) -> RawAnswer:
+    if len(body) <= RAW_BYTES:
+        return RawAnswer(http_status, body)
+    return RawAnswer(http_status, body[:RAW_BYTES], shape_of(http_status, body))
 
 
 def _scrubbed(reply: Reply, scrubber: Scrubber) -> Reply:
@@ -172,15 +194,13 @@ def _prepared(method: str, url: str, headers: Mapping[str, str], body: bytes) ->
     return request
 
 
-def _bounded(response: requests.Response, limit: TimeLimit) -> bytes | None:
-    """The whole answer, or None where it is larger than we read."""
+def _bounded(response: requests.Response, limit: TimeLimit) -> bytes:
+    """Return the body, of one that is too large as much as shows that it is."""
     chunks = list[bytes]()
     size = 0
     for chunk in response.iter_content(CHUNK_BYTES):
         chunks.append(chunk)
         size += len(chunk)
-        if size > MAX_ANSWER_BYTES:
-            return None
-        if limit.over:
+        if size > MAX_ANSWER_BYTES or limit.over:
             break
     return b"".join(chunks)

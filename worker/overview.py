@@ -20,6 +20,7 @@ from worker.store.claims import Level, waiting_levels
 from worker.store.gates import all_gates, last_asked
 from worker.store.holds import patience
 from worker.store.jobs import counts, waiting_accounts
+from worker.store.late_looks import look_of
 from worker.store.outputs import unstored
 from worker.store.paces import newest_paces
 from worker.tables import HELD_UNTIL
@@ -263,7 +264,9 @@ def why(connection: Connection, job: Row[Any], outputs: Sequence[Row[Any]], sett
         case "completed":
             return f"all {len(outputs)} outputs are stored"
         case "failed" | "expired":
-            return f"{job.error_code}: {job.error_message}"
+            look = look_of(connection, job.id) if job.status == "expired" else None
+            again = "" if look is None else f"; it is asked about once more at {look.due_at:%Y-%m-%d %H:%M} UTC"
+            return f"{job.error_code}: {job.error_message}{again}"
         case "cancelled":
             return "it was cancelled"
         case "downloading":

@@ -21,7 +21,7 @@ from worker.calls import Asked, Calls
 from worker.core import gate as gates
 from worker.core.gate import Gate, Scope
 from worker.core.pace import Pace
-from worker.core.reply import ApiDown, RateLimited, Reply
+from worker.core.reply import ApiDown, ApiReply, RateLimited
 from worker.database import RELAXED, database_now
 from worker.hosted_api import HostedApi
 from worker.leases import LeaseKeeper
@@ -29,6 +29,7 @@ from worker.recorder import Recorder
 from worker.shared_budget import Grant, SharedBudget
 from worker.store.claims import ClaimedJob, Level, claim_jobs, release_jobs, release_tokens, waiting_levels
 from worker.store.gates import all_gates, locked_gate, save_gate
+from worker.store.late_looks import plan_looks
 from worker.store.unlisted import hold_unlisted
 
 log = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ class Poller:
         api_timeout: float,
         queue_downloads: Callable[[Sequence[int]], None],
         tell: Callable[[Sequence[int]], None],
+        late_looks: Sequence[float] = (),
         threads: int = IN_FLIGHT,
         dice: random.Random | None = None,
     ) -> None:
@@ -123,7 +125,14 @@ class Poller:
         self._rps = rps
         self._probe_lease = timedelta(seconds=api_timeout) + PROBE_MARGIN
         self._recorder = Recorder(
-            engine=engine, pace=pace, rps=rps, queue_downloads=queue_downloads, tell=tell, dice=dice
+            engine=engine,
+            pace=pace,
+            rps=rps,
+            queue_downloads=queue_downloads,
+            tell=tell,
+            kept_text=api.kept_text,
+            late_looks=late_looks,
+            dice=dice,
         )
         self._calls = Calls(self._call, threads=threads)
         self._random = dice or random.Random()  # spreads accounts, guards nothing
@@ -132,6 +141,7 @@ class Poller:
         self._wanted = threading.Event()
         self._gives_way = False
         self._tell = tell
+        self._late_looks = tuple(late_looks)
         self._unlisted_at = 0.0
         self._view: _View | None = None
         self._stale = False
@@ -329,7 +339,9 @@ class Poller:
             return
         self._unlisted_at = time.monotonic() + UNLISTED_SECONDS
         with self._engine.begin() as connection:
-            ended = hold_unlisted(connection, levels, now=database_now(connection))
+            now = database_now(connection)
+            ended = hold_unlisted(connection, levels, now=now)
+            plan_looks(connection, ended, self._late_looks, now=now)
         self._tell(ended)
 
     def _no_room(self) -> bool:
@@ -511,7 +523,7 @@ class Poller:
             release_jobs(connection, [job.id], job.token, due_at=now + REFUSED_WAIT)
         return allowed
 
-    def _call(self, job: ClaimedJob) -> Reply:
+    def _call(self, job: ClaimedJob) -> ApiReply:
         permit = partial(self._leases.check, job.id, job.token)
         return self._api.ask(job.address, job.remote_id, self._key(job.account), permit)
 

@@ -21,13 +21,16 @@ from worker.core.gate import Gate, Heard, Limit, Scope
 from worker.core.lifecycle import AskAgain, End, JobFacts, after_answer, note_of
 from worker.core.measures import COUNTED_AS
 from worker.core.pace import Pace, Waiting
-from worker.core.reply import ApiDown, Empty, Processing, Ready, Reply
+from worker.core.reply import ApiDown, Empty, Processing, RawAnswer, Ready, Reply
 from worker.database import PATIENCE, database_now, server_trouble, trouble
+from worker.kept_answers import kept_answers
 from worker.learner import Learner
 from worker.store.claims import ClaimedJob
 from worker.store.gates import all_gates, locked_gate, mark_asked, save_gate
+from worker.store.late_looks import plan_looks
 from worker.store.outcomes import Outcome, Recorded, record_answers, set_aside
 from worker.store.totals import ANSWERS, Tally
+from worker.store.unread import keep_answers
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,8 @@ class Recorder:
         rps: Callable[[str], float],
         queue_downloads: Callable[[Sequence[int]], None],
         tell: Callable[[Sequence[int]], None],
+        kept_text: Callable[[RawAnswer], str],
+        late_looks: Sequence[float] = (),
         dice: random.Random | None = None,
     ) -> None:
         self._engine = engine
@@ -68,6 +73,8 @@ class Recorder:
         self._rps = rps
         self._queue_downloads = queue_downloads
         self._tell = tell
+        self._kept_text = kept_text
+        self._late_looks = tuple(late_looks)
         self._random = dice or random.Random()  # spreads polls in time, guards nothing
         self._waiting: list[Asked] = []
         self._unlearned: list[Asked] = []
@@ -179,7 +186,7 @@ class Recorder:
             if time.monotonic() - self._marked_at >= MARK_SECONDS:
                 self._marked_at = time.monotonic()
                 mark_asked(connection, {one.job.account for one in asked}, now=now)
-            moved = self._move_gates(connection, asked, known, now)
+            moved = move_gates(connection, asked, known, self._limit, now=now)
             outcomes = [self._outcome(one, now) for one in asked]
             if any(_expires(outcome) for outcome in outcomes):
                 held = all_gates(connection)  # unasked means not expired, and a hold may have kept it unasked
@@ -189,9 +196,12 @@ class Recorder:
                 ]
             tally = Tally()
             recorded = record_answers(connection, outcomes, tally, now=now)
-            for (account, reply), times in Counter((one.job.account, type(one.reply)) for one in asked).items():
-                label = reply.__name__.lower()
-                tally.add(ANSWERS, COUNTED_AS.get(label, label), account=account, times=times)
+            kept = kept_answers(asked, outcomes, self._kept_text)
+            if kept:
+                keep_answers(connection, kept, now=now)
+            expired = [outcome.job.id for outcome in outcomes if _expires(outcome)]
+            plan_looks(connection, expired, self._late_looks, now=now)
+            count_answers(tally, asked)
             tally.write(connection)
             return _Written(recorded, moved)
 
@@ -224,22 +234,40 @@ class Recorder:
         promised = _promised(reply) if _is_power_of_two(job.polls) else ()
         return Outcome(job, step, step.note, plan, not_ready, eta, promised=promised)
 
-    def _move_gates(
-        self, connection: Connection, asked: Sequence[Asked], known: Mapping[tuple[Scope, str], Gate], now: datetime
-    ) -> Gates:
-        """Lets the batch move the gates it concerns; a lock is taken only where one really changes."""
-        moved: Gates = {}
-        for (scope, name), mine in sorted(_by_gate(asked).items()):
-            heard = [Heard(one.reply, now - timedelta(seconds=time.monotonic() - one.sent), one.probe) for one in mine]
-            limit = Limit(self._rps(name), self._taken.get(name, 0.0))
-            gate = known.get((scope, name))
-            if gate is None or gates.after_replies(gate, heard, limit, now=now) != gate:
-                locked = locked_gate(connection, scope, name)
-                gate = gates.after_replies(locked, heard, limit, now=now)
-                save_gate(connection, gate)
-                _tell_of_hold(locked, gate, now)
-                moved[scope, name] = gate
-        return moved
+    def _limit(self, account: str) -> Limit:
+        return Limit(self._rps(account), self._taken.get(account, 0.0))
+
+
+def move_gates(
+    connection: Connection,
+    asked: Sequence[Asked],
+    known: Mapping[tuple[Scope, str], Gate],
+    limit: Callable[[str], Limit],
+    *,
+    now: datetime,
+) -> Gates:
+    """Let answers move the gates they concern, and return those moved. A lock is taken only where one really changes.
+
+    `known` are the gates as they were seen last, `limit` returns the limit of an account.
+    """
+    moved: Gates = {}
+    for (scope, name), mine in sorted(_by_gate(asked).items()):
+        heard = [Heard(one.reply, now - timedelta(seconds=time.monotonic() - one.sent), one.probe) for one in mine]
+        gate = known.get((scope, name))
+        if gate is None or gates.after_replies(gate, heard, limit(name), now=now) != gate:
+            locked = locked_gate(connection, scope, name)
+            gate = gates.after_replies(locked, heard, limit(name), now=now)
+            save_gate(connection, gate)
+            _tell_of_hold(locked, gate, now)
+            moved[scope, name] = gate
+    return moved
+
+
+def count_answers(tally: Tally, asked: Sequence[Asked]) -> None:
+    """Count answers by account and class."""
+    for (account, reply), times in Counter((one.job.account, type(one.reply)) for one in asked).items():
+        label = reply.__name__.lower()
+        tally.add(ANSWERS, COUNTED_AS.get(label, label), account=account, times=times)
 
 
 def _waiting(

@@ -32,10 +32,12 @@ from worker.errors import NotTrackable, SettingsError
 from worker.once import locked_property
 from worker.urls import broker_url, database_url, redis_url
 from worker.vendor.fetch_url import VENDOR_HOSTS, AllowedApi, api_host
+from worker.vendor.words import status_words
 
 DEFAULT_STORAGE = Path("var/outputs")
 EMBEDDED_SOCKET = "redis.sock"
 LONGEST = 10 * 365 * 86_400.0  # seconds; more would be a slip, and no date can hold much more
+MOST_LOOKS, LONGEST_LOOK = 20, 30 * 86_400.0
 LEAST_PRUNE_AGE = 3_600.0  # seconds; whoever waits for a job must find it
 LONG_DEADLINES = (("training", 14_400.0), ("video", 7_200.0))
 SHARED_NAMES = frozenset(
@@ -57,7 +59,7 @@ _HOST = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 _S3 = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(?P<prefix>[^\x00-\x1f]*))?")
 _LISTS = frozenset(
     {"sd_api_hosts", "output_allowed_networks", "on_done_tasks", "prune_states", "webhook_secret"}
-    | {"webhook_allowed_networks", "flower_basic_auth"}
+    | {"webhook_allowed_networks", "flower_basic_auth", "late_looks"}
 )
 DOTENV_SWITCH = "FETCH_WORKER_DOTENV"  # "off": `up` and `demo` hand their processes the whole environment themselves
 
@@ -83,6 +85,7 @@ class Settings(BaseSettings):
     sd_api_hosts: str = ""
     sd_api_rps: RequestRates = RequestRates(DEFAULT_RPS)
     sd_api_timeout: float = Field(default=20.0, gt=0, le=3_600)
+    sd_api_status_words: str = "{}"
     sd_api_ca_bundle: str | None = None
     sd_api_proxy: SecretStr | None = None
     requests_ca_bundle: str | None = None
@@ -100,6 +103,7 @@ class Settings(BaseSettings):
     poll_min: float = Field(default=3.0, ge=0, le=3_600)
     poll_policy: Policy = "learned"
     job_deadline: float | None = Field(default=None, gt=0, le=LONGEST)
+    late_looks: str = "1h,3h,10h,24h"
     recovery_seconds: float = Field(default=30.0, ge=5, le=3_600)
     on_done_tasks: str = ""
     prune_after: str = ""
@@ -139,7 +143,7 @@ class Settings(BaseSettings):
         """Take off what nobody sees around a value, and refuse it inside."""
         if not isinstance(value, str):
             return value
-        if info.field_name in ("sd_api_keys", "sd_api_rps"):  # JSON, in lines as one likes
+        if info.field_name in ("sd_api_keys", "sd_api_rps", "sd_api_status_words"):  # JSON, in lines as one likes
             return trimmed(value)
         if info.field_name in _LISTS:
             return ",".join(clean(item) for item in trimmed(value).split(","))
@@ -193,6 +197,18 @@ class Settings(BaseSettings):
         if not all(account == "*" or ACCOUNT.fullmatch(account) for account in rates):
             raise ValueError('has an account name that can\'t be one; for example {"shop": 3, "*": 10}')
         return RequestRates(rates.pop("*", DEFAULT_RPS), rates)
+
+    @field_validator("sd_api_status_words")
+    @classmethod
+    def _taught(cls, value: str) -> str:
+        status_words(value or "{}")
+        return value or "{}"
+
+    @field_validator("late_looks")
+    @classmethod
+    def _late_spans(cls, value: str) -> str:
+        _spans(value)
+        return value
 
     @field_validator("storage_url")
     @classmethod
@@ -368,6 +384,16 @@ class Settings(BaseSettings):
         if not hosts:
             hosts = set(VENDOR_HOSTS) if own in VENDOR_HOSTS else {own}
         return AllowedApi(self.sd_api_url, frozenset(hosts | {own}))
+
+    @cached_property
+    def status_words(self) -> Mapping[str, str]:
+        """Status words that the rules don't have, each with the one that it stands for."""
+        return status_words(self.sd_api_status_words)
+
+    @cached_property
+    def late_look_seconds(self) -> tuple[float, ...]:
+        """How long after its deadline an expired job is asked about again; none where that is switched off."""
+        return _spans(self.late_looks)
 
     @property
     def ca_bundle(self) -> str | None:
@@ -550,6 +576,22 @@ def _without_secrets(value: object) -> object:
     _, at, host = rest.rpartition("@")  # a password may have any character, so the last one counts
     bare = re.split("[?#;]", host, maxsplit=1)[0]
     return f"{scheme}://{'***@' if at else ''}{bare}{'?***' if bare != host else ''}"
+
+
+def _spans(text: str) -> tuple[float, ...]:
+    """The spans of time of LATE_LOOKS, in order. Raises ValueError."""
+    items = _items(text.lower())
+    if items in ([], ["off"], ["none"], ["no"], ["false"], ["0"]):
+        return ()
+    if items in (["on"], ["yes"], ["true"]):
+        return _spans(str(Settings.model_fields["late_looks"].default))
+    try:
+        spans = sorted({seconds_of(item) for item in items})
+    except ValueError:
+        raise ValueError("must be off, or spans of time after the deadline such as 1h,3h,10h,24h") from None
+    if len(spans) > MOST_LOOKS or not 0 < spans[0] <= spans[-1] <= LONGEST_LOOK:
+        raise ValueError(f"must have at most {MOST_LOOKS} spans of time, from 1 s to 30d")
+    return tuple(spans)
 
 
 def _items(text: str) -> list[str]:

@@ -280,6 +280,7 @@ unread = Table(
     Column("http_status", SmallInteger, nullable=False),
     Column("shape", String(255), nullable=False),
     Column("body", _LongText, nullable=False),  # scrubbed, its first 64 KiB
+    Column("recognised", Boolean, nullable=False, server_default=text("false")),  # a rule read it; its job ended by it
     Index("ix_fetch_unread_job_id", "job_id"),
     Index("ix_fetch_unread_shape", "shape"),
     comment="the last answers that no rule reads, and the last answer of each job that ended without an output",

@@ -25,6 +25,7 @@ from worker.database import check_schema, database_now, described, engine_for
 from worker.downloader import Downloader
 from worker.errors import NotTrackable, SchemaOutdated, SettingsError, Unavailable, WorkerError
 from worker.hosted_api import HostedApi
+from worker.late_looks import LateLooks
 from worker.leases import LeaseKeeper
 from worker.notifier import refusal, tell
 from worker.once import locked_property
@@ -106,6 +107,7 @@ class ProcessResources:
             ca_bundle=settings.ca_bundle,
             proxy=settings.proxy,
             user_agent=settings.user_agent,
+            status_words=settings.status_words,
         )
 
     @locked_property
@@ -122,11 +124,30 @@ class ProcessResources:
             api_timeout=settings.sd_api_timeout,
             queue_downloads=lambda ids: self.courier.send("downloads", lambda: queue_downloads(ids)) if ids else None,
             tell=lambda ids: self.courier.send("on_done", lambda: self.tell(ids)) if ids else None,
+            late_looks=settings.late_look_seconds,
         )
         listen(settings.redis, poller.wake)
         if self.stopping.is_set():
             poller.stop()
         return poller
+
+    @locked_property
+    def late_looks(self) -> LateLooks:
+        """Asks about expired jobs again."""
+        looks = LateLooks(
+            engine=self.engine,
+            api=self.api,
+            budget=SharedBudget(settings.redis),
+            keys=settings.keys,
+            rps=settings.rps,
+            after=settings.late_look_seconds,
+            api_timeout=settings.sd_api_timeout,
+            queue_downloads=queue_downloads,
+            tell=self.tell,
+        )
+        if self.stopping.is_set():
+            looks.stop()
+        return looks
 
     @locked_property
     def deliveries(self) -> Deliveries:
@@ -205,9 +226,10 @@ class ProcessResources:
     def stop(self) -> None:
         """Begin nothing new. Safe in a signal handler: it makes nothing."""
         self.stopping.set()
-        poller = self.__dict__.get("poller")  # one that is being made just now looks at `stopping` itself
-        if poller is not None:
-            poller.stop()
+        for name in ("poller", "late_looks"):  # one that is being made just now looks at `stopping` itself
+            made = self.__dict__.get(name)
+            if made is not None:
+                made.stop()
 
     def look_back(self) -> None:
         """Release what dead processes held, once, before anything is claimed: a new claim would hide the crash."""
@@ -375,6 +397,7 @@ def run_sweep() -> str:
     _say(freed)
     _repair(own)
     _sample(own)
+    _look_late(own)
     return f"{len(output_ids)} downloads put back" if output_ids else "nothing to put back"
 
 
@@ -411,6 +434,14 @@ def _repair(own: ProcessResources) -> None:
             *(len(repaired.jobs), repaired.outputs, repaired.claims),
         )
     own.tell(repaired.jobs)
+
+
+def _look_late(own: ProcessResources) -> None:
+    """Have expired jobs whose look is due asked about, in a thread of its own: no sweep waits for the API."""
+    try:
+        own.late_looks.start()
+    except DATABASE_ERRORS as error:
+        log.warning("late looks wait for the database reason=%s", described(error, settings.database))
 
 
 def _sample(own: ProcessResources) -> None:
@@ -513,7 +544,9 @@ def track(self: Any, remote: Any, **options: Any) -> int:
         raise NotTrackable(parts().scrubber.text(f"worker.track was called wrongly: {wrong}")) from None
     except WorkerError as wrong:
         raise type(wrong)(parts().scrubber.text(str(wrong))) from None
-    if created and submission(remote).outputs:  # ready at once: nothing but a sweep would find its outputs
+    if (
+        created and submission(remote, settings.status_words).outputs
+    ):  # ready at once: nothing but a sweep would find its outputs
         _softly("sweep", lambda: sweep.apply_async(expires=HINT_EXPIRES_SECONDS))
     return job_id
 

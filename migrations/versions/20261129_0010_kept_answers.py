@@ -17,7 +17,11 @@ depends_on = None
 ROW_ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 MOMENT = sa.DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
 LONG_TEXT = sa.Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
-OPTIONS = {"mysql_charset": "utf8mb4", "mysql_collate": "utf8mb4_bin"}
+OPTIONS = {
+    f"{family}_{name}": value
+    for family in ("mysql", "mariadb")  # SQLAlchemy knows them as two
+    for name, value in (("charset", "utf8mb4"), ("collate", "utf8mb4_bin"))
+}
 
 
 def upgrade() -> None:
@@ -30,6 +34,7 @@ def upgrade() -> None:
         sa.Column("http_status", sa.SmallInteger(), nullable=False),
         sa.Column("shape", sa.String(255), nullable=False),
         sa.Column("body", LONG_TEXT, nullable=False),
+        sa.Column("recognised", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.ForeignKeyConstraint(["job_id"], ["fetch_jobs.id"], name=op.f("fk_fetch_unread_job_id"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_fetch_unread")),
         comment="the last answers that no rule reads, and the last answer of each job that ended without an output",

@@ -23,7 +23,8 @@ from worker.core.identity import FetchAddress
 from worker.core.lifecycle import JobFacts, Strikes
 from worker.core.pace import Pace
 from worker.core.plain_text import plain_text
-from worker.core.reply import AnotherJob, RateLimited, Ready, Reply
+from worker.core.reply import AnotherJob, RateLimited, RawAnswer, Ready, Reply
+from worker.kept_text import kept_text
 from worker.recorder import Recorder
 from worker.scrubber import Scrubber
 from worker.store.claims import ClaimedJob
@@ -155,7 +156,13 @@ def test_whatever_is_answered_the_rows_hold_what_their_columns_and_constraints_a
     engine: Engine, examples: int
 ) -> None:
     recorder = Recorder(
-        engine=engine, pace=PACE, rps=lambda _: 10.0, queue_downloads=lambda _: None, tell=lambda _: None
+        engine=engine,
+        pace=PACE,
+        rps=lambda _: 10.0,
+        queue_downloads=lambda _: None,
+        tell=lambda _: None,
+        kept_text=lambda raw: kept_text(raw.body, Scrubber([KEY])),
+        late_looks=(3_600.0,),
     )
     dialect = engine.dialect.name
 
@@ -186,7 +193,7 @@ def test_whatever_is_answered_the_rows_hold_what_their_columns_and_constraints_a
         job = _claimed(engine, downloading, age, counts)
         reply = reply_to(code, headers, body, training=training)
 
-        recorder.take([Asked(job, reply, probe, time.monotonic())], {})
+        recorder.take([Asked(job, reply, probe, time.monotonic(), raw=RawAnswer(code, body))], {})
         lost = recorder.write({})
 
         assert (lost, recorder.kept) == (0, 0)

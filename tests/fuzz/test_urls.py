@@ -117,7 +117,7 @@ def test_the_key_is_sent_to_the_very_path_that_was_accepted_and_over_no_other_li
                 return
             web.serves(urlsplit(url).path, page(200, b'{"status": "processing"}'))
 
-            assert api.ask(made, ID, SecretStr("key")) == Processing()
+            assert api.ask(made, ID, SecretStr("key")).reply == Processing()
 
             assert set(net.connected) == {("127.0.0.1", web.port)}
             [asked] = web.asked

@@ -20,6 +20,7 @@ from worker.cli.output import (
     print_json,
     print_table,
 )
+from worker.cli.unread import shortened
 from worker.core.lifecycle import STORAGE_WAIT
 from worker.database import connected, engine_for
 from worker.doctor import Node, alive, examine
@@ -28,6 +29,8 @@ from worker.settings import Settings, load
 from worker.shared_budget import SharedBudget
 from worker.store.events import events_of
 from worker.store.jobs import job_row, outputs_of
+from worker.store.late_looks import look_of
+from worker.store.unread import answers_of
 from worker.terminal import echo
 
 NODES_SECONDS = 1.5
@@ -37,6 +40,7 @@ QUEUES = {
     "fetch-worker.downloads": "downloads: start a `downloads` process",
 }
 EVENTS = ("event_id", "type", "status", "attempts", "due_at", "http_status", "error_message")
+KEPT_COLUMNS = ("at", "http_status", "shape", "body")
 CHAIN = ("step", "state", "detail")
 OUTPUTS = ("id", "position", "status", "media_type", "size_bytes", "attempts", "location", "error_code")
 
@@ -63,6 +67,7 @@ def show(ids: tuple[str, ...], remote: str | None, account: str | None, as_json:
         for document in documents:
             outputs = document.pop("outputs")
             webhooks = document.pop("webhooks")
+            kept = document.pop("unread")
             document.pop("believed")  # the chain says it in words
             links = document.pop("chain")
             advice = document.pop("advice")
@@ -72,6 +77,9 @@ def show(ids: tuple[str, ...], remote: str | None, account: str | None, as_json:
             print_table(CHAIN, [[link[name] for name in CHAIN] for link in links], empty="")
             if webhooks:
                 print_table(EVENTS, [[event[name] for name in EVENTS] for event in webhooks], empty="")
+            if kept:
+                rows = [(one["at"], one["http_status"], shortened(one["body"])) for one in kept]
+                print_table(("kept answer of", "HTTP", "body"), rows, empty="")
             print_table(OUTPUTS, [[output[name] for name in OUTPUTS] for output in outputs], empty="no outputs yet")
             echo(f"what to do: {advice}")
     return 0 if len(documents) == len(job_ids) else 1
@@ -84,6 +92,7 @@ def _document(connection: Connection, job_id: int, settings: Settings) -> tuple[
     outputs, events = outputs_of(connection, [job_id]), events_of(connection, job_id)
     waits = job.status == "pending" and job.claim_token is None and job.held_at is None
     believed = belief(connection, job)
+    look = look_of(connection, job_id)
     document = plain(job, JOB_COLUMNS) | {
         "on_done": job.on_done,
         "on_done_sent_at": moment(job.told_at),
@@ -92,6 +101,8 @@ def _document(connection: Connection, job_id: int, settings: Settings) -> tuple[
         "on_done_error": job.on_done_error,
         "outputs": [plain(output, OUTPUT_COLUMNS) for output in outputs],
         "webhooks": [plain(event, EVENT_COLUMNS) for event in events],
+        "unread": [plain(answer, KEPT_COLUMNS) for answer in answers_of(connection, job_ids=[job_id])],
+        "next_look_at": None if look is None else moment(look.due_at),
         "why": why(connection, job, outputs, settings),
         "next_poll_at": moment(job.due_at) if waits else None,
         "believed": None if believed is None else asdict(believed),

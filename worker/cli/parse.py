@@ -59,8 +59,8 @@ def parse(
             document = _submit_document(settings, scrubber, body, http_status, endpoint)
         else:
             training = endpoint is not None and is_training(f"/{order_at(endpoint, settings.api).family.fetch}")
-            question = Question(remote_id, time.time(), training)
-            reply = read_answer(scrubber, http_status, _headers(headers), body, question)
+            question = Question(remote_id, time.time(), training, settings.status_words)
+            reply = read_answer(scrubber, http_status, _headers(headers), body, question).reply
             document = _fetch_document(reply)
     except NotTrackable as wrong:
         raise click.UsageError(scrubber.text(str(wrong))) from None
@@ -111,7 +111,9 @@ def _submit_document(
     try:
         if fields is None:
             raise NotTrackable("the answer is no JSON object")
-        job = planned_job(SubmitAnswer(fields, http_status), settings.api, endpoint=endpoint)
+        job = planned_job(
+            SubmitAnswer(fields, http_status), settings.api, endpoint=endpoint, words=settings.status_words
+        )
     except ApiRefused as refused:
         return _document("refused", scrubber.text(refused.message))
     except NotTrackable as wrong:

@@ -1,7 +1,7 @@
 """The types of replies: what an answer of the API means to this worker. `worker.vendor` reads answers into them."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Hold = Literal["key", "credits", "plan", "request"]
 
@@ -117,6 +117,25 @@ Reply = (
     | AccountRefused
     | ApiDown
 )
+
+
+class RawAnswer(NamedTuple):
+    """An answer as it came, without any key in it: the HTTP status and the body.
+
+    Of a long body it is the beginning, with the `shape` of the whole. A tuple, since one is made for every request.
+    """
+
+    http_status: int
+    body: bytes
+    shape: str | None = None
+
+
+class ApiReply(NamedTuple):
+    """What an answer means, and the answer itself where it may be kept. None: there was no answer, or it is ready."""
+
+    reply: Reply
+    raw: RawAnswer | None = None
+
 
 CLASSES: dict[type[Reply], str] = {
     Processing: "processing",

@@ -14,6 +14,8 @@ from worker.core.lifecycle import FINAL_STATES, PRUNED, left_out_note
 from worker.core.pace import Plan
 from worker.core.reply import Link
 from worker.store.batch import folded, unfolded
+from worker.store.job_values import not_ended
+from worker.store.late_looks import forget_looks
 from worker.store.listing import INSERT_ROWS, insert_outputs
 from worker.store.promises import add_promises, end_promises, take_back_promises
 from worker.store.times import HAS_DUE_TIME
@@ -383,6 +385,7 @@ def retry_all(connection: Connection, job_ids: Iterable[int], *, now: datetime) 
     failed = (outputs.c.job_id.in_(ids), outputs.c.status == "failed")
     renewed = set(connection.execute(select(outputs.c.job_id).where(*failed)).scalars())
     connection.execute(update(outputs).where(*failed).values(listed_anew(now)))
+    forget_looks(connection, ids)
     alike: dict[tuple[bool, float], list[int]] = {}
     for row in rows:
         alike.setdefault((row.id in renewed, row.deadline_seconds), []).append(row.id)
@@ -396,14 +399,7 @@ def retry_all(connection: Connection, job_ids: Iterable[int], *, now: datetime) 
                 pace_scale=None,
                 pace_growth=None,
                 deadline_at=now + timedelta(seconds=deadline_seconds),
-                completed_at=None,
-                told_at=None,
-                on_done_attempts=0,
-                on_done_due_at=None,
-                on_done_error=None,
-                announced_at=None,
-                error_code=None,
-                error_message=None,
+                **not_ended(),
                 failed_answers=0,
                 unknown_answers=0,
                 error_answers=0,

@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, select, update
 
+from worker.store.job_values import not_ended
 from worker.store.jobs import listed_anew
 from worker.tables import events, jobs, outputs
 
@@ -123,19 +124,5 @@ def put_back(connection: Connection, output_id: int, *, location: str, now: date
         .values(listed_anew(now) | dict.fromkeys(("location", "size_bytes", "sha256", "media_type", "stored_at")))
     ).rowcount
     if changed:
-        connection.execute(
-            update(jobs)
-            .where(jobs.c.id == job.id)
-            .values(
-                status="downloading",
-                completed_at=None,
-                told_at=None,
-                on_done_attempts=0,
-                on_done_due_at=None,
-                on_done_error=None,
-                announced_at=None,
-                error_code=None,
-                error_message=None,
-            )
-        )
+        connection.execute(update(jobs).where(jobs.c.id == job.id).values(status="downloading", **not_ended()))
     return bool(changed)

@@ -249,6 +249,7 @@ class _Polls:
                 timeout=settings.sd_api_timeout,
                 connections=1,
                 adapter=_adapters()[0],
+                status_words=settings.status_words,
             ),
             budget=_NoBudget(),
             leases=_Leases(engine, lease=LEASE),

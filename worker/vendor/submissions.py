@@ -5,6 +5,7 @@ import json
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from inspect import isawaitable
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from worker.core.identity import READY, FetchAddress, checked_remote_id
@@ -34,6 +35,7 @@ from worker.vendor.fetch_url import (
 from worker.vendor.links import listed, promised
 from worker.vendor.replies import WAITING, Answer, Question, rule_for
 
+NO_WORDS: Mapping[str, str] = MappingProxyType({})
 _ID_FIELDS = (
     *("id", "training_id", "request_id", "requestId", "taskId", "task_id", "execution_id", "fetch_id", "job_id"),
 )
@@ -89,19 +91,24 @@ class SubmitAnswer(NamedTuple):
 
 
 def planned_job(
-    remote: object, api: AllowedApi, *, fetch_url: str | None = None, endpoint: str | None = None
+    remote: object,
+    api: AllowedApi,
+    *,
+    fetch_url: str | None = None,
+    endpoint: str | None = None,
+    words: Mapping[str, str] = NO_WORDS,
 ) -> PlannedJob:
     """Read what was handed to `track`, and say where its job is asked about.
 
     The first of these that is known decides: `fetch_url`, the answer's own `fetch_result`, `endpoint`, the URL of the
-    response, the form of the answer (trainings, chats, workflows), the configured address of the API. Raises
-    NotTrackable, ApiRefused, RefusedAddress.
+    response, the form of the answer (trainings, chats, workflows), the configured address of the API. `words` are the
+    status words that the settings teach. Raises NotTrackable, ApiRefused, RefusedAddress.
     """
     order = order_at(endpoint, api) if endpoint else None
     answer = submit_answer(remote)
     if order is None and answer is not None and answer.url is not None:
         order = order_of_response(answer.url, api)
-    known = submission(remote) if answer is None else _submission(answer)
+    known = submission(remote) if answer is None else _submission(answer, words)
     return _planned(known, order, fetch_url or None, api)
 
 
@@ -129,13 +136,13 @@ def _kind(fetch_path: str, model: str | None, *, is_video: bool = False) -> str:
     return f"{kind[:20]}/{model}"[:MAX_KIND] if model else kind
 
 
-def submission(remote: object) -> Submission:
+def submission(remote: object, words: Mapping[str, str] = NO_WORDS) -> Submission:
     """Read an id (text or number), a whole submit answer (mapping, or its JSON text), or the response that carried it.
 
     Raises ApiRefused for an answer by which the API did not take the order, NotTrackable for one that is no job.
     """
     answer = submit_answer(remote)
-    return Submission(checked_remote_id(remote)) if answer is None else _submission(answer)
+    return Submission(checked_remote_id(remote)) if answer is None else _submission(answer, words)
 
 
 def submit_answer(remote: object) -> SubmitAnswer | None:
@@ -189,12 +196,13 @@ def _of_response(response: Any) -> SubmitAnswer:
     return SubmitAnswer(fields, status, None if url is None else str(url))
 
 
-def _submission(answer: SubmitAnswer) -> Submission:
+def _submission(answer: SubmitAnswer, words: Mapping[str, str]) -> Submission:
     fields = answer.fields
     _check_is_a_job(fields)
     word = status_of(fields)
+    word = words.get(word, word)
     taken = word in _TAKEN and answer.http_status < 300 and "execution" not in fields
-    reply = None if taken else _read(answer)
+    reply = None if taken else _read(answer, words)
     if isinstance(reply, _REFUSALS):
         raise _refusal(reply.message, fields)
     ready = listed(fields if word == "success" else {})
@@ -228,10 +236,10 @@ def _refusal(message: str, fields: Mapping[str, Any]) -> ApiRefused:
     return ApiRefused(text, message=message, answer=dict(fields))
 
 
-def _read(answer: SubmitAnswer) -> Reply:
+def _read(answer: SubmitAnswer, words: Mapping[str, str]) -> Reply:
     """Read a submit answer by the rules of all answers."""
     fields = dict(answer.fields)
-    return rule_for(Answer(answer.http_status, {}, b"", fields, Question(remote_id=None, now=0.0)))[1]
+    return rule_for(Answer(answer.http_status, {}, b"", fields, Question(None, 0.0, words=words)))[1]
 
 
 def _check_is_a_job(fields: Mapping[str, Any]) -> None:

@@ -1,0 +1,136 @@
+"""Kept answers on real databases: the last three of a job, the last one before its end, a thousand in all."""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from sqlalchemy import Connection, Engine, delete, func, select
+
+from tests.rows import NOW, add_job, seconds
+from worker.store.unread import MOST, KeptAnswer, answers_of, jobs_with_answers, keep_answers, shapes
+from worker.tables import jobs, unread
+
+
+def _answer(job_id: int, body: str = "{}", *, recognised: bool = False, shape: str = "status=done") -> KeptAnswer:
+    return KeptAnswer(job_id, 200, shape, body, recognised)
+
+
+def _keep(connection: Connection, *answers: KeptAnswer, at: datetime = NOW) -> None:
+    keep_answers(connection, answers, now=at)
+
+
+def _bodies(connection: Connection, job_id: int) -> Sequence[str]:
+    return [row.body for row in answers_of(connection, job_ids=[job_id])]
+
+
+def test_of_a_job_the_last_three_unread_answers_are_kept(engine: Engine) -> None:
+    with engine.begin() as connection:
+        job_id, other = add_job(connection, "1"), add_job(connection, "2")
+        for number in range(5):
+            _keep(connection, _answer(job_id, f"body {number}"), at=NOW + seconds(number))
+        _keep(connection, _answer(other, "body 0"))
+
+        assert _bodies(connection, job_id) == ["body 4", "body 3", "body 2"]
+        assert _bodies(connection, other) == ["body 0"]
+
+
+def test_the_same_answer_again_is_written_once_and_its_time_follows(engine: Engine) -> None:
+    """A job that asks on for hours keeps one row for it."""
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+        _keep(connection, _answer(job_id, "the same"))
+        [before] = answers_of(connection)
+        for number in range(1, 4):
+            _keep(connection, _answer(job_id, "the same"), at=NOW + seconds(number))
+        [after] = answers_of(connection)
+
+        assert (before.id, before.at) == (after.id, NOW)
+        assert after.at == NOW + seconds(3)
+
+        _keep(connection, _answer(job_id, "another"), at=NOW + seconds(4))
+        _keep(connection, _answer(job_id, "the same"), at=NOW + seconds(5))
+        assert _bodies(connection, job_id) == ["the same", "another", "the same"]
+
+
+def test_the_last_answer_of_an_end_takes_no_place_of_an_unread_one(engine: Engine) -> None:
+    """There is one of them per job, the newest."""
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+        for number in range(3):
+            _keep(connection, _answer(job_id, f"unread {number}"), at=NOW + seconds(number))
+        _keep(connection, _answer(job_id, "the first end", recognised=True), at=NOW + seconds(3))
+        _keep(connection, _answer(job_id, "the second end", recognised=True), at=NOW + seconds(4))
+
+        assert _bodies(connection, job_id) == ["the second end", "unread 2", "unread 1", "unread 0"]
+
+
+def test_a_thousand_answers_are_kept_in_all_and_the_oldest_go(engine: Engine) -> None:
+    with engine.begin() as connection:
+        first = [add_job(connection, f"a{number}") for number in range(3)]
+        _keep(connection, *(_answer(job_id) for job_id in first))
+        many = [add_job(connection, f"b{number}") for number in range(MOST - 1)]
+        _keep(connection, *(_answer(job_id) for job_id in many), at=NOW + seconds(1))
+
+        assert connection.execute(select(func.count()).select_from(unread)).scalar_one() == MOST
+        assert sum(len(_bodies(connection, job_id)) for job_id in first) == 1
+        assert all(len(answers_of(connection, job_ids=some)) == len(some) for some in (many[:400], many[400:]))
+
+
+def test_an_answer_of_a_job_that_is_gone_is_not_kept_and_spoils_no_batch(engine: Engine) -> None:
+    with engine.begin() as connection:
+        gone, job_id = add_job(connection, "1"), add_job(connection, "2")
+        connection.execute(delete(jobs).where(jobs.c.id == gone))
+        _keep(connection, _answer(gone, "late"), _answer(job_id, "kept"))
+        assert [row.job_id for row in answers_of(connection)] == [job_id]
+
+        connection.execute(delete(jobs).where(jobs.c.id == job_id))
+        assert answers_of(connection) == []
+
+
+def test_two_processes_that_keep_answers_of_the_same_jobs_do_not_wait_for_each_other(engine: Engine) -> None:
+    """SQLite has one writer at a time anyway."""
+    if engine.dialect.name == "sqlite":
+        return
+    with engine.begin() as connection:
+        one, two = add_job(connection, "1"), add_job(connection, "2")
+    with engine.begin() as first, engine.begin() as second:
+        _keep(first, _answer(one, "first"))
+        _keep(second, _answer(two, "second"), _answer(one, "second"))
+        _keep(first, _answer(two, "first"))
+    with engine.connect() as connection:
+        assert {(row.job_id, row.body) for row in answers_of(connection)} == {(one, "first"), (two, "second")}
+
+
+def test_answers_are_grouped_by_their_shape(engine: Engine) -> None:
+    with engine.begin() as connection:
+        one, two = add_job(connection, "1"), add_job(connection, "2")
+        _keep(connection, _answer(one, "a", shape="status=done"))
+        _keep(connection, _answer(one, "b", shape="status=done"), at=NOW + seconds(10))
+        _keep(connection, _answer(two, "c", shape="status=done"), at=NOW + seconds(20))
+        _keep(connection, _answer(two, "d", shape="Status=Done"), at=NOW + seconds(5))
+
+        done, other = shapes(connection)
+        assert (done.shape, done.count, done.jobs) == ("status=done", 3, 2)
+        assert (done.first_at, done.last_at, done.job_id) == (NOW, NOW + seconds(20), two)
+        assert (other.shape, other.count, other.jobs) == ("Status=Done", 1, 1)
+        assert [row.body for row in answers_of(connection, shape="status=done")] == ["c", "b", "a"]
+
+
+def test_only_jobs_that_may_still_bring_something_are_read_again(engine: Engine) -> None:
+    ended = {"due_at": None, "completed_at": NOW}
+    with engine.begin() as connection:
+        states = {
+            "pending": add_job(connection, "1"),
+            "failed": add_job(connection, "2", status="failed", error_code="api_failed", **ended),
+            "expired": add_job(connection, "3", status="expired", error_code="expired", **ended),
+            "completed": add_job(connection, "4", status="completed", ready_at=NOW, **ended),
+            "cancelled": add_job(connection, "5", status="cancelled", **ended),
+            "downloading": add_job(connection, "6", status="downloading", due_at=None, ready_at=NOW),
+        }
+        without = add_job(connection, "7")
+        _keep(connection, *(_answer(job_id) for job_id in states.values()))
+        _keep(connection, _answer(states["failed"], "x", shape="other"))
+
+        found = jobs_with_answers(connection)
+        assert found == [states["pending"], states["failed"], states["expired"]]
+        assert without not in found
+        assert jobs_with_answers(connection, shape="other") == [states["failed"]]

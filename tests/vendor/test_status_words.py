@@ -1,0 +1,72 @@
+"""Status words that the settings teach: read everywhere that an answer is, and refused with a reason where wrong."""
+
+import json
+
+import pytest
+
+from worker.core.reply import Failed, Processing, Ready, Reply, Unread
+from worker.errors import ApiRefused
+from worker.vendor.fetch_url import AllowedApi
+from worker.vendor.replies import Question, parse
+from worker.vendor.submissions import planned_job
+from worker.vendor.words import status_words
+
+API = AllowedApi("https://modelslab.com/api/v3", frozenset({"modelslab.com"}))
+LINK = "https://cdn.test/a.png"
+
+
+def _read(answer: object, words: dict[str, str], *, training: bool = False) -> Reply:
+    return parse(200, {}, json.dumps(answer).encode(), Question("7", 0.0, training, words))
+
+
+def test_a_taught_word_is_read_as_the_one_that_it_stands_for() -> None:
+    """In any case, and only where it is the status."""
+    words = status_words('{"done": "success", "Cooking": "processing", "burnt": "failed"}')
+
+    ready = _read({"status": " DONE", "assets": [LINK], "id": 7}, words)
+    assert isinstance(ready, Ready)
+    assert [link.url for link in ready.outputs] == [LINK]
+    assert isinstance(_read({"status": "cooking", "eta": 4}, words), Processing)
+    assert _read({"status": "burnt", "message": "too hot"}, words) == Failed("too hot")
+    assert isinstance(_read({"status": "served", "message": "done"}, words), Unread)
+    assert isinstance(_read({"status": "done", "assets": [LINK]}, {}), Unread)
+
+
+def test_a_submit_answer_with_a_taught_word_is_ready_at_once_or_refused() -> None:
+    words = status_words('{"done": "success", "burnt": "failed"}')
+
+    ready = planned_job({"status": "done", "assets": [LINK], "id": 7}, API, words=words).submission
+    assert [link.url for link in ready.outputs] == [LINK]
+    assert planned_job({"status": "done", "assets": [LINK], "id": 7}, API).submission.outputs == ()
+    with pytest.raises(ApiRefused, match="too hot"):
+        planned_job({"status": "burnt", "message": "too hot", "id": 7}, API, words=words)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("done", "JSON object"),
+        ("[]", "JSON object"),
+        ('"done"', "JSON object"),
+        ('{"done": "success"', "JSON object"),
+        ("[" * 100_000, "JSON object"),
+        ('{"done": "ready"}', "'done' one of error, failed, processing, success"),
+        ('{"done": true}', "'done' one of"),
+        ('{"done": null}', "'done' one of"),
+        ('{" ": "success"}', "0 characters"),
+        (json.dumps({"x" * 101: "success"}), "101 characters"),
+        ('{"Done": "success", "done": "failed"}', "two meanings"),
+        ('{"processing": "success"}', "another meaning"),
+    ],
+)
+def test_words_that_are_wrong_are_refused_with_what_to_do(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        status_words(text)
+
+
+def test_a_word_that_the_rules_have_learned_meanwhile_stays_allowed() -> None:
+    """An upgrade must not stop a worker from starting."""
+    assert status_words('{"queued": "processing", "success": "success"}') == {
+        "queued": "processing",
+        "success": "success",
+    }

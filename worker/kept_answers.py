@@ -1,0 +1,27 @@
+"""Which answers are kept: those that no rule reads, and the one that a job ends by without an output."""
+
+from collections.abc import Callable, Sequence
+
+from worker.calls import Asked
+from worker.core.lifecycle import End
+from worker.core.reply import RawAnswer, Unread
+from worker.store.outcomes import Outcome
+from worker.store.unread import KeptAnswer
+from worker.vendor.shapes import shape_of
+
+
+def kept_answers(
+    asked: Sequence[Asked], outcomes: Sequence[Outcome], text: Callable[[RawAnswer], str]
+) -> list[KeptAnswer]:
+    """Return what is to be kept of a batch. `text` makes of an answer what may be stored."""
+    return [
+        kept_answer(one, one.raw, text)
+        for one, outcome in zip(asked, outcomes, strict=True)
+        if one.raw is not None and (type(one.reply) is Unread or type(outcome.step) is End)
+    ]
+
+
+def kept_answer(asked: Asked, raw: RawAnswer, text: Callable[[RawAnswer], str]) -> KeptAnswer:
+    """Return an answer as it is kept."""
+    shape = shape_of(raw.http_status, raw.body) if raw.shape is None else raw.shape
+    return KeptAnswer(asked.job.id, raw.http_status, shape, text(raw), type(asked.reply) is not Unread)

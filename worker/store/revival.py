@@ -1,0 +1,116 @@
+"""Jobs whose outputs are known after all: pending, failed and expired ones go to downloading."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, Row, select, update
+
+from worker.core.answers import BETWEEN, KEPT, answer_line
+from worker.core.lifecycle import End, left_out_note, note_of
+from worker.core.reply import Ready
+from worker.store.events import open_events
+from worker.store.job_values import not_ended
+from worker.store.late_looks import forget_looks
+from worker.store.listing import insert_outputs
+from worker.store.promises import take_back_promises
+from worker.store.totals import Tally
+from worker.tables import jobs, outputs
+
+REVIVABLE = ("pending", "failed", "expired")
+
+
+@dataclass(frozen=True, slots=True)
+class Revived:
+    """The jobs that were changed, with their state now, and the outputs that are to be downloaded."""
+
+    jobs: Mapping[int, str]
+    outputs: tuple[int, ...]
+
+    @property
+    def completed(self) -> tuple[int, ...]:
+        """The jobs that are final at once, because nothing is to be downloaded."""
+        return tuple(job_id for job_id, status in self.jobs.items() if status == "completed")
+
+
+def locked_jobs(connection: Connection, job_ids: Collection[int]) -> Sequence[Row[Any]]:
+    """Lock those of the jobs that may be revived, and return their rows."""
+    locked = select(jobs).where(jobs.c.id.in_(job_ids), jobs.c.status.in_(REVIVABLE))
+    return connection.execute(locked.order_by(jobs.c.id).with_for_update()).all()
+
+
+def revive(
+    connection: Connection, found: Mapping[int, Ready], tally: Tally, *, now: datetime, why: str, queued: bool
+) -> Revived:
+    """Bring jobs to downloading with their outputs, as an answer does to a pending job and `retry` to an ended one.
+
+    The end that is taken back is told first. A job that has outputs already, or is in another state, stays as it is.
+    `queued` where the caller sends the messages of the downloads after the commit; the caller writes the tally.
+    """
+    rows = locked_jobs(connection, list(found))
+    take_back_promises(connection, [row.id for row in rows])
+    listed = select(outputs.c.job_id).where(outputs.c.job_id.in_([row.id for row in rows]))
+    having = set(connection.execute(listed).scalars()) if rows else set()
+    rows = [row for row in rows if row.id not in having]
+    if not rows:
+        return Revived({}, ())
+    ids = [row.id for row in rows]
+    open_events(connection, now=now, of=ids)
+    forget_looks(connection, ids)
+    for row in rows:
+        reply = found[row.id]
+        connection.execute(update(jobs).where(jobs.c.id == row.id).values(_values(row, reply, now, why)))
+        if row.status == "pending":
+            tally.polled(row.account, row.kind, row.polls)
+        if not reply.outputs:
+            tally.finished(row.account, row.kind, "completed")
+        if reply.left_out:
+            tally.left_out(row.account, reply.left_out)
+    links = [(job_id, found[job_id].outputs) for job_id in ids if found[job_id].outputs]
+    fresh = insert_outputs(connection, links, now=now, queued=queued)
+    states = {job_id: "downloading" if found[job_id].outputs else "completed" for job_id in ids}
+    return Revived(states, tuple(fresh))
+
+
+def end_pending(connection: Connection, job: Row[Any], end: End, tally: Tally, *, now: datetime) -> bool:
+    """End a pending job that nobody is asking about, and return whether it ended; the caller writes the tally."""
+    ended = connection.execute(
+        update(jobs)
+        .where(jobs.c.id == job.id, jobs.c.status == "pending", jobs.c.claim_token.is_(None))
+        .values(
+            status=end.status,
+            error_code=end.code,
+            error_message=end.message,
+            completed_at=now,
+            due_at=None,
+            held_at=None,
+            last_answer=_last_answer(job, f"{end.code}: {end.message} (a kept answer, read again)", now),
+        )
+    )
+    if ended.rowcount:
+        tally.polled(job.account, job.kind, job.polls)
+        tally.finished(job.account, job.kind, end.status)
+    return bool(ended.rowcount)
+
+
+def _last_answer(job: Row[Any], note: str, now: datetime) -> str:
+    line = answer_line((now - job.submitted_at).total_seconds(), note)
+    return f"{line}{BETWEEN}{job.last_answer}"[:KEPT] if job.last_answer else line
+
+
+def _values(row: Row[Any], reply: Ready, now: datetime, why: str) -> dict[str, Any]:
+    deadline = {} if row.status == "pending" else {"deadline_at": now + timedelta(seconds=row.deadline_seconds)}
+    return {
+        **not_ended(),
+        **deadline,
+        "status": "downloading" if reply.outputs else "completed",
+        "completed_at": None if reply.outputs else now,
+        "error_message": left_out_note(len(reply.outputs), reply.left_out) if reply.left_out else None,
+        "ready_at": now,
+        "due_at": None,
+        "held_at": None,
+        "claim_token": None,
+        "claim_holder": None,
+        "last_answer": _last_answer(row, f"{note_of(reply)} ({why})", now),
+    }
