@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from urllib3.exceptions import HTTPError
 
 from worker.addresses import Guard, RefusedTarget
+from worker.core.base64_text import Base64Decoder, base64_start
 from worker.core.lifecycle import (
     Attempt,
     BadBody,
@@ -32,7 +33,7 @@ from worker.core.lifecycle import (
     after_attempt,
     source,
 )
-from worker.core.media import Base64Decoder, Media, base64_start, is_text, pixels, shows_its_end, sniff, whole
+from worker.core.media import Media, is_text, pixels, shows_its_end, sniff, whole
 from worker.core.numbers import retry_after_seconds
 from worker.core.plain_text import plain_text
 from worker.core.refusals import HEAD_BYTES, is_dead_link

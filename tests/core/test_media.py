@@ -13,12 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from worker.core.base64_text import Base64Decoder, base64_start
 from worker.core.media import (
     HEAD_BYTES,
     TAIL_BYTES,
-    Base64Decoder,
     Media,
-    base64_start,
     pixels,
     sniff,
     whole,

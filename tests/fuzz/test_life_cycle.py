@@ -54,7 +54,7 @@ from worker.store.holds import Patience
 from worker.store.outcomes import record_attempt
 from worker.store.outputs import put_back
 from worker.store.totals import Tally
-from worker.tables import HELD_UNTIL, crashes, gates, jobs, outputs, paces
+from worker.tables import HELD_UNTIL, crashes, gates, jobs, outputs, paces, promises
 from worker.vendor.fetch_url import AllowedApi, fetch_address
 from worker.vendor.replies import Question, parse
 
@@ -70,6 +70,8 @@ HOLDERS = ("ada", "bob")
 MEANWHILE = ["nothing", "renewal", "crash", "claim", "cancel", "hold"]
 NEVER = (HELD_UNTIL - START) // timedelta(microseconds=1)  # when a held job is due
 FINAL = ("completed", "failed", "expired", "cancelled")
+PROMISING = "bd"  # the remote ids of jobs whose submit answer promised links
+PROMISE_CODES = ("not_found", "no_output", "expired")
 
 
 def at(moment: int) -> datetime:
@@ -130,10 +132,20 @@ class Job:
     tries_at_crash: int | None = None
     held: bool = False
     replanned: tuple[int, int] | None = None  # between which moments it may be due; None where that is known
+    promised: list[str] = field(default_factory=list)
+    trying: tuple[str, str] | None = None  # how it ends if its promised links bring nothing
 
     def end(self, status: str, code: str | None) -> None:
         """It is final."""
         self.status, self.code, self.due, self.claim, self.held = status, code, None, None, False
+
+    def give_up(self, status: str, code: str, now: int) -> None:
+        """It ends, but for links that were promised: those are tried first."""
+        if self.promised and code in PROMISE_CODES:
+            self.trying = (status, code)
+            self.deliver(self.promised, now, queued=True)
+        else:
+            self.end(status, code)
 
     def again(self, now: int, least: int = POLL_MIN - S // 1_000) -> None:
         """It is asked again, at a moment that the pace chooses."""
@@ -141,10 +153,14 @@ class Job:
         self.replanned = (now + least, now + WAIT_LONGEST)
 
     def settle(self) -> None:
-        """Ends once no output is left to wait for."""
+        """End once no output is left to wait for."""
         if self.status == "downloading" and all(one.status != "pending" for one in self.outputs):
             whole = all(one.status == "stored" for one in self.outputs)
+            if self.trying is not None and all(one.status == "failed" for one in self.outputs):
+                return self.end(*self.trying)
+            self.trying = None
             self.end("completed" if whole else "failed", None if whole else "output_failed")
+        return None
 
     def deliver(self, urls: list[str], now: int, *, queued: bool) -> None:
         """It is ready: its outputs are listed."""
@@ -173,13 +189,13 @@ class Job:
                 self.struck = now
             most, code = STRIKES[kind]
             if self.strikes[kind] >= most and (kind != "unknown" or now - self.tracked >= 60 * S):
-                return self.end("failed", code)
+                return self.give_up("failed", code, now)
         elif kind == "processing":
             self.strikes = dict.fromkeys(self.strikes, 0)
         else:
             self.strikes["error"] = 0
         if now >= max(self.deadline, -1 if hold_end is None else hold_end + 60 * S):
-            return self.end("expired", "expired")
+            return self.give_up("expired", "expired", now)
         return self.again(now)
 
     def _links_renewed(self, urls: list[str], now: int) -> None:
@@ -203,7 +219,7 @@ ANSWERS: dict[str, tuple[int, str]] = {
     "processing, eta": (200, '{"status": "processing", "eta": 20.5}'),
     "success": (200, ""),
     "empty": (200, '{"status": "success", "output": []}'),
-    "failed": (200, '{"status": "failed", "id": "", "message": "Failed, Try Again"}'),
+    "failed": (200, '{"status": "failed", "id": "", "message": "out of paint"}'),
     "unknown": (200, '{"status": "failed", "id": "", "message": "Request not found"}'),
     "error": (200, '{"status": "error", "message": "The prompt field is required."}'),
     "odd": (200, "<html>"),
@@ -238,7 +254,10 @@ def tried_once(job: Job, one: Output, kind: str, now: int) -> tuple[int, int] | 
         return None
     over = kind in ("refused_address", "too_large")
     least, most = S, 300 * S
-    if kind in ("not_media", "truncated"):
+    if job.trying is not None:
+        least, most = 0, 60 * S
+        over = over or (kind != "storage" and now >= one.listed + 600 * S)
+    elif kind in ("not_media", "truncated"):
         one.bad += 1
         over = one.bad >= 3 or late
     elif kind in ("http_error", "unreachable"):
@@ -279,7 +298,7 @@ class Stage:
         """Nothing is there, and the clock begins anew."""
         self.now = 0
         with self.engine.begin() as connection:
-            for table in (outputs, jobs, gates, crashes, paces):
+            for table in (outputs, promises, jobs, gates, crashes, paces):
                 connection.execute(delete(table))
 
     def recorder(self) -> Recorder:
@@ -386,9 +405,10 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
         @rule(remote=st.sampled_from("abcd"), lasts=st.sampled_from([40, 3_600]))
         def track(self, remote: str, lasts: int) -> None:
             """A job is handed over, maybe again."""
+            urls = [f"https://h.test/promised-{remote}{place}.png" for place in (0, 1)] if remote in PROMISING else []
             job = store.NewJob(
                 "default", remote, fetch_address(None, remote, API), "image", 0, None, None, None,
-                self.now, self.now + timedelta(seconds=lasts), self.now + timedelta(seconds=1),
+                self.now, self.now + timedelta(seconds=lasts), self.now + timedelta(seconds=1), promised=tuple(urls),
             )  # fmt: skip
             with stage.engine.begin() as connection:
                 [(job_id, new)] = store.insert_jobs(connection, [job], now=self.now)
@@ -396,7 +416,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
             assert new == (remote not in known)
             assert known.get(remote, job_id) == job_id
             if new:
-                made = Job(remote, stage.now, lasts * S, stage.now + S, deadline=stage.now + lasts * S)
+                made = Job(remote, stage.now, lasts * S, stage.now + S, deadline=stage.now + lasts * S, promised=urls)
                 self.jobs[job_id] = made
 
         @rule(number=st.integers(1, 2), copies=st.integers(1, 2))
@@ -439,6 +459,9 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
             job = self.jobs[job_id]
             assert changed == (job.status in ("failed", "expired"))
             if changed:
+                if job.trying is not None:  # asked afresh: the rows of its promised links are gone
+                    job.trying, job.outputs = None, []
+                    self.taken = [one for one in self.taken if one.job_id != job_id]
                 failed = [one for one in job.outputs if one.status == "failed"]
                 for one in failed:
                     one.anew(stage.now)

@@ -18,7 +18,8 @@ from tests.fuzz.urls import urls
 from tests.rows import output_of
 from tests.s3_servers import S3Server
 from worker import enqueue
-from worker.core.media import HEAD_BYTES, TAIL_BYTES, Media, base64_start, pixels, sniff, whole
+from worker.core.base64_text import base64_start
+from worker.core.media import HEAD_BYTES, TAIL_BYTES, Media, pixels, sniff, whole
 from worker.core.reply import MAX_URL
 from worker.database import database_now
 from worker.partials import Partials

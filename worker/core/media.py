@@ -1,11 +1,19 @@
 """What kind of media some bytes are, by their signature, and whether they end where their format says."""
 
-import binascii
-import math
 import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from worker.core.model_formats import (
+    CONTROLS,
+    is_obj,
+    is_stl_binary,
+    is_stl_text,
+    obj_lines,
+    obj_statement,
+    ply_least,
+)
 
 HEAD_BYTES = 65_536
 TAIL_BYTES = 65_536
@@ -105,11 +113,11 @@ def whole(media: Media, head: bytes, tail: bytes, size: int) -> bool:
         case "model/gltf-binary":
             return size >= max(_little(head[8:12]), 12)
         case "model/obj":
-            return _obj_statement(_obj_lines(tail)[-1].decode("utf-8", "replace"))
+            return obj_statement(obj_lines(tail)[-1].decode("utf-8", "replace"))
         case "model/ply":
-            return size >= (_ply_least(head) or 0)
+            return size >= (ply_least(head) or 0)
         case "model/stl":
-            return b"endsolid" in tail if _stl_text(head) else size >= 84 + 50 * _little(head[80:84])
+            return b"endsolid" in tail if is_stl_text(head) else size >= 84 + 50 * _little(head[80:84])
         case "application/zip":
             return _zip_whole(tail, size)
         case _:
@@ -135,9 +143,9 @@ def shows_its_end(media: Media, head: bytes, tail: bytes, size: int) -> bool:
         case "video/webm" | "video/x-matroska":
             return _ebml_length(head) is not None
         case "model/ply":
-            return size == _ply_least(head)
+            return size == ply_least(head)
         case "model/stl":
-            return _stl_text(head) or size == 84 + 50 * _little(head[80:84])
+            return is_stl_text(head) or size == 84 + 50 * _little(head[80:84])
         case _:
             return False
 
@@ -148,7 +156,7 @@ def is_text(head: bytes) -> bool:
     >>> is_text(b"<html>"), is_text(b""), is_text(b"\x7fELF\x02\x01\x01\x00")
     (True, True, False)
     """
-    return head.translate(None, _CONTROLS) == head
+    return head.translate(None, CONTROLS) == head
 
 
 def pixels(media: Media, head: bytes) -> int | None:
@@ -442,183 +450,7 @@ def _zip_whole(tail: bytes, size: int) -> bool:
 def _model(head: bytes) -> Media | None:
     """The three-dimensional models that have no signature, or text for one."""
     if head.startswith((b"ply\n", b"ply\r\n")):
-        return _PLY if _ply_least(head) is not None else None
-    if _stl_text(head) or _stl_binary(head):
+        return _PLY if ply_least(head) is not None else None
+    if is_stl_text(head) or is_stl_binary(head):
         return _STL
-    return _OBJ if _obj(head) else None
-
-
-_MARKUP = re.compile(rb"<\s*[!/?a-z]", re.IGNORECASE)
-_CONTROLS = bytes({*range(32), 127} - {*b"\t\r\n"})
-_NUMBER = re.compile(r"[-+]?(?:\d++\.?\d*+|\.\d++)(?:e[-+]?\d++)?", re.IGNORECASE | re.ASCII)
-_NO_NUMBER = re.compile(r"[-+]?(?:nan|inf)(?:\(ind\))?", re.IGNORECASE)  # the normal of an empty face
-_INDEX = re.compile(r"-?\d++(?:/(?:-?\d++)?(?:/-?\d++)?)?", re.ASCII)
-_NAME = re.compile(
-    "g|o|s|mg|mtllib|usemtl|maplib|usemap|bevel|c_interp|d_interp|lod|shadow_obj|trace_obj|ctech|stech"
-    "|cstype|deg|bmat|step|curv|curv2|surf|parm|trim|hole|scrv|sp|end|con"
-)
-
-
-def _obj(head: bytes) -> bool:
-    """Whether every whole line is a statement of Wavefront OBJ and one of them is a vertex."""
-    if head.startswith(b"#!") or head.translate(None, _CONTROLS) != head or _MARKUP.search(head):
-        return False
-    try:
-        lines = [line.decode("utf-8") for line in _obj_lines(head)[:-1]]
-    except UnicodeDecodeError:
-        return False
-    return all(map(_obj_statement, lines)) and any(line.split()[:1] == ["v"] for line in lines)
-
-
-def _obj_lines(text: bytes) -> list[bytes]:
-    """The lines, where one that ends with a backslash goes on; the last has no end."""
-    return text.replace(b"\\\r\n", b" ").replace(b"\\\n", b" ").split(b"\n")
-
-
-def _obj_statement(line: str) -> bool:
-    """Whether a line is a statement of Wavefront OBJ, a comment or blank."""
-    words = line.partition("#")[0].split()
-    if not words:
-        return True
-    rest = words[1:]
-    match words[0]:
-        case "v":
-            return 3 <= len(rest) <= 8 and all(map(_NUMBER.fullmatch, rest))
-        case "vn" | "vt" | "vp":
-            numbers = all(_NUMBER.fullmatch(word) or _NO_NUMBER.fullmatch(word) for word in rest)
-            return numbers and len(rest) in ((3,) if words[0] == "vn" else (1, 2, 3))
-        case "f" | "l" | "p":
-            return len(rest) >= {"f": 3, "l": 2, "p": 1}[words[0]] and all(map(_INDEX.fullmatch, rest))
-        case keyword:
-            return _NAME.fullmatch(keyword) is not None
-
-
-_PLY_LINE = re.compile(
-    rb"(?:comment|obj_info)(?:\s.*)?"
-    rb"|format\s+(?P<format>ascii|binary_little_endian|binary_big_endian)\s+1\.0"
-    rb"|element\s+\w+\s+(?P<count>\d{1,12})"
-    rb"|property\s+(?:list\s+(?P<many>[a-z]+\d*)\s+)?(?P<type>[a-z]+\d*)\s+(?P<name>\S+)"
-)
-_PLY_BYTES = {
-    **dict.fromkeys([b"char", b"uchar", b"int8", b"uint8"], 1),
-    **dict.fromkeys([b"short", b"ushort", b"int16", b"uint16"], 2),
-    **dict.fromkeys([b"int", b"uint", b"int32", b"uint32", b"float", b"float32"], 4),
-    **dict.fromkeys([b"double", b"float64"], 8),
-}
-_CORNERS = (b"vertex_indices", b"vertex_index")
-
-
-def _ply_least(head: bytes) -> int | None:
-    """The least bytes of a PLY file with this header; None for what is no such header."""
-    end = head.find(b"\nend_header")
-    start = head.find(b"\n", end + 1) + 1
-    if end < 0 or start <= 0:
-        return None
-    form, count, least = b"", 0, 0
-    for line in head[:end].split(b"\n")[1:]:
-        found = _PLY_LINE.fullmatch(line.strip())
-        if found is None:
-            return None
-        form = found["format"] or form
-        if found["count"]:
-            count = int(found["count"])
-        elif found["type"]:
-            scalar, many = _PLY_BYTES.get(found["type"]), _PLY_BYTES.get(found["many"] or b"char")
-            if scalar is None or many is None:
-                return None
-            corners = 3 if found["name"] in _CORNERS else 0
-            values = corners if found["many"] else 1
-            if form == b"ascii":  # one digit and one blank each
-                scalar = many = 2
-            least += count * (values * scalar + (many if found["many"] else 0))
-    if not form or not least:
-        return None
-    return start + least - (1 if form == b"ascii" else 0)  # the last line may do without its end
-
-
-_STL_TEXT = re.compile(
-    rb"solid(?:[ \t][^\n<]{0,500})?\r?\n\s*+facet\s++normal(?:\s++[-+.\w]++){3}\s++outer\s++loop"
-    rb"(?:\s++vertex(?:\s++[-+.\w]++){3}){3}\s++endloop\s++endfacet\s"
-)
-
-
-def _stl_text(head: bytes) -> bool:
-    return _STL_TEXT.match(head) is not None
-
-
-def _stl_binary(head: bytes) -> bool:
-    """Whether the first triangles have real corners and normals of length one, or none: nothing else looks so."""
-    count = _little(head[80:84])
-    if len(head) < 134 or not count or b"<" in head[:80]:
-        return False
-    if not all(byte in (0, 9, 10, 13) or 32 <= byte < 127 for byte in head[:80]):
-        return False
-    real = False
-    for at in range(84, min(84 + 50 * min(count, 16), len(head) - 49), 50):
-        *numbers, extra = struct.unpack("<12fH", head[at : at + 50])
-        if extra or not all(number == 0 or 1e-30 < abs(number) < 1e9 for number in numbers):
-            return False
-        normal = math.hypot(*numbers[:3])
-        if normal and not 0.99 < normal < 1.01:
-            return False
-        real = real or len({tuple(numbers[at : at + 3]) for at in (3, 6, 9)}) == 3
-    return real
-
-
-_BEFORE_BASE64 = re.compile(
-    rb"(?:\xef\xbb\xbf)?\s*+(?:b?[\"'])?\s*+(?:data:[^,\"'<>]{0,200}?;\s*base64\s*,\s*+)?", re.IGNORECASE
-)
-_AFTER_BASE64 = re.compile(rb"={0,2}[\"']?")
-_DIGITS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
-_STANDARD = bytes.maketrans(b"-_", b"+/")
-_BLANKS = b" \t\r\n\v\f"
-
-
-def base64_start(head: bytes) -> int | None:
-    """Where the base64 digits begin in a text that stands for media; None for any other text.
-
-    Before them may come a byte order mark, blanks, a quotation mark and `data:...;base64,`.
-
-    >>> base64_start(b'"data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAACAkQBADs="')
-    23
-    """
-    before = _BEFORE_BASE64.match(head)
-    start = before.end() if before else 0
-    try:
-        body = Base64Decoder().feed(head[start:])
-    except ValueError:
-        return None
-    return start if sniff(body) is not None else None
-
-
-class Base64Decoder:
-    """Decodes base64 piece by piece, in the standard and the URL-safe alphabet, and keeps no more than a few bytes.
-
-    Blanks don't count. After the last digit may come what padding is missing, and a quotation mark.
-    """
-
-    __slots__ = ("_after", "_rest")
-
-    def __init__(self) -> None:
-        self._rest = b""
-        self._after = b""
-
-    def feed(self, chunk: bytes) -> bytes:
-        """The bytes that are complete with `chunk`. Raises ValueError for what is no base64."""
-        text = chunk.translate(_STANDARD, _BLANKS)
-        after = text.lstrip(_DIGITS)
-        digits = self._rest + text[: len(text) - len(after)]
-        if self._after and len(digits) > len(self._rest):
-            raise ValueError("more after the end of the base64")
-        complete = len(digits) - len(digits) % 4
-        self._rest = digits[complete:]
-        self._after += after[:4]  # more than four are too many
-        if not _AFTER_BASE64.fullmatch(self._after) or self._after.count(b"=") > -len(self._rest) % 4:
-            raise ValueError("no base64")
-        return binascii.a2b_base64(digits[:complete])
-
-    def finish(self) -> bytes:
-        """The last bytes. Raises ValueError where the text ends with half a byte."""
-        if len(self._rest) == 1:
-            raise ValueError("base64 that ends too early")
-        return binascii.a2b_base64(self._rest + b"=" * (-len(self._rest) % 4))
+    return _OBJ if is_obj(head) else None
