@@ -626,7 +626,7 @@ def test_given_a_row_that_somebody_has_locked_when_answers_are_written_then_only
 
 @pytest.mark.parametrize("engine", ["postgresql"], indirect=True)  # SQLite locks no single row
 def test_given_200_rows_that_somebody_has_locked_when_jobs_come_due_then_they_are_asked_about_all_the_same(
-    engine: Engine, redis_url: str, sandbox: Sandbox
+    engine: Engine, redis_url: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     polls = Polls(engine, redis_url, sandbox)
     polls.track(submitted(sandbox, 1))
@@ -638,7 +638,7 @@ def test_given_200_rows_that_somebody_has_locked_when_jobs_come_due_then_they_ar
         gate.wait(30)
         return ask(*arguments)
 
-    polls.poller._api.ask = held  # type: ignore[method-assign]
+    monkeypatch.setattr(polls.poller._api, "ask", held)
     run = threading.Thread(target=polls.run, args=(60.0,))
     run.start()
     wait_until(lambda: all(polls.row(job).claim_token for job in ids[:100]), "a hundred jobs are claimed")
