@@ -516,16 +516,16 @@ def test_given_a_stop_when_jobs_are_claimed_and_not_asked_then_they_are_due_agai
     ids = polls.track(submitted(sandbox, 60, samples=1), account="slow")
     gate = threading.Event()
     ask = polls.poller._api.ask
-    polls.poller._calls._ask = lambda job: (gate.wait(10), ask(job.address, job.remote_id, SecretStr(KEY)))[1]
+    polls.poller._calls._ask = lambda job: (gate.wait(60), ask(job.address, job.remote_id, SecretStr(KEY)))[1]
     polls.poller._calls._most = 2
     run = threading.Thread(target=polls.run, args=(20.0,))
     run.start()
     wait_until(lambda: sum(polls.row(job).polls for job in ids) >= 4, "four are asked about")
 
     polls.poller.stop()
-    time.sleep(0.2)
+    wait_until(lambda: sum(polls.row(job).claim_token is not None for job in ids) <= 4, "the others are given back")
     gate.set()
-    run.join(10)
+    run.join(60)
 
     rows = [polls.row(job) for job in ids]
     assert not run.is_alive()
