@@ -523,16 +523,16 @@ def test_given_a_stop_when_jobs_are_claimed_and_not_asked_then_they_are_due_agai
     ids = polls.track(submitted(sandbox, 60, samples=1), account="slow")
     gate = threading.Event()
     ask = polls.poller._api.ask
-    polls.poller._calls._ask = lambda job: (gate.wait(10), ask(job.address, job.remote_id, SecretStr(KEY)))[1]
+    polls.poller._calls._ask = lambda job: (gate.wait(60), ask(job.address, job.remote_id, SecretStr(KEY)))[1]
     polls.poller._calls._most = 2
     run = threading.Thread(target=polls.run, args=(20.0,))
     run.start()
     wait_until(lambda: sum(polls.row(job).polls for job in ids) >= 4, "four are asked about")
 
     polls.poller.stop()
-    time.sleep(0.2)
+    wait_until(lambda: sum(polls.row(job).claim_token is not None for job in ids) <= 4, "the others are given back")
     gate.set()
-    run.join(10)
+    run.join(60)
 
     rows = [polls.row(job) for job in ids]
     assert not run.is_alive()
@@ -629,6 +629,38 @@ def test_given_a_row_that_somebody_has_locked_when_answers_are_written_then_only
 
     assert set(sandbox.calls.fetches.values()) == {1}
     assert all(polls.row(job).error_code is None for job in ids)
+
+
+@pytest.mark.parametrize("engine", ["postgresql"], indirect=True)  # SQLite locks no single row
+def test_given_200_rows_that_somebody_has_locked_when_jobs_come_due_then_they_are_asked_about_all_the_same(
+    engine: Engine, redis_url: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    polls = Polls(engine, redis_url, sandbox)
+    polls.track(submitted(sandbox, 1))
+    polls.run()
+    ids = polls.track(submitted(sandbox, 200, samples=1))
+    ask, gate = polls.poller._api.ask, threading.Event()
+
+    def held(*arguments: Any) -> Any:
+        gate.wait(30)
+        return ask(*arguments)
+
+    monkeypatch.setattr(polls.poller._api, "ask", held)
+    run = threading.Thread(target=polls.run, args=(60.0,))
+    run.start()
+    wait_until(lambda: all(polls.row(job).claim_token for job in ids[:100]), "a hundred jobs are claimed")
+    with engine.begin() as other:
+        other.execute(select(jobs.c.id).where(jobs.c.id.in_(ids)).with_for_update())
+        gate.set()
+        wait_until(lambda: polls.poller.kept >= 100, "their answers wait")
+        began = time.monotonic()
+        (job,) = polls.track(submitted(sandbox, 1, samples=1))
+        wait_until(lambda: polls.row(job).status == "downloading", "the new job is asked about")
+        took = time.monotonic() - began
+    polls.poller.stop()
+    run.join(30)
+
+    assert took < 10  # the first batch waits two seconds for the locks
 
 
 def test_given_a_claim_whose_commit_was_cut_off_when_the_next_run_begins_then_its_jobs_are_asked_about(

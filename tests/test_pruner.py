@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, func, insert, select, update
+from sqlalchemy import Column, Engine, ForeignKey, MetaData, Table, func, insert, select, update
 
 from tests.rows import add_job, add_output, claim, job_of, output_of
 from tests.s3_servers import S3Server
@@ -183,6 +183,27 @@ def test_all_that_belongs_to_a_job_goes_with_it_and_totals_stay(engine: Engine, 
 
     assert (done.jobs, done.outputs) == (1, 1)
     assert [_count(engine, table) for table in (jobs, outputs, bodies, events, crashes, totals)] == [1, 1, 1, 1, 2, 1]
+
+
+def test_given_a_row_of_the_app_that_refers_to_a_job_when_pruned_then_only_that_job_stays(
+    engine: Engine, settings: Settings
+) -> None:
+    """An app may have a foreign key of its own, which refuses that the job goes."""
+    done_jobs = [_finished(engine, f"old{number}", 40 * DAY) for number in range(5)]
+    own = MetaData()
+    pictures = Table("shop_pictures", own, Column("job_id", jobs.c.id.type, ForeignKey(jobs.c.id), primary_key=True))
+    pictures.create(engine)
+    try:
+        with engine.begin() as connection:
+            connection.execute(insert(pictures).values(job_id=done_jobs[2]))
+
+        done = _at_once(engine, settings, _wanted())
+
+        assert (done.jobs, done.kept, done.stopped) == (4, 1, False)
+        assert f"job {done_jobs[2]}" in str(done.reason)
+        assert _there(engine) == [done_jobs[2]]
+    finally:
+        pictures.drop(engine)
 
 
 def test_so_many_and_no_more(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

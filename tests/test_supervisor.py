@@ -1,6 +1,7 @@
 """The supervisor, with small real processes: starts, restarts, stops, and leaves nothing behind."""
 
 import os
+import resource
 import secrets
 import signal
 import subprocess
@@ -207,6 +208,28 @@ def test_while_one_process_crashes_the_others_live(tmp_path: Path, words: Words,
         supervisor.start(python("lives", "print('up', flush=True); import time; time.sleep(60)"))
         supervisor.start(python("dies", "raise SystemExit(1)"))
         stops_after(supervisor, lambda: supervisor.deaths.get("dies", 0) >= 3 and bool(words.of("lives")))
+
+    assert words.of("lives") == ["up"]
+
+
+def test_given_no_file_left_to_open_when_a_program_is_to_be_started_again_then_the_others_live_and_it_starts_later(
+    tmp_path: Path, words: Words, mark: str
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Supervisor(tmp_path, words, timing=QUICK) as supervisor:
+        supervisor.start(python("lives", "import time; print('up', flush=True); time.sleep(60)"))
+        supervisor.start(python("dies", "raise SystemExit(1)"))
+        assert supervisor.wait_until(lambda: bool(words.of("lives")), MOST_SECONDS, 0.02)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/dev/fd").iterdir())), hard))
+            refused = supervisor.wait_until(
+                lambda: any("dies can't be started" in text for text in words.of("up")), MOST_SECONDS, 0.02
+            )
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        deaths = supervisor.deaths["dies"]
+        assert refused
+        assert supervisor.wait_until(lambda: supervisor.deaths["dies"] > deaths + 1, MOST_SECONDS, 0.02)
 
     assert words.of("lives") == ["up"]
 

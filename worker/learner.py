@@ -12,12 +12,13 @@ from collections.abc import Iterable
 from sqlalchemy import Connection, Engine
 
 from worker.core.pace import Model, Waiting
-from worker.database import RELAXED, database_now
+from worker.database import PATIENCE, RELAXED, database_now
 from worker.store.paces import Class, add_pace, load_paces, locked_pace, save_pace
 
 log = logging.getLogger(__name__)
 
 SHARE_SECONDS = 1.0
+LOCK_PATIENCE = 0.5  # seconds that a row which somebody else has locked is waited for; it is shared later then
 FRESH_SECONDS = 30.0  # a process that only reads looks again after it
 CLASSES_MOST = 2_000  # kept in memory
 
@@ -26,7 +27,7 @@ class Learner:
     """The models of one process. All of it is for one thread."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine.execution_options(**{RELAXED: True})
+        self._engine = engine.execution_options(**{RELAXED: True, PATIENCE: LOCK_PATIENCE})
         self._models: dict[Class, Model] = {}
         self._versions: dict[Class, int] = {}
         self._taught: set[Class] = set()

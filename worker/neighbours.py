@@ -4,15 +4,14 @@ Two apps on one Redis database, or one broker vhost, take each other's messages:
 """
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+import re
 
 from celery import Celery
-from celery.worker.control import inspect_command
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
+from worker.core.on_done import OWN_QUEUES
 from worker.database import engine_for
 from worker.doctor import Node, strangers
 from worker.errors import WorkerError
@@ -21,39 +20,44 @@ from worker.store.identity import database_id
 
 log = logging.getLogger(__name__)
 
-COMMAND = "fetch_worker_database"
+TASK = "worker.poll"  # has the id of the database as an attribute, which Celery tells whoever asks about its tasks
+ATTRIBUTE = "fetch_worker_database"
 ANSWER_SECONDS = 2.0
-_own: dict[str, str] = {}  # the id of this process's database, once it is known
+_ANSWER = re.compile(rf"{re.escape(TASK)} \[{ATTRIBUTE}=([^\s\]]{{1,100}})\]")
 
 
-@inspect_command(name=COMMAND)  # type: ignore[untyped-decorator]  # celery has no types
-def _tell_database(state: Any) -> dict[str, object]:
-    """Answer a process that asks which database is served here."""
-    return {"database": _own.get("id")}
-
-
-def remember_database(settings: Settings) -> str | None:
-    """Read the id of this process's database, for processes that ask; None where the database is away."""
-    if "id" not in _own:
+def remember_database(app: Celery, settings: Settings) -> str | None:
+    """Read the id of this process's database, for processes that ask; return None where the database is away."""
+    task = app.tasks[TASK]
+    known: str | None = getattr(task, ATTRIBUTE, None)
+    if known is None:
         try:
             with engine_for(settings.database).connect() as connection:
-                _own["id"] = database_id(connection)
+                known = database_id(connection)
+            setattr(task, ATTRIBUTE, known)
         except (SQLAlchemyError, WorkerError, OSError) as error:
             log.debug("the database's id is not known reason=%s", type(error).__name__)
-    return _own.get("id")
+    return known
 
 
 def ask_nodes(app: Celery, seconds: float = ANSWER_SECONDS) -> dict[str, Node]:
-    """Return the worker processes that answer within `seconds`, by name. Raises the broker's own errors."""
+    """Return the worker processes that answer within `seconds`, by name. Raises the broker's own errors.
+
+    Only what every Celery worker can answer is asked: one that does not know a command logs an error with a traceback.
+    """
     consumed = app.control.inspect(timeout=seconds).active_queues() or {}
-    if not consumed:
-        return {}
-    replies = app.control.broadcast(COMMAND, reply=True, timeout=seconds, limit=len(consumed)) or []
-    answers = {name: answer for reply in replies for name, answer in reply.items() if isinstance(answer, Mapping)}
-    return {
-        name: Node(frozenset(queue["name"] for queue in queues), answers.get(name, {}).get("database"))
-        for name, queues in consumed.items()
-    }
+    queues = {name: frozenset(queue["name"] for queue in listed) for name, listed in consumed.items()}
+    ours = [name for name, names in queues.items() if any(queue.startswith(OWN_QUEUES) for queue in names)]
+    if not ours:
+        return {name: Node(names) for name, names in queues.items()}
+    answers = app.control.inspect(ours, timeout=seconds, limit=len(ours)).registered(ATTRIBUTE) or {}
+    return {name: Node(names, _database_in(answers.get(name))) for name, names in queues.items()}
+
+
+def _database_in(tasks: object) -> str | None:
+    """Return the id of the database in what a process says of its tasks."""
+    lines = tasks if isinstance(tasks, list) else []
+    return next((match[1] for line in lines if (match := _ANSWER.fullmatch(str(line)))), None)
 
 
 def warn_of_strangers(app: Celery, settings: Settings) -> None:

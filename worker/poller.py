@@ -353,7 +353,7 @@ class Poller:
 
     def _room(self, host: str) -> int:
         """How many more jobs may be claimed for a host."""
-        outstanding = self._calls.outstanding_at(host) + self._recorder.kept
+        outstanding = self._calls.outstanding_at(host) + self._recorder.waiting  # answers of locked rows keep nobody
         room = IN_FLIGHT + self._ahead() - outstanding
         return 0 if outstanding and room < ROOM_LEAST else room
 

@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import Engine, Row
 from sqlalchemy.exc import DBAPIError
 
-from worker.database import PATIENCE, RELAXED, database_now, trouble
+from worker.database import PATIENCE, RELAXED, database_now, server_trouble, trouble
 from worker.errors import SettingsError, StorageTrouble
 from worker.settings import Settings
 from worker.storage import Storage, job_of
@@ -91,11 +91,7 @@ def prune(
     files = _Files(settings)
     for status, ids, cutoff in _windows(engine, wanted):
         began = time.monotonic()
-        try:
-            _batch(engine, files, wanted, done, status, ids, cutoff)
-        except DBAPIError as error:
-            if trouble(error) != "locked":
-                raise
+        _batch_or_singly(engine, files, wanted, done, status, ids, cutoff)
         if done.stopped or _left(wanted, done) == 0 or not go_on():
             break
         rest(min(max(time.monotonic() - began, LEAST_PAUSE), LONGEST_PAUSE))
@@ -115,6 +111,26 @@ def _windows(engine: Engine, wanted: Retention) -> Iterator[tuple[str, list[int]
                 ids, after = pruning.window(connection, status, after=after, cutoff=cutoff, limit=BATCH)
             if ids:
                 yield status, ids, cutoff
+
+
+def _batch_or_singly(
+    engine: Engine, files: "_Files", wanted: Retention, done: Pruned, status: str, ids: list[int], cutoff: datetime
+) -> None:
+    """Prune a batch. Where the database refuses it, prune its jobs one by one, and leave those that it refuses."""
+    try:
+        _batch(engine, files, wanted, done, status, ids, cutoff)
+    except DBAPIError as error:
+        if trouble(error) == "locked":
+            return  # the next prune tries them again
+        if server_trouble(error):
+            raise
+        if len(ids) == 1:
+            done.kept += 1
+            done.reason = f"the database refuses to remove job {ids[0]}: {type(error.orig).__name__}"
+            return
+        for job_id in ids:
+            if not done.stopped and _left(wanted, done) != 0:
+                _batch_or_singly(engine, files, wanted, done, status, [job_id], cutoff)
 
 
 def _left(wanted: Retention, done: Pruned) -> int | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from worker.calls import Asked
 from worker.core import gate as gates
@@ -28,7 +28,7 @@ from worker.learner import Learner
 from worker.store.claims import ClaimedJob
 from worker.store.gates import all_gates, locked_gate, mark_asked, save_gate
 from worker.store.late_looks import plan_looks
-from worker.store.outcomes import Outcome, Recorded, record_answers, set_aside
+from worker.store.outcomes import Outcome, Recorded, locked_jobs, record_answers, set_aside
 from worker.store.totals import ANSWERS, Tally
 from worker.store.unread import keep_answers
 
@@ -109,7 +109,7 @@ class Recorder:
         if self._locked and time.monotonic() >= self._unlock_at:
             self._unlock_at = time.monotonic() + LOCKED_SECONDS
             self._waiting, self._locked = self._locked + self._waiting, []
-            return self._write_singly(len(self._waiting), known)
+            self._put_locked_aside(len(self._waiting))
         lost = 0
         while self._waiting:
             batch = self._waiting[:WRITE_MOST]
@@ -118,12 +118,19 @@ class Recorder:
             except Exception as error:  # whatever a row can do to a statement; only its own answer may suffer
                 if server_trouble(error):
                     raise
+                if trouble(error) == "locked" and self._put_locked_aside(len(batch)):
+                    continue
                 log.error("a batch of answers could not be written, writing them singly reason=%s", _reason(error))
                 lost += self._write_singly(len(batch), known)
             else:
                 del self._waiting[: len(batch)]
                 lost += self._finish(done, known)
-        self._learner.share_if_due()
+        try:
+            self._learner.share_if_due()
+        except DBAPIError as error:
+            if trouble(error) != "locked":
+                raise
+            log.warning("what was learned is shared later reason=%s", _reason(error))
         return lost
 
     def rest(self) -> None:
@@ -132,6 +139,21 @@ class Recorder:
             self._learner.share()
         except SQLAlchemyError as error:
             log.warning("what was learned is shared later reason=%s", _reason(error))
+
+    def _put_locked_aside(self, count: int) -> bool:
+        """Move the answers whose rows somebody has locked out of the first `count`; return whether there were any.
+
+        One statement finds them, so that a hundred locked rows cost no more time than one.
+        """
+        answers = self._waiting[:count]
+        with self._single.begin() as connection:
+            locked = locked_jobs(connection, [answer.job.id for answer in answers])
+        if not locked:
+            return False
+        self._locked += [answer for answer in answers if answer.job.id in locked]
+        self._waiting[:count] = [answer for answer in answers if answer.job.id not in locked]
+        log.warning("rows are locked by somebody else, their answers wait count=%s", len(self._locked))
+        return True
 
     def _write_singly(self, count: int, known: Gates) -> int:
         lost = 0

@@ -290,7 +290,7 @@ class Supervisor:
             if code is not None:
                 self._bury(child, code)
             elif child.process is None and self._stop_by is None and self._clock() >= child.start_at:
-                self._spawn(child)
+                self._spawn_again(child)
 
     def wait_until(self, condition: Callable[[], bool], seconds: float, look_every: float) -> bool:
         """Runs on until the condition holds; whether it did before the time was over or the supervisor told to stop."""
@@ -346,6 +346,18 @@ class Supervisor:
         if child.process.stdout is not None:
             os.set_blocking(child.process.stdout.fileno(), False)
             self._selector.register(child.process.stdout, selectors.EVENT_READ, partial(self._read, child))
+
+    def _spawn_again(self, child: _Child) -> None:
+        """Start a program again, or later where the machine has no room for a process or an open file just now."""
+        try:
+            self._spawn(child)
+        except OSError as error:
+            child.process = None
+            child.deaths += 1
+            delay = self._timing.restart(child.deaths)
+            child.start_at = self._clock() + delay
+            reason = error.strerror or str(error)
+            self._say(OWN_NAME, f"{child.program.name} can't be started ({reason}); it is tried again in {delay:g} s")
 
     def _read(self, child: _Child) -> bool:
         """Says what a process wrote; False at the end of it."""

@@ -145,7 +145,7 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
 
 def _look_around() -> None:
     """Learn which database this is, for processes that ask, and warn of those that serve another one."""
-    while remember_database(settings) is None:
+    while remember_database(app, settings) is None:
         time.sleep(DATABASE_WAIT_SECONDS)
     time.sleep(NEIGHBOURS_SECONDS)  # those that start together with this one answer by then
     _carefully(lambda: warn_of_strangers(app, settings))

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -39,6 +40,35 @@ class Pooled:
     pid: int
 
 
+class _FairPool:
+    """The server connections that are free, the last one first. Whoever waits longest gets the next, as in pgbouncer.
+
+    With a plain queue a client whose transactions follow one another closely could keep the others waiting for minutes.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: list[socket.socket] = []
+        self._waiting: deque[queue.SimpleQueue[socket.socket]] = deque()
+
+    def take(self) -> socket.socket:
+        """Return a connection, once there is one."""
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+            mine: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
+            self._waiting.append(mine)
+        return mine.get()
+
+    def put(self, server: socket.socket) -> None:
+        """Give a connection back."""
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().put(server)
+            else:
+                self._free.append(server)
+
+
 class Pooler:
     """In front of one database."""
 
@@ -46,7 +76,7 @@ class Pooler:
         self.clients = 0
         self._url = url
         self._lock = threading.Lock()
-        self._free: queue.LifoQueue[socket.socket] = queue.LifoQueue()
+        self._free = _FairPool()
         self._servers: list[socket.socket] = []
         self._welcome = b""
         for _ in range(SERVERS):
@@ -97,7 +127,7 @@ class Pooler:
             self.clients -= 1
 
     def _transaction(self, client: socket.socket, message: bytes) -> None:
-        server = self._free.get()
+        server = self._free.take()
         try:
             _pass_on(client, server, message)
         except OSError:  # in the middle of a transaction, which ends with its connection
@@ -148,10 +178,13 @@ def _read(source: socket.socket) -> bytes:
 
 
 def _exactly(source: socket.socket, count: int) -> bytes:
-    found = source.recv(count, socket.MSG_WAITALL) if count else b""
-    if len(found) < count:
-        raise ConnectionResetError
-    return found
+    received = b""
+    while len(received) < count:
+        piece = source.recv(count - len(received))
+        if not piece:
+            raise ConnectionResetError
+        received += piece
+    return received
 
 
 def _message(kind: bytes, body: bytes) -> bytes:

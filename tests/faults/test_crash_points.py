@@ -37,12 +37,11 @@ class Point:
     plant: str
     stands: tuple[str, ...]
     calls: int = 1
-    unheard: int = 0
 
 
 POINTS = {
     "between claim and call": Point(
-        ENDS_BEFORE.format(module="worker.hosted_api", owner="HostedApi", name="ask"), ("pending",), unheard=1
+        ENDS_BEFORE.format(module="worker.hosted_api", owner="HostedApi", name="ask"), ("pending",)
     ),
     "before the commit of an answer": Point(
         ENDS_AFTER.format(module="worker", owner="recorder", name="record_answers"), ("pending",), calls=2
@@ -82,7 +81,7 @@ def test_given_a_process_that_ends_at_the_worst_moment_when_another_one_runs_the
     print(f"{name}: done {took:.1f} s after another process was there")
     assert sandbox.calls.fetches[str(answer["id"])] == point.calls
     assert_nothing_lost(database, sandbox, tmp_path, 1, asked_again=point.calls - 1)
-    assert_polls_are_the_calls(database, sandbox, unheard=point.unheard)
+    assert_polls_are_the_calls(database, sandbox)
 
 
 LATE_SWEEP = """
@@ -123,4 +122,4 @@ def test_given_processes_that_die_of_a_job_when_the_next_begins_after_the_lease_
         counted = connection.execute(select(crashes.c.times)).scalars().all()
     assert counted == [deaths]
     assert_nothing_lost(database, sandbox, tmp_path, 1)
-    assert_polls_are_the_calls(database, sandbox, unheard=deaths)
+    assert_polls_are_the_calls(database, sandbox)  # none of the dead had sent anything

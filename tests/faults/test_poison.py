@@ -26,8 +26,8 @@ ask, attempt, poison = HostedApi.ask, Downloader._attempt, Path({poison!r})
 def deadly(name):
     return poison.exists() and name in poison.read_text().split()
 
-def asked(self, address, remote_id, key):
-    reply = ask(self, address, remote_id, key)
+def asked(self, address, remote_id, *more):
+    reply = ask(self, address, remote_id, *more)
     if deadly(remote_id):
         os.kill(os.getpid(), signal.SIGKILL)
     return reply

@@ -72,6 +72,11 @@ def _track(broker: HurtRedis, sandbox: Sandbox, subject: str) -> None:
             client.send_task("worker.track", [str(answer["id"])], words, queue="fetch-worker")
 
 
+def tracebacks(log: Path) -> list[str]:
+    """Return the tracebacks in the log of the first release, but for deadlocks on MariaDB, which it tries again."""
+    return [block for block in log.read_text().split("Traceback (most")[1:] if "(1213," not in block]
+
+
 def _version(engine: Engine) -> str | None:
     with engine.connect() as connection:
         return schema_version(connection)
@@ -95,7 +100,7 @@ def test_a_worker_of_the_first_release_goes_on_with_the_tables_of_today(
         log = place / "first" / "worker.log"
         wait_completed(empty, JOBS, place)
     assert_nothing_lost(empty, sandbox, place, JOBS)
-    assert "Traceback" not in log.read_text()
+    assert not tracebacks(log)
 
 
 @pytest.mark.long
@@ -120,7 +125,7 @@ def test_a_worker_of_today_takes_up_the_tables_of_the_first_release_beside_its_w
             _track(broker, sandbox, "a harbour")
             wait_completed(empty, 2 * JOBS, place)
             said = (place / "present" / "worker.log").read_text()
-        assert "Traceback" not in (place / "first" / "worker.log").read_text()
+        assert not tracebacks(place / "first" / "worker.log")
     assert_nothing_lost(empty, sandbox, place, 2 * JOBS)
     assert "Traceback" not in said
 

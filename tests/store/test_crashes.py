@@ -69,6 +69,52 @@ def test_given_a_job_that_kills_its_process_each_time_when_it_has_done_so_often_
     assert "8 times in a row" in row.error_message
 
 
+def _crash_before_sending(engine: Engine) -> Released:
+    """The process claims everything and dies before it has sent a request."""
+    with engine.begin() as connection:
+        connection.execute(update(jobs).where(jobs.c.status == "pending").values(polls=jobs.c.polls + 1, **HELD))
+        return release_crashed(connection, ["dead.1.1"], now=NOW, sent={"dead.1.1": set()})
+
+
+def test_given_a_job_that_kills_its_process_before_the_request_is_sent_then_it_is_set_aside_all_the_same(
+    engine: Engine,
+) -> None:
+    """No request is counted, each crash is."""
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+
+    for _ in range(CRASHES_MOST - 1):
+        assert _crash_before_sending(engine).jobs == ()
+    polls = job_of(engine, job_id).polls
+    released = _crash_before_sending(engine)
+
+    assert polls == 0
+    assert released.jobs == (job_id,)
+    assert job_of(engine, job_id).error_code == "worker_crash"
+
+
+@pytest.mark.parametrize("before_sending", [True, False])
+def test_given_an_answer_between_two_crashes_then_the_count_begins_anew_whether_or_not_the_request_was_sent(
+    engine: Engine, *, before_sending: bool
+) -> None:
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+    for _ in range(3):
+        _crash_before_sending(engine)
+    _crash(engine, at=NOW)  # one that was sent: the fourth in a row
+    with engine.begin() as connection:
+        fourth = connection.execute(select(crashes.c.times)).scalar_one()
+        connection.execute(update(jobs).where(jobs.c.id == job_id).values(polls=jobs.c.polls + 1))  # an answer came
+
+    if before_sending:
+        _crash_before_sending(engine)
+    else:
+        _crash(engine, at=NOW)
+
+    with engine.connect() as connection:
+        assert (fourth, connection.execute(select(crashes.c.times)).scalar_one()) == (4, 1)
+
+
 def test_given_an_output_that_kills_its_process_each_time_then_its_job_ends_with_what_could_be_stored(
     engine: Engine,
 ) -> None:

@@ -38,11 +38,11 @@ def release_crashed(
 ) -> Released:
     """Give back what these processes held. Only for processes that are known to be dead.
 
-    `sent` has, by process, the claims that a request was sent for, where that is known. A claim that led to none is
-    given back as if it had not been: no request and no crash is counted.
+    `sent` has, by process, the claims that a request was sent for, where that is known. Of a claim that led to none no
+    request is counted. The crash is, since the job itself may be what kills its process before the request is sent.
     """
-    unsent = _release_unsent(connection, sent or {}, now)
-    poisoned_jobs, freed_jobs = _release(connection, "job", gone, now)
+    unsent = _take_off_unsent(connection, sent or {})
+    poisoned_jobs, freed_jobs = _release(connection, "job", gone, now, unsent)
     poisoned_outputs, freed_outputs = _release(connection, "output", gone, now)
     tally = Tally()
     finished = [row.id for row in poisoned_jobs if _end_job(connection, row, tally, now)]
@@ -50,29 +50,28 @@ def release_crashed(
         finished += _end_output(connection, row, tally, now)
     tally.write(connection)
     return Released(
-        unsent + freed_jobs + freed_outputs,
+        freed_jobs + freed_outputs,
         tuple(row.id for row in poisoned_jobs),
         tuple(row.id for row in poisoned_outputs),
         tuple(finished),
     )
 
 
-def _release_unsent(connection: Connection, sent: Mapping[str, Container[Claim]], now: datetime) -> int:
+def _take_off_unsent(connection: Connection, sent: Mapping[str, Container[Claim]]) -> set[int]:
+    """Take the requests that were never sent off the count of their jobs; return these jobs, which stay claimed."""
     held = select(jobs.c.id, jobs.c.claim_token, jobs.c.claim_holder).where(
         jobs.c.claim_holder.in_(sent), jobs.c.claim_token.is_not(None)
     )
     rows = connection.execute(held.order_by(jobs.c.id).with_for_update(skip_locked=True)).all() if sent else []
-    ids = [row.id for row in rows if (row.id, row.claim_token) not in sent[row.claim_holder]]
+    ids = {row.id for row in rows if (row.id, row.claim_token) not in sent[row.claim_holder]}
     if ids:
-        connection.execute(
-            update(jobs)
-            .where(jobs.c.id.in_(ids), jobs.c.polls > 0)
-            .values(due_at=now, claim_token=None, claim_holder=None, polls=jobs.c.polls - 1)
-        )
-    return len(ids)
+        connection.execute(update(jobs).where(jobs.c.id.in_(ids), jobs.c.polls > 0).values(polls=jobs.c.polls - 1))
+    return ids
 
 
-def _release(connection: Connection, scope: str, gone: Sequence[str], now: datetime) -> tuple[list[Row[Any]], int]:
+def _release(
+    connection: Connection, scope: str, gone: Sequence[str], now: datetime, unsent: Container[int] = ()
+) -> tuple[list[Row[Any]], int]:
     """Counts the crashes, and gives all rows back but those that are to be set aside: (those, how many others)."""
     table, attempt = (jobs, jobs.c.polls) if scope == "job" else (outputs, outputs.c.attempts)
     held: list[Row[Any]] = list(
@@ -88,7 +87,7 @@ def _release(connection: Connection, scope: str, gone: Sequence[str], now: datet
     ids = [row.id for row in held]
     mine = (crashes.c.scope == scope, crashes.c.row_id.in_(ids))
     before = {row.row_id: row for row in connection.execute(select(crashes).where(*mine))}
-    times = {row.id: _in_a_row(before.get(row.id), row.attempt) for row in held}
+    times = {row.id: _in_a_row(before.get(row.id), row.attempt, counted=row.id not in unsent) for row in held}
     connection.execute(delete(crashes).where(*mine))
     connection.execute(
         insert(crashes),
@@ -108,8 +107,10 @@ def _release(connection: Connection, scope: str, gone: Sequence[str], now: datet
     return list(poisoned), len(held) - len(poisoned)
 
 
-def _in_a_row(before: Row[Any] | None, attempt: int) -> int:
-    return int(before.times) + 1 if before is not None and attempt == before.attempt + 1 else 1
+def _in_a_row(before: Row[Any] | None, attempt: int, *, counted: bool) -> int:
+    """Return which crash in a row this is. `counted`: the row's count of attempts has the one that crashed."""
+    following = before is not None and attempt == before.attempt + counted
+    return int(before.times) + 1 if before is not None and following else 1
 
 
 def _said(times: int = CRASHES_MOST) -> str:

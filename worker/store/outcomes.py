@@ -246,6 +246,14 @@ def set_aside(connection: Connection, job: ClaimedJob, message: str, *, now: dat
     return bool(recorded.finished)
 
 
+def locked_jobs(connection: Connection, job_ids: Sequence[int]) -> set[int]:
+    """Return which of these jobs somebody else has locked. None on SQLite, which locks no single rows."""
+    named = jobs.c.id.in_(job_ids)
+    there = set(connection.execute(select(jobs.c.id).where(named)).scalars())
+    free = select(jobs.c.id).where(named).with_for_update(skip_locked=True)
+    return there.difference(connection.execute(free).scalars())
+
+
 def record_attempt(
     connection: Connection, output: ClaimedOutput, result: StoredFile | TryAgain | GiveUp, *, now: datetime
 ) -> tuple[bool, str | None]:

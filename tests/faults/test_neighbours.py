@@ -1,0 +1,57 @@
+"""Workers on one broker: each says which database it serves, and an app's own workers are asked nothing odd."""
+
+from pathlib import Path
+
+import pytest
+from celery import Celery
+from sqlalchemy import Engine
+from sqlalchemy.engine import make_url
+
+from tests.faults.servers import HurtRedis, celery
+from tests.waiting import wait_until
+from worker.database import make_engine
+from worker.migrate import migrate
+from worker.neighbours import ask_nodes
+from worker.sandbox import Sandbox
+from worker.store.identity import database_id
+
+APP = """
+from celery import Celery
+
+app = Celery("shop", broker={broker!r})
+
+@app.task
+def picture_ready(job_id):
+    return job_id
+"""
+
+
+@pytest.mark.server
+def test_given_workers_of_two_databases_and_of_an_app_when_asked_then_each_says_its_own_and_nobody_logs_an_error(
+    tmp_path: Path, database: Engine, sandbox: Sandbox, broker: HurtRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = make_engine(make_url(f"sqlite:///{tmp_path / 'other.db'}"))
+    migrate(other)
+    with database.connect() as connection, other.connect() as other_connection:
+        ids = {database_id(connection), database_id(other_connection)}
+    shop = tmp_path / "shop"
+    shop.mkdir()
+    (shop / "shop.py").write_text(APP.format(broker=broker.url))
+    client = Celery(broker=broker.url)
+
+    with (
+        celery(tmp_path, "first"),
+        celery(tmp_path, "second", DATABASE_URL=str(other.url)),
+        celery(shop, "shop", "-A", "shop", "worker", "--pool", "solo", "--hostname", "shop@%h"),
+    ):
+        wait_until(lambda: {node.database for node in ask_nodes(client).values()} == {*ids, None}, "all three answer")
+        nodes = {name.partition("@")[0]: node for name, node in ask_nodes(client).items()}
+        wait_until(
+            lambda: "workers on another database" in (tmp_path / "first.log").read_text(), "the first one is warned"
+        )
+
+    assert nodes["shop"].database is None
+    assert nodes["shop"].queues == {"celery"}
+    for log in (tmp_path / "first.log", tmp_path / "second.log", shop / "shop.log"):
+        assert "Traceback" not in log.read_text()
+    other.dispose()
