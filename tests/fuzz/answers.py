@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 from hypothesis import strategies as st
 
+from tests.vendor.recorded_fetches import FETCHES
 from worker.sandbox import SandboxOptions
 from worker.sandbox.behaviour import Behaviour
 
@@ -56,8 +57,23 @@ REAL: list[dict[str, Any]] = [
     {"status": "error", "messege": "Invalid Api Key", "tip": "1. Make sure you have valid API key."},
     {"message": "Server Error"},
     *_sandbox(),
+    *(json.loads(json.dumps(row.body).replace("{ID}", ID)) for row in FETCHES if isinstance(row.body, dict)),
 ]
-FIELDS = ("status", "id", "output", "proxy_links", "links", "message", "messege", "eta", "retry_after", "tip", "tips")
+FIELDS = (
+    *("status", "id", "output", "proxy_links", "links", "message", "messege", "eta", "retry_after", "tip", "tips"),
+    *(
+        "future_links",
+        "data",
+        "meta",
+        "error",
+        "errors",
+        "image_url",
+        "execution",
+        "type",
+        "cloudflare_error",
+        "success",
+    ),
+)
 
 _NUMBERS = st.one_of(
     st.integers(),
@@ -107,9 +123,33 @@ def written(answer: object) -> str:
 
 LIKELY = [
     ("id", (12202889, "999", ID, float(ID), 1.5, " ", f" {ID} ", True, None, [], -1)),
-    ("output", ("", [], None, {}, [""], LINK, LINKS, [TINY], [LINK, LINK], [[LINK]], 7, "x" * 9_000, [None, LINK])),
+    (
+        "output",
+        (
+            "",
+            [],
+            None,
+            {},
+            [""],
+            LINK,
+            LINKS,
+            ", ".join(LINKS),
+            "null",
+            [TINY],
+            [LINK, LINK],
+            [[LINK]],
+            7,
+            "x" * 9_000,
+            [None, LINK],
+        ),
+    ),
     ("proxy_links", ("", None, LINKS, [LINK], "javascript:x", ["https://h/" + "\U0001f600" * 8_000])),
     ("links", ([LINK], "", None)),
+    ("future_links", ([LINK], {"0": LINK}, "", [None])),
+    ("data", ({"output": [LINK]}, {"images": LINKS, "init_image": LINK}, [{"url": LINK}], "Training Failed: x", LINK)),
+    ("meta", ({"output": [LINK]}, {"init_image": LINK, "prompt": "rate limit exceeded"}, [LINK], 7)),
+    ("error", ("Insufficient credits", {"code": "rate_limit_exceeded", "message": "x", "retry_after": 7}, False, [])),
+    ("execution", ({"status": "completed"}, {"status": "running", "id": ID}, {"status": "failed"}, {}, "completed")),
     ("status", STATUSES),
     ("message", (*MESSAGES, {"prompt": ["is required"]}, "\x00\ud800" * 300, 7, ["failed"])),
     ("messege", MESSAGES),

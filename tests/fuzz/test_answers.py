@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -29,13 +30,14 @@ from worker.recorder import Recorder
 from worker.scrubber import Scrubber
 from worker.store.claims import ClaimedJob
 from worker.tables import bodies, gates, jobs, outputs
-from worker.vendor.links import stored_address
+from worker.vendor.links import OUTPUT_FIELDS, stored_address
 from worker.vendor.replies import Question, parse
 
 pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning")  # answers are long
 
 SCRUBBER = Scrubber([KEY])
 PACE = Pace("learned", 0.5, 3.0)
+_PARTS = re.compile(r"[\s,]+")  # between several addresses in one text
 MOST_TEXT_BYTES = 65_535  # what MariaDB's TEXT holds
 
 
@@ -93,8 +95,8 @@ def test_no_answer_makes_the_parser_fail_or_a_job_ready_without_an_output_of_tha
                 assert reply.outputs == ()
                 return
             assert not of_another_job(answer)
-            listed = [text for name in ("output", "proxy_links", "links") for text in texts(answer.get(name))]
-            known = {stored_address(text.strip()) for text in listed}
+            listed = [text for name in (*OUTPUT_FIELDS, "meta") for text in texts(answer.get(name))]
+            known = {stored_address(part) for text in listed for part in (text.strip(), *_PARTS.split(text))}
             assert reply.outputs
             for link in reply.outputs:
                 assert link.body is not None or any(text.startswith(link.url.removesuffix("…")) for text in known)

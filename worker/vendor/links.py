@@ -90,6 +90,8 @@ def promised(answer: Mapping[str, object]) -> tuple[str, ...]:
     >>> promised({"future_links": ["https://h/a.mp4", "", 5]})
     ('https://h/a.mp4',)
     """
+    if not (answer.get(PROMISE_FIELD) or answer.get("links")):
+        return ()
     for name in _PROMISES:
         value = answer.get(name)
         if value:

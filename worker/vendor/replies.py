@@ -75,9 +75,12 @@ class Question(NamedTuple):
 
 
 class Answer:
-    """One answer, with what the rules look at."""
+    """One answer, with what the rules look at.
 
-    __slots__ = ("body", "code", "fields", "headers", "http_status", "message", "question", "run", "word")
+    `is_error`: it calls itself an error. One without a status does so by its HTTP code, or by being only a message.
+    """
+
+    __slots__ = ("body", "code", "fields", "headers", "http_status", "is_error", "message", "question", "run", "word")
 
     def __init__(
         self,
@@ -93,19 +96,10 @@ class Answer:
         self.code = max(http_status, http_status_of(known) or 0)  # or the one that the answer names instead
         self.run = execution_of(known)
         self.word = _word(known, self.run, question.words)
-        self.message = message_of(known) or message_of(self.run or {})
-
-    @property
-    def is_error(self) -> bool:
-        """Whether the answer calls itself an error.
-
-        One without a status does so by its HTTP code, or by being nothing but a message.
-        """
-        if self.fields is None:
-            return False
-        if self.word:
-            return self.word == "error"
-        return self.code >= 400 or self.is_message
+        self.message = message_of(known) or (message_of(self.run) if self.run else "")
+        self.is_error = (
+            self.word == "error" if self.word else fields is not None and (self.code >= 400 or self.is_message)
+        )
 
     @property
     def is_message(self) -> bool:
@@ -161,10 +155,10 @@ _RUN_WORDS = {"completed": "success", "cancelled": "failed", "canceled": "failed
 
 
 def _is_wall(answer: Answer) -> bool:
-    fields = answer.fields or {}
-    kind = fields.get("type")
-    is_walls = fields.get("cloudflare_error") is True or (isinstance(kind, str) and kind.startswith(_WALL))
-    return is_walls and answer.code >= 400
+    if answer.code < 400 or answer.fields is None:
+        return False
+    kind = answer.fields.get("type")
+    return answer.fields.get("cloudflare_error") is True or (isinstance(kind, str) and kind.startswith(_WALL))
 
 
 def _limited(answer: Answer) -> Reply:
@@ -397,7 +391,7 @@ def rule_for(answer: Answer) -> tuple[Rule, Reply]:
 def _word(fields: Mapping[str, Any], run: Mapping[str, Any] | None, words: Mapping[str, str]) -> str:
     """Return the status word. A workflow's is that of its run: the one beside it is of the call alone."""
     word = status_of(fields)
-    if run is not None and word not in ("error", "failed"):
+    if run is not None and word in ("", "success"):
         word = _RUN_WORDS.get(status_of(run), status_of(run))
     return words.get(word, word)
 

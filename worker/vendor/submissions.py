@@ -41,7 +41,8 @@ _ID_FIELDS = (
 )
 _TAKEN = WAITING | {"success"}  # what such answers say can't be a refusal
 _ADDRESS_FIELDS = ("fetch_result", "status_url", "fetch_url", "fetchResult")  # the first is the vendor's
-_NO_ANSWER = (ValueError, TypeError, RecursionError, RuntimeError, OSError)  # of a body that was not, or is not, read
+# What clients raise for a body that is no JSON, was consumed, or is not there yet.
+_NO_ANSWER = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError)
 _REFUSALS = (AccountRefused, ApiDown, ApiError, Failed, RateLimited, UnknownId)
 
 
@@ -151,8 +152,8 @@ def submit_answer(remote: object) -> SubmitAnswer | None:
         return remote
     if isinstance(remote, Mapping):
         return SubmitAnswer(remote)
-    if isinstance(remote, (str, bytes)):
-        body = remote.encode("utf-8", "replace") if isinstance(remote, str) else remote
+    if isinstance(remote, (str, bytes, bytearray)):
+        body = remote.encode("utf-8", "replace") if isinstance(remote, str) else bytes(remote)
         if not body.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
             return None
         fields = json_object(body.lstrip())
@@ -178,10 +179,7 @@ def _of_response(response: Any) -> SubmitAnswer:
     """Return the answer in a response of requests or httpx, or of anything that has the same attributes."""
     status = getattr(response, "status_code", 200)
     status = status if type(status) is int else 200
-    try:
-        fields = response.json()
-    except _NO_ANSWER:
-        fields = None
+    fields = _body_of(response)
     if isawaitable(fields):
         if isinstance(fields, Coroutine):
             fields.close()
@@ -194,6 +192,22 @@ def _of_response(response: Any) -> SubmitAnswer:
     except RuntimeError:
         url = None
     return SubmitAnswer(fields, status, None if url is None else str(url))
+
+
+def _body_of(response: Any) -> object:
+    """Return what a response holds, or None where it can't be read.
+
+    `requests` reads no JSON after a byte order mark, so the bytes are tried, too.
+    """
+    try:
+        return response.json()
+    except _NO_ANSWER:
+        pass
+    try:
+        content = response.content
+    except _NO_ANSWER:
+        return None
+    return json_object(content) if isinstance(content, bytes) else None
 
 
 def _submission(answer: SubmitAnswer, words: Mapping[str, str]) -> Submission:

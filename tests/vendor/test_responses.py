@@ -1,0 +1,226 @@
+"""Responses of real HTTP clients, as an app has them in its hand after the submit call."""
+
+import asyncio
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import requests
+
+from worker.errors import ApiRefused, NotTrackable
+from worker.vendor.fetch_url import AllowedApi
+from worker.vendor.submissions import planned_job, submission
+
+ANSWER = {"status": "processing", "id": 7, "eta": 5}
+WALL = "<!DOCTYPE html><title>Just a moment...</title>"
+# what is answered at a path that ends so: status and body
+ANSWERS: dict[str, tuple[int, str]] = {
+    "/text2video": (200, json.dumps(ANSWER)),
+    "/accepted": (202, json.dumps(ANSWER)),
+    "/bom": (200, "\ufeff" + json.dumps(ANSWER)),
+    "/no-credits": (402, '{"status": "error", "message": "Insufficient credits"}'),
+    "/refused": (200, '{"status": "error", "messege": "Your monthly limit exceeded"}'),
+    "/validator": (422, '{"message": "The prompt field is required.", "errors": {"prompt": ["required"]}}'),
+    "/wall": (403, WALL),
+    "/page": (200, WALL),
+    "/empty": (200, ""),
+    "/list": (200, f"[{json.dumps(ANSWER)}]"),
+    "/text": (200, '"7"'),
+    "/number": (200, "7"),
+    "/deep": (200, '{"a":' * 100_000),
+    "/latin": (200, '{"status": "processing", "id": 7, "tip": "\\ud800"}'),
+}
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path.endswith("/moved"):
+            self.send_response(307)
+            self.send_header("Location", "/api/v6/voice/text2video")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        status, text = next(answer for end, answer in ANSWERS.items() if self.path.partition("?")[0].endswith(end))
+        body = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def post_requests(url: str) -> object:
+    return requests.post(url, json={"key": "k"}, timeout=10)
+
+
+def post_requests_session(url: str) -> object:
+    with requests.Session() as session:
+        return session.post(url, json={"key": "k"}, timeout=10, stream=True)
+
+
+def post_httpx(url: str) -> object:
+    httpx = pytest.importorskip("httpx")
+    return httpx.post(url, json={"key": "k"}, timeout=10, follow_redirects=True)
+
+
+def post_httpx_async(url: str) -> object:
+    httpx = pytest.importorskip("httpx")
+
+    async def post() -> object:
+        async with httpx.AsyncClient(follow_redirects=True) as client:
+            return await client.post(url, json={"key": "k"}, timeout=10)
+
+    return asyncio.run(post())
+
+
+CLIENTS = [post_requests, post_requests_session, post_httpx, post_httpx_async]
+
+
+def api(site: str) -> AllowedApi:
+    return AllowedApi(f"{site}/api/v6", frozenset({site.removeprefix("http://")}))
+
+
+@pytest.mark.parametrize("post", CLIENTS)
+@pytest.mark.parametrize(
+    ("path", "asked", "kind"),
+    [
+        ("/api/v6/video/text2video", "/api/v6/video/fetch/7", "video"),
+        ("/api/v6/video/text2video?trace=1", "/api/v6/video/fetch/7", "video"),
+        ("/api/v7/images/accepted", "/api/v7/images/fetch/7", "images"),
+        ("/api/v6/images/bom", "/api/v6/images/fetch/7", "images"),
+        ("/api/v6/images/latin", "/api/v6/images/fetch/7", "images"),
+        ("/gateway/api/v6/3d/text2video", "/api/v6/3d/fetch/7", "3d"),
+        ("/generate/text2video", "/api/v6/fetch/7", "image"),
+        ("/api/v6/images/moved", "/api/v6/voice/fetch/7", "voice"),  # where it was answered in the end
+    ],
+)
+def test_given_a_response_when_handed_over_then_its_url_says_the_family(
+    post: Any, path: str, asked: str, kind: str, site: str
+) -> None:
+    job = planned_job(post(f"{site}{path}"), api(site))
+
+    assert (job.address.url, job.kind) == (f"{site}{asked}", kind)
+    assert job.submission.remote_id == "7"
+
+
+@pytest.mark.parametrize("post", CLIENTS)
+@pytest.mark.parametrize("path", ["/no-credits", "/refused", "/validator", "/wall"])
+def test_given_a_response_by_which_the_order_was_not_taken_then_it_says_so(post: Any, path: str, site: str) -> None:
+    with pytest.raises(ApiRefused) as refused:
+        planned_job(post(f"{site}/api/v6/images{path}"), api(site))
+
+    assert refused.value.message
+
+
+@pytest.mark.parametrize("post", CLIENTS)
+@pytest.mark.parametrize("path", ["/page", "/empty", "/list", "/text", "/number", "/deep"])
+def test_given_a_response_without_a_json_object_then_it_is_an_error_of_ours(post: Any, path: str, site: str) -> None:
+    with pytest.raises(NotTrackable, match="no JSON object"):
+        planned_job(post(f"{site}/api/v6/images{path}"), api(site))
+
+
+def test_given_a_response_whose_body_was_consumed_then_it_is_an_error_of_ours(site: str) -> None:
+    with requests.Session() as session:
+        response = session.post(f"{site}/api/v6/images/text2video", stream=True, timeout=10)
+        list(response.iter_content(1))
+
+        with pytest.raises(NotTrackable, match="no JSON object"):
+            planned_job(response, api(site))
+
+
+def test_given_a_response_of_httpx_that_has_no_request_then_its_body_is_read_all_the_same() -> None:
+    httpx = pytest.importorskip("httpx")
+
+    assert submission(httpx.Response(200, json=ANSWER)).remote_id == "7"
+
+
+def test_given_a_response_made_by_hand_then_its_body_is_read() -> None:
+    response = requests.Response()
+    response.status_code = 200
+    response._content = json.dumps(ANSWER).encode()
+
+    assert submission(response).remote_id == "7"
+
+
+def test_given_a_response_that_is_read_asynchronously_then_the_error_says_what_to_hand_over() -> None:
+    async def json_later() -> dict[str, object]:
+        return dict(ANSWER)
+
+    response = SimpleNamespace(url="https://modelslab.com/api/v6/images/text2img", status=200, json=json_later)
+
+    with pytest.raises(NotTrackable, match=r"await response\.json"):
+        submission(response)
+
+
+class Hostile:
+    """A response whose attributes are broken one by one."""
+
+    status_code: object = 200
+    url: object = "https://modelslab.com/api/v6/images/text2img"
+
+    def __init__(self, **attributes: object) -> None:
+        self.__dict__.update(attributes)
+
+    def json(self) -> object:
+        return dict(ANSWER)
+
+
+def _raise(error: BaseException) -> object:
+    raise error
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        Hostile(status_code="200"),
+        Hostile(status_code=True),
+        Hostile(status_code=None),
+        Hostile(url=None),
+        Hostile(url=""),
+        Hostile(url=5),
+        Hostile(url="https://[::1"),
+        Hostile(url="https://h/" + "x" * 100_000),
+        Hostile(url=SimpleNamespace()),
+    ],
+)
+def test_given_odd_attributes_of_a_response_then_its_answer_is_read_all_the_same(response: Hostile) -> None:
+    assert planned_job(response, AllowedApi("https://modelslab.com/api/v6", {"modelslab.com"})).submission.eta == 5.0
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), TypeError("x"), RuntimeError("x"), OSError("x"), RecursionError("x"), KeyError("x")]
+)
+def test_given_a_response_whose_body_can_t_be_read_then_it_is_an_error_of_ours(error: Exception) -> None:
+    with pytest.raises(NotTrackable):
+        submission(Hostile(json=lambda: _raise(error)))
+
+
+@pytest.mark.parametrize("shape", [bytes, bytearray])
+def test_given_the_bytes_of_an_answer_then_they_are_read_as_its_text(shape: Any) -> None:
+    body = json.dumps(ANSWER).encode()
+
+    assert submission(shape(body)) == submission(ANSWER)
+    assert submission(shape(b"\xef\xbb\xbf" + body)) == submission(ANSWER)
+    with pytest.raises(NotTrackable):
+        submission(shape(b"7"))
+    with pytest.raises(NotTrackable):
+        submission(shape(b'\xff\xfe{"id": 7}'))
+    with pytest.raises(NotTrackable):
+        submission(shape(b'{"id": 7'))
