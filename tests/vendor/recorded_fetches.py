@@ -195,6 +195,11 @@ CODE: tuple[Fetch, ...] = (
     Fetch("training ready under its first name", "ready:0", {"status": "success", "model_training_status": "model_ready", "test_image": R2 + "t.png"}, "client of 2023", "B", training=True),
     Fetch("training failed under its first name", "failed", {"status": "success", "model_training_status": "training_failed", "data": "Training Failed:  Valid image links less than 3"}, "client of 2023", "C", training=True),
     Fetch("training failed as status", "failed", {"status": "training_failed", "data": "no GPU"}, "neighbour", "C", training=True),
+    Fetch("training that may yet go on", "failed recoverable", {"status": "failed", "message": "Failed, Try Again"}, "neighbour", "C", training=True),
+    Fetch("training failed under the name of its webhook", "failed", {"status": "success", "training_status": "failed", "message": "try again"}, "neighbour", "C", training=True),
+    Fetch("chat with the id of a message", "ready:1", ok([R2 + "c.json"], id="msg-1", chat_id="{ID}"), "docs.modelslab.com/llm of 2024, with an id", "C"),
+    Fetch("somebody else's chat", "another_job", ok([R2 + "c.json"], id="msg-1", chat_id="c-2"), "guard of the row above", "C"),
+    Fetch("execution that is no run", "ready:1", ok([R2 + "e.png"], id="{ID}", execution={"seconds": 1.5}), "neighbour of a workflow's run", "C"),
     Fetch("training without its key", "account_refused key", bad("Invalid Api Key"), "neighbour", "C", 401, training=True),
 )
 

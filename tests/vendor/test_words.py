@@ -83,7 +83,8 @@ WORDINGS: dict[str, list[str]] = {
         "No API calls left", "You have no more images remaining", "Your subscription has expired", "Subscription required",
         "Your plan has ended", "This feature requires a premium subscription", "You need an active plan", "No active subscription",
         "Not available in your current plan", "Only for enterprise customers", "You must be a premium member", "Please upgrade your plan",
-        "Please subscribe",
+        "Please subscribe", "Monthly token limit exceeded", "You have reached the maximum number of images for today", "100 requests per day allowed",
+        "Your API requests are exhausted", "Limits exhausted", "Only 50 images per month",
     ],
     "account_refused request": ["Invalid API Request"],
     "rate_limited 30": [
@@ -91,13 +92,14 @@ WORDINGS: dict[str, list[str]] = {
         "Too many API requests", "Too Many Attempts.", "Spam filter is enabled", "You are being throttled", "Slow down",
         "Maximum 5 concurrent jobs allowed", "Maximum 10 requests allowed", "You already have 15 requests in queue",
         "Your plan limit is reached: 5 concurrent requests", "Free plan rate limit exceeded", "10 requests per minute allowed",
-        "Rate limit exceeded, upgrade your plan",
+        "Rate limit exceeded, upgrade your plan", "Request limit reached", "API rate limit has been reached",
     ],
     "unknown_id": [
         "Request not found", "Request was not found", "Request id not found", "The specified ID does not exist or is not queued",
         "Request does not exist", "No such request", "Invalid request id", "Invalid job ID", "Unknown task id", "No request found",
         "No records found", "No query results for model", "Job not found", "Training not found", "Execution not found.",
-        "This request does not belong to you",
+        "This request does not belong to you", "Request 4711 not found", "Job with id abc-12 was not found", "Request 12202888 does not exist",
+        "Task 9f8e7d6c-1 could not be found",
     ],
     "processing": [
         "Your image is still processing", "Request is processing", "Your video is being generated", "Image is not ready yet", "Not yet ready",
@@ -115,6 +117,10 @@ WORDINGS: dict[str, list[str]] = {
         "Model not found: x", "Image is too large", "Invalid image", "Unsupported audio format", "Invalid input dimensions",
         "Unable to fetch image from provided URL", "Could not download video", "init_image must be a valid url", "Error message",
         "NSFW content detected", "Blocked by moderation", "Violates our content policy", "Prohibited words",
+        "Invalid prompt: a wallet on a table", "Prompt 'recharge my phone, rate limit exceeded' is too long", "The prompt contains invalid api key",
+        "Model not found: wallet-v2", "Unable to fetch image from provided URL: 401 Unauthorized", "Could not download video: 503 Service Unavailable",
+        "Image size limit exceeded", "Prompt length limit exceeded", "File size limit exceeded", "Token limit exceeded",
+        "NSFW content detected in the prompt: my wallet", "Failed to load the audio: Too many requests", "Unknown model: free-trial-ended",
     ],
     "api_error vague": [
         "Something went wrong", "Error", "Unknown error", "Oops", "Failed to process image", "Bad request", "Invalid request", "fail",

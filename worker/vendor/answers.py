@@ -109,6 +109,12 @@ def execution_of(answer: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return execution if isinstance(execution, dict) else None
 
 
+def chat_id_of(answer: Mapping[str, Any]) -> object:
+    """Return the id of the chat that an answer is about: its own `chat_id`, or that of its `meta`."""
+    meta = answer.get("meta")
+    return answer.get("chat_id") or (meta.get("chat_id") if isinstance(meta, dict) else None)
+
+
 def eta_of(answer: Mapping[str, Any]) -> float | None:
     """Return the seconds until the job is expected to be ready, where the answer names them as a number.
 

@@ -29,6 +29,7 @@ from worker.core.reply import (
 )
 from worker.vendor.answers import (
     MAX_MESSAGE,
+    chat_id_of,
     code_of,
     eta_of,
     execution_of,
@@ -187,10 +188,12 @@ def _is_unknown_id(answer: Answer) -> bool:
 def _training(answer: Answer) -> Reply | None:
     fields = answer.fields or {}
     words = [answer.word, *training_words(fields)]
-    if answer.word in FAILED_WORDS or any(word.startswith("training_failed") for word in words):
+    is_final = any(word in FAILED_WORDS or word.startswith("training_failed") for word in words[1:])
+    if is_final or answer.word in FAILED_WORDS or answer.word.startswith("training_failed"):
         reason = fields.get("data")
         text = plain_text(reason[:MAX_MESSAGE]).strip() if isinstance(reason, str) else ""
-        return Failed(text or answer.message or "the training failed")
+        may_recover = not is_final and meaning_of(answer.message) in PASSING
+        return Failed(text or answer.message or "the training failed", may_recover)
     if "model_ready" in words:
         return Ready(())
     return None if answer.word in ("", "error") or answer.code >= 400 else Processing(eta_of(fields))
@@ -220,7 +223,7 @@ def _error(answer: Answer) -> Reply:
 def _success(answer: Answer) -> Reply:
     fields = answer.fields or {}
     echoed, remote_id = _echoed_id(answer), answer.question.remote_id
-    if echoed and remote_id is not None and echoed != remote_id:
+    if echoed and remote_id is not None and echoed != remote_id and chat_id_of(fields) != remote_id:
         return AnotherJob(plain_text(echoed[:128]))
     links, left_out = listed(fields)
     if not links and answer.run is not None:
@@ -391,8 +394,9 @@ def rule_for(answer: Answer) -> tuple[Rule, Reply]:
 def _word(fields: Mapping[str, Any], run: Mapping[str, Any] | None, words: Mapping[str, str]) -> str:
     """Return the status word. A workflow's is that of its run: the one beside it is of the call alone."""
     word = status_of(fields)
-    if run is not None and word in ("", "success"):
-        word = _RUN_WORDS.get(status_of(run), status_of(run))
+    run_word = status_of(run) if run else ""
+    if run_word and word in ("", "success"):
+        word = _RUN_WORDS.get(run_word, run_word)
     return words.get(word, word)
 
 

@@ -20,7 +20,7 @@ from worker.core.reply import (
     UnknownId,
 )
 from worker.errors import ApiRefused, NotTrackable
-from worker.vendor.answers import eta_of, execution_of, json_object, message_of, status_of
+from worker.vendor.answers import chat_id_of, eta_of, execution_of, json_object, message_of, status_of
 from worker.vendor.families import CHAT, MAX_KIND, TRAINING, kind_of
 from worker.vendor.fetch_url import (
     AllowedApi,
@@ -276,7 +276,7 @@ def _remote_id(fields: Mapping[str, Any], *, is_ready: bool) -> str | None:
     """
     names = ("training_id", *_ID_FIELDS, "model_id") if _is_training(fields) else _ID_FIELDS
     run = execution_of(fields) or {}
-    for value in (*(fields.get(name) for name in names), run.get("id"), _chat_id(fields)):
+    for value in (*(fields.get(name) for name in names), run.get("id"), chat_id_of(fields)):
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if value:
@@ -288,16 +288,11 @@ def _remote_id(fields: Mapping[str, Any], *, is_ready: bool) -> str | None:
     return None
 
 
-def _chat_id(fields: Mapping[str, Any]) -> object:
-    meta = fields.get("meta")
-    return fields.get("chat_id") or (meta.get("chat_id") if isinstance(meta, dict) else None)
-
-
 def _own_path(fields: Mapping[str, Any]) -> str | None:
     """Return the fetch path of a job whose answer has a form that no other family's has."""
     if _is_training(fields):
         return TRAINING
-    if fields.get("id") is None and _chat_id(fields):
+    if fields.get("id") is None and chat_id_of(fields):
         return CHAT
     workflow = fields.get("workflow_id")
     if fields.get("execution_id") and isinstance(workflow, (str, int)) and not isinstance(workflow, bool):
