@@ -35,7 +35,7 @@ from worker.database_errors import trouble as trouble
 from worker.errors import DeploymentError, SchemaOutdated, SettingsError
 from worker.tables import MYSQL_FAMILY, VERSION_TABLE
 
-SCHEMA_VERSION = "0010"
+SCHEMA_VERSION = "0011"
 LOCK_TIMEOUT_SECONDS = 15
 MYSQL_LOCK_SECONDS = 5
 STATEMENT_TIMEOUT_SECONDS = 60

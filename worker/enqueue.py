@@ -456,6 +456,7 @@ def _new_job(plan: _Plan, options: _Options, paced: "_Paced", now: datetime) -> 
         left_out=submission.left_out,
         promised=submission.promised,
         plan=first,
+        default_address=plan.job.by_default,
     )
 
 

@@ -73,6 +73,10 @@ class HostedApi:
         """Return whether the settings let the key go to a host, written as `host` or `host:port`."""
         return host in self._allowed.hosts
 
+    def default_address(self, remote_id: str) -> FetchAddress:
+        """Return where a job is asked about that names no address itself."""
+        return fetch_address(None, remote_id, self._allowed)
+
     def permits(self, address: FetchAddress, remote_id: str) -> str | None:
         """Why the key may not go to this address, or None. Asked before each call, since settings change."""
         if address.url == self._own_fetch + remote_id:

@@ -263,6 +263,9 @@ def why(connection: Connection, job: Row[Any], outputs: Sequence[Row[Any]], sett
     match job.status:
         case "completed":
             return f"all {len(outputs)} outputs are stored"
+        case "failed" if job.error_code == "not_found":
+            place = f"asked at {job.fetch_base}"
+            return f"not_found: {job.error_message}; {place}: if it is of another family, track it with its endpoint"
         case "failed" | "expired":
             look = look_of(connection, job.id) if job.status == "expired" else None
             again = "" if look is None else f"; it is asked about once more at {look.due_at:%Y-%m-%d %H:%M} UTC"

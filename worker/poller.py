@@ -29,6 +29,7 @@ from worker.recorder import Recorder
 from worker.shared_budget import Grant, SharedBudget
 from worker.store.claims import ClaimedJob, Level, claim_jobs, release_jobs, release_tokens, waiting_levels
 from worker.store.gates import all_gates, locked_gate, save_gate
+from worker.store.jobs import readdress
 from worker.store.late_looks import plan_looks
 from worker.store.unlisted import hold_unlisted
 
@@ -54,6 +55,7 @@ LATE_SECONDS = 0.1  # a claim that took longer has missed its moments
 PROBE_MARGIN = timedelta(seconds=5)
 UNLISTED_SECONDS = 3.0  # between two looks at what waits for hosts that are not on SD_API_HOSTS
 REFUSED_WAIT = timedelta(seconds=60)
+MOVED_WAIT = timedelta(seconds=1)
 
 
 @dataclass(slots=True)
@@ -125,6 +127,7 @@ class Poller:
         self._rps = rps
         self._probe_lease = timedelta(seconds=api_timeout) + PROBE_MARGIN
         self._recorder = Recorder(
+            default_address=api.default_address,
             engine=engine,
             pace=pace,
             rps=rps,
@@ -518,6 +521,11 @@ class Poller:
             refused = self._api.permits(job.address, job.remote_id)
             if refused is None:
                 allowed.append(job)
+                continue
+            home = self._api.default_address(job.remote_id)
+            elsewhere = home.host == job.address.host and home.base != job.address.base
+            if elsewhere and readdress(connection, [job.id], home.base, home.host):
+                release_jobs(connection, [job.id], job.token, due_at=now + MOVED_WAIT)
                 continue
             log.error("a job's fetch address is refused job=%s reason=%s", job.id, refused)
             release_jobs(connection, [job.id], job.token, due_at=now + REFUSED_WAIT)

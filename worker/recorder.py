@@ -18,15 +18,17 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from worker.calls import Asked
 from worker.core import gate as gates
 from worker.core.gate import Gate, Heard, Limit, Scope
+from worker.core.identity import FetchAddress
 from worker.core.lifecycle import AskAgain, End, JobFacts, after_answer, note_of
 from worker.core.measures import COUNTED_AS
 from worker.core.pace import Pace, Waiting
-from worker.core.reply import ApiDown, Empty, Processing, RawAnswer, Ready, Reply
+from worker.core.reply import ApiDown, Empty, Processing, RawAnswer, Ready, Reply, Unread
 from worker.database import PATIENCE, database_now, server_trouble, trouble
 from worker.kept_answers import kept_answers
 from worker.learner import Learner
 from worker.store.claims import ClaimedJob
 from worker.store.gates import all_gates, locked_gate, mark_asked, save_gate
+from worker.store.jobs import readdress
 from worker.store.late_looks import plan_looks
 from worker.store.outcomes import Outcome, Recorded, locked_jobs, record_answers, set_aside
 from worker.store.totals import ANSWERS, Tally
@@ -39,6 +41,7 @@ BATCH_PATIENCE, SINGLE_PATIENCE = 2.0, 0.1  # seconds that a row which somebody 
 LOCKED_SECONDS = 2.0
 MARK_SECONDS = 5.0
 TROUBLE_WAIT = 5.0
+MOVED = "HTTP 404: the API has no such path; SD_API_URL was corrected, and is asked from now on"
 
 Gates = dict[tuple[Scope, str], Gate]
 
@@ -63,8 +66,10 @@ class Recorder:
         kept_text: Callable[[RawAnswer], str],
         late_looks: Sequence[float] = (),
         dice: random.Random | None = None,
+        default_address: Callable[[str], FetchAddress] | None = None,
     ) -> None:
         self._engine = engine
+        self._default_address = default_address
         self._batches = engine.execution_options(**{PATIENCE: BATCH_PATIENCE})
         self._single = engine.execution_options(**{PATIENCE: SINGLE_PATIENCE})
         self._pace = pace
@@ -208,6 +213,7 @@ class Recorder:
             if time.monotonic() - self._marked_at >= MARK_SECONDS:
                 self._marked_at = time.monotonic()
                 mark_asked(connection, {one.job.account for one in asked}, now=now)
+            asked = self._readdressed(connection, asked)
             moved = move_gates(connection, asked, known, self._limit, now=now)
             outcomes = [self._outcome(one, now) for one in asked]
             if any(_expires(outcome) for outcome in outcomes):
@@ -226,6 +232,22 @@ class Recorder:
             count_answers(tally, asked)
             tally.write(connection)
             return _Written(recorded, moved)
+
+    def _readdressed(self, connection: Connection, asked: Sequence[Asked]) -> Sequence[Asked]:
+        """Move jobs that were tracked under a mistyped SD_API_URL to the present one; their answers say no more."""
+        lost: dict[int, FetchAddress] = {}
+        for answer in asked:
+            if isinstance(answer.reply, ApiDown) and answer.reply.no_such_path and self._default_address is not None:
+                home = self._default_address(answer.job.remote_id)
+                if home.host == answer.job.address.host and home.base != answer.job.address.base:
+                    lost[answer.job.id] = home
+        if not lost:
+            return asked
+        home = next(iter(lost.values()))
+        moved = readdress(connection, list(lost), home.base, home.host)
+        if moved:
+            log.warning("the API has not the path of jobs that named none: they go to SD_API_URL jobs=%s", len(moved))
+        return [answer._replace(reply=Unread(MOVED)) if answer.job.id in moved else answer for answer in asked]
 
     def _learn(self, now: datetime) -> None:
         """Each answer teaches once, however often it takes to write it."""

@@ -98,6 +98,7 @@ jobs = Table(
     Column("fetch_url", String(500), nullable=False),
     Column("fetch_base", String(500), nullable=False),
     Column("fetch_host", String(255), nullable=False),
+    Column("default_address", Boolean, nullable=False, server_default=text("false")),  # it is that of SD_API_URL
     Column("status", String(16), nullable=False),
     Column("priority", SmallInteger, nullable=False, server_default="0"),
     Column("reference", String(255)),

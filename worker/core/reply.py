@@ -1,6 +1,6 @@
 """The types of replies: what an answer of the API means to this worker. `worker.vendor` reads answers into them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 Hold = Literal["key", "credits", "plan", "request"]
@@ -98,10 +98,12 @@ class ApiDown:
     """The API, or the way to it, is in trouble: no connection, time-out, 5xx, challenge page, redirect.
 
     `answered`: the API itself said so in an ordinary answer. Then the job's deadline counts, else it does not.
+    `no_such_path`: the API does not have the path that was asked.
     """
 
     message: str
     answered: bool = False
+    no_such_path: bool = field(default=False, compare=False)
 
 
 Reply = (

@@ -50,6 +50,7 @@ class NewJob:
     promised: tuple[str, ...] = ()  # addresses where outputs are to appear
     plan: Plan = Plan(0.0)  # noqa: RUF009  # a tuple
     webhook_url: str | None = None
+    default_address: bool = False  # the address is that of SD_API_URL
 
     @property
     def identity(self) -> tuple[str, str, str]:
@@ -89,6 +90,7 @@ def _job_row(job: NewJob, now: datetime) -> dict[str, Any]:
         "fetch_url": job.address.url,
         "fetch_base": job.address.base,
         "fetch_host": job.address.host,
+        "default_address": job.default_address,
         "status": "downloading" if job.outputs else "pending",
         "priority": job.priority,
         "reference": job.reference,
@@ -105,6 +107,27 @@ def _job_row(job: NewJob, now: datetime) -> dict[str, Any]:
         "pace_growth": job.plan.growth,
         "error_message": left_out_note(len(job.outputs), job.left_out) if job.left_out else None,
     }
+
+
+def readdress(connection: Connection, ids: Sequence[int], base: str, host: str) -> set[int]:
+    """Move those of these jobs to the base address `base` whose address was that of SD_API_URL; their ids.
+
+    A job stays where it is if another one is at its new address already. The ids include jobs that were moved before.
+    """
+    mine = and_(jobs.c.id.in_(sorted(ids)), jobs.c.default_address.is_(True))
+    rows = connection.execute(
+        select(jobs.c.id, jobs.c.account, jobs.c.remote_id, jobs.c.fetch_base).where(mine).order_by(jobs.c.id)
+    ).all()
+    there = _ids(connection, [(row.account, base, row.remote_id) for row in rows]) if rows else {}
+    moved: set[int] = set()
+    for row in rows:
+        if row.fetch_base != base:
+            if (row.account, base, row.remote_id) in there:
+                continue
+            address = {"fetch_url": f"{base}/{row.remote_id}", "fetch_base": base, "fetch_host": host}
+            connection.execute(update(jobs).where(jobs.c.id == row.id).values(**address))
+        moved.add(row.id)
+    return moved
 
 
 def _insert_missing(connection: Connection, rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], int]:

@@ -307,7 +307,7 @@ RULES: tuple[Rule, ...] = (
         "wrong_path",
         "Before the unknown ids: a path that the API does not have says nothing about a job.",
         _is_wrong_path,
-        lambda answer: ApiDown(f"HTTP {answer.http_status}: {NO_SUCH_PATH}"),
+        lambda answer: ApiDown(f"HTTP {answer.http_status}: {NO_SUCH_PATH}", no_such_path=True),
         Example('{"message": "The route api/v6/fetch/1 could not be found."}', 404),
     ),
     Rule(

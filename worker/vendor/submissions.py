@@ -66,11 +66,15 @@ class Submission:
 
 
 class PlannedJob(NamedTuple):
-    """A submission, where its job is asked about, and the kind that its family and its model stand for."""
+    """A submission, where its job is asked about, and the kind that its family and its model stand for.
+
+    `by_default`: nothing but SD_API_URL says where.
+    """
 
     submission: Submission
     address: FetchAddress
     kind: str
+    by_default: bool = False
 
     @property
     def warning(self) -> str | None:
@@ -126,7 +130,8 @@ def _planned(known: Submission, order: Order | None, fetch_url: str | None, api:
         return PlannedJob(known, FetchAddress(base, base, default.host), _kind(path_of(default.base), known.model))
     address = fetch_address(url, remote_id, api)
     is_video = order is not None and fetch_url is None and order.family.media == "video"
-    return PlannedJob(known, address, _kind(path_of(address.base), known.model, is_video=is_video))
+    kind = _kind(path_of(address.base), known.model, is_video=is_video)
+    return PlannedJob(known, address, kind, by_default=url is None)
 
 
 def _kind(fetch_path: str, model: str | None, *, is_video: bool = False) -> str:

@@ -1,0 +1,26 @@
+"""Which jobs are asked at the address of SD_API_URL because nothing else names one: they follow it, once corrected.
+
+Revision 0011, after 0010, 2026-11-29.
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+from worker.schema_steps import add_column
+
+revision = "0011"
+down_revision = "0010"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    """Add the column. Of jobs that are there already it is not known: they keep their addresses."""
+    add_column(
+        "fetch_jobs", sa.Column("default_address", sa.Boolean(), nullable=False, server_default=sa.text("false"))
+    )
+
+
+def downgrade() -> None:
+    """Forget it."""
+    op.drop_column("fetch_jobs", "default_address")
