@@ -18,6 +18,7 @@ from tests.waiting import wait_until
 from tests.web import Answer, Web, page
 from worker.chain import chain, read_facts
 from worker.core.lifecycle import PROMISE_PATIENCE
+from worker.overview import why
 from worker.pruner import Retention, prune
 from worker.sandbox import Sandbox, SandboxOptions
 from worker.storage import path_of
@@ -334,6 +335,11 @@ def test_given_a_job_whose_promise_is_tried_when_it_is_shown_then_that_is_said_a
     assert "because the API promised output there" in tried.detail
     assert "if nothing comes, the job ends as not_found: Request not found" in tried.detail
     assert "since the API promised it" in advice
+    with made.worker.engine.connect() as connection:
+        row = job_row(connection, job_id)
+        assert row is not None
+        said = why(connection, row, outputs_of(connection, [job_id]), made.worker.settings)
+    assert said.startswith("it ends as not_found unless a promised link brings an output; 0 of 1 outputs are stored")
 
 
 def test_given_a_job_whose_promise_is_tried_when_it_is_cancelled_then_it_stays_so(made: Kit, web: Web) -> None:

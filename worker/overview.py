@@ -23,6 +23,7 @@ from worker.store.jobs import counts, waiting_accounts
 from worker.store.late_looks import look_of
 from worker.store.outputs import unstored
 from worker.store.paces import newest_paces
+from worker.store.promises import promise_row
 from worker.tables import HELD_UNTIL
 
 KINDS_MOST = 50  # those learned about last
@@ -273,7 +274,10 @@ def why(connection: Connection, job: Row[Any], outputs: Sequence[Row[Any]], sett
         case "cancelled":
             return "it was cancelled"
         case "downloading":
-            return _why_downloading(job, outputs, now)
+            promise = promise_row(connection, job.id)
+            code = None if promise is None else promise.end_code
+            tried = f"it ends as {code} unless a promised link brings an output; " if code is not None else ""
+            return tried + _why_downloading(job, outputs, now)
     if job.held_at is not None:
         return f"{BY_HAND} since {job.held_at:%Y-%m-%d %H:%M:%S} UTC; it costs the job nothing, `resume` lets it go"
     known = all_gates(connection)

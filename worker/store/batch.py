@@ -34,6 +34,8 @@ from worker.core.answers import BETWEEN, KEPT
 from worker.tables import UtcDateTime, jobs
 
 KEYS = ("id", "claim_token")
+INSERT_ROWS = 500  # one statement's worth; every database takes that many parameters
+FOLDED_ROWS = 5_000  # the same where all rows are one parameter
 
 
 def write_claimed(connection: Connection, rows: Sequence[Mapping[str, Any]], *, now: datetime, **same: Any) -> set[int]:

@@ -13,17 +13,16 @@ from worker.core.identity import FetchAddress
 from worker.core.lifecycle import FINAL_STATES, PRUNED, left_out_note
 from worker.core.pace import Plan
 from worker.core.reply import Link
-from worker.store.batch import folded, unfolded
+from worker.store.batch import FOLDED_ROWS, INSERT_ROWS, folded, unfolded
 from worker.store.job_values import not_ended
 from worker.store.late_looks import forget_looks
-from worker.store.listing import INSERT_ROWS, insert_outputs
+from worker.store.listing import insert_outputs
 from worker.store.promises import add_promises, end_promises, take_back_promises
 from worker.store.times import HAS_DUE_TIME
 from worker.store.totals import Tally
 from worker.tables import MYSQL_FAMILY, jobs, outputs, promises, waiting_account
 
 MAX_ID = 2**63 - 1  # what the databases' integers hold
-FOLDED_ROWS = 5_000  # the same where all rows are one parameter
 NUDGED_MOST = 100  # a reference that more jobs share says little about any of them
 SAME_JOB = ("account", "fetch_base", "remote_id")
 OUT_OF_ORDER = timedelta(minutes=10)  # how long a slow transaction may hold back its commit

@@ -8,10 +8,8 @@ from typing import Any
 from sqlalchemy import Connection, insert, select
 
 from worker.core.reply import Link
-from worker.store.batch import folded, unfolded
+from worker.store.batch import INSERT_ROWS, folded, unfolded
 from worker.tables import bodies, outputs
-
-INSERT_ROWS = 500  # one statement's worth; every database takes that many parameters
 
 
 def insert_outputs(

@@ -13,8 +13,11 @@ from sqlalchemy import Connection, Row, bindparam, delete, insert, select, updat
 
 from worker.core.lifecycle import End
 from worker.core.reply import Link
-from worker.store.listing import INSERT_ROWS, insert_outputs
+from worker.store.batch import FOLDED_ROWS, INSERT_ROWS, folded, unfolded
+from worker.store.listing import insert_outputs
 from worker.tables import outputs, promises
+
+_NEW = ("job_id", "urls")
 
 
 class PromisedEnd(NamedTuple):
@@ -28,8 +31,13 @@ class PromisedEnd(NamedTuple):
 def add_promises(connection: Connection, promised: Mapping[int, Sequence[str]]) -> None:
     """Put in the links that were promised of new jobs."""
     rows = [{"job_id": job_id, "urls": _listed(urls)} for job_id, urls in sorted(promised.items())]
-    for start in range(0, len(rows), INSERT_ROWS):
-        connection.execute(insert(promises), rows[start : start + INSERT_ROWS])
+    if connection.dialect.name != "postgresql":
+        size, statement = INSERT_ROWS, insert(promises)
+    else:
+        size, statement = FOLDED_ROWS, insert(promises).from_select(_NEW, select(*unfolded(promises, _NEW).values()))
+    for start in range(0, len(rows), size):
+        some = rows[start : start + size]
+        connection.execute(statement, folded(_NEW, some) if size == FOLDED_ROWS else some)
 
 
 def keep_promises(connection: Connection, promised: Mapping[int, Sequence[str]]) -> None:
