@@ -13,6 +13,7 @@ from tests.rows import NOW, add_job, add_output, claim, job_of, seconds
 from worker import enqueue
 from worker.calls import Asked
 from worker.core.pace import Pace
+from worker.core.reply import Link, RawAnswer, Ready
 from worker.database import database_now
 from worker.hosted_api import read_answer
 from worker.kept_text import MAX_BYTES, kept_text
@@ -20,7 +21,11 @@ from worker.recorder import Recorder
 from worker.scrubber import Scrubber
 from worker.settings import Settings
 from worker.store.claims import ClaimedJob
-from worker.store.late_looks import look_of
+from worker.store.jobs import settle
+from worker.store.late_looks import due_looks, look_of
+from worker.store.promises import promise_row
+from worker.store.revival import revive
+from worker.store.totals import Tally
 from worker.store.unread import KeptAnswer, answers_of, keep_answers
 from worker.tables import events, late_looks, outputs
 from worker.unread import Reread, apply
@@ -47,7 +52,7 @@ def _record(engine: Engine, answers: Mapping[str, object], *, status: int = 200,
         rps=lambda _: 10.0,
         queue_downloads=lambda _: None,
         tell=lambda _: None,
-        kept_text=lambda raw: kept_text(raw.body, scrubber),
+        kept_text=lambda raw: kept_text(raw, scrubber),
         late_looks=(HOUR, 3 * HOUR),
     )
     ids: dict[str, int] = {}
@@ -119,6 +124,37 @@ def test_the_last_answer_of_a_job_that_ends_without_an_output_is_kept(
     assert (json.loads(row.body), row.recognised) == (answer, True)
 
 
+def test_a_job_whose_promised_links_are_tried_before_it_expires_has_its_answer_kept_and_its_looks(
+    engine: Engine,
+) -> None:
+    """It is downloading meanwhile. If nothing comes, it expires and is looked at."""
+    with engine.connect() as connection:
+        past = database_now(connection) - timedelta(minutes=1)
+    answer = {"status": "processing", "future_links": [LINK]}
+    ids = _record(engine, {"7": answer}, deadline_at=past)
+
+    row = job_of(engine, ids["7"])
+    assert row.status == "downloading"
+    assert [json.loads(kept.body) for kept in _kept(engine, ids["7"])] == [answer]
+    with engine.begin() as connection:
+        hour = past + timedelta(hours=1)
+        assert due_looks(connection, now=hour, limit=10) == []
+        connection.execute(outputs.update().values(status="failed", error_code="gone", due_at=None))
+        assert settle(connection, ids["7"], Tally(), now=hour) == "expired"
+        assert [due.job_id for due in due_looks(connection, now=hour, limit=10)] == [ids["7"]]
+
+        ready = Ready((Link("https://cdn.test/other.png"),))
+        revived = revive(connection, {ids["7"]: ready}, Tally(), now=hour, why="a test", queued=True)
+        assert revived.jobs == {ids["7"]: "downloading"}
+        assert due_looks(connection, now=hour, limit=10) == []
+    with engine.connect() as connection:
+        [output] = connection.execute(select(outputs)).all()
+        promise = promise_row(connection, ids["7"])
+    assert (output.id, output.url, output.status) == (revived.outputs[0], "https://cdn.test/other.png", "pending")
+    assert promise is not None
+    assert promise.end_status is None
+
+
 @pytest.mark.parametrize("answer", [{"status": "processing", "message": "soon"}, DONE], ids=["processing", "unread"])
 def test_the_last_answer_of_a_job_that_expires_is_kept_and_its_late_looks_are_planned(
     engine: Engine, answer: object
@@ -144,7 +180,7 @@ def test_what_is_kept_has_no_key_and_at_most_64_kib_and_its_links_stay_whole(eng
         answer = json.dumps(
             {"status": "done", "assets": [signed], "x": f"{padding}{KEY}", "y": KEY}, ensure_ascii=False
         )
-        text = kept_text(answer.encode(), Scrubber([KEY]))
+        text = kept_text(RawAnswer(200, answer.encode()), Scrubber([KEY])).text
         assert len(text.encode()) <= MAX_BYTES
         assert KEY[:8] not in text.replace(signed, "")
         assert signed in text
@@ -157,6 +193,16 @@ def test_what_is_kept_has_no_key_and_at_most_64_kib_and_its_links_stay_whole(eng
     assert row.shape == "status=done; assets: [text]; echo: text; head: text; x: text"
     assert KEY[:8] not in row.body.replace(signed, "")
     assert signed in row.body
+
+
+@pytest.mark.parametrize("size", [0, 200_000], ids=["short", "long"])
+def test_a_shape_has_nothing_of_a_key_either(engine: Engine, size: int) -> None:
+    """Not in the status word, not in a name, however long the answer is."""
+    answer = {"status": f"no {KEY[:22]}", KEY: 1, KEY[:22]: 2, "x": "y" * size, "of": {"status": KEY}}
+    ids = _record(engine, {"7": answer})
+    [row] = _kept(engine, ids["7"])
+    assert KEY[3:12] not in row.shape
+    assert row.shape.startswith("status=no ")
 
 
 def test_given_answers_that_some_rule_reads_when_they_are_recorded_then_no_statement_is_spent_on_them(

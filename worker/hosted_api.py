@@ -17,7 +17,7 @@ from urllib3.exceptions import HTTPError
 from worker.core.identity import FetchAddress
 from worker.core.reply import AnotherJob, ApiDown, ApiReply, Empty, Processing, RawAnswer, Ready, Reply, Unread
 from worker.errors import RefusedAddress
-from worker.kept_text import kept_text
+from worker.kept_text import KeptText, kept_text, raw_answer
 from worker.lean_http import LeanAdapter, as_response
 from worker.network_errors import describe
 from worker.scrubber import Scrubber
@@ -25,11 +25,10 @@ from worker.timed_http import TimeLimit, lean_session
 from worker.vendor.families import is_training
 from worker.vendor.fetch_url import AllowedApi, call_for, fetch_address
 from worker.vendor.replies import Question, parse
-from worker.vendor.shapes import TOO_LARGE, shape_of
+from worker.vendor.shapes import TOO_LARGE
 
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
 CHUNK_BYTES = 64 * 1024
-RAW_BYTES = 128 * 1024  # of an answer that may be kept, before keys are taken out of what is kept of it
 LARGE_ANSWER_BYTES = 1024 * 1024  # larger ones are parsed one after the other: parsed, they take several times as much
 CONNECT_SECONDS = 10.0
 HEADERS = {
@@ -106,16 +105,15 @@ class HostedApi:
             cause = f"none within {self._timeout:g} s" if limit.over else describe(error)
             return ApiReply(ApiDown(self._scrubber.text(f"no answer: {cause}")))
         if len(answer.body) > MAX_ANSWER_BYTES:
-            begin = self._scrubber.body(answer.body[:RAW_BYTES])
             unread = Unread(f"HTTP {answer.status} with an answer of more than {MAX_ANSWER_BYTES} bytes")
-            return ApiReply(unread, RawAnswer(answer.status, begin, TOO_LARGE))
+            return ApiReply(unread, raw_answer(answer.status, answer.body, self._scrubber, TOO_LARGE))
         question = Question(remote_id, time.time(), is_training(address.base), self._status_words)
         with self._parsing_large if len(answer.body) > LARGE_ANSWER_BYTES else nullcontext():
             return read_answer(self._scrubber, answer.status, answer.headers, answer.body, question)
 
-    def kept_text(self, raw: RawAnswer) -> str:
+    def kept_text(self, raw: RawAnswer) -> KeptText:
         """Return what may be kept of an answer."""
-        return kept_text(raw.body, self._scrubber)
+        return kept_text(raw, self._scrubber)
 
     def _send(self, method: str, url: str, body: bytes, limit: TimeLimit) -> "_Received":
         """Send a request. Of an answer that is too large the body is a byte, or a chunk, longer than the limit."""
@@ -156,7 +154,8 @@ def read_answer(
     """Return what an answer means, and the answer where it may be kept, both without any key."""
     scrubbed = scrubber.body(body)
     reply = parse(status, headers, scrubbed, question)
-    return ApiReply(_scrubbed(reply, scrubber), None if isinstance(reply, Ready) else _raw(status, scrubbed))
+    raw = None if isinstance(reply, Ready) else raw_answer(status, scrubbed, scrubber)
+    return ApiReply(_scrubbed(reply, scrubber), raw)
 
 
 class _Received(NamedTuple):
@@ -169,12 +168,6 @@ def _in_time(limit: TimeLimit, status: int, headers: Mapping[str, str], body: by
     if limit.over:  # where no length was declared, a connection that the watchdog ended looks like the end
         raise requests.Timeout("the whole call took too long")
     return _Received(status, headers, body)
-
-
-def _raw(http_status: int, body: bytes) -> RawAnswer:
-    if len(body) <= RAW_BYTES:
-        return RawAnswer(http_status, body)
-    return RawAnswer(http_status, body[:RAW_BYTES], shape_of(http_status, body))
 
 
 def _scrubbed(reply: Reply, scrubber: Scrubber) -> Reply:

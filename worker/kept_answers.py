@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from worker.calls import Asked
 from worker.core.lifecycle import End
 from worker.core.reply import RawAnswer, Unread
+from worker.kept_text import KeptText
 from worker.store.outcomes import Outcome
 from worker.store.unread import KeptAnswer
-from worker.vendor.shapes import shape_of
 
 
 def kept_answers(
-    asked: Sequence[Asked], outcomes: Sequence[Outcome], text: Callable[[RawAnswer], str]
+    asked: Sequence[Asked], outcomes: Sequence[Outcome], text: Callable[[RawAnswer], KeptText]
 ) -> list[KeptAnswer]:
     """Return what is to be kept of a batch. `text` makes of an answer what may be stored."""
     return [
@@ -21,7 +21,7 @@ def kept_answers(
     ]
 
 
-def kept_answer(asked: Asked, raw: RawAnswer, text: Callable[[RawAnswer], str]) -> KeptAnswer:
+def kept_answer(asked: Asked, raw: RawAnswer, text: Callable[[RawAnswer], KeptText]) -> KeptAnswer:
     """Return an answer as it is kept."""
-    shape = shape_of(raw.http_status, raw.body) if raw.shape is None else raw.shape
-    return KeptAnswer(asked.job.id, raw.http_status, shape, text(raw), type(asked.reply) is not Unread)
+    kept = text(raw)
+    return KeptAnswer(asked.job.id, raw.http_status, kept.shape, kept.text, type(asked.reply) is not Unread)

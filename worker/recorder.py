@@ -25,6 +25,7 @@ from worker.core.pace import Pace, Waiting
 from worker.core.reply import ApiDown, Empty, Processing, RawAnswer, Ready, Reply, Unread
 from worker.database import PATIENCE, database_now, server_trouble, trouble
 from worker.kept_answers import kept_answers
+from worker.kept_text import KeptText
 from worker.learner import Learner
 from worker.store.claims import ClaimedJob
 from worker.store.gates import all_gates, locked_gate, mark_asked, save_gate
@@ -63,7 +64,7 @@ class Recorder:
         rps: Callable[[str], float],
         queue_downloads: Callable[[Sequence[int]], None],
         tell: Callable[[Sequence[int]], None],
-        kept_text: Callable[[RawAnswer], str],
+        kept_text: Callable[[RawAnswer], KeptText],
         late_looks: Sequence[float] = (),
         dice: random.Random | None = None,
         default_address: Callable[[str], FetchAddress] | None = None,

@@ -163,7 +163,7 @@ def test_whatever_is_answered_the_rows_hold_what_their_columns_and_constraints_a
         rps=lambda _: 10.0,
         queue_downloads=lambda _: None,
         tell=lambda _: None,
-        kept_text=lambda raw: kept_text(raw.body, Scrubber([KEY])),
+        kept_text=lambda raw: kept_text(raw, Scrubber([KEY])),
         late_looks=(3_600.0,),
     )
     dialect = engine.dialect.name

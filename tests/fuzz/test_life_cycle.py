@@ -34,6 +34,7 @@ from worker.core.lifecycle import (
 from worker.core.media import Media
 from worker.core.pace import Pace
 from worker.core.reply import Link
+from worker.kept_text import KeptText
 from worker.recorder import Recorder
 from worker.store import holds
 from worker.store import jobs as store
@@ -310,7 +311,7 @@ class Stage:
             rps=lambda _: 10.0,
             queue_downloads=lambda _: None,
             tell=lambda _: None,
-            kept_text=lambda raw: raw.body.decode(),
+            kept_text=lambda raw: KeptText("", raw.body.decode()),
         )
         made._random = random.Random(0)
         return made

@@ -63,7 +63,7 @@ def status_word(text: str) -> str:
 
 
 def _fields(fields: dict[str, Any], depth: int) -> list[str]:
-    found = {_name(name): value for name, value in list(fields.items())[:MAX_FIELDS]}
+    found = {_name(name): fields[name] for name in sorted(fields)[:MAX_FIELDS]}
     return [
         f"{name}: {'object' if name in _ECHOED and isinstance(value, dict) else _type(value, depth)}"
         for name, value in sorted(found.items())
