@@ -144,7 +144,7 @@ def test_the_same_job_again_answers_its_id_and_changes_nothing(door: Engine) -> 
     """Whatever the second call says."""
     first = worker.track("7", reference="first", priority=1)
     assert tracked(["7"], reference="second", priority=9) == [(first, False)]
-    assert worker.track(READY | {"id": "7"}) == first
+    assert worker.track(READY | {"id": "7"}, fetch_url="https://stablediffusionapi.com/api/v3/fetch/7") == first
     job = worker.get(first)
     assert job is not None
     assert (job.reference, job.priority, job.status, job.outputs) == ("first", 1, "pending", ())

@@ -13,7 +13,7 @@ from sqlalchemy import Engine, Row, select, update
 from sqlalchemy.engine import make_url
 
 from tests.downloads import PNG
-from tests.rows import add_job, job_of
+from tests.rows import add_job, add_output, job_of
 from tests.servers import celery_worker
 from tests.waiting import wait_until
 from tests.web import Answer, Web, page
@@ -28,7 +28,7 @@ from worker.shared_budget import SharedBudget, redis_client
 from worker.store.gates import all_gates, locked_gate, save_gate
 from worker.store.late_looks import look_of
 from worker.store.unread import answers_of
-from worker.tables import events, jobs, late_looks, outputs
+from worker.tables import events, jobs, late_looks, outputs, promises
 from worker.vendor.fetch_url import AllowedApi
 
 KEY = "sk-canary-7f3a9d2e-4b1c"
@@ -133,6 +133,26 @@ def test_given_an_expired_job_that_got_ready_when_it_is_looked_at_then_it_is_sto
     assert looks.look(job_id) is None
     [asked] = looks.web.asked
     assert json.loads(asked.body) == {"key": KEY}
+
+
+def test_given_a_job_whose_promised_links_were_dead_when_it_is_ready_later_then_its_outputs_take_their_places(
+    looks: Looks,
+) -> None:
+    job_id = looks.expired()
+    with looks.engine.begin() as connection:
+        end = {"end_status": "expired", "end_code": "expired", "end_message": "not ready"}
+        connection.execute(promises.insert().values(job_id=job_id, urls="[]", tried_at=looks.now(), **end))
+        add_output(connection, job_id, status="failed", due_at=None, error_code="gone")
+    looks.says(READY)
+
+    assert looks.looks.run() == 1
+
+    with looks.engine.connect() as connection:
+        [output] = connection.execute(select(outputs)).all()
+        [promise] = connection.execute(select(promises)).all()
+    assert (output.url, output.position, output.status) == ("https://cdn.test/a.png", 0, "pending")
+    assert (promise.tried_at, promise.end_status) == (None, None)
+    assert job_of(looks.engine, job_id).status == "downloading"
 
 
 def test_given_a_trained_model_when_it_is_looked_at_then_the_job_is_completed_and_told(looks: Looks) -> None:

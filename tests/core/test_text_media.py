@@ -1,6 +1,7 @@
 """Text as an output: where it is promised, and which bytes are the text that is promised."""
 
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -191,6 +192,20 @@ def test_given_json_that_is_too_long_to_be_parsed_then_its_first_and_last_sign_d
     assert judged("json", long) == JSON
     assert judged("json", long[:-3]) == "not_media"
     assert judged("json", b"word " + long) == "not_media"
+
+
+def test_given_json_with_more_values_than_are_parsed_then_it_is_judged_alike_and_takes_little_memory() -> None:
+    words = b'{"words": [' + b"[]," * 1_000_000 + b"[]]}"
+    tracemalloc.start()
+    try:
+        media = judged("json", words)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert media == JSON
+    assert judged("json", words[:-1]) == "not_media"
+    assert peak < 40_000_000
 
 
 @given(st.sampled_from(["text", "json", "subtitles"]), st.binary(max_size=60), st.integers(1, 9))

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
+from worker.core.json_size import too_many_values
 from worker.core.media import Media
 
 Promise = Literal["", "text", "json", "subtitles"]
@@ -19,8 +20,8 @@ PROMISES: tuple[Promise, ...] = ("", "text", "json", "subtitles")
 PLAIN, JSON = Media("text/plain", "txt"), Media("application/json", "json")
 VTT, SRT = Media("text/vtt", "vtt"), Media("application/x-subrip", "srt")
 
-PARSED_CHARACTERS = 4_194_304  # of JSON; parsed, it may take twenty times the memory
-START_CHARACTERS = 65_536
+PARSED_CHARACTERS = 4_194_304  # of JSON; a longer one is judged by its first and last sign
+START_CHARACTERS = 65_536  # kept of the beginning and of the end; no error of a store is longer
 
 _PROMISED_BY_EXTENSION: dict[str, Promise] = {
     "txt": "text",
@@ -121,7 +122,7 @@ def text_media(promise: Promise, chunks: Iterable[bytes]) -> Media:
         size += len(piece)
         start += piece[: START_CHARACTERS - len(start)]
         end = (end + piece)[-START_CHARACTERS:]
-        if promise == "json" or start.lstrip()[:1] == "{":
+        if promise == "json":
             text += piece[: max(0, PARSED_CHARACTERS + 1 - len(text))]
     start, end = start.lstrip().replace("\r\n", "\n").replace("\r", "\n"), end.rstrip()
     if not end:
@@ -143,8 +144,8 @@ def text_media(promise: Promise, chunks: Iterable[bytes]) -> Media:
         case _:
             if _BASE64.match(start):
                 raise NoText("base64 that stands for no media")
-            if size <= PARSED_CHARACTERS and start.startswith("{"):
-                _refuse_error(text)
+            if size <= START_CHARACTERS and start.startswith("{"):
+                _refuse_error(start)
             return PLAIN
 
 
@@ -180,9 +181,12 @@ def _checked(decoder: codecs.IncrementalDecoder, data: bytes, *, final: bool = F
 
 
 def _is_json(text: str, end: str, size: int) -> bool:
-    """Return whether a text is JSON. A very long one is judged by its first and last sign. Raises NoText."""
+    """Return whether a text is JSON. One that is too much to parse is judged by its first and last sign.
+
+    Raises NoText for the JSON of an error, and for the beginning of a JSON text.
+    """
     text = text.strip()
-    if size > PARSED_CHARACTERS:
+    if size > PARSED_CHARACTERS or too_many_values(text.encode()):
         return (text[:1], end[-1:]) in (("{", "}"), ("[", "]"))
     try:
         _check_no_error(_parsed(text))
@@ -201,7 +205,7 @@ def _parsed(text: str) -> Any:
 def _refuse_error(text: str) -> None:
     """Raise NoText where a text is the JSON of an error."""
     try:
-        parsed = _parsed(text.strip())
+        parsed = _parsed(text)
     except (ValueError, RecursionError):
         return
     _check_no_error(parsed)
