@@ -66,3 +66,9 @@ def test_the_page_for_operators_is_quick_and_shows_nothing_secret(tmp_path: Path
     if not postgresql_answers():
         missing("PostgreSQL")
     accept(tmp_path, "admin", "--rows", "2000", "--page-milliseconds", "3000")
+
+
+@pytest.mark.long
+def test_every_family_is_stored_in_every_way_of_tracking(tmp_path: Path) -> None:
+    """Some two minutes, nearly all of them waiting: an unknown id has a minute of patience."""
+    accept(tmp_path, "families")

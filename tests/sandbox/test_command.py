@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from worker.sandbox.command import main
+from worker.sandbox.orders import orders
+from worker.sandbox.scenarios import SCENARIOS
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,6 +88,8 @@ def test_it_speaks_to_people_in_one_line_and_logs_nothing() -> None:
         ["--rps", "-1"],
         ["--limit-style", "polite"],
         ["--failure-rate", "2"],
+        ["--scenario", "unheard-of"],
+        ["--plan", "free"],
         ["--size", "5"],
         ["--key", ""],
         ["--seed", "x"],
@@ -105,9 +109,35 @@ def test_bad_usage_is_one_clear_line_and_exit_2(options: list[str], capsys: pyte
 
 
 def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
-    """It lists the options."""
+    """It lists the options, the scenarios with what they play, and the paths of orders."""
     assert main(["--help"]) == 0
-    assert "--failure-rate" in capsys.readouterr().out
+
+    out = capsys.readouterr().out
+    assert "--failure-rate" in out
+    assert all(f"  {name} " in out and scenario.about in out for name, scenario in SCENARIOS.items())
+    assert all(f"  {path}\n" in out or out.endswith(f"  {path}\n") for path in orders())
+
+
+def test_ids_differ_from_run_to_run_and_a_scenario_is_played() -> None:
+    """A database that is kept never gets yesterday's picture; two runs of one seed are the same."""
+
+    def first_id(*options: str) -> int:
+        with started("--port", "0", "--json", *options) as process:
+            assert process.stdout is not None
+            told = json.loads(process.stdout.readline())
+            content = json.dumps({"key": told["key"], "prompt": "sea"}).encode()
+            call = urllib.request.Request(  # noqa: S310  (the address is the one just announced)
+                f"{told['url']}/text2img", data=content, headers={"Content-Type": "application/json"}
+            )
+            with urllib.request.urlopen(call, timeout=5) as answer:  # noqa: S310
+                job = json.load(answer)
+        assert job["status"] == "success"
+        return int(job["id"])
+
+    ids = [first_id("--scenario", "ready-at-once", *seed) for seed in ((), (), ("--seed", "5"), ("--seed", "5"))]
+
+    assert ids[0] != ids[1]
+    assert ids[2] == ids[3] == 12_202_888
 
 
 def test_a_taken_port_is_one_clear_line_and_exit_1(capsys: pytest.CaptureFixture[str]) -> None:
