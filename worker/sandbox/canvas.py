@@ -120,21 +120,14 @@ class Canvas:
 
     def below(self, edge: Sequence[float], paint: Ramp) -> None:
         """Paint everything below a line of one height per column; the ramp starts at the line."""
-        self.below_toned(edge, (paint,), (0,) * self.size)
-
-    def below_toned(self, edge: Sequence[float], paints: Sequence[Ramp], tones: Sequence[int]) -> None:
-        """Like `below`, with a ramp of its own for each column."""
-        size = self.size
         for x, height in enumerate(edge):
-            first = ceil(height)
-            if first >= size:
+            first = max(ceil(height), 0)
+            if first >= self.size:
                 continue
-            first = max(first, 0)
             cover = first - height
-            lines = paints[tones[x]].grains[x % _GRAINS]
-            for plane, line in zip(self.planes, lines, strict=True):
+            for plane, line in zip(self.planes, paint.grains[x % _GRAINS], strict=True):
                 column = plane[x]
-                column[first:] = line[: size - first]
+                column[first:] = line[: self.size - first]
                 if first and 0 < cover < 1:
                     column[first - 1] = int(column[first - 1] * (1 - cover) + line[0] * cover)
 
@@ -166,24 +159,14 @@ class Canvas:
             self.upright(x, cy - half, cy + half, colour, share)
 
     def upright(self, x: int, top: float, bottom: float, colour: Colour, share: float = 1.0) -> None:
-        """A vertical run of one column, with soft ends."""
-        first, last = ceil(top), int(bottom)
+        """Mix a vertical run of one column with a colour; its lower end is soft, and at least a part of a pixel."""
         if not 0 <= x < self.size:
             return
-        if first > last:
-            self.dot(x, last, colour, share * max(0.0, bottom - top))
-            return
-        self.dot(x, first - 1, colour, share * (first - top))
-        self.dot(x, last, colour, share * (bottom - last))
-        first, last = max(first, 0), min(last, self.size)
-        if first >= last:
-            return
+        first, last = max(ceil(top), 0), min(int(bottom), self.size)
         for plane, value in zip(self.planes, colour, strict=True):
             column = plane[x]
-            if share >= 1.0:
-                column[first:last] = bytes((int(value),)) * (last - first)
-            else:
-                column[first:last] = bytes([int(old * (1 - share) + value * share) for old in column[first:last]])
+            column[first:last] = bytes([int(old * (1 - share) + value * share) for old in column[first:last]])
+        self.dot(x, last, colour, share * min(1.0, max(0.0, bottom - max(last, top))))
 
     def mirror_below(self, line: int, tint: Colour, share: float) -> None:
         """Everything under `line` becomes a tinted reflection of what is over it."""
