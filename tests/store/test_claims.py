@@ -535,3 +535,24 @@ def test_given_hosts_to_pass_over_when_outputs_are_taken_then_none_whose_link_is
             taken_ids.add(claimed.id)
 
     assert taken_ids == {one for number, one in enumerate(ids) if number not in passed}
+
+
+def test_given_the_most_urgent_rows_locked_by_somebody_else_when_requests_are_short_then_the_others_are_claimed(
+    migrated_postgres: Engine,
+) -> None:
+    """There are more locked rows than a claim by urgency looks at."""
+    with migrated_postgres.begin() as connection:
+        locked = [
+            add_job(connection, f"locked{number}", due_at=NOW, pace_scale=1.0, pace_growth=9.0) for number in range(300)
+        ]
+        free = add_job(connection, "free", due_at=NOW, pace_scale=50.0, pace_growth=0.1)
+    try:
+        with migrated_postgres.begin() as other, migrated_postgres.begin() as connection:
+            other.execute(select(jobs.c.id).where(jobs.c.id.in_(locked)).with_for_update())
+            claimed = claim_jobs(
+                connection, WANTED, limit=2, token="t", holder="h", lease=LEASE, now=NOW + seconds(60), around=AROUND
+            )
+        assert [job.id for job in claimed] == [free]
+    finally:
+        with migrated_postgres.begin() as connection:
+            connection.execute(jobs.delete())

@@ -193,11 +193,14 @@ def claim_jobs(
         "token": token,
         "holder": holder,
     }
-    due = _DUE
+    rows: list[Row[Any]] = []
     if around:
-        due = _URGENT
-        values |= {"first": now, "second": around[0], "third": around[1], "most_and_spare": limit + SPARE}
-    return [_claimed_job(row, level, token) for row in _take(connection, jobs, due, _CLAIM, _JOB_COLUMNS, values)]
+        moments = {"first": now, "second": around[0], "third": around[1], "most_and_spare": limit + SPARE}
+        rows += _take(connection, jobs, _URGENT, _CLAIM, _JOB_COLUMNS, values | moments)
+    if len(rows) < limit:  # or the most urgent ones are locked by somebody else: they keep no other job
+        values["most"] = limit - len(rows)
+        rows += _take(connection, jobs, _DUE, _CLAIM, _JOB_COLUMNS, values)
+    return [_claimed_job(row, level, token) for row in rows]
 
 
 _OF_LEVEL = (
