@@ -16,7 +16,7 @@ from urllib3.exceptions import HTTPError
 
 from worker.core.identity import FetchAddress
 from worker.core.reply import AnotherJob, ApiDown, ApiReply, Empty, Processing, RawAnswer, Ready, Reply, Unread
-from worker.errors import RefusedAddress
+from worker.errors import RefusedAddress, Unavailable
 from worker.kept_text import KeptText, kept_text, raw_answer
 from worker.lean_http import LeanAdapter, as_response
 from worker.network_errors import describe
@@ -93,14 +93,10 @@ class HostedApi:
 
         `permit` is called right before it is sent; what it raises is raised here.
         """
-        call = call_for(address)
-        words = {"key": key.get_secret_value()}
-        if call.id_field is not None:
-            words[call.id_field] = remote_id
         limit = TimeLimit(self._timeout, permit)
         try:
             with limit:
-                answer = self._send(call.method, address.url, json.dumps(words).encode(), limit)
+                answer = self._call(address, remote_id, key, limit)
         except (requests.RequestException, HTTPError, OSError, ValueError) as error:
             cause = f"none within {self._timeout:g} s" if limit.over else describe(error)
             return ApiReply(ApiDown(self._scrubber.text(f"no answer: {cause}")))
@@ -110,6 +106,29 @@ class HostedApi:
         question = Question(remote_id, time.time(), is_training(address.base), self._status_words)
         with self._parsing_large if len(answer.body) > LARGE_ANSWER_BYTES else nullcontext():
             return read_answer(self._scrubber, answer.status, answer.headers, answer.body, question)
+
+    def whole_answer(self, address: FetchAddress, remote_id: str, key: SecretStr) -> tuple[int, bytes]:
+        """Ask about one job as `ask` does; return the HTTP status and the body, without any key in it.
+
+        Raises RefusedAddress where the key may not go there, Unavailable where no answer comes.
+        """
+        if (refused := self.permits(address, remote_id)) is not None:
+            raise RefusedAddress(refused)
+        limit = TimeLimit(self._timeout, None)
+        try:
+            with limit:
+                answer = self._call(address, remote_id, key, limit)
+        except (requests.RequestException, HTTPError, OSError, ValueError) as error:
+            cause = f"none within {self._timeout:g} s" if limit.over else describe(error)
+            raise Unavailable(self._scrubber.text(f"no answer: {cause}")) from None
+        return answer.status, self._scrubber.body(answer.body[:MAX_ANSWER_BYTES])
+
+    def _call(self, address: FetchAddress, remote_id: str, key: SecretStr, limit: TimeLimit) -> "_Received":
+        call = call_for(address)
+        words = {"key": key.get_secret_value()}
+        if call.id_field is not None:
+            words[call.id_field] = remote_id
+        return self._send(call.method, address.url, json.dumps(words).encode(), limit)
 
     def kept_text(self, raw: RawAnswer) -> KeptText:
         """Return what may be kept of an answer."""

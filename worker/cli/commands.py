@@ -6,7 +6,7 @@ import os
 import click
 
 from worker import __version__
-from worker.cli import act, control, find, look, metrics, parse, prune, run, simulate, top, unread
+from worker.cli import act, compare, control, find, look, metrics, parse, prune, run, simulate, top, unread
 from worker.core.display import display_lines
 from worker.errors import SettingsError, WorkerError
 from worker.own_package import advice, other_worker, python_path
@@ -25,7 +25,7 @@ def group(context: click.Context) -> None:
         raise SettingsError(advice(other))
 
 
-for _module in (run, act, control, find, look, top, unread, metrics, parse, prune, simulate):
+for _module in (run, act, compare, control, find, look, top, unread, metrics, parse, prune, simulate):
     for _command in _module.COMMANDS:
         group.add_command(_command)
 

@@ -1,0 +1,166 @@
+"""`fetch-worker compare-api`: where the stand-in answers in another shape than the API itself. It never submits."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import click
+from pydantic import SecretStr
+
+from worker.cli.output import json_option, print_json, print_table
+from worker.core.identity import FetchAddress, checked_remote_id
+from worker.core.reply import CLASSES
+from worker.errors import NotTrackable, Unavailable
+from worker.hosted_api import HostedApi
+from worker.sandbox import Sandbox, SandboxOptions
+from worker.scrubber import Scrubber, shared_scrubber
+from worker.settings import Settings, load
+from worker.terminal import echo
+from worker.vendor.families import is_training
+from worker.vendor.fetch_url import AllowedApi, fetch_address, order_at
+from worker.vendor.replies import Question, parse
+from worker.vendor.shapes import shape_of
+from worker.vendor.submissions import submission
+
+UNKNOWN_ID = "9999999999999"  # far above all ids that the API has given so far
+WRONG_KEY = SecretStr("fetch-worker-compare-api-wrong-key")
+DEFAULT_ORDER = "v3/text2img"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question to both. `finished` where it is about a finished job, whose answer lists outputs."""
+
+    name: str
+    remote_id: str
+    right_key: bool = True
+    finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What the API and the stand-in answered: the class of each answer as the worker reads it, and its shape."""
+
+    question: str
+    api: str
+    api_shape: str
+    stand_in: str
+    stand_in_shape: str
+    same: bool
+
+
+@click.command("compare-api")
+@click.option("--job", "remote_id", help="The remote id of a finished job of yours, to compare its answer, too.")
+@click.option("--endpoint", help="The URL or path that its order was posted to; default: as SD_API_URL says.")
+@click.option("--account", default="default", show_default=True, help="Whose key to ask with.")
+@json_option
+def compare_api(remote_id: str | None, endpoint: str | None, account: str, as_json: bool) -> int:
+    """Ask the API two or three harmless questions, and show where the stand-in answers in another shape.
+
+    It asks about an id that does not exist, once with the key of the account and once with a wrong key, and about a
+    finished job if you name one. It never submits an order. Without a key it only says what it would do. Exits with 1
+    where the API did not answer.
+    """
+    settings = load()
+    questions = [Asked("an unknown id", UNKNOWN_ID), Asked("a wrong key", UNKNOWN_ID, right_key=False)]
+    try:
+        if remote_id is not None:
+            questions.append(Asked("a finished job", checked_remote_id(remote_id), finished=True))
+        addresses = [_address(settings.api, question.remote_id, endpoint) for question in questions]
+    except NotTrackable as wrong:
+        raise click.UsageError(str(wrong)) from None
+    key = settings.keys.get(account)
+    if key is None:
+        echo(
+            f"account {account} has no key (SD_API_KEY, SD_API_KEYS, SD_API_KEYS_FILE), so nothing is asked.", err=True
+        )
+        for question, address in zip(questions, addresses, strict=True):
+            echo(f"would ask about {question.name}: {address.url}", err=True)
+        return 0
+    scrubber = shared_scrubber(settings.secret_texts)
+    try:
+        compared = _compare(settings, scrubber, questions, addresses, key, endpoint)
+    except Unavailable as away:
+        echo(f"fetch-worker: {settings.api.url}: {away}", err=True)
+        return 1
+    if as_json:
+        print_json([asdict(row) for row in compared])
+    else:
+        _print(compared)
+    return 0
+
+
+def _address(api: AllowedApi, remote_id: str, endpoint: str | None) -> FetchAddress:
+    url = None if endpoint is None else order_at(endpoint, api).fetch_url(remote_id)
+    return fetch_address(url, remote_id, api)
+
+
+def _compare(
+    settings: Settings,
+    scrubber: Scrubber,
+    questions: Sequence[Asked],
+    addresses: Sequence[FetchAddress],
+    key: SecretStr,
+    endpoint: str | None,
+) -> list[Compared]:
+    live = HostedApi(settings.api, scrubber, timeout=settings.sd_api_timeout, connections=1)
+    path = _order_path(endpoint or DEFAULT_ORDER)
+    compared = []
+    with Sandbox(SandboxOptions(min_seconds=0, max_seconds=0)) as sandbox:
+        stand_in = AllowedApi(sandbox.url, frozenset({sandbox.url.split("/")[2]}))
+        local = HostedApi(stand_in, scrubber, timeout=settings.sd_api_timeout, connections=1)
+        for question, address in zip(questions, addresses, strict=True):
+            used = key if question.right_key else WRONG_KEY
+            training = is_training(address.base)
+            answer = live.whole_answer(address, question.remote_id, used)
+            own_id = _finished_in(sandbox, path) if question.finished else question.remote_id
+            own_address = _address(stand_in, own_id, path)
+            own_key = SecretStr(sandbox.options.key) if question.right_key else WRONG_KEY
+            own_answer = local.whole_answer(own_address, own_id, own_key)
+            shapes = shape_of(*answer), shape_of(*own_answer)
+            compared.append(
+                Compared(
+                    question.name,
+                    _class(answer, question.remote_id, training=training),
+                    shapes[0],
+                    _class(own_answer, own_id, training=training),
+                    shapes[1],
+                    shapes[0] == shapes[1],
+                )
+            )
+    return compared
+
+
+def _order_path(endpoint: str) -> str:
+    """Return the path of an endpoint below `/api/`."""
+    return (endpoint.partition("/api/")[2] or endpoint).strip("/")
+
+
+def _finished_in(sandbox: Sandbox, path: str) -> str:
+    """Submit an order to the stand-in, and return the id of its job, which is ready at once."""
+    try:
+        answer = sandbox.submit("a lighthouse", family=path)
+    except ValueError as missing:
+        raise click.UsageError(str(missing)) from None
+    return submission(answer).remote_id
+
+
+def _class(answer: tuple[int, bytes], remote_id: str, *, training: bool) -> str:
+    status, body = answer
+    return CLASSES[type(parse(status, {}, body, Question(remote_id, 0.0, training)))]
+
+
+def _print(compared: Sequence[Compared]) -> None:
+    rows = [
+        (row.question, who, name, shape)
+        for row in compared
+        for who, name, shape in (
+            ("API", row.api, row.api_shape),
+            ("stand-in", row.stand_in, row.stand_in_shape),
+        )
+    ]
+    print_table(("about", "who", "read as", "shape of the answer"), rows, empty="")
+    different = [row.question for row in compared if not row.same]
+    echo(f"another shape: {', '.join(different)}" if different else "the shapes are the same")
+
+
+COMMANDS = (compare_api,)
