@@ -205,12 +205,14 @@ def _check_lost(report: Report, stand: Stand, api: Api, lost: dict[int, Order]) 
     The links that a queued task shows before its time may save it: then the file is its own.
     """
     _wait_final(stand, set(lost), UNKNOWN_WITHIN)
-    rows, wrong = _rows(stand), {}
+    rows = _rows(stand)
+    wrong: dict[int, object] = {}
     for job, order in sorted(lost.items()):
         if rows[job]["status"] == "completed":
             outputs = stand.rows("SELECT * FROM fetch_outputs WHERE job_id = :job", job=job)
             faults = _file_faults(f"job {job}", FAMILIES[order.family], order, outputs)
-            wrong |= {job: faults} if faults else {}
+            if faults:
+                wrong[job] = faults
             continue
         why = stand.document("show", str(job))["why"]
         if rows[job]["error_code"] != "not_found" or "endpoint" not in why:
