@@ -85,8 +85,9 @@ def families(place: Place, home: Path) -> Report:
         report.check("each order is a job of its own, though ids repeat", len(set(everything)) == len(orders))
         ids = Counter(order.remote_id for order in orders)
         report.check("ids did repeat between families", max(ids.values()) > 3, ids.most_common(3))
-        lost = {job for job, family in zip(jobs["the answer"], FAMILIES, strict=True) if not family.alone}
-        _wait_final(stand, set(everything) - lost, READY_WITHIN)
+        answered = zip(jobs["the answer"], orders[: len(FAMILIES)], strict=True)
+        lost = {job: order for job, order in answered if not FAMILIES[order.family].alone}
+        _wait_final(stand, set(everything) - set(lost), READY_WITHIN)
         report.figure("all stored after (s)", time.time() - began)
         for number, (way, ids_of_way) in enumerate(jobs.items()):
             part = slice(number * len(FAMILIES), (number + 1) * len(FAMILIES))
@@ -198,12 +199,24 @@ def _kind_faults(name: str, family: Family, row: dict[str, Any], way: str) -> li
     return [] if right else [f"{name}: kind {row['kind']}, {seconds} s"]
 
 
-def _check_lost(report: Report, stand: Stand, api: Api, lost: set[int]) -> None:
-    """Answers that name neither an address nor a family are asked at the default, and their end says what to do."""
-    _wait_final(stand, lost, UNKNOWN_WITHIN)
+def _check_lost(report: Report, stand: Stand, api: Api, lost: dict[int, Order]) -> None:
+    """Answers that name neither an address nor a family: asked at the default, and their end says what to do.
+
+    The links that a queued task shows before its time may save it: then the file is its own.
+    """
+    _wait_final(stand, set(lost), UNKNOWN_WITHIN)
     rows = _rows(stand)
-    ends = {job: (rows[job]["error_code"], stand.document("show", str(job))["why"]) for job in sorted(lost)}
-    wrong = {job: end for job, end in ends.items() if end[0] != "not_found" or "endpoint" not in end[1]}
+    wrong: dict[int, object] = {}
+    for job, order in sorted(lost.items()):
+        if rows[job]["status"] == "completed":
+            outputs = stand.rows("SELECT * FROM fetch_outputs WHERE job_id = :job", job=job)
+            faults = _file_faults(f"job {job}", FAMILIES[order.family], order, outputs)
+            if faults:
+                wrong[job] = faults
+            continue
+        why = stand.document("show", str(job))["why"]
+        if rows[job]["error_code"] != "not_found" or "endpoint" not in why:
+            wrong[job] = why
     report.none_of("an answer that names no place ends as not_found, which says that the family may be wrong", wrong)
     default = [call["path"] for call in api.ledger()["calls"] if call["order"] == -1]
     report.none_of("it was asked at the default alone", [path for path in default if not path.startswith("v3/fetch/")])

@@ -9,7 +9,8 @@ from worker.core.numbers import positive
 from worker.core.plain_text import plain_text
 
 MAX_MESSAGE = 500
-_MESSAGE_FIELDS = ("message", "messege", "error_message", "msg", "detail", "title")
+MESSAGE_FIELDS = ("message", "messege", "error_message", "msg", "detail", "title")
+_LESSER_FIELDS = ("reason", "description", "data", "result", "tips")  # where nothing is said in any of those
 _TRAINING_FIELDS = ("model_training_status", "training_status", "messege", "message")
 
 
@@ -34,7 +35,7 @@ def status_of(answer: Mapping[str, Any]) -> str:
     """Return the status word in lower case; empty where there is none.
 
     An answer that says `false`, or names an HTTP code of a failure, calls itself an error. So does one without a
-    status that has an `error`.
+    status that has an `error`. One that says `true` calls itself a success.
 
     >>> status_of({"status": " SUCCESS"}), status_of({"success": False}), status_of({"error": "No credits"})
     ('success', 'error', 'error')
@@ -46,6 +47,8 @@ def status_of(answer: Mapping[str, Any]) -> str:
         return "error"
     if status is None and (answer.get("success") is False or answer.get("error") or answer.get("errors")):
         return "error"
+    if status is True or (status is None and answer.get("success") is True):
+        return "success"
     return ""
 
 
@@ -67,10 +70,13 @@ def message_of(answer: Mapping[str, Any]) -> str:
     >>> message_of({"error": {"code": "unauthenticated", "message": "No key."}})
     'No key.'
     """
-    message = next((answer[name] for name in _MESSAGE_FIELDS if answer.get(name)), None)
+    message = next((answer[name] for name in MESSAGE_FIELDS if answer.get(name)), None)
     if message is None:
         error = answer.get("error") or answer.get("errors")
-        message = (message_of(error) or error.get("code") or error) if isinstance(error, dict) else error or ""
+        message = (message_of(error) or error.get("code") or error) if isinstance(error, dict) else error
+    if not message or message is True:
+        held = next((answer[name] for name in _LESSER_FIELDS if answer.get(name)), "")
+        message = message_of(held) if isinstance(held, dict) else held
     if not isinstance(message, str):
         try:
             message = json.dumps(message, ensure_ascii=False, default=str)

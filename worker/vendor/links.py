@@ -3,11 +3,13 @@
 import base64
 import binascii
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
+from worker.core.json_size import too_many_values
 from worker.core.plain_text import plain_text
 from worker.core.reply import MAX_URL, Link
 
@@ -57,6 +59,7 @@ _BETWEEN = re.compile(r"(?<![\s,])[\s,]++(?=https?://)", re.IGNORECASE)  # betwe
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]++={0,2}")  # possessive: megabytes that do not match cost one pass
 _BLANK = re.compile(r"\s")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_BRACKETS = frozenset("[{")  # begin a list of outputs that is written as one text
 _LEAST_BASE64 = 64  # shorter text is a word, not a file
 
 
@@ -114,6 +117,8 @@ def links(output: object, proxy_links: object = None, *, strict: bool = False) -
     ()
     """
     inner: list[str] = []
+    if isinstance(output, str) and output.lstrip()[:1] in _BRACKETS:
+        output = _json_in(output) or output
     texts = list(_texts(output, inner, strict=strict))
     proxies = list(_proxies(proxy_links)) or [_stored_proxy(text) for text in inner]
     paired = proxies if len(proxies) == len(texts) else []
@@ -156,6 +161,14 @@ def _texts(value: object, proxies: list[str] | None = None, depth: int = 0, *, s
                     proxies += [text for text in _texts(item, None, depth + 1) if _is_address(text)]
             elif name != PROMISE_FIELD and _holds_outputs(str(name).lower(), item):
                 yield from _texts(item, proxies, depth + 1, strict=True)
+
+
+def _json_in(text: str) -> object:
+    """Return the list or object that a text holds as JSON, or None."""
+    try:
+        return None if too_many_values(text.encode("utf-8", "replace")) else json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _holds_outputs(name: str, item: object) -> bool:

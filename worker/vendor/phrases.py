@@ -49,7 +49,7 @@ PHRASES: tuple[Phrase, ...] = (
            "API key required"),
     Phrase("key", r"api[ _-]?key.{0,40}(?:expired|revoked|invalid|disabled|deactivated|suspended|blocked|not (?:active|valid))",
            "Your API key has been revoked"),
-    Phrase("key", r"\bunauthenticated\b|\bunauthori[sz]ed\b|authentication (?:failed|required|error)|invalid token(?! in\b)|invalid (?:access|auth|api|bearer) token|\btoken (?:is |has |was )?(?:expired|revoked)",
+    Phrase("key", r"\bunauthenticated\b|\bunauthori[sz]ed\b|authentication (?:failed|required|error)|credentials (?:were |are )?(?:not provided|invalid|missing|incorrect)|invalid token(?! in\b)|invalid (?:access|auth|api|bearer) token|\btoken (?:is |has |was )?(?:expired|revoked)",
            "Unauthenticated."),
     Phrase("credits", r"insufficient (?:[a-z]{1,20} ){0,2}(?:credits?|balance|funds|tokens?)|insufficient[ _]?quota",
            "Insufficient funds"),

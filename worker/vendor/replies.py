@@ -29,6 +29,7 @@ from worker.core.reply import (
 )
 from worker.vendor.answers import (
     MAX_MESSAGE,
+    MESSAGE_FIELDS,
     chat_id_of,
     code_of,
     eta_of,
@@ -81,7 +82,7 @@ class Answer:
     `is_error`: it calls itself an error. One without a status does so by its HTTP code, or by being only a message.
     """
 
-    __slots__ = ("body", "code", "fields", "headers", "http_status", "is_error", "message", "question", "run", "word")
+    __slots__ = ("_message", "body", "code", "fields", "headers", "http_status", "is_error", "question", "run", "word")
 
     def __init__(
         self,
@@ -97,16 +98,23 @@ class Answer:
         self.code = max(http_status, http_status_of(known) or 0)  # or the one that the answer names instead
         self.run = execution_of(known)
         self.word = _word(known, self.run, question.words)
-        self.message = message_of(known) or (message_of(self.run) if self.run else "")
+        self._message: str | None = None
         self.is_error = (
             self.word == "error" if self.word else fields is not None and (self.code >= 400 or self.is_message)
         )
 
     @property
+    def message(self) -> str:
+        """What the answer says, or an empty text. Read where it is needed: of a success nobody does."""
+        if self._message is None:
+            self._message = message_of(self.fields or {}) or (message_of(self.run) if self.run else "")
+        return self._message
+
+    @property
     def is_message(self) -> bool:
         """Whether the answer has a message, and nothing that is of a job."""
         fields = self.fields or {}
-        return self.message != "" and not any(fields.get(name) for name in _OF_A_JOB)
+        return any(map(fields.get, MESSAGE_FIELDS)) and not any(map(fields.get, _OF_A_JOB))
 
     @property
     def meaning(self) -> Meaning | None:
@@ -146,6 +154,7 @@ class Rule(NamedTuple):
     example: Example
 
 
+_TOO_SOON = frozenset({408, 425})  # what was sent came too slowly, or too early
 _BY_CODE: dict[int, Hold] = {401: "key", 402: "credits", 403: "plan"}
 _HOLDS: dict[str, Hold] = {"key": "key", "credits": "credits", "plan": "plan", "request": "request"}
 _WRONG_PATH = re.compile(
@@ -188,8 +197,8 @@ def _is_unknown_id(answer: Answer) -> bool:
 def _training(answer: Answer) -> Reply | None:
     fields = answer.fields or {}
     words = [answer.word, *training_words(fields)]
-    is_final = any(word in FAILED_WORDS or word.startswith("training_failed") for word in words[1:])
-    if is_final or answer.word in FAILED_WORDS or answer.word.startswith("training_failed"):
+    is_final = any(word.startswith("training_failed") for word in words) or not FAILED_WORDS.isdisjoint(words[1:])
+    if is_final or answer.word in FAILED_WORDS:
         reason = fields.get("data")
         text = plain_text(reason[:MAX_MESSAGE]).strip() if isinstance(reason, str) else ""
         may_recover = not is_final and meaning_of(answer.message) in PASSING
@@ -313,7 +322,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "server",
         "Before the unknown ids: the server or a gateway failed, whatever the body says of the job.",
-        lambda answer: answer.code >= 500 or (answer.is_page and answer.http_status >= 400),
+        lambda answer: answer.code >= 500 or answer.code in _TOO_SOON or (answer.is_page and answer.http_status >= 400),
         _server,
         Example('{"status": "failed", "message": "Request not found"}', 500),
     ),
