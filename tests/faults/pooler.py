@@ -139,27 +139,60 @@ class Pooler:
             self._free.put(server)
 
 
-def _pass_on(client: socket.socket, server: socket.socket, message: bytes) -> None:
-    """Passes messages on until the server is ready, and in no transaction. Raises OSError where either goes away."""
+class _Messages:
+    """Finds the messages in what one side sends, however it is cut into pieces."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def add(self, data: bytes) -> list[bytes]:
+        """Return the messages that are whole by now."""
+        self._rest += data
+        messages = []
+        while len(self._rest) >= 5 and len(self._rest) >= (size := 1 + struct.unpack("!I", self._rest[1:5])[0]):
+            messages.append(self._rest[:size])
+            self._rest = self._rest[size:]
+        return messages
+
+
+def _pass_on(client: socket.socket, server: socket.socket, first: bytes) -> None:
+    """Pass on what both send until the server is ready, and in no transaction. Raises OSError if either goes away.
+
+    Nothing waits for the rest of a message: PostgreSQL sends its results in pieces of 8 KiB, and may hold back the rest
+    of a message until the client's Sync has come.
+    """
+    asked, answered = _Messages(), _Messages()
     unanswered, unfinished = 0, False
-    while True:
-        if message:
+
+    def forward(data: bytes) -> None:
+        nonlocal unanswered, unfinished
+        for message in asked.add(data):
             if message[:1] == b"X":
                 raise ConnectionResetError
-            server.sendall(message)
             unfinished = message[:1] not in (b"Q", b"S")
             unanswered += not unfinished
-            message = b""
+        server.sendall(data)
+
+    forward(first)
+    while True:
         readable, _, _ = select.select((client, server), (), ())
         if server in readable:
-            answer = _read(server)
-            client.sendall(answer)
-            if answer[:1] == b"Z":
-                unanswered -= 1
-                if not unanswered and not unfinished and answer[-1:] == b"I":
-                    return
+            data = _some(server)
+            client.sendall(data)
+            for answer in answered.add(data):
+                if answer[:1] == b"Z":
+                    unanswered -= 1
+                    if not unanswered and not unfinished and answer[-1:] == b"I":
+                        return
         elif client in readable:
-            message = _read(client)
+            forward(_some(client))
+
+
+def _some(source: socket.socket) -> bytes:
+    data = source.recv(65_536)
+    if not data:
+        raise ConnectionResetError
+    return data
 
 
 def _greeted(client: socket.socket) -> bool:
