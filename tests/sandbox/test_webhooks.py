@@ -96,3 +96,13 @@ def test_no_address_of_another_machine_is_called(sandbox: Sandbox, url: str) -> 
 @pytest.mark.parametrize("url", ["http://localhost:80/a", "http://127.9.9.9/", "http://[::1]:8000/hook"])
 def test_addresses_of_this_machine_are_called(url: str) -> None:
     assert is_local(url)
+
+
+def test_webhooks_can_be_left_uncalled(sandbox: Sandbox) -> None:
+    """As the test kit does it, where the address may be a server that somebody uses."""
+    sandbox.calls_webhooks = False
+    with receiver([200]) as (url, calls):
+        sandbox.submit("sea", webhook=url)
+        time.sleep(0.5)
+
+    assert calls == []

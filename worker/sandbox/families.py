@@ -104,7 +104,14 @@ FAMILIES: tuple[Family, ...] = (
         fetch=("v6/images/fetch/{id}", "v6/images/fetch"),
     ),
     _images("v6/realtime/*", fetch="v6/realtime/fetch", label="messege", eta=33.0),
-    _simple("v6/image_editing", label="messege", eta=5.0, proxies="text"),
+    # Fashion is ordered at image editing; pages name the fetch path of either.
+    Family(
+        orders=("v6/image_editing/*", "v6/fashion/*"),
+        fetch=("v6/image_editing/fetch/{id}", "v6/fashion/fetch/{id}"),
+        label="messege",
+        eta=5.0,
+        proxies="text",
+    ),
     _simple("v6/interior", label="messege", eta=20.0),
     _simple("v6/deepfake", label="messege", eta=605.0, makes="mp4", proxies="null"),
     _simple("v6/faceswap", label="messege", eta=605.0),

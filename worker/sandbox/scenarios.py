@@ -17,8 +17,8 @@ ScenarioName = Literal[
     "output-url", "new-words", "wrong-words", "inline-words", "nested-output", "one-text", "inline-base64", "no-status",
     "queued", "another-job", "other-id", "no-id", "no-fetch-result", "no-eta", "long-eta", "eta-in-words",
     "late-links", "dead-links", "gone", "nsfw", "error", "busy", "server-error", "gateway", "down", "rate-limit",
-    "spam-filter", "queue-full", "refused-order", "unknown-model", "wrong-key", "no-credits", "monthly-limit",
-    "no-plan",
+    "spam-filter", "queue-full", "not-taken", "refused-order", "unknown-model", "wrong-key", "no-credits",
+    "monthly-limit", "no-plan",
 ]  # fmt: skip
 
 
@@ -244,6 +244,10 @@ SCENARIOS: Mapping[str, Scenario] = {
     "queue-full": Scenario(
         about="orders are refused: as many wait as the plan allows",
         order=_error("Rate limit exceeded. Maximum 5 queued requests allowed.", 429, retry_after=QUEUE_FULL_SECONDS),
+    ),
+    "not-taken": Scenario(
+        about="orders fail with the words Try Again: no job was taken",
+        order=lambda: json_answer({"status": "failed", "id": "", "message": "Failed, Try Again", "output": ""}),
     ),
     "refused-order": Scenario(
         about="orders are refused for a field", order=lambda: invalid_field("prompt", "The prompt field is required.")

@@ -44,6 +44,7 @@ class Sandbox:
     ) -> None:
         self.calls = Calls()
         self.verbose = verbose
+        self.calls_webhooks = True
         self._clock = clock
         self._behaviour = Behaviour(unused_ids(options or SandboxOptions(), time.time()))
         self._lock = threading.Lock()
@@ -261,7 +262,7 @@ class Sandbox:
     def _call_webhooks(self) -> None:
         """Start the thread that calls webhooks, where one waits and there is no such thread."""
         with self._lock:
-            if self._calling is None and self._behaviour.webhooks_wait:
+            if self.calls_webhooks and self._calling is None and self._behaviour.webhooks_wait:
                 self._calling = threading.Thread(target=self._keep_calling, name="sandbox-webhooks", daemon=True)
                 self._calling.start()
 

@@ -131,6 +131,9 @@ class FetchApi(Sandbox):
     videos at `v6/video/text2video`, `v7/video-fusion/…`; sound at `v6/voice/…`; texts at `v6/voice/speech_to_text`;
     models at `v6/3d/…`; chats at `v6/llm/…`; trainings at `v3/fine_tune`; servers at `v1/enterprise/{server}/…`;
     workflows at `v1/workflows/{name}/run`. `fetch-worker sandbox --help` lists all paths, and all scenarios.
+
+    Webhooks that orders name are not called: a server of yours may listen there. Where your test has its own on this
+    machine, set `calls_webhooks` to True before the order.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -147,6 +150,7 @@ class FetchApi(Sandbox):
             key=KEY, size=SMALLEST, min_outputs=1, max_outputs=1, min_seconds=READY_SECONDS, max_seconds=READY_SECONDS
         )
         super().__init__(options, clock=clock.timestamp)
+        self.calls_webhooks = False
 
     def answers(self, remote_id: str | int | None = None) -> Answers:
         """Begins anew what is answered about a job, or about every job that has no answers of its own.
