@@ -44,6 +44,18 @@ def test_a_job_that_names_its_own_address_keeps_it(made: Kit) -> None:
     assert made.api.calls.by_path["/api/v3/fetch/77"] == 0
 
 
+def test_a_job_whose_own_path_the_api_does_not_have_ends_at_its_deadline_and_another_job_goes_on(made: Kit) -> None:
+    wrong = worker.track(77, fetch_url=f"{made.api.root_url}/api/v33/fetch/77", deadline=600)
+
+    made.worker.advance(900)
+    job = made.worker.run(worker.track(78))
+
+    ended = worker.get(wrong)
+    assert ended is not None
+    assert (ended.status, job.status) == ("expired", "completed")
+    assert "no such path" in str(ended.error_message)
+
+
 def test_only_jobs_at_the_default_address_are_moved_and_none_onto_another_job(engine: Engine) -> None:
     wrong = {"fetch_base": "https://api.test/api/v33/fetch", "fetch_host": "api.test"}
     with engine.begin() as connection:

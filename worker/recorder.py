@@ -9,7 +9,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, Engine
@@ -235,7 +235,11 @@ class Recorder:
             return _Written(recorded, moved)
 
     def _readdressed(self, connection: Connection, asked: Sequence[Asked]) -> Sequence[Asked]:
-        """Move jobs that were tracked under a mistyped SD_API_URL to the present one; their answers say no more."""
+        """Move jobs that were tracked under a mistyped SD_API_URL to the present one; their answers say no more.
+
+        Of a job that has an address of its own, such an answer is about the job: its deadline counts.
+        """
+        asked = [self._with_own_path(answer) for answer in asked]
         lost: dict[int, FetchAddress] = {}
         for answer in asked:
             if isinstance(answer.reply, ApiDown) and answer.reply.no_such_path and self._default_address is not None:
@@ -249,6 +253,13 @@ class Recorder:
         if moved:
             log.warning("the API has not the path of jobs that named none: they go to SD_API_URL jobs=%s", len(moved))
         return [answer._replace(reply=Unread(MOVED)) if answer.job.id in moved else answer for answer in asked]
+
+    def _with_own_path(self, answer: Asked) -> Asked:
+        reply = answer.reply
+        if not isinstance(reply, ApiDown) or not reply.no_such_path or self._default_address is None:
+            return answer
+        home = self._default_address(answer.job.remote_id)
+        return answer if answer.job.address.base == home.base else answer._replace(reply=replace(reply, answered=True))
 
     def _learn(self, now: datetime) -> None:
         """Each answer teaches once, however often it takes to write it."""

@@ -114,6 +114,8 @@ def after_replies(gate: Gate, heard: Iterable[Heard], limit: Limit, *, now: date
 
 def _after(gate: Gate, heard: Heard, limit: Limit, now: datetime) -> Gate:
     if gate.scope == "host":
+        if isinstance(heard.reply, ApiDown) and heard.reply.no_such_path and heard.reply.answered:
+            return gate  # the address is the job's own: it says nothing about the others
         if isinstance(heard.reply, ApiDown):
             return troubled(gate, f"unreachable: {heard.reply.message}", 1, now=now, probe=heard.probe)
         return answered(gate, now=now, probe=heard.probe)
