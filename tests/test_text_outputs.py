@@ -13,7 +13,7 @@ from sqlalchemy import insert
 from tests.downloads import PNG, Stand, png
 from tests.net import Net
 from tests.rows import job_of, output_of
-from tests.web import Answer, Web, head, page, sends
+from tests.web import Answer, Picture, Web, head, page, sends
 from worker.errors import StorageTrouble
 from worker.storage import FileStorage, path_of
 from worker.tables import bodies
@@ -107,6 +107,18 @@ def test_given_text_that_breaks_off_then_it_is_truncated(stand: Stand, web: Web)
 
     assert [row.error_code for row in (cut, short)] == ["truncated", "truncated"]
     assert stand.files == []
+
+
+def test_given_a_transfer_of_text_that_is_cut_when_it_goes_on_then_it_is_still_known_as_text(
+    stand: Stand, web: Web
+) -> None:
+    text = TRANSCRIPT * 500
+    headers = {"ETag": '"v1"', "Content-Type": "text/plain"}
+
+    row = stand.download(web.serves("/a", Picture(web, text, cuts=[5_000, 3_000], headers=headers)))
+
+    assert (row.status, row.media_type, row.size_bytes) == ("stored", "text/plain", len(text))
+    assert len(web.asked) == 3
 
 
 def test_given_a_redirect_to_a_name_without_an_ending_then_the_link_still_promises_text(stand: Stand, web: Web) -> None:

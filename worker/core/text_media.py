@@ -65,12 +65,17 @@ _BASE64 = re.compile(
 )
 _VTT = re.compile(r"WEBVTT(?:[ \t\n]|$)")
 _SRT = re.compile(r"(?:\d{1,9}[ \t]*\n)?\d{1,4}:\d{1,2}:\d{1,2}[,.]\d{1,3}[ \t]*-->[ \t]*\d{1,4}:\d{1,2}:\d{1,2}[,.]\d")
-_ERROR_FIELDS = frozenset({"error", "errors", "fault"})
+# The JSON errors of stores and servers: S3 and its kin, Google, Azure, Cloudflare, Supabase, Laravel, Spring, RFC 9457.
+_ERROR_FIELDS = frozenset({"error", "errors", "fault", "exception"})
+_STATUS_FIELDS = ("status", "statuscode", "status_code", "code")
 _BESIDES = (
     "code message messege msg status statuscode status_code errorcode error_code error_description reason detail"
     " details description tip tips requestid request_id hostid host_id resource timestamp path success ok trace_id"
+    " type title instance hint file line trace"
 )
 _BESIDE_AN_ERROR = _ERROR_FIELDS.union(_BESIDES.split())
+_ERROR_WORDS = re.compile(r"not found|no such|forbidden|denied|unauthori[sz]ed|expired|does not exist", re.IGNORECASE)
+_WORDS_MOST = 200  # characters of an error that is told in one field
 
 
 class NoText(Exception):
@@ -128,7 +133,7 @@ def text_media(promise: Promise, chunks: Iterable[bytes]) -> Media:
     if not end:
         raise NoText("nothing, or blanks alone")
     element = _ELEMENT.match(start)
-    if _MARKUP.match(start) or (element is not None and end.endswith(f"</{element[1]}>")):
+    if _MARKUP.match(start) or (element is not None and end.endswith((f"</{element[1]}>", "/>"))):
         raise NoText("a page or XML")
     match promise:
         case "json":
@@ -199,7 +204,7 @@ def _is_json(text: str, end: str, size: int) -> bool:
 
 
 def _parsed(text: str) -> Any:
-    return json.loads(text, parse_int=len, parse_float=len)  # numbers of any length
+    return json.loads(text, parse_int=str, parse_float=str)  # numbers of any length
 
 
 def _refuse_error(text: str) -> None:
@@ -215,8 +220,19 @@ def _check_no_error(parsed: Any) -> None:
     """Raise NoText for an object that says what went wrong, and nothing else."""
     if not isinstance(parsed, dict):
         return
-    fields = {str(name).lower(): value for name, value in parsed.items()}
-    named = any(fields.get(name) for name in _ERROR_FIELDS) or str(fields.get("status")).lower() in ("error", "failed")
+    fields = {str(name).lower(): value for name, value in parsed.items() if value not in (None, "", [], {})}
+    if not fields or not _BESIDE_AN_ERROR.issuperset(fields):
+        return
+    named = not _ERROR_FIELDS.isdisjoint(fields) or any(_is_error_status(fields.get(name)) for name in _STATUS_FIELDS)
     coded = "code" in fields and "message" in fields
-    if (named or coded) and _BESIDE_AN_ERROR.issuperset(fields):
+    alone = [value for name, value in fields.items() if len(fields) == 1 and name in ("message", "detail")]
+    worded = any(isinstance(text, str) and len(text) <= _WORDS_MOST and _ERROR_WORDS.search(text) for text in alone)
+    if named or coded or worded:
         raise NoText("the JSON of an error")
+
+
+def _is_error_status(value: Any) -> bool:
+    text = str(value).lower()
+    return text in ("error", "failed", "failure", "fail") or (
+        text.isascii() and re.fullmatch("[45][0-9]{2}", text) is not None
+    )
