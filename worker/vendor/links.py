@@ -42,7 +42,7 @@ OUTPUT_FIELDS = (
 _MAIN_FIELDS = frozenset({"output", "outputs", "proxy_links", "links"})  # any text there is meant as an output
 PROXY_FIELD = "proxy_links"
 PROMISE_FIELD = "future_links"
-_PROMISES = (PROMISE_FIELD, "links")  # a queued order may name its outputs-to-be under `links` alone
+_PROMISED_LINKS = "links"  # a queued order may name its outputs-to-be there alone
 # Fields beside an output that hold other addresses: what the order was made from, previews, help, callbacks.
 _NO_OUTPUT = re.compile(
     r"(?:^|[_-])(?:init|input|inputs|source|src|mask|target|reference|ref|prompt|thumbnail|thumb"
@@ -93,15 +93,18 @@ def promised(answer: Mapping[str, object]) -> tuple[str, ...]:
     >>> promised({"future_links": ["https://h/a.mp4", "", 5]})
     ('https://h/a.mp4',)
     """
-    if not (answer.get(PROMISE_FIELD) or answer.get("links")):
-        return ()
-    for name in _PROMISES:
-        value = answer.get(name)
-        if value:
-            addresses = (stored_address(text) for text in _texts(value) if _is_address(text) and len(text) <= MAX_URL)
-            if found := tuple(dict.fromkeys(addresses))[:MAX_PROMISED]:
-                return found
-    return ()
+    value = answer.get(PROMISE_FIELD)
+    found = _addresses(value) if value else ()
+    if not found and (value := answer.get(_PROMISED_LINKS)):
+        found = _addresses(value)
+    return found
+
+
+def _addresses(value: object) -> tuple[str, ...]:
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]  # by far the most
+    addresses = (stored_address(text) for text in _texts(value) if _is_address(text) and len(text) <= MAX_URL)
+    return tuple(dict.fromkeys(addresses))[:MAX_PROMISED]
 
 
 def links(output: object, proxy_links: object = None, *, strict: bool = False) -> Listed:

@@ -33,8 +33,10 @@ class Phrase(NamedTuple):
     example: str
 
 
-# What concerns the account comes before what concerns the rate: "Your monthly limit exceeded" is a plan that has run
-# out, and no pause ends it. A limit of requests in the queue is a rate limit, also where the plan is named as its reason.
+# What names the order comes first, after a suspended account: a message may quote a prompt, an address or a model, and
+# they may hold any words. What concerns the account comes before what concerns the rate: "Your monthly limit exceeded"
+# is a plan that has run out, and no pause ends it. A limit of requests in the queue is a rate limit, also where the
+# plan is named as its reason.
 PHRASES: tuple[Phrase, ...] = (
     Phrase("key", r"(?:account|user) (?:is |was |has been )?(?:currently )?(?:suspended|blocked|banned|disabled|deactivated|inactive)|\b(?:account|user) (?:was |is )?not found",
            "Your account has been suspended"),

@@ -7,7 +7,7 @@ an answer that is read differently without it. What the words of an error mean i
 import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from worker.core.json_size import MAX_VALUES, too_many_values
 from worker.core.numbers import number, retry_after_seconds
@@ -82,7 +82,19 @@ class Answer:
     `is_error`: it calls itself an error. One without a status does so by its HTTP code, or by being only a message.
     """
 
-    __slots__ = ("_message", "body", "code", "fields", "headers", "http_status", "is_error", "question", "run", "word")
+    __slots__ = (
+        "_meaning",
+        "_message",
+        "body",
+        "code",
+        "fields",
+        "headers",
+        "http_status",
+        "is_error",
+        "question",
+        "run",
+        "word",
+    )
 
     def __init__(
         self,
@@ -99,6 +111,7 @@ class Answer:
         self.run = execution_of(known)
         self.word = _word(known, self.run, question.words)
         self._message: str | None = None
+        self._meaning: Meaning | Literal[""] | None = ""
         self.is_error = (
             self.word == "error" if self.word else fields is not None and (self.code >= 400 or self.is_message)
         )
@@ -119,7 +132,9 @@ class Answer:
     @property
     def meaning(self) -> Meaning | None:
         """What the message of an error says, or the code beside it."""
-        return meaning_of(self.message) or meaning_of(code_of(self.fields or {}))
+        if self._meaning == "":
+            self._meaning = meaning_of(self.message) or meaning_of(code_of(self.fields or {}))
+        return self._meaning or None
 
     @property
     def start(self) -> str:
