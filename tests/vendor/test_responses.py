@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import requests
 
@@ -76,12 +77,10 @@ def post_requests_session(url: str) -> object:
 
 
 def post_httpx(url: str) -> object:
-    httpx = pytest.importorskip("httpx")
     return httpx.post(url, json={"key": "k"}, timeout=10, follow_redirects=True)
 
 
 def post_httpx_async(url: str) -> object:
-    httpx = pytest.importorskip("httpx")
 
     async def post() -> object:
         async with httpx.AsyncClient(follow_redirects=True) as client:
@@ -146,7 +145,6 @@ def test_given_a_response_whose_body_was_consumed_then_it_is_an_error_of_ours(si
 
 
 def test_given_a_response_of_httpx_that_has_no_request_then_its_body_is_read_all_the_same() -> None:
-    httpx = pytest.importorskip("httpx")
 
     assert submission(httpx.Response(200, json=ANSWER)).remote_id == "7"
 
