@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from worker.enqueue import track as track
     from worker.enqueue import track_many as track_many
     from worker.enqueue import wait as wait
+    from worker.errors import ApiRefused as ApiRefused
     from worker.errors import DatabaseRefused as DatabaseRefused
     from worker.errors import DeploymentError as DeploymentError
     from worker.errors import JobNotFound as JobNotFound
@@ -52,6 +53,7 @@ _HOMES = {
         "wait",
     ),
     "worker.errors": (
+        "ApiRefused",
         "DatabaseRefused",
         "DeploymentError",
         "JobNotFound",

@@ -1,6 +1,6 @@
 """`fetch-worker compare-api`: where the stand-in answers in another shape than the API itself. It never submits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import click
@@ -102,7 +102,15 @@ def _compare(
     key: SecretStr,
     endpoint: str | None,
 ) -> list[Compared]:
-    live = HostedApi(settings.api, scrubber, timeout=settings.sd_api_timeout, connections=1)
+    live = HostedApi(
+        settings.api,
+        scrubber,
+        timeout=settings.sd_api_timeout,
+        connections=1,
+        ca_bundle=settings.ca_bundle,
+        proxy=settings.proxy,
+        user_agent=settings.user_agent,
+    )
     path = _order_path(endpoint or DEFAULT_ORDER)
     compared = []
     with Sandbox(SandboxOptions(min_seconds=0, max_seconds=0)) as sandbox:
@@ -120,9 +128,9 @@ def _compare(
             compared.append(
                 Compared(
                     question.name,
-                    _class(answer, question.remote_id, training=training),
+                    _class(answer, question.remote_id, training, settings.status_words),
                     shapes[0],
-                    _class(own_answer, own_id, training=training),
+                    _class(own_answer, own_id, training, settings.status_words),
                     shapes[1],
                     shapes[0] == shapes[1],
                 )
@@ -144,9 +152,9 @@ def _finished_in(sandbox: Sandbox, path: str) -> str:
     return submission(answer).remote_id
 
 
-def _class(answer: tuple[int, bytes], remote_id: str, *, training: bool) -> str:
+def _class(answer: tuple[int, bytes], remote_id: str, training: bool, words: Mapping[str, str]) -> str:
     status, body = answer
-    return CLASSES[type(parse(status, {}, body, Question(remote_id, 0.0, training)))]
+    return CLASSES[type(parse(status, {}, body, Question(remote_id, 0.0, training, words)))]
 
 
 def _print(compared: Sequence[Compared]) -> None:
