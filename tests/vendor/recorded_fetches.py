@@ -243,6 +243,8 @@ GIVEN: tuple[Fetch, ...] = (
     Fetch("success inside the output", "ready:1 proxies:1", ok({"status": "success", "output": [R2 + "{ID}.png"], "proxy_links": [R2 + "{ID}.png?p=1"]}, id="{ID}"), "shape of docs-v2 workflows-api", "C"),
     Fetch("words that were spoken", "empty", ok([{"text": "A sentence.", "words": [{"word": "A", "start": 0.1, "end": 0.28, "confidence": 0.99}]}], id="{ID}", generationTime=1.25), "joelkraj/anifactory-goldflow", "B"),
     Fetch("purse that is empty", "account_refused credits", bad("Insufficient credits. Please recharge your wallet."), "joelkraj/anifactory-goldflow", "C"),
+    Fetch("speech without a mark", "empty", ok("so we went down to the river and then it was time to go home again because of the rain"), "neighbour of words that were spoken", "C"),
+    Fetch("done, in a word", "empty", ok("OK", id="{ID}"), "neighbour of an empty output", "C"),
     Fetch("queue that is full", "api_down answered", bad("Queue is full, try again later"), "joelkraj/anifactory-goldflow", "C"),
 )
 # fmt: on

@@ -121,6 +121,7 @@ GIVEN: tuple[Submit, ...] = (
     Submit("chat, id in its meta", "tracked 49afc793-803b-4b4a-bac9-d2f9318c2b8f at v6/llm/get_queued_response (chat)", wait(message="", eta=5, meta={"chat_id": "49afc793-803b-4b4a-bac9-d2f9318c2b8f"}), "docs.modelslab.com/llm of 2024"),
     Submit("finished chat", "not_trackable", {"id": "chat-abc123", "object": "chat.completion", "choices": []}, "docs-v2 llm-api", "C"),
     Submit("plan that has run out", "refused", bad("Your monthly limit exceeded, upgrade subscription now on stablediffusionapi.com"), "two bots", "B"),
+    Submit("success with a word alone", "tracked 7 at v6/fetch/7 (image)", ok(["success"], id=7), "neighbour", "C"),
     Submit("ready, proxies alone", "ready:1 13204 at - (image)", ok([], id=13204, proxy_links=["https://files.example/generations/a.bin"]), "docs-v2 enterprise fashion"),
 )
 # fmt: on

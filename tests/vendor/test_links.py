@@ -15,6 +15,7 @@ A, B, C = "https://h/a.png", "https://h/b.png", "https://h/c.png"
 P, Q = "https://cdn2/a.png", "https://cdn2/b.png"
 PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(60)
 INLINE = base64.b64encode(PICTURE).decode()
+SPEECH = "so we went down to the river and then it was time to go home again because of the rain"
 SUM = hashlib.sha256(PICTURE).hexdigest()
 
 # fmt: off
@@ -58,7 +59,13 @@ SHAPES: list[tuple[str, object, object, tuple[Link, ...]]] = [
     ("bare base64", INLINE, None, (Link(f"data:;sha256={SUM}", (), PICTURE),)),
     ("bare base64 in lines", "\n".join(INLINE[i:i + 20] for i in range(0, len(INLINE), 20)), None, (Link(f"data:;sha256={SUM}", (), PICTURE),)),
     ("the same bytes twice", [INLINE, INLINE], None, (Link(f"data:;sha256={SUM}", (), PICTURE),)),
-    ("short words are no base64", "abcd", None, (Link("abcd"),)),
+    *((f"a word is no address: {word!r}", word, None, ()) for word in (
+        "abcd", "OK", "Hello", "done", "Done.", "nsfw", "0", "0.5", "-", "...", "[]", "{}", " [ ] ", "{broken", "success", "12:30", "v1.5", "n/a")),
+    *((f"words in a list are no addresses: {words}", words, None, ()) for words in (["success"], [["OK"], "-"], {"0": "OK"}, ["[]"])),
+    *((f"a name of a file gets its row: {text!r}", text, None, (Link(text),)) for text in (
+        "a.png", "out/1", "/tmp/a", "ftp://h/a", "s3:bucket", "file:///etc/passwd", "a.3gp", "mesh.glb")),
+    *((f"speech without a mark is no file: {text[:20]!r}", output, None, ()) for text in (SPEECH, SPEECH.replace(" ", "\t"), SPEECH + "\n" + SPEECH)
+      for output in (text, [text], [{"text": text}], {"text": text}, {"0": text})),
     ("characters that no database takes", "https://h/\x00\ud800.png", None, (Link("https://h/\\x00?.png"),)),
 ]
 # fmt: on
@@ -92,6 +99,10 @@ def test_an_endless_link_and_an_endless_list_are_cut() -> None:
         ({"output": [], "output_url": A, "future_links": [B]}, (Link(A),)),
         ({"output": "", "assets": [{"href": A}]}, (Link(A),)),
         ({"result": "a transcript", "images": ["not-an-address"]}, ()),
+        ({"result": SPEECH}, ()),
+        ({"output": {"text": SPEECH}}, ()),
+        ({"output": "OK", "links": [B]}, (Link(B),)),
+        ({"output": "[]", "links": [B]}, (Link(B),)),
         ({"message": A, "tip": A, "meta": {"init_image": A}, "fetch_result": A}, ()),
         ({}, ()),
     ],

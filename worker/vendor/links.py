@@ -56,7 +56,10 @@ _PLACEHOLDERS = frozenset({"null", "none", "n/a", "undefined", "false", "true", 
 _DATA = re.compile(r"data:(?P<head>[^,]{0,200}),", re.IGNORECASE)
 _ADDRESS = re.compile(r"https?://[^\s/]", re.IGNORECASE)
 _BETWEEN = re.compile(r"(?<![\s,])[\s,]++(?=https?://)", re.IGNORECASE)  # between the addresses in one text
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]++={0,2}")  # possessive: megabytes that do not match cost one pass
+# Lines may be broken, but blanks are between words: what was said needs no other mark. Possessive: megabytes that do not
+# match cost one pass.
+_BASE64 = re.compile(r"[A-Za-z0-9+/\r\n]++={0,2}")
+_NAMES_A_FILE = re.compile(r"/|^[A-Za-z][A-Za-z0-9+.-]{0,30}:.|[^.]\.(?=[0-9]?[A-Za-z])[A-Za-z0-9]{2,11}$")
 _BLANK = re.compile(r"\s")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _BRACKETS = frozenset("[{")  # begin a list of outputs that is written as one text
@@ -110,7 +113,7 @@ def _addresses(value: object) -> tuple[str, ...]:
 def links(output: object, proxy_links: object = None, *, strict: bool = False) -> Listed:
     """Return every output that `output` lists (text, list, object, nested), each with the proxy link of its place.
 
-    A text that stands alone or in a list is an output, unless it is a sentence. In an object, or where `strict`, only
+    A text that stands alone or in a list is an output, unless it is a word or a sentence. In an object, or where `strict`, only
     http(s) addresses, data URIs and long base64 are outputs, since the other texts there describe them. `proxy_links`
     in an object are alternatives.
 
@@ -121,7 +124,8 @@ def links(output: object, proxy_links: object = None, *, strict: bool = False) -
     """
     inner: list[str] = []
     if isinstance(output, str) and output.lstrip()[:1] in _BRACKETS:
-        output = _json_in(output) or output
+        inside = _json_in(output)
+        output = output if inside is None else inside
     texts = list(_texts(output, inner, strict=strict))
     proxies = list(_proxies(proxy_links)) or [_stored_proxy(text) for text in inner]
     paired = proxies if len(proxies) == len(texts) else []
@@ -152,7 +156,7 @@ def _texts(value: object, proxies: list[str] | None = None, depth: int = 0, *, s
                 yield text
             else:
                 yield from _BETWEEN.split(text)
-        elif _is_output(text) or not (strict or _BLANK.search(text) or text.lower() in _PLACEHOLDERS):
+        elif _is_output(text) or not (strict or _is_word(text)):
             yield text
     elif depth < MAX_DEPTH and isinstance(value, list):
         for item in value:
@@ -183,6 +187,13 @@ def _holds_outputs(name: str, item: object) -> bool:
 
 def _is_output(text: str) -> bool:
     return _is_address(text) or _DATA.match(text) is not None or _is_base64(text)
+
+
+def _is_word(text: str) -> bool:
+    """Return whether a text is a word or a sentence: nothing in it is of an address or of a file's name."""
+    return (
+        _BLANK.search(text) is not None or text.lower() in _PLACEHOLDERS or _NAMES_A_FILE.search(text[:MAX_URL]) is None
+    )
 
 
 def _is_address(text: str) -> bool:
