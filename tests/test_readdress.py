@@ -1,14 +1,16 @@
 """Jobs that were tracked under a mistyped SD_API_URL: none ends, and they follow the setting once it is corrected."""
 
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select
 
 import worker
 from tests.rows import BASE, add_job, job_of
 from worker.store.jobs import readdress
+from worker.tables import unread
 from worker.testing import Kit, kit
 
 
@@ -30,6 +32,21 @@ def test_a_bare_id_that_was_tracked_under_a_mistyped_path_is_stored_once_it_is_c
 
     assert job.status == "completed"
     assert made.api.calls.by_path[f"{path}/fetch/77"] <= 1
+
+
+def test_a_moved_job_is_asked_at_its_right_address_though_its_deadline_is_over(
+    made: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would expire by an answer from an address that was never its own. That answer is not kept either."""
+    with monkeypatch.context() as mistyped:
+        mistyped.setenv("SD_API_URL", f"{made.api.root_url}/api/v33")
+        job_id = worker.track(77, submitted_at=datetime.now(UTC) - timedelta(hours=3), deadline=60)
+
+    job = made.worker.run(job_id)
+
+    assert (job.status, made.api.calls.by_path["/api/v33/fetch/77"]) == ("completed", 1)
+    with made.worker.engine.connect() as connection:
+        assert connection.execute(select(unread)).all() == []
 
 
 def test_a_job_that_names_its_own_address_keeps_it(made: Kit) -> None:

@@ -19,7 +19,7 @@ from worker.calls import Asked
 from worker.core import gate as gates
 from worker.core.gate import Gate, Heard, Limit, Scope
 from worker.core.identity import FetchAddress
-from worker.core.lifecycle import AskAgain, End, JobFacts, after_answer, note_of
+from worker.core.lifecycle import AskAgain, End, JobFacts, Step, after_answer, note_of
 from worker.core.measures import COUNTED_AS
 from worker.core.pace import Pace, Waiting
 from worker.core.reply import ApiDown, Empty, Processing, RawAnswer, Ready, Reply, Unread
@@ -42,7 +42,7 @@ BATCH_PATIENCE, SINGLE_PATIENCE = 2.0, 0.1  # seconds that a row which somebody 
 LOCKED_SECONDS = 2.0
 MARK_SECONDS = 5.0
 TROUBLE_WAIT = 5.0
-MOVED = "HTTP 404: the API has no such path; SD_API_URL was corrected, and is asked from now on"
+MOVED = Unread("HTTP 404: the API has no such path; SD_API_URL was corrected, and is asked from now on")
 
 Gates = dict[tuple[Scope, str], Gate]
 
@@ -235,7 +235,7 @@ class Recorder:
             return _Written(recorded, moved)
 
     def _readdressed(self, connection: Connection, asked: Sequence[Asked]) -> Sequence[Asked]:
-        """Move jobs that were tracked under a mistyped SD_API_URL to the present one; their answers say no more.
+        """Move jobs that were tracked under a mistyped SD_API_URL to the present one; their answers become `MOVED`.
 
         Of a job that has an address of its own, such an answer is about the job: its deadline counts.
         """
@@ -252,7 +252,7 @@ class Recorder:
         moved = readdress(connection, list(lost), home.base, home.host)
         if moved:
             log.warning("the API has not the path of jobs that named none: they go to SD_API_URL jobs=%s", len(moved))
-        return [answer._replace(reply=Unread(MOVED)) if answer.job.id in moved else answer for answer in asked]
+        return [answer._replace(reply=MOVED, raw=None) if answer.job.id in moved else answer for answer in asked]
 
     def _with_own_path(self, answer: Asked) -> Asked:
         reply = answer.reply
@@ -277,7 +277,11 @@ class Recorder:
     def _outcome(self, one: Asked, now: datetime, held: Mapping[tuple[Scope, str], Gate] | None = None) -> Outcome:
         job, reply = one.job, one.reply
         facts = job.facts if held is None else _with_hold(job, held, now)
-        step = after_answer(facts, reply, now=now, least=self._least)
+        step: Step
+        if reply is MOVED:  # nobody has asked for the job at its right address yet, so nothing can end it
+            step = AskAgain(facts.strikes, MOVED.message)
+        else:
+            step = after_answer(facts, reply, now=now, least=self._least)
         if not isinstance(step, AskAgain):
             return Outcome(job, step, note_of(reply), delay=self._delays.get(job.id), promised=_promised(reply))
         not_ready = isinstance(reply, Processing)
