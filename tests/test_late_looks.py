@@ -207,7 +207,6 @@ def test_given_the_fourth_look_when_the_job_is_still_not_ready_then_there_is_no_
     [
         ({"status": "error", "message": "Rate limit exceeded"}, 429, {"Retry_After": "30"}),
         ({"status": "error", "message": "Invalid API key"}, 401, {}),
-        ({"message": "Server Error"}, 500, {}),
     ],
 )
 def test_given_an_answer_that_is_not_about_the_job_then_the_look_does_not_count_and_the_gates_move(
@@ -226,9 +225,58 @@ def test_given_an_answer_that_is_not_about_the_job_then_the_look_does_not_count_
     assert job_of(looks.engine, job_id).polls == 1
     with looks.engine.connect() as connection:
         known = all_gates(connection)
-    held = known["account", "default"].held(looks.now())
-    assert held == (status != 500)
-    assert known["host", looks.host].troubles == (1 if status == 500 else 0)
+    assert known["account", "default"].held(looks.now())
+    assert known["host", looks.host].troubles == 0
+
+
+@pytest.mark.parametrize("status", [500, 502, 504])
+def test_given_an_answer_of_a_host_in_trouble_then_the_look_counts_and_the_last_answer_stays(
+    looks: Looks, status: int
+) -> None:
+    """Else a job that makes the API fail would be looked at every minute for a day."""
+    job_id = looks.expired()
+    looks.says({"message": "Server Error"}, status)
+
+    assert looks.looks.run() == 1
+
+    look = looks.look(job_id)
+    assert look is not None
+    assert (look.looks, look.due_at) == (1, job_of(looks.engine, job_id).deadline_at + timedelta(hours=3))
+    with looks.engine.connect() as connection:
+        assert all_gates(connection)["host", looks.host].troubles == 1
+        assert answers_of(connection, job_ids=[job_id]) == []
+
+
+def test_given_no_answer_at_all_then_the_look_does_not_count(looks: Looks) -> None:
+    job_id = looks.expired()
+    looks.answers(lambda client: client.close())
+
+    assert looks.looks.run() == 1
+
+    look = looks.look(job_id)
+    assert look is not None
+    assert (look.looks, job_of(looks.engine, job_id).polls) == (0, 1)
+
+
+@pytest.mark.parametrize(("not_ready", "held"), [(False, False), (True, True)])
+def test_given_five_jobs_with_paths_that_the_api_does_not_have_then_the_host_is_held_only_if_they_were_right_before(
+    looks: Looks, not_ready: bool, held: bool
+) -> None:
+    base = f"{looks.web.url}/api/v33/fetch"
+    ids = []
+    for number in range(5):
+        name = str(number)
+        seen = {"not_ready_at": looks.now() - timedelta(hours=2)} if not_ready else {}
+        ids.append(looks.expired(name, fetch_url=f"{base}/{name}", fetch_base=base, **seen))
+        looks.web.serves(f"/api/v33/fetch/{name}", page(404, b"<html>Not Found</html>"))
+
+    assert looks.looks.run() == 5
+
+    with looks.engine.connect() as connection:
+        gate = all_gates(connection).get(("host", looks.host))
+    assert (gate is not None and gate.held(looks.now())) is held
+    rows = [looks.look(job_id) for job_id in ids]
+    assert [row is not None and row.looks for row in rows] == [1] * 5
 
 
 @pytest.mark.parametrize("trouble", ["refused account", "paused account", "held host", "no key", "short", "late work"])

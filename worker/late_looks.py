@@ -24,7 +24,7 @@ from worker.hosted_api import HostedApi
 from worker.kept_answers import kept_answer
 from worker.leases import boot_seconds
 from worker.network_errors import describe
-from worker.recorder import count_answers, move_gates
+from worker.recorder import count_answers, move_gates, with_own_path
 from worker.shared_budget import Grant, SharedBudget
 from worker.store.claims import waiting_levels
 from worker.store.gates import all_gates, locked_gate, save_gate
@@ -216,6 +216,7 @@ class LateLooks:
         known: Mapping[tuple[Scope, str], Gate],
     ) -> None:
         asked = Asked(look.job, answer.reply, probe, sent, raw=answer.raw)
+        asked = with_own_path(asked, self._api.default_address)
         account = look.job.account
         refused = isinstance(answer.reply, (RateLimited, ApiDown))
         limit = Limit(self._rps(account), self._budget.taken(account, 0 if refused else 1))
@@ -238,11 +239,12 @@ class LateLooks:
         reply = asked.reply
         if isinstance(reply, Ready):
             return revive(connection, {look.job.id: reply}, tally, now=now, why="after it had expired", queued=True)
-        if isinstance(reply, (RateLimited, AccountRefused)) or (isinstance(reply, ApiDown) and not reply.answered):
-            defer_look(connection, look, due_at=now + BUSY_WAIT, sent=True)  # that says nothing about the job
+        if isinstance(reply, (RateLimited, AccountRefused)) or (isinstance(reply, ApiDown) and asked.raw is None):
+            defer_look(connection, look, due_at=now + BUSY_WAIT, sent=True)  # nobody was asked about the job
             return Revived({}, ())
         plan_next_look(connection, look, self._after, now=now)
-        if asked.raw is not None:
+        about_the_job = not isinstance(reply, ApiDown) or reply.answered
+        if asked.raw is not None and about_the_job:
             keep_answers(connection, [kept_answer(asked, asked.raw, self._api.kept_text)], now=now)
         return Revived({}, ())
 

@@ -239,10 +239,12 @@ class Recorder:
 
         Of a job that has an address of its own, such an answer is about the job: its deadline counts.
         """
-        asked = [self._with_own_path(answer) for answer in asked]
+        if self._default_address is None:
+            return asked
+        asked = [with_own_path(answer, self._default_address) for answer in asked]
         lost: dict[int, FetchAddress] = {}
         for answer in asked:
-            if isinstance(answer.reply, ApiDown) and answer.reply.no_such_path and self._default_address is not None:
+            if isinstance(answer.reply, ApiDown) and answer.reply.no_such_path:
                 home = self._default_address(answer.job.remote_id)
                 if home.host == answer.job.address.host and home.base != answer.job.address.base:
                     lost[answer.job.id] = home
@@ -253,13 +255,6 @@ class Recorder:
         if moved:
             log.warning("the API has not the path of jobs that named none: they go to SD_API_URL jobs=%s", len(moved))
         return [answer._replace(reply=MOVED, raw=None) if answer.job.id in moved else answer for answer in asked]
-
-    def _with_own_path(self, answer: Asked) -> Asked:
-        reply = answer.reply
-        if not isinstance(reply, ApiDown) or not reply.no_such_path or self._default_address is None:
-            return answer
-        home = self._default_address(answer.job.remote_id)
-        return answer if answer.job.address.base == home.base else answer._replace(reply=replace(reply, answered=True))
 
     def _learn(self, now: datetime) -> None:
         """Each answer teaches once, however often it takes to write it."""
@@ -296,6 +291,19 @@ class Recorder:
 
     def _limit(self, account: str) -> Limit:
         return Limit(self._rps(account), self._taken.get(account, 0.0))
+
+
+def with_own_path(answer: Asked, default_address: Callable[[str], FetchAddress]) -> Asked:
+    """Mark an answer about a path that only its job names as one about the job: its host is well.
+
+    Where the API has said at that path that the job is not ready, the path is right, and the host is in trouble.
+    """
+    reply, job = answer.reply, answer.job
+    if not isinstance(reply, ApiDown) or not reply.no_such_path or job.not_ready_at is not None:
+        return answer
+    if job.address.base == default_address(job.remote_id).base:
+        return answer
+    return answer._replace(reply=replace(reply, answered=True))
 
 
 def move_gates(

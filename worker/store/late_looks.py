@@ -104,6 +104,7 @@ def _claimed(row: Row[Any]) -> ClaimedJob:
         row.polls + 1,
         row.submitted_at,
         JobFacts(row.status, row.tracked_at, row.deadline_at, eta=row.eta),
+        not_ready_at=row.not_ready_at,
     )
 
 
