@@ -266,7 +266,7 @@ def test_given_five_jobs_with_paths_that_the_api_does_not_have_then_the_host_is_
     ids = []
     for number in range(5):
         name = str(number)
-        seen = {"not_ready_at": looks.now() - timedelta(hours=2)} if not_ready else {}
+        seen: dict[str, Any] = {"not_ready_at": looks.now() - timedelta(hours=2)} if not_ready else {}
         ids.append(looks.expired(name, fetch_url=f"{base}/{name}", fetch_base=base, **seen))
         looks.web.serves(f"/api/v33/fetch/{name}", page(404, b"<html>Not Found</html>"))
 

@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 
 from worker.core.gate import (
     Gate,
+    Heard,
+    Limit,
+    after_replies,
     answered,
     limited,
     paused,
@@ -20,6 +23,8 @@ from worker.core.gate import (
     undecided,
     unproven,
 )
+from worker.core.reply import ApiDown
+from worker.vendor.replies import NO_SUCH_PATH
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 LEASE = timedelta(seconds=25)
@@ -201,6 +206,36 @@ def test_a_held_host_is_probed_by_the_schedule_and_let_go_by_the_first_answer() 
     assert probes == [10, 30, 70, 130]
     assert free.allows(at(190)) == "all"
     assert (free.troubles, free.last_hold_end(at(500))) == (0, at(190))
+
+
+def own_path_missing(gate: Gate, *, now: datetime, probe: bool) -> Gate:
+    """The gate after an answer about a path that only one job names."""
+    reply = ApiDown(f"HTTP 404: {NO_SUCH_PATH}", answered=True, no_such_path=True)
+    return after_replies(gate, [Heard(reply, now, probe)], Limit(10.0, 0.0), now=now)
+
+
+def test_a_probe_that_finds_a_path_missing_which_one_job_names_ends_a_hold_for_silence() -> None:
+    """The host answers again. Else the hold would outlive the outage for as long as such jobs are its probes."""
+    held = shaken(HOST, 5)
+
+    free = own_path_missing(probing(held, now=at(14), lease=LEASE), now=at(15), probe=True)
+
+    assert (free.held(at(15)), free.last_hold_end(at(99))) == (False, at(15))
+    assert own_path_missing(held, now=at(6), probe=False) == held
+    assert own_path_missing(shaken(HOST, 4), now=at(6), probe=False) == shaken(HOST, 4)
+
+
+def test_a_hold_for_a_mistyped_api_url_stays_one_hold_whatever_paths_of_single_jobs_are_missing() -> None:
+    held = after_replies(
+        HOST,
+        [Heard(ApiDown(f"HTTP 404: {NO_SUCH_PATH}", no_such_path=True), T0, False)] * 5,
+        Limit(10.0, 0.0),
+        now=T0,
+    )
+    probed = own_path_missing(probing(held, now=at(10), lease=LEASE), now=at(11), probe=True)
+
+    assert (probed.reason, probed.since, probed.released_at) == (held.reason, T0, None)
+    assert [probed.allows(at(s)) for s in (30, 31)] == ["none", "one"]
 
 
 def test_late_failures_of_calls_under_way_do_not_stretch_a_host_s_hold() -> None:

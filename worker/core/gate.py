@@ -20,6 +20,7 @@ TROUBLES_TO_HOLD = 5
 BY_HAND = "held by an operator"
 REFUSALS = {"key": "key rejected", "credits": "no credits", "plan": "plan", "request": "request refused"}
 NOT_LISTED = "not on SD_API_HOSTS"
+NO_SUCH_PATH = "no such path"  # in the reason of a hold: SD_API_URL itself is mistyped, so the host's jobs all are
 HOLD_CLASSES = (*REFUSALS.values(), "rate limited", "unreachable", NOT_LISTED, "by hand", "other")
 
 
@@ -115,7 +116,7 @@ def after_replies(gate: Gate, heard: Iterable[Heard], limit: Limit, *, now: date
 def _after(gate: Gate, heard: Heard, limit: Limit, now: datetime) -> Gate:
     if gate.scope == "host":
         if isinstance(heard.reply, ApiDown) and heard.reply.no_such_path and heard.reply.answered:
-            return gate  # the address is the job's own: it says nothing about the others
+            return _after_own_path(gate, now) if heard.probe else gate
         if isinstance(heard.reply, ApiDown):
             return troubled(gate, f"unreachable: {heard.reply.message}", 1, now=now, probe=heard.probe)
         return answered(gate, now=now, probe=heard.probe)
@@ -131,6 +132,17 @@ def _after(gate: Gate, heard: Heard, limit: Limit, now: datetime) -> Gate:
             return undecided(gate, now=now, wait=UNDECIDED_WAIT) if heard.probe else gate
         case _:
             return answered(gate, now=now, probe=heard.probe)
+
+
+def _after_own_path(gate: Gate, now: datetime) -> Gate:
+    """Return the gate of a host after its probe asked at a path that only one job names, and that is not there.
+
+    That the host answered ends a hold for silence. It says nothing about the path in SD_API_URL: a hold for that one
+    goes on, and is probed again by the schedule.
+    """
+    if gate.held(now) and gate.reason is not None and NO_SUCH_PATH in gate.reason:
+        return _held(gate, gate.reason, now)
+    return answered(gate, now=now, probe=True)
 
 
 def answered(gate: Gate, *, now: datetime, probe: bool) -> Gate:
