@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from datetime import datetime
 
-from sqlalchemy import Connection, Engine, delete, func, select
+from sqlalchemy import Connection, Engine, delete, event, func, select
 
 from tests.rows import NOW, add_job, seconds
 from worker.store.unread import MOST, KeptAnswer, answers_of, jobs_with_answers, keep_answers, shapes
@@ -73,6 +73,23 @@ def test_a_thousand_answers_are_kept_in_all_and_the_oldest_go(engine: Engine) ->
         assert connection.execute(select(func.count()).select_from(unread)).scalar_one() == MOST
         assert sum(len(_bodies(connection, job_id)) for job_id in first) == 1
         assert all(len(answers_of(connection, job_ids=some)) == len(some) for some in (many[:400], many[400:]))
+
+
+def test_the_oldest_answers_go_after_all_else_is_written(engine: Engine) -> None:
+    """They are other jobs': two large batches that lock them halfway would wait for each other."""
+    written: list[str] = []
+    with engine.begin() as connection:
+        for number in range(MOST):
+            connection.execute(
+                unread.insert().values(_answer(add_job(connection, f"a{number}"))._asdict() | {"at": NOW})
+            )
+        many = [add_job(connection, f"b{number}") for number in range(120)]
+        event.listen(connection, "before_cursor_execute", lambda *given: written.append(given[2].split()[0]))
+        _keep(connection, *(_answer(job_id) for job_id in many), at=NOW + seconds(1))
+
+        assert connection.execute(select(func.count()).select_from(unread)).scalar_one() == MOST
+    changes = [word for word in written if word in ("INSERT", "UPDATE", "DELETE")]
+    assert changes == ["INSERT"] * 3 + ["DELETE"]
 
 
 def test_an_answer_of_a_job_that_is_gone_is_not_kept_and_spoils_no_batch(engine: Engine) -> None:

@@ -41,11 +41,15 @@ def keep_answers(connection: Connection, answers: Sequence[KeptAnswer], *, now: 
 
     An answer that is the same as the last of its kind is not written again, only its time.
     """
-    for start in range(0, len(answers), JOBS_AT_ONCE):
-        _keep(connection, answers[start : start + JOBS_AT_ONCE], now)
+    chunks = [answers[start : start + JOBS_AT_ONCE] for start in range(0, len(answers), JOBS_AT_ONCE)]
+    grown = [_keep(connection, chunk, now) for chunk in chunks]
+    if any(grown):
+        # Last of all: it locks rows of other jobs, and two batches must not wait for each other's.
+        _drop_oldest(connection)
 
 
-def _keep(connection: Connection, answers: Sequence[KeptAnswer], now: datetime) -> None:
+def _keep(connection: Connection, answers: Sequence[KeptAnswer], now: datetime) -> bool:
+    """Keep answers, and return whether there are more than before."""
     # A job whose row somebody else has locked is passed over: two batches that wait for each other's rows never end.
     locked = select(jobs.c.id).where(jobs.c.id.in_({answer.job_id for answer in answers}))
     there = set(connection.execute(locked.with_for_update(skip_locked=True)).scalars())
@@ -54,7 +58,7 @@ def _keep(connection: Connection, answers: Sequence[KeptAnswer], now: datetime) 
         if answer.job_id in there:
             fresh[answer.job_id, answer.recognised] = answer
     if not fresh:
-        return
+        return False
     known = _kept_before(connection, there)
     same = [
         known[key][0].id
@@ -65,14 +69,14 @@ def _keep(connection: Connection, answers: Sequence[KeptAnswer], now: datetime) 
         connection.execute(update(unread).where(unread.c.id.in_(same)).values(at=now))
     new = [answer for key, answer in fresh.items() if key not in known or known[key][0].id not in same]
     if not new:
-        return
+        return False
     surplus = [
         row.id for answer in new for row in known.get((answer.job_id, answer.recognised), ())[_room(answer) - 1 :]
     ]
     if surplus:
         connection.execute(delete(unread).where(unread.c.id.in_(surplus)))
     connection.execute(insert(unread), [answer._asdict() | {"at": now} for answer in new])
-    _drop_oldest(connection)
+    return True
 
 
 def _room(answer: KeptAnswer) -> int:
