@@ -130,7 +130,7 @@ CODES_AND_BODIES: list[tuple[int, object, Reply]] = [
     (401, {}, AccountRefused("key", "HTTP 401")),
     (401, error("API key required"), AccountRefused("key", "API key required")),
     (402, {"detail": "pay"}, AccountRefused("credits", "pay")),
-    (403, {"status": "failed", "message": "no"}, AccountRefused("plan", "no")),
+    (403, {"status": "failed", "message": "no"}, Failed("no")),
     (403, error("Invalid API key"), AccountRefused("key", "Invalid API key")),
     (401, error("out of credits"), AccountRefused("credits", "out of credits")),
     (403, error("Daily limit exceeded"), AccountRefused("plan", "Daily limit exceeded")),

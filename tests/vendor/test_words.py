@@ -66,7 +66,9 @@ WORDINGS: dict[str, list[str]] = {
         "API key required", "Api key is missing", "Please provide a valid API key", "The key field is required.", "API key not found",
         "API key is not valid", "Your API key has expired", "This API key was disabled", "Unauthenticated.", "Unauthorized",
         "Authentication failed", "Invalid token", "Token has expired", "Your account has been suspended", "This account is blocked",
-        "User not found", "Account is currently inactive",
+        "User not found", "Account is currently inactive", "Your account is not active", "API key does not exist", "Api_key not recognized",
+        "Invalid key", "Invalid key provided.", "Invalid credentials", "Invalid login credentials", "Access denied", "Permission denied", "invalid_api_key",
+        "API access is prohibited for your account", "Access is denied to this account",
     ],
     "account_refused credits": [
         "Insufficient credits. Please add more credits to continue.", "Insufficient credit", "Insufficient API credits", "insufficient_quota",
@@ -74,6 +76,7 @@ WORDINGS: dict[str, list[str]] = {
         "You have 0 credits left", "You do not have enough credits", "You don't have sufficient balance", "Your credit balance is too low",
         "Balance is not sufficient", "Your credits are exhausted", "Credits finished", "You have run out of credits", "Please recharge",
         "Top up your account to continue", "Payment required", "Payment is overdue", "Please buy more credits", "Wallet balance is 0",
+        "insufficient_credits", "INSUFFICIENT-CREDITS", "Your wallet is empty", "Add money to your wallet",
     ],
     "account_refused plan": [
         "Your monthly limit exceeded, upgrade subscription now on https://stablediffusionapi.com/pricing", "Monthly limit reached",
@@ -84,7 +87,11 @@ WORDINGS: dict[str, list[str]] = {
         "Your plan has ended", "This feature requires a premium subscription", "You need an active plan", "No active subscription",
         "Not available in your current plan", "Only for enterprise customers", "You must be a premium member", "Please upgrade your plan",
         "Please subscribe", "Monthly token limit exceeded", "You have reached the maximum number of images for today", "100 requests per day allowed",
-        "Your API requests are exhausted", "Limits exhausted", "Only 50 images per month",
+        "Your API requests are exhausted", "Limits exhausted", "Only 50 images per month", "monthly_limit_exceeded", "Monthly-limit exceeded",
+        "You have reached your token limit", "You have reached the limit of your plan", "You've hit the cap for your current plan",
+        "Exceeded the number of images in your subscription", "Your package limit is over", "Your membership has expired",
+        "You do not have any active subscription", "You don't have an active plan", "You need to subscribe", "Your plan's limit has been reached",
+        "Your plan’s limit is exceeded", "Limit exceeded for month", "Limit exceeded for the month",
     ],
     "account_refused request": ["Invalid API Request"],
     "rate_limited 30": [
@@ -92,14 +99,19 @@ WORDINGS: dict[str, list[str]] = {
         "Too many API requests", "Too Many Attempts.", "Spam filter is enabled", "You are being throttled", "Slow down",
         "Maximum 5 concurrent jobs allowed", "Maximum 10 requests allowed", "You already have 15 requests in queue",
         "Your plan limit is reached: 5 concurrent requests", "Free plan rate limit exceeded", "10 requests per minute allowed",
-        "Rate limit exceeded, upgrade your plan", "Request limit reached", "API rate limit has been reached",
+        "Rate limit exceeded, upgrade your plan", "Request limit reached", "API rate limit has been reached", "rate_limit_exceeded",
+        "Queue size limit reached", "Queue length limit exceeded", "Queue limit reached", "Queue is full: maximum 5 queued requests",
     ],
     "unknown_id": [
         "Request not found", "Request was not found", "Request id not found", "The specified ID does not exist or is not queued",
         "Request does not exist", "No such request", "Invalid request id", "Invalid job ID", "Unknown task id", "No request found",
         "No records found", "No query results for model", "Job not found", "Training not found", "Execution not found.",
         "This request does not belong to you", "Request 4711 not found", "Job with id abc-12 was not found", "Request 12202888 does not exist",
-        "Task 9f8e7d6c-1 could not be found",
+        "Task 9f8e7d6c-1 could not be found", "request_id not found", "The selected id is invalid.", "The given ID 7 does not exist", "ID is not valid",
+        "Requested id not found", "Fetch id is invalid", "Execution id 7 was not found", "Training id does not exist", "The selected request id is invalid.",
+        "Image with id 7 not found", "Video with this id does not exist", "No task with id 7", "No image found for the given id",
+        "Request could not be found", "Could not find the request", "This image belongs to another user", "You do not own this request",
+        "Request '7' not found", 'No job with id "7"',
     ],
     "processing": [
         "Your image is still processing", "Request is processing", "Your video is being generated", "Image is not ready yet", "Not yet ready",
@@ -110,7 +122,11 @@ WORDINGS: dict[str, list[str]] = {
         "Service temporarily unavailable", "Server is down", "GPU overloaded", "Under maintenance", "current_queue: 15", "Try again later",
         "Please try later", "Model is not available right now, please try again later", "Failed, Try Again", "Please retry",
         "Internal server error. Please try again.", "Server Error", "Request timed out", "Timeout", "No GPU available", "At capacity",
-        "High demand", "Bad gateway", "Failed to process image, please try again",
+        "High demand", "Bad gateway", "Failed to process image, please try again", "Failed to load model, please try again later",
+        "Unable to load model weights, server is busy", "Could not fetch image, retry later", "Queue is full. Upgrade your plan to skip it",
+        "Server is busy right now. Premium users have priority", "Server is overloaded, try again later", "Database connection failed",
+        "SQLSTATE[HY000] [2002] Connection refused", "Internal error", "Internal processing error", "Upstream error", "Model is loading", "The model is still loading",
+        "GPU is starting", "Something went wrong on our end",
     ],
     "api_error": [
         "The prompt field is required.", "prompt is required", "The key word parameter is invalid", "Model id not found", "lora_id does not exist",
@@ -120,11 +136,13 @@ WORDINGS: dict[str, list[str]] = {
         "Invalid prompt: a wallet on a table", "Prompt 'recharge my phone, rate limit exceeded' is too long", "The prompt contains invalid api key",
         "Model not found: wallet-v2", "Unable to fetch image from provided URL: 401 Unauthorized", "Could not download video: 503 Service Unavailable",
         "Image size limit exceeded", "Prompt length limit exceeded", "File size limit exceeded", "Token limit exceeded",
-        "NSFW content detected in the prompt: my wallet", "Failed to load the audio: Too many requests", "Unknown model: free-trial-ended",
+        "Prohibited content", "Your prompt contains prohibited words", "The image includes prohibited material", "The selected model id is invalid.", "Model id 7 not found",
+        "Unable to fetch image, check the url and try again", "NSFW content detected in the prompt: my wallet", "Failed to load the audio: Too many requests", "Unknown model: free-trial-ended",
     ],
     "api_error vague": [
         "Something went wrong", "Error", "Unknown error", "Oops", "Failed to process image", "Bad request", "Invalid request", "fail",
-        "Human-readable error description", "Your card was declined.",
+        "Human-readable error description", "Your card was declined.", "Generation error for prompt: an empty wallet on a table", "Oops: a wallet",
+        "Error while painting 'out of credits, server is busy'", 'Error while painting "your api key has expired"', "This is prohibited",
     ],
 }
 # fmt: on
@@ -180,7 +198,10 @@ def test_words_and_code_decide_together(text: str, means: str, status: int) -> N
             if status == 500:
                 expected = "api_down"
             elif status == 402:
-                expected = "api_error" if meaning_of(text) == "moderated" else "account_refused credits"
+                of_the_job = expected == "unknown_id" or meaning_of(text) == "moderated"
+                expected = expected if of_the_job else "account_refused credits"
+            elif status == 403 and meaning_of(text) == "service":
+                expected = "api_down"
             elif status == 403 and (expected in ("api_down", "api_error vague") or text == "Error message"):
                 expected = "account_refused plan" if text != "Error message" else "api_error"
             elif not with_status and expected.startswith("api_error"):
@@ -202,8 +223,33 @@ def test_no_words_do_harm_where_an_answer_is_no_error(text: str, means: str) -> 
 
 @pytest.mark.parametrize(("text", "means"), CASES, ids=[text for text, _ in CASES])
 def test_a_failure_is_final_unless_its_words_say_that_it_passes(text: str, means: str) -> None:
-    passes = means in ("api_down answered", "rate_limited 30", "processing")
-    expected = "unknown_id" if means == "unknown_id" else "failed recoverable" if passes else "failed"
+    """An account's key and limits concern all its jobs. What it lacks for this one can be bought."""
+    passes = means in ("api_down answered", "processing", "account_refused credits", "account_refused plan")
+    expected = "failed recoverable" if passes else "failed"
+    if means in ("unknown_id", "rate_limited 30", "account_refused key", "account_refused request"):
+        expected = means
 
     for status in ("failed", "FAILED", "failure"):
-        assert told(read({"status": status, "id": "", "message": text, "output": ""})) == expected
+        for training in (False, True):
+            body = {"status": status, "id": "", "message": text, "output": ""}
+            assert told(read(body, training=training)) == expected, training
+
+
+def test_memory_that_ran_out_passes_for_the_service_but_not_for_a_job_that_failed_of_it() -> None:
+    for text in ("CUDA out of memory", "GPU ran out of memory", "Out of GPU memory"):
+        assert told(read(error(text))) == "api_down answered"
+        assert told(read({"status": "failed", "message": text})) == "failed"
+
+
+@pytest.mark.parametrize("code", [402, 403])
+@pytest.mark.parametrize("word", ["failed", "processing"])
+def test_a_code_does_not_hold_the_account_where_the_answer_says_how_the_job_is(code: int, word: str) -> None:
+    assert told(read({"status": word, "message": "no"}, code)) == word
+    assert told(read({"status": word, "message": "Invalid API key"}, code)).partition(" ")[0] == (
+        "account_refused" if word == "failed" else "processing"
+    )
+
+
+@pytest.mark.parametrize("code", [401, 403])
+def test_a_service_that_is_overloaded_refuses_nobody(code: int) -> None:
+    assert told(read(error("Server is overloaded, try again later"), code)) == "api_down answered"

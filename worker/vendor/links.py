@@ -56,8 +56,8 @@ _PLACEHOLDERS = frozenset({"null", "none", "n/a", "undefined", "false", "true", 
 _DATA = re.compile(r"data:(?P<head>[^,]{0,200}),", re.IGNORECASE)
 _ADDRESS = re.compile(r"https?://[^\s/]", re.IGNORECASE)
 _BETWEEN = re.compile(r"(?<![\s,])[\s,]++(?=https?://)", re.IGNORECASE)  # between the addresses in one text
-# Lines may be broken, but blanks are between words: what was said needs no other mark. Possessive: megabytes that do not
-# match cost one pass.
+# Lines may be broken, but blanks are between words: what was said needs no other mark. Possessive: megabytes that do
+# not match cost one pass.
 _BASE64 = re.compile(r"[A-Za-z0-9+/\r\n]++={0,2}")
 _NAMES_A_FILE = re.compile(r"/|^[A-Za-z][A-Za-z0-9+.-]{0,30}:.|[^.]\.(?=[0-9]?[A-Za-z])[A-Za-z0-9]{2,11}$")
 _BLANK = re.compile(r"\s")
@@ -113,9 +113,9 @@ def _addresses(value: object) -> tuple[str, ...]:
 def links(output: object, proxy_links: object = None, *, strict: bool = False) -> Listed:
     """Return every output that `output` lists (text, list, object, nested), each with the proxy link of its place.
 
-    A text that stands alone or in a list is an output, unless it is a word or a sentence. In an object, or where `strict`, only
-    http(s) addresses, data URIs and long base64 are outputs, since the other texts there describe them. `proxy_links`
-    in an object are alternatives.
+    A text that stands alone or in a list is an output, unless it is a word or a sentence. In an object, or where
+    `strict`, only http(s) addresses, data URIs and long base64 are outputs, since the other texts there describe them.
+    `proxy_links` in an object are alternatives.
 
     >>> links("https://h/a.png").links
     (Link(url='https://h/a.png', proxies=(), body=None),)

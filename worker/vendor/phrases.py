@@ -18,6 +18,7 @@ Meaning = Literal[
     "limited",
     "unknown_id",
     "service",
+    "memory",
     "try_again",
     "order",
     "moderated",
@@ -38,21 +39,33 @@ class Phrase(NamedTuple):
 # is a plan that has run out, and no pause ends it. A limit of requests in the queue is a rate limit, also where the
 # plan is named as its reason.
 PHRASES: tuple[Phrase, ...] = (
-    Phrase("key", r"(?:account|user) (?:is |was |has been )?(?:currently )?(?:suspended|blocked|banned|disabled|deactivated|inactive)|\b(?:account|user) (?:was |is )?not found",
+    Phrase("key", r"(?:account|user) (?:is |was |has been )?(?:currently )?(?:suspended|blocked|banned|disabled|deactivated|inactive|not (?:yet )?(?:active|activated|verified))|\b(?:account|user) (?:was |is )?not found",
            "Your account has been suspended"),
-    Phrase("moderated", r"\bnsfw\b|moderat(?:ed|ion)|safety (?:check|filter|system)|inappropriate|content policy|prohibited",
+    Phrase("service", r"\b(?:server|service|queue|system|gpu)s? (?:is |are )?(?:currently |temporarily |too )?(?:busy|full|overloaded)\b(?!.*\b(?:queued|concurrent) requests)",
+           "Queue is full. Upgrade your plan to skip the queue"),
+    Phrase("moderated", r"\bnsfw\b|moderat(?:ed|ion)|safety (?:check|filter|system)|inappropriate|content policy|\bprohibited (?:[a-z]{1,20} )?(?:contents?|words?|images?|prompts?|terms?|text|material)\b|\b(?:contains?|includes?) (?:[a-z]{1,20} )?prohibited\b",
            "NSFW content detected"),
+    Phrase("unknown_id", r"(?:(?<!\w )\b|\b(?:the|this|that|such|your|selected|given|specified|provided|requested|fetch|request|job|task|training|execution|run|generation|queue) )id(?: (?=\S{0,130}\d)\S{1,130})? (?:is |was |are )?(?:not valid|invalid|incorrect|wrong|unknown|not found|(?:does not|doesn't|did not) exist|not exist)\b"
+           r"|\b(?:image|video|audio|request|job|task|generation|execution|record|result|training|run)s? with (?:the |this |that |such )?(?:[a-z]{1,20} )?id\b.{0,140}\b(?:not (?:be )?found|not exist|doesn't exist|invalid)"
+           r"|\bno (?:such )?(?:image|video|audio|request|job|task|generation|execution|record|result|training|run)s? (?:was |were )?(?:found )?(?:with|for|by|under) (?:the |this |that |such )?(?:[a-z]{1,20} )?id\b"
+           r"|\b(?:request|job|task|generation|execution|training|record) (?:could ?not|can ?not|can't|couldn't) be (?:found|located)"
+           r"|\b(?:could not|couldn't|cannot|can't|unable to) find (?:the |a |any |your |this |that |such )?(?:request|job|task|generation|execution|training|record|id)\b",
+           "The selected id is invalid."),
+    Phrase("service", r"(?:unable|failed|could not|cannot|can't) (?:to )?(?:fetch|load|download|read|open)\b(?!.*\b(?:another|different|valid|check|correct)\b).{0,120}\b(?:later|again|busy|retry)\b",
+           "Failed to load model, please try again later"),
     Phrase("order", r"(?:unable|failed|could not|cannot|can't) (?:to )?(?:fetch|load|download|read|open|decode|find)\b.{0,60}\b(?:image|url|file|audio|video|model|prompt|input)",
            "Unable to fetch image from provided URL"),
     Phrase("order", r"\bprompts?\b.{0,80}\b(?:required|invalid|missing|must|contains?|not|too|exceeds?)\b|\b(?:invalid|unsupported|missing|bad|empty) prompt|\bmodel (?:id )?(?:was |is )?not found|\b(?:no such|unknown|invalid) model\b",
-           "Invalid prompt: a wallet on a table"),
+           "The prompt contains invalid api key"),
     Phrase("key", r"(?:invalid|wrong|incorrect|missing|unknown|bad|no) (?:or \w{1,20} )?(?:valid )?api[ _-]?key", "Invalid Api Key"),
-    Phrase("key", r"api[ _-]?key (?:is |was |has been )?(?:required|missing|not found|incorrect)|provide (?:\w{1,20} ){0,2}api[ _-]?key|\bkey field is required",
+    Phrase("key", r"api[ _-]?key (?:is |was |has been )?(?:required|missing|not (?:found|exist|recogni[sz]ed)|(?:does not|doesn't) exist|incorrect|unknown)|\b(?:invalid|wrong|incorrect) key(?: provided| given)?[.!]?$|provide (?:\w{1,20} ){0,2}api[ _-]?key|\bkey field is required",
            "API key required"),
     Phrase("key", r"api[ _-]?key.{0,40}(?:expired|revoked|invalid|disabled|deactivated|suspended|blocked|not (?:active|valid))",
            "Your API key has been revoked"),
-    Phrase("key", r"\bunauthenticated\b|\bunauthori[sz]ed\b|authentication (?:failed|required|error)|credentials (?:were |are )?(?:not provided|invalid|missing|incorrect)|invalid token(?! in\b)|invalid (?:access|auth|api|bearer) token|\btoken (?:is |has |was )?(?:expired|revoked)",
+    Phrase("key", r"\bunauthenticated\b|\bunauthori[sz]ed\b|authentication (?:failed|required|error)|credentials (?:were |are )?(?:not provided|invalid|missing|incorrect)|\b(?:invalid|wrong|incorrect|missing|bad) (?:[a-z]{1,20} )?credentials|invalid token(?! in\b)|invalid (?:access|auth|api|bearer) token|\btoken (?:is |has |was )?(?:expired|revoked)",
            "Unauthenticated."),
+    Phrase("key", r"^(?:error:? )?(?:api )?(?:access|permission) (?:is |was |has been )?(?:denied|forbidden|prohibited)\b|\bapi access (?:is |was |has been )?(?:denied|forbidden|prohibited|disabled|blocked|suspended|revoked|restricted)|\baccess (?:is |was |has been )?(?:denied|forbidden|prohibited|disabled|blocked|suspended|revoked) (?:for|to) (?:your|this) (?:account|user|api|key)",
+           "Access denied"),
     Phrase("credits", r"insufficient (?:[a-z]{1,20} ){0,2}(?:credits?|balance|funds|tokens?)|insufficient[ _]?quota",
            "Insufficient funds"),
     Phrase("credits", r"(?:not enough|no more|no|out of|low|zero|negative|0) (?:[a-z]{1,20} )?(?:credits?|balance|funds)\b",
@@ -65,20 +78,24 @@ PHRASES: tuple[Phrase, ...] = (
            "You have used up all your tokens"),
     Phrase("credits", r"\b(?:recharge|top[ -]?up|refill)\b|payment (?:is )?(?:required|overdue|past due)|(?:add|buy|purchase) (?:more )?(?:credits|funds|money)",
            "Please recharge your account"),
-    Phrase("credits", r"\bwallet\b", "Wallet balance is 0"),
+    Phrase("credits", r"\bwallet\b.{0,30}\b(?:balance|empty|low|funds?)\b|\b(?:add|low|empty|funds?|balance)\b.{0,30}\bwallet\b", "Wallet balance is 0"),
     Phrase("plan", r"(?:monthly|daily|weekly|yearly|annual) (?:[a-z]{1,20} ){0,2}(?:limits?|quota|allowance) (?:is |are |was |were |has been |have been )?(?:exceeded|reached|exhausted|over|crossed)",
            "Your monthly limit exceeded, upgrade subscription now"),
     Phrase("plan", r"(?:exceeded|reached|used|crossed)(?: all)?(?: of)? (?:your|the|this) (?:[a-z]{1,20} ){0,2}(?:monthly|daily|weekly|yearly|annual)\b",
            "You have exceeded your monthly limit"),
-    Phrase("plan", r"\b(?:per|this|each|for the|for this) (?:month|week|year|day|billing (?:period|cycle))\b|\bfor today\b",
+    Phrase("plan", r"\b(?:per|this|each|for|for the|for this) (?:month|week|year|day|billing (?:period|cycle))\b|\bfor today\b",
            "100 requests per day are allowed"),
+    Phrase("limited", r"\bqueue (?:size|length|depth|capacity) limit|\blimit of (?:the |your )?queue\b", "Queue size limit reached"),
+    Phrase("plan", r"(?:exceeded|reached|hit|used(?: up)?|crossed) (?:all )?(?:of )?your (?:[a-z]{1,20} )?tokens? (?:limits?|cap|quota|allowance)", "You have reached your token limit"),
     Phrase("order", r"\b(?:size|length|tokens?|characters?|words?|pixels?|resolution|duration|frames?) (?:count )?limit",
            "Image size limit exceeded"),
     Phrase("limited", r"(?:queued|concurrent|parallel|simultaneous) (?:[a-z]{1,20} )?(?:requests?|jobs?|generations?|tasks?)|requests (?:already )?(?:in|on) (?:the |your )?queue",
            "Your plan limit is reached: 5 concurrent requests"),
-    Phrase("plan", r"\b(?:plan|quota|usage|subscription|trial|credits?|free|account|free tier|api calls?) (?:(?!rate\b)[a-z]{1,20} )?limits? (?:is |are |was |were |has been |have been )?(?:exceeded|reached|exhausted|over|crossed)",
+    Phrase("plan", r"\b(?:exceeded|reached|hit|exhausted|crossed|used(?: up)?)\b[a-z ]{0,60} (?:of|for|on|in|under|with) (?:your|the|this) (?:[a-z]{1,20} ){0,2}(?:plan|subscription|package|membership|tier)\b",
+           "You have hit the cap of your plan"),
+    Phrase("plan", r"\b(?:plan|quota|usage|subscription|trial|credits?|free|account|free tier|package|membership|api calls?)(?:['’]s)? (?:(?!rate\b)[a-z]{1,20} )?limits? (?:is |are |was |were |has been |have been )?(?:exceeded|reached|exhausted|over|crossed|hit)",
            "Your usage limit has been reached"),
-    Phrase("plan", r"(?:exceeded|reached|used|exhausted)(?: up)?(?: all)?(?: of)? (?:your|the|this) (?:[a-z]{1,20} ){0,2}(?:plan|quota|usage|subscription|trial|free|api calls|images|generations)\b",
+    Phrase("plan", r"(?:exceeded|reached|hit|used|exhausted)(?: up)?(?: all)?(?: of)? (?:your|the|this) (?:[a-z]{1,20} ){0,2}(?:plan|quota|usage|subscription|package|membership|trial|free|api calls|images|generations)\b",
            "You have used all your free images"),
     Phrase("plan", r"\b(?:limits?|api (?:calls?|requests?)|requests|usage|plan|subscription|account|images|trial) (?:is |are |was |has been |have been )?(?:exhausted|used up|consumed)",
            "Your account is exhausted"),
@@ -86,9 +103,9 @@ PHRASES: tuple[Phrase, ...] = (
            "Quota exceeded"),
     Phrase("plan", r"\bno (?:more )?(?:[a-z]{1,20} )?(?:api calls?|images?|generations?) (?:left|remaining|available)|\b0 (?:api calls?|images?|generations?) (?:left|remaining)",
            "No API calls left"),
-    Phrase("plan", r"(?:subscription|plan|trial) (?:is |was |has |has been |have )?(?:expired|required|ended|over|inactive|cancell?ed|not active|not found)",
+    Phrase("plan", r"(?:subscription|plan|trial|membership|package) (?:is |was |has |has been |have )?(?:expired|required|ended|over|inactive|cancell?ed|not active|not found)",
            "Your subscription has expired"),
-    Phrase("plan", r"(?:requires?|needs?) an? [a-z ]{0,30}(?:subscription|plan)|no (?:active )?(?:subscription|plan)\b|not (?:available|included|allowed) (?:in|on|with|for) (?:your|the|this|free)[a-z ]{0,30} plan",
+    Phrase("plan", r"(?:requires?|needs?) an? [a-z ]{0,30}(?:subscription|plan)|no (?:active )?(?:subscription|plan|membership|package)\b|(?:not|n't) have (?:an? |any )?(?:[a-z]{1,20} ){0,2}(?:subscription|plan|membership|package)\b|\b(?:need|have|must|required) (?:to )?subscribe\b|not (?:available|included|allowed) (?:in|on|with|for) (?:your|the|this|free)[a-z ]{0,30} plan",
            "You need an active plan"),
     Phrase("plan", r"\b(?:premium|paid|paying|enterprise|subscribed) (?:members?|users?|customers?|accounts?|plans?|subscriptions?)\b",
            "Only for enterprise customers"),
@@ -104,11 +121,14 @@ PHRASES: tuple[Phrase, ...] = (
            "Invalid request id"),
     Phrase("unknown_id", r"(?:job|task|training|execution|run|record|generation) (?:was |is )?not found|^not found\.?$",
            "Execution not found"),
-    Phrase("unknown_id", r"(?:does not|doesn't|do not|not) belong", "This request does not belong to you"),
+    Phrase("unknown_id", r"(?:does not|doesn't|do not|not) belong|\bbelongs? to (?:another|a different|someone|somebody|other)|\b(?:not|don't|n't) own\b|\bnot the owner\b", "This request does not belong to you"),
     Phrase("waiting", r"(?:still|currently|being) process(?:ing|ed)|request (?:is )?processing|not (?:yet )?ready|in progress|being generated|(?:in|has been added to) (?:the )?queue\b",
            "Your image is not ready yet"),
-    Phrase("service", r"(?:server|service|queue|system|gpu)s? (?:is |are )?(?:currently |temporarily )?(?:busy|down|full|overloaded|restarting|unavailable|not available)|\bbusy\b|overload|maintenance|temporar|\bagain later\b|\btry later\b|current_queue",
-           "The server is busy"),
+    Phrase("service", r"(?:server|service|queue|system|gpu)s? (?:is |are )?(?:currently |temporarily )?(?:busy|down|full|overloaded|restarting|unavailable|not available)|\bbusy\b|overload|maintenance|temporar|\bagain later\b|\btry later\b|\bcurrent queue\b",
+           "Under maintenance"),
+    Phrase("service", r"\bsqlstate\b|\bdatabase\b.{0,40}\b(?:fail(?:ed|ure)|errors?|down|lost|refused|gone)\b|\bconnection (?:was |is |has been )?(?:refused|reset|failed|lost|closed|error)|\binternal (?:[a-z]{1,20} )?(?:error|failure)|\bupstream\b|\b(?:model|gpu|server|machine|worker|pod|instance|container)s? (?:is |are )?(?:still |currently |being )?(?:loading|loaded|starting|started|booting|warming|initiali[sz]ing|deploying)\b|\bon our (?:end|side)\b",
+           "Database connection failed"),
+    Phrase("memory", r"\bout of (?:[a-z]{1,20} )?memory\b", "CUDA out of memory"),
     Phrase("order", r"(?:field|parameter|prompt|image|url|id|value|size|width|height|model|samples|scale)\b.{0,80}\b(?:required|invalid|missing|must|not found|not valid|not supported|does not exist|too (?:large|small|long|many))"
            r"|\bmust be (?:an?|one|between|at|greater|less|in|of)\b",
            "The width field is required."),
@@ -117,14 +137,21 @@ PHRASES: tuple[Phrase, ...] = (
     Phrase("order", r"^error message$", "Error message"),  # what the vendor's pages show for any failed fetch
     Phrase("try_again", r"\btry again\b|\bretry\b|\bplease wait\b", "Failed, Try Again"),
     Phrase("service", r"server error|\bunavailable\b|\bnot available\b|\bqueue\b|timed? ?-?out|capacity|no (?:gpu|worker)s?\b|(?:high|heavy) (?:traffic|load|demand)|\blater\b|gateway",
-           "Internal server error"),
+           "Gateway timeout"),
 )  # fmt: skip
 _COMPILED = tuple((phrase.meaning, re.compile(phrase.pattern, re.IGNORECASE)) for phrase in PHRASES)
 
 ACCOUNT: frozenset[Meaning] = frozenset({"key", "credits", "plan", "request"})
 RUN_OUT: frozenset[Meaning] = frozenset({"credits", "plan"})  # what may be said with HTTP 429 instead of 402
 OF_THE_JOB: frozenset[Meaning] = frozenset({"order", "unknown_id", "moderated", "waiting"})
-PASSING: frozenset[Meaning] = frozenset({"try_again", "service", "limited", "waiting"})
+PASSING: frozenset[Meaning] = frozenset({"try_again", "service", "memory", "limited", "waiting"})
+# A failure that may yet become ready. Memory that ran out fails the job for good; what the account lacks can be bought.
+RECOVERS: frozenset[Meaning] = (PASSING | RUN_OUT) - {"memory"}
+
+# What a message quotes may be anybody's words: prompts, names, addresses. A single word in quotes stays.
+_QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”|`[^`]*`|(?<!\w)'[^']*'(?!\w)|(?<!\w)‘[^’]*’(?!\w)")
+_PROMPT = re.compile(r"(\bprompts?\s*[:=]).*", re.IGNORECASE | re.DOTALL)
+_NAME = re.compile(r"(?<![\w-])[A-Za-z]+(?:[_-][A-Za-z]+)+(?![\w-])")
 
 
 @lru_cache(maxsize=512)
@@ -134,4 +161,18 @@ def meaning_of(text: str) -> Meaning | None:
     >>> meaning_of("Your monthly limit exceeded, upgrade subscription now"), meaning_of("Something went wrong")
     ('plan', None)
     """
-    return next((meaning for meaning, pattern in _COMPILED if pattern.search(text)), None)
+    words = _own_words(text)
+    return next((meaning for meaning, pattern in _COMPILED if pattern.search(words)), None)
+
+
+def _own_words(text: str) -> str:
+    """Return an error without what it quotes, and its names in plain words.
+
+    >>> _own_words('request_id 7 of "an empty wallet" not found'), _own_words("No image for prompt: an empty wallet")
+    ('request id 7 of not found', 'No image for prompt:')
+    """
+    if not text.lstrip().startswith(("{", "[")):  # in JSON everything is quoted
+        words = _QUOTED.sub(lambda match: "" if " " in match[0].strip() else match[0][1:-1], text)
+        if words.strip():
+            text = " ".join(_PROMPT.sub(r"\1", words).split())
+    return _NAME.sub(lambda match: re.sub("[_-]", " ", match[0]), text)

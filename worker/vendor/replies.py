@@ -41,7 +41,7 @@ from worker.vendor.answers import (
     training_words,
 )
 from worker.vendor.links import listed, promised
-from worker.vendor.phrases import ACCOUNT, OF_THE_JOB, PASSING, RUN_OUT, Meaning, meaning_of
+from worker.vendor.phrases import ACCOUNT, OF_THE_JOB, PASSING, RECOVERS, RUN_OUT, Meaning, meaning_of
 
 RETRY_DEFAULT = 30.0  # seconds; the vendor's own answers ask for as many
 RETRY_LEAST = 1.0
@@ -137,6 +137,11 @@ class Answer:
         return self._meaning or None
 
     @property
+    def is_refusal(self) -> bool:
+        """Whether it calls itself an error, or says that the job failed."""
+        return self.is_error or self.word in FAILED_WORDS
+
+    @property
     def start(self) -> str:
         """The beginning of a body that is no JSON object."""
         return self.body[:MAX_MESSAGE].decode("utf-8-sig", "replace").strip()
@@ -186,6 +191,12 @@ def _is_wall(answer: Answer) -> bool:
     return answer.fields.get("cloudflare_error") is True or (isinstance(kind, str) and kind.startswith(_WALL))
 
 
+def _is_of_the_account(answer: Answer) -> bool:
+    if answer.word in FAILED_WORDS and answer.meaning in RUN_OUT and answer.code < 400:
+        return False  # the job failed for it, and others may yet be asked about
+    return answer.is_refusal and answer.meaning in (RUN_OUT if answer.code == 429 else ACCOUNT)
+
+
 def _limited(answer: Answer) -> Reply:
     return RateLimited(_retry_after(answer), answer.says())
 
@@ -216,7 +227,7 @@ def _training(answer: Answer) -> Reply | None:
     if is_final or answer.word in FAILED_WORDS:
         reason = fields.get("data")
         text = plain_text(reason[:MAX_MESSAGE]).strip() if isinstance(reason, str) else ""
-        may_recover = not is_final and meaning_of(answer.message) in PASSING
+        may_recover = not is_final and answer.meaning in RECOVERS
         return Failed(text or answer.message or "the training failed", may_recover)
     if "model_ready" in words:
         return Ready(())
@@ -237,7 +248,7 @@ def _server(answer: Answer) -> Reply:
 
 def _failed(answer: Answer) -> Reply:
     message = answer.message or "failed, without a message"
-    return Failed(message, may_recover=meaning_of(message) in PASSING)
+    return Failed(message, may_recover=answer.meaning in RECOVERS)
 
 
 def _error(answer: Answer) -> Reply:
@@ -273,7 +284,11 @@ def _is_refused_by_code(answer: Answer) -> bool:
         return False
     if answer.fields is None:
         return answer.code != 403 and not answer.is_page
-    return answer.code != 403 or answer.meaning not in OF_THE_JOB
+    if answer.code == 401:
+        return answer.meaning != "service"
+    if answer.word in FAILED_WORDS or answer.word in WAITING or answer.meaning == "unknown_id":
+        return False  # it is about the job, by its own words
+    return answer.code == 402 or (answer.meaning != "service" and answer.meaning not in OF_THE_JOB)
 
 
 def _unread(answer: Answer) -> Reply:
@@ -302,14 +317,14 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "account",
         "Before the limits: a monthly limit is a plan that has run out, and no pause ends it.",
-        lambda answer: answer.is_error and answer.meaning in (RUN_OUT if answer.code == 429 else ACCOUNT),
+        _is_of_the_account,
         _refused,
         Example('{"status": "error", "message": "Your monthly limit exceeded"}'),
     ),
     Rule(
         "limit",
         "Before the codes: a limit comes with any HTTP status.",
-        lambda answer: answer.code == 429 or (answer.is_error and answer.meaning == "limited"),
+        lambda answer: answer.code == 429 or (answer.is_refusal and answer.meaning == "limited"),
         _limited,
         Example('{"status": "error", "messege": "Rate limit exceeded"}'),
     ),
