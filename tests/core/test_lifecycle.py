@@ -590,6 +590,23 @@ def test_given_a_promised_link_when_its_server_says_when_to_come_again_then_it_i
     )
 
 
+def test_given_no_process_that_downloads_for_an_hour_then_a_promised_link_is_still_tried_five_times() -> None:
+    """Else a link whose file is there a minute later would cost its job."""
+    dead, moment, waits = DeadLink("HTTP 404"), 3_600.0, list[float]()
+    for attempts in range(1, 5):
+        result = after_attempt(replace(PROMISED, attempts=attempts), dead, now=at(moment), deadline=timedelta(days=1))
+        assert isinstance(result, TryAgain)
+        waits.append(result.wait)
+        moment += result.wait
+
+    assert waits == [5, 10, 20, 40]
+    last = after_attempt(replace(PROMISED, attempts=5), dead, now=at(moment), deadline=timedelta(days=1))
+    assert last == GiveUp("gone", "HTTP 404; a promised link, tried for 3675 s")
+    slow = after_attempt(PROMISED, Trouble("http_error", "429", 3_600.0), now=at(700), deadline=timedelta(days=1))
+    assert isinstance(slow, TryAgain)
+    assert slow.wait == 60
+
+
 def test_given_a_promised_link_then_a_short_output_deadline_counts_and_storage_trouble_never_ends_it() -> None:
     dead, full = DeadLink("HTTP 404"), Trouble("storage", "disk full")
 

@@ -50,6 +50,7 @@ RETRY_AFTER_MOST = 3_600.0  # a server that asks for more is asked again all the
 STORAGE_WAIT = 15.0
 PROMISE_CODES = frozenset({"not_found", "no_output", "expired"})  # of ends before which promised links are tried
 PROMISE_PATIENCE = timedelta(minutes=10)
+PROMISE_ATTEMPTS = 5  # at least: the processes that download may have been away for all of the ten minutes
 PROMISE_WAIT_LEAST, PROMISE_WAIT_MOST = 5.0, 60.0
 EARLY_CODES = frozenset({"not_media", "truncated", "gone"})  # of an attempt before, while the store lagged
 
@@ -340,7 +341,7 @@ def after_attempt(
 ) -> StoredFile | TryAgain | GiveUp:
     """What becomes of an output. `deadline` is how long after `ready_at` one in trouble is still tried."""
     if output.promised:
-        return _after_promised(output, attempt, now=now, until=output.ready_at + min(PROMISE_PATIENCE, deadline))
+        return _after_promised(output, attempt, now=now, deadline=deadline)
     late = now >= output.ready_at + deadline
     match _about_the_output(output, attempt):
         case StoredFile() as stored:
@@ -361,9 +362,12 @@ def after_attempt(
 
 
 def _after_promised(
-    output: OutputFacts, attempt: Attempt, *, now: datetime, until: datetime
+    output: OutputFacts, attempt: Attempt, *, now: datetime, deadline: timedelta
 ) -> StoredFile | TryAgain | GiveUp:
-    """Return what becomes of a promised link: it is tried until it brings a file, with pauses that grow."""
+    """Return what becomes of a promised link: it is tried until it brings a file, with pauses that grow.
+
+    It ends after 10 minutes and 5 attempts, or at the deadline of outputs if that is earlier.
+    """
     match attempt:
         case StoredFile():
             return attempt
@@ -372,13 +376,15 @@ def _after_promised(
         case Trouble("storage", message):
             return TryAgain(STORAGE_WAIT, "storage", message)
     code = "gone" if isinstance(attempt, DeadLink) else attempt.code
-    left = (until - now).total_seconds()
-    if left <= 0:
-        tried = f"a promised link, tried for {(now - output.ready_at).total_seconds():.0f} s"
-        return GiveUp(code, f"{attempt.message}; {tried}")
+    age = now - output.ready_at
+    if age >= deadline or (age >= PROMISE_PATIENCE and output.attempts >= PROMISE_ATTEMPTS):
+        return GiveUp(code, f"{attempt.message}; a promised link, tried for {age.total_seconds():.0f} s")
     wait = min(PROMISE_WAIT_LEAST * 2 ** min(output.attempts - 1, 10), PROMISE_WAIT_MOST)
     least = (attempt.retry_after or 0.0) if isinstance(attempt, Trouble) else 0.0
-    return TryAgain(min(max(wait, least), left), code, attempt.message, counts=False)
+    late = age >= PROMISE_PATIENCE
+    left = timedelta(seconds=PROMISE_WAIT_MOST) if late else PROMISE_PATIENCE - age
+    wait = min(max(wait, least), left.total_seconds(), (deadline - age).total_seconds())
+    return TryAgain(wait, code, attempt.message, counts=False)
 
 
 def _about_the_output(output: OutputFacts, attempt: Attempt) -> Attempt:
