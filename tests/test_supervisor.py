@@ -221,7 +221,9 @@ def test_given_no_file_left_to_open_when_a_program_is_to_be_started_again_then_t
         supervisor.start(python("dies", "raise SystemExit(1)"))
         assert supervisor.wait_until(lambda: bool(words.of("lives")), MOST_SECONDS, 0.02)
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/dev/fd").iterdir())), hard))
+            lowest_free = os.dup(0)
+            os.close(lowest_free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
             refused = supervisor.wait_until(
                 lambda: any("dies can't be started" in text for text in words.of("up")), MOST_SECONDS, 0.02
             )

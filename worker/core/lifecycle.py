@@ -38,7 +38,7 @@ EMPTY_ANSWERS = 5
 UNKNOWN_GRACE = timedelta(seconds=60)
 RECOVERABLE_ANSWERS, RECOVERABLE_APART = 5, timedelta(seconds=15)  # "Failed, Try Again" gets a minute at least
 MAX_EXPECTED = 3_600.0  # seconds that an eta may make a failed job wait
-VAGUE_APART = timedelta(seconds=60)  # between two errors that count, where they don't say what is wrong
+VAGUE_APART = timedelta(seconds=10)  # between two errors that count, where they don't say what is wrong
 AFTER_HOLD_GRACE = timedelta(seconds=60)
 
 BAD_BODY_ATTEMPTS = 3
