@@ -194,6 +194,31 @@ def test_given_any_other_answer_then_the_next_look_is_planned_and_the_answer_kep
         assert [json.loads(one.body) for one in answers_of(connection, job_ids=[job_id])] == [answer]
 
 
+def test_given_a_ready_answer_about_a_job_that_has_outputs_then_the_next_look_is_planned(looks: Looks) -> None:
+    """Nothing changes by it; the look must not come back every minute."""
+    job_id = looks.expired()
+    with looks.engine.begin() as connection:
+        add_output(connection, job_id, status="failed", due_at=None, error_code="gone")
+    looks.says(READY)
+
+    assert looks.looks.run() == 1
+
+    look = looks.look(job_id)
+    assert look is not None
+    assert (look.looks, look.due_at) == (1, job_of(looks.engine, job_id).deadline_at + timedelta(hours=3))
+
+
+def test_given_a_look_that_ended_with_its_process_again_and_again_then_it_is_not_made_any_more(looks: Looks) -> None:
+    often, too_often = looks.expired("1", looks=len(AFTER) + 3), looks.expired("2", looks=len(AFTER) + 4)
+    for remote_id in ("1", "2"):
+        looks.says(PROCESSING, remote_id=remote_id)
+
+    assert looks.looks.run() == 1
+
+    assert [job_of(looks.engine, job_id).polls for job_id in (often, too_often)] == [1, 0]
+    assert looks.look(too_often) is None
+
+
 def test_given_the_fourth_look_when_the_job_is_still_not_ready_then_there_is_no_other(looks: Looks) -> None:
     job_id = looks.expired(hours_ago=24.1, looks=3)
     looks.says(PROCESSING)

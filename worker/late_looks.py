@@ -238,7 +238,11 @@ class LateLooks:
         """Write what a look led to, in the caller's transaction."""
         reply = asked.reply
         if isinstance(reply, Ready):
-            return revive(connection, {look.job.id: reply}, tally, now=now, why="after it had expired", queued=True)
+            found = {look.job.id: reply}
+            revived = revive(connection, found, tally, now=now, why="after it had expired", queued=True)
+            if not revived.jobs:  # it has outputs already
+                plan_next_look(connection, look, self._after, now=now)
+            return revived
         if isinstance(reply, (RateLimited, AccountRefused)) or (isinstance(reply, ApiDown) and asked.raw is None):
             defer_look(connection, look, due_at=now + BUSY_WAIT, sent=True)  # nobody was asked about the job
             return Revived({}, ())

@@ -14,6 +14,7 @@ from worker.store.batch import insert_missing
 from worker.store.claims import ClaimedJob
 from worker.tables import jobs, late_looks
 
+LOST_LOOKS = 3  # beyond those planned: more began and never ended, so the look kills its process again and again
 STALE = timedelta(days=1)  # after its last look's time a row is of no use: by then no link lives
 
 
@@ -146,9 +147,16 @@ def defer_due(connection: Connection, job_ids: Sequence[int], *, now: datetime, 
 
 
 def drop_stale(connection: Connection, after: Sequence[float], *, now: datetime, limit: int) -> int:
-    """Forget due looks of jobs that are not expired, or whose last time is more than a day ago; return how many."""
+    """Forget due looks that are of no use; return how many.
+
+    Their job is not expired, or their last time is more than a day ago, or they began too often without an end.
+    """
     last = timedelta(seconds=after[-1]) + STALE
-    over = or_(jobs.c.status.not_in(("expired", "downloading")), jobs.c.deadline_at < now - last)
+    over = or_(
+        jobs.c.status.not_in(("expired", "downloading")),
+        jobs.c.deadline_at < now - last,
+        late_looks.c.looks > len(after) + LOST_LOOKS,
+    )
     query = select(jobs.c.id).join(late_looks, late_looks.c.job_id == jobs.c.id)
     query = query.where(late_looks.c.due_at <= now, over).order_by(jobs.c.id).limit(limit)
     stale = list(connection.execute(query.with_for_update(skip_locked=True)).scalars())
