@@ -138,15 +138,15 @@ def test_a_job_whose_promised_links_are_tried_before_it_expires_has_its_answer_k
     assert [json.loads(kept.body) for kept in _kept(engine, ids["7"])] == [answer]
     with engine.begin() as connection:
         hour = past + timedelta(hours=1)
-        assert due_looks(connection, now=hour, limit=10) == []
+        assert due_looks(connection, ["default"], now=hour, limit=10) == []
         connection.execute(outputs.update().values(status="failed", error_code="gone", due_at=None))
         assert settle(connection, ids["7"], Tally(), now=hour) == "expired"
-        assert [due.job_id for due in due_looks(connection, now=hour, limit=10)] == [ids["7"]]
+        assert [due.job_id for due in due_looks(connection, ["default"], now=hour, limit=10)] == [ids["7"]]
 
         ready = Ready((Link("https://cdn.test/other.png"),))
         revived = revive(connection, {ids["7"]: ready}, Tally(), now=hour, why="a test", queued=True)
         assert revived.jobs == {ids["7"]: "downloading"}
-        assert due_looks(connection, now=hour, limit=10) == []
+        assert due_looks(connection, ["default"], now=hour, limit=10) == []
     with engine.connect() as connection:
         [output] = connection.execute(select(outputs)).all()
         promise = promise_row(connection, ids["7"])

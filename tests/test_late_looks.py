@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import Engine, Row, select, update
+from sqlalchemy import Engine, Row, event, select, update
 from sqlalchemy.engine import make_url
 
 from tests.downloads import PNG
@@ -302,6 +302,38 @@ def test_given_five_jobs_with_paths_that_the_api_does_not_have_then_the_host_is_
     assert (gate is not None and gate.held(looks.now())) is held
     rows = [looks.look(job_id) for job_id in ids]
     assert [row is not None and row.looks for row in rows] == [1] * 5
+
+
+def test_given_looks_of_an_account_whose_key_another_process_has_then_they_are_left_to_it(looks: Looks) -> None:
+    """They neither move, nor keep those of other accounts waiting."""
+    foreign = [looks.expired(str(number), account="shop") for number in range(120)]
+    planned = [looks.look(job_id) for job_id in foreign[:3]]
+    own = looks.expired("own")
+    looks.says(PROCESSING, remote_id="own")
+
+    assert looks.looks.run() == 1
+
+    assert [looks.look(job_id) for job_id in foreign[:3]] == planned
+    assert job_of(looks.engine, own).polls == 1
+
+
+def test_given_a_hundred_looks_of_a_held_account_then_one_statement_puts_them_off_by_ten_minutes(
+    looks: Looks,
+) -> None:
+    ids = [looks.expired(str(number)) for number in range(100)]
+    looks.gate(lambda gate: paused(gate, now=looks.now()))
+    statements: list[str] = []
+
+    def note(*given: Any) -> None:
+        statements.append(given[2].split()[0])
+
+    event.listen(looks.engine, "before_cursor_execute", note)
+    assert looks.looks.run() == 0
+    event.remove(looks.engine, "before_cursor_execute", note)
+
+    assert (statements.count("UPDATE"), len(statements) < 30) == (1, True)
+    rows = [looks.look(job_id) for job_id in ids]
+    assert all(row is not None and row.due_at - looks.now() > timedelta(minutes=9) for row in rows)
 
 
 @pytest.mark.parametrize("trouble", ["refused account", "paused account", "held host", "no key", "short", "late work"])

@@ -47,7 +47,8 @@ log = logging.getLogger(__name__)
 
 AT_ONCE = 100  # due looks of one run
 LEASE_MARGIN = timedelta(seconds=30)  # beyond the time of a call: a look of a process that died is made after it
-BUSY_WAIT = timedelta(seconds=60)  # until a look is tried again that could not be made, or led to no answer
+BUSY_WAIT = timedelta(seconds=60)  # until a look is tried again that led to no answer
+SHUT_WAIT = timedelta(minutes=10)  # the same where its account or host may not be asked now, or has no time
 REFUSED_WAIT = timedelta(hours=1)  # the same where the settings keep the key from its address
 LATE_SECONDS = 2.0  # a job of the account that is due for longer shows that its requests are short
 SOON_SECONDS = 0.05  # a request that may go out within it needs no waiting
@@ -112,20 +113,23 @@ class LateLooks:
 
     def _due(self, limit: int) -> list[DueLook]:
         with self._engine.connect() as connection:
-            return due_looks(connection, now=database_now(connection), limit=limit)
+            return due_looks(connection, list(self._keys), now=database_now(connection), limit=limit)
 
     def _open(self) -> list[DueLook]:
-        """Return the due looks of accounts and hosts that may be asked, and put the others off."""
+        """Return the due looks of accounts and hosts that may be asked, and put the others off.
+
+        Those of accounts whose key this process does not have are left to the processes that have it.
+        """
         with self._engine.begin() as connection:
             now = database_now(connection)
-            due = due_looks(connection, now=now, limit=AT_ONCE)
+            due = due_looks(connection, list(self._keys), now=now, limit=AT_ONCE)
             if not due:
                 return []
             known = all_gates(connection)
             free = {account: self._is_free(connection, account, known, now) for account in {one.account for one in due}}
             may = [one for one in due if free[one.account] and _host_is_open(known, one.host, now)]
             shut = {one.job_id for one in due}.difference(one.job_id for one in may)
-            defer_due(connection, list(shut), now=now, due_at=now + BUSY_WAIT)
+            defer_due(connection, list(shut), now=now, due_at=now + SHUT_WAIT)
             return may
 
     def _is_free(

@@ -95,7 +95,7 @@ def test_a_look_is_claimed_by_one_process_and_comes_back_after_its_lease(engine:
         assert claim_look(connection, job_id, now=at - seconds(1), lease=LEASE) is None
         first = _claim(connection, job_id, at)
     with engine.begin() as connection:
-        assert due_looks(connection, now=at, limit=10) == []
+        assert due_looks(connection, ["default"], now=at, limit=10) == []
         assert claim_look(connection, job_id, now=at + seconds(49), lease=LEASE) is None
         assert still_ours(connection, first)
 
@@ -137,9 +137,9 @@ def test_looks_that_can_not_be_made_now_keep_no_other_waiting(engine: Engine) ->
     at = NOW + seconds(HOUR)
     with engine.begin() as connection:
         shut, free = _planned(connection, "1"), _planned(connection, "2")
-        assert [due.job_id for due in due_looks(connection, now=at, limit=1)] == [shut]
+        assert [due.job_id for due in due_looks(connection, ["default"], now=at, limit=1)] == [shut]
         defer_due(connection, [shut], now=at, due_at=at + seconds(60))
-        [due] = due_looks(connection, now=at, limit=1)
+        [due] = due_looks(connection, ["default"], now=at, limit=1)
         assert (due.job_id, due.account, due.host) == (free, "default", "api.test")
 
 
@@ -152,7 +152,7 @@ def test_retried_and_removed_jobs_leave_the_table(engine: Engine) -> None:
             jobs.update().where(jobs.c.id == changed).values(status="cancelled", error_code=None)
         )
         due = NOW + seconds(HOUR)
-        assert due_looks(connection, now=due, limit=10) == []
+        assert due_looks(connection, ["default"], now=due, limit=10) == []
         assert claim_look(connection, changed, now=due, lease=LEASE) is None
         assert drop_stale(connection, AFTER, now=due, limit=10) == 1
         assert connection.execute(select(late_looks)).all() == []

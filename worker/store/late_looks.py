@@ -56,12 +56,12 @@ def forget_looks(connection: Connection, job_ids: Iterable[int]) -> None:
     connection.execute(delete(late_looks).where(late_looks.c.job_id.in_(list(job_ids))))
 
 
-def due_looks(connection: Connection, *, now: datetime, limit: int) -> list[DueLook]:
-    """Return the looks that are due, those due longest first."""
+def due_looks(connection: Connection, accounts: Sequence[str], *, now: datetime, limit: int) -> list[DueLook]:
+    """Return the looks at jobs of these accounts that are due, those due longest first."""
     query = (
         select(late_looks.c.job_id, jobs.c.account, jobs.c.fetch_host)
         .join(jobs, jobs.c.id == late_looks.c.job_id)
-        .where(late_looks.c.due_at <= now, jobs.c.status == "expired")
+        .where(late_looks.c.due_at <= now, jobs.c.status == "expired", jobs.c.account.in_(accounts))
         .order_by(late_looks.c.due_at, late_looks.c.job_id)
         .limit(limit)
     )
@@ -140,10 +140,12 @@ def defer_look(connection: Connection, look: ClaimedLook, *, due_at: datetime, s
 
 def defer_due(connection: Connection, job_ids: Sequence[int], *, now: datetime, due_at: datetime) -> None:
     """Put due looks off that can't be made now, so that they keep no other waiting."""
-    for job_id in sorted(job_ids):
-        if _locked(connection, job_id) is not None:
-            due = (late_looks.c.job_id == job_id, late_looks.c.due_at <= now)
-            connection.execute(update(late_looks).where(*due).values(due_at=due_at))
+    # Jobs are locked before their looks, as everywhere.
+    locked = select(jobs.c.id).where(jobs.c.id.in_(job_ids)).order_by(jobs.c.id).with_for_update(skip_locked=True)
+    ours = list(connection.execute(locked).scalars()) if job_ids else []
+    if ours:
+        due = (late_looks.c.job_id.in_(ours), late_looks.c.due_at <= now)
+        connection.execute(update(late_looks).where(*due).values(due_at=due_at))
 
 
 def drop_stale(connection: Connection, after: Sequence[float], *, now: datetime, limit: int) -> int:
