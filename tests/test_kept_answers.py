@@ -124,6 +124,19 @@ def test_the_last_answer_of_a_job_that_ends_without_an_output_is_kept(
     assert (json.loads(row.body), row.recognised) == (answer, True)
 
 
+def test_a_job_that_a_promised_link_completes_has_no_looks_any_more(engine: Engine) -> None:
+    """They were planned as its deadline passed, for the case that it expires."""
+    with engine.connect() as connection:
+        past = database_now(connection) - timedelta(minutes=1)
+    ids = _record(engine, {"7": {"status": "processing", "future_links": [LINK]}}, deadline_at=past)
+    with engine.begin() as connection:
+        planned = look_of(connection, ids["7"])
+        connection.execute(outputs.update().values(status="stored", location="file:///a.png", due_at=None))
+
+        assert settle(connection, ids["7"], Tally(), now=past) == "completed"
+        assert (planned is None, look_of(connection, ids["7"])) == (False, None)
+
+
 def test_a_job_whose_promised_links_are_tried_before_it_expires_has_its_answer_kept_and_its_looks(
     engine: Engine,
 ) -> None:

@@ -455,6 +455,7 @@ def settle(connection: Connection, job_id: int, tally: Tally, *, now: datetime) 
         return None
     if end_status is not None and stored:
         end_promises(connection, job_id)
+        forget_looks(connection, [job_id])  # planned for the case that it expires
     values: dict[str, Any] = {"error_code": None}  # its message stays: it may say that outputs were left out
     status = "completed"
     if end_status is not None and not stored:
