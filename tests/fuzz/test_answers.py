@@ -24,7 +24,7 @@ from worker.core.identity import FetchAddress
 from worker.core.lifecycle import JobFacts, Strikes
 from worker.core.pace import Pace
 from worker.core.plain_text import plain_text
-from worker.core.reply import AnotherJob, RateLimited, RawAnswer, Ready, Reply
+from worker.core.reply import AnotherJob, Empty, Processing, RateLimited, RawAnswer, Ready, Reply
 from worker.kept_text import kept_text
 from worker.recorder import Recorder
 from worker.scrubber import Scrubber
@@ -223,6 +223,8 @@ BASE = "https://api.test/api/v3/fetch"
 
 
 def _ready(reply: Reply) -> set[str]:
+    if isinstance(reply, (Processing, Empty)) and reply.promised:
+        return {"downloading"}  # at the end of its time a job is looked for where it was promised
     if not isinstance(reply, Ready):
         return set()
     return {"downloading"} if reply.outputs else {"completed"}

@@ -204,9 +204,8 @@ CODES_AND_BODIES: list[tuple[int, object, Reply]] = [
 ]
 
 ECHOES: list[tuple[object, Reply]] = [
-    *[(echo, Ready((Link(A),))) for echo in (12202888, "12202888", " 12202888 ", 12202888.0, "", "  ", None, [], [1], {"a": 1}, True, False)],
+    *[(echo, Ready((Link(A),))) for echo in (12202888, "12202888", " 12202888 ", 12202888.0, 0, "0", " 0 ", 0.0, "", "  ", None, [], [1], {"a": 1}, True, False)],
     (1, AnotherJob("1")),
-    (0, AnotherJob("0")),
     (-12202888, AnotherJob("-12202888")),
     ("12202888x", AnotherJob("12202888x")),
     ("012202888", AnotherJob("012202888")),
@@ -234,6 +233,14 @@ WAITS: list[tuple[str, dict[str, str], dict[str, object], float]] = [
     ("empty header", {"Retry-After": ""}, {"retry_after": 8}, 8.0),
     ("words", {}, {"message": "try again in 2 minutes"}, 120.0),
     ("words of a tip", {}, {"tips": "wait for 45 seconds"}, 45.0),
+    ("one and a half", {}, {"message": "try again in 1.5 minutes"}, 90.0),
+    ("a letter", {}, {"message": "wait 45s"}, 45.0),
+    ("the time to wait, not of the limit", {}, {"message": "5 requests per 60 seconds, try again in 12 sec"}, 12.0),
+    ("the time to wait comes after", {}, {"message": "1 request per minute: please wait for another 20 seconds, not 50 seconds"}, 20.0),
+    ("no unit", {}, {"message": "wait 45 smiles"}, 30.0),
+    ("reset in milliseconds", {"X-RateLimit-Reset": str(int((NOW + 20) * 1000))}, {}, 20.0),
+    ("body in another spelling", {}, {"retryAfter": 8}, 8.0),
+    ("body as words", {}, {"retryAfter": "8 seconds"}, 8.0),
     ("half an hour", {}, {"message": "429: try again in 30 minutes"}, 900.0),
     ("a day", {"Retry-After": "86400"}, {}, 900.0),
     ("negative", {"Retry-After": "-5"}, {}, 1.0),
@@ -255,6 +262,14 @@ TRAININGS: list[tuple[object, Reply]] = [
     ({"status": "success", "messege": "deploying_gpu", "output": [A]}, Processing()),
     ({"status": "failed", "message": "Request not found"}, UnknownId("Request not found")),
     ({"status": "failed", "message": "out of memory"}, Failed("out of memory")),
+    *[({"status": "success", "messege": word}, Ready(())) for word in ("Model Ready", "MODEL-READY", " model  ready ")],
+    *[({"status": "success", "messege": word, "data": "x"}, Failed("x")) for word in ("Training failed", "Training Failed: no GPU", "training-failed")],
+    *[({"status": "success", name: "Error", "data": "x"}, Failed("x")) for name in ("model_training_status", "training_status")],
+    ({"status": "success", "messege": "model_ready", "training_id": "F6"}, AnotherJob("F6")),
+    ({"status": "success", "messege": "training_failed", "id": 8}, AnotherJob("8")),
+    ({"status": "success", "messege": "model_ready", "id": 8, "training_id": ID}, Ready(())),
+    ({"status": "success", "messege": "deploying_gpu", "id": 8}, Processing()),
+    ({"status": "success", "messege": "model_ready", "id": 0, "model_id": "x"}, Ready(())),
     (error("Invalid Api Key"), AccountRefused("key", "Invalid Api Key")),
 ]
 # fmt: on
@@ -283,6 +298,52 @@ def test_code_and_body_decide_together(status: int, body: object, reply: Reply) 
 @pytest.mark.parametrize(("echoed", "reply"), ECHOES, ids=shown)
 def test_a_success_with_another_id_is_not_about_this_job(echoed: object, reply: Reply) -> None:
     assert ask(success([A], id=echoed)) == reply
+
+
+@pytest.mark.parametrize(("echoed", "reply"), ECHOES, ids=shown)
+def test_a_failure_with_another_id_is_not_about_this_job(echoed: object, reply: Reply) -> None:
+    body = {"status": "failed", "id": echoed, "message": "Invalid input dimensions"}
+
+    assert ask(body) == (reply if isinstance(reply, AnotherJob) else Failed("Invalid input dimensions"))
+
+
+def test_capital_letters_make_no_other_job_and_neither_does_another_name_of_the_id() -> None:
+    question = Question("Ab-7", NOW)
+    for fields in ({"id": "aB-7"}, {"id": " AB-7"}, {"id": 9, "chat_id": "ab-7"}, {"id": 9, "request_id": "ab-7"}):
+        assert parse(200, {}, json.dumps(success([A], **fields)).encode(), question) == Ready((Link(A),))
+
+
+BESIDE: list[tuple[dict[str, object], Reply]] = [
+    ({"message": "Error", "error": "Insufficient credits"}, AccountRefused("credits", "Error")),
+    ({"status": "error", "message": "Error", "msg": "Invalid API key"}, AccountRefused("key", "Error")),
+    ({"error": "insufficient_credits"}, AccountRefused("credits", "insufficient_credits")),
+    ({"errors": [{"code": "insufficient_credits"}]}, AccountRefused("credits", "insufficient_credits")),
+    (
+        {"errors": [{"title": "Oops"}, {"code": "rate_limit_exceeded"}]},
+        RateLimited(30.0, '[{"title": "Oops"}, {"code": "rate_limit_exceeded"}]'),
+    ),
+    ({"errors": ["Oops", "Request not found"]}, UnknownId('["Oops", "Request not found"]')),
+    ({"status": "error", "message": "Oops", "code": "invalid-api-key"}, AccountRefused("key", "Oops")),
+    ({"status": "failed", "message": "Error", "error": "Invalid API key"}, AccountRefused("key", "Error")),
+    ({"status": "failed", "message": "Error", "error": "Insufficient credits"}, Failed("Error", may_recover=True)),
+    ({"status": "error", "message": "Oops", "code": 401}, AccountRefused("key", "Oops")),
+    ({"message": "Oops", "code": "402"}, AccountRefused("credits", "Oops")),
+    ({"error": {"code": 403, "message": "Oops"}}, AccountRefused("plan", "Oops")),
+    ({"error": {"code": 429, "message": "Oops"}}, RateLimited(30.0, "Oops")),
+    ({"status": "401", "message": "Oops"}, AccountRefused("key", "Oops")),
+    ({"status": "429"}, RateLimited(30.0, "HTTP 429")),
+    ({"status": "500", "message": "Oops"}, ApiDown("HTTP 500: Oops")),
+    ({"status": "200", "message": "Oops"}, Unread("unknown status '200'")),
+    ({"status": "success", "code": 401, "output": [A]}, Ready((Link(A),))),
+    ({"status": "failed", "code": 402, "message": "Oops"}, Failed("Oops")),
+    ({"status": "error", "message": "Oops", "code": 7}, ApiError("Oops", vague=True)),
+    ({"status": "error", "message": "Oops", "errors": {"prompt": ["required"]}}, ApiError("Oops")),
+]
+
+
+@pytest.mark.parametrize(("body", "reply"), BESIDE, ids=shown)
+def test_what_stands_beside_a_message_without_a_meaning_is_read(body: dict[str, object], reply: Reply) -> None:
+    assert ask(body) == reply
 
 
 @pytest.mark.parametrize(("headers", "body", "wait"), [pytest.param(*case, id=name) for name, *case in WAITS])

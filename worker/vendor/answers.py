@@ -11,7 +11,11 @@ from worker.core.plain_text import plain_text
 MAX_MESSAGE = 500
 MESSAGE_FIELDS = ("message", "messege", "error_message", "msg", "detail", "title")
 _LESSER_FIELDS = ("reason", "description", "data", "result", "tips")  # where nothing is said in any of those
-_TRAINING_FIELDS = ("model_training_status", "training_status", "messege", "message")
+_MANY = 10  # errors of one answer that are looked at
+_CODE_FIELDS = ("code", "error_code", "status_code", "statusCode", "status")
+_ABOUT_THE_CALLER = frozenset({401, 402, 403, 429})
+_STATE_FIELDS = ("model_training_status", "training_status")
+_TRAINING_FIELDS = (*_STATE_FIELDS, "messege", "message")
 
 
 def json_object(body: bytes) -> dict[str, Any] | None:
@@ -41,10 +45,12 @@ def status_of(answer: Mapping[str, Any]) -> str:
     ('success', 'error', 'error')
     """
     status = answer.get("status")
-    if isinstance(status, str):
+    if isinstance(status, str) and not status.strip().isdecimal():
         return plain_text(status.strip()[:100]).strip().lower()
     if status is False or http_status_of(answer) is not None:
         return "error"
+    if isinstance(status, str):
+        return plain_text(status.strip()[:100]).strip()
     if status is None and (answer.get("success") is False or answer.get("error") or answer.get("errors")):
         return "error"
     if status is True or (status is None and answer.get("success") is True):
@@ -55,11 +61,29 @@ def status_of(answer: Mapping[str, Any]) -> str:
 def http_status_of(answer: Mapping[str, Any]) -> int | None:
     """Return the HTTP code of a failure that an answer names as its status, or None.
 
-    >>> http_status_of({"status": 401, "message": "Unauthenticated."})
-    401
+    A `code` counts where it is about the caller, and no status says how the job is.
+
+    >>> http_status_of({"status": 401, "message": "Unauthenticated."}), http_status_of({"error": {"code": "402"}})
+    (401, 402)
     """
-    status = answer.get("status")
-    return status if type(status) is int and 400 <= status < 600 else None
+    word = answer.get("status")
+    status = _whole_number(word)
+    if status is not None and 400 <= status < 600:
+        return status
+    if word is True or (isinstance(word, str) and word.strip().lower() not in ("", "error")):
+        return None
+    if word is None and answer.get("success") is True:
+        return None
+    error = answer.get("error")
+    holders = (answer, error) if isinstance(error, dict) else (answer,)
+    codes = (_whole_number(holder.get(name)) for holder in holders for name in _CODE_FIELDS)
+    return next((code for code in codes if code in _ABOUT_THE_CALLER), None)
+
+
+def _whole_number(value: object) -> int | None:
+    if isinstance(value, str) and len(value) <= 9 and value.strip().isdecimal():
+        return int(value)
+    return value if type(value) is int else None
 
 
 def message_of(answer: Mapping[str, Any]) -> str:
@@ -73,6 +97,8 @@ def message_of(answer: Mapping[str, Any]) -> str:
     message = next((answer[name] for name in MESSAGE_FIELDS if answer.get(name)), None)
     if message is None:
         error = answer.get("error") or answer.get("errors")
+        if isinstance(error, list) and len(error) == 1:
+            error = error[0]
         message = (message_of(error) or error.get("code") or error) if isinstance(error, dict) else error
     if not message or message is True:
         held = next((answer[name] for name in _LESSER_FIELDS if answer.get(name)), "")
@@ -83,6 +109,26 @@ def message_of(answer: Mapping[str, Any]) -> str:
         except (ValueError, RecursionError):
             message = type(message).__name__
     return plain_text(message[:MAX_MESSAGE])
+
+
+def other_words(answer: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what an error says beside its message: in the other fields of messages, in its errors, in their codes.
+
+    >>> list(other_words({"message": "Error", "error": "Insufficient credits"}))
+    ['Error', 'Insufficient credits', '']
+    """
+    for name in MESSAGE_FIELDS:
+        if answer.get(name):
+            yield message_of({"message": answer[name]})
+    for name in ("error", "errors"):
+        error = answer.get(name)
+        for part in error[:_MANY] if isinstance(error, list) else [error]:
+            words = message_of(part) if isinstance(part, dict) else ""
+            if part:
+                yield words or message_of({"message": part})
+            if isinstance(part, dict):
+                yield code_of(part)
+    yield code_of(answer)
 
 
 def code_of(answer: Mapping[str, Any]) -> str:
@@ -102,11 +148,17 @@ def code_of(answer: Mapping[str, Any]) -> str:
 
 
 def training_words(answer: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the words that may be the state of a training, in lower case."""
+    """Yield the words that may be the state of a training, in lower case, with `_` for blanks.
+
+    >>> list(training_words({"messege": "Model Ready"}))
+    ['model_ready']
+    """
     for name in _TRAINING_FIELDS:
         word = answer.get(name)
         if isinstance(word, str) and word.strip():
-            yield word.strip()[:100].lower()
+            state = "_".join(word.strip()[:100].lower().replace("-", " ").split())
+            # An error that is the state of the training is its end; one in a message may be of the call.
+            yield "failed" if state == "error" and name in _STATE_FIELDS else state
 
 
 def execution_of(answer: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -149,7 +149,7 @@ PASSING: frozenset[Meaning] = frozenset({"try_again", "service", "memory", "limi
 RECOVERS: frozenset[Meaning] = (PASSING | RUN_OUT) - {"memory"}
 
 # What a message quotes may be anybody's words: prompts, names, addresses. A single word in quotes stays.
-_QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”|`[^`]*`|(?<!\w)'[^']*'(?!\w)|(?<!\w)‘[^’]*’(?!\w)")
+_QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”|`[^`]*`|(?<!\w)'[^']*'(?!\w)|(?<!\w)\u2018[^\u2019]*\u2019(?!\w)")
 _PROMPT = re.compile(r"(\bprompts?\s*[:=]).*", re.IGNORECASE | re.DOTALL)
 _NAME = re.compile(r"(?<![\w-])[A-Za-z]+(?:[_-][A-Za-z]+)+(?![\w-])")
 

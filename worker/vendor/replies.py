@@ -10,7 +10,6 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from worker.core.json_size import MAX_VALUES, too_many_values
-from worker.core.numbers import number, retry_after_seconds
 from worker.core.plain_text import plain_text
 from worker.core.reply import (
     AccountRefused,
@@ -31,22 +30,18 @@ from worker.vendor.answers import (
     MAX_MESSAGE,
     MESSAGE_FIELDS,
     chat_id_of,
-    code_of,
     eta_of,
     execution_of,
     http_status_of,
     json_object,
     message_of,
+    other_words,
     status_of,
     training_words,
 )
 from worker.vendor.links import listed, promised
 from worker.vendor.phrases import ACCOUNT, OF_THE_JOB, PASSING, RECOVERS, RUN_OUT, Meaning, meaning_of
-
-RETRY_DEFAULT = 30.0  # seconds; the vendor's own answers ask for as many
-RETRY_LEAST = 1.0
-RETRY_MOST = 900.0
-_DAY = 86_400.0
+from worker.vendor.waits import retry_after
 
 WAITING = frozenset(
     {
@@ -59,7 +54,6 @@ FAILED_WORDS = frozenset({"failed", "failure"})
 TAUGHT = frozenset({"success", "processing", "failed", "error"})  # what SD_API_STATUS_WORDS may map a word to
 
 _OF_A_JOB = ("id", "request_id", "output", "links", "future_links", "fetch_result", "eta", "meta", "execution")
-_WAIT = re.compile(r"(\d{1,6})\s*(second|sec|minute|min|hour|hr)\w*", re.IGNORECASE)
 _REDIRECT = "the API redirects; a redirect is never followed with a key. Check SD_API_URL"
 NO_SUCH_PATH = "the API has no such path. Check the path in SD_API_URL, or the fetch_url or endpoint of the job"
 
@@ -133,7 +127,8 @@ class Answer:
     def meaning(self) -> Meaning | None:
         """What the message of an error says, or the code beside it."""
         if self._meaning == "":
-            self._meaning = meaning_of(self.message) or meaning_of(code_of(self.fields or {}))
+            texts = (self.message, *other_words(self.fields or {}))
+            self._meaning = next((meaning for meaning in map(meaning_of, texts) if meaning is not None), None)
         return self._meaning or None
 
     @property
@@ -198,7 +193,8 @@ def _is_of_the_account(answer: Answer) -> bool:
 
 
 def _limited(answer: Answer) -> Reply:
-    return RateLimited(_retry_after(answer), answer.says())
+    seconds = retry_after(answer.headers, answer.fields or {}, answer.message, answer.question.now)
+    return RateLimited(seconds, answer.says())
 
 
 def _is_wrong_path(answer: Answer) -> bool:
@@ -257,22 +253,44 @@ def _error(answer: Answer) -> Reply:
 
 def _success(answer: Answer) -> Reply:
     fields = answer.fields or {}
-    echoed, remote_id = _echoed_id(answer), answer.question.remote_id
-    if echoed and remote_id is not None and echoed != remote_id and chat_id_of(fields) != remote_id:
-        return AnotherJob(plain_text(echoed[:128]))
     links, left_out = listed(fields)
     if not links and answer.run is not None:
         links, left_out = listed(answer.run)
     return Ready(links, left_out) if links else Empty(promised(fields))
 
 
-def _echoed_id(answer: Answer) -> str:
-    echoed = (answer.run or answer.fields or {}).get("id")
-    if isinstance(echoed, float) and echoed.is_integer():
-        echoed = int(echoed)
-    if isinstance(echoed, bool) or not isinstance(echoed, (str, int)):
+def _another_job(answer: Answer) -> str:
+    """Return the id that an answer names instead of the job's, or an empty text. Capital letters are no difference."""
+    remote_id, fields = answer.question.remote_id, answer.fields or {}
+    if remote_id is None:
         return ""
-    return echoed.strip() if isinstance(echoed, str) else f"{echoed:d}"
+    echoed = _id_in((answer.run or fields).get("id"))
+    others = [fields.get("request_id"), chat_id_of(fields)]
+    if answer.question.training:
+        echoed = _id_in(fields.get("training_id")) or echoed
+        others += [fields.get("id"), fields.get("model_id")]
+    own = remote_id.lower()
+    if not echoed or any(_id_in(value).lower() == own for value in (echoed, *others)):
+        return ""
+    return plain_text(echoed[:128])
+
+
+def _id_in(value: object) -> str:
+    """Return an id as text; empty where there is none. Zero stands for none, too."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        return ""
+    text = value.strip() if isinstance(value, str) else f"{value:d}"
+    return "" if text == "0" else text
+
+
+def _is_another_job(answer: Answer) -> bool:
+    if answer.code >= 400 or not _another_job(answer):
+        return False
+    if answer.question.training:
+        return isinstance(_training(answer), (Ready, Failed))
+    return answer.word == "success" or answer.word in FAILED_WORDS
 
 
 def _refused(answer: Answer) -> Reply:
@@ -357,6 +375,13 @@ RULES: tuple[Rule, ...] = (
         Example('{"status": "failed", "message": "Request not found"}', 500),
     ),
     Rule(
+        "another_job",
+        "Before all that ends a job: what is said of another job says nothing about this one.",
+        _is_another_job,
+        lambda answer: AnotherJob(_another_job(answer)),
+        Example('{"status": "failed", "id": 8, "message": "Invalid input"}'),
+    ),
+    Rule(
         "unknown_id",
         "Before the failures: an unknown id is a `failed` by its status.",
         _is_unknown_id,
@@ -437,36 +462,3 @@ def _word(fields: Mapping[str, Any], run: Mapping[str, Any] | None, words: Mappi
     if run_word and word in ("", "success"):
         word = _RUN_WORDS.get(run_word, run_word)
     return words.get(word, word)
-
-
-def _retry_after(answer: Answer) -> float:
-    """Return the seconds to wait, from wherever the answer says so, from 1 s to 15 min; 30 s where it does not say."""
-    headers = {name.lower(): value for name, value in answer.headers.items()}
-    fields = answer.fields or {}
-    error = fields.get("error")
-    inner = error if isinstance(error, dict) else {}
-    for wait in (
-        retry_after_seconds(headers.get("retry-after"), answer.question.now),
-        *(number(holder.get("retry_after")) for holder in (fields, inner)),
-        _until(headers.get("x-ratelimit-reset"), answer.question.now),
-        _wait_in_words(answer.message, fields),
-    ):
-        if wait is not None:
-            return min(max(wait, RETRY_LEAST), RETRY_MOST)
-    return RETRY_DEFAULT
-
-
-def _until(value: str | None, now: float) -> float | None:
-    at = number(value)
-    if at is not None and 0 < at <= _DAY < now:
-        return at  # some servers write the seconds that are left, not the time
-    return None if at is None or at <= now else at - now
-
-
-def _wait_in_words(message: str, fields: Mapping[str, Any]) -> float | None:
-    texts = [message, *(fields[name] for name in ("retry_after", "tips", "tip") if isinstance(fields.get(name), str))]
-    for text in (text[:MAX_MESSAGE] for text in texts):
-        if match := _WAIT.search(text):
-            unit = match[2].lower()
-            return int(match[1]) * (3_600.0 if unit.startswith("h") else 60.0 if unit.startswith("min") else 1.0)
-    return None
