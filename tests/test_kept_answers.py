@@ -131,7 +131,14 @@ def test_a_job_that_a_promised_link_completes_has_no_looks_any_more(engine: Engi
     ids = _record(engine, {"7": {"status": "processing", "future_links": [LINK]}}, deadline_at=past)
     with engine.begin() as connection:
         planned = look_of(connection, ids["7"])
-        connection.execute(outputs.update().values(status="stored", location="file:///a.png", due_at=None))
+        stored = {
+            "location": "file:///a.png",
+            "size_bytes": 1,
+            "sha256": "0" * 64,
+            "media_type": "image/png",
+            "stored_at": past,
+        }
+        connection.execute(outputs.update().values(status="stored", due_at=None, **stored))
 
         assert settle(connection, ids["7"], Tally(), now=past) == "completed"
         assert (planned is None, look_of(connection, ids["7"])) == (False, None)
