@@ -138,7 +138,7 @@ def test_given_an_expired_job_that_got_ready_when_it_is_looked_at_then_it_is_sto
 def test_given_a_job_whose_promised_links_were_dead_when_it_is_ready_later_then_its_outputs_take_their_places(
     looks: Looks,
 ) -> None:
-    job_id = looks.expired()
+    job_id = looks.expired(webhook_url="https://app.test/hook")
     with looks.engine.begin() as connection:
         end = {"end_status": "expired", "end_code": "expired", "end_message": "not ready"}
         connection.execute(promises.insert().values(job_id=job_id, urls="[]", tried_at=looks.now(), **end))
@@ -150,8 +150,11 @@ def test_given_a_job_whose_promised_links_were_dead_when_it_is_ready_later_then_
     with looks.engine.connect() as connection:
         [output] = connection.execute(select(outputs)).all()
         [promise] = connection.execute(select(promises)).all()
+        [told] = connection.execute(select(events)).all()
     assert (output.url, output.position, output.status) == ("https://cdn.test/a.png", 0, "pending")
     assert (promise.tried_at, promise.end_status) == (None, None)
+    ended = json.loads(told.body)["data"]  # as it was: with the link that was tried
+    assert (ended["status"], [output["status"] for output in ended["outputs"]]) == ("expired", ["failed"])
     assert job_of(looks.engine, job_id).status == "downloading"
 
 

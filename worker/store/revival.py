@@ -49,6 +49,7 @@ def revive(
     `queued` where the caller sends the messages of the downloads after the commit; the caller writes the tally.
     """
     rows = locked_jobs(connection, list(found))
+    open_events(connection, now=now, of=[row.id for row in rows])  # with the outputs that are removed next
     take_back_promises(connection, [row.id for row in rows])
     listed = select(outputs.c.job_id).where(outputs.c.job_id.in_([row.id for row in rows]))
     having = set(connection.execute(listed).scalars()) if rows else set()
@@ -56,7 +57,6 @@ def revive(
     if not rows:
         return Revived({}, ())
     ids = [row.id for row in rows]
-    open_events(connection, now=now, of=ids)
     forget_looks(connection, ids)
     for row in rows:
         reply = found[row.id]
