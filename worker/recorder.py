@@ -22,7 +22,7 @@ from worker.core.identity import FetchAddress
 from worker.core.lifecycle import AskAgain, End, JobFacts, Step, after_answer, note_of
 from worker.core.measures import COUNTED_AS
 from worker.core.pace import Pace, Waiting
-from worker.core.reply import ApiDown, Empty, Processing, RawAnswer, Ready, Reply, Unread
+from worker.core.reply import ApiDown, ApiError, Empty, Processing, RawAnswer, Ready, Reply, Unread
 from worker.database import PATIENCE, database_now, server_trouble, trouble
 from worker.kept_answers import kept_answers
 from worker.kept_text import KeptText
@@ -42,6 +42,7 @@ BATCH_PATIENCE, SINGLE_PATIENCE = 2.0, 0.1  # seconds that a row which somebody 
 LOCKED_SECONDS = 2.0
 MARK_SECONDS = 5.0
 TROUBLE_WAIT = 5.0
+VAGUE_WAIT = 10.0  # seconds until a job is asked about again after an error that does not say what is wrong
 MOVED = Unread("HTTP 404: the API has no such path; SD_API_URL was corrected, and is asked from now on")
 
 Gates = dict[tuple[Scope, str], Gate]
@@ -286,6 +287,8 @@ class Recorder:
         plan = self._pace.next(waiting, model, spread=self._random.random())
         if isinstance(reply, ApiDown):
             plan = plan._replace(wait=max(plan.wait, TROUBLE_WAIT * (1 + self._random.random())))
+        elif isinstance(reply, ApiError) and reply.vague:
+            plan = plan._replace(wait=max(plan.wait, VAGUE_WAIT))
         promised = _promised(reply) if _is_power_of_two(job.polls) else ()
         return Outcome(job, step, step.note, plan, not_ready, eta, promised=promised)
 

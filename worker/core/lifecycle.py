@@ -38,7 +38,6 @@ EMPTY_ANSWERS = 5
 UNKNOWN_GRACE = timedelta(seconds=60)
 RECOVERABLE_ANSWERS, RECOVERABLE_APART = 5, timedelta(seconds=15)  # "Failed, Try Again" gets a minute at least
 MAX_EXPECTED = 3_600.0  # seconds that an eta may make a failed job wait
-VAGUE_APART = timedelta(seconds=10)  # between two errors that count, where they don't say what is wrong
 AFTER_HOLD_GRACE = timedelta(seconds=60)
 
 BAD_BODY_ATTEMPTS = 3
@@ -191,8 +190,6 @@ def _apart(reply: Failed | UnknownId | ApiError | Empty) -> timedelta:
     match reply:
         case Failed(may_recover=True):
             return RECOVERABLE_APART
-        case ApiError(vague=True):
-            return VAGUE_APART
         case _:
             return timedelta(0)
 
