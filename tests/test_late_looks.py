@@ -154,7 +154,7 @@ def test_given_a_job_whose_promised_links_were_dead_when_it_is_ready_later_then_
     assert (output.url, output.position, output.status) == ("https://cdn.test/a.png", 0, "pending")
     assert (promise.tried_at, promise.end_status) == (None, None)
     ended = json.loads(told.body)["data"]  # as it was: with the link that was tried
-    assert (ended["status"], [output["status"] for output in ended["outputs"]]) == ("expired", ["failed"])
+    assert (ended["status"], len(ended["outputs"])) == ("expired", 1)
     assert job_of(looks.engine, job_id).status == "downloading"
 
 

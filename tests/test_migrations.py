@@ -215,6 +215,33 @@ def test_the_alembic_command_prints_sql_without_a_database(checkout: Path) -> No
 
 
 @pytest.mark.parametrize("empty", ["mariadb"], indirect=True)
+@pytest.mark.parametrize(
+    "halves",
+    [
+        ["ALTER TABLE fetch_jobs DROP COLUMN default_address"],
+        [
+            "ALTER TABLE fetch_jobs DROP COLUMN default_address",
+            "DROP TABLE fetch_late_looks",
+            "DROP TABLE fetch_promises",
+        ],
+    ],
+    ids=["0011", "0010"],
+)
+def test_a_way_down_that_was_killed_halfway_is_taken_again(empty: Engine, halves: list[str]) -> None:
+    """MariaDB keeps each statement once it is executed, so the second run meets what the first one did."""
+    migrate(empty)
+    with empty.begin() as connection:
+        for statement in halves:
+            connection.exec_driver_sql(statement)
+
+    _run(empty, scripts(), "downgrade", "0009")
+
+    with empty.connect() as connection:
+        assert schema_version(connection) == "0009"
+    assert not {"fetch_late_looks", "fetch_promises", "fetch_unread"} & _tables(empty)
+
+
+@pytest.mark.parametrize("empty", ["mariadb"], indirect=True)
 def test_a_migration_that_waited_too_long_for_another_one_does_nothing(
     empty: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,18 @@ def drop_index(name: str, table: str) -> None:
         op.drop_index(name, table_name=table)
 
 
+def drop_column(table: str, name: str) -> None:
+    """`op.drop_column`."""
+    if not _keeps_halves() or name in {one["name"] for one in inspect(op.get_bind()).get_columns(table)}:
+        op.drop_column(table, name)
+
+
+def drop_table(name: str) -> None:
+    """`op.drop_table`."""
+    if not _keeps_halves() or inspect(op.get_bind()).has_table(name):
+        op.drop_table(name)
+
+
 def _keeps_halves() -> bool:
     context = op.get_context()
     return context.dialect.name in ("mysql", "mariadb") and not context.as_sql

@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
 
-from worker.schema_steps import create_index, create_table
+from worker.schema_steps import create_index, create_table, drop_table
 
 revision = "0010"
 down_revision = "0009"
@@ -76,4 +76,4 @@ def upgrade() -> None:
 def downgrade() -> None:
     """Forget them."""
     for name in ("fetch_late_looks", "fetch_promises", "fetch_unread"):
-        op.drop_table(name)
+        drop_table(name)

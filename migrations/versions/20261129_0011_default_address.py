@@ -4,9 +4,8 @@ Revision 0011, after 0010, 2026-11-29.
 """
 
 import sqlalchemy as sa
-from alembic import op
 
-from worker.schema_steps import add_column
+from worker.schema_steps import add_column, drop_column
 
 revision = "0011"
 down_revision = "0010"
@@ -23,4 +22,4 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """Forget it."""
-    op.drop_column("fetch_jobs", "default_address")
+    drop_column("fetch_jobs", "default_address")
