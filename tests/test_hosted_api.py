@@ -134,6 +134,21 @@ def test_an_answer_of_more_than_32_mib_is_not_read_to_its_end(web: Web, first: b
     assert peak < 3 * MAX_ANSWER_BYTES
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be"])
+def test_of_an_answer_of_more_than_32_mib_nothing_is_kept_that_has_the_key_in_any_encoding(
+    web: Web, encoding: str
+) -> None:
+    first = f"a page with {KEY} in it".encode(encoding).ljust(len(BLOCK))
+    web.serves(PATH, floods(head(200) + first, BLOCK, times=40))
+    api = _api(web, timeout=30)
+
+    raw = api.ask(fetch_address(None, "1", _allowed(web)), "1", SecretStr(KEY)).raw
+
+    assert raw is not None
+    text = api.kept_text(raw).text.replace("\N{REPLACEMENT CHARACTER}", "")
+    assert (text.startswith("a page with "), KEY in text) == (True, False)
+
+
 def test_a_compressed_answer_is_bounded_by_what_it_unfolds_to(web: Web) -> None:
     """40 kB on the wire, 40 MiB in memory if nobody looked."""
     bomb = gzip.compress(BLOCK * 40, 1)
