@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from worker.core.identity import FetchAddress, checked_remote_id
 from worker.errors import NotTrackable, RefusedAddress
 from worker.vendor.families import is_training, kind_of
-from worker.vendor.fetch_url import MAX_ADDRESS, AllowedApi, api_host, fetch_address, path_of
+from worker.vendor.fetch_url import MAX_ADDRESS, AllowedApi, api_host, fetch_address, order_at, path_of
 
 ID = "298"
 VENDOR = AllowedApi("https://stablediffusionapi.com/api/v3", frozenset({"stablediffusionapi.com", "modelslab.com"}))
@@ -321,3 +321,24 @@ def test_whatever_is_accepted_is_an_allowed_host_and_a_plain_path(url: str, api:
     assert segments[-2] in ("fetch", "fine_tune_status") or address.id_in_body
     assert ID not in segments[:-1]
     assert fetch_address(address.url, ID, api) == address
+
+
+def test_a_chat_is_asked_for_by_its_body_so_its_path_has_no_id() -> None:
+    api = AllowedApi("https://modelslab.com/api/v6", frozenset({"modelslab.com"}))
+    chats = "https://modelslab.com/api/v6/llm/get_queued_response"
+
+    assert fetch_address(chats, "7", api).id_in_body
+    with pytest.raises(RefusedAddress, match="no fetch path"):
+        fetch_address(f"{chats}/7", "7", api)
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["v6/../v3/text2img", "v6/./video/text2video", "v6/video/..", "v6/.", "v6/video/..."]
+)
+def test_an_endpoint_with_dot_parts_is_refused(endpoint: str) -> None:
+    api = AllowedApi("https://modelslab.com/api/v6", frozenset({"modelslab.com"}))
+
+    for text in (endpoint, f"api/{endpoint}", f"https://modelslab.com/api/{endpoint}"):
+        with pytest.raises(NotTrackable, match="no path of the API"):
+            order_at(text, api)
+    assert order_at("v6/images/text2img.v2", api).family.fetch == "v6/images/fetch"

@@ -180,6 +180,38 @@ class Hostile:
         return dict(ANSWER)
 
 
+class Gone(Exception):
+    """What only one client raises."""
+
+
+ODD = [Gone("x"), ArithmeticError("x"), MemoryError("x"), StopIteration("x"), AssertionError("x")]
+
+
+@pytest.mark.parametrize("name", ["url", "status_code", "json"])
+@pytest.mark.parametrize("error", ODD, ids=lambda error: type(error).__name__)
+def test_given_a_response_whose_attribute_raises_anything_then_it_is_an_error_of_ours(
+    name: str, error: Exception
+) -> None:
+    class Broken(Hostile):
+        pass
+
+    setattr(Broken, name, property(lambda response: _raise(error)))
+
+    with pytest.raises(NotTrackable, match=type(error).__name__):
+        submission(Broken())
+
+
+@pytest.mark.parametrize("name", ["url", "json"])
+def test_given_a_response_whose_attribute_stops_the_process_then_it_does(name: str) -> None:
+    class Stopped(Hostile):
+        pass
+
+    setattr(Stopped, name, property(lambda response: _raise(KeyboardInterrupt())))
+
+    with pytest.raises(KeyboardInterrupt):
+        submission(Stopped())
+
+
 def _raise(error: BaseException) -> object:
     raise error
 
@@ -203,7 +235,8 @@ def test_given_odd_attributes_of_a_response_then_its_answer_is_read_all_the_same
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("x"), TypeError("x"), RuntimeError("x"), OSError("x"), RecursionError("x"), KeyError("x")]
+    "error",
+    [ValueError("x"), TypeError("x"), RuntimeError("x"), OSError("x"), RecursionError("x"), KeyError("x"), *ODD],
 )
 def test_given_a_response_whose_body_can_t_be_read_then_it_is_an_error_of_ours(error: Exception) -> None:
     with pytest.raises(NotTrackable):

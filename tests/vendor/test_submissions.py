@@ -12,12 +12,16 @@ from worker.core.identity import REMOTE_ID, SYNTHETIC_ID, can_be_asked
 from worker.core.numbers import positive
 from worker.core.reply import Link
 from worker.errors import NotTrackable, WorkerError
-from worker.vendor.families import TRAINING
-from worker.vendor.submissions import Submission, submission
+from worker.vendor.families import CHAT, TRAINING
+from worker.vendor.fetch_url import AllowedApi
+from worker.vendor.submissions import Submission, planned_job, submission
 
 A, B = "https://h/a.png", "https://h/b.png"
 P = "https://cdn2/a.png"
 FETCH = "https://modelslab.com/api/v6/video/fetch/7"
+RUNS = "/api/v1/workflows/w-1/runs"
+TRAINED = Submission("F5", model="F5", own_path=TRAINING)
+API = AllowedApi("https://modelslab.com/api/v6", frozenset({"modelslab.com"}))
 LONGEST = "a" * 128
 
 
@@ -124,6 +128,26 @@ ANSWERS: list[tuple[dict[str, object], Submission]] = [
     ({"id": 7, "meta": {"model_id": "\x00\ud800"}}, Submission("7")),
     ({"id": 7, "meta": {"model_id": 5}}, Submission("7")),
     ({"id": 7, "meta": ["model_id"]}, Submission("7")),
+    *(
+        ({"status": "processing", "id": 7, name: value}, Submission("7"))
+        for name in ("fetch_result", "status_url", "fetch_url", "fetchResult")
+        for value in (False, [], {}, "", " ", None, 0)
+    ),
+    *(
+        ({"status": "success", "id": 7, "output": [A], "status_url": value}, Submission("7", outputs=(Link(A),)))
+        for value in (5, True, [FETCH], {"url": FETCH})
+    ),
+    *(
+        ({"status": "processing", "id": none, "chat_id": "c-1"}, Submission("c-1", own_path=CHAT))
+        for none in ("", " ", None, [])
+    ),
+    *(
+        ({"status": "success", "id": none, "training_status": "x", "model_id": "F5"}, TRAINED)
+        for none in ("", " ", None, 0, False)
+    ),
+    ({"execution": {"id": 8}, "workflow_id": "w-1"}, Submission("8", own_path=RUNS, is_run=True)),
+    ({"execution": {"id": 8, "workflow_id": "w-1"}}, Submission("8", own_path=RUNS, is_run=True)),
+    ({"execution_id": 8}, Submission("8", is_run=True)),
     ({"id": 7, "message": "rate limit", "meta": {"prompt": "failed"}}, Submission("7")),
 ]
 
@@ -158,6 +182,10 @@ def test_a_submit_answer_gives_what_it_knows(answer: dict[str, object], taken: S
         ({"id": [7]}, "not list"),
         ({"id": "../7"}, "can't be a remote id"),
         ({"id": 7, "fetch_result": 5}, "fetch_result"),
+        ({"id": 7, "status_url": 5}, "status_url"),
+        ({"status": "success", "id": 7, "output": [A], "fetch_result": 5}, "fetch_result"),
+        ({"id": "chat-1", "choices": []}, "chat API"),
+        ({"id": "chat-1", "choices": [{"message": {"content": "x"}}]}, "chat API"),
         ({"id": 7, "fetch_result": [FETCH]}, "fetch_result"),
     ],
 )
@@ -200,3 +228,36 @@ def test_anything_is_either_a_submission_with_a_good_id_or_refused(remote: objec
     assert REMOTE_ID.fullmatch(known.remote_id) or (SYNTHETIC_ID.fullmatch(known.remote_id) and known.outputs)
     assert known.eta is None or 0 < known.eta < float("inf")
     assert can_be_asked("https://h/api/v3/fetch", known.remote_id) == bool(REMOTE_ID.fullmatch(known.remote_id))
+
+
+@pytest.mark.parametrize("url", ["https://evil.example/api/v6/video/fetch/7", "https://h/status/7", "soon"])
+def test_an_address_that_is_not_needed_and_can_not_be_asked_does_not_lose_what_is_ready(url: str) -> None:
+    ready = {"status": "success", "id": 7, "output": [A]}
+
+    for name in ("status_url", "fetch_url", "fetchResult"):
+        assert planned_job({**ready, name: url}, API) == planned_job(ready, API)
+        with pytest.raises(NotTrackable):
+            planned_job({"status": "processing", "id": 7, name: url}, API)
+    with pytest.raises(NotTrackable):
+        planned_job({**ready, "fetch_result": url}, API)
+
+
+def test_the_order_of_a_training_says_that_its_model_is_the_id() -> None:
+    answer = {"status": "success", "message": "deploying_gpu", "model_id": "F5"}
+
+    job = planned_job(answer, API, endpoint="v3/lora_fine_tune")
+
+    assert job.address.url == "https://modelslab.com/api/v3/fine_tune_status/F5"
+    with pytest.raises(NotTrackable, match="no id"):
+        planned_job(answer, API, endpoint="v6/images/text2img")
+
+
+@pytest.mark.parametrize("answer", [{"execution": {"id": 8}}, {"status": "success", "execution_id": 8}])
+def test_a_run_of_a_workflow_that_is_not_named_asks_for_the_endpoint(answer: dict[str, object]) -> None:
+    with pytest.raises(NotTrackable, match="endpoint"):
+        planned_job(answer, API)
+
+    job = planned_job(answer, API, endpoint="v1/workflows/w-1/run")
+    assert job.address.url == f"https://modelslab.com{RUNS}/8"
+    assert planned_job({**answer, "workflow_id": "w-1"}, API).address == job.address
+    assert planned_job({**answer, "status_url": job.address.url}, API).address == job.address

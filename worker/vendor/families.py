@@ -34,6 +34,7 @@ FAMILIES: tuple[Family, ...] = (
     # Trainings are asked at v3, whatever the version of the order.
     Family("*/fine_tune/**", "v3/fine_tune_status", "path", "training"),
     Family("*/lora_fine_tune/**", "v3/fine_tune_status", "path", "training"),
+    Family("*/lora_fine_tune_v2/**", "v3/fine_tune_status", "path", "training"),
     Family("*/fine_tune_v2/**", "v3/fine_tune_status", "path", "training"),
     Family("*/fine_tune_status/**", "v3/fine_tune_status", "path", "training"),
     # Version 3 and its communities. A captured text2video of version 5 is fetched at v3.
@@ -52,6 +53,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("v6/interior/**", "v6/interior/fetch", "path", "picture"),
     Family("v6/video/**", "v6/video/fetch", "path", "video"),
     Family("v6/voice/speech_to_text/**", "v6/whisper/fetch", "path", "text"),
+    Family("v6/voice/speech-to-text/**", "v6/whisper/fetch", "path", "text"),
     Family("v6/whisper/**", "v6/whisper/fetch", "path", "text"),
     Family("v6/voice/**", "v6/voice/fetch", "path", "audio"),
     Family("v6/3d/**", "v6/3d/fetch", "path", "model"),
@@ -60,8 +62,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("v7/images/**", "v7/images/fetch", "path", "picture"),
     Family("v7/video-fusion/**", "v7/video-fusion/fetch", "path", "video"),
     # Enterprise: a server of its own per model. The text-to-image server alone takes the id in the body.
-    Family("v1/enterprise/*", "v1/enterprise/fetch", "request_id", "picture"),
     Family("v1/enterprise/speech_to_text/**", "v1/enterprise/speech_to_text/fetch", "path", "text"),
+    Family("v1/enterprise/*", "v1/enterprise/fetch", "request_id", "picture"),
     Family("v1/enterprise/{server}/**", "v1/enterprise/{server}/fetch", "path", "any"),
     # Workflows: a run is asked for by GET.
     Family("v1/workflows/{server}/**", "v1/workflows/{server}/runs", "get", "any"),

@@ -9,7 +9,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from worker.core.identity import REMOTE_ID, SYNTHETIC_ID, FetchAddress
 from worker.errors import NotTrackable, RefusedAddress
-from worker.vendor.families import OTHER_FETCH_PATHS, TRAINING, Family, family_of_order, how_asked, id_field
+from worker.vendor.families import CHAT, OTHER_FETCH_PATHS, TRAINING, Family, family_of_order, how_asked, id_field
 
 VENDOR_HOSTS = frozenset({"stablediffusionapi.com", "modelslab.com"})
 MAX_ADDRESS = 500
@@ -131,7 +131,7 @@ def fetch_address(fetch_url: str | None, remote_id: str, api: AllowedApi) -> Fet
     if f"{site}{match['path']}" == f"{configured}/{remote_id}":
         return FetchAddress(f"{configured}/{remote_id}", configured, host)
     path = _FETCH_PATH.fullmatch(match["path"])
-    if path is None or (path["id"] is None and not _takes_id_in_body(path["base"])):
+    if path is None or not _fits_its_id(path["base"], path["id"]):
         raise RefusedAddress(f"the fetch address {fetch_url[:120]!r} is refused: {match['path']!r} is no fetch path")
     if path["id"] is not None and path["id"] != remote_id:
         raise RefusedAddress(f"the fetch address is refused: it names the id {path['id']!r}, the job is {remote_id!r}")
@@ -139,7 +139,10 @@ def fetch_address(fetch_url: str | None, remote_id: str, api: AllowedApi) -> Fet
     return FetchAddress(base if path["id"] is None else f"{base}/{remote_id}", base, host)
 
 
-def _takes_id_in_body(fetch_path: str) -> bool:
+def _fits_its_id(fetch_path: str, remote_id: str | None) -> bool:
+    """Return whether a fetch path may end with this id, or without one."""
+    if remote_id is not None:
+        return fetch_path != CHAT
     return fetch_path != TRAINING and how_asked(fetch_path) != "get"
 
 
@@ -198,7 +201,8 @@ def order_at(endpoint: object, api: AllowedApi) -> Order:
             )
         site, path = own_site, parts.path
     match = _ORDER_PATH.fullmatch(_SLASHES.sub("/", path[:MAX_ADDRESS]).strip("/"))
-    family = None if match is None else family_of_order(match["path"])
+    is_plain = match is not None and all(part.strip(".") for part in match["path"].split("/"))
+    family = family_of_order(match["path"]) if match is not None and is_plain else None
     if family is None:
         raise NotTrackable(
             f"endpoint {text[:120]!r} is no path of the API: write it as in v6/video/text2video, or as the whole URL"

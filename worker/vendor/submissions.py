@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from inspect import isawaitable
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from worker.core.reply import (
     Reply,
     UnknownId,
 )
-from worker.errors import ApiRefused, NotTrackable
+from worker.errors import ApiRefused, NotTrackable, RefusedAddress
 from worker.vendor.answers import chat_id_of, eta_of, execution_of, json_object, message_of, status_of
 from worker.vendor.families import CHAT, MAX_KIND, TRAINING, kind_of
 from worker.vendor.fetch_url import (
@@ -41,8 +42,6 @@ _ID_FIELDS = (
 )
 _TAKEN = WAITING | {"success"}  # what such answers say can't be a refusal
 _ADDRESS_FIELDS = ("fetch_result", "status_url", "fetch_url", "fetchResult")  # the first is the vendor's
-# What clients raise for a body that is no JSON, was consumed, or is not there yet.
-_NO_ANSWER = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError)
 _REFUSALS = (AccountRefused, ApiDown, ApiError, Failed, RateLimited, UnknownId)
 
 
@@ -52,6 +51,7 @@ class Submission:
 
     `fetch_url` is the address that the answer names for it; `own_path` the fetch path that only such answers have. Both
     are None where the answer says nothing. `named_id` is the id in that address, where the answer has another one.
+    `is_lesser_url`: the address has another name than the vendor's. `is_run`: the job is a run of a workflow.
     """
 
     remote_id: str
@@ -63,6 +63,8 @@ class Submission:
     promised: tuple[str, ...] = ()
     own_path: str | None = None
     named_id: str | None = None
+    is_lesser_url: bool = False
+    is_run: bool = False
 
 
 class PlannedJob(NamedTuple):
@@ -113,12 +115,15 @@ def planned_job(
     answer = submit_answer(remote)
     if order is None and answer is not None and answer.url is not None:
         order = order_of_response(answer.url, api)
-    known = submission(remote) if answer is None else _submission(answer, words)
+    is_training = order is not None and order.family.media == "training"
+    known = submission(remote) if answer is None else _submission(answer, words, is_training=is_training)
     return _planned(known, order, fetch_url or None, api)
 
 
 def _planned(known: Submission, order: Order | None, fetch_url: str | None, api: AllowedApi) -> PlannedJob:
     remote_id = known.remote_id
+    if known.outputs and known.is_lesser_url and fetch_url is None:
+        known = _without_bad_url(known, api)
     url = fetch_url or known.fetch_url
     if url is None and order is not None:
         url = order.fetch_url(remote_id)
@@ -128,10 +133,24 @@ def _planned(known: Submission, order: Order | None, fetch_url: str | None, api:
         base = f"{READY}{_digest(known.outputs)}"
         default = fetch_address(None, remote_id, api)
         return PlannedJob(known, FetchAddress(base, base, default.host), _kind(path_of(default.base), known.model))
+    if url is None and known.is_run:
+        raise NotTrackable(
+            "the answer is of a workflow's run, and does not say of which workflow: give the endpoint that the order"
+            " was posted to, as in v1/workflows/ID/run"
+        )
     address = fetch_address(url, remote_id, api)
     is_video = order is not None and fetch_url is None and order.family.media == "video"
     kind = _kind(path_of(address.base), known.model, is_video=is_video)
     return PlannedJob(known, address, kind, by_default=url is None)
+
+
+def _without_bad_url(known: Submission, api: AllowedApi) -> Submission:
+    """Return a job that is ready without the address that can't be asked: nobody needs it."""
+    try:
+        fetch_address(known.fetch_url, known.remote_id, api)
+    except RefusedAddress:
+        return replace(known, fetch_url=None, named_id=None, is_lesser_url=False)
+    return known
 
 
 def _kind(fetch_path: str, model: str | None, *, is_video: bool = False) -> str:
@@ -167,22 +186,35 @@ def submit_answer(remote: object) -> SubmitAnswer | None:
                 "the submit answer is no JSON object: hand over the API's answer as it came, or the id alone"
             )
         return SubmitAnswer(fields)
-    if callable(getattr(remote, "json", None)) and _has_url(remote):
-        return _of_response(remote)
-    return None
+    return _of_response(remote) if _is_response(remote) else None
 
 
-def _has_url(remote: object) -> bool:
-    """Return whether something has a `url`, be it one that can't be read: httpx raises where it has no request."""
+def _is_response(remote: object) -> bool:
+    """Return whether something has a `json` to call, and a `url`, be it one that can't be read."""
+    try:
+        if not callable(getattr(remote, "json", None)):
+            return False
+    except Exception as error:
+        raise _broken(error) from error
     try:
         return hasattr(remote, "url")
-    except RuntimeError:
+    except Exception:  # httpx raises where it has no request
         return True
+
+
+def _broken(error: Exception) -> NotTrackable:
+    """Return the error for a response whose own code fails, whatever it raises."""
+    return NotTrackable(
+        f"the response can't be read ({type(error).__name__}): hand over the API's answer as it came, or the id alone"
+    )
 
 
 def _of_response(response: Any) -> SubmitAnswer:
     """Return the answer in a response of requests or httpx, or of anything that has the same attributes."""
-    status = getattr(response, "status_code", 200)
+    try:
+        status = getattr(response, "status_code", 200)
+    except Exception as error:
+        raise _broken(error) from error
     status = status if type(status) is int else 200
     fields = _body_of(response)
     if isawaitable(fields):
@@ -194,29 +226,30 @@ def _of_response(response: Any) -> SubmitAnswer:
         raise ApiRefused(refused, message=f"HTTP {status}") if status >= 400 else NotTrackable(refused)
     try:
         url = response.url
-    except RuntimeError:
-        url = None
-    return SubmitAnswer(fields, status, None if url is None else str(url))
+        return SubmitAnswer(fields, status, None if url is None else str(url))
+    except RuntimeError:  # of httpx: it was made without a request
+        return SubmitAnswer(fields, status)
+    except Exception as error:
+        raise _broken(error) from error
 
 
 def _body_of(response: Any) -> object:
-    """Return what a response holds, or None where it can't be read.
+    """Return what a response holds, or None where it can't be read, whatever it raises.
 
     `requests` reads no JSON after a byte order mark, so the bytes are tried, too.
     """
-    try:
+    with suppress(Exception):
         return response.json()
-    except _NO_ANSWER:
-        pass
     try:
         content = response.content
-    except _NO_ANSWER:
+    except Exception:
         return None
     return json_object(content) if isinstance(content, bytes) else None
 
 
-def _submission(answer: SubmitAnswer, words: Mapping[str, str]) -> Submission:
+def _submission(answer: SubmitAnswer, words: Mapping[str, str], *, is_training: bool = False) -> Submission:
     fields = answer.fields
+    is_training = is_training or _is_training(fields)
     _check_is_a_job(fields)
     word = status_of(fields)
     word = words.get(word, word)
@@ -225,9 +258,9 @@ def _submission(answer: SubmitAnswer, words: Mapping[str, str]) -> Submission:
     if isinstance(reply, _REFUSALS):
         raise _refusal(reply.message, fields)
     ready = listed(fields if word == "success" else {})
-    fetch_url = next((url for url in (_text(fields, name) for name in _ADDRESS_FIELDS) if url), None)
+    field, fetch_url = _address(fields, is_ready=bool(ready.links))
     named = None if fetch_url is None else named_job(fetch_url)
-    remote_id = _remote_id(fields, is_ready=bool(ready.links))
+    remote_id = _remote_id(fields, is_ready=bool(ready.links), is_training=is_training)
     if remote_id is None and named is not None:
         remote_id = named.remote_id
     if remote_id is None and not ready.links:
@@ -247,6 +280,8 @@ def _submission(answer: SubmitAnswer, words: Mapping[str, str]) -> Submission:
         promised=() if ready.links else promised(fields),
         own_path=_own_path(fields),
         named_id=named_id,
+        is_lesser_url=fetch_url is not None and field != _ADDRESS_FIELDS[0],
+        is_run=_run_id(fields) is not None,
     )
 
 
@@ -268,23 +303,25 @@ def _check_is_a_job(fields: Mapping[str, Any]) -> None:
         raise NotTrackable(
             f"this is a finished answer of a chat API ({of[:60]}): it is no job, nothing is to be fetched"
         )
+    if isinstance(fields.get("choices"), list) and fields.get("status") is None:
+        raise NotTrackable("this is a finished answer of a chat API: it is no job, nothing is to be fetched")
     if "jsonrpc" in fields:
         raise NotTrackable(
             "this is a JSON-RPC answer, not the answer of a submit call: hand over what is in its result"
         )
 
 
-def _remote_id(fields: Mapping[str, Any], *, is_ready: bool) -> str | None:
+def _remote_id(fields: Mapping[str, Any], *, is_ready: bool, is_training: bool) -> str | None:
     """Return the id under the first of its names that has one.
 
     Raises NotTrackable for one that can't be an id. A job that `is_ready` needs none, and does without.
     """
-    names = ("training_id", *_ID_FIELDS, "model_id") if _is_training(fields) else _ID_FIELDS
+    names = ("training_id", *_ID_FIELDS, "model_id") if is_training else _ID_FIELDS
     run = execution_of(fields) or {}
-    for value in (*(fields.get(name) for name in names), run.get("id"), chat_id_of(fields)):
+    for value in (run.get("id"), *(fields.get(name) for name in names), chat_id_of(fields)):
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if value:
+        if not _is_none(value):
             try:
                 return checked_remote_id(value)
             except NotTrackable:
@@ -293,31 +330,48 @@ def _remote_id(fields: Mapping[str, Any], *, is_ready: bool) -> str | None:
     return None
 
 
+def _is_none(value: object) -> bool:
+    """Return whether a field says nothing: null, false, zero, a blank text, an empty list."""
+    return not (value.strip() if isinstance(value, str) else value)
+
+
 def _own_path(fields: Mapping[str, Any]) -> str | None:
     """Return the fetch path of a job whose answer has a form that no other family's has."""
     if _is_training(fields):
         return TRAINING
-    if fields.get("id") is None and chat_id_of(fields):
+    if _is_none(fields.get("id")) and chat_id_of(fields):
         return CHAT
-    workflow = fields.get("workflow_id")
-    if fields.get("execution_id") and isinstance(workflow, (str, int)) and not isinstance(workflow, bool):
+    workflow = fields.get("workflow_id") or (execution_of(fields) or {}).get("workflow_id")
+    if _run_id(fields) and workflow and isinstance(workflow, (str, int)) and not isinstance(workflow, bool):
         return f"/api/v1/workflows/{workflow}/runs"
     return None
 
 
+def _run_id(fields: Mapping[str, Any]) -> object:
+    """Return the id of a workflow's run, or None."""
+    return (execution_of(fields) or {}).get("id") or fields.get("execution_id") or None
+
+
 def _is_training(fields: Mapping[str, Any]) -> bool:
-    if fields.get("training_id"):
+    if not _is_none(fields.get("training_id")):
         return True
-    return fields.get("id") is None and any(name in fields for name in ("training_status", "model_training_status"))
+    return _is_none(fields.get("id")) and any(name in fields for name in ("training_status", "model_training_status"))
 
 
-def _text(fields: Mapping[str, Any], name: str) -> str | None:
-    value = fields.get(name)
-    if value is None or value == "":
-        return None
-    if not isinstance(value, str):
-        raise NotTrackable(f"{name} is text, not {type(value).__name__}")
-    return value.strip() or None
+def _address(fields: Mapping[str, Any], *, is_ready: bool) -> tuple[str, str | None]:
+    """Return the address that an answer names for its job, after the name of its field. Raises NotTrackable.
+
+    Where the job `is_ready`, a lesser field that holds no text is passed over.
+    """
+    for name in _ADDRESS_FIELDS:
+        value = fields.get(name)
+        if _is_none(value):
+            continue
+        if isinstance(value, str):
+            return name, value.strip()
+        if not is_ready or name == _ADDRESS_FIELDS[0]:
+            raise NotTrackable(f"{name} is text, not {type(value).__name__}")
+    return "", None
 
 
 def _model(fields: Mapping[str, Any]) -> str | None:
