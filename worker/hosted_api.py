@@ -102,7 +102,7 @@ class HostedApi:
             return ApiReply(ApiDown(self._scrubber.text(f"no answer: {cause}")))
         if len(answer.body) > MAX_ANSWER_BYTES:
             unread = Unread(f"HTTP {answer.status} with an answer of more than {MAX_ANSWER_BYTES} bytes")
-            body = self._scrubber.body(answer.body)
+            body = self._scrubber.body(answer.body[:LARGE_ANSWER_BYTES])  # far more of it than is kept
             return ApiReply(unread, raw_answer(answer.status, body, self._scrubber, TOO_LARGE))
         question = Question(remote_id, time.time(), is_training(address.base), self._status_words)
         with self._parsing_large if len(answer.body) > LARGE_ANSWER_BYTES else nullcontext():
