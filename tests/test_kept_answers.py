@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -16,7 +16,7 @@ from worker.core.pace import Pace
 from worker.core.reply import Link, RawAnswer, Ready
 from worker.database import database_now
 from worker.hosted_api import read_answer
-from worker.kept_text import MAX_BYTES, kept_text
+from worker.kept_text import MAX_BYTES, KeptText, kept_text
 from worker.recorder import Recorder
 from worker.scrubber import Scrubber
 from worker.settings import Settings
@@ -30,6 +30,7 @@ from worker.store.unread import KeptAnswer, answers_of, keep_answers
 from worker.tables import events, late_looks, outputs
 from worker.unread import Reread, apply
 from worker.vendor.replies import Question
+from worker.vendor.shapes import TOO_LARGE
 
 KEY = "sk-canary-7f3a9d2e-4b1c-a0f5"
 LINK = "https://cdn.test/a.png"
@@ -43,16 +44,31 @@ AT_ITS_END: dict[str, Any] = {
 # ── as they are recorded ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _record(engine: Engine, answers: Mapping[str, object], *, status: int = 200, **changes: Any) -> dict[str, int]:
-    """Has a job for each name, and records its answer; the ids of the jobs."""
+def _record(
+    engine: Engine,
+    answers: Mapping[str, object],
+    *,
+    status: int = 200,
+    before_text: Callable[[], object] = int,
+    **changes: Any,
+) -> dict[str, int]:
+    """Has a job for each name, and records its answer; the ids of the jobs.
+
+    `before_text` is called before the text of an answer is made.
+    """
     scrubber = Scrubber([KEY])
+
+    def text(raw: RawAnswer) -> KeptText:
+        before_text()
+        return kept_text(raw, scrubber)
+
     recorder = Recorder(
         engine=engine,
         pace=Pace("learned", 0.5, 0.0),
         rps=lambda _: 10.0,
         queue_downloads=lambda _: None,
         tell=lambda _: None,
-        kept_text=lambda raw: kept_text(raw, scrubber),
+        kept_text=text,
         late_looks=(HOUR, 3 * HOUR),
     )
     ids: dict[str, int] = {}
@@ -213,6 +229,44 @@ def test_what_is_kept_has_no_key_and_at_most_64_kib_and_its_links_stay_whole(eng
     assert row.shape == "status=done; assets: [text]; echo: text; head: text; x: text"
     assert KEY[:8] not in row.body.replace(signed, "")
     assert signed in row.body
+
+
+def test_the_texts_of_unread_answers_are_made_before_the_transaction_that_writes_them(engine: Engine) -> None:
+    """That takes up to a second for large answers, and other processes would wait for the rows meanwhile."""
+    under_way: list[int] = []
+    seen: list[int] = []
+
+    def begun(_: Connection) -> None:
+        under_way.append(1)
+
+    def ended(_: Connection) -> None:
+        under_way.clear()
+
+    listeners = (("begin", begun), ("commit", ended), ("rollback", ended))
+    for name, listener in listeners:
+        event.listen(engine, name, listener)
+    ids = _record(engine, {"7": DONE, "8": b"<html>"}, before_text=lambda: seen.append(len(under_way)))
+    for name, listener in listeners:
+        event.remove(engine, name, listener)
+
+    assert seen == [0, 0]
+    assert [len(_kept(engine, job_id)) for job_id in ids.values()] == [1, 1]
+
+
+def test_a_long_answer_that_is_not_ready_is_not_described_since_it_is_hardly_ever_kept() -> None:
+    """Some repeat the whole order with its pictures each time they are asked."""
+    order = {"meta": {"init_image": "x" * 200_000}}
+    _, processing = read_answer(
+        Scrubber([KEY]), 200, {}, json.dumps({"status": "processing"} | order).encode(), Question("7", 0.0)
+    )
+    _, unread = read_answer(
+        Scrubber([KEY]), 200, {}, json.dumps({"status": "done"} | order).encode(), Question("7", 0.0)
+    )
+
+    assert processing is not None
+    assert (processing.shape, len(processing.body)) == (TOO_LARGE, 128 * 1024)
+    assert unread is not None
+    assert str(unread.shape).startswith("status=done")
 
 
 @pytest.mark.parametrize("size", [0, 200_000], ids=["short", "long"])

@@ -17,7 +17,7 @@ from urllib3.exceptions import HTTPError
 from worker.core.identity import FetchAddress
 from worker.core.reply import AnotherJob, ApiDown, ApiReply, Empty, Processing, RawAnswer, Ready, Reply, Unread
 from worker.errors import RefusedAddress, Unavailable
-from worker.kept_text import KeptText, kept_text, raw_answer
+from worker.kept_text import RAW_BYTES, KeptText, kept_text, raw_answer
 from worker.lean_http import LeanAdapter, as_response
 from worker.network_errors import describe
 from worker.scrubber import Scrubber
@@ -174,7 +174,11 @@ def read_answer(
     """Return what an answer means, and the answer where it may be kept, both without any key."""
     scrubbed = scrubber.body(body)
     reply = parse(status, headers, scrubbed, question)
-    raw = None if isinstance(reply, Ready) else raw_answer(status, scrubbed, scrubber)
+    if isinstance(reply, Ready):
+        return ApiReply(_scrubbed(reply, scrubber))
+    # Hardly any answer of a job that is not ready is kept, so a long one is not searched again for its shape.
+    shape = TOO_LARGE if isinstance(reply, Processing) and len(scrubbed) > RAW_BYTES else None
+    raw = raw_answer(status, scrubbed, scrubber, shape)
     return ApiReply(_scrubbed(reply, scrubber), raw)
 
 

@@ -209,6 +209,10 @@ class Recorder:
     # ── one transaction ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def _write(self, engine: Engine, asked: Sequence[Asked], known: Gates) -> _Written:
+        # Made before the transaction, which holds locks. Of the other answers hardly any is kept.
+        texts = {
+            one.raw: self._kept_text(one.raw) for one in asked if type(one.reply) is Unread and one.raw is not None
+        }
         with engine.begin() as connection:
             now = database_now(connection)
             self._learn(now)
@@ -226,7 +230,7 @@ class Recorder:
                 ]
             tally = Tally()
             recorded = record_answers(connection, outcomes, tally, now=now)
-            kept = kept_answers(asked, outcomes, self._kept_text)
+            kept = kept_answers(asked, outcomes, lambda raw: texts[raw] if raw in texts else self._kept_text(raw))
             if kept:
                 keep_answers(connection, kept, now=now)
             expired = [outcome.job.id for outcome in outcomes if _expires(outcome)]
