@@ -19,6 +19,8 @@ from worker.vendor.submissions import Submission, planned_job, submission
 A, B = "https://h/a.png", "https://h/b.png"
 P = "https://cdn2/a.png"
 FETCH = "https://modelslab.com/api/v6/video/fetch/7"
+NOTHING: list[object] = [False, [], {}, "", " ", None, 0]
+NO_ADDRESS: list[object] = [5, True, [FETCH], {"url": FETCH}]
 RUNS = "/api/v1/workflows/w-1/runs"
 TRAINED = Submission("F5", model="F5", own_path=TRAINING)
 API = AllowedApi("https://modelslab.com/api/v6", frozenset({"modelslab.com"}))
@@ -131,20 +133,14 @@ ANSWERS: list[tuple[dict[str, object], Submission]] = [
     *(
         ({"status": "processing", "id": 7, name: value}, Submission("7"))
         for name in ("fetch_result", "status_url", "fetch_url", "fetchResult")
-        for value in (False, [], {}, "", " ", None, 0)
+        for value in NOTHING
     ),
     *(
         ({"status": "success", "id": 7, "output": [A], "status_url": value}, Submission("7", outputs=(Link(A),)))
-        for value in (5, True, [FETCH], {"url": FETCH})
+        for value in NO_ADDRESS
     ),
-    *(
-        ({"status": "processing", "id": none, "chat_id": "c-1"}, Submission("c-1", own_path=CHAT))
-        for none in ("", " ", None, [])
-    ),
-    *(
-        ({"status": "success", "id": none, "training_status": "x", "model_id": "F5"}, TRAINED)
-        for none in ("", " ", None, 0, False)
-    ),
+    *(({"status": "processing", "id": none, "chat_id": "c-1"}, Submission("c-1", own_path=CHAT)) for none in NOTHING),
+    *(({"status": "success", "id": none, "training_status": "x", "model_id": "F5"}, TRAINED) for none in NOTHING),
     ({"execution": {"id": 8}, "workflow_id": "w-1"}, Submission("8", own_path=RUNS, is_run=True)),
     ({"execution": {"id": 8, "workflow_id": "w-1"}}, Submission("8", own_path=RUNS, is_run=True)),
     ({"execution_id": 8}, Submission("8", is_run=True)),

@@ -68,7 +68,7 @@ WORDINGS: dict[str, list[str]] = {
         "Authentication failed", "Invalid token", "Token has expired", "Your account has been suspended", "This account is blocked",
         "User not found", "Account is currently inactive", "Your account is not active", "API key does not exist", "Api_key not recognized",
         "Invalid key", "Invalid key provided.", "Invalid credentials", "Invalid login credentials", "Access denied", "Permission denied", "invalid_api_key",
-        "API access is prohibited for your account", "Access is denied to this account",
+        "Key is invalid", "Your key has expired", "API usage is prohibited", "API access is prohibited for your account", "Access is denied to this account",
     ],
     "account_refused credits": [
         "Insufficient credits. Please add more credits to continue.", "Insufficient credit", "Insufficient API credits", "insufficient_quota",
@@ -91,7 +91,7 @@ WORDINGS: dict[str, list[str]] = {
         "You have reached your token limit", "You have reached the limit of your plan", "You've hit the cap for your current plan",
         "Exceeded the number of images in your subscription", "Your package limit is over", "Your membership has expired",
         "You do not have any active subscription", "You don't have an active plan", "You need to subscribe", "Your plan's limit has been reached",
-        "Your plan’s limit is exceeded", "Limit exceeded for month", "Limit exceeded for the month",
+        "Your plan’s limit is exceeded", "You hit your monthly cap", "Daily cap reached", "Token limit reached for your plan", "Limit exceeded for month", "Limit exceeded for the month",
     ],
     "account_refused request": ["Invalid API Request"],
     "rate_limited 30": [
@@ -111,6 +111,7 @@ WORDINGS: dict[str, list[str]] = {
         "Requested id not found", "Fetch id is invalid", "Execution id 7 was not found", "Training id does not exist", "The selected request id is invalid.",
         "Image with id 7 not found", "Video with this id does not exist", "No task with id 7", "No image found for the given id",
         "Request could not be found", "Could not find the request", "This image belongs to another user", "You do not own this request",
+        "id: 7 not found", "Request Id: 7 does not exist", "Invalid ID", "Invalid id provided.",
         "Request '7' not found", 'No job with id "7"',
     ],
     "processing": [
@@ -126,7 +127,7 @@ WORDINGS: dict[str, list[str]] = {
         "Unable to load model weights, server is busy", "Could not fetch image, retry later", "Queue is full. Upgrade your plan to skip it",
         "Server is busy right now. Premium users have priority", "Server is overloaded, try again later", "Database connection failed",
         "SQLSTATE[HY000] [2002] Connection refused", "Internal error", "Internal processing error", "Upstream error", "Model is loading", "The model is still loading",
-        "GPU is starting", "Something went wrong on our end",
+        "GPU is starting", "Could not connect to the database", "MySQL server has gone away", "Something went wrong on our end",
     ],
     "api_error": [
         "The prompt field is required.", "prompt is required", "The key word parameter is invalid", "Model id not found", "lora_id does not exist",
@@ -136,13 +137,13 @@ WORDINGS: dict[str, list[str]] = {
         "Invalid prompt: a wallet on a table", "Prompt 'recharge my phone, rate limit exceeded' is too long", "The prompt contains invalid api key",
         "Model not found: wallet-v2", "Unable to fetch image from provided URL: 401 Unauthorized", "Could not download video: 503 Service Unavailable",
         "Image size limit exceeded", "Prompt length limit exceeded", "File size limit exceeded", "Token limit exceeded",
-        "Prohibited content", "Your prompt contains prohibited words", "The image includes prohibited material", "The selected model id is invalid.", "Model id 7 not found",
+        "Prohibited content", "Your prompt contains prohibited words", "The image includes prohibited material", "You do not own this model, the model is not valid", "The selected model id is invalid.", "Model id 7 not found",
         "Unable to fetch image, check the url and try again", "NSFW content detected in the prompt: my wallet", "Failed to load the audio: Too many requests", "Unknown model: free-trial-ended",
     ],
     "api_error vague": [
         "Something went wrong", "Error", "Unknown error", "Oops", "Failed to process image", "Bad request", "Invalid request", "fail",
         "Human-readable error description", "Your card was declined.", "Generation error for prompt: an empty wallet on a table", "Oops: a wallet",
-        "Error while painting 'out of credits, server is busy'", 'Error while painting "your api key has expired"', "This is prohibited",
+        "Error while painting 'out of credits, server is busy'", 'Error while painting "your api key has expired"', "This is prohibited", "This model belongs to another user", "Permission denied: /tmp/7.png",
     ],
 }
 # fmt: on
@@ -236,7 +237,7 @@ def test_a_failure_is_final_unless_its_words_say_that_it_passes(text: str, means
 
 
 def test_memory_that_ran_out_passes_for_the_service_but_not_for_a_job_that_failed_of_it() -> None:
-    for text in ("CUDA out of memory", "GPU ran out of memory", "Out of GPU memory"):
+    for text in ("CUDA out of memory", "GPU ran out of memory", "Out of GPU memory", "OOM"):
         assert told(read(error(text))) == "api_down answered"
         assert told(read({"status": "failed", "message": text})) == "failed"
 
