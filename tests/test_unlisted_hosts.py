@@ -15,6 +15,7 @@ from worker.overview import overview, why
 from worker.sandbox import Sandbox, SandboxOptions
 from worker.settings import Settings
 from worker.store.jobs import job_row, outputs_of
+from worker.store.late_looks import look_of
 from worker.store.promises import add_promises, promise_row
 from worker.tables import gates, jobs
 
@@ -103,7 +104,8 @@ def test_given_such_a_job_past_its_deadline_when_the_hold_is_a_minute_old_then_i
 def test_given_such_a_job_with_a_promised_link_when_it_would_expire_then_that_is_tried_first(
     unlisted: Unlisted,
 ) -> None:
-    """A link can be fetched without asking the API."""
+    """A link can be fetched without asking the API. If it brings nothing, the expired job is looked at later."""
+    unlisted.unlisting.poller._late_looks = (3_600.0,)
     with unlisted.engine.begin() as connection:
         add_promises(connection, {unlisted.job_id: ("https://h.example/a.png",)})
     unlisted.unlisting.until(lambda: unlisted.held)
@@ -114,7 +116,13 @@ def test_given_such_a_job_with_a_promised_link_when_it_would_expire_then_that_is
     with unlisted.engine.connect() as connection:
         [output] = outputs_of(connection, [unlisted.job_id])
         promise = promise_row(connection, unlisted.job_id)
-    assert (output.url, output.status, unlisted.unlisting.told) == ("https://h.example/a.png", "pending", [])
+        look = look_of(connection, unlisted.job_id)
+    assert (output.url, output.status) == ("https://h.example/a.png", "pending")
+    assert look is not None
+    assert (look.looks, look.due_at) == (
+        0,
+        unlisted.unlisting.row(unlisted.job_id).deadline_at + timedelta(hours=1),
+    )
     assert promise is not None
     assert (promise.end_status, promise.end_code) == ("expired", "expired")
 

@@ -21,7 +21,9 @@ OTHERS_ASK = timedelta(seconds=10)  # a host that was asked before is held once 
 
 
 def hold_unlisted(connection: Connection, levels: Sequence[Level], *, now: datetime) -> list[int]:
-    """Hold the hosts of these levels, which the caller's settings do not list; return the jobs that ended.
+    """Hold the hosts of these levels, which the caller's settings do not list; return the jobs past their deadline.
+
+    They have expired, or will if the promised links bring nothing that are tried from now on: both have late looks.
 
     A worker with other settings may ask such a host meanwhile, as in a rolling deployment: then there is no hold. A
     hold is given a minute before any job ends by it.
@@ -85,4 +87,4 @@ def _expire(connection: Connection, level: Level, tally: Tally, now: datetime) -
     )
     for row in over:
         tally.finished(row.account, row.kind, "expired")
-    return [row.id for row in over]
+    return [row.id for row in rows]
