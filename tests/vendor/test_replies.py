@@ -265,6 +265,8 @@ TRAININGS: list[tuple[object, Reply]] = [
     *[({"status": "success", "messege": word}, Ready(())) for word in ("Model Ready", "MODEL-READY", " model  ready ")],
     *[({"status": "success", "messege": word, "data": "x"}, Failed("x")) for word in ("Training failed", "Training Failed: no GPU", "training-failed")],
     *[({"status": "success", name: "Error", "data": "x"}, Failed("x")) for name in ("model_training_status", "training_status")],
+    ({"status": "Model Ready"}, Ready(())),
+    ({"status": "Training failed", "data": "x"}, Failed("x")),
     ({"status": "success", "messege": "model_ready", "training_id": "F6"}, AnotherJob("F6")),
     ({"status": "success", "messege": "training_failed", "id": 8}, AnotherJob("8")),
     ({"status": "success", "messege": "model_ready", "id": 8, "training_id": ID}, Ready(())),

@@ -147,6 +147,15 @@ def code_of(answer: Mapping[str, Any]) -> str:
     return ""
 
 
+def as_state(word: str) -> str:
+    """Return a word as the states of trainings are written: in lower case, with `_` for blanks.
+
+    >>> as_state(" Model-Ready ")
+    'model_ready'
+    """
+    return "_".join(word.lower().replace("-", " ").split())
+
+
 def training_words(answer: Mapping[str, Any]) -> Iterator[str]:
     """Yield the words that may be the state of a training, in lower case, with `_` for blanks.
 
@@ -156,7 +165,7 @@ def training_words(answer: Mapping[str, Any]) -> Iterator[str]:
     for name in _TRAINING_FIELDS:
         word = answer.get(name)
         if isinstance(word, str) and word.strip():
-            state = "_".join(word.strip()[:100].lower().replace("-", " ").split())
+            state = as_state(word[:100])
             # An error that is the state of the training is its end; one in a message may be of the call.
             yield "failed" if state == "error" and name in _STATE_FIELDS else state
 

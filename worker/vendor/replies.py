@@ -29,6 +29,7 @@ from worker.core.reply import (
 from worker.vendor.answers import (
     MAX_MESSAGE,
     MESSAGE_FIELDS,
+    as_state,
     chat_id_of,
     eta_of,
     execution_of,
@@ -218,7 +219,7 @@ def _is_unknown_id(answer: Answer) -> bool:
 
 def _training(answer: Answer) -> Reply | None:
     fields = answer.fields or {}
-    words = [answer.word, *training_words(fields)]
+    words = [as_state(answer.word), *training_words(fields)]
     is_final = any(word.startswith("training_failed") for word in words) or not FAILED_WORDS.isdisjoint(words[1:])
     if is_final or answer.word in FAILED_WORDS:
         reason = fields.get("data")
