@@ -28,6 +28,7 @@ from worker.core.reply import Link
 from worker.store.claims import ClaimedJob
 from worker.store.jobs import cancel, retry
 from worker.store.outcomes import RENEWAL_WAIT, Outcome, Recorded, record_answers, record_attempt, set_aside
+from worker.store.promises import add_promises
 from worker.store.totals import LEFT_OUT, Tally, read_totals
 from worker.tables import bodies, jobs, outputs, promises
 
@@ -287,6 +288,23 @@ def test_given_a_lost_claim_when_its_answer_would_end_the_job_then_no_promise_is
     assert recorded == Recorded((), (), 1)
     with engine.connect() as connection:
         assert connection.execute(select(outputs)).all() == connection.execute(select(promises)).all() == []
+
+
+def test_given_jobs_that_get_ready_then_their_promises_are_forgotten_and_no_others(engine: Engine) -> None:
+    """Else the links stay in the table as long as their job does."""
+    with engine.begin() as connection:
+        ids = {name: add_job(connection, name) for name in ("ready", "trained", "waiting", "lost")}
+        add_promises(connection, {job_id: ["https://h/a.png"] for job_id in ids.values()})
+        claimed = {job.remote_id: job for job in claim(connection)}
+        cancel(connection, ids["lost"], Tally(), now=NOW)
+        ready, trained = Deliver((Link("https://cdn/0.png"),)), Deliver(())
+        steps = {"ready": ready, "trained": trained, "waiting": AskAgain(Strikes(), "processing"), "lost": ready}
+        batch = [Outcome(claimed[name], step, "note", Plan(1.0)) for name, step in steps.items()]
+        record_answers(connection, batch, Tally(), now=SOON)
+
+    with engine.connect() as connection:
+        left = set(connection.execute(select(promises.c.job_id)).scalars())
+    assert left == {ids["waiting"], ids["lost"]}
 
 
 def test_given_ends_of_all_kinds_in_one_batch_then_promises_are_tried_before_those_without_an_output(

@@ -31,7 +31,7 @@ from worker.store.batch import write_claimed
 from worker.store.claims import ClaimedJob, ClaimedOutput
 from worker.store.jobs import settle
 from worker.store.listing import insert_outputs
-from worker.store.promises import PromisedEnd, keep_promises, promised_links, try_promises
+from worker.store.promises import PromisedEnd, forget_promises, keep_promises, promised_links, try_promises
 from worker.store.totals import Tally
 from worker.tables import bodies, jobs, outputs
 
@@ -154,6 +154,7 @@ def _deliver(
                 tally.finished(job.account, job.kind, "completed")
             if job.id in notes:
                 tally.left_out(job.account, steps[job.id].left_out)
+    forget_promises(connection, written)
     return insert_outputs(connection, ready, now=now, queued=True), empty, len(written)
 
 

@@ -5,7 +5,7 @@ Before a job ends without an output they are tried like listed ones. Meanwhile `
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -101,6 +101,12 @@ def end_promises(connection: Connection, job_id: int) -> None:
     connection.execute(
         update(promises).where(promises.c.job_id == job_id).values(end_status=None, end_code=None, end_message=None)
     )
+
+
+def forget_promises(connection: Connection, job_ids: Collection[int]) -> None:
+    """Forget the links that were promised of jobs whose outputs are listed. The caller has the jobs' rows."""
+    if job_ids:
+        connection.execute(delete(promises).where(promises.c.job_id.in_(sorted(job_ids))))
 
 
 def take_back_promises(connection: Connection, job_ids: Sequence[int]) -> set[int]:
