@@ -298,7 +298,12 @@ def test_given_jobs_that_get_ready_then_their_promises_are_forgotten_and_no_othe
         claimed = {job.remote_id: job for job in claim(connection)}
         cancel(connection, ids["lost"], Tally(), now=NOW)
         ready, trained = Deliver((Link("https://cdn/0.png"),)), Deliver(())
-        steps = {"ready": ready, "trained": trained, "waiting": AskAgain(Strikes(), "processing"), "lost": ready}
+        steps: dict[str, Step] = {
+            "ready": ready,
+            "trained": trained,
+            "waiting": AskAgain(Strikes(), "processing"),
+            "lost": ready,
+        }
         batch = [Outcome(claimed[name], step, "note", Plan(1.0)) for name, step in steps.items()]
         record_answers(connection, batch, Tally(), now=SOON)
 
