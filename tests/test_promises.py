@@ -258,11 +258,12 @@ def test_given_a_key_in_a_promised_link_then_it_is_kept_without_it(made: Kit, en
     key = made.worker.settings.sd_api_key
     assert key is not None
     link = f"https://h/a.png?key={key.get_secret_value()}"
-    made.api.answers("8").body(NOT_READY | {"future_links": [link]})
-    ids = [worker.track(ACCEPTED | {"future_links": [link]}), worker.track("8")]
+    made.api.answers("8").body(NOT_READY | {"future_links": [link]}, times=50)
+    kept = [promised(engine, worker.track(ACCEPTED | {"future_links": [link]}))]
+    polled = worker.track("8")
     made.worker.advance(30)
 
-    kept = [promised(engine, job_id) for job_id in ids]
+    kept.append(promised(engine, polled))
 
     assert all(urls is not None and len(urls) == 1 for urls in kept)
     assert key.get_secret_value() not in str(kept)

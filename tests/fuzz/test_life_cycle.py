@@ -257,7 +257,8 @@ def tried_once(job: Job, one: Output, kind: str, now: int) -> tuple[int, int] | 
     least, most = S, 300 * S
     if job.trying is not None:
         least, most = 0, 60 * S
-        over = over or (kind != "storage" and now >= one.listed + 600 * S)
+        tried = late or (now >= one.listed + 600 * S and one.attempts >= 5)
+        over = over or (kind != "storage" and tried)
     elif kind in ("not_media", "truncated"):
         one.bad += 1
         over = one.bad >= 3 or late

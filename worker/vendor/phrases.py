@@ -41,7 +41,7 @@ class Phrase(NamedTuple):
 PHRASES: tuple[Phrase, ...] = (
     Phrase("key", r"(?:account|user) (?:is |was |has been )?(?:currently )?(?:suspended|blocked|banned|disabled|deactivated|inactive|not (?:yet )?(?:active|activated|verified))|\b(?:account|user) (?:was |is )?not found",
            "Your account has been suspended"),
-    Phrase("service", r"\b(?:server|service|queue|system|gpu)s? (?:is |are )?(?:currently |temporarily |too )?(?:busy|full|overloaded)\b(?!.*\b(?:queued|concurrent) requests)",
+    Phrase("service", r"\b(?:server|service|queue|system|gpu)s? (?:is |are )?(?:currently |temporarily |too )?(?:busy|full|overloaded)\b(?!.{0,300}\b(?:queued|concurrent) requests)",
            "Queue is full. Upgrade your plan to skip the queue"),
     Phrase("moderated", r"\bnsfw\b|moderat(?:ed|ion)|safety (?:check|filter|system)|inappropriate|content policy|\bprohibited (?:[a-z]{1,20} )?(?:contents?|words?|images?|prompts?|terms?|text|material)\b|\b(?:contains?|includes?) (?:[a-z]{1,20} )?prohibited\b",
            "NSFW content detected"),
@@ -52,7 +52,7 @@ PHRASES: tuple[Phrase, ...] = (
            r"|\b(?:request|job|task|generation|execution|training|record) (?:could ?not|can ?not|can't|couldn't) be (?:found|located)"
            r"|\b(?:could not|couldn't|cannot|can't|unable to) find (?:the |a |any |your |this |that |such )?(?:request|job|task|generation|execution|training|record|id)\b",
            "The selected id is invalid."),
-    Phrase("service", r"(?:unable|failed|could not|cannot|can't) (?:to )?(?:fetch|load|download|read|open)\b(?!.*\b(?:another|different|valid|check|correct)\b).{0,120}\b(?:later|again|busy|retry)\b",
+    Phrase("service", r"(?:unable|failed|could not|cannot|can't) (?:to )?(?:fetch|load|download|read|open)\b(?!.{0,300}\b(?:another|different|valid|check|correct)\b).{0,120}\b(?:later|again|busy|retry)\b",
            "Failed to load model, please try again later"),
     Phrase("order", r"(?:unable|failed|could not|cannot|can't) (?:to )?(?:fetch|load|download|read|open|decode|find)\b.{0,60}\b(?:image|url|file|audio|video|model|prompt|input)",
            "Unable to fetch image from provided URL"),
@@ -150,7 +150,9 @@ PASSING: frozenset[Meaning] = frozenset({"try_again", "service", "memory", "limi
 RECOVERS: frozenset[Meaning] = (PASSING | RUN_OUT) - {"memory"}
 
 # What a message quotes may be anybody's words: prompts, names, addresses. A single word in quotes stays.
-_QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”|`[^`]*`|(?<!\w)'[^']*'(?!\w)|(?<!\w)\u2018[^\u2019]*\u2019(?!\w)")
+_QUOTED = re.compile(
+    r"\"[^\"]{0,250}\"|“[^”]{0,250}”|`[^`]{0,250}`|(?<!\w)'[^']{0,250}'(?!\w)|(?<!\w)\u2018[^\u2019]{0,250}\u2019(?!\w)"
+)
 _PROMPT = re.compile(r"(\bprompts?\s*[:=]).*", re.IGNORECASE | re.DOTALL)
 _NAME = re.compile(r"(?<![\w-])[A-Za-z]+(?:[_-][A-Za-z]+)+(?![\w-])")
 
