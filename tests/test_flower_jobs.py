@@ -397,7 +397,7 @@ def test_given_a_real_worker_when_jobs_run_then_their_rows_follow_even_a_revoked
     with sandbox(0.5) as server, celery_worker(tmp_path), flower(tmp_path) as shown:
         good = track(server.submit("a forest at dawn", samples=2), eta=0.2, reference="order 5")
         submitted = server.submit("a lake", samples=1)
-        body = json.dumps({"status": "failed", "message": f"no credit for {KEY}"}).encode()
+        body = json.dumps({"status": "failed", "message": f"no lake for {KEY}"}).encode()
         server.script(submitted["id"], [Answer(200, {"Content-Type": "application/json"}, body)] * 9)
         bad = track(submitted, eta=0.2)
         unwanted = track("424242", eta=3_000, submitted_at=datetime.now(UTC))
@@ -412,7 +412,7 @@ def test_given_a_real_worker_when_jobs_run_then_their_rows_follow_even_a_revoked
         workers = json.loads(shown.page("/workers?json=1"))["data"]
 
     assert tasks[f"job-{good}"]["result"].startswith("2 outputs stored, ")
-    assert tasks[f"job-{bad}"]["exception"] == "api_failed: no credit for [key]"
+    assert tasks[f"job-{bad}"]["exception"] == "api_failed: no lake for [key]"
     assert [path for path, page in pages.items() if KEY in page] == []
     assert len(workers) == 1
     assert "Traceback" not in shown.log.read_text()
