@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from celery import Celery
 from sqlalchemy import Engine, select
 from sqlalchemy.engine import make_url
 
@@ -74,6 +75,24 @@ def test_given_no_broker_and_no_beat_when_a_worker_runs_then_it_polls_all_the_sa
 
     assert job == 1
     assert "Traceback" not in log.read_text()
+
+
+def test_given_a_training_that_only_its_endpoint_makes_known_when_tracked_by_task_then_its_id_is_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Engine, sandbox: Sandbox, redis_url: str
+) -> None:
+    monkeypatch.setenv("REDIS_URL", redis_url)
+    answer = {"status": "success", "messege": "deploying_gpu", "model_id": "F5jv"}
+
+    with (
+        celery_worker(tmp_path, "--pool", "threads", "--concurrency", "2"),
+        Celery(broker=redis_url, backend=redis_url, set_as_current=False) as client,
+    ):
+        sent = client.send_task("worker.track", [answer], {"endpoint": "v3/fine_tune"}, queue="fetch-worker")
+        job = sent.get(timeout=60)
+
+    with database.connect() as connection:
+        row = connection.execute(select(jobs).where(jobs.c.id == job)).one()
+    assert (row.remote_id, row.kind) == ("F5jv", "training/F5jv")
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])

@@ -93,13 +93,10 @@ class HostedApi:
 
         `permit` is called right before it is sent; what it raises is raised here.
         """
-        limit = TimeLimit(self._timeout, permit)
         try:
-            with limit:
-                answer = self._call(address, remote_id, key, limit)
-        except (requests.RequestException, HTTPError, OSError, ValueError) as error:
-            cause = f"none within {self._timeout:g} s" if limit.over else describe(error)
-            return ApiReply(ApiDown(self._scrubber.text(f"no answer: {cause}")))
+            answer = self._call(address, remote_id, key, permit)
+        except Unavailable as silence:
+            return ApiReply(ApiDown(str(silence)))
         if len(answer.body) > MAX_ANSWER_BYTES:
             unread = Unread(f"HTTP {answer.status} with an answer of more than {MAX_ANSWER_BYTES} bytes")
             body = self._scrubber.body(answer.body[:LARGE_ANSWER_BYTES])  # far more of it than is kept
@@ -115,21 +112,24 @@ class HostedApi:
         """
         if (refused := self.permits(address, remote_id)) is not None:
             raise RefusedAddress(refused)
-        limit = TimeLimit(self._timeout, None)
-        try:
-            with limit:
-                answer = self._call(address, remote_id, key, limit)
-        except (requests.RequestException, HTTPError, OSError, ValueError) as error:
-            cause = f"none within {self._timeout:g} s" if limit.over else describe(error)
-            raise Unavailable(self._scrubber.text(f"no answer: {cause}")) from None
+        answer = self._call(address, remote_id, key, None)
         return answer.status, self._scrubber.body(answer.body[:MAX_ANSWER_BYTES])
 
-    def _call(self, address: FetchAddress, remote_id: str, key: SecretStr, limit: TimeLimit) -> "_Received":
+    def _call(
+        self, address: FetchAddress, remote_id: str, key: SecretStr, permit: Callable[[], object] | None
+    ) -> "_Received":
+        """Send the request about one job. Raises Unavailable where no answer comes, and whatever `permit` raises."""
         call = call_for(address)
         words = {"key": key.get_secret_value()}
         if call.id_field is not None:
             words[call.id_field] = remote_id
-        return self._send(call.method, address.url, json.dumps(words).encode(), limit)
+        limit = TimeLimit(self._timeout, permit)
+        try:
+            with limit:
+                return self._send(call.method, address.url, json.dumps(words).encode(), limit)
+        except (requests.RequestException, HTTPError, OSError, ValueError) as error:
+            cause = f"none within {self._timeout:g} s" if limit.over else describe(error)
+            raise Unavailable(self._scrubber.text(f"no answer: {cause}")) from None
 
     def kept_text(self, raw: RawAnswer) -> KeptText:
         """Return what may be kept of an answer."""

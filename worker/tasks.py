@@ -45,7 +45,7 @@ from worker.store.history import sample
 from worker.store.repair import Repairer
 from worker.stores import storage_for
 from worker.transport_guard import shown
-from worker.vendor.submissions import submission
+from worker.vendor.submissions import planned_job
 from worker.wake_ups import listen
 from worker.webhooks import AT_ONCE, Webhooks
 
@@ -544,9 +544,9 @@ def track(self: Any, remote: Any, **options: Any) -> int:
         raise NotTrackable(parts().scrubber.text(f"worker.track was called wrongly: {wrong}")) from None
     except WorkerError as wrong:
         raise type(wrong)(parts().scrubber.text(str(wrong))) from None
-    if (
-        created and submission(remote, settings.status_words).outputs
-    ):  # ready at once: nothing but a sweep would find its outputs
+    where = {name: options.get(name) for name in ("fetch_url", "endpoint")}
+    if created and planned_job(remote, settings.api, **where, words=settings.status_words).submission.outputs:
+        # Ready at once: nothing but a sweep would find its outputs.
         _softly("sweep", lambda: sweep.apply_async(expires=HINT_EXPIRES_SECONDS))
     return job_id
 
