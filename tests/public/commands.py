@@ -1,0 +1,185 @@
+"""The commands on a planted database: the JSON documents that they print, and what they exit with."""
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from sqlalchemy import Engine, make_url, select, update
+
+from tests import planted
+from tests.rows import add_output, seconds
+from worker.cli import main
+from worker.core.pace import Waiting
+from worker.database import close_engines, engine_for, make_engine
+from worker.enqueue import _settings
+from worker.learner import Learner
+from worker.migrate import migrate
+from worker.settings import load
+from worker.store.events import open_events
+from worker.store.totals import Tally
+from worker.store.unread import KeptAnswer, keep_answers
+from worker.tables import events, jobs
+
+NOWHERE = "redis://127.0.0.1:1/0"  # nothing listens there
+ANSWER = '{"status": "success", "id": 77, "output": ["https://cdn.test/a.png"]}'
+UNREAD = '{"status": "done", "assets": ["https://cdn.test/a.png"]}'
+TRACE = '{"t": 0, "duration": 5, "kind": "image", "eta": null}\n{"t": 1, "duration": null, "kind": "image", "eta": 3}\n'
+
+
+def command_documents() -> Iterator[tuple[str, Any]]:
+    """Each command that prints JSON, and its document, on a database where everything is there that it can show."""
+    with _planted_folder() as folder:
+        (folder / "answer.json").write_text(ANSWER)
+        (folder / "trace.jsonl").write_text(TRACE)
+        for words in (
+            ("track", "1001", "1002"),
+            ("list",),
+            ("show", "1"),
+            ("show", "2"),
+            ("show", "3"),
+            ("status",),
+            ("doctor",),
+            ("top",),
+            ("unread",),
+            ("unread", "--shape", "status=done"),
+            ("parse", "answer.json"),
+            ("parse", "answer.json", "--submit"),
+            ("simulate", "--trace", "trace.jsonl"),
+            ("hold", "1"),
+            ("resume", "1"),
+            ("cancel", "1"),
+            ("retry", "3"),
+            ("cancel", "--account", "default", "--status", "pending", "--dry-run"),
+            ("retry", "--status", "failed", "--yes"),
+            ("verify", "--dry-run"),
+            ("prune", "--older-than", "1h", "--dry-run"),
+            ("unread", "--apply"),
+        ):
+            yield " ".join(words), json.loads(run(*words, "--json")[1])
+
+
+def exit_codes() -> Iterator[tuple[Sequence[str], int]]:
+    """Commands that did what they were asked, that could not, and that were used wrongly."""
+    with _planted_folder() as folder:
+        (folder / "refused.json").write_text('{"status": "error", "message": "Invalid API Key"}')
+        for words in (
+            ("--version",),
+            ("list",),
+            ("show", "1"),
+            ("show", "999"),
+            ("show", "one"),
+            ("status",),
+            ("doctor",),
+            ("track", "1001"),
+            ("track", "not an id"),
+            ("track",),
+            ("cancel", "1"),
+            ("cancel", "1"),
+            ("cancel", "999"),
+            ("cancel", "--status", "pending"),
+            ("retry", "2"),
+            ("hold", "--remote", "nobody"),
+            ("verify", "--dry-run"),
+            ("prune", "--older-than", "1s"),
+            ("parse", "refused.json"),
+            ("parse", "refused.json", "--submit"),
+            ("parse", "missing.json"),
+            ("simulate", "--trace", "missing.jsonl"),
+            ("nonsense",),
+            ("list", "--status", "nonsense"),
+        ):
+            yield words, run(*words)[0]
+
+
+def webhook_body() -> str:
+    """The body of the event of a cancelled job that had a stored output and another one."""
+    with _planted_folder():
+        engine = engine_for(load().database)
+        with engine.begin() as connection:
+            connection.execute(update(jobs).values(webhook_url="https://shop.test/hook"))
+        run("cancel", "4")
+        with engine.begin() as connection:
+            open_events(connection, now=planted.now(), of=[4])
+            return str(connection.execute(select(events.c.body).where(events.c.job_id == 4)).scalar_one())
+
+
+def run(*words: str) -> tuple[int, str]:
+    """Run a command in this process; return its exit code and what it printed."""
+    printed, messages = io.StringIO(), io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(messages):
+        try:
+            main(list(words))
+        except SystemExit as ended:
+            code = ended.code
+    return int(code or 0), printed.getvalue()
+
+
+@contextmanager
+def planted_engine() -> Iterator[Engine]:
+    """An SQLite database with jobs in every state and everything else that can be shown."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine = make_engine(make_url(f"sqlite:///{folder}/planted.db"))
+        try:
+            migrate(engine)
+            plant(engine)
+            yield engine
+        finally:
+            engine.dispose()
+
+
+@contextmanager
+def _planted_folder() -> Iterator[Path]:
+    """A working directory of its own whose settings name a planted database."""
+    before = Path.cwd()
+    with planted_engine() as engine, tempfile.TemporaryDirectory() as name:
+        kept = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "LANG")}
+        own = {"DATABASE_URL": str(engine.url), "REDIS_URL": NOWHERE, "SD_API_URL": "http://127.0.0.1:1/api/v3"}
+        _settings.cache_clear()
+        os.chdir(name)
+        try:
+            with patch.dict(os.environ, kept | own | {"SD_API_KEY": "a-key-of-the-test"}, clear=True):
+                yield Path(name)
+        finally:
+            os.chdir(before)
+            _settings.cache_clear()
+            close_engines()
+
+
+def plant(engine: Engine) -> None:
+    """Put in what commands and metrics can show. Job 1 waits, 2 is downloading, 3 has failed; others follow."""
+    with engine.begin() as connection:
+        first = planted.waiting(connection, "1", reference="an order", eta=12.0, webhook_url="https://shop.test/hook")
+        planted.delivered(connection, "2", error_code="http_error", error_message="HTTP 503")
+        third = planted.failed(connection, "3", on_done="shop.done", on_done_attempts=1)
+        planted.event(connection, third, due=-100.0)
+        stored = {"status": "stored", "due_at": None, "stored_at": planted.now(), "location": "file:///gone/x.png"}
+        file = {"sha256": "ab" * 32, "media_type": "image/png", "size_bytes": 12}
+        done = planted.delivered(connection, "4", **(stored | file))
+        add_output(connection, done, 1, error_code="gone", due_at=planted.now())
+        planted.received(connection, "5")
+        planted.claimed(connection, "6", planted.DEAD, over=500.0)
+        planted.waiting(connection, "7", account="shop", due=-400.0)
+        planted.held(connection, "account", "shop", "key_refused")
+        planted.held(connection, "host", "api.test", "unreachable")
+        planted.gate(connection, "account", "default", ceiling=4.0, cut_at=planted.now())
+        now = planted.now()
+        counted = Tally()
+        counted.finished("default", "image", "failed")
+        counted.delay("default", "image", 0.4)
+        counted.polled("default", "image", 3)
+        counted.attempt("stored", seconds=0.2, stored_bytes=12)
+        counted.write(connection)
+        keep_answers(
+            connection, [KeptAnswer(first, 200, "status=done", UNREAD, recognised=False)], now=now - seconds(5)
+        )
+    learner = Learner(engine)
+    learner.prepare([("default", "image")])
+    for _ in range(40):
+        learner.observe("default", "image", Waiting(20.0, 19.0), ready=True, planned=20.0)
+    learner.share()
