@@ -454,7 +454,9 @@ def test_given_no_broker_when_a_run_tells_of_its_progress_then_nothing_happens(
     script = """
 from celery.app.task import Context
 from worker.poller import PollReport
-from worker.tasks import ProgressEvents, app, parts
+from worker.app import app
+from worker.process.resources import parts
+from worker.process.runs import ProgressEvents
 app.conf.broker_transport_options |= {"max_retries": 1, "interval_start": 0}
 tell = ProgressEvents(Context(id="some", hostname="host"))
 tell(PollReport(), 0)

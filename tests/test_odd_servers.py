@@ -15,7 +15,7 @@ from tests.downloads import PNG, Stand, png
 from tests.rows import job_of, output_of
 from tests.test_downloader import _assert_stored, _make_due
 from tests.web import Answer, Web, head, page, sends
-from worker import tasks
+from worker.process import resources
 from worker.settings import Settings
 from worker.tables import outputs
 
@@ -284,10 +284,9 @@ def test_the_product_says_who_it_is(stand: Stand, web: Web) -> None:
 
 def test_whoever_wants_another_name_sets_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """For the API, downloads and webhooks alike."""
-    monkeypatch.setattr(
-        tasks, "settings", Settings(user_agent="shop/2.1 (+https://shop.test)", storage_url=f"file:{tmp_path}")
-    )
-    own = tasks.ProcessResources()
+    settings = Settings(user_agent="shop/2.1 (+https://shop.test)", storage_url=f"file:{tmp_path}")
+    monkeypatch.setattr(resources, "settings", settings)
+    own = resources.ProcessResources()
     used = [own.api._headers["User-Agent"], own.downloader._headers["User-Agent"], own.webhooks._user_agent]
     assert used == ["shop/2.1 (+https://shop.test)"] * 3
 

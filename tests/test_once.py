@@ -11,12 +11,13 @@ from unittest.mock import Mock
 
 import pytest
 
-from worker import enqueue, stores, tasks
+from worker import enqueue, stores
 from worker.app import POLLS
 from worker.courier import Courier
 from worker.database import engine_for
 from worker.downloader import Downloader
 from worker.once import locked_cache, locked_property
+from worker.process import dead_claims, resources
 from worker.settings import Settings
 
 pytestmark = pytest.mark.every_python
@@ -115,28 +116,31 @@ def _own_resources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(
         database_url=f"sqlite:///{tmp_path}/jobs.db", redis_url="redis://127.0.0.1:1/0", state_directory=str(tmp_path)
     )
-    monkeypatch.setattr(tasks, "settings", settings)
-    monkeypatch.setattr(tasks, "_parts", {})
-    monkeypatch.setattr(tasks, "listen", lambda *_: None)
-    monkeypatch.setattr(tasks, "gc", Mock())  # the collector belongs to the process that runs the tests
+    for module in (resources, dead_claims):
+        monkeypatch.setattr(module, "settings", settings)
+    monkeypatch.setattr(resources, "_parts", {})
+    monkeypatch.setattr(resources, "listen", lambda *_: None)
+    monkeypatch.setattr(resources, "gc", Mock())  # the collector belongs to the process that runs the tests
 
 
-RESOURCES = sorted(name for name, value in vars(tasks.ProcessResources).items() if isinstance(value, locked_property))
+RESOURCES = sorted(
+    name for name, value in vars(resources.ProcessResources).items() if isinstance(value, locked_property)
+)
 
 
 @pytest.mark.usefixtures("_own_resources")
 @pytest.mark.parametrize("name", RESOURCES)
 def test_each_resource_of_a_process_is_made_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    resource = vars(tasks.ProcessResources)[name]
+    resource = vars(resources.ProcessResources)[name]
 
-    def counted(own: tasks.ProcessResources, make: Callable[[Any], Any] = resource.func) -> Any:
+    def counted(own: resources.ProcessResources, make: Callable[[Any], Any] = resource.func) -> Any:
         made.append(name)
         time.sleep(0.02)
         return make(own)
 
     monkeypatch.setattr(resource, "func", counted)
-    found = _at_once(lambda: getattr(tasks.parts(), name))
+    found = _at_once(lambda: getattr(resources.parts(), name))
     assert len({id(one) for one in found}) == 1
     assert made == [name]
 
@@ -147,16 +151,16 @@ def test_every_resource_is_covered_and_none_is_made_without_a_lock() -> None:
 
 @pytest.mark.usefixtures("_own_resources")
 def test_a_process_makes_what_its_queues_need_and_nothing_else() -> None:
-    tasks.parts().make_for({POLLS})
-    assert "poller" in vars(tasks.parts())
-    assert "downloader" not in vars(tasks.parts())
+    resources.parts().make_for({POLLS})
+    assert "poller" in vars(resources.parts())
+    assert "downloader" not in vars(resources.parts())
 
 
 @pytest.mark.usefixtures("_own_resources")
 def test_a_poller_that_is_made_while_the_worker_stops_claims_nothing() -> None:
-    tasks.parts().stop()
-    assert "poller" not in vars(tasks.parts()), "a signal handler must not make things"
-    assert tasks.parts().poller.stopped
+    resources.parts().stop()
+    assert "poller" not in vars(resources.parts()), "a signal handler must not make things"
+    assert resources.parts().poller.stopped
 
 
 @pytest.mark.usefixtures("_own_resources")
@@ -169,8 +173,8 @@ def test_the_storage_is_prepared_by_the_first_download_alone(tmp_path: Path, mon
         time.sleep(0.05)
 
     monkeypatch.setattr(storage, "prepare", prepare)
-    monkeypatch.setattr(tasks, "storage_for", lambda _: storage)
-    downloader: Downloader = tasks.parts().downloader
+    monkeypatch.setattr(resources, "storage_for", lambda _: storage)
+    downloader: Downloader = resources.parts().downloader
     assert prepared == [], "making it asks no server"
     _at_once(downloader._prepare_storage)
     assert prepared == [1]

@@ -16,6 +16,7 @@ from tests.rows import add_job
 from worker import tasks
 from worker.cli import main
 from worker.database import database_now, make_engine
+from worker.process import resources, runs
 from worker.settings import load
 from worker.tables import jobs
 
@@ -136,11 +137,12 @@ def test_files_that_stay_are_told_with_exit_code_1(database: Engine, run: Run, t
 
 def test_the_task_prunes_as_the_settings_say(database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not at all without an age."""
-    monkeypatch.setattr(tasks, "settings", load())
+    monkeypatch.setattr(runs, "settings", load())
     assert tasks.prune() == "nothing is pruned: PRUNE_AFTER is not set"
     monkeypatch.setenv("PRUNE_AFTER", "30d")
     monkeypatch.setenv("PRUNE_STATES", "completed, failed")
-    monkeypatch.setattr(tasks, "settings", load())
-    monkeypatch.setattr(tasks, "_parts", {})
+    monkeypatch.setattr(runs, "settings", load())
+    monkeypatch.setattr(resources, "settings", load())
+    monkeypatch.setattr(resources, "_parts", {})
     assert tasks.prune() == "2 jobs pruned"
     assert _left(database) == ["cancelled", "expired", "completed"]

@@ -10,7 +10,6 @@ from alembic.util.exc import CommandError
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from worker.alembic import include_name as include_name
 from worker.database import (
     LOCK_TIMEOUT_SECONDS,
     SCHEMA_VERSION,

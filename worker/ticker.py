@@ -22,7 +22,8 @@ from worker.database import described, engine_for
 from worker.errors import DeploymentError, SchemaOutdated, Unavailable
 from worker.migrate import expand
 from worker.neighbours import remember_database, warn_of_strangers
-from worker.tasks import doubt_keys, parts, run_polls, run_sweep, run_webhooks
+from worker.process.resources import parts
+from worker.process.runs import doubt_keys, run_polls, run_sweep, run_webhooks
 from worker.watchdog import Loop, Watchdog, watched_seconds
 
 log = get_logger(__name__)

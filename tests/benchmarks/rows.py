@@ -66,7 +66,7 @@ print(json.dumps({name: sorted(found)[len(found) // 2] for name, found in times.
 SHARE = """
 import collections, json, os, sys, threading, time
 from worker import poller as claiming, recorder as recording
-from worker.tasks import parts
+from worker.process.resources import parts
 spent, asked = collections.Counter(), collections.Counter()
 def timed(name, work):
     def inner(*arguments, **options):

@@ -43,7 +43,7 @@ def wait_for_trouble():
             import ctypes
             ctypes.PyDLL(None).sleep(1000)  # C code that keeps the interpreter's lock
         if os.path.exists("deadlock"):
-            from worker.tasks import parts
+            from worker.process.resources import parts
             parts().poller._give_back_lost = deadlock
             return
 def deadlock():

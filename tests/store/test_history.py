@@ -120,7 +120,8 @@ def test_a_line_that_is_there_costs_one_look(engine: Engine) -> None:
 SWEEPS = """
 import logging
 
-from worker.tasks import parts, run_sweep
+from worker.process.resources import parts
+from worker.process.runs import run_sweep
 
 logging.basicConfig()
 said = [run_sweep()]

@@ -1,0 +1,49 @@
+"""Messages that this process publishes: downloads and `on_done` calls. Each is a hint; the sweep sends it again."""
+
+from collections.abc import Callable, Sequence
+
+from celery.utils.log import get_task_logger
+from kombu.exceptions import OperationalError as BrokerError
+
+from worker.app import DOWNLOADS, app
+from worker.notifier import refusal
+
+log = get_task_logger(__name__)
+
+
+def queue_downloads(output_ids: Sequence[int]) -> None:
+    """Puts download tasks on their queue. If the broker is away the sweep does it later."""
+
+    def publish() -> None:
+        with app.producer_pool.acquire(block=True, timeout=5) as producer:
+            for output_id in output_ids:
+                app.send_task("worker.download", (output_id,), producer=producer, queue=DOWNLOADS, ignore_result=True)
+
+    if output_ids:
+        log_broker_errors("downloads", publish)
+
+
+def send_on_done(task: str, queue: str, job_id: int) -> None:
+    """Send, once more where a connection of the pool was lost meanwhile. Celery's own retries would take too long."""
+    try:
+        _send_once(task, queue, job_id)
+    except Exception as error:
+        if refusal(error) is not None:
+            raise
+        _send_once(task, queue, job_id)
+
+
+def _send_once(task: str, queue: str, job_id: int) -> None:
+    with app.producer_pool.acquire(block=True, timeout=5) as producer:
+        try:
+            app.send_task(task, (job_id,), queue=queue, producer=producer, retry=False, ignore_result=True)
+        except Exception:
+            producer.__connection__.collect()  # RabbitMQ closes the channel of what it refuses: the next gets a new one
+            raise
+
+
+def log_broker_errors(what: str, publish: Callable[[], object]) -> None:
+    try:
+        publish()
+    except (BrokerError, OSError) as error:
+        log.warning("the broker is away, the sweep will send it what=%s reason=%s", what, type(error).__name__)

@@ -1,0 +1,257 @@
+"""What the tasks of one process share: the engine, the poller, the downloader and their helpers, each made once."""
+
+import gc
+import os
+import threading
+from collections.abc import Container, Sequence
+from datetime import timedelta
+
+from sqlalchemy import Engine
+
+from worker.addresses import Guard, guarded_adapter
+from worker.app import DOWNLOADS, POLLS, settings
+from worker.courier import Courier
+from worker.database import check_schema, engine_for
+from worker.downloader import Downloader
+from worker.errors import WorkerError
+from worker.hosted_api import HostedApi
+from worker.late_looks import LateLooks
+from worker.leases import LeaseKeeper
+from worker.notifier import tell
+from worker.once import locked_property
+from worker.poller import IN_FLIGHT, Poller
+from worker.process.dead_claims import log_released, release_dead_claims, sent_folder
+from worker.process.publishing import log_broker_errors, queue_downloads, send_on_done
+from worker.process_id import dead, holder_name
+from worker.redelivery import Deliveries, Outage
+from worker.scrubber import Scrubber, shared_scrubber
+from worker.sent_requests import SentRequests, old_files, processes_with_files, remove_files
+from worker.shared_budget import SharedBudget, redis_client
+from worker.store.claims import holders
+from worker.store.repair import Repairer
+from worker.stores import storage_for
+from worker.wake_ups import listen
+from worker.webhooks import AT_ONCE, Webhooks
+
+DOWNLOAD_THREADS = 64
+COUNT_TIMEOUT_SECONDS = 2.0
+GARBAGE_THRESHOLDS = (20_000, 20, 50)
+OLD_FILES_SECONDS = 86_400.0  # of a boot or a container before: nobody here knows whether its processes live
+
+
+class ProcessResources:
+    """What the tasks of one process share. A forked child makes its own.
+
+    A worker process makes what its queues need as it starts (`make_for`). Anywhere else (`task.apply()`, a shell) each
+    resource is made on first use, by one thread while the others wait.
+    """
+
+    def __init__(self) -> None:
+        self.stopping = threading.Event()  # set when the worker shuts down: nothing new is begun
+        self._release_lock = threading.Lock()
+
+    @locked_property
+    def engine(self) -> Engine:
+        """This process's engine."""
+        return engine_for(settings.database)
+
+    @locked_property
+    def scrubber(self) -> Scrubber:
+        """Takes the keys out of texts."""
+        return shared_scrubber(settings.secret_texts)
+
+    @locked_property
+    def leases(self) -> LeaseKeeper:
+        """Holds this process's claims."""
+        holder = holder_name()
+        return LeaseKeeper(
+            self.engine,
+            lease=timedelta(seconds=settings.recovery_seconds),
+            holder=holder,
+            sent=SentRequests(sent_folder(), holder),
+        )
+
+    @locked_property
+    def api(self) -> HostedApi:
+        """The hosted API; mount an adapter of your own on `parts().api.session` if you must."""
+        return HostedApi(
+            settings.api,
+            self.scrubber,
+            timeout=settings.sd_api_timeout,
+            connections=IN_FLIGHT,
+            ca_bundle=settings.ca_bundle,
+            proxy=settings.proxy,
+            user_agent=settings.user_agent,
+            status_words=settings.status_words,
+        )
+
+    @locked_property
+    def poller(self) -> Poller:
+        """Polls, and listens for wake-ups."""
+        poller = Poller(
+            engine=self.engine,
+            api=self.api,
+            budget=SharedBudget(settings.redis),
+            leases=self.leases,
+            keys=settings.keys,
+            rps=settings.rps,
+            pace=settings.pace,
+            api_timeout=settings.sd_api_timeout,
+            queue_downloads=lambda ids: self.courier.send("downloads", lambda: queue_downloads(ids)) if ids else None,
+            tell=lambda ids: self.courier.send("on_done", lambda: self.tell(ids)) if ids else None,
+            late_looks=settings.late_look_seconds,
+        )
+        listen(settings.redis, poller.wake)
+        if self.stopping.is_set():
+            poller.stop()
+        return poller
+
+    @locked_property
+    def late_looks(self) -> LateLooks:
+        """Asks about expired jobs again."""
+        looks = LateLooks(
+            engine=self.engine,
+            api=self.api,
+            budget=SharedBudget(settings.redis),
+            keys=settings.keys,
+            rps=settings.rps,
+            after=settings.late_look_seconds,
+            api_timeout=settings.sd_api_timeout,
+            queue_downloads=queue_downloads,
+            tell=self.tell,
+        )
+        if self.stopping.is_set():
+            looks.stop()
+        return looks
+
+    @locked_property
+    def deliveries(self) -> Deliveries:
+        """Counts the deliveries of messages that end their process."""
+        return Deliveries(redis_client(settings.redis, seconds=COUNT_TIMEOUT_SECONDS))
+
+    @locked_property
+    def outage(self) -> Outage:
+        """How long messages wait while the database is away."""
+        return Outage(self._database_answers)
+
+    def _database_answers(self) -> bool:
+        try:
+            check_schema(self.engine)
+        except WorkerError:
+            return False
+        return True
+
+    @locked_property
+    def courier(self) -> Courier:
+        """Sends messages, so that no poll run waits for a broker that is slow or away."""
+        return Courier()
+
+    @locked_property
+    def downloader(self) -> Downloader:
+        """Downloads."""
+        guard = Guard(settings.allowed_networks)
+        return Downloader(
+            engine=self.engine,
+            leases=self.leases,
+            storage=storage_for(settings),
+            guard=guard,
+            adapter=guarded_adapter(guard, connections=DOWNLOAD_THREADS),
+            scrubber=self.scrubber,
+            max_bytes=settings.output_max_bytes,
+            max_pixels=settings.output_max_pixels,
+            timeout=settings.output_timeout,
+            deadline=settings.output_deadline,
+            tell=self.tell,
+            per_host=settings.downloads_per_host,
+            user_agent=settings.user_agent,
+        )
+
+    @locked_property
+    def webhooks(self) -> Webhooks:
+        """Tells receivers of final jobs."""
+        guard = Guard(settings.webhook_networks)
+        return Webhooks(
+            engine=self.engine,
+            leases=self.leases,
+            guard=guard,
+            adapter=guarded_adapter(guard, connections=AT_ONCE),
+            scrubber=self.scrubber,
+            secrets=settings.webhook_secrets,
+            user_agent=settings.user_agent,
+        )
+
+    @locked_property
+    def repairer(self) -> Repairer:
+        """Repairs rows in a state that no step of ours leaves behind."""
+        return Repairer(self.engine)
+
+    def make_for(self, queues: Container[str]) -> None:
+        """Make what the tasks on these queues need, before the first task comes. No server is asked for anything."""
+        # What was imported stays for ever: looking through it again and again took a tenth of all processor time.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GARBAGE_THRESHOLDS)
+        if POLLS in queues:
+            _ = self.poller, self.courier
+            if settings.webhook_secrets:
+                _ = self.webhooks
+        if DOWNLOADS in queues:
+            _ = self.downloader
+
+    def stop(self) -> None:
+        """Begin nothing new. Safe in a signal handler: it makes nothing."""
+        self.stopping.set()
+        for name in ("poller", "late_looks"):  # one that is being made just now looks at `stopping` itself
+            made = self.__dict__.get(name)
+            if made is not None:
+                made.stop()
+
+    def release_dead_claims(self) -> None:
+        """Release what dead processes held, once, before anything is claimed: a new claim would hide the crash."""
+        with self._release_lock:
+            if self._released_dead_claims:
+                return
+            with self.engine.begin() as connection:
+                released = release_dead_claims(connection)
+                holding = holders(connection)
+            self._released_dead_claims = True
+        folder = sent_folder()
+        gone = set(dead(processes_with_files(folder))) | old_files(folder, seconds=OLD_FILES_SECONDS)
+        remove_files(folder, gone - holding - {holder_name()})
+        log_released(released)
+
+    swept_at = 0.0
+    sample_at = 0.0
+    _released_dead_claims = False
+    ticks = False  # whether a ticker in this process takes up what a run leaves (in a prefork child none does)
+
+    def tell(self, job_ids: Sequence[int] | None) -> None:
+        """Tells web apps of final jobs; trouble with the broker leaves it to the next sweep."""
+        if job_ids is not None and not job_ids:
+            return
+        log_broker_errors("on_done", lambda: tell(self.engine, send_on_done, job_ids))
+
+
+_parts: dict[int, ProcessResources] = {}  # by process id: a forked child finds none of its own, and makes them
+_parts_lock = threading.RLock()  # a signal handler may come while its own thread holds it
+
+
+def parts() -> ProcessResources:
+    """Return the resources of this process."""
+    pid = os.getpid()
+    found = _parts.get(pid)
+    if found is None:
+        with _parts_lock:
+            found = _parts.get(pid)
+            if found is None:
+                found = _parts[pid] = ProcessResources()
+    return found
+
+
+def _new_parts_lock() -> None:
+    """In a forked child: a thread that held the lock in the parent is not there to release it."""
+    global _parts_lock
+    _parts_lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_new_parts_lock)
