@@ -41,7 +41,10 @@ from worker.store.claims import ClaimedOutput
 MEGABYTES = 50
 PICTURES, PICTURE_BYTES = 96, 1_500_000
 AT_ONCE = (8, 32)
-QUEUE = "import sys; from worker.process.publishing import queue_downloads; queue_downloads([int(id) for id in sys.argv[1:]])"
+QUEUE = (
+    "import sys; from worker.process.publishing import queue_downloads;"
+    " queue_downloads([int(word) for word in sys.argv[1:]])"
+)
 LISTED = """
 WITH job AS (
   INSERT INTO fetch_jobs (account, remote_id, kind, fetch_url, fetch_base, fetch_host, status, submitted_at, tracked_at,
