@@ -4,9 +4,9 @@ from alembic import context
 from sqlalchemy import Connection
 from sqlalchemy.sql.schema import SchemaItem
 
-from worker.database import UNLIMITED, limit_statements, make_engine
 from worker.settings import load
-from worker.tables import MYSQL_ONLY, VERSION_TABLE, metadata
+from worker.store.engine import UNLIMITED, limit_statements, make_engine
+from worker.store.schema import MYSQL_ONLY, VERSION_TABLE, metadata
 
 
 def ours(item: SchemaItem, name: str | None, kind: str, reflected: bool, compare_to: SchemaItem | None) -> bool:

@@ -15,18 +15,20 @@ from sqlalchemy.engine import make_url
 from tests import s3_servers, servers
 from tests.downloads import Stand
 from tests.web import Web, web_server
-from worker import enqueue, scrubber, timed_http
-from worker.database import close_engines, make_engine
-from worker.migrate import migrate
+from worker.client import tracking
+from worker.net import deadlines
 from worker.settings import DOTENV_SWITCH, Settings
-from worker.tables import metadata
+from worker.store.engine import close_engines, make_engine
+from worker.store.migrate import migrate
+from worker.store.schema import metadata
+from worker.system import redaction
 
 LONG_SECONDS = 900  # most for a test marked long that names no limit of its own; its waits end long before
 
 settings.register_profile("fetch-worker", deadline=None)  # on a busy machine any example may be slow
 settings.load_profile("fetch-worker")
 
-_tls_context = cache(timed_http.tls_context)  # reading the public authorities takes longer than most tests
+_tls_context = cache(deadlines.tls_context)  # reading the public authorities takes longer than most tests
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,10 +47,10 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
     monkeypatch.delenv(DOTENV_SWITCH, raising=False)
     monkeypatch.setenv("LOG_FORMAT", "text")  # what processes write is read here as people read it
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(scrubber, "_shared", scrubber.Scrubber())
-    enqueue._settings.cache_clear()
+    monkeypatch.setattr(redaction, "_shared", redaction.Scrubber())
+    tracking._settings.cache_clear()
     yield
-    enqueue._settings.cache_clear()
+    tracking._settings.cache_clear()
     close_engines()
 
 
@@ -165,7 +167,7 @@ def web() -> Iterator[Web]:
 @pytest.fixture
 def stand(tmp_path: Path, migrated_sqlite: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stand]:
     """On SQLite; the claims have tests on each database of their own."""
-    monkeypatch.setattr(timed_http, "tls_context", _tls_context)
+    monkeypatch.setattr(deadlines, "tls_context", _tls_context)
     shutil.copy(migrated_sqlite, tmp_path / "test.db")
     engine = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
     yield Stand(engine, tmp_path / "out")

@@ -12,11 +12,11 @@ from typing import Any
 from sqlalchemy import Engine
 
 from tests.rows import add_downloading, add_output, output_of
-from worker.addresses import Guard, guarded_adapter
-from worker.downloader import Downloader
-from worker.leases import LeaseKeeper
-from worker.scrubber import Scrubber
-from worker.storage import FileStorage
+from worker.coordination.leases import LeaseKeeper
+from worker.downloads.downloader import Downloader
+from worker.net.address_guard import Guard, guarded_adapter
+from worker.storage.local import FileStorage
+from worker.system.redaction import Scrubber
 
 KEY = "sk-canary-7f3a"
 MAX_BYTES = 1_048_576

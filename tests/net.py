@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from worker import timed_http
+from worker.net import deadlines
 
 
 class Net:
@@ -71,5 +71,5 @@ class Net:
                 return near and net.only in (None, (host, port))
 
         module = SimpleNamespace(**vars(socket) | {"socket": Socket, "getaddrinfo": self.getaddrinfo})
-        monkeypatch.setattr(timed_http, "socket", module)
+        monkeypatch.setattr(deadlines, "socket", module)
         return self

@@ -7,8 +7,8 @@ from typing import Any
 from sqlalchemy import Connection, insert
 
 from tests.rows import add_downloading, add_job, add_output, seconds
-from worker.process_id import host_name
-from worker.tables import events, gates
+from worker.store.schema import events, gates
+from worker.system.process_identity import host_name
 
 ELSEWHERE = "0badc0de.7.7"  # a process of another host
 DEAD = f"{host_name()}.{os.getpid()}.1"  # of this host: its number is used again

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Row, select
 
 from worker.store.claims import ClaimedJob, ClaimedOutput, claim_jobs, claim_output, waiting_levels
-from worker.tables import jobs, outputs
+from worker.store.schema import jobs, outputs
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 LEASE = timedelta(seconds=30)

@@ -11,8 +11,8 @@ from celery import Celery
 from celery.events.dispatcher import EventDispatcher
 
 from worker.app import FixedScheduler, make_app
-from worker.scrubber import shared_scrubber
 from worker.settings import load
+from worker.system.redaction import shared_scrubber
 
 pytestmark = pytest.mark.every_python
 

@@ -16,21 +16,21 @@ from itertools import islice
 import pytest
 
 from tests.adversaries import Use, texts, unread, uses
-from worker.addresses import Guard
 from worker.admin.wording import without_links
-from worker.core.answers import answers
-from worker.core.base64_text import Base64Decoder, base64_start
+from worker.core.answer_history import answers
 from worker.core.display import display_json, display_lines, display_text
-from worker.core.escapes import decoded
 from worker.core.identity import checked_remote_id
 from worker.core.json_size import too_many_values
-from worker.core.masking import link_host, masked
-from worker.core.media import is_text, sniff
+from worker.core.media.base64_text import Base64Decoder, base64_start
+from worker.core.media.signatures import is_text, sniff
 from worker.core.plain_text import plain_text
+from worker.core.redaction.escapes import decoded
+from worker.core.redaction.masking import link_host, masked
 from worker.core.spans import seconds_of
 from worker.core.webhook import checked_url
 from worker.errors import WorkerError
-from worker.scrubber import Scrubber
+from worker.net.address_guard import Guard
+from worker.system.redaction import Scrubber
 from worker.vendor.fetch_url import AllowedApi, fetch_address
 from worker.vendor.links import links
 from worker.vendor.replies import Question, parse

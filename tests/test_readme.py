@@ -13,9 +13,9 @@ from sqlalchemy.engine import make_url
 from tests.servers import celery_worker
 from worker.cli.commands import group
 from worker.core.lifecycle import JOB_STATES
-from worker.database import make_engine
-from worker.migrate import migrate
 from worker.settings import Settings
+from worker.store.engine import make_engine
+from worker.store.migrate import migrate
 from worker.testing import FetchApi, FetchWorker
 
 ROOT = Path(__file__).parent.parent

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from worker.app import make_app
+from worker.coordination.rate_limiter import redis_client
 from worker.errors import SettingsError
 from worker.settings import DOTENV_SWITCH, PROCESS_SETTINGS, load
-from worker.shared_budget import redis_client
 from worker.vendor.fetch_url import VENDOR_HOSTS
 
 SECRET = "hidden-word"

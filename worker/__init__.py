@@ -7,18 +7,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from worker.core.progress import Progress as Progress
-    from worker.enqueue import Job as Job
-    from worker.enqueue import Output as Output
-    from worker.enqueue import cancel as cancel
-    from worker.enqueue import get as get
-    from worker.enqueue import nudge as nudge
-    from worker.enqueue import open_output as open_output
-    from worker.enqueue import output_url as output_url
-    from worker.enqueue import retry as retry
-    from worker.enqueue import track as track
-    from worker.enqueue import track_many as track_many
-    from worker.enqueue import wait as wait
+    from worker.client.holds import hold as hold
+    from worker.client.holds import resume as resume
+    from worker.client.tracking import Job as Job
+    from worker.client.tracking import Output as Output
+    from worker.client.tracking import cancel as cancel
+    from worker.client.tracking import get as get
+    from worker.client.tracking import nudge as nudge
+    from worker.client.tracking import open_output as open_output
+    from worker.client.tracking import output_url as output_url
+    from worker.client.tracking import retry as retry
+    from worker.client.tracking import track as track
+    from worker.client.tracking import track_many as track_many
+    from worker.client.tracking import wait as wait
+    from worker.core.pacing.estimate import Progress as Progress
     from worker.errors import ApiRefused as ApiRefused
     from worker.errors import DatabaseRefused as DatabaseRefused
     from worker.errors import DeploymentError as DeploymentError
@@ -32,14 +34,13 @@ if TYPE_CHECKING:
     from worker.errors import Unavailable as Unavailable
     from worker.errors import WaitTimeout as WaitTimeout
     from worker.errors import WorkerError as WorkerError
-    from worker.holds import hold as hold
-    from worker.holds import resume as resume
 
 __version__ = "0.1.0"
+__path__.append(f"{__path__[0]}/deprecated")  # former import paths go on working for a release
 
 _HOMES = {
-    "worker.core.progress": ("Progress",),
-    "worker.enqueue": (
+    "worker.core.pacing.estimate": ("Progress",),
+    "worker.client.tracking": (
         "Job",
         "Output",
         "cancel",
@@ -67,7 +68,7 @@ _HOMES = {
         "WaitTimeout",
         "WorkerError",
     ),
-    "worker.holds": ("hold", "resume"),
+    "worker.client.holds": ("hold", "resume"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

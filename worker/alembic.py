@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from worker.tables import VERSION_TABLE, metadata
+from worker.store.schema import VERSION_TABLE, metadata
 
 OURS = frozenset({VERSION_TABLE, *metadata.tables})
 

@@ -23,13 +23,13 @@ from celery.loaders.app import AppLoader
 from celery.signals import after_setup_logger, after_setup_task_logger, celeryd_init
 from kombu.entity import Exchange, Queue
 
-from worker.database import engine_for
-from worker.environment import clean, is_service_link, trimmed
+from worker.configuration.environment import clean, is_service_link, trimmed
 from worker.errors import SettingsError, WorkerError
-from worker.kombu_repair import repair
-from worker.logs import JsonLines
-from worker.scrubber import ScrubbedLogs, shared_scrubber
 from worker.settings import Settings, load
+from worker.store.engine import engine_for
+from worker.system.json_logs import JsonLines
+from worker.system.kombu_repair import repair
+from worker.system.redaction import ScrubbedLogs, shared_scrubber
 
 QUEUE = "fetch-worker"
 POLLS = "fetch-worker.polls"
@@ -114,7 +114,7 @@ class FetchWorkerApp(Celery):  # type: ignore[misc]  # celery has no types
             "worker",
             broker=settings.broker,
             backend=settings.redis,
-            include=["worker.tasks", "worker.ticker"],
+            include=["worker.tasks", "worker.process.bootsteps"],
             loader=_OwnLoader,
             fixups=(),  # none for Django: our tasks use nothing of it
         )
@@ -154,7 +154,7 @@ def make_app(settings: Settings) -> Celery:
         worker_enable_prefetch_count_reduction=False,
         worker_disable_prefetch=settings.broker.startswith(("redis", "rediss")),
         worker_send_task_events=True,
-        worker_consumer="worker.message_guard:GuardedConsumer",
+        worker_consumer="worker.process.message_guard:GuardedConsumer",
         worker_hijack_root_logger=True,
         worker_redirect_stdouts=False,
         broker_connection_retry_on_startup=True,
@@ -308,7 +308,7 @@ def _clean_flower_variables() -> None:
 def _show_jobs(celery_app: Celery, settings: Settings) -> None:
     """Flower shows jobs, too; without them it goes on."""
     try:
-        from worker.flower_jobs import show_jobs  # here, since Flower is an extra that only its own process needs
+        from worker.flower.job_rows import show_jobs  # here, since Flower is an extra that only its own process needs
     except ImportError as error:
         print(f"fetch-worker: no jobs are shown in Flower ({error})", file=sys.stderr, flush=True)
     else:

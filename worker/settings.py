@@ -19,18 +19,18 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from sqlalchemy.engine import URL
 
-from worker import state_directory
-from worker.api_keys import ApiKeys, parse_keys
-from worker.core.budget import RequestRates
+from worker.configuration import state_directory
+from worker.configuration.api_keys import ApiKeys, parse_keys
+from worker.configuration.environment import clean, read_environment, trimmed
+from worker.configuration.server_urls import broker_url, database_url, redis_url
 from worker.core.identity import ACCOUNT
 from worker.core.lifecycle import FINAL_STATES
-from worker.core.pace import Pace, Policy
+from worker.core.pacing.policy import Pace, Policy
+from worker.core.rate import RequestRates
 from worker.core.spans import seconds_of
 from worker.core.webhook import secret_bytes
-from worker.environment import clean, read_environment, trimmed
 from worker.errors import NotTrackable, SettingsError
-from worker.once import locked_property
-from worker.urls import broker_url, database_url, redis_url
+from worker.system.once import locked_property
 from worker.vendor.fetch_url import VENDOR_HOSTS, AllowedApi, api_host
 from worker.vendor.words import status_words
 
@@ -134,7 +134,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The environment and the `.env` file are read by `worker.environment`; nothing else is read."""
+        """The environment and the `.env` file are read by `worker.configuration.environment`; nothing else is read."""
         return init_settings, _EnvironmentSource(settings_cls)
 
     @field_validator("*", mode="before")

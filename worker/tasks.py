@@ -6,15 +6,15 @@ from typing import Any
 from celery.exceptions import Reject
 from celery.utils.log import get_task_logger
 
-from worker import enqueue
 from worker.app import HINT_EXPIRES_SECONDS, app, settings
-from worker.database import described
+from worker.client import tracking
 from worker.errors import NotTrackable, SchemaOutdated, Unavailable, WorkerError
 from worker.process.publishing import log_broker_errors
+from worker.process.redelivery import DELIVERIES_MOST, TooManyDeliveries, remote_id_of
 from worker.process.resources import parts
 from worker.process.runs import DATABASE_AWAY_SECONDS, DATABASE_ERRORS, ProgressEvents, run_polls, run_prune, run_sweep
-from worker.redelivery import DELIVERIES_MOST, TooManyDeliveries, remote_id_of
-from worker.transport_guard import shown
+from worker.process.transport_guard import shown
+from worker.store.engine import described
 from worker.vendor.submissions import planned_job
 
 log = get_task_logger(__name__)
@@ -27,7 +27,7 @@ def track(self: Any, remote: Any, **options: Any) -> int:
     redelivered = bool((self.request.delivery_info or {}).get("redelivered"))
     try:
         with own.deliveries.counted(self.request.id, redelivered=redelivered):
-            job_id, created = enqueue.tracked([remote], **options)[0]
+            job_id, created = tracking.tracked([remote], **options)[0]
         own.outage.over()
     except (Unavailable, SchemaOutdated):
         own.outage.wait(own.stopping)
@@ -52,19 +52,19 @@ def track(self: Any, remote: Any, **options: Any) -> int:
 @app.task(name="worker.nudge", acks_late=True, throws=(WorkerError,))
 def nudge(remote_id: str | int, account: str | None = None) -> str:
     """A hint that a job may be ready: it is asked about as soon as its last request is long enough ago."""
-    return f"{enqueue.nudge(remote_id, account)} brought forward"
+    return f"{tracking.nudge(remote_id, account)} brought forward"
 
 
 @app.task(name="worker.cancel", throws=(WorkerError,))
 def cancel(job_id: int) -> str:
     """Cancels a job that is not final."""
-    return "cancelled" if enqueue.cancel(job_id) else "unchanged"
+    return "cancelled" if tracking.cancel(job_id) else "unchanged"
 
 
 @app.task(name="worker.retry", throws=(WorkerError,))
 def retry(job_id: int) -> str:
     """Takes a failed or expired job up again."""
-    return "taken up again" if enqueue.retry(job_id) else "unchanged"
+    return "taken up again" if tracking.retry(job_id) else "unchanged"
 
 
 @app.task(name="worker.poll", bind=True)

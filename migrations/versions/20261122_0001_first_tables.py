@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
 
-from worker.schema_steps import create_index, create_table
+from worker.store.schema_steps import create_index, create_table
 
 revision = "0001"
 down_revision = None

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
 
-from worker.schema_steps import add_column, create_index, drop_index
+from worker.store.schema_steps import add_column, create_index, drop_index
 
 revision = "0002"
 down_revision = "0001"

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
 
-from worker.schema_steps import add_column, create_table
+from worker.store.schema_steps import add_column, create_table
 
 revision = "0004"
 down_revision = "0003"

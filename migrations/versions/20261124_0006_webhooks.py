@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
 
-from worker.schema_steps import add_column, create_index, create_table
+from worker.store.schema_steps import add_column, create_index, create_table
 
 revision = "0006"
 down_revision = "0005"

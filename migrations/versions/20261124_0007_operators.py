@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
 
-from worker.schema_steps import add_column, create_index, create_table
+from worker.store.schema_steps import add_column, create_index, create_table
 
 revision = "0007"
 down_revision = "0006"

@@ -10,7 +10,7 @@ Revision 0008, after 0007, 2026-11-29.
 import sqlalchemy as sa
 from alembic import op
 
-from worker.schema_steps import add_column, create_index
+from worker.store.schema_steps import add_column, create_index
 
 revision = "0008"
 down_revision = "0007"

@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
 
-from worker.schema_steps import add_column
+from worker.store.schema_steps import add_column
 
 revision = "0009"
 down_revision = "0008"

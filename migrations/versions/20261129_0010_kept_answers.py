@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
 
-from worker.schema_steps import create_index, create_table, drop_table
+from worker.store.schema_steps import create_index, create_table, drop_table
 
 revision = "0010"
 down_revision = "0009"

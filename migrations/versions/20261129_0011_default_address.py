@@ -5,7 +5,7 @@ Revision 0011, after 0010, 2026-11-29.
 
 import sqlalchemy as sa
 
-from worker.schema_steps import add_column, drop_column
+from worker.store.schema_steps import add_column, drop_column
 
 revision = "0011"
 down_revision = "0010"

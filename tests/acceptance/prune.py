@@ -42,12 +42,12 @@ CLAIMS = """
 import secrets, sys, time
 from datetime import UTC, datetime, timedelta
 from worker.core.lifecycle import AskAgain
-from worker.core.pace import Plan
-from worker.database import database_now, engine_for
+from worker.core.pacing.policy import Plan
+from worker.store.engine import database_now, engine_for
 from worker.settings import load
 from worker.store.claims import Level, claim_jobs
-from worker.store.outcomes import Outcome, record_answers
-from worker.store.totals import Tally
+from worker.store.results import Outcome, record_answers
+from worker.store.counters import Tally
 engine = engine_for(load().database)
 level = Level("default", 0, sys.argv[1], datetime.now(UTC))
 while True:
@@ -69,8 +69,8 @@ while True:
 PRUNES = """
 import json, sys, time
 from datetime import timedelta
-from worker.database import engine_for
-from worker.pruner import Retention, prune
+from worker.store.engine import engine_for
+from worker.operations.prune import Retention, prune
 from worker.settings import load
 settings = load()
 wanted = Retention(older_than=timedelta(days=30), states=("completed", "cancelled"), remove_files=False)

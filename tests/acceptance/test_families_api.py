@@ -11,7 +11,7 @@ import pytest
 from tests.acceptance.families import Api
 from tests.acceptance.families_api import ENDINGS, FAMILIES, SECONDS, content
 from tests.acceptance.main_job import KEY
-from worker.core.media import sniff, whole
+from worker.core.media.signatures import sniff, whole
 
 
 @pytest.fixture(scope="module")

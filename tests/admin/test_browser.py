@@ -25,9 +25,9 @@ from tests.admin_pages import add_stored
 from tests.rows import NOW, add_job, job_of
 from tests.servers import missing
 from tests.waiting import wait_until
-from worker.database import database_now, make_engine
 from worker.sandbox.pictures import draw
-from worker.tables import gates, history
+from worker.store.engine import database_now, make_engine
+from worker.store.schema import gates, history
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("interruptible")]
 

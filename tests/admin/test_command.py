@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from worker.cli import main
-from worker.database import make_engine
-from worker.migrate import migrate
 from worker.settings import Settings
+from worker.store.engine import make_engine
+from worker.store.migrate import migrate
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int | str | None, str]:

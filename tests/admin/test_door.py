@@ -14,8 +14,8 @@ from sqlalchemy.engine import make_url
 from tests.admin_pages import PASSWORD, Clock, Operator, add_stored
 from tests.rows import add_job, job_of
 from worker.admin.door import LOGIN_SECONDS, OPEN_ENDPOINTS, Door
-from worker.database import make_engine
-from worker.tables import gates
+from worker.store.engine import make_engine
+from worker.store.schema import gates
 
 ACTIONS = ("retry", "cancel", "hold", "resume")
 

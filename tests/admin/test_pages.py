@@ -13,18 +13,18 @@ from sqlalchemy import Engine, insert, update
 
 from tests.admin_pages import PASSWORD, Operator, add_stored
 from tests.rows import NOW, add_downloading, add_job, add_output, job_of, seconds
-from worker import enqueue
 from worker.admin.acts import ACTS, act_on
 from worker.admin.door import Door
 from worker.admin.outputs import PICTURE_BYTES_MOST, PICTURES, as_what
 from worker.admin.site import make_site
-from worker.core import media as core_media
-from worker.core.answers import BETWEEN
-from worker.core.media import Media
-from worker.database import database_now
+from worker.client import tracking
+from worker.core.answer_history import BETWEEN
+from worker.core.media import signatures as core_media
+from worker.core.media.signatures import Media
 from worker.errors import Unavailable
 from worker.settings import load
-from worker.tables import HELD_UNTIL, events, gates, history, jobs
+from worker.store.engine import database_now
+from worker.store.schema import HELD_UNTIL, events, gates, history, jobs
 
 FAILED: dict[str, Any] = {"status": "failed", "due_at": None, "completed_at": NOW, "error_code": "api_failed"}
 
@@ -155,7 +155,7 @@ def test_a_database_that_goes_away_between_two_jobs_leaves_a_true_account(operat
     def cancel_two(job_id: int) -> bool:
         if next(left, None) is None:
             raise Unavailable("the database does not answer")
-        return enqueue.cancel(job_id)
+        return tracking.cancel(job_id)
 
     said = act_on(replace(ACTS["cancel"], work=cancel_two), ids)
 

@@ -19,8 +19,8 @@ from tests.benchmarks.optimum import (
     slot_bound,
 )
 from tests.benchmarks.table import Table
-from worker.core.pace import Model, Pace, Policy
-from worker.simulator import Simulation, TraceJob, _Job, _Run, simulate
+from worker.core.pacing.policy import Model, Pace, Policy
+from worker.core.pacing.simulation import Simulation, TraceJob, _Job, _Run, simulate
 
 JOBS = 4_000
 RATE = 2.0  # jobs per second

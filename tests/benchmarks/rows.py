@@ -19,11 +19,11 @@ from tests.benchmarks.polls import bare
 from tests.benchmarks.stand import ROOT, Api, Stand, api, stand
 from tests.benchmarks.table import Rounds, Table
 from worker.core.lifecycle import AskAgain
-from worker.core.pace import Plan
-from worker.database import database_now, make_engine
+from worker.core.pacing.policy import Plan
 from worker.store.claims import ClaimedJob, Level, claim_jobs, waiting_levels
-from worker.store.outcomes import Outcome, record_answers
-from worker.store.totals import Tally
+from worker.store.counters import Tally
+from worker.store.engine import database_now, make_engine
+from worker.store.results import Outcome, record_answers
 
 BATCH = 200
 BASE = "http://127.0.0.1:9/api/v3"
@@ -40,10 +40,10 @@ TRACK = """
 import json, sys, time
 from sqlalchemy import insert
 from worker import track, track_many
-from worker.database import engine_for
+from worker.store.engine import engine_for
 from worker.settings import load
-from worker.store.totals import Tally
-from worker.tables import jobs
+from worker.store.counters import Tally
+from worker.store.schema import jobs
 engine, values = engine_for(load().database), json.loads(sys.argv[1])
 times = {"track": [], "insert": []}
 from datetime import datetime
@@ -65,7 +65,7 @@ print(json.dumps({name: sorted(found)[len(found) // 2] for name, found in times.
 # Runs in a process of its own: a poller without Celery, whose threads' processor time is noted by what they do.
 SHARE = """
 import collections, json, os, sys, threading, time
-from worker import poller as claiming, recorder as recording
+from worker.polling import poller as claiming, recorder as recording
 from worker.process.resources import parts
 spent, asked = collections.Counter(), collections.Counter()
 def timed(name, work):

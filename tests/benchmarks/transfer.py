@@ -28,15 +28,15 @@ from sqlalchemy.engine import make_url
 
 from tests.benchmarks.stand import cpu_seconds, stand
 from tests.benchmarks.table import Rounds, Table
-from worker.addresses import Guard, guarded_adapter
+from worker.coordination.leases import LeaseKeeper
 from worker.core.lifecycle import OutputFacts, StoredFile
-from worker.database import make_engine
-from worker.downloader import Downloader
-from worker.leases import LeaseKeeper
-from worker.migrate import migrate
-from worker.scrubber import Scrubber
-from worker.storage import FileStorage
+from worker.downloads.downloader import Downloader
+from worker.net.address_guard import Guard, guarded_adapter
+from worker.storage.local import FileStorage
 from worker.store.claims import ClaimedOutput
+from worker.store.engine import make_engine
+from worker.store.migrate import migrate
+from worker.system.redaction import Scrubber
 
 MEGABYTES = 50
 PICTURES, PICTURE_BYTES = 96, 1_500_000

@@ -32,7 +32,7 @@ from worker.core.lifecycle import (
     note_of,
     source,
 )
-from worker.core.media import Media
+from worker.core.media.signatures import Media
 from worker.core.reply import (
     AccountRefused,
     AnotherJob,

@@ -13,7 +13,7 @@ from django.http import FileResponse, Http404, HttpRequest, HttpResponse, JsonRe
 from django.urls import include, path
 
 from worker import get, open_output, track
-from worker.hooks import hook_url
+from worker.client.hooks import hook_url
 
 HOOK = os.environ.get("PUBLIC_URL", "http://127.0.0.1:8000") + "/api-hook"  # where the API finds the handler
 
@@ -51,7 +51,7 @@ urlpatterns = [
     path("pictures", submit),
     path("pictures/<int:job_id>", picture),
     path("outputs/<int:output_id>", output),
-    path("api-hook/", include("worker.hooks_django")),  # a hint of the API's own, which saves a wait
+    path("api-hook/", include("worker.client.hooks.django")),  # a hint of the API's own, which saves a wait
 ]
 
 PAGE = """<!doctype html>

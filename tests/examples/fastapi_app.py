@@ -10,8 +10,8 @@ from fastapi import Body, FastAPI, HTTPException
 from fastapi.responses import HTMLResponse, Response
 
 from worker import get, open_output, track
-from worker.hooks import hook_url
-from worker.hooks_fastapi import router
+from worker.client.hooks import hook_url
+from worker.client.hooks.fastapi import router
 
 HOOK = os.environ.get("PUBLIC_URL", "http://127.0.0.1:8000") + "/api-hook"  # where the API finds the handler
 

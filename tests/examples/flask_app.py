@@ -9,8 +9,8 @@ import requests
 from flask import Flask, Response, abort, request, send_file
 
 from worker import get, open_output, track
-from worker.hooks import hook_url
-from worker.hooks_flask import blueprint
+from worker.client.hooks import hook_url
+from worker.client.hooks.flask import blueprint
 
 HOOK = os.environ.get("PUBLIC_URL", "http://127.0.0.1:8000") + "/api-hook"  # where the API finds the handler
 

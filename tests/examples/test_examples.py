@@ -23,11 +23,11 @@ from sqlalchemy import select
 from sqlalchemy.engine import make_url
 
 from tests.servers import celery_worker, free_port, missing
-from worker import hooks
-from worker.database import make_engine
-from worker.migrate import migrate
+from worker.client import hooks
 from worker.sandbox import Sandbox, SandboxOptions
-from worker.tables import jobs, outputs
+from worker.store.engine import make_engine
+from worker.store.migrate import migrate
+from worker.store.schema import jobs, outputs
 
 HERE = Path(__file__).parent
 FETCH_WORKER = re.compile(r"(?<![.\w])(track|get|open_output|output_url|job\.progress)\(|^from worker import")

@@ -17,12 +17,12 @@ from sqlalchemy.engine import make_url
 
 from tests.rows import LEASE, NOW, seconds
 from worker.core.lifecycle import AskAgain, Strikes, TryAgain
-from worker.core.pace import Plan
-from worker.database import make_engine, transact
+from worker.core.pacing.policy import Plan
 from worker.store.claims import ClaimedJob, ClaimedOutput, claim_jobs, claim_output, waiting_levels
-from worker.store.outcomes import Outcome, record_answers, record_attempt
-from worker.store.totals import Tally
-from worker.tables import outputs
+from worker.store.counters import Tally
+from worker.store.engine import make_engine, transact
+from worker.store.results import Outcome, record_answers, record_attempt
+from worker.store.schema import outputs
 
 PROCESSES, ROUNDS = 4, 3
 LIMIT = 7

@@ -9,9 +9,9 @@ from sqlalchemy.engine import make_url
 
 from tests import servers
 from tests.faults.servers import KEY, HurtRedis, hurt_redis
-from worker.database import make_engine
-from worker.migrate import migrate
 from worker.sandbox import Sandbox, SandboxOptions
+from worker.store.engine import make_engine
+from worker.store.migrate import migrate
 
 
 @pytest.fixture

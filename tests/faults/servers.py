@@ -19,7 +19,7 @@ from sqlalchemy import Engine, func, select
 from tests.servers import START_SECONDS, free_port, missing, redis_binary
 from tests.waiting import wait_until
 from worker.sandbox import Sandbox
-from worker.tables import gates, jobs, outputs
+from worker.store.schema import gates, jobs, outputs
 
 KEY = "sk-canary-of-faults"
 PATIENCE = 240.0  # seconds; on a quiet machine nothing that is waited for takes a fifth of it

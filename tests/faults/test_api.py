@@ -24,9 +24,9 @@ from tests.faults.servers import (
 )
 from tests.waiting import wait_until
 from worker import track_many
-from worker.database import database_now
 from worker.sandbox import Answer, Sandbox
-from worker.tables import gates, jobs
+from worker.store.engine import database_now
+from worker.store.schema import gates, jobs
 
 JOBS, FEW, RPS, API_TIMEOUT = 40, 8, 20, 4
 BUSIEST = 1.5 * RPS + RPS // 10  # the rate and a burst, and what a busy machine held back for half a second

@@ -28,10 +28,10 @@ from tests.faults.servers import (
 from tests.servers import celery_worker
 from tests.waiting import wait_until
 from worker import track_many
-from worker.database import make_engine
-from worker.migrate import migrate
 from worker.sandbox import Sandbox
-from worker.tables import jobs
+from worker.store.engine import make_engine
+from worker.store.migrate import migrate
+from worker.store.schema import jobs
 
 JOBS = 80
 PAIRS = ["rabbitmq-postgresql", "rabbitmq-mariadb", "redis-mariadb", "redis-sqlite"]

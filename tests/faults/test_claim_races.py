@@ -11,7 +11,7 @@ from sqlalchemy import Engine, insert, select
 
 from tests.faults.claimers import PROCESSES, ROUNDS
 from tests.rows import add_downloading, job_values, output_values
-from worker.tables import jobs, outputs
+from worker.store.schema import jobs, outputs
 
 MANY = 150
 

@@ -18,7 +18,7 @@ from tests.faults.servers import (
 )
 from worker import track_many
 from worker.sandbox import Answer, Sandbox
-from worker.tables import jobs
+from worker.store.schema import jobs
 
 JOBS = 60
 

@@ -9,9 +9,9 @@ from sqlalchemy import Engine, select, update
 
 from tests.faults.servers import HurtRedis, assert_nothing_lost, assert_polls_are_the_calls, celery, wait_completed
 from worker import track
-from worker.database import database_now
 from worker.sandbox import Sandbox
-from worker.tables import crashes, jobs, outputs
+from worker.store.engine import database_now
+from worker.store.schema import crashes, jobs, outputs
 
 EXIT_CODE = 70
 
@@ -41,16 +41,17 @@ class Point:
 
 POINTS = {
     "between claim and call": Point(
-        ENDS_BEFORE.format(module="worker.hosted_api", owner="HostedApi", name="ask"), ("pending",)
+        ENDS_BEFORE.format(module="worker.polling.api_client", owner="HostedApi", name="ask"), ("pending",)
     ),
     "before the commit of an answer": Point(
         ENDS_AFTER.format(module="worker", owner="recorder", name="record_answers"), ("pending",), calls=2
     ),
     "between the commit of an answer and its messages": Point(
-        ENDS_BEFORE.format(module="worker.recorder", owner="Recorder", name="_finish"), ("downloading", "pending")
+        ENDS_BEFORE.format(module="worker.polling.recorder", owner="Recorder", name="_finish"),
+        ("downloading", "pending"),
     ),
     "between the rename of a file and its row": Point(
-        ENDS_AFTER.format(module="worker.storage", owner="FileStorage", name="keep"), ("downloading", "pending")
+        ENDS_AFTER.format(module="worker.storage.local", owner="FileStorage", name="keep"), ("downloading", "pending")
     ),
 }
 
@@ -86,16 +87,16 @@ def test_given_a_process_that_ends_at_the_worst_moment_when_another_one_runs_the
 
 LATE_SWEEP = """
 import threading, time
-from worker import process_id
+from worker.system import process_identity
 
-dead = process_id.dead
+dead = process_identity.dead
 
 def late(holders):
     if threading.current_thread().name == "ticker_sweep":
         time.sleep(5)
     return dead(holders)
 
-process_id.dead = late
+process_identity.dead = late
 """
 
 

@@ -13,9 +13,9 @@ from tests.faults.hurts import cut_after_the_commit, cut_before_the_commit, rest
 from tests.faults.proxy import Proxy, proxy
 from tests.faults.servers import HurtRedis, all_completed, assert_nothing_lost, hurt_postgres, up, wait_completed
 from worker import track_many
-from worker.database import make_engine
-from worker.migrate import migrate
 from worker.sandbox import Sandbox
+from worker.store.engine import make_engine
+from worker.store.migrate import migrate
 
 JOBS = 40
 

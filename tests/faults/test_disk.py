@@ -17,9 +17,9 @@ from tests.faults.servers import HurtRedis, all_completed, assert_nothing_lost, 
 from tests.servers import missing
 from tests.waiting import wait_until
 from worker import track_many
-from worker.database import make_engine
-from worker.migrate import migrate
 from worker.sandbox import Sandbox
+from worker.store.engine import make_engine
+from worker.store.migrate import migrate
 
 JOBS = 60
 FULL_SECONDS = 6.0

@@ -27,10 +27,10 @@ from tests.faults.servers import (
 )
 from tests.waiting import wait_until
 from worker import track_many
-from worker.database import make_engine
-from worker.migrate import migrate
 from worker.sandbox import Answer, Sandbox
-from worker.tables import jobs
+from worker.store.engine import make_engine
+from worker.store.migrate import migrate
+from worker.store.schema import jobs
 
 JOBS = 30
 CONNECTIONS = 6

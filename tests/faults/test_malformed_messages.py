@@ -15,8 +15,8 @@ from tests import servers
 from tests.faults import malformed
 from tests.faults.servers import WORKER, HurtRedis, celery, states, until
 from tests.servers import celery_worker
-from worker.database import make_engine
-from worker.migrate import migrate
+from worker.store.engine import make_engine
+from worker.store.migrate import migrate
 
 GOOD = 200
 PLACES = 4

@@ -15,10 +15,10 @@ from tests.faults.hurts import cut_after_the_commit, cut_before_the_commit
 from tests.faults.proxy import Proxy, proxy
 from tests.faults.servers import HurtRedis, assert_nothing_lost, up, wait_completed
 from worker import track_many
-from worker.database import make_engine
-from worker.migrate import migrate
 from worker.sandbox import Sandbox
-from worker.tables import jobs, outputs
+from worker.store.engine import make_engine
+from worker.store.migrate import migrate
+from worker.store.schema import jobs, outputs
 
 JOBS = 60
 HURT_SECONDS, HURT_SECONDS_MOST = 6.0, 90.0

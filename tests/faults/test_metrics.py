@@ -15,8 +15,8 @@ from tests.faults.servers import HurtRedis, children, up, wait_completed
 from tests.metrics.exposed import Exposed, scraped
 from worker import track_many
 from worker.sandbox import Sandbox
-from worker.store.history import read_history
-from worker.tables import jobs, outputs
+from worker.store.reports.history import read_history
+from worker.store.schema import jobs, outputs
 
 JOBS, SECONDS = 300, 15.0
 

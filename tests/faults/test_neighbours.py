@@ -9,11 +9,11 @@ from sqlalchemy.engine import make_url
 
 from tests.faults.servers import HurtRedis, celery
 from tests.waiting import wait_until
-from worker.database import make_engine
-from worker.migrate import migrate
-from worker.neighbours import ask_nodes
+from worker.process.neighbours import ask_nodes
 from worker.sandbox import Sandbox
-from worker.store.identity import database_id
+from worker.store.database_identity import database_id
+from worker.store.engine import make_engine
+from worker.store.migrate import migrate
 
 APP = """
 from celery import Celery

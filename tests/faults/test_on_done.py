@@ -11,9 +11,9 @@ from sqlalchemy.engine import make_url
 from tests.faults.servers import HurtRedis, up, wait_completed
 from tests.waiting import wait_until
 from worker import track_many
-from worker.database import make_engine
-from worker.migrate import migrate
 from worker.sandbox import Sandbox
+from worker.store.engine import make_engine
+from worker.store.migrate import migrate
 
 SHOP = """
 import os

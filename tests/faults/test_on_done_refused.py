@@ -18,10 +18,10 @@ from tests import servers
 from tests.faults.servers import HurtRedis, all_completed, states, until
 from tests.servers import celery_worker
 from worker import track_many
-from worker.database import make_engine
-from worker.migrate import migrate
 from worker.sandbox import Sandbox
-from worker.tables import jobs
+from worker.store.engine import make_engine
+from worker.store.migrate import migrate
+from worker.store.schema import jobs
 
 JOBS = 50
 QUORUM = {"x-queue-type": "quorum"}

@@ -11,15 +11,15 @@ from tests.faults.servers import PATIENCE, HurtRedis, assert_nothing_lost, state
 from tests.waiting import wait_until
 from worker import retry, track_many
 from worker.sandbox import Sandbox
-from worker.tables import crashes, jobs, outputs
+from worker.store.schema import crashes, jobs, outputs
 
 JOBS = 20
 
 POISON = """
 import os, signal
 from pathlib import Path
-from worker.downloader import Downloader
-from worker.hosted_api import HostedApi
+from worker.downloads.downloader import Downloader
+from worker.polling.api_client import HostedApi
 
 ask, attempt, poison = HostedApi.ask, Downloader._attempt, Path({poison!r})
 

@@ -13,9 +13,9 @@ from tests import servers
 from tests.faults.pooler import SERVERS, Pooled, own_pooler, pgbouncer
 from tests.faults.servers import HurtRedis, assert_nothing_lost, up, wait_completed
 from worker import track_many
-from worker.database import SCHEMA_VERSION, make_engine
-from worker.migrate import migrate
 from worker.sandbox import Sandbox
+from worker.store.engine import SCHEMA_VERSION, make_engine
+from worker.store.migrate import migrate
 
 JOBS, CLIENTS = 60, 10
 SETTINGS = ("TimeZone", "lock_timeout", "statement_timeout", "synchronous_commit")

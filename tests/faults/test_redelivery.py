@@ -10,10 +10,10 @@ from sqlalchemy.engine import make_url
 
 from tests import servers
 from tests.faults.servers import HurtRedis, celery, until
-from worker.database import make_engine
-from worker.migrate import migrate
-from worker.redelivery import DELIVERIES_MOST
-from worker.tables import jobs
+from worker.process.redelivery import DELIVERIES_MOST
+from worker.store.engine import make_engine
+from worker.store.migrate import migrate
+from worker.store.schema import jobs
 
 # The row of this remote id ends the process that inserts it, as a fault of a driver or the kernel would.
 PLANT = """

@@ -11,11 +11,11 @@ from sqlalchemy.engine import make_url
 
 from tests.faults.servers import HurtRedis, all_completed, assert_nothing_lost, own_mariadb, states, until, up
 from worker import Unavailable, track, track_many
-from worker.database import engine_for, make_engine
-from worker.migrate import migrate
 from worker.sandbox import Sandbox
 from worker.settings import load
-from worker.tables import jobs
+from worker.store.engine import engine_for, make_engine
+from worker.store.migrate import migrate
+from worker.store.schema import jobs
 
 JOBS = 300
 READ_ONLY_SECONDS = 10.0

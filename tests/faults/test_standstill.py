@@ -16,10 +16,10 @@ from sqlalchemy.engine import make_url
 
 from tests.waiting import wait_until
 from worker import track_many
-from worker.database import make_engine
-from worker.migrate import migrate
 from worker.sandbox import Sandbox, SandboxOptions
-from worker.tables import jobs
+from worker.store.engine import make_engine
+from worker.store.migrate import migrate
+from worker.store.schema import jobs
 
 UP = (sys.executable, "-c", "from worker.cli import main; main()", "up")
 KEY = "a-key-of-the-sandbox"
@@ -53,8 +53,8 @@ def deadlock():
         return
     lock = threading.Lock()
     lock.acquire()
-    from worker import ticker
-    exec(compile("lock.acquire()", ticker.__file__, "exec"), {"lock": lock})  # as if it stood in our own code
+    from worker.process import bootsteps
+    exec(compile("lock.acquire()", bootsteps.__file__, "exec"), {"lock": lock})  # as if it stood in our own code
 if os.environ.get("STANDSTILL_TEST"):
     threading.Thread(target=wait_for_trouble, daemon=True).start()
 """

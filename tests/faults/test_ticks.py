@@ -24,9 +24,9 @@ from tests.faults.servers import (
 )
 from tests.waiting import wait_until
 from worker import track, track_many
-from worker.core.pace import FIXED_WAIT
+from worker.core.pacing.policy import FIXED_WAIT
 from worker.sandbox import Answer, Sandbox
-from worker.tables import jobs, outputs
+from worker.store.schema import jobs, outputs
 
 JOBS = 40
 POLL_MIN = 3.0  # the default, in seconds

@@ -16,11 +16,11 @@ from sqlalchemy.engine import make_url
 
 from tests.faults.servers import HurtRedis, assert_nothing_lost, wait_completed
 from tests.servers import celery_worker, missing, postgres
-from worker.database import SCHEMA_VERSION, make_engine, schema_version
 from worker.errors import SchemaOutdated
-from worker.migrate import expand, migrate, scripts
 from worker.sandbox import Sandbox
-from worker.tables import VERSION_TABLE
+from worker.store.engine import SCHEMA_VERSION, make_engine, schema_version
+from worker.store.migrate import expand, migrate, scripts
+from worker.store.schema import VERSION_TABLE
 
 ROOT = Path(__file__).parents[2]
 FIRST_RELEASE = "e9ef5a9341c11e3576358a3e90dcc251889d5694"
@@ -175,8 +175,8 @@ KILLED_ANYWHERE = """
 import os, signal, sys
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import make_url
-from worker.database import make_engine
-from worker.migrate import migrate
+from worker.store.engine import make_engine
+from worker.store.migrate import migrate
 
 def run(last):
     executed = 0

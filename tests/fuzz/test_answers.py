@@ -18,18 +18,18 @@ from sqlalchemy import Engine, String, Table, Text, delete, select
 from tests.fuzz.answers import BODIES, CODES, HEADERS, ID, KEY, key_forms
 from tests.fuzz.effort import EFFORTS, tried
 from tests.rows import add_job, add_output, job_values
-from worker.calls import Asked
-from worker.core.gate import Gate, Heard, Limit, after_replies
+from worker.core.circuit_breaker import Gate, Heard, Limit, after_replies
 from worker.core.identity import FetchAddress
 from worker.core.lifecycle import JobFacts, Strikes
-from worker.core.pace import Pace
+from worker.core.pacing.policy import Pace
 from worker.core.plain_text import plain_text
 from worker.core.reply import AnotherJob, Empty, Processing, RateLimited, RawAnswer, Ready, Reply
-from worker.kept_text import kept_text
-from worker.recorder import Recorder
-from worker.scrubber import Scrubber
+from worker.polling.kept_text import kept_text
+from worker.polling.recorder import Recorder
+from worker.polling.request_pool import Asked
 from worker.store.claims import ClaimedJob
-from worker.tables import bodies, gates, jobs, outputs
+from worker.store.schema import bodies, gates, jobs, outputs
+from worker.system.redaction import Scrubber
 from worker.vendor.links import OUTPUT_FIELDS, stored_address
 from worker.vendor.replies import Question, parse
 

@@ -19,8 +19,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from sqlalchemy import Engine, delete, event, select
 
 from tests.fuzz.effort import EFFORTS, QUICK, effort
-from worker import learner, recorder
-from worker.calls import Asked
 from worker.core.lifecycle import (
     Attempt,
     BadBody,
@@ -31,13 +29,16 @@ from worker.core.lifecycle import (
     Unfit,
     after_attempt,
 )
-from worker.core.media import Media
-from worker.core.pace import Pace
+from worker.core.media.signatures import Media
+from worker.core.pacing.policy import Pace
 from worker.core.reply import Link
-from worker.kept_text import KeptText
-from worker.recorder import Recorder
+from worker.polling import pace_learner, recorder
+from worker.polling.kept_text import KeptText
+from worker.polling.recorder import Recorder
+from worker.polling.request_pool import Asked
 from worker.store import holds
 from worker.store import jobs as store
+from worker.store.breakers import all_gates
 from worker.store.claims import (
     ClaimedJob,
     ClaimedOutput,
@@ -49,13 +50,12 @@ from worker.store.claims import (
     waiting_levels,
     waiting_outputs,
 )
-from worker.store.crashes import release_crashed
-from worker.store.gates import all_gates
+from worker.store.counters import Tally
 from worker.store.holds import Patience
-from worker.store.outcomes import record_attempt
 from worker.store.outputs import put_back
-from worker.store.totals import Tally
-from worker.tables import HELD_UNTIL, crashes, gates, jobs, outputs, paces, promises
+from worker.store.reaper import release_crashed
+from worker.store.results import record_attempt
+from worker.store.schema import HELD_UNTIL, crashes, gates, jobs, outputs, paces, promises
 from worker.vendor.fetch_url import AllowedApi, fetch_address
 from worker.vendor.replies import Question, parse
 
@@ -876,7 +876,7 @@ def staged(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     """A stage on a database, whose clock it is. On SQLite nothing has to outlive a crash of the machine."""
     stage = Stage(engine)
     clock: Callable[..., datetime] = lambda _: at(stage.now)  # noqa: E731
-    for module in (recorder, learner):
+    for module in (recorder, pace_learner):
         monkeypatch.setattr(module, "database_now", clock)
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: stage.now / S))
         monkeypatch.setattr(module.log, "disabled", True)

@@ -11,22 +11,22 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sqlalchemy import delete, insert
 
-from tests.core.test_media import HTML, KINDS, STARTS, UNITS, WHOLE
+from tests.core.test_media_signatures import HTML, KINDS, STARTS, UNITS, WHOLE
 from tests.downloads import Stand
 from tests.fuzz.effort import EFFORTS, tried
 from tests.fuzz.urls import urls
 from tests.rows import output_of
 from tests.s3_servers import S3Server
-from worker import enqueue
-from worker.core.base64_text import base64_start
-from worker.core.media import HEAD_BYTES, TAIL_BYTES, Media, pixels, sniff, whole
+from worker.client import tracking
+from worker.core.media.base64_text import base64_start
+from worker.core.media.signatures import HEAD_BYTES, TAIL_BYTES, Media, pixels, sniff, whole
 from worker.core.reply import MAX_URL
-from worker.database import database_now
-from worker.partials import Partials
-from worker.s3 import S3Storage
 from worker.sandbox.pictures import draw as drawn
-from worker.storage import FileStorage, path_of
-from worker.tables import bodies, jobs, outputs
+from worker.storage.local import FileStorage, path_of
+from worker.storage.partial_files import Partials
+from worker.storage.s3 import S3Storage
+from worker.store.engine import database_now
+from worker.store.schema import bodies, jobs, outputs
 
 SOME_SECONDS = 0.5  # of the processor; each takes milliseconds
 SOME_BYTES = 24 * HEAD_BYTES  # of memory, for parts of a kilobyte to four times the largest head
@@ -72,7 +72,7 @@ def test_whatever_a_link_says_and_bytes_hold_a_file_is_whole_below_its_place_and
     stand.out = tmp_path / "my 100% Bilder ü#?;"
     downloader = stand.downloader()
     monkeypatch.setenv("DATABASE_URL", str(stand.engine.url))
-    enqueue._settings.cache_clear()
+    tracking._settings.cache_clear()
 
     @tried(examples, of=4)
     @given(link=LINKS, body=FILES)
@@ -106,7 +106,7 @@ def test_whatever_a_link_says_and_bytes_hold_a_file_is_whole_below_its_place_and
         assert kept == body or kept == base64.b64decode(body.strip(b'"').rpartition(b",")[2] + b"==")
         assert not kept.lstrip().lower().startswith((b"<", b"#!"))
         assert (row.size_bytes, file.stat().st_mode & 0o111) == (len(kept), 0)
-        with enqueue.open_output(output_id) as opened:
+        with tracking.open_output(output_id) as opened:
             assert opened.read() == kept
         file.unlink()
 

@@ -19,13 +19,13 @@ from tests.fuzz.effort import EFFORTS, tried
 from tests.fuzz.urls import fetch_urls, urls
 from tests.net import Net
 from tests.web import page, sends, web_server
-from worker.addresses import Guard, RefusedTarget, guarded_adapter
 from worker.core.identity import FetchAddress
 from worker.core.reply import Processing
 from worker.errors import RefusedAddress
-from worker.hosted_api import HostedApi
-from worker.scrubber import Scrubber
-from worker.timed_http import lean_session
+from worker.net.address_guard import Guard, RefusedTarget, guarded_adapter
+from worker.net.deadlines import lean_session
+from worker.polling.api_client import HostedApi
+from worker.system.redaction import Scrubber
 from worker.vendor.fetch_url import AllowedApi, fetch_address
 from worker.vendor.links import links
 

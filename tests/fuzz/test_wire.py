@@ -17,8 +17,8 @@ from pydantic import SecretStr
 from tests.fuzz.answers import KEY
 from tests.fuzz.effort import EFFORTS, tried
 from worker.core.reply import ApiDown, Processing, Ready, Reply, Unread
-from worker.hosted_api import HostedApi
-from worker.scrubber import Scrubber
+from worker.polling.api_client import HostedApi
+from worker.system.redaction import Scrubber
 from worker.vendor.fetch_url import AllowedApi, fetch_address
 
 SECONDS = 5.0

@@ -13,9 +13,9 @@ from sqlalchemy.engine import make_url
 from tests import servers
 from tests.metrics.exposed import Exposed, open_metrics, parsed, registry_of
 from tests.rows import NOW, add_job
-from worker.database import make_engine
-from worker.store.totals import Tally
-from worker.tables import gates
+from worker.store.counters import Tally
+from worker.store.engine import make_engine
+from worker.store.schema import gates
 
 
 @pytest.fixture(scope="session")

@@ -12,16 +12,16 @@ from sqlalchemy import Engine, delete, func, insert, select, update
 import worker
 from tests.metrics.exposed import scraped
 from tests.rows import NOW, add_downloading, add_job, add_output, claim, job_values, seconds, take
-from worker.core.gate import paused
-from worker.core.measures import DELAYS, bucket_names
-from worker.database import clock_in_place
+from worker.core.circuit_breaker import paused
+from worker.core.histograms import DELAYS, bucket_names
 from worker.metrics import reading
 from worker.metrics.reading import bounded
-from worker.store import standing
+from worker.store.breakers import locked_gate, save_gate
 from worker.store.claims import claim_output
-from worker.store.gates import locked_gate, save_gate
-from worker.store.totals import KINDS_MOST, Tally
-from worker.tables import HELD_UNTIL, events, gates, jobs, outputs
+from worker.store.counters import KINDS_MOST, Tally
+from worker.store.engine import clock_in_place
+from worker.store.reports import stats
+from worker.store.schema import HELD_UNTIL, events, gates, jobs, outputs
 from worker.testing import Kit, kit
 
 FINAL = ("completed", "failed", "expired", "cancelled")
@@ -286,7 +286,7 @@ def test_kinds_beyond_the_bound_are_told_together() -> None:
 
 def test_where_very_much_waits_its_kinds_are_not_told(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sums stay what they are."""
-    monkeypatch.setattr(standing, "KINDS_COUNTED", 3)
+    monkeypatch.setattr(stats, "KINDS_COUNTED", 3)
     with engine.begin() as connection:
         rows = [job_values(str(number), kind=f"kind-{number}") for number in range(4)]
         connection.execute(insert(jobs), rows)

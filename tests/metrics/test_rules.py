@@ -13,10 +13,10 @@ import pytest
 from ruamel.yaml import YAML
 
 from tests.metrics.exposed import Exposed
-from worker.core.gate import HOLD_CLASSES
-from worker.core.measures import ANSWER_WORDS
+from worker.core.circuit_breaker import HOLD_CLASSES
+from worker.core.histograms import ANSWER_WORDS
 from worker.settings import Settings
-from worker.store.standing import NO_KEY, STATES
+from worker.store.reports.stats import NO_KEY, STATES
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "worker" / "deploy"

@@ -25,13 +25,13 @@ from tests.rows import add_job
 from tests.servers import free_port
 from tests.waiting import wait_until
 from worker.cli import main
-from worker.database import make_engine
 from worker.errors import Unavailable
 from worker.metrics import reading, server
 from worker.metrics.families import registry
 from worker.metrics.reading import Reading, SharedReading, read
 from worker.metrics.server import MetricsServer
 from worker.settings import Settings
+from worker.store.engine import make_engine
 
 OPEN_METRICS = "application/openmetrics-text; version=1.0.0"
 

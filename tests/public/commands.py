@@ -15,16 +15,16 @@ from sqlalchemy import Engine, make_url, select, update
 from tests import planted
 from tests.rows import add_output, seconds
 from worker.cli import main
-from worker.core.pace import Waiting
-from worker.database import close_engines, engine_for, make_engine
-from worker.enqueue import _settings
-from worker.learner import Learner
-from worker.migrate import migrate
+from worker.client.tracking import _settings
+from worker.core.pacing.policy import Waiting
+from worker.polling.pace_learner import Learner
 from worker.settings import load
+from worker.store.counters import Tally
+from worker.store.engine import close_engines, engine_for, make_engine
 from worker.store.events import open_events
-from worker.store.totals import Tally
+from worker.store.migrate import migrate
+from worker.store.schema import events, jobs
 from worker.store.unread import KeptAnswer, keep_answers
-from worker.tables import events, jobs
 
 NOWHERE = "redis://127.0.0.1:1/0"  # nothing listens there
 ANSWER = '{"status": "success", "id": 77, "output": ["https://cdn.test/a.png"]}'

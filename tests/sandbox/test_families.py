@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from worker.core.media import sniff, whole
+from worker.core.media.signatures import sniff, whole
 from worker.core.reply import Processing, Ready
 from worker.sandbox.behaviour import Behaviour
 from worker.sandbox.families import FAMILIES, family_of

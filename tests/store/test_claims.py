@@ -27,12 +27,12 @@ from tests.rows import (
     taken,
 )
 from worker.core.lifecycle import AskAgain, End, GiveUp, Strikes
-from worker.core.pace import Plan, urgency
+from worker.core.pacing.policy import Plan, urgency
 from worker.store.claims import Level, claim_jobs, release_jobs, renew_leases, waiting_levels, waiting_outputs
+from worker.store.counters import Tally
 from worker.store.jobs import waiting_accounts
-from worker.store.outcomes import Outcome, record_answers, record_attempt
-from worker.store.totals import Tally
-from worker.tables import bodies, jobs, outputs
+from worker.store.results import Outcome, record_answers, record_attempt
+from worker.store.schema import bodies, jobs, outputs
 
 MANY = 600
 AFTER_LEASE = NOW + LEASE + seconds(1)
@@ -72,8 +72,8 @@ CLAIMERS = """
 import multiprocessing, sys
 from sqlalchemy.engine import make_url
 from tests.rows import claim
-from worker.database import make_engine
-from worker.store.totals import Tally
+from worker.store.engine import make_engine
+from worker.store.counters import Tally
 fork = multiprocessing.get_context("fork")
 together = fork.Barrier(4)
 def claim_all(name):

@@ -8,7 +8,7 @@ from sqlalchemy import Engine, insert, select
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from tests.rows import NOW, add_downloading, add_job, add_output, job_values, output_values
-from worker.tables import bodies, gates, jobs, outputs
+from worker.store.schema import bodies, gates, jobs, outputs
 
 BROKEN = (IntegrityError, OperationalError)  # MariaDB calls a CHECK that does not hold an operational error
 FINAL = {"due_at": None, "completed_at": NOW}

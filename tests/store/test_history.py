@@ -9,11 +9,11 @@ import pytest
 from sqlalchemy import Connection, Engine, event, func, insert, select, text, update
 
 from tests.rows import NOW, add_downloading, add_job, add_output, seconds
-from worker.core.gate import paused
-from worker.store.gates import locked_gate, save_gate
-from worker.store.history import KEPT, read_history, sample
-from worker.store.totals import Tally
-from worker.tables import HELD_UNTIL, gates, history
+from worker.core.circuit_breaker import paused
+from worker.store.breakers import locked_gate, save_gate
+from worker.store.counters import Tally
+from worker.store.reports.history import KEPT, read_history, sample
+from worker.store.schema import HELD_UNTIL, gates, history
 
 LATER = NOW + seconds(20.5)
 

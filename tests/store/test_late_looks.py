@@ -20,7 +20,7 @@ from worker.store.late_looks import (
     plan_next_look,
     still_ours,
 )
-from worker.tables import jobs, late_looks
+from worker.store.schema import jobs, late_looks
 
 HOUR = 3_600.0
 AFTER = (HOUR, 3 * HOUR, 10 * HOUR, 24 * HOUR)

@@ -7,7 +7,7 @@ from sqlalchemy import Engine, select
 
 from tests.rows import NOW, add_downloading, add_job, add_output, job_of, output_of, seconds
 from worker.store.outputs import output_row, put_back, stored_after, unknown_of, unstored
-from worker.tables import outputs
+from worker.store.schema import outputs
 
 STORED: dict[str, Any] = {
     "status": "stored",

@@ -7,8 +7,8 @@ import pytest
 from sqlalchemy import Engine, event
 
 from tests.rows import STORED, add_downloading, add_job, add_output, job_of, output_of
+from worker.store.counters import FINISHED, read_totals
 from worker.store.repair import Repaired, Repairer
-from worker.store.totals import FINISHED, read_totals
 
 WHOLE: dict[str, Any] = STORED | {"size_bytes": 1}
 FAILED: dict[str, Any] = {"status": "failed", "due_at": None, "error_code": "gone"}

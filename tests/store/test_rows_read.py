@@ -10,10 +10,10 @@ from sqlalchemy import Connection, Engine, insert
 from tests.rows import LEASE, NOW, job_values, seconds
 from worker.store.claims import Level, claim_jobs, waiting_levels
 from worker.store.jobs import waiting_accounts
-from worker.store.live import last_failures
-from worker.store.search import JobFilter, matching_ids
-from worker.store.standing import waiting_by_account, waiting_by_kind
-from worker.tables import jobs
+from worker.store.reports.live import last_failures
+from worker.store.reports.search import JobFilter, matching_ids
+from worker.store.reports.stats import waiting_by_account, waiting_by_kind
+from worker.store.schema import jobs
 
 AT_REST = 3_000
 ACCOUNTS = ("default", "idle", "shop")

@@ -7,9 +7,9 @@ import pytest
 from sqlalchemy import Engine, delete, insert, select, update
 
 from tests.rows import NOW, add_downloading, add_job, add_output, seconds
-from worker.store import search as module
 from worker.store.jobs import first_tracked
-from worker.store.search import (
+from worker.store.reports import search as module
+from worker.store.reports.search import (
     JobFilter,
     count_matching,
     matching,
@@ -17,7 +17,7 @@ from worker.store.search import (
     search,
     still_matching,
 )
-from worker.tables import HELD_UNTIL, gates, jobs
+from worker.store.schema import HELD_UNTIL, gates, jobs
 
 CLAIMED = {"claim_token": "t", "claim_holder": "ada"}
 HOURS = {"submitted_at": NOW - seconds(7_200), "tracked_at": NOW - seconds(7_200)}

@@ -6,10 +6,10 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import Engine, text
 
-from worker.doctor import _transactions, _vacuum
-from worker.store import server_state as module
-from worker.store.server_state import HISTORY_MOST, OpenTransaction, ServerState, server_state
-from worker.tables import paces
+from worker.operations.health import _transactions, _vacuum
+from worker.store.reports import server_state as module
+from worker.store.reports.server_state import HISTORY_MOST, OpenTransaction, ServerState, server_state
+from worker.store.schema import paces
 
 
 @pytest.mark.parametrize("engine", ["postgresql", "mariadb"], indirect=True)

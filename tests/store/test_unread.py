@@ -6,8 +6,8 @@ from datetime import datetime
 from sqlalchemy import Connection, Engine, delete, event, func, select
 
 from tests.rows import NOW, add_job, seconds
+from worker.store.schema import jobs, unread
 from worker.store.unread import MOST, KeptAnswer, answers_of, jobs_with_answers, keep_answers, shapes
-from worker.tables import jobs, unread
 
 
 def _answer(job_id: int, body: str = "{}", *, recognised: bool = False, shape: str = "status=done") -> KeptAnswer:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from worker.admin.wording import counted
-from worker.core.gate import Scope
-from worker.enqueue import cancel, retry
+from worker.client.holds import hold, hold_gate, resume, resume_gate
+from worker.client.tracking import cancel, retry
+from worker.core.circuit_breaker import Scope
 from worker.errors import JobNotFound, Unavailable
-from worker.holds import hold, hold_gate, resume, resume_gate
 from worker.store.jobs import MAX_ID
 
 log = logging.getLogger(__name__)

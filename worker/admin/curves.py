@@ -7,8 +7,8 @@ from datetime import datetime, timedelta
 from itertools import pairwise
 from typing import Any
 
+from worker.core.histograms import DELAYS, quantile
 from worker.core.lifecycle import JOB_STATES
-from worker.core.measures import DELAYS, quantile
 
 ACCOUNTS_MOST = 6
 WAITING = ("pending", "held", "downloading")

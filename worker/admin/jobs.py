@@ -16,11 +16,11 @@ from worker.admin.door import own_path
 from worker.admin.reading import Reading
 from worker.admin.wording import counted, moment
 from worker.core.lifecycle import FINAL_STATES, JOB_STATES
-from worker.store.browse import accounts_known, kinds_known
-from worker.store.browse import jobs_page as browse_jobs
 from worker.store.jobs import MAX_ID
-from worker.store.search import JobFilter
-from worker.tables import jobs
+from worker.store.reports.pages import accounts_known, kinds_known
+from worker.store.reports.pages import jobs_page as browse_jobs
+from worker.store.reports.search import JobFilter
+from worker.store.schema import jobs
 
 PAGE_ROWS = 50
 TEXT_MOST = 255

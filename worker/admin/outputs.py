@@ -11,12 +11,12 @@ from werkzeug.wrappers import Response
 from werkzeug.wsgi import FileWrapper
 
 from worker.admin.jobs import RowsView, asked_before, number, one_of, text
+from worker.client.tracking import open_output
 from worker.core.lifecycle import OUTPUT_STATES
-from worker.enqueue import open_output
 from worker.errors import OutputMissing
-from worker.store.browse import OutputsWanted, owners
-from worker.store.browse import outputs_page as browse_outputs
-from worker.tables import outputs
+from worker.store.reports.pages import OutputsWanted, owners
+from worker.store.reports.pages import outputs_page as browse_outputs
+from worker.store.schema import outputs
 
 PAGE_ROWS = 50
 GALLERY_ROWS = 24

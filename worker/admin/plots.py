@@ -28,7 +28,7 @@ from worker.admin.curves import (
     waiting_curves,
 )
 from worker.admin.reading import Reading
-from worker.store.browse import history_at
+from worker.store.reports.pages import history_at
 
 # It looks after the imports of its own plugins in a way that Python 3.11 warns of at every import that follows.
 sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != "pygal"]

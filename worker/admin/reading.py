@@ -11,19 +11,19 @@ from typing import Any
 from pydantic import SecretStr
 from sqlalchemy import Connection, Engine, Row
 
-from worker.chain import Step, chain_with_budget, read_facts
-from worker.core.answers import Answer, answers
-from worker.core.gate import Gate
-from worker.database import connected, database_now, engine_for
-from worker.lately import Frame, Watcher
-from worker.overview import Overview, belief, overview, why
+from worker.coordination.rate_limiter import SharedBudget
+from worker.core.answer_history import Answer, answers
+from worker.core.circuit_breaker import Gate
+from worker.operations.explain import Step, chain_with_budget, read_facts
+from worker.operations.overview import Overview, belief, overview, why
+from worker.operations.snapshot import Frame, Watcher
 from worker.settings import Settings
-from worker.shared_budget import SharedBudget
-from worker.store.browse import history_at, latest_history
+from worker.store.breakers import all_gates
+from worker.store.engine import connected, database_now, engine_for
 from worker.store.events import events_of
-from worker.store.gates import all_gates
 from worker.store.jobs import job_row, outputs_of, waiting_accounts
 from worker.store.outputs import output_row
+from worker.store.reports.pages import history_at, latest_history
 
 OUTPUTS_SHOWN = 200
 RATES_FRESH = timedelta(minutes=3)

@@ -11,9 +11,9 @@ import waitress
 
 from worker.admin.door import Door
 from worker.admin.site import make_site
-from worker.database import check_schema, engine_for
 from worker.errors import Unavailable
 from worker.settings import Settings
+from worker.store.engine import check_schema, engine_for
 
 PORT = 5556
 THREADS = 8

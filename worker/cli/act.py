@@ -6,16 +6,16 @@ from typing import Any
 
 import click
 
-from worker import enqueue
 from worker.cli.output import json_option, print_json, print_table
-from worker.database import connected, engine_for, make_engine, odd_encoding, shown_url, wrong_encoding
+from worker.client import tracking
 from worker.errors import DatabaseRefused, JobNotFound, NotTrackable
-from worker.migrate import migrate as run_migrations
-from worker.scrubber import shared_scrubber
+from worker.operations.verify import verify as run_verification
 from worker.settings import load
+from worker.store.engine import connected, engine_for, make_engine, odd_encoding, shown_url, wrong_encoding
 from worker.store.jobs import jobs_by_remote
-from worker.terminal import echo
-from worker.verifier import verify as run_verification
+from worker.store.migrate import migrate as run_migrations
+from worker.system.redaction import shared_scrubber
+from worker.system.terminal import echo
 
 MAX_DIGITS = 100  # of a number on the command line; Python itself refuses to read endless ones
 
@@ -58,11 +58,11 @@ def track(remotes: tuple[str, ...], as_json: bool, **options: Any) -> int:
     scrubber = shared_scrubber(load().secret_texts)
     for remote in remotes:
         try:
-            job_id, created = enqueue.tracked([remote], **options)[0]
+            job_id, created = tracking.tracked([remote], **options)[0]
         except (NotTrackable, DatabaseRefused) as wrong:
             echo(f"fetch-worker: {scrubber.text(remote)[:60]!r} not tracked: {wrong}", err=True)
             continue
-        job = enqueue.get(job_id)
+        job = tracking.get(job_id)
         if job is not None:
             rows.append({"id": job_id, "remote_id": job.remote_id, "status": job.status, "created": created})
     if as_json:
@@ -78,7 +78,7 @@ def _targets(ids: tuple[str, ...], remote: str | None, account: str | None) -> l
         raise click.UsageError("give job ids, or --remote ID")
     if remote is not None:
         settings = load()
-        remote_id = enqueue.lookup_id(remote)
+        remote_id = tracking.lookup_id(remote)
         with connected(settings.database), engine_for(settings.database).connect() as connection:
             found = [row.id for row in jobs_by_remote(connection, remote_id, account)]
         if not found:

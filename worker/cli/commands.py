@@ -9,8 +9,8 @@ from worker import __version__
 from worker.cli import act, compare, control, find, look, metrics, parse, prune, run, simulate, top, unread
 from worker.core.display import display_lines
 from worker.errors import SettingsError, WorkerError
-from worker.own_package import advice, other_worker, python_path
-from worker.terminal import echo
+from worker.system.own_package import advice, other_worker, python_path
+from worker.system.terminal import echo
 
 ANYWHERE = ("doctor", "demo", "sandbox")  # they start nothing by our package's name in the working directory
 
@@ -66,8 +66,8 @@ def _database_line(error: Exception) -> str | None:
 
     if not isinstance(error, SQLAlchemyError):
         return None
-    from worker.database_errors import explained
     from worker.settings import load
+    from worker.store.database_errors import explained
 
     return str(explained(error, load().database))
 

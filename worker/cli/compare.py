@@ -10,11 +10,11 @@ from worker.cli.output import json_option, print_json, print_table
 from worker.core.identity import FetchAddress, checked_remote_id
 from worker.core.reply import CLASSES
 from worker.errors import NotTrackable, Unavailable
-from worker.hosted_api import HostedApi
+from worker.polling.api_client import HostedApi
 from worker.sandbox import Sandbox, SandboxOptions
-from worker.scrubber import Scrubber, shared_scrubber
 from worker.settings import Settings, load
-from worker.terminal import echo
+from worker.system.redaction import Scrubber, shared_scrubber
+from worker.system.terminal import echo
 from worker.vendor.families import is_training
 from worker.vendor.fetch_url import AllowedApi, fetch_address, order_at
 from worker.vendor.replies import Question, parse

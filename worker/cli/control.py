@@ -11,28 +11,28 @@ from typing import Any
 import click
 from sqlalchemy import Connection
 
-from worker import enqueue, holds
-from worker.acting import Acted, Action, act, changeable
 from worker.cli.act import job_numbers
 from worker.cli.find import filter_options, job_filter
 from worker.cli.output import json_option, print_json, print_table
-from worker.core.gate import Scope
+from worker.client import holds, tracking
+from worker.client.actions import Acted, Action, act, changeable
+from worker.core.circuit_breaker import Scope
 from worker.core.identity import ACCOUNT
-from worker.database import connected, database_now, engine_for
 from worker.errors import JobNotFound
 from worker.settings import Settings, load
-from worker.store.gates import all_gates
+from worker.store.breakers import all_gates
+from worker.store.engine import connected, database_now, engine_for
 from worker.store.jobs import job_row, jobs_by_remote
-from worker.store.search import JobFilter, Search, count_matching, matching, search
-from worker.tables import jobs
-from worker.terminal import echo
+from worker.store.reports.search import JobFilter, Search, count_matching, matching, search
+from worker.store.schema import jobs
+from worker.system.terminal import echo
 
 SHOWN = 20  # of the jobs that would be changed
 PAGE = 1_000
 TELL_SECONDS = 0.2, 10.0  # how often progress is told: on a terminal, and in a log
 ONE: dict[Action, Callable[[int], bool]] = {
-    "cancel": enqueue.cancel,
-    "retry": enqueue.retry,
+    "cancel": tracking.cancel,
+    "retry": tracking.retry,
     "hold": holds.hold,
     "resume": holds.resume,
 }

@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from worker.cli.output import JOB_COLUMNS, json_option, plain, print_json, print_table
+from worker.client.tracking import lookup_id
 from worker.core.lifecycle import JOB_STATES
 from worker.core.spans import UNITS
-from worker.database import connected, database_now, engine_for
-from worker.enqueue import lookup_id
 from worker.settings import load
-from worker.store.search import JobFilter, matching
+from worker.store.engine import connected, database_now, engine_for
+from worker.store.reports.search import JobFilter, matching
 
 LISTED = ("id", "remote_id", "account", "kind", "status", "polls", "submitted_at", "reference", "error_code")
 AGE = re.compile(r"(\d+(?:\.\d+)?)([smhd])")

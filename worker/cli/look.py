@@ -7,7 +7,6 @@ from typing import Any
 import click
 from sqlalchemy import Connection
 
-from worker.chain import Facts, chain_with_budget, read_facts
 from worker.cli.act import target_options, targets
 from worker.cli.output import (
     EVENT_COLUMNS,
@@ -21,17 +20,18 @@ from worker.cli.output import (
     print_table,
 )
 from worker.cli.unread import shortened
+from worker.coordination.rate_limiter import SharedBudget
 from worker.core.lifecycle import STORAGE_WAIT
-from worker.database import connected, engine_for
-from worker.doctor import Node, alive, examine
-from worker.overview import KindState, Overview, belief, overview, why
+from worker.operations.explain import Facts, chain_with_budget, read_facts
+from worker.operations.health import Node, alive, examine
+from worker.operations.overview import KindState, Overview, belief, overview, why
 from worker.settings import Settings, load
-from worker.shared_budget import SharedBudget
+from worker.store.engine import connected, engine_for
 from worker.store.events import events_of
 from worker.store.jobs import job_row, outputs_of
 from worker.store.late_looks import look_of
 from worker.store.unread import answers_of
-from worker.terminal import echo
+from worker.system.terminal import echo
 
 NODES_SECONDS = 1.5
 QUEUES = {
@@ -208,7 +208,7 @@ def doctor(liveness: bool, as_json: bool) -> int:
 
 def _nodes() -> Mapping[str, Node]:
     from worker.app import app  # connects to nothing yet, but brings all of Celery
-    from worker.neighbours import ask_nodes
+    from worker.process.neighbours import ask_nodes
 
     return ask_nodes(app, NODES_SECONDS)
 

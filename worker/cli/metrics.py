@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import click
 
-from worker.database import engine_for
 from worker.errors import SettingsError, Unavailable
 from worker.settings import Settings, load
+from worker.store.engine import engine_for
 
 FROM_SETTINGS = "-"
 PORTS = range(65_536)

@@ -11,7 +11,7 @@ from rich.text import Text
 from sqlalchemy import Row
 
 from worker.core.display import display_json
-from worker.terminal import cell, echo, make_console
+from worker.system.terminal import cell, echo, make_console
 
 JOB_COLUMNS = (
     "id",

@@ -13,10 +13,10 @@ from worker.core.identity import READY
 from worker.core.lifecycle import note_of
 from worker.core.reply import CLASSES, Empty, Link, Processing, RateLimited, Ready, Reply
 from worker.errors import ApiRefused, NotTrackable
-from worker.hosted_api import read_answer
-from worker.scrubber import Scrubber, shared_scrubber
+from worker.polling.api_client import read_answer
 from worker.settings import Settings, load
-from worker.terminal import echo
+from worker.system.redaction import Scrubber, shared_scrubber
+from worker.system.terminal import echo
 from worker.vendor.answers import json_object
 from worker.vendor.families import is_training
 from worker.vendor.fetch_url import order_at

@@ -8,11 +8,11 @@ import click
 from worker.cli.output import json_option, print_json
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.spans import seconds_of
-from worker.database import connected, engine_for
-from worker.pruner import Pruned, Retention, look
-from worker.pruner import prune as run_prune
+from worker.operations.prune import Pruned, Retention, look
+from worker.operations.prune import prune as run_prune
 from worker.settings import LONGEST, Settings, load
-from worker.terminal import echo
+from worker.store.engine import connected, engine_for
+from worker.system.terminal import echo
 
 
 def _span(context: click.Context, option: click.Parameter, value: str | None) -> float | None:

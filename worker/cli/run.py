@@ -7,9 +7,9 @@ import click
 from worker.demo.run import MOST_JOBS
 from worker.demo.run import demo as run_demo
 from worker.errors import SettingsError
+from worker.launch.up import up as run_up
 from worker.sandbox.command import main as run_sandbox
 from worker.settings import load
-from worker.up import up as run_up
 
 
 @click.command()

@@ -7,11 +7,11 @@ from typing import Any
 import click
 
 from worker.cli.output import json_option, print_fields, print_json, print_table
-from worker.core.pace import POLICIES, Pace, Policy
-from worker.database import connected, engine_for
+from worker.core.pacing.policy import POLICIES, Pace, Policy
+from worker.core.pacing.simulation import Simulation, TraceJob, quantile, read_trace, simulate
 from worker.errors import TraceError
 from worker.settings import load
-from worker.simulator import Simulation, TraceJob, quantile, read_trace, simulate
+from worker.store.engine import connected, engine_for
 from worker.store.jobs import seen_durations
 
 MOST_JOBS = 1_000_000

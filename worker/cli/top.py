@@ -1,4 +1,4 @@
-"""The command `top`: everything that goes on, live in a terminal. What it shows is read by `worker.lately`."""
+"""The command `top`: the live snapshot of `worker.operations.snapshot`, drawn in a terminal."""
 
 import os
 import select
@@ -20,15 +20,25 @@ from rich.text import Text
 
 from worker.cli.output import json_option, moment, print_json
 from worker.core.display import display_text
-from worker.core.in_words import size, span
-from worker.database import engine_for
+from worker.core.humanize import size, span
 from worker.errors import WorkerError
-from worker.lately import NO_WORKER, AccountNow, Frame, LateJob, LostClaim, Overdue, Transfer, Unstored, Watcher
-from worker.overview import HEALTHY_SECONDS
+from worker.operations.overview import HEALTHY_SECONDS
+from worker.operations.snapshot import (
+    NO_WORKER,
+    AccountNow,
+    Frame,
+    LateJob,
+    LostClaim,
+    Overdue,
+    Transfer,
+    Unstored,
+    Watcher,
+)
 from worker.settings import load
-from worker.terminal import cell, make_console
+from worker.store.engine import engine_for
+from worker.system.terminal import cell, make_console
 
-FILE_LINES = 1_000  # where nobody watches, nothing is cut but what is cut by `worker.lately`
+FILE_LINES = 1_000  # where nobody watches, nothing is cut but what is cut by `worker.operations.snapshot`
 GAP = "  "
 
 

@@ -7,11 +7,11 @@ from itertools import chain
 import click
 
 from worker.cli.output import json_option, moment, plain, print_json, print_table
-from worker.database import connected, engine_for
+from worker.operations.unread import Reread, apply
 from worker.settings import Settings, load
+from worker.store.engine import connected, engine_for
 from worker.store.unread import answers_of, shapes
-from worker.terminal import echo
-from worker.unread import Reread, apply
+from worker.system.terminal import echo
 
 COLUMNS = ("job_id", "at", "http_status", "shape", "body")
 SHOWN = 200  # characters of a body in a table

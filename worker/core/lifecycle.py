@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Literal, NamedTuple
 
-from worker.core.media import Media
+from worker.core.media.signatures import Media
 from worker.core.reply import (
     AccountRefused,
     AnotherJob,

@@ -122,7 +122,7 @@ Reply = (
 
 
 class RawAnswer(NamedTuple):
-    """An answer as it came: the HTTP status and the body. `worker.kept_text` makes of it what may be stored.
+    """An answer as it came: the HTTP status and the body. `worker.polling.kept_text` makes of it what may be stored.
 
     Of a long body it is the beginning, with the `shape` of the whole. A tuple, since one is made for every request.
     """

@@ -17,13 +17,13 @@ from typing import Any, Self
 from celery import Celery
 from sqlalchemy import URL
 
-from worker.database import make_engine
-from worker.embedded import EmbeddedRedis
 from worker.errors import WorkerError
-from worker.migrate import migrate
+from worker.launch.embedded_redis import EmbeddedRedis
+from worker.launch.supervisor import Program, Supervisor, Timing, own_procfile, prepared, program, read_procfile
 from worker.sandbox.options import SandboxOptions
 from worker.settings import Settings
-from worker.supervisor import Program, Supervisor, Timing, own_procfile, prepared, program, read_procfile
+from worker.store.engine import make_engine
+from worker.store.migrate import migrate
 
 START_SECONDS = 45.0
 END_SECONDS = 6.0

@@ -19,7 +19,7 @@ from worker.demo.watch import Display, Progress, Submitted, look, mean, results,
 from worker.errors import WorkerError
 from worker.sandbox.behaviour import Behaviour
 from worker.sandbox.options import SandboxOptions
-from worker.terminal import cell, make_console
+from worker.system.terminal import cell, make_console
 
 MOST_JOBS = 500
 SEED = 7

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from worker.demo.watch import File, Progress, mean, seconds_text
-from worker.storage import path_of
+from worker.storage.local import path_of
 
 _STYLE = """
 :root{color-scheme:light dark;--page:#f6f4f0;--card:#fff;--ink:#22201d;--soft:#77716a;--line:#e5e0d8;--mark:#2f7d5b}

@@ -16,13 +16,13 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy import Engine, select
 
-from worker import tables
 from worker.core.lifecycle import FINAL_STATES
-from worker.overview import why
+from worker.operations.overview import why
 from worker.settings import Settings
-from worker.storage import path_of
+from worker.storage.local import path_of
+from worker.store import schema
 from worker.store.jobs import outputs_of
-from worker.terminal import cell
+from worker.system.terminal import cell
 
 ALMOST = 0.9  # as far as a bar gets by waiting alone: nobody knows when a job is ready
 ROWS_LEFT_FREE = 9  # of the terminal's height, for what stands around the jobs
@@ -94,7 +94,7 @@ def look(engine: Engine, settings: Settings, submitted: Sequence[Submitted]) -> 
     """How every job stands now."""
     names = [one.remote_id for one in submitted]
     with engine.connect() as connection:
-        found = connection.execute(select(tables.jobs).where(tables.jobs.c.remote_id.in_(names)))
+        found = connection.execute(select(schema.jobs).where(schema.jobs.c.remote_id.in_(names)))
         rows = {row.remote_id: row for row in found}
         progress: list[Progress] = []
         for one in submitted:

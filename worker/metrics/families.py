@@ -10,11 +10,22 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from worker import __version__
 from worker.core.display import display_text
+from worker.core.histograms import ANSWER_WORDS, DELAYS, MORE, POLLS, TRANSFERS
 from worker.core.lifecycle import FINAL_STATES
-from worker.core.measures import ANSWER_WORDS, DELAYS, MORE, POLLS, TRANSFERS
 from worker.metrics.reading import Reading
-from worker.store.standing import STATES, Standing
-from worker.store.totals import ANSWERS, ATTEMPTS, DELAY, FINISHED, LEFT_OUT, POLLED, TRANSFER, WEBHOOKS, Figure, Total
+from worker.store.counters import (
+    ANSWERS,
+    ATTEMPTS,
+    DELAY,
+    FINISHED,
+    LEFT_OUT,
+    POLLED,
+    TRANSFER,
+    WEBHOOKS,
+    Figure,
+    Total,
+)
+from worker.store.reports.stats import STATES, Standing
 
 PREFIX = "fetch_worker_"
 TROUBLES = ("none", "storage", "http_error", "unreachable", "gone", "not_media", "truncated", "worker_crash")

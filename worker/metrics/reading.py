@@ -11,14 +11,14 @@ from datetime import timedelta
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from worker.database import SCHEMA_VERSION, SNAPSHOT, connected, database_now, reason, schema_version
 from worker.errors import SchemaOutdated, WorkerError
-from worker.overview import HEALTHY_SECONDS
+from worker.operations.overview import HEALTHY_SECONDS
 from worker.settings import Settings
+from worker.store.counters import KINDS_MOST, OTHER, Total, read_totals
+from worker.store.engine import SCHEMA_VERSION, SNAPSHOT, connected, database_now, reason, schema_version
 from worker.store.events import Pending, overdue, pending
 from worker.store.outputs import claims_held, stuck_claims
-from worker.store.standing import Standing, standing, unfinished, waiting_by_kind
-from worker.store.totals import KINDS_MOST, OTHER, Total, read_totals
+from worker.store.reports.stats import Standing, standing, unfinished, waiting_by_kind
 
 log = logging.getLogger(__name__)
 

@@ -5,15 +5,15 @@ from pathlib import Path
 from celery.utils.log import get_task_logger
 from sqlalchemy import Connection
 
-from worker import state_directory
 from worker.app import settings
-from worker.database import database_now
+from worker.configuration import state_directory
+from worker.coordination.sent_requests import sent_by
 from worker.errors import SettingsError
-from worker.process_id import dead
-from worker.sent_requests import sent_by
 from worker.store.claims import holders
-from worker.store.crashes import Released, release_crashed
+from worker.store.engine import database_now
 from worker.store.events import release_events
+from worker.store.reaper import Released, release_crashed
+from worker.system.process_identity import dead
 
 log = get_task_logger(__name__)
 

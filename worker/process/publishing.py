@@ -6,7 +6,7 @@ from celery.utils.log import get_task_logger
 from kombu.exceptions import OperationalError as BrokerError
 
 from worker.app import DOWNLOADS, app
-from worker.notifier import refusal
+from worker.notify.on_done import refusal
 
 log = get_task_logger(__name__)
 

@@ -8,30 +8,30 @@ from datetime import timedelta
 
 from sqlalchemy import Engine
 
-from worker.addresses import Guard, guarded_adapter
 from worker.app import DOWNLOADS, POLLS, settings
-from worker.courier import Courier
-from worker.database import check_schema, engine_for
-from worker.downloader import Downloader
+from worker.coordination.leases import LeaseKeeper
+from worker.coordination.publisher import Courier
+from worker.coordination.rate_limiter import SharedBudget, redis_client
+from worker.coordination.sent_requests import SentRequests, old_files, processes_with_files, remove_files
+from worker.coordination.wakeups import listen
+from worker.downloads.downloader import Downloader
 from worker.errors import WorkerError
-from worker.hosted_api import HostedApi
-from worker.late_looks import LateLooks
-from worker.leases import LeaseKeeper
-from worker.notifier import tell
-from worker.once import locked_property
-from worker.poller import IN_FLIGHT, Poller
+from worker.net.address_guard import Guard, guarded_adapter
+from worker.notify.on_done import tell
+from worker.notify.webhooks import AT_ONCE, Webhooks
+from worker.polling.api_client import HostedApi
+from worker.polling.late_looks import LateLooks
+from worker.polling.poller import IN_FLIGHT, Poller
 from worker.process.dead_claims import log_released, release_dead_claims, sent_folder
 from worker.process.publishing import log_broker_errors, queue_downloads, send_on_done
-from worker.process_id import dead, holder_name
-from worker.redelivery import Deliveries, Outage
-from worker.scrubber import Scrubber, shared_scrubber
-from worker.sent_requests import SentRequests, old_files, processes_with_files, remove_files
-from worker.shared_budget import SharedBudget, redis_client
+from worker.process.redelivery import Deliveries, Outage
+from worker.storage.select import storage_for
 from worker.store.claims import holders
+from worker.store.engine import check_schema, engine_for
 from worker.store.repair import Repairer
-from worker.stores import storage_for
-from worker.wake_ups import listen
-from worker.webhooks import AT_ONCE, Webhooks
+from worker.system.once import locked_property
+from worker.system.process_identity import dead, holder_name
+from worker.system.redaction import Scrubber, shared_scrubber
 
 DOWNLOAD_THREADS = 64
 COUNT_TIMEOUT_SECONDS = 2.0

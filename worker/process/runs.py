@@ -15,18 +15,18 @@ from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy.exc import SQLAlchemyError
 
 from worker.app import DOWNLOADS, app, settings
-from worker.core import gate as gates
-from worker.database import database_now, described
+from worker.core import circuit_breaker as gates
 from worker.errors import Unavailable
-from worker.poller import PollReport, Progress
+from worker.operations.prune import Retention
+from worker.operations.prune import prune as prune_jobs
+from worker.polling.poller import PollReport, Progress
 from worker.process.dead_claims import log_released, release_dead_claims
 from worker.process.publishing import queue_downloads
 from worker.process.resources import ProcessResources, parts
-from worker.pruner import Retention
-from worker.pruner import prune as prune_jobs
+from worker.store.breakers import locked_gate, save_gate
 from worker.store.claims import waiting_outputs
-from worker.store.gates import locked_gate, save_gate
-from worker.store.history import sample
+from worker.store.engine import database_now, described
+from worker.store.reports.history import sample
 
 log = get_task_logger(__name__)
 

@@ -27,9 +27,9 @@ from sqlalchemy import (
 
 from worker.core.identity import FetchAddress, can_be_asked
 from worker.core.lifecycle import JobFacts, OutputFacts, Strikes
-from worker.core.pace import SOONEST, WINDOW
-from worker.store.times import seconds_between
-from worker.tables import MYSQL_FAMILY, bodies, events, jobs, outputs, promises, waiting_account
+from worker.core.pacing.policy import SOONEST, WINDOW
+from worker.store.schema import MYSQL_FAMILY, bodies, events, jobs, outputs, promises, waiting_account
+from worker.store.sql_functions import seconds_between
 
 Claim = tuple[int, str]  # the id of a row, and the token that its claim is known by
 
@@ -219,7 +219,7 @@ _DUE = (
 
 
 def _urgent() -> Select[Any]:
-    """The same by urgency (`worker.core.pace.urgency`): what was nudged, or never planned, comes first."""
+    """The same by urgency (`worker.core.pacing.policy.urgency`): what was nudged, or never planned, comes first."""
     now = bindparam("now", type_=jobs.c.due_at.type)
     unseen = seconds_between(func.coalesce(jobs.c.not_ready_at, jobs.c.submitted_at), now)
     odds = jobs.c.pace_growth * func.ln(case((unseen > SOONEST, unseen), else_=SOONEST) / jobs.c.pace_scale)

@@ -9,9 +9,9 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, case, func, insert,
 
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.webhook import body, event_id
+from worker.store.counters import WEBHOOKS, Tally
 from worker.store.jobs import outputs_of
-from worker.store.totals import WEBHOOKS, Tally
-from worker.tables import events, jobs
+from worker.store.schema import events, jobs
 
 OUTPUT_FIELDS = ("position", "location", "sha256", "media_type", "size_bytes")
 

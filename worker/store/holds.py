@@ -10,11 +10,11 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, case, select, update
 
-from worker.core.gate import Scope, paused, resumed
+from worker.core.circuit_breaker import Scope, paused, resumed
 from worker.core.lifecycle import AFTER_HOLD_GRACE
 from worker.settings import Settings
-from worker.store.gates import all_gates, locked_gate, save_gate
-from worker.tables import HELD_UNTIL, jobs, outputs
+from worker.store.breakers import all_gates, locked_gate, save_gate
+from worker.store.schema import HELD_UNTIL, jobs, outputs
 
 WRITING_SECONDS = 30.0  # in which the end of any work is written
 

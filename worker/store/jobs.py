@@ -11,16 +11,16 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from worker.core.identity import FetchAddress
 from worker.core.lifecycle import FINAL_STATES, PRUNED, left_out_note
-from worker.core.pace import Plan
+from worker.core.pacing.policy import Plan
 from worker.core.reply import Link
-from worker.store.batch import FOLDED_ROWS, INSERT_ROWS, folded, unfolded
+from worker.store.bulk_write import FOLDED_ROWS, INSERT_ROWS, folded, unfolded
+from worker.store.counters import Tally
 from worker.store.job_values import not_ended
 from worker.store.late_looks import forget_looks
 from worker.store.listing import insert_outputs
 from worker.store.promises import add_promises, end_promises, take_back_promises
-from worker.store.times import HAS_DUE_TIME
-from worker.store.totals import Tally
-from worker.tables import MYSQL_FAMILY, jobs, outputs, promises, waiting_account
+from worker.store.schema import MYSQL_FAMILY, jobs, outputs, promises, waiting_account
+from worker.store.sql_functions import HAS_DUE_TIME
 
 MAX_ID = 2**63 - 1  # what the databases' integers hold
 NUDGED_MOST = 100  # a reference that more jobs share says little about any of them

@@ -10,9 +10,9 @@ from sqlalchemy import Connection, Row, delete, or_, select, update
 from worker.core.identity import FetchAddress, can_be_asked
 from worker.core.late_looks import next_look
 from worker.core.lifecycle import JobFacts
-from worker.store.batch import insert_missing
+from worker.store.bulk_write import insert_missing
 from worker.store.claims import ClaimedJob
-from worker.tables import jobs, late_looks
+from worker.store.schema import jobs, late_looks
 
 LOST_LOOKS = 3  # beyond those planned: more began and never ended, so the look kills its process again and again
 STALE = timedelta(days=1)  # after its last look's time a row is of no use: by then no link lives

@@ -8,8 +8,8 @@ from typing import Any
 from sqlalchemy import Connection, insert, select
 
 from worker.core.reply import Link
-from worker.store.batch import INSERT_ROWS, folded, unfolded
-from worker.tables import bodies, outputs
+from worker.store.bulk_write import INSERT_ROWS, folded, unfolded
+from worker.store.schema import bodies, outputs
 
 
 def insert_outputs(

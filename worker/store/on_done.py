@@ -8,7 +8,7 @@ from sqlalchemy import ColumnElement, Connection, and_, case, func, or_, select,
 
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.webhook import wait_after
-from worker.tables import jobs
+from worker.store.schema import jobs
 
 BATCH = 200
 RECENT = 1_000  # jobs

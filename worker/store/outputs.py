@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Row, func, select, update
 
 from worker.store.job_values import not_ended
 from worker.store.jobs import listed_anew
-from worker.tables import events, jobs, outputs
+from worker.store.schema import events, jobs, outputs
 
 _AT_ONCE = 500
 

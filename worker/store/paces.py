@@ -6,8 +6,8 @@ from typing import Any
 
 from sqlalchemy import Connection, select, tuple_, update
 
-from worker.store.batch import insert_missing
-from worker.tables import paces
+from worker.store.bulk_write import insert_missing
+from worker.store.schema import paces
 
 Class = tuple[str, str]  # account and kind; an empty kind stands for the account as a whole
 

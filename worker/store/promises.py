@@ -13,9 +13,9 @@ from sqlalchemy import Connection, Row, bindparam, delete, insert, select, updat
 
 from worker.core.lifecycle import End
 from worker.core.reply import Link
-from worker.store.batch import FOLDED_ROWS, INSERT_ROWS, folded, unfolded
+from worker.store.bulk_write import FOLDED_ROWS, INSERT_ROWS, folded, unfolded
 from worker.store.listing import insert_outputs
-from worker.tables import outputs, promises
+from worker.store.schema import outputs, promises
 
 _NEW = ("job_id", "urls")
 

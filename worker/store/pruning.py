@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, fun
 
 from worker.core.lifecycle import FINAL_STATES, PRUNED
 from worker.store.jobs import OUT_OF_ORDER, first_tracked
-from worker.tables import crashes, events, jobs, outputs
+from worker.store.schema import crashes, events, jobs, outputs
 
 MESSAGE = "its job is pruned, its file is being removed"
 

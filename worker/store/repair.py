@@ -15,10 +15,10 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import ColumnElement, Connection, Engine, and_, or_, select, update
 
-from worker.database import SNAPSHOT, database_now
+from worker.store.counters import Tally
+from worker.store.engine import SNAPSHOT, database_now
 from worker.store.jobs import cancel_outputs, settle
-from worker.store.totals import Tally
-from worker.tables import events, jobs, outputs
+from worker.store.schema import events, jobs, outputs
 
 PAGE = 500  # rows of an index per look
 LONGEST_CLAIM = timedelta(hours=2)  # RECOVERY_SECONDS, the length of a lease, is an hour at most

@@ -7,16 +7,16 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, select, update
 
-from worker.core.answers import BETWEEN, KEPT, answer_line
+from worker.core.answer_history import BETWEEN, KEPT, answer_line
 from worker.core.lifecycle import End, left_out_note, note_of
 from worker.core.reply import Ready
+from worker.store.counters import Tally
 from worker.store.events import open_events
 from worker.store.job_values import not_ended
 from worker.store.late_looks import forget_looks
 from worker.store.listing import insert_outputs
 from worker.store.promises import take_back_promises
-from worker.store.totals import Tally
-from worker.tables import jobs, outputs
+from worker.store.schema import jobs, outputs
 
 REVIVABLE = ("pending", "failed", "expired")
 

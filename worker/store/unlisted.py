@@ -6,13 +6,13 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, select, update
 
-from worker.core.gate import NOT_LISTED, Gate, unlisted
+from worker.core.circuit_breaker import NOT_LISTED, Gate, unlisted
 from worker.core.lifecycle import AFTER_HOLD_GRACE, End
+from worker.store.breakers import locked_gate, save_gate
 from worker.store.claims import Level
-from worker.store.gates import locked_gate, save_gate
+from worker.store.counters import Tally
 from worker.store.promises import PromisedEnd, promised_links, try_promises
-from worker.store.totals import Tally
-from worker.tables import jobs
+from worker.store.schema import jobs
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
-from worker.tables import jobs, unread
+from worker.store.schema import jobs, unread
 
 OF_JOB = 3  # unread answers that are kept of one job
 MOST = 1_000  # answers that are kept in all

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from worker.migrate import migrate as migrate
+    from worker.store.migrate import migrate as migrate
     from worker.testing.inline import FetchWorker as FetchWorker
     from worker.testing.inline import KitError as KitError
     from worker.testing.inline import NeverEnds as NeverEnds
@@ -29,7 +29,7 @@ _HOME = {
     "NeverEnds": "worker.testing.inline",
     "Told": "worker.testing.inline",
     "kit": "worker.testing.parts",
-    "migrate": "worker.migrate",
+    "migrate": "worker.store.migrate",
 }
 
 

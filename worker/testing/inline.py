@@ -17,30 +17,30 @@ from pydantic import SecretStr
 from sqlalchemy import Engine
 from sqlalchemy.exc import OperationalError
 
-from worker import enqueue
-from worker.addresses import Guard, guarded_adapter
+from worker.client import tracking
+from worker.client.tracking import Job, Workers
+from worker.coordination.leases import LeaseKeeper
+from worker.coordination.rate_limiter import Grant, SharedBudget
 from worker.core.lifecycle import PROMISE_PATIENCE
 from worker.core.webhook import headers
-from worker.database import database_now, trouble
-from worker.downloader import Downloader
-from worker.enqueue import Job, Workers
+from worker.downloads.downloader import Downloader
 from worker.errors import JobNotFound, WorkerError
-from worker.hosted_api import MAX_ANSWER_BYTES, HostedApi
-from worker.lean_http import LeanAdapter
-from worker.leases import LeaseKeeper
-from worker.notifier import tell
-from worker.overview import why
-from worker.poller import Poller
-from worker.scrubber import Scrubber, shared_scrubber
+from worker.net.address_guard import Guard, guarded_adapter
+from worker.net.pooled_adapter import LeanAdapter
+from worker.notify.on_done import tell
+from worker.notify.webhooks import BATCH
+from worker.operations.overview import why
+from worker.polling.api_client import MAX_ANSWER_BYTES, HostedApi
+from worker.polling.poller import Poller
 from worker.settings import Settings
-from worker.shared_budget import Grant, SharedBudget
+from worker.storage.select import storage_for
+from worker.store.due import due_outputs, next_download, next_request, unfinished, waiting_jobs
+from worker.store.engine import database_now, trouble
 from worker.store.events import claim_events, open_events, record_delivery
 from worker.store.jobs import job_row, outputs_of
-from worker.store.moments import due_outputs, next_download, next_request, unfinished, waiting_jobs
-from worker.stores import storage_for
+from worker.system.redaction import Scrubber, shared_scrubber
 from worker.testing.clock import Clock
 from worker.testing.stand_in import KEY, FetchApi
-from worker.webhooks import BATCH
 
 LEASE = timedelta(days=365)  # nobody else works here, and the clock leaps
 GRACE = timedelta(minutes=10) + PROMISE_PATIENCE  # how long after its last deadline a job may go on
@@ -117,7 +117,7 @@ class FetchWorker(Workers):
         with self._turn:
             began = self.now
             for _ in self._steps():
-                job = enqueue.get(job_id)
+                job = tracking.get(job_id)
                 if job is None:
                     raise JobNotFound(f"there is no job {job_id}: was the transaction that tracked it committed?")
                 if job.final:
@@ -136,7 +136,7 @@ class FetchWorker(Workers):
                 ended.update(waiting)
                 self.run(waiting[0])
             self._finish()
-        found = [enqueue.get(job_id) for job_id in sorted(ended)]
+        found = [tracking.get(job_id) for job_id in sorted(ended)]
         return [job for job in found if job is not None]
 
     def advance(self, seconds: float = 0.0) -> None:
@@ -218,7 +218,7 @@ class FetchWorker(Workers):
 
     def _check_rest(self, job_id: int) -> None:
         """Raises NeverEnds where nothing is to come, and the job is not final; another thread may have seen to it."""
-        job = enqueue.get(job_id)
+        job = tracking.get(job_id)
         if job is not None and not job.final:
             raise NeverEnds(f"job {job_id} is {job.status}, and nothing is to come ({self._why(job)})")
 

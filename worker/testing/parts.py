@@ -13,11 +13,11 @@ from urllib.parse import quote
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import URL, make_url
 
-from worker.database import check_schema, clock_in_place, engine_in_place, make_engine
-from worker.enqueue import workers_in_place
+from worker.client.tracking import workers_in_place
 from worker.errors import SchemaOutdated
-from worker.migrate import migrate
 from worker.settings import DOTENV_SWITCH, Settings, load
+from worker.store.engine import check_schema, clock_in_place, engine_in_place, make_engine
+from worker.store.migrate import migrate
 from worker.testing.clock import Clock
 from worker.testing.inline import FetchWorker, KitError
 from worker.testing.stand_in import KEY, FetchApi

@@ -1,0 +1,631 @@
+"""The command line as scripts use it: documents on stdout, messages on stderr, exit codes, and never a traceback."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, insert, update
+
+from tests.rows import NOW, add_downloading, add_output
+from worker.cli import main
+from worker.core.pacing.policy import Waiting
+from worker.polling.pace_learner import Learner
+from worker.store.schema import gates, jobs
+
+JOB_COLUMNS = {
+    "id",
+    "account",
+    "remote_id",
+    "kind",
+    "status",
+    "reference",
+    "polls",
+    "eta",
+    "submitted_at",
+    "ready_at",
+    "completed_at",
+    "deadline_at",
+    "error_code",
+    "error_message",
+}
+OUTPUT_COLUMNS = {
+    "id",
+    "job_id",
+    "position",
+    "url",
+    "status",
+    "location",
+    "size_bytes",
+    "sha256",
+    "media_type",
+    "attempts",
+    "error_code",
+    "error_message",
+}
+ISO = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
+NOT_UTF8 = "\udcff"  # how Python hands over a byte on the command line that is no UTF-8
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        """Its stdout, which must be one JSON document."""
+        return json.loads(self.out)
+
+
+Run = Callable[..., Said]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process, as its entry point does. Anything but a SystemExit would be a traceback."""
+
+    def command(*words: str) -> Said:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(list(words))
+        said = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        assert "Traceback" not in said.err
+        return Said(ended.value.code, said.out, said.err)
+
+    return command
+
+
+@pytest.fixture
+def database(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """The database that the commands use, with our tables in it."""
+    monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
+    return engine
+
+
+def _one_line(text: str) -> bool:
+    return text.endswith("\n") and text.count("\n") == 1
+
+
+def test_track_answers_a_list_and_says_what_was_new(database: Engine, run: Run) -> None:
+    """`[{id, remote_id, status, created}]`."""
+    first = run("track", "12", "13", "--json")
+    again = run("track", "12", '{"status": "processing", "id": 14, "eta": 5}', "--reference", "r", "--json")
+    assert (first.code, again.code, first.err) == (0, 0, "")
+    assert [set(row) for row in first.document] == [{"id", "remote_id", "status", "created"}] * 2
+    assert [(row["remote_id"], row["status"], row["created"]) for row in first.document] == [
+        ("12", "pending", True),
+        ("13", "pending", True),
+    ]
+    assert [(row["remote_id"], row["created"]) for row in again.document] == [("12", False), ("14", True)]
+    assert again.document[0]["id"] == first.document[0]["id"]
+    assert "12" in run("track", "12").out
+
+
+def test_track_goes_on_after_a_bad_id_and_exits_1(database: Engine, run: Run) -> None:
+    """The good ones are in, the bad one is named on stderr, stdout is still one document."""
+    said = run("track", "../x", "12", "a b", "--json")
+    assert said.code == 1
+    assert [row["remote_id"] for row in said.document] == ["12"]
+    assert "'../x'" in said.err
+    assert said.err.count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--fetch-url", "https://evil.test/api/v3/fetch/1"),
+        ("--account", "a b"),
+        ("--submitted-at", "2026-01-01T00:00:00"),
+        ("--submitted-at", "0001-01-01T00:00:00+14:00"),
+        ("--deadline", "nan"),
+        ("--priority", "5000"),
+        ("--kind", "x" * 100),
+        ("--on-done", "/x"),
+    ],
+)
+def test_track_refuses_what_cant_be_in_one_line(words: tuple[str, ...], run: Run, tmp_path: Path) -> None:
+    """Exit 1, nothing written: there is not even a database."""
+    said = run("track", "1", *words, "--json")
+    assert (said.code, said.document) == (1, [])
+    assert _one_line(said.err)
+    assert not (tmp_path / "var").exists()
+
+
+def test_a_refused_submit_answer_is_quoted_without_the_key(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Terminals have logs too."""
+    monkeypatch.setenv("SD_API_KEY", "sk-canary-7f3a")
+    for remote in ('{"status": "error", "message": "sk-canary-7f3a is bad"}', "x/sk-canary-7f3a"):
+        said = run("track", remote)
+        assert said.code == 1
+        assert "[key]" in said.err
+        assert "sk-canary" not in said.out + said.err
+
+
+def test_list_shows_the_newest_first_and_filters(database: Engine, run: Run) -> None:
+    """`[job columns]`, `--status`, `--reference`, `--limit`."""
+    run("track", "1", "2", "--reference", "mine")
+    run("track", "3")
+    run("cancel", "--remote", "1")
+    everything = run("list", "--json")
+    assert everything.code == 0
+    assert [row["remote_id"] for row in everything.document] == ["3", "2", "1"]
+    assert set(everything.document[0]) >= JOB_COLUMNS
+    assert ISO.fullmatch(everything.document[0]["submitted_at"])
+    assert [row["remote_id"] for row in run("list", "--status", "cancelled", "--json").document] == ["1"]
+    assert [row["remote_id"] for row in run("list", "--reference", "mine", "--json").document] == ["2", "1"]
+    assert [row["remote_id"] for row in run("list", "--limit", "1", "--json").document] == ["3"]
+    assert run("list", "--reference", "nobody's", "--json").document == []
+    assert "no jobs" in run("list", "--status", "failed").out
+    assert "cancelled" in run("list").out
+
+
+def test_list_shows_fifty_unless_asked_for_more(database: Engine, run: Run) -> None:
+    """The newest fifty."""
+    run("track", *(str(number) for number in range(1, 53)))
+    assert len(run("list", "--json").document) == 50
+    assert len(run("list", "--limit", "60", "--json").document) == 52
+
+
+def test_show_has_the_outputs_and_says_why(database: Engine, run: Run) -> None:
+    """`{job columns, "outputs": […], "why", "next_poll_at"}`."""
+    with database.begin() as connection:
+        job_id = add_downloading(connection, "7", error_message="a [bold] message")
+        add_output(connection, job_id, 0, error_code="http_error", error_message="HTTP 500")
+    said = run("show", str(job_id), "--json")
+    assert (said.code, said.err) == (0, "")
+    assert JOB_COLUMNS | {"outputs", "why", "next_poll_at"} <= set(said.document)
+    assert set(said.document["outputs"][0]) >= OUTPUT_COLUMNS
+    assert said.document["next_poll_at"] is None
+    assert "http_error" in said.document["why"]
+    assert said.document["ready_at"] == NOW.isoformat().replace("+00:00", "Z")
+    assert "a [bold] message" in run("show", str(job_id)).out
+
+    run("track", "8")
+    waiting = run("show", "--remote", "8", "--json").document
+    assert ISO.fullmatch(waiting["next_poll_at"])
+    assert "no key for account default" in waiting["why"]
+
+
+@pytest.mark.parametrize(("status", "words"), [("failed", "gone: why"), ("cancelled", "cancelled")])
+def test_show_explains_final_jobs(database: Engine, run: Run, status: str, words: str) -> None:
+    """In the words that the row has."""
+    with database.begin() as connection:
+        job_id = add_downloading(
+            connection, status=status, completed_at=NOW, error_code="gone", error_message="why", polls=3
+        )
+    document = run("show", str(job_id), "--json").document
+    assert words in document["why"]
+    assert document["next_poll_at"] is None
+
+
+def test_cancel_and_retry_answer_what_changed(database: Engine, run: Run) -> None:
+    """`[{id, changed, status}]`; an id that changed nothing makes it exit 1."""
+    ids = [str(row["id"]) for row in run("track", "1", "2", "--json").document]
+    done = run("cancel", *ids, "--json")
+    assert done.code == 0
+    assert done.document == [{"id": int(word), "changed": True, "status": "cancelled"} for word in ids]
+    again = run("cancel", ids[0], "--json")
+    assert (again.code, again.document) == (1, [{"id": int(ids[0]), "changed": False, "status": "cancelled"}])
+    assert run("retry", ids[0], "--json").document[0]["changed"] is False
+
+    with database.begin() as connection:
+        connection.execute(update(jobs).values(status="failed", error_code="not_found"))
+    retried = run("retry", "--remote", "1", "--json")
+    assert (retried.code, retried.document) == (0, [{"id": int(ids[0]), "changed": True, "status": "pending"}])
+    mixed = run("retry", ids[1], "999999", "--json")
+    assert (mixed.code, len(mixed.document)) == (1, 1)
+    assert "no job 999999" in mixed.err
+
+
+def test_a_remote_id_names_all_its_jobs_or_those_of_an_account(database: Engine, run: Run) -> None:
+    """`--remote ID [--account A]`."""
+    run("track", "7")
+    run("track", "7", "--account", "shop")
+    assert len(run("show", "--remote", "7", "--json").document) == 2
+    assert [row["status"] for row in run("cancel", "--remote", "7", "--account", "shop", "--json").document] == [
+        "cancelled"
+    ]
+    assert run("show", "--remote", "7", "--account", "default", "--json").document["status"] == "pending"
+
+
+@pytest.mark.parametrize("command", ["show", "cancel", "retry"])
+@pytest.mark.parametrize(
+    "words", [("999999",), ("0",), (str(2**63),), ("9" * 40,), ("9" * 5_000,), ("--remote", "nobody")]
+)
+def test_a_job_that_is_not_there_is_one_line_and_exit_1(
+    database: Engine, run: Run, command: str, words: tuple[str, ...]
+) -> None:
+    """However large the number is."""
+    said = run(command, *words, "--json")
+    assert said.code == 1
+    assert "no job" in said.err
+    assert _one_line(said.err)
+
+
+@pytest.mark.parametrize("command", ["show", "cancel", "retry"])
+@pytest.mark.parametrize("remote", ["../x", NOT_UTF8, "", "x" * 200])
+def test_a_remote_id_that_cant_be_one_is_one_line_and_not_done(
+    database: Engine, run: Run, command: str, remote: str
+) -> None:
+    """Before the database is asked."""
+    said = run(command, "--remote", remote)
+    assert said.code in (1, 2)
+    assert said.out == ""
+    assert _one_line(said.err)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("show",),
+        ("show", "12a"),
+        ("show", "-5"),
+        ("show", "1.5"),
+        ("show", NOT_UTF8),
+        ("show", "1", "--remote", "2"),
+        ("cancel",),
+        ("retry", "x"),
+        ("track",),
+        ("track", "1", "--eta", "soon"),
+        ("track", "1", "--priority", "1.5"),
+        ("list", "--status", "ready"),
+        ("list", "--limit", "0"),
+        ("list", "--limit", "many"),
+        ("list", "extra"),
+        ("status", "extra"),
+        ("status", "--wrong"),
+        ("list", "--reference", NOT_UTF8),
+        ("show", "--remote", "1", "--account", NOT_UTF8),
+        ("track", NOT_UTF8),
+        ("nonsense",),
+    ],
+)
+def test_wrong_usage_is_exit_2(run: Run, words: tuple[str, ...]) -> None:
+    """And says on stderr what would be right."""
+    said = run(*words)
+    assert said.code == 2
+    assert said.out == ""
+    assert said.err
+
+
+def test_status_tells_how_everything_stands(database: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`{"jobs": {state: n}, "accounts": [{account, hold, rps}], "oldest_due_seconds", "healthy"}`."""
+    monkeypatch.setenv("SD_API_KEYS", '{"shop": "k", "held": "k"}')
+    monkeypatch.setenv("SD_API_RPS", "7")
+    run("track", "1")
+    run("track", "2", "--account", "shop")
+    run("cancel", "--remote", "2")
+    with database.begin() as connection:
+        connection.execute(
+            insert(gates).values(scope="account", name="held", proven=True, reason="key: refused", since=NOW)
+        )
+    said = run("status", "--json")
+    document = said.document
+    assert (said.code, said.err) == (0, "")
+    assert set(document) == {"jobs", "accounts", "oldest_due_seconds", "healthy", "hosts", "kinds", "outputs"}
+    assert document["kinds"] == []
+    assert document["outputs"] == {"unstored": 0, "oldest_seconds": 0.0, "trouble": {}, "storage": None}
+    assert document["jobs"] == {
+        "pending": 1,
+        "downloading": 0,
+        "completed": 0,
+        "failed": 0,
+        "expired": 0,
+        "cancelled": 1,
+    }
+    accounts = {row["account"]: row for row in document["accounts"]}
+    assert set(accounts) == {"default", "shop", "held"}
+    assert accounts["shop"] == {"account": "shop", "hold": None, "rps": 7.0}
+    assert accounts["default"]["hold"]["reason"] == "no key for account default"
+    assert accounts["held"]["hold"] == {
+        "reason": "key: refused",
+        "since": NOW.isoformat().replace("+00:00", "Z"),
+        "until": None,
+    }
+    assert (document["oldest_due_seconds"], document["healthy"]) == (0.0, True)
+    assert "no key for account default" in run("status").out
+
+
+def test_status_shows_a_host_that_is_held_as_json_too(database: Engine, run: Run) -> None:
+    """Its times are texts, like all others."""
+    with database.begin() as connection:
+        connection.execute(
+            insert(gates).values(
+                scope="host", name="api.example", proven=True, reason="unreachable: HTTP 404", since=NOW
+            )
+        )
+
+    held = run("status", "--json").document["hosts"]
+
+    assert [row["host"] for row in held] == ["api.example"]
+    assert held[0]["since"] == NOW.isoformat().replace("+00:00", "Z")
+    assert set(held[0]) == {"host", "reason", "since", "until"}
+
+
+def test_status_is_unhealthy_where_due_work_waits(database: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liveness by work, not by processes."""
+    monkeypatch.setenv("SD_API_KEY", "k")
+    run("track", "1")
+    with database.begin() as connection:
+        connection.execute(update(jobs).values(due_at=datetime(2026, 1, 1, tzinfo=UTC)))
+    document = run("status", "--json").document
+    assert document["healthy"] is False
+    assert document["oldest_due_seconds"] > 60
+
+
+def test_migrate_makes_the_tables_and_says_so(run: Run, tmp_path: Path) -> None:
+    """In a directory that is not there yet; a second time it has nothing to do."""
+    first, second = run("migrate"), run("migrate")
+    assert (first.code, second.code) == (0, 0)
+    assert "empty" in first.out
+    assert "already" in second.out
+    assert (tmp_path / "var" / "worker.db").is_file()
+
+
+COMMANDS: list[tuple[str, ...]] = [
+    ("track", "1", "--json"),
+    ("list", "--json"),
+    ("show", "1", "--json"),
+    ("show", "--remote", "1"),
+    ("cancel", "1", "--json"),
+    ("retry", "--remote", "1"),
+    ("status", "--json"),
+]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_without_tables_every_command_names_the_one_that_makes_them(
+    run: Run, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit 1, one line, nothing on stdout."""
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/empty.db")
+    said = run(*words)
+    assert (said.code, said.out) == (1, "")
+    assert "run `fetch-worker migrate`" in said.err
+    assert _one_line(said.err)
+
+
+@pytest.mark.parametrize("words", [*COMMANDS, ("migrate",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://app:hidden-word@127.0.0.1:1/shop",
+        "postgresql://postgres@127.0.0.1:5432/fetch_worker_not_there",
+        "sqlite:////dev/null/x.db",
+        "sqlite:///no_database.txt",
+    ],
+    ids=["refused", "no such database", "no such folder", "no database"],
+)
+def test_a_database_that_cant_be_used_is_one_line_that_names_it(
+    run: Run, words: tuple[str, ...], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit 1, or 2 for a path that can't be one; never the password, nor the advice to migrate what is not there."""
+    (tmp_path / "no_database.txt").write_text("this is a text, and longer than the head of a database file " * 10)
+    monkeypatch.setenv("DATABASE_URL", url)
+    said = run(*words)
+    assert (said.code, said.out) == (2 if "/dev/null" in url else 1, "")
+    assert "DATABASE_URL" in said.err
+    assert "migrate" not in said.err
+    assert "hidden-word" not in said.err
+    assert _one_line(said.err)
+
+
+@pytest.mark.parametrize("words", [*COMMANDS, ("migrate",)], ids=" ".join)
+def test_a_wrong_setting_is_exit_2(run: Run, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line that names the variable."""
+    monkeypatch.setenv("POLL_MIN", "soon")
+    said = run(*words)
+    assert (said.code, said.out) == (2, "")
+    assert "POLL_MIN" in said.err
+    assert _one_line(said.err)
+
+
+def test_the_module_runs_as_a_process_and_takes_a_closed_pipe_in_silence(tmp_path: Path) -> None:
+    """`fetch-worker list | head -1` must not end in a traceback."""
+    environment = os.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db"}
+    script = "import sys; from worker.cli import main; main(sys.argv[1:])"
+    root = Path(__file__).parents[2]
+    made = subprocess.run([sys.executable, "-c", script, "migrate"], cwd=root, env=environment, check=False)
+    assert made.returncode == 0
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", script, "list", "--json"],
+        cwd=root,
+        env=environment,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert "Traceback" not in done.stderr
+
+
+# ── pace ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def teach(engine: Engine, kind: str = "image", seconds: float = 20.0, jobs_seen: int = 40) -> None:
+    """Has a process learn that jobs of a kind take so long."""
+    learner = Learner(engine)
+    learner.prepare([("default", kind)])
+    for _ in range(jobs_seen):
+        learner.observe("default", kind, Waiting(seconds, seconds - 1), ready=True, planned=seconds)
+    learner.share()
+
+
+def test_status_tells_what_is_believed_of_each_kind(database: Engine, run: Run) -> None:
+    teach(database)
+
+    (kind,) = run("status", "--json").document["kinds"]
+    shown = run("status").out
+
+    assert (kind["account"], kind["kind"], kind["jobs"], kind["ready"]) == ("default", "image", 40, 1.0)
+    assert kind["median"] == pytest.approx(19.5, abs=1.5)
+    assert 0.1 < kind["seen_delay"] <= 1.0
+    assert "half ready (s)" in shown
+    assert "image" in shown
+
+
+def test_show_tells_what_is_believed_of_a_job_and_when_it_is_asked_about(
+    database: Engine, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SD_API_KEY", "k")
+    teach(database)
+    run("track", "1", "--kind", "image", "--json")
+
+    document = run("show", "--remote", "1", "--json").document
+    shown = run("show", "--remote", "1").out
+
+    assert document["believed"]["median"] == pytest.approx(19.5, abs=1.5)
+    assert document["believed"]["chance_now"] < 0.2
+    assert document["believed"]["by"] == "age"
+    assert "waiting for its next poll in" in document["why"]
+    assert "of 40 such jobs by their age: half in" in document["why"]
+    assert "of 40 such jobs" in " ".join(shown.split())
+
+
+def test_a_job_of_which_nothing_is_known_says_so(database: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SD_API_KEY", "k")
+    run("track", "1", "--json")
+
+    assert "nothing is known of such jobs yet" in run("show", "--remote", "1", "--json").document["why"]
+
+
+TRACE = [{"t": number / 2, "duration": 6.0 + number % 5, "kind": "image", "eta": None} for number in range(400)]
+
+
+def written(path: Path, lines: Sequence[object]) -> str:
+    """A trace in a file."""
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    return str(path)
+
+
+def test_simulate_prints_what_would_be(run: Run, tmp_path: Path) -> None:
+    """`{"jobs", "polls", "polls_per_job", "delay": {"mean","p50","p95","p99"}}`."""
+    trace = written(tmp_path / "trace", TRACE)
+
+    said = run("simulate", "--trace", trace, "--json")
+
+    assert (said.code, said.err) == (0, "")
+    assert set(said.document) == {"jobs", "polls", "polls_per_job", "delay"}
+    assert list(said.document["delay"]) == ["mean", "p50", "p95", "p99"]
+    assert said.document["jobs"] == 400
+    assert said.document["polls_per_job"] == said.document["polls"] / 400
+    assert run("simulate", "--trace", trace, "--json").document == said.document
+    assert "polls_per_job" in run("simulate", "--trace", trace).out
+
+
+def test_simulate_takes_price_policy_budget_and_settings(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = written(tmp_path / "trace", TRACE)
+    cheap = run("simulate", "--trace", trace, "--price", "0.05", "--json").document
+    dear = run("simulate", "--trace", trace, "--price", "5", "--json").document
+    fixed = run("simulate", "--trace", trace, "--policy", "fixed", "--json").document
+    short = run("simulate", "--trace", trace, "--rps", "2.5", "--policy", "fixed", "--json").document
+    monkeypatch.setenv("POLL_MIN", "0")
+    free = run("simulate", "--trace", trace, "--price", "0.05", "--json").document
+
+    assert cheap["polls"] > dear["polls"]
+    assert cheap["delay"]["mean"] < dear["delay"]["mean"]
+    assert fixed["delay"]["mean"] != cheap["delay"]["mean"]
+    assert short["delay"]["mean"] > fixed["delay"]["mean"]
+    assert free["delay"]["mean"] < cheap["delay"]["mean"]
+
+
+def test_simulate_compares_all_policies(run: Run, tmp_path: Path) -> None:
+    trace = written(tmp_path / "trace", TRACE)
+
+    found = run("simulate", "--trace", trace, "--compare", "--json").document
+    shown = run("simulate", "--trace", trace, "--compare").out
+
+    assert list(found) == ["learned", "fixed", "exponential", "eta"]
+    assert all(one["jobs"] == 400 for one in found.values())
+    assert all(name in shown for name in found)
+
+
+def test_simulate_replays_what_was_really_seen(database: Engine, run: Run) -> None:
+    with database.begin() as connection:
+        for number in range(30):
+            ready_at = NOW + timedelta(seconds=number + 12)
+            add_downloading(
+                connection,
+                f"r{number}",
+                submitted_at=NOW + timedelta(seconds=number),
+                not_ready_at=NOW + timedelta(seconds=number + 8),
+                ready_at=ready_at,
+                polls=2,
+            )
+
+    document = run("simulate", "--from-database", "--json").document
+
+    assert document["jobs"] == 30
+    assert 30 <= document["polls"] <= 300
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ([], 2, "--trace FILE or --from-database"),
+        (["--trace", "{trace}", "--from-database"], 2, "--trace FILE or --from-database"),
+        (["--trace", "{trace}", "--policy", "eta", "--compare"], 2, "--policy or --compare"),
+        (["--trace", "{trace}", "--rps", "0"], 2, "rps"),
+        (["--trace", "{trace}.none"], 2, "does not exist"),
+    ],
+)
+def test_simulate_says_what_is_wrong_with_its_words(
+    run: Run, tmp_path: Path, words: list[str], code: int, said: str
+) -> None:
+    trace = written(tmp_path / "trace", TRACE)
+
+    answer = run("simulate", *(word.replace("{trace}", trace) for word in words))
+
+    assert answer.code == code
+    assert said in answer.err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nonsense",
+        "[]",
+        "7",
+        '{"t": 1}',
+        '{"t": "x", "duration": 3}',
+        '{"t": 1, "duration": -3}',
+        '{"t": 1, "duration": NaN}',
+        '{"t": 1, "duration": 2, "kind": 7}',
+        '{"t": 1, "duration": 2, "eta": true}',
+    ],
+)
+def test_simulate_names_the_line_of_a_trace_that_is_none(run: Run, tmp_path: Path, line: str) -> None:
+    path = tmp_path / "trace"
+    path.write_text(f"{json.dumps(TRACE[0])}\n\n{line}\n")
+
+    said = run("simulate", "--trace", str(path))
+
+    assert said.code == 1
+    assert "line 3 is no job of a trace" in said.err
+    assert _one_line(said.err)
+
+
+def test_simulate_refuses_a_trace_without_jobs(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    path.write_bytes(b"\n")
+    assert "there are no jobs to simulate" in run("simulate", "--trace", str(path)).err
+    path.write_bytes(b"\xff\xfe")
+    assert "no UTF-8 text" in run("simulate", "--trace", str(path)).err

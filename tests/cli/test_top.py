@@ -1,0 +1,300 @@
+"""The command `top`: each trouble is seen in its frame, which fits its terminal, and rates are what really happened."""
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from sqlalchemy import Connection, Engine
+
+from tests import planted
+from tests.planted import DEAD, ELSEWHERE
+from tests.rows import seconds
+from tests.waiting import wait_until
+from worker.cli import main
+from worker.cli.top import drawn
+from worker.coordination.rate_limiter import SharedBudget, redis_client
+from worker.operations.snapshot import Frame, Watcher
+from worker.settings import load
+from worker.store.counters import ANSWERS, Tally
+from worker.store.schema import HELD_UNTIL
+
+ROOT = Path(__file__).parents[2]
+# In a session of its own, whose terminal it takes, so that Ctrl-C reaches it as it does a person's.
+LIVE = """
+import fcntl, signal, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from worker.cli import main
+main(["top", "--every", "0.2"])
+"""
+NOBODY = "redis://127.0.0.1:1/0"
+
+Top = Callable[..., str]
+
+
+@pytest.fixture
+def database(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """The database that the commands use, with our tables in it; and no Redis."""
+    monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
+    monkeypatch.setenv("REDIS_URL", NOBODY)
+    monkeypatch.setenv("SD_API_KEY", "sk-canary-7f3a")
+    return engine
+
+
+@pytest.fixture
+def top(capsys: pytest.CaptureFixture[str]) -> Top:
+    """What `top` prints with these words."""
+
+    def command(*words: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(["top", *words])
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    return command
+
+
+def troubles(connection: Connection) -> dict[str, int]:
+    """Every trouble there is; the jobs that have them."""
+    at = planted.now()
+    planted.held(connection, "account", "refused", "key rejected: Invalid API key")
+    planted.gate(connection, "account", "resting", paused_at=at - seconds(30))
+    planted.held(connection, "host", "api.dead.test", "unreachable: no answer from 10.1.2.3")
+    planted.gate(connection, "account", "default", asked_at=at - seconds(400))
+    jobs = {
+        "late": planted.waiting(connection, "late"),
+        "refused": planted.waiting(connection, "refused", account="refused"),
+        "resting": planted.waiting(connection, "resting", account="resting"),
+        "keyless": planted.waiting(connection, "keyless", account="keyless"),
+        "dead host": planted.waiting(connection, "host", fetch_host="api.dead.test"),
+        "overdue": planted.waiting(connection, "overdue", due=-500, deadline_at=at - seconds(90)),
+        "stuck": planted.claimed(connection, "stuck", ELSEWHERE, over=70),
+        "dead": planted.claimed(connection, "dead", DEAD, over=-20),
+        "unreachable": planted.delivered(
+            connection, "cdn", error_code="unreachable", error_message="no answer: ConnectTimeout"
+        ),
+        "receiving": planted.received(connection, "receiving", received_bytes=5_000_000),
+        "abandoned": planted.received(connection, "abandoned", over=60),
+        "failed": planted.failed(connection, "failed"),
+        "endless": planted.claimed(
+            connection, "endless", ELSEWHERE, over=-20_000, asked_at=planted.now() - seconds(600)
+        ),
+        "forgotten": planted.waiting(connection, "forgotten", due=7_200, deadline_at=at - seconds(900)),
+        "by hand": planted.waiting(connection, "hand", due_at=HELD_UNTIL, held_at=at),
+    }
+    refused = {"error_message": "it answered 500 to ann@shop.test", "http_status": 500}
+    planted.event(connection, jobs["failed"], due=300, **refused)
+    return jobs
+
+
+def test_each_trouble_that_there_is_is_in_the_document(database: Engine, top: Top) -> None:
+    with database.begin() as connection:
+        jobs = troubles(connection)
+
+    said = top("--once", "--json")
+
+    frame = json.loads(said)
+    accounts = {one["account"]: one for one in frame["accounts"]}
+    assert accounts["refused"]["reason"] == "key rejected: Invalid API key"
+    assert accounts["refused"]["since"] < accounts["refused"]["until"]
+    assert (accounts["resting"]["reason"], accounts["resting"]["until"]) == ("held by an operator", None)
+    assert accounts["keyless"]["reason"] == "no key for account keyless"
+    assert accounts["default"]["reason"] is None
+    assert [(one["host"], one["reason"]) for one in frame["hosts"]] == [
+        ("api.dead.test", "unreachable: no answer from [ip]")
+    ]
+    late = {one["id"]: one for one in frame["late"]}
+    assert late[jobs["late"]]["why"] == "no worker asks"
+    assert late[jobs["refused"]]["why"] == "held: key rejected: Invalid API key"
+    assert late[jobs["resting"]]["why"] == "held: held by an operator"
+    assert late[jobs["keyless"]]["why"] == "no key for account keyless"
+    assert late[jobs["dead host"]]["why"].startswith("held: api.dead.test unreachable")
+    assert late[jobs["stuck"]]["why"] == f"claimed by {ELSEWHERE}, which is silent"
+    assert 85 < late[jobs["overdue"]]["past_deadline_seconds"] < 150
+    assert frame["late"][0]["id"] == jobs["overdue"], "the latest is first"
+    assert jobs["by hand"] not in late
+    assert frame["late_count"] == len(late) == 7
+    claims = {(one["what"], one["id"]): one for one in frame["claims"]}
+    assert claims["job", jobs["stuck"]]["dead"] is False
+    assert 65 < claims["job", jobs["stuck"]]["over_seconds"] < 130
+    assert claims["job", jobs["dead"]]["dead"] is True
+    assert claims["job", jobs["dead"]]["over_seconds"] < 0, "its lease still runs"
+    assert claims["job", jobs["endless"]]["over_seconds"] < -19_000, "no work takes as long as it has"
+    assert sorted(what for what, _ in claims) == ["job", "job", "job", "output"]
+    (forgotten,) = frame["overdue"]
+    assert forgotten["id"] == jobs["forgotten"]
+    assert 890 < forgotten["past_deadline_seconds"] < 960
+    assert 7_100 < forgotten["asked_in_seconds"] <= 7_200
+    (transfer,) = frame["transfers"]
+    assert (transfer["job_id"], transfer["bytes"], transfer["host"]) == (
+        jobs["receiving"],
+        5_000_000,
+        "cdn.dead.test:8443",
+    )
+    assert 100_000 < transfer["bytes_per_second"] <= 500_000
+    trouble = frame["unstored"][0]
+    assert (trouble["code"], trouble["host"], trouble["count"]) == ("unreachable", "cdn.dead.test:8443", 1)
+    assert trouble["message"] == "no answer: ConnectTimeout"
+    assert [(one["id"], one["code"]) for one in frame["failures"]] == [(jobs["failed"], "api_failed")]
+    (webhook,) = frame["webhooks"]
+    assert (webhook["receiver"], webhook["http_status"]) == ("shop.test", 500)
+    assert webhook["message"] == "it answered 500 to [e-mail]"
+    assert (frame["jobs"]["pending"], frame["jobs"]["downloading"], frame["jobs"]["failed"]) == (11, 3, 1)
+    assert frame["asked_seconds"] >= 400
+    assert not re.search(r"sk-canary|sig=|hidden|users/ann|ann@", said)
+
+
+def test_a_frame_fits_80_by_24_and_cuts_each_part(database: Engine) -> None:
+    with database.begin() as connection:
+        troubles(connection)
+        for number in range(30):
+            planted.failed(connection, f"more{number}")
+            planted.waiting(connection, f"late{number}", due=-10.0 - number)
+            planted.received(connection, f"r{number}")
+        count(connection, delays=3)
+
+    frame = Watcher(database, load()).frame()
+    small, large = shown(frame, 80, 24), shown(frame, 140, 140)
+
+    assert len(small) <= 24
+    assert max(map(len, small)) <= 80
+    for title in ("ACCOUNTS", "HELD HOSTS", "LOST CLAIMS", "LATE JOBS", "NOT STORED", "DOWNLOADS", "LATE WEBHOOKS"):
+        assert any(line.startswith(title) for line in small), small
+        assert any(line.startswith(title) for line in large)
+    assert any(line.startswith("LAST FAILURES … and 20 more") for line in small), small
+    assert "… and 36 more" in small, "of the late jobs, that were not read, too"
+    assert "NO WORKER ASKS" in small[0]
+    assert shown(frame, 80, 24, "the database is away")[2] == "the database is away"
+    assert sum(line.endswith("cdn.dead.test:8443") for line in large) == 31
+    assert any(line.startswith("READY TO SEEN") and line.endswith("(since counting began)") for line in large)
+
+
+def shown(frame: Frame, width: int, height: int, trouble: str | None = None) -> list[str]:
+    """The lines of a frame on a terminal of this size."""
+    console = Console(width=width, height=height, record=True, file=io.StringIO())
+    console.print(drawn(frame, width, height, trouble))
+    return console.export_text().splitlines()
+
+
+def count(connection: Connection, *, answers: int = 0, delays: int = 0) -> None:
+    """Adds to the totals what a worker would."""
+    tally = Tally()
+    for _ in range(answers):
+        tally.add(ANSWERS, "processing", account="default")
+    for _ in range(delays):
+        tally.delay("default", "image", 1.2)
+        tally.polled("default", "image", 4)
+    tally.write(connection)
+
+
+def test_rates_are_what_was_counted_between_frames(database: Engine) -> None:
+    at = [0.0]
+    watcher = Watcher(database, load(), clock=lambda: at[0])
+    with database.begin() as connection:
+        count(connection, answers=1_000, delays=5)
+        planted.received(connection, "1", attempts=2, received_bytes=1_000)
+
+    first = watcher.frame()
+    with database.begin() as connection:
+        count(connection, answers=30, delays=2)
+        connection.exec_driver_sql("UPDATE fetch_outputs SET received_bytes = 41000")
+    at[0] = 4.0
+    second = watcher.frame()
+    at[0] = 200.0
+    third = watcher.frame()
+
+    assert first.accounts[0].used is None, "Redis is away, and there is nothing to compare with"
+    assert (first.kinds[0].jobs, first.kinds_seconds) == (5, None)
+    assert first.transfers[0].bytes_per_second is None, "an attempt that may have begun with what there was"
+    assert second.accounts[0].used == 7.5
+    assert (second.kinds[0].jobs, second.kinds[0].polls_per_job, second.kinds_seconds) == (2, 4.0, 4.0)
+    assert 1.0 < (second.kinds[0].delay_p50 or 0) <= 1.5
+    assert second.transfers[0].bytes_per_second == 10_000
+    assert (third.kinds[0].jobs, third.kinds_seconds) == (7, None), "nothing is remembered for so long"
+
+
+def test_the_first_frame_knows_from_redis_what_is_asked_and_left(
+    database: Engine, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REDIS_URL", redis_url)
+    redis_client(redis_url, seconds=2).flushall()  # our own: what the test before it took
+    budget = SharedBudget(redis_url)
+
+    free = Watcher(database, load()).frame().accounts[0]
+    budget.take("default", 5, rate=10.0)
+    budget.taken("default", 4)
+
+    assert (free.left, free.used, free.rps) == (2, 0.0, 10.0)
+    # it is shown once its second is over
+    wait_until(lambda: Watcher(database, load()).frame().accounts[0].used == 4.0, "four requests are shown as used")
+
+
+def test_without_redis_the_frame_says_so(database: Engine, top: Top) -> None:
+    assert "Redis is away" in top("--once")
+    assert json.loads(top("--json"))["accounts"][0]["left"] is None
+
+
+@pytest.mark.parametrize("words", [("--every", "0"), ("--every", "soon"), ("7",)])
+def test_wrong_words_are_refused(words: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["top", *words])
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("key", [b"q", b"\x03", b"x\x1b[Aq"], ids=["q", "Ctrl-C", "after others"])
+def test_it_is_live_until_a_key_ends_it(key: bytes, tmp_path: Path) -> None:
+    environment = os.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db", "REDIS_URL": NOBODY, "TERM": "xterm"}
+    words = [sys.executable, "-c", "import sys; from worker.cli import main; main(sys.argv[1:])"]
+    assert subprocess.run([*words, "migrate"], cwd=ROOT, env=environment, check=False).returncode == 0
+    keyboard, terminal = pty.openpty()
+    before = termios.tcgetattr(terminal)
+
+    with subprocess.Popen(
+        [sys.executable, "-c", LIVE],
+        cwd=ROOT,
+        env=environment,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+    ) as process:
+        seen = b""
+        try:
+            while seen.count(b"fetch-worker") < 3:
+                seen += _read(keyboard)
+            os.write(keyboard, key)
+            until = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < until:
+                seen += _read(keyboard, 0.1)
+        finally:
+            process.kill()
+
+    after = termios.tcgetattr(terminal)
+    os.close(terminal)
+    os.close(keyboard)
+    assert process.returncode == 0, seen[-2_000:]
+    assert b"Traceback" not in seen
+    assert after == before, "the terminal is as it was"
+
+
+def _read(keyboard: int, wait: float = 60.0) -> bytes:
+    ready, _, _ = select.select([keyboard], [], [], wait)
+    if not ready:
+        assert wait < 1, "nothing is shown"
+        return b""
+    try:
+        return os.read(keyboard, 65_536)
+    except OSError:
+        return b""

@@ -1,0 +1,103 @@
+"""Acting on many jobs while workers work on the same ones: nobody blocks anybody for good, and all counts are right."""
+
+import logging
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from sqlalchemy import Connection, Engine, select
+
+from tests.rows import LEASE, add_job
+from worker.client import actions
+from worker.client.actions import Action, act
+from worker.core.lifecycle import AskAgain, End, Strikes
+from worker.settings import Settings, load
+from worker.store.claims import claim_jobs, waiting_levels
+from worker.store.counters import FINISHED, Tally, read_totals
+from worker.store.engine import database_now, transact
+from worker.store.reports.search import JobFilter
+from worker.store.results import Outcome, record_answers
+from worker.store.schema import HELD_UNTIL, jobs
+
+JOBS = 240
+
+
+@pytest.fixture
+def settings(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Those of a process on the test's database, which acts on a few at a time."""
+    monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
+    monkeypatch.setattr(actions, "BATCH", 20)
+    monkeypatch.setattr(actions, "FEW", 60)
+    return load()
+
+
+def test_operators_and_workers_on_the_same_jobs_do_not_block_each_other(engine: Engine, settings: Settings) -> None:
+    """Workers claim and end jobs, while others hold, resume, cancel and retry all there are; twice each."""
+    with engine.begin() as connection:
+        for number in range(JOBS):
+            add_job(connection, str(number), deadline_at=HELD_UNTIL)
+    over = threading.Event()
+
+    def work(name: str) -> int:
+        ended = 0
+        while not over.is_set():
+            ended += transact(engine, lambda connection: _poll(connection, name))
+        return ended
+
+    def operate(action: Action) -> None:
+        for _ in range(2):
+            for _ in act(action, JobFilter(), settings):
+                pass
+
+    with ThreadPoolExecutor(8) as threads:
+        workers = [threads.submit(work, name) for name in ("ada", "bob")]
+        actions: tuple[Action, ...] = ("hold", "resume", "cancel", "retry")
+        operators = [threads.submit(operate, action) for action in actions]
+        for one in operators:
+            one.result(timeout=60)
+        over.set()
+        ended = sum(one.result(timeout=60) for one in workers)
+
+    with engine.connect() as connection:
+        rows = connection.execute(select(jobs)).all()
+        counted = {one.figure.label: one.times for one in read_totals(connection, [FINISHED])}
+    states = Counter(row.status for row in rows)
+    assert len(rows) == JOBS
+    assert counted.get("failed", 0) == ended
+    assert counted.get("cancelled", 0) == states["cancelled"]
+    for row in rows:
+        assert (row.held_at is not None) == (row.due_at == HELD_UNTIL)
+
+
+def _poll(connection: Connection, name: str) -> int:
+    """One claim and its answers, of which each second ends its job; how many ended."""
+    now = database_now(connection)
+    claimed = [
+        job
+        for level in waiting_levels(connection, ["default"])
+        for job in claim_jobs(connection, level, limit=10, token=name, holder=name, lease=LEASE, now=now)
+    ]
+    outcomes = [
+        Outcome(job, End("failed", "api_failed", "no") if job.id % 2 else AskAgain(Strikes(), "odd"), "said")
+        for job in claimed
+    ]
+    tally = Tally()
+    done = record_answers(connection, outcomes, tally, now=database_now(connection))
+    tally.write(connection)
+    return len(done.finished)
+
+
+def test_one_line_is_logged_of_what_a_filter_did(
+    engine: Engine, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However many jobs it was."""
+    caplog.set_level(logging.INFO, "worker.client.actions")
+    with engine.begin() as connection:
+        for number in range(50):
+            add_job(connection, str(number))
+
+    for _ in range(2):
+        list(act("hold", JobFilter(), settings))
+
+    assert [line.getMessage() for line in caplog.records] == ["an operator acted on a filter action=hold jobs=50"]

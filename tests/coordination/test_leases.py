@@ -1,0 +1,202 @@
+"""Leases: a request goes out only while its claim is sure to last, and a claim that led to none is not counted."""
+
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine, update
+
+from tests.rows import NOW, add_job, claim, job_of, seconds
+from worker.coordination.leases import LeaseKeeper, LeaseLost, boot_seconds
+from worker.coordination.sent_requests import (
+    RECORDS,
+    SentRequests,
+    old_files,
+    processes_with_files,
+    remove_files,
+    sent_by,
+)
+from worker.store.engine import clock_in_place
+from worker.store.reaper import release_crashed
+from worker.store.schema import jobs
+
+LEASE = timedelta(seconds=30)
+
+
+class Clock:
+    """A host's clock and a database's, which move together."""
+
+    def __init__(self) -> None:
+        self.passed = 0.0
+
+    def boot(self) -> float:
+        return 1_000.0 + self.passed
+
+    def now(self) -> datetime:
+        return NOW + seconds(self.passed)
+
+
+@pytest.fixture
+def clock() -> Iterator[Clock]:
+    """One that a test moves."""
+    moved = Clock()
+    with clock_in_place(moved.now):
+        yield moved
+
+
+@pytest.fixture
+def leases(engine: Engine, clock: Clock) -> LeaseKeeper:
+    """The leases of a process named "me"."""
+    return LeaseKeeper(engine, lease=LEASE, holder="me", clock=clock.boot)
+
+
+def _claimed(engine: Engine, leases: LeaseKeeper, clock: Clock, remote_id: str = "1") -> tuple[int, str]:
+    token = leases.new_token()
+    with engine.begin() as connection:
+        job_id = add_job(connection, remote_id, due_at=clock.now())
+        claim(connection, token=token, holder="me", now=clock.now())
+    return job_id, token
+
+
+def _permitted(leases: LeaseKeeper, claimed: tuple[int, str]) -> bool:
+    try:
+        leases.check(*claimed)
+    except LeaseLost:
+        return False
+    return True
+
+
+def test_given_a_fresh_claim_a_request_is_permitted_until_a_third_of_the_lease_is_left(
+    engine: Engine, leases: LeaseKeeper, clock: Clock
+) -> None:
+    claimed = _claimed(engine, leases, clock)
+    clock.passed = 19.9
+    assert _permitted(leases, claimed)
+    clock.passed = 20.1
+    assert not _permitted(leases, claimed)
+
+
+def test_given_a_renewal_that_kept_the_row_requests_go_on(engine: Engine, leases: LeaseKeeper, clock: Clock) -> None:
+    claimed = _claimed(engine, leases, clock)
+    for _ in range(5):
+        clock.passed += 10
+        leases.renew()
+        assert _permitted(leases, claimed)
+
+
+def test_given_a_process_that_slept_past_its_lease_a_renewal_brings_nothing_back(
+    engine: Engine, leases: LeaseKeeper, clock: Clock
+) -> None:
+    claimed = _claimed(engine, leases, clock)
+    clock.passed = 31
+    leases.renew()
+    assert not _permitted(leases, claimed)
+    again = _claimed(engine, leases, clock, "2")
+    assert _permitted(leases, again), "what it claims after it woke up is its own"
+
+
+def test_a_renewal_counts_for_the_rows_that_it_kept_and_for_no_other(
+    engine: Engine, leases: LeaseKeeper, clock: Clock
+) -> None:
+    kept, lost = _claimed(engine, leases, clock, "1"), _claimed(engine, leases, clock, "2")
+    clock.passed = 15
+    with engine.begin() as connection:  # by whatever way, the second is another process's now
+        connection.execute(update(jobs).where(jobs.c.id == lost[0]).values(claim_holder="another"))
+    leases.renew()
+    clock.passed = 24
+    assert (_permitted(leases, kept), _permitted(leases, lost)) == (True, False)
+
+
+def test_a_row_that_this_process_claimed_anew_permits_nothing_for_the_claim_before(
+    engine: Engine, leases: LeaseKeeper, clock: Clock
+) -> None:
+    job_id, before = _claimed(engine, leases, clock)
+    clock.passed = 31
+    token = leases.new_token()
+    with engine.begin() as connection:
+        claim(connection, token=token, holder="me", now=clock.now())
+    leases.renew()
+    assert _permitted(leases, (job_id, token))
+    assert not _permitted(leases, (job_id, before))
+
+
+def test_claims_whose_lease_is_over_are_forgotten(engine: Engine, leases: LeaseKeeper, clock: Clock) -> None:
+    for _ in range(1_000):
+        leases.new_token()
+        clock.passed += 1
+    assert len(leases._ends) < 300
+
+
+def test_the_clock_of_leases_goes_on_while_the_host_is_suspended() -> None:
+    if not hasattr(time, "CLOCK_BOOTTIME"):
+        pytest.skip("this system has no such clock")
+    assert abs(boot_seconds() - time.clock_gettime(time.CLOCK_BOOTTIME)) < 5
+
+
+# ── what was sent ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_given_a_killed_process_only_the_claims_that_led_to_a_request_stay_counted(
+    engine: Engine, tmp_path: Path, clock: Clock
+) -> None:
+    leases = LeaseKeeper(engine, lease=LEASE, holder="me", clock=clock.boot, sent=SentRequests(tmp_path / "sent", "me"))
+    sent, unsent = _claimed(engine, leases, clock, "1"), _claimed(engine, leases, clock, "2")
+    leases.check(*sent)
+    with engine.begin() as connection:
+        released = release_crashed(connection, ["me"], now=clock.now(), sent=sent_by(tmp_path / "sent", ["me"]))
+    assert released.rows == 2
+    assert (job_of(engine, sent[0]).polls, job_of(engine, unsent[0]).polls) == (1, 0)
+    assert job_of(engine, unsent[0]).due_at == clock.now()
+    assert job_of(engine, unsent[0]).claim_token is None
+
+
+def test_given_no_file_of_a_killed_process_every_claim_stays_counted(
+    engine: Engine, tmp_path: Path, clock: Clock, leases: LeaseKeeper
+) -> None:
+    claimed = _claimed(engine, leases, clock)
+    with engine.begin() as connection:
+        release_crashed(connection, ["me"], now=clock.now(), sent=sent_by(tmp_path / "nowhere", ["me"]))
+    assert job_of(engine, claimed[0]).polls == 1
+
+
+def test_a_process_that_can_write_no_file_goes_on_without(tmp_path: Path) -> None:
+    (tmp_path / "sent").write_text("no folder")
+    sent = SentRequests(tmp_path / "sent", "me")
+    sent.note(1, secrets.token_hex(8))
+    assert sent_by(tmp_path / "sent", ["me"]) == {}
+
+
+def test_the_file_of_sent_requests_does_not_grow_for_ever(tmp_path: Path) -> None:
+    sent = SentRequests(tmp_path, "me")
+    tokens = [secrets.token_hex(8) for _ in range(RECORDS + 100)]
+    for number, token in enumerate(tokens):
+        sent.note(number, token)
+    assert (tmp_path / "me").stat().st_size == RECORDS * 16
+    assert (RECORDS + 99, tokens[-1]) in sent_by(tmp_path, ["me"])["me"]
+    assert (0, tokens[0]) not in sent_by(tmp_path, ["me"])["me"]
+
+
+def test_a_file_of_sent_requests_can_be_read_by_its_owner_alone(tmp_path: Path) -> None:
+    SentRequests(tmp_path / "sent", "me")
+    assert (tmp_path / "sent").stat().st_mode & 0o77 == 0
+    assert (tmp_path / "sent" / "me").stat().st_mode & 0o77 == 0
+    assert processes_with_files(tmp_path / "sent") == ["me"]
+    remove_files(tmp_path / "sent", ["me", "another"])
+    assert not list((tmp_path / "sent").iterdir())
+
+
+def test_given_a_file_of_sent_requests_that_was_not_set_up_when_read_then_it_says_nothing(tmp_path: Path) -> None:
+    """An empty or short file would say that nothing was sent, and hide that a job kills its process."""
+    (tmp_path / "me").write_bytes(b"\0" * 64)
+    assert sent_by(tmp_path, ["me"]) == {}
+
+
+def test_given_files_of_a_boot_before_when_a_day_has_passed_then_they_are_old(tmp_path: Path) -> None:
+    for name, age in (("young", 10), ("old", 2 * 86_400)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    assert old_files(tmp_path, seconds=86_400) == {"old"}

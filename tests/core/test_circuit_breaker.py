@@ -1,0 +1,350 @@
+"""Accounts and hosts that are held, walked through on a clock that is told the time."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.core.circuit_breaker import (
+    Gate,
+    Heard,
+    Limit,
+    after_replies,
+    answered,
+    limited,
+    paused,
+    probing,
+    refused,
+    resumed,
+    slowed,
+    troubled,
+    undecided,
+    unproven,
+)
+from worker.core.reply import ApiDown
+from worker.vendor.replies import NO_SUCH_PATH
+
+T0 = datetime(2026, 1, 1, tzinfo=UTC)
+LEASE = timedelta(seconds=25)
+
+
+def at(seconds: float) -> datetime:
+    return T0 + timedelta(seconds=seconds)
+
+
+NEW = Gate("account", "default")
+OPEN = answered(NEW, now=T0, probe=True)
+HOST = Gate("host", "modelslab.com")
+
+
+def probe_seconds(gate: Gate, *, until: int) -> list[int]:
+    """The seconds at which a worker that looks every second would probe a gate that keeps refusing."""
+    asked = []
+    for second in range(until):
+        now = at(second)
+        if gate.allows(now) == "one":
+            asked.append(second)
+            gate = refused(probing(gate, now=now, lease=LEASE), "key rejected", now=now, probe=True)
+        assert gate.allows(now) == "none"
+    return asked
+
+
+# ── accounts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_key_never_yet_accepted_is_tried_with_one_call_alone() -> None:
+    trying = probing(NEW, now=T0, lease=LEASE)
+
+    assert NEW.allows(T0) == "one"
+    assert [trying.allows(at(s)) for s in (0, 24, 25)] == ["none", "none", "one"]
+    assert answered(trying, now=at(1), probe=True).allows(at(1)) == "all"
+
+
+def test_a_rejected_key_is_probed_after_10_20_40_and_then_every_60_seconds() -> None:
+    held = refused(OPEN, "key rejected", now=T0, probe=False)
+
+    assert probe_seconds(held, until=320) == [10, 30, 70, 130, 190, 250, 310]
+
+
+def test_a_new_key_that_is_rejected_is_probed_by_the_same_schedule() -> None:
+    assert probe_seconds(NEW, until=140) == [0, 10, 30, 70, 130]
+
+
+def test_a_hold_names_its_reason_and_its_start_until_a_probe_is_accepted() -> None:
+    held = refused(OPEN, "key rejected", now=T0, probe=False)
+    later = refused(held, "no credits", now=at(10), probe=True)
+    free = answered(later, now=at(30), probe=True)
+
+    assert (held.reason, held.since, held.until) == ("key rejected", T0, None)
+    assert (later.reason, later.since) == ("no credits", T0)
+    assert (free.reason, free.since, free.allows(at(30))) == (None, None, "all")
+    assert free.last_hold_end(at(99)) == at(30)
+
+
+def test_the_schedule_starts_anew_after_a_release() -> None:
+    held = refused(OPEN, "key rejected", now=T0, probe=False)
+    for second in (10, 30, 70):
+        held = refused(held, "key rejected", now=at(second), probe=True)
+    again = refused(answered(held, now=at(130), probe=True), "key rejected", now=at(200), probe=False)
+
+    assert again.probe_at == at(210)
+
+
+def test_what_was_under_way_when_the_hold_began_does_not_move_it() -> None:
+    """Neither late refusals, which would stretch the schedule, nor late answers, which would end the hold."""
+    held = refused(OPEN, "key rejected", now=T0, probe=False)
+
+    assert refused(held, "no credits", now=at(3), probe=False) == held
+    assert answered(held, now=at(3), probe=False) == held
+
+
+def test_a_process_start_tries_a_held_key_at_once_and_alone() -> None:
+    held = refused(OPEN, "key rejected", now=T0, probe=False)
+    started = unproven(held, now=at(2))
+
+    assert started.allows(at(2)) == "one"
+    assert probing(started, now=at(2), lease=LEASE).allows(at(3)) == "none"
+    assert refused(started, "key rejected", now=at(3), probe=True).probe_at == at(23)  # the schedule goes on
+
+
+def test_a_process_start_tries_an_open_key_alone_too() -> None:
+    started = unproven(OPEN, now=at(5))
+
+    assert started.allows(at(5)) == "one"
+    assert started.last_hold_end(at(5)) is None
+    assert answered(started, now=at(6), probe=True).allows(at(6)) == "all"
+
+
+def test_a_probe_that_says_nothing_about_the_key_is_repeated() -> None:
+    trying = probing(NEW, now=T0, lease=LEASE)
+    held = probing(refused(OPEN, "key rejected", now=T0, probe=False), now=at(10), lease=LEASE)
+
+    assert undecided(trying, now=at(3), wait=0.0).allows(at(3)) == "one"
+    assert [undecided(trying, now=at(3), wait=1.0).allows(at(s)) for s in (3, 3.9, 4)] == ["none", "none", "one"]
+    assert undecided(held, now=at(12), wait=0.0).allows(at(12)) == "none"
+    assert undecided(held, now=at(12), wait=0.0).allows(at(10) + LEASE) == "one"
+
+
+def test_a_rate_limit_shuts_the_account_for_its_time_and_no_longer() -> None:
+    paused = limited(OPEN, 30.0, now=T0)
+
+    assert [paused.allows(at(s)) for s in (0, 29.9, 30)] == ["none", "none", "all"]
+    assert (paused.reason, paused.until) == ("rate limited", at(30))
+    assert answered(paused, now=at(1), probe=False).allows(at(2)) == "none"
+
+
+def test_rate_limits_add_up_to_the_longest() -> None:
+    paused = limited(limited(limited(OPEN, 30.0, now=T0), 5.0, now=at(1)), 40.0, now=at(2))
+
+    assert paused.until == at(42)
+    assert paused.since == T0
+
+
+def test_the_end_of_a_rate_limit_is_the_end_of_a_hold() -> None:
+    paused = limited(OPEN, 30.0, now=T0)
+
+    assert paused.last_hold_end(at(10)) == at(10)
+    assert paused.last_hold_end(at(99)) == at(30)
+    assert limited(paused, 5.0, now=at(50)).last_hold_end(at(99)) == at(55)
+    assert answered(paused, now=at(99), probe=False).last_hold_end(at(99)) == at(30)
+
+
+def test_a_refusal_during_a_rate_limit_waits_for_its_end() -> None:
+    held = refused(limited(OPEN, 300.0, now=T0), "key rejected", now=at(5), probe=False)
+
+    assert [held.allows(at(s)) for s in (15, 299, 300)] == ["none", "none", "one"]
+
+
+def test_a_rate_limited_probe_of_a_held_account_waits_as_it_is_told() -> None:
+    held = refused(OPEN, "key rejected", now=T0, probe=False)
+    paused = limited(held, 300.0, now=at(10))
+
+    assert paused.reason == "key rejected"
+    assert [paused.allows(at(s)) for s in (70, 309, 310)] == ["none", "none", "one"]
+
+
+def test_a_key_that_is_not_proven_yet_stays_so_through_a_rate_limit() -> None:
+    paused = limited(NEW, 30.0, now=T0)
+
+    assert [paused.allows(at(s)) for s in (29, 30)] == ["none", "one"]
+    assert unproven(limited(OPEN, 30.0, now=T0), now=at(1)).allows(at(31)) == "one"
+
+
+# ── hosts ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def shaken(gate: Gate, times: int, *, start: float = 0.0) -> Gate:
+    for turn in range(times):
+        gate = troubled(gate, "time-out", 1, now=at(start + turn), probe=False)
+    return gate
+
+
+def test_a_host_is_held_after_five_calls_in_a_row_came_to_nothing() -> None:
+    assert shaken(HOST, 4).allows(at(4)) == "all"
+    assert shaken(HOST, 5).allows(at(4)) == "none"
+    assert troubled(HOST, "time-out", 5, now=T0, probe=False).held(T0)
+
+
+def test_an_answer_in_between_starts_the_count_anew() -> None:
+    counted = shaken(answered(shaken(HOST, 4), now=at(4), probe=False), 4, start=5)
+
+    assert counted.allows(at(9)) == "all"
+    assert shaken(counted, 1, start=9).held(at(9))
+
+
+def test_a_held_host_is_probed_by_the_schedule_and_let_go_by_the_first_answer() -> None:
+    gate = troubled(HOST, "time-out", 5, now=T0, probe=False)
+    probes = []
+    for second in range(140):
+        if gate.allows(at(second)) == "one":
+            probes.append(second)
+            gate = troubled(probing(gate, now=at(second), lease=LEASE), "time-out", 1, now=at(second), probe=True)
+    free = answered(gate, now=at(190), probe=True)
+
+    assert probes == [10, 30, 70, 130]
+    assert free.allows(at(190)) == "all"
+    assert (free.troubles, free.last_hold_end(at(500))) == (0, at(190))
+
+
+def own_path_missing(gate: Gate, *, now: datetime, probe: bool) -> Gate:
+    """The gate after an answer about a path that only one job names."""
+    reply = ApiDown(f"HTTP 404: {NO_SUCH_PATH}", answered=True, no_such_path=True)
+    return after_replies(gate, [Heard(reply, now, probe)], Limit(10.0, 0.0), now=now)
+
+
+def test_a_probe_that_finds_a_path_missing_which_one_job_names_ends_a_hold_for_silence() -> None:
+    """The host answers again. Else the hold would outlive the outage for as long as such jobs are its probes."""
+    held = shaken(HOST, 5)
+
+    free = own_path_missing(probing(held, now=at(14), lease=LEASE), now=at(15), probe=True)
+
+    assert (free.held(at(15)), free.last_hold_end(at(99))) == (False, at(15))
+    assert own_path_missing(held, now=at(6), probe=False) == held
+    assert own_path_missing(shaken(HOST, 4), now=at(6), probe=False) == shaken(HOST, 4)
+
+
+def test_a_hold_for_a_mistyped_api_url_stays_one_hold_whatever_paths_of_single_jobs_are_missing() -> None:
+    held = after_replies(
+        HOST,
+        [Heard(ApiDown(f"HTTP 404: {NO_SUCH_PATH}", no_such_path=True), T0, False)] * 5,
+        Limit(10.0, 0.0),
+        now=T0,
+    )
+    probed = own_path_missing(probing(held, now=at(10), lease=LEASE), now=at(11), probe=True)
+
+    assert (probed.reason, probed.since, probed.released_at) == (held.reason, T0, None)
+    assert [probed.allows(at(s)) for s in (30, 31)] == ["none", "one"]
+
+
+def test_late_failures_of_calls_under_way_do_not_stretch_a_host_s_hold() -> None:
+    held = shaken(HOST, 5)
+
+    assert shaken(held, 20, start=5) == held
+
+
+def test_a_gate_that_was_never_held_has_no_last_hold() -> None:
+    assert NEW.last_hold_end(T0) is None
+    assert OPEN.last_hold_end(T0) is None
+    assert shaken(HOST, 4).last_hold_end(T0) is None
+
+
+# ── properties ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(["answered", "refused", "limited", "troubled", "unproven", "undecided", "probing"]),
+        st.floats(0, 200),
+        st.booleans(),
+        st.floats(1, 900),
+    ),
+    max_size=25,
+)
+
+
+@pytest.mark.parametrize("scope", ["account", "host"])
+@given(events=EVENTS)
+def test_every_hold_can_end_within_a_quarter_of_an_hour(
+    scope: str, events: list[tuple[str, float, bool, float]]
+) -> None:
+    gate, now = replace(NEW if scope == "account" else HOST), T0
+    for name, pause, probe, seconds in events:
+        now += timedelta(seconds=pause)
+        match name:
+            case "answered":
+                gate = answered(gate, now=now, probe=probe)
+            case "refused" if scope == "account":
+                gate = refused(gate, "key rejected", now=now, probe=probe)
+            case "limited" if scope == "account":
+                gate = limited(gate, seconds, now=now)
+            case "troubled" if scope == "host":
+                gate = troubled(gate, "time-out", 1, now=now, probe=probe)
+            case "unproven" if scope == "account":
+                gate = unproven(gate, now=now)
+            case "undecided":
+                gate = undecided(gate, now=now, wait=0.5)
+            case "probing" if gate.allows(now) == "one":
+                gate = probing(gate, now=now, lease=LEASE)
+
+        assert gate.allows(now + timedelta(seconds=960)) != "none"
+        assert not gate.held(now) or gate.allows(now) != "all"
+        assert not gate.held(now) or gate.since is not None
+        ended = gate.last_hold_end(now)
+        assert ended is None or ended <= now
+
+
+# ── the rate of an account ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_rate_limit_halves_the_rate_once_however_many_requests_it_meets() -> None:
+    paused = limited(OPEN, 30.0, now=T0)
+    first = slowed(paused, full=100.0, seen=20.0, sent_at=at(-0.1))
+    second = slowed(first, full=100.0, seen=5.0, sent_at=at(0.2))
+
+    assert (first.ceiling, first.cut_at) == (20.0, at(30))
+    assert second == first
+    assert OPEN.rate(100.0, T0) == 100.0
+    assert [round(first.rate(100.0, at(s)), 1) for s in (0, 30, 90)] == [9.5, 9.5, 19.0]
+
+
+def test_a_request_after_the_pause_that_is_refused_again_teaches_anew() -> None:
+    first = slowed(limited(OPEN, 30.0, now=T0), full=100.0, seen=20.0, sent_at=T0)
+    again = slowed(limited(first, 30.0, now=at(40)), full=100.0, seen=8.0, sent_at=at(40))
+
+    assert again.ceiling == 8.0
+    assert again.cut_at == at(70)
+
+
+def test_what_was_learned_outlives_holds_and_answers() -> None:
+    learned = slowed(limited(OPEN, 30.0, now=T0), full=100.0, seen=20.0, sent_at=T0)
+    later = answered(refused(learned, "key rejected", now=at(40), probe=False), now=at(60), probe=True)
+
+    assert (later.ceiling, later.cut_at) == (20.0, at(30))
+    assert answered(unproven(learned, now=at(50)), now=at(51), probe=True).ceiling == 20.0
+
+
+def test_a_gate_that_an_operator_holds_lets_nothing_through_until_it_is_resumed() -> None:
+    """Not a probe either, whatever answers still come in, and whoever starts; then one call alone tries it."""
+    held = paused(Gate("account", "default", proven=True), now=T0)
+    later = unproven(answered(held, now=at(5), probe=False), now=at(9))
+    open_again = resumed(later, now=at(10))
+
+    assert [gate.allows(at(9_999)) for gate in (held, later)] == ["none", "none"]
+    assert (later.held(T0), later.why) == (True, "held by an operator")
+    assert open_again.allows(at(10)) == "one"
+    assert open_again.last_hold_end(at(11)) == at(10)
+    assert answered(open_again, now=at(11), probe=True).allows(at(11)) == "all"
+
+
+def test_what_the_api_holds_is_tried_at_once_where_an_operator_says_so() -> None:
+    """A refused key by a probe, which may find it refused still; a rate limit is over."""
+    refused_key = refused(Gate("account", "default", proven=True), "key rejected: no", now=T0, probe=False)
+    limit = limited(Gate("account", "default", proven=True), 900.0, now=T0)
+    down = troubled(Gate("host", "api.test"), "unreachable: refused", 5, now=T0, probe=False)
+
+    assert [gate.allows(at(1)) for gate in (refused_key, limit, down)] == ["none"] * 3
+    resumed_at_once = [resumed(gate, now=at(1)).allows(at(1)) for gate in (refused_key, limit, down)]
+    assert resumed_at_once == ["one", "all", "one"]
+    still = refused(resumed(refused_key, now=at(1)), "key rejected: no", now=at(2), probe=True)
+    assert still.allows(at(3)) == "none"

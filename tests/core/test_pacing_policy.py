@@ -1,0 +1,273 @@
+"""When to ask next: bounds for every policy, which clock decides, whom to ask first, what is kept and shared."""
+
+import json
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worker.core.pacing.policy import (
+    AT_DEADLINE,
+    EXPONENTIAL_FIRST,
+    EXPONENTIAL_MOST,
+    FIRST_UNKNOWN,
+    NOTHING_KNOWN,
+    POLICIES,
+    SIMPLE_MOST,
+    WAIT_MOST,
+    Model,
+    Pace,
+    Policy,
+    Waiting,
+    urgency,
+)
+
+ANY_NUMBER = st.floats() | st.integers(-(10**30), 10**30).map(float)
+SPREADS = st.floats(0, 1)
+
+
+def waits(policy: Policy, *, age: float, eta: float | None = None, polls: int = 1, price: float = 0.5) -> float:
+    """Of a job that was not ready at `age`."""
+    return Pace(policy, price, 3.0).next(Waiting(age, age, eta, 0.0, polls), NOTHING_KNOWN, spread=0.0).wait
+
+
+@pytest.mark.parametrize(
+    ("eta", "first"),
+    [
+        (None, FIRST_UNKNOWN),
+        (0.25, 2.0),  # never sooner than 2 s
+        (13.07, 13.07),
+        (60.0, 60.0),
+        (960.0, 60.0),  # an eta only places the first poll, and no later than after a minute
+        (math.inf, FIRST_UNKNOWN),
+        (math.nan, FIRST_UNKNOWN),
+        (-5.0, FIRST_UNKNOWN),
+    ],
+)
+@pytest.mark.parametrize("policy", ["fixed", "eta"])
+def test_the_first_poll_of_simple_policies_is_at_the_eta_within_bounds(
+    policy: Policy, eta: float | None, first: float
+) -> None:
+    pace = Pace(policy, 0.5, 3.0)
+
+    assert pace.first(Waiting(0.0, eta=eta), NOTHING_KNOWN, spread=0.0).wait == pytest.approx(first)
+    assert pace.first(Waiting(0.0, eta=eta), NOTHING_KNOWN, spread=1.0).wait == pytest.approx(first * 1.1)
+
+
+def test_the_learned_policy_asks_first_where_the_odds_are_worth_it_but_not_at_once() -> None:
+    known = model_of(8.0, spread=0.2)
+
+    assert Pace("learned", 0.5, 3.0).first(Waiting(0.0), NOTHING_KNOWN, spread=0.5).wait == pytest.approx(1.0)
+    assert Pace("learned", 0.5, 0.0).first(Waiting(0.0), NOTHING_KNOWN, spread=0.5).wait < 1.0
+    assert 5.0 < Pace("learned", 0.5, 3.0).first(Waiting(0.0), known, spread=0.5).wait < 8.0
+    assert Pace("learned", 0.5, 3.0).first(Waiting(0.4), NOTHING_KNOWN, spread=0.5).wait == pytest.approx(0.6)
+    assert Pace("learned", 0.5, 3.0).first(Waiting(12.0), known, spread=0.5).wait == 0.0
+
+
+@pytest.mark.parametrize(
+    ("polls", "wait"), [(0, 3.0), (3, 3.375), (5, 7.59375), (100, EXPONENTIAL_MOST), (10**9, EXPONENTIAL_MOST)]
+)
+def test_the_exponential_policy_grows_by_a_half_each_time(polls: int, wait: float) -> None:
+    assert waits("exponential", age=5.0, polls=polls) == pytest.approx(wait)
+
+
+def test_the_exponential_policy_begins_after_a_second() -> None:
+    assert Pace("exponential", 0.5, 3.0).first(Waiting(0.0), NOTHING_KNOWN, spread=0.0).wait == EXPONENTIAL_FIRST
+
+
+@pytest.mark.parametrize(
+    ("age", "eta", "wait"),
+    [(10.0, 40.0, 30.0), (40.0, 40.0, 10.0), (60.0, 8.0, 3.0), (60.0, None, 3.0), (0.0, 9_999.0, SIMPLE_MOST)],
+)
+def test_the_eta_policy_waits_for_the_eta_and_then_asks_by_quarters(age: float, eta: float | None, wait: float) -> None:
+    assert waits("eta", age=age, eta=eta) == pytest.approx(wait)
+
+
+def test_the_fixed_policy_is_fixed() -> None:
+    assert {waits("fixed", age=age, polls=polls) for age in (0.0, 9e9) for polls in (0, 99)} == {5.0}
+
+
+@given(
+    st.sampled_from(POLICIES),
+    ANY_NUMBER,
+    ANY_NUMBER,
+    st.none() | ANY_NUMBER,
+    ANY_NUMBER,
+    st.integers(-5, 10**9),
+    st.floats(0.001, 1e9),
+    st.sampled_from([0.0, 3.0, 20.0, 1_000.0]),
+    SPREADS,
+)
+def test_every_plan_is_made_of_numbers_within_bounds(
+    policy: Policy,
+    age: float,
+    seen: float,
+    eta: float | None,
+    eta_age: float,
+    polls: int,
+    price: float,
+    least: float,
+    spread: float,
+) -> None:
+    pace, model = Pace(policy, price, least), Model()
+    job = Waiting(age, seen, eta, eta_age, polls)
+
+    for ready in (False, True, False):
+        model.observe(job, ready, planned=seen)
+        plan = pace.next(job, model, spread=spread)
+        first = pace.first(job, model, spread=spread)
+
+        assert least <= plan.wait <= max(least, WAIT_MOST) * 1.1
+        assert 0.0 <= first.wait <= max(66.0, WAIT_MOST * 1.1)
+        assert math.isfinite(urgency(10.0, plan.scale, plan.growth))
+    assert json.loads(json.dumps(model.snapshot(), allow_nan=False))
+
+
+@given(st.sampled_from(POLICIES), st.floats(0, 1e6), SPREADS, SPREADS)
+def test_the_spread_moves_a_poll_by_a_tenth_at_most(policy: Policy, age: float, one: float, other: float) -> None:
+    low, high = sorted((one, other))
+    pace, job = Pace(policy, 0.5, 3.0), Waiting(age, age, None, 0.0, 3)
+    bare = pace.next(job, NOTHING_KNOWN, spread=0.0).wait
+
+    sooner, later = (pace.next(job, NOTHING_KNOWN, spread=spread).wait for spread in (low, high))
+
+    assert bare <= sooner <= later <= bare * 1.106 + 1e-9
+
+
+@given(st.floats(0.01, 1e3), st.floats(1.0, 50.0), st.floats(0, 1e4))
+def test_the_next_poll_is_later_the_higher_the_price(price: float, factor: float, age: float) -> None:
+    job, model = Waiting(age, age), model_of(20.0, spread=0.5)
+
+    cheap, dear = (Pace("learned", c, 0.0).next(job, model, spread=0.5).wait for c in (price, price * factor))
+
+    assert cheap <= dear * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_wait_goes_far_beyond_the_deadline(policy: Policy) -> None:
+    pace = Pace(policy, 100.0, 3.0)
+
+    assert pace.next(Waiting(3_590.0, 3_590.0, 4_000.0, left=4.0), NOTHING_KNOWN, spread=0.0).wait <= 4.0 + AT_DEADLINE
+    assert pace.next(Waiting(3_590.0, 3_590.0, left=1.0), NOTHING_KNOWN, spread=0.0).wait == 3.0
+    assert pace.next(Waiting(3_700.0, 3_700.0, left=-100.0, polls=9), NOTHING_KNOWN, spread=0.0).wait >= 3.0
+
+
+def test_an_answer_that_teaches_nothing_leaves_the_odds_as_they_were() -> None:
+    job = Waiting(20.0, 10.0)  # asked at 20 s without an answer about the job: last seen not ready at 10 s
+    plan = Pace("learned", 0.5, 3.0).next(job, NOTHING_KNOWN, spread=0.5)
+
+    assert plan.wait == 3.0
+    assert plan.scale == pytest.approx(NOTHING_KNOWN.by_age.next_age(10.0, 0.5) - 10.0)
+
+
+# ── whom to ask first ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(st.floats(0.5, 300.0), st.floats(0.5, 300.0), st.floats(1.1, 6.0))
+@settings(max_examples=60)
+def test_the_urgency_is_the_odds_as_near_as_two_numbers_can_tell(one: float, other: float, times: float) -> None:
+    model = model_of(20.0, spread=0.6)
+    pace = Pace("learned", 0.5, 0.0)
+    for age in (one, other):
+        plan = pace.next(Waiting(age, age), model, spread=0.5)
+        assert plan.scale is not None
+        unseen = plan.scale * times
+        odds = math.log(model.by_age.odds(age, age + unseen) / 0.5)
+        assert urgency(unseen, plan.scale, plan.growth) == pytest.approx(odds, abs=max(0.6, 0.35 * odds))
+
+
+def test_a_job_that_hardly_ever_ends_gives_way_to_one_that_is_about_to() -> None:
+    pictures, trainings = model_of(8.0, spread=0.3), model_of(1_500.0, spread=0.3)
+    pace = Pace("learned", 0.5, 0.0)
+    picture = pace.next(Waiting(7.0, 7.0), pictures, spread=0.5)
+    training = pace.next(Waiting(60.0, 60.0), trainings, spread=0.5)
+
+    assert urgency(2.0, picture.scale, picture.growth) > urgency(20.0, training.scale, training.growth)
+
+
+# ── two clocks ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def model_of(median: float, *, spread: float, eta: float | None = None, jobs: int = 200, seed: int = 3) -> Model:
+    """A model that has seen jobs of such durations; where `eta` is given each came with that share of its own."""
+    model, draw = Model(), random.Random(seed)
+    for _ in range(jobs):
+        duration = median * math.exp(draw.gauss(0, spread))
+        mine = None if eta is None else duration * eta
+        seen = 0.0
+        while seen < duration:
+            age = model.due(Waiting(seen, seen, mine), 0.5)[0]
+            model.observe(Waiting(age, seen, mine), age >= duration)
+            seen = age
+    return model
+
+
+@pytest.mark.parametrize("bias", [0.5, 1.0, 3.0])
+def test_an_eta_that_is_always_wrong_alike_is_as_good_as_a_true_one(bias: float) -> None:
+    model = model_of(20.0, spread=1.0, eta=bias)
+
+    assert model.lead > 0
+    for duration in (10.0, 60.0):
+        due, _ = model.due(Waiting(0.0, eta=duration * bias), 0.5)
+        assert due == pytest.approx(duration, rel=0.35)
+
+
+def test_an_eta_that_says_nothing_loses_by_itself() -> None:
+    model, draw = Model(), random.Random(4)
+    for _ in range(300):
+        duration, eta = 20.0 * math.exp(draw.gauss(0, 0.4)), 20.0 * math.exp(draw.gauss(0, 1.5))
+        seen = 0.0
+        while seen < duration:
+            age = model.due(Waiting(seen, seen, eta), 0.5)[0]
+            model.observe(Waiting(age, seen, eta), age >= duration)
+            seen = age
+
+    assert model.lead < 0
+
+
+def test_an_eta_that_came_later_is_counted_from_then() -> None:
+    model = model_of(20.0, spread=1.0, eta=1.0)
+
+    early, _ = model.due(Waiting(0.0, eta=30.0), 0.5)
+    late, _ = model.due(Waiting(100.0, 100.0, eta=30.0, eta_age=100.0), 0.5)
+
+    assert late == pytest.approx(100.0 + early)
+
+
+# ── keeping and sharing ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_model_survives_being_written_down() -> None:
+    model = model_of(20.0, spread=0.6, eta=2.0)
+    text = json.dumps(model.snapshot())
+
+    again = Model.restored(json.loads(text), Model())
+
+    assert len(text) < 4_000
+    assert again.lead == pytest.approx(model.lead, rel=1e-3)
+    for job in (Waiting(5.0, 5.0), Waiting(5.0, 5.0, 40.0)):
+        assert again.due(job, 0.5) == pytest.approx(model.due(job, 0.5), rel=0.02)
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        Model.restored({"age": {}, "eta": {}, "lead": 0, "record": []}, Model())
+
+
+def test_a_class_that_was_never_seen_begins_where_its_account_is() -> None:
+    account = Model()
+    for _ in range(50):
+        account.note(Waiting(42.0, 38.0))
+
+    fresh = Model.after(account)
+
+    assert fresh.quantile(Waiting(0.0), 0.5) == pytest.approx(40.0, rel=0.3)
+    assert Model().quantile(Waiting(0.0), 0.5) < 5.0
+
+
+def test_what_was_predicted_and_what_came_about_are_counted() -> None:
+    model = model_of(20.0, spread=0.4, jobs=400)
+
+    assert model.asked > 50
+    assert model.ready == pytest.approx(model.expected, rel=0.25)
+    assert 0.3 < model.seen < 5.0
+    assert model.planned == pytest.approx(model.seen, rel=0.05)  # nothing came between plan and request

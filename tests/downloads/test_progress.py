@@ -1,0 +1,151 @@
+"""How far long downloads are: told while they last, by nobody else, and never at the cost of the download."""
+
+import socket
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine, event
+
+from tests.downloads import PNG, Stand
+from tests.rows import NOW, add_downloading, add_output, output_of, seconds, take, taken
+from tests.web import Web, head, page
+from worker.core.lifecycle import TryAgain
+from worker.downloads import progress as progress_module
+from worker.downloads.progress import ReceivedBytes
+from worker.storage.partial_files import Partials
+from worker.store.claims import note_received
+from worker.store.results import record_attempt
+
+SOON = 20.0
+EVERY = 0.05
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports come as often as a test can wait for."""
+    monkeypatch.setattr(progress_module, "REPORT_SECONDS", EVERY)
+
+
+def test_a_download_that_lasts_tells_how_far_it_is_and_nothing_once_it_is_over(
+    stand: Stand, web: Web, often: None
+) -> None:
+    go_on = threading.Event()
+
+    def half(client: socket.socket) -> None:
+        client.sendall(head(200, Content_Length=str(len(PNG))) + PNG[:3_000])
+        go_on.wait(SOON)
+        client.sendall(PNG[3_000:])
+
+    output_id = stand.add(web.serves("/a.png", half))
+    thread = threading.Thread(target=stand.downloader().run, args=(output_id,))
+    thread.start()
+    until = time.monotonic() + SOON
+    while output_of(stand.engine, output_id).received_bytes is None and time.monotonic() < until:
+        time.sleep(EVERY)
+    told = output_of(stand.engine, output_id)
+    go_on.set()
+    thread.join(SOON)
+    over = output_of(stand.engine, output_id)
+
+    assert (told.received_bytes, told.status) == (3_000, "pending")
+    assert (over.received_bytes, over.status) == (None, "stored")
+    _assert_no_thread()
+
+
+def _assert_no_thread() -> None:
+    """The thread ends once there is nothing to tell of."""
+    until = time.monotonic() + SOON
+    while any(thread.name == "received-bytes" for thread in threading.enumerate()):
+        assert time.monotonic() < until
+        time.sleep(EVERY)
+
+
+def test_a_short_download_costs_no_statement(stand: Stand, web: Web) -> None:
+    said: list[str] = []
+    event.listen(stand.engine, "before_cursor_execute", lambda *given: said.append(given[2]))
+
+    row = stand.download(web.serves("/a.png", page(200, PNG)))
+
+    assert row.status == "stored"
+    assert not [statement for statement in said if "SET received_bytes=CASE" in statement]
+
+
+def test_only_an_attempt_that_lasts_is_told_of(stand: Stand, tmp_path: Path) -> None:
+    """However long the thread runs already, for others."""
+    output_id = stand.add("https://cdn.test/a.png")
+    with stand.engine.begin() as connection:
+        output = take(connection, output_id, now=datetime.now(UTC))
+    assert output is not None
+    progress = ReceivedBytes(stand.engine, "holder")
+
+    with Partials(tmp_path / "parts").receive(1, "t") as incoming, progress.counted(output, incoming):
+        incoming.write(b"12345")
+        now = time.monotonic()
+        young, old = progress.lasting(now), progress.lasting(now + progress_module.REPORT_SECONDS)
+
+    assert (young, old) == ({}, {(output.id, output.token): 5})
+    assert progress.lasting(now + 60) == {}
+
+
+def test_a_database_that_is_away_hurts_no_download(
+    stand: Stand, tmp_path: Path, often: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+
+    def away(*_: object, **__: object) -> int:
+        tries.append(1)
+        raise OSError("away, with a secret in it")
+
+    monkeypatch.setattr(progress_module, "note_received", away)
+    caplog.set_level("INFO")
+    output_id = stand.add("https://cdn.test/a.png")
+    with stand.engine.begin() as connection:
+        output = take(connection, output_id, now=datetime.now(UTC))
+    assert output is not None
+    progress = ReceivedBytes(stand.engine, "holder")
+
+    with Partials(tmp_path / "parts").receive(1, "t") as incoming, progress.counted(output, incoming):
+        until = time.monotonic() + SOON
+        while len(tries) < 3 and time.monotonic() < until:
+            incoming.write(b"x")
+            time.sleep(EVERY)
+
+    assert len(tries) >= 3, "it goes on trying"
+    assert "could not be written reason=OSError" in caplog.text
+    assert "secret" not in caplog.text
+    _assert_no_thread()
+
+
+def test_only_a_claim_that_stands_is_written_to(engine: Engine) -> None:
+    """Not one of another process, one that is over, one that was taken anew, or one that is recorded."""
+    with engine.begin() as connection:
+        job_id = add_downloading(connection)
+        ids = [add_output(connection, job_id, position) for position in range(4)]
+        mine = [taken(connection, output_id, token=f"t{output_id}") for output_id in ids[:3]]
+        take(connection, ids[3], token="theirs", holder="another")  # no secret
+    received = {(output.id, output.token): 10 * output.id for output in mine}
+    others = {(ids[3], "theirs"): 5, (ids[0], "older"): 6}
+
+    with engine.begin() as connection:
+        first = note_received(connection, "holder", received | others, now=NOW + seconds(5))
+        older = note_received(connection, "holder", {(ids[0], "older"): 6}, now=NOW + seconds(5))
+        late = note_received(connection, "holder", {(ids[0], mine[0].token): 99}, now=NOW + seconds(31))
+    written = [output_of(engine, output_id).received_bytes for output_id in ids]
+
+    assert (first, older, late) == (3, 0, 0)
+    assert written == [10 * ids[0], 10 * ids[1], 10 * ids[2], None]
+
+
+def test_an_attempt_that_ended_has_received_nothing(engine: Engine) -> None:
+    with engine.begin() as connection:
+        output = taken(connection, add_output(connection, add_downloading(connection)))
+        note_received(connection, "holder", {(output.id, output.token): 7}, now=NOW)
+        record_attempt(connection, output, TryAgain(5.0, "unreachable", "no answer"), now=NOW)
+
+    with engine.begin() as connection:
+        after = note_received(connection, "holder", {(output.id, output.token): 8}, now=NOW)
+
+    assert (after, output_of(engine, output.id).received_bytes) == (0, None)

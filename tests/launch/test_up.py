@@ -1,0 +1,122 @@
+"""`fetch-worker up` as an operator runs it: what is wrong is said in one line before anything is started."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import redis
+
+from worker.launch.supervisor import own_procfile
+from worker.launch.up import procfile, writer
+from worker.settings import Settings
+
+pytestmark = [pytest.mark.every_python, pytest.mark.usefixtures("interruptible")]
+
+UP = (sys.executable, "-c", "from worker.cli import main; main()", "up")
+MOST_SECONDS = 60
+PROCFILE = """\
+# stands in for worker.app
+release: python -c "print('migrated')"
+worker: python -c "import os, time; print(os.environ['REDIS_URL'], os.environ.get('SD_API_KEY')); time.sleep(60)"
+downloads: python -c "import os, time; print('the key is', os.environ.get('SD_API_KEY')); time.sleep(60)"
+"""
+
+
+def environment(changes: Mapping[str, str]) -> dict[str, str]:
+    known = {name.upper() for name in Settings.model_fields}
+    return (
+        {name: value for name, value in os.environ.items() if name not in known}
+        | {"LOG_FORMAT": "text"}
+        | dict(changes)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "said"),
+    [
+        ({"SD_API_RPS": "many"}, 2, "SD_API_RPS is wrong"),
+        ({"REDIS_URL": "redis://:secret@127.0.0.1:1/0"}, 1, "check REDIS_URL"),
+        ({"DATABASE_URL": "postgresql://u:secret@127.0.0.1:1/x"}, 1, "check DATABASE_URL"),
+        ({"BROKER_URL": "amqp://u:secret@127.0.0.1:1//"}, 1, "check BROKER_URL"),
+    ],
+)
+def test_what_is_wrong_is_one_line_without_a_secret_and_nothing_is_started(
+    tmp_path: Path, changes: Mapping[str, str], code: int, said: str
+) -> None:
+    (tmp_path / "Procfile").write_text(PROCFILE)
+
+    done = subprocess.run(
+        UP, cwd=tmp_path, env=environment(changes), capture_output=True, text=True, timeout=MOST_SECONDS
+    )
+
+    assert done.returncode == code
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert said in done.stderr
+    assert "secret" not in done.stderr
+
+
+def test_without_settings_it_brings_a_redis_says_that_a_key_is_missing_and_ends_politely(tmp_path: Path) -> None:
+    (tmp_path / "Procfile").write_text(PROCFILE)
+
+    with subprocess.Popen(UP, cwd=tmp_path, env=environment({}), stdout=subprocess.PIPE, text=True) as up:
+        assert up.stdout is not None
+        lines = [up.stdout.readline()]
+        while not any(line.startswith("worker") for line in lines):
+            lines.append(up.stdout.readline())
+        answered = redis.Redis(unix_socket_path=str(tmp_path / "var" / "redis.sock")).ping()
+        up.send_signal(signal.SIGINT)
+        lines += up.stdout.readlines()
+
+    assert up.returncode == 0
+    assert answered
+    assert "no API key" in lines[0]
+    assert "SD_API_KEY" in lines[0]
+    assert "release   | migrated\n" in lines
+    assert f"worker    | redis+socket://{tmp_path}/var/redis.sock None\n" in lines
+    assert not (tmp_path / "var" / "redis.sock").exists()
+
+
+def test_a_release_that_fails_ends_it_before_the_others_start(tmp_path: Path) -> None:
+    (tmp_path / "Procfile").write_text(PROCFILE.replace("print('migrated')", "raise SystemExit(3)"))
+    (tmp_path / ".env").write_text("SD_API_KEY=for-the-worker\n")
+
+    done = subprocess.run(UP, cwd=tmp_path, env=environment({}), capture_output=True, text=True, timeout=MOST_SECONDS)
+
+    assert done.returncode == 1
+    assert "release ended with exit code 3" in done.stdout
+    assert "for-the-worker" not in done.stdout
+
+
+def test_lines_have_the_name_of_their_process_in_front(capsys: pytest.CaptureFixture[str]) -> None:
+    say = writer(["worker", "downloads"], sys.stdout)
+
+    say("worker", "one")
+    say("up", "two")
+
+    assert capsys.readouterr().out == "worker    | one\nup        | two\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "web: gunicorn shop\n",
+        "worker: celery -A shop worker\n",
+        "worker: celery -A worker.app worker\nweb: gunicorn shop\n",
+    ],
+    ids=["another app's", "a worker of another app's", "ours and another app's"],
+)
+def test_a_web_apps_own_procfile_is_not_run(tmp_path: Path, text: str) -> None:
+    (tmp_path / "Procfile").write_text(text)
+
+    assert procfile(tmp_path) == own_procfile()
+
+
+def test_a_procfile_that_runs_our_app_alone_is_run(tmp_path: Path) -> None:
+    (tmp_path / "Procfile").write_text("worker: celery -A worker.app worker --concurrency 2\n")
+
+    assert procfile(tmp_path) == tmp_path / "Procfile"

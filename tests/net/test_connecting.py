@@ -1,0 +1,189 @@
+"""Several addresses of one host (RFC 8305): a dead one costs part of a second, for the API, downloads and webhooks."""
+
+import errno
+import gc
+import ipaddress
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from tests.downloads import PNG, Stand
+from tests.waiting import wait_until
+from tests.web import Web, page, web_server
+from worker.core.reply import ApiDown, Processing
+from worker.net import deadlines
+from worker.net.address_guard import Guard, RefusedTarget, guarded_adapter
+from worker.net.deadlines import TimedHTTPConnection, TimeLimit, connect_first
+from worker.net.network_errors import describe
+from worker.polling.api_client import HostedApi
+from worker.system.redaction import Scrubber
+from worker.vendor.fetch_url import AllowedApi, fetch_address
+
+SILENT, REFUSING, GOOD = "127.0.0.3", "127.0.0.4", "127.0.0.1"
+HOST = "many.test"
+
+
+@contextmanager
+def silent(port: int) -> Iterator[None]:
+    """An address whose listener accepts nobody and has no place left for anybody to wait: it drops what comes."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server((SILENT, port), backlog=0))
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex((SILENT, port))
+        assert listener.getsockname()[1] == port
+        yield
+
+
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The addresses of `many.test`, in the order in which they are answered."""
+    addresses: list[str] = []
+    real = socket.getaddrinfo
+
+    def answer(host: str, port: int, *args: Any, **kwargs: Any) -> Sequence[Any]:
+        if host != HOST:
+            return real(host, port, *args, **kwargs)
+        return [info for address in addresses for info in real(address, port, *args, **kwargs)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+    return addresses
+
+
+@pytest.fixture
+def port(web: Web) -> Iterator[int]:
+    """The port of a server at GOOD, at which SILENT is silent and REFUSING refuses."""
+    with silent(web.port):
+        yield web.port
+
+
+def _open_files() -> int:
+    gc.collect()
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        [SILENT, GOOD],
+        [SILENT, REFUSING, GOOD],
+        [REFUSING, GOOD],
+        ["::1", GOOD],
+        ["::1", SILENT, GOOD],
+        [GOOD, SILENT],
+        [SILENT, SILENT, GOOD],
+    ],
+    ids=",".join,
+)
+def test_given_dead_addresses_before_a_good_one_when_a_file_is_fetched_then_it_takes_part_of_a_second(
+    stand: Stand, web: Web, port: int, named: list[str], order: list[str]
+) -> None:
+    """Each dead one costs a quarter of a second at most, one that refuses nothing."""
+    named[:] = order
+    stand.allowed = (*stand.allowed, ipaddress.ip_network("::1/128"))
+    web.serves("/a.png", page(200, PNG))
+    began = time.monotonic()
+    row = stand.download(f"http://{HOST}:{port}/a.png")
+    assert row.status == "stored"
+    assert time.monotonic() - began < 0.25 * order.count(SILENT) + 0.8
+
+
+def test_given_a_dead_address_when_the_api_is_asked_then_the_next_one_answers(
+    web: Web, port: int, named: list[str]
+) -> None:
+    """By the same connector."""
+    named[:] = [SILENT, "127.0.0.5"]
+    with web_server("127.0.0.5") as other:
+        other.serves("/api/v3/fetch/1", page(200, b'{"status": "processing"}'))
+        with silent(other.port):
+            allowed = AllowedApi(f"http://127.0.0.5:{other.port}/api/v3", frozenset({f"127.0.0.5:{other.port}"}))
+            address = fetch_address(None, "1", allowed)._replace(url=f"http://{HOST}:{other.port}/api/v3/fetch/1")
+            api = HostedApi(allowed, Scrubber([]), timeout=5.0, connections=1)
+            began = time.monotonic()
+            assert isinstance(api.ask(address, "1", SecretStr("k")).reply, Processing)
+            assert time.monotonic() - began < 1.0
+            api.session.close()
+
+
+def test_given_only_dead_addresses_when_asked_then_the_deadline_holds_for_all_of_them_together(
+    web: Web, port: int, named: list[str]
+) -> None:
+    """Not for each."""
+    named[:] = [SILENT] * 2 + [f"127.0.1.{number}" for number in range(1, 4)]
+    with ExitStack() as stack:
+        for host in named[2:]:
+            listener = stack.enter_context(socket.create_server((host, port), backlog=0))
+            for _ in range(4):
+                filler = stack.enter_context(socket.socket())
+                filler.setblocking(False)
+                filler.connect_ex(listener.getsockname())
+        allowed = AllowedApi(f"http://127.0.0.1:{port}/api/v3", frozenset({f"127.0.0.1:{port}"}))
+        address = fetch_address(None, "1", allowed)._replace(url=f"http://{HOST}:{port}/api/v3/fetch/1")
+        began = time.monotonic()
+        reply = HostedApi(allowed, Scrubber([]), timeout=1.5, connections=1).ask(address, "1", SecretStr("k")).reply
+        assert isinstance(reply, ApiDown)
+        assert "1.5 s" in reply.message or "time-out while connecting" in reply.message
+        assert 1.2 < time.monotonic() - began < 2.5
+
+
+def test_given_addresses_that_all_refuse_when_connecting_then_the_cause_is_said(named: list[str]) -> None:
+    """At once."""
+    with socket.create_server((GOOD, 0)) as probe:
+        port = probe.getsockname()[1]
+    named[:] = [REFUSING, "127.0.0.5"]
+    connection = TimedHTTPConnection(HOST, port, timeout=5.0)
+    began = time.monotonic()
+    with TimeLimit(5.0), pytest.raises(Exception, match="refused") as failure:
+        connection.connect()
+    assert describe(failure.value) == "connection refused"
+    assert time.monotonic() - began < 1.0
+
+
+def test_given_an_address_that_is_not_allowed_among_several_when_connecting_then_none_is_tried(
+    web: Web, named: list[str]
+) -> None:
+    """The guard looks at all of them before the first attempt, and the socket goes to one that it looked at."""
+    named[:] = [GOOD, "127.0.0.9"]
+    guard = Guard([ipaddress.ip_network("127.0.0.1/32")])
+    adapter = guarded_adapter(guard, connections=1)
+    with (
+        TimeLimit(3.0),
+        pytest.raises(RefusedTarget),
+        adapter.exchange("GET", f"http://{HOST}:{web.port}/", {}, (2, 2)),
+    ):
+        pass
+    assert web.connections == 0
+
+
+def test_given_several_addresses_when_one_answers_then_no_socket_is_left_of_the_others(port: int) -> None:
+    """Nor a thread: there is none."""
+    targets = [(socket.AF_INET, (address, port)) for address in (SILENT, REFUSING, GOOD)]
+    connection = TimedHTTPConnection(HOST, port, timeout=5.0)
+    files = _open_files()
+    for _ in range(3):
+        connect_first(connection, targets).close()
+    wait_until(lambda: _open_files() <= files, "the sockets are closed, the server's as well")
+
+
+def test_given_one_address_when_connecting_then_nothing_is_added(monkeypatch: pytest.MonkeyPatch, web: Web) -> None:
+    """The common case takes no selector."""
+    monkeypatch.setattr(deadlines, "_connect_to_fastest", None)
+    connection = TimedHTTPConnection(GOOD, web.port, timeout=2.0)
+    connect_first(connection, [(socket.AF_INET, (GOOD, web.port))]).close()
+
+
+def test_given_no_address_when_connecting_then_it_is_an_ordinary_error() -> None:
+    """A resolver may answer with nothing."""
+    connection = TimedHTTPConnection(GOOD, 80, timeout=2.0)
+    with pytest.raises(Exception, match="no address") as failure:
+        connect_first(connection, [])
+    cause = failure.value.__cause__
+    assert isinstance(cause, OSError)
+    assert cause.errno == errno.EADDRNOTAVAIL

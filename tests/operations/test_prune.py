@@ -1,0 +1,559 @@
+"""Finished jobs go when they are old enough, with all that is theirs; nothing else does, and no file gets lost."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Column, Engine, ForeignKey, MetaData, Table, func, insert, select, update
+
+from tests.rows import add_job, add_output, claim, job_of, output_of
+from tests.s3_servers import S3Server
+from worker.client import tracking
+from worker.core.lifecycle import AskAgain
+from worker.core.pacing.policy import Plan
+from worker.operations import prune as prune_module
+from worker.operations.prune import Pruned, Retention, look, prune
+from worker.operations.verify import verify
+from worker.settings import Settings, load
+from worker.storage import local
+from worker.store import jobs as job_store
+from worker.store.counters import Tally
+from worker.store.engine import database_now
+from worker.store.outputs import put_back
+from worker.store.pruning import lock_prunable, mark
+from worker.store.results import Outcome, record_answers
+from worker.store.schema import bodies, crashes, events, jobs, outputs, totals
+
+DAY = timedelta(days=1)
+BODY = b"picture " * 100
+SHA = hashlib.sha256(BODY).hexdigest()
+ENDED = {"completed": {}, "cancelled": {}, "failed": {"error_code": "api_failed"}, "expired": {"error_code": "expired"}}
+
+
+@pytest.fixture
+def settings(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Settings that lead to the engine's database and to a folder of files that has been used."""
+    monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
+    monkeypatch.setenv("STORAGE_URL", f"file:{tmp_path}/out")
+    (tmp_path / "out" / local.PARTIAL).mkdir(parents=True)
+    return load()
+
+
+def _ago(engine: Engine, age: timedelta) -> datetime:
+    with engine.connect() as connection:
+        return database_now(connection) - age
+
+
+def _finished(engine: Engine, remote_id: str, age: timedelta, status: str = "completed", **changes: Any) -> int:
+    """A job that ended so long ago; its id."""
+    ended = _ago(engine, age)
+    values: dict[str, Any] = {"status": status, "due_at": None, "ready_at": ended, "completed_at": ended}
+    values |= {"tracked_at": ended - timedelta(minutes=1), "submitted_at": ended - timedelta(minutes=1)}
+    with engine.begin() as connection:
+        return add_job(connection, remote_id, **(values | ENDED[status] | changes))
+
+
+def _stored(engine: Engine, root: Path, job_id: int, position: int = 0) -> int:
+    """A stored output of a job, and its file; its id."""
+    path = root / local.name_of(job_id=job_id, position=position, sha256=SHA[:16], extension="png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(BODY)
+    return _stored_at(engine, job_id, f"file://{path}", position)
+
+
+def _stored_at(engine: Engine, job_id: int, location: str, position: int = 0) -> int:
+    values = {"status": "stored", "due_at": None, "location": location, "size_bytes": len(BODY), "sha256": SHA}
+    with engine.begin() as connection:
+        now = database_now(connection)
+        return add_output(connection, job_id, position, stored_at=now, media_type="image/png", **values)
+
+
+def _there(engine: Engine) -> list[int]:
+    with engine.connect() as connection:
+        return list(connection.execute(select(jobs.c.id).order_by(jobs.c.id)).scalars())
+
+
+def _count(engine: Engine, table: Any) -> int:
+    with engine.connect() as connection:
+        return int(connection.execute(select(func.count()).select_from(table)).scalar_one())
+
+
+def _files(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.name != local.PARTIAL)
+
+
+def _wanted(**changes: Any) -> Retention:
+    values: dict[str, Any] = {"older_than": 30 * DAY, "states": ("completed",), "remove_files": False}
+    return Retention(**(values | changes))
+
+
+def _at_once(engine: Engine, settings: Settings, wanted: Retention) -> Pruned:
+    return prune(engine, settings, wanted, rest=lambda _: None)
+
+
+# ── what goes, and what does not ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_jobs_go_by_age_and_state(engine: Engine, settings: Settings) -> None:
+    """Those that wait or are downloaded never do, however old they are."""
+    old, young = {}, {}
+    for number, status in enumerate(ENDED):
+        old[status] = _finished(engine, f"old{number}", 40 * DAY, status)
+    for number, status in enumerate(ENDED):
+        young[status] = _finished(engine, f"young{number}", 20 * DAY, status)
+    long_ago = _ago(engine, 90 * DAY)
+    with engine.begin() as connection:
+        waits = add_job(connection, "waits", tracked_at=long_ago)
+        downloads = add_job(
+            connection, "downloads", tracked_at=long_ago, status="downloading", due_at=None, ready_at=long_ago
+        )
+
+    done = _at_once(engine, settings, _wanted(states=("completed", "failed")))
+
+    assert (done.jobs, done.kept, done.stopped) == (2, 0, False)
+    assert _there(engine) == [old["cancelled"], old["expired"], *young.values(), waits, downloads]
+
+
+def test_a_job_that_was_tracked_long_ago_and_ended_lately_stays_and_hides_none_behind_it(
+    engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that was taken up again."""
+    monkeypatch.setattr(prune_module, "BATCH", 2)
+    again = _finished(engine, "again", 1 * DAY, tracked_at=_ago(engine, 90 * DAY))
+    for number in range(5):
+        _finished(engine, f"old{number}", 40 * DAY)
+    young = _finished(engine, "young", 1 * DAY)
+
+    assert _at_once(engine, settings, _wanted()).jobs == 5
+    assert _there(engine) == [again, young]
+
+
+def test_a_job_stays_until_everybody_was_told(engine: Engine, settings: Settings) -> None:
+    """Its task and its webhook; an event that was given up keeps nothing."""
+    now = _ago(engine, timedelta())
+    _finished(engine, "told", 40 * DAY, on_done="shop.done", told_at=now)
+    given_up = _finished(engine, "given up", 40 * DAY, webhook_url="https://shop.test/", announced_at=now)
+    untold = _finished(engine, "untold", 40 * DAY, on_done="shop.done")
+    unannounced = _finished(engine, "unannounced", 40 * DAY, webhook_url="https://shop.test/")
+    undelivered = _finished(engine, "undelivered", 40 * DAY, webhook_url="https://shop.test/", announced_at=now)
+    event = {"type": "job.completed", "url": "https://shop.test/", "body": "{}", "created_at": now}
+    with engine.begin() as connection:
+        connection.execute(
+            insert(events),
+            [
+                event | {"event_id": "a", "job_id": given_up, "status": "failed", "due_at": None, "ended_at": now},
+                event | {"event_id": "b", "job_id": undelivered, "status": "pending", "due_at": now, "ended_at": None},
+            ],
+        )
+
+    assert look(engine, _wanted()).jobs == 2
+    assert _at_once(engine, settings, _wanted()).jobs == 2
+    assert _there(engine) == [untold, unannounced, undelivered]
+
+
+def test_all_that_belongs_to_a_job_goes_with_it_and_totals_stay(engine: Engine, settings: Settings) -> None:
+    """Outputs, bodies, events, counts of crashes; those of other jobs are left alone."""
+    now = _ago(engine, timedelta())
+    for number, age in enumerate((40 * DAY, 1 * DAY)):
+        job_id = _finished(engine, str(number), age, webhook_url="https://shop.test/", announced_at=now)
+        with engine.begin() as connection:
+            failed: dict[str, Any] = {"status": "failed", "error_code": "gone", "due_at": None}
+            output_id = add_output(connection, job_id, **failed)
+            connection.execute(insert(bodies).values(output_id=output_id, body=b"x"))
+            for scope, row_id in (("job", job_id), ("output", output_id)):
+                connection.execute(
+                    insert(crashes).values(scope=scope, row_id=row_id, times=1, attempt=1, crashed_at=now)
+                )
+            connection.execute(
+                insert(events).values(
+                    event_id=str(number), job_id=job_id, type="job.completed", url="https://shop.test/", body="{}",
+                    status="delivered", created_at=now, ended_at=now,
+                )
+            )  # fmt: skip
+    with engine.begin() as connection:
+        connection.execute(
+            insert(totals).values(name="finished", account="", kind="", label="completed", slot=0, times=2, total=0)
+        )
+
+    done = _at_once(engine, settings, _wanted())
+
+    assert (done.jobs, done.outputs) == (1, 1)
+    assert [_count(engine, table) for table in (jobs, outputs, bodies, events, crashes, totals)] == [1, 1, 1, 1, 2, 1]
+
+
+def test_given_a_row_of_the_app_that_refers_to_a_job_when_pruned_then_only_that_job_stays(
+    engine: Engine, settings: Settings
+) -> None:
+    """An app may have a foreign key of its own, which refuses that the job goes."""
+    done_jobs = [_finished(engine, f"old{number}", 40 * DAY) for number in range(5)]
+    own = MetaData()
+    pictures = Table("shop_pictures", own, Column("job_id", jobs.c.id.type, ForeignKey(jobs.c.id), primary_key=True))
+    pictures.create(engine)
+    try:
+        with engine.begin() as connection:
+            connection.execute(insert(pictures).values(job_id=done_jobs[2]))
+
+        done = _at_once(engine, settings, _wanted())
+
+        assert (done.jobs, done.kept, done.stopped) == (4, 1, False)
+        assert f"job {done_jobs[2]}" in str(done.reason)
+        assert _there(engine) == [done_jobs[2]]
+    finally:
+        pictures.drop(engine)
+
+
+def test_so_many_and_no_more(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest first; a look counts what would go, and takes nothing."""
+    monkeypatch.setattr(prune_module, "BATCH", 2)
+    monkeypatch.setattr(prune_module, "LOOK_IDS", 2)
+    ids = [_finished(engine, str(number), 40 * DAY) for number in range(5)]
+
+    assert look(engine, _wanted()).jobs == 5
+    assert look(engine, _wanted(limit=3)).jobs == 3
+    assert _there(engine) == ids
+    assert _at_once(engine, settings, _wanted(limit=3)).jobs == 3
+    assert _there(engine) == ids[3:]
+
+
+def test_each_batch_is_followed_by_a_pause_as_long_as_it_took(
+    engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that pruning never has more than half of the time; and between two batches it can be told to stop."""
+    monkeypatch.setattr(prune_module, "BATCH", 1)
+    ids = [_finished(engine, str(number), 40 * DAY) for number in range(4)]
+    pauses: list[float] = []
+
+    prune(engine, settings, _wanted(), rest=pauses.append, go_on=lambda: len(pauses) < 2)
+
+    assert _there(engine) == ids[3:]
+    assert len(pauses) == 2
+    assert min(pauses) >= prune_module.LEAST_PAUSE
+
+
+def test_a_job_that_is_tracked_again_after_its_prune_is_a_new_one(engine: Engine, settings: Settings) -> None:
+    """With another id: ids are never used twice."""
+    first = tracking.track("12202888")
+    with engine.begin() as connection:
+        long_ago = database_now(connection) - 40 * DAY
+        ended = {"status": "cancelled", "due_at": None, "completed_at": long_ago, "tracked_at": long_ago}
+        connection.execute(update(jobs).where(jobs.c.id == first).values(ended))
+    assert tracking.track("12202888") == first
+
+    assert _at_once(engine, settings, _wanted(states=("cancelled",))).jobs == 1
+
+    assert tracking.track("12202888") > first
+
+
+# ── beside others ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_job_that_somebody_has_locked_is_left_and_not_waited_for(
+    engine: Engine, settings: Settings, request: pytest.FixtureRequest
+) -> None:
+    """SQLite has one writer at a time, and knows no such thing."""
+    if engine.dialect.name == "sqlite":
+        return
+    first, second = (_finished(engine, name, 40 * DAY) for name in "ab")
+    with engine.begin() as other:
+        other.execute(select(jobs.c.id).where(jobs.c.id == first).with_for_update()).all()
+        assert _at_once(engine, settings, _wanted()).jobs == 1
+    assert _there(engine) == [first]
+    assert second not in _there(engine)
+
+
+def test_two_prunes_at_once_remove_everything_once(
+    engine: Engine, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither waits for the other's jobs, and each job is counted by one of them."""
+    monkeypatch.setattr(prune_module, "BATCH", 5)
+    for number in range(60):
+        _stored(engine, tmp_path / "out", _finished(engine, str(number), 40 * DAY))
+    done: list[Pruned] = []
+    runs = [
+        threading.Thread(target=lambda: done.append(_at_once(engine, settings, _wanted(remove_files=True))))
+        for _ in range(2)
+    ]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+
+    assert sum(one.jobs for one in done) == 60
+    assert [one.kept for one in done] == [0, 0]
+    assert _there(engine) == []
+    assert _files(tmp_path / "out") == []
+
+
+def test_beside_a_live_worker_no_live_job_is_touched_and_none_of_its_answers_is_lost(
+    engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old jobs that wait are claimed and answered while finished ones, tracked on the same days, go."""
+    monkeypatch.setattr(prune_module, "BATCH", 4)
+    long_ago = _ago(engine, 60 * DAY)
+    live = []
+    for number in range(60):
+        _finished(engine, f"over{number}", 40 * DAY)
+        if number % 3 == 0:
+            with engine.begin() as connection:
+                live.append(add_job(connection, f"live{number}", tracked_at=long_ago, due_at=long_ago))
+    over = threading.Event()
+    lost: list[int] = []
+    answered: list[int] = []
+
+    def work() -> None:
+        while not over.is_set():
+            with engine.begin() as connection:
+                now = database_now(connection)
+                claimed = claim(connection, token=f"t{len(answered)}", now=now, limit=5)
+            again = [
+                Outcome(job, AskAgain(job.facts.strikes, "processing"), "processing", Plan(0.0)) for job in claimed
+            ]
+            with engine.begin() as connection:
+                tally = Tally()
+                lost.append(record_answers(connection, again, tally, now=database_now(connection)).lost)
+                tally.write(connection)
+            answered.extend(job.id for job in claimed)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        pruned = 0
+        for _ in range(20):  # rows that somebody has locked are left for the next time; MariaDB locks those beside, too
+            pruned += prune(engine, settings, _wanted(states=tuple(ENDED))).jobs
+            if pruned == 60:
+                break
+    finally:
+        over.set()
+        worker.join()
+
+    assert pruned == 60
+    assert (_there(engine), sum(lost)) == (live, 0)
+    assert answered
+
+
+def test_a_job_whose_files_are_going_is_not_taken_up_again(engine: Engine, settings: Settings, tmp_path: Path) -> None:
+    """Neither by retry nor by verify: its new file would have the name of one that is about to be removed."""
+    job_id = _finished(engine, "1", 40 * DAY, "failed")
+    output_id = _stored(engine, tmp_path / "out", job_id)
+    location = output_of(engine, output_id).location
+    with engine.begin() as connection:
+        assert lock_prunable(connection, [job_id], "failed", cutoff=_ago(engine, DAY)) == [job_id]
+        mark(connection, [job_id])
+
+    with engine.begin() as connection:
+        now = database_now(connection)
+        assert not job_store.retry(connection, job_id, now=now)
+        assert not put_back(connection, output_id, location=location, now=now)
+    assert verify(engine, settings).orphans == []
+
+    assert _at_once(engine, settings, _wanted(states=("failed",), remove_files=True)).files == 1
+    assert _files(tmp_path / "out") == []
+
+
+# ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_files_are_kept_unless_they_are_to_go_and_verify_knows_whose_they_were(
+    engine: Engine, settings: Settings, tmp_path: Path
+) -> None:
+    """They are no orphans: nobody forgot them."""
+    _stored(engine, tmp_path / "out", _finished(engine, "1", 40 * DAY))
+    (tmp_path / "out" / "stray.png").write_bytes(BODY)
+
+    done = _at_once(engine, settings, _wanted())
+
+    assert (done.jobs, done.outputs, done.files, done.bytes) == (1, 1, 0, 0)
+    found = verify(engine, settings)
+    assert [one.rpartition("/")[2] for one in found.kept] == [f"0-{SHA[:16]}.png"]
+    assert [one.rpartition("/")[2] for one in found.orphans] == ["stray.png"]
+
+
+def test_files_go_with_their_jobs_and_so_do_empty_folders(engine: Engine, settings: Settings, tmp_path: Path) -> None:
+    """What somebody else put beside them stays, and its folder."""
+    out = tmp_path / "out"
+    first, second = (_finished(engine, name, 40 * DAY) for name in "ab")
+    young = _finished(engine, "c", 1 * DAY)
+    for job_id in (first, second, young):
+        _stored(engine, out, job_id)
+    _stored(engine, out, first, position=1)
+    note = out / str(second // 1_000) / str(second) / "note.txt"
+    note.write_text("mine")
+    assert look(engine, _wanted(remove_files=True)) == Pruned(jobs=2, outputs=3, files=3, bytes=3 * len(BODY))
+
+    done = _at_once(engine, settings, _wanted(remove_files=True))
+
+    assert done == Pruned(jobs=2, outputs=3, files=3, bytes=3 * len(BODY))
+    assert [path for path in _files(out) if path.is_file()] == sorted(
+        [note, out / str(young // 1_000) / str(young) / f"0-{SHA[:16]}.png"]
+    )
+    assert not (out / str(first // 1_000) / str(first)).exists()
+
+
+def test_files_of_another_storage_url_go_too_and_missing_ones_hinder_nothing(
+    engine: Engine, settings: Settings, tmp_path: Path
+) -> None:
+    """A location says where its file is, whatever the settings say of new ones."""
+    elsewhere = tmp_path / "before"
+    (elsewhere / local.PARTIAL).mkdir(parents=True)
+    _stored(engine, elsewhere, _finished(engine, "1", 40 * DAY))
+    missing = _finished(engine, "2", 40 * DAY)
+    _stored_at(engine, missing, f"file://{tmp_path}/out/0/{missing}/0-{SHA[:16]}.png")
+
+    assert _at_once(engine, settings, _wanted(remove_files=True)).jobs == 2
+    assert _files(elsewhere) == []
+
+
+@pytest.mark.parametrize("place", ["empty", "not there"])
+def test_where_no_disk_is_mounted_rows_stay_as_they_are(
+    engine: Engine, settings: Settings, tmp_path: Path, place: str
+) -> None:
+    """Their files would be orphans for good."""
+    if place == "empty":
+        (tmp_path / "mount").mkdir()
+    job_id = _finished(engine, "1", 40 * DAY)
+    output_id = _stored_at(engine, job_id, f"file://{tmp_path}/mount/0/{job_id}/0-{SHA[:16]}.png")
+    before = output_of(engine, output_id)
+
+    done = _at_once(engine, settings, _wanted(remove_files=True))
+
+    assert (done.jobs, done.kept, done.stopped) == (0, 1, True)
+    assert "mount it" in str(done.reason)
+    assert output_of(engine, output_id) == before
+
+
+def test_a_file_that_can_not_be_removed_keeps_its_job(
+    engine: Engine, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its row says again that it is stored; the others go, and the next prune takes it."""
+    first, second = (_finished(engine, name, 40 * DAY) for name in "ab")
+    stays = _stored(engine, tmp_path / "out", first)
+    _stored(engine, tmp_path / "out", second)
+    before = output_of(engine, stays)
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.parent.name == str(first):
+            raise OSError(30, os.strerror(30))
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        done = _at_once(engine, settings, _wanted(remove_files=True))
+
+    assert (done.jobs, done.files, done.kept, done.stopped) == (1, 1, 1, False)
+    assert "Read-only file system" in str(done.reason)
+    assert output_of(engine, stays) == before
+    assert _at_once(engine, settings, _wanted(remove_files=True)).jobs == 1
+
+
+def test_a_location_that_is_no_name_of_its_job_is_left_alone(
+    engine: Engine, settings: Settings, tmp_path: Path
+) -> None:
+    """Whoever can write to the table can't have any file removed."""
+    precious = tmp_path / "precious.txt"
+    precious.write_text("x")
+    job_id = _finished(engine, "1", 40 * DAY)
+    _stored_at(engine, job_id, f"file://{precious}")
+    _stored_at(engine, job_id, f"file://{tmp_path}/out/0/999999/0-{SHA[:16]}.png", position=1)
+    _stored_at(engine, _finished(engine, "2", 40 * DAY), "gs://elsewhere/x", position=0)
+
+    done = _at_once(engine, settings, _wanted(remove_files=True))
+
+    assert (done.jobs, done.kept) == (0, 2)
+    assert precious.exists()
+    assert job_of(engine, job_id).status == "completed"
+
+
+def test_objects_in_a_bucket_go_too(
+    engine: Engine, settings: Settings, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever STORAGE_URL says today; one that is gone hinders nothing, a bucket that is gone stops it."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    bucket = s3.bucket()
+    for number in range(2):
+        job_id = _finished(engine, str(number), 40 * DAY)
+        key = "pre fix/" + local.name_of(job_id=job_id, position=0, sha256=SHA[:16], extension="png")
+        if number:
+            s3.client.put_object(Bucket=bucket, Key=key, Body=BODY)
+        _stored_at(engine, job_id, f"s3://{bucket}/{key}")
+
+    assert _at_once(engine, settings, _wanted(remove_files=True)).jobs == 2
+    assert "Contents" not in s3.client.list_objects_v2(Bucket=bucket)
+
+    job_id = _finished(engine, "lost", 40 * DAY)
+    _stored_at(engine, job_id, f"s3://no-such-bucket/0/{job_id}/0-{SHA[:16]}.png")
+    done = _at_once(engine, settings, _wanted(remove_files=True))
+    assert (done.jobs, done.kept, done.stopped) == (0, 1, True)
+    assert "NoSuchBucket" in str(done.reason)
+    assert _there(engine) == [job_id]
+
+
+# ── crashes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+EXIT_CODE = 70
+DIES = f"""
+import os
+from datetime import timedelta
+from worker.operations import prune
+from worker.storage import local
+from worker.store.engine import engine_for
+from worker.settings import load
+from worker.store import pruning
+
+die = lambda *arguments, **named: os._exit({EXIT_CODE})
+def after(owner, name, times=1):
+    real, left = getattr(owner, name), [times]
+    def inner(*arguments, **named):
+        answer = real(*arguments, **named)
+        left[0] -= 1
+        return answer if left[0] else die()
+    setattr(owner, name, inner)
+
+{{plant}}
+wanted = prune.Retention(older_than=timedelta(days=30), states=("completed",), remove_files=True)
+prune.prune(engine_for(load().database), load(), wanted)
+"""
+POINTS = {
+    "before the marks are committed": ("after(pruning, 'mark')", 6),
+    "between the marks and the first file": ("prune._Files.remove = die", 6),
+    "between two files": ("after(local.Path, 'unlink', 3)", 3),
+    "between the files and their rows": ("after(prune._Files, 'remove')", 0),
+    "before the rows are committed": ("after(pruning, 'remove')", 0),
+}
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_given_a_process_that_ends_between_file_and_row_when_the_next_one_prunes_then_neither_is_left(
+    name: str, engine: Engine, settings: Settings, tmp_path: Path
+) -> None:
+    """In between, no row says that a file is stored which is not there."""
+    plant, left = POINTS[name]
+    ids = [_finished(engine, str(number), 40 * DAY) for number in range(6)]
+    for job_id in ids:
+        _stored(engine, tmp_path / "out", job_id)
+
+    died = subprocess.run(
+        [sys.executable, "-c", DIES.format(plant=plant)],
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert died.returncode == EXIT_CODE, died.stderr
+    assert len([path for path in _files(tmp_path / "out") if path.is_file()]) == left
+    found = verify(engine, settings)
+    assert (found.wrong, found.orphans, found.kept) == ([], [], [])
+    assert _there(engine) == ids
+
+    done = _at_once(engine, settings, _wanted(remove_files=True))
+
+    assert (done.jobs, done.kept) == (6, 0)
+    assert (_there(engine), _files(tmp_path / "out")) == ([], [])

@@ -1,0 +1,291 @@
+"""Calls to the hosted API against a real server that misbehaves: the key stays in the body, and every call ends."""
+
+import base64
+import gzip
+import json
+import socket
+import time
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from pydantic import SecretStr
+
+from tests.web import Web, drips, floods, head, page, resets, sends, web_server
+from worker.core.identity import FetchAddress
+from worker.core.reply import AccountRefused, ApiDown, ApiError, Processing, Ready, Reply, Unread
+from worker.polling.api_client import MAX_ANSWER_BYTES, HostedApi
+from worker.system.redaction import Scrubber
+from worker.vendor.fetch_url import AllowedApi, fetch_address
+
+KEY = "sk/canary+7f3a"
+PATH = "/api/v3/fetch/1"
+PROCESSING = b'{"status": "processing"}'
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    """The API's server."""
+    with web_server() as made:
+        yield made
+
+
+def _allowed(web: Web) -> AllowedApi:
+    return AllowedApi(f"{web.url}/api/v3", frozenset({f"127.0.0.1:{web.port}"}))
+
+
+def _api(web: Web, *, timeout: float = 5.0) -> HostedApi:
+    return HostedApi(_allowed(web), Scrubber([KEY]), timeout=timeout, connections=4)
+
+
+def _ask(web: Web, *, timeout: float = 5.0) -> Reply:
+    return _api(web, timeout=timeout).ask(fetch_address(None, "1", _allowed(web)), "1", SecretStr(KEY)).reply
+
+
+def test_the_key_goes_in_the_body_and_nowhere_else(web: Web) -> None:
+    """One POST, JSON, nothing in the path or the headers."""
+    web.serves(PATH, page(200, PROCESSING))
+    assert _ask(web) == Processing()
+    [asked] = web.asked
+    assert (asked.method, asked.path) == ("POST", PATH)
+    assert json.loads(asked.body) == {"key": KEY}
+    assert KEY.encode() not in asked.raw.removesuffix(asked.body)
+    assert asked.headers["content-type"] == "application/json"
+    assert not {"authorization", "cookie", "proxy-authorization"} & set(asked.headers)
+
+
+def test_a_family_without_the_id_in_its_path_gets_it_in_the_body(web: Web) -> None:
+    """As `request_id`."""
+    address = fetch_address(f"{web.url}/api/v4/dreambooth/fetch", "12", _allowed(web))
+    web.serves("/api/v4/dreambooth/fetch", page(200, PROCESSING))
+    assert _api(web).ask(address, "12", SecretStr(KEY)).reply == Processing()
+    assert json.loads(web.asked[0].body) == {"key": KEY, "request_id": "12"}
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_never_followed(web: Web, status: int) -> None:
+    """307 and 308 would send the key along."""
+    with web_server() as other:
+        other.serves("/x", page(200, PROCESSING))
+        web.serves(PATH, page(status, b"", Location=other.url + "/x"))
+        assert isinstance(_ask(web), ApiDown)
+        web.serves(PATH, page(status, b"", Location=web.url + "/api/v3/other"))
+        assert isinstance(_ask(web), ApiDown)
+        web.serves(PATH, page(status, b"", Location="http://[bad"))
+        assert isinstance(_ask(web), ApiDown)
+    assert other.asked == []
+    assert [asked.path for asked in web.asked] == [PATH] * 3
+
+
+@pytest.mark.parametrize(
+    ("first", "drop"),
+    [
+        (b"", b""),
+        (b"HTTP/1.1 200 OK\r\n", b"X-Slow: 1\r\n"),
+        (b"", b"H"),
+        (head(200, Content_Length="999999"), b" "),
+        (head(200), b" "),
+        (head(200, Transfer_Encoding="chunked"), b"1\r\n \r\n"),
+        (head(200) + PROCESSING, b" "),
+    ],
+    ids=["silence", "headers", "status line", "body", "body without length", "chunks", "whole answer, then blanks"],
+)
+def test_a_server_that_drips_is_given_up_in_time(web: Web, first: bytes, drop: bytes) -> None:
+    """However it drips: long before it ends by itself, and it is the API's trouble."""
+    web.serves(PATH, drips(first, drop, every=0.1, seconds=6))
+    started = time.monotonic()
+    reply = _ask(web, timeout=1.0)
+    assert time.monotonic() - started < 4.0
+    assert isinstance(reply, ApiDown)
+
+
+def test_the_time_of_a_call_is_not_that_of_the_next_on_the_same_connection(web: Web) -> None:
+    """A slow call is ended; the ones after it have their own time."""
+    api = _api(web, timeout=0.6)
+    address = fetch_address(None, "1", _allowed(web))
+    for _ in range(2):
+        web.serves(PATH, drips(head(200), b" ", every=0.1, seconds=3))
+        assert isinstance(api.ask(address, "1", SecretStr(KEY)).reply, ApiDown)
+        web.serves(PATH, page(200, PROCESSING))
+        assert api.ask(address, "1", SecretStr(KEY)).reply == Processing()
+
+
+BLOCK = b" " * 1_048_576
+
+
+@pytest.mark.parametrize(
+    "first",
+    [head(200), head(200, Content_Length=str(40 * 1_048_576))],
+    ids=["without a length", "with its length"],
+)
+def test_an_answer_of_more_than_32_mib_is_not_read_to_its_end(web: Web, first: bytes) -> None:
+    """Memory stays bounded."""
+    web.serves(PATH, floods(first, BLOCK, times=40))
+    tracemalloc.start()
+    try:
+        reply = _ask(web, timeout=30)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert isinstance(reply, Unread)
+    assert str(MAX_ANSWER_BYTES) in reply.message
+    assert peak < 3 * MAX_ANSWER_BYTES
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be"])
+def test_of_an_answer_of_more_than_32_mib_nothing_is_kept_that_has_the_key_in_any_encoding(
+    web: Web, encoding: str
+) -> None:
+    first = f"a page with {KEY} in it".encode(encoding).ljust(len(BLOCK))
+    web.serves(PATH, floods(head(200) + first, BLOCK, times=40))
+    api = _api(web, timeout=30)
+
+    raw = api.ask(fetch_address(None, "1", _allowed(web)), "1", SecretStr(KEY)).raw
+
+    assert raw is not None
+    text = api.kept_text(raw).text.replace("\N{REPLACEMENT CHARACTER}", "")
+    assert (text.startswith("a page with "), KEY in text) == (True, False)
+
+
+def test_a_compressed_answer_is_bounded_by_what_it_unfolds_to(web: Web) -> None:
+    """40 kB on the wire, 40 MiB in memory if nobody looked."""
+    bomb = gzip.compress(BLOCK * 40, 1)
+    web.serves(PATH, page(200, bomb, Content_Encoding="gzip"))
+    tracemalloc.start()
+    try:
+        reply = _ask(web, timeout=30)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert isinstance(reply, Unread)
+    assert peak < 3 * MAX_ANSWER_BYTES
+
+
+def test_an_honest_compressed_answer_is_understood(web: Web) -> None:
+    """Servers compress whatever they are asked."""
+    web.serves(PATH, page(200, gzip.compress(PROCESSING), Content_Encoding="gzip"))
+    assert _ask(web) == Processing()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        resets,
+        sends(),
+        sends(b"garbage\r\n\r\n"),
+        sends(b"HTTP/1.1 2000 OK\r\n\r\n"),
+        sends(head(200, Content_Length="100") + PROCESSING),
+        sends(head(200, Transfer_Encoding="chunked") + b"5\r\n{"),
+        sends(head(200, Transfer_Encoding="chunked") + b"zz\r\n"),
+        page(200, b"no gzip", Content_Encoding="gzip"),
+        sends(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500 + b"\r\n" + PROCESSING),
+        page(502, b"<html>bad gateway</html>"),
+    ],
+    ids=["reset", "hung up", "garbage", "status", "short", "cut chunk", "bad chunk", "no gzip", "500 headers", "502"],
+)
+def test_a_broken_answer_is_the_apis_trouble(web: Web, answer: object) -> None:
+    """ApiDown: it counts against nobody's job."""
+    web.answers[PATH] = answer  # type: ignore[assignment]  # a table of answers of one shape
+    assert isinstance(_ask(web), ApiDown)
+
+
+def test_a_server_that_is_not_there_is_trouble_too() -> None:
+    """Refused, and a name that nobody knows."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    gone = Web(port)
+    reply = _ask(gone)
+    assert isinstance(reply, ApiDown)
+    assert "refused" in reply.message
+    nowhere = FetchAddress("http://nowhere.invalid/api/v3/fetch/1", "http://nowhere.invalid/api/v3/fetch", "nowhere")
+    assert isinstance(_api(gone).ask(nowhere, "1", SecretStr(KEY)).reply, ApiDown)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        KEY,
+        quote(KEY, safe=""),
+        json.dumps(KEY)[1:-1].replace("/", "\\/"),
+        base64.b64encode(KEY.encode()).decode().rstrip("="),
+    ],
+    ids=["plain", "quoted", "escaped", "base64"],
+)
+def test_a_key_that_the_api_echoes_is_gone_from_the_reply(web: Web, form: str) -> None:
+    """In messages and in links, in whatever form."""
+    web.serves(PATH, page(200, f'{{"status": "error", "message": "bad word {form} here"}}'.encode()))
+    error = _ask(web)
+    web.serves(PATH, page(200, f'{{"status": "success", "output": ["https://h/a.png?key={form}"]}}'.encode()))
+    ready = _ask(web)
+    web.serves(PATH, page(401, gzip.compress(f'{{"message": "{form}"}}'.encode()), Content_Encoding="gzip"))
+    refused = _ask(web)
+    assert isinstance(error, ApiError)
+    assert isinstance(ready, Ready)
+    assert isinstance(refused, AccountRefused)
+    for reply in (error, ready, refused):
+        assert form not in repr(reply)
+        assert KEY not in repr(reply)
+
+
+def test_nothing_of_the_environment_is_used(web: Web, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No proxy sees the key, no .netrc adds a password, no cookie comes back."""
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login someone password hidden-word\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    with web_server() as proxy:
+        for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, proxy.url)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.delenv("no_proxy", raising=False)
+        web.serves(PATH, page(200, PROCESSING, Set_Cookie="sid=1; Path=/"))
+        api, address = _api(web), fetch_address(None, "1", _allowed(web))
+        assert api.ask(address, "1", SecretStr(KEY)).reply == Processing()
+        assert api.ask(address, "1", SecretStr(KEY)).reply == Processing()
+    assert proxy.connections == 0
+    assert len(web.asked) == 2
+    assert not any({"authorization", "cookie"} & set(asked.headers) for asked in web.asked)
+
+
+def test_an_address_is_judged_anew_before_each_call(web: Web) -> None:
+    """A row may be older than the settings."""
+    api = _api(web)
+    assert api.permits(fetch_address(None, "1", _allowed(web)), "1") is None
+    foreign = FetchAddress("https://evil.test/api/v3/fetch/1", "https://evil.test/api/v3/fetch", "evil.test")
+    assert "SD_API_HOSTS" in str(api.permits(foreign, "1"))
+    queue = f"{web.url}/api/v1/enterprise/flux/clear_queue"
+    assert api.permits(FetchAddress(queue, queue, "127.0.0.1"), "1") is not None
+    other = f"{web.url}/api/v3/fetch"
+    assert api.permits(FetchAddress(f"{other}/2", other, "127.0.0.1"), "1") is not None
+
+
+@pytest.mark.parametrize(
+    "interim",
+    [
+        b"HTTP/1.1 100 Continue\r\n\r\n",
+        b"HTTP/1.1 102 Processing\r\n\r\n",
+        b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n\r\n" * 3,
+    ],
+)
+def test_interim_answers_are_read_past(web: Web, interim: bytes) -> None:
+    """By this client, and by the one that goes through a proxy."""
+    answer = sends(interim, head(200, Content_Length="24"), b'{"status": "processing"}')
+    web.serves("/api/v3/fetch/1", answer)
+    web.serves(f"{web.url}/api/v3/fetch/1", answer)
+    allowed = _allowed(web)
+    address = fetch_address(None, "1", allowed)
+    for proxy in (None, web.url):
+        api = HostedApi(allowed, Scrubber([]), timeout=5.0, connections=1, proxy=proxy)
+        assert isinstance(api.ask(address, "1", SecretStr("k")).reply, Processing)
+        api.session.close()
+
+
+def test_interim_answers_without_end_are_trouble(web: Web) -> None:
+    """They must not hold a thread."""
+    web.serves("/api/v3/fetch/1", sends(b"HTTP/1.1 102 Processing\r\n\r\n" * 1_000))
+    allowed = _allowed(web)
+    api = HostedApi(allowed, Scrubber([]), timeout=5.0, connections=1)
+    assert isinstance(api.ask(fetch_address(None, "1", allowed), "1", SecretStr("k")).reply, ApiDown)
+    api.session.close()

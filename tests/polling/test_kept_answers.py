@@ -1,0 +1,457 @@
+"""What is kept of answers as they are recorded, and what reading them again does, on real databases."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, Engine, Row, event, select
+
+from tests.rows import NOW, add_job, add_output, claim, job_of, seconds
+from worker.client import tracking
+from worker.core.pacing.policy import Pace
+from worker.core.reply import Link, RawAnswer, Ready
+from worker.operations.unread import Reread, apply
+from worker.polling.api_client import read_answer
+from worker.polling.kept_text import MAX_BYTES, KeptText, kept_text
+from worker.polling.recorder import Recorder
+from worker.polling.request_pool import Asked
+from worker.settings import Settings
+from worker.store.claims import ClaimedJob
+from worker.store.counters import Tally
+from worker.store.engine import database_now
+from worker.store.jobs import settle
+from worker.store.late_looks import due_looks, look_of
+from worker.store.promises import promise_row
+from worker.store.revival import revive
+from worker.store.schema import events, late_looks, outputs
+from worker.store.unread import KeptAnswer, answers_of, keep_answers
+from worker.system.redaction import Scrubber
+from worker.vendor.replies import Question
+from worker.vendor.shapes import TOO_LARGE
+
+KEY = "sk-canary-7f3a9d2e-4b1c-a0f5"
+LINK = "https://cdn.test/a.png"
+DONE = {"status": "done", "assets": [LINK]}
+HOUR = 3_600.0
+AT_ITS_END: dict[str, Any] = {
+    "failed_answers": 1, "unknown_answers": 2, "error_answers": 2, "empty_answers": 4, "struck_at": NOW,
+}  # fmt: skip
+
+
+# ── as they are recorded ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _record(
+    engine: Engine,
+    answers: Mapping[str, object],
+    *,
+    status: int = 200,
+    before_text: Callable[[], object] = int,
+    **changes: Any,
+) -> dict[str, int]:
+    """Has a job for each name, and records its answer; the ids of the jobs.
+
+    `before_text` is called before the text of an answer is made.
+    """
+    scrubber = Scrubber([KEY])
+
+    def text(raw: RawAnswer) -> KeptText:
+        before_text()
+        return kept_text(raw, scrubber)
+
+    recorder = Recorder(
+        engine=engine,
+        pace=Pace("learned", 0.5, 0.0),
+        rps=lambda _: 10.0,
+        queue_downloads=lambda _: None,
+        tell=lambda _: None,
+        kept_text=text,
+        late_looks=(HOUR, 3 * HOUR),
+    )
+    ids: dict[str, int] = {}
+    with engine.begin() as connection:
+        now = database_now(connection)
+        times = {"submitted_at": now, "tracked_at": now - timedelta(hours=1), "deadline_at": now + timedelta(hours=1)}
+        for name in answers:
+            ids[name] = add_job(connection, name, **({"due_at": now} | times | changes))
+        claimed = {job.remote_id: job for job in claim(connection, limit=len(answers), now=now)}
+    recorder.take([_asked(claimed[name], answer, status, scrubber) for name, answer in answers.items()], {})
+    assert recorder.write({}) == 0
+    return ids
+
+
+def _asked(job: ClaimedJob, answer: object, status: int, scrubber: Scrubber) -> Asked:
+    body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+    reply, raw = read_answer(scrubber, status, {}, body, Question(job.remote_id, time.time()))
+    return Asked(job, reply, False, time.monotonic(), raw=raw)
+
+
+def _kept(engine: Engine, job_id: int) -> Sequence[Row[Any]]:
+    with engine.connect() as connection:
+        return answers_of(connection, job_ids=[job_id])
+
+
+def test_answers_that_no_rule_reads_are_kept_as_they_came(engine: Engine) -> None:
+    """Also those that are no JSON; what a rule reads is not kept while the job goes on."""
+    unread = {
+        "word": DONE,
+        "page": b"<html>hello</html>",
+        "cut": b'{"status": "succ',
+        "bytes": b"\xff\x00\xfe",
+        "": b"",
+    }
+    unread = {name or "empty": answer for name, answer in unread.items()}
+    read = {
+        "processing": {"status": "processing"},
+        "failed": {"status": "failed", "message": "no"},
+        "ready": {"status": "success", "output": [LINK]},
+    }
+    ids = _record(engine, unread | read)
+
+    kept = {name: _kept(engine, job_id) for name, job_id in ids.items()}
+    assert {name: len(rows) for name, rows in kept.items()} == dict.fromkeys(unread, 1) | dict.fromkeys(read, 0)
+    assert [(row.body, row.http_status, row.shape, row.recognised) for row in kept["word"]] == [
+        (json.dumps(DONE), 200, "status=done; assets: [text]", False)
+    ]
+    assert [row.body for row in kept["page"]] == ["<html>hello</html>"]
+    assert [row.body for row in kept["bytes"]] == ["\N{REPLACEMENT CHARACTER}" * 3]
+    assert [row.body for row in kept["empty"]] == [""]
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ({"status": "failed", "message": "out of memory"}, "api_failed"),
+        ({"status": "failed", "message": "Request not found"}, "not_found"),
+        ({"status": "success", "output": [], "text": "a transcript"}, "no_output"),
+        ({"status": "error", "message": "The prompt field is required."}, "api_error"),
+    ],
+)
+def test_the_last_answer_of_a_job_that_ends_without_an_output_is_kept(
+    engine: Engine, answer: object, code: str
+) -> None:
+    ids = _record(engine, {"7": answer}, **AT_ITS_END)
+
+    assert job_of(engine, ids["7"]).error_code == code
+    [row] = _kept(engine, ids["7"])
+    assert (json.loads(row.body), row.recognised) == (answer, True)
+
+
+def test_a_job_that_a_promised_link_completes_has_no_looks_any_more(engine: Engine) -> None:
+    """They were planned as its deadline passed, for the case that it expires."""
+    with engine.connect() as connection:
+        past = database_now(connection) - timedelta(minutes=1)
+    ids = _record(engine, {"7": {"status": "processing", "future_links": [LINK]}}, deadline_at=past)
+    with engine.begin() as connection:
+        planned = look_of(connection, ids["7"])
+        stored = {
+            "location": "file:///a.png",
+            "size_bytes": 1,
+            "sha256": "0" * 64,
+            "media_type": "image/png",
+            "stored_at": past,
+        }
+        connection.execute(outputs.update().values(status="stored", due_at=None, **stored))
+
+        assert settle(connection, ids["7"], Tally(), now=past) == "completed"
+        assert (planned is None, look_of(connection, ids["7"])) == (False, None)
+
+
+def test_a_job_whose_promised_links_are_tried_before_it_expires_has_its_answer_kept_and_its_looks(
+    engine: Engine,
+) -> None:
+    """It is downloading meanwhile. If nothing comes, it expires and is looked at."""
+    with engine.connect() as connection:
+        past = database_now(connection) - timedelta(minutes=1)
+    answer = {"status": "processing", "future_links": [LINK]}
+    ids = _record(engine, {"7": answer}, deadline_at=past)
+
+    row = job_of(engine, ids["7"])
+    assert row.status == "downloading"
+    assert [json.loads(kept.body) for kept in _kept(engine, ids["7"])] == [answer]
+    with engine.begin() as connection:
+        hour = past + timedelta(hours=1)
+        assert due_looks(connection, ["default"], now=hour, limit=10) == []
+        connection.execute(outputs.update().values(status="failed", error_code="gone", due_at=None))
+        assert settle(connection, ids["7"], Tally(), now=hour) == "expired"
+        assert [due.job_id for due in due_looks(connection, ["default"], now=hour, limit=10)] == [ids["7"]]
+
+        ready = Ready((Link("https://cdn.test/other.png"),))
+        revived = revive(connection, {ids["7"]: ready}, Tally(), now=hour, why="a test", queued=True)
+        assert revived.jobs == {ids["7"]: "downloading"}
+        assert due_looks(connection, ["default"], now=hour, limit=10) == []
+    with engine.connect() as connection:
+        [output] = connection.execute(select(outputs)).all()
+        promise = promise_row(connection, ids["7"])
+    assert (output.id, output.url, output.status) == (revived.outputs[0], "https://cdn.test/other.png", "pending")
+    assert promise is not None
+    assert promise.end_status is None
+
+
+@pytest.mark.parametrize("answer", [{"status": "processing", "message": "soon"}, DONE], ids=["processing", "unread"])
+def test_the_last_answer_of_a_job_that_expires_is_kept_and_its_late_looks_are_planned(
+    engine: Engine, answer: object
+) -> None:
+    """In the same transaction as its end."""
+    with engine.connect() as connection:
+        past = database_now(connection) - timedelta(minutes=1)
+    ids = _record(engine, {"7": answer, "sha256:" + "0a" * 16: answer}, deadline_at=past)
+
+    row = job_of(engine, ids["7"])
+    assert row.status == "expired"
+    assert [json.loads(kept.body) for kept in _kept(engine, ids["7"])] == [answer]
+    with engine.connect() as connection:
+        [look] = connection.execute(select(late_looks)).all()
+    assert (look.job_id, look.due_at, look.looks) == (ids["7"], row.deadline_at + timedelta(hours=1), 0)
+
+
+def test_what_is_kept_has_no_key_and_at_most_64_kib_and_its_links_stay_whole(engine: Engine) -> None:
+    """Keys go before the cut, wherever it falls; a signed link that begins like a key is still a link."""
+    signed = f"https://cdn.test/a.png?token={KEY[:20]}"
+    for cut in range(-len(KEY) - 2, 3):
+        padding = "é" * ((MAX_BYTES + cut - len(json.dumps({"status": "done", "assets": [signed], "x": ""}))) // 2)
+        answer = json.dumps(
+            {"status": "done", "assets": [signed], "x": f"{padding}{KEY}", "y": KEY}, ensure_ascii=False
+        )
+        text = kept_text(RawAnswer(200, answer.encode()), Scrubber([KEY])).text
+        assert len(text.encode()) <= MAX_BYTES
+        assert KEY[:8] not in text.replace(signed, "")
+        assert signed in text
+
+    ids = _record(
+        engine, {"7": {"status": "done", "assets": [signed], "echo": KEY, "head": KEY[:20], "x": "y" * 200_000}}
+    )
+    [row] = _kept(engine, ids["7"])
+    assert len(row.body) == MAX_BYTES
+    assert row.shape == "status=done; assets: [text]; echo: text; head: text; x: text"
+    assert KEY[:8] not in row.body.replace(signed, "")
+    assert signed in row.body
+
+
+def test_the_texts_of_unread_answers_are_made_before_the_transaction_that_writes_them(engine: Engine) -> None:
+    """That takes up to a second for large answers, and other processes would wait for the rows meanwhile."""
+    under_way: list[int] = []
+    seen: list[int] = []
+
+    def begun(_: Connection) -> None:
+        under_way.append(1)
+
+    def ended(_: Connection) -> None:
+        under_way.clear()
+
+    listeners = (("begin", begun), ("commit", ended), ("rollback", ended))
+    for name, listener in listeners:
+        event.listen(engine, name, listener)
+    ids = _record(engine, {"7": DONE, "8": b"<html>"}, before_text=lambda: seen.append(len(under_way)))
+    for name, listener in listeners:
+        event.remove(engine, name, listener)
+
+    assert seen == [0, 0]
+    assert [len(_kept(engine, job_id)) for job_id in ids.values()] == [1, 1]
+
+
+def test_a_long_answer_that_is_not_ready_is_not_described_since_it_is_hardly_ever_kept() -> None:
+    """Some repeat the whole order with its pictures each time they are asked."""
+    order = {"meta": {"init_image": "x" * 200_000}}
+    _, processing = read_answer(
+        Scrubber([KEY]), 200, {}, json.dumps({"status": "processing"} | order).encode(), Question("7", 0.0)
+    )
+    _, unread = read_answer(
+        Scrubber([KEY]), 200, {}, json.dumps({"status": "done"} | order).encode(), Question("7", 0.0)
+    )
+
+    assert processing is not None
+    assert (processing.shape, len(processing.body)) == (TOO_LARGE, 128 * 1024)
+    assert unread is not None
+    assert str(unread.shape).startswith("status=done")
+
+
+@pytest.mark.parametrize("size", [0, 200_000], ids=["short", "long"])
+def test_a_shape_has_nothing_of_a_key_either(engine: Engine, size: int) -> None:
+    """Not in the status word, not in a name, however long the answer is."""
+    answer = {"status": f"no {KEY[:22]}", KEY: 1, KEY[:22]: 2, "x": "y" * size, "of": {"status": KEY}}
+    ids = _record(engine, {"7": answer})
+    [row] = _kept(engine, ids["7"])
+    assert KEY[3:12] not in row.shape
+    assert row.shape.startswith("status=no ")
+
+
+def test_given_answers_that_some_rule_reads_when_they_are_recorded_then_no_statement_is_spent_on_them(
+    engine: Engine,
+) -> None:
+    """Nearly all answers are of this kind."""
+    statements: list[str] = []
+    event.listen(engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    _record(engine, {str(number): {"status": "processing"} for number in range(5)})
+    assert not [statement for statement in statements if "fetch_unread" in statement or "late_looks" in statement]
+
+
+# ── read again ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def words(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Settings that teach some words, for this database. Nobody is woken."""
+    monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
+    monkeypatch.setattr(tracking, "wake", lambda _: None)
+    return Settings(sd_api_status_words='{"done": "success", "burnt": "failed", "hot": "processing", "bad": "error"}')
+
+
+def _keep(connection: Connection, job_id: int, answer: object, *, at: datetime = NOW, recognised: bool = False) -> None:
+    body = answer if isinstance(answer, str) else json.dumps(answer)
+    keep_answers(connection, [KeptAnswer(job_id, 200, "a shape", body, recognised)], now=at)
+
+
+def _ended(status: str, code: str) -> dict[str, Any]:
+    return {"status": status, "error_code": code, "error_message": "m", "due_at": None, "completed_at": NOW}
+
+
+def _apply(settings: Settings, **options: Any) -> dict[int, Reread]:
+    return {one.id: one for batch in apply(settings, **options) for one in batch}
+
+
+@pytest.mark.parametrize("state", ["pending", "held", "claimed", "failed", "expired"])
+def test_a_job_whose_kept_answer_lists_its_outputs_goes_to_downloading(
+    engine: Engine, words: Settings, state: str
+) -> None:
+    """As an answer does it to a pending job, and `retry` to an ended one."""
+    states: dict[str, dict[str, Any]] = {
+        "pending": {},
+        "held": {"held_at": NOW, "due_at": NOW + timedelta(days=9_999)},
+        "claimed": {"claim_token": "t", "claim_holder": "h"},
+        "failed": _ended("failed", "not_found"),
+        "expired": _ended("expired", "expired"),
+    }
+    with engine.begin() as connection:
+        job_id = add_job(connection, on_done="shop.done", told_at=NOW, last_answer="1.0 s: odd", **states[state])
+        if state == "expired":
+            connection.execute(late_looks.insert().values(job_id=job_id, due_at=NOW))
+        _keep(connection, job_id, DONE)
+        _keep(
+            connection,
+            job_id,
+            {"status": "failed", "message": "Request not found"},
+            at=NOW + seconds(9),
+            recognised=True,
+        )
+
+    assert _apply(words)[job_id] == Reread(job_id, True, "downloading", "ready", "ready, 1 outputs")
+
+    row = job_of(engine, job_id)
+    assert (row.status, row.error_code, row.completed_at, row.due_at, row.held_at) == (
+        "downloading",
+        None,
+        None,
+        None,
+        None,
+    )
+    assert (row.claim_token, row.told_at) == (None, None)
+    assert row.ready_at is not None
+    assert row.last_answer.startswith(
+        f"{row.last_answer.split(' s:')[0]} s: ready, 1 outputs (a kept answer, read again)"
+    )
+    assert row.last_answer.endswith("1.0 s: odd")
+    with engine.connect() as connection:
+        [output] = connection.execute(select(outputs)).all()
+        assert look_of(connection, job_id) is None
+    assert (output.job_id, output.position, output.url, output.status) == (job_id, 0, LINK, "pending")
+    assert _apply(words) == {}
+
+
+def test_an_end_that_is_taken_back_is_told_before_it_goes(engine: Engine, words: Settings) -> None:
+    """And the job may tell its next end."""
+    with engine.begin() as connection:
+        job_id = add_job(connection, webhook_url="https://app.test/hook", **_ended("expired", "expired"))
+        _keep(connection, job_id, DONE)
+
+    assert _apply(words)[job_id].changed
+
+    with engine.connect() as connection:
+        [told] = connection.execute(select(events)).all()
+    assert (told.type, told.job_id) == ("job.expired", job_id)
+    assert job_of(engine, job_id).announced_at is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "code"),
+    [
+        ({"status": "burnt", "message": "too hot"}, "failed", "api_failed"),
+        ({"status": "bad", "message": "The prompt field is required."}, "failed", "api_error"),
+        ({"status": "bad", "message": "something"}, "pending", None),
+        ({"status": "burnt", "message": "Failed, Try Again"}, "pending", None),
+        ({"status": "hot"}, "pending", None),
+        ({"status": "done"}, "pending", None),
+        ({"status": "odd"}, "pending", None),
+        ({"status": "done", "assets": [LINK], "id": 99}, "pending", None),
+        ({"status": "error", "message": "Rate limit exceeded"}, "pending", None),
+        ('{"status": "done", "assets": ["https://cdn.te', "pending", None),
+    ],
+)
+def test_other_meanings_end_a_pending_job_or_change_nothing(
+    engine: Engine, words: Settings, answer: object, status: str, code: str | None
+) -> None:
+    with engine.begin() as connection:
+        pending = add_job(connection, "1")
+        expired = add_job(connection, "2", **_ended("expired", "expired"))
+        for job_id in (pending, expired):
+            _keep(connection, job_id, answer)
+
+    read = _apply(words)
+
+    row = job_of(engine, pending)
+    assert (row.status, row.error_code) == (status, code)
+    assert (row.completed_at is None, row.due_at is None) == (status == "pending", status != "pending")
+    assert (read[pending].changed, read[pending].status) == (status != "pending", status)
+    assert (read[expired].changed, job_of(engine, expired).status) == (False, "expired")
+
+
+def test_an_answer_from_before_a_retry_ends_nothing(engine: Engine, words: Settings) -> None:
+    """Nor does one that its rule read already, or one of a job that is being asked about just now."""
+    burnt = {"status": "burnt", "message": "too hot"}
+    with engine.begin() as connection:
+        retried = add_job(connection, "1", deadline_at=NOW + seconds(2 * HOUR))
+        read = add_job(connection, "2")
+        asked = add_job(connection, "3", claim_token="t", claim_holder="h")
+        for job_id, known in ((retried, False), (read, True), (asked, False)):
+            _keep(connection, job_id, burnt, recognised=known)
+
+    assert not any(one.changed for one in _apply(words).values())
+    assert {job_of(engine, job_id).status for job_id in (retried, read, asked)} == {"pending"}
+
+
+def test_a_job_that_has_outputs_already_stays_as_it_is(engine: Engine, words: Settings) -> None:
+    """Its outputs could not be stored: `retry` is for that."""
+    with engine.begin() as connection:
+        job_id = add_job(connection, ready_at=NOW, **_ended("failed", "output_failed"))
+        add_output(connection, job_id, status="failed", due_at=None, error_code="gone")
+        _keep(connection, job_id, DONE)
+
+    read = _apply(words)[job_id]
+    assert (read.changed, read.status) == (False, "failed")
+    assert read.note.endswith("the job has outputs already")
+
+
+def test_only_the_jobs_with_an_answer_of_the_shape_are_read_where_one_is_given(engine: Engine, words: Settings) -> None:
+    with engine.begin() as connection:
+        one, two = add_job(connection, "1"), add_job(connection, "2")
+        _keep(connection, one, DONE)
+        keep_answers(connection, [KeptAnswer(two, 200, "another", json.dumps(DONE), False)], now=NOW)
+
+    assert set(_apply(words, shape="another")) == {two}
+    assert set(_apply(words)) == {one}
+
+
+def test_many_jobs_are_read_again_in_several_transactions(engine: Engine, words: Settings) -> None:
+    with engine.begin() as connection:
+        ids = [add_job(connection, str(number)) for number in range(230)]
+        for job_id in ids:
+            _keep(connection, job_id, {"status": "done", "assets": [f"{LINK}?{job_id}"]})
+
+    batches = list(apply(words))
+    assert [len(batch) for batch in batches] == [100, 100, 30]
+    assert all(one.changed for batch in batches for one in batch)
+    with engine.connect() as connection:
+        assert len(connection.execute(select(outputs.c.url).distinct()).all()) == 230

@@ -1,0 +1,495 @@
+"""Late looks against a real HTTP stand-in, a real Redis and real databases: what expired is stored if it got ready."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import Engine, Row, event, select, update
+from sqlalchemy.engine import make_url
+
+from tests.downloads import PNG
+from tests.rows import add_job, add_output, job_of
+from tests.servers import celery_worker
+from tests.waiting import wait_until
+from tests.web import Answer, Web, page
+from worker import track
+from worker.coordination.rate_limiter import SharedBudget, redis_client
+from worker.core.circuit_breaker import Gate, paused, refused
+from worker.polling.api_client import HostedApi
+from worker.polling.late_looks import LateLooks
+from worker.store.breakers import all_gates, locked_gate, save_gate
+from worker.store.engine import database_now, make_engine
+from worker.store.late_looks import look_of
+from worker.store.migrate import migrate
+from worker.store.schema import events, jobs, late_looks, outputs, promises
+from worker.store.unread import answers_of
+from worker.system.redaction import Scrubber
+from worker.vendor.fetch_url import AllowedApi
+
+KEY = "sk-canary-7f3a9d2e-4b1c"
+HOUR = 3_600.0
+AFTER = (HOUR, 3 * HOUR, 10 * HOUR, 24 * HOUR)
+READY = {"status": "success", "output": ["https://cdn.test/a.png"]}
+PROCESSING = {"status": "processing"}
+
+
+class Looks:
+    """One process's late looks, on a stand-in and a database."""
+
+    def __init__(self, engine: Engine, redis_url: str, web: Web, *, rps: float = 1_000.0) -> None:
+        self.engine, self.web = engine, web
+        self.queued: list[int] = []
+        self.told: list[int] = []
+        self.host = f"127.0.0.1:{web.port}"
+        self.url = f"{web.url}/api/v3/fetch"
+        self.budget = SharedBudget(redis_url)
+        self.rps = rps
+        allowed = AllowedApi(f"{web.url}/api/v3", frozenset({self.host}))
+        self.looks = LateLooks(
+            engine=engine,
+            api=HostedApi(allowed, Scrubber([KEY]), timeout=5.0, connections=4),
+            budget=self.budget,
+            keys={"default": SecretStr(KEY)},
+            rps=lambda _: self.rps,
+            after=AFTER,
+            api_timeout=5.0,
+            queue_downloads=self.queued.extend,
+            tell=self.told.extend,
+        )
+        with engine.begin() as connection:
+            locked_gate(connection, "account", "default")
+            save_gate(connection, Gate("account", "default", proven=True))
+
+    def now(self) -> datetime:
+        """The database's time."""
+        with self.engine.connect() as connection:
+            return database_now(connection)
+
+    def expired(self, remote_id: str = "1", *, hours_ago: float = 1.1, looks: int = 0, **changes: Any) -> int:
+        """A job whose deadline was so long ago, with a look that is due."""
+        now = self.now()
+        deadline = now - timedelta(hours=hours_ago)
+        values: dict[str, Any] = {
+            **{"fetch_url": f"{self.url}/{remote_id}", "fetch_base": self.url, "fetch_host": self.host},
+            **{"status": "expired", "error_code": "expired", "error_message": "not ready", "due_at": None},
+            **{"completed_at": deadline, "submitted_at": deadline, "tracked_at": deadline, "deadline_at": deadline},
+        }
+        with self.engine.begin() as connection:
+            job_id = add_job(connection, remote_id, **(values | changes))
+            connection.execute(late_looks.insert().values(job_id=job_id, looks=looks, due_at=now))
+        return job_id
+
+    def says(self, answer: object, status: int = 200, remote_id: str = "1", **headers: str) -> None:
+        """From now on this is the answer about a job."""
+        self.answers(page(status, json.dumps(answer).encode(), **headers), remote_id)
+
+    def answers(self, answer: Answer, remote_id: str = "1") -> None:
+        """The same, byte by byte."""
+        self.web.serves(f"/api/v3/fetch/{remote_id}", answer)
+
+    def look(self, job_id: int) -> Row[Any] | None:
+        """The look of a job as it is committed."""
+        with self.engine.connect() as connection:
+            return look_of(connection, job_id)
+
+    def gate(self, change: Callable[[Gate], Gate], scope: Any = "account", name: str = "default") -> None:
+        """Has something happen to an account or a host."""
+        with self.engine.begin() as connection:
+            save_gate(connection, change(locked_gate(connection, scope, name)))
+
+
+@pytest.fixture
+def looks(engine: Engine, redis_url: str, web: Web) -> Iterator[Looks]:
+    """Late looks on a fresh database, and a budget of which nothing was taken."""
+    redis_client(redis_url, seconds=5).flushdb()
+    made = Looks(engine, redis_url, web)
+    yield made
+    made.looks._api.session.close()
+
+
+def test_given_an_expired_job_that_got_ready_when_it_is_looked_at_then_it_is_stored_and_its_end_is_told_anew(
+    looks: Looks,
+) -> None:
+    job_id = looks.expired(on_done="shop.done", told_at=looks.now(), webhook_url="https://app.test/hook", polls=7)
+    looks.says(READY)
+
+    assert looks.looks.run() == 1
+
+    row = job_of(looks.engine, job_id)
+    assert (row.status, row.error_code, row.completed_at, row.told_at) == ("downloading", None, None, None)
+    assert (row.polls, row.due_at, row.announced_at) == (8, None, None)
+    assert "ready, 1 outputs (after it had expired)" in row.last_answer
+    with looks.engine.connect() as connection:
+        [output] = connection.execute(select(outputs)).all()
+        [told] = connection.execute(select(events)).all()
+    assert (output.job_id, output.url, output.status) == (job_id, "https://cdn.test/a.png", "pending")
+    assert looks.queued == [output.id]
+    assert told.type == "job.expired"
+    assert looks.look(job_id) is None
+    [asked] = looks.web.asked
+    assert json.loads(asked.body) == {"key": KEY}
+
+
+def test_given_a_job_whose_promised_links_were_dead_when_it_is_ready_later_then_its_outputs_take_their_places(
+    looks: Looks,
+) -> None:
+    job_id = looks.expired(webhook_url="https://app.test/hook")
+    with looks.engine.begin() as connection:
+        end = {"end_status": "expired", "end_code": "expired", "end_message": "not ready"}
+        connection.execute(promises.insert().values(job_id=job_id, urls="[]", tried_at=looks.now(), **end))
+        add_output(connection, job_id, status="failed", due_at=None, error_code="gone")
+    looks.says(READY)
+
+    assert looks.looks.run() == 1
+
+    with looks.engine.connect() as connection:
+        [output] = connection.execute(select(outputs)).all()
+        [promise] = connection.execute(select(promises)).all()
+        [told] = connection.execute(select(events)).all()
+    assert (output.url, output.position, output.status) == ("https://cdn.test/a.png", 0, "pending")
+    assert (promise.tried_at, promise.end_status) == (None, None)
+    ended = json.loads(told.body)["data"]  # as it was: with the link that was tried
+    assert (ended["status"], len(ended["outputs"])) == ("expired", 1)
+    assert job_of(looks.engine, job_id).status == "downloading"
+
+
+def test_given_a_trained_model_when_it_is_looked_at_then_the_job_is_completed_and_told(looks: Looks) -> None:
+    """Nothing is to be downloaded."""
+    base = f"{looks.web.url}/api/v3/fine_tune_status"
+    job_id = looks.expired("F5", fetch_url=f"{base}/F5", fetch_base=base)
+    looks.web.serves("/api/v3/fine_tune_status/F5", page(200, b'{"status": "success", "messege": "model_ready"}'))
+
+    assert looks.looks.run() == 1
+
+    assert job_of(looks.engine, job_id).status == "completed"
+    assert (looks.told, looks.queued) == ([job_id], [])
+
+
+@pytest.mark.parametrize(
+    ("answer", "kept"),
+    [
+        (PROCESSING, True),
+        ({"status": "failed", "message": "Request not found"}, True),
+        ({"status": "done", "assets": ["x"]}, True),
+        ({"status": "success", "output": []}, True),
+    ],
+)
+def test_given_any_other_answer_then_the_next_look_is_planned_and_the_answer_kept(
+    looks: Looks, answer: object, kept: bool
+) -> None:
+    """The job stays as it ended."""
+    job_id = looks.expired()
+    looks.says(answer)
+
+    assert looks.looks.run() == 1
+    assert looks.looks.run() == 0
+
+    row, look = job_of(looks.engine, job_id), looks.look(job_id)
+    assert (row.status, row.polls, row.error_message) == ("expired", 1, "not ready")
+    assert look is not None
+    assert (look.looks, look.due_at) == (1, row.deadline_at + timedelta(hours=3))
+    with looks.engine.connect() as connection:
+        assert [json.loads(one.body) for one in answers_of(connection, job_ids=[job_id])] == [answer]
+
+
+def test_given_a_ready_answer_about_a_job_that_has_outputs_then_the_next_look_is_planned(looks: Looks) -> None:
+    """Nothing changes by it; the look must not come back every minute."""
+    job_id = looks.expired()
+    with looks.engine.begin() as connection:
+        add_output(connection, job_id, status="failed", due_at=None, error_code="gone")
+    looks.says(READY)
+
+    assert looks.looks.run() == 1
+
+    look = looks.look(job_id)
+    assert look is not None
+    assert (look.looks, look.due_at) == (1, job_of(looks.engine, job_id).deadline_at + timedelta(hours=3))
+
+
+def test_given_a_look_that_ended_with_its_process_again_and_again_then_it_is_not_made_any_more(looks: Looks) -> None:
+    often, too_often = looks.expired("1", looks=len(AFTER) + 3), looks.expired("2", looks=len(AFTER) + 4)
+    for remote_id in ("1", "2"):
+        looks.says(PROCESSING, remote_id=remote_id)
+
+    assert looks.looks.run() == 1
+
+    assert [job_of(looks.engine, job_id).polls for job_id in (often, too_often)] == [1, 0]
+    assert looks.look(too_often) is None
+
+
+def test_given_the_fourth_look_when_the_job_is_still_not_ready_then_there_is_no_other(looks: Looks) -> None:
+    job_id = looks.expired(hours_ago=24.1, looks=3)
+    looks.says(PROCESSING)
+    assert looks.looks.run() == 1
+    assert looks.look(job_id) is None
+    assert job_of(looks.engine, job_id).status == "expired"
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "headers"),
+    [
+        ({"status": "error", "message": "Rate limit exceeded"}, 429, {"Retry_After": "30"}),
+        ({"status": "error", "message": "Invalid API key"}, 401, {}),
+    ],
+)
+def test_given_an_answer_that_is_not_about_the_job_then_the_look_does_not_count_and_the_gates_move(
+    looks: Looks, answer: object, status: int, headers: dict[str, str]
+) -> None:
+    """The request counts, as every request does."""
+    job_id = looks.expired()
+    looks.says(answer, status, **headers)
+
+    assert looks.looks.run() == 1
+
+    look = looks.look(job_id)
+    assert look is not None
+    assert look.looks == 0
+    assert timedelta(seconds=50) < look.due_at - looks.now() <= timedelta(seconds=60)
+    assert job_of(looks.engine, job_id).polls == 1
+    with looks.engine.connect() as connection:
+        known = all_gates(connection)
+    assert known["account", "default"].held(looks.now())
+    assert known["host", looks.host].troubles == 0
+
+
+@pytest.mark.parametrize("status", [500, 502, 504])
+def test_given_an_answer_of_a_host_in_trouble_then_the_look_counts_and_the_last_answer_stays(
+    looks: Looks, status: int
+) -> None:
+    """Else a job that makes the API fail would be looked at every minute for a day."""
+    job_id = looks.expired()
+    looks.says({"message": "Server Error"}, status)
+
+    assert looks.looks.run() == 1
+
+    look = looks.look(job_id)
+    assert look is not None
+    assert (look.looks, look.due_at) == (1, job_of(looks.engine, job_id).deadline_at + timedelta(hours=3))
+    with looks.engine.connect() as connection:
+        assert all_gates(connection)["host", looks.host].troubles == 1
+        assert answers_of(connection, job_ids=[job_id]) == []
+
+
+def test_given_no_answer_at_all_then_the_look_does_not_count(looks: Looks) -> None:
+    job_id = looks.expired()
+    looks.answers(lambda client: client.close())
+
+    assert looks.looks.run() == 1
+
+    look = looks.look(job_id)
+    assert look is not None
+    assert (look.looks, job_of(looks.engine, job_id).polls) == (0, 1)
+
+
+@pytest.mark.parametrize(("not_ready", "held"), [(False, False), (True, True)])
+def test_given_five_jobs_with_paths_that_the_api_does_not_have_then_the_host_is_held_only_if_they_were_right_before(
+    looks: Looks, not_ready: bool, held: bool
+) -> None:
+    base = f"{looks.web.url}/api/v33/fetch"
+    ids = []
+    for number in range(5):
+        name = str(number)
+        seen: dict[str, Any] = {"not_ready_at": looks.now() - timedelta(hours=2)} if not_ready else {}
+        ids.append(looks.expired(name, fetch_url=f"{base}/{name}", fetch_base=base, **seen))
+        looks.web.serves(f"/api/v33/fetch/{name}", page(404, b"<html>Not Found</html>"))
+
+    assert looks.looks.run() == 5
+
+    with looks.engine.connect() as connection:
+        gate = all_gates(connection).get(("host", looks.host))
+    assert (gate is not None and gate.held(looks.now())) is held
+    rows = [looks.look(job_id) for job_id in ids]
+    assert [row is not None and row.looks for row in rows] == [1] * 5
+
+
+def test_given_looks_of_an_account_whose_key_another_process_has_then_they_are_left_to_it(looks: Looks) -> None:
+    """They neither move, nor keep those of other accounts waiting."""
+    foreign = [looks.expired(str(number), account="shop") for number in range(120)]
+    planned = [looks.look(job_id) for job_id in foreign[:3]]
+    own = looks.expired("own")
+    looks.says(PROCESSING, remote_id="own")
+
+    assert looks.looks.run() == 1
+
+    assert [looks.look(job_id) for job_id in foreign[:3]] == planned
+    assert job_of(looks.engine, own).polls == 1
+
+
+def test_given_a_hundred_looks_of_a_held_account_then_one_statement_puts_them_off_by_ten_minutes(
+    looks: Looks,
+) -> None:
+    ids = [looks.expired(str(number)) for number in range(100)]
+    looks.gate(lambda gate: paused(gate, now=looks.now()))
+    statements: list[str] = []
+
+    def note(*given: Any) -> None:
+        statements.append(given[2].split()[0])
+
+    event.listen(looks.engine, "before_cursor_execute", note)
+    assert looks.looks.run() == 0
+    event.remove(looks.engine, "before_cursor_execute", note)
+
+    assert (statements.count("UPDATE"), len(statements) < 30) == (1, True)
+    rows = [looks.look(job_id) for job_id in ids]
+    assert all(row is not None and row.due_at - looks.now() > timedelta(minutes=9) for row in rows)
+
+
+@pytest.mark.parametrize("trouble", ["refused account", "paused account", "held host", "no key", "short", "late work"])
+def test_given_an_account_or_host_that_is_held_or_short_then_nothing_is_asked(looks: Looks, trouble: str) -> None:
+    """The look waits, and no request is counted."""
+    job_id = looks.expired()
+    looks.says(READY)
+    now = looks.now()
+    match trouble:
+        case "refused account":
+            looks.gate(lambda gate: refused(gate, "no credits", now=now - timedelta(minutes=9), probe=False))
+        case "paused account":
+            looks.gate(lambda gate: paused(gate, now=now))
+        case "held host":
+            looks.gate(lambda gate: paused(gate, now=now), "host", looks.host)
+        case "no key":
+            looks.looks._keys = {}
+        case "short":
+            looks.rps = 1.0
+            while looks.budget.take("default", 1, rate=1.0).moments:
+                pass
+        case "late work":
+            with looks.engine.begin() as connection:
+                due_at = now - timedelta(seconds=30)
+                add_job(connection, "9", fetch_host=looks.host, due_at=due_at)
+
+    assert looks.looks.run() == 0
+
+    look = looks.look(job_id)
+    assert look is not None
+    assert (look.looks, job_of(looks.engine, job_id).polls, looks.web.asked) == (0, 0, [])
+
+
+def test_given_a_key_that_was_not_accepted_yet_then_one_look_alone_is_its_probe(looks: Looks) -> None:
+    """As after a restart, where nothing else is to be asked."""
+    first, second = looks.expired("1"), looks.expired("2")
+    looks.gate(lambda gate: Gate("account", "default"))
+    for remote_id in ("1", "2"):
+        looks.says(PROCESSING, remote_id=remote_id)
+
+    assert looks.looks.run() == 2
+
+    with looks.engine.connect() as connection:
+        assert all_gates(connection)["account", "default"].proven
+    assert [job_of(looks.engine, job_id).polls for job_id in (first, second)] == [1, 1]
+
+
+def test_given_two_processes_then_each_look_is_made_once(looks: Looks, redis_url: str) -> None:
+    for number in range(12):
+        looks.expired(str(number))
+        looks.says(PROCESSING, remote_id=str(number))
+    other = Looks(looks.engine, redis_url, looks.web)
+    threads = [threading.Thread(target=one.looks.run) for one in (looks, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    other.looks._api.session.close()
+
+    assert len(looks.web.asked) == 12
+    with looks.engine.connect() as connection:
+        assert set(connection.execute(select(jobs.c.polls)).scalars()) == {1}
+
+
+def test_given_a_job_that_is_retried_while_it_is_looked_at_then_the_answer_changes_nothing(looks: Looks) -> None:
+    job_id = looks.expired()
+
+    def retried(client: Any) -> None:
+        with looks.engine.begin() as connection:
+            connection.execute(late_looks.delete().where(late_looks.c.job_id == job_id))
+            connection.execute(
+                update(jobs)
+                .where(jobs.c.id == job_id)
+                .values(status="pending", due_at=looks.now(), completed_at=None, error_code=None)
+            )
+        page(200, json.dumps(READY).encode())(client)
+
+    looks.answers(retried)
+    assert looks.looks.run() == 1
+
+    row = job_of(looks.engine, job_id)
+    assert (row.status, row.polls, looks.queued) == ("pending", 1, [])
+
+
+def test_given_an_address_that_the_key_may_not_go_to_any_more_then_it_is_not_asked(looks: Looks, web: Web) -> None:
+    elsewhere = f"http://127.0.0.2:{web.port}/api/v3/fetch"
+    job_id = looks.expired(fetch_url=f"{elsewhere}/1", fetch_base=elsewhere, fetch_host=f"127.0.0.2:{web.port}")
+
+    assert looks.looks.run() == 0
+
+    look = looks.look(job_id)
+    assert look is not None
+    assert (look.looks, job_of(looks.engine, job_id).polls) == (0, 0)
+    assert look.due_at - looks.now() > timedelta(minutes=50)
+    assert web.asked == []
+
+
+def test_given_a_stop_then_no_further_look_is_made(looks: Looks) -> None:
+    looks.expired()
+    looks.looks.stop()
+    looks.looks.start()
+    assert looks.looks.run() == 0
+    assert looks.web.asked == []
+
+
+# ── a real worker ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """Migrated tables in a file that DATABASE_URL names."""
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/worker.db")
+    engine = make_engine(make_url(f"sqlite:///{tmp_path}/worker.db"))
+    migrate(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.mark.parametrize("setting", ["3,60", "off"])
+def test_given_a_worker_when_an_expired_job_gets_ready_then_it_is_stored_and_told_again_unless_that_is_off(
+    setting: str, tmp_path: Path, database: Engine, web: Web, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The looks' times are a setting, here in seconds after the deadline."""
+    for name, value in {
+        "SD_API_URL": f"{web.url}/api/v3",
+        "SD_API_KEY": KEY,
+        "OUTPUT_ALLOWED_NETWORKS": "127.0.0.0/8",
+        "REDIS_URL": redis_url,
+        "POLL_MIN": "0.2",
+        "LATE_LOOKS": setting,
+    }.items():
+        monkeypatch.setenv(name, value)
+    with database.begin() as connection:  # a key that was accepted before: jobs need no minute of grace to expire
+        locked_gate(connection, "account", "default")
+        save_gate(connection, Gate("account", "default", proven=True))
+    web.serves("/out/a.png", page(200, PNG, Content_Type="image/png"))
+    web.serves("/api/v3/fetch/1", page(200, json.dumps(PROCESSING).encode()))
+    job_id = track("1", eta=0.1, deadline=0.5, on_done="shop.done")
+
+    with celery_worker(tmp_path):
+        wait_until(lambda: job_of(database, job_id).status == "expired", "it expired")
+        web.serves("/api/v3/fetch/1", page(200, json.dumps(READY | {"output": [f"{web.url}/out/a.png"]}).encode()))
+        if setting == "off":
+            with database.connect() as connection:
+                assert connection.execute(select(late_looks)).all() == []
+            return
+        wait_until(lambda: job_of(database, job_id).status == "completed", "it is stored", seen=lambda: _seen(database))
+        wait_until(lambda: job_of(database, job_id).told_at is not None, "its end is told")
+    row = job_of(database, job_id)
+    assert (row.error_code, row.on_done_error) == (None, None)
+    assert sum(asked.path == "/api/v3/fetch/1" for asked in web.asked) == row.polls
+
+
+def _seen(engine: Engine) -> object:
+    with engine.connect() as connection:
+        return [connection.execute(select(table)).all() for table in (jobs, outputs, late_looks)]

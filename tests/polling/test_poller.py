@@ -1,0 +1,911 @@
+"""The poll run against a real HTTP stand-in, a real Redis, and both databases."""
+
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import Engine, Row, select, update
+from sqlalchemy.exc import OperationalError
+
+from tests.waiting import wait_until
+from worker.coordination.leases import LeaseKeeper, LeaseLost
+from worker.coordination.rate_limiter import SharedBudget
+from worker.core.circuit_breaker import refused
+from worker.core.pacing.policy import Model, Pace
+from worker.polling import pace_learner, poller, recorder
+from worker.polling.api_client import HostedApi
+from worker.polling.poller import IN_FLIGHT, Poller
+from worker.sandbox import Answer, Sandbox, SandboxOptions
+from worker.store.breakers import locked_gate, save_gate
+from worker.store.claims import ClaimedJob, claim_jobs
+from worker.store.counters import Tally
+from worker.store.engine import database_now
+from worker.store.jobs import NewJob, cancel, insert_jobs, nudge
+from worker.store.results import record_answers
+from worker.store.schema import gates, jobs, outputs
+from worker.system.redaction import Scrubber
+from worker.vendor.fetch_url import AllowedApi, fetch_address
+
+KEY = "sandbox-key"
+
+
+made: list["Polls"] = []  # in the test that runs
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    """End the threads and connections of every poller that a test made."""
+    yield
+    for polls in made:
+        polls.poller.close()
+        polls.poller._api.session.close()
+    made.clear()
+
+
+class Polls:
+    """One process's polling: a poller, what it queued, and the stand-in that it asks."""
+
+    def __init__(self, engine: Engine, redis_url: str, sandbox: Sandbox, other_host: str = "", **keys: str) -> None:
+        self.engine = engine
+        self.sandbox = sandbox
+        self.queued: list[int] = []
+        self.told: list[int] = []
+        self.api = AllowedApi(sandbox.url, frozenset({sandbox.url.split("/")[2], other_host}))
+        made.append(self)
+        self.poller = Poller(
+            engine=engine,
+            api=HostedApi(self.api, Scrubber([KEY]), timeout=5.0, connections=16),
+            budget=SharedBudget(redis_url),
+            leases=LeaseKeeper(engine, lease=timedelta(seconds=30)),
+            keys={name: SecretStr(key) for name, key in (keys or {"default": KEY}).items()},
+            rps=lambda _: 2_000,
+            pace=Pace("learned", 0.5, 0.0),
+            api_timeout=5.0,
+            queue_downloads=self.queued.extend,
+            tell=self.told.extend,
+        )
+
+    def track(self, remote_ids: Sequence[Any], **changes: Any) -> list[int]:
+        """Puts jobs in that are due now."""
+        with self.engine.begin() as connection:
+            now = database_now(connection)
+            new = [self._job(str(remote_id), now, **changes) for remote_id in remote_ids]
+            return [job_id for job_id, _ in insert_jobs(connection, new, now=now)]
+
+    def _job(self, remote_id: str, now: Any, *, host: str | None = None, **changes: Any) -> NewJob:
+        elsewhere = f"http://{host}/api/v3/fetch/{remote_id}" if host else None
+        values: dict[str, Any] = {
+            "account": "default",
+            "kind": "image",
+            "priority": 0,
+            "reference": None,
+            "on_done": None,
+            "eta": None,
+            "submitted_at": now,
+            "deadline_at": now + timedelta(hours=1),
+            "due_at": now,
+        }
+        values |= {"address": fetch_address(elsewhere, remote_id, self.api)} | changes
+        return NewJob(remote_id=remote_id, **values)
+
+    def run(self, seconds: float = 0.3) -> str:
+        """One poll run that is over soon."""
+        return str(self.poller.run(seconds=seconds))
+
+    def until(self, reached: Callable[[], bool]) -> None:
+        """Polls on until something holds."""
+        wait_until(lambda: reached() or (self.run() and reached()), "polls have brought it about", seen=self._states)
+
+    def _states(self) -> object:
+        with self.engine.connect() as connection:
+            return connection.execute(select(jobs.c.id, jobs.c.status, jobs.c.polls)).all()
+
+    def row(self, job_id: int) -> Row[Any]:
+        """A job as it stands."""
+        with self.engine.connect() as connection:
+            return connection.execute(select(jobs).where(jobs.c.id == job_id)).one()
+
+    def gate(self, name: str) -> Row[Any]:
+        """A gate as it stands."""
+        with self.engine.connect() as connection:
+            return connection.execute(select(gates).where(gates.c.name == name)).one()
+
+
+@pytest.fixture
+def sandbox() -> Iterator[Sandbox]:
+    """A stand-in whose jobs are ready at once."""
+    with Sandbox(SandboxOptions(key=KEY, min_seconds=0.0, max_seconds=0.0, size=32)) as server:
+        yield server
+
+
+@pytest.fixture
+def polls(engine: Engine, redis_url: str, sandbox: Sandbox) -> Polls:
+    """A poller on a fresh database."""
+    return Polls(engine, redis_url, sandbox)
+
+
+def submitted(sandbox: Sandbox, count: int, samples: int = 2) -> list[str]:
+    """Jobs that the stand-in knows."""
+    return [str(sandbox.submit(f"a lake, {number}", samples=samples)["id"]) for number in range(count)]
+
+
+def scripted(message: bytes, status: int = 200, times: int = 50) -> list[Answer]:
+    """The same answer, again and again."""
+    return [Answer(status, {"Content-Type": "application/json"}, message)] * times
+
+
+def test_given_a_run_that_goes_on_when_asked_for_then_it_tells_how_far_it_is(
+    polls: Polls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(poller, "PROGRESS_SECONDS", 0.0)
+    told: list[tuple[str, int]] = []
+    polls.track(submitted(polls.sandbox, 3))
+
+    def note(report: object, in_flight: int) -> None:
+        told.append((str(report), in_flight))
+        if told[-1] == ("asked 3: 3 ready", 0):
+            polls.poller.stop()
+
+    polls.poller.run(seconds=30, progress=note)
+
+    assert told[-1] == ("asked 3: 3 ready", 0)
+
+
+def test_given_ready_jobs_when_polled_then_each_is_asked_once_and_its_outputs_are_queued(polls: Polls) -> None:
+    ids = polls.track(submitted(polls.sandbox, 30))
+
+    polls.until(lambda: all(polls.row(job).status == "downloading" for job in ids))
+
+    assert all(polls.row(job).polls == 1 for job in ids)
+    assert all(count == 1 for count in polls.sandbox.calls.fetches.values())
+    with polls.engine.connect() as connection:
+        rows = connection.execute(select(outputs.c.id, outputs.c.job_id).order_by(outputs.c.id)).all()
+    assert sorted(polls.queued) == [row.id for row in rows]
+    assert len(rows) == 60
+
+
+def test_given_jobs_in_progress_when_polled_then_the_waits_grow_and_nothing_is_lost(
+    engine: Engine, redis_url: str
+) -> None:
+    with Sandbox(SandboxOptions(key=KEY, min_seconds=1.5, max_seconds=2.5, size=32)) as sandbox:
+        polls = Polls(engine, redis_url, sandbox)
+        names = submitted(sandbox, 5, samples=1)
+        ids = polls.track(names)
+
+        polls.until(lambda: all(polls.row(job).status == "downloading" for job in ids))
+
+        assert [polls.row(job).polls for job in ids] == [sandbox.calls.fetches[name] for name in names]
+        assert all(2 <= polls.row(job).polls <= 4 for job in ids)
+
+
+def test_given_a_wrong_key_when_polled_then_one_call_alone_is_made_and_the_jobs_wait_unharmed(
+    engine: Engine, redis_url: str, sandbox: Sandbox
+) -> None:
+    polls = Polls(engine, redis_url, sandbox, default="wrong-key")
+    ids = polls.track(submitted(sandbox, 20))
+
+    polls.run(1.5)
+
+    assert sum(sandbox.calls.fetches.values()) == 1
+    assert {polls.row(job).status for job in ids} == {"pending"}
+    gate = polls.gate("default")
+    assert gate.reason == "key rejected: Invalid Api Key"
+    assert timedelta(seconds=9) < gate.probe_at - gate.since < timedelta(seconds=11)
+
+
+def test_given_a_held_account_when_the_probe_is_accepted_then_all_its_jobs_go_on(
+    engine: Engine, redis_url: str, sandbox: Sandbox
+) -> None:
+    polls = Polls(engine, redis_url, sandbox, default="later-key")
+    ids = polls.track(submitted(sandbox, 20))
+    polls.run()
+    sandbox.options_now(key="later-key")
+    with engine.begin() as connection:
+        connection.execute(update(gates).values(probe_at=database_now(connection)))
+
+    polls.until(lambda: all(polls.row(job).status == "downloading" for job in ids))
+
+    gate = polls.gate("default")
+    assert gate.reason is None
+    assert gate.released_at is not None
+
+
+def test_given_an_account_without_a_key_when_polled_then_its_jobs_are_not_asked_about(polls: Polls) -> None:
+    (job,) = polls.track(submitted(polls.sandbox, 1), account="other")
+
+    polls.run()
+
+    assert polls.row(job).polls == 0
+    assert polls.row(job).status == "pending"
+
+
+def test_given_a_rate_limit_when_it_is_answered_then_the_whole_account_pauses(polls: Polls) -> None:
+    ids = submitted(polls.sandbox, 3)
+    jobs_in = polls.track(ids[:1])
+    polls.sandbox.script(ids[0], scripted(b'{"status":"error","message":"Rate limit exceeded","retry_after":30}'))
+    polls.run()
+    polls.track(ids[1:])
+
+    polls.run(0.6)
+
+    assert sum(polls.sandbox.calls.fetches.values()) == 1
+    gate = polls.gate("default")
+    assert gate.reason == "rate limited"
+    assert timedelta(seconds=29) < gate.until - gate.since <= timedelta(seconds=31)
+    assert gate.ceiling is not None, "what the API takes is learned"
+    assert polls.row(jobs_in[0]).status == "pending"
+
+
+def test_given_an_api_in_trouble_when_five_calls_failed_then_the_host_is_held_and_no_job_fails(polls: Polls) -> None:
+    ids = submitted(polls.sandbox, 12)
+    for remote_id in ids:
+        polls.sandbox.script(remote_id, scripted(b"<html>502</html>", status=502))
+    job_ids = polls.track(ids)
+
+    polls.run(1.0)
+    asked = sum(polls.sandbox.calls.fetches.values())
+    polls.run(1.0)
+
+    assert sum(polls.sandbox.calls.fetches.values()) == asked
+    assert {polls.row(job).status for job in job_ids} == {"pending"}
+    assert "HTTP 502" in polls.gate(polls.row(job_ids[0]).fetch_host).reason
+
+
+def test_given_a_job_that_failed_twice_when_polled_then_it_ends_and_is_told_of(polls: Polls) -> None:
+    remote_id = submitted(polls.sandbox, 1)[0]
+    polls.sandbox.script(
+        remote_id,
+        scripted(b'{"status":"failed","id":"","message":"Processing failed: Invalid input dimensions","output":""}'),
+    )
+    (job,) = polls.track([remote_id])
+
+    polls.until(lambda: bool(polls.row(job).status == "failed"))
+
+    row = polls.row(job)
+    assert (row.error_code, row.error_message, row.polls) == (
+        "api_failed",
+        "Processing failed: Invalid input dimensions",
+        2,
+    )
+    assert polls.told == [job]
+
+
+def test_given_a_job_past_its_deadline_when_it_is_still_processing_then_it_expires_only_after_being_asked(
+    engine: Engine, redis_url: str
+) -> None:
+    with Sandbox(SandboxOptions(key=KEY, min_seconds=900, max_seconds=900)) as sandbox:
+        polls = Polls(engine, redis_url, sandbox)
+        with engine.connect() as connection:
+            past = database_now(connection) - timedelta(hours=2)
+        (job,) = polls.track(submitted(sandbox, 1), submitted_at=past, deadline_at=past + timedelta(hours=1))
+
+        polls.until(lambda: bool(polls.row(job).status == "expired"))
+
+        assert polls.row(job).polls == 1
+        assert polls.row(job).error_code == "expired"
+
+
+def test_given_a_cancelled_job_when_its_answer_comes_late_then_nothing_changes(
+    polls: Polls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job,) = polls.track(submitted(polls.sandbox, 1))
+    asked, cancelled = threading.Event(), threading.Event()
+    ask = polls.poller._api.ask
+
+    def held(*arguments: Any) -> Any:
+        reply = ask(*arguments)
+        asked.set()
+        cancelled.wait(10)
+        return reply
+
+    monkeypatch.setattr(polls.poller._api, "ask", held)
+    run = threading.Thread(target=polls.run)
+    run.start()
+    assert asked.wait(10)
+    with polls.engine.begin() as connection:
+        assert cancel(connection, job, Tally(), now=database_now(connection))
+    cancelled.set()
+    run.join()
+
+    assert polls.row(job).status == "cancelled"
+    assert polls.queued == []
+
+
+def test_given_two_pollers_when_they_share_the_table_then_no_job_is_asked_about_twice(
+    engine: Engine, redis_url: str, sandbox: Sandbox
+) -> None:
+    both = [Polls(engine, redis_url, sandbox), Polls(engine, redis_url, sandbox)]
+    both[0].track(submitted(sandbox, 1))
+    both[0].run()  # the key is accepted
+    ids = both[0].track(submitted(sandbox, 100, samples=1))
+    threads = [threading.Thread(target=one.run, args=(3.0,)) for one in both]
+
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert {both[0].row(job).status for job in ids} == {"downloading"}
+    assert set(sandbox.calls.fetches.values()) == {1}
+
+
+def test_given_a_stop_when_polling_then_nothing_more_is_claimed(polls: Polls) -> None:
+    ids = polls.track(submitted(polls.sandbox, 5))
+    polls.poller.stop()
+
+    polls.run()
+
+    assert {polls.row(job).polls for job in ids} == {0}
+
+
+def test_given_more_jobs_than_the_budget_when_polled_then_no_second_sees_more_than_rate_and_burst(
+    engine: Engine, redis_url: str, sandbox: Sandbox
+) -> None:
+    polls = Polls(engine, redis_url, sandbox, budgeted=KEY)
+    polls.poller._rps = lambda _: 20
+    ids = polls.track(submitted(sandbox, 60, samples=1), account="budgeted")
+    started = time.monotonic()
+
+    polls.until(lambda: all(polls.row(job).status == "downloading" for job in ids))
+
+    assert time.monotonic() - started >= (60 - 2) / 20 * 0.9
+
+
+def test_given_a_job_whose_address_is_not_allowed_any_more_when_polled_then_it_waits_and_the_others_go_on(
+    polls: Polls,
+) -> None:
+    elsewhere = AllowedApi("https://modelslab.com/api/v3", frozenset({"modelslab.com"}))
+    with polls.engine.begin() as connection:
+        now = database_now(connection)
+        foreign = replace(polls._job("77", now), address=fetch_address(None, "77", elsewhere), priority=9)
+        ((strange, _),) = insert_jobs(connection, [foreign], now=now)
+    (job,) = polls.track(submitted(polls.sandbox, 1))
+
+    polls.until(lambda: bool(polls.row(job).status == "downloading"))
+
+    row = polls.row(strange)
+    assert (row.status, row.polls, row.claim_token) == ("pending", 0, None)
+
+
+def test_given_a_held_host_when_its_probe_is_due_then_only_an_account_that_may_be_asked_with_makes_it(
+    engine: Engine, redis_url: str, sandbox: Sandbox
+) -> None:
+    polls = Polls(engine, redis_url, sandbox, default=KEY, rejected="wrong-key")
+    good, bad = submitted(sandbox, 2, samples=1)
+    (held,) = polls.track([bad], account="rejected")
+    polls.run()
+    (job,) = polls.track([good])
+    name = polls.row(job).fetch_host
+    with engine.begin() as connection:
+        now = database_now(connection)
+        host = locked_gate(connection, "host", name)
+        save_gate(connection, refused(host, "unreachable", now=now - timedelta(seconds=30), probe=True))
+
+    polls.until(lambda: bool(polls.row(job).status == "downloading"))
+
+    assert polls.row(held).polls == 1
+    assert polls.gate(name).reason is None
+
+
+# ── who is asked first ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_given_a_crowd_of_one_account_when_another_has_a_few_then_the_few_do_not_wait_for_the_crowd(
+    engine: Engine, redis_url: str, sandbox: Sandbox
+) -> None:
+    polls = Polls(engine, redis_url, sandbox, crowd=KEY, few=KEY)
+    polls.track(submitted(sandbox, 1), account="crowd")
+    polls.track(submitted(sandbox, 1), account="few")
+    polls.until(lambda: len(sandbox.calls.fetches) == 2)
+    polls.run()  # both keys are accepted
+    asked = len(sandbox.calls.fetches)
+    polls.track(submitted(sandbox, 1_500, samples=1), account="crowd")
+    few = submitted(sandbox, 5, samples=1)
+    polls.track(few, account="few")
+
+    polls.until(lambda: set(few) <= set(sandbox.calls.fetches))
+
+    order = list(sandbox.calls.fetches)[asked:]
+    assert max(order.index(one) for one in few) < 400, "the crowd was asked about first"
+
+
+def test_given_a_short_budget_when_jobs_are_due_then_the_important_and_then_the_longest_due_are_asked_first(
+    engine: Engine, redis_url: str, sandbox: Sandbox
+) -> None:
+    polls = Polls(engine, redis_url, sandbox, short=KEY)
+    with engine.connect() as connection:
+        now = database_now(connection)
+    polls.track(submitted(sandbox, 1), account="short")
+    polls.run()
+    asked = len(sandbox.calls.fetches)
+    polls.poller._rps = lambda _: 20
+    late, early, important = (submitted(sandbox, 6, samples=1) for _ in range(3))
+    polls.track(late, account="short", due_at=now - timedelta(seconds=10))
+    polls.track(early, account="short", due_at=now - timedelta(seconds=60))
+    polls.track(important, account="short", priority=5)
+
+    polls.until(lambda: len(sandbox.calls.fetches) == asked + 18)
+
+    order = list(sandbox.calls.fetches)[asked:]
+    places = [sum(order.index(one) for one in group) / 6 for group in (important, early, late)]
+    assert places == sorted(places)
+    assert places[0] + 3 < places[1]
+    assert places[1] + 3 < places[2]
+
+
+def test_given_a_host_that_says_nothing_when_it_has_many_jobs_due_then_those_of_another_host_are_asked_meanwhile(
+    engine: Engine, redis_url: str, sandbox: Sandbox
+) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=512) as silent:
+        host = f"127.0.0.1:{silent.getsockname()[1]}"
+        polls = Polls(engine, redis_url, sandbox, other_host=host)
+        polls.track(submitted(sandbox, 1))
+        polls.run()
+        polls.track(range(400), host=host)
+        run = threading.Thread(target=polls.run, args=(3.0,))
+        run.start()
+        wait_until(lambda: polls.poller._calls.outstanding_at(host) >= IN_FLIGHT, "the silent host's places are taken")
+        good = submitted(sandbox, 20, samples=1)
+        polls.track(good)
+        polls.poller.wake()
+        began = time.monotonic()
+        while not set(good) <= set(sandbox.calls.fetches):
+            assert time.monotonic() - began < 2.5, "they wait for a host that is none of their business"
+            time.sleep(0.01)
+        polls.poller.stop()
+    run.join()
+
+
+# ── runs one after the other ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_given_a_run_that_is_on_when_another_begins_then_the_other_ends_at_once(polls: Polls) -> None:
+    first = threading.Thread(target=polls.run, args=(1.0,))
+    first.start()
+    time.sleep(0.1)
+
+    assert polls.poller.run() is None
+
+    first.join()
+
+
+def test_given_a_run_that_gives_way_when_another_begins_then_it_takes_over_at_once(polls: Polls) -> None:
+    reports: list[object] = []
+    first = threading.Thread(target=lambda: reports.append(polls.poller.run(seconds=30, gives_way=True)))
+    began = time.monotonic()
+    first.start()
+    time.sleep(0.1)
+
+    assert polls.poller.run(seconds=0.1) is not None
+
+    first.join(20)
+    assert reports[0] is not None
+    assert time.monotonic() - began < 20
+
+
+def test_given_a_run_that_waits_when_something_comes_due_and_it_is_woken_then_it_is_asked_about_at_once(
+    polls: Polls,
+) -> None:
+    polls.track(submitted(polls.sandbox, 1))
+    polls.run()
+    run = threading.Thread(target=polls.run, args=(5.0,))
+    run.start()
+    time.sleep(0.3)
+    (one,) = submitted(polls.sandbox, 1)
+    polls.track([one])
+    polls.poller.wake()
+    began = time.monotonic()
+    while one not in polls.sandbox.calls.fetches:
+        assert time.monotonic() - began < 4
+        time.sleep(0.002)
+    took = time.monotonic() - began
+    polls.poller.stop()
+    run.join()
+
+    assert took < 0.6, "without a wake-up it would have looked a second later"
+
+
+def test_given_a_stop_when_jobs_are_claimed_and_not_asked_then_they_are_due_again_at_once_and_uncounted(
+    engine: Engine, redis_url: str, sandbox: Sandbox
+) -> None:
+    polls = Polls(engine, redis_url, sandbox, slow=KEY)
+    polls.track(submitted(sandbox, 1), account="slow")
+    polls.run()
+    polls.poller._rps = lambda _: 100
+    ids = polls.track(submitted(sandbox, 60, samples=1), account="slow")
+    gate = threading.Event()
+    ask = polls.poller._api.ask
+    polls.poller._calls._ask = lambda job: (gate.wait(60), ask(job.address, job.remote_id, SecretStr(KEY)))[1]
+    polls.poller._calls._most = 2
+    run = threading.Thread(target=polls.run, args=(20.0,))
+    run.start()
+    wait_until(lambda: sum(polls.row(job).polls for job in ids) >= 4, "four are asked about")
+
+    polls.poller.stop()
+    wait_until(lambda: sum(polls.row(job).claim_token is not None for job in ids) <= 4, "the others are given back")
+    gate.set()
+    run.join(60)
+
+    rows = [polls.row(job) for job in ids]
+    assert not run.is_alive()
+    assert all(row.claim_token is None for row in rows)
+    assert sum(row.polls for row in rows) == sum(sandbox.calls.fetches[one.remote_id] for one in rows)
+    assert sum(row.polls for row in rows) <= 4
+    with engine.connect() as connection:
+        now = database_now(connection)
+    assert all(row.due_at <= now for row in rows if row.status == "pending")
+
+
+# ── the database in trouble ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_given_answers_that_came_when_the_database_is_away_then_the_next_run_writes_them_and_nobody_is_asked_twice(
+    polls: Polls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = polls.track(submitted(polls.sandbox, 1))
+    record, failures = record_answers, 3
+
+    def away(*arguments: Any, **options: Any) -> Any:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise OperationalError("UPDATE", {}, RuntimeError("the server closed the connection"))
+        return record(*arguments, **options)
+
+    monkeypatch.setattr(recorder, "record_answers", away)
+    for _ in range(3):
+        with pytest.raises(OperationalError):
+            polls.run(1.0)
+        assert polls.row(ids[0]).status == "pending"
+    polls.run()
+
+    assert polls.row(ids[0]).status == "downloading"
+    assert set(polls.sandbox.calls.fetches.values()) == {1}
+    assert len(polls.queued) == 2
+
+
+@pytest.mark.parametrize("engine", ["postgresql"], indirect=True)  # SQLite writes anything
+def test_given_an_answer_that_no_statement_can_write_when_it_is_in_a_batch_then_its_job_alone_is_set_aside(
+    engine: Engine, redis_url: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    polls = Polls(engine, redis_url, sandbox)
+    polls.track(submitted(sandbox, 1))
+    polls.run()
+    remote_ids = submitted(sandbox, 20, samples=1)
+    ids = polls.track(remote_ids)
+    outcome = polls.poller._recorder._outcome
+
+    def spoilt(one: Any, *arguments: Any, **options: Any) -> Any:
+        made = outcome(one, *arguments, **options)
+        return made._replace(note="no text\x00") if one.job.remote_id == remote_ids[7] else made
+
+    monkeypatch.setattr(polls.poller._recorder, "_outcome", spoilt)
+    polls.until(lambda: all(polls.row(job).status != "pending" for job in ids))
+
+    rows = {row.remote_id: row for row in map(polls.row, ids)}
+    bad = rows.pop(remote_ids[7])
+    assert (bad.status, bad.error_code) == ("failed", "unwritable")
+    assert {row.status for row in rows.values()} == {"downloading"}
+    assert bad.id in polls.told
+    assert set(sandbox.calls.fetches.values()) == {1}
+
+
+@pytest.mark.parametrize("engine", ["postgresql"], indirect=True)  # SQLite locks no single row
+def test_given_a_row_that_somebody_has_locked_when_answers_are_written_then_only_its_own_waits(
+    engine: Engine, redis_url: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "BATCH_PATIENCE", 0.2)
+    monkeypatch.setattr(recorder, "LOCKED_SECONDS", 0.1)
+    polls = Polls(engine, redis_url, sandbox)
+    polls.track(submitted(sandbox, 1))
+    polls.run()
+    names = submitted(sandbox, 20, samples=1)
+    ids = polls.track(names)
+    ask, gate = polls.poller._api.ask, threading.Event()
+
+    def held(*arguments: Any) -> Any:
+        gate.wait(10)
+        return ask(*arguments)
+
+    monkeypatch.setattr(polls.poller._api, "ask", held)
+    run = threading.Thread(target=polls.run, args=(3.0,))
+    run.start()
+    wait_until(lambda: all(polls.row(job).claim_token for job in ids), "all jobs are claimed")
+    with engine.begin() as other:
+        other.execute(select(jobs.c.id).where(jobs.c.id == ids[7]).with_for_update())
+        gate.set()
+        wait_until(lambda: sum(polls.row(job).status == "downloading" for job in ids) == 19, "the others go on")
+        assert polls.row(ids[7]).status == "pending"
+    run.join(10)
+    polls.until(lambda: polls.row(ids[7]).status == "downloading")
+
+    assert set(sandbox.calls.fetches.values()) == {1}
+    assert all(polls.row(job).error_code is None for job in ids)
+
+
+@pytest.mark.parametrize("engine", ["postgresql"], indirect=True)  # SQLite locks no single row
+def test_given_200_rows_that_somebody_has_locked_when_jobs_come_due_then_they_are_asked_about_all_the_same(
+    engine: Engine, redis_url: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    polls = Polls(engine, redis_url, sandbox)
+    polls.track(submitted(sandbox, 1))
+    polls.run()
+    ids = polls.track(submitted(sandbox, 200, samples=1))
+    ask, gate = polls.poller._api.ask, threading.Event()
+
+    def held(*arguments: Any) -> Any:
+        gate.wait(30)
+        return ask(*arguments)
+
+    monkeypatch.setattr(polls.poller._api, "ask", held)
+    run = threading.Thread(target=polls.run, args=(60.0,))
+    run.start()
+    wait_until(lambda: all(polls.row(job).claim_token for job in ids[:100]), "a hundred jobs are claimed")
+    with engine.begin() as other:
+        other.execute(select(jobs.c.id).where(jobs.c.id.in_(ids)).with_for_update())
+        gate.set()
+        wait_until(lambda: polls.poller.kept >= 100, "their answers wait")
+        began = time.monotonic()
+        (job,) = polls.track(submitted(sandbox, 1, samples=1))
+        polls.until(lambda: polls.row(job).status == "downloading")
+        took = time.monotonic() - began
+    run.join(60)
+
+    assert took < 10  # the first batch waits two seconds for the locks
+
+
+def test_given_a_claim_whose_commit_was_cut_off_when_the_next_run_begins_then_its_jobs_are_asked_about(
+    polls: Polls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    polls.track(submitted(polls.sandbox, 1))
+    polls.run()
+    ids = polls.track(submitted(polls.sandbox, 5, samples=1))
+    claims, cut = polls.poller._claims, [True]
+
+    class Cut:
+        """Commits, but the word of it gets lost."""
+
+        @contextmanager
+        def begin(self) -> Iterator[Any]:
+            with claims.begin() as connection:
+                yield connection
+            if cut:
+                cut.clear()
+                raise OperationalError("COMMIT", {}, RuntimeError("the server closed the connection"))
+
+    monkeypatch.setattr(polls.poller, "_claims", Cut())
+    with pytest.raises(OperationalError):
+        polls.run(2.0)
+    assert all(polls.row(job).claim_token for job in ids)
+    polls.until(lambda: all(polls.row(job).status == "downloading" for job in ids))
+
+    assert [polls.row(job).polls for job in ids] == [1] * 5
+
+
+def test_given_a_fault_of_ours_when_answers_are_written_then_no_job_pays_for_it(
+    polls: Polls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "LOCKED_SECONDS", 0.1)
+    polls.track(submitted(polls.sandbox, 1))
+    polls.run()
+    names = submitted(polls.sandbox, 5, samples=1)
+    ids = polls.track(names)
+    outcome, broken = polls.poller._recorder._outcome, [True]
+
+    def faulty(one: Any, *arguments: Any, **options: Any) -> Any:
+        if broken and one.job.remote_id == names[2]:
+            raise KeyError("a slip")
+        return outcome(one, *arguments, **options)
+
+    monkeypatch.setattr(polls.poller._recorder, "_outcome", faulty)
+    polls.until(lambda: sum(polls.row(job).status == "downloading" for job in ids) == 4)
+    assert polls.row(ids[2]).status == "pending"
+    broken.clear()
+    polls.until(lambda: polls.row(ids[2]).status == "downloading")
+
+    assert set(polls.sandbox.calls.fetches.values()) == {1}
+
+
+# ── shares ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_given_many_accounts_and_few_places_when_all_have_more_than_enough_then_each_gets_its_turn(
+    engine: Engine, redis_url: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(poller, "IN_FLIGHT", 4)
+    monkeypatch.setattr(poller, "ROOM_LEAST", 1)
+    names = [f"account-{number:02}" for number in range(20)]
+    polls = Polls(engine, redis_url, sandbox, **dict.fromkeys(names, KEY))
+    with engine.begin() as connection:
+        for name in names:
+            save_gate(connection, replace(locked_gate(connection, "account", name), proven=True))
+    for name in names:
+        polls.track([f"{name}-{number}" for number in range(100)], account=name)
+    asked: Counter[str] = Counter()
+    ask = polls.poller._api.ask
+
+    def counted(address: Any, remote_id: str, *options: Any) -> Any:
+        asked[remote_id[:10]] += 1
+        time.sleep(0.005)
+        return ask(address, remote_id, *options)
+
+    monkeypatch.setattr(polls.poller._api, "ask", counted)
+    polls.until(lambda: asked.total() >= 300)
+
+    assert set(asked) == set(names)
+    assert max(asked.values()) < asked.total() / 5
+
+
+def test_given_a_database_that_kept_a_claim_waiting_when_it_goes_on_then_its_calls_do_not_go_out_all_at_once(
+    engine: Engine, redis_url: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    polls = Polls(engine, redis_url, sandbox)
+    polls.track(submitted(sandbox, 1))
+    polls.run()
+    monkeypatch.setattr(polls.poller, "_rps", lambda _: 100.0)
+    claim, sent = claim_jobs, list[float]()
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.3)
+        return claim(*arguments, **options)
+
+    ask = polls.poller._api.ask
+
+    def noted(*arguments: Any) -> Any:
+        sent.append(time.monotonic())
+        return ask(*arguments)
+
+    monkeypatch.setattr(poller, "claim_jobs", slow)
+    monkeypatch.setattr(polls.poller._api, "ask", noted)
+    polls.track([f"late{number}" for number in range(400)])
+    polls.run(2.0)
+
+    busiest = max(sum(at <= other < at + 0.1 for other in sent) for at in sent)
+    assert len(sent) >= 20
+    assert busiest <= 10 + 10 + 4, "a tenth of a second's worth, what may go at once, and some tolerance"
+
+
+# ── pace ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_given_answers_when_they_are_written_then_what_they_teach_is_there_for_all(
+    polls: Polls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace_learner, "SHARE_SECONDS", 0.0)
+    names = submitted(polls.sandbox, 12, samples=1)
+    for name in names[:6]:
+        polls.sandbox.script(name, scripted(b'{"status": "processing", "output": ""}', times=1))
+    ids = polls.track(names)
+
+    polls.until(lambda: all(polls.row(job).status == "downloading" for job in ids))
+    polls.until(lambda: model_of(polls.engine).by_age.moments.count == 12)
+
+    late = [polls.row(job) for job in ids if polls.row(job).polls > 1]
+    assert len(late) == 6
+    assert all(row.not_ready_at is not None and row.submitted_at < row.not_ready_at < row.ready_at for row in late)
+    assert all(polls.row(job).not_ready_at is None for job in ids if polls.row(job).polls == 1)
+    assert model_of(polls.engine).asked == pytest.approx(18, abs=2)
+
+
+def model_of(engine: Engine) -> Model:
+    """What all processes know of images."""
+    with engine.connect() as connection:
+        return pace_learner.read_models(connection, [("default", "image")])["default", "image"][0]
+
+
+def test_given_a_job_that_waits_when_it_is_nudged_then_nothing_is_more_urgent(polls: Polls) -> None:
+    (name,) = submitted(polls.sandbox, 1)
+    polls.sandbox.script(name, scripted(b'{"status": "processing", "output": ""}', times=1))
+    (job,) = polls.track([name], submitted_at=database_time(polls.engine) - timedelta(minutes=5))
+    polls.until(lambda: polls.row(job).not_ready_at is not None)
+    before = polls.row(job)
+
+    with polls.engine.begin() as connection:
+        assert nudge(connection, name, None, now=database_now(connection), least=timedelta(seconds=0)) == 1
+
+    assert before.pace_scale > 0
+    assert before.pace_growth > 0
+    assert (polls.row(job).pace_scale, polls.row(job).pace_growth) == (None, None)
+    assert polls.row(job).due_at < before.due_at
+
+
+def database_time(engine: Engine) -> Any:
+    """What the database's clock says."""
+    with engine.connect() as connection:
+        return database_now(connection)
+
+
+def test_given_an_eta_in_an_answer_when_it_is_another_one_then_its_clock_starts_and_the_same_again_changes_nothing(
+    polls: Polls,
+) -> None:
+    (name,) = submitted(polls.sandbox, 1)
+    body = b'{"status": "processing", "output": "", "eta": 0.4}'
+    polls.sandbox.script(name, scripted(body, times=3))
+    (job,) = polls.track([name])
+
+    polls.until(lambda: polls.row(job).polls >= 1 and polls.row(job).eta is not None)
+    first = polls.row(job)
+    polls.until(lambda: polls.row(job).polls > first.polls)
+
+    assert first.eta == 0.4
+    assert first.eta_at is not None
+    assert polls.row(job).eta_at == first.eta_at
+
+
+def test_given_answers_that_say_nothing_about_the_job_when_they_are_written_then_they_teach_nothing(
+    polls: Polls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace_learner, "SHARE_SECONDS", 0.0)
+    polls.track(submitted(polls.sandbox, 1))
+    polls.run()
+    polls.until(lambda: model_of(polls.engine).asked == 1)
+    names = submitted(polls.sandbox, 3)
+    for name, body in zip(
+        names, (b"<html>", b'{"status": "what"}', b'{"status": "failed", "message": "no"}'), strict=True
+    ):
+        polls.sandbox.script(name, scripted(body, times=1))
+    ids = polls.track(names)
+    polls.until(lambda: all(polls.row(job).polls >= 1 and not polls.row(job).claim_token for job in ids))
+
+    assert all(row.not_ready_at is None for row in map(polls.row, ids) if row.polls == 1)
+    assert model_of(polls.engine).asked <= 1 + sum(polls.row(job).polls > 1 for job in ids)
+
+
+def test_given_a_lease_that_may_be_over_when_a_job_is_to_be_asked_about_then_it_is_given_back_unasked(
+    polls: Polls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that was stopped for longer than its lease: others may be asking by now."""
+    polls.track(submitted(polls.sandbox, 1))
+    polls.until(lambda: len(polls.sandbox.calls.fetches) == 1)  # the account is proven from here on
+    leases, slept = polls.poller._leases, threading.Event()
+    check = leases.check
+
+    def check_after_sleep(row_id: int, token: str) -> None:
+        if not slept.is_set():
+            raise LeaseLost
+        check(row_id, token)
+
+    monkeypatch.setattr(leases, "check", check_after_sleep)
+    job_ids = polls.track(submitted(polls.sandbox, 20))
+    polls.run()
+    assert len(polls.sandbox.calls.fetches) == 1
+    rows = [polls.row(job_id) for job_id in job_ids]
+    assert {(row.status, row.polls, row.claim_token) for row in rows} == {("pending", 0, None)}
+    assert not polls.poller.busy
+
+    slept.set()
+    polls.until(lambda: all(polls.row(job_id).status == "downloading" for job_id in job_ids))
+    assert {polls.row(job_id).polls for job_id in job_ids} == {1}
+
+
+def test_given_a_database_that_is_away_when_unasked_jobs_are_given_back_then_they_are_given_back_later(
+    polls: Polls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else this process would renew their leases for as long as it has other work."""
+
+    def refuse(*_: object) -> None:
+        raise LeaseLost
+
+    release = polls.poller._release
+
+    def away(jobs: Sequence[ClaimedJob]) -> None:
+        monkeypatch.setattr(polls.poller, "_release", release)
+        raise OperationalError("", {}, Exception("away"))
+
+    [job_id] = polls.track(submitted(polls.sandbox, 1))
+    monkeypatch.setattr(polls.poller._leases, "check", refuse)
+    monkeypatch.setattr(polls.poller, "_release", away)
+    with pytest.raises(OperationalError):
+        polls.run(seconds=2)
+    assert polls.row(job_id).claim_token is not None
+    polls.poller._keys = {}  # nothing new is claimed
+    polls.run()
+    assert (polls.row(job_id).claim_token, polls.row(job_id).polls) == (None, 0)

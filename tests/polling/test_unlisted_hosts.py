@@ -1,0 +1,150 @@
+"""A job whose fetch host is not on SD_API_HOSTS: it gets no request, everything says so, and it ends."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import Engine, select, update
+
+from tests.polling.test_poller import KEY, Polls, submitted
+from worker.core.circuit_breaker import NOT_LISTED
+from worker.operations.explain import chain, read_facts
+from worker.operations.overview import overview, why
+from worker.sandbox import Sandbox, SandboxOptions
+from worker.settings import Settings
+from worker.store.engine import database_now
+from worker.store.jobs import job_row, outputs_of
+from worker.store.late_looks import look_of
+from worker.store.promises import add_promises, promise_row
+from worker.store.schema import gates, jobs
+
+
+class Unlisted:
+    """A job at a host that one process lists, and another one does not."""
+
+    def __init__(self, engine: Engine, redis_url: str, sandbox: Sandbox) -> None:
+        own = sandbox.url.split("/")[2]
+        self.engine = engine
+        self.host = own.replace("127.0.0.1", "localhost")
+        self.listing = Polls(engine, redis_url, sandbox, other_host=self.host)
+        self.unlisting = Polls(engine, redis_url, sandbox)
+        (remote_id,) = submitted(sandbox, 1)
+        (self.job_id,) = self.listing.track([remote_id], host=self.host)
+        self.settings = Settings(sd_api_url=sandbox.url, sd_api_key=SecretStr(KEY))
+
+    @property
+    def held(self) -> bool:
+        """Whether its host is held for not being listed."""
+        with self.engine.connect() as connection:
+            reason = connection.execute(select(gates.c.reason).where(gates.c.name == self.host)).scalar()
+        return (reason or "").startswith(NOT_LISTED)
+
+    def age_hold(self) -> None:
+        """Let the hold be two minutes old."""
+        with self.engine.begin() as connection:
+            since = database_now(connection) - timedelta(minutes=2)
+            connection.execute(update(gates).where(gates.c.name == self.host).values(since=since))
+
+    def pass_deadline(self) -> None:
+        """Let the job's deadline be over."""
+        with self.engine.begin() as connection:
+            late = database_now(connection) - timedelta(seconds=1)
+            connection.execute(update(jobs).where(jobs.c.id == self.job_id).values(deadline_at=late))
+
+
+@pytest.fixture
+def unlisted(engine: Engine, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Unlisted]:
+    """One such job."""
+    monkeypatch.setattr("worker.polling.poller.UNLISTED_SECONDS", 0.0)
+    with Sandbox(SandboxOptions(key=KEY, min_seconds=0.0, max_seconds=0.0, size=32)) as sandbox:
+        made = Unlisted(engine, redis_url, sandbox)
+        yield made
+        made.listing.poller.close()
+        made.unlisting.poller.close()
+
+
+def test_given_a_host_that_is_not_listed_then_it_is_held_and_everything_says_so(unlisted: Unlisted) -> None:
+    """With the setting as advice. No request is made or counted."""
+    unlisted.unlisting.until(lambda: unlisted.held)
+    row = unlisted.unlisting.row(unlisted.job_id)
+    assert (row.status, row.polls, row.claim_token) == ("pending", 0, None)
+    with unlisted.engine.connect() as connection:
+        job = job_row(connection, unlisted.job_id)
+        assert job is not None
+        assert f"held: {unlisted.host} {NOT_LISTED}: add {unlisted.host} to it" in why(
+            connection, job, [], unlisted.settings
+        )
+        state = overview(connection, unlisted.settings)
+        facts = read_facts(connection, job, [], [], unlisted.settings)
+    assert [(host.host, host.reason.startswith(NOT_LISTED)) for host in state.hosts] == [(unlisted.host, True)]
+    assert state.healthy
+    steps, advice = chain(facts, None)
+    assert any(NOT_LISTED in step.detail for step in steps)
+    assert f"add {unlisted.host} to SD_API_HOSTS" in advice
+
+
+def test_given_such_a_job_past_its_deadline_when_the_hold_is_a_minute_old_then_it_ends_as_expired(
+    unlisted: Unlisted,
+) -> None:
+    """Nobody can ever ask about it. `on_done` is told."""
+    unlisted.unlisting.until(lambda: unlisted.held)
+    unlisted.pass_deadline()
+    unlisted.unlisting.run()
+    assert unlisted.unlisting.row(unlisted.job_id).status == "pending"
+    unlisted.age_hold()
+    unlisted.unlisting.until(lambda: unlisted.unlisting.row(unlisted.job_id).status == "expired")
+    row = unlisted.unlisting.row(unlisted.job_id)
+    assert (row.error_code, row.polls, row.due_at) == ("expired", 0, None)
+    assert NOT_LISTED in row.error_message
+    assert row.completed_at is not None
+    assert unlisted.unlisting.told == [unlisted.job_id]
+
+
+def test_given_such_a_job_with_a_promised_link_when_it_would_expire_then_that_is_tried_first(
+    unlisted: Unlisted,
+) -> None:
+    """A link can be fetched without asking the API. If it brings nothing, the expired job is looked at later."""
+    unlisted.unlisting.poller._late_looks = (3_600.0,)
+    with unlisted.engine.begin() as connection:
+        add_promises(connection, {unlisted.job_id: ("https://h.example/a.png",)})
+    unlisted.unlisting.until(lambda: unlisted.held)
+    unlisted.pass_deadline()
+    unlisted.age_hold()
+    unlisted.unlisting.until(lambda: unlisted.unlisting.row(unlisted.job_id).status == "downloading")
+
+    with unlisted.engine.connect() as connection:
+        [output] = outputs_of(connection, [unlisted.job_id])
+        promise = promise_row(connection, unlisted.job_id)
+        look = look_of(connection, unlisted.job_id)
+    assert (output.url, output.status) == ("https://h.example/a.png", "pending")
+    assert look is not None
+    assert (look.looks, look.due_at) == (
+        0,
+        unlisted.unlisting.row(unlisted.job_id).deadline_at + timedelta(hours=1),
+    )
+    assert promise is not None
+    assert (promise.end_status, promise.end_code) == ("expired", "expired")
+
+
+def test_given_such_a_job_before_its_deadline_then_it_waits(unlisted: Unlisted) -> None:
+    """However old the hold is."""
+    unlisted.unlisting.until(lambda: unlisted.held)
+    unlisted.age_hold()
+    unlisted.unlisting.run()
+    assert unlisted.unlisting.row(unlisted.job_id).status == "pending"
+
+
+def test_given_a_setting_that_is_corrected_then_the_job_is_asked_at_once(unlisted: Unlisted) -> None:
+    """By the process that lists the host; the hold ends with the answer."""
+    unlisted.unlisting.until(lambda: unlisted.held)
+    unlisted.listing.until(lambda: unlisted.listing.row(unlisted.job_id).status == "downloading")
+    assert not unlisted.held
+
+
+def test_given_a_process_that_lists_the_host_then_another_one_does_not_hold_it(unlisted: Unlisted) -> None:
+    """As in a rolling deployment: the old process lets the new one work."""
+    unlisted.listing.until(lambda: unlisted.listing.row(unlisted.job_id).status == "downloading")
+    unlisted.listing.track(["78"], host=unlisted.host)
+    unlisted.unlisting.run()
+    assert not unlisted.held

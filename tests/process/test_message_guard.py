@@ -1,0 +1,121 @@
+"""What is refused before Celery reads it, and what is not."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from kombu.transport.virtual.base import Channel, Message
+
+from tests.faults.malformed import ELEMENTS, MALFORMED, MISSING, Sent, redis_element
+from worker import tasks
+from worker.process.message_guard import Malformed, check_eta, control_problem, read_task
+from worker.process.transport_guard import envelope_problem
+
+pytestmark = pytest.mark.every_python
+
+TASKS = tasks.download.app.tasks
+
+
+def received(sent: Sent) -> Any:
+    """The message as a worker on Redis gets it."""
+    raw = redis_element(sent, "fetch-worker")
+    channel = Channel.__new__(Channel)
+    message = Message(raw, channel=channel)
+    message.accept = {"application/json"}
+    return message
+
+
+@pytest.mark.parametrize("sent", [pytest.param(sent, id=name) for name, sent in MALFORMED.items()])
+def test_what_can_be_no_task_is_refused(sent: Sent) -> None:
+    message = received(sent)
+    if message.errors:  # kombu's own check, which Celery's consumer is told of
+        return
+    with pytest.raises(Malformed) as refused:
+        check_eta(message, read_task(message, TASKS))
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 200
+
+
+VALID = {
+    "as Celery sends it": Sent(),
+    "no embed": Sent(b'[["1"], {}, null]'),
+    "an empty embed": Sent(b'[["1"], {}, {}]'),
+    "an embed of a later Celery": Sent(b'[["1"], {}, {"future": 5}]'),
+    "a callback": Sent(
+        json.dumps(
+            [["1"], {}, {"callbacks": [{"task": "shop.tracked", "args": [], "kwargs": {}, "options": {}}]}]
+        ).encode()
+    ),
+    "a chain": Sent(json.dumps([["1"], {}, {"chain": [{"task": "a", "args": [], "subtask_type": "group"}]}]).encode()),
+    "no optional header": Sent(
+        headers=dict.fromkeys(
+            (*("lang", "root_id", "parent_id", "group", "argsrepr", "retries", "timelimit", "expires", "eta"),),
+            MISSING,
+        )
+    ),
+    "a header of somebody's own": Sent(headers={"sentry-trace": "00-1", "traceparent": "a"}),
+    "expires": Sent(headers={"expires": "2099-01-01T00:00:00+00:00"}),
+    "an id of the client's own": Sent(headers={"id": "order 17 / picture 3"}),
+    "a shadow": Sent(headers={"shadow": "track order 17"}),
+    "protocol 1": Sent(
+        json.dumps({"task": "worker.track", "id": "a", "args": ["1"], "kwargs": {}}).encode(), {"task": MISSING}
+    ),
+    "both protocols at once": Sent(json.dumps({"task": "worker.track", "id": "a", "args": ["1"]}).encode()),
+}
+
+
+@pytest.mark.parametrize("sent", [pytest.param(sent, id=name) for name, sent in VALID.items()])
+def test_what_celery_can_run_is_not_refused(sent: Sent) -> None:
+    assert read_task(received(sent), TASKS).name == "worker.track"
+
+
+@pytest.mark.parametrize("element", [pytest.param(element, id=name) for name, element in ELEMENTS.items()])
+def test_an_element_that_kombu_can_not_read_is_refused_or_fails_as_json(element: bytes) -> None:
+    try:
+        raw = json.loads(element)
+    except (ValueError, RecursionError):
+        return
+    problem = envelope_problem(raw, Channel.codecs)
+    assert problem is None or "\n" not in problem
+
+
+COMMAND: dict[str, Any] = {"method": "ping", "arguments": {}, "destination": None, "pattern": None, "matcher": None}
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        *((body, {}) for body in (None, 5, "x", [], [1], {}, COMMAND | {"method": 5}, COMMAND | {"method": "zzz"})),
+        *((COMMAND | {"arguments": 5}, {}), (COMMAND | {"destination": 5}, {}), (COMMAND | {"pattern": 5}, {})),
+        *(
+            (COMMAND | {"reply_to": 5}, {}),
+            (COMMAND | {"reply_to": {"exchange": []}}, {}),
+            (COMMAND | {"ticket": 5}, {}),
+        ),
+        *((COMMAND, {"clock": "x"}), (COMMAND, {"clock": float("nan")}), (COMMAND, {"clock": 1 << 80})),
+    ],
+)
+def test_a_malformed_command_is_refused(body: object, headers: object) -> None:
+    assert control_problem(body, headers, {"ping": print}) is not None
+
+
+def test_a_command_of_celery_is_not_refused() -> None:
+    reply_to = {"exchange": "reply.celery.pidbox", "routing_key": "a"}
+    call = COMMAND | {"reply_to": reply_to, "ticket": "a", "destination": ["worker@a"]}
+    assert control_problem(call, {"clock": 5, "expires": 0}, {"ping": print}) is None
+
+
+def test_a_job_that_is_to_be_tracked_in_an_hour_is_tracked_at_once() -> None:
+    """Celery would keep the message in memory, and Redis hand it out again every minute."""
+    eta = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    message = received(Sent(headers={"eta": eta}))
+    check_eta(message, read_task(message, TASKS))
+    assert message.headers["eta"] is None
+
+
+def test_a_job_that_is_to_be_cancelled_in_an_hour_is_refused_and_not_cancelled_at_once() -> None:
+    eta = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    message = received(Sent(b"[[1], {}, {}]", {"task": "worker.cancel", "eta": eta}))
+    with pytest.raises(Malformed, match=r"its eta is 3\d\d\d s away, and 30 s is the most that is waited"):
+        check_eta(message, read_task(message, TASKS))

@@ -1,0 +1,494 @@
+"""The S3 store, against a real server: what is there is whole, and nothing is overwritten."""
+
+import hashlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from botocore.awsrequest import AWSResponse
+from botocore.loaders import JSONFileLoader
+
+from tests.s3_servers import S3Server
+from worker.core.media.signatures import Media
+from worker.errors import OutputMissing, SettingsError, StorageTrouble
+from worker.storage import s3 as module
+from worker.storage.local import Storage
+from worker.storage.partial_files import Partials, Source
+from worker.storage.s3 import S3Storage
+
+PNG = Media("image/png", "png")
+BODY = b"picture " * 1_000
+SHA = hashlib.sha256(BODY).hexdigest()
+LARGE = os.urandom(1 << 20) * 12
+
+
+class Bucket:
+    """A bucket, looked at behind the back of what is tested."""
+
+    def __init__(self, server: S3Server) -> None:
+        self.name = server.bucket()
+        self.client = server.client
+
+    def empty(self) -> None:
+        for key in self.keys():
+            self.client.delete_object(Bucket=self.name, Key=key)
+        assert self.uploads() == 0
+
+    def keys(self) -> list[str]:
+        return [found["Key"] for found in self.client.list_objects_v2(Bucket=self.name).get("Contents", [])]
+
+    def put(self, key: str, body: bytes, **more: Any) -> None:
+        self.client.put_object(Bucket=self.name, Key=key, Body=body, **more)
+
+    def get(self, key: str) -> bytes:
+        return bytes(self.client.get_object(Bucket=self.name, Key=key)["Body"].read())
+
+    def head(self, key: str) -> dict[str, Any]:
+        return dict(self.client.head_object(Bucket=self.name, Key=key))
+
+    def uploads(self) -> int:
+        return len(self.client.list_multipart_uploads(Bucket=self.name).get("Uploads", []))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _models_read_once() -> Iterator[None]:
+    """Each new client reads what S3's calls are from the same files: half the time of these tests."""
+    with pytest.MonkeyPatch.context() as patched:
+        read = cache(JSONFileLoader().load_file)
+        patched.setattr(JSONFileLoader, "load_file", lambda _, path: read(path))
+        yield
+
+
+@pytest.fixture(scope="module")
+def shared_bucket(s3_server: S3Server) -> Bucket:
+    """One bucket for all these tests: the first write to a new one takes the server a while."""
+    return Bucket(s3_server)
+
+
+@pytest.fixture
+def bucket(s3: S3Server, shared_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """An empty bucket, and the environment in which it is found."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    shared_bucket.empty()
+    return shared_bucket
+
+
+@pytest.fixture
+def storage(bucket: Bucket, tmp_path: Path) -> S3Storage:
+    """Outputs in an empty bucket."""
+    return S3Storage(bucket.name, "out/puts", Partials(tmp_path / "partial"))
+
+
+def _keep(storage: Storage, body: bytes = BODY, *, position: int = 2, then: Callable[[Path], Any] = str) -> str:
+    """Receives and keeps an output; `then` is done to the partial file in between."""
+    with storage.partials.receive(7 + position, "t") as incoming:
+        for start in range(0, len(body), 999_999):
+            incoming.write(body[start : start + 999_999])
+        then(incoming.path)
+        return storage.keep(incoming, job_id=12_345, position=position, media=PNG)
+
+
+def _calls(storage: S3Storage, calls: list[str]) -> None:
+    """Notes every call to the store."""
+    storage._client().meta.events.register("before-send.s3", lambda event_name, **_: calls.append(event_name))
+
+
+def _answers(
+    storage: S3Storage, operation: str, answer: Callable[[Any], tuple[int, bytes] | None], headers: Any = ()
+) -> None:
+    """Lets another store answer some calls, as (status, text)."""
+
+    def stand_in(request: Any, **_: Any) -> AWSResponse | None:
+        said = answer(request)
+        if said is None:
+            return None
+        return AWSResponse(request.url, said[0], dict(headers), _Raw(said[1]))
+
+    storage._client().meta.events.register(f"before-send.s3.{operation}", stand_in)
+
+
+class _Raw:
+    def __init__(self, text: bytes) -> None:
+        self._text = text
+
+    def stream(self) -> Iterator[bytes]:
+        yield self._text
+
+
+def test_a_kept_output_has_its_bytes_its_type_and_a_name_made_by_us(storage: S3Storage, bucket: Bucket) -> None:
+    """Job, position and hash below the prefix; what it is can be told without reading it."""
+    assert _keep(storage) == f"s3://{bucket.name}/out/puts/12/12345/2-{SHA[:16]}.png"
+    key = f"out/puts/12/12345/2-{SHA[:16]}.png"
+    assert bucket.keys() == [key]
+    assert bucket.get(key) == BODY
+    head = bucket.head(key)
+    assert (head["ContentType"], head["Metadata"]) == ("image/png", {"sha256": SHA})
+    assert list(storage.partials.folder.iterdir()) == []
+
+
+def test_nothing_is_held_for_another_attempt_once_an_output_is_kept(storage: S3Storage) -> None:
+    """Its partial file goes, whatever was meant for it before; after trouble it stays."""
+    with storage.partials.receive(7, "t") as incoming:
+        incoming.begin(Source("link", "etag", len(BODY)))
+        incoming.write(BODY)
+        incoming.hold = True
+        refused = S3Storage("no-such-bucket", "", storage.partials)
+        with pytest.raises(StorageTrouble):
+            refused.keep(incoming, job_id=12_345, position=2, media=PNG)
+        assert incoming.hold
+        storage.keep(incoming, job_id=12_345, position=2, media=PNG)
+    assert list(storage.partials.folder.iterdir()) == []
+
+
+def test_an_empty_output_is_kept_too(storage: S3Storage) -> None:
+    """No bytes are bytes as well."""
+    with storage.open(_keep(storage, b"")) as file:
+        assert file.read() == b""
+
+
+def test_kept_twice_it_is_uploaded_once(storage: S3Storage) -> None:
+    """What is there already is looked at only."""
+    location, calls = _keep(storage), list[str]()
+    _calls(storage, calls)
+    assert _keep(storage) == location
+    assert calls == ["before-send.s3.HeadObject"]
+
+
+def test_of_many_at_once_one_uploads_and_all_agree(storage: S3Storage, bucket: Bucket) -> None:
+    """Whoever comes too late finds what it wanted to store; one client serves all threads."""
+    with ThreadPoolExecutor(4) as threads:
+        got = list(threads.map(lambda _: _keep_own(storage), range(8)))
+    assert len(set(got)) == 1
+    assert bucket.keys() == [got[0].partition(f"{bucket.name}/")[2]]
+
+
+def _keep_own(storage: S3Storage) -> str:
+    with storage.partials.receive(7, f"{threading.get_ident()}") as incoming:
+        incoming.write(BODY)
+        return storage.keep(incoming, job_id=12_345, position=2, media=PNG)
+
+
+def test_another_content_under_our_name_is_never_overwritten(storage: S3Storage, bucket: Bucket) -> None:
+    """Of another size, of the same size with or without a hash: the next name is the one with the whole hash."""
+    key, longer = f"out/puts/12/12345/2-{SHA[:16]}.png", f"out/puts/12/12345/2-{SHA}.png"
+    for other, more in (
+        (b"other", {}),
+        (BODY[::-1], {}),
+        (BODY[::-1], {"Metadata": {"sha256": "ab" * 32}}),
+    ):
+        bucket.put(key, other, **more)
+        assert _keep(storage) == f"s3://{bucket.name}/{longer}"
+        assert (bucket.get(key), bucket.get(longer)) == (other, BODY)
+    bucket.put(longer, b"another")
+    with pytest.raises(StorageTrouble, match=f"s3://{bucket.name}/{longer} has another content than its name says"):
+        _keep(storage)
+    assert (bucket.get(key), bucket.get(longer)) == (BODY[::-1], b"another")
+
+
+def test_the_same_content_from_elsewhere_is_recognized(storage: S3Storage, bucket: Bucket) -> None:
+    """A copy that another tool made says no hash: its bytes do."""
+    bucket.put(f"out/puts/12/12345/2-{SHA[:16]}.png", BODY)
+    assert _keep(storage) == f"s3://{bucket.name}/out/puts/12/12345/2-{SHA[:16]}.png"
+
+
+def test_a_name_taken_between_looking_and_writing_is_not_overwritten(storage: S3Storage, bucket: Bucket) -> None:
+    """The store itself refuses to; what was put there decides."""
+    key = f"out/puts/12/12345/2-{SHA[:16]}.png"
+    events = storage._client().meta.events
+    events.register_first("before-call.s3.PutObject", lambda **_: bucket.put(key, b"other"), unique_id="once")
+    location = _keep(storage)
+    assert location.endswith(f"2-{SHA}.png")
+    assert bucket.get(key) == b"other"
+
+
+def test_a_large_output_is_one_call(storage: S3Storage, bucket: Bucket) -> None:
+    """The second time it is not sent at all."""
+    calls: list[str] = []
+    location = _keep(storage, LARGE)
+    key = location.partition(f"{bucket.name}/")[2]
+    head = bucket.head(key)
+    assert (head["ContentType"], head["Metadata"]) == ("image/png", {"sha256": hashlib.sha256(LARGE).hexdigest()})
+    assert bucket.get(key) == LARGE
+    assert bucket.uploads() == 0
+    _calls(storage, calls)
+    assert _keep(storage, LARGE) == location
+    assert calls == ["before-send.s3.HeadObject"]
+
+
+def test_bytes_that_change_before_they_are_sent_are_refused_by_the_store(storage: S3Storage, bucket: Bucket) -> None:
+    """It is told what they must be."""
+    with pytest.raises(StorageTrouble, match="BadDigest"):
+        _keep(storage, then=lambda path: path.write_bytes(BODY[::-1]))
+    with pytest.raises(StorageTrouble, match="changed on the disk"):
+        _keep(storage, then=lambda path: path.write_bytes(BODY[:-1]))
+    assert bucket.keys() == []
+
+
+def test_a_store_that_knows_no_checksums_is_read_back(storage: S3Storage, bucket: Bucket) -> None:
+    """What it has of another content than was sent is removed again; it is then tried again."""
+
+    def forget(params: dict[str, Any], **_: Any) -> None:
+        params["headers"].pop("x-amz-checksum-sha256", None)
+
+    storage._client().meta.events.register("before-call.s3.PutObject", forget)
+    calls: list[str] = []
+    _calls(storage, calls)
+    location = _keep(storage)
+    assert calls[-1] == "before-send.s3.GetObject"
+    assert bucket.get(location.partition(f"{bucket.name}/")[2]) == BODY
+    bucket.client.delete_object(Bucket=bucket.name, Key=location.partition(f"{bucket.name}/")[2])
+    with pytest.raises(StorageTrouble, match="other bytes arrived"):
+        _keep(storage, then=lambda path: path.write_bytes(BODY[::-1]))
+    assert bucket.keys() == []
+
+
+def test_a_store_in_trouble_is_storage_trouble(storage: S3Storage) -> None:
+    """Its code is named, and nothing that came with it."""
+    _answers(storage, "PutObject", lambda _: (400, b"<Error><Code>QuotaExceeded</Code><Message>x</Message></Error>"))
+    with pytest.raises(StorageTrouble) as refused:
+        _keep(storage)
+    assert str(refused.value).endswith(f"2-{SHA[:16]}.png: QuotaExceeded")
+
+
+def test_what_is_kept_can_be_opened_and_read_in_pieces(storage: S3Storage, bucket: Bucket) -> None:
+    """As a file; closing it early ends the transfer, which would else hold on to a connection."""
+    location, bodies = _keep(storage), list[Any]()
+    storage._client().meta.events.register(
+        "after-call.s3.GetObject", lambda parsed, **_: bodies.append(parsed.get("Body"))
+    )
+    with storage.open(location) as file:
+        assert file.read(8) == b"picture "
+        assert file.read() == BODY[8:]
+    storage.open(location).close()
+    storage.examine(location, size=1, sha256=SHA)
+    assert [body._raw_stream.closed for body in bodies] == [True] * 3
+    with pytest.raises(OutputMissing, match="is gone"):
+        storage.open(f"{location}x")
+    with pytest.raises(StorageTrouble, match="not in S3"):
+        storage.open("file:///srv/key")
+
+
+def test_an_address_shows_the_output_to_whoever_has_it(storage: S3Storage, s3: S3Server, bucket: Bucket) -> None:
+    """With its type, for a while; without the signature nobody gets it."""
+    location = _keep(storage)
+    url = storage.url(location, 60)
+    answer = requests.get(url, timeout=5)
+    assert (answer.status_code, answer.content, answer.headers["Content-Type"]) == (200, BODY, "image/png")
+    assert requests.get(url.partition("?")[0], timeout=5).status_code == 403
+    assert s3.secret not in url
+    assert "X-Amz-Expires=1&" in storage.url(location, -5)
+    assert "X-Amz-Expires=604800&" in storage.url(location, 1e9)
+    other = storage.url("s3://other.bucket/a%20b", 60)
+    assert other.startswith(f"{s3.endpoint}/other.bucket/a%2520b?")
+
+
+def test_the_bucket_goes_into_the_path_where_an_endpoint_is_set(
+    storage: S3Storage, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the endpoint has a name, and is set for S3 alone; Amazon's own is made of bucket and region."""
+    location = f"s3://{bucket.name}/key"
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://store.example:9000")
+    assert _again(storage).url(location, 60).startswith(f"http://store.example:9000/{bucket.name}/key?")
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    assert _again(storage).url(location, 60).startswith(f"https://{bucket.name}.s3.eu-central-1.amazonaws.com/key?")
+
+
+def _again(storage: S3Storage) -> S3Storage:
+    """The same storage as another process would make it."""
+    return S3Storage(storage._bucket, storage._prefix, storage.partials)
+
+
+def test_examining_tells_whole_missing_and_damaged(storage: S3Storage, bucket: Bucket) -> None:
+    """By its bytes; those of another size are not read."""
+    location = _keep(storage)
+    key = location.partition(f"{bucket.name}/")[2]
+    assert storage.examine(location, size=len(BODY), sha256=SHA) == "whole"
+    assert storage.examine(f"{location}x", size=len(BODY), sha256=SHA) == "missing"
+    assert storage.examine(location, size=len(BODY) + 1, sha256=SHA) == "damaged"
+    bucket.put(key, BODY[::-1], Metadata={"sha256": SHA})
+    assert storage.examine(location, size=len(BODY), sha256=SHA) == "damaged"
+
+
+def test_what_is_set_aside_makes_room_and_is_not_lost(storage: S3Storage, bucket: Bucket) -> None:
+    """As often as needed; nothing is set aside where nothing is."""
+    key = f"out/puts/12/12345/2-{SHA[:16]}.png"
+    for number in range(3):
+        bucket.put(key, f"damage {number}".encode())
+        storage.set_aside(f"s3://{bucket.name}/{key}")
+    storage.set_aside(f"s3://{bucket.name}/{key}")
+    assert bucket.keys() == [f"{key}.1.damaged", f"{key}.2.damaged", f"{key}.damaged"]
+    assert bucket.get(f"{key}.damaged") == b"damage 0"
+    assert _keep(storage) == f"s3://{bucket.name}/{key}"
+
+
+def test_what_is_removed_is_gone_hundreds_by_one_call(
+    storage: S3Storage, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not there is no trouble; what the store keeps is named, with its reason."""
+    monkeypatch.setattr(module, "PAGE", 2)
+    kept = [_keep(storage, position=position) for position in range(3)]
+    bucket.put("elsewhere", b"")
+    calls: list[str] = []
+    _calls(storage, calls)
+    assert storage.remove([*kept, f"{kept[0]}x"]) == {}
+    assert (len(calls), bucket.keys()) == (2, ["elsewhere"])
+
+    said = "<DeleteResult><Error><Key>a b/1</Key><Code>AccessDenied</Code></Error></DeleteResult>"
+    _answers(storage, "DeleteObjects", lambda _: (200, said.encode()))
+    location = f"s3://{bucket.name}/a b/1"
+    assert storage.remove([location]) == {location: f"can't remove {location}: AccessDenied"}
+    with pytest.raises(StorageTrouble, match="not in S3"):
+        storage.remove(["file:///etc/passwd"])
+
+
+def test_all_locations_are_listed_page_by_page(
+    storage: S3Storage, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those below the prefix, and no folders."""
+    monkeypatch.setattr(module, "PAGE", 2)
+    assert list(storage.locations()) == []
+    kept = sorted(_keep(storage, position=position) for position in range(5))
+    for key in ("elsewhere", "out/puts-not", "out/puts/folder/"):
+        bucket.put(key, b"")
+    calls: list[str] = []
+    _calls(storage, calls)
+    assert sorted(storage.locations()) == kept
+    assert len(calls) >= 3
+
+
+@pytest.mark.parametrize("prefix", ["", "/", "my 100% Bilder ü#?+&", "/a//b/"])
+def test_any_prefix_will_do(prefix: str, storage: S3Storage, bucket: Bucket) -> None:
+    """None, blanks, percent signs, letters of any language: what is kept is found again."""
+    storage = S3Storage(bucket.name, prefix, storage.partials)
+    location = _keep(storage)
+    below = "".join(f"{part}/" for part in prefix.split("/") if part)
+    assert location == f"s3://{bucket.name}/{below}12/12345/2-{SHA[:16]}.png"
+    assert list(storage.locations()) == [location]
+    assert storage.examine(location, size=len(BODY), sha256=SHA) == "whole"
+    assert requests.get(storage.url(location, 60), timeout=5).content == BODY
+    storage.set_aside(location)
+    assert list(storage.locations()) == [f"{location}.damaged"]
+
+
+def test_a_bucket_that_can_be_used_is_left_alone_at_the_start(storage: S3Storage, bucket: Bucket) -> None:
+    """Nothing is made in it."""
+    storage.prepare()
+    assert bucket.keys() == []
+
+
+def test_a_missing_bucket_is_said_at_the_start_and_made_by_nobody(storage: S3Storage) -> None:
+    """Nor are the outputs in it taken for missing."""
+    storage = S3Storage("no-such-bucket", "", storage.partials)
+    with pytest.raises(StorageTrouble, match="bucket no-such-bucket is missing: make it"):
+        storage.prepare()
+    for call in (
+        lambda: _keep(storage),
+        lambda: list(storage.locations()),
+        lambda: storage.open("s3://no-such-bucket/key"),
+        lambda: storage.examine("s3://no-such-bucket/key", size=1, sha256=SHA),
+        lambda: storage.set_aside("s3://no-such-bucket/key"),
+        lambda: storage.remove(["s3://no-such-bucket/key"]),
+    ):
+        with pytest.raises(StorageTrouble, match="NoSuchBucket"):
+            call()
+    with pytest.raises(StorageTrouble, match="is missing"):
+        storage.prepare()
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+def test_wrong_credentials_are_refused_and_not_told(
+    name: str, storage: S3Storage, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is tried."""
+    location = _keep(storage)
+    monkeypatch.setenv(name, "wrong-credential")
+    storage = _again(storage)
+    for call in (
+        storage.prepare,
+        lambda: _keep(storage, position=4),
+        lambda: storage.open(location),
+        lambda: storage.examine(location, size=len(BODY), sha256=SHA),
+        lambda: storage.set_aside(location),
+        lambda: storage.remove([location]),
+        lambda: list(storage.locations()),
+    ):
+        with pytest.raises(StorageTrouble, match=r"refused|403|InvalidAccessKeyId|SignatureDoesNotMatch") as refused:
+            call()
+        assert not any(part in str(refused.value) for part in ("wrong-credential", "X-Amz", "?", "Signature="))
+
+
+def test_no_credentials_at_all_are_asked_for(
+    storage: S3Storage, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the names of the settings they are looked for in."""
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(StorageTrouble, match="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+        storage.prepare()
+
+
+def test_a_malformed_endpoint_is_a_wrong_setting(
+    storage: S3Storage, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It can't get better by trying again."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "store:9000")
+    with pytest.raises(SettingsError, match="AWS_ENDPOINT_URL"):
+        storage.prepare()
+
+
+def test_without_the_extra_it_is_said_what_to_install(storage: S3Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package works without."""
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    with pytest.raises(SettingsError, match=r"pip install 'fetch-worker\[s3\]'"):
+        storage.prepare()
+
+
+def test_an_outage_is_storage_trouble_soon_and_ends_by_itself(storage: S3Storage, s3: S3Server) -> None:
+    """For a client that has connections already; a transfer under way ends as well."""
+    location = _keep(storage)
+    large = _keep(storage, LARGE, position=9)
+    with storage.open(large) as under_way:
+        under_way.read(1)
+        s3.stop()
+        started = time.monotonic()
+        with pytest.raises(StorageTrouble, match="can't read"):
+            under_way.read()
+    with pytest.raises(StorageTrouble, match="the store can't be reached, see AWS_ENDPOINT_URL"):
+        storage.prepare()
+    for call in (
+        lambda: _keep(storage, position=3),
+        lambda: storage.open(location),
+        lambda: storage.examine(location, size=len(BODY), sha256=SHA),
+        lambda: storage.set_aside(location),
+        lambda: storage.remove([location]),
+        lambda: list(storage.locations()),
+    ):
+        with pytest.raises(StorageTrouble, match="can't be reached"):
+            call()
+    assert time.monotonic() - started < 40
+    storage.url(location, 60)
+    s3.start()
+    assert storage.examine(location, size=len(BODY), sha256=SHA) == "whole"
+    _keep(storage, position=3)
+
+
+def test_a_child_process_has_connections_of_its_own(storage: S3Storage, bucket: Bucket) -> None:
+    """Those of its parent are not shared."""
+    storage.prepare()
+    mine = storage._client()
+    assert storage._client() is mine
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if storage._client() is not mine else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -1,0 +1,135 @@
+"""Totals: counted in the transaction that makes it so, added up over processes, and bounded in number."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from sqlalchemy import Engine, func, select
+
+from tests.rows import NOW, add_downloading, add_job, add_output, claim, seconds, taken
+from worker.core.lifecycle import AskAgain, Deliver, End, StoredFile, Strikes, TryAgain
+from worker.core.media.signatures import Media
+from worker.core.reply import Link
+from worker.store import counters as module
+from worker.store.counters import KINDS_MOST, OTHER, Figure, Tally, read_totals
+from worker.store.jobs import cancel
+from worker.store.results import Outcome, record_answers, record_attempt
+from worker.store.schema import totals
+
+SOON = NOW + seconds(1)
+FILE = StoredFile("file:///out/0.png", 42, "ab" * 32, Media("image/png", "png"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_kinds_by_url", {})
+
+
+def _all(engine: Engine) -> dict[Figure, tuple[int, float]]:
+    with engine.connect() as connection:
+        return {one.figure: (one.times, one.total) for one in read_totals(connection)}
+
+
+def test_what_many_transactions_count_at_once_adds_up(engine: Engine) -> None:
+    """Each writes several figures, in whatever order; none is lost, and no two block each other for good."""
+
+    def count(number: int) -> None:
+        tally = Tally()
+        for label in ("processing", "ready") if number % 2 else ("ready", "processing"):
+            tally.add("answers", label, account="shop", value=0.5)
+        tally.delay("shop", "image", 0.7)
+        with engine.begin() as connection:
+            tally.write(connection)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(count, range(200)))
+
+    assert _all(engine) == {
+        Figure("answers", "shop", "", "processing"): (200, 100.0),
+        Figure("answers", "shop", "", "ready"): (200, 100.0),
+        Figure("delay", "shop", "image", "1"): (200, pytest.approx(140.0)),
+    }
+
+
+def test_what_is_rolled_back_is_not_counted(engine: Engine) -> None:
+    tally = Tally()
+    tally.finished("default", "image", "completed")
+    with engine.connect() as connection:
+        tally.write(connection)
+        connection.rollback()
+
+    assert _all(engine) == {}
+
+
+def test_kinds_beyond_the_bound_are_counted_together(engine: Engine) -> None:
+    """Else a kind of its own for each job would make a dozen rows each."""
+    for start in (0, KINDS_MOST - 10):
+        tally = Tally()
+        for number in range(start, start + 20):
+            tally.finished("default", f"kind-{number}", "completed")
+            if start:
+                module._kinds_by_url.clear()  # as a process that is new: it knows what the table holds
+        with engine.begin() as connection:
+            tally.write(connection)
+    tally = Tally()
+    for number in range(KINDS_MOST + 50):
+        tally.finished("default", f"late-{number}", "completed")
+    with engine.begin() as connection:
+        tally.write(connection)
+        kinds = connection.execute(select(func.count(totals.c.kind.distinct()))).scalar_one()
+
+    assert kinds == KINDS_MOST + 1
+    assert _all(engine)[Figure("finished", "default", OTHER, "completed")][0] == 90
+
+
+def test_answers_count_what_they_did_to_jobs_and_lost_ones_nothing(engine: Engine) -> None:
+    """A job that is ready: its delay and its polls. One that ends: its polls and its state. A lost claim: nothing."""
+    tally = Tally()
+    with engine.begin() as connection:
+        for remote_id in ("ready", "failed", "again", "lost"):
+            add_job(connection, remote_id, kind=remote_id)
+        claimed = {job.remote_id: job for job in claim(connection)}
+        batch = [
+            Outcome(claimed["ready"], Deliver((Link("https://cdn.test/0.png"),)), "ready", delay=0.7),
+            Outcome(claimed["failed"], End("failed", "api_failed", "no"), "failed"),
+            Outcome(claimed["again"], AskAgain(Strikes(), "processing"), "processing"),
+            Outcome(claimed["lost"]._replace(token="other"), End("failed", "api_failed", "no"), "failed"),
+        ]
+        record_answers(connection, batch, tally, now=SOON)
+        tally.write(connection)
+
+    assert _all(engine) == {
+        Figure("delay", "default", "ready", "1"): (1, 0.7),
+        Figure("polls", "default", "ready", "1"): (1, 1.0),
+        Figure("polls", "default", "failed", "1"): (1, 1.0),
+        Figure("finished", "default", "failed", "failed"): (1, 0.0),
+    }
+
+
+def test_downloads_count_their_bytes_and_the_job_that_they_end(engine: Engine) -> None:
+    """One attempt in vain, one that stores; then the job is final."""
+    with engine.begin() as connection:
+        job_id = add_downloading(connection)
+        output_id = add_output(connection, job_id)
+        first = taken(connection, output_id, now=NOW)
+        record_attempt(connection, first, TryAgain(0.0, "http_error", "HTTP 500"), now=NOW + seconds(2))
+        second = taken(connection, output_id, now=NOW + seconds(3))
+        record_attempt(connection, second, FILE, now=NOW + seconds(3.4))
+        record_attempt(connection, second, FILE, now=NOW + seconds(3.5))  # too late: its claim is gone
+
+    assert _all(engine) == {
+        Figure("attempts", "", "", "http_error"): (1, 0.0),
+        Figure("attempts", "", "", "stored"): (1, 42.0),
+        Figure("transfer", "", "", "0.5"): (1, pytest.approx(0.4)),
+        Figure("finished", "default", "image", "completed"): (1, 0.0),
+    }
+
+
+def test_a_cancelled_job_counts_once(engine: Engine) -> None:
+    tally = Tally()
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+        for _ in range(2):
+            cancel(connection, job_id, tally, now=SOON)
+        tally.write(connection)
+
+    assert _all(engine) == {Figure("finished", "default", "image", "cancelled"): (1, 0.0)}

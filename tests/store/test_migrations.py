@@ -1,0 +1,255 @@
+"""The migrations: up, down and up again, on an empty database and beside an app that has an Alembic history too."""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.config import Config
+from alembic.util.exc import CommandError
+from sqlalchemy import CheckConstraint, Engine, UniqueConstraint, insert, inspect, select, text
+
+from tests.rows import job_values
+from worker.errors import SchemaOutdated, Unavailable
+from worker.store import migrate as migrate_module
+from worker.store.engine import SCHEMA_VERSION, check_schema, schema_version
+from worker.store.migrate import migrate, scripts
+from worker.store.schema import VERSION_TABLE, jobs, metadata
+
+ROOT = Path(__file__).parents[2]
+
+APP_ENV = """
+from alembic import context
+from sqlalchemy import Column, Integer, MetaData, Table
+metadata = MetaData()
+Table("shop_orders", metadata, Column("id", Integer, primary_key=True), Column("total", Integer))
+connection = context.config.attributes["connection"]
+context.configure(connection=connection, target_metadata=metadata, transaction_per_migration=True)
+with context.begin_transaction():
+    context.run_migrations()
+"""
+APP_REVISION = """
+import sqlalchemy as sa
+from alembic import op
+revision, down_revision = "a5b7", None
+def upgrade():
+    op.create_table("shop_orders", sa.Column("id", sa.Integer, primary_key=True), sa.Column("total", sa.Integer))
+    op.create_index("ix_shop_total", "shop_orders", ["total"])
+def downgrade():
+    op.drop_table("shop_orders")
+"""
+
+
+@pytest.fixture
+def app_scripts(tmp_path: Path) -> Path:
+    """The migrations of a web app, with a revision of its own."""
+    folder = tmp_path / "app_migrations"
+    (folder / "versions").mkdir(parents=True)
+    (folder / "env.py").write_text(APP_ENV)
+    (folder / "versions" / "a5b7_orders.py").write_text(APP_REVISION)
+    return folder
+
+
+def _run(engine: Engine, folder: Path, verb: str, *arguments: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(folder))
+    with engine.connect() as connection:
+        config.attributes["connection"] = connection
+        getattr(command, verb)(config, *arguments)
+        connection.commit()
+
+
+def _tables(engine: Engine) -> set[str]:
+    return {name for name in inspect(engine).get_table_names() if not name.startswith("sqlite_")}
+
+
+OURS = {*metadata.tables, VERSION_TABLE}
+
+
+def test_up_and_down_and_up_again_leaves_what_it_should(empty: Engine) -> None:
+    """After the way down nothing of ours is left but the empty version table."""
+    assert migrate(empty) == (None, SCHEMA_VERSION)
+    assert _tables(empty) == OURS
+    assert migrate(empty) == (SCHEMA_VERSION, SCHEMA_VERSION)
+
+    _run(empty, scripts(), "downgrade", "base")
+    assert _tables(empty) == {VERSION_TABLE}
+    with empty.connect() as connection:
+        assert schema_version(connection) is None
+    with pytest.raises(SchemaOutdated, match="fetch-worker migrate"):
+        check_schema(empty)
+
+    assert migrate(empty) == (None, SCHEMA_VERSION)
+    check_schema(empty)
+
+
+def test_the_migrations_make_exactly_the_tables_that_the_code_sees(empty: Engine) -> None:
+    """`alembic check` finds no difference in columns, types, indexes, keys."""
+    migrate(empty)
+    _run(empty, scripts(), "check")
+
+
+def test_the_migrations_make_every_constraint_under_its_name(empty: Engine) -> None:
+    """`alembic check` does not compare CHECKs, so this does."""
+    migrate(empty)
+    made = inspect(empty)
+    for table in metadata.sorted_tables:
+        wanted = {str(one.name) for one in table.constraints if isinstance(one, CheckConstraint)}
+        assert {one["name"] for one in made.get_check_constraints(table.name)} == wanted
+        unique = {str(one.name) for one in table.constraints if isinstance(one, UniqueConstraint)}
+        assert {one["name"] for one in made.get_unique_constraints(table.name)} == unique
+        if empty.dialect.name == "postgresql":  # the others do not tell the names of all primary keys
+            assert made.get_pk_constraint(table.name)["name"] == f"pk_{table.name}"
+
+
+def test_check_sees_a_difference_where_there_is_one(empty: Engine) -> None:
+    """Else the two tests above would prove nothing."""
+    migrate(empty)
+    with empty.begin() as connection:
+        connection.execute(text("ALTER TABLE fetch_jobs ADD COLUMN stray INTEGER"))
+    with pytest.raises(CommandError):
+        _run(empty, scripts(), "check")
+
+
+def test_an_apps_own_tables_and_history_are_left_alone(empty: Engine, app_scripts: Path) -> None:
+    """In the same database, in either order, each side sees and moves only its own."""
+    _run(empty, app_scripts, "upgrade", "head")
+    with empty.begin() as connection:
+        connection.execute(text("INSERT INTO shop_orders (id, total) VALUES (1, 99)"))
+    migrate(empty)
+    _run(empty, scripts(), "check")
+    assert _tables(empty) == OURS | {"shop_orders", "alembic_version"}
+
+    _run(empty, scripts(), "downgrade", "base")
+    with empty.connect() as connection:
+        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalars().all() == ["a5b7"]
+        assert connection.execute(text("SELECT total FROM shop_orders")).scalars().all() == [99]
+    assert {one["name"] for one in inspect(empty).get_indexes("shop_orders")} == {"ix_shop_total"}
+
+    migrate(empty)
+    with empty.begin() as connection:
+        connection.execute(insert(jobs).values(job_values()))
+    _run(empty, app_scripts, "downgrade", "base")
+    _run(empty, app_scripts, "upgrade", "head")
+    _run(empty, app_scripts, "current")
+    with empty.connect() as connection:
+        assert schema_version(connection) == SCHEMA_VERSION
+        assert connection.execute(select(jobs.c.remote_id)).scalars().all() == ["1"]
+    _run(empty, scripts(), "check")
+
+
+def test_tables_of_a_newer_version_are_a_clear_error_and_stay_as_they_are(empty: Engine) -> None:
+    """After a roll-back of the code the database may be ahead of it."""
+    migrate(empty)
+    with empty.begin() as connection:
+        connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '9999'"))  # noqa: S608  # a constant
+    with pytest.raises(SchemaOutdated, match="9999"):
+        migrate(empty)
+    assert _tables(empty) == OURS
+
+
+def test_two_migrations_at_once_make_one_set_of_tables(empty: Engine) -> None:
+    """Two releases that start together: one works, the other waits and finds everything there."""
+    with ThreadPoolExecutor(1) as other:
+        theirs = subprocess.Popen(
+            [sys.executable, "-c", "from worker.cli import main; main(['migrate'])"],
+            cwd=ROOT,
+            env=os.environ | {"DATABASE_URL": empty.url.render_as_string(hide_password=False)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        ours = other.submit(migrate, empty)
+        said, complained = theirs.communicate(timeout=60)
+        assert ours.result()[1] == SCHEMA_VERSION
+    assert theirs.returncode == 0, complained
+    assert SCHEMA_VERSION in said
+    assert _tables(empty) == OURS
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what a clone has."""
+    copy = tmp_path / "a clone"
+    copy.mkdir()
+    shutil.copy(ROOT / "alembic.ini", copy)
+    for folder in ("migrations", "worker"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+def _alembic(checkout: Path, url: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "alembic", *words],
+        cwd=checkout,
+        env=os.environ | {"DATABASE_URL": url},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_the_alembic_command_works_in_a_clone(empty: Engine, checkout: Path) -> None:
+    """upgrade, check, downgrade: the three that an operator uses, on the database that DATABASE_URL names."""
+    url = empty.url.render_as_string(hide_password=False).replace("+psycopg", "")
+    for words in (("upgrade", "head"), ("check",), ("downgrade", "base")):
+        done = _alembic(checkout, url, *words)
+        assert done.returncode == 0, done.stderr
+        if words == ("check",):
+            assert _tables(empty) == OURS
+    assert _tables(empty) == {VERSION_TABLE}
+
+
+def test_the_alembic_command_prints_sql_without_a_database(checkout: Path) -> None:
+    """For those whose database administrator runs the statements."""
+    done = _alembic(checkout, "postgresql://nobody@127.0.0.1:1/none", "upgrade", "head", "--sql")
+    assert done.returncode == 0, done.stderr
+    for table in metadata.tables:
+        assert f"CREATE TABLE {table} " in done.stdout
+    assert f"CREATE TABLE {VERSION_TABLE} " in done.stdout
+
+
+@pytest.mark.parametrize("empty", ["mariadb"], indirect=True)
+@pytest.mark.parametrize(
+    "halves",
+    [
+        ["ALTER TABLE fetch_jobs DROP COLUMN default_address"],
+        [
+            "ALTER TABLE fetch_jobs DROP COLUMN default_address",
+            "DROP TABLE fetch_late_looks",
+            "DROP TABLE fetch_promises",
+        ],
+    ],
+    ids=["0011", "0010"],
+)
+def test_a_way_down_that_was_killed_halfway_is_taken_again(empty: Engine, halves: list[str]) -> None:
+    """MariaDB keeps each statement once it is executed, so the second run meets what the first one did."""
+    migrate(empty)
+    with empty.begin() as connection:
+        for statement in halves:
+            connection.exec_driver_sql(statement)
+
+    _run(empty, scripts(), "downgrade", "0009")
+
+    with empty.connect() as connection:
+        assert schema_version(connection) == "0009"
+    assert not {"fetch_late_looks", "fetch_promises", "fetch_unread"} & _tables(empty)
+
+
+@pytest.mark.parametrize("empty", ["mariadb"], indirect=True)
+def test_a_migration_that_waited_too_long_for_another_one_does_nothing(
+    empty: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MariaDB says so with a number, not with an error."""
+    monkeypatch.setattr(migrate_module, "_LOCK_SECONDS", 0)
+    with empty.connect() as other:
+        assert other.exec_driver_sql(f"SELECT GET_LOCK({migrate_module.MYSQL_LOCK}, 0)").scalar() == 1
+        with pytest.raises(Unavailable):
+            migrate(empty)
+        other.exec_driver_sql(f"SELECT RELEASE_LOCK({migrate_module.MYSQL_LOCK})")
+    assert _tables(empty) == set()

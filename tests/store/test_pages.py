@@ -1,0 +1,124 @@
+"""Lists for people: each page ends in time, says how far it looked, and the pages together show every row once."""
+
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import Engine
+
+from tests.rows import NOW, add_downloading, add_job, add_output
+from worker.store.engine import database_now
+from worker.store.reports import pages
+from worker.store.reports.pages import LOOK_SECONDS, OutputsWanted, Page, jobs_page, outputs_page
+from worker.store.reports.search import JobFilter
+
+READY = {"status": "completed", "due_at": None, "ready_at": NOW, "completed_at": NOW}
+
+
+@pytest.fixture(autouse=True)
+def narrow_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows are then as many as there are."""
+    monkeypatch.setattr(pages, "WINDOW", 4)
+
+
+def ticking() -> Callable[[], float]:
+    """A clock by which each look takes all the time that there is."""
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += LOOK_SECONDS * 1.5
+        return now
+
+    return clock
+
+
+def walked(page: Callable[[int | None], Page]) -> tuple[list[int], list[Page]]:
+    """All rows by page after page, and the pages."""
+    pages = [page(None)]
+    while pages[-1].before is not None:
+        pages.append(page(pages[-1].before))
+    return [row.id for one in pages for row in one.rows], pages
+
+
+@pytest.mark.parametrize("clock", [ticking, lambda: lambda: 0.0], ids=["no time", "time enough"])
+@pytest.mark.parametrize(
+    ("wanted", "matches"),
+    [
+        (JobFilter(), lambda number: True),
+        (JobFilter(accounts=("shop",)), lambda number: number % 7 < 2),
+        (JobFilter(accounts=("shop",), statuses=("completed",)), lambda number: number % 7 < 2 and number % 3 > 0),
+        (JobFilter(kinds=("video",)), lambda number: number > 30),
+        (JobFilter(statuses=("pending",)), lambda number: number % 3 == 0),
+        (JobFilter(late=60.0), lambda number: number % 3 == 0 and number > 11),
+        (JobFilter(accounts=("nobody",)), lambda number: False),
+    ],
+    ids=["all", "account", "account and state", "kind", "state", "late", "none"],
+)
+def test_the_pages_together_show_every_job_that_matches_once_newest_first(
+    engine: Engine, wanted: JobFilter, matches: Callable[[int], bool], clock: Callable[[], Callable[[], float]]
+) -> None:
+    with engine.begin() as connection:
+        now = database_now(connection)
+        ids = {}
+        for number in range(40):
+            values = {"account": "shop" if number % 7 < 2 else "default", "kind": "video" if number > 30 else "image"}
+            late = now - timedelta(minutes=number - 10)
+            ids[number] = add_job(connection, str(number), **values, **(READY if number % 3 else {"due_at": late}))
+        shown, pages = walked(lambda before: jobs_page(connection, wanted, before=before, limit=5, clock=clock()))
+
+    assert shown == [ids[number] for number in range(39, -1, -1) if matches(number)]
+    assert all(len(page.rows) <= 5 for page in pages)
+
+
+def test_a_page_ends_when_its_time_is_over_and_says_how_far_it_looked(engine: Engine) -> None:
+    with engine.begin() as connection:
+        first = add_job(connection, "first", account="shop")
+        ids = [add_job(connection, str(number)) for number in range(30)]
+
+        wanted = JobFilter(accounts=("shop",))
+        page = jobs_page(connection, wanted, before=None, limit=5, clock=ticking())
+        whole = jobs_page(connection, wanted, before=None, limit=5, clock=lambda: 0.0)
+
+    assert (page.rows, page.before, page.looked_to) == ([], ids[-4], ids[-4])
+    assert ([row.id for row in whole.rows], whole.before, whole.looked_to) == ([first], None, None)
+
+
+def test_a_text_finds_a_job_by_id_remote_id_or_reference_page_by_page(engine: Engine) -> None:
+    with engine.begin() as connection:
+        ids = [add_job(connection, f"r{number}", reference="ours") for number in range(8)]
+        other = add_job(connection, "ours")
+
+        def found(text: str) -> list[int]:
+            page = lambda before: jobs_page(connection, JobFilter(), text=text, before=before, limit=3)  # noqa: E731
+            return walked(page)[0]
+
+        assert found("ours") == [other, *ids[::-1]]
+        assert found("r3") == [ids[3]]
+        assert found(str(ids[2])) == [ids[2]]
+        assert found("9" * 30) == []
+
+
+@pytest.mark.parametrize("clock", [ticking, lambda: lambda: 0.0], ids=["no time", "time enough"])
+def test_outputs_are_found_by_status_code_and_host_once_each(
+    engine: Engine, clock: Callable[[], Callable[[], float]]
+) -> None:
+    gone = {"status": "failed", "due_at": None, "error_code": "gone"}
+    with engine.begin() as connection:
+        jobs = [add_downloading(connection, str(number)) for number in range(2)]
+        waiting = [add_output(connection, jobs[0], number) for number in range(15)]
+        failed = [add_output(connection, jobs[1], number, **gone) for number in range(3)]
+        here = add_output(connection, jobs[1], 3, url="http://percent%25.test/a.png", error_code="unreachable")
+
+        def found(wanted: OutputsWanted) -> list[int]:
+            return walked(lambda before: outputs_page(connection, wanted, before=before, limit=4, clock=clock()))[0]
+
+        assert found(OutputsWanted()) == [here, *failed[::-1], *waiting[::-1]]
+        assert found(OutputsWanted(status="failed")) == failed[::-1]
+        assert found(OutputsWanted(status="pending")) == [here, *waiting[::-1]]
+        assert found(OutputsWanted(code="unreachable")) == [here]
+        assert found(OutputsWanted(host="cdn.test")) == [*failed[::-1], *waiting[::-1]]
+        assert found(OutputsWanted(host="percent%25.test")) == [here]
+        assert found(OutputsWanted(host="percent%.test")) == []
+        assert found(OutputsWanted(job_id=jobs[0])) == waiting[::-1]
+        assert found(OutputsWanted(job_id=jobs[0], status="stored")) == []

@@ -1,0 +1,147 @@
+"""Work of dead processes on every database: due again, apart from one another, and set aside where it kills on."""
+
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, select, update
+
+from tests.rows import NOW, add_downloading, add_job, add_output, job_of, output_of, seconds
+from worker.store.reaper import CRASHES_MOST, Released, release_crashed
+from worker.store.schema import crashes, jobs, outputs
+
+HELD: dict[str, Any] = {"claim_token": "t", "claim_holder": "dead.1.1", "due_at": NOW + seconds(30)}
+
+
+def _crash(engine: Engine, *, at: datetime, attempts: int = 1) -> Released:
+    """The process that holds everything dies; before that it had claimed it once more, or more often."""
+    with engine.begin() as connection:
+        for table, counter in ((jobs, "polls"), (outputs, "attempts")):
+            more: Any = {counter: table.c[counter] + attempts}
+            unfinished = table.c.status == "pending"
+            connection.execute(update(table).where(unfinished).values(**(HELD | more)))
+        return release_crashed(connection, ["dead.1.1"], now=at)
+
+
+def test_given_claims_of_a_dead_process_when_released_then_they_are_due_at_once(engine: Engine) -> None:
+    """Those of others stay as they are."""
+    with engine.begin() as connection:
+        job_id = add_job(connection, **HELD)
+        output_id = add_output(connection, add_downloading(connection, "2"), **HELD)
+        other = add_job(connection, "3", **(HELD | {"claim_holder": "alive.2.2"}))
+
+        released = release_crashed(connection, ["dead.1.1"], now=NOW)
+
+    assert released == Released(2, (), (), ())
+    assert (job_of(engine, job_id).due_at, job_of(engine, job_id).claim_token) == (NOW, None)
+    assert (output_of(engine, output_id).due_at, output_of(engine, output_id).claim_token) == (NOW, None)
+    assert job_of(engine, other).claim_token == "t"
+
+
+def test_given_rows_that_crash_again_when_released_then_they_come_back_apart(engine: Engine) -> None:
+    """So that one that kills its process does not take the same others with it each time."""
+    with engine.begin() as connection:
+        ids = [add_job(connection, str(number)) for number in range(12)]
+
+    for _ in range(4):
+        _crash(engine, at=NOW)
+
+    dues = {job_of(engine, job_id).due_at for job_id in ids}
+    assert len(dues) == 12
+    assert min(dues) >= NOW
+    assert max(dues) <= NOW + timedelta(seconds=16)
+
+
+def test_given_a_job_that_kills_its_process_each_time_when_it_has_done_so_often_then_it_is_set_aside(
+    engine: Engine,
+) -> None:
+    """With the reason; nothing before."""
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+
+    for _ in range(CRASHES_MOST - 1):
+        assert _crash(engine, at=NOW).jobs == ()
+    released = _crash(engine, at=NOW)
+
+    row = job_of(engine, job_id)
+    assert released == Released(0, (job_id,), (), (job_id,))
+    assert (row.status, row.error_code, row.completed_at, row.due_at) == ("failed", "worker_crash", NOW, None)
+    assert "8 times in a row" in row.error_message
+
+
+def _crash_before_sending(engine: Engine) -> Released:
+    """The process claims everything and dies before it has sent a request."""
+    with engine.begin() as connection:
+        connection.execute(update(jobs).where(jobs.c.status == "pending").values(polls=jobs.c.polls + 1, **HELD))
+        return release_crashed(connection, ["dead.1.1"], now=NOW, sent={"dead.1.1": set()})
+
+
+def test_given_a_job_that_kills_its_process_before_the_request_is_sent_then_it_is_set_aside_all_the_same(
+    engine: Engine,
+) -> None:
+    """No request is counted, each crash is."""
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+
+    for _ in range(CRASHES_MOST - 1):
+        assert _crash_before_sending(engine).jobs == ()
+    polls = job_of(engine, job_id).polls
+    released = _crash_before_sending(engine)
+
+    assert polls == 0
+    assert released.jobs == (job_id,)
+    assert job_of(engine, job_id).error_code == "worker_crash"
+
+
+@pytest.mark.parametrize("before_sending", [True, False])
+def test_given_an_answer_between_two_crashes_then_the_count_begins_anew_whether_or_not_the_request_was_sent(
+    engine: Engine, *, before_sending: bool
+) -> None:
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+    for _ in range(3):
+        _crash_before_sending(engine)
+    _crash(engine, at=NOW)  # one that was sent: the fourth in a row
+    with engine.begin() as connection:
+        fourth = connection.execute(select(crashes.c.times)).scalar_one()
+        connection.execute(update(jobs).where(jobs.c.id == job_id).values(polls=jobs.c.polls + 1))  # an answer came
+
+    if before_sending:
+        _crash_before_sending(engine)
+    else:
+        _crash(engine, at=NOW)
+
+    with engine.connect() as connection:
+        assert (fourth, connection.execute(select(crashes.c.times)).scalar_one()) == (4, 1)
+
+
+def test_given_an_output_that_kills_its_process_each_time_then_its_job_ends_with_what_could_be_stored(
+    engine: Engine,
+) -> None:
+    """As for any other output that is given up."""
+    with engine.begin() as connection:
+        job_id = add_downloading(connection)
+        output_id = add_output(connection, job_id)
+
+    for _ in range(CRASHES_MOST):
+        released = _crash(engine, at=NOW)
+
+    row, job = output_of(engine, output_id), job_of(engine, job_id)
+    assert released == Released(0, (), (output_id,), (job_id,))
+    assert (row.status, row.error_code, row.due_at) == ("failed", "worker_crash", None)
+    assert (job.status, job.error_code) == ("failed", "output_failed")
+
+
+@pytest.mark.parametrize("attempts", [2, 3])
+def test_given_an_attempt_that_came_to_an_end_between_two_crashes_then_the_count_begins_anew(
+    engine: Engine, attempts: int
+) -> None:
+    """Whoever is just unlucky is never set aside."""
+    with engine.begin() as connection:
+        add_job(connection)
+
+    for _ in range(3 * CRASHES_MOST):
+        assert _crash(engine, at=NOW, attempts=attempts).jobs == ()
+
+    with engine.connect() as connection:
+        assert connection.execute(select(crashes.c.times)).scalars().all() == [1]

@@ -1,0 +1,602 @@
+"""What an answer or an attempt led to, written on real databases: every step, every result, and how jobs end."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, Engine, event, insert, select
+
+from tests.rows import NOW, add_downloading, add_job, add_output, claim, job_of, job_values, output_of, seconds, taken
+from worker.core.answer_history import answer_line
+from worker.core.lifecycle import (
+    AskAgain,
+    Deliver,
+    End,
+    GiveUp,
+    KeepLinks,
+    RenewLinks,
+    Step,
+    StoredFile,
+    Strikes,
+    TryAgain,
+)
+from worker.core.media.signatures import Media
+from worker.core.pacing.policy import Plan
+from worker.core.reply import Link
+from worker.store.claims import ClaimedJob
+from worker.store.counters import LEFT_OUT, Tally, read_totals
+from worker.store.jobs import cancel, retry
+from worker.store.promises import add_promises
+from worker.store.results import RENEWAL_WAIT, Outcome, Recorded, record_answers, record_attempt, set_aside
+from worker.store.schema import bodies, jobs, outputs, promises
+
+SOON = NOW + seconds(1)
+FILE = StoredFile("file:///out/0.png", 42, "ab" * 32, Media("image/png", "png"))
+
+
+def _record(connection: Connection, job: ClaimedJob, step: Step, *, wait: float = 0.0, note: str = "note") -> Recorded:
+    return record_answers(connection, [Outcome(job, step, note, Plan(wait))], Tally(), now=SOON)
+
+
+# ── answers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_job_to_be_asked_again_waits_and_keeps_its_strikes(engine: Engine) -> None:
+    """Free again, due after the wait, with what the API said so far."""
+    strikes = Strikes(failed=1, unknown=2, error=3, empty=4, last=NOW)
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+        [claimed] = claim(connection)
+        recorded = _record(connection, claimed, AskAgain(strikes, "processing"), wait=7.5, note="processing")
+
+    row = job_of(engine, job_id)
+    assert recorded == Recorded((), (), 0)
+    assert (row.status, row.due_at, row.claim_token, row.claim_holder) == ("pending", SOON + seconds(7.5), None, None)
+    assert (row.failed_answers, row.unknown_answers, row.error_answers, row.empty_answers) == (1, 2, 3, 4)
+    assert (row.struck_at, row.last_answer) == (
+        NOW,
+        answer_line((SOON - row.submitted_at).total_seconds(), "processing"),
+    )
+
+
+def test_a_ready_job_gets_a_row_for_each_output_in_order_and_the_bytes_it_carried(engine: Engine) -> None:
+    """The output rows are the outbox: written with the change, queued after the commit."""
+    found = (Link("https://cdn/a.png", ("https://proxy/a.png",)), Link("data:;sha256=00", (), b"bytes"))
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+        [claimed] = claim(connection)
+        recorded = _record(connection, claimed, Deliver(found))
+
+    row = job_of(engine, job_id)
+    assert (row.status, row.ready_at, row.due_at, row.completed_at) == ("downloading", SOON, None, None)
+    assert recorded.finished == ()
+    with engine.connect() as connection:
+        rows = connection.execute(select(outputs).order_by(outputs.c.position)).all()
+        kept = connection.execute(select(bodies)).all()
+    assert tuple(output.id for output in rows) == recorded.outputs
+    assert [(output.position, output.url, json.loads(output.proxy_urls)) for output in rows] == [
+        (0, "https://cdn/a.png", ["https://proxy/a.png"]),
+        (1, "data:;sha256=00", []),
+    ]
+    assert {(output.status, output.due_at, output.queued_at, output.listed_at) for output in rows} == {
+        ("pending", SOON, SOON, SOON)
+    }
+    assert [tuple(one) for one in kept] == [(rows[1].id, b"bytes")]
+
+
+def test_a_ready_job_without_outputs_is_completed_at_once(engine: Engine) -> None:
+    """A trained model has nothing to download."""
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+        [claimed] = claim(connection)
+        recorded = _record(connection, claimed, Deliver(()))
+    row = job_of(engine, job_id)
+    assert recorded.finished == (job_id,)
+    assert (row.status, row.ready_at, row.completed_at, row.due_at) == ("completed", SOON, SOON, None)
+
+
+def test_given_more_outputs_than_are_stored_when_recorded_then_the_job_says_so_and_they_are_counted(
+    engine: Engine,
+) -> None:
+    tally = Tally()
+    with engine.begin() as connection:
+        job_ids = [add_job(connection), add_job(connection, remote_id="12202889")]
+        steps = [Deliver((Link("https://cdn/a.png"),), left_out=499), Deliver((Link("https://cdn/b.png"),))]
+        outcomes = [Outcome(job, step, "note") for job, step in zip(claim(connection), steps, strict=True)]
+        record_answers(connection, outcomes, tally, now=SOON)
+        tally.write(connection)
+    with engine.begin() as connection:
+        for output in connection.execute(select(outputs)).all():
+            record_attempt(connection, taken(connection, output.id, now=SOON), FILE, now=SOON)
+
+    rows = {outcome.job.id: job_of(engine, outcome.job.id) for outcome in outcomes}
+    note = "the answer listed 500 outputs; only the first 1 are stored"
+    assert [(row.status, row.error_code, row.error_message) for row in rows.values()] == [
+        ("completed", None, note),
+        ("completed", None, None),
+    ]
+    assert set(job_ids) == set(rows)
+    with engine.connect() as connection:
+        assert [total.times for total in read_totals(connection, [LEFT_OUT])] == [499]
+
+
+@pytest.mark.parametrize(("status", "code"), [("failed", "api_failed"), ("expired", "expired")])
+def test_a_job_that_ends_says_why_and_when(engine: Engine, status: str, code: str) -> None:
+    """Final: no due time, no claim, a code and a message."""
+    step = End("failed", code, "because") if status == "failed" else End("expired", code, "because")
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+        [claimed] = claim(connection)
+        assert _record(connection, claimed, step).finished == (job_id,)
+    row = job_of(engine, job_id)
+    assert (row.status, row.error_code, row.error_message, row.completed_at) == (status, code, "because", SOON)
+    assert (row.due_at, row.claim_token) == (None, None)
+
+
+def test_the_first_end_stands_whatever_comes_later(engine: Engine) -> None:
+    """An answer that was under way when the job was cancelled changes nothing."""
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+        [claimed] = claim(connection)
+        assert cancel(connection, job_id, Tally(), now=NOW)
+        assert _record(connection, claimed, Deliver((Link("https://cdn/a.png"),))) == Recorded((), (), 1)
+        assert _record(connection, claimed, End("failed", "api_failed", "late")).lost == 1
+        assert _record(connection, claimed, AskAgain(Strikes(), "processing")).lost == 1
+    assert job_of(engine, job_id).status == "cancelled"
+    with engine.connect() as connection:
+        assert connection.execute(select(outputs)).all() == []
+
+
+def test_a_batch_of_everything_is_written_in_one_go_and_counts_what_was_lost(engine: Engine) -> None:
+    """One transaction for many answers; one whose claim is gone does not disturb the others."""
+    with engine.begin() as connection:
+        for number in range(4):
+            add_job(connection, str(number))
+        again, ready, over, gone = sorted(claim(connection), key=lambda job: job.id)
+        cancel(connection, gone.id, Tally(), now=NOW)
+        recorded = record_answers(
+            connection,
+            [
+                Outcome(gone, AskAgain(Strikes(), "processing"), "processing", Plan(1.0)),
+                Outcome(over, End("failed", "not_found", "unknown"), "unknown", Plan(0.0)),
+                Outcome(ready, Deliver((Link("https://cdn/a.png"),)), "ready"),
+                Outcome(again, AskAgain(Strikes(), "processing"), "processing", Plan(2.0)),
+            ],
+            Tally(),
+            now=SOON,
+        )
+    assert (len(recorded.outputs), recorded.finished, recorded.lost) == (1, (over.id,), 1)
+    states = [job_of(engine, job.id).status for job in (again, ready, over, gone)]
+    assert states == ["pending", "downloading", "failed", "cancelled"]
+
+
+@pytest.mark.parametrize("engine", ["postgresql"], indirect=True)
+def test_a_large_batch_takes_few_statements_and_keeps_every_microsecond(engine: Engine) -> None:
+    """One per kind of outcome, however many answers there are; times travel exactly."""
+    statements: list[str] = []
+    odd = NOW.replace(microsecond=123_457)
+    with engine.begin() as connection:
+        connection.execute(jobs.insert(), [job_values(str(number)) for number in range(400)])
+        claimed = claim(connection, limit=400)
+        steps: list[Step] = [
+            AskAgain(Strikes(), "processing"),
+            AskAgain(Strikes(unknown=1, last=NOW), "unknown"),
+            Deliver((Link("https://cdn/a.png"), Link("https://cdn/b.png"))),
+            Deliver(()),
+            End("failed", "api_failed", "because"),
+        ]
+        batch = [Outcome(job, steps[number % 5], "note", Plan(1.5)) for number, job in enumerate(claimed)]
+        event.listen(connection, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
+        recorded = record_answers(connection, batch, Tally(), now=odd)
+
+    assert len(statements) <= 6
+    assert (len(recorded.outputs), len(recorded.finished), recorded.lost) == (160, 160, 0)
+    with engine.connect() as connection:
+        waiting = connection.execute(select(jobs.c.due_at, jobs.c.asked_at).where(jobs.c.status == "pending")).all()
+    assert {tuple(row) for row in waiting} == {(odd + seconds(1.5), odd)}
+    assert len(waiting) == 160
+
+
+def test_a_very_long_answer_is_noted_in_short(engine: Engine) -> None:
+    """The note fits its column on every database."""
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+        [claimed] = claim(connection)
+        _record(connection, claimed, AskAgain(Strikes(), "x"), note="x" * 5_000)
+    assert len(job_of(engine, job_id).last_answer) == 600
+
+
+def test_fresh_links_go_to_the_outputs_that_wait_for_them_and_set_them_off(engine: Engine) -> None:
+    """By position; stored outputs and those under way keep what they have."""
+    with engine.begin() as connection:
+        job_id = add_downloading(connection, due_at=NOW)
+        waits = add_output(connection, job_id, 1, renewed=True, due_at=NOW + RENEWAL_WAIT)
+        under_way = add_output(connection, job_id, 2, renewed=True, claim_token="x", claim_holder="h")
+        other = add_output(connection, job_id, 3, due_at=NOW + seconds(50))
+        [claimed] = claim(connection)
+        links = tuple(Link(f"https://fresh/{n}.png", (f"https://proxy/{n}.png",)) for n in range(4))
+        recorded = _record(connection, claimed, RenewLinks(links))
+
+    assert (recorded.outputs, recorded.finished, recorded.lost) == ((waits,), (), 0)
+    row = output_of(engine, waits)
+    assert (row.url, json.loads(row.proxy_urls), row.due_at, row.queued_at) == (
+        "https://fresh/1.png",
+        ["https://proxy/1.png"],
+        SOON,
+        SOON,
+    )
+    assert output_of(engine, under_way).url == f"https://cdn.test/{job_id}-2.png"
+    assert output_of(engine, other).due_at == NOW + seconds(50)
+    job = job_of(engine, job_id)
+    assert (job.status, job.due_at, job.claim_token, job.polls) == ("downloading", None, None, 1)
+
+
+def test_without_fresh_links_the_outputs_go_on_with_what_they_have(engine: Engine) -> None:
+    """Also where the fresh answer lists fewer outputs than the first one did."""
+    with engine.begin() as connection:
+        job_id = add_downloading(connection, due_at=NOW)
+        first = add_output(connection, job_id, 0, renewed=True, due_at=NOW + RENEWAL_WAIT)
+        second = add_output(connection, job_id, 1, renewed=True, due_at=NOW + RENEWAL_WAIT)
+        [claimed] = claim(connection)
+        assert _record(connection, claimed, RenewLinks((Link("https://fresh/0.png"),))).outputs == (first, second)
+    assert output_of(engine, first).url == "https://fresh/0.png"
+    assert output_of(engine, second).url == f"https://cdn.test/{job_id}-1.png"
+    assert output_of(engine, second).due_at == SOON
+
+    with engine.begin() as connection:
+        other = add_downloading(connection, "2", due_at=NOW)
+        waits = add_output(connection, other, 0, renewed=True, due_at=NOW + RENEWAL_WAIT)
+        [claimed] = claim(connection)
+        assert _record(connection, claimed, KeepLinks("processing")).outputs == (waits,)
+    assert (output_of(engine, waits).due_at, job_of(engine, other).due_at) == (SOON, None)
+
+
+def test_given_a_fresh_link_to_another_kind_of_media_then_all_links_of_the_job_stay(engine: Engine) -> None:
+    with engine.begin() as connection:
+        sound, picture = (add_downloading(connection, name, due_at=NOW) for name in ("1", "2"))
+        waiting = {"renewed": True, "due_at": NOW + RENEWAL_WAIT}
+        links = ("https://cdn/0", "https://cdn/1.wav")
+        voice = [add_output(connection, sound, place, url=link, **waiting) for place, link in enumerate(links)]
+        add_output(connection, picture, 0, url="https://cdn/0.png", **waiting)
+        outcomes = [
+            Outcome(job, RenewLinks((Link("https://fresh/0.png"), Link("https://fresh/1.png"))), "ready")
+            for job in claim(connection)
+        ]
+        recorded = record_answers(connection, outcomes, Tally(), now=SOON)
+
+    with engine.connect() as connection:
+        urls = connection.execute(select(outputs.c.url).order_by(outputs.c.id)).scalars().all()
+    assert urls == ["https://cdn/0", "https://cdn/1.wav", "https://fresh/0.png"]
+    assert len(recorded.outputs) == 3
+    assert {output_of(engine, output_id).due_at for output_id in voice} == {SOON}
+
+
+def _promised(job: ClaimedJob, step: Step, *urls: str) -> Outcome:
+    return Outcome(job, step, "note", promised=urls)
+
+
+def test_given_a_lost_claim_when_its_answer_would_end_the_job_then_no_promise_is_tried(engine: Engine) -> None:
+    end = End("expired", "expired", "late")
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+        [claimed] = claim(connection)
+        cancel(connection, job_id, Tally(), now=NOW)
+        recorded = record_answers(connection, [_promised(claimed, end, "https://h/a.png")], Tally(), now=SOON)
+
+    assert recorded == Recorded((), (), 1)
+    with engine.connect() as connection:
+        assert connection.execute(select(outputs)).all() == connection.execute(select(promises)).all() == []
+
+
+def test_given_jobs_that_get_ready_then_their_promises_are_forgotten_and_no_others(engine: Engine) -> None:
+    """Else the links stay in the table as long as their job does."""
+    with engine.begin() as connection:
+        ids = {name: add_job(connection, name) for name in ("ready", "trained", "waiting", "lost")}
+        add_promises(connection, {job_id: ["https://h/a.png"] for job_id in ids.values()})
+        claimed = {job.remote_id: job for job in claim(connection)}
+        cancel(connection, ids["lost"], Tally(), now=NOW)
+        ready, trained = Deliver((Link("https://cdn/0.png"),)), Deliver(())
+        steps: dict[str, Step] = {
+            "ready": ready,
+            "trained": trained,
+            "waiting": AskAgain(Strikes(), "processing"),
+            "lost": ready,
+        }
+        batch = [Outcome(claimed[name], step, "note", Plan(1.0)) for name, step in steps.items()]
+        record_answers(connection, batch, Tally(), now=SOON)
+
+    with engine.connect() as connection:
+        left = set(connection.execute(select(promises.c.job_id)).scalars())
+    assert left == {ids["waiting"], ids["lost"]}
+
+
+def test_given_ends_of_all_kinds_in_one_batch_then_promises_are_tried_before_those_without_an_output(
+    engine: Engine,
+) -> None:
+    codes = ("not_found", "no_output", "api_failed", "api_error", "expired")
+    with engine.begin() as connection:
+        for code in codes:
+            add_job(connection, code)
+        claimed = {job.remote_id: job for job in claim(connection)}
+        ends = [End("expired" if code == "expired" else "failed", code, f"m {code}") for code in codes]
+        batch = [_promised(claimed[end.code], end, f"https://h/{end.code}.png") for end in ends]
+        recorded = record_answers(connection, batch, Tally(), now=SOON)
+
+    with engine.connect() as connection:
+        found = {row.remote_id: row for row in connection.execute(select(jobs)).all()}
+        kept = {row.job_id: row for row in connection.execute(select(promises)).all()}
+    assert {code: row.status for code, row in found.items()} == {
+        "not_found": "downloading", "no_output": "downloading", "expired": "downloading",
+        "api_failed": "failed", "api_error": "failed",
+    }  # fmt: skip
+    assert len(recorded.outputs) == 3
+    assert sorted(recorded.finished) == sorted(found[code].id for code in ("api_failed", "api_error"))
+    saved = kept[found["expired"].id]
+    assert (saved.tried_at, saved.end_status, saved.end_code, saved.end_message) == (
+        SOON, "expired", "expired", "m expired",
+    )  # fmt: skip
+    assert len(kept) == 3
+
+
+def test_a_job_that_no_statement_can_write_is_set_aside(engine: Engine) -> None:
+    """So that it does not spoil every batch it is in."""
+    with engine.begin() as connection:
+        job_id = add_job(connection)
+        [claimed] = claim(connection)
+        assert set_aside(connection, claimed, "can't be written", now=SOON)
+        assert not set_aside(connection, claimed, "again", now=SOON)
+    row = job_of(engine, job_id)
+    assert (row.status, row.error_code, row.error_message) == ("failed", "unwritable", "can't be written")
+
+
+# ── attempts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_stored_output_is_described_and_the_last_one_completes_its_job(engine: Engine) -> None:
+    """First of two: the job goes on. Second: completed. The bytes that the answer carried are gone."""
+    with engine.begin() as connection:
+        job_id = add_downloading(connection)
+        first, second = add_output(connection, job_id, 0, error_code="http_error"), add_output(connection, job_id, 1)
+        connection.execute(insert(bodies).values(output_id=first, body=b"bytes"))
+        assert record_attempt(connection, taken(connection, first), FILE, now=SOON) == (True, None)
+        assert connection.execute(select(bodies)).all() == []
+    row = output_of(engine, first)
+    assert (row.status, row.location, row.size_bytes, row.sha256, row.media_type, row.stored_at) == (
+        "stored",
+        "file:///out/0.png",
+        42,
+        "ab" * 32,
+        "image/png",
+        SOON,
+    )
+    assert (row.due_at, row.claim_token, row.error_code) == (None, None, None)
+    assert job_of(engine, job_id).status == "downloading"
+
+    with engine.begin() as connection:
+        assert record_attempt(connection, taken(connection, second), FILE, now=SOON) == (True, "completed")
+    job = job_of(engine, job_id)
+    assert (job.status, job.completed_at, job.error_code) == ("completed", SOON, None)
+
+
+def test_a_job_with_an_output_given_up_fails_when_the_last_one_ends(engine: Engine) -> None:
+    """Stored files stay; the job says how many are missing."""
+    with engine.begin() as connection:
+        job_id = add_downloading(connection)
+        first, second = add_output(connection, job_id, 0), add_output(connection, job_id, 1)
+        connection.execute(insert(bodies).values(output_id=first, body=b"bytes"))
+        given_up = GiveUp("not_media", "a web page")
+        assert record_attempt(connection, taken(connection, first), given_up, now=SOON) == (True, None)
+        assert record_attempt(connection, taken(connection, second), FILE, now=SOON) == (True, "failed")
+        assert connection.execute(select(bodies)).all() == []
+    row, job = output_of(engine, first), job_of(engine, job_id)
+    assert (row.status, row.error_code, row.error_message, row.due_at) == ("failed", "not_media", "a web page", None)
+    assert (job.status, job.error_code, job.completed_at) == ("failed", "output_failed", SOON)
+    assert "1 of 2" in job.error_message
+    assert output_of(engine, second).status == "stored"
+
+
+def test_an_attempt_recorded_twice_counts_once(engine: Engine) -> None:
+    """The first success wins; the second finds its claim gone."""
+    with engine.begin() as connection:
+        output_id = add_output(connection, add_downloading(connection))
+        claimed = taken(connection, output_id)
+        assert record_attempt(connection, claimed, FILE, now=SOON) == (True, "completed")
+        assert record_attempt(connection, claimed, GiveUp("gone", "late"), now=SOON) == (False, None)
+    assert output_of(engine, output_id).status == "stored"
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [
+        (TryAgain(2.0, "not_media", "m"), {"bad_bodies": 1, "dead_since": None, "dead_attempts": 0}),
+        (TryAgain(2.0, "truncated", "m"), {"bad_bodies": 1, "dead_since": None, "dead_attempts": 0}),
+        (TryAgain(5.0, "gone", "m"), {"bad_bodies": 0, "dead_since": SOON, "dead_attempts": 0, "renewed": False}),
+        (TryAgain(5.0, "http_error", "m"), {"bad_bodies": 0, "dead_since": None, "dead_attempts": 0}),
+        (TryAgain(5.0, "unreachable", "m"), {"bad_bodies": 0, "dead_since": None, "dead_attempts": 0}),
+        (TryAgain(15.0, "storage", "m"), {"bad_bodies": 0, "dead_since": None, "dead_attempts": 0}),
+    ],
+    ids=lambda value: value.code if isinstance(value, TryAgain) else "",
+)
+def test_an_output_in_trouble_waits_with_its_last_code(
+    engine: Engine, result: TryAgain, expected: dict[str, object]
+) -> None:
+    """It stays pending, is free again, and counts what kind of trouble it was."""
+    with engine.begin() as connection:
+        job_id = add_downloading(connection)
+        output_id = add_output(connection, job_id)
+        assert record_attempt(connection, taken(connection, output_id), result, now=SOON) == (True, None)
+    row = output_of(engine, output_id)
+    assert (row.status, row.error_code, row.error_message) == ("pending", result.code, "m")
+    assert (row.due_at, row.claim_token, row.queued_at) == (SOON + seconds(result.wait), None, None)
+    assert {name: row._mapping[name] for name in expected} == expected
+    assert job_of(engine, job_id).due_at is None
+
+
+def test_a_dead_link_sends_its_job_to_the_api_once_and_waits_for_the_answer(engine: Engine) -> None:
+    """The job is due for one more fetch; the output holds still meanwhile; later deaths are counted."""
+    with engine.begin() as connection:
+        job_id = add_downloading(connection)
+        output_id = add_output(connection, job_id, dead_since=NOW - seconds(61))
+        renew = TryAgain(0.0, "gone", "HTTP 404", renew=True)
+        assert record_attempt(connection, taken(connection, output_id), renew, now=SOON) == (True, None)
+    row, job = output_of(engine, output_id), job_of(engine, job_id)
+    assert (row.renewed, row.dead_attempts, row.due_at) == (True, 0, SOON + RENEWAL_WAIT)
+    assert row.dead_since == NOW - seconds(61)
+    assert (job.status, job.due_at) == ("downloading", SOON)
+
+    with engine.begin() as connection:
+        [claimed] = claim(connection, now=SOON)
+        record_answers(
+            connection, [Outcome(claimed, KeepLinks("processing"), "processing", Plan(0.0))], Tally(), now=SOON
+        )
+        again = taken(connection, output_id, now=SOON)
+        assert again.facts.renewed
+        record_attempt(connection, again, TryAgain(5.0, "gone", "HTTP 404"), now=SOON)
+    assert output_of(engine, output_id).dead_attempts == 1
+
+
+def test_an_output_of_a_cancelled_job_is_not_stored_any_more(engine: Engine) -> None:
+    """The download that was under way finds its claim gone."""
+    with engine.begin() as connection:
+        job_id = add_downloading(connection)
+        output_id = add_output(connection, job_id)
+        claimed = taken(connection, output_id)
+        cancel(connection, job_id, Tally(), now=SOON)
+        assert record_attempt(connection, claimed, FILE, now=SOON) == (False, None)
+    row = output_of(engine, output_id)
+    assert (row.status, row.error_code) == ("failed", "cancelled")
+    assert job_of(engine, job_id).status == "cancelled"
+
+
+def test_two_threads_that_end_the_last_two_outputs_at_once_end_the_job_once(engine: Engine) -> None:
+    """Neither may believe that the other's output still waits."""
+    rounds = 10
+    with engine.begin() as connection:
+        pairs = []
+        for number in range(rounds):
+            job_id = add_downloading(connection, str(number))
+            pairs.append((job_id, [taken(connection, add_output(connection, job_id, n)) for n in (0, 1)]))
+
+    with ThreadPoolExecutor(2) as threads:
+        for job_id, claimed in pairs:
+            barrier = Barrier(2)
+
+            def end(number: int, claimed=claimed, barrier=barrier) -> str | None:  # type: ignore[no-untyped-def]
+                with engine.connect() as connection:
+                    barrier.wait(5)
+                    with connection.begin():
+                        return record_attempt(connection, claimed[number], FILE, now=SOON)[1]
+
+            assert sorted(map(str, threads.map(end, (0, 1)))) == ["None", "completed"]
+            assert job_of(engine, job_id).status == "completed"
+
+
+def test_a_cancel_and_the_end_of_a_download_at_once_never_block_each_other(engine: Engine) -> None:
+    """Both lock the job first: one of them wins, and neither is thrown out by the database."""
+    rounds = 15
+    with engine.begin() as connection:
+        pairs = []
+        for number in range(rounds):
+            job_id = add_downloading(connection, str(number))
+            pairs.append((job_id, taken(connection, add_output(connection, job_id))))
+
+    with ThreadPoolExecutor(2) as threads:
+        for job_id, claimed in pairs:
+            barrier = Barrier(2)
+
+            def store(claimed=claimed, barrier=barrier) -> bool:  # type: ignore[no-untyped-def]
+                barrier.wait(5)
+                with engine.begin() as connection:
+                    return record_attempt(connection, claimed, FILE, now=SOON)[0]
+
+            def stop(job_id=job_id, barrier=barrier) -> bool:  # type: ignore[no-untyped-def]
+                barrier.wait(5)
+                with engine.begin() as connection:
+                    return cancel(connection, job_id, Tally(), now=SOON)
+
+            stored, stopped = threads.submit(store), threads.submit(stop)
+            assert {stored.result(10), stopped.result(10)} == {True, False}
+            assert job_of(engine, job_id).status == ("completed" if stored.result() else "cancelled")
+
+
+# ── retry and cancel ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_retried_job_downloads_its_failed_outputs_afresh(engine: Engine) -> None:
+    """Failed outputs go back to pending with a clean sheet; stored ones stay; the deadline starts again."""
+    with engine.begin() as connection:
+        job_id = add_downloading(connection, polls=4, told_at=NOW)
+        bad, good = (
+            add_output(connection, job_id, 0, bad_bodies=2, dead_attempts=3),
+            add_output(connection, job_id, 1),
+        )
+        record_attempt(connection, taken(connection, good), FILE, now=SOON)
+        record_attempt(connection, taken(connection, bad), GiveUp("gone", "m"), now=SOON)
+        later = NOW + seconds(10_000)
+        assert retry(connection, job_id, now=later)
+    job, row = job_of(engine, job_id), output_of(engine, bad)
+    assert (job.status, job.polls) == ("downloading", 4)
+    assert (job.completed_at, job.error_code, job.told_at) == (None, None, None)
+    assert job.deadline_at == later + seconds(3_600)
+    assert (row.status, row.due_at, row.error_code, row.bad_bodies, row.dead_attempts, row.listed_at) == (
+        "pending",
+        later,
+        None,
+        0,
+        0,
+        later,
+    )
+    assert output_of(engine, good).status == "stored"
+
+
+def test_a_retried_job_without_outputs_is_asked_about_again(engine: Engine) -> None:
+    """Pending, due now, strikes forgotten, polls kept."""
+    with engine.begin() as connection:
+        job_id = add_job(connection, polls=3)
+        [claimed] = claim(connection)
+        _record(connection, claimed, End("failed", "not_found", "m"))
+        assert retry(connection, job_id, now=SOON)
+        assert not retry(connection, job_id, now=SOON)
+    job = job_of(engine, job_id)
+    assert (job.status, job.due_at, job.polls, job.unknown_answers) == ("pending", SOON, 4, 0)
+
+
+@pytest.mark.parametrize("status", ["completed", "cancelled", "pending", "downloading"])
+def test_only_failed_and_expired_jobs_are_taken_up_again(engine: Engine, status: str) -> None:
+    """Everything else stays as it is."""
+    final: dict[str, Any] = {"due_at": None, "completed_at": NOW} if status in ("completed", "cancelled") else {}
+    rest: dict[str, Any] = {"due_at": None} if status == "downloading" else {}
+    with engine.begin() as connection:
+        job_id = add_job(connection, status=status, ready_at=NOW, **final, **rest)
+        assert not retry(connection, job_id, now=SOON)
+    assert job_of(engine, job_id).status == status
+
+
+def test_a_cancelled_job_ends_its_unstored_outputs_and_keeps_the_stored_ones(engine: Engine) -> None:
+    """At once, from pending and from downloading; a second cancel changes nothing."""
+    with engine.begin() as connection:
+        job_id = add_downloading(connection)
+        good, open_ = add_output(connection, job_id, 0), add_output(connection, job_id, 1)
+        record_attempt(connection, taken(connection, good), FILE, now=SOON)
+        assert cancel(connection, job_id, Tally(), now=SOON)
+        assert not cancel(connection, job_id, Tally(), now=SOON + seconds(5))
+        assert not retry(connection, job_id, now=SOON)
+    job, row = job_of(engine, job_id), output_of(engine, open_)
+    assert (job.status, job.completed_at, job.due_at) == ("cancelled", SOON, None)
+    assert (row.status, row.error_code, row.due_at) == ("failed", "cancelled", None)
+    assert output_of(engine, good).status == "stored"
+
+
+def test_every_final_job_is_at_rest(engine: Engine) -> None:
+    """Nothing that is final is ever claimed again."""
+    with engine.begin() as connection:
+        for number in range(3):
+            add_job(connection, str(number))
+        claimed = claim(connection)
+        steps: list[Step] = [Deliver(()), End("failed", "api_failed", "m"), End("expired", "expired", "m")]
+        for job, step in zip(claimed, steps, strict=True):
+            _record(connection, job, step)
+        assert claim(connection, now=NOW + seconds(1_000_000)) == []
+        assert connection.execute(select(jobs.c.due_at)).scalars().all() == [None, None, None]

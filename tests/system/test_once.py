@@ -1,0 +1,223 @@
+"""What a process owns is made once, however many threads ask for it first, on every Python."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from worker.app import POLLS
+from worker.client import tracking
+from worker.coordination.publisher import Courier
+from worker.downloads.downloader import Downloader
+from worker.process import dead_claims, resources
+from worker.settings import Settings
+from worker.storage import select
+from worker.store.engine import engine_for
+from worker.system.once import locked_cache, locked_property
+
+pytestmark = pytest.mark.every_python
+
+THREADS = 16
+
+
+def _at_once(work: Callable[[], Any], threads: int = THREADS) -> list[Any]:
+    """What `work` returns in each of many threads that a barrier releases together."""
+    barrier = threading.Barrier(threads)
+
+    def run() -> Any:
+        barrier.wait()
+        return work()
+
+    with ThreadPoolExecutor(threads) as pool:
+        return [done.result() for done in [pool.submit(run) for _ in range(threads)]]
+
+
+class _Slow:
+    """Has a property that takes long to make, and counts how often it was made."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    @locked_property
+    def first(self) -> object:
+        self.made += 1
+        time.sleep(0.05)
+        return object()
+
+    @locked_property
+    def second(self) -> object:
+        return [self.first]
+
+
+def test_a_locked_property_is_made_by_one_thread_while_the_others_wait() -> None:
+    slow = _Slow()
+    assert len({id(found) for found in _at_once(lambda: slow.first)}) == 1
+    assert slow.made == 1
+
+
+def test_locked_properties_may_use_each_other() -> None:
+    slow = _Slow()
+    assert len({id(found) for found in _at_once(lambda: slow.second)}) == 1
+    assert slow.made == 1
+
+
+def test_two_instances_share_neither_value_nor_lock() -> None:
+    assert _Slow().first is not _Slow().first
+
+
+def test_a_locked_cache_calls_its_function_once_for_each_argument() -> None:
+    calls: list[int] = []
+
+    @locked_cache
+    def make(number: int) -> object:
+        calls.append(number)
+        time.sleep(0.05)
+        return object()
+
+    assert len({id(found) for found in _at_once(lambda: make(1))}) == 1
+    make(2)
+    assert calls == [1, 2]
+    make.cache_clear()
+    make(1)
+    assert calls == [1, 2, 1]
+
+
+def test_a_locked_cache_works_in_a_child_that_was_forked_while_a_thread_made_something() -> None:
+    making, release = threading.Event(), threading.Event()
+
+    @locked_cache
+    def make(number: int) -> int:
+        if number == 1:
+            making.set()
+            release.wait(10)
+        return number
+
+    thread = threading.Thread(target=make, args=(1,))
+    thread.start()
+    making.wait(10)
+    child = os.fork()
+    if child == 0:
+        threading.Timer(5.0, os._exit, (1,)).start()  # a lock that nobody releases would block for ever
+        os._exit(0 if make(2) == 2 else 2)
+    _, status = os.waitpid(child, 0)
+    release.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+@pytest.fixture
+def _own_resources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resources of this test alone, on a database file that nobody opens."""
+    settings = Settings(
+        database_url=f"sqlite:///{tmp_path}/jobs.db", redis_url="redis://127.0.0.1:1/0", state_directory=str(tmp_path)
+    )
+    for module in (resources, dead_claims):
+        monkeypatch.setattr(module, "settings", settings)
+    monkeypatch.setattr(resources, "_parts", {})
+    monkeypatch.setattr(resources, "listen", lambda *_: None)
+    monkeypatch.setattr(resources, "gc", Mock())  # the collector belongs to the process that runs the tests
+
+
+RESOURCES = sorted(
+    name for name, value in vars(resources.ProcessResources).items() if isinstance(value, locked_property)
+)
+
+
+@pytest.mark.usefixtures("_own_resources")
+@pytest.mark.parametrize("name", RESOURCES)
+def test_each_resource_of_a_process_is_made_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    resource = vars(resources.ProcessResources)[name]
+
+    def counted(own: resources.ProcessResources, make: Callable[[Any], Any] = resource.func) -> Any:
+        made.append(name)
+        time.sleep(0.02)
+        return make(own)
+
+    monkeypatch.setattr(resource, "func", counted)
+    found = _at_once(lambda: getattr(resources.parts(), name))
+    assert len({id(one) for one in found}) == 1
+    assert made == [name]
+
+
+def test_every_resource_is_covered_and_none_is_made_without_a_lock() -> None:
+    assert {"engine", "leases", "poller", "downloader", "webhooks", "api", "courier"} <= set(RESOURCES)
+
+
+@pytest.mark.usefixtures("_own_resources")
+def test_a_process_makes_what_its_queues_need_and_nothing_else() -> None:
+    resources.parts().make_for({POLLS})
+    assert "poller" in vars(resources.parts())
+    assert "downloader" not in vars(resources.parts())
+
+
+@pytest.mark.usefixtures("_own_resources")
+def test_a_poller_that_is_made_while_the_worker_stops_claims_nothing() -> None:
+    resources.parts().stop()
+    assert "poller" not in vars(resources.parts()), "a signal handler must not make things"
+    assert resources.parts().poller.stopped
+
+
+@pytest.mark.usefixtures("_own_resources")
+def test_the_storage_is_prepared_by_the_first_download_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[int] = []
+    storage = select.storage_for(Settings(storage_url=f"file:{tmp_path}/outputs"))
+
+    def prepare() -> None:
+        prepared.append(1)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(storage, "prepare", prepare)
+    monkeypatch.setattr(resources, "storage_for", lambda _: storage)
+    downloader: Downloader = resources.parts().downloader
+    assert prepared == [], "making it asks no server"
+    _at_once(downloader._prepare_storage)
+    assert prepared == [1]
+
+
+def test_engines_settings_and_wake_ups_of_a_web_app_are_made_once(tmp_path: Path) -> None:
+    settings = Settings(database_url=f"sqlite:///{tmp_path}/jobs.db")
+    assert len({id(found) for found in _at_once(lambda: engine_for(settings.database))}) == 1
+    tracking._settings.cache_clear()
+    assert len({id(found) for found in _at_once(tracking._settings)}) == 1
+    assert len({id(found) for found in _at_once(lambda: tracking._wake_ups("redis://127.0.0.1:1/0"))}) == 1
+
+
+def test_a_store_in_the_cloud_is_made_once(tmp_path: Path) -> None:
+    settings = Settings(storage_url="s3://bucket/prefix")
+    assert len({id(found) for found in _at_once(lambda: select.storage_for(settings))}) == 1
+
+
+def test_settings_look_for_the_embedded_redis_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that looked for themselves could use two servers."""
+    looked: list[Path] = []
+
+    def answers(path: Path) -> bool:
+        looked.append(path)
+        time.sleep(0.02)
+        return True
+
+    monkeypatch.setattr("worker.settings._answers", answers)
+    monkeypatch.delenv("REDIS_URL", raising=False)
+    settings = Settings()
+    assert len(set(_at_once(lambda: settings.redis))) == 1
+    assert len(looked) == 1
+
+
+def test_a_courier_has_one_thread() -> None:
+    courier = Courier()
+    sent: list[int | None] = []
+
+    def send() -> None:
+        courier.send("test", lambda: sent.append(threading.get_ident()))
+
+    _at_once(send)
+    assert courier.finish(10)
+    assert len(sent) == THREADS
+    assert len(set(sent)) == 1

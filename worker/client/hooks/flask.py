@@ -1,0 +1,13 @@
+"""The handler of the API's webhook for Flask: `app.register_blueprint(blueprint, url_prefix="/api-hook")`."""
+
+from flask import Blueprint, Response
+
+from worker.client.hooks import status_of
+
+blueprint = Blueprint("fetch_worker_hook", __name__)
+
+
+@blueprint.post("/<reference>/<signature>")
+def hook(reference: str, signature: str) -> Response:
+    """Takes a call."""
+    return Response(status=status_of(reference, signature))

@@ -1,0 +1,1 @@
+"""What kind of media some bytes are. Pure."""

@@ -1,0 +1,238 @@
+"""Text as an output: transcripts, chats and subtitles. Where text is promised, and whether bytes are that text.
+
+Most links are to binary media, which are known by their signatures. Text has none, so it counts only where the address
+or the declared type promises it, and a page or an error in its place is refused.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
+
+from worker.core.json_size import too_many_values
+from worker.core.media.signatures import Media
+
+Promise = Literal["", "text", "json", "subtitles"]
+PROMISES: tuple[Promise, ...] = ("", "text", "json", "subtitles")
+
+PLAIN, JSON = Media("text/plain", "txt"), Media("application/json", "json")
+VTT, SRT = Media("text/vtt", "vtt"), Media("application/x-subrip", "srt")
+
+PARSED_CHARACTERS = 4_194_304  # of JSON; a longer one is judged by its first and last sign
+START_CHARACTERS = 65_536  # kept of the beginning and of the end; no error of a store is longer
+
+_PROMISED_BY_EXTENSION: dict[str, Promise] = {
+    "txt": "text",
+    "text": "text",
+    "json": "json",
+    "vtt": "subtitles",
+    "srt": "subtitles",
+}
+_PROMISED_BY_TYPE: dict[str, Promise] = {
+    "text/plain": "text",
+    "application/json": "json",
+    "text/json": "json",
+    "text/vtt": "subtitles",
+    "text/srt": "subtitles",
+    "text/x-srt": "subtitles",
+    "application/srt": "subtitles",
+    "application/x-srt": "subtitles",
+    "application/x-subrip": "subtitles",
+}
+# An address with one of these promises something else than text, whatever type is declared: stores call many files
+# text/plain, and their errors are JSON.
+_OTHERS = (
+    "png apng jpg jpeg jpe jfif gif webp avif heic heif bmp tif tiff ico svg mp4 m4v mov webm mkv avi mpg mpeg ogv mp3"
+    " mpga wav wave flac ogg oga opus m4a aac wma weba glb gltf obj ply stl fbx usd usdz zip tar 7z rar pdf bin"
+    " safetensors ckpt html htm xhtml xml"
+)
+_OTHER_EXTENSIONS = frozenset(_OTHERS.split())
+_PACKED = re.compile(r"\.(?:gz|gzip|zst|br)$", re.IGNORECASE)
+_EXTENSION = re.compile(r"[^/]\.([A-Za-z0-9]{1,16})$")
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+_MARKUP = re.compile(
+    r"<(?:[!?]|(?:html|head|body|title|meta|link|script|style|svg|math|iframe|base|table|div|center|h[1-6]|p|br|pre"
+    r"|error)\b)",
+    re.IGNORECASE,
+)
+_ELEMENT = re.compile(r"<([A-Za-z][\w:.-]{0,100}+)[\s/>]")
+# What is left of a base64 text that stands for no media, or of one that goes on otherwise.
+_BASE64 = re.compile(
+    r"[\"']?(?:data:[^,\"'<>]{0,200},|[A-Za-z0-9+/_-]{200}|[A-Za-z0-9+/_-]{60,100}+\r?\n[A-Za-z0-9+/_-]{60,100}+\r?\n)"
+)
+_VTT = re.compile(r"WEBVTT(?:[ \t\n]|$)")
+_SRT = re.compile(r"(?:\d{1,9}[ \t]*\n)?\d{1,4}:\d{1,2}:\d{1,2}[,.]\d{1,3}[ \t]*-->[ \t]*\d{1,4}:\d{1,2}:\d{1,2}[,.]\d")
+# The JSON errors of stores and servers: S3 and its kin, Google, Azure, Cloudflare, Supabase, Laravel, Spring, RFC 9457.
+_ERROR_FIELDS = frozenset({"error", "errors", "fault", "exception"})
+_STATUS_FIELDS = ("status", "statuscode", "status_code", "code")
+_BESIDES = (
+    "code message messege msg status statuscode status_code errorcode error_code error_description reason detail"
+    " details description tip tips requestid request_id hostid host_id resource timestamp path success ok trace_id"
+    " type title instance hint file line trace"
+)
+_BESIDE_AN_ERROR = _ERROR_FIELDS.union(_BESIDES.split())
+_ERROR_WORDS = re.compile(r"not found|no such|forbidden|denied|unauthori[sz]ed|expired|does not exist", re.IGNORECASE)
+_WORDS_MOST = 200  # characters of an error that is told in one field
+
+
+class NoText(Exception):
+    """The bytes are not the text that was promised. `breaks_off`: they are the beginning of it."""
+
+    def __init__(self, text: str, *, breaks_off: bool = False) -> None:
+        super().__init__(text)
+        self.breaks_off = breaks_off
+
+
+def promised_text(addresses: Iterable[str], declared: str = "") -> Promise:
+    """Return what text an output is promised to be, or "". The first address whose path has an extension decides.
+
+    `addresses` are the link and the address that it led to; `declared` is the Content-Type of the answer.
+
+    >>> promised_text(["https://h/a.txt?x=.png"]), promised_text(["https://h/a"], "application/json; charset=utf-8")
+    ('text', 'json')
+    >>> promised_text(["https://h/a.png"], "text/plain")
+    ''
+    """
+    for address in addresses:
+        extension = extension_of(address)
+        if extension in _PROMISED_BY_EXTENSION:
+            return _PROMISED_BY_EXTENSION[extension]
+        if extension in _OTHER_EXTENSIONS:
+            return ""
+    return _PROMISED_BY_TYPE.get(declared.partition(";")[0].strip().lower(), "")
+
+
+def extension_of(address: str) -> str:
+    """Return the extension of an address's path in lower case, without that of a packing; "" where it has none.
+
+    >>> extension_of("https://h/a/B.JSON.gz?x=1.png"), extension_of("https://h.txt/a"), extension_of("https://h/.txt")
+    ('json', '', '')
+    """
+    try:
+        path = unquote(urlsplit(address).path)
+    except ValueError:
+        return ""
+    match = _EXTENSION.search(_PACKED.sub("", path.rstrip()))
+    return match[1].lower() if match else ""
+
+
+def text_media(promise: Promise, chunks: Iterable[bytes]) -> Media:
+    """Return what text some bytes are, where text is promised. Raises NoText for a page, an error and other bytes."""
+    start, text, end = "", "", ""
+    size = 0
+    for piece in _decoded(chunks):
+        size += len(piece)
+        start += piece[: START_CHARACTERS - len(start)]
+        end = (end + piece)[-START_CHARACTERS:]
+        if promise == "json":
+            text += piece[: max(0, PARSED_CHARACTERS + 1 - len(text))]
+    start, end = start.lstrip().replace("\r\n", "\n").replace("\r", "\n"), end.rstrip()
+    if not end:
+        raise NoText("nothing, or blanks alone")
+    element = _ELEMENT.match(start)
+    if _MARKUP.match(start) or (element is not None and end.endswith((f"</{element[1]}>", "/>"))):
+        raise NoText("a page or XML")
+    match promise:
+        case "json":
+            if not _is_json(text, end, size):
+                raise NoText("no JSON")
+            return JSON
+        case "subtitles":
+            if _VTT.match(start):
+                return VTT
+            if _SRT.match(start):
+                return SRT
+            raise NoText("no subtitles")
+        case _:
+            if _BASE64.match(start):
+                raise NoText("base64 that stands for no media")
+            if size <= START_CHARACTERS and start.startswith("{"):
+                _refuse_error(start)
+            return PLAIN
+
+
+def _decoded(chunks: Iterable[bytes]) -> Iterator[str]:
+    """Yield the text that bytes are, in UTF-8, or in UTF-16 with its mark. Raises NoText."""
+    decoder: codecs.IncrementalDecoder | None = None
+    rest = b""
+    for chunk in chunks:
+        rest += chunk
+        if decoder is None:
+            if len(rest) < 3:
+                continue
+            decoder = _decoder(rest)
+        yield _checked(decoder, rest)
+        rest = b""
+    yield _checked(decoder or _decoder(rest), rest, final=True)
+
+
+def _decoder(start: bytes) -> codecs.IncrementalDecoder:
+    wide = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return codecs.getincrementaldecoder("utf-16" if wide else "utf-8-sig")()
+
+
+def _checked(decoder: codecs.IncrementalDecoder, data: bytes, *, final: bool = False) -> str:
+    try:
+        text = decoder.decode(data, final)
+    except UnicodeDecodeError as error:
+        cut = final and error.end >= len(error.object)
+        raise NoText("no UTF-8 text", breaks_off=cut) from None
+    if _CONTROL.search(text.replace("\r", "")):
+        raise NoText("a text with control characters")
+    return text
+
+
+def _is_json(text: str, end: str, size: int) -> bool:
+    """Return whether a text is JSON. One that is too much to parse is judged by its first and last sign.
+
+    Raises NoText for the JSON of an error, and for the beginning of a JSON text.
+    """
+    text = text.strip()
+    if size > PARSED_CHARACTERS or too_many_values(text.encode()):
+        return (text[:1], end[-1:]) in (("{", "}"), ("[", "]"))
+    try:
+        _check_no_error(_parsed(text))
+    except json.JSONDecodeError as error:
+        cut = error.pos >= len(text) or error.msg.startswith("Unterminated string")
+        raise NoText("no JSON", breaks_off=cut) from None
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _parsed(text: str) -> Any:
+    return json.loads(text, parse_int=str, parse_float=str)  # numbers of any length
+
+
+def _refuse_error(text: str) -> None:
+    """Raise NoText where a text is the JSON of an error."""
+    try:
+        parsed = _parsed(text)
+    except (ValueError, RecursionError):
+        return
+    _check_no_error(parsed)
+
+
+def _check_no_error(parsed: Any) -> None:
+    """Raise NoText for an object that says what went wrong, and nothing else."""
+    if not isinstance(parsed, dict):
+        return
+    fields = {str(name).lower(): value for name, value in parsed.items() if value not in (None, "", [], {})}
+    if not fields or not _BESIDE_AN_ERROR.issuperset(fields):
+        return
+    named = not _ERROR_FIELDS.isdisjoint(fields) or any(_is_error_status(fields.get(name)) for name in _STATUS_FIELDS)
+    coded = "code" in fields and "message" in fields
+    alone = [value for name, value in fields.items() if len(fields) == 1 and name in ("message", "detail")]
+    worded = any(isinstance(text, str) and len(text) <= _WORDS_MOST and _ERROR_WORDS.search(text) for text in alone)
+    if named or coded or worded:
+        raise NoText("the JSON of an error")
+
+
+def _is_error_status(value: Any) -> bool:
+    text = str(value).lower()
+    return text in ("error", "failed", "failure", "fail") or (
+        text.isascii() and re.fullmatch("[45][0-9]{2}", text) is not None
+    )

@@ -1,0 +1,1 @@
+"""API keys and personal data found in texts. Pure."""

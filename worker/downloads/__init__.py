@@ -1,0 +1,1 @@
+"""Downloads outputs: claim, transfer, check, store, record."""

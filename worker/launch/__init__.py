@@ -1,0 +1,1 @@
+"""Starts and supervises processes: `fetch-worker up`, its supervisor, the embedded Redis."""

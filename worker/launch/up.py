@@ -1,0 +1,194 @@
+"""`fetch-worker up`: checks settings and servers, then keeps the Procfile's processes running until told to stop."""
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TextIO
+
+from kombu.connection import Connection
+from kombu.utils.url import maybe_sanitize_url
+from redis.exceptions import RedisError
+
+from worker.coordination.rate_limiter import redis_client
+from worker.core.display import display_json, display_text
+from worker.errors import SettingsError, Unavailable
+from worker.launch.embedded_redis import START_SECONDS, EmbeddedRedis
+from worker.launch.supervisor import (
+    OWN_NAME,
+    RELEASE,
+    Line,
+    Program,
+    Say,
+    Supervisor,
+    merged_environment,
+    own_procfile,
+    program,
+    read_procfile,
+)
+from worker.settings import EMBEDDED_SOCKET, KEY_NAMES, PROCESS_SETTINGS, Settings, dotenv_file, load
+from worker.store.engine import connected, make_engine
+from worker.system.json_logs import OPENING, plain_line
+from worker.system.own_package import advice, other_worker, python_path
+
+SERVER_SECONDS = 5.0
+LOOK_SECONDS = 0.05
+EMBEDDED_NAME = "redis"
+COULD_NOT = 1
+OUR_APP = "worker.app"
+OUR_NAMES = frozenset({RELEASE, "worker", "downloads", "beat", "flower"})
+
+_COLOURS = (36, 33, 32, 35, 34, 31, 96, 93, 92, 95)
+
+
+def up() -> int:
+    """The exit code: 0 after a stop by signal, 1 where a server or the migration refuses, 2 for wrong settings.
+
+    Raises SettingsError and Unavailable before anything is started.
+    """
+    settings = load()
+    folder = Path.cwd()
+    lines = _runnable(read_procfile(procfile(folder)))
+    other = other_worker(python_path(merged_environment(dotenv_file()).get("PYTHONPATH", "")))
+    if other is not None:
+        raise SettingsError(advice(other))
+    environment = merged_environment(dotenv_file()) | {"STATE_DIRECTORY": str(settings.state)}
+    embedded = EmbeddedRedis(settings.state / EMBEDDED_SOCKET, settings.state / "redis", keeps=True)
+    check_database(settings)
+    if settings.redis_url:
+        check_redis(settings.redis, "REDIS_URL")
+    else:
+        environment["REDIS_URL"] = embedded.url
+    if settings.broker_url:
+        check_broker(settings.broker)
+
+    as_json = settings.json_logs(sys.stdout)
+    environment["LOG_FORMAT"] = "json" if as_json else "text"
+    say = json_writer(sys.stdout) if as_json else writer([line.name for line in lines], sys.stdout)
+    if not settings.keys:
+        say(OWN_NAME, f"no API key: jobs are accepted and held; set {KEY_NAMES[0]} (or {KEY_NAMES[1]}) and start again")
+    programs = [program(line, environment) for line in lines if _settings_allow(settings, line.name, say)]
+    with Supervisor(folder, say) as supervisor:
+        if not settings.redis_url and embedded.claim():
+            _start_embedded(supervisor, embedded)
+        for release in (one for one in programs if one.name == RELEASE):
+            code = supervisor.run_once(release)
+            if code:
+                say(OWN_NAME, f"{RELEASE} ended with exit code {code}: nothing else is started")
+                return code if code == 2 else COULD_NOT
+        for one in programs:
+            if one.name != RELEASE and not supervisor.told:
+                supervisor.start(one)
+        return supervisor.run()
+
+
+def procfile(folder: Path) -> Path:
+    """The folder's Procfile where it runs our app and nothing else, else our own: a web app's is not ours to run."""
+    here = folder / "Procfile"
+    if here.is_file() and OUR_APP in here.read_text(encoding="utf-8", errors="replace"):
+        return here if {line.name for line in read_procfile(here)} <= OUR_NAMES else own_procfile()
+    return own_procfile()
+
+
+def _runnable(lines: Sequence[Line]) -> list[Line]:
+    """The lines that can be run with what is installed."""
+    kept = [line for line in lines if line.name != "flower" or find_spec("flower")]
+    if len(kept) < len(lines):
+        print("flower is left out: pip install 'fetch-worker[flower]'", file=sys.stderr)
+    return kept
+
+
+def _settings_allow(settings: Settings, name: str, say: Say) -> bool:
+    """Whether a process can start with these settings; one that can't is left out, the others need none of its own."""
+    if name not in PROCESS_SETTINGS:
+        return True
+    try:
+        settings.check(name)
+    except SettingsError as wrong:
+        say(OWN_NAME, f"{name} is left out: {wrong}")
+        return False
+    return True
+
+
+def _start_embedded(supervisor: Supervisor, embedded: EmbeddedRedis) -> None:
+    plain = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "TZ")}
+    supervisor.start(Program(EMBEDDED_NAME, embedded.words, plain, outlives=True))
+    supervisor.wait_until(embedded.answers, START_SECONDS, LOOK_SECONDS)
+    if not supervisor.told and not embedded.answers():
+        raise Unavailable(f"the embedded Redis on {embedded.socket} does not answer; its words are above")
+
+
+# ── servers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_database(settings: Settings) -> None:
+    """Raises Unavailable, with one line, where the database does not answer."""
+    engine = make_engine(settings.database)
+    try:
+        with connected(settings.database), engine.connect():
+            pass
+    finally:
+        engine.dispose()
+
+
+def check_redis(url: str, variable: str) -> None:
+    """Raises Unavailable, with one line, where no Redis answers."""
+    client = redis_client(url, seconds=SERVER_SECONDS)
+    try:
+        client.ping()
+    except (RedisError, OSError, ValueError) as error:
+        raise Unavailable(_away("Redis", url, error, variable)) from None
+    finally:
+        client.close()
+
+
+def check_broker(url: str) -> None:
+    """Raises Unavailable, with one line, where the Celery broker does not answer."""
+    if url.startswith(("redis", "unix")):
+        check_redis(url, "BROKER_URL")
+        return
+    try:
+        with Connection(url, connect_timeout=SERVER_SECONDS) as connection:
+            connection.connect()
+    except Exception as error:  # each transport has errors of its own, and a missing one has others still
+        raise Unavailable(_away("the broker", url, error, "BROKER_URL")) from None
+
+
+def _away(what: str, url: str, error: Exception, variable: str) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return f"{what} at {maybe_sanitize_url(url)} does not answer ({reason}); check {variable} and the server"
+
+
+# ── what is seen ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def writer(names: Sequence[str], stream: TextIO) -> Say:
+    """Writes lines with the name of their process in front, in a colour of its own on a terminal."""
+    known = [OWN_NAME, EMBEDDED_NAME, *names]
+    width = max(len(name) for name in known)
+    coloured = stream.isatty() and not os.environ.get("NO_COLOR")
+    front: dict[str, str] = {}
+    for number, name in enumerate(known):
+        label = f"{name:<{width}} |"
+        front[name] = f"\x1b[{_COLOURS[number % len(_COLOURS)]}m{label}\x1b[0m " if coloured else f"{label} "
+
+    def say(name: str, text: str) -> None:
+        with suppress(OSError):  # nobody reads any more: the work goes on
+            stream.write(f"{front[name]}{display_text(text)}\n")
+            stream.flush()
+
+    return say
+
+
+def json_writer(stream: TextIO) -> Say:
+    """Writes every line as JSON: those that are it already as they are, all others with the name of their process."""
+
+    def say(name: str, text: str) -> None:
+        line = display_json(text) if text.startswith(OPENING) else plain_line(name, text)
+        with suppress(OSError):  # nobody reads any more: the work goes on
+            stream.write(f"{line}\n")
+            stream.flush()
+
+    return say

@@ -1,0 +1,1 @@
+"""What operators ask and do: snapshot, explanation of a job, health, prune, verify."""

@@ -1,0 +1,27 @@
+"""Which answers are kept: those that no rule reads, and the one that a job ends by without an output."""
+
+from collections.abc import Callable, Sequence
+
+from worker.core.lifecycle import End
+from worker.core.reply import RawAnswer, Unread
+from worker.polling.kept_text import KeptText
+from worker.polling.request_pool import Asked
+from worker.store.results import Outcome
+from worker.store.unread import KeptAnswer
+
+
+def kept_answers(
+    asked: Sequence[Asked], outcomes: Sequence[Outcome], text: Callable[[RawAnswer], KeptText]
+) -> list[KeptAnswer]:
+    """Return what is to be kept of a batch. `text` makes of an answer what may be stored."""
+    return [
+        kept_answer(one, one.raw, text)
+        for one, outcome in zip(asked, outcomes, strict=True)
+        if one.raw is not None and (type(one.reply) is Unread or type(outcome.step) is End)
+    ]
+
+
+def kept_answer(asked: Asked, raw: RawAnswer, text: Callable[[RawAnswer], KeptText]) -> KeptAnswer:
+    """Return an answer as it is kept."""
+    kept = text(raw)
+    return KeptAnswer(asked.job.id, raw.http_status, kept.shape, kept.text, type(asked.reply) is not Unread)

@@ -1,0 +1,204 @@
+"""Keep kombu's transports alive where a message can't even be read.
+
+On Redis any client may push any bytes to a queue's list, and kombu raises whatever its parser raises: the worker exits,
+or connects again. On RabbitMQ py-amqp does so for properties that it can't decode, and gets the same message again.
+Both are mended in place, since kombu makes its transports by itself. Each such message is one line in the log.
+"""
+
+import logging
+from collections.abc import Mapping
+from queue import Empty
+from typing import Any
+from uuid import uuid4
+
+from amqp.basic_message import Message as AmqpMessage
+from kombu.transport import redis as redis_transport
+
+from worker.core.plain_text import plain_text
+from worker.system.redaction import shared_scrubber
+
+log = logging.getLogger(__name__)
+
+UNREADABLE = "fetch-worker-unreadable"  # the only header of a message whose AMQP properties can't be decoded
+SHOWN_MOST = 80  # characters of a foreign text in a log line
+TEXT_MOST = 255
+KOMBU_LOGGER = "kombu.transport.redis"
+QUOTING = ("Cannot process event", "Could not restore message")  # lines of kombu that quote a message's body
+
+
+def guard_transports() -> None:
+    """Mend kombu's Redis transport and py-amqp in this process, once."""
+    transport: Any = redis_transport.Transport
+    if getattr(transport, "guarded", False):
+        return
+    transport.guarded = True
+    _guard_redis_delivery(transport)
+    _guard_redis_reading(redis_transport.Channel)
+    _guard_amqp(AmqpMessage)
+    logging.getLogger(KOMBU_LOGGER).addFilter(_without_bodies)
+
+
+def log_refused(queue: object, size: int, content_type: object, reason: str) -> None:
+    """Log that a message was refused: one line, nothing of its body. `size` is in bytes."""
+    log.error(
+        "message refused queue=%s size=%s content_type=%s reason=%s",
+        *(shown(queue or "unknown"), size, shown(content_type or "none"), reason),
+    )
+
+
+def shown(value: object) -> str:
+    """Return a foreign text for a log line: short, printable, in quotation marks."""
+    return repr(plain_text(shared_scrubber().text(str(value))[:SHOWN_MOST]))
+
+
+def kind(value: object) -> str:
+    """Describe a value by its type and size, never by what it says."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "a boolean"
+        case int() | float():
+            return "a number"
+        case str():
+            return f"a text of {len(value)} characters" if len(value) > TEXT_MOST else f"the text {shown(value)}"
+        case bytes() | bytearray() | memoryview():
+            return "raw bytes"
+        case list() | tuple():
+            return f"a list of {len(value)}"
+        case Mapping():
+            return "an object"
+    return f"of type {type(value).__name__}"
+
+
+def size_of(body: object) -> int:
+    """Return the length of a body, 0 where it has none."""
+    return len(body) if isinstance(body, (str, bytes, bytearray, memoryview)) else 0
+
+
+def is_lost_connection(error: Exception, connection_errors: tuple[type[Exception], ...]) -> bool:
+    """Whether an error means that the broker is away. kombu counts each KeyError as that on Redis."""
+    return isinstance(error, connection_errors) and not isinstance(error, KeyError)
+
+
+# ── Redis ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def envelope_problem(raw: object, codecs: Mapping[str, Any]) -> str | None:
+    """Return why an element of a Redis list can't be a kombu message, or None where it can."""
+    if not isinstance(raw, dict):
+        return f"it is {kind(raw)}, not a message"
+    properties = raw.get("properties")
+    if not isinstance(properties, dict):
+        return f"its properties are {kind(properties)}"
+    if not isinstance(raw.get("headers") or {}, dict):
+        return f"its headers are {kind(raw['headers'])}"
+    if not isinstance(raw.get("body") or "", str):
+        return f"its body is {kind(raw['body'])}"
+    tag = properties.get("delivery_tag")
+    if not isinstance(tag, str) or not 0 < len(tag) <= TEXT_MOST:
+        return f"its delivery_tag is {kind(tag)}"
+    delivery = properties.get("delivery_info")
+    if not isinstance(delivery, dict):
+        return f"its delivery_info is {kind(delivery)}"
+    for name in ("exchange", "routing_key"):
+        if not isinstance(delivery.get(name), str):
+            return f"its {name} is {kind(delivery.get(name))}"
+    encoding = properties.get("body_encoding")
+    if encoding and not (isinstance(encoding, str) and (encoding in codecs or encoding.lower() == "utf-8")):
+        return f"its body_encoding is {kind(encoding)}"
+    return None
+
+
+def _guard_redis_delivery(transport: Any) -> None:
+    """Check what a queue's list had before kombu makes a message of it."""
+    deliver: Any = transport._deliver
+    codecs = redis_transport.Channel.codecs
+
+    def guarded(self: Any, message: Any, queue: str) -> None:
+        self.element = None  # it could be parsed: what fails from here on is said here
+        problem = envelope_problem(message, codecs)
+        if problem is None:
+            if message.get("headers") is None:
+                message["headers"] = {}
+            message["properties"]["delivery_tag"] = str(uuid4())  # two in flight must not share one
+            try:
+                deliver(self, message, queue)
+            except Exception as error:
+                if is_lost_connection(error, self.connection_errors + self.channel_errors):
+                    raise
+                problem = f"it can't be read ({type(error).__name__})"
+        if problem is not None:
+            body, content_type = (message.get("body"), message.get("content-type")) if _is_dict(message) else ("", None)
+            log_refused(queue, size_of(body), content_type, problem)
+
+    transport._deliver = guarded
+
+
+def _is_dict(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _guard_redis_reading(channel: Any) -> None:
+    """Go on after an element that is no JSON. It has left its list already."""
+    read, receive = channel._brpop_read, channel._receive_one
+
+    def brpop_read(self: Any, **options: Any) -> Any:
+        transport = self.connection
+        transport.element = None
+
+        def note(reply: Any, **_: Any) -> Any:
+            if reply:
+                transport.element = (reply[0], len(reply[1]))
+            return reply
+
+        self.client.set_response_callback("BRPOP", note)
+        try:
+            return read(self, **options)
+        except Empty:
+            raise
+        except Exception as error:
+            if transport.element is None:
+                raise
+            (key, size), transport.element = transport.element, None
+            queue = key.decode("utf-8", "replace") if isinstance(key, bytes) else key
+            log_refused(queue.split(self.sep)[0], size, None, f"it is no JSON ({type(error).__name__})")
+            return True
+
+    def receive_one(self: Any, client: Any) -> Any:
+        try:
+            return receive(self, client)
+        except Empty:
+            raise
+        except Exception as error:
+            if is_lost_connection(error, self.connection_errors):
+                raise
+            log_refused("remote control", 0, None, f"it can't be read ({type(error).__name__})")
+            return True
+
+    channel._brpop_read, channel._receive_one = brpop_read, receive_one
+
+
+def _without_bodies(record: logging.LogRecord) -> bool:
+    """Take the message's body, and the traceback, out of what kombu logs."""
+    if isinstance(record.msg, str) and record.msg.startswith(QUOTING):
+        record.msg = f"{record.msg.split('%', 1)[0].strip()}: it is malformed"
+        record.args, record.exc_info, record.exc_text = (), None, None
+    return True
+
+
+# ── RabbitMQ ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _guard_amqp(message: Any) -> None:
+    """Give a message whose properties can't be decoded a header that says so. Its body has frames of its own."""
+    load: Any = message._load_properties
+
+    def load_properties(self: Any, class_id: Any, buffer: Any, offset: int) -> Any:
+        try:
+            return load(self, class_id, buffer, offset)
+        except Exception as error:
+            self.properties = {"application_headers": {UNREADABLE: type(error).__name__}}
+            return offset
+
+    message._load_properties = load_properties

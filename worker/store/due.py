@@ -1,0 +1,56 @@
+"""When there is something to do: what is due now, and the next moment at which anything will be."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, bindparam, func, select, union_all
+
+from worker.store.schema import HELD_UNTIL, gates, jobs, outputs
+
+_NOW = bindparam("now", type_=jobs.c.due_at.type)
+_WAITING = (
+    select(jobs.c.account, jobs.c.remote_id, jobs.c.submitted_at, jobs.c.due_at)
+    .where(jobs.c.due_at.is_not(None))
+    .order_by(jobs.c.id)
+)
+_DUE_OUTPUTS = (
+    select(outputs.c.id)
+    .where(outputs.c.due_at.is_not(None), outputs.c.due_at <= _NOW)
+    .order_by(outputs.c.listed_at, outputs.c.id)
+)
+_NEXT_REQUEST = union_all(
+    *(
+        select(func.min(column).label("moment")).where(column > _NOW, column < HELD_UNTIL)  # no leap to the year 9999
+        for column in (jobs.c.due_at, gates.c.until, gates.c.probe_at)
+    )
+)
+_NEXT_DOWNLOAD = select(func.min(outputs.c.due_at)).where(outputs.c.due_at > _NOW)
+_UNFINISHED = select(jobs.c.id).where(jobs.c.completed_at.is_(None)).order_by(jobs.c.id)
+
+
+def waiting_jobs(connection: Connection) -> Sequence[Any]:
+    """The account, remote id, submission and due time of every job that waits for a request."""
+    return connection.execute(_WAITING).all()
+
+
+def due_outputs(connection: Connection, *, now: datetime) -> list[int]:
+    """The outputs that are due, oldest link first."""
+    return list(connection.execute(_DUE_OUTPUTS, {"now": now}).scalars())
+
+
+def next_request(connection: Connection, *, after: datetime) -> datetime | None:
+    """When the next job is due, or a gate opens; None where nothing is to come."""
+    moments = connection.execute(_NEXT_REQUEST, {"now": after}).scalars()
+    return min((moment for moment in moments if moment is not None), default=None)
+
+
+def next_download(connection: Connection, *, after: datetime) -> datetime | None:
+    """When the next output is due; None where none is to come."""
+    moment: datetime | None = connection.execute(_NEXT_DOWNLOAD, {"now": after}).scalar()
+    return moment
+
+
+def unfinished(connection: Connection) -> list[int]:
+    """The jobs that are in no final state, oldest first."""
+    return list(connection.execute(_UNFINISHED).scalars())

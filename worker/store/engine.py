@@ -1,0 +1,450 @@
+"""Engines, one per process and URL: how they connect, begin transactions and replace connections; and the clock.
+
+A server has defaults for everything that a session leaves open: isolation, time zone, time-outs, how values are
+written. An app, an operator or a hosting provider may have changed them. So each connection and each transaction says
+what the statements of this package rely on. Two things are left to the server on purpose: `search_path`, since apps
+keep our tables in a schema of their own that way, and whether it may be written to. A default of read-only is obeyed:
+it is how operators and providers stop writes before a failover, or when a disk is full.
+"""
+
+import math
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.engine import URL
+from sqlalchemy.engine.interfaces import ExceptionContext
+from sqlalchemy.exc import DataError, DBAPIError, DisconnectionError, InvalidatePoolError
+
+from worker.errors import DeploymentError, SchemaOutdated, SettingsError
+from worker.store.database_errors import FULL, TOO_LARGE, conflict, driver_meaning
+from worker.store.database_errors import connected as connected
+from worker.store.database_errors import described as described
+from worker.store.database_errors import missing_table as missing_table
+from worker.store.database_errors import reason as reason
+from worker.store.database_errors import server_trouble as server_trouble
+from worker.store.database_errors import shown_url as shown_url
+from worker.store.database_errors import trouble as trouble
+from worker.store.schema import MYSQL_FAMILY, VERSION_TABLE
+
+SCHEMA_VERSION = "0011"
+LOCK_TIMEOUT_SECONDS = 15
+MYSQL_LOCK_SECONDS = 5
+STATEMENT_TIMEOUT_SECONDS = 60
+IDLE_IN_TRANSACTION_SECONDS = 60  # a process that stands still in a transaction must not hold its locks for longer
+IDLE_SECONDS = 2.0
+POOL_KEEPS, POOL_ADDS = 4, 4  # no transaction waits for the network, so a few connections serve many threads
+FULL_SECONDS = 10.0  # how long a server without a free connection is asked again
+ENCODING = "UTF8"
+MYSQL_BATCH_BYTES = 1_024_000  # PyMySQL puts the rows of one INSERT together up to this size
+
+# Execution options: no harm is done if a crash of the server undoes the commit; seconds to wait for a locked row; only
+# reading is done, all of it as of one moment, and no writer waits for it; a statement may take as long as it takes.
+RELAXED = "fetch_worker_relaxed"
+PATIENCE = "fetch_worker_patience"
+SNAPSHOT = "fetch_worker_snapshot"
+UNLIMITED = "fetch_worker_unlimited"
+
+DEADLOCK_PAUSES = (0.02, 0.1, 0.5)  # seconds at most, before a transaction that had to yield is tried again
+
+# libpq's options, where the URL has no others. A server that vanished without a word is noticed within half a minute.
+POSTGRES_OPTIONS: Mapping[str, Any] = {
+    "connect_timeout": 5,
+    "application_name": "fetch-worker",
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 4,
+    "tcp_user_timeout": 30_000,  # milliseconds
+}
+# Settings of each transaction. `DateStyle`: psycopg reads times in ISO alone. `extra_float_digits`: floats come back as
+# they were stored. `synchronous_commit`: "committed" means written to disk; a stronger setting of the server stays.
+# Each costs some 4 microseconds, so what no statement of ours depends on is not here: psycopg reads both forms of
+# `bytea_output`, no interval is ever read, and no SQL text has a backslash for `standard_conforming_strings`.
+POSTGRES_SETTINGS: Mapping[str, str] = {
+    "timezone": "'UTC'",
+    "datestyle": "'ISO'",
+    "extra_float_digits": "'3'",
+    "idle_in_transaction_session_timeout": f"'{IDLE_IN_TRANSACTION_SECONDS}s'",
+    "synchronous_commit": "replace(current_setting('synchronous_commit'), 'off', 'on')",
+}
+# Settings of each session. They are set before SQLAlchemy asks for `sql_mode`, to learn how names are quoted. The
+# comments are read by MariaDB alone, and by MySQL alone.
+MYSQL_SETTINGS = (
+    "SET SESSION time_zone = '+00:00', sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION',"
+    " sql_safe_updates = 0, sql_auto_is_null = 0, sql_select_limit = 18446744073709551615, sql_big_selects = 1,"
+    " completion_type = 0, foreign_key_checks = 1, unique_checks = 1, default_storage_engine = InnoDB,"
+    f" innodb_lock_wait_timeout = {MYSQL_LOCK_SECONDS}, lock_wait_timeout = {LOCK_TIMEOUT_SECONDS}"
+    f" /*M!100100 , max_statement_time = {STATEMENT_TIMEOUT_SECONDS}, check_constraint_checks = 1 */"
+    f" /*!50708 , max_execution_time = {STATEMENT_TIMEOUT_SECONDS * 1000} */"
+)
+SQLITE_SETTINGS = (
+    "journal_mode=WAL",
+    "synchronous=NORMAL",
+    "foreign_keys=ON",
+    "ignore_check_constraints=OFF",
+    "query_only=OFF",
+)
+# Whether a server takes no writes: it is a standby, or was set to read-only. It answers SELECT 1 all the same.
+READ_ONLY_QUERIES: Mapping[str, str] = {
+    "postgresql": "SHOW transaction_read_only",
+    "mysql": "SELECT @@GLOBAL.read_only",
+    "mariadb": "SELECT @@GLOBAL.read_only",
+    "sqlite": "SELECT 0",
+}
+WRITABLE = ("off", "0", "false", "none")
+
+PACKET_TOO_LARGE = 1153  # MariaDB's number
+
+T = TypeVar("T")
+
+_USED = "fetch-worker: when the connection was last given back"
+_LARGEST = "fetch-worker: the server's max_allowed_packet"
+_CLOCK = "fetch-worker: the database's time, and the monotonic time at which it was read"
+
+_engines: dict[tuple[int, str], Engine] = {}
+_engines_lock = threading.Lock()
+_clock: Callable[[], datetime] | None = None
+
+
+def _new_engines_lock() -> None:
+    """In a forked child: a thread that held the lock in the parent is not there to release it."""
+    global _engines_lock
+    _engines_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_new_engines_lock)
+
+
+def engine_for(url: URL) -> Engine:
+    """This process's engine for `url`. A forked child gets one of its own: sharing a connection would mix up rows."""
+    key = (os.getpid(), url.render_as_string(hide_password=False))
+    with _engines_lock:
+        if key not in _engines:
+            _engines[key] = make_engine(url)
+        return _engines[key]
+
+
+def close_engines() -> None:
+    """Close the idle connections of this process's engines, and forget the engines."""
+    with _engines_lock:
+        engines = [_engines.pop(key) for key in list(_engines) if key[0] == os.getpid()]
+    for engine in engines:
+        engine.dispose()
+
+
+@contextmanager
+def engine_in_place(url: URL, engine: Engine) -> Iterator[None]:
+    """Has this process use an engine that somebody else made: a database in memory has no other."""
+    key = (os.getpid(), url.render_as_string(hide_password=False))
+    with _engines_lock:
+        before = _engines.get(key)
+        _engines[key] = engine
+    try:
+        yield
+    finally:
+        with _engines_lock:
+            if before is None:
+                _engines.pop(key, None)
+            else:
+                _engines[key] = before
+
+
+def make_engine(url: URL, *, any_encoding: bool = False, **arguments: Any) -> Engine:
+    """Return a new engine; `arguments` are SQLAlchemy's. Raises SettingsError where the driver is not installed.
+
+    Its connections raise DeploymentError where the database's encoding is not UTF-8, unless `any_encoding` is allowed.
+    """
+    backend = url.get_backend_name()
+    arguments |= {"connect_args": _connect_options(url)}
+    if backend == "sqlite" and url.database and not url.database.startswith((":memory:", "file:")):
+        _make_private_file(Path(url.database))
+    try:
+        engine = create_engine(url, pool_size=POOL_KEEPS, max_overflow=POOL_ADDS, hide_parameters=True, **arguments)
+    except ImportError as missing:
+        extra = {"postgresql": "postgres"}.get(backend, "mysql")
+        raise SettingsError(f"DATABASE_URL needs {missing.name}: pip install 'fetch-worker[{extra}]'") from None
+    event.listen(engine, "do_connect", _wait_for_a_place)
+    event.listen(engine, "checkout", _Ping(READ_ONLY_QUERIES[backend]))
+    event.listen(engine, "checkin", _note_use)
+    event.listen(engine, "handle_error", _replace_connections)
+    if backend == "sqlite":
+        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+    elif backend == "postgresql":
+        if not any_encoding:
+            event.listen(engine, "connect", _check_encoding)
+        event.listen(engine, "begin", _begin_postgres)
+    else:
+        event.listen(engine, "connect", _prepare_mysql)
+        event.listen(engine, "begin", _begin_mysql)
+    return engine
+
+
+def _connect_options(url: URL) -> dict[str, Any]:
+    match url.get_backend_name():
+        case "sqlite":
+            return {"timeout": LOCK_TIMEOUT_SECONDS}
+        case "postgresql":
+            # No server-side prepared statements: a pooler in transaction mode would mix them up. Transactions are begun
+            # by `_begin_postgres`.
+            options = {"prepare_threshold": None, "autocommit": True, "client_encoding": "utf8"}
+            return options | {name: value for name, value in POSTGRES_OPTIONS.items() if name not in url.query}
+        case _:
+            return {"charset": "utf8mb4", "init_command": MYSQL_SETTINGS, "autocommit": False}
+
+
+def _make_private_file(path: Path) -> None:
+    """Make an SQLite file that others on the machine can't read: SQLite itself lets them. One that is there stays."""
+    with suppress(OSError):  # SQLite says it in its own words when it connects
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o660))
+
+
+def _wait_for_a_place(dialect: Any, record: Any, arguments: Any, options: Any) -> Any:
+    """Connects; where the server has no connection left it waits a while for one, since that passes by itself."""
+    until = time.monotonic() + FULL_SECONDS
+    while True:
+        try:
+            return dialect.connect(*arguments, **options)
+        except dialect.loaded_dbapi.OperationalError as error:
+            if time.monotonic() >= until or driver_meaning(error) is not FULL:
+                raise
+            time.sleep(random.uniform(0.05, 0.3))
+
+
+def _note_use(connection: Any, record: Any) -> None:
+    record.info[_USED] = time.monotonic()
+
+
+class _Ping:
+    """Checks a connection that was idle for a while, before it is used: it still works, and the server takes writes.
+
+    A connection to a server that became a standby is of no use, though it answers; a new one may lead to the primary.
+    """
+
+    def __init__(self, query: str) -> None:
+        self._query = query
+
+    def __call__(self, connection: Any, record: Any, fairy: Any) -> None:
+        if time.monotonic() - record.info.get(_USED, time.monotonic()) < IDLE_SECONDS:
+            return
+        try:
+            cursor = connection.cursor()
+            cursor.execute(self._query)
+            read_only = str(cursor.fetchone()[0]).lower() not in WRITABLE
+            cursor.close()
+            connection.rollback()
+        except Exception as error:  # whatever the driver raises: the pool opens another one
+            raise DisconnectionError(str(error)) from None
+        if read_only:
+            raise InvalidatePoolError("the server takes no writes")
+
+
+def _replace_connections(context: ExceptionContext) -> None:
+    """Close the connections of the pool after errors that say that the server behind them can't be used.
+
+    SQLAlchemy does it by itself for a connection that is closed. It does not know of a server that is read-only now.
+    """
+    code = driver_meaning(context.original_exception)
+    if code is None or context.connection is None:
+        return
+    limit = context.connection.info.get(_LARGEST)
+    if code is TOO_LARGE:  # the server closes this connection after it; the others are well
+        context.is_disconnect = True
+        context.invalidate_pool_on_disconnect = False
+    elif limit is not None and context.is_disconnect and (size := _statement_bytes(context)) > limit:
+        # Some versions only close the connection. That is not the server's fault: trying again would never end.
+        context.invalidate_pool_on_disconnect = False
+        message = f"a statement of {size} bytes is larger than max_allowed_packet ({limit})"
+        cause = context.dialect.loaded_dbapi.DataError(PACKET_TOO_LARGE, message)
+        raise DataError(None, None, cause, hide_parameters=True, connection_invalidated=True)
+    elif code.reconnect:
+        context.is_disconnect = True
+
+
+def _statement_bytes(context: ExceptionContext) -> int:
+    """Return the size of the largest statement that PyMySQL sent for an execution."""
+    if context.statement is None or context.execution_context is None:
+        return 0
+    mogrify: Any = context.execution_context.cursor.mogrify  # of PyMySQL
+    rows = context.parameters if isinstance(context.parameters, list) else [context.parameters]
+    sizes = [len(mogrify(context.statement, row).encode(errors="surrogateescape")) for row in rows]
+    return max(*sizes, min(sum(sizes), MYSQL_BATCH_BYTES)) if len(sizes) > 1 else sum(sizes)
+
+
+def _prepare_sqlite(connection: Any, record: Any) -> None:
+    connection.isolation_level = None  # we begin transactions ourselves
+    connection.create_function("ln", 1, _logarithm, deterministic=True)  # not in every build
+    for pragma in (*SQLITE_SETTINGS, f"busy_timeout={LOCK_TIMEOUT_SECONDS * 1000}"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _logarithm(value: float | None) -> float | None:
+    return None if value is None or value <= 0 else math.log(value)
+
+
+def _check_encoding(connection: Any, record: Any) -> None:
+    encoding = connection.info.parameter_status("server_encoding")  # the server says it as it greets: no round trip
+    if encoding not in (ENCODING, None):
+        connection.close()
+        raise DeploymentError(wrong_encoding(encoding))
+
+
+def odd_encoding(engine: Engine) -> str | None:
+    """Return the database's encoding where it is not UTF-8, else None. Raises what the driver raises."""
+    if engine.dialect.name != "postgresql":
+        return None
+    with engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        encoding: str | None = driver.info.parameter_status("server_encoding")
+    return None if encoding == ENCODING else encoding
+
+
+def wrong_encoding(encoding: str) -> str:
+    """Return what to do about a database of another encoding than UTF-8, where some texts can't be stored."""
+    return (
+        f"the database's encoding is {encoding}, but it must be {ENCODING}: dump it, CREATE DATABASE … ENCODING"
+        f" '{ENCODING}' TEMPLATE template0, restore the dump there and correct DATABASE_URL"
+    )
+
+
+def _prepare_mysql(connection: Any, record: Any) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")  # no locks on gaps between rows
+        cursor.execute("SELECT @@max_allowed_packet")
+        record.info[_LARGEST] = int(cursor.fetchone()[0])
+    connection.rollback()
+
+
+def limit_statements(connection: Connection, seconds: int) -> None:
+    """Limit the statements of a MariaDB or MySQL session, 0 for not at all. PostgreSQL has `UNLIMITED` for it."""
+    if connection.dialect.name in MYSQL_FAMILY:
+        mariadb, mysql = f"max_statement_time = {seconds}", f"max_execution_time = {seconds * 1000}"
+        connection.exec_driver_sql(f"SET SESSION sql_auto_is_null = 0 /*M!100100 , {mariadb} */ /*!50708 , {mysql} */")
+
+
+def _begin_mysql(connection: Connection) -> None:
+    if connection.get_execution_options().get(SNAPSHOT, False):
+        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")  # the next one only
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A transaction that reads first and writes later would fail at once when another wrote in between.
+    snapshot = connection.get_execution_options().get(SNAPSHOT, False)
+    connection.exec_driver_sql("BEGIN" if snapshot else "BEGIN IMMEDIATE")
+
+
+def _begin_postgres(connection: Connection) -> None:
+    """Begin, set what the transaction relies on, and read the clock, in one round trip. Nothing outlives it."""
+    dialect = connection.dialect
+    options = connection.get_execution_options()
+    statement = _begin_statement(
+        options.get(SNAPSHOT, False),
+        options.get(RELAXED, False),
+        options.get(PATIENCE, LOCK_TIMEOUT_SECONDS),
+        0 if options.get(UNLIMITED, False) else STATEMENT_TIMEOUT_SECONDS,
+        (dialect.server_version_info or (0,)) >= (17,),
+    )
+    try:
+        cursor: Any = connection.connection.cursor()
+        with cursor:
+            cursor.execute(statement)
+            cursor.nextset()
+            connection.info[_CLOCK] = (cursor.fetchone()[0].astimezone(UTC), time.monotonic())
+    except dialect.loaded_dbapi.Error as error:
+        # SQLAlchemy's own way from a driver's error to its own, and to the end of a broken connection. There is no
+        # public one for statements of two results.
+        connection._handle_dbapi_exception(error, statement, None, None, None)
+
+
+@cache
+def _begin_statement(
+    snapshot: bool, relaxed: bool, patience: float, statement_seconds: int, has_transaction_timeout: bool
+) -> str:
+    isolation = "REPEATABLE READ READ ONLY" if snapshot else "READ COMMITTED"
+    values = dict(POSTGRES_SETTINGS) | {
+        "lock_timeout": f"'{patience * 1000:.0f}ms'",
+        "statement_timeout": f"'{statement_seconds}s'",
+    }
+    if relaxed:
+        values |= {"synchronous_commit": "'off'"}
+    if has_transaction_timeout:
+        values |= {"transaction_timeout": "'0'"}  # each statement and each pause has a limit already
+    settings = ", ".join(f"set_config('{name}', {value}, true)" for name, value in values.items())
+    return f"BEGIN ISOLATION LEVEL {isolation} NOT DEFERRABLE; SELECT clock_timestamp(), {settings}"
+
+
+def database_now(connection: Connection) -> datetime:
+    """The database's clock, aware, UTC: the one clock that decides what is due and which lease is over."""
+    if _clock is not None:
+        return _clock()
+    backend = connection.dialect.name
+    if backend == "postgresql":
+        if connection.in_transaction() and _CLOCK in connection.info:
+            began: tuple[datetime, float] = connection.info[_CLOCK]
+            return began[0] + timedelta(seconds=time.monotonic() - began[1])
+        # In the transaction of an app, whose DateStyle psycopg may not be able to read.
+        seconds = connection.exec_driver_sql("SELECT extract(epoch FROM clock_timestamp())::double precision")
+        return datetime.fromtimestamp(seconds.scalar_one(), UTC)
+    if backend == "sqlite":
+        return datetime.now(UTC)  # SQLite has no clock but the machine's
+    moment: datetime = connection.exec_driver_sql("SELECT UTC_TIMESTAMP(6)").scalar_one()
+    return moment.replace(tzinfo=UTC)
+
+
+@contextmanager
+def clock_in_place(clock: Callable[[], datetime]) -> Iterator[None]:
+    """Has all of this process believe another clock than the database's: one that a test moves, and nobody waits."""
+    global _clock
+    before, _clock = _clock, clock
+    try:
+        yield
+    finally:
+        _clock = before
+
+
+def takes_writes(connection: Connection) -> bool:
+    """Return whether the server takes writes in this transaction: it may be a standby, or set to read-only."""
+    query = READ_ONLY_QUERIES[connection.dialect.name]
+    return str(connection.exec_driver_sql(query).scalar_one()).lower() in WRITABLE
+
+
+def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
+    """Does work in a transaction; again, a few times, where the server chose it to yield in a deadlock."""
+    for pause in DEADLOCK_PAUSES:
+        try:
+            with engine.begin() as connection:
+                return work(connection)
+        except DBAPIError as error:
+            if not conflict(error):
+                raise
+            time.sleep(random.uniform(0, pause))
+    with engine.begin() as connection:
+        return work(connection)
+
+
+def schema_version(connection: Connection) -> str | None:
+    """The version of our tables, or None where there are none."""
+    if not connection.dialect.has_table(connection, VERSION_TABLE):
+        return None
+    version: str | None = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()  # noqa: S608  # a constant
+    return version
+
+
+def check_schema(engine: Engine) -> None:
+    """Raises SchemaOutdated where the tables are not of this version, Unavailable where no database answers."""
+    with connected(engine.url), engine.connect() as connection:
+        version = schema_version(connection)
+    if version is None:
+        raise SchemaOutdated("the database has no tables of fetch-worker yet: run `fetch-worker migrate`")
+    if version < SCHEMA_VERSION:
+        raise SchemaOutdated(
+            f"the database schema is {version}, this version needs {SCHEMA_VERSION}: run `fetch-worker migrate`"
+        )

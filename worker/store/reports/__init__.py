@@ -1,0 +1,1 @@
+"""Queries that only read: search, pages, figures and history for people. Nothing here writes a job."""
