@@ -168,7 +168,7 @@ def _pumps(nodes: Iterable[Any], before: str, full: bool) -> Iterator[tuple[str,
 
 
 def _modules() -> Iterator[Any]:
-    for found in pkgutil.walk_packages(worker.__path__, "worker."):
+    for found in pkgutil.walk_packages(worker.__path__[:1], "worker."):
         if found.name.split(".")[1] not in NOT_OURS and not found.name.endswith("__main__"):
             try:
                 yield importlib.import_module(found.name)

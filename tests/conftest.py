@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 
 from tests import s3_servers, servers
-from tests.downloads import Stand
+from tests.download_stand import Stand
 from tests.web import Web, web_server
 from worker.client import tracking
 from worker.net import deadlines

@@ -21,8 +21,8 @@ from sqlalchemy import Engine, insert, update
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DataError, OperationalError
 
-from tests.downloads import KEY, MAX_BYTES, PNG, Stand, png
-from tests.net import Net
+from tests.download_stand import KEY, MAX_BYTES, PNG, Stand, png
+from tests.networks import Net
 from tests.rows import job_of, output_of
 from tests.web import Answer, Web, drips, floods, head, page, resets, sends, web_server
 from worker.coordination.leases import LeaseLost

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, event
 
-from tests.downloads import PNG, Stand
+from tests.download_stand import PNG, Stand
 from tests.rows import NOW, add_downloading, add_output, output_of, seconds, take, taken
 from tests.web import Web, head, page
 from worker.core.lifecycle import TryAgain

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from tests.downloads import Stand, png
+from tests.download_stand import Stand, png
 from tests.rows import output_of
 from tests.web import Picture, Web, drips, head, page, sends, web_server
 from worker.core.lifecycle import Attempt
@@ -410,7 +410,7 @@ def test_a_killed_process_leaves_what_the_next_one_goes_on_with(
     program = f"""
 import ipaddress, sys
 from pathlib import Path
-from tests.downloads import Stand
+from tests.download_stand import Stand
 from sqlalchemy.engine import make_url
 from worker.store.engine import make_engine
 Stand(make_engine(make_url("sqlite:///{tmp_path}/test.db")), Path({str(stand.out)!r})).downloader().run({output_id})

@@ -10,8 +10,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import insert
 
-from tests.downloads import PNG, Stand, png
-from tests.net import Net
+from tests.download_stand import PNG, Stand, png
+from tests.networks import Net
 from tests.rows import job_of, output_of
 from tests.web import Answer, Picture, Web, head, page, sends
 from worker.errors import StorageTrouble

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sqlalchemy import delete, insert
 
 from tests.core.test_media_signatures import HTML, KINDS, STARTS, UNITS, WHOLE
-from tests.downloads import Stand
+from tests.download_stand import Stand
 from tests.fuzz.effort import EFFORTS, tried
 from tests.fuzz.urls import urls
 from tests.rows import output_of

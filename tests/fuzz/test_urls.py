@@ -14,10 +14,10 @@ from pydantic import SecretStr
 from urllib3.exceptions import HTTPError
 from urllib3.util import parse_url
 
-from tests.downloads import Stand
+from tests.download_stand import Stand
 from tests.fuzz.effort import EFFORTS, tried
 from tests.fuzz.urls import fetch_urls, urls
-from tests.net import Net
+from tests.networks import Net
 from tests.web import page, sends, web_server
 from worker.core.identity import FetchAddress
 from worker.core.reply import Processing

@@ -9,7 +9,7 @@ import pytest
 import requests
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
-from tests.net import Net
+from tests.networks import Net
 from tests.web import page, web_server
 from worker.net.address_guard import Guard, RefusedTarget, guarded_adapter, is_public
 from worker.net.deadlines import TimedHTTPConnection, TimeLimit, lean_session

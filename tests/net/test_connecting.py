@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from tests.downloads import PNG, Stand
+from tests.download_stand import PNG, Stand
 from tests.waiting import wait_until
 from tests.web import Web, page, web_server
 from worker.core.reply import ApiDown, Processing

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import select, update
 
 import worker
-from tests.downloads import PNG, Stand, png
+from tests.download_stand import PNG, Stand, png
 from tests.downloads.test_downloader import _assert_stored, _make_due
 from tests.rows import job_of, output_of
 from tests.web import Answer, Web, head, page, sends

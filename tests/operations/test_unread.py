@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import Engine, select
 from sqlalchemy.engine import make_url
 
-from tests.downloads import PNG
+from tests.download_stand import PNG
 from tests.servers import celery_worker
 from tests.waiting import wait_until
 from tests.web import Web, page

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import update
 
 import worker
-from tests.downloads import PNG, Stand, png
+from tests.download_stand import PNG, Stand, png
 from tests.rows import job_of, output_of
 from tests.web import Web, page
 from worker.cli import main

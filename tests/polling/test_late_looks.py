@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from sqlalchemy import Engine, Row, event, select, update
 from sqlalchemy.engine import make_url
 
-from tests.downloads import PNG
+from tests.download_stand import PNG
 from tests.rows import add_job, add_output, job_of
 from tests.servers import celery_worker
 from tests.waiting import wait_until

@@ -11,7 +11,7 @@ from sqlalchemy import Engine, func, select
 from sqlalchemy.orm import Session
 
 import worker
-from tests.downloads import PNG, png
+from tests.download_stand import PNG, png
 from tests.servers import celery_worker
 from tests.testing.test_kit import content
 from tests.waiting import wait_until

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from standardwebhooks.webhooks import Webhook
 
 import worker
-from tests.downloads import PNG
+from tests.download_stand import PNG
 from worker.client import holds, tracking
 from worker.errors import JobNotFound, WaitTimeout
 from worker.store import engine as engine_module
