@@ -66,7 +66,7 @@ class Stand:
             max_pixels=MAX_PIXELS,
             timeout=self.timeout,
             deadline=86_400,
-            tell=self.told.extend,
+            notify=self.told.extend,
         )
 
     def add(self, url: str, **changes: Any) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Connection, insert
 
 from tests.rows import add_downloading, add_job, add_output, seconds
-from worker.store.schema import events, gates
+from worker.store.schema import breakers, events
 from worker.system.process_identity import host_name
 
 ELSEWHERE = "0badc0de.7.7"  # a process of another host
@@ -61,16 +61,16 @@ def failed(connection: Connection, remote_id: str, **changes: Any) -> int:
     return waiting(connection, remote_id, **(ended | {"error_message": "no paint left"} | changes))
 
 
-def gate(connection: Connection, scope: str, name: str, **changes: Any) -> None:
+def breaker(connection: Connection, scope: str, name: str, **changes: Any) -> None:
     """An account or a host, accepted and open unless `changes` say otherwise."""
-    connection.execute(insert(gates).values({"scope": scope, "name": name, "proven": True} | changes))
+    connection.execute(insert(breakers).values({"scope": scope, "name": name, "proven": True} | changes))
 
 
 def held(connection: Connection, scope: str, name: str, reason: str, **changes: Any) -> None:
     """An account or host that is held for a minute, and tried again in 20 s."""
     at = now()
     shut = {"reason": reason, "since": at - seconds(60), "probe_at": at + seconds(20), "probes": 3}
-    gate(connection, scope, name, **(shut | changes))
+    breaker(connection, scope, name, **(shut | changes))
 
 
 def event(connection: Connection, job_id: int, *, due: float, **changes: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, Row, select
 
-from worker.store.claims import ClaimedJob, ClaimedOutput, claim_jobs, claim_output, waiting_levels
+from worker.store.claims import ClaimedJob, ClaimedOutput, claim_jobs, claim_output, due_groups
 from worker.store.schema import jobs, outputs
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -86,7 +86,7 @@ def claim(
 ) -> list[ClaimedJob]:
     """Claims due jobs for LEASE, best first."""
     claimed: list[ClaimedJob] = []
-    for level in waiting_levels(connection, [account]):
+    for level in due_groups(connection, [account]):
         left = limit - len(claimed)
         if left:
             claimed += claim_jobs(connection, level, limit=left, token=token, holder=holder, lease=LEASE, now=now)

@@ -11,7 +11,7 @@ from worker.client import tracking
 from worker.errors import NotTrackable, SchemaOutdated, Unavailable, WorkerError
 from worker.process.publishing import log_broker_errors
 from worker.process.redelivery import DELIVERIES_MOST, TooManyDeliveries, remote_id_of
-from worker.process.resources import parts
+from worker.process.resources import process_resources
 from worker.process.runs import DATABASE_AWAY_SECONDS, DATABASE_ERRORS, ProgressEvents, run_polls, run_prune, run_sweep
 from worker.process.transport_guard import shown
 from worker.store.engine import described
@@ -23,7 +23,7 @@ log = get_task_logger(__name__)
 @app.task(name="worker.track", bind=True, ignore_result=False, acks_late=True, throws=(WorkerError,))
 def track(self: Any, remote: Any, **options: Any) -> int:
     """Inserts the job once; its result is the job's id."""
-    own = parts()
+    own = process_resources()
     redelivered = bool((self.request.delivery_info or {}).get("redelivered"))
     try:
         with own.deliveries.counted(self.request.id, redelivered=redelivered):
@@ -39,9 +39,9 @@ def track(self: Any, remote: Any, **options: Any) -> int:
         )
         raise Reject("its process died at each delivery", requeue=False) from None
     except TypeError as wrong:
-        raise NotTrackable(parts().scrubber.text(f"worker.track was called wrongly: {wrong}")) from None
+        raise NotTrackable(process_resources().scrubber.text(f"worker.track was called wrongly: {wrong}")) from None
     except WorkerError as wrong:
-        raise type(wrong)(parts().scrubber.text(str(wrong))) from None
+        raise type(wrong)(process_resources().scrubber.text(str(wrong))) from None
     where = {name: options.get(name) for name in ("fetch_url", "endpoint")}
     if created and planned_job(remote, settings.api, **where, words=settings.status_words).submission.outputs:
         # Ready at once: nothing but a sweep would find its outputs.
@@ -71,7 +71,7 @@ def retry(job_id: int) -> str:
 def poll(self: Any) -> str:
     """Claims and asks until nothing is due for a second, then publishes its successor."""
     said = run_polls(progress=ProgressEvents(self.request))
-    if said != "a run is on already" and not parts().stopping.is_set():
+    if said != "a run is on already" and not process_resources().stopping.is_set():
         log_broker_errors("poll", lambda: poll.apply_async(expires=HINT_EXPIRES_SECONDS))
     return said
 
@@ -81,7 +81,7 @@ def download(output_id: int) -> str:
     """Stores one output."""
     if isinstance(output_id, bool) or not isinstance(output_id, int):
         return "nothing to do: no output id"
-    own = parts()
+    own = process_resources()
     try:
         own.release_dead_claims()
         return own.downloader.run(output_id)

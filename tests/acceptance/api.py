@@ -107,7 +107,7 @@ def spread(seed: int, name: str, least: float, most: float) -> float:
 
 
 @dataclass(slots=True)
-class HostedApi:
+class ApiClient:
     """The state behind both servers: the jobs, the behaviour, and the record of all that was asked."""
 
     seed: int = 1
@@ -242,7 +242,7 @@ def _processing(asked: int) -> dict[str, object]:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    api: ClassVar[HostedApi]
+    api: ClassVar[ApiClient]
 
     def log_message(self, *_: object) -> None:
         """Say nothing: the ledger is the record."""
@@ -386,7 +386,7 @@ class _Server(ThreadingHTTPServer):
 class Running:
     """Both servers in threads of this process; leaving the block closes them."""
 
-    def __init__(self, api: HostedApi, port: int = 0, pictures_port: int = 0) -> None:
+    def __init__(self, api: ApiClient, port: int = 0, pictures_port: int = 0) -> None:
         self.api = api
         bound = {"api": api}
         self._servers = (
@@ -415,7 +415,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--key", action="append", default=[], help="a key to accept; may be given several times")
     options = parser.parse_args()
-    api = HostedApi(seed=options.seed, behaviour=Behaviour(accept=tuple(options.key)))
+    api = ApiClient(seed=options.seed, behaviour=Behaviour(accept=tuple(options.key)))
     with Running(api, options.port, options.pictures_port) as running:
         print(json.dumps({"port": running.port, "pictures_port": running.pictures_port}), flush=True)
         sys.stdin.read()

@@ -12,14 +12,14 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.acceptance.api import Behaviour, HostedApi, Job, Output, Running, picture
+from tests.acceptance.api import ApiClient, Behaviour, Job, Output, Running, picture
 
 KEY = "the right key"
 
 
 @pytest.fixture
 def running() -> Iterator[Running]:
-    with Running(HostedApi(seed=7, behaviour=Behaviour(accept=(KEY,)))) as servers:
+    with Running(ApiClient(seed=7, behaviour=Behaviour(accept=(KEY,)))) as servers:
         yield servers
 
 

@@ -27,7 +27,7 @@ from tests.servers import missing
 from tests.waiting import wait_until
 from worker.sandbox.pictures import draw
 from worker.store.engine import database_now, make_engine
-from worker.store.schema import gates, history
+from worker.store.schema import breakers, history
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("interruptible")]
 
@@ -216,7 +216,9 @@ def test_plots_are_drawn_and_pages_fit_a_telephone(
             connection.execute(insert(history).values(minute=minute - timedelta(minutes=back), body=json.dumps(body)))
         job_id, _ = add_stored(connection, tmp_path / "out", draw("a lake", "1", 0, 128), remote_id="done")
         add_job(connection, "a" * 128, reference="b" * 255, kind="c" * 64)
-        connection.execute(insert(gates).values(scope="account", name="default", reason="key rejected: no", since=NOW))
+        connection.execute(
+            insert(breakers).values(scope="account", name="default", reason="key rejected: no", since=NOW)
+        )
     with served(tmp_path, redis_url, ADMIN_PASSWORD=PASSWORD) as (address, _):
         reader = Reader(chromium, address)
         reader.open("/plots/")

@@ -15,7 +15,7 @@ from tests.admin_pages import PASSWORD, Clock, Operator, add_stored
 from tests.rows import add_job, job_of
 from worker.admin.door import LOGIN_SECONDS, OPEN_ENDPOINTS, Door
 from worker.store.engine import make_engine
-from worker.store.schema import gates
+from worker.store.schema import breakers
 
 ACTIONS = ("retry", "cancel", "hold", "resume")
 
@@ -57,7 +57,7 @@ def test_no_page_and_no_action_answers_without_a_login(
         assert b"bytes" not in answer.data
     assert job_of(engine, job_id) == before
     with engine.connect() as connection:
-        assert connection.execute(select(gates)).all() == []
+        assert connection.execute(select(breakers)).all() == []
 
 
 def test_the_addresses_that_would_edit_or_delete_do_not_exist(site: Flask) -> None:

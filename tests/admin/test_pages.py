@@ -24,7 +24,7 @@ from worker.core.media.signatures import Media
 from worker.errors import Unavailable
 from worker.settings import load
 from worker.store.engine import database_now
-from worker.store.schema import HELD_UNTIL, events, gates, history, jobs
+from worker.store.schema import HELD_UNTIL, breakers, events, history, jobs
 
 FAILED: dict[str, Any] = {"status": "failed", "due_at": None, "completed_at": NOW, "error_code": "api_failed"}
 
@@ -170,10 +170,10 @@ def test_nothing_is_done_before_it_is_confirmed(operator: Operator, engine: Engi
     asked = operator.send("/jobs/action/", action="cancel", rowid=job_id)
     nobody = operator.send("/jobs/action/", action="cancel")
     unknown = operator.send("/jobs/action/", action="delete", rowid=job_id, confirmed="yes")
-    gate = operator.send("/accounts/act/", action="hold", scope="account", name="default")
+    breaker = operator.send("/accounts/act/", action="hold", scope="account", name="default")
 
     assert "Cancel this job?" in asked.text
-    assert "Hold the account default?" in gate.text
+    assert "Hold the account default?" in breaker.text
     assert (nobody.status_code, unknown.status_code) == (302, 302)
     assert job_of(engine, job_id).status == "pending"
 
@@ -181,7 +181,7 @@ def test_nothing_is_done_before_it_is_confirmed(operator: Operator, engine: Engi
 def test_accounts_and_hosts_are_held_and_resumed(operator: Operator, engine: Engine) -> None:
     with engine.begin() as connection:
         add_job(connection)
-        connection.execute(insert(gates).values(scope="host", name="api.test", proven=True))
+        connection.execute(insert(breakers).values(scope="host", name="api.test", proven=True))
     form = {"action": "hold", "confirmed": "yes"}
 
     operator.send("/accounts/act/", **form, scope="account", name="default")
@@ -210,7 +210,7 @@ def test_texts_from_outside_are_text_and_nothing_else(operator: Operator, engine
     with engine.begin() as connection:
         job_id = add_job(connection, **FAILED, reference=evil, error_message=evil, last_answer=evil)
         add_output(connection, job_id, status="failed", due_at=None, error_code="gone", error_message=evil)
-        connection.execute(insert(gates).values(scope="account", name="x", reason=evil, since=NOW))
+        connection.execute(insert(breakers).values(scope="account", name="x", reason=evil, since=NOW))
 
     for path in ("/", "/jobs/", f"/jobs/details/?id={job_id}", "/outputs/", "/accounts/", "/jobs/?search=%3Cscript%3E"):
         text = operator.client.get(path).text

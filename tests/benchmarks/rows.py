@@ -20,7 +20,7 @@ from tests.benchmarks.stand import ROOT, Api, Stand, api, stand
 from tests.benchmarks.table import Rounds, Table
 from worker.core.lifecycle import AskAgain
 from worker.core.pacing.policy import Plan
-from worker.store.claims import ClaimedJob, Level, claim_jobs, waiting_levels
+from worker.store.claims import ClaimedJob, DueGroup, claim_jobs, due_groups
 from worker.store.counters import Tally
 from worker.store.engine import database_now, make_engine
 from worker.store.results import Outcome, record_answers
@@ -28,7 +28,7 @@ from worker.store.results import Outcome, record_answers
 BATCH = 200
 BASE = "http://127.0.0.1:9/api/v3"
 CLAIMS = 60
-LEVEL = Level("default", 0, BASE.split("/")[2], datetime.now(UTC))
+LEVEL = DueGroup("default", 0, BASE.split("/")[2], datetime.now(UTC))
 UNNEST = """
 UPDATE fetch_jobs
 SET due_at = fresh.due, last_answer = fresh.note, claim_token = NULL, claim_holder = NULL, asked_at = %s
@@ -66,7 +66,7 @@ print(json.dumps({name: sorted(found)[len(found) // 2] for name, found in times.
 SHARE = """
 import collections, json, os, sys, threading, time
 from worker.polling import poller as claiming, recorder as recording
-from worker.process.resources import parts
+from worker.process.resources import process_resources
 spent, asked = collections.Counter(), collections.Counter()
 def timed(name, work):
     def inner(*arguments, **options):
@@ -84,7 +84,7 @@ def each_thread(work):
         finally:
             asked[threading.get_ident()] += time.thread_time() - began
     return inner
-for module, names in (claiming, ("claim_jobs", "waiting_levels", "all_gates")), (
+for module, names in (claiming, ("claim_jobs", "due_groups", "all_breakers")), (
     recording, ("record_answers", "mark_asked")
 ):
     for name in names:
@@ -97,8 +97,8 @@ class Timed:
     def __init__(self, engine): self.engine = engine
     def begin(self): return Begun(self.engine.begin())
     def connect(self): return Begun(self.engine.connect())
-parts().make_for({"fetch-worker.polls"})  # as a worker does when it starts
-poller = parts().poller
+process_resources().make_for({"fetch-worker.polls"})  # as a worker does when it starts
+poller = process_resources().poller
 poller._engine, poller._claims = Timed(poller._engine), Timed(poller._claims)
 recorder = poller._recorder
 recorder._batches = Timed(recorder._batches)
@@ -168,7 +168,7 @@ def measure_claims(table: Table, folder: Path) -> None:
                 times[name].append(seconds * 1e3)
         for engine in engines.values():
             with engine.connect() as connection:
-                waiting_levels(connection, ["default"])
+                due_groups(connection, ["default"])
             engine.dispose()
     urgent = urgent_claims(folder)
     middle = {name: median(found) for name, found in times.items()}

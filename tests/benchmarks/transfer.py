@@ -126,7 +126,7 @@ def _downloader(engine: Engine, leases: LeaseKeeper, folder: Path, threads: int)
         max_pixels=150_000_000,
         timeout=60,
         deadline=86_400,
-        tell=lambda ids: None,
+        notify=lambda ids: None,
         per_host=threads,
     )
 

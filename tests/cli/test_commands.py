@@ -18,7 +18,7 @@ from tests.rows import NOW, add_downloading, add_output
 from worker.cli import main
 from worker.core.pacing.policy import Waiting
 from worker.polling.pace_learner import Learner
-from worker.store.schema import gates, jobs
+from worker.store.schema import breakers, jobs
 
 JOB_COLUMNS = {
     "id",
@@ -310,7 +310,7 @@ def test_status_tells_how_everything_stands(database: Engine, run: Run, monkeypa
     run("cancel", "--remote", "2")
     with database.begin() as connection:
         connection.execute(
-            insert(gates).values(scope="account", name="held", proven=True, reason="key: refused", since=NOW)
+            insert(breakers).values(scope="account", name="held", proven=True, reason="key: refused", since=NOW)
         )
     said = run("status", "--json")
     document = said.document
@@ -343,7 +343,7 @@ def test_status_shows_a_host_that_is_held_as_json_too(database: Engine, run: Run
     """Its times are texts, like all others."""
     with database.begin() as connection:
         connection.execute(
-            insert(gates).values(
+            insert(breakers).values(
                 scope="host", name="api.example", proven=True, reason="unreachable: HTTP 404", since=NOW
             )
         )

@@ -17,10 +17,10 @@ from sqlalchemy import Engine, insert, select, update
 from tests.rows import NOW, add_downloading, add_job, add_output, job_of
 from worker.cli import control, main
 from worker.client import actions
-from worker.store.breakers import all_gates
-from worker.store.counters import FINISHED, read_totals
+from worker.store.breakers import all_breakers
+from worker.store.counters import FINISHED, read_counters
 from worker.store.engine import transact
-from worker.store.schema import HELD_UNTIL, events, gates, jobs, outputs
+from worker.store.schema import HELD_UNTIL, breakers, events, jobs, outputs
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def test_cancelling_all_that_a_filter_finds_leaves_the_others(engine: Engine, ru
     assert [job_of(engine, job_id).status for job_id in (ended, other)] == ["failed", "pending"]
     with engine.connect() as connection:
         assert [row.error_code for row in connection.execute(select(outputs)).all()] == ["cancelled"]
-        [total] = [one for one in read_totals(connection, [FINISHED]) if one.figure.label == "cancelled"]
+        [total] = [one for one in read_counters(connection, [FINISHED]) if one.figure.label == "cancelled"]
     assert total.times == 9
     again = run("cancel", "--kind", "video", "--yes", "--json")
     assert (again.code, again.document) == (0, [])
@@ -233,7 +233,7 @@ def test_holding_and_resuming_all_that_a_filter_finds(engine: Engine, run: Run) 
     ids = _add(engine, "1", "2", "3", account="shop", kind="video")
     [other] = _add(engine, "4", account="shop")
     with engine.begin() as connection:
-        connection.execute(insert(gates).values(scope="account", name="shop", paused_at=NOW))
+        connection.execute(insert(breakers).values(scope="account", name="shop", paused_at=NOW))
 
     held = run("hold", "--account", "shop", "--kind", "video", "--yes", "--json")
     listed = run("list", "--held", "--json").document
@@ -410,7 +410,7 @@ def test_hosts_are_held_by_the_names_that_jobs_have(engine: Engine, run: Run, mo
 
     assert [row["name"] for row in said.document] == ["api.test", "other.test:8443"]
     with engine.connect() as connection:
-        assert {key for key, gate in all_gates(connection).items() if gate.paused_at is not None} == {
+        assert {key for key, breaker in all_breakers(connection).items() if breaker.paused_at is not None} == {
             ("host", "api.test"),
             ("host", "other.test:8443"),
         }

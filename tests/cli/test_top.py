@@ -23,8 +23,8 @@ from tests.rows import seconds
 from tests.waiting import wait_until
 from worker.cli import main
 from worker.cli.top import drawn
-from worker.coordination.rate_limiter import SharedBudget, redis_client
-from worker.operations.snapshot import Frame, Watcher
+from worker.coordination.rate_limiter import RateLimiter, redis_client
+from worker.operations.snapshot import Frame, SnapshotReader
 from worker.settings import load
 from worker.store.counters import ANSWERS, Tally
 from worker.store.schema import HELD_UNTIL
@@ -70,9 +70,9 @@ def troubles(connection: Connection) -> dict[str, int]:
     """Every trouble there is; the jobs that have them."""
     at = planted.now()
     planted.held(connection, "account", "refused", "key rejected: Invalid API key")
-    planted.gate(connection, "account", "resting", paused_at=at - seconds(30))
+    planted.breaker(connection, "account", "resting", paused_at=at - seconds(30))
     planted.held(connection, "host", "api.dead.test", "unreachable: no answer from 10.1.2.3")
-    planted.gate(connection, "account", "default", asked_at=at - seconds(400))
+    planted.breaker(connection, "account", "default", asked_at=at - seconds(400))
     jobs = {
         "late": planted.waiting(connection, "late"),
         "refused": planted.waiting(connection, "refused", account="refused"),
@@ -165,7 +165,7 @@ def test_a_frame_fits_80_by_24_and_cuts_each_part(database: Engine) -> None:
             planted.received(connection, f"r{number}")
         count(connection, delays=3)
 
-    frame = Watcher(database, load()).frame()
+    frame = SnapshotReader(database, load()).frame()
     small, large = shown(frame, 80, 24), shown(frame, 140, 140)
 
     assert len(small) <= 24
@@ -201,7 +201,7 @@ def count(connection: Connection, *, answers: int = 0, delays: int = 0) -> None:
 
 def test_rates_are_what_was_counted_between_frames(database: Engine) -> None:
     at = [0.0]
-    watcher = Watcher(database, load(), clock=lambda: at[0])
+    watcher = SnapshotReader(database, load(), clock=lambda: at[0])
     with database.begin() as connection:
         count(connection, answers=1_000, delays=5)
         planted.received(connection, "1", attempts=2, received_bytes=1_000)
@@ -230,15 +230,17 @@ def test_the_first_frame_knows_from_redis_what_is_asked_and_left(
 ) -> None:
     monkeypatch.setenv("REDIS_URL", redis_url)
     redis_client(redis_url, seconds=2).flushall()  # our own: what the test before it took
-    budget = SharedBudget(redis_url)
+    budget = RateLimiter(redis_url)
 
-    free = Watcher(database, load()).frame().accounts[0]
+    free = SnapshotReader(database, load()).frame().accounts[0]
     budget.take("default", 5, rate=10.0)
     budget.taken("default", 4)
 
     assert (free.left, free.used, free.rps) == (2, 0.0, 10.0)
     # it is shown once its second is over
-    wait_until(lambda: Watcher(database, load()).frame().accounts[0].used == 4.0, "four requests are shown as used")
+    wait_until(
+        lambda: SnapshotReader(database, load()).frame().accounts[0].used == 4.0, "four requests are shown as used"
+    )
 
 
 def test_without_redis_the_frame_says_so(database: Engine, top: Top) -> None:

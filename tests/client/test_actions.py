@@ -13,8 +13,8 @@ from worker.client import actions
 from worker.client.actions import Action, act
 from worker.core.lifecycle import AskAgain, End, Strikes
 from worker.settings import Settings, load
-from worker.store.claims import claim_jobs, waiting_levels
-from worker.store.counters import FINISHED, Tally, read_totals
+from worker.store.claims import claim_jobs, due_groups
+from worker.store.counters import FINISHED, Tally, read_counters
 from worker.store.engine import database_now, transact
 from worker.store.reports.search import JobFilter
 from worker.store.results import Outcome, record_answers
@@ -61,7 +61,7 @@ def test_operators_and_workers_on_the_same_jobs_do_not_block_each_other(engine: 
 
     with engine.connect() as connection:
         rows = connection.execute(select(jobs)).all()
-        counted = {one.figure.label: one.times for one in read_totals(connection, [FINISHED])}
+        counted = {one.figure.label: one.times for one in read_counters(connection, [FINISHED])}
     states = Counter(row.status for row in rows)
     assert len(rows) == JOBS
     assert counted.get("failed", 0) == ended
@@ -75,7 +75,7 @@ def _poll(connection: Connection, name: str) -> int:
     now = database_now(connection)
     claimed = [
         job
-        for level in waiting_levels(connection, ["default"])
+        for level in due_groups(connection, ["default"])
         for job in claim_jobs(connection, level, limit=10, token=name, holder=name, lease=LEASE, now=now)
     ]
     outcomes = [

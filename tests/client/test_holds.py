@@ -10,7 +10,7 @@ from sqlalchemy import Engine, select, update
 import worker
 from tests.rows import NOW, add_downloading, add_job, add_output, claim, job_of, output_of, seconds
 from worker.client import actions, holds, tracking
-from worker.core.circuit_breaker import Gate, Scope, limited, refused
+from worker.core.circuit_breaker import CircuitBreaker, Scope, limited, refused
 from worker.core.lifecycle import AskAgain, End, JobFacts, Strikes, after_answer
 from worker.core.reply import Processing
 from worker.errors import JobNotFound
@@ -19,8 +19,8 @@ from worker.operations.overview import overview as read_overview
 from worker.operations.overview import why
 from worker.settings import load
 from worker.store import holds as store
-from worker.store.breakers import all_gates, locked_gate, save_gate
-from worker.store.claims import release_jobs, renew_leases, waiting_levels
+from worker.store.breakers import all_breakers, locked_breaker, save_breaker
+from worker.store.claims import due_groups, release_jobs, renew_leases
 from worker.store.counters import Tally
 from worker.store.due import next_request
 from worker.store.engine import database_now
@@ -49,9 +49,9 @@ def _held(engine: Engine, **changes: Any) -> int:
     return job_id
 
 
-def _gate(engine: Engine, scope: Scope = "account", name: str = "default") -> Gate:
+def _breaker(engine: Engine, scope: Scope = "account", name: str = "default") -> CircuitBreaker:
     with engine.connect() as connection:
-        return all_gates(connection)[scope, name]
+        return all_breakers(connection)[scope, name]
 
 
 # ── one job ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -62,7 +62,7 @@ def test_a_held_job_is_never_claimed_and_no_hint_moves_it(engine: Engine) -> Non
     with engine.begin() as connection:
         assert claim(connection, now=YEARS) == []
         assert nudge(connection, "1", None, now=YEARS, least=LEAST) == 0
-        assert [level.due_at for level in waiting_levels(connection, ["default"])] == [HELD_UNTIL]
+        assert [level.due_at for level in due_groups(connection, ["default"])] == [HELD_UNTIL]
 
     held = job_of(engine, job_id)
     assert (held.status, held.held_at, held.due_at) == ("pending", NOW, HELD_UNTIL)
@@ -202,15 +202,15 @@ def test_an_account_or_a_host_is_held_as_a_whole_until_it_is_resumed(
     database: Engine, scope: Scope, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also one of which nothing is known yet."""
-    assert [holds.hold_gate(scope, name), holds.hold_gate(scope, name)] == [True, False]
-    held = _gate(database, scope, name)
+    assert [holds.hold_account_or_host(scope, name), holds.hold_account_or_host(scope, name)] == [True, False]
+    held = _breaker(database, scope, name)
     assert held.allows(YEARS) == "none"
     assert held.why == "held by an operator"
 
-    assert [holds.resume_gate(scope, name), holds.resume_gate(scope, name)] == [True, False]
+    assert [holds.resume_account_or_host(scope, name), holds.resume_account_or_host(scope, name)] == [True, False]
 
     with database.connect() as connection:
-        assert _gate(database, scope, name).allows(database_now(connection)) != "none"
+        assert _breaker(database, scope, name).allows(database_now(connection)) != "none"
     assert [line.getMessage() for line in caplog.records] == [
         f"held by an operator scope={scope} name={name}",
         f"resumed by an operator scope={scope} name={name}",
@@ -221,19 +221,19 @@ def test_resuming_tries_at_once_what_the_api_holds_and_leaves_what_is_open(datab
     """A refused key gets one call alone, a rate limit is over; nothing is asked to prove itself without need."""
     with database.begin() as connection:
         now = database_now(connection)
-        key = locked_gate(connection, "account", "key")
-        save_gate(connection, refused(key, "key rejected: no", now=now, probe=False))
-        limit = locked_gate(connection, "account", "limit")
-        save_gate(connection, limited(limit, 900.0, now=now))
-        locked_gate(connection, "account", "open")
-        save_gate(connection, Gate("account", "open", proven=True))
+        key = locked_breaker(connection, "account", "key")
+        save_breaker(connection, refused(key, "key rejected: no", now=now, probe=False))
+        limit = locked_breaker(connection, "account", "limit")
+        save_breaker(connection, limited(limit, 900.0, now=now))
+        locked_breaker(connection, "account", "open")
+        save_breaker(connection, CircuitBreaker("account", "open", proven=True))
 
-    changed = {name: holds.resume_gate("account", name) for name in ("key", "limit", "open", "nobody")}
+    changed = {name: holds.resume_account_or_host("account", name) for name in ("key", "limit", "open", "nobody")}
 
     assert changed == {"key": True, "limit": True, "open": False, "nobody": False}
     with database.connect() as connection:
         now = database_now(connection)
-        assert {name: gate.allows(now) for (_, name), gate in all_gates(connection).items()} == {
+        assert {name: breaker.allows(now) for (_, name), breaker in all_breakers(connection).items()} == {
             "key": "one",
             "limit": "one",
             "open": "all",

@@ -7,14 +7,14 @@ from functools import partial
 import pytest
 
 from worker.coordination import publisher
-from worker.coordination.publisher import Courier
+from worker.coordination.publisher import Publisher
 
 pytestmark = pytest.mark.every_python
 
 
 def test_given_slow_and_failing_work_when_it_is_handed_over_then_nobody_waits_and_the_rest_is_done() -> None:
     opened, done = threading.Event(), list[int]()
-    sender = Courier()
+    sender = Publisher()
     began = time.monotonic()
     sender.send("slow", lambda: opened.wait(10))
     sender.send("broken", lambda: 1 // 0)
@@ -33,7 +33,7 @@ def test_given_more_than_it_has_room_for_when_handed_over_then_it_is_dropped_wit
 ) -> None:
     monkeypatch.setattr(publisher, "MOST", 2)
     opened, done = threading.Event(), list[int]()
-    sender = Courier()
+    sender = Publisher()
     sender.send("slow", lambda: opened.wait(10))
     for number in range(9):
         sender.send("downloads", partial(done.append, number))

@@ -11,7 +11,7 @@ import redis
 
 from tests.servers import redis_server
 from worker.coordination import rate_limiter
-from worker.coordination.rate_limiter import LOCAL_SHARE, UNKNOWN_PROCESSES, Grant, SharedBudget
+from worker.coordination.rate_limiter import LOCAL_SHARE, UNKNOWN_PROCESSES, RateLimiter, Reservation
 from worker.core.rate import AHEAD_SECONDS, burst
 
 pytestmark = pytest.mark.every_python
@@ -34,7 +34,7 @@ def test_many_clients_together_never_get_more_moments_than_rate_and_burst_in_any
     rate, until = 300.0, time.monotonic() + 1.0
 
     def greedy(number: int) -> list[float]:
-        budget = SharedBudget(redis_url)
+        budget = RateLimiter(redis_url)
         moments: list[float] = []
         while time.monotonic() < until:
             grant = budget.take(account, 1 + number % 4, rate=rate)
@@ -55,7 +55,7 @@ def test_many_clients_together_never_get_more_moments_than_rate_and_burst_in_any
 
 def test_moments_lie_no_further_ahead_than_agreed(redis_url: str, account: str) -> None:
     """Who takes many gets what is free soon, and is told when there is more."""
-    budget = SharedBudget(redis_url)
+    budget = RateLimiter(redis_url)
     now = time.monotonic()
     grant = budget.take(account, 50, rate=20)
     assert 3 <= len(grant.moments) <= burst(20) + 1 + 20 * AHEAD_SECONDS
@@ -70,7 +70,7 @@ def test_moments_lie_no_further_ahead_than_agreed(redis_url: str, account: str) 
 
 def test_requests_given_back_can_be_taken_again_and_never_by_two(redis_url: str, account: str) -> None:
     """Whoever did not make them does not cost the others; but where others took later moments they are gone."""
-    budget = SharedBudget(redis_url)
+    budget = RateLimiter(redis_url)
     first = budget.take(account, 2, rate=0.5)
     assert len(first.moments) == 2
     assert not budget.take(account, 9, rate=0.5).moments
@@ -81,12 +81,12 @@ def test_requests_given_back_can_be_taken_again_and_never_by_two(redis_url: str,
     budget.give_back(earlier, 2)
     assert float(budget.take(other, 1, rate=100).mark) > float(later.mark)
     budget.give_back(later, 0)
-    assert budget.take(account, 0, rate=0.5) == Grant((), 0.0, account)
+    assert budget.take(account, 0, rate=0.5) == Reservation((), 0.0, account)
 
 
 def test_accounts_have_budgets_of_their_own(redis_url: str) -> None:
     """One account's rush costs no other."""
-    budget = SharedBudget(redis_url)
+    budget = RateLimiter(redis_url)
     one, other = next(ACCOUNTS), next(ACCOUNTS)
     assert [len(budget.take(one, 9, rate=0.5).moments), len(budget.take(one, 9, rate=0.5).moments)] == [2, 0]
     assert budget.take(other, 1, rate=0.5).moments
@@ -94,15 +94,15 @@ def test_accounts_have_budgets_of_their_own(redis_url: str) -> None:
 
 def test_the_clock_is_that_of_redis(redis_url: str, account: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process whose clock is two hours ahead gets nothing more."""
-    assert len(SharedBudget(redis_url).take(account, 9, rate=0.5).moments) == 2
+    assert len(RateLimiter(redis_url).take(account, 9, rate=0.5).moments) == 2
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + 7_200)
-    assert not SharedBudget(redis_url).take(account, 1, rate=0.5).moments
+    assert not RateLimiter(redis_url).take(account, 1, rate=0.5).moments
 
 
 def test_what_the_api_took_is_counted_for_all_processes(redis_url: str, account: str) -> None:
     """The busier of this second and the one before; old counts are forgotten."""
-    one, other = SharedBudget(redis_url), SharedBudget(redis_url)
+    one, other = RateLimiter(redis_url), RateLimiter(redis_url)
     one.taken(account, 12)
     assert other.taken(account, 8) in (12.0, 20.0)  # 12 where a second began just in between
     with redis.Redis(unix_socket_path=redis_url.removeprefix("redis+socket://")) as client:
@@ -114,7 +114,7 @@ def test_what_the_api_took_is_counted_for_all_processes(redis_url: str, account:
 
 def test_the_bucket_is_forgotten_when_it_is_full_again(redis_url: str, account: str) -> None:
     """No key stays for ever."""
-    SharedBudget(redis_url).take(account, 1, rate=10)
+    RateLimiter(redis_url).take(account, 1, rate=10)
     path = redis_url.removeprefix("redis+socket://")
     with redis.Redis(unix_socket_path=path) as client:
         keys = [key for key in client.keys("*") if account in key.decode()]
@@ -124,7 +124,7 @@ def test_the_bucket_is_forgotten_when_it_is_full_again(redis_url: str, account: 
 
 def test_a_flushed_redis_gives_at_most_one_burst_more(redis_url: str, account: str) -> None:
     """The budget starts afresh; nothing breaks, also when Redis forgot the script."""
-    budget = SharedBudget(redis_url)
+    budget = RateLimiter(redis_url)
     budget.take(account, 1, rate=1)
     with redis.Redis(unix_socket_path=redis_url.removeprefix("redis+socket://")) as client:
         client.flushall()
@@ -134,7 +134,7 @@ def test_a_flushed_redis_gives_at_most_one_burst_more(redis_url: str, account: s
 
 def test_without_redis_each_process_takes_a_small_share(account: str, caplog: pytest.LogCaptureFixture) -> None:
     """Polling goes on, evenly, also for many threads."""
-    budget = SharedBudget("redis://127.0.0.1:1/0")
+    budget = RateLimiter("redis://127.0.0.1:1/0")
     started = time.monotonic()
     with ThreadPoolExecutor(8) as threads:
         grants = list(threads.map(lambda _: budget.take(account, 5, rate=10), range(32)))
@@ -151,7 +151,7 @@ def test_without_redis_each_process_takes_a_small_share(account: str, caplog: py
 def test_when_redis_goes_away_all_processes_together_stay_within_the_budget(account: str, tmp_path: Path) -> None:
     """Each takes its part: it was told how many there are, as long as there was somebody to ask."""
     with redis_server(tmp_path) as url:
-        budgets = [SharedBudget(url) for _ in range(8)]
+        budgets = [RateLimiter(url) for _ in range(8)]
         for budget in budgets:
             budget.take(account, 1, rate=100)
         for budget in budgets:
@@ -169,7 +169,7 @@ def test_a_redis_that_hangs_holds_nobody_for_long(account: str, monkeypatch: pyt
     """Once per five seconds it costs the time-out; in between nothing."""
     monkeypatch.setattr(rate_limiter, "REDIS_TIMEOUT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        budget = SharedBudget(f"redis://127.0.0.1:{silent.getsockname()[1]}/0")
+        budget = RateLimiter(f"redis://127.0.0.1:{silent.getsockname()[1]}/0")
         started = time.monotonic()
         assert len(budget.take(account, 1, rate=10).moments) == 1
         for _ in range(100):
@@ -178,7 +178,7 @@ def test_a_redis_that_hangs_holds_nobody_for_long(account: str, monkeypatch: pyt
 
 
 def test_a_look_takes_nothing_and_tells_what_is_left(redis_url: str, account: str) -> None:
-    budget = SharedBudget(redis_url)
+    budget = RateLimiter(redis_url)
     before = budget.peek({account: 0.5})[account]
     while budget.take(account, 1, rate=0.5).moments:
         pass
@@ -198,7 +198,7 @@ def test_a_look_tells_the_requests_of_the_last_whole_second(
     while True:
         second = client.time()[0]
         client.hset(f"fetch-worker:taken:{account}", items=["at", second - ago, "count", 3, "before", 7])
-        look = SharedBudget(redis_url).peek({account: 10.0})[account]
+        look = RateLimiter(redis_url).peek({account: 10.0})[account]
         if client.time()[0] == second:
             break
 
@@ -206,4 +206,4 @@ def test_a_look_tells_the_requests_of_the_last_whole_second(
 
 
 def test_a_look_into_a_redis_that_is_away_tells_nothing(account: str) -> None:
-    assert SharedBudget("redis://127.0.0.1:1/0").peek({account: 10.0}) == {}
+    assert RateLimiter("redis://127.0.0.1:1/0").peek({account: 10.0}) == {}

@@ -16,7 +16,7 @@ from worker.coordination.wakeups import CHANNEL, WakeUps, listen
 pytestmark = pytest.mark.every_python
 
 
-class Heard:
+class BreakerInput:
     """Counts wake-ups."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ def listening(url: str, count: int = 1) -> None:
 
 def test_given_processes_that_listen_when_one_word_is_sent_then_all_hear_it(tmp_path: Path) -> None:
     with redis_server(tmp_path) as url:
-        everyone = [Heard(), Heard()]
+        everyone = [BreakerInput(), BreakerInput()]
         for heard in everyone:
             listen(url, heard)
         listening(url, 2)
@@ -61,7 +61,7 @@ def test_given_a_word_just_sent_when_more_is_due_then_no_second_one_is_sent_unti
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with redis_server(tmp_path) as url:
-        heard = Heard()
+        heard = BreakerInput()
         listen(url, heard)
         listening(url)
         sender = WakeUps(url)
@@ -94,7 +94,7 @@ def test_given_a_redis_that_goes_away_when_it_is_back_then_words_are_heard_again
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wakeups, "RETRY_SECONDS", 0.05)
-    heard = Heard()
+    heard = BreakerInput()
     with redis_server(tmp_path) as url:
         listen(url, heard)
         listening(url)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.core.circuit_breaker import (
-    Gate,
-    Heard,
+    BreakerInput,
+    CircuitBreaker,
     Limit,
     after_replies,
     answered,
@@ -34,20 +34,20 @@ def at(seconds: float) -> datetime:
     return T0 + timedelta(seconds=seconds)
 
 
-NEW = Gate("account", "default")
+NEW = CircuitBreaker("account", "default")
 OPEN = answered(NEW, now=T0, probe=True)
-HOST = Gate("host", "modelslab.com")
+HOST = CircuitBreaker("host", "modelslab.com")
 
 
-def probe_seconds(gate: Gate, *, until: int) -> list[int]:
+def probe_seconds(breaker: CircuitBreaker, *, until: int) -> list[int]:
     """The seconds at which a worker that looks every second would probe a gate that keeps refusing."""
     asked = []
     for second in range(until):
         now = at(second)
-        if gate.allows(now) == "one":
+        if breaker.allows(now) == "one":
             asked.append(second)
-            gate = refused(probing(gate, now=now, lease=LEASE), "key rejected", now=now, probe=True)
-        assert gate.allows(now) == "none"
+            breaker = refused(probing(breaker, now=now, lease=LEASE), "key rejected", now=now, probe=True)
+        assert breaker.allows(now) == "none"
     return asked
 
 
@@ -175,10 +175,10 @@ def test_a_key_that_is_not_proven_yet_stays_so_through_a_rate_limit() -> None:
 # ── hosts ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def shaken(gate: Gate, times: int, *, start: float = 0.0) -> Gate:
+def shaken(breaker: CircuitBreaker, times: int, *, start: float = 0.0) -> CircuitBreaker:
     for turn in range(times):
-        gate = troubled(gate, "time-out", 1, now=at(start + turn), probe=False)
-    return gate
+        breaker = troubled(breaker, "time-out", 1, now=at(start + turn), probe=False)
+    return breaker
 
 
 def test_a_host_is_held_after_five_calls_in_a_row_came_to_nothing() -> None:
@@ -195,23 +195,23 @@ def test_an_answer_in_between_starts_the_count_anew() -> None:
 
 
 def test_a_held_host_is_probed_by_the_schedule_and_let_go_by_the_first_answer() -> None:
-    gate = troubled(HOST, "time-out", 5, now=T0, probe=False)
+    breaker = troubled(HOST, "time-out", 5, now=T0, probe=False)
     probes = []
     for second in range(140):
-        if gate.allows(at(second)) == "one":
+        if breaker.allows(at(second)) == "one":
             probes.append(second)
-            gate = troubled(probing(gate, now=at(second), lease=LEASE), "time-out", 1, now=at(second), probe=True)
-    free = answered(gate, now=at(190), probe=True)
+            breaker = troubled(probing(breaker, now=at(second), lease=LEASE), "time-out", 1, now=at(second), probe=True)
+    free = answered(breaker, now=at(190), probe=True)
 
     assert probes == [10, 30, 70, 130]
     assert free.allows(at(190)) == "all"
     assert (free.troubles, free.last_hold_end(at(500))) == (0, at(190))
 
 
-def own_path_missing(gate: Gate, *, now: datetime, probe: bool) -> Gate:
+def own_path_missing(breaker: CircuitBreaker, *, now: datetime, probe: bool) -> CircuitBreaker:
     """The gate after an answer about a path that only one job names."""
     reply = ApiDown(f"HTTP 404: {NO_SUCH_PATH}", answered=True, no_such_path=True)
-    return after_replies(gate, [Heard(reply, now, probe)], Limit(10.0, 0.0), now=now)
+    return after_replies(breaker, [BreakerInput(reply, now, probe)], Limit(10.0, 0.0), now=now)
 
 
 def test_a_probe_that_finds_a_path_missing_which_one_job_names_ends_a_hold_for_silence() -> None:
@@ -228,7 +228,7 @@ def test_a_probe_that_finds_a_path_missing_which_one_job_names_ends_a_hold_for_s
 def test_a_hold_for_a_mistyped_api_url_stays_one_hold_whatever_paths_of_single_jobs_are_missing() -> None:
     held = after_replies(
         HOST,
-        [Heard(ApiDown(f"HTTP 404: {NO_SUCH_PATH}", no_such_path=True), T0, False)] * 5,
+        [BreakerInput(ApiDown(f"HTTP 404: {NO_SUCH_PATH}", no_such_path=True), T0, False)] * 5,
         Limit(10.0, 0.0),
         now=T0,
     )
@@ -268,29 +268,29 @@ EVENTS = st.lists(
 def test_every_hold_can_end_within_a_quarter_of_an_hour(
     scope: str, events: list[tuple[str, float, bool, float]]
 ) -> None:
-    gate, now = replace(NEW if scope == "account" else HOST), T0
+    breaker, now = replace(NEW if scope == "account" else HOST), T0
     for name, pause, probe, seconds in events:
         now += timedelta(seconds=pause)
         match name:
             case "answered":
-                gate = answered(gate, now=now, probe=probe)
+                breaker = answered(breaker, now=now, probe=probe)
             case "refused" if scope == "account":
-                gate = refused(gate, "key rejected", now=now, probe=probe)
+                breaker = refused(breaker, "key rejected", now=now, probe=probe)
             case "limited" if scope == "account":
-                gate = limited(gate, seconds, now=now)
+                breaker = limited(breaker, seconds, now=now)
             case "troubled" if scope == "host":
-                gate = troubled(gate, "time-out", 1, now=now, probe=probe)
+                breaker = troubled(breaker, "time-out", 1, now=now, probe=probe)
             case "unproven" if scope == "account":
-                gate = unproven(gate, now=now)
+                breaker = unproven(breaker, now=now)
             case "undecided":
-                gate = undecided(gate, now=now, wait=0.5)
-            case "probing" if gate.allows(now) == "one":
-                gate = probing(gate, now=now, lease=LEASE)
+                breaker = undecided(breaker, now=now, wait=0.5)
+            case "probing" if breaker.allows(now) == "one":
+                breaker = probing(breaker, now=now, lease=LEASE)
 
-        assert gate.allows(now + timedelta(seconds=960)) != "none"
-        assert not gate.held(now) or gate.allows(now) != "all"
-        assert not gate.held(now) or gate.since is not None
-        ended = gate.last_hold_end(now)
+        assert breaker.allows(now + timedelta(seconds=960)) != "none"
+        assert not breaker.held(now) or breaker.allows(now) != "all"
+        assert not breaker.held(now) or breaker.since is not None
+        ended = breaker.last_hold_end(now)
         assert ended is None or ended <= now
 
 
@@ -326,11 +326,11 @@ def test_what_was_learned_outlives_holds_and_answers() -> None:
 
 def test_a_gate_that_an_operator_holds_lets_nothing_through_until_it_is_resumed() -> None:
     """Not a probe either, whatever answers still come in, and whoever starts; then one call alone tries it."""
-    held = paused(Gate("account", "default", proven=True), now=T0)
+    held = paused(CircuitBreaker("account", "default", proven=True), now=T0)
     later = unproven(answered(held, now=at(5), probe=False), now=at(9))
     open_again = resumed(later, now=at(10))
 
-    assert [gate.allows(at(9_999)) for gate in (held, later)] == ["none", "none"]
+    assert [breaker.allows(at(9_999)) for breaker in (held, later)] == ["none", "none"]
     assert (later.held(T0), later.why) == (True, "held by an operator")
     assert open_again.allows(at(10)) == "one"
     assert open_again.last_hold_end(at(11)) == at(10)
@@ -339,12 +339,12 @@ def test_a_gate_that_an_operator_holds_lets_nothing_through_until_it_is_resumed(
 
 def test_what_the_api_holds_is_tried_at_once_where_an_operator_says_so() -> None:
     """A refused key by a probe, which may find it refused still; a rate limit is over."""
-    refused_key = refused(Gate("account", "default", proven=True), "key rejected: no", now=T0, probe=False)
-    limit = limited(Gate("account", "default", proven=True), 900.0, now=T0)
-    down = troubled(Gate("host", "api.test"), "unreachable: refused", 5, now=T0, probe=False)
+    refused_key = refused(CircuitBreaker("account", "default", proven=True), "key rejected: no", now=T0, probe=False)
+    limit = limited(CircuitBreaker("account", "default", proven=True), 900.0, now=T0)
+    down = troubled(CircuitBreaker("host", "api.test"), "unreachable: refused", 5, now=T0, probe=False)
 
-    assert [gate.allows(at(1)) for gate in (refused_key, limit, down)] == ["none"] * 3
-    resumed_at_once = [resumed(gate, now=at(1)).allows(at(1)) for gate in (refused_key, limit, down)]
+    assert [breaker.allows(at(1)) for breaker in (refused_key, limit, down)] == ["none"] * 3
+    resumed_at_once = [resumed(breaker, now=at(1)).allows(at(1)) for breaker in (refused_key, limit, down)]
     assert resumed_at_once == ["one", "all", "one"]
     still = refused(resumed(refused_key, now=at(1)), "key rejected: no", now=at(2), probe=True)
     assert still.allows(at(3)) == "none"

@@ -22,7 +22,7 @@ from worker.admin.site import make_site
 from worker.cli.commands import run_command
 from worker.settings import load
 from worker.store.engine import make_engine
-from worker.store.schema import gates, jobs
+from worker.store.schema import breakers, jobs
 from worker.system.json_logs import JsonLines
 from worker.system.redaction import ScrubbedLogs, Scrubber
 
@@ -60,8 +60,8 @@ def _fill(engine: Engine) -> None:
         }
         connection.execute(update(jobs).values(**texts))
         held = {"reason": f"key: {HOSTILE}", "since": NOW, "until": NOW + timedelta(days=9_999)}
-        connection.execute(insert(gates).values(scope="account", name="default", **held))
-        connection.execute(insert(gates).values(scope="host", name=HOSTILE, **held))
+        connection.execute(insert(breakers).values(scope="account", name="default", **held))
+        connection.execute(insert(breakers).values(scope="host", name=HOSTILE, **held))
 
 
 COMMANDS = (

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from worker.core.answer_history import BETWEEN
-from worker.core.flower_rows import LINGERS, Outputs, SeenJob, task_fields, window
+from worker.core.flower_rows import LINGERS, FlowerJob, Outputs, task_fields, window
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
-JOB = SeenJob(
+JOB = FlowerJob(
     *(7, "shop", "12202888", "image", None, "pending", 0, None, NOW, None, None, None, None, None, None),
 )
 
@@ -96,7 +96,7 @@ def test_every_job_has_all_the_attributes_that_any_job_has() -> None:
     assert set(pending) == set(done)
 
 
-def seen(job_id: int, completed_at: datetime | None = None) -> SeenJob:
+def seen(job_id: int, completed_at: datetime | None = None) -> FlowerJob:
     """A job on its way, or one that ended then."""
     return replace(JOB, id=job_id, status="pending" if completed_at is None else "failed", completed_at=completed_at)
 

@@ -15,7 +15,7 @@ from tests.web import Web, head, page
 from worker.core.lifecycle import TryAgain
 from worker.downloads import progress as progress_module
 from worker.downloads.progress import ReceivedBytes
-from worker.storage.partial_files import Partials
+from worker.storage.partial_files import PartialFiles
 from worker.store.claims import note_received
 from worker.store.results import record_attempt
 
@@ -81,7 +81,7 @@ def test_only_an_attempt_that_lasts_is_told_of(stand: Stand, tmp_path: Path) -> 
     assert output is not None
     progress = ReceivedBytes(stand.engine, "holder")
 
-    with Partials(tmp_path / "parts").receive(1, "t") as incoming, progress.counted(output, incoming):
+    with PartialFiles(tmp_path / "parts").receive(1, "t") as incoming, progress.counted(output, incoming):
         incoming.write(b"12345")
         now = time.monotonic()
         young, old = progress.lasting(now), progress.lasting(now + progress_module.REPORT_SECONDS)
@@ -107,7 +107,7 @@ def test_a_database_that_is_away_hurts_no_download(
     assert output is not None
     progress = ReceivedBytes(stand.engine, "holder")
 
-    with Partials(tmp_path / "parts").receive(1, "t") as incoming, progress.counted(output, incoming):
+    with PartialFiles(tmp_path / "parts").receive(1, "t") as incoming, progress.counted(output, incoming):
         until = time.monotonic() + SOON
         while len(tries) < 3 and time.monotonic() < until:
             incoming.write(b"x")

@@ -31,7 +31,7 @@ from worker.downloads import downloader as downloads
 from worker.downloads.downloader import Hosts
 from worker.errors import StorageTrouble
 from worker.storage.local import PARTIAL, FileStorage, path_of
-from worker.storage.partial_files import Incoming, Partials, Source, link_hash
+from worker.storage.partial_files import Incoming, PartialFiles, Source, link_hash
 from worker.store.claims import holders
 from worker.store.reaper import release_crashed
 from worker.store.schema import outputs
@@ -459,7 +459,7 @@ def test_what_a_base64_text_was_decoded_to_is_never_followed_by_the_rest_of_the_
 
 def test_two_that_receive_the_same_output_at_once_do_not_mix(tmp_path: Path) -> None:
     """The second one, whose claim is the newer, has a file of its own; the first one's lasts."""
-    partials = Partials(tmp_path / "p")
+    partials = PartialFiles(tmp_path / "p")
     source = Source(link_hash("x"), TAG, 30)
     with partials.receive(7, "a") as first:
         first.begin(source)
@@ -479,7 +479,7 @@ def test_a_name_that_went_to_another_file_while_we_waited_is_not_written_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between opening and locking the file may have got its final name: not a byte may follow there."""
-    partials = Partials(tmp_path / "p")
+    partials = PartialFiles(tmp_path / "p")
     partials.folder.mkdir()
     (partials.folder / "7.part").write_bytes(b"whole")
     real = os.open
@@ -546,7 +546,7 @@ def test_where_nothing_can_be_locked_every_claim_has_a_file_of_its_own(
     old = stand.out / PARTIAL / "8-t.part"
     old.write_bytes(b"x")
     os.utime(old, (0, 0))
-    assert Partials(old.parent).remove_stale(older_than=10) == 1
+    assert PartialFiles(old.parent).remove_stale(older_than=10) == 1
 
 
 def test_trouble_while_a_file_is_taken_up_leaves_no_handle_open(
@@ -557,7 +557,7 @@ def test_trouble_while_a_file_is_taken_up_leaves_no_handle_open(
     def refuses(*_: Any) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    partials = Partials(tmp_path / "p")
+    partials = PartialFiles(tmp_path / "p")
     for call in ("utime", "ftruncate"):
         with monkeypatch.context() as patched:
             patched.setattr(os, call, refuses)
@@ -569,7 +569,7 @@ def test_trouble_while_a_file_is_taken_up_leaves_no_handle_open(
 
 def test_old_partial_files_are_swept_but_none_that_is_written_to(tmp_path: Path) -> None:
     """With their sidecars, and what a crash left beside no file."""
-    partials = Partials(tmp_path)
+    partials = PartialFiles(tmp_path)
     past = time.time() - 1_000
     for name in ("1.part", "1.json", "2.json", "3.other"):
         (tmp_path / name).write_text("x")

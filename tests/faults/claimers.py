@@ -18,7 +18,7 @@ from sqlalchemy.engine import make_url
 from tests.rows import LEASE, NOW, seconds
 from worker.core.lifecycle import AskAgain, Strikes, TryAgain
 from worker.core.pacing.policy import Plan
-from worker.store.claims import ClaimedJob, ClaimedOutput, claim_jobs, claim_output, waiting_levels
+from worker.store.claims import ClaimedJob, ClaimedOutput, claim_jobs, claim_output, due_groups
 from worker.store.counters import Tally
 from worker.store.engine import make_engine, transact
 from worker.store.results import Outcome, record_answers, record_attempt
@@ -41,7 +41,7 @@ def _jobs(engine: Engine, name: str, number: int) -> list[ClaimedJob]:
     now = moment(number)
     while True:
         with engine.begin() as connection:
-            levels = [level for level in waiting_levels(connection, ["default"]) if level.due_at <= now]
+            levels = [level for level in due_groups(connection, ["default"]) if level.due_at <= now]
             if not levels:
                 return claimed
             around = (now, now) if random.random() < 0.5 else ()

@@ -19,7 +19,7 @@ from sqlalchemy import Engine, func, select
 from tests.servers import START_SECONDS, free_port, missing, redis_binary
 from tests.waiting import wait_until
 from worker.sandbox import Sandbox
-from worker.store.schema import gates, jobs, outputs
+from worker.store.schema import breakers, jobs, outputs
 
 KEY = "sk-canary-of-faults"
 PATIENCE = 240.0  # seconds; on a quiet machine nothing that is waited for takes a fifth of it
@@ -62,7 +62,7 @@ class HurtRedis:
             self._process.wait()
             self._process = None
 
-    def tell(self, *words: str) -> None:
+    def notify(self, *words: str) -> None:
         """A command."""
         with self.client as client:
             client.execute_command(*words)
@@ -286,7 +286,7 @@ def wait_completed(engine: Engine, count: int, folder: Path) -> float:
 
     def seen() -> str:
         with engine.connect() as connection:
-            rows = "\n".join(str(row) for row in connection.execute(select(gates)))
+            rows = "\n".join(str(row) for row in connection.execute(select(breakers)))
         logs = "\n".join(f"{log.name}: {tail(log)}" for log in sorted(folder.glob("*.log")))
         return f"{states(engine)}\n{rows}\n{logs}"
 

@@ -26,7 +26,7 @@ from tests.waiting import wait_until
 from worker import track_many
 from worker.sandbox import Answer, Sandbox
 from worker.store.engine import database_now
-from worker.store.schema import gates, jobs
+from worker.store.schema import breakers, jobs
 
 JOBS, FEW, RPS, API_TIMEOUT = 40, 8, 20, 4
 BUSIEST = 1.5 * RPS + RPS // 10  # the rate and a burst, and what a busy machine held back for half a second
@@ -56,14 +56,14 @@ def _polls(engine: Engine) -> int:
         return int(connection.execute(select(func.coalesce(func.sum(jobs.c.polls), 0))).scalar_one())
 
 
-def _gate(engine: Engine, scope: str) -> Any:
+def _breaker(engine: Engine, scope: str) -> Any:
     with engine.connect() as connection:
-        return connection.execute(select(gates).where(gates.c.scope == scope)).one_or_none()
+        return connection.execute(select(breakers).where(breakers.c.scope == scope)).one_or_none()
 
 
 def _held(engine: Engine, scope: str) -> bool:
-    gate = _gate(engine, scope)
-    return gate is not None and gate.reason is not None
+    breaker = _breaker(engine, scope)
+    return breaker is not None and breaker.reason is not None
 
 
 def _pending(engine: Engine) -> None:
@@ -147,8 +147,8 @@ def test_given_a_storm_of_rate_limits_when_they_name_absurd_times_then_the_accou
         _tracked(sandbox, FEW)
         for name, (answer, least, most) in HOSTILE.items():
             sandbox.storm([answer])
-            gate = _paused(database, least)
-            pause = (gate.until - gate.since).total_seconds()
+            breaker = _paused(database, least)
+            pause = (breaker.until - breaker.since).total_seconds()
             assert least - 0.1 <= pause <= most + 5, f"{name}: {pause}"  # more of them may come within the hold
             sandbox.storm([])
             before, looked = _polls(database), 0.0
@@ -160,7 +160,7 @@ def test_given_a_storm_of_rate_limits_when_they_name_absurd_times_then_the_accou
             with database.begin() as connection:
                 now = database_now(connection)
                 over = {"until": now, "cut_at": now, "since": now - timedelta(seconds=looked)}
-                connection.execute(update(gates).where(gates.c.scope == "account").values(over))
+                connection.execute(update(breakers).where(breakers.c.scope == "account").values(over))
             _pending(database)
         count = len(first) + FEW
         took = wait_completed(database, count, tmp_path)
@@ -176,13 +176,17 @@ def _paused(engine: Engine, least: float) -> Any:
     """The account's gate once it is shut, and what was in the air has come back."""
 
     def shut() -> bool:
-        gate = _gate(engine, "account")
-        return gate is not None and gate.reason == "rate limited" and gate.until >= gate.since + timedelta(least / 1e5)
+        breaker = _breaker(engine, "account")
+        return (
+            breaker is not None
+            and breaker.reason == "rate limited"
+            and breaker.until >= breaker.since + timedelta(least / 1e5)
+        )
 
-    wait_until(shut, "the account pauses", seen=lambda: _gate(engine, "account"))
+    wait_until(shut, "the account pauses", seen=lambda: _breaker(engine, "account"))
     if least > 1:
         wait_unclaimed(engine)
-    return _gate(engine, "account")
+    return _breaker(engine, "account")
 
 
 def _about(job: str, **content: object) -> bytes:

@@ -41,7 +41,7 @@ class Point:
 
 POINTS = {
     "between claim and call": Point(
-        ENDS_BEFORE.format(module="worker.polling.api_client", owner="HostedApi", name="ask"), ("pending",)
+        ENDS_BEFORE.format(module="worker.polling.api_client", owner="ApiClient", name="ask"), ("pending",)
     ),
     "before the commit of an answer": Point(
         ENDS_AFTER.format(module="worker", owner="recorder", name="record_answers"), ("pending",), calls=2

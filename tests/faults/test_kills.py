@@ -36,7 +36,7 @@ def test_nothing_is_lost_by_a_minute_of_random_kills(
         while time.monotonic() < over:
             time.sleep(draw.uniform(0.5, 2.0))
             if not emptied and time.monotonic() > over - SECONDS / 2:
-                broker.tell("FLUSHALL")
+                broker.notify("FLUSHALL")
                 emptied = True
             pids = children(process.pid)
             if pids:

@@ -19,9 +19,9 @@ POISON = """
 import os, signal
 from pathlib import Path
 from worker.downloads.downloader import Downloader
-from worker.polling.api_client import HostedApi
+from worker.polling.api_client import ApiClient
 
-ask, attempt, poison = HostedApi.ask, Downloader._attempt, Path({poison!r})
+ask, attempt, poison = ApiClient.ask, Downloader._attempt, Path({poison!r})
 
 def deadly(name):
     return poison.exists() and name in poison.read_text().split()
@@ -37,7 +37,7 @@ def attempted(self, output):
         os.kill(os.getpid(), signal.SIGKILL)
     return attempt(self, output)
 
-HostedApi.ask, Downloader._attempt = asked, attempted
+ApiClient.ask, Downloader._attempt = asked, attempted
 """
 
 

@@ -62,7 +62,7 @@ def _restarted(broker: HurtRedis) -> None:
 
 
 def _emptied(broker: HurtRedis) -> None:
-    broker.tell("FLUSHALL")
+    broker.notify("FLUSHALL")
 
 
 def _frozen(broker: HurtRedis) -> None:
@@ -72,16 +72,16 @@ def _frozen(broker: HurtRedis) -> None:
 
 
 def _full(broker: HurtRedis) -> None:
-    broker.tell("CONFIG", "SET", "maxmemory-policy", "noeviction")
-    broker.tell("CONFIG", "SET", "maxmemory", "1mb")
+    broker.notify("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    broker.notify("CONFIG", "SET", "maxmemory", "1mb")
     time.sleep(5)
-    broker.tell("CONFIG", "SET", "maxmemory", "0")
+    broker.notify("CONFIG", "SET", "maxmemory", "0")
 
 
 def _read_only(broker: HurtRedis) -> None:
-    broker.tell("REPLICAOF", "127.0.0.1", "1")
+    broker.notify("REPLICAOF", "127.0.0.1", "1")
     time.sleep(5)
-    broker.tell("REPLICAOF", "NO", "ONE")
+    broker.notify("REPLICAOF", "NO", "ONE")
 
 
 @pytest.mark.long

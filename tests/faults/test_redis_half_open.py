@@ -78,8 +78,8 @@ def test_given_a_redis_whose_password_is_changed_when_it_is_changed_back_then_th
     with up(tmp_path) as process:
         pids = children(process.pid)
         _set_password(broker, ANOTHER)
-        broker.tell("CLIENT", "KILL", "TYPE", "normal")
-        broker.tell("CLIENT", "KILL", "TYPE", "pubsub")
+        broker.notify("CLIENT", "KILL", "TYPE", "normal")
+        broker.notify("CLIENT", "KILL", "TYPE", "pubsub")
         track_many([sandbox.submit(f"a lighthouse, {number}", samples=1) for number in range(8)])
         wait_until(
             lambda: _wrong_passwords(log) >= 2, "the log says that the password is wrong", seen=lambda: tail(log)
@@ -102,7 +102,7 @@ def test_given_a_redis_whose_password_is_changed_when_it_is_changed_back_then_th
 
 
 def _set_password(broker: HurtRedis, password: str) -> None:
-    broker.tell("CONFIG", "SET", "requirepass", password)
+    broker.notify("CONFIG", "SET", "requirepass", password)
     broker.password = password
 
 

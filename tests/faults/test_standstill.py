@@ -43,8 +43,8 @@ def wait_for_trouble():
             import ctypes
             ctypes.PyDLL(None).sleep(1000)  # C code that keeps the interpreter's lock
         if os.path.exists("deadlock"):
-            from worker.process.resources import parts
-            parts().poller._give_back_lost = deadlock
+            from worker.process.resources import process_resources
+            process_resources().poller._give_back_lost = deadlock
             return
 def deadlock():
     try:

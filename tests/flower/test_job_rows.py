@@ -25,7 +25,7 @@ from tests.flowers import flower
 from tests.rows import STORED, add_downloading, add_job, add_output, job_values
 from tests.servers import celery_worker, free_port
 from worker import cancel, retry, track
-from worker.core.flower_rows import SeenJob
+from worker.core.flower_rows import FlowerJob
 from worker.flower import job_rows
 from worker.flower.job_rows import Feeder, JobRows, fits
 from worker.sandbox import Answer, Sandbox, SandboxOptions
@@ -37,23 +37,23 @@ KEY = "canary-key-3141592653"
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
 
-def seen(job_id: int, **changes: Any) -> SeenJob:
+def seen(job_id: int, **changes: Any) -> FlowerJob:
     """A job as a look finds it."""
     values: dict[str, Any] = {
         **{"id": job_id, "account": "default", "remote_id": str(job_id), "kind": "image", "reference": None},
         **{"status": "pending", "polls": 0, "last_answer": None, "submitted_at": NOW + timedelta(seconds=job_id)},
         **dict.fromkeys(("asked_at", "ready_at", "completed_at", "held_at", "error_code", "error_message")),
     }
-    return SeenJob(**(values | changes))
+    return FlowerJob(**(values | changes))
 
 
-def done(job_id: int, status: str = "completed") -> SeenJob:
+def done(job_id: int, status: str = "completed") -> FlowerJob:
     """A job that has ended."""
     ended = NOW + timedelta(seconds=job_id + 60)
     return seen(job_id, status=status, polls=1, asked_at=ended, completed_at=ended, error_code="api_failed")
 
 
-def show(rows: JobRows, *some: SeenJob) -> None:
+def show(rows: JobRows, *some: FlowerJob) -> None:
     """Shows these jobs and no others."""
     rows.put(rows.keep({job.id: job for job in some}))
 
@@ -190,7 +190,7 @@ def test_given_the_database_was_away_when_it_is_back_then_jobs_are_shown_and_its
     state = EventsState()
     rows = JobRows(state)
 
-    def put_and_tell(some: Sequence[SeenJob]) -> None:
+    def put_and_tell(some: Sequence[FlowerJob]) -> None:
         JobRows.put(rows, some)
         shown.set()
 
@@ -456,13 +456,13 @@ def test_given_no_broker_when_a_run_tells_of_its_progress_then_nothing_happens(
 from celery.app.task import Context
 from worker.polling.poller import PollReport
 from worker.app import app
-from worker.process.resources import parts
+from worker.process.resources import process_resources
 from worker.process.runs import ProgressEvents
 app.conf.broker_transport_options |= {"max_retries": 1, "interval_start": 0}
 tell = ProgressEvents(Context(id="some", hostname="host"))
 tell(PollReport(), 0)
 tell(PollReport(), 0)
-print(parts().courier.finish(10), tell._on_its_way)
+print(process_resources().publisher.finish(10), tell._on_its_way)
 """
 
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)

@@ -18,7 +18,7 @@ from sqlalchemy import Engine, String, Table, Text, delete, select
 from tests.fuzz.answers import BODIES, CODES, HEADERS, ID, KEY, key_forms
 from tests.fuzz.effort import EFFORTS, tried
 from tests.rows import add_job, add_output, job_values
-from worker.core.circuit_breaker import Gate, Heard, Limit, after_replies
+from worker.core.circuit_breaker import BreakerInput, CircuitBreaker, Limit, after_replies
 from worker.core.identity import FetchAddress
 from worker.core.lifecycle import JobFacts, Strikes
 from worker.core.pacing.policy import Pace
@@ -28,7 +28,7 @@ from worker.polling.kept_text import kept_text
 from worker.polling.recorder import Recorder
 from worker.polling.request_pool import Asked
 from worker.store.claims import ClaimedJob
-from worker.store.schema import bodies, gates, jobs, outputs
+from worker.store.schema import bodies, breakers, jobs, outputs
 from worker.system.redaction import Scrubber
 from worker.vendor.links import OUTPUT_FIELDS, stored_address
 from worker.vendor.replies import Question, parse
@@ -134,15 +134,15 @@ def test_whatever_a_gate_hears_it_can_be_written_and_opens_again(examples: int) 
     @example("host", [((503, b""), {}, True, 61.0)] * 12)
     @given(scope=st.sampled_from(["account", "host"]), heard=st.lists(answers, min_size=3, max_size=9))
     def check(scope: Any, heard: list[tuple[tuple[int, bytes], dict[str, str], bool, float]]) -> None:
-        gate, now = Gate(scope, "one"), moment
+        breaker, now = CircuitBreaker(scope, "one"), moment
         for (code, body), headers, probe, wait in heard:
             now += timedelta(seconds=wait)
-            one = Heard(reply_to(code, headers, body), now - timedelta(seconds=1), probe)
-            gate = after_replies(gate, [one], Limit(10.0, 3.0), now=now)
+            one = BreakerInput(reply_to(code, headers, body), now - timedelta(seconds=1), probe)
+            breaker = after_replies(breaker, [one], Limit(10.0, 3.0), now=now)
 
-            assert (gate.reason is None) == (gate.since is None)
-            assert gate.ceiling is None or 0 < gate.ceiling <= 10.0
-        assert gate.allows(now + timedelta(seconds=1_000)) != "none"
+            assert (breaker.reason is None) == (breaker.since is None)
+            assert breaker.ceiling is None or 0 < breaker.ceiling <= 10.0
+        assert breaker.allows(now + timedelta(seconds=1_000)) != "none"
 
     check()
 
@@ -162,7 +162,7 @@ def test_whatever_is_answered_the_rows_hold_what_their_columns_and_constraints_a
         pace=PACE,
         rps=lambda _: 10.0,
         queue_downloads=lambda _: None,
-        tell=lambda _: None,
+        notify=lambda _: None,
         kept_text=lambda raw: kept_text(raw, Scrubber([KEY])),
         late_looks=(3_600.0,),
     )
@@ -202,7 +202,7 @@ def test_whatever_is_answered_the_rows_hold_what_their_columns_and_constraints_a
         with engine.connect() as connection:
             row = connection.execute(select(jobs)).one()
             listed = connection.execute(select(outputs).order_by(outputs.c.position)).all()
-            held = connection.execute(select(gates)).all()
+            held = connection.execute(select(breakers)).all()
             carried = set(connection.execute(select(bodies.c.output_id)).scalars())
         assert row.error_code != "unwritable"
         assert row.claim_token is None
@@ -213,7 +213,7 @@ def test_whatever_is_answered_the_rows_hold_what_their_columns_and_constraints_a
         elif not downloading and row.status == "downloading":
             assert [one.position for one in listed] == list(range(len(listed)))
             assert all(one.url.startswith("data:") for one in listed if one.id in carried)
-        for table, one in [(jobs, row), *((outputs, one) for one in listed), *((gates, one) for one in held)]:
+        for table, one in [(jobs, row), *((outputs, one) for one in listed), *((breakers, one) for one in held)]:
             _check_texts(table, one)
 
     check()
@@ -240,7 +240,7 @@ def _claimed(engine: Engine, downloading: bool, age: float, counts: tuple[int, i
     struck = dict(zip(("failed_answers", "unknown_answers", "error_answers", "empty_answers"), counts, strict=True))
     state: dict[str, Any] = {"status": "downloading", "ready_at": now} if downloading else {}
     with engine.begin() as connection:
-        for table in (bodies, outputs, jobs, gates):
+        for table in (bodies, outputs, jobs, breakers):
             connection.execute(delete(table))
         if engine.dialect.name in ("mysql", "mariadb"):
             connection.execute(jobs.insert().values(job_values(ID, **claim, **values, **struck, **state)))

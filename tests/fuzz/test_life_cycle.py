@@ -38,16 +38,16 @@ from worker.polling.recorder import Recorder
 from worker.polling.request_pool import Asked
 from worker.store import holds
 from worker.store import jobs as store
-from worker.store.breakers import all_gates
+from worker.store.breakers import all_breakers
 from worker.store.claims import (
     ClaimedJob,
     ClaimedOutput,
     claim_jobs,
     claim_output,
+    due_groups,
     release_jobs,
     release_output,
     renew_leases,
-    waiting_levels,
     waiting_outputs,
 )
 from worker.store.counters import Tally
@@ -55,7 +55,7 @@ from worker.store.holds import Patience
 from worker.store.outputs import put_back
 from worker.store.reaper import release_crashed
 from worker.store.results import record_attempt
-from worker.store.schema import HELD_UNTIL, crashes, gates, jobs, outputs, paces, promises
+from worker.store.schema import HELD_UNTIL, breakers, crashes, jobs, outputs, paces, promises
 from worker.vendor.fetch_url import AllowedApi, fetch_address
 from worker.vendor.replies import Question, parse
 
@@ -300,7 +300,7 @@ class Stage:
         """Nothing is there, and the clock begins anew."""
         self.now = 0
         with self.engine.begin() as connection:
-            for table in (outputs, promises, jobs, gates, crashes, paces):
+            for table in (outputs, promises, jobs, breakers, crashes, paces):
                 connection.execute(delete(table))
 
     def recorder(self) -> Recorder:
@@ -311,7 +311,7 @@ class Stage:
             pace=pace,
             rps=lambda _: 10.0,
             queue_downloads=lambda _: None,
-            tell=lambda _: None,
+            notify=lambda _: None,
             kept_text=lambda raw: KeptText("", raw.body.decode()),
         )
         made._random = random.Random(0)
@@ -539,7 +539,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
             token = f"t{next(stage.tokens)}"
             found: list[ClaimedJob] = []
             with stage.engine.begin() as connection:
-                for level in waiting_levels(connection, ["default"]):
+                for level in due_groups(connection, ["default"]):
                     found += claim_jobs(
                         connection, level, limit=limit, token=token, holder=holder, lease=LEASE, now=self.now
                     )
@@ -637,7 +637,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
             self.recorder.take(asked, {})
             lost = self.recorder.write({})
             with stage.engine.connect() as connection:
-                ends = [gate.last_hold_end(self.now) for gate in all_gates(connection).values()]
+                ends = [breaker.last_hold_end(self.now) for breaker in all_breakers(connection).values()]
             hold_end = max((micros(end) or 0 for end in ends if end is not None), default=None)
             assert self.recorder.kept == 0
             missed = 0

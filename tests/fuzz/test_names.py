@@ -23,7 +23,7 @@ from worker.core.media.signatures import HEAD_BYTES, TAIL_BYTES, Media, pixels, 
 from worker.core.reply import MAX_URL
 from worker.sandbox.pictures import draw as drawn
 from worker.storage.local import FileStorage, path_of
-from worker.storage.partial_files import Partials
+from worker.storage.partial_files import PartialFiles
 from worker.storage.s3 import S3Storage
 from worker.store.engine import database_now
 from worker.store.schema import bodies, jobs, outputs
@@ -155,7 +155,7 @@ def test_whatever_the_prefix_a_location_in_s3_leads_back_to_the_bytes_and_is_fou
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     bucket, tries = s3.bucket(), iter(range(10**9))
-    partials = Partials(tmp_path / "partial")
+    partials = PartialFiles(tmp_path / "partial")
     partials.folder.mkdir()
     odd = st.text(alphabet="aZ09 %+&=#?;:@~'()*!$,_.-éü漢\U0001f600", min_size=1, max_size=12).filter(
         lambda name: name.strip(". ") == name

@@ -24,7 +24,7 @@ from worker.core.reply import Processing
 from worker.errors import RefusedAddress
 from worker.net.address_guard import Guard, RefusedTarget, guarded_adapter
 from worker.net.deadlines import lean_session
-from worker.polling.api_client import HostedApi
+from worker.polling.api_client import ApiClient
 from worker.system.redaction import Scrubber
 from worker.vendor.fetch_url import AllowedApi, fetch_address
 from worker.vendor.links import links
@@ -105,7 +105,7 @@ def test_the_key_is_sent_to_the_very_path_that_was_accepted_and_over_no_other_li
         net.answers = lambda host: ["127.0.0.1"] if host == "localhost" else None
         hosts = frozenset({f"127.0.0.1:{web.port}", f"localhost:{web.port}", "good.test"})
         allowed = AllowedApi(f"{web.url}/api/v3", hosts)
-        api = HostedApi(allowed, Scrubber(["key"]), timeout=5.0, connections=2)
+        api = ApiClient(allowed, Scrubber(["key"]), timeout=5.0, connections=2)
 
         @tried(examples, of=5)
         @given(url=fetch_urls((web.url, f"http://localhost:{web.port}")))

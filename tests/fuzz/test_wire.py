@@ -17,7 +17,7 @@ from pydantic import SecretStr
 from tests.fuzz.answers import KEY
 from tests.fuzz.effort import EFFORTS, tried
 from worker.core.reply import ApiDown, Processing, Ready, Reply, Unread
-from worker.polling.api_client import HostedApi
+from worker.polling.api_client import ApiClient
 from worker.system.redaction import Scrubber
 from worker.vendor.fetch_url import AllowedApi, fetch_address
 
@@ -107,7 +107,7 @@ class Caller:
     """One process's way to the API, the same one for all examples: what one leaves behind is there for the next."""
 
     line: Line
-    api: HostedApi
+    api: ApiClient
     seconds: float
 
     def ask(self, remote_id: str) -> Reply:
@@ -131,7 +131,7 @@ class Caller:
 @contextmanager
 def calling(line: Line, seconds: float = SECONDS) -> Iterator[Caller]:
     """A caller whose lines are closed afterwards."""
-    api = HostedApi(line.allowed, Scrubber([KEY]), timeout=seconds, connections=4)
+    api = ApiClient(line.allowed, Scrubber([KEY]), timeout=seconds, connections=4)
     yield Caller(line, api, seconds)
     api.session.close()
 

@@ -15,7 +15,7 @@ from tests.metrics.exposed import Exposed, open_metrics, parsed, registry_of
 from tests.rows import NOW, add_job
 from worker.store.counters import Tally
 from worker.store.engine import make_engine
-from worker.store.schema import gates
+from worker.store.schema import breakers
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +40,7 @@ def everything(tmp_path: Path, migrated_sqlite: Path) -> Iterator[tuple[Exposed,
         add_job(connection, account="shop")
         until = NOW + timedelta(days=9_999)
         slowed = {"reason": "rate limited", "since": NOW, "until": until, "ceiling": 4.0, "cut_at": NOW}
-        connection.execute(insert(gates).values(scope="account", name="shop", **slowed))
+        connection.execute(insert(breakers).values(scope="account", name="shop", **slowed))
         tally.write(connection)
     made = registry_of(engine)
     yield parsed(open_metrics(made)), generate_latest(made).decode()

@@ -16,12 +16,12 @@ from worker.core.circuit_breaker import paused
 from worker.core.histograms import DELAYS, bucket_names
 from worker.metrics import reading
 from worker.metrics.reading import bounded
-from worker.store.breakers import locked_gate, save_gate
+from worker.store.breakers import locked_breaker, save_breaker
 from worker.store.claims import claim_output
 from worker.store.counters import KINDS_MOST, Tally
 from worker.store.engine import clock_in_place
 from worker.store.reports import stats
-from worker.store.schema import HELD_UNTIL, events, gates, jobs, outputs
+from worker.store.schema import HELD_UNTIL, breakers, events, jobs, outputs
 from worker.testing import Kit, kit
 
 FINAL = ("completed", "failed", "expired", "cancelled")
@@ -175,11 +175,11 @@ def test_lateness_is_of_what_may_be_asked_about(engine: Engine) -> None:
         ):
             add_job(connection, host, account=account, fetch_host=host, due_at=NOW - seconds(late))
         for name in ("shop", "other"):
-            locked_gate(connection, "account", name)
-        connection.execute(update(gates).values(asked_at=NOW))
-        save_gate(connection, paused(locked_gate(connection, "account", "held"), now=NOW - seconds(7)))
+            locked_breaker(connection, "account", name)
+        connection.execute(update(breakers).values(asked_at=NOW))
+        save_breaker(connection, paused(locked_breaker(connection, "account", "held"), now=NOW - seconds(7)))
         away: dict[str, Any] = {"reason": "unreachable: no route", "since": NOW - seconds(9), "probe_at": NOW}
-        connection.execute(insert(gates).values(scope="host", name="away.test", **away))
+        connection.execute(insert(breakers).values(scope="host", name="away.test", **away))
     with clock_in_place(lambda: NOW):
         said = scraped(engine)
 
@@ -210,7 +210,7 @@ def test_holds_say_no_word_of_the_api(words: str, reason: str, engine: Engine) -
     """So that there are few of them, and nothing from outside becomes a label."""
     with engine.begin() as connection:
         held = {"scope": "account", "name": "shop", "reason": words, "since": NOW, "probe_at": NOW, "asked_at": NOW}
-        connection.execute(insert(gates).values(held))
+        connection.execute(insert(breakers).values(held))
     with clock_in_place(lambda: NOW):
         said = scraped(engine)
 
@@ -219,9 +219,9 @@ def test_holds_say_no_word_of_the_api(words: str, reason: str, engine: Engine) -
 
 def test_the_budget_in_force_and_what_was_learned_are_told(engine: Engine) -> None:
     with engine.begin() as connection:
-        locked_gate(connection, "account", "free")
-        locked_gate(connection, "account", "slowed")
-        slowed = update(gates).where(gates.c.name == "slowed")
+        locked_breaker(connection, "account", "free")
+        locked_breaker(connection, "account", "slowed")
+        slowed = update(breakers).where(breakers.c.name == "slowed")
         connection.execute(slowed.values(ceiling=4.0, cut_at=NOW))
     with clock_in_place(lambda: NOW):
         said = scraped(engine)

@@ -21,7 +21,7 @@ from worker.net import deadlines
 from worker.net.address_guard import Guard, RefusedTarget, guarded_adapter
 from worker.net.deadlines import TimedHTTPConnection, TimeLimit, connect_first
 from worker.net.network_errors import describe
-from worker.polling.api_client import HostedApi
+from worker.polling.api_client import ApiClient
 from worker.system.redaction import Scrubber
 from worker.vendor.fetch_url import AllowedApi, fetch_address
 
@@ -105,7 +105,7 @@ def test_given_a_dead_address_when_the_api_is_asked_then_the_next_one_answers(
         with silent(other.port):
             allowed = AllowedApi(f"http://127.0.0.5:{other.port}/api/v3", frozenset({f"127.0.0.5:{other.port}"}))
             address = fetch_address(None, "1", allowed)._replace(url=f"http://{HOST}:{other.port}/api/v3/fetch/1")
-            api = HostedApi(allowed, Scrubber([]), timeout=5.0, connections=1)
+            api = ApiClient(allowed, Scrubber([]), timeout=5.0, connections=1)
             began = time.monotonic()
             assert isinstance(api.ask(address, "1", SecretStr("k")).reply, Processing)
             assert time.monotonic() - began < 1.0
@@ -127,7 +127,7 @@ def test_given_only_dead_addresses_when_asked_then_the_deadline_holds_for_all_of
         allowed = AllowedApi(f"http://127.0.0.1:{port}/api/v3", frozenset({f"127.0.0.1:{port}"}))
         address = fetch_address(None, "1", allowed)._replace(url=f"http://{HOST}:{port}/api/v3/fetch/1")
         began = time.monotonic()
-        reply = HostedApi(allowed, Scrubber([]), timeout=1.5, connections=1).ask(address, "1", SecretStr("k")).reply
+        reply = ApiClient(allowed, Scrubber([]), timeout=1.5, connections=1).ask(address, "1", SecretStr("k")).reply
         assert isinstance(reply, ApiDown)
         assert "1.5 s" in reply.message or "time-out while connecting" in reply.message
         assert 1.2 < time.monotonic() - began < 2.5

@@ -25,7 +25,7 @@ from worker.core.reply import ApiDown, Processing, Reply
 from worker.net import deadlines, pooled_adapter
 from worker.net.deadlines import TimeLimit, lean_session, look_up, tls_context
 from worker.net.pooled_adapter import LeanAdapter
-from worker.polling.api_client import HostedApi
+from worker.polling.api_client import ApiClient
 from worker.system.redaction import Scrubber
 from worker.vendor.fetch_url import AllowedApi, fetch_address
 
@@ -149,14 +149,14 @@ def secure(authority: trustme.CA) -> Iterator[Kept]:
 
 
 class Apis:
-    """Makes `HostedApi`s, and closes their lines in the end."""
+    """Makes `ApiClient`s, and closes their lines in the end."""
 
     def __init__(self) -> None:
-        self.made: list[HostedApi] = []
+        self.made: list[ApiClient] = []
 
-    def __call__(self, kept: Kept, **options: Any) -> HostedApi:
+    def __call__(self, kept: Kept, **options: Any) -> ApiClient:
         """One for a server."""
-        self.made.append(HostedApi(kept.allowed, Scrubber([KEY]), **({"timeout": 5.0, "connections": 4} | options)))
+        self.made.append(ApiClient(kept.allowed, Scrubber([KEY]), **({"timeout": 5.0, "connections": 4} | options)))
         return self.made[-1]
 
 
@@ -169,7 +169,7 @@ def api_of() -> Iterator[Apis]:
         api.session.close()
 
 
-def _ask(api: HostedApi, kept: Kept, remote_id: str = "1") -> Reply:
+def _ask(api: ApiClient, kept: Kept, remote_id: str = "1") -> Reply:
     return api.ask(fetch_address(None, remote_id, kept.allowed), remote_id, SecretStr(KEY)).reply
 
 

@@ -10,7 +10,7 @@ from redis import exceptions as redis_errors
 from sqlalchemy import Engine, event, insert, select
 
 from tests.rows import NOW, job_values
-from worker.notify.on_done import refusal, tell
+from worker.notify.on_done import notify, refusal
 from worker.store.schema import jobs
 
 ENDED = {"status": "completed", "due_at": None, "ready_at": NOW, "completed_at": NOW}
@@ -36,7 +36,7 @@ def test_a_sweep_goes_through_no_job_that_nobody_is_told_of(migrated_mariadb: En
     engine.dispose()  # a new session counts from zero
     event.listen(engine, "after_cursor_execute", count)
     try:
-        assert tell(engine, lambda task, queue, job_id: told.append(job_id)) == 1
+        assert notify(engine, lambda task, queue, job_id: told.append(job_id)) == 1
     finally:
         event.remove(engine, "after_cursor_execute", count)
         with engine.begin() as connection:
@@ -56,7 +56,7 @@ def test_given_a_process_that_sleeps_between_two_calls_then_the_rest_is_left_to_
     with engine.begin() as connection:
         rows = [job_values(str(number), **ENDED) | {"on_done": "shop.ready"} for number in range(3)]
         connection.execute(insert(jobs), rows)
-    assert tell(engine, send, clock=lambda: now[0]) == 1
+    assert notify(engine, send, clock=lambda: now[0]) == 1
     with engine.connect() as connection:
         untold = connection.execute(select(jobs.c.on_done_due_at).where(jobs.c.told_at.is_(None))).scalars().all()
     assert len(sent) == 1
@@ -108,7 +108,7 @@ def test_given_no_redis_when_a_job_has_ended_then_its_call_stays_due_and_is_not_
     with engine.begin() as connection:
         connection.execute(insert(jobs), [job_values("1", **ENDED) | {"on_done": "shop.ready"}])
     with pytest.raises(BrokerError):
-        tell(engine, send)
+        notify(engine, send)
     with engine.connect() as connection:
         row = connection.execute(select(jobs)).one()
     assert (row.told_at, row.on_done_attempts, row.on_done_error) == (None, 0, None)

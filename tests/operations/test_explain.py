@@ -14,7 +14,7 @@ from tests.cli.test_commands import teach
 from tests.planted import DEAD, ELSEWHERE
 from tests.rows import add_output, seconds
 from worker.cli import main
-from worker.coordination.rate_limiter import SharedBudget, redis_client
+from worker.coordination.rate_limiter import RateLimiter, redis_client
 from worker.core.answer_history import BETWEEN
 from worker.operations import explain
 from worker.store.schema import HELD_UNTIL
@@ -37,7 +37,7 @@ class Case:
 
 def awake(connection: Connection, name: str = "default") -> None:
     """An account that somebody asks for."""
-    planted.gate(connection, "account", name, asked_at=planted.now())
+    planted.breaker(connection, "account", name, asked_at=planted.now())
 
 
 def waits(connection: Connection, **changes: Any) -> int:
@@ -55,7 +55,7 @@ def refused(reason: str, account: str = "default", **changes: Any) -> Callable[[
 
 def by_hand(scope: str, name: str) -> Callable[[Connection], int]:
     def plant(connection: Connection) -> int:
-        planted.gate(connection, scope, name, paused_at=planted.now() - seconds(75))
+        planted.breaker(connection, scope, name, paused_at=planted.now() - seconds(75))
         return planted.waiting(connection, "1")
 
     return plant
@@ -85,7 +85,7 @@ def behind(connection: Connection) -> int:
 
 def claims(holder: str, over: float, *, asleep: bool = False) -> Callable[[Connection], int]:
     def plant(connection: Connection) -> int:
-        planted.gate(connection, "account", "default", asked_at=planted.now() - seconds(900 if asleep else 1))
+        planted.breaker(connection, "account", "default", asked_at=planted.now() - seconds(900 if asleep else 1))
         return planted.claimed(connection, "1", holder, over=over)
 
     return plant
@@ -436,9 +436,9 @@ def test_the_budget_is_looked_at_and_nothing_is_taken(
     monkeypatch.setenv("SD_API_RPS", "0.5")
     redis_client(redis_url, seconds=2).flushall()  # our own: what the test before it took
     with database.begin() as connection:
-        planted.gate(connection, "account", "default", ceiling=0.3, cut_at=planted.now())
+        planted.breaker(connection, "account", "default", ceiling=0.3, cut_at=planted.now())
         job_id = planted.waiting(connection, "1")
-    budget = SharedBudget(redis_url)
+    budget = RateLimiter(redis_url)
 
     free = [_step(show(job_id)[0]["chain"], "budget") for _ in range(3)][-1]
     while budget.take("default", 1, rate=0.2).moments:

@@ -21,7 +21,7 @@ from worker.settings import load
 from worker.store.claims import claim_output
 from worker.store.database_identity import database_id
 from worker.store.engine import database_now
-from worker.store.schema import events, gates
+from worker.store.schema import breakers, events
 
 ALL = {
     "worker@here": Node(frozenset({"fetch-worker", "fetch-worker.polls"})),
@@ -85,7 +85,7 @@ def test_holds_are_named_with_their_reason(settled: Engine) -> None:
     with settled.begin() as connection:
         now = datetime.now(UTC)
         row = {"scope": "account", "name": "default", "proven": False, "reason": "key: refused", "since": now}
-        connection.execute(insert(gates).values(**row, probe_at=now + timedelta(seconds=20)))
+        connection.execute(insert(breakers).values(**row, probe_at=now + timedelta(seconds=20)))
     assert "default: key: refused" in _wrong(_examined())["holds"]
 
 

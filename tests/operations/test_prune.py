@@ -28,7 +28,7 @@ from worker.store.engine import database_now
 from worker.store.outputs import put_back
 from worker.store.pruning import lock_prunable, mark
 from worker.store.results import Outcome, record_answers
-from worker.store.schema import bodies, crashes, events, jobs, outputs, totals
+from worker.store.schema import bodies, counters, crashes, events, jobs, outputs
 
 DAY = timedelta(days=1)
 BODY = b"picture " * 100
@@ -178,13 +178,13 @@ def test_all_that_belongs_to_a_job_goes_with_it_and_totals_stay(engine: Engine, 
             )  # fmt: skip
     with engine.begin() as connection:
         connection.execute(
-            insert(totals).values(name="finished", account="", kind="", label="completed", slot=0, times=2, total=0)
+            insert(counters).values(name="finished", account="", kind="", label="completed", slot=0, times=2, total=0)
         )
 
     done = _at_once(engine, settings, _wanted())
 
     assert (done.jobs, done.outputs) == (1, 1)
-    assert [_count(engine, table) for table in (jobs, outputs, bodies, events, crashes, totals)] == [1, 1, 1, 1, 2, 1]
+    assert [_count(engine, table) for table in (jobs, outputs, bodies, events, crashes, counters)] == [1, 1, 1, 1, 2, 1]
 
 
 def test_given_a_row_of_the_app_that_refers_to_a_job_when_pruned_then_only_that_job_stays(

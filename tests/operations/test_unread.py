@@ -17,8 +17,8 @@ from tests.waiting import wait_until
 from tests.web import Web, page
 from worker import get, track
 from worker.cli import main
-from worker.core.circuit_breaker import Gate
-from worker.store.breakers import locked_gate, save_gate
+from worker.core.circuit_breaker import CircuitBreaker
+from worker.store.breakers import locked_breaker, save_breaker
 from worker.store.engine import make_engine
 from worker.store.migrate import migrate
 from worker.store.schema import jobs, unread
@@ -104,8 +104,8 @@ def test_given_a_new_vendor_when_its_word_is_taught_then_the_kept_answers_comple
 ) -> None:
     """Jobs that wait and jobs that expired alike; one shape is all there is to look at."""
     with database.begin() as connection:  # a key that was accepted before: jobs need no minute of grace to expire
-        locked_gate(connection, "account", "default")
-        save_gate(connection, Gate("account", "default", proven=True))
+        locked_breaker(connection, "account", "default")
+        save_breaker(connection, CircuitBreaker("account", "default", proven=True))
     for remote_id in ("1", "2", "3"):
         vendor.done(remote_id)
     ids = [track("1", eta=0.1), track("2", eta=0.1), track("3", eta=0.1, deadline=1.0)]

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from tests.web import Web, drips, floods, head, page, resets, sends, web_server
 from worker.core.identity import FetchAddress
 from worker.core.reply import AccountRefused, ApiDown, ApiError, Processing, Ready, Reply, Unread
-from worker.polling.api_client import MAX_ANSWER_BYTES, HostedApi
+from worker.polling.api_client import MAX_ANSWER_BYTES, ApiClient
 from worker.system.redaction import Scrubber
 from worker.vendor.fetch_url import AllowedApi, fetch_address
 
@@ -36,8 +36,8 @@ def _allowed(web: Web) -> AllowedApi:
     return AllowedApi(f"{web.url}/api/v3", frozenset({f"127.0.0.1:{web.port}"}))
 
 
-def _api(web: Web, *, timeout: float = 5.0) -> HostedApi:
-    return HostedApi(_allowed(web), Scrubber([KEY]), timeout=timeout, connections=4)
+def _api(web: Web, *, timeout: float = 5.0) -> ApiClient:
+    return ApiClient(_allowed(web), Scrubber([KEY]), timeout=timeout, connections=4)
 
 
 def _ask(web: Web, *, timeout: float = 5.0) -> Reply:
@@ -277,7 +277,7 @@ def test_interim_answers_are_read_past(web: Web, interim: bytes) -> None:
     allowed = _allowed(web)
     address = fetch_address(None, "1", allowed)
     for proxy in (None, web.url):
-        api = HostedApi(allowed, Scrubber([]), timeout=5.0, connections=1, proxy=proxy)
+        api = ApiClient(allowed, Scrubber([]), timeout=5.0, connections=1, proxy=proxy)
         assert isinstance(api.ask(address, "1", SecretStr("k")).reply, Processing)
         api.session.close()
 
@@ -286,6 +286,6 @@ def test_interim_answers_without_end_are_trouble(web: Web) -> None:
     """They must not hold a thread."""
     web.serves("/api/v3/fetch/1", sends(b"HTTP/1.1 102 Processing\r\n\r\n" * 1_000))
     allowed = _allowed(web)
-    api = HostedApi(allowed, Scrubber([]), timeout=5.0, connections=1)
+    api = ApiClient(allowed, Scrubber([]), timeout=5.0, connections=1)
     assert isinstance(api.ask(fetch_address(None, "1", allowed), "1", SecretStr("k")).reply, ApiDown)
     api.session.close()

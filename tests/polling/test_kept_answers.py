@@ -67,7 +67,7 @@ def _record(
         pace=Pace("learned", 0.5, 0.0),
         rps=lambda _: 10.0,
         queue_downloads=lambda _: None,
-        tell=lambda _: None,
+        notify=lambda _: None,
         kept_text=text,
         late_looks=(HOUR, 3 * HOUR),
     )

@@ -18,11 +18,11 @@ from tests.servers import celery_worker
 from tests.waiting import wait_until
 from tests.web import Answer, Web, page
 from worker import track
-from worker.coordination.rate_limiter import SharedBudget, redis_client
-from worker.core.circuit_breaker import Gate, paused, refused
-from worker.polling.api_client import HostedApi
+from worker.coordination.rate_limiter import RateLimiter, redis_client
+from worker.core.circuit_breaker import CircuitBreaker, paused, refused
+from worker.polling.api_client import ApiClient
 from worker.polling.late_looks import LateLooks
-from worker.store.breakers import all_gates, locked_gate, save_gate
+from worker.store.breakers import all_breakers, locked_breaker, save_breaker
 from worker.store.engine import database_now, make_engine
 from worker.store.late_looks import look_of
 from worker.store.migrate import migrate
@@ -47,23 +47,23 @@ class Looks:
         self.told: list[int] = []
         self.host = f"127.0.0.1:{web.port}"
         self.url = f"{web.url}/api/v3/fetch"
-        self.budget = SharedBudget(redis_url)
+        self.budget = RateLimiter(redis_url)
         self.rps = rps
         allowed = AllowedApi(f"{web.url}/api/v3", frozenset({self.host}))
         self.looks = LateLooks(
             engine=engine,
-            api=HostedApi(allowed, Scrubber([KEY]), timeout=5.0, connections=4),
+            api=ApiClient(allowed, Scrubber([KEY]), timeout=5.0, connections=4),
             budget=self.budget,
             keys={"default": SecretStr(KEY)},
             rps=lambda _: self.rps,
             after=AFTER,
             api_timeout=5.0,
             queue_downloads=self.queued.extend,
-            tell=self.told.extend,
+            notify=self.told.extend,
         )
         with engine.begin() as connection:
-            locked_gate(connection, "account", "default")
-            save_gate(connection, Gate("account", "default", proven=True))
+            locked_breaker(connection, "account", "default")
+            save_breaker(connection, CircuitBreaker("account", "default", proven=True))
 
     def now(self) -> datetime:
         """The database's time."""
@@ -97,10 +97,12 @@ class Looks:
         with self.engine.connect() as connection:
             return look_of(connection, job_id)
 
-    def gate(self, change: Callable[[Gate], Gate], scope: Any = "account", name: str = "default") -> None:
+    def breaker(
+        self, change: Callable[[CircuitBreaker], CircuitBreaker], scope: Any = "account", name: str = "default"
+    ) -> None:
         """Has something happen to an account or a host."""
         with self.engine.begin() as connection:
-            save_gate(connection, change(locked_gate(connection, scope, name)))
+            save_breaker(connection, change(locked_breaker(connection, scope, name)))
 
 
 @pytest.fixture
@@ -252,7 +254,7 @@ def test_given_an_answer_that_is_not_about_the_job_then_the_look_does_not_count_
     assert timedelta(seconds=50) < look.due_at - looks.now() <= timedelta(seconds=60)
     assert job_of(looks.engine, job_id).polls == 1
     with looks.engine.connect() as connection:
-        known = all_gates(connection)
+        known = all_breakers(connection)
     assert known["account", "default"].held(looks.now())
     assert known["host", looks.host].troubles == 0
 
@@ -271,7 +273,7 @@ def test_given_an_answer_of_a_host_in_trouble_then_the_look_counts_and_the_last_
     assert look is not None
     assert (look.looks, look.due_at) == (1, job_of(looks.engine, job_id).deadline_at + timedelta(hours=3))
     with looks.engine.connect() as connection:
-        assert all_gates(connection)["host", looks.host].troubles == 1
+        assert all_breakers(connection)["host", looks.host].troubles == 1
         assert answers_of(connection, job_ids=[job_id]) == []
 
 
@@ -301,8 +303,8 @@ def test_given_five_jobs_with_paths_that_the_api_does_not_have_then_the_host_is_
     assert looks.looks.run() == 5
 
     with looks.engine.connect() as connection:
-        gate = all_gates(connection).get(("host", looks.host))
-    assert (gate is not None and gate.held(looks.now())) is held
+        breaker = all_breakers(connection).get(("host", looks.host))
+    assert (breaker is not None and breaker.held(looks.now())) is held
     rows = [looks.look(job_id) for job_id in ids]
     assert [row is not None and row.looks for row in rows] == [1] * 5
 
@@ -324,7 +326,7 @@ def test_given_a_hundred_looks_of_a_held_account_then_one_statement_puts_them_of
     looks: Looks,
 ) -> None:
     ids = [looks.expired(str(number)) for number in range(100)]
-    looks.gate(lambda gate: paused(gate, now=looks.now()))
+    looks.breaker(lambda breaker: paused(breaker, now=looks.now()))
     statements: list[str] = []
 
     def note(*given: Any) -> None:
@@ -347,11 +349,11 @@ def test_given_an_account_or_host_that_is_held_or_short_then_nothing_is_asked(lo
     now = looks.now()
     match trouble:
         case "refused account":
-            looks.gate(lambda gate: refused(gate, "no credits", now=now - timedelta(minutes=9), probe=False))
+            looks.breaker(lambda breaker: refused(breaker, "no credits", now=now - timedelta(minutes=9), probe=False))
         case "paused account":
-            looks.gate(lambda gate: paused(gate, now=now))
+            looks.breaker(lambda breaker: paused(breaker, now=now))
         case "held host":
-            looks.gate(lambda gate: paused(gate, now=now), "host", looks.host)
+            looks.breaker(lambda breaker: paused(breaker, now=now), "host", looks.host)
         case "no key":
             looks.looks._keys = {}
         case "short":
@@ -373,14 +375,14 @@ def test_given_an_account_or_host_that_is_held_or_short_then_nothing_is_asked(lo
 def test_given_a_key_that_was_not_accepted_yet_then_one_look_alone_is_its_probe(looks: Looks) -> None:
     """As after a restart, where nothing else is to be asked."""
     first, second = looks.expired("1"), looks.expired("2")
-    looks.gate(lambda gate: Gate("account", "default"))
+    looks.breaker(lambda breaker: CircuitBreaker("account", "default"))
     for remote_id in ("1", "2"):
         looks.says(PROCESSING, remote_id=remote_id)
 
     assert looks.looks.run() == 2
 
     with looks.engine.connect() as connection:
-        assert all_gates(connection)["account", "default"].proven
+        assert all_breakers(connection)["account", "default"].proven
     assert [job_of(looks.engine, job_id).polls for job_id in (first, second)] == [1, 1]
 
 
@@ -470,8 +472,8 @@ def test_given_a_worker_when_an_expired_job_gets_ready_then_it_is_stored_and_tol
     }.items():
         monkeypatch.setenv(name, value)
     with database.begin() as connection:  # a key that was accepted before: jobs need no minute of grace to expire
-        locked_gate(connection, "account", "default")
-        save_gate(connection, Gate("account", "default", proven=True))
+        locked_breaker(connection, "account", "default")
+        save_breaker(connection, CircuitBreaker("account", "default", proven=True))
     web.serves("/out/a.png", page(200, PNG, Content_Type="image/png"))
     web.serves("/api/v3/fetch/1", page(200, json.dumps(PROCESSING).encode()))
     job_id = track("1", eta=0.1, deadline=0.5, on_done="shop.done")

@@ -17,20 +17,20 @@ from sqlalchemy.exc import OperationalError
 
 from tests.waiting import wait_until
 from worker.coordination.leases import LeaseKeeper, LeaseLost
-from worker.coordination.rate_limiter import SharedBudget
+from worker.coordination.rate_limiter import RateLimiter
 from worker.core.circuit_breaker import refused
 from worker.core.pacing.policy import Model, Pace
 from worker.polling import pace_learner, poller, recorder
-from worker.polling.api_client import HostedApi
+from worker.polling.api_client import ApiClient
 from worker.polling.poller import IN_FLIGHT, Poller
 from worker.sandbox import Answer, Sandbox, SandboxOptions
-from worker.store.breakers import locked_gate, save_gate
+from worker.store.breakers import locked_breaker, save_breaker
 from worker.store.claims import ClaimedJob, claim_jobs
 from worker.store.counters import Tally
 from worker.store.engine import database_now
 from worker.store.jobs import NewJob, cancel, insert_jobs, nudge
 from worker.store.results import record_answers
-from worker.store.schema import gates, jobs, outputs
+from worker.store.schema import breakers, jobs, outputs
 from worker.system.redaction import Scrubber
 from worker.vendor.fetch_url import AllowedApi, fetch_address
 
@@ -62,15 +62,15 @@ class Polls:
         made.append(self)
         self.poller = Poller(
             engine=engine,
-            api=HostedApi(self.api, Scrubber([KEY]), timeout=5.0, connections=16),
-            budget=SharedBudget(redis_url),
+            api=ApiClient(self.api, Scrubber([KEY]), timeout=5.0, connections=16),
+            budget=RateLimiter(redis_url),
             leases=LeaseKeeper(engine, lease=timedelta(seconds=30)),
             keys={name: SecretStr(key) for name, key in (keys or {"default": KEY}).items()},
             rps=lambda _: 2_000,
             pace=Pace("learned", 0.5, 0.0),
             api_timeout=5.0,
             queue_downloads=self.queued.extend,
-            tell=self.told.extend,
+            notify=self.told.extend,
         )
 
     def track(self, remote_ids: Sequence[Any], **changes: Any) -> list[int]:
@@ -113,10 +113,10 @@ class Polls:
         with self.engine.connect() as connection:
             return connection.execute(select(jobs).where(jobs.c.id == job_id)).one()
 
-    def gate(self, name: str) -> Row[Any]:
+    def breaker(self, name: str) -> Row[Any]:
         """A gate as it stands."""
         with self.engine.connect() as connection:
-            return connection.execute(select(gates).where(gates.c.name == name)).one()
+            return connection.execute(select(breakers).where(breakers.c.name == name)).one()
 
 
 @pytest.fixture
@@ -196,9 +196,9 @@ def test_given_a_wrong_key_when_polled_then_one_call_alone_is_made_and_the_jobs_
 
     assert sum(sandbox.calls.fetches.values()) == 1
     assert {polls.row(job).status for job in ids} == {"pending"}
-    gate = polls.gate("default")
-    assert gate.reason == "key rejected: Invalid Api Key"
-    assert timedelta(seconds=9) < gate.probe_at - gate.since < timedelta(seconds=11)
+    breaker = polls.breaker("default")
+    assert breaker.reason == "key rejected: Invalid Api Key"
+    assert timedelta(seconds=9) < breaker.probe_at - breaker.since < timedelta(seconds=11)
 
 
 def test_given_a_held_account_when_the_probe_is_accepted_then_all_its_jobs_go_on(
@@ -209,13 +209,13 @@ def test_given_a_held_account_when_the_probe_is_accepted_then_all_its_jobs_go_on
     polls.run()
     sandbox.options_now(key="later-key")
     with engine.begin() as connection:
-        connection.execute(update(gates).values(probe_at=database_now(connection)))
+        connection.execute(update(breakers).values(probe_at=database_now(connection)))
 
     polls.until(lambda: all(polls.row(job).status == "downloading" for job in ids))
 
-    gate = polls.gate("default")
-    assert gate.reason is None
-    assert gate.released_at is not None
+    breaker = polls.breaker("default")
+    assert breaker.reason is None
+    assert breaker.released_at is not None
 
 
 def test_given_an_account_without_a_key_when_polled_then_its_jobs_are_not_asked_about(polls: Polls) -> None:
@@ -237,10 +237,10 @@ def test_given_a_rate_limit_when_it_is_answered_then_the_whole_account_pauses(po
     polls.run(0.6)
 
     assert sum(polls.sandbox.calls.fetches.values()) == 1
-    gate = polls.gate("default")
-    assert gate.reason == "rate limited"
-    assert timedelta(seconds=29) < gate.until - gate.since <= timedelta(seconds=31)
-    assert gate.ceiling is not None, "what the API takes is learned"
+    breaker = polls.breaker("default")
+    assert breaker.reason == "rate limited"
+    assert timedelta(seconds=29) < breaker.until - breaker.since <= timedelta(seconds=31)
+    assert breaker.ceiling is not None, "what the API takes is learned"
     assert polls.row(jobs_in[0]).status == "pending"
 
 
@@ -256,7 +256,7 @@ def test_given_an_api_in_trouble_when_five_calls_failed_then_the_host_is_held_an
 
     assert sum(polls.sandbox.calls.fetches.values()) == asked
     assert {polls.row(job).status for job in job_ids} == {"pending"}
-    assert "HTTP 502" in polls.gate(polls.row(job_ids[0]).fetch_host).reason
+    assert "HTTP 502" in polls.breaker(polls.row(job_ids[0]).fetch_host).reason
 
 
 def test_given_a_job_that_failed_twice_when_polled_then_it_ends_and_is_told_of(polls: Polls) -> None:
@@ -386,13 +386,13 @@ def test_given_a_held_host_when_its_probe_is_due_then_only_an_account_that_may_b
     name = polls.row(job).fetch_host
     with engine.begin() as connection:
         now = database_now(connection)
-        host = locked_gate(connection, "host", name)
-        save_gate(connection, refused(host, "unreachable", now=now - timedelta(seconds=30), probe=True))
+        host = locked_breaker(connection, "host", name)
+        save_breaker(connection, refused(host, "unreachable", now=now - timedelta(seconds=30), probe=True))
 
     polls.until(lambda: bool(polls.row(job).status == "downloading"))
 
     assert polls.row(held).polls == 1
-    assert polls.gate(name).reason is None
+    assert polls.breaker(name).reason is None
 
 
 # ── who is asked first ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -521,9 +521,9 @@ def test_given_a_stop_when_jobs_are_claimed_and_not_asked_then_they_are_due_agai
     polls.run()
     polls.poller._rps = lambda _: 100
     ids = polls.track(submitted(sandbox, 60, samples=1), account="slow")
-    gate = threading.Event()
+    breaker = threading.Event()
     ask = polls.poller._api.ask
-    polls.poller._calls._ask = lambda job: (gate.wait(60), ask(job.address, job.remote_id, SecretStr(KEY)))[1]
+    polls.poller._calls._ask = lambda job: (breaker.wait(60), ask(job.address, job.remote_id, SecretStr(KEY)))[1]
     polls.poller._calls._most = 2
     run = threading.Thread(target=polls.run, args=(20.0,))
     run.start()
@@ -531,7 +531,7 @@ def test_given_a_stop_when_jobs_are_claimed_and_not_asked_then_they_are_due_agai
 
     polls.poller.stop()
     wait_until(lambda: sum(polls.row(job).claim_token is not None for job in ids) <= 4, "the others are given back")
-    gate.set()
+    breaker.set()
     run.join(60)
 
     rows = [polls.row(job) for job in ids]
@@ -609,10 +609,10 @@ def test_given_a_row_that_somebody_has_locked_when_answers_are_written_then_only
     polls.run()
     names = submitted(sandbox, 20, samples=1)
     ids = polls.track(names)
-    ask, gate = polls.poller._api.ask, threading.Event()
+    ask, breaker = polls.poller._api.ask, threading.Event()
 
     def held(*arguments: Any) -> Any:
-        gate.wait(10)
+        breaker.wait(10)
         return ask(*arguments)
 
     monkeypatch.setattr(polls.poller._api, "ask", held)
@@ -621,7 +621,7 @@ def test_given_a_row_that_somebody_has_locked_when_answers_are_written_then_only
     wait_until(lambda: all(polls.row(job).claim_token for job in ids), "all jobs are claimed")
     with engine.begin() as other:
         other.execute(select(jobs.c.id).where(jobs.c.id == ids[7]).with_for_update())
-        gate.set()
+        breaker.set()
         wait_until(lambda: sum(polls.row(job).status == "downloading" for job in ids) == 19, "the others go on")
         assert polls.row(ids[7]).status == "pending"
     run.join(10)
@@ -639,10 +639,10 @@ def test_given_200_rows_that_somebody_has_locked_when_jobs_come_due_then_they_ar
     polls.track(submitted(sandbox, 1))
     polls.run()
     ids = polls.track(submitted(sandbox, 200, samples=1))
-    ask, gate = polls.poller._api.ask, threading.Event()
+    ask, breaker = polls.poller._api.ask, threading.Event()
 
     def held(*arguments: Any) -> Any:
-        gate.wait(30)
+        breaker.wait(30)
         return ask(*arguments)
 
     monkeypatch.setattr(polls.poller._api, "ask", held)
@@ -651,7 +651,7 @@ def test_given_200_rows_that_somebody_has_locked_when_jobs_come_due_then_they_ar
     wait_until(lambda: all(polls.row(job).claim_token for job in ids[:100]), "a hundred jobs are claimed")
     with engine.begin() as other:
         other.execute(select(jobs.c.id).where(jobs.c.id.in_(ids)).with_for_update())
-        gate.set()
+        breaker.set()
         wait_until(lambda: polls.poller.kept >= 100, "their answers wait")
         began = time.monotonic()
         (job,) = polls.track(submitted(sandbox, 1, samples=1))
@@ -726,7 +726,7 @@ def test_given_many_accounts_and_few_places_when_all_have_more_than_enough_then_
     polls = Polls(engine, redis_url, sandbox, **dict.fromkeys(names, KEY))
     with engine.begin() as connection:
         for name in names:
-            save_gate(connection, replace(locked_gate(connection, "account", name), proven=True))
+            save_breaker(connection, replace(locked_breaker(connection, "account", name), proven=True))
     for name in names:
         polls.track([f"{name}-{number}" for number in range(100)], account=name)
     asked: Counter[str] = Counter()

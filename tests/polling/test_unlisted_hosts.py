@@ -17,7 +17,7 @@ from worker.store.engine import database_now
 from worker.store.jobs import job_row, outputs_of
 from worker.store.late_looks import look_of
 from worker.store.promises import add_promises, promise_row
-from worker.store.schema import gates, jobs
+from worker.store.schema import breakers, jobs
 
 
 class Unlisted:
@@ -37,14 +37,14 @@ class Unlisted:
     def held(self) -> bool:
         """Whether its host is held for not being listed."""
         with self.engine.connect() as connection:
-            reason = connection.execute(select(gates.c.reason).where(gates.c.name == self.host)).scalar()
+            reason = connection.execute(select(breakers.c.reason).where(breakers.c.name == self.host)).scalar()
         return (reason or "").startswith(NOT_LISTED)
 
     def age_hold(self) -> None:
         """Let the hold be two minutes old."""
         with self.engine.begin() as connection:
             since = database_now(connection) - timedelta(minutes=2)
-            connection.execute(update(gates).where(gates.c.name == self.host).values(since=since))
+            connection.execute(update(breakers).where(breakers.c.name == self.host).values(since=since))
 
     def pass_deadline(self) -> None:
         """Let the job's deadline be over."""

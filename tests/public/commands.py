@@ -167,7 +167,7 @@ def plant(engine: Engine) -> None:
         planted.waiting(connection, "7", account="shop", due=-400.0)
         planted.held(connection, "account", "shop", "key_refused")
         planted.held(connection, "host", "api.test", "unreachable")
-        planted.gate(connection, "account", "default", ceiling=4.0, cut_at=planted.now())
+        planted.breaker(connection, "account", "default", ceiling=4.0, cut_at=planted.now())
         now = planted.now()
         counted = Tally()
         counted.finished("default", "image", "failed")

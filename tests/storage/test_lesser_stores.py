@@ -12,7 +12,7 @@ from tests.storage.test_s3 import BODY, SHA, Bucket, _keep
 from worker.errors import SettingsError, StorageTrouble
 from worker.settings import Settings
 from worker.storage.local import Storage
-from worker.storage.partial_files import Partials
+from worker.storage.partial_files import PartialFiles
 from worker.storage.s3 import S3Storage
 from worker.storage.select import storage_for
 
@@ -50,7 +50,7 @@ def storage(front: LesserStore, bucket: Bucket, tmp_path: Path, monkeypatch: pyt
     """Outputs in it."""
     for name, value in front.environment.items():
         monkeypatch.setenv(name, value)
-    return S3Storage(bucket.name, "out", Partials(tmp_path / "partial"))
+    return S3Storage(bucket.name, "out", PartialFiles(tmp_path / "partial"))
 
 
 def _check_all(storage: S3Storage, bucket: Bucket) -> None:

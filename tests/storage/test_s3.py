@@ -21,7 +21,7 @@ from worker.core.media.signatures import Media
 from worker.errors import OutputMissing, SettingsError, StorageTrouble
 from worker.storage import s3 as module
 from worker.storage.local import Storage
-from worker.storage.partial_files import Partials, Source
+from worker.storage.partial_files import PartialFiles, Source
 from worker.storage.s3 import S3Storage
 
 PNG = Media("image/png", "png")
@@ -85,7 +85,7 @@ def bucket(s3: S3Server, shared_bucket: Bucket, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def storage(bucket: Bucket, tmp_path: Path) -> S3Storage:
     """Outputs in an empty bucket."""
-    return S3Storage(bucket.name, "out/puts", Partials(tmp_path / "partial"))
+    return S3Storage(bucket.name, "out/puts", PartialFiles(tmp_path / "partial"))
 
 
 def _keep(storage: Storage, body: bytes = BODY, *, position: int = 2, then: Callable[[Path], Any] = str) -> str:
@@ -325,8 +325,8 @@ def test_what_is_set_aside_makes_room_and_is_not_lost(storage: S3Storage, bucket
     key = f"out/puts/12/12345/2-{SHA[:16]}.png"
     for number in range(3):
         bucket.put(key, f"damage {number}".encode())
-        storage.set_aside(f"s3://{bucket.name}/{key}")
-    storage.set_aside(f"s3://{bucket.name}/{key}")
+        storage.quarantine(f"s3://{bucket.name}/{key}")
+    storage.quarantine(f"s3://{bucket.name}/{key}")
     assert bucket.keys() == [f"{key}.1.damaged", f"{key}.2.damaged", f"{key}.damaged"]
     assert bucket.get(f"{key}.damaged") == b"damage 0"
     assert _keep(storage) == f"s3://{bucket.name}/{key}"
@@ -377,7 +377,7 @@ def test_any_prefix_will_do(prefix: str, storage: S3Storage, bucket: Bucket) -> 
     assert list(storage.locations()) == [location]
     assert storage.examine(location, size=len(BODY), sha256=SHA) == "whole"
     assert requests.get(storage.url(location, 60), timeout=5).content == BODY
-    storage.set_aside(location)
+    storage.quarantine(location)
     assert list(storage.locations()) == [f"{location}.damaged"]
 
 
@@ -397,7 +397,7 @@ def test_a_missing_bucket_is_said_at_the_start_and_made_by_nobody(storage: S3Sto
         lambda: list(storage.locations()),
         lambda: storage.open("s3://no-such-bucket/key"),
         lambda: storage.examine("s3://no-such-bucket/key", size=1, sha256=SHA),
-        lambda: storage.set_aside("s3://no-such-bucket/key"),
+        lambda: storage.quarantine("s3://no-such-bucket/key"),
         lambda: storage.remove(["s3://no-such-bucket/key"]),
     ):
         with pytest.raises(StorageTrouble, match="NoSuchBucket"):
@@ -419,7 +419,7 @@ def test_wrong_credentials_are_refused_and_not_told(
         lambda: _keep(storage, position=4),
         lambda: storage.open(location),
         lambda: storage.examine(location, size=len(BODY), sha256=SHA),
-        lambda: storage.set_aside(location),
+        lambda: storage.quarantine(location),
         lambda: storage.remove([location]),
         lambda: list(storage.locations()),
     ):
@@ -470,7 +470,7 @@ def test_an_outage_is_storage_trouble_soon_and_ends_by_itself(storage: S3Storage
         lambda: _keep(storage, position=3),
         lambda: storage.open(location),
         lambda: storage.examine(location, size=len(BODY), sha256=SHA),
-        lambda: storage.set_aside(location),
+        lambda: storage.quarantine(location),
         lambda: storage.remove([location]),
         lambda: list(storage.locations()),
     ):

@@ -28,7 +28,7 @@ from tests.rows import (
 )
 from worker.core.lifecycle import AskAgain, End, GiveUp, Strikes
 from worker.core.pacing.policy import Plan, urgency
-from worker.store.claims import Level, claim_jobs, release_jobs, renew_leases, waiting_levels, waiting_outputs
+from worker.store.claims import DueGroup, claim_jobs, due_groups, release_jobs, renew_leases, waiting_outputs
 from worker.store.counters import Tally
 from worker.store.jobs import waiting_accounts
 from worker.store.results import Outcome, record_answers, record_attempt
@@ -36,7 +36,7 @@ from worker.store.schema import bodies, jobs, outputs
 
 MANY = 600
 AFTER_LEASE = NOW + LEASE + seconds(1)
-WANTED = Level("default", 0, "api.test", NOW)
+WANTED = DueGroup("default", 0, "api.test", NOW)
 
 
 @pytest.fixture
@@ -140,17 +140,17 @@ def test_what_waits_is_known_by_account_priority_and_host_with_its_first_due_tim
         add_downloading(connection, "d", priority=9)
         claim(connection, account="shop")
 
-        found = waiting_levels(connection, ["default", "shop", "nobody"])
+        found = due_groups(connection, ["default", "shop", "nobody"])
 
         assert found == [
-            Level("default", 2, "api.test", NOW + seconds(2)),
-            Level("default", 1, "other.test", NOW - seconds(1)),
-            Level("default", 1, "api.test", NOW + seconds(1)),
-            Level("default", 0, "api.test", NOW),
-            Level("shop", -7, "api.test", NOW + LEASE),
+            DueGroup("default", 2, "api.test", NOW + seconds(2)),
+            DueGroup("default", 1, "other.test", NOW - seconds(1)),
+            DueGroup("default", 1, "api.test", NOW + seconds(1)),
+            DueGroup("default", 0, "api.test", NOW),
+            DueGroup("shop", -7, "api.test", NOW + LEASE),
         ]
         assert waiting_accounts(connection) == ["default", "other", "shop"]
-        assert waiting_levels(connection, []) == []
+        assert due_groups(connection, []) == []
 
 
 @pytest.mark.parametrize("engine", ["postgresql"], indirect=True)

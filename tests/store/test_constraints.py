@@ -8,7 +8,7 @@ from sqlalchemy import Engine, insert, select
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from tests.rows import NOW, add_downloading, add_job, add_output, job_values, output_values
-from worker.store.schema import bodies, gates, jobs, outputs
+from worker.store.schema import bodies, breakers, jobs, outputs
 
 BROKEN = (IntegrityError, OperationalError)  # MariaDB calls a CHECK that does not hold an operational error
 FINAL = {"due_at": None, "completed_at": NOW}
@@ -119,7 +119,7 @@ def test_an_output_needs_a_job_and_a_place_of_its_own(engine: Engine) -> None:
 def test_a_gate_row_that_breaks_a_promise_is_refused(engine: Engine, constraint: str, values: dict[str, Any]) -> None:
     """A hold has a reason and a beginning, or neither."""
     with pytest.raises(BROKEN, match=f"ck_fetch_gates_{constraint}"), engine.begin() as connection:
-        connection.execute(insert(gates).values(values))
+        connection.execute(insert(breakers).values(values))
 
 
 def test_a_job_that_is_deleted_takes_its_outputs_and_their_bytes_along(engine: Engine) -> None:

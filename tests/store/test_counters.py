@@ -10,10 +10,10 @@ from worker.core.lifecycle import AskAgain, Deliver, End, StoredFile, Strikes, T
 from worker.core.media.signatures import Media
 from worker.core.reply import Link
 from worker.store import counters as module
-from worker.store.counters import KINDS_MOST, OTHER, Figure, Tally, read_totals
+from worker.store.counters import KINDS_MOST, OTHER, CounterKey, Tally, read_counters
 from worker.store.jobs import cancel
 from worker.store.results import Outcome, record_answers, record_attempt
-from worker.store.schema import totals
+from worker.store.schema import counters
 
 SOON = NOW + seconds(1)
 FILE = StoredFile("file:///out/0.png", 42, "ab" * 32, Media("image/png", "png"))
@@ -24,9 +24,9 @@ def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_kinds_by_url", {})
 
 
-def _all(engine: Engine) -> dict[Figure, tuple[int, float]]:
+def _all(engine: Engine) -> dict[CounterKey, tuple[int, float]]:
     with engine.connect() as connection:
-        return {one.figure: (one.times, one.total) for one in read_totals(connection)}
+        return {one.figure: (one.times, one.total) for one in read_counters(connection)}
 
 
 def test_what_many_transactions_count_at_once_adds_up(engine: Engine) -> None:
@@ -44,9 +44,9 @@ def test_what_many_transactions_count_at_once_adds_up(engine: Engine) -> None:
         list(threads.map(count, range(200)))
 
     assert _all(engine) == {
-        Figure("answers", "shop", "", "processing"): (200, 100.0),
-        Figure("answers", "shop", "", "ready"): (200, 100.0),
-        Figure("delay", "shop", "image", "1"): (200, pytest.approx(140.0)),
+        CounterKey("answers", "shop", "", "processing"): (200, 100.0),
+        CounterKey("answers", "shop", "", "ready"): (200, 100.0),
+        CounterKey("delay", "shop", "image", "1"): (200, pytest.approx(140.0)),
     }
 
 
@@ -75,10 +75,10 @@ def test_kinds_beyond_the_bound_are_counted_together(engine: Engine) -> None:
         tally.finished("default", f"late-{number}", "completed")
     with engine.begin() as connection:
         tally.write(connection)
-        kinds = connection.execute(select(func.count(totals.c.kind.distinct()))).scalar_one()
+        kinds = connection.execute(select(func.count(counters.c.kind.distinct()))).scalar_one()
 
     assert kinds == KINDS_MOST + 1
-    assert _all(engine)[Figure("finished", "default", OTHER, "completed")][0] == 90
+    assert _all(engine)[CounterKey("finished", "default", OTHER, "completed")][0] == 90
 
 
 def test_answers_count_what_they_did_to_jobs_and_lost_ones_nothing(engine: Engine) -> None:
@@ -98,10 +98,10 @@ def test_answers_count_what_they_did_to_jobs_and_lost_ones_nothing(engine: Engin
         tally.write(connection)
 
     assert _all(engine) == {
-        Figure("delay", "default", "ready", "1"): (1, 0.7),
-        Figure("polls", "default", "ready", "1"): (1, 1.0),
-        Figure("polls", "default", "failed", "1"): (1, 1.0),
-        Figure("finished", "default", "failed", "failed"): (1, 0.0),
+        CounterKey("delay", "default", "ready", "1"): (1, 0.7),
+        CounterKey("polls", "default", "ready", "1"): (1, 1.0),
+        CounterKey("polls", "default", "failed", "1"): (1, 1.0),
+        CounterKey("finished", "default", "failed", "failed"): (1, 0.0),
     }
 
 
@@ -117,10 +117,10 @@ def test_downloads_count_their_bytes_and_the_job_that_they_end(engine: Engine) -
         record_attempt(connection, second, FILE, now=NOW + seconds(3.5))  # too late: its claim is gone
 
     assert _all(engine) == {
-        Figure("attempts", "", "", "http_error"): (1, 0.0),
-        Figure("attempts", "", "", "stored"): (1, 42.0),
-        Figure("transfer", "", "", "0.5"): (1, pytest.approx(0.4)),
-        Figure("finished", "default", "image", "completed"): (1, 0.0),
+        CounterKey("attempts", "", "", "http_error"): (1, 0.0),
+        CounterKey("attempts", "", "", "stored"): (1, 42.0),
+        CounterKey("transfer", "", "", "0.5"): (1, pytest.approx(0.4)),
+        CounterKey("finished", "default", "image", "completed"): (1, 0.0),
     }
 
 
@@ -132,4 +132,4 @@ def test_a_cancelled_job_counts_once(engine: Engine) -> None:
             cancel(connection, job_id, tally, now=SOON)
         tally.write(connection)
 
-    assert _all(engine) == {Figure("finished", "default", "image", "cancelled"): (1, 0.0)}
+    assert _all(engine) == {CounterKey("finished", "default", "image", "cancelled"): (1, 0.0)}

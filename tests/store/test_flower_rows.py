@@ -5,7 +5,7 @@ from typing import Any
 from sqlalchemy import Engine, event, update
 
 from tests.rows import NOW, STORED, add_downloading, add_job, add_output, seconds
-from worker.core.flower_rows import MESSAGE_MOST, Outputs, SeenJob
+from worker.core.flower_rows import MESSAGE_MOST, FlowerJob, Outputs
 from worker.store.engine import clock_in_place
 from worker.store.jobs import retry
 from worker.store.reports.flower_rows import look
@@ -14,7 +14,7 @@ from worker.store.schema import jobs
 ENDED: dict[str, Any] = {"due_at": None, "completed_at": NOW + seconds(10)}
 
 
-def seen(engine: Engine, before: dict[int, SeenJob], most: int, *, late: float = 20.0) -> dict[int, SeenJob]:
+def seen(engine: Engine, before: dict[int, FlowerJob], most: int, *, late: float = 20.0) -> dict[int, FlowerJob]:
     """One look, so many seconds after the jobs were submitted."""
     with clock_in_place(lambda: NOW + seconds(late)), engine.connect() as connection:
         return look(connection, before, most)

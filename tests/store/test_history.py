@@ -10,10 +10,10 @@ from sqlalchemy import Connection, Engine, event, func, insert, select, text, up
 
 from tests.rows import NOW, add_downloading, add_job, add_output, seconds
 from worker.core.circuit_breaker import paused
-from worker.store.breakers import locked_gate, save_gate
+from worker.store.breakers import locked_breaker, save_breaker
 from worker.store.counters import Tally
 from worker.store.reports.history import KEPT, read_history, sample
-from worker.store.schema import HELD_UNTIL, gates, history
+from worker.store.schema import HELD_UNTIL, breakers, history
 
 LATER = NOW + seconds(20.5)
 
@@ -37,8 +37,8 @@ def test_a_line_says_how_everything_stood(engine: Engine) -> None:
         add_job(connection, "held", account="shop", due_at=HELD_UNTIL, held_at=NOW)
         add_job(connection, "no key", account="other", due_at=NOW - seconds(99))
         add_output(connection, add_downloading(connection, "ready"))
-        locked_gate(connection, "account", "shop")
-        connection.execute(update(gates).values(proven=True, asked_at=NOW, ceiling=4.0, cut_at=LATER))
+        locked_breaker(connection, "account", "shop")
+        connection.execute(update(breakers).values(proven=True, asked_at=NOW, ceiling=4.0, cut_at=LATER))
         _count_something(connection)
         sample(connection, now=LATER, full_rps=lambda _: 10.0)
         (found,) = read_history(connection, NOW)
@@ -64,10 +64,10 @@ def test_what_nobody_may_ask_about_is_not_late(engine: Engine) -> None:
     with engine.begin() as connection:
         add_job(connection, "1", account="held")
         add_job(connection, "2", account="shop", fetch_host="away.test")
-        locked_gate(connection, "account", "shop")
-        save_gate(connection, paused(locked_gate(connection, "account", "held"), now=NOW))
-        save_gate(connection, paused(locked_gate(connection, "host", "away.test"), now=NOW))
-        connection.execute(update(gates).values(asked_at=NOW))
+        locked_breaker(connection, "account", "shop")
+        save_breaker(connection, paused(locked_breaker(connection, "account", "held"), now=NOW))
+        save_breaker(connection, paused(locked_breaker(connection, "host", "away.test"), now=NOW))
+        connection.execute(update(breakers).values(asked_at=NOW))
         sample(connection, now=LATER, full_rps=lambda _: 10.0)
         (found,) = read_history(connection, NOW)
 
@@ -120,12 +120,12 @@ def test_a_line_that_is_there_costs_one_look(engine: Engine) -> None:
 SWEEPS = """
 import logging
 
-from worker.process.resources import parts
+from worker.process.resources import process_resources
 from worker.process.runs import run_sweep
 
 logging.basicConfig()
 said = [run_sweep()]
-parts().sample_at = 0.0
+process_resources().sample_at = 0.0
 print(said + [run_sweep()])
 """
 

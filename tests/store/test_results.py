@@ -26,10 +26,10 @@ from worker.core.media.signatures import Media
 from worker.core.pacing.policy import Plan
 from worker.core.reply import Link
 from worker.store.claims import ClaimedJob
-from worker.store.counters import LEFT_OUT, Tally, read_totals
+from worker.store.counters import LEFT_OUT, Tally, read_counters
 from worker.store.jobs import cancel, retry
 from worker.store.promises import add_promises
-from worker.store.results import RENEWAL_WAIT, Outcome, Recorded, record_answers, record_attempt, set_aside
+from worker.store.results import RENEWAL_WAIT, Outcome, Recorded, quarantine, record_answers, record_attempt
 from worker.store.schema import bodies, jobs, outputs, promises
 
 SOON = NOW + seconds(1)
@@ -119,7 +119,7 @@ def test_given_more_outputs_than_are_stored_when_recorded_then_the_job_says_so_a
     ]
     assert set(job_ids) == set(rows)
     with engine.connect() as connection:
-        assert [total.times for total in read_totals(connection, [LEFT_OUT])] == [499]
+        assert [total.times for total in read_counters(connection, [LEFT_OUT])] == [499]
 
 
 @pytest.mark.parametrize(("status", "code"), [("failed", "api_failed"), ("expired", "expired")])
@@ -345,8 +345,8 @@ def test_a_job_that_no_statement_can_write_is_set_aside(engine: Engine) -> None:
     with engine.begin() as connection:
         job_id = add_job(connection)
         [claimed] = claim(connection)
-        assert set_aside(connection, claimed, "can't be written", now=SOON)
-        assert not set_aside(connection, claimed, "again", now=SOON)
+        assert quarantine(connection, claimed, "can't be written", now=SOON)
+        assert not quarantine(connection, claimed, "again", now=SOON)
     row = job_of(engine, job_id)
     assert (row.status, row.error_code, row.error_message) == ("failed", "unwritable", "can't be written")
 

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import Connection, Engine, insert
 
 from tests.rows import LEASE, NOW, job_values, seconds
-from worker.store.claims import Level, claim_jobs, waiting_levels
+from worker.store.claims import DueGroup, claim_jobs, due_groups
 from worker.store.jobs import waiting_accounts
 from worker.store.reports.live import last_failures
 from worker.store.reports.search import JobFilter, matching_ids
@@ -58,7 +58,7 @@ def _rows_read(engine: Engine, look: Look) -> int:
 
 
 def _claim(connection: Connection) -> object:
-    level = Level("default", 1, "api.test", NOW)
+    level = DueGroup("default", 1, "api.test", NOW)
     return claim_jobs(connection, level, limit=5, token="t", holder="h", lease=LEASE, now=NOW)
 
 
@@ -66,7 +66,7 @@ def _claim(connection: Connection) -> object:
 @pytest.mark.parametrize(
     ("look", "most"),
     [
-        (lambda connection: waiting_levels(connection, ACCOUNTS), 3 * (LEVELS + len(ACCOUNTS))),
+        (lambda connection: due_groups(connection, ACCOUNTS), 3 * (LEVELS + len(ACCOUNTS))),
         (waiting_accounts, 3 * LEVELS),
         (_claim, 8 * 5),
         (lambda connection: waiting_by_account(connection, now=NOW), 4 * 2 * WAITING),

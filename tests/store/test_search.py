@@ -17,7 +17,7 @@ from worker.store.reports.search import (
     search,
     still_matching,
 )
-from worker.store.schema import HELD_UNTIL, gates, jobs
+from worker.store.schema import HELD_UNTIL, breakers, jobs
 
 CLAIMED = {"claim_token": "t", "claim_holder": "ada"}
 HOURS = {"submitted_at": NOW - seconds(7_200), "tracked_at": NOW - seconds(7_200)}
@@ -54,7 +54,7 @@ def stocked(engine: Engine, request: pytest.FixtureRequest, now: None, monkeypat
             ("host", "off.test", {"reason": "unreachable", "since": NOW, "probe_at": NOW}),
             ("host", "api.test", {"reason": "rate limited", "since": NOW, "until": NOW}),  # it is over
         ):
-            connection.execute(insert(gates).values(scope=scope, name=name, **values))
+            connection.execute(insert(breakers).values(scope=scope, name=name, **values))
     return engine
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from worker.app import POLLS
 from worker.client import tracking
-from worker.coordination.publisher import Courier
+from worker.coordination.publisher import Publisher
 from worker.downloads.downloader import Downloader
 from worker.process import dead_claims, resources
 from worker.settings import Settings
@@ -141,27 +141,27 @@ def test_each_resource_of_a_process_is_made_once(name: str, monkeypatch: pytest.
         return make(own)
 
     monkeypatch.setattr(resource, "func", counted)
-    found = _at_once(lambda: getattr(resources.parts(), name))
+    found = _at_once(lambda: getattr(resources.process_resources(), name))
     assert len({id(one) for one in found}) == 1
     assert made == [name]
 
 
 def test_every_resource_is_covered_and_none_is_made_without_a_lock() -> None:
-    assert {"engine", "leases", "poller", "downloader", "webhooks", "api", "courier"} <= set(RESOURCES)
+    assert {"engine", "leases", "poller", "downloader", "webhooks", "api", "publisher"} <= set(RESOURCES)
 
 
 @pytest.mark.usefixtures("_own_resources")
 def test_a_process_makes_what_its_queues_need_and_nothing_else() -> None:
-    resources.parts().make_for({POLLS})
-    assert "poller" in vars(resources.parts())
-    assert "downloader" not in vars(resources.parts())
+    resources.process_resources().make_for({POLLS})
+    assert "poller" in vars(resources.process_resources())
+    assert "downloader" not in vars(resources.process_resources())
 
 
 @pytest.mark.usefixtures("_own_resources")
 def test_a_poller_that_is_made_while_the_worker_stops_claims_nothing() -> None:
-    resources.parts().stop()
-    assert "poller" not in vars(resources.parts()), "a signal handler must not make things"
-    assert resources.parts().poller.stopped
+    resources.process_resources().stop()
+    assert "poller" not in vars(resources.process_resources()), "a signal handler must not make things"
+    assert resources.process_resources().poller.stopped
 
 
 @pytest.mark.usefixtures("_own_resources")
@@ -175,7 +175,7 @@ def test_the_storage_is_prepared_by_the_first_download_alone(tmp_path: Path, mon
 
     monkeypatch.setattr(storage, "prepare", prepare)
     monkeypatch.setattr(resources, "storage_for", lambda _: storage)
-    downloader: Downloader = resources.parts().downloader
+    downloader: Downloader = resources.process_resources().downloader
     assert prepared == [], "making it asks no server"
     _at_once(downloader._prepare_storage)
     assert prepared == [1]
@@ -210,14 +210,14 @@ def test_settings_look_for_the_embedded_redis_once(monkeypatch: pytest.MonkeyPat
     assert len(looked) == 1
 
 
-def test_a_courier_has_one_thread() -> None:
-    courier = Courier()
+def test_a_publisher_has_one_thread() -> None:
+    publisher = Publisher()
     sent: list[int | None] = []
 
     def send() -> None:
-        courier.send("test", lambda: sent.append(threading.get_ident()))
+        publisher.send("test", lambda: sent.append(threading.get_ident()))
 
     _at_once(send)
-    assert courier.finish(10)
+    assert publisher.finish(10)
     assert len(sent) == THREADS
     assert len(set(sent)) == 1

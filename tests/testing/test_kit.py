@@ -171,11 +171,11 @@ def test_a_held_job_is_an_error_that_says_so_and_goes_on_once_it_is_resumed(made
 
 def test_a_held_account_is_not_asked_until_it_is_resumed(made: Kit) -> None:
     job_id = worker.track(made.api.submit("a lake"))
-    holds.hold_gate("account", "default")
+    holds.hold_account_or_host("account", "default")
 
     with pytest.raises(NeverEnds, match="held by an operator"):
         made.worker.run(job_id)
-    holds.resume_gate("account", "default")
+    holds.resume_account_or_host("account", "default")
 
     assert made.worker.run(job_id).status == "completed"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from worker.admin.wording import counted
-from worker.client.holds import hold, hold_gate, resume, resume_gate
+from worker.client.holds import hold, hold_account_or_host, resume, resume_account_or_host
 from worker.client.tracking import cancel, retry
 from worker.core.circuit_breaker import Scope
 from worker.errors import JobNotFound, Unavailable
@@ -78,9 +78,9 @@ def _done_to_each(act: Act, ids: Sequence[int]) -> tuple[Counter[str], str]:
     return came_of_it, ""
 
 
-def act_on_gate(name: str, scope: Scope, gate: str) -> str:
+def act_on_breaker(name: str, scope: Scope, breaker: str) -> str:
     """Holds or resumes an account or a host as a whole; what came of it, in a sentence."""
     if name == "hold":
-        return f"The {scope} {gate} {'is held' if hold_gate(scope, gate) else 'was held already'}."
-    changed = resume_gate(scope, gate)
-    return f"The {scope} {gate} {'is resumed: it is tried at once' if changed else 'was open already'}."
+        return f"The {scope} {breaker} {'is held' if hold_account_or_host(scope, breaker) else 'was held already'}."
+    changed = resume_account_or_host(scope, breaker)
+    return f"The {scope} {breaker} {'is resumed: it is tried at once' if changed else 'was open already'}."

@@ -11,14 +11,14 @@ from typing import Any
 from pydantic import SecretStr
 from sqlalchemy import Connection, Engine, Row
 
-from worker.coordination.rate_limiter import SharedBudget
+from worker.coordination.rate_limiter import RateLimiter
 from worker.core.answer_history import Answer, answers
-from worker.core.circuit_breaker import Gate
+from worker.core.circuit_breaker import CircuitBreaker
 from worker.operations.explain import Step, chain_with_budget, read_facts
 from worker.operations.overview import Overview, belief, overview, why
-from worker.operations.snapshot import Frame, Watcher
+from worker.operations.snapshot import Frame, SnapshotReader
 from worker.settings import Settings
-from worker.store.breakers import all_gates
+from worker.store.breakers import all_breakers
 from worker.store.engine import connected, database_now, engine_for
 from worker.store.events import events_of
 from worker.store.jobs import job_row, outputs_of, waiting_accounts
@@ -45,10 +45,10 @@ class JobPage:
 
 
 @dataclass(frozen=True, slots=True)
-class GateState:
+class BreakerState:
     """An account or a host, whether it is held, its requests per second, and whether jobs wait for it."""
 
-    gate: Gate
+    breaker: CircuitBreaker
     held: bool
     rps: float
     waiting: bool
@@ -101,25 +101,25 @@ class Reading:
         with self.connection() as (connection, _):
             return output_row(connection, output_id)
 
-    def gates(self) -> list[GateState]:
+    def breakers(self) -> list[BreakerState]:
         """Every account and host that anything is known of, those that are held first."""
         with self.connection() as (connection, now):
-            known = all_gates(connection)
+            known = all_breakers(connection)
             waiting = waiting_accounts(connection)
             rates = _rates(connection, now)
         for name in waiting:
-            known.setdefault(("account", name), Gate("account", name))
+            known.setdefault(("account", name), CircuitBreaker("account", name))
         states = [
-            GateState(
-                gate,
-                gate.held(now),
-                rates.get(gate.name, gate.rate(self.settings.rps(gate.name), now)),
-                gate.name in waiting,
+            BreakerState(
+                breaker,
+                breaker.held(now),
+                rates.get(breaker.name, breaker.rate(self.settings.rps(breaker.name), now)),
+                breaker.name in waiting,
                 now,
             )
-            for gate in known.values()
+            for breaker in known.values()
         ]
-        return sorted(states, key=lambda state: (not state.held, state.gate.scope, state.gate.name))
+        return sorted(states, key=lambda state: (not state.held, state.breaker.scope, state.breaker.name))
 
     def overview(self) -> Overview:
         """How everything stands."""
@@ -130,7 +130,7 @@ class Reading:
         """What `top` shows: the troubles that there are."""
         with self.connection() as (connection, _):
             accounts = waiting_accounts(connection)
-        return Watcher(self.engine, self.as_the_workers(accounts)).frame()
+        return SnapshotReader(self.engine, self.as_the_workers(accounts)).frame()
 
     def as_the_workers(self, accounts: Iterable[str]) -> Settings:
         """The settings with a key for these accounts, where this process has none.
@@ -146,8 +146,8 @@ class Reading:
 
 
 @cache
-def _budget(redis_url: str) -> SharedBudget:
-    return SharedBudget(redis_url)
+def _budget(redis_url: str) -> RateLimiter:
+    return RateLimiter(redis_url)
 
 
 def _rates(connection: Connection, now: datetime) -> dict[str, float]:

@@ -7,8 +7,8 @@ from flask import Flask, Response, g, render_template, request
 from flask_admin import Admin, AdminIndexView, expose
 from werkzeug.exceptions import HTTPException, NotFound
 
+from worker.admin.breakers import BreakersView
 from worker.admin.door import Door, guard
-from worker.admin.gates import GatesView
 from worker.admin.jobs import JobsView
 from worker.admin.outputs import OutputsView, as_what
 from worker.admin.plots import PlotsView
@@ -33,7 +33,7 @@ class StartView(AdminIndexView):
     @expose("/")
     def index(self) -> str:
         """Jobs by state, what is late, what is held."""
-        states = self.reading.gates()
+        states = self.reading.breakers()
         page: str = self.render(
             "start.html",
             stands=self.reading.overview(),
@@ -52,7 +52,7 @@ def make_site(settings: Settings, door: Door) -> Flask:
     admin = Admin(app, name="fetch-worker", index_view=StartView(reading))
     admin.add_view(JobsView(reading, name="Jobs", endpoint="jobs", url="/jobs"))
     admin.add_view(OutputsView(reading, name="Outputs", endpoint="outputs", url="/outputs"))
-    admin.add_view(GatesView(reading, name="Accounts", endpoint="gates", url="/accounts"))
+    admin.add_view(BreakersView(reading, name="Accounts", endpoint="gates", url="/accounts"))
     admin.add_view(PlotsView(reading, name="Plots", endpoint="plots", url="/plots"))
     app.add_url_rule("/assets/<name>", "assets", _asset)
     app.after_request(_display)

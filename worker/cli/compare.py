@@ -10,7 +10,7 @@ from worker.cli.output import json_option, print_json, print_table
 from worker.core.identity import FetchAddress, checked_remote_id
 from worker.core.reply import CLASSES
 from worker.errors import NotTrackable, Unavailable
-from worker.polling.api_client import HostedApi
+from worker.polling.api_client import ApiClient
 from worker.sandbox import Sandbox, SandboxOptions
 from worker.settings import Settings, load
 from worker.system.redaction import Scrubber, shared_scrubber
@@ -102,7 +102,7 @@ def _compare(
     key: SecretStr,
     endpoint: str | None,
 ) -> list[Compared]:
-    live = HostedApi(
+    live = ApiClient(
         settings.api,
         scrubber,
         timeout=settings.sd_api_timeout,
@@ -115,7 +115,7 @@ def _compare(
     compared = []
     with Sandbox(SandboxOptions(min_seconds=0, max_seconds=0)) as sandbox:
         stand_in = AllowedApi(sandbox.url, frozenset({sandbox.url.split("/")[2]}))
-        local = HostedApi(stand_in, scrubber, timeout=settings.sd_api_timeout, connections=1)
+        local = ApiClient(stand_in, scrubber, timeout=settings.sd_api_timeout, connections=1)
         for question, address in zip(questions, addresses, strict=True):
             used = key if question.right_key else WRONG_KEY
             training = is_training(address.base)

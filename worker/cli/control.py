@@ -20,7 +20,7 @@ from worker.core.circuit_breaker import Scope
 from worker.core.identity import ACCOUNT
 from worker.errors import JobNotFound
 from worker.settings import Settings, load
-from worker.store.breakers import all_gates
+from worker.store.breakers import all_breakers
 from worker.store.engine import connected, database_now, engine_for
 from worker.store.jobs import job_row, jobs_by_remote
 from worker.store.reports.search import JobFilter, Search, count_matching, matching, search
@@ -79,8 +79,8 @@ def _run(said: _Said, ids: tuple[str, ...], options: Mapping[str, Any]) -> int:
         raise click.UsageError("give job ids, or --remote ID, or a filter such as --status or --account (see --help)")
     if ids:
         return _jobs(said, job_numbers(ids), settings)
-    if said.action in ("hold", "resume") and (gates := _gates(options)):
-        return _whole(said, gates, settings)
+    if said.action in ("hold", "resume") and (breakers := _breakers(options)):
+        return _whole(said, breakers, settings)
     with connected(settings.database), engine_for(settings.database).connect() as connection:
         wanted = job_filter(options, database_now(connection))
         named = _named(connection, wanted) if wanted.named else None
@@ -220,7 +220,7 @@ def _jobs_of(count: int) -> str:
 # ── accounts and hosts as a whole ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def _gates(options: Mapping[str, Any]) -> list[tuple[Scope, str]]:
+def _breakers(options: Mapping[str, Any]) -> list[tuple[Scope, str]]:
     """The accounts, or the hosts, that are meant as a whole; none where anything else is said."""
     scopes: tuple[tuple[Scope, str], ...] = (("account", "accounts"), ("host", "hosts"))
     for scope, option in scopes:
@@ -230,16 +230,16 @@ def _gates(options: Mapping[str, Any]) -> list[tuple[Scope, str]]:
     return []
 
 
-def _whole(said: _Said, gates: Iterable[tuple[Scope, str]], settings: Settings) -> int:
+def _whole(said: _Said, breakers: Iterable[tuple[Scope, str]], settings: Settings) -> int:
     rows = []
-    for scope, given in gates:
+    for scope, given in breakers:
         name = _gate_name(scope, given, settings)
         if said.dry_run:
             changed = _would_gate(said.action, scope, name, settings)
         elif said.action == "hold":
-            changed = holds.hold_gate(scope, name)
+            changed = holds.hold_account_or_host(scope, name)
         else:
-            changed = holds.resume_gate(scope, name)
+            changed = holds.resume_account_or_host(scope, name)
         rows.append({"scope": scope, "name": name, "changed": changed})
     if said.as_json:
         print_json(rows)
@@ -256,7 +256,7 @@ def _gate_name(scope: Scope, given: str, settings: Settings) -> str:
         return given
     host = given.lower().removesuffix(":443")
     with connected(settings.database), engine_for(settings.database).connect() as connection:
-        known = {*settings.api.hosts, *(name for kind, name in all_gates(connection) if kind == "host")}
+        known = {*settings.api.hosts, *(name for kind, name in all_breakers(connection) if kind == "host")}
         if host not in known and not count_matching(connection, JobFilter(hosts=(host,)), most=1):
             raise click.UsageError(f"no job is fetched from {given!r}, but from {', '.join(sorted(known))}")
     return host
@@ -264,10 +264,10 @@ def _gate_name(scope: Scope, given: str, settings: Settings) -> str:
 
 def _would_gate(action: Action, scope: Scope, name: str, settings: Settings) -> bool:
     with connected(settings.database), engine_for(settings.database).connect() as connection:
-        gate = all_gates(connection).get((scope, name))
+        breaker = all_breakers(connection).get((scope, name))
         if action == "hold":
-            return gate is None or gate.paused_at is None
-        return gate is not None and gate.allows(database_now(connection)) == "none"
+            return breaker is None or breaker.paused_at is None
+        return breaker is not None and breaker.allows(database_now(connection)) == "none"
 
 
 # ── printing ──────────────────────────────────────────────────────────────────────────────────────────────────────────

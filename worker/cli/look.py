@@ -20,7 +20,7 @@ from worker.cli.output import (
     print_table,
 )
 from worker.cli.unread import shortened
-from worker.coordination.rate_limiter import SharedBudget
+from worker.coordination.rate_limiter import RateLimiter
 from worker.core.lifecycle import STORAGE_WAIT
 from worker.operations.explain import Facts, chain_with_budget, read_facts
 from worker.operations.health import Node, alive, examine
@@ -52,7 +52,7 @@ def show(ids: tuple[str, ...], remote: str | None, account: str | None, as_json:
     """One job with its outputs, why it is where it is, and what to do."""
     job_ids = targets(ids, remote, account)
     settings = load()
-    budget = SharedBudget(settings.redis)
+    budget = RateLimiter(settings.redis)
     documents: list[dict[str, Any]] = []
     for job_id in job_ids:
         with connected(settings.database), engine_for(settings.database).connect() as connection:
@@ -110,7 +110,7 @@ def _document(connection: Connection, job_id: int, settings: Settings) -> tuple[
     return document, read_facts(connection, job, outputs, events, settings)
 
 
-def _with_chain(document: dict[str, Any], facts: Facts, budget: SharedBudget) -> dict[str, Any]:
+def _with_chain(document: dict[str, Any], facts: Facts, budget: RateLimiter) -> dict[str, Any]:
     steps, advice = chain_with_budget(facts, budget)
     return document | {"chain": [{name: getattr(step, name) for name in CHAIN} for step in steps], "advice": advice}
 

@@ -30,9 +30,9 @@ from worker.operations.snapshot import (
     LateJob,
     LostClaim,
     Overdue,
+    SnapshotReader,
     Transfer,
     Unstored,
-    Watcher,
 )
 from worker.settings import load
 from worker.store.engine import engine_for
@@ -72,7 +72,7 @@ class Section:
 def top(every: float, once: bool, as_json: bool) -> int:
     """Watch everything that goes on: rates, holds, late work, downloads, troubles. `q` ends it."""
     settings = load()
-    watcher = Watcher(engine_for(settings.database), settings)
+    watcher = SnapshotReader(engine_for(settings.database), settings)
     console = make_console(height=FILE_LINES)
     if as_json:
         print_json(document(watcher.frame()))
@@ -108,7 +108,7 @@ def _plain(value: Any) -> Any:
 # ── watching ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _watch(watcher: Watcher, console: Console, every: float) -> None:
+def _watch(watcher: SnapshotReader, console: Console, every: float) -> None:
     frame = watcher.frame()  # where this can't be had, there is nothing to watch
     trouble = None
     try:

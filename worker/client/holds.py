@@ -47,26 +47,26 @@ def resume(job_id: int) -> bool:
     return changed
 
 
-def hold_gate(scope: Scope, name: str) -> bool:
+def hold_account_or_host(scope: Scope, name: str) -> bool:
     """Keeps a whole account, or a host of the API, from being asked, jobs to come included. False where it is held so.
 
     Requests that are under way are still answered.
     """
     with _transaction(load()) as connection:
-        changed = store.hold_gate(connection, scope, name, now=database_now(connection))
+        changed = store.hold_account_or_host(connection, scope, name, now=database_now(connection))
     if changed:
         log.warning("held by an operator scope=%s name=%s", scope, name)
     return changed
 
 
-def resume_gate(scope: Scope, name: str) -> bool:
+def resume_account_or_host(scope: Scope, name: str) -> bool:
     """Has an account or a host asked again, whoever held it: one call alone tries what the API refused.
 
     A rate limit is over. False where nothing held it.
     """
     settings = load()
     with _transaction(settings) as connection:
-        changed = store.resume_gate(connection, scope, name, now=database_now(connection))
+        changed = store.resume_account_or_host(connection, scope, name, now=database_now(connection))
     if changed:
         log.warning("resumed by an operator scope=%s name=%s", scope, name)
         tracking.wake(settings)

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 MOST = 1_000  # batches that wait to be sent
 
 
-class Courier:
+class Publisher:
     """One thread that does what it is handed, one after the other. It starts with the first."""
 
     def __init__(self) -> None:

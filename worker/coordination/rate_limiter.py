@@ -16,7 +16,7 @@ from typing import Any
 import redis
 from redis.exceptions import RedisError
 
-from worker.core.rate import AHEAD_SECONDS, Slots, burst, slots
+from worker.core.rate import AHEAD_SECONDS, RateSlots, burst, slots
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ return math.max(count, before)
 
 
 @dataclass(frozen=True, slots=True)
-class Grant:
+class Reservation:
     """Requests granted: when each may go out, by the monotonic clock; and the seconds after which there can be more."""
 
     moments: tuple[float, ...]
@@ -94,7 +94,7 @@ class Peek:
     processes: int
 
 
-class SharedBudget:
+class RateLimiter:
     """Requests per second and account, for all processes on one Redis."""
 
     def __init__(self, redis_url: str) -> None:
@@ -109,20 +109,20 @@ class SharedBudget:
         self._local_lock = threading.Lock()
         self._away_until = 0.0
 
-    def take(self, account: str, wanted: int, *, rate: float) -> Grant:
+    def take(self, account: str, wanted: int, *, rate: float) -> Reservation:
         """Takes up to `wanted` requests of the account's budget, of which there are `rate` per second."""
         if wanted < 1:
-            return Grant((), 0.0, account)
+            return Reservation((), 0.0, account)
         called = time.monotonic()
         keys = [_name("budget", account), _name("processes", account)]
         said = self._ask(self._take, keys, 1 / rate, burst(rate), wanted, AHEAD_SECONDS, KEPT_SECONDS, self._name)
         if said is None:
             return self._take_locally(account, wanted, rate)
         self._processes[account] = int(said[4])
-        found = Slots(int(said[0]), float(said[1]), 1 / rate, float(said[2]), 0.0)
-        return Grant(_moments(found, called), found.wait, account, said[3].decode(), 1 / rate)
+        found = RateSlots(int(said[0]), float(said[1]), 1 / rate, float(said[2]), 0.0)
+        return Reservation(_moments(found, called), found.wait, account, said[3].decode(), 1 / rate)
 
-    def give_back(self, grant: Grant, unused: int) -> None:
+    def give_back(self, grant: Reservation, unused: int) -> None:
         """Returns the last `unused` requests of a grant that were not made."""
         if unused > 0 and grant.mark:
             self._ask(self._give_back, [_name("budget", grant.account)], grant.mark, unused * grant.step)
@@ -160,13 +160,13 @@ class SharedBudget:
             log.warning("redis is away, polling at a local share of the budget reason=%s", type(error).__name__)
             return None
 
-    def _take_locally(self, account: str, wanted: int, rate: float) -> Grant:
+    def _take_locally(self, account: str, wanted: int, rate: float) -> Reservation:
         now = time.monotonic()
         share = rate * LOCAL_SHARE / self._processes.get(account, UNKNOWN_PROCESSES)
         with self._local_lock:
             found = slots(self._local.get(account, now), now, rate=share, wanted=wanted)
             self._local[account] = found.free
-        return Grant(_moments(found, now), found.wait, account)
+        return Reservation(_moments(found, now), found.wait, account)
 
 
 def _peek(rate: float, now: float, free: bytes | None, taken: Sequence[bytes | None], asked: Sequence[Any]) -> Peek:
@@ -179,7 +179,7 @@ def _peek(rate: float, now: float, free: bytes | None, taken: Sequence[bytes | N
     return Peek(found.count, round(wait, 3), float(last), processes)
 
 
-def _moments(found: Slots, now: float) -> tuple[float, ...]:
+def _moments(found: RateSlots, now: float) -> tuple[float, ...]:
     return tuple(now + max(0.0, found.first + index * found.step) for index in range(found.count))
 
 

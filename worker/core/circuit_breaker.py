@@ -25,7 +25,7 @@ HOLD_CLASSES = (*REFUSALS.values(), "rate limited", "unreachable", NOT_LISTED, "
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
+class CircuitBreaker:
     """One account or host as all processes see it. `until` is set for holds that end at a known time.
 
     `ceiling` is how many requests per second the API took when it last refused one for being too many, and `cut_at`
@@ -80,7 +80,7 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class BreakerInput:
     """What a gate needs to know of one answer: the reply, when the request was sent, and whether it was a probe."""
 
     reply: Reply
@@ -106,48 +106,50 @@ def hold_class(why: str) -> str:
     return word if word in HOLD_CLASSES else "other"
 
 
-def after_replies(gate: Gate, heard: Iterable[Heard], limit: Limit, *, now: datetime) -> Gate:
+def after_replies(
+    breaker: CircuitBreaker, heard: Iterable[BreakerInput], limit: Limit, *, now: datetime
+) -> CircuitBreaker:
     """The gate after the replies of a batch, in their order."""
     for one in heard:
-        gate = _after(gate, one, limit, now)
-    return gate
+        breaker = _after(breaker, one, limit, now)
+    return breaker
 
 
-def _after(gate: Gate, heard: Heard, limit: Limit, now: datetime) -> Gate:
-    if gate.scope == "host":
+def _after(breaker: CircuitBreaker, heard: BreakerInput, limit: Limit, now: datetime) -> CircuitBreaker:
+    if breaker.scope == "host":
         if isinstance(heard.reply, ApiDown) and heard.reply.no_such_path and heard.reply.answered:
-            return _after_own_path(gate, now) if heard.probe else gate
+            return _after_own_path(breaker, now) if heard.probe else breaker
         if isinstance(heard.reply, ApiDown):
-            return troubled(gate, f"unreachable: {heard.reply.message}", 1, now=now, probe=heard.probe)
-        return answered(gate, now=now, probe=heard.probe)
+            return troubled(breaker, f"unreachable: {heard.reply.message}", 1, now=now, probe=heard.probe)
+        return answered(breaker, now=now, probe=heard.probe)
     match heard.reply:
         case AccountRefused(reason, message):
-            return refused(gate, f"{REFUSALS[reason]}: {message}", now=now, probe=heard.probe)
+            return refused(breaker, f"{REFUSALS[reason]}: {message}", now=now, probe=heard.probe)
         case RateLimited(seconds, _):
-            paused = limited(gate, seconds, now=now)
+            paused = limited(breaker, seconds, now=now)
             return slowed(paused, full=limit.full, seen=limit.seen, sent_at=heard.sent_at)
         case ApiDown():  # says nothing of the key; the host's own gate counts these
-            return undecided(gate, now=now, wait=0.0) if heard.probe else gate
+            return undecided(breaker, now=now, wait=0.0) if heard.probe else breaker
         case Unread():
-            return undecided(gate, now=now, wait=UNDECIDED_WAIT) if heard.probe else gate
+            return undecided(breaker, now=now, wait=UNDECIDED_WAIT) if heard.probe else breaker
         case _:
-            return answered(gate, now=now, probe=heard.probe)
+            return answered(breaker, now=now, probe=heard.probe)
 
 
-def _after_own_path(gate: Gate, now: datetime) -> Gate:
+def _after_own_path(breaker: CircuitBreaker, now: datetime) -> CircuitBreaker:
     """Return the gate of a host after its probe asked at a path that only one job names, and that is not there.
 
     That the host answered ends a hold for silence. It says nothing about the path in SD_API_URL: a hold for that one
     goes on, and is probed again by the schedule.
     """
-    if gate.held(now) and gate.reason is not None and NO_SUCH_PATH in gate.reason:
-        return _held(gate, gate.reason, now)
-    return answered(gate, now=now, probe=True)
+    if breaker.held(now) and breaker.reason is not None and NO_SUCH_PATH in breaker.reason:
+        return _held(breaker, breaker.reason, now)
+    return answered(breaker, now=now, probe=True)
 
 
-def answered(gate: Gate, *, now: datetime, probe: bool) -> Gate:
+def answered(breaker: CircuitBreaker, *, now: datetime, probe: bool) -> CircuitBreaker:
     """The gate after the API spoke about a job: that proves an account, and ends a hold if this was its probe."""
-    settled = _settled(gate, now)
+    settled = _settled(breaker, now)
     if settled.reason is not None and not probe and settled.scope == "account":
         return settled  # an answer that was under way when the hold began
     if settled.reason is not None and settled.until is not None:
@@ -155,7 +157,7 @@ def answered(gate: Gate, *, now: datetime, probe: bool) -> Gate:
     if settled.reason is None and settled.proven and settled.troubles == 0:
         return settled
     released_at = now if settled.reason is not None else settled.released_at
-    return Gate(
+    return CircuitBreaker(
         settled.scope,
         settled.name,
         proven=True,
@@ -166,38 +168,38 @@ def answered(gate: Gate, *, now: datetime, probe: bool) -> Gate:
     )
 
 
-def refused(gate: Gate, reason: str, *, now: datetime, probe: bool) -> Gate:
+def refused(breaker: CircuitBreaker, reason: str, *, now: datetime, probe: bool) -> CircuitBreaker:
     """The gate after the API refused the account: held until a probe is accepted."""
-    settled = _settled(gate, now)
+    settled = _settled(breaker, now)
     if settled.held(now) and settled.until is None and not probe:
         return settled  # calls that were under way when the hold began
     return _held(settled, reason, now)
 
 
-def limited(gate: Gate, seconds: float, *, now: datetime) -> Gate:
+def limited(breaker: CircuitBreaker, seconds: float, *, now: datetime) -> CircuitBreaker:
     """The gate after a rate limit: shut for so many seconds, never shorter than it already is."""
-    settled = _settled(gate, now)
+    settled = _settled(breaker, now)
     if settled.held(now) and settled.until is None:
         return replace(settled, probe_at=max(settled.probe_at or now, now + timedelta(seconds=seconds)))
     until = max(settled.until or now, now + timedelta(seconds=seconds))
     return replace(settled, reason="rate limited", since=settled.since or now, until=until)
 
 
-def slowed(gate: Gate, *, full: float, seen: float, sent_at: datetime) -> Gate:
+def slowed(breaker: CircuitBreaker, *, full: float, seen: float, sent_at: datetime) -> CircuitBreaker:
     """The gate of an account whose request of `sent_at` was one too many: it learns what the API takes.
 
     `seen` is how many requests per second the API took just then. The requests that were under way when the pause
     began teach nothing more.
     """
-    pause_end = max(at for at in (gate.until, gate.cut_at, sent_at) if at is not None)
-    if gate.cut_at is not None and sent_at < gate.cut_at:
-        return replace(gate, cut_at=pause_end)
-    return replace(gate, ceiling=learned_ceiling(gate.rate(full, sent_at), seen), cut_at=pause_end)
+    pause_end = max(at for at in (breaker.until, breaker.cut_at, sent_at) if at is not None)
+    if breaker.cut_at is not None and sent_at < breaker.cut_at:
+        return replace(breaker, cut_at=pause_end)
+    return replace(breaker, ceiling=learned_ceiling(breaker.rate(full, sent_at), seen), cut_at=pause_end)
 
 
-def troubled(gate: Gate, reason: str, count: int, *, now: datetime, probe: bool) -> Gate:
+def troubled(breaker: CircuitBreaker, reason: str, count: int, *, now: datetime, probe: bool) -> CircuitBreaker:
     """The gate of a host after `count` calls in a row came to nothing: held once there were five."""
-    settled = _settled(gate, now)
+    settled = _settled(breaker, now)
     if settled.held(now):
         return _held(settled, reason, now) if probe else settled
     troubles = settled.troubles + count
@@ -205,9 +207,9 @@ def troubled(gate: Gate, reason: str, count: int, *, now: datetime, probe: bool)
     return _held(counted, reason, now) if troubles >= TROUBLES_TO_HOLD else counted
 
 
-def unproven(gate: Gate, *, now: datetime) -> Gate:
+def unproven(breaker: CircuitBreaker, *, now: datetime) -> CircuitBreaker:
     """The gate of an account as a worker starts, maybe with another key: one call alone shows if it is accepted."""
-    settled = _settled(gate, now)
+    settled = _settled(breaker, now)
     if settled.reason is not None and settled.until is not None:
         return replace(settled, proven=False)
     # Jobs of an account that was never asked with were held for want of a key: they get their grace from now on.
@@ -215,53 +217,53 @@ def unproven(gate: Gate, *, now: datetime) -> Gate:
     return replace(settled, proven=False, probe_at=now, released_at=released_at)
 
 
-def unlisted(gate: Gate, *, now: datetime) -> Gate:
+def unlisted(breaker: CircuitBreaker, *, now: datetime) -> CircuitBreaker:
     """Return the gate of a host that the settings keep the key from: held, until a worker whose settings list it asks.
 
     Such a worker may do so at once, by one call alone.
     """
-    settled = _settled(gate, now)
+    settled = _settled(breaker, now)
     if settled.reason is not None and settled.reason.startswith(NOT_LISTED):
         return settled
-    reason = f"{NOT_LISTED}: add {gate.name} to it and restart the worker"
+    reason = f"{NOT_LISTED}: add {breaker.name} to it and restart the worker"
     return replace(settled, reason=reason, since=now, until=None, probe_at=now)
 
 
-def paused(gate: Gate, *, now: datetime) -> Gate:
+def paused(breaker: CircuitBreaker, *, now: datetime) -> CircuitBreaker:
     """The gate once an operator holds it: nothing is asked until it is resumed, not even by a probe."""
-    return gate if gate.paused_at is not None else replace(gate, paused_at=now)
+    return breaker if breaker.paused_at is not None else replace(breaker, paused_at=now)
 
 
-def resumed(gate: Gate, *, now: datetime) -> Gate:
+def resumed(breaker: CircuitBreaker, *, now: datetime) -> CircuitBreaker:
     """The gate once an operator says to go on: what held it is tried at once, by one call alone.
 
     A rate limit ends here, too: whoever asks for that knows better.
     """
-    opened = replace(gate, paused_at=None, released_at=now, probe_at=now)
+    opened = replace(breaker, paused_at=None, released_at=now, probe_at=now)
     if opened.until is not None:
         return replace(opened, reason=None, since=None, until=None, probe_at=None)
     return opened if opened.scope == "host" or opened.reason is not None else replace(opened, proven=False)
 
 
-def probing(gate: Gate, *, now: datetime, lease: timedelta) -> Gate:
+def probing(breaker: CircuitBreaker, *, now: datetime, lease: timedelta) -> CircuitBreaker:
     """The gate while its one probe is under way: nobody else probes before the lease is over."""
-    return replace(gate, probe_at=now + lease)
+    return replace(breaker, probe_at=now + lease)
 
 
-def undecided(gate: Gate, *, now: datetime, wait: float) -> Gate:
+def undecided(breaker: CircuitBreaker, *, now: datetime, wait: float) -> CircuitBreaker:
     """The gate after a probe that said nothing about it: the next one may try in `wait` seconds."""
-    return replace(gate, probe_at=now + timedelta(seconds=wait)) if gate.reason is None else gate
+    return replace(breaker, probe_at=now + timedelta(seconds=wait)) if breaker.reason is None else breaker
 
 
-def _held(gate: Gate, reason: str, now: datetime) -> Gate:
-    probe_at = now + timedelta(seconds=PROBE_WAITS[min(gate.probes, len(PROBE_WAITS) - 1)])
-    if gate.until is not None:
-        probe_at = max(probe_at, gate.until)  # no probe before the end of a rate limit
-    since = gate.since if gate.reason is not None else now
-    return replace(gate, reason=reason, since=since, until=None, probe_at=probe_at, probes=gate.probes + 1)
+def _held(breaker: CircuitBreaker, reason: str, now: datetime) -> CircuitBreaker:
+    probe_at = now + timedelta(seconds=PROBE_WAITS[min(breaker.probes, len(PROBE_WAITS) - 1)])
+    if breaker.until is not None:
+        probe_at = max(probe_at, breaker.until)  # no probe before the end of a rate limit
+    since = breaker.since if breaker.reason is not None else now
+    return replace(breaker, reason=reason, since=since, until=None, probe_at=probe_at, probes=breaker.probes + 1)
 
 
-def _settled(gate: Gate, now: datetime) -> Gate:
-    if gate.until is None or now < gate.until:
-        return gate
-    return replace(gate, reason=None, since=None, until=None, released_at=gate.until)
+def _settled(breaker: CircuitBreaker, now: datetime) -> CircuitBreaker:
+    if breaker.until is None or now < breaker.until:
+        return breaker
+    return replace(breaker, reason=None, since=None, until=None, released_at=breaker.until)

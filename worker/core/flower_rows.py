@@ -32,7 +32,7 @@ class Outputs(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class SeenJob:
+class FlowerJob:
     """What is seen of a job."""
 
     id: int
@@ -81,7 +81,7 @@ def job_of(uuid: str) -> int | None:
     return int(digits) if uuid.startswith(PREFIX) and digits.isascii() and digits.isdecimal() else None
 
 
-def window(newest: Sequence[int], shown: Iterable[SeenJob], most: int, *, now: datetime) -> list[int]:
+def window(newest: Sequence[int], shown: Iterable[FlowerJob], most: int, *, now: datetime) -> list[int]:
     """The jobs to look at, `most` at most: the newest, half of it at least, and those shown that are not over yet.
 
     `newest` are the newest ids there are, newest first.
@@ -94,7 +94,7 @@ def window(newest: Sequence[int], shown: Iterable[SeenJob], most: int, *, now: d
     return [*head, *rest[: most // 2]]
 
 
-def task_fields(job: SeenJob) -> dict[str, object]:
+def task_fields(job: FlowerJob) -> dict[str, object]:
     """The attributes of a task. All are there: nothing is left of the end of a job that is taken up again."""
     asked = job.polls > 0
     state = STATES.get(job.status) or ("STARTED" if asked else "RECEIVED")
@@ -115,18 +115,18 @@ def task_fields(job: SeenJob) -> dict[str, object]:
     }
 
 
-def _kwargs(job: SeenJob) -> dict[str, object]:
+def _kwargs(job: FlowerJob) -> dict[str, object]:
     short: dict[str, object] = {"id": job.id, "account": job.account, "kind": job.kind}
     return short if job.reference is None else short | {"reference": job.reference[:REFERENCE_MOST]}
 
 
-def _trouble(job: SeenJob) -> str | None:
+def _trouble(job: FlowerJob) -> str | None:
     if job.status not in ("failed", "expired"):
         return None
     return display_text(f"{job.error_code}: {job.error_message or ''}".rstrip(": ")[:MESSAGE_MOST])
 
 
-def _words(job: SeenJob) -> str:
+def _words(job: FlowerJob) -> str:
     """How it stands, or how it ended."""
     listed, stored, size = job.outputs
     if job.status == "completed":
@@ -137,7 +137,7 @@ def _words(job: SeenJob) -> str:
     return ", ".join(words for words in (code, held, partly, _asked(job)) if words)
 
 
-def _asked(job: SeenJob) -> str:
+def _asked(job: FlowerJob) -> str:
     if job.status != "pending" or not job.polls:
         return ""
     last = answers(job.last_answer)[:1]

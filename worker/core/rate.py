@@ -32,7 +32,7 @@ class RequestRates:
 
 
 @dataclass(frozen=True, slots=True)
-class Slots:
+class RateSlots:
     """So many requests: the first after `first` seconds, each next one `step` later.
 
     `wait` is when it is worth asking for more; `free` is the next free moment after these.
@@ -45,7 +45,7 @@ class Slots:
     free: float
 
 
-def slots(free: float, now: float, *, rate: float, wanted: int) -> Slots:
+def slots(free: float, now: float, *, rate: float, wanted: int) -> RateSlots:
     """Takes up to `wanted` moments from `free` on, at `rate` per second, none further ahead than AHEAD_SECONDS.
 
     >>> slots(0.0, 100.0, rate=50.0, wanted=3)
@@ -58,7 +58,7 @@ def slots(free: float, now: float, *, rate: float, wanted: int) -> Slots:
     room = math.floor((now + AHEAD_SECONDS - begin) / step + 1e-6) + 1
     count = max(0, min(wanted, room))
     free = begin + count * step
-    return Slots(count, round(begin - now, 6), step, max(0.0, round(free - now - AHEAD_SECONDS, 6)), round(free, 6))
+    return RateSlots(count, round(begin - now, 6), step, max(0.0, round(free - now - AHEAD_SECONDS, 6)), round(free, 6))
 
 
 def burst(rate: float) -> int:

@@ -93,7 +93,7 @@ class Downloader:
         max_pixels: int,
         timeout: float,
         deadline: float,
-        tell: Callable[[Sequence[int]], None],
+        notify: Callable[[Sequence[int]], None],
         per_host: int = 12,
         user_agent: str = "fetch-worker",
         pause: Callable[[float], None] = time.sleep,
@@ -108,7 +108,7 @@ class Downloader:
         self._max_pixels = max_pixels
         self._timeout = timeout
         self._deadline = timedelta(seconds=deadline)
-        self._tell = tell
+        self._tell = notify
         self._adapter = adapter
         self._headers = {"User-Agent": user_agent, "Accept": "*/*"}
         self._hosts = Hosts(per_host)

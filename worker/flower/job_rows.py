@@ -18,7 +18,7 @@ from flower.events import Events
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from worker.core.flower_rows import NAME, SeenJob, job_of, task_fields, task_id
+from worker.core.flower_rows import NAME, FlowerJob, job_of, task_fields, task_id
 from worker.errors import WorkerError
 from worker.store.engine import missing_table, reason
 from worker.store.reports.flower_rows import look
@@ -38,7 +38,7 @@ class JobRows:
 
     def __init__(self, state: Any) -> None:
         self._state = state
-        self._shown: dict[int, SeenJob] = {}
+        self._shown: dict[int, FlowerJob] = {}
         self._forgotten = 0
 
     def clear(self) -> None:
@@ -48,7 +48,7 @@ class JobRows:
         self._shown.clear()
         self._close_ranks()
 
-    def keep(self, jobs: Mapping[int, SeenJob]) -> list[SeenJob]:
+    def keep(self, jobs: Mapping[int, FlowerJob]) -> list[FlowerJob]:
         """Takes out the rows of all other jobs; those of `jobs` that are not shown as they are."""
         for job_id in [job_id for job_id in self._shown if job_id not in jobs]:
             self._drop(task_id(job_id))
@@ -58,13 +58,13 @@ class JobRows:
         tasks = self._state.tasks.data  # Flower itself lets the oldest tasks go
         return [job for job in jobs.values() if self._shown.get(job.id) != job or task_id(job.id) not in tasks]
 
-    def put(self, jobs: Sequence[SeenJob]) -> None:
+    def put(self, jobs: Sequence[FlowerJob]) -> None:
         """Shows jobs as they are, whatever was shown of them before."""
         for job in jobs:
             self._put(job)
             self._shown[job.id] = job
 
-    def _put(self, job: SeenJob) -> None:
+    def _put(self, job: FlowerJob) -> None:
         uuid = task_id(job.id)
         task = self._state.tasks.data.get(uuid)
         if task is None:
@@ -73,7 +73,7 @@ class JobRows:
         vars(task).update(task_fields(job))
         self._index("upsert", task)
 
-    def _announce(self, uuid: str, job: SeenJob) -> Any:
+    def _announce(self, uuid: str, job: FlowerJob) -> Any:
         """A new task, as if a client had sent it: no worker has to be named."""
         tasks = self._state.tasks
         oldest = next(iter(tasks.data), None) if tasks.limit and len(tasks.data) >= tasks.limit else None
@@ -111,7 +111,7 @@ class Feeder:
         self._rows = rows
         self._loop = loop
         self._most = most
-        self._seen: dict[int, SeenJob] = {}
+        self._seen: dict[int, FlowerJob] = {}
         self._away = False
         self._stopping = threading.Event()
 

@@ -22,7 +22,7 @@ from worker.store.counters import (
     POLLED,
     TRANSFER,
     WEBHOOKS,
-    Figure,
+    CounterKey,
     Total,
 )
 from worker.store.reports.stats import STATES, Standing
@@ -107,7 +107,7 @@ def _jobs(reading: Reading) -> Iterator[Metric]:
         ["account"],
         (((one.name,), one.oldest_due) for one in state.accounts),
     )
-    finished = {(of.account, of.kind, of.label): times for of, times in _times(reading.totals, FINISHED)}
+    finished = {(of.account, of.kind, of.label): times for of, times in _times(reading.counters, FINISHED)}
     none = {(account, kind, end): 0 for account, kind, _ in finished for end in FINAL_STATES}  # so that a first is seen
     yield _counter(
         "jobs_finished",
@@ -119,14 +119,14 @@ def _jobs(reading: Reading) -> Iterator[Metric]:
         "detection_delay_seconds",
         "Seconds from ready to seen, as far as the polls can tell.",
         ["account", "kind"],
-        _of(reading.totals, DELAY),
+        _of(reading.counters, DELAY),
         DELAYS,
     )
     yield _histogram(
         "job_polls",
         "Requests about one job, until it was ready or ended.",
         ["account", "kind"],
-        _of(reading.totals, POLLED),
+        _of(reading.counters, POLLED),
         POLLS,
     )
 
@@ -172,7 +172,7 @@ def _holds(state: Standing) -> Iterator[Metric]:
 
 def _answers(reading: Reading) -> Iterator[Metric]:
     counted = {
-        (of.account, ANSWER_WORDS.get(of.label, of.label)): times for of, times in _times(reading.totals, ANSWERS)
+        (of.account, ANSWER_WORDS.get(of.label, of.label)): times for of, times in _times(reading.counters, ANSWERS)
     }
     accounts = {one.name for one in reading.standing.accounts}
     none = {(account, word): 0 for account in accounts for word in ANSWER_WORDS.values()}
@@ -198,7 +198,7 @@ def _downloads(reading: Reading) -> Iterator[Metric]:
         "For how long the oldest of them is known; 0 if none is.",
         state.oldest_unstored,
     )
-    attempts = list(_of(reading.totals, ATTEMPTS))
+    attempts = list(_of(reading.counters, ATTEMPTS))
     outcomes = {"stored": 0} | {one.figure.label: one.times for one in attempts}
     yield _counter(
         "download_attempts",
@@ -211,14 +211,14 @@ def _downloads(reading: Reading) -> Iterator[Metric]:
         "outputs_left_out",
         "Outputs that an answer listed after its 1,000th, which are not stored.",
         ["account"],
-        (none | {(of.account,): times for of, times in _times(reading.totals, LEFT_OUT)}).items(),
+        (none | {(of.account,): times for of, times in _times(reading.counters, LEFT_OUT)}).items(),
     )
     yield _counter("stored_bytes", "Bytes of outputs that were stored.", [], [((), sum(one.total for one in attempts))])
     yield _histogram(
         "download_duration_seconds",
         "Seconds of the attempts that stored their output.",
         [],
-        _of(reading.totals, TRANSFER),
+        _of(reading.counters, TRANSFER),
         TRANSFERS,
     )
 
@@ -241,7 +241,7 @@ def _webhooks(reading: Reading) -> Iterator[Metric]:
     yield _gauge("webhooks_pending", "Webhooks that are not delivered yet.", reading.webhooks.count)
     yield _gauge("webhooks_refused", "Of those: tried, and not taken so far.", reading.webhooks.refused)
     yield _gauge("webhooks_late", "Due for more than a minute, and nobody sends them.", reading.webhooks_late)
-    ended = dict.fromkeys(ENDINGS, 0) | {figure.label: times for figure, times in _times(reading.totals, WEBHOOKS)}
+    ended = dict.fromkeys(ENDINGS, 0) | {figure.label: times for figure, times in _times(reading.counters, WEBHOOKS)}
     yield _counter(
         "webhooks_ended",
         "Webhooks that came to an end: delivered, or given up after a day or a 410.",
@@ -296,9 +296,9 @@ def _cumulative(times: dict[str, int], bounds: Sequence[float]) -> list[tuple[st
     return [*found, (MORE, float(sum(times.values())))]
 
 
-def _of(totals: Iterable[Total], name: str) -> Iterator[Total]:
-    return (one for one in totals if one.figure.name == name)
+def _of(counters: Iterable[Total], name: str) -> Iterator[Total]:
+    return (one for one in counters if one.figure.name == name)
 
 
-def _times(totals: Iterable[Total], name: str) -> Iterator[tuple[Figure, int]]:
-    return ((one.figure, one.times) for one in _of(totals, name))
+def _times(counters: Iterable[Total], name: str) -> Iterator[tuple[CounterKey, int]]:
+    return ((one.figure, one.times) for one in _of(counters, name))

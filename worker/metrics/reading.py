@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from worker.errors import SchemaOutdated, WorkerError
 from worker.operations.overview import HEALTHY_SECONDS
 from worker.settings import Settings
-from worker.store.counters import KINDS_MOST, OTHER, Total, read_totals
+from worker.store.counters import KINDS_MOST, OTHER, Total, read_counters
 from worker.store.engine import SCHEMA_VERSION, SNAPSHOT, connected, database_now, reason, schema_version
 from worker.store.events import Pending, overdue, pending
 from worker.store.outputs import claims_held, stuck_claims
@@ -34,7 +34,7 @@ class Reading:
     schema: str
     standing: Standing
     unfinished: Mapping[tuple[str, str, str], int]
-    totals: Sequence[Total]
+    counters: Sequence[Total]
     claims: Mapping[str, int]
     stuck: int
     webhooks: Pending
@@ -51,12 +51,12 @@ def read(engine: Engine, settings: Settings) -> Reading:
             raise SchemaOutdated(f"the schema is {schema}, {SCHEMA_VERSION} is needed: run `fetch-worker migrate`")
         now = database_now(connection)
         waiting = waiting_by_kind(connection, now=now)
-        totals = read_totals(connection)
+        counters = read_counters(connection)
         return Reading(
             schema=schema,
             standing=standing(connection, waiting, now=now, full_rps=settings.rps),
-            unfinished=bounded(unfinished(connection, waiting), {one.figure.kind for one in totals} - {""}),
-            totals=totals,
+            unfinished=bounded(unfinished(connection, waiting), {one.figure.kind for one in counters} - {""}),
+            counters=counters,
             claims=claims_held(connection),
             stuck=stuck_claims(connection, before=now - timedelta(seconds=settings.recovery_seconds + HEALTHY_SECONDS)),
             webhooks=pending(connection),

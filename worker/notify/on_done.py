@@ -35,7 +35,7 @@ AWAY = (
 Send = Callable[[str, str, int], None]
 
 
-def tell(
+def notify(
     engine: Engine, send: Send, job_ids: Sequence[int] | None = None, *, clock: Callable[[], float] = boot_seconds
 ) -> int:
     """Send the `on_done` task of each final job that was not told of yet. Return how many were sent.

@@ -11,9 +11,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Row
 
-from worker.coordination.rate_limiter import Peek, SharedBudget
+from worker.coordination.rate_limiter import Peek, RateLimiter
 from worker.core.answer_history import answers
-from worker.core.circuit_breaker import BY_HAND, NOT_LISTED, REFUSALS, Gate, Scope
+from worker.core.circuit_breaker import BY_HAND, NOT_LISTED, REFUSALS, CircuitBreaker, Scope
 from worker.core.humanize import size, span
 from worker.core.identity import can_be_asked
 from worker.core.lifecycle import FINAL_STATES, PROMISE_PATIENCE
@@ -24,8 +24,8 @@ from worker.operations.overview import HEALTHY_SECONDS, AccountState, account_st
 from worker.operations.snapshot import LATE_EVENT_SECONDS, OVER_SECONDS, attempt_host
 from worker.polling.pace_learner import read_models
 from worker.settings import Settings
-from worker.store.breakers import all_gates, last_asked
-from worker.store.claims import Level, waiting_levels
+from worker.store.breakers import all_breakers, last_asked
+from worker.store.claims import DueGroup, due_groups
 from worker.store.engine import database_now
 from worker.store.holds import patience
 from worker.store.promises import promise_row
@@ -61,7 +61,7 @@ class Facts:
     events: Sequence[Row[Any]]
     now: datetime
     state: AccountState
-    gates: Mapping[tuple[Scope, str], Gate]
+    breakers: Mapping[tuple[Scope, str], CircuitBreaker]
     model: Model
     ahead: int
     asked: datetime | None
@@ -93,11 +93,11 @@ def read_facts(
 ) -> Facts:
     """What the database knows of why a job is where it is."""
     now = database_now(connection)
-    gates = all_gates(connection)
-    levels = waiting_levels(connection, [job.account])
+    breakers = all_breakers(connection)
+    levels = due_groups(connection, [job.account])
     waits = job.due_at is not None
-    own = [Level(job.account, job.priority, job.fetch_host, job.due_at)] if waits else []
-    states = account_states(gates, [*levels, *own], settings, now)
+    own = [DueGroup(job.account, job.priority, job.fetch_host, job.due_at)] if waits else []
+    states = account_states(breakers, [*levels, *own], settings, now)
     state = next((one for one in states if one.account == job.account), None)
     return Facts(
         job=job,
@@ -105,7 +105,7 @@ def read_facts(
         events=events,
         now=now,
         state=state or AccountState(job.account, None, None, None, settings.rps(job.account)),
-        gates=gates,
+        breakers=breakers,
         model=read_models(connection, [(job.account, job.kind)])[job.account, job.kind][0],
         ahead=due_before(connection, levels, job, now=now, most=AHEAD_MOST + 1) if waits else 0,
         asked=last_asked(connection),
@@ -129,7 +129,7 @@ def chain(facts: Facts, peek: Peek | None) -> tuple[list[Step], str]:
     return steps, next((step.advice for step in steps if step.advice is not None), _rest(facts))
 
 
-def chain_with_budget(facts: Facts, budget: SharedBudget) -> tuple[list[Step], str]:
+def chain_with_budget(facts: Facts, budget: RateLimiter) -> tuple[list[Step], str]:
     """The chain of a job, and what to do. It looks into Redis, so after the transaction: no network inside of one."""
     peeks = budget.peek({facts.job.account: facts.rate}) if facts.job.due_at is not None else {}
     return chain(facts, peeks.get(facts.job.account))
@@ -199,14 +199,14 @@ def _request(facts: Facts, peek: Peek | None) -> Iterator[Step]:
 
 def _account(facts: Facts) -> Step:
     name = facts.job.account
-    gate = facts.gates.get(("account", name), Gate("account", name))
+    breaker = facts.breakers.get(("account", name), CircuitBreaker("account", name))
     variable = _key_variable(facts, name)
-    if gate.held(facts.now):
-        return _held(facts, gate, f"account {name}", variable)
-    if name not in facts.settings.keys and not gate.proven:
+    if breaker.held(facts.now):
+        return _held(facts, breaker, f"account {name}", variable)
+    if name not in facts.settings.keys and not breaker.proven:
         advice = f"put the key of account {name} into {variable}"
         return Step("account", "no key", f"{name} has none, as far as this command can see", advice)
-    if gate.proven:
+    if breaker.proven:
         return Step("account", "open", f"{name}: its key was accepted")
     return Step("account", "open", f"{name}: its key was not accepted yet, so one call alone goes first")
 
@@ -221,39 +221,43 @@ def _key_variable(facts: Facts, account: str) -> str:
 
 def _host(facts: Facts) -> Step:
     name = facts.job.fetch_host
-    gate = facts.gates.get(("host", name), Gate("host", name))
-    if gate.held(facts.now):
-        return _held(facts, gate, name, "")
-    return Step("host", "open", f"{name}: {gate.troubles} calls in a row came to nothing" if gate.troubles else name)
+    breaker = facts.breakers.get(("host", name), CircuitBreaker("host", name))
+    if breaker.held(facts.now):
+        return _held(facts, breaker, name, "")
+    return Step(
+        "host", "open", f"{name}: {breaker.troubles} calls in a row came to nothing" if breaker.troubles else name
+    )
 
 
-def _held(facts: Facts, gate: Gate, named: str, variable: str) -> Step:
-    began = gate.paused_at or gate.since
+def _held(facts: Facts, breaker: CircuitBreaker, named: str, variable: str) -> Step:
+    began = breaker.paused_at or breaker.since
     since = "" if began is None else f" since {span(facts.since(began))}"
-    if gate.paused_at is not None:
-        advice = f"fetch-worker resume --{gate.scope} {gate.name}"
-        return Step(gate.scope, BY_HAND, f"{named}:{since}; whatever else is known of it", advice)
-    if (gate.reason or "").startswith(NOT_LISTED):
-        advice = f"add {gate.name} to SD_API_HOSTS and restart the worker, or cancel the job: it ends by its deadline"
-        return Step(gate.scope, "held", f"{named}:{since}, {NOT_LISTED}", advice)
-    until = gate.until or gate.probe_at
+    if breaker.paused_at is not None:
+        advice = f"fetch-worker resume --{breaker.scope} {breaker.name}"
+        return Step(breaker.scope, BY_HAND, f"{named}:{since}; whatever else is known of it", advice)
+    if (breaker.reason or "").startswith(NOT_LISTED):
+        advice = (
+            f"add {breaker.name} to SD_API_HOSTS and restart the worker, or cancel the job: it ends by its deadline"
+        )
+        return Step(breaker.scope, "held", f"{named}:{since}, {NOT_LISTED}", advice)
+    until = breaker.until or breaker.probe_at
     left = 0.0 if until is None else -facts.since(until)
-    again = f"goes on in {span(left)}" if gate.until else f"is tried again in {span(left)}"
+    again = f"goes on in {span(left)}" if breaker.until else f"is tried again in {span(left)}"
     if left < -HEALTHY_SECONDS:
         again, advice = f"was to be tried again {span(-left)} ago", f"{START_WORKER}: nobody tries {named} again"
     else:
-        advice = _about(gate, named, variable, again)
-    return Step(gate.scope, "held", f"{named}:{since}, {masked(gate.reason or '')}; it {again}", advice)
+        advice = _about(breaker, named, variable, again)
+    return Step(breaker.scope, "held", f"{named}:{since}, {masked(breaker.reason or '')}; it {again}", advice)
 
 
-def _about(gate: Gate, named: str, variable: str, again: str) -> str:
-    reason = gate.reason or ""
-    if gate.scope == "host":
+def _about(breaker: CircuitBreaker, named: str, variable: str, again: str) -> str:
+    reason = breaker.reason or ""
+    if breaker.scope == "host":
         return f"nothing here: {named} does not answer; it {again}"
     if reason.startswith(REFUSALS["key"]):
         return f"put the right key into {variable}"
     if reason.startswith(REFUSALS["credits"]):
-        return f"buy credits for {named}, then fetch-worker resume --account {gate.name}, or wait: it {again}"
+        return f"buy credits for {named}, then fetch-worker resume --account {breaker.name}, or wait: it {again}"
     if reason.startswith(REFUSALS["plan"]):
         return f"look at the plan of {named}: it {again}"
     return f"nothing: {named} {again}"
@@ -287,8 +291,12 @@ def _claimed(facts: Facts, name: str, row: Row[Any], doing: str, start: str) -> 
 
 
 def _budget(facts: Facts, peek: Peek | None) -> Step:
-    gate = facts.gates.get(("account", facts.job.account))
-    ceiling = "" if gate is None or gate.ceiling is None else f", the API took {gate.ceiling:.3g} when it refused one"
+    breaker = facts.breakers.get(("account", facts.job.account))
+    ceiling = (
+        ""
+        if breaker is None or breaker.ceiling is None
+        else f", the API took {breaker.ceiling:.3g} when it refused one"
+    )
     detail = f"{facts.rate:g} requests per second in force of {facts.settings.rps(facts.job.account):g}{ceiling}"
     if peek is None:
         return Step("budget", "unknown", f"{detail}; unknown, Redis is away: what is left now")

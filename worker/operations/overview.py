@@ -8,15 +8,15 @@ from typing import Any
 from sqlalchemy import Connection, Row
 
 from worker.core.answer_history import answers
-from worker.core.circuit_breaker import BY_HAND, NOT_LISTED, Gate, Scope
+from worker.core.circuit_breaker import BY_HAND, NOT_LISTED, CircuitBreaker, Scope
 from worker.core.lifecycle import JOB_STATES
 from worker.core.pacing.policy import Model, Waiting
 from worker.core.pacing.survival import OLDEST
 from worker.core.redaction.masking import masked
 from worker.polling.pace_learner import read_models
 from worker.settings import Settings
-from worker.store.breakers import all_gates, last_asked
-from worker.store.claims import Level, waiting_levels
+from worker.store.breakers import all_breakers, last_asked
+from worker.store.claims import DueGroup, due_groups
 from worker.store.engine import database_now
 from worker.store.holds import patience
 from worker.store.jobs import counts, waiting_accounts
@@ -116,11 +116,11 @@ class Overview:
 def overview(connection: Connection, settings: Settings) -> Overview:
     """The state of all jobs and accounts."""
     now = database_now(connection)
-    known = all_gates(connection)
-    levels = waiting_levels(connection, waiting_accounts(connection))
+    known = all_breakers(connection)
+    levels = due_groups(connection, waiting_accounts(connection))
     accounts = account_states(known, levels, settings, now)
     free = [state.account for state in accounts if state.reason is None]
-    shut = [gate.name for gate in known.values() if gate.scope == "host" and gate.held(now)]
+    shut = [breaker.name for breaker in known.values() if breaker.scope == "host" and breaker.held(now)]
     since = [
         level.due_at for level in levels if level.due_at <= now and level.account in free and level.host not in shut
     ]
@@ -136,15 +136,15 @@ def overview(connection: Connection, settings: Settings) -> Overview:
         unstored=_unstored(connection, now),
         kinds=_kinds(connection),
         hosts=[
-            HostState(gate.name, gate.why or "", gate.paused_at or gate.since, _tried_at(gate))
-            for (scope, _), gate in sorted(known.items())
-            if scope == "host" and gate.held(now)
+            HostState(breaker.name, breaker.why or "", breaker.paused_at or breaker.since, _tried_at(breaker))
+            for (scope, _), breaker in sorted(known.items())
+            if scope == "host" and breaker.held(now)
         ],
     )
 
 
 def account_states(
-    known: Mapping[tuple[Scope, str], Gate], levels: Iterable[Level], settings: Settings, now: datetime
+    known: Mapping[tuple[Scope, str], CircuitBreaker], levels: Iterable[DueGroup], settings: Settings, now: datetime
 ) -> list[AccountState]:
     """Every account that has a key, a gate, or jobs that wait, by its name."""
     by_time = sorted(levels, key=lambda level: level.due_at, reverse=True)
@@ -229,28 +229,28 @@ def _in_words(believed: Belief) -> str:
 
 def _account(
     name: str,
-    known: Mapping[tuple[Scope, str], Gate],
+    known: Mapping[tuple[Scope, str], CircuitBreaker],
     waiting: Mapping[str, datetime],
     settings: Settings,
     now: datetime,
 ) -> AccountState:
-    gate = known.get(("account", name), Gate("account", name))
+    breaker = known.get(("account", name), CircuitBreaker("account", name))
     host = known.get(("host", settings.api_host))
-    rps = round(gate.rate(settings.rps(name), now), 2)
-    if gate.held(now):
-        return AccountState(name, gate.why, gate.paused_at or gate.since, _tried_at(gate), rps)
-    if name not in settings.keys and not gate.proven and name in waiting:
+    rps = round(breaker.rate(settings.rps(name), now), 2)
+    if breaker.held(now):
+        return AccountState(name, breaker.why, breaker.paused_at or breaker.since, _tried_at(breaker), rps)
+    if name not in settings.keys and not breaker.proven and name in waiting:
         return AccountState(name, no_key(name), waiting[name], None, rps)
     if host is not None and host.held(now):
         return AccountState(name, f"{host.name} {host.why}", host.paused_at or host.since, _tried_at(host), rps)
     return AccountState(name, None, None, None, rps)
 
 
-def _tried_at(gate: Gate) -> datetime | None:
+def _tried_at(breaker: CircuitBreaker) -> datetime | None:
     """When a held gate ends or is tried again; None where only an operator can end it."""
-    if gate.paused_at is not None or (gate.reason or "").startswith(NOT_LISTED):
+    if breaker.paused_at is not None or (breaker.reason or "").startswith(NOT_LISTED):
         return None
-    return gate.until or gate.probe_at
+    return breaker.until or breaker.probe_at
 
 
 def no_key(account: str) -> str:
@@ -280,7 +280,7 @@ def why(connection: Connection, job: Row[Any], outputs: Sequence[Row[Any]], sett
             return tried + _why_downloading(job, outputs, now)
     if job.held_at is not None:
         return f"{BY_HAND} since {job.held_at:%Y-%m-%d %H:%M:%S} UTC; it costs the job nothing, `resume` lets it go"
-    known = all_gates(connection)
+    known = all_breakers(connection)
     state = _account(job.account, known, {job.account: job.due_at}, settings, now)
     if state.reason is not None:
         until = f", tried again at {state.until:%H:%M:%S} UTC" if state.until else ""

@@ -14,17 +14,17 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, Row
 
-from worker.coordination.rate_limiter import Peek, SharedBudget
-from worker.core.circuit_breaker import Gate, Scope
+from worker.coordination.rate_limiter import Peek, RateLimiter
+from worker.core.circuit_breaker import CircuitBreaker, Scope
 from worker.core.histograms import DELAYS, quantile
 from worker.core.identity import can_be_asked
 from worker.core.lifecycle import OutputFacts, source
 from worker.core.redaction.masking import link_host, masked
 from worker.operations.overview import HEALTHY_SECONDS, AccountState, account_states, no_key
 from worker.settings import Settings
-from worker.store.breakers import all_gates, last_asked
-from worker.store.claims import holders, waiting_levels
-from worker.store.counters import ANSWERS, DELAY, POLLED, Figure, Total, read_totals
+from worker.store.breakers import all_breakers, last_asked
+from worker.store.claims import due_groups, holders
+from worker.store.counters import ANSWERS, DELAY, POLLED, CounterKey, Total, read_counters
 from worker.store.engine import connected, database_now
 from worker.store.holds import patience
 from worker.store.jobs import waiting_accounts
@@ -218,7 +218,7 @@ class _Sample:
     """What has to be known of a frame to tell what changed since."""
 
     at: float
-    totals: Mapping[Figure, Total]
+    counters: Mapping[CounterKey, Total]
     received: Mapping[tuple[int, int], int]
 
 
@@ -227,7 +227,7 @@ class _Read:
     """What one transaction read."""
 
     now: datetime
-    known: Mapping[tuple[Scope, str], Gate]
+    known: Mapping[tuple[Scope, str], CircuitBreaker]
     states: Sequence[AccountState]
     asked: datetime | None
     asking: int
@@ -242,13 +242,13 @@ class _Read:
     events: Sequence[Row[Any]]
     unannounced: Sequence[Row[Any]]
     failures: Sequence[Row[Any]]
-    totals: Sequence[Total]
+    counters: Sequence[Total]
 
 
 def _read(connection: Connection, settings: Settings) -> _Read:
     now = database_now(connection)
-    known = all_gates(connection)
-    levels = waiting_levels(connection, waiting_accounts(connection))
+    known = all_breakers(connection)
+    levels = due_groups(connection, waiting_accounts(connection))
     gone = dead(holders(connection))
     late, work = now - timedelta(seconds=LATE_SECONDS), patience(settings)
     jobs = live.counted_jobs(connection)
@@ -277,7 +277,7 @@ def _read(connection: Connection, settings: Settings) -> _Read:
         events=live.pending_events(connection, limit=EVENTS_MOST),
         unannounced=live.unannounced(connection, before=now - timedelta(seconds=LATE_EVENT_SECONDS), limit=EVENTS_MOST),
         failures=live.last_failures(connection, limit=FAILURES_MOST),
-        totals=read_totals(connection, (ANSWERS, DELAY, POLLED)),
+        counters=read_counters(connection, (ANSWERS, DELAY, POLLED)),
     )
 
 
@@ -285,14 +285,14 @@ def _working(read: _Read) -> bool:
     return read.asked is not None and read.now - read.asked <= timedelta(seconds=HEALTHY_SECONDS)
 
 
-class Watcher:
+class SnapshotReader:
     """Reads frame after frame, and knows what the last ones were."""
 
     def __init__(self, engine: Engine, settings: Settings, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
         self._settings = settings
         self._clock = clock
-        self._budget = SharedBudget(settings.redis)
+        self._budget = RateLimiter(settings.redis)
         self._samples: deque[_Sample] = deque()
 
     def frame(self) -> Frame:
@@ -301,7 +301,7 @@ class Watcher:
             read = _read(connection, self._settings)
         # Redis is looked into after the transaction: no network inside of one.
         peeks = self._budget.peek({state.account: state.rps for state in read.states})
-        sample = _Sample(self._clock(), {one.figure: one for one in read.totals}, _received(read.transfers))
+        sample = _Sample(self._clock(), {one.figure: one for one in read.counters}, _received(read.transfers))
         frame = self._frame(read, peeks, sample)
         self._samples.append(sample)
         return frame
@@ -343,7 +343,7 @@ class Watcher:
         return self._samples[-1] if self._samples else None
 
     def _account(
-        self, state: AccountState, known: Mapping[tuple[Scope, str], Gate], peek: Peek | None, sample: _Sample
+        self, state: AccountState, known: Mapping[tuple[Scope, str], CircuitBreaker], peek: Peek | None, sample: _Sample
     ) -> AccountNow:
         first = next((one for one in self._samples if sample.at - one.at <= RATE_SECONDS), None)
         if first is None:
@@ -355,12 +355,12 @@ class Watcher:
                 if figure.account == state.account
             )
             used = made / max(sample.at - first.at, 1e-3)
-        gate = known.get(("account", state.account))
+        breaker = known.get(("account", state.account))
         return AccountNow(
             account=state.account,
             used=None if used is None else round(used, 2),
             rps=state.rps,
-            ceiling=None if gate is None or gate.ceiling is None else round(gate.ceiling, 2),
+            ceiling=None if breaker is None or breaker.ceiling is None else round(breaker.ceiling, 2),
             left=None if peek is None else peek.left,
             reason=state.reason,
             since=state.since,
@@ -389,16 +389,16 @@ def _count(state: str, count: int) -> Counted:
     return Counted(state, min(count, live.COUNTED_MOST), count > live.COUNTED_MOST)
 
 
-def _held_hosts(known: Mapping[tuple[Scope, str], Gate], now: datetime) -> list[HeldHost]:
-    held = (gate for (scope, _), gate in sorted(known.items()) if scope == "host" and gate.held(now))
+def _held_hosts(known: Mapping[tuple[Scope, str], CircuitBreaker], now: datetime) -> list[HeldHost]:
+    held = (breaker for (scope, _), breaker in sorted(known.items()) if scope == "host" and breaker.held(now))
     return [
         HeldHost(
-            gate.name,
-            masked(gate.why or ""),
-            gate.paused_at or gate.since,
-            None if gate.paused_at else gate.until or gate.probe_at,
+            breaker.name,
+            masked(breaker.why or ""),
+            breaker.paused_at or breaker.since,
+            None if breaker.paused_at else breaker.until or breaker.probe_at,
         )
-        for gate in held
+        for breaker in held
     ]
 
 
@@ -406,7 +406,7 @@ def _held_hosts(known: Mapping[tuple[Scope, str], Gate], now: datetime) -> list[
 class _Why:
     """What there is to know of why a job that is due was not asked about."""
 
-    known: Mapping[tuple[Scope, str], Gate]
+    known: Mapping[tuple[Scope, str], CircuitBreaker]
     accounts: Mapping[str, AccountState]
     gone: Collection[str]
     working: bool
@@ -532,18 +532,20 @@ def _webhook(receiver: str, rows: Sequence[Row[Any]], now: datetime) -> LateWebh
     )
 
 
-def _grown(before: _Sample, after: _Sample, name: str) -> dict[Figure, tuple[int, float]]:
+def _grown(before: _Sample, after: _Sample, name: str) -> dict[CounterKey, tuple[int, float]]:
     """What was counted under a name between two frames: how often, and the sum."""
     found = {}
-    for figure, total in after.totals.items():
-        old = before.totals.get(figure)
+    for figure, total in after.counters.items():
+        old = before.counters.get(figure)
         times = total.times - (old.times if old else 0)
         if figure.name == name and times > 0:
             found[figure] = (times, total.total - (old.total if old else 0.0))
     return found
 
 
-def _kinds(delays: Mapping[Figure, tuple[int, float]], polls: Mapping[Figure, tuple[int, float]]) -> list[KindNow]:
+def _kinds(
+    delays: Mapping[CounterKey, tuple[int, float]], polls: Mapping[CounterKey, tuple[int, float]]
+) -> list[KindNow]:
     seen: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for figure, (times, _) in delays.items():
         seen[figure.account, figure.kind][figure.label] = times

@@ -139,7 +139,7 @@ def _mend(engine: Engine, storage: Storage, row: Row[Any], condition: str) -> st
         return "lost: its bytes came with the answer alone"
     try:
         if condition == "damaged":
-            storage.set_aside(row.location)
+            storage.quarantine(row.location)
     except StorageTrouble as refused:
         return f"left: {refused}"
     with engine.begin() as connection:

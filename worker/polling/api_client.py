@@ -37,7 +37,7 @@ HEADERS = {
 }
 
 
-class HostedApi:
+class ApiClient:
     """The API as one process sees it: one pooled session for all its threads, without netrc or cookies.
 
     `session` is a plain `requests.Session`: an adapter that is mounted on it is used, as are proxies that were given.

@@ -16,17 +16,17 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from worker.coordination.leases import boot_seconds
-from worker.coordination.rate_limiter import Grant, SharedBudget
-from worker.core import circuit_breaker as gates
-from worker.core.circuit_breaker import Gate, Limit, Scope
+from worker.coordination.rate_limiter import RateLimiter, Reservation
+from worker.core import circuit_breaker as breakers
+from worker.core.circuit_breaker import CircuitBreaker, Limit, Scope
 from worker.core.reply import AccountRefused, ApiDown, ApiReply, RateLimited, Ready
 from worker.net.network_errors import describe
-from worker.polling.api_client import HostedApi
+from worker.polling.api_client import ApiClient
 from worker.polling.kept_answers import kept_answer
 from worker.polling.recorder import count_answers, move_gates, with_own_path
 from worker.polling.request_pool import Asked
-from worker.store.breakers import all_gates, locked_gate, save_gate
-from worker.store.claims import waiting_levels
+from worker.store.breakers import all_breakers, locked_breaker, save_breaker
+from worker.store.claims import due_groups
 from worker.store.counters import Tally
 from worker.store.engine import database_now
 from worker.store.late_looks import (
@@ -61,14 +61,14 @@ class LateLooks:
         self,
         *,
         engine: Engine,
-        api: HostedApi,
-        budget: SharedBudget,
+        api: ApiClient,
+        budget: RateLimiter,
         keys: Mapping[str, SecretStr],
         rps: Callable[[str], float],
         after: Sequence[float],
         api_timeout: float,
         queue_downloads: Callable[[Sequence[int]], None],
-        tell: Callable[[Sequence[int]], None],
+        notify: Callable[[Sequence[int]], None],
     ) -> None:
         self._engine = engine
         self._api = api
@@ -78,7 +78,7 @@ class LateLooks:
         self._after = tuple(after)
         self._lease = timedelta(seconds=api_timeout) + LEASE_MARGIN
         self._queue_downloads = queue_downloads
-        self._tell = tell
+        self._tell = notify
         self._running = threading.Lock()
         self._stopping = threading.Event()
 
@@ -125,7 +125,7 @@ class LateLooks:
             due = due_looks(connection, list(self._keys), now=now, limit=AT_ONCE)
             if not due:
                 return []
-            known = all_gates(connection)
+            known = all_breakers(connection)
             free = {account: self._is_free(connection, account, known, now) for account in {one.account for one in due}}
             may = [one for one in due if free[one.account] and _host_is_open(known, one.host, now)]
             shut = {one.job_id for one in due}.difference(one.job_id for one in may)
@@ -133,16 +133,15 @@ class LateLooks:
             return may
 
     def _is_free(
-        self, connection: Connection, account: str, known: Mapping[tuple[Scope, str], Gate], now: datetime
+        self, connection: Connection, account: str, known: Mapping[tuple[Scope, str], CircuitBreaker], now: datetime
     ) -> bool:
         """Return whether an account has a key, is not held, and has no job that waits for a request."""
-        gate = known.get(("account", account))
-        if account not in self._keys or (gate is not None and gate.held(now)):
+        breaker = known.get(("account", account))
+        if account not in self._keys or (breaker is not None and breaker.held(now)):
             return False
         late = now - timedelta(seconds=LATE_SECONDS)
         return not any(
-            level.due_at < late and _host_is_open(known, level.host, now)
-            for level in waiting_levels(connection, [account])
+            level.due_at < late and _host_is_open(known, level.host, now) for level in due_groups(connection, [account])
         )
 
     def _look(self, due: DueLook) -> bool:
@@ -151,7 +150,7 @@ class LateLooks:
         if self._stopping.is_set() or key is None:
             return False
         with self._engine.connect() as connection:
-            known, now = all_gates(connection), database_now(connection)
+            known, now = all_breakers(connection), database_now(connection)
         grant = self._request(due.account, known, now)
         if grant is None:
             return False  # the next sweep tries again
@@ -174,11 +173,13 @@ class LateLooks:
         self._record(look, answer, probe, sent, known)
         return True
 
-    def _request(self, account: str, known: Mapping[tuple[Scope, str], Gate], now: datetime) -> Grant | None:
+    def _request(
+        self, account: str, known: Mapping[tuple[Scope, str], CircuitBreaker], now: datetime
+    ) -> Reservation | None:
         """Take a request of the account's budget, if one may go out at once."""
         full = self._rps(account)
-        gate = known.get(("account", account))
-        grant = self._budget.take(account, 1, rate=full if gate is None else gate.rate(full, now))
+        breaker = known.get(("account", account))
+        grant = self._budget.take(account, 1, rate=full if breaker is None else breaker.rate(full, now))
         if grant.moments and grant.moments[0] - time.monotonic() <= SOON_SECONDS:
             return grant
         self._budget.give_back(grant, len(grant.moments))
@@ -188,10 +189,10 @@ class LateLooks:
         """Claim a look, and return whether it is the one call that proves a key that was not accepted yet."""
         with self._engine.begin() as connection:
             now = database_now(connection)
-            gate = locked_gate(connection, "account", due.account)
-            host = all_gates(connection).get(("host", due.host))
-            may = gate.allows(now)
-            if gate.held(now) or may == "none" or (host is not None and host.allows(now) != "all"):
+            breaker = locked_breaker(connection, "account", due.account)
+            host = all_breakers(connection).get(("host", due.host))
+            may = breaker.allows(now)
+            if breaker.held(now) or may == "none" or (host is not None and host.allows(now) != "all"):
                 return None
             look = claim_look(connection, due.job_id, now=now, lease=self._lease)
             if look is None:
@@ -202,7 +203,7 @@ class LateLooks:
                 defer_look(connection, look, due_at=now + REFUSED_WAIT, sent=False)
                 return None
             if may == "one":
-                save_gate(connection, gates.probing(gate, now=now, lease=self._lease))
+                save_breaker(connection, breakers.probing(breaker, now=now, lease=self._lease))
             return look, may == "one"
 
     def _give_back(self, look: ClaimedLook, wait: timedelta) -> None:
@@ -217,7 +218,7 @@ class LateLooks:
         answer: ApiReply,
         probe: bool,
         sent: float,
-        known: Mapping[tuple[Scope, str], Gate],
+        known: Mapping[tuple[Scope, str], CircuitBreaker],
     ) -> None:
         asked = Asked(look.job, answer.reply, probe, sent, raw=answer.raw)
         asked = with_own_path(asked, self._api.default_address)
@@ -261,9 +262,9 @@ class LookLost(Exception):
     """A look is not ours any more."""
 
 
-def _host_is_open(known: Mapping[tuple[Scope, str], Gate], host: str, now: datetime) -> bool:
-    gate = known.get(("host", host))
-    return gate is None or gate.allows(now) == "all"
+def _host_is_open(known: Mapping[tuple[Scope, str], CircuitBreaker], host: str, now: datetime) -> bool:
+    breaker = known.get(("host", host))
+    return breaker is None or breaker.allows(now) == "all"
 
 
 def _check_claim(look: ClaimedLook, since: float) -> None:

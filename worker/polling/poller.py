@@ -18,16 +18,16 @@ from pydantic import SecretStr
 from sqlalchemy import Connection, Engine
 
 from worker.coordination.leases import LeaseKeeper
-from worker.coordination.rate_limiter import Grant, SharedBudget
-from worker.core import circuit_breaker as gates
-from worker.core.circuit_breaker import Gate, Scope
+from worker.coordination.rate_limiter import RateLimiter, Reservation
+from worker.core import circuit_breaker as breakers
+from worker.core.circuit_breaker import CircuitBreaker, Scope
 from worker.core.pacing.policy import Pace
 from worker.core.reply import ApiDown, ApiReply, RateLimited
-from worker.polling.api_client import HostedApi
+from worker.polling.api_client import ApiClient
 from worker.polling.recorder import Recorder
 from worker.polling.request_pool import Asked, Calls
-from worker.store.breakers import all_gates, locked_gate, save_gate
-from worker.store.claims import ClaimedJob, Level, claim_jobs, release_jobs, release_tokens, waiting_levels
+from worker.store.breakers import all_breakers, locked_breaker, save_breaker
+from worker.store.claims import ClaimedJob, DueGroup, claim_jobs, due_groups, release_jobs, release_tokens
 from worker.store.engine import RELAXED, database_now
 from worker.store.jobs import readdress
 from worker.store.late_looks import plan_looks
@@ -82,16 +82,16 @@ class _View:
 
     seen: float
     now: datetime
-    gates: dict[tuple[Scope, str], Gate]
-    levels: Sequence[Level]
+    breakers: dict[tuple[Scope, str], CircuitBreaker]
+    levels: Sequence[DueGroup]
 
     def time(self) -> datetime:
         """The database's time now."""
         return self.now + timedelta(seconds=time.monotonic() - self.seen)
 
-    def gate(self, scope: Scope, name: str) -> Gate:
+    def breaker(self, scope: Scope, name: str) -> CircuitBreaker:
         """The gate of an account or host; an open one where there is none yet."""
-        return self.gates.get((scope, name)) or Gate(scope, name)
+        return self.breakers.get((scope, name)) or CircuitBreaker(scope, name)
 
 
 class Poller:
@@ -104,15 +104,15 @@ class Poller:
         self,
         *,
         engine: Engine,
-        api: HostedApi,
-        budget: SharedBudget,
+        api: ApiClient,
+        budget: RateLimiter,
         leases: LeaseKeeper,
         keys: Mapping[str, SecretStr],
         rps: Callable[[str], float],
         pace: Pace,
         api_timeout: float,
         queue_downloads: Callable[[Sequence[int]], None],
-        tell: Callable[[Sequence[int]], None],
+        notify: Callable[[Sequence[int]], None],
         late_looks: Sequence[float] = (),
         threads: int = IN_FLIGHT,
         dice: random.Random | None = None,
@@ -132,7 +132,7 @@ class Poller:
             pace=pace,
             rps=rps,
             queue_downloads=queue_downloads,
-            tell=tell,
+            notify=notify,
             kept_text=api.kept_text,
             late_looks=late_looks,
             dice=dice,
@@ -143,7 +143,7 @@ class Poller:
         self._stopping = threading.Event()
         self._wanted = threading.Event()
         self._gives_way = False
-        self._tell = tell
+        self._tell = notify
         self._late_looks = tuple(late_looks)
         self._unlisted_at = 0.0
         self._view: _View | None = None
@@ -307,8 +307,8 @@ class Poller:
             return False
         view = self._current_view()
         now = view.time()
-        due: dict[str, list[Level]] = {}
-        unlisted: list[Level] = []
+        due: dict[str, list[DueGroup]] = {}
+        unlisted: list[DueGroup] = []
         for level in view.levels:
             if level.due_at <= now and self._api.lists(level.host):
                 due.setdefault(level.account, []).append(level)
@@ -316,8 +316,10 @@ class Poller:
                 unlisted.append(level)
         if unlisted:
             self._hold_unlisted(unlisted)
-        allowed = {account: view.gate("account", account).allows(now) for account in due}
-        hosts = {level.host: view.gate("host", level.host).allows(now) for levels in due.values() for level in levels}
+        allowed = {account: view.breaker("account", account).allows(now) for account in due}
+        hosts = {
+            level.host: view.breaker("host", level.host).allows(now) for levels in due.values() for level in levels
+        }
         open_levels = {
             account: [level for level in levels if hosts[level.host] == "all"] for account, levels in due.items()
         }
@@ -336,7 +338,7 @@ class Poller:
         self._look_at = time.monotonic() + pause
         return started > 0
 
-    def _hold_unlisted(self, levels: Sequence[Level]) -> None:
+    def _hold_unlisted(self, levels: Sequence[DueGroup]) -> None:
         """Hold the hosts that SD_API_HOSTS does not list, now and then; tell of jobs that end by it."""
         if time.monotonic() < self._unlisted_at:
             return
@@ -364,9 +366,9 @@ class Poller:
         view = self._view
         if view is None or self._stale or time.monotonic() - view.seen >= VIEW_SECONDS:
             with self._engine.connect() as connection:
-                known = all_gates(connection)
+                known = all_breakers(connection)
                 self._keys_before |= self._keys
-                levels = waiting_levels(connection, self._keys)
+                levels = due_groups(connection, self._keys)
                 view = self._view = _View(time.monotonic(), database_now(connection), known, levels)
         return view
 
@@ -381,13 +383,15 @@ class Poller:
         """Seconds until something is due that is not yet, or a gate opens; nothing due is looked at ever less often."""
         now = view.time()
         moments = [level.due_at for level in view.levels if level.due_at > now]
-        moments += [at for gate in view.gates.values() for at in (gate.until, gate.probe_at) if at and at > now]
+        moments += [
+            at for breaker in view.breakers.values() for at in (breaker.until, breaker.probe_at) if at and at > now
+        ]
         soon = min((moment - now).total_seconds() for moment in moments) if moments else IDLE_SECONDS
         if "all" in allowed.values():  # others are taking it, or its host is shut
             soon = min(soon, LOOK_SECONDS * 2 ** min(self._found_nothing, 5))
         return min(max(soon, 0.001), IDLE_SECONDS)
 
-    def _claim(self, due: Mapping[str, Sequence[Level]], view: _View) -> tuple[int, bool, float]:
+    def _claim(self, due: Mapping[str, Sequence[DueGroup]], view: _View) -> tuple[int, bool, float]:
         """Takes jobs of these accounts: (how many, whether there may be more, seconds until the budget has more)."""
         room = {level.host: self._room(level.host) for levels in due.values() for level in levels}
         if not any(room.values()):
@@ -396,11 +400,11 @@ class Poller:
         accounts = self._random.sample(sorted(due), min(len(due), free))  # not always the same one first
         share = min(CLAIM_MOST, -(-free // len(accounts)))  # and none takes the places of another
         now = view.time()
-        grants: dict[str, Grant] = {}
+        grants: dict[str, Reservation] = {}
         short = set[str]()
         for account in accounts:
             wanted = min(share, sum(room[host] for host in {level.host for level in due[account]}))
-            rate = view.gate("account", account).rate(self._rps(account), now)
+            rate = view.breaker("account", account).rate(self._rps(account), now)
             grants[account] = self._budget.take(account, wanted, rate=rate)
             if len(grants[account].moments) < wanted:
                 short.add(account)  # requests are short: the most urgent jobs get them
@@ -413,12 +417,12 @@ class Poller:
         self._unsure.clear()
         return started, more, max(LOOK_SECONDS, min(grant.wait for grant in grants.values()))
 
-    def _start(self, jobs: Sequence[ClaimedJob], grant: Grant, view: _View) -> int:
+    def _start(self, jobs: Sequence[ClaimedJob], grant: Reservation, view: _View) -> int:
         """Has these jobs of one account asked about, each at its moment; how many."""
         self._budget.give_back(grant, len(grant.moments) - len(jobs))
         if jobs and time.monotonic() - grant.moments[0] > LATE_SECONDS:
             # The database kept us waiting. All at once would be more than the API takes: the others took their share.
-            rate = view.gate("account", grant.account).rate(self._rps(grant.account), view.time())
+            rate = view.breaker("account", grant.account).rate(self._rps(grant.account), view.time())
             grant = self._budget.take(grant.account, len(jobs), rate=rate)
             self._release(jobs[len(grant.moments) :])
         for job, moment in zip(jobs, grant.moments, strict=False):
@@ -427,7 +431,7 @@ class Poller:
 
     def _claim_granted(
         self,
-        due: Mapping[str, Sequence[Level]],
+        due: Mapping[str, Sequence[DueGroup]],
         granted: Mapping[str, int],
         room: dict[str, int],
         short: Container[str],
@@ -465,7 +469,7 @@ class Poller:
                 log.warning("claims whose commit was cut off are given back jobs=%s", released)
 
     def _take(
-        self, connection: Connection, level: Level, limit: int, now: datetime, token: str, *, urgent: bool = False
+        self, connection: Connection, level: DueGroup, limit: int, now: datetime, token: str, *, urgent: bool = False
     ) -> list[ClaimedJob]:
         late = max(now - level.due_at, timedelta(0))
         around = [now - late * self._random.random() for _ in range(2)] if urgent else ()
@@ -480,7 +484,7 @@ class Poller:
             around=around,
         )
 
-    def _probe_host(self, host: str, due: Mapping[str, Sequence[Level]], allowed: Mapping[str, str]) -> int:
+    def _probe_host(self, host: str, due: Mapping[str, Sequence[DueGroup]], allowed: Mapping[str, str]) -> int:
         """Asks a shut host about one job, of an account that may be asked with."""
         for account, levels in due.items():
             mine = [level for level in levels if level.host == host]
@@ -489,7 +493,7 @@ class Poller:
                 return 1
         return 0
 
-    def _probe(self, levels: Sequence[Level], scope: Sequence[tuple[Scope, str]]) -> int:
+    def _probe(self, levels: Sequence[DueGroup], scope: Sequence[tuple[Scope, str]]) -> int:
         """Makes one call alone, if no other process does and a job is due for it."""
         if not levels:
             return 0
@@ -499,15 +503,15 @@ class Poller:
         token = self._new_token()
         with self._engine.begin() as connection:
             now = database_now(connection)
-            taken = [locked_gate(connection, kind, name) for kind, name in scope]
+            taken = [locked_breaker(connection, kind, name) for kind, name in scope]
             jobs: list[ClaimedJob] = []
-            if all(gate.allows(now) == "one" for gate in taken):
+            if all(breaker.allows(now) == "one" for breaker in taken):
                 for level in levels:
                     if not jobs:
                         jobs = self._permitted(connection, self._take(connection, level, 1, now, token), now)
             if jobs:
-                for gate in taken:
-                    save_gate(connection, gates.probing(gate, now=now, lease=self._probe_lease))
+                for breaker in taken:
+                    save_breaker(connection, breakers.probing(breaker, now=now, lease=self._probe_lease))
         self._unsure.clear()
         for job in jobs:
             self._calls.start(job, grant.moments[0], probe=True)
@@ -569,7 +573,7 @@ class Poller:
         self._recorder.take(answers, self._count_taken(answers))
         if any(one.probe for one in answers):
             self._look_at = 0.0  # it may have opened a gate
-        lost = self._recorder.write({} if self._view is None else self._view.gates)
+        lost = self._recorder.write({} if self._view is None else self._view.breakers)
         if lost:
             log.warning("answers came too late, their jobs were taken up by others or have ended count=%s", lost)
         report.lost += lost

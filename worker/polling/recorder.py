@@ -15,8 +15,8 @@ from datetime import datetime, timedelta
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from worker.core import circuit_breaker as gates
-from worker.core.circuit_breaker import Gate, Heard, Limit, Scope
+from worker.core import circuit_breaker as breakers
+from worker.core.circuit_breaker import BreakerInput, CircuitBreaker, Limit, Scope
 from worker.core.histograms import COUNTED_AS
 from worker.core.identity import FetchAddress
 from worker.core.lifecycle import AskAgain, End, JobFacts, Step, after_answer, note_of
@@ -26,13 +26,13 @@ from worker.polling.kept_answers import kept_answers
 from worker.polling.kept_text import KeptText
 from worker.polling.pace_learner import Learner
 from worker.polling.request_pool import Asked
-from worker.store.breakers import all_gates, locked_gate, mark_asked, save_gate
+from worker.store.breakers import all_breakers, locked_breaker, mark_asked, save_breaker
 from worker.store.claims import ClaimedJob
 from worker.store.counters import ANSWERS, Tally
 from worker.store.engine import PATIENCE, database_now, server_trouble, trouble
 from worker.store.jobs import readdress
 from worker.store.late_looks import plan_looks
-from worker.store.results import Outcome, Recorded, locked_jobs, record_answers, set_aside
+from worker.store.results import Outcome, Recorded, locked_jobs, quarantine, record_answers
 from worker.store.unread import keep_answers
 
 log = logging.getLogger(__name__)
@@ -45,13 +45,13 @@ TROUBLE_WAIT = 5.0
 VAGUE_WAIT = 10.0  # seconds until a job is asked about again after an error that does not say what is wrong
 MOVED = Unread("HTTP 404: the API has no such path; SD_API_URL was corrected, and is asked from now on")
 
-Gates = dict[tuple[Scope, str], Gate]
+Breakers = dict[tuple[Scope, str], CircuitBreaker]
 
 
 @dataclass(frozen=True, slots=True)
 class _Written:
     recorded: Recorded
-    moved: Mapping[tuple[Scope, str], Gate]
+    moved: Mapping[tuple[Scope, str], CircuitBreaker]
 
 
 class Recorder:
@@ -64,7 +64,7 @@ class Recorder:
         pace: Pace,
         rps: Callable[[str], float],
         queue_downloads: Callable[[Sequence[int]], None],
-        tell: Callable[[Sequence[int]], None],
+        notify: Callable[[Sequence[int]], None],
         kept_text: Callable[[RawAnswer], KeptText],
         late_looks: Sequence[float] = (),
         dice: random.Random | None = None,
@@ -79,7 +79,7 @@ class Recorder:
         self._least = timedelta(seconds=pace.least)
         self._rps = rps
         self._queue_downloads = queue_downloads
-        self._tell = tell
+        self._tell = notify
         self._kept_text = kept_text
         self._late_looks = tuple(late_looks)
         self._random = dice or random.Random()  # spreads polls in time, guards nothing
@@ -107,7 +107,7 @@ class Recorder:
         self._unlearned += answers
         self._taken.update(taken)
 
-    def write(self, known: Gates) -> int:
+    def write(self, known: Breakers) -> int:
         """Writes what was taken, and moves the gates in `known` with it; how many claims had been lost.
 
         Raises what the database raises where it is away; what is not written yet is kept.
@@ -162,7 +162,7 @@ class Recorder:
         log.warning("rows are locked by somebody else, their answers wait count=%s", len(self._locked))
         return True
 
-    def _write_singly(self, count: int, known: Gates) -> int:
+    def _write_singly(self, count: int, known: Breakers) -> int:
         lost = 0
         for _ in range(count):
             one = self._waiting[0]
@@ -174,7 +174,7 @@ class Recorder:
                 if not isinstance(error, (SQLAlchemyError, ValueError)):
                     log.exception("a fault of ours, the answer waits job=%s", one.job.id)
                     self._locked.append(one)
-                elif trouble(error) == "locked" or not self._set_aside(one, error):
+                elif trouble(error) == "locked" or not self._quarantine(one, error):
                     self._locked.append(one)
                 del self._waiting[0]
             else:
@@ -184,7 +184,7 @@ class Recorder:
             log.warning("rows are locked by somebody else, their answers wait count=%s", len(self._locked))
         return lost
 
-    def _finish(self, done: _Written, known: Gates) -> int:
+    def _finish(self, done: _Written, known: Breakers) -> int:
         known.update(done.moved)
         if not self._waiting and not self._locked:
             self._delays.clear()
@@ -192,12 +192,12 @@ class Recorder:
         self._tell(done.recorded.finished)
         return done.recorded.lost
 
-    def _set_aside(self, one: Asked, error: Exception) -> bool:
+    def _quarantine(self, one: Asked, error: Exception) -> bool:
         log.error("an answer can't be written, its job is set aside job=%s reason=%s", one.job.id, _reason(error))
         try:
             with self._single.begin() as connection:
                 now = database_now(connection)
-                ended = set_aside(connection, one.job, f"its answer could not be written: {_reason(error)}", now=now)
+                ended = quarantine(connection, one.job, f"its answer could not be written: {_reason(error)}", now=now)
         except Exception as again:  # nothing is lost: its answer waits
             if server_trouble(again):
                 raise
@@ -208,7 +208,7 @@ class Recorder:
 
     # ── one transaction ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _write(self, engine: Engine, asked: Sequence[Asked], known: Gates) -> _Written:
+    def _write(self, engine: Engine, asked: Sequence[Asked], known: Breakers) -> _Written:
         # Made before the transaction, which holds locks. Of the other answers hardly any is kept.
         texts = {
             one.raw: self._kept_text(one.raw) for one in asked if type(one.reply) is Unread and one.raw is not None
@@ -223,7 +223,7 @@ class Recorder:
             moved = move_gates(connection, asked, known, self._limit, now=now)
             outcomes = [self._outcome(one, now) for one in asked]
             if any(_expires(outcome) for outcome in outcomes):
-                held = all_gates(connection)  # unasked means not expired, and a hold may have kept it unasked
+                held = all_breakers(connection)  # unasked means not expired, and a hold may have kept it unasked
                 outcomes = [
                     self._outcome(one, now, held) if _expires(outcome) else outcome
                     for one, outcome in zip(asked, outcomes, strict=True)
@@ -274,7 +274,9 @@ class Recorder:
                     self._delays[job.id] = self._learner.model(job.account, job.kind).by_age.delay
         self._unlearned = []
 
-    def _outcome(self, one: Asked, now: datetime, held: Mapping[tuple[Scope, str], Gate] | None = None) -> Outcome:
+    def _outcome(
+        self, one: Asked, now: datetime, held: Mapping[tuple[Scope, str], CircuitBreaker] | None = None
+    ) -> Outcome:
         job, reply = one.job, one.reply
         facts = job.facts if held is None else _with_hold(job, held, now)
         step: Step
@@ -316,25 +318,27 @@ def with_own_path(answer: Asked, default_address: Callable[[str], FetchAddress])
 def move_gates(
     connection: Connection,
     asked: Sequence[Asked],
-    known: Mapping[tuple[Scope, str], Gate],
+    known: Mapping[tuple[Scope, str], CircuitBreaker],
     limit: Callable[[str], Limit],
     *,
     now: datetime,
-) -> Gates:
+) -> Breakers:
     """Let answers move the gates they concern, and return those moved. A lock is taken only where one really changes.
 
     `known` are the gates as they were seen last, `limit` returns the limit of an account.
     """
-    moved: Gates = {}
-    for (scope, name), mine in sorted(_by_gate(asked).items()):
-        heard = [Heard(one.reply, now - timedelta(seconds=time.monotonic() - one.sent), one.probe) for one in mine]
-        gate = known.get((scope, name))
-        if gate is None or gates.after_replies(gate, heard, limit(name), now=now) != gate:
-            locked = locked_gate(connection, scope, name)
-            gate = gates.after_replies(locked, heard, limit(name), now=now)
-            save_gate(connection, gate)
-            _tell_of_hold(locked, gate, now)
-            moved[scope, name] = gate
+    moved: Breakers = {}
+    for (scope, name), mine in sorted(_by_breaker(asked).items()):
+        heard = [
+            BreakerInput(one.reply, now - timedelta(seconds=time.monotonic() - one.sent), one.probe) for one in mine
+        ]
+        breaker = known.get((scope, name))
+        if breaker is None or breakers.after_replies(breaker, heard, limit(name), now=now) != breaker:
+            locked = locked_breaker(connection, scope, name)
+            breaker = breakers.after_replies(locked, heard, limit(name), now=now)
+            save_breaker(connection, breaker)
+            _tell_of_hold(locked, breaker, now)
+            moved[scope, name] = breaker
     return moved
 
 
@@ -380,13 +384,13 @@ def _is_power_of_two(polls: int) -> bool:
     return polls & (polls - 1) == 0
 
 
-def _by_gate(asked: Sequence[Asked]) -> dict[tuple[Scope, str], list[Asked]]:
+def _by_breaker(asked: Sequence[Asked]) -> dict[tuple[Scope, str], list[Asked]]:
     """Which answers concern which gate. Of those that say the same one after the other the first is enough."""
     found: dict[tuple[Scope, str], list[Asked]] = {}
     for one in asked:
         concerned: tuple[tuple[Scope, str], ...] = (("account", one.job.account), ("host", one.job.address.host))
-        for gate in concerned:
-            mine = found.setdefault(gate, [])
+        for breaker in concerned:
+            mine = found.setdefault(breaker, [])
             same = mine and not one.probe and type(mine[-1].reply) is type(one.reply) is Processing
             if not same:
                 mine.append(one)
@@ -397,16 +401,16 @@ def _expires(outcome: Outcome) -> bool:
     return isinstance(outcome.step, End) and outcome.step.status == "expired"
 
 
-def _with_hold(job: ClaimedJob, held: Mapping[tuple[Scope, str], Gate], now: datetime) -> JobFacts:
+def _with_hold(job: ClaimedJob, held: Mapping[tuple[Scope, str], CircuitBreaker], now: datetime) -> JobFacts:
     ends = [
         ended
-        for gate in (held.get(("account", job.account)), held.get(("host", job.address.host)))
-        if gate is not None and (ended := gate.last_hold_end(now)) is not None
+        for breaker in (held.get(("account", job.account)), held.get(("host", job.address.host)))
+        if breaker is not None and (ended := breaker.last_hold_end(now)) is not None
     ]
     return job.facts._replace(last_hold_end=max(ends, default=None))
 
 
-def _tell_of_hold(before: Gate, after: Gate, now: datetime) -> None:
+def _tell_of_hold(before: CircuitBreaker, after: CircuitBreaker, now: datetime) -> None:
     if after.held(now) and not before.held(now):
         log.warning("held scope=%s name=%s reason=%s", after.scope, after.name, after.why)
         if after.ceiling is not None and after.ceiling != before.ceiling:

@@ -20,8 +20,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from worker.app import POLLS, app, settings
 from worker.errors import DeploymentError, SchemaOutdated, Unavailable
 from worker.process.neighbours import remember_database, warn_of_strangers
-from worker.process.resources import parts
-from worker.process.runs import doubt_keys, run_polls, run_sweep, run_webhooks
+from worker.process.resources import process_resources
+from worker.process.runs import probe_keys, run_polls, run_sweep, run_webhooks
 from worker.store.engine import described, engine_for
 from worker.store.migrate import expand
 from worker.system.watchdog import Loop, Watchdog, watched_seconds
@@ -59,10 +59,10 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
     def start(self, worker: Any) -> None:
         """Make the resources of this process; tick, in a worker that consumes polls."""
         make_resources()
-        threading.Thread(target=_look_around, name="neighbours", daemon=True).start()
+        threading.Thread(target=check_neighbours, name="neighbours", daemon=True).start()
         if POLLS not in worker.app.amqp.queues.consume_from:
             return
-        parts().ticks = True
+        process_resources().ticks = True
         for work in (self._poll, self._sweep, *((self._tell,) if settings.webhook_secrets else ())):
             self._threads.append(threading.Thread(target=work, name=f"ticker{work.__name__}", daemon=True))
             self._threads[-1].start()
@@ -75,9 +75,9 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
         if self._threads:
-            parts().courier.finish(COURIER_SECONDS)
+            process_resources().publisher.finish(COURIER_SECONDS)
         if settings.webhook_secrets:
-            parts().webhooks.wait(max(0.0, until - time.monotonic()))
+            process_resources().webhooks.wait(max(0.0, until - time.monotonic()))
 
     def terminate(self, worker: Any) -> None:
         """Stops at once."""
@@ -85,24 +85,24 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
 
     def _poll(self) -> None:
         self._begin()
-        poller = parts().poller
+        poller = process_resources().poller
         loop = Loop()
         watchdog.watch("the poll run", lambda: poller.run_progress)
         watchdog.watch("the poll loop", lambda: loop() if poller.run_progress is None else None)
         while not self._stop.wait(LOOK_SECONDS):
             loop.turn()
             if time.monotonic() - poller.last_run > SILENCE_SECONDS:
-                _carefully(lambda: run_polls(gives_way=True))
+                never_raise(lambda: run_polls(gives_way=True))
         if poller.busy:
-            _carefully(run_polls)  # claims nothing more, but records what is still to come
+            never_raise(run_polls)  # claims nothing more, but records what is still to come
 
     def _sweep(self) -> None:
         loop = Loop()
         watchdog.watch("the sweep loop", loop)
         while not self._stop.wait(LOOK_SECONDS):
             loop.turn()
-            if time.monotonic() - parts().swept_at > SWEEP_SILENCE_SECONDS:
-                _carefully(run_sweep)
+            if time.monotonic() - process_resources().swept_at > SWEEP_SILENCE_SECONDS:
+                never_raise(run_sweep)
             self._changed_keys |= settings.keys.take_changed()
             if self._changed_keys:
                 self._try_keys()
@@ -110,20 +110,20 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
     def _try_keys(self) -> None:
         """Have keys that are new tried, whatever held their accounts; an account without a key is held from now on."""
         try:
-            doubt_keys(self._changed_keys)
+            probe_keys(self._changed_keys)
         except SQLAlchemyError as error:
             log.error("keys that have changed wait for the database reason=%s", type(error).__name__)
             self._stop.wait(DATABASE_WAIT_SECONDS)
         else:
             self._changed_keys.clear()
-            parts().poller.wake()
+            process_resources().poller.wake()
 
     def _tell(self) -> None:
         loop = Loop()
         watchdog.watch("the webhook loop", loop)
         while not self._stop.wait(random.uniform(*WEBHOOK_SECONDS)):
             loop.turn()
-            _carefully(lambda: self._tell_all(loop))
+            never_raise(lambda: self._tell_all(loop))
 
     def _tell_all(self, loop: Loop) -> None:
         while not self._stop.wait(LOOK_SECONDS) and run_webhooks():
@@ -136,7 +136,7 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
         while not self._stop.is_set():
             try:
                 settings.keys.take_changed()
-                doubt_keys(settings.keys)
+                probe_keys(settings.keys)
             except Exception as error:
                 log.error("waiting for the database reason=%s", described(error, settings.database))
                 self._stop.wait(DATABASE_WAIT_SECONDS)
@@ -144,15 +144,15 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
                 return
 
 
-def _look_around() -> None:
+def check_neighbours() -> None:
     """Learn which database this is, for processes that ask, and warn of those that serve another one."""
     while remember_database(app, settings) is None:
         time.sleep(DATABASE_WAIT_SECONDS)
     time.sleep(NEIGHBOURS_SECONDS)  # those that start together with this one answer by then
-    _carefully(lambda: warn_of_strangers(app, settings))
+    never_raise(lambda: warn_of_strangers(app, settings))
 
 
-def _carefully(work: Callable[[], object]) -> None:
+def never_raise(work: Callable[[], object]) -> None:
     try:
         work()
     except Exception:  # the ticker is the last resort: it must not die of one trouble
@@ -220,13 +220,13 @@ def _check_schema(**_: object) -> None:
 
 @worker_shutting_down.connect(weak=False)  # type: ignore[untyped-decorator]  # celery has no types
 def _stop_claiming(**_: object) -> None:
-    parts().stop()
+    process_resources().stop()
 
 
 @worker_process_init.connect(weak=False)  # type: ignore[untyped-decorator]  # celery has no types
 def make_resources(**_: object) -> None:
     """Make what this process needs, in each child of a prefork pool too, before the first task runs."""
-    parts().make_for(app.amqp.queues.consume_from)
+    process_resources().make_for(app.amqp.queues.consume_from)
 
 
 app.steps["worker"].add(Ticker)

@@ -10,16 +10,16 @@ from sqlalchemy import Engine
 
 from worker.app import DOWNLOADS, POLLS, settings
 from worker.coordination.leases import LeaseKeeper
-from worker.coordination.publisher import Courier
-from worker.coordination.rate_limiter import SharedBudget, redis_client
+from worker.coordination.publisher import Publisher
+from worker.coordination.rate_limiter import RateLimiter, redis_client
 from worker.coordination.sent_requests import SentRequests, old_files, processes_with_files, remove_files
 from worker.coordination.wakeups import listen
 from worker.downloads.downloader import Downloader
 from worker.errors import WorkerError
 from worker.net.address_guard import Guard, guarded_adapter
-from worker.notify.on_done import tell
+from worker.notify.on_done import notify
 from worker.notify.webhooks import AT_ONCE, Webhooks
-from worker.polling.api_client import HostedApi
+from worker.polling.api_client import ApiClient
 from worker.polling.late_looks import LateLooks
 from worker.polling.poller import IN_FLIGHT, Poller
 from worker.process.dead_claims import log_released, release_dead_claims, sent_folder
@@ -72,9 +72,9 @@ class ProcessResources:
         )
 
     @locked_property
-    def api(self) -> HostedApi:
-        """The hosted API; mount an adapter of your own on `parts().api.session` if you must."""
-        return HostedApi(
+    def api(self) -> ApiClient:
+        """The hosted API; mount an adapter of your own on `process_resources().api.session` if you must."""
+        return ApiClient(
             settings.api,
             self.scrubber,
             timeout=settings.sd_api_timeout,
@@ -91,14 +91,14 @@ class ProcessResources:
         poller = Poller(
             engine=self.engine,
             api=self.api,
-            budget=SharedBudget(settings.redis),
+            budget=RateLimiter(settings.redis),
             leases=self.leases,
             keys=settings.keys,
             rps=settings.rps,
             pace=settings.pace,
             api_timeout=settings.sd_api_timeout,
-            queue_downloads=lambda ids: self.courier.send("downloads", lambda: queue_downloads(ids)) if ids else None,
-            tell=lambda ids: self.courier.send("on_done", lambda: self.tell(ids)) if ids else None,
+            queue_downloads=lambda ids: self.publisher.send("downloads", lambda: queue_downloads(ids)) if ids else None,
+            notify=lambda ids: self.publisher.send("on_done", lambda: self.notify(ids)) if ids else None,
             late_looks=settings.late_look_seconds,
         )
         listen(settings.redis, poller.wake)
@@ -112,13 +112,13 @@ class ProcessResources:
         looks = LateLooks(
             engine=self.engine,
             api=self.api,
-            budget=SharedBudget(settings.redis),
+            budget=RateLimiter(settings.redis),
             keys=settings.keys,
             rps=settings.rps,
             after=settings.late_look_seconds,
             api_timeout=settings.sd_api_timeout,
             queue_downloads=queue_downloads,
-            tell=self.tell,
+            notify=self.notify,
         )
         if self.stopping.is_set():
             looks.stop()
@@ -142,9 +142,9 @@ class ProcessResources:
         return True
 
     @locked_property
-    def courier(self) -> Courier:
+    def publisher(self) -> Publisher:
         """Sends messages, so that no poll run waits for a broker that is slow or away."""
-        return Courier()
+        return Publisher()
 
     @locked_property
     def downloader(self) -> Downloader:
@@ -161,7 +161,7 @@ class ProcessResources:
             max_pixels=settings.output_max_pixels,
             timeout=settings.output_timeout,
             deadline=settings.output_deadline,
-            tell=self.tell,
+            notify=self.notify,
             per_host=settings.downloads_per_host,
             user_agent=settings.user_agent,
         )
@@ -192,7 +192,7 @@ class ProcessResources:
         gc.freeze()
         gc.set_threshold(*GARBAGE_THRESHOLDS)
         if POLLS in queues:
-            _ = self.poller, self.courier
+            _ = self.poller, self.publisher
             if settings.webhook_secrets:
                 _ = self.webhooks
         if DOWNLOADS in queues:
@@ -225,18 +225,18 @@ class ProcessResources:
     _released_dead_claims = False
     ticks = False  # whether a ticker in this process takes up what a run leaves (in a prefork child none does)
 
-    def tell(self, job_ids: Sequence[int] | None) -> None:
+    def notify(self, job_ids: Sequence[int] | None) -> None:
         """Tells web apps of final jobs; trouble with the broker leaves it to the next sweep."""
         if job_ids is not None and not job_ids:
             return
-        log_broker_errors("on_done", lambda: tell(self.engine, send_on_done, job_ids))
+        log_broker_errors("on_done", lambda: notify(self.engine, send_on_done, job_ids))
 
 
 _parts: dict[int, ProcessResources] = {}  # by process id: a forked child finds none of its own, and makes them
 _parts_lock = threading.RLock()  # a signal handler may come while its own thread holds it
 
 
-def parts() -> ProcessResources:
+def process_resources() -> ProcessResources:
     """Return the resources of this process."""
     pid = os.getpid()
     found = _parts.get(pid)

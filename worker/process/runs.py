@@ -15,15 +15,15 @@ from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy.exc import SQLAlchemyError
 
 from worker.app import DOWNLOADS, app, settings
-from worker.core import circuit_breaker as gates
+from worker.core import circuit_breaker as breakers
 from worker.errors import Unavailable
 from worker.operations.prune import Retention
 from worker.operations.prune import prune as prune_jobs
 from worker.polling.poller import PollReport, Progress
 from worker.process.dead_claims import log_released, release_dead_claims
 from worker.process.publishing import queue_downloads
-from worker.process.resources import ProcessResources, parts
-from worker.store.breakers import locked_gate, save_gate
+from worker.process.resources import ProcessResources, process_resources
+from worker.store.breakers import locked_breaker, save_breaker
 from worker.store.claims import waiting_outputs
 from worker.store.engine import database_now, described
 from worker.store.reports.history import sample
@@ -43,7 +43,7 @@ _repairing = threading.Lock()
 
 def run_polls(*, gives_way: bool = False, progress: Progress | None = None) -> str:
     """One poll run, in a few words; one that gives way ends when another one is asked for."""
-    own = parts()
+    own = process_resources()
     try:
         own.release_dead_claims()
         report = own.poller.run(gives_way=gives_way, finish=not own.ticks, progress=progress)
@@ -72,7 +72,7 @@ class ProgressEvents:
             "answers": dict(report.answers),
             "in_flight": in_flight,
         }
-        parts().courier.send("progress", lambda: self._send(told))
+        process_resources().publisher.send("progress", lambda: self._send(told))
 
     def _send(self, told: dict[str, object]) -> None:
         try:
@@ -86,7 +86,7 @@ class ProgressEvents:
 
 def run_sweep() -> str:
     """Puts back what a lost message or a dead process left."""
-    own = parts()
+    own = process_resources()
     own.swept_at = time.monotonic()
     patience = _lost_after()
     try:
@@ -99,7 +99,7 @@ def run_sweep() -> str:
         log.error("the sweep waits for the database reason=%s", described(error, settings.database))
         return "the database is away"
     queue_downloads(output_ids)
-    own.tell(None)
+    own.notify(None)
     log_released(released)
     _repair(own)
     _sample(own)
@@ -123,7 +123,7 @@ def _repair(own: ProcessResources) -> None:
             "repaired rows that were left in no proper state jobs_ended=%s outputs_cancelled=%s claims_released=%s",
             *(len(repaired.jobs), repaired.outputs, repaired.claims),
         )
-    own.tell(repaired.jobs)
+    own.notify(repaired.jobs)
 
 
 def _look_late(own: ProcessResources) -> None:
@@ -150,7 +150,7 @@ def _sample(own: ProcessResources) -> None:
 def run_webhooks() -> int:
     """Begins to deliver the webhooks that are due; how many."""
     try:
-        return parts().webhooks.run()
+        return process_resources().webhooks.run()
     except DATABASE_ERRORS as error:
         log.error("webhooks wait for the database reason=%s", described(error, settings.database))
         return 0
@@ -168,7 +168,7 @@ def run_prune() -> str:
         states=settings.states_to_prune,
         remove_files=settings.prune_files == "remove",
     )
-    own = parts()
+    own = process_resources()
     try:
         done = prune_jobs(
             own.engine, settings, wanted, go_on=lambda: time.monotonic() < until and not own.stopping.is_set()
@@ -198,12 +198,12 @@ def _lost_after() -> timedelta:
     return min(whole, TAKEN_WITHIN) if waiting == 0 else whole
 
 
-def doubt_keys(accounts: Iterable[str]) -> None:
+def probe_keys(accounts: Iterable[str]) -> None:
     """Have the keys of these accounts tried, each by one call alone, before they are used at full speed.
 
     For all accounts as a worker starts, and for those whose key has changed since.
     """
-    with parts().engine.begin() as connection:
+    with process_resources().engine.begin() as connection:
         now = database_now(connection)
         for account in sorted(accounts):
-            save_gate(connection, gates.unproven(locked_gate(connection, "account", account), now=now))
+            save_breaker(connection, breakers.unproven(locked_breaker(connection, "account", account), now=now))

@@ -12,7 +12,7 @@ from urllib.parse import quote, unquote
 
 from worker.core.media.signatures import Media
 from worker.errors import OutputMissing, StorageTrouble
-from worker.storage.partial_files import Incoming, Partials
+from worker.storage.partial_files import Incoming, PartialFiles
 
 PARTIAL = ".partial"
 JOBS_PER_FOLDER = 1_000
@@ -27,7 +27,7 @@ Condition = Literal["whole", "missing", "damaged"]
 class Storage(Protocol):
     """A place for outputs. Whatever the place refuses is a StorageTrouble: nothing is lost, and it is tried again."""
 
-    partials: Partials
+    partials: PartialFiles
 
     def prepare(self) -> None:
         """Makes the place itself, as a process starts. What is missing later is missed, not made anew."""
@@ -49,7 +49,7 @@ class Storage(Protocol):
         """Whether what is at a location is what was stored there."""
         ...
 
-    def set_aside(self, location: str) -> None:
+    def quarantine(self, location: str) -> None:
         """Moves what is at a location out of the way: its name then ends in `.damaged`."""
         ...
 
@@ -90,7 +90,7 @@ class FileStorage:
     def __init__(self, root: Path, *, address: str | None = None) -> None:
         self._root = root
         self._address = address
-        self.partials = Partials(root / PARTIAL)
+        self.partials = PartialFiles(root / PARTIAL)
 
     def prepare(self) -> None:
         """Makes the directory. Raises StorageTrouble."""
@@ -152,7 +152,7 @@ class FileStorage:
             raise StorageTrouble(f"can't read {path}: {error.strerror}") from None
         return "whole" if same else "damaged"
 
-    def set_aside(self, location: str) -> None:
+    def quarantine(self, location: str) -> None:
         """Renames the file. Raises StorageTrouble."""
         path = path_of(location)
         try:

@@ -210,7 +210,7 @@ class Incoming:
             self._sidecar.unlink()
 
 
-class Partials:
+class PartialFiles:
     """The folder of the partial files: `<output>.part`, each with its sidecar `<output>.json`."""
 
     def __init__(self, folder: Path) -> None:

@@ -26,7 +26,7 @@ from worker.core.media.signatures import Media
 from worker.errors import OutputMissing, SettingsError, StorageTrouble
 from worker.net.network_errors import describe
 from worker.storage.local import READ_BYTES, Condition, name_of
-from worker.storage.partial_files import Incoming, Partials
+from worker.storage.partial_files import Incoming, PartialFiles
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ AMAZON = re.compile(r"^https://[a-z0-9.-]+\.amazonaws\.com(\.cn)?$")
 class S3Storage:
     """Outputs as objects below `prefix` of a bucket, which must exist. What is still on its way is in local files."""
 
-    def __init__(self, bucket: str, prefix: str, partials: Partials) -> None:
+    def __init__(self, bucket: str, prefix: str, partials: PartialFiles) -> None:
         self.partials = partials
         self._bucket = bucket
         self._prefix = "".join(f"{part}/" for part in prefix.split("/") if part)
@@ -137,7 +137,7 @@ class S3Storage:
                     digest.update(chunk)
         return "whole" if digest.hexdigest() == sha256 else "damaged"
 
-    def set_aside(self, location: str) -> None:
+    def quarantine(self, location: str) -> None:
         """Copies the object to a free name, then removes it. Raises StorageTrouble."""
         bucket, key = _parsed(location)
         with self._talking(f"rename {location}") as client:

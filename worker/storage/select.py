@@ -6,7 +6,7 @@ from pathlib import Path
 from worker.errors import SettingsError, StorageTrouble
 from worker.settings import DEFAULT_STORAGE, Settings
 from worker.storage.local import FileStorage, Storage
-from worker.storage.partial_files import Partials
+from worker.storage.partial_files import PartialFiles
 from worker.system.once import locked_cache
 
 S3_LARGEST = 5 << 30  # bytes that S3 takes by one call; no picture or film of the API is near it
@@ -40,4 +40,4 @@ def _s3(bucket: str, prefix: str, partials: Path, pid: int) -> Storage:
     """One per process: each has a client of its own, which takes long to make, and connections to keep."""
     from worker.storage.s3 import S3Storage  # an extra: whoever stores files needs none of it
 
-    return S3Storage(bucket, prefix, Partials(partials))
+    return S3Storage(bucket, prefix, PartialFiles(partials))

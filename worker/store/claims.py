@@ -92,7 +92,7 @@ class ClaimedOutput:
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
+class DueGroup:
     """Jobs of one account, priority and API host that wait for a request: when the first of them is due."""
 
     account: str
@@ -101,7 +101,7 @@ class Level:
     due_at: datetime
 
 
-def of_level(level: Level) -> tuple[ColumnElement[bool], ...]:
+def of_level(level: DueGroup) -> tuple[ColumnElement[bool], ...]:
     """Return the conditions of the jobs of a level, in the words of the index that finds them."""
     return (
         jobs.c.account == level.account,
@@ -111,7 +111,7 @@ def of_level(level: Level) -> tuple[ColumnElement[bool], ...]:
     )
 
 
-def waiting_levels(connection: Connection, accounts: Iterable[str]) -> list[Level]:
+def due_groups(connection: Connection, accounts: Iterable[str]) -> list[DueGroup]:
     """Return the levels of these accounts: account by account, the highest priority first, then the longest due.
 
     Claimed jobs count with the end of their lease. The query leaps from one level to the next in the index, so its cost
@@ -120,16 +120,16 @@ def waiting_levels(connection: Connection, accounts: Iterable[str]) -> list[Leve
     if connection.dialect.name in MYSQL_FAMILY:
         return _waiting_levels_mysql(connection, list(accounts))
     return [
-        Level(account, row.priority, row.host, row.due_at)
+        DueGroup(account, row.priority, row.host, row.due_at)
         for account in accounts
         for row in connection.execute(_LEVELS, {"account": account}).all()
     ]
 
 
-def _waiting_levels_mysql(connection: Connection, accounts: list[str]) -> list[Level]:
+def _waiting_levels_mysql(connection: Connection, accounts: list[str]) -> list[DueGroup]:
     """Do the same with a loose index scan, which MariaDB and MySQL have: one look-up per level."""
     rows = connection.execute(_LEVELS_MYSQL, {"accounts": accounts}).all()
-    levels = [Level(*row) for row in rows]
+    levels = [DueGroup(*row) for row in rows]
     return sorted(levels, key=lambda level: (accounts.index(level.account), -level.priority, level.due_at))
 
 
@@ -167,7 +167,7 @@ _LEVELS_MYSQL = (
 
 def claim_jobs(
     connection: Connection,
-    level: Level,
+    level: DueGroup,
     *,
     limit: int,
     token: str,
@@ -287,7 +287,7 @@ def _taking(table: Table, due: Select[Any], taken: Update, columns: tuple[Any, .
 _UNBLEMISHED = Strikes()
 
 
-def _claimed_job(row: Any, level: Level, token: str) -> ClaimedJob:
+def _claimed_job(row: Any, level: DueGroup, token: str) -> ClaimedJob:
     # Unpacked in the order of _JOB_COLUMNS: this is done for every single request.
     (
         job_id, remote_id, kind, url, base, status, eta, polls,

@@ -17,7 +17,7 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from worker.core.histograms import DELAYS, POLLS, TRANSFERS, bucket
 from worker.store.bulk_write import folded, unfolded
-from worker.store.schema import totals
+from worker.store.schema import counters
 
 SLOTS = 8
 KINDS_MOST = 200  # counted by their name; all others together
@@ -33,7 +33,7 @@ LEFT_OUT = "left_out"  # by account: outputs that an answer listed beyond those 
 WEBHOOKS = "webhooks"  # label: how an event ended, "delivered" or "failed"
 
 
-class Figure(NamedTuple):
+class CounterKey(NamedTuple):
     """What is counted. `account` and `kind` are empty where it is counted for all of them together."""
 
     name: str
@@ -46,7 +46,7 @@ class Figure(NamedTuple):
 class Total:
     """How often something has happened so far, and the sum of what was measured each time."""
 
-    figure: Figure
+    figure: CounterKey
     times: int
     total: float
 
@@ -55,13 +55,13 @@ class Tally:
     """What one transaction is to count."""
 
     def __init__(self) -> None:
-        self._counted: dict[Figure, list[float]] = {}
+        self._counted: dict[CounterKey, list[float]] = {}
 
     def add(
         self, name: str, label: str, *, account: str = "", kind: str = "", value: float = 0.0, times: int = 1
     ) -> None:
         """Counts one, or so many; `value` is what they measured together."""
-        counted = self._counted.setdefault(Figure(name, account, kind, label), [0, 0.0])
+        counted = self._counted.setdefault(CounterKey(name, account, kind, label), [0, 0.0])
         counted[0] += times
         counted[1] += value
 
@@ -92,7 +92,7 @@ class Tally:
         if not self._counted:
             return
         known = _known_kinds(connection) if any(figure.kind for figure in self._counted) else None
-        added: dict[Figure, list[float]] = {}
+        added: dict[CounterKey, list[float]] = {}
         for figure, (times, total) in self._counted.items():
             if known is not None and figure.kind:
                 figure = figure._replace(kind=known.named(figure.kind))
@@ -107,13 +107,13 @@ class Tally:
         _add(connection, rows)
 
 
-def read_totals(connection: Connection, names: Iterable[str] | None = None) -> list[Total]:
+def read_counters(connection: Connection, names: Iterable[str] | None = None) -> list[Total]:
     """All figures, or those of these names."""
-    columns = [totals.c[name] for name in Figure._fields]
-    query = select(*columns, func.sum(totals.c.times), func.sum(totals.c.total)).group_by(*columns)
+    columns = [counters.c[name] for name in CounterKey._fields]
+    query = select(*columns, func.sum(counters.c.times), func.sum(counters.c.total)).group_by(*columns)
     if names is not None:
-        query = query.where(totals.c.name.in_(list(names)))
-    return [Total(Figure(*row[:4]), int(row[4]), float(row[5])) for row in connection.execute(query).all()]
+        query = query.where(counters.c.name.in_(list(names)))
+    return [Total(CounterKey(*row[:4]), int(row[4]), float(row[5])) for row in connection.execute(query).all()]
 
 
 def _add(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
@@ -121,25 +121,25 @@ def _add(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
         case "postgresql":
             connection.execute(_add_all(), folded(list(rows[0]), rows))
         case "sqlite":
-            new = sqlite.insert(totals).values(rows)
+            new = sqlite.insert(counters).values(rows)
             connection.execute(new.on_conflict_do_update(index_elements=_KEY, set_=_sums(new.excluded)))
         case _:
-            more = mysql.insert(totals).values(rows)
+            more = mysql.insert(counters).values(rows)
             connection.execute(more.on_duplicate_key_update(_sums(more.inserted)))
 
 
 @cache
 def _add_all() -> Any:
-    fresh = unfolded(totals, _COLUMNS)
-    new = postgresql.insert(totals).from_select(_COLUMNS, select(*fresh.values()))
+    fresh = unfolded(counters, _COLUMNS)
+    new = postgresql.insert(counters).from_select(_COLUMNS, select(*fresh.values()))
     return new.on_conflict_do_update(index_elements=_KEY, set_=_sums(new.excluded))
 
 
 def _sums(added: Any) -> dict[str, Any]:
-    return {name: totals.c[name] + added[name] for name in ("times", "total")}
+    return {name: counters.c[name] + added[name] for name in ("times", "total")}
 
 
-_KEY = (*Figure._fields, "slot")
+_KEY = (*CounterKey._fields, "slot")
 _COLUMNS = (*_KEY, "times", "total")
 
 
@@ -167,6 +167,6 @@ def _known_kinds(connection: Connection) -> _Kinds:
     key = str(connection.engine.url)
     found = _kinds_by_url.get(key)
     if found is None:
-        names = connection.execute(select(totals.c.kind).where(totals.c.kind != "").distinct()).scalars()
+        names = connection.execute(select(counters.c.kind).where(counters.c.kind != "").distinct()).scalars()
         found = _kinds_by_url.setdefault(key, _Kinds(names))  # of two threads that came at once, the first one's
     return found

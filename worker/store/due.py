@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, func, select, union_all
 
-from worker.store.schema import HELD_UNTIL, gates, jobs, outputs
+from worker.store.schema import HELD_UNTIL, breakers, jobs, outputs
 
 _NOW = bindparam("now", type_=jobs.c.due_at.type)
 _WAITING = (
@@ -22,7 +22,7 @@ _DUE_OUTPUTS = (
 _NEXT_REQUEST = union_all(
     *(
         select(func.min(column).label("moment")).where(column > _NOW, column < HELD_UNTIL)  # no leap to the year 9999
-        for column in (jobs.c.due_at, gates.c.until, gates.c.probe_at)
+        for column in (jobs.c.due_at, breakers.c.until, breakers.c.probe_at)
     )
 )
 _NEXT_DOWNLOAD = select(func.min(outputs.c.due_at)).where(outputs.c.due_at > _NOW)

@@ -152,7 +152,7 @@ def record_delivery(
     return bool(written.rowcount)
 
 
-def put_off(connection: Connection, claimed: Sequence[ClaimedEvent], *, now: datetime, due_at: datetime) -> None:
+def defer(connection: Connection, claimed: Sequence[ClaimedEvent], *, now: datetime, due_at: datetime) -> None:
     """Gives claimed events back that were not tried after all: due at `due_at`, the attempt not counted."""
     connection.execute(
         update(events)

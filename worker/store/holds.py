@@ -13,7 +13,7 @@ from sqlalchemy import Connection, case, select, update
 from worker.core.circuit_breaker import Scope, paused, resumed
 from worker.core.lifecycle import AFTER_HOLD_GRACE
 from worker.settings import Settings
-from worker.store.breakers import all_gates, locked_gate, save_gate
+from worker.store.breakers import all_breakers, locked_breaker, save_breaker
 from worker.store.schema import HELD_UNTIL, jobs, outputs
 
 WRITING_SECONDS = 30.0  # in which the end of any work is written
@@ -101,21 +101,21 @@ def _older(began: datetime | None, most: timedelta, now: datetime) -> bool:
     return began is None or now - began > most
 
 
-def hold_gate(connection: Connection, scope: Scope, name: str, *, now: datetime) -> bool:
+def hold_account_or_host(connection: Connection, scope: Scope, name: str, *, now: datetime) -> bool:
     """Holds an account or a host as a whole; False where an operator does already."""
-    gate = locked_gate(connection, scope, name)
-    if gate.paused_at is not None:
+    breaker = locked_breaker(connection, scope, name)
+    if breaker.paused_at is not None:
         return False
-    save_gate(connection, paused(gate, now=now))
+    save_breaker(connection, paused(breaker, now=now))
     return True
 
 
-def resume_gate(connection: Connection, scope: Scope, name: str, *, now: datetime) -> bool:
+def resume_account_or_host(connection: Connection, scope: Scope, name: str, *, now: datetime) -> bool:
     """Lets an account or a host go, whoever held it; False where nothing held it."""
-    if (scope, name) not in all_gates(connection):
+    if (scope, name) not in all_breakers(connection):
         return False
-    gate = locked_gate(connection, scope, name)
-    if gate.allows(now) != "none":
+    breaker = locked_breaker(connection, scope, name)
+    if breaker.allows(now) != "none":
         return False
-    save_gate(connection, resumed(gate, now=now))
+    save_breaker(connection, resumed(breaker, now=now))
     return True

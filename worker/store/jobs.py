@@ -369,7 +369,7 @@ def cancel_outputs(connection: Connection, which: ColumnElement[bool]) -> int:
     return connection.execute(waiting.values(**cancelled, **free)).rowcount
 
 
-def listed_anew(now: datetime) -> dict[str, Any]:
+def fresh_output(now: datetime) -> dict[str, Any]:
     """The values of an output that is to be tried as if it had just been listed; its attempts are kept."""
     return {
         "status": "pending",
@@ -406,7 +406,7 @@ def retry_all(connection: Connection, job_ids: Iterable[int], *, now: datetime) 
     take_back_promises(connection, sorted(ids))
     failed = (outputs.c.job_id.in_(ids), outputs.c.status == "failed")
     renewed = set(connection.execute(select(outputs.c.job_id).where(*failed)).scalars())
-    connection.execute(update(outputs).where(*failed).values(listed_anew(now)))
+    connection.execute(update(outputs).where(*failed).values(fresh_output(now)))
     forget_looks(connection, ids)
     alike: dict[tuple[bool, float], list[int]] = {}
     for row in rows:

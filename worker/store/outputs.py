@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, func, select, update
 
 from worker.store.job_values import not_ended
-from worker.store.jobs import listed_anew
+from worker.store.jobs import fresh_output
 from worker.store.schema import events, jobs, outputs
 
 _AT_ONCE = 500
@@ -121,7 +121,7 @@ def put_back(connection: Connection, output_id: int, *, location: str, now: date
             outputs.c.location == location,
             outputs.c.url.not_like("data:%"),
         )
-        .values(listed_anew(now) | dict.fromkeys(("location", "size_bytes", "sha256", "media_type", "stored_at")))
+        .values(fresh_output(now) | dict.fromkeys(("location", "size_bytes", "sha256", "media_type", "stored_at")))
     ).rowcount
     if changed:
         connection.execute(update(jobs).where(jobs.c.id == job.id).values(status="downloading", **not_ended()))

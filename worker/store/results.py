@@ -239,7 +239,7 @@ def _may_replace(fresh: Sequence[Link], output: Any) -> bool:
     return output.position >= len(fresh) or may_replace(fresh[output.position].url, output.url)
 
 
-def set_aside(connection: Connection, job: ClaimedJob, message: str, *, now: datetime) -> bool:
+def quarantine(connection: Connection, job: ClaimedJob, message: str, *, now: datetime) -> bool:
     """Ends a job whose answer no statement could write, so that it does not spoil every batch it is in."""
     step, tally = End("failed", "unwritable", message), Tally()
     recorded = record_answers(connection, [Outcome(job, step, "unwritable answer")], tally, now=now)

@@ -332,7 +332,7 @@ crashes = Table(
     comment="jobs and outputs whose process died, how often in a row",
 )
 
-gates = Table(
+breakers = Table(
     "fetch_gates",
     metadata,
     Column("scope", String(16), primary_key=True),
@@ -354,7 +354,7 @@ gates = Table(
     comment="accounts and API hosts: may they be asked, and if not, why and until when",
 )
 
-totals = Table(
+counters = Table(
     "fetch_totals",
     metadata,
     Column("name", String(24), primary_key=True),

@@ -6,10 +6,10 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, select, update
 
-from worker.core.circuit_breaker import NOT_LISTED, Gate, unlisted
+from worker.core.circuit_breaker import NOT_LISTED, CircuitBreaker, unlisted
 from worker.core.lifecycle import AFTER_HOLD_GRACE, End
-from worker.store.breakers import locked_gate, save_gate
-from worker.store.claims import Level
+from worker.store.breakers import locked_breaker, save_breaker
+from worker.store.claims import DueGroup
 from worker.store.counters import Tally
 from worker.store.promises import PromisedEnd, promised_links, try_promises
 from worker.store.schema import jobs
@@ -20,7 +20,7 @@ LIMIT = 200
 OTHERS_ASK = timedelta(seconds=10)  # a host that was asked before is held once no other worker seems to ask it
 
 
-def hold_unlisted(connection: Connection, levels: Sequence[Level], *, now: datetime) -> list[int]:
+def hold_unlisted(connection: Connection, levels: Sequence[DueGroup], *, now: datetime) -> list[int]:
     """Hold the hosts of these levels, which the caller's settings do not list; return the jobs past their deadline.
 
     They have expired, or will if the promised links bring nothing that are tried from now on: both have late looks.
@@ -28,32 +28,32 @@ def hold_unlisted(connection: Connection, levels: Sequence[Level], *, now: datet
     A worker with other settings may ask such a host meanwhile, as in a rolling deployment: then there is no hold. A
     hold is given a minute before any job ends by it.
     """
-    by_host: dict[str, list[Level]] = {}
+    by_host: dict[str, list[DueGroup]] = {}
     for level in levels:
         by_host.setdefault(level.host, []).append(level)
     ended: list[int] = []
     tally = Tally()
     for host, waiting in sorted(by_host.items()):
-        gate = locked_gate(connection, "host", host)
-        if gate.paused_at is not None:
+        breaker = locked_breaker(connection, "host", host)
+        if breaker.paused_at is not None:
             continue
-        if not _is_unlisted(gate):
-            if not gate.proven or min(level.due_at for level in waiting) <= now - OTHERS_ASK:
-                held = unlisted(gate, now=now)
-                save_gate(connection, held)
+        if not _is_unlisted(breaker):
+            if not breaker.proven or min(level.due_at for level in waiting) <= now - OTHERS_ASK:
+                held = unlisted(breaker, now=now)
+                save_breaker(connection, held)
                 log.warning("held scope=host name=%s reason=%s", host, held.reason)
-        elif gate.since is not None and now - gate.since >= AFTER_HOLD_GRACE:
+        elif breaker.since is not None and now - breaker.since >= AFTER_HOLD_GRACE:
             for level in waiting:
                 ended += _expire(connection, level, tally, now)
     tally.write(connection)
     return ended
 
 
-def _is_unlisted(gate: Gate) -> bool:
-    return gate.reason is not None and gate.reason.startswith(NOT_LISTED)
+def _is_unlisted(breaker: CircuitBreaker) -> bool:
+    return breaker.reason is not None and breaker.reason.startswith(NOT_LISTED)
 
 
-def _expire(connection: Connection, level: Level, tally: Tally, now: datetime) -> list[int]:
+def _expire(connection: Connection, level: DueGroup, tally: Tally, now: datetime) -> list[int]:
     late = (
         select(jobs.c.id, jobs.c.account, jobs.c.kind, jobs.c.polls)
         .where(

@@ -20,17 +20,17 @@ from sqlalchemy.exc import OperationalError
 from worker.client import tracking
 from worker.client.tracking import Job, Workers
 from worker.coordination.leases import LeaseKeeper
-from worker.coordination.rate_limiter import Grant, SharedBudget
+from worker.coordination.rate_limiter import RateLimiter, Reservation
 from worker.core.lifecycle import PROMISE_PATIENCE
 from worker.core.webhook import headers
 from worker.downloads.downloader import Downloader
 from worker.errors import JobNotFound, WorkerError
 from worker.net.address_guard import Guard, guarded_adapter
 from worker.net.pooled_adapter import LeanAdapter
-from worker.notify.on_done import tell
+from worker.notify.on_done import notify
 from worker.notify.webhooks import BATCH
 from worker.operations.overview import why
-from worker.polling.api_client import MAX_ANSWER_BYTES, HostedApi
+from worker.polling.api_client import MAX_ANSWER_BYTES, ApiClient
 from worker.polling.poller import Poller
 from worker.settings import Settings
 from worker.storage.select import storage_for
@@ -243,7 +243,7 @@ class _Polls:
         self._keys: dict[str, SecretStr] = {}
         self._poller = Poller(
             engine=engine,
-            api=HostedApi(
+            api=ApiClient(
                 settings.api,
                 _scrubber(settings),
                 timeout=settings.sd_api_timeout,
@@ -258,7 +258,7 @@ class _Polls:
             pace=settings.pace,
             api_timeout=settings.sd_api_timeout,
             queue_downloads=_nothing,
-            tell=_nothing,
+            notify=_nothing,
             threads=1,
             dice=random.Random(0),  # the same polls in every run of a test
         )
@@ -301,7 +301,7 @@ class _Downloads:
             max_pixels=settings.output_max_pixels,
             timeout=settings.output_timeout,
             deadline=settings.output_deadline,
-            tell=_nothing,
+            notify=_nothing,
             pause=_nothing,
         )
 
@@ -325,7 +325,7 @@ class _OnDone:
 
     def do(self) -> bool:
         new: list[Told] = []
-        tell(self._worker.engine, lambda *told: new.append(Told(*told)))
+        notify(self._worker.engine, lambda *told: new.append(Told(*told)))
         self._worker.told += new
         if self._worker.celery is not None:
             for one in new:
@@ -379,16 +379,16 @@ class _Leases(LeaseKeeper):
         pass
 
 
-class _NoBudget(SharedBudget):
+class _NoBudget(RateLimiter):
     """As many requests as are wanted: seconds cost nothing here. What the API refuses holds the account as ever."""
 
     def __init__(self) -> None:
         pass
 
-    def take(self, account: str, wanted: int, *, rate: float) -> Grant:
-        return Grant((0.0,) * wanted, 0.0, account)
+    def take(self, account: str, wanted: int, *, rate: float) -> Reservation:
+        return Reservation((0.0,) * wanted, 0.0, account)
 
-    def give_back(self, grant: Grant, unused: int) -> None:
+    def give_back(self, grant: Reservation, unused: int) -> None:
         pass
 
     def taken(self, account: str, requests: int) -> float:

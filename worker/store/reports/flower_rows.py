@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy import BindParameter, ColumnElement, Connection, Row, Select, bindparam, case, func, select
 
-from worker.core.flower_rows import MESSAGE_MOST, Outputs, SeenJob, window
+from worker.core.flower_rows import MESSAGE_MOST, FlowerJob, Outputs, window
 from worker.store.engine import database_now
 from worker.store.schema import jobs, outputs
 
@@ -27,7 +27,7 @@ _COUNTED = (
 )
 
 
-def look(connection: Connection, before: Mapping[int, SeenJob], most: int) -> dict[int, SeenJob]:
+def look(connection: Connection, before: Mapping[int, FlowerJob], most: int) -> dict[int, FlowerJob]:
     """The newest jobs, and those seen before that are not over yet: `most` at most, by id, newest first.
 
     It reads so many rows and those of the second kind, which are half as many at most.
@@ -43,12 +43,12 @@ def look(connection: Connection, before: Mapping[int, SeenJob], most: int) -> di
     return {row.id: _seen(row, known[row.id] or counted.get(row.id, NO_OUTPUTS)) for row in there}
 
 
-def _seen(row: Row[Any], found: Outputs) -> SeenJob:
+def _seen(row: Row[Any], found: Outputs) -> FlowerJob:
     fields: Any = (*row, found)
-    return SeenJob(*fields)
+    return FlowerJob(*fields)
 
 
-def _known_outputs(row: Row[Any], before: SeenJob | None) -> Outputs | None:
+def _known_outputs(row: Row[Any], before: FlowerJob | None) -> Outputs | None:
     """What is known of a job's outputs without counting: it has none yet, or it has ended as it was seen before."""
     if row.status == "pending":
         return NO_OUTPUTS

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, delete, select
 
 from worker.store.bulk_write import insert_missing
-from worker.store.counters import ANSWERS, ATTEMPTS, DELAY, FINISHED, POLLED, Total, read_totals
+from worker.store.counters import ANSWERS, ATTEMPTS, DELAY, FINISHED, POLLED, Total, read_counters
 from worker.store.reports.stats import Standing, standing, waiting_by_account
 from worker.store.schema import history
 
@@ -34,7 +34,7 @@ def sample(connection: Connection, *, now: datetime, full_rps: Callable[[str], f
     minute = now.replace(second=0, microsecond=0)
     present = connection.execute(select(history.c.minute).where(history.c.minute == minute)).scalar()
     if present is None:
-        counted = read_totals(connection, (ANSWERS, ATTEMPTS, DELAY, FINISHED, POLLED))
+        counted = read_counters(connection, (ANSWERS, ATTEMPTS, DELAY, FINISHED, POLLED))
         state = standing(connection, waiting_by_account(connection, now=now), now=now, full_rps=full_rps)
         body = _body(state, counted)
         line = {"minute": minute, "body": json.dumps(body, separators=(",", ":"))}
@@ -50,9 +50,9 @@ def read_history(connection: Connection, since: datetime) -> list[Sample]:
 
 
 def _body(state: Standing, counted: Iterable[Total]) -> dict[str, Any]:
-    totals = list(counted)
+    counters = list(counted)
     answers: Counter[str] = Counter()
-    for one in totals:
+    for one in counters:
         if one.figure.name == ANSWERS:
             answers[one.figure.account] += one.times
     return {
@@ -63,17 +63,17 @@ def _body(state: Standing, counted: Iterable[Total]) -> dict[str, Any]:
             one.name: {"rps": round(one.rps, 3), "held": one.held, "answers": answers[one.name]}
             for one in state.accounts
         },
-        "delay": _by_label(totals, DELAY),
-        "polls": _by_label(totals, POLLED),
-        "finished": _by_label(totals, FINISHED),
-        "stored_bytes": int(sum(one.total for one in totals if one.figure.name == ATTEMPTS)),
+        "delay": _by_label(counters, DELAY),
+        "polls": _by_label(counters, POLLED),
+        "finished": _by_label(counters, FINISHED),
+        "stored_bytes": int(sum(one.total for one in counters if one.figure.name == ATTEMPTS)),
     }
 
 
-def _by_label(totals: Iterable[Total], name: str) -> dict[str, int]:
+def _by_label(counters: Iterable[Total], name: str) -> dict[str, int]:
     """Counts over all accounts and kinds; each bucket of a histogram has what fell into it alone."""
     found: Counter[str] = Counter()
-    for one in totals:
+    for one in counters:
         if one.figure.name == name:
             found[one.figure.label] += one.times
     return dict(found)

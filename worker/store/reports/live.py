@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, Select, Table, func, or_, select
 
 from worker.core.lifecycle import JOB_STATES
-from worker.store.claims import Level, of_level
+from worker.store.claims import DueGroup, of_level
 from worker.store.schema import HELD_UNTIL, MYSQL_FAMILY, events, jobs, outputs
 from worker.store.sql_functions import HAS_DUE_TIME
 
@@ -50,7 +50,7 @@ def _in_final_state(
     return query.order_by(*(column.desc() if newest_first else column for column in order))
 
 
-def latest_due(connection: Connection, levels: Iterable[Level], *, before: datetime, limit: int) -> list[Row[Any]]:
+def latest_due(connection: Connection, levels: Iterable[DueGroup], *, before: datetime, limit: int) -> list[Row[Any]]:
     """The jobs that are due longest, and since before that; whether they may be asked about or not.
 
     One that an operator holds is not due.
@@ -66,7 +66,7 @@ def latest_due(connection: Connection, levels: Iterable[Level], *, before: datet
     return found
 
 
-def count_late(connection: Connection, levels: Iterable[Level], *, before: datetime) -> int:
+def count_late(connection: Connection, levels: Iterable[DueGroup], *, before: datetime) -> int:
     """How many jobs are due since before that, up to COUNTED_MOST + 1."""
     count = 0
     for level in [level for level in levels if level.due_at < before][:LEVELS_MOST]:
@@ -90,7 +90,7 @@ _LATE = (
 )
 
 
-def due_before(connection: Connection, levels: Sequence[Level], job: Row[Any], *, now: datetime, most: int) -> int:
+def due_before(connection: Connection, levels: Sequence[DueGroup], job: Row[Any], *, now: datetime, most: int) -> int:
     """How many due jobs of its account go before a job: of a higher priority, or due earlier; `most` at most."""
     count = 0
     for level in levels[:LEVELS_MOST]:

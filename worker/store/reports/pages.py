@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Table, func, or_, select
 
-from worker.store.breakers import all_gates
+from worker.store.breakers import all_breakers
 from worker.store.jobs import MAX_ID, waiting_accounts
 from worker.store.reports.search import JobFilter, Search, matching, search
 from worker.store.schema import history, jobs, outputs
@@ -151,7 +151,7 @@ def _page(rows: Sequence[Row[Any]], limit: int) -> Page:
 
 def accounts_known(connection: Connection) -> list[str]:
     """Accounts that have been asked with, or have jobs that wait, to choose from."""
-    asked = [name for scope, name in all_gates(connection) if scope == "account"]
+    asked = [name for scope, name in all_breakers(connection) if scope == "account"]
     return sorted({*asked, *waiting_accounts(connection)})[:CHOICES_MOST]
 
 

@@ -13,8 +13,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, and_, false, func, or_, select, true, union_all
 
 from worker.core.lifecycle import FINAL_STATES, JOB_STATES
-from worker.store.breakers import all_gates
-from worker.store.claims import Level, of_level, waiting_levels
+from worker.store.breakers import all_breakers
+from worker.store.claims import DueGroup, due_groups, of_level
 from worker.store.engine import database_now
 from worker.store.jobs import OUT_OF_ORDER, first_tracked, waiting_accounts
 from worker.store.schema import HELD_UNTIL, MYSQL_FAMILY, jobs, outputs, waiting_account
@@ -238,7 +238,7 @@ def _few(connection: Connection, wanted: JobFilter, now: datetime) -> list[Colum
     if wanted.stuck:
         found += _ids(connection, jobs.c.claim_holder, [_stuck(now)])
     if wanted.late is not None or wanted.past_deadline or wanted.held or wanted.by_hand:
-        levels = waiting_levels(connection, wanted.accounts or waiting_accounts(connection))
+        levels = due_groups(connection, wanted.accounts or waiting_accounts(connection))
         if wanted.past_deadline:
             past = [(*_waiting_in(connection, level), jobs.c.deadline_at < now) for level in levels]
             found += _ids(connection, jobs.c.due_at, past)
@@ -253,8 +253,8 @@ def _few(connection: Connection, wanted: JobFilter, now: datetime) -> list[Colum
     return found
 
 
-def _held(connection: Connection, levels: Sequence[Level], now: datetime) -> list[ColumnElement[bool]]:
-    shut = {key for key, gate in all_gates(connection).items() if gate.held(now)}
+def _held(connection: Connection, levels: Sequence[DueGroup], now: datetime) -> list[ColumnElement[bool]]:
+    shut = {key for key, breaker in all_breakers(connection).items() if breaker.held(now)}
     ways = [
         of_level(level)
         if ("account", level.account) in shut or ("host", level.host) in shut
@@ -271,7 +271,7 @@ def _resting() -> ColumnElement[bool]:
     return jobs.c.due_at >= HELD_UNTIL
 
 
-def _waiting_in(connection: Connection, level: Level) -> tuple[ColumnElement[bool], ...]:
+def _waiting_in(connection: Connection, level: DueGroup) -> tuple[ColumnElement[bool], ...]:
     """The jobs of a level, in words for which an index has the deadline on MariaDB."""
     if connection.dialect.name not in MYSQL_FAMILY:
         return of_level(level)

@@ -10,13 +10,13 @@ from datetime import datetime
 
 from sqlalchemy import ColumnElement, Connection, case, func, literal, select
 
-from worker.core.circuit_breaker import Gate, Scope, hold_class
+from worker.core.circuit_breaker import CircuitBreaker, Scope, hold_class
 from worker.core.lifecycle import JOB_STATES
-from worker.store.breakers import all_gates
-from worker.store.claims import Level, waiting_levels
+from worker.store.breakers import all_breakers
+from worker.store.claims import DueGroup, due_groups
 from worker.store.counters import OTHER
 from worker.store.outputs import Unstored, unstored
-from worker.store.schema import HELD_UNTIL, gates, jobs
+from worker.store.schema import HELD_UNTIL, breakers, jobs
 from worker.store.sql_functions import HAS_DUE_TIME
 
 HELD = "held"
@@ -131,20 +131,22 @@ def standing(
     connection: Connection, waiting: Sequence[Waiting], *, now: datetime, full_rps: Callable[[str], float]
 ) -> Standing:
     """How everything stands, where this is `waiting`. `full_rps` is what the settings allow each account."""
-    known = all_gates(connection)
+    known = all_breakers(connection)
     due: Counter[str] = Counter()
     for one in waiting:
         due[one.account] += one.due
-    levels = [one for one in waiting_levels(connection, sorted(due)) if one.due_at <= now]
+    levels = [one for one in due_groups(connection, sorted(due)) if one.due_at <= now]
     holds = [*_gate_holds(known.values(), now), *_keyless(connection, known, levels)]
     held = {one.name for one in holds if one.scope == "account"}
     shut = {one.name for one in holds if one.scope == "host"}
     since = _oldest(one for one in levels if one.account not in held and one.host not in shut)
     accounts = []
     for name in sorted({*due, *(name for scope, name in known if scope == "account")}):
-        gate = known.get(("account", name), Gate("account", name))
+        breaker = known.get(("account", name), CircuitBreaker("account", name))
         late = _age(since.get(name, now), now)
-        accounts.append(Account(name, due[name], late, gate.rate(full_rps(name), now), gate.ceiling, name in held))
+        accounts.append(
+            Account(name, due[name], late, breaker.rate(full_rps(name), now), breaker.ceiling, name in held)
+        )
     return Standing(
         now=now,
         jobs=_jobs(connection, waiting),
@@ -176,7 +178,7 @@ def _jobs(connection: Connection, waiting: Sequence[Waiting]) -> dict[str, int]:
     return dict.fromkeys(STATES, 0) | found | {"pending": pending, HELD: held}
 
 
-def _oldest(levels: Iterable[Level]) -> dict[str, datetime]:
+def _oldest(levels: Iterable[DueGroup]) -> dict[str, datetime]:
     """Since when each account's jobs are due."""
     found: dict[str, datetime] = {}
     for level in levels:
@@ -184,20 +186,22 @@ def _oldest(levels: Iterable[Level]) -> dict[str, datetime]:
     return found
 
 
-def _gate_holds(known: Iterable[Gate], now: datetime) -> list[Hold]:
-    held = [gate for gate in known if gate.held(now)]
+def _gate_holds(known: Iterable[CircuitBreaker], now: datetime) -> list[Hold]:
+    held = [breaker for breaker in known if breaker.held(now)]
     return [
-        Hold(gate.scope, gate.name, hold_class(gate.why or ""), gate.paused_at or gate.since or now)
-        for gate in sorted(held, key=lambda gate: (gate.scope, gate.name))
+        Hold(breaker.scope, breaker.name, hold_class(breaker.why or ""), breaker.paused_at or breaker.since or now)
+        for breaker in sorted(held, key=lambda breaker: (breaker.scope, breaker.name))
     ]
 
 
-def _keyless(connection: Connection, known: Mapping[tuple[Scope, str], Gate], due: Iterable[Level]) -> list[Hold]:
+def _keyless(
+    connection: Connection, known: Mapping[tuple[Scope, str], CircuitBreaker], due: Iterable[DueGroup]
+) -> list[Hold]:
     """Accounts whose jobs are due and for which no worker process ever had a key, as far as the tables know.
 
     A worker that has one makes the account's gate as it starts, and notes the first answer there.
     """
-    asked = select(gates.c.name).where(gates.c.scope == "account", gates.c.asked_at.is_not(None))
+    asked = select(breakers.c.name).where(breakers.c.scope == "account", breakers.c.asked_at.is_not(None))
     heard = set(connection.execute(asked).scalars())
     return [
         Hold("account", name, NO_KEY, since)
@@ -206,5 +210,5 @@ def _keyless(connection: Connection, known: Mapping[tuple[Scope, str], Gate], du
     ]
 
 
-def _says_nothing(gate: Gate | None) -> bool:
-    return gate is None or (not gate.proven and gate.why is None)
+def _says_nothing(breaker: CircuitBreaker | None) -> bool:
+    return breaker is None or (not breaker.proven and breaker.why is None)

@@ -5,7 +5,7 @@ from flask_admin import BaseView, expose
 from werkzeug.exceptions import NotFound
 from werkzeug.wrappers import Response
 
-from worker.admin.acts import act_on_gate
+from worker.admin.acts import act_on_breaker
 from worker.admin.reading import Reading
 
 MEANING = {
@@ -14,7 +14,7 @@ MEANING = {
 }
 
 
-class GatesView(BaseView):
+class BreakersView(BaseView):
     """Accounts and hosts."""
 
     def __init__(self, reading: Reading, **arguments: str) -> None:
@@ -24,26 +24,26 @@ class GatesView(BaseView):
     @expose("/")
     def index(self) -> str:
         """All of them."""
-        page: str = self.render("gates.html", states=self.reading.gates())
+        page: str = self.render("breakers.html", states=self.reading.breakers())
         return page
 
     @expose("/act/", methods=("POST",))
     def act(self) -> str | Response:
         """Asks first; holds or resumes one once the form says that this was read."""
-        name, scope, gate = (request.form.get(field, "") for field in ("action", "scope", "name"))
-        known = {(state.gate.scope, state.gate.name) for state in self.reading.gates()}
-        found = next((one for one in known if one == (scope, gate)), None)
+        name, scope, breaker = (request.form.get(field, "") for field in ("action", "scope", "name"))
+        known = {(state.breaker.scope, state.breaker.name) for state in self.reading.breakers()}
+        found = next((one for one in known if one == (scope, breaker)), None)
         if found is None or name not in MEANING:
             raise NotFound("there is no such account or host")
         if request.form.get("confirmed") == "yes":
-            flash(act_on_gate(name, *found), "success")
+            flash(act_on_breaker(name, *found), "success")
             return redirect(url_for("gates.index"))
         page: str = self.render(
             "confirm.html",
-            title=f"{name.title()} the {scope} {gate}?",
+            title=f"{name.title()} the {scope} {breaker}?",
             meaning=MEANING[name],
             button=name.title(),
-            rows=[("scope", scope, ""), ("name", gate, f"{scope} {gate}")],
+            rows=[("scope", scope, ""), ("name", breaker, f"{scope} {breaker}")],
             target=url_for("gates.act"),
             chosen=name,
             back=url_for("gates.index"),
