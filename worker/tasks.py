@@ -14,7 +14,7 @@ from worker.process.redelivery import DELIVERIES_MOST, TooManyDeliveries, remote
 from worker.process.resources import process_resources
 from worker.process.runs import DATABASE_AWAY_SECONDS, DATABASE_ERRORS, ProgressEvents, run_polls, run_prune, run_sweep
 from worker.process.transport_guard import shown
-from worker.store.engine import described
+from worker.store.engine import describe_error
 from worker.vendor.submissions import planned_job
 
 log = get_task_logger(__name__)
@@ -86,7 +86,7 @@ def download(output_id: int) -> str:
         own.release_dead_claims()
         return own.downloader.run(output_id)
     except DATABASE_ERRORS as error:
-        said = described(error, settings.database)
+        said = describe_error(error, settings.database)
         log.error("a download waits for the database output=%s reason=%s", output_id, said)
         time.sleep(DATABASE_AWAY_SECONDS)
         return "the database is away"

@@ -24,14 +24,14 @@ from worker.store.claims import due_groups, release_jobs, renew_leases
 from worker.store.counters import Tally
 from worker.store.due import next_request
 from worker.store.engine import database_now
-from worker.store.holds import Patience
+from worker.store.holds import WorkLimits
 from worker.store.jobs import cancel, nudge, retry
 from worker.store.reports.search import JobFilter
 from worker.store.results import Outcome, record_answers
 from worker.store.schema import HELD_UNTIL, jobs
 
 LEAST = timedelta(seconds=3)
-PATIENCE = Patience(LEAST, timedelta(seconds=80), timedelta(seconds=360))
+PATIENCE = WorkLimits(LEAST, timedelta(seconds=80), timedelta(seconds=360))
 YEARS = NOW + timedelta(days=3_650)
 
 

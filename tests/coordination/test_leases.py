@@ -20,7 +20,7 @@ from worker.coordination.sent_requests import (
     remove_files,
     sent_by,
 )
-from worker.store.engine import clock_in_place
+from worker.store.engine import use_clock
 from worker.store.reaper import release_crashed
 from worker.store.schema import jobs
 
@@ -44,7 +44,7 @@ class Clock:
 def clock() -> Iterator[Clock]:
     """One that a test moves."""
     moved = Clock()
-    with clock_in_place(moved.now):
+    with use_clock(moved.now):
         yield moved
 
 

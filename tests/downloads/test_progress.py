@@ -16,7 +16,7 @@ from worker.core.lifecycle import TryAgain
 from worker.downloads import progress as progress_module
 from worker.downloads.progress import ReceivedBytes
 from worker.storage.partial_files import PartialFiles
-from worker.store.claims import note_received
+from worker.store.claims import record_progress
 from worker.store.results import record_attempt
 
 SOON = 20.0
@@ -130,9 +130,9 @@ def test_only_a_claim_that_stands_is_written_to(engine: Engine) -> None:
     others = {(ids[3], "theirs"): 5, (ids[0], "older"): 6}
 
     with engine.begin() as connection:
-        first = note_received(connection, "holder", received | others, now=NOW + seconds(5))
-        older = note_received(connection, "holder", {(ids[0], "older"): 6}, now=NOW + seconds(5))
-        late = note_received(connection, "holder", {(ids[0], mine[0].token): 99}, now=NOW + seconds(31))
+        first = record_progress(connection, "holder", received | others, now=NOW + seconds(5))
+        older = record_progress(connection, "holder", {(ids[0], "older"): 6}, now=NOW + seconds(5))
+        late = record_progress(connection, "holder", {(ids[0], mine[0].token): 99}, now=NOW + seconds(31))
     written = [output_of(engine, output_id).received_bytes for output_id in ids]
 
     assert (first, older, late) == (3, 0, 0)
@@ -142,10 +142,10 @@ def test_only_a_claim_that_stands_is_written_to(engine: Engine) -> None:
 def test_an_attempt_that_ended_has_received_nothing(engine: Engine) -> None:
     with engine.begin() as connection:
         output = taken(connection, add_output(connection, add_downloading(connection)))
-        note_received(connection, "holder", {(output.id, output.token): 7}, now=NOW)
+        record_progress(connection, "holder", {(output.id, output.token): 7}, now=NOW)
         record_attempt(connection, output, TryAgain(5.0, "unreachable", "no answer"), now=NOW)
 
     with engine.begin() as connection:
-        after = note_received(connection, "holder", {(output.id, output.token): 8}, now=NOW)
+        after = record_progress(connection, "holder", {(output.id, output.token): 8}, now=NOW)
 
     assert (after, output_of(engine, output.id).received_bytes) == (0, None)

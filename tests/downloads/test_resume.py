@@ -28,11 +28,11 @@ from tests.web import Picture, Web, drips, head, page, sends, web_server
 from worker.core.lifecycle import Attempt
 from worker.core.media.signatures import Media
 from worker.downloads import downloader as downloads
-from worker.downloads.downloader import Hosts
+from worker.downloads.downloader import HostSlots
 from worker.errors import StorageTrouble
 from worker.storage.local import PARTIAL, FileStorage, path_of
 from worker.storage.partial_files import Incoming, PartialFiles, Source, link_hash
-from worker.store.claims import holders
+from worker.store.claims import claim_holders
 from worker.store.reaper import release_crashed
 from worker.store.schema import outputs
 from worker.system.process_identity import dead
@@ -425,7 +425,7 @@ Stand(make_engine(make_url("sqlite:///{tmp_path}/test.db")), Path({str(stand.out
     assert part.stat().st_size >= 390_000
     row = output_of(stand.engine, output_id)
     with stand.engine.begin() as connection:
-        assert release_crashed(connection, dead(holders(connection)), now=row.listed_at).rows
+        assert release_crashed(connection, dead(claim_holders(connection)), now=row.listed_at).rows
     assert _is_stored(stand, _again(stand, output_id))
     assert picture.sent < 1.2 * len(BODY)
 
@@ -587,13 +587,13 @@ def test_old_partial_files_are_swept_but_none_that_is_written_to(tmp_path: Path)
 
 def test_a_host_that_hangs_takes_no_more_than_its_places() -> None:
     """Others go on; a place that is free again is given to whoever waits."""
-    hosts = Hosts(1, patience=0.05)
+    hosts = HostSlots(1, patience=0.05)
     with hosts.place("a") as first, hosts.place("a") as second, hosts.place("b") as other:
         assert (first, second, other) == (True, False, True)
     with hosts.place("a") as again:
         assert again
 
-    patient, got = Hosts(1, patience=5), list[bool]()
+    patient, got = HostSlots(1, patience=5), list[bool]()
 
     def waits() -> None:
         with patient.place("a") as free:
@@ -620,7 +620,7 @@ def test_what_waits_for_a_host_that_hangs_does_not_keep_the_others_waiting(stand
         waiting = [stand.add(f"{url}?{number}") for number in range(150)]
         late = [stand.add(web.serves(f"/{number}.png", page(200, png(padding=number)))) for number in range(5)]
         downloader = stand.downloader()
-        downloader._hosts = Hosts(2)
+        downloader._hosts = HostSlots(2)
         over = Event()
 
         def works() -> None:
@@ -643,7 +643,7 @@ def test_what_waits_for_a_host_that_hangs_does_not_keep_the_others_waiting(stand
 
 
 @contextmanager
-def _none_free(_: Hosts, __: str) -> Iterator[bool]:
+def _none_free(_: HostSlots, __: str) -> Iterator[bool]:
     yield False
 
 
@@ -651,7 +651,7 @@ def test_an_output_whose_host_is_busy_is_given_back_and_it_costs_no_attempt(
     stand: Stand, web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Due again in a few seconds."""
-    monkeypatch.setattr(Hosts, "place", _none_free)
+    monkeypatch.setattr(HostSlots, "place", _none_free)
     output_id = stand.add(web.url + "/a.png")
     assert "busy" in stand.downloader().run(output_id)
     row = output_of(stand.engine, output_id)

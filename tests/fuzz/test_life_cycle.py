@@ -45,14 +45,14 @@ from worker.store.claims import (
     claim_jobs,
     claim_output,
     due_groups,
+    queue_due_outputs,
     release_jobs,
     release_output,
     renew_leases,
-    waiting_outputs,
 )
 from worker.store.counters import Tally
-from worker.store.holds import Patience
-from worker.store.outputs import put_back
+from worker.store.holds import WorkLimits
+from worker.store.outputs import requeue_output
 from worker.store.reaper import release_crashed
 from worker.store.results import record_attempt
 from worker.store.schema import HELD_UNTIL, breakers, crashes, jobs, outputs, paces, promises
@@ -488,7 +488,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
             stage.now += by
             with stage.engine.begin() as connection:
                 held_ids = [job_id for job_id, job in self.jobs.items() if job.held]
-                never = Patience(timedelta(microseconds=POLL_MIN), timedelta.max, timedelta.max)
+                never = WorkLimits(timedelta(microseconds=POLL_MIN), timedelta.max, timedelta.max)
                 changed = holds.resume(connection, held_ids, never, now=self.now)
             held = {job_id: job for job_id, job in self.jobs.items() if job.held}
             assert changed == held.keys()
@@ -725,7 +725,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
             """Outputs whose message is lost are put on the queue again."""
             lost = self.now - timedelta(seconds=patience)
             with stage.engine.begin() as connection:
-                found = waiting_outputs(connection, now=self.now, queued_before=lost, limit=100)
+                found = queue_due_outputs(connection, now=self.now, queued_before=lost, limit=100)
             self.look()
             expected = set()
             for output_id in self.rows:
@@ -846,7 +846,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
             output_id = nth(stored, pick)
             job, one = self.output(output_id)
             with stage.engine.begin() as connection:
-                changed = put_back(connection, output_id, location=stored[output_id].location, now=self.now)
+                changed = requeue_output(connection, output_id, location=stored[output_id].location, now=self.now)
             assert changed == (job.status != "cancelled")
             if changed:
                 one.anew(stage.now)

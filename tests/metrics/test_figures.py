@@ -19,7 +19,7 @@ from worker.metrics.reading import bounded
 from worker.store.breakers import locked_breaker, save_breaker
 from worker.store.claims import claim_output
 from worker.store.counters import KINDS_MOST, Tally
-from worker.store.engine import clock_in_place
+from worker.store.engine import use_clock
 from worker.store.reports import stats
 from worker.store.schema import HELD_UNTIL, breakers, events, jobs, outputs
 from worker.testing import Kit, kit
@@ -143,13 +143,13 @@ def test_buckets_are_cumulative_and_end_with_all(engine: Engine) -> None:
 
 def test_held_jobs_are_told_apart_and_make_nothing_late(engine: Engine) -> None:
     """Also where the job is downloading, and was to be asked for fresh links."""
-    with clock_in_place(lambda: NOW + seconds(30)), engine.begin() as connection:
+    with use_clock(lambda: NOW + seconds(30)), engine.begin() as connection:
         add_job(connection, "1", due_at=HELD_UNTIL, held_at=NOW)
         add_job(connection, "2", due_at=HELD_UNTIL, held_at=NOW, kind="video")
         add_downloading(connection, "3", due_at=HELD_UNTIL, held_at=NOW)
         add_downloading(connection, "4", due_at=NOW + seconds(60))
         add_job(connection, "5", due_at=NOW + seconds(60))
-    with clock_in_place(lambda: NOW + seconds(30)):
+    with use_clock(lambda: NOW + seconds(30)):
         said = scraped(engine)
 
     assert said.all("jobs") == {("pending",): 1, ("held",): 2, ("downloading",): 2}
@@ -180,7 +180,7 @@ def test_lateness_is_of_what_may_be_asked_about(engine: Engine) -> None:
         save_breaker(connection, paused(locked_breaker(connection, "account", "held"), now=NOW - seconds(7)))
         away: dict[str, Any] = {"reason": "unreachable: no route", "since": NOW - seconds(9), "probe_at": NOW}
         connection.execute(insert(breakers).values(scope="host", name="away.test", **away))
-    with clock_in_place(lambda: NOW):
+    with use_clock(lambda: NOW):
         said = scraped(engine)
 
     assert said.value("oldest_due_seconds") == 5
@@ -211,7 +211,7 @@ def test_holds_say_no_word_of_the_api(words: str, reason: str, engine: Engine) -
     with engine.begin() as connection:
         held = {"scope": "account", "name": "shop", "reason": words, "since": NOW, "probe_at": NOW, "asked_at": NOW}
         connection.execute(insert(breakers).values(held))
-    with clock_in_place(lambda: NOW):
+    with use_clock(lambda: NOW):
         said = scraped(engine)
 
     assert said.all("hold") == {("shop", reason, "account"): 1}
@@ -223,7 +223,7 @@ def test_the_budget_in_force_and_what_was_learned_are_told(engine: Engine) -> No
         locked_breaker(connection, "account", "slowed")
         slowed = update(breakers).where(breakers.c.name == "slowed")
         connection.execute(slowed.values(ceiling=4.0, cut_at=NOW))
-    with clock_in_place(lambda: NOW):
+    with use_clock(lambda: NOW):
         said = scraped(engine)
 
     assert said.all("budget_configured_requests_per_second") == {("free",): 10, ("slowed",): 10}
@@ -242,7 +242,7 @@ def test_claims_are_counted_and_those_of_the_dead_stand_out(engine: Engine) -> N
         connection.execute(update(outputs).where(outputs.c.id == second).values(due_at=long_ago))
         lease = timedelta(seconds=30)
         assert claim_output(connection, second, token="t", holder="gone", lease=lease, now=long_ago)
-    with clock_in_place(lambda: NOW):
+    with use_clock(lambda: NOW):
         said = scraped(engine)
 
     assert said.all("claims") == {("job",): 1, ("output",): 2}
@@ -266,7 +266,7 @@ def test_webhooks_that_wait_are_refused_or_late_are_told_apart(engine: Engine) -
             {"due_at": None, "status": "delivered", "ended_at": NOW, "error_message": None},
         ]
         connection.execute(insert(events), [whole | row | {"event_id": str(at)} for at, row in enumerate(rows)])
-    with clock_in_place(lambda: NOW):
+    with use_clock(lambda: NOW):
         said = scraped(engine)
 
     figures = [said.value(f"webhooks_{name}") for name in ("pending", "refused", "late")]

@@ -27,7 +27,7 @@ from worker.net.address_guard import Guard, guarded_adapter
 from worker.notify import webhooks
 from worker.notify.webhooks import AT_ONCE, PER_RECEIVER, Webhooks
 from worker.store.engine import database_now
-from worker.store.events import claim_events, open_events, record_delivery, release_events
+from worker.store.events import claim_events, create_events, record_delivery, release_events
 from worker.store.jobs import retry
 from worker.store.schema import events, jobs
 from worker.system.redaction import Scrubber
@@ -489,7 +489,7 @@ def test_who_lost_the_claim_can_no_longer_record_and_the_dead_hold_nothing(engin
     """The lease was over, or another process took it."""
     _final(engine, "https://app.example/hooks")
     with engine.begin() as connection:
-        open_events(connection, now=NOW, limit=10)
+        create_events(connection, now=NOW, limit=10)
         (late,) = claim_events(connection, token="one", holder="h.1.1", lease=LEASE, now=NOW, limit=10)
         assert claim_events(connection, token="two", holder="h.2.2", lease=LEASE, now=NOW, limit=10) == []
         assert release_events(connection, ["h.1.1"], due_at=NOW) == 1
@@ -528,7 +528,7 @@ def test_a_look_for_what_is_to_be_told_goes_through_no_job_that_nobody_is_told_o
     with engine.connect() as connection:
         connection.exec_driver_sql("ANALYZE TABLE fetch_jobs")
         connection.exec_driver_sql("FLUSH STATUS")
-        assert open_events(connection, now=NOW, limit=10) == 1
+        assert create_events(connection, now=NOW, limit=10) == 1
         read = connection.exec_driver_sql("SHOW SESSION STATUS LIKE 'Handler_read%%'").all()
         connection.rollback()
     with engine.begin() as connection:

@@ -25,8 +25,8 @@ from worker.storage import local
 from worker.store import jobs as job_store
 from worker.store.counters import Tally
 from worker.store.engine import database_now
-from worker.store.outputs import put_back
-from worker.store.pruning import lock_prunable, mark
+from worker.store.outputs import requeue_output
+from worker.store.pruning import lock_prunable, mark_pruned
 from worker.store.results import Outcome, record_answers
 from worker.store.schema import bodies, counters, crashes, events, jobs, outputs
 
@@ -344,12 +344,12 @@ def test_a_job_whose_files_are_going_is_not_taken_up_again(engine: Engine, setti
     location = output_of(engine, output_id).location
     with engine.begin() as connection:
         assert lock_prunable(connection, [job_id], "failed", cutoff=_ago(engine, DAY)) == [job_id]
-        mark(connection, [job_id])
+        mark_pruned(connection, [job_id])
 
     with engine.begin() as connection:
         now = database_now(connection)
         assert not job_store.retry(connection, job_id, now=now)
-        assert not put_back(connection, output_id, location=location, now=now)
+        assert not requeue_output(connection, output_id, location=location, now=now)
     assert verify(engine, settings).orphans == []
 
     assert _at_once(engine, settings, _wanted(states=("failed",), remove_files=True)).files == 1

@@ -22,7 +22,7 @@ from worker.settings import Settings
 from worker.store.claims import ClaimedJob
 from worker.store.counters import Tally
 from worker.store.engine import database_now
-from worker.store.jobs import settle
+from worker.store.jobs import finish_job_if_done
 from worker.store.late_looks import due_looks, look_of
 from worker.store.promises import promise_row
 from worker.store.revival import revive
@@ -156,7 +156,7 @@ def test_a_job_that_a_promised_link_completes_has_no_looks_any_more(engine: Engi
         }
         connection.execute(outputs.update().values(status="stored", due_at=None, **stored))
 
-        assert settle(connection, ids["7"], Tally(), now=past) == "completed"
+        assert finish_job_if_done(connection, ids["7"], Tally(), now=past) == "completed"
         assert (planned is None, look_of(connection, ids["7"])) == (False, None)
 
 
@@ -176,7 +176,7 @@ def test_a_job_whose_promised_links_are_tried_before_it_expires_has_its_answer_k
         hour = past + timedelta(hours=1)
         assert due_looks(connection, ["default"], now=hour, limit=10) == []
         connection.execute(outputs.update().values(status="failed", error_code="gone", due_at=None))
-        assert settle(connection, ids["7"], Tally(), now=hour) == "expired"
+        assert finish_job_if_done(connection, ids["7"], Tally(), now=hour) == "expired"
         assert [due.job_id for due in due_looks(connection, ["default"], now=hour, limit=10)] == [ids["7"]]
 
         ready = Ready((Link("https://cdn.test/other.png"),))

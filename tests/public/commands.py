@@ -21,7 +21,7 @@ from worker.polling.pace_learner import Learner
 from worker.settings import load
 from worker.store.counters import Tally
 from worker.store.engine import close_engines, engine_for, make_engine
-from worker.store.events import open_events
+from worker.store.events import create_events
 from worker.store.migrate import migrate
 from worker.store.schema import events, jobs
 from worker.store.unread import KeptAnswer, keep_answers
@@ -105,7 +105,7 @@ def webhook_body() -> str:
             connection.execute(update(jobs).values(webhook_url="https://shop.test/hook"))
         run("cancel", "4")
         with engine.begin() as connection:
-            open_events(connection, now=planted.now(), of=[4])
+            create_events(connection, now=planted.now(), of=[4])
             return str(connection.execute(select(events.c.body).where(events.c.job_id == 4)).scalar_one())
 
 

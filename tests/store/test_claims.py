@@ -28,7 +28,7 @@ from tests.rows import (
 )
 from worker.core.lifecycle import AskAgain, End, GiveUp, Strikes
 from worker.core.pacing.policy import Plan, urgency
-from worker.store.claims import DueGroup, claim_jobs, due_groups, release_jobs, renew_leases, waiting_outputs
+from worker.store.claims import DueGroup, claim_jobs, due_groups, queue_due_outputs, release_jobs, renew_leases
 from worker.store.counters import Tally
 from worker.store.jobs import waiting_accounts
 from worker.store.results import Outcome, record_answers, record_attempt
@@ -400,8 +400,8 @@ def test_outputs_whose_message_was_lost_are_found_the_oldest_link_first_and_mark
         add_output(connection, job_id, 3, due_at=NOW + seconds(9))
         held = add_output(connection, job_id, 4, listed_at=NOW - seconds(200))
         take(connection, held)
-        found = waiting_outputs(connection, now=NOW, queued_before=before, limit=10)
-        again = waiting_outputs(connection, now=NOW, queued_before=before, limit=10)
+        found = queue_due_outputs(connection, now=NOW, queued_before=before, limit=10)
+        again = queue_due_outputs(connection, now=NOW, queued_before=before, limit=10)
 
     assert found == [lost, never]
     assert again == []
@@ -414,8 +414,8 @@ def test_an_output_that_a_dead_process_held_is_found_when_its_lease_is_over(engi
     with engine.begin() as connection:
         output_id = add_output(connection, add_downloading(connection))
         take(connection, output_id)
-        assert waiting_outputs(connection, now=NOW, queued_before=NOW, limit=10) == []
-        assert waiting_outputs(connection, now=AFTER_LEASE, queued_before=NOW, limit=10) == [output_id]
+        assert queue_due_outputs(connection, now=NOW, queued_before=NOW, limit=10) == []
+        assert queue_due_outputs(connection, now=AFTER_LEASE, queued_before=NOW, limit=10) == [output_id]
 
 
 def test_the_oldest_links_come_first_and_no_more_than_asked_for(engine: Engine) -> None:
@@ -423,7 +423,7 @@ def test_the_oldest_links_come_first_and_no_more_than_asked_for(engine: Engine) 
     with engine.begin() as connection:
         job_id = add_downloading(connection)
         ids = [add_output(connection, job_id, n, listed_at=NOW - seconds(n)) for n in range(5)]
-        assert waiting_outputs(connection, now=NOW, queued_before=NOW, limit=2) == [ids[4], ids[3]]
+        assert queue_due_outputs(connection, now=NOW, queued_before=NOW, limit=2) == [ids[4], ids[3]]
 
 
 def test_a_claim_is_one_statement(engine: Engine) -> None:

@@ -22,11 +22,11 @@ from worker.store.database_errors import (
     MYSQL,
     POSTGRES,
     SQLITE,
-    Code,
+    ErrorMeaning,
     driver_meaning,
-    explained,
-    missing_table,
-    trouble,
+    error_kind,
+    is_missing_table,
+    to_worker_error,
 )
 
 URL = make_url("postgresql+psycopg://app:s3cret@db.example/shop?sslpassword=hidden")
@@ -127,40 +127,40 @@ def _named(error: Exception) -> str:
 
 @pytest.mark.parametrize("error", AWAY, ids=_named)
 def test_the_server_is_away(error: Exception) -> None:
-    assert trouble(error) == "away"
+    assert error_kind(error) == "away"
 
 
 @pytest.mark.parametrize("error", LOCKED, ids=_named)
 def test_another_one_is_in_the_way_of_this_statement(error: Exception) -> None:
-    assert trouble(error) == "locked"
+    assert error_kind(error) == "locked"
 
 
 @pytest.mark.parametrize("error", DEPLOYMENT, ids=_named)
 def test_people_have_to_set_something_right_on_the_server(error: Exception) -> None:
-    assert trouble(error) == "deployment"
+    assert error_kind(error) == "deployment"
 
 
 @pytest.mark.parametrize("error", ROW, ids=_named)
 def test_these_values_can_not_be_written(error: Exception) -> None:
-    assert trouble(error) == "row"
+    assert error_kind(error) == "row"
 
 
 @pytest.mark.parametrize("error", [*AWAY, *LOCKED, *DEPLOYMENT, *ROW], ids=_named)
 def test_people_are_told_in_one_line_without_sql_and_without_passwords(error: Exception) -> None:
-    said = explained(error, URL)
+    said = to_worker_error(error, URL)
     assert "\n" not in str(said)
     assert "s3cret" not in str(said)
     assert "hidden" not in str(said)
     kinds = {"away": Unavailable, "locked": Unavailable, "row": DatabaseRefused}
-    assert isinstance(said, kinds.get(trouble(error), (DeploymentError, SchemaOutdated)))
+    assert isinstance(said, kinds.get(error_kind(error), (DeploymentError, SchemaOutdated)))
 
 
 def test_a_password_in_a_servers_message_is_not_shown() -> None:
-    assert "s3cret" not in str(explained(_text('could not connect with "s3cret"'), URL))
+    assert "s3cret" not in str(to_worker_error(_text('could not connect with "s3cret"'), URL))
 
 
 def test_connections_are_replaced_only_where_a_new_one_may_lead_to_a_better_server() -> None:
-    entries: list[Code] = [*POSTGRES.values(), *MYSQL.values(), *SQLITE.values()]
+    entries: list[ErrorMeaning] = [*POSTGRES.values(), *MYSQL.values(), *SQLITE.values()]
     assert {entry.kind for entry in entries if entry.reconnect} == {"away"}
     read_only = [driver_meaning(error.orig) for error in (_postgres("25006"), _mysql(1290), _sqlite("SQLITE_READONLY"))]
     assert all(entry is not None and entry.reconnect for entry in read_only)
@@ -177,10 +177,10 @@ def test_connections_are_replaced_only_where_a_new_one_may_lead_to_a_better_serv
     ],
 )
 def test_a_missing_right_is_told_with_the_statement_that_gives_it(message: str, advice: str) -> None:
-    assert advice in str(explained(_postgres("42501", message), URL))
+    assert advice in str(to_worker_error(_postgres("42501", message), URL))
 
 
 def test_only_a_missing_table_is_one() -> None:
-    assert missing_table(_postgres("42P01"))
-    assert missing_table(_sqlite("SQLITE_ERROR", "no such column: due_at"))
-    assert not missing_table(_postgres("3D000", 'database "shop" does not exist'))
+    assert is_missing_table(_postgres("42P01"))
+    assert is_missing_table(_sqlite("SQLITE_ERROR", "no such column: due_at"))
+    assert not is_missing_table(_postgres("3D000", 'database "shop" does not exist'))

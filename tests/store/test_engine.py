@@ -18,15 +18,15 @@ from worker import DeploymentError, Unavailable, get, track
 from worker.settings import load
 from worker.store import engine as engine_module
 from worker.store.engine import (
-    PATIENCE,
+    LOCK_WAIT,
     RELAXED,
     SNAPSHOT,
-    connected,
     database_now,
     engine_for,
+    error_kind,
+    is_writable,
     make_engine,
-    takes_writes,
-    trouble,
+    translate_errors,
 )
 from worker.store.migrate import migrate
 from worker.store.schema import bodies, jobs
@@ -93,12 +93,12 @@ def test_given_a_connection_that_the_server_ended_when_a_transaction_begins_then
         assert connection.execute(text("SELECT pg_backend_pid()")).scalar_one() != backend
     engine.dispose()
 
-    assert trouble(caught.value) == "away"
+    assert error_kind(caught.value) == "away"
 
 
 def test_given_a_transaction_when_it_begins_then_it_is_one_and_its_settings_end_with_it(postgres_url: str) -> None:
     engine = make_engine(make_url(postgres_url).set(drivername="postgresql+psycopg"))
-    with engine.connect().execution_options(**{PATIENCE: 0.25, RELAXED: True}) as connection:
+    with engine.connect().execution_options(**{LOCK_WAIT: 0.25, RELAXED: True}) as connection:
         assert connection.execute(text("SHOW lock_timeout")).scalar() == "250ms"
         assert connection.execute(text("SHOW synchronous_commit")).scalar() == "off"
         connection.execute(text("CREATE TABLE passing (id int)"))
@@ -181,15 +181,15 @@ def test_given_a_server_that_became_read_only_when_it_takes_writes_again_then_no
     _alter(own_database, "SET default_transaction_read_only = on")
     with engine.connect(), engine.connect(), engine.connect():
         pass  # three connections in the pool
-    with pytest.raises(Unavailable, match="read-only"), connected(engine.url), engine.begin() as connection:
+    with pytest.raises(Unavailable, match="read-only"), translate_errors(engine.url), engine.begin() as connection:
         add_job(connection)
     with engine.connect() as connection:
-        assert not takes_writes(connection)
+        assert not is_writable(connection)
     _alter(own_database, "RESET default_transaction_read_only")
     monkeypatch.setattr(engine_module, "IDLE_SECONDS", 0.0)
     with engine.begin() as connection:
         add_job(connection)
-        assert takes_writes(connection)
+        assert is_writable(connection)
     engine.dispose()
 
 
@@ -205,7 +205,7 @@ def test_given_connections_that_an_administrator_ended_when_one_fails_then_the_o
 
     with pytest.raises(OperationalError) as caught, engine.begin():
         pass
-    assert trouble(caught.value) == "away"
+    assert error_kind(caught.value) == "away"
     with engine.begin(), engine.begin():
         pass
     engine.dispose()
@@ -224,7 +224,7 @@ def test_given_a_session_that_only_reads_when_it_writes_then_the_server_is_away_
         connection.rollback()
         with pytest.raises(DBAPIError) as caught:
             add_job(connection)
-    assert trouble(caught.value) == "away"
+    assert error_kind(caught.value) == "away"
     with engine.begin() as connection:
         add_job(connection)
 
@@ -239,7 +239,7 @@ def test_given_a_statement_that_is_too_large_for_mariadb_when_it_is_sent_then_it
             before = other.execute(text("SELECT CONNECTION_ID()")).scalar_one()
         with pytest.raises(DBAPIError) as caught:
             connection.execute(insert(bodies), {"output_id": 1, "body": bytes(limit + 1_000)})
-    assert trouble(caught.value) == "row"
+    assert error_kind(caught.value) == "row"
     with migrated_mariadb.connect() as other:
         alive = text("SELECT count(*) FROM information_schema.processlist WHERE id = :id")
         assert other.execute(alive, {"id": before}).scalar_one() == 1

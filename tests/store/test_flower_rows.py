@@ -6,9 +6,9 @@ from sqlalchemy import Engine, event, update
 
 from tests.rows import NOW, STORED, add_downloading, add_job, add_output, seconds
 from worker.core.flower_rows import MESSAGE_MOST, FlowerJob, Outputs
-from worker.store.engine import clock_in_place
+from worker.store.engine import use_clock
 from worker.store.jobs import retry
-from worker.store.reports.flower_rows import look
+from worker.store.reports.flower_rows import read_flower_jobs
 from worker.store.schema import jobs
 
 ENDED: dict[str, Any] = {"due_at": None, "completed_at": NOW + seconds(10)}
@@ -16,8 +16,8 @@ ENDED: dict[str, Any] = {"due_at": None, "completed_at": NOW + seconds(10)}
 
 def seen(engine: Engine, before: dict[int, FlowerJob], most: int, *, late: float = 20.0) -> dict[int, FlowerJob]:
     """One look, so many seconds after the jobs were submitted."""
-    with clock_in_place(lambda: NOW + seconds(late)), engine.connect() as connection:
-        return look(connection, before, most)
+    with use_clock(lambda: NOW + seconds(late)), engine.connect() as connection:
+        return read_flower_jobs(connection, before, most)
 
 
 def test_given_outputs_when_looked_at_then_those_stored_are_counted_with_their_bytes(engine: Engine) -> None:

@@ -12,7 +12,7 @@ from tests.rows import NOW, add_downloading, add_job, add_output, seconds
 from worker.core.circuit_breaker import paused
 from worker.store.breakers import locked_breaker, save_breaker
 from worker.store.counters import Tally
-from worker.store.reports.history import KEPT, read_history, sample
+from worker.store.reports.history import KEPT, read_history, record_history
 from worker.store.schema import HELD_UNTIL, breakers, history
 
 LATER = NOW + seconds(20.5)
@@ -40,7 +40,7 @@ def test_a_line_says_how_everything_stood(engine: Engine) -> None:
         locked_breaker(connection, "account", "shop")
         connection.execute(update(breakers).values(proven=True, asked_at=NOW, ceiling=4.0, cut_at=LATER))
         _count_something(connection)
-        sample(connection, now=LATER, full_rps=lambda _: 10.0)
+        record_history(connection, now=LATER, full_rps=lambda _: 10.0)
         (found,) = read_history(connection, NOW)
 
     assert found.minute == NOW
@@ -68,7 +68,7 @@ def test_what_nobody_may_ask_about_is_not_late(engine: Engine) -> None:
         save_breaker(connection, paused(locked_breaker(connection, "account", "held"), now=NOW))
         save_breaker(connection, paused(locked_breaker(connection, "host", "away.test"), now=NOW))
         connection.execute(update(breakers).values(asked_at=NOW))
-        sample(connection, now=LATER, full_rps=lambda _: 10.0)
+        record_history(connection, now=LATER, full_rps=lambda _: 10.0)
         (found,) = read_history(connection, NOW)
 
     assert found.body["oldest_due"] == 0
@@ -78,7 +78,7 @@ def test_what_nobody_may_ask_about_is_not_late(engine: Engine) -> None:
 def test_of_many_that_try_at_once_one_line_results(engine: Engine) -> None:
     def attempt(_: int) -> float:
         with engine.begin() as connection:
-            return sample(connection, now=LATER, full_rps=lambda _: 10.0).total_seconds()
+            return record_history(connection, now=LATER, full_rps=lambda _: 10.0).total_seconds()
 
     with ThreadPoolExecutor(6) as threads:
         waits = list(threads.map(attempt, range(12)))
@@ -93,7 +93,7 @@ def test_lines_come_once_a_minute_and_go_after_eight_days(engine: Engine) -> Non
         old = [{"minute": NOW - KEPT - seconds(60 * number), "body": "{}"} for number in range(3)]
         connection.execute(insert(history), old)
         for late in (0, 30, 59.9, 60, 125):
-            sample(connection, now=NOW + seconds(late), full_rps=lambda _: 10.0)
+            record_history(connection, now=NOW + seconds(late), full_rps=lambda _: 10.0)
         found = read_history(connection, NOW - KEPT - seconds(3_600))
         lately = read_history(connection, NOW + seconds(1))
 
@@ -106,11 +106,11 @@ def test_a_line_that_is_there_costs_one_look(engine: Engine) -> None:
     """So that it may be tried with every sweep."""
     asked: list[str] = []
     with engine.begin() as connection:
-        sample(connection, now=NOW, full_rps=lambda _: 10.0)
+        record_history(connection, now=NOW, full_rps=lambda _: 10.0)
         before = read_history(connection, NOW)
         add_job(connection)
         event.listen(connection, "before_cursor_execute", lambda *values: asked.append(values[2]))
-        sample(connection, now=LATER, full_rps=lambda _: 10.0)
+        record_history(connection, now=LATER, full_rps=lambda _: 10.0)
         looks = len(asked)
 
         assert read_history(connection, NOW) == before

@@ -11,14 +11,14 @@ from worker.store.jobs import retry
 from worker.store.late_looks import (
     ClaimedLook,
     claim_look,
-    defer_due,
+    defer_due_looks,
     defer_look,
-    drop_stale,
+    delete_stale_looks,
     due_looks,
+    lock_look,
     look_of,
     plan_looks,
     plan_next_look,
-    still_ours,
 )
 from worker.store.schema import jobs, late_looks
 
@@ -97,11 +97,11 @@ def test_a_look_is_claimed_by_one_process_and_comes_back_after_its_lease(engine:
     with engine.begin() as connection:
         assert due_looks(connection, ["default"], now=at, limit=10) == []
         assert claim_look(connection, job_id, now=at + seconds(49), lease=LEASE) is None
-        assert still_ours(connection, first)
+        assert lock_look(connection, first)
 
         second = _claim(connection, job_id, at + seconds(50))
-        assert not still_ours(connection, first)
-        assert still_ours(connection, second)
+        assert not lock_look(connection, first)
+        assert lock_look(connection, second)
     assert (first.looks, second.looks) == (1, 2)
     assert job_of(engine, job_id).polls == 2
 
@@ -138,7 +138,7 @@ def test_looks_that_can_not_be_made_now_keep_no_other_waiting(engine: Engine) ->
     with engine.begin() as connection:
         shut, free = _planned(connection, "1"), _planned(connection, "2")
         assert [due.job_id for due in due_looks(connection, ["default"], now=at, limit=1)] == [shut]
-        defer_due(connection, [shut], now=at, due_at=at + seconds(60))
+        defer_due_looks(connection, [shut], now=at, due_at=at + seconds(60))
         [due] = due_looks(connection, ["default"], now=at, limit=1)
         assert (due.job_id, due.account, due.host) == (free, "default", "api.test")
 
@@ -154,7 +154,7 @@ def test_retried_and_removed_jobs_leave_the_table(engine: Engine) -> None:
         due = NOW + seconds(HOUR)
         assert due_looks(connection, ["default"], now=due, limit=10) == []
         assert claim_look(connection, changed, now=due, lease=LEASE) is None
-        assert drop_stale(connection, AFTER, now=due, limit=10) == 1
+        assert delete_stale_looks(connection, AFTER, now=due, limit=10) == 1
         assert connection.execute(select(late_looks)).all() == []
 
 
@@ -162,6 +162,6 @@ def test_looks_that_nobody_made_in_time_are_forgotten(engine: Engine) -> None:
     """A day after the last of them no link lives."""
     with engine.begin() as connection:
         job_id = _planned(connection)
-        assert drop_stale(connection, AFTER, now=NOW + seconds(47.9 * HOUR), limit=10) == 0
-        assert drop_stale(connection, AFTER, now=NOW + seconds(48.1 * HOUR), limit=10) == 1
+        assert delete_stale_looks(connection, AFTER, now=NOW + seconds(47.9 * HOUR), limit=10) == 0
+        assert delete_stale_looks(connection, AFTER, now=NOW + seconds(48.1 * HOUR), limit=10) == 1
         assert look_of(connection, job_id) is None

@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import Engine, select
 
 from tests.rows import NOW, add_downloading, add_job, add_output, job_of, output_of, seconds
-from worker.store.outputs import output_row, put_back, stored_after, unknown_of, unstored
+from worker.store.outputs import output_row, requeue_output, stored_after, unknown_locations, unstored_by_code
 from worker.store.schema import outputs
 
 STORED: dict[str, Any] = {
@@ -38,7 +38,7 @@ def test_given_outputs_in_trouble_when_counted_then_by_their_trouble_with_the_ol
         add_output(connection, job_id, 3, **STORED)
         add_output(connection, job_id, 4, status="failed", due_at=None, error_code="gone")
 
-        found = {one.code: (one.count, one.oldest, one.message) for one in unstored(connection)}
+        found = {one.code: (one.count, one.oldest, one.message) for one in unstored_by_code(connection)}
 
     assert found == {None: (1, NOW, None), "storage": (2, NOW - seconds(120), "full")}
 
@@ -66,8 +66,8 @@ def test_given_files_when_looked_up_then_those_are_left_that_no_output_has(engin
         add_output(connection, add_job(connection, **COMPLETED), **STORED)
         many = [f"file:///o/{number}.png" for number in range(1_200)]
 
-        assert unknown_of(connection, many) == many[1:]
-        assert unknown_of(connection, []) == []
+        assert unknown_locations(connection, many) == many[1:]
+        assert unknown_locations(connection, []) == []
 
 
 def test_given_a_stored_output_when_put_back_then_it_is_due_and_its_job_unfinished(engine: Engine) -> None:
@@ -77,8 +77,8 @@ def test_given_a_stored_output_when_put_back_then_it_is_due_and_its_job_unfinish
         job_id = add_job(connection, **COMPLETED)
         output_id = add_output(connection, job_id, **STORED, attempts=4, bad_bodies=1, renewed=True)
 
-        assert put_back(connection, output_id, location="file:///o/0.png", now=later)
-        assert not put_back(connection, output_id, location="file:///o/0.png", now=later)
+        assert requeue_output(connection, output_id, location="file:///o/0.png", now=later)
+        assert not requeue_output(connection, output_id, location="file:///o/0.png", now=later)
 
     row, job = output_of(engine, output_id), job_of(engine, job_id)
     assert (row.status, row.location, row.due_at, row.listed_at) == ("pending", None, later, later)
@@ -96,7 +96,7 @@ def test_given_an_output_that_can_not_be_put_back_when_tried_then_nothing_change
         before = connection.execute(select(outputs)).all()
         location = "file:///elsewhere" if case == "moved" else "file:///o/0.png"
 
-        assert not put_back(connection, output_id + (case == "unknown"), location=location, now=NOW)
+        assert not requeue_output(connection, output_id + (case == "unknown"), location=location, now=NOW)
         assert connection.execute(select(outputs)).all() == before
 
 

@@ -9,7 +9,7 @@ from sqlalchemy import Engine
 from tests.rows import NOW, add_downloading, add_job, add_output
 from worker.store.engine import database_now
 from worker.store.reports import pages
-from worker.store.reports.pages import LOOK_SECONDS, OutputsWanted, Page, jobs_page, outputs_page
+from worker.store.reports.pages import LOOK_SECONDS, OutputFilter, Page, jobs_page, outputs_page
 from worker.store.reports.search import JobFilter
 
 READY = {"status": "completed", "due_at": None, "ready_at": NOW, "completed_at": NOW}
@@ -110,15 +110,15 @@ def test_outputs_are_found_by_status_code_and_host_once_each(
         failed = [add_output(connection, jobs[1], number, **gone) for number in range(3)]
         here = add_output(connection, jobs[1], 3, url="http://percent%25.test/a.png", error_code="unreachable")
 
-        def found(wanted: OutputsWanted) -> list[int]:
+        def found(wanted: OutputFilter) -> list[int]:
             return walked(lambda before: outputs_page(connection, wanted, before=before, limit=4, clock=clock()))[0]
 
-        assert found(OutputsWanted()) == [here, *failed[::-1], *waiting[::-1]]
-        assert found(OutputsWanted(status="failed")) == failed[::-1]
-        assert found(OutputsWanted(status="pending")) == [here, *waiting[::-1]]
-        assert found(OutputsWanted(code="unreachable")) == [here]
-        assert found(OutputsWanted(host="cdn.test")) == [*failed[::-1], *waiting[::-1]]
-        assert found(OutputsWanted(host="percent%25.test")) == [here]
-        assert found(OutputsWanted(host="percent%.test")) == []
-        assert found(OutputsWanted(job_id=jobs[0])) == waiting[::-1]
-        assert found(OutputsWanted(job_id=jobs[0], status="stored")) == []
+        assert found(OutputFilter()) == [here, *failed[::-1], *waiting[::-1]]
+        assert found(OutputFilter(status="failed")) == failed[::-1]
+        assert found(OutputFilter(status="pending")) == [here, *waiting[::-1]]
+        assert found(OutputFilter(code="unreachable")) == [here]
+        assert found(OutputFilter(host="cdn.test")) == [*failed[::-1], *waiting[::-1]]
+        assert found(OutputFilter(host="percent%25.test")) == [here]
+        assert found(OutputFilter(host="percent%.test")) == []
+        assert found(OutputFilter(job_id=jobs[0])) == waiting[::-1]
+        assert found(OutputFilter(job_id=jobs[0], status="stored")) == []

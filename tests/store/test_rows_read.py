@@ -11,7 +11,7 @@ from tests.rows import LEASE, NOW, job_values, seconds
 from worker.store.claims import DueGroup, claim_jobs, due_groups
 from worker.store.jobs import waiting_accounts
 from worker.store.reports.live import last_failures
-from worker.store.reports.search import JobFilter, matching_ids
+from worker.store.reports.search import JobFilter, find_job_ids
 from worker.store.reports.stats import waiting_by_account, waiting_by_kind
 from worker.store.schema import jobs
 
@@ -71,9 +71,9 @@ def _claim(connection: Connection) -> object:
         (_claim, 8 * 5),
         (lambda connection: waiting_by_account(connection, now=NOW), 4 * 2 * WAITING),
         (lambda connection: waiting_by_kind(connection, now=NOW), 6 * 2 * WAITING),
-        (lambda connection: matching_ids(connection, JobFilter(past_deadline=True), limit=50), 4 * 2 * WAITING),
-        (lambda connection: matching_ids(connection, JobFilter(late=10.0), limit=50), 10 * 2 * WAITING),
-        (lambda connection: matching_ids(connection, JobFilter(held=True), limit=50), 4 * 2 * WAITING),
+        (lambda connection: find_job_ids(connection, JobFilter(past_deadline=True), limit=50), 4 * 2 * WAITING),
+        (lambda connection: find_job_ids(connection, JobFilter(late=10.0), limit=50), 10 * 2 * WAITING),
+        (lambda connection: find_job_ids(connection, JobFilter(held=True), limit=50), 4 * 2 * WAITING),
         (lambda connection: last_failures(connection, limit=5), 20),
     ],
     ids=["levels", "accounts", "claim", "by account", "by kind", "past deadline", "late", "held", "failures"],

@@ -12,10 +12,10 @@ from worker.store.reports import search as module
 from worker.store.reports.search import (
     JobFilter,
     count_matching,
-    matching,
-    matching_ids,
-    search,
-    still_matching,
+    find_job_ids,
+    find_jobs,
+    lock_matching,
+    prepare_search,
 )
 from worker.store.schema import HELD_UNTIL, breakers, jobs
 
@@ -104,16 +104,16 @@ MINE: list[tuple[JobFilter, str]] = [
 def test_each_filter_finds_its_jobs_newest_first_and_counts_them(stocked: Engine) -> None:
     for wanted, names in MINE:
         with stocked.connect() as connection:
-            assert [row.remote_id for row in matching(connection, wanted, limit=100)] == names.split(), wanted
+            assert [row.remote_id for row in find_jobs(connection, wanted, limit=100)] == names.split(), wanted
             assert count_matching(connection, wanted) == len(names.split()), wanted
 
 
 def test_pages_of_any_size_make_up_the_whole(stocked: Engine) -> None:
     for wanted, _ in MINE:
         with stocked.connect() as connection:
-            whole = matching_ids(connection, wanted, limit=100)
+            whole = find_job_ids(connection, wanted, limit=100)
             paged: list[int] = []
-            while page := matching_ids(connection, wanted, limit=2, after=paged[-1] if paged else None):
+            while page := find_job_ids(connection, wanted, limit=2, after=paged[-1] if paged else None):
                 paged += page
         assert paged == whole, wanted
 
@@ -122,16 +122,16 @@ def test_what_no_longer_matches_when_its_turn_comes_is_left_out(stocked: Engine)
     """Locked in the order of the ids, whatever order they are told in."""
     for wanted, _ in MINE:
         with stocked.begin() as connection:
-            found = search(connection, wanted)
-            ids = matching_ids(connection, found, limit=100)
-            assert still_matching(connection, found, ids) == sorted(ids), wanted
+            found = prepare_search(connection, wanted)
+            ids = find_job_ids(connection, found, limit=100)
+            assert lock_matching(connection, found, ids) == sorted(ids), wanted
     with stocked.begin() as connection:
-        found = search(connection, JobFilter(statuses=("pending",)))
-        ids = matching_ids(connection, found, limit=100)
+        found = prepare_search(connection, JobFilter(statuses=("pending",)))
+        ids = find_job_ids(connection, found, limit=100)
         connection.execute(
             update(jobs).where(jobs.c.remote_id == "calm").values(status="cancelled", due_at=None, completed_at=NOW)
         )
-        assert len(still_matching(connection, found, ids)) == len(ids) - 1
+        assert len(lock_matching(connection, found, ids)) == len(ids) - 1
 
 
 def test_no_more_are_counted_than_asked_for(stocked: Engine) -> None:
@@ -165,7 +165,7 @@ def test_a_job_that_was_tracked_long_after_its_submission_is_found_by_its_submis
         add_job(connection, "next", tracked_at=NOW + seconds(30))
         add_job(connection, "slow")
         found = [
-            [row.remote_id for row in matching(connection, wanted, limit=9)]
+            [row.remote_id for row in find_jobs(connection, wanted, limit=9)]
             for wanted in (JobFilter(submitted_until=NOW), JobFilter(submitted_since=NOW))
         ]
 
@@ -175,4 +175,4 @@ def test_a_job_that_was_tracked_long_after_its_submission_is_found_by_its_submis
 def test_among_no_jobs_at_all_every_filter_finds_none(engine: Engine) -> None:
     for wanted, _ in MINE:
         with engine.connect() as connection:
-            assert (matching(connection, wanted, limit=9), count_matching(connection, wanted)) == ([], 0)
+            assert (find_jobs(connection, wanted, limit=9), count_matching(connection, wanted)) == ([], 0)

@@ -7,7 +7,7 @@ from sqlalchemy import Connection, Engine, delete, event, func, select
 
 from tests.rows import NOW, add_job, seconds
 from worker.store.schema import jobs, unread
-from worker.store.unread import MOST, KeptAnswer, answers_of, jobs_with_answers, keep_answers, shapes
+from worker.store.unread import MOST, KeptAnswer, answer_shapes, answers_of, jobs_with_answers, keep_answers
 
 
 def _answer(job_id: int, body: str = "{}", *, recognised: bool = False, shape: str = "status=done") -> KeptAnswer:
@@ -125,7 +125,7 @@ def test_answers_are_grouped_by_their_shape(engine: Engine) -> None:
         _keep(connection, _answer(two, "c", shape="status=done"), at=NOW + seconds(20))
         _keep(connection, _answer(two, "d", shape="Status=Done"), at=NOW + seconds(5))
 
-        done, other = shapes(connection)
+        done, other = answer_shapes(connection)
         assert (done.shape, done.count, done.jobs) == ("status=done", 3, 2)
         assert (done.first_at, done.last_at, done.job_id) == (NOW, NOW + seconds(20), two)
         assert (other.shape, other.count, other.jobs) == ("Status=Done", 1, 1)

@@ -17,8 +17,8 @@ from worker.admin.reading import Reading
 from worker.admin.wording import counted, moment
 from worker.core.lifecycle import FINAL_STATES, JOB_STATES
 from worker.store.jobs import MAX_ID
-from worker.store.reports.pages import accounts_known, kinds_known
 from worker.store.reports.pages import jobs_page as browse_jobs
+from worker.store.reports.pages import known_accounts, known_kinds
 from worker.store.reports.search import JobFilter
 from worker.store.schema import jobs
 
@@ -88,7 +88,7 @@ class JobsView(RowsView):
         wanted = wanted_jobs()
         with self.reading.connection() as (connection, now):
             page = browse_jobs(connection, wanted, text=text("search"), before=asked_before(), limit=PAGE_ROWS)
-            self._template_args.update(accounts=accounts_known(connection), kinds=kinds_known(connection))
+            self._template_args.update(accounts=known_accounts(connection), kinds=known_kinds(connection))
         self._template_args.update(
             found=page, now=now, asked=request.args, states=JOB_STATES, codes=CODES, lates=LATE, acts=ACTS.values()
         )

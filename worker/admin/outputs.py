@@ -14,7 +14,7 @@ from worker.admin.jobs import RowsView, asked_before, number, one_of, text
 from worker.client.tracking import open_output
 from worker.core.lifecycle import OUTPUT_STATES
 from worker.errors import OutputMissing
-from worker.store.reports.pages import OutputsWanted, owners
+from worker.store.reports.pages import OutputFilter, jobs_by_id
 from worker.store.reports.pages import outputs_page as browse_outputs
 from worker.store.schema import outputs
 
@@ -45,7 +45,7 @@ class OutputsView(RowsView):
 
     def get_list(self, *_: Any, **__: Any) -> tuple[None, Sequence[Row[Any]]]:
         """One page, by what the address asks for."""
-        wanted = OutputsWanted(one_of("status", OUTPUT_STATES), text("code"), text("host"), number("job"))
+        wanted = OutputFilter(one_of("status", OUTPUT_STATES), text("code"), text("host"), number("job"))
         with self.reading.connection() as (connection, now):
             page = browse_outputs(connection, wanted, before=asked_before(), limit=PAGE_ROWS)
         self._template_args.update(found=page, now=now, wanted=wanted, states=OUTPUT_STATES, codes=CODES)
@@ -54,10 +54,10 @@ class OutputsView(RowsView):
     @expose("/gallery/")
     def gallery(self) -> str:
         """What is stored, to look at: of all jobs, or of one."""
-        wanted = OutputsWanted(status="stored", job_id=number("job"))
+        wanted = OutputFilter(status="stored", job_id=number("job"))
         with self.reading.connection() as (connection, _):
             page = browse_outputs(connection, wanted, before=asked_before(), limit=GALLERY_ROWS)
-            known = owners(connection, [row.job_id for row in page.rows])
+            known = jobs_by_id(connection, [row.job_id for row in page.rows])
         shown: str = self.render("gallery.html", found=page, owners=known, wanted=wanted)
         return shown
 

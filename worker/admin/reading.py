@@ -19,7 +19,7 @@ from worker.operations.overview import Overview, belief, overview, why
 from worker.operations.snapshot import Frame, SnapshotReader
 from worker.settings import Settings
 from worker.store.breakers import all_breakers
-from worker.store.engine import connected, database_now, engine_for
+from worker.store.engine import database_now, engine_for, translate_errors
 from worker.store.events import events_of
 from worker.store.jobs import job_row, outputs_of, waiting_accounts
 from worker.store.outputs import output_row
@@ -69,7 +69,7 @@ class Reading:
     @contextmanager
     def connection(self) -> Iterator[tuple[Connection, datetime]]:
         """A transaction, and the database's time. Raises SchemaOutdated, Unavailable."""
-        with connected(self.settings.database), self.engine.connect() as connection:
+        with translate_errors(self.settings.database), self.engine.connect() as connection:
             yield connection, database_now(connection)
 
     def job(self, job_id: int) -> JobPage | None:

@@ -11,7 +11,14 @@ from worker.client import tracking
 from worker.errors import DatabaseRefused, JobNotFound, NotTrackable
 from worker.operations.verify import verify as run_verification
 from worker.settings import load
-from worker.store.engine import connected, engine_for, make_engine, odd_encoding, shown_url, wrong_encoding
+from worker.store.engine import (
+    encoding_message,
+    engine_for,
+    make_engine,
+    shown_url,
+    translate_errors,
+    unsupported_encoding,
+)
 from worker.store.jobs import jobs_by_remote
 from worker.store.migrate import migrate as run_migrations
 from worker.system.redaction import shared_scrubber
@@ -29,12 +36,12 @@ def migrate() -> None:
     engine = make_engine(load().database, any_encoding=True)
     try:
         before, after = run_migrations(engine)
-        encoding = odd_encoding(engine)
+        encoding = unsupported_encoding(engine)
     finally:
         engine.dispose()
     where = shown_url(engine.url)
     if encoding is not None:
-        echo(f"fetch-worker: no process will start: {wrong_encoding(encoding)}", err=True)
+        echo(f"fetch-worker: no process will start: {encoding_message(encoding)}", err=True)
     echo(f"{where} is at {after}" + (" already" if before == after else f", was {before or 'empty'}"))
 
 
@@ -79,7 +86,7 @@ def _targets(ids: tuple[str, ...], remote: str | None, account: str | None) -> l
     if remote is not None:
         settings = load()
         remote_id = tracking.lookup_id(remote)
-        with connected(settings.database), engine_for(settings.database).connect() as connection:
+        with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
             found = [row.id for row in jobs_by_remote(connection, remote_id, account)]
         if not found:
             raise JobNotFound(f"there is no job with the remote id {remote!r}")
@@ -120,7 +127,7 @@ def verify(
     """Read what is stored again, all of it or of some jobs; fetch once more what is gone or damaged."""
     job_ids = targets(ids, remote, account) if ids or remote is not None else None
     settings = load()
-    with connected(settings.database):
+    with translate_errors(settings.database):
         found = run_verification(engine_for(settings.database), settings, job_ids=job_ids, dry_run=dry_run, force=force)
     if as_json:
         print_json({"checked": found.checked, "whole": found.whole, "wrong": [asdict(one) for one in found.wrong],

@@ -67,9 +67,9 @@ def _database_line(error: Exception) -> str | None:
     if not isinstance(error, SQLAlchemyError):
         return None
     from worker.settings import load
-    from worker.store.database_errors import explained
+    from worker.store.database_errors import to_worker_error
 
-    return str(explained(error, load().database))
+    return str(to_worker_error(error, load().database))
 
 
 def _is_text(word: str) -> bool:

@@ -21,9 +21,9 @@ from worker.core.identity import ACCOUNT
 from worker.errors import JobNotFound
 from worker.settings import Settings, load
 from worker.store.breakers import all_breakers
-from worker.store.engine import connected, database_now, engine_for
+from worker.store.engine import database_now, engine_for, translate_errors
 from worker.store.jobs import job_row, jobs_by_remote
-from worker.store.reports.search import JobFilter, Search, count_matching, matching, search
+from worker.store.reports.search import JobFilter, Search, count_matching, find_jobs, prepare_search
 from worker.store.schema import jobs
 from worker.system.terminal import echo
 
@@ -81,7 +81,7 @@ def _run(said: _Said, ids: tuple[str, ...], options: Mapping[str, Any]) -> int:
         return _jobs(said, job_numbers(ids), settings)
     if said.action in ("hold", "resume") and (breakers := _breakers(options)):
         return _whole(said, breakers, settings)
-    with connected(settings.database), engine_for(settings.database).connect() as connection:
+    with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
         wanted = job_filter(options, database_now(connection))
         named = _named(connection, wanted) if wanted.named else None
     if named is not None:
@@ -123,7 +123,7 @@ def _jobs(said: _Said, job_ids: Iterable[int], settings: Settings) -> int:
 
 def _did(action: Action, job_id: int, settings: Settings) -> Acted:
     changed = ONE[action](job_id)
-    with connected(settings.database), engine_for(settings.database).connect() as connection:
+    with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
         job = job_row(connection, job_id)
     if job is None:
         raise JobNotFound(NOT_FOUND.format(job_id))
@@ -131,7 +131,7 @@ def _did(action: Action, job_id: int, settings: Settings) -> Acted:
 
 
 def _would(action: Action, job_id: int, settings: Settings) -> Acted:
-    with connected(settings.database), engine_for(settings.database).connect() as connection:
+    with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
         job = job_row(connection, job_id)
         if job is None:
             raise JobNotFound(NOT_FOUND.format(job_id))
@@ -145,8 +145,8 @@ def _filtered(said: _Said, wanted: JobFilter, settings: Settings) -> int:
     asks = not said.yes and not said.dry_run
     if asks and not sys.stdin.isatty():
         raise click.UsageError("nobody is there to be asked: look with --dry-run, then add --yes")
-    with connected(settings.database), engine_for(settings.database).connect() as connection:
-        found = search(connection, changeable(said.action, wanted))
+    with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
+        found = prepare_search(connection, changeable(said.action, wanted))
         count = count_matching(connection, found)
     if count == 0:
         echo(f"no job matches that could be {DONE[said.action]}", err=True)
@@ -184,9 +184,9 @@ def _all(found: Search, settings: Settings) -> Iterator[Any]:
     """The rows of all jobs that are found, a page at a time."""
     after: int | None = None
     while True:
-        with connected(settings.database), engine_for(settings.database).connect() as connection:
+        with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
             columns = (jobs.c.id, jobs.c.status)
-            rows = matching(connection, found, limit=PAGE, after=after, columns=columns)
+            rows = find_jobs(connection, found, limit=PAGE, after=after, columns=columns)
         yield from rows
         if len(rows) < PAGE:
             return
@@ -255,7 +255,7 @@ def _gate_name(scope: Scope, given: str, settings: Settings) -> str:
             raise click.UsageError(f"{given!r} can't be an account")
         return given
     host = given.lower().removesuffix(":443")
-    with connected(settings.database), engine_for(settings.database).connect() as connection:
+    with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
         known = {*settings.api.hosts, *(name for kind, name in all_breakers(connection) if kind == "host")}
         if host not in known and not count_matching(connection, JobFilter(hosts=(host,)), most=1):
             raise click.UsageError(f"no job is fetched from {given!r}, but from {', '.join(sorted(known))}")
@@ -263,7 +263,7 @@ def _gate_name(scope: Scope, given: str, settings: Settings) -> str:
 
 
 def _would_gate(action: Action, scope: Scope, name: str, settings: Settings) -> bool:
-    with connected(settings.database), engine_for(settings.database).connect() as connection:
+    with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
         breaker = all_breakers(connection).get((scope, name))
         if action == "hold":
             return breaker is None or breaker.paused_at is None

@@ -12,8 +12,8 @@ from worker.client.tracking import lookup_id
 from worker.core.lifecycle import JOB_STATES
 from worker.core.spans import UNITS
 from worker.settings import load
-from worker.store.engine import connected, database_now, engine_for
-from worker.store.reports.search import JobFilter, matching
+from worker.store.engine import database_now, engine_for, translate_errors
+from worker.store.reports.search import JobFilter, find_jobs
 
 LISTED = ("id", "remote_id", "account", "kind", "status", "polls", "submitted_at", "reference", "error_code")
 AGE = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
@@ -111,8 +111,8 @@ def list_jobs(limit: int, as_json: bool, **options: Any) -> None:
     An option that is given more than once takes any of its values.
     """
     settings = load()
-    with connected(settings.database), engine_for(settings.database).connect() as connection:
-        rows = matching(connection, job_filter(options, database_now(connection)), limit=limit)
+    with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
+        rows = find_jobs(connection, job_filter(options, database_now(connection)), limit=limit)
     if as_json:
         print_json([plain(row, JOB_COLUMNS) for row in rows])
     else:

@@ -26,7 +26,7 @@ from worker.operations.explain import Facts, chain_with_budget, read_facts
 from worker.operations.health import Node, alive, examine
 from worker.operations.overview import KindState, Overview, belief, overview, why
 from worker.settings import Settings, load
-from worker.store.engine import connected, engine_for
+from worker.store.engine import engine_for, translate_errors
 from worker.store.events import events_of
 from worker.store.jobs import job_row, outputs_of
 from worker.store.late_looks import look_of
@@ -55,7 +55,7 @@ def show(ids: tuple[str, ...], remote: str | None, account: str | None, as_json:
     budget = RateLimiter(settings.redis)
     documents: list[dict[str, Any]] = []
     for job_id in job_ids:
-        with connected(settings.database), engine_for(settings.database).connect() as connection:
+        with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
             found = _document(connection, job_id, settings)
         if found is None:
             echo(f"fetch-worker: there is no job {job_id}", err=True)
@@ -120,7 +120,7 @@ def _with_chain(document: dict[str, Any], facts: Facts, budget: RateLimiter) -> 
 def status(as_json: bool) -> None:
     """How everything stands: jobs by state, accounts and their holds, how late the work is."""
     settings = load()
-    with connected(settings.database), engine_for(settings.database).connect() as connection:
+    with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
         state = overview(connection, settings)
     if as_json:
         print_json(_status_document(state))

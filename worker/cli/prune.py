@@ -11,7 +11,7 @@ from worker.core.spans import seconds_of
 from worker.operations.prune import Pruned, Retention, look
 from worker.operations.prune import prune as run_prune
 from worker.settings import LONGEST, Settings, load
-from worker.store.engine import connected, engine_for
+from worker.store.engine import engine_for, translate_errors
 from worker.system.terminal import echo
 
 
@@ -51,7 +51,7 @@ def prune(
     asks = not (yes or dry_run)
     if asks and not sys.stdin.isatty():
         raise click.UsageError("nobody can be asked here: give --yes, or --dry-run to look first")
-    with connected(settings.database):
+    with translate_errors(settings.database):
         if asks:
             click.confirm(
                 f"{_words(look(engine, wanted), wanted, 'would be removed')}. Remove them?", abort=True, err=True

@@ -11,8 +11,8 @@ from worker.core.pacing.policy import POLICIES, Pace, Policy
 from worker.core.pacing.simulation import Simulation, TraceJob, quantile, read_trace, simulate
 from worker.errors import TraceError
 from worker.settings import load
-from worker.store.engine import connected, engine_for
-from worker.store.jobs import seen_durations
+from worker.store.engine import engine_for, translate_errors
+from worker.store.jobs import measured_durations
 
 MOST_JOBS = 1_000_000
 
@@ -48,8 +48,8 @@ def simulate_command(
         raise click.UsageError("give --trace FILE or --from-database; and --policy or --compare, not both")
     settings = load()
     if trace is None:
-        with connected(settings.database), engine_for(settings.database).connect() as connection:
-            jobs = [TraceJob(*row) for row in seen_durations(connection, limit=limit)]
+        with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
+            jobs = [TraceJob(*row) for row in measured_durations(connection, limit=limit)]
     else:
         jobs = _read(trace)
     if not jobs:

@@ -9,8 +9,8 @@ import click
 from worker.cli.output import json_option, moment, plain, print_json, print_table
 from worker.operations.unread import Reread, apply
 from worker.settings import Settings, load
-from worker.store.engine import connected, engine_for
-from worker.store.unread import answers_of, shapes
+from worker.store.engine import engine_for, translate_errors
+from worker.store.unread import answer_shapes, answers_of
 from worker.system.terminal import echo
 
 COLUMNS = ("job_id", "at", "http_status", "shape", "body")
@@ -42,8 +42,8 @@ def unread(shape: str | None, again: bool, as_json: bool) -> None:
 
 
 def _shapes(settings: Settings, as_json: bool) -> None:
-    with connected(settings.database), engine_for(settings.database).connect() as connection:
-        found = shapes(connection)
+    with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
+        found = answer_shapes(connection)
     if as_json:
         times = [{"first_at": moment(one.first_at), "last_at": moment(one.last_at)} for one in found]
         print_json([asdict(one) | at for one, at in zip(found, times, strict=True)])
@@ -56,7 +56,7 @@ def _shapes(settings: Settings, as_json: bool) -> None:
 
 
 def _answers(settings: Settings, shape: str, as_json: bool) -> None:
-    with connected(settings.database), engine_for(settings.database).connect() as connection:
+    with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
         rows = answers_of(connection, shape=shape)
     if as_json:
         print_json([plain(row, COLUMNS) for row in rows])

@@ -14,11 +14,11 @@ from worker.client import tracking
 from worker.settings import Settings
 from worker.store import holds
 from worker.store.counters import Tally
-from worker.store.engine import connected, database_now, engine_for, transact
-from worker.store.events import open_events
-from worker.store.holds import patience
+from worker.store.engine import database_now, engine_for, transact, translate_errors
+from worker.store.events import create_events
+from worker.store.holds import work_limits
 from worker.store.jobs import cancel_all, retry_all
-from worker.store.reports.search import FEW, JobFilter, Search, matching_ids, search, still_matching
+from worker.store.reports.search import FEW, JobFilter, Search, find_job_ids, lock_matching, prepare_search
 from worker.store.schema import jobs
 
 log = logging.getLogger(__name__)
@@ -74,13 +74,13 @@ def act(action: Action, wanted: JobFilter, settings: Settings) -> Iterator[list[
 
 def _batches(action: Action, wanted: JobFilter, settings: Settings) -> Iterator[list[Acted]]:
     engine = engine_for(settings.database)
-    with connected(settings.database), engine.begin() as connection:
-        found = search(connection, changeable(action, wanted))
+    with translate_errors(settings.database), engine.begin() as connection:
+        found = prepare_search(connection, changeable(action, wanted))
     for ids in _pages(engine, found, settings):
         for start in range(0, len(ids), BATCH):
             began = time.monotonic()
             work = partial(_act, action=action, found=found, ids=ids[start : start + BATCH], settings=settings)
-            with connected(settings.database):
+            with translate_errors(settings.database):
                 acted = transact(engine, work)
             if action in ("retry", "resume"):
                 tracking.wake(settings)
@@ -91,8 +91,8 @@ def _batches(action: Action, wanted: JobFilter, settings: Settings) -> Iterator[
 def _pages(engine: Engine, found: Search, settings: Settings) -> Iterator[list[int]]:
     after: int | None = None
     while True:
-        with connected(settings.database), engine.begin() as connection:
-            ids = matching_ids(connection, found, limit=FEW, after=after)
+        with translate_errors(settings.database), engine.begin() as connection:
+            ids = find_job_ids(connection, found, limit=FEW, after=after)
         if ids:
             yield ids
         if len(ids) < FEW:
@@ -104,7 +104,7 @@ def _act(
     connection: Connection, *, action: Action, found: Search, ids: Sequence[int], settings: Settings
 ) -> list[Acted]:
     now = database_now(connection)
-    locked = still_matching(connection, found, ids)
+    locked = lock_matching(connection, found, ids)
     tally = Tally()
     changed = _change(connection, action, locked, tally, now, settings)
     rows = connection.execute(select(jobs.c.id, jobs.c.status).where(jobs.c.id.in_(locked)).order_by(jobs.c.id.desc()))
@@ -120,9 +120,9 @@ def _change(
         case "cancel":
             return cancel_all(connection, ids, tally, now=now)
         case "retry":
-            open_events(connection, now=now, of=ids)  # of the ends that are taken back
+            create_events(connection, now=now, of=ids)  # of the ends that are taken back
             return retry_all(connection, ids, now=now)
         case "hold":
             return holds.hold(connection, ids, now=now)
         case "resume":
-            return holds.resume(connection, ids, patience(settings), now=now)
+            return holds.resume(connection, ids, work_limits(settings), now=now)

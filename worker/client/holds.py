@@ -11,8 +11,8 @@ from worker.core.circuit_breaker import Scope
 from worker.errors import JobNotFound
 from worker.settings import Settings, load
 from worker.store import holds as store
-from worker.store.engine import connected, database_now, engine_for
-from worker.store.holds import patience
+from worker.store.engine import database_now, engine_for, translate_errors
+from worker.store.holds import work_limits
 from worker.store.jobs import job_row
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def resume(job_id: int) -> bool:
     settings = load()
     with _transaction(settings) as connection:
         _existing(connection, job_id)
-        changed = bool(store.resume(connection, [job_id], patience(settings), now=database_now(connection)))
+        changed = bool(store.resume(connection, [job_id], work_limits(settings), now=database_now(connection)))
     if changed:
         log.info("resumed by an operator job=%s", job_id)
         tracking.wake(settings)
@@ -75,7 +75,7 @@ def resume_account_or_host(scope: Scope, name: str) -> bool:
 
 @contextmanager
 def _transaction(settings: Settings) -> Iterator[Connection]:
-    with connected(settings.database), engine_for(settings.database).begin() as connection:
+    with translate_errors(settings.database), engine_for(settings.database).begin() as connection:
         yield connection
 
 

@@ -26,8 +26,8 @@ from worker.settings import Settings, load
 from worker.storage.select import storage_of
 from worker.store import jobs as store
 from worker.store.counters import Tally
-from worker.store.engine import connected, database_now, engine_for
-from worker.store.events import open_events
+from worker.store.engine import database_now, engine_for, translate_errors
+from worker.store.events import create_events
 from worker.store.outputs import output_row
 from worker.system.once import locked_cache
 from worker.system.redaction import Scrubber, shared_scrubber
@@ -172,7 +172,7 @@ def tracked(
                 "session is an AsyncSession: write `await session.run_sync(lambda plain: track(…, session=plain))`"
             )
         connection = session.connection()
-        with connected(connection.engine.url):
+        with translate_errors(connection.engine.url):
             answer, soon = _insert(connection, settings, wanted, plans)
         if soon:
             _wake_after_commit(session)
@@ -241,7 +241,7 @@ def retry(job_id: int) -> bool:
     settings = _settings()
     with _transaction(settings) as connection:
         _existing(connection, job_id)
-        open_events(connection, now=database_now(connection), of=[job_id])  # of the end that is taken back
+        create_events(connection, now=database_now(connection), of=[job_id])  # of the end that is taken back
         changed = store.retry(connection, job_id, now=database_now(connection))
     if changed:
         wake(settings)
@@ -618,7 +618,7 @@ def _rolled_back(session: Session) -> None:
 @contextmanager
 def _transaction(settings: Settings) -> Iterator[Connection]:
     engine = engine_for(settings.database)
-    with connected(settings.database), engine.begin() as connection:
+    with translate_errors(settings.database), engine.begin() as connection:
         yield connection
 
 

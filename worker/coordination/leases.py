@@ -16,7 +16,7 @@ from sqlalchemy import Engine
 
 from worker.coordination.sent_requests import TOKEN_BYTES, SentRequests
 from worker.store.claims import Claim, renew_leases
-from worker.store.engine import database_now, reason
+from worker.store.engine import database_now, error_name
 from worker.system.process_identity import holder_name
 
 log = logging.getLogger(__name__)
@@ -128,4 +128,4 @@ class LeaseKeeper:
             try:
                 self.renew()
             except Exception as error:  # a thread that dies here would let every lease run out
-                log.warning("leases could not be renewed reason=%s", reason(error))
+                log.warning("leases could not be renewed reason=%s", error_name(error))

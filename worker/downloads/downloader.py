@@ -41,7 +41,7 @@ from worker.core.refusals import HEAD_BYTES, is_dead_link
 from worker.core.reply import MAX_URL
 from worker.core.urls import quoted, redirected
 from worker.downloads.progress import ReceivedBytes
-from worker.downloads.unpacking import TooLarge, packing, unpacked
+from worker.downloads.unpacking import TooLarge, detect_coding, unpack
 from worker.errors import StorageTrouble
 from worker.net.address_guard import Guard, RefusedTarget
 from worker.net.deadlines import TimeLimit
@@ -49,8 +49,8 @@ from worker.net.network_errors import describe
 from worker.net.pooled_adapter import LeanAdapter, StreamedAnswer
 from worker.storage.local import Storage
 from worker.storage.partial_files import Incoming, Source, link_hash
-from worker.store.claims import ClaimedOutput, claim_output, release_output, release_outputs
-from worker.store.engine import PATIENCE, database_now, server_trouble, transact, trouble
+from worker.store.claims import ClaimedOutput, claim_output, release_claimed_outputs, release_output
+from worker.store.engine import LOCK_WAIT, database_now, error_kind, is_server_error, transact
 from worker.store.results import record_attempt
 from worker.system.redaction import Scrubber
 
@@ -99,7 +99,7 @@ class Downloader:
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._engine = engine
-        self._impatient = engine.execution_options(**{PATIENCE: LOCKED_SECONDS})
+        self._impatient = engine.execution_options(**{LOCK_WAIT: LOCKED_SECONDS})
         self._leases = leases
         self._storage = storage
         self._guard = guard
@@ -111,7 +111,7 @@ class Downloader:
         self._tell = notify
         self._adapter = adapter
         self._headers = {"User-Agent": user_agent, "Accept": "*/*"}
-        self._hosts = Hosts(per_host)
+        self._hosts = HostSlots(per_host)
         self._received = ReceivedBytes(engine, leases.holder)
         self._unwritten: deque[tuple[ClaimedOutput, Attempt]] = deque()
         self._lost: deque[str] = deque()
@@ -161,7 +161,7 @@ class Downloader:
             return
         try:
             with self._engine.begin() as connection:
-                released = release_outputs(connection, self._leases.holder, lost, now=database_now(connection))
+                released = release_claimed_outputs(connection, self._leases.holder, lost, now=database_now(connection))
         except SQLAlchemyError:
             self._lost.extend(lost)
             raise
@@ -360,11 +360,11 @@ class Downloader:
         for _ in range(MOST_PACKINGS):
             if sniff(incoming.head) is not None:
                 return None
-            coding = packing(incoming.head) or (codings.pop() if codings else None)
+            coding = detect_coding(incoming.head) or (codings.pop() if codings else None)
             if coding is None:
                 return None
             try:
-                incoming.replace(unpacked(incoming.chunks(), coding, limit=self._max_bytes))
+                incoming.replace(unpack(incoming.chunks(), coding, limit=self._max_bytes))
             except TooLarge:
                 return Unfit("too_large", f"unpacked more than OUTPUT_MAX_BYTES ({self._max_bytes} bytes)")
             except ValueError:
@@ -410,14 +410,14 @@ class Downloader:
             try:
                 self._record_or_keep(output, attempt, self._impatient)
             except SQLAlchemyError as error:
-                if server_trouble(error):
+                if is_server_error(error):
                     raise
 
     def _record_or_keep(self, output: ClaimedOutput, attempt: Attempt, engine: Engine | None = None) -> str:
         try:
             return self._record(output, attempt, engine or self._engine)
         except SQLAlchemyError as error:
-            if trouble(error) == "row":  # one that no statement can write would come back for ever
+            if error_kind(error) == "row":  # one that no statement can write would come back for ever
                 self._lost.append(output.token)
             else:
                 self._unwritten.append((output, attempt))
@@ -469,7 +469,7 @@ class _Broken(Exception):
         self.slow = slow
 
 
-class Hosts:
+class HostSlots:
     """How many downloads go on from each host: one that hangs must not take all the threads there are."""
 
     def __init__(self, most: int, *, patience: float = HOST_PATIENCE_SECONDS) -> None:

@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 from sqlalchemy import Engine
 
 from worker.storage.partial_files import Incoming
-from worker.store.claims import Claim, ClaimedOutput, note_received
-from worker.store.engine import PATIENCE, RELAXED, database_now
+from worker.store.claims import Claim, ClaimedOutput, record_progress
+from worker.store.engine import LOCK_WAIT, RELAXED, database_now
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class ReceivedBytes:
     """The downloads of one process that are under way. Its thread is there only while something is received."""
 
     def __init__(self, engine: Engine, holder: str) -> None:
-        self._engine = engine.execution_options(**{RELAXED: True, PATIENCE: LOCKED_SECONDS})
+        self._engine = engine.execution_options(**{RELAXED: True, LOCK_WAIT: LOCKED_SECONDS})
         self._holder = holder
         self._running: dict[Claim, tuple[Incoming, float]] = {}
         self._lock = threading.Lock()
@@ -70,6 +70,6 @@ class ReceivedBytes:
             return
         try:
             with self._engine.begin() as connection:
-                note_received(connection, self._holder, received, now=database_now(connection))
+                record_progress(connection, self._holder, received, now=database_now(connection))
         except Exception as error:  # nothing depends on it, and the thread has to go on
             log.info("the bytes received so far could not be written reason=%s", type(error).__name__)

@@ -15,7 +15,7 @@ class TooLarge(Exception):
     """There is more than may be unpacked."""
 
 
-def packing(head: bytes) -> str | None:
+def detect_coding(head: bytes) -> str | None:
     """Return how bytes are packed, as their signature says; None where they have none.
 
     >>> packing(b"\\x1f\\x8b\\x08\\0"), packing(b"GIF89a")
@@ -24,7 +24,7 @@ def packing(head: bytes) -> str | None:
     return next((coding for signature, coding in _SIGNATURES if head.startswith(signature)), None)
 
 
-def unpacked(chunks: Iterator[bytes], coding: str, *, limit: int) -> Iterator[bytes]:
+def unpack(chunks: Iterator[bytes], coding: str, *, limit: int) -> Iterator[bytes]:
     """Unpack bytes by a content coding: gzip, deflate, and what urllib3 has libraries for (br, zstd).
 
     Raises ValueError where they are not packed so, and TooLarge for more than `limit` bytes.

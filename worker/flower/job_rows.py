@@ -20,8 +20,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from worker.core.flower_rows import NAME, FlowerJob, job_of, task_fields, task_id
 from worker.errors import WorkerError
-from worker.store.engine import missing_table, reason
-from worker.store.reports.flower_rows import look
+from worker.store.engine import error_name, is_missing_table
+from worker.store.reports.flower_rows import read_flower_jobs
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class Feeder:
     def look(self) -> None:
         """One look, and the rows as it found them."""
         with self._engine().connect() as connection:
-            self._seen = look(connection, self._seen, self._most)
+            self._seen = read_flower_jobs(connection, self._seen, self._most)
         if self._away:
             self._away = False
             log.warning("the database is back: jobs are shown in Flower again")
@@ -154,8 +154,8 @@ class Feeder:
     def _say_away(self, error: Exception) -> None:
         if not self._away:
             self._away = True
-            hint = "run `fetch-worker migrate`" if missing_table(error) else "it is asked again"
-            log.warning("jobs are not shown in Flower: the database has trouble reason=%s; %s", reason(error), hint)
+            hint = "run `fetch-worker migrate`" if is_missing_table(error) else "it is asked again"
+            log.warning("jobs are not shown in Flower: the database has trouble reason=%s; %s", error_name(error), hint)
 
     def _on_loop(self, work: Callable[..., Any], *arguments: object) -> Any:
         done: Future[Any] = Future()

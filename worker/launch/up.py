@@ -29,7 +29,7 @@ from worker.launch.supervisor import (
     read_procfile,
 )
 from worker.settings import EMBEDDED_SOCKET, KEY_NAMES, PROCESS_SETTINGS, Settings, dotenv_file, load
-from worker.store.engine import connected, make_engine
+from worker.store.engine import make_engine, translate_errors
 from worker.system.json_logs import OPENING, plain_line
 from worker.system.own_package import advice, other_worker, python_path
 
@@ -127,7 +127,7 @@ def check_database(settings: Settings) -> None:
     """Raises Unavailable, with one line, where the database does not answer."""
     engine = make_engine(settings.database)
     try:
-        with connected(settings.database), engine.connect():
+        with translate_errors(settings.database), engine.connect():
             pass
     finally:
         engine.dispose()

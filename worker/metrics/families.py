@@ -25,7 +25,7 @@ from worker.store.counters import (
     CounterKey,
     Total,
 )
-from worker.store.reports.stats import STATES, Standing
+from worker.store.reports.stats import STATES, Stats
 
 PREFIX = "fetch_worker_"
 TROUBLES = ("none", "storage", "http_error", "unreachable", "gone", "not_media", "truncated", "worker_crash")
@@ -153,7 +153,7 @@ def _accounts(reading: Reading) -> Iterator[Metric]:
     )
 
 
-def _holds(state: Standing) -> Iterator[Metric]:
+def _holds(state: Stats) -> Iterator[Metric]:
     labels = ["scope", "name", "reason"]
     yield _gauges(
         "hold",

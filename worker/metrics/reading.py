@@ -15,10 +15,10 @@ from worker.errors import SchemaOutdated, WorkerError
 from worker.operations.overview import HEALTHY_SECONDS
 from worker.settings import Settings
 from worker.store.counters import KINDS_MOST, OTHER, Total, read_counters
-from worker.store.engine import SCHEMA_VERSION, SNAPSHOT, connected, database_now, reason, schema_version
-from worker.store.events import Pending, overdue, pending
-from worker.store.outputs import claims_held, stuck_claims
-from worker.store.reports.stats import Standing, standing, unfinished, waiting_by_kind
+from worker.store.engine import SCHEMA_VERSION, SNAPSHOT, database_now, error_name, schema_version, translate_errors
+from worker.store.events import PendingEvents, count_overdue_events, count_pending_events
+from worker.store.outputs import count_claims, count_expired_claims
+from worker.store.reports.stats import Stats, count_unfinished, read_stats, waiting_by_kind
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +32,12 @@ class Reading:
     """All that a scrape tells. `unfinished` counts jobs by account, kind and state, with no more kinds than totals."""
 
     schema: str
-    standing: Standing
+    standing: Stats
     unfinished: Mapping[tuple[str, str, str], int]
     counters: Sequence[Total]
     claims: Mapping[str, int]
     stuck: int
-    webhooks: Pending
+    webhooks: PendingEvents
     webhooks_late: int
     full_rps: Callable[[str], float]
 
@@ -45,7 +45,7 @@ class Reading:
 def read(engine: Engine, settings: Settings) -> Reading:
     """Reads it. Raises SchemaOutdated where the tables are of an older version, Unavailable where nobody answers."""
     snapshots = engine.execution_options(**{SNAPSHOT: True})  # else a job on its way is counted twice, or not at all
-    with connected(engine.url), snapshots.connect() as connection:
+    with translate_errors(engine.url), snapshots.connect() as connection:
         schema = schema_version(connection)
         if schema is None or schema < SCHEMA_VERSION:
             raise SchemaOutdated(f"the schema is {schema}, {SCHEMA_VERSION} is needed: run `fetch-worker migrate`")
@@ -54,13 +54,15 @@ def read(engine: Engine, settings: Settings) -> Reading:
         counters = read_counters(connection)
         return Reading(
             schema=schema,
-            standing=standing(connection, waiting, now=now, full_rps=settings.rps),
-            unfinished=bounded(unfinished(connection, waiting), {one.figure.kind for one in counters} - {""}),
+            standing=read_stats(connection, waiting, now=now, full_rps=settings.rps),
+            unfinished=bounded(count_unfinished(connection, waiting), {one.figure.kind for one in counters} - {""}),
             counters=counters,
-            claims=claims_held(connection),
-            stuck=stuck_claims(connection, before=now - timedelta(seconds=settings.recovery_seconds + HEALTHY_SECONDS)),
-            webhooks=pending(connection),
-            webhooks_late=overdue(connection, before=now - timedelta(seconds=LATE_SECONDS)),
+            claims=count_claims(connection),
+            stuck=count_expired_claims(
+                connection, before=now - timedelta(seconds=settings.recovery_seconds + HEALTHY_SECONDS)
+            ),
+            webhooks=count_pending_events(connection),
+            webhooks_late=count_overdue_events(connection, before=now - timedelta(seconds=LATE_SECONDS)),
             full_rps=settings.rps,
         )
 
@@ -107,7 +109,7 @@ class SharedReading:
         except WorkerError as wrong:
             found, trouble = None, str(wrong)
         except SQLAlchemyError as error:
-            found, trouble = None, reason(error)
+            found, trouble = None, error_name(error)
         if trouble is not None and trouble != self._trouble:
             log.warning("no figures: %s", trouble)
         self._trouble = trouble

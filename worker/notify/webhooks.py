@@ -29,7 +29,7 @@ from worker.net.pooled_adapter import LeanAdapter
 from worker.notify.receivers import Receivers, prefix
 from worker.notify.receivers import receiver_name as _receiver
 from worker.store.engine import database_now
-from worker.store.events import ClaimedEvent, claim_events, defer, open_events, record_delivery, release_events
+from worker.store.events import ClaimedEvent, claim_events, create_events, defer_events, record_delivery, release_events
 from worker.system.redaction import Scrubber
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class Webhooks:
             if astray:  # their leases would be renewed for as long as this process has any work
                 mine, again = [self._leases.holder], now + self._leases.lease
                 release_events(connection, mine, due_at=again, but=[event.id for event in under_way])
-            open_events(connection, now=now, limit=BATCH)
+            create_events(connection, now=now, limit=BATCH)
             due = claim_events(
                 connection,
                 token=token,
@@ -114,7 +114,7 @@ class Webhooks:
         later = self._begin(due, busy, free)
         if later:
             with self._engine.begin() as connection:
-                defer(connection, later, now=now, due_at=now + timedelta(seconds=PUT_OFF_SECONDS))
+                defer_events(connection, later, now=now, due_at=now + timedelta(seconds=PUT_OFF_SECONDS))
         return len(due) - len(later)
 
     def wait(self, seconds: float) -> bool:
@@ -174,13 +174,13 @@ class Webhooks:
     def _put_off(self, event: ClaimedEvent) -> None:
         with self._engine.begin() as connection:
             now = database_now(connection)
-            defer(connection, [event], now=now, due_at=now + timedelta(seconds=PUT_OFF_SECONDS))
+            defer_events(connection, [event], now=now, due_at=now + timedelta(seconds=PUT_OFF_SECONDS))
 
     def _give_back(self, event: ClaimedEvent) -> None:
         """Give back an event that was not sent because its lease may be over."""
         with self._engine.begin() as connection:
             now = database_now(connection)
-            defer(connection, [event], now=now, due_at=now)
+            defer_events(connection, [event], now=now, due_at=now)
         log.warning("a claim was not sure to last, no webhook was sent event_id=%s", event.event_id)
 
     def _record(self, event: ClaimedEvent, status: int | None, message: str | None, asked: float | None) -> None:

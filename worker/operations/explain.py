@@ -27,9 +27,9 @@ from worker.settings import Settings
 from worker.store.breakers import all_breakers, last_asked
 from worker.store.claims import DueGroup, due_groups
 from worker.store.engine import database_now
-from worker.store.holds import patience
+from worker.store.holds import work_limits
 from worker.store.promises import promise_row
-from worker.store.reports.live import due_before
+from worker.store.reports.live import count_due_before
 from worker.system.process_identity import fate
 
 AHEAD_MOST = 10_000
@@ -107,7 +107,7 @@ def read_facts(
         state=state or AccountState(job.account, None, None, None, settings.rps(job.account)),
         breakers=breakers,
         model=read_models(connection, [(job.account, job.kind)])[job.account, job.kind][0],
-        ahead=due_before(connection, levels, job, now=now, most=AHEAD_MOST + 1) if waits else 0,
+        ahead=count_due_before(connection, levels, job, now=now, most=AHEAD_MOST + 1) if waits else 0,
         asked=last_asked(connection),
         settings=settings,
         promise=promise_row(connection, job.id),
@@ -272,7 +272,7 @@ def _claim(facts: Facts) -> Step:
 
 def _claimed(facts: Facts, name: str, row: Row[Any], doing: str, start: str) -> Step:
     """A claim, of the job or of an output: whether anybody still works on it."""
-    most = patience(facts.settings)
+    most = work_limits(facts.settings)
     began, longest = (row.asked_at, most.call) if row is facts.job else (row.claimed_at, most.download)
     since = "" if began is None else f" since {span(facts.since(began))}"
     life = fate(row.claim_holder)

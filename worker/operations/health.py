@@ -23,9 +23,9 @@ from worker.operations.overview import HEALTHY_SECONDS, Overview, overview
 from worker.settings import Settings
 from worker.storage.select import storage_for
 from worker.store.database_identity import database_id
-from worker.store.engine import check_schema, connected, database_now, engine_for, shown_url, takes_writes
-from worker.store.events import Undelivered, overdue, undelivered
-from worker.store.holds import patience
+from worker.store.engine import check_schema, database_now, engine_for, is_writable, shown_url, translate_errors
+from worker.store.events import UndeliveredEvents, count_overdue_events, undelivered_events
+from worker.store.holds import work_limits
 from worker.store.on_done import GIVE_UP, recent_on_done, refused_calls, unsent_calls
 from worker.store.reports import live
 from worker.store.reports.server_state import HISTORY_MOST, ServerState, server_state
@@ -85,7 +85,7 @@ def examine(settings: Settings, nodes: Nodes, *, queues: Mapping[str, str]) -> I
 def alive(settings: Settings) -> Check:
     """Whether the work is being done: nothing is due for long, or requests went out lately. For containers."""
     try:
-        with connected(settings.database), engine_for(settings.database).connect() as connection:
+        with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
             return _work(overview(connection, settings))
     except WorkerError as wrong:
         return Check("work", False, str(wrong))
@@ -114,9 +114,9 @@ def _database(settings: Settings) -> Check:
     try:
         check_schema(engine)
         began = time.monotonic()
-        with connected(settings.database), engine.connect() as connection:
+        with translate_errors(settings.database), engine.connect() as connection:
             skew = (database_now(connection) - datetime.now(UTC)).total_seconds()
-            writable = takes_writes(connection)
+            writable = is_writable(connection)
         took = time.monotonic() - began
     except WorkerError as wrong:
         return Check("database", False, str(wrong))
@@ -140,10 +140,12 @@ def _database(settings: Settings) -> Check:
 
 def _with_tables(settings: Settings) -> Iterator[Check]:
     try:
-        with connected(settings.database), engine_for(settings.database).connect() as connection:
+        with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
             state = overview(connection, settings)
-            told = undelivered(connection, since=database_now(connection) - timedelta(days=1))
-            late_news = overdue(connection, before=database_now(connection) - timedelta(seconds=UNTOLD_LATE_SECONDS))
+            told = undelivered_events(connection, since=database_now(connection) - timedelta(days=1))
+            late_news = count_overdue_events(
+                connection, before=database_now(connection) - timedelta(seconds=UNTOLD_LATE_SECONDS)
+            )
             claims = _claims(connection, settings)
             on_done = _on_done(connection)
             forgotten = _forgotten(connection, state)
@@ -175,7 +177,7 @@ def _with_tables(settings: Settings) -> Iterator[Check]:
 def _server(settings: Settings) -> Iterator[Check]:
     """The database server's own upkeep: what slows everything down in the course of days."""
     try:
-        with connected(settings.database), engine_for(settings.database).connect() as connection:
+        with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
             state = server_state(connection)
     except WorkerError as wrong:
         yield Check("vacuum", False, str(wrong))
@@ -233,7 +235,7 @@ def _on_done(connection: Connection) -> Check:
     return Check("on_done", True, "every on_done task of a final job is sent")
 
 
-def _webhooks(told: Undelivered, late: int) -> Check:
+def _webhooks(told: UndeliveredEvents, late: int) -> Check:
     if late:
         said = f"{late} are due for more than {UNTOLD_LATE_SECONDS:.0f} s and nobody sends them"
         return Check("webhooks", False, f"{said}: does the `worker` process run, and has it WEBHOOK_SECRET?")
@@ -245,9 +247,9 @@ def _webhooks(told: Undelivered, late: int) -> Check:
 
 def _claims(connection: Connection, settings: Settings) -> Check:
     """Claims that somebody should have taken up by now, or that are older than any work can be."""
-    now, work = database_now(connection), patience(settings)
+    now, work = database_now(connection), work_limits(settings)
     grace = timedelta(seconds=settings.recovery_seconds + HEALTHY_SECONDS)
-    lost = live.lost_claims(
+    lost = live.stale_claims(
         connection, dead=(), over_before=now - grace, asked_before=now - work.call, fetched_before=now - work.download
     )
     if not lost:
@@ -262,7 +264,7 @@ def _forgotten(connection: Connection, state: Overview) -> Check:
     if state.jobs["pending"] > live.COUNTED_MOST:
         return Check("deadlines", True, "too many jobs wait to look at each: `fetch-worker list --past-deadline`")
     now = database_now(connection)
-    found = live.overdue(connection, now=now, later=now + timedelta(seconds=SOON_SECONDS), limit=NAMED_MOST)
+    found = live.jobs_past_deadline(connection, now=now, later=now + timedelta(seconds=SOON_SECONDS), limit=NAMED_MOST)
     if not found:
         return Check("deadlines", True, "no job past its deadline is forgotten")
     ids = " ".join(str(row.id) for row in found)
@@ -348,7 +350,7 @@ def _processes(settings: Settings, nodes: Nodes, queues: Mapping[str, str]) -> I
 def _on_done_queues(settings: Settings, nodes: Mapping[str, Node]) -> Check:
     """Whether messages for web apps pile up in queues that no process consumes, as far as the broker can tell."""
     try:
-        with connected(settings.database), engine_for(settings.database).connect() as connection:
+        with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
             queues = {task_and_queue(on_done)[1] for on_done in recent_on_done(connection)}
         with BrokerConnection(settings.broker, connect_timeout=PING_SECONDS) as broker:
             broker.ensure_connection(max_retries=1, timeout=PING_SECONDS)

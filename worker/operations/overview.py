@@ -18,10 +18,10 @@ from worker.settings import Settings
 from worker.store.breakers import all_breakers, last_asked
 from worker.store.claims import DueGroup, due_groups
 from worker.store.engine import database_now
-from worker.store.holds import patience
-from worker.store.jobs import counts, waiting_accounts
+from worker.store.holds import work_limits
+from worker.store.jobs import count_by_state, waiting_accounts
 from worker.store.late_looks import look_of
-from worker.store.outputs import unstored
+from worker.store.outputs import unstored_by_code
 from worker.store.paces import newest_paces
 from worker.store.promises import promise_row
 from worker.store.schema import HELD_UNTIL
@@ -127,7 +127,7 @@ def overview(connection: Connection, settings: Settings) -> Overview:
     oldest = max(0.0, (now - min(since)).total_seconds()) if since else 0.0
     asked = last_asked(connection)
     working = asked is not None and now - asked <= timedelta(seconds=HEALTHY_SECONDS)
-    found = counts(connection)
+    found = count_by_state(connection)
     return Overview(
         jobs={state: found.get(state, 0) for state in JOB_STATES},
         accounts=accounts,
@@ -155,7 +155,7 @@ def account_states(
 
 
 def _unstored(connection: Connection, now: datetime) -> Unstored:
-    found = unstored(connection)
+    found = unstored_by_code(connection)
     oldest = min((one.oldest for one in found), default=now)
     return Unstored(
         count=sum(one.count for one in found),
@@ -293,7 +293,7 @@ def why(connection: Connection, job: Row[Any], outputs: Sequence[Row[Any]], sett
     last = f"; last answer: {masked(said[0].note)}" if said else ""
     if job.claim_token is not None and job.due_at < now:
         return f"{job.claim_holder} took it, and its lease is over: no worker has taken it up since{last}"
-    if job.claim_token is not None and job.asked_at is not None and now - job.asked_at > patience(settings).call:
+    if job.claim_token is not None and job.asked_at is not None and now - job.asked_at > work_limits(settings).call:
         took = (now - job.asked_at).total_seconds()
         return (
             f"{job.claim_holder} took it {took:.0f} s ago, longer than any request takes: `resume` has it go on{last}"

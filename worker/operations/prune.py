@@ -17,10 +17,10 @@ from sqlalchemy.exc import DBAPIError
 
 from worker.errors import SettingsError, StorageTrouble
 from worker.settings import Settings
-from worker.storage.local import Storage, job_of
+from worker.storage.local import Storage, job_id_of
 from worker.storage.select import storage_of
 from worker.store import pruning
-from worker.store.engine import PATIENCE, RELAXED, database_now, server_trouble, trouble
+from worker.store.engine import LOCK_WAIT, RELAXED, database_now, error_kind, is_server_error
 
 BATCH = 200  # jobs per transaction
 LOOK_IDS = 250_000  # ids per statement that counts: about a second, far below the statement time-out
@@ -97,7 +97,7 @@ def prune(
         rest(min(max(time.monotonic() - began, LEAST_PAUSE), LONGEST_PAUSE))
     if done.jobs:
         with engine.begin() as connection:
-            pruning.forget_crashes(connection)
+            pruning.delete_stale_crashes(connection)
     return done
 
 
@@ -108,7 +108,7 @@ def _windows(engine: Engine, wanted: Retention) -> Iterator[tuple[str, list[int]
         after: int | None = 0
         while after is not None:
             with engine.connect() as connection:
-                ids, after = pruning.window(connection, status, after=after, cutoff=cutoff, limit=BATCH)
+                ids, after = pruning.next_window(connection, status, after=after, cutoff=cutoff, limit=BATCH)
             if ids:
                 yield status, ids, cutoff
 
@@ -120,9 +120,9 @@ def _batch_or_singly(
     try:
         _batch(engine, files, wanted, done, status, ids, cutoff)
     except DBAPIError as error:
-        if trouble(error) == "locked":
+        if error_kind(error) == "locked":
             return  # the next prune tries them again
-        if server_trouble(error):
+        if is_server_error(error):
             raise
         if len(ids) == 1:
             done.kept += 1
@@ -141,7 +141,7 @@ def _batch(
     engine: Engine, files: "_Files", wanted: Retention, done: Pruned, status: str, ids: list[int], cutoff: datetime
 ) -> None:
     # Rows that a crash of the server brings back are pruned again; but what marks say must outlast it: files go then.
-    patient = engine.execution_options(**{PATIENCE: PATIENCE_SECONDS, RELAXED: not wanted.remove_files})
+    patient = engine.execution_options(**{LOCK_WAIT: PATIENCE_SECONDS, RELAXED: not wanted.remove_files})
     with patient.begin() as connection:
         going = pruning.lock_prunable(connection, ids, status, cutoff=cutoff)[: _left(wanted, done)]
         if not going:
@@ -150,9 +150,9 @@ def _batch(
         stored = [row for row in found if row.location is not None] if wanted.remove_files else []
         marked = {row.job_id for row in stored}
         if marked:
-            pruning.mark(connection, sorted(marked))
+            pruning.mark_pruned(connection, sorted(marked))
         at_once = [job_id for job_id in going if job_id not in marked]
-        removed = pruning.remove(connection, at_once) if at_once else 0
+        removed = pruning.delete_jobs(connection, at_once) if at_once else 0
     done.jobs += removed
     done.outputs += sum(row.job_id not in marked for row in found)
     if marked:
@@ -172,10 +172,10 @@ def _remove_marked(
         return
     staying = {row.job_id for row in stored if row.id in refused}
     going = marked - staying
-    with engine.execution_options(**{PATIENCE: PATIENCE_SECONDS, RELAXED: True}).begin() as connection:
+    with engine.execution_options(**{LOCK_WAIT: PATIENCE_SECONDS, RELAXED: True}).begin() as connection:
         if refused:
-            pruning.unmark(connection, sorted(refused))
-        removed = pruning.remove(connection, sorted(going)) if going else 0
+            pruning.unmark_pruned(connection, sorted(refused))
+        removed = pruning.delete_jobs(connection, sorted(going)) if going else 0
     gone = [row for row in stored if row.id not in refused]
     done.jobs += removed
     done.outputs += sum(row.job_id in going for row in found)
@@ -198,7 +198,7 @@ class _Files:
         refused: dict[int, str] = {}
         by_scheme: defaultdict[str, dict[str, int]] = defaultdict(dict)
         for row in rows:
-            if job_of(row.location) == row.job_id:
+            if job_id_of(row.location) == row.job_id:
                 by_scheme[row.location.partition(":")[0]][row.location] = row.id
             else:
                 refused[row.id] = f"{row.location[:200]} is no name that this job's files have"

@@ -23,10 +23,10 @@ from worker.core.redaction.masking import link_host, masked
 from worker.operations.overview import HEALTHY_SECONDS, AccountState, account_states, no_key
 from worker.settings import Settings
 from worker.store.breakers import all_breakers, last_asked
-from worker.store.claims import due_groups, holders
+from worker.store.claims import claim_holders, due_groups
 from worker.store.counters import ANSWERS, DELAY, POLLED, CounterKey, Total, read_counters
-from worker.store.engine import connected, database_now
-from worker.store.holds import patience
+from worker.store.engine import database_now, translate_errors
+from worker.store.holds import work_limits
 from worker.store.jobs import waiting_accounts
 from worker.store.reports import live
 from worker.system.process_identity import dead
@@ -236,7 +236,7 @@ class _Read:
     late: Sequence[Row[Any]]
     late_count: int
     overdue: Sequence[Row[Any]]
-    claims: Sequence[live.LostClaim]
+    claims: Sequence[live.StaleClaim]
     transfers: Sequence[Row[Any]]
     unstored: Sequence[Row[Any]]
     events: Sequence[Row[Any]]
@@ -249,33 +249,35 @@ def _read(connection: Connection, settings: Settings) -> _Read:
     now = database_now(connection)
     known = all_breakers(connection)
     levels = due_groups(connection, waiting_accounts(connection))
-    gone = dead(holders(connection))
-    late, work = now - timedelta(seconds=LATE_SECONDS), patience(settings)
-    jobs = live.counted_jobs(connection)
+    gone = dead(claim_holders(connection))
+    late, work = now - timedelta(seconds=LATE_SECONDS), work_limits(settings)
+    jobs = live.count_jobs(connection)
     return _Read(
         now=now,
         known=known,
         states=account_states(known, levels, settings, now),
         asked=last_asked(connection),
-        asking=live.asked_about(connection, now=now),
+        asking=live.count_running_polls(connection, now=now),
         gone=gone,
         jobs=jobs,
-        late=live.latest_due(connection, levels, before=late, limit=LATE_MOST),
+        late=live.longest_due(connection, levels, before=late, limit=LATE_MOST),
         late_count=live.count_late(connection, levels, before=late),
-        overdue=live.overdue(connection, now=now, later=now + SOON, limit=LATE_MOST)
+        overdue=live.jobs_past_deadline(connection, now=now, later=now + SOON, limit=LATE_MOST)
         if jobs["pending"] <= live.COUNTED_MOST
         else (),
-        claims=live.lost_claims(
+        claims=live.stale_claims(
             connection,
             dead=gone,
             over_before=now - timedelta(seconds=OVER_SECONDS),
             asked_before=now - work.call,
             fetched_before=now - work.download,
         ),
-        transfers=live.received_now(connection, now=now, limit=TRANSFERS_MOST),
+        transfers=live.running_downloads(connection, now=now, limit=TRANSFERS_MOST),
         unstored=live.oldest_unstored(connection, limit=UNSTORED_MOST),
         events=live.pending_events(connection, limit=EVENTS_MOST),
-        unannounced=live.unannounced(connection, before=now - timedelta(seconds=LATE_EVENT_SECONDS), limit=EVENTS_MOST),
+        unannounced=live.jobs_without_event(
+            connection, before=now - timedelta(seconds=LATE_EVENT_SECONDS), limit=EVENTS_MOST
+        ),
         failures=live.last_failures(connection, limit=FAILURES_MOST),
         counters=read_counters(connection, (ANSWERS, DELAY, POLLED)),
     )
@@ -296,8 +298,8 @@ class SnapshotReader:
         self._samples: deque[_Sample] = deque()
 
     def frame(self) -> Frame:
-        """How everything stands now. Raises what `worker.store.engine.connected` makes of a database that is away."""
-        with connected(self._settings.database), self._engine.connect() as connection:
+        """Return the present state. Raises what `worker.store.engine.translate_errors` raises."""
+        with translate_errors(self._settings.database), self._engine.connect() as connection:
             read = _read(connection, self._settings)
         # Redis is looked into after the transaction: no network inside of one.
         peeks = self._budget.peek({state.account: state.rps for state in read.states})
@@ -435,7 +437,7 @@ class _Why:
         return "the budget is short" if self.working else NO_WORKER
 
 
-def _lost(claim: live.LostClaim, gone: Collection[str], now: datetime) -> LostClaim:
+def _lost(claim: live.StaleClaim, gone: Collection[str], now: datetime) -> LostClaim:
     return LostClaim(claim.what, claim.id, claim.holder, claim.holder in gone, _seconds(now - claim.until))
 
 

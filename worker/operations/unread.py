@@ -22,7 +22,7 @@ from worker.core.lifecycle import (
 from worker.core.reply import CLASSES, ApiError, Ready, Reply
 from worker.settings import Settings
 from worker.store.counters import Tally
-from worker.store.engine import connected, database_now, engine_for, transact
+from worker.store.engine import database_now, engine_for, transact, translate_errors
 from worker.store.revival import end_pending, locked_jobs, revive
 from worker.store.unread import answers_of, jobs_with_answers
 from worker.vendor.families import is_training
@@ -55,10 +55,10 @@ def apply(settings: Settings, *, shape: str | None = None) -> Iterator[list[Rere
     answer of that shape. Raises Unavailable; what was yielded is done.
     """
     engine = engine_for(settings.database)
-    with connected(settings.database), engine.connect() as connection:
+    with translate_errors(settings.database), engine.connect() as connection:
         ids = jobs_with_answers(connection, shape=shape)
     for start in range(0, len(ids), BATCH):
-        with connected(settings.database):
+        with translate_errors(settings.database):
             done = transact(engine, partial(_apply, ids=ids[start : start + BATCH], settings=settings))
         if any(one.changed for one in done):
             tracking.wake(settings)

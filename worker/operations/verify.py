@@ -8,11 +8,11 @@ from sqlalchemy import Engine, Row
 
 from worker.errors import StorageTrouble
 from worker.settings import Settings
-from worker.storage.local import Storage, job_of, place_of
+from worker.storage.local import Storage, canonical_location, job_id_of
 from worker.storage.select import storage_for, storage_of
 from worker.store.engine import database_now
-from worker.store.events import open_events
-from worker.store.outputs import known_jobs, put_back, stored_after, unknown_of
+from worker.store.events import create_events
+from worker.store.outputs import existing_jobs, requeue_output, stored_after, unknown_locations
 
 PAGE = 200
 SUSPICIOUS = 20
@@ -70,7 +70,7 @@ def verify(
     missing: list[Row[Any]] | None = None if force or dry_run else []
     for row in _stored(engine, job_ids):
         found.checked += 1
-        known.add(hash(place_of(row.location)))
+        known.add(hash(canonical_location(row.location)))
         scheme = row.location.partition(":")[0]
         if scheme not in stores:
             stores[scheme] = storage_of(row.location, settings)
@@ -102,11 +102,11 @@ def verify(
     for late in missing or ():
         found.wrong.append(_mended(engine, stores, late, "missing"))
     if job_ids is None:
-        strangers = [one for one in storage_for(settings).locations() if hash(place_of(one)) not in known]
+        strangers = [one for one in storage_for(settings).locations() if hash(canonical_location(one)) not in known]
         with engine.connect() as connection:
-            unknown = sorted(unknown_of(connection, strangers))
-            there = known_jobs(connection, {job for one in unknown if (job := job_of(one)) is not None})
-        found.kept = [one for one in unknown if (job := job_of(one)) is not None and job not in there]
+            unknown = sorted(unknown_locations(connection, strangers))
+            there = existing_jobs(connection, {job for one in unknown if (job := job_id_of(one)) is not None})
+        found.kept = [one for one in unknown if (job := job_id_of(one)) is not None and job not in there]
         kept = set(found.kept)
         found.orphans = [one for one in unknown if one not in kept]
     return found
@@ -144,6 +144,6 @@ def _mend(engine: Engine, storage: Storage, row: Row[Any], condition: str) -> st
         return f"left: {refused}"
     with engine.begin() as connection:
         now = database_now(connection)
-        open_events(connection, now=now, of=[row.job_id])  # of the end that is taken back
-        done = put_back(connection, row.id, location=row.location, now=now)
+        create_events(connection, now=now, of=[row.job_id])  # of the end that is taken back
+        done = requeue_output(connection, row.id, location=row.location, now=now)
     return PUT_BACK if done else "left: it was changed meanwhile"

@@ -33,12 +33,12 @@ from worker.store.late_looks import (
     ClaimedLook,
     DueLook,
     claim_look,
-    defer_due,
+    defer_due_looks,
     defer_look,
-    drop_stale,
+    delete_stale_looks,
     due_looks,
+    lock_look,
     plan_next_look,
-    still_ours,
 )
 from worker.store.revival import Revived, revive
 from worker.store.unread import keep_answers
@@ -106,7 +106,7 @@ class LateLooks:
             return 0
         try:
             with self._engine.begin() as connection:
-                drop_stale(connection, self._after, now=database_now(connection), limit=AT_ONCE)
+                delete_stale_looks(connection, self._after, now=database_now(connection), limit=AT_ONCE)
             return sum(self._look(due) for due in self._open())
         finally:
             self._running.release()
@@ -129,7 +129,7 @@ class LateLooks:
             free = {account: self._is_free(connection, account, known, now) for account in {one.account for one in due}}
             may = [one for one in due if free[one.account] and _host_is_open(known, one.host, now)]
             shut = {one.job_id for one in due}.difference(one.job_id for one in may)
-            defer_due(connection, list(shut), now=now, due_at=now + SHUT_WAIT)
+            defer_due_looks(connection, list(shut), now=now, due_at=now + SHUT_WAIT)
             return may
 
     def _is_free(
@@ -209,7 +209,7 @@ class LateLooks:
     def _give_back(self, look: ClaimedLook, wait: timedelta) -> None:
         """Put off a look whose request was not sent."""
         with self._engine.begin() as connection:
-            if still_ours(connection, look):
+            if lock_look(connection, look):
                 defer_look(connection, look, due_at=database_now(connection) + wait, sent=False)
 
     def _record(
@@ -230,7 +230,7 @@ class LateLooks:
             now = database_now(connection)
             move_gates(connection, [asked], known, lambda _: limit, now=now)
             tally = Tally()
-            if still_ours(connection, look):
+            if lock_look(connection, look):
                 revived = self._settle(connection, look, asked, tally, now)
             count_answers(tally, [asked])
             tally.write(connection)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from sqlalchemy import Connection, Engine
 
 from worker.core.pacing.policy import Model, Waiting
-from worker.store.engine import PATIENCE, RELAXED, database_now
+from worker.store.engine import LOCK_WAIT, RELAXED, database_now
 from worker.store.paces import Class, add_pace, load_paces, locked_pace, save_pace
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class Learner:
     """The models of one process. All of it is for one thread."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine.execution_options(**{RELAXED: True, PATIENCE: LOCK_PATIENCE})
+        self._engine = engine.execution_options(**{RELAXED: True, LOCK_WAIT: LOCK_PATIENCE})
         self._models: dict[Class, Model] = {}
         self._versions: dict[Class, int] = {}
         self._taught: set[Class] = set()

@@ -27,7 +27,7 @@ from worker.polling.api_client import ApiClient
 from worker.polling.recorder import Recorder
 from worker.polling.request_pool import Asked, Calls
 from worker.store.breakers import all_breakers, locked_breaker, save_breaker
-from worker.store.claims import ClaimedJob, DueGroup, claim_jobs, due_groups, release_jobs, release_tokens
+from worker.store.claims import ClaimedJob, DueGroup, claim_jobs, due_groups, release_claimed_jobs, release_jobs
 from worker.store.engine import RELAXED, database_now
 from worker.store.jobs import readdress
 from worker.store.late_looks import plan_looks
@@ -463,7 +463,9 @@ class Poller:
         """Gives back what was claimed by a transaction of which nobody knows if it was committed."""
         if self._unsure:
             with self._engine.begin() as connection:
-                released = release_tokens(connection, self._leases.holder, self._unsure, now=database_now(connection))
+                released = release_claimed_jobs(
+                    connection, self._leases.holder, self._unsure, now=database_now(connection)
+                )
             self._unsure.clear()
             if released:
                 log.warning("claims whose commit was cut off are given back jobs=%s", released)

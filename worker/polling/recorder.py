@@ -29,7 +29,7 @@ from worker.polling.request_pool import Asked
 from worker.store.breakers import all_breakers, locked_breaker, mark_asked, save_breaker
 from worker.store.claims import ClaimedJob
 from worker.store.counters import ANSWERS, Tally
-from worker.store.engine import PATIENCE, database_now, server_trouble, trouble
+from worker.store.engine import LOCK_WAIT, database_now, error_kind, is_server_error
 from worker.store.jobs import readdress
 from worker.store.late_looks import plan_looks
 from worker.store.results import Outcome, Recorded, locked_jobs, quarantine, record_answers
@@ -72,8 +72,8 @@ class Recorder:
     ) -> None:
         self._engine = engine
         self._default_address = default_address
-        self._batches = engine.execution_options(**{PATIENCE: BATCH_PATIENCE})
-        self._single = engine.execution_options(**{PATIENCE: SINGLE_PATIENCE})
+        self._batches = engine.execution_options(**{LOCK_WAIT: BATCH_PATIENCE})
+        self._single = engine.execution_options(**{LOCK_WAIT: SINGLE_PATIENCE})
         self._pace = pace
         self._learner = Learner(engine)
         self._least = timedelta(seconds=pace.least)
@@ -123,9 +123,9 @@ class Recorder:
             try:
                 done = self._write(self._batches, batch, known)
             except Exception as error:  # whatever a row can do to a statement; only its own answer may suffer
-                if server_trouble(error):
+                if is_server_error(error):
                     raise
-                if trouble(error) == "locked" and self._put_locked_aside(len(batch)):
+                if error_kind(error) == "locked" and self._put_locked_aside(len(batch)):
                     continue
                 log.error("a batch of answers could not be written, writing them singly reason=%s", _reason(error))
                 lost += self._write_singly(len(batch), known)
@@ -135,7 +135,7 @@ class Recorder:
         try:
             self._learner.share_if_due()
         except DBAPIError as error:
-            if trouble(error) != "locked":
+            if error_kind(error) != "locked":
                 raise
             log.warning("what was learned is shared later reason=%s", _reason(error))
         return lost
@@ -169,12 +169,12 @@ class Recorder:
             try:
                 done = self._write(self._single, [one], known)
             except Exception as error:  # as above
-                if server_trouble(error):
+                if is_server_error(error):
                     raise
                 if not isinstance(error, (SQLAlchemyError, ValueError)):
                     log.exception("a fault of ours, the answer waits job=%s", one.job.id)
                     self._locked.append(one)
-                elif trouble(error) == "locked" or not self._quarantine(one, error):
+                elif error_kind(error) == "locked" or not self._quarantine(one, error):
                     self._locked.append(one)
                 del self._waiting[0]
             else:
@@ -199,7 +199,7 @@ class Recorder:
                 now = database_now(connection)
                 ended = quarantine(connection, one.job, f"its answer could not be written: {_reason(error)}", now=now)
         except Exception as again:  # nothing is lost: its answer waits
-            if server_trouble(again):
+            if is_server_error(again):
                 raise
             return False
         if ended:

@@ -22,7 +22,7 @@ from worker.errors import DeploymentError, SchemaOutdated, Unavailable
 from worker.process.neighbours import remember_database, warn_of_strangers
 from worker.process.resources import process_resources
 from worker.process.runs import probe_keys, run_polls, run_sweep, run_webhooks
-from worker.store.engine import described, engine_for
+from worker.store.engine import describe_error, engine_for
 from worker.store.migrate import expand
 from worker.system.watchdog import Loop, Watchdog, watched_seconds
 
@@ -138,7 +138,7 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
                 settings.keys.take_changed()
                 probe_keys(settings.keys)
             except Exception as error:
-                log.error("waiting for the database reason=%s", described(error, settings.database))
+                log.error("waiting for the database reason=%s", describe_error(error, settings.database))
                 self._stop.wait(DATABASE_WAIT_SECONDS)
             else:
                 return

@@ -9,7 +9,7 @@ from worker.app import settings
 from worker.configuration import state_directory
 from worker.coordination.sent_requests import sent_by
 from worker.errors import SettingsError
-from worker.store.claims import holders
+from worker.store.claims import claim_holders
 from worker.store.engine import database_now
 from worker.store.events import release_events
 from worker.store.reaper import Released, release_crashed
@@ -30,7 +30,7 @@ def sent_folder() -> Path:
 
 def release_dead_claims(connection: Connection) -> Released:
     """Release what dead processes of this host held: jobs, outputs and events."""
-    gone = dead(holders(connection))
+    gone = dead(claim_holders(connection))
     if not gone:
         return NOTHING_HELD
     now = database_now(connection)

@@ -26,7 +26,7 @@ from worker.process.dead_claims import log_released, release_dead_claims, sent_f
 from worker.process.publishing import log_broker_errors, queue_downloads, send_on_done
 from worker.process.redelivery import Deliveries, Outage
 from worker.storage.select import storage_for
-from worker.store.claims import holders
+from worker.store.claims import claim_holders
 from worker.store.engine import check_schema, engine_for
 from worker.store.repair import Repairer
 from worker.system.once import locked_property
@@ -213,7 +213,7 @@ class ProcessResources:
                 return
             with self.engine.begin() as connection:
                 released = release_dead_claims(connection)
-                holding = holders(connection)
+                holding = claim_holders(connection)
             self._released_dead_claims = True
         folder = sent_folder()
         gone = set(dead(processes_with_files(folder))) | old_files(folder, seconds=OLD_FILES_SECONDS)

@@ -24,9 +24,9 @@ from worker.process.dead_claims import log_released, release_dead_claims
 from worker.process.publishing import queue_downloads
 from worker.process.resources import ProcessResources, process_resources
 from worker.store.breakers import locked_breaker, save_breaker
-from worker.store.claims import waiting_outputs
-from worker.store.engine import database_now, described
-from worker.store.reports.history import sample
+from worker.store.claims import queue_due_outputs
+from worker.store.engine import database_now, describe_error
+from worker.store.reports.history import record_history
 
 log = get_task_logger(__name__)
 
@@ -48,7 +48,7 @@ def run_polls(*, gives_way: bool = False, progress: Progress | None = None) -> s
         own.release_dead_claims()
         report = own.poller.run(gives_way=gives_way, finish=not own.ticks, progress=progress)
     except DATABASE_ERRORS as error:
-        log.error("polling waits for the database reason=%s", described(error, settings.database))
+        log.error("polling waits for the database reason=%s", describe_error(error, settings.database))
         time.sleep(DATABASE_AWAY_SECONDS)
         return "the database is away"
     return "a run is on already" if report is None else str(report)
@@ -94,9 +94,9 @@ def run_sweep() -> str:
             now = database_now(connection)
             released = release_dead_claims(connection)
             lost = now - patience
-            output_ids = waiting_outputs(connection, now=now, queued_before=lost, limit=SWEEP_LIMIT)
+            output_ids = queue_due_outputs(connection, now=now, queued_before=lost, limit=SWEEP_LIMIT)
     except DATABASE_ERRORS as error:
-        log.error("the sweep waits for the database reason=%s", described(error, settings.database))
+        log.error("the sweep waits for the database reason=%s", describe_error(error, settings.database))
         return "the database is away"
     queue_downloads(output_ids)
     own.notify(None)
@@ -114,7 +114,7 @@ def _repair(own: ProcessResources) -> None:
     try:
         repaired = own.repairer.run()
     except DATABASE_ERRORS as error:
-        log.warning("a repair waits for the database reason=%s", described(error, settings.database))
+        log.warning("a repair waits for the database reason=%s", describe_error(error, settings.database))
         return
     finally:
         _repairing.release()
@@ -131,7 +131,7 @@ def _look_late(own: ProcessResources) -> None:
     try:
         own.late_looks.start()
     except DATABASE_ERRORS as error:
-        log.warning("late looks wait for the database reason=%s", described(error, settings.database))
+        log.warning("late looks wait for the database reason=%s", describe_error(error, settings.database))
 
 
 def _sample(own: ProcessResources) -> None:
@@ -140,9 +140,9 @@ def _sample(own: ProcessResources) -> None:
         return
     try:
         with own.engine.begin() as connection:
-            wait = sample(connection, now=database_now(connection), full_rps=settings.rps)
+            wait = record_history(connection, now=database_now(connection), full_rps=settings.rps)
     except DATABASE_ERRORS as error:
-        log.warning("the history lacks a line reason=%s", described(error, settings.database))
+        log.warning("the history lacks a line reason=%s", describe_error(error, settings.database))
         wait = SAMPLE_AGAIN
     own.sample_at = time.monotonic() + wait.total_seconds()
 
@@ -152,7 +152,7 @@ def run_webhooks() -> int:
     try:
         return process_resources().webhooks.run()
     except DATABASE_ERRORS as error:
-        log.error("webhooks wait for the database reason=%s", described(error, settings.database))
+        log.error("webhooks wait for the database reason=%s", describe_error(error, settings.database))
         return 0
 
 
@@ -174,7 +174,7 @@ def run_prune() -> str:
             own.engine, settings, wanted, go_on=lambda: time.monotonic() < until and not own.stopping.is_set()
         )
     except DATABASE_ERRORS as error:
-        log.error("pruning waits for the database reason=%s", described(error, settings.database))
+        log.error("pruning waits for the database reason=%s", describe_error(error, settings.database))
         return "the database is away"
     finally:
         _pruning.release()

@@ -74,7 +74,7 @@ def name_of(*, job_id: int, position: int, sha256: str, extension: str) -> str:
     return f"{job_id // JOBS_PER_FOLDER}/{job_id}/{position}-{sha256}.{extension}"
 
 
-def job_of(location: str) -> int | None:
+def job_id_of(location: str) -> int | None:
     """The job that an output's name tells, or None where it is no name of ours.
 
     >>> job_of("s3://bucket/12/12345/0-abababababababab.png"), job_of("file:///etc/passwd")
@@ -202,7 +202,7 @@ def path_of(location: str) -> Path:
     return Path(unquote(location.removeprefix("file://")))
 
 
-def place_of(location: str) -> str:
+def canonical_location(location: str) -> str:
     """What tells one location from another: a file is the same one by whatever links its directory is reached."""
     return os.path.realpath(path_of(location)) if location.startswith("file:") else location
 

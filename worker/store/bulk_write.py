@@ -35,10 +35,12 @@ from worker.store.schema import UtcDateTime, jobs
 
 KEYS = ("id", "claim_token")
 INSERT_ROWS = 500  # one statement's worth; every database takes that many parameters
-FOLDED_ROWS = 5_000  # the same where all rows are one parameter
+JSON_BATCH_ROWS = 5_000  # the same where all rows are one parameter
 
 
-def write_claimed(connection: Connection, rows: Sequence[Mapping[str, Any]], *, now: datetime, **same: Any) -> set[int]:
+def update_claimed_jobs(
+    connection: Connection, rows: Sequence[Mapping[str, Any]], *, now: datetime, **same: Any
+) -> set[int]:
     """Writes claimed jobs whose claim still stands, and ends the claim; the ids of those that were written.
 
     Each row has `id`, `claim_token` and the same columns as the others; `same` is what all of them get. A time in a
@@ -52,7 +54,7 @@ def write_claimed(connection: Connection, rows: Sequence[Mapping[str, Any]], *, 
     if connection.dialect.name == "postgresql":
         statement = _write_all(tuple(changed), tuple(ended))
         values = {f"same_{name}": value for name, value in ended.items()}
-        written = connection.execute(statement, folded([*KEYS, *changed], by_id) | values | {"now": now})
+        written = connection.execute(statement, batch_parameter([*KEYS, *changed], by_id) | values | {"now": now})
         return set(written.scalars().all())
     claims = select(jobs.c.id, jobs.c.claim_token).where(
         jobs.c.id.in_([row["id"] for row in by_id]), jobs.c.due_at > now
@@ -83,7 +85,7 @@ def _moment(name: str, value: Any) -> Any:
 
 @cache
 def _write_all(changed: tuple[str, ...], same: tuple[str, ...]) -> Any:
-    fresh = unfolded(jobs, (*KEYS, *changed))
+    fresh = batch_columns(jobs, (*KEYS, *changed))
     written = {name: _with_those_before(fresh[name]) if name == "last_answer" else fresh[name] for name in changed}
     now = bindparam("now", type_=jobs.c.due_at.type)
     return (
@@ -99,7 +101,7 @@ def _write_all(changed: tuple[str, ...], same: tuple[str, ...]) -> Any:
     )
 
 
-def unfolded(table: Table, names: Sequence[str]) -> dict[str, ColumnElement[Any]]:
+def batch_columns(table: Table, names: Sequence[str]) -> dict[str, ColumnElement[Any]]:
     """The columns of a batch as PostgreSQL sees them; `folded` gives the parameter."""
     columns = [column(name, _plain(table.c[name])) for name in names]
     fresh = (
@@ -113,7 +115,7 @@ def unfolded(table: Table, names: Sequence[str]) -> dict[str, ColumnElement[Any]
     }
 
 
-def folded(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def batch_parameter(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """All rows in one parameter: JSON is written and read in C on both sides, arrays are escaped item by item."""
     if set(names) != set(rows[0]):
         rows = [{name: row[name] for name in names} for row in rows]

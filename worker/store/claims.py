@@ -101,7 +101,7 @@ class DueGroup:
     due_at: datetime
 
 
-def of_level(level: DueGroup) -> tuple[ColumnElement[bool], ...]:
+def in_due_group(level: DueGroup) -> tuple[ColumnElement[bool], ...]:
     """Return the conditions of the jobs of a level, in the words of the index that finds them."""
     return (
         jobs.c.account == level.account,
@@ -326,7 +326,7 @@ def release_jobs(connection: Connection, ids: list[int], token: str, *, due_at: 
     )
 
 
-def release_tokens(connection: Connection, holder: str, tokens: Sequence[str], *, now: datetime) -> int:
+def release_claimed_jobs(connection: Connection, holder: str, tokens: Sequence[str], *, now: datetime) -> int:
     """Gives back whatever this process claimed with these tokens and never asked about; how many jobs."""
     mine = (jobs.c.claim_holder == holder, jobs.c.claim_token.in_(tokens))
     released = update(jobs).where(*mine).values(due_at=now, claim_token=None, claim_holder=None, polls=jobs.c.polls - 1)
@@ -427,7 +427,7 @@ def release_output(connection: Connection, output: ClaimedOutput, *, due_at: dat
     )
 
 
-def release_outputs(connection: Connection, holder: str, tokens: Sequence[str], *, now: datetime) -> int:
+def release_claimed_outputs(connection: Connection, holder: str, tokens: Sequence[str], *, now: datetime) -> int:
     """Gives back whatever this process claimed with these tokens and has lost sight of; how many outputs."""
     mine = (outputs.c.claim_holder == holder, outputs.c.claim_token.in_(tokens))
     released = update(outputs).where(*mine).values(due_at=now, claim_token=None, claim_holder=None)
@@ -460,7 +460,7 @@ _LIVE_CLAIMS = [
 ]
 
 
-def note_received(connection: Connection, holder: str, received: Mapping[Claim, int], *, now: datetime) -> int:
+def record_progress(connection: Connection, holder: str, received: Mapping[Claim, int], *, now: datetime) -> int:
     """Notes how many bytes of these outputs are there, where the claim still stands; how many outputs.
 
     One that is locked is being recorded just now, and told of no more.
@@ -484,7 +484,7 @@ def note_received(connection: Connection, holder: str, received: Mapping[Claim, 
     return len(connection.execute(noted.where(outputs.c.id == picked.c.id).returning(outputs.c.id)).all())
 
 
-def holders(connection: Connection) -> set[str]:
+def claim_holders(connection: Connection) -> set[str]:
     """The processes that hold claims now."""
     return {
         holder
@@ -495,7 +495,7 @@ def holders(connection: Connection) -> set[str]:
     }
 
 
-def waiting_outputs(connection: Connection, *, now: datetime, queued_before: datetime, limit: int) -> list[int]:
+def queue_due_outputs(connection: Connection, *, now: datetime, queued_before: datetime, limit: int) -> list[int]:
     """Outputs that are due and were put on no queue, or so long ago that the message must be lost; oldest link first.
 
     They are marked as queued at `now`; the caller sends their tasks after the commit.

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, func, select
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from worker.core.histograms import DELAYS, POLLS, TRANSFERS, bucket
-from worker.store.bulk_write import folded, unfolded
+from worker.store.bulk_write import batch_columns, batch_parameter
 from worker.store.schema import counters
 
 SLOTS = 8
@@ -119,7 +119,7 @@ def read_counters(connection: Connection, names: Iterable[str] | None = None) ->
 def _add(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
     match connection.dialect.name:
         case "postgresql":
-            connection.execute(_add_all(), folded(list(rows[0]), rows))
+            connection.execute(_add_all(), batch_parameter(list(rows[0]), rows))
         case "sqlite":
             new = sqlite.insert(counters).values(rows)
             connection.execute(new.on_conflict_do_update(index_elements=_KEY, set_=_sums(new.excluded)))
@@ -130,7 +130,7 @@ def _add(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
 
 @cache
 def _add_all() -> Any:
-    fresh = unfolded(counters, _COLUMNS)
+    fresh = batch_columns(counters, _COLUMNS)
     new = postgresql.insert(counters).from_select(_COLUMNS, select(*fresh.values()))
     return new.on_conflict_do_update(index_elements=_KEY, set_=_sums(new.excluded))
 

@@ -37,7 +37,7 @@ MESSAGE_MOST = 200  # characters of the server's own message that are shown
 
 
 @dataclass(frozen=True, slots=True)
-class Code:
+class ErrorMeaning:
     """The meaning of an error code.
 
     `text` and `advice` are shown to people: "the database … {text}; {advice}". With `reconnect` this connection and all
@@ -50,48 +50,54 @@ class Code:
     reconnect: bool = False
 
 
-AWAY = Code("away", "does not answer", "check DATABASE_URL and the server", reconnect=True)
-TROUBLED = Code("away", "is in trouble", "look at the server's log")
-READ_ONLY = Code(
+AWAY = ErrorMeaning("away", "does not answer", "check DATABASE_URL and the server", reconnect=True)
+TROUBLED = ErrorMeaning("away", "is in trouble", "look at the server's log")
+READ_ONLY = ErrorMeaning(
     "away",
     "is read-only",
     "it is a standby, or was set to read-only; work goes on as soon as it can be written to",
     reconnect=True,
 )
-FULL = Code("away", "has no free connection", "raise its limit of connections, or start fewer processes")
-NO_SPACE = Code("away", "has no space left", "make room on the server's disk")
-LOCKED_FILE = Code("away", "is locked by another program", "end that program's transaction, or try again")  # SQLite
-BUSY = Code("locked", "is busy", "try again")
-CONFLICT = Code(
+FULL = ErrorMeaning("away", "has no free connection", "raise its limit of connections, or start fewer processes")
+NO_SPACE = ErrorMeaning("away", "has no space left", "make room on the server's disk")
+LOCKED_FILE = ErrorMeaning(
+    "away", "is locked by another program", "end that program's transaction, or try again"
+)  # SQLite
+BUSY = ErrorMeaning("locked", "is busy", "try again")
+CONFLICT = ErrorMeaning(
     "locked",
     "stopped the transaction because of another one at the same time",
     "roll back and run the whole transaction again",
 )
-FAILED_BEFORE = Code("locked", "takes nothing more in this transaction, since a statement failed", "roll back first")
-DAMAGED = Code("locked", "has damaged data", "look at the server's log and restore a backup")
-LOGIN = Code("deployment", "refused the login", "check the user and the password in DATABASE_URL")
-NO_DATABASE = Code("deployment", "is not there", "create it, or correct the name in DATABASE_URL")
-RIGHTS = Code("deployment", "refused access", "")  # the advice is a GRANT: see `_grant`
-NO_SCHEMA = Code(
+FAILED_BEFORE = ErrorMeaning(
+    "locked", "takes nothing more in this transaction, since a statement failed", "roll back first"
+)
+DAMAGED = ErrorMeaning("locked", "has damaged data", "look at the server's log and restore a backup")
+LOGIN = ErrorMeaning("deployment", "refused the login", "check the user and the password in DATABASE_URL")
+NO_DATABASE = ErrorMeaning("deployment", "is not there", "create it, or correct the name in DATABASE_URL")
+RIGHTS = ErrorMeaning("deployment", "refused access", "")  # the advice is a GRANT: see `_grant`
+NO_SCHEMA = ErrorMeaning(
     "deployment",
     "has no schema for the tables",
     "create the schema, or set another one: ALTER ROLE … SET search_path = …",
 )
-NO_TABLES = Code("deployment", "lacks tables", "run `fetch-worker migrate`")
-TLS = Code("deployment", "and this process can't agree on TLS", "check the TLS options in DATABASE_URL")
-POOLER = Code("deployment", "is behind a pooler that refused the connection", "correct the pooler's settings")
-NOT_A_DATABASE = Code("deployment", "is not an SQLite database, or is damaged", "check DATABASE_URL, or restore a copy")
-MISFIT = Code(
+NO_TABLES = ErrorMeaning("deployment", "lacks tables", "run `fetch-worker migrate`")
+TLS = ErrorMeaning("deployment", "and this process can't agree on TLS", "check the TLS options in DATABASE_URL")
+POOLER = ErrorMeaning("deployment", "is behind a pooler that refused the connection", "correct the pooler's settings")
+NOT_A_DATABASE = ErrorMeaning(
+    "deployment", "is not an SQLite database, or is damaged", "check DATABASE_URL, or restore a copy"
+)
+MISFIT = ErrorMeaning(
     "deployment",
     "refused a statement of fetch-worker",
     "check that the server's version is supported and run `fetch-worker doctor`",
 )
-BAD_VALUE = Code("row", "refused a value", "nothing was written; correct the value")
-TOO_LARGE = Code("row", "takes no statement of this size", "raise max_allowed_packet on the server")
+BAD_VALUE = ErrorMeaning("row", "refused a value", "nothing was written; correct the value")
+TOO_LARGE = ErrorMeaning("row", "takes no statement of this size", "raise max_allowed_packet on the server")
 
 # PostgreSQL: SQLSTATE, or its first two characters for a whole class.
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
-POSTGRES: Mapping[str, Code] = {
+POSTGRES: Mapping[str, ErrorMeaning] = {
     "08": AWAY,  # connection exception; pgbouncer reports most of its own errors as 08P01
     "0A": AWAY,  # feature not supported: of a pooler, and BEGIN READ WRITE on a standby
     "21": BAD_VALUE,
@@ -135,7 +141,7 @@ POSTGRES: Mapping[str, Code] = {
 }
 
 # MariaDB and MySQL: the error number. https://mariadb.com/kb/en/mariadb-error-code-reference/
-MYSQL: Mapping[int, Code] = {
+MYSQL: Mapping[int, ErrorMeaning] = {
     1020: CONFLICT,  # record has changed since last read (innodb_snapshot_isolation)
     1021: NO_SPACE,
     1030: TROUBLED,  # error from the storage engine
@@ -210,10 +216,10 @@ MYSQL: Mapping[int, Code] = {
 MYSQL_CLIENT = range(2_000, 3_000)  # numbers of the driver itself: the connection was not made, or is lost
 
 # SQLite: the name of the primary result code. https://www.sqlite.org/rescode.html
-SQLITE: Mapping[str, Code] = {
+SQLITE: Mapping[str, ErrorMeaning] = {
     "SQLITE_AUTH": RIGHTS,
     "SQLITE_BUSY": LOCKED_FILE,  # the whole file is locked, not one row
-    "SQLITE_CANTOPEN": Code(
+    "SQLITE_CANTOPEN": ErrorMeaning(
         "away", "can't be opened", "check the path in DATABASE_URL and the rights of its directory"
     ),
     "SQLITE_CONSTRAINT": BAD_VALUE,
@@ -235,7 +241,7 @@ SQLITE: Mapping[str, Code] = {
 }
 
 # Errors that carry no code: libpq's while it connects, and those of poolers. A message that has all of the fragments.
-TEXTS: tuple[tuple[tuple[str, ...], Code], ...] = (
+TEXTS: tuple[tuple[tuple[str, ...], ErrorMeaning], ...] = (
     (("too many clients",), FULL),
     (("too many connections",), FULL),
     (("remaining connection slots",), FULL),
@@ -265,17 +271,17 @@ UNSURE = ("SQLITE_ERROR", "XX000")  # codes for anything at all: the message say
 CONFLICTS = ("40P01", "40001", 1213, 1020)  # the transaction was stopped, and may succeed at once when it is run again
 
 
-def trouble(error: Exception) -> Kind:
+def error_kind(error: Exception) -> Kind:
     """Return the kind of a failed statement."""
     return meaning(error).kind
 
 
-def server_trouble(error: Exception) -> bool:
+def is_server_error(error: Exception) -> bool:
     """Return whether a failure is the server's, so that the same statement may succeed later, unchanged."""
-    return trouble(error) in ("away", "deployment")
+    return error_kind(error) in ("away", "deployment")
 
 
-def meaning(error: BaseException) -> Code:
+def meaning(error: BaseException) -> ErrorMeaning:
     """Return the table's entry for an error that SQLAlchemy or our own code raised."""
     if isinstance(error, Unavailable):
         return AWAY
@@ -290,7 +296,7 @@ def meaning(error: BaseException) -> Code:
     return driver_meaning(error.orig) or _likely(error)
 
 
-def driver_meaning(cause: BaseException | None) -> Code | None:
+def driver_meaning(cause: BaseException | None) -> ErrorMeaning | None:
     """Return the table's entry for a driver's own error, or None where there is none."""
     code = server_code(cause)
     entry = _entry(code)
@@ -307,7 +313,7 @@ def server_code(cause: BaseException | None) -> str | int | None:
     return getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorname", None)
 
 
-def _entry(code: str | int | None) -> Code | None:
+def _entry(code: str | int | None) -> ErrorMeaning | None:
     if isinstance(code, int):
         return MYSQL.get(code, AWAY if code in MYSQL_CLIENT else None)
     if code is None:
@@ -318,7 +324,7 @@ def _entry(code: str | int | None) -> Code | None:
     return POSTGRES.get(code, POSTGRES.get(code[:2], own))
 
 
-def _likely(error: DBAPIError) -> Code:
+def _likely(error: DBAPIError) -> ErrorMeaning:
     """Return what is most likely for an error that no entry is about, by its class."""
     if error.connection_invalidated:
         return AWAY
@@ -332,25 +338,25 @@ def _likely(error: DBAPIError) -> Code:
     return AWAY if isinstance(error, (OperationalError, InterfaceError, InternalError)) else NOT_A_DATABASE
 
 
-def conflict(error: Exception) -> bool:
+def is_conflict(error: Exception) -> bool:
     """Return whether the server stopped a transaction because of another one, so that it may be run again at once."""
     return server_code(getattr(error, "orig", None)) in CONFLICTS
 
 
-def reason(error: Exception) -> str:
+def error_name(error: Exception) -> str:
     """Return an error's class and the server's code for it, such as SQLITE_FULL: its text may quote a row."""
     code = server_code(getattr(error, "orig", None))
     return type(error).__name__ + ("" if code is None else f" ({code})")
 
 
-def described(error: Exception, url: URL) -> str:
+def describe_error(error: Exception, url: URL) -> str:
     """Return what a log says of an error: its code; where the server is the cause also what to do about it."""
     if isinstance(error, WorkerError):
         return str(error)
-    return f"{reason(error)}: {explained(error, url)}" if server_trouble(error) else reason(error)
+    return f"{error_name(error)}: {to_worker_error(error, url)}" if is_server_error(error) else error_name(error)
 
 
-def missing_table(error: Exception) -> bool:
+def is_missing_table(error: Exception) -> bool:
     """Return whether a driver's error says that a table or column of ours is not there."""
     return meaning(error) is NO_TABLES
 
@@ -359,7 +365,7 @@ def missing_table(error: Exception) -> bool:
 
 
 @contextmanager
-def connected(url: URL) -> Iterator[None]:
+def translate_errors(url: URL) -> Iterator[None]:
     """Turn what SQLAlchemy and the drivers raise into errors of ours, each with one line that says what to do.
 
     Raises Unavailable, DeploymentError, SchemaOutdated or DatabaseRefused.
@@ -367,17 +373,17 @@ def connected(url: URL) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, UnicodeError) as error:
-        raise explained(error, url) from None
+        raise to_worker_error(error, url) from None
 
 
-def explained(error: Exception, url: URL) -> WorkerError:
+def to_worker_error(error: Exception, url: URL) -> WorkerError:
     """Return the error of ours that says the same, without SQL, values or passwords."""
     shown = shown_url(url)
     code = meaning(error)
     if code is NO_TABLES:
         return SchemaOutdated(f"the tables are missing in {shown}: run `fetch-worker migrate`")
     if code.kind == "row":
-        return DatabaseRefused(f"the database {shown} {code.text} ({reason(error)}); {code.advice}")
+        return DatabaseRefused(f"the database {shown} {code.text} ({error_name(error)}); {code.advice}")
     message = server_message(error, url)
     advice = _grant(url, message) if code is RIGHTS else code.advice
     line = f"the database {shown} {code.text} ({message}); {advice}"
@@ -393,7 +399,7 @@ def server_message(error: Exception, url: URL) -> str:
     """Return the first line of what the server or the driver said, cut, and without the URL's password."""
     cause = getattr(error, "orig", None)
     text = str(cause.args[1]) if cause is not None and len(cause.args) == 2 else str(cause or type(error).__name__)
-    line = next(iter(text.strip().splitlines()), "") or reason(error)
+    line = next(iter(text.strip().splitlines()), "") or error_name(error)
     if url.password:
         line = line.replace(str(url.password), "***")
     return line[:MESSAGE_MOST]

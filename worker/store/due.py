@@ -51,6 +51,6 @@ def next_download(connection: Connection, *, after: datetime) -> datetime | None
     return moment
 
 
-def unfinished(connection: Connection) -> list[int]:
+def unfinished_jobs(connection: Connection) -> list[int]:
     """The jobs that are in no final state, oldest first."""
     return list(connection.execute(_UNFINISHED).scalars())

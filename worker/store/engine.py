@@ -25,14 +25,14 @@ from sqlalchemy.engine.interfaces import ExceptionContext
 from sqlalchemy.exc import DataError, DBAPIError, DisconnectionError, InvalidatePoolError
 
 from worker.errors import DeploymentError, SchemaOutdated, SettingsError
-from worker.store.database_errors import FULL, TOO_LARGE, conflict, driver_meaning
-from worker.store.database_errors import connected as connected
-from worker.store.database_errors import described as described
-from worker.store.database_errors import missing_table as missing_table
-from worker.store.database_errors import reason as reason
-from worker.store.database_errors import server_trouble as server_trouble
+from worker.store.database_errors import FULL, TOO_LARGE, driver_meaning, is_conflict
+from worker.store.database_errors import describe_error as describe_error
+from worker.store.database_errors import error_kind as error_kind
+from worker.store.database_errors import error_name as error_name
+from worker.store.database_errors import is_missing_table as is_missing_table
+from worker.store.database_errors import is_server_error as is_server_error
 from worker.store.database_errors import shown_url as shown_url
-from worker.store.database_errors import trouble as trouble
+from worker.store.database_errors import translate_errors as translate_errors
 from worker.store.schema import MYSQL_FAMILY, VERSION_TABLE
 
 SCHEMA_VERSION = "0011"
@@ -49,7 +49,7 @@ MYSQL_BATCH_BYTES = 1_024_000  # PyMySQL puts the rows of one INSERT together up
 # Execution options: no harm is done if a crash of the server undoes the commit; seconds to wait for a locked row; only
 # reading is done, all of it as of one moment, and no writer waits for it; a statement may take as long as it takes.
 RELAXED = "fetch_worker_relaxed"
-PATIENCE = "fetch_worker_patience"
+LOCK_WAIT = "fetch_worker_patience"
 SNAPSHOT = "fetch_worker_snapshot"
 UNLIMITED = "fetch_worker_unlimited"
 
@@ -141,7 +141,7 @@ def close_engines() -> None:
 
 
 @contextmanager
-def engine_in_place(url: URL, engine: Engine) -> Iterator[None]:
+def use_engine(url: URL, engine: Engine) -> Iterator[None]:
     """Has this process use an engine that somebody else made: a database in memory has no other."""
     key = (os.getpid(), url.render_as_string(hide_password=False))
     with _engines_lock:
@@ -294,10 +294,10 @@ def _check_encoding(connection: Any, record: Any) -> None:
     encoding = connection.info.parameter_status("server_encoding")  # the server says it as it greets: no round trip
     if encoding not in (ENCODING, None):
         connection.close()
-        raise DeploymentError(wrong_encoding(encoding))
+        raise DeploymentError(encoding_message(encoding))
 
 
-def odd_encoding(engine: Engine) -> str | None:
+def unsupported_encoding(engine: Engine) -> str | None:
     """Return the database's encoding where it is not UTF-8, else None. Raises what the driver raises."""
     if engine.dialect.name != "postgresql":
         return None
@@ -307,7 +307,7 @@ def odd_encoding(engine: Engine) -> str | None:
     return None if encoding == ENCODING else encoding
 
 
-def wrong_encoding(encoding: str) -> str:
+def encoding_message(encoding: str) -> str:
     """Return what to do about a database of another encoding than UTF-8, where some texts can't be stored."""
     return (
         f"the database's encoding is {encoding}, but it must be {ENCODING}: dump it, CREATE DATABASE … ENCODING"
@@ -348,7 +348,7 @@ def _begin_postgres(connection: Connection) -> None:
     statement = _begin_statement(
         options.get(SNAPSHOT, False),
         options.get(RELAXED, False),
-        options.get(PATIENCE, LOCK_TIMEOUT_SECONDS),
+        options.get(LOCK_WAIT, LOCK_TIMEOUT_SECONDS),
         0 if options.get(UNLIMITED, False) else STATEMENT_TIMEOUT_SECONDS,
         (dialect.server_version_info or (0,)) >= (17,),
     )
@@ -400,7 +400,7 @@ def database_now(connection: Connection) -> datetime:
 
 
 @contextmanager
-def clock_in_place(clock: Callable[[], datetime]) -> Iterator[None]:
+def use_clock(clock: Callable[[], datetime]) -> Iterator[None]:
     """Has all of this process believe another clock than the database's: one that a test moves, and nobody waits."""
     global _clock
     before, _clock = _clock, clock
@@ -410,7 +410,7 @@ def clock_in_place(clock: Callable[[], datetime]) -> Iterator[None]:
         _clock = before
 
 
-def takes_writes(connection: Connection) -> bool:
+def is_writable(connection: Connection) -> bool:
     """Return whether the server takes writes in this transaction: it may be a standby, or set to read-only."""
     query = READ_ONLY_QUERIES[connection.dialect.name]
     return str(connection.exec_driver_sql(query).scalar_one()).lower() in WRITABLE
@@ -423,7 +423,7 @@ def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
             with engine.begin() as connection:
                 return work(connection)
         except DBAPIError as error:
-            if not conflict(error):
+            if not is_conflict(error):
                 raise
             time.sleep(random.uniform(0, pause))
     with engine.begin() as connection:
@@ -440,7 +440,7 @@ def schema_version(connection: Connection) -> str | None:
 
 def check_schema(engine: Engine) -> None:
     """Raises SchemaOutdated where the tables are not of this version, Unavailable where no database answers."""
-    with connected(engine.url), engine.connect() as connection:
+    with translate_errors(engine.url), engine.connect() as connection:
         version = schema_version(connection)
     if version is None:
         raise SchemaOutdated("the database has no tables of fetch-worker yet: run `fetch-worker migrate`")

@@ -30,7 +30,7 @@ class ClaimedEvent:
     created_at: datetime
 
 
-def open_events(connection: Connection, *, now: datetime, limit: int = 1, of: Collection[int] | None = None) -> int:
+def create_events(connection: Connection, *, now: datetime, limit: int = 1, of: Collection[int] | None = None) -> int:
     """Makes the events of jobs that became final; how many. Once for each final state, whoever else does so.
 
     With `of` those of these jobs, all of them, as is done before they leave their final state.
@@ -152,7 +152,7 @@ def record_delivery(
     return bool(written.rowcount)
 
 
-def defer(connection: Connection, claimed: Sequence[ClaimedEvent], *, now: datetime, due_at: datetime) -> None:
+def defer_events(connection: Connection, claimed: Sequence[ClaimedEvent], *, now: datetime, due_at: datetime) -> None:
     """Gives claimed events back that were not tried after all: due at `due_at`, the attempt not counted."""
     connection.execute(
         update(events)
@@ -182,21 +182,21 @@ def events_of(connection: Connection, job_id: int) -> Sequence[Row[Any]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Pending:
+class PendingEvents:
     """Events that are not delivered yet, and how many of them a receiver did not take so far."""
 
     count: int
     refused: int
 
 
-def pending(connection: Connection) -> Pending:
+def count_pending_events(connection: Connection) -> PendingEvents:
     """What is still to be delivered."""
     refused = func.count(case((events.c.error_message.is_not(None), 1)))
-    return Pending(*connection.execute(select(func.count(), refused).where(events.c.due_at.is_not(None))).one())
+    return PendingEvents(*connection.execute(select(func.count(), refused).where(events.c.due_at.is_not(None))).one())
 
 
 @dataclass(frozen=True, slots=True)
-class Undelivered:
+class UndeliveredEvents:
     """Events that were tried and not taken so far, those given up since a moment, and what one of them met."""
 
     waiting: int
@@ -204,7 +204,7 @@ class Undelivered:
     message: str | None
 
 
-def undelivered(connection: Connection, *, since: datetime) -> Undelivered:
+def undelivered_events(connection: Connection, *, since: datetime) -> UndeliveredEvents:
     """What receivers did not take."""
     waits = and_(events.c.due_at.is_not(None), events.c.error_message.is_not(None))
     gave_up = and_(events.c.status == "failed", events.c.ended_at > since)
@@ -215,10 +215,10 @@ def undelivered(connection: Connection, *, since: datetime) -> Undelivered:
             func.max(events.c.error_message).label("message"),
         ).where(or_(waits, gave_up))
     ).one()
-    return Undelivered(row.waiting, row.given_up, row.message)
+    return UndeliveredEvents(row.waiting, row.given_up, row.message)
 
 
-def overdue(connection: Connection, *, before: datetime) -> int:
+def count_overdue_events(connection: Connection, *, before: datetime) -> int:
     """Final jobs and events that somebody should have taken up by then, and nobody did; how many."""
     unannounced = select(func.count()).where(
         jobs.c.completed_at < before, jobs.c.webhook_url.is_not(None), jobs.c.announced_at.is_(None)

@@ -20,7 +20,7 @@ WRITING_SECONDS = 30.0  # in which the end of any work is written
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class WorkLimits:
     """The least time between two requests about a job, and the longest that a request, or a download, can take."""
 
     least: timedelta
@@ -28,10 +28,10 @@ class Patience:
     download: timedelta
 
 
-def patience(settings: Settings) -> Patience:
+def work_limits(settings: Settings) -> WorkLimits:
     """How long work can take, with the time in which its end is written."""
     lease = settings.recovery_seconds + WRITING_SECONDS
-    return Patience(
+    return WorkLimits(
         least=timedelta(seconds=settings.poll_min),
         call=timedelta(seconds=settings.sd_api_timeout + lease),
         download=timedelta(seconds=settings.output_timeout + lease),
@@ -52,7 +52,7 @@ def hold(connection: Connection, job_ids: Iterable[int], *, now: datetime) -> se
     return ids
 
 
-def resume(connection: Connection, job_ids: Iterable[int], patience: Patience, *, now: datetime) -> set[int]:
+def resume(connection: Connection, job_ids: Iterable[int], patience: WorkLimits, *, now: datetime) -> set[int]:
     """Has these jobs go on at once, whatever keeps them; the ids of those it changed.
 
     Who is held is let go, and expires no sooner than the grace that follows any hold. Who waits for a request is due
@@ -78,7 +78,7 @@ def resume(connection: Connection, job_ids: Iterable[int], patience: Patience, *
     return changed | _resume_outputs(connection, [row.id for row in rows if row.status == "downloading"], patience, now)
 
 
-def _resume_outputs(connection: Connection, job_ids: list[int], patience: Patience, now: datetime) -> set[int]:
+def _resume_outputs(connection: Connection, job_ids: list[int], patience: WorkLimits, now: datetime) -> set[int]:
     """The same for the outputs of jobs that are locked already; those that wait for a fresh link go on waiting."""
     if not job_ids:
         return set()

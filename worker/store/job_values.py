@@ -3,7 +3,7 @@
 from typing import Any
 
 
-def not_ended() -> dict[str, Any]:
+def clear_end() -> dict[str, Any]:
     """Return the values of a job that leaves its final state: how it ended, and who was told of it, is forgotten."""
     return {
         "completed_at": None,

@@ -13,12 +13,12 @@ from worker.core.identity import FetchAddress
 from worker.core.lifecycle import FINAL_STATES, PRUNED, left_out_note
 from worker.core.pacing.policy import Plan
 from worker.core.reply import Link
-from worker.store.bulk_write import FOLDED_ROWS, INSERT_ROWS, folded, unfolded
+from worker.store.bulk_write import INSERT_ROWS, JSON_BATCH_ROWS, batch_columns, batch_parameter
 from worker.store.counters import Tally
-from worker.store.job_values import not_ended
-from worker.store.late_looks import forget_looks
+from worker.store.job_values import clear_end
+from worker.store.late_looks import delete_looks
 from worker.store.listing import insert_outputs
-from worker.store.promises import add_promises, end_promises, take_back_promises
+from worker.store.promises import add_promises, clear_promised_end, reset_promises
 from worker.store.schema import MYSQL_FAMILY, jobs, outputs, promises, waiting_account
 from worker.store.sql_functions import HAS_DUE_TIME
 
@@ -63,7 +63,7 @@ def insert_jobs(connection: Connection, new: Sequence[NewJob], *, now: datetime)
     created: dict[tuple[str, str, str], int] = {}
     # Always in the same order: two batches with the same jobs could block each other for good.
     rows = [_job_row(wanted[identity], now) for identity in sorted(wanted)]
-    size = FOLDED_ROWS if connection.dialect.name == "postgresql" else INSERT_ROWS
+    size = JSON_BATCH_ROWS if connection.dialect.name == "postgresql" else INSERT_ROWS
     for start in range(0, len(rows), size):
         created |= _insert_missing(connection, rows[start : start + size])
     known = created | _ids(connection, [identity for identity in wanted if identity not in created])
@@ -140,7 +140,7 @@ def _insert_missing(connection: Connection, rows: list[dict[str, Any]]) -> dict[
             )
             same = tuple(name for name in first if name not in differ)
             statement = _insert_new(differ, same)
-            parameters = folded(differ, rows) | {f"same_{name}": first[name] for name in same}
+            parameters = batch_parameter(differ, rows) | {f"same_{name}": first[name] for name in same}
         case "sqlite":
             new = sqlite.insert(jobs).values(rows).on_conflict_do_nothing(index_elements=SAME_JOB)
             statement = new.returning(jobs.c.id, *IDENTITY)
@@ -153,7 +153,7 @@ def _insert_missing(connection: Connection, rows: list[dict[str, Any]]) -> dict[
 @cache
 def _insert_new(differ: tuple[str, ...], same: tuple[str, ...]) -> Any:
     """Jobs that are handed over together have most columns in common: those travel once."""
-    fresh = unfolded(jobs, differ)
+    fresh = batch_columns(jobs, differ)
     values = [fresh[name] for name in differ]
     values += [bindparam(f"same_{name}", type_=jobs.c[name].type).label(name) for name in same]
     new = postgresql.insert(jobs).from_select([*differ, *same], select(*values))
@@ -217,7 +217,7 @@ def outputs_of(connection: Connection, job_ids: Sequence[int]) -> Sequence[Row[A
     return connection.execute(query).all()
 
 
-def counts(connection: Connection) -> dict[str, int]:
+def count_by_state(connection: Connection) -> dict[str, int]:
     """How many jobs there are in each state. It counts in indexes, since there may be millions.
 
     Jobs that are due to be asked about are pending, or downloading and in want of fresh links.
@@ -272,7 +272,7 @@ def first_tracked(connection: Connection, moment: datetime) -> int:
     return int(low)
 
 
-def seen_durations(connection: Connection, *, limit: int) -> list[tuple[float, float | None, str, float | None]]:
+def measured_durations(connection: Connection, *, limit: int) -> list[tuple[float, float | None, str, float | None]]:
     """The last jobs that were polled to their end: (submitted, duration, kind, eta), in seconds, the first at 0.
 
     A job was ready some time between its last two answers; the middle is taken. One that expired never was.
@@ -403,11 +403,11 @@ def retry_all(connection: Connection, job_ids: Iterable[int], *, now: datetime) 
     if not rows:
         return set()
     ids = {row.id for row in rows}
-    take_back_promises(connection, sorted(ids))
+    reset_promises(connection, sorted(ids))
     failed = (outputs.c.job_id.in_(ids), outputs.c.status == "failed")
     renewed = set(connection.execute(select(outputs.c.job_id).where(*failed)).scalars())
     connection.execute(update(outputs).where(*failed).values(fresh_output(now)))
-    forget_looks(connection, ids)
+    delete_looks(connection, ids)
     alike: dict[tuple[bool, float], list[int]] = {}
     for row in rows:
         alike.setdefault((row.id in renewed, row.deadline_seconds), []).append(row.id)
@@ -421,7 +421,7 @@ def retry_all(connection: Connection, job_ids: Iterable[int], *, now: datetime) 
                 pace_scale=None,
                 pace_growth=None,
                 deadline_at=now + timedelta(seconds=deadline_seconds),
-                **not_ended(),
+                **clear_end(),
                 failed_answers=0,
                 unknown_answers=0,
                 error_answers=0,
@@ -432,7 +432,7 @@ def retry_all(connection: Connection, job_ids: Iterable[int], *, now: datetime) 
     return ids
 
 
-def settle(connection: Connection, job_id: int, tally: Tally, *, now: datetime) -> str | None:
+def finish_job_if_done(connection: Connection, job_id: int, tally: Tally, *, now: datetime) -> str | None:
     """End a job whose outputs are all final; return its final state, or None where it is not there yet.
 
     Where its outputs were promised links, and none of them brought anything, the job ends as it would have without
@@ -454,8 +454,8 @@ def settle(connection: Connection, job_id: int, tally: Tally, *, now: datetime) 
     if waiting:
         return None
     if end_status is not None and stored:
-        end_promises(connection, job_id)
-        forget_looks(connection, [job_id])  # planned for the case that it expires
+        clear_promised_end(connection, job_id)
+        delete_looks(connection, [job_id])  # planned for the case that it expires
     values: dict[str, Any] = {"error_code": None}  # its message stays: it may say that outputs were left out
     status = "completed"
     if end_status is not None and not stored:

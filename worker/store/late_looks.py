@@ -51,7 +51,7 @@ def plan_looks(connection: Connection, job_ids: Collection[int], after: Sequence
             insert_missing(connection, late_looks, {"job_id": row.id, "looks": 0, "due_at": due_at})
 
 
-def forget_looks(connection: Connection, job_ids: Iterable[int]) -> None:
+def delete_looks(connection: Connection, job_ids: Iterable[int]) -> None:
     """Forget the looks at jobs that left `expired`. The caller has their rows."""
     connection.execute(delete(late_looks).where(late_looks.c.job_id.in_(list(job_ids))))
 
@@ -109,7 +109,7 @@ def _claimed(row: Row[Any]) -> ClaimedJob:
     )
 
 
-def still_ours(connection: Connection, look: ClaimedLook) -> bool:
+def lock_look(connection: Connection, look: ClaimedLook) -> bool:
     """Lock the job of a look, and return whether it is still expired and the look still ours."""
     locked = select(jobs.c.status).where(jobs.c.id == look.job.id).with_for_update()
     if connection.execute(locked).scalar_one_or_none() != "expired":
@@ -122,7 +122,7 @@ def plan_next_look(connection: Connection, look: ClaimedLook, after: Sequence[fl
     """Plan the look after this one, or none. The caller has the job's row, and the look is still ours."""
     due_at = next_look(look.job.facts.deadline_at, look.looks, after, now=now)
     if due_at is None:
-        forget_looks(connection, [look.job.id])
+        delete_looks(connection, [look.job.id])
     else:
         connection.execute(update(late_looks).where(late_looks.c.job_id == look.job.id).values(due_at=due_at))
 
@@ -138,7 +138,7 @@ def defer_look(connection: Connection, look: ClaimedLook, *, due_at: datetime, s
         )
 
 
-def defer_due(connection: Connection, job_ids: Sequence[int], *, now: datetime, due_at: datetime) -> None:
+def defer_due_looks(connection: Connection, job_ids: Sequence[int], *, now: datetime, due_at: datetime) -> None:
     """Put due looks off that can't be made now, so that they keep no other waiting."""
     # Jobs are locked before their looks, as everywhere.
     locked = select(jobs.c.id).where(jobs.c.id.in_(job_ids)).order_by(jobs.c.id).with_for_update(skip_locked=True)
@@ -148,7 +148,7 @@ def defer_due(connection: Connection, job_ids: Sequence[int], *, now: datetime, 
         connection.execute(update(late_looks).where(*due).values(due_at=due_at))
 
 
-def drop_stale(connection: Connection, after: Sequence[float], *, now: datetime, limit: int) -> int:
+def delete_stale_looks(connection: Connection, after: Sequence[float], *, now: datetime, limit: int) -> int:
     """Forget due looks that are of no use; return how many.
 
     Their job is not expired, or their last time is more than a day ago, or they began too often without an end.
@@ -163,7 +163,7 @@ def drop_stale(connection: Connection, after: Sequence[float], *, now: datetime,
     query = query.where(late_looks.c.due_at <= now, over).order_by(jobs.c.id).limit(limit)
     stale = list(connection.execute(query.with_for_update(skip_locked=True)).scalars())
     if stale:
-        forget_looks(connection, stale)
+        delete_looks(connection, stale)
     return len(stale)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, insert, select
 
 from worker.core.reply import Link
-from worker.store.bulk_write import INSERT_ROWS, folded, unfolded
+from worker.store.bulk_write import INSERT_ROWS, batch_columns, batch_parameter
 from worker.store.schema import bodies, outputs
 
 
@@ -52,9 +52,9 @@ def _insert_outputs(connection: Connection, rows: list[dict[str, Any]]) -> dict[
     match connection.dialect.name:
         case "postgresql":
             names = list(rows[0])
-            fresh = unfolded(outputs, names)
+            fresh = batch_columns(outputs, names)
             statement = insert(outputs).from_select(names, select(*fresh.values())).returning(*known)
-            found = connection.execute(statement, folded(names, rows))
+            found = connection.execute(statement, batch_parameter(names, rows))
         case "sqlite":
             found = connection.execute(insert(outputs).values(rows).returning(*known))
         case _:

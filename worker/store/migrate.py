@@ -17,9 +17,9 @@ from worker.store.engine import (
     STATEMENT_TIMEOUT_SECONDS,
     UNLIMITED,
     check_schema,
-    connected,
     limit_statements,
     schema_version,
+    translate_errors,
 )
 
 _PACKAGE = Path(__file__).parents[1]
@@ -42,7 +42,7 @@ def migrate(engine: Engine) -> tuple[str | None, str | None]:
     config = Config()
     config.set_main_option("script_location", str(scripts()).replace("%", "%%"))
     unlimited = engine.execution_options(**{UNLIMITED: True})
-    with connected(engine.url), unlimited.connect() as connection, _alone(connection):
+    with translate_errors(engine.url), unlimited.connect() as connection, _alone(connection):
         before = schema_version(connection)
         config.attributes["connection"] = connection
         try:
@@ -65,7 +65,7 @@ def expand(engine: Engine) -> None:
     try:
         check_schema(engine)
     except SchemaOutdated:
-        with connected(engine.url), engine.connect() as connection:
+        with translate_errors(engine.url), engine.connect() as connection:
             there = schema_version(connection) is not None
         if not there:
             raise

@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, select, update
 
-from worker.store.job_values import not_ended
+from worker.store.job_values import clear_end
 from worker.store.jobs import fresh_output
 from worker.store.schema import events, jobs, outputs
 
@@ -15,7 +15,7 @@ _AT_ONCE = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Unstored:
+class UnstoredGroup:
     """Outputs that are paid for and not stored yet, of one kind of trouble (None: none so far).
 
     `message` is one of theirs.
@@ -27,7 +27,7 @@ class Unstored:
     message: str | None
 
 
-def unstored(connection: Connection) -> list[Unstored]:
+def unstored_by_code(connection: Connection) -> list[UnstoredGroup]:
     """The outputs that wait or are on their way, by their last trouble."""
     found = (
         select(
@@ -40,10 +40,10 @@ def unstored(connection: Connection) -> list[Unstored]:
         .group_by(outputs.c.error_code)
     )
     rows = connection.execute(found).all()
-    return [Unstored(row.error_code, row._mapping["count"], row.oldest, row.message) for row in rows]
+    return [UnstoredGroup(row.error_code, row._mapping["count"], row.oldest, row.message) for row in rows]
 
 
-def stuck_claims(connection: Connection, *, before: datetime) -> int:
+def count_expired_claims(connection: Connection, *, before: datetime) -> int:
     """Rows, of jobs and of outputs, whose claim was over before that and that nobody has taken up since."""
     return sum(
         connection.execute(
@@ -53,7 +53,7 @@ def stuck_claims(connection: Connection, *, before: datetime) -> int:
     )
 
 
-def claims_held(connection: Connection) -> dict[str, int]:
+def count_claims(connection: Connection) -> dict[str, int]:
     """How many jobs, outputs and webhooks are being worked on, or were when their process died."""
     return {
         name: int(connection.execute(select(func.count()).where(table.c.claim_holder.is_not(None))).scalar_one())
@@ -82,7 +82,7 @@ def stored_after(connection: Connection, after: int, *, job_ids: Sequence[int] |
     return list(connection.execute(wanted))
 
 
-def unknown_of(connection: Connection, locations: Sequence[str]) -> list[str]:
+def unknown_locations(connection: Connection, locations: Sequence[str]) -> list[str]:
     """Those of the locations that no output has."""
     known: set[str | None] = set()
     for start in range(0, len(locations), _AT_ONCE):
@@ -91,7 +91,7 @@ def unknown_of(connection: Connection, locations: Sequence[str]) -> list[str]:
     return [location for location in locations if location not in known]
 
 
-def known_jobs(connection: Connection, job_ids: Iterable[int]) -> set[int]:
+def existing_jobs(connection: Connection, job_ids: Iterable[int]) -> set[int]:
     """Those of the jobs that there are."""
     wanted = sorted(job_ids)
     known: set[int] = set()
@@ -101,7 +101,7 @@ def known_jobs(connection: Connection, job_ids: Iterable[int]) -> set[int]:
     return known
 
 
-def put_back(connection: Connection, output_id: int, *, location: str, now: datetime) -> bool:
+def requeue_output(connection: Connection, output_id: int, *, location: str, now: datetime) -> bool:
     """Makes a stored output whose file is gone or damaged due again, and its job unfinished.
 
     False where it is not stored there any more, its job was cancelled, or nothing but the answer ever had its bytes.
@@ -124,5 +124,5 @@ def put_back(connection: Connection, output_id: int, *, location: str, now: date
         .values(fresh_output(now) | dict.fromkeys(("location", "size_bytes", "sha256", "media_type", "stored_at")))
     ).rowcount
     if changed:
-        connection.execute(update(jobs).where(jobs.c.id == job.id).values(status="downloading", **not_ended()))
+        connection.execute(update(jobs).where(jobs.c.id == job.id).values(status="downloading", **clear_end()))
     return bool(changed)

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Row, bindparam, delete, insert, select, updat
 
 from worker.core.lifecycle import End
 from worker.core.reply import Link
-from worker.store.bulk_write import FOLDED_ROWS, INSERT_ROWS, folded, unfolded
+from worker.store.bulk_write import INSERT_ROWS, JSON_BATCH_ROWS, batch_columns, batch_parameter
 from worker.store.listing import insert_outputs
 from worker.store.schema import outputs, promises
 
@@ -34,13 +34,16 @@ def add_promises(connection: Connection, promised: Mapping[int, Sequence[str]]) 
     if connection.dialect.name != "postgresql":
         size, statement = INSERT_ROWS, insert(promises)
     else:
-        size, statement = FOLDED_ROWS, insert(promises).from_select(_NEW, select(*unfolded(promises, _NEW).values()))
+        size, statement = (
+            JSON_BATCH_ROWS,
+            insert(promises).from_select(_NEW, select(*batch_columns(promises, _NEW).values())),
+        )
     for start in range(0, len(rows), size):
         some = rows[start : start + size]
-        connection.execute(statement, folded(_NEW, some) if size == FOLDED_ROWS else some)
+        connection.execute(statement, batch_parameter(_NEW, some) if size == JSON_BATCH_ROWS else some)
 
 
-def keep_promises(connection: Connection, promised: Mapping[int, Sequence[str]]) -> None:
+def save_promises(connection: Connection, promised: Mapping[int, Sequence[str]]) -> None:
     """Write down the links that answers promised, in place of those before. The caller has locked the jobs' rows."""
     if not promised:
         return
@@ -80,7 +83,7 @@ def try_promises(connection: Connection, ends: Sequence[PromisedEnd], *, now: da
     """
     if not ends:
         return []
-    keep_promises(connection, {job_id: urls for job_id, _, urls in ends})
+    save_promises(connection, {job_id: urls for job_id, _, urls in ends})
     connection.execute(
         update(promises)
         .where(promises.c.job_id == bindparam("of_job"))
@@ -96,20 +99,20 @@ def try_promises(connection: Connection, ends: Sequence[PromisedEnd], *, now: da
     return insert_outputs(connection, listed, now=now, queued=queued)
 
 
-def end_promises(connection: Connection, job_id: int) -> None:
+def clear_promised_end(connection: Connection, job_id: int) -> None:
     """Note that a promised link brought an output: from now on the job is like any other."""
     connection.execute(
         update(promises).where(promises.c.job_id == job_id).values(end_status=None, end_code=None, end_message=None)
     )
 
 
-def forget_promises(connection: Connection, job_ids: Collection[int]) -> None:
+def delete_promises(connection: Connection, job_ids: Collection[int]) -> None:
     """Forget the links that were promised of jobs whose outputs are listed. The caller has the jobs' rows."""
     if job_ids:
         connection.execute(delete(promises).where(promises.c.job_id.in_(sorted(job_ids))))
 
 
-def take_back_promises(connection: Connection, job_ids: Sequence[int]) -> set[int]:
+def reset_promises(connection: Connection, job_ids: Sequence[int]) -> set[int]:
     """Make promised links untried again where none brought anything; return those of the jobs.
 
     Their rows of outputs are removed: the API is asked again, and its answer lists outputs from the first position on.

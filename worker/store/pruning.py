@@ -17,7 +17,7 @@ from worker.store.schema import crashes, events, jobs, outputs
 MESSAGE = "its job is pruned, its file is being removed"
 
 
-def window(
+def next_window(
     connection: Connection, status: str, *, after: int, cutoff: datetime, limit: int
 ) -> tuple[list[int], int | None]:
     """The next ids of jobs in this state that may be old enough, and where to go on; None where there are no more.
@@ -103,7 +103,7 @@ def outputs_to_prune(connection: Connection, job_ids: Sequence[int]) -> list[Row
     return list(connection.execute(query.where(outputs.c.job_id.in_(job_ids)).order_by(outputs.c.id)))
 
 
-def mark(connection: Connection, job_ids: Sequence[int]) -> None:
+def mark_pruned(connection: Connection, job_ids: Sequence[int]) -> None:
     """Says of the stored outputs of locked jobs that their files go."""
     connection.execute(
         update(outputs)
@@ -112,7 +112,7 @@ def mark(connection: Connection, job_ids: Sequence[int]) -> None:
     )
 
 
-def unmark(connection: Connection, output_ids: Sequence[int]) -> None:
+def unmark_pruned(connection: Connection, output_ids: Sequence[int]) -> None:
     """Takes that back, of outputs whose files could not be removed."""
     connection.execute(
         update(outputs)
@@ -121,13 +121,13 @@ def unmark(connection: Connection, output_ids: Sequence[int]) -> None:
     )
 
 
-def remove(connection: Connection, job_ids: Sequence[int]) -> int:
+def delete_jobs(connection: Connection, job_ids: Sequence[int]) -> int:
     """Removes final jobs, and with them their outputs, bodies and events; how many jobs there were."""
     done = connection.execute(delete(jobs).where(jobs.c.id.in_(job_ids), jobs.c.status.in_(FINAL_STATES)))
     return int(done.rowcount)
 
 
-def forget_crashes(connection: Connection) -> None:
+def delete_stale_crashes(connection: Connection) -> None:
     """Removes the counts of crashes of jobs and outputs that are gone. There are few of any."""
     for scope, table in (("job", jobs), ("output", outputs)):
         there = exists().where(table.c.id == crashes.c.row_id)

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from worker.store.claims import Claim
 from worker.store.counters import Tally
-from worker.store.jobs import settle
+from worker.store.jobs import finish_job_if_done
 from worker.store.schema import crashes, jobs, outputs
 
 CRASHES_MOST = 8  # in a row; then the work is set aside
@@ -138,5 +138,5 @@ def _end_output(connection: Connection, row: Row[Any], tally: Tally, now: dateti
         .where(outputs.c.id == row.id, outputs.c.status == "pending", outputs.c.claim_token.is_(None))
         .values(status="failed", error_code=CODE, error_message=_said(), due_at=None)
     )
-    final = settle(connection, job_id, tally, now=now) if status == "downloading" else None
+    final = finish_job_if_done(connection, job_id, tally, now=now) if status == "downloading" else None
     return [] if final is None else [job_id]

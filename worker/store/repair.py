@@ -17,7 +17,7 @@ from sqlalchemy import ColumnElement, Connection, Engine, and_, or_, select, upd
 
 from worker.store.counters import Tally
 from worker.store.engine import SNAPSHOT, database_now
-from worker.store.jobs import cancel_outputs, settle
+from worker.store.jobs import cancel_outputs, finish_job_if_done
 from worker.store.schema import events, jobs, outputs
 
 PAGE = 500  # rows of an index per look
@@ -65,7 +65,9 @@ class Repairer:
             tally = Tally()
             claims = _release_overlong(connection, now) if broken.claims else 0
             ended = [
-                job_id for job_id in _locked(connection, broken.jobs) if settle(connection, job_id, tally, now=now)
+                job_id
+                for job_id in _locked(connection, broken.jobs)
+                if finish_job_if_done(connection, job_id, tally, now=now)
             ]
             cancelled = cancel_outputs(connection, outputs.c.id.in_(broken.outputs)) if broken.outputs else 0
             tally.write(connection)

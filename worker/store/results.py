@@ -27,12 +27,12 @@ from worker.core.lifecycle import (
 from worker.core.media.link_kinds import may_replace
 from worker.core.pacing.policy import Plan
 from worker.core.reply import Link
-from worker.store.bulk_write import write_claimed
+from worker.store.bulk_write import update_claimed_jobs
 from worker.store.claims import ClaimedJob, ClaimedOutput
 from worker.store.counters import Tally
-from worker.store.jobs import settle
+from worker.store.jobs import finish_job_if_done
 from worker.store.listing import insert_outputs
-from worker.store.promises import PromisedEnd, forget_promises, keep_promises, promised_links, try_promises
+from worker.store.promises import PromisedEnd, delete_promises, promised_links, save_promises, try_promises
 from worker.store.schema import bodies, jobs, outputs
 
 log = logging.getLogger(__name__)
@@ -115,12 +115,12 @@ def _ask_again(connection: Connection, batch: Sequence[Outcome], now: datetime) 
             row |= {"eta": outcome.eta, "eta_at": now}
         groups[struck, outcome.eta is not None, outcome.not_ready].append(row)
     written = [
-        write_claimed(connection, rows, now=now, asked_at=now, **({"not_ready_at": now} if not_ready else {}))
+        update_claimed_jobs(connection, rows, now=now, asked_at=now, **({"not_ready_at": now} if not_ready else {}))
         for (_, _, not_ready), rows in groups.items()
     ]
     promised = {outcome.job.id: outcome.promised for outcome in batch if outcome.promised}
     if promised:
-        keep_promises(connection, {job_id: promised[job_id] for ids in written for job_id in ids & promised.keys()})
+        save_promises(connection, {job_id: promised[job_id] for ids in written for job_id in ids & promised.keys()})
     return sum(map(len, written))
 
 
@@ -141,7 +141,7 @@ def _deliver(
         )
         for outcome in batch
     ]
-    written = write_claimed(connection, rows, now=now, due_at=None, ready_at=now)
+    written = update_claimed_jobs(connection, rows, now=now, due_at=None, ready_at=now)
     ready = [(job_id, links) for job_id, links in found.items() if job_id in written and links]
     empty = [job_id for job_id, links in found.items() if job_id in written and not links]
     for outcome in batch:
@@ -154,7 +154,7 @@ def _deliver(
                 tally.finished(job.account, job.kind, "completed")
             if job.id in notes:
                 tally.left_out(job.account, steps[job.id].left_out)
-    forget_promises(connection, written)
+    delete_promises(connection, written)
     return insert_outputs(connection, ready, now=now, queued=True), empty, len(written)
 
 
@@ -163,7 +163,7 @@ def _end(connection: Connection, batch: Sequence[Outcome], tally: Tally, now: da
     for outcome in batch:
         step = cast("End", outcome.step)
         rows.append(_row(outcome, now, status=step.status, error_code=step.code, error_message=step.message))
-    written = write_claimed(connection, rows, now=now, due_at=None, completed_at=now)
+    written = update_claimed_jobs(connection, rows, now=now, due_at=None, completed_at=now)
     for outcome in batch:
         job = outcome.job
         if job.id in written:
@@ -189,7 +189,7 @@ def _try_promised(
     """Have promised links tried before their jobs end: (outputs to download, how many jobs were written)."""
     outcomes = [outcome for outcome in batch if outcome.job.id in promised]
     rows = [_row(outcome, now, status="downloading") for outcome in outcomes]
-    written = write_claimed(connection, rows, now=now, due_at=None, ready_at=now)
+    written = update_claimed_jobs(connection, rows, now=now, due_at=None, ready_at=now)
     ends = []
     for outcome in outcomes:
         job = outcome.job
@@ -204,7 +204,7 @@ def _renew(connection: Connection, batch: Sequence[Outcome], now: datetime) -> t
 
     Where a fresh link is of another kind than the old one, the answer is about another job, and all links stay.
     """
-    written = write_claimed(connection, [_row(outcome, now) for outcome in batch], now=now, due_at=None)
+    written = update_claimed_jobs(connection, [_row(outcome, now) for outcome in batch], now=now, due_at=None)
     links = {
         outcome.job.id: outcome.step.outputs if isinstance(outcome.step, RenewLinks) else ()
         for outcome in batch
@@ -300,7 +300,7 @@ def record_attempt(
     too_large = isinstance(result, GiveUp) and result.code == "too_large"  # `retry` may find a larger limit
     if output.body is not None and not too_large:
         connection.execute(delete(bodies).where(bodies.c.output_id == output.id))
-    final = settle(connection, output.job_id, tally, now=now) if job_status == "downloading" else None
+    final = finish_job_if_done(connection, output.job_id, tally, now=now) if job_status == "downloading" else None
     tally.write(connection)
     return True, final
 

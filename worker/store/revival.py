@@ -11,11 +11,11 @@ from worker.core.answer_history import BETWEEN, KEPT, answer_line
 from worker.core.lifecycle import End, left_out_note, note_of
 from worker.core.reply import Ready
 from worker.store.counters import Tally
-from worker.store.events import open_events
-from worker.store.job_values import not_ended
-from worker.store.late_looks import forget_looks
+from worker.store.events import create_events
+from worker.store.job_values import clear_end
+from worker.store.late_looks import delete_looks
 from worker.store.listing import insert_outputs
-from worker.store.promises import take_back_promises
+from worker.store.promises import reset_promises
 from worker.store.schema import jobs, outputs
 
 REVIVABLE = ("pending", "failed", "expired")
@@ -49,15 +49,15 @@ def revive(
     `queued` where the caller sends the messages of the downloads after the commit; the caller writes the tally.
     """
     rows = locked_jobs(connection, list(found))
-    open_events(connection, now=now, of=[row.id for row in rows])  # with the outputs that are removed next
-    take_back_promises(connection, [row.id for row in rows])
+    create_events(connection, now=now, of=[row.id for row in rows])  # with the outputs that are removed next
+    reset_promises(connection, [row.id for row in rows])
     listed = select(outputs.c.job_id).where(outputs.c.job_id.in_([row.id for row in rows]))
     having = set(connection.execute(listed).scalars()) if rows else set()
     rows = [row for row in rows if row.id not in having]
     if not rows:
         return Revived({}, ())
     ids = [row.id for row in rows]
-    forget_looks(connection, ids)
+    delete_looks(connection, ids)
     for row in rows:
         reply = found[row.id]
         connection.execute(update(jobs).where(jobs.c.id == row.id).values(_values(row, reply, now, why)))
@@ -102,7 +102,7 @@ def _last_answer(job: Row[Any], note: str, now: datetime) -> str:
 def _values(row: Row[Any], reply: Ready, now: datetime, why: str) -> dict[str, Any]:
     deadline = {} if row.status == "pending" else {"deadline_at": now + timedelta(seconds=row.deadline_seconds)}
     return {
-        **not_ended(),
+        **clear_end(),
         **deadline,
         "status": "downloading" if reply.outputs else "completed",
         "completed_at": None if reply.outputs else now,

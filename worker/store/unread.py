@@ -101,7 +101,7 @@ def _drop_oldest(connection: Connection) -> None:
         connection.execute(delete(unread).where(unread.c.id.in_(list(connection.execute(oldest).scalars()))))
 
 
-def shapes(connection: Connection) -> list[ShapeCount]:
+def answer_shapes(connection: Connection) -> list[ShapeCount]:
     """Return the shapes of what is kept, those seen last first."""
     query = select(
         unread.c.shape,

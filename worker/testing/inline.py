@@ -34,9 +34,9 @@ from worker.polling.api_client import MAX_ANSWER_BYTES, ApiClient
 from worker.polling.poller import Poller
 from worker.settings import Settings
 from worker.storage.select import storage_for
-from worker.store.due import due_outputs, next_download, next_request, unfinished, waiting_jobs
-from worker.store.engine import database_now, trouble
-from worker.store.events import claim_events, open_events, record_delivery
+from worker.store.due import due_outputs, next_download, next_request, unfinished_jobs, waiting_jobs
+from worker.store.engine import database_now, error_kind
+from worker.store.events import claim_events, create_events, record_delivery
 from worker.store.jobs import job_row, outputs_of
 from worker.system.redaction import Scrubber, shared_scrubber
 from worker.testing.clock import Clock
@@ -231,7 +231,7 @@ class FetchWorker(Workers):
 
     def _unfinished(self) -> list[int]:
         with self.engine.connect() as connection:
-            return unfinished(connection)
+            return unfinished_jobs(connection)
 
 
 class _Polls:
@@ -345,7 +345,7 @@ class _Webhooks:
     def do(self) -> bool:
         with self._worker.engine.begin() as connection:
             now = database_now(connection)
-            open_events(connection, now=now, limit=BATCH)
+            create_events(connection, now=now, limit=BATCH)
             due = claim_events(connection, token="kit", holder="kit", lease=LEASE, now=now, limit=BATCH)  # noqa: S106
             for event in due:
                 record_delivery(
@@ -416,6 +416,6 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except OperationalError as error:
-        if trouble(error) == "locked" or "locked" in str(error.orig):
+        if error_kind(error) == "locked" or "locked" in str(error.orig):
             raise KitError("a transaction of yours holds the database: commit it or roll it back first") from error
         raise

@@ -16,7 +16,7 @@ from sqlalchemy.engine import URL, make_url
 from worker.client.tracking import workers_in_place
 from worker.errors import SchemaOutdated
 from worker.settings import DOTENV_SWITCH, Settings, load
-from worker.store.engine import check_schema, clock_in_place, engine_in_place, make_engine
+from worker.store.engine import check_schema, make_engine, use_clock, use_engine
 from worker.store.migrate import migrate
 from worker.testing.clock import Clock
 from worker.testing.inline import FetchWorker, KitError
@@ -52,8 +52,8 @@ def kit(folder: Path, *, database: object = None, tables: Path | None = None) ->
         settings = stack.enter_context(_environment(folder, shown, api))
         engine = stack.enter_context(_engine(settings, None if own is not None else database))
         _check(engine)
-        stack.enter_context(engine_in_place(settings.database, engine))
-        stack.enter_context(clock_in_place(clock.now))
+        stack.enter_context(use_engine(settings.database, engine))
+        stack.enter_context(use_clock(clock.now))
         worker = FetchWorker(engine, settings, api, clock)
         stack.callback(worker.close)
         stack.enter_context(workers_in_place(worker))

@@ -27,7 +27,7 @@ _COUNTED = (
 )
 
 
-def look(connection: Connection, before: Mapping[int, FlowerJob], most: int) -> dict[int, FlowerJob]:
+def read_flower_jobs(connection: Connection, before: Mapping[int, FlowerJob], most: int) -> dict[int, FlowerJob]:
     """The newest jobs, and those seen before that are not over yet: `most` at most, by id, newest first.
 
     It reads so many rows and those of the second kind, which are half as many at most.

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, delete, select
 
 from worker.store.bulk_write import insert_missing
 from worker.store.counters import ANSWERS, ATTEMPTS, DELAY, FINISHED, POLLED, Total, read_counters
-from worker.store.reports.stats import Standing, standing, waiting_by_account
+from worker.store.reports.stats import Stats, read_stats, waiting_by_account
 from worker.store.schema import history
 
 KEPT = timedelta(days=8)
@@ -19,14 +19,14 @@ MINUTE = timedelta(minutes=1)
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class HistorySample:
     """How everything stood in a minute. `body` is as `sample` wrote it; its totals only ever grow."""
 
     minute: datetime
     body: dict[str, Any]
 
 
-def sample(connection: Connection, *, now: datetime, full_rps: Callable[[str], float]) -> timedelta:
+def record_history(connection: Connection, *, now: datetime, full_rps: Callable[[str], float]) -> timedelta:
     """Writes down how everything stands, where nobody has done so in this minute; how long until the next one is due.
 
     What is older than KEPT is forgotten. `full_rps` is what the settings allow each account.
@@ -35,7 +35,7 @@ def sample(connection: Connection, *, now: datetime, full_rps: Callable[[str], f
     present = connection.execute(select(history.c.minute).where(history.c.minute == minute)).scalar()
     if present is None:
         counted = read_counters(connection, (ANSWERS, ATTEMPTS, DELAY, FINISHED, POLLED))
-        state = standing(connection, waiting_by_account(connection, now=now), now=now, full_rps=full_rps)
+        state = read_stats(connection, waiting_by_account(connection, now=now), now=now, full_rps=full_rps)
         body = _body(state, counted)
         line = {"minute": minute, "body": json.dumps(body, separators=(",", ":"))}
         if insert_missing(connection, history, line):  # of many that try one does: deletes that meet block each other
@@ -43,13 +43,13 @@ def sample(connection: Connection, *, now: datetime, full_rps: Callable[[str], f
     return minute + MINUTE - now
 
 
-def read_history(connection: Connection, since: datetime) -> list[Sample]:
+def read_history(connection: Connection, since: datetime) -> list[HistorySample]:
     """The samples from a moment on, oldest first."""
     rows = select(history.c.minute, history.c.body).where(history.c.minute >= since).order_by(history.c.minute)
-    return [Sample(row.minute, json.loads(row.body)) for row in connection.execute(rows)]
+    return [HistorySample(row.minute, json.loads(row.body)) for row in connection.execute(rows)]
 
 
-def _body(state: Standing, counted: Iterable[Total]) -> dict[str, Any]:
+def _body(state: Stats, counted: Iterable[Total]) -> dict[str, Any]:
     counters = list(counted)
     answers: Counter[str] = Counter()
     for one in counters:

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, Select, Table, func, or_, select
 
 from worker.core.lifecycle import JOB_STATES
-from worker.store.claims import DueGroup, of_level
+from worker.store.claims import DueGroup, in_due_group
 from worker.store.schema import HELD_UNTIL, MYSQL_FAMILY, events, jobs, outputs
 from worker.store.sql_functions import HAS_DUE_TIME
 
@@ -21,7 +21,7 @@ FAILURES_LOOKED_AT = 100  # of each state: those with the highest ids, which are
 LEVELS_MOST = 500
 
 
-def counted_jobs(connection: Connection) -> dict[str, int]:
+def count_jobs(connection: Connection) -> dict[str, int]:
     """How many jobs there are in each state, up to COUNTED_MOST + 1; pending ones with those that want fresh links."""
     best = (jobs.c.account, jobs.c.priority, jobs.c.fetch_host, jobs.c.due_at)
     found: dict[str, int] = {}
@@ -50,7 +50,7 @@ def _in_final_state(
     return query.order_by(*(column.desc() if newest_first else column for column in order))
 
 
-def latest_due(connection: Connection, levels: Iterable[DueGroup], *, before: datetime, limit: int) -> list[Row[Any]]:
+def longest_due(connection: Connection, levels: Iterable[DueGroup], *, before: datetime, limit: int) -> list[Row[Any]]:
     """The jobs that are due longest, and since before that; whether they may be asked about or not.
 
     One that an operator holds is not due.
@@ -60,7 +60,7 @@ def latest_due(connection: Connection, levels: Iterable[DueGroup], *, before: da
     for level in late[:limit]:  # no other has one that is due earlier than the first of each of these
         if len(found) == limit and found[-1].due_at <= level.due_at:
             break
-        first = select(*_LATE).where(*of_level(level), jobs.c.due_at < before).order_by(jobs.c.due_at).limit(limit)
+        first = select(*_LATE).where(*in_due_group(level), jobs.c.due_at < before).order_by(jobs.c.due_at).limit(limit)
         found += list(connection.execute(first))
         found = sorted(found, key=lambda row: (row.due_at, row.id))[:limit]
     return found
@@ -71,7 +71,7 @@ def count_late(connection: Connection, levels: Iterable[DueGroup], *, before: da
     count = 0
     for level in [level for level in levels if level.due_at < before][:LEVELS_MOST]:
         left = COUNTED_MOST + 1 - count
-        late = select(jobs.c.account).where(*of_level(level), jobs.c.due_at < before).limit(left).subquery()
+        late = select(jobs.c.account).where(*in_due_group(level), jobs.c.due_at < before).limit(left).subquery()
         count += int(connection.execute(select(func.count()).select_from(late)).scalar_one())
         if count > COUNTED_MOST:
             break
@@ -90,14 +90,18 @@ _LATE = (
 )
 
 
-def due_before(connection: Connection, levels: Sequence[DueGroup], job: Row[Any], *, now: datetime, most: int) -> int:
+def count_due_before(
+    connection: Connection, levels: Sequence[DueGroup], job: Row[Any], *, now: datetime, most: int
+) -> int:
     """How many due jobs of its account go before a job: of a higher priority, or due earlier; `most` at most."""
     count = 0
     for level in levels[:LEVELS_MOST]:
         if level.account != job.account or level.priority < job.priority or level.due_at > now:
             continue
         until = now if level.priority > job.priority else min(now, job.due_at)
-        earlier = select(jobs.c.account).where(*of_level(level), jobs.c.due_at < until).limit(most - count).subquery()
+        earlier = (
+            select(jobs.c.account).where(*in_due_group(level), jobs.c.due_at < until).limit(most - count).subquery()
+        )
         count += int(connection.execute(select(func.count()).select_from(earlier)).scalar_one())
         if count >= most:
             break
@@ -105,7 +109,7 @@ def due_before(connection: Connection, levels: Sequence[DueGroup], job: Row[Any]
 
 
 @dataclass(frozen=True, slots=True)
-class LostClaim:
+class StaleClaim:
     """A claim on a job, an output or an event (`what`), and when its lease ends or did."""
 
     what: str
@@ -114,24 +118,24 @@ class LostClaim:
     until: datetime
 
 
-def lost_claims(
+def stale_claims(
     connection: Connection,
     *,
     dead: Collection[str],
     over_before: datetime,
     asked_before: datetime,
     fetched_before: datetime,
-) -> list[LostClaim]:
+) -> list[StaleClaim]:
     """Claims that were over before that, whose holder is known to be dead, or that are older than any work can be:
     a request of `asked_before`, a download of `fetched_before`. Those that are over longest come first."""
-    found: list[LostClaim] = []
+    found: list[StaleClaim] = []
     older = {"job": jobs.c.asked_at < asked_before, "output": outputs.c.claimed_at < fetched_before}
     for name, table in (("job", jobs), ("output", outputs), ("event", events)):
         of_the_dead = (table.c.claim_holder.in_(sorted(dead)),) if dead else ()
         too_old = (older[name],) if name in older else ()
         lost = or_(table.c.due_at < over_before, *of_the_dead, *too_old)
         query = _claims(table).where(lost).order_by(table.c.due_at).limit(CLAIMS_MOST)
-        found += [LostClaim(name, row.id, row.claim_holder, row.due_at) for row in connection.execute(query)]
+        found += [StaleClaim(name, row.id, row.claim_holder, row.due_at) for row in connection.execute(query)]
     return sorted(found, key=lambda one: one.until)
 
 
@@ -139,7 +143,7 @@ def _claims(table: Table) -> Any:
     return select(table.c.id, table.c.claim_holder, table.c.due_at).where(table.c.claim_holder.is_not(None))
 
 
-def overdue(connection: Connection, *, now: datetime, later: datetime, limit: int) -> list[Row[Any]]:
+def jobs_past_deadline(connection: Connection, *, now: datetime, later: datetime, limit: int) -> list[Row[Any]]:
     """Jobs past their deadline that nobody asks about before `later`, the longest first. It reads all that wait."""
     columns = (jobs.c.id, jobs.c.account, jobs.c.kind, jobs.c.deadline_at, jobs.c.due_at)
     query = select(*columns).where(
@@ -152,13 +156,13 @@ def overdue(connection: Connection, *, now: datetime, later: datetime, limit: in
     return list(connection.execute(query.order_by(jobs.c.deadline_at).limit(limit)))
 
 
-def asked_about(connection: Connection, *, now: datetime) -> int:
+def count_running_polls(connection: Connection, *, now: datetime) -> int:
     """How many jobs are claimed, to be asked about, and the claim stands."""
     standing = select(func.count()).where(jobs.c.claim_holder.is_not(None), jobs.c.due_at > now)
     return int(connection.execute(standing).scalar_one())
 
 
-def received_now(connection: Connection, *, now: datetime, limit: int) -> Sequence[Row[Any]]:
+def running_downloads(connection: Connection, *, now: datetime, limit: int) -> Sequence[Row[Any]]:
     """The outputs that are being downloaded, those first whose attempt began first; with their jobs' remote ids."""
     query = (
         select(outputs, jobs.c.remote_id, jobs.c.fetch_base)
@@ -203,7 +207,7 @@ def pending_events(connection: Connection, *, limit: int) -> Sequence[Row[Any]]:
     return connection.execute(waiting.order_by(events.c.due_at, events.c.id).limit(limit)).all()
 
 
-def unannounced(connection: Connection, *, before: datetime, limit: int) -> Sequence[Row[Any]]:
+def jobs_without_event(connection: Connection, *, before: datetime, limit: int) -> Sequence[Row[Any]]:
     """Jobs that became final before that, and whose webhook event nobody has made yet; the first ones."""
     query = (
         select(jobs.c.id, jobs.c.completed_at)

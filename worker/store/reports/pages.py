@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Table, func, or_, select
 
 from worker.store.breakers import all_breakers
 from worker.store.jobs import MAX_ID, waiting_accounts
-from worker.store.reports.search import JobFilter, Search, matching, search
+from worker.store.reports.search import JobFilter, Search, find_jobs, prepare_search
 from worker.store.schema import history, jobs, outputs
 
 WINDOW = 20_000  # ids, of the first one
@@ -24,7 +24,7 @@ CHOICES_MOST = 200
 
 
 @dataclass(frozen=True, slots=True)
-class OutputsWanted:
+class OutputFilter:
     """What a list of outputs is asked for; what is empty does not matter."""
 
     status: str = ""
@@ -56,16 +56,16 @@ def jobs_page(
 ) -> Page:
     """Jobs with smaller ids than `before`, newest first; with a text those whose id, remote id or reference it is."""
     if text:
-        named = [matching(connection, same, limit=limit + 1, after=before) for same in _named(wanted, text)]
+        named = [find_jobs(connection, same, limit=limit + 1, after=before) for same in _named(wanted, text)]
         found = {row.id: row for rows in named for row in rows}
         return _page(sorted(found.values(), key=lambda row: -row.id)[: limit + 1], limit)
-    ready = search(connection, wanted)
+    ready = prepare_search(connection, wanted)
     if replace(wanted, statuses=()) == JobFilter():
-        return _page(matching(connection, ready, limit=limit + 1, after=before), limit)
+        return _page(find_jobs(connection, ready, limit=limit + 1, after=before), limit)
 
     def look(low: int, high: int, most: int) -> Sequence[Row[Any]]:
         within = Search(tuple((*way, jobs.c.id >= low) for way in ready.ways))
-        return matching(connection, within, limit=most, after=high)
+        return find_jobs(connection, within, limit=most, after=high)
 
     return _looked_for(connection, jobs, look, before, limit, clock)
 
@@ -79,7 +79,7 @@ def _named(wanted: JobFilter, text: str) -> list[JobFilter]:
 
 def outputs_page(
     connection: Connection,
-    wanted: OutputsWanted,
+    wanted: OutputFilter,
     *,
     before: int | None,
     limit: int,
@@ -96,7 +96,7 @@ def outputs_page(
     return _page(_newest_outputs(connection, conditions, before, limit + 1), limit)
 
 
-def _output_conditions(wanted: OutputsWanted) -> list[ColumnElement[bool]]:
+def _output_conditions(wanted: OutputFilter) -> list[ColumnElement[bool]]:
     conditions: list[ColumnElement[bool]] = []
     if wanted.status:
         conditions.append(outputs.c.status == wanted.status)
@@ -149,13 +149,13 @@ def _page(rows: Sequence[Row[Any]], limit: int) -> Page:
     return Page(rows[:limit], rows[limit - 1].id if len(rows) > limit else None)
 
 
-def accounts_known(connection: Connection) -> list[str]:
+def known_accounts(connection: Connection) -> list[str]:
     """Accounts that have been asked with, or have jobs that wait, to choose from."""
     asked = [name for scope, name in all_breakers(connection) if scope == "account"]
     return sorted({*asked, *waiting_accounts(connection)})[:CHOICES_MOST]
 
 
-def kinds_known(connection: Connection) -> list[str]:
+def known_kinds(connection: Connection) -> list[str]:
     """Kinds of the newest jobs, to choose from."""
     newest = select(jobs.c.kind).order_by(jobs.c.id.desc()).limit(5_000).subquery()
     return list(
@@ -175,7 +175,7 @@ def latest_history(connection: Connection) -> datetime | None:
     return minute
 
 
-def owners(connection: Connection, job_ids: Sequence[int]) -> dict[int, Row[int, str, str, str]]:
+def jobs_by_id(connection: Connection, job_ids: Sequence[int]) -> dict[int, Row[int, str, str, str]]:
     """The jobs of a page of outputs, by id: remote id and account."""
     query = select(jobs.c.id, jobs.c.remote_id, jobs.c.account, jobs.c.kind).where(jobs.c.id.in_(job_ids))
     return {row.id: row for row in connection.execute(query)}

@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, false, func, or_, s
 
 from worker.core.lifecycle import FINAL_STATES, JOB_STATES
 from worker.store.breakers import all_breakers
-from worker.store.claims import DueGroup, due_groups, of_level
+from worker.store.claims import DueGroup, due_groups, in_due_group
 from worker.store.engine import database_now
 from worker.store.jobs import OUT_OF_ORDER, first_tracked, waiting_accounts
 from worker.store.schema import HELD_UNTIL, MYSQL_FAMILY, jobs, outputs, waiting_account
@@ -82,7 +82,7 @@ class Search:
     ways: tuple[tuple[ColumnElement[bool], ...], ...]
 
 
-def search(connection: Connection, wanted: JobFilter) -> Search:
+def prepare_search(connection: Connection, wanted: JobFilter) -> Search:
     """Makes a filter ready: its moments are fixed, and what few jobs have is looked up."""
     now = database_now(connection)
     common = [*_same(wanted), *_times(connection, wanted), *_conditions(wanted, now), *_few(connection, wanted, now)]
@@ -97,7 +97,7 @@ def _implied(wanted: JobFilter) -> frozenset[str]:
     return FINAL_STATES if finished else frozenset(JOB_STATES)
 
 
-def matching(
+def find_jobs(
     connection: Connection,
     wanted: JobFilter | Search,
     *,
@@ -119,11 +119,11 @@ def matching(
     return connection.execute(select(each).order_by(each.c.id.desc()).limit(limit)).all()
 
 
-def matching_ids(
+def find_job_ids(
     connection: Connection, wanted: JobFilter | Search, *, limit: int, after: int | None = None
 ) -> list[int]:
     """The ids of the same."""
-    return [row.id for row in matching(connection, wanted, limit=limit, after=after, columns=(jobs.c.id,))]
+    return [row.id for row in find_jobs(connection, wanted, limit=limit, after=after, columns=(jobs.c.id,))]
 
 
 def count_matching(connection: Connection, wanted: JobFilter | Search, *, most: int | None = None) -> int:
@@ -139,7 +139,7 @@ def count_matching(connection: Connection, wanted: JobFilter | Search, *, most: 
     return count
 
 
-def still_matching(connection: Connection, wanted: Search, ids: Iterable[int]) -> list[int]:
+def lock_matching(connection: Connection, wanted: Search, ids: Iterable[int]) -> list[int]:
     """Those of these ids that match now, locked by this transaction in their order."""
     if not wanted.ways:
         return []
@@ -149,7 +149,7 @@ def still_matching(connection: Connection, wanted: Search, ids: Iterable[int]) -
 
 
 def _ready(connection: Connection, wanted: JobFilter | Search) -> Search:
-    return wanted if isinstance(wanted, Search) else search(connection, wanted)
+    return wanted if isinstance(wanted, Search) else prepare_search(connection, wanted)
 
 
 # ── conditions ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -244,10 +244,10 @@ def _few(connection: Connection, wanted: JobFilter, now: datetime) -> list[Colum
             found += _ids(connection, jobs.c.due_at, past)
         if wanted.late is not None:
             late = _late(wanted.late, now)
-            due = [(*of_level(level), *late) for level in levels if level.due_at < _before(now, wanted.late)]
+            due = [(*in_due_group(level), *late) for level in levels if level.due_at < _before(now, wanted.late)]
             found += _ids(connection, jobs.c.due_at, due)
         if wanted.by_hand:
-            found += _ids(connection, jobs.c.due_at, [(*of_level(level), _resting()) for level in levels])
+            found += _ids(connection, jobs.c.due_at, [(*in_due_group(level), _resting()) for level in levels])
         if wanted.held:
             found += _held(connection, levels, now)
     return found
@@ -256,9 +256,9 @@ def _few(connection: Connection, wanted: JobFilter, now: datetime) -> list[Colum
 def _held(connection: Connection, levels: Sequence[DueGroup], now: datetime) -> list[ColumnElement[bool]]:
     shut = {key for key, breaker in all_breakers(connection).items() if breaker.held(now)}
     ways = [
-        of_level(level)
+        in_due_group(level)
         if ("account", level.account) in shut or ("host", level.host) in shut
-        else (*of_level(level), _resting())
+        else (*in_due_group(level), _resting())
         for level in levels
     ]
     found = _ids(connection, jobs.c.due_at, ways)
@@ -274,7 +274,7 @@ def _resting() -> ColumnElement[bool]:
 def _waiting_in(connection: Connection, level: DueGroup) -> tuple[ColumnElement[bool], ...]:
     """The jobs of a level, in words for which an index has the deadline on MariaDB."""
     if connection.dialect.name not in MYSQL_FAMILY:
-        return of_level(level)
+        return in_due_group(level)
     return (
         waiting_account == level.account,
         jobs.c.priority == level.priority,

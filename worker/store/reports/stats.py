@@ -15,7 +15,7 @@ from worker.core.lifecycle import JOB_STATES
 from worker.store.breakers import all_breakers
 from worker.store.claims import DueGroup, due_groups
 from worker.store.counters import OTHER
-from worker.store.outputs import Unstored, unstored
+from worker.store.outputs import UnstoredGroup, unstored_by_code
 from worker.store.schema import HELD_UNTIL, breakers, jobs
 from worker.store.sql_functions import HAS_DUE_TIME
 
@@ -26,7 +26,7 @@ KINDS_COUNTED = 100_000  # waiting jobs; of more the kinds are not told, since t
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
+class WaitingCount:
     """How many jobs of an account and kind have a due time; how many of them an operator holds, and are due now.
 
     Nearly all are pending; a few are downloading and wait for fresh links.
@@ -65,7 +65,7 @@ class Hold:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class Stats:
     """How everything stood at `now`, by the database's clock. `oldest_due` is in seconds, 0 where nothing is due."""
 
     now: datetime
@@ -73,7 +73,7 @@ class Standing:
     accounts: Sequence[Account]
     holds: Sequence[Hold]
     oldest_due: float
-    unstored: Sequence[Unstored]
+    unstored: Sequence[UnstoredGroup]
 
     @property
     def oldest_unstored(self) -> float:
@@ -81,19 +81,19 @@ class Standing:
         return max((_age(one.oldest, self.now) for one in self.unstored), default=0.0)
 
 
-def waiting_by_account(connection: Connection, *, now: datetime) -> list[Waiting]:
+def waiting_by_account(connection: Connection, *, now: datetime) -> list[WaitingCount]:
     """What waits, by account alone."""
     return _waiting(connection, now)
 
 
-def waiting_by_kind(connection: Connection, *, now: datetime) -> list[Waiting]:
+def waiting_by_kind(connection: Connection, *, now: datetime) -> list[WaitingCount]:
     """What waits, by account and kind; all kinds together where there is very much."""
     some = select(jobs.c.account).where(HAS_DUE_TIME).limit(KINDS_COUNTED + 1)
     many = connection.execute(select(func.count()).select_from(some.subquery())).scalar_one() > KINDS_COUNTED
     return _waiting(connection, now) if many else _waiting(connection, now, jobs.c.kind)
 
 
-def _waiting(connection: Connection, now: datetime, *by: ColumnElement[str]) -> list[Waiting]:
+def _waiting(connection: Connection, now: datetime, *by: ColumnElement[str]) -> list[WaitingCount]:
     query = select(
         jobs.c.account,
         *(by or (literal(OTHER),)),
@@ -102,10 +102,10 @@ def _waiting(connection: Connection, now: datetime, *by: ColumnElement[str]) -> 
         _count(jobs.c.due_at <= now),
     )
     waiting = query.where(HAS_DUE_TIME).group_by(jobs.c.account, *by)
-    return [Waiting(*row) for row in connection.execute(waiting)]
+    return [WaitingCount(*row) for row in connection.execute(waiting)]
 
 
-def unfinished(connection: Connection, waiting: Iterable[Waiting]) -> Counter[tuple[str, str, str]]:
+def count_unfinished(connection: Connection, waiting: Iterable[WaitingCount]) -> Counter[tuple[str, str, str]]:
     """Jobs that are not final, by account, kind and state; `waiting` is as `waiting_by_kind` read it."""
     found: Counter[tuple[str, str, str]] = Counter()
     fine = True
@@ -127,9 +127,9 @@ def unfinished(connection: Connection, waiting: Iterable[Waiting]) -> Counter[tu
     return found
 
 
-def standing(
-    connection: Connection, waiting: Sequence[Waiting], *, now: datetime, full_rps: Callable[[str], float]
-) -> Standing:
+def read_stats(
+    connection: Connection, waiting: Sequence[WaitingCount], *, now: datetime, full_rps: Callable[[str], float]
+) -> Stats:
     """How everything stands, where this is `waiting`. `full_rps` is what the settings allow each account."""
     known = all_breakers(connection)
     due: Counter[str] = Counter()
@@ -147,13 +147,13 @@ def standing(
         accounts.append(
             Account(name, due[name], late, breaker.rate(full_rps(name), now), breaker.ceiling, name in held)
         )
-    return Standing(
+    return Stats(
         now=now,
         jobs=_jobs(connection, waiting),
         accounts=accounts,
         holds=holds,
         oldest_due=max((one.oldest_due for one in accounts), default=0.0),
-        unstored=unstored(connection),
+        unstored=unstored_by_code(connection),
     )
 
 
@@ -165,7 +165,7 @@ def _count(condition: ColumnElement[bool]) -> ColumnElement[int]:
     return func.count(case((condition, 1)))
 
 
-def _jobs(connection: Connection, waiting: Sequence[Waiting]) -> dict[str, int]:
+def _jobs(connection: Connection, waiting: Sequence[WaitingCount]) -> dict[str, int]:
     rest = select(jobs.c.status, func.count()).where(jobs.c.status != "pending").group_by(jobs.c.status)
     found = {row[0]: int(row[1]) for row in connection.execute(rest)}
     renewing, paused = connection.execute(
