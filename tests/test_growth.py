@@ -17,22 +17,22 @@ import pytest
 
 from tests.adversaries import Use, texts, unread, uses
 from worker.admin.wording import without_links
-from worker.core.answer_history import answers
+from worker.core.answer_history import parse_history
 from worker.core.display import display_json, display_lines, display_text
+from worker.core.durations import parse_duration
 from worker.core.identity import checked_remote_id
 from worker.core.json_size import too_many_values
 from worker.core.media.base64_text import Base64Decoder, base64_start
 from worker.core.media.signatures import is_text, sniff
 from worker.core.plain_text import plain_text
 from worker.core.redaction.escapes import decoded
-from worker.core.redaction.masking import link_host, masked
-from worker.core.spans import seconds_of
+from worker.core.redaction.masking import link_host, mask_personal_data
 from worker.core.webhook import checked_url
 from worker.errors import WorkerError
 from worker.net.address_guard import Guard
 from worker.system.redaction import Scrubber
 from worker.vendor.fetch_url import AllowedApi, fetch_address
-from worker.vendor.links import links
+from worker.vendor.links import collect_links
 from worker.vendor.replies import Question, parse
 from worker.vendor.submissions import submission
 
@@ -173,23 +173,23 @@ SCANNERS: dict[str, Callable[[str], object]] = {
     "display_lines": display_lines,
     "display_json": display_json,
     "plain_text": plain_text,
-    "masked": masked,
+    "mask_personal_data": mask_personal_data,
     "link_host": link_host,
     "without_links": without_links,
-    "answers": answers,
+    "answers": parse_history,
     "too_many_values": lambda text: too_many_values(encoded(text)),
     "parse, the body": lambda text: parse(200, {}, encoded(text), Question("1", 0.0)),
     "parse, a value": lambda text: parse(200, {}, answer(text), Question("1", 0.0)),
     "parse, headers": lambda text: parse(
         429, {"Retry-After": text, "x-ratelimit-reset": text}, b"{}", Question("1", 0.0)
     ),
-    "links": lambda text: links([text, f"data:image/png;base64,{text}", f"data:{text}"]),
+    "links": lambda text: collect_links([text, f"data:image/png;base64,{text}", f"data:{text}"]),
     "submission": submission,
     "checked_remote_id": checked_remote_id,
     "fetch_address": lambda text: fetch_address(f"https://api.example/{text}", "1", ALLOWED),
     "checked_url": lambda text: checked_url(f"https://shop.example/{text}"),
     "Guard.check_url": lambda text: Guard(()).check_url(f"https://{text}"),
-    "seconds_of": seconds_of,
+    "parse_duration": parse_duration,
     "sniff": lambda text: sniff(encoded(text)),
     "is_text": lambda text: is_text(encoded(text)),
     "base64_start": lambda text: base64_start(encoded(text)),

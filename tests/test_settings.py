@@ -63,7 +63,7 @@ def test_without_any_variable_the_defaults_are_those_of_the_contract(tmp_path: P
     assert settings.output_max_pixels == 150_000_000
     assert (settings.output_max_bytes, settings.output_timeout, settings.output_deadline) == (209_715_200, 300, 86_400)
     assert settings.allowed_networks == ()
-    assert (settings.pace.price, settings.pace.least, settings.pace.policy) == (0.5, 3, "learned")
+    assert (settings.pace.price, settings.pace.min_wait, settings.pace.policy) == (0.5, 3, "learned")
     assert settings.recovery_seconds == 30
     assert settings.allowed_tasks is None
     assert (settings.prune_seconds, settings.states_to_prune, settings.prune_files) == (

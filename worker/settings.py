@@ -23,16 +23,16 @@ from worker.configuration import state_directory
 from worker.configuration.api_keys import ApiKeys, parse_keys
 from worker.configuration.environment import clean, read_environment, trimmed
 from worker.configuration.server_urls import broker_url, database_url, redis_url
+from worker.core.durations import parse_duration
 from worker.core.identity import ACCOUNT
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.pacing.policy import Pace, Policy
 from worker.core.rate import RequestRates
-from worker.core.spans import seconds_of
 from worker.core.webhook import secret_bytes
 from worker.errors import NotTrackable, SettingsError
 from worker.system.once import locked_property
 from worker.vendor.fetch_url import VENDOR_HOSTS, AllowedApi, api_host
-from worker.vendor.words import status_words
+from worker.vendor.status_words import parse_status_words
 
 DEFAULT_STORAGE = Path("var/outputs")
 EMBEDDED_SOCKET = "redis.sock"
@@ -201,7 +201,7 @@ class Settings(BaseSettings):
     @field_validator("sd_api_status_words")
     @classmethod
     def _taught(cls, value: str) -> str:
-        status_words(value or "{}")
+        parse_status_words(value or "{}")
         return value or "{}"
 
     @field_validator("late_looks")
@@ -273,7 +273,7 @@ class Settings(BaseSettings):
     @field_validator("prune_after")
     @classmethod
     def _some_age(cls, value: str) -> str:
-        if value and not LEAST_PRUNE_AGE <= seconds_of(value) <= LONGEST:
+        if value and not LEAST_PRUNE_AGE <= parse_duration(value) <= LONGEST:
             raise ValueError("must be from 1h to ten years")
         return value
 
@@ -388,7 +388,7 @@ class Settings(BaseSettings):
     @cached_property
     def status_words(self) -> Mapping[str, str]:
         """Status words that the rules don't have, each with the one that it stands for."""
-        return status_words(self.sd_api_status_words)
+        return parse_status_words(self.sd_api_status_words)
 
     @cached_property
     def late_look_seconds(self) -> tuple[float, ...]:
@@ -466,7 +466,7 @@ class Settings(BaseSettings):
     @cached_property
     def prune_seconds(self) -> float | None:
         """How long ago a job must have ended to be pruned; None where none is."""
-        return seconds_of(self.prune_after) if self.prune_after else None
+        return parse_duration(self.prune_after) if self.prune_after else None
 
     @cached_property
     def states_to_prune(self) -> tuple[str, ...]:
@@ -586,7 +586,7 @@ def _spans(text: str) -> tuple[float, ...]:
     if items in (["on"], ["yes"], ["true"]):
         return _spans(str(Settings.model_fields["late_looks"].default))
     try:
-        spans = sorted({seconds_of(item) for item in items})
+        spans = sorted({parse_duration(item) for item in items})
     except ValueError:
         raise ValueError("must be off, or spans of time after the deadline such as 1h,3h,10h,24h") from None
     if len(spans) > MOST_LOOKS or not 0 < spans[0] <= spans[-1] <= LONGEST_LOOK:

@@ -43,7 +43,7 @@ def track(self: Any, remote: Any, **options: Any) -> int:
     except WorkerError as wrong:
         raise type(wrong)(process_resources().scrubber.text(str(wrong))) from None
     where = {name: options.get(name) for name in ("fetch_url", "endpoint")}
-    if created and planned_job(remote, settings.api, **where, words=settings.status_words).submission.outputs:
+    if created and planned_job(remote, settings.api, **where, status_words=settings.status_words).submission.outputs:
         # Ready at once: nothing but a sweep would find its outputs.
         log_broker_errors("sweep", lambda: sweep.apply_async(expires=HINT_EXPIRES_SECONDS))
     return job_id

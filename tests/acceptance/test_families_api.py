@@ -11,7 +11,7 @@ import pytest
 from tests.acceptance.families import Api
 from tests.acceptance.families_api import ENDINGS, FAMILIES, SECONDS, content
 from tests.acceptance.main_job import KEY
-from worker.core.media.signatures import sniff, whole
+from worker.core.media.signatures import is_complete, sniff
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_a_file_is_whole_and_another_one_for_every_word(media_type: str) -> None
     if not media_type.startswith(("text/", "application/")):
         assert media is not None
         assert media.type == media_type
-        assert whole(media, data, data, len(data))
+        assert is_complete(media, data, data, len(data))
 
 
 def test_a_wrong_key_and_an_id_of_another_family_are_answered_as_the_documents_say(ordered: Api) -> None:

@@ -18,7 +18,7 @@ from worker.admin.door import Door
 from worker.admin.outputs import PICTURE_BYTES_MOST, PICTURES, as_what
 from worker.admin.site import make_site
 from worker.client import tracking
-from worker.core.answer_history import BETWEEN
+from worker.core.answer_history import NOTE_SEPARATOR
 from worker.core.media import signatures as core_media
 from worker.core.media.signatures import Media
 from worker.errors import Unavailable
@@ -114,7 +114,7 @@ def test_one_job_is_shown_with_why_its_outputs_its_events_and_its_last_answers(
 ) -> None:
     with engine.begin() as connection:
         now = database_now(connection)
-        job_id = add_downloading(connection, "r1", last_answer=f"12.5 s: success{BETWEEN}4.0 s: processing")
+        job_id = add_downloading(connection, "r1", last_answer=f"12.5 s: success{NOTE_SEPARATOR}4.0 s: processing")
         add_output(connection, job_id, error_code="unreachable", error_message="no route", due_at=now + seconds(60))
         add_output(connection, job_id, 1)
         connection.execute(

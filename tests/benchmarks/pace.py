@@ -19,7 +19,7 @@ from tests.benchmarks.optimum import (
     slot_bound,
 )
 from tests.benchmarks.table import Table
-from worker.core.pacing.policy import Model, Pace, Policy
+from worker.core.pacing.policy import Pace, PaceModel, Policy
 from worker.core.pacing.simulation import Simulation, TraceJob, _Job, _Run, simulate
 
 JOBS = 4_000
@@ -197,8 +197,8 @@ class TwoProcesses(_Run):
     def __init__(self, pace: Pace, seed: int) -> None:
         super().__init__(pace, lambda kind: DEADLINE, None, seed)
         self._draw = random.Random(seed)
-        self._processes = [Model(), Model()]
-        self._shared = Model()
+        self._processes = [PaceModel(), PaceModel()]
+        self._shared = PaceModel()
         self._share_at = 0.0
 
     def _arrive(self, number: int, trace: TraceJob) -> None:
@@ -209,9 +209,9 @@ class TwoProcesses(_Run):
         if now >= self._share_at:
             self._share_at = now + 1.0
             for place, model in enumerate(self._processes):
-                model.teach(self._shared)
-                self._processes[place] = Model.restored(self._shared.snapshot(), self._account)
-            self._processes[0] = Model.restored(self._shared.snapshot(), self._account)
+                model.merge_into(self._shared)
+                self._processes[place] = PaceModel.restored(self._shared.snapshot(), self._account)
+            self._processes[0] = PaceModel.restored(self._shared.snapshot(), self._account)
         self._models[job.trace.kind] = self._draw.choice(self._processes)
         super()._ask(job, now)
 

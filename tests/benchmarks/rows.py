@@ -19,7 +19,7 @@ from tests.benchmarks.polls import bare
 from tests.benchmarks.stand import ROOT, Api, Stand, api, stand
 from tests.benchmarks.table import Rounds, Table
 from worker.core.lifecycle import AskAgain
-from worker.core.pacing.policy import Plan
+from worker.core.pacing.policy import PollPlan
 from worker.store.claims import ClaimedJob, DueGroup, claim_jobs, due_groups
 from worker.store.counters import Tally
 from worker.store.engine import database_now, make_engine
@@ -239,7 +239,9 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _ours(engine: Engine, claimed: list[ClaimedJob]) -> None:
-    outcomes = [Outcome(job, AskAgain(job.facts.strikes, "processing"), "processing", Plan(900.0)) for job in claimed]
+    outcomes = [
+        Outcome(job, AskAgain(job.facts.strikes, "processing"), "processing", PollPlan(900.0)) for job in claimed
+    ]
     with engine.begin() as connection:
         done = record_answers(connection, outcomes, Tally(), now=database_now(connection))
     if done.lost:

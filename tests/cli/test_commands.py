@@ -16,7 +16,7 @@ from sqlalchemy import Engine, insert, update
 
 from tests.rows import NOW, add_downloading, add_output
 from worker.cli import main
-from worker.core.pacing.policy import Waiting
+from worker.core.pacing.policy import PacedJob
 from worker.polling.pace_learner import Learner
 from worker.store.schema import breakers, jobs
 
@@ -463,7 +463,7 @@ def teach(engine: Engine, kind: str = "image", seconds: float = 20.0, jobs_seen:
     learner = Learner(engine)
     learner.prepare([("default", kind)])
     for _ in range(jobs_seen):
-        learner.observe("default", kind, Waiting(seconds, seconds - 1), ready=True, planned=seconds)
+        learner.observe("default", kind, PacedJob(seconds, seconds - 1), ready=True, planned=seconds)
     learner.share()
 
 

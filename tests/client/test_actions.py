@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Engine, select
 from tests.rows import LEASE, add_job
 from worker.client import actions
 from worker.client.actions import Action, act
-from worker.core.lifecycle import AskAgain, End, Strikes
+from worker.core.lifecycle import AskAgain, EndJob, Strikes
 from worker.settings import Settings, load
 from worker.store.claims import claim_jobs, due_groups
 from worker.store.counters import FINISHED, Tally, read_counters
@@ -79,7 +79,7 @@ def _poll(connection: Connection, name: str) -> int:
         for job in claim_jobs(connection, level, limit=10, token=name, holder=name, lease=LEASE, now=now)
     ]
     outcomes = [
-        Outcome(job, End("failed", "api_failed", "no") if job.id % 2 else AskAgain(Strikes(), "odd"), "said")
+        Outcome(job, EndJob("failed", "api_failed", "no") if job.id % 2 else AskAgain(Strikes(), "odd"), "said")
         for job in claimed
     ]
     tally = Tally()

@@ -10,8 +10,8 @@ from sqlalchemy import Engine, select, update
 import worker
 from tests.rows import NOW, add_downloading, add_job, add_output, claim, job_of, output_of, seconds
 from worker.client import actions, holds, tracking
-from worker.core.circuit_breaker import CircuitBreaker, Scope, limited, refused
-from worker.core.lifecycle import AskAgain, End, JobFacts, Strikes, after_answer
+from worker.core.circuit_breaker import CircuitBreaker, Scope, after_rate_limit, after_refusal
+from worker.core.lifecycle import AskAgain, EndJob, JobFacts, Strikes, after_answer
 from worker.core.reply import Processing
 from worker.errors import JobNotFound
 from worker.operations import overview
@@ -86,7 +86,7 @@ def test_an_answer_that_was_under_way_is_lost_and_so_is_the_lease(engine: Engine
         job_id = add_job(connection)
         [claimed] = claim(connection)
         store.hold(connection, [job_id], now=NOW + seconds(1))
-        ended = Outcome(claimed, End("failed", "api_failed", "no"), "failed")
+        ended = Outcome(claimed, EndJob("failed", "api_failed", "no"), "failed")
         assert record_answers(connection, [ended], Tally(), now=NOW + seconds(2)).lost == 1
         assert not renew_leases(connection, "holder", lease=LEAST, now=NOW + seconds(2))
         release_jobs(connection, [job_id], claimed.token, due_at=NOW + seconds(2))
@@ -107,8 +107,8 @@ def test_a_resumed_job_is_due_at_once_and_does_not_expire_within_its_grace(engin
     assert (resumed.held_at, resumed.deadline_at) == (None, YEARS + seconds(60))
     assert (resumed.pace_scale, resumed.pace_growth) == (None, None)
     facts = JobFacts("pending", NOW, claimed.facts.deadline_at, Strikes())
-    steps = [after_answer(facts, Processing(), now=YEARS + seconds(at), least=LEAST) for at in (59, 60)]
-    assert [type(step) for step in steps] == [AskAgain, End]
+    steps = [after_answer(facts, Processing(), now=YEARS + seconds(at), min_interval=LEAST) for at in (59, 60)]
+    assert [type(step) for step in steps] == [AskAgain, EndJob]
 
 
 def test_a_deadline_that_is_far_off_stays(engine: Engine) -> None:
@@ -222,9 +222,9 @@ def test_resuming_tries_at_once_what_the_api_holds_and_leaves_what_is_open(datab
     with database.begin() as connection:
         now = database_now(connection)
         key = locked_breaker(connection, "account", "key")
-        save_breaker(connection, refused(key, "key rejected: no", now=now, probe=False))
+        save_breaker(connection, after_refusal(key, "key rejected: no", now=now, probe=False))
         limit = locked_breaker(connection, "account", "limit")
-        save_breaker(connection, limited(limit, 900.0, now=now))
+        save_breaker(connection, after_rate_limit(limit, 900.0, now=now))
         locked_breaker(connection, "account", "open")
         save_breaker(connection, CircuitBreaker("account", "open", proven=True))
 

@@ -13,7 +13,7 @@ import worker
 from tests.rows import add_downloading
 from worker import Job
 from worker.client import tracking
-from worker.core.pacing.policy import Waiting
+from worker.core.pacing.policy import PacedJob
 from worker.polling.pace_learner import Learner
 from worker.store.engine import engine_for
 from worker.store.schema import jobs
@@ -36,7 +36,7 @@ def taught(engine: Engine, *, kind: str, seconds: float, jobs_seen: int = 60) ->
     learner = Learner(engine)
     learner.prepare([("default", kind)])
     for _ in range(jobs_seen):
-        learner.observe("default", kind, Waiting(seconds, seconds * 0.97), ready=True, planned=seconds)
+        learner.observe("default", kind, PacedJob(seconds, seconds * 0.97), ready=True, planned=seconds)
     learner.share()
 
 

@@ -21,7 +21,7 @@ from worker import track
 from worker.client import tracking
 from worker.client.tracking import tracked
 from worker.coordination.wakeups import WakeUps
-from worker.core.pacing.policy import Waiting
+from worker.core.pacing.policy import PacedJob
 from worker.errors import (
     JobNotFound,
     NotTrackable,
@@ -623,7 +623,7 @@ def test_the_first_poll_of_a_job_is_when_jobs_of_its_kind_were_ready(door: Engin
     learner = Learner(door)
     learner.prepare([("default", "slow")])
     for _ in range(60):
-        learner.observe("default", "slow", Waiting(100.0, 95.0), ready=True, planned=100.0)
+        learner.observe("default", "slow", PacedJob(100.0, 95.0), ready=True, planned=100.0)
     learner.share()
     tracking._models.clear()
 

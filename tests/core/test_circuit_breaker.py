@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 from worker.core.circuit_breaker import (
     BreakerInput,
     CircuitBreaker,
-    Limit,
+    RateMeasurement,
+    after_failures,
+    after_job_answer,
+    after_rate_limit,
+    after_refusal,
     after_replies,
-    answered,
-    limited,
-    paused,
-    probing,
-    refused,
-    resumed,
-    slowed,
-    troubled,
-    undecided,
-    unproven,
+    held_by_operator,
+    resumed_by_operator,
+    with_learned_rate,
+    with_probe_postponed,
+    with_probe_started,
+    with_unproven_key,
 )
 from worker.core.reply import ApiDown
 from worker.vendor.replies import NO_SUCH_PATH
@@ -35,7 +35,7 @@ def at(seconds: float) -> datetime:
 
 
 NEW = CircuitBreaker("account", "default")
-OPEN = answered(NEW, now=T0, probe=True)
+OPEN = after_job_answer(NEW, now=T0, probe=True)
 HOST = CircuitBreaker("host", "modelslab.com")
 
 
@@ -44,9 +44,11 @@ def probe_seconds(breaker: CircuitBreaker, *, until: int) -> list[int]:
     asked = []
     for second in range(until):
         now = at(second)
-        if breaker.allows(now) == "one":
+        if breaker.allows(now) == "probe":
             asked.append(second)
-            breaker = refused(probing(breaker, now=now, lease=LEASE), "key rejected", now=now, probe=True)
+            breaker = after_refusal(
+                with_probe_started(breaker, now=now, lease=LEASE), "key rejected", now=now, probe=True
+            )
         assert breaker.allows(now) == "none"
     return asked
 
@@ -55,15 +57,15 @@ def probe_seconds(breaker: CircuitBreaker, *, until: int) -> list[int]:
 
 
 def test_a_key_never_yet_accepted_is_tried_with_one_call_alone() -> None:
-    trying = probing(NEW, now=T0, lease=LEASE)
+    trying = with_probe_started(NEW, now=T0, lease=LEASE)
 
-    assert NEW.allows(T0) == "one"
-    assert [trying.allows(at(s)) for s in (0, 24, 25)] == ["none", "none", "one"]
-    assert answered(trying, now=at(1), probe=True).allows(at(1)) == "all"
+    assert NEW.allows(T0) == "probe"
+    assert [trying.allows(at(s)) for s in (0, 24, 25)] == ["none", "none", "probe"]
+    assert after_job_answer(trying, now=at(1), probe=True).allows(at(1)) == "all"
 
 
 def test_a_rejected_key_is_probed_after_10_20_40_and_then_every_60_seconds() -> None:
-    held = refused(OPEN, "key rejected", now=T0, probe=False)
+    held = after_refusal(OPEN, "key rejected", now=T0, probe=False)
 
     assert probe_seconds(held, until=320) == [10, 30, 70, 130, 190, 250, 310]
 
@@ -73,9 +75,9 @@ def test_a_new_key_that_is_rejected_is_probed_by_the_same_schedule() -> None:
 
 
 def test_a_hold_names_its_reason_and_its_start_until_a_probe_is_accepted() -> None:
-    held = refused(OPEN, "key rejected", now=T0, probe=False)
-    later = refused(held, "no credits", now=at(10), probe=True)
-    free = answered(later, now=at(30), probe=True)
+    held = after_refusal(OPEN, "key rejected", now=T0, probe=False)
+    later = after_refusal(held, "no credits", now=at(10), probe=True)
+    free = after_job_answer(later, now=at(30), probe=True)
 
     assert (held.reason, held.since, held.until) == ("key rejected", T0, None)
     assert (later.reason, later.since) == ("no credits", T0)
@@ -84,92 +86,96 @@ def test_a_hold_names_its_reason_and_its_start_until_a_probe_is_accepted() -> No
 
 
 def test_the_schedule_starts_anew_after_a_release() -> None:
-    held = refused(OPEN, "key rejected", now=T0, probe=False)
+    held = after_refusal(OPEN, "key rejected", now=T0, probe=False)
     for second in (10, 30, 70):
-        held = refused(held, "key rejected", now=at(second), probe=True)
-    again = refused(answered(held, now=at(130), probe=True), "key rejected", now=at(200), probe=False)
+        held = after_refusal(held, "key rejected", now=at(second), probe=True)
+    again = after_refusal(after_job_answer(held, now=at(130), probe=True), "key rejected", now=at(200), probe=False)
 
     assert again.probe_at == at(210)
 
 
 def test_what_was_under_way_when_the_hold_began_does_not_move_it() -> None:
     """Neither late refusals, which would stretch the schedule, nor late answers, which would end the hold."""
-    held = refused(OPEN, "key rejected", now=T0, probe=False)
+    held = after_refusal(OPEN, "key rejected", now=T0, probe=False)
 
-    assert refused(held, "no credits", now=at(3), probe=False) == held
-    assert answered(held, now=at(3), probe=False) == held
+    assert after_refusal(held, "no credits", now=at(3), probe=False) == held
+    assert after_job_answer(held, now=at(3), probe=False) == held
 
 
 def test_a_process_start_tries_a_held_key_at_once_and_alone() -> None:
-    held = refused(OPEN, "key rejected", now=T0, probe=False)
-    started = unproven(held, now=at(2))
+    held = after_refusal(OPEN, "key rejected", now=T0, probe=False)
+    started = with_unproven_key(held, now=at(2))
 
-    assert started.allows(at(2)) == "one"
-    assert probing(started, now=at(2), lease=LEASE).allows(at(3)) == "none"
-    assert refused(started, "key rejected", now=at(3), probe=True).probe_at == at(23)  # the schedule goes on
+    assert started.allows(at(2)) == "probe"
+    assert with_probe_started(started, now=at(2), lease=LEASE).allows(at(3)) == "none"
+    assert after_refusal(started, "key rejected", now=at(3), probe=True).probe_at == at(23)  # the schedule goes on
 
 
 def test_a_process_start_tries_an_open_key_alone_too() -> None:
-    started = unproven(OPEN, now=at(5))
+    started = with_unproven_key(OPEN, now=at(5))
 
-    assert started.allows(at(5)) == "one"
+    assert started.allows(at(5)) == "probe"
     assert started.last_hold_end(at(5)) is None
-    assert answered(started, now=at(6), probe=True).allows(at(6)) == "all"
+    assert after_job_answer(started, now=at(6), probe=True).allows(at(6)) == "all"
 
 
 def test_a_probe_that_says_nothing_about_the_key_is_repeated() -> None:
-    trying = probing(NEW, now=T0, lease=LEASE)
-    held = probing(refused(OPEN, "key rejected", now=T0, probe=False), now=at(10), lease=LEASE)
+    trying = with_probe_started(NEW, now=T0, lease=LEASE)
+    held = with_probe_started(after_refusal(OPEN, "key rejected", now=T0, probe=False), now=at(10), lease=LEASE)
 
-    assert undecided(trying, now=at(3), wait=0.0).allows(at(3)) == "one"
-    assert [undecided(trying, now=at(3), wait=1.0).allows(at(s)) for s in (3, 3.9, 4)] == ["none", "none", "one"]
-    assert undecided(held, now=at(12), wait=0.0).allows(at(12)) == "none"
-    assert undecided(held, now=at(12), wait=0.0).allows(at(10) + LEASE) == "one"
+    assert with_probe_postponed(trying, now=at(3), wait=0.0).allows(at(3)) == "probe"
+    assert [with_probe_postponed(trying, now=at(3), wait=1.0).allows(at(s)) for s in (3, 3.9, 4)] == [
+        "none",
+        "none",
+        "probe",
+    ]
+    assert with_probe_postponed(held, now=at(12), wait=0.0).allows(at(12)) == "none"
+    assert with_probe_postponed(held, now=at(12), wait=0.0).allows(at(10) + LEASE) == "probe"
 
 
 def test_a_rate_limit_shuts_the_account_for_its_time_and_no_longer() -> None:
-    paused = limited(OPEN, 30.0, now=T0)
+    limited = after_rate_limit(OPEN, 30.0, now=T0)
 
-    assert [paused.allows(at(s)) for s in (0, 29.9, 30)] == ["none", "none", "all"]
-    assert (paused.reason, paused.until) == ("rate limited", at(30))
-    assert answered(paused, now=at(1), probe=False).allows(at(2)) == "none"
+    assert [limited.allows(at(s)) for s in (0, 29.9, 30)] == ["none", "none", "all"]
+    assert (limited.reason, limited.until) == ("rate limited", at(30))
+    assert after_job_answer(limited, now=at(1), probe=False).allows(at(2)) == "none"
 
 
 def test_rate_limits_add_up_to_the_longest() -> None:
-    paused = limited(limited(limited(OPEN, 30.0, now=T0), 5.0, now=at(1)), 40.0, now=at(2))
+    limited = after_rate_limit(after_rate_limit(after_rate_limit(OPEN, 30.0, now=T0), 5.0, now=at(1)), 40.0, now=at(2))
 
-    assert paused.until == at(42)
-    assert paused.since == T0
+    assert limited.until == at(42)
+    assert limited.since == T0
 
 
 def test_the_end_of_a_rate_limit_is_the_end_of_a_hold() -> None:
-    paused = limited(OPEN, 30.0, now=T0)
+    limited = after_rate_limit(OPEN, 30.0, now=T0)
 
-    assert paused.last_hold_end(at(10)) == at(10)
-    assert paused.last_hold_end(at(99)) == at(30)
-    assert limited(paused, 5.0, now=at(50)).last_hold_end(at(99)) == at(55)
-    assert answered(paused, now=at(99), probe=False).last_hold_end(at(99)) == at(30)
+    assert limited.last_hold_end(at(10)) == at(10)
+    assert limited.last_hold_end(at(99)) == at(30)
+    assert after_rate_limit(limited, 5.0, now=at(50)).last_hold_end(at(99)) == at(55)
+    assert after_job_answer(limited, now=at(99), probe=False).last_hold_end(at(99)) == at(30)
 
 
 def test_a_refusal_during_a_rate_limit_waits_for_its_end() -> None:
-    held = refused(limited(OPEN, 300.0, now=T0), "key rejected", now=at(5), probe=False)
+    held = after_refusal(after_rate_limit(OPEN, 300.0, now=T0), "key rejected", now=at(5), probe=False)
 
-    assert [held.allows(at(s)) for s in (15, 299, 300)] == ["none", "none", "one"]
+    assert [held.allows(at(s)) for s in (15, 299, 300)] == ["none", "none", "probe"]
 
 
 def test_a_rate_limited_probe_of_a_held_account_waits_as_it_is_told() -> None:
-    held = refused(OPEN, "key rejected", now=T0, probe=False)
-    paused = limited(held, 300.0, now=at(10))
+    held = after_refusal(OPEN, "key rejected", now=T0, probe=False)
+    limited = after_rate_limit(held, 300.0, now=at(10))
 
-    assert paused.reason == "key rejected"
-    assert [paused.allows(at(s)) for s in (70, 309, 310)] == ["none", "none", "one"]
+    assert limited.reason == "key rejected"
+    assert [limited.allows(at(s)) for s in (70, 309, 310)] == ["none", "none", "probe"]
 
 
 def test_a_key_that_is_not_proven_yet_stays_so_through_a_rate_limit() -> None:
-    paused = limited(NEW, 30.0, now=T0)
+    limited = after_rate_limit(NEW, 30.0, now=T0)
 
-    assert [paused.allows(at(s)) for s in (29, 30)] == ["none", "one"]
-    assert unproven(limited(OPEN, 30.0, now=T0), now=at(1)).allows(at(31)) == "one"
+    assert [limited.allows(at(s)) for s in (29, 30)] == ["none", "probe"]
+    assert with_unproven_key(after_rate_limit(OPEN, 30.0, now=T0), now=at(1)).allows(at(31)) == "probe"
 
 
 # ── hosts ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -177,31 +183,33 @@ def test_a_key_that_is_not_proven_yet_stays_so_through_a_rate_limit() -> None:
 
 def shaken(breaker: CircuitBreaker, times: int, *, start: float = 0.0) -> CircuitBreaker:
     for turn in range(times):
-        breaker = troubled(breaker, "time-out", 1, now=at(start + turn), probe=False)
+        breaker = after_failures(breaker, "time-out", 1, now=at(start + turn), probe=False)
     return breaker
 
 
 def test_a_host_is_held_after_five_calls_in_a_row_came_to_nothing() -> None:
     assert shaken(HOST, 4).allows(at(4)) == "all"
     assert shaken(HOST, 5).allows(at(4)) == "none"
-    assert troubled(HOST, "time-out", 5, now=T0, probe=False).held(T0)
+    assert after_failures(HOST, "time-out", 5, now=T0, probe=False).held(T0)
 
 
 def test_an_answer_in_between_starts_the_count_anew() -> None:
-    counted = shaken(answered(shaken(HOST, 4), now=at(4), probe=False), 4, start=5)
+    counted = shaken(after_job_answer(shaken(HOST, 4), now=at(4), probe=False), 4, start=5)
 
     assert counted.allows(at(9)) == "all"
     assert shaken(counted, 1, start=9).held(at(9))
 
 
 def test_a_held_host_is_probed_by_the_schedule_and_let_go_by_the_first_answer() -> None:
-    breaker = troubled(HOST, "time-out", 5, now=T0, probe=False)
+    breaker = after_failures(HOST, "time-out", 5, now=T0, probe=False)
     probes = []
     for second in range(140):
-        if breaker.allows(at(second)) == "one":
+        if breaker.allows(at(second)) == "probe":
             probes.append(second)
-            breaker = troubled(probing(breaker, now=at(second), lease=LEASE), "time-out", 1, now=at(second), probe=True)
-    free = answered(breaker, now=at(190), probe=True)
+            breaker = after_failures(
+                with_probe_started(breaker, now=at(second), lease=LEASE), "time-out", 1, now=at(second), probe=True
+            )
+    free = after_job_answer(breaker, now=at(190), probe=True)
 
     assert probes == [10, 30, 70, 130]
     assert free.allows(at(190)) == "all"
@@ -211,14 +219,14 @@ def test_a_held_host_is_probed_by_the_schedule_and_let_go_by_the_first_answer() 
 def own_path_missing(breaker: CircuitBreaker, *, now: datetime, probe: bool) -> CircuitBreaker:
     """The gate after an answer about a path that only one job names."""
     reply = ApiDown(f"HTTP 404: {NO_SUCH_PATH}", answered=True, no_such_path=True)
-    return after_replies(breaker, [BreakerInput(reply, now, probe)], Limit(10.0, 0.0), now=now)
+    return after_replies(breaker, [BreakerInput(reply, now, probe)], RateMeasurement(10.0, 0.0), now=now)
 
 
 def test_a_probe_that_finds_a_path_missing_which_one_job_names_ends_a_hold_for_silence() -> None:
     """The host answers again. Else the hold would outlive the outage for as long as such jobs are its probes."""
     held = shaken(HOST, 5)
 
-    free = own_path_missing(probing(held, now=at(14), lease=LEASE), now=at(15), probe=True)
+    free = own_path_missing(with_probe_started(held, now=at(14), lease=LEASE), now=at(15), probe=True)
 
     assert (free.held(at(15)), free.last_hold_end(at(99))) == (False, at(15))
     assert own_path_missing(held, now=at(6), probe=False) == held
@@ -229,13 +237,13 @@ def test_a_hold_for_a_mistyped_api_url_stays_one_hold_whatever_paths_of_single_j
     held = after_replies(
         HOST,
         [BreakerInput(ApiDown(f"HTTP 404: {NO_SUCH_PATH}", no_such_path=True), T0, False)] * 5,
-        Limit(10.0, 0.0),
+        RateMeasurement(10.0, 0.0),
         now=T0,
     )
-    probed = own_path_missing(probing(held, now=at(10), lease=LEASE), now=at(11), probe=True)
+    probed = own_path_missing(with_probe_started(held, now=at(10), lease=LEASE), now=at(11), probe=True)
 
     assert (probed.reason, probed.since, probed.released_at) == (held.reason, T0, None)
-    assert [probed.allows(at(s)) for s in (30, 31)] == ["none", "one"]
+    assert [probed.allows(at(s)) for s in (30, 31)] == ["none", "probe"]
 
 
 def test_late_failures_of_calls_under_way_do_not_stretch_a_host_s_hold() -> None:
@@ -273,19 +281,19 @@ def test_every_hold_can_end_within_a_quarter_of_an_hour(
         now += timedelta(seconds=pause)
         match name:
             case "answered":
-                breaker = answered(breaker, now=now, probe=probe)
+                breaker = after_job_answer(breaker, now=now, probe=probe)
             case "refused" if scope == "account":
-                breaker = refused(breaker, "key rejected", now=now, probe=probe)
+                breaker = after_refusal(breaker, "key rejected", now=now, probe=probe)
             case "limited" if scope == "account":
-                breaker = limited(breaker, seconds, now=now)
+                breaker = after_rate_limit(breaker, seconds, now=now)
             case "troubled" if scope == "host":
-                breaker = troubled(breaker, "time-out", 1, now=now, probe=probe)
+                breaker = after_failures(breaker, "time-out", 1, now=now, probe=probe)
             case "unproven" if scope == "account":
-                breaker = unproven(breaker, now=now)
+                breaker = with_unproven_key(breaker, now=now)
             case "undecided":
-                breaker = undecided(breaker, now=now, wait=0.5)
-            case "probing" if breaker.allows(now) == "one":
-                breaker = probing(breaker, now=now, lease=LEASE)
+                breaker = with_probe_postponed(breaker, now=now, wait=0.5)
+            case "probing" if breaker.allows(now) == "probe":
+                breaker = with_probe_started(breaker, now=now, lease=LEASE)
 
         assert breaker.allows(now + timedelta(seconds=960)) != "none"
         assert not breaker.held(now) or breaker.allows(now) != "all"
@@ -298,9 +306,9 @@ def test_every_hold_can_end_within_a_quarter_of_an_hour(
 
 
 def test_a_rate_limit_halves_the_rate_once_however_many_requests_it_meets() -> None:
-    paused = limited(OPEN, 30.0, now=T0)
-    first = slowed(paused, full=100.0, seen=20.0, sent_at=at(-0.1))
-    second = slowed(first, full=100.0, seen=5.0, sent_at=at(0.2))
+    limited = after_rate_limit(OPEN, 30.0, now=T0)
+    first = with_learned_rate(limited, configured=100.0, measured=20.0, sent_at=at(-0.1))
+    second = with_learned_rate(first, configured=100.0, measured=5.0, sent_at=at(0.2))
 
     assert (first.ceiling, first.cut_at) == (20.0, at(30))
     assert second == first
@@ -309,42 +317,44 @@ def test_a_rate_limit_halves_the_rate_once_however_many_requests_it_meets() -> N
 
 
 def test_a_request_after_the_pause_that_is_refused_again_teaches_anew() -> None:
-    first = slowed(limited(OPEN, 30.0, now=T0), full=100.0, seen=20.0, sent_at=T0)
-    again = slowed(limited(first, 30.0, now=at(40)), full=100.0, seen=8.0, sent_at=at(40))
+    first = with_learned_rate(after_rate_limit(OPEN, 30.0, now=T0), configured=100.0, measured=20.0, sent_at=T0)
+    again = with_learned_rate(after_rate_limit(first, 30.0, now=at(40)), configured=100.0, measured=8.0, sent_at=at(40))
 
     assert again.ceiling == 8.0
     assert again.cut_at == at(70)
 
 
 def test_what_was_learned_outlives_holds_and_answers() -> None:
-    learned = slowed(limited(OPEN, 30.0, now=T0), full=100.0, seen=20.0, sent_at=T0)
-    later = answered(refused(learned, "key rejected", now=at(40), probe=False), now=at(60), probe=True)
+    learned = with_learned_rate(after_rate_limit(OPEN, 30.0, now=T0), configured=100.0, measured=20.0, sent_at=T0)
+    later = after_job_answer(after_refusal(learned, "key rejected", now=at(40), probe=False), now=at(60), probe=True)
 
     assert (later.ceiling, later.cut_at) == (20.0, at(30))
-    assert answered(unproven(learned, now=at(50)), now=at(51), probe=True).ceiling == 20.0
+    assert after_job_answer(with_unproven_key(learned, now=at(50)), now=at(51), probe=True).ceiling == 20.0
 
 
 def test_a_gate_that_an_operator_holds_lets_nothing_through_until_it_is_resumed() -> None:
     """Not a probe either, whatever answers still come in, and whoever starts; then one call alone tries it."""
-    held = paused(CircuitBreaker("account", "default", proven=True), now=T0)
-    later = unproven(answered(held, now=at(5), probe=False), now=at(9))
-    open_again = resumed(later, now=at(10))
+    held = held_by_operator(CircuitBreaker("account", "default", proven=True), now=T0)
+    later = with_unproven_key(after_job_answer(held, now=at(5), probe=False), now=at(9))
+    open_again = resumed_by_operator(later, now=at(10))
 
     assert [breaker.allows(at(9_999)) for breaker in (held, later)] == ["none", "none"]
     assert (later.held(T0), later.why) == (True, "held by an operator")
-    assert open_again.allows(at(10)) == "one"
+    assert open_again.allows(at(10)) == "probe"
     assert open_again.last_hold_end(at(11)) == at(10)
-    assert answered(open_again, now=at(11), probe=True).allows(at(11)) == "all"
+    assert after_job_answer(open_again, now=at(11), probe=True).allows(at(11)) == "all"
 
 
 def test_what_the_api_holds_is_tried_at_once_where_an_operator_says_so() -> None:
     """A refused key by a probe, which may find it refused still; a rate limit is over."""
-    refused_key = refused(CircuitBreaker("account", "default", proven=True), "key rejected: no", now=T0, probe=False)
-    limit = limited(CircuitBreaker("account", "default", proven=True), 900.0, now=T0)
-    down = troubled(CircuitBreaker("host", "api.test"), "unreachable: refused", 5, now=T0, probe=False)
+    refused_key = after_refusal(
+        CircuitBreaker("account", "default", proven=True), "key rejected: no", now=T0, probe=False
+    )
+    limit = after_rate_limit(CircuitBreaker("account", "default", proven=True), 900.0, now=T0)
+    down = after_failures(CircuitBreaker("host", "api.test"), "unreachable: refused", 5, now=T0, probe=False)
 
     assert [breaker.allows(at(1)) for breaker in (refused_key, limit, down)] == ["none"] * 3
-    resumed_at_once = [resumed(breaker, now=at(1)).allows(at(1)) for breaker in (refused_key, limit, down)]
-    assert resumed_at_once == ["one", "all", "one"]
-    still = refused(resumed(refused_key, now=at(1)), "key rejected: no", now=at(2), probe=True)
+    resumed_at_once = [resumed_by_operator(breaker, now=at(1)).allows(at(1)) for breaker in (refused_key, limit, down)]
+    assert resumed_at_once == ["probe", "all", "probe"]
+    still = after_refusal(resumed_by_operator(refused_key, now=at(1)), "key rejected: no", now=at(2), probe=True)
     assert still.allows(at(3)) == "none"

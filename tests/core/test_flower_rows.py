@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from worker.core.answer_history import BETWEEN
-from worker.core.flower_rows import LINGERS, FlowerJob, Outputs, task_fields, window
+from worker.core.answer_history import NOTE_SEPARATOR
+from worker.core.flower_rows import SHOWN_AFTER_END, FlowerJob, Outputs, job_ids_to_show, task_fields
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 JOB = FlowerJob(
@@ -22,7 +22,11 @@ def after(seconds: float) -> datetime:
     return NOW + timedelta(seconds=seconds)
 
 
-ASKED: dict[str, Any] = {"polls": 2, "asked_at": after(9), "last_answer": f"9.0 s: processing{BETWEEN}4.0 s: queued"}
+ASKED: dict[str, Any] = {
+    "polls": 2,
+    "asked_at": after(9),
+    "last_answer": f"9.0 s: processing{NOTE_SEPARATOR}4.0 s: queued",
+}
 READY = ASKED | {"status": "downloading", "ready_at": after(9)}
 HELD_WORDS = "held by an operator since 2026-03-01 12:00 UTC"
 
@@ -102,16 +106,16 @@ def seen(job_id: int, completed_at: datetime | None = None) -> FlowerJob:
 
 
 def test_the_newest_and_those_on_their_way_are_shown() -> None:
-    over, ended = NOW - LINGERS, NOW - LINGERS / 2
+    over, ended = NOW - SHOWN_AFTER_END, NOW - SHOWN_AFTER_END / 2
     shown = [seen(1), seen(2, over), seen(3, ended), seen(4, over), seen(95)]
 
-    assert window(range(100, 90, -1), shown, 10, now=NOW) == [100, 99, 98, 97, 96, 95, 3, 1, 94, 93]
+    assert job_ids_to_show(range(100, 90, -1), shown, 10, now=NOW) == [100, 99, 98, 97, 96, 95, 3, 1, 94, 93]
 
 
 def test_however_many_are_on_their_way_new_jobs_find_room() -> None:
     shown = [seen(job_id) for job_id in range(1, 51)]
 
-    found = window(range(300, 250, -1), shown, 50, now=NOW)
+    found = job_ids_to_show(range(300, 250, -1), shown, 50, now=NOW)
 
     assert found == [*range(300, 275, -1), *range(50, 25, -1)]
 
@@ -122,7 +126,7 @@ def test_however_many_are_on_their_way_new_jobs_find_room() -> None:
     most=some.integers(1, 30),
 )
 def test_no_job_is_shown_twice_and_never_more_than_allowed(newest: list[int], shown: list[int], most: int) -> None:
-    found = window(newest[:most], [seen(job_id) for job_id in shown], most, now=NOW)
+    found = job_ids_to_show(newest[:most], [seen(job_id) for job_id in shown], most, now=NOW)
 
     assert len(found) == len(set(found)) <= most
     assert set(found) <= {*newest, *shown}

@@ -14,23 +14,23 @@ from worker.core.lifecycle import (
     Attempt,
     BadBody,
     DeadLink,
-    Deliver,
-    End,
+    EndJob,
     GiveUp,
+    JobDecision,
     JobFacts,
     KeepLinks,
     OutputFacts,
     RenewLinks,
-    Step,
+    StartDownloads,
     StoredFile,
     Strikes,
-    Trouble,
+    TransferTrouble,
     TryAgain,
     Unfit,
+    address_index,
     after_answer,
     after_attempt,
     note_of,
-    source,
 )
 from worker.core.media.signatures import Media
 from worker.core.reply import (
@@ -72,11 +72,11 @@ JOB = JobFacts("pending", T0, at(HOUR))
 
 def answers(
     replies: Iterator[Reply] | list[Reply], *, every: float = 5.0, job: JobFacts = JOB
-) -> list[tuple[float, Step]]:
+) -> list[tuple[float, JobDecision]]:
     """Asks about a job at a steady pace until it ends; (second, step) of each answer."""
-    walk: list[tuple[float, Step]] = []
+    walk: list[tuple[float, JobDecision]] = []
     for turn, reply in enumerate(islice(replies, 2_000)):
-        step = after_answer(job, reply, now=at(turn * every), least=LEAST)
+        step = after_answer(job, reply, now=at(turn * every), min_interval=LEAST)
         walk.append((turn * every, step))
         if not isinstance(step, AskAgain):
             break
@@ -88,9 +88,9 @@ def ending(replies: Iterator[Reply] | list[Reply], *, every: float = 5.0, job: J
     """After how many answers a job ended, and as what."""
     walk = answers(replies, every=every, job=job)
     match walk[-1][1]:
-        case End(_, code, _):
+        case EndJob(_, code, _):
             return len(walk), code
-        case Deliver():
+        case StartDownloads():
             return len(walk), "delivered"
     return len(walk), "pending"
 
@@ -151,11 +151,11 @@ def test_a_job_ends_exactly_at_its_threshold(replies: list[Reply], every: float,
 def test_where_the_least_time_is_zero_every_answer_counts(reply: Reply, count: int) -> None:
     job = JOB
     for _ in range(count - 1):
-        step = after_answer(job, reply, now=T0, least=timedelta(0))
+        step = after_answer(job, reply, now=T0, min_interval=timedelta(0))
         assert isinstance(step, AskAgain)
         job = job._replace(strikes=step.strikes)
 
-    assert isinstance(after_answer(job, reply, now=T0, least=timedelta(0)), End)
+    assert isinstance(after_answer(job, reply, now=T0, min_interval=timedelta(0)), EndJob)
 
 
 def test_answers_that_do_not_count_do_not_put_off_the_ones_that_do() -> None:
@@ -171,7 +171,7 @@ def test_trouble_of_the_account_or_the_host_never_touches_the_job(status: str, r
     strikes = Strikes(1, 2, 2, 4, T0)
     job = JobFacts("pending" if status == "pending" else "downloading", T0, at(10), strikes)
 
-    step = after_answer(job, reply, now=at(10 * HOUR), least=LEAST)
+    step = after_answer(job, reply, now=at(10 * HOUR), min_interval=LEAST)
 
     assert step == AskAgain(strikes, note_of(reply))
 
@@ -185,7 +185,7 @@ def test_a_job_that_flickers_between_processing_and_failed_ends_by_its_deadline(
     walk = answers(cycle([FAILED, PROCESSING]))
 
     assert walk[-1][0] == HOUR
-    assert isinstance(walk[-1][1], End)
+    assert isinstance(walk[-1][1], EndJob)
     assert walk[-1][1].code == "expired"
 
 
@@ -194,18 +194,18 @@ def test_a_job_that_flickers_between_processing_and_failed_ends_by_its_deadline(
 
 @pytest.mark.parametrize("reply", NOT_READY)
 def test_a_job_expires_on_a_not_ready_answer_from_its_deadline_on(reply: Reply) -> None:
-    before = after_answer(JOB, reply, now=at(HOUR) - timedelta(microseconds=1), least=LEAST)
-    after = after_answer(JOB, reply, now=at(HOUR), least=LEAST)
+    before = after_answer(JOB, reply, now=at(HOUR) - timedelta(microseconds=1), min_interval=LEAST)
+    after = after_answer(JOB, reply, now=at(HOUR), min_interval=LEAST)
 
     assert isinstance(before, AskAgain)
-    assert isinstance(after, End)
+    assert isinstance(after, EndJob)
     assert (after.status, after.code) == ("expired", "expired")
     assert note_of(reply) in after.message
 
 
 @pytest.mark.parametrize("late", [1.0, 86_400.0])
 def test_a_job_that_is_ready_after_its_deadline_is_delivered(late: float) -> None:
-    assert after_answer(JOB, READY, now=at(HOUR + late), least=LEAST) == Deliver(OUTPUTS)
+    assert after_answer(JOB, READY, now=at(HOUR + late), min_interval=LEAST) == StartDownloads(OUTPUTS)
 
 
 @pytest.mark.parametrize(
@@ -224,17 +224,17 @@ def test_a_job_that_is_ready_after_its_deadline_is_delivered(late: float) -> Non
 def test_after_a_hold_a_job_has_a_minute_to_be_found_ready(hold_end: float, second: float, expired: bool) -> None:
     job = JOB._replace(last_hold_end=at(hold_end))
 
-    step = after_answer(job, PROCESSING, now=at(second), least=LEAST)
+    step = after_answer(job, PROCESSING, now=at(second), min_interval=LEAST)
 
-    assert isinstance(step, End) is expired
+    assert isinstance(step, EndJob) is expired
 
 
 def test_what_the_api_says_of_a_job_goes_before_its_deadline() -> None:
     job = JOB._replace(strikes=Strikes(failed=1, last=T0))
 
-    step = after_answer(job, FAILED, now=at(2 * HOUR), least=LEAST)
+    step = after_answer(job, FAILED, now=at(2 * HOUR), min_interval=LEAST)
 
-    assert step == End("failed", "api_failed", "Failed, Try Again")
+    assert step == EndJob("failed", "api_failed", "Failed, Try Again")
 
 
 # ── jobs: links renewed ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -244,17 +244,17 @@ def test_what_the_api_says_of_a_job_goes_before_its_deadline() -> None:
 def test_a_downloading_job_keeps_its_links_where_the_api_has_no_fresh_ones(reply: Reply) -> None:
     job = JOB._replace(status="downloading", strikes=Strikes(1, 2, 2, 4, T0))
 
-    assert after_answer(job, reply, now=at(9 * HOUR), least=LEAST) == KeepLinks(note_of(reply))
+    assert after_answer(job, reply, now=at(9 * HOUR), min_interval=LEAST) == KeepLinks(note_of(reply))
 
 
 def test_a_downloading_job_takes_fresh_links() -> None:
     job = JOB._replace(status="downloading")
 
-    assert after_answer(job, READY, now=at(9 * HOUR), least=LEAST) == RenewLinks(OUTPUTS)
+    assert after_answer(job, READY, now=at(9 * HOUR), min_interval=LEAST) == RenewLinks(OUTPUTS)
 
 
 def test_a_trained_model_has_no_outputs_and_is_delivered() -> None:
-    assert after_answer(JOB, Ready(()), now=T0, least=LEAST) == Deliver(())
+    assert after_answer(JOB, Ready(()), now=T0, min_interval=LEAST) == StartDownloads(())
 
 
 # ── outputs: single attempts ──────────────────────────────────────────────────────────────────────────────────────────
@@ -262,9 +262,9 @@ def test_a_trained_model_has_no_outputs_and_is_delivered() -> None:
 STORED = StoredFile("file:///x/1.png", 9, "0" * 64, Media("image/png", "png"))
 DEAD, HTTP, AWAY, DISK = (
     DeadLink("HTTP 404"),
-    Trouble("http_error", "HTTP 503"),
-    Trouble("unreachable", "no answer"),
-    Trouble("storage", "disk full"),
+    TransferTrouble("http_error", "HTTP 503"),
+    TransferTrouble("unreachable", "no answer"),
+    TransferTrouble("storage", "disk full"),
 )
 HTML, SHORT = BadBody("not_media", "HTML"), BadBody("truncated", "9 of 10 bytes")
 PRIVATE, LARGE = Unfit("refused_address", "10.0.0.1"), Unfit("too_large", "9 GB")
@@ -295,7 +295,7 @@ def test_a_bad_body_is_tried_three_times(came: BadBody, before: int, second: flo
 
 
 @pytest.mark.parametrize("came", [HTTP, AWAY])
-def test_trouble_on_the_way_is_tried_until_the_deadline(came: Trouble) -> None:
+def test_trouble_on_the_way_is_tried_until_the_deadline(came: TransferTrouble) -> None:
     just_before = attempt(replace(FIRST, attempts=500), came, 86_399.9)
 
     assert just_before == TryAgain(300.0, came.code, came.message)
@@ -344,7 +344,7 @@ def way(server: Server, *, proxies: int = 0, renewable: bool = True, most: int =
     second = 0.0
     told: list[str] = []
     for _ in range(most):
-        place = source(output)
+        place = address_index(output)
         result = attempt(output, server(place, second, output.renewed), second)
         match result:
             case StoredFile():
@@ -496,8 +496,8 @@ def test_any_row_of_answers_leads_to_one_end_at_most(replies: list[Reply], every
     for turn, (second, step) in enumerate(walk):
         assert isinstance(step, AskAgain) or turn == len(walk) - 1
         assert not isinstance(step, (RenewLinks, KeepLinks))
-        assert isinstance(step, Deliver) == (replies[turn] == READY)
-        if isinstance(step, End):
+        assert isinstance(step, StartDownloads) == (replies[turn] == READY)
+        if isinstance(step, EndJob):
             assert step.status == ("expired" if step.code == "expired" else "failed")
             assert second >= deadline or step.code != "expired"
 
@@ -509,7 +509,7 @@ def test_every_job_that_is_asked_ends_at_last(replies: list[Reply], every: float
 
     walk = answers(chain(replies, repeat(PROCESSING)), every=every, job=job)
 
-    assert isinstance(walk[-1][1], End)
+    assert isinstance(walk[-1][1], EndJob)
     assert walk[-1][0] <= 600 + every
 
 
@@ -544,8 +544,8 @@ def test_links_that_never_change_lead_to_the_file_or_to_an_end(servers: list[Att
 
 def test_an_attempt_that_a_crash_cut_short_says_nothing_against_the_link() -> None:
     """The next attempt tries the link again, not its proxy."""
-    assert source(OutputFacts(attempts=2, proxies=2, ready_at=T0)) == 0
-    assert source(OutputFacts(attempts=2, proxies=2, ready_at=T0, last_code="unreachable")) == 1
+    assert address_index(OutputFacts(attempts=2, proxies=2, ready_at=T0)) == 0
+    assert address_index(OutputFacts(attempts=2, proxies=2, ready_at=T0, last_code="unreachable")) == 1
 
 
 # ── promised links ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -553,7 +553,7 @@ def test_an_attempt_that_a_crash_cut_short_says_nothing_against_the_link() -> No
 PROMISED = OutputFacts(attempts=1, proxies=0, ready_at=T0, renewable=True, promised=True)
 NO_FILE: list[Attempt] = [
     DeadLink("HTTP 404"), BadBody("not_media", "a page"), BadBody("truncated", "a part", early=True),
-    Trouble("http_error", "HTTP 500"), Trouble("unreachable", "no answer"),
+    TransferTrouble("http_error", "HTTP 500"), TransferTrouble("unreachable", "no answer"),
 ]  # fmt: skip
 
 
@@ -580,7 +580,7 @@ def test_given_a_promised_link_without_a_file_then_it_is_tried_for_ten_minutes_w
 
 
 def test_given_a_promised_link_when_its_server_says_when_to_come_again_then_it_is_tried_then_or_at_the_end() -> None:
-    soon, late = Trouble("http_error", "HTTP 429", 90.0), Trouble("http_error", "HTTP 429", 3_600.0)
+    soon, late = TransferTrouble("http_error", "HTTP 429", 90.0), TransferTrouble("http_error", "HTTP 429", 3_600.0)
 
     assert after_attempt(PROMISED, soon, now=at(0), deadline=timedelta(days=1)) == TryAgain(
         90.0, "http_error", "HTTP 429", counts=False
@@ -602,13 +602,15 @@ def test_given_no_process_that_downloads_for_an_hour_then_a_promised_link_is_sti
     assert waits == [5, 10, 20, 40]
     last = after_attempt(replace(PROMISED, attempts=5), dead, now=at(moment), deadline=timedelta(days=1))
     assert last == GiveUp("gone", "HTTP 404; a promised link, tried for 3675 s")
-    slow = after_attempt(PROMISED, Trouble("http_error", "429", 3_600.0), now=at(700), deadline=timedelta(days=1))
+    slow = after_attempt(
+        PROMISED, TransferTrouble("http_error", "429", 3_600.0), now=at(700), deadline=timedelta(days=1)
+    )
     assert isinstance(slow, TryAgain)
     assert slow.wait == 60
 
 
 def test_given_a_promised_link_then_a_short_output_deadline_counts_and_storage_trouble_never_ends_it() -> None:
-    dead, full = DeadLink("HTTP 404"), Trouble("storage", "disk full")
+    dead, full = DeadLink("HTTP 404"), TransferTrouble("storage", "disk full")
 
     assert isinstance(after_attempt(PROMISED, dead, now=at(60), deadline=timedelta(seconds=60)), GiveUp)
     assert isinstance(after_attempt(PROMISED, full, now=at(900), deadline=timedelta(seconds=60)), TryAgain)

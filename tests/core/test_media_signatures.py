@@ -18,9 +18,9 @@ from worker.core.media.signatures import (
     HEAD_BYTES,
     TAIL_BYTES,
     Media,
-    pixels,
+    is_complete,
+    pixel_count,
     sniff,
-    whole,
 )
 
 
@@ -388,7 +388,7 @@ WHOLE = {
 def judged(body: bytes) -> bool:
     """Whether it is media, and whole."""
     media = sniff(body[:HEAD_BYTES])
-    return media is not None and whole(media, body[:HEAD_BYTES], body[-TAIL_BYTES:], len(body))
+    return media is not None and is_complete(media, body[:HEAD_BYTES], body[-TAIL_BYTES:], len(body))
 
 
 @pytest.mark.parametrize("body", [pytest.param(body, id=name) for name, body in WHOLE.items()])
@@ -564,7 +564,7 @@ def test_the_header_tells_the_pixels(body: bytes, area: int | None) -> None:
     media = sniff(body[:HEAD_BYTES])
 
     assert media is not None
-    assert pixels(media, body[:HEAD_BYTES]) == area
+    assert pixel_count(media, body[:HEAD_BYTES]) == area
 
 
 def decoded(text: bytes, step: int = 7) -> bytes:
@@ -734,11 +734,11 @@ def judge_everything(head: bytes, tail: bytes, size: int) -> None:
     assert start is None or 0 <= start < len(head)
     media = sniff(head)
     assert media is None or isinstance(media, Media)
-    area = None if media is None else pixels(media, head)
+    area = None if media is None else pixel_count(media, head)
     assert area is None or area > 0
     for kind in KINDS:
-        assert whole(kind, head, tail, size) in (True, False)
-        area = pixels(kind, head)
+        assert is_complete(kind, head, tail, size) in (True, False)
+        area = pixel_count(kind, head)
         assert area is None or area >= 0
 
 

@@ -14,7 +14,7 @@ from worker.core.media.text import (
     PLAIN,
     SRT,
     VTT,
-    NoText,
+    NotPromisedText,
     Promise,
     promised_text,
     text_media,
@@ -29,7 +29,7 @@ def judged(promise: Promise, body: bytes, step: int = 1_000_000) -> Media | str:
     """What bytes are, in pieces of `step`; or the code that they are refused with."""
     try:
         return text_media(promise, (body[at : at + step] for at in range(0, len(body), step)))
-    except NoText as reason:
+    except NotPromisedText as reason:
         return "truncated" if reason.breaks_off else "not_media"
 
 

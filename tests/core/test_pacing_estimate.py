@@ -9,8 +9,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from worker.core.pacing.estimate import DOWNLOADING_PART, WAITING_PART, Progress, progress
-from worker.core.pacing.policy import Model, Pace, Waiting
-from worker.core.pacing.survival import Clock, Moments
+from worker.core.pacing.policy import Pace, PacedJob, PaceModel
+from worker.core.pacing.survival import LogDurationStats, SurvivalModel
 
 DEADLINE = 400.0
 PACE = Pace("learned", 0.5, 1.0)
@@ -27,21 +27,21 @@ class Told:
 
 def polled(draw: Draw, *, jobs: int, taught: int, seed: int, pace: Pace = PACE) -> list[Told]:
     """Jobs are polled as the worker does; once `taught` were, a page looks at each at some moment."""
-    dice, model, told = random.Random(seed), Model(), list[Told]()
+    dice, model, told = random.Random(seed), PaceModel(), list[Told]()
     for number in range(jobs):
         duration, eta = draw(dice)
         look = dice.expovariate(1.0) * 15.0
-        job = Waiting(0.0, eta=eta)
+        job = PacedJob(0.0, eta=eta)
         age = pace.first(job, model, spread=dice.random()).wait
         for _ in range(200):
-            if number >= taught and job.seen <= look < age:
-                seen_then = job._replace(age=look, left=DEADLINE - look)
+            if number >= taught and job.not_ready_age <= look < age:
+                seen_then = job._replace(age=look, seconds_left=DEADLINE - look)
                 told.append(Told(progress("pending", seen_then, model), duration - look))
             ready = age >= duration
             model.observe(job._replace(age=age), ready, age)
             if ready or age > DEADLINE:
                 break
-            job = job._replace(age=age, seen=age)
+            job = job._replace(age=age, not_ready_age=age)
             age += pace.next(job, model, spread=dice.random()).wait
         if ready:
             model.note(job)
@@ -119,7 +119,7 @@ def test_where_many_never_end_no_time_is_promised_to_a_job_that_is_late() -> Non
 
 @pytest.mark.parametrize("eta", [None, 4.0, 960.0])
 def test_of_a_kind_that_nobody_has_seen_little_is_promised(eta: float | None) -> None:
-    said = progress("pending", Waiting(0.0, eta=eta), Model())
+    said = progress("pending", PacedJob(0.0, eta=eta), PaceModel())
 
     assert said.median_seconds is not None
     assert said.p90_seconds == pytest.approx(9 * said.median_seconds)
@@ -128,19 +128,21 @@ def test_of_a_kind_that_nobody_has_seen_little_is_promised(eta: float | None) ->
 
 
 def test_what_one_kind_showed_is_where_another_of_the_account_begins() -> None:
-    account = Model(Clock(), Clock())
+    account = PaceModel(SurvivalModel(), SurvivalModel())
     for _ in range(30):
-        account.note(Waiting(60.0, 55.0))
+        account.note(PacedJob(60.0, 55.0))
 
-    said = progress("pending", Waiting(0.0), Model.after(account))
+    said = progress("pending", PacedJob(0.0), PaceModel.after(account))
 
     assert said.median_seconds == pytest.approx(57.0, rel=0.25)
 
 
-@pytest.mark.parametrize("model", [Model(), Model(Clock(Moments(40.0, math.log(8.0), 0.2)))], ids=["unseen", "seen"])
-def test_an_answer_moves_no_bar_back_and_time_moves_it_on(model: Model) -> None:
+@pytest.mark.parametrize(
+    "model", [PaceModel(), PaceModel(SurvivalModel(LogDurationStats(40.0, math.log(8.0), 0.2)))], ids=["unseen", "seen"]
+)
+def test_an_answer_moves_no_bar_back_and_time_moves_it_on(model: PaceModel) -> None:
     shown = [
-        progress("pending", Waiting(age, seen), model).fraction
+        progress("pending", PacedJob(age, seen), model).fraction
         for age, seen in ((0.0, 0.0), (4.0, 0.0), (4.0, 4.0), (9.0, 4.0), (9.0, 9.0), (50.0, 9.0), (50.0, 50.0))
     ]
 
@@ -160,14 +162,14 @@ def test_an_answer_moves_no_bar_back_and_time_moves_it_on(model: Model) -> None:
     ],
 )
 def test_a_job_that_is_ready_or_over_is_certain(status: str, phase: str, fraction: float) -> None:
-    said = progress(status, Waiting(30.0, 2.0), Model())
+    said = progress(status, PacedJob(30.0, 2.0), PaceModel())
 
     assert said == Progress(1.0, 0.0, 0.0, phase, fraction)  # type: ignore[arg-type]  # a table's column is text
 
 
 def test_clocks_that_differ_and_etas_that_make_no_sense_make_no_nonsense() -> None:
     now = datetime(2026, 3, 1, 12, tzinfo=UTC)
-    job = Waiting.at(
+    job = PacedJob.at(
         now,
         submitted_at=now + timedelta(hours=1),
         not_ready_at=now + timedelta(hours=2),
@@ -176,8 +178,8 @@ def test_clocks_that_differ_and_etas_that_make_no_sense_make_no_nonsense() -> No
         deadline_at=now + timedelta(hours=2),
     )
 
-    said = progress("pending", job, Model())
+    said = progress("pending", job, PaceModel())
 
-    assert (job.age, job.seen, job.eta, job.eta_age) == (3_600.0, 3_600.0, None, 0.0)
+    assert (job.age, job.not_ready_age, job.eta, job.eta_age) == (3_600.0, 3_600.0, None, 0.0)
     assert said.median_seconds is not None
     assert math.isfinite(said.median_seconds)

@@ -17,10 +17,10 @@ from worker.core.pacing.policy import (
     POLICIES,
     SIMPLE_MOST,
     WAIT_MOST,
-    Model,
     Pace,
+    PacedJob,
+    PaceModel,
     Policy,
-    Waiting,
     urgency,
 )
 
@@ -30,7 +30,7 @@ SPREADS = st.floats(0, 1)
 
 def waits(policy: Policy, *, age: float, eta: float | None = None, polls: int = 1, price: float = 0.5) -> float:
     """Of a job that was not ready at `age`."""
-    return Pace(policy, price, 3.0).next(Waiting(age, age, eta, 0.0, polls), NOTHING_KNOWN, spread=0.0).wait
+    return Pace(policy, price, 3.0).next(PacedJob(age, age, eta, 0.0, polls), NOTHING_KNOWN, spread=0.0).wait
 
 
 @pytest.mark.parametrize(
@@ -52,18 +52,18 @@ def test_the_first_poll_of_simple_policies_is_at_the_eta_within_bounds(
 ) -> None:
     pace = Pace(policy, 0.5, 3.0)
 
-    assert pace.first(Waiting(0.0, eta=eta), NOTHING_KNOWN, spread=0.0).wait == pytest.approx(first)
-    assert pace.first(Waiting(0.0, eta=eta), NOTHING_KNOWN, spread=1.0).wait == pytest.approx(first * 1.1)
+    assert pace.first(PacedJob(0.0, eta=eta), NOTHING_KNOWN, spread=0.0).wait == pytest.approx(first)
+    assert pace.first(PacedJob(0.0, eta=eta), NOTHING_KNOWN, spread=1.0).wait == pytest.approx(first * 1.1)
 
 
 def test_the_learned_policy_asks_first_where_the_odds_are_worth_it_but_not_at_once() -> None:
     known = model_of(8.0, spread=0.2)
 
-    assert Pace("learned", 0.5, 3.0).first(Waiting(0.0), NOTHING_KNOWN, spread=0.5).wait == pytest.approx(1.0)
-    assert Pace("learned", 0.5, 0.0).first(Waiting(0.0), NOTHING_KNOWN, spread=0.5).wait < 1.0
-    assert 5.0 < Pace("learned", 0.5, 3.0).first(Waiting(0.0), known, spread=0.5).wait < 8.0
-    assert Pace("learned", 0.5, 3.0).first(Waiting(0.4), NOTHING_KNOWN, spread=0.5).wait == pytest.approx(0.6)
-    assert Pace("learned", 0.5, 3.0).first(Waiting(12.0), known, spread=0.5).wait == 0.0
+    assert Pace("learned", 0.5, 3.0).first(PacedJob(0.0), NOTHING_KNOWN, spread=0.5).wait == pytest.approx(1.0)
+    assert Pace("learned", 0.5, 0.0).first(PacedJob(0.0), NOTHING_KNOWN, spread=0.5).wait < 1.0
+    assert 5.0 < Pace("learned", 0.5, 3.0).first(PacedJob(0.0), known, spread=0.5).wait < 8.0
+    assert Pace("learned", 0.5, 3.0).first(PacedJob(0.4), NOTHING_KNOWN, spread=0.5).wait == pytest.approx(0.6)
+    assert Pace("learned", 0.5, 3.0).first(PacedJob(12.0), known, spread=0.5).wait == 0.0
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_the_exponential_policy_grows_by_a_half_each_time(polls: int, wait: floa
 
 
 def test_the_exponential_policy_begins_after_a_second() -> None:
-    assert Pace("exponential", 0.5, 3.0).first(Waiting(0.0), NOTHING_KNOWN, spread=0.0).wait == EXPONENTIAL_FIRST
+    assert Pace("exponential", 0.5, 3.0).first(PacedJob(0.0), NOTHING_KNOWN, spread=0.0).wait == EXPONENTIAL_FIRST
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,8 @@ def test_every_plan_is_made_of_numbers_within_bounds(
     least: float,
     spread: float,
 ) -> None:
-    pace, model = Pace(policy, price, least), Model()
-    job = Waiting(age, seen, eta, eta_age, polls)
+    pace, model = Pace(policy, price, least), PaceModel()
+    job = PacedJob(age, seen, eta, eta_age, polls)
 
     for ready in (False, True, False):
         model.observe(job, ready, planned=seen)
@@ -128,7 +128,7 @@ def test_every_plan_is_made_of_numbers_within_bounds(
 @given(st.sampled_from(POLICIES), st.floats(0, 1e6), SPREADS, SPREADS)
 def test_the_spread_moves_a_poll_by_a_tenth_at_most(policy: Policy, age: float, one: float, other: float) -> None:
     low, high = sorted((one, other))
-    pace, job = Pace(policy, 0.5, 3.0), Waiting(age, age, None, 0.0, 3)
+    pace, job = Pace(policy, 0.5, 3.0), PacedJob(age, age, None, 0.0, 3)
     bare = pace.next(job, NOTHING_KNOWN, spread=0.0).wait
 
     sooner, later = (pace.next(job, NOTHING_KNOWN, spread=spread).wait for spread in (low, high))
@@ -138,7 +138,7 @@ def test_the_spread_moves_a_poll_by_a_tenth_at_most(policy: Policy, age: float, 
 
 @given(st.floats(0.01, 1e3), st.floats(1.0, 50.0), st.floats(0, 1e4))
 def test_the_next_poll_is_later_the_higher_the_price(price: float, factor: float, age: float) -> None:
-    job, model = Waiting(age, age), model_of(20.0, spread=0.5)
+    job, model = PacedJob(age, age), model_of(20.0, spread=0.5)
 
     cheap, dear = (Pace("learned", c, 0.0).next(job, model, spread=0.5).wait for c in (price, price * factor))
 
@@ -149,13 +149,16 @@ def test_the_next_poll_is_later_the_higher_the_price(price: float, factor: float
 def test_no_wait_goes_far_beyond_the_deadline(policy: Policy) -> None:
     pace = Pace(policy, 100.0, 3.0)
 
-    assert pace.next(Waiting(3_590.0, 3_590.0, 4_000.0, left=4.0), NOTHING_KNOWN, spread=0.0).wait <= 4.0 + AT_DEADLINE
-    assert pace.next(Waiting(3_590.0, 3_590.0, left=1.0), NOTHING_KNOWN, spread=0.0).wait == 3.0
-    assert pace.next(Waiting(3_700.0, 3_700.0, left=-100.0, polls=9), NOTHING_KNOWN, spread=0.0).wait >= 3.0
+    assert (
+        pace.next(PacedJob(3_590.0, 3_590.0, 4_000.0, seconds_left=4.0), NOTHING_KNOWN, spread=0.0).wait
+        <= 4.0 + AT_DEADLINE
+    )
+    assert pace.next(PacedJob(3_590.0, 3_590.0, seconds_left=1.0), NOTHING_KNOWN, spread=0.0).wait == 3.0
+    assert pace.next(PacedJob(3_700.0, 3_700.0, seconds_left=-100.0, polls=9), NOTHING_KNOWN, spread=0.0).wait >= 3.0
 
 
 def test_an_answer_that_teaches_nothing_leaves_the_odds_as_they_were() -> None:
-    job = Waiting(20.0, 10.0)  # asked at 20 s without an answer about the job: last seen not ready at 10 s
+    job = PacedJob(20.0, 10.0)  # asked at 20 s without an answer about the job: last seen not ready at 10 s
     plan = Pace("learned", 0.5, 3.0).next(job, NOTHING_KNOWN, spread=0.5)
 
     assert plan.wait == 3.0
@@ -171,7 +174,7 @@ def test_the_urgency_is_the_odds_as_near_as_two_numbers_can_tell(one: float, oth
     model = model_of(20.0, spread=0.6)
     pace = Pace("learned", 0.5, 0.0)
     for age in (one, other):
-        plan = pace.next(Waiting(age, age), model, spread=0.5)
+        plan = pace.next(PacedJob(age, age), model, spread=0.5)
         assert plan.scale is not None
         unseen = plan.scale * times
         odds = math.log(model.by_age.odds(age, age + unseen) / 0.5)
@@ -181,8 +184,8 @@ def test_the_urgency_is_the_odds_as_near_as_two_numbers_can_tell(one: float, oth
 def test_a_job_that_hardly_ever_ends_gives_way_to_one_that_is_about_to() -> None:
     pictures, trainings = model_of(8.0, spread=0.3), model_of(1_500.0, spread=0.3)
     pace = Pace("learned", 0.5, 0.0)
-    picture = pace.next(Waiting(7.0, 7.0), pictures, spread=0.5)
-    training = pace.next(Waiting(60.0, 60.0), trainings, spread=0.5)
+    picture = pace.next(PacedJob(7.0, 7.0), pictures, spread=0.5)
+    training = pace.next(PacedJob(60.0, 60.0), trainings, spread=0.5)
 
     assert urgency(2.0, picture.scale, picture.growth) > urgency(20.0, training.scale, training.growth)
 
@@ -190,16 +193,16 @@ def test_a_job_that_hardly_ever_ends_gives_way_to_one_that_is_about_to() -> None
 # ── two clocks ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def model_of(median: float, *, spread: float, eta: float | None = None, jobs: int = 200, seed: int = 3) -> Model:
+def model_of(median: float, *, spread: float, eta: float | None = None, jobs: int = 200, seed: int = 3) -> PaceModel:
     """A model that has seen jobs of such durations; where `eta` is given each came with that share of its own."""
-    model, draw = Model(), random.Random(seed)
+    model, draw = PaceModel(), random.Random(seed)
     for _ in range(jobs):
         duration = median * math.exp(draw.gauss(0, spread))
         mine = None if eta is None else duration * eta
         seen = 0.0
         while seen < duration:
-            age = model.due(Waiting(seen, seen, mine), 0.5)[0]
-            model.observe(Waiting(age, seen, mine), age >= duration)
+            age = model.due(PacedJob(seen, seen, mine), 0.5)[0]
+            model.observe(PacedJob(age, seen, mine), age >= duration)
             seen = age
     return model
 
@@ -210,18 +213,18 @@ def test_an_eta_that_is_always_wrong_alike_is_as_good_as_a_true_one(bias: float)
 
     assert model.lead > 0
     for duration in (10.0, 60.0):
-        due, _ = model.due(Waiting(0.0, eta=duration * bias), 0.5)
+        due, _ = model.due(PacedJob(0.0, eta=duration * bias), 0.5)
         assert due == pytest.approx(duration, rel=0.35)
 
 
 def test_an_eta_that_says_nothing_loses_by_itself() -> None:
-    model, draw = Model(), random.Random(4)
+    model, draw = PaceModel(), random.Random(4)
     for _ in range(300):
         duration, eta = 20.0 * math.exp(draw.gauss(0, 0.4)), 20.0 * math.exp(draw.gauss(0, 1.5))
         seen = 0.0
         while seen < duration:
-            age = model.due(Waiting(seen, seen, eta), 0.5)[0]
-            model.observe(Waiting(age, seen, eta), age >= duration)
+            age = model.due(PacedJob(seen, seen, eta), 0.5)[0]
+            model.observe(PacedJob(age, seen, eta), age >= duration)
             seen = age
 
     assert model.lead < 0
@@ -230,8 +233,8 @@ def test_an_eta_that_says_nothing_loses_by_itself() -> None:
 def test_an_eta_that_came_later_is_counted_from_then() -> None:
     model = model_of(20.0, spread=1.0, eta=1.0)
 
-    early, _ = model.due(Waiting(0.0, eta=30.0), 0.5)
-    late, _ = model.due(Waiting(100.0, 100.0, eta=30.0, eta_age=100.0), 0.5)
+    early, _ = model.due(PacedJob(0.0, eta=30.0), 0.5)
+    late, _ = model.due(PacedJob(100.0, 100.0, eta=30.0, eta_age=100.0), 0.5)
 
     assert late == pytest.approx(100.0 + early)
 
@@ -243,31 +246,31 @@ def test_a_model_survives_being_written_down() -> None:
     model = model_of(20.0, spread=0.6, eta=2.0)
     text = json.dumps(model.snapshot())
 
-    again = Model.restored(json.loads(text), Model())
+    again = PaceModel.restored(json.loads(text), PaceModel())
 
     assert len(text) < 4_000
     assert again.lead == pytest.approx(model.lead, rel=1e-3)
-    for job in (Waiting(5.0, 5.0), Waiting(5.0, 5.0, 40.0)):
+    for job in (PacedJob(5.0, 5.0), PacedJob(5.0, 5.0, 40.0)):
         assert again.due(job, 0.5) == pytest.approx(model.due(job, 0.5), rel=0.02)
     with pytest.raises((KeyError, TypeError, ValueError)):
-        Model.restored({"age": {}, "eta": {}, "lead": 0, "record": []}, Model())
+        PaceModel.restored({"age": {}, "eta": {}, "lead": 0, "record": []}, PaceModel())
 
 
 def test_a_class_that_was_never_seen_begins_where_its_account_is() -> None:
-    account = Model()
+    account = PaceModel()
     for _ in range(50):
-        account.note(Waiting(42.0, 38.0))
+        account.note(PacedJob(42.0, 38.0))
 
-    fresh = Model.after(account)
+    fresh = PaceModel.after(account)
 
-    assert fresh.quantile(Waiting(0.0), 0.5) == pytest.approx(40.0, rel=0.3)
-    assert Model().quantile(Waiting(0.0), 0.5) < 5.0
+    assert fresh.quantile(PacedJob(0.0), 0.5) == pytest.approx(40.0, rel=0.3)
+    assert PaceModel().quantile(PacedJob(0.0), 0.5) < 5.0
 
 
 def test_what_was_predicted_and_what_came_about_are_counted() -> None:
     model = model_of(20.0, spread=0.4, jobs=400)
 
-    assert model.asked > 50
-    assert model.ready == pytest.approx(model.expected, rel=0.25)
-    assert 0.3 < model.seen < 5.0
-    assert model.planned == pytest.approx(model.seen, rel=0.05)  # nothing came between plan and request
+    assert model.polls > 50
+    assert model.found_ready == pytest.approx(model.expected_ready, rel=0.25)
+    assert 0.3 < model.actual_delay < 5.0
+    assert model.planned_delay == pytest.approx(model.actual_delay, rel=0.05)  # nothing came between plan and request

@@ -9,22 +9,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.core.pacing.survival import BUCKETS, EDGES, OLDEST, Clock, Moments, bucket
+from worker.core.pacing.survival import BUCKETS, EDGES, OLDEST, LogDurationStats, SurvivalModel, bucket
 
 AGES = st.floats(0, 1e6)
 PRICES = st.floats(1e-4, 1e4)
 ANSWERS = st.lists(st.tuples(AGES, st.floats(1e-3, 1e5), st.booleans()), max_size=40)
 
 
-def taught(answers: list[tuple[float, float, bool]]) -> Clock:
+def taught(answers: list[tuple[float, float, bool]]) -> SurvivalModel:
     """A clock that was given these answers: seen at an age, asked so much later, ready or not."""
-    clock = Clock()
+    clock = SurvivalModel()
     for seen, later, ready in answers:
         clock.observe(seen, seen + later, ready)
     return clock
 
 
-def asked_until_ready(clock: Clock, duration: float, price: float = 0.5) -> list[float]:
+def asked_until_ready(clock: SurvivalModel, duration: float, price: float = 0.5) -> list[float]:
     """The ages at which a job of this duration is asked about; the clock learns from it."""
     seen, ages = 0.0, list[float]()
     while not ages or ages[-1] < duration:
@@ -40,7 +40,7 @@ def test_every_age_falls_into_one_bucket() -> None:
 
 
 def test_where_nothing_is_known_waits_grow_with_the_root_of_age_and_price() -> None:
-    clock = Clock()
+    clock = SurvivalModel()
 
     for age, price in ((16.0, 0.5), (100.0, 0.5), (100.0, 2.0), (3_600.0, 0.5)):
         # I(x, y) = (y - x)² / 2x for the hazard 1/t
@@ -107,11 +107,11 @@ def test_whatever_was_learned_all_numbers_stay_numbers(answers: list[tuple[float
 
 @given(st.floats(1e-3, 1e4), st.floats(1e-3, 1e4), st.booleans())
 def test_how_likely_an_answer_was_is_never_more_than_certain(seen: float, later: float, ready: bool) -> None:
-    assert Clock().observe(seen, seen + later, ready) <= 0.0
+    assert SurvivalModel().observe(seen, seen + later, ready) <= 0.0
 
 
 def test_jobs_of_one_duration_are_soon_found_where_they_are() -> None:
-    clock, draw = Clock(), random.Random(1)
+    clock, draw = SurvivalModel(), random.Random(1)
     for _ in range(300):
         asked_until_ready(clock, 8.0 * math.exp(draw.gauss(0, 0.3)))
 
@@ -121,7 +121,7 @@ def test_jobs_of_one_duration_are_soon_found_where_they_are() -> None:
 
 
 def test_a_change_is_followed_within_a_few_dozen_jobs() -> None:
-    clock = Clock()
+    clock = SurvivalModel()
     for _ in range(200):
         asked_until_ready(clock, 8.0)
     for _ in range(100):
@@ -131,7 +131,7 @@ def test_a_change_is_followed_within_a_few_dozen_jobs() -> None:
 
 
 def test_jobs_that_never_end_are_asked_about_ever_less_often() -> None:
-    clock = Clock()
+    clock = SurvivalModel()
     for _ in range(200):
         asked_until_ready(clock, 8.0)
     ages = [0.0]
@@ -148,7 +148,7 @@ def test_jobs_that_never_end_are_asked_about_ever_less_often() -> None:
 
 
 def test_the_delay_of_a_job_is_told_from_the_interval_alone() -> None:
-    clock = Clock(Moments(50.0, math.log(10.0), 0.2))
+    clock = SurvivalModel(LogDurationStats(50.0, math.log(10.0), 0.2))
     clock.observe(8.0, 12.0, True)
 
     assert 1.0 < clock.delay < 3.0
@@ -165,12 +165,14 @@ def test_what_is_written_down_is_what_is_known(answers: list[tuple[float, float,
     clock = taught(answers)
     text = json.dumps(clock.snapshot())
 
-    again = Clock.restored(json.loads(text), Moments())
+    again = SurvivalModel.restored(json.loads(text), LogDurationStats())
 
     assert len(text) < 2_000
     for age in (1.0, 8.0, 60.0, 500.0):
         assert again.chance(0.0, age) == pytest.approx(clock.chance(0.0, age), abs=0.02)
-    assert json.dumps(again.snapshot()) == json.dumps(Clock.restored(again.snapshot(), Moments()).snapshot())
+    assert json.dumps(again.snapshot()) == json.dumps(
+        SurvivalModel.restored(again.snapshot(), LogDurationStats()).snapshot()
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,22 +188,22 @@ def test_what_is_written_down_is_what_is_known(answers: list[tuple[float, float,
 )
 def test_what_is_no_snapshot_is_refused(snapshot: dict[str, object]) -> None:
     with pytest.raises((KeyError, TypeError, ValueError)):
-        Clock.restored(snapshot, Moments())
+        SurvivalModel.restored(snapshot, LogDurationStats())
 
 
 def test_two_that_learn_side_by_side_know_together_what_one_alone_would() -> None:
     draw = random.Random(2)
     durations = [8.0 * math.exp(draw.gauss(0, 0.4)) for _ in range(200)]
-    alone = Clock()
+    alone = SurvivalModel()
     for duration in durations:
         asked_until_ready(alone, duration)
-    shared = Clock()
+    shared = SurvivalModel()
     for start in range(0, 200, 20):
-        both = [Clock.restored(shared.snapshot(), Moments()) for _ in range(2)]
+        both = [SurvivalModel.restored(shared.snapshot(), LogDurationStats()) for _ in range(2)]
         for number, duration in enumerate(durations[start : start + 20]):
             asked_until_ready(both[number % 2], duration)
         for one in both:
-            one.teach(shared)
+            one.merge_into(shared)
         shared.mark()
 
     assert shared.moments.count == alone.moments.count == 200

@@ -11,7 +11,7 @@ from worker.core.rate import (
     burst,
     current_rate,
     learned_ceiling,
-    slots,
+    reserve_slots,
 )
 
 RATES = st.floats(0.2, 5_000)
@@ -24,7 +24,7 @@ def test_no_window_holds_more_moments_than_rate_and_burst(rate: float, asks: lis
     moments: list[float] = []
     for pause, wanted in asks:
         now += pause
-        taken = slots(free, now, rate=rate, wanted=wanted)
+        taken = reserve_slots(free, now, rate=rate, requested=wanted)
         assert taken.count <= wanted
         assert taken.wait >= 0
         free = taken.free
@@ -45,7 +45,7 @@ def test_who_asks_again_and_again_gets_the_whole_rate(rate: float) -> None:
     """Nothing of the budget is lost as long as somebody looks twice in a tenth of a second."""
     now, free, count = 1_000.0, 0.0, 0
     for _ in range(400):
-        taken = slots(free, now, rate=rate, wanted=1_000)
+        taken = reserve_slots(free, now, rate=rate, requested=1_000)
         free, count, now = taken.free, count + taken.count, now + 0.05
     assert count >= int(rate * 20)
 
@@ -88,7 +88,7 @@ def test_an_unannounced_limit_is_found_and_seldom_met_again(limit: float) -> Non
     free, taken, refused = 0.0, list[float](), list[float]()
     while now < 300:
         rate = current_rate(full, ceiling, now - cut_at)
-        grant = slots(free, now, rate=rate, wanted=200)
+        grant = reserve_slots(free, now, rate=rate, requested=200)
         free = grant.free
         for index in range(grant.count):
             moment = now + max(0.0, grant.first + index * grant.step)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.core.redaction.masking import link_host, masked
+from worker.core.redaction.masking import link_host, mask_personal_data
 
 KEPT = [
     "processing",
@@ -37,19 +37,19 @@ MASKED = [
 
 @pytest.mark.parametrize("text", KEPT)
 def test_what_tells_of_a_trouble_is_kept(text: str) -> None:
-    assert masked(text) == text
+    assert mask_personal_data(text) == text
 
 
 @pytest.mark.parametrize(("text", "shown"), MASKED)
 def test_what_may_be_personal_is_not(text: str, shown: str) -> None:
-    assert masked(text) == shown
+    assert mask_personal_data(text) == shown
 
 
 @given(st.text(max_size=600) | st.text(alphabet="ab1:/.@\"'“”«» {}[]=prompt-", max_size=60))
 def test_no_text_is_too_odd_and_what_is_masked_stays_as_it_is(text: str) -> None:
-    once = masked(text)
+    once = mask_personal_data(text)
 
-    assert masked(once) == once
+    assert mask_personal_data(once) == once
 
 
 @given(
@@ -58,7 +58,7 @@ def test_no_text_is_too_odd_and_what_is_masked_stays_as_it_is(text: str) -> None
     st.text(alphabet="ab c", max_size=20),
 )
 def test_wherever_it_stands_it_is_not_shown(before: str, personal: str, after: str) -> None:
-    assert personal not in masked(f"{before} {personal} {after}")
+    assert personal not in mask_personal_data(f"{before} {personal} {after}")
 
 
 @pytest.mark.parametrize(

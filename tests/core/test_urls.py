@@ -2,7 +2,7 @@
 
 import pytest
 
-from worker.core.urls import quoted, redirected, split
+from worker.core.urls import percent_encoded, redirect_target, split
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from worker.core.urls import quoted, redirected, split
 )
 def test_an_address_goes_out_as_it_was_given(url: str) -> None:
     """Signatures are made over its characters; what the guard refuses stays there to be refused."""
-    assert quoted(url) == url
+    assert percent_encoded(url) == url
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_an_address_goes_out_as_it_was_given(url: str) -> None:
 )
 def test_what_no_address_may_hold_is_quoted_after_the_host(url: str, out: str) -> None:
     """As UTF-8, as browsers do. A blank in the host stays, and is refused."""
-    assert quoted(url) == out
+    assert percent_encoded(url) == out
 
 
 def test_the_target_of_a_request_begins_with_a_slash() -> None:
@@ -67,10 +67,10 @@ def test_the_target_of_a_request_begins_with_a_slash() -> None:
 )
 def test_a_redirect_is_followed_to_where_it_says(location: str, target: str) -> None:
     """Relative ones are resolved, and nothing else about them changes."""
-    assert redirected("http://h/a/b?c", location) == target
+    assert redirect_target("http://h/a/b?c", location) == target
 
 
 def test_a_redirect_that_can_not_be_read_is_an_error() -> None:
     """It is the server's slip, and no attack."""
     with pytest.raises(ValueError, match="IPv6"):
-        redirected("http://h/a", "http://[bad")
+        redirect_target("http://h/a", "http://[bad")

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
-from worker.core.webhook import LONGEST_WAIT, body, checked_url, event_id, secret_bytes, signature, wait_after
+from worker.core.webhook import LONGEST_WAIT, body, checked_url, event_id, retry_delay, secret_bytes, signature
 from worker.errors import NotTrackable
 
 MOMENT = datetime(2026, 3, 1, 12, 0, 0, 250_000, tzinfo=UTC)
@@ -79,13 +79,13 @@ def test_one_final_state_has_one_name_and_another_one_another() -> None:
 
 def test_attempts_grow_apart_up_to_an_hour_and_a_receiver_may_ask_for_more_but_not_for_days() -> None:
     """About thirty in a day; never less than the last wait."""
-    waits = [wait_after(attempts, 0.0) for attempts in range(1, 40)]
+    waits = [retry_delay(attempts, 0.0) for attempts in range(1, 40)]
     assert waits == sorted(waits)
     assert (waits[0], waits[-1]) == (5.0, LONGEST_WAIT)
-    assert wait_after(1, 1.0) == 6.0
-    assert wait_after(1, 0.0, asked=120.0) == 120.0
-    assert wait_after(1, 0.0, asked=999_999.0) == LONGEST_WAIT * 1.2
-    assert wait_after(10_000, 1.0) == LONGEST_WAIT * 1.2
+    assert retry_delay(1, 1.0) == 6.0
+    assert retry_delay(1, 0.0, retry_after=120.0) == 120.0
+    assert retry_delay(1, 0.0, retry_after=999_999.0) == LONGEST_WAIT * 1.2
+    assert retry_delay(10_000, 1.0) == LONGEST_WAIT * 1.2
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from sqlalchemy.engine import make_url
 
 from tests.rows import LEASE, NOW, seconds
 from worker.core.lifecycle import AskAgain, Strikes, TryAgain
-from worker.core.pacing.policy import Plan
+from worker.core.pacing.policy import PollPlan
 from worker.store.claims import ClaimedJob, ClaimedOutput, claim_jobs, claim_output, due_groups
 from worker.store.counters import Tally
 from worker.store.engine import make_engine, transact
@@ -68,7 +68,7 @@ def _outputs(engine: Engine, name: str, number: int, messages: list[int]) -> lis
 
 def _recorded(engine: Engine, found: list[ClaimedJob], taken: list[ClaimedOutput], number: int) -> int:
     """How many of these claims still stood."""
-    batch = [Outcome(job, AskAgain(Strikes(), "processing"), "late", Plan(0.0)) for job in found]
+    batch = [Outcome(job, AskAgain(Strikes(), "processing"), "late", PollPlan(0.0)) for job in found]
     again = TryAgain(0.0, "unreachable", "no answer")
     stood = 0
     with engine.begin() as connection:

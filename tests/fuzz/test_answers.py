@@ -18,7 +18,7 @@ from sqlalchemy import Engine, String, Table, Text, delete, select
 from tests.fuzz.answers import BODIES, CODES, HEADERS, ID, KEY, key_forms
 from tests.fuzz.effort import EFFORTS, tried
 from tests.rows import add_job, add_output, job_values
-from worker.core.circuit_breaker import BreakerInput, CircuitBreaker, Limit, after_replies
+from worker.core.circuit_breaker import BreakerInput, CircuitBreaker, RateMeasurement, after_replies
 from worker.core.identity import FetchAddress
 from worker.core.lifecycle import JobFacts, Strikes
 from worker.core.pacing.policy import Pace
@@ -138,7 +138,7 @@ def test_whatever_a_gate_hears_it_can_be_written_and_opens_again(examples: int) 
         for (code, body), headers, probe, wait in heard:
             now += timedelta(seconds=wait)
             one = BreakerInput(reply_to(code, headers, body), now - timedelta(seconds=1), probe)
-            breaker = after_replies(breaker, [one], Limit(10.0, 3.0), now=now)
+            breaker = after_replies(breaker, [one], RateMeasurement(10.0, 3.0), now=now)
 
             assert (breaker.reason is None) == (breaker.since is None)
             assert breaker.ceiling is None or 0 < breaker.ceiling <= 10.0

@@ -25,7 +25,7 @@ from worker.core.lifecycle import (
     DeadLink,
     GiveUp,
     StoredFile,
-    Trouble,
+    TransferTrouble,
     Unfit,
     after_attempt,
 )
@@ -237,9 +237,9 @@ ATTEMPTS: dict[str, Attempt] = {
     "refused_address": Unfit("refused_address", "inside"),
     "too_large": Unfit("too_large", "large"),
     "gone": DeadLink("HTTP 404"),
-    "http_error": Trouble("http_error", "HTTP 500"),
-    "unreachable": Trouble("unreachable", "no answer"),
-    "storage": Trouble("storage", "disk full"),
+    "http_error": TransferTrouble("http_error", "HTTP 500"),
+    "unreachable": TransferTrouble("unreachable", "no answer"),
+    "storage": TransferTrouble("storage", "disk full"),
 }
 LIKELY = st.sampled_from([*ANSWERS, "processing", "success", "failed", "failed", "unknown", "empty", "empty", "error"])
 SECONDS = [0.5, 1, 3, 3.5, 6, 11, 29, 30, 31, 60, 61, 125, 950, 3_600, 3_650, 86_400, 86_401]

@@ -19,7 +19,7 @@ from tests.rows import output_of
 from tests.s3_servers import S3Server
 from worker.client import tracking
 from worker.core.media.base64_text import base64_start
-from worker.core.media.signatures import HEAD_BYTES, TAIL_BYTES, Media, pixels, sniff, whole
+from worker.core.media.signatures import HEAD_BYTES, TAIL_BYTES, Media, is_complete, pixel_count, sniff
 from worker.core.reply import MAX_URL
 from worker.sandbox.pictures import draw as drawn
 from worker.storage.local import FileStorage, path_of
@@ -195,13 +195,13 @@ def test_no_bytes_make_the_parsers_fail_or_linger_and_what_they_say_is_of_the_ki
         base64_start(head)
         for one in (media, kind):
             if one is not None:
-                assert isinstance(whole(one, head, tail, max(size, len(body))), bool)
-                area = pixels(one, head)
+                assert isinstance(is_complete(one, head, tail, max(size, len(body))), bool)
+                area = pixel_count(one, head)
                 assert area is None or area >= 0
         if media is not None:
             assert media.extension in EXTENSIONS
             assert not body.lstrip().lower().startswith((b"<!doctype", b"<html", b"<svg", b"<script"))
-            assert whole(media, head, tail, len(body)) in (True, False)
+            assert is_complete(media, head, tail, len(body)) in (True, False)
 
         assert time.thread_time() - began < SOME_SECONDS
 
@@ -223,8 +223,8 @@ def test_a_part_again_and_again_costs_neither_time_nor_memory(examples: int) -> 
         base64_start(head)
         for one in {kind, media} - {None}:
             assert one is not None
-            whole(one, head, head, len(head))
-            pixels(one, head)
+            is_complete(one, head, head, len(head))
+            pixel_count(one, head)
 
         assert time.thread_time() - began < 2 * SOME_SECONDS
 
@@ -240,8 +240,8 @@ def test_what_is_parsed_takes_little_memory() -> None:
             media = sniff(head)
             base64_start(head)
             if media is not None:
-                whole(media, head, head, 10**9)
-                pixels(media, head)
+                is_complete(media, head, head, 10**9)
+                pixel_count(media, head)
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()

@@ -27,7 +27,7 @@ from worker.net.deadlines import lean_session
 from worker.polling.api_client import ApiClient
 from worker.system.redaction import Scrubber
 from worker.vendor.fetch_url import AllowedApi, fetch_address
-from worker.vendor.links import links
+from worker.vendor.links import collect_links
 
 ID = "12202888"
 HOSTS = frozenset({"good.test", "api.test:8443", "127.0.0.1:7001", "[::1]:7001"})
@@ -189,7 +189,7 @@ def test_whatever_an_output_is_called_no_socket_goes_to_an_inner_address_or_anot
     @given(url=urls())
     def check(url: str) -> None:
         net.connected.clear()
-        [link] = links([url]).links or links(["https://good.test/x"]).links
+        [link] = collect_links([url]).links or collect_links(["https://good.test/x"]).links
 
         with suppress(RefusedTarget, requests.RequestException, HTTPError, ValueError, OSError):
             guard.check_url(link.url)

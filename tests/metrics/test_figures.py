@@ -12,7 +12,7 @@ from sqlalchemy import Engine, delete, func, insert, select, update
 import worker
 from tests.metrics.exposed import scraped
 from tests.rows import NOW, add_downloading, add_job, add_output, claim, job_values, seconds, take
-from worker.core.circuit_breaker import paused
+from worker.core.circuit_breaker import held_by_operator
 from worker.core.histograms import DELAYS, bucket_names
 from worker.metrics import reading
 from worker.metrics.reading import bounded
@@ -177,7 +177,7 @@ def test_lateness_is_of_what_may_be_asked_about(engine: Engine) -> None:
         for name in ("shop", "other"):
             locked_breaker(connection, "account", name)
         connection.execute(update(breakers).values(asked_at=NOW))
-        save_breaker(connection, paused(locked_breaker(connection, "account", "held"), now=NOW - seconds(7)))
+        save_breaker(connection, held_by_operator(locked_breaker(connection, "account", "held"), now=NOW - seconds(7)))
         away: dict[str, Any] = {"reason": "unreachable: no route", "since": NOW - seconds(9), "probe_at": NOW}
         connection.execute(insert(breakers).values(scope="host", name="away.test", **away))
     with use_clock(lambda: NOW):

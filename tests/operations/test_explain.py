@@ -15,7 +15,7 @@ from tests.planted import DEAD, ELSEWHERE
 from tests.rows import add_output, seconds
 from worker.cli import main
 from worker.coordination.rate_limiter import RateLimiter, redis_client
-from worker.core.answer_history import BETWEEN
+from worker.core.answer_history import NOTE_SEPARATOR
 from worker.operations import explain
 from worker.store.schema import HELD_UNTIL
 from worker.system.process_identity import holder_name
@@ -394,7 +394,9 @@ def test_a_job_that_is_done_has_nothing_to_be_done(database: Engine, show: Show)
 
 
 def test_the_last_answers_are_told_with_their_ages_and_without_what_is_personal(database: Engine, show: Show) -> None:
-    said = BETWEEN.join(['12.3 s: odd answer: {"prompt": "Ann in a lake"} for ann@shop.test', "4.0 s: processing"])
+    said = NOTE_SEPARATOR.join(
+        ['12.3 s: odd answer: {"prompt": "Ann in a lake"} for ann@shop.test', "4.0 s: processing"]
+    )
     with database.begin() as connection:
         job_id = waits(connection, last_answer=said)
 

@@ -16,7 +16,7 @@ from tests.rows import add_job, add_output, claim, job_of, output_of
 from tests.s3_servers import S3Server
 from worker.client import tracking
 from worker.core.lifecycle import AskAgain
-from worker.core.pacing.policy import Plan
+from worker.core.pacing.policy import PollPlan
 from worker.operations import prune as prune_module
 from worker.operations.prune import Pruned, Retention, look, prune
 from worker.operations.verify import verify
@@ -312,7 +312,7 @@ def test_beside_a_live_worker_no_live_job_is_touched_and_none_of_its_answers_is_
                 now = database_now(connection)
                 claimed = claim(connection, token=f"t{len(answered)}", now=now, limit=5)
             again = [
-                Outcome(job, AskAgain(job.facts.strikes, "processing"), "processing", Plan(0.0)) for job in claimed
+                Outcome(job, AskAgain(job.facts.strikes, "processing"), "processing", PollPlan(0.0)) for job in claimed
             ]
             with engine.begin() as connection:
                 tally = Tally()

@@ -19,7 +19,7 @@ from tests.waiting import wait_until
 from tests.web import Answer, Web, page
 from worker import track
 from worker.coordination.rate_limiter import RateLimiter, redis_client
-from worker.core.circuit_breaker import CircuitBreaker, paused, refused
+from worker.core.circuit_breaker import CircuitBreaker, after_refusal, held_by_operator
 from worker.polling.api_client import ApiClient
 from worker.polling.late_looks import LateLooks
 from worker.store.breakers import all_breakers, locked_breaker, save_breaker
@@ -326,7 +326,7 @@ def test_given_a_hundred_looks_of_a_held_account_then_one_statement_puts_them_of
     looks: Looks,
 ) -> None:
     ids = [looks.expired(str(number)) for number in range(100)]
-    looks.breaker(lambda breaker: paused(breaker, now=looks.now()))
+    looks.breaker(lambda breaker: held_by_operator(breaker, now=looks.now()))
     statements: list[str] = []
 
     def note(*given: Any) -> None:
@@ -349,11 +349,13 @@ def test_given_an_account_or_host_that_is_held_or_short_then_nothing_is_asked(lo
     now = looks.now()
     match trouble:
         case "refused account":
-            looks.breaker(lambda breaker: refused(breaker, "no credits", now=now - timedelta(minutes=9), probe=False))
+            looks.breaker(
+                lambda breaker: after_refusal(breaker, "no credits", now=now - timedelta(minutes=9), probe=False)
+            )
         case "paused account":
-            looks.breaker(lambda breaker: paused(breaker, now=now))
+            looks.breaker(lambda breaker: held_by_operator(breaker, now=now))
         case "held host":
-            looks.breaker(lambda breaker: paused(breaker, now=now), "host", looks.host)
+            looks.breaker(lambda breaker: held_by_operator(breaker, now=now), "host", looks.host)
         case "no key":
             looks.looks._keys = {}
         case "short":

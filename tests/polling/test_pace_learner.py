@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import Engine, select, update
 
-from worker.core.pacing.policy import Waiting
+from worker.core.pacing.policy import PacedJob
 from worker.polling import pace_learner
 from worker.polling.pace_learner import Learner, read_models
 from worker.store.paces import newest_paces
@@ -22,15 +22,15 @@ def finished(one: Learner, seconds: float, *, kind: str = "image", eta: float | 
     one.prepare([("default", kind)])
     seen = 0.0
     while seen < seconds:
-        age = one.model("default", kind).due(Waiting(seen, seen, eta), 0.5)[0]
-        one.observe("default", kind, Waiting(age, seen, eta), ready=age >= seconds, planned=age)
+        age = one.model("default", kind).due(PacedJob(seen, seen, eta), 0.5)[0]
+        one.observe("default", kind, PacedJob(age, seen, eta), ready=age >= seconds, planned=age)
         seen = age
 
 
 def median(one: Learner, kind: str = "image") -> float:
     """What it believes."""
     one.prepare([("default", kind)])
-    return one.model("default", kind).quantile(Waiting(0.0), 0.5)
+    return one.model("default", kind).quantile(PacedJob(0.0), 0.5)
 
 
 def test_given_a_process_that_has_learned_when_another_starts_then_it_knows_the_same(engine: Engine) -> None:
@@ -90,7 +90,7 @@ def test_given_a_kind_that_was_never_seen_when_it_is_asked_for_then_it_begins_wh
     assert 30.0 < median(Learner(engine), "another") < 90.0
     fresh = Learner(engine)
     fresh.prepare([("stranger", "image")])
-    assert fresh.model("stranger", "image").quantile(Waiting(0.0), 0.5) < 5.0
+    assert fresh.model("stranger", "image").quantile(PacedJob(0.0), 0.5) < 5.0
 
 
 @pytest.mark.parametrize("state", ["{", "[]", "7", '{"age": 1}', json.dumps({"age": {}, "eta": {}, "lead": 0})])

@@ -18,8 +18,8 @@ from sqlalchemy.exc import OperationalError
 from tests.waiting import wait_until
 from worker.coordination.leases import LeaseKeeper, LeaseLost
 from worker.coordination.rate_limiter import RateLimiter
-from worker.core.circuit_breaker import refused
-from worker.core.pacing.policy import Model, Pace
+from worker.core.circuit_breaker import after_refusal
+from worker.core.pacing.policy import Pace, PaceModel
 from worker.polling import pace_learner, poller, recorder
 from worker.polling.api_client import ApiClient
 from worker.polling.poller import IN_FLIGHT, Poller
@@ -387,7 +387,7 @@ def test_given_a_held_host_when_its_probe_is_due_then_only_an_account_that_may_b
     with engine.begin() as connection:
         now = database_now(connection)
         host = locked_breaker(connection, "host", name)
-        save_breaker(connection, refused(host, "unreachable", now=now - timedelta(seconds=30), probe=True))
+        save_breaker(connection, after_refusal(host, "unreachable", now=now - timedelta(seconds=30), probe=True))
 
     polls.until(lambda: bool(polls.row(job).status == "downloading"))
 
@@ -792,10 +792,10 @@ def test_given_answers_when_they_are_written_then_what_they_teach_is_there_for_a
     assert len(late) == 6
     assert all(row.not_ready_at is not None and row.submitted_at < row.not_ready_at < row.ready_at for row in late)
     assert all(polls.row(job).not_ready_at is None for job in ids if polls.row(job).polls == 1)
-    assert model_of(polls.engine).asked == pytest.approx(18, abs=2)
+    assert model_of(polls.engine).polls == pytest.approx(18, abs=2)
 
 
-def model_of(engine: Engine) -> Model:
+def model_of(engine: Engine) -> PaceModel:
     """What all processes know of images."""
     with engine.connect() as connection:
         return pace_learner.read_models(connection, [("default", "image")])["default", "image"][0]
@@ -846,7 +846,7 @@ def test_given_answers_that_say_nothing_about_the_job_when_they_are_written_then
     monkeypatch.setattr(pace_learner, "SHARE_SECONDS", 0.0)
     polls.track(submitted(polls.sandbox, 1))
     polls.run()
-    polls.until(lambda: model_of(polls.engine).asked == 1)
+    polls.until(lambda: model_of(polls.engine).polls == 1)
     names = submitted(polls.sandbox, 3)
     for name, body in zip(
         names, (b"<html>", b'{"status": "what"}', b'{"status": "failed", "message": "no"}'), strict=True
@@ -856,7 +856,7 @@ def test_given_answers_that_say_nothing_about_the_job_when_they_are_written_then
     polls.until(lambda: all(polls.row(job).polls >= 1 and not polls.row(job).claim_token for job in ids))
 
     assert all(row.not_ready_at is None for row in map(polls.row, ids) if row.polls == 1)
-    assert model_of(polls.engine).asked <= 1 + sum(polls.row(job).polls > 1 for job in ids)
+    assert model_of(polls.engine).polls <= 1 + sum(polls.row(job).polls > 1 for job in ids)
 
 
 def test_given_a_lease_that_may_be_over_when_a_job_is_to_be_asked_about_then_it_is_given_back_unasked(

@@ -16,7 +16,7 @@ from tests import planted
 from tests.rows import add_output, seconds
 from worker.cli import main
 from worker.client.tracking import _settings
-from worker.core.pacing.policy import Waiting
+from worker.core.pacing.policy import PacedJob
 from worker.polling.pace_learner import Learner
 from worker.settings import load
 from worker.store.counters import Tally
@@ -181,5 +181,5 @@ def plant(engine: Engine) -> None:
     learner = Learner(engine)
     learner.prepare([("default", "image")])
     for _ in range(40):
-        learner.observe("default", "image", Waiting(20.0, 19.0), ready=True, planned=20.0)
+        learner.observe("default", "image", PacedJob(20.0, 19.0), ready=True, planned=20.0)
     learner.share()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from worker.core.media.signatures import sniff, whole
+from worker.core.media.signatures import is_complete, sniff
 from worker.core.reply import Processing, Ready
 from worker.sandbox.behaviour import Behaviour
 from worker.sandbox.families import FAMILIES, family_of
@@ -92,7 +92,7 @@ def test_the_outputs_of_each_family_are_whole_files_of_its_kind(path: str) -> No
         if kind in MEDIA:
             assert media is not None
             assert media.type == MEDIA[kind]
-            assert whole(media, content, content, len(content))
+            assert is_complete(media, content, content, len(content))
         elif kind == "json":
             assert "lighthouse" in json.dumps(json.loads(content))
         else:

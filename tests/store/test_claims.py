@@ -26,8 +26,8 @@ from tests.rows import (
     take,
     taken,
 )
-from worker.core.lifecycle import AskAgain, End, GiveUp, Strikes
-from worker.core.pacing.policy import Plan, urgency
+from worker.core.lifecycle import AskAgain, EndJob, GiveUp, Strikes
+from worker.core.pacing.policy import PollPlan, urgency
 from worker.store.claims import DueGroup, claim_jobs, due_groups, queue_due_outputs, release_jobs, renew_leases
 from worker.store.counters import Tally
 from worker.store.jobs import waiting_accounts
@@ -207,11 +207,14 @@ def test_a_row_whose_lease_is_over_can_be_claimed_again_and_the_old_holder_write
 
     with engine.begin() as connection:
         lost = record_answers(
-            connection, [Outcome(old, End("failed", "api_failed", "no"), "failed", Plan(0.0))], Tally(), now=AFTER_LEASE
+            connection,
+            [Outcome(old, EndJob("failed", "api_failed", "no"), "failed", PollPlan(0.0))],
+            Tally(),
+            now=AFTER_LEASE,
         )
         lost_too = record_answers(
             connection,
-            [Outcome(old, AskAgain(Strikes(failed=9), "processing"), "stale", Plan(5.0))],
+            [Outcome(old, AskAgain(Strikes(failed=9), "processing"), "stale", PollPlan(5.0))],
             Tally(),
             now=AFTER_LEASE,
         )
@@ -237,7 +240,7 @@ def test_a_holder_whose_lease_is_over_writes_nothing_even_where_nobody_else_came
     with engine.begin() as connection:
         recorded = record_answers(
             connection,
-            [Outcome(claimed, End("failed", "api_failed", "no"), "failed", Plan(0.0))],
+            [Outcome(claimed, EndJob("failed", "api_failed", "no"), "failed", PollPlan(0.0))],
             Tally(),
             now=NOW + LEASE,
         )
@@ -278,7 +281,7 @@ def test_a_renewed_lease_still_fences_for_its_holder(engine: Engine) -> None:
         renew_leases(connection, "me", lease=LEASE, now=NOW + seconds(20))
         recorded = record_answers(
             connection,
-            [Outcome(claimed, End("failed", "api_failed", "no"), "failed", Plan(0.0))],
+            [Outcome(claimed, EndJob("failed", "api_failed", "no"), "failed", PollPlan(0.0))],
             Tally(),
             now=NOW + LEASE + seconds(10),
         )

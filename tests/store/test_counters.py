@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import Engine, func, select
 
 from tests.rows import NOW, add_downloading, add_job, add_output, claim, seconds, taken
-from worker.core.lifecycle import AskAgain, Deliver, End, StoredFile, Strikes, TryAgain
+from worker.core.lifecycle import AskAgain, EndJob, StartDownloads, StoredFile, Strikes, TryAgain
 from worker.core.media.signatures import Media
 from worker.core.reply import Link
 from worker.store import counters as module
@@ -89,10 +89,10 @@ def test_answers_count_what_they_did_to_jobs_and_lost_ones_nothing(engine: Engin
             add_job(connection, remote_id, kind=remote_id)
         claimed = {job.remote_id: job for job in claim(connection)}
         batch = [
-            Outcome(claimed["ready"], Deliver((Link("https://cdn.test/0.png"),)), "ready", delay=0.7),
-            Outcome(claimed["failed"], End("failed", "api_failed", "no"), "failed"),
+            Outcome(claimed["ready"], StartDownloads((Link("https://cdn.test/0.png"),)), "ready", delay=0.7),
+            Outcome(claimed["failed"], EndJob("failed", "api_failed", "no"), "failed"),
             Outcome(claimed["again"], AskAgain(Strikes(), "processing"), "processing"),
-            Outcome(claimed["lost"]._replace(token="other"), End("failed", "api_failed", "no"), "failed"),
+            Outcome(claimed["lost"]._replace(token="other"), EndJob("failed", "api_failed", "no"), "failed"),
         ]
         record_answers(connection, batch, tally, now=SOON)
         tally.write(connection)

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Connection, Engine, event, func, insert, select, text, update
 
 from tests.rows import NOW, add_downloading, add_job, add_output, seconds
-from worker.core.circuit_breaker import paused
+from worker.core.circuit_breaker import held_by_operator
 from worker.store.breakers import locked_breaker, save_breaker
 from worker.store.counters import Tally
 from worker.store.reports.history import KEPT, read_history, record_history
@@ -65,8 +65,8 @@ def test_what_nobody_may_ask_about_is_not_late(engine: Engine) -> None:
         add_job(connection, "1", account="held")
         add_job(connection, "2", account="shop", fetch_host="away.test")
         locked_breaker(connection, "account", "shop")
-        save_breaker(connection, paused(locked_breaker(connection, "account", "held"), now=NOW))
-        save_breaker(connection, paused(locked_breaker(connection, "host", "away.test"), now=NOW))
+        save_breaker(connection, held_by_operator(locked_breaker(connection, "account", "held"), now=NOW))
+        save_breaker(connection, held_by_operator(locked_breaker(connection, "host", "away.test"), now=NOW))
         connection.execute(update(breakers).values(asked_at=NOW))
         record_history(connection, now=LATER, full_rps=lambda _: 10.0)
         (found,) = read_history(connection, NOW)

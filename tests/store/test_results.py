@@ -9,21 +9,21 @@ import pytest
 from sqlalchemy import Connection, Engine, event, insert, select
 
 from tests.rows import NOW, add_downloading, add_job, add_output, claim, job_of, job_values, output_of, seconds, taken
-from worker.core.answer_history import answer_line
+from worker.core.answer_history import format_note
 from worker.core.lifecycle import (
     AskAgain,
-    Deliver,
-    End,
+    EndJob,
     GiveUp,
+    JobDecision,
     KeepLinks,
     RenewLinks,
-    Step,
+    StartDownloads,
     StoredFile,
     Strikes,
     TryAgain,
 )
 from worker.core.media.signatures import Media
-from worker.core.pacing.policy import Plan
+from worker.core.pacing.policy import PollPlan
 from worker.core.reply import Link
 from worker.store.claims import ClaimedJob
 from worker.store.counters import LEFT_OUT, Tally, read_counters
@@ -36,8 +36,10 @@ SOON = NOW + seconds(1)
 FILE = StoredFile("file:///out/0.png", 42, "ab" * 32, Media("image/png", "png"))
 
 
-def _record(connection: Connection, job: ClaimedJob, step: Step, *, wait: float = 0.0, note: str = "note") -> Recorded:
-    return record_answers(connection, [Outcome(job, step, note, Plan(wait))], Tally(), now=SOON)
+def _record(
+    connection: Connection, job: ClaimedJob, step: JobDecision, *, wait: float = 0.0, note: str = "note"
+) -> Recorded:
+    return record_answers(connection, [Outcome(job, step, note, PollPlan(wait))], Tally(), now=SOON)
 
 
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -57,7 +59,7 @@ def test_a_job_to_be_asked_again_waits_and_keeps_its_strikes(engine: Engine) -> 
     assert (row.failed_answers, row.unknown_answers, row.error_answers, row.empty_answers) == (1, 2, 3, 4)
     assert (row.struck_at, row.last_answer) == (
         NOW,
-        answer_line((SOON - row.submitted_at).total_seconds(), "processing"),
+        format_note((SOON - row.submitted_at).total_seconds(), "processing"),
     )
 
 
@@ -67,7 +69,7 @@ def test_a_ready_job_gets_a_row_for_each_output_in_order_and_the_bytes_it_carrie
     with engine.begin() as connection:
         job_id = add_job(connection)
         [claimed] = claim(connection)
-        recorded = _record(connection, claimed, Deliver(found))
+        recorded = _record(connection, claimed, StartDownloads(found))
 
     row = job_of(engine, job_id)
     assert (row.status, row.ready_at, row.due_at, row.completed_at) == ("downloading", SOON, None, None)
@@ -91,7 +93,7 @@ def test_a_ready_job_without_outputs_is_completed_at_once(engine: Engine) -> Non
     with engine.begin() as connection:
         job_id = add_job(connection)
         [claimed] = claim(connection)
-        recorded = _record(connection, claimed, Deliver(()))
+        recorded = _record(connection, claimed, StartDownloads(()))
     row = job_of(engine, job_id)
     assert recorded.finished == (job_id,)
     assert (row.status, row.ready_at, row.completed_at, row.due_at) == ("completed", SOON, SOON, None)
@@ -103,7 +105,10 @@ def test_given_more_outputs_than_are_stored_when_recorded_then_the_job_says_so_a
     tally = Tally()
     with engine.begin() as connection:
         job_ids = [add_job(connection), add_job(connection, remote_id="12202889")]
-        steps = [Deliver((Link("https://cdn/a.png"),), left_out=499), Deliver((Link("https://cdn/b.png"),))]
+        steps = [
+            StartDownloads((Link("https://cdn/a.png"),), left_out=499),
+            StartDownloads((Link("https://cdn/b.png"),)),
+        ]
         outcomes = [Outcome(job, step, "note") for job, step in zip(claim(connection), steps, strict=True)]
         record_answers(connection, outcomes, tally, now=SOON)
         tally.write(connection)
@@ -125,7 +130,7 @@ def test_given_more_outputs_than_are_stored_when_recorded_then_the_job_says_so_a
 @pytest.mark.parametrize(("status", "code"), [("failed", "api_failed"), ("expired", "expired")])
 def test_a_job_that_ends_says_why_and_when(engine: Engine, status: str, code: str) -> None:
     """Final: no due time, no claim, a code and a message."""
-    step = End("failed", code, "because") if status == "failed" else End("expired", code, "because")
+    step = EndJob("failed", code, "because") if status == "failed" else EndJob("expired", code, "because")
     with engine.begin() as connection:
         job_id = add_job(connection)
         [claimed] = claim(connection)
@@ -141,8 +146,8 @@ def test_the_first_end_stands_whatever_comes_later(engine: Engine) -> None:
         job_id = add_job(connection)
         [claimed] = claim(connection)
         assert cancel(connection, job_id, Tally(), now=NOW)
-        assert _record(connection, claimed, Deliver((Link("https://cdn/a.png"),))) == Recorded((), (), 1)
-        assert _record(connection, claimed, End("failed", "api_failed", "late")).lost == 1
+        assert _record(connection, claimed, StartDownloads((Link("https://cdn/a.png"),))) == Recorded((), (), 1)
+        assert _record(connection, claimed, EndJob("failed", "api_failed", "late")).lost == 1
         assert _record(connection, claimed, AskAgain(Strikes(), "processing")).lost == 1
     assert job_of(engine, job_id).status == "cancelled"
     with engine.connect() as connection:
@@ -159,10 +164,10 @@ def test_a_batch_of_everything_is_written_in_one_go_and_counts_what_was_lost(eng
         recorded = record_answers(
             connection,
             [
-                Outcome(gone, AskAgain(Strikes(), "processing"), "processing", Plan(1.0)),
-                Outcome(over, End("failed", "not_found", "unknown"), "unknown", Plan(0.0)),
-                Outcome(ready, Deliver((Link("https://cdn/a.png"),)), "ready"),
-                Outcome(again, AskAgain(Strikes(), "processing"), "processing", Plan(2.0)),
+                Outcome(gone, AskAgain(Strikes(), "processing"), "processing", PollPlan(1.0)),
+                Outcome(over, EndJob("failed", "not_found", "unknown"), "unknown", PollPlan(0.0)),
+                Outcome(ready, StartDownloads((Link("https://cdn/a.png"),)), "ready"),
+                Outcome(again, AskAgain(Strikes(), "processing"), "processing", PollPlan(2.0)),
             ],
             Tally(),
             now=SOON,
@@ -180,14 +185,14 @@ def test_a_large_batch_takes_few_statements_and_keeps_every_microsecond(engine: 
     with engine.begin() as connection:
         connection.execute(jobs.insert(), [job_values(str(number)) for number in range(400)])
         claimed = claim(connection, limit=400)
-        steps: list[Step] = [
+        steps: list[JobDecision] = [
             AskAgain(Strikes(), "processing"),
             AskAgain(Strikes(unknown=1, last=NOW), "unknown"),
-            Deliver((Link("https://cdn/a.png"), Link("https://cdn/b.png"))),
-            Deliver(()),
-            End("failed", "api_failed", "because"),
+            StartDownloads((Link("https://cdn/a.png"), Link("https://cdn/b.png"))),
+            StartDownloads(()),
+            EndJob("failed", "api_failed", "because"),
         ]
-        batch = [Outcome(job, steps[number % 5], "note", Plan(1.5)) for number, job in enumerate(claimed)]
+        batch = [Outcome(job, steps[number % 5], "note", PollPlan(1.5)) for number, job in enumerate(claimed)]
         event.listen(connection, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
         recorded = record_answers(connection, batch, Tally(), now=odd)
 
@@ -273,12 +278,12 @@ def test_given_a_fresh_link_to_another_kind_of_media_then_all_links_of_the_job_s
     assert {output_of(engine, output_id).due_at for output_id in voice} == {SOON}
 
 
-def _promised(job: ClaimedJob, step: Step, *urls: str) -> Outcome:
+def _promised(job: ClaimedJob, step: JobDecision, *urls: str) -> Outcome:
     return Outcome(job, step, "note", promised=urls)
 
 
 def test_given_a_lost_claim_when_its_answer_would_end_the_job_then_no_promise_is_tried(engine: Engine) -> None:
-    end = End("expired", "expired", "late")
+    end = EndJob("expired", "expired", "late")
     with engine.begin() as connection:
         job_id = add_job(connection)
         [claimed] = claim(connection)
@@ -297,14 +302,14 @@ def test_given_jobs_that_get_ready_then_their_promises_are_forgotten_and_no_othe
         add_promises(connection, {job_id: ["https://h/a.png"] for job_id in ids.values()})
         claimed = {job.remote_id: job for job in claim(connection)}
         cancel(connection, ids["lost"], Tally(), now=NOW)
-        ready, trained = Deliver((Link("https://cdn/0.png"),)), Deliver(())
-        steps: dict[str, Step] = {
+        ready, trained = StartDownloads((Link("https://cdn/0.png"),)), StartDownloads(())
+        steps: dict[str, JobDecision] = {
             "ready": ready,
             "trained": trained,
             "waiting": AskAgain(Strikes(), "processing"),
             "lost": ready,
         }
-        batch = [Outcome(claimed[name], step, "note", Plan(1.0)) for name, step in steps.items()]
+        batch = [Outcome(claimed[name], step, "note", PollPlan(1.0)) for name, step in steps.items()]
         record_answers(connection, batch, Tally(), now=SOON)
 
     with engine.connect() as connection:
@@ -320,7 +325,7 @@ def test_given_ends_of_all_kinds_in_one_batch_then_promises_are_tried_before_tho
         for code in codes:
             add_job(connection, code)
         claimed = {job.remote_id: job for job in claim(connection)}
-        ends = [End("expired" if code == "expired" else "failed", code, f"m {code}") for code in codes]
+        ends = [EndJob("expired" if code == "expired" else "failed", code, f"m {code}") for code in codes]
         batch = [_promised(claimed[end.code], end, f"https://h/{end.code}.png") for end in ends]
         recorded = record_answers(connection, batch, Tally(), now=SOON)
 
@@ -449,7 +454,7 @@ def test_a_dead_link_sends_its_job_to_the_api_once_and_waits_for_the_answer(engi
     with engine.begin() as connection:
         [claimed] = claim(connection, now=SOON)
         record_answers(
-            connection, [Outcome(claimed, KeepLinks("processing"), "processing", Plan(0.0))], Tally(), now=SOON
+            connection, [Outcome(claimed, KeepLinks("processing"), "processing", PollPlan(0.0))], Tally(), now=SOON
         )
         again = taken(connection, output_id, now=SOON)
         assert again.facts.renewed
@@ -556,7 +561,7 @@ def test_a_retried_job_without_outputs_is_asked_about_again(engine: Engine) -> N
     with engine.begin() as connection:
         job_id = add_job(connection, polls=3)
         [claimed] = claim(connection)
-        _record(connection, claimed, End("failed", "not_found", "m"))
+        _record(connection, claimed, EndJob("failed", "not_found", "m"))
         assert retry(connection, job_id, now=SOON)
         assert not retry(connection, job_id, now=SOON)
     job = job_of(engine, job_id)
@@ -595,7 +600,11 @@ def test_every_final_job_is_at_rest(engine: Engine) -> None:
         for number in range(3):
             add_job(connection, str(number))
         claimed = claim(connection)
-        steps: list[Step] = [Deliver(()), End("failed", "api_failed", "m"), End("expired", "expired", "m")]
+        steps: list[JobDecision] = [
+            StartDownloads(()),
+            EndJob("failed", "api_failed", "m"),
+            EndJob("expired", "expired", "m"),
+        ]
         for job, step in zip(claimed, steps, strict=True):
             _record(connection, job, step)
         assert claim(connection, now=NOW + seconds(1_000_000)) == []

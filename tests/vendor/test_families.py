@@ -4,7 +4,7 @@ import pytest
 
 from worker.errors import NotTrackable, RefusedAddress
 from worker.vendor import families
-from worker.vendor.families import FAMILIES, Family, family_of_order
+from worker.vendor.families import FAMILIES, ApiFamily, family_of_order
 from worker.vendor.fetch_url import VENDOR_HOSTS, AllowedApi, call_for, fetch_address, order_at, order_of_response
 
 SITE = "https://modelslab.com"
@@ -75,7 +75,7 @@ def test_an_order_says_where_its_job_is_fetched_and_how(order: str, fetch: str, 
 
 
 @pytest.mark.parametrize("row", FAMILIES, ids=[row.order for row in FAMILIES])
-def test_without_its_row_a_family_is_another_one(row: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_row_a_family_is_another_one(row: ApiFamily, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row decides for one of the orders above, and none does the same in its place."""
     before = {order: family_of_order(order) for order, _, _ in ORDERS}
     kept = [number for number, family in enumerate(FAMILIES) if family != row]
@@ -91,7 +91,7 @@ def test_without_its_row_a_family_is_another_one(row: Family, monkeypatch: pytes
     assert any(_without_name(before[order]) != _without_name(after[order]) for order in before)
 
 
-def _without_name(family: Family | None) -> object:
+def _without_name(family: ApiFamily | None) -> object:
     return None if family is None else family[1:]
 
 

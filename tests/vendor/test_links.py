@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from tests.vendor.test_replies import ANY_JSON
 from worker.core.reply import MAX_URL, Link
-from worker.vendor.links import MAX_LINKS, links, listed
+from worker.vendor.links import MAX_LINKS, collect_links, listed_outputs
 
 A, B, C = "https://h/a.png", "https://h/b.png", "https://h/c.png"
 P, Q = "https://cdn2/a.png", "https://cdn2/b.png"
@@ -73,20 +73,20 @@ SHAPES: list[tuple[str, object, object, tuple[Link, ...]]] = [
 
 @pytest.mark.parametrize(("output", "proxies", "found"), [pytest.param(*case, id=name) for name, *case in SHAPES])
 def test_every_shape_of_output_becomes_links(output: object, proxies: object, found: tuple[Link, ...]) -> None:
-    assert links(output, proxies).links == found
+    assert collect_links(output, proxies).links == found
 
 
 def test_two_broken_data_uris_are_two_outputs() -> None:
     """Each is listed, so each gets its row, though neither can be decoded."""
-    found = links(["data:image/png;base64,!!", "data:image/png;base64,??"]).links
+    found = collect_links(["data:image/png;base64,!!", "data:image/png;base64,??"]).links
 
     assert len(found) == 2
     assert all(link.body is not None for link in found)
 
 
 def test_an_endless_link_and_an_endless_list_are_cut() -> None:
-    assert len(links("https://h/" + "a" * 100_000).links[0].url) == MAX_URL + 1
-    assert len(links([f"https://h/{i}" for i in range(MAX_LINKS + 5)]).links) == MAX_LINKS
+    assert len(collect_links("https://h/" + "a" * 100_000).links[0].url) == MAX_URL + 1
+    assert len(collect_links([f"https://h/{i}" for i in range(MAX_LINKS + 5)]).links) == MAX_LINKS
 
 
 @pytest.mark.parametrize(
@@ -110,13 +110,13 @@ def test_an_endless_link_and_an_endless_list_are_cut() -> None:
 def test_an_answer_lists_its_output_or_else_its_proxies_or_links(
     answer: dict[str, object], found: tuple[Link, ...]
 ) -> None:
-    assert listed(answer).links == found
+    assert listed_outputs(answer).links == found
 
 
 @settings(max_examples=60, deadline=None)
 @given(ANY_JSON, ANY_JSON)
 def test_whatever_is_listed_is_stored_once_and_can_be_written_down(output: object, proxies: object) -> None:
-    found = links(output, proxies).links
+    found = collect_links(output, proxies).links
 
     assert len({link.url for link in found}) == len(found)
     for text in [text for link in found for text in (link.url, *link.proxies)]:

@@ -17,10 +17,10 @@ from tests.vendor.test_replies import ANY_JSON, CODES, HEADERS
 from worker.core.identity import READY
 from worker.core.reply import MAX_URL, Link, Ready, Reply
 from worker.errors import NotTrackable, RefusedAddress
-from worker.vendor.answers import json_object
+from worker.vendor.answer_fields import json_object
 from worker.vendor.fetch_url import VENDOR_HOSTS, AllowedApi, fetch_address, order_at, order_of_response
-from worker.vendor.links import MAX_PROMISED, OUTPUT_FIELDS, links, listed, promised
-from worker.vendor.replies import Answer, Question, parse, rule_for
+from worker.vendor.links import MAX_PROMISED, OUTPUT_FIELDS, collect_links, listed_outputs, promised_urls
+from worker.vendor.replies import ParsedAnswer, Question, parse, rule_for
 from worker.vendor.submissions import SubmitAnswer, planned_job
 
 ID = "4711"
@@ -79,7 +79,8 @@ def test_the_short_cut_for_jobs_under_way_says_what_the_rules_say(
     question = Question(ID, NOW, training)
 
     assert (
-        parse(status, headers, raw, question) == rule_for(Answer(status, headers, raw, json_object(raw), question))[1]
+        parse(status, headers, raw, question)
+        == rule_for(ParsedAnswer(status, headers, raw, json_object(raw), question))[1]
     )
 
 
@@ -96,7 +97,7 @@ def test_a_promise_makes_no_job_ready(body: dict[str, Any], links_to_come: objec
 @settings(max_examples=100, deadline=None)
 @given(ANY_JSON | st.lists(st.sampled_from([A, B, "", None, 5, "ftp://h/c", "https://h/" + "x" * MAX_URL])))
 def test_promises_are_addresses_that_can_be_stored(value: object) -> None:
-    addresses = promised({"future_links": value})
+    addresses = promised_urls({"future_links": value})
 
     assert len(addresses) == len(set(addresses)) <= MAX_PROMISED
     for address in addresses:
@@ -216,13 +217,13 @@ SHAPES: list[tuple[str, object, list[str]]] = [
 @pytest.mark.parametrize(("output", "found"), [pytest.param(*row, id=name) for name, *row in SHAPES])
 @pytest.mark.parametrize("field", ["output", "outputs"])
 def test_outputs_of_any_shape_are_found(field: str, output: object, found: list[str]) -> None:
-    assert [link.url for link in listed({"status": "success", field: output}).links] == found
+    assert [link.url for link in listed_outputs({"status": "success", field: output}).links] == found
 
 
 @pytest.mark.parametrize("field", [name for name in OUTPUT_FIELDS if name not in ("output", "outputs", "proxy_links")])
 def test_every_field_that_may_hold_outputs_is_needed(field: str) -> None:
-    assert listed({"status": "success", "output": [], field: [A]}).links == (Link(A),)
-    assert listed({"status": "success", "output": [B], field: [A]}).links == (Link(B),)
+    assert listed_outputs({"status": "success", "output": [], field: [A]}).links == (Link(A),)
+    assert listed_outputs({"status": "success", "output": [B], field: [A]}).links == (Link(B),)
 
 
 @pytest.mark.parametrize(
@@ -230,14 +231,17 @@ def test_every_field_that_may_hold_outputs_is_needed(field: str) -> None:
 )
 def test_other_fields_hold_no_outputs(field: str) -> None:
     assert (
-        listed({"status": "success", "output": [], field: [A], "data": {field: [A]}, "meta": {field: [A]}}).links == ()
+        listed_outputs(
+            {"status": "success", "output": [], field: [A], "data": {field: [A]}, "meta": {field: [A]}}
+        ).links
+        == ()
     )
 
 
 def test_promises_may_stand_under_links_while_an_order_waits() -> None:
-    assert promised({"status": "queued", "links": [A], "future_links": []}) == (A,)
-    assert promised({"status": "queued", "links": [A], "future_links": [B]}) == (B,)
-    assert promised({"status": "processing", "output": [A], "proxy_links": [A]}) == ()
+    assert promised_urls({"status": "queued", "links": [A], "future_links": []}) == (A,)
+    assert promised_urls({"status": "queued", "links": [A], "future_links": [B]}) == (B,)
+    assert promised_urls({"status": "processing", "output": [A], "proxy_links": [A]}) == ()
 
 
 @settings(max_examples=100, deadline=None)
@@ -246,7 +250,7 @@ def test_promises_may_stand_under_links_while_an_order_waits() -> None:
     st.sampled_from([" ", ", ", ",", "\n", " ,\t"]),
 )
 def test_addresses_in_one_text_are_the_addresses_in_a_list(addresses: list[str], between: str) -> None:
-    assert links(between.join(addresses)) == links(addresses)
+    assert collect_links(between.join(addresses)) == collect_links(addresses)
 
 
 @pytest.mark.parametrize("row", SUBMITS, ids=[row.name for row in SUBMITS])

@@ -8,8 +8,8 @@ from worker.core.reply import Failed, Processing, Ready, Reply, Unread
 from worker.errors import ApiRefused
 from worker.vendor.fetch_url import AllowedApi
 from worker.vendor.replies import Question, parse
+from worker.vendor.status_words import parse_status_words
 from worker.vendor.submissions import planned_job
-from worker.vendor.words import status_words
 
 API = AllowedApi("https://modelslab.com/api/v3", frozenset({"modelslab.com"}))
 LINK = "https://cdn.test/a.png"
@@ -21,7 +21,7 @@ def _read(answer: object, words: dict[str, str], *, training: bool = False) -> R
 
 def test_a_taught_word_is_read_as_the_one_that_it_stands_for() -> None:
     """In any case, and only where it is the status."""
-    words = status_words('{"done": "success", "Cooking": "processing", "burnt": "failed"}')
+    words = parse_status_words('{"done": "success", "Cooking": "processing", "burnt": "failed"}')
 
     ready = _read({"status": " DONE", "assets": [LINK], "id": 7}, words)
     assert isinstance(ready, Ready)
@@ -33,13 +33,13 @@ def test_a_taught_word_is_read_as_the_one_that_it_stands_for() -> None:
 
 
 def test_a_submit_answer_with_a_taught_word_is_ready_at_once_or_refused() -> None:
-    words = status_words('{"done": "success", "burnt": "failed"}')
+    words = parse_status_words('{"done": "success", "burnt": "failed"}')
 
-    ready = planned_job({"status": "done", "assets": [LINK], "id": 7}, API, words=words).submission
+    ready = planned_job({"status": "done", "assets": [LINK], "id": 7}, API, status_words=words).submission
     assert [link.url for link in ready.outputs] == [LINK]
     assert planned_job({"status": "done", "assets": [LINK], "id": 7}, API).submission.outputs == ()
     with pytest.raises(ApiRefused, match="too hot"):
-        planned_job({"status": "burnt", "message": "too hot", "id": 7}, API, words=words)
+        planned_job({"status": "burnt", "message": "too hot", "id": 7}, API, status_words=words)
 
 
 @pytest.mark.parametrize(
@@ -61,12 +61,12 @@ def test_a_submit_answer_with_a_taught_word_is_ready_at_once_or_refused() -> Non
 )
 def test_words_that_are_wrong_are_refused_with_what_to_do(text: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        status_words(text)
+        parse_status_words(text)
 
 
 def test_a_word_that_the_rules_have_learned_meanwhile_stays_allowed() -> None:
     """An upgrade must not stop a worker from starting."""
-    assert status_words('{"queued": "processing", "success": "success"}') == {
+    assert parse_status_words('{"queued": "processing", "success": "success"}') == {
         "queued": "processing",
         "success": "success",
     }

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.vendor.test_replies import ANY_JSON
 from worker.core.identity import REMOTE_ID, SYNTHETIC_ID, can_be_asked
-from worker.core.numbers import positive
+from worker.core.numbers import positive_number
 from worker.core.reply import Link
 from worker.errors import NotTrackable, WorkerError
 from worker.vendor.families import CHAT, TRAINING
@@ -204,7 +204,7 @@ def test_a_success_without_an_id_is_named_for_its_outputs() -> None:
 
 @pytest.mark.parametrize("value", [0, -0.0, -1, "", "x", None, True, [], float("inf"), "1e999", 10**400, "nan"])
 def test_what_is_no_positive_number_is_no_seconds(value: object) -> None:
-    assert positive(value) is None
+    assert positive_number(value) is None
 
 
 @settings(max_examples=100, deadline=None)

@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from sqlalchemy import Connection, Engine, Row
 
 from worker.coordination.rate_limiter import RateLimiter
-from worker.core.answer_history import Answer, answers
+from worker.core.answer_history import AnswerNote, parse_history
 from worker.core.circuit_breaker import CircuitBreaker
 from worker.operations.explain import Step, chain_with_budget, read_facts
 from worker.operations.overview import Overview, belief, overview, why
@@ -38,7 +38,7 @@ class JobPage:
     now: datetime
     outputs: list[Row[Any]]
     events: list[Row[Any]]
-    answers: list[Answer]
+    answers: list[AnswerNote]
     likely: str
     chain: list[Step]
     advice: str
@@ -90,7 +90,7 @@ class Reading:
             now=now,
             outputs=list(outputs[:OUTPUTS_SHOWN]),
             events=list(events),
-            answers=answers(job.last_answer),
+            answers=parse_history(job.last_answer),
             likely="" if believed is None else f"{believed.chance_now:.0%}",
             chain=steps,
             advice=advice,

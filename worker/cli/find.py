@@ -9,8 +9,8 @@ import click
 
 from worker.cli.output import JOB_COLUMNS, json_option, plain, print_json, print_table
 from worker.client.tracking import lookup_id
+from worker.core.durations import UNITS
 from worker.core.lifecycle import JOB_STATES
-from worker.core.spans import UNITS
 from worker.settings import load
 from worker.store.engine import database_now, engine_for, translate_errors
 from worker.store.reports.search import JobFilter, find_jobs

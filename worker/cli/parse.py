@@ -17,7 +17,7 @@ from worker.polling.api_client import read_answer
 from worker.settings import Settings, load
 from worker.system.redaction import Scrubber, shared_scrubber
 from worker.system.terminal import echo
-from worker.vendor.answers import json_object
+from worker.vendor.answer_fields import json_object
 from worker.vendor.families import is_training
 from worker.vendor.fetch_url import order_at
 from worker.vendor.replies import Question
@@ -112,7 +112,7 @@ def _submit_document(
         if fields is None:
             raise NotTrackable("the answer is no JSON object")
         job = planned_job(
-            SubmitAnswer(fields, http_status), settings.api, endpoint=endpoint, words=settings.status_words
+            SubmitAnswer(fields, http_status), settings.api, endpoint=endpoint, status_words=settings.status_words
         )
     except ApiRefused as refused:
         return _document("refused", scrubber.text(refused.message))

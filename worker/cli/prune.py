@@ -6,8 +6,8 @@ from datetime import timedelta
 import click
 
 from worker.cli.output import json_option, print_json
+from worker.core.durations import parse_duration
 from worker.core.lifecycle import FINAL_STATES
-from worker.core.spans import seconds_of
 from worker.operations.prune import Pruned, Retention, look
 from worker.operations.prune import prune as run_prune
 from worker.settings import LONGEST, Settings, load
@@ -17,7 +17,7 @@ from worker.system.terminal import echo
 
 def _span(context: click.Context, option: click.Parameter, value: str | None) -> float | None:
     try:
-        return None if value is None else min(seconds_of(value), LONGEST)
+        return None if value is None else min(parse_duration(value), LONGEST)
     except ValueError as wrong:
         raise click.BadParameter(str(wrong)) from None
 

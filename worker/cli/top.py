@@ -20,7 +20,7 @@ from rich.text import Text
 
 from worker.cli.output import json_option, moment, print_json
 from worker.core.display import display_text
-from worker.core.humanize import size, span
+from worker.core.humanize import format_bytes, format_duration
 from worker.errors import WorkerError
 from worker.operations.overview import HEALTHY_SECONDS
 from worker.operations.snapshot import (
@@ -171,7 +171,7 @@ def drawn(frame: Frame, width: int, height: int, trouble: str | None = None) -> 
 
 
 def _head(frame: Frame, trouble: str | None) -> Iterator[Text]:
-    asked = "never" if frame.asked_seconds is None else f"{span(frame.asked_seconds)} ago"
+    asked = "never" if frame.asked_seconds is None else f"{format_duration(frame.asked_seconds)} ago"
     line = Text(f"fetch-worker {frame.at:%H:%M:%S} UTC", style="bold")
     silent = frame.asked_seconds is None or frame.asked_seconds > HEALTHY_SECONDS
     if silent and any(job.why == NO_WORKER for job in frame.late):
@@ -228,7 +228,7 @@ def _joined(row: Sequence[str], widths: Sequence[int]) -> str:
 
 def _sections(frame: Frame) -> list[Section]:
     """The parts, the most important first; of troubles before what goes well."""
-    told = "since counting began" if frame.kinds_seconds is None else f"the last {span(frame.kinds_seconds)}"
+    told = "since counting began" if frame.kinds_seconds is None else f"the last {format_duration(frame.kinds_seconds)}"
     at = frame.at
     return [
         Section(
@@ -268,7 +268,7 @@ def _sections(frame: Frame) -> list[Section]:
                 (
                     one.receiver,
                     f"{one.count:,}",
-                    span(one.late_seconds),
+                    format_duration(one.late_seconds),
                     str(one.attempts),
                     str(one.http_status or "-"),
                     one.message or "",
@@ -280,7 +280,7 @@ def _sections(frame: Frame) -> list[Section]:
             "LAST FAILURES",
             ("account", "kind", "code", "ago"),
             [
-                (str(one.id), one.account, one.kind, one.code, span((at - one.at).total_seconds()))
+                (str(one.id), one.account, one.kind, one.code, format_duration((at - one.at).total_seconds()))
                 for one in frame.failures
             ],
         ),
@@ -292,8 +292,8 @@ def _sections(frame: Frame) -> list[Section]:
                     one.account,
                     one.kind,
                     f"{one.jobs:,}",
-                    _or_dash(one.delay_p50, span),
-                    _or_dash(one.delay_p95, span),
+                    _or_dash(one.delay_p50, format_duration),
+                    _or_dash(one.delay_p95, format_duration),
                     _or_dash(one.polls_per_job, lambda number: f"{number:.1f}"),
                     "",
                 )
@@ -317,24 +317,32 @@ def _account_row(one: AccountNow, now: datetime) -> Sequence[str]:
 
 
 def _claim_row(one: LostClaim) -> Sequence[str]:
-    over = f"over for {span(one.over_seconds)}" if one.over_seconds > 0 else f"ends in {span(-one.over_seconds)}"
+    over = (
+        f"over for {format_duration(one.over_seconds)}"
+        if one.over_seconds > 0
+        else f"ends in {format_duration(-one.over_seconds)}"
+    )
     what = "is dead" if one.dead else "is silent" if one.over_seconds > 0 else "has it longer than any work takes"
     return (f"{one.what} {one.id}", over, f"{one.holder} {what}")
 
 
 def _overdue_row(one: Overdue) -> Sequence[str]:
-    return (str(one.id), one.account, span(one.past_deadline_seconds), span(one.asked_in_seconds))
+    return (str(one.id), one.account, format_duration(one.past_deadline_seconds), format_duration(one.asked_in_seconds))
 
 
 def _late_row(one: LateJob) -> Sequence[str]:
-    past = _or_dash(one.past_deadline_seconds, span)
-    return (str(one.id), one.account, span(one.late_seconds), past, one.why)
+    past = _or_dash(one.past_deadline_seconds, format_duration)
+    return (str(one.id), one.account, format_duration(one.late_seconds), past, one.why)
 
 
 def _unstored_row(one: Unstored, more: bool) -> Sequence[str]:
-    next_try = f"in {span(one.next_seconds)}" if one.next_seconds > 0 else f"due for {span(-one.next_seconds)}"
+    next_try = (
+        f"in {format_duration(one.next_seconds)}"
+        if one.next_seconds > 0
+        else f"due for {format_duration(-one.next_seconds)}"
+    )
     count = f"{one.count:,}{'+' if more else ''}"
-    oldest = (span(one.oldest_seconds), str(one.job_id))
+    oldest = (format_duration(one.oldest_seconds), str(one.job_id))
     return (one.code or "none yet", count, *oldest, next_try, one.host or "-", one.message or "")
 
 
@@ -342,9 +350,9 @@ def _transfer_row(one: Transfer) -> Sequence[str]:
     return (
         str(one.output_id),
         str(one.job_id),
-        _or_dash(one.age_seconds, span),
-        _or_dash(one.bytes, size),
-        _or_dash(one.bytes_per_second, size),
+        _or_dash(one.age_seconds, format_duration),
+        _or_dash(one.bytes, format_bytes),
+        _or_dash(one.bytes_per_second, format_bytes),
         str(one.attempts),
         one.host,
     )
@@ -355,14 +363,14 @@ def _or_dash(value: float | None, said: Any) -> str:
 
 
 def _since(moment: datetime | None, now: datetime) -> str:
-    return "-" if moment is None else span((now - moment).total_seconds())
+    return "-" if moment is None else format_duration((now - moment).total_seconds())
 
 
 def _in(moment: datetime | None, now: datetime) -> str:
     if moment is None:
         return "-"
     left = (moment - now).total_seconds()
-    return f"in {span(left)}" if left > 0 else f"due for {span(-left)}"
+    return f"in {format_duration(left)}" if left > 0 else f"due for {format_duration(-left)}"
 
 
 COMMANDS: tuple[click.Command, ...] = (top,)

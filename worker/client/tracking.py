@@ -15,10 +15,10 @@ from sqlalchemy.orm import Session, scoped_session
 from worker.coordination.wakeups import WakeUps
 from worker.core.identity import ACCOUNT, SYNTHETIC_ID, checked_remote_id
 from worker.core.lifecycle import FINAL_STATES
-from worker.core.numbers import positive
+from worker.core.numbers import positive_number
 from worker.core.on_done import on_done_problem, task_and_queue
 from worker.core.pacing.estimate import Progress, progress
-from worker.core.pacing.policy import NOTHING_KNOWN, SPREAD, Model, Pace, Plan, Waiting
+from worker.core.pacing.policy import NOTHING_KNOWN, SPREAD, Pace, PacedJob, PaceModel, PollPlan
 from worker.core.webhook import checked_url
 from worker.errors import ApiRefused, JobNotFound, NotTrackable, OutputMissing, WaitTimeout
 from worker.polling.pace_learner import FRESH_SECONDS, read_models
@@ -109,7 +109,7 @@ class Job:
 
         From how long its kind took before, which is looked up twice a minute at most. Raises Unavailable.
         """
-        waiting = Waiting.at(
+        waiting = PacedJob.at(
             self.read_at,
             submitted_at=self.submitted_at,
             not_ready_at=self.not_ready_at,
@@ -119,7 +119,7 @@ class Job:
         )
         return progress(self.status, waiting, self._model() if self.status == "pending" else NOTHING_KNOWN)
 
-    def _model(self) -> Model:
+    def _model(self) -> PaceModel:
         settings = _settings()
         known = _known_model(settings.database, self.account, self.kind)
         if known is not None:
@@ -396,7 +396,7 @@ def _plan(settings: Settings, scrubber: Scrubber, options: _Options, remote: obj
         settings.api,
         fetch_url=options.fetch_url,
         endpoint=options.endpoint,
-        words=settings.status_words,
+        status_words=settings.status_words,
     )
     if job.warning is not None:
         log.warning("%s", scrubber.text(job.warning))
@@ -465,29 +465,29 @@ class _Paced:
 
     def __init__(self, connection: Connection, pace: Pace, options: _Options) -> None:
         self._connection, self._pace, self._account = connection, pace, options.account
-        self._firsts: dict[tuple[str, float | None, float], Plan] = {}
+        self._firsts: dict[tuple[str, float | None, float], PollPlan] = {}
 
-    def first(self, plan: _Plan, age: float) -> Plan:
+    def first(self, plan: _Plan, age: float) -> PollPlan:
         """The plan of a job of this age in seconds, in the middle of its spread."""
         alike = (plan.kind, plan.eta, plan.deadline)
         found = self._firsts.get(alike)
         if found is None:
             model = _model(self._connection, self._account, plan.kind)
-            job = Waiting(age, eta=plan.eta, left=plan.deadline - age)
+            job = PacedJob(age, eta=plan.eta, seconds_left=plan.deadline - age)
             found = self._firsts[alike] = self._pace.first(job, model, spread=0.0)
         return found
 
 
-_models: dict[tuple[str, str, str], tuple[Model, float]] = {}
+_models: dict[tuple[str, str, str], tuple[PaceModel, float]] = {}
 
 
-def _known_model(url: URL, account: str, kind: str) -> Model | None:
+def _known_model(url: URL, account: str, kind: str) -> PaceModel | None:
     """What was looked up a short while ago of a class of jobs."""
     model, until = _models.get((str(url), account, kind), (None, 0.0))
     return model if time.monotonic() < until else None
 
 
-def _model(connection: Connection, account: str, kind: str) -> Model:
+def _model(connection: Connection, account: str, kind: str) -> PaceModel:
     """What is known of a class of jobs, looked up now and then."""
     url = connection.engine.url
     model = _known_model(url, account, kind)
@@ -522,7 +522,7 @@ def _moment(value: datetime | str | None) -> datetime | None:
 
 
 def _checked_seconds(value: object, name: str) -> float:
-    number = positive(value)
+    number = positive_number(value)
     if number is None or number > 10 * 365 * 86_400:
         raise NotTrackable(f"{name} is a positive number of seconds, not {value!r}")
     return number

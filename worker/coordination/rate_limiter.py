@@ -16,7 +16,7 @@ from typing import Any
 import redis
 from redis.exceptions import RedisError
 
-from worker.core.rate import AHEAD_SECONDS, RateSlots, burst, slots
+from worker.core.rate import AHEAD_SECONDS, RateSlots, burst, reserve_slots
 
 log = logging.getLogger(__name__)
 
@@ -164,14 +164,14 @@ class RateLimiter:
         now = time.monotonic()
         share = rate * LOCAL_SHARE / self._processes.get(account, UNKNOWN_PROCESSES)
         with self._local_lock:
-            found = slots(self._local.get(account, now), now, rate=share, wanted=wanted)
+            found = reserve_slots(self._local.get(account, now), now, rate=share, requested=wanted)
             self._local[account] = found.free
         return Reservation(_moments(found, now), found.wait, account)
 
 
 def _peek(rate: float, now: float, free: bytes | None, taken: Sequence[bytes | None], asked: Sequence[Any]) -> Peek:
     begin = float(free or 0)
-    found = slots(begin, now, rate=rate, wanted=burst(rate) + int(rate * AHEAD_SECONDS) + 1)
+    found = reserve_slots(begin, now, rate=rate, requested=burst(rate) + int(rate * AHEAD_SECONDS) + 1)
     at, count, before = (int(float(value or 0)) for value in taken)
     last = {int(now): before, int(now) - 1: count}.get(at, 0)
     processes = sum(score > now - KEPT_SECONDS for _, score in asked)

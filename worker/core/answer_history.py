@@ -3,39 +3,39 @@
 import re
 from dataclasses import dataclass
 
-KEPT = 600  # characters
-BETWEEN = "\N{SYMBOL FOR NEWLINE}"  # one that can be printed, as all text in the tables
+MAX_NOTE = 600  # characters
+NOTE_SEPARATOR = "\N{SYMBOL FOR NEWLINE}"  # one that can be printed, as all text in the tables
 _LINE = re.compile(r"(\d{1,12}\.\d) s: (.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class AnswerNote:
     """What the API said when a job was `age` seconds old; None where that was not noted."""
 
     age: float | None
     note: str
 
 
-def answer_line(age: float, note: str) -> str:
+def format_note(age: float, note: str) -> str:
     """One answer, of KEPT characters at most.
 
-    >>> answer_line(12.34, "processing")
+    >>> format_note(12.34, "processing")
     '12.3 s: processing'
     """
-    return f"{max(age, 0.0):.1f} s: {note.replace(BETWEEN, ' ')}"[:KEPT]
+    return f"{max(age, 0.0):.1f} s: {note.replace(NOTE_SEPARATOR, ' ')}"[:MAX_NOTE]
 
 
-def answers(kept: str | None) -> list[Answer]:
+def parse_history(kept: str | None) -> list[AnswerNote]:
     """The answers that a text holds, newest first. The last of them may be cut short.
 
-    >>> answers(f"12.3 s: processing{BETWEEN}4.0 s: processing")
-    [Answer(age=12.3, note='processing'), Answer(age=4.0, note='processing')]
-    >>> answers("processing"), answers(None)
-    ([Answer(age=None, note='processing')], [])
+    >>> parse_history(f"12.3 s: processing{BETWEEN}4.0 s: processing")
+    [AnswerNote(age=12.3, note='processing'), AnswerNote(age=4.0, note='processing')]
+    >>> parse_history("processing"), parse_history(None)
+    ([AnswerNote(age=None, note='processing')], [])
     """
-    return [_answer(line) for line in (kept or "").split(BETWEEN) if line]
+    return [_answer(line) for line in (kept or "").split(NOTE_SEPARATOR) if line]
 
 
-def _answer(line: str) -> Answer:
+def _answer(line: str) -> AnswerNote:
     found = _LINE.fullmatch(line)
-    return Answer(None, line) if found is None else Answer(float(found[1]), found[2])
+    return AnswerNote(None, line) if found is None else AnswerNote(float(found[1]), found[2])

@@ -16,8 +16,8 @@ from worker.core.reply import AccountRefused, ApiDown, RateLimited, Reply, Unrea
 Scope = Literal["account", "host"]
 PROBE_WAITS = (10.0, 20.0, 40.0, 60.0)
 UNDECIDED_WAIT = 1.0
-TROUBLES_TO_HOLD = 5
-BY_HAND = "held by an operator"
+FAILURES_TO_TRIP = 5
+BY_OPERATOR = "held by an operator"
 REFUSALS = {"key": "key rejected", "credits": "no credits", "plan": "plan", "request": "request refused"}
 NOT_LISTED = "not on SD_API_HOSTS"
 NO_SUCH_PATH = "no such path"  # in the reason of a hold: SD_API_URL itself is mistyped, so the host's jobs all are
@@ -49,7 +49,7 @@ class CircuitBreaker:
     @property
     def why(self) -> str | None:
         """Why it is held, if it is: by whom, or what the API said."""
-        return BY_HAND if self.paused_at is not None else self.reason
+        return BY_OPERATOR if self.paused_at is not None else self.reason
 
     def rate(self, full: float, now: datetime) -> float:
         """Requests per second that may be made now, where `full` is what the settings allow."""
@@ -62,15 +62,15 @@ class CircuitBreaker:
             return True
         return self.reason is not None and (self.until is None or now < self.until)
 
-    def allows(self, now: datetime) -> Literal["all", "one", "none"]:
+    def allows(self, now: datetime) -> Literal["all", "probe", "none"]:
         """How many calls may be made: `one` means a probe, to be taken by one process alone."""
         if self.paused_at is not None:
             return "none"
         if self.held(now):
-            return "one" if self.until is None and self.probe_at is not None and now >= self.probe_at else "none"
+            return "probe" if self.until is None and self.probe_at is not None and now >= self.probe_at else "none"
         if self.scope == "host" or self.proven:
             return "all"
-        return "one" if self.probe_at is None or now >= self.probe_at else "none"
+        return "probe" if self.probe_at is None or now >= self.probe_at else "none"
 
     def last_hold_end(self, now: datetime) -> datetime | None:
         """When the last hold ended, or None where there was none."""
@@ -89,11 +89,11 @@ class BreakerInput:
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
+class RateMeasurement:
     """Requests per second of an account: as the settings allow, and as the API took them just now."""
 
-    full: float
-    seen: float
+    configured: float
+    measured: float
 
 
 def hold_class(why: str) -> str:
@@ -102,12 +102,12 @@ def hold_class(why: str) -> str:
     >>> hold_class("key rejected: Invalid API key"), hold_class(BY_HAND), hold_class("something new")
     ('key rejected', 'by hand', 'other')
     """
-    word = "by hand" if why == BY_HAND else why.partition(":")[0]
+    word = "by hand" if why == BY_OPERATOR else why.partition(":")[0]
     return word if word in HOLD_CLASSES else "other"
 
 
 def after_replies(
-    breaker: CircuitBreaker, heard: Iterable[BreakerInput], limit: Limit, *, now: datetime
+    breaker: CircuitBreaker, heard: Iterable[BreakerInput], limit: RateMeasurement, *, now: datetime
 ) -> CircuitBreaker:
     """The gate after the replies of a batch, in their order."""
     for one in heard:
@@ -115,25 +115,27 @@ def after_replies(
     return breaker
 
 
-def _after(breaker: CircuitBreaker, heard: BreakerInput, limit: Limit, now: datetime) -> CircuitBreaker:
+def _after(breaker: CircuitBreaker, heard: BreakerInput, limit: RateMeasurement, now: datetime) -> CircuitBreaker:
     if breaker.scope == "host":
         if isinstance(heard.reply, ApiDown) and heard.reply.no_such_path and heard.reply.answered:
             return _after_own_path(breaker, now) if heard.probe else breaker
         if isinstance(heard.reply, ApiDown):
-            return troubled(breaker, f"unreachable: {heard.reply.message}", 1, now=now, probe=heard.probe)
-        return answered(breaker, now=now, probe=heard.probe)
+            return after_failures(breaker, f"unreachable: {heard.reply.message}", 1, now=now, probe=heard.probe)
+        return after_job_answer(breaker, now=now, probe=heard.probe)
     match heard.reply:
         case AccountRefused(reason, message):
-            return refused(breaker, f"{REFUSALS[reason]}: {message}", now=now, probe=heard.probe)
+            return after_refusal(breaker, f"{REFUSALS[reason]}: {message}", now=now, probe=heard.probe)
         case RateLimited(seconds, _):
-            paused = limited(breaker, seconds, now=now)
-            return slowed(paused, full=limit.full, seen=limit.seen, sent_at=heard.sent_at)
+            limited = after_rate_limit(breaker, seconds, now=now)
+            return with_learned_rate(
+                limited, configured=limit.configured, measured=limit.measured, sent_at=heard.sent_at
+            )
         case ApiDown():  # says nothing of the key; the host's own gate counts these
-            return undecided(breaker, now=now, wait=0.0) if heard.probe else breaker
+            return with_probe_postponed(breaker, now=now, wait=0.0) if heard.probe else breaker
         case Unread():
-            return undecided(breaker, now=now, wait=UNDECIDED_WAIT) if heard.probe else breaker
+            return with_probe_postponed(breaker, now=now, wait=UNDECIDED_WAIT) if heard.probe else breaker
         case _:
-            return answered(breaker, now=now, probe=heard.probe)
+            return after_job_answer(breaker, now=now, probe=heard.probe)
 
 
 def _after_own_path(breaker: CircuitBreaker, now: datetime) -> CircuitBreaker:
@@ -144,10 +146,10 @@ def _after_own_path(breaker: CircuitBreaker, now: datetime) -> CircuitBreaker:
     """
     if breaker.held(now) and breaker.reason is not None and NO_SUCH_PATH in breaker.reason:
         return _held(breaker, breaker.reason, now)
-    return answered(breaker, now=now, probe=True)
+    return after_job_answer(breaker, now=now, probe=True)
 
 
-def answered(breaker: CircuitBreaker, *, now: datetime, probe: bool) -> CircuitBreaker:
+def after_job_answer(breaker: CircuitBreaker, *, now: datetime, probe: bool) -> CircuitBreaker:
     """The gate after the API spoke about a job: that proves an account, and ends a hold if this was its probe."""
     settled = _settled(breaker, now)
     if settled.reason is not None and not probe and settled.scope == "account":
@@ -168,7 +170,7 @@ def answered(breaker: CircuitBreaker, *, now: datetime, probe: bool) -> CircuitB
     )
 
 
-def refused(breaker: CircuitBreaker, reason: str, *, now: datetime, probe: bool) -> CircuitBreaker:
+def after_refusal(breaker: CircuitBreaker, reason: str, *, now: datetime, probe: bool) -> CircuitBreaker:
     """The gate after the API refused the account: held until a probe is accepted."""
     settled = _settled(breaker, now)
     if settled.held(now) and settled.until is None and not probe:
@@ -176,7 +178,7 @@ def refused(breaker: CircuitBreaker, reason: str, *, now: datetime, probe: bool)
     return _held(settled, reason, now)
 
 
-def limited(breaker: CircuitBreaker, seconds: float, *, now: datetime) -> CircuitBreaker:
+def after_rate_limit(breaker: CircuitBreaker, seconds: float, *, now: datetime) -> CircuitBreaker:
     """The gate after a rate limit: shut for so many seconds, never shorter than it already is."""
     settled = _settled(breaker, now)
     if settled.held(now) and settled.until is None:
@@ -185,7 +187,9 @@ def limited(breaker: CircuitBreaker, seconds: float, *, now: datetime) -> Circui
     return replace(settled, reason="rate limited", since=settled.since or now, until=until)
 
 
-def slowed(breaker: CircuitBreaker, *, full: float, seen: float, sent_at: datetime) -> CircuitBreaker:
+def with_learned_rate(
+    breaker: CircuitBreaker, *, configured: float, measured: float, sent_at: datetime
+) -> CircuitBreaker:
     """The gate of an account whose request of `sent_at` was one too many: it learns what the API takes.
 
     `seen` is how many requests per second the API took just then. The requests that were under way when the pause
@@ -194,20 +198,20 @@ def slowed(breaker: CircuitBreaker, *, full: float, seen: float, sent_at: dateti
     pause_end = max(at for at in (breaker.until, breaker.cut_at, sent_at) if at is not None)
     if breaker.cut_at is not None and sent_at < breaker.cut_at:
         return replace(breaker, cut_at=pause_end)
-    return replace(breaker, ceiling=learned_ceiling(breaker.rate(full, sent_at), seen), cut_at=pause_end)
+    return replace(breaker, ceiling=learned_ceiling(breaker.rate(configured, sent_at), measured), cut_at=pause_end)
 
 
-def troubled(breaker: CircuitBreaker, reason: str, count: int, *, now: datetime, probe: bool) -> CircuitBreaker:
+def after_failures(breaker: CircuitBreaker, reason: str, count: int, *, now: datetime, probe: bool) -> CircuitBreaker:
     """The gate of a host after `count` calls in a row came to nothing: held once there were five."""
     settled = _settled(breaker, now)
     if settled.held(now):
         return _held(settled, reason, now) if probe else settled
     troubles = settled.troubles + count
     counted = replace(settled, troubles=troubles)
-    return _held(counted, reason, now) if troubles >= TROUBLES_TO_HOLD else counted
+    return _held(counted, reason, now) if troubles >= FAILURES_TO_TRIP else counted
 
 
-def unproven(breaker: CircuitBreaker, *, now: datetime) -> CircuitBreaker:
+def with_unproven_key(breaker: CircuitBreaker, *, now: datetime) -> CircuitBreaker:
     """The gate of an account as a worker starts, maybe with another key: one call alone shows if it is accepted."""
     settled = _settled(breaker, now)
     if settled.reason is not None and settled.until is not None:
@@ -217,7 +221,7 @@ def unproven(breaker: CircuitBreaker, *, now: datetime) -> CircuitBreaker:
     return replace(settled, proven=False, probe_at=now, released_at=released_at)
 
 
-def unlisted(breaker: CircuitBreaker, *, now: datetime) -> CircuitBreaker:
+def held_as_unlisted(breaker: CircuitBreaker, *, now: datetime) -> CircuitBreaker:
     """Return the gate of a host that the settings keep the key from: held, until a worker whose settings list it asks.
 
     Such a worker may do so at once, by one call alone.
@@ -229,12 +233,12 @@ def unlisted(breaker: CircuitBreaker, *, now: datetime) -> CircuitBreaker:
     return replace(settled, reason=reason, since=now, until=None, probe_at=now)
 
 
-def paused(breaker: CircuitBreaker, *, now: datetime) -> CircuitBreaker:
+def held_by_operator(breaker: CircuitBreaker, *, now: datetime) -> CircuitBreaker:
     """The gate once an operator holds it: nothing is asked until it is resumed, not even by a probe."""
     return breaker if breaker.paused_at is not None else replace(breaker, paused_at=now)
 
 
-def resumed(breaker: CircuitBreaker, *, now: datetime) -> CircuitBreaker:
+def resumed_by_operator(breaker: CircuitBreaker, *, now: datetime) -> CircuitBreaker:
     """The gate once an operator says to go on: what held it is tried at once, by one call alone.
 
     A rate limit ends here, too: whoever asks for that knows better.
@@ -245,12 +249,12 @@ def resumed(breaker: CircuitBreaker, *, now: datetime) -> CircuitBreaker:
     return opened if opened.scope == "host" or opened.reason is not None else replace(opened, proven=False)
 
 
-def probing(breaker: CircuitBreaker, *, now: datetime, lease: timedelta) -> CircuitBreaker:
+def with_probe_started(breaker: CircuitBreaker, *, now: datetime, lease: timedelta) -> CircuitBreaker:
     """The gate while its one probe is under way: nobody else probes before the lease is over."""
     return replace(breaker, probe_at=now + lease)
 
 
-def undecided(breaker: CircuitBreaker, *, now: datetime, wait: float) -> CircuitBreaker:
+def with_probe_postponed(breaker: CircuitBreaker, *, now: datetime, wait: float) -> CircuitBreaker:
     """The gate after a probe that said nothing about it: the next one may try in `wait` seconds."""
     return replace(breaker, probe_at=now + timedelta(seconds=wait)) if breaker.reason is None else breaker
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from worker.core.answer_history import answers
+from worker.core.answer_history import parse_history
 from worker.core.display import display_text
 from worker.core.lifecycle import FINAL_STATES
 
@@ -18,8 +18,8 @@ STATES: Mapping[str, str] = {
     "expired": "FAILURE",
     "cancelled": "REVOKED",
 }
-ENDED_AS: Mapping[str, str] = {"SUCCESS": "succeeded", "FAILURE": "failed", "REVOKED": "revoked"}
-LINGERS = timedelta(seconds=60)  # how long an old job stays that has ended: else nobody would see how
+TIME_FIELD: Mapping[str, str] = {"SUCCESS": "succeeded", "FAILURE": "failed", "REVOKED": "revoked"}
+SHOWN_AFTER_END = timedelta(seconds=60)  # how long an old job stays that has ended: else nobody would see how
 NOTE_MOST, REFERENCE_MOST, MESSAGE_MOST = 80, 80, 300  # characters
 
 
@@ -59,7 +59,7 @@ class FlowerJob:
 
     def interests(self, now: datetime) -> bool:
         """Whether it is on its way, or has just ended."""
-        return self.completed_at is None or now - self.completed_at < LINGERS
+        return self.completed_at is None or now - self.completed_at < SHOWN_AFTER_END
 
 
 def task_id(job_id: int) -> str:
@@ -71,17 +71,17 @@ def task_id(job_id: int) -> str:
     return f"{PREFIX}{job_id}"
 
 
-def job_of(uuid: str) -> int | None:
+def job_id_of(uuid: str) -> int | None:
     """The job that a row is about; None for tasks of other kinds.
 
-    >>> job_of("job-7"), job_of("job-x"), job_of("0a611538-674c-4d69")
+    >>> job_id_of("job-7"), job_id_of("job-x"), job_id_of("0a611538-674c-4d69")
     (7, None, None)
     """
     digits = uuid.removeprefix(PREFIX)
     return int(digits) if uuid.startswith(PREFIX) and digits.isascii() and digits.isdecimal() else None
 
 
-def window(newest: Sequence[int], shown: Iterable[FlowerJob], most: int, *, now: datetime) -> list[int]:
+def job_ids_to_show(newest: Sequence[int], shown: Iterable[FlowerJob], most: int, *, now: datetime) -> list[int]:
     """The jobs to look at, `most` at most: the newest, half of it at least, and those shown that are not over yet.
 
     `newest` are the newest ids there are, newest first.
@@ -107,7 +107,7 @@ def task_fields(job: FlowerJob) -> dict[str, object]:
         "sent": None,  # it is the same moment
         "received": job.submitted_at.timestamp(),
         "started": job.asked_at.timestamp() if asked and job.asked_at else None,
-        **{name: ended if ENDED_AS.get(state) == name else None for name in ENDED_AS.values()},
+        **{name: ended if TIME_FIELD.get(state) == name else None for name in TIME_FIELD.values()},
         "timestamp": max(moment.timestamp() for moment in moments if moment),
         "runtime": None if job.completed_at is None else (job.completed_at - job.submitted_at).total_seconds(),
         "result": display_text(_words(job)) or None,
@@ -140,7 +140,7 @@ def _words(job: FlowerJob) -> str:
 def _asked(job: FlowerJob) -> str:
     if job.status != "pending" or not job.polls:
         return ""
-    last = answers(job.last_answer)[:1]
+    last = parse_history(job.last_answer)[:1]
     times = "asked once" if job.polls == 1 else f"asked {job.polls:,} times"
     return f"{times}: {last[0].note[:NOTE_MOST]}" if last else times
 

@@ -1,11 +1,13 @@
-"""Spans of time and numbers of bytes in a few characters, as a person reads them. Pure."""
+"""Durations and byte sizes formatted for people. Pure."""
 
 
-def span(seconds: float) -> str:
-    """A span of time in a few characters.
+def format_duration(seconds: float) -> str:
+    """Return a duration as a short text.
 
-    >>> span(0.25), span(75.0), span(600.0), span(9_000.0), span(400_000.0)
-    ('0.2 s', '75 s', '10 min', '2.5 h', '4.6 d')
+    >>> format_duration(0.25), format_duration(75.0), format_duration(600.0)
+    ('0.2 s', '75 s', '10 min')
+    >>> format_duration(9_000.0), format_duration(400_000.0)
+    ('2.5 h', '4.6 d')
     """
     seconds = max(seconds, 0.0)
     if seconds < 120:
@@ -15,10 +17,10 @@ def span(seconds: float) -> str:
     return f"{seconds / 3_600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} d"
 
 
-def size(count: float) -> str:
-    """A number of bytes in a few characters.
+def format_bytes(count: float) -> str:
+    """Return a number of bytes as a short text.
 
-    >>> size(0), size(1_500), size(3_900_000)
+    >>> format_bytes(0), format_bytes(1_500), format_bytes(3_900_000)
     ('0 B', '1.5 kB', '3.9 MB')
     """
     for unit in ("B", "kB", "MB"):

@@ -41,8 +41,8 @@ MAX_EXPECTED = 3_600.0  # seconds that an eta may make a failed job wait
 AFTER_HOLD_GRACE = timedelta(seconds=60)
 
 BAD_BODY_ATTEMPTS = 3
-DEAD_PATIENCE = timedelta(seconds=60)
-DEAD_ATTEMPTS = 3
+DEAD_LINK_PATIENCE = timedelta(seconds=60)
+DEAD_LINK_ATTEMPTS = 3
 TROUBLE_WAIT_LEAST = 5.0
 TROUBLE_WAIT_MOST = 300.0
 RETRY_AFTER_MOST = 3_600.0  # a server that asks for more is asked again all the same
@@ -95,7 +95,7 @@ class AskAgain(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Deliver:
+class StartDownloads:
     """The job is ready: its outputs are to be downloaded. None at all completes it at once.
 
     `left_out`: how many more the answer listed, which are not stored.
@@ -106,7 +106,7 @@ class Deliver:
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class EndJob:
     """The job ends here."""
 
     status: Literal["failed", "expired"]
@@ -137,10 +137,10 @@ def left_out_note(listed: int, missing: int) -> str:
     return f"the answer listed {listed + missing:,} outputs; only the first {listed:,} are stored"
 
 
-Step = AskAgain | Deliver | End | RenewLinks | KeepLinks
+JobDecision = AskAgain | StartDownloads | EndJob | RenewLinks | KeepLinks
 
 
-def after_answer(job: JobFacts, reply: Reply, *, now: datetime, least: timedelta) -> Step:
+def after_answer(job: JobFacts, reply: Reply, *, now: datetime, min_interval: timedelta) -> JobDecision:
     """What becomes of a job. `least` is the time that two answers must be apart for both to count against it."""
     if isinstance(reply, (RateLimited, AccountRefused)) or (isinstance(reply, ApiDown) and not reply.answered):
         return AskAgain(job.strikes, note_of(reply))  # trouble of the account or the host is not the job's
@@ -148,18 +148,20 @@ def after_answer(job: JobFacts, reply: Reply, *, now: datetime, least: timedelta
         return RenewLinks(reply.outputs) if isinstance(reply, Ready) else KeepLinks(note_of(reply))
     match reply:
         case Ready(outputs, left_out):
-            return Deliver(outputs, left_out)
+            return StartDownloads(outputs, left_out)
         case AnotherJob() | Unread() | ApiDown():
             return _unless_late(job, replace(job.strikes, error=0), note_of(reply), now)
         case Processing():
             return _unless_late(job, job.strikes.forgiven(), "processing", now)
         case _:
-            return _strike(job, reply, now, least)
+            return _strike(job, reply, now, min_interval)
 
 
-def _strike(job: JobFacts, reply: Failed | UnknownId | ApiError | Empty, now: datetime, least: timedelta) -> Step:
+def _strike(
+    job: JobFacts, reply: Failed | UnknownId | ApiError | Empty, now: datetime, min_interval: timedelta
+) -> JobDecision:
     old = job.strikes
-    counts = old.last is None or now - old.last >= max(least, _apart(reply))
+    counts = old.last is None or now - old.last >= max(min_interval, _apart(reply))
     one = 1 if counts else 0
     last = now if counts else old.last
     others = replace(old, error=0, last=last)  # only errors count "in a row"
@@ -181,7 +183,7 @@ def _strike(job: JobFacts, reply: Failed | UnknownId | ApiError | Empty, now: da
             message = f"success without any output, {strikes.empty} times"
             reached = strikes.empty >= EMPTY_ANSWERS
     if reached:
-        return End("failed", code, message)
+        return EndJob("failed", code, message)
     return _unless_late(job, strikes, note_of(reply), now)
 
 
@@ -194,12 +196,12 @@ def _apart(reply: Failed | UnknownId | ApiError | Empty) -> timedelta:
             return timedelta(0)
 
 
-def _unless_late(job: JobFacts, strikes: Strikes, note: str, now: datetime) -> Step:
+def _unless_late(job: JobFacts, strikes: Strikes, note: str, now: datetime) -> JobDecision:
     late_from = job.deadline_at
     if job.last_hold_end is not None:
         late_from = max(late_from, job.last_hold_end + AFTER_HOLD_GRACE)
     if now >= late_from:
-        return End(
+        return EndJob(
             "expired",
             "expired",
             f"not ready by its deadline {job.deadline_at:%Y-%m-%d %H:%M:%S} UTC; last answer: {note}",
@@ -259,7 +261,7 @@ class OutputFacts:
         """Whether a dead link still has its time to come alive, or to be renewed after it."""
         if self.renewed or self.dead_since is None:
             return not self.renewed
-        return self.renewable or now - self.dead_since < DEAD_PATIENCE
+        return self.renewable or now - self.dead_since < DEAD_LINK_PATIENCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +302,7 @@ class DeadLink:
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
+class TransferTrouble:
     """The way to the output is in trouble, or our own storage is."""
 
     code: Literal["http_error", "unreachable", "storage"]
@@ -308,7 +310,7 @@ class Trouble:
     retry_after: float | None = None  # seconds, where the server said when to come again
 
 
-Attempt = StoredFile | BadBody | Unfit | DeadLink | Trouble
+Attempt = StoredFile | BadBody | Unfit | DeadLink | TransferTrouble
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,9 +351,9 @@ def after_attempt(
             return _after_bad_body(output, bad, now=now, late=late)
         case DeadLink(message):
             return _after_dead_link(output, message, now=now, late=late)
-        case Trouble("storage", message):
+        case TransferTrouble("storage", message):
             return TryAgain(STORAGE_WAIT, "storage", message)
-        case Trouble(code, message, retry_after):
+        case TransferTrouble(code, message, retry_after):
             if late:
                 return GiveUp(code, message)
             least = min(retry_after or 0.0, RETRY_AFTER_MOST)
@@ -370,14 +372,14 @@ def _after_promised(
             return attempt
         case Unfit():
             return GiveUp(attempt.code, attempt.message)
-        case Trouble("storage", message):
+        case TransferTrouble("storage", message):
             return TryAgain(STORAGE_WAIT, "storage", message)
     code = "gone" if isinstance(attempt, DeadLink) else attempt.code
     age = now - output.ready_at
     if age >= deadline or (age >= PROMISE_PATIENCE and output.attempts >= PROMISE_ATTEMPTS):
         return GiveUp(code, f"{attempt.message}; a promised link, tried for {age.total_seconds():.0f} s")
     wait = min(PROMISE_WAIT_LEAST * 2 ** min(output.attempts - 1, 10), PROMISE_WAIT_MOST)
-    least = (attempt.retry_after or 0.0) if isinstance(attempt, Trouble) else 0.0
+    least = (attempt.retry_after or 0.0) if isinstance(attempt, TransferTrouble) else 0.0
     late = age >= PROMISE_PATIENCE
     left = timedelta(seconds=PROMISE_WAIT_MOST) if late else PROMISE_PATIENCE - age
     wait = min(max(wait, least), left.total_seconds(), (deadline - age).total_seconds())
@@ -387,8 +389,8 @@ def _after_promised(
 def _about_the_output(output: OutputFacts, attempt: Attempt) -> Attempt:
     """What an attempt says of the output: a proxy link that is dead or refused says nothing about the link itself."""
     match attempt:
-        case DeadLink(message) | Unfit("refused_address", message) if source(output) > 0:
-            return DeadLink(message) if output.last_code == "gone" else Trouble("unreachable", message)
+        case DeadLink(message) | Unfit("refused_address", message) if address_index(output) > 0:
+            return DeadLink(message) if output.last_code == "gone" else TransferTrouble("unreachable", message)
         case _:
             return attempt
 
@@ -398,7 +400,7 @@ def _after_bad_body(output: OutputFacts, bad: BadBody, *, now: datetime, late: b
     code, message = bad.code, bad.message
     if bad.early and not (output.renewed or output.bad_bodies or late):
         age = now - output.ready_at
-        if age < DEAD_PATIENCE:
+        if age < DEAD_LINK_PATIENCE:
             return TryAgain(_patient_wait(age), code, message, counts=False)
         if output.renewable and output.last_code in EARLY_CODES:
             return TryAgain(0.0, code, message, renew=True, counts=False)
@@ -414,19 +416,19 @@ def _patient_wait(waited: timedelta) -> float:
 def _after_dead_link(output: OutputFacts, message: str, *, now: datetime, late: bool) -> TryAgain | GiveUp:
     since = output.dead_since or now
     if not output.renewed and not late:
-        if now - since < DEAD_PATIENCE:
+        if now - since < DEAD_LINK_PATIENCE:
             return TryAgain(_patient_wait(now - since), "gone", message)
         if output.renewable:
             return TryAgain(0.0, "gone", message, renew=True)
     tried = output.dead_attempts + 1
-    if tried >= 1 + output.proxies + DEAD_ATTEMPTS or late:
+    if tried >= 1 + output.proxies + DEAD_LINK_ATTEMPTS or late:
         return GiveUp(
             "gone", f"{message}; dead for {(now - since).total_seconds():.0f} s and {output.attempts} attempts"
         )
     return TryAgain(0.0 if tried <= output.proxies else 5.0, "gone", message)
 
 
-def source(output: OutputFacts) -> int:
+def address_index(output: OutputFacts) -> int:
     """Which address to try now: 0 is the link, 1 and up its proxy links.
 
     They take turns while there is trouble. A dead link is waited for and renewed; then all are tried in order once.

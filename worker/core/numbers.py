@@ -20,10 +20,10 @@ def number(value: object) -> float | None:
     return parsed if math.isfinite(parsed) else None
 
 
-def positive(value: object) -> float | None:
+def positive_number(value: object) -> float | None:
     """Return a finite number above zero, or None for anything else.
 
-    >>> positive("20.9"), positive(-1), positive(True)
+    >>> positive_number("20.9"), positive_number(-1), positive_number(True)
     (20.9, None, None)
     """
     parsed = number(value)

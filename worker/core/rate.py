@@ -45,18 +45,18 @@ class RateSlots:
     free: float
 
 
-def slots(free: float, now: float, *, rate: float, wanted: int) -> RateSlots:
+def reserve_slots(free: float, now: float, *, rate: float, requested: int) -> RateSlots:
     """Takes up to `wanted` moments from `free` on, at `rate` per second, none further ahead than AHEAD_SECONDS.
 
-    >>> slots(0.0, 100.0, rate=50.0, wanted=3)
-    Slots(count=3, first=-0.1, step=0.02, wait=0.0, free=99.96)
-    >>> slots(100.08, 100.0, rate=50.0, wanted=9).count
+    >>> reserve_slots(0.0, 100.0, rate=50.0, requested=3)
+    RateSlots(count=3, first=-0.1, step=0.02, wait=0.0, free=99.96)
+    >>> reserve_slots(100.08, 100.0, rate=50.0, requested=9).count
     2
     """
     step = 1 / rate
     begin = max(free, now - burst(rate) * step)
     room = math.floor((now + AHEAD_SECONDS - begin) / step + 1e-6) + 1
-    count = max(0, min(wanted, room))
+    count = max(0, min(requested, room))
     free = begin + count * step
     return RateSlots(count, round(begin - now, 6), step, max(0.0, round(free - now - AHEAD_SECONDS, 6)), round(free, 6))
 

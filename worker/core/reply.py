@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-Hold = Literal["key", "credits", "plan", "request"]
+RefusalReason = Literal["key", "credits", "plan", "request"]
 
 MAX_URL = 8_192  # characters of an address that is stored
 
@@ -89,7 +89,7 @@ class RateLimited:
 class AccountRefused:
     """The API refuses the account, not the job: its key, its credits, its plan, or the form of the request."""
 
-    reason: Hold
+    reason: RefusalReason
     message: str
 
 

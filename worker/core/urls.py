@@ -10,12 +10,12 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*+:")
 _UNFIT = re.compile(r'[ "<>^`{|}\xa0-\U0010ffff]')
 
 
-def quoted(url: str) -> str:
+def percent_encoded(url: str) -> str:
     """Return an address with blanks, characters beyond ASCII (as UTF-8) and the like percent-encoded after its host.
 
     Nothing else changes: signatures of links are made over their very characters. The fragment is left out.
 
-    >>> quoted("https://h//a%2fb c.png?x=&sig=A%2B+é#top")
+    >>> percent_encoded("https://h//a%2fb c.png?x=&sig=A%2B+é#top")
     'https://h//a%2fb%20c.png?x=&sig=A%2B+%C3%A9'
     """
     parts = _ADDRESS.match(url)
@@ -37,13 +37,13 @@ def split(url: str) -> tuple[str, str]:
     return parts["site"], target if target.startswith("/") else f"/{target}"
 
 
-def redirected(url: str, location: str) -> str:
+def redirect_target(url: str, location: str) -> str:
     """Return where a redirect from `url` leads. `location` is the header as it is read: bytes as Latin-1.
 
     An absolute address is taken as it stands, and so is a path; only a relative path is resolved. Raises ValueError
     for an address that can't be read.
 
-    >>> redirected("https://h/a/b?c", "../d//e%2F f"), redirected("https://h/a", "//other/x")
+    >>> redirect_target("https://h/a/b?c", "../d//e%2F f"), redirect_target("https://h/a", "//other/x")
     ('https://h/d//e%2F f', 'https://other/x')
     """
     location = location.strip(" ")

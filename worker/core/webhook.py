@@ -67,14 +67,14 @@ def headers(secrets: Sequence[bytes], name: str, at: int, text: str) -> dict[str
     }
 
 
-def wait_after(attempts: int, draw: float, asked: float | None = None) -> float:
+def retry_delay(attempts: int, jitter: float, retry_after: float | None = None) -> float:
     """Seconds until the next attempt, after so many. `draw` is from 0 to 1; `asked` is what Retry-After said.
 
-    >>> [wait_after(attempts, 0.0) for attempts in (1, 2, 3, 20)]
+    >>> [retry_delay(attempts, 0.0) for attempts in (1, 2, 3, 20)]
     [5.0, 10.0, 20.0, 3600.0]
     """
     grown = min(FIRST_WAIT * 2.0 ** (min(attempts, 64) - 1), LONGEST_WAIT)
-    return min(max(grown * (1 + 0.2 * draw), asked or 0.0), LONGEST_WAIT * 1.2)
+    return min(max(grown * (1 + 0.2 * jitter), retry_after or 0.0), LONGEST_WAIT * 1.2)
 
 
 def checked_url(url: object) -> str:

@@ -26,20 +26,20 @@ from worker.core.lifecycle import (
     DeadLink,
     GiveUp,
     StoredFile,
-    Trouble,
+    TransferTrouble,
     TryAgain,
     Unfit,
+    address_index,
     after_attempt,
-    source,
 )
 from worker.core.media.base64_text import Base64Decoder, base64_start
-from worker.core.media.signatures import Media, is_text, pixels, shows_its_end, sniff, whole
-from worker.core.media.text import NoText, Promise, promised_text, text_media
+from worker.core.media.signatures import Media, is_complete, is_text, pixel_count, proves_complete, sniff
+from worker.core.media.text import NotPromisedText, Promise, promised_text, text_media
 from worker.core.numbers import retry_after_seconds
 from worker.core.plain_text import plain_text
 from worker.core.refusals import HEAD_BYTES, is_dead_link
 from worker.core.reply import MAX_URL
-from worker.core.urls import quoted, redirected
+from worker.core.urls import percent_encoded, redirect_target
 from worker.downloads.progress import ReceivedBytes
 from worker.downloads.unpacking import TooLarge, detect_coding, unpack
 from worker.errors import StorageTrouble
@@ -204,7 +204,7 @@ class Downloader:
                 trouble = self._receive(output, incoming)
                 return trouble or self._keep(output, incoming)
         except StorageTrouble as refused:
-            return Trouble("storage", str(refused))
+            return TransferTrouble("storage", str(refused))
         except LeaseLost:
             raise
         except Exception as fault:  # a claim that nobody ends would come back for ever, and never be given up
@@ -213,11 +213,11 @@ class Downloader:
                 traceback.extract_tb(fault.__traceback__)[-1],
             )  # its text may quote a link
             log.error("a fault of ours output=%s reason=%s at=%s:%s", output.id, kind, place.name, place.lineno)
-            return Trouble("unreachable", f"a fault of ours: {kind}")
+            return TransferTrouble("unreachable", f"a fault of ours: {kind}")
 
     def _receive(self, output: ClaimedOutput, incoming: Incoming) -> Attempt | None:
         """Fills `incoming`; what stood in the way, or None."""
-        url = output.urls[source(output.facts)]
+        url = output.urls[address_index(output.facts)]
         link = link_hash(url)
         if output.body is not None:
             if len(output.body) > self._max_bytes:
@@ -244,7 +244,7 @@ class Downloader:
         except (HTTPError, HTTPException, OSError, ValueError) as error:
             incoming.hold = True
             cause = f"none within OUTPUT_TIMEOUT, {self._timeout:g} s" if limit.over else describe(error)
-            return Trouble("unreachable", f"no answer: {cause}")
+            return TransferTrouble("unreachable", f"no answer: {cause}")
 
     def _transfer(self, url: str, link: str, incoming: Incoming, limit: TimeLimit) -> Attempt | None:
         """One attempt: a transfer that breaks is gone on with, or started over, while there is sense in it."""
@@ -255,7 +255,7 @@ class Downloader:
             except _Broken as broken:
                 incoming.hold = True
                 if broken.slow or limit.over:
-                    return Trouble("unreachable", str(broken))
+                    return TransferTrouble("unreachable", str(broken))
                 if incoming.size == last:  # twice at the same place: it is cut there, or its headers are wrong
                     return self._ended_otherwise(incoming, broken)
                 if not incoming.resumable or incoming.size <= furthest:
@@ -269,7 +269,7 @@ class Downloader:
     def _request(self, url: str, link: str, incoming: Incoming, limit: TimeLimit) -> Attempt | None:
         redirects, listed = 0, url
         while redirects <= MAX_REDIRECTS:
-            url = quoted(url)
+            url = percent_encoded(url)
             self._guard.check_url(url)
             asked = _range_headers(incoming, link)
             timeout = (min(CONNECT_SECONDS, limit.remaining), min(READ_SECONDS, limit.remaining))
@@ -277,9 +277,9 @@ class Downloader:
                 location = answer.headers.get("location")
                 if answer.status in REDIRECTS and location:
                     try:
-                        url = redirected(url, location)
+                        url = redirect_target(url, location)
                     except ValueError:
-                        return Trouble("http_error", f"HTTP {answer.status} to a malformed address")
+                        return TransferTrouble("http_error", f"HTTP {answer.status} to a malformed address")
                     redirects += 1
                     continue
                 if answer.status not in (200, 206):
@@ -293,25 +293,25 @@ class Downloader:
                     continue
                 if answer.status == 200 or not asked:
                     if not _from_the_start(answer):
-                        return Trouble("http_error", "HTTP 206 with another part than the first")
+                        return TransferTrouble("http_error", "HTTP 206 with another part than the first")
                     text = promised_text((listed, url), answer.headers.get("content-type", ""))
                     incoming.begin(_source_of(answer, link, text))
                 return self._stream(answer, incoming, limit)
-        return Trouble("http_error", f"more than {MAX_REDIRECTS} redirects")
+        return TransferTrouble("http_error", f"more than {MAX_REDIRECTS} redirects")
 
     def _stream(self, answer: StreamedAnswer, incoming: Incoming, limit: TimeLimit) -> Attempt | None:
         """Receives a body as it comes. Raises _Broken where it ended too soon, or came too slowly."""
-        whole = None if incoming.source is None else incoming.source.length
-        if whole is not None and whole > self._max_bytes:
-            return Unfit("too_large", f"{whole} bytes, more than OUTPUT_MAX_BYTES")
+        expected_size = None if incoming.source is None else incoming.source.length
+        if expected_size is not None and expected_size > self._max_bytes:
+            return Unfit("too_large", f"{expected_size} bytes, more than OUTPUT_MAX_BYTES")
         look_at, before = time.monotonic() + FLOOR_SECONDS, incoming.size
         try:
             while chunk := self._piece(answer, incoming):
                 if incoming.size + len(chunk) > self._max_bytes:
                     return Unfit("too_large", f"more than OUTPUT_MAX_BYTES ({self._max_bytes} bytes)")
-                if answer.status == 206 and whole is not None and incoming.size + len(chunk) > whole:
+                if answer.status == 206 and expected_size is not None and incoming.size + len(chunk) > expected_size:
                     incoming.begin(Source(incoming.source.link if incoming.source else ""))  # whose bytes are these?
-                    raise _Broken(f"more came than the {whole} bytes there are")
+                    raise _Broken(f"more came than the {expected_size} bytes there are")
                 incoming.write(chunk)
                 now = time.monotonic()
                 if now >= look_at:
@@ -325,8 +325,8 @@ class Downloader:
                 raise _Broken(f"the body ended after {incoming.size} bytes: {describe(error)}") from None
         if limit.over:  # where no length was declared, a connection that the watchdog ended looks like the end
             raise _Broken(f"not done within OUTPUT_TIMEOUT, after {incoming.size} bytes", slow=True)
-        if whole is not None and incoming.size < whole:
-            raise _Broken(f"the body ended after {incoming.size} of {whole} bytes")
+        if expected_size is not None and incoming.size < expected_size:
+            raise _Broken(f"the body ended after {incoming.size} of {expected_size} bytes")
         return None
 
     def _piece(self, answer: StreamedAnswer, incoming: Incoming) -> bytes:
@@ -336,7 +336,7 @@ class Downloader:
             return piece
         media = sniff(incoming.head)
         packed = incoming.source is not None and incoming.source.coding
-        if not packed and (media is None or whole(media, incoming.head, incoming.tail, incoming.size)):
+        if not packed and (media is None or is_complete(media, incoming.head, incoming.tail, incoming.size)):
             return b""
         piece = answer.piece_beyond(CHUNK_BYTES, BEYOND_SECONDS)
         if piece:
@@ -349,7 +349,7 @@ class Downloader:
         if trouble is not None:
             return trouble
         media = sniff(incoming.head)
-        if media is None or not shows_its_end(media, incoming.head, incoming.tail, incoming.size):
+        if media is None or not proves_complete(media, incoming.head, incoming.tail, incoming.size):
             return BadBody("truncated", str(broken), early=True)
         incoming.forget_length()
         return None
@@ -390,10 +390,10 @@ class Downloader:
             if not isinstance(judged, Media):
                 return judged
             media = judged
-        area = pixels(media, incoming.head)
+        area = pixel_count(media, incoming.head)
         if area is not None and area > self._max_pixels:
             return Unfit("too_large", f"{area} pixels, more than OUTPUT_MAX_PIXELS ({self._max_pixels})")
-        if not whole(media, incoming.head, incoming.tail, incoming.size):
+        if not is_complete(media, incoming.head, incoming.tail, incoming.size):
             return BadBody("truncated", f"{incoming.size} bytes that do not end like {media.type}", remote)
         incoming.finish()
         incoming.hold = True  # should the storage refuse it, it need not come again
@@ -506,7 +506,7 @@ def _host_of(output: ClaimedOutput) -> str:
     if output.body is not None:
         return f"#{output.id}"
     with suppress(ValueError):
-        return (urlsplit(output.urls[source(output.facts)]).hostname or "").rstrip(".")
+        return (urlsplit(output.urls[address_index(output.facts)]).hostname or "").rstrip(".")
     return ""
 
 
@@ -518,7 +518,7 @@ def _as_text(incoming: Incoming, *, remote: bool) -> Media | BadBody:
         return BadBody("not_media", f"{incoming.size} bytes that begin like no media", early)
     try:
         return text_media(promise, incoming.chunks())
-    except NoText as reason:
+    except NotPromisedText as reason:
         message = f"{incoming.size} bytes where {promise} is promised: {reason}"
         return BadBody("truncated", message, remote) if reason.breaks_off else BadBody("not_media", message, early)
 
@@ -547,7 +547,7 @@ def _refusal(answer: StreamedAnswer) -> Attempt:
         return DeadLink(f"HTTP {answer.status}")
     on_the_way = ", refused on the way (a page or a check, not the store)" if answer.status == 403 else ""
     wait = retry_after_seconds(answer.headers.get("retry-after"), time.time())
-    return Trouble("http_error", f"HTTP {answer.status}{on_the_way}", wait)
+    return TransferTrouble("http_error", f"HTTP {answer.status}{on_the_way}", wait)
 
 
 def _source_of(answer: StreamedAnswer, link: str, text: Promise) -> Source:

@@ -18,7 +18,7 @@ from flower.events import Events
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from worker.core.flower_rows import NAME, FlowerJob, job_of, task_fields, task_id
+from worker.core.flower_rows import NAME, FlowerJob, job_id_of, task_fields, task_id
 from worker.errors import WorkerError
 from worker.store.engine import error_name, is_missing_table
 from worker.store.reports.flower_rows import read_flower_jobs
@@ -43,7 +43,7 @@ class JobRows:
 
     def clear(self) -> None:
         """Takes out every row, also those that Flower had in its file."""
-        for uuid in [uuid for uuid in self._state.tasks.data if job_of(uuid)]:
+        for uuid in [uuid for uuid in self._state.tasks.data if job_id_of(uuid)]:
             self._drop(uuid)
         self._shown.clear()
         self._close_ranks()
@@ -196,7 +196,7 @@ class JobControl(Control):  # type: ignore[misc]  # celery has no types
 
     def revoke(self, task_id: str, *arguments: Any, **options: Any) -> Any:
         """Cancels a job by the task for it; all else as ever."""
-        job_id = job_of(str(task_id))
+        job_id = job_id_of(str(task_id))
         if job_id is None:
             return super().revoke(task_id, *arguments, **options)
         return self.app.send_task(CANCEL, (job_id,), ignore_result=True)

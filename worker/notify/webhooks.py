@@ -20,8 +20,8 @@ from urllib3.exceptions import HTTPError
 
 from worker.coordination.leases import LeaseKeeper, LeaseLost
 from worker.core.plain_text import plain_text
-from worker.core.urls import quoted
-from worker.core.webhook import headers, wait_after
+from worker.core.urls import percent_encoded
+from worker.core.webhook import headers, retry_delay
 from worker.net.address_guard import Guard, RefusedTarget
 from worker.net.deadlines import TimeLimit
 from worker.net.network_errors import describe
@@ -188,7 +188,7 @@ class Webhooks:
         with self._engine.begin() as connection:
             now = database_now(connection)
             ended = _ended(status, late=now - event.created_at > GIVE_UP)
-            wait = timedelta(seconds=wait_after(event.attempts, random.random(), asked))
+            wait = timedelta(seconds=retry_delay(event.attempts, random.random(), asked))
             stood = record_delivery(
                 connection, event, now=now, ended=ended, due_at=now + wait, http_status=status, message=message
             )
@@ -205,7 +205,10 @@ class Webhooks:
         """(the status that was answered, what went wrong, seconds that the receiver asks us to wait)."""
         sent_at = int(self._ahead + self._clock())
         signed = headers(self._secrets, event.event_id, sent_at, event.body) | {"User-Agent": self._user_agent}
-        url, limit = quoted(event.url), TimeLimit(TIMEOUT_SECONDS, partial(self._leases.check, event.id, event.token))
+        url, limit = (
+            percent_encoded(event.url),
+            TimeLimit(TIMEOUT_SECONDS, partial(self._leases.check, event.id, event.token)),
+        )
         try:
             with limit:
                 self._guard.check_url(url)

@@ -12,14 +12,14 @@ from typing import Any
 from sqlalchemy import Connection, Row
 
 from worker.coordination.rate_limiter import Peek, RateLimiter
-from worker.core.answer_history import answers
-from worker.core.circuit_breaker import BY_HAND, NOT_LISTED, REFUSALS, CircuitBreaker, Scope
-from worker.core.humanize import size, span
+from worker.core.answer_history import parse_history
+from worker.core.circuit_breaker import BY_OPERATOR, NOT_LISTED, REFUSALS, CircuitBreaker, Scope
+from worker.core.humanize import format_bytes, format_duration
 from worker.core.identity import can_be_asked
 from worker.core.lifecycle import FINAL_STATES, PROMISE_PATIENCE
-from worker.core.pacing.policy import Model, Waiting
+from worker.core.pacing.policy import PacedJob, PaceModel
 from worker.core.pacing.survival import OLDEST
-from worker.core.redaction.masking import link_host, masked
+from worker.core.redaction.masking import link_host, mask_personal_data
 from worker.operations.overview import HEALTHY_SECONDS, AccountState, account_states
 from worker.operations.snapshot import LATE_EVENT_SECONDS, OVER_SECONDS, attempt_host
 from worker.polling.pace_learner import read_models
@@ -62,7 +62,7 @@ class Facts:
     now: datetime
     state: AccountState
     breakers: Mapping[tuple[Scope, str], CircuitBreaker]
-    model: Model
+    model: PaceModel
     ahead: int
     asked: datetime | None
     settings: Settings
@@ -119,7 +119,7 @@ def chain(facts: Facts, peek: Peek | None) -> tuple[list[Step], str]:
     steps = [_job(facts)]
     if facts.job.due_at is not None:
         steps += _request(facts, peek)
-    said = answers(facts.job.last_answer)
+    said = parse_history(facts.job.last_answer)
     if said:
         steps.append(Step("answers", f"{len(said)} kept", "; ".join(_answer(one.age, one.note) for one in said)))
     steps += _promise(facts)
@@ -140,7 +140,7 @@ def _rest(facts: Facts) -> str:
 
 
 def _answer(age: float | None, note: str) -> str:
-    return masked(note) if age is None else f"at {span(age)}: {masked(note)}"
+    return mask_personal_data(note) if age is None else f"at {format_duration(age)}: {mask_personal_data(note)}"
 
 
 def _times(count: int, what: str) -> str:
@@ -149,14 +149,15 @@ def _times(count: int, what: str) -> str:
 
 def _job(facts: Facts) -> Step:
     job = facts.job
-    asked = "" if job.asked_at is None else f", last {span(facts.since(job.asked_at))} ago"
-    detail = f"submitted {span(facts.since(job.submitted_at))} ago, {_times(job.polls, 'request')} about it{asked}"
+    asked = "" if job.asked_at is None else f", last {format_duration(facts.since(job.asked_at))} ago"
+    age = format_duration(facts.since(job.submitted_at))
+    detail = f"submitted {age} ago, {_times(job.polls, 'request')} about it{asked}"
     if job.ready_at is not None and not facts.trying:
-        detail += f"; seen ready {span(facts.since(job.ready_at))} ago"
+        detail += f"; seen ready {format_duration(facts.since(job.ready_at))} ago"
     if job.completed_at is not None:
-        detail += f"; {job.status} {span(facts.since(job.completed_at))} ago"
+        detail += f"; {job.status} {format_duration(facts.since(job.completed_at))} ago"
     if job.error_code is not None:
-        detail += f"; {job.error_code}: {masked(job.error_message or '')}"
+        detail += f"; {job.error_code}: {mask_personal_data(job.error_message or '')}"
     return Step("job", job.status, detail, _final(facts) if job.status in FINAL_STATES else None)
 
 
@@ -169,7 +170,7 @@ def _final(facts: Facts) -> str | None:
         case "cancelled":
             return "nothing: it was cancelled"
         case "expired":
-            said = answers(job.last_answer)
+            said = parse_history(job.last_answer)
             if said and said[0].note.startswith("unknown id"):
                 return f"look at its remote id and account: the API knows no such job; {retry} asks again"
             return f"{retry}, if it may come late"
@@ -184,8 +185,8 @@ def _final(facts: Facts) -> str | None:
 
 def _request(facts: Facts, peek: Peek | None) -> Iterator[Step]:
     if facts.job.held_at is not None:
-        held = span(facts.since(facts.job.held_at))
-        yield Step("hold", BY_HAND, f"since {held}", f"fetch-worker resume {facts.job.id}")
+        held = format_duration(facts.since(facts.job.held_at))
+        yield Step("hold", BY_OPERATOR, f"since {held}", f"fetch-worker resume {facts.job.id}")
     yield _account(facts)
     yield _host(facts)
     yield _claim(facts)
@@ -231,10 +232,10 @@ def _host(facts: Facts) -> Step:
 
 def _held(facts: Facts, breaker: CircuitBreaker, named: str, variable: str) -> Step:
     began = breaker.paused_at or breaker.since
-    since = "" if began is None else f" since {span(facts.since(began))}"
+    since = "" if began is None else f" since {format_duration(facts.since(began))}"
     if breaker.paused_at is not None:
         advice = f"fetch-worker resume --{breaker.scope} {breaker.name}"
-        return Step(breaker.scope, BY_HAND, f"{named}:{since}; whatever else is known of it", advice)
+        return Step(breaker.scope, BY_OPERATOR, f"{named}:{since}; whatever else is known of it", advice)
     if (breaker.reason or "").startswith(NOT_LISTED):
         advice = (
             f"add {breaker.name} to SD_API_HOSTS and restart the worker, or cancel the job: it ends by its deadline"
@@ -242,12 +243,17 @@ def _held(facts: Facts, breaker: CircuitBreaker, named: str, variable: str) -> S
         return Step(breaker.scope, "held", f"{named}:{since}, {NOT_LISTED}", advice)
     until = breaker.until or breaker.probe_at
     left = 0.0 if until is None else -facts.since(until)
-    again = f"goes on in {span(left)}" if breaker.until else f"is tried again in {span(left)}"
+    again = f"goes on in {format_duration(left)}" if breaker.until else f"is tried again in {format_duration(left)}"
     if left < -HEALTHY_SECONDS:
-        again, advice = f"was to be tried again {span(-left)} ago", f"{START_WORKER}: nobody tries {named} again"
+        again, advice = (
+            f"was to be tried again {format_duration(-left)} ago",
+            f"{START_WORKER}: nobody tries {named} again",
+        )
     else:
         advice = _about(breaker, named, variable, again)
-    return Step(breaker.scope, "held", f"{named}:{since}, {masked(breaker.reason or '')}; it {again}", advice)
+    return Step(
+        breaker.scope, "held", f"{named}:{since}, {mask_personal_data(breaker.reason or '')}; it {again}", advice
+    )
 
 
 def _about(breaker: CircuitBreaker, named: str, variable: str, again: str) -> str:
@@ -274,11 +280,13 @@ def _claimed(facts: Facts, name: str, row: Row[Any], doing: str, start: str) -> 
     """A claim, of the job or of an output: whether anybody still works on it."""
     most = work_limits(facts.settings)
     began, longest = (row.asked_at, most.call) if row is facts.job else (row.claimed_at, most.download)
-    since = "" if began is None else f" since {span(facts.since(began))}"
+    since = "" if began is None else f" since {format_duration(facts.since(began))}"
     life = fate(row.claim_holder)
     known = {"runs": "which runs", "dead": "which is dead", "unknown": "of which this host knows nothing"}[life]
     over = facts.since(row.due_at)
-    lease = f"its lease ends in {span(-over)}" if over < 0 else f"its lease is over for {span(over)}"
+    lease = (
+        f"its lease ends in {format_duration(-over)}" if over < 0 else f"its lease is over for {format_duration(over)}"
+    )
     detail = f"by {row.claim_holder}, {known},{since}; {lease}"
     if over > OVER_SECONDS or (life == "dead" and not facts.working):
         return Step(name, "stuck", detail, f"{start}: it takes up what a process that is gone has left")
@@ -329,10 +337,12 @@ def _poll(facts: Facts) -> Step:
         over = job.status == "pending" and job.deadline_at < facts.now
         ends = ", and ends then unless it is ready" if over else ""
         if over and -late > SOON_SECONDS:
-            advice = f"fetch-worker resume {job.id} asks at once; else it is asked in {span(-late)}{ends}"
-            return Step("poll", "waits", f"in {span(-late)}", advice)
-        return Step("poll", "waits", f"in {span(-late)}", f"nothing: it is asked in {span(-late)}{ends}")
-    return Step("poll", "due", f"for {span(late)}", _about_late(facts, late))
+            advice = f"fetch-worker resume {job.id} asks at once; else it is asked in {format_duration(-late)}{ends}"
+            return Step("poll", "waits", f"in {format_duration(-late)}", advice)
+        return Step(
+            "poll", "waits", f"in {format_duration(-late)}", f"nothing: it is asked in {format_duration(-late)}{ends}"
+        )
+    return Step("poll", "due", f"for {format_duration(late)}", _about_late(facts, late))
 
 
 def _about_late(facts: Facts, late: float) -> str:
@@ -348,7 +358,7 @@ def _about_late(facts: Facts, late: float) -> str:
 
 def _curve(facts: Facts) -> Step:
     job, model = facts.job, facts.model
-    waiting = Waiting.at(
+    waiting = PacedJob.at(
         facts.now,
         submitted_at=job.submitted_at,
         not_ready_at=job.not_ready_at,
@@ -370,15 +380,17 @@ def _curve(facts: Facts) -> Step:
 
 
 def _within(seconds: float) -> str:
-    return f"in {span(seconds)}" if seconds < OLDEST else "never"
+    return f"in {format_duration(seconds)}" if seconds < OLDEST else "never"
 
 
 def _deadline(facts: Facts) -> Step:
     over = facts.since(facts.job.deadline_at)
     if over < 0:
-        return Step("deadline", "ahead", f"in {span(-over)}; only an answer after it can end the job")
+        return Step("deadline", "ahead", f"in {format_duration(-over)}; only an answer after it can end the job")
     return Step(
-        "deadline", "over", f"for {span(over)}; it ends on the next answer that says it is not ready, not before"
+        "deadline",
+        "over",
+        f"for {format_duration(over)}; it ends on the next answer that says it is not ready, not before",
     )
 
 
@@ -394,11 +406,13 @@ def _promise(facts: Facts) -> Iterator[Step]:
         if facts.job.status == "pending":
             yield Step("promise", "kept", f"{links}; tried before the job ends without an output")
         return
-    tried = f"{links}, tried since {span(facts.since(promise.tried_at))} because the API promised output there"
+    tried = (
+        f"{links}, tried since {format_duration(facts.since(promise.tried_at))} because the API promised output there"
+    )
     if promise.end_status is None:
         yield Step("promise", "stored", f"{links}: output came from where the API promised it")
     elif facts.job.status == "downloading":
-        end = f"if nothing comes, the job ends as {promise.end_code}: {masked(promise.end_message or '')}"
+        end = f"if nothing comes, the job ends as {promise.end_code}: {mask_personal_data(promise.end_message or '')}"
         yield Step("promise", "tried", f"{tried}; {end}")
     else:
         yield Step("promise", "dead", f"{links}: nothing came from where the API promised output")
@@ -409,31 +423,33 @@ def _output(facts: Facts, output: Row[Any]) -> Step:
     host = attempt_host(output, renewable=can_be_asked(facts.job.fetch_base, facts.job.remote_id))
     tried = _times(output.attempts, "attempt")
     if output.status == "stored":
-        return Step(name, "stored", f"{size(output.size_bytes)} {output.media_type}, {tried}, from {host}")
-    last = "" if output.error_code is None else f"; {output.error_code}: {masked(output.error_message or '')}"
-    link = f"link of {host}, {span(facts.since(output.listed_at))} old"
+        return Step(name, "stored", f"{format_bytes(output.size_bytes)} {output.media_type}, {tried}, from {host}")
+    last = (
+        "" if output.error_code is None else f"; {output.error_code}: {mask_personal_data(output.error_message or '')}"
+    )
+    link = f"link of {host}, {format_duration(facts.since(output.listed_at))} old"
     link += ", asked for afresh" if output.renewed else ""
     if output.status == "failed":
         return Step(name, "failed", f"{tried}, {link}{last}")
     if output.claim_token is not None:
         return _receiving(facts, output, f"{tried}, {link}{last}", name)
     due = -facts.since(output.due_at)
-    again = f"again in {span(due)}" if due > 0 else f"due for {span(-due)}"
+    again = f"again in {format_duration(due)}" if due > 0 else f"due for {format_duration(-due)}"
     state = "waits" if output.error_code is None else output.error_code
     return Step(name, state, f"{again}, {tried}, {link}{last}", _about_output(facts, output, host, due))
 
 
 def _receiving(facts: Facts, output: Row[Any], detail: str, name: str) -> Step:
     step = _claimed(facts, name, output, "it is being received", START_DOWNLOADS)
-    so_far = "" if output.received_bytes is None else f"{size(output.received_bytes)} so far, "
+    so_far = "" if output.received_bytes is None else f"{format_bytes(output.received_bytes)} so far, "
     state = "receiving" if step.state == "held" else step.state
     return Step(name, state, f"{so_far}{step.detail}; {detail}", step.advice)
 
 
 def _about_output(facts: Facts, output: Row[Any], host: str, due: float) -> str:
-    again = f"tried again in {span(due)}"
+    again = f"tried again in {format_duration(due)}"
     if due < -HEALTHY_SECONDS:
-        return f"{START_DOWNLOADS}: output {output.position} is due for {span(-due)} and nobody fetches it"
+        return f"{START_DOWNLOADS}: output {output.position} is due for {format_duration(-due)} and nobody fetches it"
     match output.error_code:
         case None:
             return "nothing: it is fetched next"
@@ -441,11 +457,15 @@ def _about_output(facts: Facts, output: Row[Any], host: str, due: float) -> str:
             return f"put the storage right (STORAGE_URL), or make room: {again}"
         case _ if facts.trying:
             left = PROMISE_PATIENCE.total_seconds() - facts.since(output.listed_at)
-            return f"nothing: {again}, since the API promised it" + (f"; for {span(left)} more" if left > 0 else "")
+            return f"nothing: {again}, since the API promised it" + (
+                f"; for {format_duration(left)} more" if left > 0 else ""
+            )
         case "unreachable" | "http_error":
             left = facts.settings.output_deadline - facts.since(output.listed_at)
             ends = (
-                f"until OUTPUT_DEADLINE in {span(left)}" if left > 0 else "for the last time: OUTPUT_DEADLINE is over"
+                f"until OUTPUT_DEADLINE in {format_duration(left)}"
+                if left > 0
+                else "for the last time: OUTPUT_DEADLINE is over"
             )
             sooner = f"; once it does, fetch-worker resume {facts.job.id} tries at once" if due > SOON_SECONDS else ""
             return f"nothing here: {host} does not give it; {again}, {ends}{sooner}"
@@ -460,14 +480,18 @@ def _on_done(facts: Facts) -> Iterator[Step]:
     if job.on_done is None or job.completed_at is None:
         return
     if job.told_at is not None:
-        yield Step("on_done", "sent", f"{job.on_done}, {span(facts.since(job.told_at))} ago")
+        yield Step("on_done", "sent", f"{job.on_done}, {format_duration(facts.since(job.told_at))} ago")
     elif job.on_done_error is None:
         waits = facts.since(job.completed_at)
-        yield Step("on_done", "waits", f"for {span(waits)}", START_WORKER if waits > LATE_EVENT_SECONDS else None)
+        yield Step(
+            "on_done", "waits", f"for {format_duration(waits)}", START_WORKER if waits > LATE_EVENT_SECONDS else None
+        )
     else:
         again = None if job.on_done_due_at is None else -facts.since(job.on_done_due_at)
-        when = "" if again is None or again < 0 else f"again in {span(again)}; "
-        detail = f"{when}{job.on_done}, {_times(job.on_done_attempts, 'attempt')}; {masked(job.on_done_error)}"
+        when = "" if again is None or again < 0 else f"again in {format_duration(again)}; "
+        detail = (
+            f"{when}{job.on_done}, {_times(job.on_done_attempts, 'attempt')}; {mask_personal_data(job.on_done_error)}"
+        )
         yield Step("on_done", "refused", detail, "look at the queue that on_done names, and at the broker")
 
 
@@ -476,13 +500,15 @@ def _webhooks(facts: Facts) -> Iterator[Step]:
     secret = f"{START_WORKER} that has WEBHOOK_SECRET"
     if job.webhook_url is not None and job.completed_at is not None and job.announced_at is None:
         waits = facts.since(job.completed_at)
-        yield Step("webhook", "not made", f"for {span(waits)}", secret if waits > LATE_EVENT_SECONDS else None)
+        yield Step(
+            "webhook", "not made", f"for {format_duration(waits)}", secret if waits > LATE_EVENT_SECONDS else None
+        )
     for event in facts.events:
         yield _webhook(facts, event, link_host(event.url), secret)
 
 
 def _webhook(facts: Facts, event: Row[Any], receiver: str, secret: str) -> Step:
-    met = "" if event.error_message is None else f"; {masked(event.error_message)}"
+    met = "" if event.error_message is None else f"; {mask_personal_data(event.error_message)}"
     detail = f"{event.type} to {receiver}, {_times(event.attempts, 'attempt')}{met}"
     if event.status == "failed":
         return Step("webhook", "given up", detail, f"look at the receiver {receiver}: it was told in vain for a day")
@@ -490,8 +516,8 @@ def _webhook(facts: Facts, event: Row[Any], receiver: str, secret: str) -> Step:
         return Step("webhook", "delivered", detail)
     late = facts.since(event.due_at)
     if late > LATE_EVENT_SECONDS:
-        return Step("webhook", "late", f"due for {span(late)}; {detail}", secret)
+        return Step("webhook", "late", f"due for {format_duration(late)}; {detail}", secret)
     if event.error_message is not None:
-        advice = f"look at the receiver {receiver}: it is told again in {span(-late)}"
-        return Step("webhook", "refused", f"again in {span(-late)}; {detail}", advice)
+        advice = f"look at the receiver {receiver}: it is told again in {format_duration(-late)}"
+        return Step("webhook", "refused", f"again in {format_duration(-late)}; {detail}", advice)
     return Step("webhook", "on its way", detail)

@@ -7,12 +7,12 @@ from typing import Any
 
 from sqlalchemy import Connection, Row
 
-from worker.core.answer_history import answers
-from worker.core.circuit_breaker import BY_HAND, NOT_LISTED, CircuitBreaker, Scope
+from worker.core.answer_history import parse_history
+from worker.core.circuit_breaker import BY_OPERATOR, NOT_LISTED, CircuitBreaker, Scope
 from worker.core.lifecycle import JOB_STATES
-from worker.core.pacing.policy import Model, Waiting
+from worker.core.pacing.policy import PacedJob, PaceModel
 from worker.core.pacing.survival import OLDEST
-from worker.core.redaction.masking import masked
+from worker.core.redaction.masking import mask_personal_data
 from worker.polling.pace_learner import read_models
 from worker.settings import Settings
 from worker.store.breakers import all_breakers, last_asked
@@ -170,18 +170,18 @@ def _kinds(connection: Connection) -> list[KindState]:
     return [_kind(account, kind, read[0]) for (account, kind), read in read_models(connection, classes).items()]
 
 
-def _kind(account: str, kind: str, model: Model) -> KindState:
-    asked = max(model.asked, 1e-9)
+def _kind(account: str, kind: str, model: PaceModel) -> KindState:
+    asked = max(model.polls, 1e-9)
     return KindState(
         account=account,
         kind=kind,
         jobs=model.by_age.moments.count,
         median=_finite(model.by_age.quantile(0.0, 0.5)),
         p90=_finite(model.by_age.quantile(0.0, 0.9)),
-        expected=round(model.expected / asked, 3),
-        ready=round(model.ready / asked, 3),
-        planned_delay=round(model.planned, 2),
-        seen_delay=round(model.seen, 2),
+        expected=round(model.expected_ready / asked, 3),
+        ready=round(model.found_ready / asked, 3),
+        planned_delay=round(model.planned_delay, 2),
+        seen_delay=round(model.actual_delay, 2),
     )
 
 
@@ -192,7 +192,7 @@ def belief(connection: Connection, job: Row[Any]) -> Belief | None:
     now = database_now(connection)
     model, _ = read_models(connection, [(job.account, job.kind)])[job.account, job.kind]
     since = job.submitted_at
-    waiting = Waiting.at(
+    waiting = PacedJob.at(
         now,
         submitted_at=since,
         not_ready_at=job.not_ready_at,
@@ -200,7 +200,7 @@ def belief(connection: Connection, job: Row[Any]) -> Belief | None:
         eta_at=job.eta_at,
         deadline_at=job.deadline_at,
     )
-    due = max((job.due_at - since).total_seconds(), waiting.seen)
+    due = max((job.due_at - since).total_seconds(), waiting.not_ready_age)
     clock, _, _ = model.clock(waiting)
     return Belief(
         chance_now=round(model.chance(waiting, waiting.age), 3),
@@ -279,7 +279,7 @@ def why(connection: Connection, job: Row[Any], outputs: Sequence[Row[Any]], sett
             tried = f"it ends as {code} unless a promised link brings an output; " if code is not None else ""
             return tried + _why_downloading(job, outputs, now)
     if job.held_at is not None:
-        return f"{BY_HAND} since {job.held_at:%Y-%m-%d %H:%M:%S} UTC; it costs the job nothing, `resume` lets it go"
+        return f"{BY_OPERATOR} since {job.held_at:%Y-%m-%d %H:%M:%S} UTC; it costs the job nothing, `resume` lets it go"
     known = all_breakers(connection)
     state = _account(job.account, known, {job.account: job.due_at}, settings, now)
     if state.reason is not None:
@@ -289,8 +289,8 @@ def why(connection: Connection, job: Row[Any], outputs: Sequence[Row[Any]], sett
     if host is not None and host.held(now):
         costs = "it ends by its deadline" if (host.why or "").startswith(NOT_LISTED) else "it costs the job nothing"
         return f"held: {host.name} {host.why}; {costs}"
-    said = answers(job.last_answer)
-    last = f"; last answer: {masked(said[0].note)}" if said else ""
+    said = parse_history(job.last_answer)
+    last = f"; last answer: {mask_personal_data(said[0].note)}" if said else ""
     if job.claim_token is not None and job.due_at < now:
         return f"{job.claim_holder} took it, and its lease is over: no worker has taken it up since{last}"
     if job.claim_token is not None and job.asked_at is not None and now - job.asked_at > work_limits(settings).call:

@@ -18,8 +18,8 @@ from worker.coordination.rate_limiter import Peek, RateLimiter
 from worker.core.circuit_breaker import CircuitBreaker, Scope
 from worker.core.histograms import DELAYS, quantile
 from worker.core.identity import can_be_asked
-from worker.core.lifecycle import OutputFacts, source
-from worker.core.redaction.masking import link_host, masked
+from worker.core.lifecycle import OutputFacts, address_index
+from worker.core.redaction.masking import link_host, mask_personal_data
 from worker.operations.overview import HEALTHY_SECONDS, AccountState, account_states, no_key
 from worker.settings import Settings
 from worker.store.breakers import all_breakers, last_asked
@@ -396,7 +396,7 @@ def _held_hosts(known: Mapping[tuple[Scope, str], CircuitBreaker], now: datetime
     return [
         HeldHost(
             breaker.name,
-            masked(breaker.why or ""),
+            mask_personal_data(breaker.why or ""),
             breaker.paused_at or breaker.since,
             None if breaker.paused_at else breaker.until or breaker.probe_at,
         )
@@ -429,9 +429,9 @@ class _Why:
         state = self.accounts.get(job.account)
         host = self.known.get(("host", job.fetch_host))
         if state is not None and state.reason is not None:
-            return f"held: {masked(state.reason)}" if state.reason != no_key(job.account) else state.reason
+            return f"held: {mask_personal_data(state.reason)}" if state.reason != no_key(job.account) else state.reason
         if host is not None and host.held(self.now):
-            return f"held: {host.name} {masked(host.why or '')}"
+            return f"held: {host.name} {mask_personal_data(host.why or '')}"
         if job.claim_token is not None:
             return f"claimed by {job.claim_holder}, which is {'dead' if job.claim_holder in self.gone else 'silent'}"
         return "the budget is short" if self.working else NO_WORKER
@@ -483,7 +483,7 @@ def attempt_host(row: Row[Any], *, renewable: bool) -> str:
         renewable=renewable,
         last_code=row.error_code,
     )
-    return link_host((row.url, *proxies)[source(facts)])
+    return link_host((row.url, *proxies)[address_index(facts)])
 
 
 def _unstored(rows: Iterable[Row[Any]], now: datetime) -> list[Unstored]:
@@ -500,7 +500,7 @@ def _unstored(rows: Iterable[Row[Any]], now: datetime) -> list[Unstored]:
             count=len(group),
             oldest_seconds=_seconds(now - min(row.listed_at for row in group)),
             next_seconds=_seconds(min(row.due_at for row in group) - now),
-            message=next((masked(row.error_message) for row in group if row.error_message), None),
+            message=next((mask_personal_data(row.error_message) for row in group if row.error_message), None),
         )
         for (code, host), group in groups.items()
     ]
@@ -530,7 +530,7 @@ def _webhook(receiver: str, rows: Sequence[Row[Any]], now: datetime) -> LateWebh
         late_seconds=_seconds(now - first.created_at),
         attempts=max(row.attempts for row in rows),
         http_status=first.http_status,
-        message=None if first.error_message is None else masked(first.error_message),
+        message=None if first.error_message is None else mask_personal_data(first.error_message),
     )
 
 

@@ -13,7 +13,7 @@ from worker.core.lifecycle import (
     ERROR_ANSWERS,
     FAILED_ANSWERS,
     PROMISE_CODES,
-    End,
+    EndJob,
     JobFacts,
     Strikes,
     after_answer,
@@ -90,7 +90,7 @@ def _read(job: Row[Any], rows: Sequence[Row[Any]], settings: Settings, now: date
     return next((answer for answer in answers if isinstance(answer.reply, Ready)), answers[0])
 
 
-def _end(job: Row[Any], read: _Read, now: datetime) -> End | None:
+def _end(job: Row[Any], read: _Read, now: datetime) -> EndJob | None:
     """Return how a pending job ends by an answer that no rule read when it came, or None.
 
     One such answer is enough, where several are needed else: the job was asked again and again since. An answer from
@@ -102,9 +102,9 @@ def _end(job: Row[Any], read: _Read, now: datetime) -> End | None:
     vague = isinstance(read.reply, ApiError) and read.reply.vague
     strikes = Strikes(failed=FAILED_ANSWERS - 1, error=0 if vague else ERROR_ANSWERS - 1)
     facts = JobFacts("pending", job.tracked_at, job.deadline_at, strikes, eta=job.eta)
-    step = after_answer(facts, read.reply, now=now, least=timedelta(0))
+    step = after_answer(facts, read.reply, now=now, min_interval=timedelta(0))
     # Ends before which promised links are tried are left to the next answer: the API is asked about the job anyway.
-    return step if isinstance(step, End) and step.code not in PROMISE_CODES else None
+    return step if isinstance(step, EndJob) and step.code not in PROMISE_CODES else None
 
 
 def _reread(job: Row[Any], reply: Reply, status: str | None) -> Reread:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from worker.core.lifecycle import End
+from worker.core.lifecycle import EndJob
 from worker.core.reply import RawAnswer, Unread
 from worker.polling.kept_text import KeptText
 from worker.polling.request_pool import Asked
@@ -17,7 +17,7 @@ def kept_answers(
     return [
         kept_answer(one, one.raw, text)
         for one, outcome in zip(asked, outcomes, strict=True)
-        if one.raw is not None and (type(one.reply) is Unread or type(outcome.step) is End)
+        if one.raw is not None and (type(one.reply) is Unread or type(outcome.step) is EndJob)
     ]
 
 

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from worker.coordination.leases import boot_seconds
 from worker.coordination.rate_limiter import RateLimiter, Reservation
 from worker.core import circuit_breaker as breakers
-from worker.core.circuit_breaker import CircuitBreaker, Limit, Scope
+from worker.core.circuit_breaker import CircuitBreaker, RateMeasurement, Scope
 from worker.core.reply import AccountRefused, ApiDown, ApiReply, RateLimited, Ready
 from worker.net.network_errors import describe
 from worker.polling.api_client import ApiClient
@@ -202,9 +202,9 @@ class LateLooks:
                 log.error("an expired job's fetch address is refused job=%s reason=%s", due.job_id, refused)
                 defer_look(connection, look, due_at=now + REFUSED_WAIT, sent=False)
                 return None
-            if may == "one":
-                save_breaker(connection, breakers.probing(breaker, now=now, lease=self._lease))
-            return look, may == "one"
+            if may == "probe":
+                save_breaker(connection, breakers.with_probe_started(breaker, now=now, lease=self._lease))
+            return look, may == "probe"
 
     def _give_back(self, look: ClaimedLook, wait: timedelta) -> None:
         """Put off a look whose request was not sent."""
@@ -224,7 +224,7 @@ class LateLooks:
         asked = with_own_path(asked, self._api.default_address)
         account = look.job.account
         refused = isinstance(answer.reply, (RateLimited, ApiDown))
-        limit = Limit(self._rps(account), self._budget.taken(account, 0 if refused else 1))
+        limit = RateMeasurement(self._rps(account), self._budget.taken(account, 0 if refused else 1))
         revived = Revived({}, ())
         with self._engine.begin() as connection:
             now = database_now(connection)

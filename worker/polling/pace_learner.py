@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from sqlalchemy import Connection, Engine
 
-from worker.core.pacing.policy import Model, Waiting
+from worker.core.pacing.policy import PacedJob, PaceModel
 from worker.store.engine import LOCK_WAIT, RELAXED, database_now
 from worker.store.paces import Class, add_pace, load_paces, locked_pace, save_pace
 
@@ -28,7 +28,7 @@ class Learner:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine.execution_options(**{RELAXED: True, LOCK_WAIT: LOCK_PATIENCE})
-        self._models: dict[Class, Model] = {}
+        self._models: dict[Class, PaceModel] = {}
         self._versions: dict[Class, int] = {}
         self._taught: set[Class] = set()
         self._share_at = time.monotonic() + SHARE_SECONDS
@@ -47,11 +47,11 @@ class Learner:
                 if one not in self._models:
                     self._models[one], self._versions[one] = model, version
 
-    def model(self, account: str, kind: str) -> Model:
+    def model(self, account: str, kind: str) -> PaceModel:
         """What is known of a class that was prepared."""
         return self._models[account, kind]
 
-    def observe(self, account: str, kind: str, job: Waiting, *, ready: bool, planned: float) -> None:
+    def observe(self, account: str, kind: str, job: PacedJob, *, ready: bool, planned: float) -> None:
         """Learns from an answer about a job of a class that was prepared. `planned`: the age it was to be asked at."""
         self._models[account, kind].observe(job, ready, planned)
         self._taught.add((account, kind))
@@ -76,7 +76,7 @@ class Learner:
                 state, version = locked_pace(connection, one, now=now)
                 if state and version != self._versions.get(one):
                     theirs = _restored(one, state, self._models[one[0], ""])
-                    self._models[one].teach(theirs)
+                    self._models[one].merge_into(theirs)
                     self._models[one] = theirs
                 save_pace(connection, one, json.dumps(self._models[one].snapshot()), version + 1, now=now)
                 self._versions[one] = version + 1
@@ -93,26 +93,26 @@ class Learner:
                     add_pace(connection, one, now=database_now(connection))
 
 
-def read_models(connection: Connection, classes: Iterable[Class]) -> dict[Class, tuple[Model, int]]:
+def read_models(connection: Connection, classes: Iterable[Class]) -> dict[Class, tuple[PaceModel, int]]:
     """The models of these classes and their versions; of those that were never seen, what their account has."""
     wanted = sorted(set(classes))  # an account as a whole comes before its kinds
     saved = load_paces(connection, {*wanted, *((account, "") for account, _ in wanted)})
-    accounts: dict[str, Model] = {}
-    found: dict[Class, tuple[Model, int]] = {}
+    accounts: dict[str, PaceModel] = {}
+    found: dict[Class, tuple[PaceModel, int]] = {}
     for account, kind in wanted:
         if account not in accounts:
             state, _ = saved.get((account, ""), ("", 0))
-            accounts[account] = _restored((account, ""), state, Model())
+            accounts[account] = _restored((account, ""), state, PaceModel())
         whole = accounts[account]
         state, version = saved.get((account, kind), ("", 0))
         found[account, kind] = (whole if kind == "" else _restored((account, kind), state, whole), version)
     return found
 
 
-def _restored(one: Class, state: str, whole: Model) -> Model:
+def _restored(one: Class, state: str, whole: PaceModel) -> PaceModel:
     if state:
         try:
-            return Model.restored(json.loads(state), whole)
+            return PaceModel.restored(json.loads(state), whole)
         except (ValueError, KeyError, TypeError, AttributeError):
             log.error("what was learned of a class can't be read, it is learned anew account=%s kind=%s", *one)
-    return Model.after(whole)
+    return PaceModel.after(whole)

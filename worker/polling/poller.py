@@ -327,10 +327,10 @@ class Poller:
             {account: levels for account, levels in open_levels.items() if levels and allowed[account] == "all"}, view
         )
         for account, levels in open_levels.items():
-            if allowed[account] == "one":
+            if allowed[account] == "probe":
                 started += self._probe(levels, [("account", account)])
         for host, may in hosts.items():
-            if may == "one":
+            if may == "probe":
                 started += self._probe_host(host, due, allowed)
         self._found_nothing = 0 if started else self._found_nothing + 1
         pause = min(wait, self._until_due(view, allowed)) if not started else 0.0 if more else LOOK_SECONDS
@@ -490,7 +490,7 @@ class Poller:
         """Asks a shut host about one job, of an account that may be asked with."""
         for account, levels in due.items():
             mine = [level for level in levels if level.host == host]
-            scope: list[tuple[Scope, str]] = [("account", account)] if allowed[account] == "one" else []
+            scope: list[tuple[Scope, str]] = [("account", account)] if allowed[account] == "probe" else []
             if allowed[account] != "none" and self._probe(mine, [*scope, ("host", host)]):
                 return 1
         return 0
@@ -507,13 +507,13 @@ class Poller:
             now = database_now(connection)
             taken = [locked_breaker(connection, kind, name) for kind, name in scope]
             jobs: list[ClaimedJob] = []
-            if all(breaker.allows(now) == "one" for breaker in taken):
+            if all(breaker.allows(now) == "probe" for breaker in taken):
                 for level in levels:
                     if not jobs:
                         jobs = self._permitted(connection, self._take(connection, level, 1, now, token), now)
             if jobs:
                 for breaker in taken:
-                    save_breaker(connection, breakers.probing(breaker, now=now, lease=self._probe_lease))
+                    save_breaker(connection, breakers.with_probe_started(breaker, now=now, lease=self._probe_lease))
         self._unsure.clear()
         for job in jobs:
             self._calls.start(job, grant.moments[0], probe=True)

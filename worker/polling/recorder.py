@@ -16,11 +16,11 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from worker.core import circuit_breaker as breakers
-from worker.core.circuit_breaker import BreakerInput, CircuitBreaker, Limit, Scope
+from worker.core.circuit_breaker import BreakerInput, CircuitBreaker, RateMeasurement, Scope
 from worker.core.histograms import COUNTED_AS
 from worker.core.identity import FetchAddress
-from worker.core.lifecycle import AskAgain, End, JobFacts, Step, after_answer, note_of
-from worker.core.pacing.policy import Pace, Waiting
+from worker.core.lifecycle import AskAgain, EndJob, JobDecision, JobFacts, after_answer, note_of
+from worker.core.pacing.policy import Pace, PacedJob
 from worker.core.reply import ApiDown, ApiError, Empty, Processing, RawAnswer, Ready, Reply, Unread
 from worker.polling.kept_answers import kept_answers
 from worker.polling.kept_text import KeptText
@@ -76,7 +76,7 @@ class Recorder:
         self._single = engine.execution_options(**{LOCK_WAIT: SINGLE_PATIENCE})
         self._pace = pace
         self._learner = Learner(engine)
-        self._least = timedelta(seconds=pace.least)
+        self._least = timedelta(seconds=pace.min_wait)
         self._rps = rps
         self._queue_downloads = queue_downloads
         self._tell = notify
@@ -268,7 +268,9 @@ class Recorder:
             if (ready or isinstance(one.reply, Processing)) and job.facts.status == "pending":
                 age = (now - job.submitted_at).total_seconds() - (time.monotonic() - one.sent)
                 asked = _waiting(job, age)
-                planned = age if job.pace_scale is None else asked.seen + max(job.pace_scale, self._pace.least)
+                planned = (
+                    age if job.pace_scale is None else asked.not_ready_age + max(job.pace_scale, self._pace.min_wait)
+                )
                 self._learner.observe(job.account, job.kind, asked, ready=ready, planned=planned)
                 if ready:
                     self._delays[job.id] = self._learner.model(job.account, job.kind).by_age.delay
@@ -279,11 +281,11 @@ class Recorder:
     ) -> Outcome:
         job, reply = one.job, one.reply
         facts = job.facts if held is None else _with_hold(job, held, now)
-        step: Step
+        step: JobDecision
         if reply is MOVED:  # nobody has asked for the job at its right address yet, so nothing can end it
             step = AskAgain(facts.strikes, MOVED.message)
         else:
-            step = after_answer(facts, reply, now=now, least=self._least)
+            step = after_answer(facts, reply, now=now, min_interval=self._least)
         if not isinstance(step, AskAgain):
             return Outcome(job, step, note_of(reply), delay=self._delays.get(job.id), promised=_promised(reply))
         not_ready = isinstance(reply, Processing)
@@ -298,8 +300,8 @@ class Recorder:
         promised = _promised(reply) if _is_power_of_two(job.polls) else ()
         return Outcome(job, step, step.note, plan, not_ready, eta, promised=promised)
 
-    def _limit(self, account: str) -> Limit:
-        return Limit(self._rps(account), self._taken.get(account, 0.0))
+    def _limit(self, account: str) -> RateMeasurement:
+        return RateMeasurement(self._rps(account), self._taken.get(account, 0.0))
 
 
 def with_own_path(answer: Asked, default_address: Callable[[str], FetchAddress]) -> Asked:
@@ -319,7 +321,7 @@ def move_gates(
     connection: Connection,
     asked: Sequence[Asked],
     known: Mapping[tuple[Scope, str], CircuitBreaker],
-    limit: Callable[[str], Limit],
+    limit: Callable[[str], RateMeasurement],
     *,
     now: datetime,
 ) -> Breakers:
@@ -351,12 +353,12 @@ def count_answers(tally: Tally, asked: Sequence[Asked]) -> None:
 
 def _waiting(
     job: ClaimedJob, age: float, *, not_ready: bool = False, eta: float | None = None, now: datetime | None = None
-) -> Waiting:
+) -> PacedJob:
     """A job as pacing sees it at `age`, where it was `not_ready` just now, and a new `eta` may have come."""
     since = job.submitted_at
     seen = 0.0 if job.not_ready_at is None else (job.not_ready_at - since).total_seconds()
     eta_at = now if eta is not None else job.eta_at
-    return Waiting(
+    return PacedJob(
         age,
         age if not_ready else min(seen, age),
         job.eta if eta is None else eta,
@@ -398,7 +400,7 @@ def _by_breaker(asked: Sequence[Asked]) -> dict[tuple[Scope, str], list[Asked]]:
 
 
 def _expires(outcome: Outcome) -> bool:
-    return isinstance(outcome.step, End) and outcome.step.status == "expired"
+    return isinstance(outcome.step, EndJob) and outcome.step.status == "expired"
 
 
 def _with_hold(job: ClaimedJob, held: Mapping[tuple[Scope, str], CircuitBreaker], now: datetime) -> JobFacts:

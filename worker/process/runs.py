@@ -206,4 +206,6 @@ def probe_keys(accounts: Iterable[str]) -> None:
     with process_resources().engine.begin() as connection:
         now = database_now(connection)
         for account in sorted(accounts):
-            save_breaker(connection, breakers.unproven(locked_breaker(connection, "account", account), now=now))
+            save_breaker(
+                connection, breakers.with_unproven_key(locked_breaker(connection, "account", account), now=now)
+            )

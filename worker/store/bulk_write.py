@@ -30,7 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.types import TypeEngine
 
-from worker.core.answer_history import BETWEEN, KEPT
+from worker.core.answer_history import MAX_NOTE, NOTE_SEPARATOR
 from worker.store.schema import UtcDateTime, jobs
 
 KEYS = ("id", "claim_token")
@@ -74,7 +74,7 @@ def update_claimed_jobs(
 
 def _with_those_before(line: ColumnElement[Any]) -> ColumnElement[Any]:
     """A job's last answers: this one, and under it those before, as far as there is room."""
-    return func.substr(line + func.coalesce(BETWEEN + jobs.c.last_answer, ""), 1, KEPT)
+    return func.substr(line + func.coalesce(NOTE_SEPARATOR + jobs.c.last_answer, ""), 1, MAX_NOTE)
 
 
 def _moment(name: str, value: Any) -> Any:

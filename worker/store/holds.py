@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, case, select, update
 
-from worker.core.circuit_breaker import Scope, paused, resumed
+from worker.core.circuit_breaker import Scope, held_by_operator, resumed_by_operator
 from worker.core.lifecycle import AFTER_HOLD_GRACE
 from worker.settings import Settings
 from worker.store.breakers import all_breakers, locked_breaker, save_breaker
@@ -106,7 +106,7 @@ def hold_account_or_host(connection: Connection, scope: Scope, name: str, *, now
     breaker = locked_breaker(connection, scope, name)
     if breaker.paused_at is not None:
         return False
-    save_breaker(connection, paused(breaker, now=now))
+    save_breaker(connection, held_by_operator(breaker, now=now))
     return True
 
 
@@ -117,5 +117,5 @@ def resume_account_or_host(connection: Connection, scope: Scope, name: str, *, n
     breaker = locked_breaker(connection, scope, name)
     if breaker.allows(now) != "none":
         return False
-    save_breaker(connection, resumed(breaker, now=now))
+    save_breaker(connection, resumed_by_operator(breaker, now=now))
     return True

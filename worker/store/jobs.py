@@ -11,7 +11,7 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from worker.core.identity import FetchAddress
 from worker.core.lifecycle import FINAL_STATES, PRUNED, left_out_note
-from worker.core.pacing.policy import Plan
+from worker.core.pacing.policy import PollPlan
 from worker.core.reply import Link
 from worker.store.bulk_write import INSERT_ROWS, JSON_BATCH_ROWS, batch_columns, batch_parameter
 from worker.store.counters import Tally
@@ -47,7 +47,7 @@ class NewJob:
     outputs: tuple[Link, ...] = ()
     left_out: int = 0  # outputs that the answer listed beyond these
     promised: tuple[str, ...] = ()  # addresses where outputs are to appear
-    plan: Plan = Plan(0.0)  # noqa: RUF009  # a tuple
+    plan: PollPlan = PollPlan(0.0)  # noqa: RUF009  # a tuple
     webhook_url: str | None = None
     default_address: bool = False  # the address is that of SD_API_URL
 

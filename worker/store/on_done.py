@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import ColumnElement, Connection, and_, case, func, or_, select, update
 
 from worker.core.lifecycle import FINAL_STATES
-from worker.core.webhook import wait_after
+from worker.core.webhook import retry_delay
 from worker.store.schema import jobs
 
 BATCH = 200
@@ -61,7 +61,7 @@ def record_sent(connection: Connection, job_ids: Collection[int], *, now: dateti
 def record_refused(connection: Connection, refused: Mapping[OnDoneCall, str], *, now: datetime) -> None:
     """Write down why calls were refused. Each is due again after a delay that grows to an hour."""
     for call, reason in refused.items():
-        wait = timedelta(seconds=wait_after(call.attempts, call.job_id % 100 / 100))
+        wait = timedelta(seconds=retry_delay(call.attempts, call.job_id % 100 / 100))
         connection.execute(
             update(jobs)
             .where(jobs.c.id == call.job_id, jobs.c.told_at.is_(None))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
 
-from worker.core.lifecycle import End
+from worker.core.lifecycle import EndJob
 from worker.core.reply import Link
 from worker.store.bulk_write import INSERT_ROWS, JSON_BATCH_ROWS, batch_columns, batch_parameter
 from worker.store.listing import insert_outputs
@@ -24,7 +24,7 @@ class PromisedEnd(NamedTuple):
     """A job that would end now, and the links that are tried before that."""
 
     job_id: int
-    end: End
+    end: EndJob
     urls: Sequence[str]
 
 

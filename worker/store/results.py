@@ -10,22 +10,22 @@ from typing import Any, NamedTuple, cast
 
 from sqlalchemy import Connection, delete, select, update
 
-from worker.core.answer_history import answer_line
+from worker.core.answer_history import format_note
 from worker.core.lifecycle import (
     PROMISE_CODES,
     AskAgain,
-    Deliver,
-    End,
+    EndJob,
     GiveUp,
+    JobDecision,
     KeepLinks,
     RenewLinks,
-    Step,
+    StartDownloads,
     StoredFile,
     TryAgain,
     left_out_note,
 )
 from worker.core.media.link_kinds import may_replace
-from worker.core.pacing.policy import Plan
+from worker.core.pacing.policy import PollPlan
 from worker.core.reply import Link
 from worker.store.bulk_write import update_claimed_jobs
 from worker.store.claims import ClaimedJob, ClaimedOutput
@@ -44,9 +44,9 @@ class Outcome(NamedTuple):
     """What an answer led to; for a job that is asked again, when, and whether the answer said that it is not ready."""
 
     job: ClaimedJob
-    step: Step
+    step: JobDecision
     note: str
-    plan: Plan = Plan(0.0)
+    plan: PollPlan = PollPlan(0.0)
     not_ready: bool = False
     eta: float | None = None  # a new one, where the answer brought it
     delay: float | None = None  # seconds from ready to seen, where it is ready, as far as can be told
@@ -71,10 +71,10 @@ def record_answers(connection: Connection, batch: Sequence[Outcome], tally: Tall
     for outcome in batch:
         by_kind[type(outcome.step)].append(outcome)
     asked_again = _ask_again(connection, by_kind[AskAgain], now)
-    queue, empty, delivered = _deliver(connection, by_kind[Deliver], tally, now)
-    promised = _promised(connection, by_kind[End])
-    tried, trying = _try_promised(connection, by_kind[End], promised, tally, now)
-    ended = _end(connection, [outcome for outcome in by_kind[End] if outcome.job.id not in promised], tally, now)
+    queue, empty, delivered = _deliver(connection, by_kind[StartDownloads], tally, now)
+    promised = _promised(connection, by_kind[EndJob])
+    tried, trying = _try_promised(connection, by_kind[EndJob], promised, tally, now)
+    ended = _end(connection, [outcome for outcome in by_kind[EndJob] if outcome.job.id not in promised], tally, now)
     fresh, renewed = _renew(connection, by_kind[RenewLinks] + by_kind[KeepLinks], now)
     written = asked_again + delivered + trying + len(ended) + renewed
     return Recorded((*queue, *tried, *fresh), (*empty, *ended), len(batch) - written)
@@ -83,7 +83,7 @@ def record_answers(connection: Connection, batch: Sequence[Outcome], tally: Tall
 def _row(outcome: Outcome, now: datetime, **values: Any) -> dict[str, Any]:
     job = outcome.job
     age = (now - job.submitted_at).total_seconds()
-    values |= {"id": job.id, "claim_token": job.token, "last_answer": answer_line(age, outcome.note)}
+    values |= {"id": job.id, "claim_token": job.token, "last_answer": format_note(age, outcome.note)}
     return values
 
 
@@ -128,7 +128,7 @@ def _deliver(
     connection: Connection, batch: Sequence[Outcome], tally: Tally, now: datetime
 ) -> tuple[list[int], list[int], int]:
     """Ready jobs: (outputs to download, jobs that had none and are completed, how many were written)."""
-    steps = {outcome.job.id: cast("Deliver", outcome.step) for outcome in batch}
+    steps = {outcome.job.id: cast("StartDownloads", outcome.step) for outcome in batch}
     found = {job_id: step.outputs for job_id, step in steps.items()}
     notes = {job_id: left_out_note(len(step.outputs), step.left_out) for job_id, step in steps.items() if step.left_out}
     rows = [
@@ -161,20 +161,20 @@ def _deliver(
 def _end(connection: Connection, batch: Sequence[Outcome], tally: Tally, now: datetime) -> list[int]:
     rows = []
     for outcome in batch:
-        step = cast("End", outcome.step)
+        step = cast("EndJob", outcome.step)
         rows.append(_row(outcome, now, status=step.status, error_code=step.code, error_message=step.message))
     written = update_claimed_jobs(connection, rows, now=now, due_at=None, completed_at=now)
     for outcome in batch:
         job = outcome.job
         if job.id in written:
             tally.polled(job.account, job.kind, job.polls)
-            tally.finished(job.account, job.kind, cast("End", outcome.step).status)
+            tally.finished(job.account, job.kind, cast("EndJob", outcome.step).status)
     return sorted(written)
 
 
 def _promised(connection: Connection, batch: Sequence[Outcome]) -> dict[int, tuple[str, ...]]:
     """Return the promised links of jobs that would end without an output, by job."""
-    outcomes = [outcome for outcome in batch if cast("End", outcome.step).code in PROMISE_CODES]
+    outcomes = [outcome for outcome in batch if cast("EndJob", outcome.step).code in PROMISE_CODES]
     fresh = {outcome.job.id: outcome.promised for outcome in outcomes if outcome.promised}
     return promised_links(connection, [outcome.job.id for outcome in outcomes if not outcome.promised]) | fresh
 
@@ -195,7 +195,7 @@ def _try_promised(
         job = outcome.job
         if job.id in written:
             tally.polled(job.account, job.kind, job.polls)
-            ends.append(PromisedEnd(job.id, cast("End", outcome.step), promised[job.id]))
+            ends.append(PromisedEnd(job.id, cast("EndJob", outcome.step), promised[job.id]))
     return try_promises(connection, ends, now=now, queued=True), len(written)
 
 
@@ -241,7 +241,7 @@ def _may_replace(fresh: Sequence[Link], output: Any) -> bool:
 
 def quarantine(connection: Connection, job: ClaimedJob, message: str, *, now: datetime) -> bool:
     """Ends a job whose answer no statement could write, so that it does not spoil every batch it is in."""
-    step, tally = End("failed", "unwritable", message), Tally()
+    step, tally = EndJob("failed", "unwritable", message), Tally()
     recorded = record_answers(connection, [Outcome(job, step, "unwritable answer")], tally, now=now)
     tally.write(connection)
     return bool(recorded.finished)

@@ -7,8 +7,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, select, update
 
-from worker.core.answer_history import BETWEEN, KEPT, answer_line
-from worker.core.lifecycle import End, left_out_note, note_of
+from worker.core.answer_history import MAX_NOTE, NOTE_SEPARATOR, format_note
+from worker.core.lifecycle import EndJob, left_out_note, note_of
 from worker.core.reply import Ready
 from worker.store.counters import Tally
 from worker.store.events import create_events
@@ -73,7 +73,7 @@ def revive(
     return Revived(states, tuple(fresh))
 
 
-def end_pending(connection: Connection, job: Row[Any], end: End, tally: Tally, *, now: datetime) -> bool:
+def end_pending(connection: Connection, job: Row[Any], end: EndJob, tally: Tally, *, now: datetime) -> bool:
     """End a pending job that nobody is asking about, and return whether it ended; the caller writes the tally."""
     ended = connection.execute(
         update(jobs)
@@ -95,8 +95,8 @@ def end_pending(connection: Connection, job: Row[Any], end: End, tally: Tally, *
 
 
 def _last_answer(job: Row[Any], note: str, now: datetime) -> str:
-    line = answer_line((now - job.submitted_at).total_seconds(), note)
-    return f"{line}{BETWEEN}{job.last_answer}"[:KEPT] if job.last_answer else line
+    line = format_note((now - job.submitted_at).total_seconds(), note)
+    return f"{line}{NOTE_SEPARATOR}{job.last_answer}"[:MAX_NOTE] if job.last_answer else line
 
 
 def _values(row: Row[Any], reply: Ready, now: datetime, why: str) -> dict[str, Any]:

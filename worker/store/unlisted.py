@@ -6,8 +6,8 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, select, update
 
-from worker.core.circuit_breaker import NOT_LISTED, CircuitBreaker, unlisted
-from worker.core.lifecycle import AFTER_HOLD_GRACE, End
+from worker.core.circuit_breaker import NOT_LISTED, CircuitBreaker, held_as_unlisted
+from worker.core.lifecycle import AFTER_HOLD_GRACE, EndJob
 from worker.store.breakers import locked_breaker, save_breaker
 from worker.store.claims import DueGroup
 from worker.store.counters import Tally
@@ -39,7 +39,7 @@ def hold_unlisted(connection: Connection, levels: Sequence[DueGroup], *, now: da
             continue
         if not _is_unlisted(breaker):
             if not breaker.proven or min(level.due_at for level in waiting) <= now - OTHERS_ASK:
-                held = unlisted(breaker, now=now)
+                held = held_as_unlisted(breaker, now=now)
                 save_breaker(connection, held)
                 log.warning("held scope=host name=%s reason=%s", host, held.reason)
         elif breaker.since is not None and now - breaker.since >= AFTER_HOLD_GRACE:
@@ -74,7 +74,7 @@ def _expire(connection: Connection, level: DueGroup, tally: Tally, now: datetime
         return []
     message = f"could not be asked by its deadline: {level.host} is {NOT_LISTED}; add it there, then `retry`"
     promised = promised_links(connection, [row.id for row in rows])
-    trying = [PromisedEnd(job_id, End("expired", "expired", message), urls) for job_id, urls in promised.items()]
+    trying = [PromisedEnd(job_id, EndJob("expired", "expired", message), urls) for job_id, urls in promised.items()]
     if trying:
         downloading = {"status": "downloading", "ready_at": now, "due_at": None}
         connection.execute(update(jobs).where(jobs.c.id.in_(promised)).values(downloading))

@@ -9,13 +9,13 @@ import re
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-How = Literal["path", "request_id", "chat_id", "get"]
-Media = Literal["picture", "video", "audio", "model", "text", "training", "any"]
+FetchStyle = Literal["path", "request_id", "chat_id", "get"]
+MediaKind = Literal["picture", "video", "audio", "model", "text", "training", "any"]
 
 MAX_KIND = 64
 
 
-class Family(NamedTuple):
+class ApiFamily(NamedTuple):
     """One family. `fetch` is the path without the id.
 
     `how` says where the id stands: as the last part of the path (`path`), in the body under that name (`request_id`,
@@ -24,52 +24,52 @@ class Family(NamedTuple):
 
     order: str
     fetch: str
-    how: How
-    media: Media
+    fetch_style: FetchStyle
+    media: MediaKind
 
 
 # Sources: the vendor's pages of 2022 to 2026 and the `fetch_result` values in their examples and in captured answers.
 # Where two of them disagree, a captured `fetch_result` counts more than a page.
-FAMILIES: tuple[Family, ...] = (
+FAMILIES: tuple[ApiFamily, ...] = (
     # Trainings are asked at v3, whatever the version of the order.
-    Family("*/fine_tune/**", "v3/fine_tune_status", "path", "training"),
-    Family("*/lora_fine_tune/**", "v3/fine_tune_status", "path", "training"),
-    Family("*/lora_fine_tune_v2/**", "v3/fine_tune_status", "path", "training"),
-    Family("*/fine_tune_v2/**", "v3/fine_tune_status", "path", "training"),
-    Family("*/fine_tune_status/**", "v3/fine_tune_status", "path", "training"),
+    ApiFamily("*/fine_tune/**", "v3/fine_tune_status", "path", "training"),
+    ApiFamily("*/lora_fine_tune/**", "v3/fine_tune_status", "path", "training"),
+    ApiFamily("*/lora_fine_tune_v2/**", "v3/fine_tune_status", "path", "training"),
+    ApiFamily("*/fine_tune_v2/**", "v3/fine_tune_status", "path", "training"),
+    ApiFamily("*/fine_tune_status/**", "v3/fine_tune_status", "path", "training"),
     # Version 3 and its communities. A captured text2video of version 5 is fetched at v3.
-    Family("v3/dreambooth/**", "v3/dreambooth/fetch", "path", "picture"),
-    Family("v3/text2video/**", "v3/fetch", "path", "video"),
-    Family("v3/**", "v3/fetch", "path", "picture"),
-    Family("v4/dreambooth/**", "v4/dreambooth/fetch", "request_id", "picture"),
-    Family("v4/**", "v3/fetch", "path", "picture"),
-    Family("v5/text2video/**", "v3/fetch", "path", "video"),
-    Family("v5/**", "v3/fetch", "path", "picture"),
+    ApiFamily("v3/dreambooth/**", "v3/dreambooth/fetch", "path", "picture"),
+    ApiFamily("v3/text2video/**", "v3/fetch", "path", "video"),
+    ApiFamily("v3/**", "v3/fetch", "path", "picture"),
+    ApiFamily("v4/dreambooth/**", "v4/dreambooth/fetch", "request_id", "picture"),
+    ApiFamily("v4/**", "v3/fetch", "path", "picture"),
+    ApiFamily("v5/text2video/**", "v3/fetch", "path", "video"),
+    ApiFamily("v5/**", "v3/fetch", "path", "picture"),
     # Version 6: each family has its own fetch path; transcripts have another's.
-    Family("v6/images/**", "v6/images/fetch", "path", "picture"),
-    Family("v6/realtime/**", "v6/realtime/fetch", "path", "picture"),
-    Family("v6/image_editing/**", "v6/image_editing/fetch", "path", "picture"),
-    Family("v6/fashion/**", "v6/fashion/fetch", "path", "picture"),
-    Family("v6/interior/**", "v6/interior/fetch", "path", "picture"),
-    Family("v6/video/**", "v6/video/fetch", "path", "video"),
-    Family("v6/voice/speech_to_text/**", "v6/whisper/fetch", "path", "text"),
-    Family("v6/voice/speech-to-text/**", "v6/whisper/fetch", "path", "text"),
-    Family("v6/whisper/**", "v6/whisper/fetch", "path", "text"),
-    Family("v6/voice/**", "v6/voice/fetch", "path", "audio"),
-    Family("v6/3d/**", "v6/3d/fetch", "path", "model"),
-    Family("v6/llm/**", "v6/llm/get_queued_response", "chat_id", "text"),
+    ApiFamily("v6/images/**", "v6/images/fetch", "path", "picture"),
+    ApiFamily("v6/realtime/**", "v6/realtime/fetch", "path", "picture"),
+    ApiFamily("v6/image_editing/**", "v6/image_editing/fetch", "path", "picture"),
+    ApiFamily("v6/fashion/**", "v6/fashion/fetch", "path", "picture"),
+    ApiFamily("v6/interior/**", "v6/interior/fetch", "path", "picture"),
+    ApiFamily("v6/video/**", "v6/video/fetch", "path", "video"),
+    ApiFamily("v6/voice/speech_to_text/**", "v6/whisper/fetch", "path", "text"),
+    ApiFamily("v6/voice/speech-to-text/**", "v6/whisper/fetch", "path", "text"),
+    ApiFamily("v6/whisper/**", "v6/whisper/fetch", "path", "text"),
+    ApiFamily("v6/voice/**", "v6/voice/fetch", "path", "audio"),
+    ApiFamily("v6/3d/**", "v6/3d/fetch", "path", "model"),
+    ApiFamily("v6/llm/**", "v6/llm/get_queued_response", "chat_id", "text"),
     # Version 7.
-    Family("v7/images/**", "v7/images/fetch", "path", "picture"),
-    Family("v7/video-fusion/**", "v7/video-fusion/fetch", "path", "video"),
+    ApiFamily("v7/images/**", "v7/images/fetch", "path", "picture"),
+    ApiFamily("v7/video-fusion/**", "v7/video-fusion/fetch", "path", "video"),
     # Enterprise: a server of its own per model. The text-to-image server alone takes the id in the body.
-    Family("v1/enterprise/speech_to_text/**", "v1/enterprise/speech_to_text/fetch", "path", "text"),
-    Family("v1/enterprise/*", "v1/enterprise/fetch", "request_id", "picture"),
-    Family("v1/enterprise/{server}/**", "v1/enterprise/{server}/fetch", "path", "any"),
+    ApiFamily("v1/enterprise/speech_to_text/**", "v1/enterprise/speech_to_text/fetch", "path", "text"),
+    ApiFamily("v1/enterprise/*", "v1/enterprise/fetch", "request_id", "picture"),
+    ApiFamily("v1/enterprise/{server}/**", "v1/enterprise/{server}/fetch", "path", "any"),
     # Workflows: a run is asked for by GET.
-    Family("v1/workflows/{server}/**", "v1/workflows/{server}/runs", "get", "any"),
+    ApiFamily("v1/workflows/{server}/**", "v1/workflows/{server}/runs", "get", "any"),
     # All others, and those that are newer than this table, by the same pattern: face swaps, voices of version 7.
-    Family("{version}/{server}/*/**", "{version}/{server}/fetch", "path", "any"),
-    Family("{version}/*", "{version}/fetch", "path", "any"),
+    ApiFamily("{version}/{server}/*/**", "{version}/{server}/fetch", "path", "any"),
+    ApiFamily("{version}/*", "{version}/fetch", "path", "any"),
 )
 
 TRAINING = "/api/v3/fine_tune_status"
@@ -104,7 +104,7 @@ _ORDERS = tuple(re.compile(_order_pattern(family.order), re.IGNORECASE) for fami
 
 
 @lru_cache(maxsize=256)
-def family_of_order(path: str) -> Family | None:
+def family_of_order(path: str) -> ApiFamily | None:
     """Return the family of an order that was posted to `/api/` and `path`; its `fetch` has no names left to fill in.
 
     A path that a job is fetched at, with or without an id, stands for its family, too.
@@ -118,13 +118,15 @@ def family_of_order(path: str) -> Family | None:
     """
     if match := _FETCH.fullmatch(f"/{path}"):
         fetch = match["fetch"].lower()
-        rows = [row for row in FAMILIES if row.fetch == fetch] or [Family(path, fetch, "path", "any")]
+        rows = [row for row in FAMILIES if row.fetch == fetch] or [ApiFamily(path, fetch, "path", "any")]
         return rows[0] if len({row.media for row in rows}) == 1 else rows[0]._replace(media="any")
     for pattern, family in zip(_ORDERS, FAMILIES, strict=True):
         match = pattern.fullmatch(f"/{path}")
         if match is not None:
             names = match.groupdict()
-            return family._replace(fetch=family.fetch.format(**(names if family.how == "get" else _lower(names))))
+            return family._replace(
+                fetch=family.fetch.format(**(names if family.fetch_style == "get" else _lower(names)))
+            )
     return None
 
 
@@ -133,10 +135,10 @@ def _lower(names: dict[str, str]) -> dict[str, str]:
     return {name: value.lower() for name, value in names.items()}
 
 
-def how_asked(fetch_path: str) -> How:
+def fetch_style(fetch_path: str) -> FetchStyle:
     """Return how a fetch path without the id is asked, where its job's address ends with the id.
 
-    >>> how_asked("/api/v1/workflows/upscale/runs"), how_asked("/api/v3/fetch")
+    >>> fetch_style("/api/v1/workflows/upscale/runs"), fetch_style("/api/v3/fetch")
     ('get', 'path')
     """
     return "get" if _RUNS.fullmatch(fetch_path) else "path"

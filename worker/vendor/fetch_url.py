@@ -9,7 +9,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from worker.core.identity import REMOTE_ID, SYNTHETIC_ID, FetchAddress
 from worker.errors import NotTrackable, RefusedAddress
-from worker.vendor.families import CHAT, OTHER_FETCH_PATHS, TRAINING, Family, family_of_order, how_asked, id_field
+from worker.vendor.families import CHAT, OTHER_FETCH_PATHS, TRAINING, ApiFamily, family_of_order, fetch_style, id_field
 
 VENDOR_HOSTS = frozenset({"stablediffusionapi.com", "modelslab.com"})
 MAX_ADDRESS = 500
@@ -59,7 +59,7 @@ def call_for(address: FetchAddress) -> Call:
 def _call(base: str, id_in_body: bool) -> Call:
     if id_in_body:
         return Call("POST", id_field(path_of(base)))
-    return Call("GET" if how_asked(path_of(base)) == "get" else "POST", None)
+    return Call("GET" if fetch_style(path_of(base)) == "get" else "POST", None)
 
 
 @lru_cache(maxsize=1_024)
@@ -143,7 +143,7 @@ def _fits_its_id(fetch_path: str, remote_id: str | None) -> bool:
     """Return whether a fetch path may end with this id, or without one."""
     if remote_id is not None:
         return fetch_path != CHAT
-    return fetch_path != TRAINING and how_asked(fetch_path) != "get"
+    return fetch_path != TRAINING and fetch_style(fetch_path) != "get"
 
 
 class NamedJob(NamedTuple):
@@ -169,13 +169,13 @@ def named_job(fetch_result: str) -> NamedJob | None:
 class Order(NamedTuple):
     """Where an order was posted: its family, and the site (scheme and host) that its job is asked at."""
 
-    family: Family
+    family: ApiFamily
     site: str
 
     def fetch_url(self, remote_id: str) -> str:
         """Return the address of the job that the order became."""
         base = f"{self.site}/api/{self.family.fetch}"
-        return f"{base}/{remote_id}" if self.family.how in ("path", "get") else base
+        return f"{base}/{remote_id}" if self.family.fetch_style in ("path", "get") else base
 
 
 def order_at(endpoint: object, api: AllowedApi) -> Order:

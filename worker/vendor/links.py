@@ -66,34 +66,34 @@ _BRACKETS = frozenset("[{")  # begin a list of outputs that is written as one te
 _LEAST_BASE64 = 64  # shorter text is a word, not a file
 
 
-class Listed(NamedTuple):
+class ListedOutputs(NamedTuple):
     """The outputs of a success; `left_out` counts those beyond the first MAX_LINKS."""
 
     links: tuple[Link, ...]
     left_out: int
 
 
-def listed(answer: Mapping[str, object]) -> Listed:
+def listed_outputs(answer: Mapping[str, object]) -> ListedOutputs:
     """Return what a success lists, from the first of its fields that has any; never its `future_links`.
 
-    >>> listed({"status": "success", "output": [], "links": ["https://h/a.wav"]}).links
+    >>> listed_outputs({"status": "success", "output": [], "links": ["https://h/a.wav"]}).links
     (Link(url='https://h/a.wav', proxies=(), body=None),)
     """
     proxies = answer.get(PROXY_FIELD)
     for name in OUTPUT_FIELDS:
         value = answer.get(name)
         if value:
-            found = links(value, None if name == PROXY_FIELD else proxies, strict=name not in _MAIN_FIELDS)
+            found = collect_links(value, None if name == PROXY_FIELD else proxies, strict=name not in _MAIN_FIELDS)
             if found.links:
                 return found
     meta = answer.get("meta")
-    return links(meta.get("output"), strict=True) if isinstance(meta, dict) else Listed((), 0)
+    return collect_links(meta.get("output"), strict=True) if isinstance(meta, dict) else ListedOutputs((), 0)
 
 
-def promised(answer: Mapping[str, object]) -> tuple[str, ...]:
+def promised_urls(answer: Mapping[str, object]) -> tuple[str, ...]:
     """Return the addresses at which the API says that outputs will be, at most MAX_PROMISED, in their order.
 
-    >>> promised({"future_links": ["https://h/a.mp4", "", 5]})
+    >>> promised_urls({"future_links": ["https://h/a.mp4", "", 5]})
     ('https://h/a.mp4',)
     """
     value = answer.get(PROMISE_FIELD)
@@ -110,16 +110,16 @@ def _addresses(value: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(addresses))[:MAX_PROMISED]
 
 
-def links(output: object, proxy_links: object = None, *, strict: bool = False) -> Listed:
+def collect_links(output: object, proxy_links: object = None, *, strict: bool = False) -> ListedOutputs:
     """Return every output that `output` lists (text, list, object, nested), each with the proxy link of its place.
 
     A text that stands alone or in a list is an output, unless it is a word or a sentence. In an object, or where
     `strict`, only http(s) addresses, data URIs and long base64 are outputs, since the other texts there describe them.
     `proxy_links` in an object are alternatives.
 
-    >>> links("https://h/a.png").links
+    >>> collect_links("https://h/a.png").links
     (Link(url='https://h/a.png', proxies=(), body=None),)
-    >>> links([{"text": "A sentence.", "words": [{"word": "A"}]}]).links
+    >>> collect_links([{"text": "A sentence.", "words": [{"word": "A"}]}]).links
     ()
     """
     inner: list[str] = []
@@ -133,7 +133,7 @@ def links(output: object, proxy_links: object = None, *, strict: bool = False) -
     for place, text in enumerate(texts[:MAX_LINKS]):
         link = _link(text, (paired[place],) if paired and paired[place] not in ("", text) else ())
         found.setdefault(link.url, link)
-    return Listed(tuple(found.values()), len(set(texts[MAX_LINKS:]).difference(texts[:MAX_LINKS])))
+    return ListedOutputs(tuple(found.values()), len(set(texts[MAX_LINKS:]).difference(texts[:MAX_LINKS])))
 
 
 def _proxies(value: object) -> Iterator[str]:

@@ -18,15 +18,15 @@ from worker.core.reply import (
     ApiError,
     Empty,
     Failed,
-    Hold,
     Processing,
     RateLimited,
     Ready,
+    RefusalReason,
     Reply,
     UnknownId,
     Unread,
 )
-from worker.vendor.answers import (
+from worker.vendor.answer_fields import (
     MAX_MESSAGE,
     MESSAGE_FIELDS,
     as_state,
@@ -40,9 +40,9 @@ from worker.vendor.answers import (
     status_of,
     training_words,
 )
-from worker.vendor.links import listed, promised
+from worker.vendor.links import listed_outputs, promised_urls
 from worker.vendor.phrases import ACCOUNT, OF_THE_JOB, PASSING, RECOVERS, RUN_OUT, Meaning, meaning_of
-from worker.vendor.waits import retry_after
+from worker.vendor.retry_after import retry_after
 
 WAITING = frozenset(
     {
@@ -52,7 +52,9 @@ WAITING = frozenset(
     }
 )
 FAILED_WORDS = frozenset({"failed", "failure"})
-TAUGHT = frozenset({"success", "processing", "failed", "error"})  # what SD_API_STATUS_WORDS may map a word to
+MAPPABLE_STATUSES = frozenset(
+    {"success", "processing", "failed", "error"}
+)  # what SD_API_STATUS_WORDS may map a word to
 
 _OF_A_JOB = ("id", "request_id", "output", "links", "future_links", "fetch_result", "eta", "meta", "execution")
 _REDIRECT = "the API redirects; a redirect is never followed with a key. Check SD_API_URL"
@@ -71,7 +73,7 @@ class Question(NamedTuple):
     words: Mapping[str, str] = MappingProxyType({})
 
 
-class Answer:
+class ParsedAnswer:
     """One answer, with what the rules look at.
 
     `is_error`: it calls itself an error. One without a status does so by its HTTP code, or by being only a message.
@@ -165,14 +167,14 @@ class Rule(NamedTuple):
 
     name: str
     why: str
-    fits: Callable[[Answer], bool]
-    reply: Callable[[Answer], Reply]
+    fits: Callable[[ParsedAnswer], bool]
+    reply: Callable[[ParsedAnswer], Reply]
     example: Example
 
 
 _TOO_SOON = frozenset({408, 425})  # what was sent came too slowly, or too early
-_BY_CODE: dict[int, Hold] = {401: "key", 402: "credits", 403: "plan"}
-_HOLDS: dict[str, Hold] = {"key": "key", "credits": "credits", "plan": "plan", "request": "request"}
+_BY_CODE: dict[int, RefusalReason] = {401: "key", 402: "credits", 403: "plan"}
+_HOLDS: dict[str, RefusalReason] = {"key": "key", "credits": "credits", "plan": "plan", "request": "request"}
 _WRONG_PATH = re.compile(
     r"^(?:(?:page|route|url|endpoint|resource|path) )?not found\.?$|\broute\b|endpoint|\bmethod\b|^$", re.IGNORECASE
 )
@@ -180,25 +182,25 @@ _WALL = "https://developers.cloudflare.com/"  # begins the `type` of an error th
 _RUN_WORDS = {"completed": "success", "cancelled": "failed", "canceled": "failed"}
 
 
-def _is_wall(answer: Answer) -> bool:
+def _is_wall(answer: ParsedAnswer) -> bool:
     if answer.code < 400 or answer.fields is None:
         return False
     kind = answer.fields.get("type")
     return answer.fields.get("cloudflare_error") is True or (isinstance(kind, str) and kind.startswith(_WALL))
 
 
-def _is_of_the_account(answer: Answer) -> bool:
+def _is_of_the_account(answer: ParsedAnswer) -> bool:
     if answer.word in FAILED_WORDS and answer.meaning in RUN_OUT and answer.code < 400:
         return False  # the job failed for it, and others may yet be asked about
     return answer.is_refusal and answer.meaning in (RUN_OUT if answer.code == 429 else ACCOUNT)
 
 
-def _limited(answer: Answer) -> Reply:
+def _limited(answer: ParsedAnswer) -> Reply:
     seconds = retry_after(answer.headers, answer.fields or {}, answer.message, answer.question.now)
     return RateLimited(seconds, answer.says())
 
 
-def _is_wrong_path(answer: Answer) -> bool:
+def _is_wrong_path(answer: ParsedAnswer) -> bool:
     if answer.http_status not in (404, 405) or answer.word not in ("", "error"):
         return False
     if answer.fields is not None:
@@ -206,7 +208,7 @@ def _is_wrong_path(answer: Answer) -> bool:
     return answer.is_page or meaning_of(answer.start) is None or _WRONG_PATH.search(answer.start) is not None
 
 
-def _is_unknown_id(answer: Answer) -> bool:
+def _is_unknown_id(answer: ParsedAnswer) -> bool:
     if answer.fields is None:
         return answer.http_status == 404 and meaning_of(answer.start) == "unknown_id"
     if answer.word not in FAILED_WORDS and not answer.is_error:
@@ -217,7 +219,7 @@ def _is_unknown_id(answer: Answer) -> bool:
     return meaning == "unknown_id" or (answer.http_status == 404 and answer.word != "" and meaning is None)
 
 
-def _training(answer: Answer) -> Reply | None:
+def _training(answer: ParsedAnswer) -> Reply | None:
     fields = answer.fields or {}
     words = [as_state(answer.word), *training_words(fields)]
     is_final = any(word.startswith("training_failed") for word in words) or not FAILED_WORDS.isdisjoint(words[1:])
@@ -231,36 +233,36 @@ def _training(answer: Answer) -> Reply | None:
     return None if answer.word in ("", "error") or answer.code >= 400 else Processing(eta_of(fields))
 
 
-def _not_json(answer: Answer) -> str:
+def _not_json(answer: ParsedAnswer) -> str:
     if too_many_values(answer.body):
         return f"JSON of more than {MAX_VALUES:,} values"
     return "an HTML page" if answer.is_page else "no JSON object"
 
 
-def _server(answer: Answer) -> Reply:
+def _server(answer: ParsedAnswer) -> Reply:
     if answer.fields is None:
         return ApiDown(f"HTTP {answer.code} with {_not_json(answer)}")
     return ApiDown(f"HTTP {answer.code}: {answer.message}" if answer.message else f"HTTP {answer.code}")
 
 
-def _failed(answer: Answer) -> Reply:
+def _failed(answer: ParsedAnswer) -> Reply:
     message = answer.message or "failed, without a message"
     return Failed(message, may_recover=answer.meaning in RECOVERS)
 
 
-def _error(answer: Answer) -> Reply:
+def _error(answer: ParsedAnswer) -> Reply:
     return ApiError(answer.message or f"HTTP {answer.code}, without a message", vague=answer.meaning is None)
 
 
-def _success(answer: Answer) -> Reply:
+def _success(answer: ParsedAnswer) -> Reply:
     fields = answer.fields or {}
-    links, left_out = listed(fields)
+    links, left_out = listed_outputs(fields)
     if not links and answer.run is not None:
-        links, left_out = listed(answer.run)
-    return Ready(links, left_out) if links else Empty(promised(fields))
+        links, left_out = listed_outputs(answer.run)
+    return Ready(links, left_out) if links else Empty(promised_urls(fields))
 
 
-def _another_job(answer: Answer) -> str:
+def _another_job(answer: ParsedAnswer) -> str:
     """Return the id that an answer names instead of the job's, or an empty text. Capital letters are no difference."""
     remote_id, fields = answer.question.remote_id, answer.fields or {}
     if remote_id is None:
@@ -286,7 +288,7 @@ def _id_in(value: object) -> str:
     return "" if text == "0" else text
 
 
-def _is_another_job(answer: Answer) -> bool:
+def _is_another_job(answer: ParsedAnswer) -> bool:
     if answer.code >= 400 or not _another_job(answer):
         return False
     if answer.question.training:
@@ -294,11 +296,11 @@ def _is_another_job(answer: Answer) -> bool:
     return answer.word == "success" or answer.word in FAILED_WORDS
 
 
-def _refused(answer: Answer) -> Reply:
+def _refused(answer: ParsedAnswer) -> Reply:
     return AccountRefused(_HOLDS[answer.meaning or "request"], answer.says())
 
 
-def _is_refused_by_code(answer: Answer) -> bool:
+def _is_refused_by_code(answer: ParsedAnswer) -> bool:
     if answer.code not in _BY_CODE:
         return False
     if answer.fields is None:
@@ -310,7 +312,7 @@ def _is_refused_by_code(answer: Answer) -> bool:
     return answer.code == 402 or (answer.meaning != "service" and answer.meaning not in OF_THE_JOB)
 
 
-def _unread(answer: Answer) -> Reply:
+def _unread(answer: ParsedAnswer) -> Reply:
     if answer.fields is None:
         return Unread(f"HTTP {answer.http_status} with {_not_json(answer)} ({len(answer.body)} bytes)")
     if answer.code >= 400 and answer.word:
@@ -400,7 +402,7 @@ RULES: tuple[Rule, ...] = (
         "waiting",
         "The job is not ready, by its status or by the words of an error.",
         lambda answer: answer.word in WAITING or (answer.is_error and answer.meaning == "waiting"),
-        lambda answer: Processing(eta_of(answer.fields or {}), promised(answer.fields or {})),
+        lambda answer: Processing(eta_of(answer.fields or {}), promised_urls(answer.fields or {})),
         Example('{"status": "queued", "taskId": "a352", "links": ["https://h/a.wav"]}'),
     ),
     Rule(
@@ -446,11 +448,11 @@ def parse(http_status: int, headers: Mapping[str, str], body: bytes, question: Q
     """Return the reply that an HTTP answer stands for."""
     fields = json_object(body)
     if fields is not None and fields.get("status") == "processing" and http_status == 200 and not question.training:
-        return Processing(eta_of(fields), promised(fields))  # by far the most answers, and as the rules would say
-    return rule_for(Answer(http_status, headers, body, fields, question))[1]
+        return Processing(eta_of(fields), promised_urls(fields))  # by far the most answers, and as the rules would say
+    return rule_for(ParsedAnswer(http_status, headers, body, fields, question))[1]
 
 
-def rule_for(answer: Answer) -> tuple[Rule, Reply]:
+def rule_for(answer: ParsedAnswer) -> tuple[Rule, Reply]:
     """Return the rule that reads an answer, and what it makes of it."""
     rule = next(rule for rule in RULES if rule.fits(answer))
     return rule, rule.reply(answer)

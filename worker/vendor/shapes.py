@@ -6,7 +6,7 @@ from typing import Any
 
 from worker.core.json_size import too_many_values
 from worker.core.plain_text import plain_text
-from worker.vendor.answers import execution_of, json_object, status_of
+from worker.vendor.answer_fields import execution_of, json_object, status_of
 
 MAX_SHAPE = 255
 MAX_WORD = 40

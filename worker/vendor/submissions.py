@@ -21,7 +21,7 @@ from worker.core.reply import (
     UnknownId,
 )
 from worker.errors import ApiRefused, NotTrackable, RefusedAddress
-from worker.vendor.answers import chat_id_of, eta_of, execution_of, json_object, message_of, status_of
+from worker.vendor.answer_fields import chat_id_of, eta_of, execution_of, json_object, message_of, status_of
 from worker.vendor.families import CHAT, MAX_KIND, TRAINING, kind_of
 from worker.vendor.fetch_url import (
     AllowedApi,
@@ -33,8 +33,8 @@ from worker.vendor.fetch_url import (
     path_of,
     site_of,
 )
-from worker.vendor.links import listed, promised
-from worker.vendor.replies import WAITING, Answer, Question, rule_for
+from worker.vendor.links import listed_outputs, promised_urls
+from worker.vendor.replies import WAITING, ParsedAnswer, Question, rule_for
 
 NO_WORDS: Mapping[str, str] = MappingProxyType({})
 _ID_FIELDS = (
@@ -103,7 +103,7 @@ def planned_job(
     *,
     fetch_url: str | None = None,
     endpoint: str | None = None,
-    words: Mapping[str, str] = NO_WORDS,
+    status_words: Mapping[str, str] = NO_WORDS,
 ) -> PlannedJob:
     """Read what was handed to `track`, and say where its job is asked about.
 
@@ -116,7 +116,7 @@ def planned_job(
     if order is None and answer is not None and answer.url is not None:
         order = order_of_response(answer.url, api)
     is_training = order is not None and order.family.media == "training"
-    known = submission(remote) if answer is None else _submission(answer, words, is_training=is_training)
+    known = submission(remote) if answer is None else _submission(answer, status_words, is_training=is_training)
     return _planned(known, order, fetch_url or None, api)
 
 
@@ -257,7 +257,7 @@ def _submission(answer: SubmitAnswer, words: Mapping[str, str], *, is_training: 
     reply = None if taken else _read(answer, words)
     if isinstance(reply, _REFUSALS):
         raise _refusal(reply.message, fields)
-    ready = listed(fields if word == "success" else {})
+    ready = listed_outputs(fields if word == "success" else {})
     field, fetch_url = _address(fields, is_ready=bool(ready.links))
     named = None if fetch_url is None else named_job(fetch_url)
     remote_id = _remote_id(fields, is_ready=bool(ready.links), is_training=is_training)
@@ -277,7 +277,7 @@ def _submission(answer: SubmitAnswer, words: Mapping[str, str], *, is_training: 
         model=_model(fields),
         outputs=ready.links,
         left_out=ready.left_out,
-        promised=() if ready.links else promised(fields),
+        promised=() if ready.links else promised_urls(fields),
         own_path=_own_path(fields),
         named_id=named_id,
         is_lesser_url=fetch_url is not None and field != _ADDRESS_FIELDS[0],
@@ -293,7 +293,7 @@ def _refusal(message: str, fields: Mapping[str, Any]) -> ApiRefused:
 def _read(answer: SubmitAnswer, words: Mapping[str, str]) -> Reply:
     """Read a submit answer by the rules of all answers."""
     fields = dict(answer.fields)
-    return rule_for(Answer(answer.http_status, {}, b"", fields, Question(None, 0.0, words=words)))[1]
+    return rule_for(ParsedAnswer(answer.http_status, {}, b"", fields, Question(None, 0.0, words=words)))[1]
 
 
 def _check_is_a_job(fields: Mapping[str, Any]) -> None:

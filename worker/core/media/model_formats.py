@@ -64,7 +64,7 @@ _PLY_BYTES = {
 _CORNERS = (b"vertex_indices", b"vertex_index")
 
 
-def ply_least(head: bytes) -> int | None:
+def ply_min_size(head: bytes) -> int | None:
     """Return the least bytes of a PLY file with this header; None for what is no such header."""
     end = head.find(b"\nend_header")
     start = head.find(b"\n", end + 1) + 1

@@ -12,7 +12,7 @@ from worker.core.media.model_formats import (
     is_stl_text,
     obj_lines,
     obj_statement,
-    ply_least,
+    ply_min_size,
 )
 
 HEAD_BYTES = 65_536
@@ -83,7 +83,7 @@ def sniff(head: bytes) -> Media | None:
     return media if media is not None and _well_formed(media, head) else None
 
 
-def whole(media: Media, head: bytes, tail: bytes, size: int) -> bool:
+def is_complete(media: Media, head: bytes, tail: bytes, size: int) -> bool:
     """Whether a file of `size` bytes ends as its format says. What does not tell its end counts as whole."""
     match media.type:
         case "image/png":
@@ -115,7 +115,7 @@ def whole(media: Media, head: bytes, tail: bytes, size: int) -> bool:
         case "model/obj":
             return obj_statement(obj_lines(tail)[-1].decode("utf-8", "replace"))
         case "model/ply":
-            return size >= (ply_least(head) or 0)
+            return size >= (ply_min_size(head) or 0)
         case "model/stl":
             return b"endsolid" in tail if is_stl_text(head) else size >= 84 + 50 * _little(head[80:84])
         case "application/zip":
@@ -124,12 +124,12 @@ def whole(media: Media, head: bytes, tail: bytes, size: int) -> bool:
             return True
 
 
-def shows_its_end(media: Media, head: bytes, tail: bytes, size: int) -> bool:
+def proves_complete(media: Media, head: bytes, tail: bytes, size: int) -> bool:
     """Return whether the file itself proves that it is whole: by an end mark, or by a length of its own.
 
-    `whole` gives the benefit of the doubt; this is for files whose transfer ended otherwise than its headers say.
+    `is_complete` gives the benefit of the doubt; this is for files whose transfer ended otherwise than its headers say.
     """
-    if not whole(media, head, tail, size):
+    if not is_complete(media, head, tail, size):
         return False
     match media.type:
         case "image/png" | "image/gif" | "image/webp" | "model/gltf-binary" | "application/zip":
@@ -143,7 +143,7 @@ def shows_its_end(media: Media, head: bytes, tail: bytes, size: int) -> bool:
         case "video/webm" | "video/x-matroska":
             return _ebml_length(head) is not None
         case "model/ply":
-            return size == ply_least(head)
+            return size == ply_min_size(head)
         case "model/stl":
             return is_stl_text(head) or size == 84 + 50 * _little(head[80:84])
         case _:
@@ -159,7 +159,7 @@ def is_text(head: bytes) -> bool:
     return head.translate(None, CONTROLS) == head
 
 
-def pixels(media: Media, head: bytes) -> int | None:
+def pixel_count(media: Media, head: bytes) -> int | None:
     """Width times height from the header, where the format keeps them near its start; None where it does not."""
     size = _dimensions(media, head)
     return None if size is None else size[0] * size[1]
@@ -450,7 +450,7 @@ def _zip_whole(tail: bytes, size: int) -> bool:
 def _model(head: bytes) -> Media | None:
     """The three-dimensional models that have no signature, or text for one."""
     if head.startswith((b"ply\n", b"ply\r\n")):
-        return _PLY if ply_least(head) is not None else None
+        return _PLY if ply_min_size(head) is not None else None
     if is_stl_text(head) or is_stl_binary(head):
         return _STL
     return _OBJ if is_obj(head) else None

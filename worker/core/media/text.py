@@ -78,7 +78,7 @@ _ERROR_WORDS = re.compile(r"not found|no such|forbidden|denied|unauthori[sz]ed|e
 _WORDS_MOST = 200  # characters of an error that is told in one field
 
 
-class NoText(Exception):
+class NotPromisedText(Exception):
     """The bytes are not the text that was promised. `breaks_off`: they are the beginning of it."""
 
     def __init__(self, text: str, *, breaks_off: bool = False) -> None:
@@ -120,7 +120,7 @@ def extension_of(address: str) -> str:
 
 
 def text_media(promise: Promise, chunks: Iterable[bytes]) -> Media:
-    """Return what text some bytes are, where text is promised. Raises NoText for a page, an error and other bytes."""
+    """Return the text format of some bytes. Raises NotPromisedText for an HTML page, an error and other bytes."""
     start, text, end = "", "", ""
     size = 0
     for piece in _decoded(chunks):
@@ -131,31 +131,31 @@ def text_media(promise: Promise, chunks: Iterable[bytes]) -> Media:
             text += piece[: max(0, PARSED_CHARACTERS + 1 - len(text))]
     start, end = start.lstrip().replace("\r\n", "\n").replace("\r", "\n"), end.rstrip()
     if not end:
-        raise NoText("nothing, or blanks alone")
+        raise NotPromisedText("nothing, or blanks alone")
     element = _ELEMENT.match(start)
     if _MARKUP.match(start) or (element is not None and end.endswith((f"</{element[1]}>", "/>"))):
-        raise NoText("a page or XML")
+        raise NotPromisedText("a page or XML")
     match promise:
         case "json":
             if not _is_json(text, end, size):
-                raise NoText("no JSON")
+                raise NotPromisedText("no JSON")
             return JSON
         case "subtitles":
             if _VTT.match(start):
                 return VTT
             if _SRT.match(start):
                 return SRT
-            raise NoText("no subtitles")
+            raise NotPromisedText("no subtitles")
         case _:
             if _BASE64.match(start):
-                raise NoText("base64 that stands for no media")
+                raise NotPromisedText("base64 that stands for no media")
             if size <= START_CHARACTERS and start.startswith("{"):
                 _refuse_error(start)
             return PLAIN
 
 
 def _decoded(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Yield the text that bytes are, in UTF-8, or in UTF-16 with its mark. Raises NoText."""
+    """Yield the text that bytes are, in UTF-8, or in UTF-16 with its mark. Raises NotPromisedText."""
     decoder: codecs.IncrementalDecoder | None = None
     rest = b""
     for chunk in chunks:
@@ -179,16 +179,16 @@ def _checked(decoder: codecs.IncrementalDecoder, data: bytes, *, final: bool = F
         text = decoder.decode(data, final)
     except UnicodeDecodeError as error:
         cut = final and error.end >= len(error.object)
-        raise NoText("no UTF-8 text", breaks_off=cut) from None
+        raise NotPromisedText("no UTF-8 text", breaks_off=cut) from None
     if _CONTROL.search(text.replace("\r", "")):
-        raise NoText("a text with control characters")
+        raise NotPromisedText("a text with control characters")
     return text
 
 
 def _is_json(text: str, end: str, size: int) -> bool:
     """Return whether a text is JSON. One that is too much to parse is judged by its first and last sign.
 
-    Raises NoText for the JSON of an error, and for the beginning of a JSON text.
+    Raises NotPromisedText for the JSON of an error, and for the beginning of a JSON text.
     """
     text = text.strip()
     if size > PARSED_CHARACTERS or too_many_values(text.encode()):
@@ -197,7 +197,7 @@ def _is_json(text: str, end: str, size: int) -> bool:
         _check_no_error(_parsed(text))
     except json.JSONDecodeError as error:
         cut = error.pos >= len(text) or error.msg.startswith("Unterminated string")
-        raise NoText("no JSON", breaks_off=cut) from None
+        raise NotPromisedText("no JSON", breaks_off=cut) from None
     except (ValueError, RecursionError):
         return False
     return True
@@ -208,7 +208,7 @@ def _parsed(text: str) -> Any:
 
 
 def _refuse_error(text: str) -> None:
-    """Raise NoText where a text is the JSON of an error."""
+    """Raise NotPromisedText where a text is the JSON of an error."""
     try:
         parsed = _parsed(text)
     except (ValueError, RecursionError):
@@ -217,7 +217,7 @@ def _refuse_error(text: str) -> None:
 
 
 def _check_no_error(parsed: Any) -> None:
-    """Raise NoText for an object that says what went wrong, and nothing else."""
+    """Raise NotPromisedText for an object that says what went wrong, and nothing else."""
     if not isinstance(parsed, dict):
         return
     fields = {str(name).lower(): value for name, value in parsed.items() if value not in (None, "", [], {})}
@@ -228,7 +228,7 @@ def _check_no_error(parsed: Any) -> None:
     alone = [value for name, value in fields.items() if len(fields) == 1 and name in ("message", "detail")]
     worded = any(isinstance(text, str) and len(text) <= _WORDS_MOST and _ERROR_WORDS.search(text) for text in alone)
     if named or coded or worded:
-        raise NoText("the JSON of an error")
+        raise NotPromisedText("the JSON of an error")
 
 
 def _is_error_status(value: Any) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from worker.core.lifecycle import FINAL_STATES
-from worker.core.pacing.policy import Model, Waiting
+from worker.core.pacing.policy import PacedJob, PaceModel
 from worker.core.pacing.survival import OLDEST
 
 Phase = Literal["waiting", "downloading", "final"]
@@ -36,12 +36,12 @@ class Progress:
     fraction: float
 
 
-def progress(status: str, job: Waiting, model: Model) -> Progress:
+def progress(status: str, job: PacedJob, model: PaceModel) -> Progress:
     """The progress of a job in this state, by what is known of its kind.
 
-    >>> progress("completed", Waiting(9.0), Model())
+    >>> progress("completed", PacedJob(9.0), PaceModel())
     Progress(chance=1.0, median_seconds=0.0, p90_seconds=0.0, phase='final', fraction=1.0)
-    >>> new = progress("pending", Waiting(5.0, 5.0), Model())  # nothing is known: as long again, and 15 s
+    >>> new = progress("pending", PacedJob(5.0, 5.0), PacePaceModel())  # nothing is known: as long again, and 15 s
     >>> round(new.median_seconds), round(new.p90_seconds), new.chance
     (20, 180, 0.0)
     """
@@ -56,7 +56,7 @@ def progress(status: str, job: Waiting, model: Model) -> Progress:
         median_seconds=_within(job, curve.quantile(job, 0.5)),
         p90_seconds=_within(job, curve.quantile(job, 0.9)),
         phase="waiting",
-        fraction=WAITING_PART * curve.chance(job._replace(seen=0.0), job.age),
+        fraction=WAITING_PART * curve.chance(job._replace(not_ready_age=0.0), job.age),
     )
 
 
@@ -69,16 +69,16 @@ class _Unseen:
     def __init__(self, eta: float | None) -> None:
         self._median = UNSEEN_MEDIAN if eta is None else math.sqrt(UNSEEN_MEDIAN * eta)
 
-    def chance(self, job: Waiting, age: float) -> float:
+    def chance(self, job: PacedJob, age: float) -> float:
         """The chance that a job is ready at `age`, given when it was last seen not ready."""
-        return max(age - job.seen, 0.0) / (self._median + max(age, job.seen))
+        return max(age - job.not_ready_age, 0.0) / (self._median + max(age, job.not_ready_age))
 
-    def quantile(self, job: Waiting, share: float) -> float:
+    def quantile(self, job: PacedJob, share: float) -> float:
         """The age in seconds by which so many of such jobs are ready."""
-        return (self._median + job.seen) / (1 - share) - self._median
+        return (self._median + job.not_ready_age) / (1 - share) - self._median
 
 
-def _within(job: Waiting, age: float) -> float | None:
+def _within(job: PacedJob, age: float) -> float | None:
     """The seconds until `age`; what lies beyond the deadline was never seen, and will not be waited for."""
     seconds = max(age - job.age, 0.0)
-    return seconds if seconds <= max(job.left, 0.0) and age < OLDEST else None
+    return seconds if seconds <= max(job.seconds_left, 0.0) and age < OLDEST else None

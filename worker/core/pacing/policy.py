@@ -1,9 +1,11 @@
-"""When to ask about a job next, and which of several that are due. Pure: ages in seconds come in, waits go out.
+"""When to poll a job next, and which due jobs come first. Pure: it takes ages in seconds and returns waits in seconds.
 
-The default policy asks when the odds that a job is ready (see `durations`) have grown to the price of a request, in
-seconds of delay: that is the optimum for one job, and for memoryless jobs the odds are the Whittle index of the problem
-with a limited number of requests, so they also say whom to ask first where requests are short. An eta is a unit, not a
-promise: a second clock learns on ages in units of it, and whichever predicted the recent answers better decides.
+The `learned` policy polls a job when its accumulated odds of being ready (see `survival`) reach the price of a request,
+in seconds of delay. For a single job that time is optimal. For memoryless jobs the odds are also the Whittle index of
+the problem with a limited number of requests, so they order the due jobs when requests are scarce.
+
+An eta is a unit of time, not a promise. A second model learns from ages that are measured in units of the eta. The
+model that predicted the recent answers better makes the decision.
 """
 
 import math
@@ -12,46 +14,47 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
-from worker.core.pacing.survival import Clock, Moments
+from worker.core.pacing.survival import LogDurationStats, SurvivalModel
 
 Policy = Literal["learned", "fixed", "exponential", "eta"]
 POLICIES: tuple[Policy, ...] = ("learned", "fixed", "exponential", "eta")
 
-ETA_UNITS = 16.0  # the eta clock counts in sixteenths of an eta
-FADING = 0.98  # of what says which clock predicts better, per answer
-RECORD_FADING = 0.99  # of the record of what was predicted and seen, per answer
-RECORD_JOBS = 50.0  # as many jobs go into the mean delays
-STEEPNESS = 64.0  # how the odds grow is told by when they are so many times the price
+ETA_UNITS = 16.0  # the unit of the eta model is a sixteenth of the eta
+FADING = 0.98  # decay per answer of the comparison between the two models
+RECORD_FADING = 0.99  # decay per answer of the record of predictions and results
+RECORD_JOBS = 50.0  # the number of jobs that the mean delays cover
+STEEPNESS = 64.0  # the growth of the odds is measured between 1 and 64 times the price
 GROWTH_LEAST, GROWTH_MOST = 0.25, 64.0
 SOONEST = 0.001
 
 FIRST_LEAST = 2.0
 FIRST_MOST = 60.0
 FIRST_UNKNOWN = 2.5
-FIRST_LEARNED = 1.0  # the learned policy asks no sooner, unless POLL_MIN is less
+FIRST_LEARNED = 1.0  # earliest first poll of the learned policy, unless POLL_MIN is lower
 WAIT_MOST = 900.0
-SIMPLE_MOST = 300.0  # of the other policies
+SIMPLE_MOST = 300.0  # longest wait of the policies other than learned
 AGE_MOST = 1e8
 FIXED_WAIT = 5.0
-EXPONENT, EXPONENTIAL_FIRST, EXPONENTIAL_MOST = 1.5, 1.0, 20.0  # as google-api-core polls operations by default
+EXPONENT, EXPONENTIAL_FIRST, EXPONENTIAL_MOST = 1.5, 1.0, 20.0  # google-api-core's defaults for polling operations
 SPREAD = 0.1
-WINDOW = 250  # where requests are short a claim weighs so many due jobs of each of four windows
-AT_DEADLINE = 0.5  # the last question is asked so many seconds after the deadline
+WINDOW = 250  # when requests are scarce, a claim compares this number of due jobs from each of four windows
+AT_DEADLINE = 0.5  # seconds after the deadline at which the last poll is made
 
 
-class Waiting(NamedTuple):
-    """A job as pacing sees it: ages in seconds since submission.
+class PacedJob(NamedTuple):
+    """A job as the pacing code sees it. Ages are in seconds since submission.
 
-    `seen` is its age when it was last seen not ready (0 where it never was), `eta` what the API expected `eta_age`
-    seconds after submission, `left` the seconds to its deadline. A tuple, since two are made for every request.
+    `not_ready_age` is the age at which the job was last seen not ready, or 0 if it was never polled. `eta` is the
+    estimate that the API gave at `eta_age`. `seconds_left` is the time until the deadline. This is a tuple for speed:
+    every request creates two of them.
     """
 
     age: float
-    seen: float = 0.0
+    not_ready_age: float = 0.0
     eta: float | None = None
     eta_age: float = 0.0
     polls: int = 0
-    left: float = math.inf
+    seconds_left: float = math.inf
 
     @classmethod
     def at(
@@ -63,22 +66,22 @@ class Waiting(NamedTuple):
         eta: float | None,
         eta_at: datetime | None,
         deadline_at: datetime,
-    ) -> "Waiting":
-        """A job at a moment, with numbers that can be reckoned with, whatever a clock or an API said."""
+    ) -> "PacedJob":
+        """Return the job as it is at `now`. Values that are out of range, from a clock or the API, are corrected."""
 
         def age(moment: datetime | None) -> float:
             return 0.0 if moment is None else max((moment - submitted_at).total_seconds(), 0.0)
 
-        seen = age(not_ready_at)
-        left = (deadline_at - now).total_seconds()
-        return _sane(cls(max(age(now), seen), seen, eta, age(eta_at), left=left))
+        not_ready_age = age(not_ready_at)
+        seconds_left = (deadline_at - now).total_seconds()
+        return _sane(cls(max(age(now), not_ready_age), not_ready_age, eta, age(eta_at), seconds_left=seconds_left))
 
 
-class Plan(NamedTuple):
-    """When to ask next: `wait` seconds from now; and how the worth of asking grows after that (see `urgency`).
+class PollPlan(NamedTuple):
+    """When to poll next, in `wait` seconds, and how the value of a poll grows after that (see `urgency`).
 
-    `scale` is after how many seconds unseen it is worth its price, `growth` the power it grows by; both are None where
-    the policy knows no such thing, and the longest due is asked first.
+    `scale` is the number of unseen seconds after which a poll is worth its price. `growth` is the exponent of the
+    growth. Both are None for policies without such values; the job that is due for longest then comes first.
     """
 
     wait: float
@@ -87,7 +90,7 @@ class Plan(NamedTuple):
 
 
 def urgency(unseen: float, scale: float | None, growth: float | None) -> float:
-    """How much asking is worth, as a logarithm of prices, `unseen` seconds after a job was last seen not ready.
+    """Return the logarithm of the value of a poll, in prices. `unseen` is the seconds since the job was seen not ready.
 
     >>> round(urgency(8.0, 4.0, 2.0), 3)  # twice the time, at a power of two: four times the price
     1.386
@@ -97,95 +100,108 @@ def urgency(unseen: float, scale: float | None, growth: float | None) -> float:
     return growth * math.log(max(unseen, SOONEST) / scale)
 
 
-class Model:
-    """What is known of one class of jobs: by their age, and by their age since their eta came, in units of it.
+class PaceModel:
+    """The learned durations of one kind of jobs: by age, and by age since the eta arrived, in units of the eta.
 
-    `asked`, `expected` and `ready` count recent requests, the chances that they would find their job ready, and those
-    that did; `planned` and `seen` are the mean delay in seconds that was aimed at, and that came about.
+    `polls`, `expected_ready` and `found_ready` count the recent polls, the sum of their predicted chances, and the
+    polls that found their job ready. `planned_delay` and `actual_delay` are mean delays in seconds from ready to seen.
     """
 
-    __slots__ = ("asked", "by_age", "by_eta", "expected", "lead", "planned", "ready", "seen")
+    __slots__ = (
+        "actual_delay",
+        "by_age",
+        "by_eta",
+        "expected_ready",
+        "found_ready",
+        "lead",
+        "planned_delay",
+        "polls",
+    )
 
-    def __init__(self, by_age: Clock | None = None, by_eta: Clock | None = None, lead: float = 0.0) -> None:
-        self.by_age = by_age or Clock()
-        self.by_eta = by_eta or Clock()
-        self.lead = lead  # how much better the eta clock predicted the recent answers, as a log likelihood
-        self.asked = self.expected = self.ready = self.planned = self.seen = 0.0
+    def __init__(
+        self, by_age: SurvivalModel | None = None, by_eta: SurvivalModel | None = None, lead: float = 0.0
+    ) -> None:
+        self.by_age = by_age or SurvivalModel()
+        self.by_eta = by_eta or SurvivalModel()
+        self.lead = lead  # by how much the eta model predicted the recent answers better, as a log likelihood
+        self.polls = self.expected_ready = self.found_ready = self.planned_delay = self.actual_delay = 0.0
 
     @classmethod
-    def after(cls, parent: "Model") -> "Model":
-        """A class that was never seen begins where the account's jobs are as a whole."""
-        return cls(Clock(parent.by_age.moments), Clock(parent.by_eta.moments))
+    def after(cls, parent: "PaceModel") -> "PaceModel":
+        """Return the model of a new kind. It starts from the durations of all jobs of the account."""
+        return cls(SurvivalModel(parent.by_age.moments), SurvivalModel(parent.by_eta.moments))
 
-    def observe(self, job: Waiting, ready: bool, planned: float | None = None) -> None:
-        """Learns from an answer at `job.age`: ready, or not. `planned` is the age at which it was to be asked about."""
+    def observe(self, job: PacedJob, ready: bool, planned: float | None = None) -> None:
+        """Learn from an answer at `job.age`. `planned` is the age at which the poll was planned."""
         job = _sane(job)
-        if job.age - job.seen < SOONEST:
+        if job.age - job.not_ready_age < SOONEST:
             return
-        known = planned is not None and job.seen < planned < AGE_MOST
-        aimed = self.by_age.delay_at(job.seen, planned or 0.0) if ready and known else None
-        said = self.by_age.observe(job.seen, job.age, ready)
+        plan_is_valid = planned is not None and job.not_ready_age < planned < AGE_MOST
+        planned_delay = self.by_age.delay_at(job.not_ready_age, planned or 0.0) if ready and plan_is_valid else None
+        log_likelihood = self.by_age.observe(job.not_ready_age, job.age, ready)
         if job.eta is not None:
-            by_eta = self.by_eta.observe(*_in_etas(job, job.seen, job.age), ready)
-            self.lead = FADING * self.lead + by_eta - said
-        chance = math.exp(said) if ready else -math.expm1(said)
-        self.asked = RECORD_FADING * self.asked + 1
-        self.expected = RECORD_FADING * self.expected + chance
-        self.ready = RECORD_FADING * self.ready + ready
+            by_eta = self.by_eta.observe(*_in_etas(job, job.not_ready_age, job.age), ready)
+            self.lead = FADING * self.lead + by_eta - log_likelihood
+        chance = math.exp(log_likelihood) if ready else -math.expm1(log_likelihood)
+        self.polls = RECORD_FADING * self.polls + 1
+        self.expected_ready = RECORD_FADING * self.expected_ready + chance
+        self.found_ready = RECORD_FADING * self.found_ready + ready
         if ready:
-            rate = 1 / min(max(self.ready, 1.0), RECORD_JOBS)
-            self.seen += (self.by_age.delay - self.seen) * rate
-            self.planned += ((self.by_age.delay if aimed is None else aimed) - self.planned) * rate
+            rate = 1 / min(max(self.found_ready, 1.0), RECORD_JOBS)
+            self.actual_delay += (self.by_age.delay - self.actual_delay) * rate
+            self.planned_delay += (
+                (self.by_age.delay if planned_delay is None else planned_delay) - self.planned_delay
+            ) * rate
 
-    def note(self, job: Waiting) -> None:
-        """Takes a job that was found ready into mean and variance only: all that an account as a whole has."""
+    def note(self, job: PacedJob) -> None:
+        """Add a job that was found ready to mean and variance only. The model of a whole account needs nothing else."""
         job = _sane(job)
-        if job.age - job.seen >= SOONEST:
-            self.by_age.note(job.seen, job.age)
+        if job.age - job.not_ready_age >= SOONEST:
+            self.by_age.note(job.not_ready_age, job.age)
             if job.eta is not None:
-                self.by_eta.note(*_in_etas(job, job.seen, job.age))
+                self.by_eta.note(*_in_etas(job, job.not_ready_age, job.age))
 
-    def clock(self, job: Waiting) -> tuple[Clock, float, float]:
-        """The clock that decides about a job: with its unit in seconds, and the age at which it started."""
+    def clock(self, job: PacedJob) -> tuple[SurvivalModel, float, float]:
+        """Return the model that decides about a job, its unit in seconds, and the age at which its time starts."""
         if job.eta is None or self.lead <= 0:
             return self.by_age, 1.0, 0.0
         return self.by_eta, job.eta / ETA_UNITS, job.eta_age
 
-    def due(self, job: Waiting, price: float) -> tuple[float, float]:
-        """Ages in seconds at which asking is worth `price`, and STEEPNESS times that."""
+    def due(self, job: PacedJob, price: float) -> tuple[float, float]:
+        """Return the ages in seconds at which a poll is worth `price` and `STEEPNESS` times `price`."""
         clock, unit, start = self.clock(job)
-        seen = max(0.0, job.seen - start) / unit
-        first, later = clock.next_ages(seen, (price / unit, STEEPNESS * price / unit))
+        not_ready_age = max(0.0, job.not_ready_age - start) / unit
+        first, later = clock.next_ages(not_ready_age, (price / unit, STEEPNESS * price / unit))
         return start + unit * first, start + unit * later
 
-    def chance(self, job: Waiting, age: float) -> float:
-        """The chance that a job is ready at `age`, by the clock that decides."""
+    def chance(self, job: PacedJob, age: float) -> float:
+        """Return the chance that a job is ready at `age`."""
         clock, unit, start = self.clock(job)
-        return clock.chance(max(0.0, job.seen - start) / unit, max(0.0, age - start) / unit)
+        return clock.chance(max(0.0, job.not_ready_age - start) / unit, max(0.0, age - start) / unit)
 
-    def quantile(self, job: Waiting, share: float) -> float:
-        """The age in seconds by which so many of such jobs are ready; infinite where so many never are."""
+    def quantile(self, job: PacedJob, share: float) -> float:
+        """Return the age in seconds by which this share of such jobs is ready. Infinite if that never happens."""
         clock, unit, start = self.clock(job)
-        return start + unit * clock.quantile(max(0.0, job.seen - start) / unit, share)
+        return start + unit * clock.quantile(max(0.0, job.not_ready_age - start) / unit, share)
 
-    # ── keeping and sharing ───────────────────────────────────────────────────────────────────────────────────────────
+    # ── storing and merging ───────────────────────────────────────────────────────────────────────────────────────────
 
     def mark(self) -> None:
-        """From here on it is noted what is learned."""
+        """Start to record what is learned, for `merge_into`."""
         self.by_age.mark()
         self.by_eta.mark()
 
-    def teach(self, other: "Model") -> None:
-        """Adds what was learned since the mark to a model that others have taught meanwhile."""
-        self.by_age.teach(other.by_age)
-        self.by_eta.teach(other.by_eta)
+    def merge_into(self, other: "PaceModel") -> None:
+        """Add what was learned since `mark` to a model that other processes have changed in the meantime."""
+        self.by_age.merge_into(other.by_age)
+        self.by_eta.merge_into(other.by_eta)
         other.lead = (self.lead + other.lead) / 2
-        for name in ("asked", "expected", "ready", "planned", "seen"):
+        for name in ("polls", "expected_ready", "found_ready", "planned_delay", "actual_delay"):
             setattr(other, name, (getattr(self, name) + getattr(other, name)) / 2)
 
     def snapshot(self) -> dict[str, Any]:
-        """All that is known, as JSON takes it: a few hundred bytes, never more than four thousand."""
-        record = (self.asked, self.expected, self.ready, self.planned, self.seen)
+        """Return the model as JSON data: a few hundred bytes, at most 4,000."""
+        record = (self.polls, self.expected_ready, self.found_ready, self.planned_delay, self.actual_delay)
         return {
             "age": self.by_age.snapshot(),
             "eta": self.by_eta.snapshot(),
@@ -194,61 +210,65 @@ class Model:
         }
 
     @classmethod
-    def restored(cls, snapshot: Mapping[str, Any], parent: "Model") -> "Model":
-        """The model of a snapshot. Raises KeyError, TypeError, ValueError where it is none."""
+    def restored(cls, snapshot: Mapping[str, Any], parent: "PaceModel") -> "PaceModel":
+        """Return the model of a snapshot. Raises KeyError, TypeError or ValueError if the snapshot is invalid."""
         model = cls(
-            Clock.restored(snapshot["age"], parent.by_age.moments),
-            Clock.restored(snapshot["eta"], parent.by_eta.moments),
+            SurvivalModel.restored(snapshot["age"], parent.by_age.moments),
+            SurvivalModel.restored(snapshot["eta"], parent.by_eta.moments),
             float(snapshot["lead"]),
         )
-        model.asked, model.expected, model.ready, model.planned, model.seen = map(float, snapshot["record"])
+        model.polls, model.expected_ready, model.found_ready, model.planned_delay, model.actual_delay = map(
+            float, snapshot["record"]
+        )
         return model
 
 
-NOTHING_KNOWN = Model(Clock(Moments()), Clock(Moments()))
+NOTHING_KNOWN = PaceModel(SurvivalModel(LogDurationStats()), SurvivalModel(LogDurationStats()))
 
 
-def _in_etas(job: Waiting, seen: float, age: float) -> tuple[float, float]:
+def _in_etas(job: PacedJob, not_ready_age: float, age: float) -> tuple[float, float]:
     unit = (job.eta or 1.0) / ETA_UNITS
-    return max(0.0, seen - job.eta_age) / unit, max(0.0, age - job.eta_age) / unit
+    return max(0.0, not_ready_age - job.eta_age) / unit, max(0.0, age - job.eta_age) / unit
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How to pace: the policy, what one request is worth in seconds of delay, and the least wait in seconds."""
+    """The pacing settings: the policy, the price of a request in seconds of delay, and the shortest wait in seconds."""
 
     policy: Policy
     price: float
-    least: float
+    min_wait: float
 
-    def first(self, job: Waiting, model: Model, *, spread: float) -> Plan:
-        """When to ask about a job that was never asked about. `spread` is 0 to 1."""
+    def first(self, job: PacedJob, model: PaceModel, *, spread: float) -> PollPlan:
+        """Return when to poll a job that was never polled. `spread` is a random number from 0 to 1."""
         job = _sane(job)
         if self.policy == "learned":
             plan = self._learned(job, model, spread)
-            least = min(self.least, FIRST_LEARNED)
+            min_age = min(self.min_wait, FIRST_LEARNED)
         else:
-            plan = Plan(self._first_age(job.eta) * (1 + SPREAD * spread) - job.age)
-            least = 0.0
-        return Plan(_until_deadline(max(plan.wait, least - job.age, 0.0), job.left), plan.scale, plan.growth)
+            plan = PollPlan(self._first_age(job.eta) * (1 + SPREAD * spread) - job.age)
+            min_age = 0.0
+        return PollPlan(
+            _until_deadline(max(plan.wait, min_age - job.age, 0.0), job.seconds_left), plan.scale, plan.growth
+        )
 
-    def next(self, job: Waiting, model: Model, *, spread: float) -> Plan:
-        """When to ask next about a job that was asked about just now. `spread` is 0 to 1."""
+    def next(self, job: PacedJob, model: PaceModel, *, spread: float) -> PollPlan:
+        """Return when to poll a job next that was polled just now. `spread` is a random number from 0 to 1."""
         job = _sane(job)
         if self.policy == "learned":
             plan = self._learned(job, model, spread)
         else:
-            wait = max(self.least, min(_WAITS[self.policy](job), SIMPLE_MOST))
-            plan = Plan(wait * (1 + SPREAD * spread))
-        return Plan(max(_until_deadline(plan.wait, job.left), self.least), plan.scale, plan.growth)
+            wait = max(self.min_wait, min(_WAITS[self.policy](job), SIMPLE_MOST))
+            plan = PollPlan(wait * (1 + SPREAD * spread))
+        return PollPlan(max(_until_deadline(plan.wait, job.seconds_left), self.min_wait), plan.scale, plan.growth)
 
-    def _learned(self, job: Waiting, model: Model, spread: float) -> Plan:
+    def _learned(self, job: PacedJob, model: PaceModel, spread: float) -> PollPlan:
         due, later = model.due(job, self.price)
-        scale = max(due - job.seen, SOONEST)
-        growth = math.log(STEEPNESS) / math.log(max(later - job.seen, scale * 1.01) / scale)
-        # Jobs that were handed over together are not asked about together.
+        scale = max(due - job.not_ready_age, SOONEST)
+        growth = math.log(STEEPNESS) / math.log(max(later - job.not_ready_age, scale * 1.01) / scale)
+        # Jobs that were submitted together are not polled together.
         wait = min((due - job.age) * (1 + SPREAD * (spread - 0.5)), WAIT_MOST)
-        return Plan(wait, scale, min(max(growth, GROWTH_LEAST), GROWTH_MOST))
+        return PollPlan(wait, scale, min(max(growth, GROWTH_LEAST), GROWTH_MOST))
 
     def _first_age(self, eta: float | None) -> float:
         if self.policy == "exponential":
@@ -256,37 +276,37 @@ class Pace:
         return FIRST_UNKNOWN if eta is None else min(max(FIRST_LEAST, eta), FIRST_MOST)
 
 
-def _until_deadline(wait: float, left: float) -> float:
-    """No wait goes far beyond the deadline: the answer after it decides."""
-    return min(wait, left + AT_DEADLINE) if left > 0 else wait
+def _until_deadline(wait: float, seconds_left: float) -> float:
+    """Shorten a wait that ends after the deadline: the first answer after the deadline decides about the job."""
+    return min(wait, seconds_left + AT_DEADLINE) if seconds_left > 0 else wait
 
 
-def _sane(job: Waiting) -> Waiting:
-    """A job whose numbers can be reckoned with, whatever a clock or an API said."""
+def _sane(job: PacedJob) -> PacedJob:
+    """Return the job with all values in range. A clock or the API may have given any number."""
     if (
-        0.0 <= job.seen <= job.age <= AGE_MOST
+        0.0 <= job.not_ready_age <= job.age <= AGE_MOST
         and 0.0 <= job.eta_age <= job.age
         and (job.eta is None or 1e-3 <= job.eta <= AGE_MOST)
     ):
         return job
     age = min(max(job.age, 0.0), AGE_MOST) if job.age == job.age else 0.0
-    seen = min(max(job.seen, 0.0), age) if job.seen == job.seen else 0.0
+    not_ready_age = min(max(job.not_ready_age, 0.0), age) if job.not_ready_age == job.not_ready_age else 0.0
     eta = job.eta if job.eta is not None and 1e-3 <= job.eta <= AGE_MOST else None
     eta_age = job.eta_age if 0.0 <= job.eta_age <= age else 0.0
-    return job._replace(age=age, seen=seen, eta=eta, eta_age=eta_age)
+    return job._replace(age=age, not_ready_age=not_ready_age, eta=eta, eta_age=eta_age)
 
 
-def _fixed(job: Waiting) -> float:
+def _fixed(job: PacedJob) -> float:
     return FIXED_WAIT
 
 
-def _exponential(job: Waiting) -> float:
+def _exponential(job: PacedJob) -> float:
     return min(EXPONENTIAL_FIRST * EXPONENT ** min(job.polls, 20), EXPONENTIAL_MOST)
 
 
-def _eta(job: Waiting) -> float:
+def _eta(job: PacedJob) -> float:
     remaining = (job.eta or 0.0) - job.age
     return remaining if remaining > 0 else max(FIXED_WAIT / 2, (job.eta or 2 * FIXED_WAIT) / 4)
 
 
-_WAITS: dict[Policy, Callable[[Waiting], float]] = {"fixed": _fixed, "exponential": _exponential, "eta": _eta}
+_WAITS: dict[Policy, Callable[[PacedJob], float]] = {"fixed": _fixed, "exponential": _exponential, "eta": _eta}

@@ -12,8 +12,8 @@ from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from worker.core.pacing.policy import WINDOW, Model, Pace, Plan, Waiting
-from worker.core.rate import slots
+from worker.core.pacing.policy import WINDOW, Pace, PacedJob, PaceModel, PollPlan
+from worker.core.rate import reserve_slots
 from worker.errors import TraceError
 
 LOOK_SECONDS = 0.05  # a poll run looks again after it, where the budget had no more
@@ -81,7 +81,7 @@ class _Job:
     number: int
     trace: TraceJob
     deadline: float
-    seen: float = 0.0
+    not_ready_age: float = 0.0
     polls: int = 0
     since: float = 0.0  # `submitted + seen`
     growth: float = 0.0
@@ -106,8 +106,8 @@ class _Run:
         self._deadline_for = deadline_for
         self._rps = rps
         self._random = random.Random(seed)
-        self._account = Model()
-        self._models: dict[str, Model] = {}
+        self._account = PaceModel()
+        self._models: dict[str, PaceModel] = {}
         self._future: list[tuple[float, int, _Job]] = []
         self._due: list[tuple[float, int, _Job]] = []
         self._done = Simulation()
@@ -129,7 +129,7 @@ class _Run:
                 for due, _, job in self._drained():
                     self._ask(job, max(due, now))
                 continue
-            found = slots(free, now, rate=self._rps, wanted=min(PLACES, len(self._due)))
+            found = reserve_slots(free, now, rate=self._rps, requested=min(PLACES, len(self._due)))
             if found.count:
                 free = found.free
                 for place, job in enumerate(self._best(now, found.count)):
@@ -148,12 +148,14 @@ class _Run:
     def _arrive(self, number: int, trace: TraceJob) -> None:
         model = self._models.get(trace.kind)
         if model is None:
-            model = self._models[trace.kind] = Model.after(self._account)
+            model = self._models[trace.kind] = PaceModel.after(self._account)
         job = _Job(number, trace, self._deadline_for(trace.kind), since=trace.submitted)
-        plan = self._pace.first(Waiting(0.0, eta=trace.eta, left=job.deadline), model, spread=self._random.random())
+        plan = self._pace.first(
+            PacedJob(0.0, eta=trace.eta, seconds_left=job.deadline), model, spread=self._random.random()
+        )
         self._plan(job, trace.submitted, plan)
 
-    def _plan(self, job: _Job, now: float, plan: Plan) -> None:
+    def _plan(self, job: _Job, now: float, plan: PollPlan) -> None:
         if plan.scale is not None and plan.growth is not None:
             job.growth, job.offset = plan.growth, plan.growth * math.log(plan.scale)
         heapq.heappush(self._future, (now + plan.wait, job.number, job))
@@ -189,15 +191,15 @@ class _Run:
         job.polls += 1
         self._done.polls += 1
         ready = trace.duration is not None and age >= trace.duration
-        asked = Waiting(age, job.seen, trace.eta, 0.0, job.polls, job.deadline - age)
+        asked = PacedJob(age, job.not_ready_age, trace.eta, 0.0, job.polls, job.deadline - age)
         model = self._models[trace.kind]
         model.observe(asked, ready)
         if ready:
             self._account.note(asked)
             self._done.delays.append(age - (trace.duration or 0.0))
         elif age < job.deadline:
-            job.seen, job.since = age, now
-            waiting = Waiting(age, age, trace.eta, 0.0, job.polls, job.deadline - age)
+            job.not_ready_age, job.since = age, now
+            waiting = PacedJob(age, age, trace.eta, 0.0, job.polls, job.deadline - age)
             self._plan(job, now, self._pace.next(waiting, model, spread=self._random.random()))
 
 

@@ -49,19 +49,19 @@ def bucket(age: float) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Moments:
+class LogDurationStats:
     """Mean and variance of log duration, over `count` jobs (old ones fade)."""
 
     count: float = 0.0
     mean: float = 0.0
     variance: float = 0.0
 
-    def after(self, value: float) -> "Moments":
+    def after(self, value: float) -> "LogDurationStats":
         """With one more job."""
         count = self.count + 1
         rate = max(1 / count, SLOWEST_RATE)
         step = value - self.mean
-        return Moments(count, self.mean + rate * step, (1 - rate) * (self.variance + rate * step * step))
+        return LogDurationStats(count, self.mean + rate * step, (1 - rate) * (self.variance + rate * step * step))
 
     @property
     def spread(self) -> float:
@@ -70,7 +70,7 @@ class Moments:
         return seen * (1 + 1 / max(self.count, 1.0))
 
 
-class Clock:
+class SurvivalModel:
     """What is known of one class on one clock: for each bucket of age, how many jobs ended there, out of what time."""
 
     __slots__ = (
@@ -88,9 +88,9 @@ class Clock:
         "time",
     )
 
-    def __init__(self, parent: Moments = Moments()) -> None:  # frozen
+    def __init__(self, parent: LogDurationStats = LogDurationStats()) -> None:  # frozen
         self.parent = parent  # of all kinds of the account: where a kind that was never seen begins
-        self.moments = Moments()
+        self.moments = LogDurationStats()
         self.ended = [0.0] * BUCKETS
         self.time = [0.0] * BUCKETS
         self.delay = 0.0  # of the last job that ended: how long it had been ready, as far as can be told
@@ -241,7 +241,7 @@ class Clock:
         self._faded = [1.0] * BUCKETS
         self._since: list[float] = []
 
-    def teach(self, other: "Clock") -> None:
+    def merge_into(self, other: "SurvivalModel") -> None:
         """Adds what was learned since the mark to another clock, as if the other had seen it after all it knows."""
         for mine, before, theirs in (
             (self.ended, self._marked[0], other.ended),
@@ -262,11 +262,11 @@ class Clock:
         }
 
     @classmethod
-    def restored(cls, snapshot: Mapping[str, Any], parent: Moments) -> "Clock":
+    def restored(cls, snapshot: Mapping[str, Any], parent: LogDurationStats) -> "SurvivalModel":
         """The clock of a snapshot. Raises KeyError, TypeError, ValueError where it is none."""
         clock = cls(parent)
         count, mean, variance = (_finite(value) for value in snapshot["jobs"])
-        clock.moments = Moments(count, mean, variance)
+        clock.moments = LogDurationStats(count, mean, variance)
         for values, saved in ((clock.ended, snapshot["ended"]), (clock.time, snapshot["time"])):
             if len(saved) > BUCKETS:
                 raise ValueError("more buckets than there are")
@@ -330,7 +330,7 @@ def _stretch(odds: float, factor: float, hazard: float, longest: float) -> float
     return min(length, longest)
 
 
-def _never(moments: Moments) -> float:
+def _never(moments: LogDurationStats) -> float:
     """Which part of the prior's tail never ends: more of it the more jobs were seen, and the less they differ.
 
     Late jobs of a class that is not known yet, or whose durations differ by orders of magnitude, are just late.
@@ -338,7 +338,7 @@ def _never(moments: Moments) -> float:
     return NEVER_MOST * min(moments.count / NEVER_JOBS, 1.0) * max(1.0 - moments.spread, 0.0)
 
 
-def _rounded(moments: Moments, never: float) -> tuple[bool, float, float, float]:
+def _rounded(moments: LogDurationStats, never: float) -> tuple[bool, float, float, float]:
     """As much of the moments as a prior depends on, coarsely: it is made anew for each finished job otherwise."""
     spread = round(math.log(moments.spread) * 10) / 10
     return moments.count > 0, round(moments.mean * 20) / 20, spread, round(never * 10) / 10

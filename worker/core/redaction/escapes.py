@@ -27,7 +27,7 @@ _SINGLE = re.compile(f"({_PERCENT}|{_ENTITY}|{_RUN}(?:{_PAIR}|{_UNIT}|{_BYTE}|[r
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class DecodedBytes:
     """Decoded bytes; byte `i` of them was written in `begins[i]` to `ends[i]` of the original."""
 
     data: bytes
@@ -35,11 +35,11 @@ class Origin:
     ends: Sequence[int]
 
     @classmethod
-    def of(cls, data: bytes) -> "Origin":
+    def of(cls, data: bytes) -> "DecodedBytes":
         """The original itself."""
         return cls(data, range(len(data)), range(1, len(data) + 1))
 
-    def decoded(self) -> "Origin":
+    def decoded(self) -> "DecodedBytes":
         """Undo one level of escapes, as `decoded` does."""
         parts, begins, ends = [], list[int](), list[int]()
         at = 0
@@ -54,15 +54,15 @@ class Origin:
                 ends += self.ends[at:until]
             parts.append(part)
             at = until
-        return Origin(b"".join(parts), begins, ends)
+        return DecodedBytes(b"".join(parts), begins, ends)
 
-    def without(self, ignored: bytes) -> "Origin":
+    def without(self, ignored: bytes) -> "DecodedBytes":
         """Leave these bytes out."""
         data = self.data.translate(None, ignored)
         if len(data) == len(self.data):
             return self
         keep = self.data.translate(bytes(byte not in ignored for byte in range(256)))
-        return Origin(data, list(compress(self.begins, keep)), list(compress(self.ends, keep)))
+        return DecodedBytes(data, list(compress(self.begins, keep)), list(compress(self.ends, keep)))
 
 
 def decoded(data: bytes) -> bytes | None:

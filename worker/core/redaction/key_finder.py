@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import quote
 
-from worker.core.redaction.escapes import Origin, decoded
+from worker.core.redaction.escapes import DecodedBytes, decoded
 
 LEVELS = 6  # escapes of escapes; software that is honest writes three at most
 LEAST_PIECE = 16  # characters of a key's beginning or end; a shorter one says little, and may be there by chance
@@ -99,7 +99,7 @@ class KeyFinder:
 
     def _located(self, data: bytes, level: int) -> list[tuple[int, int]]:
         """The spans in the original of what the text has after `level` decodings."""
-        origin = Origin.of(data)
+        origin = DecodedBytes.of(data)
         for _ in range(level):
             origin = origin.decoded()
         origin = origin.without(_IGNORED)

@@ -32,14 +32,14 @@ _WORD = re.compile(r"[\w.-]*|\[text\]")
 _DIGITS = re.compile(r"(?<!\d)(?!\d{4}-\d\d-\d\d[ T]\d\d:)\+?\d(?:[ -]?\d){8,}(?!\d)")  # a moment is none
 
 
-def masked(text: str) -> str:
+def mask_personal_data(text: str) -> str:
     """`text` without what may be personal; links are reduced to their host.
 
-    >>> masked("mail ann@shop.example, see https://cdn.test/u/ann.png?sig=1 from 10.1.2.3")
+    >>> mask_personal_data("mail ann@shop.example, see https://cdn.test/u/ann.png?sig=1 from 10.1.2.3")
     'mail [e-mail], see https://cdn.test/… from [ip]'
-    >>> masked('failed: prompt "a lake at dawn" of job 12202888 is not allowed, "status" is error')
+    >>> mask_personal_data('failed: prompt "a lake at dawn" of job 12202888 is not allowed, "status" is error')
     'failed: prompt "[text]" of job 12202888 is not allowed, "status" is error'
-    >>> masked("card 4111 1111 1111 1111, key 8f14e45fceea167a5a36dedd4bea2543, prompt: my own face")
+    >>> mask_personal_data("card 4111 1111 1111 1111, key 8f14e45fceea167a5a36dedd4bea2543, prompt: my own face")
     'card [digits], key [key?], prompt: "[text]"'
     """
     text = _DATA.sub("data:…", text)

@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy import BindParameter, ColumnElement, Connection, Row, Select, bindparam, case, func, select
 
-from worker.core.flower_rows import MESSAGE_MOST, FlowerJob, Outputs, window
+from worker.core.flower_rows import MESSAGE_MOST, FlowerJob, Outputs, job_ids_to_show
 from worker.store.engine import database_now
 from worker.store.schema import jobs, outputs
 
@@ -34,7 +34,7 @@ def read_flower_jobs(connection: Connection, before: Mapping[int, FlowerJob], mo
     """
     query = select(*_SEEN).order_by(jobs.c.id.desc()).limit(most)
     newest: dict[int, Any] = {row.id: row for row in connection.execute(query).all()}
-    ids = sorted(window(list(newest), before.values(), most, now=database_now(connection)), reverse=True)
+    ids = sorted(job_ids_to_show(list(newest), before.values(), most, now=database_now(connection)), reverse=True)
     older = [job_id for job_id in ids if job_id not in newest]
     rows = newest | {row.id: row for row in _by_ids(connection, select(*_SEEN), jobs.c.id, older)}
     there = [rows[job_id] for job_id in ids if job_id in rows]

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from worker.core.json_size import too_many_values
-from worker.core.numbers import positive
+from worker.core.numbers import positive_number
 from worker.core.plain_text import plain_text
 
 MAX_MESSAGE = 500
@@ -188,4 +188,4 @@ def eta_of(answer: Mapping[str, Any]) -> float | None:
     >>> eta_of({"eta": 20.9}), eta_of({"eta": "30 Minutes"}), eta_of({"estimated_time": 12})
     (20.9, None, 12.0)
     """
-    return positive(answer.get("eta")) or positive(answer.get("estimated_time"))
+    return positive_number(answer.get("eta")) or positive_number(answer.get("estimated_time"))

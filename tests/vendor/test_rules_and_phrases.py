@@ -9,9 +9,9 @@ import pytest
 from tests.vendor.test_recorded_answers import told
 from worker.core.reply import Reply
 from worker.vendor import phrases, replies
-from worker.vendor.answers import json_object
+from worker.vendor.answer_fields import json_object
 from worker.vendor.phrases import PHRASES, Phrase, meaning_of
-from worker.vendor.replies import RULES, Answer, Question, Rule, parse, rule_for
+from worker.vendor.replies import RULES, ParsedAnswer, Question, Rule, parse, rule_for
 
 ID = "7"
 QUESTION = Question(ID, 1_700_000_000.0)
@@ -30,7 +30,9 @@ def error(message: str) -> dict[str, object]:
 def test_without_its_rule_an_example_is_read_differently(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
     example = rule.example
     body = example.body.encode()
-    answer = Answer(example.http_status, {}, body, json_object(body), QUESTION._replace(training=example.training))
+    answer = ParsedAnswer(
+        example.http_status, {}, body, json_object(body), QUESTION._replace(training=example.training)
+    )
     used, reply = rule_for(answer)
     monkeypatch.setattr(replies, "RULES", tuple(other for other in RULES if other is not rule))
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from worker.core.numbers import number, retry_after_seconds
-from worker.vendor.answers import MAX_MESSAGE
+from worker.vendor.answer_fields import MAX_MESSAGE
 
 RETRY_DEFAULT = 30.0  # seconds; the vendor's own answers ask for as many
 RETRY_LEAST = 1.0

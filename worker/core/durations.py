@@ -5,10 +5,10 @@ import math
 UNITS = {"s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0, "w": 604_800.0}
 
 
-def seconds_of(text: str) -> float:
+def parse_duration(text: str) -> float:
     """The seconds of a span. Raises ValueError, with words for whoever wrote it.
 
-    >>> seconds_of("30d"), seconds_of("1.5h"), seconds_of("90")
+    >>> parse_duration("30d"), parse_duration("1.5h"), parse_duration("90")
     (2592000.0, 5400.0, 90.0)
     """
     word = text.strip().lower()
