@@ -1,1 +1,1 @@
-"""What must not hurt us, done on purpose to real processes; the name of each test is the promise."""
+"""Fault injection: each test breaks a real process, server or connection, and checks that no work is lost."""

@@ -1,7 +1,8 @@
-"""Several processes that claim from the same rows as fast as they can, lease after lease: `python -m` with a URL.
+"""Program that claims the same rows from several processes at once. Run it with `python -m` and a database URL.
 
-In each round every lease of the round before is over, all claim at once, and each tries to record what it had claimed
-before. Prints one JSON document: for each process and round the jobs and outputs it got, and what of old claims stood.
+All leases have expired when the next round begins. In each round all processes claim at the same time, and each of them
+tries to record results for the claims of its previous round. Prints one JSON document: for each process and round, the
+ids of the jobs and outputs that it claimed, and how many of its old claims were still accepted ("stale").
 """
 
 import json
@@ -28,26 +29,26 @@ PROCESSES, ROUNDS = 4, 3
 LIMIT = 7
 
 _fork = multiprocessing.get_context("fork")
-_together = _fork.Barrier(PROCESSES)
+_barrier = _fork.Barrier(PROCESSES)
 
 
 def moment(number: int) -> Any:
-    """When a round is: after all leases of the round before."""
+    """Return the time of a round. All leases of the previous round have expired by then."""
     return NOW + number * (LEASE + seconds(1))
 
 
-def _jobs(engine: Engine, name: str, number: int) -> list[ClaimedJob]:
+def _claim_jobs(engine: Engine, name: str, number: int) -> list[ClaimedJob]:
     claimed: list[ClaimedJob] = []
     now = moment(number)
     while True:
         with engine.begin() as connection:
-            levels = [level for level in due_groups(connection, ["default"]) if level.due_at <= now]
-            if not levels:
+            groups = [group for group in due_groups(connection, ["default"]) if group.due_at <= now]
+            if not groups:
                 return claimed
             around = (now, now) if random.random() < 0.5 else ()
             claimed += claim_jobs(
                 connection,
-                levels[0],
+                groups[0],
                 limit=LIMIT,
                 token=secrets.token_hex(8),
                 holder=name,
@@ -57,26 +58,26 @@ def _jobs(engine: Engine, name: str, number: int) -> list[ClaimedJob]:
             )
 
 
-def _outputs(engine: Engine, name: str, number: int, messages: list[int]) -> list[ClaimedOutput]:
+def _claim_outputs(engine: Engine, name: str, number: int, messages: list[int]) -> list[ClaimedOutput]:
     claimed = []
     for output_id in random.sample(messages, len(messages)):
-        taking = partial(claim_output, output_id=output_id, holder=name, lease=LEASE, now=moment(number))
-        found = transact(engine, partial(taking, token=secrets.token_hex(8)))
-        claimed += [found] if found else []
+        claim = partial(claim_output, output_id=output_id, holder=name, lease=LEASE, now=moment(number))
+        output = transact(engine, partial(claim, token=secrets.token_hex(8)))
+        claimed += [output] if output else []
     return claimed
 
 
-def _recorded(engine: Engine, found: list[ClaimedJob], taken: list[ClaimedOutput], number: int) -> int:
-    """How many of these claims still stood."""
-    batch = [Outcome(job, AskAgain(Strikes(), "processing"), "late", PollPlan(0.0)) for job in found]
-    again = TryAgain(0.0, "unreachable", "no answer")
-    stood = 0
+def _record(engine: Engine, claimed_jobs: list[ClaimedJob], claimed_outputs: list[ClaimedOutput], number: int) -> int:
+    """Record a result for each claim. Return how many claims were still valid."""
+    batch = [Outcome(job, AskAgain(Strikes(), "processing"), "late", PollPlan(0.0)) for job in claimed_jobs]
+    try_again = TryAgain(0.0, "unreachable", "no answer")
+    valid = 0
     with engine.begin() as connection:
-        stood += len(batch) - record_answers(connection, batch, Tally(), now=moment(number)).lost
-    for output in taken:
-        recording = partial(record_attempt, output=output, result=again, now=moment(number))
-        stood += transact(engine, recording)[0]
-    return stood
+        valid += len(batch) - record_answers(connection, batch, Tally(), now=moment(number)).lost
+    for output in claimed_outputs:
+        record = partial(record_attempt, output=output, result=try_again, now=moment(number))
+        valid += transact(engine, record)[0]
+    return valid
 
 
 def _run(name: str) -> list[dict[str, Any]]:
@@ -84,18 +85,19 @@ def _run(name: str) -> list[dict[str, Any]]:
     with engine.connect() as connection:
         messages = list(connection.execute(select(outputs.c.id)).scalars())
     rounds: list[dict[str, Any]] = []
-    found: list[ClaimedJob] = []
-    taken: list[ClaimedOutput] = []
+    claimed_jobs: list[ClaimedJob] = []
+    claimed_outputs: list[ClaimedOutput] = []
     for number in range(ROUNDS):
-        _together.wait(60)
-        old = found, taken
-        found = _jobs(engine, name, number)
-        stood = _recorded(engine, old[0], old[1], number)
-        taken = _outputs(engine, name, number, messages)
-        stood += _recorded(engine, old[0], old[1], number)
-        rounds.append({"jobs": [one.id for one in found], "outputs": [one.id for one in taken], "stale": stood})
-    _together.wait(60)
-    rounds[-1]["live"] = _recorded(engine, found, taken, ROUNDS - 1)
+        _barrier.wait(60)
+        old_jobs, old_outputs = claimed_jobs, claimed_outputs
+        claimed_jobs = _claim_jobs(engine, name, number)
+        stale = _record(engine, old_jobs, old_outputs, number)
+        claimed_outputs = _claim_outputs(engine, name, number, messages)
+        stale += _record(engine, old_jobs, old_outputs, number)
+        job_ids, output_ids = [job.id for job in claimed_jobs], [output.id for output in claimed_outputs]
+        rounds.append({"jobs": job_ids, "outputs": output_ids, "stale": stale})
+    _barrier.wait(60)
+    rounds[-1]["live"] = _record(engine, claimed_jobs, claimed_outputs, ROUNDS - 1)
     engine.dispose()
     return rounds
 

@@ -1,4 +1,4 @@
-"""What the faults share: a stand-in whose jobs take a few seconds, and a Redis that can be hurt."""
+"""Fixtures of the fault tests: a sandbox API whose jobs take a few seconds, a Redis server and a database."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +8,7 @@ from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 
 from tests import servers
-from tests.faults.servers import KEY, HurtRedis, hurt_redis
+from tests.faults.servers import KEY, RedisServer, running_redis
 from worker.sandbox import Sandbox, SandboxOptions
 from worker.store.engine import make_engine
 from worker.store.migrate import migrate
@@ -16,7 +16,7 @@ from worker.store.migrate import migrate
 
 @pytest.fixture
 def sandbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
-    """A stand-in whose jobs take a few seconds, and the settings that lead to it."""
+    """Start a sandbox API whose jobs take a few seconds, and set the environment variables that lead to it."""
     with Sandbox(SandboxOptions(key=KEY, min_seconds=0.5, max_seconds=8.0, size=32)) as server:
         monkeypatch.setenv("SD_API_URL", server.url)
         monkeypatch.setenv("SD_API_KEY", KEY)
@@ -28,16 +28,16 @@ def sandbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
 
 
 @pytest.fixture
-def broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HurtRedis]:
-    """A Redis that can be hurt, which REDIS_URL names."""
-    with hurt_redis(tmp_path / "redis") as made:
-        monkeypatch.setenv("REDIS_URL", made.url)
-        yield made
+def broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RedisServer]:
+    """Start a Redis server that the test can stop, freeze or fill. REDIS_URL names it."""
+    with running_redis(tmp_path / "redis") as server:
+        monkeypatch.setenv("REDIS_URL", server.url)
+        yield server
 
 
 @pytest.fixture
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """A PostgreSQL database of the test's own, which DATABASE_URL names."""
+    """Create a migrated PostgreSQL database for the test. DATABASE_URL names it."""
     with servers.postgres(tmp_path / "postgres") as url:
         monkeypatch.setenv("DATABASE_URL", url)
         engine = make_engine(make_url(url))

@@ -1,4 +1,4 @@
-"""Messages that can't be tasks, as any client of a broker may send them, and how they are put into a queue."""
+"""Malformed messages, as any client of a broker may send them, and functions that put them into a queue."""
 
 import base64
 import json
@@ -16,7 +16,7 @@ QUEUE = "fetch-worker"
 
 
 class Missing:
-    """The type of `MISSING`; the same name in every process, since it is part of the names of tests."""
+    """Type of `MISSING`. Its repr is the same in every process, because test ids contain it."""
 
     def __repr__(self) -> str:
         return "missing"
@@ -26,8 +26,8 @@ MISSING = Missing()
 
 
 @dataclass(frozen=True)
-class Sent:
-    """A message before it is on its way: what is not given is as a Celery client writes it."""
+class RawMessage:
+    """A message to send. The defaults are what a Celery client writes."""
 
     body: bytes = b'[["12202888"], {}, {"callbacks": null, "errbacks": null, "chain": null, "chord": null}]'
     headers: Mapping[str, Any] = field(default_factory=dict)
@@ -36,36 +36,36 @@ class Sent:
     properties: Mapping[str, Any] = field(default_factory=dict)
 
     def all_headers(self) -> dict[str, Any]:
-        """The headers of a Celery client, with those that are given in their place."""
+        """Return the headers of a Celery client, replaced by `self.headers` where both have a name."""
         name = str(uuid4())
-        usual: dict[str, Any] = {
+        defaults: dict[str, Any] = {
             **{"lang": "py", "task": "worker.track", "id": name, "root_id": name, "parent_id": None, "group": None},
             **{"argsrepr": "", "kwargsrepr": "", "retries": 0, "timelimit": [None, None], "expires": None},
             **{"eta": None, "ignore_result": False, "shadow": None, "origin": "gen1@app", "stamped_headers": None},
         }
-        return {name: value for name, value in (usual | dict(self.headers)).items() if value is not MISSING}
+        return {name: value for name, value in (defaults | dict(self.headers)).items() if value is not MISSING}
 
 
-def _body(value: object) -> Sent:
-    return Sent(json.dumps(value).encode())
+def _body(value: object) -> RawMessage:
+    return RawMessage(json.dumps(value).encode())
 
 
-def _header(**headers: Any) -> Sent:
-    return Sent(headers=headers)
+def _header(**headers: Any) -> RawMessage:
+    return RawMessage(headers=headers)
 
 
-def _bodies(name: str, make: Callable[[Any], object], *values: Any) -> dict[str, Sent]:
+def _bodies(name: str, make: Callable[[Any], object], *values: Any) -> dict[str, RawMessage]:
     return {f"{name} {value!r}": _body(make(value)) for value in values}
 
 
-def _headers(name: str, *values: Any) -> dict[str, Sent]:
+def _headers(name: str, *values: Any) -> dict[str, RawMessage]:
     return {f"{name} {str(value)[:20]!r} {type(value).__name__}": _header(**{name: value}) for value in values}
 
 
-PROTOCOL_1 = dict.fromkeys(("task", "id", "eta"), MISSING)  # all of it is in the body
+PROTOCOL_1 = dict.fromkeys(("task", "id", "eta"), MISSING)  # protocol 1 has these in the body
 CALL: list[Any] = [["12202888"], {}]
 
-BODIES: dict[str, Sent] = {
+BODIES: dict[str, RawMessage] = {
     **_bodies("body", lambda value: value, "x", None, 5, 1.5, True, {}, [], [1], [1, 2, 3], [1, 2, 3, 4]),
     **_bodies("embed", lambda value: [*CALL, value], 5, "x", [1], {"callbacks": 5}, {"errbacks": "x"}),
     **_bodies("embed", lambda value: [*CALL, value], {"chord": 5}, {"chain": "x"}, {"id": 5}, {"get": 5}),
@@ -77,21 +77,21 @@ BODIES: dict[str, Sent] = {
     "kwargs null": _body([["1"], None, {}]),
     "too many arguments": _body([["1", "2", "3"], {}, {}]),
     "no argument": _body([[], {}, {}]),
-    "raw bytes": Sent(b"\x00\x01\xfe\xff"),
-    "bad utf-8": Sent(b'["\xff\xfe"]'),
-    "half of a body": Sent(b'[["1"], {'),
-    "empty body": Sent(b""),
-    "deep body": Sent(b"[" * 100_000 + b"]" * 100_000),
-    "a number of 5,000 digits": Sent(b"[[" + b"9" * 5_000 + b"], {}, {}]"),
-    "protocol 1 without id": Sent(json.dumps({"task": "worker.track", "args": ["1"]}).encode(), PROTOCOL_1),
-    "protocol 1, kwargs a list": Sent(
+    "raw bytes": RawMessage(b"\x00\x01\xfe\xff"),
+    "bad utf-8": RawMessage(b'["\xff\xfe"]'),
+    "half of a body": RawMessage(b'[["1"], {'),
+    "empty body": RawMessage(b""),
+    "deep body": RawMessage(b"[" * 100_000 + b"]" * 100_000),
+    "a number of 5,000 digits": RawMessage(b"[[" + b"9" * 5_000 + b"], {}, {}]"),
+    "protocol 1 without id": RawMessage(json.dumps({"task": "worker.track", "args": ["1"]}).encode(), PROTOCOL_1),
+    "protocol 1, kwargs a list": RawMessage(
         json.dumps({"task": "worker.track", "id": "a", "args": ["1"], "kwargs": []}).encode(), PROTOCOL_1
     ),
-    "protocol 1, eta a number": Sent(
+    "protocol 1, eta a number": RawMessage(
         json.dumps({"task": "worker.track", "id": "a", "args": ["1"], "eta": 5}).encode(), PROTOCOL_1
     ),
 }
-HEADERS: dict[str, Sent] = {
+HEADERS: dict[str, RawMessage] = {
     "no id": _header(id=MISSING),
     "no task": _header(task=MISSING),
     **_headers("id", None, 5, ["a"], "", "a\nb", "a" * 100_000),
@@ -115,20 +115,20 @@ HEADERS: dict[str, Sent] = {
     "callbacks as a header": _header(callbacks=[5]),
     "compression of no kind": _header(compression="zzz"),
 }
-CONTENT: dict[str, Sent] = {
-    "pickle": Sent(b"\x80\x04N.", content_type="application/x-python-serialize", content_encoding="binary"),
-    "yaml": Sent(b"- - '1'\n- {}\n- {}\n", content_type="application/x-yaml"),
-    "text": Sent(b"hello", content_type="text/plain"),
-    "no content type": Sent(content_type=None),
-    "content type of nobody": Sent(content_type="zzz\nzzz"),
-    "gzip": Sent(content_encoding="gzip"),
-    "encoding of nobody": Sent(content_encoding="zzz"),
+CONTENT: dict[str, RawMessage] = {
+    "pickle": RawMessage(b"\x80\x04N.", content_type="application/x-python-serialize", content_encoding="binary"),
+    "yaml": RawMessage(b"- - '1'\n- {}\n- {}\n", content_type="application/x-yaml"),
+    "text": RawMessage(b"hello", content_type="text/plain"),
+    "no content type": RawMessage(content_type=None),
+    "unknown content type": RawMessage(content_type="zzz\nzzz"),
+    "gzip": RawMessage(content_encoding="gzip"),
+    "unknown encoding": RawMessage(content_encoding="zzz"),
 }
-MALFORMED: dict[str, Sent] = BODIES | HEADERS | CONTENT
+MALFORMED: dict[str, RawMessage] = BODIES | HEADERS | CONTENT
 
 
-def redis_element(sent: Sent, queue: str) -> dict[str, Any]:
-    """What kombu would put into a Redis list."""
+def redis_element(sent: RawMessage, queue: str) -> dict[str, Any]:
+    """Return the element that kombu would push to a Redis list for this message."""
     name = str(uuid4())
     return {
         "body": base64.b64encode(sent.body).decode(),
@@ -143,7 +143,7 @@ def redis_element(sent: Sent, queue: str) -> dict[str, Any]:
     }
 
 
-# What only a Redis list can have: elements that kombu did not write.
+# Elements of a Redis list that kombu did not write.
 ELEMENTS: dict[str, bytes] = {
     **{f"element {value!r}": value for value in (b"", b"zzz", b"\xff\xfe", b"[", b'"x"', b"null", b"5", b"[]", b"{}")},
     "element deep": b"[" * 100_000,
@@ -152,12 +152,12 @@ ELEMENTS: dict[str, bytes] = {
 
 
 def _element(**changes: Any) -> bytes:
-    """A whole element with some things changed."""
-    made = redis_element(Sent(), QUEUE)
-    made["properties"].update(changes.pop("properties", {}))
-    made.update(changes)
-    made["properties"] = {name: value for name, value in made["properties"].items() if value is not MISSING}
-    return json.dumps({name: value for name, value in made.items() if value is not MISSING}).encode()
+    """Return a valid element as JSON, with some values changed or removed."""
+    element = redis_element(RawMessage(), QUEUE)
+    element["properties"].update(changes.pop("properties", {}))
+    element.update(changes)
+    element["properties"] = {name: value for name, value in element["properties"].items() if value is not MISSING}
+    return json.dumps({name: value for name, value in element.items() if value is not MISSING}).encode()
 
 
 ELEMENTS |= {
@@ -180,24 +180,24 @@ ELEMENTS |= {
 
 
 def push(url: str, elements: list[bytes], queue: str = QUEUE) -> None:
-    """Puts elements at the end of a Redis list."""
+    """Push elements to a Redis list."""
     with redis.Redis.from_url(url) as client:
         client.lpush(queue, *elements)
 
 
-def publish(url: str, messages: list[Sent], queue: str = QUEUE) -> None:
-    """Publishes messages to a queue of RabbitMQ."""
+def publish(url: str, messages: list[RawMessage], queue: str = QUEUE) -> None:
+    """Publish messages to a RabbitMQ queue."""
     with Connection(url) as connection, connection.channel() as channel:
         for sent in messages:
             properties = {"correlation_id": str(uuid4()), **sent.properties}
             content = {"content_type": sent.content_type, "content_encoding": sent.content_encoding}
-            given = {name: value for name, value in {**content, **properties}.items() if value is not None}
-            message = Message(sent.body, application_headers=sent.all_headers(), **given)
+            present = {name: value for name, value in {**content, **properties}.items() if value is not None}
+            message = Message(sent.body, application_headers=sent.all_headers(), **present)
             channel.basic_publish(message, exchange="", routing_key=queue)
 
 
 class WireMessage(Message):  # type: ignore[misc]  # amqp has no types
-    """A message whose properties are these bytes, which no client library writes."""
+    """A message whose AMQP properties are raw bytes that no client library writes."""
 
     def __init__(self, flags: int, values: bytes) -> None:
         super().__init__(b"[[], {}, {}]")
@@ -224,7 +224,7 @@ PROPERTIES: dict[str, WireMessage] = {
 
 
 def publish_wire(url: str, messages: list[WireMessage], queue: str = QUEUE) -> None:
-    """Publishes messages with odd properties to a queue of RabbitMQ."""
+    """Publish messages with raw properties to a RabbitMQ queue."""
     with Connection(url) as connection, connection.channel() as channel:
         for message in messages:
             channel.basic_publish(message, exchange="", routing_key=queue)

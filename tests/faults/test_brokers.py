@@ -1,4 +1,4 @@
-"""Other brokers, other databases: what is promised of Redis and PostgreSQL holds with RabbitMQ, MariaDB and SQLite."""
+"""The guarantees with Redis and PostgreSQL also hold with RabbitMQ, MariaDB and SQLite."""
 
 import signal
 import time
@@ -13,11 +13,11 @@ from sqlalchemy import Engine, select, text
 from sqlalchemy.engine import make_url
 
 from tests import servers
-from tests.faults.proxy import Proxy, proxy
+from tests.faults.proxy import Proxy, running_proxy
 from tests.faults.servers import (
     KEY,
     PATIENCE,
-    HurtRedis,
+    RedisServer,
     assert_nothing_lost,
     kill_workers,
     states,
@@ -39,7 +39,7 @@ PAIRS = ["rabbitmq-postgresql", "rabbitmq-mariadb", "redis-mariadb", "redis-sqli
 
 @pytest.fixture
 def database(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """A database of this test's own, of the kind that the pair names, which DATABASE_URL names."""
+    """Create a database of the kind that the pair names. DATABASE_URL names it."""
     kind = getattr(request, "param", "rabbitmq-postgresql").partition("-")[2]
     with ExitStack() as stack:
         url = f"sqlite:///{tmp_path}/worker.db"
@@ -55,8 +55,8 @@ def database(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.fixture
-def messages(request: pytest.FixtureRequest, broker: HurtRedis) -> Iterator[str]:
-    """The broker of the pair, as the test itself reaches it."""
+def messages(request: pytest.FixtureRequest, broker: RedisServer) -> Iterator[str]:
+    """Start the broker of the pair. Return the URL that the test uses, without a proxy."""
     if getattr(request, "param", "rabbitmq").startswith("redis"):
         yield broker.url
         return
@@ -65,33 +65,33 @@ def messages(request: pytest.FixtureRequest, broker: HurtRedis) -> Iterator[str]
 
 
 @pytest.fixture
-def way(messages: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """The product's way to that broker, which can be hurt."""
+def proxy(messages: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """Start a proxy between the worker and the broker. BROKER_URL leads through it."""
     parts = urlsplit(messages)
-    with proxy(parts.hostname or "127.0.0.1", parts.port or 5_672) as made:
-        monkeypatch.setenv("BROKER_URL", messages.replace(f":{parts.port}", f":{made.port}"))
-        yield made
+    with running_proxy(parts.hostname or "127.0.0.1", parts.port or 5_672) as proxy:
+        monkeypatch.setenv("BROKER_URL", messages.replace(f":{parts.port}", f":{proxy.port}"))
+        yield proxy
 
 
 @pytest.fixture
-def client(messages: str, broker: HurtRedis) -> Iterator[Celery]:
-    """A web app that has nothing of ours but the broker's address."""
-    made = Celery(broker=messages, backend=broker.url, set_as_current=False)
-    yield made
-    made.close()
+def client(messages: str, broker: RedisServer) -> Iterator[Celery]:
+    """Return the Celery app of a web app that knows only the broker's URL."""
+    app = Celery(broker=messages, backend=broker.url, set_as_current=False)
+    yield app
+    app.close()
 
 
 @pytest.mark.long
 @pytest.mark.server
 @pytest.mark.parametrize(("messages", "database"), [(pair, pair) for pair in PAIRS], indirect=True, ids=PAIRS)
-def test_given_killed_workers_and_a_cut_off_broker_when_jobs_are_tracked_all_the_while_then_nothing_is_lost(
-    tmp_path: Path, messages: str, database: Engine, way: Proxy, sandbox: Sandbox, client: Celery, broker: HurtRedis
+def test_given_killed_workers_and_an_unreachable_broker_when_jobs_are_tracked_meanwhile_then_nothing_is_lost(
+    tmp_path: Path, messages: str, database: Engine, proxy: Proxy, sandbox: Sandbox, client: Celery, broker: RedisServer
 ) -> None:
-    """Half of the jobs come as messages, half as rows.
+    """Half of the jobs are tracked by message, half by `track_many`.
 
-    Redis delivers a message again, after a minute, whose worker was killed or cut off. A message is lost that Redis is
-    handing over as the worker dies or the connection breaks, so none is on its way then. The no-loss guarantee starts
-    with the row.
+    When a worker is killed or disconnected, Redis delivers its messages again after a minute. A message that Redis is
+    handing over at that moment is lost, so the test waits until there is none. The no-loss guarantee starts when the
+    row is committed.
     """
     prompts = [f"a lighthouse, {number}" for number in range(JOBS)]
 
@@ -101,7 +101,7 @@ def test_given_killed_workers_and_a_cut_off_broker_when_jobs_are_tracked_all_the
         for answer in answers[10:]:
             client.send_task("worker.track", [answer], queue="fetch-worker")
 
-    def nobody_waits() -> bool:
+    def no_consumer_waits() -> bool:
         with broker.client as redis:
             return bool(redis.info("clients")["blocked_clients"] == 0)
 
@@ -111,10 +111,10 @@ def test_given_killed_workers_and_a_cut_off_broker_when_jobs_are_tracked_all_the
         wait_until(
             lambda: states(database).get("completed", 0) > 0, "a job is completed", seen=lambda: states(database)
         )
-        if messages.startswith("amqp"):  # Redis hands out again what a dead worker had, but only after a minute
+        if messages.startswith("amqp"):  # Redis delivers messages of a dead worker again only after a minute
             track_twenty()
         assert kill_workers(process.pid) == 2
-        wait_until(nobody_waits, "no connection waits for a message")
+        wait_until(no_consumer_waits, "no connection waits for a message")
         while prompts[20:]:
             track_twenty()
         wait_until(lambda: log.read_text().count(" ready.") >= 4, "both workers are back", seen=lambda: tail(log))
@@ -122,12 +122,12 @@ def test_given_killed_workers_and_a_cut_off_broker_when_jobs_are_tracked_all_the
             wait_until(
                 lambda: sum(states(database).values()) == JOBS - 20, "all are tracked", seen=lambda: states(database)
             )
-        way.mode = "refuse"
-        way.cut_all()
-        wait_until(nobody_waits, "no connection waits for a message")
+        proxy.mode = "refuse"
+        proxy.cut_all()
+        wait_until(no_consumer_waits, "no connection waits for a message")
         track_twenty()
         time.sleep(3)
-        way.mode = "pass"
+        proxy.mode = "pass"
         wait_completed(database, JOBS, tmp_path)
     assert_nothing_lost(database, sandbox, tmp_path, JOBS, asked_again=JOBS)
     assert KEY not in log.read_text()
@@ -138,38 +138,40 @@ def _rows(engine: Engine) -> list[int]:
         return list(connection.execute(select(jobs.c.id)).scalars())
 
 
-_WAITS = text("SELECT count(*) FROM pg_locks WHERE relation = 'fetch_jobs'::regclass AND NOT granted")
+_WAITING_LOCKS = text("SELECT count(*) FROM pg_locks WHERE relation = 'fetch_jobs'::regclass AND NOT granted")
 
 
 @pytest.mark.long
 @pytest.mark.server
 @pytest.mark.parametrize("committed", [False, True], ids=["before_its_commit", "after_its_commit"])
-def test_given_a_worker_killed_over_a_message_when_rabbitmq_delivers_it_again_then_there_is_one_row(
-    committed: bool, tmp_path: Path, database: Engine, way: Proxy, sandbox: Sandbox, client: Celery
+def test_given_a_worker_killed_while_it_handles_a_message_when_rabbitmq_redelivers_it_then_there_is_one_row(
+    committed: bool, tmp_path: Path, database: Engine, proxy: Proxy, sandbox: Sandbox, client: Celery
 ) -> None:
-    """`worker.track` is acknowledged late there also: the message outlives whoever was working on it."""
+    """`worker.track` is acknowledged late with RabbitMQ too, so the message survives a killed worker."""
     log = tmp_path / "worker.log"
     with celery_worker(tmp_path, "--hostname", "first@%h") as first:
-        with database.begin() as other, database.connect() as looking:
-            other.execute(text("LOCK TABLE fetch_jobs IN EXCLUSIVE MODE"))
+        with database.begin() as locker, database.connect() as observer:
+            locker.execute(text("LOCK TABLE fetch_jobs IN EXCLUSIVE MODE"))
             result = client.send_task("worker.track", [sandbox.submit("a lighthouse")], queue="fetch-worker")
             wait_until(
-                lambda: looking.execute(_WAITS).scalar() == 1, "the INSERT waits for the lock", seen=log.read_text
+                lambda: observer.execute(_WAITING_LOCKS).scalar() == 1,
+                "the INSERT waits for the lock",
+                seen=log.read_text,
             )
             if committed:
-                way.mode = "swallow"  # its acknowledgement too
+                proxy.mode = "swallow"  # the acknowledgement is lost
             else:
                 first.kill()
         wait_until(lambda: len(_rows(database)) == committed, f"there are {int(committed)} rows", seen=log.read_text)
         first.kill()
         first.wait()
-    way.mode = "pass"
+    proxy.mode = "pass"
 
     with celery_worker(tmp_path, "--hostname", "second@%h"):
         job_id = result.get(timeout=60)
 
         assert _rows(database) == [job_id]
-        assert "Task worker.track" in log.read_text(), "it was not delivered again"
+        assert "Task worker.track" in log.read_text(), "the message was not redelivered"
 
 
 CUTS, MESSAGES = 2, 800
@@ -177,10 +179,10 @@ CUTS, MESSAGES = 2, 800
 
 @pytest.mark.long
 @pytest.mark.server
-def test_given_full_queues_when_rabbitmq_is_cut_off_and_back_then_a_worker_takes_messages_again(
-    tmp_path: Path, database: Engine, messages: str, way: Proxy, client: Celery
+def test_given_a_full_queue_when_the_connection_to_rabbitmq_is_cut_then_the_worker_consumes_again_afterwards(
+    tmp_path: Path, database: Engine, messages: str, proxy: Proxy, client: Celery
 ) -> None:
-    """Cut off while its threads acknowledge, which they do one after the other; each time anew."""
+    """The connection is cut twice, each time while the worker's threads acknowledge messages."""
     queue = "fetch-worker.downloads"
 
     def waiting() -> int:
@@ -189,15 +191,15 @@ def test_given_full_queues_when_rabbitmq_is_cut_off_and_back_then_a_worker_takes
 
     with celery_worker(tmp_path, "--queues", queue, "--concurrency", "16") as worker:
         for _ in range(CUTS):
-            worker.send_signal(signal.SIGSTOP)  # so that the queue is full however fast it works
+            worker.send_signal(signal.SIGSTOP)  # so that messages remain in the queue until the cut
             for unknown in range(MESSAGES):
                 client.send_task("worker.download", [unknown], queue=queue)
             worker.send_signal(signal.SIGCONT)
             full = waiting()
-            wait_until(lambda: waiting() < full, "messages are taken")  # noqa: B023 - called before `full` changes
-            way.mode = "refuse"
-            way.cut_all()
-            assert waiting() > 0, "it was cut off too late"
+            wait_until(lambda: waiting() < full, "messages are consumed")  # noqa: B023 - called before `full` changes
+            proxy.mode = "refuse"
+            proxy.cut_all()
+            assert waiting() > 0, "the connection was cut too late"
             time.sleep(1)
-            way.mode = "pass"
-            wait_until(lambda: waiting() == 0, "every message is taken", PATIENCE, seen=lambda: f"{waiting()} wait")
+            proxy.mode = "pass"
+            wait_until(lambda: waiting() == 0, "every message is consumed", PATIENCE, seen=lambda: f"{waiting()} wait")

@@ -1,4 +1,4 @@
-"""Processes that race for the same rows: one lease, one holder, and what an old holder brings changes nothing."""
+"""Processes race for the same rows: each lease has one holder, and results of old holders are discarded."""
 
 import json
 import subprocess
@@ -13,21 +13,21 @@ from tests.faults.claimers import PROCESSES, ROUNDS
 from tests.rows import add_downloading, job_values, output_values
 from worker.store.schema import jobs, outputs
 
-MANY = 150
+ROWS = 150
 
 
 @pytest.mark.long
 @pytest.mark.server
-def test_given_processes_that_race_when_leases_run_out_then_each_row_has_one_holder_a_lease_and_old_ones_write_nothing(
+def test_given_processes_that_race_when_leases_expire_then_each_lease_has_one_holder_and_old_holders_write_nothing(
     engine: Engine,
 ) -> None:
-    """Jobs and outputs; the longest due and the most urgent ones; outputs by the messages of all of them at once."""
+    """Jobs are claimed by due time or around the current time, outputs in random order."""
     with engine.begin() as connection:
-        connection.execute(insert(jobs), [job_values(str(number)) for number in range(MANY)])
+        connection.execute(insert(jobs), [job_values(str(number)) for number in range(ROWS)])
         ready = add_downloading(connection, "ready")
-        connection.execute(insert(outputs), [output_values(ready, number) for number in range(MANY)])
+        connection.execute(insert(outputs), [output_values(ready, number) for number in range(ROWS)])
 
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "tests.faults.claimers", engine.url.render_as_string(hide_password=False)],
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -36,14 +36,14 @@ def test_given_processes_that_race_when_leases_run_out_then_each_row_has_one_hol
         check=False,
     )
 
-    assert done.returncode == 0, done.stderr
-    processes = json.loads(done.stdout)
+    assert result.returncode == 0, result.stderr
+    processes = json.loads(result.stdout)
     for number in range(ROUNDS):
         for kind in ("jobs", "outputs"):
-            claimed = Counter(one for process in processes for one in process[number][kind])
-            assert (len(claimed), set(claimed.values())) == (MANY, {1}), f"{kind} in round {number}"
-    assert [one["stale"] for process in processes for one in process] == [0] * PROCESSES * ROUNDS
-    assert sum(process[-1]["live"] for process in processes) == 2 * MANY
+            claimed = Counter(row_id for process in processes for row_id in process[number][kind])
+            assert (len(claimed), set(claimed.values())) == (ROWS, {1}), f"{kind} in round {number}"
+    assert [round_["stale"] for process in processes for round_ in process] == [0] * PROCESSES * ROUNDS
+    assert sum(process[-1]["live"] for process in processes) == 2 * ROWS
     with engine.connect() as connection:
         polls = connection.execute(select(jobs.c.polls).where(jobs.c.status == "pending")).scalars()
         assert set(polls) == {ROUNDS}

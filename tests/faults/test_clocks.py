@@ -1,4 +1,4 @@
-"""Workers whose clocks are wrong, or in another zone, beside one that is right: the database's clock decides."""
+"""Workers with wrong clocks or another time zone run beside a correct one: only the database's clock is used."""
 
 import json
 from contextlib import ExitStack
@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Engine, select
 
 from tests.faults.servers import (
-    HurtRedis,
+    RedisServer,
     assert_nothing_lost,
     assert_polls_are_the_calls,
     celery,
@@ -22,44 +22,44 @@ from worker.store.schema import jobs
 
 JOBS = 60
 
-# What reads the wall clock in a process that this is planted in is `off` seconds wrong. The monotonic clock is right.
+# Shifts the wall clock of a process by `off` seconds. The monotonic clock stays correct.
 WRONG_CLOCK = """
 import datetime, time
 
-right, of_clock = datetime.datetime, time.time
-time.time = lambda: of_clock() + {off}
+real_datetime, real_time = datetime.datetime, time.time
+time.time = lambda: real_time() + {off}
 
-class Kind(type):
-    def __instancecheck__(cls, it):
-        return isinstance(it, right)
+class RealDatetimeType(type):
+    def __instancecheck__(cls, instance):
+        return isinstance(instance, real_datetime)
 
-    def __subclasscheck__(cls, it):
-        return issubclass(it, right)
+    def __subclasscheck__(cls, subclass):
+        return issubclass(subclass, real_datetime)
 
-    def __call__(cls, *arguments, **named):
-        return right(*arguments, **named)
+    def __call__(cls, *args, **kwargs):
+        return real_datetime(*args, **kwargs)
 
-class Wrong(right, metaclass=Kind):
+class ShiftedDatetime(real_datetime, metaclass=RealDatetimeType):
     @classmethod
     def now(cls, tz=None):
-        return right.fromtimestamp(time.time(), tz)
+        return real_datetime.fromtimestamp(time.time(), tz)
 
     @classmethod
     def utcnow(cls):
-        return right.fromtimestamp(time.time(), datetime.timezone.utc).replace(tzinfo=None)
+        return real_datetime.fromtimestamp(time.time(), datetime.timezone.utc).replace(tzinfo=None)
 
-datetime.datetime = Wrong
+datetime.datetime = ShiftedDatetime
 """
-SAYS_ITS_TIME = "print('by its clock it is', datetime.datetime.now(datetime.timezone.utc).isoformat(), flush=True)"
+PRINT_TIME = "print('clock of this process', datetime.datetime.now(datetime.timezone.utc).isoformat(), flush=True)"
 HOURS = {"right": 0, "ahead": 2, "behind": -2, "auckland": 0}
 
 
 @pytest.mark.long
 @pytest.mark.server
-def test_given_workers_whose_clocks_are_wrong_when_they_work_beside_a_right_one_then_nothing_is_early_late_or_double(
-    tmp_path: Path, database: Engine, sandbox: Sandbox, broker: HurtRedis, monkeypatch: pytest.MonkeyPatch
+def test_given_workers_with_wrong_clocks_beside_a_correct_one_then_no_poll_is_early_and_no_work_is_done_twice(
+    tmp_path: Path, database: Engine, sandbox: Sandbox, broker: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two hours ahead, two behind, and one in Auckland. Calls last longer than half a lease, so one could be stolen."""
+    """One clock is two hours ahead, one two hours behind, one in Auckland. A poll takes longer than half a lease."""
     monkeypatch.setenv("POLL_MIN", "1")
     monkeypatch.setenv("JOB_DEADLINE", "3600")
     submitted = [sandbox.submit(f"a lighthouse, {number}", samples=1) for number in range(JOBS)]
@@ -69,29 +69,29 @@ def test_given_workers_whose_clocks_are_wrong_when_they_work_beside_a_right_one_
 
     with ExitStack() as workers:
         for name, hours in HOURS.items():
-            plant = WRONG_CLOCK.format(off=hours * 3_600) + SAYS_ITS_TIME
+            plant = WRONG_CLOCK.format(off=hours * 3_600) + PRINT_TIME
             zone = "Pacific/Auckland" if name == "auckland" else "UTC"
             workers.enter_context(celery(tmp_path, name, plant=plant, TZ=zone))
         track_many(submitted)
-        took = wait_completed(database, JOBS, tmp_path)
+        seconds = wait_completed(database, JOBS, tmp_path)
 
     logs = {name: (tmp_path / f"{name}.log").read_text() for name in HOURS}
     with database.connect() as connection:
         rows = connection.execute(select(jobs)).all()
-    said = {name: _its_time(text) for name, text in logs.items()}
-    print(f"all done in {took:.1f} s; {sum(row.polls for row in rows)} polls of {JOBS} jobs")
+    clocks = {name: _logged_time(text) for name, text in logs.items()}
+    print(f"completed in {seconds:.1f} s; {sum(row.polls for row in rows)} polls of {JOBS} jobs")
     for name, hours in HOURS.items():
-        assert abs(said[name] - said["right"] - timedelta(hours=hours)) < timedelta(minutes=2), (
-            "its clock is as planned"
+        assert abs(clocks[name] - clocks["right"] - timedelta(hours=hours)) < timedelta(minutes=2), (
+            "the clock of the process is not shifted as intended"
         )
         assert "asked" in logs[name] or "stored" in logs[name], f"{name} did nothing"
-    assert least_gap(sandbox) >= 0.5, "a job was asked about by two"  # POLL_MIN, less half a second of a busy machine
+    assert least_gap(sandbox) >= 0.5, "two workers polled a job"  # POLL_MIN, minus half a second for a busy machine
     for row in rows:
-        assert timedelta(0) <= row.completed_at - row.submitted_at < timedelta(seconds=took + 30)
+        assert timedelta(0) <= row.completed_at - row.submitted_at < timedelta(seconds=seconds + 30)
     assert_nothing_lost(database, sandbox, tmp_path, JOBS)
     assert_polls_are_the_calls(database, sandbox)
     assert sorted(sandbox.calls.pictures.values()) == [1] * JOBS
 
 
-def _its_time(log: str) -> datetime:
-    return datetime.fromisoformat(log.partition("by its clock it is ")[2].split()[0]).astimezone(UTC)
+def _logged_time(log: str) -> datetime:
+    return datetime.fromisoformat(log.partition("clock of this process ")[2].split()[0]).astimezone(UTC)

@@ -1,4 +1,4 @@
-"""PostgreSQL restarts, cannot be reached, or is cut off in the middle of a COMMIT: work waits, and nothing is lost."""
+"""PostgreSQL restarts, is unreachable, or loses the connection during COMMIT: work waits, and nothing is lost."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,9 +9,15 @@ from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 
 from tests import servers
-from tests.faults.hurts import cut_after_the_commit, cut_before_the_commit, restarted, swallowing, unreachable
-from tests.faults.proxy import Proxy, proxy
-from tests.faults.servers import HurtRedis, all_completed, assert_nothing_lost, hurt_postgres, up, wait_completed
+from tests.faults.connection_faults import (
+    cut_after_the_commit,
+    cut_before_the_commit,
+    restarted,
+    swallowing,
+    unreachable,
+)
+from tests.faults.proxy import Proxy, running_proxy
+from tests.faults.servers import RedisServer, all_completed, assert_nothing_lost, running_postgres, up, wait_completed
 from worker import track_many
 from worker.sandbox import Sandbox
 from worker.store.engine import make_engine
@@ -22,7 +28,7 @@ JOBS = 40
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Engine]:
-    """A database of this test's own, as the test itself reaches it."""
+    """Create a migrated database. The test connects to it without the proxy."""
     with servers.postgres(tmp_path / "postgres") as url:
         engine = make_engine(make_url(url))
         migrate(engine)
@@ -31,47 +37,47 @@ def database(tmp_path: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def way(database: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """The product's way to that database, which can be hurt."""
+def proxy(database: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """Start a proxy between the worker and the database. DATABASE_URL leads through it."""
     url = database.url
-    with proxy(url.host or "127.0.0.1", url.port or 5_432) as made:
-        through = url.set(host="127.0.0.1", port=made.port)
-        monkeypatch.setenv("DATABASE_URL", through.render_as_string(hide_password=False))
-        yield made
+    with running_proxy(url.host or "127.0.0.1", url.port or 5_432) as proxy:
+        proxied_url = url.set(host="127.0.0.1", port=proxy.port)
+        monkeypatch.setenv("DATABASE_URL", proxied_url.render_as_string(hide_password=False))
+        yield proxy
 
 
-HURTS = [restarted, unreachable, swallowing, cut_before_the_commit, cut_after_the_commit]
+FAULTS = [restarted, unreachable, swallowing, cut_before_the_commit, cut_after_the_commit]
 
 
 @pytest.mark.long
 @pytest.mark.server
-@pytest.mark.parametrize("hurt", HURTS, ids=lambda hurt: hurt.__name__)
-def test_nothing_is_lost_when_the_database_is(
-    hurt: Callable[[Proxy, Callable[[], int]], None],
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_nothing_is_lost_when_the_database_fails(
+    fault: Callable[[Proxy, Callable[[], int]], None],
     tmp_path: Path,
     database: Engine,
-    way: Proxy,
+    proxy: Proxy,
     sandbox: Sandbox,
-    broker: HurtRedis,
+    broker: RedisServer,
 ) -> None:
-    """Under load. No process ends for it, and all is done soon after it is back."""
+    """The fault happens under load. No process exits, and all jobs complete after the fault ends."""
     with up(tmp_path):
         track_many([sandbox.submit(f"a lighthouse, {number}") for number in range(JOBS)])
         time.sleep(2)
-        hurt(way, lambda: sum(sandbox.calls.fetches.values()))
+        fault(proxy, lambda: sum(sandbox.calls.fetches.values()))
         log = tmp_path / "up.log"
         wait_completed(database, JOBS, tmp_path)
     assert_nothing_lost(database, sandbox, tmp_path, JOBS)
-    assert "it is started again" not in log.read_text(), "a process ended for it"
+    assert "it is started again" not in log.read_text(), "a process exited because of the fault"
 
 
 @pytest.mark.long
 @pytest.mark.server
 def test_given_a_server_that_crashes_twice_when_jobs_are_under_way_then_nothing_is_lost(
-    tmp_path: Path, sandbox: Sandbox, broker: HurtRedis, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, sandbox: Sandbox, broker: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`pg_ctl restart -m immediate`: what was committed in passing is undone, too, and made again."""
-    with hurt_postgres(tmp_path / "postgres") as server:
+    """`pg_ctl restart -m immediate`: commits without `synchronous_commit` may be lost, and their work is repeated."""
+    with running_postgres(tmp_path / "postgres") as server:
         monkeypatch.setenv("DATABASE_URL", server.url)
         database = make_engine(make_url(server.url))
         migrate(database)
@@ -79,11 +85,11 @@ def test_given_a_server_that_crashes_twice_when_jobs_are_under_way_then_nothing_
             track_many([sandbox.submit(f"a lighthouse, {number}") for number in range(JOBS)])
             for _ in range(2):
                 time.sleep(2)
-                assert not all_completed(database, JOBS), "it crashed too late"
+                assert not all_completed(database, JOBS), "the server crashed too late"
                 server.crash()
                 database.dispose()
             log = tmp_path / "up.log"
             wait_completed(database, JOBS, tmp_path)
         assert_nothing_lost(database, sandbox, tmp_path, JOBS, asked_again=JOBS)
         database.dispose()
-        assert "it is started again" not in log.read_text(), "a process ended for it"
+        assert "it is started again" not in log.read_text(), "a process exited because of the fault"

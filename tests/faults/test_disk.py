@@ -1,4 +1,4 @@
-"""No room for the SQLite file: the worker says so, goes on when there is room again, and nothing is lost."""
+"""The disk of the SQLite file is full: the worker logs it, continues when there is room again, and nothing is lost."""
 
 import os
 import resource
@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 
-from tests.faults.servers import HurtRedis, all_completed, assert_nothing_lost, children, tail, up, wait_completed
+from tests.faults.servers import RedisServer, all_completed, assert_nothing_lost, children, tail, up, wait_completed
 from tests.servers import missing
 from tests.waiting import wait_until
 from worker import track_many
@@ -28,7 +28,7 @@ NO_ROOM = ("SQLITE_FULL", "SQLITE_IOERR")
 
 @contextmanager
 def _full_disk(folder: Path, pid: int) -> Iterator[None]:
-    """Another file takes all that is left."""
+    """Fill the disk with another file."""
     filler = folder / "filler"
     with filler.open("wb", buffering=0) as out:
         while True:
@@ -42,18 +42,18 @@ def _full_disk(folder: Path, pid: int) -> Iterator[None]:
 
 @contextmanager
 def _limited(folder: Path, pid: int) -> Iterator[None]:
-    """No file of the product's may grow beyond what the database has already: for those who are not root."""
-    least = min(path.stat().st_size for path in folder.glob("worker.db*") if path.stat().st_size)
-    for one in children(pid):
-        resource.prlimit(one, resource.RLIMIT_FSIZE, (least, resource.RLIM_INFINITY))
+    """Limit the file size of the worker's processes to that of the database. This works without root."""
+    smallest = min(path.stat().st_size for path in folder.glob("worker.db*") if path.stat().st_size)
+    for child in children(pid):
+        resource.prlimit(child, resource.RLIMIT_FSIZE, (smallest, resource.RLIM_INFINITY))
     yield
-    for one in children(pid):
-        resource.prlimit(one, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    for child in children(pid):
+        resource.prlimit(child, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
-    """A folder on a disk of its own, of a few megabytes where we may mount one."""
+    """Return a folder on a disk of 16 MB, or on the normal disk if the test may not mount one."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = (
@@ -69,7 +69,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def database(small: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """A file on it, which DATABASE_URL names."""
+    """Create a migrated SQLite file on that disk. DATABASE_URL names it."""
     url = f"sqlite:///{small}/worker.db"
     monkeypatch.setenv("DATABASE_URL", url)
     engine = make_engine(make_url(url))
@@ -80,17 +80,17 @@ def database(small: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("full", [_full_disk, _limited], ids=["full_disk", "limited"])
-def test_given_jobs_under_way_when_there_is_no_room_for_sqlite_then_it_says_so_and_goes_on_afterwards(
+def test_given_waiting_jobs_when_the_disk_of_sqlite_is_full_then_the_worker_logs_it_and_continues_afterwards(
     full: Callable[[Path, int], AbstractContextManager[None]],
     tmp_path: Path,
     small: Path,
     database: Engine,
     sandbox: Sandbox,
-    broker: HurtRedis,
+    broker: RedisServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The file is readable all the while, and no process ends for it."""
-    monkeypatch.setenv("RECOVERY_SECONDS", "20")  # leases outlast it: nothing may be asked twice
+    """The file stays readable, and no process exits."""
+    monkeypatch.setenv("RECOVERY_SECONDS", "20")  # leases outlast the fault, so that no job is polled twice
     if full is _full_disk and not small.is_mount():
         missing("the right to mount a small disk, which root has,")
     log = tmp_path / "up.log"
@@ -99,13 +99,15 @@ def test_given_jobs_under_way_when_there_is_no_room_for_sqlite_then_it_says_so_a
         time.sleep(1)
         with full(small, process.pid):
             wait_until(
-                lambda: any(words in log.read_text() for words in NO_ROOM), "the log says so", seen=lambda: tail(log)
+                lambda: any(code in log.read_text() for code in NO_ROOM),
+                "it is logged",
+                seen=lambda: tail(log),
             )
             time.sleep(FULL_SECONDS)
-            assert not all_completed(database, JOBS), "there was room all the while"
+            assert not all_completed(database, JOBS), "the disk was never full"
         wait_completed(database, JOBS, tmp_path)
     assert_nothing_lost(database, sandbox, tmp_path, JOBS)
-    assert "it is started again" not in log.read_text(), "a process ended for it"
+    assert "it is started again" not in log.read_text(), "a process exited because of the fault"
     with sqlite3.connect(small / "worker.db") as plain:
         assert plain.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     plain.close()

@@ -1,4 +1,4 @@
-"""A database that is locked by somebody else, or has hardly a connection to give: work goes round it or waits."""
+"""Rows or the database are locked, or connections are scarce: other work continues, and blocked work waits."""
 
 import json
 import secrets
@@ -17,7 +17,7 @@ from sqlalchemy.engine import make_url
 
 from tests.faults.servers import (
     PATIENCE,
-    HurtRedis,
+    RedisServer,
     assert_nothing_lost,
     assert_polls_are_the_calls,
     celery,
@@ -39,8 +39,8 @@ pytestmark = [pytest.mark.long, pytest.mark.server]
 
 
 @pytest.fixture
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """Migrated tables in an SQLite file that DATABASE_URL names."""
+def sqlite_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """Create a migrated SQLite file. DATABASE_URL names it."""
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/worker.db")
     engine = make_engine(make_url(f"sqlite:///{tmp_path}/worker.db"))
     migrate(engine)
@@ -48,10 +48,10 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     engine.dispose()
 
 
-def test_given_a_row_that_somebody_locked_when_its_answer_comes_then_all_others_go_on(
-    tmp_path: Path, database: Engine, sandbox: Sandbox, broker: HurtRedis, monkeypatch: pytest.MonkeyPatch
+def test_given_a_row_that_another_client_locks_when_its_answer_arrives_then_all_other_jobs_continue(
+    tmp_path: Path, database: Engine, sandbox: Sandbox, broker: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And its own is written once the lock is gone; the API is not asked again for it, since its lease is longer."""
+    """Its answer is recorded after the lock is released. The job is not polled again, as its lease lasts longer."""
     monkeypatch.setenv("RECOVERY_SECONDS", "300")
     sandbox.options_now(min_seconds=0, max_seconds=0.1)
     submitted = [sandbox.submit(f"a lighthouse, {number}", samples=1) for number in range(JOBS)]
@@ -62,19 +62,19 @@ def test_given_a_row_that_somebody_locked_when_its_answer_comes_then_all_others_
     log = tmp_path / "worker.log"
     with celery(tmp_path, "worker"):
         ids = track_many(submitted)
-        wait_until(lambda: sandbox.calls.fetches[str(locked["id"])] == 1, "the job is asked about")
-        with database.begin() as somebody:
-            somebody.execute(select(jobs.c.id).where(jobs.c.id == ids[0]).with_for_update())
-            others = _wait_for_all_but_one(database, JOBS)
+        wait_until(lambda: sandbox.calls.fetches[str(locked["id"])] == 1, "the job is polled")
+        with database.begin() as locker:
+            locker.execute(select(jobs.c.id).where(jobs.c.id == ids[0]).with_for_update())
+            first_seconds = _wait_for_all_but_one(database, JOBS)
             more = [sandbox.submit(f"a harbour, {number}", samples=1) for number in range(JOBS)]
             wait_until(
                 lambda: "their answers wait" in log.read_text(), "its answer waits for the lock", seen=log.read_text
             )
             track_many(more)
-            late = _wait_for_all_but_one(database, 2 * JOBS)
+            second_seconds = _wait_for_all_but_one(database, 2 * JOBS)
             assert states(database) == {"completed": 2 * JOBS - 1, "pending": 1}
-        took = wait_completed(database, 2 * JOBS, tmp_path)
-    print(f"others done in {others:.1f} s and {late:.1f} s, the locked one {took:.1f} s after the lock")
+        seconds = wait_completed(database, 2 * JOBS, tmp_path)
+    print(f"other jobs took {first_seconds:.1f} s and {second_seconds:.1f} s, the locked one {seconds:.1f} s after it")
     assert_nothing_lost(database, sandbox, tmp_path, 2 * JOBS)
     assert_polls_are_the_calls(database, sandbox)
 
@@ -89,70 +89,70 @@ def _wait_for_all_but_one(engine: Engine, count: int) -> float:
 
 
 @pytest.fixture
-def poor(database: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A role with few connections for the same tables, which DATABASE_URL names."""
-    role, password = f"poor_{secrets.token_hex(4)}", secrets.token_hex(8)
+def limited_role(database: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Create a role that may open few connections to the same tables. DATABASE_URL names it."""
+    role, password = f"limited_{secrets.token_hex(4)}", secrets.token_hex(8)
     with database.begin() as connection:
         connection.execute(text(f"CREATE ROLE {role} LOGIN PASSWORD '{password}' CONNECTION LIMIT {CONNECTIONS}"))
-        for what in ("TABLES", "SEQUENCES"):
-            connection.execute(text(f"GRANT ALL ON ALL {what} IN SCHEMA public TO {role}"))
+        for objects in ("TABLES", "SEQUENCES"):
+            connection.execute(text(f"GRANT ALL ON ALL {objects} IN SCHEMA public TO {role}"))
     url = database.url.set(username=role, password=password)
     monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
     yield role
     with database.begin() as connection:
-        end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = :role"
-        connection.execute(text(end), {"role": role})
+        terminate = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = :role"
+        connection.execute(text(terminate), {"role": role})
         connection.execute(text(f"DROP OWNED BY {role}"))
         connection.execute(text(f"DROP ROLE {role}"))
 
 
-def test_given_a_database_with_six_connections_when_twenty_threads_want_one_then_they_take_turns(
-    tmp_path: Path, database: Engine, poor: str, sandbox: Sandbox, broker: HurtRedis
+def test_given_a_database_with_six_connections_when_twenty_threads_need_one_then_they_take_turns(
+    tmp_path: Path, database: Engine, limited_role: str, sandbox: Sandbox, broker: RedisServer
 ) -> None:
-    """No job, no output and no process comes to harm."""
+    """All jobs and outputs are completed, and no process exits."""
     with up(tmp_path) as process:
         submitted = [sandbox.submit(f"a lighthouse, {number}") for number in range(JOBS * 2)]
         with database.begin() as connection:
             used = connection.execute(
-                text("SELECT count(*) FROM pg_stat_activity WHERE usename = :role"), {"role": poor}
+                text("SELECT count(*) FROM pg_stat_activity WHERE usename = :role"), {"role": limited_role}
             ).scalar_one()
         assert 0 < used <= CONNECTIONS
         track_many(submitted)
-        took = wait_completed(database, JOBS * 2, tmp_path)
+        seconds = wait_completed(database, JOBS * 2, tmp_path)
         assert process.poll() is None
     log = (tmp_path / "up.log").read_text()
     refusals = log.count("too many connections")
-    print(f"all done in {took:.1f} s on {CONNECTIONS} connections; {refusals} refusals in the log")
+    print(f"completed in {seconds:.1f} s on {CONNECTIONS} connections; {refusals} refusals in the log")
     assert "it is started again" not in log
     assert "Traceback" not in log
     assert_nothing_lost(database, sandbox, tmp_path, JOBS * 2)
     assert_polls_are_the_calls(database, sandbox)
 
 
-def select_now(pipe: IO[bytes]) -> bool:
-    """Return whether there is something to read."""
+def _has_input(pipe: IO[bytes]) -> bool:
+    """Return whether the pipe has something to read."""
     return bool(readable([pipe], [], [], 0)[0])
 
 
-HOLDS = """
+HOLD_LOCK = """
 import sqlite3, sys, time
 connection = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=60)
 connection.execute("BEGIN IMMEDIATE")
 print("held", flush=True)
 time.sleep(10)
-print("lets go", flush=True)
+print("released", flush=True)
 connection.execute("COMMIT")
 """
 
 
-def test_given_an_sqlite_file_that_another_process_locks_for_10_seconds_when_it_lets_go_then_all_is_done(
-    tmp_path: Path, file: Engine, sandbox: Sandbox, broker: HurtRedis
+def test_given_an_sqlite_file_that_another_process_locks_for_10_seconds_then_all_jobs_complete_afterwards(
+    tmp_path: Path, sqlite_file: Engine, sandbox: Sandbox, broker: RedisServer
 ) -> None:
-    """An app that tracks jobs meanwhile waits, and is not troubled either."""
+    """An app that tracks jobs meanwhile waits for the lock and gets no error."""
     log = tmp_path / "worker.log"
     with celery(tmp_path, "worker"):
         track_many([sandbox.submit(f"a lighthouse, {number}", samples=1) for number in range(JOBS)])
-        command = [sys.executable, "-c", HOLDS, str(tmp_path / "worker.db")]
+        command = [sys.executable, "-c", HOLD_LOCK, str(tmp_path / "worker.db")]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
             assert holder.stdout is not None
             assert holder.stdout.readline() == b"held\n"
@@ -163,9 +163,9 @@ def test_given_an_sqlite_file_that_another_process_locks_for_10_seconds_when_it_
                 impatient.execute("BEGIN IMMEDIATE")
             impatient.close()
             track_many([sandbox.submit(f"a harbour, {number}", samples=1) for number in range(JOBS)])
-            assert select_now(holder.stdout), "it was tracked while the file was locked"
-        took = wait_completed(file, 2 * JOBS, tmp_path)
-    print(f"all done {took:.1f} s after the lock")
+            assert _has_input(holder.stdout), "the jobs were tracked while the file was locked"
+        seconds = wait_completed(sqlite_file, 2 * JOBS, tmp_path)
+    print(f"completed {seconds:.1f} s after the lock")
     assert "database is locked" not in log.read_text()
-    assert_nothing_lost(file, sandbox, tmp_path, 2 * JOBS)
-    assert_polls_are_the_calls(file, sandbox)
+    assert_nothing_lost(sqlite_file, sandbox, tmp_path, 2 * JOBS)
+    assert_polls_are_the_calls(sqlite_file, sandbox)

@@ -1,4 +1,4 @@
-"""Messages that can't be tasks, in a real queue of a real worker: each is refused, and nothing else happens."""
+"""Malformed messages in the queue of a running worker: each one is refused and logged, and the worker continues."""
 
 import json
 import os
@@ -13,19 +13,19 @@ from sqlalchemy.engine import make_url
 
 from tests import servers
 from tests.faults import malformed
-from tests.faults.servers import WORKER, HurtRedis, celery, states, until
+from tests.faults.servers import WORKER, RedisServer, celery, states, until
 from tests.servers import celery_worker
 from worker.store.engine import make_engine
 from worker.store.migrate import migrate
 
 GOOD = 200
-PLACES = 4
+POOL_SIZE = 4
 QUEUES = ("--queues", "fetch-worker,fetch-worker.polls")
 
 
 @pytest.fixture
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """An SQLite database that DATABASE_URL names; nothing answers as the API."""
+    """Create a migrated SQLite file. DATABASE_URL names it. SD_API_URL leads to a closed port."""
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/worker.db")
     monkeypatch.setenv("SD_API_URL", "http://127.0.0.1:9/api/v3")
     engine = make_engine(make_url(f"sqlite:///{tmp_path}/worker.db"))
@@ -35,34 +35,34 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine
 
 
 def refusals(folder: Path) -> list[str]:
-    """The log's lines about refused messages."""
+    """Return the log lines about refused messages."""
     return [line for line in (folder / "worker.log").read_text().splitlines() if "message refused" in line]
 
 
 def track_one_by_one(client: Celery, first: int, count: int) -> None:
-    """Sends valid messages, some of Celery's older protocol."""
+    """Send `count` valid messages."""
     for number in range(first, first + count):
         client.send_task("worker.track", [f"good-{number}"], queue="fetch-worker")
 
 
-def assert_the_worker_is_as_before(folder: Path, pid: int, client: Celery, engine: Engine) -> None:
-    """The same process, quiet, with all places of its pool."""
+def assert_worker_is_healthy(folder: Path, pid: int, client: Celery, engine: Engine) -> None:
+    """Assert that the process did not restart, is idle and still uses its whole thread pool."""
     log = (folder / "worker.log").read_text()
     os.kill(pid, 0)
     assert log.count(" ready.") == 1
     assert log.count("Connection to broker lost") == 0
     assert "Traceback" not in log, log[-3_000:]
-    ask = client.control.inspect(timeout=20, limit=1)
-    for held in (ask.active(), ask.reserved(), ask.scheduled()):
-        assert list(held.values()) == [[]], held
+    inspect = client.control.inspect(timeout=20, limit=1)
+    for tasks in (inspect.active(), inspect.reserved(), inspect.scheduled()):
+        assert list(tasks.values()) == [[]], tasks
     before = states(engine)["pending"]
-    track_one_by_one(client, 10_000, 4 * PLACES)
-    until(lambda: states(engine)["pending"] == before + 4 * PLACES, 20, lambda: states(engine))
+    track_one_by_one(client, 10_000, 4 * POOL_SIZE)
+    until(lambda: states(engine)["pending"] == before + 4 * POOL_SIZE, 20, lambda: states(engine))
 
 
 @pytest.mark.server
-def test_given_malformed_messages_on_redis_among_good_ones_then_each_is_one_line_and_all_good_ones_run(
-    tmp_path: Path, broker: HurtRedis, database: Engine
+def test_given_malformed_messages_on_redis_among_good_ones_then_each_is_logged_once_and_all_good_ones_run(
+    tmp_path: Path, broker: RedisServer, database: Engine
 ) -> None:
     bad = [json.dumps(malformed.redis_element(sent, malformed.QUEUE)).encode() for sent in malformed.MALFORMED.values()]
     bad += malformed.ELEMENTS.values()
@@ -78,13 +78,13 @@ def test_given_malformed_messages_on_redis_among_good_ones_then_each_is_one_line
         until(lambda: len(refusals(tmp_path)) >= len(bad), 20, lambda: (len(bad), Counter(refusals(tmp_path))))
         with broker.client as connection:
             until(lambda: not connection.exists("fetch-worker.unacked", "fetch-worker.unacked_index"), 10)
-        assert_the_worker_is_as_before(tmp_path, process.pid, client, database)
+        assert_worker_is_healthy(tmp_path, process.pid, client, database)
     assert len(refusals(tmp_path)) == len(bad)
 
 
 @pytest.mark.server
-def test_given_malformed_messages_on_rabbitmq_among_good_ones_then_each_is_one_line_and_all_good_ones_run(
-    tmp_path: Path, broker: HurtRedis, database: Engine, monkeypatch: pytest.MonkeyPatch
+def test_given_malformed_messages_on_rabbitmq_among_good_ones_then_each_is_logged_once_and_all_good_ones_run(
+    tmp_path: Path, broker: RedisServer, database: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = list(malformed.MALFORMED.values())
     with servers.rabbitmq() as url, Celery(broker=url, backend=broker.url, set_as_current=False) as client:
@@ -97,12 +97,12 @@ def test_given_malformed_messages_on_rabbitmq_among_good_ones_then_each_is_one_l
             count = len(bad) + len(malformed.PROPERTIES)
             until(lambda: states(database).get("pending") == GOOD, 60, lambda: states(database))
             until(lambda: len(refusals(tmp_path)) >= count, 20, lambda: (count, len(refusals(tmp_path))))
-            assert_the_worker_is_as_before(tmp_path, process.pid, client, database)
+            assert_worker_is_healthy(tmp_path, process.pid, client, database)
         assert len(refusals(tmp_path)) == count
 
 
-def test_given_malformed_control_messages_and_events_then_a_worker_with_gossip_goes_on(
-    tmp_path: Path, broker: HurtRedis, database: Engine
+def test_given_malformed_control_messages_and_events_then_a_worker_with_gossip_continues(
+    tmp_path: Path, broker: RedisServer, database: Engine
 ) -> None:
     envelopes = [json.dumps(malformed.redis_element(sent, "")).encode() for sent in malformed.BODIES.values()]
     bad = [*envelopes, *malformed.ELEMENTS.values()]
@@ -113,5 +113,5 @@ def test_given_malformed_control_messages_and_events_then_a_worker_with_gossip_g
                 assert connection.publish(f"/0.{channel}", data) == 1
         track_one_by_one(client, 0, 1)
         until(lambda: states(database).get("pending") == 1, 20, lambda: states(database))
-        assert_the_worker_is_as_before(tmp_path, process.pid, client, database)
+        assert_worker_is_healthy(tmp_path, process.pid, client, database)
     assert len(refusals(tmp_path)) > len(bad)

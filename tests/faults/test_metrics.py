@@ -1,4 +1,4 @@
-"""`kill -9` in the middle of the work: no figure is doubled, none is lost, and what was never recorded is in none."""
+"""Processes are killed during work: every metric counts each recorded event exactly once."""
 
 import os
 import random
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, func, select
 
-from tests.faults.servers import HurtRedis, children, up, wait_completed
+from tests.faults.servers import RedisServer, children, up, wait_completed
 from tests.metrics.exposed import Exposed, scraped
 from worker import track_many
 from worker.sandbox import Sandbox
@@ -23,53 +23,55 @@ JOBS, SECONDS = 300, 15.0
 
 @pytest.mark.long
 @pytest.mark.server
-def test_figures_are_true_after_workers_were_killed_in_the_middle(
-    tmp_path: Path, database: Engine, sandbox: Sandbox, broker: HurtRedis, monkeypatch: pytest.MonkeyPatch
+def test_metrics_match_the_rows_after_workers_were_killed(
+    tmp_path: Path, database: Engine, sandbox: Sandbox, broker: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under load, again and again; meanwhile no counter goes down, and afterwards each is what rows and API say."""
+    """Workers are killed under load. No counter decreases, and in the end each one matches the rows and the API."""
     monkeypatch.setenv("SD_API_RPS", "100")
-    draw = random.Random(1)
-    seen: list[Exposed] = []
+    rng = random.Random(1)
+    scrapes: list[Exposed] = []
     with up(tmp_path) as process:
         track_many([sandbox.submit(f"a lighthouse, {number}", samples=1) for number in range(JOBS)])
-        over = time.monotonic() + SECONDS
-        while time.monotonic() < over:
-            time.sleep(draw.uniform(0.3, 1.5))
+        end = time.monotonic() + SECONDS
+        while time.monotonic() < end:
+            time.sleep(rng.uniform(0.3, 1.5))
             if pids := children(process.pid):
-                os.kill(draw.choice(pids), signal.SIGKILL)
-            seen.append(scraped(database))
+                os.kill(rng.choice(pids), signal.SIGKILL)
+            scrapes.append(scraped(database))
         wait_completed(database, JOBS, tmp_path)
-    seen.append(scraped(database))
+    scrapes.append(scraped(database))
 
-    said = seen[-1]
+    final = scrapes[-1]
     with database.connect() as connection:
         polls = connection.execute(select(func.sum(jobs.c.polls))).scalar_one()
         attempts, size = connection.execute(select(func.sum(outputs.c.attempts), func.sum(outputs.c.size_bytes))).one()
         began = connection.execute(select(func.min(jobs.c.tracked_at))).scalar_one()
         first = read_history(connection, began - timedelta(minutes=1))[0]
-    answers = said.all("api_answers_total")
+    answers = final.all("api_answers_total")
     served = sum(sandbox.calls.fetches.values())
     unrecorded = served - sum(answers.values())
-    print(f"{len(seen)} kills, {served} calls, {unrecorded:.0f} of them never recorded, {polls} polls")
-    assert said.all("jobs") == {("completed",): JOBS}
-    assert sum(said.all("jobs_finished_total").values()) == JOBS
-    assert sum(said.all("detection_delay_seconds_count").values()) == JOBS
-    assert sum(said.all("job_polls_count").values()) == JOBS
-    assert answers["default", "ready"] == JOBS  # one each: who was told and died was not counted
+    print(f"{len(scrapes)} kills, {served} requests, {unrecorded:.0f} of them not recorded, {polls} polls")
+    assert final.all("jobs") == {("completed",): JOBS}
+    assert sum(final.all("jobs_finished_total").values()) == JOBS
+    assert sum(final.all("detection_delay_seconds_count").values()) == JOBS
+    assert sum(final.all("job_polls_count").values()) == JOBS
+    assert answers["default", "ready"] == JOBS  # one per job: an answer lost with its process is not counted
     assert sandbox.calls.fetch_answers["success"] == JOBS + sum(sandbox.calls.fetches_after_success.values())
     assert 0 <= unrecorded <= polls - sum(answers.values())
     assert unrecorded >= sum(sandbox.calls.fetches_after_success.values())
-    assert said.value("download_attempts_total", "stored") == JOBS
-    assert sum(said.all("download_attempts_total").values()) <= attempts
-    assert said.value("stored_bytes_total") == size
-    assert said.all("claims") == said.all("claims_stuck") == said.all("outputs_unstored") == said.all("jobs_due") == {}
+    assert final.value("download_attempts_total", "stored") == JOBS
+    assert sum(final.all("download_attempts_total").values()) <= attempts
+    assert final.value("stored_bytes_total") == size
+    assert (
+        final.all("claims") == final.all("claims_stuck") == final.all("outputs_unstored") == final.all("jobs_due") == {}
+    )
     assert first.body["jobs"]["completed"] <= JOBS
-    for before, after in pairwise(seen):
-        assert _went_down(before, after) == []
+    for before, after in pairwise(scrapes):
+        assert _decreased(before, after) == []
 
 
-def _went_down(before: Exposed, after: Exposed) -> list[str]:
-    """The counters that did."""
+def _decreased(before: Exposed, after: Exposed) -> list[str]:
+    """Return the names of the counters that decreased."""
     return [
         name
         for name, samples in before.samples.items()

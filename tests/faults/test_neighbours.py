@@ -1,4 +1,4 @@
-"""Workers on one broker: each says which database it serves, and an app's own workers are asked nothing odd."""
+"""Several workers share a broker: each one reports its database, and an app's own workers log no error."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from celery import Celery
 from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 
-from tests.faults.servers import HurtRedis, celery
+from tests.faults.servers import RedisServer, celery
 from tests.waiting import wait_until
 from worker.process.neighbours import ask_nodes
 from worker.sandbox import Sandbox
@@ -27,12 +27,12 @@ def picture_ready(job_id):
 
 
 @pytest.mark.server
-def test_given_workers_of_two_databases_and_of_an_app_when_asked_then_each_says_its_own_and_nobody_logs_an_error(
-    tmp_path: Path, database: Engine, sandbox: Sandbox, broker: HurtRedis, monkeypatch: pytest.MonkeyPatch
+def test_given_workers_of_two_databases_and_of_an_app_when_inspected_then_each_reports_its_own_and_none_logs_errors(
+    tmp_path: Path, database: Engine, sandbox: Sandbox, broker: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = make_engine(make_url(f"sqlite:///{tmp_path / 'other.db'}"))
-    migrate(other)
-    with database.connect() as connection, other.connect() as other_connection:
+    other_database = make_engine(make_url(f"sqlite:///{tmp_path / 'other.db'}"))
+    migrate(other_database)
+    with database.connect() as connection, other_database.connect() as other_connection:
         ids = {database_id(connection), database_id(other_connection)}
     shop = tmp_path / "shop"
     shop.mkdir()
@@ -41,7 +41,7 @@ def test_given_workers_of_two_databases_and_of_an_app_when_asked_then_each_says_
 
     with (
         celery(tmp_path, "first"),
-        celery(tmp_path, "second", DATABASE_URL=str(other.url)),
+        celery(tmp_path, "second", DATABASE_URL=str(other_database.url)),
         celery(shop, "shop", "-A", "shop", "worker", "--pool", "solo", "--hostname", "shop@%h"),
     ):
         wait_until(lambda: {node.database for node in ask_nodes(client).values()} == {*ids, None}, "all three answer")
@@ -54,4 +54,4 @@ def test_given_workers_of_two_databases_and_of_an_app_when_asked_then_each_says_
     assert nodes["shop"].queues == {"celery"}
     for log in (tmp_path / "first.log", tmp_path / "second.log", shop / "shop.log"):
         assert "Traceback" not in log.read_text()
-    other.dispose()
+    other_database.dispose()

@@ -1,4 +1,4 @@
-"""An app's own Celery workers in the same Redis database: neither side takes or loses a task of the other."""
+"""An app's Celery workers use the same Redis database: neither side consumes or loses tasks of the other."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 from celery import Celery
 from sqlalchemy.engine import make_url
 
-from tests.faults.servers import HurtRedis, up, wait_completed
+from tests.faults.servers import RedisServer, up, wait_completed
 from tests.waiting import wait_until
 from worker import track_many
 from worker.sandbox import Sandbox
@@ -34,19 +34,19 @@ JOBS = 40
 
 @pytest.mark.long
 @pytest.mark.server
-def test_an_apps_own_tasks_and_ours_share_a_redis_and_none_is_lost_or_taken(
-    tmp_path: Path, sandbox: Sandbox, broker: HurtRedis, monkeypatch: pytest.MonkeyPatch
+def test_tasks_of_an_app_and_of_the_worker_share_a_redis_and_none_is_lost_or_consumed_by_the_other(
+    tmp_path: Path, sandbox: Sandbox, broker: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the app's default queue, and on one of its own."""
+    """The `on_done` tasks go to the app's default queue and to a queue with another name."""
     (tmp_path / "shop.py").write_text(SHOP)
     log = tmp_path / "shop.log"
     monkeypatch.setenv("SHOP_LOG", str(log))
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/worker.db")
     engine = make_engine(make_url(f"sqlite:///{tmp_path}/worker.db"))
     migrate(engine)
-    words = [sys.executable, "-m", "celery", "-A", "shop", "worker", "--queues", "celery,orders", "--pool", "threads"]
+    command = [sys.executable, "-m", "celery", "-A", "shop", "worker", "--queues", "celery,orders", "--pool", "threads"]
     with (tmp_path / "shop_worker.log").open("wb") as out:
-        shop = subprocess.Popen([*words, "--hostname", "shop@%h"], cwd=tmp_path, stdout=out, stderr=out)
+        shop = subprocess.Popen([*command, "--hostname", "shop@%h"], cwd=tmp_path, stdout=out, stderr=out)
     client = Celery(broker=broker.url, set_as_current=False)
     try:
         with up(tmp_path):
@@ -69,6 +69,6 @@ def test_an_apps_own_tasks_and_ours_share_a_redis_and_none_is_lost_or_taken(
         engine.dispose()
     lines = log.read_text().splitlines()
     assert set(lines) == expected
-    assert sorted(line for line in lines if line.startswith("own")) == sorted(own)  # on_done comes at least once
-    for said in ((tmp_path / "shop_worker.log").read_text(), (tmp_path / "up.log").read_text()):
-        assert "unregistered task" not in said
+    assert sorted(line for line in lines if line.startswith("own")) == sorted(own)  # on_done tasks may run twice
+    for log_text in ((tmp_path / "shop_worker.log").read_text(), (tmp_path / "up.log").read_text()):
+        assert "unregistered task" not in log_text

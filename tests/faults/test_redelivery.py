@@ -1,4 +1,4 @@
-"""A message that ends its process at each delivery, in a real queue of real workers."""
+"""A message kills its worker at each delivery: after some deliveries it is removed from the queue."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,13 +9,13 @@ from sqlalchemy import Engine, select
 from sqlalchemy.engine import make_url
 
 from tests import servers
-from tests.faults.servers import HurtRedis, celery, until
+from tests.faults.servers import RedisServer, celery, until
 from worker.process.redelivery import DELIVERIES_MOST
 from worker.store.engine import make_engine
 from worker.store.migrate import migrate
 from worker.store.schema import jobs
 
-# The row of this remote id ends the process that inserts it, as a fault of a driver or the kernel would.
+# Exits the process that inserts the job "poison", as a crash in a database driver would.
 PLANT = """
 import os, sys, threading, time
 def watch():
@@ -34,7 +34,7 @@ threading.Thread(target=watch, daemon=True).start()
 
 @pytest.fixture
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """An SQLite database that DATABASE_URL names; nothing answers as the API."""
+    """Create a migrated SQLite file. DATABASE_URL names it. SD_API_URL leads to a closed port."""
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/worker.db")
     monkeypatch.setenv("SD_API_URL", "http://127.0.0.1:9/api/v3")
     engine = make_engine(make_url(f"sqlite:///{tmp_path}/worker.db"))
@@ -46,17 +46,17 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine
 @pytest.mark.long
 @pytest.mark.server
 @pytest.mark.timeout(400)
-def test_given_a_message_that_ends_each_process_then_it_is_set_aside_and_the_others_run(
-    tmp_path: Path, broker: HurtRedis, database: Engine, monkeypatch: pytest.MonkeyPatch
+def test_given_a_message_that_kills_each_worker_then_it_is_set_aside_and_the_other_messages_run(
+    tmp_path: Path, broker: RedisServer, database: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def tracked() -> set[str]:
         with database.connect() as connection:
             return set(connection.execute(select(jobs.c.remote_id)).scalars())
 
-    others = {f"good-{number}" for number in range(8)}
+    good = {f"good-{number}" for number in range(8)}
     with servers.rabbitmq() as url, Celery(broker=url, backend=broker.url, set_as_current=False) as client:
         monkeypatch.setenv("BROKER_URL", url)
-        for number, remote in enumerate(["poison", *sorted(others)]):
+        for number, remote in enumerate(["poison", *sorted(good)]):
             client.send_task("worker.track", [remote], queue="fetch-worker", task_id=f"message-{number}")
         died = 0
         while died <= DELIVERIES_MOST:  # the first delivery is not counted
@@ -67,7 +67,7 @@ def test_given_a_message_that_ends_each_process_then_it_is_set_aside_and_the_oth
         with celery(tmp_path, "survivor", plant=PLANT) as survivor:
             log = tmp_path / "survivor.log"
             until(lambda: "message set aside" in log.read_text(), 60, log.read_text)
-            until(lambda: tracked() == others, 60, tracked)
+            until(lambda: tracked() == good, 60, tracked)
             assert survivor.poll() is None
         lines = [line for line in log.read_text().splitlines() if "message set aside" in line]
         assert len(lines) == 1

@@ -1,4 +1,4 @@
-"""Redis goes away, hangs, is emptied, is full, or turns read-only: it carries hints, and nothing is lost with it."""
+"""Redis stops, hangs, is emptied, is full or turns read-only. It holds only hints, so nothing is lost."""
 
 import signal
 import time
@@ -10,7 +10,7 @@ from celery import Celery
 from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 
-from tests.faults.servers import KEY, PATIENCE, HurtRedis, assert_nothing_lost, states, tail, up, wait_completed
+from tests.faults.servers import KEY, PATIENCE, RedisServer, assert_nothing_lost, states, tail, up, wait_completed
 from tests.servers import celery_worker
 from tests.waiting import wait_until
 from worker import track_many
@@ -23,7 +23,7 @@ JOBS = 40
 
 @pytest.fixture
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """Migrated tables in a file that DATABASE_URL names."""
+    """Create a migrated SQLite file. DATABASE_URL names it."""
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/worker.db")
     engine = make_engine(make_url(f"sqlite:///{tmp_path}/worker.db"))
     migrate(engine)
@@ -31,13 +31,13 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine
     engine.dispose()
 
 
-def test_a_worker_outlives_a_redis_that_goes_away_while_a_job_is_being_tracked(
-    tmp_path: Path, database: Engine, sandbox: Sandbox, broker: HurtRedis
+def test_a_worker_survives_a_redis_restart_while_a_job_is_being_tracked(
+    tmp_path: Path, database: Engine, sandbox: Sandbox, broker: RedisServer
 ) -> None:
-    """A message that is acknowledged late is under way when the connection is lost."""
+    """The connection is lost while a task with late acknowledgement runs."""
     client = Celery(broker=broker.url, set_as_current=False)
     with celery_worker(tmp_path, "--hostname", "hardy@%h") as process:
-        with database.begin():  # nobody else can write now
+        with database.begin():  # locks the database against other writers
             client.send_task("worker.track", ["4711"], {"eta": 1}, queue="fetch-worker")
             log = tmp_path / "worker.log"
             wait_until(
@@ -51,51 +51,51 @@ def test_a_worker_outlives_a_redis_that_goes_away_while_a_job_is_being_tracked(
         wait_until(lambda: sum(states(database).values()) == 1, "the job is tracked", PATIENCE, seen=lambda: tail(log))
         client.send_task("worker.track", ["4712"], {"eta": 1}, queue="fetch-worker")
         wait_until(lambda: sum(states(database).values()) == 2, "the next is tracked", PATIENCE, seen=lambda: tail(log))
-        assert process.poll() is None, "it ended with the connection"
+        assert process.poll() is None, "the worker exited when the connection was lost"
     client.close()
 
 
-def _restarted(broker: HurtRedis) -> None:
+def _restarted(broker: RedisServer) -> None:
     broker.kill()
     time.sleep(2)
     broker.start()
 
 
-def _emptied(broker: HurtRedis) -> None:
-    broker.notify("FLUSHALL")
+def _emptied(broker: RedisServer) -> None:
+    broker.execute("FLUSHALL")
 
 
-def _frozen(broker: HurtRedis) -> None:
+def _frozen(broker: RedisServer) -> None:
     broker.signal(signal.SIGSTOP)
     time.sleep(15)
     broker.signal(signal.SIGCONT)
 
 
-def _full(broker: HurtRedis) -> None:
-    broker.notify("CONFIG", "SET", "maxmemory-policy", "noeviction")
-    broker.notify("CONFIG", "SET", "maxmemory", "1mb")
+def _full(broker: RedisServer) -> None:
+    broker.execute("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    broker.execute("CONFIG", "SET", "maxmemory", "1mb")
     time.sleep(5)
-    broker.notify("CONFIG", "SET", "maxmemory", "0")
+    broker.execute("CONFIG", "SET", "maxmemory", "0")
 
 
-def _read_only(broker: HurtRedis) -> None:
-    broker.notify("REPLICAOF", "127.0.0.1", "1")
+def _read_only(broker: RedisServer) -> None:
+    broker.execute("REPLICAOF", "127.0.0.1", "1")
     time.sleep(5)
-    broker.notify("REPLICAOF", "NO", "ONE")
+    broker.execute("REPLICAOF", "NO", "ONE")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "hurt", [_restarted, _emptied, _frozen, _full, _read_only], ids=lambda hurt: hurt.__name__.strip("_")
+    "fault", [_restarted, _emptied, _frozen, _full, _read_only], ids=lambda fault: fault.__name__.strip("_")
 )
-def test_nothing_is_lost_when_redis_is(
-    hurt: object, tmp_path: Path, database: Engine, sandbox: Sandbox, broker: HurtRedis
+def test_nothing_is_lost_when_redis_fails(
+    fault: object, tmp_path: Path, database: Engine, sandbox: Sandbox, broker: RedisServer
 ) -> None:
-    """Under load, with half of the jobs handed over while it lasts; all is done soon after it is back."""
+    """The fault happens under load. Half of the jobs are tracked directly after it, and all are completed."""
     with up(tmp_path):
         track_many([sandbox.submit(f"a lighthouse, {number}") for number in range(JOBS // 2)])
         time.sleep(2)
-        hurt(broker)  # type: ignore[operator]  # one of the functions above
+        fault(broker)  # type: ignore[operator]  # one of the functions above
         track_many([sandbox.submit(f"a harbour, {number}") for number in range(JOBS // 2)])
         log = tmp_path / "up.log"
         wait_completed(database, JOBS, tmp_path)

@@ -1,4 +1,4 @@
-"""Connections to Redis that are dead without anybody having said so, and a password that is changed meanwhile."""
+"""Half-open connections to Redis, and a Redis password that changes while the workers run."""
 
 import time
 from collections.abc import Iterator
@@ -8,8 +8,8 @@ import pytest
 from celery import Celery
 from sqlalchemy import Engine
 
-from tests.faults.proxy import Proxy, proxy
-from tests.faults.servers import PATIENCE, HurtRedis, assert_nothing_lost, children, states, tail, up, wait_completed
+from tests.faults.proxy import Proxy, running_proxy
+from tests.faults.servers import PATIENCE, RedisServer, assert_nothing_lost, children, states, tail, up, wait_completed
 from tests.waiting import wait_until
 from worker import track_many
 from worker.sandbox import Sandbox
@@ -21,24 +21,24 @@ pytestmark = [pytest.mark.long, pytest.mark.server]
 
 
 @pytest.fixture
-def way(broker: HurtRedis, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """The product's way to Redis, which REDIS_URL names."""
-    with proxy("127.0.0.1", broker.port) as made:
-        monkeypatch.setenv("REDIS_URL", f"redis://127.0.0.1:{made.port}/0")
-        yield made
+def proxy(broker: RedisServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """Start a proxy between the worker and Redis. REDIS_URL leads through it."""
+    with running_proxy("127.0.0.1", broker.port) as proxy:
+        monkeypatch.setenv("REDIS_URL", f"redis://127.0.0.1:{proxy.port}/0")
+        yield proxy
 
 
 def _beats(log: Path) -> int:
     return log.read_text().count("Scheduler: Sending due task")
 
 
-def test_given_connections_to_redis_that_are_half_open_when_new_ones_pass_then_messages_come_again(
-    tmp_path: Path, database: Engine, sandbox: Sandbox, broker: HurtRedis, way: Proxy
+def test_given_half_open_connections_to_redis_when_new_ones_work_then_messages_are_consumed_again(
+    tmp_path: Path, database: Engine, sandbox: Sandbox, broker: RedisServer, proxy: Proxy
 ) -> None:
-    """Polls and downloads go on, what was lost with them is healed, no process hangs or has to be started again.
+    """Polls and downloads continue, lost messages are replaced, and no process hangs or has to be restarted.
 
-    Redis hands messages to the connections that it knows, so an app's `worker.track` may be lost until then: it is sent
-    again and again, and the job is there once.
+    Redis delivers messages to the half-open connections too, where an app's `worker.track` may be lost. The test sends
+    it again and again; the job is tracked once.
     """
     log = tmp_path / "up.log"
     client = Celery(broker=broker.url, set_as_current=False)
@@ -46,40 +46,40 @@ def test_given_connections_to_redis_that_are_half_open_when_new_ones_pass_then_m
         pids = children(process.pid)
         track_many([sandbox.submit(f"a lighthouse, {number}") for number in range(JOBS // 2)])
         time.sleep(2)
-        dead = way.forget_all()
+        dead = proxy.forget_all()
         began, beats = time.monotonic(), _beats(log)
         track_many([sandbox.submit(f"a harbour, {number}") for number in range(JOBS // 2)])
         by_message = sandbox.submit("a lighthouse, by message")
 
-        def taken() -> bool:
+        def is_consumed() -> bool:
             client.send_task("worker.track", [by_message], queue="fetch-worker")
             time.sleep(1)
             return sum(states(database).values()) == JOBS + 1
 
-        wait_until(taken, "a message is consumed", PATIENCE, seen=lambda: tail(log))
+        wait_until(is_consumed, "a message is consumed", PATIENCE, seen=lambda: tail(log))
         consumed = time.monotonic() - began
         wait_until(lambda: _beats(log) > beats + 1, "beat sends again", PATIENCE, seen=lambda: tail(log))
         wait_completed(database, JOBS + 1, tmp_path)
-        took = time.monotonic() - began
-        assert children(process.pid) == pids, "a process had to be started again"
+        seconds = time.monotonic() - began
+        assert children(process.pid) == pids, "a process had to be restarted"
     client.close()
-    print(f"{dead} connections half-open: a message consumed after {consumed:.1f} s, all done after {took:.1f} s")
+    print(f"{dead} connections half-open: a message consumed after {consumed:.1f} s, completed after {seconds:.1f} s")
     assert process.returncode == 0
     assert_nothing_lost(database, sandbox, tmp_path, JOBS + 1)
 
 
-def test_given_a_redis_whose_password_is_changed_when_it_is_changed_back_then_the_workers_go_on_and_no_log_has_it(
-    tmp_path: Path, database: Engine, sandbox: Sandbox, broker: HurtRedis, monkeypatch: pytest.MonkeyPatch
+def test_given_a_changed_redis_password_when_it_is_changed_back_then_the_workers_continue_and_do_not_log_it(
+    tmp_path: Path, database: Engine, sandbox: Sandbox, broker: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They live through it and say what is wrong; jobs are polled meanwhile, at the local share."""
+    """No worker exits, and the log names the cause. Jobs are polled meanwhile, at each worker's share of the rate."""
     log = tmp_path / "up.log"
     _set_password(broker, PASSWORD)
     monkeypatch.setenv("REDIS_URL", broker.url.replace("//", f"//:{PASSWORD}@"))
     with up(tmp_path) as process:
         pids = children(process.pid)
         _set_password(broker, ANOTHER)
-        broker.notify("CLIENT", "KILL", "TYPE", "normal")
-        broker.notify("CLIENT", "KILL", "TYPE", "pubsub")
+        broker.execute("CLIENT", "KILL", "TYPE", "normal")
+        broker.execute("CLIENT", "KILL", "TYPE", "pubsub")
         track_many([sandbox.submit(f"a lighthouse, {number}", samples=1) for number in range(8)])
         wait_until(
             lambda: _wrong_passwords(log) >= 2, "the log says that the password is wrong", seen=lambda: tail(log)
@@ -91,9 +91,9 @@ def test_given_a_redis_whose_password_is_changed_when_it_is_changed_back_then_th
             seen=lambda: f"{states(database)} {tail(log)}",
         )
         _set_password(broker, PASSWORD)
-        took = wait_completed(database, 8, tmp_path)
+        seconds = wait_completed(database, 8, tmp_path)
         restarted = len(set(pids) - set(children(process.pid)))
-    print(f"after the right password all is done in {took:.1f} s; {restarted} processes were started again")
+    print(f"completed {seconds:.1f} s after the password was right again; {restarted} processes were restarted")
     text = log.read_text()
     assert not restarted, text[-3_000:]
     assert PASSWORD not in text
@@ -101,8 +101,8 @@ def test_given_a_redis_whose_password_is_changed_when_it_is_changed_back_then_th
     assert_nothing_lost(database, sandbox, tmp_path, 8)
 
 
-def _set_password(broker: HurtRedis, password: str) -> None:
-    broker.notify("CONFIG", "SET", "requirepass", password)
+def _set_password(broker: RedisServer, password: str) -> None:
+    broker.execute("CONFIG", "SET", "requirepass", password)
     broker.password = password
 
 

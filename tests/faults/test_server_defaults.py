@@ -1,4 +1,4 @@
-"""A database with other defaults, one that takes no writes for a while, or that ends every connection: work goes on."""
+"""The database has other defaults, is read-only for some seconds, or closes all connections: work continues."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Engine, func, select
 from sqlalchemy.engine import make_url
 
-from tests.faults.servers import HurtRedis, all_completed, assert_nothing_lost, own_mariadb, states, until, up
+from tests.faults.servers import RedisServer, all_completed, assert_nothing_lost, running_mariadb, states, until, up
 from worker import Unavailable, track, track_many
 from worker.sandbox import Sandbox
 from worker.settings import load
@@ -21,7 +21,7 @@ JOBS = 300
 READ_ONLY_SECONDS = 10.0
 BACK_WITHIN_SECONDS = 5.0
 
-Hurt = Callable[[Engine], None]
+Fault = Callable[[Engine], None]
 
 
 def _administer(database: Engine, statement: str) -> None:
@@ -35,13 +35,13 @@ def _end_connections(database: Engine) -> None:
     database.dispose()
 
 
-def _isolation(level: str) -> Hurt:
-    def hurt(database: Engine) -> None:
+def _isolation(level: str) -> Fault:
+    def fault(database: Engine) -> None:
         _administer(database, f"ALTER DATABASE \"{{name}}\" SET default_transaction_isolation = '{level}'")
         _end_connections(database)
 
-    hurt.__name__ = level.replace(" ", "_")
-    return hurt
+    fault.__name__ = level.replace(" ", "_")
+    return fault
 
 
 def _polls(database: Engine) -> int:
@@ -50,19 +50,19 @@ def _polls(database: Engine) -> int:
 
 
 def read_only_for_a_while(database: Engine) -> None:
-    """As a failover, or a provider whose disk is full. Polls go on soon after it."""
+    """Make the database read-only, as in a failover or on a full disk. Check that polling resumes soon afterwards."""
     _administer(database, 'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
     _end_connections(database)
     time.sleep(READ_ONLY_SECONDS)
     before = _polls(database)
     _administer(database, 'ALTER DATABASE "{name}" RESET default_transaction_read_only')
-    assert not all_completed(database, JOBS), "it was over too soon"
-    took = until(lambda: _polls(database) > before, BACK_WITHIN_SECONDS, lambda: states(database))
-    print(f"polls went on {took:.1f} s after writes were possible again")
+    assert not all_completed(database, JOBS), "all jobs were completed before the database was read-only"
+    seconds = until(lambda: _polls(database) > before, BACK_WITHIN_SECONDS, lambda: states(database))
+    print(f"polling resumed {seconds:.1f} s after writes were possible again")
 
 
 def connections_killed(database: Engine) -> None:
-    """Each second, for a few."""
+    """Close all connections once a second, five times."""
     for _ in range(5):
         _end_connections(database)
         time.sleep(1)
@@ -72,24 +72,24 @@ def connections_killed(database: Engine) -> None:
 @pytest.mark.server
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
-    "hurt",
+    "fault",
     [_isolation("repeatable read"), _isolation("serializable"), read_only_for_a_while, connections_killed],
-    ids=lambda hurt: hurt.__name__,
+    ids=lambda fault: fault.__name__,
 )
-def test_given_jobs_under_way_when_the_database_is_so_then_all_are_completed_and_none_is_set_aside(
-    hurt: Hurt, tmp_path: Path, database: Engine, sandbox: Sandbox, broker: HurtRedis
+def test_given_waiting_jobs_when_the_database_behaves_so_then_all_are_completed_and_none_is_quarantined(
+    fault: Fault, tmp_path: Path, database: Engine, sandbox: Sandbox, broker: RedisServer
 ) -> None:
     log = tmp_path / "up.log"
     with up(tmp_path):
         track_many([sandbox.submit(f"a lighthouse, {number}") for number in range(JOBS)])
         time.sleep(1)
-        hurt(database)
+        fault(database)
         until(lambda: all_completed(database, JOBS), 120, lambda: f"{states(database)} {log.read_text()[-1_500:]}")
-    said = log.read_text()
+    log_text = log.read_text()
     assert_nothing_lost(database, sandbox, tmp_path, JOBS, asked_again=JOBS)
-    assert "set aside" not in said
-    assert "Traceback" not in said
-    assert "it is started again" not in said, "a process ended for it"
+    assert "set aside" not in log_text
+    assert "Traceback" not in log_text
+    assert "it is started again" not in log_text, "a process exited because of the fault"
 
 
 MARIADB_DEFAULTS = (
@@ -108,12 +108,12 @@ MARIADB_DEFAULTS = (
 @pytest.mark.long
 @pytest.mark.server
 @pytest.mark.timeout(240)
-def test_given_a_mariadb_of_other_defaults_when_it_is_read_only_for_a_while_then_all_jobs_are_completed(
-    tmp_path: Path, sandbox: Sandbox, broker: HurtRedis, monkeypatch: pytest.MonkeyPatch
+def test_given_a_mariadb_with_other_defaults_when_it_is_read_only_for_a_while_then_all_jobs_are_completed(
+    tmp_path: Path, sandbox: Sandbox, broker: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Polls go on soon after it takes writes again."""
+    """Polling resumes soon after writes are possible again."""
     log = tmp_path / "up.log"
-    with own_mariadb(tmp_path / "mariadb") as server:
+    with running_mariadb(tmp_path / "mariadb") as server:
         server.run(*MARIADB_DEFAULTS)
         monkeypatch.setenv("DATABASE_URL", server.url)
         database = make_engine(make_url(server.url).set(drivername="mariadb+pymysql"))
@@ -127,12 +127,12 @@ def test_given_a_mariadb_of_other_defaults_when_it_is_read_only_for_a_while_then
             time.sleep(READ_ONLY_SECONDS)
             before = _polls(database)
             server.run("SET GLOBAL read_only = 0")
-            took = until(lambda: _polls(database) > before, BACK_WITHIN_SECONDS, lambda: states(database))
-            print(f"polls went on {took:.1f} s after writes were possible again")
+            seconds = until(lambda: _polls(database) > before, BACK_WITHIN_SECONDS, lambda: states(database))
+            print(f"polling resumed {seconds:.1f} s after writes were possible again")
             until(lambda: all_completed(database, JOBS), 120, lambda: f"{states(database)} {log.read_text()[-1_500:]}")
         assert_nothing_lost(database, sandbox, tmp_path, JOBS, asked_again=JOBS)
         database.dispose()
         engine_for(load().database).dispose()
-    said = log.read_text()
-    assert "set aside" not in said
-    assert "Traceback" not in said
+    log_text = log.read_text()
+    assert "set aside" not in log_text
+    assert "Traceback" not in log_text

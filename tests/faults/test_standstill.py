@@ -1,4 +1,4 @@
-"""A worker that stands still under a real `up`: it is ended and started again, and the jobs that it held go on."""
+"""A worker under a real `up` hangs: it is killed and restarted, and the jobs that it had claimed continue."""
 
 import os
 import sqlite3
@@ -24,24 +24,25 @@ from worker.store.schema import jobs
 UP = (sys.executable, "-c", "from worker.cli import main; main()", "up")
 KEY = "a-key-of-the-sandbox"
 LEASE = 5
-SOON = 5.0  # seconds beyond the lease: two looks, the trace, a machine that has other things to do
+GRACE = 5.0  # seconds beyond the lease: two checks, the stack trace, and other load on the machine
 PROCFILE = "".join(
     f"{name}: celery -A worker.app worker --queues {queues} --pool threads --concurrency 4 --hostname {name}@%h"
     " --loglevel INFO --without-mingle --without-gossip\n"
     for name, queues in (("worker", "fetch-worker,fetch-worker.polls"), ("downloads", "fetch-worker.downloads"))
 )
-# What every Python of the test runs first. In the process that polls a file's name says what is to go wrong.
+# Runs at the start of every Python process of the test. In the polling worker, a file named "hold" or "deadlock" causes
+# that fault.
 TROUBLE = """
 import os, sys, threading, time
 def wait_for_trouble():
-    while not any("worker@" in word for word in getattr(sys, "argv", ())):
+    while not any("worker@" in argument for argument in getattr(sys, "argv", ())):
         time.sleep(0.1)
     while True:
         time.sleep(0.05)
         if os.path.exists("hold"):
             os.rename("hold", "hold.begun")
             import ctypes
-            ctypes.PyDLL(None).sleep(1000)  # C code that keeps the interpreter's lock
+            ctypes.PyDLL(None).sleep(1000)  # C code that does not release the GIL
         if os.path.exists("deadlock"):
             from worker.process.resources import process_resources
             process_resources().poller._give_back_lost = deadlock
@@ -54,39 +55,39 @@ def deadlock():
     lock = threading.Lock()
     lock.acquire()
     from worker.process import bootsteps
-    exec(compile("lock.acquire()", bootsteps.__file__, "exec"), {"lock": lock})  # as if it stood in our own code
+    exec(compile("lock.acquire()", bootsteps.__file__, "exec"), {"lock": lock})  # for its name in the stack trace
 if os.environ.get("STANDSTILL_TEST"):
     threading.Thread(target=wait_for_trouble, daemon=True).start()
 """
 
 
-class Running:
-    """A running `up`, and what it said when, by the monotonic clock."""
+class RunningUp:
+    """A running `fetch-worker up`, and its output lines with the monotonic time of each."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self.process = process
-        self.said: list[tuple[float, str]] = []
+        self.lines: list[tuple[float, str]] = []
         self.reader = threading.Thread(target=self._read)
         self.reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            self.said.append((time.monotonic(), line.rstrip()))
+            self.lines.append((time.monotonic(), line.rstrip()))
 
-    def when(self, words: str, since: float = 0.0, seconds: float = 60.0) -> float:
-        """When a line with these words came; it is waited for."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            for at, line in list(self.said):
-                if words in line and at >= since:
+    def wait_for(self, text: str, since: float = 0.0, seconds: float = 60.0) -> float:
+        """Wait for an output line with this text that came after `since`. Return the time of the line."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for at, line in list(self.lines):
+                if text in line and at >= since:
                     return at
             time.sleep(0.05)
-        raise AssertionError(f"{words!r} was not said: " + "\n".join(line for _, line in self.said[-40:]))
+        raise AssertionError(f"no output line with {text!r}: " + "\n".join(line for _, line in self.lines[-40:]))
 
-    def times(self, words: str) -> int:
-        """How often it came."""
-        return sum(words in line for _, line in self.said)
+    def count(self, text: str) -> int:
+        """Return the number of output lines with this text."""
+        return sum(text in line for _, line in self.lines)
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def sandbox() -> Iterator[Sandbox]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def tables(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
-    """Tables that nothing else uses."""
+    """Create a migrated database that no other test uses."""
     if request.param == "postgresql":
         yield request.getfixturevalue("migrated_postgres")
         return
@@ -108,7 +109,7 @@ def tables(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def up(tables: Engine, sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+def up(tables: Engine, sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningUp]:
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(TROUBLE)
@@ -126,9 +127,9 @@ def up(tables: Engine, sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.Mon
     with subprocess.Popen(
         UP, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
-        running = Running(process)
+        running = RunningUp(process)
         try:
-            running.when("worker@", seconds=90)
+            running.wait_for("worker@", seconds=90)
             yield running
         finally:
             process.terminate()
@@ -136,13 +137,13 @@ def up(tables: Engine, sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.Mon
             running.reader.join(10)
 
 
-def _completed(engine: Engine, ids: list[int], up: Running) -> None:
+def _wait_completed(engine: Engine, ids: list[int], up: RunningUp) -> None:
     """Wait until all jobs are completed."""
 
     def states() -> object:
         with engine.connect() as connection:
-            found = connection.execute(select(jobs.c.status, func.count()).group_by(jobs.c.status)).all()
-        return [tuple(row) for row in found], [line for _, line in up.said[-60:]]
+            rows = connection.execute(select(jobs.c.status, func.count()).group_by(jobs.c.status)).all()
+        return [tuple(row) for row in rows], [line for _, line in up.lines[-60:]]
 
     final = (jobs.c.status == "completed", jobs.c.id.in_(ids))
     wait_until(lambda: _count(engine, *final) == len(ids), "all are completed", 90, seen=states)
@@ -155,43 +156,43 @@ def _count(engine: Engine, *conditions: object) -> int:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("trouble", "words"),
+    ("trouble", "message"),
     [("hold", "worker stood still for"), ("deadlock", "worker says that it stands still")],
-    ids=["the interpreter's lock is held", "the poll loop waits for a lock for ever"],
+    ids=["the GIL is held", "the poll loop is deadlocked"],
 )
-def test_given_a_worker_that_stands_still_when_its_lease_is_over_then_it_is_replaced_and_no_job_is_lost(
-    trouble: str, words: str, up: Running, tables: Engine, sandbox: Sandbox, tmp_path: Path
+def test_given_a_worker_that_hangs_when_its_lease_expires_then_it_is_replaced_and_no_job_is_lost(
+    trouble: str, message: str, up: RunningUp, tables: Engine, sandbox: Sandbox, tmp_path: Path
 ) -> None:
     ids = track_many([sandbox.submit(f"picture {number}") for number in range(40)])
-    wait_until(lambda: _count(tables, jobs.c.polls > 0, jobs.c.id.in_(ids)) > 10, "some jobs were asked about")
+    wait_until(lambda: _count(tables, jobs.c.polls > 0, jobs.c.id.in_(ids)) > 10, "some jobs were polled")
     (tmp_path / trouble).touch()
     wait_until((tmp_path / f"{trouble}.begun").exists, "the trouble began")
     began = time.monotonic()
 
-    ended = up.when(words, since=began) - began
-    assert LEASE - 1 <= ended <= LEASE + SOON
-    up.when("worker was killed by SIG", since=began)
-    up.when("it is started again", since=began)
-    assert up.times("downloads was killed") == 0
-    _completed(tables, ids, up)
-    assert up.times(words) == 1
+    detected = up.wait_for(message, since=began) - began
+    assert LEASE - 1 <= detected <= LEASE + GRACE
+    up.wait_for("worker was killed by SIG", since=began)
+    up.wait_for("it is started again", since=began)
+    assert up.count("downloads was killed") == 0
+    _wait_completed(tables, ids, up)
+    assert up.count(message) == 1
 
 
 @pytest.mark.long
-def test_given_a_database_that_keeps_a_worker_waiting_for_longer_than_its_lease_then_nobody_is_ended(
-    up: Running, tables: Engine, sandbox: Sandbox
+def test_given_a_database_that_blocks_a_worker_for_longer_than_its_lease_then_no_worker_is_killed(
+    up: RunningUp, tables: Engine, sandbox: Sandbox
 ) -> None:
     ids = track_many([sandbox.submit(f"picture {number}") for number in range(20)])
-    wait_until(lambda: _count(tables, jobs.c.polls > 0, jobs.c.id.in_(ids)), "a job was asked about")
+    wait_until(lambda: _count(tables, jobs.c.polls > 0, jobs.c.id.in_(ids)), "a job was polled")
     if tables.dialect.name == "sqlite":
-        with closing(sqlite3.connect(str(tables.url.database), isolation_level=None, timeout=30)) as other:
-            other.execute("BEGIN EXCLUSIVE")
+        with closing(sqlite3.connect(str(tables.url.database), isolation_level=None, timeout=30)) as locker:
+            locker.execute("BEGIN EXCLUSIVE")
             time.sleep(3 * LEASE)
-            other.execute("ROLLBACK")
+            locker.execute("ROLLBACK")
     else:
-        with tables.begin() as other:
-            other.exec_driver_sql("LOCK TABLE fetch_jobs IN ACCESS EXCLUSIVE MODE")
+        with tables.begin() as locker:
+            locker.exec_driver_sql("LOCK TABLE fetch_jobs IN ACCESS EXCLUSIVE MODE")
             time.sleep(3 * LEASE)
-    _completed(tables, ids, up)
-    assert up.times("it is ended") == 0
-    assert up.times("is started again") == 0
+    _wait_completed(tables, ids, up)
+    assert up.count("it is ended") == 0
+    assert up.count("is started again") == 0

@@ -1,4 +1,4 @@
-"""Two versions beside each other: migrations only add, so a deploy stops nobody, and can be taken back."""
+"""Two versions run at the same time: migrations only add to the schema, so a deployment needs no downtime."""
 
 import io
 import subprocess
@@ -14,7 +14,7 @@ from celery import Celery
 from sqlalchemy import Engine, text
 from sqlalchemy.engine import make_url
 
-from tests.faults.servers import HurtRedis, assert_nothing_lost, wait_completed
+from tests.faults.servers import RedisServer, assert_nothing_lost, wait_completed
 from tests.servers import celery_worker, missing, postgres
 from worker.errors import SchemaOutdated
 from worker.sandbox import Sandbox
@@ -30,20 +30,20 @@ JOBS = 12
 
 @pytest.fixture(scope="session")
 def first_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The worker of that commit."""
+    """Extract the worker of the first release from the Git history."""
     folder = tmp_path_factory.mktemp("first_release")
-    words = ["git", "-C", str(ROOT), "archive", "--format=zip", FIRST_RELEASE, "worker", "migrations"]
-    packed = subprocess.run(words, capture_output=True, check=False)
-    if packed.returncode:
+    command = ["git", "-C", str(ROOT), "archive", "--format=zip", FIRST_RELEASE, "worker", "migrations"]
+    result = subprocess.run(command, capture_output=True, check=False)
+    if result.returncode:
         missing(f"the history back to {FIRST_RELEASE[:7]}")
-    with zipfile.ZipFile(io.BytesIO(packed.stdout)) as archive:
+    with zipfile.ZipFile(io.BytesIO(result.stdout)) as archive:
         archive.extractall(folder)
     return folder
 
 
 @pytest.fixture
 def place(empty: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where two workers share a database and a store."""
+    """Return a folder for two workers that share a database and a storage."""
     monkeypatch.setenv("DATABASE_URL", empty.url.render_as_string(hide_password=False).replace("+psycopg", ""))
     monkeypatch.setenv("STORAGE_URL", f"file:{tmp_path}/var/outputs")
     for name in ("first", "present"):
@@ -51,29 +51,29 @@ def place(empty: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return tmp_path
 
 
-def _of(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on, processes are of that release."""
+def _use_release(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the processes that are started from now on with the code of a release."""
     monkeypatch.setenv("PYTHONPATH", str(release))
-    words = [sys.executable, "-c", "import worker; print(worker.__file__)"]
-    said = subprocess.run(words, capture_output=True, text=True, check=True, cwd=release)
-    assert Path(said.stdout.strip()).is_relative_to(release)
+    command = [sys.executable, "-c", "import worker; print(worker.__file__)"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=release)
+    assert Path(result.stdout.strip()).is_relative_to(release)
 
 
-def _migrate_of(release: Path) -> None:
-    words = [sys.executable, "-c", "from worker.cli import main; main(['migrate'])"]
-    subprocess.run(words, check=True, cwd=release, capture_output=True)
+def _migrate_with(release: Path) -> None:
+    command = [sys.executable, "-c", "from worker.cli import main; main(['migrate'])"]
+    subprocess.run(command, check=True, cwd=release, capture_output=True)
 
 
-def _track(broker: HurtRedis, sandbox: Sandbox, subject: str) -> None:
+def _track(broker: RedisServer, sandbox: Sandbox, subject: str) -> None:
     with Celery(broker=broker.url, set_as_current=False) as client:
         for number in range(JOBS):
             answer = sandbox.submit(f"{subject}, {number}", samples=1)
-            words: dict[str, Any] = {"fetch_url": answer["fetch_result"], "eta": answer["eta"]}
-            client.send_task("worker.track", [str(answer["id"])], words, queue="fetch-worker")
+            options: dict[str, Any] = {"fetch_url": answer["fetch_result"], "eta": answer["eta"]}
+            client.send_task("worker.track", [str(answer["id"])], options, queue="fetch-worker")
 
 
 def tracebacks(log: Path) -> list[str]:
-    """Return the tracebacks in the log of the first release, but for deadlocks on MariaDB, which it tries again."""
+    """Return the tracebacks in a log, except those of MariaDB deadlocks, which the first release logs and retries."""
     return [block for block in log.read_text().split("Traceback (most")[1:] if "(1213," not in block]
 
 
@@ -84,17 +84,17 @@ def _version(engine: Engine) -> str | None:
 
 @pytest.mark.long
 @pytest.mark.server
-def test_a_worker_of_the_first_release_goes_on_with_the_tables_of_today(
+def test_a_worker_of_the_first_release_works_with_the_current_tables(
     first_release: Path,
     place: Path,
     empty: Engine,
     sandbox: Sandbox,
-    broker: HurtRedis,
+    broker: RedisServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A deploy that is taken back: the tables stay as they are."""
+    """A deployment is rolled back, and the tables are not downgraded."""
     migrate(empty)
-    _of(first_release, monkeypatch)
+    _use_release(first_release, monkeypatch)
     with celery_worker(place / "first"):
         _track(broker, sandbox, "a lighthouse")
         log = place / "first" / "worker.log"
@@ -105,32 +105,32 @@ def test_a_worker_of_the_first_release_goes_on_with_the_tables_of_today(
 
 @pytest.mark.long
 @pytest.mark.server
-def test_a_worker_of_today_takes_up_the_tables_of_the_first_release_beside_its_worker(
+def test_a_current_worker_upgrades_the_tables_of_the_first_release_while_the_old_worker_runs(
     first_release: Path,
     place: Path,
     empty: Engine,
     sandbox: Sandbox,
-    broker: HurtRedis,
+    broker: RedisServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A deploy in mid-work: the new process adds what it needs, the old one goes on, each job is done once."""
-    _of(first_release, monkeypatch)
-    _migrate_of(first_release)
+    """The new worker upgrades the schema, the old worker continues, and each job is done once."""
+    _use_release(first_release, monkeypatch)
+    _migrate_with(first_release)
     assert _version(empty) == FIRST_SCHEMA
     with celery_worker(place / "first", "--hostname", "first@%h"):
         _track(broker, sandbox, "a lighthouse")
-        _of(ROOT, monkeypatch)
+        _use_release(ROOT, monkeypatch)
         with celery_worker(place / "present", "--hostname", "present@%h"):
             assert _version(empty) == SCHEMA_VERSION
             _track(broker, sandbox, "a harbour")
             wait_completed(empty, 2 * JOBS, place)
-            said = (place / "present" / "worker.log").read_text()
+            log_text = (place / "present" / "worker.log").read_text()
         assert not tracebacks(place / "first" / "worker.log")
     assert_nothing_lost(empty, sandbox, place, 2 * JOBS)
-    assert "Traceback" not in said
+    assert "Traceback" not in log_text
 
 
-def _as_of_the_first_release(engine: Engine) -> None:
+def _create_first_schema(engine: Engine) -> None:
     config = Config()
     config.set_main_option("script_location", str(scripts()))
     with engine.connect() as connection:
@@ -139,39 +139,39 @@ def _as_of_the_first_release(engine: Engine) -> None:
         connection.commit()
 
 
-def test_tables_of_an_older_version_are_expanded_and_none_are_made_where_there_are_none(empty: Engine) -> None:
-    """The first tables are made by whoever runs `fetch-worker migrate`: a wrong DATABASE_URL must not get any."""
+def test_tables_of_an_older_version_are_expanded_but_an_empty_database_gets_none(empty: Engine) -> None:
+    """Only `fetch-worker migrate` creates the first tables, so that a wrong DATABASE_URL gets none."""
     with pytest.raises(SchemaOutdated, match="fetch-worker migrate"):
         expand(empty)
-    _as_of_the_first_release(empty)
+    _create_first_schema(empty)
     expand(empty)
     assert _version(empty) == SCHEMA_VERSION
 
 
-def test_a_worker_without_the_right_to_expand_says_what_to_do(tmp_path: Path) -> None:
-    """A role that may only read and write; the tables stay as they are."""
+def test_a_worker_that_may_not_change_the_schema_says_what_to_do(tmp_path: Path) -> None:
+    """The role may only read and write rows. The schema does not change."""
     with postgres(tmp_path / "postgres") as url:
         owner = make_engine(make_url(url).set(drivername="postgresql+psycopg"))
-        _as_of_the_first_release(owner)
+        _create_first_schema(owner)
         role = f"{owner.url.database}_reader"
         with owner.begin() as connection:
             connection.execute(text(f"CREATE ROLE {role} LOGIN PASSWORD 'harmless'"))
             connection.execute(text(f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {role}"))
-        poor = make_engine(owner.url.set(username=role, password="harmless"))  # of this test's own
+        limited = make_engine(owner.url.set(username=role, password="harmless"))
         try:
             with pytest.raises(SchemaOutdated, match=f"the database schema is {FIRST_SCHEMA}.*fetch-worker migrate"):
-                expand(poor)
+                expand(limited)
             assert _version(owner) == FIRST_SCHEMA
         finally:
-            poor.dispose()
+            limited.dispose()
             with owner.begin() as connection:
                 connection.execute(text(f"DROP OWNED BY {role}"))
                 connection.execute(text(f"DROP ROLE {role}"))
             owner.dispose()
 
 
-# Run by a process of its own without threads: it forks one migration after the other, and each dies a statement later.
-KILLED_ANYWHERE = """
+# Runs in a process without threads, because it forks. Each forked migration is killed one statement later.
+KILL_AFTER_EACH_STATEMENT = """
 import os, signal, sys
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import make_url
@@ -193,19 +193,19 @@ for last in range(1, 500):
     if not child:
         run(last)
         os._exit(0)
-    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if ended != -signal.SIGKILL:
+    exit_code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if exit_code != -signal.SIGKILL:
         print(last - 1)
-        sys.exit(ended)
+        sys.exit(exit_code)
 """
 
 
-def test_a_migration_that_was_killed_anywhere_can_be_run_again(empty: Engine) -> None:
-    """By `kill -9` after each of its statements in turn: the last run finds everything there, once."""
-    words = [sys.executable, "-c", KILLED_ANYWHERE, empty.url.render_as_string(hide_password=False)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 20, "so few statements make no tables"
+def test_a_migration_that_was_killed_after_any_statement_can_be_run_again(empty: Engine) -> None:
+    """The migration is killed after each of its statements in turn. The last run completes it."""
+    command_line = [sys.executable, "-c", KILL_AFTER_EACH_STATEMENT, empty.url.render_as_string(hide_password=False)]
+    result = subprocess.run(command_line, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 20, "too few statements to create the tables"
     assert _version(empty) == SCHEMA_VERSION
     config = Config()
     config.set_main_option("script_location", str(scripts()))

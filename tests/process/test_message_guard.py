@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from kombu.transport.virtual.base import Channel, Message
 
-from tests.faults.malformed import ELEMENTS, MALFORMED, MISSING, Sent, redis_element
+from tests.faults.malformed import ELEMENTS, MALFORMED, MISSING, RawMessage, redis_element
 from worker import tasks
 from worker.process.message_guard import Malformed, check_eta, control_problem, read_task
 from worker.process.transport_guard import envelope_problem
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.every_python
 TASKS = tasks.download.app.tasks
 
 
-def received(sent: Sent) -> Any:
+def received(sent: RawMessage) -> Any:
     """The message as a worker on Redis gets it."""
     raw = redis_element(sent, "fetch-worker")
     channel = Channel.__new__(Channel)
@@ -27,7 +27,7 @@ def received(sent: Sent) -> Any:
 
 
 @pytest.mark.parametrize("sent", [pytest.param(sent, id=name) for name, sent in MALFORMED.items()])
-def test_what_can_be_no_task_is_refused(sent: Sent) -> None:
+def test_what_can_be_no_task_is_refused(sent: RawMessage) -> None:
     message = received(sent)
     if message.errors:  # kombu's own check, which Celery's consumer is told of
         return
@@ -38,35 +38,37 @@ def test_what_can_be_no_task_is_refused(sent: Sent) -> None:
 
 
 VALID = {
-    "as Celery sends it": Sent(),
-    "no embed": Sent(b'[["1"], {}, null]'),
-    "an empty embed": Sent(b'[["1"], {}, {}]'),
-    "an embed of a later Celery": Sent(b'[["1"], {}, {"future": 5}]'),
-    "a callback": Sent(
+    "as Celery sends it": RawMessage(),
+    "no embed": RawMessage(b'[["1"], {}, null]'),
+    "an empty embed": RawMessage(b'[["1"], {}, {}]'),
+    "an embed of a later Celery": RawMessage(b'[["1"], {}, {"future": 5}]'),
+    "a callback": RawMessage(
         json.dumps(
             [["1"], {}, {"callbacks": [{"task": "shop.tracked", "args": [], "kwargs": {}, "options": {}}]}]
         ).encode()
     ),
-    "a chain": Sent(json.dumps([["1"], {}, {"chain": [{"task": "a", "args": [], "subtask_type": "group"}]}]).encode()),
-    "no optional header": Sent(
+    "a chain": RawMessage(
+        json.dumps([["1"], {}, {"chain": [{"task": "a", "args": [], "subtask_type": "group"}]}]).encode()
+    ),
+    "no optional header": RawMessage(
         headers=dict.fromkeys(
             (*("lang", "root_id", "parent_id", "group", "argsrepr", "retries", "timelimit", "expires", "eta"),),
             MISSING,
         )
     ),
-    "a header of somebody's own": Sent(headers={"sentry-trace": "00-1", "traceparent": "a"}),
-    "expires": Sent(headers={"expires": "2099-01-01T00:00:00+00:00"}),
-    "an id of the client's own": Sent(headers={"id": "order 17 / picture 3"}),
-    "a shadow": Sent(headers={"shadow": "track order 17"}),
-    "protocol 1": Sent(
+    "a header of somebody's own": RawMessage(headers={"sentry-trace": "00-1", "traceparent": "a"}),
+    "expires": RawMessage(headers={"expires": "2099-01-01T00:00:00+00:00"}),
+    "an id of the client's own": RawMessage(headers={"id": "order 17 / picture 3"}),
+    "a shadow": RawMessage(headers={"shadow": "track order 17"}),
+    "protocol 1": RawMessage(
         json.dumps({"task": "worker.track", "id": "a", "args": ["1"], "kwargs": {}}).encode(), {"task": MISSING}
     ),
-    "both protocols at once": Sent(json.dumps({"task": "worker.track", "id": "a", "args": ["1"]}).encode()),
+    "both protocols at once": RawMessage(json.dumps({"task": "worker.track", "id": "a", "args": ["1"]}).encode()),
 }
 
 
 @pytest.mark.parametrize("sent", [pytest.param(sent, id=name) for name, sent in VALID.items()])
-def test_what_celery_can_run_is_not_refused(sent: Sent) -> None:
+def test_what_celery_can_run_is_not_refused(sent: RawMessage) -> None:
     assert read_task(received(sent), TASKS).name == "worker.track"
 
 
@@ -109,13 +111,13 @@ def test_a_command_of_celery_is_not_refused() -> None:
 def test_a_job_that_is_to_be_tracked_in_an_hour_is_tracked_at_once() -> None:
     """Celery would keep the message in memory, and Redis hand it out again every minute."""
     eta = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
-    message = received(Sent(headers={"eta": eta}))
+    message = received(RawMessage(headers={"eta": eta}))
     check_eta(message, read_task(message, TASKS))
     assert message.headers["eta"] is None
 
 
 def test_a_job_that_is_to_be_cancelled_in_an_hour_is_refused_and_not_cancelled_at_once() -> None:
     eta = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
-    message = received(Sent(b"[[1], {}, {}]", {"task": "worker.cancel", "eta": eta}))
+    message = received(RawMessage(b"[[1], {}, {}]", {"task": "worker.cancel", "eta": eta}))
     with pytest.raises(Malformed, match=r"its eta is 3\d\d\d s away, and 30 s is the most that is waited"):
         check_eta(message, read_task(message, TASKS))
