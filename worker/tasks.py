@@ -13,7 +13,7 @@ from worker.process.publishing import log_broker_errors
 from worker.process.redelivery import DELIVERIES_MOST, TooManyDeliveries, remote_id_of
 from worker.process.resources import process_resources
 from worker.process.runs import DATABASE_AWAY_SECONDS, DATABASE_ERRORS, ProgressEvents, run_polls, run_prune, run_sweep
-from worker.process.transport_guard import shown
+from worker.process.transport_guard import quote_for_log
 from worker.store.engine import describe_error
 from worker.vendor.submissions import planned_job
 
@@ -35,7 +35,7 @@ def track(self: Any, remote: Any, **options: Any) -> int:
     except TooManyDeliveries:
         log.error(
             "message set aside, its process died at each delivery remote=%s size=%s deliveries=%s",
-            *(shown(own.scrubber.text(remote_id_of(remote))), len(str(remote)), DELIVERIES_MOST),
+            *(quote_for_log(own.scrubber.text(remote_id_of(remote))), len(str(remote)), DELIVERIES_MOST),
         )
         raise Reject("its process died at each delivery", requeue=False) from None
     except TypeError as wrong:

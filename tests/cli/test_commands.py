@@ -17,7 +17,7 @@ from sqlalchemy import Engine, insert, update
 from tests.rows import NOW, add_downloading, add_output
 from worker.cli import main
 from worker.core.pacing.policy import PacedJob
-from worker.polling.pace_learner import Learner
+from worker.polling.pace_learner import PaceLearner
 from worker.store.schema import breakers, jobs
 
 JOB_COLUMNS = {
@@ -460,7 +460,7 @@ def test_the_module_runs_as_a_process_and_takes_a_closed_pipe_in_silence(tmp_pat
 
 def teach(engine: Engine, kind: str = "image", seconds: float = 20.0, jobs_seen: int = 40) -> None:
     """Has a process learn that jobs of a kind take so long."""
-    learner = Learner(engine)
+    learner = PaceLearner(engine)
     learner.prepare([("default", kind)])
     for _ in range(jobs_seen):
         learner.observe("default", kind, PacedJob(seconds, seconds - 1), ready=True, planned=seconds)

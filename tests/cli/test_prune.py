@@ -143,6 +143,6 @@ def test_the_task_prunes_as_the_settings_say(database: Engine, monkeypatch: pyte
     monkeypatch.setenv("PRUNE_STATES", "completed, failed")
     monkeypatch.setattr(runs, "settings", load())
     monkeypatch.setattr(resources, "settings", load())
-    monkeypatch.setattr(resources, "_parts", {})
+    monkeypatch.setattr(resources, "_resources", {})
     assert tasks.prune() == "2 jobs pruned"
     assert _left(database) == ["cancelled", "expired", "completed"]

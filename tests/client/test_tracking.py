@@ -31,7 +31,7 @@ from worker.errors import (
     WaitTimeout,
     WorkerError,
 )
-from worker.polling.pace_learner import Learner
+from worker.polling.pace_learner import PaceLearner
 from worker.store.schema import bodies, jobs, outputs
 
 KEY = "sk-canary/7f3a+9"
@@ -620,7 +620,7 @@ def test_an_unreachable_database_is_an_error_that_is_safe_to_try_again(monkeypat
 
 
 def test_the_first_poll_of_a_job_is_when_jobs_of_its_kind_were_ready(door: Engine) -> None:
-    learner = Learner(door)
+    learner = PaceLearner(door)
     learner.prepare([("default", "slow")])
     for _ in range(60):
         learner.observe("default", "slow", PacedJob(100.0, 95.0), ready=True, planned=100.0)

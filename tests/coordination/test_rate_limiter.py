@@ -38,8 +38,8 @@ def test_many_clients_together_never_get_more_moments_than_rate_and_burst_in_any
         moments: list[float] = []
         while time.monotonic() < until:
             grant = budget.take(account, 1 + number % 4, rate=rate)
-            moments += grant.moments
-            if not grant.moments:
+            moments += grant.send_times
+            if not grant.send_times:
                 time.sleep(min(grant.wait, 0.02))
         return moments
 
@@ -58,24 +58,24 @@ def test_moments_lie_no_further_ahead_than_agreed(redis_url: str, account: str) 
     budget = RateLimiter(redis_url)
     now = time.monotonic()
     grant = budget.take(account, 50, rate=20)
-    assert 3 <= len(grant.moments) <= burst(20) + 1 + 20 * AHEAD_SECONDS
-    assert max(grant.moments) <= now + AHEAD_SECONDS + CLOCK_SECONDS
+    assert 3 <= len(grant.send_times) <= burst(20) + 1 + 20 * AHEAD_SECONDS
+    assert max(grant.send_times) <= now + AHEAD_SECONDS + CLOCK_SECONDS
     empty = budget.take(account, 9, rate=20)
-    while empty.moments:
+    while empty.send_times:
         empty = budget.take(account, 9, rate=20)
     assert 0 < empty.wait <= 0.051
     time.sleep(empty.wait + 0.005)
-    assert budget.take(account, 50, rate=20).moments
+    assert budget.take(account, 50, rate=20).send_times
 
 
 def test_requests_given_back_can_be_taken_again_and_never_by_two(redis_url: str, account: str) -> None:
     """Whoever did not make them does not cost the others; but where others took later moments they are gone."""
     budget = RateLimiter(redis_url)
     first = budget.take(account, 2, rate=0.5)
-    assert len(first.moments) == 2
-    assert not budget.take(account, 9, rate=0.5).moments
+    assert len(first.send_times) == 2
+    assert not budget.take(account, 9, rate=0.5).send_times
     budget.give_back(first, 1)
-    assert len(budget.take(account, 9, rate=0.5).moments) == 1
+    assert len(budget.take(account, 9, rate=0.5).send_times) == 1
     other = next(ACCOUNTS)
     earlier, later = budget.take(other, 2, rate=100), budget.take(other, 2, rate=100)
     budget.give_back(earlier, 2)
@@ -88,16 +88,16 @@ def test_accounts_have_budgets_of_their_own(redis_url: str) -> None:
     """One account's rush costs no other."""
     budget = RateLimiter(redis_url)
     one, other = next(ACCOUNTS), next(ACCOUNTS)
-    assert [len(budget.take(one, 9, rate=0.5).moments), len(budget.take(one, 9, rate=0.5).moments)] == [2, 0]
-    assert budget.take(other, 1, rate=0.5).moments
+    assert [len(budget.take(one, 9, rate=0.5).send_times), len(budget.take(one, 9, rate=0.5).send_times)] == [2, 0]
+    assert budget.take(other, 1, rate=0.5).send_times
 
 
 def test_the_clock_is_that_of_redis(redis_url: str, account: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process whose clock is two hours ahead gets nothing more."""
-    assert len(RateLimiter(redis_url).take(account, 9, rate=0.5).moments) == 2
+    assert len(RateLimiter(redis_url).take(account, 9, rate=0.5).send_times) == 2
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + 7_200)
-    assert not RateLimiter(redis_url).take(account, 1, rate=0.5).moments
+    assert not RateLimiter(redis_url).take(account, 1, rate=0.5).send_times
 
 
 def test_what_the_api_took_is_counted_for_all_processes(redis_url: str, account: str) -> None:
@@ -129,7 +129,7 @@ def test_a_flushed_redis_gives_at_most_one_burst_more(redis_url: str, account: s
     with redis.Redis(unix_socket_path=redis_url.removeprefix("redis+socket://")) as client:
         client.flushall()
         client.script_flush()
-    assert len(budget.take(account, 5, rate=1).moments) == burst(1) + 1
+    assert len(budget.take(account, 5, rate=1).send_times) == burst(1) + 1
 
 
 def test_without_redis_each_process_takes_a_small_share(account: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -139,10 +139,10 @@ def test_without_redis_each_process_takes_a_small_share(account: str, caplog: py
     with ThreadPoolExecutor(8) as threads:
         grants = list(threads.map(lambda _: budget.take(account, 5, rate=10), range(32)))
     assert time.monotonic() - started < 10
-    moments = [moment for grant in grants for moment in grant.moments]
+    moments = [moment for grant in grants for moment in grant.send_times]
     share = 10 * LOCAL_SHARE / UNKNOWN_PROCESSES
     assert 1 <= len(moments) <= 1 + (time.monotonic() - started + AHEAD_SECONDS) * share
-    assert all(0 < grant.wait <= 1 / share for grant in grants if not grant.moments)
+    assert all(0 < grant.wait <= 1 / share for grant in grants if not grant.send_times)
     assert "redis is away" in caplog.text
     budget.give_back(grants[0], 1)
     assert budget.taken(account, 4) == 4.0
@@ -160,7 +160,7 @@ def test_when_redis_goes_away_all_processes_together_stay_within_the_budget(acco
     moments: list[float] = []
     while time.monotonic() - started < 1.0:
         for budget in budgets:
-            moments += budget.take(account, 5, rate=100).moments
+            moments += budget.take(account, 5, rate=100).send_times
         time.sleep(0.01)
     assert 40 <= len(moments) <= 100 * LOCAL_SHARE * (1.0 + AHEAD_SECONDS) + len(budgets)
 
@@ -171,7 +171,7 @@ def test_a_redis_that_hangs_holds_nobody_for_long(account: str, monkeypatch: pyt
     with socket.create_server(("127.0.0.1", 0)) as silent:
         budget = RateLimiter(f"redis://127.0.0.1:{silent.getsockname()[1]}/0")
         started = time.monotonic()
-        assert len(budget.take(account, 1, rate=10).moments) == 1
+        assert len(budget.take(account, 1, rate=10).send_times) == 1
         for _ in range(100):
             budget.take(account, 1, rate=10)
         assert time.monotonic() - started < 10
@@ -180,7 +180,7 @@ def test_a_redis_that_hangs_holds_nobody_for_long(account: str, monkeypatch: pyt
 def test_a_look_takes_nothing_and_tells_what_is_left(redis_url: str, account: str) -> None:
     budget = RateLimiter(redis_url)
     before = budget.peek({account: 0.5})[account]
-    while budget.take(account, 1, rate=0.5).moments:
+    while budget.take(account, 1, rate=0.5).send_times:
         pass
     looks = [budget.peek({account: 0.5})[account] for _ in range(3)]
 

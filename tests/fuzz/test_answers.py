@@ -26,7 +26,7 @@ from worker.core.plain_text import plain_text
 from worker.core.reply import AnotherJob, Empty, Processing, RateLimited, RawAnswer, Ready, Reply
 from worker.polling.kept_text import kept_text
 from worker.polling.recorder import Recorder
-from worker.polling.request_pool import Asked
+from worker.polling.request_pool import PollAnswer
 from worker.store.claims import ClaimedJob
 from worker.store.schema import bodies, breakers, jobs, outputs
 from worker.system.redaction import Scrubber
@@ -195,7 +195,7 @@ def test_whatever_is_answered_the_rows_hold_what_their_columns_and_constraints_a
         job = _claimed(engine, downloading, age, counts)
         reply = reply_to(code, headers, body, training=training)
 
-        recorder.take([Asked(job, reply, probe, time.monotonic(), raw=RawAnswer(code, body))], {})
+        recorder.take([PollAnswer(job, reply, probe, time.monotonic(), raw=RawAnswer(code, body))], {})
         lost = recorder.write({})
 
         assert (lost, recorder.kept) == (0, 0)

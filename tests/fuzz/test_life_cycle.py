@@ -35,7 +35,7 @@ from worker.core.reply import Link
 from worker.polling import pace_learner, recorder
 from worker.polling.kept_text import KeptText
 from worker.polling.recorder import Recorder
-from worker.polling.request_pool import Asked
+from worker.polling.request_pool import PollAnswer
 from worker.store import holds
 from worker.store import jobs as store
 from worker.store.breakers import all_breakers
@@ -633,7 +633,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
                     listed = ", ".join(f'"{url}"' for url in urls[one.id])
                     body = f'{{"status": "success", "id": "{one.remote_id}", "output": [{listed}, {listed}]}}'
                 reply = parse(code, {}, body.encode(), Question(one.remote_id, 0.0))
-                asked.append(Asked(one, reply, False, stage.now / S))
+                asked.append(PollAnswer(one, reply, False, stage.now / S))
             self.recorder.take(asked, {})
             lost = self.recorder.write({})
             with stage.engine.connect() as connection:

@@ -18,7 +18,7 @@ from urllib3.exceptions import ConnectTimeoutError, DecodeError, NewConnectionEr
 from tests.web import Web, drips, sends
 from worker.net.deadlines import LookUpTimeout, TimeLimit
 from worker.net.network_errors import describe
-from worker.net.pooled_adapter import LeanAdapter
+from worker.net.pooled_adapter import PooledAdapter
 
 NAME = "localhost"
 TODAY = datetime.now(UTC)
@@ -47,7 +47,7 @@ def tls_server(serve: Callable[[socket.socket], object]) -> Iterator[int]:
 
 
 def _failure(url: str, bundle: Path | None = None) -> str:
-    adapter = LeanAdapter(connections=1, ca_bundle=None if bundle is None else str(bundle))
+    adapter = PooledAdapter(connections=1, ca_bundle=None if bundle is None else str(bundle))
     with (
         TimeLimit(5.0),
         pytest.raises(Exception) as failure,  # noqa: PT011  # whatever it is, it is described

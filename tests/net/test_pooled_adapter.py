@@ -24,7 +24,7 @@ from tests.web import page, sends, web_server
 from worker.core.reply import ApiDown, Processing, Reply
 from worker.net import deadlines, pooled_adapter
 from worker.net.deadlines import TimeLimit, lean_session, look_up, tls_context
-from worker.net.pooled_adapter import LeanAdapter
+from worker.net.pooled_adapter import PooledAdapter
 from worker.polling.api_client import ApiClient
 from worker.system.redaction import Scrubber
 from worker.vendor.fetch_url import AllowedApi, fetch_address
@@ -298,7 +298,7 @@ def test_given_a_server_that_announces_its_hang_up_when_asked_again_at_once_then
 def test_given_an_answer_without_a_length_when_read_then_its_line_is_not_kept() -> None:
     with web_server() as web:  # hangs up after each answer, as the end of it
         web.serves("/api/v3/fetch/1", sends(b"HTTP/1.1 200 OK\r\n\r\n" + PROCESSING))
-        adapter = LeanAdapter(limit=1_000, connections=4)
+        adapter = PooledAdapter(limit=1_000, connections=4)
         request = requests.Request("POST", f"{web.url}/api/v3/fetch/1", data=b"{}").prepare()
 
         assert adapter.send(request, timeout=(1.0, 1.0)).content == PROCESSING
@@ -308,7 +308,7 @@ def test_given_an_answer_without_a_length_when_read_then_its_line_is_not_kept() 
 
 def test_given_more_lines_than_wanted_when_they_are_done_then_only_so_many_are_kept(kept: Kept) -> None:
     kept.seconds = 0.1
-    adapter = LeanAdapter(limit=1_000, connections=2)
+    adapter = PooledAdapter(limit=1_000, connections=2)
     request = requests.Request("POST", f"{kept.origin}/x", data=b"{}").prepare()
 
     with ThreadPoolExecutor(6) as threads:
@@ -551,7 +551,7 @@ def test_given_several_silent_addresses_when_connecting_then_all_together_take_n
             filler.connect_ex(("127.0.0.1", port))
             fillers.append(filler)
         monkeypatch.setattr(deadlines, "look_up", lambda *_: [(socket.AF_INET, ("127.0.0.1", port))] * 20)
-        session = lean_session(LeanAdapter(limit=1_000, connections=2))
+        session = lean_session(PooledAdapter(limit=1_000, connections=2))
         request = requests.Request("POST", f"http://{NAME}:{port}/x", data=b"{}").prepare()
         started = time.monotonic()
 
@@ -658,7 +658,7 @@ def test_given_an_answer_with_something_behind_it_when_read_then_its_connection_
 def test_given_a_deadline_of_the_call_before_when_it_is_forgotten_then_that_of_the_next_call_stays() -> None:
     """A connection may be taken by the next call before the first one has forgotten its deadline."""
     own, other = socket.socketpair()
-    line, guard = deadlines.Line(own), deadlines.Watchdog()
+    line, guard = deadlines.SocketHandle(own), deadlines.Watchdog()
     guard.watch(line, time.monotonic() + 60.0)
     first = next(iter(guard._deadlines))[1]
     guard.watch(line, time.monotonic() + 0.2)
@@ -675,7 +675,7 @@ def test_given_more_sites_than_are_kept_when_asked_then_no_more_connections_stay
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pooled_adapter, "MOST_SITES", 3)
-    adapter = LeanAdapter(connections=2, limit=10_000)
+    adapter = PooledAdapter(connections=2, limit=10_000)
     with ExitStack() as servers:
         for _ in range(6):
             kept = servers.enter_context(keeping())

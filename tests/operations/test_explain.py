@@ -443,7 +443,7 @@ def test_the_budget_is_looked_at_and_nothing_is_taken(
     budget = RateLimiter(redis_url)
 
     free = [_step(show(job_id)[0]["chain"], "budget") for _ in range(3)][-1]
-    while budget.take("default", 1, rate=0.2).moments:
+    while budget.take("default", 1, rate=0.2).send_times:
         pass
     spent = _step(show(job_id)[0]["chain"], "budget")
 

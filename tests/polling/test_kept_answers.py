@@ -17,7 +17,7 @@ from worker.operations.unread import Reread, apply
 from worker.polling.api_client import read_answer
 from worker.polling.kept_text import MAX_BYTES, KeptText, kept_text
 from worker.polling.recorder import Recorder
-from worker.polling.request_pool import Asked
+from worker.polling.request_pool import PollAnswer
 from worker.settings import Settings
 from worker.store.claims import ClaimedJob
 from worker.store.counters import Tally
@@ -83,10 +83,10 @@ def _record(
     return ids
 
 
-def _asked(job: ClaimedJob, answer: object, status: int, scrubber: Scrubber) -> Asked:
+def _asked(job: ClaimedJob, answer: object, status: int, scrubber: Scrubber) -> PollAnswer:
     body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
     reply, raw = read_answer(scrubber, status, {}, body, Question(job.remote_id, time.time()))
-    return Asked(job, reply, False, time.monotonic(), raw=raw)
+    return PollAnswer(job, reply, False, time.monotonic(), raw=raw)
 
 
 def _kept(engine: Engine, job_id: int) -> Sequence[Row[Any]]:

@@ -360,7 +360,7 @@ def test_given_an_account_or_host_that_is_held_or_short_then_nothing_is_asked(lo
             looks.looks._keys = {}
         case "short":
             looks.rps = 1.0
-            while looks.budget.take("default", 1, rate=1.0).moments:
+            while looks.budget.take("default", 1, rate=1.0).send_times:
                 pass
         case "late work":
             with looks.engine.begin() as connection:

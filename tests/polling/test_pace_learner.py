@@ -10,14 +10,14 @@ from sqlalchemy import Engine, select, update
 
 from worker.core.pacing.policy import PacedJob
 from worker.polling import pace_learner
-from worker.polling.pace_learner import Learner, read_models
+from worker.polling.pace_learner import PaceLearner, read_models
 from worker.store.paces import newest_paces
 from worker.store.schema import paces
 
 KIND = ("default", "image")
 
 
-def finished(one: Learner, seconds: float, *, kind: str = "image", eta: float | None = None) -> None:
+def finished(one: PaceLearner, seconds: float, *, kind: str = "image", eta: float | None = None) -> None:
     """A job of that duration is asked about until it is ready."""
     one.prepare([("default", kind)])
     seen = 0.0
@@ -27,19 +27,19 @@ def finished(one: Learner, seconds: float, *, kind: str = "image", eta: float | 
         seen = age
 
 
-def median(one: Learner, kind: str = "image") -> float:
+def median(one: PaceLearner, kind: str = "image") -> float:
     """What it believes."""
     one.prepare([("default", kind)])
     return one.model("default", kind).quantile(PacedJob(0.0), 0.5)
 
 
 def test_given_a_process_that_has_learned_when_another_starts_then_it_knows_the_same(engine: Engine) -> None:
-    first = Learner(engine)
+    first = PaceLearner(engine)
     for _ in range(60):
         finished(first, 20.0, eta=40.0)
     first.share()
 
-    second = Learner(engine)
+    second = PaceLearner(engine)
 
     assert median(second) == pytest.approx(median(first), rel=0.02)
     assert second.model(*KIND).lead == pytest.approx(first.model(*KIND).lead, rel=0.01)
@@ -49,7 +49,7 @@ def test_given_a_process_that_has_learned_when_another_starts_then_it_knows_the_
 
 def test_given_two_processes_that_learn_at_once_when_both_have_shared_then_they_know_all_of_it(engine: Engine) -> None:
     draw = random.Random(5)
-    both = [Learner(engine), Learner(engine)]
+    both = [PaceLearner(engine), PaceLearner(engine)]
     for number in range(120):
         finished(both[number % 2], 20.0 * math.exp(draw.gauss(0, 0.3)))
         if number % 10 > 7:
@@ -57,7 +57,7 @@ def test_given_two_processes_that_learn_at_once_when_both_have_shared_then_they_
     for one in both:
         one.share()
 
-    after = Learner(engine)
+    after = PaceLearner(engine)
     after.prepare([KIND])
     assert after.model(*KIND).by_age.moments.count == 120
     assert median(after) == pytest.approx(20.0, rel=0.12)
@@ -65,7 +65,7 @@ def test_given_two_processes_that_learn_at_once_when_both_have_shared_then_they_
 
 def test_given_many_threads_that_share_at_once_then_nothing_is_lost_and_nobody_blocks(engine: Engine) -> None:
     def work(number: int) -> None:
-        mine = Learner(engine)
+        mine = PaceLearner(engine)
         for kind in ("image", "video") if number % 2 else ("video", "image"):
             finished(mine, 10.0, kind=kind)
         mine.share()
@@ -82,13 +82,13 @@ def test_given_many_threads_that_share_at_once_then_nothing_is_lost_and_nobody_b
 def test_given_a_kind_that_was_never_seen_when_it_is_asked_for_then_it_begins_where_its_account_is(
     engine: Engine,
 ) -> None:
-    first = Learner(engine)
+    first = PaceLearner(engine)
     for _ in range(40):
         finished(first, 60.0)
     first.share()
 
-    assert 30.0 < median(Learner(engine), "another") < 90.0
-    fresh = Learner(engine)
+    assert 30.0 < median(PaceLearner(engine), "another") < 90.0
+    fresh = PaceLearner(engine)
     fresh.prepare([("stranger", "image")])
     assert fresh.model("stranger", "image").quantile(PacedJob(0.0), 0.5) < 5.0
 
@@ -97,26 +97,26 @@ def test_given_a_kind_that_was_never_seen_when_it_is_asked_for_then_it_begins_wh
 def test_given_a_state_that_nobody_can_read_when_it_is_loaded_then_it_is_learned_anew_and_said(
     engine: Engine, state: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = Learner(engine)
+    first = PaceLearner(engine)
     finished(first, 20.0)
     first.share()
     with engine.begin() as connection:
         connection.execute(update(paces).values(state=state))
 
-    second = Learner(engine)
+    second = PaceLearner(engine)
     for _ in range(30):
         finished(second, 20.0)
     second.share()
 
     assert "learned anew" in caplog.text
-    assert median(Learner(engine)) == pytest.approx(20.0, rel=0.2)
+    assert median(PaceLearner(engine)) == pytest.approx(20.0, rel=0.2)
 
 
 def test_given_more_kinds_than_are_kept_when_they_come_then_none_of_what_was_learned_is_lost(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pace_learner, "CLASSES_MOST", 4)
-    mine = Learner(engine)
+    mine = PaceLearner(engine)
     for number in range(9):
         finished(mine, 10.0, kind=f"kind-{number}")
     mine.share()
@@ -128,7 +128,7 @@ def test_given_more_kinds_than_are_kept_when_they_come_then_none_of_what_was_lea
 
 
 def test_given_nothing_learned_when_it_shares_then_nothing_is_written(engine: Engine) -> None:
-    mine = Learner(engine)
+    mine = PaceLearner(engine)
     mine.prepare([KIND])
     mine.share()
     mine.share_if_due()

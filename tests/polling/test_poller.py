@@ -479,7 +479,7 @@ def test_given_a_run_that_is_on_when_another_begins_then_the_other_ends_at_once(
 
 def test_given_a_run_that_gives_way_when_another_begins_then_it_takes_over_at_once(polls: Polls) -> None:
     reports: list[object] = []
-    first = threading.Thread(target=lambda: reports.append(polls.poller.run(seconds=30, gives_way=True)))
+    first = threading.Thread(target=lambda: reports.append(polls.poller.run(seconds=30, preemptible=True)))
     began = time.monotonic()
     first.start()
     time.sleep(0.1)

@@ -12,7 +12,7 @@ from tests.rows import BASE, NOW
 from worker.core.identity import FetchAddress
 from worker.core.lifecycle import JobFacts
 from worker.core.reply import ApiDown, ApiReply, Processing
-from worker.polling.request_pool import Asked, Calls
+from worker.polling.request_pool import PollAnswer, RequestPool
 from worker.store.claims import ClaimedJob
 
 pytestmark = pytest.mark.every_python
@@ -26,9 +26,9 @@ def job(number: int, host: str = "api.test") -> ClaimedJob:
     return ClaimedJob(number, "token", "default", name, "image", address, None, 1, NOW, facts)
 
 
-def collected(calls: Calls, count: int, seconds: float = 5.0) -> list[Asked]:
+def collected(calls: RequestPool, count: int, seconds: float = 5.0) -> list[PollAnswer]:
     """So many answers, however they come."""
-    found: list[Asked] = []
+    found: list[PollAnswer] = []
     until = time.monotonic() + seconds
     while len(found) < count and time.monotonic() < until:
         found += calls.answers(0.1, gather=0.0)
@@ -57,7 +57,7 @@ def waits_for(event: threading.Event, slow: set[int]) -> Callable[[ClaimedJob], 
 def test_given_a_slow_call_when_others_are_done_then_their_answers_come_and_their_places_are_free(
     opened: threading.Event,
 ) -> None:
-    calls = Calls(waits_for(opened, {1}), threads=2)
+    calls = RequestPool(waits_for(opened, {1}), threads=2)
     for number in range(1, 8):
         calls.start(job(number), 0.0)
 
@@ -82,7 +82,7 @@ def test_given_more_jobs_than_threads_when_asked_then_never_more_at_once_than_th
             now -= 1
         return ApiReply(Processing())
 
-    calls = Calls(ask, threads=4)
+    calls = RequestPool(ask, threads=4)
     for number in range(40):
         calls.start(job(number), 0.0)
 
@@ -93,7 +93,7 @@ def test_given_more_jobs_than_threads_when_asked_then_never_more_at_once_than_th
 def test_given_a_host_that_says_nothing_when_others_are_asked_then_they_do_not_wait_for_it(
     opened: threading.Event,
 ) -> None:
-    calls = Calls(waits_for(opened, set(range(10))), threads=2)
+    calls = RequestPool(waits_for(opened, set(range(10))), threads=2)
     for number in range(10):
         calls.start(job(number, "silent.test"), 0.0)
     for number in range(10, 14):
@@ -107,7 +107,7 @@ def test_given_a_host_that_says_nothing_when_others_are_asked_then_they_do_not_w
 
 def test_given_few_jobs_when_asked_then_no_more_threads_are_started_than_are_needed(opened: threading.Event) -> None:
     before = threading.active_count()
-    calls = Calls(waits_for(opened, {1, 2}), threads=128)
+    calls = RequestPool(waits_for(opened, {1, 2}), threads=128)
     calls.start(job(1), 0.0)
     calls.start(job(2), 0.0)
 
@@ -115,7 +115,7 @@ def test_given_few_jobs_when_asked_then_no_more_threads_are_started_than_are_nee
 
 
 def test_given_a_moment_to_come_when_a_job_is_started_then_it_is_not_asked_before() -> None:
-    calls = Calls(lambda _: ApiReply(Processing()), threads=1)
+    calls = RequestPool(lambda _: ApiReply(Processing()), threads=1)
     moment = time.monotonic() + 0.15
     calls.start(job(1), moment)
 
@@ -132,7 +132,7 @@ def test_given_a_call_that_raises_when_asked_then_it_is_the_apis_trouble_and_the
             raise RuntimeError("an adapter of somebody's own")
         return ApiReply(Processing())
 
-    calls = Calls(ask, threads=1)
+    calls = RequestPool(ask, threads=1)
     calls.start(job(1), 0.0)
     calls.start(job(2), 0.0)
 
@@ -146,7 +146,7 @@ def test_given_a_call_that_raises_when_asked_then_it_is_the_apis_trouble_and_the
 def test_given_a_stop_when_jobs_wait_for_a_thread_then_they_come_back_and_the_rest_is_finished(
     opened: threading.Event,
 ) -> None:
-    calls = Calls(waits_for(opened, {1}), threads=1)
+    calls = RequestPool(waits_for(opened, {1}), threads=1)
     for number in range(1, 5):
         calls.start(job(number), 0.0)
     until = time.monotonic() + 5
@@ -160,7 +160,7 @@ def test_given_a_stop_when_jobs_wait_for_a_thread_then_they_come_back_and_the_re
 
 
 def test_given_nothing_to_come_when_answers_are_waited_for_then_it_ends_in_time_or_when_woken() -> None:
-    calls = Calls(lambda _: ApiReply(Processing()), threads=1)
+    calls = RequestPool(lambda _: ApiReply(Processing()), threads=1)
     began = time.monotonic()
     assert calls.answers(0.05, gather=0.0) == []
     assert 0.04 < time.monotonic() - began < 1.0
@@ -172,14 +172,14 @@ def test_given_nothing_to_come_when_answers_are_waited_for_then_it_ends_in_time_
 
 
 def test_given_a_probe_when_it_is_answered_then_the_answer_says_so() -> None:
-    calls = Calls(lambda _: ApiReply(Processing()), threads=1)
+    calls = RequestPool(lambda _: ApiReply(Processing()), threads=1)
     calls.start(job(1), 0.0, probe=True)
 
     assert [one.probe for one in collected(calls, 1)] == [True]
 
 
 def test_closed_calls_leave_no_thread() -> None:
-    calls = Calls(lambda job: ApiReply(Processing()), threads=2)
+    calls = RequestPool(lambda job: ApiReply(Processing()), threads=2)
     before = set(threading.enumerate())
     for number in range(4):
         calls.start(job(number), time.monotonic())
@@ -194,7 +194,7 @@ def test_closed_calls_leave_no_thread() -> None:
     assert not any(thread.is_alive() for thread in started)
 
 
-def threads_of(calls: Calls) -> int:
+def threads_of(calls: RequestPool) -> int:
     """How many threads ask at the one host of these tests."""
     return calls._lanes["api.test"].threads
 
@@ -209,7 +209,7 @@ def test_given_calls_that_keep_the_processor_busy_when_adapted_then_few_threads_
     opened: threading.Event, by_hand: None
 ) -> None:
     before = set(threading.enumerate())
-    calls = Calls(waits_for(opened, set(range(100))), threads=64)
+    calls = RequestPool(waits_for(opened, set(range(100))), threads=64)
     for number in range(100):
         calls.start(job(number), 0.0)
     assert threads_of(calls) == 64
@@ -229,7 +229,7 @@ def test_given_calls_that_keep_the_processor_busy_when_adapted_then_few_threads_
 def test_given_few_threads_when_jobs_wait_and_the_processor_has_time_then_all_threads_are_back_at_once(
     opened: threading.Event, by_hand: None
 ) -> None:
-    calls = Calls(waits_for(opened, set(range(100))), threads=64)
+    calls = RequestPool(waits_for(opened, set(range(100))), threads=64)
     for number in range(100):
         calls.start(job(number), 0.0)
     for _ in range(5):
@@ -247,7 +247,7 @@ def test_given_few_threads_when_jobs_wait_and_the_processor_has_time_then_all_th
 def test_given_few_threads_when_jobs_come_after_a_rest_then_there_may_be_all_of_them(
     opened: threading.Event, by_hand: None
 ) -> None:
-    calls = Calls(waits_for(opened, set(range(1_000, 1_064))), threads=64)
+    calls = RequestPool(waits_for(opened, set(range(1_000, 1_064))), threads=64)
     for number in range(64):
         calls.start(job(number), 0.0)
     for _ in range(5):
@@ -268,7 +268,7 @@ def test_an_answer_says_how_much_processor_time_its_call_took() -> None:
             pass
         return ApiReply(Processing())
 
-    calls = Calls(ask, threads=1)
+    calls = RequestPool(ask, threads=1)
     calls.start(job(1), 0.0)
 
     (answer,) = collected(calls, 1)
@@ -280,7 +280,7 @@ def test_given_threads_that_are_to_end_when_jobs_are_taken_back_then_the_threads
     opened: threading.Event,
 ) -> None:
     before = set(threading.enumerate())
-    calls = Calls(waits_for(opened, {1, 2}), threads=2)
+    calls = RequestPool(waits_for(opened, {1, 2}), threads=2)
     calls.start(job(1), 0.0)
     calls.start(job(2), 0.0)
     lane = calls._lanes["api.test"]
@@ -302,7 +302,7 @@ def test_given_calls_of_one_host_that_only_wait_when_another_keeps_the_processor
     opened: threading.Event, by_hand: None
 ) -> None:
     """Its threads take nothing from the others; without them a slow host would be asked ever less often."""
-    calls = Calls(waits_for(opened, set(range(200))), threads=64)
+    calls = RequestPool(waits_for(opened, set(range(200))), threads=64)
     for number in range(200):
         calls.start(job(number, host="slow.test" if number % 2 else "fast.test"), 0.0)
     slow, fast = calls._lanes["slow.test"], calls._lanes["fast.test"]

@@ -9,7 +9,7 @@ from kombu.transport.virtual.base import Channel, Message
 
 from tests.faults.malformed import ELEMENTS, MALFORMED, MISSING, RawMessage, redis_element
 from worker import tasks
-from worker.process.message_guard import Malformed, check_eta, control_problem, read_task
+from worker.process.message_guard import MalformedMessage, check_eta, control_problem, read_task
 from worker.process.transport_guard import envelope_problem
 
 pytestmark = pytest.mark.every_python
@@ -31,7 +31,7 @@ def test_what_can_be_no_task_is_refused(sent: RawMessage) -> None:
     message = received(sent)
     if message.errors:  # kombu's own check, which Celery's consumer is told of
         return
-    with pytest.raises(Malformed) as refused:
+    with pytest.raises(MalformedMessage) as refused:
         check_eta(message, read_task(message, TASKS))
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 200
@@ -119,5 +119,5 @@ def test_a_job_that_is_to_be_tracked_in_an_hour_is_tracked_at_once() -> None:
 def test_a_job_that_is_to_be_cancelled_in_an_hour_is_refused_and_not_cancelled_at_once() -> None:
     eta = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
     message = received(RawMessage(b"[[1], {}, {}]", {"task": "worker.cancel", "eta": eta}))
-    with pytest.raises(Malformed, match=r"its eta is 3\d\d\d s away, and 30 s is the most that is waited"):
+    with pytest.raises(MalformedMessage, match=r"its eta is 3\d\d\d s away, and 30 s is the most that is waited"):
         check_eta(message, read_task(message, TASKS))

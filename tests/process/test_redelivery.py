@@ -7,16 +7,16 @@ from uuid import uuid4
 import pytest
 
 from worker.coordination.rate_limiter import redis_client
-from worker.process.redelivery import Deliveries, Outage, TooManyDeliveries, remote_id_of
+from worker.process.redelivery import DatabaseOutage, DeliveryCounter, TooManyDeliveries, remote_id_of
 
 
-def _die_in(deliveries: Deliveries, message_id: str) -> None:
+def _die_in(deliveries: DeliveryCounter, message_id: str) -> None:
     """Begins a delivery that never ends, as a killed process leaves it."""
     deliveries._begin(f"fetch-worker.deliveries.{message_id}")
 
 
 def test_a_message_that_ended_its_process_too_often_is_set_aside_and_then_forgotten(redis_url: str) -> None:
-    deliveries, message_id = Deliveries(redis_client(redis_url, seconds=5), most=3), str(uuid4())
+    deliveries, message_id = DeliveryCounter(redis_client(redis_url, seconds=5), most=3), str(uuid4())
     for _ in range(3):
         _die_in(deliveries, message_id)
     with pytest.raises(TooManyDeliveries), deliveries.counted(message_id, redelivered=True):
@@ -28,7 +28,7 @@ def test_a_message_that_ended_its_process_too_often_is_set_aside_and_then_forgot
 
 
 def test_deliveries_that_end_are_not_counted_however_they_end(redis_url: str) -> None:
-    deliveries, message_id = Deliveries(redis_client(redis_url, seconds=5), most=1), str(uuid4())
+    deliveries, message_id = DeliveryCounter(redis_client(redis_url, seconds=5), most=1), str(uuid4())
     for _ in range(5):
         with suppress(ValueError), deliveries.counted(message_id, redelivered=True):
             raise ValueError
@@ -37,7 +37,7 @@ def test_deliveries_that_end_are_not_counted_however_they_end(redis_url: str) ->
 
 
 def test_without_redis_every_message_runs() -> None:
-    deliveries = Deliveries(redis_client("redis://127.0.0.1:1/0", seconds=1), most=0)
+    deliveries = DeliveryCounter(redis_client("redis://127.0.0.1:1/0", seconds=1), most=0)
     ran = []
     with deliveries.counted("a", redelivered=True):
         ran.append(1)
@@ -58,7 +58,7 @@ class Clock:
         return False
 
 
-def _waited(outage: Outage, clock: Clock) -> float:
+def _waited(outage: DatabaseOutage, clock: Clock) -> float:
     began = clock.now
     outage.wait(clock)  # type: ignore[arg-type]  # it has what is needed of an event
     return clock.now - began
@@ -66,7 +66,7 @@ def _waited(outage: Outage, clock: Clock) -> float:
 
 def test_the_longer_the_database_is_away_the_longer_a_message_waits() -> None:
     clock = Clock()
-    outage = Outage(lambda: False, clock)
+    outage = DatabaseOutage(lambda: False, clock)
     waits = [_waited(outage, clock) for _ in range(30)]
     assert waits == sorted(waits)
     assert (waits[0], waits[-1]) == (1.0, 30.0)
@@ -74,7 +74,7 @@ def test_the_longer_the_database_is_away_the_longer_a_message_waits() -> None:
 
 def test_a_message_waits_no_longer_once_the_database_answers() -> None:
     clock = Clock()
-    outage = Outage(lambda: clock.now > 100, clock)
+    outage = DatabaseOutage(lambda: clock.now > 100, clock)
     while clock.now < 80:
         _waited(outage, clock)
     _waited(outage, clock)
@@ -84,7 +84,7 @@ def test_a_message_waits_no_longer_once_the_database_answers() -> None:
 
 def test_after_the_outage_the_first_wait_is_short_again() -> None:
     clock = Clock()
-    outage = Outage(lambda: False, clock)
+    outage = DatabaseOutage(lambda: False, clock)
     for _ in range(20):
         _waited(outage, clock)
     outage.over()
@@ -94,7 +94,7 @@ def test_after_the_outage_the_first_wait_is_short_again() -> None:
 def test_a_wait_ends_as_the_process_stops() -> None:
     stopping = threading.Event()
     stopping.set()
-    Outage(lambda: False).wait(stopping)
+    DatabaseOutage(lambda: False).wait(stopping)
 
 
 @pytest.mark.parametrize(

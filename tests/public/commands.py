@@ -17,7 +17,7 @@ from tests.rows import add_output, seconds
 from worker.cli import main
 from worker.client.tracking import _settings
 from worker.core.pacing.policy import PacedJob
-from worker.polling.pace_learner import Learner
+from worker.polling.pace_learner import PaceLearner
 from worker.settings import load
 from worker.store.counters import Tally
 from worker.store.engine import close_engines, engine_for, make_engine
@@ -178,7 +178,7 @@ def plant(engine: Engine) -> None:
         keep_answers(
             connection, [KeptAnswer(first, 200, "status=done", UNREAD, recognised=False)], now=now - seconds(5)
         )
-    learner = Learner(engine)
+    learner = PaceLearner(engine)
     learner.prepare([("default", "image")])
     for _ in range(40):
         learner.observe("default", "image", PacedJob(20.0, 19.0), ready=True, planned=20.0)

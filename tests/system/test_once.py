@@ -119,7 +119,7 @@ def _own_resources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     for module in (resources, dead_claims):
         monkeypatch.setattr(module, "settings", settings)
-    monkeypatch.setattr(resources, "_parts", {})
+    monkeypatch.setattr(resources, "_resources", {})
     monkeypatch.setattr(resources, "listen", lambda *_: None)
     monkeypatch.setattr(resources, "gc", Mock())  # the collector belongs to the process that runs the tests
 

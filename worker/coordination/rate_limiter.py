@@ -73,7 +73,7 @@ return math.max(count, before)
 class Reservation:
     """Requests granted: when each may go out, by the monotonic clock; and the seconds after which there can be more."""
 
-    moments: tuple[float, ...]
+    send_times: tuple[float, ...]
     wait: float
     account: str
     mark: str = ""  # the account's free moment after these, as Redis has it; empty where they are a local share
@@ -81,7 +81,7 @@ class Reservation:
 
 
 @dataclass(frozen=True, slots=True)
-class Peek:
+class BudgetStatus:
     """An account's budget as it stands, without taking anything of it.
 
     `left` is how many requests could go out at once, `wait` the seconds until there is one; `taken` how many the API
@@ -131,7 +131,7 @@ class RateLimiter:
         """Counts requests that the API did not refuse; how many it took of all processes in a second just now."""
         return float(self._ask(self._taken, [_name("taken", account)], requests) or requests)
 
-    def peek(self, rates: Mapping[str, float]) -> dict[str, Peek]:
+    def peek(self, rates: Mapping[str, float]) -> dict[str, BudgetStatus]:
         """How the budgets of these accounts stand, whose rates are in force; nothing of it where Redis is away."""
         if not rates or time.monotonic() < self._away_until:
             return {}
@@ -169,14 +169,16 @@ class RateLimiter:
         return Reservation(_moments(found, now), found.wait, account)
 
 
-def _peek(rate: float, now: float, free: bytes | None, taken: Sequence[bytes | None], asked: Sequence[Any]) -> Peek:
+def _peek(
+    rate: float, now: float, free: bytes | None, taken: Sequence[bytes | None], asked: Sequence[Any]
+) -> BudgetStatus:
     begin = float(free or 0)
     found = reserve_slots(begin, now, rate=rate, requested=burst(rate) + int(rate * AHEAD_SECONDS) + 1)
     at, count, before = (int(float(value or 0)) for value in taken)
     last = {int(now): before, int(now) - 1: count}.get(at, 0)
     processes = sum(score > now - KEPT_SECONDS for _, score in asked)
     wait = 0.0 if found.count else max(0.0, begin - now - AHEAD_SECONDS)
-    return Peek(found.count, round(wait, 3), float(last), processes)
+    return BudgetStatus(found.count, round(wait, 3), float(last), processes)
 
 
 def _moments(found: RateSlots, now: float) -> tuple[float, ...]:

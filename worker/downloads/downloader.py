@@ -46,7 +46,7 @@ from worker.errors import StorageTrouble
 from worker.net.address_guard import Guard, RefusedTarget
 from worker.net.deadlines import TimeLimit
 from worker.net.network_errors import describe
-from worker.net.pooled_adapter import LeanAdapter, StreamedAnswer
+from worker.net.pooled_adapter import PooledAdapter, StreamedAnswer
 from worker.storage.local import Storage
 from worker.storage.partial_files import Incoming, Source, link_hash
 from worker.store.claims import ClaimedOutput, claim_output, release_claimed_outputs, release_output
@@ -87,7 +87,7 @@ class Downloader:
         leases: LeaseKeeper,
         storage: Storage,
         guard: Guard,
-        adapter: LeanAdapter,
+        adapter: PooledAdapter,
         scrubber: Scrubber,
         max_bytes: int,
         max_pixels: int,
@@ -243,7 +243,7 @@ class Downloader:
             return Unfit("refused_address", str(refused))
         except (HTTPError, HTTPException, OSError, ValueError) as error:
             incoming.hold = True
-            cause = f"none within OUTPUT_TIMEOUT, {self._timeout:g} s" if limit.over else describe(error)
+            cause = f"none within OUTPUT_TIMEOUT, {self._timeout:g} s" if limit.expired else describe(error)
             return TransferTrouble("unreachable", f"no answer: {cause}")
 
     def _transfer(self, url: str, link: str, incoming: Incoming, limit: TimeLimit) -> Attempt | None:
@@ -254,7 +254,7 @@ class Downloader:
                 return self._request(url, link, incoming, limit)
             except _Broken as broken:
                 incoming.hold = True
-                if broken.slow or limit.over:
+                if broken.slow or limit.expired:
                     return TransferTrouble("unreachable", str(broken))
                 if incoming.size == last:  # twice at the same place: it is cut there, or its headers are wrong
                     return self._ended_otherwise(incoming, broken)
@@ -318,12 +318,12 @@ class Downloader:
                     if incoming.size - before < FLOOR_SECONDS * FLOOR_BYTES_PER_SECOND:
                         raise _Broken(f"slower than {FLOOR_BYTES_PER_SECOND} bytes/s, {incoming.size} bytes", slow=True)
                     look_at, before = now + FLOOR_SECONDS, incoming.size
-                if limit.over:
+                if limit.expired:
                     break
         except (HTTPException, OSError) as error:
-            if not limit.over:
+            if not limit.expired:
                 raise _Broken(f"the body ended after {incoming.size} bytes: {describe(error)}") from None
-        if limit.over:  # where no length was declared, a connection that the watchdog ended looks like the end
+        if limit.expired:  # where no length was declared, a connection that the watchdog ended looks like the end
             raise _Broken(f"not done within OUTPUT_TIMEOUT, after {incoming.size} bytes", slow=True)
         if expected_size is not None and incoming.size < expected_size:
             raise _Broken(f"the body ended after {incoming.size} of {expected_size} bytes")

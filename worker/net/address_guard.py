@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from urllib3.util import parse_url
 
 from worker.net.deadlines import TimedHTTPConnection, TimedHTTPSConnection, connect_first
-from worker.net.pooled_adapter import LeanAdapter
+from worker.net.pooled_adapter import PooledAdapter
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -152,7 +152,7 @@ def _refusal(host: str, address: object, scheme: str, port: int) -> str:
     return f"{host} is at {address}, which may not be reached by {scheme} on port {port}"
 
 
-def guarded_adapter(guard: Guard, *, connections: int) -> LeanAdapter:
+def guarded_adapter(guard: Guard, *, connections: int) -> PooledAdapter:
     """An adapter whose every new connection passes the guard."""
 
     class Plain(TimedHTTPConnection):
@@ -163,4 +163,4 @@ def guarded_adapter(guard: Guard, *, connections: int) -> LeanAdapter:
         def dial(self) -> socket.socket:
             return guard.connect(self, scheme="https")
 
-    return LeanAdapter(connections=connections, plain=Plain, tls=Tls)
+    return PooledAdapter(connections=connections, plain=Plain, tls=Tls)

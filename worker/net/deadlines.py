@@ -41,7 +41,7 @@ UNDER_WAY = frozenset({errno.EINPROGRESS, errno.EWOULDBLOCK})
 Target = tuple[int, Any]  # an address family, and an address as `socket.connect` takes it
 
 
-class Line:
+class SocketHandle:
     """A second handle on a connection, to end it with. The TLS layer takes the first one over while it shakes hands."""
 
     __slots__ = ("_handle",)
@@ -66,16 +66,16 @@ class Watchdog:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         # By line and end: a line that is put by may be the next call's before this one forgets it.
-        self._deadlines: dict[tuple[Line, float], None] = {}  # single operations on a dict need no lock
+        self._deadlines: dict[tuple[SocketHandle, float], None] = {}  # single operations on a dict need no lock
         self._pid = 0
 
-    def watch(self, line: Line, until: float) -> None:
+    def watch(self, line: SocketHandle, until: float) -> None:
         """Ends whatever goes on with `line` once the monotonic clock is past `until`."""
         self._deadlines[line, until] = None
         if self._pid != os.getpid():
             self._start()
 
-    def forget(self, line: Line, until: float) -> None:
+    def forget(self, line: SocketHandle, until: float) -> None:
         """The call with `line` that was to end then is over."""
         self._deadlines.pop((line, until), None)
 
@@ -129,7 +129,7 @@ class TimeLimit:
         return max(self._until - time.monotonic(), 0.001)
 
     @property
-    def over(self) -> bool:
+    def expired(self) -> bool:
         """Whether the time is used up."""
         return time.monotonic() >= self._until
 
@@ -154,7 +154,7 @@ def seconds_left() -> float:
     return math.inf if until is None else max(until - time.monotonic(), 0.001)
 
 
-def ask_permission() -> None:
+def check_permit() -> None:
     """Call the `permit` of the call that this thread is in. To be called with nothing left to do but to send."""
     permit = getattr(_call, "permit", None)
     if permit is not None:
@@ -309,7 +309,7 @@ def _interleaved(targets: Sequence[Target]) -> list[Target]:
 # ── connections ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class InterimAnswers(HTTPResponse):
+class FinalResponse(HTTPResponse):
     """An answer that may be preceded by interim ones (1xx), which are read past.
 
     `http.client` reads past "100 Continue" alone and takes "102 Processing" or "103 Early Hints" for the answer.
@@ -337,8 +337,8 @@ class InterimAnswers(HTTPResponse):
 class _Timed(HTTPConnection):
     """What both kinds of connections do to be watched during a call."""
 
-    response_class = InterimAnswers
-    line: Line | None = None
+    response_class = FinalResponse
+    line: SocketHandle | None = None
 
     def addresses(self) -> list[Target]:
         """Where the host is. Raises urllib3's errors."""
@@ -356,7 +356,7 @@ class _Timed(HTTPConnection):
 
     def _new_conn(self) -> socket.socket:
         sock = self.dial()
-        self.line = Line(sock)
+        self.line = SocketHandle(sock)
         self.watch()
         return sock
 
@@ -373,7 +373,7 @@ class _Timed(HTTPConnection):
             self.connect()  # the sending would do it, after the permission
         else:
             self.watch()
-        ask_permission()
+        check_permit()
         super().request(*args, **kwargs)
 
     def close(self) -> None:

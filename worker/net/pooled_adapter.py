@@ -33,11 +33,11 @@ from worker.core.urls import split
 from worker.net.deadlines import (
     LONGEST_HEADER_LINE,
     MOST_HEADERS,
-    InterimAnswers,
+    FinalResponse,
     TimedAdapter,
     TimedHTTPConnection,
     TimedHTTPSConnection,
-    ask_permission,
+    check_permit,
     seconds_left,
 )
 
@@ -62,7 +62,7 @@ T = TypeVar("T")
 DEAD = (RemoteDisconnected, ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 
-class LeanAdapter(TimedAdapter):
+class PooledAdapter(TimedAdapter):
     """Sends over kept connections; `send` reads answers of up to `limit` bytes (and one more, to tell larger ones)."""
 
     def __init__(
@@ -246,7 +246,7 @@ def _exchanged(connection: Connection, request: bytes, timeout: float, read: Cal
         wait = None if seconds_left() <= timeout else timeout
         if sock.gettimeout() != wait:
             sock.settimeout(wait)
-        ask_permission()
+        check_permit()
         sock.sendall(request)
         return read(sock)
     except BaseException:
@@ -286,7 +286,7 @@ def _read(sock: socket.socket, limit: int) -> WholeAnswer:
 def _read_usual(start: bytes, sock: socket.socket, limit: int) -> WholeAnswer | None:
     """Read an answer of HTTP/1.1 whose headers came in one piece and whose length was declared; None: it is another.
 
-    All others are left to `Answer`, which reads these, too, at five times the price.
+    All others are left to `HttpAnswer`, which reads these, too, at five times the price.
     """
     head, end, body = start.partition(b"\r\n\r\n")
     first = STATUS_LINE.match(head)
@@ -325,7 +325,7 @@ def _read_on(start: bytes, sock: socket.socket, length: int) -> bytes:
 
 
 def _read_any(start: bytes, sock: socket.socket, limit: int) -> WholeAnswer:
-    raw = Answer(cast("socket.socket", _Begun(start, sock)), method="POST")
+    raw = HttpAnswer(cast("socket.socket", _Begun(start, sock)), method="POST")
     try:
         raw.begin()
         body = raw.read(limit + 1)
@@ -374,7 +374,7 @@ def _request_bytes(method: str, target: str, site: str, headers: Mapping[str, st
     return head.encode("latin-1") + (body.encode() if isinstance(body, str) else body)
 
 
-class Answer(InterimAnswers):
+class HttpAnswer(FinalResponse):
     """An answer whose headers are read line by line, without `http.client`'s parser for e-mail."""
 
     headers: CaseInsensitiveDict[str]  # type: ignore[assignment]  # reads the same
@@ -428,7 +428,7 @@ class Answer(InterimAnswers):
         return int(size[1], 16)
 
 
-class StreamedAnswer(Answer):
+class StreamedAnswer(HttpAnswer):
     """An answer whose body is read piece by piece, also where its headers say something wrong about it.
 
     A length that is no number, or several of them, counts as none. A body that does not begin like a chunk is not

@@ -25,7 +25,7 @@ from worker.core.webhook import headers, retry_delay
 from worker.net.address_guard import Guard, RefusedTarget
 from worker.net.deadlines import TimeLimit
 from worker.net.network_errors import describe
-from worker.net.pooled_adapter import LeanAdapter
+from worker.net.pooled_adapter import PooledAdapter
 from worker.notify.receivers import Receivers, prefix
 from worker.notify.receivers import receiver_name as _receiver
 from worker.store.engine import database_now
@@ -53,7 +53,7 @@ class Webhooks:
         engine: Engine,
         leases: LeaseKeeper,
         guard: Guard,
-        adapter: LeanAdapter,
+        adapter: PooledAdapter,
         scrubber: Scrubber,
         secrets: Sequence[bytes],
         user_agent: str = "fetch-worker",
@@ -216,14 +216,14 @@ class Webhooks:
                 with self._adapter.exchange("POST", url, signed, timeout, event.body.encode()) as answer:
                     status = answer.status
                     asked = _seconds(answer.headers.get("retry-after"))
-            if limit.over:  # a head that was cut off looks like one that ended
+            if limit.expired:  # a head that was cut off looks like one that ended
                 raise TimeoutError
         except LeaseLost:
             raise
         except RefusedTarget as refused:
             return None, f"{refused}; see WEBHOOK_ALLOWED_NETWORKS", None
         except (HTTPError, HTTPException, OSError, ValueError) as error:
-            if limit.over:
+            if limit.expired:
                 return None, f"no answer within {TIMEOUT_SECONDS:.0f} s", None
             return None, f"the receiver can't be reached: {describe(error)}", None
         except Exception as fault:  # a claim that nobody ends would come back without any wait, and for ever

@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row
 
-from worker.coordination.rate_limiter import Peek, RateLimiter
+from worker.coordination.rate_limiter import BudgetStatus, RateLimiter
 from worker.core.answer_history import parse_history
 from worker.core.circuit_breaker import BY_OPERATOR, NOT_LISTED, REFUSALS, CircuitBreaker, Scope
 from worker.core.humanize import format_bytes, format_duration
@@ -114,7 +114,7 @@ def read_facts(
     )
 
 
-def chain(facts: Facts, peek: Peek | None) -> tuple[list[Step], str]:
+def chain(facts: Facts, peek: BudgetStatus | None) -> tuple[list[Step], str]:
     """The chain of a job, and what to do. `peek` is its account's budget; None where Redis is away."""
     steps = [_job(facts)]
     if facts.job.due_at is not None:
@@ -183,7 +183,7 @@ def _final(facts: Facts) -> str | None:
 # ── the next request ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _request(facts: Facts, peek: Peek | None) -> Iterator[Step]:
+def _request(facts: Facts, peek: BudgetStatus | None) -> Iterator[Step]:
     if facts.job.held_at is not None:
         held = format_duration(facts.since(facts.job.held_at))
         yield Step("hold", BY_OPERATOR, f"since {held}", f"fetch-worker resume {facts.job.id}")
@@ -298,7 +298,7 @@ def _claimed(facts: Facts, name: str, row: Row[Any], doing: str, start: str) -> 
     return Step(name, "held", detail, f"nothing: {doing}")
 
 
-def _budget(facts: Facts, peek: Peek | None) -> Step:
+def _budget(facts: Facts, peek: BudgetStatus | None) -> Step:
     breaker = facts.breakers.get(("account", facts.job.account))
     ceiling = (
         ""

@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, Row
 
-from worker.coordination.rate_limiter import Peek, RateLimiter
+from worker.coordination.rate_limiter import BudgetStatus, RateLimiter
 from worker.core.circuit_breaker import CircuitBreaker, Scope
 from worker.core.histograms import DELAYS, quantile
 from worker.core.identity import can_be_asked
@@ -308,7 +308,7 @@ class SnapshotReader:
         self._samples.append(sample)
         return frame
 
-    def _frame(self, read: "_Read", peeks: Mapping[str, Peek], sample: _Sample) -> Frame:
+    def _frame(self, read: "_Read", peeks: Mapping[str, BudgetStatus], sample: _Sample) -> Frame:
         now, before = read.now, self._before(sample)
         why = _Why(read.known, {state.account: state for state in read.states}, read.gone, _working(read), now)
         kinds, kinds_seconds = self._kinds(sample)
@@ -345,7 +345,11 @@ class SnapshotReader:
         return self._samples[-1] if self._samples else None
 
     def _account(
-        self, state: AccountState, known: Mapping[tuple[Scope, str], CircuitBreaker], peek: Peek | None, sample: _Sample
+        self,
+        state: AccountState,
+        known: Mapping[tuple[Scope, str], CircuitBreaker],
+        peek: BudgetStatus | None,
+        sample: _Sample,
     ) -> AccountNow:
         first = next((one for one in self._samples if sample.at - one.at <= RATE_SECONDS), None)
         if first is None:

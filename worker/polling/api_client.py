@@ -19,7 +19,7 @@ from worker.core.reply import AnotherJob, ApiDown, ApiReply, Empty, Processing, 
 from worker.errors import RefusedAddress, Unavailable
 from worker.net.deadlines import TimeLimit, lean_session
 from worker.net.network_errors import describe
-from worker.net.pooled_adapter import LeanAdapter, as_response
+from worker.net.pooled_adapter import PooledAdapter, as_response
 from worker.polling.kept_text import RAW_BYTES, KeptText, kept_text, raw_answer
 from worker.system.redaction import Scrubber
 from worker.vendor.families import is_training
@@ -52,7 +52,7 @@ class ApiClient:
         connections: int,
         ca_bundle: str | None = None,
         proxy: str | None = None,
-        adapter: LeanAdapter | None = None,
+        adapter: PooledAdapter | None = None,
         user_agent: str = "fetch-worker",
         status_words: Mapping[str, str] | None = None,
     ) -> None:
@@ -63,7 +63,7 @@ class ApiClient:
         self._status_words = dict(status_words or {})
         self._headers = {"User-Agent": user_agent, **HEADERS}
         self._own_fetch = f"{allowed.url}/fetch/"
-        own = adapter or LeanAdapter(limit=MAX_ANSWER_BYTES, connections=connections, ca_bundle=ca_bundle)
+        own = adapter or PooledAdapter(limit=MAX_ANSWER_BYTES, connections=connections, ca_bundle=ca_bundle)
         self.session = lean_session(own)
         if proxy is not None:
             self.session.proxies = {"http": proxy, "https": proxy}
@@ -128,7 +128,7 @@ class ApiClient:
             with limit:
                 return self._send(call.method, address.url, json.dumps(words).encode(), limit)
         except (requests.RequestException, HTTPError, OSError, ValueError) as error:
-            cause = f"none within {self._timeout:g} s" if limit.over else describe(error)
+            cause = f"none within {self._timeout:g} s" if limit.expired else describe(error)
             raise Unavailable(self._scrubber.text(f"no answer: {cause}")) from None
 
     def kept_text(self, raw: RawAnswer) -> KeptText:
@@ -142,7 +142,7 @@ class ApiClient:
         timeout = min(CONNECT_SECONDS, self._timeout), self._timeout
         verify = True if session.verify is None else session.verify
         if (
-            type(adapter) is LeanAdapter
+            type(adapter) is PooledAdapter
             and method == "POST"
             and verify is True
             and not (session.proxies or session.cert)
@@ -189,7 +189,7 @@ class _Received(NamedTuple):
 
 
 def _in_time(limit: TimeLimit, status: int, headers: Mapping[str, str], body: bytes) -> _Received:
-    if limit.over:  # where no length was declared, a connection that the watchdog ended looks like the end
+    if limit.expired:  # where no length was declared, a connection that the watchdog ended looks like the end
         raise requests.Timeout("the whole call took too long")
     return _Received(status, headers, body)
 
@@ -222,6 +222,6 @@ def _bounded(response: requests.Response, limit: TimeLimit) -> bytes:
     for chunk in response.iter_content(CHUNK_BYTES):
         chunks.append(chunk)
         size += len(chunk)
-        if size > MAX_ANSWER_BYTES or limit.over:
+        if size > MAX_ANSWER_BYTES or limit.expired:
             break
     return b"".join(chunks)

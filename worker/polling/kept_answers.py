@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from worker.core.lifecycle import EndJob
 from worker.core.reply import RawAnswer, Unread
 from worker.polling.kept_text import KeptText
-from worker.polling.request_pool import Asked
+from worker.polling.request_pool import PollAnswer
 from worker.store.results import Outcome
 from worker.store.unread import KeptAnswer
 
 
 def kept_answers(
-    asked: Sequence[Asked], outcomes: Sequence[Outcome], text: Callable[[RawAnswer], KeptText]
+    asked: Sequence[PollAnswer], outcomes: Sequence[Outcome], text: Callable[[RawAnswer], KeptText]
 ) -> list[KeptAnswer]:
     """Return what is to be kept of a batch. `text` makes of an answer what may be stored."""
     return [
@@ -21,7 +21,7 @@ def kept_answers(
     ]
 
 
-def kept_answer(asked: Asked, raw: RawAnswer, text: Callable[[RawAnswer], KeptText]) -> KeptAnswer:
+def kept_answer(asked: PollAnswer, raw: RawAnswer, text: Callable[[RawAnswer], KeptText]) -> KeptAnswer:
     """Return an answer as it is kept."""
     kept = text(raw)
     return KeptAnswer(asked.job.id, raw.http_status, kept.shape, kept.text, type(asked.reply) is not Unread)

@@ -23,8 +23,8 @@ from worker.core.reply import AccountRefused, ApiDown, ApiReply, RateLimited, Re
 from worker.net.network_errors import describe
 from worker.polling.api_client import ApiClient
 from worker.polling.kept_answers import kept_answer
-from worker.polling.recorder import count_answers, move_gates, with_own_path
-from worker.polling.request_pool import Asked
+from worker.polling.recorder import count_answers, mark_own_path_error, update_breakers
+from worker.polling.request_pool import PollAnswer
 from worker.store.breakers import all_breakers, locked_breaker, save_breaker
 from worker.store.claims import due_groups
 from worker.store.counters import Tally
@@ -163,7 +163,7 @@ class LateLooks:
         sent = time.monotonic()
         try:
             answer = self._api.ask(look.job.address, look.job.remote_id, key, partial(_check_claim, look, claimed_at))
-        except LookLost as lost:
+        except LookClaimLost as lost:
             log.warning("%s, it was not asked about", lost)
             self._give_back(look, BUSY_WAIT)
             return False
@@ -180,9 +180,9 @@ class LateLooks:
         full = self._rps(account)
         breaker = known.get(("account", account))
         grant = self._budget.take(account, 1, rate=full if breaker is None else breaker.rate(full, now))
-        if grant.moments and grant.moments[0] - time.monotonic() <= SOON_SECONDS:
+        if grant.send_times and grant.send_times[0] - time.monotonic() <= SOON_SECONDS:
             return grant
-        self._budget.give_back(grant, len(grant.moments))
+        self._budget.give_back(grant, len(grant.send_times))
         return None
 
     def _claim(self, due: DueLook) -> tuple[ClaimedLook, bool] | None:
@@ -220,15 +220,15 @@ class LateLooks:
         sent: float,
         known: Mapping[tuple[Scope, str], CircuitBreaker],
     ) -> None:
-        asked = Asked(look.job, answer.reply, probe, sent, raw=answer.raw)
-        asked = with_own_path(asked, self._api.default_address)
+        asked = PollAnswer(look.job, answer.reply, probe, sent, raw=answer.raw)
+        asked = mark_own_path_error(asked, self._api.default_address)
         account = look.job.account
         refused = isinstance(answer.reply, (RateLimited, ApiDown))
         limit = RateMeasurement(self._rps(account), self._budget.taken(account, 0 if refused else 1))
         revived = Revived({}, ())
         with self._engine.begin() as connection:
             now = database_now(connection)
-            move_gates(connection, [asked], known, lambda _: limit, now=now)
+            update_breakers(connection, [asked], known, lambda _: limit, now=now)
             tally = Tally()
             if lock_look(connection, look):
                 revived = self._settle(connection, look, asked, tally, now)
@@ -239,7 +239,9 @@ class LateLooks:
         self._queue_downloads(revived.outputs)  # after the commit: the rows must be there
         self._tell(revived.completed)
 
-    def _settle(self, connection: Connection, look: ClaimedLook, asked: Asked, tally: Tally, now: datetime) -> Revived:
+    def _settle(
+        self, connection: Connection, look: ClaimedLook, asked: PollAnswer, tally: Tally, now: datetime
+    ) -> Revived:
         """Write what a look led to, in the caller's transaction."""
         reply = asked.reply
         if isinstance(reply, Ready):
@@ -258,7 +260,7 @@ class LateLooks:
         return Revived({}, ())
 
 
-class LookLost(Exception):
+class LookClaimLost(Exception):
     """A look is not ours any more."""
 
 
@@ -268,6 +270,6 @@ def _host_is_open(known: Mapping[tuple[Scope, str], CircuitBreaker], host: str, 
 
 
 def _check_claim(look: ClaimedLook, since: float) -> None:
-    """Raise LookLost where the claim is so old that another process may be about to make the look."""
+    """Raise LookClaimLost where the claim is so old that another process may be about to make the look."""
     if boot_seconds() - since >= LEASE_MARGIN.total_seconds():
-        raise LookLost(f"the look at job {look.job.id} was claimed too long ago")
+        raise LookClaimLost(f"the look at job {look.job.id} was claimed too long ago")

@@ -23,7 +23,7 @@ FRESH_SECONDS = 30.0  # a process that only reads looks again after it
 CLASSES_MOST = 2_000  # kept in memory
 
 
-class Learner:
+class PaceLearner:
     """The models of one process. All of it is for one thread."""
 
     def __init__(self, engine: Engine) -> None:

@@ -25,7 +25,7 @@ from worker.core.pacing.policy import Pace
 from worker.core.reply import ApiDown, ApiReply, RateLimited
 from worker.polling.api_client import ApiClient
 from worker.polling.recorder import Recorder
-from worker.polling.request_pool import Asked, Calls
+from worker.polling.request_pool import PollAnswer, RequestPool
 from worker.store.breakers import all_breakers, locked_breaker, save_breaker
 from worker.store.claims import ClaimedJob, DueGroup, claim_jobs, due_groups, release_claimed_jobs, release_jobs
 from worker.store.engine import RELAXED, database_now
@@ -137,12 +137,12 @@ class Poller:
             late_looks=late_looks,
             dice=dice,
         )
-        self._calls = Calls(self._call, threads=threads)
+        self._calls = RequestPool(self._call, threads=threads)
         self._random = dice or random.Random()  # spreads accounts, guards nothing
         self._running = threading.Lock()
         self._stopping = threading.Event()
         self._wanted = threading.Event()
-        self._gives_way = False
+        self._preemptible = False
         self._tell = notify
         self._late_looks = tuple(late_looks)
         self._unlisted_at = 0.0
@@ -194,7 +194,7 @@ class Poller:
         """Ends its threads, for a process that goes on without it. It can't be used afterwards."""
         self._calls.close()
 
-    def round(self) -> PollReport:
+    def poll_once(self) -> PollReport:
         """Asks about what is due right now, records the answers, and is done: for whoever moves the clock himself."""
         report = PollReport()
         with self._running:
@@ -213,7 +213,7 @@ class Poller:
         self,
         *,
         seconds: float = RUN_SECONDS,
-        gives_way: bool = False,
+        preemptible: bool = False,
         finish: bool = False,
         progress: Progress | None = None,
     ) -> PollReport | None:
@@ -224,20 +224,20 @@ class Poller:
         """
         if not self._running.acquire(blocking=False) and not self._taken_over():
             return None
-        self._gives_way = gives_way
+        self._preemptible = preemptible
         self.last_run, self._run_thread = time.monotonic(), threading.get_ident()
         try:
             report = self._run(time.monotonic() + seconds, finish, progress)
             self._recorder.rest()
             return report
         finally:
-            self._gives_way = False
+            self._preemptible = False
             self.last_run, self._run_thread = time.monotonic(), None
             self._running.release()
 
     def _taken_over(self) -> bool:
         """Whether the run that is on has given way to this one."""
-        if not self._gives_way:
+        if not self._preemptible:
             return False
         self._wanted.set()
         self._calls.wake()
@@ -256,7 +256,7 @@ class Poller:
         while True:
             self._give_back_lost()
             self.last_run = now = time.monotonic()
-            over = now >= until or (self._gives_way and self._wanted.is_set())
+            over = now >= until or (self._preemptible and self._wanted.is_set())
             if self.stopped:
                 self._give_back()
             elif over and not (finish and self.busy):
@@ -406,12 +406,12 @@ class Poller:
             wanted = min(share, sum(room[host] for host in {level.host for level in due[account]}))
             rate = view.breaker("account", account).rate(self._rps(account), now)
             grants[account] = self._budget.take(account, wanted, rate=rate)
-            if len(grants[account].moments) < wanted:
+            if len(grants[account].send_times) < wanted:
                 short.add(account)  # requests are short: the most urgent jobs get them
-        granted = {account: len(one.moments) for account, one in grants.items()}
+        granted = {account: len(one.send_times) for account, one in grants.items()}
         claimed = self._claim_granted(due, granted, room, short)
         more = len(accounts) < len(due) or any(
-            len(jobs) == len(grants[account].moments) == share for account, jobs in claimed.items()
+            len(jobs) == len(grants[account].send_times) == share for account, jobs in claimed.items()
         )
         started = sum(self._start(jobs, grants[account], view) for account, jobs in claimed.items())
         self._unsure.clear()
@@ -419,15 +419,15 @@ class Poller:
 
     def _start(self, jobs: Sequence[ClaimedJob], grant: Reservation, view: _View) -> int:
         """Has these jobs of one account asked about, each at its moment; how many."""
-        self._budget.give_back(grant, len(grant.moments) - len(jobs))
-        if jobs and time.monotonic() - grant.moments[0] > LATE_SECONDS:
+        self._budget.give_back(grant, len(grant.send_times) - len(jobs))
+        if jobs and time.monotonic() - grant.send_times[0] > LATE_SECONDS:
             # The database kept us waiting. All at once would be more than the API takes: the others took their share.
             rate = view.breaker("account", grant.account).rate(self._rps(grant.account), view.time())
             grant = self._budget.take(grant.account, len(jobs), rate=rate)
-            self._release(jobs[len(grant.moments) :])
-        for job, moment in zip(jobs, grant.moments, strict=False):
+            self._release(jobs[len(grant.send_times) :])
+        for job, moment in zip(jobs, grant.send_times, strict=False):
             self._calls.start(job, moment)
-        return min(len(jobs), len(grant.moments))
+        return min(len(jobs), len(grant.send_times))
 
     def _claim_granted(
         self,
@@ -500,7 +500,7 @@ class Poller:
         if not levels:
             return 0
         grant = self._budget.take(levels[0].account, 1, rate=self._rps(levels[0].account))
-        if not grant.moments:
+        if not grant.send_times:
             return 0
         token = self._new_token()
         with self._engine.begin() as connection:
@@ -516,7 +516,7 @@ class Poller:
                     save_breaker(connection, breakers.with_probe_started(breaker, now=now, lease=self._probe_lease))
         self._unsure.clear()
         for job in jobs:
-            self._calls.start(job, grant.moments[0], probe=True)
+            self._calls.start(job, grant.send_times[0], probe=True)
         self._budget.give_back(grant, 1 - len(jobs))
         return len(jobs)
 
@@ -568,7 +568,7 @@ class Poller:
 
     # ── recording ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _record(self, answers: Sequence[Asked], report: PollReport) -> None:
+    def _record(self, answers: Sequence[PollAnswer], report: PollReport) -> None:
         report.asked += len(answers)
         report.answers.update(type(one.reply).__name__.lower() for one in answers)
         self._measure(len(answers))
@@ -586,7 +586,7 @@ class Poller:
         self._answers_per_second += (rate - self._answers_per_second) / 4
         self._recorded_at = now
 
-    def _count_taken(self, asked: Sequence[Asked]) -> dict[str, float]:
+    def _count_taken(self, asked: Sequence[PollAnswer]) -> dict[str, float]:
         """Counts what the API took; how many requests per second it takes of each account."""
         counted: Counter[str] = Counter()
         for one in asked:

@@ -24,8 +24,8 @@ from worker.core.pacing.policy import Pace, PacedJob
 from worker.core.reply import ApiDown, ApiError, Empty, Processing, RawAnswer, Ready, Reply, Unread
 from worker.polling.kept_answers import kept_answers
 from worker.polling.kept_text import KeptText
-from worker.polling.pace_learner import Learner
-from worker.polling.request_pool import Asked
+from worker.polling.pace_learner import PaceLearner
+from worker.polling.request_pool import PollAnswer
 from worker.store.breakers import all_breakers, locked_breaker, mark_asked, save_breaker
 from worker.store.claims import ClaimedJob
 from worker.store.counters import ANSWERS, Tally
@@ -75,7 +75,7 @@ class Recorder:
         self._batches = engine.execution_options(**{LOCK_WAIT: BATCH_PATIENCE})
         self._single = engine.execution_options(**{LOCK_WAIT: SINGLE_PATIENCE})
         self._pace = pace
-        self._learner = Learner(engine)
+        self._learner = PaceLearner(engine)
         self._least = timedelta(seconds=pace.min_wait)
         self._rps = rps
         self._queue_downloads = queue_downloads
@@ -83,10 +83,10 @@ class Recorder:
         self._kept_text = kept_text
         self._late_looks = tuple(late_looks)
         self._random = dice or random.Random()  # spreads polls in time, guards nothing
-        self._waiting: list[Asked] = []
-        self._unlearned: list[Asked] = []
+        self._waiting: list[PollAnswer] = []
+        self._unlearned: list[PollAnswer] = []
         self._delays: dict[int, float] = {}  # of jobs that were found ready, until that is written
-        self._locked: list[Asked] = []
+        self._locked: list[PollAnswer] = []
         self._unlock_at = 0.0
         self._taken: dict[str, float] = {}
         self._marked_at = 0.0
@@ -101,7 +101,7 @@ class Recorder:
         """All answers that are not written yet, those of locked rows too."""
         return len(self._waiting) + len(self._locked)
 
-    def take(self, answers: Sequence[Asked], taken: Mapping[str, float]) -> None:
+    def take(self, answers: Sequence[PollAnswer], taken: Mapping[str, float]) -> None:
         """Keeps answers. `taken` is how many requests per second the API took of each account just now."""
         self._waiting += answers
         self._unlearned += answers
@@ -192,7 +192,7 @@ class Recorder:
         self._tell(done.recorded.finished)
         return done.recorded.lost
 
-    def _quarantine(self, one: Asked, error: Exception) -> bool:
+    def _quarantine(self, one: PollAnswer, error: Exception) -> bool:
         log.error("an answer can't be written, its job is set aside job=%s reason=%s", one.job.id, _reason(error))
         try:
             with self._single.begin() as connection:
@@ -208,7 +208,7 @@ class Recorder:
 
     # ── one transaction ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _write(self, engine: Engine, asked: Sequence[Asked], known: Breakers) -> _Written:
+    def _write(self, engine: Engine, asked: Sequence[PollAnswer], known: Breakers) -> _Written:
         # Made before the transaction, which holds locks. Of the other answers hardly any is kept.
         texts = {
             one.raw: self._kept_text(one.raw) for one in asked if type(one.reply) is Unread and one.raw is not None
@@ -220,7 +220,7 @@ class Recorder:
                 self._marked_at = time.monotonic()
                 mark_asked(connection, {one.job.account for one in asked}, now=now)
             asked = self._readdressed(connection, asked)
-            moved = move_gates(connection, asked, known, self._limit, now=now)
+            moved = update_breakers(connection, asked, known, self._limit, now=now)
             outcomes = [self._outcome(one, now) for one in asked]
             if any(_expires(outcome) for outcome in outcomes):
                 held = all_breakers(connection)  # unasked means not expired, and a hold may have kept it unasked
@@ -239,14 +239,14 @@ class Recorder:
             tally.write(connection)
             return _Written(recorded, moved)
 
-    def _readdressed(self, connection: Connection, asked: Sequence[Asked]) -> Sequence[Asked]:
+    def _readdressed(self, connection: Connection, asked: Sequence[PollAnswer]) -> Sequence[PollAnswer]:
         """Move jobs that were tracked under a mistyped SD_API_URL to the present one; their answers become `MOVED`.
 
         Of a job that has an address of its own, such an answer is about the job: its deadline counts.
         """
         if self._default_address is None:
             return asked
-        asked = [with_own_path(answer, self._default_address) for answer in asked]
+        asked = [mark_own_path_error(answer, self._default_address) for answer in asked]
         lost: dict[int, FetchAddress] = {}
         for answer in asked:
             if isinstance(answer.reply, ApiDown) and answer.reply.no_such_path:
@@ -277,7 +277,7 @@ class Recorder:
         self._unlearned = []
 
     def _outcome(
-        self, one: Asked, now: datetime, held: Mapping[tuple[Scope, str], CircuitBreaker] | None = None
+        self, one: PollAnswer, now: datetime, held: Mapping[tuple[Scope, str], CircuitBreaker] | None = None
     ) -> Outcome:
         job, reply = one.job, one.reply
         facts = job.facts if held is None else _with_hold(job, held, now)
@@ -304,7 +304,7 @@ class Recorder:
         return RateMeasurement(self._rps(account), self._taken.get(account, 0.0))
 
 
-def with_own_path(answer: Asked, default_address: Callable[[str], FetchAddress]) -> Asked:
+def mark_own_path_error(answer: PollAnswer, default_address: Callable[[str], FetchAddress]) -> PollAnswer:
     """Mark an answer about a path that only its job names as one about the job: its host is well.
 
     Where the API has said at that path that the job is not ready, the path is right, and the host is in trouble.
@@ -317,9 +317,9 @@ def with_own_path(answer: Asked, default_address: Callable[[str], FetchAddress])
     return answer._replace(reply=replace(reply, answered=True))
 
 
-def move_gates(
+def update_breakers(
     connection: Connection,
-    asked: Sequence[Asked],
+    asked: Sequence[PollAnswer],
     known: Mapping[tuple[Scope, str], CircuitBreaker],
     limit: Callable[[str], RateMeasurement],
     *,
@@ -344,7 +344,7 @@ def move_gates(
     return moved
 
 
-def count_answers(tally: Tally, asked: Sequence[Asked]) -> None:
+def count_answers(tally: Tally, asked: Sequence[PollAnswer]) -> None:
     """Count answers by account and class."""
     for (account, reply), times in Counter((one.job.account, type(one.reply)) for one in asked).items():
         label = reply.__name__.lower()
@@ -386,9 +386,9 @@ def _is_power_of_two(polls: int) -> bool:
     return polls & (polls - 1) == 0
 
 
-def _by_breaker(asked: Sequence[Asked]) -> dict[tuple[Scope, str], list[Asked]]:
+def _by_breaker(asked: Sequence[PollAnswer]) -> dict[tuple[Scope, str], list[PollAnswer]]:
     """Which answers concern which gate. Of those that say the same one after the other the first is enough."""
-    found: dict[tuple[Scope, str], list[Asked]] = {}
+    found: dict[tuple[Scope, str], list[PollAnswer]] = {}
     for one in asked:
         concerned: tuple[tuple[Scope, str], ...] = (("account", one.job.account), ("host", one.job.address.host))
         for breaker in concerned:

@@ -26,7 +26,7 @@ ADAPT_SECONDS = 0.25  # between two changes of the number of threads
 SPARE, BUSY = 0.2, 0.3  # cores that calls take: 0.4 to 0.8 where answers come at once, 0.15 at 128 in flight and 150 ms
 
 
-class Asked(NamedTuple):
+class PollAnswer(NamedTuple):
     """An answer: what was asked, when by the monotonic clock, and whether the call was a probe."""
 
     job: ClaimedJob
@@ -61,14 +61,14 @@ class _Lane:
         self.threads = min(self.threads, count)
 
 
-class Calls:
+class RequestPool:
     """Up to `threads` calls at once to each host. All but `wake` is for the one thread that runs the show."""
 
     def __init__(self, ask: Callable[[ClaimedJob], ApiReply], *, threads: int) -> None:
         self._ask = ask
         self._most = threads
         self._lanes: defaultdict[str, _Lane] = defaultdict(lambda: _Lane(self._most))
-        self._inbox: SimpleQueue[Asked | _ToAsk | None] = SimpleQueue()  # a call that was not made comes back
+        self._inbox: SimpleQueue[PollAnswer | _ToAsk | None] = SimpleQueue()  # a call that was not made comes back
         self.outstanding = 0
         self._adapted_at = 0.0
         self.not_asked: list[ClaimedJob] = []  # claims that were lost before their call; the caller gives them back
@@ -102,7 +102,7 @@ class Calls:
         """Ends the wait of `answers`."""
         self._inbox.put(None)
 
-    def answers(self, timeout: float, *, gather: float) -> list[Asked]:
+    def answers(self, timeout: float, *, gather: float) -> list[PollAnswer]:
         """The answers that came; it waits for the first one up to `timeout`, and then for `gather` for its company."""
         self._adapt()
         for host, lane in self._lanes.items():
@@ -119,17 +119,17 @@ class Calls:
             if one is not None:
                 found.append(one)
         self._count(found)
-        answers = [one for one in found if isinstance(one, Asked)]
+        answers = [one for one in found if isinstance(one, PollAnswer)]
         if len(answers) < len(found):
             self.not_asked += [one.job for one in found if isinstance(one, _ToAsk)]
         return answers
 
-    def _count(self, ended: Sequence[Asked | _ToAsk]) -> None:
+    def _count(self, ended: Sequence[PollAnswer | _ToAsk]) -> None:
         self.outstanding -= len(ended)
         for call in ended:
             lane = self._lanes[call.job.address.host]
             lane.outstanding -= 1
-            if isinstance(call, Asked):
+            if isinstance(call, PollAnswer):
                 lane.cpu_seconds += call.cpu_seconds
 
     def _adapt(self) -> None:
@@ -146,7 +146,7 @@ class Calls:
     def _adapt_to(self, busy: float, light: Sequence[_Lane] = ()) -> None:
         """Change the number of threads: `busy` is how much of a core the calls took of late.
 
-        Calls of `light` lanes only wait: they take nothing from the others, and keep their threads.
+        Requests of `light` lanes only wait: they take nothing from the others, and keep their threads.
         """
         for lane in self._lanes.values():
             if lane not in light and busy > BUSY and lane.threads > FEWEST_THREADS:
@@ -192,4 +192,4 @@ class Calls:
             except Exception as error:  # an adapter that somebody mounted may raise anything
                 log.exception("a call failed job=%s", one.job.id)
                 reply, raw = ApiDown(f"no answer: {describe(error)}"), None
-            self._inbox.put(Asked(one.job, reply, one.probe, sent, time.thread_time() - used, raw))
+            self._inbox.put(PollAnswer(one.job, reply, one.probe, sent, time.thread_time() - used, raw))

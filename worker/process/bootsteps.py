@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from worker.app import POLLS, app, settings
 from worker.errors import DeploymentError, SchemaOutdated, Unavailable
-from worker.process.neighbours import remember_database, warn_of_strangers
+from worker.process.neighbours import remember_database, warn_about_foreign_workers
 from worker.process.resources import process_resources
 from worker.process.runs import probe_keys, run_polls, run_sweep, run_webhooks
 from worker.store.engine import describe_error, engine_for
@@ -92,7 +92,7 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
         while not self._stop.wait(LOOK_SECONDS):
             loop.turn()
             if time.monotonic() - poller.last_run > SILENCE_SECONDS:
-                never_raise(lambda: run_polls(gives_way=True))
+                never_raise(lambda: run_polls(preemptible=True))
         if poller.busy:
             never_raise(run_polls)  # claims nothing more, but records what is still to come
 
@@ -149,7 +149,7 @@ def check_neighbours() -> None:
     while remember_database(app, settings) is None:
         time.sleep(DATABASE_WAIT_SECONDS)
     time.sleep(NEIGHBOURS_SECONDS)  # those that start together with this one answer by then
-    never_raise(lambda: warn_of_strangers(app, settings))
+    never_raise(lambda: warn_about_foreign_workers(app, settings))
 
 
 def never_raise(work: Callable[[], object]) -> None:
@@ -159,7 +159,7 @@ def never_raise(work: Callable[[], object]) -> None:
         log.exception("a tick failed")
 
 
-class Pulse(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
+class EventLoopTimers(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
     """Keeps the consumer's event loop lively.
 
     A loop whose places were all taken stops reading from Redis, and in the threads pool nothing wakes it when one is
@@ -230,4 +230,4 @@ def make_resources(**_: object) -> None:
 
 
 app.steps["worker"].add(Ticker)
-app.steps["consumer"].add(Pulse)
+app.steps["consumer"].add(EventLoopTimers)

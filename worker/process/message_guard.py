@@ -27,11 +27,11 @@ from kombu.exceptions import ContentDisallowed
 
 from worker.process.transport_guard import (
     UNREADABLE,
+    describe_type,
     guard_transports,
     is_lost_connection,
-    kind,
     log_refused,
-    shown,
+    quote_for_log,
     size_of,
 )
 
@@ -56,7 +56,7 @@ RESERVED = frozenset(
 ) | {"called_directly", "is_eager", "loglevel", "logfile", "callbacks", "errbacks", "chain", "chord"}
 
 
-class Malformed(Exception):
+class MalformedMessage(Exception):
     """A message is no task; the text says why, in a few words."""
 
 
@@ -72,21 +72,21 @@ class TaskMessage:
 
 
 def read_task(message: Any, tasks: Mapping[str, Any]) -> TaskMessage:
-    """Return the task of a kombu message, of Celery's protocol 1 or 2. Raises Malformed.
+    """Return the task of a kombu message, of Celery's protocol 1 or 2. Raises MalformedMessage.
 
     `tasks` has the tasks that this worker runs, by name.
     """
     headers = message.headers
     if not isinstance(headers, Mapping):
-        raise Malformed(f"its headers are {kind(headers)}")
+        raise MalformedMessage(f"its headers are {describe_type(headers)}")
     if UNREADABLE in headers:
-        raise Malformed("its AMQP properties can't be read")
+        raise MalformedMessage("its AMQP properties can't be read")
     if EMBED & headers.keys():
-        raise Malformed("it has callbacks among its headers")
+        raise MalformedMessage("it has callbacks among its headers")
     payload = _payload(message)
     if "task" in headers and isinstance(payload, list):
         if len(payload) != 3:
-            raise Malformed(f"its body is a list of {len(payload)}, not [args, kwargs, embed]")
+            raise MalformedMessage(f"its body is a list of {len(payload)}, not [args, kwargs, embed]")
         fields, (args, kwargs, embed) = headers, payload
         _check_embed(embed, fields)
     elif isinstance(payload, dict) and ("args" in payload if "task" in headers else "task" in payload):
@@ -94,9 +94,9 @@ def read_task(message: Any, tasks: Mapping[str, Any]) -> TaskMessage:
         args, kwargs = payload.get("args", ()), payload.get("kwargs", {})
         _check_embed({name: payload[name] for name in EMBED & payload.keys()}, {})
     elif "task" in headers:
-        raise Malformed(f"its body is {kind(payload)}, not [args, kwargs, embed]")
+        raise MalformedMessage(f"its body is {describe_type(payload)}, not [args, kwargs, embed]")
     else:
-        raise Malformed("it names no task")
+        raise MalformedMessage("it names no task")
     _check_fields(fields)
     _check_properties(message.properties)
     task = TaskMessage(fields["task"], fields["id"], fields, args, kwargs)
@@ -107,40 +107,40 @@ def read_task(message: Any, tasks: Mapping[str, Any]) -> TaskMessage:
 def _payload(message: Any) -> object:
     encoding = message.content_encoding
     if encoding is not None and (not isinstance(encoding, str) or encoding.lower() not in ENCODINGS):
-        raise Malformed(f"its content encoding is {shown(encoding)}, not utf-8")
+        raise MalformedMessage(f"its content encoding is {quote_for_log(encoding)}, not utf-8")
     if message.content_type is not None and not isinstance(message.content_type, str):
-        raise Malformed(f"its content type is {kind(message.content_type)}")
+        raise MalformedMessage(f"its content type is {describe_type(message.content_type)}")
     try:
         return message.payload
     except ContentDisallowed:
-        raise Malformed("its content type is not application/json") from None
+        raise MalformedMessage("its content type is not application/json") from None
     except Exception as error:  # each decoder raises errors of its own
-        raise Malformed(f"its body can't be decoded ({type(error).__name__})") from None
+        raise MalformedMessage(f"its body can't be decoded ({type(error).__name__})") from None
 
 
 def _check_call(task: TaskMessage, tasks: Mapping[str, Any]) -> None:
     if task.name not in tasks or task.name.startswith("celery."):
-        raise Malformed(f"this worker has no task {shown(task.name)}")
+        raise MalformedMessage(f"this worker has no task {quote_for_log(task.name)}")
     if not isinstance(task.args, (list, tuple)):
-        raise Malformed(f"its args are {kind(task.args)}, not a list")
+        raise MalformedMessage(f"its args are {describe_type(task.args)}, not a list")
     if not isinstance(task.kwargs, dict) or not all(isinstance(name, str) for name in task.kwargs):
-        raise Malformed(f"its kwargs are {kind(task.kwargs)}, not an object")
+        raise MalformedMessage(f"its kwargs are {describe_type(task.kwargs)}, not an object")
     try:
         tasks[task.name].__header__(*task.args, **task.kwargs)  # raises TypeError where the signature differs
     except TypeError:
-        raise Malformed(f"{task.name} does not take these arguments") from None
+        raise MalformedMessage(f"{task.name} does not take these arguments") from None
 
 
 def _check_embed(embed: object, headers: Mapping[str, Any]) -> None:
     if embed is None:
         return
     if not isinstance(embed, dict):
-        raise Malformed(f"its embed is {kind(embed)}, not an object")
+        raise MalformedMessage(f"its embed is {describe_type(embed)}, not an object")
     for name, value in embed.items():
         if name in EMBED:
             _check_callbacks(name, value)
         elif name in headers or name in RESERVED or name in vars(Context):
-            raise Malformed(f"its embed has {shown(name)}")
+            raise MalformedMessage(f"its embed has {quote_for_log(name)}")
 
 
 def _check_callbacks(name: str, value: object) -> None:
@@ -148,7 +148,7 @@ def _check_callbacks(name: str, value: object) -> None:
         return
     signatures = [value] if name == "chord" else value
     if not isinstance(signatures, list) or not all(_is_signature(signature) for signature in signatures):
-        raise Malformed(f"{name} of its embed is no task signature")
+        raise MalformedMessage(f"{name} of its embed is no task signature")
 
 
 def _is_signature(value: object) -> bool:
@@ -241,26 +241,26 @@ OPTIONAL: Mapping[str, Callable[[object], bool]] = {
 def _check_fields(fields: Mapping[str, Any]) -> None:
     for name, is_right in REQUIRED.items():
         if name not in fields:
-            raise Malformed(f"it has no {name}")
+            raise MalformedMessage(f"it has no {name}")
         if not is_right(fields[name]):
-            raise Malformed(f"its {name} is {kind(fields[name])}")
+            raise MalformedMessage(f"its {name} is {describe_type(fields[name])}")
     for name, value in fields.items():
         if not isinstance(name, str):
-            raise Malformed(f"one of its headers is named by {kind(name)}")
+            raise MalformedMessage(f"one of its headers is named by {describe_type(name)}")
         is_right_or_none = OPTIONAL.get(name)
         if value is not None and is_right_or_none is not None and not is_right_or_none(value):
-            raise Malformed(f"its {name} is {kind(value)}")
+            raise MalformedMessage(f"its {name} is {describe_type(value)}")
         if name in RESERVED and name not in EMBED:
-            raise Malformed(f"it has a header {shown(name)}")
+            raise MalformedMessage(f"it has a header {quote_for_log(name)}")
 
 
 def _check_properties(properties: object) -> None:
     if not isinstance(properties, Mapping):
-        raise Malformed(f"its properties are {kind(properties)}")
+        raise MalformedMessage(f"its properties are {describe_type(properties)}")
     for name in ("correlation_id", "reply_to"):
         value = properties.get(name)
         if value is not None and not _is_text(value):
-            raise Malformed(f"its {name} is {kind(value)}")
+            raise MalformedMessage(f"its {name} is {describe_type(value)}")
 
 
 def _moment(value: object) -> datetime | None:
@@ -277,7 +277,7 @@ def _moment(value: object) -> datetime | None:
 
 
 def check_eta(message: Any, task: TaskMessage) -> None:
-    """Keep no message in memory for long: run what may run early at once, refuse any other task. Raises Malformed.
+    """Refuse a task with a distant ETA, or run it at once if it may run early. Raises MalformedMessage.
 
     Celery keeps a message with an eta in memory; Redis hands it out again every minute, and so it multiplies.
     """
@@ -286,7 +286,7 @@ def check_eta(message: Any, task: TaskMessage) -> None:
     if seconds <= ETA_SECONDS:
         return
     if task.name not in AT_ONCE or seconds > TRACK_ETA_SECONDS:
-        raise Malformed(f"its eta is {seconds:.0f} s away, and {ETA_SECONDS:.0f} s is the most that is waited")
+        raise MalformedMessage(f"its eta is {seconds:.0f} s away, and {ETA_SECONDS:.0f} s is the most that is waited")
     for fields in (message.headers, message.payload):
         if isinstance(fields, dict) and "eta" in fields:
             fields["eta"] = None
@@ -316,7 +316,7 @@ class GuardedConsumer(Consumer):  # type: ignore[misc]  # celery has no types
             try:
                 task = read_task(message, self.app.tasks)
                 check_eta(message, task)
-            except Malformed as reason:
+            except MalformedMessage as reason:
                 self.refuse(message, str(reason))
                 return
             except Exception as error:  # a check of ours fails: no reason to end the worker
@@ -413,24 +413,24 @@ class GuardedConsumer(Consumer):  # type: ignore[misc]  # celery has no types
 def control_problem(body: object, headers: object, commands: Mapping[str, Any]) -> str | None:
     """Return why a message can't be a remote control command of Celery, or None where it can."""
     if not isinstance(body, dict):
-        return f"its body is {kind(body)}"
+        return f"its body is {describe_type(body)}"
     if not isinstance(body.get("method"), str) or body["method"] not in commands:
         return "it names no command"
     if not isinstance(body.get("arguments") or {}, dict):
-        return f"its arguments are {kind(body['arguments'])}"
+        return f"its arguments are {describe_type(body['arguments'])}"
     if not isinstance(body.get("destination") or (), (str, list, tuple)):
-        return f"its destination is {kind(body['destination'])}"
+        return f"its destination is {describe_type(body['destination'])}"
     for name in ("pattern", "matcher", "ticket"):
         if not isinstance(body.get(name) or "", str):
-            return f"its {name} is {kind(body[name])}"
+            return f"its {name} is {describe_type(body[name])}"
     reply_to = body.get("reply_to")
     if reply_to and not (
         isinstance(reply_to, dict) and all(_is_text(reply_to.get(name)) for name in ("exchange", "routing_key"))
     ):
-        return f"its reply_to is {kind(reply_to)}"
+        return f"its reply_to is {describe_type(reply_to)}"
     clock = headers.get("clock") if isinstance(headers, Mapping) else None
     if clock is not None and not _is_clock(clock):
-        return f"its clock is {kind(clock)}"
+        return f"its clock is {describe_type(clock)}"
     return None
 
 

@@ -60,7 +60,7 @@ def _database_in(tasks: object) -> str | None:
     return next((match[1] for line in lines if (match := _ANSWER.fullmatch(str(line)))), None)
 
 
-def warn_of_strangers(app: Celery, settings: Settings) -> None:
+def warn_about_foreign_workers(app: Celery, settings: Settings) -> None:
     """Log an error where worker processes of another app consume the same queues. A broker that is away is no error."""
     try:
         names = strangers(settings, ask_nodes(app))

@@ -28,7 +28,7 @@ class TooManyDeliveries(Exception):
     """Each of the last deliveries of a message ended its process."""
 
 
-class Deliveries:
+class DeliveryCounter:
     """Counts the deliveries of a message that began and did not end, for messages that are delivered again."""
 
     def __init__(self, client: "redis.Redis", most: int = DELIVERIES_MOST) -> None:
@@ -73,7 +73,7 @@ class Deliveries:
             log.warning("deliveries are not counted reason=%s", type(error).__name__)
 
 
-class Outage:
+class DatabaseOutage:
     """How long messages wait while the database is away: longer the longer it is, and not after it answers again."""
 
     def __init__(self, answers: Callable[[], bool], clock: Callable[[], float] = time.monotonic) -> None:

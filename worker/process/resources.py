@@ -24,7 +24,7 @@ from worker.polling.late_looks import LateLooks
 from worker.polling.poller import IN_FLIGHT, Poller
 from worker.process.dead_claims import log_released, release_dead_claims, sent_folder
 from worker.process.publishing import log_broker_errors, queue_downloads, send_on_done
-from worker.process.redelivery import Deliveries, Outage
+from worker.process.redelivery import DatabaseOutage, DeliveryCounter
 from worker.storage.select import storage_for
 from worker.store.claims import claim_holders
 from worker.store.engine import check_schema, engine_for
@@ -125,14 +125,14 @@ class ProcessResources:
         return looks
 
     @locked_property
-    def deliveries(self) -> Deliveries:
+    def deliveries(self) -> DeliveryCounter:
         """Counts the deliveries of messages that end their process."""
-        return Deliveries(redis_client(settings.redis, seconds=COUNT_TIMEOUT_SECONDS))
+        return DeliveryCounter(redis_client(settings.redis, seconds=COUNT_TIMEOUT_SECONDS))
 
     @locked_property
-    def outage(self) -> Outage:
+    def outage(self) -> DatabaseOutage:
         """How long messages wait while the database is away."""
-        return Outage(self._database_answers)
+        return DatabaseOutage(self._database_answers)
 
     def _database_answers(self) -> bool:
         try:
@@ -232,26 +232,26 @@ class ProcessResources:
         log_broker_errors("on_done", lambda: notify(self.engine, send_on_done, job_ids))
 
 
-_parts: dict[int, ProcessResources] = {}  # by process id: a forked child finds none of its own, and makes them
-_parts_lock = threading.RLock()  # a signal handler may come while its own thread holds it
+_resources: dict[int, ProcessResources] = {}  # by process id: a forked child finds none of its own, and makes them
+_resources_lock = threading.RLock()  # a signal handler may come while its own thread holds it
 
 
 def process_resources() -> ProcessResources:
     """Return the resources of this process."""
     pid = os.getpid()
-    found = _parts.get(pid)
+    found = _resources.get(pid)
     if found is None:
-        with _parts_lock:
-            found = _parts.get(pid)
+        with _resources_lock:
+            found = _resources.get(pid)
             if found is None:
-                found = _parts[pid] = ProcessResources()
+                found = _resources[pid] = ProcessResources()
     return found
 
 
-def _new_parts_lock() -> None:
+def _new_resources_lock() -> None:
     """In a forked child: a thread that held the lock in the parent is not there to release it."""
-    global _parts_lock
-    _parts_lock = threading.RLock()
+    global _resources_lock
+    _resources_lock = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_new_parts_lock)
+os.register_at_fork(after_in_child=_new_resources_lock)

@@ -41,12 +41,12 @@ _pruning = threading.Lock()
 _repairing = threading.Lock()
 
 
-def run_polls(*, gives_way: bool = False, progress: Progress | None = None) -> str:
+def run_polls(*, preemptible: bool = False, progress: Progress | None = None) -> str:
     """One poll run, in a few words; one that gives way ends when another one is asked for."""
     own = process_resources()
     try:
         own.release_dead_claims()
-        report = own.poller.run(gives_way=gives_way, finish=not own.ticks, progress=progress)
+        report = own.poller.run(preemptible=preemptible, finish=not own.ticks, progress=progress)
     except DATABASE_ERRORS as error:
         log.error("polling waits for the database reason=%s", describe_error(error, settings.database))
         time.sleep(DATABASE_AWAY_SECONDS)

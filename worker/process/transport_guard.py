@@ -42,16 +42,16 @@ def log_refused(queue: object, size: int, content_type: object, reason: str) -> 
     """Log that a message was refused: one line, nothing of its body. `size` is in bytes."""
     log.error(
         "message refused queue=%s size=%s content_type=%s reason=%s",
-        *(shown(queue or "unknown"), size, shown(content_type or "none"), reason),
+        *(quote_for_log(queue or "unknown"), size, quote_for_log(content_type or "none"), reason),
     )
 
 
-def shown(value: object) -> str:
+def quote_for_log(value: object) -> str:
     """Return a foreign text for a log line: short, printable, in quotation marks."""
     return repr(plain_text(shared_scrubber().text(str(value))[:SHOWN_MOST]))
 
 
-def kind(value: object) -> str:
+def describe_type(value: object) -> str:
     """Describe a value by its type and size, never by what it says."""
     match value:
         case None:
@@ -61,7 +61,9 @@ def kind(value: object) -> str:
         case int() | float():
             return "a number"
         case str():
-            return f"a text of {len(value)} characters" if len(value) > TEXT_MOST else f"the text {shown(value)}"
+            return (
+                f"a text of {len(value)} characters" if len(value) > TEXT_MOST else f"the text {quote_for_log(value)}"
+            )
         case bytes() | bytearray() | memoryview():
             return "raw bytes"
         case list() | tuple():
@@ -87,26 +89,26 @@ def is_lost_connection(error: Exception, connection_errors: tuple[type[Exception
 def envelope_problem(raw: object, codecs: Mapping[str, Any]) -> str | None:
     """Return why an element of a Redis list can't be a kombu message, or None where it can."""
     if not isinstance(raw, dict):
-        return f"it is {kind(raw)}, not a message"
+        return f"it is {describe_type(raw)}, not a message"
     properties = raw.get("properties")
     if not isinstance(properties, dict):
-        return f"its properties are {kind(properties)}"
+        return f"its properties are {describe_type(properties)}"
     if not isinstance(raw.get("headers") or {}, dict):
-        return f"its headers are {kind(raw['headers'])}"
+        return f"its headers are {describe_type(raw['headers'])}"
     if not isinstance(raw.get("body") or "", str):
-        return f"its body is {kind(raw['body'])}"
+        return f"its body is {describe_type(raw['body'])}"
     tag = properties.get("delivery_tag")
     if not isinstance(tag, str) or not 0 < len(tag) <= TEXT_MOST:
-        return f"its delivery_tag is {kind(tag)}"
+        return f"its delivery_tag is {describe_type(tag)}"
     delivery = properties.get("delivery_info")
     if not isinstance(delivery, dict):
-        return f"its delivery_info is {kind(delivery)}"
+        return f"its delivery_info is {describe_type(delivery)}"
     for name in ("exchange", "routing_key"):
         if not isinstance(delivery.get(name), str):
-            return f"its {name} is {kind(delivery.get(name))}"
+            return f"its {name} is {describe_type(delivery.get(name))}"
     encoding = properties.get("body_encoding")
     if encoding and not (isinstance(encoding, str) and (encoding in codecs or encoding.lower() == "utf-8")):
-        return f"its body_encoding is {kind(encoding)}"
+        return f"its body_encoding is {describe_type(encoding)}"
     return None
 
 

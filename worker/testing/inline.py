@@ -26,7 +26,7 @@ from worker.core.webhook import headers
 from worker.downloads.downloader import Downloader
 from worker.errors import JobNotFound, WorkerError
 from worker.net.address_guard import Guard, guarded_adapter
-from worker.net.pooled_adapter import LeanAdapter
+from worker.net.pooled_adapter import PooledAdapter
 from worker.notify.on_done import notify
 from worker.notify.webhooks import BATCH
 from worker.operations.overview import why
@@ -271,7 +271,7 @@ class _Polls:
             return False
         self._api.expect((job.remote_id, job.submitted_at) for job in waiting)
         self._keys.update({job.account: SecretStr(KEY) for job in waiting})  # every account that a test names has one
-        asked = self._poller.round().asked
+        asked = self._poller.poll_once().asked
         if self._poller.kept:
             raise KitError("a job's row is locked by a transaction of yours: commit it or roll it back first")
         return asked > 0
@@ -396,10 +396,10 @@ class _NoBudget(RateLimiter):
 
 
 @cache
-def _adapters() -> tuple[LeanAdapter, LeanAdapter]:
+def _adapters() -> tuple[PooledAdapter, PooledAdapter]:
     """For the API and for downloads, once per process: reading the public authorities takes longer than a test."""
     loopback = Settings(output_allowed_networks="127.0.0.0/8").allowed_networks
-    return LeanAdapter(limit=MAX_ANSWER_BYTES, connections=1), guarded_adapter(Guard(loopback), connections=1)
+    return PooledAdapter(limit=MAX_ANSWER_BYTES, connections=1), guarded_adapter(Guard(loopback), connections=1)
 
 
 def _scrubber(settings: Settings) -> Scrubber:
