@@ -124,4 +124,4 @@ def test_given_waiting_jobs_when_mariadb_fails_then_nothing_is_lost(
         log = tmp_path / "up.log"
         wait_completed(database, JOBS, tmp_path)
     assert_nothing_lost(database, sandbox, tmp_path, JOBS)
-    assert "it is started again" not in log.read_text(), "a process exited because of the fault"
+    assert "restart in" not in log.read_text(), "a process exited because of the fault"

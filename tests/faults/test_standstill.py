@@ -157,7 +157,7 @@ def _count(engine: Engine, *conditions: object) -> int:
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("trouble", "message"),
-    [("hold", "worker stood still for"), ("deadlock", "worker says that it stands still")],
+    [("hold", "worker was stalled for"), ("deadlock", "worker reports that it is stalled")],
     ids=["the GIL is held", "the poll loop is deadlocked"],
 )
 def test_given_a_worker_that_hangs_when_its_lease_expires_then_it_is_replaced_and_no_job_is_lost(
@@ -172,7 +172,7 @@ def test_given_a_worker_that_hangs_when_its_lease_expires_then_it_is_replaced_an
     detected = up.wait_for(message, since=began) - began
     assert LEASE - 1 <= detected <= LEASE + GRACE
     up.wait_for("worker was killed by SIG", since=began)
-    up.wait_for("it is started again", since=began)
+    up.wait_for("restart in", since=began)
     assert up.count("downloads was killed") == 0
     _wait_completed(tables, ids, up)
     assert up.count(message) == 1
@@ -195,4 +195,4 @@ def test_given_a_database_that_blocks_a_worker_for_longer_than_its_lease_then_no
             time.sleep(3 * LEASE)
     _wait_completed(tables, ids, up)
     assert up.count("it is ended") == 0
-    assert up.count("is started again") == 0
+    assert up.count("restart in") == 0

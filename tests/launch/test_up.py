@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from worker.launch.supervisor import own_procfile
-from worker.launch.up import procfile, writer
+from worker.launch.up import procfile, text_writer
 from worker.settings import Settings
 
 pytestmark = [pytest.mark.every_python, pytest.mark.usefixtures("interruptible")]
@@ -93,7 +93,7 @@ def test_a_release_that_fails_ends_it_before_the_others_start(tmp_path: Path) ->
 
 
 def test_lines_have_the_name_of_their_process_in_front(capsys: pytest.CaptureFixture[str]) -> None:
-    say = writer(["worker", "downloads"], sys.stdout)
+    say = text_writer(["worker", "downloads"], sys.stdout)
 
     say("worker", "one")
     say("up", "two")

@@ -23,7 +23,7 @@ from worker.system.watchdog import Loop, Watchdog, notify, watched_seconds
 
 HERE = Path(__file__).parent
 LIMIT = 6.0
-QUICK = Timing(first_restart=0.02, longest_restart=0.05, polite=5.0)
+QUICK = Timing(first_restart=0.02, longest_restart=0.05, stop_seconds=5.0)
 
 
 class Clock:
@@ -299,8 +299,8 @@ def test_a_process_that_holds_the_interpreters_lock_is_ended_and_started_again_w
     code = "import faulthandler; faulthandler.enable()\n" + BEATS + HOLDS
     with running(tmp_path, code) as run:
         assert run.until(lambda: run.has_said("started", 2))
-    assert run.has_said("worker stood still for 1 s: it is ended")
-    assert run.has_said("was killed by SIGABRT; it is started again")
+    assert run.has_said("worker was stalled for 1 s: ending it")
+    assert run.has_said("was killed by SIGABRT; restart")
     assert run.has_said('File "<string>", line'), "where its threads were is in the log"
 
 
@@ -319,20 +319,20 @@ def test_a_process_that_says_that_it_stands_still_is_ended_at_once(tmp_path: Pat
     code = "notify('WATCHDOG_USEC=900000000', 'WATCHDOG=1'); print('started', flush=True); notify('WATCHDOG=trigger')\n"
     with running(tmp_path, code + "time.sleep(1000)\n") as run:
         assert run.until(lambda: run.has_said("started", 2), 15)
-    assert run.has_said("worker says that it stands still: it is ended")
+    assert run.has_said("worker reports that it is stalled: ending it")
 
 
 def test_a_process_that_goes_on_saying_that_it_is_alive_is_left_alone(tmp_path: Path) -> None:
     with running(tmp_path, BEATS_ON) as run:
         assert run.until(lambda: run.has_said("started"))
-        assert not run.until(lambda: bool(run.supervisor.deaths), 3.0)
+        assert not run.until(lambda: bool(run.supervisor.exits), 3.0)
 
 
 def test_a_process_that_never_said_so_is_not_watched(tmp_path: Path) -> None:
     """Beat, Flower, and whatever an operator's Procfile runs."""
     with running(tmp_path, "print('started', flush=True); time.sleep(1000)\n") as run:
         assert run.until(lambda: run.has_said("started"))
-        assert not run.until(lambda: bool(run.supervisor.deaths), 2.5)
+        assert not run.until(lambda: bool(run.supervisor.exits), 2.5)
 
 
 def test_a_program_that_is_not_watched_is_told_of_no_socket_not_even_of_systemds(
@@ -354,9 +354,9 @@ def test_a_process_that_an_operator_stopped_is_left_alone_and_watched_again_when
         assert run.until(lambda: run.has_said("started"))
         os.kill(run.pid, signal.SIGSTOP)
         assert run.until(lambda: run.has_said("was stopped by a signal"))
-        assert not run.until(lambda: bool(run.supervisor.deaths), 2.5)
+        assert not run.until(lambda: bool(run.supervisor.exits), 2.5)
         os.kill(run.pid, signal.SIGCONT)
-        assert not run.until(lambda: bool(run.supervisor.deaths), 1.5)
+        assert not run.until(lambda: bool(run.supervisor.exits), 1.5)
 
 
 def test_a_supervisor_that_stood_still_itself_ends_nobody(tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_a_supervisor_that_stood_still_itself_ends_nobody(tmp_path: Path) -> Non
         run.supervisor.start(run.program)
         assert run.until(lambda: run.has_said("started"))
         now[0] += 3_600
-        assert not run.until(lambda: bool(run.supervisor.deaths), 2.0)
+        assert not run.until(lambda: bool(run.supervisor.exits), 2.0)
 
 
 def test_where_no_socket_can_be_made_processes_run_unwatched_and_it_says_so(
@@ -379,7 +379,7 @@ def test_where_no_socket_can_be_made_processes_run_unwatched_and_it_says_so(
     monkeypatch.setattr(tempfile, "tempdir", str(long))
     with running(tmp_path, "print('started', os.environ.get('NOTIFY_SOCKET'), flush=True); time.sleep(60)\n") as run:
         assert run.until(lambda: run.has_said("started None"))
-    assert run.has_said(f"{OWN_NAME}: no watchdog: can't make a socket for it")
+    assert run.has_said(f"{OWN_NAME}: no watchdog: cannot make its socket")
 
 
 def test_a_supervisor_that_systemd_watches_says_that_it_is_alive(

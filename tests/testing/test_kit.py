@@ -147,7 +147,7 @@ def test_work_that_never_ceases_at_one_moment_is_an_error(made: Kit) -> None:
 
     made.worker.works.append(Mill())
 
-    with pytest.raises(NeverEnds, match="at the same moment"):
+    with pytest.raises(NeverEnds, match="at the same time"):
         made.worker.advance(1)
 
 
@@ -289,7 +289,7 @@ def test_an_id_that_the_stand_in_never_gave_out_is_one_of_its_jobs(made: Kit) ->
 
 
 def test_an_answer_that_is_never_given_is_refused(made: Kit) -> None:
-    with pytest.raises(ValueError, match="once at least"):
+    with pytest.raises(ValueError, match="at least once"):
         made.api.answers("1").processing(0)
 
 
@@ -357,7 +357,7 @@ def test_an_on_done_that_the_app_does_not_know_is_an_error_that_names_those_it_h
     made.worker.celery = app
     job_id = worker.track("1", on_done="shop.raedy")
 
-    with pytest.raises(KitError, match=r"'shop.raedy', which is no task .* it has: shop.ready"):
+    with pytest.raises(KitError, match=r"'shop.raedy', which is not a task .* Its tasks: shop.ready"):
         made.worker.run(job_id)
 
 
@@ -465,7 +465,10 @@ def test_a_database_without_tables_is_an_error_that_says_how_they_get_there(tmp_
 
 
 def test_what_is_no_database_is_an_error_that_says_what_is(tmp_path: Path) -> None:
-    with pytest.raises(KitError, match=r"gave int, .* a URL, an Engine or a Connection is"), kit(tmp_path, database=7):
+    with (
+        pytest.raises(KitError, match=r"returned int, .* pass a URL, an Engine or a Connection"),
+        kit(tmp_path, database=7),
+    ):
         pass
 
 
@@ -474,7 +477,7 @@ def test_a_transaction_that_the_test_left_open_is_an_error_that_says_so(made: Ki
     with made.worker.engine.connect() as connection:
         connection.execute(text("UPDATE fetch_jobs SET reference = 'open'"))
 
-        with pytest.raises(KitError, match="a transaction of yours holds the database: commit it"):
+        with pytest.raises(KitError, match="an open transaction of your test locks the database: commit it"):
             made.worker.advance(60)
 
     assert made.worker.run(job_id).status == "completed"

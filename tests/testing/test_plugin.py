@@ -109,7 +109,7 @@ def test_given_an_app_with_a_worker_of_its_own_when_its_tests_run_then_the_plugi
 
         assert done.returncode == 0, done.stdout + done.stderr
         assert "1 passed" in done.stdout
-        assert strict or "has the name of fetch-worker's package" in done.stdout
+        assert strict or "has the same name as fetch-worker's package" in done.stdout
 
 
 def test_pytest_finds_the_plugin_by_its_entry_point(app: Path) -> None:
@@ -168,7 +168,7 @@ def test_empty(fetch_worker):
     done = run(app, "--tb=line")
 
     assert "1 error" in done.stdout
-    assert "run `fetch-worker migrate`, or in a fixture `worker.testing.migrate(engine)`" in done.stdout
+    assert "run `fetch-worker migrate`, or call `worker.testing.migrate(engine)` in a fixture" in done.stdout
 
 
 def said(program: str) -> str:

@@ -64,11 +64,11 @@ class Parts:
         self.folder, self.logs = folder, folder / "logs"
         self.flower = Flower(_free_port(), "admin", secrets.token_urlsafe(9)) if with_flower else None
         self._options = options
-        self._redis = EmbeddedRedis(folder / "redis.sock", folder / "redis", keeps=False)
+        self._redis = EmbeddedRedis(folder / "redis.sock", folder / "redis", persistent=False)
         self._plain = prepared(_without_ours(os.environ))
         self.logs.mkdir()
         self._log = (self.logs / "demo.log").open("a", encoding="utf-8")
-        self._supervisor = Supervisor(folder, self._say, logs=self.logs, timing=Timing(polite=END_SECONDS))
+        self._supervisor = Supervisor(folder, self._say, logs=self.logs, timing=Timing(stop_seconds=END_SECONDS))
 
     def __enter__(self) -> Self:
         self._supervisor.__enter__()
@@ -84,7 +84,7 @@ class Parts:
     def start(self) -> None:
         """Starts everything, as much of it at once as can be. Raises Stopped and DemoFailed."""
         self._redis.claim()
-        self._supervisor.start(Program("redis", self._redis.words, self._plain, outlives=True))
+        self._supervisor.start(Program("redis", self._redis.command, self._plain, outlives=True))
         self._supervisor.start(Program("sandbox", self._sandbox_words, self._plain))
         engine = make_engine(self.database)
         migrate(engine)
@@ -100,7 +100,7 @@ class Parts:
         self.until("worker", self._workers_answer)
         if self.flower is not None:
             port = self.flower.port
-            self.until("flower", lambda: _listens(port) or bool(self._supervisor.deaths.get("flower")))
+            self.until("flower", lambda: _listens(port) or bool(self._supervisor.exits.get("flower")))
 
     def until(self, name: str, condition: Callable[[], bool]) -> None:
         """Waits for a part to be ready. Raises Stopped and DemoFailed."""
@@ -117,7 +117,7 @@ class Parts:
 
     def check(self) -> None:
         """Raises Stopped where the demo was told to end, DemoFailed where a part died."""
-        if self._supervisor.told:
+        if self._supervisor.stop_signals:
             raise Stopped
         for name in self._dead():
             raise DemoFailed(f"{name} ended unexpectedly{self._last_words(name)}")
@@ -192,7 +192,7 @@ class Parts:
 
     def _dead(self) -> list[str]:
         """Parts that ended though nobody asked them to. Flower is only there to be looked at."""
-        return [name for name in self._supervisor.deaths if name != "flower"]
+        return [name for name in self._supervisor.exits if name != "flower"]
 
     def _last_words(self, name: str) -> str:
         log = self.logs / f"{name}.log"

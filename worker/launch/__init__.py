@@ -1,1 +1,1 @@
-"""Starts and supervises processes: `fetch-worker up`, its supervisor, the embedded Redis."""
+"""Starting and supervising processes: `fetch-worker up`, its supervisor and the embedded Redis."""

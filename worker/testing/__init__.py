@@ -1,7 +1,7 @@
-"""For the tests of apps: the API's stand-in and a worker in this process, on a clock that they move themselves.
+"""Test kit for web apps: a stand-in of the hosted API and an in-process worker, driven by a test clock.
 
-As a pytest plugin it brings the fixtures of `worker.testing.plugin`; `kit` is the same for everybody else. Names are
-loaded when they are first used, since pytest loads its plugins in every session.
+The pytest plugin provides the fixtures of `worker.testing.plugin`. `kit` is the same as a context manager, for other
+test runners. Public names are imported on first use, because pytest loads its plugins in every session.
 """
 
 from importlib import import_module
@@ -34,7 +34,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a public name from its module."""
+    """Import a public name from its module on first use."""
     if name not in _HOME:
         raise AttributeError(f"module 'worker.testing' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

@@ -1,22 +1,22 @@
-"""A clock that stands still until it is moved."""
+"""The test clock. It moves only when the test kit moves it."""
 
 from datetime import UTC, datetime
 
 
 class Clock:
-    """Starts at the real time, so that what an app writes beside it fits in. It never goes back."""
+    """A clock that starts at the real time, so that its times fit beside those the app writes. It never goes back."""
 
     def __init__(self) -> None:
         self._now = datetime.now(UTC)
 
     def now(self) -> datetime:
-        """The time, aware, in UTC."""
+        """Return the current time, aware, in UTC."""
         return self._now
 
     def timestamp(self) -> float:
-        """The time in seconds since 1970."""
+        """Return the current time in seconds since 1970."""
         return self._now.timestamp()
 
     def move_to(self, moment: datetime) -> None:
-        """Leaps to a moment; one that has passed changes nothing."""
+        """Move the clock forward to a moment. A moment in the past changes nothing."""
         self._now = max(self._now, moment)

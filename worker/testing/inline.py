@@ -1,7 +1,7 @@
-"""A worker in this process: real polls and real downloads, one after the other, on a clock that leaps to what is due.
+"""In-process worker for tests: runs due polls and downloads one by one and moves the test clock to the next due time.
 
-No broker, no process, no waiting. Whatever is due now is done; where nothing is, the clock goes to the next moment at
-which something will be. `worker.wait` moves it too, so that an app's own code runs as it stands.
+There is no broker, no second process and no real waiting. When nothing is due, the clock jumps to the next due time.
+`worker.wait` drives the worker too, so the app's own code runs unchanged.
 """
 
 import random
@@ -42,22 +42,22 @@ from worker.system.redaction import Scrubber, shared_scrubber
 from worker.testing.clock import Clock
 from worker.testing.stand_in import KEY, FetchApi
 
-LEASE = timedelta(days=365)  # nobody else works here, and the clock leaps
-GRACE = timedelta(minutes=10) + PROMISE_PATIENCE  # how long after its last deadline a job may go on
+LEASE = timedelta(days=365)  # longer than any jump of the clock: no other process claims jobs here
+GRACE = timedelta(minutes=10) + PROMISE_PATIENCE  # how long a job may run past its last deadline
 STEPS_MOST = 20_000
 SAME_MOMENT_MOST = 1_000
 
 
 class KitError(WorkerError):
-    """The test kit can't go on; the text says what to do."""
+    """The test kit cannot continue. The message says what to do."""
 
 
 class NeverEnds(KitError):
-    """A job came to no end, long after its deadline. The text says why; have the stand-in answer otherwise."""
+    """A job did not reach a final state long after its deadline. The message says why. Change the answers."""
 
 
 class Told(NamedTuple):
-    """An `on_done` task as it would have been sent."""
+    """An `on_done` task that would have been sent."""
 
     task: str
     queue: str
@@ -65,7 +65,7 @@ class Told(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """A webhook as it would have been posted: signed, with the real time, so that a receiver of yours takes it."""
+    """A webhook that would have been posted. It is signed with the real time, so your receiver accepts it."""
 
     url: str
     headers: dict[str, str]
@@ -76,20 +76,20 @@ class Work(Protocol):
     """One kind of work that worker processes do."""
 
     def do(self) -> bool:
-        """Does what is due now; whether there was anything."""
+        """Do what is due now. Return whether there was anything to do."""
         ...
 
     def next(self, after: datetime) -> datetime | None:
-        """When there is something to do next; None where nothing is to come."""
+        """Return when the next work is due, or None if there is none."""
         ...
 
 
 class FetchWorker(Workers):
-    """Runs tracked jobs to their end in this process. All its methods may be called from any thread.
+    """In-process worker that runs tracked jobs to a final state. Thread-safe.
 
-    `told` has the `on_done` tasks of final jobs, in order, and `webhooks` what would have been posted. Give `celery` an
-    app of yours, and the tasks are run too, at once and in this process. `works` is all that it does, in this order;
-    append what else a test wants done.
+    `told` lists the `on_done` tasks of final jobs, in order. `webhooks` lists the webhooks that would have been posted.
+    Set `celery` to your Celery app to run the `on_done` tasks at once in this process. `works` lists the kinds of work
+    that the worker does, in order; append your own if a test needs more.
     """
 
     def __init__(self, engine: Engine, settings: Settings, api: FetchApi, clock: Clock) -> None:
@@ -106,16 +106,16 @@ class FetchWorker(Workers):
 
     @property
     def now(self) -> datetime:
-        """What time it is for the app and the worker."""
+        """The current time for the app and the worker."""
         return self._clock.now()
 
     def run(self, job_id: int) -> Job:
-        """Runs until this job is final; the job. What else is due until then is done too.
+        """Run until this job is final and return it. Other work that is due in the meantime is done too.
 
-        Raises JobNotFound, and NeverEnds where it goes on long after its deadline.
+        Raises JobNotFound, and NeverEnds if the job goes on long after its deadline.
         """
         with self._turn:
-            began = self.now
+            started_at = self.now
             for _ in self._steps():
                 job = tracking.get(job_id)
                 if job is None:
@@ -123,24 +123,24 @@ class FetchWorker(Workers):
                 if job.final:
                     self._finish()
                     return job
-                self._check(job, began)
+                self._check(job, started_at)
                 if not self._step(None):
                     self._check_rest(job.id)
         raise AssertionError("unreachable")
 
     def run_all(self) -> list[Job]:
-        """Runs until all jobs are final, those too that are tracked meanwhile; those that it ended, by id."""
+        """Run until all jobs are final, including jobs tracked meanwhile. Return the jobs that it ended, by id."""
         ended: set[int] = set()
         with self._turn:
             while waiting := self._unfinished():
                 ended.update(waiting)
                 self.run(waiting[0])
             self._finish()
-        found = [tracking.get(job_id) for job_id in sorted(ended)]
-        return [job for job in found if job is not None]
+        jobs = [tracking.get(job_id) for job_id in sorted(ended)]
+        return [job for job in jobs if job is not None]
 
     def advance(self, seconds: float = 0.0) -> None:
-        """Lets so many seconds pass, and does all that is due until then."""
+        """Let this many seconds pass and do all work that is due in them."""
         with self._turn:
             until = self.now + timedelta(seconds=seconds)
             for _ in self._steps():
@@ -149,22 +149,22 @@ class FetchWorker(Workers):
             self._clock.move_to(until)
 
     def close(self) -> None:
-        """Ends its threads."""
+        """Close the HTTP connections and end the threads."""
         self._polls.close()
         for adapter in _adapters():
             adapter.close()
 
-    # ── for `worker.wait`, and whoever wakes workers ──────────────────────────────────────────────────────────────────
+    # ── the `Workers` interface, used by `worker.wait` and `worker.nudge` ─────────────────────────────────────────────
 
     def wake(self, settings: Settings) -> None:
-        """Nothing: it looks by itself."""
+        """Do nothing: this worker looks for due jobs itself."""
 
     def clock(self) -> float:
-        """Seconds of the test's clock."""
+        """Return the seconds of the test clock."""
         return self._clock.timestamp()
 
     def pause(self, job: Job, most: float | None) -> None:
-        """Works on instead of waiting."""
+        """Do the next due work instead of sleeping."""
         with self._turn:
             until = None if most is None else self.now + timedelta(seconds=most)
             self._check(job, self._waited_since.setdefault(job.id, self.now))
@@ -177,7 +177,7 @@ class FetchWorker(Workers):
     # ── steps ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _step(self, until: datetime | None) -> bool:
-        """Does what is due, or else moves the clock to what is due next, not beyond `until`; whether it could."""
+        """Do what is due, or else move the clock to the next due time, at most to `until`. False if it did neither."""
         with _explained():
             done = [work.do() for work in self.works]
             if any(done):
@@ -189,44 +189,48 @@ class FetchWorker(Workers):
         return True
 
     def _finish(self) -> None:
-        """What follows from a final state at once, such as its `on_done`."""
+        """Do the work that follows a final state at once, such as its `on_done` call."""
         for _ in self._steps():
             if not self._step(self.now):
                 return
 
     def _steps(self) -> Iterator[int]:
-        """Counts steps. Raises NeverEnds where there are more than any test can mean."""
-        seen, since = self.now, 0
+        """Count steps. Raises NeverEnds when there are more of them than a test can need."""
+        moment, since = self.now, 0
         for number in range(STEPS_MOST):
             yield number
-            if self.now != seen:
-                seen, since = self.now, number
+            if self.now != moment:
+                moment, since = self.now, number
             if number - since >= SAME_MOMENT_MOST:
-                raise NeverEnds(f"{SAME_MOMENT_MOST} things were done at the same moment, and there is always one more")
-        raise NeverEnds(f"more than {STEPS_MOST} steps, and it goes on: is POLL_MIN very small?")
+                raise NeverEnds(f"{SAME_MOMENT_MOST} steps at the same time did not finish the work")
+        raise NeverEnds(f"{STEPS_MOST} steps did not finish the work: is POLL_MIN very small?")
 
     def _check(self, job: Job, began: datetime) -> None:
-        """Raises NeverEnds where a job should have ended long ago, or nothing would ever be done about it."""
-        last = max(job.deadline_at, began)
+        """Raises NeverEnds if the job should have ended long ago."""
+        latest = max(job.deadline_at, began)
         if job.ready_at is not None:
-            last = max(last, job.ready_at + timedelta(seconds=self.settings.output_deadline))
-        if self.now > last + GRACE:
+            latest = max(latest, job.ready_at + timedelta(seconds=self.settings.output_deadline))
+        if self.now > latest + GRACE:
             raise NeverEnds(
                 f"job {job.id} is still {job.status} at {self.now:%Y-%m-%d %H:%M:%S} UTC, long after its deadline"
-                f" ({self._why(job)}): have the stand-in answer otherwise, or look at half-way states by `advance`"
+                f" ({self._why(job)}): change the stand-in's answers, or use `advance` to look at intermediate states"
             )
 
     def _check_rest(self, job_id: int) -> None:
-        """Raises NeverEnds where nothing is to come, and the job is not final; another thread may have seen to it."""
+        """Raises NeverEnds if the job is not final although no work is left. Another thread may have finished it."""
         job = tracking.get(job_id)
         if job is not None and not job.final:
-            raise NeverEnds(f"job {job_id} is {job.status}, and nothing is to come ({self._why(job)})")
+            raise NeverEnds(
+                f"job {job_id} is {job.status}, and no work is left that could change it ({self._why(job)})"
+            )
 
     def _why(self, job: Job) -> str:
         with self.engine.connect() as connection:
             row = job_row(connection, job.id)
             return (
-                "it is gone" if row is None else why(connection, row, outputs_of(connection, [job.id]), self.settings)
+                "it was deleted"
+                if row is None
+                else why(connection, row, outputs_of(connection, [job.id]), self.settings)
             )
 
     def _unfinished(self) -> list[int]:
@@ -235,7 +239,7 @@ class FetchWorker(Workers):
 
 
 class _Polls:
-    """The work of `worker.poll`: one call at a time, so that a test's calls come in the same order each time."""
+    """The work of `worker.poll`, one request at a time, so that the order of requests is the same in every run."""
 
     def __init__(self, engine: Engine, settings: Settings, api: FetchApi) -> None:
         self._engine = engine
@@ -260,28 +264,28 @@ class _Polls:
             queue_downloads=_nothing,
             notify=_nothing,
             threads=1,
-            dice=random.Random(0),  # the same polls in every run of a test
+            dice=random.Random(0),  # the same poll times in every run of a test
         )
 
     def do(self) -> bool:
         with self._engine.connect() as connection:
             now = database_now(connection)
-            waiting = waiting_jobs(connection)
-        if all(job.due_at > now for job in waiting):
+            jobs = waiting_jobs(connection)
+        if all(job.due_at > now for job in jobs):
             return False
-        self._api.expect((job.remote_id, job.submitted_at) for job in waiting)
-        self._keys.update({job.account: SecretStr(KEY) for job in waiting})  # every account that a test names has one
-        asked = self._poller.poll_once().asked
+        self._api.expect((job.remote_id, job.submitted_at) for job in jobs)
+        self._keys.update({job.account: SecretStr(KEY) for job in jobs})  # every account in a test has a key
+        polled = self._poller.poll_once().asked
         if self._poller.kept:
-            raise KitError("a job's row is locked by a transaction of yours: commit it or roll it back first")
-        return asked > 0
+            raise KitError("an open transaction of your test locks a job's row: commit it or roll it back first")
+        return polled > 0
 
     def next(self, after: datetime) -> datetime | None:
         with self._engine.connect() as connection:
             return next_request(connection, after=after)
 
     def close(self) -> None:
-        """Ends its thread."""
+        """End its thread."""
         self._poller.close()
 
 
@@ -318,18 +322,18 @@ class _Downloads:
 
 
 class _OnDone:
-    """The telling of web apps, and their tasks where there is a Celery app to run them."""
+    """Collect `on_done` calls, and run their tasks if a Celery app is set."""
 
     def __init__(self, worker: FetchWorker) -> None:
         self._worker = worker
 
     def do(self) -> bool:
         new: list[Told] = []
-        notify(self._worker.engine, lambda *told: new.append(Told(*told)))
+        notify(self._worker.engine, lambda *fields: new.append(Told(*fields)))
         self._worker.told += new
         if self._worker.celery is not None:
-            for one in new:
-                _run_task(self._worker.celery, one)
+            for call in new:
+                _run_task(self._worker.celery, call)
         return bool(new)
 
     def next(self, after: datetime) -> datetime | None:
@@ -337,7 +341,7 @@ class _OnDone:
 
 
 class _Webhooks:
-    """The telling of receivers: what would be posted is kept."""
+    """Collect the webhooks that would be posted."""
 
     def __init__(self, worker: FetchWorker) -> None:
         self._worker = worker
@@ -361,16 +365,16 @@ class _Webhooks:
         return None
 
 
-def _run_task(app: Any, told: Told) -> None:
-    task = app.tasks.get(told.task)
+def _run_task(app: Any, call: Told) -> None:
+    task = app.tasks.get(call.task)
     if task is None:
-        known = ", ".join(sorted(name for name in app.tasks if not name.startswith("celery."))) or "none"
-        raise KitError(f"on_done names {told.task!r}, which is no task of your Celery app; it has: {known}")
-    task.apply((told.job_id,), throw=True)
+        names = ", ".join(sorted(name for name in app.tasks if not name.startswith("celery."))) or "none"
+        raise KitError(f"on_done names {call.task!r}, which is not a task of your Celery app. Its tasks: {names}")
+    task.apply((call.job_id,), throw=True)
 
 
 class _Leases(LeaseKeeper):
-    """Leases that need no renewal, and so no thread."""
+    """Leases without renewal, and so without a thread."""
 
     def __enter__(self) -> "_Leases":
         return self
@@ -380,7 +384,7 @@ class _Leases(LeaseKeeper):
 
 
 class _NoBudget(RateLimiter):
-    """As many requests as are wanted: seconds cost nothing here. What the API refuses holds the account as ever."""
+    """A rate limiter without a limit. Answers of the API that refuse a request still hold the account."""
 
     def __init__(self) -> None:
         pass
@@ -397,7 +401,7 @@ class _NoBudget(RateLimiter):
 
 @cache
 def _adapters() -> tuple[PooledAdapter, PooledAdapter]:
-    """For the API and for downloads, once per process: reading the public authorities takes longer than a test."""
+    """Return the adapters for the API and for downloads. Made once per process: loading CA certificates is slow."""
     loopback = Settings(output_allowed_networks="127.0.0.0/8").allowed_networks
     return PooledAdapter(limit=MAX_ANSWER_BYTES, connections=1), guarded_adapter(Guard(loopback), connections=1)
 
@@ -407,15 +411,17 @@ def _scrubber(settings: Settings) -> Scrubber:
 
 
 def _nothing(_: object) -> None:
-    """Where a worker process would send a message, or wait."""
+    """Replaces sending a message, and waiting, in a worker process."""
 
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Says what to do where an app's own open transaction stands in the way."""
+    """Raise KitError with advice if an open transaction of the app locks the database."""
     try:
         yield
     except OperationalError as error:
         if error_kind(error) == "locked" or "locked" in str(error.orig):
-            raise KitError("a transaction of yours holds the database: commit it or roll it back first") from error
+            raise KitError(
+                "an open transaction of your test locks the database: commit it or roll it back first"
+            ) from error
         raise

@@ -1,4 +1,4 @@
-"""Puts the kit together: environment, database, stand-in and worker for one test, and takes all of it away again."""
+"""Builds the test kit for one test: environment, database, stand-in and worker. Undoes everything afterwards."""
 
 import os
 import shutil
@@ -22,14 +22,14 @@ from worker.testing.clock import Clock
 from worker.testing.inline import FetchWorker, KitError
 from worker.testing.stand_in import KEY, FetchApi
 
-BUSY_MS = 2_000  # how long a test's own open transaction is waited for
-SECRET = "whsec_" + "dGVzdCBraXQg" * 4  # where the app's tests have none of their own: nothing is sent
-ELSEWHERE = ("SD_API_KEYS", "SD_API_HOSTS", "SD_API_PROXY", "SD_API_CA_BUNDLE")  # settings that lead to the real API
+BUSY_MS = 2_000  # how long to wait for an open transaction of the test
+SECRET = "whsec_" + "dGVzdCBraXQg" * 4  # used if the app's tests set no secret; nothing is posted
+ELSEWHERE = ("SD_API_KEYS", "SD_API_HOSTS", "SD_API_PROXY", "SD_API_CA_BUNDLE")  # unset: they lead to the real API
 
 
 @dataclass(frozen=True, slots=True)
 class Kit:
-    """What one test has."""
+    """The stand-in and the worker of one test."""
 
     api: FetchApi
     worker: FetchWorker
@@ -37,20 +37,21 @@ class Kit:
 
 @contextmanager
 def kit(folder: Path, *, database: object = None, tables: Path | None = None) -> Iterator[Kit]:
-    """The kit for one test; all it writes is below `folder`.
+    """Provide the kit for one test. All files are written below `folder`.
 
-    `database` is the app's own, with our tables: a URL, an engine (the only way to one in memory), or a connection in
-    a transaction that the test rolls back. Without it there is a new SQLite file, a copy of `tables` (see
-    `migrated_file`) where they are given. The environment leads to all of it meanwhile. Raises KitError.
+    `database` is the app's database with the tables of fetch-worker: a URL, an engine (required for an in-memory
+    database), or a connection with a transaction that the test rolls back. Without it, the kit uses a new SQLite file,
+    copied from `tables` (see `migrated_file`) if given. Environment variables point to these parts inside the `with`
+    block. Raises KitError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     clock = Clock()
     with ExitStack() as stack:
         api = stack.enter_context(FetchApi(clock))
-        own = _own_file(folder, tables) if database is None else None
-        shown = own or _url_of(database)
-        settings = stack.enter_context(_environment(folder, shown, api))
-        engine = stack.enter_context(_engine(settings, None if own is not None else database))
+        new_file = _own_file(folder, tables) if database is None else None
+        url = new_file or _url_of(database)
+        settings = stack.enter_context(_environment(folder, url, api))
+        engine = stack.enter_context(_engine(settings, None if new_file is not None else database))
         _check(engine)
         stack.enter_context(use_engine(settings.database, engine))
         stack.enter_context(use_clock(clock.now))
@@ -61,7 +62,7 @@ def kit(folder: Path, *, database: object = None, tables: Path | None = None) ->
 
 
 def migrated_file(path: Path) -> Path:
-    """Makes an SQLite file with our tables, to be copied for each test."""
+    """Make an SQLite file with the tables of fetch-worker, to be copied for each test."""
     engine = make_engine(URL.create("sqlite", database=str(path)))
     migrate(engine)
     engine.dispose()
@@ -85,18 +86,18 @@ def _url_of(database: object) -> URL:
     if isinstance(database, Connection):
         return database.engine.url
     kind = type(database).__name__
-    hint = "hand in its URL" if hasattr(database, "sync_engine") else "a URL, an Engine or a Connection is"
-    raise KitError(f"fetch_database gave {kind}, which the kit can't use: {hint}")
+    hint = "pass its URL" if hasattr(database, "sync_engine") else "pass a URL, an Engine or a Connection"
+    raise KitError(f"fetch_database returned {kind}, which the kit cannot use: {hint}")
 
 
 @contextmanager
 def _environment(folder: Path, database: URL, api: FetchApi) -> Iterator[Settings]:
-    """The settings that lead to the stand-in, and nowhere else; afterwards the environment is as it was."""
-    wanted: dict[str, str | None] = {
+    """Provide settings that lead only to the stand-in. The previous environment is restored afterwards."""
+    variables: dict[str, str | None] = {
         "DATABASE_URL": database.render_as_string(hide_password=False),
         "SD_API_URL": api.url,
         "SD_API_KEY": KEY,
-        "WEBHOOK_ALLOWED_NETWORKS": "0.0.0.0/0,::/0",  # any address will do: nothing is sent
+        "WEBHOOK_ALLOWED_NETWORKS": "0.0.0.0/0,::/0",  # any address is fine: nothing is posted
         "WEBHOOK_SECRET": os.environ.get("WEBHOOK_SECRET") or SECRET,
         "STORAGE_URL": f"file:{folder.absolute() / 'outputs'}",
         "OUTPUT_ALLOWED_NETWORKS": "127.0.0.0/8",
@@ -105,12 +106,12 @@ def _environment(folder: Path, database: URL, api: FetchApi) -> Iterator[Setting
         DOTENV_SWITCH: "off",
         **dict.fromkeys(ELSEWHERE),
     }
-    before = {name: os.environ.get(name) for name in wanted}
-    _set(wanted)
+    previous = {name: os.environ.get(name) for name in variables}
+    _set(variables)
     try:
         yield load()
     finally:
-        _set(before)
+        _set(previous)
 
 
 def _set(values: dict[str, str | None]) -> None:
@@ -129,29 +130,29 @@ def _engine(settings: Settings, database: object) -> Iterator[Engine]:
     if isinstance(database, Connection):
         yield cast("Engine", _Joined(database))
         return
-    made = _files.engine(settings.database) if database is None else make_engine(settings.database)
+    engine = _files.engine(settings.database) if database is None else make_engine(settings.database)
     try:
-        yield made
+        yield engine
     finally:
-        made.dispose()
+        engine.dispose()
 
 
 class _Files:
-    """Engines on one SQLite file after the other, which share what SQLAlchemy has compiled: most of a job's time."""
+    """Engines for one SQLite file after another. They share SQLAlchemy's compiled statements, which saves most time."""
 
     def __init__(self) -> None:
         self._shared: Engine | None = None
         self._path = ""
 
     def engine(self, url: URL) -> Engine:
-        """The engine of the next file. Dispose it before the next one is made."""
+        """Return the engine of the next file. Dispose of it before asking for another one."""
         self._path = url.database or ""
         if self._shared is None:
             self._shared = make_engine(url, creator=self._connect)
             event.listen(self._shared, "connect", _hurry)
-        made = self._shared.execution_options()
-        made.url = url
-        return made
+        engine = self._shared.execution_options()
+        engine.url = url
+        return engine
 
     def _connect(self) -> sqlite3.Connection:
         return sqlite3.connect(self._path, check_same_thread=False)
@@ -162,22 +163,22 @@ _files = _Files()
 
 def _hurry(connection: Any, _: object) -> None:
     connection.execute(f"PRAGMA busy_timeout={BUSY_MS}")
-    connection.execute("PRAGMA synchronous=OFF")  # a test's file need not survive a power cut
+    connection.execute("PRAGMA synchronous=OFF")  # test files need not survive a power cut
 
 
 def _check(engine: Engine) -> None:
     try:
         check_schema(engine)
     except SchemaOutdated as missing:
-        shown = engine.url.render_as_string(hide_password=True)
+        url = engine.url.render_as_string(hide_password=True)
         raise KitError(
-            f"{missing}, or in a fixture `worker.testing.migrate(engine)`, on {shown}; without a `fetch_database` of"
-            " yours each test gets a database that has them"
+            f"{missing}, or call `worker.testing.migrate(engine)` in a fixture, on {url}; without a `fetch_database`"
+            " fixture each test gets a database with the tables"
         ) from None
 
 
 class _Joined:
-    """An engine that has one connection, somebody else's: each transaction is a savepoint in the one that is open."""
+    """Engine over a test's own connection. Each transaction is a savepoint in the transaction that the test opened."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection

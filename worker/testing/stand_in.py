@@ -1,4 +1,4 @@
-"""The stand-in of the API as tests use it: each job answers as its test says, at the time that its test says it is."""
+"""Stand-in of the hosted API for tests. A test decides what each job answers, and when."""
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,19 +23,19 @@ PICTURES = "/generations/"
 
 @dataclass(slots=True)
 class _Step:
-    """One answer, given so many times, or until a moment where `times` is None; the last one of all for ever."""
+    """One answer. It is given `times` times, or until a moment if `times` is None. The last step repeats forever."""
 
     answer: Callable[[str], Answer]
     times: int | None = 1
     until: float = 0.0
 
     def over(self, now: float) -> bool:
-        """Whether it is the next one's turn."""
+        """Return whether the next step takes over."""
         return now >= self.until if self.times is None else self.times < 1
 
 
 class Answers:
-    """What the stand-in answers about a job, one after the other. The last answer is given for ever."""
+    """The answers that the stand-in gives about a job, in order. The last answer repeats forever."""
 
     def __init__(self, api: "FetchApi", clock: Clock) -> None:
         self._api = api
@@ -43,51 +43,51 @@ class Answers:
         self._steps: list[_Step] = []
 
     def processing(self, times: int = 1, *, eta: float | None = None) -> Self:
-        """Not ready yet, so many times."""
-        said = {} if eta is None else {"eta": eta}
-        return self.body({"status": "processing", "message": "try again later.", "output": "", **said}, times=times)
+        """Answer that the job is not ready, this many times."""
+        fields = {} if eta is None else {"eta": eta}
+        return self.body({"status": "processing", "message": "try again later.", "output": "", **fields}, times=times)
 
     def processing_for(self, seconds: float) -> Self:
-        """Not ready yet, for so many seconds from now on."""
+        """Answer that the job is not ready, for this many seconds from now."""
         body = {"status": "processing", "message": "try again later.", "output": ""}
         until = self._clock.timestamp() + seconds
         return self._add(_Step(lambda _: json_answer(body), times=None, until=until))
 
     def success(self, pictures: int | Sequence[str | bytes] = 1) -> Self:
-        """Ready: so many pictures, or these: addresses as they stand, or bytes that the stand-in serves."""
+        """Answer that the job is ready, with some pictures, or with given URLs or bytes that the stand-in serves."""
         return self._add(_Step(lambda remote_id: self._api.ready(remote_id, pictures)))
 
     def failed(self, message: str = "Processing failed: Invalid input dimensions", *, times: int = 1) -> Self:
-        """The job failed."""
+        """Answer that the job failed."""
         return self.body({"status": "failed", "id": "", "message": message, "output": ""}, times=times)
 
     def not_found(self, *, times: int = 1) -> Self:
-        """The API knows no such job."""
+        """Answer that the API does not know the job."""
         return self.failed("Request not found", times=times)
 
     def error(self, message: str = "Something went wrong", *, times: int = 1) -> Self:
-        """An error of the job."""
+        """Answer with an error about the job."""
         return self.body({"status": "error", "message": message}, times=times)
 
     def rate_limited(self, seconds: int = 30, *, times: int = 1) -> Self:
-        """Too many requests: the account has to pause."""
+        """Answer that there were too many requests. The account has to pause."""
         body = {"status": "error", "message": "Rate limit exceeded", "retry_after": seconds}
         return self.body(body, status=429, times=times)
 
     def key_rejected(self, *, times: int = 1) -> Self:
-        """The key is not accepted: the account is held."""
+        """Answer that the key is not accepted. The account is held."""
         return self.body({"status": "error", "message": "Invalid Api Key"}, times=times)
 
     def no_credits(self, *, times: int = 1) -> Self:
-        """The account has no credits: it is held."""
+        """Answer that the account has no credits. The account is held."""
         return self.body({"status": "error", "message": "Insufficient credits"}, status=402, times=times)
 
     def unavailable(self, *, times: int = 1) -> Self:
-        """The API is down."""
+        """Answer that the API is down."""
         return self.body({"status": "error", "message": "Service temporarily unavailable."}, status=503, times=times)
 
     def body(self, content: Mapping[str, Any] | bytes, *, status: int = 200, times: int = 1) -> Self:
-        """Anything else: a JSON object, or bytes as they stand."""
+        """Answer with any JSON object, or with bytes that are sent unchanged."""
         if isinstance(content, bytes):
             fixed = Answer(status, {"Content-Type": "application/json"}, content)
         else:
@@ -96,18 +96,18 @@ class Answers:
 
     def _add(self, step: _Step) -> Self:
         if step.times is not None and step.times < 1:
-            raise ValueError(f"an answer is given once at least, not {step.times} times")
+            raise ValueError(f"an answer is given at least once, not {step.times} times")
         self._steps.append(step)
         return self
 
     def copy(self) -> "Answers":
-        """The same answers, none of them given yet."""
-        made = Answers(self._api, self._clock)
-        made._steps = [replace(step) for step in self._steps]
-        return made
+        """Return the same answers from the start."""
+        answers = Answers(self._api, self._clock)
+        answers._steps = [replace(step) for step in self._steps]
+        return answers
 
     def next(self, remote_id: str) -> Answer | None:
-        """The answer whose turn it is; None where there is none at all."""
+        """Return the next answer, or None if no answers were set."""
         now = self._clock.timestamp()
         while len(self._steps) > 1 and self._steps[0].over(now):
             self._steps.pop(0)
@@ -120,32 +120,32 @@ class Answers:
 
 
 class FetchApi(Sandbox):
-    """The stand-in of the hosted API, on the test's clock.
+    """Stand-in of the hosted API that runs on the test clock.
 
-    Jobs that were submitted here, by the app or by `submit`, are ready after `READY_SECONDS` of that clock, unless
-    `ready_after`, `play` or `answers` says otherwise. An id that the stand-in never gave out is taken for one of its
-    jobs, of the family at whose fetch path it is asked about, so that a test may make ids up.
+    A job submitted here, by the app or by `submit`, is ready after `READY_SECONDS` of the test clock, unless
+    `ready_after`, `play` or `answers` says otherwise. Tests may make up ids: an id that the stand-in never issued is
+    treated as one of its jobs, of the family whose fetch path is requested.
 
-    Every family of the API is there. An order is posted to `root_url` + `/api/` + its path, or handed in by `submit`:
+    Every family of the API is supported. Post a submission to `root_url` + `/api/` + its path, or use `submit`:
     pictures at `v3/text2img`, `v3/dreambooth`, `v6/images/text2img`, `v6/realtime/…`, `v6/interior/…`, `v7/images/…`;
     videos at `v6/video/text2video`, `v7/video-fusion/…`; sound at `v6/voice/…`; texts at `v6/voice/speech_to_text`;
     models at `v6/3d/…`; chats at `v6/llm/…`; trainings at `v3/fine_tune`; servers at `v1/enterprise/{server}/…`;
-    workflows at `v1/workflows/{name}/run`. `fetch-worker sandbox --help` lists all paths, and all scenarios.
+    workflows at `v1/workflows/{name}/run`. `fetch-worker sandbox --help` lists all paths and all scenarios.
 
-    Webhooks that orders name are not called: a server of yours may listen there. Where your test has its own on this
-    machine, set `calls_webhooks` to True before the order.
+    Webhooks named in submissions are not called, because they may belong to a real server. If your test runs the
+    receiver itself, on this machine, set `calls_webhooks` to True before submitting.
     """
 
     def __init__(self, clock: Clock) -> None:
-        self.submissions: list[dict[str, Any]] = []  # what the app asked for, without the key
+        self.submissions: list[dict[str, Any]] = []  # bodies that the app submitted, without the key
         self._time = clock
         self._answers: dict[str, Answers] = {}
         self._for_all: Answers | None = None
-        self._copies: dict[str, Answers] = {}  # of those for all: each job goes through them by itself
-        self._made_up: dict[str, float] = {}  # when their jobs were submitted
+        self._copies: dict[str, Answers] = {}  # copies of `_for_all`: each job goes through them separately
+        self._made_up: dict[str, float] = {}  # ids made up by the test -> submission time
         self._plays: dict[str, str] = {}  # scenarios by made-up id
         self._files: dict[str, bytes] = {}
-        self._telling = threading.RLock()
+        self._answers_lock = threading.RLock()
         options = SandboxOptions(
             key=KEY, size=SMALLEST, min_outputs=1, max_outputs=1, min_seconds=READY_SECONDS, max_seconds=READY_SECONDS
         )
@@ -153,18 +153,18 @@ class FetchApi(Sandbox):
         self.calls_webhooks = False
 
     def answers(self, remote_id: str | int | None = None) -> Answers:
-        """Begins anew what is answered about a job, or about every job that has no answers of its own.
+        """Start a new list of answers for one job, or for every job that has no list of its own.
 
         `fetch_api.answers(12202888).processing(2).success(pictures=4)`
         """
-        made = Answers(self, self._time)
-        with self._telling:
+        answers = Answers(self, self._time)
+        with self._answers_lock:
             if remote_id is None:
-                self._for_all = made
+                self._for_all = answers
                 self._copies.clear()
             else:
-                self._answers[str(remote_id)] = made
-        return made
+                self._answers[str(remote_id)] = answers
+        return answers
 
     def submit(
         self,
@@ -175,24 +175,25 @@ class FetchApi(Sandbox):
         scenario: ScenarioName | Literal[""] = "",
         **fields: object,
     ) -> dict[str, Any]:
-        """Order without HTTP; the answer is the one that the app would have got. Hand it to `track`.
+        """Submit a job without HTTP and return the API's answer. Pass the answer to `track`.
 
-        `family` is the path below `/api/` that the order would be posted to (the class lists them), `scenario` what
-        goes wrong with this job (`play` says which there are), `fields` what else would be in the order, such as
-        `webhook`. Raises ValueError for a path or scenario that there is not.
+        `family` is the path below `/api/` to submit to (see the class for a list). `scenario` is what goes wrong with
+        this job (see `play`). `fields` are further fields of the submission, such as `webhook`. Raises ValueError for
+        an unknown path or scenario.
 
         `worker.track(fetch_api.submit(family="v6/video/text2video"), endpoint="v6/video/text2video")`
         """
         return super().submit(prompt, samples=samples, family=family, scenario=scenario, **fields)
 
     def play(self, *scenarios: ScenarioName, remote_id: str | int | None = None) -> None:
-        """Let orders from now on take these scenarios in turn, or the job of a made-up id take one; none ends it.
+        """Use these scenarios in turn for new submissions, or one for a made-up id. Without arguments, stop using any.
 
-        The most useful: `failed`, `try-again` (failed with the words Try Again, then ready), `forgotten` (Request not
-        found, though its future links work), `empty` (three successes without an output), `only-future-links`,
-        `new-words` (status done, links under assets), `late-links`, `dead-links` (only proxy_links work), `gone`,
-        `busy`, `down`, `rate-limit`; for every keyed call `monthly-limit`, `no-credits`, `wrong-key`; for orders
-        `queue-full`, `refused-order`. `fetch-worker sandbox --help` has all of them. Raises ValueError.
+        The most useful: `failed`, `try-again` (failed with the message Try Again, then ready), `forgotten` (Request not
+        found, but its future links work), `empty` (three successes without an output), `only-future-links`, `new-words`
+        (status done, links under assets), `late-links`, `dead-links` (only proxy_links work), `gone`, `busy`, `down`,
+        `rate-limit`. For every call with a key: `monthly-limit`, `no-credits`, `wrong-key`. For submissions:
+        `queue-full`, `refused-order`. `fetch-worker sandbox --help` lists all of them. Raises ValueError for an unknown
+        scenario.
         """
         if remote_id is None:
             self.options_now(scenarios=scenarios)
@@ -200,27 +201,27 @@ class FetchApi(Sandbox):
         for name in scenarios:
             check_scenario(name)
         if len(scenarios) > 1 or self.job(remote_id) is not None:
-            raise ValueError("remote_id is for one scenario, and for an id that the stand-in did not give out")
-        with self._telling:
+            raise ValueError("remote_id takes one scenario, and an id that the stand-in did not issue")
+        with self._answers_lock:
             self._plays[str(remote_id)] = scenarios[0] if scenarios else ""
 
     def ready_after(self, seconds: float) -> None:
-        """Jobs that are submitted from now on are ready after so many seconds of the test's clock."""
+        """Make jobs that are submitted from now on ready after this many seconds of the test clock."""
         self.options_now(min_seconds=seconds, max_seconds=seconds)
 
     def asked(self, remote_id: str | int) -> int:
-        """How often the API was asked about a job."""
+        """Return how often the API was asked about a job."""
         return self.calls.fetches[str(remote_id)]
 
-    def expect(self, waiting: Iterable[tuple[str, datetime]]) -> None:
-        """Takes the ids that it never gave out for jobs of its own, submitted at these times."""
-        with self._telling:
-            for remote_id, submitted_at in waiting:
+    def expect(self, jobs: Iterable[tuple[str, datetime]]) -> None:
+        """Accept ids that the stand-in never issued as jobs that were submitted at these times."""
+        with self._answers_lock:
+            for remote_id, submitted_at in jobs:
                 if self.job(remote_id) is None:
                     self._made_up.setdefault(remote_id, submitted_at.timestamp())
 
     def posted(self, path: str, content_type: str, raw: bytes) -> Answer:
-        """Answers a POST: as it was told to, or else as the stand-in does."""
+        """Answer a POST with the answers set by the test, or else as the sandbox does."""
         body = parse_body(content_type, raw) or {}
         target = fetch_target(path, body)
         if target is not None:
@@ -230,46 +231,46 @@ class FetchApi(Sandbox):
         return super().posted(path, content_type, raw)
 
     def got(self, path: str, query: str, raw: bytes = b"", key: str = "") -> Answer:
-        """Answers a GET: the outputs that answers named, or else as the stand-in does."""
+        """Answer a GET: outputs named by the test's answers, or else as the sandbox does."""
         target = fetch_target(path, {}, "GET")
         if target is not None:
             self._prepare(target)
         name = path.removeprefix(PICTURES)
-        with self._telling:
+        with self._answers_lock:
             content = self._files.get(name)
         if content is not None:
             self.script(name, [Answer(200, {"Content-Type": "application/octet-stream"}, content)])
         return super().got(path, query, raw, key)
 
     def ready(self, remote_id: str, pictures: int | Sequence[str | bytes]) -> Answer:
-        """The answer about a job that is ready; what is no address of somebody else's is served here."""
-        wanted: Sequence[str | bytes | None] = [None] * pictures if isinstance(pictures, int) else pictures
-        output = [self._address(remote_id, index, picture) for index, picture in enumerate(wanted)]
-        return json_answer({"status": "success", "id": _as_said(remote_id), "output": output})
+        """Return the answer about a ready job. Pictures that are not given as URLs are served here."""
+        items: Sequence[str | bytes | None] = [None] * pictures if isinstance(pictures, int) else pictures
+        output = [self._address(remote_id, index, picture) for index, picture in enumerate(items)]
+        return json_answer({"status": "success", "id": _json_id(remote_id), "output": output})
 
     def _address(self, remote_id: str, index: int, picture: str | bytes | None) -> str:
         if isinstance(picture, str):
             return picture
         name = file_name("answers", remote_id, index=index, extension="png")
         content = draw("a picture", remote_id, index, SMALLEST) if picture is None else picture
-        with self._telling:
+        with self._answers_lock:
             self._files[name] = content
         return f"{self.root_url}{PICTURES}{name}"
 
     def _prepare(self, target: Target) -> None:
-        """Have the stand-in answer the next fetch of a job as the test says; take in an id that the test made up."""
-        with self._telling:
+        """Set the next fetch answer of a job as the test wants it. Adopt an id that the test made up."""
+        with self._answers_lock:
             answers = self._answers.get(target.id) or self._copies.get(target.id)
             if answers is None and self._for_all is not None:
                 answers = self._copies[target.id] = self._for_all.copy()
-            told = None if answers is None else answers.next(target.id)
+            answer = None if answers is None else answers.next(target.id)
             submitted_at = self._made_up.get(target.id)
-        if told is not None:
-            self.script(target.id, [told])
+        if answer is not None:
+            self.script(target.id, [answer])
         elif submitted_at is not None and self.job(target.id) is None:
             self.adopt(target, submitted_at=submitted_at, scenario=self._plays.get(target.id, ""))
 
 
-def _as_said(remote_id: str) -> int | str:
-    """Ids are numbers in the API's own answers, where they can be."""
+def _json_id(remote_id: str) -> int | str:
+    """Return the id as the API's own answers have it: a number where possible."""
     return int(remote_id) if remote_id.isascii() and remote_id.isdigit() and remote_id[0] != "0" else remote_id

@@ -1,6 +1,6 @@
-"""What pytest loads: the plugin, unless Python finds another `worker` than ours, such as the web app's `worker.py`.
+"""pytest entry point: loads the plugin, unless Python finds another package named `worker`, such as the app's own.
 
-It has a name of its own beside the package, since nothing below `worker` can be imported there.
+This module is outside the package because nothing below `worker` can be imported in that case.
 """
 
 import importlib.util
@@ -12,10 +12,10 @@ import pytest
 
 
 def _other_worker() -> str | None:
-    """Where the other `worker` is that Python finds, without importing it; None where it is ours."""
+    """Return the path of the other `worker` without importing it, or None if Python finds ours."""
     loaded = getattr(sys.modules.get("worker"), "__file__", None)
-    found = None if loaded else importlib.util.find_spec("worker")
-    origin = loaded or (found.origin if found else None)
+    spec = None if loaded else importlib.util.find_spec("worker")
+    origin = loaded or (spec.origin if spec else None)
     ours = origin is not None and (Path(origin).parent / "testing" / "plugin.py").is_file()
     return None if ours else origin or "a folder"
 
@@ -31,7 +31,9 @@ if _OTHER is None:
 else:
 
     def pytest_configure(config: pytest.Config) -> None:
-        """Warn, in a way that stops no run, also where warnings are errors."""
-        said = f"{_OTHER} has the name of fetch-worker's package: its fixtures are not available in these tests"
+        """Warn without stopping the test run, also if warnings are errors."""
+        reason = (
+            f"{_OTHER} has the same name as fetch-worker's package, so its fixtures are not available in these tests"
+        )
         with suppress(pytest.PytestWarning):
-            config.issue_config_time_warning(pytest.PytestConfigWarning(f"fetch-worker: {said}"), stacklevel=2)
+            config.issue_config_time_warning(pytest.PytestConfigWarning(f"fetch-worker: {reason}"), stacklevel=2)
