@@ -258,6 +258,7 @@ WAITS: list[tuple[str, dict[str, str], dict[str, object], float]] = [
 TRAININGS: list[tuple[object, Reply]] = [
     *[({"status": "success", name: word}, Processing()) for name in ("message", "messege") for word in ("deploying_gpu", "training_started", "training_success", "trained_model_uploading", "deploying_model", "", "anything")],
     ({"status": "success", "messege": "model_ready", "data": "/n Step:1"}, Ready(())),
+    ({"status": "processing", "message": "model_ready", "eta": 20}, Processing(20.0)),
     ({"status": "success", "message": " Model_Ready "}, Ready(())),
     ({"status": "success", "messege": "deploying_gpu", "output": [A]}, Processing()),
     ({"status": "failed", "message": "Request not found"}, UnknownId("Request not found")),

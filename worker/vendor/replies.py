@@ -228,7 +228,7 @@ def _training(answer: ParsedAnswer) -> Reply | None:
         text = plain_text(reason[:MAX_MESSAGE]).strip() if isinstance(reason, str) else ""
         may_recover = not is_final and answer.meaning in RECOVERS
         return Failed(text or answer.message or "the training failed", may_recover)
-    if "model_ready" in words:
+    if "model_ready" in words and answer.code < 400 and answer.word not in WAITING:
         return Ready(())
     return None if answer.word in ("", "error") or answer.code >= 400 else Processing(eta_of(fields))
 
