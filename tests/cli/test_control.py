@@ -191,7 +191,7 @@ def test_cancelling_all_that_a_filter_finds_leaves_the_others(engine: Engine, ru
     assert [job_of(engine, job_id).status for job_id in (ended, other)] == ["failed", "pending"]
     with engine.connect() as connection:
         assert [row.error_code for row in connection.execute(select(outputs)).all()] == ["cancelled"]
-        [total] = [one for one in read_counters(connection, [FINISHED]) if one.figure.label == "cancelled"]
+        [total] = [one for one in read_counters(connection, [FINISHED]) if one.key.label == "cancelled"]
     assert total.times == 9
     again = run("cancel", "--kind", "video", "--yes", "--json")
     assert (again.code, again.document) == (0, [])

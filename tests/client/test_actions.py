@@ -61,7 +61,7 @@ def test_operators_and_workers_on_the_same_jobs_do_not_block_each_other(engine: 
 
     with engine.connect() as connection:
         rows = connection.execute(select(jobs)).all()
-        counted = {one.figure.label: one.times for one in read_counters(connection, [FINISHED])}
+        counted = {one.key.label: one.times for one in read_counters(connection, [FINISHED])}
     states = Counter(row.status for row in rows)
     assert len(rows) == JOBS
     assert counted.get("failed", 0) == ended

@@ -88,7 +88,7 @@ def test_given_a_database_without_our_tables_or_without_a_schema_then_a_line_say
     monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         code, said = _said("list", capsys)
-        assert (code, "is not there" in said, len(said.strip().splitlines())) == (1, True, 1)
+        assert (code, "does not exist (" in said, len(said.strip().splitlines())) == (1, True, 1)
         connection.execute(f"CREATE DATABASE {name}".encode())
         code, said = _said("migrate" if query else "list", capsys)
         engine_for(load().database).dispose()

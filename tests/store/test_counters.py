@@ -26,7 +26,7 @@ def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _all(engine: Engine) -> dict[CounterKey, tuple[int, float]]:
     with engine.connect() as connection:
-        return {one.figure: (one.times, one.total) for one in read_counters(connection)}
+        return {one.key: (one.times, one.total) for one in read_counters(connection)}
 
 
 def test_what_many_transactions_count_at_once_adds_up(engine: Engine) -> None:

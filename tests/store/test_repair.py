@@ -40,7 +40,7 @@ def test_given_a_job_that_is_downloading_while_no_output_waits_when_repaired_the
     assert job_of(engine, job_id).completed_at is not None
     assert Repairer(engine).run() == Repaired()
     with engine.connect() as connection:
-        assert [(one.figure.label, one.times) for one in read_counters(connection, [FINISHED])] == [(status, 1)]
+        assert [(one.key.label, one.times) for one in read_counters(connection, [FINISHED])] == [(status, 1)]
 
 
 def test_given_a_job_with_an_output_that_waits_when_repaired_then_it_stays_as_it_is(engine: Engine) -> None:

@@ -199,7 +199,7 @@ def _downloads(reading: Reading) -> Iterator[Metric]:
         state.oldest_unstored,
     )
     attempts = list(_of(reading.counters, ATTEMPTS))
-    outcomes = {"stored": 0} | {one.figure.label: one.times for one in attempts}
+    outcomes = {"stored": 0} | {one.key.label: one.times for one in attempts}
     yield _counter(
         "download_attempts",
         "Download attempts that came to an end, by outcome: stored, or the code of the trouble.",
@@ -278,8 +278,8 @@ def _histogram(
     times: defaultdict[tuple[str, ...], dict[str, int]] = defaultdict(dict)
     sums: defaultdict[tuple[str, ...], float] = defaultdict(float)
     for one in counted:
-        key: tuple[str, ...] = (one.figure.account, one.figure.kind) if labels else ()
-        times[key][one.figure.label] = one.times
+        key: tuple[str, ...] = (one.key.account, one.key.kind) if labels else ()
+        times[key][one.key.label] = one.times
         sums[key] += one.total
     whole: list[tuple[str, ...]] = [()]  # one that has no labels is there from the beginning
     for key in sorted(times) if labels else whole:
@@ -297,8 +297,8 @@ def _cumulative(times: dict[str, int], bounds: Sequence[float]) -> list[tuple[st
 
 
 def _of(counters: Iterable[Total], name: str) -> Iterator[Total]:
-    return (one for one in counters if one.figure.name == name)
+    return (one for one in counters if one.key.name == name)
 
 
 def _times(counters: Iterable[Total], name: str) -> Iterator[tuple[CounterKey, int]]:
-    return ((one.figure, one.times) for one in _of(counters, name))
+    return ((one.key, one.times) for one in _of(counters, name))

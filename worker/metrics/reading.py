@@ -55,7 +55,7 @@ def read(engine: Engine, settings: Settings) -> Reading:
         return Reading(
             schema=schema,
             standing=read_stats(connection, waiting, now=now, full_rps=settings.rps),
-            unfinished=bounded(count_unfinished(connection, waiting), {one.figure.kind for one in counters} - {""}),
+            unfinished=bounded(count_unfinished(connection, waiting), {one.key.kind for one in counters} - {""}),
             counters=counters,
             claims=count_claims(connection),
             stuck=count_expired_claims(

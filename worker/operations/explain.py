@@ -279,7 +279,7 @@ def _claim(facts: Facts) -> Step:
 def _claimed(facts: Facts, name: str, row: Row[Any], doing: str, start: str) -> Step:
     """A claim, of the job or of an output: whether anybody still works on it."""
     most = work_limits(facts.settings)
-    began, longest = (row.asked_at, most.call) if row is facts.job else (row.claimed_at, most.download)
+    began, longest = (row.asked_at, most.poll_max) if row is facts.job else (row.claimed_at, most.download_max)
     since = "" if began is None else f" since {format_duration(facts.since(began))}"
     life = fate(row.claim_holder)
     known = {"runs": "which runs", "dead": "which is dead", "unknown": "of which this host knows nothing"}[life]

@@ -250,7 +250,11 @@ def _claims(connection: Connection, settings: Settings) -> Check:
     now, work = database_now(connection), work_limits(settings)
     grace = timedelta(seconds=settings.recovery_seconds + HEALTHY_SECONDS)
     lost = live.stale_claims(
-        connection, dead=(), over_before=now - grace, asked_before=now - work.call, fetched_before=now - work.download
+        connection,
+        dead=(),
+        expired_before=now - grace,
+        polled_before=now - work.poll_max,
+        claimed_before=now - work.download_max,
     )
     if not lost:
         return Check("claims", True, "no claim is left of a process that is gone")

@@ -293,7 +293,7 @@ def why(connection: Connection, job: Row[Any], outputs: Sequence[Row[Any]], sett
     last = f"; last answer: {mask_personal_data(said[0].note)}" if said else ""
     if job.claim_token is not None and job.due_at < now:
         return f"{job.claim_holder} took it, and its lease is over: no worker has taken it up since{last}"
-    if job.claim_token is not None and job.asked_at is not None and now - job.asked_at > work_limits(settings).call:
+    if job.claim_token is not None and job.asked_at is not None and now - job.asked_at > work_limits(settings).poll_max:
         took = (now - job.asked_at).total_seconds()
         return (
             f"{job.claim_holder} took it {took:.0f} s ago, longer than any request takes: `resume` has it go on{last}"

@@ -268,9 +268,9 @@ def _read(connection: Connection, settings: Settings) -> _Read:
         claims=live.stale_claims(
             connection,
             dead=gone,
-            over_before=now - timedelta(seconds=OVER_SECONDS),
-            asked_before=now - work.call,
-            fetched_before=now - work.download,
+            expired_before=now - timedelta(seconds=OVER_SECONDS),
+            polled_before=now - work.poll_max,
+            claimed_before=now - work.download_max,
         ),
         transfers=live.running_downloads(connection, now=now, limit=TRANSFERS_MOST),
         unstored=live.oldest_unstored(connection, limit=UNSTORED_MOST),
@@ -303,7 +303,7 @@ class SnapshotReader:
             read = _read(connection, self._settings)
         # Redis is looked into after the transaction: no network inside of one.
         peeks = self._budget.peek({state.account: state.rps for state in read.states})
-        sample = _Sample(self._clock(), {one.figure: one for one in read.counters}, _received(read.transfers))
+        sample = _Sample(self._clock(), {one.key: one for one in read.counters}, _received(read.transfers))
         frame = self._frame(read, peeks, sample)
         self._samples.append(sample)
         return frame

@@ -1,4 +1,4 @@
-"""Gates: what all processes know of accounts and API hosts, read often and written rarely."""
+"""Circuit breakers of accounts and API hosts, shared by all processes. Read often, written rarely."""
 
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -11,7 +11,7 @@ from worker.core.circuit_breaker import CircuitBreaker, Scope
 from worker.store.bulk_write import insert_missing
 from worker.store.schema import breakers
 
-_COLUMNS = (  # in the order of the fields of a Gate
+_COLUMNS = (  # in the order of the fields of CircuitBreaker
     breakers.c.scope,
     breakers.c.name,
     breakers.c.proven,
@@ -33,12 +33,12 @@ _ONE = _ALL.where(breakers.c.scope == bindparam("scope"), breakers.c.name == bin
 
 
 def all_breakers(connection: Connection) -> dict[tuple[Scope, str], CircuitBreaker]:
-    """Every gate there is, by scope and name."""
+    """Return all circuit breakers by scope and name."""
     return {(row.scope, row.name): _breaker(row) for row in connection.execute(_ALL).all()}
 
 
 def locked_breaker(connection: Connection, scope: Scope, name: str) -> CircuitBreaker:
-    """One gate, made where it is missing, and held by this transaction until it ends."""
+    """Return one circuit breaker and lock its row until the transaction ends. Create the row if it is missing."""
     row = connection.execute(_ONE, {"scope": scope, "name": name}).one_or_none()
     if row is None:
         insert_missing(connection, breakers, {"scope": scope, "name": name})
@@ -47,7 +47,7 @@ def locked_breaker(connection: Connection, scope: Scope, name: str) -> CircuitBr
 
 
 def save_breaker(connection: Connection, breaker: CircuitBreaker) -> None:
-    """Writes a gate that this transaction holds."""
+    """Write a circuit breaker that this transaction has locked."""
     values = asdict(breaker)
     scope, name = values.pop("scope"), values.pop("name")
     if values["reason"] is not None:
@@ -56,7 +56,7 @@ def save_breaker(connection: Connection, breaker: CircuitBreaker) -> None:
 
 
 def mark_asked(connection: Connection, accounts: Iterable[str], *, now: datetime) -> None:
-    """Notes that due work of these accounts was done just now."""
+    """Record that jobs of these accounts were polled just now."""
     connection.execute(
         update(breakers)
         .where(breakers.c.scope == "account", breakers.c.name.in_(sorted(accounts)))
@@ -65,15 +65,15 @@ def mark_asked(connection: Connection, accounts: Iterable[str], *, now: datetime
 
 
 def last_asked(connection: Connection) -> datetime | None:
-    """When any account's due work was last done."""
+    """Return when a job of any account was last polled, or None."""
     query = (
         select(breakers.c.asked_at)
         .where(breakers.c.asked_at.is_not(None))
         .order_by(breakers.c.asked_at.desc())
         .limit(1)
     )
-    at: datetime | None = connection.execute(query).scalar()
-    return at
+    asked_at: datetime | None = connection.execute(query).scalar()
+    return asked_at
 
 
 def _breaker(row: Any) -> CircuitBreaker:

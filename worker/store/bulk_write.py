@@ -1,7 +1,7 @@
-"""Many rows in one statement: claimed jobs that are written together, and rows that are put in together.
+"""Write many rows with one statement: updates of claimed jobs, and inserts.
 
-On PostgreSQL a batch travels as one JSON text, which the server unfolds: by far the cheapest way for both. The other
-databases get one prepared statement and many rows.
+On PostgreSQL a batch is one JSON parameter that the server expands into rows. This costs client and server far less
+than one parameter per value. The other databases get one statement and a list of rows.
 """
 
 import json
@@ -34,66 +34,73 @@ from worker.core.answer_history import MAX_NOTE, NOTE_SEPARATOR
 from worker.store.schema import UtcDateTime, jobs
 
 KEYS = ("id", "claim_token")
-INSERT_ROWS = 500  # one statement's worth; every database takes that many parameters
-JSON_BATCH_ROWS = 5_000  # the same where all rows are one parameter
+INSERT_ROWS = 500  # rows per INSERT: every database accepts that many parameters
+JSON_BATCH_ROWS = 5_000  # rows per INSERT if all rows are one JSON parameter
 
 
 def update_claimed_jobs(
     connection: Connection, rows: Sequence[Mapping[str, Any]], *, now: datetime, **same: Any
 ) -> set[int]:
-    """Writes claimed jobs whose claim still stands, and ends the claim; the ids of those that were written.
+    """Update claimed jobs, release their claims, and return the ids of the updated jobs.
 
-    Each row has `id`, `claim_token` and the same columns as the others; `same` is what all of them get. A time in a
-    row may be given as seconds since 1970, which is how it travels to PostgreSQL anyway.
+    A job whose claim was lost is not updated. Each row has `id`, `claim_token`, and the same other columns as all other
+    rows. `same` has the values that are equal for all jobs. A time in a row may be a number of seconds since 1970,
+    because PostgreSQL receives times in this form.
     """
     if not rows:
         return set()
-    by_id = sorted(rows, key=itemgetter("id"))  # locked in this order everywhere: no batch blocks another
-    ended = {"claim_token": None, "claim_holder": None, **same}
+    by_id = sorted(rows, key=itemgetter("id"))  # all transactions lock in this order, which avoids deadlocks
+    same_values = {"claim_token": None, "claim_holder": None, **same}
     changed = [name for name in by_id[0] if name not in KEYS]
     if connection.dialect.name == "postgresql":
-        statement = _write_all(tuple(changed), tuple(ended))
-        values = {f"same_{name}": value for name, value in ended.items()}
+        statement = _update_statement(tuple(changed), tuple(same_values))
+        values = {f"same_{name}": value for name, value in same_values.items()}
         written = connection.execute(statement, batch_parameter([*KEYS, *changed], by_id) | values | {"now": now})
         return set(written.scalars().all())
     claims = select(jobs.c.id, jobs.c.claim_token).where(
         jobs.c.id.in_([row["id"] for row in by_id]), jobs.c.due_at > now
     )
-    held = {(job_id, token) for job_id, token in connection.execute(claims.with_for_update()).all()}
-    mine = [row for row in by_id if (row["id"], row["claim_token"]) in held]
-    if mine:
-        fresh: dict[str, Any] = {name: bindparam(f"new_{name}") for name in changed}
-        if "last_answer" in fresh:
-            fresh["last_answer"] = _with_those_before(bindparam("new_last_answer", type_=jobs.c.last_answer.type))
-        singly = update(jobs).where(jobs.c.id == bindparam("job")).values(fresh | ended)
+    valid_claims = {(job_id, token) for job_id, token in connection.execute(claims.with_for_update()).all()}
+    claimed_rows = [row for row in by_id if (row["id"], row["claim_token"]) in valid_claims]
+    if claimed_rows:
+        new_values: dict[str, Any] = {name: bindparam(f"new_{name}") for name in changed}
+        if "last_answer" in new_values:
+            new_values["last_answer"] = _with_previous_answers(
+                bindparam("new_last_answer", type_=jobs.c.last_answer.type)
+            )
+        job_update = update(jobs).where(jobs.c.id == bindparam("job")).values(new_values | same_values)
         connection.execute(
-            singly, [{"job": row["id"]} | {f"new_{name}": _moment(name, row[name]) for name in changed} for row in mine]
+            job_update,
+            [
+                {"job": row["id"]} | {f"new_{name}": _to_datetime(name, row[name]) for name in changed}
+                for row in claimed_rows
+            ],
         )
-    return {row["id"] for row in mine}
+    return {row["id"] for row in claimed_rows}
 
 
-def _with_those_before(line: ColumnElement[Any]) -> ColumnElement[Any]:
-    """A job's last answers: this one, and under it those before, as far as there is room."""
+def _with_previous_answers(line: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return the expression for a job's last answers: this one, then the previous ones as far as they fit."""
     return func.substr(line + func.coalesce(NOTE_SEPARATOR + jobs.c.last_answer, ""), 1, MAX_NOTE)
 
 
-def _moment(name: str, value: Any) -> Any:
+def _to_datetime(name: str, value: Any) -> Any:
     if isinstance(value, float) and isinstance(jobs.c[name].type, UtcDateTime):
         return datetime.fromtimestamp(value, UTC)
     return value
 
 
 @cache
-def _write_all(changed: tuple[str, ...], same: tuple[str, ...]) -> Any:
-    fresh = batch_columns(jobs, (*KEYS, *changed))
-    written = {name: _with_those_before(fresh[name]) if name == "last_answer" else fresh[name] for name in changed}
+def _update_statement(changed: tuple[str, ...], same: tuple[str, ...]) -> Any:
+    batch = batch_columns(jobs, (*KEYS, *changed))
+    written = {name: _with_previous_answers(batch[name]) if name == "last_answer" else batch[name] for name in changed}
     now = bindparam("now", type_=jobs.c.due_at.type)
     return (
         update(jobs)
         .where(
-            jobs.c.id == fresh["id"],
-            jobs.c.claim_token == fresh["claim_token"],
-            # Written so that no index serves it: the server would start from all jobs that are not due, not from ours.
+            jobs.c.id == batch["id"],
+            jobs.c.claim_token == batch["claim_token"],
+            # Written so that no index matches. Otherwise the server may start from all jobs that are not due.
             func.coalesce(jobs.c.due_at, now) > now,
         )
         .values(written | {name: bindparam(f"same_{name}", type_=jobs.c[name].type) for name in same})
@@ -102,28 +109,31 @@ def _write_all(changed: tuple[str, ...], same: tuple[str, ...]) -> Any:
 
 
 def batch_columns(table: Table, names: Sequence[str]) -> dict[str, ColumnElement[Any]]:
-    """The columns of a batch as PostgreSQL sees them; `folded` gives the parameter."""
-    columns = [column(name, _plain(table.c[name])) for name in names]
-    fresh = (
+    """Return the columns of a JSON batch for a PostgreSQL statement. `batch_parameter` returns the parameter."""
+    columns = [column(name, _json_type(table.c[name])) for name in names]
+    batch = (
         func.json_to_recordset(cast(bindparam("batch", type_=Text), JSON))
         .table_valued(*columns, name="fresh")
         .render_derived(with_types=True)
     )
     return {
-        name: func.to_timestamp(fresh.c[name]) if isinstance(table.c[name].type, UtcDateTime) else fresh.c[name]
+        name: func.to_timestamp(batch.c[name]) if isinstance(table.c[name].type, UtcDateTime) else batch.c[name]
         for name in names
     }
 
 
 def batch_parameter(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """All rows in one parameter: JSON is written and read in C on both sides, arrays are escaped item by item."""
+    """Return all rows as one JSON parameter.
+
+    Client and server both process JSON in C. An array parameter would be escaped item by item.
+    """
     if set(names) != set(rows[0]):
         rows = [{name: row[name] for name in names} for row in rows]
-    return {"batch": _write(rows)}
+    return {"batch": _encode_json(rows)}
 
 
 def insert_missing(connection: Connection, table: Table, row: Mapping[str, Any]) -> bool:
-    """Puts a row in, unless one with its key is there; whether it did."""
+    """Insert a row unless a row with its key exists. Return whether it was inserted."""
     match connection.dialect.name:
         case "postgresql":
             statement: Any = postgresql.insert(table).values(row).on_conflict_do_nothing()
@@ -135,17 +145,17 @@ def insert_missing(connection: Connection, table: Table, row: Mapping[str, Any])
 
 
 def _seconds(value: object) -> float:
-    # By far cheaper than text, and exact: a microsecond is four times the distance between two such numbers.
+    # Far cheaper than text, and exact: two neighbouring floats of this size differ by a quarter of a microsecond.
     if isinstance(value, datetime):
         return value.timestamp()
     raise TypeError(f"{type(value).__name__} can't be part of a batch")
 
 
-_write = json.JSONEncoder(separators=(",", ":"), check_circular=False, default=_seconds).encode
+_encode_json = json.JSONEncoder(separators=(",", ":"), check_circular=False, default=_seconds).encode
 
 
-def _plain(of: Column[Any]) -> TypeEngine[Any]:
-    """The type that travels, without what SQLAlchemy would do to each value. Times travel as seconds since 1970."""
-    if isinstance(of.type, UtcDateTime):
+def _json_type(table_column: Column[Any]) -> TypeEngine[Any]:
+    """Return the type of a column inside a JSON batch. It has no bind processing; times are seconds since 1970."""
+    if isinstance(table_column.type, UtcDateTime):
         return Double()
-    return Text() if isinstance(of.type, String) else of.type
+    return Text() if isinstance(table_column.type, String) else table_column.type

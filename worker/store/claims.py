@@ -1,4 +1,4 @@
-"""Claims: taking due rows under a lease with a fencing token, renewing the lease, giving rows back."""
+"""Claims: take due rows with a lease and a fencing token, renew leases, release rows."""
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -31,7 +31,7 @@ from worker.core.pacing.policy import SOONEST, WINDOW
 from worker.store.schema import MYSQL_FAMILY, bodies, events, jobs, outputs, promises, waiting_account
 from worker.store.sql_functions import seconds_between
 
-Claim = tuple[int, str]  # the id of a row, and the token that its claim is known by
+Claim = tuple[int, str]  # the id of a row and the token of its claim
 
 _JOB_COLUMNS = (
     jobs.c.id,
@@ -57,9 +57,9 @@ _JOB_COLUMNS = (
 
 
 class ClaimedJob(NamedTuple):
-    """A job that is ours to ask about while the lease lasts. `polls` counts the request about to be made.
+    """A job that this process may poll while the lease lasts. `polls` includes the request that comes next.
 
-    A tuple, since one is made for every single request.
+    It is a tuple for speed: each request creates one.
     """
 
     id: int
@@ -79,7 +79,7 @@ class ClaimedJob(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ClaimedOutput:
-    """An output that is ours to download while the lease lasts. `attempts` counts this one."""
+    """An output that this process may download while the lease lasts. `facts.attempts` includes this attempt."""
 
     id: int
     token: str
@@ -93,7 +93,7 @@ class ClaimedOutput:
 
 @dataclass(frozen=True, slots=True)
 class DueGroup:
-    """Jobs of one account, priority and API host that wait for a request: when the first of them is due."""
+    """The jobs with a due time of one account, priority and API host. `due_at` is the earliest of their due times."""
 
     account: str
     priority: int
@@ -101,64 +101,64 @@ class DueGroup:
     due_at: datetime
 
 
-def in_due_group(level: DueGroup) -> tuple[ColumnElement[bool], ...]:
-    """Return the conditions of the jobs of a level, in the words of the index that finds them."""
+def in_due_group(group: DueGroup) -> tuple[ColumnElement[bool], ...]:
+    """Return the conditions that select the jobs of a group, in the form that matches their index."""
     return (
-        jobs.c.account == level.account,
-        jobs.c.priority == level.priority,
-        jobs.c.fetch_host == level.host,
+        jobs.c.account == group.account,
+        jobs.c.priority == group.priority,
+        jobs.c.fetch_host == group.host,
         jobs.c.due_at.is_not(None),
     )
 
 
 def due_groups(connection: Connection, accounts: Iterable[str]) -> list[DueGroup]:
-    """Return the levels of these accounts: account by account, the highest priority first, then the longest due.
+    """Return the due groups of these accounts, ordered by account, highest priority and earliest due time.
 
-    Claimed jobs count with the end of their lease. The query leaps from one level to the next in the index, so its cost
-    is the number of levels, not of jobs.
+    The due time of a claimed job is the end of its lease. The query jumps from one group to the next in the index, so
+    its cost depends on the number of groups, not of jobs.
     """
     if connection.dialect.name in MYSQL_FAMILY:
-        return _waiting_levels_mysql(connection, list(accounts))
+        return _due_groups_mysql(connection, list(accounts))
     return [
         DueGroup(account, row.priority, row.host, row.due_at)
         for account in accounts
-        for row in connection.execute(_LEVELS, {"account": account}).all()
+        for row in connection.execute(_DUE_GROUPS, {"account": account}).all()
     ]
 
 
-def _waiting_levels_mysql(connection: Connection, accounts: list[str]) -> list[DueGroup]:
-    """Do the same with a loose index scan, which MariaDB and MySQL have: one look-up per level."""
-    rows = connection.execute(_LEVELS_MYSQL, {"accounts": accounts}).all()
-    levels = [DueGroup(*row) for row in rows]
-    return sorted(levels, key=lambda level: (accounts.index(level.account), -level.priority, level.due_at))
+def _due_groups_mysql(connection: Connection, accounts: list[str]) -> list[DueGroup]:
+    """Do the same with a loose index scan of MariaDB and MySQL: one index lookup per group."""
+    rows = connection.execute(_DUE_GROUPS_MYSQL, {"accounts": accounts}).all()
+    groups = [DueGroup(*row) for row in rows]
+    return sorted(groups, key=lambda group: (accounts.index(group.account), -group.priority, group.due_at))
 
 
-def _levels() -> Select[Any]:
+def _due_groups_query() -> Select[Any]:
     waiting = (jobs.c.account == bindparam("account"), jobs.c.due_at.is_not(None))
     highest = select(func.max(jobs.c.priority).label("priority")).where(*waiting).cte("priorities", recursive=True)
     lower = select(func.max(jobs.c.priority)).where(*waiting, jobs.c.priority < highest.c.priority).scalar_subquery()
     priorities = highest.union_all(select(lower).where(highest.c.priority.is_not(None)))
 
     def last_host(priority: ColumnElement[int], *before: ColumnElement[bool]) -> Any:
-        of_priority = select(func.max(jobs.c.fetch_host)).where(*waiting, jobs.c.priority == priority, *before)
-        return of_priority.scalar_subquery()
+        query = select(func.max(jobs.c.fetch_host)).where(*waiting, jobs.c.priority == priority, *before)
+        return query.scalar_subquery()
 
     last = select(priorities.c.priority, last_host(priorities.c.priority).label("host")).cte("hosts", recursive=True)
     earlier = last_host(last.c.priority, jobs.c.fetch_host < last.c.host)
-    levels = last.union_all(select(last.c.priority, earlier).where(last.c.host.is_not(None)))
+    groups = last.union_all(select(last.c.priority, earlier).where(last.c.host.is_not(None)))
     first = (
         select(jobs.c.due_at)
-        .where(*waiting, jobs.c.priority == levels.c.priority, jobs.c.fetch_host == levels.c.host)
+        .where(*waiting, jobs.c.priority == groups.c.priority, jobs.c.fetch_host == groups.c.host)
         .order_by(jobs.c.due_at)
         .limit(1)
         .scalar_subquery()
     )
-    found = select(levels.c.priority, levels.c.host, first.label("due_at")).where(levels.c.host.is_not(None))
-    return found.order_by(levels.c.priority.desc(), "due_at")
+    query = select(groups.c.priority, groups.c.host, first.label("due_at")).where(groups.c.host.is_not(None))
+    return query.order_by(groups.c.priority.desc(), "due_at")
 
 
-_LEVELS = _levels()
-_LEVELS_MYSQL = (
+_DUE_GROUPS = _due_groups_query()
+_DUE_GROUPS_MYSQL = (
     select(waiting_account, jobs.c.priority, jobs.c.fetch_host, func.min(jobs.c.due_at))
     .where(waiting_account.in_(bindparam("accounts", expanding=True)))
     .group_by(waiting_account, jobs.c.priority, jobs.c.fetch_host)
@@ -167,7 +167,7 @@ _LEVELS_MYSQL = (
 
 def claim_jobs(
     connection: Connection,
-    level: DueGroup,
+    group: DueGroup,
     *,
     limit: int,
     token: str,
@@ -176,17 +176,19 @@ def claim_jobs(
     now: datetime,
     around: Sequence[datetime] = (),
 ) -> list[ClaimedJob]:
-    """Takes up to `limit` due jobs of a level, the longest due first.
+    """Claim up to `limit` due jobs of a group, earliest due time first.
 
-    Where requests are short, `around` names two moments between the first due time and now: then the most urgent are
-    taken, out of those due longest, those due last, and those due just before these moments.
+    If there are too few requests for all due jobs, pass two times between the first due time and now as `around`. Then
+    the most urgent jobs are claimed. The candidates are the jobs with the earliest due times, those with the latest due
+    times, and those that were due just before each of the two times.
 
-    Every request to come is counted here, so that a crash can't hide one; `release_jobs` takes it back.
+    The coming request is added to `polls` here, so that it is counted even if the process crashes. `release_jobs`
+    subtracts it again.
     """
     values = {
-        "of_account": level.account,
-        "of_priority": level.priority,
-        "of_host": level.host,
+        "of_account": group.account,
+        "of_priority": group.priority,
+        "of_host": group.host,
         "most": limit,
         "now": now,
         "leased_until": now + lease,
@@ -197,13 +199,13 @@ def claim_jobs(
     if around:
         moments = {"first": now, "second": around[0], "third": around[1], "most_and_spare": limit + SPARE}
         rows += _take(connection, jobs, _URGENT, _CLAIM, _JOB_COLUMNS, values | moments)
-    if len(rows) < limit:  # or the most urgent ones are locked by somebody else: they keep no other job
+    if len(rows) < limit:  # for example because other transactions have locked the most urgent jobs
         values["most"] = limit - len(rows)
         rows += _take(connection, jobs, _DUE, _CLAIM, _JOB_COLUMNS, values)
-    return [_claimed_job(row, level, token) for row in rows]
+    return [_claimed_job(row, group, token) for row in rows]
 
 
-_OF_LEVEL = (
+_IN_GROUP = (
     jobs.c.account == bindparam("of_account"),
     jobs.c.priority == bindparam("of_priority"),
     jobs.c.fetch_host == bindparam("of_host"),
@@ -211,46 +213,51 @@ _OF_LEVEL = (
 )
 _DUE = (
     select(jobs.c.id)
-    .where(*_OF_LEVEL, jobs.c.due_at <= bindparam("now"))
+    .where(*_IN_GROUP, jobs.c.due_at <= bindparam("now"))
     .order_by(jobs.c.due_at)
     .limit(bindparam("most", type_=Integer))
     .with_for_update(skip_locked=True)
 )
 
 
-def _urgent() -> Select[Any]:
-    """The same by urgency (`worker.core.pacing.policy.urgency`): what was nudged, or never planned, comes first."""
+def _urgent_jobs_query() -> Select[Any]:
+    """Return the query that selects due jobs by urgency (`worker.core.pacing.policy.urgency`).
+
+    Jobs without a plan, such as nudged ones, come first.
+    """
     now = bindparam("now", type_=jobs.c.due_at.type)
-    unseen = seconds_between(func.coalesce(jobs.c.not_ready_at, jobs.c.submitted_at), now)
-    odds = jobs.c.pace_growth * func.ln(case((unseen > SOONEST, unseen), else_=SOONEST) / jobs.c.pace_scale)
-    worth = func.coalesce(odds, UNPLANNED)
+    since_not_ready = seconds_between(func.coalesce(jobs.c.not_ready_at, jobs.c.submitted_at), now)
+    log_odds = jobs.c.pace_growth * func.ln(
+        case((since_not_ready > SOONEST, since_not_ready), else_=SOONEST) / jobs.c.pace_scale
+    )
+    urgency = func.coalesce(log_odds, UNPLANNED)
 
     def window(until: str, *, oldest: bool = False) -> Select[Any]:
         order = jobs.c.due_at if oldest else jobs.c.due_at.desc()
-        near = select(jobs.c.id, jobs.c.due_at, worth.label("worth"))
-        near = near.where(*_OF_LEVEL, jobs.c.due_at <= bindparam(until)).order_by(order).limit(WINDOW)
+        near = select(jobs.c.id, jobs.c.due_at, urgency.label("worth"))
+        near = near.where(*_IN_GROUP, jobs.c.due_at <= bindparam(until)).order_by(order).limit(WINDOW)
         return select(near.subquery())
 
     windows = [window("first", oldest=True), window("first"), window("second"), window("third")]
     candidates = union(*windows).subquery()
-    most = bindparam("most", type_=Integer)
-    # A few more than are wanted, since others may be taking the same; and few, so that they are looked up by their ids.
-    some = bindparam("most_and_spare", type_=Integer)
-    best = select(candidates.c.id).order_by(candidates.c.worth.desc(), candidates.c.due_at).limit(some)
-    # Asked in a way that no index serves: where nothing is known of the table yet a server would go through all of it.
+    limit = bindparam("most", type_=Integer)
+    # A few more than the limit, because other processes may claim some of them. Few enough to be looked up by id.
+    candidate_limit = bindparam("most_and_spare", type_=Integer)
+    urgent = select(candidates.c.id).order_by(candidates.c.worth.desc(), candidates.c.due_at).limit(candidate_limit)
+    # Written so that no index matches. Without statistics of the table, a server could use that index to read all jobs.
     still_due = seconds_between(jobs.c.due_at, now) >= 0
     return (
         select(jobs.c.id)
-        .where(jobs.c.id.in_(select(best.subquery().c.id)), still_due)
-        .order_by(worth.desc(), jobs.c.due_at)
-        .limit(most)
+        .where(jobs.c.id.in_(select(urgent.subquery().c.id)), still_due)
+        .order_by(urgency.desc(), jobs.c.due_at)
+        .limit(limit)
         .with_for_update(skip_locked=True)
     )
 
 
 SPARE = 64
 UNPLANNED = 1e9
-_URGENT = _urgent()
+_URGENT = _urgent_jobs_query()
 _CLAIM = update(jobs).values(
     due_at=bindparam("leased_until"),
     claim_token=bindparam("token"),
@@ -263,45 +270,48 @@ _CLAIM = update(jobs).values(
 def _take(
     connection: Connection,
     table: Table,
-    due: Select[Any],
-    taken: Update,
+    due_query: Select[Any],
+    claim_update: Update,
     columns: tuple[Any, ...],
     values: Mapping[str, Any],
 ) -> Sequence[Row[Any]]:
-    """Updates the rows that are due, at most once by anybody. `values` are the parameters of both statements."""
+    """Select rows with `due_query`, update them with `claim_update`, and return `columns` of the updated rows.
+
+    `values` has the parameters of both statements. The row locks make sure that only one process claims a row.
+    """
     if connection.dialect.name in MYSQL_FAMILY:  # no UPDATE … RETURNING there
-        ids = list(connection.execute(due, values).scalars())
+        ids = list(connection.execute(due_query, values).scalars())
         if not ids:
             return []
-        connection.execute(taken.where(table.c.id.in_(ids)), values)
+        connection.execute(claim_update.where(table.c.id.in_(ids)), values)
         return connection.execute(select(*columns).where(table.c.id.in_(ids))).all()
-    return connection.execute(_taking(table, due, taken, columns), values).all()
+    return connection.execute(_claim_statement(table, due_query, claim_update, columns), values).all()
 
 
 @cache
-def _taking(table: Table, due: Select[Any], taken: Update, columns: tuple[Any, ...]) -> Any:
-    picked = due.cte("picked")  # a plain IN could be planned so that it picks more than the limit
-    return taken.where(table.c.id == picked.c.id).returning(*columns)
+def _claim_statement(table: Table, due_query: Select[Any], claim_update: Update, columns: tuple[Any, ...]) -> Any:
+    picked = due_query.cte("picked")  # with a plain IN, a plan could select more rows than the limit
+    return claim_update.where(table.c.id == picked.c.id).returning(*columns)
 
 
-_UNBLEMISHED = Strikes()
+_NO_STRIKES = Strikes()
 
 
-def _claimed_job(row: Any, level: DueGroup, token: str) -> ClaimedJob:
-    # Unpacked in the order of _JOB_COLUMNS: this is done for every single request.
+def _claimed_job(row: Any, group: DueGroup, token: str) -> ClaimedJob:
+    # Unpacked in the order of _JOB_COLUMNS. This runs for every request.
     (
         job_id, remote_id, kind, url, base, status, eta, polls,
         failed, unknown, error, empty, struck_at, submitted_at, tracked_at, deadline_at,
         eta_at, not_ready_at, pace_scale,
     ) = row  # fmt: skip
-    strikes = _UNBLEMISHED if struck_at is None else Strikes(failed, unknown, error, empty, struck_at)
+    strikes = _NO_STRIKES if struck_at is None else Strikes(failed, unknown, error, empty, struck_at)
     return ClaimedJob(
         job_id,
         token,
-        level.account,
+        group.account,
         remote_id,
         kind,
-        FetchAddress(url, base, level.host),
+        FetchAddress(url, base, group.host),
         eta,
         polls,
         submitted_at,
@@ -313,9 +323,9 @@ def _claimed_job(row: Any, level: DueGroup, token: str) -> ClaimedJob:
 
 
 def release_jobs(connection: Connection, ids: list[int], token: str, *, due_at: datetime) -> None:
-    """Give back claimed jobs that were not asked about after all: due at `due_at`, the request not counted.
+    """Release claimed jobs that were not polled. They are due at `due_at`, and the request is subtracted from `polls`.
 
-    A job whose claim was lost meanwhile stays as it is, but for the count.
+    If a claim was lost, only `polls` changes.
     """
     lost = or_(jobs.c.claim_token.is_(None), jobs.c.claim_token != token)
     connection.execute(update(jobs).where(jobs.c.id.in_(ids), lost, jobs.c.polls > 0).values(polls=jobs.c.polls - 1))
@@ -327,10 +337,12 @@ def release_jobs(connection: Connection, ids: list[int], token: str, *, due_at: 
 
 
 def release_claimed_jobs(connection: Connection, holder: str, tokens: Sequence[str], *, now: datetime) -> int:
-    """Gives back whatever this process claimed with these tokens and never asked about; how many jobs."""
-    mine = (jobs.c.claim_holder == holder, jobs.c.claim_token.in_(tokens))
-    released = update(jobs).where(*mine).values(due_at=now, claim_token=None, claim_holder=None, polls=jobs.c.polls - 1)
-    return connection.execute(released).rowcount
+    """Release the jobs that this process claimed with these tokens and did not poll; return how many."""
+    claimed = (jobs.c.claim_holder == holder, jobs.c.claim_token.in_(tokens))
+    release = (
+        update(jobs).where(*claimed).values(due_at=now, claim_token=None, claim_holder=None, polls=jobs.c.polls - 1)
+    )
+    return connection.execute(release).rowcount
 
 
 def claim_output(
@@ -343,18 +355,18 @@ def claim_output(
     now: datetime,
     without: Collection[str] = (),
 ) -> ClaimedOutput | None:
-    """Takes a due output: the oldest one there is, or the one named. None where there is nothing to do.
+    """Claim the oldest due output, or the output with this id if none is older. Return None if nothing is due.
 
-    A message stands for one download, not for one output: so one that was put back after a crash does not wait behind a
-    backlog of younger ones, and where two messages cross, each having taken the other's output, none is left over.
-    Outputs whose link is on one of the hosts in `without` are passed over.
+    A message means "one download", not "this output". So an output that was released after a crash does not wait behind
+    newer ones. And if two messages each claim the other's output, both outputs are downloaded. Outputs whose link is on
+    a host in `without` are skipped.
     """
-    elsewhere = tuple(not_(_link_is_on(host)) for host in sorted(without))
-    due = (outputs.c.due_at.is_not(None), outputs.c.due_at <= now, *elsewhere)
-    wanted = select(outputs.c.listed_at).where(outputs.c.id == output_id, *due).with_for_update(skip_locked=True)
-    # Locked already here: on MariaDB updates that meet in an index block each other.
-    named = connection.execute(wanted).scalar()
-    older = () if named is None else (outputs.c.listed_at < named,)
+    on_other_hosts = tuple(not_(_link_is_on(host)) for host in sorted(without))
+    due = (outputs.c.due_at.is_not(None), outputs.c.due_at <= now, *on_other_hosts)
+    named_query = select(outputs.c.listed_at).where(outputs.c.id == output_id, *due).with_for_update(skip_locked=True)
+    # Lock the row now: on MariaDB, updates of neighbouring index entries can deadlock.
+    listed_at = connection.execute(named_query).scalar()
+    older = () if listed_at is None else (outputs.c.listed_at < listed_at,)
     oldest = (
         select(outputs.c.id)
         .where(*due, *older)
@@ -362,11 +374,11 @@ def claim_output(
         .limit(1)
         .with_for_update(skip_locked=True)
     )
-    found = connection.execute(oldest).scalar()
-    if found is None and named is None:
+    oldest_id = connection.execute(oldest).scalar()
+    if oldest_id is None and listed_at is None:
         return None
-    output_id = output_id if found is None else found
-    taken = connection.execute(
+    output_id = output_id if oldest_id is None else oldest_id
+    claimed = connection.execute(
         update(outputs)
         .where(outputs.c.id == output_id, *due)
         .values(
@@ -379,7 +391,7 @@ def claim_output(
             attempts=outputs.c.attempts + 1,
         )
     )
-    if not taken.rowcount:
+    if not claimed.rowcount:
         return None
     row = connection.execute(
         select(outputs, jobs.c.remote_id, jobs.c.fetch_base, bodies.c.body, promises.c.end_status)
@@ -413,13 +425,13 @@ def claim_output(
 
 
 def _link_is_on(host: str) -> ColumnElement[bool]:
-    name = f"[{host}]" if ":" in host else host
-    starts = [f"{scheme}://{name}{end}" for scheme in ("https", "http") for end in ("/", ":")]
-    return or_(*(outputs.c.url.startswith(start, autoescape=True) for start in starts))
+    host_name = f"[{host}]" if ":" in host else host
+    prefixes = [f"{scheme}://{host_name}{end}" for scheme in ("https", "http") for end in ("/", ":")]
+    return or_(*(outputs.c.url.startswith(start, autoescape=True) for start in prefixes))
 
 
 def release_output(connection: Connection, output: ClaimedOutput, *, due_at: datetime, now: datetime) -> None:
-    """Gives a claimed output back that was not tried after all: due at `due_at`, the attempt not counted."""
+    """Release a claimed output that was not tried. It is due at `due_at`, and the attempt is not counted."""
     connection.execute(
         update(outputs)
         .where(outputs.c.id == output.id, outputs.c.claim_token == output.token, outputs.c.due_at > now)
@@ -428,27 +440,30 @@ def release_output(connection: Connection, output: ClaimedOutput, *, due_at: dat
 
 
 def release_claimed_outputs(connection: Connection, holder: str, tokens: Sequence[str], *, now: datetime) -> int:
-    """Gives back whatever this process claimed with these tokens and has lost sight of; how many outputs."""
-    mine = (outputs.c.claim_holder == holder, outputs.c.claim_token.in_(tokens))
-    released = update(outputs).where(*mine).values(due_at=now, claim_token=None, claim_holder=None)
-    return connection.execute(released).rowcount
+    """Release the outputs that this process claimed with these tokens; return how many.
+
+    For claims whose result could not be recorded.
+    """
+    claimed = (outputs.c.claim_holder == holder, outputs.c.claim_token.in_(tokens))
+    release = update(outputs).where(*claimed).values(due_at=now, claim_token=None, claim_holder=None)
+    return connection.execute(release).rowcount
 
 
 def renew_leases(connection: Connection, holder: str, *, lease: timedelta, now: datetime) -> set[Claim]:
-    """Extend every lease of this process that is not over yet; return the claims. One that is over is lost for good.
+    """Extend every lease of this process that has not expired, and return the claims. An expired lease is lost.
 
-    Rows that are locked are being recorded just now: waiting for them, in another order than the recorder's, could
-    block both for good.
+    Locked rows are skipped, because their results are being recorded. The recorder locks rows in another order, so
+    waiting for them could end in a deadlock.
     """
     values = {"of_holder": holder, "now": now, "leased_until": now + lease}
     return {
         (row.id, row.claim_token)
-        for table, live, longer in _LIVE_CLAIMS
-        for row in _take(connection, table, live, longer, (table.c.id, table.c.claim_token), values)
+        for table, unexpired, extension in _UNEXPIRED_CLAIMS
+        for row in _take(connection, table, unexpired, extension, (table.c.id, table.c.claim_token), values)
     }
 
 
-_LIVE_CLAIMS = [
+_UNEXPIRED_CLAIMS = [
     (
         table,
         select(table.c.id)
@@ -461,11 +476,11 @@ _LIVE_CLAIMS = [
 
 
 def record_progress(connection: Connection, holder: str, received: Mapping[Claim, int], *, now: datetime) -> int:
-    """Notes how many bytes of these outputs are there, where the claim still stands; how many outputs.
+    """Write how many bytes of these outputs were received, and return the number of updated outputs.
 
-    One that is locked is being recorded just now, and told of no more.
+    Outputs whose claim was lost are skipped. So are locked rows, because their results are being recorded.
     """
-    standing = (
+    valid = (
         select(outputs.c.id)
         .where(
             outputs.c.id.in_(sorted(output_id for output_id, _ in received)),
@@ -476,16 +491,16 @@ def record_progress(connection: Connection, holder: str, received: Mapping[Claim
         .with_for_update(skip_locked=True)
     )
     sizes = {token: size for (_, token), size in received.items()}
-    noted = update(outputs).values(received_bytes=case(sizes, value=outputs.c.claim_token))
+    progress_update = update(outputs).values(received_bytes=case(sizes, value=outputs.c.claim_token))
     if connection.dialect.name in MYSQL_FAMILY:
-        ids = list(connection.execute(standing).scalars())
-        return connection.execute(noted.where(outputs.c.id.in_(ids))).rowcount if ids else 0
-    picked = standing.cte("picked")
-    return len(connection.execute(noted.where(outputs.c.id == picked.c.id).returning(outputs.c.id)).all())
+        ids = list(connection.execute(valid).scalars())
+        return connection.execute(progress_update.where(outputs.c.id.in_(ids))).rowcount if ids else 0
+    picked = valid.cte("picked")
+    return len(connection.execute(progress_update.where(outputs.c.id == picked.c.id).returning(outputs.c.id)).all())
 
 
 def claim_holders(connection: Connection) -> set[str]:
-    """The processes that hold claims now."""
+    """Return the identities of all processes that hold claims."""
     return {
         holder
         for table in (jobs, outputs, events)
@@ -496,9 +511,10 @@ def claim_holders(connection: Connection) -> set[str]:
 
 
 def queue_due_outputs(connection: Connection, *, now: datetime, queued_before: datetime, limit: int) -> list[int]:
-    """Outputs that are due and were put on no queue, or so long ago that the message must be lost; oldest link first.
+    """Mark due outputs as queued, and return their ids, oldest link first.
 
-    They are marked as queued at `now`; the caller sends their tasks after the commit.
+    These are outputs that were never queued, or were queued before `queued_before`, so that the message must be lost.
+    The caller sends their messages after the commit.
     """
     due = (
         select(outputs.c.id)

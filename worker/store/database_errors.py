@@ -1,11 +1,12 @@
-"""What a database error means: one table of codes for all databases, and the messages that people see.
+"""The meaning of database errors: one table of error codes per database, and the messages for users.
 
-Each code has one of four kinds, which says what to do:
+Each error code has one of four kinds:
 
-- `away`: the server can't do the work now. Keep the work and try again; the connection may have to be replaced.
-- `locked`: this one statement failed because of another transaction. Try this statement again later.
-- `deployment`: the server answers, but a right, a table or a setting is missing. Keep the work; people must act.
-- `row`: the values of this statement can't be written. Trying again fails again.
+- `away`: the server can't do the work now. Keep the work and try again. The connection may have to be replaced.
+- `locked`: this statement failed because of another transaction. Try the statement again later.
+- `deployment`: the server answers, but a permission, a table or a setting is missing. Keep the work; an operator must
+  act.
+- `row`: the values of this statement can't be written. Another attempt would fail in the same way.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,15 +34,15 @@ from worker.errors import DatabaseRefused, DeploymentError, SchemaOutdated, Unav
 
 Kind = Literal["away", "locked", "deployment", "row"]
 
-MESSAGE_MOST = 200  # characters of the server's own message that are shown
+MESSAGE_MOST = 200  # characters of the server's message that are shown
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorMeaning:
     """The meaning of an error code.
 
-    `text` and `advice` are shown to people: "the database … {text}; {advice}". With `reconnect` this connection and all
-    others of the pool that are older than the error are closed.
+    The message for users is "the database … {text}; {advice}". With `reconnect`, the pool closes this connection and
+    all other connections that are older than the error.
     """
 
     kind: Kind
@@ -55,7 +56,7 @@ TROUBLED = ErrorMeaning("away", "is in trouble", "look at the server's log")
 READ_ONLY = ErrorMeaning(
     "away",
     "is read-only",
-    "it is a standby, or was set to read-only; work goes on as soon as it can be written to",
+    "it is a standby, or was set to read-only; work continues when it accepts writes",
     reconnect=True,
 )
 FULL = ErrorMeaning("away", "has no free connection", "raise its limit of connections, or start fewer processes")
@@ -66,15 +67,15 @@ LOCKED_FILE = ErrorMeaning(
 BUSY = ErrorMeaning("locked", "is busy", "try again")
 CONFLICT = ErrorMeaning(
     "locked",
-    "stopped the transaction because of another one at the same time",
+    "stopped the transaction because of a concurrent transaction",
     "roll back and run the whole transaction again",
 )
 FAILED_BEFORE = ErrorMeaning(
-    "locked", "takes nothing more in this transaction, since a statement failed", "roll back first"
+    "locked", "accepts no more statements in this transaction, because one failed", "roll back first"
 )
 DAMAGED = ErrorMeaning("locked", "has damaged data", "look at the server's log and restore a backup")
 LOGIN = ErrorMeaning("deployment", "refused the login", "check the user and the password in DATABASE_URL")
-NO_DATABASE = ErrorMeaning("deployment", "is not there", "create it, or correct the name in DATABASE_URL")
+NO_DATABASE = ErrorMeaning("deployment", "does not exist", "create it, or correct the name in DATABASE_URL")
 RIGHTS = ErrorMeaning("deployment", "refused access", "")  # the advice is a GRANT: see `_grant`
 NO_SCHEMA = ErrorMeaning(
     "deployment",
@@ -93,13 +94,13 @@ MISFIT = ErrorMeaning(
     "check that the server's version is supported and run `fetch-worker doctor`",
 )
 BAD_VALUE = ErrorMeaning("row", "refused a value", "nothing was written; correct the value")
-TOO_LARGE = ErrorMeaning("row", "takes no statement of this size", "raise max_allowed_packet on the server")
+TOO_LARGE = ErrorMeaning("row", "accepts no statement of this size", "raise max_allowed_packet on the server")
 
-# PostgreSQL: SQLSTATE, or its first two characters for a whole class.
+# PostgreSQL: an SQLSTATE, or its first two characters for a class of codes.
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 POSTGRES: Mapping[str, ErrorMeaning] = {
     "08": AWAY,  # connection exception; pgbouncer reports most of its own errors as 08P01
-    "0A": AWAY,  # feature not supported: of a pooler, and BEGIN READ WRITE on a standby
+    "0A": AWAY,  # feature not supported: by a pooler, or BEGIN READ WRITE on a standby
     "21": BAD_VALUE,
     "22": BAD_VALUE,
     "23": BAD_VALUE,
@@ -108,33 +109,33 @@ POSTGRES: Mapping[str, ErrorMeaning] = {
     "25P02": FAILED_BEFORE,
     "25P03": AWAY,  # idle_in_transaction_session_timeout: the connection is closed
     "25P04": AWAY,  # transaction_timeout: the connection is closed
-    "26": AWAY,  # a prepared statement that a pooler mixed up
+    "26": AWAY,  # a prepared statement that a pooler sent to another connection
     "28": LOGIN,
-    "34": AWAY,  # a cursor that a pooler mixed up
-    "38": BAD_VALUE,  # an app's own trigger on our tables
+    "34": AWAY,  # a cursor that a pooler sent to another connection
+    "38": BAD_VALUE,  # from an app's trigger on these tables
     "39": BAD_VALUE,
     "3D": NO_DATABASE,
     "3F": NO_SCHEMA,
     "40": CONFLICT,
-    "40003": AWAY,  # it is not known whether the statement was completed
+    "40003": AWAY,  # unknown whether the statement was completed
     "42": MISFIT,
     "42501": RIGHTS,
     "42703": NO_TABLES,  # undefined column
     "42P01": NO_TABLES,  # undefined table
-    "42P05": AWAY,  # a prepared statement that a pooler mixed up
+    "42P05": AWAY,  # a prepared statement that a pooler sent to another connection
     "44": BAD_VALUE,
     "53": TROUBLED,
     "53100": NO_SPACE,
     "53300": FULL,
     "54": BAD_VALUE,
     "55": BUSY,
-    "55000": AWAY,  # the database takes no connections
+    "55000": AWAY,  # the database accepts no connections
     "57": AWAY,  # an administrator's shutdown, a crash, a start, a dropped database, idle_session_timeout
-    "57014": BUSY,  # cancelled: statement_timeout, or by an operator
+    "57014": BUSY,  # cancelled by statement_timeout or by an operator
     "58": TROUBLED,  # system error, such as an I/O error
     "F0": TROUBLED,  # configuration file error
     "HV": TROUBLED,  # foreign data wrapper
-    "P0": BAD_VALUE,  # RAISE in an app's own trigger on our tables
+    "P0": BAD_VALUE,  # RAISE in an app's trigger on these tables
     "XX": BUSY,  # internal error
     "XX001": DAMAGED,
     "XX002": DAMAGED,
@@ -161,7 +162,7 @@ MYSQL: Mapping[int, ErrorMeaning] = {
     1077: AWAY,  # shutdown
     1079: AWAY,  # shutdown
     1114: NO_SPACE,  # the table is full
-    1118: BAD_VALUE,  # the row is larger than a page takes
+    1118: BAD_VALUE,  # the row does not fit on a page
     1129: LOGIN,  # the host is blocked
     1130: LOGIN,  # the host is not allowed
     1142: RIGHTS,
@@ -177,7 +178,7 @@ MYSQL: Mapping[int, ErrorMeaning] = {
     1184: AWAY,
     1203: FULL,
     1205: BUSY,  # lock wait timeout
-    1206: BUSY,  # more locks than the lock table takes
+    1206: BUSY,  # the lock table is full
     1213: CONFLICT,  # deadlock
     1226: FULL,  # a limit of this user
     1227: RIGHTS,
@@ -196,7 +197,7 @@ MYSQL: Mapping[int, ErrorMeaning] = {
     1451: BAD_VALUE,
     1452: BAD_VALUE,
     1524: LOGIN,  # an authentication plugin is missing
-    1644: BAD_VALUE,  # SIGNAL in an app's own trigger on our tables
+    1644: BAD_VALUE,  # SIGNAL in an app's trigger on these tables
     1690: BAD_VALUE,
     1698: LOGIN,
     1792: READ_ONLY,
@@ -209,16 +210,16 @@ MYSQL: Mapping[int, ErrorMeaning] = {
     2049: LOGIN,
     2059: LOGIN,
     3024: BUSY,  # max_execution_time
-    3819: BAD_VALUE,  # a CHECK of MySQL
-    4025: BAD_VALUE,  # a CHECK of MariaDB
+    3819: BAD_VALUE,  # CHECK constraint on MySQL
+    4025: BAD_VALUE,  # CHECK constraint on MariaDB
     4031: AWAY,  # closed after wait_timeout
 }
-MYSQL_CLIENT = range(2_000, 3_000)  # numbers of the driver itself: the connection was not made, or is lost
+MYSQL_CLIENT = range(2_000, 3_000)  # numbers of the driver: the connection failed or was lost
 
 # SQLite: the name of the primary result code. https://www.sqlite.org/rescode.html
 SQLITE: Mapping[str, ErrorMeaning] = {
     "SQLITE_AUTH": RIGHTS,
-    "SQLITE_BUSY": LOCKED_FILE,  # the whole file is locked, not one row
+    "SQLITE_BUSY": LOCKED_FILE,  # the whole file is locked
     "SQLITE_CANTOPEN": ErrorMeaning(
         "away", "can't be opened", "check the path in DATABASE_URL and the rights of its directory"
     ),
@@ -240,7 +241,7 @@ SQLITE: Mapping[str, ErrorMeaning] = {
     "SQLITE_TOOBIG": BAD_VALUE,
 }
 
-# Errors that carry no code: libpq's while it connects, and those of poolers. A message that has all of the fragments.
+# Errors without a code: from libpq while it connects, and from poolers. A message must contain all of the fragments.
 TEXTS: tuple[tuple[tuple[str, ...], ErrorMeaning], ...] = (
     (("too many clients",), FULL),
     (("too many connections",), FULL),
@@ -262,13 +263,13 @@ TEXTS: tuple[tuple[tuple[str, ...], ErrorMeaning], ...] = (
     (("does not support ssl",), TLS),
     (("certificate",), TLS),
     (("unsupported startup parameter",), POOLER),  # pgbouncer
-    (("no such table",), NO_TABLES),  # SQLite has one code for all of these
+    (("no such table",), NO_TABLES),  # SQLite uses SQLITE_ERROR for this and the next two
     (("no such column",), NO_TABLES),
     (("has no column named",), NO_TABLES),
     (("invalid memory alloc request size",), BAD_VALUE),  # PostgreSQL: a value of more than 1 GB, as XX000
 )
-UNSURE = ("SQLITE_ERROR", "XX000")  # codes for anything at all: the message says more
-CONFLICTS = ("40P01", "40001", 1213, 1020)  # the transaction was stopped, and may succeed at once when it is run again
+UNSURE = ("SQLITE_ERROR", "XX000")  # generic codes: the message has the cause
+CONFLICTS = ("40P01", "40001", 1213, 1020)  # the transaction was stopped; a second run may succeed at once
 
 
 def error_kind(error: Exception) -> Kind:
@@ -277,15 +278,15 @@ def error_kind(error: Exception) -> Kind:
 
 
 def is_server_error(error: Exception) -> bool:
-    """Return whether a failure is the server's, so that the same statement may succeed later, unchanged."""
+    """Return whether the server caused the failure, so that the same statement may succeed later."""
     return error_kind(error) in ("away", "deployment")
 
 
 def meaning(error: BaseException) -> ErrorMeaning:
-    """Return the table's entry for an error that SQLAlchemy or our own code raised."""
+    """Return the table's entry for an error that SQLAlchemy or this project raised."""
     if isinstance(error, Unavailable):
         return AWAY
-    if isinstance(error, TimeoutError):  # of SQLAlchemy's pool
+    if isinstance(error, TimeoutError):  # from SQLAlchemy's pool
         return FULL
     if isinstance(error, DisconnectionError):
         return AWAY
@@ -297,7 +298,7 @@ def meaning(error: BaseException) -> ErrorMeaning:
 
 
 def driver_meaning(cause: BaseException | None) -> ErrorMeaning | None:
-    """Return the table's entry for a driver's own error, or None where there is none."""
+    """Return the table's entry for a driver's error, or None."""
     code = server_code(cause)
     entry = _entry(code)
     if entry is None or code in UNSURE:
@@ -307,9 +308,9 @@ def driver_meaning(cause: BaseException | None) -> ErrorMeaning | None:
 
 
 def server_code(cause: BaseException | None) -> str | int | None:
-    """Return a driver's code for an error: SQLSTATE, MariaDB's number or SQLite's name, or None."""
+    """Return a driver's code for an error: an SQLSTATE, MariaDB's number, SQLite's name, or None."""
     if cause is not None and cause.args and isinstance(cause.args[0], int):
-        return cause.args[0]  # PyMySQL: its SQLSTATE is HY000 for nearly everything
+        return cause.args[0]  # PyMySQL, whose SQLSTATE is nearly always HY000
     return getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorname", None)
 
 
@@ -318,14 +319,14 @@ def _entry(code: str | int | None) -> ErrorMeaning | None:
         return MYSQL.get(code, AWAY if code in MYSQL_CLIENT else None)
     if code is None:
         return None
-    if code.startswith("SQLITE_"):  # extended codes are the primary one with a suffix: SQLITE_READONLY_DBMOVED
+    if code.startswith("SQLITE_"):  # an extended code is a primary code with a suffix: SQLITE_READONLY_DBMOVED
         return SQLITE.get("_".join(code.split("_")[:2]))
-    own = BAD_VALUE if code[0] in "6789IJKLMNOQRSTUVWYZ" and code[:2] != "72" else None  # of an app's own trigger
-    return POSTGRES.get(code, POSTGRES.get(code[:2], own))
+    custom = BAD_VALUE if code[0] in "6789IJKLMNOQRSTUVWYZ" and code[:2] != "72" else None  # from an app's trigger
+    return POSTGRES.get(code, POSTGRES.get(code[:2], custom))
 
 
 def _likely(error: DBAPIError) -> ErrorMeaning:
-    """Return what is most likely for an error that no entry is about, by its class."""
+    """Return the most likely meaning of an error without an entry, by its class."""
     if error.connection_invalidated:
         return AWAY
     if isinstance(error, (DataError, IntegrityError, NotSupportedError)):
@@ -333,31 +334,31 @@ def _likely(error: DBAPIError) -> ErrorMeaning:
     has_code = server_code(error.orig) is not None
     if isinstance(error, ProgrammingError):
         return MISFIT if has_code else BAD_VALUE
-    if has_code:  # the server works, and this statement failed
+    if has_code:  # the server works, but this statement failed
         return BUSY
     return AWAY if isinstance(error, (OperationalError, InterfaceError, InternalError)) else NOT_A_DATABASE
 
 
 def is_conflict(error: Exception) -> bool:
-    """Return whether the server stopped a transaction because of another one, so that it may be run again at once."""
+    """Return whether the server stopped a transaction because of a concurrent one. It may be run again at once."""
     return server_code(getattr(error, "orig", None)) in CONFLICTS
 
 
 def error_name(error: Exception) -> str:
-    """Return an error's class and the server's code for it, such as SQLITE_FULL: its text may quote a row."""
+    """Return an error's class and the server's code, such as SQLITE_FULL. The error's text may contain a row."""
     code = server_code(getattr(error, "orig", None))
     return type(error).__name__ + ("" if code is None else f" ({code})")
 
 
 def describe_error(error: Exception, url: URL) -> str:
-    """Return what a log says of an error: its code; where the server is the cause also what to do about it."""
+    """Return an error's description for a log: its code, and for server errors also the advice."""
     if isinstance(error, WorkerError):
         return str(error)
     return f"{error_name(error)}: {to_worker_error(error, url)}" if is_server_error(error) else error_name(error)
 
 
 def is_missing_table(error: Exception) -> bool:
-    """Return whether a driver's error says that a table or column of ours is not there."""
+    """Return whether an error says that a table or column is missing."""
     return meaning(error) is NO_TABLES
 
 
@@ -366,7 +367,7 @@ def is_missing_table(error: Exception) -> bool:
 
 @contextmanager
 def translate_errors(url: URL) -> Iterator[None]:
-    """Turn what SQLAlchemy and the drivers raise into errors of ours, each with one line that says what to do.
+    """Translate the errors of SQLAlchemy and the drivers into WorkerErrors with a one-line message and advice.
 
     Raises Unavailable, DeploymentError, SchemaOutdated or DatabaseRefused.
     """
@@ -377,26 +378,26 @@ def translate_errors(url: URL) -> Iterator[None]:
 
 
 def to_worker_error(error: Exception, url: URL) -> WorkerError:
-    """Return the error of ours that says the same, without SQL, values or passwords."""
+    """Return the matching WorkerError. Its message has no SQL, values or passwords."""
     shown = shown_url(url)
-    code = meaning(error)
-    if code is NO_TABLES:
+    meant = meaning(error)
+    if meant is NO_TABLES:
         return SchemaOutdated(f"the tables are missing in {shown}: run `fetch-worker migrate`")
-    if code.kind == "row":
-        return DatabaseRefused(f"the database {shown} {code.text} ({error_name(error)}); {code.advice}")
+    if meant.kind == "row":
+        return DatabaseRefused(f"the database {shown} {meant.text} ({error_name(error)}); {meant.advice}")
     message = server_message(error, url)
-    advice = _grant(url, message) if code is RIGHTS else code.advice
-    line = f"the database {shown} {code.text} ({message}); {advice}"
-    return DeploymentError(line) if code.kind == "deployment" else Unavailable(line)
+    advice = _grant(url, message) if meant is RIGHTS else meant.advice
+    line = f"the database {shown} {meant.text} ({message}); {advice}"
+    return DeploymentError(line) if meant.kind == "deployment" else Unavailable(line)
 
 
 def shown_url(url: URL) -> str:
-    """Return a database URL for people: without its password, and without options, which may hold one."""
+    """Return a database URL without its password, and without options, which may contain a password."""
     return url.set(query={}).render_as_string(hide_password=True)
 
 
 def server_message(error: Exception, url: URL) -> str:
-    """Return the first line of what the server or the driver said, cut, and without the URL's password."""
+    """Return the first line of the server's or the driver's message, shortened, without the URL's password."""
     cause = getattr(error, "orig", None)
     text = str(cause.args[1]) if cause is not None and len(cause.args) == 2 else str(cause or type(error).__name__)
     line = next(iter(text.strip().splitlines()), "") or error_name(error)
@@ -406,7 +407,7 @@ def server_message(error: Exception, url: URL) -> str:
 
 
 def _grant(url: URL, message: str) -> str:
-    """Return the statement that gives the missing right."""
+    """Return the advice with the GRANT statement for the missing permission."""
     if url.get_backend_name() == "sqlite":
         return "check the rights of the file and of its directory"
     role = url.username or "the user"

@@ -1,4 +1,4 @@
-"""Which database this is: a name that tells two apart and holds no address, user or password."""
+"""An identifier of the database that contains no address, user or password."""
 
 import hashlib
 from pathlib import Path
@@ -13,16 +13,16 @@ _QUERIES = {
 
 
 def database_id(connection: Connection) -> str:
-    """Return 16 hex digits, the same by whatever address a process reaches the database.
+    """Return 16 hex digits that do not depend on the address by which a process reaches the database.
 
-    PostgreSQL: its cluster's identifier, database and schema. MariaDB: host, port and database as the server knows
-    them. SQLite: the file's device and inode.
+    They are a hash. PostgreSQL: of the cluster's identifier, the database and the schema. MariaDB and MySQL: of the
+    server's own host name, port and database. SQLite: of the file's device and inode.
     """
     query = _QUERIES.get(connection.dialect.name)
     if query is not None:
         parts = [*connection.exec_driver_sql(query).one()]
     else:
-        found = Path(str(connection.engine.url.database)).stat()
-        parts = [found.st_dev, found.st_ino]
+        file_status = Path(str(connection.engine.url.database)).stat()
+        parts = [file_status.st_dev, file_status.st_ino]
     text = "\0".join(str(part) for part in (connection.dialect.name, *parts))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

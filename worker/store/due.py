@@ -1,4 +1,4 @@
-"""When there is something to do: what is due now, and the next moment at which anything will be."""
+"""Due work: jobs and outputs that are due now, and the time at which the next one is due."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -9,7 +9,7 @@ from sqlalchemy import Connection, bindparam, func, select, union_all
 from worker.store.schema import HELD_UNTIL, breakers, jobs, outputs
 
 _NOW = bindparam("now", type_=jobs.c.due_at.type)
-_WAITING = (
+_WAITING_JOBS = (
     select(jobs.c.account, jobs.c.remote_id, jobs.c.submitted_at, jobs.c.due_at)
     .where(jobs.c.due_at.is_not(None))
     .order_by(jobs.c.id)
@@ -21,36 +21,36 @@ _DUE_OUTPUTS = (
 )
 _NEXT_REQUEST = union_all(
     *(
-        select(func.min(column).label("moment")).where(column > _NOW, column < HELD_UNTIL)  # no leap to the year 9999
+        select(func.min(column).label("moment")).where(column > _NOW, column < HELD_UNTIL)  # held jobs are not due
         for column in (jobs.c.due_at, breakers.c.until, breakers.c.probe_at)
     )
 )
 _NEXT_DOWNLOAD = select(func.min(outputs.c.due_at)).where(outputs.c.due_at > _NOW)
-_UNFINISHED = select(jobs.c.id).where(jobs.c.completed_at.is_(None)).order_by(jobs.c.id)
+_UNFINISHED_JOBS = select(jobs.c.id).where(jobs.c.completed_at.is_(None)).order_by(jobs.c.id)
 
 
 def waiting_jobs(connection: Connection) -> Sequence[Any]:
-    """The account, remote id, submission and due time of every job that waits for a request."""
-    return connection.execute(_WAITING).all()
+    """Return the account, remote id, submission time and due time of every job with a due time."""
+    return connection.execute(_WAITING_JOBS).all()
 
 
 def due_outputs(connection: Connection, *, now: datetime) -> list[int]:
-    """The outputs that are due, oldest link first."""
+    """Return the ids of the outputs that are due, oldest link first."""
     return list(connection.execute(_DUE_OUTPUTS, {"now": now}).scalars())
 
 
 def next_request(connection: Connection, *, after: datetime) -> datetime | None:
-    """When the next job is due, or a gate opens; None where nothing is to come."""
+    """Return when the next job is due or a circuit breaker changes its state, or None."""
     moments = connection.execute(_NEXT_REQUEST, {"now": after}).scalars()
     return min((moment for moment in moments if moment is not None), default=None)
 
 
 def next_download(connection: Connection, *, after: datetime) -> datetime | None:
-    """When the next output is due; None where none is to come."""
+    """Return when the next output is due, or None."""
     moment: datetime | None = connection.execute(_NEXT_DOWNLOAD, {"now": after}).scalar()
     return moment
 
 
 def unfinished_jobs(connection: Connection) -> list[int]:
-    """The jobs that are in no final state, oldest first."""
-    return list(connection.execute(_UNFINISHED).scalars())
+    """Return the ids of the jobs that are not in a final state, oldest first."""
+    return list(connection.execute(_UNFINISHED_JOBS).scalars())

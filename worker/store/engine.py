@@ -1,10 +1,11 @@
-"""Engines, one per process and URL: how they connect, begin transactions and replace connections; and the clock.
+"""Engines, one per process and URL: connections, transactions, replaced connections, and the database's clock.
 
-A server has defaults for everything that a session leaves open: isolation, time zone, time-outs, how values are
-written. An app, an operator or a hosting provider may have changed them. So each connection and each transaction says
-what the statements of this package rely on. Two things are left to the server on purpose: `search_path`, since apps
-keep our tables in a schema of their own that way, and whether it may be written to. A default of read-only is obeyed:
-it is how operators and providers stop writes before a failover, or when a disk is full.
+A server has defaults for the isolation level, the time zone, timeouts and the format of values. An app, an operator or
+a hosting provider may have changed them. Therefore each connection and each transaction sets the options that this
+package's statements need. Two options are left to the server on purpose:
+
+- `search_path`, because some apps keep the tables in a schema of their own.
+- The read-only default. Operators and providers use it to stop writes before a failover, or if a disk is full.
 """
 
 import math
@@ -39,23 +40,22 @@ SCHEMA_VERSION = "0011"
 LOCK_TIMEOUT_SECONDS = 15
 MYSQL_LOCK_SECONDS = 5
 STATEMENT_TIMEOUT_SECONDS = 60
-IDLE_IN_TRANSACTION_SECONDS = 60  # a process that stands still in a transaction must not hold its locks for longer
+IDLE_IN_TRANSACTION_SECONDS = 60  # a process that hangs in a transaction keeps its locks no longer than this
 IDLE_SECONDS = 2.0
-POOL_KEEPS, POOL_ADDS = 4, 4  # no transaction waits for the network, so a few connections serve many threads
-FULL_SECONDS = 10.0  # how long a server without a free connection is asked again
+POOL_KEEPS, POOL_ADDS = 4, 4  # no transaction waits for the API, so a few connections are enough for many threads
+FULL_SECONDS = 10.0  # how long to retry if the server has no free connection
 ENCODING = "UTF8"
-MYSQL_BATCH_BYTES = 1_024_000  # PyMySQL puts the rows of one INSERT together up to this size
+MYSQL_BATCH_BYTES = 1_024_000  # PyMySQL joins the rows of one INSERT up to this size
 
-# Execution options: no harm is done if a crash of the server undoes the commit; seconds to wait for a locked row; only
-# reading is done, all of it as of one moment, and no writer waits for it; a statement may take as long as it takes.
-RELAXED = "fetch_worker_relaxed"
-LOCK_WAIT = "fetch_worker_patience"
-SNAPSHOT = "fetch_worker_snapshot"
-UNLIMITED = "fetch_worker_unlimited"
+# Execution options:
+RELAXED = "fetch_worker_relaxed"  # the commit may be lost in a crash of the server
+LOCK_WAIT = "fetch_worker_lock_wait"  # seconds to wait for a locked row
+SNAPSHOT = "fetch_worker_snapshot"  # a read-only transaction on one snapshot, which blocks no writer
+UNLIMITED = "fetch_worker_unlimited"  # statements have no timeout
 
-DEADLOCK_PAUSES = (0.02, 0.1, 0.5)  # seconds at most, before a transaction that had to yield is tried again
+DEADLOCK_PAUSES = (0.02, 0.1, 0.5)  # longest pauses in seconds before a transaction is retried after a deadlock
 
-# libpq's options, where the URL has no others. A server that vanished without a word is noticed within half a minute.
+# libpq options that are used unless the URL sets them. A vanished server is noticed within half a minute.
 POSTGRES_OPTIONS: Mapping[str, Any] = {
     "connect_timeout": 5,
     "application_name": "fetch-worker",
@@ -64,10 +64,11 @@ POSTGRES_OPTIONS: Mapping[str, Any] = {
     "keepalives_count": 4,
     "tcp_user_timeout": 30_000,  # milliseconds
 }
-# Settings of each transaction. `DateStyle`: psycopg reads times in ISO alone. `extra_float_digits`: floats come back as
-# they were stored. `synchronous_commit`: "committed" means written to disk; a stronger setting of the server stays.
-# Each costs some 4 microseconds, so what no statement of ours depends on is not here: psycopg reads both forms of
-# `bytea_output`, no interval is ever read, and no SQL text has a backslash for `standard_conforming_strings`.
+# Settings of each transaction. `DateStyle`: psycopg can only read times in ISO format. `extra_float_digits`: floats are
+# returned exactly as they were stored. `synchronous_commit`: a commit is written to disk; a stronger setting of the
+# server is kept. Each setting costs about 4 microseconds, so settings that no statement depends on are left out:
+# psycopg reads both forms of `bytea_output`, no interval is read, and no SQL text has a backslash for
+# `standard_conforming_strings`.
 POSTGRES_SETTINGS: Mapping[str, str] = {
     "timezone": "'UTC'",
     "datestyle": "'ISO'",
@@ -75,8 +76,8 @@ POSTGRES_SETTINGS: Mapping[str, str] = {
     "idle_in_transaction_session_timeout": f"'{IDLE_IN_TRANSACTION_SECONDS}s'",
     "synchronous_commit": "replace(current_setting('synchronous_commit'), 'off', 'on')",
 }
-# Settings of each session. They are set before SQLAlchemy asks for `sql_mode`, to learn how names are quoted. The
-# comments are read by MariaDB alone, and by MySQL alone.
+# Settings of each session. They are set before SQLAlchemy reads `sql_mode` to find out how names are quoted. The first
+# comment is executed by MariaDB only, the second by MySQL only.
 MYSQL_SETTINGS = (
     "SET SESSION time_zone = '+00:00', sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION',"
     " sql_safe_updates = 0, sql_auto_is_null = 0, sql_select_limit = 18446744073709551615, sql_big_selects = 1,"
@@ -92,7 +93,7 @@ SQLITE_SETTINGS = (
     "ignore_check_constraints=OFF",
     "query_only=OFF",
 )
-# Whether a server takes no writes: it is a standby, or was set to read-only. It answers SELECT 1 all the same.
+# Queries that return whether a server is read-only: a standby, or set to read-only. Such a server answers SELECT 1 too.
 READ_ONLY_QUERIES: Mapping[str, str] = {
     "postgresql": "SHOW transaction_read_only",
     "mysql": "SELECT @@GLOBAL.read_only",
@@ -105,9 +106,9 @@ PACKET_TOO_LARGE = 1153  # MariaDB's number
 
 T = TypeVar("T")
 
-_USED = "fetch-worker: when the connection was last given back"
+_USED = "fetch-worker: when the connection was last returned to the pool"
 _LARGEST = "fetch-worker: the server's max_allowed_packet"
-_CLOCK = "fetch-worker: the database's time, and the monotonic time at which it was read"
+_CLOCK = "fetch-worker: the database's time, and the monotonic time when it was read"
 
 _engines: dict[tuple[int, str], Engine] = {}
 _engines_lock = threading.Lock()
@@ -115,7 +116,7 @@ _clock: Callable[[], datetime] | None = None
 
 
 def _new_engines_lock() -> None:
-    """In a forked child: a thread that held the lock in the parent is not there to release it."""
+    """Replace the lock in a forked child. A thread of the parent may have held it, and that thread is not copied."""
     global _engines_lock
     _engines_lock = threading.Lock()
 
@@ -124,7 +125,7 @@ os.register_at_fork(after_in_child=_new_engines_lock)
 
 
 def engine_for(url: URL) -> Engine:
-    """This process's engine for `url`. A forked child gets one of its own: sharing a connection would mix up rows."""
+    """Return this process's engine for `url`. A forked child gets its own, because it must not share connections."""
     key = (os.getpid(), url.render_as_string(hide_password=False))
     with _engines_lock:
         if key not in _engines:
@@ -142,25 +143,25 @@ def close_engines() -> None:
 
 @contextmanager
 def use_engine(url: URL, engine: Engine) -> Iterator[None]:
-    """Has this process use an engine that somebody else made: a database in memory has no other."""
+    """Make this process use the given engine for `url`, for example one with a database in memory."""
     key = (os.getpid(), url.render_as_string(hide_password=False))
     with _engines_lock:
-        before = _engines.get(key)
+        previous = _engines.get(key)
         _engines[key] = engine
     try:
         yield
     finally:
         with _engines_lock:
-            if before is None:
+            if previous is None:
                 _engines.pop(key, None)
             else:
-                _engines[key] = before
+                _engines[key] = previous
 
 
 def make_engine(url: URL, *, any_encoding: bool = False, **arguments: Any) -> Engine:
-    """Return a new engine; `arguments` are SQLAlchemy's. Raises SettingsError where the driver is not installed.
+    """Return a new engine. `arguments` are passed to SQLAlchemy. Raises SettingsError if the driver is not installed.
 
-    Its connections raise DeploymentError where the database's encoding is not UTF-8, unless `any_encoding` is allowed.
+    Connections to a database whose encoding is not UTF-8 raise DeploymentError, unless `any_encoding` is true.
     """
     backend = url.get_backend_name()
     arguments |= {"connect_args": _connect_options(url)}
@@ -171,9 +172,9 @@ def make_engine(url: URL, *, any_encoding: bool = False, **arguments: Any) -> En
     except ImportError as missing:
         extra = {"postgresql": "postgres"}.get(backend, "mysql")
         raise SettingsError(f"DATABASE_URL needs {missing.name}: pip install 'fetch-worker[{extra}]'") from None
-    event.listen(engine, "do_connect", _wait_for_a_place)
+    event.listen(engine, "do_connect", _connect_with_retry)
     event.listen(engine, "checkout", _Ping(READ_ONLY_QUERIES[backend]))
-    event.listen(engine, "checkin", _note_use)
+    event.listen(engine, "checkin", _record_return)
     event.listen(engine, "handle_error", _replace_connections)
     if backend == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
@@ -193,8 +194,8 @@ def _connect_options(url: URL) -> dict[str, Any]:
         case "sqlite":
             return {"timeout": LOCK_TIMEOUT_SECONDS}
         case "postgresql":
-            # No server-side prepared statements: a pooler in transaction mode would mix them up. Transactions are begun
-            # by `_begin_postgres`.
+            # No server-side prepared statements, because a pooler in transaction mode would send them to other
+            # connections. `_begin_postgres` begins the transactions.
             options = {"prepare_threshold": None, "autocommit": True, "client_encoding": "utf8"}
             return options | {name: value for name, value in POSTGRES_OPTIONS.items() if name not in url.query}
         case _:
@@ -202,13 +203,13 @@ def _connect_options(url: URL) -> dict[str, Any]:
 
 
 def _make_private_file(path: Path) -> None:
-    """Make an SQLite file that others on the machine can't read: SQLite itself lets them. One that is there stays."""
-    with suppress(OSError):  # SQLite says it in its own words when it connects
+    """Create an SQLite file that other users can't read; SQLite would create a readable file. Keep an existing file."""
+    with suppress(OSError):  # SQLite reports the error when it connects
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o660))
 
 
-def _wait_for_a_place(dialect: Any, record: Any, arguments: Any, options: Any) -> Any:
-    """Connects; where the server has no connection left it waits a while for one, since that passes by itself."""
+def _connect_with_retry(dialect: Any, record: Any, arguments: Any, options: Any) -> Any:
+    """Connect. If the server has no free connection, try again for a while."""
     until = time.monotonic() + FULL_SECONDS
     while True:
         try:
@@ -219,14 +220,14 @@ def _wait_for_a_place(dialect: Any, record: Any, arguments: Any, options: Any) -
             time.sleep(random.uniform(0.05, 0.3))
 
 
-def _note_use(connection: Any, record: Any) -> None:
+def _record_return(connection: Any, record: Any) -> None:
     record.info[_USED] = time.monotonic()
 
 
 class _Ping:
-    """Checks a connection that was idle for a while, before it is used: it still works, and the server takes writes.
+    """Check a connection before it is used after an idle time: it still works, and the server accepts writes.
 
-    A connection to a server that became a standby is of no use, though it answers; a new one may lead to the primary.
+    A server that became a standby still answers. A new connection may lead to the primary.
     """
 
     def __init__(self, query: str) -> None:
@@ -241,47 +242,47 @@ class _Ping:
             read_only = str(cursor.fetchone()[0]).lower() not in WRITABLE
             cursor.close()
             connection.rollback()
-        except Exception as error:  # whatever the driver raises: the pool opens another one
+        except Exception as error:  # any error of the driver: the pool opens another connection
             raise DisconnectionError(str(error)) from None
         if read_only:
-            raise InvalidatePoolError("the server takes no writes")
+            raise InvalidatePoolError("the server accepts no writes")
 
 
 def _replace_connections(context: ExceptionContext) -> None:
-    """Close the connections of the pool after errors that say that the server behind them can't be used.
+    """Close the pool's connections after errors which mean that their server can't be used.
 
-    SQLAlchemy does it by itself for a connection that is closed. It does not know of a server that is read-only now.
+    SQLAlchemy does this for closed connections, but not for a server that became read-only.
     """
-    code = driver_meaning(context.original_exception)
-    if code is None or context.connection is None:
+    meant = driver_meaning(context.original_exception)
+    if meant is None or context.connection is None:
         return
     limit = context.connection.info.get(_LARGEST)
-    if code is TOO_LARGE:  # the server closes this connection after it; the others are well
+    if meant is TOO_LARGE:  # the server closes this connection afterwards, but not the others
         context.is_disconnect = True
         context.invalidate_pool_on_disconnect = False
     elif limit is not None and context.is_disconnect and (size := _statement_bytes(context)) > limit:
-        # Some versions only close the connection. That is not the server's fault: trying again would never end.
+        # Some versions only close the connection. Without this error, the statement would be tried again forever.
         context.invalidate_pool_on_disconnect = False
         message = f"a statement of {size} bytes is larger than max_allowed_packet ({limit})"
         cause = context.dialect.loaded_dbapi.DataError(PACKET_TOO_LARGE, message)
         raise DataError(None, None, cause, hide_parameters=True, connection_invalidated=True)
-    elif code.reconnect:
+    elif meant.reconnect:
         context.is_disconnect = True
 
 
 def _statement_bytes(context: ExceptionContext) -> int:
-    """Return the size of the largest statement that PyMySQL sent for an execution."""
+    """Return the size in bytes of the largest statement that PyMySQL sent for an execution."""
     if context.statement is None or context.execution_context is None:
         return 0
-    mogrify: Any = context.execution_context.cursor.mogrify  # of PyMySQL
+    mogrify: Any = context.execution_context.cursor.mogrify  # PyMySQL's
     rows = context.parameters if isinstance(context.parameters, list) else [context.parameters]
     sizes = [len(mogrify(context.statement, row).encode(errors="surrogateescape")) for row in rows]
     return max(*sizes, min(sum(sizes), MYSQL_BATCH_BYTES)) if len(sizes) > 1 else sum(sizes)
 
 
 def _prepare_sqlite(connection: Any, record: Any) -> None:
-    connection.isolation_level = None  # we begin transactions ourselves
-    connection.create_function("ln", 1, _logarithm, deterministic=True)  # not in every build
+    connection.isolation_level = None  # `_begin_sqlite` begins the transactions
+    connection.create_function("ln", 1, _logarithm, deterministic=True)  # some builds have no ln()
     for pragma in (*SQLITE_SETTINGS, f"busy_timeout={LOCK_TIMEOUT_SECONDS * 1000}"):
         connection.execute(f"PRAGMA {pragma}")
 
@@ -291,14 +292,14 @@ def _logarithm(value: float | None) -> float | None:
 
 
 def _check_encoding(connection: Any, record: Any) -> None:
-    encoding = connection.info.parameter_status("server_encoding")  # the server says it as it greets: no round trip
+    encoding = connection.info.parameter_status("server_encoding")  # sent by the server on connect: no round trip
     if encoding not in (ENCODING, None):
         connection.close()
         raise DeploymentError(encoding_message(encoding))
 
 
 def unsupported_encoding(engine: Engine) -> str | None:
-    """Return the database's encoding where it is not UTF-8, else None. Raises what the driver raises."""
+    """Return the database's encoding if it is not UTF-8, else None. Raises the driver's errors."""
     if engine.dialect.name != "postgresql":
         return None
     with engine.connect() as connection:
@@ -308,7 +309,7 @@ def unsupported_encoding(engine: Engine) -> str | None:
 
 
 def encoding_message(encoding: str) -> str:
-    """Return what to do about a database of another encoding than UTF-8, where some texts can't be stored."""
+    """Return the error message for a database whose encoding is not UTF-8, which can't store all texts."""
     return (
         f"the database's encoding is {encoding}, but it must be {ENCODING}: dump it, CREATE DATABASE … ENCODING"
         f" '{ENCODING}' TEMPLATE template0, restore the dump there and correct DATABASE_URL"
@@ -324,7 +325,7 @@ def _prepare_mysql(connection: Any, record: Any) -> None:
 
 
 def limit_statements(connection: Connection, seconds: int) -> None:
-    """Limit the statements of a MariaDB or MySQL session, 0 for not at all. PostgreSQL has `UNLIMITED` for it."""
+    """Set the statement timeout of a MariaDB or MySQL session; 0 means no timeout. PostgreSQL uses `UNLIMITED`."""
     if connection.dialect.name in MYSQL_FAMILY:
         mariadb, mysql = f"max_statement_time = {seconds}", f"max_execution_time = {seconds * 1000}"
         connection.exec_driver_sql(f"SET SESSION sql_auto_is_null = 0 /*M!100100 , {mariadb} */ /*!50708 , {mysql} */")
@@ -336,13 +337,13 @@ def _begin_mysql(connection: Connection) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    # A transaction that reads first and writes later would fail at once when another wrote in between.
+    # With a plain BEGIN, a transaction that reads first and writes later fails if another one wrote in between.
     snapshot = connection.get_execution_options().get(SNAPSHOT, False)
     connection.exec_driver_sql("BEGIN" if snapshot else "BEGIN IMMEDIATE")
 
 
 def _begin_postgres(connection: Connection) -> None:
-    """Begin, set what the transaction relies on, and read the clock, in one round trip. Nothing outlives it."""
+    """Begin a transaction, set its options and read the clock, in one round trip. The options end with it."""
     dialect = connection.dialect
     options = connection.get_execution_options()
     statement = _begin_statement(
@@ -359,65 +360,65 @@ def _begin_postgres(connection: Connection) -> None:
             cursor.nextset()
             connection.info[_CLOCK] = (cursor.fetchone()[0].astimezone(UTC), time.monotonic())
     except dialect.loaded_dbapi.Error as error:
-        # SQLAlchemy's own way from a driver's error to its own, and to the end of a broken connection. There is no
-        # public one for statements of two results.
+        # A private function of SQLAlchemy: it translates the driver's error and closes a broken connection. There is
+        # no public function for statements with two results.
         connection._handle_dbapi_exception(error, statement, None, None, None)
 
 
 @cache
 def _begin_statement(
-    snapshot: bool, relaxed: bool, patience: float, statement_seconds: int, has_transaction_timeout: bool
+    snapshot: bool, relaxed: bool, lock_seconds: float, statement_seconds: int, has_transaction_timeout: bool
 ) -> str:
     isolation = "REPEATABLE READ READ ONLY" if snapshot else "READ COMMITTED"
     values = dict(POSTGRES_SETTINGS) | {
-        "lock_timeout": f"'{patience * 1000:.0f}ms'",
+        "lock_timeout": f"'{lock_seconds * 1000:.0f}ms'",
         "statement_timeout": f"'{statement_seconds}s'",
     }
     if relaxed:
         values |= {"synchronous_commit": "'off'"}
     if has_transaction_timeout:
-        values |= {"transaction_timeout": "'0'"}  # each statement and each pause has a limit already
+        values |= {"transaction_timeout": "'0'"}  # statements and idle times in a transaction have their own limits
     settings = ", ".join(f"set_config('{name}', {value}, true)" for name, value in values.items())
     return f"BEGIN ISOLATION LEVEL {isolation} NOT DEFERRABLE; SELECT clock_timestamp(), {settings}"
 
 
 def database_now(connection: Connection) -> datetime:
-    """The database's clock, aware, UTC: the one clock that decides what is due and which lease is over."""
+    """Return the database's time, aware and in UTC. Only this clock decides what is due and which lease has expired."""
     if _clock is not None:
         return _clock()
     backend = connection.dialect.name
     if backend == "postgresql":
         if connection.in_transaction() and _CLOCK in connection.info:
-            began: tuple[datetime, float] = connection.info[_CLOCK]
-            return began[0] + timedelta(seconds=time.monotonic() - began[1])
-        # In the transaction of an app, whose DateStyle psycopg may not be able to read.
+            clock_reading: tuple[datetime, float] = connection.info[_CLOCK]
+            return clock_reading[0] + timedelta(seconds=time.monotonic() - clock_reading[1])
+        # In an app's own transaction: psycopg may not be able to read times in its DateStyle.
         seconds = connection.exec_driver_sql("SELECT extract(epoch FROM clock_timestamp())::double precision")
         return datetime.fromtimestamp(seconds.scalar_one(), UTC)
     if backend == "sqlite":
-        return datetime.now(UTC)  # SQLite has no clock but the machine's
+        return datetime.now(UTC)  # SQLite uses the machine's clock
     moment: datetime = connection.exec_driver_sql("SELECT UTC_TIMESTAMP(6)").scalar_one()
     return moment.replace(tzinfo=UTC)
 
 
 @contextmanager
 def use_clock(clock: Callable[[], datetime]) -> Iterator[None]:
-    """Has all of this process believe another clock than the database's: one that a test moves, and nobody waits."""
+    """Replace the database's clock in this process, so that a test can move the time without waiting."""
     global _clock
-    before, _clock = _clock, clock
+    previous, _clock = _clock, clock
     try:
         yield
     finally:
-        _clock = before
+        _clock = previous
 
 
 def is_writable(connection: Connection) -> bool:
-    """Return whether the server takes writes in this transaction: it may be a standby, or set to read-only."""
+    """Return whether the server accepts writes in this transaction. A standby or a read-only server does not."""
     query = READ_ONLY_QUERIES[connection.dialect.name]
     return str(connection.exec_driver_sql(query).scalar_one()).lower() in WRITABLE
 
 
 def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
-    """Does work in a transaction; again, a few times, where the server chose it to yield in a deadlock."""
+    """Run `work` in a transaction. After a deadlock or another conflict, run it again, up to three times."""
     for pause in DEADLOCK_PAUSES:
         try:
             with engine.begin() as connection:
@@ -431,7 +432,7 @@ def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
 
 
 def schema_version(connection: Connection) -> str | None:
-    """The version of our tables, or None where there are none."""
+    """Return the version of the tables, or None if there are no tables."""
     if not connection.dialect.has_table(connection, VERSION_TABLE):
         return None
     version: str | None = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()  # noqa: S608  # a constant
@@ -439,7 +440,7 @@ def schema_version(connection: Connection) -> str | None:
 
 
 def check_schema(engine: Engine) -> None:
-    """Raises SchemaOutdated where the tables are not of this version, Unavailable where no database answers."""
+    """Check the version of the tables. Raises SchemaOutdated if it is too old, Unavailable without a database."""
     with translate_errors(engine.url), engine.connect() as connection:
         version = schema_version(connection)
     if version is None:

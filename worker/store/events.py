@@ -1,4 +1,4 @@
-"""Events: one for each final state of a job that has a webhook address; each is delivered, or given up after a day."""
+"""Webhook events: one for each final state of a job with a `webhook_url`. Deliveries are given up after a day."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ OUTPUT_FIELDS = ("position", "location", "sha256", "media_type", "size_bytes")
 
 @dataclass(frozen=True, slots=True)
 class ClaimedEvent:
-    """An event that this process delivers now. `attempts` counts this one."""
+    """An event that this process delivers now. `attempts` includes this attempt."""
 
     id: int
     token: str
@@ -31,26 +31,26 @@ class ClaimedEvent:
 
 
 def create_events(connection: Connection, *, now: datetime, limit: int = 1, of: Collection[int] | None = None) -> int:
-    """Makes the events of jobs that became final; how many. Once for each final state, whoever else does so.
+    """Create the events of jobs that became final, and return how many. Each final state gets only one event.
 
-    With `of` those of these jobs, all of them, as is done before they leave their final state.
+    With `of`, create the events of all these jobs. This is done before jobs leave their final state.
     """
     only = () if of is None else (jobs.c.id.in_(of),)
     limit = limit if of is None else len(of)
-    found = connection.execute(
+    rows = connection.execute(
         select(jobs)
         .where(jobs.c.completed_at.is_not(None), jobs.c.webhook_url.is_not(None), jobs.c.announced_at.is_(None), *only)
         .order_by(jobs.c.completed_at, jobs.c.id)
         .limit(limit)
         .with_for_update(skip_locked=True)
     ).all()
-    if not found:
+    if not rows:
         return 0
-    ids = [job.id for job in found]
-    stored: dict[int, list[Row[Any]]] = {job_id: [] for job_id in ids}
+    ids = [row.id for row in rows]
+    outputs_by_job: dict[int, list[Row[Any]]] = {job_id: [] for job_id in ids}
     for output in outputs_of(connection, ids):
-        stored[output.job_id].append(output)
-    connection.execute(insert(events), [_event(job, stored[job.id], now) for job in found])
+        outputs_by_job[output.job_id].append(output)
+    connection.execute(insert(events), [_event(row, outputs_by_job[row.id], now) for row in rows])
     connection.execute(update(jobs).where(jobs.c.id.in_(ids), jobs.c.status.in_(FINAL_STATES)).values(announced_at=now))
     return len(ids)
 
@@ -88,34 +88,34 @@ def claim_events(
     limit: int,
     without: Collection[str] = (),
 ) -> list[ClaimedEvent]:
-    """Takes the events that are due, those that wait longest first; none to a receiver in `without`.
+    """Claim the events that are due, earliest due time first. Events for the receivers in `without` are skipped.
 
-    A receiver is named by what its addresses begin with, such as `https://app.example`.
+    A receiver is the first part of a URL: scheme, host and port, such as `https://app.example`.
     """
-    elsewhere = tuple(not_(_is_to(receiver)) for receiver in sorted(without))
+    for_others = tuple(not_(_is_to(receiver)) for receiver in sorted(without))
     due = (
         select(events)
-        .where(events.c.due_at.is_not(None), events.c.due_at <= now, *elsewhere)
+        .where(events.c.due_at.is_not(None), events.c.due_at <= now, *for_others)
         .order_by(events.c.due_at, events.c.id)
         .limit(limit)
         .with_for_update(skip_locked=True)
     )
-    found = connection.execute(due).all()
-    if found:
+    rows = connection.execute(due).all()
+    if rows:
         connection.execute(
             update(events)
-            .where(events.c.id.in_([row.id for row in found]))
+            .where(events.c.id.in_([row.id for row in rows]))
             .values(due_at=now + lease, claim_token=token, claim_holder=holder, attempts=events.c.attempts + 1)
         )
     return [
         ClaimedEvent(row.id, token, row.event_id, row.job_id, row.url, row.body, int(row.attempts) + 1, row.created_at)
-        for row in found
+        for row in rows
     ]
 
 
 def _is_to(receiver: str) -> ColumnElement[bool]:
-    begins = (events.c.url.startswith(f"{receiver}{end}", autoescape=True) for end in "/?#")
-    return or_(events.c.url == receiver, *begins)
+    prefixes = (events.c.url.startswith(f"{receiver}{end}", autoescape=True) for end in "/?#")
+    return or_(events.c.url == receiver, *prefixes)
 
 
 def record_delivery(
@@ -128,9 +128,10 @@ def record_delivery(
     http_status: int | None,
     message: str | None,
 ) -> bool:
-    """Writes down how an attempt went, where the claim still stands; whether it did. It is its transaction's last act.
+    """Record the result of a delivery attempt, and return True. Return False if the claim was lost.
 
-    `ended` is `delivered` or `failed`; with None it is tried again at `due_at`.
+    `ended` is `delivered`, `failed`, or None to try again at `due_at`. This must be the last step of the transaction,
+    because it writes a counter.
     """
     written = connection.execute(
         update(events)
@@ -153,7 +154,7 @@ def record_delivery(
 
 
 def defer_events(connection: Connection, claimed: Sequence[ClaimedEvent], *, now: datetime, due_at: datetime) -> None:
-    """Gives claimed events back that were not tried after all: due at `due_at`, the attempt not counted."""
+    """Release claimed events that were not tried. They are due at `due_at`, and the attempt is not counted."""
     connection.execute(
         update(events)
         .where(events.c.id.in_([event.id for event in claimed]), events.c.claim_token == claimed[0].token)
@@ -163,12 +164,13 @@ def defer_events(connection: Connection, claimed: Sequence[ClaimedEvent], *, now
 
 
 def release_events(connection: Connection, holders: Sequence[str], *, due_at: datetime, but: Sequence[int] = ()) -> int:
-    """Gives back what these processes hold, all but some; how many. The receiver may get those twice.
+    """Release the events that these processes hold, except those in `but`; return how many.
 
-    Only for what nobody will record: the process is dead, or has lost sight of them.
+    Only for claims whose result will not be recorded, for example after a crash. The receiver may get these events
+    twice.
     """
-    held = select(events.c.id).where(events.c.claim_holder.in_(holders), events.c.id.not_in(but))
-    ids = list(connection.execute(held.with_for_update(skip_locked=True)).scalars())
+    claimed = select(events.c.id).where(events.c.claim_holder.in_(holders), events.c.id.not_in(but))
+    ids = list(connection.execute(claimed.with_for_update(skip_locked=True)).scalars())
     if ids:
         connection.execute(
             update(events).where(events.c.id.in_(ids)).values(due_at=due_at, claim_token=None, claim_holder=None)
@@ -177,27 +179,27 @@ def release_events(connection: Connection, holders: Sequence[str], *, due_at: da
 
 
 def events_of(connection: Connection, job_id: int) -> Sequence[Row[Any]]:
-    """The events of a job, oldest first."""
+    """Return the events of a job, oldest first."""
     return connection.execute(select(events).where(events.c.job_id == job_id).order_by(events.c.id)).all()
 
 
 @dataclass(frozen=True, slots=True)
 class PendingEvents:
-    """Events that are not delivered yet, and how many of them a receiver did not take so far."""
+    """The number of events that are not delivered yet, and how many of them were refused at least once."""
 
     count: int
     refused: int
 
 
 def count_pending_events(connection: Connection) -> PendingEvents:
-    """What is still to be delivered."""
+    """Count the events that are not delivered yet."""
     refused = func.count(case((events.c.error_message.is_not(None), 1)))
     return PendingEvents(*connection.execute(select(func.count(), refused).where(events.c.due_at.is_not(None))).one())
 
 
 @dataclass(frozen=True, slots=True)
 class UndeliveredEvents:
-    """Events that were tried and not taken so far, those given up since a moment, and what one of them met."""
+    """The number of events that wait for another attempt, the number given up, and one error message."""
 
     waiting: int
     given_up: int
@@ -205,23 +207,23 @@ class UndeliveredEvents:
 
 
 def undelivered_events(connection: Connection, *, since: datetime) -> UndeliveredEvents:
-    """What receivers did not take."""
-    waits = and_(events.c.due_at.is_not(None), events.c.error_message.is_not(None))
-    gave_up = and_(events.c.status == "failed", events.c.ended_at > since)
+    """Count the events that receivers refused: those tried again, and those given up after `since`."""
+    is_waiting = and_(events.c.due_at.is_not(None), events.c.error_message.is_not(None))
+    is_given_up = and_(events.c.status == "failed", events.c.ended_at > since)
     row = connection.execute(
         select(
-            func.count(case((waits, 1))).label("waiting"),
-            func.count(case((gave_up, 1))).label("given_up"),
+            func.count(case((is_waiting, 1))).label("waiting"),
+            func.count(case((is_given_up, 1))).label("given_up"),
             func.max(events.c.error_message).label("message"),
-        ).where(or_(waits, gave_up))
+        ).where(or_(is_waiting, is_given_up))
     ).one()
     return UndeliveredEvents(row.waiting, row.given_up, row.message)
 
 
 def count_overdue_events(connection: Connection, *, before: datetime) -> int:
-    """Final jobs and events that somebody should have taken up by then, and nobody did; how many."""
-    unannounced = select(func.count()).where(
+    """Count the final jobs without an event and the unsent events that were due before this time."""
+    without_event = select(func.count()).where(
         jobs.c.completed_at < before, jobs.c.webhook_url.is_not(None), jobs.c.announced_at.is_(None)
     )
     unsent = select(func.count()).where(events.c.due_at < before)
-    return sum(int(connection.execute(query).scalar_one()) for query in (unannounced, unsent))
+    return sum(int(connection.execute(query).scalar_one()) for query in (without_event, unsent))

@@ -1,10 +1,10 @@
-"""Values of a job that are always set together."""
+"""Column values of a job that are always set together."""
 
 from typing import Any
 
 
 def clear_end() -> dict[str, Any]:
-    """Return the values of a job that leaves its final state: how it ended, and who was told of it, is forgotten."""
+    """Return the values for a job that leaves its final state: no end time, no error, no call or event sent."""
     return {
         "completed_at": None,
         "told_at": None,

@@ -1,4 +1,4 @@
-"""Jobs: put in once, looked up, listed, cancelled, retried, nudged."""
+"""Jobs: insert, look up, count, nudge, cancel, retry and finish them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ from worker.store.promises import add_promises, clear_promised_end, reset_promis
 from worker.store.schema import MYSQL_FAMILY, jobs, outputs, promises, waiting_account
 from worker.store.sql_functions import HAS_DUE_TIME
 
-MAX_ID = 2**63 - 1  # what the databases' integers hold
-NUDGED_MOST = 100  # a reference that more jobs share says little about any of them
+MAX_ID = 2**63 - 1  # the largest integer in the databases
+NUDGED_MOST = 100  # if more jobs share a reference, a nudge says little about any of them
 SAME_JOB = ("account", "fetch_base", "remote_id")
 OUT_OF_ORDER = timedelta(minutes=10)  # how long a slow transaction may hold back its commit
 IDENTITY = (jobs.c.account, jobs.c.fetch_base, jobs.c.remote_id)
@@ -31,7 +31,7 @@ IDENTITY = (jobs.c.account, jobs.c.fetch_base, jobs.c.remote_id)
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """A job to be put in. Times are aware; `due_at` is when it is asked about first."""
+    """A job to insert. Times are aware; `due_at` is the time of the first poll."""
 
     account: str
     remote_id: str
@@ -53,32 +53,41 @@ class NewJob:
 
     @property
     def identity(self) -> tuple[str, str, str]:
-        """What makes two calls be about the same job: account, fetch address without the id, remote id."""
+        """The account, the fetch address without the id, and the remote id. Equal for two calls about the same job."""
         return (self.account, self.address.base, self.remote_id)
 
 
-def insert_jobs(connection: Connection, new: Sequence[NewJob], *, now: datetime) -> list[tuple[int, bool]]:
-    """Puts jobs in, each once: (id, whether it is new) in the order given. A job that is there stays as it is."""
-    wanted = {job.identity: job for job in new}
+def insert_jobs(connection: Connection, new_jobs: Sequence[NewJob], *, now: datetime) -> list[tuple[int, bool]]:
+    """Insert jobs, and return (id, whether it was created) in the given order. An existing job is not changed."""
+    jobs_by_identity = {job.identity: job for job in new_jobs}
     created: dict[tuple[str, str, str], int] = {}
-    # Always in the same order: two batches with the same jobs could block each other for good.
-    rows = [_job_row(wanted[identity], now) for identity in sorted(wanted)]
+    # All transactions insert in this order, so that two batches with the same jobs can't deadlock.
+    rows = [_job_row(jobs_by_identity[identity], now) for identity in sorted(jobs_by_identity)]
     size = JSON_BATCH_ROWS if connection.dialect.name == "postgresql" else INSERT_ROWS
     for start in range(0, len(rows), size):
         created |= _insert_missing(connection, rows[start : start + size])
-    known = created | _ids(connection, [identity for identity in wanted if identity not in created])
-    ready = [(known[identity], job.outputs) for identity, job in wanted.items() if identity in created and job.outputs]
-    insert_outputs(connection, ready, now=now, queued=False)
+    ids = created | _ids(connection, [identity for identity in jobs_by_identity if identity not in created])
+    links_by_job = [
+        (ids[identity], job.outputs)
+        for identity, job in jobs_by_identity.items()
+        if identity in created and job.outputs
+    ]
+    insert_outputs(connection, links_by_job, now=now, queued=False)
     add_promises(
-        connection, {created[identity]: wanted[identity].promised for identity in created if wanted[identity].promised}
+        connection,
+        {
+            created[identity]: jobs_by_identity[identity].promised
+            for identity in created
+            if jobs_by_identity[identity].promised
+        },
     )
     tally = Tally()
     for identity in sorted(created):
-        if wanted[identity].left_out:
-            tally.left_out(wanted[identity].account, wanted[identity].left_out)
+        if jobs_by_identity[identity].left_out:
+            tally.left_out(jobs_by_identity[identity].account, jobs_by_identity[identity].left_out)
     tally.write(connection)
-    first = dict.fromkeys(created, True)
-    return [(known[job.identity], first.pop(job.identity, False)) for job in new]
+    not_reported = dict.fromkeys(created, True)
+    return [(ids[job.identity], not_reported.pop(job.identity, False)) for job in new_jobs]
 
 
 def _job_row(job: NewJob, now: datetime) -> dict[str, Any]:
@@ -109,19 +118,19 @@ def _job_row(job: NewJob, now: datetime) -> dict[str, Any]:
 
 
 def readdress(connection: Connection, ids: Sequence[int], base: str, host: str) -> set[int]:
-    """Move those of these jobs to the base address `base` whose address was that of SD_API_URL; their ids.
+    """Move jobs whose address came from SD_API_URL to the base address `base`, and return their ids.
 
-    A job stays where it is if another one is at its new address already. The ids include jobs that were moved before.
+    A job is not moved if another job has its new address. The ids include jobs that were moved before.
     """
-    mine = and_(jobs.c.id.in_(sorted(ids)), jobs.c.default_address.is_(True))
+    movable = and_(jobs.c.id.in_(sorted(ids)), jobs.c.default_address.is_(True))
     rows = connection.execute(
-        select(jobs.c.id, jobs.c.account, jobs.c.remote_id, jobs.c.fetch_base).where(mine).order_by(jobs.c.id)
+        select(jobs.c.id, jobs.c.account, jobs.c.remote_id, jobs.c.fetch_base).where(movable).order_by(jobs.c.id)
     ).all()
-    there = _ids(connection, [(row.account, base, row.remote_id) for row in rows]) if rows else {}
+    existing = _ids(connection, [(row.account, base, row.remote_id) for row in rows]) if rows else {}
     moved: set[int] = set()
     for row in rows:
         if row.fetch_base != base:
-            if (row.account, base, row.remote_id) in there:
+            if (row.account, base, row.remote_id) in existing:
                 continue
             address = {"fetch_url": f"{base}/{row.remote_id}", "fetch_base": base, "fetch_host": host}
             connection.execute(update(jobs).where(jobs.c.id == row.id).values(**address))
@@ -142,38 +151,38 @@ def _insert_missing(connection: Connection, rows: list[dict[str, Any]]) -> dict[
             statement = _insert_new(differ, same)
             parameters = batch_parameter(differ, rows) | {f"same_{name}": first[name] for name in same}
         case "sqlite":
-            new = sqlite.insert(jobs).values(rows).on_conflict_do_nothing(index_elements=SAME_JOB)
-            statement = new.returning(jobs.c.id, *IDENTITY)
+            insertion = sqlite.insert(jobs).values(rows).on_conflict_do_nothing(index_elements=SAME_JOB)
+            statement = insertion.returning(jobs.c.id, *IDENTITY)
         case _:
             return _insert_missing_mysql(connection, rows)
-    found = connection.execute(statement, parameters).all()
-    return {(account, base, remote_id): job_id for job_id, account, base, remote_id in found}
+    rows_created = connection.execute(statement, parameters).all()
+    return {(account, base, remote_id): job_id for job_id, account, base, remote_id in rows_created}
 
 
 @cache
 def _insert_new(differ: tuple[str, ...], same: tuple[str, ...]) -> Any:
-    """Jobs that are handed over together have most columns in common: those travel once."""
-    fresh = batch_columns(jobs, differ)
-    values = [fresh[name] for name in differ]
+    """Return the INSERT statement for PostgreSQL. Values that are equal in all rows are sent only once."""
+    batch = batch_columns(jobs, differ)
+    values = [batch[name] for name in differ]
     values += [bindparam(f"same_{name}", type_=jobs.c[name].type).label(name) for name in same]
-    new = postgresql.insert(jobs).from_select([*differ, *same], select(*values))
-    return new.on_conflict_do_nothing(index_elements=SAME_JOB).returning(jobs.c.id, *IDENTITY)
+    insertion = postgresql.insert(jobs).from_select([*differ, *same], select(*values))
+    return insertion.on_conflict_do_nothing(index_elements=SAME_JOB).returning(jobs.c.id, *IDENTITY)
 
 
 def _insert_missing_mysql(connection: Connection, rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], int]:
     created = {}
     for row in rows:
-        done = connection.execute(mysql.insert(jobs).prefix_with("IGNORE").values(row))
-        if done.rowcount:
-            created[(row["account"], row["fetch_base"], row["remote_id"])] = int(done.lastrowid)
+        result = connection.execute(mysql.insert(jobs).prefix_with("IGNORE").values(row))
+        if result.rowcount:
+            created[(row["account"], row["fetch_base"], row["remote_id"])] = int(result.lastrowid)
     return created
 
 
 def _ids(connection: Connection, identities: Sequence[tuple[str, str, str]]) -> dict[tuple[str, str, str], int]:
-    """Return the ids of these jobs, which are all there.
+    """Return the ids of these jobs, which all exist.
 
-    In a caller's own transaction MariaDB may show a snapshot that is older than a job that another one has put in.
-    Only a locking read finds that job.
+    In a caller's transaction, MariaDB may read a snapshot that is older than a job of another transaction. Only a
+    locking read finds that job.
     """
     ids = _visible_ids(connection, identities)
     hidden = [identity for identity in identities if identity not in ids]
@@ -199,39 +208,39 @@ def _visible_ids(
 
 
 def job_row(connection: Connection, job_id: int) -> Row[Any] | None:
-    """The whole row of one job, or None."""
+    """Return the row of a job, or None."""
     if not 0 < job_id <= MAX_ID:
         return None
     return connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
 
 
 def jobs_by_remote(connection: Connection, remote_id: str, account: str | None) -> Sequence[Row[Any]]:
-    """All jobs with this remote id (families may share ids), newest first."""
+    """Return all jobs with this remote id, newest first. Endpoint families may use the same ids."""
     query = select(jobs).where(jobs.c.remote_id == remote_id).order_by(jobs.c.id.desc())
     return connection.execute(query if account is None else query.where(jobs.c.account == account)).all()
 
 
 def outputs_of(connection: Connection, job_ids: Sequence[int]) -> Sequence[Row[Any]]:
-    """The outputs of these jobs, by job and position."""
+    """Return the outputs of these jobs, ordered by job and position."""
     query = select(outputs).where(outputs.c.job_id.in_(job_ids)).order_by(outputs.c.job_id, outputs.c.position)
     return connection.execute(query).all()
 
 
 def count_by_state(connection: Connection) -> dict[str, int]:
-    """How many jobs there are in each state. It counts in indexes, since there may be millions.
+    """Return the number of jobs in each state. It reads only indexes, because there may be millions of jobs.
 
-    Jobs that are due to be asked about are pending, or downloading and in want of fresh links.
+    A job with a due time is pending, or it is downloading and waits for fresh links.
     """
-    rest = select(jobs.c.status, func.count()).where(jobs.c.status != "pending").group_by(jobs.c.status)
-    found = {row[0]: row[1] for row in connection.execute(rest)}
-    due = select(func.count()).select_from(jobs).where(HAS_DUE_TIME)
-    renewing = due.where(jobs.c.status == "downloading")
-    pending = connection.execute(due).scalar_one() - connection.execute(renewing).scalar_one()
-    return found | ({"pending": pending} if pending else {})
+    not_pending = select(jobs.c.status, func.count()).where(jobs.c.status != "pending").group_by(jobs.c.status)
+    counts = {row[0]: row[1] for row in connection.execute(not_pending)}
+    with_due_time = select(func.count()).select_from(jobs).where(HAS_DUE_TIME)
+    renewing = with_due_time.where(jobs.c.status == "downloading")
+    pending = connection.execute(with_due_time).scalar_one() - connection.execute(renewing).scalar_one()
+    return counts | ({"pending": pending} if pending else {})
 
 
 def waiting_accounts(connection: Connection) -> list[str]:
-    """Return the accounts that have jobs with a due time, in order. The query leaps through the index."""
+    """Return the sorted accounts that have jobs with a due time. The query jumps through the index."""
     query = _WAITING_ACCOUNTS_MYSQL if connection.dialect.name in MYSQL_FAMILY else _WAITING_ACCOUNTS
     return sorted(set(connection.execute(query).scalars()))
 
@@ -239,13 +248,13 @@ def waiting_accounts(connection: Connection) -> list[str]:
 def _waiting_accounts() -> Select[Any]:
     waiting = jobs.c.due_at.is_not(None)
     first = select(func.min(jobs.c.account).label("account")).where(waiting).cte("accounts", recursive=True)
-    following = select(func.min(jobs.c.account)).where(waiting, jobs.c.account > first.c.account).scalar_subquery()
-    accounts = first.union_all(select(following).where(first.c.account.is_not(None)))
+    next_account = select(func.min(jobs.c.account)).where(waiting, jobs.c.account > first.c.account).scalar_subquery()
+    accounts = first.union_all(select(next_account).where(first.c.account.is_not(None)))
     return select(accounts.c.account).where(accounts.c.account.is_not(None))
 
 
 _WAITING_ACCOUNTS = _waiting_accounts()
-_WAITING_ACCOUNTS_MYSQL = (  # grouped by all these columns the server reads one entry of the index per group
+_WAITING_ACCOUNTS_MYSQL = (  # grouped by all these columns, so that the server reads one index entry per group
     select(waiting_account, jobs.c.priority, jobs.c.fetch_host, func.min(jobs.c.due_at))
     .where(HAS_DUE_TIME)
     .group_by(waiting_account, jobs.c.priority, jobs.c.fetch_host)
@@ -253,9 +262,9 @@ _WAITING_ACCOUNTS_MYSQL = (  # grouped by all these columns the server reads one
 
 
 def first_tracked(connection: Connection, moment: datetime) -> int:
-    """Return about the first id of the jobs tracked at this moment or later. Halving the ids reads a few rows.
+    """Return approximately the first id of the jobs tracked at this time or later, by binary search over the ids.
 
-    Ids follow the time of tracking, but a slow transaction may be out of order by up to `OUT_OF_ORDER`.
+    Ids are in the order of tracking, but a slow transaction may be out of order by up to `OUT_OF_ORDER`.
     """
     low, last = connection.execute(select(func.min(jobs.c.id), func.max(jobs.c.id))).one()
     if last is None:
@@ -263,8 +272,8 @@ def first_tracked(connection: Connection, moment: datetime) -> int:
     high = int(last) + 1
     while low < high:
         middle = (low + high) // 2
-        following = select(jobs.c.id, jobs.c.tracked_at).where(jobs.c.id >= middle).order_by(jobs.c.id).limit(1)
-        row = connection.execute(following).one_or_none()
+        next_job = select(jobs.c.id, jobs.c.tracked_at).where(jobs.c.id >= middle).order_by(jobs.c.id).limit(1)
+        row = connection.execute(next_job).one_or_none()
         if row is not None and row.tracked_at < moment:
             low = row.id + 1
         else:
@@ -273,9 +282,10 @@ def first_tracked(connection: Connection, moment: datetime) -> int:
 
 
 def measured_durations(connection: Connection, *, limit: int) -> list[tuple[float, float | None, str, float | None]]:
-    """The last jobs that were polled to their end: (submitted, duration, kind, eta), in seconds, the first at 0.
+    """Return (submitted, duration, kind, eta) of the newest polled jobs that became ready or expired, in seconds.
 
-    A job was ready some time between its last two answers; the middle is taken. One that expired never was.
+    `submitted` is relative to the first of these jobs. A job became ready between its last two answers, so its duration
+    is the middle between them. The duration of an expired job is None.
     """
     query = (
         select(jobs.c.submitted_at, jobs.c.not_ready_at, jobs.c.ready_at, jobs.c.kind, jobs.c.eta, jobs.c.eta_at)
@@ -300,27 +310,30 @@ def _middle(submitted_at: datetime, not_ready_at: datetime | None, ready_at: dat
     return max(0.0, ((last - submitted_at) + (ready_at - submitted_at)).total_seconds() / 2)
 
 
-# ── acting ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── actions ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def nudge(connection: Connection, remote_id: str, account: str | None, *, now: datetime, least: timedelta) -> int:
-    """Brings the next request about all jobs with this remote id forward; how many that were."""
-    found = [row for row in jobs_by_remote(connection, remote_id, account) if row.status == "pending"]
-    return _bring_forward(connection, found, now=now, least=least)
+    """Move the next poll of all jobs with this remote id forward; return how many jobs changed.
+
+    The next poll is due now, or `least` after the last one.
+    """
+    rows = [row for row in jobs_by_remote(connection, remote_id, account) if row.status == "pending"]
+    return _bring_forward(connection, rows, now=now, least=least)
 
 
 def nudge_reference(connection: Connection, reference: str, *, now: datetime, least: timedelta) -> int:
-    """The same for the jobs with this reference; of very many the newest."""
+    """Do the same for the jobs with this reference, at most for the newest `NUDGED_MOST`."""
     query = select(jobs.c.id, jobs.c.asked_at).where(jobs.c.reference == reference, jobs.c.status == "pending")
-    found = connection.execute(query.order_by(jobs.c.id.desc()).limit(NUDGED_MOST)).all()
-    return _bring_forward(connection, found, now=now, least=least)
+    rows = connection.execute(query.order_by(jobs.c.id.desc()).limit(NUDGED_MOST)).all()
+    return _bring_forward(connection, rows, now=now, least=least)
 
 
-def _bring_forward(connection: Connection, found: Iterable[Any], *, now: datetime, least: timedelta) -> int:
+def _bring_forward(connection: Connection, rows: Iterable[Any], *, now: datetime, least: timedelta) -> int:
     moved = 0
-    for row in found:
+    for row in rows:
         due = now if row.asked_at is None else max(now, row.asked_at + least)
-        done = connection.execute(
+        result = connection.execute(
             update(jobs)
             .where(
                 jobs.c.id == row.id,
@@ -331,29 +344,29 @@ def _bring_forward(connection: Connection, found: Iterable[Any], *, now: datetim
             )
             .values(due_at=due, pace_scale=None, pace_growth=None)
         )
-        moved += done.rowcount
+        moved += result.rowcount
     return moved
 
 
 def cancel(connection: Connection, job_id: int, tally: Tally, *, now: datetime) -> bool:
-    """Cancels a job that is not final: its unstored outputs end, stored files stay. False where it changed nothing.
+    """Cancel a job that is not final. Its unstored outputs fail, and stored files stay. Return whether it changed.
 
-    The caller writes the tally, as the last thing of its transaction.
+    The caller writes the tally as the last step of its transaction.
     """
     return bool(cancel_all(connection, [job_id], tally, now=now))
 
 
 def cancel_all(connection: Connection, job_ids: Iterable[int], tally: Tally, *, now: datetime) -> set[int]:
-    """The same for some hundred jobs at once; the ids of those it changed."""
+    """Cancel up to a few hundred jobs, and return the ids of the changed jobs."""
     unfinished = select(jobs.c.id, jobs.c.account, jobs.c.kind)
     unfinished = unfinished.where(jobs.c.id.in_(list(job_ids)), jobs.c.status.not_in(FINAL_STATES))
     rows = connection.execute(unfinished.order_by(jobs.c.id).with_for_update()).all()
     if not rows:
         return set()
     ids = {row.id for row in rows}
-    free = {"due_at": None, "claim_token": None, "claim_holder": None}
+    release = {"due_at": None, "claim_token": None, "claim_holder": None}
     connection.execute(
-        update(jobs).where(jobs.c.id.in_(ids)).values(status="cancelled", completed_at=now, held_at=None, **free)
+        update(jobs).where(jobs.c.id.in_(ids)).values(status="cancelled", completed_at=now, held_at=None, **release)
     )
     cancel_outputs(connection, outputs.c.job_id.in_(ids))
     for row in rows:
@@ -362,15 +375,15 @@ def cancel_all(connection: Connection, job_ids: Iterable[int], tally: Tally, *, 
 
 
 def cancel_outputs(connection: Connection, which: ColumnElement[bool]) -> int:
-    """End the outputs that still wait, of cancelled jobs; return how many. Stored files stay."""
+    """End the waiting outputs of cancelled jobs; return how many. Stored files stay."""
     cancelled = {"status": "failed", "error_code": "cancelled", "error_message": "the job was cancelled"}
-    free = {"due_at": None, "claim_token": None, "claim_holder": None}
+    release = {"due_at": None, "claim_token": None, "claim_holder": None}
     waiting = update(outputs).where(which, outputs.c.status == "pending")
-    return connection.execute(waiting.values(**cancelled, **free)).rowcount
+    return connection.execute(waiting.values(**cancelled, **release)).rowcount
 
 
 def fresh_output(now: datetime) -> dict[str, Any]:
-    """The values of an output that is to be tried as if it had just been listed; its attempts are kept."""
+    """Return the values for an output that is tried again as if it were new. Its attempts are still counted."""
     return {
         "status": "pending",
         "due_at": now,
@@ -386,35 +399,35 @@ def fresh_output(now: datetime) -> dict[str, Any]:
 
 
 def retry(connection: Connection, job_id: int, *, now: datetime) -> bool:
-    """Takes a failed or expired job up again, at once and with its whole deadline. False where it changed nothing."""
+    """Try a failed or expired job again, due now and with a new deadline. Return whether it changed."""
     return bool(retry_all(connection, [job_id], now=now))
 
 
 def retry_all(connection: Connection, job_ids: Iterable[int], *, now: datetime) -> set[int]:
-    """The same for some hundred jobs at once; the ids of those it changed."""
-    ended = select(jobs.c.id, jobs.c.deadline_seconds)
-    ended = ended.where(jobs.c.id.in_(list(job_ids)), jobs.c.status.in_(("failed", "expired")))
-    locked = connection.execute(ended.order_by(jobs.c.id).with_for_update()).all()
+    """Retry up to a few hundred jobs, and return the ids of the changed jobs."""
+    retryable = select(jobs.c.id, jobs.c.deadline_seconds)
+    retryable = retryable.where(jobs.c.id.in_(list(job_ids)), jobs.c.status.in_(("failed", "expired")))
+    locked_rows = connection.execute(retryable.order_by(jobs.c.id).with_for_update()).all()
     pruned = select(outputs.c.job_id).where(
-        outputs.c.job_id.in_([row.id for row in locked]), outputs.c.error_code == PRUNED
+        outputs.c.job_id.in_([row.id for row in locked_rows]), outputs.c.error_code == PRUNED
     )
-    going = set(connection.execute(pruned).scalars())  # their files are being removed
-    rows = [row for row in locked if row.id not in going]
+    being_pruned = set(connection.execute(pruned).scalars())
+    rows = [row for row in locked_rows if row.id not in being_pruned]
     if not rows:
         return set()
     ids = {row.id for row in rows}
     reset_promises(connection, sorted(ids))
     failed = (outputs.c.job_id.in_(ids), outputs.c.status == "failed")
-    renewed = set(connection.execute(select(outputs.c.job_id).where(*failed)).scalars())
+    with_outputs = set(connection.execute(select(outputs.c.job_id).where(*failed)).scalars())
     connection.execute(update(outputs).where(*failed).values(fresh_output(now)))
     delete_looks(connection, ids)
-    alike: dict[tuple[bool, float], list[int]] = {}
+    ids_by_values: dict[tuple[bool, float], list[int]] = {}
     for row in rows:
-        alike.setdefault((row.id in renewed, row.deadline_seconds), []).append(row.id)
-    for (downloading, deadline_seconds), some in alike.items():
+        ids_by_values.setdefault((row.id in with_outputs, row.deadline_seconds), []).append(row.id)
+    for (downloading, deadline_seconds), same_ids in ids_by_values.items():
         connection.execute(
             update(jobs)
-            .where(jobs.c.id.in_(some))
+            .where(jobs.c.id.in_(same_ids))
             .values(
                 status="downloading" if downloading else "pending",
                 due_at=None if downloading else now,
@@ -433,33 +446,35 @@ def retry_all(connection: Connection, job_ids: Iterable[int], *, now: datetime) 
 
 
 def finish_job_if_done(connection: Connection, job_id: int, tally: Tally, *, now: datetime) -> str | None:
-    """End a job whose outputs are all final; return its final state, or None where it is not there yet.
+    """Finish a job if all its outputs are final. Return its final state, or None if outputs are still pending.
 
-    Where its outputs were promised links, and none of them brought anything, the job ends as it would have without
-    them. A job without any outputs has lost them, and ends as failed: `retry` asks the API for them again. The caller
-    holds the job's row, knows that it is being downloaded, and writes the tally.
+    If the outputs were promised links and none was stored, the job ends as it would have without them. A job whose
+    output rows are missing fails; `retry` asks the API for the outputs again. The caller has locked the job's row,
+    knows that the job is downloading, and writes the tally.
     """
-    of_job = [select(column).where(jobs.c.id == job_id).scalar_subquery() for column in (jobs.c.account, jobs.c.kind)]
-    saved = (promises.c.end_status, promises.c.end_code, promises.c.end_message)
-    of_promise = [select(column).where(promises.c.job_id == job_id).scalar_subquery() for column in saved]
+    job_columns = [
+        select(column).where(jobs.c.id == job_id).scalar_subquery() for column in (jobs.c.account, jobs.c.kind)
+    ]
+    end_columns = (promises.c.end_status, promises.c.end_code, promises.c.end_message)
+    promise_columns = [select(column).where(promises.c.job_id == job_id).scalar_subquery() for column in end_columns]
     total, stored, waiting, account, kind, end_status, end_code, end_message = connection.execute(
         select(
             func.count(),
             _count(outputs.c.status == "stored"),
             _count(outputs.c.status == "pending"),
-            *of_job,
-            *of_promise,
+            *job_columns,
+            *promise_columns,
         ).where(outputs.c.job_id == job_id)
     ).one()
     if waiting:
         return None
     if end_status is not None and stored:
         clear_promised_end(connection, job_id)
-        delete_looks(connection, [job_id])  # planned for the case that it expires
-    values: dict[str, Any] = {"error_code": None}  # its message stays: it may say that outputs were left out
+        delete_looks(connection, [job_id])  # they were planned in case it expires
+    values: dict[str, Any] = {"error_code": None}  # the message is kept: it may say that outputs were left out
     status = "completed"
     if end_status is not None and not stored:
-        status = end_status  # it never was ready
+        status = end_status  # the job never became ready
         values = {"error_code": end_code, "error_message": end_message, "ready_at": None}
     elif not total:
         status, message = "failed", "its outputs are missing in the database; `retry` asks for them again"
@@ -467,9 +482,9 @@ def finish_job_if_done(connection: Connection, job_id: int, tally: Tally, *, now
     elif total != stored:
         status, message = "failed", f"{total - stored} of {total} outputs could not be stored"
         values = {"error_code": "output_failed", "error_message": message}
-    free = {"due_at": None, "claim_token": None, "claim_holder": None}
+    release = {"due_at": None, "claim_token": None, "claim_holder": None}
     connection.execute(
-        update(jobs).where(jobs.c.id == job_id).values(status=status, completed_at=now, **free, **values)
+        update(jobs).where(jobs.c.id == job_id).values(status=status, completed_at=now, **release, **values)
     )
     tally.finished(account, kind, status)
     return status

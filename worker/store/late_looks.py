@@ -1,4 +1,7 @@
-"""Late looks at expired jobs. A row says when the next one is due; a look moves it on before its request is sent."""
+"""Late looks: polls of jobs that have expired. A row has the time of a job's next look.
+
+Claiming a look moves this time forward before the request is sent.
+"""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,13 +17,13 @@ from worker.store.bulk_write import insert_missing
 from worker.store.claims import ClaimedJob
 from worker.store.schema import jobs, late_looks
 
-LOST_LOOKS = 3  # beyond those planned: more began and never ended, so the look kills its process again and again
-STALE = timedelta(days=1)  # after its last look's time a row is of no use: by then no link lives
+LOST_LOOKS = 3  # looks beyond the planned number: more were claimed and lost, so the look may crash its process
+STALE = timedelta(days=1)  # a row this long after its last planned look is useless, because its links have expired
 
 
 @dataclass(frozen=True, slots=True)
 class DueLook:
-    """An expired job whose look is due: its account, and the host that it is asked at."""
+    """An expired job whose look is due, with its account and API host."""
 
     job_id: int
     account: str
@@ -29,7 +32,7 @@ class DueLook:
 
 @dataclass(frozen=True, slots=True)
 class ClaimedLook:
-    """A look that is ours to make until `until`. `looks` counts it, and `job.polls` its request."""
+    """A look that this process may make until `until`. `looks` includes this look, `job.polls` its request."""
 
     job: ClaimedJob
     looks: int
@@ -37,9 +40,9 @@ class ClaimedLook:
 
 
 def plan_looks(connection: Connection, job_ids: Collection[int], after: Sequence[float], *, now: datetime) -> None:
-    """Plan the looks at jobs that expired just now, by the seconds after their deadline.
+    """Plan the looks of jobs that expired just now. `after` has the seconds after their deadline.
 
-    A job whose promised links are tried before it expires is downloading meanwhile, and has its looks from then on.
+    A job whose promised links are tried before it expires is downloading. Its looks are planned at that time already.
     """
     if not job_ids or not after:
         return
@@ -52,12 +55,12 @@ def plan_looks(connection: Connection, job_ids: Collection[int], after: Sequence
 
 
 def delete_looks(connection: Connection, job_ids: Iterable[int]) -> None:
-    """Forget the looks at jobs that left `expired`. The caller has their rows."""
+    """Delete the looks of jobs that are no longer expired. The caller has locked the jobs' rows."""
     connection.execute(delete(late_looks).where(late_looks.c.job_id.in_(list(job_ids))))
 
 
 def due_looks(connection: Connection, accounts: Sequence[str], *, now: datetime, limit: int) -> list[DueLook]:
-    """Return the looks at jobs of these accounts that are due, those due longest first."""
+    """Return the due looks of jobs of these accounts, earliest due time first."""
     query = (
         select(late_looks.c.job_id, jobs.c.account, jobs.c.fetch_host)
         .join(jobs, jobs.c.id == late_looks.c.job_id)
@@ -69,11 +72,11 @@ def due_looks(connection: Connection, accounts: Sequence[str], *, now: datetime,
 
 
 def claim_look(connection: Connection, job_id: int, *, now: datetime, lease: timedelta) -> ClaimedLook | None:
-    """Take a look that is due: nobody else makes it before the lease is over. None where it is not ours to make.
+    """Claim a due look, so that no other process makes it before the lease ends. Return None if it is not available.
 
-    The request to come is counted in `polls`; `give_back_look` takes that back.
+    The coming request is added to `polls`. `defer_look` subtracts it again if the request was not sent.
     """
-    row = _locked(connection, job_id)
+    row = _lock_job(connection, job_id)
     if row is None:
         return None
     look = connection.execute(select(late_looks).where(late_looks.c.job_id == job_id)).one_or_none()
@@ -84,19 +87,19 @@ def claim_look(connection: Connection, job_id: int, *, now: datetime, lease: tim
         update(late_looks).where(late_looks.c.job_id == job_id).values(due_at=until, looks=look.looks + 1)
     )
     connection.execute(update(jobs).where(jobs.c.id == job_id).values(polls=row.polls + 1, asked_at=now))
-    return ClaimedLook(_claimed(row), look.looks + 1, until)
+    return ClaimedLook(_claimed_job(row), look.looks + 1, until)
 
 
-def _locked(connection: Connection, job_id: int) -> Row[Any] | None:
-    # The job is locked before its look, as everywhere.
+def _lock_job(connection: Connection, job_id: int) -> Row[Any] | None:
+    # All transactions lock the job before its look.
     locked = select(jobs).where(jobs.c.id == job_id).with_for_update(skip_locked=True)
     return connection.execute(locked).one_or_none()
 
 
-def _claimed(row: Row[Any]) -> ClaimedJob:
+def _claimed_job(row: Row[Any]) -> ClaimedJob:
     return ClaimedJob(
         row.id,
-        "",  # no token: the look's own row is what is claimed
+        "",  # no token: the claim is on the look's row
         row.account,
         row.remote_id,
         row.kind,
@@ -110,7 +113,7 @@ def _claimed(row: Row[Any]) -> ClaimedJob:
 
 
 def lock_look(connection: Connection, look: ClaimedLook) -> bool:
-    """Lock the job of a look, and return whether it is still expired and the look still ours."""
+    """Lock the job of a look. Return whether the job is still expired and this process still has the look."""
     locked = select(jobs.c.status).where(jobs.c.id == look.job.id).with_for_update()
     if connection.execute(locked).scalar_one_or_none() != "expired":
         return False
@@ -119,7 +122,7 @@ def lock_look(connection: Connection, look: ClaimedLook) -> bool:
 
 
 def plan_next_look(connection: Connection, look: ClaimedLook, after: Sequence[float], *, now: datetime) -> None:
-    """Plan the look after this one, or none. The caller has the job's row, and the look is still ours."""
+    """Plan the next look, if there is one. The caller has called `lock_look`."""
     due_at = next_look(look.job.facts.deadline_at, look.looks, after, now=now)
     if due_at is None:
         delete_looks(connection, [look.job.id])
@@ -128,7 +131,10 @@ def plan_next_look(connection: Connection, look: ClaimedLook, after: Sequence[fl
 
 
 def defer_look(connection: Connection, look: ClaimedLook, *, due_at: datetime, sent: bool) -> None:
-    """Put a look off that came to nothing: it does not count. The request does where it was sent. As above."""
+    """Defer a look without a result, which does not count. Its request counts if it was sent.
+
+    The caller has called `lock_look`.
+    """
     connection.execute(
         update(late_looks).where(late_looks.c.job_id == look.job.id).values(due_at=due_at, looks=look.looks - 1)
     )
@@ -139,34 +145,34 @@ def defer_look(connection: Connection, look: ClaimedLook, *, due_at: datetime, s
 
 
 def defer_due_looks(connection: Connection, job_ids: Sequence[int], *, now: datetime, due_at: datetime) -> None:
-    """Put due looks off that can't be made now, so that they keep no other waiting."""
-    # Jobs are locked before their looks, as everywhere.
+    """Defer due looks that can't be made now, so that others need not wait for them."""
+    # All transactions lock the jobs before their looks.
     locked = select(jobs.c.id).where(jobs.c.id.in_(job_ids)).order_by(jobs.c.id).with_for_update(skip_locked=True)
-    ours = list(connection.execute(locked).scalars()) if job_ids else []
-    if ours:
-        due = (late_looks.c.job_id.in_(ours), late_looks.c.due_at <= now)
+    locked_ids = list(connection.execute(locked).scalars()) if job_ids else []
+    if locked_ids:
+        due = (late_looks.c.job_id.in_(locked_ids), late_looks.c.due_at <= now)
         connection.execute(update(late_looks).where(*due).values(due_at=due_at))
 
 
 def delete_stale_looks(connection: Connection, after: Sequence[float], *, now: datetime, limit: int) -> int:
-    """Forget due looks that are of no use; return how many.
+    """Delete due looks that are useless; return how many.
 
-    Their job is not expired, or their last time is more than a day ago, or they began too often without an end.
+    Their job is not expired, or the last planned time is more than a day ago, or they were claimed and lost too often.
     """
-    last = timedelta(seconds=after[-1]) + STALE
-    over = or_(
+    last_look = timedelta(seconds=after[-1]) + STALE
+    is_stale = or_(
         jobs.c.status.not_in(("expired", "downloading")),
-        jobs.c.deadline_at < now - last,
+        jobs.c.deadline_at < now - last_look,
         late_looks.c.looks > len(after) + LOST_LOOKS,
     )
     query = select(jobs.c.id).join(late_looks, late_looks.c.job_id == jobs.c.id)
-    query = query.where(late_looks.c.due_at <= now, over).order_by(jobs.c.id).limit(limit)
-    stale = list(connection.execute(query.with_for_update(skip_locked=True)).scalars())
-    if stale:
-        delete_looks(connection, stale)
-    return len(stale)
+    query = query.where(late_looks.c.due_at <= now, is_stale).order_by(jobs.c.id).limit(limit)
+    stale_ids = list(connection.execute(query.with_for_update(skip_locked=True)).scalars())
+    if stale_ids:
+        delete_looks(connection, stale_ids)
+    return len(stale_ids)
 
 
 def look_of(connection: Connection, job_id: int) -> Row[Any] | None:
-    """Return when a job is looked at next, and how often it was; None where it is not."""
+    """Return the row with a job's next look, or None."""
     return connection.execute(select(late_looks).where(late_looks.c.job_id == job_id)).one_or_none()

@@ -1,4 +1,4 @@
-"""Listing: the rows of the outputs that an answer lists, or that a promise names."""
+"""Insert the output rows for the links that an answer lists or promises."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -13,13 +13,14 @@ from worker.store.schema import bodies, outputs
 
 
 def insert_outputs(
-    connection: Connection, found: Iterable[tuple[int, Sequence[Link]]], *, now: datetime, queued: bool
+    connection: Connection, links_by_job: Iterable[tuple[int, Sequence[Link]]], *, now: datetime, queued: bool
 ) -> list[int]:
-    """Put in an output row for each link of these jobs, due at once, and the bytes that an answer carried; return ids.
+    """Insert an output row for each link, due now, and return the ids in the same order.
 
-    `queued` where the caller sends their messages after the commit; else the next sweep does.
+    Also insert the bytes of outputs that the answer itself contained. Pass `queued=True` if the caller sends the
+    download messages after the commit. Otherwise the next sweep sends them.
     """
-    links = [(job_id, position, link) for job_id, listed in found for position, link in enumerate(listed)]
+    links = [(job_id, position, link) for job_id, job_links in links_by_job for position, link in enumerate(job_links)]
     rows = [
         {
             "job_id": job_id,
@@ -36,29 +37,29 @@ def insert_outputs(
     ids: dict[tuple[int, int], int] = {}
     for start in range(0, len(rows), INSERT_ROWS):
         ids |= _insert_outputs(connection, rows[start : start + INSERT_ROWS])
-    carried = [
+    body_rows = [
         {"output_id": ids[job_id, position], "body": link.body}
         for job_id, position, link in links
         if link.body is not None
     ]
-    if carried:
-        connection.execute(insert(bodies), carried)
+    if body_rows:
+        connection.execute(insert(bodies), body_rows)
     return [ids[job_id, position] for job_id, position, _ in links]
 
 
 def _insert_outputs(connection: Connection, rows: list[dict[str, Any]]) -> dict[tuple[int, int], int]:
-    """Put output rows in; return their ids by job and position."""
-    known = (outputs.c.id, outputs.c.job_id, outputs.c.position)
+    """Insert output rows; return their ids by job and position."""
+    columns = (outputs.c.id, outputs.c.job_id, outputs.c.position)
     match connection.dialect.name:
         case "postgresql":
             names = list(rows[0])
-            fresh = batch_columns(outputs, names)
-            statement = insert(outputs).from_select(names, select(*fresh.values())).returning(*known)
-            found = connection.execute(statement, batch_parameter(names, rows))
+            batch = batch_columns(outputs, names)
+            statement = insert(outputs).from_select(names, select(*batch.values())).returning(*columns)
+            inserted = connection.execute(statement, batch_parameter(names, rows))
         case "sqlite":
-            found = connection.execute(insert(outputs).values(rows).returning(*known))
+            inserted = connection.execute(insert(outputs).values(rows).returning(*columns))
         case _:
             connection.execute(insert(outputs), rows)
             jobs_of_rows = {row["job_id"] for row in rows}
-            found = connection.execute(select(*known).where(outputs.c.job_id.in_(jobs_of_rows)))
-    return {(row.job_id, row.position): row.id for row in found}
+            inserted = connection.execute(select(*columns).where(outputs.c.job_id.in_(jobs_of_rows)))
+    return {(row.job_id, row.position): row.id for row in inserted}

@@ -1,4 +1,4 @@
-"""Brings the tables up to this version, in a checkout as well as from an installed wheel."""
+"""Run the migrations, from a checkout or from an installed wheel."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,26 +23,26 @@ from worker.store.engine import (
 )
 
 _PACKAGE = Path(__file__).parents[1]
-_LOCK = 0x6665746368  # names the lock that two migrations at once queue on; any number of our own will do
+_LOCK = 0x6665746368  # the number of the advisory lock that keeps two migrations apart ("fetch" in ASCII)
 _LOCK_SECONDS = 300
-MYSQL_LOCK = "CONCAT('fetch-worker ', MD5(DATABASE()))"  # locks belong to the server there, not to a database
+MYSQL_LOCK = "CONCAT('fetch-worker ', MD5(DATABASE()))"  # lock names are shared by all databases of a server
 
 
 def scripts() -> Path:
-    """The folder of the migration scripts: inside the package where it was installed, beside it in a checkout."""
-    inside = _PACKAGE / "migrations"
-    return inside if inside.is_dir() else _PACKAGE.parent / "migrations"
+    """Return the folder of the migration scripts: inside an installed package, or next to it in a checkout."""
+    installed = _PACKAGE / "migrations"
+    return installed if installed.is_dir() else _PACKAGE.parent / "migrations"
 
 
 def migrate(engine: Engine) -> tuple[str | None, str | None]:
-    """Runs what is missing; the version before and after.
+    """Run the missing migrations; return the versions before and after.
 
-    Raises Unavailable where the database does not answer, SchemaOutdated where its tables are ahead of this version.
+    Raises Unavailable if the database does not answer, and SchemaOutdated if its tables are newer than this version.
     """
     config = Config()
     config.set_main_option("script_location", str(scripts()).replace("%", "%%"))
     unlimited = engine.execution_options(**{UNLIMITED: True})
-    with translate_errors(engine.url), unlimited.connect() as connection, _alone(connection):
+    with translate_errors(engine.url), unlimited.connect() as connection, _migration_lock(connection):
         before = schema_version(connection)
         config.attributes["connection"] = connection
         try:
@@ -57,35 +57,36 @@ def migrate(engine: Engine) -> tuple[str | None, str | None]:
 
 
 def expand(engine: Engine) -> None:
-    """Makes sure that tables of an older version have what this one needs, as a worker process does at its start.
+    """Migrate the tables of an older version. Each worker process calls this when it starts.
 
-    A migration only adds, so that the workers of the version before go on beside it. Where there are no tables none are
-    made. Raises SchemaOutdated where somebody has to run `fetch-worker migrate`, Unavailable where no database answers.
+    Migrations only add tables and columns, so workers of the previous version can continue. No tables are created if
+    there are none. Raises SchemaOutdated if an operator has to run `fetch-worker migrate`, and Unavailable if the
+    database does not answer.
     """
     try:
         check_schema(engine)
     except SchemaOutdated:
         with translate_errors(engine.url), engine.connect() as connection:
-            there = schema_version(connection) is not None
-        if not there:
+            has_tables = schema_version(connection) is not None
+        if not has_tables:
             raise
         try:
             migrate(engine)
-        except (DBAPIError, Unavailable):  # no right to, or somebody else holds the tables
+        except (DBAPIError, Unavailable):  # the permission is missing, or another transaction has locked the tables
             check_schema(engine)
 
 
 @contextmanager
-def _alone(connection: Connection) -> Iterator[None]:
-    """Keeps two migrations apart; SQLite does it by itself. An index of a large table may take its time."""
+def _migration_lock(connection: Connection) -> Iterator[None]:
+    """Lock out other migrations. SQLite locks its file anyway. Statements have no timeout here."""
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'")
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_SECONDS}s'")
     elif connection.dialect.name != "sqlite":
         limit_statements(connection, 0)
-        taken = connection.exec_driver_sql(f"SELECT GET_LOCK({MYSQL_LOCK}, {_LOCK_SECONDS})").scalar()
-        if not taken:
+        locked = connection.exec_driver_sql(f"SELECT GET_LOCK({MYSQL_LOCK}, {_LOCK_SECONDS})").scalar()
+        if not locked:
             raise Unavailable(f"another migration is under way for more than {_LOCK_SECONDS} s: try again after it")
     try:
         yield

@@ -12,13 +12,13 @@ from worker.store.schema import jobs
 
 BATCH = 200
 RECENT = 1_000  # jobs
-CLAIM = timedelta(seconds=60)  # how long a process has for a batch, before another one may send it again
+CLAIM = timedelta(seconds=60)  # the lease of a batch; after it, another process may send the calls again
 GIVE_UP = timedelta(days=7)  # after the job's end, for a queue that refuses each message
 
 
 @dataclass(frozen=True, slots=True)
 class OnDoneCall:
-    """A message that this process sends now. `attempts` counts this one."""
+    """A message that this process sends now. `attempts` includes this attempt."""
 
     job_id: int
     on_done: str
@@ -27,7 +27,7 @@ class OnDoneCall:
 
 @dataclass(frozen=True, slots=True)
 class RefusedCalls:
-    """Final jobs whose call was refused so far: those tried again, those given up, and the newest of them."""
+    """The numbers of refused calls that are tried again and that are given up, and details of the newest one."""
 
     waiting: int
     given_up: int
@@ -37,7 +37,7 @@ class RefusedCalls:
 
 
 def claim_calls(connection: Connection, *, now: datetime, job_ids: Sequence[int] | None = None) -> list[OnDoneCall]:
-    """Claim the calls that are due, oldest end first; with `job_ids` only those of these jobs."""
+    """Claim the calls that are due, in the order in which the jobs ended. With `job_ids`, only claim their calls."""
     query = (
         select(jobs.c.id, jobs.c.on_done, jobs.c.on_done_attempts)
         .where(_unsent(), _still_tried(now), or_(jobs.c.on_done_due_at.is_(None), jobs.c.on_done_due_at <= now))
@@ -59,7 +59,7 @@ def record_sent(connection: Connection, job_ids: Collection[int], *, now: dateti
 
 
 def record_refused(connection: Connection, refused: Mapping[OnDoneCall, str], *, now: datetime) -> None:
-    """Write down why calls were refused. Each is due again after a delay that grows to an hour."""
+    """Record why calls were refused. Each is due again after a delay that grows up to an hour."""
     for call, reason in refused.items():
         wait = timedelta(seconds=retry_delay(call.attempts, call.job_id % 100 / 100))
         connection.execute(
@@ -70,13 +70,13 @@ def record_refused(connection: Connection, refused: Mapping[OnDoneCall, str], *,
 
 
 def release_calls(connection: Connection, job_ids: Collection[int]) -> None:
-    """Give claimed calls back, due now."""
+    """Release claimed calls, due now."""
     is_unsent = and_(jobs.c.id.in_(job_ids), jobs.c.told_at.is_(None))
     connection.execute(update(jobs).where(is_unsent).values(on_done_due_at=None))
 
 
 def refused_calls(connection: Connection, *, now: datetime) -> RefusedCalls:
-    """Return what brokers have refused and not taken since."""
+    """Return the calls that a broker has refused and not accepted since."""
     is_refused = and_(_unsent(), jobs.c.on_done_error.is_not(None))
     count = select(func.count(case((_still_tried(now), 1))), func.count()).where(is_refused)
     waiting, total = connection.execute(count).one()
@@ -88,13 +88,13 @@ def refused_calls(connection: Connection, *, now: datetime) -> RefusedCalls:
 
 
 def unsent_calls(connection: Connection, *, before: datetime) -> int:
-    """Count the jobs that ended before that moment and whose call nobody has tried to send."""
+    """Count the jobs that ended before this time and whose call was never tried."""
     query = select(func.count()).where(_unsent(), jobs.c.on_done_attempts == 0, jobs.c.completed_at < before)
     return int(connection.execute(query).scalar_one())
 
 
 def recent_on_done(connection: Connection) -> list[str]:
-    """Return what the newest jobs have as `on_done`, each once."""
+    """Return the distinct `on_done` values of the newest jobs."""
     newest = select(jobs.c.on_done).order_by(jobs.c.id.desc()).limit(RECENT).subquery()
     query = select(newest.c.on_done).where(newest.c.on_done.is_not(None)).distinct()
     return list(connection.execute(query).scalars())

@@ -1,4 +1,4 @@
-"""Outputs that are stored, or not yet: looking them up, and putting back those whose file is gone."""
+"""Outputs: look them up, count them, and requeue stored outputs whose file is missing."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from worker.store.job_values import clear_end
 from worker.store.jobs import fresh_output
 from worker.store.schema import events, jobs, outputs
 
-_AT_ONCE = 500
+_IDS_PER_QUERY = 500
 
 
 @dataclass(frozen=True, slots=True)
 class UnstoredGroup:
-    """Outputs that are paid for and not stored yet, of one kind of trouble (None: none so far).
+    """The outputs that are not stored yet and have the same error code (None if there was no error).
 
-    `message` is one of theirs.
+    `message` is the error message of one of them.
     """
 
     code: str | None
@@ -28,8 +28,8 @@ class UnstoredGroup:
 
 
 def unstored_by_code(connection: Connection) -> list[UnstoredGroup]:
-    """The outputs that wait or are on their way, by their last trouble."""
-    found = (
+    """Return the pending outputs, grouped by their last error code."""
+    query = (
         select(
             outputs.c.error_code,
             func.count().label("count"),
@@ -39,12 +39,12 @@ def unstored_by_code(connection: Connection) -> list[UnstoredGroup]:
         .where(outputs.c.due_at.is_not(None))
         .group_by(outputs.c.error_code)
     )
-    rows = connection.execute(found).all()
+    rows = connection.execute(query).all()
     return [UnstoredGroup(row.error_code, row._mapping["count"], row.oldest, row.message) for row in rows]
 
 
 def count_expired_claims(connection: Connection, *, before: datetime) -> int:
-    """Rows, of jobs and of outputs, whose claim was over before that and that nobody has taken up since."""
+    """Count the jobs and outputs whose lease ended before this time and that were not released or claimed since."""
     return sum(
         connection.execute(
             select(func.count()).where(table.c.claim_holder.is_not(None), table.c.due_at < before)
@@ -54,7 +54,7 @@ def count_expired_claims(connection: Connection, *, before: datetime) -> int:
 
 
 def count_claims(connection: Connection) -> dict[str, int]:
-    """How many jobs, outputs and webhooks are being worked on, or were when their process died."""
+    """Return the number of claimed jobs, outputs and webhook events, including claims of dead processes."""
     return {
         name: int(connection.execute(select(func.count()).where(table.c.claim_holder.is_not(None))).scalar_one())
         for name, table in (("job", jobs), ("output", outputs), ("webhook", events))
@@ -62,15 +62,15 @@ def count_claims(connection: Connection) -> dict[str, int]:
 
 
 def output_row(connection: Connection, output_id: int) -> Row[Any] | None:
-    """One output, or None."""
+    """Return the row of an output, or None."""
     if not 0 < output_id < 2**63:
         return None
     return connection.execute(select(outputs).where(outputs.c.id == output_id)).one_or_none()
 
 
 def stored_after(connection: Connection, after: int, *, job_ids: Sequence[int] | None, limit: int) -> list[Row[Any]]:
-    """Stored outputs with higher ids than `after`, in order; of some jobs only, where they are given."""
-    wanted = (
+    """Return stored outputs with ids above `after`, in order. With `job_ids`, only outputs of these jobs."""
+    query = (
         select(outputs, jobs.c.status.label("job_status"))
         .join(jobs, jobs.c.id == outputs.c.job_id)
         .where(outputs.c.id > after, outputs.c.status == "stored")
@@ -78,36 +78,37 @@ def stored_after(connection: Connection, after: int, *, job_ids: Sequence[int] |
         .limit(limit)
     )
     if job_ids is not None:
-        wanted = wanted.where(outputs.c.job_id.in_(job_ids))
-    return list(connection.execute(wanted))
+        query = query.where(outputs.c.job_id.in_(job_ids))
+    return list(connection.execute(query))
 
 
 def unknown_locations(connection: Connection, locations: Sequence[str]) -> list[str]:
-    """Those of the locations that no output has."""
+    """Return the locations that no output has."""
     known: set[str | None] = set()
-    for start in range(0, len(locations), _AT_ONCE):
-        some = locations[start : start + _AT_ONCE]
-        known.update(connection.execute(select(outputs.c.location).where(outputs.c.location.in_(some))).scalars())
+    for start in range(0, len(locations), _IDS_PER_QUERY):
+        batch = locations[start : start + _IDS_PER_QUERY]
+        known.update(connection.execute(select(outputs.c.location).where(outputs.c.location.in_(batch))).scalars())
     return [location for location in locations if location not in known]
 
 
 def existing_jobs(connection: Connection, job_ids: Iterable[int]) -> set[int]:
-    """Those of the jobs that there are."""
-    wanted = sorted(job_ids)
-    known: set[int] = set()
-    for start in range(0, len(wanted), _AT_ONCE):
-        some = jobs.c.id.in_(wanted[start : start + _AT_ONCE])
-        known.update(connection.execute(select(jobs.c.id).where(some)).scalars())
-    return known
+    """Return the ids of the jobs that exist."""
+    sorted_ids = sorted(job_ids)
+    existing: set[int] = set()
+    for start in range(0, len(sorted_ids), _IDS_PER_QUERY):
+        in_batch = jobs.c.id.in_(sorted_ids[start : start + _IDS_PER_QUERY])
+        existing.update(connection.execute(select(jobs.c.id).where(in_batch)).scalars())
+    return existing
 
 
 def requeue_output(connection: Connection, output_id: int, *, location: str, now: datetime) -> bool:
-    """Makes a stored output whose file is gone or damaged due again, and its job unfinished.
+    """Requeue a stored output whose file is missing or damaged, and set its job to downloading.
 
-    False where it is not stored there any more, its job was cancelled, or nothing but the answer ever had its bytes.
+    Return False if the output is no longer stored at this location, if its job was cancelled, or if its bytes came with
+    the answer itself and can't be downloaded again.
     """
     job_id = select(outputs.c.job_id).where(outputs.c.id == output_id).scalar_subquery()
-    # The job is locked before its outputs, as everywhere.
+    # All transactions lock the job before its outputs.
     job = connection.execute(
         select(jobs.c.id, jobs.c.status).where(jobs.c.id == job_id).with_for_update()
     ).one_or_none()

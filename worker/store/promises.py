@@ -1,7 +1,7 @@
-"""Promised links: addresses at which an answer said that outputs will be. They are kept with their job.
+"""Promised links: links at which, by an answer of the API, outputs will appear later. One row per job.
 
-Before a job ends without an output they are tried like listed ones. Meanwhile `end_status`, `end_code` and
-`end_message` say how the job ends if none of them brings anything.
+Before a job ends without an output, its promised links are downloaded like listed outputs. Meanwhile `end_status`,
+`end_code` and `end_message` contain how the job ends if no link can be stored.
 """
 
 import json
@@ -17,11 +17,11 @@ from worker.store.bulk_write import INSERT_ROWS, JSON_BATCH_ROWS, batch_columns,
 from worker.store.listing import insert_outputs
 from worker.store.schema import outputs, promises
 
-_NEW = ("job_id", "urls")
+_NAMES = ("job_id", "urls")
 
 
 class PromisedEnd(NamedTuple):
-    """A job that would end now, and the links that are tried before that."""
+    """A job that would end now, and the promised links that are tried first."""
 
     job_id: int
     end: EndJob
@@ -29,57 +29,57 @@ class PromisedEnd(NamedTuple):
 
 
 def add_promises(connection: Connection, promised: Mapping[int, Sequence[str]]) -> None:
-    """Put in the links that were promised of new jobs."""
-    rows = [{"job_id": job_id, "urls": _listed(urls)} for job_id, urls in sorted(promised.items())]
+    """Insert the promised links of jobs that have none yet."""
+    rows = [{"job_id": job_id, "urls": _to_json(urls)} for job_id, urls in sorted(promised.items())]
     if connection.dialect.name != "postgresql":
         size, statement = INSERT_ROWS, insert(promises)
     else:
         size, statement = (
             JSON_BATCH_ROWS,
-            insert(promises).from_select(_NEW, select(*batch_columns(promises, _NEW).values())),
+            insert(promises).from_select(_NAMES, select(*batch_columns(promises, _NAMES).values())),
         )
     for start in range(0, len(rows), size):
-        some = rows[start : start + size]
-        connection.execute(statement, batch_parameter(_NEW, some) if size == JSON_BATCH_ROWS else some)
+        batch = rows[start : start + size]
+        connection.execute(statement, batch_parameter(_NAMES, batch) if size == JSON_BATCH_ROWS else batch)
 
 
 def save_promises(connection: Connection, promised: Mapping[int, Sequence[str]]) -> None:
-    """Write down the links that answers promised, in place of those before. The caller has locked the jobs' rows."""
+    """Save the links that answers promised, and replace previous ones. The caller has locked the jobs' rows."""
     if not promised:
         return
     query = select(promises.c.job_id, promises.c.urls).where(promises.c.job_id.in_(sorted(promised)))
-    before = {row.job_id: row.urls for row in connection.execute(query)}
-    add_promises(connection, {job_id: urls for job_id, urls in promised.items() if job_id not in before})
-    other = [
-        {"of_job": job_id, "links": _listed(urls)}
+    previous = {row.job_id: row.urls for row in connection.execute(query)}
+    add_promises(connection, {job_id: urls for job_id, urls in promised.items() if job_id not in previous})
+    changed = [
+        {"of_job": job_id, "links": _to_json(urls)}
         for job_id, urls in sorted(promised.items())
-        if job_id in before and before[job_id] != _listed(urls)
+        if job_id in previous and previous[job_id] != _to_json(urls)
     ]
-    if other:
+    if changed:
         of_job = promises.c.job_id == bindparam("of_job")
-        connection.execute(update(promises).where(of_job).values(urls=bindparam("links")), other)
+        connection.execute(update(promises).where(of_job).values(urls=bindparam("links")), changed)
 
 
 def promised_links(connection: Connection, job_ids: Sequence[int]) -> dict[int, tuple[str, ...]]:
-    """Return the links that were promised of these jobs and not tried yet, by job."""
+    """Return the promised links of these jobs that were not tried yet, by job."""
     if not job_ids:
         return {}
     query = select(promises.c.job_id, promises.c.urls).where(
         promises.c.job_id.in_(sorted(job_ids)), promises.c.tried_at.is_(None)
     )
-    listed = {row.job_id: tuple(json.loads(row.urls)) for row in connection.execute(query)}
-    return {job_id: urls for job_id, urls in listed.items() if urls}
+    urls_by_job = {row.job_id: tuple(json.loads(row.urls)) for row in connection.execute(query)}
+    return {job_id: urls for job_id, urls in urls_by_job.items() if urls}
 
 
 def promise_row(connection: Connection, job_id: int) -> Row[Any] | None:
-    """Return what was promised of a job, and whether it is tried or was; None where nothing was promised."""
+    """Return the row with a job's promised links, or None."""
     return connection.execute(select(promises).where(promises.c.job_id == job_id)).one_or_none()
 
 
 def try_promises(connection: Connection, ends: Sequence[PromisedEnd], *, now: datetime, queued: bool) -> list[int]:
-    """List promised links as outputs of jobs that are downloading from now on; return the ids of the outputs.
+    """Insert promised links as outputs of jobs that are downloading from now on; return the ids of the outputs.
 
-    `queued` where the caller sends their messages after the commit; else the next sweep does.
+    Pass `queued=True` if the caller sends the download messages after the commit. Otherwise the next sweep sends them.
     """
     if not ends:
         return []
@@ -95,27 +95,27 @@ def try_promises(connection: Connection, ends: Sequence[PromisedEnd], *, now: da
         ),
         [{"of_job": job_id, "status": end.status, "code": end.code, "message": end.message} for job_id, end, _ in ends],
     )
-    listed = [(job_id, [Link(url) for url in urls]) for job_id, _, urls in ends]
-    return insert_outputs(connection, listed, now=now, queued=queued)
+    links_by_job = [(job_id, [Link(url) for url in urls]) for job_id, _, urls in ends]
+    return insert_outputs(connection, links_by_job, now=now, queued=queued)
 
 
 def clear_promised_end(connection: Connection, job_id: int) -> None:
-    """Note that a promised link brought an output: from now on the job is like any other."""
+    """Clear the planned end of a job, because an output of a promised link was stored."""
     connection.execute(
         update(promises).where(promises.c.job_id == job_id).values(end_status=None, end_code=None, end_message=None)
     )
 
 
 def delete_promises(connection: Connection, job_ids: Collection[int]) -> None:
-    """Forget the links that were promised of jobs whose outputs are listed. The caller has the jobs' rows."""
+    """Delete the promised links of jobs whose outputs are listed now. The caller has locked the jobs' rows."""
     if job_ids:
         connection.execute(delete(promises).where(promises.c.job_id.in_(sorted(job_ids))))
 
 
 def reset_promises(connection: Connection, job_ids: Sequence[int]) -> set[int]:
-    """Make promised links untried again where none brought anything; return those of the jobs.
+    """Mark promised links as untried if none could be stored; return the ids of these jobs.
 
-    Their rows of outputs are removed: the API is asked again, and its answer lists outputs from the first position on.
+    Their failed output rows are deleted. The API is asked again, and its answer lists outputs from position 0.
     """
     query = select(promises.c.job_id).where(promises.c.job_id.in_(sorted(job_ids)), promises.c.end_status.is_not(None))
     tried = set(connection.execute(query).scalars()) if job_ids else set()
@@ -129,5 +129,5 @@ def reset_promises(connection: Connection, job_ids: Sequence[int]) -> set[int]:
     return tried
 
 
-def _listed(urls: Sequence[str]) -> str:
+def _to_json(urls: Sequence[str]) -> str:
     return json.dumps(list(urls), ensure_ascii=False)

@@ -1,7 +1,9 @@
-"""The tables, as SQLAlchemy Core sees them: names, columns, and the constraints that keep the state machine honest.
+"""The tables as SQLAlchemy Core objects, with the constraints that allow only valid states.
 
-They stand beside an app's own tables, hence the `fetch_` names. `due_at` is the queue: a row with one waits for work,
-a row without is at rest. A claim moves `due_at` forward by the lease and writes a token that fences the result.
+The tables share a database with an app's own tables, so their names begin with `fetch_`.
+
+`due_at` is the queue. A row with a due time waits for work; a row without one needs no work. A claim moves `due_at`
+forward by the length of the lease and writes a fencing token. A result is only written while that token is in the row.
 """
 
 from datetime import UTC, datetime
@@ -33,36 +35,36 @@ from sqlalchemy.dialects import mysql
 
 VERSION_TABLE = "fetch_worker_version"
 MYSQL_FAMILY = frozenset({"mysql", "mariadb"})  # the names of their dialects
-HELD_UNTIL = datetime(9999, 1, 1, tzinfo=UTC)  # when a job is due that an operator holds
+HELD_UNTIL = datetime(9999, 1, 1, tzinfo=UTC)  # the due time of a job that an operator holds
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """Aware UTC times on every database. A naive time is refused, since nobody can know what it means."""
+    """Timezone-aware UTC times on every database. A naive time is refused, because its time zone is unknown."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
 
     def load_dialect_impl(self, dialect: Dialect) -> Any:
-        """Microseconds also on MySQL and MariaDB, where seconds are the default."""
+        """Return a type with microseconds on MySQL and MariaDB, whose default is whole seconds."""
         if dialect.name in MYSQL_FAMILY:
             return dialect.type_descriptor(mysql.DATETIME(fsp=6))
         return dialect.type_descriptor(DateTime(timezone=True))
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Refuses a naive time (ValueError); everything else is stored as UTC."""
+        """Convert a time to UTC. Raises ValueError for a naive time."""
         if value is None:
             return None
         if value.tzinfo is None:
-            raise ValueError(f"a time without a zone can't be stored: {value!r}")
+            raise ValueError(f"a time without a time zone can't be stored: {value!r}")
         utc = value.astimezone(UTC)
         return utc if dialect.name == "postgresql" else utc.replace(tzinfo=None)
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Any:
-        """None on PostgreSQL, where times come aware and in UTC: `worker.store.engine` sets the zone."""
+        """Return None on PostgreSQL, which returns aware UTC times: `worker.store.engine` sets the time zone."""
         return None if dialect.name == "postgresql" else super().result_processor(dialect, coltype)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Times come back aware, in UTC."""
+        """Return the time as an aware UTC time."""
         if value is None:
             return None
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
@@ -72,7 +74,7 @@ def _where(condition: str) -> dict[str, Any]:
     return {"postgresql_where": text(condition), "sqlite_where": text(condition)}
 
 
-_Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by itself only where the type is INTEGER
+_Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite generates ids only for columns of type INTEGER
 _LongText = Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
 _Body = LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
 
@@ -98,38 +100,38 @@ jobs = Table(
     Column("fetch_url", String(500), nullable=False),
     Column("fetch_base", String(500), nullable=False),
     Column("fetch_host", String(255), nullable=False),
-    Column("default_address", Boolean, nullable=False, server_default=text("false")),  # it is that of SD_API_URL
+    Column("default_address", Boolean, nullable=False, server_default=text("false")),  # from SD_API_URL
     Column("status", String(16), nullable=False),
     Column("priority", SmallInteger, nullable=False, server_default="0"),
     Column("reference", String(255)),
     Column("on_done", String(255)),
     Column("webhook_url", Text),
     Column("eta", Double),
-    Column("eta_at", UtcDateTime),  # when it came, where that was after the submission
-    Column("not_ready_at", UtcDateTime),  # when the API last said so
-    Column("pace_scale", Double),  # how the worth of a request grows: see `worker.core.pacing.policy.urgency`
+    Column("eta_at", UtcDateTime),  # when an answer brought the ETA; NULL if the submission did
+    Column("not_ready_at", UtcDateTime),  # when the API last answered that the job is not ready
+    Column("pace_scale", Double),  # how the value of a request grows: see `worker.core.pacing.policy.urgency`
     Column("pace_growth", Double),
     Column("polls", Integer, nullable=False, server_default="0"),
     Column("failed_answers", SmallInteger, nullable=False, server_default="0"),
     Column("unknown_answers", SmallInteger, nullable=False, server_default="0"),
     Column("error_answers", SmallInteger, nullable=False, server_default="0"),
     Column("empty_answers", SmallInteger, nullable=False, server_default="0"),
-    Column("struck_at", UtcDateTime),
-    Column("last_answer", String(600)),  # the last ones, newest first, a line each: see `worker.core.answer_history`
+    Column("struck_at", UtcDateTime),  # when the last of these four counters was increased
+    Column("last_answer", String(600)),  # the last answers, newest first, one per line: `worker.core.answer_history`
     Column("submitted_at", UtcDateTime, nullable=False),
     Column("tracked_at", UtcDateTime, nullable=False),
     Column("deadline_at", UtcDateTime, nullable=False),
     Column("deadline_seconds", Double, nullable=False),
     Column("due_at", UtcDateTime),
-    Column("asked_at", UtcDateTime),
+    Column("asked_at", UtcDateTime),  # when the job was last polled
     Column("ready_at", UtcDateTime),
     Column("completed_at", UtcDateTime),
-    Column("told_at", UtcDateTime),
-    Column("on_done_attempts", SmallInteger, nullable=False, server_default="0"),  # that the broker refused
-    Column("on_done_due_at", UtcDateTime),  # not sent before; also while a process sends it
+    Column("told_at", UtcDateTime),  # when the `on_done` call was sent
+    Column("on_done_attempts", SmallInteger, nullable=False, server_default="0"),  # calls that the broker refused
+    Column("on_done_due_at", UtcDateTime),  # the call is not sent before this time; a claim moves it forward
     Column("on_done_error", String(255)),
-    Column("announced_at", UtcDateTime),  # when the event of the present final state was made
-    Column("held_at", UtcDateTime),  # since when an operator holds it: its due time is `HELD_UNTIL` then
+    Column("announced_at", UtcDateTime),  # when the webhook event of the present final state was created
+    Column("held_at", UtcDateTime),  # when an operator's hold began; `due_at` is `HELD_UNTIL` while it lasts
     Column("claim_token", String(32)),
     Column("claim_holder", String(32)),
     Column("error_code", String(32)),
@@ -145,13 +147,13 @@ jobs = Table(
     CheckConstraint("status NOT IN ('downloading', 'completed') OR ready_at IS NOT NULL", name="ready_has_ready_at"),
     CheckConstraint("claim_token IS NULL OR (claim_holder IS NOT NULL AND due_at IS NOT NULL)", name="claim_is_leased"),
     CheckConstraint("polls >= 0", name="polls_count_up"),
-    # Its last column changes with every claim and every answer, so PostgreSQL can't make heap-only (HOT) updates here:
-    # 0 of 160,000 were. The fillfactor of 70 is kept for another reason: a new row version finds room on its own page.
-    # 80,000 polls of 20,000 jobs let the table grow by 15 to 24 MiB with it, and by 57 to 100 MiB without it.
+    # The index's last column changes with every claim and every answer, so PostgreSQL can't make heap-only (HOT)
+    # updates of this table: 0 of 160,000 were. The fillfactor of 70 has another purpose: a new row version fits on the
+    # same page. With it, 80,000 polls of 20,000 jobs grew the table by 15 to 24 MiB; without it by 57 to 100 MiB.
     Index("ix_fetch_jobs_best", "account", "priority", "fetch_host", "due_at", **_where("due_at IS NOT NULL")),
     Index("ix_fetch_jobs_remote_id", "remote_id"),
     Index("ix_fetch_jobs_reference", "reference", **_where("reference IS NOT NULL")),
-    # Where a database can: without the jobs that wait, whose rows change all the time.
+    # On PostgreSQL the index leaves out pending jobs, because their rows change all the time.
     Index("ix_fetch_jobs_status", "status", "id", postgresql_where=text("status <> 'pending'")),
     Index("ix_fetch_jobs_holder", "claim_holder", **_where("claim_holder IS NOT NULL")),
     Index(
@@ -164,7 +166,8 @@ jobs = Table(
         "completed_at",
         **_where("completed_at IS NOT NULL AND webhook_url IS NOT NULL AND announced_at IS NULL"),
     ),
-    # The same two for MariaDB, which has no partial indexes and would go through all final jobs; empty everywhere else.
+    # MariaDB has no partial indexes and would read all final jobs. These two replace the two above there. On the other
+    # databases they are empty.
     Index(
         "ix_fetch_jobs_unannounced_mysql",
         "announced_at",
@@ -181,12 +184,12 @@ jobs = Table(
         mariadb_length={"on_done": 1},
         **_where("false"),
     ),
-    sqlite_autoincrement=True,  # ids are never used twice: files are named after them
+    sqlite_autoincrement=True,  # an id is never used again, because files are named after ids
 )
 
-# MariaDB and MySQL have no partial indexes. There this generated column holds the account of each job that has a due
-# time, and is NULL for all others, so that its index leaves out the jobs at rest. No other database has the column, and
-# nothing writes it, so it is no part of the table above.
+# A generated column on MariaDB and MySQL, which have no partial indexes. It holds the account of each job that has a
+# due time and is NULL for other jobs, so its index contains only jobs with a due time. The other databases don't have
+# this column, and no statement writes it. Therefore it is not part of the table above.
 waiting_account = literal_column("fetch_jobs.waiting_account", String(64))
 MYSQL_ONLY = frozenset({"waiting_account", "ix_fetch_jobs_waiting"})
 
@@ -197,7 +200,7 @@ outputs = Table(
     Column("job_id", _Id, ForeignKey("fetch_jobs.id", ondelete="CASCADE"), nullable=False),
     Column("position", Integer, nullable=False),
     Column("url", Text, nullable=False),
-    Column("proxy_urls", Text, nullable=False),  # a JSON list
+    Column("proxy_urls", Text, nullable=False),  # JSON list
     Column("status", String(16), nullable=False),
     Column("location", Text),
     Column("size_bytes", BigInteger),
@@ -208,12 +211,12 @@ outputs = Table(
     Column("dead_since", UtcDateTime),
     Column("dead_attempts", SmallInteger, nullable=False, server_default="0"),
     Column("renewed", Boolean, nullable=False, server_default=text("false")),
-    Column("listed_at", UtcDateTime, nullable=False),
+    Column("listed_at", UtcDateTime, nullable=False),  # when an answer first listed the output
     Column("due_at", UtcDateTime),
     Column("queued_at", UtcDateTime),
     Column("stored_at", UtcDateTime),
     Column("claimed_at", UtcDateTime),  # when the last attempt began
-    Column("received_bytes", BigInteger),  # of the attempt that is under way, as of a few seconds ago
+    Column("received_bytes", BigInteger),  # bytes received by the running attempt, updated every few seconds
     Column("claim_token", String(32)),
     Column("claim_holder", String(32)),
     Column("error_code", String(32)),
@@ -246,11 +249,11 @@ events = Table(
     "fetch_events",
     metadata,
     Column("id", _Id, primary_key=True, autoincrement=True),
-    Column("event_id", String(64), nullable=False),  # what the receiver knows it by
+    Column("event_id", String(64), nullable=False),  # the id that the receiver gets
     Column("job_id", _Id, ForeignKey("fetch_jobs.id", ondelete="CASCADE"), nullable=False),
     Column("type", String(16), nullable=False),
     Column("url", Text, nullable=False),
-    Column("body", _LongText, nullable=False),  # the same each time
+    Column("body", _LongText, nullable=False),  # the same for each attempt
     Column("status", String(16), nullable=False),
     Column("attempts", Integer, nullable=False, server_default="0"),
     Column("created_at", UtcDateTime, nullable=False),
@@ -280,8 +283,8 @@ unread = Table(
     Column("at", UtcDateTime, nullable=False),
     Column("http_status", SmallInteger, nullable=False),
     Column("shape", String(255), nullable=False),
-    Column("body", _LongText, nullable=False),  # scrubbed, its first 64 KiB
-    Column("recognised", Boolean, nullable=False, server_default=text("false")),  # a rule read it; its job ended by it
+    Column("body", _LongText, nullable=False),  # the first 64 KiB, without API keys
+    Column("recognised", Boolean, nullable=False, server_default=text("false")),  # a rule read it and ended the job
     Index("ix_fetch_unread_job_id", "job_id"),
     Index("ix_fetch_unread_shape", "shape"),
     comment="the last answers that no rule reads, and the last answer of each job that ended without an output",
@@ -292,8 +295,8 @@ promises = Table(
     "fetch_promises",
     metadata,
     Column("job_id", _Id, ForeignKey("fetch_jobs.id", ondelete="CASCADE"), primary_key=True, autoincrement=False),
-    Column("urls", _LongText, nullable=False),  # a JSON list
-    Column("tried_at", UtcDateTime),  # since when they are tried; the three below are set with it
+    Column("urls", _LongText, nullable=False),  # JSON list
+    Column("tried_at", UtcDateTime),  # when the first attempt began; the three columns below are set with it
     Column("end_status", String(16)),
     Column("end_code", String(32)),
     Column("end_message", Text),
@@ -314,8 +317,8 @@ paces = Table(
     "fetch_paces",
     metadata,
     Column("account", String(64), primary_key=True),
-    Column("kind", String(64), primary_key=True),  # empty: the account as a whole
-    Column("state", Text, nullable=False),  # a model's snapshot, JSON
+    Column("kind", String(64), primary_key=True),  # empty for the account as a whole
+    Column("state", Text, nullable=False),  # JSON snapshot of a model
     Column("version", Integer, nullable=False),
     Column("learned_at", UtcDateTime, nullable=False),
     comment="how long jobs of each kind take, as polls showed",
@@ -326,8 +329,8 @@ crashes = Table(
     metadata,
     Column("scope", String(8), primary_key=True),  # job or output
     Column("row_id", BigInteger, primary_key=True, autoincrement=False),
-    Column("times", Integer, nullable=False),  # in a row
-    Column("attempt", Integer, nullable=False),  # the row's own count of attempts at the last crash
+    Column("times", Integer, nullable=False),  # consecutive crashes
+    Column("attempt", Integer, nullable=False),  # the row's counter of attempts at the last crash
     Column("crashed_at", UtcDateTime, nullable=False),
     comment="jobs and outputs whose process died, how often in a row",
 )
@@ -348,7 +351,7 @@ breakers = Table(
     Column("asked_at", UtcDateTime),
     Column("ceiling", Double),
     Column("cut_at", UtcDateTime),
-    Column("paused_at", UtcDateTime),  # since when an operator holds it
+    Column("paused_at", UtcDateTime),  # when an operator's hold began
     CheckConstraint("scope IN ('account', 'host')", name="known_scope"),
     CheckConstraint("(reason IS NULL) = (since IS NULL)", name="hold_has_since"),
     comment="accounts and API hosts: may they be asked, and if not, why and until when",

@@ -1,4 +1,4 @@
-"""What each database writes in its own way: spans of time, and the jobs that have a due time."""
+"""SQL expressions that differ between databases: seconds between two times, and the condition for a due time."""
 
 from typing import Any
 
@@ -12,43 +12,43 @@ from worker.store.schema import jobs, waiting_account
 
 
 class seconds_between(FunctionElement[float]):  # noqa: N801  # SQLAlchemy's functions are written like this
-    """The seconds from one time to another, with fractions."""
+    """The seconds from one time to another, as a float."""
 
     type = Double()
     inherit_cache = True
 
 
-def _both(element: seconds_between, compiler: SQLCompiler, options: dict[str, Any]) -> tuple[str, str]:
+def _compiled_arguments(element: seconds_between, compiler: SQLCompiler, options: dict[str, Any]) -> tuple[str, str]:
     begin, end = (compiler.process(clause, **options) for clause in element.clauses)
     return begin, end
 
 
 @compiles(seconds_between)
 def _postgresql(element: seconds_between, compiler: SQLCompiler, **options: Any) -> str:
-    begin, end = _both(element, compiler, options)
+    begin, end = _compiled_arguments(element, compiler, options)
     return f"EXTRACT(epoch FROM ({end} - {begin}))::double precision"
 
 
 @compiles(seconds_between, "sqlite")
 def _sqlite(element: seconds_between, compiler: SQLCompiler, **options: Any) -> str:
-    begin, end = _both(element, compiler, options)
+    begin, end = _compiled_arguments(element, compiler, options)
     return f"((julianday({end}) - julianday({begin})) * 86400.0)"
 
 
 @compiles(seconds_between, "mysql", "mariadb")
 def _mysql(element: seconds_between, compiler: SQLCompiler, **options: Any) -> str:
-    begin, end = _both(element, compiler, options)
+    begin, end = _compiled_arguments(element, compiler, options)
     return f"(TIMESTAMPDIFF(MICROSECOND, {begin}, {end}) / 1e6)"
 
 
 class HasDueTime(ColumnElement[bool]):
-    """The condition that a job has a due time, in the words for which the database has an index of such jobs alone."""
+    """The condition that a job has a due time, in the form that matches the database's index of such jobs."""
 
     type = Boolean()
     inherit_cache = True
 
     def self_group(self, against: Any = None) -> Any:
-        """Return itself: MariaDB has no booleans, and SQLAlchemy would append `= 1`, which no index serves."""
+        """Return self. SQLAlchemy would append `= 1` on MariaDB, which has no booleans, and no index matches that."""
         return self
 
     @property

@@ -53,8 +53,8 @@ def _body(state: Stats, counted: Iterable[Total]) -> dict[str, Any]:
     counters = list(counted)
     answers: Counter[str] = Counter()
     for one in counters:
-        if one.figure.name == ANSWERS:
-            answers[one.figure.account] += one.times
+        if one.key.name == ANSWERS:
+            answers[one.key.account] += one.times
     return {
         "jobs": dict(state.jobs),
         "oldest_due": round(state.oldest_due, 3),
@@ -66,7 +66,7 @@ def _body(state: Stats, counted: Iterable[Total]) -> dict[str, Any]:
         "delay": _by_label(counters, DELAY),
         "polls": _by_label(counters, POLLED),
         "finished": _by_label(counters, FINISHED),
-        "stored_bytes": int(sum(one.total for one in counters if one.figure.name == ATTEMPTS)),
+        "stored_bytes": int(sum(one.total for one in counters if one.key.name == ATTEMPTS)),
     }
 
 
@@ -74,6 +74,6 @@ def _by_label(counters: Iterable[Total], name: str) -> dict[str, int]:
     """Counts over all accounts and kinds; each bucket of a histogram has what fell into it alone."""
     found: Counter[str] = Counter()
     for one in counters:
-        if one.figure.name == name:
-            found[one.figure.label] += one.times
+        if one.key.name == name:
+            found[one.key.label] += one.times
     return dict(found)

@@ -122,18 +122,18 @@ def stale_claims(
     connection: Connection,
     *,
     dead: Collection[str],
-    over_before: datetime,
-    asked_before: datetime,
-    fetched_before: datetime,
+    expired_before: datetime,
+    polled_before: datetime,
+    claimed_before: datetime,
 ) -> list[StaleClaim]:
     """Claims that were over before that, whose holder is known to be dead, or that are older than any work can be:
-    a request of `asked_before`, a download of `fetched_before`. Those that are over longest come first."""
+    a request of `polled_before`, a download of `claimed_before`. Those that are over longest come first."""
     found: list[StaleClaim] = []
-    older = {"job": jobs.c.asked_at < asked_before, "output": outputs.c.claimed_at < fetched_before}
+    older = {"job": jobs.c.asked_at < polled_before, "output": outputs.c.claimed_at < claimed_before}
     for name, table in (("job", jobs), ("output", outputs), ("event", events)):
         of_the_dead = (table.c.claim_holder.in_(sorted(dead)),) if dead else ()
         too_old = (older[name],) if name in older else ()
-        lost = or_(table.c.due_at < over_before, *of_the_dead, *too_old)
+        lost = or_(table.c.due_at < expired_before, *of_the_dead, *too_old)
         query = _claims(table).where(lost).order_by(table.c.due_at).limit(CLAIMS_MOST)
         found += [StaleClaim(name, row.id, row.claim_holder, row.due_at) for row in connection.execute(query)]
     return sorted(found, key=lambda one: one.until)
