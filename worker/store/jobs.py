@@ -46,10 +46,10 @@ class NewJob:
     due_at: datetime
     outputs: tuple[Link, ...] = ()
     left_out: int = 0  # outputs that the answer listed beyond these
-    promised: tuple[str, ...] = ()  # addresses where outputs are to appear
-    plan: PollPlan = PollPlan(0.0)  # noqa: RUF009  # a tuple
+    promised: tuple[str, ...] = ()  # links at which outputs will appear
+    plan: PollPlan = PollPlan(0.0)  # noqa: RUF009  # an immutable tuple
     webhook_url: str | None = None
-    default_address: bool = False  # the address is that of SD_API_URL
+    default_address: bool = False  # the address comes from SD_API_URL
 
     @property
     def identity(self) -> tuple[str, str, str]:
