@@ -45,6 +45,13 @@ def test_the_wheel_holds_what_grafana_and_prometheus_read(wheel: zipfile.ZipFile
     assert {f"worker/deploy/{name}" for name in names} <= set(wheel.namelist())
 
 
+def test_the_wheel_holds_every_page_of_the_manual(wheel: zipfile.ZipFile) -> None:
+    pages = {f"worker/docs/{path.name}" for path in (ROOT / "worker" / "docs").iterdir()}
+
+    assert "worker/docs/index.md" in pages
+    assert pages <= set(wheel.namelist())
+
+
 def test_the_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
     assert {name.split("/")[0].removesuffix(".dist-info").split("-")[0] for name in wheel.namelist()} == {
         "worker",

@@ -6,13 +6,13 @@ import os
 import click
 
 from worker import __version__
-from worker.cli import act, compare, control, find, look, metrics, parse, prune, run, simulate, top, unread
+from worker.cli import act, compare, control, docs, find, look, metrics, parse, prune, run, simulate, top, unread
 from worker.core.display import display_lines
 from worker.errors import SettingsError, WorkerError
 from worker.system.own_package import advice, other_worker, python_path
 from worker.system.terminal import echo
 
-ANYWHERE = ("doctor", "demo", "sandbox")  # they start nothing by our package's name in the working directory
+ANYWHERE = ("doctor", "demo", "sandbox", "docs")  # they start nothing by our package's name in the working directory
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -25,7 +25,7 @@ def group(context: click.Context) -> None:
         raise SettingsError(advice(other))
 
 
-for _module in (run, act, compare, control, find, look, top, unread, metrics, parse, prune, simulate):
+for _module in (run, act, compare, control, find, look, top, unread, metrics, parse, prune, simulate, docs):
     for _command in _module.COMMANDS:
         group.add_command(_command)
 
