@@ -1,1 +1,1 @@
-"""Every query of ours. A function here takes an open connection; its caller opens the transaction and commits it."""
+"""All database queries. A function takes an open connection; the caller begins and commits the transaction."""

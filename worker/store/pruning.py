@@ -1,7 +1,7 @@
-"""Pruning: taking finished jobs out of the tables, in the order of their ids, without waiting for a locked row.
+"""Pruning: delete old finished jobs, in the order of their ids, without waiting for locked rows.
 
-A row whose file is about to be removed says so first (`PRUNED`): it is not stored any more, still has its location, and
-its job can't be taken up again. So a file never goes while its row says that it is there.
+Before a file is removed, its output is marked as failed with the code `PRUNED`. The output keeps its location, and its
+job can't be retried any more. So no output is marked as stored while its file is being removed.
 """
 
 from collections.abc import Sequence
@@ -20,23 +20,23 @@ MESSAGE = "its job is pruned, its file is being removed"
 def next_window(
     connection: Connection, status: str, *, after: int, cutoff: datetime, limit: int
 ) -> tuple[list[int], int | None]:
-    """The next ids of jobs in this state that may be old enough, and where to go on; None where there are no more.
+    """Return the next ids of jobs in this state that may be old enough, and the id to continue after, or None.
 
-    Jobs are tracked in the order of their ids, near enough: behind one that was tracked too late all are too young.
+    Jobs are tracked approximately in the order of their ids. After one that was tracked too late, all are too young.
     """
-    found = connection.execute(
+    rows = connection.execute(
         select(jobs.c.id, jobs.c.tracked_at)
         .where(jobs.c.status == status, jobs.c.id > after)
         .order_by(jobs.c.id)
         .limit(limit)
     ).all()
-    old = [row.id for row in found if row.tracked_at < cutoff]
-    over = len(found) < limit or found[-1].tracked_at >= cutoff
-    return old, None if over else found[-1].id
+    old_ids = [row.id for row in rows if row.tracked_at < cutoff]
+    is_last = len(rows) < limit or rows[-1].tracked_at >= cutoff
+    return old_ids, None if is_last else rows[-1].id
 
 
 class Prunable(NamedTuple):
-    """How many jobs can be pruned, their outputs, how many of these have a file, and the bytes of the files."""
+    """The numbers of jobs that can be pruned, of their outputs and their files, and the size of the files in bytes."""
 
     jobs: int
     outputs: int
@@ -45,7 +45,7 @@ class Prunable(NamedTuple):
 
 
 def id_windows(connection: Connection, *, cutoff: datetime, width: int) -> list[tuple[int, int]]:
-    """Return first and last ids of windows that hold every job tracked before `cutoff`, `width` ids in each."""
+    """Return the first and last ids of windows of `width` ids that contain all jobs tracked before `cutoff`."""
     lowest = connection.execute(select(func.min(jobs.c.id))).scalar()
     end = first_tracked(connection, cutoff + OUT_OF_ORDER)
     return [] if lowest is None else [(first, first + width - 1) for first in range(lowest, end, width)]
@@ -59,29 +59,29 @@ def count_prunable(
     At most `limit` jobs are counted, the lowest ids first.
     """
     undelivered = exists().where(events.c.job_id == jobs.c.id, events.c.due_at.is_not(None))
-    old = _finished(jobs.c.id.between(first, last), status, cutoff).where(~undelivered).limit(limit).subquery()
-    theirs = and_(outputs.c.job_id == old.c.id, outputs.c.job_id.between(first, last))
-    counted = select(
-        func.count(old.c.id.distinct()),
+    old_jobs = _finished(jobs.c.id.between(first, last), status, cutoff).where(~undelivered).limit(limit).subquery()
+    of_old_jobs = and_(outputs.c.job_id == old_jobs.c.id, outputs.c.job_id.between(first, last))
+    query = select(
+        func.count(old_jobs.c.id.distinct()),
         func.count(outputs.c.id),
         func.count(outputs.c.location),
         func.coalesce(func.sum(outputs.c.size_bytes), 0),
-    ).select_from(old.outerjoin(outputs, theirs))
-    return Prunable(*map(int, connection.execute(counted).one()))
+    ).select_from(old_jobs.outerjoin(outputs, of_old_jobs))
+    return Prunable(*map(int, connection.execute(query).one()))
 
 
 def lock_prunable(connection: Connection, ids: Sequence[int], status: str, *, cutoff: datetime) -> list[int]:
-    """Lock those of the jobs that can be pruned, and return their ids. A job that is locked already is left out."""
+    """Lock the jobs that can be pruned, and return their ids. Jobs that are locked already are skipped."""
     finished = _finished(jobs.c.id.in_(ids), status, cutoff).with_for_update(skip_locked=True)
     locked = list(connection.execute(finished).scalars())
-    return _delivered(connection, locked)  # after they are locked: from now on nobody makes an event of theirs
+    return _delivered(connection, locked)  # after the lock: no process can create events for these jobs any more
 
 
-def _finished(which: ColumnElement[bool], status: str, cutoff: datetime) -> Any:
+def _finished(condition: ColumnElement[bool], status: str, cutoff: datetime) -> Any:
     return (
         select(jobs.c.id)
         .where(
-            which,
+            condition,
             jobs.c.status == status,
             jobs.c.completed_at < cutoff,
             or_(jobs.c.on_done.is_(None), jobs.c.told_at.is_not(None)),
@@ -98,13 +98,13 @@ def _delivered(connection: Connection, ids: Sequence[int]) -> list[int]:
 
 
 def outputs_to_prune(connection: Connection, job_ids: Sequence[int]) -> list[Row[Any]]:
-    """The outputs of these jobs: what is known of their files."""
+    """Return id, job, location and size of the outputs of these jobs."""
     query = select(outputs.c.id, outputs.c.job_id, outputs.c.location, outputs.c.size_bytes)
     return list(connection.execute(query.where(outputs.c.job_id.in_(job_ids)).order_by(outputs.c.id)))
 
 
 def mark_pruned(connection: Connection, job_ids: Sequence[int]) -> None:
-    """Says of the stored outputs of locked jobs that their files go."""
+    """Mark the stored outputs of locked jobs as pruned, before their files are removed."""
     connection.execute(
         update(outputs)
         .where(outputs.c.job_id.in_(job_ids), outputs.c.status == "stored")
@@ -113,7 +113,7 @@ def mark_pruned(connection: Connection, job_ids: Sequence[int]) -> None:
 
 
 def unmark_pruned(connection: Connection, output_ids: Sequence[int]) -> None:
-    """Takes that back, of outputs whose files could not be removed."""
+    """Mark outputs as stored again whose files could not be removed."""
     connection.execute(
         update(outputs)
         .where(outputs.c.id.in_(output_ids), outputs.c.status == "failed", outputs.c.error_code == PRUNED)
@@ -122,13 +122,13 @@ def unmark_pruned(connection: Connection, output_ids: Sequence[int]) -> None:
 
 
 def delete_jobs(connection: Connection, job_ids: Sequence[int]) -> int:
-    """Removes final jobs, and with them their outputs, bodies and events; how many jobs there were."""
-    done = connection.execute(delete(jobs).where(jobs.c.id.in_(job_ids), jobs.c.status.in_(FINAL_STATES)))
-    return int(done.rowcount)
+    """Delete final jobs with their outputs, bodies and events; return the number of jobs."""
+    result = connection.execute(delete(jobs).where(jobs.c.id.in_(job_ids), jobs.c.status.in_(FINAL_STATES)))
+    return int(result.rowcount)
 
 
 def delete_stale_crashes(connection: Connection) -> None:
-    """Removes the counts of crashes of jobs and outputs that are gone. There are few of any."""
+    """Delete the crash counts of jobs and outputs that no longer exist. The table is small."""
     for scope, table in (("job", jobs), ("output", outputs)):
-        there = exists().where(table.c.id == crashes.c.row_id)
-        connection.execute(delete(crashes).where(crashes.c.scope == scope, ~there))
+        exists_still = exists().where(table.c.id == crashes.c.row_id)
+        connection.execute(delete(crashes).where(crashes.c.scope == scope, ~exists_still))

@@ -1,8 +1,8 @@
-"""Work that dead processes held: it is due again, unless it killed its process again and again.
+"""Release the claims of dead processes, and end jobs and outputs that crash their process repeatedly.
 
-A count is kept of crashes in a row, beside the row's own count of attempts: where an attempt came to an end between two
-crashes, the count begins anew. From the second crash on the rows that one process held come back at different times, so
-that one that kills its process does not take the same others with it each time.
+The table of crashes counts consecutive crashes. It also has the row's counter of attempts at the last crash: if an
+attempt ended normally between two crashes, the count starts again. After the second crash, the rows of a process become
+due at different times. Otherwise a row that crashes its process would affect the same other rows each time.
 """
 
 import random
@@ -18,14 +18,14 @@ from worker.store.counters import Tally
 from worker.store.jobs import finish_job_if_done
 from worker.store.schema import crashes, jobs, outputs
 
-CRASHES_MOST = 8  # in a row; then the work is set aside
+CRASHES_MOST = 8  # consecutive crashes; then the job or output fails
 WAIT_MOST = 15.0  # seconds
 CODE = "worker_crash"
 
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """How many rows are due again, the jobs and outputs that were set aside, and the jobs that became final by it."""
+    """The number of rows that are due again, the jobs and outputs that failed, and the jobs that became final."""
 
     rows: int
     jobs: tuple[int, ...]
@@ -34,35 +34,36 @@ class Released:
 
 
 def release_crashed(
-    connection: Connection, gone: Sequence[str], *, now: datetime, sent: Mapping[str, Container[Claim]] | None = None
+    connection: Connection, dead: Sequence[str], *, now: datetime, sent: Mapping[str, Container[Claim]] | None = None
 ) -> Released:
-    """Give back what these processes held. Only for processes that are known to be dead.
+    """Release everything that these processes claimed. Only for processes that are known to be dead.
 
-    `sent` has, by process, the claims that a request was sent for, where that is known. Of a claim that led to none no
-    request is counted. The crash is, since the job itself may be what kills its process before the request is sent.
+    `sent` has the claims for which a request was sent, for each process where this is known. For the other claims of
+    such a process, the request is subtracted from `polls`. Their crash is counted, because the job itself may crash its
+    process before the request is sent.
     """
-    unsent = _take_off_unsent(connection, sent or {})
-    poisoned_jobs, freed_jobs = _release(connection, "job", gone, now, unsent)
-    poisoned_outputs, freed_outputs = _release(connection, "output", gone, now)
+    unsent = _subtract_unsent(connection, sent or {})
+    failing_jobs, released_jobs = _release(connection, "job", dead, now, unsent)
+    failing_outputs, released_outputs = _release(connection, "output", dead, now)
     tally = Tally()
-    finished = [row.id for row in poisoned_jobs if _end_job(connection, row, tally, now)]
-    for row in poisoned_outputs:
+    finished = [row.id for row in failing_jobs if _end_job(connection, row, tally, now)]
+    for row in failing_outputs:
         finished += _end_output(connection, row, tally, now)
     tally.write(connection)
     return Released(
-        freed_jobs + freed_outputs,
-        tuple(row.id for row in poisoned_jobs),
-        tuple(row.id for row in poisoned_outputs),
+        released_jobs + released_outputs,
+        tuple(row.id for row in failing_jobs),
+        tuple(row.id for row in failing_outputs),
         tuple(finished),
     )
 
 
-def _take_off_unsent(connection: Connection, sent: Mapping[str, Container[Claim]]) -> set[int]:
-    """Take the requests that were never sent off the count of their jobs; return these jobs, which stay claimed."""
-    held = select(jobs.c.id, jobs.c.claim_token, jobs.c.claim_holder).where(
+def _subtract_unsent(connection: Connection, sent: Mapping[str, Container[Claim]]) -> set[int]:
+    """Subtract the requests that were never sent from `polls`; return the ids of these jobs, which stay claimed."""
+    claimed = select(jobs.c.id, jobs.c.claim_token, jobs.c.claim_holder).where(
         jobs.c.claim_holder.in_(sent), jobs.c.claim_token.is_not(None)
     )
-    rows = connection.execute(held.order_by(jobs.c.id).with_for_update(skip_locked=True)).all() if sent else []
+    rows = connection.execute(claimed.order_by(jobs.c.id).with_for_update(skip_locked=True)).all() if sent else []
     ids = {row.id for row in rows if (row.id, row.claim_token) not in sent[row.claim_holder]}
     if ids:
         connection.execute(update(jobs).where(jobs.c.id.in_(ids), jobs.c.polls > 0).values(polls=jobs.c.polls - 1))
@@ -70,59 +71,61 @@ def _take_off_unsent(connection: Connection, sent: Mapping[str, Container[Claim]
 
 
 def _release(
-    connection: Connection, scope: str, gone: Sequence[str], now: datetime, unsent: Container[int] = ()
+    connection: Connection, scope: str, dead: Sequence[str], now: datetime, unsent: Container[int] = ()
 ) -> tuple[list[Row[Any]], int]:
-    """Counts the crashes, and gives all rows back but those that are to be set aside: (those, how many others)."""
+    """Count the crashes and release the rows. Return the rows that must fail, and the number of other rows."""
     table, attempt = (jobs, jobs.c.polls) if scope == "job" else (outputs, outputs.c.attempts)
-    held: list[Row[Any]] = list(
+    rows: list[Row[Any]] = list(
         connection.execute(
             select(table.c.id, attempt.label("attempt"))
-            .where(table.c.claim_holder.in_(gone), table.c.claim_token.is_not(None))
+            .where(table.c.claim_holder.in_(dead), table.c.claim_token.is_not(None))
             .order_by(table.c.id)
             .with_for_update(skip_locked=True)
         )
     )
-    if not held:
+    if not rows:
         return [], 0
-    ids = [row.id for row in held]
-    mine = (crashes.c.scope == scope, crashes.c.row_id.in_(ids))
-    before = {row.row_id: row for row in connection.execute(select(crashes).where(*mine))}
-    times = {row.id: _in_a_row(before.get(row.id), row.attempt, counted=row.id not in unsent) for row in held}
-    connection.execute(delete(crashes).where(*mine))
+    ids = [row.id for row in rows]
+    of_these_rows = (crashes.c.scope == scope, crashes.c.row_id.in_(ids))
+    previous = {row.row_id: row for row in connection.execute(select(crashes).where(*of_these_rows))}
+    times = {
+        row.id: _consecutive_crashes(previous.get(row.id), row.attempt, counted=row.id not in unsent) for row in rows
+    }
+    connection.execute(delete(crashes).where(*of_these_rows))
     connection.execute(
         insert(crashes),
         [
             {"scope": scope, "row_id": row.id, "times": times[row.id], "attempt": row.attempt, "crashed_at": now}
-            for row in held
+            for row in rows
         ],
     )
-    free = {"claim_token": None, "claim_holder": None}
-    first = [row.id for row in held if times[row.id] < 2]
-    connection.execute(update(table).where(table.c.id.in_(first)).values(due_at=now, **free))
-    for row in held:
+    release = {"claim_token": None, "claim_holder": None}
+    first_crash = [row.id for row in rows if times[row.id] < 2]
+    connection.execute(update(table).where(table.c.id.in_(first_crash)).values(due_at=now, **release))
+    for row in rows:
         if times[row.id] >= 2:
             wait = timedelta(seconds=random.uniform(0.0, min(2.0 ** times[row.id], WAIT_MOST)))
-            connection.execute(update(table).where(table.c.id == row.id).values(due_at=now + wait, **free))
-    poisoned = [row for row in held if times[row.id] >= CRASHES_MOST]
-    return list(poisoned), len(held) - len(poisoned)
+            connection.execute(update(table).where(table.c.id == row.id).values(due_at=now + wait, **release))
+    failing = [row for row in rows if times[row.id] >= CRASHES_MOST]
+    return list(failing), len(rows) - len(failing)
 
 
-def _in_a_row(before: Row[Any] | None, attempt: int, *, counted: bool) -> int:
-    """Return which crash in a row this is. `counted`: the row's count of attempts has the one that crashed."""
-    following = before is not None and attempt == before.attempt + counted
-    return int(before.times) + 1 if before is not None and following else 1
+def _consecutive_crashes(previous: Row[Any] | None, attempt: int, *, counted: bool) -> int:
+    """Return the number of consecutive crashes. `counted` is true if `attempt` includes the attempt that crashed."""
+    is_consecutive = previous is not None and attempt == previous.attempt + counted
+    return int(previous.times) + 1 if previous is not None and is_consecutive else 1
 
 
-def _said(times: int = CRASHES_MOST) -> str:
+def _error_message(times: int = CRASHES_MOST) -> str:
     return f"the process that worked on it died, {times} times in a row; `retry` tries it once more"
 
 
 def _end_job(connection: Connection, row: Row[Any], tally: Tally, now: datetime) -> bool:
-    """A job that is asked about for fresh links only keeps its outputs; any other one ends."""
+    """Fail a pending job. A job that was polled for fresh links is downloading, and does not change."""
     ended = connection.execute(
         update(jobs)
         .where(jobs.c.id == row.id, jobs.c.status == "pending", jobs.c.claim_token.is_(None))
-        .values(status="failed", error_code=CODE, error_message=_said(), completed_at=now, due_at=None)
+        .values(status="failed", error_code=CODE, error_message=_error_message(), completed_at=now, due_at=None)
     )
     if ended.rowcount:
         account, kind = connection.execute(select(jobs.c.account, jobs.c.kind).where(jobs.c.id == row.id)).one()
@@ -136,7 +139,7 @@ def _end_output(connection: Connection, row: Row[Any], tally: Tally, now: dateti
     connection.execute(
         update(outputs)
         .where(outputs.c.id == row.id, outputs.c.status == "pending", outputs.c.claim_token.is_(None))
-        .values(status="failed", error_code=CODE, error_message=_said(), due_at=None)
+        .values(status="failed", error_code=CODE, error_message=_error_message(), due_at=None)
     )
     final = finish_job_if_done(connection, job_id, tally, now=now) if status == "downloading" else None
     return [] if final is None else [job_id]

@@ -1,12 +1,12 @@
-"""Repairs: rows in a state that no step of ours leaves behind. A restore, an UPDATE by hand or a lost write may.
+"""Repair rows in states that the code never leaves behind. A restore, a manual UPDATE or a lost write can cause them.
 
-- A job that is downloading though all its outputs are final, or though it has none: it ends.
-- An output that waits though its job is cancelled: it is cancelled, too. (Where the job ended otherwise, the output is
-  paid for: it is downloaded like any other, and ends by itself.)
-- A claim that lasts longer than any lease: nobody renews it, so the row is due again.
+- A job is downloading, but all its outputs are final, or it has none. The job is finished.
+- An output is pending, but its job is cancelled. The output is cancelled too. If the job ended in another way, the
+  output is downloaded as usual, because it is paid for.
+- A claim ends later than any lease can. It is released, and the row is due again.
 
-A row in a waiting state without a due time can't exist: the tables' constraints refuse it. Each look reads one page of
-an index and remembers where it stopped. So it costs the same with a thousand rows as with a million.
+A pending row without a due time can't exist, because the tables' constraints refuse it. Each run reads one page of an
+index and remembers where it stopped, so its cost does not grow with the number of rows.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ from worker.store.engine import SNAPSHOT, database_now
 from worker.store.jobs import cancel_outputs, finish_job_if_done
 from worker.store.schema import events, jobs, outputs
 
-PAGE = 500  # rows of an index per look
-LONGEST_CLAIM = timedelta(hours=2)  # RECOVERY_SECONDS, the length of a lease, is an hour at most
+PAGE = 500  # index rows per run
+LONGEST_CLAIM = timedelta(hours=2)  # RECOVERY_SECONDS, the length of a lease, is at most one hour
 
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """What was repaired: jobs that became final, and how many outputs and claims."""
+    """The jobs that became final, and the numbers of cancelled outputs and released claims."""
 
     jobs: tuple[int, ...] = ()
     outputs: int = 0
@@ -41,17 +41,17 @@ class _Broken:
 
 
 class Repairer:
-    """Looks for such rows page by page, and repairs them. For one thread at a time."""
+    """Searches for such rows page by page and repairs them. Not thread-safe."""
 
     def __init__(self, engine: Engine, *, page: int = PAGE) -> None:
         self._engine = engine
-        self._reading = engine.execution_options(**{SNAPSHOT: True})  # it locks nothing
+        self._reading = engine.execution_options(**{SNAPSHOT: True})  # locks nothing
         self._page = page
         self._job = 0
         self._output: tuple[datetime, int] | None = None
 
     def run(self) -> Repaired:
-        """Look at the next page of each index and repair what is wrong there. Raises what the database raises."""
+        """Read the next page of each index and repair its rows. Raises the database's errors."""
         with self._reading.connect() as connection:
             broken = _Broken(
                 self._downloading(connection),
@@ -74,11 +74,11 @@ class Repairer:
         return Repaired(tuple(ended), cancelled, claims)
 
     def _downloading(self, connection: Connection) -> list[int]:
-        """Return jobs of the next page that are downloading while none of their outputs waits."""
+        """Return the downloading jobs of the next page that have no pending output."""
         waiting = (
             select(outputs.c.position)
             .where(outputs.c.job_id == jobs.c.id, outputs.c.status == "pending")
-            .order_by(outputs.c.job_id, outputs.c.position)  # by its index, whatever the planner knows of the table
+            .order_by(outputs.c.job_id, outputs.c.position)  # uses the index, whatever statistics the planner has
             .limit(1)
             .scalar_subquery()
         )
@@ -93,7 +93,7 @@ class Repairer:
         return [row.id for row in rows if row.waiting is None]
 
     def _waiting(self, connection: Connection) -> list[int]:
-        """Return outputs of the next page that wait while their job is cancelled."""
+        """Return the pending outputs of the next page whose job is cancelled."""
         after = self._output
         key: tuple[ColumnElement[bool], ...] = (outputs.c.due_at.is_not(None),)
         if after is not None:
@@ -109,7 +109,7 @@ class Repairer:
 
 
 def _locked(connection: Connection, job_ids: Sequence[int]) -> list[int]:
-    """Lock those of the jobs that are still downloading; one that somebody else has locked is left to the next look."""
+    """Lock the jobs that are still downloading, and return their ids. Jobs that are locked already are skipped."""
     if not job_ids:
         return []
     query = select(jobs.c.id).where(jobs.c.id.in_(job_ids), jobs.c.status == "downloading").order_by(jobs.c.id)
@@ -120,7 +120,7 @@ def _overlong(connection: Connection, now: datetime) -> bool:
     claims = [
         select(table.c.id)
         .where(table.c.claim_holder.is_not(None), table.c.due_at > now + LONGEST_CLAIM)
-        .order_by(table.c.claim_holder)  # by its index, which has the claimed rows alone
+        .order_by(table.c.claim_holder)  # uses the index, which contains only claimed rows
         .limit(1)
         for table in (jobs, outputs, events)
     ]

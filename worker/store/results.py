@@ -1,4 +1,4 @@
-"""Outcomes: writing what an answer or a download attempt led to, only where the claim still stands."""
+"""Record the results of polls and download attempts. A result is only written while its claim is valid."""
 
 import json
 import logging
@@ -37,25 +37,25 @@ from worker.store.schema import bodies, jobs, outputs
 
 log = logging.getLogger(__name__)
 
-RENEWAL_WAIT = timedelta(hours=1)  # how long an output waits for its fresh link before it is tried as it is
+RENEWAL_WAIT = timedelta(hours=1)  # how long an output waits for a fresh link before the old link is tried again
 
 
 class Outcome(NamedTuple):
-    """What an answer led to; for a job that is asked again, when, and whether the answer said that it is not ready."""
+    """The next step of a job after an answer. `plan` has the time of the next poll, if there is one."""
 
     job: ClaimedJob
     step: JobDecision
     note: str
     plan: PollPlan = PollPlan(0.0)
     not_ready: bool = False
-    eta: float | None = None  # a new one, where the answer brought it
-    delay: float | None = None  # seconds from ready to seen, where it is ready, as far as can be told
-    promised: tuple[str, ...] = ()  # links that the answer promised, where they are to be kept
+    eta: float | None = None  # a new ETA, if the answer had one
+    delay: float | None = None  # estimated seconds between ready and seen, if the job is ready
+    promised: tuple[str, ...] = ()  # links that the answer promised, if they should be saved
 
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What a batch changed: outputs to put on the queue, jobs that became final, and answers whose claim was lost."""
+    """The outputs to queue, the jobs that became final, and the number of answers whose claim was lost."""
 
     outputs: tuple[int, ...]
     finished: tuple[int, ...]
@@ -63,20 +63,20 @@ class Recorded:
 
 
 def record_answers(connection: Connection, batch: Sequence[Outcome], tally: Tally, *, now: datetime) -> Recorded:
-    """Writes a batch of answers, one statement per kind of outcome. One whose claim is lost changes nothing.
+    """Record a batch of answers, with one statement per kind of step. An answer whose claim was lost changes nothing.
 
-    What it did to the jobs is counted in `tally`, which the caller writes as the last thing of the transaction.
+    The results are counted in `tally`. The caller writes it as the last step of the transaction.
     """
     by_kind: defaultdict[type[Any], list[Outcome]] = defaultdict(list)
     for outcome in batch:
         by_kind[type(outcome.step)].append(outcome)
-    asked_again = _ask_again(connection, by_kind[AskAgain], now)
+    rescheduled = _ask_again(connection, by_kind[AskAgain], now)
     queue, empty, delivered = _deliver(connection, by_kind[StartDownloads], tally, now)
     promised = _promised(connection, by_kind[EndJob])
     tried, trying = _try_promised(connection, by_kind[EndJob], promised, tally, now)
     ended = _end(connection, [outcome for outcome in by_kind[EndJob] if outcome.job.id not in promised], tally, now)
     fresh, renewed = _renew(connection, by_kind[RenewLinks] + by_kind[KeepLinks], now)
-    written = asked_again + delivered + trying + len(ended) + renewed
+    written = rescheduled + delivered + trying + len(ended) + renewed
     return Recorded((*queue, *tried, *fresh), (*empty, *ended), len(batch) - written)
 
 
@@ -88,22 +88,25 @@ def _row(outcome: Outcome, now: datetime, **values: Any) -> dict[str, Any]:
 
 
 def _ask_again(connection: Connection, batch: Sequence[Outcome], now: datetime) -> int:
-    """The fewer columns, the cheaper: so rows are grouped by what changes, and nearly all are of one group."""
-    began = now.timestamp()
+    """Schedule the next polls. Rows are grouped by the columns that change, because fewer columns cost less.
+
+    Nearly all rows are in one group.
+    """
+    now_seconds = now.timestamp()
     groups: defaultdict[tuple[bool, bool, bool], list[dict[str, Any]]] = defaultdict(list)
     for outcome in batch:
         plan = outcome.plan
         row = _row(
             outcome,
             now,
-            due_at=began + plan.wait,
+            due_at=now_seconds + plan.wait,
             pace_scale=None if plan.scale is None else round(plan.scale, 3),
             pace_growth=None if plan.growth is None else round(plan.growth, 3),
         )
         strikes = cast("AskAgain", outcome.step).strikes
-        before = outcome.job.facts.strikes
-        struck = strikes is not before and strikes != before
-        if struck:
+        previous_strikes = outcome.job.facts.strikes
+        strikes_changed = strikes is not previous_strikes and strikes != previous_strikes
+        if strikes_changed:
             row |= {
                 "failed_answers": strikes.failed,
                 "unknown_answers": strikes.unknown,
@@ -113,7 +116,7 @@ def _ask_again(connection: Connection, batch: Sequence[Outcome], now: datetime) 
             }
         if outcome.eta is not None:
             row |= {"eta": outcome.eta, "eta_at": now}
-        groups[struck, outcome.eta is not None, outcome.not_ready].append(row)
+        groups[strikes_changed, outcome.eta is not None, outcome.not_ready].append(row)
     written = [
         update_claimed_jobs(connection, rows, now=now, asked_at=now, **({"not_ready_at": now} if not_ready else {}))
         for (_, _, not_ready), rows in groups.items()
@@ -127,30 +130,32 @@ def _ask_again(connection: Connection, batch: Sequence[Outcome], now: datetime) 
 def _deliver(
     connection: Connection, batch: Sequence[Outcome], tally: Tally, now: datetime
 ) -> tuple[list[int], list[int], int]:
-    """Ready jobs: (outputs to download, jobs that had none and are completed, how many were written)."""
+    """Record ready jobs. Return the new outputs, the jobs that completed without outputs, and the number of jobs."""
     steps = {outcome.job.id: cast("StartDownloads", outcome.step) for outcome in batch}
-    found = {job_id: step.outputs for job_id, step in steps.items()}
+    links_by_job = {job_id: step.outputs for job_id, step in steps.items()}
     notes = {job_id: left_out_note(len(step.outputs), step.left_out) for job_id, step in steps.items() if step.left_out}
     rows = [
         _row(
             outcome,
             now,
-            status="downloading" if found[outcome.job.id] else "completed",
-            completed_at=None if found[outcome.job.id] else now,
-            **({"error_message": notes.get(outcome.job.id)} if notes else {}),  # seldom: a column less to write
+            status="downloading" if links_by_job[outcome.job.id] else "completed",
+            completed_at=None if links_by_job[outcome.job.id] else now,
+            **(
+                {"error_message": notes.get(outcome.job.id)} if notes else {}
+            ),  # rarely needed; one column less to write
         )
         for outcome in batch
     ]
     written = update_claimed_jobs(connection, rows, now=now, due_at=None, ready_at=now)
-    ready = [(job_id, links) for job_id, links in found.items() if job_id in written and links]
-    empty = [job_id for job_id, links in found.items() if job_id in written and not links]
+    ready = [(job_id, links) for job_id, links in links_by_job.items() if job_id in written and links]
+    empty = [job_id for job_id, links in links_by_job.items() if job_id in written and not links]
     for outcome in batch:
         job = outcome.job
         if job.id in written:
             tally.polled(job.account, job.kind, job.polls)
             if outcome.delay is not None:
                 tally.delay(job.account, job.kind, outcome.delay)
-            if not found[job.id]:
+            if not links_by_job[job.id]:
                 tally.finished(job.account, job.kind, "completed")
             if job.id in notes:
                 tally.left_out(job.account, steps[job.id].left_out)
@@ -173,10 +178,10 @@ def _end(connection: Connection, batch: Sequence[Outcome], tally: Tally, now: da
 
 
 def _promised(connection: Connection, batch: Sequence[Outcome]) -> dict[int, tuple[str, ...]]:
-    """Return the promised links of jobs that would end without an output, by job."""
+    """Return the promised links of jobs that would end without an output, by job id."""
     outcomes = [outcome for outcome in batch if cast("EndJob", outcome.step).code in PROMISE_CODES]
-    fresh = {outcome.job.id: outcome.promised for outcome in outcomes if outcome.promised}
-    return promised_links(connection, [outcome.job.id for outcome in outcomes if not outcome.promised]) | fresh
+    new_links = {outcome.job.id: outcome.promised for outcome in outcomes if outcome.promised}
+    return promised_links(connection, [outcome.job.id for outcome in outcomes if not outcome.promised]) | new_links
 
 
 def _try_promised(
@@ -186,7 +191,7 @@ def _try_promised(
     tally: Tally,
     now: datetime,
 ) -> tuple[list[int], int]:
-    """Have promised links tried before their jobs end: (outputs to download, how many jobs were written)."""
+    """Start to try promised links before their jobs end. Return the new outputs and the number of jobs."""
     outcomes = [outcome for outcome in batch if outcome.job.id in promised]
     rows = [_row(outcome, now, status="downloading") for outcome in outcomes]
     written = update_claimed_jobs(connection, rows, now=now, due_at=None, ready_at=now)
@@ -240,7 +245,7 @@ def _may_replace(fresh: Sequence[Link], output: Any) -> bool:
 
 
 def quarantine(connection: Connection, job: ClaimedJob, message: str, *, now: datetime) -> bool:
-    """Ends a job whose answer no statement could write, so that it does not spoil every batch it is in."""
+    """End a job whose answer can't be written, so that it does not make every batch fail."""
     step, tally = EndJob("failed", "unwritable", message), Tally()
     recorded = record_answers(connection, [Outcome(job, step, "unwritable answer")], tally, now=now)
     tally.write(connection)
@@ -248,18 +253,18 @@ def quarantine(connection: Connection, job: ClaimedJob, message: str, *, now: da
 
 
 def locked_jobs(connection: Connection, job_ids: Sequence[int]) -> set[int]:
-    """Return which of these jobs somebody else has locked. None on SQLite, which locks no single rows."""
-    named = jobs.c.id.in_(job_ids)
-    there = set(connection.execute(select(jobs.c.id).where(named)).scalars())
-    free = select(jobs.c.id).where(named).with_for_update(skip_locked=True)
-    return there.difference(connection.execute(free).scalars())
+    """Return the jobs that other transactions have locked. The result is empty on SQLite, which has no row locks."""
+    with_these_ids = jobs.c.id.in_(job_ids)
+    existing = set(connection.execute(select(jobs.c.id).where(with_these_ids)).scalars())
+    not_locked = select(jobs.c.id).where(with_these_ids).with_for_update(skip_locked=True)
+    return existing.difference(connection.execute(not_locked).scalars())
 
 
 def record_attempt(
     connection: Connection, output: ClaimedOutput, result: StoredFile | TryAgain | GiveUp, *, now: datetime
 ) -> tuple[bool, str | None]:
-    """Writes a download attempt: (whether the claim still stood, the job's final state where this ended it)."""
-    # The job is locked before its outputs, as in `cancel`: the other way round the two could block each other for good.
+    """Record a download attempt. Return whether the claim was valid, and the job's final state if the job ended."""
+    # All transactions lock the job before its outputs. Otherwise this could deadlock with `cancel`.
     locked = select(jobs.c.status).where(jobs.c.id == output.job_id).with_for_update()
     job_status = connection.execute(locked).scalar_one_or_none()
     values: dict[str, Any] = {"claim_token": None, "claim_holder": None, "received_bytes": None}
@@ -281,13 +286,15 @@ def record_attempt(
             values |= {"status": "failed", "due_at": None, "error_code": code, "error_message": message}
         case TryAgain(wait, code, message):
             due = now + (RENEWAL_WAIT if result.renew else timedelta(seconds=wait))
-            values |= {"due_at": due, "error_code": code, "error_message": message} | _counted(output, result, now)
-    done = connection.execute(
+            values |= {"due_at": due, "error_code": code, "error_message": message} | _failure_values(
+                output, result, now
+            )
+    recorded = connection.execute(
         update(outputs)
         .where(outputs.c.id == output.id, outputs.c.claim_token == output.token, outputs.c.due_at > now)
         .values(values)
     )
-    if not done.rowcount:
+    if not recorded.rowcount:
         return False, None
     stored_bytes = result.size_bytes if isinstance(result, StoredFile) else 0
     outcome = "stored" if isinstance(result, StoredFile) else result.code
@@ -297,25 +304,31 @@ def record_attempt(
             _ask_for_links(connection, output.job_id, now)
         tally.write(connection)
         return True, None
-    too_large = isinstance(result, GiveUp) and result.code == "too_large"  # `retry` may find a larger limit
+    too_large = isinstance(result, GiveUp) and result.code == "too_large"  # the limit may be larger at a `retry`
     if output.body is not None and not too_large:
         connection.execute(delete(bodies).where(bodies.c.output_id == output.id))
-    final = finish_job_if_done(connection, output.job_id, tally, now=now) if job_status == "downloading" else None
+    final_status = (
+        finish_job_if_done(connection, output.job_id, tally, now=now) if job_status == "downloading" else None
+    )
     tally.write(connection)
-    return True, final
+    return True, final_status
 
 
-def _counted(output: ClaimedOutput, result: TryAgain, now: datetime) -> dict[str, Any]:
+def _failure_values(output: ClaimedOutput, result: TryAgain, now: datetime) -> dict[str, Any]:
     match result.code:
         case "not_media" | "truncated":
             if result.counts:
                 return {"bad_bodies": output.facts.bad_bodies + 1}
             return {"renewed": True} if result.renew else {}
         case "gone":
-            counted: dict[str, Any] = {"dead_since": output.facts.dead_since or now}
+            dead_values: dict[str, Any] = {"dead_since": output.facts.dead_since or now}
             if result.renew:
-                return counted | {"renewed": True}
-            return counted if output.facts.patient(now) else counted | {"dead_attempts": output.facts.dead_attempts + 1}
+                return dead_values | {"renewed": True}
+            return (
+                dead_values
+                if output.facts.patient(now)
+                else dead_values | {"dead_attempts": output.facts.dead_attempts + 1}
+            )
         case _:
             return {}
 

@@ -1,4 +1,4 @@
-"""Jobs whose outputs are known after all: pending, failed and expired ones go to downloading."""
+"""Revive jobs whose outputs became known later: pending, failed and expired jobs go to downloading."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,43 +23,44 @@ REVIVABLE = ("pending", "failed", "expired")
 
 @dataclass(frozen=True, slots=True)
 class Revived:
-    """The jobs that were changed, with their state now, and the outputs that are to be downloaded."""
+    """The changed jobs with their new states, and the outputs to download."""
 
     jobs: Mapping[int, str]
     outputs: tuple[int, ...]
 
     @property
     def completed(self) -> tuple[int, ...]:
-        """The jobs that are final at once, because nothing is to be downloaded."""
+        """The jobs that are completed at once, because they have no outputs to download."""
         return tuple(job_id for job_id, status in self.jobs.items() if status == "completed")
 
 
 def locked_jobs(connection: Connection, job_ids: Collection[int]) -> Sequence[Row[Any]]:
-    """Lock those of the jobs that may be revived, and return their rows."""
+    """Lock the jobs that can be revived, and return their rows."""
     locked = select(jobs).where(jobs.c.id.in_(job_ids), jobs.c.status.in_(REVIVABLE))
     return connection.execute(locked.order_by(jobs.c.id).with_for_update()).all()
 
 
 def revive(
-    connection: Connection, found: Mapping[int, Ready], tally: Tally, *, now: datetime, why: str, queued: bool
+    connection: Connection, answers: Mapping[int, Ready], tally: Tally, *, now: datetime, why: str, queued: bool
 ) -> Revived:
-    """Bring jobs to downloading with their outputs, as an answer does to a pending job and `retry` to an ended one.
+    """Set jobs to downloading and insert their outputs, as an answer does for a pending job.
 
-    The end that is taken back is told first. A job that has outputs already, or is in another state, stays as it is.
-    `queued` where the caller sends the messages of the downloads after the commit; the caller writes the tally.
+    Before a job leaves its final state, the webhook event of that state is created. A job that already has outputs or
+    is in another state is not changed. Pass `queued=True` if the caller sends the download messages after the commit. The
+    caller writes the tally.
     """
-    rows = locked_jobs(connection, list(found))
-    create_events(connection, now=now, of=[row.id for row in rows])  # with the outputs that are removed next
+    rows = locked_jobs(connection, list(answers))
+    create_events(connection, now=now, of=[row.id for row in rows])  # includes the outputs that the next line removes
     reset_promises(connection, [row.id for row in rows])
-    listed = select(outputs.c.job_id).where(outputs.c.job_id.in_([row.id for row in rows]))
-    having = set(connection.execute(listed).scalars()) if rows else set()
-    rows = [row for row in rows if row.id not in having]
+    output_jobs = select(outputs.c.job_id).where(outputs.c.job_id.in_([row.id for row in rows]))
+    with_outputs = set(connection.execute(output_jobs).scalars()) if rows else set()
+    rows = [row for row in rows if row.id not in with_outputs]
     if not rows:
         return Revived({}, ())
     ids = [row.id for row in rows]
     delete_looks(connection, ids)
     for row in rows:
-        reply = found[row.id]
+        reply = answers[row.id]
         connection.execute(update(jobs).where(jobs.c.id == row.id).values(_values(row, reply, now, why)))
         if row.status == "pending":
             tally.polled(row.account, row.kind, row.polls)
@@ -67,14 +68,14 @@ def revive(
             tally.finished(row.account, row.kind, "completed")
         if reply.left_out:
             tally.left_out(row.account, reply.left_out)
-    links = [(job_id, found[job_id].outputs) for job_id in ids if found[job_id].outputs]
-    fresh = insert_outputs(connection, links, now=now, queued=queued)
-    states = {job_id: "downloading" if found[job_id].outputs else "completed" for job_id in ids}
-    return Revived(states, tuple(fresh))
+    links_by_job = [(job_id, answers[job_id].outputs) for job_id in ids if answers[job_id].outputs]
+    output_ids = insert_outputs(connection, links_by_job, now=now, queued=queued)
+    states = {job_id: "downloading" if answers[job_id].outputs else "completed" for job_id in ids}
+    return Revived(states, tuple(output_ids))
 
 
 def end_pending(connection: Connection, job: Row[Any], end: EndJob, tally: Tally, *, now: datetime) -> bool:
-    """End a pending job that nobody is asking about, and return whether it ended; the caller writes the tally."""
+    """End a pending job that is not claimed. Return whether it ended. The caller writes the tally."""
     ended = connection.execute(
         update(jobs)
         .where(jobs.c.id == job.id, jobs.c.status == "pending", jobs.c.claim_token.is_(None))

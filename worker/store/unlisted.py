@@ -1,4 +1,4 @@
-"""Jobs whose fetch host is not on SD_API_HOSTS: the host is held, and past their deadline they end, though unasked."""
+"""Jobs whose API host is not in SD_API_HOSTS. The host is held, and its jobs expire at their deadline unpolled."""
 
 import logging
 from collections.abc import Sequence
@@ -17,34 +17,35 @@ from worker.store.schema import jobs
 log = logging.getLogger(__name__)
 
 LIMIT = 200
-OTHERS_ASK = timedelta(seconds=10)  # a host that was asked before is held once no other worker seems to ask it
+OTHERS_ASK = timedelta(seconds=10)  # a proven host is held if no other worker has polled its jobs for so long
 
 
-def hold_unlisted(connection: Connection, levels: Sequence[DueGroup], *, now: datetime) -> list[int]:
-    """Hold the hosts of these levels, which the caller's settings do not list; return the jobs past their deadline.
+def hold_unlisted(connection: Connection, groups: Sequence[DueGroup], *, now: datetime) -> list[int]:
+    """Hold the hosts of these groups, which the caller's settings do not list. Return the jobs past their deadline.
 
-    They have expired, or will if the promised links bring nothing that are tried from now on: both have late looks.
+    These jobs have expired, or will expire if none of their promised links can be stored. The caller plans late looks
+    for both.
 
-    A worker with other settings may ask such a host meanwhile, as in a rolling deployment: then there is no hold. A
-    hold is given a minute before any job ends by it.
+    In a rolling deployment, a worker with other settings may poll such a host. Then the host is not held. No job
+    expires in the first minute of a hold.
     """
     by_host: dict[str, list[DueGroup]] = {}
-    for level in levels:
-        by_host.setdefault(level.host, []).append(level)
+    for group in groups:
+        by_host.setdefault(group.host, []).append(group)
     ended: list[int] = []
     tally = Tally()
-    for host, waiting in sorted(by_host.items()):
+    for host, host_groups in sorted(by_host.items()):
         breaker = locked_breaker(connection, "host", host)
         if breaker.paused_at is not None:
             continue
         if not _is_unlisted(breaker):
-            if not breaker.proven or min(level.due_at for level in waiting) <= now - OTHERS_ASK:
+            if not breaker.proven or min(group.due_at for group in host_groups) <= now - OTHERS_ASK:
                 held = held_as_unlisted(breaker, now=now)
                 save_breaker(connection, held)
                 log.warning("held scope=host name=%s reason=%s", host, held.reason)
         elif breaker.since is not None and now - breaker.since >= AFTER_HOLD_GRACE:
-            for level in waiting:
-                ended += _expire(connection, level, tally, now)
+            for group in host_groups:
+                ended += _expire(connection, group, tally, now)
     tally.write(connection)
     return ended
 
@@ -53,13 +54,13 @@ def _is_unlisted(breaker: CircuitBreaker) -> bool:
     return breaker.reason is not None and breaker.reason.startswith(NOT_LISTED)
 
 
-def _expire(connection: Connection, level: DueGroup, tally: Tally, now: datetime) -> list[int]:
+def _expire(connection: Connection, group: DueGroup, tally: Tally, now: datetime) -> list[int]:
     late = (
         select(jobs.c.id, jobs.c.account, jobs.c.kind, jobs.c.polls)
         .where(
-            jobs.c.account == level.account,
-            jobs.c.priority == level.priority,
-            jobs.c.fetch_host == level.host,
+            jobs.c.account == group.account,
+            jobs.c.priority == group.priority,
+            jobs.c.fetch_host == group.host,
             jobs.c.due_at <= now,
             jobs.c.status == "pending",
             jobs.c.claim_token.is_(None),
@@ -72,19 +73,21 @@ def _expire(connection: Connection, level: DueGroup, tally: Tally, now: datetime
     rows = connection.execute(late).all()
     if not rows:
         return []
-    message = f"could not be asked by its deadline: {level.host} is {NOT_LISTED}; add it there, then `retry`"
+    message = f"could not be asked by its deadline: {group.host} is {NOT_LISTED}; add it there, then `retry`"
     promised = promised_links(connection, [row.id for row in rows])
-    trying = [PromisedEnd(job_id, EndJob("expired", "expired", message), urls) for job_id, urls in promised.items()]
-    if trying:
+    promised_ends = [
+        PromisedEnd(job_id, EndJob("expired", "expired", message), urls) for job_id, urls in promised.items()
+    ]
+    if promised_ends:
         downloading = {"status": "downloading", "ready_at": now, "due_at": None}
         connection.execute(update(jobs).where(jobs.c.id.in_(promised)).values(downloading))
-        try_promises(connection, trying, now=now, queued=False)
-    over = [row for row in rows if row.id not in promised]
+        try_promises(connection, promised_ends, now=now, queued=False)
+    expired = [row for row in rows if row.id not in promised]
     connection.execute(
         update(jobs)
-        .where(jobs.c.id.in_([row.id for row in over]))
+        .where(jobs.c.id.in_([row.id for row in expired]))
         .values(status="expired", error_code="expired", error_message=message, completed_at=now, due_at=None)
     )
-    for row in over:
+    for row in expired:
         tally.finished(row.account, row.kind, "expired")
     return [row.id for row in rows]

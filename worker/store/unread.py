@@ -1,4 +1,4 @@
-"""Kept answers: the last ones that no rule reads, and the last answer of each job that ended without an output."""
+"""Kept answers: the last answers that no rule reads, and the last answer of each job that ended without an output."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from worker.store.schema import jobs, unread
 
-OF_JOB = 3  # unread answers that are kept of one job
-MOST = 1_000  # answers that are kept in all
-JOBS_AT_ONCE = 50  # whose answers are compared with those that are there: some may have 64 KiB
+OF_JOB = 3  # unread answers kept per job
+MOST = 1_000  # answers kept in total
+JOBS_AT_ONCE = 50  # answers per query: each may have 64 KiB
 
 
 class KeptAnswer(NamedTuple):
-    """An answer that is to be kept. `recognised`: a rule read it, and its job ended by it."""
+    """An answer to keep. `recognised` is true if a rule read it and the job ended because of it."""
 
     job_id: int
     http_status: int
@@ -26,7 +26,7 @@ class KeptAnswer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ShapeCount:
-    """Kept answers of one shape: how many, of how many jobs, the first and the last one, and one of the jobs."""
+    """The kept answers of one shape: number of answers and jobs, first and last time, and one of the jobs."""
 
     shape: str
     count: int
@@ -37,41 +37,43 @@ class ShapeCount:
 
 
 def keep_answers(connection: Connection, answers: Sequence[KeptAnswer], *, now: datetime) -> None:
-    """Keep answers of jobs that are there: of each job the last 3 unread and the last recognised one, 1,000 in all.
+    """Keep answers of existing jobs: the last 3 unread and the last recognised one per job, and 1,000 in total.
 
-    An answer that is the same as the last of its kind is not written again, only its time.
+    If an answer equals the last one of its job and kind, only the time is updated.
     """
     chunks = [answers[start : start + JOBS_AT_ONCE] for start in range(0, len(answers), JOBS_AT_ONCE)]
-    grown = [_keep(connection, chunk, now) for chunk in chunks]
-    if any(grown):
-        # Last of all: it locks rows of other jobs, and two batches must not wait for each other's.
+    added = [_keep(connection, chunk, now) for chunk in chunks]
+    if any(added):
+        # This must be the last step. It locks rows of other jobs, which could deadlock with another batch.
         _drop_oldest(connection)
 
 
 def _keep(connection: Connection, answers: Sequence[KeptAnswer], now: datetime) -> bool:
-    """Keep answers, and return whether there are more than before."""
-    # A job whose row somebody else has locked is passed over: two batches that wait for each other's rows never end.
-    locked = select(jobs.c.id).where(jobs.c.id.in_({answer.job_id for answer in answers}))
-    there = set(connection.execute(locked.with_for_update(skip_locked=True)).scalars())
-    fresh: dict[tuple[int, bool], KeptAnswer] = {}
+    """Keep answers. Return whether a row was inserted."""
+    # Jobs that are locked already are skipped, so that two batches can't deadlock.
+    query = select(jobs.c.id).where(jobs.c.id.in_({answer.job_id for answer in answers}))
+    locked_ids = set(connection.execute(query.with_for_update(skip_locked=True)).scalars())
+    last_answers: dict[tuple[int, bool], KeptAnswer] = {}
     for answer in answers:
-        if answer.job_id in there:
-            fresh[answer.job_id, answer.recognised] = answer
-    if not fresh:
+        if answer.job_id in locked_ids:
+            last_answers[answer.job_id, answer.recognised] = answer
+    if not last_answers:
         return False
-    known = _kept_before(connection, there)
-    same = [
-        known[key][0].id
-        for key, answer in fresh.items()
-        if key in known and (answer.http_status, answer.body) == (known[key][0].http_status, known[key][0].body)
+    kept = _kept_by_job(connection, locked_ids)
+    unchanged_ids = [
+        kept[key][0].id
+        for key, answer in last_answers.items()
+        if key in kept and (answer.http_status, answer.body) == (kept[key][0].http_status, kept[key][0].body)
     ]
-    if same:
-        connection.execute(update(unread).where(unread.c.id.in_(same)).values(at=now))
-    new = [answer for key, answer in fresh.items() if key not in known or known[key][0].id not in same]
+    if unchanged_ids:
+        connection.execute(update(unread).where(unread.c.id.in_(unchanged_ids)).values(at=now))
+    new = [answer for key, answer in last_answers.items() if key not in kept or kept[key][0].id not in unchanged_ids]
     if not new:
         return False
     surplus = [
-        row.id for answer in new for row in known.get((answer.job_id, answer.recognised), ())[_room(answer) - 1 :]
+        row.id
+        for answer in new
+        for row in kept.get((answer.job_id, answer.recognised), ())[_kept_per_job(answer) - 1 :]
     ]
     if surplus:
         connection.execute(delete(unread).where(unread.c.id.in_(surplus)))
@@ -79,19 +81,19 @@ def _keep(connection: Connection, answers: Sequence[KeptAnswer], now: datetime) 
     return True
 
 
-def _room(answer: KeptAnswer) -> int:
+def _kept_per_job(answer: KeptAnswer) -> int:
     return 1 if answer.recognised else OF_JOB
 
 
-def _kept_before(connection: Connection, job_ids: Collection[int]) -> dict[tuple[int, bool], list[Row[Any]]]:
-    """Return the kept answers of jobs by job and kind, the newest first."""
+def _kept_by_job(connection: Connection, job_ids: Collection[int]) -> dict[tuple[int, bool], list[Row[Any]]]:
+    """Return the kept answers of these jobs by job id and `recognised`, newest first."""
     rows = connection.execute(
         select(unread).where(unread.c.job_id.in_(job_ids)).order_by(unread.c.at.desc(), unread.c.id.desc())
     )
-    known: dict[tuple[int, bool], list[Row[Any]]] = {}
+    kept: dict[tuple[int, bool], list[Row[Any]]] = {}
     for row in rows:
-        known.setdefault((row.job_id, bool(row.recognised)), []).append(row)
-    return known
+        kept.setdefault((row.job_id, bool(row.recognised)), []).append(row)
+    return kept
 
 
 def _drop_oldest(connection: Connection) -> None:
@@ -102,7 +104,7 @@ def _drop_oldest(connection: Connection) -> None:
 
 
 def answer_shapes(connection: Connection) -> list[ShapeCount]:
-    """Return the shapes of what is kept, those seen last first."""
+    """Return the shapes of the kept answers, most recent first."""
     query = select(
         unread.c.shape,
         func.count().label("answers"),
@@ -112,14 +114,14 @@ def answer_shapes(connection: Connection) -> list[ShapeCount]:
         func.max(unread.c.job_id).label("job_id"),
     ).group_by(unread.c.shape)
     rows = connection.execute(query).all()
-    counted = [ShapeCount(row.shape, row.answers, row.jobs, row.first_at, row.last_at, row.job_id) for row in rows]
-    return sorted(counted, key=lambda shape: (shape.last_at, shape.shape), reverse=True)
+    counts = [ShapeCount(row.shape, row.answers, row.jobs, row.first_at, row.last_at, row.job_id) for row in rows]
+    return sorted(counts, key=lambda shape: (shape.last_at, shape.shape), reverse=True)
 
 
 def answers_of(
     connection: Connection, *, shape: str | None = None, job_ids: Iterable[int] | None = None
 ) -> Sequence[Row[Any]]:
-    """Return kept answers, the newest first: of a shape, of some jobs, or all."""
+    """Return kept answers, newest first: all, or only those of a shape or of some jobs."""
     query = select(unread).order_by(unread.c.at.desc(), unread.c.id.desc())
     if shape is not None:
         query = query.where(unread.c.shape == shape)
@@ -129,7 +131,7 @@ def answers_of(
 
 
 def jobs_with_answers(connection: Connection, *, shape: str | None = None) -> list[int]:
-    """Return the ids of the jobs that are not completed or cancelled, and that have a kept answer, in order."""
+    """Return the ids of the pending, failed and expired jobs that have a kept answer, in order."""
     query = (
         select(jobs.c.id)
         .where(jobs.c.status.in_(("pending", "failed", "expired")), jobs.c.id.in_(_with_answers(shape)))

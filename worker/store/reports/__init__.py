@@ -1,1 +1,1 @@
-"""Queries that only read: search, pages, figures and history for people. Nothing here writes a job."""
+"""Reports for people: search, pages, statistics and history. Nothing here changes a job."""
