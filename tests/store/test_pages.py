@@ -80,8 +80,8 @@ def test_a_page_ends_when_its_time_is_over_and_says_how_far_it_looked(engine: En
         page = jobs_page(connection, wanted, before=None, limit=5, clock=ticking())
         whole = jobs_page(connection, wanted, before=None, limit=5, clock=lambda: 0.0)
 
-    assert (page.rows, page.before, page.looked_to) == ([], ids[-4], ids[-4])
-    assert ([row.id for row in whole.rows], whole.before, whole.looked_to) == ([first], None, None)
+    assert (page.rows, page.before, page.searched_to) == ([], ids[-4], ids[-4])
+    assert ([row.id for row in whole.rows], whole.before, whole.searched_to) == ([first], None, None)
 
 
 def test_a_text_finds_a_job_by_id_remote_id_or_reference_page_by_page(engine: Engine) -> None:

@@ -83,7 +83,7 @@ def _run(said: _Said, ids: tuple[str, ...], options: Mapping[str, Any]) -> int:
         return _whole(said, breakers, settings)
     with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
         wanted = job_filter(options, database_now(connection))
-        named = _named(connection, wanted) if wanted.named else None
+        named = _named(connection, wanted) if wanted.only_remote_ids else None
     if named is not None:
         return _jobs(said, named, settings)
     return _filtered(said, wanted, settings)

@@ -46,8 +46,8 @@ def revive(
     """Set jobs to downloading and insert their outputs, as an answer does for a pending job.
 
     Before a job leaves its final state, the webhook event of that state is created. A job that already has outputs or
-    is in another state is not changed. Pass `queued=True` if the caller sends the download messages after the commit. The
-    caller writes the tally.
+    is in another state is not changed. Pass `queued=True` if the caller sends the download messages after the commit.
+    The caller writes the tally.
     """
     rows = locked_jobs(connection, list(answers))
     create_events(connection, now=now, of=[row.id for row in rows])  # includes the outputs that the next line removes

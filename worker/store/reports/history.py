@@ -1,4 +1,4 @@
-"""History: how everything stood, one row a minute for eight days. Many processes try, one row results."""
+"""History: one sample of the statistics per minute, kept for eight days. All processes try to write it."""
 
 import json
 from collections import Counter
@@ -20,60 +20,60 @@ MINUTE = timedelta(minutes=1)
 
 @dataclass(frozen=True, slots=True)
 class HistorySample:
-    """How everything stood in a minute. `body` is as `sample` wrote it; its totals only ever grow."""
+    """The statistics at a minute, as `record_history` wrote them. The counters in `body` only grow."""
 
     minute: datetime
     body: dict[str, Any]
 
 
 def record_history(connection: Connection, *, now: datetime, full_rps: Callable[[str], float]) -> timedelta:
-    """Writes down how everything stands, where nobody has done so in this minute; how long until the next one is due.
+    """Record a sample unless this minute has one, and delete old samples. Return the time until the next minute.
 
-    What is older than KEPT is forgotten. `full_rps` is what the settings allow each account.
+    `full_rps` returns the requests per second that the settings allow an account.
     """
     minute = now.replace(second=0, microsecond=0)
-    present = connection.execute(select(history.c.minute).where(history.c.minute == minute)).scalar()
-    if present is None:
-        counted = read_counters(connection, (ANSWERS, ATTEMPTS, DELAY, FINISHED, POLLED))
-        state = read_stats(connection, waiting_by_account(connection, now=now), now=now, full_rps=full_rps)
-        body = _body(state, counted)
-        line = {"minute": minute, "body": json.dumps(body, separators=(",", ":"))}
-        if insert_missing(connection, history, line):  # of many that try one does: deletes that meet block each other
+    recorded = connection.execute(select(history.c.minute).where(history.c.minute == minute)).scalar()
+    if recorded is None:
+        counters = read_counters(connection, (ANSWERS, ATTEMPTS, DELAY, FINISHED, POLLED))
+        stats = read_stats(connection, waiting_by_account(connection, now=now), now=now, full_rps=full_rps)
+        body = _body(stats, counters)
+        row = {"minute": minute, "body": json.dumps(body, separators=(",", ":"))}
+        if insert_missing(connection, history, row):  # only one process deletes: concurrent deletes can deadlock
             connection.execute(delete(history).where(history.c.minute < minute - KEPT))
     return minute + MINUTE - now
 
 
 def read_history(connection: Connection, since: datetime) -> list[HistorySample]:
-    """The samples from a moment on, oldest first."""
+    """Return the samples since a time, oldest first."""
     rows = select(history.c.minute, history.c.body).where(history.c.minute >= since).order_by(history.c.minute)
     return [HistorySample(row.minute, json.loads(row.body)) for row in connection.execute(rows)]
 
 
-def _body(state: Stats, counted: Iterable[Total]) -> dict[str, Any]:
-    counters = list(counted)
+def _body(stats: Stats, totals: Iterable[Total]) -> dict[str, Any]:
+    total_list = list(totals)
     answers: Counter[str] = Counter()
-    for one in counters:
-        if one.key.name == ANSWERS:
-            answers[one.key.account] += one.times
+    for entry in total_list:
+        if entry.key.name == ANSWERS:
+            answers[entry.key.account] += entry.times
     return {
-        "jobs": dict(state.jobs),
-        "oldest_due": round(state.oldest_due, 3),
-        "unstored": sum(one.count for one in state.unstored),
+        "jobs": dict(stats.jobs),
+        "oldest_due": round(stats.oldest_due, 3),
+        "unstored": sum(entry.count for entry in stats.unstored),
         "accounts": {
-            one.name: {"rps": round(one.rps, 3), "held": one.held, "answers": answers[one.name]}
-            for one in state.accounts
+            entry.name: {"rps": round(entry.rps, 3), "held": entry.held, "answers": answers[entry.name]}
+            for entry in stats.accounts
         },
-        "delay": _by_label(counters, DELAY),
-        "polls": _by_label(counters, POLLED),
-        "finished": _by_label(counters, FINISHED),
-        "stored_bytes": int(sum(one.total for one in counters if one.key.name == ATTEMPTS)),
+        "delay": _by_label(total_list, DELAY),
+        "polls": _by_label(total_list, POLLED),
+        "finished": _by_label(total_list, FINISHED),
+        "stored_bytes": int(sum(entry.total for entry in total_list if entry.key.name == ATTEMPTS)),
     }
 
 
 def _by_label(counters: Iterable[Total], name: str) -> dict[str, int]:
-    """Counts over all accounts and kinds; each bucket of a histogram has what fell into it alone."""
-    found: Counter[str] = Counter()
-    for one in counters:
-        if one.key.name == name:
-            found[one.key.label] += one.times
-    return dict(found)
+    """Return the counts by label, over all accounts and kinds. Histogram buckets are not cumulative."""
+    counts: Counter[str] = Counter()
+    for total in counters:
+        if total.key.name == name:
+            counts[total.key.label] += total.times
+    return dict(counts)

@@ -1,6 +1,6 @@
-"""What a person who watches wants to know now. Every query has a bound: it costs the same with a million jobs.
+"""Queries for the live snapshot. Each has a limit, so its cost does not grow with the number of jobs.
 
-Where a question could lead through all jobs, it leaps through an index in the index's own order, and stops.
+A query that could read all jobs reads an index in its order instead, and stops at the limit.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -15,32 +15,35 @@ from worker.store.claims import DueGroup, in_due_group
 from worker.store.schema import HELD_UNTIL, MYSQL_FAMILY, events, jobs, outputs
 from worker.store.sql_functions import HAS_DUE_TIME
 
-COUNTED_MOST = 10_000  # jobs of one state; beyond it "more than"
+COUNTED_MOST = 10_000  # jobs of one state; a larger number is shown as "more than"
 CLAIMS_MOST = 200
-FAILURES_LOOKED_AT = 100  # of each state: those with the highest ids, which are not always those that ended last
+FAILURES_LOOKED_AT = 100  # per state: those with the highest ids, which are not always the ones that ended last
 LEVELS_MOST = 500
 
 
 def count_jobs(connection: Connection) -> dict[str, int]:
-    """How many jobs there are in each state, up to COUNTED_MOST + 1; pending ones with those that want fresh links."""
-    best = (jobs.c.account, jobs.c.priority, jobs.c.fetch_host, jobs.c.due_at)
-    found: dict[str, int] = {}
+    """Return the number of jobs in each state, up to COUNTED_MOST + 1.
+
+    Pending jobs include downloading jobs that wait for fresh links.
+    """
+    index_order = (jobs.c.account, jobs.c.priority, jobs.c.fetch_host, jobs.c.due_at)
+    counts: dict[str, int] = {}
     for state in JOB_STATES:
         if state == "pending":
-            some = select(jobs.c.account).where(HAS_DUE_TIME)
-            # The order of the partial index makes PostgreSQL stop early. MariaDB's index is another one.
-            some = some if connection.dialect.name in MYSQL_FAMILY else some.order_by(*best)
+            query = select(jobs.c.account).where(HAS_DUE_TIME)
+            # In the order of its partial index, PostgreSQL stops early. MariaDB has another index.
+            query = query if connection.dialect.name in MYSQL_FAMILY else query.order_by(*index_order)
         else:
-            some = _in_final_state(connection, state, jobs.c.id)
-        counted = select(func.count()).select_from(some.limit(COUNTED_MOST + 1).subquery())
-        found[state] = int(connection.execute(counted).scalar_one())
-    return found
+            query = _in_final_state(connection, state, jobs.c.id)
+        count_query = select(func.count()).select_from(query.limit(COUNTED_MOST + 1).subquery())
+        counts[state] = int(connection.execute(count_query).scalar_one())
+    return counts
 
 
 def _in_final_state(
     connection: Connection, state: str, *columns: ColumnElement[Any], newest_first: bool = False
 ) -> Select[Any]:
-    """Select jobs by their state in the order of its index, in words that make each server read it, and not sort."""
+    """Return a query for the jobs in a state, in a form for which each server reads the index and does not sort."""
     order: tuple[ColumnElement[Any], ...] = (jobs.c.id,)
     conditions: tuple[ColumnElement[bool], ...] = (jobs.c.status == state,)
     if connection.dialect.name not in MYSQL_FAMILY:
@@ -50,35 +53,40 @@ def _in_final_state(
     return query.order_by(*(column.desc() if newest_first else column for column in order))
 
 
-def longest_due(connection: Connection, levels: Iterable[DueGroup], *, before: datetime, limit: int) -> list[Row[Any]]:
-    """The jobs that are due longest, and since before that; whether they may be asked about or not.
+def longest_due(connection: Connection, groups: Iterable[DueGroup], *, before: datetime, limit: int) -> list[Row[Any]]:
+    """Return the jobs that were due before a time, earliest due time first. Circuit breakers are ignored.
 
-    One that an operator holds is not due.
+    A job that an operator holds is not due.
     """
-    late = sorted((level for level in levels if level.due_at < before), key=lambda level: level.due_at)
-    found: list[Row[Any]] = []
-    for level in late[:limit]:  # no other has one that is due earlier than the first of each of these
-        if len(found) == limit and found[-1].due_at <= level.due_at:
+    late_groups = sorted((group for group in groups if group.due_at < before), key=lambda group: group.due_at)
+    rows: list[Row[Any]] = []
+    for group in late_groups[:limit]:  # the jobs of later groups can't be among the first `limit`
+        if len(rows) == limit and rows[-1].due_at <= group.due_at:
             break
-        first = select(*_LATE).where(*in_due_group(level), jobs.c.due_at < before).order_by(jobs.c.due_at).limit(limit)
-        found += list(connection.execute(first))
-        found = sorted(found, key=lambda row: (row.due_at, row.id))[:limit]
-    return found
+        query = (
+            select(*_LATE_COLUMNS)
+            .where(*in_due_group(group), jobs.c.due_at < before)
+            .order_by(jobs.c.due_at)
+            .limit(limit)
+        )
+        rows += list(connection.execute(query))
+        rows = sorted(rows, key=lambda row: (row.due_at, row.id))[:limit]
+    return rows
 
 
-def count_late(connection: Connection, levels: Iterable[DueGroup], *, before: datetime) -> int:
-    """How many jobs are due since before that, up to COUNTED_MOST + 1."""
+def count_late(connection: Connection, groups: Iterable[DueGroup], *, before: datetime) -> int:
+    """Count the jobs that were due before a time, up to COUNTED_MOST + 1."""
     count = 0
-    for level in [level for level in levels if level.due_at < before][:LEVELS_MOST]:
-        left = COUNTED_MOST + 1 - count
-        late = select(jobs.c.account).where(*in_due_group(level), jobs.c.due_at < before).limit(left).subquery()
-        count += int(connection.execute(select(func.count()).select_from(late)).scalar_one())
+    for group in [group for group in groups if group.due_at < before][:LEVELS_MOST]:
+        limit = COUNTED_MOST + 1 - count
+        query = select(jobs.c.account).where(*in_due_group(group), jobs.c.due_at < before).limit(limit).subquery()
+        count += int(connection.execute(select(func.count()).select_from(query)).scalar_one())
         if count > COUNTED_MOST:
             break
     return count
 
 
-_LATE = (
+_LATE_COLUMNS = (
     jobs.c.id,
     jobs.c.account,
     jobs.c.kind,
@@ -91,16 +99,19 @@ _LATE = (
 
 
 def count_due_before(
-    connection: Connection, levels: Sequence[DueGroup], job: Row[Any], *, now: datetime, most: int
+    connection: Connection, groups: Sequence[DueGroup], job: Row[Any], *, now: datetime, most: int
 ) -> int:
-    """How many due jobs of its account go before a job: of a higher priority, or due earlier; `most` at most."""
+    """Count the due jobs of the same account that come before a job, at most `most`.
+
+    They have a higher priority, or the same priority and an earlier due time.
+    """
     count = 0
-    for level in levels[:LEVELS_MOST]:
-        if level.account != job.account or level.priority < job.priority or level.due_at > now:
+    for group in groups[:LEVELS_MOST]:
+        if group.account != job.account or group.priority < job.priority or group.due_at > now:
             continue
-        until = now if level.priority > job.priority else min(now, job.due_at)
+        until = now if group.priority > job.priority else min(now, job.due_at)
         earlier = (
-            select(jobs.c.account).where(*in_due_group(level), jobs.c.due_at < until).limit(most - count).subquery()
+            select(jobs.c.account).where(*in_due_group(group), jobs.c.due_at < until).limit(most - count).subquery()
         )
         count += int(connection.execute(select(func.count()).select_from(earlier)).scalar_one())
         if count >= most:
@@ -110,7 +121,7 @@ def count_due_before(
 
 @dataclass(frozen=True, slots=True)
 class StaleClaim:
-    """A claim on a job, an output or an event (`what`), and when its lease ends or did."""
+    """A claim on a job, an output or an event (`what`), and the end of its lease."""
 
     what: str
     id: int
@@ -126,17 +137,20 @@ def stale_claims(
     polled_before: datetime,
     claimed_before: datetime,
 ) -> list[StaleClaim]:
-    """Claims that were over before that, whose holder is known to be dead, or that are older than any work can be:
-    a request of `polled_before`, a download of `claimed_before`. Those that are over longest come first."""
-    found: list[StaleClaim] = []
+    """Return the claims that should have been released, earliest end of the lease first.
+
+    Their lease ended before `expired_before`, or their holder is in `dead`, or they are older than any work can take: a
+    poll that began before `polled_before`, or a download that began before `claimed_before`.
+    """
+    claims: list[StaleClaim] = []
     older = {"job": jobs.c.asked_at < polled_before, "output": outputs.c.claimed_at < claimed_before}
     for name, table in (("job", jobs), ("output", outputs), ("event", events)):
-        of_the_dead = (table.c.claim_holder.in_(sorted(dead)),) if dead else ()
+        held_by_dead = (table.c.claim_holder.in_(sorted(dead)),) if dead else ()
         too_old = (older[name],) if name in older else ()
-        lost = or_(table.c.due_at < expired_before, *of_the_dead, *too_old)
-        query = _claims(table).where(lost).order_by(table.c.due_at).limit(CLAIMS_MOST)
-        found += [StaleClaim(name, row.id, row.claim_holder, row.due_at) for row in connection.execute(query)]
-    return sorted(found, key=lambda one: one.until)
+        is_stale = or_(table.c.due_at < expired_before, *held_by_dead, *too_old)
+        query = _claims(table).where(is_stale).order_by(table.c.due_at).limit(CLAIMS_MOST)
+        claims += [StaleClaim(name, row.id, row.claim_holder, row.due_at) for row in connection.execute(query)]
+    return sorted(claims, key=lambda claim: claim.until)
 
 
 def _claims(table: Table) -> Any:
@@ -144,7 +158,10 @@ def _claims(table: Table) -> Any:
 
 
 def jobs_past_deadline(connection: Connection, *, now: datetime, later: datetime, limit: int) -> list[Row[Any]]:
-    """Jobs past their deadline that nobody asks about before `later`, the longest first. It reads all that wait."""
+    """Return jobs past their deadline whose next poll is after `later`, oldest deadline first.
+
+    It reads all jobs with a due time.
+    """
     columns = (jobs.c.id, jobs.c.account, jobs.c.kind, jobs.c.deadline_at, jobs.c.due_at)
     query = select(*columns).where(
         HAS_DUE_TIME,
@@ -157,13 +174,13 @@ def jobs_past_deadline(connection: Connection, *, now: datetime, later: datetime
 
 
 def count_running_polls(connection: Connection, *, now: datetime) -> int:
-    """How many jobs are claimed, to be asked about, and the claim stands."""
-    standing = select(func.count()).where(jobs.c.claim_holder.is_not(None), jobs.c.due_at > now)
-    return int(connection.execute(standing).scalar_one())
+    """Count the jobs that are being polled: their claim is valid."""
+    query = select(func.count()).where(jobs.c.claim_holder.is_not(None), jobs.c.due_at > now)
+    return int(connection.execute(query).scalar_one())
 
 
 def running_downloads(connection: Connection, *, now: datetime, limit: int) -> Sequence[Row[Any]]:
-    """The outputs that are being downloaded, those first whose attempt began first; with their jobs' remote ids."""
+    """Return the outputs that are being downloaded, oldest attempt first, with the remote ids of their jobs."""
     query = (
         select(outputs, jobs.c.remote_id, jobs.c.fetch_base)
         .join(jobs, jobs.c.id == outputs.c.job_id)
@@ -175,7 +192,7 @@ def running_downloads(connection: Connection, *, now: datetime, limit: int) -> S
 
 
 def oldest_unstored(connection: Connection, *, limit: int) -> Sequence[Row[Any]]:
-    """The outputs that are not stored yet and wait longest, on their way or not."""
+    """Return the pending outputs, including running downloads, oldest link first."""
     columns = (
         outputs.c.id,
         outputs.c.job_id,
@@ -191,24 +208,24 @@ def oldest_unstored(connection: Connection, *, limit: int) -> Sequence[Row[Any]]
 
 
 def last_failures(connection: Connection, *, limit: int) -> list[Row[Any]]:
-    """The jobs that failed or expired last, of those with the highest ids."""
-    found: list[Row[Any]] = []
+    """Return the jobs that failed or expired last, among those with the highest ids."""
+    rows: list[Row[Any]] = []
     for state in ("failed", "expired"):
         columns = (jobs.c.id, jobs.c.account, jobs.c.kind, jobs.c.status, jobs.c.error_code, jobs.c.completed_at)
         newest = _in_final_state(connection, state, *columns, newest_first=True)
-        found += list(connection.execute(newest.limit(FAILURES_LOOKED_AT)))
-    return sorted(found, key=lambda row: (row.completed_at, row.id), reverse=True)[:limit]
+        rows += list(connection.execute(newest.limit(FAILURES_LOOKED_AT)))
+    return sorted(rows, key=lambda row: (row.completed_at, row.id), reverse=True)[:limit]
 
 
 def pending_events(connection: Connection, *, limit: int) -> Sequence[Row[Any]]:
-    """Events that are to be sent, or sent again, those that are due first; without what they say."""
+    """Return the events that wait to be sent, earliest due time first, without their bodies."""
     columns = [column for column in events.c if column.name != "body"]
     waiting = select(*columns).where(events.c.due_at.is_not(None))
     return connection.execute(waiting.order_by(events.c.due_at, events.c.id).limit(limit)).all()
 
 
 def jobs_without_event(connection: Connection, *, before: datetime, limit: int) -> Sequence[Row[Any]]:
-    """Jobs that became final before that, and whose webhook event nobody has made yet; the first ones."""
+    """Return the jobs that became final before a time and have no webhook event yet, oldest first."""
     query = (
         select(jobs.c.id, jobs.c.completed_at)
         .where(jobs.c.completed_at < before, jobs.c.webhook_url.is_not(None), jobs.c.announced_at.is_(None))

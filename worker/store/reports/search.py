@@ -1,8 +1,9 @@
-"""Finding jobs among a million by what operators ask for: newest first, in ways that indexes can serve.
+"""Search jobs by the filters of operators, newest first, with queries that can use indexes.
 
-What few jobs have (a remote id, a reference, a claim, being late, being held) is looked up first, by its index, and
-their ids become the condition: no guess of the database about rows that change all the time can lead it astray. Where
-that would be more than a few thousand, going through the jobs newest first finds them soon enough.
+Some properties are rare: a remote id, a reference, a claim, being late, being held. Jobs with a rare property are
+looked up first by its index, and their ids become the condition. So the query does not depend on the planner's
+statistics, which are often wrong for rows that change all the time. If more than a few thousand jobs have the property,
+a scan from the newest job finds them soon enough.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,17 +21,21 @@ from worker.store.jobs import OUT_OF_ORDER, first_tracked, waiting_accounts
 from worker.store.schema import HELD_UNTIL, MYSQL_FAMILY, jobs, outputs, waiting_account
 from worker.store.sql_functions import HAS_DUE_TIME
 
-FEW = 5_000  # so many ids are a condition; more are not looked up
+FEW = 5_000  # the largest number of ids in a condition; if there are more, they are not looked up
 
 
 @dataclass(frozen=True, slots=True)
 class JobFilter:
-    """Which jobs are meant: those that have one of the values of each field that has any.
+    """A filter for jobs. For each field with values, a job must have one of them. Empty fields are ignored.
 
-    Times are aware; `…_since` belongs to what is meant, `…_until` does not. `codes` are those that a job ended with,
-    `output_codes` those that any of its outputs has. `late`: due and not claimed for longer than so many seconds.
-    `stuck`: its claim is over, and nobody took it up. `past_deadline`: pending beyond it. `held`: by hand, or with its
-    account or host, whoever holds that; `by_hand`: held by hand itself, or (False) not.
+    Times are aware. `…_since` is inclusive, `…_until` is exclusive.
+
+    - `codes`: error codes of the job; `output_codes`: error codes of any of its outputs.
+    - `late`: due for more than this number of seconds, and not claimed.
+    - `stuck`: its lease has ended, but it was not released or claimed again.
+    - `past_deadline`: pending after its deadline.
+    - `held`: held by an operator, or its account or host is held for any reason.
+    - `by_hand`: True for jobs that an operator holds, False for all others.
     """
 
     statuses: tuple[str, ...] = ()
@@ -54,241 +59,267 @@ class JobFilter:
     by_hand: bool | None = None
 
     @property
-    def named(self) -> bool:
-        """Whether it names jobs by nothing but their remote ids, of all accounts or of some."""
+    def only_remote_ids(self) -> bool:
+        """Whether the filter has remote ids, and nothing else except accounts."""
         return bool(self.remote_ids) and replace(self, remote_ids=(), accounts=()) == JobFilter()
 
     @property
     def states(self) -> frozenset[str]:
-        """The states that such a job can be in."""
-        left = frozenset(self.statuses or JOB_STATES)
+        """The states that a matching job can have."""
+        states = frozenset(self.statuses or JOB_STATES)
         if self.codes:
-            left &= {"expired" if code == "expired" else "failed" for code in self.codes}
+            states &= {"expired" if code == "expired" else "failed" for code in self.codes}
         if self.output_codes:
-            left &= {"downloading", "failed", "cancelled"}
+            states &= {"downloading", "failed", "cancelled"}
         if self.finished_since is not None or self.finished_until is not None:
-            left &= FINAL_STATES
+            states &= FINAL_STATES
         if self.late is not None or self.stuck:
-            left &= {"pending", "downloading"}
+            states &= {"pending", "downloading"}
         if self.past_deadline or self.held or self.by_hand:
-            left &= {"pending"}
-        return left
+            states &= {"pending"}
+        return states
 
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """A filter made ready: each of `ways` finds some of the jobs in the order of an index, and together all of them."""
+    """A prepared filter. Each alternative selects some of the jobs by an index; together they select all of them."""
 
-    ways: tuple[tuple[ColumnElement[bool], ...], ...]
+    alternatives: tuple[tuple[ColumnElement[bool], ...], ...]
 
 
-def prepare_search(connection: Connection, wanted: JobFilter) -> Search:
-    """Makes a filter ready: its moments are fixed, and what few jobs have is looked up."""
+def prepare_search(connection: Connection, job_filter: JobFilter) -> Search:
+    """Prepare a filter: fix its times, and look up the jobs with rare properties."""
     now = database_now(connection)
-    common = [*_same(wanted), *_times(connection, wanted), *_conditions(wanted, now), *_few(connection, wanted, now)]
-    if wanted.states == _implied(wanted):
+    common = [
+        *_equal_conditions(job_filter),
+        *_time_conditions(connection, job_filter),
+        *_state_conditions(job_filter, now),
+        *_rare_conditions(connection, job_filter, now),
+    ]
+    if job_filter.states == _implied_states(job_filter):
         return Search((tuple(common),))
-    return Search(tuple((*_in_state(state), *common) for state in JOB_STATES if state in wanted.states))
+    return Search(tuple((*_in_state(state), *common) for state in JOB_STATES if state in job_filter.states))
 
 
-def _implied(wanted: JobFilter) -> frozenset[str]:
-    """The states that the conditions leave by themselves, where they need not be told."""
-    finished = wanted.finished_since is not None or wanted.finished_until is not None
+def _implied_states(job_filter: JobFilter) -> frozenset[str]:
+    """Return the states that the other conditions already imply, so that no condition on the state is needed."""
+    finished = job_filter.finished_since is not None or job_filter.finished_until is not None
     return FINAL_STATES if finished else frozenset(JOB_STATES)
 
 
 def find_jobs(
     connection: Connection,
-    wanted: JobFilter | Search,
+    job_filter: JobFilter | Search,
     *,
     limit: int,
     after: int | None = None,
     columns: Sequence[ColumnElement[Any]] = tuple(jobs.c),
 ) -> Sequence[Row[Any]]:
-    """Up to `limit` of these jobs, newest first; those that come after the id `after`, where that is given."""
-    below = () if after is None else (jobs.c.id < after,)
-    ways = [
-        select(*columns).where(*way, *below).order_by(jobs.c.id.desc()).limit(limit)
-        for way in _ready(connection, wanted).ways
+    """Return up to `limit` matching jobs, newest first. With `after`, only jobs with lower ids."""
+    next_page = () if after is None else (jobs.c.id < after,)
+    queries = [
+        select(*columns).where(*alternative, *next_page).order_by(jobs.c.id.desc()).limit(limit)
+        for alternative in _prepared(connection, job_filter).alternatives
     ]
-    if not ways:
+    if not queries:
         return []
-    if len(ways) == 1:
-        return connection.execute(ways[0]).all()
-    each = union_all(*(select(way.subquery()) for way in ways)).subquery()
-    return connection.execute(select(each).order_by(each.c.id.desc()).limit(limit)).all()
+    if len(queries) == 1:
+        return connection.execute(queries[0]).all()
+    all_rows = union_all(*(select(alternative.subquery()) for alternative in queries)).subquery()
+    return connection.execute(select(all_rows).order_by(all_rows.c.id.desc()).limit(limit)).all()
 
 
 def find_job_ids(
-    connection: Connection, wanted: JobFilter | Search, *, limit: int, after: int | None = None
+    connection: Connection, job_filter: JobFilter | Search, *, limit: int, after: int | None = None
 ) -> list[int]:
-    """The ids of the same."""
-    return [row.id for row in find_jobs(connection, wanted, limit=limit, after=after, columns=(jobs.c.id,))]
+    """Return the ids of up to `limit` matching jobs, newest first. With `after`, only lower ids."""
+    return [row.id for row in find_jobs(connection, job_filter, limit=limit, after=after, columns=(jobs.c.id,))]
 
 
-def count_matching(connection: Connection, wanted: JobFilter | Search, *, most: int | None = None) -> int:
-    """How many there are; no more than `most` are counted, where that is given."""
+def count_matching(connection: Connection, job_filter: JobFilter | Search, *, most: int | None = None) -> int:
+    """Count the matching jobs, up to `most` if it is given."""
     count = 0
-    for way in _ready(connection, wanted).ways:
-        found = select(jobs.c.id).where(*way)
+    for alternative in _prepared(connection, job_filter).alternatives:
+        query = select(jobs.c.id).where(*alternative)
         if most is not None:
-            found = found.limit(most - count)
-        count += connection.execute(select(func.count()).select_from(found.subquery())).scalar_one()
+            query = query.limit(most - count)
+        count += connection.execute(select(func.count()).select_from(query.subquery())).scalar_one()
         if most is not None and count >= most:
             break
     return count
 
 
-def lock_matching(connection: Connection, wanted: Search, ids: Iterable[int]) -> list[int]:
-    """Those of these ids that match now, locked by this transaction in their order."""
-    if not wanted.ways:
+def lock_matching(connection: Connection, search: Search, ids: Iterable[int]) -> list[int]:
+    """Lock the jobs with these ids that still match, and return their ids in order."""
+    if not search.alternatives:
         return []
-    any_way = or_(*(and_(*way) for way in wanted.ways)) if all(wanted.ways) else true()
-    query = select(jobs.c.id).where(jobs.c.id.in_(list(ids)), any_way).order_by(jobs.c.id).with_for_update()
+    any_match = or_(*(and_(*conditions) for conditions in search.alternatives)) if all(search.alternatives) else true()
+    query = select(jobs.c.id).where(jobs.c.id.in_(list(ids)), any_match).order_by(jobs.c.id).with_for_update()
     return list(connection.execute(query).scalars())
 
 
-def _ready(connection: Connection, wanted: JobFilter | Search) -> Search:
-    return wanted if isinstance(wanted, Search) else prepare_search(connection, wanted)
+def _prepared(connection: Connection, job_filter: JobFilter | Search) -> Search:
+    return job_filter if isinstance(job_filter, Search) else prepare_search(connection, job_filter)
 
 
 # ── conditions ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _in_state(state: str) -> tuple[ColumnElement[bool], ...]:
-    # What is pending is due, as they all are: said, so that an index of such jobs serves.
+    # All pending jobs have a due time. This condition makes the index of such jobs usable.
     return (jobs.c.status == state, *((HAS_DUE_TIME,) if state == "pending" else ()))
 
 
-def _same(wanted: JobFilter) -> list[ColumnElement[bool]]:
+def _equal_conditions(job_filter: JobFilter) -> list[ColumnElement[bool]]:
     fields: tuple[tuple[ColumnElement[Any], tuple[Any, ...]], ...] = (
-        (jobs.c.account, wanted.accounts),
-        (jobs.c.kind, wanted.kinds),
-        (jobs.c.remote_id, wanted.remote_ids),
-        (jobs.c.reference, wanted.references),
-        (jobs.c.error_code, wanted.codes),
-        (jobs.c.fetch_host, wanted.hosts),
-        (jobs.c.claim_holder, wanted.holders),
-        (jobs.c.id, wanted.ids),
+        (jobs.c.account, job_filter.accounts),
+        (jobs.c.kind, job_filter.kinds),
+        (jobs.c.remote_id, job_filter.remote_ids),
+        (jobs.c.reference, job_filter.references),
+        (jobs.c.error_code, job_filter.codes),
+        (jobs.c.fetch_host, job_filter.hosts),
+        (jobs.c.claim_holder, job_filter.holders),
+        (jobs.c.id, job_filter.ids),
     )
-    same = [column == values[0] if len(values) == 1 else column.in_(values) for column, values in fields if values]
-    if wanted.output_codes:  # counted job by job: joined, the database would go through all outputs there are
+    conditions = [
+        column == values[0] if len(values) == 1 else column.in_(values) for column, values in fields if values
+    ]
+    if job_filter.output_codes:  # a subquery per job: with a join, the database would read all outputs
         with_code = select(func.count()).where(
-            outputs.c.job_id == jobs.c.id, outputs.c.error_code.in_(wanted.output_codes)
+            outputs.c.job_id == jobs.c.id, outputs.c.error_code.in_(job_filter.output_codes)
         )
-        same.append(with_code.scalar_subquery() > 0)
-    return same
+        conditions.append(with_code.scalar_subquery() > 0)
+    return conditions
 
 
-def _times(connection: Connection, wanted: JobFilter) -> list[ColumnElement[bool]]:
-    found: list[ColumnElement[bool]] = []
-    if wanted.submitted_since is not None:  # it was tracked no earlier than that
-        first = first_tracked(connection, wanted.submitted_since - OUT_OF_ORDER)
-        found += [jobs.c.submitted_at >= wanted.submitted_since, jobs.c.id >= first]
-    if wanted.submitted_until is not None:
-        found.append(jobs.c.submitted_at < wanted.submitted_until)
-    if wanted.finished_since is not None:
-        found.append(jobs.c.completed_at >= wanted.finished_since)
-    if wanted.finished_until is not None:  # it was tracked before that
-        first = first_tracked(connection, wanted.finished_until + OUT_OF_ORDER)
-        found += [jobs.c.completed_at < wanted.finished_until, jobs.c.id < first]
-    return found
+def _time_conditions(connection: Connection, job_filter: JobFilter) -> list[ColumnElement[bool]]:
+    conditions: list[ColumnElement[bool]] = []
+    if job_filter.submitted_since is not None:  # a job is not tracked before its submission
+        first_id = first_tracked(connection, job_filter.submitted_since - OUT_OF_ORDER)
+        conditions += [jobs.c.submitted_at >= job_filter.submitted_since, jobs.c.id >= first_id]
+    if job_filter.submitted_until is not None:
+        conditions.append(jobs.c.submitted_at < job_filter.submitted_until)
+    if job_filter.finished_since is not None:
+        conditions.append(jobs.c.completed_at >= job_filter.finished_since)
+    if job_filter.finished_until is not None:  # a job is tracked before it ends
+        first_id = first_tracked(connection, job_filter.finished_until + OUT_OF_ORDER)
+        conditions += [jobs.c.completed_at < job_filter.finished_until, jobs.c.id < first_id]
+    return conditions
 
 
-def _conditions(wanted: JobFilter, now: datetime) -> list[ColumnElement[bool]]:
-    found: list[ColumnElement[bool]] = []
-    if wanted.late is not None:
-        found += [*_late(wanted.late, now)]
-    if wanted.stuck:
-        found += [*_stuck(now)]
-    if wanted.past_deadline:
-        found.append(jobs.c.deadline_at < now)
-    if wanted.by_hand is not None:
-        found.append(jobs.c.held_at.is_not(None) if wanted.by_hand else jobs.c.held_at.is_(None))
-    return found
+def _state_conditions(job_filter: JobFilter, now: datetime) -> list[ColumnElement[bool]]:
+    conditions: list[ColumnElement[bool]] = []
+    if job_filter.late is not None:
+        conditions += [*_is_late(job_filter.late, now)]
+    if job_filter.stuck:
+        conditions += [*_is_stuck(now)]
+    if job_filter.past_deadline:
+        conditions.append(jobs.c.deadline_at < now)
+    if job_filter.by_hand is not None:
+        conditions.append(jobs.c.held_at.is_not(None) if job_filter.by_hand else jobs.c.held_at.is_(None))
+    return conditions
 
 
-def _late(seconds: float, now: datetime) -> tuple[ColumnElement[bool], ...]:
-    return (HAS_DUE_TIME, jobs.c.due_at < _before(now, seconds), jobs.c.claim_token.is_(None))
+def _is_late(seconds: float, now: datetime) -> tuple[ColumnElement[bool], ...]:
+    return (HAS_DUE_TIME, jobs.c.due_at < _seconds_before(now, seconds), jobs.c.claim_token.is_(None))
 
 
-def _stuck(now: datetime) -> tuple[ColumnElement[bool], ...]:
+def _is_stuck(now: datetime) -> tuple[ColumnElement[bool], ...]:
     return (jobs.c.claim_holder.is_not(None), jobs.c.due_at < now)
 
 
-def _before(now: datetime, seconds: float) -> datetime:
+def _seconds_before(now: datetime, seconds: float) -> datetime:
     try:
         return now - timedelta(seconds=seconds)
     except OverflowError:
         return now.replace(year=1)
 
 
-# ── what few jobs have ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── rare properties ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _few(connection: Connection, wanted: JobFilter, now: datetime) -> list[ColumnElement[bool]]:
-    """What an index finds at once, as ids where they are few enough."""
-    found: list[ColumnElement[bool]] = []
-    if wanted.remote_ids:
-        found += _ids(connection, jobs.c.remote_id, [(jobs.c.remote_id == one,) for one in wanted.remote_ids])
-    if wanted.references:
-        found += _ids(connection, jobs.c.reference, [(jobs.c.reference == one,) for one in wanted.references])
-    if wanted.holders:
-        found += _ids(connection, jobs.c.claim_holder, [(jobs.c.claim_holder == one,) for one in wanted.holders])
-    if wanted.stuck:
-        found += _ids(connection, jobs.c.claim_holder, [_stuck(now)])
-    if wanted.late is not None or wanted.past_deadline or wanted.held or wanted.by_hand:
-        levels = due_groups(connection, wanted.accounts or waiting_accounts(connection))
-        if wanted.past_deadline:
-            past = [(*_waiting_in(connection, level), jobs.c.deadline_at < now) for level in levels]
-            found += _ids(connection, jobs.c.due_at, past)
-        if wanted.late is not None:
-            late = _late(wanted.late, now)
-            due = [(*in_due_group(level), *late) for level in levels if level.due_at < _before(now, wanted.late)]
-            found += _ids(connection, jobs.c.due_at, due)
-        if wanted.by_hand:
-            found += _ids(connection, jobs.c.due_at, [(*in_due_group(level), _resting()) for level in levels])
-        if wanted.held:
-            found += _held(connection, levels, now)
-    return found
+def _rare_conditions(connection: Connection, job_filter: JobFilter, now: datetime) -> list[ColumnElement[bool]]:
+    """Return conditions on the ids of the jobs with rare properties, as far as there are few enough of them."""
+    conditions: list[ColumnElement[bool]] = []
+    if job_filter.remote_ids:
+        conditions += _id_condition(
+            connection, jobs.c.remote_id, [(jobs.c.remote_id == value,) for value in job_filter.remote_ids]
+        )
+    if job_filter.references:
+        conditions += _id_condition(
+            connection, jobs.c.reference, [(jobs.c.reference == value,) for value in job_filter.references]
+        )
+    if job_filter.holders:
+        conditions += _id_condition(
+            connection, jobs.c.claim_holder, [(jobs.c.claim_holder == value,) for value in job_filter.holders]
+        )
+    if job_filter.stuck:
+        conditions += _id_condition(connection, jobs.c.claim_holder, [_is_stuck(now)])
+    if job_filter.late is not None or job_filter.past_deadline or job_filter.held or job_filter.by_hand:
+        groups = due_groups(connection, job_filter.accounts or waiting_accounts(connection))
+        if job_filter.past_deadline:
+            past_deadline = [(*_in_due_group_indexed(connection, group), jobs.c.deadline_at < now) for group in groups]
+            conditions += _id_condition(connection, jobs.c.due_at, past_deadline)
+        if job_filter.late is not None:
+            late = _is_late(job_filter.late, now)
+            late_jobs = [
+                (*in_due_group(group), *late)
+                for group in groups
+                if group.due_at < _seconds_before(now, job_filter.late)
+            ]
+            conditions += _id_condition(connection, jobs.c.due_at, late_jobs)
+        if job_filter.by_hand:
+            conditions += _id_condition(
+                connection, jobs.c.due_at, [(*in_due_group(group), _is_held()) for group in groups]
+            )
+        if job_filter.held:
+            conditions += _held_conditions(connection, groups, now)
+    return conditions
 
 
-def _held(connection: Connection, levels: Sequence[DueGroup], now: datetime) -> list[ColumnElement[bool]]:
-    shut = {key for key, breaker in all_breakers(connection).items() if breaker.held(now)}
-    ways = [
-        in_due_group(level)
-        if ("account", level.account) in shut or ("host", level.host) in shut
-        else (*in_due_group(level), _resting())
-        for level in levels
+def _held_conditions(connection: Connection, groups: Sequence[DueGroup], now: datetime) -> list[ColumnElement[bool]]:
+    held_keys = {key for key, breaker in all_breakers(connection).items() if breaker.held(now)}
+    alternatives = [
+        in_due_group(group)
+        if ("account", group.account) in held_keys or ("host", group.host) in held_keys
+        else (*in_due_group(group), _is_held())
+        for group in groups
     ]
-    found = _ids(connection, jobs.c.due_at, ways)
-    names = {scope: [name for kind, name in sorted(shut) if kind == scope] for scope in ("account", "host")}
-    held = or_(jobs.c.held_at.is_not(None), jobs.c.account.in_(names["account"]), jobs.c.fetch_host.in_(names["host"]))
-    return [held, *found]
+    conditions = _id_condition(connection, jobs.c.due_at, alternatives)
+    held_names = {scope: [name for kind, name in sorted(held_keys) if kind == scope] for scope in ("account", "host")}
+    is_held = or_(
+        jobs.c.held_at.is_not(None),
+        jobs.c.account.in_(held_names["account"]),
+        jobs.c.fetch_host.in_(held_names["host"]),
+    )
+    return [is_held, *conditions]
 
 
-def _resting() -> ColumnElement[bool]:
+def _is_held() -> ColumnElement[bool]:
     return jobs.c.due_at >= HELD_UNTIL
 
 
-def _waiting_in(connection: Connection, level: DueGroup) -> tuple[ColumnElement[bool], ...]:
-    """The jobs of a level, in words for which an index has the deadline on MariaDB."""
+def _in_due_group_indexed(connection: Connection, group: DueGroup) -> tuple[ColumnElement[bool], ...]:
+    """Return the conditions of a group's jobs, in a form for which MariaDB's index contains the deadline."""
     if connection.dialect.name not in MYSQL_FAMILY:
-        return in_due_group(level)
+        return in_due_group(group)
     return (
-        waiting_account == level.account,
-        jobs.c.priority == level.priority,
-        jobs.c.fetch_host == level.host,
+        waiting_account == group.account,
+        jobs.c.priority == group.priority,
+        jobs.c.fetch_host == group.host,
     )
 
 
-def _ids(
-    connection: Connection, order: ColumnElement[Any], ways: Iterable[tuple[ColumnElement[bool], ...]]
+def _id_condition(
+    connection: Connection, index_order: ColumnElement[Any], alternatives: Iterable[tuple[ColumnElement[bool], ...]]
 ) -> list[ColumnElement[bool]]:
-    """The ids that any of these ways finds, as a condition; none where they are too many. `order` is the index's."""
+    """Return a condition on the ids that any of the alternatives finds, or none if there are too many.
+
+    `index_order` is the column that orders the index to use.
+    """
     ids: set[int] = set()
-    for way in ways:
-        query = select(jobs.c.id).where(*way).order_by(order).limit(FEW + 1 - len(ids))
+    for conditions in alternatives:
+        query = select(jobs.c.id).where(*conditions).order_by(index_order).limit(FEW + 1 - len(ids))
         ids.update(connection.execute(query).scalars())
         if len(ids) > FEW:
             return []

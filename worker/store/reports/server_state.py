@@ -1,4 +1,4 @@
-"""What the database server itself is up to, for `doctor`: vacuum, open transactions, defaults. It only reads."""
+"""The state of the database server for `doctor`: vacuum, open transactions, defaults. Read-only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from sqlalchemy.exc import DBAPIError
 
 from worker.store.schema import metadata
 
-LONG_TRANSACTION = timedelta(minutes=5)  # ours last for seconds at most
-DEAD_LEAST = 20_000  # fewer dead rows are no burden, whatever their share
+LONG_TRANSACTION = timedelta(minutes=5)  # transactions of this project last for seconds
+DEAD_LEAST = 20_000  # fewer dead rows do no harm
 DEAD_SHARE = 0.5  # autovacuum starts at 0.2 by default
-HISTORY_MOST = 1_000_000  # InnoDB's row versions that await purge
+HISTORY_MOST = 1_000_000  # InnoDB row versions that wait for purge
 
 _TABLES: BindParameter[Any] = bindparam("tables", sorted(metadata.tables), expanding=True)
 _DEFAULTS_POSTGRES = text(
@@ -46,7 +46,7 @@ _HISTORY_MARIADB = text("SELECT count FROM information_schema.innodb_metrics WHE
 
 @dataclass(frozen=True, slots=True)
 class OpenTransaction:
-    """A transaction that has been open for long: whose it is and for how many seconds."""
+    """A transaction that has been open for a long time, its owner, and its age in seconds."""
 
     name: str
     owner: str
@@ -57,8 +57,9 @@ class OpenTransaction:
 class ServerState:
     """The state of a server.
 
-    `autovacuum` is that of the server, `autovacuum_off` are tables of ours that have it off. `unvacuumed` are tables
-    with their dead rows and all their rows. `history` is the length of InnoDB's list of old row versions.
+    `autovacuum` is the server's setting; `autovacuum_off` has the project's tables for which it is off. `unvacuumed`
+    has tables with their numbers of dead rows and of all rows. `history` is the length of InnoDB's list of old row
+    versions.
     """
 
     isolation: str | None = None
@@ -70,7 +71,7 @@ class ServerState:
 
 
 def server_state(connection: Connection) -> ServerState:
-    """Read the state of the server, as far as this role may see it."""
+    """Read the state of the server, as far as this role has the permissions."""
     if connection.dialect.name == "postgresql":
         return _postgres(connection)
     return ServerState() if connection.dialect.name == "sqlite" else _mariadb(connection)
@@ -98,7 +99,7 @@ def _mariadb(connection: Connection) -> ServerState:
     try:
         rows = connection.execute(_OPEN_MARIADB, {"seconds": LONG_TRANSACTION.total_seconds()}).all()
         history = connection.execute(_HISTORY_MARIADB).scalar()
-    except DBAPIError:  # it takes the right PROCESS, which most apps' users lack
+    except DBAPIError:  # this needs the PROCESS privilege, which most apps' users don't have
         return ServerState(isolation)
     return ServerState(isolation, open=_open(rows), history=None if history is None else int(history))
 

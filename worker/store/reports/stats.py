@@ -1,6 +1,6 @@
-"""How everything stands now, in figures: jobs by state, what is due, accounts, holds. Read from indexes, not from rows.
+"""Statistics: jobs by state, due jobs, accounts, holds, unstored outputs. The queries read indexes, not rows.
 
-Jobs that an operator holds are a state of their own here, `held`: they wait, but for nobody's request.
+Jobs that an operator holds are counted as a separate state, `held`.
 """
 
 from collections import Counter
@@ -22,14 +22,14 @@ from worker.store.sql_functions import HAS_DUE_TIME
 HELD = "held"
 STATES = (*JOB_STATES[:1], HELD, *JOB_STATES[1:])
 NO_KEY = "no key"
-KINDS_COUNTED = 100_000  # waiting jobs; of more the kinds are not told, since that would mean to read every one of them
+KINDS_COUNTED = 100_000  # with more waiting jobs, kinds are not counted separately: that would read every row
 
 
 @dataclass(frozen=True, slots=True)
 class WaitingCount:
-    """How many jobs of an account and kind have a due time; how many of them an operator holds, and are due now.
+    """The number of jobs of an account and kind that have a due time, that an operator holds, and that are due now.
 
-    Nearly all are pending; a few are downloading and wait for fresh links.
+    Nearly all of them are pending. A few are downloading and wait for fresh links.
     """
 
     account: str
@@ -41,9 +41,10 @@ class WaitingCount:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """One account: its jobs that are due now, for how many seconds the oldest that may be asked about is, and its rate.
+    """The due jobs and the rate of an account.
 
-    `rps` is the requests per second that it may make now, `ceiling` what the API took when it last refused one.
+    `oldest_due` is the number of seconds since the oldest job that may be polled became due. `rps` is the present limit
+    of requests per second. `ceiling` is the rate that the API accepted when it last refused a request.
     """
 
     name: str
@@ -56,7 +57,7 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """What keeps an account or a host from being asked: a reason out of few, and since when."""
+    """A hold on an account or host, with one of a few reasons, and its start."""
 
     scope: Scope
     name: str
@@ -66,7 +67,7 @@ class Hold:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """How everything stood at `now`, by the database's clock. `oldest_due` is in seconds, 0 where nothing is due."""
+    """The statistics at `now`, by the database's clock. `oldest_due` is in seconds, and 0 if no job is due."""
 
     now: datetime
     jobs: Mapping[str, int]
@@ -77,20 +78,22 @@ class Stats:
 
     @property
     def oldest_unstored(self) -> float:
-        """For how many seconds the oldest link is known whose output is not stored."""
-        return max((_age(one.oldest, self.now) for one in self.unstored), default=0.0)
+        """The number of seconds since the oldest unstored output was listed."""
+        return max((_age(group.oldest, self.now) for group in self.unstored), default=0.0)
 
 
 def waiting_by_account(connection: Connection, *, now: datetime) -> list[WaitingCount]:
-    """What waits, by account alone."""
+    """Return the waiting jobs by account."""
     return _waiting(connection, now)
 
 
 def waiting_by_kind(connection: Connection, *, now: datetime) -> list[WaitingCount]:
-    """What waits, by account and kind; all kinds together where there is very much."""
-    some = select(jobs.c.account).where(HAS_DUE_TIME).limit(KINDS_COUNTED + 1)
-    many = connection.execute(select(func.count()).select_from(some.subquery())).scalar_one() > KINDS_COUNTED
-    return _waiting(connection, now) if many else _waiting(connection, now, jobs.c.kind)
+    """Return the waiting jobs by account and kind. If there are very many, all kinds are counted together."""
+    waiting_jobs = select(jobs.c.account).where(HAS_DUE_TIME).limit(KINDS_COUNTED + 1)
+    too_many = (
+        connection.execute(select(func.count()).select_from(waiting_jobs.subquery())).scalar_one() > KINDS_COUNTED
+    )
+    return _waiting(connection, now) if too_many else _waiting(connection, now, jobs.c.kind)
 
 
 def _waiting(connection: Connection, now: datetime, *by: ColumnElement[str]) -> list[WaitingCount]:
@@ -106,46 +109,54 @@ def _waiting(connection: Connection, now: datetime, *by: ColumnElement[str]) -> 
 
 
 def count_unfinished(connection: Connection, waiting: Iterable[WaitingCount]) -> Counter[tuple[str, str, str]]:
-    """Jobs that are not final, by account, kind and state; `waiting` is as `waiting_by_kind` read it."""
-    found: Counter[tuple[str, str, str]] = Counter()
-    fine = True
-    for one in waiting:
-        found[one.account, one.kind, "pending"] += one.count - one.held
-        found[one.account, one.kind, HELD] += one.held
-        fine = fine and one.kind != OTHER
-    due = jobs.c.due_at.is_not(None)
+    """Return the numbers of unfinished jobs by account, kind and state. `waiting` comes from `waiting_by_kind`."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+    by_kind = True
+    for entry in waiting:
+        counts[entry.account, entry.kind, "pending"] += entry.count - entry.held
+        counts[entry.account, entry.kind, HELD] += entry.held
+        by_kind = by_kind and entry.kind != OTHER
+    has_due_time = jobs.c.due_at.is_not(None)
     downloading = (
-        select(jobs.c.account, jobs.c.kind, func.count(), _count(due), _count(jobs.c.due_at >= HELD_UNTIL))
+        select(jobs.c.account, jobs.c.kind, func.count(), _count(has_due_time), _count(jobs.c.due_at >= HELD_UNTIL))
         .where(jobs.c.status == "downloading")
         .group_by(jobs.c.account, jobs.c.kind)
     )
     for account, kind, count, renewing, paused in connection.execute(downloading):
-        found[account, kind, "downloading"] += count
-        waits_as = kind if fine else OTHER
-        found[account, waits_as, "pending"] -= renewing - paused
-        found[account, waits_as, HELD] -= paused
-    return found
+        counts[account, kind, "downloading"] += count
+        counted_kind = kind if by_kind else OTHER
+        counts[account, counted_kind, "pending"] -= renewing - paused
+        counts[account, counted_kind, HELD] -= paused
+    return counts
 
 
 def read_stats(
     connection: Connection, waiting: Sequence[WaitingCount], *, now: datetime, full_rps: Callable[[str], float]
 ) -> Stats:
-    """How everything stands, where this is `waiting`. `full_rps` is what the settings allow each account."""
-    known = all_breakers(connection)
+    """Return the statistics. `waiting` comes from `waiting_by_account` or `waiting_by_kind`.
+
+    `full_rps` returns the requests per second that the settings allow an account.
+    """
+    breakers_by_key = all_breakers(connection)
     due: Counter[str] = Counter()
     for one in waiting:
         due[one.account] += one.due
-    levels = [one for one in due_groups(connection, sorted(due)) if one.due_at <= now]
-    holds = [*_gate_holds(known.values(), now), *_keyless(connection, known, levels)]
-    held = {one.name for one in holds if one.scope == "account"}
-    shut = {one.name for one in holds if one.scope == "host"}
-    since = _oldest(one for one in levels if one.account not in held and one.host not in shut)
+    due_groups_now = [one for one in due_groups(connection, sorted(due)) if one.due_at <= now]
+    holds = [
+        *_breaker_holds(breakers_by_key.values(), now),
+        *_accounts_without_key(connection, breakers_by_key, due_groups_now),
+    ]
+    held_accounts = {one.name for one in holds if one.scope == "account"}
+    held_hosts = {one.name for one in holds if one.scope == "host"}
+    since = _oldest_by_account(
+        one for one in due_groups_now if one.account not in held_accounts and one.host not in held_hosts
+    )
     accounts = []
-    for name in sorted({*due, *(name for scope, name in known if scope == "account")}):
-        breaker = known.get(("account", name), CircuitBreaker("account", name))
+    for name in sorted({*due, *(name for scope, name in breakers_by_key if scope == "account")}):
+        breaker = breakers_by_key.get(("account", name), CircuitBreaker("account", name))
         late = _age(since.get(name, now), now)
         accounts.append(
-            Account(name, due[name], late, breaker.rate(full_rps(name), now), breaker.ceiling, name in held)
+            Account(name, due[name], late, breaker.rate(full_rps(name), now), breaker.ceiling, name in held_accounts)
         )
     return Stats(
         now=now,
@@ -166,49 +177,51 @@ def _count(condition: ColumnElement[bool]) -> ColumnElement[int]:
 
 
 def _jobs(connection: Connection, waiting: Sequence[WaitingCount]) -> dict[str, int]:
-    rest = select(jobs.c.status, func.count()).where(jobs.c.status != "pending").group_by(jobs.c.status)
-    found = {row[0]: int(row[1]) for row in connection.execute(rest)}
+    not_pending = select(jobs.c.status, func.count()).where(jobs.c.status != "pending").group_by(jobs.c.status)
+    counts = {row[0]: int(row[1]) for row in connection.execute(not_pending)}
     renewing, paused = connection.execute(
         select(func.count(), _count(jobs.c.due_at >= HELD_UNTIL)).where(
             jobs.c.status == "downloading", jobs.c.due_at.is_not(None)
         )
     ).one()
-    held = max(0, sum(one.held for one in waiting) - paused)  # where no snapshot is read, a job may be on its way
+    held = max(
+        0, sum(one.held for one in waiting) - paused
+    )  # without a snapshot, a job may change its state between the queries
     pending = max(0, sum(one.count for one in waiting) - renewing - held)
-    return dict.fromkeys(STATES, 0) | found | {"pending": pending, HELD: held}
+    return dict.fromkeys(STATES, 0) | counts | {"pending": pending, HELD: held}
 
 
-def _oldest(levels: Iterable[DueGroup]) -> dict[str, datetime]:
-    """Since when each account's jobs are due."""
-    found: dict[str, datetime] = {}
-    for level in levels:
-        found[level.account] = min(level.due_at, found.get(level.account, level.due_at))
-    return found
+def _oldest_by_account(groups: Iterable[DueGroup]) -> dict[str, datetime]:
+    """Return the earliest due time of each account."""
+    oldest: dict[str, datetime] = {}
+    for group in groups:
+        oldest[group.account] = min(group.due_at, oldest.get(group.account, group.due_at))
+    return oldest
 
 
-def _gate_holds(known: Iterable[CircuitBreaker], now: datetime) -> list[Hold]:
-    held = [breaker for breaker in known if breaker.held(now)]
+def _breaker_holds(breakers: Iterable[CircuitBreaker], now: datetime) -> list[Hold]:
+    held_breakers = [breaker for breaker in breakers if breaker.held(now)]
     return [
         Hold(breaker.scope, breaker.name, hold_class(breaker.why or ""), breaker.paused_at or breaker.since or now)
-        for breaker in sorted(held, key=lambda breaker: (breaker.scope, breaker.name))
+        for breaker in sorted(held_breakers, key=lambda breaker: (breaker.scope, breaker.name))
     ]
 
 
-def _keyless(
-    connection: Connection, known: Mapping[tuple[Scope, str], CircuitBreaker], due: Iterable[DueGroup]
+def _accounts_without_key(
+    connection: Connection, breakers_by_key: Mapping[tuple[Scope, str], CircuitBreaker], due: Iterable[DueGroup]
 ) -> list[Hold]:
-    """Accounts whose jobs are due and for which no worker process ever had a key, as far as the tables know.
+    """Return holds for the accounts with due jobs for which, by the tables, no worker process ever had a key.
 
-    A worker that has one makes the account's gate as it starts, and notes the first answer there.
+    A worker with a key creates the account's circuit breaker when it starts, and records the first answer there.
     """
-    asked = select(breakers.c.name).where(breakers.c.scope == "account", breakers.c.asked_at.is_not(None))
-    heard = set(connection.execute(asked).scalars())
+    polled = select(breakers.c.name).where(breakers.c.scope == "account", breakers.c.asked_at.is_not(None))
+    polled_accounts = set(connection.execute(polled).scalars())
     return [
         Hold("account", name, NO_KEY, since)
-        for name, since in sorted(_oldest(due).items())
-        if name not in heard and _says_nothing(known.get(("account", name)))
+        for name, since in sorted(_oldest_by_account(due).items())
+        if name not in polled_accounts and _is_unused(breakers_by_key.get(("account", name)))
     ]
 
 
-def _says_nothing(breaker: CircuitBreaker | None) -> bool:
+def _is_unused(breaker: CircuitBreaker | None) -> bool:
     return breaker is None or (not breaker.proven and breaker.why is None)
