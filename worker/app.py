@@ -27,9 +27,9 @@ from worker.configuration.environment import clean, is_service_link, trimmed
 from worker.errors import SettingsError, WorkerError
 from worker.settings import Settings, load
 from worker.store.engine import engine_for
-from worker.system.json_logs import JsonLines
-from worker.system.kombu_repair import repair
-from worker.system.redaction import ScrubbedLogs, shared_scrubber
+from worker.system.json_logs import JsonFormatter
+from worker.system.kombu_patch import apply_patch
+from worker.system.redaction import RedactingFilter, shared_scrubber
 
 QUEUE = "fetch-worker"
 POLLS = "fetch-worker.polls"
@@ -213,7 +213,7 @@ def _prepare_logs(settings: Settings, celery_app: Celery, arguments: list[str]) 
     """No key gets into the logs of any process, whatever form they have."""
     scrubber = shared_scrubber(settings.secret_texts)
     settings.keys.listen(scrubber.add)
-    scrubbed, lines = ScrubbedLogs(scrubber), JsonLines(scrubber, _process_name(arguments))
+    scrubbed, lines = RedactingFilter(scrubber), JsonFormatter(scrubber, _process_name(arguments))
     as_json = settings.json_logs(sys.stderr)
 
     def prepare(logger: logging.Logger, **_: object) -> None:
@@ -354,7 +354,7 @@ if _command:
     _forget_celery_variables()
 settings = _load(_command)
 if settings.broker.startswith(("redis", "rediss")):
-    repair()
+    apply_patch()
 app = make_app(settings)
 _prepare_logs(settings, app, sys.argv)
 if "flower" in _command:

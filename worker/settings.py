@@ -1,4 +1,4 @@
-"""The settings: what the environment and a `.env` file say, checked once, with one clear line for what is wrong."""
+"""Settings from the environment and the `.env` file. They are validated once; each error is one line."""
 
 import difflib
 import ipaddress
@@ -30,25 +30,25 @@ from worker.core.pacing.policy import Pace, Policy
 from worker.core.rate import RequestRates
 from worker.core.webhook import secret_bytes
 from worker.errors import NotTrackable, SettingsError
-from worker.system.once import locked_property
+from worker.system.locked_cache import locked_property
 from worker.vendor.fetch_url import VENDOR_HOSTS, AllowedApi, api_host
 from worker.vendor.status_words import parse_status_words
 
 DEFAULT_STORAGE = Path("var/outputs")
 EMBEDDED_SOCKET = "redis.sock"
-LONGEST = 10 * 365 * 86_400.0  # seconds; more would be a slip, and no date can hold much more
-MOST_LOOKS, LONGEST_LOOK = 20, 30 * 86_400.0
-LEAST_PRUNE_AGE = 3_600.0  # seconds; whoever waits for a job must find it
+MAX_SECONDS = 10 * 365 * 86_400.0  # a longer time must be a mistake, and dates cannot hold much more
+MAX_LATE_LOOKS, MAX_LATE_LOOK_SECONDS = 20, 30 * 86_400.0
+MIN_PRUNE_SECONDS = 3_600.0  # a process that waits for a job must still find it
 LONG_DEADLINES = (("training", 14_400.0), ("video", 7_200.0))
 SHARED_NAMES = frozenset(
     {"DATABASE_URL", "REDIS_URL", "BROKER_URL", "PORT", "REQUESTS_CA_BUNDLE", "LOG_FORMAT"}
     | {"ADMIN_PASSWORD", "ADMIN_ADDRESS", "ADMIN_PORT", "STATE_DIRECTORY", "USER_AGENT"}
-)  # apps have like names of their own
+)  # apps may use similar names for settings of their own
 KEY_NAMES = ("SD_API_KEY", "SD_API_KEYS", "SD_API_KEYS_FILE", "WEBHOOK_SECRET")
 DEFAULT_RPS = 10.0
-MOST_RPS = 1_000_000.0
-USER_AGENT = "fetch-worker/0.1.0"  # names the product: many hosts refuse the names of HTTP libraries
-# Settings that one process alone has a use for: where they are wrong, the others go on.
+MAX_RPS = 1_000_000.0
+USER_AGENT = "fetch-worker/0.1.0"  # our own name, because many hosts refuse the names of HTTP libraries
+# Settings that only one process uses. A wrong value stops that process only.
 PROCESS_SETTINGS: Mapping[str, tuple[str, ...]] = {
     "flower": ("flower_", "port"),
     "admin": ("admin_",),
@@ -61,11 +61,11 @@ _LISTS = frozenset(
     {"sd_api_hosts", "output_allowed_networks", "on_done_tasks", "prune_states", "webhook_secret"}
     | {"webhook_allowed_networks", "flower_basic_auth", "late_looks"}
 )
-DOTENV_SWITCH = "FETCH_WORKER_DOTENV"  # "off": `up` and `demo` hand their processes the whole environment themselves
+DOTENV_SWITCH = "FETCH_WORKER_DOTENV"  # "off" under `up` and `demo`, which pass the whole environment to each process
 
 
 class Settings(BaseSettings):
-    """Every setting, under its environment variable's name in lower case. Seconds and bytes where a unit is missing."""
+    """All settings, named like their environment variables in lower case. Units are seconds and bytes unless stated."""
 
     model_config = SettingsConfigDict(
         extra="ignore",
@@ -93,7 +93,7 @@ class Settings(BaseSettings):
     output_max_bytes: int = Field(default=209_715_200, gt=0)
     output_max_pixels: int = Field(default=150_000_000, gt=0)
     output_timeout: float = Field(default=300.0, gt=0, le=86_400)
-    output_deadline: float = Field(default=86_400.0, gt=0, le=LONGEST)
+    output_deadline: float = Field(default=86_400.0, gt=0, le=MAX_SECONDS)
     output_allowed_networks: str = ""
     storage_address: str = ""
     state_directory: str = str(state_directory.DEFAULT)
@@ -102,7 +102,7 @@ class Settings(BaseSettings):
     poll_price: float = Field(default=0.5, gt=0, le=3_600)
     poll_min: float = Field(default=3.0, ge=0, le=3_600)
     poll_policy: Policy = "learned"
-    job_deadline: float | None = Field(default=None, gt=0, le=LONGEST)
+    job_deadline: float | None = Field(default=None, gt=0, le=MAX_SECONDS)
     late_looks: str = "1h,3h,10h,24h"
     recovery_seconds: float = Field(default=30.0, ge=5, le=3_600)
     on_done_tasks: str = ""
@@ -123,7 +123,7 @@ class Settings(BaseSettings):
     admin_address: str = "127.0.0.1"
     admin_port: int | None = Field(default=None, ge=0, le=65_535)
 
-    _wrong: dict[str, str] = PrivateAttr(default_factory=dict)
+    _errors: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @classmethod
     def settings_customise_sources(
@@ -134,16 +134,16 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The environment and the `.env` file are read by `worker.configuration.environment`; nothing else is read."""
+        """Read settings only from `_EnvironmentSource`, which covers the environment and the `.env` file."""
         return init_settings, _EnvironmentSource(settings_cls)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _visible(cls, value: object, info: ValidationInfo) -> object:
-        """Take off what nobody sees around a value, and refuse it inside."""
+    def _without_invisible_characters(cls, value: object, info: ValidationInfo) -> object:
+        """Strip invisible characters around a value. Refuse them inside it."""
         if not isinstance(value, str):
             return value
-        if info.field_name in ("sd_api_keys", "sd_api_rps", "sd_api_status_words"):  # JSON, in lines as one likes
+        if info.field_name in ("sd_api_keys", "sd_api_rps", "sd_api_status_words"):  # JSON may span several lines
             return trimmed(value)
         if info.field_name in _LISTS:
             return ",".join(clean(item) for item in trimmed(value).split(","))
@@ -151,92 +151,92 @@ class Settings(BaseSettings):
 
     @field_validator("database_url")
     @classmethod
-    def _known_database(cls, value: str) -> str:
+    def _valid_database_url(cls, value: str) -> str:
         database_url(value)
         return value
 
     @field_validator("redis_url")
     @classmethod
-    def _known_redis(cls, value: str | None) -> str | None:
+    def _valid_redis_url(cls, value: str | None) -> str | None:
         return None if value is None else redis_url(value)
 
     @field_validator("broker_url")
     @classmethod
-    def _known_broker(cls, value: str | None) -> str | None:
+    def _valid_broker_url(cls, value: str | None) -> str | None:
         return None if value is None else broker_url(value)
 
     @field_validator("sd_api_url")
     @classmethod
-    def _plain_api_url(cls, value: str) -> str:
+    def _valid_api_url(cls, value: str) -> str:
         if "@" in value:
-            raise ValueError("carries a user name: only scheme, host, port and path may be in it")
+            raise ValueError("contains a user name: it may have only scheme, host, port and path")
         try:
             api_host(value.rstrip("/"))
-        except NotTrackable as wrong:
-            raise ValueError(str(wrong)) from None
+        except NotTrackable as error:
+            raise ValueError(str(error)) from None
         return value.rstrip("/")
 
     @field_validator("sd_api_keys")
     @classmethod
-    def _keys_by_account(cls, value: SecretStr) -> SecretStr:
+    def _valid_keys(cls, value: SecretStr) -> SecretStr:
         parse_keys(value.get_secret_value())
         return value
 
     @field_validator("sd_api_rps", mode="before")
     @classmethod
-    def _rates(cls, value: object) -> RequestRates:
-        """A number for every account, or a JSON object of accounts and numbers; `*` stands for all others."""
+    def _parse_rates(cls, value: object) -> RequestRates:
+        """Accept one number for all accounts, or a JSON object of accounts and numbers. `*` means all others."""
         if isinstance(value, RequestRates):
             return value
         try:
             text = trimmed(value) if isinstance(value, str) else value
-            given = json.loads(text) if isinstance(text, str) and text.startswith("{") else {"*": text}
-            rates = {str(account): _rate(rate) for account, rate in given.items()}
+            by_account = json.loads(text) if isinstance(text, str) and text.startswith("{") else {"*": text}
+            rates = {str(account): _rate(rate) for account, rate in by_account.items()}
         except (ValueError, TypeError):
             raise ValueError('is wrong: it must be a number, or JSON such as {"shop": 3, "*": 10}') from None
         if not all(account == "*" or ACCOUNT.fullmatch(account) for account in rates):
-            raise ValueError('has an account name that can\'t be one; for example {"shop": 3, "*": 10}')
+            raise ValueError('has an invalid account name; for example {"shop": 3, "*": 10}')
         return RequestRates(rates.pop("*", DEFAULT_RPS), rates)
 
     @field_validator("sd_api_status_words")
     @classmethod
-    def _taught(cls, value: str) -> str:
+    def _valid_status_words(cls, value: str) -> str:
         parse_status_words(value or "{}")
         return value or "{}"
 
     @field_validator("late_looks")
     @classmethod
-    def _late_spans(cls, value: str) -> str:
-        _spans(value)
+    def _valid_late_looks(cls, value: str) -> str:
+        _durations(value)
         return value
 
     @field_validator("storage_url")
     @classmethod
-    def _absolute_storage(cls, value: str) -> str:
+    def _valid_storage_url(cls, value: str) -> str:
         if not value or re.fullmatch(r"file:(//)?/(?!/)[^\x00]*", value) or _S3.fullmatch(value):
             return value
         if value.startswith("s3:"):
-            raise ValueError("must name a bucket, and may name a prefix, for example s3://pictures/app")
+            raise ValueError("must have a bucket, and may have a prefix, for example s3://pictures/app")
         raise ValueError("must be file: and an absolute path, for example file:/srv/outputs, or s3://bucket/prefix")
 
     @field_validator("storage_address")
     @classmethod
-    def _plain_address(cls, value: str) -> str:
+    def _valid_storage_address(cls, value: str) -> str:
         parts = urlsplit(value)
         if value and (parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment):
-            raise ValueError("must be the address that a web server shows STORAGE_URL at, such as https://host/outputs")
+            raise ValueError("must be the URL at which a web server serves STORAGE_URL, such as https://host/outputs")
         return value
 
     @field_validator("sd_api_ca_bundle", "requests_ca_bundle")
     @classmethod
-    def _readable_bundle(cls, value: str | None) -> str | None:
+    def _existing_ca_bundle(cls, value: str | None) -> str | None:
         if value is not None and not Path(value).exists():
-            raise ValueError("must be a file or folder of certificates that exists")
+            raise ValueError("must be an existing file or folder of certificates")
         return value
 
     @field_validator("sd_api_proxy")
     @classmethod
-    def _plain_proxy(cls, value: SecretStr | None) -> SecretStr | None:
+    def _valid_proxy(cls, value: SecretStr | None) -> SecretStr | None:
         parts = urlsplit("" if value is None else value.get_secret_value())
         if value is not None and (parts.scheme not in ("http", "https") or not parts.hostname):
             raise ValueError("must be a proxy's URL, for example http://proxy.example:3128")
@@ -244,128 +244,130 @@ class Settings(BaseSettings):
 
     @field_validator("sd_api_hosts")
     @classmethod
-    def _plain_hosts(cls, value: str) -> str:
-        wrong = next((item for item in _items(value) if not _HOST.fullmatch(item)), None)
-        if wrong is not None:
-            raise ValueError(f"lists hosts as host or host:port, not {wrong.rpartition('@')[2][:80]!r}")
+    def _valid_hosts(cls, value: str) -> str:
+        invalid = next((item for item in _items(value) if not _HOST.fullmatch(item)), None)
+        if invalid is not None:
+            raise ValueError(f"must list hosts as host or host:port, not {invalid.rpartition('@')[2][:80]!r}")
         return value
 
     @field_validator("log_format", mode="before")
     @classmethod
-    def _some_format(cls, value: object) -> object:
+    def _valid_log_format(cls, value: object) -> object:
         word = trimmed(str(value)).lower()
-        return word if word in ("json", "text") else "auto"  # an app may have a setting of this name for itself
+        return word if word in ("json", "text") else "auto"  # the web app may use the same variable for itself
 
     @field_validator("flower_basic_auth")
     @classmethod
-    def _user_and_password(cls, value: SecretStr | None) -> SecretStr | None:
+    def _valid_basic_auth(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and not all(":" in item for item in _items(value.get_secret_value())):
             raise ValueError("must be user:password")
         return value
 
     @field_validator("user_agent")
     @classmethod
-    def _plain_ascii(cls, value: str) -> str:
+    def _valid_user_agent(cls, value: str) -> str:
         if not (value.isascii() and value.isprintable()):
             raise ValueError("must be one line of ASCII text, for example shop/2.1 (+https://shop.example)")
         return value
 
     @field_validator("prune_after")
     @classmethod
-    def _some_age(cls, value: str) -> str:
-        if value and not LEAST_PRUNE_AGE <= parse_duration(value) <= LONGEST:
+    def _valid_prune_age(cls, value: str) -> str:
+        if value and not MIN_PRUNE_SECONDS <= parse_duration(value) <= MAX_SECONDS:
             raise ValueError("must be from 1h to ten years")
         return value
 
     @field_validator("prune_states")
     @classmethod
-    def _final_states(cls, value: str) -> str:
-        named = _items(value)
-        if not named or not FINAL_STATES.issuperset(named):
+    def _valid_prune_states(cls, value: str) -> str:
+        states = _items(value)
+        if not states or not FINAL_STATES.issuperset(states):
             raise ValueError(f"must list final states: {', '.join(sorted(FINAL_STATES))}")
         return value
 
     @field_validator("webhook_secret")
     @classmethod
-    def _signing_secrets(cls, value: SecretStr | None) -> SecretStr | None:
+    def _valid_webhook_secrets(cls, value: SecretStr | None) -> SecretStr | None:
         for item in _items("" if value is None else value.get_secret_value()):
             try:
                 secret_bytes(item)
-            except ValueError as wrong:
-                raise ValueError(f"{wrong}; several are separated by commas, the first is the current one") from None
+            except ValueError as error:
+                raise ValueError(f"{error}; several are separated by commas, the first is the current one") from None
         return value
 
     @field_validator("output_allowed_networks", "webhook_allowed_networks")
     @classmethod
-    def _networks(cls, value: str) -> str:
+    def _valid_networks(cls, value: str) -> str:
         for item in _items(value):
             try:
                 ipaddress.ip_network(item)
-            except ValueError as wrong:
-                raise ValueError(f"has no network in CIDR form: {wrong}") from None
+            except ValueError as error:
+                raise ValueError(f"must be a list of networks in CIDR form: {error}") from None
         return value
 
     def check(self, process: str) -> None:
-        """Raise SettingsError where a setting that this process alone uses is wrong."""
-        lines = [line for name, line in self._wrong.items() if name.startswith(PROCESS_SETTINGS[process])]
+        """Raise SettingsError if a setting that only this process uses is wrong."""
+        lines = [line for name, line in self._errors.items() if name.startswith(PROCESS_SETTINGS[process])]
         if lines:
             raise SettingsError("; ".join(lines))
 
     @property
     def wrong(self) -> tuple[str, ...]:
-        """What is wrong with settings of single processes, one line each."""
-        return tuple(self._wrong.values())
+        """Errors in settings that only one process uses, one line each."""
+        return tuple(self._errors.values())
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
-        """Return what `repr` and `str` show: URLs without user, password and query, which may all be secret."""
+        """Return the fields for `repr` and `str`. URLs are shown without user, password and query."""
         return [(name, _without_secrets(value)) for name, value in super().__repr_args__()]
 
     @locked_property
     def database(self) -> URL:
-        """The database's URL with the driver that is used for it. Raises SettingsError where its folder is missing."""
+        """The database URL with its SQLAlchemy driver. Raises SettingsError if its folder is missing."""
         url = database_url(self.database_url)
         if url.get_backend_name() == "sqlite" and url.database and not url.database.startswith((":memory:", "file:")):
             self._make_folder(Path(url.database).absolute().parent)
         return url
 
     def _make_folder(self, folder: Path) -> None:
-        """Make the folder of an SQLite file where it is one for state; any other that is missing is a slip."""
+        """Create the folder of an SQLite file if it is the state directory. Any other must exist."""
         if folder.is_dir():
             return
-        if folder not in (state_directory.DEFAULT.absolute(), state_directory.chosen(self.state_directory)):
-            raise SettingsError(f"DATABASE_URL names a file in {folder}, which is no directory: make it, or correct it")
+        if folder not in (state_directory.DEFAULT.absolute(), state_directory.configured(self.state_directory)):
+            raise SettingsError(
+                f"DATABASE_URL names a file in {folder}, which is not a directory: create it, or correct it"
+            )
         try:
             folder.mkdir(mode=state_directory.PRIVATE, exist_ok=True)
         except OSError as error:
-            raise SettingsError(f"DATABASE_URL: can't make the directory {folder} ({error.strerror})") from None
+            raise SettingsError(f"DATABASE_URL: cannot create the directory {folder} ({error.strerror})") from None
 
     @locked_property
     def state(self) -> Path:
-        """A directory for state that can be written to. Raises SettingsError where there is none."""
-        return state_directory.writable(state_directory.chosen(self.state_directory))
+        """A writable directory for state. Raises SettingsError if there is none."""
+        return state_directory.writable(state_directory.configured(self.state_directory))
 
     @locked_property
     def redis(self) -> str:
-        """Where Redis is: as set, else the embedded server of this directory if it answers, else the standard place."""
+        """The Redis URL: the setting, or else the embedded server if it answers, or else the default URL."""
         if self.redis_url:
             return self.redis_url
-        folder = state_directory.chosen(self.state_directory)
-        places = [folder]
-        with suppress(SettingsError):  # a machine may have no directory for temporary files
-            places.append(state_directory.substitute(folder))
-        for place in places:
-            if _answers(place / EMBEDDED_SOCKET):
-                return f"redis+socket://{place / EMBEDDED_SOCKET}"
+        folder = state_directory.configured(self.state_directory)
+        folders = [folder]
+        with suppress(SettingsError):  # raised if the machine has no directory for temporary files
+            folders.append(state_directory.fallback(folder))
+        for candidate in folders:
+            if _answers(candidate / EMBEDDED_SOCKET):
+                return f"redis+socket://{candidate / EMBEDDED_SOCKET}"
         return "redis://localhost:6379/0"
 
     @property
     def broker(self) -> str:
-        """The Celery broker's URL."""
+        """The URL of the Celery broker."""
         return self.broker_url or self.redis
 
     @locked_property
     def keys(self) -> ApiKeys:
-        """The API keys by account, as they are now."""
+        """The current API keys by account."""
         from_file = self.sd_api_keys_file is not None
         fixed = {} if from_file else parse_keys(self.sd_api_keys.get_secret_value())
         if self.sd_api_key is not None:
@@ -373,12 +375,12 @@ class Settings(BaseSettings):
         return ApiKeys({account: key for account, key in fixed.items() if key}, self.sd_api_keys_file)
 
     def rps(self, account: str) -> float:
-        """Requests per second that the account may make, all processes together."""
+        """Return the requests per second that the account may make, for all processes together."""
         return self.sd_api_rps.of(account)
 
     @cached_property
     def api(self) -> AllowedApi:
-        """The hosted API's base address and the hosts that the key may be sent to."""
+        """The base URL of the hosted API and the hosts that may receive the key."""
         own = api_host(self.sd_api_url)
         hosts = {item.lower().removesuffix(":443") for item in _items(self.sd_api_hosts)}
         if not hosts:
@@ -387,22 +389,22 @@ class Settings(BaseSettings):
 
     @cached_property
     def status_words(self) -> Mapping[str, str]:
-        """Status words that the rules don't have, each with the one that it stands for."""
+        """Additional status words of the API, each with the standard word that it means."""
         return parse_status_words(self.sd_api_status_words)
 
     @cached_property
     def late_look_seconds(self) -> tuple[float, ...]:
-        """How long after its deadline an expired job is asked about again; none where that is switched off."""
-        return _spans(self.late_looks)
+        """Seconds after its deadline at which an expired job is polled again. Empty if switched off."""
+        return _durations(self.late_looks)
 
     @property
     def ca_bundle(self) -> str | None:
-        """Whom TLS connections to the API trust, where it is not the public authorities."""
+        """The CA bundle for TLS connections to the API, or None for the public CAs."""
         return self.sd_api_ca_bundle or self.requests_ca_bundle
 
     @property
     def proxy(self) -> str | None:
-        """The proxy that calls to the API go through. Only one that was asked for: the environment's is not used."""
+        """The proxy for calls to the API. Only `SD_API_PROXY` counts; HTTP_PROXY and similar variables are not used."""
         return None if self.sd_api_proxy is None else self.sd_api_proxy.get_secret_value()
 
     @property
@@ -422,7 +424,7 @@ class Settings(BaseSettings):
 
     @cached_property
     def webhook_secrets(self) -> tuple[bytes, ...]:
-        """What webhooks are signed with, the current secret first."""
+        """The secrets that sign webhooks, the current one first."""
         return tuple(secret_bytes(item) for item in self._secret_texts)
 
     @property
@@ -431,12 +433,12 @@ class Settings(BaseSettings):
 
     @property
     def secret_texts(self) -> tuple[str, ...]:
-        """All that must never be shown: API keys, those that were replaced too, and the secrets of webhooks."""
+        """All texts that must never be shown: API keys, including replaced ones, and webhook secrets."""
         return (*self.keys.texts(), *self._secret_texts)
 
     @cached_property
     def storage_path(self) -> Path | None:
-        """The directory that outputs are stored in; None where that is a bucket."""
+        """The directory for outputs, or None if they are stored in a bucket."""
         if not self.storage_url:
             return DEFAULT_STORAGE.absolute()
         if self.storage_url.startswith("s3:"):
@@ -445,27 +447,27 @@ class Settings(BaseSettings):
 
     @cached_property
     def bucket(self) -> tuple[str, str] | None:
-        """The bucket that outputs are stored in, and the prefix of their names; None where that is a directory."""
-        found = _S3.fullmatch(self.storage_url)
-        return None if found is None else (found["bucket"], (found["prefix"] or "").strip("/"))
+        """The bucket for outputs and the prefix of object names, or None if they are stored in a directory."""
+        match = _S3.fullmatch(self.storage_url)
+        return None if match is None else (match["bucket"], (match["prefix"] or "").strip("/"))
 
     @property
     def partial_path(self) -> Path:
-        """Where outputs are received that go to a bucket then. Raises SettingsError where nothing can be written."""
+        """The directory for partial downloads of outputs that go to a bucket. Raises SettingsError if not writable."""
         return self.state / "partial"
 
     @cached_property
     def allowed_tasks(self) -> frozenset[str] | None:
-        """The task names that `on_done` may name; None allows any."""
+        """The task names that `on_done` may use, or None if any is allowed."""
         return frozenset(_items(self.on_done_tasks)) or None
 
     def json_logs(self, stream: TextIO) -> bool:
-        """Whether logs that go to this stream are JSON: where it is no terminal, if nothing else is said."""
+        """Return whether logs on this stream are JSON. By default they are unless the stream is a terminal."""
         return self.log_format == "json" or (self.log_format == "auto" and not stream.isatty())
 
     @cached_property
     def prune_seconds(self) -> float | None:
-        """How long ago a job must have ended to be pruned; None where none is."""
+        """The age in seconds, since its end, at which a job is pruned. None means never."""
         return parse_duration(self.prune_after) if self.prune_after else None
 
     @cached_property
@@ -475,51 +477,51 @@ class Settings(BaseSettings):
 
     @cached_property
     def pace(self) -> Pace:
-        """How polls are paced."""
+        """The pacing of polls."""
         return Pace(self.poll_policy, self.poll_price, self.poll_min)
 
     def deadline_for(self, kind: str) -> float:
-        """Seconds from submission after which a job of `kind` may expire."""
+        """Return the seconds from submission after which a job of `kind` may expire."""
         if self.job_deadline is not None:
             return self.job_deadline
         return next((seconds for word, seconds in LONG_DEADLINES if word in kind), 3_600.0)
 
 
 class _EnvironmentSource(PydanticBaseSettingsSource):
-    """Settings from the environment and, unless it is switched off, the `.env` file in the working directory."""
+    """Settings from the environment and, unless switched off, the `.env` file in the working directory."""
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        """Not used: all values are read at once."""
+        """Not used: all values are read together."""
         raise NotImplementedError
 
     def __call__(self) -> dict[str, Any]:
-        """Return the values that are set, by field."""
+        """Return the values that are set, by field name."""
         values = {name.lower(): value for name, value in read_environment(os.environ, dotenv_file()).items()}
         return {name: values[name] for name in self.settings_cls.model_fields if name in values}
 
 
 def dotenv_file() -> Path | None:
-    """The `.env` file that is read, whether or not it is there; None where that is switched off."""
+    """Return the path of the `.env` file, which need not exist. None if reading it is switched off."""
     return None if os.environ.get(DOTENV_SWITCH) == "off" else Path(".env")
 
 
 def load(*processes: str) -> Settings:
-    """Return the settings of this process. Raises SettingsError with one line that names variables and what to do.
+    """Return the settings of this process. Raises SettingsError with one line that names the variables and the fix.
 
-    A wrong setting that only another process uses keeps its default; `processes` are those that this one is.
+    A wrong setting that only another process uses gets its default value. `processes` lists the roles of this process.
     """
     variables = read_environment(os.environ, dotenv_file())
     _refuse_unknown(variables)
-    wrong: dict[str, str] = {}
+    errors: dict[str, str] = {}
     try:
         settings = Settings()
     except ValidationError as error:
         for detail in error.errors():
-            wrong.setdefault(str(detail["loc"][0]) if detail["loc"] else "", _reason(detail))
-        if not all(_process_of(name) for name in wrong):
-            raise SettingsError("; ".join(wrong.values())) from None
-        settings = Settings(**{name: Settings.model_fields[name].default for name in wrong})
-    settings._wrong.update(wrong)
+            errors.setdefault(str(detail["loc"][0]) if detail["loc"] else "", _reason(detail))
+        if not all(_process_of(name) for name in errors):
+            raise SettingsError("; ".join(errors.values())) from None
+        settings = Settings(**{name: Settings.model_fields[name].default for name in errors})
+    settings._errors.update(errors)
     _clean_aws(variables, needed=settings.bucket is not None)
     for process in processes:
         settings.check(process)
@@ -531,66 +533,66 @@ def _process_of(name: str) -> str | None:
 
 
 def _reason(error: Any) -> str:
-    """One line for an error of pydantic, with the variable's name and without its value."""
+    """Return one line for a pydantic error, with the variable's name and without its value."""
     variable = str(error["loc"][0]).upper() if error["loc"] else "the settings"
     message = str(error["msg"]).removeprefix("Value error, ")
-    said = message if error["type"] == "value_error" else f"is wrong: {message[:1].lower()}{message[1:]}"
-    return f"{variable} {said}"
+    reason = message if error["type"] == "value_error" else f"is wrong: {message[:1].lower()}{message[1:]}"
+    return f"{variable} {reason}"
 
 
 def _refuse_unknown(variables: Collection[str]) -> None:
-    """Refuse a variable that is none of ours but nearly: a slip that is ignored in silence costs an afternoon."""
-    known = {name.upper() for name in Settings.model_fields}
-    for name in sorted({name.upper() for name in variables} - known):
-        near = difflib.get_close_matches(name, known - SHARED_NAMES, n=1, cutoff=0.9)
-        if near or name.startswith(("SD_API_", "POLL_")):
-            hint = near or difflib.get_close_matches(name, known, n=1)
-            raise SettingsError(f"{name} is no setting" + (f"; did you mean {hint[0]}?" if hint else ""))
+    """Refuse an unknown variable that resembles one of ours. An ignored typing error is hard to find."""
+    known_names = {name.upper() for name in Settings.model_fields}
+    for name in sorted({name.upper() for name in variables} - known_names):
+        similar = difflib.get_close_matches(name, known_names - SHARED_NAMES, n=1, cutoff=0.9)
+        if similar or name.startswith(("SD_API_", "POLL_")):
+            hint = similar or difflib.get_close_matches(name, known_names, n=1)
+            raise SettingsError(f"{name} is not a setting" + (f"; did you mean {hint[0]}?" if hint else ""))
 
 
 def _clean_aws(variables: Mapping[str, str], *, needed: bool) -> None:
-    """Put the AWS_* variables, cleaned, where every S3 client looks for them."""
+    """Put the cleaned AWS_* variables into the environment, where every S3 client reads them."""
     for name, value in variables.items():
         if name.startswith("AWS_"):
             try:
                 os.environ[name] = clean(value)
-            except ValueError as wrong:
+            except ValueError as error:
                 if needed:
-                    raise SettingsError(f"{name} {wrong}") from None
+                    raise SettingsError(f"{name} {error}") from None
 
 
 def _rate(value: object) -> float:
     rate = math.nan if isinstance(value, bool) else float(str(value))
-    if not 0 < rate <= MOST_RPS:
+    if not 0 < rate <= MAX_RPS:
         raise ValueError
     return rate
 
 
 def _without_secrets(value: object) -> object:
-    """A setting as it may be shown: of a URL its scheme, host and path."""
+    """Return the value as it may be shown: of a URL only scheme, host and path."""
     if not isinstance(value, str) or not {"@", "?", "#"} & set(value):
         return value
-    scheme, separator, rest = value.partition("://")
+    scheme, separator, remainder = value.partition("://")
     if not separator:
         return "***"
-    _, at, host = rest.rpartition("@")  # a password may have any character, so the last one counts
+    _, at, host = remainder.rpartition("@")  # the last one, because a password may contain any character
     bare = re.split("[?#;]", host, maxsplit=1)[0]
     return f"{scheme}://{'***@' if at else ''}{bare}{'?***' if bare != host else ''}"
 
 
-def _spans(text: str) -> tuple[float, ...]:
-    """The spans of time of LATE_LOOKS, in order. Raises ValueError."""
+def _durations(text: str) -> tuple[float, ...]:
+    """Return the durations of LATE_LOOKS in ascending order. Raises ValueError."""
     items = _items(text.lower())
     if items in ([], ["off"], ["none"], ["no"], ["false"], ["0"]):
         return ()
     if items in (["on"], ["yes"], ["true"]):
-        return _spans(str(Settings.model_fields["late_looks"].default))
+        return _durations(str(Settings.model_fields["late_looks"].default))
     try:
         spans = sorted({parse_duration(item) for item in items})
     except ValueError:
-        raise ValueError("must be off, or spans of time after the deadline such as 1h,3h,10h,24h") from None
-    if len(spans) > MOST_LOOKS or not 0 < spans[0] <= spans[-1] <= LONGEST_LOOK:
-        raise ValueError(f"must have at most {MOST_LOOKS} spans of time, from 1 s to 30d")
+        raise ValueError("must be off, or a list of durations after the deadline, such as 1h,3h,10h,24h") from None
+    if len(spans) > MAX_LATE_LOOKS or not 0 < spans[0] <= spans[-1] <= MAX_LATE_LOOK_SECONDS:
+        raise ValueError(f"must have at most {MAX_LATE_LOOKS} durations, from 1 s to 30d")
     return tuple(spans)
 
 
@@ -599,7 +601,7 @@ def _items(text: str) -> list[str]:
 
 
 def _answers(path: Path) -> bool:
-    """Whether a server answers on this socket, and this user may talk to it."""
+    """Return whether a server on this socket accepts connections from this user."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.configuration.api_keys import LOOK_SECONDS, ApiKeys
+from worker.configuration.api_keys import CHECK_SECONDS, ApiKeys
 from worker.settings import load
 
 OLD, NEW = "Kq3vZ8mT1xRw5yLb7nPd", "Zp9wQ2nS6vUe4tHc8jMf"
@@ -20,7 +20,7 @@ class Clock:
         return self.now
 
     def later(self) -> None:
-        self.now += 2 * LOOK_SECONDS
+        self.now += 2 * CHECK_SECONDS
 
 
 def shown(keys: ApiKeys) -> dict[str, str]:

@@ -57,8 +57,8 @@ def test_a_directory_that_others_can_write_is_not_used(tmp_path: Path, monkeypat
     (tmp_path / "file").touch()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     folder = tmp_path / "file" / "below"
-    state_directory.substitute(folder).mkdir(mode=0o777)
-    state_directory.substitute(folder).chmod(0o777)
+    state_directory.fallback(folder).mkdir(mode=0o777)
+    state_directory.fallback(folder).chmod(0o777)
 
     with pytest.raises(SettingsError, match=r"^STATE_DIRECTORY"):
         state_directory.writable(folder)

@@ -23,8 +23,8 @@ from worker.cli.commands import run_command
 from worker.settings import load
 from worker.store.engine import make_engine
 from worker.store.schema import breakers, jobs
-from worker.system.json_logs import JsonLines
-from worker.system.redaction import ScrubbedLogs, Scrubber
+from worker.system.json_logs import JsonFormatter
+from worker.system.redaction import RedactingFilter, Scrubber
 
 HOSTILE = (
     "[/] [bold]b[/bold] [link=http://evil.test/]l[/link] :smile: \x1b[31mred\x1b[0m \x1b]8;;http://evil.test/\x07x"
@@ -124,7 +124,7 @@ def test_given_hostile_texts_when_printed_as_json_then_the_data_is_whole_and_the
 def test_given_a_hostile_message_when_logged_then_it_is_one_line_of_text() -> None:
     out = io.StringIO()
     handler = logging.StreamHandler(out)
-    handler.addFilter(ScrubbedLogs(Scrubber([])))
+    handler.addFilter(RedactingFilter(Scrubber([])))
     logger = logging.Logger("worker.something")
     logger.addHandler(handler)
 
@@ -137,7 +137,7 @@ def test_given_a_hostile_message_when_logged_then_it_is_one_line_of_text() -> No
 def test_given_a_hostile_message_when_logged_as_json_then_it_is_escaped() -> None:
     record = logging.LogRecord("worker.x", logging.INFO, "", 1, "held reason=%s", (HOSTILE,), None)
 
-    line = JsonLines(Scrubber([]), "worker").format(record)
+    line = JsonFormatter(Scrubber([]), "worker").format(record)
 
     assert json.loads(line)["reason"] == HOSTILE
     assert not set(HIDDEN) & set(line)

@@ -35,7 +35,7 @@ from worker.storage.partial_files import Incoming, PartialFiles, Source, link_ha
 from worker.store.claims import claim_holders
 from worker.store.reaper import release_crashed
 from worker.store.schema import outputs
-from worker.system.process_identity import dead
+from worker.system.process_identity import dead_holders
 
 BODY = png(padding=600_000)
 TAG = '"v1"'
@@ -425,7 +425,7 @@ Stand(make_engine(make_url("sqlite:///{tmp_path}/test.db")), Path({str(stand.out
     assert part.stat().st_size >= 390_000
     row = output_of(stand.engine, output_id)
     with stand.engine.begin() as connection:
-        assert release_crashed(connection, dead(claim_holders(connection)), now=row.listed_at).rows
+        assert release_crashed(connection, dead_holders(claim_holders(connection)), now=row.listed_at).rows
     assert _is_stored(stand, _again(stand, output_id))
     assert picture.sent < 1.2 * len(BODY)
 

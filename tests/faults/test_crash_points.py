@@ -89,14 +89,14 @@ DELAYED_SWEEP = """
 import threading, time
 from worker.system import process_identity
 
-dead = process_identity.dead
+dead_holders = process_identity.dead_holders
 
 def delayed_dead(holders):
     if threading.current_thread().name == "ticker_sweep":
         time.sleep(5)
-    return dead(holders)
+    return dead_holders(holders)
 
-process_identity.dead = delayed_dead
+process_identity.dead_holders = delayed_dead
 """
 
 

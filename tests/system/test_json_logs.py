@@ -23,7 +23,7 @@ from worker.settings import load
 from worker.store.engine import make_engine
 from worker.store.migrate import migrate
 from worker.system import json_logs
-from worker.system.json_logs import RESERVED, JsonLines
+from worker.system.json_logs import RESERVED, JsonFormatter
 from worker.system.redaction import Scrubber
 
 KEY = 'sk-"canary"/\\-é7f3a'
@@ -36,7 +36,7 @@ class Lines:
     def __init__(self, name: str) -> None:
         self.out = io.StringIO()
         handler = logging.StreamHandler(self.out)
-        handler.setFormatter(JsonLines(Scrubber([KEY]), "downloads"))
+        handler.setFormatter(JsonFormatter(Scrubber([KEY]), "downloads"))
         self.log = logging.Logger(name)  # of its own, with no parents
         self.log.addHandler(handler)
 
@@ -144,7 +144,7 @@ def test_a_key_that_looks_like_an_escape_spoils_no_line() -> None:
     """Texts are scrubbed before they become JSON."""
     lines = Lines("worker")
     handler = lines.log.handlers[0]
-    handler.setFormatter(JsonLines(Scrubber(["nabc"]), "worker"))
+    handler.setFormatter(JsonFormatter(Scrubber(["nabc"]), "worker"))
     lines.log.warning("x=%s", "\nabc nabc")
     assert lines.last["x"] == "\nabc [key]"
 
@@ -171,10 +171,10 @@ def test_every_line_of_ours_is_understood_and_no_field_hides_another() -> None:
     for where, template, count in found:
         if not count:
             continue
-        words = json_logs._words(template)
+        words = json_logs._parse_template(template)
         names = [word.field for word in words if word.field is not None]
         assert words, f"{where}: {template}"
-        assert count in (-1, sum(word.takes for word in words)), where
+        assert count in (-1, sum(word.arguments for word in words)), where
         assert len(names) == len(set(names)), where
         assert not RESERVED.intersection(names), f"{where}: {template}"
 

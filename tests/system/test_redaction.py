@@ -11,7 +11,7 @@ from urllib.parse import quote
 import pytest
 
 from tests.spellings import SPELLINGS
-from worker.system.redaction import ScrubbedLogs, Scrubber
+from worker.system.redaction import RedactingFilter, Scrubber
 
 KEY = 'Kq3vZ8/mT1x"Rw5y+Lb7n&Pd0c=Gh2s Jf6a'
 JWT_HEADER = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9."
@@ -118,7 +118,7 @@ def test_given_a_traceback_with_the_key_when_logged_then_the_log_has_none_of_it(
     out = io.StringIO()
     handler = logging.StreamHandler(out)
     handler.setFormatter(logging.Formatter("%(message)s %(extra)s"))
-    handler.addFilter(ScrubbedLogs(Scrubber([KEY])))
+    handler.addFilter(RedactingFilter(Scrubber([KEY])))
     logger = logging.Logger("scrubbed")
     logger.addHandler(handler)
 
@@ -142,7 +142,7 @@ def test_given_a_traceback_with_the_key_when_logged_then_the_log_has_none_of_it(
 def test_given_a_record_that_others_have_formatted_when_logged_then_its_traceback_and_stack_have_no_key() -> None:
     record = logging.makeLogRecord({"msg": "x", "exc_text": f"Error: {KEY}", "stack_info": f"at {KEY}"})
 
-    ScrubbedLogs(Scrubber([KEY])).filter(record)
+    RedactingFilter(Scrubber([KEY])).filter(record)
 
     assert (record.exc_text, record.stack_info) == ("Error: [key]", "at [key]")
 
@@ -151,7 +151,7 @@ def test_given_arguments_that_do_not_fit_when_logged_then_the_line_is_there_with
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     handler = logging.StreamHandler()
-    handler.addFilter(ScrubbedLogs(Scrubber([KEY])))
+    handler.addFilter(RedactingFilter(Scrubber([KEY])))
     logger = logging.Logger("scrubbed")
     logger.addHandler(handler)
 

@@ -42,7 +42,7 @@ def thread(work: Callable[[Loop], object], name: str = "loop") -> Iterator[Loop]
     loop, turned = Loop(), threading.Event()
 
     def run() -> None:
-        loop.turn()
+        loop.beat()
         turned.set()
         work(loop)
 
@@ -57,7 +57,7 @@ def looks(watchdog: Watchdog, clock: Clock, seconds: float) -> list[str]:
     found = []
     for _ in range(round(seconds / watchdog.interval)):
         clock.moved += watchdog.interval
-        standing = watchdog.standstill()
+        standing = watchdog.find_stall()
         if standing is not None:
             found.append(standing)
     return found
@@ -71,7 +71,7 @@ def clock() -> Clock:
 @pytest.fixture
 def watchdog(clock: Clock) -> Watchdog:
     """One to which the code of this file is its own."""
-    return Watchdog(LIMIT, our_code=HERE, clock=clock)
+    return Watchdog(LIMIT, own_code=HERE, clock=clock)
 
 
 def test_a_loop_that_waits_for_a_lock_for_ever_is_found_after_the_limit(watchdog: Watchdog, clock: Clock) -> None:
@@ -101,14 +101,14 @@ def test_a_loop_that_goes_round_is_alive_however_long(watchdog: Watchdog, clock:
 
     def go_round(loop: Loop) -> None:
         while not done.wait(0.01):
-            loop._turned = (clock(), threading.get_ident())
+            loop._last_beat = (clock(), threading.get_ident())
 
     with thread(go_round) as loop:
         watchdog.watch("the loop", loop)
         for _ in range(20):
             clock.moved += watchdog.interval
             time.sleep(0.03)
-            assert watchdog.standstill() is None
+            assert watchdog.find_stall() is None
         done.set()
 
 
@@ -190,7 +190,7 @@ def test_a_pool_thread_that_does_the_same_thing_again_and_again_is_alive(watchdo
         for _ in range(30):
             clock.moved += watchdog.interval
             time.sleep(0.02)
-            assert watchdog.standstill() is None
+            assert watchdog.find_stall() is None
         done.set()
 
 
@@ -206,7 +206,7 @@ def test_a_process_that_is_about_to_end_is_not_looked_into(watchdog: Watchdog, c
     lock = threading.Lock()
     with lock, thread(lambda _: lock.acquire()) as loop:
         watchdog.watch("the loop", loop)
-        watchdog.rest()
+        watchdog.ignore_all()
         assert looks(watchdog, clock, 10 * LIMIT) == []
 
 

@@ -10,14 +10,14 @@ from worker.core.durations import parse_duration
 from worker.core.lifecycle import FINAL_STATES
 from worker.operations.prune import Pruned, Retention, look
 from worker.operations.prune import prune as run_prune
-from worker.settings import LONGEST, Settings, load
+from worker.settings import MAX_SECONDS, Settings, load
 from worker.store.engine import engine_for, translate_errors
 from worker.system.terminal import echo
 
 
 def _span(context: click.Context, option: click.Parameter, value: str | None) -> float | None:
     try:
-        return None if value is None else min(parse_duration(value), LONGEST)
+        return None if value is None else min(parse_duration(value), MAX_SECONDS)
     except ValueError as wrong:
         raise click.BadParameter(str(wrong)) from None
 

@@ -29,7 +29,7 @@ from worker.store.counters import Tally
 from worker.store.engine import database_now, engine_for, translate_errors
 from worker.store.events import create_events
 from worker.store.outputs import output_row
-from worker.system.once import locked_cache
+from worker.system.locked_cache import locked_cache
 from worker.system.redaction import Scrubber, shared_scrubber
 from worker.vendor.families import MAX_KIND
 from worker.vendor.submissions import PlannedJob, planned_job, submit_answer

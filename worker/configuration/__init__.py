@@ -1,1 +1,1 @@
-"""Where settings come from: the environment, the key file, URLs of servers, the state directory."""
+"""Sources of settings: environment variables, the key file, server URLs and the state directory."""

@@ -1,4 +1,4 @@
-"""The API keys by account: fixed, or from a file that is read again when it changes, so that no process starts anew."""
+"""API keys by account. Keys from a file are read again when the file changes, so no process has to restart."""
 
 import json
 import logging
@@ -14,17 +14,17 @@ from worker.core.identity import ACCOUNT
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0  # how long a change of the file may stay unseen
-LARGEST_FILE = 1 << 20  # bytes
+CHECK_SECONDS = 1.0  # a change of the file is noticed after at most this time
+MAX_FILE_BYTES = 1 << 20
 _SHAPE = 'must be a JSON object of account names and keys, for example {"shop": "key"}'
 
 Listener = Callable[[Iterable[str]], object]
 
 
 class ApiKeys(Mapping[str, SecretStr]):
-    """The keys that count now, by account. With a file, `fixed` is what counts where the file has no such account.
+    """The current keys by account. With a file, `fixed` provides keys for accounts that the file does not name.
 
-    While the file can't be read, or is no JSON because it is just being written, the keys stay as they were.
+    If the file cannot be read, or is not valid JSON because it is being written, the previous keys stay in use.
     """
 
     def __init__(
@@ -33,75 +33,75 @@ class ApiKeys(Mapping[str, SecretStr]):
         self._fixed, self._file, self._clock = dict(fixed), file, clock
         self._lock = threading.Lock()
         self._keys = dict(fixed)
-        self._texts = dict.fromkeys(fixed.values())  # ordered; never forgets one, so that old keys stay masked
+        self._texts = dict.fromkeys(fixed.values())  # ordered; keeps replaced keys, so that they stay redacted
         self._listeners: list[Listener] = []
         self._changed: set[str] = set()
         self._content: bytes | None = None
-        self._look_at = 0.0
+        self._check_at = 0.0
         self.trouble: str | None = None
 
     def __getitem__(self, account: str) -> SecretStr:
-        """The account's key. Raises KeyError where it has none."""
+        """Return the account's key. Raises KeyError if it has none."""
         return SecretStr(self._current()[account])
 
     def __iter__(self) -> Iterator[str]:
-        """The accounts that have a key."""
+        """Iterate over the accounts that have a key."""
         return iter(tuple(self._current()))
 
     def __len__(self) -> int:
-        """How many accounts have a key."""
+        """Return how many accounts have a key."""
         return len(self._current())
 
     def __repr__(self) -> str:
-        """The accounts, never the keys."""
+        """Show the accounts, never the keys."""
         return f"ApiKeys({', '.join(sorted(self._keys))})"
 
     def texts(self) -> tuple[str, ...]:
-        """Every key there was in this process's time: all of them stay secret."""
+        """Return every key that this process has known. All of them stay secret."""
         self._current()
         return tuple(self._texts)
 
     def listen(self, listener: Listener) -> None:
-        """Have `listener` called with all keys before a new one is used, for as long as the process lives."""
+        """Call `listener` with all keys before a new key is used, for as long as the process runs."""
         with self._lock:
             self._listeners.append(listener)
 
     def take_changed(self) -> set[str]:
-        """The accounts whose key is new, another one, or gone since this was last called."""
+        """Return the accounts whose key was added, replaced or removed since the last call."""
         self._current()
         with self._lock:
             changed, self._changed = self._changed, set()
         return changed
 
     def _current(self) -> dict[str, str]:
-        if self._file is None or self._clock() < self._look_at:
+        if self._file is None or self._clock() < self._check_at:
             return self._keys
         with self._lock:
-            if self._clock() >= self._look_at:
+            if self._clock() >= self._check_at:
                 self._read(self._file)
-                self._look_at = self._clock() + LOOK_SECONDS
+                self._check_at = self._clock() + CHECK_SECONDS
             return self._keys
 
     def _read(self, file: Path) -> None:
         try:
-            with file.open("rb") as opened:
-                content = opened.read(LARGEST_FILE + 1)
+            with file.open("rb") as stream:
+                content = stream.read(MAX_FILE_BYTES + 1)
             if content == self._content:
                 self._trouble(None)
                 return
             keys = self._fixed | parse_keys(content.decode("utf-8-sig"))
         except OSError as error:
-            self._trouble(f"can't be read ({error.strerror})")
-        except ValueError as error:  # a UnicodeDecodeError is one, too
-            self._trouble("is no UTF-8 text" if isinstance(error, UnicodeError) else str(error))
+            self._trouble(f"cannot be read ({error.strerror})")
+        except ValueError as error:  # includes UnicodeDecodeError
+            self._trouble("is not UTF-8 text" if isinstance(error, UnicodeError) else str(error))
         else:
             self._use({account: key for account, key in keys.items() if key})
             self._content = content
             self._trouble(None)
 
     def _use(self, keys: dict[str, str]) -> None:
-        before = self._keys
-        changed = {account for account in before.keys() | keys.keys() if before.get(account) != keys.get(account)}
+        previous = self._keys
+        changed = {account for account in previous.keys() | keys.keys() if previous.get(account) != keys.get(account)}
         self._texts |= dict.fromkeys(keys.values())
         for listener in self._listeners:
             listener(tuple(self._texts))
@@ -111,16 +111,16 @@ class ApiKeys(Mapping[str, SecretStr]):
             log.info("SD_API_KEYS_FILE has changed accounts=%s", ",".join(sorted(changed)))
 
     def _trouble(self, trouble: str | None) -> None:
-        """Log once what is wrong with the file, and that it is right again."""
+        """Log a problem with the file once, until it changes or goes away."""
         if trouble is not None and trouble != self.trouble:
-            log.warning("SD_API_KEYS_FILE %s: the keys stay as they were", trouble)
+            log.warning("SD_API_KEYS_FILE %s: the previous keys stay in use", trouble)
         self.trouble = trouble
 
 
 def parse_keys(text: str) -> dict[str, str]:
-    """Return the keys by account. Raises ValueError, with no part of the text, where it is no JSON object of them."""
+    """Return the keys by account. Raises ValueError for other JSON; the message contains no part of the text."""
     if not text.strip():
-        raise ValueError("is empty: write {} for no keys")  # an editor truncates a file before it writes
+        raise ValueError("is empty: write {} for no keys")  # editors truncate a file before they write it
     try:
         document = json.loads(text.replace("\u00a0", " "))
     except (ValueError, RecursionError):
@@ -129,6 +129,6 @@ def parse_keys(text: str) -> dict[str, str]:
         raise ValueError(_SHAPE)
     keys = {clean(account): clean(key) for account, key in document.items()}
     if not all(ACCOUNT.fullmatch(account) for account in keys):
-        # Not shown: whoever took key and account for one another would find the key in a log.
-        raise ValueError("has an account name that can't be one: letters, digits, '.', '_' and '-', at most 64")
+        # The name is not shown: if key and account were swapped, it would put the key into a log.
+        raise ValueError("has an invalid account name: letters, digits, '.', '_' and '-' are allowed, at most 64")
     return keys

@@ -1,7 +1,7 @@
-"""Environment variables as they are meant: no service links of others, no invisible characters, filled up from `.env`.
+"""Reads environment variables and `.env`: drops Kubernetes service links and trims invisible characters.
 
-Secrets are mounted with a line break at their end, `docker --env-file` keeps quotation marks, editors write byte order
-marks, and Kubernetes adds `<SERVICE>_PORT=tcp://…` for every service of a namespace. All variables go through here.
+Mounted secrets end with a line break, `docker --env-file` keeps quotation marks, editors write byte order marks, and
+Kubernetes adds `<SERVICE>_PORT=tcp://…` for every service of a namespace. All variables are read through this module.
 """
 
 import re
@@ -15,17 +15,17 @@ from worker.errors import SettingsError
 
 _QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019"}
 _LINK_NAME = re.compile(
-    r"(?=\w++\Z)(?:"  # else each place to split at would be tried to the end
+    r"(?=\w++\Z)(?:"  # the possessive lookahead prevents quadratic backtracking
     r"\w+_SERVICE_(?:HOST|PORT(?:_\w+)?)"  # Kubernetes
     r"|\w+_PORT_[0-9]+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR|START|END))?"  # Kubernetes and `docker --link`
     r"|\w+_ENV_\w+)"  # `docker --link`
 )
 _PORT_LINK = re.compile(r"(?:tcp|udp|sctp)://", re.IGNORECASE)
-_NAME_LINK = re.compile(r"/[^/]+/[^/]+")  # `docker --link` says by which name a container knows another one
+_NAME_LINK = re.compile(r"/[^/]+/[^/]+")  # `docker --link`: the name by which a container knows another one
 
 
 def is_service_link(name: str, value: str) -> bool:
-    """Whether a variable describes a neighbouring service, as Kubernetes and `docker --link` write it.
+    """Return whether a variable describes a neighbouring service, as Kubernetes and `docker --link` set it.
 
     >>> is_service_link("FLOWER_PORT", "tcp://10.0.0.5:5555"), is_service_link("FLOWER_PORT", "5555")
     (True, False)
@@ -39,14 +39,14 @@ def is_service_link(name: str, value: str) -> bool:
 
 
 def invisible(char: str) -> bool:
-    """Whether a character can't be seen: controls, zero-width characters, byte order marks, blanks but the space."""
+    """Return whether a character is invisible: controls, zero-width characters, byte order marks, unusual spaces."""
     return char != " " and (
         unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Zs") or 0xFE00 <= ord(char) <= 0xFE0F
     )
 
 
 def trimmed(text: str) -> str:
-    """Return the text without blanks, invisible characters and one pair of quotation marks around it.
+    """Return the text without surrounding blanks, invisible characters and one pair of quotation marks.
 
     >>> trimmed('\\ufeff"abc\\n" '), trimmed("it's")
     ('abc', "it's")
@@ -58,36 +58,36 @@ def trimmed(text: str) -> str:
 
 
 def clean(text: str) -> str:
-    """Return the text trimmed. Raises ValueError where an invisible character is left inside of it."""
+    """Return the text trimmed. Raises ValueError for an invisible character inside it."""
     text = trimmed(text)
     for place, char in enumerate(text, 1):
         if invisible(char):
-            raise ValueError(f"has {_described(char)} as character {place}: take it out")
+            raise ValueError(f"has {_described(char)} as character {place}: remove it")
     return text
 
 
 def read_environment(environment: Mapping[str, str], file: Path | None) -> dict[str, str]:
-    """Return the variables that are set: those of the environment, then those that only the file has.
+    """Return the variables that are set: those of the environment, then those that are only in the file.
 
-    Blank ones and service links count as unset. Raises SettingsError where the file can't be read.
+    Blank variables and service links count as unset. Raises SettingsError if the file cannot be read.
     """
-    read: dict[str, str] = {}
-    taken: set[str] = set()
+    variables: dict[str, str] = {}
+    names: set[str] = set()
     for source in (environment, {} if file is None else _file_values(file)):
         values = {_without_blanks(name): value for name, value in source.items() if not is_service_link(name, value)}
-        values = {name: value for name, value in values.items() if name.upper() not in taken and trimmed(value)}
-        read |= values
-        taken |= {name.upper() for name in values}
-    return read
+        values = {name: value for name, value in values.items() if name.upper() not in names and trimmed(value)}
+        variables |= values
+        names |= {name.upper() for name in values}
+    return variables
 
 
 def _file_values(file: Path) -> dict[str, str]:
     try:
         values = dotenv_values(file, encoding="utf-8-sig") if file.is_file() else {}
     except UnicodeDecodeError:
-        raise SettingsError("the file .env in this directory is no UTF-8 text: write it anew") from None
+        raise SettingsError("the file .env in this directory is not UTF-8 text: save it as UTF-8") from None
     except OSError as error:
-        raise SettingsError(f"the file .env in this directory can't be read ({error.strerror})") from None
+        raise SettingsError(f"the file .env in this directory cannot be read ({error.strerror})") from None
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -104,6 +104,6 @@ def _described(char: str) -> str:
     if char in "\r\n\u2028\u2029\x85":
         return "a line break"
     if unicodedata.category(char) == "Cs":
-        return "a byte that is no UTF-8 text"
+        return "a byte that is not UTF-8 text"
     name = unicodedata.name(char, "").lower()
     return f"an invisible character (U+{ord(char):04X}{f', {name}' if name else ''})"

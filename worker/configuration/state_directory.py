@@ -1,7 +1,7 @@
-"""The directory for what a process keeps between its runs: the embedded server, Flower's tasks, partial files.
+"""The state directory: it holds the embedded Redis, Flower's tasks and partial downloads between runs.
 
-Where it can't be written, as in a container with a read-only root, a temporary directory of this user takes its place:
-the same one for every process on the machine.
+If it is not writable, as in a container with a read-only root, a temporary directory of this user replaces it. All
+processes on the machine use the same one.
 """
 
 import hashlib
@@ -18,22 +18,22 @@ DEFAULT = Path("var")
 PRIVATE = 0o700
 
 
-def chosen(setting: str) -> Path:
-    """Return what STATE_DIRECTORY names, absolute: the first of a list as systemd hands it out."""
+def configured(setting: str) -> Path:
+    """Return the absolute path that STATE_DIRECTORY names. systemd passes a list; the first entry is used."""
     return Path(next((item for item in setting.split(":") if item), str(DEFAULT))).absolute()
 
 
-def substitute(folder: Path) -> Path:
-    """Return the temporary directory that takes the place of `folder` for this user, whether or not it is there.
+def fallback(folder: Path) -> Path:
+    """Return the temporary directory that replaces `folder` for this user. It need not exist.
 
-    Raises SettingsError where the machine has no directory for temporary files.
+    Raises SettingsError if the machine has no directory for temporary files.
     """
     try:
         temporary = Path(tempfile.gettempdir())
     except FileNotFoundError:
         raise SettingsError(
-            f"STATE_DIRECTORY: neither {folder} nor a directory for temporary files can be written to:"
-            " name one that can, or mount one on /tmp"
+            f"STATE_DIRECTORY: neither {folder} nor a directory for temporary files is writable:"
+            " name a writable directory, or mount one on /tmp"
         ) from None
     name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
     return temporary / f"fetch-worker-{os.geteuid()}-{name}"
@@ -41,21 +41,23 @@ def substitute(folder: Path) -> Path:
 
 @cache
 def writable(folder: Path) -> Path:
-    """Return `folder`, made where it is missing, or its substitute, which is then named in one line on stderr.
+    """Return `folder`, created if missing, or its substitute if it is not writable. A substitute is named on stderr.
 
-    Raises SettingsError where neither can be written to.
+    Raises SettingsError if neither is writable.
     """
     if _is_writable(folder):
         return folder
-    place = substitute(folder)
-    if not _is_writable(place) or not _is_private(place):
-        raise SettingsError(f"STATE_DIRECTORY: neither {folder} nor {place} can be written to: name one that can")
+    fallback_folder = fallback(folder)
+    if not _is_writable(fallback_folder) or not _is_private(fallback_folder):
+        raise SettingsError(
+            f"STATE_DIRECTORY: neither {folder} nor {fallback_folder} is writable: name a writable directory"
+        )
     print(
-        f"fetch-worker: {folder} can't be written to: state goes to {place} (set STATE_DIRECTORY to choose)",
+        f"fetch-worker: {folder} is not writable: state goes to {fallback_folder} (set STATE_DIRECTORY to choose)",
         file=sys.stderr,
         flush=True,
     )
-    return place
+    return fallback_folder
 
 
 def _is_writable(folder: Path) -> bool:
@@ -68,6 +70,6 @@ def _is_writable(folder: Path) -> bool:
 
 
 def _is_private(folder: Path) -> bool:
-    """Whether nobody else made this directory, or can put anything into it: all users share the parent."""
-    found = folder.lstat()
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+    """Return whether this user owns the directory and others cannot write to it. Its parent is shared by all users."""
+    status = folder.lstat()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077

@@ -30,7 +30,7 @@ from worker.launch.supervisor import (
 )
 from worker.settings import EMBEDDED_SOCKET, KEY_NAMES, PROCESS_SETTINGS, Settings, dotenv_file, load
 from worker.store.engine import make_engine, translate_errors
-from worker.system.json_logs import OPENING, plain_line
+from worker.system.json_logs import LINE_START, plain_line
 from worker.system.own_package import advice, other_worker, python_path
 
 SERVER_SECONDS = 5.0
@@ -186,7 +186,7 @@ def json_writer(stream: TextIO) -> Say:
     """Return a function that writes each line as JSON. Lines that are JSON already are written unchanged."""
 
     def say(name: str, text: str) -> None:
-        line = display_json(text) if text.startswith(OPENING) else plain_line(name, text)
+        line = display_json(text) if text.startswith(LINE_START) else plain_line(name, text)
         with suppress(OSError):  # the reader has gone; keep working
             stream.write(f"{line}\n")
             stream.flush()

@@ -30,7 +30,7 @@ from worker.store.engine import database_now
 from worker.store.holds import work_limits
 from worker.store.promises import promise_row
 from worker.store.reports.live import count_due_before
-from worker.system.process_identity import fate
+from worker.system.process_identity import liveness
 
 AHEAD_MOST = 10_000
 SOON_SECONDS = 60.0  # who waits longer than that is told how it goes on at once
@@ -281,7 +281,7 @@ def _claimed(facts: Facts, name: str, row: Row[Any], doing: str, start: str) -> 
     most = work_limits(facts.settings)
     began, longest = (row.asked_at, most.poll_max) if row is facts.job else (row.claimed_at, most.download_max)
     since = "" if began is None else f" since {format_duration(facts.since(began))}"
-    life = fate(row.claim_holder)
+    life = liveness(row.claim_holder)
     known = {"runs": "which runs", "dead": "which is dead", "unknown": "of which this host knows nothing"}[life]
     over = facts.since(row.due_at)
     lease = (

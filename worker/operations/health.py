@@ -29,7 +29,7 @@ from worker.store.holds import work_limits
 from worker.store.on_done import GIVE_UP, recent_on_done, refused_calls, unsent_calls
 from worker.store.reports import live
 from worker.store.reports.server_state import HISTORY_MOST, ServerState, server_state
-from worker.system.own_package import OURS, advice, other_worker, python_path
+from worker.system.own_package import OWN_PACKAGE, advice, other_worker, python_path
 from worker.system.process_identity import host_name
 
 SKEW_SECONDS = 5.0
@@ -105,7 +105,9 @@ def _settings(settings: Settings) -> Iterator[Check]:
 def _names() -> Check:
     """Whether Python finds our package by its name, and not the app's."""
     other = other_worker(python_path(os.environ.get("PYTHONPATH", "")))
-    return Check("names", True, f"the package is {OURS}") if other is None else Check("names", False, advice(other))
+    return (
+        Check("names", True, f"the package is {OWN_PACKAGE}") if other is None else Check("names", False, advice(other))
+    )
 
 
 def _database(settings: Settings) -> Check:

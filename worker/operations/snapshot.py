@@ -29,7 +29,7 @@ from worker.store.engine import database_now, translate_errors
 from worker.store.holds import work_limits
 from worker.store.jobs import waiting_accounts
 from worker.store.reports import live
-from worker.system.process_identity import dead
+from worker.system.process_identity import dead_holders
 
 NO_WORKER = "no worker asks"
 WINDOW_SECONDS = 60.0  # over which delays and polls are told
@@ -249,7 +249,7 @@ def _read(connection: Connection, settings: Settings) -> _Read:
     now = database_now(connection)
     known = all_breakers(connection)
     levels = due_groups(connection, waiting_accounts(connection))
-    gone = dead(claim_holders(connection))
+    gone = dead_holders(claim_holders(connection))
     late, work = now - timedelta(seconds=LATE_SECONDS), work_limits(settings)
     jobs = live.count_jobs(connection)
     return _Read(

@@ -69,7 +69,7 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
 
     def stop(self, worker: Any) -> None:
         """Stops ticking: what is being asked about is waited for, as long as a call may take."""
-        watchdog.rest()
+        watchdog.ignore_all()
         self._stop.set()
         until = time.monotonic() + settings.sd_api_timeout + STOP_MARGIN_SECONDS
         for thread in self._threads:
@@ -90,7 +90,7 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
         watchdog.watch("the poll run", lambda: poller.run_progress)
         watchdog.watch("the poll loop", lambda: loop() if poller.run_progress is None else None)
         while not self._stop.wait(LOOK_SECONDS):
-            loop.turn()
+            loop.beat()
             if time.monotonic() - poller.last_run > SILENCE_SECONDS:
                 never_raise(lambda: run_polls(preemptible=True))
         if poller.busy:
@@ -100,7 +100,7 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
         loop = Loop()
         watchdog.watch("the sweep loop", loop)
         while not self._stop.wait(LOOK_SECONDS):
-            loop.turn()
+            loop.beat()
             if time.monotonic() - process_resources().swept_at > SWEEP_SILENCE_SECONDS:
                 never_raise(run_sweep)
             self._changed_keys |= settings.keys.take_changed()
@@ -122,12 +122,12 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
         loop = Loop()
         watchdog.watch("the webhook loop", loop)
         while not self._stop.wait(random.uniform(*WEBHOOK_SECONDS)):
-            loop.turn()
+            loop.beat()
             never_raise(lambda: self._tell_all(loop))
 
     def _tell_all(self, loop: Loop) -> None:
         while not self._stop.wait(LOOK_SECONDS) and run_webhooks():
-            loop.turn()
+            loop.beat()
 
     def _begin(self) -> None:
         if not settings.keys:
@@ -182,7 +182,7 @@ class EventLoopTimers(bootsteps.StartStopStep):  # type: ignore[misc]  # celery 
         if type(consumer.pool).__module__ in OTHER_THREADS:  # elsewhere tasks run in the event loop, and may take long
             loop = Loop()
             watchdog.watch("the event loop", loop)
-            self._timers.append(hub.call_repeatedly(LOOK_AGAIN_SECONDS, loop.turn))
+            self._timers.append(hub.call_repeatedly(LOOK_AGAIN_SECONDS, loop.beat))
         else:
             self._timers.append(hub.call_repeatedly(LOOK_AGAIN_SECONDS, _look_again))
         if events is not None and events.on_send_buffered is not None:

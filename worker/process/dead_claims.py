@@ -13,7 +13,7 @@ from worker.store.claims import claim_holders
 from worker.store.engine import database_now
 from worker.store.events import release_events
 from worker.store.reaper import Released, release_crashed
-from worker.system.process_identity import dead
+from worker.system.process_identity import dead_holders
 
 log = get_task_logger(__name__)
 
@@ -25,12 +25,12 @@ def sent_folder() -> Path:
     try:
         return settings.state / "sent"
     except SettingsError:  # nothing can be written anywhere: then every claim counts
-        return state_directory.chosen(settings.state_directory) / "sent"
+        return state_directory.configured(settings.state_directory) / "sent"
 
 
 def release_dead_claims(connection: Connection) -> Released:
     """Release what dead processes of this host held: jobs, outputs and events."""
-    gone = dead(claim_holders(connection))
+    gone = dead_holders(claim_holders(connection))
     if not gone:
         return NOTHING_HELD
     now = database_now(connection)

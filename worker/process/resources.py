@@ -29,8 +29,8 @@ from worker.storage.select import storage_for
 from worker.store.claims import claim_holders
 from worker.store.engine import check_schema, engine_for
 from worker.store.repair import Repairer
-from worker.system.once import locked_property
-from worker.system.process_identity import dead, holder_name
+from worker.system.locked_cache import locked_property
+from worker.system.process_identity import dead_holders, holder_name
 from worker.system.redaction import Scrubber, shared_scrubber
 
 DOWNLOAD_THREADS = 64
@@ -216,7 +216,7 @@ class ProcessResources:
                 holding = claim_holders(connection)
             self._released_dead_claims = True
         folder = sent_folder()
-        gone = set(dead(processes_with_files(folder))) | old_files(folder, seconds=OLD_FILES_SECONDS)
+        gone = set(dead_holders(processes_with_files(folder))) | old_files(folder, seconds=OLD_FILES_SECONDS)
         remove_files(folder, gone - holding - {holder_name()})
         log_released(released)
 

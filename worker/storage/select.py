@@ -7,7 +7,7 @@ from worker.errors import SettingsError, StorageTrouble
 from worker.settings import DEFAULT_STORAGE, Settings
 from worker.storage.local import FileStorage, Storage
 from worker.storage.partial_files import PartialFiles
-from worker.system.once import locked_cache
+from worker.system.locked_cache import locked_cache
 
 S3_LARGEST = 5 << 30  # bytes that S3 takes by one call; no picture or film of the API is near it
 

@@ -1,1 +1,1 @@
-"""This process and its machine: identity, logs, terminal, redaction of keys. Knows no job and no setting."""
+"""This process and its machine: identity, logs, terminal, watchdog, redaction of keys. No jobs, no settings."""

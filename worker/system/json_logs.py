@@ -1,7 +1,7 @@
-"""Log lines as JSON: one event each, with what its template names as fields, and no key anywhere in it.
+"""Log lines as JSON: the event, the fields of its template, and no API key.
 
-Our lines are written as `event words key=%s other=%s`. Fields are taken from the template, never from the text that
-came out of it: what somebody else wrote, blanks and equal signs included, stays the value of one field.
+Our log lines have the form `event words key=%s other=%s`. Fields come from the template and not from the formatted
+text, so blanks and equal signs in a logged value stay part of that value.
 """
 
 import json
@@ -18,9 +18,9 @@ from typing import Any
 from celery import current_task
 
 from worker.core.display import display_json
-from worker.system.redaction import OURS, Scrubber
+from worker.system.redaction import OWN_LOGGER, Scrubber
 
-OPENING = '{"time":'  # by which a line is known that is one of ours
+LINE_START = '{"time":'  # identifies a line that this module wrote
 RESERVED = frozenset(
     {"time", "level", "logger", "event", "task", "task_id", "process", "pid", "thread", "exception", "stack"}
 )
@@ -30,16 +30,16 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 
 @dataclass(frozen=True, slots=True)
-class _Word:
-    """A word of a template: its text, how many arguments it takes, and which field it is."""
+class _TemplatePart:
+    """One word of a log template: its text, the number of arguments it takes, and the field it sets, if any."""
 
     text: str
-    takes: int
+    arguments: int
     field: str | None
 
 
-class JsonLines(logging.Formatter):
-    """Writes a record as one line of JSON, for a process of this name."""
+class JsonFormatter(logging.Formatter):
+    """Format a record as one line of JSON. `process` is the name of the process."""
 
     def __init__(self, scrubber: Scrubber, process: str) -> None:
         super().__init__()
@@ -47,11 +47,11 @@ class JsonLines(logging.Formatter):
         self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line. Every text in it is scrubbed by itself, so that it stays JSON."""
+        """Return the line. Each text in it is redacted on its own, so that the line stays valid JSON."""
         event, fields = _event(record)
-        made = datetime.fromtimestamp(record.created, UTC)
+        created = datetime.fromtimestamp(record.created, UTC)
         document: dict[str, Any] = {
-            "time": made.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "time": created.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "level": record.levelname,
             "logger": record.name,
             "event": event,
@@ -67,75 +67,75 @@ class JsonLines(logging.Formatter):
             document["exception"] = record.exc_text
         if record.stack_info:
             document["stack"] = record.stack_info
-        plain = {name: self._plain(value) for name, value in document.items()}
-        return display_json(json.dumps(plain, ensure_ascii=False))
+        scrubbed = {name: self._json_value(value) for name, value in document.items()}
+        return display_json(json.dumps(scrubbed, ensure_ascii=False))
 
-    def _plain(self, value: object) -> object:
-        """What JSON takes, without any key."""
+    def _json_value(self, value: object) -> object:
+        """Return the value as JSON can have it, with API keys redacted."""
         match value:
             case None | bool() | int():
                 return value
             case float():
                 return value if math.isfinite(value) else str(value)
             case tuple() | list() | set() | frozenset():
-                return [self._plain(one) for one in value]
+                return [self._json_value(item) for item in value]
             case _:
                 return self._scrubber.text(str(value))
 
 
 def plain_line(process: str, text: str) -> str:
-    """What a process wrote that is no line of ours, as one."""
+    """Return a JSON line for output of a process that is not one of our log lines."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     line = {"time": now, "level": "INFO", "event": text, "process": process}
     return display_json(json.dumps(line, ensure_ascii=False))
 
 
 def _event(record: logging.LogRecord) -> tuple[str, dict[str, object]]:
-    """The event and its fields. Of others' lines the whole text is the event."""
+    """Return the event and its fields. For loggers of other packages the whole text is the event."""
     template, args = record.msg, record.args
-    ours = record.name == OURS or record.name.startswith(f"{OURS}.")
-    extra = {name: value for name, value in vars(record).items() if name not in _STANDARD} if ours else {}
-    words = _words(template) if ours and isinstance(template, str) and isinstance(args, tuple) and args else ()
-    if not words or not isinstance(args, tuple) or sum(word.takes for word in words) != len(args):
-        return record.getMessage(), _named(extra)
+    own = record.name == OWN_LOGGER or record.name.startswith(f"{OWN_LOGGER}.")
+    extra = {name: value for name, value in vars(record).items() if name not in _STANDARD} if own else {}
+    parts = _parse_template(template) if own and isinstance(template, str) and isinstance(args, tuple) and args else ()
+    if not parts or not isinstance(args, tuple) or sum(part.arguments for part in parts) != len(args):
+        return record.getMessage(), _without_reserved(extra)
     event: list[str] = []
     fields: dict[str, object] = {}
-    left = list(args)
-    for word in words:
-        taken, left = tuple(left[: word.takes]), left[word.takes :]
-        if word.field is None:
-            event.append(word.text % taken if taken else word.text)
-        elif not _CONVERSION.fullmatch(word.text):
-            fields[word.field] = word.text % taken
-        elif isinstance(taken[0], float):
-            fields[word.field] = float(word.text % taken)  # as many digits as the line has
+    remaining = list(args)
+    for part in parts:
+        arguments, remaining = tuple(remaining[: part.arguments]), remaining[part.arguments :]
+        if part.field is None:
+            event.append(part.text % arguments if arguments else part.text)
+        elif not _CONVERSION.fullmatch(part.text):
+            fields[part.field] = part.text % arguments
+        elif isinstance(arguments[0], float):
+            fields[part.field] = float(part.text % arguments)  # rounded as in the text line
         else:
-            fields[word.field] = taken[0]
-    return " ".join(event), _named(fields | extra)
+            fields[part.field] = arguments[0]
+    return " ".join(event), _without_reserved(fields | extra)
 
 
-def _named(fields: Mapping[str, object]) -> dict[str, object]:
+def _without_reserved(fields: Mapping[str, object]) -> dict[str, object]:
     return {f"{name}_" if name in RESERVED else name: value for name, value in fields.items()}
 
 
 @lru_cache(maxsize=1_024)
-def _words(template: str) -> tuple[_Word, ...]:
-    """The words of a template; none where it has a sign that is not understood here."""
+def _parse_template(template: str) -> tuple[_TemplatePart, ...]:
+    """Split a template into its words. Return nothing if it uses a conversion that is not supported here."""
     if "%" in _CONVERSION.sub("", template):
         return ()
-    words = []
+    parts = []
     for text in template.split(" "):
-        found = _FIELD.fullmatch(text)
-        value = text if found is None else found["value"]
-        words.append(_Word(value, len(_CONVERSION.findall(value)), None if found is None else found["name"]))
-    return tuple(words)
+        match = _FIELD.fullmatch(text)
+        value = text if match is None else match["value"]
+        parts.append(_TemplatePart(value, len(_CONVERSION.findall(value)), None if match is None else match["name"]))
+    return tuple(parts)
 
 
 def _task(record: logging.LogRecord) -> dict[str, object]:
-    """The Celery task that a line is about, or comes from."""
-    about = getattr(record, "data", None)
-    if isinstance(about, Mapping) and "id" in about and "name" in about:
-        return {"task": about["name"], "task_id": about["id"]}
+    """Return the Celery task that the line is about, or else the task that is running."""
+    data = getattr(record, "data", None)
+    if isinstance(data, Mapping) and "id" in data and "name" in data:
+        return {"task": data["name"], "task_id": data["id"]}
     if current_task:
         return {"task": current_task.name, "task_id": current_task.request.id}
     return {}

@@ -1,4 +1,4 @@
-"""Whether Python finds our package by its name, or an app's own `worker.py`."""
+"""Checks whether Python finds our package under the name `worker`, or an app's own `worker.py`."""
 
 import os
 from collections.abc import Iterable
@@ -6,33 +6,35 @@ from importlib import invalidate_caches
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-OURS = Path(__file__).resolve().parents[1]
+OWN_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def other_worker(folders: Iterable[str | Path]) -> Path | None:
-    """Return the file that Python takes for `worker` in these folders where it is not ours. Nothing is imported.
+    """Return the file that Python imports as `worker` from these folders if it is not ours. Nothing is imported.
 
-    A folder `worker` without `__init__.py` hides nothing, and another copy of our package is ours.
+    A folder `worker` without `__init__.py` does not count, and another copy of our package counts as ours.
     """
     invalidate_caches()
     for folder in folders:
-        found = PathFinder.find_spec("worker", [str(Path(folder).absolute())])
-        if found is None or not found.origin:
+        spec = PathFinder.find_spec("worker", [str(Path(folder).absolute())])
+        if spec is None or not spec.origin:
             continue
-        home = Path(found.origin).resolve().parent
-        ours = home == OURS or ((home / "bootstrap.py").exists() and (home / "store" / "__init__.py").exists())
-        return None if ours else Path(found.origin)
+        folder = Path(spec.origin).resolve().parent
+        ours = folder == OWN_PACKAGE or (
+            (folder / "bootstrap.py").exists() and (folder / "store" / "__init__.py").exists()
+        )
+        return None if ours else Path(spec.origin)
     return None
 
 
 def python_path(value: str) -> list[str]:
-    """The folders that come before installed packages where a program is started here: this one, and PYTHONPATH's."""
+    """Return the folders that Python searches before installed packages: the current one and those in PYTHONPATH."""
     return [str(Path.cwd()), *(item for item in value.split(os.pathsep) if item)]
 
 
 def advice(path: Path) -> str:
-    """What to do about another `worker`, in one line."""
+    """Return one line of advice about another package named `worker`."""
     return (
-        f"{path} has our package's name: Python may find it instead. Run fetch-worker in another directory, or"
-        " in an environment of its own, and enqueue by task name"
+        f"{path} has the same name as our package, and Python may import it instead. Run fetch-worker in another"
+        " directory, or in its own virtual environment, and enqueue by task name"
     )

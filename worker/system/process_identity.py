@@ -1,4 +1,4 @@
-"""Who holds a claim: a name for this process that others on the same host can tell the living from the dead by."""
+"""Process identity (host, pid, start time), so that other processes on the host can detect a dead claim holder."""
 
 import hashlib
 import os
@@ -11,47 +11,47 @@ PROC = Path("/proc")
 
 
 def host_name() -> str:
-    """A name for this host since it was booted, as far as process ids reach: 8 hex digits, or empty where unknown."""
+    """Return 8 hex digits for this host, boot and pid namespace, or an empty string if unknown."""
     try:
         boot = (PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        space = (PROC / "self/ns/pid").readlink()  # a container's process ids mean nothing outside of it
+        space = (PROC / "self/ns/pid").readlink()  # process ids are only valid inside their container
     except OSError:
         return ""
     return hashlib.sha256(f"{boot} {space}".encode()).hexdigest()[:8]
 
 
 def holder_name() -> str:
-    """A name for this process: its host, its id, and when it started, since ids are used again."""
+    """Return a name for this process: host, process id, and start time, because process ids are reused."""
     host, pid = host_name(), os.getpid()
     started = started_at(pid)
     return f"{host}.{pid}.{started}" if host and started else secrets.token_hex(8)
 
 
 def started_at(pid: int) -> str:
-    """When a process started, in clock ticks since boot; empty where there is no such process."""
+    """Return the start time of a process in clock ticks since boot. Empty if there is no such process."""
     try:
         stat = (PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-    fields = stat.rpartition(")")[2].split()  # the name before it may hold blanks
+    fields = stat.rpartition(")")[2].split()  # the process name before it may contain blanks
     return "" if fields[0] in ("Z", "X") else fields[19]
 
 
-def fate(holder: str) -> Literal["runs", "dead", "unknown"]:
-    """What is known of a holder: whether it is a process of this host that runs or is no more, or of another host."""
-    if dead([holder]):
+def liveness(holder: str) -> Literal["runs", "dead", "unknown"]:
+    """Return whether a holder runs or is dead. Unknown for processes of other hosts."""
+    if dead_holders([holder]):
         return "dead"
     host = host_name()
     return "runs" if host and holder.startswith(f"{host}.") else "unknown"
 
 
-def dead(holders: Iterable[str]) -> list[str]:
-    """Those of the holders that were processes of this host and are no more. Of other hosts nothing is known."""
+def dead_holders(holders: Iterable[str]) -> list[str]:
+    """Return the holders that were processes of this host and have ended. Nothing is known of other hosts."""
     host = host_name()
-    gone = []
+    dead = []
     for holder in holders:
-        where, _, rest = holder.partition(".")
-        pid, _, started = rest.partition(".")
-        if host and where == host and pid.isdecimal() and started_at(int(pid)) != started:
-            gone.append(holder)
-    return gone
+        host_part, _, remainder = holder.partition(".")
+        pid, _, started = remainder.partition(".")
+        if host and host_part == host and pid.isdecimal() and started_at(int(pid)) != started:
+            dead.append(holder)
+    return dead

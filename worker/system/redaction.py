@@ -1,4 +1,4 @@
-"""The one scrubber: removes every configured API key from texts and bytes that come from outside or go out."""
+"""The scrubber: removes every configured API key from texts and bytes that come in or go out."""
 
 import logging
 import threading
@@ -10,16 +10,16 @@ from worker.core.display import display_lines, display_text
 from worker.core.redaction.key_finder import KeyFinder
 
 MASK = "[key]"
-OURS = "worker"  # the loggers of this package
-DEEPEST = 32  # levels of lists and mappings; what is read of an answer has eight
+OWN_LOGGER = "worker"  # parent of this package's loggers
+MAX_DEPTH = 32  # levels of lists and mappings; API answers are read eight levels deep
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) - {"msg", "args", "exc_text", "stack_info"}
 
 
 class Scrubber:
-    """Removes keys in every spelling that `worker.core.redaction.key_finder` knows, in linear time. Thread-safe.
+    """Removes keys in every spelling that `worker.core.redaction.key_finder` supports, in linear time. Thread-safe.
 
-    A process has one, `shared_scrubber()`, so that keys that are read again while it runs are known everywhere at once:
-    `add` takes them in, and those of before stay.
+    A process has one, `shared_scrubber()`, so that a key that is read while it runs is known everywhere at once. `add`
+    adds keys; earlier keys are kept.
     """
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
@@ -29,40 +29,40 @@ class Scrubber:
         self.add(keys)
 
     def add(self, keys: Iterable[str]) -> None:
-        """Remove these keys, too, from now on. Returns once they are in use; keys that are known cost nothing."""
+        """Remove these keys too from now on. They are in use when the call returns. Known keys cost nothing."""
         with self._lock:
-            known = self._keys | {key for key in keys if key}
-            if known != self._keys:
-                self._whole, self._texts = KeyFinder(known, pieces=False), KeyFinder(known, pieces=True)
-                self._keys = known
+            keys_now = self._keys | {key for key in keys if key}
+            if keys_now != self._keys:
+                self._whole, self._texts = KeyFinder(keys_now, pieces=False), KeyFinder(keys_now, pieces=True)
+                self._keys = keys_now
 
     def text(self, text: str) -> str:
-        """The text without any key, and without the beginning or end of one (at least half of it, 16 characters).
+        """Return the text without any key, and without a fragment of one (at least half of it, 16 characters).
 
-        Scrub before you cut: a piece that a cut leaves may be shorter than that.
+        Scrub a text before you truncate it: truncation may leave a shorter fragment.
         """
         data = text.encode("utf-8", "surrogatepass")
         spans = self._texts.spans(data)
-        return _masked(data, spans).decode("utf-8", "surrogatepass") if spans else text
+        return _mask(data, spans).decode("utf-8", "surrogatepass") if spans else text
 
     def link(self, url: str) -> str:
-        """An address without any key. Pieces stay: a signed link may begin like a key that is a JSON Web Token."""
+        """Return a URL without any whole key. Fragments stay: a signed link may begin like a JSON Web Token."""
         return self.body(url.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
 
     def body(self, body: bytes) -> bytes:
-        """The bytes without any key. Pieces stay, as in `link`: there may be links in them."""
-        return _masked(body, self._whole.spans(body))
+        """Return the bytes without any whole key. Fragments stay, as in `link`: the bytes may contain links."""
+        return _mask(body, self._whole.spans(body))
 
     def links(self, value: object) -> object:
-        """As `link`, for a text or the texts in lists and mappings, `DEEPEST` levels deep; the rest is left out."""
+        """Apply `link` to a text, or to the texts in lists and mappings. Values below `MAX_DEPTH` become None."""
         return _mapped(value, self.link)
 
     def texts(self, value: object) -> object:
-        """As `text`, for a text or the texts in lists and mappings, `DEEPEST` levels deep; the rest is left out."""
+        """Apply `text` to a text, or to the texts in lists and mappings. Values below `MAX_DEPTH` become None."""
         return _mapped(value, self.text)
 
     def __repr__(self) -> str:
-        """Says nothing of the keys."""
+        """Return a text that contains no key."""
         return "Scrubber()"
 
 
@@ -70,7 +70,7 @@ _shared = Scrubber()
 
 
 def shared_scrubber(keys: Iterable[str] = ()) -> Scrubber:
-    """This process's scrubber, which knows these keys from now on, too."""
+    """Return this process's scrubber, after adding these keys."""
     _shared.add(keys)
     return _shared
 
@@ -81,7 +81,7 @@ def _mapped(value: object, scrub: Callable[[str], str], depth: int = 0) -> objec
             return scrub(value)
         case None | bool() | int() | float():
             return value
-        case Mapping() | list() | tuple() | set() | frozenset() if depth == DEEPEST:
+        case Mapping() | list() | tuple() | set() | frozenset() if depth == MAX_DEPTH:
             return None
         case Mapping():
             return {_mapped(name, scrub, depth + 1): _mapped(item, scrub, depth + 1) for name, item in value.items()}
@@ -96,24 +96,24 @@ def _mapped(value: object, scrub: Callable[[str], str], depth: int = 0) -> objec
 def _text_of(value: object) -> str:
     try:
         return str(value)
-    except Exception:  # an object of anybody's may fail in any way
+    except Exception:  # `__str__` of a foreign object may raise anything
         return f"<{type(value).__name__}>"
 
 
-def _masked(data: bytes, spans: list[tuple[int, int]]) -> bytes:
+def _mask(data: bytes, spans: list[tuple[int, int]]) -> bytes:
     if not spans:
         return data
-    parts, at = [], 0
+    parts, position = [], 0
     for begin, end in spans:
-        parts.append(data[at:begin].rstrip(b"\\") if data[begin - 1 : begin] == b"\\" else data[at:begin])
-        at = end
-    return MASK.encode().join((*parts, data[at:]))
+        parts.append(data[position:begin].rstrip(b"\\") if data[begin - 1 : begin] == b"\\" else data[position:begin])
+        position = end
+    return MASK.encode().join((*parts, data[position:]))
 
 
-class ScrubbedLogs(logging.Filter):
-    """A filter that scrubs whole log records: message, arguments, traceback with its notes, stack and extra fields.
+class RedactingFilter(logging.Filter):
+    """Logging filter that redacts whole records: message, arguments, traceback with its notes, stack and extra fields.
 
-    Control characters and invisible ones go, too; a message of our own loggers is one line.
+    It also removes control and invisible characters. Messages of our own loggers become one line.
     """
 
     def __init__(self, scrubber: Scrubber) -> None:
@@ -121,7 +121,7 @@ class ScrubbedLogs(logging.Filter):
         self._scrubber = scrubber
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Scrub the record in place; it is always let through."""
+        """Redact the record in place. Always True: no record is dropped."""
         self._scrub_message(record)
         if record.exc_info and record.exc_info[1] is not None:
             record.exc_text = "".join(traceback.format_exception(*record.exc_info)).rstrip()
@@ -137,11 +137,11 @@ class ScrubbedLogs(logging.Filter):
     def _scrub_message(self, record: logging.LogRecord) -> None:
         try:
             message = record.getMessage()
-        except Exception:  # arguments that don't fit: logging would print them as they are
+        except Exception:  # arguments do not match the template; logging would print them unredacted
             record.msg, record.args = self._scrubber.text(f"{record.msg} {record.args!r}"), None
             return
         scrubbed = self._scrubber.text(message)
-        ours = f"{record.name}.".startswith(f"{OURS}.")
-        plain = display_text(scrubbed) if ours else display_lines(scrubbed)  # Celery writes lists of several lines
-        if plain != message:
-            record.msg, record.args = plain, None
+        own = f"{record.name}.".startswith(f"{OWN_LOGGER}.")
+        cleaned = display_text(scrubbed) if own else display_lines(scrubbed)  # Celery logs lists of several lines
+        if cleaned != message:
+            record.msg, record.args = cleaned, None

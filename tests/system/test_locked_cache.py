@@ -19,7 +19,7 @@ from worker.process import dead_claims, resources
 from worker.settings import Settings
 from worker.storage import select
 from worker.store.engine import engine_for
-from worker.system.once import locked_cache, locked_property
+from worker.system.locked_cache import locked_cache, locked_property
 
 pytestmark = pytest.mark.every_python
 
