@@ -1,1 +1,1 @@
-"""Acceptance: drives the product from outside, by its environment, Procfile, task names, tables and command alone."""
+"""Acceptance programs: they use the product only through its environment, Procfile, task names, tables and command."""

@@ -1,6 +1,6 @@
-"""The page for operators at a million jobs: how long each of its pages takes, and that none shows what is secret.
+"""The admin pages with a million jobs: response times, and a check that no page shows a secret.
 
-The rows are put in by SQL (PostgreSQL), in an order that helps no list: waiting jobs before and after those that ended.
+The rows are inserted with SQL (PostgreSQL), in an unfavourable order: waiting jobs before and after finished ones.
 """
 
 import base64
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlencode
 
+from tests.acceptance.deployment import Deployment, Installation, NotReady, free_port, wait_until
 from tests.acceptance.report import Report, quantile
-from tests.acceptance.stand import NotReady, Place, Stand, free_port, wait_until
 
 ROUNDS = 7
 HELD_UNTIL = "9999-01-01T00:00:00Z"
@@ -63,23 +63,23 @@ PICTURE = base64.b64decode(
 
 @dataclass(slots=True)
 class Browser:
-    """Somebody at the page, logged in: a cookie, and the pages so far."""
+    """A minimal browser: it has a session cookie and remembers the pages that it loaded."""
 
     port: int
     cookie: str = ""
-    seen: dict[str, bytes] = field(default_factory=dict)
+    pages: dict[str, bytes] = field(default_factory=dict)
 
     def get(self, path: str) -> tuple[int, bytes]:
-        """One page."""
+        """Load a page. Return its status and body."""
         with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:
             connection.request("GET", path, headers={"Cookie": self.cookie})
             response = connection.getresponse()
             body = response.read()
-        self.seen[path] = body
+        self.pages[path] = body
         return response.status, body
 
     def log_in(self, password: str) -> int:
-        """Logs in; the status of the answer."""
+        """Log in. Return the HTTP status."""
         form = {"Content-Type": "application/x-www-form-urlencoded"}
         with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:
             connection.request("POST", "/login", urlencode({"password": password}), form)
@@ -89,51 +89,51 @@ class Browser:
         return response.status
 
     def answers(self) -> bool:
-        """Whether the server is up."""
+        """Return whether the server answers."""
         try:
             return self.get("/login")[0] == 200
         except OSError:
             return False
 
 
-def admin(place: Place, home: Path, rows: int, page_milliseconds: float) -> Report:
-    """Each page at so many jobs, half of them ended, and as many outputs."""
+def admin(installation: Installation, home: Path, rows: int, page_milliseconds: float) -> Report:
+    """Measure each page with `rows` jobs, half of them finished, and their outputs."""
     report, password = Report("admin"), secrets.token_urlsafe(9)
     key, hook = f"Canary7Key{secrets.token_hex(8)}", base64.b64encode(secrets.token_bytes(32)).decode()
     settings = {"ADMIN_PASSWORD": password, "WEBHOOK_SECRET": f"whsec_{hook}"}
-    with Stand(place, home, "http://127.0.0.1:9/api/v3", key, **settings) as stand:
-        stand.migrate()
-        _put(stand, rows)
+    with Deployment(installation, home, "http://127.0.0.1:9/api/v3", key, **settings) as deployment:
+        deployment.migrate()
+        _insert_rows(deployment, rows)
         port = free_port()
-        stand.start_line("admin", f"fetch-worker admin --port {port}")
+        deployment.start_line("admin", f"fetch-worker admin --port {port}")
         browser = Browser(port)
         if not wait_until(browser.answers, 30):
-            raise NotReady((stand.log_folder / "admin.log").read_text()[-800:])
-        report.check("without a login there is nothing", browser.get("/jobs/")[0] == 302)
-        report.check("the password opens the door", browser.log_in(password) == 302)
+            raise NotReady((deployment.log_folder / "admin.log").read_text()[-800:])
+        report.check("a page without a login redirects", browser.get("/jobs/")[0] == 302)
+        report.check("the password is accepted", browser.log_in(password) == 302)
         _measure(report, browser, rows, page_milliseconds)
-        _look_further(report, browser, "/jobs/?account=rare", b">rare</td>")
-        _look_further(report, browser, "/outputs/?code=cancelled", b"No outputs")
-        pages = b"\n".join(browser.seen.values())
+        _follow_pages(report, browser, "/jobs/?account=rare", b">rare</td>")
+        _follow_pages(report, browser, "/outputs/?code=cancelled", b"No outputs")
+        pages = b"\n".join(browser.pages.values())
         for name, secret in (("API key", key), ("webhook secret", hook), ("password", password)):
             report.check(f"no page shows the {name}", secret.encode() not in pages)
         report.check("no page shows a signed link", b"Signature=" not in pages)
-        report.figure("pages read", len(browser.seen))
+        report.figure("pages read", len(browser.pages))
     return report
 
 
-def _put(stand: Stand, rows: int) -> None:
-    picture = stand.outputs / "picture.png"
+def _insert_rows(deployment: Deployment, rows: int) -> None:
+    picture = deployment.outputs / "picture.png"
     picture.write_bytes(PICTURE)
-    stand.execute(JOBS, rows=rows, held_until=HELD_UNTIL)
-    stand.execute(OUTPUTS, location=f"file://{picture}", size=len(PICTURE))
-    stand.execute("INSERT INTO fetch_gates (scope, name, proven) VALUES ('account', 'default', true)")
-    stand.execute(HISTORY)
+    deployment.execute(JOBS, rows=rows, held_until=HELD_UNTIL)
+    deployment.execute(OUTPUTS, location=f"file://{picture}", size=len(PICTURE))
+    deployment.execute("INSERT INTO fetch_gates (scope, name, proven) VALUES ('account', 'default', true)")
+    deployment.execute(HISTORY)
     for table in ("fetch_jobs", "fetch_outputs"):
-        stand.vacuum(table)
+        deployment.vacuum(table)
 
 
-def _measure(report: Report, browser: Browser, rows: int, most: float) -> None:
+def _measure(report: Report, browser: Browser, rows: int, limit: float) -> None:
     output = re.search(rb"/outputs/file/(\d+)", browser.get("/outputs/gallery/")[1])
     if output is None:
         raise NotReady("the gallery is empty")
@@ -179,9 +179,9 @@ def _measure(report: Report, browser: Browser, rows: int, most: float) -> None:
         times = [_milliseconds(browser, path) for _ in range(ROUNDS)]
         middle_time, longest = quantile(times, 0.5), max(times)
         report.figure(f"{name}: median / longest (ms)", f"{middle_time:.0f} / {longest:.0f}")
-        if middle_time >= most:
+        if middle_time >= limit:
             slow[name] = middle_time
-    report.none_of(f"each page takes less than {most:.0f} ms", slow)
+    report.none_of(f"each page takes less than {limit:.0f} ms", slow)
 
 
 def _milliseconds(browser: Browser, path: str) -> float:
@@ -192,15 +192,17 @@ def _milliseconds(browser: Browser, path: str) -> float:
     return (time.perf_counter() - began) * 1e3
 
 
-def _look_further(report: Report, browser: Browser, path: str, wanted: bytes) -> None:
-    """What an index does not find is found in the end, page by page."""
-    pages, at = 0, path
-    while at:
+def _follow_pages(report: Report, browser: Browser, path: str, expected: bytes) -> None:
+    """Check that following "older" links finds rows that no index finds."""
+    pages, url = 0, path
+    while url:
         pages += 1
-        _, body = browser.get(at)
-        following = re.search(rb'rel="next" href="([^"]+)"', body)
-        at = (
-            following[1].decode().replace("&amp;", "&") if following and wanted not in body.split(b"<tbody>")[1] else ""
+        _, body = browser.get(url)
+        next_link = re.search(rb'rel="next" href="([^"]+)"', body)
+        url = (
+            next_link[1].decode().replace("&amp;", "&")
+            if next_link and expected not in body.split(b"<tbody>")[1]
+            else ""
         )
-    report.check(f"looking further ends: {path}", wanted in body and pages < 60, pages)
+    report.check(f"following the pages ends: {path}", expected in body and pages < 60, pages)
     report.figure(f"pages until the end of {path}", pages)

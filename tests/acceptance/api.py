@@ -1,7 +1,7 @@
-"""A hosted picture API with its picture host, told beforehand what each job does; it counts every call it gets.
+"""A fake hosted picture API with a picture host. Jobs are defined in advance, and all requests are recorded.
 
-Runs alone (`python -m tests.acceptance.api --port 0`, prints its ports as one JSON line) or in threads (`Running`).
-It knows nothing of the product: standard library only, no import from this repository.
+Runs as a program (`python -m tests.acceptance.api --port 0`, which prints its ports as one JSON line) or in threads
+(`ApiServers`). It is independent of the product: it uses only the standard library.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Self
 from urllib.parse import quote
 
-SAYS = "says:"  # an answer of a script that is a failure with what follows as its message
+FAIL_WITH = "says:"  # script entry: answer "failed" with the rest of the entry as message
 TIP = "Get 20x faster image generation using enterprise plan. Click here : https://modelslab.com/enterprise"
 FETCH_PATH = re.compile(r"/api/v3/fetch/([A-Za-z0-9][A-Za-z0-9_-]{0,127})")
 PICTURE_PATH = re.compile(r"/generations/([A-Za-z0-9_-]+)\.(\d+)\.png")
@@ -30,16 +30,16 @@ PICTURE_TYPES = ("image/png", "text/plain", "application/octet-stream")
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One output of a job and what its address does when asked."""
+    """One output of a job, and how the picture host answers for it."""
 
     trick: str = "good"  # or html, truncated, missing, late, redirect, elsewhere, echo
-    target: str = ""  # where `redirect` points; the whole address of `elsewhere`
-    seconds: float = 0.0  # how long after ready `late` answers 404
+    target: str = ""  # the target of `redirect`, or the URL of `elsewhere`
+    seconds: float = 0.0  # `late` answers 404 until this long after "ready"
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job as the API knows it: ready `seconds` after `started`; `script` names the answers to the first calls."""
+    """A job of the API. It is ready `seconds` after `started`; `script` has the answers to its first fetch calls."""
 
     remote_id: str
     started: float
@@ -50,21 +50,21 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Behaviour:
-    """What the whole API does, whatever the job."""
+    """The behaviour of the API for all jobs."""
 
-    accept: tuple[str, ...] = ()  # the keys it takes
-    rejected_status: int = 200  # HTTP status of a wrong key: the old API answers 200, the new one 401
-    latency_seconds: float = 0.0  # every fetch call takes this long
-    picture_seconds: float = 0.0  # every picture takes this long
-    calls_per_second: int = 0  # above it calls are refused; 0 is no limit
+    accept: tuple[str, ...] = ()  # the accepted keys
+    rejected_status: int = 200  # HTTP status for a wrong key: 200 in the old API, 401 in the new one
+    latency_seconds: float = 0.0  # duration of a fetch call
+    picture_seconds: float = 0.0  # duration of a picture download
+    calls_per_second: int = 0  # more calls are refused; 0 means no limit
     limit_form: str = "429 with retry_after"  # or "bare 429", "200 with retry_after"
-    endless: bool = False  # every job there could be exists, and is never ready
-    echo_rejected: bool = False  # a refused key is repeated in the message
+    endless: bool = False  # every job id exists, and no job becomes ready
+    echo_rejected: bool = False  # the message contains the refused key
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One fetch call: when, about which job, with which key, answered how."""
+    """A fetch call: its times, job, key and the name of its answer."""
 
     began: float
     ended: float
@@ -75,7 +75,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Get:
-    """One request for a picture; `complete` when a 200 was sent to its last byte."""
+    """A request for a picture. `complete` means that the whole answer was sent."""
 
     began: float
     remote_id: str
@@ -86,7 +86,7 @@ class Get:
 
 
 def picture(seed: int, remote_id: str, position: int) -> bytes:
-    """A valid PNG of 20 to 200 kB whose pixels are noise: another one for every output and seed, the same each time."""
+    """Return a valid PNG of 20 to 200 kB with noise as pixels. It depends only on the arguments."""
     noise = hashlib.shake_256(f"{seed}/{remote_id}/{position}".encode())
     width = 64 + int.from_bytes(noise.digest(2)) % 120
     rows = (20_000 + int.from_bytes(noise.digest(6)[2:]) % 178_000) // (width * 3 + 1)
@@ -100,15 +100,15 @@ def picture(seed: int, remote_id: str, position: int) -> bytes:
     )
 
 
-def spread(seed: int, name: str, least: float, most: float) -> float:
-    """A number between the two that looks random and is always the same for this seed and name."""
+def spread(seed: int, name: str, minimum: float, maximum: float) -> float:
+    """Return a pseudo-random number between minimum and maximum that depends only on seed and name."""
     draw = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:6])
-    return least + (most - least) * draw / 2**48
+    return minimum + (maximum - minimum) * draw / 2**48
 
 
 @dataclass(slots=True)
-class ApiClient:
-    """The state behind both servers: the jobs, the behaviour, and the record of all that was asked."""
+class ApiState:
+    """The state of both servers: jobs, behaviour and recorded requests."""
 
     seed: int = 1
     behaviour: Behaviour = field(default_factory=Behaviour)
@@ -118,21 +118,21 @@ class ApiClient:
     gets: list[Get] = field(default_factory=list)
     strays: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    _asked: dict[str, int] = field(default_factory=dict)
+    _calls_per_job: dict[str, int] = field(default_factory=dict)
     _recent: deque[float] = field(default_factory=deque)
 
     def register(self, jobs: Sequence[Job]) -> None:
-        """Know these jobs from now on."""
+        """Add jobs."""
         with self.lock:
             self.jobs.update({job.remote_id: job for job in jobs})
 
     def behave(self, **changes: Any) -> None:
-        """Change what the API does from the next request on."""
+        """Change the behaviour from the next request on."""
         with self.lock:
             self.behaviour = replace(self.behaviour, **changes)
 
     def ledger(self) -> dict[str, Any]:
-        """All that was asked so far, as plain lists."""
+        """Return all requests so far as plain lists."""
         with self.lock:
             return {
                 "calls": [asdict(call) for call in self.calls],
@@ -141,15 +141,15 @@ class ApiClient:
             }
 
     def address(self, job: Job, position: int, key: str) -> str:
-        """Where this output is, as the success answer says it."""
+        """Return the URL of an output for the success answer."""
         output = job.outputs[position]
         if output.trick == "elsewhere":
             return output.target
-        tail = f"?key={quote(key, safe='')}" if output.trick == "echo" else ""
-        return f"{self.pictures_address}/generations/{job.remote_id}.{position}.png{tail}"
+        query = f"?key={quote(key, safe='')}" if output.trick == "echo" else ""
+        return f"{self.pictures_address}/generations/{job.remote_id}.{position}.png{query}"
 
     def answer(self, remote_id: str, key: str, now: float) -> tuple[str, int, object]:
-        """Name, HTTP status and body of the answer to one fetch call."""
+        """Return the name, HTTP status and body of the answer to a fetch call."""
         with self.lock:
             if key not in self.behaviour.accept:
                 text = "Invalid Api Key" + (f": {key}" if self.behaviour.echo_rejected else "")
@@ -166,12 +166,12 @@ class ApiClient:
             job = self.jobs.get(remote_id)
             if job is None:
                 return "unknown", 200, {"status": "failed", "id": "", "message": "Request not found", "output": ""}
-            asked = self._asked.get(remote_id, 0)
-            self._asked[remote_id] = asked + 1
-        if asked < len(job.script):
-            return self._scripted(job, job.script[asked], key)
+            previous_calls = self._calls_per_job.get(remote_id, 0)
+            self._calls_per_job[remote_id] = previous_calls + 1
+        if previous_calls < len(job.script):
+            return self._scripted(job, job.script[previous_calls], key)
         if now < job.started + job.seconds:
-            return "processing", 200, _processing(asked)
+            return "processing", 200, _processing(previous_calls)
         return "success", 200, self._success(job, key)
 
     def _scripted(self, job: Job, name: str, key: str) -> tuple[str, int, object]:
@@ -197,19 +197,19 @@ class ApiClient:
                 return name, 429, _error("Rate limit exceeded.", TIP) | {"retry_after": 1}
             case "success_echo":
                 return name, 200, self._success(job, key) | {"tip": f"thanks, {key}", "meta": {"key": key}}
-            case _ if name.startswith(SAYS):
-                return "failed", 200, {"status": "failed", "id": "", "message": name[len(SAYS) :], "output": ""}
+            case _ if name.startswith(FAIL_WITH):
+                return "failed", 200, {"status": "failed", "id": "", "message": name[len(FAIL_WITH) :], "output": ""}
             case _:
                 return "processing", 200, _processing(0)
 
     def _success(self, job: Job, key: str) -> dict[str, object]:
         links = [self.address(job, position, key) for position in range(len(job.outputs))]
         number: object = int(job.remote_id) if job.remote_id.isdecimal() else job.remote_id
-        # Texts inside a success mean nothing, whatever words they have.
+        # Texts inside a success answer must not be read as errors.
         meta = {"prompt": "rate limit exceeded, invalid api key, request not found", "seed": 3166507472, "W": 512}
-        all_good = all(output.trick == "good" for output in job.outputs)  # then nobody needs the other addresses
+        all_good = all(output.trick == "good" for output in job.outputs)  # otherwise no proxy links are given
         proxies = [
-            f"{self.pictures_address}/proxy/{job.remote_id}.{place}.png" for place in range(len(links) * all_good)
+            f"{self.pictures_address}/proxy/{job.remote_id}.{position}.png" for position in range(len(links) * all_good)
         ]
         forms: tuple[dict[str, object], ...] = (
             {"status": "success", "id": number, "output": links},
@@ -228,30 +228,30 @@ def _error(message: str, tip: str) -> dict[str, object]:
     return {"status": "error", "message": message, "tip": tip}
 
 
-def _processing(asked: int) -> dict[str, object]:
-    """The real ones have no id and no eta, and do not agree about the rest."""
+def _processing(previous_calls: int) -> dict[str, object]:
+    """Return a "processing" answer. As in the real API it has no id and no eta, and its form varies."""
     forms: tuple[dict[str, object], ...] = (
         {"status": "processing", "message": "try again later.", "output": "", "tip": TIP},
         {"status": "processing", "messege": "try again later.", "output": ""},
         {"status": "processing", "message": "Try Again", "output": ""},
         {"status": "processing", "output": [], "future_links": ["https://192.0.2.1/not-yet.png"]},
     )
-    return forms[asked % len(forms)]
+    return forms[previous_calls % len(forms)]
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    api: ClassVar[ApiClient]
+    api: ClassVar[ApiState]
 
     def log_message(self, *_: object) -> None:
-        """Say nothing: the ledger is the record."""
+        """Do not log requests; the ledger records them."""
 
     def body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def reply(self, status: int, body: object, **headers: str) -> None:
-        """Send head and body in one piece; a text goes as HTML, the rest as JSON."""
+        """Send an answer: a string as HTML, other bodies as JSON."""
         is_page = isinstance(body, str)
         data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
         self.head(status, len(data), "text/html; charset=utf-8" if is_page else "application/json", **headers)
@@ -267,16 +267,16 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class ApiHandler(_Handler):
-    """POST /api/v3/fetch/{id} for the product, /control/ for the program that watches."""
+    """Handles POST /api/v3/fetch/{id} for the product, and /control/ for the test program."""
 
     def do_POST(self) -> None:
-        """Answer a fetch call or take an order."""
+        """Answer a fetch call or a control request."""
         began, body = time.time(), self.body()
         if self.path.startswith("/control/"):
             self._control(body)
             return
-        asked = FETCH_PATH.fullmatch(self.path)
-        if asked is None:
+        match = FETCH_PATH.fullmatch(self.path)
+        if match is None:
             self._stray(f"POST {self.path}")
             return
         try:
@@ -286,30 +286,30 @@ class ApiHandler(_Handler):
             self.api.strays.append(f"POST {self.path} without a key in a JSON body")
             self.reply(200, _error("Invalid API Request", "1. Make sure you are passing Content-Type."))
             return
-        name, status, answer = self.api.answer(asked[1], str(key), began)
+        name, status, answer = self.api.answer(match[1], str(key), began)
         time.sleep(self.api.behaviour.latency_seconds)
-        with self.api.lock:  # before the bytes go out: who has the answer finds the call in the ledger
-            self.api.calls.append(Call(began, time.time(), asked[1], str(key), name))
+        with self.api.lock:  # before the answer is sent, so that the ledger is never behind
+            self.api.calls.append(Call(began, time.time(), match[1], str(key), name))
         self.reply(status, answer)
 
     def do_GET(self) -> None:
-        """Show the ledger; whatever else is asked by GET is a mistake of the caller."""
+        """Return the ledger. Any other GET request is recorded as a stray."""
         if self.path == "/control/ledger":
             self.reply(200, self.api.ledger())
         else:
             self._stray(f"GET {self.path}")
 
     def _control(self, body: bytes) -> None:
-        order: Mapping[str, Any] = json.loads(body)
-        self.api.register([_job(entry) for entry in order.get("jobs", ())])
-        changes = dict(order.get("behaviour", {}))
+        request: Mapping[str, Any] = json.loads(body)
+        self.api.register([_job(entry) for entry in request.get("jobs", ())])
+        changes = dict(request.get("behaviour", {}))
         if "accept" in changes:
             changes["accept"] = tuple(changes["accept"])
         self.api.behave(**changes)
         self.reply(200, {"jobs": len(self.api.jobs)})
 
-    def _stray(self, what: str) -> None:
-        self.api.strays.append(what)
+    def _stray(self, request: str) -> None:
+        self.api.strays.append(request)
         self.reply(200, _error("Invalid API Request", "1. Make sure you are doing POST request."))
 
 
@@ -319,27 +319,27 @@ def _job(entry: Mapping[str, Any]) -> Job:
 
 
 class PictureHandler(_Handler):
-    """GET /generations/{id}.{position}.png, and what the output's trick makes of it."""
+    """Handles GET /generations/{id}.{position}.png, with the output's trick."""
 
     def do_GET(self) -> None:
-        """Serve one picture, or the trouble that was ordered instead."""
+        """Send the picture, or the answer of the output's trick."""
         began, (path, _, query) = time.time(), self.path.partition("?")
-        asked = PICTURE_PATH.fullmatch(path)
-        job = self.api.jobs.get(asked[1]) if asked else None
-        if asked is None or job is None or int(asked[2]) >= len(job.outputs):
+        match = PICTURE_PATH.fullmatch(path)
+        job = self.api.jobs.get(match[1]) if match else None
+        if match is None or job is None or int(match[2]) >= len(job.outputs):
             self.api.strays.append(f"GET {self.path}")
             self.reply(404, "<html><body>404: no such object</body></html>")
             return
-        output, position = job.outputs[int(asked[2])], int(asked[2])
-        sent = json.dumps(list(self.headers.items())) + ("" if output.trick == "echo" else query)
-        carried_key = any(key in sent or quote(key, safe="") in sent for key in self.api.behaviour.accept)
+        output, position = job.outputs[int(match[2])], int(match[2])
+        request = json.dumps(list(self.headers.items())) + ("" if output.trick == "echo" else query)
+        carried_key = any(key in request or quote(key, safe="") in request for key in self.api.behaviour.accept)
         entry = Get(began, job.remote_id, position, 0, complete=False, carried_key=carried_key)
         with self.api.lock:
-            place = len(self.api.gets)
+            index = len(self.api.gets)
             self.api.gets.append(entry)
         status, complete = self._serve(job, position, output, began)
         with self.api.lock:
-            self.api.gets[place] = replace(entry, status=status, complete=complete)
+            self.api.gets[index] = replace(entry, status=status, complete=complete)
 
     def _serve(self, job: Job, position: int, output: Output, now: float) -> tuple[int, bool]:
         late = output.trick == "late" and now < job.started + job.seconds + output.seconds
@@ -354,10 +354,10 @@ class PictureHandler(_Handler):
                 self.reply(404, "<html><body>404: object not found</body></html>")
                 return 404, True
         data = picture(self.api.seed, job.remote_id, position)
-        shown = data[: len(data) // 2] if output.trick == "truncated" else data
+        content = data[: len(data) // 2] if output.trick == "truncated" else data
         kind = PICTURE_TYPES[int(spread(self.api.seed, f"{job.remote_id}/{position}", 0, len(PICTURE_TYPES)))]
         self.head(200, len(data), kind)
-        complete = self._send(shown) and len(shown) == len(data)
+        complete = self._send(content) and len(content) == len(data)
         self.close_connection = self.close_connection or not complete
         return 200, complete
 
@@ -378,15 +378,15 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A caller that was killed hangs up in the middle; that is no news here."""
+        """Ignore connection errors: a killed client closes its connections."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]  # the stub names its socket types
 
 
-class Running:
-    """Both servers in threads of this process; leaving the block closes them."""
+class ApiServers:
+    """Both servers in threads of this process. Leaving the block closes them."""
 
-    def __init__(self, api: ApiClient, port: int = 0, pictures_port: int = 0) -> None:
+    def __init__(self, api: ApiState, port: int = 0, pictures_port: int = 0) -> None:
         self.api = api
         bound = {"api": api}
         self._servers = (
@@ -408,16 +408,16 @@ class Running:
 
 
 def main() -> None:
-    """Serve until standard input closes, so that no server outlives the program that started it."""
-    parser = argparse.ArgumentParser(description="A hosted picture API that keeps a ledger of all that is asked.")
+    """Serve until standard input closes, so that the servers stop with the program that started them."""
+    parser = argparse.ArgumentParser(description="A fake hosted picture API that records all requests.")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--pictures-port", type=int, default=0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--key", action="append", default=[], help="a key to accept; may be given several times")
     options = parser.parse_args()
-    api = ApiClient(seed=options.seed, behaviour=Behaviour(accept=tuple(options.key)))
-    with Running(api, options.port, options.pictures_port) as running:
-        print(json.dumps({"port": running.port, "pictures_port": running.pictures_port}), flush=True)
+    api = ApiState(seed=options.seed, behaviour=Behaviour(accept=tuple(options.key)))
+    with ApiServers(api, options.port, options.pictures_port) as servers:
+        print(json.dumps({"port": servers.port, "pictures_port": servers.pictures_port}), flush=True)
         sys.stdin.read()
 
 

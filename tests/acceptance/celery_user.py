@@ -1,4 +1,4 @@
-"""What a Celery user tries: inspect, alembic up and down, and the Procfile under honcho."""
+"""Standard tools on the product: celery inspect, alembic upgrade and downgrade, and the Procfile under honcho."""
 
 import os
 import re
@@ -7,46 +7,47 @@ import time
 from pathlib import Path
 
 from tests.acceptance.api import Job
+from tests.acceptance.api_process import ApiProcess
 from tests.acceptance.canary import flower_answers
-from tests.acceptance.hosted import Hosted
-from tests.acceptance.jobs import Size, check_completed, check_nothing_left_the_machine, track_by_name, wait_final
+from tests.acceptance.deployment import WORKING, Deployment, Installation, wait_until
+from tests.acceptance.jobs import Size, check_completed, check_no_foreign_connections, track_by_name, wait_final
 from tests.acceptance.main_job import KEY, start_working
 from tests.acceptance.report import Report
-from tests.acceptance.stand import WORKING, Place, Stand, wait_until
 
 TASKS = ("track", "nudge", "cancel", "retry", "poll", "sweep", "prune", "download")
 MIGRATIONS = (("upgrade", "head"), ("downgrade", "base"), ("upgrade", "head"), ("check",))
 PROCESSES = (*WORKING, "beat", "flower")
 
 
-def celery_user(place: Place, home: Path, size: Size) -> Report:
-    """The tools that come with Celery, Alembic and honcho work on the checkout as they do on any other."""
+def celery_user(installation: Installation, home: Path, size: Size) -> Report:
+    """Run the tools of Celery, Alembic and honcho on the checkout."""
     report = Report("celery-user")
-    with Hosted(seed=size.seed, accept=[KEY]) as hosted, Stand(place, home, hosted.base, KEY) as stand:
-        for words in MIGRATIONS:
-            done = stand.command("alembic", *words)
-            report.check(f"alembic {' '.join(words)}", done.returncode == 0, done.stdout[-300:] + done.stderr[-700:])
-            if words == ("downgrade", "base"):
-                left = stand.rows(_OUR_TABLES[place.database])
-                report.none_of("downgrade leaves no table but the version's", left)
+    with ApiProcess(seed=size.seed, accept=[KEY]) as api, Deployment(installation, home, api.base, KEY) as deployment:
+        for arguments in MIGRATIONS:
+            result = deployment.command("alembic", *arguments)
+            output = result.stdout[-300:] + result.stderr[-700:]
+            report.check(f"alembic {' '.join(arguments)}", result.returncode == 0, output)
+            if arguments == ("downgrade", "base"):
+                tables = deployment.rows(_TABLES[installation.database])
+                report.none_of("downgrade leaves only the version table", tables)
 
-        start_working(report, stand)
-        done = stand.command("celery", "-A", "worker.app", "inspect", "registered")
-        missing = [name for name in TASKS if f"worker.{name}" not in done.stdout]
-        report.check("celery inspect registered ends with 0", done.returncode == 0, done.stderr[-500:])
-        report.none_of("and shows every task of the contract", missing)
-        report.none_of("the processes end within 30 s of SIGTERM", stand.stop(*WORKING, "beat"))
-        report.none_of("and leave no process behind", stand.leftovers())
+        start_working(report, deployment)
+        result = deployment.command("celery", "-A", "worker.app", "inspect", "registered")
+        missing = [name for name in TASKS if f"worker.{name}" not in result.stdout]
+        report.check("celery inspect registered exits with 0", result.returncode == 0, result.stderr[-500:])
+        report.none_of("and lists every task of the contract", missing)
+        report.none_of("the processes exit within 30 s of SIGTERM", deployment.stop(*WORKING, "beat"))
+        report.none_of("and leave no process behind", deployment.leftovers())
 
-        for number, (whom, last_word) in enumerate((("the group", signal.SIGINT), ("honcho", signal.SIGTERM))):
+        for number, (target, signal_) in enumerate((("the group", signal.SIGINT), ("honcho", signal.SIGTERM))):
             job = Job(str(19_000_000 + number), time.time(), 2.0)
-            hosted.register([job])
-            _honcho(report, stand, job, whom, last_word)
-        check_nothing_left_the_machine(report, stand)
+            api.register([job])
+            _honcho(report, deployment, job, target, signal_)
+        check_no_foreign_connections(report, deployment)
     return report
 
 
-_OUR_TABLES = {
+_TABLES = {
     "postgresql": "SELECT tablename FROM pg_tables WHERE tablename LIKE 'fetch!_%' ESCAPE '!' "
     "AND tablename <> 'fetch_worker_version'",
     "sqlite": "SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE 'fetch!_%' ESCAPE '!' "
@@ -54,33 +55,33 @@ _OUR_TABLES = {
 }
 
 
-def _honcho(report: Report, stand: Stand, job: Job, whom: str, last_word: signal.Signals) -> None:
-    log = stand.log_folder / f"honcho-{last_word.name}.log"
-    honcho = stand.shell(f"{stand.place.bin}/honcho start {' '.join(PROCESSES)}", log)
+def _honcho(report: Report, deployment: Deployment, job: Job, target: str, signal_: signal.Signals) -> None:
+    log = deployment.log_folder / f"honcho-{signal_.name}.log"
+    honcho = deployment.shell(f"{deployment.installation.bin}/honcho start {' '.join(PROCESSES)}", log)
     try:
-        stand.wait_ready()
-        report.check(f"{last_word.name}: flower answers", wait_until(lambda: flower_answers(stand), 30))
-        track_by_name(stand, [job])
-        wait_final(stand, [job], 40)
-        check_completed(report, stand, [job])
+        deployment.wait_ready()
+        report.check(f"{signal_.name}: flower answers", wait_until(lambda: flower_answers(deployment), 30))
+        track_by_name(deployment, [job])
+        wait_final(deployment, [job], 40)
+        check_completed(report, deployment, [job])
         pids = dict(re.findall(r"(\w+)\.1 started \(pid=(\d+)\)", log.read_text()))
         alive = [name for name in PROCESSES if name in pids and Path(f"/proc/{pids[name]}").exists()]
-        report.check(f"{last_word.name}: all four processes live", alive == list(PROCESSES), alive)
-        asked = time.monotonic()
-        if whom == "honcho":
-            honcho.send_signal(last_word)
+        report.check(f"{signal_.name}: all four processes run", alive == list(PROCESSES), alive)
+        began = time.monotonic()
+        if target == "honcho":
+            honcho.send_signal(signal_)
         else:
-            os.killpg(honcho.pid, last_word)
-        ended = wait_until(lambda: honcho.poll() is not None, 30)
-        report.figure(f"{last_word.name} to {whom}: ended after (s)", time.monotonic() - asked)
-        report.check(f"{last_word.name}: honcho ends within 30 s", ended)
-        gone = wait_until(lambda: not stand.leftovers(), 5)
-        report.check(f"{last_word.name}: and leaves no process behind", gone, stand.command_lines())
+            os.killpg(honcho.pid, signal_)
+        exited = wait_until(lambda: honcho.poll() is not None, 30)
+        report.figure(f"{signal_.name} to {target}: exited after (s)", time.monotonic() - began)
+        report.check(f"{signal_.name}: honcho exits within 30 s", exited)
+        none_left = wait_until(lambda: not deployment.leftovers(), 5)
+        report.check(f"{signal_.name}: and leaves no process behind", none_left, deployment.command_lines())
         killed = "SIGKILL" in log.read_text()
-        report.check(f"{last_word.name}: no process had to be killed", not killed, log.read_text()[-600:])
+        report.check(f"{signal_.name}: no process had to be killed", not killed, log.read_text()[-600:])
     finally:
         if honcho.poll() is None:
             honcho.kill()
         honcho.wait()
-        for pid in stand.leftovers():
+        for pid in deployment.leftovers():
             os.kill(pid, signal.SIGKILL)

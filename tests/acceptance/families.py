@@ -1,4 +1,4 @@
-"""One job of every family, ordered and tracked as the documents say, in each of three ways; and a mistyped address."""
+"""One job of every family, ordered and tracked in each of three ways, and a mistyped SD_API_URL."""
 
 import http.client
 import json
@@ -12,15 +12,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.acceptance.deployment import WORKING, Deployment, Installation, epoch, file_of, wait_until
 from tests.acceptance.families_api import ENDINGS, FAMILIES, Call, Family, Order, content
-from tests.acceptance.jobs import FINAL, check_nothing_left_the_machine
+from tests.acceptance.jobs import FINAL, check_no_foreign_connections
 from tests.acceptance.main_job import KEY, start_working
 from tests.acceptance.report import Report
-from tests.acceptance.stand import WORKING, Place, Stand, epoch, file_of, wait_until
 
 READY_WITHIN = 60.0  # seconds from the last order until all jobs are stored
-UNKNOWN_WITHIN = 150.0  # until a job that is asked at the wrong place ends, or one that was goes on
-HELD_WITHIN = 40.0  # until it shows that SD_API_URL is mistyped
+UNKNOWN_WITHIN = 150.0  # until a job that is fetched at a wrong URL ends, or continues after a correction
+HELD_WITHIN = 40.0  # until the hold for a mistyped SD_API_URL exists
 MISTYPED = ("/api/v33", "/api/v3/text2img")
 BY_RESPONSE = """
 import json, sys
@@ -32,8 +32,8 @@ print(json.dumps([int(track(response)) for response in responses]))
 """
 
 
-class Api:
-    """The API of all families in a process of its own; leaving the block ends it."""
+class FamiliesApi:
+    """The fake API with all families in a separate process. Leaving the block stops it."""
 
     def __enter__(self) -> Self:
         program = [sys.executable, "-I", str(Path(__file__).with_name("families_api.py")), "--key", KEY]
@@ -47,18 +47,18 @@ class Api:
         self._process.communicate(timeout=10)
 
     def order(self, family: Family) -> dict[str, Any]:
-        """Post an order as its page says; the answer."""
+        """Order a job of a family. Return the answer."""
         body = json.dumps({"key": KEY, "prompt": "a lighthouse"})
         answer: dict[str, Any] = self._ask("POST", f"/api/{family.order}", body)
         return answer
 
     def ledger(self) -> dict[str, Any]:
-        """All that was asked so far."""
+        """Return all requests so far."""
         ledger: dict[str, Any] = self._ask("GET", "/control/ledger")
         return ledger
 
     def orders(self) -> list[Order]:
-        """The orders in which they came."""
+        """Return the orders in the order of their arrival."""
         return [Order(**order) for order in self.ledger()["orders"]]
 
     def _ask(self, method: str, path: str, body: str | None = None) -> Any:
@@ -68,104 +68,110 @@ class Api:
             return json.loads(connection.getresponse().read())
 
 
-def families(place: Place, home: Path) -> Report:
-    """Each family is stored in each way of tracking, asked as its documents say; a mistyped path ends no job."""
+def families(installation: Installation, home: Path) -> Report:
+    """Jobs of each family are stored, in each way of tracking. A mistyped path ends no job."""
     report = Report("families")
-    with Api() as api, Stand(place, home, f"{api.base}/api/v3", KEY) as stand:
-        start_working(report, stand)
+    with FamiliesApi() as api, Deployment(installation, home, f"{api.base}/api/v3", KEY) as deployment:
+        start_working(report, deployment)
         began = time.time()
         jobs = {
-            "the answer": _track_answers(stand, api),
-            "the response": _track_responses(stand, api),
-            "the bare id and its endpoint": _track_ids(stand, api),
+            "the answer": _track_answers(deployment, api),
+            "the response": _track_responses(deployment, api),
+            "the bare id and its endpoint": _track_ids(deployment, api),
         }
         orders = api.orders()
-        everything = [job for ids in jobs.values() for job in ids]
-        report.figure("families / jobs", f"{len(FAMILIES)} / {len(everything)}")
-        report.check("each order is a job of its own, though ids repeat", len(set(everything)) == len(orders))
+        all_jobs = [job for ids in jobs.values() for job in ids]
+        report.figure("families / jobs", f"{len(FAMILIES)} / {len(all_jobs)}")
+        report.check("each order is a separate job, although ids repeat", len(set(all_jobs)) == len(orders))
         ids = Counter(order.remote_id for order in orders)
-        report.check("ids did repeat between families", max(ids.values()) > 3, ids.most_common(3))
+        report.check("ids repeat between families", max(ids.values()) > 3, ids.most_common(3))
         answered = zip(jobs["the answer"], orders[: len(FAMILIES)], strict=True)
-        lost = {job: order for job, order in answered if not FAMILIES[order.family].alone}
-        _wait_final(stand, set(everything) - set(lost), READY_WITHIN)
+        ambiguous = {job: order for job, order in answered if not FAMILIES[order.family].alone}
+        _wait_final(deployment, set(all_jobs) - set(ambiguous), READY_WITHIN)
         report.figure("all stored after (s)", time.time() - began)
         for number, (way, ids_of_way) in enumerate(jobs.items()):
             part = slice(number * len(FAMILIES), (number + 1) * len(FAMILIES))
-            _check_way(report, stand, api, way, ids_of_way, orders[part], part.start)
+            _check_way(report, deployment, api, way, ids_of_way, orders[part], part.start)
         ledger = api.ledger()
-        report.none_of("no call had another form than the documents show", ledger["strays"])
-        report.none_of("no key went with a request for a file", ledger["keys_at_files"])
-        _check_lost(report, stand, api, lost)
+        report.none_of("every call has a documented form", ledger["strays"])
+        report.none_of("no key was sent with a request for a file", ledger["keys_at_files"])
+        _check_ambiguous(report, deployment, api, ambiguous)
         for path in MISTYPED:
-            _check_mistyped(report, stand, api, path)
-        check_nothing_left_the_machine(report, stand)
-        report.none_of("no process died by itself", stand.died())
+            _check_mistyped(report, deployment, api, path)
+        check_no_foreign_connections(report, deployment)
+        report.none_of("no process exited by itself", deployment.died())
     return report
 
 
-def _track_answers(stand: Stand, api: Api) -> list[int]:
-    promises = [_track(stand, api.order(family)) for family in FAMILIES]
-    return [promise.get(timeout=60) for promise in promises]
+def _track_answers(deployment: Deployment, api: FamiliesApi) -> list[int]:
+    results = [_track(deployment, api.order(family)) for family in FAMILIES]
+    return [result.get(timeout=60) for result in results]
 
 
-def _track_responses(stand: Stand, api: Api) -> list[int]:
-    words = ["python", "-c", BY_RESPONSE, api.base, KEY, *(family.order for family in FAMILIES)]
-    done = stand.command(*words)
-    if done.returncode:
-        raise RuntimeError(f"tracking by the response failed: {done.stderr[-800:]}")
-    ids: list[int] = json.loads(done.stdout)
+def _track_responses(deployment: Deployment, api: FamiliesApi) -> list[int]:
+    command = ["python", "-c", BY_RESPONSE, api.base, KEY, *(family.order for family in FAMILIES)]
+    result = deployment.command(*command)
+    if result.returncode:
+        raise RuntimeError(f"tracking by the response failed: {result.stderr[-800:]}")
+    ids: list[int] = json.loads(result.stdout)
     return ids
 
 
-def _track_ids(stand: Stand, api: Api) -> list[int]:
+def _track_ids(deployment: Deployment, api: FamiliesApi) -> list[int]:
     for family in FAMILIES:
         api.order(family)
-    promises = []
+    results = []
     for number, order in enumerate(api.orders()[-len(FAMILIES) :]):
         path = FAMILIES[order.family].order
         endpoint = path if number % 2 else f"{api.base}/api/{path}"
-        promises.append(_track(stand, order.remote_id, endpoint=endpoint))
-    return [promise.get(timeout=60) for promise in promises]
+        results.append(_track(deployment, order.remote_id, endpoint=endpoint))
+    return [result.get(timeout=60) for result in results]
 
 
-def _track(stand: Stand, remote: object, **named: object) -> Any:
-    return stand.client.send_task("worker.track", [remote], named, queue="fetch-worker", ignore_result=False)
+def _track(deployment: Deployment, remote: object, **options: object) -> Any:
+    return deployment.client.send_task("worker.track", [remote], options, queue="fetch-worker", ignore_result=False)
 
 
-def _rows(stand: Stand) -> dict[int, dict[str, Any]]:
-    return {row["id"]: row for row in stand.rows("SELECT * FROM fetch_jobs")}
+def _rows(deployment: Deployment) -> dict[int, dict[str, Any]]:
+    return {row["id"]: row for row in deployment.rows("SELECT * FROM fetch_jobs")}
 
 
-def _wait_final(stand: Stand, ids: set[int], seconds: float) -> bool:
-    return wait_until(lambda: all(_rows(stand)[job]["status"] in FINAL for job in ids), seconds, 0.5)
+def _wait_final(deployment: Deployment, ids: set[int], seconds: float) -> bool:
+    return wait_until(lambda: all(_rows(deployment)[job]["status"] in FINAL for job in ids), seconds, 0.5)
 
 
 def _check_way(
-    report: Report, stand: Stand, api: Api, way: str, ids: Sequence[int], orders: Sequence[Order], first: int
+    report: Report,
+    deployment: Deployment,
+    api: FamiliesApi,
+    way: str,
+    ids: Sequence[int],
+    orders: Sequence[Order],
+    first: int,
 ) -> None:
-    rows = _rows(stand)
+    rows = _rows(deployment)
     outputs: dict[int, list[dict[str, Any]]] = {job: [] for job in ids}
-    for row in stand.rows("SELECT * FROM fetch_outputs ORDER BY position"):
+    for row in deployment.rows("SELECT * FROM fetch_outputs ORDER BY position"):
         outputs.get(row["job_id"], []).append(row)
     calls = [Call(**call) for call in api.ledger()["calls"]]
-    ends, files, asked, kinds = [], [], [], []
+    statuses, files, requests, kinds = [], [], [], []
     for number, (job, order) in enumerate(zip(ids, orders, strict=True)):
         family = FAMILIES[order.family]
         if way == "the answer" and not family.alone:
             continue
         row, name = rows[job], f"{family.order} {order.remote_id}"
         if row["status"] != "completed":
-            ends.append(f"{name}: {row['status']} {row['error_code']} {row['error_message']}")
+            statuses.append(f"{name}: {row['status']} {row['error_code']} {row['error_message']}")
         files += _file_faults(name, family, order, outputs[job])
         own = {(call.method, call.path, json.dumps(call.body)) for call in calls if call.order == first + number}
         expected = _expected_call(family, order, by_endpoint=way.startswith("the bare"))
         if own != {expected}:
-            asked.append(f"{name}: {own} instead of {expected}")
+            requests.append(f"{name}: {own} instead of {expected}")
         kinds += _kind_faults(name, family, row, way)
-    report.none_of(f"by {way}: every job is completed", ends)
-    report.none_of(f"by {way}: every file is the job's own, whole, and of its type", files)
-    report.none_of(f"by {way}: every job is asked at its address, with its method and body", asked)
-    report.none_of(f"by {way}: videos and trainings are of their kind, with its deadline", kinds)
+    report.none_of(f"by {way}: every job is completed", statuses)
+    report.none_of(f"by {way}: every file belongs to its job, is complete and has the right type", files)
+    report.none_of(f"by {way}: every job is fetched with the right method, URL and body", requests)
+    report.none_of(f"by {way}: videos and trainings have their kind and deadline", kinds)
 
 
 def _file_faults(name: str, family: Family, order: Order, outputs: Sequence[dict[str, Any]]) -> list[str]:
@@ -175,11 +181,11 @@ def _file_faults(name: str, family: Family, order: Order, outputs: Sequence[dict
         return [f"{name}: {[(row['status'], row['error_code'], row['error_message']) for row in outputs]}"]
     path = file_of(outputs[0]["location"])
     source = content(family.media_type, f"{family.order} {order.remote_id}")
-    said = (outputs[0]["media_type"], path.suffix, outputs[0]["size_bytes"])
-    true = (family.media_type, f".{ENDINGS[family.media_type]}", len(source))
-    if said != true:
-        return [f"{name}: {said}, true is {true}"]
-    return [] if path.read_bytes() == source else [f"{name}: the bytes of another file"]
+    recorded = (outputs[0]["media_type"], path.suffix, outputs[0]["size_bytes"])
+    expected = (family.media_type, f".{ENDINGS[family.media_type]}", len(source))
+    if recorded != expected:
+        return [f"{name}: {recorded}, expected {expected}"]
+    return [] if path.read_bytes() == source else [f"{name}: the file has other bytes"]
 
 
 def _expected_call(family: Family, order: Order, *, by_endpoint: bool) -> tuple[str, str, str]:
@@ -199,54 +205,56 @@ def _kind_faults(name: str, family: Family, row: dict[str, Any], way: str) -> li
     return [] if right else [f"{name}: kind {row['kind']}, {seconds} s"]
 
 
-def _check_lost(report: Report, stand: Stand, api: Api, lost: dict[int, Order]) -> None:
-    """Answers that name neither an address nor a family: asked at the default, and their end says what to do.
+def _check_ambiguous(report: Report, deployment: Deployment, api: FamiliesApi, ambiguous: dict[int, Order]) -> None:
+    """Check jobs whose answer names neither a URL nor a family: they are fetched at the default URL.
 
-    The links that a queued task shows before its time may save it: then the file is its own.
+    They end as not_found with a hint, or their file is stored from the links that the answer promised.
     """
-    _wait_final(stand, set(lost), UNKNOWN_WITHIN)
-    rows = _rows(stand)
+    _wait_final(deployment, set(ambiguous), UNKNOWN_WITHIN)
+    rows = _rows(deployment)
     wrong: dict[int, object] = {}
-    for job, order in sorted(lost.items()):
+    for job, order in sorted(ambiguous.items()):
         if rows[job]["status"] == "completed":
-            outputs = stand.rows("SELECT * FROM fetch_outputs WHERE job_id = :job", job=job)
+            outputs = deployment.rows("SELECT * FROM fetch_outputs WHERE job_id = :job", job=job)
             faults = _file_faults(f"job {job}", FAMILIES[order.family], order, outputs)
             if faults:
                 wrong[job] = faults
             continue
-        why = stand.document("show", str(job))["why"]
+        why = deployment.document("show", str(job))["why"]
         if rows[job]["error_code"] != "not_found" or "endpoint" not in why:
             wrong[job] = why
-    report.none_of("an answer that names no place ends as not_found, which says that the family may be wrong", wrong)
+    report.none_of("a job without URL and family ends as not_found, with a hint about the endpoint", wrong)
     default = [call["path"] for call in api.ledger()["calls"] if call["order"] == -1]
-    report.none_of("it was asked at the default alone", [path for path in default if not path.startswith("v3/fetch/")])
-
-
-def _check_mistyped(report: Report, stand: Stand, api: Api, path: str) -> None:
-    """Where SD_API_URL has a path that there is not: no job ends, one hold says so, and all goes on later."""
-    stand.stop(*WORKING)
-    stand.set(SD_API_URL=f"{api.base}{path}")
-    stand.start(*WORKING)
-    strays = len(api.ledger()["strays"])
-    for _ in range(4):
-        api.order(FAMILIES[0])
-    jobs = {_track(stand, order.remote_id).get(timeout=60) for order in api.orders()[-4:]}
-    wait_until(lambda: len(api.ledger()["strays"]) > strays, 30)
-    wait_until(lambda: bool(_holds(stand)), HELD_WITHIN, 1)
-    rows, holds = _rows(stand), _holds(stand)
-    report.none_of(f"{path}: no job ends", [rows[job] for job in jobs if rows[job]["status"] != "pending"])
-    report.check(f"{path}: one hold, which names the setting", len(holds) == 1 and "SD_API_URL" in holds[0], holds)
-    stand.stop(*WORKING)
-    stand.set(SD_API_URL=f"{api.base}/api/v3")
-    stand.start(*WORKING)
-    _wait_final(stand, jobs, UNKNOWN_WITHIN)
-    ends = {job: (row["status"], row["error_message"]) for job, row in _rows(stand).items() if job in jobs}
     report.none_of(
-        f"{path}: all jobs are completed once it is corrected",
-        {job: end for job, end in ends.items() if end[0] != "completed"},
+        "it was fetched only at the default URL", [path for path in default if not path.startswith("v3/fetch/")]
     )
 
 
-def _holds(stand: Stand) -> list[str]:
-    """Why the account is held, as `status --json` says it."""
-    return [account["hold"]["reason"] for account in stand.document("status")["accounts"] if account["hold"]]
+def _check_mistyped(report: Report, deployment: Deployment, api: FamiliesApi, path: str) -> None:
+    """Check a mistyped path in SD_API_URL: no job ends, and one hold names the setting."""
+    deployment.stop(*WORKING)
+    deployment.set(SD_API_URL=f"{api.base}{path}")
+    deployment.start(*WORKING)
+    strays = len(api.ledger()["strays"])
+    for _ in range(4):
+        api.order(FAMILIES[0])
+    jobs = {_track(deployment, order.remote_id).get(timeout=60) for order in api.orders()[-4:]}
+    wait_until(lambda: len(api.ledger()["strays"]) > strays, 30)
+    wait_until(lambda: bool(_holds(deployment)), HELD_WITHIN, 1)
+    rows, holds = _rows(deployment), _holds(deployment)
+    report.none_of(f"{path}: no job ends", [rows[job] for job in jobs if rows[job]["status"] != "pending"])
+    report.check(f"{path}: one hold, which names the setting", len(holds) == 1 and "SD_API_URL" in holds[0], holds)
+    deployment.stop(*WORKING)
+    deployment.set(SD_API_URL=f"{api.base}/api/v3")
+    deployment.start(*WORKING)
+    _wait_final(deployment, jobs, UNKNOWN_WITHIN)
+    statuses = {job: (row["status"], row["error_message"]) for job, row in _rows(deployment).items() if job in jobs}
+    report.none_of(
+        f"{path}: all jobs are completed after the correction",
+        {job: status for job, status in statuses.items() if status[0] != "completed"},
+    )
+
+
+def _holds(deployment: Deployment) -> list[str]:
+    """Return the reasons of all holds in `status --json`."""
+    return [account["hold"]["reason"] for account in deployment.document("status")["accounts"] if account["hold"]]

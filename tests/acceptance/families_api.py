@@ -1,7 +1,7 @@
-"""Every family of the hosted API, played from its documents alone, with ids that repeat between families.
+"""A fake of the hosted API with all its families, written from its documents. Ids repeat between families.
 
-Runs alone (`python tests/acceptance/families_api.py --key KEY`, prints its port as one JSON line) until its standard
-input closes. It knows nothing of the product: standard library only, no import from this repository.
+Runs as a program (`python tests/acceptance/families_api.py --key KEY`, which prints its port as one JSON line) until
+standard input closes. It is independent of the product: it uses only the standard library.
 """
 
 import argparse
@@ -19,17 +19,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
 TIP = "Get 20x faster image generation using enterprise plan. Click here : https://modelslab.com/enterprise"
-IMAGES_FROM = 134_686_749  # pictures are counted together, over all versions of the API
-OTHERS_FROM = 298  # each other family by itself: the pages of two of them show this id
+IMAGES_FROM = 134_686_749  # first id of images, which share a counter over all versions of the API
+OTHERS_FROM = 298  # first id of each other family, as the documents of two of them show
 IMAGES = ("v3/", "v6/images/", "v6/realtime/", "v7/images/")
 SECONDS = 1.0  # from an order until its job is ready
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One family as its page shows it. Paths stand below `/api/`; in `fetch`, `{id}` is the job's id.
+    """A family as its documents describe it. Paths are relative to `/api/`; in `fetch`, `{id}` is the job's id.
 
-    `answer` and `ready` name the forms of its answers. `alone`: the answer to an order says where its job is fetched.
+    `answer` and `ready` name the forms of its answers. `alone` means that the answer to an order is enough to find the
+    fetch URL of its job.
     """
 
     order: str
@@ -40,7 +41,7 @@ class Family:
     method: str = "POST"
     id_field: str = ""
     label: str = "messege"
-    named: str = ""  # what `fetch_result` names, where that is not `fetch`
+    named: str = ""  # the path in `fetch_result`, if it differs from `fetch`
     video: bool = False
     alone: bool = True
 
@@ -98,27 +99,27 @@ STATES = ("deploying_gpu", "training_started", "trained_model_uploading", "deplo
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """An order as it was taken."""
+    """An accepted order."""
 
-    family: int  # its place in FAMILIES
+    family: int  # index in FAMILIES
     remote_id: str
     at: float
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One fetch call: its method and path below `/api/`, its body without the key, and the order that it found."""
+    """A fetch call: its method, its path below `/api/`, its body without the key, and the order that it is for."""
 
     method: str
     path: str
     body: dict[str, Any]
     key_is_right: bool
-    order: int  # place in the orders, -1 where it was about none
+    order: int  # index in the orders, or -1 if there is no such order
 
 
-def content(media_type: str, word: str) -> bytes:
-    """A small whole file of a type; another one for every word."""
-    noise = hashlib.sha256(word.encode()).digest()
+def content(media_type: str, text: str) -> bytes:
+    """Return a small complete file of a media type that contains or depends on the text."""
+    noise = hashlib.sha256(text.encode()).digest()
     match media_type:
         case "image/png":
             rows = b"".join(b"\0" + noise[row * 6 : row * 6 + 6] for row in range(2))
@@ -139,21 +140,21 @@ def content(media_type: str, word: str) -> bytes:
             sound = b"data" + struct.pack("<I", len(noise)) + noise
             return b"RIFF" + struct.pack("<I", 4 + len(form + sound)) + b"WAVE" + form + sound
         case "model/gltf-binary":
-            text = json.dumps({"asset": {"version": "2.0", "extras": noise.hex()}}).encode()
-            text += b" " * (-len(text) % 4)
-            return b"glTF" + struct.pack("<II", 2, 20 + len(text)) + struct.pack("<I", len(text)) + b"JSON" + text
+            header = json.dumps({"asset": {"version": "2.0", "extras": noise.hex()}}).encode()
+            header += b" " * (-len(header) % 4)
+            return b"glTF" + struct.pack("<II", 2, 20 + len(header)) + struct.pack("<I", len(header)) + b"JSON" + header
         case "application/json":
-            return json.dumps({"choices": [{"message": {"role": "assistant", "content": word}}]}).encode()
+            return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
         case "application/x-subrip":
-            return f"1\n00:00:00,000 --> 00:00:02,000\n{word}\n".encode()
+            return f"1\n00:00:00,000 --> 00:00:02,000\n{text}\n".encode()
         case "text/vtt":
-            return f"WEBVTT\n\n00:00.000 --> 00:02.000\n{word}\n".encode()
+            return f"WEBVTT\n\n00:00.000 --> 00:02.000\n{text}\n".encode()
         case _:
-            return f"What was said: {word}\n".encode()
+            return f"What was said: {text}\n".encode()
 
 
 class Api:
-    """The state of the API: orders, and the record of the calls about them."""
+    """The state of the API: orders and recorded calls."""
 
     def __init__(self, key: str) -> None:
         self.key, self.base = key, ""
@@ -163,24 +164,24 @@ class Api:
         self.keys_at_files: list[str] = []
         self.lock = threading.Lock()
 
-    def ordered(self, place: int) -> tuple[int, dict[str, Any]]:
-        """Take an order; HTTP status and body of the answer."""
-        family, store = FAMILIES[place], FAMILIES[place].fetch
+    def accept_order(self, family_index: int) -> tuple[int, dict[str, Any]]:
+        """Accept an order. Return the HTTP status and body of the answer."""
+        family, store = FAMILIES[family_index], FAMILIES[family_index].fetch
         with self.lock:
             stores = [FAMILIES[order.family].fetch for order in self.orders]
             if store.startswith(IMAGES):
-                number = IMAGES_FROM + sum(other.startswith(IMAGES) for other in stores)
+                number = IMAGES_FROM + sum(fetch.startswith(IMAGES) for fetch in stores)
             else:
                 number = OTHERS_FROM + stores.count(store)
-            text = family.answer in ("training", "chat", "task") or store.startswith("v7/images")
-            remote_id = f"{place:02}-{number}-f5jvdz" if text else str(number)
-            order = Order(place, remote_id, time.time())
+            is_text = family.answer in ("training", "chat", "task") or store.startswith("v7/images")
+            remote_id = f"{family_index:02}-{number}-f5jvdz" if is_text else str(number)
+            order = Order(family_index, remote_id, time.time())
             self.orders.append(order)
-        spoken: object = remote_id if text else number
-        where = f"{self.base}/api/{(family.named or family.fetch).replace('{id}', remote_id)}"
+        shown_id: object = remote_id if is_text else number
+        fetch_url = f"{self.base}/api/{(family.named or family.fetch).replace('{id}', remote_id)}"
         plain: dict[str, Any] = {"status": "processing", "tip": TIP, "eta": 2.75}
         plain |= {family.label: "Try to fetch request after seconds estimated", "webhook_status": ""}
-        plain |= {"fetch_result": where, "id": spoken, "output": [], "meta": {"prompt": "Server Error"}}
+        plain |= {"fetch_result": fetch_url, "id": shown_id, "output": [], "meta": {"prompt": "Server Error"}}
         link = self._links(order)
         match family.answer:
             case "empty text":
@@ -188,7 +189,7 @@ class Api:
             case "newest":
                 return 200, {
                     "status": "processing",
-                    "id": spoken,
+                    "id": shown_id,
                     "eta": 30,
                     "message": "Your request is being processed",
                 }
@@ -198,56 +199,61 @@ class Api:
             case "extra assets":
                 return 200, plain | {"extra_assets": [], "future_links": link}
             case "chat":
-                return 200, {"status": "processing", "eta": 5, "meta": {"chat_id": spoken}}
+                return 200, {"status": "processing", "eta": 5, "meta": {"chat_id": shown_id}}
             case "task":
-                return 200, {"status": "queued", "eta": 5, "taskId": spoken, "links": link, "proxy_links": link,
+                return 200, {"status": "queued", "eta": 5, "taskId": shown_id, "links": link, "proxy_links": link,
                              "message": "Request has been queued", "seconds": None, "meta": {}}  # fmt: skip
             case "training":
-                said = {"status": "success", "messege": "deploying_gpu", "data": "it will take upto 30 minutes."}
-                return 200, said | {"training_id": spoken}
+                answer = {"status": "success", "messege": "deploying_gpu", "data": "it will take upto 30 minutes."}
+                return 200, answer | {"training_id": shown_id}
             case "workflow":
-                return 202, {"status": "success", "execution_id": number, "workflow_id": "upscale", "status_url": where}
+                return 202, {
+                    "status": "success",
+                    "execution_id": number,
+                    "workflow_id": "upscale",
+                    "status_url": fetch_url,
+                }
             case _:
                 return 200, plain
 
-    def fetched(self, order: Order, now: float, times: int) -> dict[str, Any]:
-        """The answer about a job that was asked about so many times before."""
-        family, spoken = FAMILIES[order.family], _spoken(order.remote_id)
+    def fetch_answer(self, order: Order, now: float, previous_calls: int) -> dict[str, Any]:
+        """Return the answer to a fetch call, given the number of previous calls for the job."""
+        family, shown_id = FAMILIES[order.family], _shown_id(order.remote_id)
         ready, link = now >= order.at + SECONDS, self._links(order)
         if family.answer == "training":
             name = "model_training_status" if family.ready == "lora model" else "messege"
-            state = "model_ready" if ready else STATES[times % len(STATES)]
-            return {"status": "success", name: state, "data": " /n Step:1 Training Started", "training_id": spoken}
+            state = "model_ready" if ready else STATES[previous_calls % len(STATES)]
+            return {"status": "success", name: state, "data": " /n Step:1 Training Started", "training_id": shown_id}
         if family.answer == "workflow":
-            run: dict[str, Any] = {"id": spoken, "status": "completed" if ready else "running"}
+            run: dict[str, Any] = {"id": shown_id, "status": "completed" if ready else "running"}
             return {"status": "success", "execution": run | ({"output": {"output": link}} if ready else {})}
         if not ready:
             return {"status": "processing", "message": "try again later.", "output": "", "tip": TIP}
-        done: dict[str, Any] = {"status": "success", "id": spoken, "output": link}
+        success: dict[str, Any] = {"status": "success", "id": shown_id, "output": link}
         match family.ready:
             case "text":
-                return done | {"output": link[0]}
+                return success | {"output": link[0]}
             case "links":
-                del done["output"]
-                return done | {"links": link, "proxy_links": link}
+                del success["output"]
+                return success | {"links": link, "proxy_links": link}
             case "no id":
-                del done["id"]
-                return done
+                del success["id"]
+                return success
             case "id null":
-                return done | {"id": None, "warning": ""}
+                return success | {"id": None, "warning": ""}
             case "proxy text":
-                return done | {"proxy_links": link[0]}
+                return success | {"proxy_links": link[0]}
             case "proxies null":
-                return done | {"proxy_links": None, "tip": "http://sdapi_backend.test/enterprise"}
+                return success | {"proxy_links": None, "tip": "http://sdapi_backend.test/enterprise"}
             case "proxies object":
-                return done | {"proxy_links": {"0": link[0]}}
+                return success | {"proxy_links": {"0": link[0]}}
             case _:
-                return done
+                return success
 
     def find(self, method: str, path: str, body: Mapping[str, Any]) -> tuple[int | None, bool]:
-        """The place of the order that a call asks about, and whether the path is a fetch path at all."""
-        known = False
-        for place, order in enumerate(self.orders):
+        """Return the index of the order that a call is for, and whether its path is a known fetch path."""
+        is_fetch_path = False
+        for index, order in enumerate(self.orders):
             family = FAMILIES[order.family]
             for fetch in filter(None, (family.fetch, family.named)):
                 by_body = "{id}" not in fetch
@@ -255,43 +261,45 @@ class Api:
                 match = re.fullmatch(pattern, path) if method == family.method else None
                 if match is None:
                     continue
-                known = True
+                is_fetch_path = True
                 if str(body.get(family.id_field, "")) == order.remote_id if by_body else match[1] == order.remote_id:
-                    return place, True
-        return None, known
+                    return index, True
+        return None, is_fetch_path
 
     def _links(self, order: Order) -> list[str]:
         ending = ENDINGS.get(FAMILIES[order.family].media_type, "bin")
         return [f"{self.base}/files/{order.family}.{order.remote_id}.{ending}"]
 
 
-def _spoken(remote_id: str) -> int | str:
+def _shown_id(remote_id: str) -> int | str:
     return int(remote_id) if remote_id.isdecimal() else remote_id
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Orders, fetches, files, and /control/ledger for the program that watches."""
+    """Handles orders, fetch calls and files, and /control/ledger for the test program."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     api: ClassVar[Api]
 
     def log_message(self, *_: object) -> None:
-        """Say nothing: the ledger is the record."""
+        """Do not log requests; the ledger records them."""
 
     def do_POST(self) -> None:
-        """Take an order, or answer a fetch."""
+        """Accept an order, or answer a fetch call."""
         path = self.path.removeprefix("/api/")
-        orders = [place for place, family in enumerate(FAMILIES) if family.order == path]
+        orders = [index for index, family in enumerate(FAMILIES) if family.order == path]
         body = self._json()
         if orders and self.path.startswith("/api/"):
-            status, answer = self.api.ordered(orders[0]) if body.get("key") == self.api.key else (200, _wrong_key())
+            status, answer = (
+                self.api.accept_order(orders[0]) if body.get("key") == self.api.key else (200, _wrong_key())
+            )
             self._reply(status, answer)
             return
         self._fetch("POST", path, body)
 
     def do_GET(self) -> None:
-        """Serve a file, the ledger, or the run of a workflow."""
+        """Send a file, the ledger or the run of a workflow."""
         if self.path == "/control/ledger":
             api = self.api
             with api.lock:
@@ -309,27 +317,27 @@ class Handler(BaseHTTPRequestHandler):
         api, now = self.api, time.time()
         key = body.pop("key", None)
         with api.lock:
-            place, known = api.find(method, path, body)
-            known = known and self.path.startswith("/api/")
-            times = sum(call.order == place for call in api.calls) if place is not None else 0
-            if known:
-                api.calls.append(Call(method, path, body, key == api.key, -1 if place is None else place))
+            index, is_fetch_path = api.find(method, path, body)
+            is_fetch_path = is_fetch_path and self.path.startswith("/api/")
+            previous_calls = sum(call.order == index for call in api.calls) if index is not None else 0
+            if is_fetch_path:
+                api.calls.append(Call(method, path, body, key == api.key, -1 if index is None else index))
             else:
                 api.strays.append(f"{method} {self.path}")
-        if not known:
+        if not is_fetch_path:
             self._reply(404, {"message": f"The route {self.path.lstrip('/')} could not be found."})
         elif key != api.key:
             self._reply(200, _wrong_key())
-        elif place is None:
+        elif index is None:
             self._reply(200, {"status": "failed", "id": "", "message": "Request not found", "output": "", "tip": TIP})
         else:
-            self._reply(200, api.fetched(api.orders[place], now, times))
+            self._reply(200, api.fetch_answer(api.orders[index], now, previous_calls))
 
     def _file(self) -> None:
         if self.api.key in json.dumps(list(self.headers.items())) + self.path:
             self.api.keys_at_files.append(self.path)
-        place, remote_id, _ = self.path.removeprefix("/files/").split(".")
-        order = next((o for o in self.api.orders if (str(o.family), o.remote_id) == (place, remote_id)), None)
+        family_index, remote_id, _ = self.path.removeprefix("/files/").split(".")
+        order = next((o for o in self.api.orders if (str(o.family), o.remote_id) == (family_index, remote_id)), None)
         if order is None or time.time() < order.at + SECONDS:
             self._send(404, b"<html><body>404: object not found</body></html>", "text/html")
             return
@@ -360,20 +368,20 @@ def _wrong_key() -> dict[str, Any]:
 
 
 class Server(ThreadingHTTPServer):
-    """One thread per connection."""
+    """HTTP server with one thread per connection."""
 
     request_queue_size = 256
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A caller that went away is no news here."""
+        """Ignore connection errors of clients."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]  # the stub names its socket types
 
 
 def main() -> None:
-    """Serve until standard input closes, so that no server outlives the program that started it."""
-    parser = argparse.ArgumentParser(description="Every family of the hosted API, with a ledger of all that is asked.")
+    """Serve until standard input closes, so that the server stops with the program that started it."""
+    parser = argparse.ArgumentParser(description="A fake of the hosted API with all families. It records all requests.")
     parser.add_argument("--key", required=True)
     api = Api(parser.parse_args().key)
     server = Server(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"api": api}))

@@ -1,4 +1,4 @@
-"""The main job from end to end, the same under kill -9, and the same job tracked a hundred times at once."""
+"""The main job from end to end, the same job under SIGKILL, and one job tracked a hundred times at once."""
 
 import json
 import subprocess
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from tests.acceptance.api import Job
-from tests.acceptance.hosted import Hosted, Ledger
+from tests.acceptance.api_process import ApiProcess, Ledger
+from tests.acceptance.deployment import WORKING, Deployment, Installation, wait_until
 from tests.acceptance.jobs import (
     Size,
     check_completed,
@@ -22,41 +23,40 @@ from tests.acceptance.jobs import (
     wait_final,
 )
 from tests.acceptance.report import Report, quantile
-from tests.acceptance.stand import WORKING, Place, Stand, wait_until
 
 KEY = "acceptance-key-1f6b"
-CALLS_PER_SECOND = 200  # what the stand sets SD_API_RPS to
-BURST = CALLS_PER_SECOND // 5  # what the README states
-RACERS, CALLS_EACH = 8, 13
+CALLS_PER_SECOND = 200  # SD_API_RPS of the deployment
+BURST = CALLS_PER_SECOND // 5  # the burst that the README states
+PROCESSES, CALLS_EACH = 8, 13
 
-Thing = TypeVar("Thing", bound=Hashable)
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
-class Blow:
-    """One kill: when, in seconds since the start, and how many jobs were not completed then."""
+class Kill:
+    """One kill: its time in seconds since the start, and the number of jobs not completed then."""
 
     second: float
-    under_way: int
+    unfinished: int
 
 
 RACE_BY_NAME = """
-import json, sys, threading, time
+import json, sys, time
 from celery import Celery
 redis_url, remote_id, calls, start = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-client = Celery("racer", broker=redis_url, backend=redis_url)
+client = Celery("client", broker=redis_url, backend=redis_url)
 time.sleep(max(0.0, start - time.time()))
-sent = [client.send_task("worker.track", [remote_id], queue="fetch-worker") for _ in range(calls)]
-print(json.dumps([promise.get(timeout=40) for promise in sent]))
+results = [client.send_task("worker.track", [remote_id], queue="fetch-worker") for _ in range(calls)]
+print(json.dumps([result.get(timeout=40) for result in results]))
 """
 
 RACE_BY_IMPORT = """
 import json, sys, threading, time
 from worker import track
 remote_id, calls, start = sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-gate, answers = threading.Barrier(calls), []
+barrier, answers = threading.Barrier(calls), []
 def race():
-    gate.wait()
+    barrier.wait()
     answers.append(track(remote_id))
 time.sleep(max(0.0, start - time.time()))
 threads = [threading.Thread(target=race) for _ in range(calls)]
@@ -66,212 +66,220 @@ print(json.dumps(answers))
 """
 
 
-def main_job(place: Place, home: Path, size: Size) -> Report:
-    """Jobs sent by task name are all completed, each byte right, no call and no GET too many."""
+def main_job(installation: Installation, home: Path, size: Size) -> Report:
+    """Track jobs by task name. All are completed with correct files, without an unnecessary request."""
     report = Report("main-job")
-    with Hosted(seed=size.seed, accept=[KEY]) as hosted, Stand(place, home, hosted.base, KEY) as stand:
-        start_working(report, stand)
+    with ApiProcess(seed=size.seed, accept=[KEY]) as api, Deployment(installation, home, api.base, KEY) as deployment:
+        start_working(report, deployment)
         jobs = make_batch(size, first_id=12_000_000)
-        hosted.register(jobs)
-        promises = track_by_name(stand, jobs)
+        api.register(jobs)
+        results = track_by_name(deployment, jobs)
         sent_after = time.time() - jobs[0].started
-        answers = [promise.get(timeout=60) for promise in promises]
-        wait_final(stand, jobs, size.slowest + 90)
-        time.sleep(2)  # a call or a GET too many would come now
+        answers = [result.get(timeout=60) for result in results]
+        wait_final(deployment, jobs, size.slowest + 90)
+        time.sleep(2)  # so that unnecessary requests are recorded
 
-        check_completed(report, stand, jobs)
-        rows, ledger = rows_of(stand, jobs), hosted.ledger()
+        check_completed(report, deployment, jobs)
+        rows, ledger = rows_of(deployment, jobs), api.ledger()
         report.check(
             "the result of each worker.track is the job's id",
             answers == [rows[job.remote_id]["id"] for job in jobs if job.remote_id in rows],
             answers[:5],
         )
-        check_files(report, stand, hosted, jobs)
-        check_no_stray_files(report, stand)
+        check_files(report, deployment, api, jobs)
+        check_no_stray_files(report, deployment)
         complete = ledger.gets_per_output(lambda get: get.complete)
-        wanted = {(job.remote_id, position): 1 for job in jobs for position in range(len(job.outputs))}
-        report.check("exactly one successful GET per output", dict(complete) == wanted, _differences(complete, wanted))
-        report.none_of("no fetch call after ready was seen", ledger.calls_after_success())
-        asked = ledger.calls_per_job()
-        told = {job.remote_id: rows[job.remote_id]["polls"] for job in jobs if job.remote_id in rows}
-        report.check("polls equals the API's own count", dict(asked) == told, _differences(told, asked))
+        expected = {(job.remote_id, position): 1 for job in jobs for position in range(len(job.outputs))}
+        report.check(
+            "exactly one successful GET per output", dict(complete) == expected, _differences(complete, expected)
+        )
+        report.none_of("no fetch call after the success answer", ledger.calls_after_success())
+        calls = ledger.calls_per_job()
+        polls = {job.remote_id: rows[job.remote_id]["polls"] for job in jobs if job.remote_id in rows}
+        report.check("polls equals the API's own count", dict(calls) == polls, _differences(polls, calls))
         busiest = ledger.busiest_second()
-        most = CALLS_PER_SECOND + BURST
-        report.check(f"no second with more than {CALLS_PER_SECOND} + {BURST} calls", busiest <= most, busiest)
-        report.none_of("every call had the form of a fetch call", ledger.strays)
-        report.none_of("no key went to the picture host", [get for get in ledger.gets if get.carried_key])
+        limit = CALLS_PER_SECOND + BURST
+        report.check(f"no second with more than {CALLS_PER_SECOND} + {BURST} calls", busiest <= limit, busiest)
+        report.none_of("every request was a valid fetch call", ledger.strays)
+        report.none_of("no key was sent to the picture host", [get for get in ledger.gets if get.carried_key])
 
-        taken = seconds_taken(stand, jobs)
-        delays = [taken[job.remote_id] - job.seconds for job in jobs if job.remote_id in taken]
-        report.figure("jobs / outputs", f"{len(jobs)} / {len(wanted)}")
+        durations = seconds_taken(deployment, jobs)
+        delays = [durations[job.remote_id] - job.seconds for job in jobs if job.remote_id in durations]
+        report.figure("jobs / outputs", f"{len(jobs)} / {len(expected)}")
         report.figure("all sent after (s)", sent_after)
-        report.figure("all completed after (s)", max(taken.values(), default=float("nan")))
+        report.figure("all completed after (s)", max(durations.values(), default=float("nan")))
         report.figure("ready to completed, p50 / p95 / max (s)", _spread(delays))
-        report.figure("processor time (s)", stand.cpu_seconds())
+        report.figure("processor time (s)", deployment.cpu_seconds())
         report.figure("polls per job", len(ledger.calls) / len(jobs))
         report.figure("most calls in one second", busiest)
         report.figure("GETs started / complete", f"{len(ledger.gets)} / {sum(complete.values())}")
     return report
 
 
-def kills(place: Place, home: Path, size: Size, times: int, recovery_seconds: int, restart_seconds: int) -> Report:
-    """The batch twice: undisturbed, then with the working processes killed in the middle and restarted at once."""
+def kills(
+    installation: Installation, home: Path, size: Size, times: int, recovery_seconds: int, restart_seconds: int
+) -> Report:
+    """Run the batch twice: undisturbed, then with the workers killed several times and restarted at once."""
     report = Report("kills")
     settings = {"RECOVERY_SECONDS": str(recovery_seconds)}
     with (
-        Hosted(seed=size.seed, accept=[KEY]) as hosted,
-        Stand(place, home, hosted.base, KEY, **settings) as stand,
+        ApiProcess(seed=size.seed, accept=[KEY]) as api,
+        Deployment(installation, home, api.base, KEY, **settings) as deployment,
     ):
-        start_working(report, stand)
-        hosted.behave(picture_seconds=0.4)  # long enough that a kill finds some under way
-        calm = _run(stand, hosted, size, first_id=13_000_000)
-        disturbed, blows = _run_with_kills(
-            stand, hosted, size, times, patience=size.slowest + recovery_seconds + restart_seconds + 60
+        start_working(report, deployment)
+        api.behave(picture_seconds=0.4)  # so that a kill interrupts downloads
+        calm = _run(deployment, api, size, first_id=13_000_000)
+        disturbed, kill_records = _run_with_kills(
+            deployment, api, size, times, patience=size.slowest + recovery_seconds + restart_seconds + 60
         )
 
-        check_completed(report, stand, disturbed)
-        report.check("each kill found work under way", all(blow.under_way for blow in blows), blows)
-        check_files(report, stand, hosted, disturbed)
-        check_no_stray_files(report, stand)
-        most = recovery_seconds + restart_seconds
-        before, after = seconds_taken(stand, calm), seconds_taken(stand, disturbed)
+        check_completed(report, deployment, disturbed)
+        unfinished = [kill.unfinished for kill in kill_records]
+        report.check("there was unfinished work at each kill", all(unfinished), kill_records)
+        check_files(report, deployment, api, disturbed)
+        check_no_stray_files(report, deployment)
+        limit = recovery_seconds + restart_seconds
+        before, after = seconds_taken(deployment, calm), seconds_taken(deployment, disturbed)
         late = [
             after.get(hit.remote_id, float("inf")) - before.get(quiet.remote_id, float("-inf"))
             for quiet, hit in zip(calm, disturbed, strict=True)
         ]
         report.check(
             f"each job completed within {recovery_seconds} + {restart_seconds} s of its time without kills",
-            max(late) <= most,
-            f"{sum(seconds > most for seconds in late)} jobs, worst {max(late):.1f} s",
+            max(late) <= limit,
+            f"{sum(seconds > limit for seconds in late)} jobs, worst {max(late):.1f} s",
         )
-        ledger, ids = hosted.ledger(), {job.remote_id for job in disturbed}
+        ledger, ids = api.ledger(), {job.remote_id for job in disturbed}
         started = ledger.gets_per_output(lambda get: get.remote_id in ids)
-        too_often = {output: count for output, count in started.items() if count > 1 + times}
-        report.none_of("at most one extra GET per output and kill", too_often)
+        repeated = {output: count for output, count in started.items() if count > 1 + times}
+        report.none_of("at most one extra GET per output and kill", repeated)
         extra = sum(count - 1 for count in started.values())
         report.figure("jobs / kills", f"{len(disturbed)} / {times}")
         report.figure(
-            "kills: at second, rows under way", ", ".join(f"{blow.second:.1f}, {blow.under_way}" for blow in blows)
+            "kills: at second, unfinished jobs",
+            ", ".join(f"{kill.second:.1f}, {kill.unfinished}" for kill in kill_records),
         )
         report.figure("later than without kills, p50 / p95 / max (s)", _spread(late))
         report.figure(
             "completed after, without and with kills (s)", f"{max(before.values()):.1f} {max(after.values()):.1f}"
         )
         for _, quiet, hit in sorted(zip(late, calm, disturbed, strict=True), key=lambda entry: -entry[0])[:3]:
-            report.figure(f"late: {hit.remote_id}", _story(ledger, before[quiet.remote_id], after, hit))
+            report.figure(f"late: {hit.remote_id}", _timeline(ledger, before[quiet.remote_id], after, hit))
         report.figure("extra GETs in all", extra)
-        asked, rows = ledger.calls_per_job(), rows_of(stand, disturbed)
-        report.figure("calls not in polls", sum(asked[remote] - row["polls"] for remote, row in rows.items()))
+        calls, rows = ledger.calls_per_job(), rows_of(deployment, disturbed)
+        report.figure("calls not in polls", sum(calls[remote] - row["polls"] for remote, row in rows.items()))
         again = {remote: count for remote, count in ledger.calls_after_success().items() if remote in ids}
-        report.figure("calls after ready (answers lost in a kill)", sum(again.values()))
+        report.figure("calls after the success answer (lost in a kill)", sum(again.values()))
         report.check("at most one lost answer per job and kill", max(again.values(), default=0) <= times, again)
         quiet_ids = {job.remote_id for job in calm}
         report.none_of(
-            "without kills no fetch call after ready was seen",
+            "without kills no fetch call after the success answer",
             [remote for remote in ledger.calls_after_success() if remote in quiet_ids],
         )
     return report
 
 
-def track_races(place: Place, home: Path, size: Size) -> Report:
-    """The same job tracked a hundred times at once from eight processes: one row, one answer."""
+def track_races(installation: Installation, home: Path, size: Size) -> Report:
+    """Track one job a hundred times at once from eight processes: there is one row, and all calls return its id."""
     report = Report("track-races")
-    with Hosted(seed=size.seed, accept=[KEY]) as hosted, Stand(place, home, hosted.base, KEY) as stand:
-        start_working(report, stand)
+    with ApiProcess(seed=size.seed, accept=[KEY]) as api, Deployment(installation, home, api.base, KEY) as deployment:
+        start_working(report, deployment)
         jobs = [Job(remote_id, time.time(), 2.0) for remote_id in ("77001", "77002")]
-        hosted.register(jobs)
-        for remote_id, how, script in (("77001", "by name", RACE_BY_NAME), ("77002", "by import", RACE_BY_IMPORT)):
-            answers, errors = _race(stand, remote_id, script)
-            rows = stand.rows("SELECT id FROM fetch_jobs WHERE remote_id = :remote", remote=remote_id)
-            report.none_of(f"{how}: no call failed", errors)
-            report.check(f"{how}: all {RACERS * CALLS_EACH} calls were answered", len(answers) == RACERS * CALLS_EACH)
-            report.check(f"{how}: one row", len(rows) == 1, rows)
-            report.check(f"{how}: all got its id", set(answers) == {row["id"] for row in rows}, set(answers))
-        wait_final(stand, jobs, 40)
-        check_completed(report, stand, jobs)
-        complete = hosted.ledger().gets_per_output(lambda get: get.complete)
+        api.register(jobs)
+        for remote_id, method, script in (("77001", "by name", RACE_BY_NAME), ("77002", "by import", RACE_BY_IMPORT)):
+            answers, errors = _race(deployment, remote_id, script)
+            rows = deployment.rows("SELECT id FROM fetch_jobs WHERE remote_id = :remote", remote=remote_id)
+            report.none_of(f"{method}: no call failed", errors)
+            report.check(
+                f"{method}: all {PROCESSES * CALLS_EACH} calls were answered", len(answers) == PROCESSES * CALLS_EACH
+            )
+            report.check(f"{method}: one row", len(rows) == 1, rows)
+            report.check(f"{method}: all got its id", set(answers) == {row["id"] for row in rows}, set(answers))
+        wait_final(deployment, jobs, 40)
+        check_completed(report, deployment, jobs)
+        complete = api.ledger().gets_per_output(lambda get: get.complete)
         report.check("each output was downloaded once", set(complete.values()) == {1}, dict(complete))
     return report
 
 
-def start_working(report: Report, stand: Stand) -> None:
+def start_working(report: Report, deployment: Deployment) -> None:
     began = time.monotonic()
-    stand.migrate()
-    stand.start(*WORKING, "beat")
-    stand.wait_ready()
+    deployment.migrate()
+    deployment.start(*WORKING, "beat")
+    deployment.wait_ready()
     report.figure("migrated and ready after (s)", time.monotonic() - began)
 
 
-def _run(stand: Stand, hosted: Hosted, size: Size, first_id: int) -> list[Job]:
+def _run(deployment: Deployment, api: ApiProcess, size: Size, first_id: int) -> list[Job]:
     jobs = make_batch(size, first_id)
-    hosted.register(jobs)
-    track_by_name(stand, jobs)
-    wait_final(stand, jobs, size.slowest + 90)
+    api.register(jobs)
+    track_by_name(deployment, jobs)
+    wait_final(deployment, jobs, size.slowest + 90)
     return jobs
 
 
 def _run_with_kills(
-    stand: Stand, hosted: Hosted, size: Size, times: int, patience: float
-) -> tuple[list[Job], list[Blow]]:
-    """Kill when all rows are in and the next share of the jobs is completed."""
+    deployment: Deployment, api: ApiProcess, size: Size, times: int, patience: float
+) -> tuple[list[Job], list[Kill]]:
+    """Track the jobs, and kill the workers each time when the next share of the jobs is completed."""
     jobs = make_batch(size, first_id=14_000_000)
-    hosted.register(jobs)
-    track_by_name(stand, jobs)
-    wait_until(lambda: len(rows_of(stand, jobs)) == len(jobs), 30, 0.1)
-    blows = []
+    api.register(jobs)
+    track_by_name(deployment, jobs)
+    wait_until(lambda: len(rows_of(deployment, jobs)) == len(jobs), 30, 0.1)
+    kill_records = []
     for number in range(times):
         share = (number + 1) / (times + 1.5)
-        _wait_completed(stand, jobs, share * len(jobs), patience)
-        stand.kill(*WORKING)
-        blows.append(Blow(time.time() - jobs[0].started, len(jobs) - _completed(stand, jobs)))
-        stand.start(*WORKING)
-    wait_final(stand, jobs, patience)
-    return jobs, blows
+        _wait_completed(deployment, jobs, share * len(jobs), patience)
+        deployment.kill(*WORKING)
+        kill_records.append(Kill(time.time() - jobs[0].started, len(jobs) - _completed(deployment, jobs)))
+        deployment.start(*WORKING)
+    wait_final(deployment, jobs, patience)
+    return jobs, kill_records
 
 
-def _story(ledger: Ledger, before: float, after: Mapping[str, float], job: Job) -> str:
-    """What a late job waited for: when it was asked about and downloaded, in seconds since the start."""
+def _timeline(ledger: Ledger, before: float, after: Mapping[str, float], job: Job) -> str:
+    """Describe a late job: its calls and downloads, in seconds since the start."""
     calls = [f"{call.began - job.started:.1f}" for call in ledger.calls_about(job.remote_id)]
     gets = [
         f"{get.position}@{get.began - job.started:.1f}" + ("" if get.complete else " cut")
         for get in ledger.gets
         if get.remote_id == job.remote_id
     ]
-    took = after.get(job.remote_id, float("nan"))
-    return f"{took:.1f} after {before:.1f}; ready {job.seconds:.1f}; calls {calls}; GETs {gets}"
+    seconds = after.get(job.remote_id, float("nan"))
+    return f"{seconds:.1f} after {before:.1f}; ready {job.seconds:.1f}; calls {calls}; GETs {gets}"
 
 
-def _wait_completed(stand: Stand, jobs: list[Job], least: float, patience: float) -> None:
-    wait_until(lambda: _completed(stand, jobs) >= least, patience, 0.1)
+def _wait_completed(deployment: Deployment, jobs: list[Job], minimum: float, patience: float) -> None:
+    wait_until(lambda: _completed(deployment, jobs) >= minimum, patience, 0.1)
 
 
-def _completed(stand: Stand, jobs: list[Job]) -> int:
-    return sum(row["status"] == "completed" for row in rows_of(stand, jobs).values())
+def _completed(deployment: Deployment, jobs: list[Job]) -> int:
+    return sum(row["status"] == "completed" for row in rows_of(deployment, jobs).values())
 
 
-def _race(stand: Stand, remote_id: str, script: str) -> tuple[list[int], list[str]]:
-    python = str(stand.place.bin / "python")
-    start = time.time() + 4  # all have imported their libraries by then
-    words = [stand.redis_url, remote_id, str(CALLS_EACH), str(start)]
-    racers = [
+def _race(deployment: Deployment, remote_id: str, script: str) -> tuple[list[int], list[str]]:
+    python = str(deployment.installation.bin / "python")
+    start = time.time() + 4  # all processes have imported their libraries by then
+    arguments = [deployment.redis_url, remote_id, str(CALLS_EACH), str(start)]
+    processes = [
         subprocess.Popen(
-            [python, "-c", script, *words],
-            cwd=stand.checkout,
-            env=stand.environment,
+            [python, "-c", script, *arguments],
+            cwd=deployment.checkout,
+            env=deployment.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for _ in range(RACERS)
+        for _ in range(PROCESSES)
     ]
-    said = [racer.communicate(timeout=60) for racer in racers]
-    errors = [stderr[-500:] for racer, (_, stderr) in zip(racers, said, strict=True) if racer.returncode]
-    return [answer for stdout, _ in said if stdout for answer in json.loads(stdout)], errors
+    outputs = [process.communicate(timeout=60) for process in processes]
+    errors = [stderr[-500:] for process, (_, stderr) in zip(processes, outputs, strict=True) if process.returncode]
+    return [answer for stdout, _ in outputs if stdout for answer in json.loads(stdout)], errors
 
 
-def _differences(one: Mapping[Thing, int], other: Mapping[Thing, int]) -> str:
-    keys = [key for key in {*one, *other} if one.get(key, 0) != other.get(key, 0)]
-    return f"{len(keys)} differ: " + ", ".join(f"{key}: {one.get(key, 0)}/{other.get(key, 0)}" for key in keys[:8])
+def _differences(first: Mapping[Key, int], second: Mapping[Key, int]) -> str:
+    keys = [key for key in {*first, *second} if first.get(key, 0) != second.get(key, 0)]
+    return f"{len(keys)} differ: " + ", ".join(f"{key}: {first.get(key, 0)}/{second.get(key, 0)}" for key in keys[:8])
 
 
 def _spread(values: list[float]) -> str:

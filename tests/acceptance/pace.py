@@ -1,4 +1,4 @@
-"""Pace from outside: pictures are seen as early as the simulator says, after a restart too, and with two that learn."""
+"""Polling pace: the measured delay matches the simulator, with one worker or two, and also after a restart."""
 
 import json
 import math
@@ -9,106 +9,112 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tests.acceptance.api import Job
-from tests.acceptance.hosted import Hosted, Ledger
+from tests.acceptance.api_process import ApiProcess, Ledger
+from tests.acceptance.deployment import Deployment, Installation, wait_until
 from tests.acceptance.main_job import KEY
 from tests.acceptance.report import Report
-from tests.acceptance.stand import Place, Stand, wait_until
 
-COUNT, APART = 300, 0.25
+COUNT, INTERVAL = 300, 0.25
 MEDIAN, SPREAD = 8.0, 0.6
-LEAD = 3.0  # seconds from making the jobs to the first submission
+LEAD = 3.0  # seconds from the creation of the jobs to the first submission
 
 
-def drawn(count: int, seed: int) -> list[float]:
-    """Lognormal durations in seconds."""
-    draw = random.Random(seed)
-    return [MEDIAN * math.exp(draw.gauss(0, SPREAD)) for _ in range(count)]
+def draw_durations(count: int, seed: int) -> list[float]:
+    """Return random lognormal durations in seconds."""
+    rng = random.Random(seed)
+    return [MEDIAN * math.exp(rng.gauss(0, SPREAD)) for _ in range(count)]
 
 
-def submitted(stand: Stand, hosted: Hosted, durations: Sequence[float], first_id: int) -> list[Job]:
-    """Has jobs of these durations submitted and tracked by name, one each quarter of a second."""
+def submit(deployment: Deployment, api: ApiProcess, durations: Sequence[float], first_id: int) -> list[Job]:
+    """Register jobs with these durations at the API and track them by task name, one each quarter of a second."""
     began = time.time() + LEAD
-    jobs = [Job(str(first_id + number), began + number * APART, duration) for number, duration in enumerate(durations)]
-    hosted.register(jobs)
+    jobs = [
+        Job(str(first_id + number), began + number * INTERVAL, duration) for number, duration in enumerate(durations)
+    ]
+    api.register(jobs)
     for job in jobs:
         time.sleep(max(0.0, job.started - time.time()))
         at = datetime.fromtimestamp(job.started, UTC).isoformat()
-        stand.client.send_task("worker.track", [job.remote_id], {"submitted_at": at}, queue="fetch-worker")
+        deployment.client.send_task("worker.track", [job.remote_id], {"submitted_at": at}, queue="fetch-worker")
     return jobs
 
 
 def delays(ledger: Ledger, jobs: Sequence[Job]) -> list[float]:
-    """Seconds from ready to the call that saw it, of the jobs that were seen ready."""
-    seen: dict[str, float] = {}
+    """Return the seconds between "ready" and the success answer, for each job that has one."""
+    detected: dict[str, float] = {}
     for call in ledger.calls:
         if call.answer == "success":
-            seen.setdefault(call.remote_id, call.began)
-    return [seen[job.remote_id] - job.started - job.seconds for job in jobs if job.remote_id in seen]
+            detected.setdefault(call.remote_id, call.began)
+    return [detected[job.remote_id] - job.started - job.seconds for job in jobs if job.remote_id in detected]
 
 
-def until_seen(hosted: Hosted, jobs: Sequence[Job]) -> bool:
-    """Waits until all are seen ready; whether they were."""
-    return wait_until(lambda: len(delays(hosted.ledger(), jobs)) == len(jobs), 180, 1.0)
+def wait_until_detected(api: ApiProcess, jobs: Sequence[Job]) -> bool:
+    """Wait until all jobs were detected as ready. Return whether they were."""
+    return wait_until(lambda: len(delays(api.ledger(), jobs)) == len(jobs), 180, 1.0)
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean; nothing where there are no values."""
+    """Return the mean, or NaN if there are no values."""
     return sum(values) / len(values) if values else float("nan")
 
 
-def simulated(stand: Stand, durations: Sequence[float]) -> tuple[float, float]:
-    """What the simulator says of such a trace: (mean delay, polls per job)."""
-    trace = stand.home / "trace.jsonl"
-    lines = [json.dumps({"t": n * APART, "duration": d, "kind": "v3", "eta": None}) for n, d in enumerate(durations)]
+def simulate(deployment: Deployment, durations: Sequence[float]) -> tuple[float, float]:
+    """Run the simulator on such a trace. Return the mean delay and the polls per job."""
+    trace = deployment.home / "trace.jsonl"
+    lines = [json.dumps({"t": n * INTERVAL, "duration": d, "kind": "v3", "eta": None}) for n, d in enumerate(durations)]
     trace.write_text("\n".join(lines))
-    said = stand.document("simulate", "--trace", str(trace))
-    return float(said["delay"]["mean"]), float(said["polls_per_job"])
+    result = deployment.document("simulate", "--trace", str(trace))
+    return float(result["delay"]["mean"]), float(result["polls_per_job"])
 
 
-def pace(place: Place, home: Path) -> Report:
-    """300 jobs with one worker and with two; then the workers start again, and nothing has to be learned anew."""
+def pace(installation: Installation, home: Path) -> Report:
+    """Run 300 jobs with one worker and with two, and again after a restart: the learned pace is kept."""
     report = Report("pace")
-    durations = drawn(COUNT, seed=1)
+    durations = draw_durations(COUNT, seed=1)
     for workers in (1, 2):
         with (
-            Hosted(seed=1, accept=[KEY]) as hosted,
-            Stand(place, home / str(workers), hosted.base, KEY) as stand,
+            ApiProcess(seed=1, accept=[KEY]) as api,
+            Deployment(installation, home / str(workers), api.base, KEY) as deployment,
         ):
-            stand.migrate()
-            stand.start_workers(workers)
-            stand.wait_ready(workers)
-            predicted, polls = simulated(stand, durations)
-            jobs = submitted(stand, hosted, durations, 12_000_000)
-            report.check(f"{workers} workers: every job was seen ready", until_seen(hosted, jobs))
-            ledger = hosted.ledger()
-            found = mean(delays(ledger, jobs))
-            report.figure(f"{workers} workers: mean delay, predicted and found (s)", f"{predicted:.2f}, {found:.2f}")
+            deployment.migrate()
+            deployment.start_workers(workers)
+            deployment.wait_ready(workers)
+            predicted, polls = simulate(deployment, durations)
+            jobs = submit(deployment, api, durations, 12_000_000)
+            report.check(f"{workers} workers: every job was detected as ready", wait_until_detected(api, jobs))
+            ledger = api.ledger()
+            measured = mean(delays(ledger, jobs))
             report.figure(
-                f"{workers} workers: polls per job, predicted and found",
+                f"{workers} workers: mean delay, predicted and measured (s)", f"{predicted:.2f}, {measured:.2f}"
+            )
+            report.figure(
+                f"{workers} workers: polls per job, predicted and measured",
                 f"{polls:.2f}, {len(ledger.calls) / COUNT:.2f}",
             )
             report.check(
-                f"{workers} workers: the mean delay is within 0.3 s of the prediction", abs(found - predicted) <= 0.3
+                f"{workers} workers: the mean delay is within 0.3 s of the prediction", abs(measured - predicted) <= 0.3
             )
             if workers == 1:
-                again(report, stand, hosted, found)
+                check_restart(report, deployment, api, measured)
     return report
 
 
-def again(report: Report, stand: Stand, hosted: Hosted, cold: float) -> None:
-    """The same durations twice more, with a restart of all workers in between."""
-    durations = drawn(COUNT, seed=2)
-    warm = submitted(stand, hosted, durations, 13_000_000)
-    until_seen(hosted, warm)
-    stand.stop("worker1")
-    stand.start_workers(1)
-    stand.wait_ready(1)
-    restarted = submitted(stand, hosted, durations, 14_000_000)
-    until_seen(hosted, restarted)
-    ledger = hosted.ledger()
+def check_restart(report: Report, deployment: Deployment, api: ApiProcess, cold: float) -> None:
+    """Run the same durations twice more, with a restart of all workers in between."""
+    durations = draw_durations(COUNT, seed=2)
+    warm = submit(deployment, api, durations, 13_000_000)
+    wait_until_detected(api, warm)
+    deployment.stop("worker1")
+    deployment.start_workers(1)
+    deployment.wait_ready(1)
+    restarted = submit(deployment, api, durations, 14_000_000)
+    wait_until_detected(api, restarted)
+    ledger = api.ledger()
     before, after = mean(delays(ledger, warm)), mean(delays(ledger, restarted))
     report.figure("mean delay: cold, learned, after a restart (s)", f"{cold:.2f}, {before:.2f}, {after:.2f}")
-    report.check("nothing is learned anew after a restart: the delay is within 10 %", abs(after / before - 1) <= 0.1)
-    kinds = stand.document("status")["kinds"]
-    report.figure("status says", json.dumps(kinds[0]) if kinds else "nothing")
-    report.check("status tells how long such jobs take", bool(kinds) and abs(kinds[0]["median"] - MEDIAN) < 2.0, kinds)
+    report.check("the learned pace survives a restart: the delay is within 10 %", abs(after / before - 1) <= 0.1)
+    kinds = deployment.document("status")["kinds"]
+    report.figure("status: first kind", json.dumps(kinds[0]) if kinds else "nothing")
+    report.check(
+        "status has the median duration of such jobs", bool(kinds) and abs(kinds[0]["median"] - MEDIAN) < 2.0, kinds
+    )

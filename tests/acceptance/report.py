@@ -1,4 +1,4 @@
-"""What a program found: figures to quote, and sentences that hold or do not."""
+"""The report of an acceptance program: measured figures, and checks that pass or fail."""
 
 from collections.abc import Sized
 from dataclasses import dataclass, field
@@ -6,49 +6,49 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One sentence of the acceptance, whether it held, and what was seen."""
+    """A checked sentence, whether it is true, and details for a failure."""
 
     sentence: str
-    held: bool
-    seen: str
+    passed: bool
+    detail: str
 
 
 @dataclass(slots=True)
 class Report:
-    """The figures and checks of one program, in the order in which they were found."""
+    """The figures and checks of one program, in order."""
 
     name: str
     figures: list[tuple[str, str]] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
 
     def figure(self, name: str, value: object) -> None:
-        """Note a figure; decimals are cut to what matters."""
+        """Add a figure. Floats are rounded to two decimals."""
         self.figures.append((name, f"{value:.2f}" if isinstance(value, float) else str(value)))
 
-    def check(self, sentence: str, held: bool, seen: object = "") -> None:
-        """Note whether a sentence held."""
-        self.checks.append(Check(sentence, held, str(seen)))
+    def check(self, sentence: str, passed: bool, detail: object = "") -> None:
+        """Add a check."""
+        self.checks.append(Check(sentence, passed, str(detail)))
 
-    def none_of(self, sentence: str, offenders: Sized, seen: object | None = None) -> None:
-        """Note a sentence that holds when nothing speaks against it."""
-        self.check(sentence, len(offenders) == 0, offenders if seen is None else seen)
+    def none_of(self, sentence: str, offenders: Sized, detail: object | None = None) -> None:
+        """Add a check that passes if `offenders` is empty."""
+        self.check(sentence, len(offenders) == 0, offenders if detail is None else detail)
 
     @property
     def passed(self) -> bool:
-        """Whether there were checks and all of them held."""
-        return bool(self.checks) and all(check.held for check in self.checks)
+        """Whether there are checks and all of them passed."""
+        return bool(self.checks) and all(check.passed for check in self.checks)
 
     def text(self) -> str:
-        """The figures as a table, then one line per check."""
+        """Return the figures as a table, followed by one line per check."""
         width = max((len(name) for name, _ in self.figures), default=0)
         lines = [f"== {self.name}", *(f"   {name:<{width}}  {value}" for name, value in self.figures)]
         for check in self.checks:
-            seen = f": {check.seen[:600]}" if check.seen and not check.held else ""
-            lines.append(f"{'PASS' if check.held else 'FAIL'} {check.sentence}{seen}")
+            detail = f": {check.detail[:600]}" if check.detail and not check.passed else ""
+            lines.append(f"{'PASS' if check.passed else 'FAIL'} {check.sentence}{detail}")
         return "\n".join(lines)
 
 
 def quantile(values: list[float], share: float) -> float:
-    """The value below which this share of the values lies; nan for no values."""
+    """Return the quantile of the values at `share`, or NaN if there are no values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")

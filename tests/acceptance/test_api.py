@@ -1,4 +1,4 @@
-"""The accepting side is tested too: the hosted API that acceptance runs against says and counts what it should."""
+"""Tests of the fake hosted API that the acceptance programs use."""
 
 import hashlib
 import http.client
@@ -12,26 +12,26 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.acceptance.api import ApiClient, Behaviour, Job, Output, Running, picture
+from tests.acceptance.api import ApiServers, ApiState, Behaviour, Job, Output, picture
 
 KEY = "the right key"
 
 
 @pytest.fixture
-def running() -> Iterator[Running]:
-    with Running(ApiClient(seed=7, behaviour=Behaviour(accept=(KEY,)))) as servers:
+def servers() -> Iterator[ApiServers]:
+    with ApiServers(ApiState(seed=7, behaviour=Behaviour(accept=(KEY,)))) as servers:
         yield servers
 
 
-def send(running: Running, method: str, path: str, body: str | None = None) -> tuple[int, dict[str, object]]:
-    with closing(http.client.HTTPConnection("127.0.0.1", running.port, timeout=5)) as connection:
+def send(servers: ApiServers, method: str, path: str, body: str | None = None) -> tuple[int, dict[str, object]]:
+    with closing(http.client.HTTPConnection("127.0.0.1", servers.port, timeout=5)) as connection:
         connection.request(method, path, body)
         response = connection.getresponse()
         return response.status, json.loads(response.read())
 
 
-def ask(running: Running, remote_id: str, key: str = KEY) -> tuple[int, dict[str, object]]:
-    return send(running, "POST", f"/api/v3/fetch/{remote_id}", json.dumps({"key": key}))
+def ask(servers: ApiServers, remote_id: str, key: str = KEY) -> tuple[int, dict[str, object]]:
+    return send(servers, "POST", f"/api/v3/fetch/{remote_id}", json.dumps({"key": key}))
 
 
 def get(address: str) -> tuple[int, bytes]:
@@ -52,69 +52,69 @@ def ready(remote_id: str, *outputs: Output, script: tuple[str, ...] = ()) -> Job
     return Job(remote_id, time.time() - 60, 1, outputs or (Output(),), script)
 
 
-def test_a_picture_is_a_whole_png_of_its_own_and_always_the_same() -> None:
+def test_a_picture_is_a_complete_png_and_reproducible() -> None:
     data = picture(1, "12", 0)
 
     assert 20_000 <= len(data) <= 210_000
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
-    kinds, at = [], 8
-    while at < len(data):
-        (length,) = struct.unpack(">I", data[at : at + 4])
-        kind_and_data = data[at + 4 : at + 8 + length]
-        assert struct.unpack(">I", data[at + 8 + length : at + 12 + length])[0] == zlib.crc32(kind_and_data)
+    kinds, offset = [], 8
+    while offset < len(data):
+        (length,) = struct.unpack(">I", data[offset : offset + 4])
+        kind_and_data = data[offset + 4 : offset + 8 + length]
+        assert struct.unpack(">I", data[offset + 8 + length : offset + 12 + length])[0] == zlib.crc32(kind_and_data)
         kinds.append(kind_and_data[:4])
-        at += 12 + length
+        offset += 12 + length
     assert kinds == [b"IHDR", b"IDAT", b"IEND"]
     assert data == picture(1, "12", 0)
     assert len({hashlib.sha256(picture(1, str(n), p)).digest() for n in range(5) for p in range(3)}) == 15
 
 
-def test_a_job_is_processing_until_its_time_then_a_success_with_all_its_outputs(running: Running) -> None:
+def test_a_job_is_processing_until_it_is_ready_then_a_success_with_all_outputs(servers: ApiServers) -> None:
     now = time.time()
-    running.api.register([Job("5", now, 3600), Job("6", now - 60, 1, (Output(), Output(), Output()))])
+    servers.api.register([Job("5", now, 3600), Job("6", now - 60, 1, (Output(), Output(), Output()))])
 
-    _, waiting = ask(running, "5")
-    _, done = ask(running, "6")
+    _, waiting = ask(servers, "5")
+    _, finished = ask(servers, "6")
 
     assert waiting["status"] == "processing"
     assert "id" not in waiting
     assert "eta" not in waiting
-    assert done["status"] == "success"
-    assert [get(link) for link in links(done)] == [(200, picture(7, "6", position)) for position in range(3)]
+    assert finished["status"] == "success"
+    assert [get(link) for link in links(finished)] == [(200, picture(7, "6", position)) for position in range(3)]
 
 
-def test_every_form_of_success_names_the_same_links(running: Running) -> None:
-    running.api.register([ready(str(number)) for number in range(40)])
+def test_every_form_of_success_names_the_same_links(servers: ApiServers) -> None:
+    servers.api.register([ready(str(number)) for number in range(40)])
 
-    answers = [ask(running, str(number))[1] for number in range(40)]
+    answers = [ask(servers, str(number))[1] for number in range(40)]
 
     assert [links(answer) for answer in answers] == [
-        [f"http://127.0.0.1:{running.pictures_port}/generations/{number}.0.png"] for number in range(40)
+        [f"http://127.0.0.1:{servers.pictures_port}/generations/{number}.0.png"] for number in range(40)
     ]
     assert len({tuple(sorted(answer)) for answer in answers}) >= 6
 
 
-def test_a_wrong_key_an_unknown_id_and_a_bad_body_get_the_answers_of_the_real_api(running: Running) -> None:
-    running.api.register([ready("1")])
+def test_a_wrong_key_an_unknown_id_and_a_bad_body_get_the_answers_of_the_real_api(servers: ApiServers) -> None:
+    servers.api.register([ready("1")])
 
-    assert ask(running, "1", "wrong")[1]["message"] == "Invalid Api Key"
-    assert ask(running, "2")[1]["message"] == "Request not found"
-    assert send(running, "POST", "/api/v3/fetch/1", "not json")[1]["message"] == "Invalid API Request"
-    assert [call.answer for call in running.api.calls] == ["wrong_key", "unknown"]
-    assert running.api.strays == ["POST /api/v3/fetch/1 without a key in a JSON body"]
+    assert ask(servers, "1", "wrong")[1]["message"] == "Invalid Api Key"
+    assert ask(servers, "2")[1]["message"] == "Request not found"
+    assert send(servers, "POST", "/api/v3/fetch/1", "not json")[1]["message"] == "Invalid API Request"
+    assert [call.answer for call in servers.api.calls] == ["wrong_key", "unknown"]
+    assert servers.api.strays == ["POST /api/v3/fetch/1 without a key in a JSON body"]
 
 
-def test_calls_above_the_limit_are_refused(running: Running) -> None:
-    running.api.register([ready("1")])
-    running.api.behave(calls_per_second=2)
+def test_calls_above_the_limit_are_refused(servers: ApiServers) -> None:
+    servers.api.register([ready("1")])
+    servers.api.behave(calls_per_second=2)
 
-    statuses = [ask(running, "1")[0] for _ in range(4)]
+    statuses = [ask(servers, "1")[0] for _ in range(4)]
 
     assert statuses == [200, 200, 429, 429]
 
 
 @pytest.mark.parametrize(
-    ("output", "status", "whole"),
+    ("output", "status", "complete"),
     [
         (Output("html"), 200, True),
         (Output("missing"), 404, True),
@@ -124,38 +124,40 @@ def test_calls_above_the_limit_are_refused(running: Running) -> None:
         (Output("truncated"), 200, False),
     ],
 )
-def test_an_output_plays_its_trick(running: Running, output: Output, status: int, whole: bool) -> None:
-    running.api.register([ready("9", output)])
-    (link,) = links(ask(running, "9")[1])
+def test_an_output_is_answered_according_to_its_trick(
+    servers: ApiServers, output: Output, status: int, complete: bool
+) -> None:
+    servers.api.register([ready("9", output)])
+    (link,) = links(ask(servers, "9")[1])
 
-    if whole:
+    if complete:
         assert get(link)[0] == status
     else:
         with pytest.raises(http.client.IncompleteRead):
             get(link)
 
     deadline = time.monotonic() + 5
-    while not running.api.gets[0].status and time.monotonic() < deadline:
-        time.sleep(0.01)  # the entry is closed by the serving thread after its last byte
-    assert running.api.gets[0].status == status
-    assert running.api.gets[0].complete is whole
+    while not servers.api.gets[0].status and time.monotonic() < deadline:
+        time.sleep(0.01)  # the server completes the entry after the last byte
+    assert servers.api.gets[0].status == status
+    assert servers.api.gets[0].complete is complete
 
 
-def test_a_script_answers_first_and_can_echo_the_key(running: Running) -> None:
-    running.api.register([ready("3", script=("error_echo", "processing"))])
+def test_a_script_answers_first_and_can_echo_the_key(servers: ApiServers) -> None:
+    servers.api.register([ready("3", script=("error_echo", "processing"))])
 
-    answers = [ask(running, "3")[1] for _ in range(3)]
+    answers = [ask(servers, "3")[1] for _ in range(3)]
 
     assert KEY in str(answers[0]["message"])
     assert [answer["status"] for answer in answers] == ["error", "processing", "success"]
 
 
-def test_orders_come_by_control_and_the_ledger_goes_out_by_it(running: Running) -> None:
+def test_control_requests_set_jobs_and_return_the_ledger(servers: ApiServers) -> None:
     job = {"remote_id": "44", "started": 0, "seconds": 1, "outputs": [{"trick": "good"}], "script": []}
-    send(running, "POST", "/control/", json.dumps({"jobs": [job], "behaviour": {"accept": ["new"]}}))
+    send(servers, "POST", "/control/", json.dumps({"jobs": [job], "behaviour": {"accept": ["new"]}}))
 
-    assert ask(running, "44", KEY)[1]["status"] == "error"
-    assert ask(running, "44", "new")[1]["status"] == "success"
-    calls = send(running, "GET", "/control/ledger")[1]["calls"]
+    assert ask(servers, "44", KEY)[1]["status"] == "error"
+    assert ask(servers, "44", "new")[1]["status"] == "success"
+    calls = send(servers, "GET", "/control/ledger")[1]["calls"]
     assert isinstance(calls, list)
     assert [(call["key"], call["answer"]) for call in calls] == [(KEY, "wrong_key"), ("new", "success")]

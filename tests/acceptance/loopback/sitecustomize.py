@@ -1,4 +1,4 @@
-"""Python loads this first: a process with this folder on its path can open no connection that leaves the machine."""
+"""Blocks connections that leave this machine. Python imports this file at start if its folder is on the path."""
 
 import ipaddress
 import os
@@ -16,7 +16,7 @@ _sendto = socket.socket.sendto
 _getaddrinfo = socket.getaddrinfo
 
 
-def _stays_here(host: object) -> bool:
+def _is_local(host: object) -> bool:
     text = host.decode("ascii", "replace") if isinstance(host, bytes) else str(host)
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
@@ -25,14 +25,14 @@ def _stays_here(host: object) -> bool:
     return address.is_loopback or address.is_unspecified
 
 
-def _note(what: str, target: object) -> None:
-    with _RECORD.open("a", encoding="utf-8") as record:
-        record.write(f"{os.getpid()} {what} {target!r}\n")
+def _record(operation: str, target: object) -> None:
+    with _RECORD.open("a", encoding="utf-8") as file:
+        file.write(f"{os.getpid()} {operation} {target!r}\n")
 
 
-def _refuse_foreign(what: str, sock: socket.socket, address: Any) -> None:
-    if sock.family in (socket.AF_INET, socket.AF_INET6) and not _stays_here(address[0]):
-        _note(what, address)
+def _refuse_foreign(operation: str, sock: socket.socket, address: Any) -> None:
+    if sock.family in (socket.AF_INET, socket.AF_INET6) and not _is_local(address[0]):
+        _record(operation, address)
         raise OSError(101, "refused: this address is not on this machine")
 
 
@@ -52,20 +52,20 @@ def _guarded_sendto(self: socket.socket, *arguments: Any) -> int:
 
 
 def _is_number(host: object) -> bool:
-    """Whether the system reads it as an address without asking a name server: 2130706433 is one too."""
+    """Return whether the system reads `host` as an IP address, without a name server. 2130706433 is one too."""
     text = host.decode("ascii", "replace") if isinstance(host, bytes) else str(host)
-    for read in (socket.inet_aton, partial(socket.inet_pton, socket.AF_INET6)):
+    for parse in (socket.inet_aton, partial(socket.inet_pton, socket.AF_INET6)):
         with suppress(OSError, ValueError):
-            read(text.partition("%")[0])
+            parse(text.partition("%")[0])
             return True
     return False
 
 
-def _guarded_getaddrinfo(host: Any, *arguments: Any, **named: Any) -> Any:
-    if host is not None and not _stays_here(host) and not _is_number(host):
-        _note("resolve", host)
-        raise socket.gaierror(socket.EAI_NONAME, "refused: names are not looked up here")
-    return _getaddrinfo(host, *arguments, **named)
+def _guarded_getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+    if host is not None and not _is_local(host) and not _is_number(host):
+        _record("resolve", host)
+        raise socket.gaierror(socket.EAI_NONAME, "refused: names are not resolved in this test")
+    return _getaddrinfo(host, *args, **kwargs)
 
 
 for _name, _guarded in (
