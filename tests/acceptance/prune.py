@@ -76,7 +76,7 @@ settings = load()
 retention = Retention(older_than=timedelta(days=30), states=("completed", "cancelled"), remove_files=False)
 for seconds in sys.stdin:
     deadline = time.monotonic() + float(seconds)
-    removed = prune(engine_for(settings.database), settings, retention, go_on=lambda: time.monotonic() < deadline)
+    removed = prune(engine_for(settings.database), settings, retention, keep_going=lambda: time.monotonic() < deadline)
     print(json.dumps({"jobs": removed.jobs, "outputs": removed.outputs}), flush=True)
 """
 

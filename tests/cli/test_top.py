@@ -1,4 +1,4 @@
-"""The command `top`: each trouble is seen in its frame, which fits its terminal, and rates are what really happened."""
+"""The command `top`: its snapshot shows every problem and true rates, and fits the terminal."""
 
 import io
 import json
@@ -22,9 +22,9 @@ from tests.planted import DEAD, ELSEWHERE
 from tests.rows import seconds
 from tests.waiting import wait_until
 from worker.cli import main
-from worker.cli.top import drawn
+from worker.cli.top import render
 from worker.coordination.rate_limiter import RateLimiter, redis_client
-from worker.operations.snapshot import Frame, SnapshotReader
+from worker.operations.snapshot import Snapshot, SnapshotReader
 from worker.settings import load
 from worker.store.counters import ANSWERS, Tally
 from worker.store.schema import HELD_UNTIL
@@ -105,17 +105,17 @@ def test_each_trouble_that_there_is_is_in_the_document(database: Engine, top: To
 
     said = top("--once", "--json")
 
-    frame = json.loads(said)
-    accounts = {one["account"]: one for one in frame["accounts"]}
+    snapshot = json.loads(said)
+    accounts = {one["account"]: one for one in snapshot["accounts"]}
     assert accounts["refused"]["reason"] == "key rejected: Invalid API key"
     assert accounts["refused"]["since"] < accounts["refused"]["until"]
     assert (accounts["resting"]["reason"], accounts["resting"]["until"]) == ("held by an operator", None)
     assert accounts["keyless"]["reason"] == "no key for account keyless"
     assert accounts["default"]["reason"] is None
-    assert [(one["host"], one["reason"]) for one in frame["hosts"]] == [
+    assert [(one["host"], one["reason"]) for one in snapshot["hosts"]] == [
         ("api.dead.test", "unreachable: no answer from [ip]")
     ]
-    late = {one["id"]: one for one in frame["late"]}
+    late = {one["id"]: one for one in snapshot["late"]}
     assert late[jobs["late"]]["why"] == "no worker asks"
     assert late[jobs["refused"]]["why"] == "held: key rejected: Invalid API key"
     assert late[jobs["resting"]]["why"] == "held: held by an operator"
@@ -123,36 +123,36 @@ def test_each_trouble_that_there_is_is_in_the_document(database: Engine, top: To
     assert late[jobs["dead host"]]["why"].startswith("held: api.dead.test unreachable")
     assert late[jobs["stuck"]]["why"] == f"claimed by {ELSEWHERE}, which is silent"
     assert 85 < late[jobs["overdue"]]["past_deadline_seconds"] < 150
-    assert frame["late"][0]["id"] == jobs["overdue"], "the latest is first"
+    assert snapshot["late"][0]["id"] == jobs["overdue"], "the latest is first"
     assert jobs["by hand"] not in late
-    assert frame["late_count"] == len(late) == 7
-    claims = {(one["what"], one["id"]): one for one in frame["claims"]}
+    assert snapshot["late_count"] == len(late) == 7
+    claims = {(one["what"], one["id"]): one for one in snapshot["claims"]}
     assert claims["job", jobs["stuck"]]["dead"] is False
     assert 65 < claims["job", jobs["stuck"]]["over_seconds"] < 130
     assert claims["job", jobs["dead"]]["dead"] is True
     assert claims["job", jobs["dead"]]["over_seconds"] < 0, "its lease still runs"
     assert claims["job", jobs["endless"]]["over_seconds"] < -19_000, "no work takes as long as it has"
     assert sorted(what for what, _ in claims) == ["job", "job", "job", "output"]
-    (forgotten,) = frame["overdue"]
+    (forgotten,) = snapshot["overdue"]
     assert forgotten["id"] == jobs["forgotten"]
     assert 890 < forgotten["past_deadline_seconds"] < 960
     assert 7_100 < forgotten["asked_in_seconds"] <= 7_200
-    (transfer,) = frame["transfers"]
+    (transfer,) = snapshot["transfers"]
     assert (transfer["job_id"], transfer["bytes"], transfer["host"]) == (
         jobs["receiving"],
         5_000_000,
         "cdn.dead.test:8443",
     )
     assert 100_000 < transfer["bytes_per_second"] <= 500_000
-    trouble = frame["unstored"][0]
+    trouble = snapshot["unstored"][0]
     assert (trouble["code"], trouble["host"], trouble["count"]) == ("unreachable", "cdn.dead.test:8443", 1)
     assert trouble["message"] == "no answer: ConnectTimeout"
-    assert [(one["id"], one["code"]) for one in frame["failures"]] == [(jobs["failed"], "api_failed")]
-    (webhook,) = frame["webhooks"]
+    assert [(one["id"], one["code"]) for one in snapshot["failures"]] == [(jobs["failed"], "api_failed")]
+    (webhook,) = snapshot["webhooks"]
     assert (webhook["receiver"], webhook["http_status"]) == ("shop.test", 500)
     assert webhook["message"] == "it answered 500 to [e-mail]"
-    assert (frame["jobs"]["pending"], frame["jobs"]["downloading"], frame["jobs"]["failed"]) == (11, 3, 1)
-    assert frame["asked_seconds"] >= 400
+    assert (snapshot["jobs"]["pending"], snapshot["jobs"]["downloading"], snapshot["jobs"]["failed"]) == (11, 3, 1)
+    assert snapshot["asked_seconds"] >= 400
     assert not re.search(r"sk-canary|sig=|hidden|users/ann|ann@", said)
 
 
@@ -165,8 +165,8 @@ def test_a_frame_fits_80_by_24_and_cuts_each_part(database: Engine) -> None:
             planted.received(connection, f"r{number}")
         count(connection, delays=3)
 
-    frame = SnapshotReader(database, load()).frame()
-    small, large = shown(frame, 80, 24), shown(frame, 140, 140)
+    snapshot = SnapshotReader(database, load()).read()
+    small, large = shown(snapshot, 80, 24), shown(snapshot, 140, 140)
 
     assert len(small) <= 24
     assert max(map(len, small)) <= 80
@@ -176,15 +176,15 @@ def test_a_frame_fits_80_by_24_and_cuts_each_part(database: Engine) -> None:
     assert any(line.startswith("LAST FAILURES … and 20 more") for line in small), small
     assert "… and 36 more" in small, "of the late jobs, that were not read, too"
     assert "NO WORKER ASKS" in small[0]
-    assert shown(frame, 80, 24, "the database is away")[2] == "the database is away"
+    assert shown(snapshot, 80, 24, "the database is away")[2] == "the database is away"
     assert sum(line.endswith("cdn.dead.test:8443") for line in large) == 31
     assert any(line.startswith("READY TO SEEN") and line.endswith("(since counting began)") for line in large)
 
 
-def shown(frame: Frame, width: int, height: int, trouble: str | None = None) -> list[str]:
-    """The lines of a frame on a terminal of this size."""
+def shown(snapshot: Snapshot, width: int, height: int, trouble: str | None = None) -> list[str]:
+    """The lines of a snapshot on a terminal of this size."""
     console = Console(width=width, height=height, record=True, file=io.StringIO())
-    console.print(drawn(frame, width, height, trouble))
+    console.print(render(snapshot, width, height, trouble))
     return console.export_text().splitlines()
 
 
@@ -206,14 +206,14 @@ def test_rates_are_what_was_counted_between_frames(database: Engine) -> None:
         count(connection, answers=1_000, delays=5)
         planted.received(connection, "1", attempts=2, received_bytes=1_000)
 
-    first = watcher.frame()
+    first = watcher.read()
     with database.begin() as connection:
         count(connection, answers=30, delays=2)
         connection.exec_driver_sql("UPDATE fetch_outputs SET received_bytes = 41000")
     at[0] = 4.0
-    second = watcher.frame()
+    second = watcher.read()
     at[0] = 200.0
-    third = watcher.frame()
+    third = watcher.read()
 
     assert first.accounts[0].used is None, "Redis is away, and there is nothing to compare with"
     assert (first.kinds[0].jobs, first.kinds_seconds) == (5, None)
@@ -232,14 +232,14 @@ def test_the_first_frame_knows_from_redis_what_is_asked_and_left(
     redis_client(redis_url, seconds=2).flushall()  # our own: what the test before it took
     budget = RateLimiter(redis_url)
 
-    free = SnapshotReader(database, load()).frame().accounts[0]
+    free = SnapshotReader(database, load()).read().accounts[0]
     budget.take("default", 5, rate=10.0)
     budget.taken("default", 4)
 
     assert (free.left, free.used, free.rps) == (2, 0.0, 10.0)
     # it is shown once its second is over
     wait_until(
-        lambda: SnapshotReader(database, load()).frame().accounts[0].used == 4.0, "four requests are shown as used"
+        lambda: SnapshotReader(database, load()).read().accounts[0].used == 4.0, "four requests are shown as used"
     )
 
 

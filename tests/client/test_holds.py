@@ -182,7 +182,7 @@ def test_a_held_job_says_so_and_is_no_late_work(database: Engine, monkeypatch: p
     assert said.startswith("held by an operator since 2026-03-01 12:00:00 UTC")
     assert (state.oldest_due_seconds, state.healthy) == (0.0, True)
     assert [(one.account, one.reason, one.since) for one in state.accounts] == [("default", None, None)]
-    assert overview.belief(connection, row) is None
+    assert overview.ready_estimate(connection, row) is None
 
 
 def test_the_next_moment_is_none_of_a_held_job(engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""`show`: why a job does not move, link by link, and the one line that says what to do about it."""
+"""`show` explains why a job does not move: one finding per check, and one line of advice."""
 
 import json
 import re
@@ -20,12 +20,12 @@ from worker.operations import explain
 from worker.store.schema import HELD_UNTIL
 from worker.system.process_identity import holder_name
 
-NOBODY = "redis://127.0.0.1:1/0"
+NO_REDIS = "redis://127.0.0.1:1/0"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A job that does not move: how it is planted, which link says so, in which words, and what is to be done."""
+    """A job that does not move: how it is created, the finding that explains it, and the advice."""
 
     name: str
     plant: Callable[[Connection], int]
@@ -36,7 +36,7 @@ class Case:
 
 
 def awake(connection: Connection, name: str = "default") -> None:
-    """An account that somebody asks for."""
+    """Create an account that a worker polls for."""
     planted.breaker(connection, "account", name, asked_at=planted.now())
 
 
@@ -67,7 +67,7 @@ def host_away(connection: Connection) -> int:
     return planted.waiting(connection, "1")
 
 
-def nobody_probes(connection: Connection) -> int:
+def no_process_probes(connection: Connection) -> int:
     at = planted.now()
     planted.held(connection, "account", "default", "key rejected: no", probe_at=at - seconds(600))
     return planted.waiting(connection, "1")
@@ -137,20 +137,22 @@ def ended(code: str, output_code: str | None = None, status: str = "failed") -> 
     return plant
 
 
-SWEEP = "nothing: the next sweep gives it back within seconds"
-TAKEN_UP = "it takes up what a process that is gone has left"
+SWEEP = "nothing: the next sweep releases the claim within seconds"
+RELEASES = "it releases the claims of dead processes"
 CASES = [
-    Case("waits", waits, "poll", "waits", r"in \d\.\d s", r"nothing: it is asked in \d\.\d s"),
-    Case("no worker", lambda c: planted.waiting(c, "1"), "poll", "due", r"for 10\d s", "start a `worker` process: .*"),
-    Case("due just now", lambda c: waits(c, due=-1), "poll", "due", r"for .*", "nothing: it is asked next"),
-    Case("forgotten", lambda c: waits(c, due=-90), "queue", "first", ".*", "fetch-worker doctor: .*"),
-    Case("behind", behind, "queue", "behind", "before it: 4 due jobs .*", "nothing: it waits for 4 due jobs .*"),
+    Case("waits", waits, "poll", "waits", r"in \d\.\d s", r"nothing: it is polled in \d\.\d s"),
+    Case(
+        "no worker", lambda c: planted.waiting(c, "1"), "poll", "due", r"since 10\d s", "start a `worker` process: .*"
+    ),
+    Case("due just now", lambda c: waits(c, due=-1), "poll", "due", r"since .*", "nothing: it is polled next"),
+    Case("forgotten", lambda c: waits(c, due=-90), "queue", "first", ".*", "run fetch-worker doctor: .*"),
+    Case("behind", behind, "queue", "behind", "4 due jobs .*", "nothing: 4 due jobs are ahead .*"),
     Case(
         "no key",
         lambda c: planted.waiting(c, "1", account="shop"),
         "account",
         "no key",
-        "shop has none.*",
+        "shop has no key.*",
         r'put the key of account shop into SD_API_KEYS\["shop"\] and restart the worker',
     ),
     Case(
@@ -174,11 +176,16 @@ CASES = [
         refused("rate limited", until=planted.now() + seconds(3_000), probe_at=None),
         "account",
         "held",
-        ".*it goes on in .*",
-        "nothing: account default goes on in .*",
+        ".*it continues in .*",
+        "nothing: account default continues in .*",
     ),
     Case(
-        "nobody probes", nobody_probes, "account", "held", ".*was to be tried.*", "start a `worker` process: nobody.*"
+        "no process probes",
+        no_process_probes,
+        "account",
+        "held",
+        ".*should have been tried.*",
+        "start a `worker` process: no process .*",
     ),
     Case(
         "account by hand",
@@ -205,15 +212,20 @@ CASES = [
         r"fetch-worker resume \d+",
     ),
     Case(
-        "host away", host_away, "host", "held", "api.test: since .*unreachable.*", "nothing here: api.test does not .*"
+        "host away",
+        host_away,
+        "host",
+        "held",
+        "api.test: since .*unreachable.*",
+        "nothing on your side: api.test does not .*",
     ),
     Case(
-        "asked now",
+        "request in flight",
         claims(holder_name(), -20),
         "claim",
         "held",
-        f"by {re.escape(holder_name())}, which runs, since 1. s; its lease ends in .*",
-        "nothing: it is asked about now",
+        f"by {re.escape(holder_name())}, which is running, since 1. s; its lease ends in .*",
+        "nothing: a request about it is in flight",
     ),
     Case("dead, swept", claims(DEAD, -20), "claim", "stuck", ".*which is dead.*lease ends.*", SWEEP),
     Case(
@@ -222,39 +234,39 @@ CASES = [
         "claim",
         "stuck",
         ".*which is dead.*",
-        f"start a `worker` process: {TAKEN_UP}",
+        f"start a `worker` process: {RELEASES}",
     ),
     Case(
         "stuck lease",
         claims(ELSEWHERE, 70),
         "claim",
         "stuck",
-        f"by {ELSEWHERE}, of which this host knows nothing, since 10. s; its lease is over for 7. s",
-        f"start a `worker` process: {TAKEN_UP}",
+        f"by {ELSEWHERE}, which is not on this host, since 10. s; its lease ended 7. s ago",
+        f"start a `worker` process: {RELEASES}",
     ),
     Case(
         "past deadline",
         lambda c: waits(c, deadline_at=planted.now() - seconds(65)),
         "deadline",
         "over",
-        "for 6. s; it ends on the next answer that says it is not ready, not before",
-        "nothing: it is asked in .*, and ends then unless it is ready",
+        "since 6. s; the job expires on the next answer that is not ready",
+        "nothing: it is polled in .*, and it expires then unless it is ready",
     ),
     Case(
-        "past deadline, asked in hours",
+        "past deadline, polled in hours",
         lambda c: waits(c, deadline_at=planted.now() - seconds(65), due_at=planted.now() + seconds(7_300)),
         "deadline",
         "over",
         ".*",
-        r"fetch-worker resume \d+ asks at once; else it is asked in 2.0 h, and ends then unless it is ready",
+        r"fetch-worker resume \d+ polls it at once; otherwise it is polled in 2.0 h, and it expires then unless .*",
     ),
     Case(
         "a lease without end",
         lambda c: planted.claimed(c, "1", ELSEWHERE, over=-20_000, asked_at=planted.now() - seconds(81)),
         "claim",
         "stuck",
-        f"by {ELSEWHERE}, of which this host knows nothing, since 8. s; its lease ends in .*",
-        r"fetch-worker resume \d+: no work takes that long, so its process must be gone",
+        f"by {ELSEWHERE}, which is not on this host, since 8. s; its lease ends in .*",
+        r"fetch-worker resume \d+: no work takes this long, so the process must be dead",
     ),
     Case(
         "dead download host, tried again in a while",
@@ -262,7 +274,7 @@ CASES = [
         "output 0",
         "unreachable",
         "again in .*",
-        r"nothing here: .* in 5 min, until .*; once it does, fetch-worker resume \d+ tries at once",
+        r"nothing on your side: .* in 5 min, until .*; when .* works again, fetch-worker resume \d+ tries at once",
     ),
     Case(
         "dead download host",
@@ -270,34 +282,36 @@ CASES = [
         "output 0",
         "unreachable",
         "again in .*, 3 attempts, link of cdn.dead.test:8443, 4 min old; unreachable: no answer: ConnectTimeout",
-        "nothing here: cdn.dead.test:8443 does not give it; tried again in .*, until OUTPUT_DEADLINE in 23.9 h",
+        "nothing on your side: cdn.dead.test:8443 does not deliver it; it is .*, until OUTPUT_DEADLINE in 23.9 h",
     ),
-    Case("storage", output("storage"), "output 0", "storage", ".*", r"put the storage right \(STORAGE_URL\).*"),
-    Case("no downloads", output(None, due=-70), "output 0", "waits", "due for 7.*", "start a `downloads` process: .*"),
-    Case("next download", output(None, due=-1), "output 0", "waits", "due for .*", "nothing: it is fetched next"),
-    Case("bad body", output("not_media"), "output 0", "not_media", "again in .*", "nothing: tried again in .*"),
+    Case("storage", output("storage"), "output 0", "storage", ".*", r"repair the storage \(STORAGE_URL\) .*"),
+    Case(
+        "no downloads", output(None, due=-70), "output 0", "waits", "due since 7.*", "start a `downloads` process: .*"
+    ),
+    Case("next download", output(None, due=-1), "output 0", "waits", "due since .*", "nothing: it is downloaded next"),
+    Case("bad body", output("not_media"), "output 0", "not_media", "again in .*", "nothing: it is tried again in .*"),
     Case(
         "receiving",
         receiving(-20),
         "output 0",
         "receiving",
-        f"2.5 MB so far, by {ELSEWHERE}, of which this host knows nothing, since 1. s; its lease ends in .*",
-        "nothing: it is being received",
+        f"2.5 MB received, by {ELSEWHERE}, which is not on this host, since 1. s; its lease ends in .*",
+        "nothing: the download is running",
     ),
     Case(
         "download stuck",
         receiving(60),
         "output 0",
         "stuck",
-        ".*its lease is over for 6. s.*",
-        f"start a `downloads` process: {TAKEN_UP}",
+        ".*its lease ended 6. s ago.*",
+        f"start a `downloads` process: {RELEASES}",
     ),
     Case(
         "fresh link held",
         renewing,
         "output 0",
         "gone",
-        ".*asked for afresh.*",
+        ".*a fresh link was requested.*",
         "buy credits for account default, then fetch-worker resume --account default, .*",
     ),
     Case(
@@ -306,15 +320,25 @@ CASES = [
         "webhook",
         "refused",
         r"again in 5 min; job.failed to shop.test, 4 attempts; it answered 500 to \[e-mail\]",
-        "look at the receiver shop.test: it is told again in 5 min",
+        "check the receiver shop.test: the event is sent again in 5 min",
     ),
     Case(
-        "webhook late", told(-300), "webhook", "late", "due for 5 min; .*", ".*`worker` process that has WEBHOOK_SECRET"
+        "webhook late",
+        told(-300),
+        "webhook",
+        "late",
+        "due since 5 min; .*",
+        ".*`worker` process with WEBHOOK_SECRET set",
     ),
-    Case("event not made", unannounced, "webhook", "not made", "for 10 min", ".*process that has WEBHOOK_SECRET"),
+    Case("event not made", unannounced, "webhook", "not made", "since 10 min", ".*process with WEBHOOK_SECRET set"),
     Case("failed", ended("api_failed"), "job", "failed", ".*api_failed: no paint left", r"fetch-worker retry \d+"),
     Case(
-        "expired", ended("expired", status="expired"), "job", "expired", ".*", r"fetch-worker retry \d+, if it may .*"
+        "expired",
+        ended("expired", status="expired"),
+        "job",
+        "expired",
+        ".*",
+        r"fetch-worker retry \d+, if the output may .*",
     ),
     Case(
         "refused address",
@@ -322,7 +346,7 @@ CASES = [
         "output 0",
         "failed",
         ".*refused_address.*",
-        r"fetch-worker retry \d+, once OUTPUT_ALLOWED_NETWORKS has .*",
+        r"add the network of that address to OUTPUT_ALLOWED_NETWORKS .*, then fetch-worker retry \d+",
     ),
     Case(
         "too large",
@@ -330,7 +354,7 @@ CASES = [
         "output 0",
         "failed",
         ".*",
-        r"fetch-worker retry \d+, with a larger OUTPUT_MAX_BYTES",
+        r"set a larger OUTPUT_MAX_BYTES, then fetch-worker retry \d+",
     ),
 ]
 
@@ -339,45 +363,45 @@ Show = Callable[[int], tuple[dict[str, Any], str]]
 
 @pytest.fixture
 def database(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """The database that the commands use, with our tables in it; and no Redis."""
+    """A migrated database that the commands use; Redis is not reachable."""
     monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
-    monkeypatch.setenv("REDIS_URL", NOBODY)
+    monkeypatch.setenv("REDIS_URL", NO_REDIS)
     monkeypatch.setenv("SD_API_KEY", "sk-canary-7f3a")
     return engine
 
 
 @pytest.fixture
 def show(capsys: pytest.CaptureFixture[str]) -> Show:
-    """What `show` says of a job: its document, and its text."""
+    """Return a function that runs `show` for a job and returns its JSON document and its text."""
 
     def command(job_id: int) -> tuple[dict[str, Any], str]:
-        return json.loads(_said(capsys, str(job_id), "--json")), _said(capsys, str(job_id))
+        return json.loads(_output_of_show(capsys, str(job_id), "--json")), _output_of_show(capsys, str(job_id))
 
     return command
 
 
-def _said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+def _output_of_show(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        main(["show", *words])
+        main(["show", *arguments])
     assert ended.value.code == 0
     return capsys.readouterr().out
 
 
-def _step(links: Sequence[dict[str, str]], name: str) -> dict[str, str]:
-    return next(link for link in links if link["step"] == name)
+def _finding(findings: Sequence[dict[str, str]], step: str) -> dict[str, str]:
+    return next(finding for finding in findings if finding["step"] == step)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_each_trouble_is_named_with_what_to_do(database: Engine, show: Show, case: Case) -> None:
+def test_each_problem_is_explained_with_advice(database: Engine, show: Show, case: Case) -> None:
     with database.begin() as connection:
         job_id = case.plant(connection)
 
     document, text = show(job_id)
 
-    link = _step(document["chain"], case.step)
-    assert set(link) == {"step", "state", "detail"}
-    assert (link["state"], bool(re.fullmatch(case.detail, link["detail"]))) == (case.state, True), link
+    finding = _finding(document["chain"], case.step)
+    assert set(finding) == {"step", "state", "detail"}
+    assert (finding["state"], bool(re.fullmatch(case.detail, finding["detail"]))) == (case.state, True), finding
     assert re.fullmatch(case.advice, document["advice"]), document["advice"]
     assert re.sub(r"\d", "", text.splitlines()[-1]) == re.sub(r"\d", "", f"what to do: {document['advice']}")
     assert "sk-canary" not in text
@@ -386,23 +410,23 @@ def test_each_trouble_is_named_with_what_to_do(database: Engine, show: Show, cas
     )
 
 
-def test_a_job_that_is_done_has_nothing_to_be_done(database: Engine, show: Show) -> None:
+def test_a_completed_job_needs_no_action(database: Engine, show: Show) -> None:
     with database.begin() as connection:
         job_id = planted.failed(connection, "1", status="completed", error_code=None, ready_at=planted.now())
 
-    assert show(job_id)[0]["advice"] == "nothing: all is stored"
+    assert show(job_id)[0]["advice"] == "nothing: all outputs are stored"
 
 
-def test_the_last_answers_are_told_with_their_ages_and_without_what_is_personal(database: Engine, show: Show) -> None:
-    said = NOTE_SEPARATOR.join(
+def test_the_last_answers_are_shown_with_their_ages_and_without_personal_data(database: Engine, show: Show) -> None:
+    last_answer = NOTE_SEPARATOR.join(
         ['12.3 s: odd answer: {"prompt": "Ann in a lake"} for ann@shop.test', "4.0 s: processing"]
     )
     with database.begin() as connection:
-        job_id = waits(connection, last_answer=said)
+        job_id = waits(connection, last_answer=last_answer)
 
     document, text = show(job_id)
 
-    assert _step(document["chain"], "answers") == {
+    assert _finding(document["chain"], "answers") == {
         "step": "answers",
         "state": "2 kept",
         "detail": 'at 12 s: odd answer: {"prompt": "[text]"} for [e-mail]; at 4.0 s: processing',
@@ -410,77 +434,81 @@ def test_the_last_answers_are_told_with_their_ages_and_without_what_is_personal(
     assert "Ann" not in text + document["why"]
 
 
-def test_the_curve_tells_when_such_jobs_are_ready(database: Engine, show: Show) -> None:
+def test_the_curve_shows_when_jobs_of_this_kind_are_ready(database: Engine, show: Show) -> None:
     teach(database, seconds=20.0)
     with database.begin() as connection:
         at = planted.now()
         job_id = waits(connection, submitted_at=at - seconds(5), not_ready_at=at - seconds(1))
 
-    curve = _step(show(job_id)[0]["chain"], "curve")
+    curve = _finding(show(job_id)[0]["chain"], "curve")
 
     assert curve["state"] == "by age"
-    found = re.fullmatch(
+    match = re.fullmatch(
         r"ready now (\d+)%, in 5 s (\d+)%, in 15 s (\d+)%, in 60 s (\d+)%, in 300 s (\d+)%; "
-        r"half in (\d+) s, 90 % in (\d+) s; of 40 such jobs",
+        r"half in (\d+) s, 90 % in (\d+) s; from 40 jobs of this kind",
         curve["detail"],
     )
-    assert found, curve
-    chances = [int(found[place]) for place in range(1, 6)]
+    assert match, curve
+    chances = [int(match[place]) for place in range(1, 6)]
     assert chances == sorted(chances)
     assert chances[0] < 20 < 80 < chances[3]
-    assert 8 < int(found[6]) <= int(found[7]) < 40
+    assert 8 < int(match[6]) <= int(match[7]) < 40
 
 
-def test_the_budget_is_looked_at_and_nothing_is_taken(
+def test_the_rate_limit_is_read_without_using_it(
     database: Engine, show: Show, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REDIS_URL", redis_url)
     monkeypatch.setenv("SD_API_RPS", "0.5")
-    redis_client(redis_url, seconds=2).flushall()  # our own: what the test before it took
+    redis_client(redis_url, seconds=2).flushall()  # a server of these tests: remove the requests of the previous test
     with database.begin() as connection:
         planted.breaker(connection, "account", "default", ceiling=0.3, cut_at=planted.now())
         job_id = planted.waiting(connection, "1")
-    budget = RateLimiter(redis_url)
+    limiter = RateLimiter(redis_url)
 
-    free = [_step(show(job_id)[0]["chain"], "budget") for _ in range(3)][-1]
-    while budget.take("default", 1, rate=0.2).send_times:
+    free_finding = [_finding(show(job_id)[0]["chain"], "budget") for _ in range(3)][-1]
+    while limiter.take("default", 1, rate=0.2).send_times:
         pass
-    spent = _step(show(job_id)[0]["chain"], "budget")
+    spent_finding = _finding(show(job_id)[0]["chain"], "budget")
 
-    begins = r"0\.2 requests per second in force of 0\.5, the API took 0\.3 when it refused one; "
-    assert free["state"] == "free"
-    assert re.fullmatch(begins + r"\d could go out now, 0 were made in the last second", free["detail"]), free
-    assert spent["state"] == "used up"
-    assert re.fullmatch(begins + r"the next can go out in \d\.\d s, 0 were made in the last second", spent["detail"]), (
-        spent
+    prefix = r"0\.2 requests per second allowed now, 0\.5 configured, learned from the last refusal: 0\.3; "
+    assert free_finding["state"] == "free"
+    assert re.fullmatch(prefix + r"\d can be sent now, 0 were made in the last second", free_finding["detail"]), (
+        free_finding
     )
+    assert spent_finding["state"] == "used up"
+    assert re.fullmatch(
+        prefix + r"the next can be sent in \d\.\d s, 0 were made in the last second", spent_finding["detail"]
+    ), spent_finding
 
 
-def test_without_redis_the_budget_is_unknown(database: Engine, show: Show) -> None:
+def test_without_redis_the_rate_limit_is_unknown(database: Engine, show: Show) -> None:
     with database.begin() as connection:
         job_id = waits(connection)
 
-    budget = _step(show(job_id)[0]["chain"], "budget")
+    finding = _finding(show(job_id)[0]["chain"], "budget")
 
-    assert budget["state"] == "unknown"
-    assert "Redis is away" in budget["detail"]
+    assert finding["state"] == "unknown"
+    assert "Redis is not reachable" in finding["detail"]
 
 
-def test_the_jobs_ahead_are_counted_up_to_a_bound(
+def test_the_jobs_ahead_are_counted_up_to_a_limit(
     database: Engine, show: Show, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(explain, "AHEAD_MOST", 3)
     with database.begin() as connection:
         job_id = behind(connection)
 
-    assert _step(show(job_id)[0]["chain"], "queue")["detail"] == "before it: more than 3 due jobs of its account"
+    assert (
+        _finding(show(job_id)[0]["chain"], "queue")["detail"] == "more than 3 due jobs of its account are ahead of it"
+    )
 
 
-def test_why_does_not_say_of_a_claim_without_end_that_it_is_being_asked_about(database: Engine, show: Show) -> None:
+def test_why_reports_a_claim_that_is_older_than_any_request(database: Engine, show: Show) -> None:
     with database.begin() as connection:
         job_id = planted.claimed(connection, "1", ELSEWHERE, over=-20_000, asked_at=planted.now() - seconds(900))
 
     document, _ = show(job_id)
 
-    said = f"{ELSEWHERE} took it 90. s ago, longer than any request takes: `resume` has it go on"
-    assert re.fullmatch(said, document["why"]), document["why"]
+    expected = f"{ELSEWHERE} claimed it 90. s ago, longer than any request takes: `resume` polls it at once"
+    assert re.fullmatch(expected, document["why"]), document["why"]

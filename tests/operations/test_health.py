@@ -1,8 +1,8 @@
-"""The doctor: green where all is well, and for everything that is wrong one line that says what to do."""
+"""`doctor`: every check passes on a healthy installation, and every failed check says what to do."""
 
 import json
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tests.rows import add_downloading, add_job, add_output
 from worker.cli import look, main
 from worker.coordination.rate_limiter import redis_client
 from worker.operations import health
-from worker.operations.health import Check, Node, alive, examine
+from worker.operations.health import Check, Node, check_liveness, run_checks
 from worker.settings import load
 from worker.store.claims import claim_output
 from worker.store.database_identity import database_id
@@ -29,12 +29,10 @@ ALL = {
 }
 QUEUES = dict.fromkeys(("fetch-worker", "fetch-worker.polls", "fetch-worker.downloads"), "start a process")
 
-Examined = Callable[[], Mapping[str, Check]]
-
 
 @pytest.fixture
-def settled(engine: Engine, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """Settings that lead to servers where all is well."""
+def healthy(engine: Engine, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """Settings for servers that all work."""
     monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
     monkeypatch.setenv("REDIS_URL", redis_url)
     monkeypatch.setenv("SD_API_KEY", "k")
@@ -43,55 +41,54 @@ def settled(engine: Engine, redis_url: str, tmp_path: Path, monkeypatch: pytest.
     return engine
 
 
-def _examined(nodes: Mapping[str, Node] | Exception = ALL) -> dict[str, Check]:
+def _run_checks(nodes: Mapping[str, Node] | Exception = ALL) -> dict[str, Check]:
     def answer() -> Mapping[str, Node]:
         if isinstance(nodes, Exception):
             raise nodes
         return nodes
 
-    checks = list(examine(load(), answer, queues=QUEUES))
+    checks = list(run_checks(load(), answer, queues=QUEUES))
     assert len({check.name for check in checks}) == len(checks)
     return {check.name: check for check in checks}
 
 
-def _wrong(checks: Mapping[str, Check]) -> dict[str, str]:
+def _failed(checks: Mapping[str, Check]) -> dict[str, str]:
     return {name: check.message for name, check in checks.items() if not check.ok}
 
 
-@pytest.mark.usefixtures("settled")
-def test_where_all_is_well_every_check_is_ok() -> None:
-    """And says what it saw."""
-    checks = _examined()
-    assert _wrong(checks) == {}
+@pytest.mark.usefixtures("healthy")
+def test_every_check_passes_on_a_healthy_installation() -> None:
+    """Each check has a message."""
+    checks = _run_checks()
+    assert _failed(checks) == {}
     assert set(checks) == {
         "names", "database", "work", "holds", "claims", "on_done", "on_done queues", "deadlines", "outputs", "webhooks",
         "vacuum", "transactions", "redis", "processes", "storage", "partials",
     }  # fmt: skip
     assert all(check.message for check in checks.values())
-    assert alive(load()).ok
+    assert check_liveness(load()).ok
 
 
-def test_work_that_nobody_does_is_seen_by_the_doctor_and_by_the_liveness_check(settled: Engine) -> None:
-    """It is true only if due work is being done."""
+def test_late_work_fails_the_work_check_and_the_liveness_check(healthy: Engine) -> None:
     long_ago = datetime.now(UTC) - timedelta(minutes=5)
-    with settled.begin() as connection:
+    with healthy.begin() as connection:
         add_job(connection, due_at=long_ago)
-    assert "start a `worker` process" in _wrong(_examined())["work"]
-    assert not alive(load()).ok
+    assert "start a `worker` process" in _failed(_run_checks())["work"]
+    assert not check_liveness(load()).ok
 
 
-def test_holds_are_named_with_their_reason(settled: Engine) -> None:
-    """Whoever is held waits, and costs nothing."""
-    with settled.begin() as connection:
+def test_holds_are_named_with_their_reason(healthy: Engine) -> None:
+    """The message names the account and the reason."""
+    with healthy.begin() as connection:
         now = datetime.now(UTC)
         row = {"scope": "account", "name": "default", "proven": False, "reason": "key: refused", "since": now}
         connection.execute(insert(breakers).values(**row, probe_at=now + timedelta(seconds=20)))
-    assert "default: key: refused" in _wrong(_examined())["holds"]
+    assert "default: key: refused" in _failed(_run_checks())["holds"]
 
 
-def test_webhooks_that_nobody_takes_are_told(settled: Engine) -> None:
-    """Those that are tried again, and those given up lately."""
-    with settled.begin() as connection:
+def test_refused_webhooks_are_reported(healthy: Engine) -> None:
+    """Events that are sent again, and events that were given up in the last day."""
+    with healthy.begin() as connection:
         now = datetime.now(UTC)
         job_id = add_job(connection)
         whole = {"job_id": job_id, "type": "job.failed", "url": "https://app.test/", "body": "{}", "created_at": now}
@@ -99,164 +96,164 @@ def test_webhooks_that_nobody_takes_are_told(settled: Engine) -> None:
         waiting = {"status": "pending", "ended_at": None, "due_at": now, "error_message": "HTTP 500"}
         rows = [whole | {"event_id": "1"} | waiting, whole | {"event_id": "2"} | given_up]
         connection.execute(insert(events), rows)
-    assert "1 are tried again, 1 were given up in the last day, HTTP 500" in _wrong(_examined())["webhooks"]
+    assert "1 are sent again, 1 were given up in the last day, HTTP 500" in _failed(_run_checks())["webhooks"]
 
 
-def test_webhooks_that_nobody_sends_are_told(settled: Engine) -> None:
-    """The secret was taken out of the settings, or no process is there to send them."""
-    with settled.begin() as connection:
+def test_unsent_webhooks_are_reported(healthy: Engine) -> None:
+    """The secret was removed from the settings, or no process runs that sends them."""
+    with healthy.begin() as connection:
         ended = datetime.now(UTC) - timedelta(minutes=2)
         final = {"status": "cancelled", "due_at": None, "completed_at": ended}
         add_job(connection, "1", **final, webhook_url="https://app.test/")
         add_job(connection, "2", **final)
-    assert "1 are due for more than 60 s and nobody sends them" in _wrong(_examined())["webhooks"]
+    assert "1 are due since more than 60 s and no process sends them" in _failed(_run_checks())["webhooks"]
 
 
-def test_claims_of_processes_that_are_gone_and_outputs_that_wait_for_long_are_counted(settled: Engine) -> None:
-    """A lease that is over is taken up within seconds, where anybody is there to do it."""
+def test_claims_of_dead_processes_and_late_outputs_are_counted(healthy: Engine) -> None:
+    """A running worker releases an ended lease within seconds."""
     now = datetime.now(UTC)
-    with settled.begin() as connection:
+    with healthy.begin() as connection:
         job_id = add_downloading(connection)
         listed = now - timedelta(hours=2)
         output_id = add_output(connection, job_id, listed_at=listed, due_at=listed, error_code="storage")
         then, lease = now - timedelta(hours=1), timedelta(seconds=1)
         assert claim_output(connection, output_id, token="t", holder="gone.1.2", lease=lease, now=then)
-    wrong = _wrong(_examined())
-    assert wrong["claims"].startswith("1 rows were taken")
-    assert "1 outputs are paid for" in wrong["outputs"]
-    assert "1 storage" in wrong["outputs"]
+    failed = _failed(_run_checks())
+    assert failed["claims"].startswith("1 rows are still claimed")
+    assert "1 outputs are not stored yet" in failed["outputs"]
+    assert "1 storage" in failed["outputs"]
 
 
-def test_what_top_shows_is_wrong_for_the_doctor_too(settled: Engine) -> None:
-    """A claim that is older than any work, a job past its deadline that is asked in hours, a host of pictures away."""
+def test_problems_that_top_shows_fail_the_checks_too(healthy: Engine) -> None:
+    """An old claim, a job past its deadline that is polled in hours, and an unreachable download host."""
     now = datetime.now(UTC)
     hours = {"due_at": now + timedelta(hours=4), "asked_at": now - timedelta(minutes=20)}
-    with settled.begin() as connection:
+    with healthy.begin() as connection:
         stuck = add_job(connection, "1", claim_token="t", claim_holder="0badc0de.7.7", **hours)
-        forgotten = add_job(connection, "2", deadline_at=now - timedelta(hours=2), **hours)
+        overdue = add_job(connection, "2", deadline_at=now - timedelta(hours=2), **hours)
         job_id = add_downloading(connection, "3")
         listed = now - timedelta(minutes=6)
         add_output(connection, job_id, listed_at=listed, due_at=now + timedelta(minutes=1), error_code="unreachable")
-    wrong = _wrong(_examined())
-    assert f"(job {stuck})" in wrong["claims"]
-    assert f"`fetch-worker resume {forgotten}`" in wrong["deadlines"]
-    assert "1 unreachable" in wrong["outputs"]
+    failed = _failed(_run_checks())
+    assert f"(job {stuck})" in failed["claims"]
+    assert f"`fetch-worker resume {overdue}`" in failed["deadlines"]
+    assert "1 unreachable" in failed["outputs"]
 
 
 @pytest.mark.parametrize(
-    ("nodes", "words"),
+    ("nodes", "text"),
     [
-        ({}, "none at all"),
+        ({}, "running processes: none"),
         ({"worker@here": Node(frozenset({"fetch-worker", "fetch-worker.polls"}))}, "fetch-worker.downloads"),
-        (BrokerError("away"), "broker is away"),
+        (BrokerError("away"), "broker does not answer"),
     ],
 )
-@pytest.mark.usefixtures("settled")
-def test_queues_that_nobody_consumes_are_named(nodes: Any, words: str) -> None:
-    """With the process to start."""
-    assert words in _wrong(_examined(nodes))["processes"]
+@pytest.mark.usefixtures("healthy")
+def test_queues_without_a_consumer_are_reported(nodes: Any, text: str) -> None:
+    """The message names the process to start."""
+    assert text in _failed(_run_checks(nodes))["processes"]
 
 
-def test_processes_that_serve_another_database_are_named(settled: Engine) -> None:
-    """Two apps on one Redis take each other's messages."""
-    with settled.connect() as connection:
+def test_processes_that_use_another_database_are_reported(healthy: Engine) -> None:
+    """Two apps on one Redis consume each other's messages."""
+    with healthy.connect() as connection:
         own = database_id(connection)
     ours = {name: Node(node.queues, own) for name, node in ALL.items()}
-    assert "processes" not in _wrong(_examined(ours))
+    assert "processes" not in _failed(_run_checks(ours))
 
-    said = _wrong(_examined(ours | {"worker@there": Node(frozenset({"fetch-worker"}), "0123456789abcdef")}))
+    failed = _failed(_run_checks(ours | {"worker@there": Node(frozenset({"fetch-worker"}), "0123456789abcdef")}))
 
-    assert said["processes"].startswith("worker@there take our messages into another database: give each app a Redis")
+    assert failed["processes"].startswith(
+        "worker@there consume these queues but use another database: give each app a Redis"
+    )
 
 
-def test_a_database_without_tables_is_told_what_to_do(settled: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rest is looked at all the same."""
+def test_a_database_without_tables_is_reported_with_the_command_to_run(
+    healthy: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other checks still run."""
     monkeypatch.setenv("DATABASE_URL", "sqlite:///empty.db")
-    checks = _examined()
-    assert "fetch-worker migrate" in _wrong(checks)["database"]
+    checks = _run_checks()
+    assert "fetch-worker migrate" in _failed(checks)["database"]
     assert checks["redis"].ok
     assert "work" not in checks
-    assert not alive(load()).ok
+    assert not check_liveness(load()).ok
 
 
-def test_servers_that_are_away_are_told_by_the_setting_that_names_them(
-    settled: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No password is shown."""
+def test_unreachable_servers_are_reported_with_their_setting(healthy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The messages contain no password."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     monkeypatch.setenv("DATABASE_URL", f"postgresql://user:secret-1@127.0.0.1:{port}/x")
     monkeypatch.setenv("REDIS_URL", f"redis://:secret-2@127.0.0.1:{port}/0")
     monkeypatch.setenv("BROKER_URL", f"amqp://user:secret-3@127.0.0.1:{port}//")
-    wrong = _wrong(_examined())
-    assert "DATABASE_URL" in wrong["database"]
-    assert "REDIS_URL" in wrong["redis"]
-    assert "BROKER_URL" in wrong["broker"]
-    assert "secret" not in str(wrong)
+    failed = _failed(_run_checks())
+    assert "DATABASE_URL" in failed["database"]
+    assert "REDIS_URL" in failed["redis"]
+    assert "BROKER_URL" in failed["broker"]
+    assert "secret" not in str(failed)
 
 
-def test_a_clock_that_is_off_is_told(settled: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By how much, and which way."""
+def test_a_wrong_clock_is_reported(healthy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message has the difference and its direction."""
     monkeypatch.setattr(health, "database_now", lambda connection: database_now(connection) + timedelta(hours=2))
-    assert "7200 s ahead of" in _wrong(_examined())["database"]
+    assert "7200 s ahead of" in _failed(_run_checks())["database"]
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "words"), [("maxmemory-policy", "allkeys-lru", "noeviction"), ("maxmemory", "1mb", "raise")]
+    ("name", "value", "advice"), [("maxmemory-policy", "allkeys-lru", "noeviction"), ("maxmemory", "1mb", "raise")]
 )
-def test_a_redis_that_may_lose_messages_is_told(
-    name: str, value: str, words: str, settled: Engine, redis_url: str
+def test_a_redis_that_may_lose_or_refuse_messages_is_reported(
+    name: str, value: str, advice: str, healthy: Engine, redis_url: str
 ) -> None:
-    """Or that is about to refuse them."""
     client = redis.Redis.from_url(redis_url.replace("redis+socket://", "unix://").replace("virtual_host=", "db="))
     before = client.config_get(name)[name]
     client.config_set(name, value)
     try:
-        assert words in _wrong(_examined())["redis"]
+        assert advice in _failed(_run_checks())["redis"]
     finally:
         client.config_set(name, str(before))
         client.close()
 
 
-def test_a_storage_that_is_missing_is_not_made_by_the_doctor(settled: Engine, tmp_path: Path) -> None:
-    """It may be a disk that is not mounted."""
+def test_doctor_does_not_create_a_missing_storage_folder(healthy: Engine, tmp_path: Path) -> None:
+    """The folder may be on a disk that is not mounted."""
     (tmp_path / "outputs").rmdir()
-    assert "outputs wait" in _wrong(_examined())["storage"]
+    assert "outputs wait" in _failed(_run_checks())["storage"]
     assert not (tmp_path / "outputs").exists()
 
 
-def test_too_little_room_and_old_partial_files_are_told(
-    settled: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_little_free_space_and_old_partial_files_are_reported(
+    healthy: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With what to do."""
     monkeypatch.setenv("OUTPUT_MAX_BYTES", str(10**18))
     monkeypatch.setattr(health, "STALE_PARTIAL_SECONDS", -1.0)
     (tmp_path / "outputs" / ".partial").mkdir()
     (tmp_path / "outputs" / ".partial" / "7.part").write_bytes(b"x")
-    wrong = _wrong(_examined())
-    assert "make room" in wrong["storage"]
-    assert "1 old partial files" in wrong["partials"]
+    failed = _failed(_run_checks())
+    assert "free some space" in failed["storage"]
+    assert "1 old partial files" in failed["partials"]
 
 
 @pytest.mark.parametrize("name", ["worker.py", "worker/__init__.py"])
-def test_a_module_of_the_app_with_our_name_is_told(
-    name: str, settled: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_module_named_worker_in_the_app_is_reported(
+    name: str, healthy: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Python would find only one of the two."""
+    """Python imports only one of the two."""
     (tmp_path / "app" / name).parent.mkdir(parents=True)
     (tmp_path / "app" / name).touch()
     monkeypatch.chdir(tmp_path / "app")
-    assert name in _wrong(_examined())["names"]
+    assert name in _failed(_run_checks())["names"]
 
 
-def _doctor(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+def _doctor(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     with pytest.raises(SystemExit) as ended:
-        main(["doctor", *words])
+        main(["doctor", *arguments])
     return int(ended.value.code or 0), capsys.readouterr().out
 
 
-def test_the_command_prints_a_document_and_its_exit_code_says_it_in_one(
-    settled: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_command_prints_a_document_and_sets_the_exit_code(
+    healthy: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`{"checks": [{name, ok, message}]}`."""
     monkeypatch.setattr(look, "_nodes", lambda: ALL)
@@ -270,17 +267,17 @@ def test_the_command_prints_a_document_and_its_exit_code_says_it_in_one(
     assert (code, [check["name"] for check in json.loads(out)["checks"]]) == (0, ["work"])
 
 
-def test_messages_in_an_on_done_queue_that_nobody_consumes_are_told(settled: Engine, redis_url: str) -> None:
-    """Redis knows no consumers, so the processes that answer say which queues they take from."""
-    with settled.begin() as connection:
+def test_messages_in_an_on_done_queue_without_a_consumer_are_reported(healthy: Engine, redis_url: str) -> None:
+    """Redis has no list of consumers, so the running processes report their queues."""
+    with healthy.begin() as connection:
         later = datetime.now(UTC) + timedelta(hours=1)
         add_job(connection, "1", on_done="shop/shop.ready", due_at=later, deadline_at=later)
     with redis_client(redis_url, seconds=5) as client:
         client.lpush("shop", "a message", "another one")
         try:
-            assert _wrong(_examined()) == {
-                "on_done queues": "nobody consumes shop (2 messages): start the Celery worker of your app"
+            assert _failed(_run_checks()) == {
+                "on_done queues": "no process consumes shop (2 messages): start your app's Celery worker"
             }
-            assert _wrong(_examined(ALL | {"celery@shop": Node(frozenset({"shop"}))})) == {}
+            assert _failed(_run_checks(ALL | {"celery@shop": Node(frozenset({"shop"}))})) == {}
         finally:
             client.delete("shop")

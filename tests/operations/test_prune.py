@@ -1,4 +1,4 @@
-"""Finished jobs go when they are old enough, with all that is theirs; nothing else does, and no file gets lost."""
+"""Prune removes finished jobs that are old enough with all their rows and files, and nothing else."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ from worker.client import tracking
 from worker.core.lifecycle import AskAgain
 from worker.core.pacing.policy import PollPlan
 from worker.operations import prune as prune_module
-from worker.operations.prune import Pruned, Retention, look, prune
+from worker.operations.prune import Pruned, Retention, count_prunable, prune
 from worker.operations.verify import verify
 from worker.settings import Settings, load
 from worker.storage import local
@@ -38,7 +38,7 @@ ENDED = {"completed": {}, "cancelled": {}, "failed": {"error_code": "api_failed"
 
 @pytest.fixture
 def settings(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """Settings that lead to the engine's database and to a folder of files that has been used."""
+    """Settings for the test database and an output folder that already has a `.partial` folder."""
     monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
     monkeypatch.setenv("STORAGE_URL", f"file:{tmp_path}/out")
     (tmp_path / "out" / local.PARTIAL).mkdir(parents=True)
@@ -51,7 +51,7 @@ def _ago(engine: Engine, age: timedelta) -> datetime:
 
 
 def _finished(engine: Engine, remote_id: str, age: timedelta, status: str = "completed", **changes: Any) -> int:
-    """A job that ended so long ago; its id."""
+    """Add a job that ended `age` ago. Return its id."""
     ended = _ago(engine, age)
     values: dict[str, Any] = {"status": status, "due_at": None, "ready_at": ended, "completed_at": ended}
     values |= {"tracked_at": ended - timedelta(minutes=1), "submitted_at": ended - timedelta(minutes=1)}
@@ -60,7 +60,7 @@ def _finished(engine: Engine, remote_id: str, age: timedelta, status: str = "com
 
 
 def _stored(engine: Engine, root: Path, job_id: int, position: int = 0) -> int:
-    """A stored output of a job, and its file; its id."""
+    """Add a stored output with its file. Return its id."""
     path = root / local.name_of(job_id=job_id, position=position, sha256=SHA[:16], extension="png")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(BODY)
@@ -74,7 +74,7 @@ def _stored_at(engine: Engine, job_id: int, location: str, position: int = 0) ->
         return add_output(connection, job_id, position, stored_at=now, media_type="image/png", **values)
 
 
-def _there(engine: Engine) -> list[int]:
+def _job_ids(engine: Engine) -> list[int]:
     with engine.connect() as connection:
         return list(connection.execute(select(jobs.c.id).order_by(jobs.c.id)).scalars())
 
@@ -88,20 +88,20 @@ def _files(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.name != local.PARTIAL)
 
 
-def _wanted(**changes: Any) -> Retention:
+def _retention(**changes: Any) -> Retention:
     values: dict[str, Any] = {"older_than": 30 * DAY, "states": ("completed",), "remove_files": False}
     return Retention(**(values | changes))
 
 
-def _at_once(engine: Engine, settings: Settings, wanted: Retention) -> Pruned:
-    return prune(engine, settings, wanted, rest=lambda _: None)
+def _prune_now(engine: Engine, settings: Settings, retention: Retention) -> Pruned:
+    return prune(engine, settings, retention, sleep=lambda _: None)
 
 
-# ── what goes, and what does not ──────────────────────────────────────────────────────────────────────────────────────
+# ── which jobs are removed ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_jobs_go_by_age_and_state(engine: Engine, settings: Settings) -> None:
-    """Those that wait or are downloaded never do, however old they are."""
+def test_jobs_are_removed_by_age_and_state(engine: Engine, settings: Settings) -> None:
+    """Pending and downloading jobs are never removed, whatever their age."""
     old, young = {}, {}
     for number, status in enumerate(ENDED):
         old[status] = _finished(engine, f"old{number}", 40 * DAY, status)
@@ -114,28 +114,28 @@ def test_jobs_go_by_age_and_state(engine: Engine, settings: Settings) -> None:
             connection, "downloads", tracked_at=long_ago, status="downloading", due_at=None, ready_at=long_ago
         )
 
-    done = _at_once(engine, settings, _wanted(states=("completed", "failed")))
+    pruned = _prune_now(engine, settings, _retention(states=("completed", "failed")))
 
-    assert (done.jobs, done.kept, done.stopped) == (2, 0, False)
-    assert _there(engine) == [old["cancelled"], old["expired"], *young.values(), waits, downloads]
+    assert (pruned.jobs, pruned.kept, pruned.stopped) == (2, 0, False)
+    assert _job_ids(engine) == [old["cancelled"], old["expired"], *young.values(), waits, downloads]
 
 
-def test_a_job_that_was_tracked_long_ago_and_ended_lately_stays_and_hides_none_behind_it(
+def test_a_job_that_was_tracked_long_ago_and_ended_recently_stays_and_the_jobs_after_it_are_still_removed(
     engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one that was taken up again."""
+    """A retried job is such a job."""
     monkeypatch.setattr(prune_module, "BATCH", 2)
     again = _finished(engine, "again", 1 * DAY, tracked_at=_ago(engine, 90 * DAY))
     for number in range(5):
         _finished(engine, f"old{number}", 40 * DAY)
     young = _finished(engine, "young", 1 * DAY)
 
-    assert _at_once(engine, settings, _wanted()).jobs == 5
-    assert _there(engine) == [again, young]
+    assert _prune_now(engine, settings, _retention()).jobs == 5
+    assert _job_ids(engine) == [again, young]
 
 
-def test_a_job_stays_until_everybody_was_told(engine: Engine, settings: Settings) -> None:
-    """Its task and its webhook; an event that was given up keeps nothing."""
+def test_a_job_stays_until_its_on_done_task_and_webhook_are_sent(engine: Engine, settings: Settings) -> None:
+    """An event that was given up does not keep its job."""
     now = _ago(engine, timedelta())
     _finished(engine, "told", 40 * DAY, on_done="shop.done", told_at=now)
     given_up = _finished(engine, "given up", 40 * DAY, webhook_url="https://shop.test/", announced_at=now)
@@ -152,13 +152,13 @@ def test_a_job_stays_until_everybody_was_told(engine: Engine, settings: Settings
             ],
         )
 
-    assert look(engine, _wanted()).jobs == 2
-    assert _at_once(engine, settings, _wanted()).jobs == 2
-    assert _there(engine) == [untold, unannounced, undelivered]
+    assert count_prunable(engine, _retention()).jobs == 2
+    assert _prune_now(engine, settings, _retention()).jobs == 2
+    assert _job_ids(engine) == [untold, unannounced, undelivered]
 
 
-def test_all_that_belongs_to_a_job_goes_with_it_and_totals_stay(engine: Engine, settings: Settings) -> None:
-    """Outputs, bodies, events, counts of crashes; those of other jobs are left alone."""
+def test_all_rows_of_a_job_are_removed_with_it_and_counters_stay(engine: Engine, settings: Settings) -> None:
+    """Outputs, bodies, events and crash counts. The rows of other jobs stay."""
     now = _ago(engine, timedelta())
     for number, age in enumerate((40 * DAY, 1 * DAY)):
         job_id = _finished(engine, str(number), age, webhook_url="https://shop.test/", announced_at=now)
@@ -181,16 +181,16 @@ def test_all_that_belongs_to_a_job_goes_with_it_and_totals_stay(engine: Engine, 
             insert(counters).values(name="finished", account="", kind="", label="completed", slot=0, times=2, total=0)
         )
 
-    done = _at_once(engine, settings, _wanted())
+    pruned = _prune_now(engine, settings, _retention())
 
-    assert (done.jobs, done.outputs) == (1, 1)
+    assert (pruned.jobs, pruned.outputs) == (1, 1)
     assert [_count(engine, table) for table in (jobs, outputs, bodies, events, crashes, counters)] == [1, 1, 1, 1, 2, 1]
 
 
 def test_given_a_row_of_the_app_that_refers_to_a_job_when_pruned_then_only_that_job_stays(
     engine: Engine, settings: Settings
 ) -> None:
-    """An app may have a foreign key of its own, which refuses that the job goes."""
+    """A foreign key of the app makes the database refuse the removal."""
     done_jobs = [_finished(engine, f"old{number}", 40 * DAY) for number in range(5)]
     own = MetaData()
     pictures = Table("shop_pictures", own, Column("job_id", jobs.c.id.type, ForeignKey(jobs.c.id), primary_key=True))
@@ -199,45 +199,47 @@ def test_given_a_row_of_the_app_that_refers_to_a_job_when_pruned_then_only_that_
         with engine.begin() as connection:
             connection.execute(insert(pictures).values(job_id=done_jobs[2]))
 
-        done = _at_once(engine, settings, _wanted())
+        pruned = _prune_now(engine, settings, _retention())
 
-        assert (done.jobs, done.kept, done.stopped) == (4, 1, False)
-        assert f"job {done_jobs[2]}" in str(done.reason)
-        assert _there(engine) == [done_jobs[2]]
+        assert (pruned.jobs, pruned.kept, pruned.stopped) == (4, 1, False)
+        assert f"job {done_jobs[2]}" in str(pruned.reason)
+        assert _job_ids(engine) == [done_jobs[2]]
     finally:
         pictures.drop(engine)
 
 
-def test_so_many_and_no_more(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oldest first; a look counts what would go, and takes nothing."""
+def test_a_limit_bounds_how_many_jobs_are_removed(
+    engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oldest jobs are removed first. Counting removes nothing."""
     monkeypatch.setattr(prune_module, "BATCH", 2)
-    monkeypatch.setattr(prune_module, "LOOK_IDS", 2)
+    monkeypatch.setattr(prune_module, "COUNT_IDS", 2)
     ids = [_finished(engine, str(number), 40 * DAY) for number in range(5)]
 
-    assert look(engine, _wanted()).jobs == 5
-    assert look(engine, _wanted(limit=3)).jobs == 3
-    assert _there(engine) == ids
-    assert _at_once(engine, settings, _wanted(limit=3)).jobs == 3
-    assert _there(engine) == ids[3:]
+    assert count_prunable(engine, _retention()).jobs == 5
+    assert count_prunable(engine, _retention(limit=3)).jobs == 3
+    assert _job_ids(engine) == ids
+    assert _prune_now(engine, settings, _retention(limit=3)).jobs == 3
+    assert _job_ids(engine) == ids[3:]
 
 
 def test_each_batch_is_followed_by_a_pause_as_long_as_it_took(
     engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that pruning never has more than half of the time; and between two batches it can be told to stop."""
+    """Pruning never uses more than half of the time, and it can be stopped between two batches."""
     monkeypatch.setattr(prune_module, "BATCH", 1)
     ids = [_finished(engine, str(number), 40 * DAY) for number in range(4)]
     pauses: list[float] = []
 
-    prune(engine, settings, _wanted(), rest=pauses.append, go_on=lambda: len(pauses) < 2)
+    prune(engine, settings, _retention(), sleep=pauses.append, keep_going=lambda: len(pauses) < 2)
 
-    assert _there(engine) == ids[3:]
+    assert _job_ids(engine) == ids[3:]
     assert len(pauses) == 2
     assert min(pauses) >= prune_module.LEAST_PAUSE
 
 
-def test_a_job_that_is_tracked_again_after_its_prune_is_a_new_one(engine: Engine, settings: Settings) -> None:
-    """With another id: ids are never used twice."""
+def test_a_pruned_job_that_is_tracked_again_is_a_new_job(engine: Engine, settings: Settings) -> None:
+    """It gets a new id: ids are never reused."""
     first = tracking.track("12202888")
     with engine.begin() as connection:
         long_ago = database_now(connection) - 40 * DAY
@@ -245,38 +247,36 @@ def test_a_job_that_is_tracked_again_after_its_prune_is_a_new_one(engine: Engine
         connection.execute(update(jobs).where(jobs.c.id == first).values(ended))
     assert tracking.track("12202888") == first
 
-    assert _at_once(engine, settings, _wanted(states=("cancelled",))).jobs == 1
+    assert _prune_now(engine, settings, _retention(states=("cancelled",))).jobs == 1
 
     assert tracking.track("12202888") > first
 
 
-# ── beside others ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── concurrent work ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_job_that_somebody_has_locked_is_left_and_not_waited_for(
-    engine: Engine, settings: Settings, request: pytest.FixtureRequest
-) -> None:
-    """SQLite has one writer at a time, and knows no such thing."""
+def test_a_locked_job_is_skipped(engine: Engine, settings: Settings, request: pytest.FixtureRequest) -> None:
+    """SQLite has no row locks: it allows one writer at a time."""
     if engine.dialect.name == "sqlite":
         return
     first, second = (_finished(engine, name, 40 * DAY) for name in "ab")
     with engine.begin() as other:
         other.execute(select(jobs.c.id).where(jobs.c.id == first).with_for_update()).all()
-        assert _at_once(engine, settings, _wanted()).jobs == 1
-    assert _there(engine) == [first]
-    assert second not in _there(engine)
+        assert _prune_now(engine, settings, _retention()).jobs == 1
+    assert _job_ids(engine) == [first]
+    assert second not in _job_ids(engine)
 
 
-def test_two_prunes_at_once_remove_everything_once(
+def test_two_concurrent_prunes_remove_every_job_once(
     engine: Engine, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither waits for the other's jobs, and each job is counted by one of them."""
+    """Neither waits for the jobs of the other, and each job is counted by one of them."""
     monkeypatch.setattr(prune_module, "BATCH", 5)
     for number in range(60):
         _stored(engine, tmp_path / "out", _finished(engine, str(number), 40 * DAY))
-    done: list[Pruned] = []
+    results: list[Pruned] = []
     runs = [
-        threading.Thread(target=lambda: done.append(_at_once(engine, settings, _wanted(remove_files=True))))
+        threading.Thread(target=lambda: results.append(_prune_now(engine, settings, _retention(remove_files=True))))
         for _ in range(2)
     ]
     for run in runs:
@@ -284,16 +284,16 @@ def test_two_prunes_at_once_remove_everything_once(
     for run in runs:
         run.join()
 
-    assert sum(one.jobs for one in done) == 60
-    assert [one.kept for one in done] == [0, 0]
-    assert _there(engine) == []
+    assert sum(result.jobs for result in results) == 60
+    assert [result.kept for result in results] == [0, 0]
+    assert _job_ids(engine) == []
     assert _files(tmp_path / "out") == []
 
 
-def test_beside_a_live_worker_no_live_job_is_touched_and_none_of_its_answers_is_lost(
+def test_a_prune_during_polling_removes_no_pending_job_and_loses_no_answer(
     engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Old jobs that wait are claimed and answered while finished ones, tracked on the same days, go."""
+    """Old pending jobs are claimed and polled while finished jobs of the same days are removed."""
     monkeypatch.setattr(prune_module, "BATCH", 4)
     long_ago = _ago(engine, 60 * DAY)
     live = []
@@ -324,8 +324,8 @@ def test_beside_a_live_worker_no_live_job_is_touched_and_none_of_its_answers_is_
     worker.start()
     try:
         pruned = 0
-        for _ in range(20):  # rows that somebody has locked are left for the next time; MariaDB locks those beside, too
-            pruned += prune(engine, settings, _wanted(states=tuple(ENDED))).jobs
+        for _ in range(20):  # locked rows are left to the next prune; MariaDB also locks their neighbours
+            pruned += prune(engine, settings, _retention(states=tuple(ENDED))).jobs
             if pruned == 60:
                 break
     finally:
@@ -333,12 +333,14 @@ def test_beside_a_live_worker_no_live_job_is_touched_and_none_of_its_answers_is_
         worker.join()
 
     assert pruned == 60
-    assert (_there(engine), sum(lost)) == (live, 0)
+    assert (_job_ids(engine), sum(lost)) == (live, 0)
     assert answered
 
 
-def test_a_job_whose_files_are_going_is_not_taken_up_again(engine: Engine, settings: Settings, tmp_path: Path) -> None:
-    """Neither by retry nor by verify: its new file would have the name of one that is about to be removed."""
+def test_a_job_whose_files_are_being_removed_can_not_be_retried(
+    engine: Engine, settings: Settings, tmp_path: Path
+) -> None:
+    """Neither by retry nor by verify: the new file would get the name of a file that is about to be removed."""
     job_id = _finished(engine, "1", 40 * DAY, "failed")
     output_id = _stored(engine, tmp_path / "out", job_id)
     location = output_of(engine, output_id).location
@@ -352,30 +354,32 @@ def test_a_job_whose_files_are_going_is_not_taken_up_again(engine: Engine, setti
         assert not requeue_output(connection, output_id, location=location, now=now)
     assert verify(engine, settings).orphans == []
 
-    assert _at_once(engine, settings, _wanted(states=("failed",), remove_files=True)).files == 1
+    assert _prune_now(engine, settings, _retention(states=("failed",), remove_files=True)).files == 1
     assert _files(tmp_path / "out") == []
 
 
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_files_are_kept_unless_they_are_to_go_and_verify_knows_whose_they_were(
+def test_files_are_kept_by_default_and_verify_reports_them_as_kept(
     engine: Engine, settings: Settings, tmp_path: Path
 ) -> None:
-    """They are no orphans: nobody forgot them."""
+    """They are not reported as orphans."""
     _stored(engine, tmp_path / "out", _finished(engine, "1", 40 * DAY))
     (tmp_path / "out" / "stray.png").write_bytes(BODY)
 
-    done = _at_once(engine, settings, _wanted())
+    pruned = _prune_now(engine, settings, _retention())
 
-    assert (done.jobs, done.outputs, done.files, done.bytes) == (1, 1, 0, 0)
-    found = verify(engine, settings)
-    assert [one.rpartition("/")[2] for one in found.kept] == [f"0-{SHA[:16]}.png"]
-    assert [one.rpartition("/")[2] for one in found.orphans] == ["stray.png"]
+    assert (pruned.jobs, pruned.outputs, pruned.files, pruned.bytes) == (1, 1, 0, 0)
+    report = verify(engine, settings)
+    assert [location.rpartition("/")[2] for location in report.kept] == [f"0-{SHA[:16]}.png"]
+    assert [location.rpartition("/")[2] for location in report.orphans] == ["stray.png"]
 
 
-def test_files_go_with_their_jobs_and_so_do_empty_folders(engine: Engine, settings: Settings, tmp_path: Path) -> None:
-    """What somebody else put beside them stays, and its folder."""
+def test_files_and_empty_folders_are_removed_with_their_jobs(
+    engine: Engine, settings: Settings, tmp_path: Path
+) -> None:
+    """Other files stay, with their folders."""
     out = tmp_path / "out"
     first, second = (_finished(engine, name, 40 * DAY) for name in "ab")
     young = _finished(engine, "c", 1 * DAY)
@@ -384,53 +388,55 @@ def test_files_go_with_their_jobs_and_so_do_empty_folders(engine: Engine, settin
     _stored(engine, out, first, position=1)
     note = out / str(second // 1_000) / str(second) / "note.txt"
     note.write_text("mine")
-    assert look(engine, _wanted(remove_files=True)) == Pruned(jobs=2, outputs=3, files=3, bytes=3 * len(BODY))
+    assert count_prunable(engine, _retention(remove_files=True)) == Pruned(
+        jobs=2, outputs=3, files=3, bytes=3 * len(BODY)
+    )
 
-    done = _at_once(engine, settings, _wanted(remove_files=True))
+    pruned = _prune_now(engine, settings, _retention(remove_files=True))
 
-    assert done == Pruned(jobs=2, outputs=3, files=3, bytes=3 * len(BODY))
+    assert pruned == Pruned(jobs=2, outputs=3, files=3, bytes=3 * len(BODY))
     assert [path for path in _files(out) if path.is_file()] == sorted(
         [note, out / str(young // 1_000) / str(young) / f"0-{SHA[:16]}.png"]
     )
     assert not (out / str(first // 1_000) / str(first)).exists()
 
 
-def test_files_of_another_storage_url_go_too_and_missing_ones_hinder_nothing(
+def test_files_of_a_former_storage_url_are_removed_and_missing_files_are_ignored(
     engine: Engine, settings: Settings, tmp_path: Path
 ) -> None:
-    """A location says where its file is, whatever the settings say of new ones."""
+    """The location of an output names its file, whatever STORAGE_URL is now."""
     elsewhere = tmp_path / "before"
     (elsewhere / local.PARTIAL).mkdir(parents=True)
     _stored(engine, elsewhere, _finished(engine, "1", 40 * DAY))
     missing = _finished(engine, "2", 40 * DAY)
     _stored_at(engine, missing, f"file://{tmp_path}/out/0/{missing}/0-{SHA[:16]}.png")
 
-    assert _at_once(engine, settings, _wanted(remove_files=True)).jobs == 2
+    assert _prune_now(engine, settings, _retention(remove_files=True)).jobs == 2
     assert _files(elsewhere) == []
 
 
 @pytest.mark.parametrize("place", ["empty", "not there"])
-def test_where_no_disk_is_mounted_rows_stay_as_they_are(
+def test_if_the_disk_is_not_mounted_no_row_changes(
     engine: Engine, settings: Settings, tmp_path: Path, place: str
 ) -> None:
-    """Their files would be orphans for good."""
+    """Otherwise their files would stay as orphans."""
     if place == "empty":
         (tmp_path / "mount").mkdir()
     job_id = _finished(engine, "1", 40 * DAY)
     output_id = _stored_at(engine, job_id, f"file://{tmp_path}/mount/0/{job_id}/0-{SHA[:16]}.png")
     before = output_of(engine, output_id)
 
-    done = _at_once(engine, settings, _wanted(remove_files=True))
+    pruned = _prune_now(engine, settings, _retention(remove_files=True))
 
-    assert (done.jobs, done.kept, done.stopped) == (0, 1, True)
-    assert "mount it" in str(done.reason)
+    assert (pruned.jobs, pruned.kept, pruned.stopped) == (0, 1, True)
+    assert "mount it" in str(pruned.reason)
     assert output_of(engine, output_id) == before
 
 
-def test_a_file_that_can_not_be_removed_keeps_its_job(
+def test_a_job_stays_if_its_file_can_not_be_removed(
     engine: Engine, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its row says again that it is stored; the others go, and the next prune takes it."""
+    """Its output is stored as before. The other jobs are removed, and the next prune removes this one."""
     first, second = (_finished(engine, name, 40 * DAY) for name in "ab")
     stays = _stored(engine, tmp_path / "out", first)
     _stored(engine, tmp_path / "out", second)
@@ -444,18 +450,18 @@ def test_a_file_that_can_not_be_removed_keeps_its_job(
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "unlink", refuse)
-        done = _at_once(engine, settings, _wanted(remove_files=True))
+        pruned = _prune_now(engine, settings, _retention(remove_files=True))
 
-    assert (done.jobs, done.files, done.kept, done.stopped) == (1, 1, 1, False)
-    assert "Read-only file system" in str(done.reason)
+    assert (pruned.jobs, pruned.files, pruned.kept, pruned.stopped) == (1, 1, 1, False)
+    assert "Read-only file system" in str(pruned.reason)
     assert output_of(engine, stays) == before
-    assert _at_once(engine, settings, _wanted(remove_files=True)).jobs == 1
+    assert _prune_now(engine, settings, _retention(remove_files=True)).jobs == 1
 
 
-def test_a_location_that_is_no_name_of_its_job_is_left_alone(
+def test_a_location_outside_the_folder_of_its_job_is_not_removed(
     engine: Engine, settings: Settings, tmp_path: Path
 ) -> None:
-    """Whoever can write to the table can't have any file removed."""
+    """Write access to the table must not allow the removal of other files."""
     precious = tmp_path / "precious.txt"
     precious.write_text("x")
     job_id = _finished(engine, "1", 40 * DAY)
@@ -463,17 +469,17 @@ def test_a_location_that_is_no_name_of_its_job_is_left_alone(
     _stored_at(engine, job_id, f"file://{tmp_path}/out/0/999999/0-{SHA[:16]}.png", position=1)
     _stored_at(engine, _finished(engine, "2", 40 * DAY), "gs://elsewhere/x", position=0)
 
-    done = _at_once(engine, settings, _wanted(remove_files=True))
+    pruned = _prune_now(engine, settings, _retention(remove_files=True))
 
-    assert (done.jobs, done.kept) == (0, 2)
+    assert (pruned.jobs, pruned.kept) == (0, 2)
     assert precious.exists()
     assert job_of(engine, job_id).status == "completed"
 
 
-def test_objects_in_a_bucket_go_too(
+def test_objects_in_a_bucket_are_removed(
     engine: Engine, settings: Settings, s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever STORAGE_URL says today; one that is gone hinders nothing, a bucket that is gone stops it."""
+    """STORAGE_URL may name another storage now. A missing object is ignored; a missing bucket ends the prune."""
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     bucket = s3.bucket()
@@ -484,15 +490,15 @@ def test_objects_in_a_bucket_go_too(
             s3.client.put_object(Bucket=bucket, Key=key, Body=BODY)
         _stored_at(engine, job_id, f"s3://{bucket}/{key}")
 
-    assert _at_once(engine, settings, _wanted(remove_files=True)).jobs == 2
+    assert _prune_now(engine, settings, _retention(remove_files=True)).jobs == 2
     assert "Contents" not in s3.client.list_objects_v2(Bucket=bucket)
 
     job_id = _finished(engine, "lost", 40 * DAY)
     _stored_at(engine, job_id, f"s3://no-such-bucket/0/{job_id}/0-{SHA[:16]}.png")
-    done = _at_once(engine, settings, _wanted(remove_files=True))
-    assert (done.jobs, done.kept, done.stopped) == (0, 1, True)
-    assert "NoSuchBucket" in str(done.reason)
-    assert _there(engine) == [job_id]
+    pruned = _prune_now(engine, settings, _retention(remove_files=True))
+    assert (pruned.jobs, pruned.kept, pruned.stopped) == (0, 1, True)
+    assert "NoSuchBucket" in str(pruned.reason)
+    assert _job_ids(engine) == [job_id]
 
 
 # ── crashes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -530,11 +536,11 @@ POINTS = {
 
 
 @pytest.mark.parametrize("name", POINTS)
-def test_given_a_process_that_ends_between_file_and_row_when_the_next_one_prunes_then_neither_is_left(
+def test_given_a_crash_between_file_and_row_when_the_next_prune_runs_then_both_are_removed(
     name: str, engine: Engine, settings: Settings, tmp_path: Path
 ) -> None:
-    """In between, no row says that a file is stored which is not there."""
-    plant, left = POINTS[name]
+    """After the crash, no row names a stored file that does not exist."""
+    plant, remaining_files = POINTS[name]
     ids = [_finished(engine, str(number), 40 * DAY) for number in range(6)]
     for job_id in ids:
         _stored(engine, tmp_path / "out", job_id)
@@ -548,12 +554,12 @@ def test_given_a_process_that_ends_between_file_and_row_when_the_next_one_prunes
     )
 
     assert died.returncode == EXIT_CODE, died.stderr
-    assert len([path for path in _files(tmp_path / "out") if path.is_file()]) == left
-    found = verify(engine, settings)
-    assert (found.wrong, found.orphans, found.kept) == ([], [], [])
-    assert _there(engine) == ids
+    assert len([path for path in _files(tmp_path / "out") if path.is_file()]) == remaining_files
+    report = verify(engine, settings)
+    assert (report.wrong, report.orphans, report.kept) == ([], [], [])
+    assert _job_ids(engine) == ids
 
-    done = _at_once(engine, settings, _wanted(remove_files=True))
+    pruned = _prune_now(engine, settings, _retention(remove_files=True))
 
-    assert (done.jobs, done.kept) == (6, 0)
-    assert (_there(engine), _files(tmp_path / "out")) == ([], [])
+    assert (pruned.jobs, pruned.kept) == (6, 0)
+    assert (_job_ids(engine), _files(tmp_path / "out")) == ([], [])

@@ -1,4 +1,4 @@
-"""Answers that no rule reads, with real worker processes and a stand-in of a vendor that nobody has heard of."""
+"""Answers that no rule recognises, with real worker processes and a vendor with an unknown answer format."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ WORDS = '{"done": "success", "burnt": "failed", "cooking": "processing"}'
 
 @pytest.fixture
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """Migrated tables in a file that DATABASE_URL names."""
+    """A migrated SQLite database that DATABASE_URL names."""
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/worker.db")
     engine = make_engine(make_url(f"sqlite:///{tmp_path}/worker.db"))
     migrate(engine)
@@ -38,7 +38,7 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine
 
 
 class Vendor:
-    """A made-up API: what it answers by job, and how often it was asked."""
+    """A made-up API: sets the answer for each job and counts the requests."""
 
     def __init__(self, web: Web) -> None:
         self.web = web
@@ -47,48 +47,48 @@ class Vendor:
         self.link = f"{web.url}/out/a.png"
 
     def says(self, remote_id: str, answer: object, status: int = 200) -> None:
-        """From now on this is the answer about a job."""
+        """Set the answer about a job."""
         body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.web.serves(f"/api/v3/fetch/{remote_id}", page(status, body, Content_Type="application/json"))
 
-    def done(self, remote_id: str) -> None:
-        """The answer that nobody knows: another word, and another place for the links."""
+    def answers_done(self, remote_id: str) -> None:
+        """Set an answer with an unknown status word and an unknown field for the links."""
         self.says(remote_id, {"status": "done", "id": int(remote_id), "assets": [self.link]})
 
     @property
     def calls(self) -> int:
-        """Requests about jobs."""
-        return sum(asked.path.startswith("/api/") for asked in self.web.asked)
+        """The number of requests about jobs."""
+        return sum(request.path.startswith("/api/") for request in self.web.asked)
 
 
 @pytest.fixture
 def vendor(web: Web, monkeypatch: pytest.MonkeyPatch, redis_url: str) -> Vendor:
-    """The stand-in, and the settings that lead to it."""
-    made = Vendor(web)
-    monkeypatch.setenv("SD_API_URL", made.url)
+    """The made-up API, and settings that use it."""
+    vendor = Vendor(web)
+    monkeypatch.setenv("SD_API_URL", vendor.url)
     monkeypatch.setenv("SD_API_KEY", KEY)
     monkeypatch.setenv("OUTPUT_ALLOWED_NETWORKS", "127.0.0.0/8")
     monkeypatch.setenv("REDIS_URL", redis_url)
     monkeypatch.setenv("POLL_MIN", "0.2")
-    return made
+    return vendor
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Runs a command; its document with --json, else its text."""
+    """Return a function that runs a command and returns its JSON document (`--json`) or its text."""
 
-    def run(*words: str, code: int = 0) -> Any:
+    def run(*arguments: str, code: int = 0) -> Any:
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            main(list(words))
+            main(list(arguments))
         assert ended.value.code == code
-        said = capsys.readouterr().out
-        return json.loads(said) if "--json" in words else said
+        printed = capsys.readouterr().out
+        return json.loads(printed) if "--json" in arguments else printed
 
     return run
 
 
-def _kept(engine: Engine) -> list[Any]:
+def _kept_answers(engine: Engine) -> list[Any]:
     with engine.connect() as connection:
         return list(connection.execute(select(unread).order_by(unread.c.id)))
 
@@ -102,18 +102,19 @@ def _states(engine: Engine) -> dict[str, str]:
 def test_given_a_new_vendor_when_its_word_is_taught_then_the_kept_answers_complete_its_jobs_with_no_call_made(
     tmp_path: Path, database: Engine, vendor: Vendor, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Jobs that wait and jobs that expired alike; one shape is all there is to look at."""
-    with database.begin() as connection:  # a key that was accepted before: jobs need no minute of grace to expire
+    """Both pending and expired jobs are completed. All answers have one shape."""
+    with database.begin() as connection:  # the key was accepted before, so jobs may expire without a minute of grace
         locked_breaker(connection, "account", "default")
         save_breaker(connection, CircuitBreaker("account", "default", proven=True))
     for remote_id in ("1", "2", "3"):
-        vendor.done(remote_id)
+        vendor.answers_done(remote_id)
     ids = [track("1", eta=0.1), track("2", eta=0.1), track("3", eta=0.1, deadline=1.0)]
 
+    states = {"1": "pending", "2": "pending", "3": "expired"}
     with celery_worker(tmp_path, "--queues", "fetch-worker.polls"):
         wait_until(
-            lambda: _states(database) == {"1": "pending", "2": "pending", "3": "expired"} and len(_kept(database)) == 3,
-            "all answers are kept, and one job expired", seen=lambda: (_states(database), _kept(database)),
+            lambda: _states(database) == states and len(_kept_answers(database)) == 3,
+            "all answers are kept, and one job expired", seen=lambda: (_states(database), _kept_answers(database)),
         )  # fmt: skip
 
     [shape] = run("unread", "--json")
@@ -127,13 +128,13 @@ def test_given_a_new_vendor_when_its_word_is_taught_then_the_kept_answers_comple
     assert [answer["shape"] for answer in shown["unread"]] == [shape["shape"]]
     assert shown["next_look_at"] is not None
 
-    nothing = run("unread", "--apply", "--json")
-    assert [(one["id"], one["changed"], one["read_as"]) for one in nothing] == [(i, False, "unread") for i in ids]
+    unchanged = run("unread", "--apply", "--json")
+    assert [(job["id"], job["changed"], job["read_as"]) for job in unchanged] == [(i, False, "unread") for i in ids]
 
     calls = vendor.calls
     monkeypatch.setenv("SD_API_STATUS_WORDS", WORDS)
-    done = run("unread", "--apply", "--json")
-    assert [(one["id"], one["changed"], one["status"], one["read_as"]) for one in done] == [
+    reread = run("unread", "--apply", "--json")
+    assert [(job["id"], job["changed"], job["status"], job["read_as"]) for job in reread] == [
         (job_id, True, "downloading", "ready") for job_id in ids
     ]
     with celery_worker(tmp_path):
@@ -147,16 +148,16 @@ def test_given_a_new_vendor_when_its_word_is_taught_then_the_kept_answers_comple
     assert (job.error_code, [output.status for output in job.outputs]) == (None, ["stored"])
 
 
-def test_given_a_taught_word_when_a_worker_asks_then_its_jobs_are_stored_as_any_other(
+def test_given_a_taught_word_when_a_worker_polls_then_its_jobs_are_stored(
     tmp_path: Path, database: Engine, vendor: Vendor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And a submit answer with the word is ready at once."""
+    """A submit answer with that word is ready at once."""
     monkeypatch.setenv("SD_API_STATUS_WORDS", WORDS)
-    vendor.done("1")
+    vendor.answers_done("1")
     track("1", eta=0.1)
-    at_once = track({"status": "Done", "id": 2, "assets": [vendor.link]})
+    ready_id = track({"status": "Done", "id": 2, "assets": [vendor.link]})
 
-    job = get(at_once)
+    job = get(ready_id)
     assert job is not None
     assert job.status == "downloading"
     with celery_worker(tmp_path):
@@ -164,21 +165,21 @@ def test_given_a_taught_word_when_a_worker_asks_then_its_jobs_are_stored_as_any_
             lambda: set(_states(database).values()) == {"completed"}, "both are stored", seen=lambda: _states(database)
         )
     assert vendor.calls == 1
-    assert _kept(database) == []
+    assert _kept_answers(database) == []
 
 
 def test_given_wrong_words_when_anything_starts_then_one_line_says_what_to_do(
     database: Engine, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SD_API_STATUS_WORDS", '{"done": "ready"}')
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "celery", "-A", "worker.app", "worker"],
         capture_output=True,
         text=True,
         check=False,
         timeout=60,
     )
-    assert done.returncode == 2
-    assert "SD_API_STATUS_WORDS must say for 'done' one of error, failed, processing, success" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert process.returncode == 2
+    assert "SD_API_STATUS_WORDS must say for 'done' one of error, failed, processing, success" in process.stderr
+    assert "Traceback" not in process.stderr
     run("list", code=2)

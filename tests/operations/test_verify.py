@@ -1,4 +1,4 @@
-"""What is stored is shown to apps, and read again on demand: what is gone or damaged is fetched once more."""
+"""Apps read stored outputs; `verify` checks them and queues missing and damaged ones for download again."""
 
 import errno
 import json
@@ -15,7 +15,7 @@ from tests.rows import job_of, output_of
 from tests.web import Web, page
 from worker.cli import main
 from worker.errors import OutputMissing
-from worker.operations.verify import SUSPICIOUS
+from worker.operations.verify import MISSING_LIMIT
 from worker.storage import local
 from worker.storage.local import path_of
 from worker.store.schema import jobs, outputs
@@ -23,24 +23,24 @@ from worker.store.schema import jobs, outputs
 
 @pytest.fixture
 def stored(stand: Stand, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The rows of three stored outputs, each of a job of its own; the settings lead to them."""
+    """Three stored outputs of different jobs, in the database that the settings name. Returns their rows."""
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/test.db")
     monkeypatch.setenv("STORAGE_URL", f"file:{stand.out}")
     return [stand.download(web.serves(f"/{number}.png", page(200, png(padding=number)))) for number in range(3)]
 
 
-def _verify(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, Any]:
+def _verify(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any]:
     with pytest.raises(SystemExit) as ended:
-        main(["verify", "--json", *words])
-    said = capsys.readouterr()
-    return int(ended.value.code or 0), json.loads(said.out) if said.out else said.err
+        main(["verify", "--json", *arguments])
+    printed = capsys.readouterr()
+    return int(ended.value.code or 0), json.loads(printed.out) if printed.out else printed.err
 
 
-# ── showing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_an_app_reads_and_shows_what_is_stored(stored: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a file, and as an address: below the web server's where there is one."""
+def test_an_app_opens_a_stored_output_and_gets_its_url(stored: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """STORAGE_ADDRESS, if set, is the base of the URL."""
     output = stored[1]
     with worker.open_output(output.id) as file:
         assert file.read() == png(padding=1)
@@ -52,16 +52,13 @@ def test_an_app_reads_and_shows_what_is_stored(stored: list[Any], monkeypatch: p
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 99, 2**70, True, "1"])
-def test_there_is_nothing_to_read_of_an_output_that_is_not_there(stored: list[Any], wrong: Any) -> None:
-    """Whatever is asked for."""
+def test_an_unknown_output_id_raises_output_missing(stored: list[Any], wrong: Any) -> None:
     for read in (worker.open_output, worker.output_url):
         with pytest.raises(OutputMissing):
             read(wrong)
 
 
-def test_there_is_nothing_to_read_of_an_output_that_waits_or_whose_file_is_gone(
-    stand: Stand, stored: list[Any], web: Web
-) -> None:
+def test_a_pending_output_or_a_missing_file_raises_output_missing(stand: Stand, stored: list[Any], web: Web) -> None:
     """The error says what to do."""
     waiting = stand.add(web.url + "/x.png")
     with pytest.raises(OutputMissing, match="it is pending"):
@@ -71,62 +68,65 @@ def test_there_is_nothing_to_read_of_an_output_that_waits_or_whose_file_is_gone(
         worker.open_output(stored[0].id)
 
 
-# ── reading again ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── verifying ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_while_all_is_whole_nothing_changes(stored: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """And nobody is asked."""
+def test_whole_outputs_are_not_changed(stored: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert _verify(capsys) == (0, {"checked": 3, "whole": 3, "wrong": [], "orphans": [], "kept": []})
 
 
-def test_what_is_gone_or_damaged_is_fetched_once_more(
+def test_missing_and_damaged_outputs_are_downloaded_again(
     stand: Stand, stored: list[Any], web: Web, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A damaged file is moved aside, not thrown away; the jobs are finished again in the end."""
-    gone, damaged, fine = stored
-    path_of(gone.location).unlink()
+    """A damaged file is quarantined, not removed. The jobs become completed again."""
+    missing, damaged, whole = stored
+    path_of(missing.location).unlink()
     path_of(damaged.location).write_bytes(path_of(damaged.location).read_bytes()[:-1] + b"x")
-    code, said = _verify(capsys)
-    assert (code, said["checked"], said["whole"]) == (0, 3, 1)
-    assert [(one["output_id"], one["condition"], one["after"]) for one in said["wrong"]] == [
-        (gone.id, "missing", "put back"),
-        (damaged.id, "damaged", "put back"),
+    code, report = _verify(capsys)
+    assert (code, report["checked"], report["whole"]) == (0, 3, 1)
+    assert [(output["output_id"], output["condition"], output["after"]) for output in report["wrong"]] == [
+        (missing.id, "missing", "queued for download again"),
+        (damaged.id, "damaged", "queued for download again"),
     ]
-    for row in (gone, damaged):
+    for row in (missing, damaged):
         assert job_of(stand.engine, row.job_id).status == "downloading"
         stand.downloader().run(row.id)
         again = output_of(stand.engine, row.id)
         assert (again.status, again.location, again.sha256) == ("stored", row.location, row.sha256)
         assert job_of(stand.engine, row.job_id).status == "completed"
     assert path_of(damaged.location + ".damaged").exists()
-    assert output_of(stand.engine, fine.id) == fine
-    code, said = _verify(capsys)
-    assert (code, said["whole"], said["orphans"]) == (0, 3, [damaged.location + ".damaged"])
+    assert output_of(stand.engine, whole.id) == whole
+    code, report = _verify(capsys)
+    assert (code, report["whole"], report["orphans"]) == (0, 3, [damaged.location + ".damaged"])
 
 
-def test_a_dry_run_only_tells(stand: Stand, stored: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """Of the jobs that were named."""
+def test_a_dry_run_only_reports(stand: Stand, stored: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Only the outputs of the given jobs are checked."""
     path_of(stored[0].location).unlink()
     path_of(stored[1].location).unlink()
-    code, said = _verify(capsys, "--dry-run", str(stored[0].job_id))
-    assert (code, said["checked"], [one["after"] for one in said["wrong"]]) == (0, 1, ["would be put back"])
+    code, report = _verify(capsys, "--dry-run", str(stored[0].job_id))
+    assert (code, report["checked"], [output["after"] for output in report["wrong"]]) == (
+        0,
+        1,
+        ["would be queued for download again"],
+    )
     assert output_of(stand.engine, stored[0].id) == stored[0]
 
 
-def test_a_file_that_no_output_knows_is_named_and_stays(
+def test_an_orphan_file_is_reported_and_stays(
     stand: Stand, stored: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As after a cancel in the last moment."""
+    """A cancel in the last moment can leave such a file."""
     (stand.out / "0" / "stray name.png").write_bytes(PNG)
-    code, said = _verify(capsys)
-    assert (code, said["orphans"]) == (0, [f"file://{stand.out}/0/stray%20name.png"])
+    code, report = _verify(capsys)
+    assert (code, report["orphans"]) == (0, [f"file://{stand.out}/0/stray%20name.png"])
     assert (stand.out / "0" / "stray name.png").exists()
 
 
-def test_no_stored_file_is_called_a_stranger_where_the_directory_is_reached_by_another_name(
+def test_a_symbolic_link_to_the_storage_folder_makes_no_orphans(
     stand: Stand, stored: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Strangers may be thrown away."""
+    """Operators may remove orphans."""
     link = stand.out.with_name("link")
     link.symlink_to(stand.out)
     monkeypatch.setenv("STORAGE_URL", f"file:{link}")
@@ -134,10 +134,10 @@ def test_no_stored_file_is_called_a_stranger_where_the_directory_is_reached_by_a
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_file_that_can_not_be_read_is_named_and_the_others_are_read(
+def test_an_unreadable_file_is_reported_and_the_others_are_checked(
     number: int, stored: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As where a disk goes bad; what is gone is put back all the same."""
+    """A disk may have bad sectors. Missing outputs are still queued for download again."""
     real, bad = local._hash, path_of(stored[number].location)
 
     def reads(path: Path) -> str:
@@ -147,9 +147,9 @@ def test_a_file_that_can_not_be_read_is_named_and_the_others_are_read(
 
     monkeypatch.setattr(local, "_hash", reads)
     path_of(stored[2].location).unlink()
-    code, said = _verify(capsys)
-    assert (code, said["checked"], said["whole"], said["orphans"]) == (1, 3, 1, [])
-    assert [(one["output_id"], one["condition"]) for one in said["wrong"]] == [
+    code, report = _verify(capsys)
+    assert (code, report["checked"], report["whole"], report["orphans"]) == (1, 3, 1, [])
+    assert [(output["output_id"], output["condition"]) for output in report["wrong"]] == [
         (stored[number].id, "unreadable"),
         (stored[2].id, "missing"),
     ]
@@ -159,44 +159,48 @@ def test_a_file_that_can_not_be_read_is_named_and_the_others_are_read(
     ("table", "values", "after"),
     [
         (jobs, {"status": "cancelled"}, "left: its job was cancelled"),
-        (outputs, {"url": "data:image/png;sha256=00"}, "lost: its bytes came with the answer alone"),
+        (
+            outputs,
+            {"url": "data:image/png;sha256=00"},
+            "lost: the API sent its bytes inside the answer, so there is no link to download",
+        ),
     ],
 )
-def test_what_can_not_be_fetched_again_is_said(
+def test_an_output_that_can_not_be_downloaded_again_is_reported(
     table: Any, values: dict[str, Any], after: str, stand: Stand, stored: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And exits with 1."""
+    """The exit code is 1."""
     with stand.engine.begin() as connection:
         connection.execute(update(table).where(table.c.id == stored[0].id).values(values))
     path_of(stored[0].location).unlink()
-    code, said = _verify(capsys)
-    assert (code, [one["after"] for one in said["wrong"]]) == (1, [after])
+    code, report = _verify(capsys)
+    assert (code, [output["after"] for output in report["wrong"]]) == (1, [after])
     assert output_of(stand.engine, stored[0].id).status == "stored"
 
 
-def test_a_disk_that_is_not_mounted_is_not_taken_for_lost_pictures(
+def test_an_unmounted_disk_does_not_count_as_missing_outputs(
     stand: Stand, stored: list[Any], web: Web, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where the directory is missing, and where it is there but nothing is in it; unless the operator insists."""
+    """The folder may be absent or empty. `--force` overrides this."""
     url = web.serves("/many.png", page(200, PNG))
-    for number in range(SUSPICIOUS):
+    for number in range(MISSING_LIMIT):
         stand.download(f"{url}?{number}")
     aside = stand.out.rename(stand.out.with_name("aside"))
-    code, said = _verify(capsys)
-    assert (code, "mount it" in said) == (1, True)
+    code, report = _verify(capsys)
+    assert (code, "mount it" in report) == (1, True)
     stand.out.mkdir()
-    code, said = _verify(capsys)
-    assert (code, "mounted?" in said) == (1, True)
+    code, report = _verify(capsys)
+    assert (code, "mounted?" in report) == (1, True)
     assert output_of(stand.engine, stored[0].id) == stored[0]
-    code, said = _verify(capsys, "--force")
-    assert (code, said["whole"], len(said["wrong"])) == (0, 0, SUSPICIOUS + 3)
+    code, report = _verify(capsys, "--force")
+    assert (code, report["whole"], len(report["wrong"])) == (0, 0, MISSING_LIMIT + 3)
     assert aside.is_dir()
 
 
-def test_a_storage_that_goes_missing_makes_outputs_wait_and_status_says_so(
+def test_outputs_wait_while_the_storage_is_missing_and_status_reports_it(
     stand: Stand, stored: list[Any], web: Web, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is written beside it, and it goes on once it is back."""
+    """Nothing is written elsewhere, and downloads continue once the storage is back."""
     downloader = stand.downloader()
     downloader.run(0)  # no such output; the storage is prepared by the first download
     aside = stand.out.rename(stand.out.with_name("aside"))
@@ -207,14 +211,14 @@ def test_a_storage_that_goes_missing_makes_outputs_wait_and_status_says_so(
     assert not stand.out.exists()
     with pytest.raises(SystemExit):
         main(["status", "--json"])
-    said = json.loads(capsys.readouterr().out)["outputs"]
-    assert (said["unstored"], said["trouble"]) == (1, {"storage": 1})
-    assert str(stand.out) in said["storage"]
+    report = json.loads(capsys.readouterr().out)["outputs"]
+    assert (report["unstored"], report["trouble"]) == (1, {"storage": 1})
+    assert str(stand.out) in report["storage"]
     with pytest.raises(SystemExit):
         main(["status"])
-    words = capsys.readouterr().out
-    assert "outputs not stored yet: 1" in words
-    assert "the storage is in trouble" in words
+    text = capsys.readouterr().out
+    assert "outputs not stored yet: 1" in text
+    assert "the storage does not work" in text
     aside.rename(stand.out)
     with stand.engine.begin() as connection:
         connection.execute(update(outputs).where(outputs.c.id == output_id).values(due_at=row.listed_at))

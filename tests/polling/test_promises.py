@@ -17,7 +17,7 @@ from tests.testing.test_kit import content
 from tests.waiting import wait_until
 from tests.web import Answer, Web, page
 from worker.core.lifecycle import PROMISE_PATIENCE
-from worker.operations.explain import chain, read_facts
+from worker.operations.explain import explain, read_context
 from worker.operations.overview import why
 from worker.operations.prune import Retention, prune
 from worker.operations.verify import verify
@@ -59,9 +59,9 @@ def step_of(made: Kit, job_id: int, name: str) -> Any:
     with made.worker.engine.connect() as connection:
         row = job_row(connection, job_id)
         assert row is not None
-        facts = read_facts(connection, row, outputs_of(connection, [job_id]), [], made.worker.settings)
-    steps, advice = chain(facts, None)
-    return next(step for step in steps if step.step == name), advice
+        context = read_context(connection, row, outputs_of(connection, [job_id]), [], made.worker.settings)
+    explanation = explain(context, None)
+    return next(finding for finding in explanation.findings if finding.step == name), explanation.advice
 
 
 # ── what is tried ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,7 +9,7 @@ from sqlalchemy import Engine, select, update
 
 from tests.polling.test_poller import KEY, Polls, submitted
 from worker.core.circuit_breaker import NOT_LISTED
-from worker.operations.explain import chain, read_facts
+from worker.operations.explain import explain, read_context
 from worker.operations.overview import overview, why
 from worker.sandbox import Sandbox, SandboxOptions
 from worker.settings import Settings
@@ -76,12 +76,12 @@ def test_given_a_host_that_is_not_listed_then_it_is_held_and_everything_says_so(
             connection, job, [], unlisted.settings
         )
         state = overview(connection, unlisted.settings)
-        facts = read_facts(connection, job, [], [], unlisted.settings)
+        context = read_context(connection, job, [], [], unlisted.settings)
     assert [(host.host, host.reason.startswith(NOT_LISTED)) for host in state.hosts] == [(unlisted.host, True)]
     assert state.healthy
-    steps, advice = chain(facts, None)
-    assert any(NOT_LISTED in step.detail for step in steps)
-    assert f"add {unlisted.host} to SD_API_HOSTS" in advice
+    explanation = explain(context, None)
+    assert any(NOT_LISTED in finding.detail for finding in explanation.findings)
+    assert f"add {unlisted.host} to SD_API_HOSTS" in explanation.advice
 
 
 def test_given_such_a_job_past_its_deadline_when_the_hold_is_a_minute_old_then_it_ends_as_expired(

@@ -14,9 +14,9 @@ from sqlalchemy import Connection, Engine, Row
 from worker.coordination.rate_limiter import RateLimiter
 from worker.core.answer_history import AnswerNote, parse_history
 from worker.core.circuit_breaker import CircuitBreaker
-from worker.operations.explain import Step, chain_with_budget, read_facts
-from worker.operations.overview import Overview, belief, overview, why
-from worker.operations.snapshot import Frame, SnapshotReader
+from worker.operations.explain import Finding, read_context, read_explanation
+from worker.operations.overview import Overview, overview, ready_estimate, why
+from worker.operations.snapshot import Snapshot, SnapshotReader
 from worker.settings import Settings
 from worker.store.breakers import all_breakers
 from worker.store.engine import database_now, engine_for, translate_errors
@@ -40,7 +40,7 @@ class JobPage:
     events: list[Row[Any]]
     answers: list[AnswerNote]
     likely: str
-    chain: list[Step]
+    findings: list[Finding]
     advice: str
 
 
@@ -80,10 +80,10 @@ class Reading:
                 return None
             settings = self.as_the_workers([job.account])
             outputs, events = outputs_of(connection, [job_id]), events_of(connection, job_id)
-            believed = belief(connection, job)
+            believed = ready_estimate(connection, job)
             said = why(connection, job, outputs, settings)
-            facts = read_facts(connection, job, outputs, events, settings)
-        steps, advice = chain_with_budget(facts, _budget(settings.redis))
+            context = read_context(connection, job, outputs, events, settings)
+        explanation = read_explanation(context, _budget(settings.redis))
         return JobPage(
             job=job,
             why=said,
@@ -92,8 +92,8 @@ class Reading:
             events=list(events),
             answers=parse_history(job.last_answer),
             likely="" if believed is None else f"{believed.chance_now:.0%}",
-            chain=steps,
-            advice=advice,
+            findings=explanation.findings,
+            advice=explanation.advice,
         )
 
     def output(self, output_id: int) -> Row[Any] | None:
@@ -126,11 +126,11 @@ class Reading:
         with self.connection() as (connection, _):
             return overview(connection, self.as_the_workers(waiting_accounts(connection)))
 
-    def frame(self) -> Frame:
+    def snapshot(self) -> Snapshot:
         """What `top` shows: the troubles that there are."""
         with self.connection() as (connection, _):
             accounts = waiting_accounts(connection)
-        return SnapshotReader(self.engine, self.as_the_workers(accounts)).frame()
+        return SnapshotReader(self.engine, self.as_the_workers(accounts)).read()
 
     def as_the_workers(self, accounts: Iterable[str]) -> Settings:
         """The settings with a key for these accounts, where this process has none.

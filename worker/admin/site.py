@@ -39,7 +39,7 @@ class StartView(AdminIndexView):
             stands=self.reading.overview(),
             held=[one for one in states if one.held],
             states=states,
-            frame=self.reading.frame(),
+            snapshot=self.reading.snapshot(),
         )
         return page
 

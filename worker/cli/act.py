@@ -140,7 +140,7 @@ def verify(
             echo(f"no output knows {orphan}")
         if found.kept:
             echo(f"{len(found.kept)} files were kept when their jobs were pruned (--json lists them)")
-    return 0 if found.settled or dry_run else 1
+    return 0 if found.repaired or dry_run else 1
 
 
 COMMANDS: tuple[click.Command, ...] = (migrate, track, verify)

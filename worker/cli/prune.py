@@ -8,7 +8,7 @@ import click
 from worker.cli.output import json_option, print_json
 from worker.core.durations import parse_duration
 from worker.core.lifecycle import FINAL_STATES
-from worker.operations.prune import Pruned, Retention, look
+from worker.operations.prune import Pruned, Retention, count_prunable
 from worker.operations.prune import prune as run_prune
 from worker.settings import MAX_SECONDS, Settings, load
 from worker.store.engine import engine_for, translate_errors
@@ -54,9 +54,11 @@ def prune(
     with translate_errors(settings.database):
         if asks:
             click.confirm(
-                f"{_words(look(engine, wanted), wanted, 'would be removed')}. Remove them?", abort=True, err=True
+                f"{_words(count_prunable(engine, wanted), wanted, 'would be removed')}. Remove them?",
+                abort=True,
+                err=True,
             )
-        done = look(engine, wanted) if dry_run else run_prune(engine, settings, wanted)
+        done = count_prunable(engine, wanted) if dry_run else run_prune(engine, settings, wanted)
     if as_json:
         print_json({name: getattr(done, name) for name in ("jobs", "outputs", "files", "bytes")})
     else:

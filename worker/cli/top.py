@@ -1,4 +1,4 @@
-"""The command `top`: the live snapshot of `worker.operations.snapshot`, drawn in a terminal."""
+"""The command `top`: renders the live snapshot of `worker.operations.snapshot` in a terminal."""
 
 import os
 import select
@@ -26,70 +26,70 @@ from worker.operations.overview import HEALTHY_SECONDS
 from worker.operations.snapshot import (
     NO_WORKER,
     AccountNow,
-    Frame,
     LateJob,
-    LostClaim,
-    Overdue,
+    LostClaimNow,
+    OverdueJob,
+    Snapshot,
     SnapshotReader,
     Transfer,
-    Unstored,
+    UnstoredGroup,
 )
 from worker.settings import load
 from worker.store.engine import engine_for
 from worker.system.terminal import cell, make_console
 
-FILE_LINES = 1_000  # where nobody watches, nothing is cut but what is cut by `worker.operations.snapshot`
+FILE_LINES = 1_000  # without a terminal, only the limits of `worker.operations.snapshot` apply
 GAP = "  "
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of the frame. Its title stands over the first column, `columns` over the others."""
+    """A section of the screen. Its title is the header of the first column, `columns` are the headers of the others."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     alarming: bool = False  # red
-    count: int = 0  # where there are more than `rows`
-    more: bool = False  # and more than could be counted
+    count: int = 0  # the total, if there are more than `rows`
+    more: bool = False  # whether counting stopped at `count`
 
     @property
-    def least(self) -> int:
-        """The lines that show anything of it: the title, a row, and how many more there are."""
+    def minimum_lines(self) -> int:
+        """The number of lines that show at least the title, one row and the number of further rows."""
         return min(max(len(self.rows), self.count), 2) + 1
 
     @property
-    def most(self) -> int:
-        """The lines that show all there is to show of it."""
+    def maximum_lines(self) -> int:
+        """The number of lines that show every row."""
         return 1 + len(self.rows) + (self.count > len(self.rows))
 
 
 @click.command()
 @click.option("--every", type=click.FloatRange(0.2, 3600), default=2.0, show_default=True, metavar="SECONDS",
-              help="How often it is read anew.")  # fmt: skip
-@click.option("--once", is_flag=True, help="One frame, as it is where stdout is no terminal.")
+              help="The time between two refreshes.")  # fmt: skip
+@click.option("--once", is_flag=True, help="Print one snapshot and exit; the default if stdout is not a terminal.")
 @json_option
 def top(every: float, once: bool, as_json: bool) -> int:
-    """Watch everything that goes on: rates, holds, late work, downloads, troubles. `q` ends it."""
+    """Watch rates, holds, late work, downloads and problems live. `q` quits."""
     settings = load()
-    watcher = SnapshotReader(engine_for(settings.database), settings)
+    reader = SnapshotReader(engine_for(settings.database), settings)
     console = make_console(height=FILE_LINES)
     if as_json:
-        print_json(document(watcher.frame()))
+        print_json(document(reader.read()))
     elif once or not console.is_terminal:
-        console.print(drawn(watcher.frame(), console.width, console.height - 1), soft_wrap=True)
+        console.print(render(reader.read(), console.width, console.height - 1), soft_wrap=True)
     else:
-        _watch(watcher, console, every)
+        _watch(reader, console, every)
     return 0
 
 
-def document(frame: Frame) -> dict[str, Any]:
-    """A frame as JSON takes it: jobs by state, `jobs_more` names the states with more than could be counted."""
-    told = asdict(frame)
-    told["late_count"], told["late_more"] = frame.late_count.count, frame.late_count.more
-    told["jobs"] = {one.state: one.count for one in frame.jobs}
-    told["jobs_more"] = [one.state for one in frame.jobs if one.more]
-    plain: dict[str, Any] = _plain(told)
+def document(snapshot: Snapshot) -> dict[str, Any]:
+    """Return a snapshot as a JSON document. `jobs_more` lists the states with more jobs than were counted."""
+    fields = asdict(snapshot)
+    fields["late_count"], fields["late_more"] = snapshot.late_count.count, snapshot.late_count.more
+    fields["jobs"] = {counted.state: counted.count for counted in snapshot.jobs}
+    fields["jobs_more"] = [counted.state for counted in snapshot.jobs if counted.more]
+    plain: dict[str, Any] = _plain(fields)
     return plain
 
 
@@ -108,36 +108,36 @@ def _plain(value: Any) -> Any:
 # ── watching ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _watch(watcher: SnapshotReader, console: Console, every: float) -> None:
-    frame = watcher.frame()  # where this can't be had, there is nothing to watch
-    trouble = None
+def _watch(reader: SnapshotReader, console: Console, every: float) -> None:
+    snapshot = reader.read()  # without a first snapshot, the error ends the command
+    error = None
     try:
-        with _keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as shown:
+        with _keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
-                shown.update(drawn(frame, console.width, console.height, trouble), refresh=True)
+                live.update(render(snapshot, console.width, console.height, error), refresh=True)
                 if pressed(every):
                     return
                 try:
-                    frame, trouble = watcher.frame(), None
-                except WorkerError as away:
-                    trouble = str(away)
+                    snapshot, error = reader.read(), None
+                except WorkerError as failure:
+                    error = str(failure)
     except KeyboardInterrupt:
         return
 
 
 @contextmanager
 def _keys() -> Iterator[Any]:
-    """A function that waits so many seconds, and is true as soon as `q` is pressed."""
+    """Yield a function that waits for a number of seconds and returns true as soon as `q` is pressed."""
     if not sys.stdin.isatty():
         yield _sleep
         return
     handle = sys.stdin.fileno()
-    before = termios.tcgetattr(handle)
+    settings = termios.tcgetattr(handle)
     tty.setcbreak(handle)
     try:
-        yield lambda seconds: _ended(handle, seconds)
+        yield lambda seconds: _quit_pressed(handle, seconds)
     finally:
-        termios.tcsetattr(handle, termios.TCSADRAIN, before)
+        termios.tcsetattr(handle, termios.TCSADRAIN, settings)
 
 
 def _sleep(seconds: float) -> bool:
@@ -145,10 +145,10 @@ def _sleep(seconds: float) -> bool:
     return False
 
 
-def _ended(handle: int, seconds: float) -> bool:
-    until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0:
-        ready, _, _ = select.select([handle], [], [], left)
+def _quit_pressed(handle: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while (remaining := deadline - time.monotonic()) > 0:
+        ready, _, _ = select.select([handle], [], [], remaining)
         if ready:
             typed = os.read(handle, 64)
             if not typed or b"q" in typed.lower():
@@ -159,207 +159,220 @@ def _ended(handle: int, seconds: float) -> bool:
 # ── drawing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def drawn(frame: Frame, width: int, height: int, trouble: str | None = None) -> Group:
-    """A frame in a terminal of this size: the most important first, each part cut to what there is room for."""
-    lines = [*_head(frame, trouble)]
-    parts = [section for section in _sections(frame) if section.rows]
-    for section, room in zip(parts, _rooms(parts, height - len(lines)), strict=True):
-        lines += _lines(section, room, width)
+def render(snapshot: Snapshot, width: int, height: int, error: str | None = None) -> Group:
+    """Render a snapshot for a terminal of this size, the most important section first, each cut to its share."""
+    lines = [*_head(snapshot, error)]
+    sections = [section for section in _sections(snapshot) if section.rows]
+    for section, line_count in zip(sections, _line_counts(sections, height - len(lines)), strict=True):
+        lines += _lines(section, line_count, width)
     for line in lines:
         line.truncate(width, overflow="ellipsis")
     return Group(*lines[:height])
 
 
-def _head(frame: Frame, trouble: str | None) -> Iterator[Text]:
-    asked = "never" if frame.asked_seconds is None else f"{format_duration(frame.asked_seconds)} ago"
-    line = Text(f"fetch-worker {frame.at:%H:%M:%S} UTC", style="bold")
-    silent = frame.asked_seconds is None or frame.asked_seconds > HEALTHY_SECONDS
-    if silent and any(job.why == NO_WORKER for job in frame.late):
-        line.append(f"{GAP}NO WORKER ASKS", style="bold red")
-    line.append(f"{GAP}last request {asked}, {frame.asking:,} under way", style="not bold")
+def _head(snapshot: Snapshot, error: str | None) -> Iterator[Text]:
+    asked = "never" if snapshot.asked_seconds is None else f"{format_duration(snapshot.asked_seconds)} ago"
+    line = Text(f"fetch-worker {snapshot.at:%H:%M:%S} UTC", style="bold")
+    silent = snapshot.asked_seconds is None or snapshot.asked_seconds > HEALTHY_SECONDS
+    if silent and any(job.why == NO_WORKER for job in snapshot.late):
+        line.append(f"{GAP}NO WORKER POLLS", style="bold red")
+    line.append(f"{GAP}last request {asked}, {snapshot.asking:,} in flight", style="not bold")
     yield line
-    counts = [f"{one.count:,}{'+' if one.more else ''} {one.state}" for one in frame.jobs if one.count]
-    line = Text(GAP.join(counts) or "no jobs yet")
-    if frame.claims or frame.late or frame.overdue or frame.unstored:
-        line.append(f"{GAP}(`fetch-worker show ID`: why, and what to do)", style="dim")
+    job_counts = [f"{jobs.count:,}{'+' if jobs.more else ''} {jobs.state}" for jobs in snapshot.jobs if jobs.count]
+    line = Text(GAP.join(job_counts) or "no jobs yet")
+    if snapshot.claims or snapshot.late or snapshot.overdue or snapshot.unstored:
+        line.append(f"{GAP}(`fetch-worker show ID` says why, and what to do)", style="dim")
     yield line
-    if trouble is not None:
-        yield cell(trouble, "bold red")
-    if not frame.budget_known:
-        yield Text("Redis is away: what is left of the budget is not known", style="red")
+    if error is not None:
+        yield cell(error, "bold red")
+    if not snapshot.budget_known:
+        yield Text("Redis is not reachable, so the free requests are not known", style="red")
 
 
-def _rooms(parts: Sequence[Section], height: int) -> list[int]:
-    """How many lines each part gets: a title each; then, in order, what shows anything of it; then evenly."""
-    rooms = [1 for _ in parts]
-    left = height - len(parts)
-    for place, part in enumerate(parts):
-        if part.least - 1 <= left:
-            rooms[place] = part.least
-            left -= part.least - 1
-    while left > 0:
-        short = [place for place, part in enumerate(parts) if part.least <= rooms[place] < part.most]
-        if not short:
+def _line_counts(sections: Sequence[Section], height: int) -> list[int]:
+    """Divide the lines: a title for each section, then in order the minimum of each, then the rest evenly."""
+    lines = [1 for _ in sections]
+    free = height - len(sections)
+    for index, section in enumerate(sections):
+        if section.minimum_lines - 1 <= free:
+            lines[index] = section.minimum_lines
+            free -= section.minimum_lines - 1
+    while free > 0:
+        cut = [
+            index
+            for index, section in enumerate(sections)
+            if section.minimum_lines <= lines[index] < section.maximum_lines
+        ]
+        if not cut:
             break
-        for place in short[:left]:
-            rooms[place] += 1
-        left -= len(short[:left])
-    return rooms
+        for index in cut[:free]:
+            lines[index] += 1
+        free -= len(cut[:free])
+    return lines
 
 
-def _lines(section: Section, room: int, width: int) -> list[Text]:
+def _lines(section: Section, line_count: int, width: int) -> list[Text]:
     count = max(len(section.rows), section.count)
-    shown = section.rows[:count] if room > count else section.rows[: max(room - 2, 0)]
+    shown = section.rows[:count] if line_count > count else section.rows[: max(line_count - 2, 0)]
     table = [(section.title, *section.columns), *shown]
     cells = [[display_text(text) for text in row] for row in table]
     widths = [max(cell_len(row[place]) for row in cells) for place in range(len(cells[0]))]
     style = "bold red" if section.alarming else "bold"
     lines = [Text(_joined(row, widths), style=style if not place else "") for place, row in enumerate(cells)]
     more = f"… and {count - len(shown):,}{'+' if section.more else ''} more"
-    if room == 1:
+    if line_count == 1:
         return [Text(f"{section.title} {more}", style=style)]
     return lines if len(shown) == count else [*lines, Text(more, style="dim")]
 
 
 def _joined(row: Sequence[str], widths: Sequence[int]) -> str:
-    padded = (cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
+    padded = (text + " " * (width - cell_len(text)) for text, width in zip(row, widths, strict=True))
     return GAP.join(padded).rstrip()
 
 
-def _sections(frame: Frame) -> list[Section]:
-    """The parts, the most important first; of troubles before what goes well."""
-    told = "since counting began" if frame.kinds_seconds is None else f"the last {format_duration(frame.kinds_seconds)}"
-    at = frame.at
+def _sections(snapshot: Snapshot) -> list[Section]:
+    """Return the sections, the most important first: problems before normal work."""
+    period = (
+        "since counting began"
+        if snapshot.kinds_seconds is None
+        else f"the last {format_duration(snapshot.kinds_seconds)}"
+    )
+    at = snapshot.at
     return [
         Section(
             "ACCOUNTS",
             ("per second", "of", "free now", "held for", "next try", "state"),
-            [_account_row(one, at) for one in sorted(frame.accounts, key=lambda one: one.reason is None)],
+            [
+                _account_row(account, at)
+                for account in sorted(snapshot.accounts, key=lambda account: account.reason is None)
+            ],
         ),
         Section(
             "HELD HOSTS",
             ("held for", "next try", "why"),
-            [(one.host, _since(one.since, at), _in(one.until, at), one.reason) for one in frame.hosts],
+            [(host.host, _since(host.since, at), _in(host.until, at), host.reason) for host in snapshot.hosts],
             alarming=True,
         ),
-        Section("LOST CLAIMS", ("its lease", "its process"), [_claim_row(one) for one in frame.claims], True),
+        Section("LOST CLAIMS", ("its lease", "its process"), [_claim_row(claim) for claim in snapshot.claims], True),
         Section(
             "LATE JOBS",
             ("account", "late", "past deadline", "why"),
-            [_late_row(one) for one in frame.late],
-            count=frame.late_count.count,
-            more=frame.late_count.more,
+            [_late_row(job) for job in snapshot.late],
+            count=snapshot.late_count.count,
+            more=snapshot.late_count.more,
         ),
-        Section("PAST DEADLINE", ("account", "for", "asked in"), [_overdue_row(one) for one in frame.overdue]),
+        Section("PAST DEADLINE", ("account", "for", "polled in"), [_overdue_row(job) for job in snapshot.overdue]),
         Section(
             "NOT STORED",
-            ("outputs", "oldest", "of job", "next try", "host", "last said"),
-            [_unstored_row(one, frame.unstored_more) for one in frame.unstored],
+            ("outputs", "oldest", "of job", "next try", "host", "last error"),
+            [_unstored_row(group, snapshot.unstored_more) for group in snapshot.unstored],
         ),
         Section(
             "DOWNLOADS",
             ("job", "age", "bytes", "per second", "attempt", "host"),
-            [_transfer_row(one) for one in frame.transfers],
+            [_transfer_row(transfer) for transfer in snapshot.transfers],
         ),
         Section(
             "LATE WEBHOOKS",
-            ("events", "oldest", "attempts", "HTTP", "last said"),
+            ("events", "oldest", "attempts", "HTTP", "last error"),
             [
                 (
-                    one.receiver,
-                    f"{one.count:,}",
-                    format_duration(one.late_seconds),
-                    str(one.attempts),
-                    str(one.http_status or "-"),
-                    one.message or "",
+                    webhook.receiver,
+                    f"{webhook.count:,}",
+                    format_duration(webhook.late_seconds),
+                    str(webhook.attempts),
+                    str(webhook.http_status or "-"),
+                    webhook.message or "",
                 )
-                for one in frame.webhooks
+                for webhook in snapshot.webhooks
             ],
         ),
         Section(
             "LAST FAILURES",
             ("account", "kind", "code", "ago"),
             [
-                (str(one.id), one.account, one.kind, one.code, format_duration((at - one.at).total_seconds()))
-                for one in frame.failures
+                (str(job.id), job.account, job.kind, job.code, format_duration((at - job.at).total_seconds()))
+                for job in snapshot.failures
             ],
         ),
         Section(
             "READY TO SEEN",
-            ("kind", "jobs", "p50", "p95", "polls per job", f"({told})"),
+            ("kind", "jobs", "p50", "p95", "polls per job", f"({period})"),
             [
                 (
-                    one.account,
-                    one.kind,
-                    f"{one.jobs:,}",
-                    _or_dash(one.delay_p50, format_duration),
-                    _or_dash(one.delay_p95, format_duration),
-                    _or_dash(one.polls_per_job, lambda number: f"{number:.1f}"),
+                    kind.account,
+                    kind.kind,
+                    f"{kind.jobs:,}",
+                    _or_dash(kind.delay_p50, format_duration),
+                    _or_dash(kind.delay_p95, format_duration),
+                    _or_dash(kind.polls_per_job, lambda number: f"{number:.1f}"),
                     "",
                 )
-                for one in frame.kinds
+                for kind in snapshot.kinds
             ],
         ),
     ]
 
 
-def _account_row(one: AccountNow, now: datetime) -> Sequence[str]:
-    ceiling = "" if one.ceiling is None else f" (it took {one.ceiling:g})"
+def _account_row(account: AccountNow, now: datetime) -> Sequence[str]:
+    ceiling = "" if account.ceiling is None else f" (learned: {account.ceiling:g})"
     return (
-        one.account,
-        _or_dash(one.used, lambda number: f"{number:.1f}"),
-        f"{one.rps:g}{ceiling}",
-        "-" if one.left is None else str(one.left),
-        _since(one.since, now),
-        _in(one.until, now),
-        "open" if one.reason is None else f"HELD: {one.reason}",
+        account.account,
+        _or_dash(account.used, lambda number: f"{number:.1f}"),
+        f"{account.rps:g}{ceiling}",
+        "-" if account.left is None else str(account.left),
+        _since(account.since, now),
+        _in(account.until, now),
+        "open" if account.reason is None else f"HELD: {account.reason}",
     )
 
 
-def _claim_row(one: LostClaim) -> Sequence[str]:
-    over = (
-        f"over for {format_duration(one.over_seconds)}"
-        if one.over_seconds > 0
-        else f"ends in {format_duration(-one.over_seconds)}"
+def _claim_row(claim: LostClaimNow) -> Sequence[str]:
+    lease = (
+        f"ended {format_duration(claim.over_seconds)} ago"
+        if claim.over_seconds > 0
+        else f"ends in {format_duration(-claim.over_seconds)}"
     )
-    what = "is dead" if one.dead else "is silent" if one.over_seconds > 0 else "has it longer than any work takes"
-    return (f"{one.what} {one.id}", over, f"{one.holder} {what}")
+    state = (
+        "is dead" if claim.dead else "is silent" if claim.over_seconds > 0 else "has held it longer than any work takes"
+    )
+    return (f"{claim.what} {claim.id}", lease, f"{claim.holder} {state}")
 
 
-def _overdue_row(one: Overdue) -> Sequence[str]:
-    return (str(one.id), one.account, format_duration(one.past_deadline_seconds), format_duration(one.asked_in_seconds))
+def _overdue_row(job: OverdueJob) -> Sequence[str]:
+    return (str(job.id), job.account, format_duration(job.past_deadline_seconds), format_duration(job.asked_in_seconds))
 
 
-def _late_row(one: LateJob) -> Sequence[str]:
-    past = _or_dash(one.past_deadline_seconds, format_duration)
-    return (str(one.id), one.account, format_duration(one.late_seconds), past, one.why)
+def _late_row(job: LateJob) -> Sequence[str]:
+    past = _or_dash(job.past_deadline_seconds, format_duration)
+    return (str(job.id), job.account, format_duration(job.late_seconds), past, job.why)
 
 
-def _unstored_row(one: Unstored, more: bool) -> Sequence[str]:
+def _unstored_row(group: UnstoredGroup, more: bool) -> Sequence[str]:
     next_try = (
-        f"in {format_duration(one.next_seconds)}"
-        if one.next_seconds > 0
-        else f"due for {format_duration(-one.next_seconds)}"
+        f"in {format_duration(group.next_seconds)}"
+        if group.next_seconds > 0
+        else f"due since {format_duration(-group.next_seconds)}"
     )
-    count = f"{one.count:,}{'+' if more else ''}"
-    oldest = (format_duration(one.oldest_seconds), str(one.job_id))
-    return (one.code or "none yet", count, *oldest, next_try, one.host or "-", one.message or "")
+    count = f"{group.count:,}{'+' if more else ''}"
+    oldest = (format_duration(group.oldest_seconds), str(group.job_id))
+    return (group.code or "no error", count, *oldest, next_try, group.host or "-", group.message or "")
 
 
-def _transfer_row(one: Transfer) -> Sequence[str]:
+def _transfer_row(transfer: Transfer) -> Sequence[str]:
     return (
-        str(one.output_id),
-        str(one.job_id),
-        _or_dash(one.age_seconds, format_duration),
-        _or_dash(one.bytes, format_bytes),
-        _or_dash(one.bytes_per_second, format_bytes),
-        str(one.attempts),
-        one.host,
+        str(transfer.output_id),
+        str(transfer.job_id),
+        _or_dash(transfer.age_seconds, format_duration),
+        _or_dash(transfer.bytes, format_bytes),
+        _or_dash(transfer.bytes_per_second, format_bytes),
+        str(transfer.attempts),
+        transfer.host,
     )
 
 
-def _or_dash(value: float | None, said: Any) -> str:
-    return "-" if value is None else str(said(value))
+def _or_dash(value: float | None, form: Any) -> str:
+    return "-" if value is None else str(form(value))
 
 
 def _since(moment: datetime | None, now: datetime) -> str:
@@ -369,8 +382,8 @@ def _since(moment: datetime | None, now: datetime) -> str:
 def _in(moment: datetime | None, now: datetime) -> str:
     if moment is None:
         return "-"
-    left = (moment - now).total_seconds()
-    return f"in {format_duration(left)}" if left > 0 else f"due for {format_duration(-left)}"
+    remaining = (moment - now).total_seconds()
+    return f"in {format_duration(remaining)}" if remaining > 0 else f"due since {format_duration(-remaining)}"
 
 
 COMMANDS: tuple[click.Command, ...] = (top,)

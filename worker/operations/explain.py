@@ -1,6 +1,6 @@
-"""Why one job does not move: everything that has to be true until it does, with numbers, and what to do about it.
+"""Explain why a job does not move: one finding for each thing that the job depends on, and one line of advice.
 
-Each link of the chain says what it found; the first one that stands in the way gives the advice.
+The findings are listed in the order in which a job meets them. The first finding that blocks the job gives the advice.
 """
 
 import json
@@ -32,18 +32,18 @@ from worker.store.promises import promise_row
 from worker.store.reports.live import count_due_before
 from worker.system.process_identity import liveness
 
-AHEAD_MOST = 10_000
-SOON_SECONDS = 60.0  # who waits longer than that is told how it goes on at once
+AHEAD_MOST = 10_000  # jobs counted in front of this one
+SOON_SECONDS = 60.0  # a longer wait also gets the command that ends it
 CURVE_SECONDS = (0.0, 5.0, 15.0, 60.0, 300.0)  # from now
 START_WORKER = "start a `worker` process"
 START_DOWNLOADS = "start a `downloads` process"
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One link of the chain: what was looked at, how it stands in a word or two, and the numbers.
+class Finding:
+    """One check of an explanation: what was checked (`step`), its state in one or two words, and the numbers.
 
-    `advice` is what to do about it; None where it does not stand in the way.
+    `advice` says what to do. It is `None` where this check does not block the job.
     """
 
     step: str
@@ -53,313 +53,334 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """What the database knows of a job and of all that it depends on. `state` has the hold of its account, if any."""
+class Explanation:
+    """All findings about a job, and one line that says what to do."""
+
+    findings: list[Finding]
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobContext:
+    """A job and everything in the database that it depends on. `account_state` includes a hold of the account."""
 
     job: Row[Any]
     outputs: Sequence[Row[Any]]
     events: Sequence[Row[Any]]
     now: datetime
-    state: AccountState
+    account_state: AccountState
     breakers: Mapping[tuple[Scope, str], CircuitBreaker]
     model: PaceModel
-    ahead: int
-    asked: datetime | None
+    jobs_ahead: int
+    last_request_at: datetime | None
     settings: Settings
     promise: Row[Any] | None = None
 
     @property
-    def trying(self) -> bool:
-        """Whether its outputs are links that were promised, and that nobody listed."""
+    def tries_promised_links(self) -> bool:
+        """Whether the outputs are promised links, which no answer has listed."""
         return self.promise is not None and self.promise.end_status is not None
 
     @property
-    def working(self) -> bool:
-        """Whether any request was made lately."""
-        return self.asked is not None and self.now - self.asked <= timedelta(seconds=HEALTHY_SECONDS)
+    def workers_poll(self) -> bool:
+        """Whether any worker made a request within the last `HEALTHY_SECONDS`."""
+        return self.last_request_at is not None and self.now - self.last_request_at <= timedelta(
+            seconds=HEALTHY_SECONDS
+        )
 
     @property
     def rate(self) -> float:
-        """The requests per second that its account may make."""
-        return self.state.rps
+        """The requests per second that the account may make."""
+        return self.account_state.rps
 
-    def since(self, moment: datetime) -> float:
-        """The seconds since a moment; below zero where it is to come."""
+    def seconds_since(self, moment: datetime) -> float:
+        """Return the seconds since a moment. The result is negative for a moment in the future."""
         return (self.now - moment).total_seconds()
 
 
-def read_facts(
+def read_context(
     connection: Connection, job: Row[Any], outputs: Sequence[Row[Any]], events: Sequence[Row[Any]], settings: Settings
-) -> Facts:
-    """What the database knows of why a job is where it is."""
+) -> JobContext:
+    """Read everything from the database that explains a job."""
     now = database_now(connection)
     breakers = all_breakers(connection)
-    levels = due_groups(connection, [job.account])
+    groups = due_groups(connection, [job.account])
     waits = job.due_at is not None
-    own = [DueGroup(job.account, job.priority, job.fetch_host, job.due_at)] if waits else []
-    states = account_states(breakers, [*levels, *own], settings, now)
-    state = next((one for one in states if one.account == job.account), None)
-    return Facts(
+    own_group = [DueGroup(job.account, job.priority, job.fetch_host, job.due_at)] if waits else []
+    account_state = next(
+        (
+            state
+            for state in account_states(breakers, [*groups, *own_group], settings, now)
+            if state.account == job.account
+        ),
+        None,
+    )
+    return JobContext(
         job=job,
         outputs=outputs,
         events=events,
         now=now,
-        state=state or AccountState(job.account, None, None, None, settings.rps(job.account)),
+        account_state=account_state or AccountState(job.account, None, None, None, settings.rps(job.account)),
         breakers=breakers,
         model=read_models(connection, [(job.account, job.kind)])[job.account, job.kind][0],
-        ahead=count_due_before(connection, levels, job, now=now, most=AHEAD_MOST + 1) if waits else 0,
-        asked=last_asked(connection),
+        jobs_ahead=count_due_before(connection, groups, job, now=now, most=AHEAD_MOST + 1) if waits else 0,
+        last_request_at=last_asked(connection),
         settings=settings,
         promise=promise_row(connection, job.id),
     )
 
 
-def chain(facts: Facts, peek: BudgetStatus | None) -> tuple[list[Step], str]:
-    """The chain of a job, and what to do. `peek` is its account's budget; None where Redis is away."""
-    steps = [_job(facts)]
-    if facts.job.due_at is not None:
-        steps += _request(facts, peek)
-    said = parse_history(facts.job.last_answer)
-    if said:
-        steps.append(Step("answers", f"{len(said)} kept", "; ".join(_answer(one.age, one.note) for one in said)))
-    steps += _promise(facts)
-    steps += [_output(facts, output) for output in facts.outputs]
-    steps += _on_done(facts)
-    steps += _webhooks(facts)
-    return steps, next((step.advice for step in steps if step.advice is not None), _rest(facts))
+def explain(context: JobContext, peek: BudgetStatus | None) -> Explanation:
+    """Explain a job. `peek` is the rate limit of its account, or `None` if Redis is not reachable."""
+    findings = [_job(context)]
+    if context.job.due_at is not None:
+        findings += _request(context, peek)
+    kept_answers = parse_history(context.job.last_answer)
+    if kept_answers:
+        details = "; ".join(_answer(answer.age, answer.note) for answer in kept_answers)
+        findings.append(Finding("answers", f"{len(kept_answers)} kept", details))
+    findings += _promise(context)
+    findings += [_output(context, output) for output in context.outputs]
+    findings += _on_done(context)
+    findings += _webhooks(context)
+    default = "nothing: all outputs are stored" if context.job.status == "completed" else "nothing: the job continues"
+    return Explanation(findings, next((finding.advice for finding in findings if finding.advice is not None), default))
 
 
-def chain_with_budget(facts: Facts, budget: RateLimiter) -> tuple[list[Step], str]:
-    """The chain of a job, and what to do. It looks into Redis, so after the transaction: no network inside of one."""
-    peeks = budget.peek({facts.job.account: facts.rate}) if facts.job.due_at is not None else {}
-    return chain(facts, peeks.get(facts.job.account))
-
-
-def _rest(facts: Facts) -> str:
-    return "nothing: all is stored" if facts.job.status == "completed" else "nothing: it goes on by itself"
+def read_explanation(context: JobContext, limiter: RateLimiter) -> Explanation:
+    """Read the rate limit from Redis and explain a job. Call it after the transaction that read the context."""
+    peeks = limiter.peek({context.job.account: context.rate}) if context.job.due_at is not None else {}
+    return explain(context, peeks.get(context.job.account))
 
 
 def _answer(age: float | None, note: str) -> str:
     return mask_personal_data(note) if age is None else f"at {format_duration(age)}: {mask_personal_data(note)}"
 
 
-def _times(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _job(facts: Facts) -> Step:
-    job = facts.job
-    asked = "" if job.asked_at is None else f", last {format_duration(facts.since(job.asked_at))} ago"
-    age = format_duration(facts.since(job.submitted_at))
-    detail = f"submitted {age} ago, {_times(job.polls, 'request')} about it{asked}"
-    if job.ready_at is not None and not facts.trying:
-        detail += f"; seen ready {format_duration(facts.since(job.ready_at))} ago"
+def _job(context: JobContext) -> Finding:
+    job = context.job
+    last_request = (
+        "" if job.asked_at is None else f", the last {format_duration(context.seconds_since(job.asked_at))} ago"
+    )
+    age = format_duration(context.seconds_since(job.submitted_at))
+    detail = f"submitted {age} ago, {_count(job.polls, 'request')}{last_request}"
+    if job.ready_at is not None and not context.tries_promised_links:
+        detail += f"; first seen ready {format_duration(context.seconds_since(job.ready_at))} ago"
     if job.completed_at is not None:
-        detail += f"; {job.status} {format_duration(facts.since(job.completed_at))} ago"
+        detail += f"; {job.status} {format_duration(context.seconds_since(job.completed_at))} ago"
     if job.error_code is not None:
         detail += f"; {job.error_code}: {mask_personal_data(job.error_message or '')}"
-    return Step("job", job.status, detail, _final(facts) if job.status in FINAL_STATES else None)
+    return Finding("job", job.status, detail, _final_advice(context) if job.status in FINAL_STATES else None)
 
 
-def _final(facts: Facts) -> str | None:
-    job = facts.job
+def _final_advice(context: JobContext) -> str | None:
+    job = context.job
     retry = f"fetch-worker retry {job.id}"
     match job.status:
         case "completed":
             return None
         case "cancelled":
-            return "nothing: it was cancelled"
+            return "nothing: the job was cancelled"
         case "expired":
-            said = parse_history(job.last_answer)
-            if said and said[0].note.startswith("unknown id"):
-                return f"look at its remote id and account: the API knows no such job; {retry} asks again"
-            return f"{retry}, if it may come late"
-    codes = {output.error_code for output in facts.outputs if output.status == "failed"}
+            kept_answers = parse_history(job.last_answer)
+            if kept_answers and kept_answers[0].note.startswith("unknown id"):
+                return f"check the remote id and the account: the API does not know this job; {retry} polls it again"
+            return f"{retry}, if the output may still arrive"
+    codes = {output.error_code for output in context.outputs if output.status == "failed"}
     if "refused_address" in codes:
-        return f"{retry}, once OUTPUT_ALLOWED_NETWORKS has the network of that address, if it may be reached"
-    return f"{retry}, with a larger OUTPUT_MAX_BYTES" if "too_large" in codes else retry
+        return f"add the network of that address to OUTPUT_ALLOWED_NETWORKS if you trust it, then {retry}"
+    return f"set a larger OUTPUT_MAX_BYTES, then {retry}" if "too_large" in codes else retry
 
 
 # ── the next request ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _request(facts: Facts, peek: BudgetStatus | None) -> Iterator[Step]:
-    if facts.job.held_at is not None:
-        held = format_duration(facts.since(facts.job.held_at))
-        yield Step("hold", BY_OPERATOR, f"since {held}", f"fetch-worker resume {facts.job.id}")
-    yield _account(facts)
-    yield _host(facts)
-    yield _claim(facts)
-    yield _budget(facts, peek)
-    yield _queue(facts)
-    yield _poll(facts)
-    if facts.job.status == "pending":
-        yield _curve(facts)
-        yield _deadline(facts)
+def _request(context: JobContext, peek: BudgetStatus | None) -> Iterator[Finding]:
+    if context.job.held_at is not None:
+        held = format_duration(context.seconds_since(context.job.held_at))
+        yield Finding("hold", BY_OPERATOR, f"since {held}", f"fetch-worker resume {context.job.id}")
+    yield _account(context)
+    yield _host(context)
+    yield _claim(context)
+    yield _rate_limit(context, peek)
+    yield _queue(context)
+    yield _poll(context)
+    if context.job.status == "pending":
+        yield _curve(context)
+        yield _deadline(context)
 
 
-def _account(facts: Facts) -> Step:
-    name = facts.job.account
-    breaker = facts.breakers.get(("account", name), CircuitBreaker("account", name))
-    variable = _key_variable(facts, name)
-    if breaker.held(facts.now):
-        return _held(facts, breaker, f"account {name}", variable)
-    if name not in facts.settings.keys and not breaker.proven:
+def _account(context: JobContext) -> Finding:
+    name = context.job.account
+    breaker = context.breakers.get(("account", name), CircuitBreaker("account", name))
+    variable = _key_variable(context, name)
+    if breaker.held(context.now):
+        return _held(context, breaker, f"account {name}", variable)
+    if name not in context.settings.keys and not breaker.proven:
         advice = f"put the key of account {name} into {variable}"
-        return Step("account", "no key", f"{name} has none, as far as this command can see", advice)
+        return Finding("account", "no key", f"{name} has no key in the environment of this command", advice)
     if breaker.proven:
-        return Step("account", "open", f"{name}: its key was accepted")
-    return Step("account", "open", f"{name}: its key was not accepted yet, so one call alone goes first")
+        return Finding("account", "open", f"{name}: the API accepted its key")
+    return Finding("account", "open", f"{name}: its key is not tested yet, so a single request is sent first")
 
 
-def _key_variable(facts: Facts, account: str) -> str:
-    """Where the key of an account is to be written, and what has to be done then."""
-    if facts.settings.sd_api_keys_file:
-        return f'the file SD_API_KEYS_FILE, as "{account}": it is read again by itself'
+def _key_variable(context: JobContext, account: str) -> str:
+    """Return where the key of an account is configured, and what to do after a change."""
+    if context.settings.sd_api_keys_file:
+        return f'the file SD_API_KEYS_FILE, as "{account}": the worker reads it again by itself'
     variable = "SD_API_KEY" if account == "default" else f'SD_API_KEYS["{account}"]'
     return f"{variable} and restart the worker"
 
 
-def _host(facts: Facts) -> Step:
-    name = facts.job.fetch_host
-    breaker = facts.breakers.get(("host", name), CircuitBreaker("host", name))
-    if breaker.held(facts.now):
-        return _held(facts, breaker, name, "")
-    return Step(
-        "host", "open", f"{name}: {breaker.troubles} calls in a row came to nothing" if breaker.troubles else name
-    )
+def _host(context: JobContext) -> Finding:
+    name = context.job.fetch_host
+    breaker = context.breakers.get(("host", name), CircuitBreaker("host", name))
+    if breaker.held(context.now):
+        return _held(context, breaker, name, "")
+    detail = f"{name}: the last {_count(breaker.troubles, 'request')} failed" if breaker.troubles else name
+    return Finding("host", "open", detail)
 
 
-def _held(facts: Facts, breaker: CircuitBreaker, named: str, variable: str) -> Step:
+def _held(context: JobContext, breaker: CircuitBreaker, subject: str, variable: str) -> Finding:
+    """Return the finding about an account or host (`subject`) that is held."""
     began = breaker.paused_at or breaker.since
-    since = "" if began is None else f" since {format_duration(facts.since(began))}"
+    since = "" if began is None else f" since {format_duration(context.seconds_since(began))}"
     if breaker.paused_at is not None:
         advice = f"fetch-worker resume --{breaker.scope} {breaker.name}"
-        return Step(breaker.scope, BY_OPERATOR, f"{named}:{since}; whatever else is known of it", advice)
+        return Finding(breaker.scope, BY_OPERATOR, f"{subject}:{since}, until an operator resumes it", advice)
     if (breaker.reason or "").startswith(NOT_LISTED):
         advice = (
-            f"add {breaker.name} to SD_API_HOSTS and restart the worker, or cancel the job: it ends by its deadline"
+            f"add {breaker.name} to SD_API_HOSTS and restart the worker, or cancel the job; "
+            "otherwise the job expires at its deadline"
         )
-        return Step(breaker.scope, "held", f"{named}:{since}, {NOT_LISTED}", advice)
+        return Finding(breaker.scope, "held", f"{subject}:{since}, {NOT_LISTED}", advice)
     until = breaker.until or breaker.probe_at
-    left = 0.0 if until is None else -facts.since(until)
-    again = f"goes on in {format_duration(left)}" if breaker.until else f"is tried again in {format_duration(left)}"
-    if left < -HEALTHY_SECONDS:
-        again, advice = (
-            f"was to be tried again {format_duration(-left)} ago",
-            f"{START_WORKER}: nobody tries {named} again",
-        )
+    wait = 0.0 if until is None else -context.seconds_since(until)
+    next_try = (
+        f"continues in {format_duration(wait)}" if breaker.until else f"is tried again in {format_duration(wait)}"
+    )
+    if wait < -HEALTHY_SECONDS:
+        next_try = f"should have been tried again {format_duration(-wait)} ago"
+        advice = f"{START_WORKER}: no process tries {subject} again"
     else:
-        advice = _about(breaker, named, variable, again)
-    return Step(
-        breaker.scope, "held", f"{named}:{since}, {mask_personal_data(breaker.reason or '')}; it {again}", advice
+        advice = _hold_advice(breaker, subject, variable, next_try)
+    return Finding(
+        breaker.scope, "held", f"{subject}:{since}, {mask_personal_data(breaker.reason or '')}; it {next_try}", advice
     )
 
 
-def _about(breaker: CircuitBreaker, named: str, variable: str, again: str) -> str:
+def _hold_advice(breaker: CircuitBreaker, subject: str, variable: str, next_try: str) -> str:
     reason = breaker.reason or ""
     if breaker.scope == "host":
-        return f"nothing here: {named} does not answer; it {again}"
+        return f"nothing on your side: {subject} does not answer; it {next_try}"
     if reason.startswith(REFUSALS["key"]):
         return f"put the right key into {variable}"
     if reason.startswith(REFUSALS["credits"]):
-        return f"buy credits for {named}, then fetch-worker resume --account {breaker.name}, or wait: it {again}"
+        return f"buy credits for {subject}, then fetch-worker resume --account {breaker.name}, or wait: it {next_try}"
     if reason.startswith(REFUSALS["plan"]):
-        return f"look at the plan of {named}: it {again}"
-    return f"nothing: {named} {again}"
+        return f"check the plan of {subject} with the API's provider: it {next_try}"
+    return f"nothing: {subject} {next_try}"
 
 
-def _claim(facts: Facts) -> Step:
-    job = facts.job
+def _claim(context: JobContext) -> Finding:
+    job = context.job
     if job.claim_token is None:
-        return Step("claim", "free", "no process has taken it")
-    return _claimed(facts, "claim", job, "it is asked about now", START_WORKER)
+        return Finding("claim", "free", "no process has claimed it")
+    return _claimed(context, "claim", job, "a request about it is in flight", START_WORKER)
 
 
-def _claimed(facts: Facts, name: str, row: Row[Any], doing: str, start: str) -> Step:
-    """A claim, of the job or of an output: whether anybody still works on it."""
-    most = work_limits(facts.settings)
-    began, longest = (row.asked_at, most.poll_max) if row is facts.job else (row.claimed_at, most.download_max)
-    since = "" if began is None else f" since {format_duration(facts.since(began))}"
-    life = liveness(row.claim_holder)
-    known = {"runs": "which runs", "dead": "which is dead", "unknown": "of which this host knows nothing"}[life]
-    over = facts.since(row.due_at)
+def _claimed(context: JobContext, step: str, row: Row[Any], activity: str, start: str) -> Finding:
+    """Return the finding about a claim on the job or on an output: whether its process still works on it."""
+    limits = work_limits(context.settings)
+    began, longest = (row.asked_at, limits.poll_max) if row is context.job else (row.claimed_at, limits.download_max)
+    since = "" if began is None else f" since {format_duration(context.seconds_since(began))}"
+    holder_liveness = liveness(row.claim_holder)
+    holder_state = {
+        "runs": "which is running",
+        "dead": "which is dead",
+        "unknown": "which is not on this host",
+    }[holder_liveness]
+    over = context.seconds_since(row.due_at)
     lease = (
-        f"its lease ends in {format_duration(-over)}" if over < 0 else f"its lease is over for {format_duration(over)}"
+        f"its lease ends in {format_duration(-over)}" if over < 0 else f"its lease ended {format_duration(over)} ago"
     )
-    detail = f"by {row.claim_holder}, {known},{since}; {lease}"
-    if over > OVER_SECONDS or (life == "dead" and not facts.working):
-        return Step(name, "stuck", detail, f"{start}: it takes up what a process that is gone has left")
-    if life == "dead":
-        return Step(name, "stuck", detail, "nothing: the next sweep gives it back within seconds")
-    if life == "unknown" and began is not None and facts.now - began > longest:
-        advice = f"fetch-worker resume {facts.job.id}: no work takes that long, so its process must be gone"
-        return Step(name, "stuck", detail, advice)
-    return Step(name, "held", detail, f"nothing: {doing}")
+    detail = f"by {row.claim_holder}, {holder_state},{since}; {lease}"
+    if over > OVER_SECONDS or (holder_liveness == "dead" and not context.workers_poll):
+        return Finding(step, "stuck", detail, f"{start}: it releases the claims of dead processes")
+    if holder_liveness == "dead":
+        return Finding(step, "stuck", detail, "nothing: the next sweep releases the claim within seconds")
+    if holder_liveness == "unknown" and began is not None and context.now - began > longest:
+        advice = f"fetch-worker resume {context.job.id}: no work takes this long, so the process must be dead"
+        return Finding(step, "stuck", detail, advice)
+    return Finding(step, "held", detail, f"nothing: {activity}")
 
 
-def _budget(facts: Facts, peek: BudgetStatus | None) -> Step:
-    breaker = facts.breakers.get(("account", facts.job.account))
+def _rate_limit(context: JobContext, peek: BudgetStatus | None) -> Finding:
+    breaker = context.breakers.get(("account", context.job.account))
     ceiling = (
-        ""
-        if breaker is None or breaker.ceiling is None
-        else f", the API took {breaker.ceiling:.3g} when it refused one"
+        "" if breaker is None or breaker.ceiling is None else f", learned from the last refusal: {breaker.ceiling:.3g}"
     )
-    detail = f"{facts.rate:g} requests per second in force of {facts.settings.rps(facts.job.account):g}{ceiling}"
+    configured = context.settings.rps(context.job.account)
+    detail = f"{context.rate:g} requests per second allowed now, {configured:g} configured{ceiling}"
     if peek is None:
-        return Step("budget", "unknown", f"{detail}; unknown, Redis is away: what is left now")
+        return Finding("budget", "unknown", f"{detail}; Redis is not reachable, so the free requests are not known")
     used = f"{peek.taken:.0f} were made in the last second"
     if peek.left:
-        return Step("budget", "free", f"{detail}; {peek.left} could go out now, {used}")
-    return Step("budget", "used up", f"{detail}; the next can go out in {peek.wait:.1f} s, {used}")
+        return Finding("budget", "free", f"{detail}; {peek.left} can be sent now, {used}")
+    return Finding("budget", "used up", f"{detail}; the next can be sent in {peek.wait:.1f} s, {used}")
 
 
-def _queue(facts: Facts) -> Step:
-    if facts.job.held_at is not None:
-        return Step("queue", "not in it", "held by an operator")
-    if not facts.ahead:
-        return Step("queue", "first", "no due job of its account goes before it")
-    return Step("queue", "behind", f"before it: {_ahead(facts)} of its account")
+def _queue(context: JobContext) -> Finding:
+    if context.job.held_at is not None:
+        return Finding("queue", "held", "an operator holds it, so it is not in the queue")
+    if not context.jobs_ahead:
+        return Finding("queue", "first", "no due job of its account is ahead of it")
+    return Finding("queue", "behind", f"{_jobs_ahead(context)} of its account are ahead of it")
 
 
-def _ahead(facts: Facts) -> str:
-    if facts.ahead > AHEAD_MOST:
+def _jobs_ahead(context: JobContext) -> str:
+    if context.jobs_ahead > AHEAD_MOST:
         return f"more than {AHEAD_MOST:,} due jobs"
-    return f"{facts.ahead:,} due job{'s' if facts.ahead > 1 else ''}"
+    return f"{context.jobs_ahead:,} due job{'s' if context.jobs_ahead > 1 else ''}"
 
 
-def _poll(facts: Facts) -> Step:
-    job = facts.job
-    late = facts.since(job.due_at)
+def _poll(context: JobContext) -> Finding:
+    job = context.job
+    late = context.seconds_since(job.due_at)
     if job.held_at is not None:
-        return Step("poll", "never", "not before it is resumed")
+        return Finding("poll", "never", "it is not polled until it is resumed")
     if late < 0:
-        over = job.status == "pending" and job.deadline_at < facts.now
-        ends = ", and ends then unless it is ready" if over else ""
-        if over and -late > SOON_SECONDS:
-            advice = f"fetch-worker resume {job.id} asks at once; else it is asked in {format_duration(-late)}{ends}"
-            return Step("poll", "waits", f"in {format_duration(-late)}", advice)
-        return Step(
-            "poll", "waits", f"in {format_duration(-late)}", f"nothing: it is asked in {format_duration(-late)}{ends}"
+        wait = format_duration(-late)
+        past_deadline = job.status == "pending" and job.deadline_at < context.now
+        expires = ", and it expires then unless it is ready" if past_deadline else ""
+        if past_deadline and -late > SOON_SECONDS:
+            advice = f"fetch-worker resume {job.id} polls it at once; otherwise it is polled in {wait}{expires}"
+            return Finding("poll", "waits", f"in {wait}", advice)
+        return Finding("poll", "waits", f"in {wait}", f"nothing: it is polled in {wait}{expires}")
+    return Finding("poll", "due", f"since {format_duration(late)}", _late_advice(context, late))
+
+
+def _late_advice(context: JobContext, late: float) -> str:
+    if late > HEALTHY_SECONDS and not context.workers_poll:
+        return f"{START_WORKER}: no process polls"
+    if context.jobs_ahead:
+        return (
+            f"nothing: {_jobs_ahead(context)} are ahead of it; "
+            "to go faster, raise SD_API_RPS if the API allows it, or give the job a higher priority"
         )
-    return Step("poll", "due", f"for {format_duration(late)}", _about_late(facts, late))
-
-
-def _about_late(facts: Facts, late: float) -> str:
-    if late > HEALTHY_SECONDS and not facts.working:
-        return f"{START_WORKER}: nobody asks"
-    if facts.ahead:
-        faster = "a higher SD_API_RPS, if the API takes it, or priority is faster"
-        return f"nothing: it waits for {_ahead(facts)} before it; {faster}"
     if late > HEALTHY_SECONDS:
-        return "fetch-worker doctor: others are asked about, and this one is not"
-    return "nothing: it is asked next"
+        return "run fetch-worker doctor: other jobs are polled, and this one is not"
+    return "nothing: it is polled next"
 
 
-def _curve(facts: Facts) -> Step:
-    job, model = facts.job, facts.model
+def _curve(context: JobContext) -> Finding:
+    job, model = context.job, context.model
     waiting = PacedJob.at(
-        facts.now,
+        context.now,
         submitted_at=job.submitted_at,
         not_ready_at=job.not_ready_at,
         eta=job.eta,
@@ -368,156 +389,158 @@ def _curve(facts: Facts) -> Step:
     )
     clock, _, _ = model.clock(waiting)
     if not clock.moments.count:
-        return Step("curve", "unknown", "nothing is known of such jobs yet")
+        return Finding("curve", "unknown", "no job of this kind has finished yet")
     chances = [
         f"{'now' if not ahead else f'in {ahead:.0f} s'} {model.chance(waiting, waiting.age + ahead):.0%}"
         for ahead in CURVE_SECONDS
     ]
-    half, most = (model.quantile(waiting, share) - waiting.age for share in (0.5, 0.9))
-    ends = f"half {_within(half)}, 90 % {_within(most)}"
+    half, ninety = (model.quantile(waiting, share) - waiting.age for share in (0.5, 0.9))
+    quantiles = f"half {_within(half)}, 90 % {_within(ninety)}"
     by = "age" if clock is model.by_age else "eta"
-    return Step("curve", f"by {by}", f"ready {', '.join(chances)}; {ends}; of {clock.moments.count:.0f} such jobs")
+    detail = f"ready {', '.join(chances)}; {quantiles}; from {clock.moments.count:.0f} jobs of this kind"
+    return Finding("curve", f"by {by}", detail)
 
 
 def _within(seconds: float) -> str:
     return f"in {format_duration(seconds)}" if seconds < OLDEST else "never"
 
 
-def _deadline(facts: Facts) -> Step:
-    over = facts.since(facts.job.deadline_at)
+def _deadline(context: JobContext) -> Finding:
+    over = context.seconds_since(context.job.deadline_at)
     if over < 0:
-        return Step("deadline", "ahead", f"in {format_duration(-over)}; only an answer after it can end the job")
-    return Step(
-        "deadline",
-        "over",
-        f"for {format_duration(over)}; it ends on the next answer that says it is not ready, not before",
+        return Finding(
+            "deadline", "ahead", f"in {format_duration(-over)}; the job can only expire on an answer after it"
+        )
+    return Finding(
+        "deadline", "over", f"since {format_duration(over)}; the job expires on the next answer that is not ready"
     )
 
 
 # ── outputs and webhooks ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _promise(facts: Facts) -> Iterator[Step]:
-    promise = facts.promise
+def _promise(context: JobContext) -> Iterator[Finding]:
+    promise = context.promise
     if promise is None:
         return
-    links = _times(len(json.loads(promise.urls)), "link")
+    links = _count(len(json.loads(promise.urls)), "link")
     if promise.tried_at is None:
-        if facts.job.status == "pending":
-            yield Step("promise", "kept", f"{links}; tried before the job ends without an output")
+        if context.job.status == "pending":
+            yield Finding("promise", "kept", f"{links}; tried before the job ends without an output")
         return
-    tried = (
-        f"{links}, tried since {format_duration(facts.since(promise.tried_at))} because the API promised output there"
-    )
+    since = format_duration(context.seconds_since(promise.tried_at))
     if promise.end_status is None:
-        yield Step("promise", "stored", f"{links}: output came from where the API promised it")
-    elif facts.job.status == "downloading":
-        end = f"if nothing comes, the job ends as {promise.end_code}: {mask_personal_data(promise.end_message or '')}"
-        yield Step("promise", "tried", f"{tried}; {end}")
+        yield Finding("promise", "stored", f"{links}: an output came from a promised link")
+    elif context.job.status == "downloading":
+        message = mask_personal_data(promise.end_message or "")
+        end = f"if none gives an output, the job ends as {promise.end_code}: {message}"
+        yield Finding("promise", "tried", f"{links}, tried since {since} because the API promised output there; {end}")
     else:
-        yield Step("promise", "dead", f"{links}: nothing came from where the API promised output")
+        yield Finding("promise", "dead", f"{links}: no output came from the promised links")
 
 
-def _output(facts: Facts, output: Row[Any]) -> Step:
-    name = f"output {output.position}"
-    host = attempt_host(output, renewable=can_be_asked(facts.job.fetch_base, facts.job.remote_id))
-    tried = _times(output.attempts, "attempt")
+def _output(context: JobContext, output: Row[Any]) -> Finding:
+    step = f"output {output.position}"
+    host = attempt_host(output, renewable=can_be_asked(context.job.fetch_base, context.job.remote_id))
+    attempts = _count(output.attempts, "attempt")
     if output.status == "stored":
-        return Step(name, "stored", f"{format_bytes(output.size_bytes)} {output.media_type}, {tried}, from {host}")
-    last = (
+        return Finding(
+            step, "stored", f"{format_bytes(output.size_bytes)} {output.media_type}, {attempts}, from {host}"
+        )
+    last_error = (
         "" if output.error_code is None else f"; {output.error_code}: {mask_personal_data(output.error_message or '')}"
     )
-    link = f"link of {host}, {format_duration(facts.since(output.listed_at))} old"
-    link += ", asked for afresh" if output.renewed else ""
+    link = f"link of {host}, {format_duration(context.seconds_since(output.listed_at))} old"
+    link += ", a fresh link was requested" if output.renewed else ""
     if output.status == "failed":
-        return Step(name, "failed", f"{tried}, {link}{last}")
+        return Finding(step, "failed", f"{attempts}, {link}{last_error}")
     if output.claim_token is not None:
-        return _receiving(facts, output, f"{tried}, {link}{last}", name)
-    due = -facts.since(output.due_at)
-    again = f"again in {format_duration(due)}" if due > 0 else f"due for {format_duration(-due)}"
+        return _receiving(context, output, f"{attempts}, {link}{last_error}", step)
+    wait = -context.seconds_since(output.due_at)
+    next_try = f"again in {format_duration(wait)}" if wait > 0 else f"due since {format_duration(-wait)}"
     state = "waits" if output.error_code is None else output.error_code
-    return Step(name, state, f"{again}, {tried}, {link}{last}", _about_output(facts, output, host, due))
+    advice = _output_advice(context, output, host, wait)
+    return Finding(step, state, f"{next_try}, {attempts}, {link}{last_error}", advice)
 
 
-def _receiving(facts: Facts, output: Row[Any], detail: str, name: str) -> Step:
-    step = _claimed(facts, name, output, "it is being received", START_DOWNLOADS)
-    so_far = "" if output.received_bytes is None else f"{format_bytes(output.received_bytes)} so far, "
-    state = "receiving" if step.state == "held" else step.state
-    return Step(name, state, f"{so_far}{step.detail}; {detail}", step.advice)
+def _receiving(context: JobContext, output: Row[Any], detail: str, step: str) -> Finding:
+    claim = _claimed(context, step, output, "the download is running", START_DOWNLOADS)
+    progress = "" if output.received_bytes is None else f"{format_bytes(output.received_bytes)} received, "
+    state = "receiving" if claim.state == "held" else claim.state
+    return Finding(step, state, f"{progress}{claim.detail}; {detail}", claim.advice)
 
 
-def _about_output(facts: Facts, output: Row[Any], host: str, due: float) -> str:
-    again = f"tried again in {format_duration(due)}"
-    if due < -HEALTHY_SECONDS:
-        return f"{START_DOWNLOADS}: output {output.position} is due for {format_duration(-due)} and nobody fetches it"
+def _output_advice(context: JobContext, output: Row[Any], host: str, wait: float) -> str:
+    next_try = f"it is tried again in {format_duration(wait)}"
+    if wait < -HEALTHY_SECONDS:
+        late = format_duration(-wait)
+        return f"{START_DOWNLOADS}: output {output.position} is due since {late} and no process downloads it"
     match output.error_code:
         case None:
-            return "nothing: it is fetched next"
+            return "nothing: it is downloaded next"
         case "storage":
-            return f"put the storage right (STORAGE_URL), or make room: {again}"
-        case _ if facts.trying:
-            left = PROMISE_PATIENCE.total_seconds() - facts.since(output.listed_at)
-            return f"nothing: {again}, since the API promised it" + (
-                f"; for {format_duration(left)} more" if left > 0 else ""
-            )
+            return f"repair the storage (STORAGE_URL) or free some space: {next_try}"
+        case _ if context.tries_promised_links:
+            remaining = PROMISE_PATIENCE.total_seconds() - context.seconds_since(output.listed_at)
+            limit = f", for {format_duration(remaining)} more" if remaining > 0 else ""
+            return f"nothing: the API promised output at this link; {next_try}{limit}"
         case "unreachable" | "http_error":
-            left = facts.settings.output_deadline - facts.since(output.listed_at)
-            ends = (
-                f"until OUTPUT_DEADLINE in {format_duration(left)}"
-                if left > 0
+            remaining = context.settings.output_deadline - context.seconds_since(output.listed_at)
+            limit = (
+                f"until OUTPUT_DEADLINE in {format_duration(remaining)}"
+                if remaining > 0
                 else "for the last time: OUTPUT_DEADLINE is over"
             )
-            sooner = f"; once it does, fetch-worker resume {facts.job.id} tries at once" if due > SOON_SECONDS else ""
-            return f"nothing here: {host} does not give it; {again}, {ends}{sooner}"
-        case "gone" if facts.job.due_at is not None:
+            resume = f"fetch-worker resume {context.job.id}"
+            sooner = f"; when {host} works again, {resume} tries at once" if wait > SOON_SECONDS else ""
+            return f"nothing on your side: {host} does not deliver it; {next_try}, {limit}{sooner}"
+        case "gone" if context.job.due_at is not None:
             return "nothing: the API is asked for a fresh link"
         case _:
-            return f"nothing: {again}"
+            return f"nothing: {next_try}"
 
 
-def _on_done(facts: Facts) -> Iterator[Step]:
-    job = facts.job
+def _on_done(context: JobContext) -> Iterator[Finding]:
+    job = context.job
     if job.on_done is None or job.completed_at is None:
         return
     if job.told_at is not None:
-        yield Step("on_done", "sent", f"{job.on_done}, {format_duration(facts.since(job.told_at))} ago")
+        yield Finding("on_done", "sent", f"{job.on_done}, {format_duration(context.seconds_since(job.told_at))} ago")
     elif job.on_done_error is None:
-        waits = facts.since(job.completed_at)
-        yield Step(
-            "on_done", "waits", f"for {format_duration(waits)}", START_WORKER if waits > LATE_EVENT_SECONDS else None
-        )
+        late = context.seconds_since(job.completed_at)
+        advice = START_WORKER if late > LATE_EVENT_SECONDS else None
+        yield Finding("on_done", "waits", f"since {format_duration(late)}", advice)
     else:
-        again = None if job.on_done_due_at is None else -facts.since(job.on_done_due_at)
-        when = "" if again is None or again < 0 else f"again in {format_duration(again)}; "
-        detail = (
-            f"{when}{job.on_done}, {_times(job.on_done_attempts, 'attempt')}; {mask_personal_data(job.on_done_error)}"
-        )
-        yield Step("on_done", "refused", detail, "look at the queue that on_done names, and at the broker")
+        wait = None if job.on_done_due_at is None else -context.seconds_since(job.on_done_due_at)
+        next_try = "" if wait is None or wait < 0 else f"again in {format_duration(wait)}; "
+        error = mask_personal_data(job.on_done_error)
+        detail = f"{next_try}{job.on_done}, {_count(job.on_done_attempts, 'attempt')}; {error}"
+        yield Finding("on_done", "refused", detail, "check the queue that on_done names, and the broker")
 
 
-def _webhooks(facts: Facts) -> Iterator[Step]:
-    job = facts.job
-    secret = f"{START_WORKER} that has WEBHOOK_SECRET"
+def _webhooks(context: JobContext) -> Iterator[Finding]:
+    job = context.job
+    start_sender = f"{START_WORKER} with WEBHOOK_SECRET set"
     if job.webhook_url is not None and job.completed_at is not None and job.announced_at is None:
-        waits = facts.since(job.completed_at)
-        yield Step(
-            "webhook", "not made", f"for {format_duration(waits)}", secret if waits > LATE_EVENT_SECONDS else None
-        )
-    for event in facts.events:
-        yield _webhook(facts, event, link_host(event.url), secret)
+        late = context.seconds_since(job.completed_at)
+        advice = start_sender if late > LATE_EVENT_SECONDS else None
+        yield Finding("webhook", "not made", f"since {format_duration(late)}", advice)
+    for event in context.events:
+        yield _webhook(context, event, link_host(event.url), start_sender)
 
 
-def _webhook(facts: Facts, event: Row[Any], receiver: str, secret: str) -> Step:
-    met = "" if event.error_message is None else f"; {mask_personal_data(event.error_message)}"
-    detail = f"{event.type} to {receiver}, {_times(event.attempts, 'attempt')}{met}"
+def _webhook(context: JobContext, event: Row[Any], receiver: str, start_sender: str) -> Finding:
+    error = "" if event.error_message is None else f"; {mask_personal_data(event.error_message)}"
+    detail = f"{event.type} to {receiver}, {_count(event.attempts, 'attempt')}{error}"
     if event.status == "failed":
-        return Step("webhook", "given up", detail, f"look at the receiver {receiver}: it was told in vain for a day")
+        advice = f"check the receiver {receiver}: every attempt for a day failed"
+        return Finding("webhook", "given up", detail, advice)
     if event.status == "delivered":
-        return Step("webhook", "delivered", detail)
-    late = facts.since(event.due_at)
+        return Finding("webhook", "delivered", detail)
+    late = context.seconds_since(event.due_at)
     if late > LATE_EVENT_SECONDS:
-        return Step("webhook", "late", f"due for {format_duration(late)}; {detail}", secret)
+        return Finding("webhook", "late", f"due since {format_duration(late)}; {detail}", start_sender)
     if event.error_message is not None:
-        advice = f"look at the receiver {receiver}: it is told again in {format_duration(-late)}"
-        return Step("webhook", "refused", f"again in {format_duration(-late)}; {detail}", advice)
-    return Step("webhook", "on its way", detail)
+        advice = f"check the receiver {receiver}: the event is sent again in {format_duration(-late)}"
+        return Finding("webhook", "refused", f"again in {format_duration(-late)}; {detail}", advice)
+    return Finding("webhook", "on its way", detail)

@@ -1,4 +1,4 @@
-"""What stands in the way: every server, setting and rule that the work depends on, each with what to do about it."""
+"""Health checks for `doctor`: one check for each server, setting and process, with advice where it fails."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from worker.coordination.rate_limiter import redis_client
 from worker.core.on_done import task_and_queue
 from worker.errors import SettingsError, StorageTrouble, WorkerError
-from worker.operations.overview import HEALTHY_SECONDS, Overview, overview
+from worker.operations.overview import HEALTHY_SECONDS, Overview, UnstoredOutputs, overview
 from worker.settings import Settings
 from worker.storage.select import storage_for
 from worker.store.database_identity import database_id
@@ -32,23 +32,23 @@ from worker.store.reports.server_state import HISTORY_MOST, ServerState, server_
 from worker.system.own_package import OWN_PACKAGE, advice, other_worker, python_path
 from worker.system.process_identity import host_name
 
-SKEW_SECONDS = 5.0
+SKEW_SECONDS = 5.0  # allowed difference of the clocks
 SLOW_SECONDS = 0.5
 PING_SECONDS = 2.0
-REDIS_LEAST = (6, 2)
+REDIS_MINIMUM = (6, 2)
 FULL_SHARE = 0.9
-UNTOLD_LATE_SECONDS = 60.0
+UNSENT_LATE_SECONDS = 60.0
 UNSTORED_LATE_SECONDS = 3_600.0
 UNREACHABLE_LATE_SECONDS = 300.0
 STALE_PARTIAL_SECONDS = 2 * 3_600.0
 SOON_SECONDS = 60.0
-NAMED_MOST = 5
+NAMED_MOST = 5  # rows named in one message
 MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A worker process that answers: the queues that it consumes, and the id of its database where it says one."""
+    """A worker process that answers: the queues it consumes, and the id of its database if it sends one."""
 
     queues: frozenset[str]
     database: str | None = None
@@ -59,15 +59,15 @@ Nodes = Callable[[], Mapping[str, Node]]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at. `message` says what was seen, and where it is not ok, what to do."""
+    """The result of one check. `message` says what was found and, if it is not ok, what to do."""
 
     name: str
     ok: bool
     message: str
 
 
-def examine(settings: Settings, nodes: Nodes, *, queues: Mapping[str, str]) -> Iterator[Check]:
-    """All checks, one after the other; none of them raises. `queues` is what each queue is for, by its name."""
+def run_checks(settings: Settings, nodes: Nodes, *, queues: Mapping[str, str]) -> Iterator[Check]:
+    """Run all checks. None of them raises. `queues` maps each queue's name to its purpose."""
     yield _names()
     yield from _settings(settings)
     database = _database(settings)
@@ -82,28 +82,28 @@ def examine(settings: Settings, nodes: Nodes, *, queues: Mapping[str, str]) -> I
     yield from _storage(settings)
 
 
-def alive(settings: Settings) -> Check:
-    """Whether the work is being done: nothing is due for long, or requests went out lately. For containers."""
+def check_liveness(settings: Settings) -> Check:
+    """Check that due work is done: nothing is due for long, or requests were made recently. For container probes."""
     try:
         with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
             return _work(overview(connection, settings))
-    except WorkerError as wrong:
-        return Check("work", False, str(wrong))
+    except WorkerError as error:
+        return Check("work", False, str(error))
 
 
 def _settings(settings: Settings) -> Iterator[Check]:
-    """Settings that are wrong and stop one process alone, or keep a file of keys from being read."""
-    wrong = list(settings.wrong)
+    """Report wrong settings that stop only one kind of process, and a key file that can't be read."""
+    problems = list(settings.wrong)
     if settings.keys.trouble is None:
         len(settings.keys)  # reads the file
     if settings.keys.trouble is not None:
-        wrong.append(f"SD_API_KEYS_FILE {settings.keys.trouble}")
-    if wrong:
-        yield Check("settings", False, "; ".join(wrong))
+        problems.append(f"SD_API_KEYS_FILE {settings.keys.trouble}")
+    if problems:
+        yield Check("settings", False, "; ".join(problems))
 
 
 def _names() -> Check:
-    """Whether Python finds our package by its name, and not the app's."""
+    """Check that `import worker` finds this package and not a module of the app."""
     other = other_worker(python_path(os.environ.get("PYTHONPATH", "")))
     return (
         Check("names", True, f"the package is {OWN_PACKAGE}") if other is None else Check("names", False, advice(other))
@@ -112,77 +112,88 @@ def _names() -> Check:
 
 def _database(settings: Settings) -> Check:
     engine = engine_for(settings.database)
-    where = shown_url(engine.url)
+    url = shown_url(engine.url)
     try:
         check_schema(engine)
-        began = time.monotonic()
+        started = time.monotonic()
         with translate_errors(settings.database), engine.connect() as connection:
             skew = (database_now(connection) - datetime.now(UTC)).total_seconds()
             writable = is_writable(connection)
-        took = time.monotonic() - began
-    except WorkerError as wrong:
-        return Check("database", False, str(wrong))
+        elapsed = time.monotonic() - started
+    except WorkerError as error:
+        return Check("database", False, str(error))
     except SQLAlchemyError as error:
-        return Check("database", False, f"{where} refused a query ({type(error).__name__}): look at its log")
+        return Check(
+            "database", False, f"{url} refused a query ({type(error).__name__}): check the log of the database"
+        )
     if not writable:
-        advice = "is it a standby, or was it set to read-only? Work goes on as soon as it can be written to"
-        return Check("database", False, f"{where} is read-only: {advice}")
-    said = f"{where} answers in {took * 1e3:.0f} ms, its schema is of this version"
-    if took > SLOW_SECONDS:
-        return Check("database", False, f"{where} took {took:.1f} s for a query: is it overloaded, or far away?")
+        advice = "check whether it is a standby or was set to read-only. Work continues as soon as it accepts writes"
+        return Check("database", False, f"{url} is read-only: {advice}")
+    message = f"{url} answers in {elapsed * 1e3:.0f} ms, its schema has the current version"
+    if elapsed > SLOW_SECONDS:
+        return Check(
+            "database", False, f"{url} took {elapsed:.1f} s for a query: check whether it is overloaded or far away"
+        )
     if abs(skew) > SKEW_SECONDS:
         ahead = "ahead of" if skew > 0 else "behind"
         return Check(
             "database",
             False,
-            f"its clock is {abs(skew):.0f} s {ahead} this machine's: run NTP on both (dues go by its)",
+            f"its clock is {abs(skew):.0f} s {ahead} this machine's: run NTP on both (due times use its clock)",
         )
-    return Check("database", True, f"{said}, clocks differ by {abs(skew):.2f} s")
+    return Check("database", True, f"{message}, the clocks differ by {abs(skew):.2f} s")
 
 
 def _with_tables(settings: Settings) -> Iterator[Check]:
     try:
         with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
             state = overview(connection, settings)
-            told = undelivered_events(connection, since=database_now(connection) - timedelta(days=1))
-            late_news = count_overdue_events(
-                connection, before=database_now(connection) - timedelta(seconds=UNTOLD_LATE_SECONDS)
+            webhooks = undelivered_events(connection, since=database_now(connection) - timedelta(days=1))
+            late_events = count_overdue_events(
+                connection, before=database_now(connection) - timedelta(seconds=UNSENT_LATE_SECONDS)
             )
             claims = _claims(connection, settings)
             on_done = _on_done(connection)
-            forgotten = _forgotten(connection, state)
-    except WorkerError as wrong:
-        yield Check("work", False, str(wrong))
+            deadlines = _deadlines(connection, state)
+    except WorkerError as error:
+        yield Check("work", False, str(error))
         return
     yield _work(state)
-    held = [f"{one.account}: {one.reason}" for one in state.accounts if one.reason is not None]
-    held += [f"{one.host}: {one.reason}" for one in state.hosts if one.host != settings.api_host]
-    if held:
-        yield Check("holds", False, "; ".join(held) + ". Held jobs wait and cost nothing; see `fetch-worker status`")
+    holds = [f"{account.account}: {account.reason}" for account in state.accounts if account.reason is not None]
+    holds += [f"{host.host}: {host.reason}" for host in state.hosts if host.host != settings.api_host]
+    if holds:
+        message = "; ".join(holds) + ". Held jobs wait until the hold ends; see `fetch-worker status`"
+        yield Check("holds", False, message)
     else:
         yield Check("holds", True, "no account and no host is held" if state.accounts else "no account has jobs yet")
     yield claims
     yield on_done
-    yield forgotten
-    waiting = state.unstored
-    said = f"{waiting.count} outputs are paid for and not stored yet, the oldest for {waiting.oldest_seconds:.0f} s"
-    refused = waiting.trouble.get("unreachable", 0) + waiting.trouble.get("http_error", 0)
-    patient = UNREACHABLE_LATE_SECONDS if refused else UNSTORED_LATE_SECONDS
-    late = waiting.count > 0 and waiting.oldest_seconds > patient
-    trouble = ", ".join(f"{count} {code}" for code, count in sorted(waiting.trouble.items()))
+    yield deadlines
+    yield _outputs(state.unstored)
+    yield _webhooks(webhooks, late_events)
+
+
+def _outputs(unstored: UnstoredOutputs) -> Check:
+    message = f"{unstored.count} outputs are not stored yet, the oldest since {unstored.oldest_seconds:.0f} s"
+    refused = unstored.trouble.get("unreachable", 0) + unstored.trouble.get("http_error", 0)
+    limit = UNREACHABLE_LATE_SECONDS if refused else UNSTORED_LATE_SECONDS
+    late = unstored.count > 0 and unstored.oldest_seconds > limit
+    errors = ", ".join(f"{count} {code}" for code, count in sorted(unstored.trouble.items()))
     if late:
-        said += f" ({trouble or 'no attempt yet'}): is a `downloads` process running? Links die; see `show`"
-    yield Check("outputs", not late, said if waiting.count else "every output that is listed is stored, or given up")
-    yield _webhooks(told, late_news)
+        message += (
+            f" ({errors or 'no attempt yet'}): check that a `downloads` process runs, before the links expire; "
+            "`fetch-worker show` explains each job"
+        )
+    return Check("outputs", not late, message if unstored.count else "every listed output is stored or has failed")
 
 
 def _server(settings: Settings) -> Iterator[Check]:
-    """The database server's own upkeep: what slows everything down in the course of days."""
+    """Check the maintenance of the database server: dead rows and long transactions slow it down over days."""
     try:
         with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
             state = server_state(connection)
-    except WorkerError as wrong:
-        yield Check("vacuum", False, str(wrong))
+    except WorkerError as error:
+        yield Check("vacuum", False, str(error))
         return
     yield _vacuum(state)
     yield _transactions(state)
@@ -194,11 +205,13 @@ def _vacuum(state: ServerState) -> Check:
         return Check("vacuum", False, f"autovacuum is off for {names}: turn it on, or every query gets slower")
     if state.unvacuumed:
         tables = ", ".join(f"{name} ({dead:,} of {rows:,} rows)" for name, dead, rows in state.unvacuumed)
-        advice = "look at its settings" if state.autovacuum else "it is off for the whole server"
-        return Check("vacuum", False, f"most rows are dead in {tables}: run VACUUM; autovacuum clears them: {advice}")
+        advice = "check its settings" if state.autovacuum else "turn it on, it is off for the whole server"
+        return Check(
+            "vacuum", False, f"most rows are dead in {tables}: run VACUUM. Autovacuum should remove them: {advice}"
+        )
     if state.history is not None and state.history > HISTORY_MOST:
         versions = f"{state.history:,} old row versions wait to be purged"
-        return Check("vacuum", False, f"{versions}: look for long transactions, and at innodb_purge_threads")
+        return Check("vacuum", False, f"{versions}: look for long transactions, and check innodb_purge_threads")
     if not state.autovacuum:
         return Check("vacuum", True, "few rows are dead, but autovacuum is off for the whole server: turn it on")
     return Check("vacuum", True, "few rows are dead")
@@ -211,79 +224,85 @@ def _transactions(state: ServerState) -> Check:
             for transaction in state.open[:NAMED_MOST]
         )
         more = " …" if len(state.open) > NAMED_MOST else ""
-        advice = "end them: dead rows can't be cleared away meanwhile, and locked rows wait"
-        return Check("transactions", False, f"open for long: {names}{more}. If they are not needed, {advice}")
+        advice = "end them: until then dead rows can't be removed, and locked rows wait"
+        return Check("transactions", False, f"open for a long time: {names}{more}. If they are not needed, {advice}")
     if state.isolation is None or state.isolation == "read committed":
-        return Check("transactions", True, "none is open for long")
-    default = (
-        f"none is open for long; the server's default isolation is {state.isolation}: the processes use their own,"
+        return Check("transactions", True, "none is open for a long time")
+    message = (
+        f"none is open for a long time; the server's default isolation is {state.isolation}: the processes set their "
+        "own, but `track(session=…)` runs in the app's transaction; after a conflict, run that transaction again"
     )
-    return Check(
-        "transactions", True, f"{default} and `track(session=…)` uses the app's, where a conflict means: try again"
-    )
+    return Check("transactions", True, message)
 
 
 def _on_done(connection: Connection) -> Check:
-    """Whether brokers refuse what `on_done` asks for."""
+    """Check that the broker accepts the `on_done` tasks."""
     now = database_now(connection)
     refused = refused_calls(connection, now=now)
-    late = unsent_calls(connection, before=now - timedelta(seconds=UNTOLD_LATE_SECONDS))
+    late = unsent_calls(connection, before=now - timedelta(seconds=UNSENT_LATE_SECONDS))
     if refused.job_id is not None:
-        counts = f"{refused.waiting} are tried again, {refused.given_up} were given up after {GIVE_UP.days} days"
+        counts = f"{refused.waiting} are sent again, {refused.given_up} were given up after {GIVE_UP.days} days"
         example = f"job {refused.job_id}, {refused.on_done}: {refused.reason}"
-        return Check("on_done", False, f"{counts} ({example}): look at that queue of the broker")
+        return Check("on_done", False, f"{counts} ({example}): check that queue of the broker")
     if late:
-        return Check("on_done", False, f"{late} are unsent for more than a minute: does a `worker` process run?")
-    return Check("on_done", True, "every on_done task of a final job is sent")
+        return Check("on_done", False, f"{late} are unsent for more than a minute: check that a `worker` process runs")
+    return Check("on_done", True, "every on_done task of a final job was sent")
 
 
-def _webhooks(told: UndeliveredEvents, late: int) -> Check:
+def _webhooks(webhooks: UndeliveredEvents, late: int) -> Check:
     if late:
-        said = f"{late} are due for more than {UNTOLD_LATE_SECONDS:.0f} s and nobody sends them"
-        return Check("webhooks", False, f"{said}: does the `worker` process run, and has it WEBHOOK_SECRET?")
-    if not told.waiting and not told.given_up:
-        return Check("webhooks", True, "no receiver refuses them")
-    said = f"{told.waiting} are tried again, {told.given_up} were given up in the last day, {told.message}"
-    return Check("webhooks", False, f"{said}: does the receiver run? `show` has the events of a job")
+        message = f"{late} are due since more than {UNSENT_LATE_SECONDS:.0f} s and no process sends them"
+        return Check("webhooks", False, f"{message}: check that a `worker` process runs with WEBHOOK_SECRET set")
+    if not webhooks.waiting and not webhooks.given_up:
+        return Check("webhooks", True, "every receiver accepts them")
+    message = (
+        f"{webhooks.waiting} are sent again, {webhooks.given_up} were given up in the last day, {webhooks.message}"
+    )
+    advice = "check that the receiver runs; `fetch-worker show` lists the events of a job"
+    return Check("webhooks", False, f"{message}: {advice}")
 
 
 def _claims(connection: Connection, settings: Settings) -> Check:
-    """Claims that somebody should have taken up by now, or that are older than any work can be."""
-    now, work = database_now(connection), work_limits(settings)
+    """Check for claims that should have been released by now, or that are older than any work takes."""
+    now, limits = database_now(connection), work_limits(settings)
     grace = timedelta(seconds=settings.recovery_seconds + HEALTHY_SECONDS)
     lost = live.stale_claims(
         connection,
         dead=(),
         expired_before=now - grace,
-        polled_before=now - work.poll_max,
-        claimed_before=now - work.download_max,
+        polled_before=now - limits.poll_max,
+        claimed_before=now - limits.download_max,
     )
     if not lost:
-        return Check("claims", True, "no claim is left of a process that is gone")
-    names = ", ".join(f"{one.what} {one.id}" for one in lost[:NAMED_MOST]) + (" …" if len(lost) > NAMED_MOST else "")
-    said = f"{len(lost)} rows were taken by processes that are gone, and nobody took them up ({names})"
-    return Check("claims", False, f"{said}: is a worker process running? `show` says what to do")
+        return Check("claims", True, "no dead process holds a claim")
+    names = ", ".join(f"{claim.what} {claim.id}" for claim in lost[:NAMED_MOST])
+    more = " …" if len(lost) > NAMED_MOST else ""
+    message = f"{len(lost)} rows are still claimed by dead processes ({names}{more})"
+    advice = "check that a `worker` process runs; `fetch-worker show` explains each job"
+    return Check("claims", False, f"{message}: {advice}")
 
 
-def _forgotten(connection: Connection, state: Overview) -> Check:
-    """Jobs past their deadline that nobody asks about soon, so that they don't end either."""
+def _deadlines(connection: Connection, state: Overview) -> Check:
+    """Check for jobs past their deadline that are not polled soon, and so do not expire."""
     if state.jobs["pending"] > live.COUNTED_MOST:
-        return Check("deadlines", True, "too many jobs wait to look at each: `fetch-worker list --past-deadline`")
+        return Check("deadlines", True, "too many jobs to check each of them: run `fetch-worker list --past-deadline`")
     now = database_now(connection)
-    found = live.jobs_past_deadline(connection, now=now, later=now + timedelta(seconds=SOON_SECONDS), limit=NAMED_MOST)
-    if not found:
-        return Check("deadlines", True, "no job past its deadline is forgotten")
-    ids = " ".join(str(row.id) for row in found)
+    jobs = live.jobs_past_deadline(connection, now=now, later=now + timedelta(seconds=SOON_SECONDS), limit=NAMED_MOST)
+    if not jobs:
+        return Check("deadlines", True, "every job past its deadline is polled soon")
+    ids = " ".join(str(job.id) for job in jobs)
     return Check(
-        "deadlines", False, f"past their deadline, and not asked about soon: `fetch-worker resume {ids}` asks at once"
+        "deadlines", False, f"past their deadline and not polled soon: `fetch-worker resume {ids}` polls them at once"
     )
 
 
 def _work(state: Overview) -> Check:
     if state.healthy:
-        return Check("work", True, f"the oldest work that is due waits for {state.oldest_due_seconds:.1f} s")
+        return Check("work", True, f"the oldest due work waits for {state.oldest_due_seconds:.1f} s")
     return Check(
-        "work", False, f"work is due for {state.oldest_due_seconds:.0f} s and nobody does it: start a `worker` process"
+        "work",
+        False,
+        f"work is due since {state.oldest_due_seconds:.0f} s and no process does it: start a `worker` process",
     )
 
 
@@ -294,26 +313,28 @@ def _redis(settings: Settings) -> Check:
         policy = _policy(client)
     except (RedisError, OSError) as error:
         return Check(
-            "redis", False, f"REDIS_URL does not answer ({type(error).__name__}): polling goes on slowly without it"
+            "redis",
+            False,
+            f"REDIS_URL does not answer ({type(error).__name__}): check REDIS_URL; polling is slower without it",
         )
     finally:
         client.close()
     version = str(information.get("redis_version", "0"))
-    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < REDIS_LEAST:
-        return Check("redis", False, f"version {version}: 6.2 is the least that Celery works with")
-    used, most = int(information.get("used_memory", 0)), int(information.get("maxmemory", 0))
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < REDIS_MINIMUM:
+        return Check("redis", False, f"version {version} is too old: Celery needs 6.2 or later")
+    used, limit = int(information.get("used_memory", 0)), int(information.get("maxmemory", 0))
     if policy not in ("", "noeviction"):
-        return Check("redis", False, f"maxmemory-policy is {policy}: messages may vanish; set it to noeviction")
-    if most and used > FULL_SHARE * most:
+        return Check("redis", False, f"maxmemory-policy is {policy}, so messages can be lost: set it to noeviction")
+    if limit and used > FULL_SHARE * limit:
         return Check(
-            "redis", False, f"{used // MIB} of {most // MIB} MiB are used: raise maxmemory, or it refuses soon"
+            "redis", False, f"{used // MIB} of {limit // MIB} MiB are used: raise maxmemory before Redis refuses writes"
         )
-    where = maybe_sanitize_url(settings.redis)
-    return Check("redis", True, f"{where} answers, version {version}, {used // MIB} MiB used")
+    url = maybe_sanitize_url(settings.redis)
+    return Check("redis", True, f"{url} answers, version {version}, {used // MIB} MiB used")
 
 
 def _policy(client: Any) -> str:
-    """Empty where a hosted server does not tell."""
+    """Return the eviction policy of Redis, or an empty string if a hosted server refuses to say."""
     try:
         return str(client.config_get("maxmemory-policy").get("maxmemory-policy", ""))
     except RedisError:
@@ -322,39 +343,43 @@ def _policy(client: Any) -> str:
 
 def _broker(settings: Settings) -> Check:
     connection = BrokerConnection(settings.broker, connect_timeout=PING_SECONDS)
-    where = connection.as_uri()  # without the password
+    url = connection.as_uri()  # without the password
     try:
         connection.ensure_connection(max_retries=1, timeout=PING_SECONDS)
     except (BrokerError, KombuError, OSError) as error:
-        return Check("broker", False, f"{where} does not answer ({type(error).__name__}): check BROKER_URL")
+        return Check("broker", False, f"{url} does not answer ({type(error).__name__}): check BROKER_URL")
     finally:
         connection.release()
-    return Check("broker", True, f"{where} answers")
+    return Check("broker", True, f"{url} answers")
 
 
 def _processes(settings: Settings, nodes: Nodes, queues: Mapping[str, str]) -> Iterator[Check]:
     try:
-        found = nodes()
+        running = nodes()
     except (BrokerError, KombuError, RedisError, OSError) as error:
-        yield Check("processes", False, f"nobody can be asked, since the broker is away ({type(error).__name__})")
+        yield Check(
+            "processes",
+            False,
+            f"unknown, because the broker does not answer ({type(error).__name__}): check BROKER_URL and REDIS_URL",
+        )
         return
-    yield _on_done_queues(settings, found)
-    others = strangers(settings, found)
-    if others:
+    yield _on_done_queues(settings, running)
+    foreign = foreign_processes(settings, running)
+    if foreign:
         advice = "give each app a Redis database, or a broker vhost, of its own"
-        yield Check("processes", False, f"{', '.join(others)} take our messages into another database: {advice}")
+        yield Check("processes", False, f"{', '.join(foreign)} consume these queues but use another database: {advice}")
         return
-    consumed = frozenset[str]().union(*(node.queues for node in found.values()))
+    consumed = frozenset[str]().union(*(node.queues for node in running.values()))
     missing = [f"{queue} ({purpose})" for queue, purpose in queues.items() if queue not in consumed]
     if missing:
-        names = ", ".join(sorted(found)) or "none at all"
-        yield Check("processes", False, f"nobody consumes {', '.join(missing)}; processes that answer: {names}")
+        names = ", ".join(sorted(running)) or "none"
+        yield Check("processes", False, f"no process consumes {', '.join(missing)}; running processes: {names}")
     else:
-        yield Check("processes", True, f"{len(found)} worker processes answer: {', '.join(sorted(found))}")
+        yield Check("processes", True, f"{len(running)} worker processes run: {', '.join(sorted(running))}")
 
 
 def _on_done_queues(settings: Settings, nodes: Mapping[str, Node]) -> Check:
-    """Whether messages for web apps pile up in queues that no process consumes, as far as the broker can tell."""
+    """Check for messages to web apps that wait in queues without a consumer."""
     try:
         with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
             queues = {task_and_queue(on_done)[1] for on_done in recent_on_done(connection)}
@@ -362,17 +387,19 @@ def _on_done_queues(settings: Settings, nodes: Mapping[str, Node]) -> Check:
             broker.ensure_connection(max_retries=1, timeout=PING_SECONDS)
             waiting = {queue: _unconsumed(broker, queue, nodes) for queue in sorted(queues)}
     except (WorkerError, BrokerError, KombuError, RedisError, OSError) as error:
-        return Check("on_done queues", True, f"they can't be looked at ({type(error).__name__})")
-    piles = [f"{queue} ({count} messages)" for queue, count in waiting.items() if count]
-    if piles:
         return Check(
-            "on_done queues", False, f"nobody consumes {', '.join(piles)}: start the Celery worker of your app"
+            "on_done queues", True, f"unknown, the broker or the database does not answer ({type(error).__name__})"
         )
-    return Check("on_done queues", True, "no message for a web app waits in a queue that nobody consumes")
+    unconsumed = [f"{queue} ({count} messages)" for queue, count in waiting.items() if count]
+    if unconsumed:
+        return Check(
+            "on_done queues", False, f"no process consumes {', '.join(unconsumed)}: start your app's Celery worker"
+        )
+    return Check("on_done queues", True, "no message to a web app waits in a queue without a consumer")
 
 
 def _unconsumed(broker: BrokerConnection, queue: str, nodes: Mapping[str, Node]) -> int:
-    """Return the messages in a queue without consumers. Redis knows no consumers: there the processes are asked."""
+    """Return the number of messages in a queue without consumers. Redis has no list of consumers: use `nodes`."""
     try:
         with broker.channel() as channel:
             declared = channel.queue_declare(queue, passive=True)
@@ -383,8 +410,8 @@ def _unconsumed(broker: BrokerConnection, queue: str, nodes: Mapping[str, Node])
     return int(declared.message_count)
 
 
-def strangers(settings: Settings, nodes: Mapping[str, Node]) -> list[str]:
-    """The names of the processes that serve another database than these settings name; none where it is away."""
+def foreign_processes(settings: Settings, nodes: Mapping[str, Node]) -> list[str]:
+    """Return the names of the processes that use another database; empty if this database does not answer."""
     try:
         with engine_for(settings.database).connect() as connection:
             own = database_id(connection)
@@ -397,23 +424,26 @@ def _storage(settings: Settings) -> Iterator[Check]:
     try:
         storage = storage_for(settings)
         if not settings.storage_url or settings.bucket is not None:
-            storage.prepare()  # what somebody named and is missing may be a disk that is not mounted
+            storage.prepare()  # a configured folder that is missing may be an unmounted disk: do not create it
         with storage.partials.receive(0, f"doctor-{host_name()}-{os.getpid()}") as probe:
-            probe.write(b"a few bytes, to see whether it can be written to")
+            probe.write(b"test of write access by fetch-worker doctor")
             probe.sync()
-    except (StorageTrouble, SettingsError) as wrong:
-        yield Check("storage", False, f"{wrong}; outputs wait until it is put right")
+    except (StorageTrouble, SettingsError) as error:
+        yield Check("storage", False, f"{error}; outputs wait until this is repaired")
         return
-    where = settings.storage_url or f"file:{settings.storage_path}"
+    url = settings.storage_url or f"file:{settings.storage_path}"
     folder = storage.partials.folder
-    room = shutil.disk_usage(folder).free
-    if room < 2 * settings.output_max_bytes:
-        said = f"only {room // MIB} MiB are free for {where}"
-        yield Check("storage", False, f"{said}: make room, one output may have {settings.output_max_bytes // MIB}")
+    free = shutil.disk_usage(folder).free
+    if free < 2 * settings.output_max_bytes:
+        message = f"only {free // MIB} MiB are free for {url}"
+        limit = f"a single output may have {settings.output_max_bytes // MIB} MiB"
+        yield Check("storage", False, f"{message}: free some space, {limit}")
     else:
-        yield Check("storage", True, f"{where} can be written to, {room // MIB} MiB are free")
+        yield Check("storage", True, f"{url} is writable, {free // MIB} MiB are free")
     stale = [path for path in folder.glob("*.part") if time.time() - path.stat().st_mtime > STALE_PARTIAL_SECONDS]
     if stale:
-        yield Check("partials", False, f"{len(stale)} old partial files in {folder}: does a `downloads` process run?")
+        yield Check(
+            "partials", False, f"{len(stale)} old partial files in {folder}: check that a `downloads` process runs"
+        )
     else:
-        yield Check("partials", True, "no old partial file is left")
+        yield Check("partials", True, "there are no old partial files")

@@ -1,7 +1,7 @@
-"""What goes on right now, for whoever watches: rates, holds, late work, downloads, troubles. Read anew for each frame.
+"""Live snapshot for `top` and the admin overview: rates, holds, late work, downloads and problems.
 
-A frame is one short transaction of bounded queries, and one look into Redis after it. What is a rate is the difference
-between two frames; a reader keeps those of the last minute.
+Each snapshot takes one short transaction of bounded queries and one read from Redis after it. Rates are differences
+between two snapshots: a reader keeps samples of the last minute.
 """
 
 import json
@@ -31,13 +31,13 @@ from worker.store.jobs import waiting_accounts
 from worker.store.reports import live
 from worker.system.process_identity import dead_holders
 
-NO_WORKER = "no worker asks"
-WINDOW_SECONDS = 60.0  # over which delays and polls are told
-RATE_SECONDS = 10.0  # over which requests per second are told
-OVER_SECONDS = 5.0  # a claim that is over is taken up sooner, where anybody works
-LATE_SECONDS = 1.0  # what is due for less is about to be asked about
+NO_WORKER = "no worker polls"
+WINDOW_SECONDS = 60.0  # for delays and polls per job
+RATE_SECONDS = 10.0  # for requests per second
+OVER_SECONDS = 5.0  # a running worker claims the work of an ended lease sooner
+LATE_SECONDS = 1.0  # work that is due for less is not late yet
 LATE_EVENT_SECONDS = 60.0
-SOON = timedelta(seconds=60)  # a job past its deadline that is asked sooner ends by itself
+SOON = timedelta(seconds=60)  # a job past its deadline that is polled sooner expires by itself
 LATE_MOST = 20
 TRANSFERS_MOST = 100
 UNSTORED_MOST = 1_000
@@ -47,7 +47,7 @@ FAILURES_MOST = 20
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """Jobs of a state; `more` where counting stopped at that number."""
+    """The number of jobs in a state. `more` means that counting stopped at this number."""
 
     state: str
     count: int
@@ -56,10 +56,10 @@ class Counted:
 
 @dataclass(frozen=True, slots=True)
 class AccountNow:
-    """An account: the requests per second that are made and may be made, and why and how long it is held, if it is.
+    """An account: the requests per second that it makes and may make, and its hold, if it is held.
 
-    `used` is None where nothing can be told yet; `left` is how many requests could go out at once, None where Redis is
-    away. `until` is when the hold ends or is tried again; None where that takes somebody.
+    `used` is `None` until two snapshots were read. `left` is the number of requests that can be sent at once, or `None`
+    if Redis is not reachable. `until` is when the hold ends or is probed, or `None` if an operator must end it.
     """
 
     account: str
@@ -74,7 +74,7 @@ class AccountNow:
 
 @dataclass(frozen=True, slots=True)
 class HeldHost:
-    """A host of the API that nobody asks: why, since when, and when it is tried again."""
+    """A held host of the API: the reason, the start of the hold, and when it is tried again."""
 
     host: str
     reason: str
@@ -84,7 +84,7 @@ class HeldHost:
 
 @dataclass(frozen=True, slots=True)
 class LateJob:
-    """A job that is due and was not asked about: how late it is, and why; how long past its deadline, if it is."""
+    """A due job that was not polled: how late it is, why, and how long it is past its deadline, if it is."""
 
     id: int
     account: str
@@ -95,8 +95,8 @@ class LateJob:
 
 
 @dataclass(frozen=True, slots=True)
-class Overdue:
-    """A job past its deadline that is not asked about soon, so that it does not end either."""
+class OverdueJob:
+    """A job past its deadline that is not polled soon, and so does not expire."""
 
     id: int
     account: str
@@ -106,10 +106,11 @@ class Overdue:
 
 
 @dataclass(frozen=True, slots=True)
-class LostClaim:
-    """Work that a process took and will not end: whose, whether that process is known to be dead, how long it is over.
+class LostClaimNow:
+    """A claim whose process will not complete the work, with its holder and whether that process is known to be dead.
 
-    `over_seconds` is below zero while the lease still runs: its process is dead, or has it longer than any work takes.
+    `over_seconds` is the time since the lease ended. It is negative while the lease still runs: then the process is
+    dead, or has held the claim for longer than any work takes.
     """
 
     what: str
@@ -121,7 +122,7 @@ class LostClaim:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """A download that is under way. `bytes` and `bytes_per_second` are None where they are not known (yet)."""
+    """A running download. `bytes` and `bytes_per_second` are `None` until they are known."""
 
     output_id: int
     job_id: int
@@ -134,10 +135,10 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True)
-class Unstored:
-    """Outputs that are not stored yet, of one host and one kind of trouble (None: none so far).
+class UnstoredGroup:
+    """Outputs that are not stored yet, grouped by host and code of the last error (`None`: no error so far).
 
-    `next_seconds` is when the first of them is tried again; below zero where it is due and nobody took it.
+    `next_seconds` is the time until the first of them is tried again. It is negative if that output is overdue.
     """
 
     code: str | None
@@ -151,7 +152,7 @@ class Unstored:
 
 @dataclass(frozen=True, slots=True)
 class LateWebhook:
-    """Events to one receiver that are late or were refused: how many, how late the first of them is, what it met."""
+    """Late or refused events of one receiver: their number, the delay of the oldest one, and its last error."""
 
     receiver: str
     count: int
@@ -175,7 +176,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class KindNow:
-    """Jobs of a kind that were found ready, or ended: the delay from ready to seen, and the requests each took."""
+    """Jobs of a kind that became ready or final: the delay from ready to seen, and the requests per job."""
 
     account: str
     kind: str
@@ -186,11 +187,12 @@ class KindNow:
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
-    """How everything stands at a moment. `kinds_seconds` is over how long `kinds` tells; None: since counting began.
+class Snapshot:
+    """The state of all work at one moment.
 
-    `asked_seconds` is how long ago the last request was made for due work; None where none ever was. `late` has the
-    latest of `late_count` jobs. `overdue` is empty where more jobs wait than can be gone through in a moment.
+    `kinds_seconds` is the period that `kinds` covers, or `None` for all time. `asked_seconds` is the time since the
+    last request for due work, or `None` if there never was one. `late` lists the latest of `late_count` jobs. `overdue`
+    is empty if too many jobs are pending to check each of them.
     """
 
     at: datetime
@@ -202,10 +204,10 @@ class Frame:
     hosts: Sequence[HeldHost]
     late: Sequence[LateJob]
     late_count: Counted
-    overdue: Sequence[Overdue]
-    claims: Sequence[LostClaim]
+    overdue: Sequence[OverdueJob]
+    claims: Sequence[LostClaimNow]
     transfers: Sequence[Transfer]
-    unstored: Sequence[Unstored]
+    unstored: Sequence[UnstoredGroup]
     unstored_more: bool
     webhooks: Sequence[LateWebhook]
     failures: Sequence[Failure]
@@ -215,7 +217,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """What has to be known of a frame to tell what changed since."""
+    """The values of a snapshot that rates are computed from."""
 
     at: float
     counters: Mapping[CounterKey, Total]
@@ -223,15 +225,15 @@ class _Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class _Read:
-    """What one transaction read."""
+class _Rows:
+    """The rows that the transaction of a snapshot reads."""
 
     now: datetime
-    known: Mapping[tuple[Scope, str], CircuitBreaker]
-    states: Sequence[AccountState]
-    asked: datetime | None
+    breakers: Mapping[tuple[Scope, str], CircuitBreaker]
+    account_states: Sequence[AccountState]
+    last_request_at: datetime | None
     asking: int
-    gone: Collection[str]
+    dead_holders: Collection[str]
     jobs: Mapping[str, int]
     late: Sequence[Row[Any]]
     late_count: int
@@ -245,32 +247,32 @@ class _Read:
     counters: Sequence[Total]
 
 
-def _read(connection: Connection, settings: Settings) -> _Read:
+def _read_rows(connection: Connection, settings: Settings) -> _Rows:
     now = database_now(connection)
-    known = all_breakers(connection)
-    levels = due_groups(connection, waiting_accounts(connection))
-    gone = dead_holders(claim_holders(connection))
-    late, work = now - timedelta(seconds=LATE_SECONDS), work_limits(settings)
+    breakers = all_breakers(connection)
+    groups = due_groups(connection, waiting_accounts(connection))
+    dead_names = dead_holders(claim_holders(connection))
+    late, limits = now - timedelta(seconds=LATE_SECONDS), work_limits(settings)
     jobs = live.count_jobs(connection)
-    return _Read(
+    return _Rows(
         now=now,
-        known=known,
-        states=account_states(known, levels, settings, now),
-        asked=last_asked(connection),
+        breakers=breakers,
+        account_states=account_states(breakers, groups, settings, now),
+        last_request_at=last_asked(connection),
         asking=live.count_running_polls(connection, now=now),
-        gone=gone,
+        dead_holders=dead_names,
         jobs=jobs,
-        late=live.longest_due(connection, levels, before=late, limit=LATE_MOST),
-        late_count=live.count_late(connection, levels, before=late),
+        late=live.longest_due(connection, groups, before=late, limit=LATE_MOST),
+        late_count=live.count_late(connection, groups, before=late),
         overdue=live.jobs_past_deadline(connection, now=now, later=now + SOON, limit=LATE_MOST)
         if jobs["pending"] <= live.COUNTED_MOST
         else (),
         claims=live.stale_claims(
             connection,
-            dead=gone,
+            dead=dead_names,
             expired_before=now - timedelta(seconds=OVER_SECONDS),
-            polled_before=now - work.poll_max,
-            claimed_before=now - work.download_max,
+            polled_before=now - limits.poll_max,
+            claimed_before=now - limits.download_max,
         ),
         transfers=live.running_downloads(connection, now=now, limit=TRANSFERS_MOST),
         unstored=live.oldest_unstored(connection, limit=UNSTORED_MOST),
@@ -283,57 +285,65 @@ def _read(connection: Connection, settings: Settings) -> _Read:
     )
 
 
-def _working(read: _Read) -> bool:
-    return read.asked is not None and read.now - read.asked <= timedelta(seconds=HEALTHY_SECONDS)
+def _workers_poll(rows: _Rows) -> bool:
+    return rows.last_request_at is not None and rows.now - rows.last_request_at <= timedelta(seconds=HEALTHY_SECONDS)
 
 
 class SnapshotReader:
-    """Reads frame after frame, and knows what the last ones were."""
+    """Reads snapshots, and keeps samples of the last minute to compute rates."""
 
     def __init__(self, engine: Engine, settings: Settings, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
         self._settings = settings
         self._clock = clock
-        self._budget = RateLimiter(settings.redis)
+        self._limiter = RateLimiter(settings.redis)
         self._samples: deque[_Sample] = deque()
 
-    def frame(self) -> Frame:
-        """Return the present state. Raises what `worker.store.engine.translate_errors` raises."""
+    def read(self) -> Snapshot:
+        """Read a snapshot. Raises the errors of `worker.store.engine.translate_errors`."""
         with translate_errors(self._settings.database), self._engine.connect() as connection:
-            read = _read(connection, self._settings)
-        # Redis is looked into after the transaction: no network inside of one.
-        peeks = self._budget.peek({state.account: state.rps for state in read.states})
-        sample = _Sample(self._clock(), {one.key: one for one in read.counters}, _received(read.transfers))
-        frame = self._frame(read, peeks, sample)
+            rows = _read_rows(connection, self._settings)
+        # After the transaction: no network call inside it.
+        peeks = self._limiter.peek({state.account: state.rps for state in rows.account_states})
+        sample = _Sample(self._clock(), {total.key: total for total in rows.counters}, _received(rows.transfers))
+        snapshot = self._snapshot(rows, peeks, sample)
         self._samples.append(sample)
-        return frame
+        return snapshot
 
-    def _frame(self, read: "_Read", peeks: Mapping[str, BudgetStatus], sample: _Sample) -> Frame:
-        now, before = read.now, self._before(sample)
-        why = _Why(read.known, {state.account: state for state in read.states}, read.gone, _working(read), now)
+    def _snapshot(self, rows: "_Rows", peeks: Mapping[str, BudgetStatus], sample: _Sample) -> Snapshot:
+        now, before = rows.now, self._before(sample)
+        why = _LateReasons(
+            rows.breakers,
+            {state.account: state for state in rows.account_states},
+            rows.dead_holders,
+            _workers_poll(rows),
+            now,
+        )
         kinds, kinds_seconds = self._kinds(sample)
-        return Frame(
+        return Snapshot(
             at=now,
-            asked_seconds=None if read.asked is None else _seconds(now - read.asked),
-            asking=read.asking,
-            budget_known=bool(peeks) or not read.states,
-            jobs=_counted(read.jobs),
-            accounts=[self._account(state, read.known, peeks.get(state.account), sample) for state in read.states],
-            hosts=_held_hosts(read.known, now),
-            late=[why.late(row) for row in read.late],
-            late_count=_count("late", read.late_count),
-            overdue=[
-                Overdue(row.id, row.account, row.kind, _seconds(now - row.deadline_at), _seconds(row.due_at - now))
-                for row in read.overdue
+            asked_seconds=None if rows.last_request_at is None else _seconds(now - rows.last_request_at),
+            asking=rows.asking,
+            budget_known=bool(peeks) or not rows.account_states,
+            jobs=_counted(rows.jobs),
+            accounts=[
+                self._account(state, rows.breakers, peeks.get(state.account), sample) for state in rows.account_states
             ],
-            claims=[_lost(claim, read.gone, now) for claim in read.claims],
-            transfers=[_transfer(row, sample, before, now) for row in read.transfers],
-            unstored=_unstored(read.unstored, now),
-            unstored_more=len(read.unstored) == UNSTORED_MOST,
-            webhooks=_webhooks(read.events, read.unannounced, now),
+            hosts=_held_hosts(rows.breakers, now),
+            late=[why.late(row) for row in rows.late],
+            late_count=_count("late", rows.late_count),
+            overdue=[
+                OverdueJob(row.id, row.account, row.kind, _seconds(now - row.deadline_at), _seconds(row.due_at - now))
+                for row in rows.overdue
+            ],
+            claims=[_lost(claim, rows.dead_holders, now) for claim in rows.claims],
+            transfers=[_transfer(row, sample, before, now) for row in rows.transfers],
+            unstored=_unstored(rows.unstored, now),
+            unstored_more=len(rows.unstored) == UNSTORED_MOST,
+            webhooks=_webhooks(rows.events, rows.unannounced, now),
             failures=[
                 Failure(row.id, row.account, row.kind, row.status, row.error_code, row.completed_at)
-                for row in read.failures
+                for row in rows.failures
             ],
             kinds=kinds,
             kinds_seconds=kinds_seconds,
@@ -347,21 +357,21 @@ class SnapshotReader:
     def _account(
         self,
         state: AccountState,
-        known: Mapping[tuple[Scope, str], CircuitBreaker],
+        breakers: Mapping[tuple[Scope, str], CircuitBreaker],
         peek: BudgetStatus | None,
         sample: _Sample,
     ) -> AccountNow:
-        first = next((one for one in self._samples if sample.at - one.at <= RATE_SECONDS), None)
+        first = next((earlier for earlier in self._samples if sample.at - earlier.at <= RATE_SECONDS), None)
         if first is None:
             used = None if peek is None else peek.taken
         else:
-            made = sum(
+            requests = sum(
                 times
                 for figure, (times, _) in _grown(first, sample, ANSWERS).items()
                 if figure.account == state.account
             )
-            used = made / max(sample.at - first.at, 1e-3)
-        breaker = known.get(("account", state.account))
+            used = requests / max(sample.at - first.at, 1e-3)
+        breaker = breakers.get(("account", state.account))
         return AccountNow(
             account=state.account,
             used=None if used is None else round(used, 2),
@@ -374,29 +384,29 @@ class SnapshotReader:
         )
 
     def _kinds(self, sample: _Sample) -> tuple[list[KindNow], float | None]:
-        """Of the frames that are remembered where anything was found ready since the first of them; else of all."""
+        """Return the kinds since the oldest sample; for all time if no job became ready since then."""
         if self._samples:
             kinds = _kinds(_grown(self._samples[0], sample, DELAY), _grown(self._samples[0], sample, POLLED))
             if kinds:
                 return kinds, round(sample.at - self._samples[0].at, 1)
-        nothing = _Sample(0.0, {}, {})
-        return _kinds(_grown(nothing, sample, DELAY), _grown(nothing, sample, POLLED)), None
+        zero = _Sample(0.0, {}, {})
+        return _kinds(_grown(zero, sample, DELAY), _grown(zero, sample, POLLED)), None
 
 
 def _seconds(span: timedelta) -> float:
     return round(span.total_seconds(), 1)
 
 
-def _counted(found: Mapping[str, int]) -> list[Counted]:
-    return [_count(state, count) for state, count in found.items()]
+def _counted(counts: Mapping[str, int]) -> list[Counted]:
+    return [_count(state, count) for state, count in counts.items()]
 
 
 def _count(state: str, count: int) -> Counted:
     return Counted(state, min(count, live.COUNTED_MOST), count > live.COUNTED_MOST)
 
 
-def _held_hosts(known: Mapping[tuple[Scope, str], CircuitBreaker], now: datetime) -> list[HeldHost]:
-    held = (breaker for (scope, _), breaker in sorted(known.items()) if scope == "host" and breaker.held(now))
+def _held_hosts(breakers: Mapping[tuple[Scope, str], CircuitBreaker], now: datetime) -> list[HeldHost]:
+    held = (breaker for (scope, _), breaker in sorted(breakers.items()) if scope == "host" and breaker.held(now))
     return [
         HeldHost(
             breaker.name,
@@ -409,13 +419,13 @@ def _held_hosts(known: Mapping[tuple[Scope, str], CircuitBreaker], now: datetime
 
 
 @dataclass(frozen=True, slots=True)
-class _Why:
-    """What there is to know of why a job that is due was not asked about."""
+class _LateReasons:
+    """Finds out why a due job was not polled."""
 
-    known: Mapping[tuple[Scope, str], CircuitBreaker]
+    breakers: Mapping[tuple[Scope, str], CircuitBreaker]
     accounts: Mapping[str, AccountState]
-    gone: Collection[str]
-    working: bool
+    dead_holders: Collection[str]
+    workers_poll: bool
     now: datetime
 
     def late(self, job: Row[Any]) -> LateJob:
@@ -431,18 +441,19 @@ class _Why:
 
     def _why(self, job: Row[Any]) -> str:
         state = self.accounts.get(job.account)
-        host = self.known.get(("host", job.fetch_host))
+        host = self.breakers.get(("host", job.fetch_host))
         if state is not None and state.reason is not None:
             return f"held: {mask_personal_data(state.reason)}" if state.reason != no_key(job.account) else state.reason
         if host is not None and host.held(self.now):
             return f"held: {host.name} {mask_personal_data(host.why or '')}"
         if job.claim_token is not None:
-            return f"claimed by {job.claim_holder}, which is {'dead' if job.claim_holder in self.gone else 'silent'}"
-        return "the budget is short" if self.working else NO_WORKER
+            liveness = "dead" if job.claim_holder in self.dead_holders else "silent"
+            return f"claimed by {job.claim_holder}, which is {liveness}"
+        return "the rate limit is used up" if self.workers_poll else NO_WORKER
 
 
-def _lost(claim: live.StaleClaim, gone: Collection[str], now: datetime) -> LostClaim:
-    return LostClaim(claim.what, claim.id, claim.holder, claim.holder in gone, _seconds(now - claim.until))
+def _lost(claim: live.StaleClaim, dead_holders: Collection[str], now: datetime) -> LostClaimNow:
+    return LostClaimNow(claim.what, claim.id, claim.holder, claim.holder in dead_holders, _seconds(now - claim.until))
 
 
 def _received(rows: Iterable[Row[Any]]) -> dict[tuple[int, int], int]:
@@ -464,18 +475,18 @@ def _transfer(row: Row[Any], sample: _Sample, before: _Sample | None, now: datet
 
 
 def _speed(row: Row[Any], sample: _Sample, before: _Sample | None, age: float | None) -> float | None:
-    """Between two frames; before that only of a first attempt, which surely began with nothing."""
+    """Return the bytes per second between two snapshots, or else of a first attempt, which began with no bytes."""
     attempt = (row.id, row.attempts)
     if before is not None and attempt in before.received and attempt in sample.received:
-        grown = sample.received[attempt] - before.received[attempt]
-        return float(round(max(grown, 0) / max(sample.at - before.at, 1e-3)))
+        received = sample.received[attempt] - before.received[attempt]
+        return float(round(max(received, 0) / max(sample.at - before.at, 1e-3)))
     if row.attempts == 1 and age and row.received_bytes is not None:
         return float(round(row.received_bytes / age))
     return None
 
 
 def attempt_host(row: Row[Any], *, renewable: bool) -> str:
-    """The host that an output's present or next attempt goes to: of its link, or of one of its proxy links."""
+    """Return the host of an output's current or next attempt: the host of its link or of a proxy link."""
     proxies = json.loads(row.proxy_urls)
     facts = OutputFacts(
         attempts=max(row.attempts, 1),
@@ -490,14 +501,14 @@ def attempt_host(row: Row[Any], *, renewable: bool) -> str:
     return link_host((row.url, *proxies)[address_index(facts)])
 
 
-def _unstored(rows: Iterable[Row[Any]], now: datetime) -> list[Unstored]:
-    """Those in trouble first, then those that wait longest."""
+def _unstored(rows: Iterable[Row[Any]], now: datetime) -> list[UnstoredGroup]:
+    """Group the outputs: groups with errors first, then by waiting time."""
     groups: dict[tuple[str | None, str], list[Row[Any]]] = defaultdict(list)
     for row in rows:
         host = "" if row.error_code in (None, "storage") else link_host(row.url)
         groups[row.error_code, host].append(row)
-    found = [
-        Unstored(
+    unstored = [
+        UnstoredGroup(
             code=code,
             host=host,
             job_id=min(group, key=lambda row: row.listed_at).job_id,
@@ -508,7 +519,7 @@ def _unstored(rows: Iterable[Row[Any]], now: datetime) -> list[Unstored]:
         )
         for (code, host), group in groups.items()
     ]
-    return sorted(found, key=lambda one: (one.code is None, -one.oldest_seconds))
+    return sorted(unstored, key=lambda outputs: (outputs.code is None, -outputs.oldest_seconds))
 
 
 def _webhooks(events: Sequence[Row[Any]], unannounced: Sequence[Row[Any]], now: datetime) -> list[LateWebhook]:
@@ -517,13 +528,13 @@ def _webhooks(events: Sequence[Row[Any]], unannounced: Sequence[Row[Any]], now: 
         late = (now - row.due_at).total_seconds() > LATE_EVENT_SECONDS
         if late or row.error_message is not None:
             groups[link_host(row.url)].append(row)
-    found = [_webhook(receiver, rows, now) for receiver, rows in groups.items()]
+    webhooks = [_webhook(receiver, rows, now) for receiver, rows in groups.items()]
     if unannounced:
         late_seconds = _seconds(now - unannounced[0].completed_at)
-        found.append(
-            LateWebhook("(not made yet)", len(unannounced), late_seconds, 0, None, "nobody makes these events")
+        webhooks.append(
+            LateWebhook("(not created yet)", len(unannounced), late_seconds, 0, None, "no process creates these events")
         )
-    return sorted(found, key=lambda one: -one.late_seconds)
+    return sorted(webhooks, key=lambda webhook: -webhook.late_seconds)
 
 
 def _webhook(receiver: str, rows: Sequence[Row[Any]], now: datetime) -> LateWebhook:
@@ -539,37 +550,40 @@ def _webhook(receiver: str, rows: Sequence[Row[Any]], now: datetime) -> LateWebh
 
 
 def _grown(before: _Sample, after: _Sample, name: str) -> dict[CounterKey, tuple[int, float]]:
-    """What was counted under a name between two frames: how often, and the sum."""
-    found = {}
+    """Return how often each counter of a name was counted between two samples, and the sum of its values."""
+    grown = {}
     for figure, total in after.counters.items():
-        old = before.counters.get(figure)
-        times = total.times - (old.times if old else 0)
+        earlier = before.counters.get(figure)
+        times = total.times - (earlier.times if earlier else 0)
         if figure.name == name and times > 0:
-            found[figure] = (times, total.total - (old.total if old else 0.0))
-    return found
+            grown[figure] = (times, total.total - (earlier.total if earlier else 0.0))
+    return grown
 
 
 def _kinds(
     delays: Mapping[CounterKey, tuple[int, float]], polls: Mapping[CounterKey, tuple[int, float]]
 ) -> list[KindNow]:
-    seen: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    delay_counts: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for figure, (times, _) in delays.items():
-        seen[figure.account, figure.kind][figure.label] = times
-    asked: dict[tuple[str, str], tuple[int, float]] = defaultdict(lambda: (0, 0.0))
+        delay_counts[figure.account, figure.kind][figure.label] = times
+    requests: dict[tuple[str, str], tuple[int, float]] = defaultdict(lambda: (0, 0.0))
     for figure, (times, total) in polls.items():
-        known = asked[figure.account, figure.kind]
-        asked[figure.account, figure.kind] = (known[0] + times, known[1] + total)
-    found = [_kind(one, seen.get(one, {}), asked[one]) for one in {*seen, *asked}]
-    return sorted(found, key=lambda one: (-one.jobs, one.account, one.kind))
+        sums = requests[figure.account, figure.kind]
+        requests[figure.account, figure.kind] = (sums[0] + times, sums[1] + total)
+    kinds = [
+        _kind(*account_kind, delay_counts.get(account_kind, {}), requests[account_kind])
+        for account_kind in {*delay_counts, *requests}
+    ]
+    return sorted(kinds, key=lambda kind: (-kind.jobs, kind.account, kind.kind))
 
 
-def _kind(one: tuple[str, str], seen: Mapping[str, float], asked: tuple[int, float]) -> KindNow:
-    p50, p95 = (quantile(seen, DELAYS, share) for share in (0.5, 0.95))
+def _kind(account: str, kind: str, delays: Mapping[str, float], requests: tuple[int, float]) -> KindNow:
+    p50, p95 = (quantile(delays, DELAYS, share) for share in (0.5, 0.95))
     return KindNow(
-        account=one[0],
-        kind=one[1],
-        jobs=asked[0] or int(sum(seen.values())),
+        account=account,
+        kind=kind,
+        jobs=requests[0] or int(sum(delays.values())),
         delay_p50=None if p50 is None else round(p50, 2),
         delay_p95=None if p95 is None else round(p95, 2),
-        polls_per_job=round(asked[1] / asked[0], 2) if asked[0] else None,
+        polls_per_job=round(requests[1] / requests[0], 2) if requests[0] else None,
     )

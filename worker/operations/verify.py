@@ -1,4 +1,4 @@
-"""Reading again what is stored: whatever is gone or damaged is fetched once more."""
+"""Verify stored outputs: read and hash each file, and queue missing or damaged ones for download again."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,13 +15,13 @@ from worker.store.events import create_events
 from worker.store.outputs import existing_jobs, requeue_output, stored_after, unknown_locations
 
 PAGE = 200
-SUSPICIOUS = 20
-TROUBLES = 5
+MISSING_LIMIT = 20  # if the first outputs are all missing, the storage is probably not mounted
+UNREADABLE_LIMIT = 5  # unreadable outputs in a row that end the run
 
 
 @dataclass(slots=True)
-class Finding:
-    """One stored output that is not as it should be. `after` says what became of it."""
+class WrongOutput:
+    """A stored output that is missing, damaged or unreadable. `after` says what was done about it."""
 
     output_id: int
     job_id: int
@@ -31,22 +31,22 @@ class Finding:
 
 
 @dataclass(slots=True)
-class Findings:
-    """What came of it. `orphans` are files that no output knows; `kept` are those whose job is not there any more."""
+class VerifyReport:
+    """The result. `orphans` are files without an output row; `kept` are files of jobs that were pruned without them."""
 
     checked: int = 0
     whole: int = 0
-    wrong: list[Finding] = field(default_factory=list)
+    wrong: list[WrongOutput] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
 
     @property
-    def settled(self) -> bool:
-        """Whether all is well, or will be by itself."""
-        return all(one.after == PUT_BACK for one in self.wrong)
+    def repaired(self) -> bool:
+        """Whether every output is whole or queued for download again."""
+        return all(output.after == QUEUED_AGAIN for output in self.wrong)
 
 
-PUT_BACK = "put back"
+QUEUED_AGAIN = "queued for download again"
 
 
 def verify(
@@ -56,94 +56,105 @@ def verify(
     job_ids: Sequence[int] | None = None,
     dry_run: bool = False,
     force: bool = False,
-) -> Findings:
-    """Reads every stored output, or those of some jobs, and hashes it.
+) -> VerifyReport:
+    """Read and hash every stored output, or the outputs of `job_ids`.
 
-    What is missing is put back, what is damaged is moved aside and put back, what can't be read is left; a dry run only
-    says what it would do. Raises StorageTrouble where TROUBLES outputs in a row can't be read, or where the first
-    SUSPICIOUS outputs are all missing, unless it is forced: rather is a disk not mounted then, and nothing is touched.
+    A missing output is queued for download again. A damaged file is quarantined first. An unreadable output is left.
+    A dry run only reports. Raises StorageTrouble if UNREADABLE_LIMIT outputs in a row can't be read, or, without
+    `force`, if the first MISSING_LIMIT outputs are all missing: the storage is then treated as not mounted, and nothing
+    is changed.
     """
-    found = Findings()
+    report = VerifyReport()
     stores: dict[str, Storage] = {}
-    known: set[int] = set()  # hashes of places, which take a tenth of the room
-    troubles = 0
+    known_places: set[int] = set()  # hashes of locations need a tenth of the memory
+    unreadable = 0
     missing: list[Row[Any]] | None = None if force or dry_run else []
     for row in _stored(engine, job_ids):
-        found.checked += 1
-        known.add(hash(canonical_location(row.location)))
+        report.checked += 1
+        known_places.add(hash(canonical_location(row.location)))
         scheme = row.location.partition(":")[0]
         if scheme not in stores:
             stores[scheme] = storage_of(row.location, settings)
         try:
             condition = stores[scheme].examine(row.location, size=row.size_bytes, sha256=row.sha256)
-        except StorageTrouble as refused:
-            troubles += 1
-            if troubles >= TROUBLES:
+        except StorageTrouble as error:
+            unreadable += 1
+            if unreadable >= UNREADABLE_LIMIT:
                 raise
-            found.wrong.append(Finding(row.id, row.job_id, row.location, "unreadable", f"left: {refused}"))
+            report.wrong.append(WrongOutput(row.id, row.job_id, row.location, "unreadable", f"left: {error}"))
             continue
-        troubles = 0
+        unreadable = 0
         if missing is not None and condition == "missing":
             missing.append(row)
-            if len(missing) >= SUSPICIOUS:
+            if len(missing) >= MISSING_LIMIT:
                 raise StorageTrouble(
-                    f"the first {SUSPICIOUS} outputs are all missing: is {_place(row.location)} mounted?"
+                    f"the first {MISSING_LIMIT} outputs are all missing: is {_folder(row.location)} mounted?"
                 )
             continue
-        for late in missing or ():
-            found.wrong.append(_mended(engine, stores, late, "missing"))
-        missing = None  # something is there
+        for missing_row in missing or ():
+            report.wrong.append(_repaired(engine, stores, missing_row, "missing"))
+        missing = None  # at least one file exists, so the storage is mounted
         if condition == "whole":
-            found.whole += 1
+            report.whole += 1
         elif dry_run:
-            found.wrong.append(Finding(row.id, row.job_id, row.location, condition, "would be put back"))
+            report.wrong.append(
+                WrongOutput(row.id, row.job_id, row.location, condition, "would be queued for download again")
+            )
         else:
-            found.wrong.append(_mended(engine, stores, row, condition))
-    for late in missing or ():
-        found.wrong.append(_mended(engine, stores, late, "missing"))
+            report.wrong.append(_repaired(engine, stores, row, condition))
+    for missing_row in missing or ():
+        report.wrong.append(_repaired(engine, stores, missing_row, "missing"))
     if job_ids is None:
-        strangers = [one for one in storage_for(settings).locations() if hash(canonical_location(one)) not in known]
+        unlisted = [
+            location
+            for location in storage_for(settings).locations()
+            if hash(canonical_location(location)) not in known_places
+        ]
         with engine.connect() as connection:
-            unknown = sorted(unknown_locations(connection, strangers))
-            there = existing_jobs(connection, {job for one in unknown if (job := job_id_of(one)) is not None})
-        found.kept = [one for one in unknown if (job := job_id_of(one)) is not None and job not in there]
-        kept = set(found.kept)
-        found.orphans = [one for one in unknown if one not in kept]
-    return found
+            orphans = sorted(unknown_locations(connection, unlisted))
+            known_jobs = existing_jobs(
+                connection, {job_id for location in orphans if (job_id := job_id_of(location)) is not None}
+            )
+        report.kept = [
+            location for location in orphans if (job_id := job_id_of(location)) is not None and job_id not in known_jobs
+        ]
+        kept_locations = set(report.kept)
+        report.orphans = [location for location in orphans if location not in kept_locations]
+    return report
 
 
 def _stored(engine: Engine, job_ids: Sequence[int] | None) -> Iterator[Row[Any]]:
-    after = 0
+    last_id = 0
     while True:
         with engine.connect() as connection:
-            rows = stored_after(connection, after, job_ids=job_ids, limit=PAGE)
+            rows = stored_after(connection, last_id, job_ids=job_ids, limit=PAGE)
         yield from rows
         if len(rows) < PAGE:
             return
-        after = rows[-1].id
+        last_id = rows[-1].id
 
 
-def _mended(engine: Engine, stores: dict[str, Storage], row: Row[Any], condition: str) -> Finding:
+def _repaired(engine: Engine, stores: dict[str, Storage], row: Row[Any], condition: str) -> WrongOutput:
     storage = stores[row.location.partition(":")[0]]
-    return Finding(row.id, row.job_id, row.location, condition, _mend(engine, storage, row, condition))
+    return WrongOutput(row.id, row.job_id, row.location, condition, _repair(engine, storage, row, condition))
 
 
-def _place(location: str) -> str:
+def _folder(location: str) -> str:
     return location.rsplit("/", 3)[0]
 
 
-def _mend(engine: Engine, storage: Storage, row: Row[Any], condition: str) -> str:
+def _repair(engine: Engine, storage: Storage, row: Row[Any], condition: str) -> str:
     if row.job_status == "cancelled":
         return "left: its job was cancelled"
     if row.url.startswith("data:"):
-        return "lost: its bytes came with the answer alone"
+        return "lost: the API sent its bytes inside the answer, so there is no link to download"
     try:
         if condition == "damaged":
             storage.quarantine(row.location)
-    except StorageTrouble as refused:
-        return f"left: {refused}"
+    except StorageTrouble as error:
+        return f"left: {error}"
     with engine.begin() as connection:
         now = database_now(connection)
-        create_events(connection, now=now, of=[row.job_id])  # of the end that is taken back
-        done = requeue_output(connection, row.id, location=row.location, now=now)
-    return PUT_BACK if done else "left: it was changed meanwhile"
+        create_events(connection, now=now, of=[row.job_id])  # create the event of the final state before leaving it
+        requeued = requeue_output(connection, row.id, location=row.location, now=now)
+    return QUEUED_AGAIN if requeued else "left: another process changed it meanwhile"

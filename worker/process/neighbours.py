@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from worker.core.on_done import OWN_QUEUES
 from worker.errors import WorkerError
-from worker.operations.health import Node, strangers
+from worker.operations.health import Node, foreign_processes
 from worker.settings import Settings
 from worker.store.database_identity import database_id
 from worker.store.engine import engine_for
@@ -63,7 +63,7 @@ def _database_in(tasks: object) -> str | None:
 def warn_about_foreign_workers(app: Celery, settings: Settings) -> None:
     """Log an error where worker processes of another app consume the same queues. A broker that is away is no error."""
     try:
-        names = strangers(settings, ask_nodes(app))
+        names = foreign_processes(settings, ask_nodes(app))
     except (KombuError, RedisError, OSError) as error:
         log.debug("other processes can't be asked reason=%s", type(error).__name__)
         return

@@ -171,7 +171,7 @@ def run_prune() -> str:
     own = process_resources()
     try:
         done = prune_jobs(
-            own.engine, settings, wanted, go_on=lambda: time.monotonic() < until and not own.stopping.is_set()
+            own.engine, settings, wanted, keep_going=lambda: time.monotonic() < until and not own.stopping.is_set()
         )
     except DATABASE_ERRORS as error:
         log.error("pruning waits for the database reason=%s", describe_error(error, settings.database))
