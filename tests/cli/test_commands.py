@@ -1,4 +1,4 @@
-"""The command line as scripts use it: documents on stdout, messages on stderr, exit codes, and never a traceback."""
+"""The command line for scripts: documents on stdout, messages on stderr, exit codes, and no traceback."""
 
 import json
 import os
@@ -51,12 +51,12 @@ OUTPUT_COLUMNS = {
     "error_message",
 }
 ISO = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
-NOT_UTF8 = "\udcff"  # how Python hands over a byte on the command line that is no UTF-8
+NOT_UTF8 = "\udcff"  # how Python represents an argument byte that is not UTF-8
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a command left."""
+class Result:
+    """The result of a command."""
 
     code: int
     out: str
@@ -64,32 +64,32 @@ class Said:
 
     @property
     def document(self) -> Any:
-        """Its stdout, which must be one JSON document."""
+        """The JSON document on stdout."""
         return json.loads(self.out)
 
 
-Run = Callable[..., Said]
+Run = Callable[..., Result]
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command in this process, as its entry point does. Anything but a SystemExit would be a traceback."""
+    """Return a function that runs a command in this process, like its entry point. Only SystemExit may be raised."""
 
-    def command(*words: str) -> Said:
+    def command(*arguments: str) -> Result:
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            main(list(words))
-        said = capsys.readouterr()
+            main(list(arguments))
+        printed = capsys.readouterr()
         assert isinstance(ended.value.code, int)
-        assert "Traceback" not in said.err
-        return Said(ended.value.code, said.out, said.err)
+        assert "Traceback" not in printed.err
+        return Result(ended.value.code, printed.out, printed.err)
 
     return command
 
 
 @pytest.fixture
 def database(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """The database that the commands use, with our tables in it."""
+    """A migrated database that the commands use."""
     monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
     return engine
 
@@ -98,7 +98,7 @@ def _one_line(text: str) -> bool:
     return text.endswith("\n") and text.count("\n") == 1
 
 
-def test_track_answers_a_list_and_says_what_was_new(database: Engine, run: Run) -> None:
+def test_track_prints_a_list_and_which_jobs_are_new(database: Engine, run: Run) -> None:
     """`[{id, remote_id, status, created}]`."""
     first = run("track", "12", "13", "--json")
     again = run("track", "12", '{"status": "processing", "id": 14, "eta": 5}', "--reference", "r", "--json")
@@ -113,17 +113,17 @@ def test_track_answers_a_list_and_says_what_was_new(database: Engine, run: Run) 
     assert "12" in run("track", "12").out
 
 
-def test_track_goes_on_after_a_bad_id_and_exits_1(database: Engine, run: Run) -> None:
-    """The good ones are in, the bad one is named on stderr, stdout is still one document."""
-    said = run("track", "../x", "12", "a b", "--json")
-    assert said.code == 1
-    assert [row["remote_id"] for row in said.document] == ["12"]
-    assert "'../x'" in said.err
-    assert said.err.count("\n") == 2
+def test_track_continues_after_an_invalid_id_and_exits_1(database: Engine, run: Run) -> None:
+    """Valid ids are tracked, the invalid ones are named on stderr, and stdout is still one document."""
+    result = run("track", "../x", "12", "a b", "--json")
+    assert result.code == 1
+    assert [row["remote_id"] for row in result.document] == ["12"]
+    assert "'../x'" in result.err
+    assert result.err.count("\n") == 2
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ("--fetch-url", "https://evil.test/api/v3/fetch/1"),
         ("--account", "a b"),
@@ -135,22 +135,22 @@ def test_track_goes_on_after_a_bad_id_and_exits_1(database: Engine, run: Run) ->
         ("--on-done", "/x"),
     ],
 )
-def test_track_refuses_what_cant_be_in_one_line(words: tuple[str, ...], run: Run, tmp_path: Path) -> None:
-    """Exit 1, nothing written: there is not even a database."""
-    said = run("track", "1", *words, "--json")
-    assert (said.code, said.document) == (1, [])
-    assert _one_line(said.err)
+def test_track_refuses_invalid_options_with_one_line(arguments: tuple[str, ...], run: Run, tmp_path: Path) -> None:
+    """Exit code 1. Nothing is written: the database is not created."""
+    result = run("track", "1", *arguments, "--json")
+    assert (result.code, result.document) == (1, [])
+    assert _one_line(result.err)
     assert not (tmp_path / "var").exists()
 
 
-def test_a_refused_submit_answer_is_quoted_without_the_key(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Terminals have logs too."""
+def test_a_refused_submit_answer_is_printed_without_the_key(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Terminal output may be logged."""
     monkeypatch.setenv("SD_API_KEY", "sk-canary-7f3a")
     for remote in ('{"status": "error", "message": "sk-canary-7f3a is bad"}', "x/sk-canary-7f3a"):
-        said = run("track", remote)
-        assert said.code == 1
-        assert "[key]" in said.err
-        assert "sk-canary" not in said.out + said.err
+        result = run("track", remote)
+        assert result.code == 1
+        assert "[key]" in result.err
+        assert "sk-canary" not in result.out + result.err
 
 
 def test_list_shows_the_newest_first_and_filters(database: Engine, run: Run) -> None:
@@ -166,30 +166,30 @@ def test_list_shows_the_newest_first_and_filters(database: Engine, run: Run) -> 
     assert [row["remote_id"] for row in run("list", "--status", "cancelled", "--json").document] == ["1"]
     assert [row["remote_id"] for row in run("list", "--reference", "mine", "--json").document] == ["2", "1"]
     assert [row["remote_id"] for row in run("list", "--limit", "1", "--json").document] == ["3"]
-    assert run("list", "--reference", "nobody's", "--json").document == []
+    assert run("list", "--reference", "unknown", "--json").document == []
     assert "no jobs" in run("list", "--status", "failed").out
     assert "cancelled" in run("list").out
 
 
-def test_list_shows_fifty_unless_asked_for_more(database: Engine, run: Run) -> None:
+def test_list_shows_fifty_jobs_by_default(database: Engine, run: Run) -> None:
     """The newest fifty."""
     run("track", *(str(number) for number in range(1, 53)))
     assert len(run("list", "--json").document) == 50
     assert len(run("list", "--limit", "60", "--json").document) == 52
 
 
-def test_show_has_the_outputs_and_says_why(database: Engine, run: Run) -> None:
+def test_show_prints_the_outputs_and_the_reason(database: Engine, run: Run) -> None:
     """`{job columns, "outputs": […], "why", "next_poll_at"}`."""
     with database.begin() as connection:
         job_id = add_downloading(connection, "7", error_message="a [bold] message")
         add_output(connection, job_id, 0, error_code="http_error", error_message="HTTP 500")
-    said = run("show", str(job_id), "--json")
-    assert (said.code, said.err) == (0, "")
-    assert JOB_COLUMNS | {"outputs", "why", "next_poll_at"} <= set(said.document)
-    assert set(said.document["outputs"][0]) >= OUTPUT_COLUMNS
-    assert said.document["next_poll_at"] is None
-    assert "http_error" in said.document["why"]
-    assert said.document["ready_at"] == NOW.isoformat().replace("+00:00", "Z")
+    result = run("show", str(job_id), "--json")
+    assert (result.code, result.err) == (0, "")
+    assert JOB_COLUMNS | {"outputs", "why", "next_poll_at"} <= set(result.document)
+    assert set(result.document["outputs"][0]) >= OUTPUT_COLUMNS
+    assert result.document["next_poll_at"] is None
+    assert "http_error" in result.document["why"]
+    assert result.document["ready_at"] == NOW.isoformat().replace("+00:00", "Z")
     assert "a [bold] message" in run("show", str(job_id)).out
 
     run("track", "8")
@@ -198,24 +198,24 @@ def test_show_has_the_outputs_and_says_why(database: Engine, run: Run) -> None:
     assert "no key for account default" in waiting["why"]
 
 
-@pytest.mark.parametrize(("status", "words"), [("failed", "gone: why"), ("cancelled", "cancelled")])
-def test_show_explains_final_jobs(database: Engine, run: Run, status: str, words: str) -> None:
-    """In the words that the row has."""
+@pytest.mark.parametrize(("status", "reason"), [("failed", "gone: why"), ("cancelled", "cancelled")])
+def test_show_explains_final_jobs(database: Engine, run: Run, status: str, reason: str) -> None:
+    """The reason contains the code and message of the row."""
     with database.begin() as connection:
         job_id = add_downloading(
             connection, status=status, completed_at=NOW, error_code="gone", error_message="why", polls=3
         )
     document = run("show", str(job_id), "--json").document
-    assert words in document["why"]
+    assert reason in document["why"]
     assert document["next_poll_at"] is None
 
 
-def test_cancel_and_retry_answer_what_changed(database: Engine, run: Run) -> None:
-    """`[{id, changed, status}]`; an id that changed nothing makes it exit 1."""
+def test_cancel_and_retry_report_what_changed(database: Engine, run: Run) -> None:
+    """`[{id, changed, status}]`; the exit code is 1 if a job did not change."""
     ids = [str(row["id"]) for row in run("track", "1", "2", "--json").document]
-    done = run("cancel", *ids, "--json")
-    assert done.code == 0
-    assert done.document == [{"id": int(word), "changed": True, "status": "cancelled"} for word in ids]
+    cancelled = run("cancel", *ids, "--json")
+    assert cancelled.code == 0
+    assert cancelled.document == [{"id": int(job_id), "changed": True, "status": "cancelled"} for job_id in ids]
     again = run("cancel", ids[0], "--json")
     assert (again.code, again.document) == (1, [{"id": int(ids[0]), "changed": False, "status": "cancelled"}])
     assert run("retry", ids[0], "--json").document[0]["changed"] is False
@@ -229,7 +229,7 @@ def test_cancel_and_retry_answer_what_changed(database: Engine, run: Run) -> Non
     assert "no job 999999" in mixed.err
 
 
-def test_a_remote_id_names_all_its_jobs_or_those_of_an_account(database: Engine, run: Run) -> None:
+def test_a_remote_id_selects_all_its_jobs_or_those_of_an_account(database: Engine, run: Run) -> None:
     """`--remote ID [--account A]`."""
     run("track", "7")
     run("track", "7", "--account", "shop")
@@ -242,32 +242,30 @@ def test_a_remote_id_names_all_its_jobs_or_those_of_an_account(database: Engine,
 
 @pytest.mark.parametrize("command", ["show", "cancel", "retry"])
 @pytest.mark.parametrize(
-    "words", [("999999",), ("0",), (str(2**63),), ("9" * 40,), ("9" * 5_000,), ("--remote", "nobody")]
+    "arguments", [("999999",), ("0",), (str(2**63),), ("9" * 40,), ("9" * 5_000,), ("--remote", "unknown")]
 )
-def test_a_job_that_is_not_there_is_one_line_and_exit_1(
-    database: Engine, run: Run, command: str, words: tuple[str, ...]
+def test_an_unknown_job_is_reported_in_one_line_with_exit_1(
+    database: Engine, run: Run, command: str, arguments: tuple[str, ...]
 ) -> None:
-    """However large the number is."""
-    said = run(command, *words, "--json")
-    assert said.code == 1
-    assert "no job" in said.err
-    assert _one_line(said.err)
+    """Also for very large numbers."""
+    result = run(command, *arguments, "--json")
+    assert result.code == 1
+    assert "no job" in result.err
+    assert _one_line(result.err)
 
 
 @pytest.mark.parametrize("command", ["show", "cancel", "retry"])
 @pytest.mark.parametrize("remote", ["../x", NOT_UTF8, "", "x" * 200])
-def test_a_remote_id_that_cant_be_one_is_one_line_and_not_done(
-    database: Engine, run: Run, command: str, remote: str
-) -> None:
-    """Before the database is asked."""
-    said = run(command, "--remote", remote)
-    assert said.code in (1, 2)
-    assert said.out == ""
-    assert _one_line(said.err)
+def test_an_invalid_remote_id_is_reported_in_one_line(database: Engine, run: Run, command: str, remote: str) -> None:
+    """The database is not queried."""
+    result = run(command, "--remote", remote)
+    assert result.code in (1, 2)
+    assert result.out == ""
+    assert _one_line(result.err)
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         (),
         ("show",),
@@ -293,15 +291,15 @@ def test_a_remote_id_that_cant_be_one_is_one_line_and_not_done(
         ("nonsense",),
     ],
 )
-def test_wrong_usage_is_exit_2(run: Run, words: tuple[str, ...]) -> None:
-    """And says on stderr what would be right."""
-    said = run(*words)
-    assert said.code == 2
-    assert said.out == ""
-    assert said.err
+def test_wrong_usage_is_exit_2(run: Run, arguments: tuple[str, ...]) -> None:
+    """The message is on stderr."""
+    result = run(*arguments)
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err
 
 
-def test_status_tells_how_everything_stands(database: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_shows_jobs_and_accounts(database: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """`{"jobs": {state: n}, "accounts": [{account, hold, rps}], "oldest_due_seconds", "healthy"}`."""
     monkeypatch.setenv("SD_API_KEYS", '{"shop": "k", "held": "k"}')
     monkeypatch.setenv("SD_API_RPS", "7")
@@ -312,9 +310,9 @@ def test_status_tells_how_everything_stands(database: Engine, run: Run, monkeypa
         connection.execute(
             insert(breakers).values(scope="account", name="held", proven=True, reason="key: refused", since=NOW)
         )
-    said = run("status", "--json")
-    document = said.document
-    assert (said.code, said.err) == (0, "")
+    result = run("status", "--json")
+    document = result.document
+    assert (result.code, result.err) == (0, "")
     assert set(document) == {"jobs", "accounts", "oldest_due_seconds", "healthy", "hosts", "kinds", "outputs"}
     assert document["kinds"] == []
     assert document["outputs"] == {"unstored": 0, "oldest_seconds": 0.0, "trouble": {}, "storage": None}
@@ -339,8 +337,8 @@ def test_status_tells_how_everything_stands(database: Engine, run: Run, monkeypa
     assert "no key for account default" in run("status").out
 
 
-def test_status_shows_a_host_that_is_held_as_json_too(database: Engine, run: Run) -> None:
-    """Its times are texts, like all others."""
+def test_status_lists_a_held_host_in_json(database: Engine, run: Run) -> None:
+    """Its times are ISO 8601 texts."""
     with database.begin() as connection:
         connection.execute(
             insert(breakers).values(
@@ -355,8 +353,8 @@ def test_status_shows_a_host_that_is_held_as_json_too(database: Engine, run: Run
     assert set(held[0]) == {"host", "reason", "since", "until"}
 
 
-def test_status_is_unhealthy_where_due_work_waits(database: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Liveness by work, not by processes."""
+def test_status_is_unhealthy_if_due_work_waits(database: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Health depends on the work, not on running processes."""
     monkeypatch.setenv("SD_API_KEY", "k")
     run("track", "1")
     with database.begin() as connection:
@@ -366,8 +364,8 @@ def test_status_is_unhealthy_where_due_work_waits(database: Engine, run: Run, mo
     assert document["oldest_due_seconds"] > 60
 
 
-def test_migrate_makes_the_tables_and_says_so(run: Run, tmp_path: Path) -> None:
-    """In a directory that is not there yet; a second time it has nothing to do."""
+def test_migrate_creates_the_tables_and_reports_it(run: Run, tmp_path: Path) -> None:
+    """The directory is created too. A second run changes nothing."""
     first, second = run("migrate"), run("migrate")
     assert (first.code, second.code) == (0, 0)
     assert "empty" in first.out
@@ -386,19 +384,19 @@ COMMANDS: list[tuple[str, ...]] = [
 ]
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_without_tables_every_command_names_the_one_that_makes_them(
-    run: Run, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+def test_without_tables_every_command_names_migrate(
+    run: Run, arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exit 1, one line, nothing on stdout."""
+    """Exit code 1, one line, and nothing on stdout."""
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/empty.db")
-    said = run(*words)
-    assert (said.code, said.out) == (1, "")
-    assert "run `fetch-worker migrate`" in said.err
-    assert _one_line(said.err)
+    result = run(*arguments)
+    assert (result.code, result.out) == (1, "")
+    assert "run `fetch-worker migrate`" in result.err
+    assert _one_line(result.err)
 
 
-@pytest.mark.parametrize("words", [*COMMANDS, ("migrate",)], ids=" ".join)
+@pytest.mark.parametrize("arguments", [*COMMANDS, ("migrate",)], ids=" ".join)
 @pytest.mark.parametrize(
     "url",
     [
@@ -409,40 +407,40 @@ def test_without_tables_every_command_names_the_one_that_makes_them(
     ],
     ids=["refused", "no such database", "no such folder", "no database"],
 )
-def test_a_database_that_cant_be_used_is_one_line_that_names_it(
-    run: Run, words: tuple[str, ...], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_unusable_database_is_reported_in_one_line(
+    run: Run, arguments: tuple[str, ...], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exit 1, or 2 for a path that can't be one; never the password, nor the advice to migrate what is not there."""
+    """Exit code 1, or 2 for an invalid path. The line has no password and does not suggest `migrate`."""
     (tmp_path / "no_database.txt").write_text("this is a text, and longer than the head of a database file " * 10)
     monkeypatch.setenv("DATABASE_URL", url)
-    said = run(*words)
-    assert (said.code, said.out) == (2 if "/dev/null" in url else 1, "")
-    assert "DATABASE_URL" in said.err
-    assert "migrate" not in said.err
-    assert "hidden-word" not in said.err
-    assert _one_line(said.err)
+    result = run(*arguments)
+    assert (result.code, result.out) == (2 if "/dev/null" in url else 1, "")
+    assert "DATABASE_URL" in result.err
+    assert "migrate" not in result.err
+    assert "hidden-word" not in result.err
+    assert _one_line(result.err)
 
 
-@pytest.mark.parametrize("words", [*COMMANDS, ("migrate",)], ids=" ".join)
-def test_a_wrong_setting_is_exit_2(run: Run, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line that names the variable."""
+@pytest.mark.parametrize("arguments", [*COMMANDS, ("migrate",)], ids=" ".join)
+def test_a_wrong_setting_is_exit_2(run: Run, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line names the variable."""
     monkeypatch.setenv("POLL_MIN", "soon")
-    said = run(*words)
-    assert (said.code, said.out) == (2, "")
-    assert "POLL_MIN" in said.err
-    assert _one_line(said.err)
+    result = run(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert "POLL_MIN" in result.err
+    assert _one_line(result.err)
 
 
-def test_the_module_runs_as_a_process_and_takes_a_closed_pipe_in_silence(tmp_path: Path) -> None:
-    """`fetch-worker list | head -1` must not end in a traceback."""
+def test_a_closed_pipe_causes_no_traceback(tmp_path: Path) -> None:
+    """`fetch-worker list | head -1` must not print a traceback."""
     environment = os.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db"}
     script = "import sys; from worker.cli import main; main(sys.argv[1:])"
     root = Path(__file__).parents[2]
-    made = subprocess.run([sys.executable, "-c", script, "migrate"], cwd=root, env=environment, check=False)
-    assert made.returncode == 0
+    migrated = subprocess.run([sys.executable, "-c", script, "migrate"], cwd=root, env=environment, check=False)
+    assert migrated.returncode == 0
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(
+    listed = subprocess.run(
         [sys.executable, "-c", script, "list", "--json"],
         cwd=root,
         env=environment,
@@ -452,14 +450,14 @@ def test_the_module_runs_as_a_process_and_takes_a_closed_pipe_in_silence(tmp_pat
         check=False,
     )
     os.close(writer)
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in listed.stderr
 
 
 # ── pace ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def teach(engine: Engine, kind: str = "image", seconds: float = 20.0, jobs_seen: int = 40) -> None:
-    """Has a process learn that jobs of a kind take so long."""
+    """Store the learned pace of a kind: its jobs take `seconds`."""
     learner = PaceLearner(engine)
     learner.prepare([("default", kind)])
     for _ in range(jobs_seen):
@@ -467,7 +465,7 @@ def teach(engine: Engine, kind: str = "image", seconds: float = 20.0, jobs_seen:
     learner.share()
 
 
-def test_status_tells_what_is_believed_of_each_kind(database: Engine, run: Run) -> None:
+def test_status_shows_the_learned_pace_of_each_kind(database: Engine, run: Run) -> None:
     teach(database)
 
     (kind,) = run("status", "--json").document["kinds"]
@@ -480,9 +478,7 @@ def test_status_tells_what_is_believed_of_each_kind(database: Engine, run: Run) 
     assert "image" in shown
 
 
-def test_show_tells_what_is_believed_of_a_job_and_when_it_is_asked_about(
-    database: Engine, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_show_estimates_when_a_job_is_ready(database: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SD_API_KEY", "k")
     teach(database)
     run("track", "1", "--kind", "image", "--json")
@@ -494,45 +490,47 @@ def test_show_tells_what_is_believed_of_a_job_and_when_it_is_asked_about(
     assert document["believed"]["chance_now"] < 0.2
     assert document["believed"]["by"] == "age"
     assert "waiting for its next poll in" in document["why"]
-    assert "of 40 such jobs by their age: half in" in document["why"]
-    assert "of 40 such jobs" in " ".join(shown.split())
+    assert "from 40 jobs of this kind, by age: half in" in document["why"]
+    assert "from 40 jobs of this kind" in " ".join(shown.split())
 
 
-def test_a_job_of_which_nothing_is_known_says_so(database: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_show_says_that_no_job_of_the_kind_has_finished(
+    database: Engine, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SD_API_KEY", "k")
     run("track", "1", "--json")
 
-    assert "nothing is known of such jobs yet" in run("show", "--remote", "1", "--json").document["why"]
+    assert "no job of this kind has finished yet" in run("show", "--remote", "1", "--json").document["why"]
 
 
 TRACE = [{"t": number / 2, "duration": 6.0 + number % 5, "kind": "image", "eta": None} for number in range(400)]
 
 
-def written(path: Path, lines: Sequence[object]) -> str:
-    """A trace in a file."""
+def write_trace(path: Path, lines: Sequence[object]) -> str:
+    """Write a trace to a file. Return its path."""
     path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
     return str(path)
 
 
-def test_simulate_prints_what_would_be(run: Run, tmp_path: Path) -> None:
+def test_simulate_prints_polls_and_delays(run: Run, tmp_path: Path) -> None:
     """`{"jobs", "polls", "polls_per_job", "delay": {"mean","p50","p95","p99"}}`."""
-    trace = written(tmp_path / "trace", TRACE)
+    trace = write_trace(tmp_path / "trace", TRACE)
 
-    said = run("simulate", "--trace", trace, "--json")
+    result = run("simulate", "--trace", trace, "--json")
 
-    assert (said.code, said.err) == (0, "")
-    assert set(said.document) == {"jobs", "polls", "polls_per_job", "delay"}
-    assert list(said.document["delay"]) == ["mean", "p50", "p95", "p99"]
-    assert said.document["jobs"] == 400
-    assert said.document["polls_per_job"] == said.document["polls"] / 400
-    assert run("simulate", "--trace", trace, "--json").document == said.document
+    assert (result.code, result.err) == (0, "")
+    assert set(result.document) == {"jobs", "polls", "polls_per_job", "delay"}
+    assert list(result.document["delay"]) == ["mean", "p50", "p95", "p99"]
+    assert result.document["jobs"] == 400
+    assert result.document["polls_per_job"] == result.document["polls"] / 400
+    assert run("simulate", "--trace", trace, "--json").document == result.document
     assert "polls_per_job" in run("simulate", "--trace", trace).out
 
 
-def test_simulate_takes_price_policy_budget_and_settings(
+def test_simulate_uses_price_policy_rate_limit_and_settings(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trace = written(tmp_path / "trace", TRACE)
+    trace = write_trace(tmp_path / "trace", TRACE)
     cheap = run("simulate", "--trace", trace, "--price", "0.05", "--json").document
     dear = run("simulate", "--trace", trace, "--price", "5", "--json").document
     fixed = run("simulate", "--trace", trace, "--policy", "fixed", "--json").document
@@ -548,17 +546,17 @@ def test_simulate_takes_price_policy_budget_and_settings(
 
 
 def test_simulate_compares_all_policies(run: Run, tmp_path: Path) -> None:
-    trace = written(tmp_path / "trace", TRACE)
+    trace = write_trace(tmp_path / "trace", TRACE)
 
-    found = run("simulate", "--trace", trace, "--compare", "--json").document
+    results = run("simulate", "--trace", trace, "--compare", "--json").document
     shown = run("simulate", "--trace", trace, "--compare").out
 
-    assert list(found) == ["learned", "fixed", "exponential", "eta"]
-    assert all(one["jobs"] == 400 for one in found.values())
-    assert all(name in shown for name in found)
+    assert list(results) == ["learned", "fixed", "exponential", "eta"]
+    assert all(result["jobs"] == 400 for result in results.values())
+    assert all(name in shown for name in results)
 
 
-def test_simulate_replays_what_was_really_seen(database: Engine, run: Run) -> None:
+def test_simulate_replays_the_jobs_of_the_database(database: Engine, run: Run) -> None:
     with database.begin() as connection:
         for number in range(30):
             ready_at = NOW + timedelta(seconds=number + 12)
@@ -578,24 +576,24 @@ def test_simulate_replays_what_was_really_seen(database: Engine, run: Run) -> No
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("arguments", "code", "message"),
     [
         ([], 2, "--trace FILE or --from-database"),
         (["--trace", "{trace}", "--from-database"], 2, "--trace FILE or --from-database"),
-        (["--trace", "{trace}", "--policy", "eta", "--compare"], 2, "--policy or --compare"),
+        (["--trace", "{trace}", "--policy", "eta", "--compare"], 2, "both --policy and --compare"),
         (["--trace", "{trace}", "--rps", "0"], 2, "rps"),
         (["--trace", "{trace}.none"], 2, "does not exist"),
     ],
 )
-def test_simulate_says_what_is_wrong_with_its_words(
-    run: Run, tmp_path: Path, words: list[str], code: int, said: str
+def test_simulate_reports_wrong_options(
+    run: Run, tmp_path: Path, arguments: list[str], code: int, message: str
 ) -> None:
-    trace = written(tmp_path / "trace", TRACE)
+    trace = write_trace(tmp_path / "trace", TRACE)
 
-    answer = run("simulate", *(word.replace("{trace}", trace) for word in words))
+    result = run("simulate", *(argument.replace("{trace}", trace) for argument in arguments))
 
-    assert answer.code == code
-    assert said in answer.err
+    assert result.code == code
+    assert message in result.err
 
 
 @pytest.mark.parametrize(
@@ -612,15 +610,15 @@ def test_simulate_says_what_is_wrong_with_its_words(
         '{"t": 1, "duration": 2, "eta": true}',
     ],
 )
-def test_simulate_names_the_line_of_a_trace_that_is_none(run: Run, tmp_path: Path, line: str) -> None:
+def test_simulate_names_an_invalid_line_of_the_trace(run: Run, tmp_path: Path, line: str) -> None:
     path = tmp_path / "trace"
     path.write_text(f"{json.dumps(TRACE[0])}\n\n{line}\n")
 
-    said = run("simulate", "--trace", str(path))
+    result = run("simulate", "--trace", str(path))
 
-    assert said.code == 1
-    assert "line 3 is no job of a trace" in said.err
-    assert _one_line(said.err)
+    assert result.code == 1
+    assert "line 3 is no job of a trace" in result.err
+    assert _one_line(result.err)
 
 
 def test_simulate_refuses_a_trace_without_jobs(run: Run, tmp_path: Path) -> None:
@@ -628,4 +626,4 @@ def test_simulate_refuses_a_trace_without_jobs(run: Run, tmp_path: Path) -> None
     path.write_bytes(b"\n")
     assert "there are no jobs to simulate" in run("simulate", "--trace", str(path)).err
     path.write_bytes(b"\xff\xfe")
-    assert "no UTF-8 text" in run("simulate", "--trace", str(path)).err
+    assert "is not UTF-8 text" in run("simulate", "--trace", str(path)).err

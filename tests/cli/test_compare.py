@@ -1,4 +1,4 @@
-"""`fetch-worker compare-api`, against a stand-in in the API's place."""
+"""`fetch-worker compare-api`, with a second stand-in in place of the API."""
 
 import json
 from collections.abc import Iterator
@@ -21,12 +21,12 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
         yield sandbox
 
 
-def run(*words: str) -> Result:
-    return CliRunner().invoke(compare_api, words, standalone_mode=False)
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(compare_api, arguments, standalone_mode=False)
 
 
-def rows(*words: str) -> list[dict[str, Any]]:
-    result = run(*words, "--json")
+def rows(*arguments: str) -> list[dict[str, Any]]:
+    result = run(*arguments, "--json")
     assert result.return_value == 0
     parsed: list[dict[str, Any]] = json.loads(result.stdout)
     return parsed
@@ -42,7 +42,7 @@ def test_given_an_api_that_answers_like_the_stand_in_when_compared_then_all_shap
     assert "the shapes are the same" in run().stdout
 
 
-def test_given_another_family_when_compared_then_its_finished_job_is_asked_about_there(api: Sandbox) -> None:
+def test_given_another_family_when_compared_then_its_finished_job_is_polled_there(api: Sandbox) -> None:
     job = api.submit("a lighthouse", family="v6/video/text2video")
 
     compared = rows("--job", str(job["id"]), "--endpoint", "v6/video/text2video")
@@ -50,12 +50,12 @@ def test_given_another_family_when_compared_then_its_finished_job_is_asked_about
     assert [row["api"] for row in compared] == ["unknown_id", "account_refused", "ready"]
 
 
-def test_given_an_api_with_new_words_when_compared_then_the_question_is_named(api: Sandbox) -> None:
+def test_given_an_api_with_new_words_when_compared_then_the_request_is_named(api: Sandbox) -> None:
     job = api.submit("a lighthouse", scenario="new-words")
 
     result = run("--job", str(job["id"]))
 
-    assert result.stdout.rstrip().endswith("another shape: a finished job")
+    assert result.stdout.rstrip().endswith("different shapes: a finished job")
 
 
 def test_nothing_is_ever_submitted_and_the_key_is_never_shown(api: Sandbox) -> None:
@@ -69,7 +69,7 @@ def test_nothing_is_ever_submitted_and_the_key_is_never_shown(api: Sandbox) -> N
     assert WRONG_KEY.get_secret_value() not in result.output
 
 
-def test_given_no_key_when_compared_then_it_only_says_what_it_would_do(
+def test_given_no_key_when_compared_then_it_only_prints_the_requests(
     api: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SD_API_KEY")
@@ -77,11 +77,11 @@ def test_given_no_key_when_compared_then_it_only_says_what_it_would_do(
     result = run("--job", "7")
 
     assert result.return_value == 0
-    assert f"would ask about a finished job: {api.url}/fetch/7" in result.stderr
+    assert f"would request a finished job: {api.url}/fetch/7" in result.stderr
     assert not api.calls.fetches
 
 
-def test_given_an_api_that_is_away_when_compared_then_the_exit_code_is_1(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_an_unreachable_api_when_compared_then_the_exit_code_is_1(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SD_API_URL", "http://127.0.0.1:9/api/v3")
     monkeypatch.setenv("SD_API_KEY", KEY)
 

@@ -1,4 +1,4 @@
-"""Taking jobs in hand on the command line: single ones, all that a filter finds, accounts and hosts as a whole."""
+"""The commands cancel, retry, hold and resume: jobs by id, jobs by filter, and whole accounts and hosts."""
 
 import io
 import json
@@ -24,8 +24,8 @@ from worker.store.schema import HELD_UNTIL, breakers, events, jobs, outputs
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a command left."""
+class Result:
+    """The result of a command."""
 
     code: int
     out: str
@@ -33,29 +33,29 @@ class Said:
 
     @property
     def document(self) -> Any:
-        """Its stdout, which must be one JSON document."""
+        """The JSON document on stdout."""
         return json.loads(self.out)
 
 
-Run = Callable[..., Said]
+Run = Callable[..., Result]
 LATER = {"due_at": HELD_UNTIL.replace(year=9998), "deadline_at": HELD_UNTIL.replace(year=9998)}
 FAILED = {"status": "failed", "error_code": "api_failed", "due_at": None, "completed_at": NOW}
 
 
 @pytest.fixture
 def run(engine: Engine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a command in this process, on the test's database, with nobody at a terminal."""
+    """Return a function that runs a command in this process, on the test database, without a terminal."""
     monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
     monkeypatch.setattr(sys, "stdin", io.StringIO())
 
-    def command(*words: str) -> Said:
+    def command(*arguments: str) -> Result:
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            main(list(words))
-        said = capsys.readouterr()
+            main(list(arguments))
+        result = capsys.readouterr()
         assert isinstance(ended.value.code, int)
-        assert "Traceback" not in said.err
-        return Said(ended.value.code, said.out, said.err)
+        assert "Traceback" not in result.err
+        return Result(ended.value.code, result.out, result.err)
 
     return command
 
@@ -69,11 +69,11 @@ def _rows(ids: list[int], status: str, *, changed: bool = True) -> list[dict[str
     return [{"id": job_id, "changed": changed, "status": status} for job_id in ids]
 
 
-# ── finding ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── filters ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_list_takes_every_filter_and_each_of_them_again(engine: Engine, run: Run) -> None:
-    """Different options must all be true; of one option that is given again any value will do."""
+def test_list_takes_every_filter_and_repeated_values(engine: Engine, run: Run) -> None:
+    """A job must match all different options, and one value of a repeated option."""
     now = {"submitted_at": NOW, "tracked_at": NOW}
     with engine.begin() as connection:
         old = add_job(connection, "old", **LATER | now, reference="a", kind="video", account="shop")
@@ -87,65 +87,65 @@ def test_list_takes_every_filter_and_each_of_them_again(engine: Engine, run: Run
         late = add_job(connection, "late", deadline_at=NOW)
         held = add_job(connection, "held", due_at=HELD_UNTIL, held_at=NOW, deadline_at=HELD_UNTIL)
 
-    def found(*words: str) -> list[int]:
-        said = run("list", "--json", *words)
-        assert (said.code, said.err) == (0, "")
-        return [row["id"] for row in said.document]
+    def find(*arguments: str) -> list[int]:
+        result = run("list", "--json", *arguments)
+        assert (result.code, result.err) == (0, "")
+        return [row["id"] for row in result.document]
 
-    assert found() == [held, late, stuck, gone, failed, old]
-    assert found("--status", "failed") == [gone, failed]
-    assert found("--status", "failed", "--status", "pending", "--kind", "video") == [old]
-    assert found("--account", "shop") == [old]
-    assert found("--remote", "old", "--remote", "late") == [late, old]
-    assert found("--reference", "a", "--reference", "b") == [failed, old]
-    assert found("--code", "api_failed") == [failed]
-    assert found("--output-code", "gone") == [gone]
-    assert found("--host", "Other.test") == [stuck]
-    assert found("--since", "2026-03-01T13:00:00+01:00") == [held, late, stuck, gone, failed, old]
-    assert found("--since", "1s") == found("--finished-since", "1s") == []
-    assert found("--until", "1s", "--limit", "2") == [held, late]
-    assert found("--finished-until", "1s") == [gone, failed]
-    assert found("--finished-since", "2026-03-01T12:00:00Z") == [gone, failed]
-    assert found("--late", "60") == found("--past-deadline", "--late", "0") == [late]
-    assert found("--stuck") == found("--claimed-by", "ada") == [stuck]
-    assert found("--past-deadline") == [late]
-    assert found("--held") == [held]
+    assert find() == [held, late, stuck, gone, failed, old]
+    assert find("--status", "failed") == [gone, failed]
+    assert find("--status", "failed", "--status", "pending", "--kind", "video") == [old]
+    assert find("--account", "shop") == [old]
+    assert find("--remote", "old", "--remote", "late") == [late, old]
+    assert find("--reference", "a", "--reference", "b") == [failed, old]
+    assert find("--code", "api_failed") == [failed]
+    assert find("--output-code", "gone") == [gone]
+    assert find("--host", "Other.test") == [stuck]
+    assert find("--since", "2026-03-01T13:00:00+01:00") == [held, late, stuck, gone, failed, old]
+    assert find("--since", "1s") == find("--finished-since", "1s") == []
+    assert find("--until", "1s", "--limit", "2") == [held, late]
+    assert find("--finished-until", "1s") == [gone, failed]
+    assert find("--finished-since", "2026-03-01T12:00:00Z") == [gone, failed]
+    assert find("--late", "60") == find("--past-deadline", "--late", "0") == [late]
+    assert find("--stuck") == find("--claimed-by", "ada") == [stuck]
+    assert find("--past-deadline") == [late]
+    assert find("--held") == [held]
     assert "held" in run("list", "--held").out
 
 
 @pytest.mark.parametrize(
-    "given", ["2026-03-01T12:00:00", "yesterday", "15", "-15m", "15 m", "", "1e99d", "9" * 400 + "s"]
+    "value", ["2026-03-01T12:00:00", "yesterday", "15", "-15m", "15 m", "", "1e99d", "9" * 400 + "s"]
 )
-def test_what_is_no_time_is_wrong_usage(run: Run, given: str) -> None:
-    said = run("list", "--since", given)
+def test_an_invalid_time_is_a_usage_error(run: Run, value: str) -> None:
+    result = run("list", "--since", value)
 
-    assert (said.code, said.out) == (2, "")
-    assert "Traceback" not in said.err
+    assert (result.code, result.out) == (2, "")
+    assert "Traceback" not in result.err
 
 
-def test_an_age_beyond_the_calendar_is_wrong_usage(run: Run) -> None:
+def test_a_too_large_age_is_a_usage_error(run: Run) -> None:
     assert run("list", "--since", "999999d").code == 2
 
 
-# ── jobs by name ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── jobs by id ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_hold_and_resume_answer_what_changed(engine: Engine, run: Run) -> None:
-    """As cancel and retry do: `[{id, changed, status}]`; an id that changed nothing makes it exit 1."""
+def test_hold_and_resume_report_what_changed(engine: Engine, run: Run) -> None:
+    """As cancel and retry: `[{id, changed, status}]`. The exit code is 1 if a job did not change."""
     ids = _add(engine, "1", "2")
-    words = [str(job_id) for job_id in ids]
-    steps = [run(action, *words, "--json") for action in ("hold", "hold", "resume", "resume")]
+    arguments = [str(job_id) for job_id in ids]
+    steps = [run(action, *arguments, "--json") for action in ("hold", "hold", "resume", "resume")]
 
-    assert [said.code for said in steps] == [0, 1, 0, 1]
-    assert [said.document for said in steps] == [
+    assert [result.code for result in steps] == [0, 1, 0, 1]
+    assert [result.document for result in steps] == [
         _rows(ids, "pending", changed=changed) for changed in (True, False, True, False)
     ]
-    missing = run("hold", words[0], "999999", "--json")
+    missing = run("hold", arguments[0], "999999", "--json")
     assert (missing.code, missing.document) == (1, _rows(ids[:1], "pending"))
     assert "no job 999999" in missing.err
 
 
-def test_show_says_that_a_job_is_held_and_not_when_it_is_asked(engine: Engine, run: Run) -> None:
+def test_show_reports_that_a_job_is_held_and_no_next_poll(engine: Engine, run: Run) -> None:
     [job_id] = _add(engine, "1")
     run("hold", str(job_id))
 
@@ -155,8 +155,8 @@ def test_show_says_that_a_job_is_held_and_not_when_it_is_asked(engine: Engine, r
     assert (shown["next_poll_at"], shown["believed"]) == (None, None)
 
 
-def test_remote_ids_name_jobs_of_any_account_or_of_some(engine: Engine, run: Run) -> None:
-    """Nobody is asked; one that is not there is an error."""
+def test_remote_ids_select_jobs_of_all_accounts_or_of_given_ones(engine: Engine, run: Run) -> None:
+    """There is no confirmation. An unknown remote id is an error."""
     first, other = _add(engine, "1") + _add(engine, "1", account="shop")
     assert run("hold", "--remote", "1", "--account", "shop", "--json").document == _rows([other], "pending")
     assert run("cancel", "--remote", "1", "--json").document == _rows([other, first], "cancelled")
@@ -165,19 +165,19 @@ def test_remote_ids_name_jobs_of_any_account_or_of_some(engine: Engine, run: Run
     assert "remote id '2'" in missing.err
 
 
-# ── all that a filter finds ───────────────────────────────────────────────────────────────────────────────────────────
+# ── jobs by filter ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few jobs are many: pages and transactions of two or three."""
+    """Set small pages and transactions, so that a few jobs need several."""
     monkeypatch.setattr(actions, "FEW", 5)
     monkeypatch.setattr(actions, "BATCH", 2)
 
 
 @pytest.mark.usefixtures("small_steps")
-def test_cancelling_all_that_a_filter_finds_leaves_the_others(engine: Engine, run: Run) -> None:
-    """Their unstored outputs end, each is counted once, and what is final already stays as it is."""
+def test_cancel_by_filter_leaves_the_other_jobs(engine: Engine, run: Run) -> None:
+    """Unstored outputs fail, each job is counted once, and final jobs do not change."""
     ids = _add(engine, *map(str, range(8)), kind="video")
     [ended] = _add(engine, "ended", kind="video", **FAILED)
     [other] = _add(engine, "other")
@@ -185,22 +185,22 @@ def test_cancelling_all_that_a_filter_finds_leaves_the_others(engine: Engine, ru
         loading = add_downloading(connection, "loading", kind="video")
         add_output(connection, loading)
 
-    said = run("cancel", "--kind", "video", "--yes", "--json")
+    result = run("cancel", "--kind", "video", "--yes", "--json")
 
-    assert (said.code, said.document) == (0, _rows([loading, *reversed(ids)], "cancelled"))
+    assert (result.code, result.document) == (0, _rows([loading, *reversed(ids)], "cancelled"))
     assert [job_of(engine, job_id).status for job_id in (ended, other)] == ["failed", "pending"]
     with engine.connect() as connection:
         assert [row.error_code for row in connection.execute(select(outputs)).all()] == ["cancelled"]
-        [total] = [one for one in read_counters(connection, [FINISHED]) if one.key.label == "cancelled"]
+        [total] = [total for total in read_counters(connection, [FINISHED]) if total.key.label == "cancelled"]
     assert total.times == 9
     again = run("cancel", "--kind", "video", "--yes", "--json")
     assert (again.code, again.document) == (0, [])
-    assert "no job matches" in again.err
+    assert "no matching job" in again.err
 
 
 @pytest.mark.usefixtures("small_steps")
-def test_retrying_all_that_a_filter_finds(engine: Engine, run: Run) -> None:
-    """Failed outputs are tried again, others are polled, each with its own deadline; the end is still announced."""
+def test_retry_by_filter(engine: Engine, run: Run) -> None:
+    """Failed outputs are downloaded again, the other jobs are polled with their own deadline, and events are kept."""
     polled = _add(engine, "1", "2", "3", **FAILED)
     short = _add(engine, "4", **FAILED, deadline_seconds=60.0, webhook_url="https://shop.test/hook")
     other = _add(engine, "5", **FAILED | {"error_code": "not_found"})
@@ -210,9 +210,9 @@ def test_retrying_all_that_a_filter_finds(engine: Engine, run: Run) -> None:
         stored = {"location": "file:///x", "sha256": "0", "size_bytes": 1, "media_type": "image/png", "stored_at": NOW}
         add_output(connection, loading, 1, status="stored", due_at=None, **stored)
 
-    said = run("retry", "--code", "api_failed", "--yes", "--json")
+    result = run("retry", "--code", "api_failed", "--yes", "--json")
 
-    assert (said.code, said.document) == (
+    assert (result.code, result.document) == (
         0,
         _rows([loading], "downloading") + _rows([*short, *reversed(polled)], "pending"),
     )
@@ -228,8 +228,8 @@ def test_retrying_all_that_a_filter_finds(engine: Engine, run: Run) -> None:
 
 
 @pytest.mark.usefixtures("small_steps")
-def test_holding_and_resuming_all_that_a_filter_finds(engine: Engine, run: Run) -> None:
-    """`resume --held` leaves alone what is held with its account."""
+def test_hold_and_resume_by_filter(engine: Engine, run: Run) -> None:
+    """`resume --held` does not resume jobs whose account is held."""
     ids = _add(engine, "1", "2", "3", account="shop", kind="video")
     [other] = _add(engine, "4", account="shop")
     with engine.begin() as connection:
@@ -246,7 +246,7 @@ def test_holding_and_resuming_all_that_a_filter_finds(engine: Engine, run: Run) 
 
 
 @pytest.mark.parametrize(
-    ("words", "changing"),
+    ("arguments", "changing"),
     [
         (("cancel", "--kind", "video"), "pending"),
         (("retry", "--kind", "video"), "failed"),
@@ -255,96 +255,97 @@ def test_holding_and_resuming_all_that_a_filter_finds(engine: Engine, run: Run) 
         (("hold", "--status", "failed"), None),
     ],
 )
-def test_a_dry_run_says_which_it_would_be_and_changes_nothing(
-    engine: Engine, run: Run, words: tuple[str, ...], changing: str | None
+def test_a_dry_run_lists_the_jobs_and_changes_nothing(
+    engine: Engine, run: Run, arguments: tuple[str, ...], changing: str | None
 ) -> None:
-    """Without a terminal, too."""
+    """It needs no terminal."""
     ids = {
         "pending": _add(engine, "1", kind="video"),
         "failed": _add(engine, "2", kind="video", **FAILED),
         "held": _add(engine, "3", kind="video", due_at=HELD_UNTIL, held_at=NOW),
     }
-    expected = ids.get(changing or "", []) + (ids["held"] if words[0] == "cancel" else [])
+    expected = ids.get(changing or "", []) + (ids["held"] if arguments[0] == "cancel" else [])
     with engine.connect() as connection:
         before = connection.execute(select(jobs).order_by(jobs.c.id)).all()
 
-    said, document = run(*words, "--dry-run"), run(*words, "--dry-run", "--json")
+    result, document = run(*arguments, "--dry-run"), run(*arguments, "--dry-run", "--json")
 
-    assert (said.code, document.code) == (0, 0)
+    assert (result.code, document.code) == (0, 0)
     assert [row["id"] for row in document.document] == expected[::-1]
     assert all(row["changed"] for row in document.document)
     if expected:
-        assert said.out.startswith(f"{len(expected)} job")
-        assert "would be" in said.out
+        assert result.out.startswith(f"{len(expected)} job")
+        assert "would be" in result.out
     with engine.connect() as connection:
         assert connection.execute(select(jobs).order_by(jobs.c.id)).all() == before
 
 
-def test_a_dry_run_of_many_shows_some_of_them(engine: Engine, run: Run) -> None:
+def test_a_dry_run_of_many_jobs_lists_some_of_them(engine: Engine, run: Run) -> None:
     _add(engine, *map(str, range(30)), kind="video")
 
-    said = run("cancel", "--kind", "video", "--dry-run")
+    result = run("cancel", "--kind", "video", "--dry-run")
 
-    assert said.out.startswith("30 jobs would be cancelled\n")
-    assert "and 10 more" in said.out
+    assert result.out.startswith("30 jobs would be cancelled\n")
+    assert "and 10 more" in result.out
     assert len(run("cancel", "--kind", "video", "--dry-run", "--json").document) == 30
 
 
-def test_a_dry_run_of_named_jobs_tells_how_it_would_end(engine: Engine, run: Run) -> None:
+def test_a_dry_run_of_given_ids_reports_the_result(engine: Engine, run: Run) -> None:
     [pending], [ended] = _add(engine, "1"), _add(engine, "2", **FAILED)
 
-    said = run("hold", str(pending), str(ended), "--dry-run", "--json")
+    result = run("hold", str(pending), str(ended), "--dry-run", "--json")
 
-    assert said.code == 1
-    assert said.document == _rows([pending], "pending") + _rows([ended], "failed", changed=False)
+    assert result.code == 1
+    assert result.document == _rows([pending], "pending") + _rows([ended], "failed", changed=False)
     assert job_of(engine, pending).held_at is None
 
 
-def test_without_a_terminal_a_filter_takes_yes(engine: Engine, run: Run) -> None:
+def test_without_a_terminal_a_filter_needs_yes(engine: Engine, run: Run) -> None:
     [job_id] = _add(engine, "1")
 
-    said = run("cancel", "--status", "pending", "--json")
+    result = run("cancel", "--status", "pending", "--json")
 
-    assert (said.code, said.out) == (2, "")
-    assert "--dry-run" in said.err
-    assert "--yes" in said.err
+    assert (result.code, result.out) == (2, "")
+    assert "--dry-run" in result.err
+    assert "--yes" in result.err
     assert job_of(engine, job_id).status == "pending"
 
 
 @pytest.mark.parametrize(("answer", "code", "status"), [("n", 1, "pending"), ("y", 0, "cancelled")])
-def test_on_a_terminal_it_asks_first(engine: Engine, run: Run, answer: str, code: int, status: str) -> None:
-    """A real one. The document on stdout stays one."""
+def test_on_a_terminal_it_asks_before(engine: Engine, run: Run, answer: str, code: int, status: str) -> None:
+    """Uses a real terminal. Stdout is still one JSON document."""
     ids = _add(engine, "1", "2")
     keyboard, terminal = pty.openpty()
     os.write(keyboard, f"{answer}\n".encode())
 
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", "from worker.cli import main; main()", "cancel", "--status", "pending", "--json"],
         stdin=terminal, env=dict(os.environ), capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     os.close(terminal)
     os.close(keyboard)
 
-    assert done.returncode == code, done.stderr
-    assert "cancel 2 jobs? [y/N]" in done.stderr
+    assert process.returncode == code, process.stderr
+    assert "cancel 2 jobs? [y/N]" in process.stderr
     assert [job_of(engine, job_id).status for job_id in ids] == [status] * 2
     if code == 0:
-        assert json.loads(done.stdout) == _rows(ids[::-1], "cancelled")
+        assert json.loads(process.stdout) == _rows(ids[::-1], "cancelled")
 
 
 @pytest.mark.parametrize(
-    "words", [(), ("1", "--status", "pending"), ("1", "--late", "0"), ("--dry-run",), ("x",), ("1", "--remote", "2")]
+    "arguments",
+    [(), ("1", "--status", "pending"), ("1", "--late", "0"), ("--dry-run",), ("x",), ("1", "--remote", "2")],
 )
 @pytest.mark.parametrize("action", ["cancel", "hold"])
-def test_it_takes_ids_or_filters_and_one_of_them(run: Run, action: str, words: tuple[str, ...]) -> None:
-    said = run(action, *words)
+def test_it_takes_either_ids_or_filters(run: Run, action: str, arguments: tuple[str, ...]) -> None:
+    result = run(action, *arguments)
 
-    assert (said.code, said.out) == (2, "")
+    assert (result.code, result.out) == (2, "")
 
 
 @pytest.mark.usefixtures("small_steps")
-def test_where_it_ends_early_it_says_how_far_it_came(engine: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was done is done; the same command again does the rest."""
+def test_an_interrupted_command_reports_its_progress(engine: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished batches stay. The same command again changes the rest."""
     _add(engine, *map(str, range(7)))
     calls: list[Any] = []
 
@@ -356,16 +357,18 @@ def test_where_it_ends_early_it_says_how_far_it_came(engine: Engine, run: Run, m
 
     monkeypatch.setattr(actions, "transact", cut_off)
     stopped = run("cancel", "--status", "pending", "--yes")
-    rest = run("cancel", "--status", "pending", "--yes", "--json")
+    second_run = run("cancel", "--status", "pending", "--yes", "--json")
 
     assert stopped.code == 130
     assert "4 jobs cancelled so far" in stopped.err
-    assert len(rest.document) == 3
+    assert len(second_run.document) == 3
 
 
 @pytest.mark.usefixtures("small_steps")
-def test_what_ends_meanwhile_is_left_alone(engine: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job that is ready between the look and its turn is stored, not held."""
+def test_a_job_that_becomes_final_meanwhile_is_not_changed(
+    engine: Engine, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that completes between the search and the change is not held."""
     ids = _add(engine, "1", "2", "3")
 
     def late(engine: Engine, work: Any) -> Any:
@@ -375,25 +378,32 @@ def test_what_ends_meanwhile_is_left_alone(engine: Engine, run: Run, monkeypatch
         return transact(engine, work)
 
     monkeypatch.setattr(actions, "transact", late)
-    said = run("hold", "--status", "pending", "--yes", "--json")
+    result = run("hold", "--status", "pending", "--yes", "--json")
 
-    assert (said.code, said.document) == (0, _rows([ids[2], ids[1]], "pending"))
+    assert (result.code, result.document) == (0, _rows([ids[2], ids[1]], "pending"))
     assert job_of(engine, ids[0]).held_at is None
 
 
 # ── accounts and hosts ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_an_account_alone_is_held_as_a_whole_and_resumed(engine: Engine, run: Run) -> None:
-    """Once more does no harm, and a dry run says what it would do."""
+def test_account_alone_holds_and_resumes_the_whole_account(engine: Engine, run: Run) -> None:
+    """Repeating it changes nothing, and a dry run reports the change."""
     [job_id] = _add(engine, "1", account="shop")
     steps = [
-        run(*words, "--account", "shop", "--json")
-        for words in (("hold", "--dry-run"), ("hold",), ("hold",), ("resume", "--dry-run"), ("resume",), ("resume",))
+        run(*arguments, "--account", "shop", "--json")
+        for arguments in (
+            ("hold", "--dry-run"),
+            ("hold",),
+            ("hold",),
+            ("resume", "--dry-run"),
+            ("resume",),
+            ("resume",),
+        )
     ]
 
-    assert [said.code for said in steps] == [0] * 6
-    assert [said.document for said in steps] == [
+    assert [result.code for result in steps] == [0] * 6
+    assert [result.document for result in steps] == [
         [{"scope": "account", "name": "shop", "changed": changed}] for changed in (True, True, False, True, True, False)
     ]
     assert job_of(engine, job_id).held_at is None
@@ -401,14 +411,14 @@ def test_an_account_alone_is_held_as_a_whole_and_resumed(engine: Engine, run: Ru
     assert run("show", str(job_id), "--json").document["why"].startswith("held: held by an operator")
 
 
-def test_hosts_are_held_by_the_names_that_jobs_have(engine: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that no job can have is refused: it would hold nothing, and nobody would know."""
+def test_hosts_are_held_by_the_name_in_their_jobs(engine: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that no job can have is refused, because the hold would have no effect."""
     monkeypatch.setenv("SD_API_HOSTS", "api.test")
     _add(engine, "1", fetch_host="other.test:8443")
 
-    said = run("hold", "--host", "API.test:443", "--host", "other.test:8443", "--json")
+    result = run("hold", "--host", "API.test:443", "--host", "other.test:8443", "--json")
 
-    assert [row["name"] for row in said.document] == ["api.test", "other.test:8443"]
+    assert [row["name"] for row in result.document] == ["api.test", "other.test:8443"]
     with engine.connect() as connection:
         assert {key for key, breaker in all_breakers(connection).items() if breaker.paused_at is not None} == {
             ("host", "api.test"),
@@ -420,11 +430,11 @@ def test_hosts_are_held_by_the_names_that_jobs_have(engine: Engine, run: Run, mo
     assert run("hold", "--account", "a b").code == 2
 
 
-def test_progress_is_told_on_stderr(engine: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "TELL_SECONDS", (0.0, 0.0))
+def test_progress_is_printed_to_stderr(engine: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "PROGRESS_SECONDS", (0.0, 0.0))
     _add(engine, "1", "2")
 
-    said = run("cancel", "--status", "pending", "--yes")
+    result = run("cancel", "--status", "pending", "--yes")
 
-    assert re.search(r"2 of 2 cancelled", said.err)
-    assert said.out == "2 jobs cancelled\n"
+    assert re.search(r"2 of 2 cancelled", result.err)
+    assert result.out == "2 jobs cancelled\n"

@@ -1,4 +1,4 @@
-"""`fetch-worker parse`: what the worker makes of an answer from a file or standard input, and nothing else runs."""
+"""`fetch-worker parse` shows how the worker reads an answer from a file or standard input."""
 
 import json
 from pathlib import Path
@@ -18,20 +18,20 @@ def v6_api(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SD_API_URL", "https://modelslab.com/api/v6")
 
 
-def run(answer: object, *words: str) -> Result:
+def run(answer: object, *arguments: str) -> Result:
     body = answer if isinstance(answer, bytes | str) else json.dumps(answer)
-    return CliRunner().invoke(parse, ["-", *words], input=body, standalone_mode=False)
+    return CliRunner().invoke(parse, ["-", *arguments], input=body, standalone_mode=False)
 
 
-def document(answer: object, *words: str) -> dict[str, Any]:
-    result = run(answer, *words, "--json")
+def document(answer: object, *arguments: str) -> dict[str, Any]:
+    result = run(answer, *arguments, "--json")
     parsed: dict[str, Any] = json.loads(result.stdout)
     assert list(parsed) == KEYS
     return parsed
 
 
 @pytest.mark.parametrize(
-    ("answer", "words", "expected"),
+    ("answer", "arguments", "expected"),
     [
         ({"status": "processing", "eta": 12}, [], {"class": "processing", "eta": 12.0}),
         ({"status": "processing", "future_links": [A]}, [], {"class": "processing", "promised": [A]}),
@@ -57,16 +57,16 @@ def document(answer: object, *words: str) -> dict[str, Any]:
     ],
 )
 def test_given_an_answer_when_parsed_then_it_has_its_class(
-    answer: object, words: list[str], expected: dict[str, Any]
+    answer: object, arguments: list[str], expected: dict[str, Any]
 ) -> None:
-    parsed = document(answer, *words)
+    parsed = document(answer, *arguments)
 
     assert {name: parsed[name] for name in expected} == expected
     assert parsed["job"] is None
 
 
 @pytest.mark.parametrize(
-    ("answer", "words", "job"),
+    ("answer", "arguments", "job"),
     [
         ({"status": "processing", "id": 7}, [], ("7", "https://modelslab.com/api/v6/fetch/7", "image")),
         (
@@ -81,23 +81,23 @@ def test_given_an_answer_when_parsed_then_it_has_its_class(
         ),
     ],
 )
-def test_given_a_submit_answer_when_parsed_then_its_job_is_named(
-    answer: object, words: list[str], job: tuple[str, str, str]
+def test_given_a_submit_answer_when_parsed_then_its_job_is_shown(
+    answer: object, arguments: list[str], job: tuple[str, str, str]
 ) -> None:
-    parsed = document(answer, "--submit", *words)
+    parsed = document(answer, "--submit", *arguments)
 
     assert parsed["class"] == "tracked"
     assert tuple(parsed["job"].values()) == job
 
 
-def test_given_an_order_that_was_ready_at_once_when_parsed_then_nothing_is_asked() -> None:
+def test_given_an_order_that_was_ready_at_once_when_parsed_then_there_is_no_fetch_url() -> None:
     parsed = document({"status": "success", "id": 7, "output": [A]}, "--submit")
 
     assert (parsed["class"], parsed["outputs"], parsed["job"]["fetch_url"]) == ("ready", [A], None)
 
 
 @pytest.mark.parametrize(
-    ("answer", "words", "name"),
+    ("answer", "arguments", "name"),
     [
         ({"status": "error", "message": "Your monthly limit exceeded"}, [], "refused"),
         ({"status": "failed", "message": "Failed, Try Again", "id": ""}, [], "refused"),
@@ -108,17 +108,17 @@ def test_given_an_order_that_was_ready_at_once_when_parsed_then_nothing_is_asked
         ({}, [], "not_trackable"),
     ],
 )
-def test_given_an_answer_that_is_no_job_when_parsed_then_the_exit_code_is_1(
-    answer: object, words: list[str], name: str
+def test_given_an_answer_without_a_job_when_parsed_then_the_exit_code_is_1(
+    answer: object, arguments: list[str], name: str
 ) -> None:
-    result = run(answer, "--submit", *words, "--json")
+    result = run(answer, "--submit", *arguments, "--json")
 
     assert json.loads(result.stdout)["class"] == name
     assert result.return_value == 1
 
 
 @pytest.mark.parametrize(
-    ("words", "advice"),
+    ("arguments", "advice"),
     [
         (["--header", "nonsense"], "NAME:VALUE"),
         (["--endpoint", "nonsense"], "v6/video/text2video"),
@@ -126,14 +126,14 @@ def test_given_an_answer_that_is_no_job_when_parsed_then_the_exit_code_is_1(
         (["--submit", "--endpoint", "https://evil.example/api/v6/video/x"], "SD_API_HOSTS"),
     ],
 )
-def test_given_a_wrong_option_when_parsed_then_the_error_says_what_to_write(words: list[str], advice: str) -> None:
-    result = CliRunner().invoke(parse, ["-", *words], input="{}")
+def test_given_a_wrong_option_when_parsed_then_the_error_says_what_to_write(arguments: list[str], advice: str) -> None:
+    result = CliRunner().invoke(parse, ["-", *arguments], input="{}")
 
     assert result.exit_code == 2
     assert advice in result.output
 
 
-def test_given_a_file_that_is_not_there_when_parsed_then_it_is_a_usage_error(tmp_path: Path) -> None:
+def test_given_a_missing_file_when_parsed_then_it_is_a_usage_error(tmp_path: Path) -> None:
     result = CliRunner().invoke(parse, [str(tmp_path / "missing.json")])
 
     assert result.exit_code == 2

@@ -1,4 +1,4 @@
-"""`fetch-worker prune` and the task: what they say, what they ask, and which setting counts when nothing is said."""
+"""`fetch-worker prune` and its task: output, confirmation, and the settings that apply by default."""
 
 import json
 import os
@@ -25,20 +25,20 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `prune` as its entry point does: (exit code, stdout, stderr)."""
+    """Return a function that runs `prune` and returns exit code, stdout and stderr."""
 
-    def command(*words: str) -> tuple[int, str, str]:
+    def command(*arguments: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as ended:
-            main(["prune", *words])
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out, said.err
+            main(["prune", *arguments])
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
 
     return command
 
 
 @pytest.fixture
 def database(tmp_path: Path, migrated_sqlite: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """Four jobs that ended, one in each final state, 40 days ago; and a young one."""
+    """A database with a job in each final state that ended 40 days ago, and one that ended yesterday."""
     (tmp_path / "test.db").write_bytes(migrated_sqlite.read_bytes())
     url = f"sqlite:///{tmp_path}/test.db"
     monkeypatch.setenv("DATABASE_URL", url)
@@ -57,33 +57,33 @@ def _add(connection: Any, status: str, ended: datetime) -> None:
     add_job(connection, f"{status}{ended}", due_at=None, error_code=code, **values)
 
 
-def _left(engine: Engine) -> list[str]:
+def _remaining_states(engine: Engine) -> list[str]:
     with engine.connect() as connection:
         return list(connection.execute(select(jobs.c.status).order_by(jobs.c.id)).scalars())
 
 
-def test_what_is_said_counts_and_else_the_settings(database: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Age, states, files."""
+def test_options_override_the_settings(database: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the age, the states and the files."""
     code, out, _ = run("--older-than", "30d", "--status", "failed", "--yes", "--json")
     assert (code, json.loads(out)) == (0, {"jobs": 1, "outputs": 0, "files": 0, "bytes": 0})
-    assert _left(database) == ["completed", "cancelled", "expired", "completed"]
+    assert _remaining_states(database) == ["completed", "cancelled", "expired", "completed"]
 
     monkeypatch.setenv("PRUNE_AFTER", "2w")
     code, out, _ = run("--yes")
     assert (code, out) == (0, "2 jobs and 0 outputs removed; files are kept\n")
-    assert _left(database) == ["expired", "completed"]
+    assert _remaining_states(database) == ["expired", "completed"]
 
 
 def test_a_dry_run_removes_nothing(database: Engine, run: Run) -> None:
-    """And needs no yes."""
+    """It needs no --yes."""
     code, out, _ = run("--older-than", "30d", "--remove-files", "--dry-run")
     assert (code, out) == (0, "2 jobs and 0 outputs would be removed, 0 files of 0 bytes\n")
     assert json.loads(run("--older-than", "0", "--dry-run", "--json")[1])["jobs"] == 3
-    assert len(_left(database)) == 5
+    assert len(_remaining_states(database)) == 5
 
 
-def test_it_asks_on_a_terminal(database: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is said there is what would be removed; no is no."""
+def test_on_a_terminal_it_asks_before(database: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question shows what would be removed. `n` removes nothing."""
     master, slave = os.openpty()
     with os.fdopen(master, "wb", buffering=0) as keys, os.fdopen(slave, "r") as terminal:
         monkeypatch.setattr(sys, "stdin", terminal)
@@ -91,14 +91,14 @@ def test_it_asks_on_a_terminal(database: Engine, run: Run, monkeypatch: pytest.M
         code, _, err = run("--older-than", "30d", "--limit", "1")
         assert code == 130
         assert "1 jobs and 0 outputs would be removed" in err
-        assert len(_left(database)) == 5
+        assert len(_remaining_states(database)) == 5
         keys.write(b"y\n")
         assert run("--older-than", "30d")[0] == 0
-    assert _left(database) == ["failed", "expired", "completed"]
+    assert _remaining_states(database) == ["failed", "expired", "completed"]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (["--yes"], "set PRUNE_AFTER"),
         (["--older-than", "30d"], "--yes"),
@@ -108,20 +108,22 @@ def test_it_asks_on_a_terminal(database: Engine, run: Run, monkeypatch: pytest.M
         (["--older-than", "1d", "--limit", "0", "--yes"], "limit"),
     ],
 )
-def test_what_is_wrong_is_said_and_nothing_removed(
-    database: Engine, run: Run, words: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+def test_wrong_options_are_reported_and_nothing_is_removed(
+    database: Engine, run: Run, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With exit code 2."""
-    with Path(os.devnull).open() as nobody:
-        monkeypatch.setattr(sys, "stdin", nobody)
-        code, out, err = run(*words)
+    """The exit code is 2."""
+    with Path(os.devnull).open() as empty:
+        monkeypatch.setattr(sys, "stdin", empty)
+        code, out, err = run(*arguments)
     assert (code, out) == (2, "")
-    assert said in err
-    assert len(_left(database)) == 5
+    assert message in err
+    assert len(_remaining_states(database)) == 5
 
 
-def test_files_that_stay_are_told_with_exit_code_1(database: Engine, run: Run, tmp_path: Path) -> None:
-    """And why."""
+def test_files_that_can_not_be_removed_are_reported_with_exit_code_1(
+    database: Engine, run: Run, tmp_path: Path
+) -> None:
+    """The message has the reason."""
     with database.begin() as connection:
         job_id = connection.execute(select(jobs.c.id).where(jobs.c.status == "completed")).scalars().first()
         connection.exec_driver_sql(
@@ -136,7 +138,7 @@ def test_files_that_stay_are_told_with_exit_code_1(database: Engine, run: Run, t
 
 
 def test_the_task_prunes_as_the_settings_say(database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not at all without an age."""
+    """Without PRUNE_AFTER nothing is pruned."""
     monkeypatch.setattr(runs, "settings", load())
     assert tasks.prune() == "nothing is pruned: PRUNE_AFTER is not set"
     monkeypatch.setenv("PRUNE_AFTER", "30d")
@@ -145,4 +147,4 @@ def test_the_task_prunes_as_the_settings_say(database: Engine, monkeypatch: pyte
     monkeypatch.setattr(resources, "settings", load())
     monkeypatch.setattr(resources, "_resources", {})
     assert tasks.prune() == "2 jobs pruned"
-    assert _left(database) == ["cancelled", "expired", "completed"]
+    assert _remaining_states(database) == ["cancelled", "expired", "completed"]

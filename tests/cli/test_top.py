@@ -30,7 +30,7 @@ from worker.store.counters import ANSWERS, Tally
 from worker.store.schema import HELD_UNTIL
 
 ROOT = Path(__file__).parents[2]
-# In a session of its own, whose terminal it takes, so that Ctrl-C reaches it as it does a person's.
+# Takes the terminal of its own session, so that Ctrl-C reaches it as in a real terminal.
 LIVE = """
 import fcntl, signal, termios
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -38,36 +38,36 @@ fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from worker.cli import main
 main(["top", "--every", "0.2"])
 """
-NOBODY = "redis://127.0.0.1:1/0"
+NO_REDIS = "redis://127.0.0.1:1/0"
 
 Top = Callable[..., str]
 
 
 @pytest.fixture
 def database(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """The database that the commands use, with our tables in it; and no Redis."""
+    """A migrated database that the commands use; Redis is not reachable."""
     monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
-    monkeypatch.setenv("REDIS_URL", NOBODY)
+    monkeypatch.setenv("REDIS_URL", NO_REDIS)
     monkeypatch.setenv("SD_API_KEY", "sk-canary-7f3a")
     return engine
 
 
 @pytest.fixture
 def top(capsys: pytest.CaptureFixture[str]) -> Top:
-    """What `top` prints with these words."""
+    """Return a function that runs `top` and returns its output."""
 
-    def command(*words: str) -> str:
+    def command(*arguments: str) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            main(["top", *words])
+            main(["top", *arguments])
         assert ended.value.code == 0
         return capsys.readouterr().out
 
     return command
 
 
-def troubles(connection: Connection) -> dict[str, int]:
-    """Every trouble there is; the jobs that have them."""
+def add_problems(connection: Connection) -> dict[str, int]:
+    """Create every problem that `top` shows. Return the job ids."""
     at = planted.now()
     planted.held(connection, "account", "refused", "key rejected: Invalid API key")
     planted.breaker(connection, "account", "resting", paused_at=at - seconds(30))
@@ -99,24 +99,24 @@ def troubles(connection: Connection) -> dict[str, int]:
     return jobs
 
 
-def test_each_trouble_that_there_is_is_in_the_document(database: Engine, top: Top) -> None:
+def test_every_problem_is_in_the_document(database: Engine, top: Top) -> None:
     with database.begin() as connection:
-        jobs = troubles(connection)
+        jobs = add_problems(connection)
 
-    said = top("--once", "--json")
+    printed = top("--once", "--json")
 
-    snapshot = json.loads(said)
-    accounts = {one["account"]: one for one in snapshot["accounts"]}
+    snapshot = json.loads(printed)
+    accounts = {account["account"]: account for account in snapshot["accounts"]}
     assert accounts["refused"]["reason"] == "key rejected: Invalid API key"
     assert accounts["refused"]["since"] < accounts["refused"]["until"]
     assert (accounts["resting"]["reason"], accounts["resting"]["until"]) == ("held by an operator", None)
     assert accounts["keyless"]["reason"] == "no key for account keyless"
     assert accounts["default"]["reason"] is None
-    assert [(one["host"], one["reason"]) for one in snapshot["hosts"]] == [
+    assert [(host["host"], host["reason"]) for host in snapshot["hosts"]] == [
         ("api.dead.test", "unreachable: no answer from [ip]")
     ]
-    late = {one["id"]: one for one in snapshot["late"]}
-    assert late[jobs["late"]]["why"] == "no worker asks"
+    late = {job["id"]: job for job in snapshot["late"]}
+    assert late[jobs["late"]]["why"] == "no worker polls"
     assert late[jobs["refused"]]["why"] == "held: key rejected: Invalid API key"
     assert late[jobs["resting"]]["why"] == "held: held by an operator"
     assert late[jobs["keyless"]]["why"] == "no key for account keyless"
@@ -126,17 +126,17 @@ def test_each_trouble_that_there_is_is_in_the_document(database: Engine, top: To
     assert snapshot["late"][0]["id"] == jobs["overdue"], "the latest is first"
     assert jobs["by hand"] not in late
     assert snapshot["late_count"] == len(late) == 7
-    claims = {(one["what"], one["id"]): one for one in snapshot["claims"]}
+    claims = {(claim["what"], claim["id"]): claim for claim in snapshot["claims"]}
     assert claims["job", jobs["stuck"]]["dead"] is False
     assert 65 < claims["job", jobs["stuck"]]["over_seconds"] < 130
     assert claims["job", jobs["dead"]]["dead"] is True
     assert claims["job", jobs["dead"]]["over_seconds"] < 0, "its lease still runs"
-    assert claims["job", jobs["endless"]]["over_seconds"] < -19_000, "no work takes as long as it has"
+    assert claims["job", jobs["endless"]]["over_seconds"] < -19_000, "no work takes as long as this claim is held"
     assert sorted(what for what, _ in claims) == ["job", "job", "job", "output"]
-    (forgotten,) = snapshot["overdue"]
-    assert forgotten["id"] == jobs["forgotten"]
-    assert 890 < forgotten["past_deadline_seconds"] < 960
-    assert 7_100 < forgotten["asked_in_seconds"] <= 7_200
+    (overdue,) = snapshot["overdue"]
+    assert overdue["id"] == jobs["forgotten"]
+    assert 890 < overdue["past_deadline_seconds"] < 960
+    assert 7_100 < overdue["asked_in_seconds"] <= 7_200
     (transfer,) = snapshot["transfers"]
     assert (transfer["job_id"], transfer["bytes"], transfer["host"]) == (
         jobs["receiving"],
@@ -144,21 +144,21 @@ def test_each_trouble_that_there_is_is_in_the_document(database: Engine, top: To
         "cdn.dead.test:8443",
     )
     assert 100_000 < transfer["bytes_per_second"] <= 500_000
-    trouble = snapshot["unstored"][0]
-    assert (trouble["code"], trouble["host"], trouble["count"]) == ("unreachable", "cdn.dead.test:8443", 1)
-    assert trouble["message"] == "no answer: ConnectTimeout"
-    assert [(one["id"], one["code"]) for one in snapshot["failures"]] == [(jobs["failed"], "api_failed")]
+    unstored = snapshot["unstored"][0]
+    assert (unstored["code"], unstored["host"], unstored["count"]) == ("unreachable", "cdn.dead.test:8443", 1)
+    assert unstored["message"] == "no answer: ConnectTimeout"
+    assert [(job["id"], job["code"]) for job in snapshot["failures"]] == [(jobs["failed"], "api_failed")]
     (webhook,) = snapshot["webhooks"]
     assert (webhook["receiver"], webhook["http_status"]) == ("shop.test", 500)
     assert webhook["message"] == "it answered 500 to [e-mail]"
     assert (snapshot["jobs"]["pending"], snapshot["jobs"]["downloading"], snapshot["jobs"]["failed"]) == (11, 3, 1)
     assert snapshot["asked_seconds"] >= 400
-    assert not re.search(r"sk-canary|sig=|hidden|users/ann|ann@", said)
+    assert not re.search(r"sk-canary|sig=|hidden|users/ann|ann@", printed)
 
 
-def test_a_frame_fits_80_by_24_and_cuts_each_part(database: Engine) -> None:
+def test_a_snapshot_fits_80_by_24_and_cuts_each_section(database: Engine) -> None:
     with database.begin() as connection:
-        troubles(connection)
+        add_problems(connection)
         for number in range(30):
             planted.failed(connection, f"more{number}")
             planted.waiting(connection, f"late{number}", due=-10.0 - number)
@@ -166,7 +166,7 @@ def test_a_frame_fits_80_by_24_and_cuts_each_part(database: Engine) -> None:
         count(connection, delays=3)
 
     snapshot = SnapshotReader(database, load()).read()
-    small, large = shown(snapshot, 80, 24), shown(snapshot, 140, 140)
+    small, large = screen(snapshot, 80, 24), screen(snapshot, 140, 140)
 
     assert len(small) <= 24
     assert max(map(len, small)) <= 80
@@ -174,22 +174,22 @@ def test_a_frame_fits_80_by_24_and_cuts_each_part(database: Engine) -> None:
         assert any(line.startswith(title) for line in small), small
         assert any(line.startswith(title) for line in large)
     assert any(line.startswith("LAST FAILURES … and 20 more") for line in small), small
-    assert "… and 36 more" in small, "of the late jobs, that were not read, too"
-    assert "NO WORKER ASKS" in small[0]
-    assert shown(snapshot, 80, 24, "the database is away")[2] == "the database is away"
+    assert "… and 36 more" in small, "late jobs that were not read are counted too"
+    assert "NO WORKER POLLS" in small[0]
+    assert screen(snapshot, 80, 24, "the database is away")[2] == "the database is away"
     assert sum(line.endswith("cdn.dead.test:8443") for line in large) == 31
     assert any(line.startswith("READY TO SEEN") and line.endswith("(since counting began)") for line in large)
 
 
-def shown(snapshot: Snapshot, width: int, height: int, trouble: str | None = None) -> list[str]:
-    """The lines of a snapshot on a terminal of this size."""
+def screen(snapshot: Snapshot, width: int, height: int, error: str | None = None) -> list[str]:
+    """Return the lines of a snapshot on a terminal of this size."""
     console = Console(width=width, height=height, record=True, file=io.StringIO())
-    console.print(render(snapshot, width, height, trouble))
+    console.print(render(snapshot, width, height, error))
     return console.export_text().splitlines()
 
 
 def count(connection: Connection, *, answers: int = 0, delays: int = 0) -> None:
-    """Adds to the totals what a worker would."""
+    """Add to the counters as a worker does."""
     tally = Tally()
     for _ in range(answers):
         tally.add(ANSWERS, "processing", account="default")
@@ -199,67 +199,67 @@ def count(connection: Connection, *, answers: int = 0, delays: int = 0) -> None:
     tally.write(connection)
 
 
-def test_rates_are_what_was_counted_between_frames(database: Engine) -> None:
+def test_rates_are_computed_between_snapshots(database: Engine) -> None:
     at = [0.0]
-    watcher = SnapshotReader(database, load(), clock=lambda: at[0])
+    reader = SnapshotReader(database, load(), clock=lambda: at[0])
     with database.begin() as connection:
         count(connection, answers=1_000, delays=5)
         planted.received(connection, "1", attempts=2, received_bytes=1_000)
 
-    first = watcher.read()
+    first = reader.read()
     with database.begin() as connection:
         count(connection, answers=30, delays=2)
         connection.exec_driver_sql("UPDATE fetch_outputs SET received_bytes = 41000")
     at[0] = 4.0
-    second = watcher.read()
+    second = reader.read()
     at[0] = 200.0
-    third = watcher.read()
+    third = reader.read()
 
-    assert first.accounts[0].used is None, "Redis is away, and there is nothing to compare with"
+    assert first.accounts[0].used is None, "Redis is not reachable, and there is no earlier snapshot"
     assert (first.kinds[0].jobs, first.kinds_seconds) == (5, None)
-    assert first.transfers[0].bytes_per_second is None, "an attempt that may have begun with what there was"
+    assert first.transfers[0].bytes_per_second is None, "the attempt may have continued a partial file"
     assert second.accounts[0].used == 7.5
     assert (second.kinds[0].jobs, second.kinds[0].polls_per_job, second.kinds_seconds) == (2, 4.0, 4.0)
     assert 1.0 < (second.kinds[0].delay_p50 or 0) <= 1.5
     assert second.transfers[0].bytes_per_second == 10_000
-    assert (third.kinds[0].jobs, third.kinds_seconds) == (7, None), "nothing is remembered for so long"
+    assert (third.kinds[0].jobs, third.kinds_seconds) == (7, None), "no sample is kept for that long"
 
 
-def test_the_first_frame_knows_from_redis_what_is_asked_and_left(
+def test_the_first_snapshot_reads_used_and_free_requests_from_redis(
     database: Engine, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REDIS_URL", redis_url)
-    redis_client(redis_url, seconds=2).flushall()  # our own: what the test before it took
-    budget = RateLimiter(redis_url)
+    redis_client(redis_url, seconds=2).flushall()  # a server of these tests: remove the requests of the previous test
+    limiter = RateLimiter(redis_url)
 
-    free = SnapshotReader(database, load()).read().accounts[0]
-    budget.take("default", 5, rate=10.0)
-    budget.taken("default", 4)
+    account = SnapshotReader(database, load()).read().accounts[0]
+    limiter.take("default", 5, rate=10.0)
+    limiter.taken("default", 4)
 
-    assert (free.left, free.used, free.rps) == (2, 0.0, 10.0)
-    # it is shown once its second is over
+    assert (account.left, account.used, account.rps) == (2, 0.0, 10.0)
+    # requests are counted once their second has passed
     wait_until(
         lambda: SnapshotReader(database, load()).read().accounts[0].used == 4.0, "four requests are shown as used"
     )
 
 
-def test_without_redis_the_frame_says_so(database: Engine, top: Top) -> None:
-    assert "Redis is away" in top("--once")
+def test_without_redis_the_snapshot_says_so(database: Engine, top: Top) -> None:
+    assert "Redis is not reachable" in top("--once")
     assert json.loads(top("--json"))["accounts"][0]["left"] is None
 
 
-@pytest.mark.parametrize("words", [("--every", "0"), ("--every", "soon"), ("7",)])
-def test_wrong_words_are_refused(words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("arguments", [("--every", "0"), ("--every", "soon"), ("7",)])
+def test_wrong_arguments_are_refused(arguments: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["top", *words])
+        main(["top", *arguments])
     assert ended.value.code == 2
 
 
-@pytest.mark.parametrize("key", [b"q", b"\x03", b"x\x1b[Aq"], ids=["q", "Ctrl-C", "after others"])
-def test_it_is_live_until_a_key_ends_it(key: bytes, tmp_path: Path) -> None:
-    environment = os.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db", "REDIS_URL": NOBODY, "TERM": "xterm"}
-    words = [sys.executable, "-c", "import sys; from worker.cli import main; main(sys.argv[1:])"]
-    assert subprocess.run([*words, "migrate"], cwd=ROOT, env=environment, check=False).returncode == 0
+@pytest.mark.parametrize("key", [b"q", b"\x03", b"x\x1b[Aq"], ids=["q", "Ctrl-C", "after other keys"])
+def test_it_refreshes_until_a_key_quits_it(key: bytes, tmp_path: Path) -> None:
+    environment = os.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db", "REDIS_URL": NO_REDIS, "TERM": "xterm"}
+    command = [sys.executable, "-c", "import sys; from worker.cli import main; main(sys.argv[1:])"]
+    assert subprocess.run([*command, "migrate"], cwd=ROOT, env=environment, check=False).returncode == 0
     keyboard, terminal = pty.openpty()
     before = termios.tcgetattr(terminal)
 
@@ -272,29 +272,29 @@ def test_it_is_live_until_a_key_ends_it(key: bytes, tmp_path: Path) -> None:
         stderr=terminal,
         start_new_session=True,
     ) as process:
-        seen = b""
+        printed = b""
         try:
-            while seen.count(b"fetch-worker") < 3:
-                seen += _read(keyboard)
+            while printed.count(b"fetch-worker") < 3:
+                printed += _read(keyboard)
             os.write(keyboard, key)
-            until = time.monotonic() + 60
-            while process.poll() is None and time.monotonic() < until:
-                seen += _read(keyboard, 0.1)
+            deadline = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < deadline:
+                printed += _read(keyboard, 0.1)
         finally:
             process.kill()
 
     after = termios.tcgetattr(terminal)
     os.close(terminal)
     os.close(keyboard)
-    assert process.returncode == 0, seen[-2_000:]
-    assert b"Traceback" not in seen
-    assert after == before, "the terminal is as it was"
+    assert process.returncode == 0, printed[-2_000:]
+    assert b"Traceback" not in printed
+    assert after == before, "the terminal settings are restored"
 
 
-def _read(keyboard: int, wait: float = 60.0) -> bytes:
-    ready, _, _ = select.select([keyboard], [], [], wait)
+def _read(keyboard: int, timeout: float = 60.0) -> bytes:
+    ready, _, _ = select.select([keyboard], [], [], timeout)
     if not ready:
-        assert wait < 1, "nothing is shown"
+        assert timeout < 1, "nothing was printed"
         return b""
     try:
         return os.read(keyboard, 65_536)

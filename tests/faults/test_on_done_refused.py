@@ -89,7 +89,7 @@ def test_given_fifty_jobs_when_one_on_done_is_refused_then_the_others_are_sent_o
         until(lambda: _not_notified(database) == [refused], 30, lambda: _not_notified(database))
         until(lambda: shown(refused)["on_done_attempts"] >= 2, 60, lambda: shown(refused))
         checks = {check["name"]: check for check in json.loads(cli("doctor", "--json").stdout)["checks"]}
-        assert f"nobody consumes shop ({JOBS - 1} messages)" in checks["on_done queues"]["message"]
+        assert f"no process consumes shop ({JOBS - 1} messages)" in checks["on_done queues"]["message"]
     assert Counter(received(messages, "shop")) == Counter(accepted)
     with database.connect() as connection:
         delays = [

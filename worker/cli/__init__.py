@@ -1,12 +1,12 @@
-"""The command line: `fetch-worker COMMAND`. Answers on stdout, messages on stderr; 0 done, 1 could not, 2 usage."""
+"""The command line `fetch-worker COMMAND`: results on stdout, messages on stderr; exit code 1 failed, 2 wrong usage."""
 
 import sys
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command and exits with its code."""
+    """Run a command and exit with its code."""
     try:
-        # Imported here, so that a Ctrl-C while everything loads is answered like any other.
+        # Imported here, so that Ctrl-C during the import is handled too.
         from worker.cli.commands import run_command
 
         code = run_command(sys.argv[1:] if arguments is None else arguments)

@@ -1,4 +1,4 @@
-"""Commands that bring jobs in and see to what they stored: migrate, track, verify."""
+"""Commands that create jobs and check their outputs: migrate, track, verify."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -24,50 +24,50 @@ from worker.store.migrate import migrate as run_migrations
 from worker.system.redaction import shared_scrubber
 from worker.system.terminal import echo
 
-MAX_DIGITS = 100  # of a number on the command line; Python itself refuses to read endless ones
-
-
-WRONG = ("output_id", "job_id", "condition", "after", "location")
+MAX_DIGITS = 100  # of a job id; Python refuses to parse very long numbers
+WRONG_COLUMNS = ("output_id", "job_id", "condition", "after", "location")
 
 
 @click.command()
 def migrate() -> None:
-    """Create the tables, or bring them up to this version."""
+    """Create the tables, or migrate them to this version."""
     engine = make_engine(load().database, any_encoding=True)
     try:
         before, after = run_migrations(engine)
         encoding = unsupported_encoding(engine)
     finally:
         engine.dispose()
-    where = shown_url(engine.url)
+    url = shown_url(engine.url)
     if encoding is not None:
-        echo(f"fetch-worker: no process will start: {encoding_message(encoding)}", err=True)
-    echo(f"{where} is at {after}" + (" already" if before == after else f", was {before or 'empty'}"))
+        echo(f"fetch-worker: no process can start: {encoding_message(encoding)}", err=True)
+    echo(f"{url} is at {after}" + (" already" if before == after else f", was {before or 'empty'}"))
 
 
 @click.command()
 @click.argument("remotes", metavar="ID...", nargs=-1, required=True)
-@click.option("--account", default="default", show_default=True, help="Whose key to ask with.")
-@click.option("--kind", help="Jobs of one kind take alike long; default: from the fetch address.")
-@click.option("--endpoint", help="The URL or path that the order was posted to: it says where to ask.")
-@click.option("--fetch-url", help="The submit answer's fetch_result.")
-@click.option("--eta", type=float, help="The submit answer's eta, in seconds.")
-@click.option("--submitted-at", help="When it was submitted: ISO 8601 with a zone.")
-@click.option("--priority", type=int, default=0, show_default=True, help="Higher is asked first.")
-@click.option("--reference", help="A name of yours to find it by.")
-@click.option("--on-done", help="A Celery task to call with the job's id: task or queue/task.")
-@click.option("--webhook-url", help="An address that is told of every final state.")
-@click.option("--deadline", type=float, help="Seconds from submission after which it may expire.")
+@click.option("--account", default="default", show_default=True, help="The account whose key is used.")
+@click.option("--kind", help="A name for jobs of similar duration. Default: from the fetch URL.")
+@click.option("--endpoint", help="The URL or path that the order was posted to; it determines the fetch URL.")
+@click.option("--fetch-url", help="The fetch_result of the submit answer.")
+@click.option("--eta", type=float, help="The eta of the submit answer, in seconds.")
+@click.option("--submitted-at", help="The time of submission: ISO 8601 with a time zone.")
+@click.option(
+    "--priority", type=int, default=0, show_default=True, help="Jobs with a higher priority are polled first."
+)
+@click.option("--reference", help="Your own name for the job, to find it by.")
+@click.option("--on-done", help="The Celery task to call with the job id when it is final: task or queue/task.")
+@click.option("--webhook-url", help="The URL that receives a webhook for every final state.")
+@click.option("--deadline", type=float, help="The seconds from submission after which the job may expire.")
 @json_option
 def track(remotes: tuple[str, ...], as_json: bool, **options: Any) -> int:
-    """Hand jobs over: remote ids, or whole submit answers as JSON."""
+    """Track jobs, given as remote ids or as whole submit answers (JSON)."""
     rows: list[dict[str, Any]] = []
     scrubber = shared_scrubber(load().secret_texts)
     for remote in remotes:
         try:
             job_id, created = tracking.tracked([remote], **options)[0]
-        except (NotTrackable, DatabaseRefused) as wrong:
-            echo(f"fetch-worker: {scrubber.text(remote)[:60]!r} not tracked: {wrong}", err=True)
+        except (NotTrackable, DatabaseRefused) as error:
+            echo(f"fetch-worker: {scrubber.text(remote)[:60]!r} not tracked: {error}", err=True)
             continue
         job = tracking.get(job_id)
         if job is not None:
@@ -80,67 +80,70 @@ def track(remotes: tuple[str, ...], as_json: bool, **options: Any) -> int:
 
 
 def _targets(ids: tuple[str, ...], remote: str | None, account: str | None) -> list[int]:
-    """Job ids as given, or all jobs of a remote id."""
+    """Return the given job ids, or the ids of all jobs with a remote id."""
     if bool(ids) == (remote is not None):
         raise click.UsageError("give job ids, or --remote ID")
     if remote is not None:
         settings = load()
         remote_id = tracking.lookup_id(remote)
         with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
-            found = [row.id for row in jobs_by_remote(connection, remote_id, account)]
-        if not found:
+            job_ids = [row.id for row in jobs_by_remote(connection, remote_id, account)]
+        if not job_ids:
             raise JobNotFound(f"there is no job with the remote id {remote!r}")
-        return found
+        return job_ids
     return job_numbers(ids)
 
 
 def job_numbers(ids: tuple[str, ...]) -> list[int]:
-    """Job ids as they are given. Raises JobNotFound for one that no job can have, and click's usage error."""
-    if not all(word.isdecimal() for word in ids):
-        raise click.UsageError("a job id is a whole number; for the API's own id use --remote")
-    endless = next((word for word in ids if len(word) > MAX_DIGITS), None)
-    if endless is not None:
-        raise JobNotFound(f"there is no job {endless[:MAX_DIGITS]}…")
-    return [int(word) for word in ids]
+    """Parse job ids. Raises JobNotFound for an id that no job can have, and click's usage error."""
+    if not all(text.isdecimal() for text in ids):
+        raise click.UsageError("a job id is a whole number; use --remote for an id of the API")
+    too_long = next((text for text in ids if len(text) > MAX_DIGITS), None)
+    if too_long is not None:
+        raise JobNotFound(f"there is no job {too_long[:MAX_DIGITS]}…")
+    return [int(text) for text in ids]
 
 
 def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The arguments that name jobs."""
-    command = click.option("--account", help="With --remote: of this account only.")(command)
-    command = click.option("--remote", metavar="ID", help="All jobs with this remote id.")(command)
+    """Add the arguments that select jobs."""
+    command = click.option("--account", help="With --remote: only jobs of this account.")(command)
+    command = click.option("--remote", metavar="ID", help="Select all jobs with this remote id.")(command)
     return click.argument("ids", metavar="[JOB]...", nargs=-1)(command)
 
 
 def targets(ids: tuple[str, ...], remote: str | None, account: str | None) -> list[int]:
-    """The jobs that the command line names. Raises JobNotFound, and click's usage error."""
+    """Return the ids of the selected jobs. Raises JobNotFound, and click's usage error."""
     return _targets(ids, remote, account)
 
 
 @click.command()
 @target_options
-@click.option("--dry-run", is_flag=True, help="Only say what would be put back.")
-@click.option("--force", is_flag=True, help="Put all back even where nothing at all is there.")
+@click.option("--dry-run", is_flag=True, help="Only report; change nothing.")
+@click.option("--force", is_flag=True, help="Continue even if all files are missing, as on a disk that is not mounted.")
 @json_option
 def verify(
     ids: tuple[str, ...], remote: str | None, account: str | None, dry_run: bool, force: bool, as_json: bool
 ) -> int:
-    """Read what is stored again, all of it or of some jobs; fetch once more what is gone or damaged."""
+    """Check the stored files of all jobs or of some jobs, and download missing or damaged ones again."""
     job_ids = targets(ids, remote, account) if ids or remote is not None else None
     settings = load()
     with translate_errors(settings.database):
-        found = run_verification(engine_for(settings.database), settings, job_ids=job_ids, dry_run=dry_run, force=force)
+        report = run_verification(
+            engine_for(settings.database), settings, job_ids=job_ids, dry_run=dry_run, force=force
+        )
     if as_json:
-        print_json({"checked": found.checked, "whole": found.whole, "wrong": [asdict(one) for one in found.wrong],
-                    "orphans": found.orphans, "kept": found.kept})  # fmt: skip
+        print_json({"checked": report.checked, "whole": report.whole, "wrong": [asdict(row) for row in report.wrong],
+                    "orphans": report.orphans, "kept": report.kept})  # fmt: skip
     else:
-        echo(f"{found.whole} of {found.checked} stored outputs are whole")
-        if found.wrong:
-            print_table(WRONG, [[getattr(one, name) for name in WRONG] for one in found.wrong], empty="")
-        for orphan in found.orphans:
-            echo(f"no output knows {orphan}")
-        if found.kept:
-            echo(f"{len(found.kept)} files were kept when their jobs were pruned (--json lists them)")
-    return 0 if found.repaired or dry_run else 1
+        echo(f"{report.whole} of {report.checked} stored outputs are whole")
+        if report.wrong:
+            rows = [[getattr(output, name) for name in WRONG_COLUMNS] for output in report.wrong]
+            print_table(WRONG_COLUMNS, rows, empty="")
+        for orphan in report.orphans:
+            echo(f"file without an output: {orphan}")
+        if report.kept:
+            echo(f"{len(report.kept)} files were kept when their jobs were pruned (--json lists them)")
+    return 0 if report.repaired or dry_run else 1
 
 
 COMMANDS: tuple[click.Command, ...] = (migrate, track, verify)

@@ -1,4 +1,4 @@
-"""All commands in one group, and how their errors are said: in one line, without a traceback."""
+"""The command group, and the output of errors: one line, without a traceback."""
 
 import io
 import os
@@ -12,14 +12,14 @@ from worker.errors import SettingsError, WorkerError
 from worker.system.own_package import advice, other_worker, python_path
 from worker.system.terminal import echo
 
-ANYWHERE = ("doctor", "demo", "sandbox", "docs")  # they start nothing by our package's name in the working directory
+ANYWHERE = ("doctor", "demo", "sandbox", "docs")  # these import no `worker` from the working directory
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="fetch-worker")
 @click.pass_context
 def group(context: click.Context) -> None:
-    """Polls a hosted image API until each job is ready, and stores every picture exactly once."""
+    """Poll a hosted image API until each job is ready, and store every picture exactly once."""
     other = other_worker(python_path(os.environ.get("PYTHONPATH", "")))
     if other is not None and context.invoked_subcommand not in ANYWHERE:
         raise SettingsError(advice(other))
@@ -30,26 +30,26 @@ for _module in (run, act, compare, control, find, look, top, unread, metrics, pa
         group.add_command(_command)
 
 
-def run_command(words: list[str]) -> int:
-    """Runs a command; its exit code."""
-    if any(not _is_text(word) for word in words):
-        echo("fetch-worker: an argument is no text in UTF-8", err=True)
+def run_command(arguments: list[str]) -> int:
+    """Run a command. Return its exit code."""
+    if any(not _is_text(argument) for argument in arguments):
+        echo("fetch-worker: an argument is not valid UTF-8", err=True)
         return 2
     try:
-        code = group.main(words, prog_name="fetch-worker", standalone_mode=False)
+        code = group.main(arguments, prog_name="fetch-worker", standalone_mode=False)
     except click.exceptions.Abort:
         echo("stopped", err=True)
         return 130
-    except click.ClickException as wrong:
-        written = io.StringIO()
-        wrong.show(written)
-        click.echo(display_lines(written.getvalue()), err=True, nl=False)
-        return wrong.exit_code
-    except SettingsError as wrong:
-        echo(f"fetch-worker: {wrong}", err=True)
+    except click.ClickException as error:
+        message = io.StringIO()
+        error.show(message)
+        click.echo(display_lines(message.getvalue()), err=True, nl=False)
+        return error.exit_code
+    except SettingsError as error:
+        echo(f"fetch-worker: {error}", err=True)
         return 2
-    except WorkerError as wrong:
-        echo(f"fetch-worker: {wrong}", err=True)
+    except WorkerError as error:
+        echo(f"fetch-worker: {error}", err=True)
         return 1
     except Exception as error:
         line = _database_line(error)
@@ -61,8 +61,8 @@ def run_command(words: list[str]) -> int:
 
 
 def _database_line(error: Exception) -> str | None:
-    """Return the one line for an error of the database that a command did not expect, or None for any other error."""
-    from sqlalchemy.exc import SQLAlchemyError  # most commands have it loaded by then; the others need not load it
+    """Return the line to print for an unexpected database error, or `None` for any other error."""
+    from sqlalchemy.exc import SQLAlchemyError  # imported here: some commands never need it
 
     if not isinstance(error, SQLAlchemyError):
         return None
@@ -72,9 +72,9 @@ def _database_line(error: Exception) -> str | None:
     return str(to_worker_error(error, load().database))
 
 
-def _is_text(word: str) -> bool:
+def _is_text(argument: str) -> bool:
     try:
-        word.encode()
-    except UnicodeEncodeError:  # bytes of another encoding arrive as lone surrogates, which no database takes
+        argument.encode()
+    except UnicodeEncodeError:  # bytes of another encoding become lone surrogates, which databases refuse
         return False
     return True

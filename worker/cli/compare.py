@@ -1,4 +1,4 @@
-"""`fetch-worker compare-api`: where the stand-in answers in another shape than the API itself. It never submits."""
+"""`fetch-worker compare-api`: compare the shape of answers of the API and of the stand-in. It submits no order."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,14 +21,14 @@ from worker.vendor.replies import Question, parse
 from worker.vendor.shapes import shape_of
 from worker.vendor.submissions import submission
 
-UNKNOWN_ID = "9999999999999"  # far above all ids that the API has given so far
+UNKNOWN_ID = "9999999999999"  # far above every id that the API has assigned
 WRONG_KEY = SecretStr("fetch-worker-compare-api-wrong-key")
 DEFAULT_ORDER = "v3/text2img"
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A question to both. `finished` where it is about a finished job, whose answer lists outputs."""
+class ComparedRequest:
+    """A request to both APIs. `finished` means that it is about a finished job, whose answer lists outputs."""
 
     name: str
     remote_id: str
@@ -38,7 +38,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """What the API and the stand-in answered: the class of each answer as the worker reads it, and its shape."""
+    """The answers of the API and of the stand-in: how the worker classifies each of them, and its shape."""
 
     question: str
     api: str
@@ -49,38 +49,42 @@ class Compared:
 
 
 @click.command("compare-api")
-@click.option("--job", "remote_id", help="The remote id of a finished job of yours, to compare its answer, too.")
-@click.option("--endpoint", help="The URL or path that its order was posted to; default: as SD_API_URL says.")
-@click.option("--account", default="default", show_default=True, help="Whose key to ask with.")
+@click.option("--job", "remote_id", help="The remote id of one of your finished jobs, to compare its answer too.")
+@click.option("--endpoint", help="The URL or path that its order was posted to. Default: the API of SD_API_URL.")
+@click.option("--account", default="default", show_default=True, help="The account whose key is used.")
 @json_option
 def compare_api(remote_id: str | None, endpoint: str | None, account: str, as_json: bool) -> int:
-    """Ask the API two or three harmless questions, and show where the stand-in answers in another shape.
+    """Compare the answers of the API with those of the stand-in, with two or three harmless requests.
 
-    It asks about an id that does not exist, once with the key of the account and once with a wrong key, and about a
-    finished job if you name one. It never submits an order. Without a key it only says what it would do. Exits with 1
-    where the API did not answer.
+    It polls an id that does not exist, once with the key of the account and once with a wrong key, and a finished job
+    if you name one. It never submits an order. Without a key it only prints the requests. Exit code 1 if the API does
+    not answer.
     """
     settings = load()
-    questions = [Asked("an unknown id", UNKNOWN_ID), Asked("a wrong key", UNKNOWN_ID, right_key=False)]
+    questions = [
+        ComparedRequest("an unknown id", UNKNOWN_ID),
+        ComparedRequest("a wrong key", UNKNOWN_ID, right_key=False),
+    ]
     try:
         if remote_id is not None:
-            questions.append(Asked("a finished job", checked_remote_id(remote_id), finished=True))
+            questions.append(ComparedRequest("a finished job", checked_remote_id(remote_id), finished=True))
         addresses = [_address(settings.api, question.remote_id, endpoint) for question in questions]
-    except NotTrackable as wrong:
-        raise click.UsageError(str(wrong)) from None
+    except NotTrackable as error:
+        raise click.UsageError(str(error)) from None
     key = settings.keys.get(account)
     if key is None:
         echo(
-            f"account {account} has no key (SD_API_KEY, SD_API_KEYS, SD_API_KEYS_FILE), so nothing is asked.", err=True
+            f"account {account} has no key (SD_API_KEY, SD_API_KEYS, SD_API_KEYS_FILE), so no request is sent.",
+            err=True,
         )
         for question, address in zip(questions, addresses, strict=True):
-            echo(f"would ask about {question.name}: {address.url}", err=True)
+            echo(f"would request {question.name}: {address.url}", err=True)
         return 0
     scrubber = shared_scrubber(settings.secret_texts)
     try:
         compared = _compare(settings, scrubber, questions, addresses, key, endpoint)
-    except Unavailable as away:
-        echo(f"fetch-worker: {settings.api.url}: {away}", err=True)
+    except Unavailable as error:
+        echo(f"fetch-worker: {settings.api.url}: {error}", err=True)
         return 1
     if as_json:
         print_json([asdict(row) for row in compared])
@@ -97,7 +101,7 @@ def _address(api: AllowedApi, remote_id: str, endpoint: str | None) -> FetchAddr
 def _compare(
     settings: Settings,
     scrubber: Scrubber,
-    questions: Sequence[Asked],
+    questions: Sequence[ComparedRequest],
     addresses: Sequence[FetchAddress],
     key: SecretStr,
     endpoint: str | None,
@@ -117,9 +121,9 @@ def _compare(
         stand_in = AllowedApi(sandbox.url, frozenset({sandbox.url.split("/")[2]}))
         local = ApiClient(stand_in, scrubber, timeout=settings.sd_api_timeout, connections=1)
         for question, address in zip(questions, addresses, strict=True):
-            used = key if question.right_key else WRONG_KEY
+            request_key = key if question.right_key else WRONG_KEY
             training = is_training(address.base)
-            answer = live.whole_answer(address, question.remote_id, used)
+            answer = live.whole_answer(address, question.remote_id, request_key)
             own_id = _finished_in(sandbox, path) if question.finished else question.remote_id
             own_address = _address(stand_in, own_id, path)
             own_key = SecretStr(sandbox.options.key) if question.right_key else WRONG_KEY
@@ -144,11 +148,11 @@ def _order_path(endpoint: str) -> str:
 
 
 def _finished_in(sandbox: Sandbox, path: str) -> str:
-    """Submit an order to the stand-in, and return the id of its job, which is ready at once."""
+    """Submit an order to the stand-in. Return the id of its job, which is ready at once."""
     try:
         answer = sandbox.submit("a lighthouse", family=path)
-    except ValueError as missing:
-        raise click.UsageError(str(missing)) from None
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
     return submission(answer).remote_id
 
 
@@ -159,16 +163,16 @@ def _class(answer: tuple[int, bytes], remote_id: str, training: bool, words: Map
 
 def _print(compared: Sequence[Compared]) -> None:
     rows = [
-        (row.question, who, name, shape)
+        (row.question, api, answer_class, shape)
         for row in compared
-        for who, name, shape in (
-            ("API", row.api, row.api_shape),
+        for api, answer_class, shape in (
+            ("real", row.api, row.api_shape),
             ("stand-in", row.stand_in, row.stand_in_shape),
         )
     ]
-    print_table(("about", "who", "read as", "shape of the answer"), rows, empty="")
+    print_table(("request", "API", "read as", "shape of the answer"), rows, empty="")
     different = [row.question for row in compared if not row.same]
-    echo(f"another shape: {', '.join(different)}" if different else "the shapes are the same")
+    echo(f"different shapes: {', '.join(different)}" if different else "the shapes are the same")
 
 
 COMMANDS = (compare_api,)

@@ -1,4 +1,4 @@
-"""Commands that take jobs in hand, single ones or all that a filter finds: cancel, retry, hold, resume."""
+"""Commands that change jobs, by id or by filter: cancel, retry, hold, resume."""
 
 import json
 import sys
@@ -27,33 +27,33 @@ from worker.store.reports.search import JobFilter, Search, count_matching, find_
 from worker.store.schema import jobs
 from worker.system.terminal import echo
 
-SHOWN = 20  # of the jobs that would be changed
+SHOWN = 20  # jobs listed by a dry run
 PAGE = 1_000
-TELL_SECONDS = 0.2, 10.0  # how often progress is told: on a terminal, and in a log
-ONE: dict[Action, Callable[[int], bool]] = {
+PROGRESS_SECONDS = 0.2, 10.0  # the time between two progress lines: on a terminal, and in a log
+ACTIONS: dict[Action, Callable[[int], bool]] = {
     "cancel": tracking.cancel,
     "retry": tracking.retry,
     "hold": holds.hold,
     "resume": holds.resume,
 }
-DONE: dict[Action, str] = {"cancel": "cancelled", "retry": "taken up again", "hold": "held", "resume": "resumed"}
-NOT_FOUND = "there is no job {}: `fetch-worker list` shows those that there are"
+PARTICIPLES: dict[Action, str] = {"cancel": "cancelled", "retry": "retried", "hold": "held", "resume": "resumed"}
+NOT_FOUND = "there is no job {}: `fetch-worker list` shows the jobs"
 RULES = """
-    Jobs are named by their ids, or by --remote (with --account of these accounts only): exits with 1 where one of them
-    is not there or did not change.
+    Name the jobs by their ids, or with --remote (add --account to limit the accounts). Exit code 1 if one of them does
+    not exist or did not change.
 
-    Any other options are a filter: of all jobs for which each of them is true, those that can be changed are, some
-    hundred at a time. On a terminal it asks first; elsewhere it takes --yes. Exits with 0 once all is done, also where
-    no job matched. --dry-run says how many and which, and "changed" then means that it would be.
+    All other options are a filter. The command changes every job that matches all of them and can be changed, some
+    hundred at a time. On a terminal it asks before; elsewhere it needs --yes. Exit code 0 when it is done, also if no
+    job matched. --dry-run shows how many jobs would change, and which; "changed" then means that a job would change.
 """
-GATE_RULES = """
-    --account alone, or --host alone, is about the account or the host as a whole, jobs to come included.
+BREAKER_RULES = """
+    --account alone, or --host alone, applies to the whole account or host, including its future jobs.
 """
 
 
 @dataclass(frozen=True, slots=True)
-class _Said:
-    """What the command line says besides which jobs are meant."""
+class _Request:
+    """The action and its options, without the selection of jobs."""
 
     action: Action
     dry_run: bool
@@ -63,66 +63,66 @@ class _Said:
 
 def _command(action: Action, first: str, more: str = "") -> click.Command:
     def run(ids: tuple[str, ...], dry_run: bool, yes: bool, as_json: bool, **options: Any) -> int:
-        return _run(_Said(action, dry_run, yes, as_json), ids, options)
+        return _run(_Request(action, dry_run, yes, as_json), ids, options)
 
     run.__doc__ = f"{first}\n{more}{RULES}"
-    words = click.argument("ids", metavar="[JOB]...", nargs=-1)
-    asks = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
-    sure = click.option("--yes", is_flag=True, help="Don't ask before acting on a filter.")
-    return click.command(action)(words(filter_options(asks(sure(json_option(run))))))
+    ids_argument = click.argument("ids", metavar="[JOB]...", nargs=-1)
+    dry_run_option = click.option("--dry-run", is_flag=True, help="Only show what would change.")
+    yes_option = click.option("--yes", is_flag=True, help="Do not ask before changing the jobs of a filter.")
+    return click.command(action)(ids_argument(filter_options(dry_run_option(yes_option(json_option(run))))))
 
 
-def _run(said: _Said, ids: tuple[str, ...], options: Mapping[str, Any]) -> int:
+def _run(request: _Request, ids: tuple[str, ...], options: Mapping[str, Any]) -> int:
     settings = load()
     filtered = any(options.values()) or options["late"] is not None
     if bool(ids) == filtered:
         raise click.UsageError("give job ids, or --remote ID, or a filter such as --status or --account (see --help)")
     if ids:
-        return _jobs(said, job_numbers(ids), settings)
-    if said.action in ("hold", "resume") and (breakers := _breakers(options)):
-        return _whole(said, breakers, settings)
+        return _jobs(request, job_numbers(ids), settings)
+    if request.action in ("hold", "resume") and (breakers := _breakers(options)):
+        return _whole(request, breakers, settings)
     with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
-        wanted = job_filter(options, database_now(connection))
-        named = _named(connection, wanted) if wanted.only_remote_ids else None
+        selection = job_filter(options, database_now(connection))
+        named = _named(connection, selection) if selection.only_remote_ids else None
     if named is not None:
-        return _jobs(said, named, settings)
-    return _filtered(said, wanted, settings)
+        return _jobs(request, named, settings)
+    return _filtered(request, selection, settings)
 
 
 # ── jobs by name ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _named(connection: Connection, wanted: JobFilter) -> list[int]:
-    """The jobs with these remote ids."""
-    found: list[int] = []
-    for remote_id in wanted.remote_ids:
+def _named(connection: Connection, job_filter: JobFilter) -> list[int]:
+    """Return the ids of the jobs with the remote ids of a filter. Raises JobNotFound."""
+    job_ids: list[int] = []
+    for remote_id in job_filter.remote_ids:
         rows = jobs_by_remote(connection, remote_id, None)
-        mine = [row.id for row in rows if not wanted.accounts or row.account in wanted.accounts]
-        if not mine:
+        matching_ids = [row.id for row in rows if not job_filter.accounts or row.account in job_filter.accounts]
+        if not matching_ids:
             raise JobNotFound(f"there is no job with the remote id {remote_id!r}")
-        found += mine
-    return found
+        job_ids += matching_ids
+    return job_ids
 
 
-def _jobs(said: _Said, job_ids: Iterable[int], settings: Settings) -> int:
-    one = _would if said.dry_run else _did
+def _jobs(request: _Request, job_ids: Iterable[int], settings: Settings) -> int:
+    apply = _preview if request.dry_run else _act
     rows: list[Acted] = []
     code = 0
     for job_id in job_ids:
         try:
-            rows.append(one(said.action, job_id, settings))
-        except JobNotFound as missing:
-            echo(f"fetch-worker: {missing}", err=True)
+            rows.append(apply(request.action, job_id, settings))
+        except JobNotFound as error:
+            echo(f"fetch-worker: {error}", err=True)
             code = 1
-    if said.as_json:
+    if request.as_json:
         _print_stream(rows)
     elif rows:
-        _print_acted(rows, said)
+        _print_acted(rows, request)
     return code if all(row.changed for row in rows) else 1
 
 
-def _did(action: Action, job_id: int, settings: Settings) -> Acted:
-    changed = ONE[action](job_id)
+def _act(action: Action, job_id: int, settings: Settings) -> Acted:
+    changed = ACTIONS[action](job_id)
     with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
         job = job_row(connection, job_id)
     if job is None:
@@ -130,7 +130,7 @@ def _did(action: Action, job_id: int, settings: Settings) -> Acted:
     return Acted(job_id, changed, job.status)
 
 
-def _would(action: Action, job_id: int, settings: Settings) -> Acted:
+def _preview(action: Action, job_id: int, settings: Settings) -> Acted:
     with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
         job = job_row(connection, job_id)
         if job is None:
@@ -138,82 +138,82 @@ def _would(action: Action, job_id: int, settings: Settings) -> Acted:
         return Acted(job_id, count_matching(connection, changeable(action, JobFilter(ids=(job_id,)))) > 0, job.status)
 
 
-# ── all that a filter finds ───────────────────────────────────────────────────────────────────────────────────────────
+# ── jobs by filter ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _filtered(said: _Said, wanted: JobFilter, settings: Settings) -> int:
-    asks = not said.yes and not said.dry_run
-    if asks and not sys.stdin.isatty():
-        raise click.UsageError("nobody is there to be asked: look with --dry-run, then add --yes")
+def _filtered(request: _Request, job_filter: JobFilter, settings: Settings) -> int:
+    must_ask = not request.yes and not request.dry_run
+    if must_ask and not sys.stdin.isatty():
+        raise click.UsageError("there is no terminal to ask on: check the jobs with --dry-run, then add --yes")
     with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
-        found = prepare_search(connection, changeable(said.action, wanted))
-        count = count_matching(connection, found)
+        matching_jobs = prepare_search(connection, changeable(request.action, job_filter))
+        count = count_matching(connection, matching_jobs)
     if count == 0:
-        echo(f"no job matches that could be {DONE[said.action]}", err=True)
-        if said.as_json:
+        echo(f"no matching job can be {PARTICIPLES[request.action]}", err=True)
+        if request.as_json:
             _print_stream(())
         return 0
-    if asks and not click.confirm(f"{said.action} {_jobs_of(count)}?", err=True):
-        echo("nothing was done", err=True)
+    if must_ask and not click.confirm(f"{request.action} {_count_jobs(count)}?", err=True):
+        echo("nothing was changed", err=True)
         return 1
-    if said.dry_run:
-        _foretell(said, found, count, settings)
+    if request.dry_run:
+        _show_preview(request, matching_jobs, count, settings)
         return 0
-    acted = _told(act(said.action, wanted, settings), said.action, count)
-    if said.as_json:
-        _print_stream(acted)
+    changes = _with_progress(act(request.action, job_filter, settings), request.action, count)
+    if request.as_json:
+        _print_stream(changes)
     else:
-        changed = sum(row.changed for row in acted)
-        echo(f"{_jobs_of(changed)} {DONE[said.action]}")
+        changed = sum(row.changed for row in changes)
+        echo(f"{_count_jobs(changed)} {PARTICIPLES[request.action]}")
     return 0
 
 
-def _foretell(said: _Said, found: Search, count: int, settings: Settings) -> None:
-    would = (Acted(row.id, True, row.status) for row in _all(found, settings))
-    if said.as_json:
-        _print_stream(would)
+def _show_preview(request: _Request, matching_jobs: Search, count: int, settings: Settings) -> None:
+    preview = (Acted(row.id, True, row.status) for row in _all(matching_jobs, settings))
+    if request.as_json:
+        _print_stream(preview)
         return
-    echo(f"{_jobs_of(count)} would be {DONE[said.action]}")
-    shown = list(islice(would, SHOWN))
-    _print_acted(shown, said)
+    echo(f"{_count_jobs(count)} would be {PARTICIPLES[request.action]}")
+    shown = list(islice(preview, SHOWN))
+    _print_acted(shown, request)
     if count > len(shown):
-        echo(f"and {count - len(shown):,} more: --json lists them all")
+        echo(f"and {count - len(shown):,} more: --json lists all of them")
 
 
-def _all(found: Search, settings: Settings) -> Iterator[Any]:
-    """The rows of all jobs that are found, a page at a time."""
-    after: int | None = None
+def _all(matching_jobs: Search, settings: Settings) -> Iterator[Any]:
+    """Yield the rows of all matching jobs, read in pages."""
+    last_id: int | None = None
     while True:
         with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
             columns = (jobs.c.id, jobs.c.status)
-            rows = find_jobs(connection, found, limit=PAGE, after=after, columns=columns)
+            rows = find_jobs(connection, matching_jobs, limit=PAGE, after=last_id, columns=columns)
         yield from rows
         if len(rows) < PAGE:
             return
-        after = rows[-1].id
+        last_id = rows[-1].id
 
 
-def _told(batches: Iterable[list[Acted]], action: Action, count: int) -> Iterator[Acted]:
-    """What was acted on, telling on stderr how far it is, and how far it came where it ends early."""
+def _with_progress(batches: Iterable[list[Acted]], action: Action, count: int) -> Iterator[Acted]:
+    """Yield the changes and print progress to stderr, also when the command ends early."""
     terminal = sys.stderr.isatty()
-    every = TELL_SECONDS[0 if terminal else 1]
-    done, tell_at = 0, time.monotonic() + every
+    interval = PROGRESS_SECONDS[0 if terminal else 1]
+    changed, next_line_at = 0, time.monotonic() + interval
     try:
         for batch in batches:
-            done += sum(row.changed for row in batch)
-            if time.monotonic() >= tell_at:
-                tell_at = time.monotonic() + every
-                click.echo(f"\r{done:,} of {count:,} {DONE[action]}", err=True, nl=not terminal)
+            changed += sum(row.changed for row in batch)
+            if time.monotonic() >= next_line_at:
+                next_line_at = time.monotonic() + interval
+                click.echo(f"\r{changed:,} of {count:,} {PARTICIPLES[action]}", err=True, nl=not terminal)
             yield from batch
     except BaseException:
         click.echo(err=True)
-        echo(f"{_jobs_of(done)} {DONE[action]} so far: the same again goes on", err=True)
+        echo(f"{_count_jobs(changed)} {PARTICIPLES[action]} so far: run the same command again to continue", err=True)
         raise
-    if terminal and done:
+    if terminal and changed:
         click.echo("\r\033[K", err=True, nl=False)
 
 
-def _jobs_of(count: int) -> str:
+def _count_jobs(count: int) -> str:
     return "1 job" if count == 1 else f"{count:,} jobs"
 
 
@@ -221,7 +221,7 @@ def _jobs_of(count: int) -> str:
 
 
 def _breakers(options: Mapping[str, Any]) -> list[tuple[Scope, str]]:
-    """The accounts, or the hosts, that are meant as a whole; none where anything else is said."""
+    """Return the accounts or hosts to hold or resume as a whole; empty if there are other options."""
     scopes: tuple[tuple[Scope, str], ...] = (("account", "accounts"), ("host", "hosts"))
     for scope, option in scopes:
         others = {name: value for name, value in options.items() if name != option}
@@ -230,39 +230,39 @@ def _breakers(options: Mapping[str, Any]) -> list[tuple[Scope, str]]:
     return []
 
 
-def _whole(said: _Said, breakers: Iterable[tuple[Scope, str]], settings: Settings) -> int:
+def _whole(request: _Request, breakers: Iterable[tuple[Scope, str]], settings: Settings) -> int:
     rows = []
-    for scope, given in breakers:
-        name = _gate_name(scope, given, settings)
-        if said.dry_run:
-            changed = _would_gate(said.action, scope, name, settings)
-        elif said.action == "hold":
+    for scope, given_name in breakers:
+        name = _breaker_name(scope, given_name, settings)
+        if request.dry_run:
+            changed = _would_change_breaker(request.action, scope, name, settings)
+        elif request.action == "hold":
             changed = holds.hold_account_or_host(scope, name)
         else:
             changed = holds.resume_account_or_host(scope, name)
         rows.append({"scope": scope, "name": name, "changed": changed})
-    if said.as_json:
+    if request.as_json:
         print_json(rows)
     else:
         print_table(list(rows[0]), [list(row.values()) for row in rows], empty="")
     return 0
 
 
-def _gate_name(scope: Scope, given: str, settings: Settings) -> str:
-    """The name as jobs have it: one that none can have would hold nothing, and nobody would know."""
+def _breaker_name(scope: Scope, name: str, settings: Settings) -> str:
+    """Return the name as it is stored in jobs. Raises a usage error for a name that no job can have."""
     if scope == "account":
-        if not ACCOUNT.fullmatch(given):
-            raise click.UsageError(f"{given!r} can't be an account")
-        return given
-    host = given.lower().removesuffix(":443")
+        if not ACCOUNT.fullmatch(name):
+            raise click.UsageError(f"{name!r} is not a valid account name")
+        return name
+    host = name.lower().removesuffix(":443")
     with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
         known = {*settings.api.hosts, *(name for kind, name in all_breakers(connection) if kind == "host")}
         if host not in known and not count_matching(connection, JobFilter(hosts=(host,)), most=1):
-            raise click.UsageError(f"no job is fetched from {given!r}, but from {', '.join(sorted(known))}")
+            raise click.UsageError(f"no job is fetched from {name!r}; the known hosts are {', '.join(sorted(known))}")
     return host
 
 
-def _would_gate(action: Action, scope: Scope, name: str, settings: Settings) -> bool:
+def _would_change_breaker(action: Action, scope: Scope, name: str, settings: Settings) -> bool:
     with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
         breaker = all_breakers(connection).get((scope, name))
         if action == "hold":
@@ -274,28 +274,28 @@ def _would_gate(action: Action, scope: Scope, name: str, settings: Settings) -> 
 
 
 def _print_stream(rows: Iterable[Acted]) -> None:
-    """A JSON list, however long: a page of rows is written as it comes."""
-    said = (json.dumps(asdict(row)) for row in rows)
-    between = "[\n  "
-    while page := list(islice(said, PAGE)):
-        click.echo(between + ",\n  ".join(page), nl=False)
-        between = ",\n  "
-    click.echo("[]" if between.startswith("[") else "\n]")
+    """Print a JSON list, page by page, so that it may be of any length."""
+    lines = (json.dumps(asdict(row)) for row in rows)
+    separator = "[\n  "
+    while page := list(islice(lines, PAGE)):
+        click.echo(separator + ",\n  ".join(page), nl=False)
+        separator = ",\n  "
+    click.echo("[]" if separator.startswith("[") else "\n]")
 
 
-def _print_acted(rows: Iterable[Acted], said: _Said) -> None:
-    columns = ("id", "would change" if said.dry_run else "changed", "status")
+def _print_acted(rows: Iterable[Acted], request: _Request) -> None:
+    columns = ("id", "would change" if request.dry_run else "changed", "status")
     print_table(columns, [(row.id, row.changed, row.status) for row in rows], empty="")
 
 
 COMMANDS: tuple[click.Command, ...] = (
-    _command("cancel", "Cancel jobs: their unstored outputs end, stored files stay."),
-    _command("retry", "Take failed or expired jobs up again, at once and with their whole deadline."),
-    _command("hold", "Keep pending jobs from being asked about until they are resumed; none expires.", GATE_RULES),
+    _command("cancel", "Cancel jobs. Their unstored outputs fail; stored files stay."),
+    _command("retry", "Retry failed or expired jobs at once, with a new deadline."),
+    _command("hold", "Stop polling pending jobs until they are resumed. A held job does not expire.", BREAKER_RULES),
     _command(
         "resume",
-        "Have jobs go on at once: named ones whatever keeps them; of a filter those that are held, or with"
-        " --output-code those whose downloads are in trouble; an account or host whoever held it.",
-        GATE_RULES,
+        "Continue jobs at once: named jobs whatever blocks them; of a filter those that are held, or with"
+        " --output-code those with failing downloads; an account or host whatever holds it.",
+        BREAKER_RULES,
     ),
 )

@@ -1,4 +1,4 @@
-"""Which jobs are meant: the filters that `list` shares with `cancel`, `retry`, `hold` and `resume`; and `list`."""
+"""The filter options of `list`, `cancel`, `retry`, `hold` and `resume`, and the command `list`."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ AGE = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 
 
 def _time(ctx: click.Context, option: click.Parameter, value: str | None) -> datetime | timedelta | None:
-    """A time, or an age, which counts from the database's time."""
+    """Parse a time, or an age that counts back from the time of the database."""
     if value is None:
         return None
     try:
@@ -42,35 +42,39 @@ FILTERS = (
     click.option("--kind", "kinds", metavar="KIND", multiple=True, help="Of this kind."),
     click.option("--remote", "remotes", metavar="ID", multiple=True, help="With this remote id."),
     click.option("--reference", "references", metavar="TEXT", multiple=True, help="With this reference."),
-    click.option("--code", "codes", metavar="CODE", multiple=True, help="That ended with this error code."),
-    click.option("--output-code", "output_codes", metavar="CODE", multiple=True, help="With an output of this code."),
+    click.option("--code", "codes", metavar="CODE", multiple=True, help="Failed or expired with this error code."),
+    click.option(
+        "--output-code", "output_codes", metavar="CODE", multiple=True, help="With an output that has this error code."
+    ),
     click.option("--host", "hosts", metavar="HOST", multiple=True, help="Fetched from this host of the API."),
     click.option(
         "--since",
         metavar="TIME",
         callback=_time,
-        help="Submitted since: ISO 8601 with a zone, or an age (90s, 15m, 2h, 7d).",
+        help="Submitted at or after: ISO 8601 with a zone, or an age (90s, 15m, 2h, 7d).",
     ),
     click.option("--until", metavar="TIME", callback=_time, help="Submitted before."),
-    click.option("--finished-since", metavar="TIME", callback=_time, help="Final since."),
+    click.option("--finished-since", metavar="TIME", callback=_time, help="Final at or after."),
     click.option("--finished-until", metavar="TIME", callback=_time, help="Final before."),
-    click.option("--late", type=click.FloatRange(min=0), metavar="SECONDS", help="Due for longer, and not claimed."),
-    click.option("--stuck", is_flag=True, help="Claimed by a process that is gone, and not taken up."),
-    click.option("--past-deadline", is_flag=True, help="Pending beyond the deadline."),
-    click.option("--held", is_flag=True, help="Held, or their account or host is."),
+    click.option(
+        "--late", type=click.FloatRange(min=0), metavar="SECONDS", help="Due for longer than this and not claimed."
+    ),
+    click.option("--stuck", is_flag=True, help="Claimed by a dead process."),
+    click.option("--past-deadline", is_flag=True, help="Pending and past the deadline."),
+    click.option("--held", is_flag=True, help="Held, or of a held account or host."),
     click.option("--claimed-by", "holders", metavar="PROCESS", multiple=True, help="Claimed by this process."),
 )
 
 
 def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The filters. An option that is given again adds a value; different options must all be true of a job."""
+    """Add the filter options. Repeating an option adds a value; a job must match all different options."""
     for option in reversed(FILTERS):
         command = option(command)
     return command
 
 
 def job_filter(options: Mapping[str, Any], now: datetime) -> JobFilter:
-    """The filter that the options make. Raises NotTrackable where a remote id can't be one, and click's usage error."""
+    """Return the filter of the options. Raises NotTrackable for an invalid remote id, and click's usage error."""
     return JobFilter(
         statuses=options["statuses"],
         accounts=options["accounts"],
@@ -98,7 +102,7 @@ def _moment(value: datetime | timedelta | None, now: datetime) -> datetime | Non
     try:
         return now - value
     except OverflowError:
-        raise click.UsageError(f"{value.days} days ago there was no calendar yet") from None
+        raise click.UsageError(f"an age of {value.days} days is too large") from None
 
 
 @click.command("list")
@@ -106,9 +110,9 @@ def _moment(value: datetime | timedelta | None, now: datetime) -> datetime | Non
 @click.option("--limit", type=click.IntRange(1, 100_000), default=50, show_default=True)
 @json_option
 def list_jobs(limit: int, as_json: bool, **options: Any) -> None:
-    """Jobs, newest first: all of them, or those of which all the options are true.
+    """List jobs, newest first: all jobs, or those that match all the options.
 
-    An option that is given more than once takes any of its values.
+    If an option is repeated, a job must match one of its values.
     """
     settings = load()
     with translate_errors(settings.database), engine_for(settings.database).connect() as connection:

@@ -1,4 +1,4 @@
-"""The command `metrics`: Prometheus metrics, once or over HTTP. It needs the database, and no key."""
+"""The command `metrics`: print Prometheus metrics or serve them over HTTP. Needs the database, but no API key."""
 
 import logging
 import signal
@@ -18,51 +18,51 @@ PORTS = range(65_536)
 
 @click.command()
 @click.option("--listen", is_flag=False, flag_value=FROM_SETTINGS, metavar="[HOST:]PORT",
-              help="Serve /metrics over HTTP until stopped; alone: where METRICS_ADDRESS and METRICS_PORT say, "
-              "which is 127.0.0.1:9464.")  # fmt: skip
+              help="Serve /metrics over HTTP until stopped. Without a value: on METRICS_ADDRESS and METRICS_PORT, "
+              "by default 127.0.0.1:9464.")  # fmt: skip
 def metrics(listen: str | None) -> int:
-    """Prometheus metrics, computed from the database: printed once, or served."""
+    """Print or serve Prometheus metrics, computed from the database."""
     settings = load("metrics")
     try:
         from worker.metrics import families, reading, server
-    except ImportError as missing:
-        raise SettingsError(f"metrics need {missing.name}: pip install 'fetch-worker[metrics]'") from None
+    except ImportError as error:
+        raise SettingsError(f"metrics need {error.name}: pip install 'fetch-worker[metrics]'") from None
     engine = engine_for(settings.database)
     shared = reading.SharedReading(lambda: reading.read(engine, settings))
-    made = families.registry(shared.get)
+    registry = families.registry(shared.get)
     logging.basicConfig(format="fetch-worker: %(message)s", level=logging.WARNING, stream=sys.stderr)
     if listen is None:
-        click.echo(server.exposition(made), nl=False)
+        click.echo(server.exposition(registry), nl=False)
         return 0 if shared.get() is not None else 1
-    host, port = _place(listen, settings)
+    host, port = _listen_address(listen, settings)
     try:
-        serving = server.MetricsServer(host, port, made)
+        metrics_server = server.MetricsServer(host, port, registry)
     except OSError as error:
         raise Unavailable(f"can't listen on {host}, port {port}: {error.strerror or error}") from None
-    click.echo(f"metrics are on http://{serving.address}/metrics", err=True)
-    with serving:
-        _until_told(serving.serve_forever, serving.shutdown)
+    click.echo(f"serving metrics on http://{metrics_server.address}/metrics", err=True)
+    with metrics_server:
+        _run_until_signal(metrics_server.serve_forever, metrics_server.shutdown)
     return 0
 
 
-def _place(words: str, settings: Settings) -> tuple[str, int]:
-    if words == FROM_SETTINGS:
+def _listen_address(value: str, settings: Settings) -> tuple[str, int]:
+    if value == FROM_SETTINGS:
         return settings.metrics_address, settings.metrics_port
-    host, _, port = words.rpartition(":")
+    host, _, port = value.rpartition(":")
     host = host.removeprefix("[").removesuffix("]") or settings.metrics_address
     if not port.isdecimal() or len(port) > 5 or int(port) not in PORTS:
-        raise click.BadParameter("is a port, or a host and a port: 9464, 0.0.0.0:9464", param_hint="--listen")
+        raise click.BadParameter("must be a port, or a host and a port: 9464, 0.0.0.0:9464", param_hint="--listen")
     return host, int(port)
 
 
-def _until_told(work: Callable[[], None], end: Callable[[], None]) -> None:
-    """Works until SIGTERM or Ctrl-C, both of which are a good end."""
+def _run_until_signal(work: Callable[[], None], end: Callable[[], None]) -> None:
+    """Run `work` until SIGTERM or Ctrl-C. Both end it normally."""
 
-    def told(*_: object) -> None:
-        threading.Thread(target=end).start()  # it waits for the end of what this very thread does
+    def stop(*_: object) -> None:
+        threading.Thread(target=end).start()  # in another thread: `end` waits until `work` has returned
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, told)
+        signal.signal(number, stop)
     work()
 
 

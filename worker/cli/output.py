@@ -1,4 +1,4 @@
-"""How commands print: one JSON document, or a table that a person reads."""
+"""Output of the commands: one JSON document, or a table for people."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -65,26 +65,26 @@ COLOURS = {
     "downloading": "cyan",
 }
 
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
 
 
 def plain(row: Row[Any], columns: Sequence[str]) -> dict[str, Any]:
-    """Columns of a row, as JSON takes them: times in ISO 8601 with Z."""
+    """Return columns of a row as JSON values. Times are ISO 8601 with Z."""
     return {name: moment(value) if isinstance(value := row._mapping[name], datetime) else value for name in columns}
 
 
 def moment(value: datetime | None) -> str | None:
-    """A time in ISO 8601, UTC, with Z."""
+    """Return a time in ISO 8601, UTC, with Z."""
     return None if value is None else value.isoformat().replace("+00:00", "Z")
 
 
 def print_json(document: object) -> None:
-    """The one document."""
+    """Print a JSON document."""
     click.echo(display_json(json.dumps(document, ensure_ascii=False, indent=2)))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:
-    """A table, or one line that says that there is nothing."""
+    """Print a table, or the line `empty` if there are no rows."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -94,7 +94,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, emp
 
 
 def print_fields(fields: Mapping[str, object]) -> None:
-    """Names and values, one a line; those without a value are left out."""
+    """Print names and values, one per line. Names without a value are left out."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")

@@ -1,4 +1,4 @@
-"""`fetch-worker parse`: what the worker makes of an answer of the API, without a database and without a call."""
+"""`fetch-worker parse`: show how the worker reads an answer of the API, without a database and without a request."""
 
 import sys
 import time
@@ -23,7 +23,7 @@ from worker.vendor.fetch_url import order_at
 from worker.vendor.replies import Question
 from worker.vendor.submissions import PlannedJob, SubmitAnswer, planned_job
 
-MAX_BYTES = 32 * 1024 * 1024  # as much as the worker reads of an answer
+MAX_BYTES = 32 * 1024 * 1024  # the limit for answers that the worker reads
 NOT_TAKEN = frozenset({"refused", "not_trackable"})
 
 Document = dict[str, Any]
@@ -31,11 +31,17 @@ Document = dict[str, Any]
 
 @click.command()
 @click.argument("file", metavar="FILE|-")
-@click.option("--submit", is_flag=True, help="It is the answer of a submit call, as it is handed to `track`.")
+@click.option("--submit", is_flag=True, help="The answer is from a submit call, as it is passed to `track`.")
 @click.option("--endpoint", help="The URL or path that the order was posted to, such as v6/video/text2video.")
-@click.option("--http-status", type=click.IntRange(100, 599), default=200, show_default=True, help="It came with it.")
+@click.option(
+    "--http-status",
+    type=click.IntRange(100, 599),
+    default=200,
+    show_default=True,
+    help="The HTTP status of the answer.",
+)
 @click.option("--header", "headers", metavar="NAME:VALUE", multiple=True, help="A header of the answer.")
-@click.option("--remote-id", help="The job that was asked about; without it any id in the answer is accepted.")
+@click.option("--remote-id", help="The job of the request; without it any id in the answer is accepted.")
 @json_option
 def parse(
     file: str,
@@ -46,10 +52,10 @@ def parse(
     remote_id: str | None,
     as_json: bool,
 ) -> int:
-    """Say what the worker would make of an answer of the API. Nothing is called and nothing is stored.
+    """Show how the worker reads an answer of the API. No request is sent and nothing is stored.
 
-    FILE holds the body as it came; - reads it from standard input. Exits with 1 where the order was not taken, or the
-    answer of a submit call is no job.
+    FILE contains the body of the answer; - reads it from standard input. Exit code 1 if the answer of a submit call
+    refuses the order or contains no job.
     """
     settings = load()
     scrubber = shared_scrubber(settings.secret_texts)
@@ -62,8 +68,8 @@ def parse(
             question = Question(remote_id, time.time(), training, settings.status_words)
             reply = read_answer(scrubber, http_status, _headers(headers), body, question).reply
             document = _fetch_document(reply)
-    except NotTrackable as wrong:
-        raise click.UsageError(scrubber.text(str(wrong))) from None
+    except NotTrackable as error:
+        raise click.UsageError(scrubber.text(str(error))) from None
     if as_json:
         print_json(document)
     else:
@@ -77,18 +83,18 @@ def _body(file: str) -> bytes:
     except OSError as error:
         raise click.UsageError(f"{file} can't be read: {error.strerror or error}") from None
     if len(body) > MAX_BYTES:
-        raise click.UsageError(f"the answer has more than {MAX_BYTES} bytes: the worker reads no more of one")
+        raise click.UsageError(f"the answer is larger than {MAX_BYTES} bytes, the limit of the worker")
     return body
 
 
 def _headers(lines: Sequence[str]) -> dict[str, str]:
-    named = {}
+    headers = {}
     for line in lines:
         name, colon, value = line.partition(":")
         if not (colon and name.strip()):
-            raise click.UsageError(f"--header {line!r} is no NAME:VALUE")
-        named[name.strip()] = value.strip()
-    return named
+            raise click.UsageError(f"--header {line!r} must have the form NAME:VALUE")
+        headers[name.strip()] = value.strip()
+    return headers
 
 
 def _fetch_document(reply: Reply) -> Document:
@@ -107,33 +113,33 @@ def _submit_document(
 ) -> Document:
     fields = json_object(scrubber.body(body))
     if endpoint is not None:
-        order_at(endpoint, settings.api)  # a wrong one is a wrong use of the command, not an answer that is no job
+        order_at(endpoint, settings.api)  # a wrong endpoint is a usage error, not an answer without a job
     try:
         if fields is None:
-            raise NotTrackable("the answer is no JSON object")
+            raise NotTrackable("the answer is not a JSON object")
         job = planned_job(
             SubmitAnswer(fields, http_status), settings.api, endpoint=endpoint, status_words=settings.status_words
         )
     except ApiRefused as refused:
         return _document("refused", scrubber.text(refused.message))
-    except NotTrackable as wrong:
-        return _document("not_trackable", scrubber.text(str(wrong)))
-    known = job.submission
+    except NotTrackable as error:
+        return _document("not_trackable", scrubber.text(str(error)))
+    submission = job.submission
     return _document(
-        "ready" if known.outputs else "tracked",
+        "ready" if submission.outputs else "tracked",
         job.warning or "",
-        outputs=known.outputs,
-        promised=known.promised,
-        eta=known.eta,
+        outputs=submission.outputs,
+        promised=submission.promised,
+        eta=submission.eta,
         job=_job(job),
     )
 
 
 def _job(job: PlannedJob) -> Document:
-    asked = not job.address.base.startswith(READY)
+    pollable = not job.address.base.startswith(READY)
     return {
         "remote_id": job.submission.remote_id,
-        "fetch_url": job.address.url if asked else None,
+        "fetch_url": job.address.url if pollable else None,
         "kind": job.kind,
     }
 
@@ -162,17 +168,17 @@ def _document(
 
 def _print(document: Document) -> None:
     echo(f"{document['class']}: {document['message']}" if document["message"] else str(document["class"]))
-    for name, words in (("outputs", "output"), ("proxy_links", "or from"), ("promised", "promised")):
+    for name, label in (("outputs", "output"), ("proxy_links", "proxy link"), ("promised", "promised")):
         for url in document[name]:
-            echo(f"  {words} {url}")
+            echo(f"  {label} {url}")
     if document["retry_after"] is not None:
-        echo(f"  asked again in {document['retry_after']:g} s")
+        echo(f"  polled again in {document['retry_after']:g} s")
     if document["eta"] is not None:
         echo(f"  expected in {document['eta']:g} s")
     if document["job"] is not None:
         job = document["job"]
         echo(f"  job {job['remote_id']} of kind {job['kind']}")
-        echo(f"  asked at {job['fetch_url']}" if job["fetch_url"] else "  not asked about: its family is not known")
+        echo(f"  polled at {job['fetch_url']}" if job["fetch_url"] else "  not polled: its endpoint is not known")
 
 
 COMMANDS = (parse,)

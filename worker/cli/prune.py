@@ -18,19 +18,21 @@ from worker.system.terminal import echo
 def _span(context: click.Context, option: click.Parameter, value: str | None) -> float | None:
     try:
         return None if value is None else min(parse_duration(value), MAX_SECONDS)
-    except ValueError as wrong:
-        raise click.BadParameter(str(wrong)) from None
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 @click.command()
 @click.option("--older-than", callback=_span, metavar="AGE",
-              help="How long ago a job must have ended: 30d, 12h, 90m, or seconds; default: PRUNE_AFTER.")  # fmt: skip
+              help="The minimum age of a finished job: 30d, 12h, 90m, or seconds. Default: PRUNE_AFTER.")  # fmt: skip
 @click.option("--status", "states", type=click.Choice(sorted(FINAL_STATES)), multiple=True,
-              help="Jobs of this state; may be given again; default: PRUNE_STATES.")  # fmt: skip
-@click.option("--remove-files/--keep-files", default=None, help="Whether their files go too; default: PRUNE_FILES.")
-@click.option("--limit", type=click.IntRange(min=1), help="So many jobs at most.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
-@click.option("--yes", is_flag=True, help="Don't ask.")
+              help="Jobs in this state; can be repeated. Default: PRUNE_STATES.")  # fmt: skip
+@click.option(
+    "--remove-files/--keep-files", default=None, help="Whether to remove their files too. Default: PRUNE_FILES."
+)
+@click.option("--limit", type=click.IntRange(min=1), help="The maximum number of jobs to remove.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
+@click.option("--yes", is_flag=True, help="Do not ask before removing.")
 @json_option
 def prune(
     older_than: float | None,
@@ -41,39 +43,39 @@ def prune(
     yes: bool,
     as_json: bool,
 ) -> int:
-    """Remove finished jobs that ended long enough ago, in small batches beside the running work.
+    """Remove finished jobs of a minimum age, in small batches while the workers run.
 
-    A job whose on_done task or webhook is still to be sent stays. A removed job that is tracked again is a new one.
+    A job stays until its on_done task and its webhook are sent. A removed job that is tracked again is a new job.
     """
     settings = load()
-    wanted = _wanted(settings, older_than, states, remove_files, limit)
+    retention = _retention(settings, older_than, states, remove_files, limit)
     engine = engine_for(settings.database)
-    asks = not (yes or dry_run)
-    if asks and not sys.stdin.isatty():
-        raise click.UsageError("nobody can be asked here: give --yes, or --dry-run to look first")
+    must_ask = not (yes or dry_run)
+    if must_ask and not sys.stdin.isatty():
+        raise click.UsageError("there is no terminal to ask on: check with --dry-run, then add --yes")
     with translate_errors(settings.database):
-        if asks:
+        if must_ask:
             click.confirm(
-                f"{_words(count_prunable(engine, wanted), wanted, 'would be removed')}. Remove them?",
+                f"{_summary(count_prunable(engine, retention), retention, 'would be removed')}. Remove them?",
                 abort=True,
                 err=True,
             )
-        done = count_prunable(engine, wanted) if dry_run else run_prune(engine, settings, wanted)
+        pruned = count_prunable(engine, retention) if dry_run else run_prune(engine, settings, retention)
     if as_json:
-        print_json({name: getattr(done, name) for name in ("jobs", "outputs", "files", "bytes")})
+        print_json({name: getattr(pruned, name) for name in ("jobs", "outputs", "files", "bytes")})
     else:
-        echo(_words(done, wanted, "would be removed" if dry_run else "removed"))
-    if done.kept:
-        echo(f"fetch-worker: {done.kept} jobs stay, their files could not be removed: {done.reason}", err=True)
-    return 1 if done.kept else 0
+        echo(_summary(pruned, retention, "would be removed" if dry_run else "removed"))
+    if pruned.kept:
+        echo(f"fetch-worker: {pruned.kept} jobs stay because they could not be removed: {pruned.reason}", err=True)
+    return 1 if pruned.kept else 0
 
 
-def _wanted(
+def _retention(
     settings: Settings, older_than: float | None, states: tuple[str, ...], remove_files: bool | None, limit: int | None
 ) -> Retention:
     seconds = settings.prune_seconds if older_than is None else older_than
     if seconds is None:
-        raise click.UsageError("say how old: --older-than 30d, or set PRUNE_AFTER")
+        raise click.UsageError("give a minimum age with --older-than 30d, or set PRUNE_AFTER")
     return Retention(
         older_than=timedelta(seconds=seconds),
         states=tuple(dict.fromkeys(states)) or settings.states_to_prune,
@@ -82,9 +84,9 @@ def _wanted(
     )
 
 
-def _words(done: Pruned, wanted: Retention, what: str) -> str:
-    files = f", {done.files} files of {done.bytes} bytes" if wanted.remove_files else "; files are kept"
-    return f"{done.jobs} jobs and {done.outputs} outputs {what}{files}"
+def _summary(pruned: Pruned, retention: Retention, participle: str) -> str:
+    files = f", {pruned.files} files of {pruned.bytes} bytes" if retention.remove_files else "; files are kept"
+    return f"{pruned.jobs} jobs and {pruned.outputs} outputs {participle}{files}"
 
 
 COMMANDS: tuple[click.Command, ...] = (prune,)

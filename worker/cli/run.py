@@ -15,14 +15,18 @@ from worker.settings import load
 @click.command()
 @click.option("--jobs", type=click.IntRange(1, MOST_JOBS), default=12, show_default=True, help="Prompts to submit.")
 @click.option("--longest", type=click.FloatRange(1, 600), default=8.0, show_default=True, metavar="SECONDS",
-              help="A job is ready after 1 to so many seconds.")  # fmt: skip
-@click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="Where everything goes; new or empty.")
-@click.option("--flower/--no-flower", default=True, show_default=True, help="Show the tasks in Flower meanwhile.")
+              help="The longest time until a job is ready; the shortest is 1 second.")  # fmt: skip
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The folder for all files; it must be new or empty.",
+)
+@click.option("--flower/--no-flower", default=True, show_default=True, help="Also start Flower to show the tasks.")
 def demo(jobs: int, longest: float, folder: Path | None, flower: bool) -> int:
-    """See the whole job happen: no key, no server, ends by itself.
+    """Run a demo: from prompts to stored pictures, without a key or a server. It ends by itself.
 
-    Starts an embedded Redis, the stand-in of the API, Celery workers, beat and Flower, submits prompts, and shows how
-    each picture gets home. Reads no settings; everything is in one new directory, which is kept.
+    Starts an embedded Redis, the stand-in of the API, Celery workers, beat and Flower, submits prompts, and shows the
+    progress of each picture. It reads no settings. All files are in one new directory, which is kept.
     """
     if folder is not None and folder.exists() and any(folder.iterdir()):
         raise click.BadParameter(f"{folder} is not empty", param_hint="--folder")
@@ -31,9 +35,9 @@ def demo(jobs: int, longest: float, folder: Path | None, flower: bool) -> int:
 
 @click.command()
 def up() -> int:
-    """Run the Procfile's processes, and start again what dies, until Ctrl-C.
+    """Run the processes of the Procfile until Ctrl-C, and restart those that die.
 
-    Without REDIS_URL it brings an embedded Redis on var/redis.sock.
+    Without REDIS_URL it also starts an embedded Redis on var/redis.sock.
     """
     return run_up()
 
@@ -44,26 +48,30 @@ def up() -> int:
 )
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="")
 def sandbox(words: tuple[str, ...]) -> int:
-    """Run the stand-in of the API alone (`sandbox --help` lists its options)."""
+    """Run only the stand-in of the API (`sandbox --help` lists its options)."""
     return run_sandbox(words)
 
 
 @click.command()
-@click.option("--address", help="What to listen on; default: ADMIN_ADDRESS, 127.0.0.1.")
-@click.option("--port", type=click.IntRange(0, 65_535), help="Default: ADMIN_PORT, 5556; 0 takes a free one.")
+@click.option("--address", help="The address to listen on. Default: ADMIN_ADDRESS, 127.0.0.1.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65_535),
+    help="The port to listen on; 0 chooses a free port. Default: ADMIN_PORT, 5556.",
+)
 def admin(address: str | None, port: int | None) -> None:
-    """Serve a web page for operators: jobs, outputs, accounts, plots.
+    """Serve the admin page for operators: jobs, outputs, accounts and plots.
 
-    It needs no API key: DATABASE_URL, REDIS_URL and STORAGE_URL as the workers have them are enough. The password is
-    ADMIN_PASSWORD, or one that is shown as it starts.
+    It needs no API key, only the DATABASE_URL, REDIS_URL and STORAGE_URL of the workers. The password is
+    ADMIN_PASSWORD; if that is not set, a new password is printed at the start.
     """
     settings = load("admin")
     try:
-        from worker.admin.serve import place_of, serve  # an extra: the other commands do without it
-    except ModuleNotFoundError as missing:
-        if (missing.name or "").startswith("worker"):
+        from worker.admin.serve import place_of, serve  # an optional dependency
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("worker"):
             raise
-        raise SettingsError(f"`admin` needs {missing.name}: pip install 'fetch-worker[admin]'") from None
+        raise SettingsError(f"`admin` needs {error.name}: pip install 'fetch-worker[admin]'") from None
     serve(settings, place_of(settings, address, port))
 
 

@@ -1,4 +1,4 @@
-"""The command that only reckons: what a policy, a price or a budget would do."""
+"""The command `simulate`: compute the effect of a policy, a price or a rate limit on a trace of jobs."""
 
 import sys
 from pathlib import Path
@@ -20,15 +20,19 @@ MOST_JOBS = 1_000_000
 @click.command("simulate")
 @click.option("--trace", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True, exists=True), metavar="FILE",
               help='Lines of {"t": s, "duration": s or null, "kind": "…", "eta": s or null}.')  # fmt: skip
-@click.option("--from-database", is_flag=True, help="Replay the jobs that were really seen, as far as polls tell.")
-@click.option("--limit", type=click.IntRange(1, MOST_JOBS), default=10_000, show_default=True,
-              help="With --from-database: so many of the last jobs.")  # fmt: skip
 @click.option(
-    "--rps", type=click.FloatRange(0, min_open=True), help="Requests per second there are; default: no limit."
+    "--from-database",
+    is_flag=True,
+    help="Replay the jobs in the database, with the durations that polls have measured.",
 )
-@click.option("--price", type=click.FloatRange(0, 3_600, min_open=True), help="Instead of POLL_PRICE.")
-@click.option("--policy", type=click.Choice(POLICIES), help="Instead of POLL_POLICY.")
-@click.option("--compare", is_flag=True, help="All policies side by side.")
+@click.option("--limit", type=click.IntRange(1, MOST_JOBS), default=10_000, show_default=True,
+              help="With --from-database: the maximum number of jobs, newest first.")  # fmt: skip
+@click.option(
+    "--rps", type=click.FloatRange(0, min_open=True), help="The rate limit in requests per second. Default: no limit."
+)
+@click.option("--price", type=click.FloatRange(0, 3_600, min_open=True), help="The price to use instead of POLL_PRICE.")
+@click.option("--policy", type=click.Choice(POLICIES), help="The policy to use instead of POLL_POLICY.")
+@click.option("--compare", is_flag=True, help="Compare all policies.")
 @json_option
 def simulate_command(
     trace: Path | None,
@@ -40,12 +44,12 @@ def simulate_command(
     compare: bool,
     as_json: bool,
 ) -> None:
-    """What would be: polls and delays of a trace of jobs, by the worker's own scheduling on a virtual clock.
+    """Simulate the polls and delays of a trace of jobs, with the worker's own scheduling on a virtual clock.
 
-    It starts knowing nothing. POLL_MIN and JOB_DEADLINE apply. A delay is the time from ready to seen.
+    It starts without learned durations. POLL_MIN and JOB_DEADLINE apply. A delay is the time from ready to seen.
     """
     if (trace is None) != from_database or (compare and policy is not None):
-        raise click.UsageError("give --trace FILE or --from-database; and --policy or --compare, not both")
+        raise click.UsageError("give either --trace FILE or --from-database, and not both --policy and --compare")
     settings = load()
     if trace is None:
         with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
@@ -71,12 +75,12 @@ def simulate_command(
         print_fields(document | {f"delay {name} (s)": value for name, value in delay.items()})
 
 
-def _show_all(found: dict[Policy, dict[str, Any]], as_json: bool) -> None:
+def _show_all(results: dict[Policy, dict[str, Any]], as_json: bool) -> None:
     if as_json:
-        print_json(found)
+        print_json(results)
         return
     columns = ("policy", "polls per job", "mean delay (s)", "p50", "p95", "p99")
-    rows = [(name, one["polls_per_job"], *one["delay"].values()) for name, one in found.items()]
+    rows = [(name, result["polls_per_job"], *result["delay"].values()) for name, result in results.items()]
     print_table(columns, rows, empty="")
 
 
@@ -84,20 +88,20 @@ def _read(trace: Path) -> list[TraceJob]:
     try:
         text = sys.stdin.read() if str(trace) == "-" else trace.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise TraceError(f"{trace} is no UTF-8 text") from None
+        raise TraceError(f"{trace} is not UTF-8 text") from None
     except OSError as error:
         raise TraceError(f"{trace} can't be read: {error.strerror}") from None
     return read_trace(text.splitlines())
 
 
-def _document(done: Simulation) -> dict[str, Any]:
-    delays = sorted(done.delays)
+def _document(simulation: Simulation) -> dict[str, Any]:
+    delays = sorted(simulation.delays)
     delay = {"mean": sum(delays) / len(delays) if delays else 0.0}
     delay |= {name: quantile(delays, share) for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))}
     return {
-        "jobs": done.jobs,
-        "polls": done.polls,
-        "polls_per_job": round(done.polls / done.jobs, 4),
+        "jobs": simulation.jobs,
+        "polls": simulation.polls,
+        "polls_per_job": round(simulation.polls / simulation.jobs, 4),
         "delay": {name: round(value, 4) for name, value in delay.items()},
     }
 

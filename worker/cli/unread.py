@@ -1,4 +1,4 @@
-"""The command that shows and reads again the answers that were kept."""
+"""The command `unread`: list kept answers, and read them again."""
 
 from collections import Counter
 from dataclasses import asdict
@@ -16,24 +16,24 @@ from worker.system.terminal import echo
 COLUMNS = ("job_id", "at", "http_status", "shape", "body")
 SHOWN = 200  # characters of a body in a table
 HINT = (
-    'teach a status word with SD_API_STATUS_WORDS, for example \'{"done": "success"}\', and read these answers again'
+    'add a status word to SD_API_STATUS_WORDS, for example \'{"done": "success"}\', and read these answers again'
     " with `fetch-worker unread --apply`"
 )
 
 
 @click.command()
-@click.option("--shape", help="List the answers of this shape, as the command shows it without options.")
-@click.option("--apply", "again", is_flag=True, help="Read them again by the present rules, and act on them.")
+@click.option("--shape", help="List the answers of this shape, copied from the output without options.")
+@click.option("--apply", "again", is_flag=True, help="Read the answers again with the current rules, and act on them.")
 @json_option
-def unread(shape: str | None, again: bool, as_json: bool) -> None:
-    """Answers that no rule reads, and the last ones of jobs that ended without an output, by their shape.
+def unread(shape: str | None, apply_rules: bool, as_json: bool) -> None:
+    """List the answers that no rule recognises, and the last answers of jobs without an output, by shape.
 
-    A shape is the status word and the names and types of the fields. With --apply the kept answers of all jobs that are
-    not completed (or of those with an answer of --shape) are read by the present rules and SD_API_STATUS_WORDS, as if
-    they had just come: jobs whose outputs are listed go to downloading, ended ones too, and the API is not asked.
+    A shape is the status word and the names and types of the fields. --apply reads the kept answers of all jobs that
+    are not completed (or of the jobs with an answer of --shape) again, with the current rules and SD_API_STATUS_WORDS.
+    Jobs whose outputs are listed go to downloading, also if they have failed or expired. No request is sent to the API.
     """
     settings = load()
-    if again:
+    if apply_rules:
         _apply(settings, shape, as_json)
     elif shape is None:
         _shapes(settings, as_json)
@@ -43,14 +43,14 @@ def unread(shape: str | None, again: bool, as_json: bool) -> None:
 
 def _shapes(settings: Settings, as_json: bool) -> None:
     with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
-        found = answer_shapes(connection)
+        groups = answer_shapes(connection)
     if as_json:
-        times = [{"first_at": moment(one.first_at), "last_at": moment(one.last_at)} for one in found]
-        print_json([asdict(one) | at for one, at in zip(found, times, strict=True)])
+        times = [{"first_at": moment(group.first_at), "last_at": moment(group.last_at)} for group in groups]
+        print_json([asdict(group) | at for group, at in zip(groups, times, strict=True)])
         return
     columns = ("answers", "jobs", "first", "last (UTC)", "job", "shape")
-    rows = [(one.count, one.jobs, one.first_at, one.last_at, one.job_id, one.shape) for one in found]
-    print_table(columns, rows, empty="no answer is kept: the rules read all of them")
+    rows = [(group.count, group.jobs, group.first_at, group.last_at, group.job_id, group.shape) for group in groups]
+    print_table(columns, rows, empty="no answer is kept: the rules recognise all of them")
     if rows:
         echo(HINT)
 
@@ -62,8 +62,8 @@ def _answers(settings: Settings, shape: str, as_json: bool) -> None:
         print_json([plain(row, COLUMNS) for row in rows])
         return
     columns = ("job", "at (UTC)", "HTTP", "body")
-    found = [(row.job_id, row.at, row.http_status, shortened(row.body)) for row in rows]
-    print_table(columns, found, empty="no answer of this shape is kept")
+    table = [(row.job_id, row.at, row.http_status, shortened(row.body)) for row in rows]
+    print_table(columns, table, empty="no answer of this shape is kept")
 
 
 def shortened(body: str) -> str:
@@ -72,16 +72,16 @@ def shortened(body: str) -> str:
 
 
 def _apply(settings: Settings, shape: str | None, as_json: bool) -> None:
-    read: list[Reread] = list(chain.from_iterable(apply(settings, shape=shape)))
+    jobs: list[Reread] = list(chain.from_iterable(apply(settings, shape=shape)))
     if as_json:
-        print_json([asdict(one) for one in read])
+        print_json([asdict(job) for job in jobs])
         return
     columns = ("job", "changed", "status", "read as", "answer")
-    rows = [(one.id, "yes" if one.changed else "no", one.status, one.read_as, one.note) for one in read]
-    print_table(columns, rows, empty="no job that is not completed has a kept answer")
-    changed = Counter(one.status for one in read if one.changed)
-    into = "".join(f", {count} {status}" for status, count in sorted(changed.items()))
-    echo(f"{changed.total()} of {len(read)} jobs changed{into}")
+    rows = [(job.id, "yes" if job.changed else "no", job.status, job.read_as, job.note) for job in jobs]
+    print_table(columns, rows, empty="there are no kept answers of jobs that are not completed")
+    changed = Counter(job.status for job in jobs if job.changed)
+    by_state = "".join(f", {count} {status}" for status, count in sorted(changed.items()))
+    echo(f"{changed.total()} of {len(jobs)} jobs changed{by_state}")
 
 
 COMMANDS: tuple[click.Command, ...] = (unread,)
