@@ -213,7 +213,7 @@ def test_an_unknown_setting_that_looks_like_ours_is_refused_with_what_may_be_mea
     else:
         (tmp_path / ".env").write_text(f"{name}={SECRET}\n")
         said = _load(monkeypatch)
-    assert said == f"{name} is no setting; did you mean {meant}?"
+    assert said == f"{name} is not a setting; did you mean {meant}?"
 
 
 @pytest.mark.parametrize("name", ["DATABASE_URLS", "REDIS_URI", "OUTPUT_DIR", "POLLUTION", "APP_PORT", "STORAGE"])

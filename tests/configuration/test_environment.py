@@ -72,7 +72,7 @@ def test_what_nobody_sees_around_a_value_is_taken_off(
 
 @pytest.mark.parametrize("hidden", ["\n", "\r", "\u200b", "\ufeff", "\u00a0", "\u2028", "\x00", "\u00ad", "\u202e"])
 def test_what_nobody_sees_inside_a_value_is_refused_without_the_value(hidden: str) -> None:
-    with pytest.raises(ValueError, match="as character 5: take it out") as wrong:
+    with pytest.raises(ValueError, match="as character 5: remove it") as wrong:
         clean(f"abcd{hidden}{KEY}")
 
     assert KEY not in str(wrong.value)
@@ -93,7 +93,7 @@ def test_what_nobody_sees_inside_a_value_is_refused_without_the_value(hidden: st
 def test_the_line_names_the_variable(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value.format(KEY))
 
-    with pytest.raises(SettingsError, match=f"^{name} has .* take it out$") as wrong:
+    with pytest.raises(SettingsError, match=f"^{name} has .* remove it$") as wrong:
         load(*PROCESS_SETTINGS)
 
     assert KEY not in str(wrong.value)

@@ -172,7 +172,7 @@ def test_options_of_other_programs_are_translated_or_dropped(given: str, read: s
         (f"mysql://u:{SECRET}@h/d?ssl-mode=VERIFY_CA", "ssl_ca="),
         (f"mysql://u:{SECRET}@h1,h2/d", "several servers"),
         ("sqlite://x.db", "slashes"),
-        (SECRET, "no database URL"),
+        (SECRET, "not a database URL"),
     ],
 )
 def test_a_database_url_that_cannot_be_meant_is_refused_without_its_password(given: str, said: str) -> None:

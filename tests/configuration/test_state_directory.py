@@ -67,6 +67,6 @@ def test_a_directory_that_others_can_write_is_not_used(tmp_path: Path, monkeypat
 def test_a_typo_in_an_sqlite_path_makes_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_URL", "sqlite:///dta/worker.db")
 
-    with pytest.raises(SettingsError, match=r"^DATABASE_URL .* is no directory"):
+    with pytest.raises(SettingsError, match=r"^DATABASE_URL .* is not a directory"):
         _ = load().database
     assert list(tmp_path.iterdir()) == []

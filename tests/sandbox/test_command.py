@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from worker.sandbox.command import main
-from worker.sandbox.orders import orders
+from worker.sandbox.orders import order_paths
 from worker.sandbox.scenarios import SCENARIOS
 
 ROOT = Path(__file__).parents[2]
@@ -115,7 +115,7 @@ def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "--failure-rate" in out
     assert all(f"  {name} " in out and scenario.about in out for name, scenario in SCENARIOS.items())
-    assert all(f"  {path}\n" in out or out.endswith(f"  {path}\n") for path in orders())
+    assert all(f"  {path}\n" in out or out.endswith(f"  {path}\n") for path in order_paths())
 
 
 def test_ids_differ_from_run_to_run_and_a_scenario_is_played() -> None:

@@ -9,10 +9,10 @@ from worker.core.media.signatures import is_complete, sniff
 from worker.core.reply import Processing, Ready
 from worker.sandbox.behaviour import Behaviour
 from worker.sandbox.families import FAMILIES, family_of
-from worker.sandbox.files import made
+from worker.sandbox.files import make_output
 from worker.sandbox.jobs import Job
 from worker.sandbox.options import PLANS, SandboxOptions
-from worker.sandbox.orders import orders, unused_ids
+from worker.sandbox.orders import order_paths, unused_ids
 from worker.vendor.families import is_training
 from worker.vendor.fetch_url import AllowedApi, call_for, path_of
 from worker.vendor.replies import Question, parse
@@ -20,7 +20,7 @@ from worker.vendor.submissions import SubmitAnswer, planned_job
 
 HOST = "http://127.0.0.1:9"
 API = AllowedApi(f"{HOST}/api/v3", frozenset({"127.0.0.1:9"}))
-ORDERS = [order.replace("*", "anything").replace("{name}", "upscale") for order in orders()]
+ORDERS = [order.replace("*", "anything").replace("{name}", "upscale") for order in order_paths()]
 MEDIA = {
     "png": "image/png", "mp4": "video/mp4", "wav": "audio/wav", "glb": "model/gltf-binary",
 }  # fmt: skip
@@ -85,7 +85,7 @@ def test_the_outputs_of_each_family_are_whole_files_of_its_kind(path: str) -> No
     job, kind = newest(stand_in), newest(stand_in).family.makes
 
     for index, name in enumerate(job.files):
-        content = made(name, job.prompt, job.id, index, job.size).content
+        content = make_output(name, job.prompt, job.id, index, job.size).content
         assert len(content) < 40_000
         assert name.endswith(f".{kind}")
         media = sniff(content)
@@ -119,7 +119,7 @@ def test_an_order_can_ask_for_text_captions_and_base64(
     job = newest(stand_in)
 
     assert job.files[0].endswith(ending)
-    assert made(job.files[0], job.prompt, job.id, 0, job.size).content.startswith(start)
+    assert make_output(job.files[0], job.prompt, job.id, 0, job.size).content.startswith(start)
 
 
 def test_answers_have_the_spelling_and_the_places_of_their_family() -> None:

@@ -6,7 +6,7 @@ import zlib
 import pytest
 
 from worker.sandbox.files import file_name
-from worker.sandbox.pictures import LARGEST, SMALLEST, draw, subject
+from worker.sandbox.pictures import MAX_SIZE, MIN_SIZE, draw, subject
 from worker.sandbox.scenes import SCENES
 
 SCENE_PROMPTS = {
@@ -60,13 +60,13 @@ def test_all_scenes_are_tried_above() -> None:
 
 
 @pytest.mark.parametrize("prompt", SCENE_PROMPTS.values(), ids=SCENE_PROMPTS)
-@pytest.mark.parametrize("size", [SMALLEST, 17, 33, 100])
+@pytest.mark.parametrize("size", [MIN_SIZE, 17, 33, 100])
 def test_odd_and_tiny_sizes_are_drawn(prompt: str, size: int) -> None:
     """No size trips over the edge of the canvas."""
     assert pixels(draw(prompt, "7", 3, size))[:2] == (size, size)
 
 
-@pytest.mark.parametrize("size", [0, SMALLEST - 1, LARGEST + 1])
+@pytest.mark.parametrize("size", [0, MIN_SIZE - 1, MAX_SIZE + 1])
 def test_a_size_out_of_bounds_is_refused(size: int) -> None:
     """Nobody draws a picture of a gigabyte by accident."""
     with pytest.raises(ValueError, match="pixels wide"):

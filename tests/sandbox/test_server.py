@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from worker.sandbox import Answer, Sandbox, SandboxOptions
-from worker.sandbox.listener import LOOK_SECONDS
+from worker.sandbox.listener import CHECK_SECONDS
 from worker.sandbox.pictures import draw
 
 JSON = {"Content-Type": "application/json"}
@@ -336,4 +336,4 @@ def test_closing_is_not_put_off_until_its_next_look() -> None:
     for _ in range(20):
         Sandbox().close()
 
-    assert time.monotonic() - began < 20 * LOOK_SECONDS / 2
+    assert time.monotonic() - began < 20 * CHECK_SECONDS / 2

@@ -90,7 +90,7 @@ def test_no_address_of_another_machine_is_called(sandbox: Sandbox, url: str) -> 
 
     assert not is_local(url)
     assert ("not called" in answer["webhook_status"]) == (url != "")
-    assert sandbox._calling is None
+    assert sandbox._webhook_thread is None
 
 
 @pytest.mark.parametrize("url", ["http://localhost:80/a", "http://127.9.9.9/", "http://[::1]:8000/hook"])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from worker.demo.run import MOST_JOBS
+from worker.demo.run import MAX_JOBS
 from worker.demo.run import demo as run_demo
 from worker.errors import SettingsError
 from worker.launch.up import up as run_up
@@ -13,7 +13,7 @@ from worker.settings import load
 
 
 @click.command()
-@click.option("--jobs", type=click.IntRange(1, MOST_JOBS), default=12, show_default=True, help="Prompts to submit.")
+@click.option("--jobs", type=click.IntRange(1, MAX_JOBS), default=12, show_default=True, help="Prompts to submit.")
 @click.option("--longest", type=click.FloatRange(1, 600), default=8.0, show_default=True, metavar="SECONDS",
               help="The longest time until a job is ready; the shortest is 1 second.")  # fmt: skip
 @click.option(

@@ -1,5 +1,5 @@
-"""`fetch-worker demo`: the whole job on real parts, in one directory, in one go.
+"""`fetch-worker demo`: a complete run on real processes, in one directory.
 
-Modules: `run` is the course of events; `parts` the processes; `watch` how the jobs stand, and how that is shown;
-`sheet` the page with the pictures.
+Modules: `run` is the sequence of steps; `processes` starts and stops the processes; `display` reads the jobs' progress
+and shows it; `contact_sheet` is the page with the pictures.
 """

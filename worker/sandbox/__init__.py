@@ -1,5 +1,7 @@
-"""The stand-in of the hosted API: every family of orders, fetches, and outputs worth looking at. Imports nothing else
-of the worker: what it knows of the API it has from the documents."""
+"""Stand-in of the hosted API: every family of endpoints, fetches, and viewable outputs.
+
+It imports no other package of the worker. Its knowledge of the API comes from the API's documentation.
+"""
 
 from worker.sandbox.answers import Answer
 from worker.sandbox.families import Family

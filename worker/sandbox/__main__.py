@@ -1,4 +1,4 @@
-"""`python -m worker.sandbox`: the stand-in of the hosted API as a program of its own."""
+"""`python -m worker.sandbox`: run the stand-in of the hosted API as a separate program."""
 
 import sys
 

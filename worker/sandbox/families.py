@@ -1,7 +1,7 @@
-"""The families of the hosted API as its documents show them: where each is ordered and fetched, and how it answers.
+"""Families of the hosted API's endpoints, from its documentation: order paths, fetch paths, and form of the answers.
 
-A path is written as it stands below `/api/`. `*` is one part of a path, `{name}` one part that the fetch path repeats,
-and `{id}` the job's id; a fetch path without it takes the id from the body.
+Paths are relative to `/api/`. `*` stands for one path segment, `{name}` for one segment that the fetch path repeats,
+and `{id}` for the job's id. A fetch path without `{id}` takes the id from the body.
 """
 
 import re
@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 IMAGES_FROM = 12_202_888
-OTHERS_FROM = 298  # the pages of face swap and interior really show the same id
-SERVERS_FROM = 1  # each enterprise server counts by itself
+OTHERS_FROM = 298  # the documentation of face swap and interior does show the same id
+SERVERS_FROM = 1  # each enterprise server counts its own jobs
 
 Shape = Literal["job", "nameless", "task", "training", "chat", "workflow"]
 Output = Literal["list", "text", "links"]
@@ -20,53 +20,53 @@ Proxies = Literal["list", "object", "text", "null", "none"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """Endpoints that share one kind of job and one place to fetch it from.
+    """Endpoints with one kind of job and one place to fetch it from.
 
-    `shape` is the form of its answers: a plain `job`; `nameless` where the answer to an order has no id but in
-    `fetch_result`; a queued `task`; a `training`; a `chat`; a `workflow`, which is asked by GET.
+    `shape` is the form of the answers: a plain `job`; `nameless` if the answer to an order has the id only in
+    `fetch_result`; a queued `task`; a `training`; a `chat`; a `workflow`, which is fetched by GET.
     """
 
     orders: tuple[str, ...]
-    fetch: tuple[str, ...]  # the first one is where its jobs are kept, and what `fetch_result` names
+    fetch: tuple[str, ...]  # the first path names the store of its jobs, and appears in `fetch_result`
     makes: str = "png"
     shape: Shape = "job"
-    fetch_result: bool = True  # whether the answer to an order says where to fetch
-    eta: float | None = None  # seconds that the pages name; None: worked out from the job
-    label: str = "message"  # how its answers spell the name of their message
-    fetch_label: str = "message"  # the same, in the answer to a fetch
+    fetch_result: bool = True  # whether the answer to an order has `fetch_result`
+    eta: float | None = None  # seconds shown in the documentation; None: computed from the job
+    label: str = "message"  # how the answer to an order spells its message field
+    fetch_label: str = "message"  # the same for the answer to a fetch
     output: Output = "list"
-    no_output: str | tuple[()] = ()  # what `output` of an order's answer is before there is any
+    no_output: str | tuple[()] = ()  # value of `output` in the answer to an order before there is an output
     proxies: Proxies = "list"
     promises: bool = True  # whether the answer to an order has `future_links`
-    counter: str = ""  # families with the same counter share their ids; empty: each store has one of its own
+    counter: str = ""  # families with the same counter share a sequence of ids; empty: one sequence per store
     first_id: int = OTHERS_FROM
     text_ids: bool = False
-    unknown_status: int = 200  # HTTP status about an id that it does not know
+    unknown_status: int = 200  # HTTP status for an unknown id
     prompt: bool = False  # whether an order needs a prompt
 
     @property
     def store(self) -> str:
-        """Return the fetch path without the id: jobs of one store never share an id."""
+        """The fetch path without the id. Ids are unique within a store."""
         return self.fetch[0].removesuffix("/{id}")
 
 
 def _images(*orders: str, fetch: str, **changes: Any) -> Family:
-    """Return a family whose ids are counted with all pictures."""
-    row = Family(orders=orders, fetch=(f"{fetch}/{{id}}",), counter="images", first_id=IMAGES_FROM, prompt=True)
-    return replace(row, **changes)
+    """Return a family whose ids come from the shared sequence of pictures."""
+    family = Family(orders=orders, fetch=(f"{fetch}/{{id}}",), counter="images", first_id=IMAGES_FROM, prompt=True)
+    return replace(family, **changes)
 
 
 def _simple(name: str, **changes: Any) -> Family:
-    """Return a family whose jobs are fetched beside where they are ordered."""
+    """Return a family whose fetch path is next to its order paths."""
     return replace(Family(orders=(f"{name}/*",), fetch=(f"{name}/fetch/{{id}}",)), **changes)
 
 
 _V3: Mapping[str, Any] = {"fetch": "v3/fetch", "label": "messege"}
 _V3_VIDEO: Mapping[str, Any] = {**_V3, "makes": "mp4", "no_output": "", "eta": 6.0}
 _V5_PICTURES = tuple(f"v5/{name}" for name in ("controlnet", "interior", "removebg_mask", "pix2pix"))
-_BOOTHS = tuple(f"{version}/dreambooth{rest}" for version in ("v3", "v4") for rest in ("", "/img2img", "/inpaint"))
+_BOOTHS = tuple(f"{version}/dreambooth{suffix}" for version in ("v3", "v4") for suffix in ("", "/img2img", "/inpaint"))
 
-# Enterprise: a server of its own per model.
+# Enterprise: one server per model.
 _PLAIN_SERVERS = (
     "flux", "flux_klein", "flux_kontext_dev", "z_image_turbo", "qwen", "realtime", "image_editing", "interior",
     "deepfake",
@@ -87,8 +87,8 @@ _SERVERS: Mapping[str, Mapping[str, Any]] = {
 }
 
 FAMILIES: tuple[Family, ...] = (
-    # Version 3, its communities, and version 5, which is fetched at version 3. The answers of the version 4 community
-    # name an address of version 3, and its pages one that takes the id in the body: both have the job.
+    # Version 3, its communities, and version 5, which is fetched at version 3. For the version 4 community, answers
+    # name a version 3 path and the documentation one that takes the id in the body. Both find the job.
     _images("v3/text2img", "v3/img2img", "v3/inpaint", **_V3),
     _images("v3/text2video", **_V3_VIDEO),
     replace(
@@ -104,7 +104,7 @@ FAMILIES: tuple[Family, ...] = (
         fetch=("v6/images/fetch/{id}", "v6/images/fetch"),
     ),
     _images("v6/realtime/*", fetch="v6/realtime/fetch", label="messege", eta=33.0),
-    # Fashion is ordered at image editing; pages name the fetch path of either.
+    # Fashion is ordered at image editing. The documentation names either fetch path.
     Family(
         orders=("v6/image_editing/*", "v6/fashion/*"),
         fetch=("v6/image_editing/fetch/{id}", "v6/fashion/fetch/{id}"),
@@ -130,12 +130,12 @@ FAMILIES: tuple[Family, ...] = (
         proxies="none",
         text_ids=True,
     ),
-    # Version 7. The newest pages have no `fetch_result`; a captured video has no id beside it.
+    # Version 7. The newest documentation has no `fetch_result`; in a captured video answer there is no id.
     _images("v7/images/*", fetch="v7/images/fetch", fetch_result=False, promises=False, proxies="object", eta=30.0,
             text_ids=True),
     _simple("v7/video-fusion", shape="nameless", eta=10.0, makes="mp4"),
     _simple("v7/voice", eta=100.0, makes="wav", output="links"),
-    # Enterprise. The text-to-image server alone takes the id in the body.
+    # Enterprise. Only the text-to-image server takes the id in the body.
     Family(
         orders=tuple(f"v1/enterprise/{name}" for name in ("text2img", "img2img", "inpaint")),
         fetch=("v1/enterprise/fetch",),
@@ -146,7 +146,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     *(_simple(f"v1/enterprise/{name}", **{"first_id": SERVERS_FROM, "eta": 10.0, **changes})
       for name, changes in _SERVERS.items()),
-    # Trainings are asked at version 3, and make a model instead of a file.
+    # Trainings are fetched at version 3. They produce a model instead of a file.
     Family(orders=("v3/fine_tune", "v3/lora_fine_tune"), fetch=("v3/fine_tune_status/{id}",), makes="",
            shape="training", label="messege", text_ids=True, promises=False),
     Family(orders=("v1/workflows/{name}/run", "v1/workflows/{name}/runs"), fetch=("v1/workflows/{name}/runs/{id}",),
@@ -156,19 +156,19 @@ FAMILIES: tuple[Family, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a fetch call asks about: a job by its id, in one store."""
+    """The job that a fetch request asks about: an id in one store."""
 
     family: Family
     id: str
 
     @property
     def store(self) -> str:
-        """Return the store that the job is in."""
+        """The store of the job."""
         return self.family.store
 
 
 def family_of(path: str) -> Family | None:
-    """Return the family of an order that is posted to a path below `/api/`, its names filled in; None for no order.
+    """Return the family for an order path below `/api/`, or None if the path takes no orders.
 
     >>> family_of("v6/video/text2video").fetch
     ('v6/video/fetch/{id}',)
@@ -176,24 +176,24 @@ def family_of(path: str) -> Family | None:
     for pattern, family in _ORDERS:
         match = pattern.fullmatch(path)
         if match is not None and not path.endswith("/fetch"):
-            return _filled(family, match.groupdict())
+            return _with_name(family, match.groupdict())
     return None
 
 
 def target_of(path: str, body: Mapping[str, Any], method: str = "POST") -> Target | None:
-    """Return the job that a call to a path below `/api/` asks about; None where it is no fetch path of this method."""
+    """Return the job for a fetch path below `/api/`, or None if this method has no such fetch path."""
     for pattern, in_path, family in _FETCHES:
         match = pattern.fullmatch(path)
         if match is None or method != ("GET" if family.shape == "workflow" else "POST"):
             continue
         names = match.groupdict()
         job_id = names.pop("id", None) if in_path else _id_in(body, family)
-        return Target(_filled(family, names), str(job_id))
+        return Target(_with_name(family, names), str(job_id))
     return None
 
 
-def families_at(store: str) -> Family | None:
-    """Return the first family whose jobs are kept in a store."""
+def first_family_of_store(store: str) -> Family | None:
+    """Return the first family with this store."""
     return next((family for family in FAMILIES if family.store == store), None)
 
 
@@ -203,7 +203,7 @@ def _id_in(body: Mapping[str, Any], family: Family) -> object:
     return body.get("request_id", body.get("id", ""))
 
 
-def _filled(family: Family, names: Mapping[str, str]) -> Family:
+def _with_name(family: Family, names: Mapping[str, str]) -> Family:
     if not names:
         return family
     return replace(family, fetch=tuple(path.replace("{name}", names["name"]) for path in family.fetch))

@@ -1,4 +1,4 @@
-"""The outputs of jobs: tiny files of each kind, valid and made by arithmetic. Pure: the same words, the same bytes."""
+"""Outputs of jobs: small, valid files of each kind, computed from the job. Pure: the same job gives the same bytes."""
 
 import base64
 import json
@@ -8,57 +8,57 @@ from hashlib import sha256
 from math import pi, sin
 from typing import NamedTuple
 
-from worker.sandbox.pictures import SMALLEST, draw
+from worker.sandbox.pictures import MIN_SIZE, draw
 
-RATE = 8_000  # samples of a sound per second
-FRAMES = 4  # of a video, one each half second
-FRAME_SIZE = 64  # pixels of a video, both ways
-TIMED = "words.txt"  # a transcript with times: JSON, though its name ends as a text's
+SAMPLE_RATE = 8_000  # sound samples per second
+FRAMES = 4  # of a video, one per half second
+FRAME_SIZE = 64  # width and height of a video in pixels
+WITH_TIMES = "words.txt"  # name ending of a transcript with times: JSON in a file named like a text
 
 
-class Made(NamedTuple):
-    """The bytes of an output, and the media type that the store gives them."""
+class OutputFile(NamedTuple):
+    """The bytes of an output, and its media type."""
 
     content: bytes
     media_type: str
 
 
-def made(name: str, prompt: str, job_id: str, index: int, size: int) -> Made:
-    """Return the output of this name; its extension says of which kind. `size` is that of a picture, in pixels."""
-    media_type, make = _KINDS[TIMED if name.endswith(TIMED) else name.rpartition(".")[2]]
-    return Made(make(prompt, job_id, index, size), media_type)
+def make_output(name: str, prompt: str, job_id: str, index: int, size: int) -> OutputFile:
+    """Return the output for a file name. Its extension is the kind. `size` is the width of pictures in pixels."""
+    media_type, produce = _KINDS[WITH_TIMES if name.endswith(WITH_TIMES) else name.rpartition(".")[2]]
+    return OutputFile(produce(prompt, job_id, index, size), media_type)
 
 
-def file_name(*words: object, index: int, extension: str) -> str:
-    """Return the name of an output: random in looks, fixed by the words, the index in front as in the real ones."""
-    digest = sha256("|".join(map(str, (*words, index))).encode()).hexdigest()
+def file_name(*parts: object, index: int, extension: str) -> str:
+    """Return a file name like the real ones: the index, then hex digits. It depends only on the parts."""
+    digest = sha256("|".join(map(str, (*parts, index))).encode()).hexdigest()
     return f"{index}-{digest[:8]}-{digest[8:12]}-4{digest[13:16]}-a{digest[17:20]}-{digest[20:32]}.{extension}"
 
 
 def wav(prompt: str, job_id: str, index: int, size: int) -> bytes:
-    """Return a quarter of a second of two tones, 16 bits, one channel."""
+    """Return a quarter of a second of two tones, 16 bit, mono."""
     low = 220 + sha256(f"{prompt}|{job_id}|{index}".encode("utf-8", "replace")).digest()[0]
-    count = RATE // 4
+    count = SAMPLE_RATE // 4
     samples = []
     for place in range(count):
-        turn, fade = 2 * pi * place / RATE, 1 - place / count
-        samples.append(int(fade * (9_000 * sin(turn * low) + 6_000 * sin(turn * low * 1.5))))
+        angle, fade = 2 * pi * place / SAMPLE_RATE, 1 - place / count
+        samples.append(int(fade * (9_000 * sin(angle * low) + 6_000 * sin(angle * low * 1.5))))
     sound = struct.pack(f"<{count}h", *samples)
-    form = struct.pack("<HHIIHH", 1, 1, RATE, RATE * 2, 2, 16)
+    form = struct.pack("<HHIIHH", 1, 1, SAMPLE_RATE, SAMPLE_RATE * 2, 2, 16)
     chunks = b"fmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(sound)) + sound
     return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks
 
 
 def mp4(prompt: str, job_id: str, index: int, size: int) -> bytes:
-    """Return a video of four pictures: MPEG-4 boxes around PNG frames, which common players show."""
-    edge = max(SMALLEST, min(size, FRAME_SIZE))
+    """Return a video of four PNG frames in MPEG-4 boxes, which common players can show."""
+    edge = max(MIN_SIZE, min(size, FRAME_SIZE))
     frames = [draw(prompt, job_id, index * FRAMES + number, edge) for number in range(FRAMES)]
     ticks, each = 1_000, 500
     first = _box("ftyp", b"isom\0\0\2\0isomiso2mp41")
     start = len(first) + 8
     starts = [start + sum(map(len, frames[:number])) for number in range(FRAMES)]
     matrix = struct.pack(">9I", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
-    decoder = b"\x04\x0d\x6d\x11" + bytes(11)  # 6D: each frame is a PNG
+    decoder = b"\x04\x0d\x6d\x11" + bytes(11)  # 6D: frames are PNG
     stream = b"\x03\x15\0\1\0" + decoder + b"\x06\x01\x02"
     entry = bytes(6) + b"\0\1" + bytes(16) + struct.pack(">HHIIIH", edge, edge, 72 << 16, 72 << 16, 0, 1)
     entry += bytes(32) + struct.pack(">Hh", 24, -1) + _full("esds", stream)
@@ -82,8 +82,8 @@ def mp4(prompt: str, job_id: str, index: int, size: int) -> bytes:
 
 def glb(prompt: str, job_id: str, index: int, size: int) -> bytes:
     """Return a pyramid as binary glTF 2.0."""
-    tall = 0.5 + sha256(f"{prompt}|{job_id}|{index}".encode("utf-8", "replace")).digest()[0] / 255
-    corners = ((-1.0, 0.0, -1.0), (1.0, 0.0, -1.0), (1.0, 0.0, 1.0), (-1.0, 0.0, 1.0), (0.0, tall, 0.0))
+    apex = 0.5 + sha256(f"{prompt}|{job_id}|{index}".encode("utf-8", "replace")).digest()[0] / 255
+    corners = ((-1.0, 0.0, -1.0), (1.0, 0.0, -1.0), (1.0, 0.0, 1.0), (-1.0, 0.0, 1.0), (0.0, apex, 0.0))
     faces = (0, 1, 2, 0, 2, 3, 1, 0, 4, 2, 1, 4, 3, 2, 4, 0, 3, 4)
     points = b"".join(struct.pack("<3f", *corner) for corner in corners)
     body = points + struct.pack(f"<{len(faces)}H", *faces)
@@ -91,7 +91,7 @@ def glb(prompt: str, job_id: str, index: int, size: int) -> bytes:
              {"buffer": 0, "byteOffset": len(points), "byteLength": len(body) - len(points)}]  # fmt: skip
     accessors = [
         {"bufferView": 0, "componentType": 5126, "count": len(corners), "type": "VEC3", "min": [-1.0, 0.0, -1.0],
-         "max": [1.0, tall, 1.0]},
+         "max": [1.0, apex, 1.0]},
         {"bufferView": 1, "componentType": 5123, "count": len(faces), "type": "SCALAR"},
     ]  # fmt: skip
     scene = {
@@ -114,37 +114,37 @@ def glb(prompt: str, job_id: str, index: int, size: int) -> bytes:
 
 def txt(prompt: str, job_id: str, index: int, size: int) -> bytes:
     """Return the prompt as a transcript."""
-    return f"{_plain(prompt)}\n".encode()
+    return f"{_clean_prompt(prompt)}\n".encode()
 
 
 def word_times(prompt: str, job_id: str, index: int, size: int) -> bytes:
-    """Return the words of the prompt with their times, as JSON."""
-    words = [{"word": word, "start": place * 0.5, "end": place * 0.5 + 0.4} for place, word in _spoken(prompt)]
-    return json.dumps([{"text": _plain(prompt), "words": words}], ensure_ascii=False).encode()
+    """Return the words of the prompt with times, as JSON."""
+    words = [{"word": word, "start": place * 0.5, "end": place * 0.5 + 0.4} for place, word in _words(prompt)]
+    return json.dumps([{"text": _clean_prompt(prompt), "words": words}], ensure_ascii=False).encode()
 
 
 def chat(prompt: str, job_id: str, index: int, size: int) -> bytes:
-    """Return a chat's answer as JSON."""
-    message = {"role": "assistant", "content": f"The stand-in heard: {_plain(prompt)}"}
+    """Return the answer of a chat as JSON."""
+    message = {"role": "assistant", "content": f"The stand-in heard: {_clean_prompt(prompt)}"}
     return json.dumps({"id": job_id, "choices": [{"index": 0, "message": message}]}, ensure_ascii=False).encode()
 
 
 def srt(prompt: str, job_id: str, index: int, size: int) -> bytes:
-    """Return captions in the form of SubRip, one word each."""
+    """Return SubRip captions with one word each."""
     lines = [
-        f"{place + 1}\n{_time(place, ',')} --> {_time(place + 1, ',')}\n{word}\n" for place, word in _spoken(prompt)
+        f"{place + 1}\n{_time(place, ',')} --> {_time(place + 1, ',')}\n{word}\n" for place, word in _words(prompt)
     ]
     return "\n".join(lines).encode()
 
 
 def vtt(prompt: str, job_id: str, index: int, size: int) -> bytes:
-    """Return captions in the form of WebVTT, one word each."""
-    lines = [f"{_time(place, '.')} --> {_time(place + 1, '.')}\n{word}\n" for place, word in _spoken(prompt)]
+    """Return WebVTT captions with one word each."""
+    lines = [f"{_time(place, '.')} --> {_time(place + 1, '.')}\n{word}\n" for place, word in _words(prompt)]
     return "\n".join(["WEBVTT\n", *lines]).encode()
 
 
 def base64_text(prompt: str, job_id: str, index: int, size: int) -> bytes:
-    """Return a picture as text in base64."""
+    """Return a picture as base64 text."""
     return base64.b64encode(draw(prompt, job_id, index, size))
 
 
@@ -154,7 +154,7 @@ _KINDS: Mapping[str, tuple[str, Callable[[str, str, int, int], bytes]]] = {
     "mp4": ("video/mp4", mp4),
     "glb": ("model/gltf-binary", glb),
     "txt": ("text/plain", txt),
-    TIMED: ("text/plain", word_times),
+    WITH_TIMES: ("text/plain", word_times),
     "json": ("application/json", chat),
     "srt": ("application/x-subrip", srt),
     "vtt": ("text/vtt", vtt),
@@ -162,13 +162,13 @@ _KINDS: Mapping[str, tuple[str, Callable[[str, str, int, int], bytes]]] = {
 }
 
 
-def _plain(prompt: str) -> str:
-    """Return a prompt that can be written as UTF-8: one from JSON may hold half a character."""
+def _clean_prompt(prompt: str) -> str:
+    """Return the prompt as valid UTF-8 text. A prompt from JSON may contain a lone surrogate."""
     return " ".join(prompt.encode("utf-8", "replace").decode().split()) or "Nothing was said"
 
 
-def _spoken(prompt: str) -> enumerate[str]:
-    return enumerate(_plain(prompt).split()[:200])
+def _words(prompt: str) -> enumerate[str]:
+    return enumerate(_clean_prompt(prompt).split()[:200])
 
 
 def _time(seconds: int, point: str) -> str:

@@ -1,4 +1,4 @@
-"""One job of the stand-in, and the answers of its family: to the order, while it waits, and when it is done."""
+"""A job of the stand-in, and the answers of its family: to the order, while it is processing, and when it is done."""
 
 from dataclasses import dataclass
 from math import isfinite
@@ -21,10 +21,10 @@ TRAINING_STATES = (
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A submitted job; nothing about it is decided later."""
+    """A submitted job. Everything about it is decided at submission."""
 
     id: str
-    number: int  # of its order, over all families
+    number: int  # sequence number of the order, over all families
     family: Family
     prompt: str
     submitted_at: float
@@ -38,107 +38,107 @@ class Job:
     track_id: object = None
 
     def ready(self, now: float) -> bool:
-        """Return whether its outputs can be had."""
+        """Return whether its outputs are available."""
         return now >= self.ready_at and not self.fails
 
     def state(self, now: float) -> str:
-        """Return the status in the words of the API."""
+        """Return the status as the API names it."""
         if now < self.ready_at:
             return "processing"
         return "failed" if self.fails else "success"
 
     @property
-    def spoken_id(self) -> int | str:
-        """Return the id as answers have it: most are numbers."""
+    def answer_id(self) -> int | str:
+        """The id as it appears in answers: mostly a number."""
         return self.id if self.family.text_ids or not self.id.isdecimal() else int(self.id)
 
     def links(self, origin: str) -> list[str]:
-        """Return where its outputs are."""
+        """Return the URLs of its outputs."""
         return [f"{origin}/generations/{name}" for name in self.files]
 
     def proxy_links(self, origin: str) -> list[str]:
-        """Return where its outputs are, too."""
+        """Return the alternative URLs of its outputs, below the proxy path."""
         return [f"{origin}/cdn2/generations/{name}" for name in self.files]
 
     def fetch_result(self, origin: str) -> str:
-        """Return the address that it is asked about at."""
+        """Return the URL at which the job is fetched."""
         return f"{origin}/api/{self.family.fetch[0].replace('{id}', self.id)}"
 
 
-def accepted(job: Job, *, now: float, origin: str, eta: bool = True) -> dict[str, Any]:
-    """Return the answer to an order: the outputs at once where they are ready, else where to ask for them."""
+def submit_answer(job: Job, *, now: float, origin: str, eta: bool = True) -> dict[str, Any]:
+    """Return the answer to an order: the outputs if the job is ready, or else where to fetch them."""
     family, shape = job.family, job.family.shape
     if shape == "training":
         wait = f"it takes about {_seconds(job, job.submitted_at)} seconds"
         return {"status": "success", family.label: TRAINING_STATES[0], "data": wait, "training_id": job.id}
     if shape == "workflow":
         name = family.store.split("/")[-2]
-        run: dict[str, Any] = {"status": "success", "execution_id": job.spoken_id, "workflow_id": name}
+        run: dict[str, Any] = {"status": "success", "execution_id": job.answer_id, "workflow_id": name}
         return {**run, "status_url": job.fetch_result(origin)}
     if job.ready(now):
         extra = {"nsfw_content_detected": False} if family.makes == "png" else {}
-        spent = {"generationTime": round(job.ready_at - job.submitted_at, 6)}
-        return {**done(job, origin), **spent, **extra, "webhook_status": "", "meta": meta(job), "tip": TIP}
-    said = {"eta": _eta(job, now)} if eta else {}
+        timing = {"generationTime": round(job.ready_at - job.submitted_at, 6)}
+        return {**success_answer(job, origin), **timing, **extra, "webhook_status": "", "meta": meta(job), "tip": TIP}
+    estimate = {"eta": _eta(job, now)} if eta else {}
     if shape == "chat":
-        return {"status": "processing", **said, "meta": {"chat_id": job.id}}
+        return {"status": "processing", **estimate, "meta": {"chat_id": job.id}}
     if shape == "task":
         links = {"links": job.links(origin), "proxy_links": job.proxy_links(origin), "fileId": job.files[0]}
-        return {**said, **links, family.label: "Request has been queued", "meta": meta(job), "seconds": None,
+        return {**estimate, **links, family.label: "Request has been queued", "meta": meta(job), "seconds": None,
                 "status": "queued", "taskId": job.id}  # fmt: skip
     return {
         "status": "processing",
         "tip": TIP,
-        **said,
+        **estimate,
         family.label: "Please fetch the result after the estimated seconds",
         "webhook_status": "",
         **({"fetch_result": job.fetch_result(origin)} if family.fetch_result else {}),
-        **({} if shape == "nameless" else {"id": job.spoken_id}),
+        **({} if shape == "nameless" else {"id": job.answer_id}),
         "output": list(family.no_output) if isinstance(family.no_output, tuple) else family.no_output,
         **({"future_links": job.links(origin)} if family.promises else {}),
         "meta": meta(job),
     }
 
 
-def waiting(job: Job, *, now: float) -> dict[str, Any]:
-    """Return the answer to a fetch before the job is ready: no id, no estimate, and an empty text for output."""
+def processing_answer(job: Job, *, now: float) -> dict[str, Any]:
+    """Return the answer to a fetch before the job is ready. It has no id, no estimate, and empty text as output."""
     if job.family.shape == "training":
-        passed, whole = now - job.submitted_at, job.ready_at - job.submitted_at
-        share = passed / whole if isfinite(whole) and whole > 0 else 0.0
+        elapsed, duration = now - job.submitted_at, job.ready_at - job.submitted_at
+        share = elapsed / duration if isfinite(duration) and duration > 0 else 0.0
         return _training(job, TRAINING_STATES[min(int(share * len(TRAINING_STATES)), len(TRAINING_STATES) - 1)])
     if job.family.shape == "workflow":
         state = "pending" if now - job.submitted_at < 1 else "running"
-        return {"status": "success", "execution": {"id": job.spoken_id, "status": state}}
+        return {"status": "success", "execution": {"id": job.answer_id, "status": state}}
     return {"status": "processing", job.family.fetch_label: "try again later.", "output": "", "tip": TIP}
 
 
-def failed(job: Job, message: str = "Processing failed: Invalid input dimensions") -> dict[str, Any]:
-    """Return the answer about a job that came to nothing."""
+def failed_answer(job: Job, message: str = "Processing failed: Invalid input dimensions") -> dict[str, Any]:
+    """Return the answer about a failed job."""
     if job.family.shape == "training":
         return {**_training(job, "training_failed"), "data": f"Training failed: {message}"}
     if job.family.shape == "workflow":
-        return {"status": "success", "execution": {"id": job.spoken_id, "status": "failed", "error": message}}
+        return {"status": "success", "execution": {"id": job.answer_id, "status": "failed", "error": message}}
     return {"status": "failed", "id": "", "message": message, "output": ""}
 
 
-def done(job: Job, origin: str) -> dict[str, Any]:
-    """Return the answer about a job whose outputs are there, in the form of its family."""
+def success_answer(job: Job, origin: str) -> dict[str, Any]:
+    """Return the answer about a job with outputs, in the form of its family."""
     family = job.family
     if family.shape == "training":
         return _training(job, "model_ready")
     if family.shape == "workflow":
         result = {"status": "success", "output": job.links(origin), "proxy_links": job.proxy_links(origin)}
-        return {"status": "success", "execution": {"id": job.spoken_id, "status": "completed", "output": result}}
+        return {"status": "success", "execution": {"id": job.answer_id, "status": "completed", "output": result}}
     links = job.links(origin)
     answer: dict[str, Any] = {"status": "success"}
     if family.shape == "chat":
         answer["meta"] = {"chat_id": job.id}
     elif family.makes == "glb":
-        answer["id"] = None  # as the page of the enterprise server shows it
+        answer["id"] = None  # as in the documentation of the enterprise server
     elif family.shape != "task":
-        answer["id"] = job.spoken_id
-    one = family.output == "text" and len(links) == 1
-    answer["links" if family.output == "links" else "output"] = links[0] if one else links
+        answer["id"] = job.answer_id
+    single = family.output == "text" and len(links) == 1
+    answer["links" if family.output == "links" else "output"] = links[0] if single else links
     return answer | _proxies(job, origin)
 
 
@@ -148,7 +148,7 @@ def _proxies(job: Job, origin: str) -> dict[str, Any]:
         case "null":
             return {"proxy_links": None}
         case "object":
-            return {"proxy_links": {str(place): link for place, link in enumerate(links)}}
+            return {"proxy_links": {str(index): link for index, link in enumerate(links)}}
         case "text" if len(links) == 1:
             return {"proxy_links": links[0]}
         case "list" if job.proxied:
@@ -158,7 +158,7 @@ def _proxies(job: Job, origin: str) -> dict[str, Any]:
 
 
 def meta(job: Job) -> dict[str, Any]:
-    """Return what an answer repeats of the order."""
+    """Return the part of an answer that repeats the order."""
     return {
         "prompt": job.prompt,
         "model_id": "stand-in",
@@ -173,9 +173,9 @@ def meta(job: Job) -> dict[str, Any]:
 
 
 def _training(job: Job, state: str) -> dict[str, Any]:
-    """Return the state of a training: the top status says `success` all the while, and pages differ about the name."""
+    """Return the state of a training. Its top status is always `success`; documents differ on the name of the state."""
     name = "model_training_status" if job.number % 2 else job.family.label
-    return {"status": "success", name: state, "data": "the training goes on", "training_id": job.id}
+    return {"status": "success", name: state, "data": "the training is in progress", "training_id": job.id}
 
 
 def _eta(job: Job, now: float) -> float:

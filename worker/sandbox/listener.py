@@ -1,4 +1,4 @@
-"""The HTTP server under the stand-in: one thread per connection, kept connections, answers in one piece or dripping."""
+"""HTTP server of the stand-in: one thread per connection, keep-alive, and answers that may be sent byte by byte."""
 
 import socket
 import sys
@@ -10,14 +10,14 @@ from typing import Any, Protocol
 
 from worker.sandbox.answers import Answer, invalid_request, json_answer
 
-LARGEST_BODY = 1 << 20
-IDLE_SECONDS = 120.0  # a kept connection that says nothing is closed
+MAX_BODY_BYTES = 1 << 20
+IDLE_SECONDS = 120.0  # an idle connection is closed after this time
 CLOSING_SECONDS = 3.0
-LOOK_SECONDS = 0.5  # the longest that an end goes unseen which could not be called out
+CHECK_SECONDS = 0.5  # a stop is noticed after at most this time
 
 
 class Site(Protocol):
-    """Who answers the calls."""
+    """Answers the requests that a listener receives."""
 
     verbose: bool
 
@@ -26,16 +26,16 @@ class Site(Protocol):
         ...
 
     def got(self, path: str, query: str, raw: bytes = b"", key: str = "") -> Answer:
-        """Answer a GET; `key` is the one of its headers."""
+        """Answer a GET. `key` is the one in the request headers."""
         ...
 
 
 class Listener(ThreadingHTTPServer):
-    """One thread per connection, and a list of the open ones so that they can be ended."""
+    """HTTP server with one thread per connection. It tracks open connections, so that they can be closed."""
 
     daemon_threads = True
     request_queue_size = 512
-    timeout = LOOK_SECONDS
+    timeout = CHECK_SECONDS
 
     def __init__(self, site: Site, host: str, port: int) -> None:
         if ":" in host:
@@ -47,54 +47,54 @@ class Listener(ThreadingHTTPServer):
         super().__init__((host, port), Handler)
 
     def server_bind(self) -> None:
-        """Bind without the look-up of the host's own name that the parent does."""
+        """Bind without the reverse DNS lookup of the parent class."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def serve(self) -> None:
-        """Takes connections until `end` is called."""
+        """Accept connections until `end` is called."""
         while not self._ending:
             self.handle_request()
 
     def end(self) -> None:
-        """Takes no more connections; one of its own ends the wait for the next."""
+        """Stop accepting connections. A connection to itself ends the current wait."""
         self._ending = True
         with suppress(OSError):
-            socket.create_connection((self.server_name, self.server_port), LOOK_SECONDS).close()
+            socket.create_connection((self.server_name, self.server_port), CHECK_SECONDS).close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Note the connection before its thread starts."""
+        """Register the connection before its thread starts."""
         with self.all_closed:
             self.open_connections.add(request)
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
-        """Forget the connection once it is closed."""
+        """Unregister the connection after it is closed."""
         super().shutdown_request(request)
         with self.all_closed:
             self.open_connections.discard(request)
             self.all_closed.notify_all()
 
     def end_connections(self) -> None:
-        """Shut every connection and wait, within a bound, until their threads have let go."""
+        """Shut down all connections and wait a limited time for their threads."""
         with self.all_closed:
             for connection in self.open_connections:
                 try:
                     connection.shutdown(socket.SHUT_RDWR)
                 except OSError:
-                    continue  # the other side was faster
+                    continue  # the client closed it first
             self.all_closed.wait_for(lambda: not self.open_connections, CLOSING_SECONDS)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no error of ours."""
+        """Ignore errors of clients that disconnected."""
         if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Reads one call after the other from a kept connection and writes each answer in one piece."""
+    """Reads requests from a connection one by one and answers each of them."""
 
     protocol_version = "HTTP/1.1"
     server_version = "sandbox"
@@ -105,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Listener
 
     def do_GET(self) -> None:
-        """Outputs, the page, and the calls of the API that are made by GET."""
+        """Answer outputs, the HTML page, and API calls by GET."""
         raw = self._body()
         if raw is None:
             return
@@ -114,26 +114,26 @@ class Handler(BaseHTTPRequestHandler):
         self._send(self.server.site.got(path, query, raw, header))
 
     def do_POST(self) -> None:
-        """The API."""
+        """Answer API calls by POST."""
         raw = self._body()
         if raw is not None:
             path = self.path.partition("?")[0]
             self._send(self.server.site.posted(path, self.headers.get("Content-Type", ""), raw))
 
     def _body(self) -> bytes | None:
-        """The body of the call; None where there is none to be had, and the call is answered or over."""
+        """Return the body of the request, or None if it is unusable. Then it was answered, or the client has gone."""
         length = self.headers.get("Content-Length", "0")
         if "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdigit() and len(length) < 9):
-            self.close_connection = True  # what follows can't be told apart from the next call
+            self.close_connection = True  # the end of the body is unknown, so no further request can be read
             self._send(invalid_request())
             return None
-        if int(length) > LARGEST_BODY:
+        if int(length) > MAX_BODY_BYTES:
             self.close_connection = True
             self._send(json_answer({"status": "error", "message": "Invalid API Request"}, status=413))
             return None
         raw = self.rfile.read(int(length))
         if len(raw) < int(length):
-            self.close_connection = True  # the caller went away in the middle of its request
+            self.close_connection = True  # the client disconnected during its request
             return None
         return raw
 
@@ -159,18 +159,18 @@ class Handler(BaseHTTPRequestHandler):
         lines = [f"{self.protocol_version} {answer.status} {self.responses.get(answer.status, ('Odd', ''))[0]}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         head = "\r\n".join([*lines, "", ""]).encode("latin-1")
-        at_once, slowly = (b"", head + answer.body) if answer.drip_headers else (head, answer.body)
-        self.wfile.write(at_once)
-        for place in range(len(slowly)):
-            self.wfile.write(slowly[place : place + 1])
+        first, dripped = (b"", head + answer.body) if answer.drip_headers else (head, answer.body)
+        self.wfile.write(first)
+        for position in range(len(dripped)):
+            self.wfile.write(dripped[position : position + 1])
             self.wfile.flush()
             time.sleep(answer.drip_seconds)
 
     def log_request(self, code: Any = "-", size: Any = "-") -> None:
-        """One line per call where it was asked for: never a query, a header or a body, where a key could be."""
+        """Log one line per request if verbose. Query, headers and body are left out because they may contain a key."""
         if self.server.site.verbose:
             path = ascii(getattr(self, "path", "").partition("?")[0])[1:-1]
             sys.stderr.write(f"{self.command} {path} {int(code)}\n")
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing else."""
+        """Log nothing else."""

@@ -1,4 +1,4 @@
-"""The page a person sees at the root of the stand-in. Pure: jobs in, HTML out."""
+"""HTML page at the root of the stand-in. Pure: jobs in, HTML out."""
 
 from collections.abc import Sequence
 from html import escape
@@ -16,16 +16,16 @@ small{opacity:.7}
 """
 
 
-def page(jobs: Sequence[Job], *, now: float, root_url: str) -> bytes:
-    """What this is, how to send it a job, and the latest jobs with small pictures."""
+def render_page(jobs: Sequence[Job], *, now: float, root_url: str) -> bytes:
+    """Return a page that explains the stand-in and shows the newest jobs with thumbnails."""
     cards = "".join(_card(job, now) for job in jobs) or "<li>None yet. Send one with the line above.</li>"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="5">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>Stand-in of the image API</title>
 <style>{_STYLE}</style></head><body>
 <h1>Stand-in of the image API</h1>
-<p>It speaks like the hosted API and costs nothing: a job is accepted, takes a while, and its pictures are drawn here
-from the words of the prompt; other families make sounds, videos, models and texts.
+<p>It answers like the hosted API and costs nothing. A job is accepted and takes a while. Its pictures are drawn here
+from the words of the prompt; other families produce sounds, videos, models and texts.
 Try sunset, sea, forest, mountain, night, city, desert, space, meadow or silk.</p>
 <pre>curl -H 'Content-Type: application/json' -d '{{"key": "THE KEY", "prompt": "lake at dawn", "samples": 2}}' \\
   {escape(root_url)}/api/v3/text2img
@@ -41,13 +41,13 @@ def _card(job: Job, now: float) -> str:
     pictures = ""
     if job.ready(now):
         pictures = "".join(
-            f'<a href="/thumbs/{name}?full">{_shown(name, index)}</a> ' for index, name in enumerate(job.files)
+            f'<a href="/thumbs/{name}?full">{_output_html(name, index)}</a> ' for index, name in enumerate(job.files)
         )
-    about = f"{job.id} of {job.family.store}: {job.state(now)}{wait}"
-    return f"<li><p>{escape(job.prompt)}</p><p><small>{escape(about)}</small></p>{pictures}</li>"
+    summary = f"{job.id} of {job.family.store}: {job.state(now)}{wait}"
+    return f"<li><p>{escape(job.prompt)}</p><p><small>{escape(summary)}</small></p>{pictures}</li>"
 
 
-def _shown(name: str, index: int) -> str:
+def _output_html(name: str, index: int) -> str:
     if name.endswith(".png"):
         return f'<img loading="lazy" src="/thumbs/{name}" alt="picture {index + 1}">'
     return f"output {index + 1} (.{name.rpartition('.')[2]})"

@@ -1,4 +1,4 @@
-"""Draws the picture of a prompt: the same prompt, id, index and size always give the same PNG. Pure, no I/O."""
+"""Draws the picture for a prompt. The same prompt, id, index and size always give the same PNG. Pure, no I/O."""
 
 import re
 from colorsys import hls_to_rgb, rgb_to_hls
@@ -9,7 +9,7 @@ from random import Random
 from worker.sandbox.canvas import Colour
 from worker.sandbox.scenes import SCENES, Mood, Palette
 
-SMALLEST, LARGEST = 16, 1024
+MIN_SIZE, MAX_SIZE = 16, 1024
 
 _WORD = re.compile(r"[a-z]+")
 
@@ -54,7 +54,7 @@ _DEFAULT_SCENES = ("mountains", "lake", "sea", "forest", "meadow", "flow", "dese
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What a prompt asks for, as far as the painter understands it."""
+    """Scene and mood for a prompt."""
 
     scene: str
     mood: str
@@ -63,39 +63,39 @@ class Subject:
 
 
 def subject(prompt: str) -> Subject:
-    """Choose scene and mood by the words of the prompt, and by its hash where no word is known."""
+    """Choose scene and mood by keywords in the prompt, or by its hash if it has none."""
     words = _WORD.findall(prompt.lower())
-    dice = _dice(f"subject|{prompt}")
-    scene = _first_named(words, _SCENE_WORDS) or dice.choice(_DEFAULT_SCENES)
-    mood = _first_named(words, _MOOD_WORDS) or dice.choice(_DEFAULT_MOODS)
-    return Subject(scene, mood, dice.uniform(-0.035, 0.035), frozenset(words))
+    rng = _rng(f"subject|{prompt}")
+    scene = _first_match(words, _SCENE_WORDS) or rng.choice(_DEFAULT_SCENES)
+    mood = _first_match(words, _MOOD_WORDS) or rng.choice(_DEFAULT_MOODS)
+    return Subject(scene, mood, rng.uniform(-0.035, 0.035), frozenset(words))
 
 
-def _first_named(words: list[str], table: dict[str, str]) -> str | None:
+def _first_match(words: list[str], table: dict[str, str]) -> str | None:
     for word in words:
-        for name, known in table.items():
-            if word in known.split():
+        for name, keywords in table.items():
+            if word in keywords.split():
                 return name
     return None
 
 
 def draw(prompt: str, job_id: str, index: int, size: int) -> bytes:
-    """The PNG for one output of a job, `size` pixels wide and high."""
-    if not SMALLEST <= size <= LARGEST:
-        raise ValueError(f"a picture is {SMALLEST} to {LARGEST} pixels wide, not {size}")
-    wanted = subject(prompt)
-    dice = _dice(f"{prompt}|{job_id}|{index}")
-    mood = _MOODS[wanted.mood]
-    turn = partial(_turned_hue, wanted.hue_shift + dice.uniform(-0.015, 0.015))
-    mood = replace(mood, palette=mood.palette.turned(turn))
-    return SCENES[wanted.scene](size, mood, dice, wanted.words).png()
+    """Return the PNG for one output of a job, `size` pixels wide and high."""
+    if not MIN_SIZE <= size <= MAX_SIZE:
+        raise ValueError(f"a picture is {MIN_SIZE} to {MAX_SIZE} pixels wide, not {size}")
+    chosen = subject(prompt)
+    rng = _rng(f"{prompt}|{job_id}|{index}")
+    mood = _MOODS[chosen.mood]
+    shift = partial(_shift_hue, chosen.hue_shift + rng.uniform(-0.015, 0.015))
+    mood = replace(mood, palette=mood.palette.map_colours(shift))
+    return SCENES[chosen.scene](size, mood, rng, chosen.words).png()
 
 
-def _dice(seed: str) -> Random:
-    return Random(seed.encode("utf-8", "surrogatepass"))  # a prompt from JSON may hold half a character
+def _rng(seed: str) -> Random:
+    return Random(seed.encode("utf-8", "surrogatepass"))  # a prompt from JSON may contain a lone surrogate
 
 
-def _turned_hue(turn: float, colour: Colour) -> Colour:
+def _shift_hue(shift: float, colour: Colour) -> Colour:
     hue, light, saturation = rgb_to_hls(*(value / 255 for value in colour))
-    red, green, blue = hls_to_rgb((hue + turn) % 1.0, light, saturation)
+    red, green, blue = hls_to_rgb((hue + shift) % 1.0, light, saturation)
     return (red * 255, green * 255, blue * 255)

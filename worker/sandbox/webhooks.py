@@ -1,4 +1,4 @@
-"""Webhooks that orders ask for: called once their job is done, on this machine only."""
+"""Webhooks named in orders. They are called when the job is done, but only on this machine."""
 
 import http.client
 import json
@@ -12,14 +12,14 @@ from urllib.parse import SplitResult, urlsplit
 
 from worker.sandbox.jobs import Job, meta
 
-SECONDS = 10.0  # for one call
+CALL_SECONDS = 10.0  # per attempt
 TRIES = 3
-NOT_CALLED = "not called: the stand-in calls http addresses of this machine alone"
+NOT_CALLED = "not called: the stand-in only calls http URLs of this machine"
 
 
 @dataclass(frozen=True, slots=True)
 class Webhook:
-    """A call that is due."""
+    """A webhook call that is due."""
 
     job_id: str
     url: str
@@ -27,19 +27,19 @@ class Webhook:
 
 
 def webhook_of(job: Job, answer: Mapping[str, Any]) -> Webhook:
-    """Return the call that tells of a job; `answer` is what a fetch would be answered."""
-    content: dict[str, Any] = {"id": job.spoken_id, **answer, "track_id": job.track_id}
+    """Return the webhook call for a job. `answer` is the current answer to a fetch."""
+    content: dict[str, Any] = {"id": job.answer_id, **answer, "track_id": job.track_id}
     if job.family.shape == "training":
         content = {"status": "success", "training_status": "model_ready", "model_id": job.id, "track_id": job.track_id}
     elif answer.get("status") == "success":
         content |= {"generationTime": round(job.ready_at - job.submitted_at, 6), "meta": meta(job)}
     else:
-        content["id"] = job.spoken_id
+        content["id"] = job.answer_id
     return Webhook(job.id, job.webhook, content)
 
 
 def is_local(url: str) -> bool:
-    """Return whether an address is on this machine: the stand-in calls no other.
+    """Return whether a URL points to this machine. The stand-in calls no others.
 
     >>> is_local("http://127.0.0.1:8000/hook"), is_local("https://example.org/hook"), is_local("ftp://localhost/")
     (True, False, False)
@@ -48,7 +48,7 @@ def is_local(url: str) -> bool:
 
 
 def call(webhook: Webhook) -> int:
-    """Post a webhook, three times at most; the HTTP status of the last try, 0 for none. Never raises."""
+    """Post a webhook, with at most three tries. Return the last HTTP status, or 0. Never raises."""
     body = json.dumps(webhook.content).encode()
     status = 0
     for _ in range(TRIES):
@@ -64,7 +64,7 @@ def call(webhook: Webhook) -> int:
 
 
 def _addresses(url: str) -> tuple[str, ...]:
-    """Return the loopback addresses of an address; none for any other."""
+    """Return the loopback addresses that a URL points to. Empty for any other URL."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname or "", parts.port
@@ -82,8 +82,8 @@ def _addresses(url: str) -> tuple[str, ...]:
 
 def _post(parts: SplitResult, address: str, body: bytes) -> int:
     port = parts.port or 80
-    connection = http.client.HTTPConnection(address, port, timeout=SECONDS)
-    connection.sock = socket.create_connection((address, port), SECONDS)  # an address, so no name is looked up
+    connection = http.client.HTTPConnection(address, port, timeout=CALL_SECONDS)
+    connection.sock = socket.create_connection((address, port), CALL_SECONDS)  # an IP address: no DNS lookup
     headers = {"Content-Type": "application/json", "Host": parts.netloc.rpartition("@")[2]}
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     with closing(connection):

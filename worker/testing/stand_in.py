@@ -11,7 +11,7 @@ from worker.sandbox.behaviour import DEFAULT_ORDER, fetch_target
 from worker.sandbox.families import Target, family_of
 from worker.sandbox.files import file_name
 from worker.sandbox.options import SandboxOptions
-from worker.sandbox.pictures import SMALLEST, draw
+from worker.sandbox.pictures import MIN_SIZE, draw
 from worker.sandbox.scenarios import ScenarioName, check_scenario
 from worker.sandbox.server import Sandbox
 from worker.testing.clock import Clock
@@ -147,7 +147,7 @@ class FetchApi(Sandbox):
         self._files: dict[str, bytes] = {}
         self._answers_lock = threading.RLock()
         options = SandboxOptions(
-            key=KEY, size=SMALLEST, min_outputs=1, max_outputs=1, min_seconds=READY_SECONDS, max_seconds=READY_SECONDS
+            key=KEY, size=MIN_SIZE, min_outputs=1, max_outputs=1, min_seconds=READY_SECONDS, max_seconds=READY_SECONDS
         )
         super().__init__(options, clock=clock.timestamp)
         self.calls_webhooks = False
@@ -252,7 +252,7 @@ class FetchApi(Sandbox):
         if isinstance(picture, str):
             return picture
         name = file_name("answers", remote_id, index=index, extension="png")
-        content = draw("a picture", remote_id, index, SMALLEST) if picture is None else picture
+        content = draw("a picture", remote_id, index, MIN_SIZE) if picture is None else picture
         with self._answers_lock:
             self._files[name] = content
         return f"{self.root_url}{PICTURES}{name}"

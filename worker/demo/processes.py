@@ -1,4 +1,4 @@
-"""The demo's processes: Redis, the stand-in of the API, and what the Procfile names, on settings of their own."""
+"""Processes of the demo: Redis, the stand-in of the API, and those of the Procfile, with settings of their own."""
 
 import difflib
 import json
@@ -29,23 +29,23 @@ START_SECONDS = 45.0
 END_SECONDS = 6.0
 PING_SECONDS = 0.5
 SOCKET_SECONDS = 10.0
-LOOK_SECONDS = 0.03
+CHECK_SECONDS = 0.03
 CELERY_NODES = ("worker", "downloads")
-OURS = ("FLOWER_", "CELERY_", "SD_API_", "POLL_")
-LIKE_OURS = 0.9
+OWN_PREFIXES = ("FLOWER_", "CELERY_", "SD_API_", "POLL_")
+SIMILARITY = 0.9
 
 
 class Stopped(WorkerError):
-    """The demo was told to end. Nothing is wrong; end it."""
+    """The demo was stopped by a signal. This is not an error."""
 
 
 class DemoFailed(WorkerError):
-    """The demo can't go on; the text says why. Show it."""
+    """The demo cannot continue. Show the message to the user."""
 
 
 @dataclass(frozen=True, slots=True)
 class Flower:
-    """Where Flower is, and how to get in."""
+    """Address and login of Flower."""
 
     port: int
     user: str
@@ -53,19 +53,19 @@ class Flower:
 
     @property
     def url(self) -> str:
-        """Its first page."""
+        """The address of its first page."""
         return f"http://127.0.0.1:{self.port}"
 
 
-class Parts:
-    """All processes of one demo; they run inside its `with` block, and none is left behind."""
+class DemoProcesses:
+    """All processes of one demo. They run inside its `with` block; none is left running afterwards."""
 
     def __init__(self, folder: Path, options: SandboxOptions, *, with_flower: bool) -> None:
         self.folder, self.logs = folder, folder / "logs"
         self.flower = Flower(_free_port(), "admin", secrets.token_urlsafe(9)) if with_flower else None
         self._options = options
         self._redis = EmbeddedRedis(folder / "redis.sock", folder / "redis", persistent=False)
-        self._plain = prepared(_without_ours(os.environ))
+        self._base_environment = prepared(_without_own_settings(os.environ))
         self.logs.mkdir()
         self._log = (self.logs / "demo.log").open("a", encoding="utf-8")
         self._supervisor = Supervisor(folder, self._say, logs=self.logs, timing=Timing(stop_seconds=END_SECONDS))
@@ -82,71 +82,71 @@ class Parts:
             self._log.close()
 
     def start(self) -> None:
-        """Starts everything, as much of it at once as can be. Raises Stopped and DemoFailed."""
+        """Start all processes, as many as possible at the same time. Raises Stopped and DemoFailed."""
         self._redis.claim()
-        self._supervisor.start(Program("redis", self._redis.command, self._plain, outlives=True))
-        self._supervisor.start(Program("sandbox", self._sandbox_words, self._plain))
+        self._supervisor.start(Program("redis", self._redis.command, self._base_environment, outlives=True))
+        self._supervisor.start(Program("sandbox", self._sandbox_command, self._base_environment))
         engine = make_engine(self.database)
         migrate(engine)
         engine.dispose()
-        environment = self._plain | self._environment
+        environment = self._base_environment | self._environment
         lines = {line.name: line for line in read_procfile(own_procfile())}
         for name in ("worker", "downloads", "beat", *(["flower"] if self.flower else [])):
             self._supervisor.start(program(lines[name], environment))
         self.until("redis", self._redis.answers)
 
     def until_ready(self) -> None:
-        """Waits until the workers answer, and Flower listens. Raises Stopped and DemoFailed."""
+        """Wait until the workers answer and Flower listens. Raises Stopped and DemoFailed."""
         self.until("worker", self._workers_answer)
         if self.flower is not None:
             port = self.flower.port
             self.until("flower", lambda: _listens(port) or bool(self._supervisor.exits.get("flower")))
 
     def until(self, name: str, condition: Callable[[], bool]) -> None:
-        """Waits for a part to be ready. Raises Stopped and DemoFailed."""
-        dead = self._dead
-        held = self._supervisor.wait_until(lambda: bool(dead()) or condition(), START_SECONDS, LOOK_SECONDS)
+        """Wait until a process is ready. Raises Stopped and DemoFailed."""
+        exited = self._exited
+        is_ready = self._supervisor.wait_until(lambda: bool(exited()) or condition(), START_SECONDS, CHECK_SECONDS)
         self.check()
-        if not held:
-            raise DemoFailed(f"{name} was not ready within {START_SECONDS:.0f} s{self._last_words(name)}")
+        if not is_ready:
+            raise DemoFailed(f"{name} was not ready within {START_SECONDS:.0f} s{self._last_line(name)}")
 
     def wait(self, seconds: float) -> None:
-        """Looks after the processes for so long. Raises Stopped and DemoFailed."""
+        """Supervise the processes for this many seconds. Raises Stopped and DemoFailed."""
         self._supervisor.step(seconds)
         self.check()
 
     def check(self) -> None:
-        """Raises Stopped where the demo was told to end, DemoFailed where a part died."""
+        """Raises Stopped after a signal, and DemoFailed if a process died."""
         if self._supervisor.stop_signals:
             raise Stopped
-        for name in self._dead():
-            raise DemoFailed(f"{name} ended unexpectedly{self._last_words(name)}")
+        for name in self._exited():
+            raise DemoFailed(f"{name} ended unexpectedly{self._last_line(name)}")
 
-    # ── what they are told ────────────────────────────────────────────────────────────────────────────────────────────
+    # ── settings ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def database(self) -> URL:
-        """A new SQLite file."""
+        """The URL of a new SQLite file."""
         return URL.create("sqlite", database=str(self.folder / "worker.db"))
 
     @cached_property
     def api(self) -> Mapping[str, str]:
-        """What the stand-in says of itself as soon as it listens: `url` and `key`."""
+        """The `url` and `key` that the stand-in announces as soon as it listens."""
         log = self.logs / "sandbox.log"
         self.until("sandbox", lambda: log.read_text(encoding="utf-8").endswith("}\n"))
-        found: Mapping[str, str] = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
-        return found
+        announcement: Mapping[str, str] = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
+        return announcement
 
     @cached_property
     def client(self) -> Celery:
-        """A Celery client as a web app has it: two addresses and nothing of ours."""
+        """A Celery client like that of a web app: it knows two addresses and has nothing of ours installed."""
         client = Celery("web-app", broker=self._redis.url, backend=self._redis.url, set_as_current=False)
         client.conf.broker_transport_options = {"socket_timeout": SOCKET_SECONDS}
         return client
 
     @cached_property
     def settings(self) -> Settings:
-        """Every setting is given, so that neither the environment nor a file has a say."""
+        """Settings with every value set, so that neither environment nor `.env` file has an effect."""
         values: dict[str, Any] = {name: field.default for name, field in Settings.model_fields.items()}
         return Settings(**(values | self._settings))
 
@@ -164,15 +164,15 @@ class Parts:
 
     @property
     def _environment(self) -> dict[str, str]:
-        own = {name.upper(): str(value) for name, value in self._settings.items()} | {"LOG_FORMAT": "text"}
+        variables = {name.upper(): str(value) for name, value in self._settings.items()} | {"LOG_FORMAT": "text"}
         if self.flower is not None:
             login = f"{self.flower.user}:{self.flower.password}"
-            own |= {"FLOWER_BASIC_AUTH": login, "FLOWER_PORT": str(self.flower.port)}
-        return own
+            variables |= {"FLOWER_BASIC_AUTH": login, "FLOWER_PORT": str(self.flower.port)}
+        return variables
 
     @property
-    def _sandbox_words(self) -> tuple[str, ...]:
-        given = {
+    def _sandbox_command(self) -> tuple[str, ...]:
+        options = {
             "port": 0,
             "seed": self._options.seed,
             "min-seconds": self._options.min_seconds,
@@ -180,40 +180,40 @@ class Parts:
             "outputs": f"{self._options.min_outputs}-{self._options.max_outputs}",
             "size": self._options.size,
         }
-        words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-        return (sys.executable, "-m", "worker.sandbox", "--json", *words)
+        arguments = [argument for name, value in options.items() for argument in (f"--{name}", str(value))]
+        return (sys.executable, "-m", "worker.sandbox", "--json", *arguments)
 
-    # ── how they are ──────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── state ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _workers_answer(self) -> bool:
         limit = len(CELERY_NODES)
         replies = self.client.control.broadcast("ping", reply=True, timeout=PING_SECONDS, limit=limit)
         return len(replies or ()) >= limit
 
-    def _dead(self) -> list[str]:
-        """Parts that ended though nobody asked them to. Flower is only there to be looked at."""
+    def _exited(self) -> list[str]:
+        """Return the processes that ended unexpectedly. Flower is left out because the demo does not need it."""
         return [name for name in self._supervisor.exits if name != "flower"]
 
-    def _last_words(self, name: str) -> str:
+    def _last_line(self, name: str) -> str:
         log = self.logs / f"{name}.log"
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
-        said = f": {lines[-1][:300]}" if lines else ""
-        return f"{said} (more in {log})"
+        last_line = f": {lines[-1][:300]}" if lines else ""
+        return f"{last_line} (more in {log})"
 
     def _say(self, name: str, text: str) -> None:
         self._log.write(f"{text}\n")
         self._log.flush()
 
 
-def _without_ours(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without any of our settings, or what would be taken for one."""
-    known = {name.upper() for name in Settings.model_fields}
+def _without_own_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment without our settings, and without names that resemble them."""
+    names = {name.upper() for name in Settings.model_fields}
 
-    def ours(name: str) -> bool:
+    def is_ours(name: str) -> bool:
         upper = name.upper()
-        return upper.startswith(OURS) or bool(difflib.get_close_matches(upper, known, n=1, cutoff=LIKE_OURS))
+        return upper.startswith(OWN_PREFIXES) or bool(difflib.get_close_matches(upper, names, n=1, cutoff=SIMILARITY))
 
-    return {name: value for name, value in environment.items() if not ours(name)}
+    return {name: value for name, value in environment.items() if not is_ours(name)}
 
 
 def _free_port() -> int:

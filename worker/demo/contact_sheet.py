@@ -1,4 +1,4 @@
-"""The contact sheet: one page with every picture, what it took, and where it is. Pure: progress in, HTML out."""
+"""The contact sheet: an HTML page with all pictures, their timing and their files. Pure: jobs in, HTML out."""
 
 import os
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from worker.demo.watch import File, Progress, mean, seconds_text
+from worker.demo.display import DemoJob, DemoOutput, mean, seconds_text
 from worker.storage.local import path_of
 
 _STYLE = """
@@ -52,34 +52,34 @@ footer{margin-top:clamp(1.5rem,3vw,2.6rem);color:var(--soft);font-size:.85rem;ov
 """
 
 
-def sheet(progress: Sequence[Progress], folder: Path, *, seconds: float) -> str:
-    """The page, to be written in `folder`: its links are relative, and it loads nothing from elsewhere."""
-    pictures = sum(one.stored for one in progress)
-    polls = sum(one.polls for one in progress)
-    done = [one for one in progress if one.status == "completed"]
+def contact_sheet(jobs: Sequence[DemoJob], folder: Path, *, seconds: float) -> str:
+    """Return the page, to be written to `folder`. Its links are relative, and it loads nothing from other sites."""
+    pictures = sum(job.stored for job in jobs)
+    polls = sum(job.polls for job in jobs)
+    done = [job for job in jobs if job.status == "completed"]
     figures = [
-        ("jobs completed", f"{len(done)}/{len(progress)}" if len(done) < len(progress) else str(len(done))),
+        ("jobs completed", f"{len(done)}/{len(jobs)}" if len(done) < len(jobs) else str(len(done))),
         ("pictures", str(pictures)),
-        ("polls per job", f"{polls / max(len(progress), 1):.1f}"),
-        ("mean, ready to seen", seconds_text(mean([one.seen_after for one in progress]))),
-        ("mean, ready to stored", seconds_text(mean([one.stored_after for one in progress]))),
+        ("polls per job", f"{polls / max(len(jobs), 1):.1f}"),
+        ("mean, ready to seen", seconds_text(mean([job.seen_after for job in jobs]))),
+        ("mean, ready to stored", seconds_text(mean([job.stored_after for job in jobs]))),
         ("whole demo", f"{seconds:.0f} s"),
     ]
-    shown = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures)
-    cards = "\n".join(_card(one, folder) for one in progress)
+    figures_html = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures)
+    cards = "\n".join(_card(job, folder) for job in jobs)
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Contact sheet: {pictures} pictures of {len(progress)} jobs</title>
+<title>Contact sheet: {pictures} pictures of {len(jobs)} jobs</title>
 <style>{_STYLE}</style>
 </head>
 <body>
 <header>
 <div><h1>Contact sheet</h1>
 <p>Submitted to the stand-in of the API, polled until ready, every picture stored once.</p></div>
-<dl class="figures">{shown}</dl>
+<dl class="figures">{figures_html}</dl>
 </header>
 <main>
 {cards}
@@ -90,9 +90,9 @@ def sheet(progress: Sequence[Progress], folder: Path, *, seconds: float) -> str:
 """
 
 
-def _card(one: Progress, folder: Path) -> str:
-    stored = [file for file in one.files if file.location is not None]
-    prompt = escape(one.submitted.prompt)
+def _card(job: DemoJob, folder: Path) -> str:
+    stored = [file for file in job.files if file.location is not None]
+    prompt = escape(job.submitted.prompt)
     links = "".join(
         f'<a href="{_link(file, folder)}"><img loading="lazy" src="{_link(file, folder)}"'
         f' alt="{prompt}, picture {file.position + 1}"></a>'
@@ -103,24 +103,24 @@ def _card(one: Progress, folder: Path) -> str:
         f'<span title="SHA-256 {file.sha256}">{(file.size_bytes or 0) / 1024:.0f} KiB</span></li>'
         for file in stored
     )
-    pictures = f'<div class="pictures of-{len(stored)}">{links}</div>' if stored else _empty(one)
-    state = "" if one.status == "completed" else f' · <span class="bad">{escape(one.status)}</span>'
+    pictures = f'<div class="pictures of-{len(stored)}">{links}</div>' if stored else _empty(job)
+    state = "" if job.status == "completed" else f' · <span class="bad">{escape(job.status)}</span>'
     hashes = f"<ul>{rows}</ul>" if rows else ""
     return f"""<article>
 {pictures}
 <div class="about"><h2>{prompt}</h2>
-<p class="id">job {one.id or "–"} · API id {escape(one.submitted.remote_id)}{state}</p>
-<dl class="took"><div><dt>polls</dt><dd>{one.polls}</dd></div>
-<div><dt>ready to seen</dt><dd>{seconds_text(one.seen_after)}</dd></div>
-<div><dt>ready to stored</dt><dd>{seconds_text(one.stored_after)}</dd></div></dl>
+<p class="id">job {job.id or "–"} · API id {escape(job.submitted.remote_id)}{state}</p>
+<dl class="took"><div><dt>polls</dt><dd>{job.polls}</dd></div>
+<div><dt>ready to seen</dt><dd>{seconds_text(job.seen_after)}</dd></div>
+<div><dt>ready to stored</dt><dd>{seconds_text(job.stored_after)}</dd></div></dl>
 {hashes}</div>
 </article>"""
 
 
-def _empty(one: Progress) -> str:
-    return f'<div class="pictures none">no picture: {escape(one.reason)}</div>'
+def _empty(job: DemoJob) -> str:
+    return f'<div class="pictures none">no picture: {escape(job.reason)}</div>'
 
 
-def _link(file: File, folder: Path) -> str:
-    """The file as seen from the page."""
+def _link(file: DemoOutput, folder: Path) -> str:
+    """Return the file's URL relative to the page."""
     return quote(os.path.relpath(path_of(str(file.location)), folder))
