@@ -1,4 +1,4 @@
-"""Runs the migrations on DATABASE_URL, beside whatever else lives in that database."""
+"""Run the migrations on DATABASE_URL. Other tables in that database are ignored."""
 
 from alembic import context
 from sqlalchemy import Connection
@@ -10,12 +10,12 @@ from worker.store.schema import MYSQL_ONLY, VERSION_TABLE, metadata
 
 
 def ours(item: SchemaItem, name: str | None, kind: str, reflected: bool, compare_to: SchemaItem | None) -> bool:
-    """Whether Alembic compares this: not an app's own tables, nor what is only on MariaDB and MySQL."""
+    """Return whether Alembic compares an item: not an app's own tables, nor items that only MariaDB and MySQL have."""
     return name in metadata.tables if kind == "table" else name not in MYSQL_ONLY
 
 
 def run(connection: Connection) -> None:
-    """Runs the migrations on an open connection."""
+    """Run the migrations on an open connection."""
     context.configure(
         connection=connection,
         target_metadata=metadata,
@@ -39,8 +39,8 @@ if context.is_offline_mode():
     )
     with context.begin_transaction():
         context.run_migrations()
-elif (given := context.config.attributes.get("connection")) is not None:
-    run(given)
+elif (connection := context.config.attributes.get("connection")) is not None:
+    run(connection)
 else:
     engine = make_engine(load().database)
     with engine.execution_options(**{UNLIMITED: True}).connect() as opened:

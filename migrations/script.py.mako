@@ -1,7 +1,7 @@
 """${message}.
 
 Works with the code before it and the code after it: expand first, contract in a later release.
-Imports nothing of ours. Every constraint has a name.
+Imports nothing from the project. Every constraint has a name.
 
 Revision ${up_revision}, after ${down_revision | comma,n}, ${create_date}.
 """
@@ -16,10 +16,10 @@ depends_on = ${repr(depends_on)}
 
 
 def upgrade() -> None:
-    """Apply."""
+    """Apply the migration."""
     ${upgrades if upgrades else "pass"}
 
 
 def downgrade() -> None:
-    """Take back."""
+    """Revert the migration."""
     ${downgrades if downgrades else "pass"}

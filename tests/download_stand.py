@@ -1,4 +1,4 @@
-"""A downloader on a database and a folder of its own, and pictures for it to fetch."""
+"""A downloader with its own database and folder, and images for it to download."""
 
 import hashlib
 import ipaddress
@@ -29,7 +29,7 @@ def _chunk(name: bytes, data: bytes) -> bytes:
 
 
 def png(width: int = 8, height: int = 8, *, padding: int = 0) -> bytes:
-    """A real picture, larger by some text where wanted."""
+    """Return a real PNG image, with `padding` bytes of text in it."""
     rows = (b"\x00" + b"\x30\x60\x90" * 8) * 8
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -45,16 +45,16 @@ PNG = png(padding=5_000)
 
 @dataclass
 class Stand:
-    """A downloader on a database and a folder of its own."""
+    """A downloader with its own database and folder."""
 
     engine: Engine
     out: Path
-    told: list[int] = field(default_factory=list)
+    notified: list[int] = field(default_factory=list)
     timeout: float = 5.0
     allowed: tuple[Any, ...] = (LOOPBACK,)
 
     def downloader(self) -> Downloader:
-        """One process's."""
+        """Return a new downloader, as in another process."""
         return Downloader(
             engine=self.engine,
             leases=LeaseKeeper(self.engine, lease=timedelta(seconds=30)),
@@ -66,11 +66,11 @@ class Stand:
             max_pixels=MAX_PIXELS,
             timeout=self.timeout,
             deadline=86_400,
-            notify=self.told.extend,
+            notify=self.notified.extend,
         )
 
     def add(self, url: str, **changes: Any) -> int:
-        """An output that is due, of a job of its own."""
+        """Insert a new job with a due output; return the output's id."""
         with self.engine.begin() as connection:
             job_id = add_downloading(connection, hashlib.sha256(url.encode()).hexdigest())
             now = datetime.now(UTC)
@@ -78,12 +78,12 @@ class Stand:
             return add_output(connection, job_id, **(values | changes))
 
     def download(self, url: str, **changes: Any) -> Any:
-        """Adds an output and runs one attempt; its row."""
+        """Insert an output and run one attempt; return its row."""
         output_id = self.add(url, **changes)
         self.downloader().run(output_id)
         return output_of(self.engine, output_id)
 
     @property
     def files(self) -> list[Path]:
-        """Every file there is, temporary ones included."""
+        """All files, including temporary files."""
         return [path for path in self.out.rglob("*") if path.is_file()]

@@ -1,4 +1,4 @@
-"""Stores that lack features of S3: a proxy in front of a real one that refuses or ignores what they do not know."""
+"""S3 stores that lack features: a proxy in front of a real store that refuses or ignores these features."""
 
 import http.client
 import http.server
@@ -16,11 +16,11 @@ from tests.s3_servers import S3Server
 
 FEATURES = ("If-None-Match", "checksum", "checksum mode", "batch delete", "batch delete without MD5")
 CODES = {400: "InvalidArgument", 403: "AccessDenied", 405: "MethodNotAllowed", 501: "NotImplemented"}
-OURS = ("authorization", "x-amz-date", "x-amz-content-sha256", "x-amz-security-token")  # the proxy signs itself
+SIGNATURE = ("authorization", "x-amz-date", "x-amz-content-sha256", "x-amz-security-token")  # the proxy signs again
 
 
 class LesserStore:
-    """What a store lacks: by feature, the status that it refuses it with, or `ignore`."""
+    """A store and its missing features. `lacks` has a status of the refusal or `ignore` for each of them."""
 
     def __init__(self, server: S3Server, lacks: Mapping[str, int | str]) -> None:
         self.server = server
@@ -30,13 +30,13 @@ class LesserStore:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What tells a client of it."""
+        """The environment variables for a client of this store."""
         return self.server.environment | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}"}
 
     def lacking(self, method: str, path: str, headers: Mapping[str, str]) -> Iterator[str]:
-        """Yield the features that a request wants and the store lacks."""
+        """Yield the features that a request uses and the store lacks."""
         batch = method == "POST" and "delete" in parse_qs(urlsplit(path).query, keep_blank_values=True)
-        wants = {
+        uses = {
             "If-None-Match": "if-none-match" in headers,
             "checksum": any(map(_is_checksum, headers)) or "aws-chunked" in headers.get("content-encoding", ""),
             "checksum mode": "x-amz-checksum-mode" in headers,
@@ -44,7 +44,7 @@ class LesserStore:
             "batch delete without MD5": batch and "content-md5" not in headers,
             "everything": True,
         }
-        return (feature for feature in self.lacks if wants[feature])
+        return (feature for feature in self.lacks if uses[feature])
 
 
 def _is_checksum(name: str) -> bool:
@@ -72,13 +72,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             headers = {n: v for n, v in headers.items() if not (n in dropped if dropped else _is_checksum(n))}
         return self._forward(headers, body)
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle  # noqa: N815  # the names that the parent looks for
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle  # noqa: N815  # the names that the base class calls
 
     def _forward(self, headers: dict[str, str], body: bytes) -> None:
         server = self.store.server
         host = urlsplit(server.endpoint).netloc
-        kept = {name: value for name, value in headers.items() if name not in (*OURS, "host", "expect", "connection")}
-        request = AWSRequest(self.command, f"http://{host}{self.path}", headers=kept, data=body)
+        removed = (*SIGNATURE, "host", "expect", "connection")
+        forwarded = {name: value for name, value in headers.items() if name not in removed}
+        request = AWSRequest(self.command, f"http://{host}{self.path}", headers=forwarded, data=body)
         S3SigV4Auth(Credentials(server.key_id, server.secret), "s3", "us-east-1").add_auth(request)
         connection = http.client.HTTPConnection(host, timeout=20)
         try:
@@ -100,12 +101,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 @contextmanager
 def lesser_store(server: S3Server, lacks: Mapping[str, int | str]) -> Iterator[LesserStore]:
-    """A store that lacks these features, in front of `server`."""
+    """Run a store that lacks these features in front of `server`."""
     store = LesserStore(server, lacks)
     listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"store": store}))
     listener.daemon_threads = True

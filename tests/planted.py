@@ -1,4 +1,4 @@
-"""Troubles put into the tables one by one, for tests of what looks at them: each a job that does not move, and why."""
+"""Insert problems into the tables, each with one job that makes no progress, for tests of the reports."""
 
 import os
 from datetime import UTC, datetime
@@ -10,18 +10,18 @@ from tests.rows import add_downloading, add_job, add_output, seconds
 from worker.store.schema import breakers, events
 from worker.system.process_identity import host_name
 
-ELSEWHERE = "0badc0de.7.7"  # a process of another host
-DEAD = f"{host_name()}.{os.getpid()}.1"  # of this host: its number is used again
+ELSEWHERE = "0badc0de.7.7"  # a process on another host
+DEAD = f"{host_name()}.{os.getpid()}.1"  # a dead process on this host, whose pid is used again
 MINE = "https://cdn.dead.test:8443/users/ann/1.png?sig=secret"
 
 
 def now() -> datetime:
-    """The moment that the tables' times are told from."""
+    """Return the time to which the times in the tables are relative."""
     return datetime.now(UTC)
 
 
 def waiting(connection: Connection, remote_id: str, *, due: float = -100.0, **changes: Any) -> int:
-    """A job that is due in so many seconds, below zero: since then."""
+    """Insert a job that is due in `due` seconds. A negative number means that it is due already."""
     at = now()
     times = {
         "submitted_at": at - seconds(200),
@@ -33,13 +33,13 @@ def waiting(connection: Connection, remote_id: str, *, due: float = -100.0, **ch
 
 
 def claimed(connection: Connection, remote_id: str, holder: str, *, over: float, **changes: Any) -> int:
-    """A job that a process took, whose lease is over for so many seconds, below zero: ends then."""
+    """Insert a claimed job whose lease ended `over` seconds ago. A negative number means that it ends later."""
     claim = {"claim_token": "t", "claim_holder": holder, "asked_at": now() - seconds(over + 30)}
     return waiting(connection, remote_id, due=-over, **(claim | changes))
 
 
 def delivered(connection: Connection, remote_id: str, **changes: Any) -> int:
-    """A job that is being downloaded, with one output that is due; `changes` are the output's."""
+    """Insert a downloading job with one output. `changes` are for the output."""
     at = now()
     times = {"submitted_at": at - seconds(300), "tracked_at": at - seconds(300), "deadline_at": at + seconds(3_300)}
     job_id = add_downloading(connection, remote_id, ready_at=at - seconds(250), **times)
@@ -49,32 +49,32 @@ def delivered(connection: Connection, remote_id: str, **changes: Any) -> int:
 
 
 def received(connection: Connection, remote_id: str, *, over: float = -20.0, **changes: Any) -> int:
-    """A job whose output is being received, or was by a process whose lease is over for so many seconds."""
+    """Insert a downloading job with a claimed output, whose lease ended `over` seconds ago (negative: ends later)."""
     at = now()
     claim = {"claim_token": "t", "claim_holder": ELSEWHERE, "claimed_at": at - seconds(10), "attempts": 1}
     return delivered(connection, remote_id, **(claim | {"due_at": at - seconds(over)} | changes))
 
 
 def failed(connection: Connection, remote_id: str, **changes: Any) -> int:
-    """A job that ended badly."""
+    """Insert a failed job."""
     ended = {"status": "failed", "due_at": None, "completed_at": now(), "error_code": "api_failed"}
     return waiting(connection, remote_id, **(ended | {"error_message": "no paint left"} | changes))
 
 
 def breaker(connection: Connection, scope: str, name: str, **changes: Any) -> None:
-    """An account or a host, accepted and open unless `changes` say otherwise."""
+    """Insert the circuit breaker of an account or a host, proven and closed unless `changes` say otherwise."""
     connection.execute(insert(breakers).values({"scope": scope, "name": name, "proven": True} | changes))
 
 
 def held(connection: Connection, scope: str, name: str, reason: str, **changes: Any) -> None:
-    """An account or host that is held for a minute, and tried again in 20 s."""
+    """Insert a circuit breaker that has been open for a minute, with the next probe in 20 s."""
     at = now()
     shut = {"reason": reason, "since": at - seconds(60), "probe_at": at + seconds(20), "probes": 3}
     breaker(connection, scope, name, **(shut | changes))
 
 
 def event(connection: Connection, job_id: int, *, due: float, **changes: Any) -> None:
-    """A webhook event that is due in so many seconds."""
+    """Insert a webhook event that is due in `due` seconds."""
     at = now()
     values = {
         "event_id": f"e{job_id}",

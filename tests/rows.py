@@ -1,4 +1,4 @@
-"""Rows for tests of the store: jobs and outputs put in directly, at moments that a test tells."""
+"""Helpers for tests of the store: insert jobs and outputs directly, claim them, and read them."""
 
 from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
@@ -17,16 +17,16 @@ BASE = "https://api.test/api/v3/fetch"
 STORED: dict[str, Any] = {
     **{"status": "stored", "due_at": None, "stored_at": NOW},
     **{"location": "file:///x", "sha256": "ab" * 32, "media_type": "image/png"},
-}  # of an output; its size is missing
+}  # values of a stored output, without its size
 
 
 def seconds(number: float) -> timedelta:
-    """So many seconds."""
+    """Return a timedelta of this many seconds."""
     return timedelta(seconds=number)
 
 
 def job_values(remote_id: str = "1", **changes: Any) -> dict[str, Any]:
-    """The values of a pending job that is due at NOW, with `changes`."""
+    """Return the values of a pending job that is due at NOW, with `changes`."""
     return {
         "account": "default",
         "remote_id": remote_id,
@@ -44,7 +44,7 @@ def job_values(remote_id: str = "1", **changes: Any) -> dict[str, Any]:
 
 
 def output_values(job_id: int, position: int = 0, **changes: Any) -> dict[str, Any]:
-    """The values of a pending output that is due at NOW, with `changes`."""
+    """Return the values of a pending output that is due at NOW, with `changes`."""
     return {
         "job_id": job_id,
         "position": position,
@@ -57,22 +57,22 @@ def output_values(job_id: int, position: int = 0, **changes: Any) -> dict[str, A
 
 
 def add_job(connection: Connection, remote_id: str = "1", **changes: Any) -> int:
-    """Puts a job in; its id."""
-    done = connection.execute(jobs.insert().values(job_values(remote_id, **changes)).returning(jobs.c.id))
-    return int(done.scalar_one())
+    """Insert a job; return its id."""
+    result = connection.execute(jobs.insert().values(job_values(remote_id, **changes)).returning(jobs.c.id))
+    return int(result.scalar_one())
 
 
 def add_downloading(connection: Connection, remote_id: str = "1", **changes: Any) -> int:
-    """Puts a job in whose outputs are being downloaded; its id."""
+    """Insert a job that is downloading; return its id."""
     return add_job(connection, remote_id, **({"status": "downloading", "due_at": None, "ready_at": NOW} | changes))
 
 
 def add_output(connection: Connection, job_id: int, position: int = 0, **changes: Any) -> int:
-    """Puts an output in; its id."""
-    done = connection.execute(
+    """Insert an output; return its id."""
+    result = connection.execute(
         outputs.insert().values(output_values(job_id, position, **changes)).returning(outputs.c.id)
     )
-    return int(done.scalar_one())
+    return int(result.scalar_one())
 
 
 def claim(
@@ -84,12 +84,12 @@ def claim(
     account: str = "default",
     limit: int = 100,
 ) -> list[ClaimedJob]:
-    """Claims due jobs for LEASE, best first."""
+    """Claim due jobs for LEASE, best first."""
     claimed: list[ClaimedJob] = []
-    for level in due_groups(connection, [account]):
-        left = limit - len(claimed)
-        if left:
-            claimed += claim_jobs(connection, level, limit=left, token=token, holder=holder, lease=LEASE, now=now)
+    for group in due_groups(connection, [account]):
+        remaining = limit - len(claimed)
+        if remaining:
+            claimed += claim_jobs(connection, group, limit=remaining, token=token, holder=holder, lease=LEASE, now=now)
     return claimed
 
 
@@ -102,24 +102,24 @@ def take(
     now: datetime = NOW,
     without: Collection[str] = (),
 ) -> ClaimedOutput | None:
-    """Claims one output for LEASE."""
+    """Claim one output for LEASE, if possible."""
     return claim_output(connection, output_id, token=token, holder=holder, lease=LEASE, now=now, without=without)
 
 
 def taken(connection: Connection, output_id: int, *, token: str = TOKEN, now: datetime = NOW) -> ClaimedOutput:
-    """Claims one output that is there to be claimed."""
+    """Claim one output that must be available."""
     claimed = take(connection, output_id, token=token, now=now)
     assert claimed is not None
     return claimed
 
 
 def job_of(engine: Engine, job_id: int) -> Row[Any]:
-    """A job as it is committed."""
+    """Return the committed row of a job."""
     with engine.connect() as connection:
         return connection.execute(select(jobs).where(jobs.c.id == job_id)).one()
 
 
 def output_of(engine: Engine, output_id: int) -> Row[Any]:
-    """An output as it is committed."""
+    """Return the committed row of an output."""
     with engine.connect() as connection:
         return connection.execute(select(outputs).where(outputs.c.id == output_id)).one()

@@ -1,4 +1,4 @@
-"""A real S3 server for the tests: a SeaweedFS of this run's own, on ports, keys and in a folder of its own."""
+"""A real S3 server for the tests: SeaweedFS with its own ports, keys and folder for each test run."""
 
 import os
 import secrets
@@ -16,11 +16,11 @@ from typing import Any
 from tests.servers import START_SECONDS, missing
 
 SERVICES = ("master", "volume", "filer", "admin", "s3")
-TRIES = 3  # a port that was free just now may be another's by the time the server takes it
+TRIES = 3  # another process may take a free port before the server does
 
 
 class S3Server:
-    """A SeaweedFS that can be stopped and started again with what it has."""
+    """A SeaweedFS server that can be stopped and started again with its data."""
 
     def __init__(self, folder: Path) -> None:
         self.key_id, self.secret = secrets.token_hex(8), secrets.token_hex(16)
@@ -28,7 +28,7 @@ class S3Server:
         self._binary = _binary()
         self._ports: list[int] = []
         self._process: subprocess.Popen[bytes] | None = None
-        self._mark = f"mark-{secrets.token_hex(8)}"  # a bucket, by which we know that the server is ours
+        self._mark = f"mark-{secrets.token_hex(8)}"  # a bucket that identifies this server
         self._marked = False
         (folder / "data").mkdir()
         (folder / "keys.json").write_text(
@@ -38,12 +38,12 @@ class S3Server:
 
     @property
     def endpoint(self) -> str:
-        """Where it answers."""
+        """The URL of the server."""
         return f"http://127.0.0.1:{self._ports[-1]}"
 
     @property
     def environment(self) -> dict[str, str]:
-        """What tells a client of it, and keeps it from looking elsewhere."""
+        """The environment variables for a client of this server only."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": self.key_id,
@@ -55,7 +55,7 @@ class S3Server:
 
     @cached_property
     def client(self) -> Any:
-        """A plain client of it, for looking behind the back of what is tested."""
+        """A plain client, to check the server's data independently of the tested code."""
         import boto3
         from botocore.config import Config
 
@@ -69,13 +69,13 @@ class S3Server:
         )
 
     def bucket(self) -> str:
-        """A new bucket; its name."""
+        """Create a bucket; return its name."""
         name = f"tests-{secrets.token_hex(8)}"
         self.client.create_bucket(Bucket=name)
         return name
 
     def start(self) -> None:
-        """Starts it, where it does not run: with the ports and the data that it had before."""
+        """Start the server if it is not running, with the same ports and data as before."""
         if self._process is not None and self._process.poll() is None:
             return
         self.stop()
@@ -85,11 +85,11 @@ class S3Server:
             if self._answers(self._process):
                 return
             self.stop()
-            vars(self).pop("client", None)  # it was for other ports
+            vars(self).pop("client", None)  # it has the old ports
         raise AssertionError(self._log.read_text())
 
     def stop(self) -> None:
-        """Ends it at once, as a crash would: asked politely it takes up to a quarter of a minute."""
+        """Kill the server, as in a crash. A normal stop takes up to 15 seconds."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -115,14 +115,14 @@ class S3Server:
                     *("-filer.localSocket=filer.sock", "-s3.localSocket=s3.sock"),
                 ],
                 cwd=self._folder,
-                # no settings of whoever runs the tests; one volume per bucket instead of seven
+                # no settings of the user who runs the tests; one volume per bucket instead of seven
                 env={"PATH": os.defpath, "HOME": str(self._folder), "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"},
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
 
     def _answers(self, process: "subprocess.Popen[bytes]") -> bool:
-        """Waits until it reads and writes; False where it gave up, as it does when a port is taken."""
+        """Wait until the server reads and writes. Return False if it exited, for example because a port is taken."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         client = self.client
@@ -144,17 +144,17 @@ class S3Server:
 
 def _binary() -> str:
     try:
-        import boto3  # noqa: F401  # the client comes as an extra
+        import boto3  # noqa: F401  # an optional dependency
     except ImportError:
         missing("boto3")
-    found = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
-    if found is None:
+    path = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
+    if path is None:
         missing("SeaweedFS")
-    return str(found)
+    return str(path)
 
 
 def _free_ports(count: int) -> list[int]:
-    """TCP ports that were all free just now."""
+    """Return TCP ports that are free at the moment."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
@@ -164,7 +164,7 @@ def _free_ports(count: int) -> list[int]:
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[S3Server]:
-    """A running S3 server; ended, with all it held, afterwards."""
+    """Run an S3 server; stop it and delete its data afterwards."""
     server = S3Server(folder)
     try:
         server.start()

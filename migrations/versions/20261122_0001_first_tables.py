@@ -1,4 +1,4 @@
-"""The first tables: jobs, their outputs, bytes that answers carried themselves, and the gates of accounts and hosts.
+"""Create the first tables: jobs, outputs, bytes from the answers themselves, circuit breakers of accounts and hosts.
 
 Every constraint has a name.
 
@@ -24,12 +24,12 @@ BODY = sa.LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
 
 
 def partial(condition: str) -> dict[str, Any]:
-    """The condition of a partial index, where the database has such."""
+    """Return the condition of a partial index, for the databases that have partial indexes."""
     return {"postgresql_where": sa.text(condition), "sqlite_where": sa.text(condition)}
 
 
 def upgrade() -> None:
-    """Create them."""
+    """Create the tables."""
     create_table(
         "fetch_gates",
         sa.Column("scope", sa.String(length=16), nullable=False),
@@ -197,6 +197,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop them, with every job in them."""
+    """Drop the tables with all jobs."""
     for table in ("fetch_output_bodies", "fetch_outputs", "fetch_jobs", "fetch_gates"):
         op.drop_table(table)

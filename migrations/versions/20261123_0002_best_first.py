@@ -1,8 +1,8 @@
-"""Claims best first at any size, and what rate limits taught about an account.
+"""Indexes for claims in the best order with any number of jobs, and columns for the learned rate limit of an account.
 
-The index of due jobs goes by priority and host before time, so that a claim reads no row that it does not take, and
-that of references leaves out jobs that have none. On PostgreSQL that of states leaves out the jobs that wait, and the
-hot table keeps room in its pages and is vacuumed early: each request writes its row twice.
+The index of due jobs has priority and host before the due time, so that a claim reads only the rows that it takes. The
+index of references leaves out jobs without one. On PostgreSQL, the index of states leaves out pending jobs. There the
+table of jobs also has free space in its pages and is vacuumed early, because each request updates its row twice.
 
 Every constraint has a name.
 
@@ -33,12 +33,12 @@ HOT = {
 
 
 def partial(condition: str) -> dict[str, Any]:
-    """The condition of a partial index, where the database has such."""
+    """Return the condition of a partial index, for the databases that have partial indexes."""
     return {"postgresql_where": sa.text(condition), "sqlite_where": sa.text(condition)}
 
 
 def upgrade() -> None:
-    """Add the columns and the index; the old index is of no more use."""
+    """Add the columns and the new index, and drop the old index."""
     add_column("fetch_gates", sa.Column("ceiling", sa.Double(), nullable=True))
     add_column("fetch_gates", sa.Column("cut_at", MOMENT, nullable=True))
     create_index(
@@ -59,7 +59,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Back to the first tables."""
+    """Restore the first tables."""
     if op.get_bind().dialect.name == "postgresql":
         op.execute(f"ALTER TABLE fetch_jobs RESET ({', '.join(HOT)})")
         op.drop_index("ix_fetch_jobs_status", table_name="fetch_jobs")

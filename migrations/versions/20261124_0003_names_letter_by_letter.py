@@ -1,8 +1,8 @@
-"""On MariaDB and MySQL names are compared letter by letter, as everywhere else: `Shop` and `shop` are two accounts.
+"""Use a case-sensitive collation on MariaDB and MySQL, as on the other databases: `Shop` and `shop` are two accounts.
 
-Their default collation takes upper and lower case for the same, so two accounts or two remote ids could meet in one.
+Their default collation ignores case, so two accounts or two remote ids could be treated as one.
 
-Imports nothing of ours. Every constraint has a name.
+Imports nothing from the project. Every constraint has a name.
 
 Revision 0003, after 0002, 2026-11-24.
 """
@@ -18,12 +18,12 @@ TABLES = ("fetch_jobs", "fetch_outputs", "fetch_output_bodies", "fetch_gates")
 
 
 def upgrade() -> None:
-    """Exact comparison."""
+    """Convert the tables to a case-sensitive collation."""
     _convert("utf8mb4_bin")
 
 
 def downgrade() -> None:
-    """Back to what such a server does by itself."""
+    """Restore the server's default collation."""
     _convert("utf8mb4_general_ci")
 
 

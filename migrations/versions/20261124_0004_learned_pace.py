@@ -1,6 +1,6 @@
-"""How long jobs take, as polls showed: a row per account and kind, and with each job when it was last seen not ready.
+"""Store how long jobs take, per account and kind, and for each job when it was last seen not ready.
 
-The worker before this one leaves the new columns alone: to it they are empty, and what is empty is asked about first.
+The previous version of the worker leaves the new columns empty. Jobs with empty columns are polled first.
 
 Every constraint has a name.
 
@@ -45,7 +45,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Forget it."""
+    """Drop the table and the columns."""
     for name in ("pace_growth", "pace_scale", "not_ready_at", "eta_at"):
         op.drop_column("fetch_jobs", name)
     op.drop_table("fetch_paces")

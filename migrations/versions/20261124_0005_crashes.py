@@ -1,6 +1,6 @@
-"""How often in a row the processes died that worked on a job or an output.
+"""Count the consecutive crashes of processes that worked on a job or an output.
 
-The worker before this one knows nothing of the table, and needs nothing of it.
+The previous version of the worker does not use the table.
 
 Every constraint has a name.
 
@@ -38,5 +38,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Forget it."""
+    """Drop the table."""
     op.drop_table("fetch_crashes")

@@ -1,4 +1,4 @@
-"""Webhooks: where a job's end is told, and one event for each final state, until it is delivered.
+"""Webhooks: the URL of each job, and one event for each final state until it is delivered.
 
 Revision 0006, after 0005, 2026-11-24.
 """
@@ -21,7 +21,7 @@ MOMENT = sa.DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql",
 
 
 def partial(condition: str) -> dict[str, Any]:
-    """The condition of a partial index, where the database has such."""
+    """Return the condition of a partial index, for the databases that have partial indexes."""
     return {"postgresql_where": sa.text(condition), "sqlite_where": sa.text(condition)}
 
 
@@ -35,7 +35,7 @@ def upgrade() -> None:
         ["completed_at"],
         **partial("completed_at IS NOT NULL AND webhook_url IS NOT NULL AND announced_at IS NULL"),
     )
-    create_index(  # for MariaDB, which has no partial indexes; empty everywhere else
+    create_index(  # for MariaDB, which has no partial indexes; empty on other databases
         "ix_fetch_jobs_unannounced_mysql",
         "fetch_jobs",
         ["announced_at", "webhook_url"],
@@ -83,7 +83,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Forget them."""
+    """Drop the columns and the table."""
     op.drop_table("fetch_events")
     op.drop_index("ix_fetch_jobs_unannounced_mysql", table_name="fetch_jobs")
     op.drop_index("ix_fetch_jobs_unannounced", table_name="fetch_jobs")

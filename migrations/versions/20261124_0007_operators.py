@@ -1,4 +1,4 @@
-"""For operators: totals and their history, holds by hand, how far a download is; MariaDB finds untold jobs at once.
+"""Counters and their history, holds by operators, download progress, and an index for unsent `on_done` on MariaDB.
 
 Revision 0007, after 0006, 2026-11-24.
 """
@@ -27,7 +27,7 @@ def upgrade() -> None:
     """Add the columns and the tables."""
     for table, name, type_ in ADDED:
         add_column(table, sa.Column(name, type_, nullable=True))
-    create_index(  # for MariaDB, which has no partial indexes and went through all final jobs; empty everywhere else
+    create_index(  # for MariaDB, which has no partial indexes and read all final jobs; empty on other databases
         "ix_fetch_jobs_untold_mysql",
         "fetch_jobs",
         ["told_at", "on_done"],
@@ -62,7 +62,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Forget them."""
+    """Drop the columns and the tables."""
     op.drop_table("fetch_history")
     op.drop_table("fetch_totals")
     op.drop_index("ix_fetch_jobs_untold_mysql", table_name="fetch_jobs")

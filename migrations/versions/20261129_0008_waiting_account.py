@@ -1,8 +1,8 @@
-"""MariaDB and MySQL find the jobs with a due time without reading the jobs at rest.
+"""Let MariaDB and MySQL find the jobs with a due time without reading the other jobs.
 
-They have no partial indexes. A generated column holds the account of each job that has a due time and is NULL for all
-others, and the index on it takes the part that the partial index `ix_fetch_jobs_best` has on other databases. It holds
-the deadline, too, so that jobs past it are found without reading every job that waits.
+They have no partial indexes. A generated column holds the account of each job that has a due time, and is NULL for all
+other jobs. The index on it has the purpose of the partial index `ix_fetch_jobs_best` on other databases. It also
+contains the deadline, so that jobs past their deadline are found without reading every waiting job.
 
 Revision 0008, after 0007, 2026-11-29.
 """
@@ -32,7 +32,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Forget them."""
+    """Drop the column and its index."""
     if op.get_bind().dialect.name not in MYSQL_FAMILY:
         return
     op.drop_index("ix_fetch_jobs_waiting", table_name="fetch_jobs")

@@ -1,4 +1,4 @@
-"""For `on_done` calls that a broker refuses: how often each was tried, when it is tried again, and why it was refused.
+"""Columns for `on_done` calls that a broker refuses: number of attempts, time of the next attempt, last error.
 
 Revision 0009, after 0008, 2026-11-29.
 """
@@ -26,6 +26,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Forget them."""
+    """Drop the columns."""
     for name in reversed(COLUMNS):
         op.drop_column("fetch_jobs", name)

@@ -1,4 +1,4 @@
-"""Answers that no rule reads, the links that answers promise, and late looks at jobs that expired.
+"""Tables for answers that no rule reads, for promised links, and for late looks at expired jobs.
 
 Revision 0010, after 0009, 2026-11-29.
 """
@@ -19,7 +19,7 @@ MOMENT = sa.DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql",
 LONG_TEXT = sa.Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
 OPTIONS = {
     f"{family}_{name}": value
-    for family in ("mysql", "mariadb")  # SQLAlchemy knows them as two
+    for family in ("mysql", "mariadb")  # two dialects in SQLAlchemy
     for name, value in (("charset", "utf8mb4"), ("collate", "utf8mb4_bin"))
 }
 
@@ -74,6 +74,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Forget them."""
+    """Drop the tables."""
     for name in ("fetch_late_looks", "fetch_promises", "fetch_unread"):
         drop_table(name)

@@ -1,4 +1,4 @@
-"""Which jobs are asked at the address of SD_API_URL because nothing else names one: they follow it, once corrected.
+"""Mark the jobs whose address comes from SD_API_URL, so that they can follow when this setting is corrected.
 
 Revision 0011, after 0010, 2026-11-29.
 """
@@ -14,12 +14,12 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Add the column. Of jobs that are there already it is not known: they keep their addresses."""
+    """Add the column. The origin of existing jobs' addresses is unknown, so they keep their addresses."""
     add_column(
         "fetch_jobs", sa.Column("default_address", sa.Boolean(), nullable=False, server_default=sa.text("false"))
     )
 
 
 def downgrade() -> None:
-    """Forget it."""
+    """Drop the column."""
     drop_column("fetch_jobs", "default_address")

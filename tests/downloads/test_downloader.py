@@ -73,7 +73,7 @@ def test_a_good_picture_is_stored_whole(stand: Stand, web: Web, answer: Answer) 
     row = stand.download(web.serves("/a.png", answer))
     _assert_stored(stand, row, PNG)
     job = job_of(stand.engine, row.job_id)
-    assert (row.media_type, job.status, stand.told) == ("image/png", "completed", [job.id])
+    assert (row.media_type, job.status, stand.notified) == ("image/png", "completed", [job.id])
     assert path_of(row.location).suffix == ".png"
 
 
@@ -122,7 +122,7 @@ def test_the_second_call_asks_the_network_nothing(stand: Stand, web: Web) -> Non
     assert sorted(said)[:7] == ["nothing to do"] * 7
     assert len(web.asked) == 1
     assert output_of(stand.engine, output_id).attempts == 1
-    assert stand.told == [output_of(stand.engine, output_id).job_id]
+    assert stand.notified == [output_of(stand.engine, output_id).job_id]
 
 
 def test_redirects_are_followed_three_times(stand: Stand, web: Web) -> None:
@@ -199,7 +199,7 @@ def test_an_output_in_trouble_stays_pending_with_its_code_and_leaves_nothing(
     assert (row.status, row.error_code, row.attempts, row.claim_token) == ("pending", code, 1, None)
     assert row.error_message
     assert stand.files == []
-    assert (job_of(stand.engine, row.job_id).status, stand.told) == ("downloading", [])
+    assert (job_of(stand.engine, row.job_id).status, stand.notified) == ("downloading", [])
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_an_output_that_is_too_large_ends_at_once_within_bounds(stand: Stand, we
     assert stand.files == []
     assert peak < 16 * MAX_BYTES
     job = job_of(stand.engine, row.job_id)
-    assert (job.status, job.error_code, stand.told) == ("failed", "output_failed", [job.id])
+    assert (job.status, job.error_code, stand.notified) == ("failed", "output_failed", [job.id])
 
 
 @pytest.mark.parametrize(
@@ -614,7 +614,7 @@ def test_a_fault_of_ours_ends_the_attempt_like_any_trouble(
     monkeypatch.setattr(downloader, "sniff", faulty)
     row = stand.download(web.serves("/a.png", page(200, PNG)))
     assert (row.status, row.error_code, row.claim_token) == ("pending", "unreachable", None)
-    assert row.error_message == "a fault of ours: LookupError"
+    assert row.error_message == "internal error: LookupError"
     assert "LookupError" in caplog.text
     assert "secret" not in caplog.text
     assert stand.files == []
@@ -730,7 +730,7 @@ def test_a_cancel_meanwhile_leaves_the_row_as_it_is(stand: Stand, web: Web) -> N
     output_id = stand.add(web.serves("/a.png", cancelled_meanwhile))
     assert stand.downloader().run(output_id) == "the claim was lost"
     assert output_of(stand.engine, output_id).status == "failed"
-    assert stand.told == []
+    assert stand.notified == []
 
 
 def test_nothing_of_ours_and_nothing_of_the_environment_is_sent(
@@ -837,7 +837,7 @@ def test_given_a_lease_that_may_be_over_when_a_download_would_begin_then_nothing
 
     with monkeypatch.context() as asleep:
         asleep.setattr(downloader._leases, "check", refuse)
-        assert "given back" in downloader.run(output_id)
+        assert "released" in downloader.run(output_id)
     row = output_of(stand.engine, output_id)
     assert (row.status, row.attempts, row.claim_token, row.error_code) == ("pending", 0, None, None)
     assert len(web.asked) == 0
@@ -857,5 +857,5 @@ def test_given_a_lease_that_ends_between_two_redirects_then_the_second_request_i
             raise LeaseLost
 
     monkeypatch.setattr(downloader._leases, "check", once)
-    assert "given back" in downloader.run(output_id)
+    assert "released" in downloader.run(output_id)
     assert [request.path for request in web.asked] == ["/1"]

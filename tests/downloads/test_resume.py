@@ -587,19 +587,19 @@ def test_old_partial_files_are_swept_but_none_that_is_written_to(tmp_path: Path)
 
 def test_a_host_that_hangs_takes_no_more_than_its_places() -> None:
     """Others go on; a place that is free again is given to whoever waits."""
-    hosts = HostSlots(1, patience=0.05)
-    with hosts.place("a") as first, hosts.place("a") as second, hosts.place("b") as other:
+    hosts = HostSlots(1, wait_seconds=0.05)
+    with hosts.slot("a") as first, hosts.slot("a") as second, hosts.slot("b") as other:
         assert (first, second, other) == (True, False, True)
-    with hosts.place("a") as again:
+    with hosts.slot("a") as again:
         assert again
 
-    patient, got = HostSlots(1, patience=5), list[bool]()
+    patient, got = HostSlots(1, wait_seconds=5), list[bool]()
 
     def waits() -> None:
-        with patient.place("a") as free:
+        with patient.slot("a") as free:
             got.append(free)
 
-    with patient.place("a"):
+    with patient.slot("a"):
         thread = Thread(target=waits)
         thread.start()
         time.sleep(0.05)

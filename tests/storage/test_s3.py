@@ -189,7 +189,7 @@ def test_another_content_under_our_name_is_never_overwritten(storage: S3Storage,
         assert _keep(storage) == f"s3://{bucket.name}/{longer}"
         assert (bucket.get(key), bucket.get(longer)) == (other, BODY)
     bucket.put(longer, b"another")
-    with pytest.raises(StorageTrouble, match=f"s3://{bucket.name}/{longer} has another content than its name says"):
+    with pytest.raises(StorageTrouble, match=f"content of s3://{bucket.name}/{longer} does not match its name"):
         _keep(storage)
     assert (bucket.get(key), bucket.get(longer)) == (BODY[::-1], b"another")
 
@@ -246,7 +246,7 @@ def test_a_store_that_knows_no_checksums_is_read_back(storage: S3Storage, bucket
     assert calls[-1] == "before-send.s3.GetObject"
     assert bucket.get(location.partition(f"{bucket.name}/")[2]) == BODY
     bucket.client.delete_object(Bucket=bucket.name, Key=location.partition(f"{bucket.name}/")[2])
-    with pytest.raises(StorageTrouble, match="other bytes arrived"):
+    with pytest.raises(StorageTrouble, match="the stored bytes differ"):
         _keep(storage, then=lambda path: path.write_bytes(BODY[::-1]))
     assert bucket.keys() == []
 
@@ -271,7 +271,7 @@ def test_what_is_kept_can_be_opened_and_read_in_pieces(storage: S3Storage, bucke
     storage.open(location).close()
     storage.examine(location, size=1, sha256=SHA)
     assert [body._raw_stream.closed for body in bodies] == [True] * 3
-    with pytest.raises(OutputMissing, match="is gone"):
+    with pytest.raises(OutputMissing, match="is missing"):
         storage.open(f"{location}x")
     with pytest.raises(StorageTrouble, match="not in S3"):
         storage.open("file:///srv/key")

@@ -1,1 +1,1 @@
-"""Downloads outputs: claim, transfer, check, store, record."""
+"""Download outputs: claim an output, receive its file, check it, store it, record the result."""

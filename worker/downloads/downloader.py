@@ -1,4 +1,7 @@
-"""One download: claim the output, stream it to a temporary file, check it, name it, record it. Trusts nobody."""
+"""Download one output: claim it, stream it to a partial file, check it, store it, record the result.
+
+Servers are not trusted: addresses, sizes, times, lengths and content are all checked.
+"""
 
 import logging
 import re
@@ -59,26 +62,26 @@ log = logging.getLogger(__name__)
 CHUNK_BYTES = 256 * 1024
 CONNECT_SECONDS = 10.0
 MAX_REDIRECTS = 3
-BEYOND_SECONDS = 1.0  # how long we wait for bytes after a declared end at which the file is not whole
-REFUSAL_SECONDS = 2.0  # how long we read the page of a refusal
-MOST_PACKINGS = 3  # of one body
-NO_RANGE = frozenset({206, 400, 405, 416, 501})  # answers to a range that say: ask for all of it
+BEYOND_SECONDS = 1.0  # how long to wait for bytes after the declared end of an incomplete file
+REFUSAL_SECONDS = 2.0  # how long to read the page of an error response
+MAX_CODINGS = 3  # nested content codings of one body
+NO_RANGE = frozenset({206, 400, 405, 416, 501})  # responses to a range request after which the whole file is requested
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 STALE_EVERY_SECONDS = 600.0
-STALE_SECONDS = 3_600.0  # what came of an output is of use until its next attempt; none waits longer for one
+STALE_SECONDS = 3_600.0  # a partial file is used by the next attempt, and no output waits longer for one
 READ_SECONDS = 60.0
-FLOOR_SECONDS = 30.0  # a transfer that brings less than the floor in so many seconds is given up for now
+FLOOR_SECONDS = 30.0  # an attempt ends if a period of this length is slower than the minimum speed
 FLOOR_BYTES_PER_SECOND = 1_024
-RESTARTS = 6  # of one attempt: breaks after which nothing new had come
+RESTARTS = 6  # per attempt: broken transfers without progress
 BREAK_SECONDS = 0.1
-HOST_PATIENCE_SECONDS = 0.25
+HOST_WAIT_SECONDS = 0.25
 HOST_BUSY_SECONDS = 3.0
 ELSEWHERE_SECONDS = 0.5
-LOCKED_SECONDS = 0.1  # how long what is left to be written waits for a row that somebody else has locked
+LOCKED_SECONDS = 0.1  # how long the recording of an older result waits for a locked row
 
 
 class Downloader:
-    """Downloads for one process, many threads at once, over one pooled session that carries no key and no cookies."""
+    """Downloads outputs for one process. Thread-safe. The shared HTTP connections send no API key and no cookies."""
 
     def __init__(
         self,
@@ -108,7 +111,7 @@ class Downloader:
         self._max_pixels = max_pixels
         self._timeout = timeout
         self._deadline = timedelta(seconds=deadline)
-        self._tell = notify
+        self._notify = notify
         self._adapter = adapter
         self._headers = {"User-Agent": user_agent, "Accept": "*/*"}
         self._hosts = HostSlots(per_host)
@@ -122,32 +125,32 @@ class Downloader:
         self._prepared = False
 
     def run(self, output_id: int) -> str:
-        """Stores one output, if there is something to do; what happened, in a few words.
+        """Store one output if one is due, and return a short description of the result.
 
-        Raises what the database raises where it is away. What came of an attempt is kept then, and written first the
-        next time: a claim that nobody ends would have its lease renewed for as long as this process has work.
+        Raises the database's errors. The result of an attempt is kept in that case, and recorded at the next call.
+        Without this, the lease of the claim would be renewed for as long as this process has work.
         """
         self._prepare_storage()
         self._remove_stale()
         with self._leases:
             self._release_lost()
-            self._write_what_is_left()
+            self._record_kept_results()
             token = self._leases.new_token()
-            with self._lost_if_unwritten(token):
+            with self._release_later_on_error(token):
                 output = self._claim(output_id, token)
             if output is None:
                 return "nothing to do"
-            with self._hosts.place(_host_of(output)) as free:
-                busy = not free
-                if free:
+            with self._hosts.slot(_host_of(output)) as has_slot:
+                busy = not has_slot
+                if has_slot:
                     with suppress(LeaseLost):
                         return self._record_or_keep(output, self._attempt(output))
-            with self._lost_if_unwritten(token):
-                self._give_back(output)
-            return "its host is busy: again in a few seconds" if busy else "its lease may be over: given back"
+            with self._release_later_on_error(token):
+                self._release(output)
+            return "its host is busy: again in a few seconds" if busy else "its lease may have expired: released"
 
     @contextmanager
-    def _lost_if_unwritten(self, token: str) -> Iterator[None]:
+    def _release_later_on_error(self, token: str) -> Iterator[None]:
         try:
             yield
         except SQLAlchemyError:
@@ -155,7 +158,7 @@ class Downloader:
             raise
 
     def _release_lost(self) -> None:
-        """Gives back claims whose end could not be recorded: a process that is never idle would renew them for ever."""
+        """Release claims whose end could not be recorded. A process with constant work would renew them forever."""
         lost = [self._lost.popleft() for _ in range(len(self._lost))]
         if not lost:
             return
@@ -166,16 +169,16 @@ class Downloader:
             self._lost.extend(lost)
             raise
         if released:
-            log.warning("claims whose end could not be recorded are given back outputs=%s", released)
+            log.warning("released claims whose end could not be recorded outputs=%s", released)
 
     def _claim(self, output_id: int, token: str) -> ClaimedOutput | None:
-        """The next output: of a host that has places left, where there is one due."""
+        """Claim the next output, if possible from a host with a free slot."""
         full = self._hosts.full()
         if full and time.monotonic() >= self._look_elsewhere_at:
             output = self._claim_without(full, output_id, token)
             if output is not None:
                 return output
-            self._look_elsewhere_at = time.monotonic() + ELSEWHERE_SECONDS  # it goes through all that is due
+            self._look_elsewhere_at = time.monotonic() + ELSEWHERE_SECONDS  # not too often: it reads all due outputs
         return self._claim_without((), output_id, token)
 
     def _claim_without(self, hosts: Collection[str], output_id: int, token: str) -> ClaimedOutput | None:
@@ -192,7 +195,7 @@ class Downloader:
 
         return transact(self._engine, claim)
 
-    def _give_back(self, output: ClaimedOutput) -> None:
+    def _release(self, output: ClaimedOutput) -> None:
         with self._engine.begin() as connection:
             now = database_now(connection)
             release_output(connection, output, due_at=now + timedelta(seconds=HOST_BUSY_SECONDS), now=now)
@@ -201,22 +204,19 @@ class Downloader:
         try:
             receive = self._storage.partials.receive
             with receive(output.id, output.token) as incoming, self._received.counted(output, incoming):
-                trouble = self._receive(output, incoming)
-                return trouble or self._keep(output, incoming)
+                return self._receive(output, incoming) or self._keep(output, incoming)
         except StorageTrouble as refused:
             return TransferTrouble("storage", str(refused))
         except LeaseLost:
             raise
-        except Exception as fault:  # a claim that nobody ends would come back for ever, and never be given up
-            kind, place = (
-                type(fault).__name__,
-                traceback.extract_tb(fault.__traceback__)[-1],
-            )  # its text may quote a link
-            log.error("a fault of ours output=%s reason=%s at=%s:%s", output.id, kind, place.name, place.lineno)
-            return TransferTrouble("unreachable", f"a fault of ours: {kind}")
+        except Exception as error:  # any bug: without a result, the output would be tried forever and never fail
+            name = type(error).__name__  # not its text, which may contain a link
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            log.error("internal error output=%s reason=%s at=%s:%s", output.id, name, place.name, place.lineno)
+            return TransferTrouble("unreachable", f"internal error: {name}")
 
     def _receive(self, output: ClaimedOutput, incoming: Incoming) -> Attempt | None:
-        """Fills `incoming`; what stood in the way, or None."""
+        """Receive the file into `incoming`. Return the failure, or None."""
         url = output.urls[address_index(output.facts)]
         link = link_hash(url)
         if output.body is not None:
@@ -231,7 +231,7 @@ class Downloader:
         if len(url) > MAX_URL:
             return Unfit("refused_address", f"the address has more than {MAX_URL} characters")
         if incoming.source is not None and incoming.source.link == link and incoming.complete:
-            return None  # nothing but our own storage stood in the way
+            return None  # complete already; the last attempt failed in the storage
         limit = TimeLimit(self._timeout, partial(self._leases.check, output.id, output.token))
         try:
             with limit:
@@ -247,17 +247,17 @@ class Downloader:
             return TransferTrouble("unreachable", f"no answer: {cause}")
 
     def _transfer(self, url: str, link: str, incoming: Incoming, limit: TimeLimit) -> Attempt | None:
-        """One attempt: a transfer that breaks is gone on with, or started over, while there is sense in it."""
+        """Transfer a file. Continue or restart a broken transfer while this makes sense."""
         restarts, furthest, last = 0, 0, -1
         while True:
             try:
                 return self._request(url, link, incoming, limit)
-            except _Broken as broken:
+            except _BrokenTransfer as broken:
                 incoming.hold = True
                 if broken.slow or limit.expired:
                     return TransferTrouble("unreachable", str(broken))
-                if incoming.size == last:  # twice at the same place: it is cut there, or its headers are wrong
-                    return self._ended_otherwise(incoming, broken)
+                if incoming.size == last:  # twice at the same byte: the file is cut there, or its headers are wrong
+                    return self._check_cut_file(incoming, broken)
                 if not incoming.resumable or incoming.size <= furthest:
                     restarts += 1
                 if restarts > RESTARTS:
@@ -271,83 +271,86 @@ class Downloader:
         while redirects <= MAX_REDIRECTS:
             url = percent_encoded(url)
             self._guard.check_url(url)
-            asked = _range_headers(incoming, link)
+            range_headers = _range_headers(incoming, link)
             timeout = (min(CONNECT_SECONDS, limit.remaining), min(READ_SECONDS, limit.remaining))
-            with self._adapter.exchange("GET", url, self._headers | asked, timeout) as answer:
-                location = answer.headers.get("location")
-                if answer.status in REDIRECTS and location:
+            with self._adapter.exchange("GET", url, self._headers | range_headers, timeout) as response:
+                location = response.headers.get("location")
+                if response.status in REDIRECTS and location:
                     try:
                         url = redirect_target(url, location)
                     except ValueError:
-                        return TransferTrouble("http_error", f"HTTP {answer.status} to a malformed address")
+                        return TransferTrouble("http_error", f"HTTP {response.status} to a malformed address")
                     redirects += 1
                     continue
-                if answer.status not in (200, 206):
-                    if asked and answer.status in NO_RANGE:
+                if response.status not in (200, 206):
+                    if range_headers and response.status in NO_RANGE:
                         incoming.begin(Source(link))
                         continue
-                    incoming.hold = bool(asked)
-                    return _refusal(answer)
-                if answer.status == 206 and asked and not _goes_on(answer, incoming):
-                    incoming.begin(Source(link))  # it answers for other bytes: from the start, then
+                    incoming.hold = bool(range_headers)
+                    return _refusal(response)
+                if response.status == 206 and range_headers and not _continues(response, incoming):
+                    incoming.begin(Source(link))  # it sends other bytes: request the whole file
                     continue
-                if answer.status == 200 or not asked:
-                    if not _from_the_start(answer):
+                if response.status == 200 or not range_headers:
+                    if not _from_the_start(response):
                         return TransferTrouble("http_error", "HTTP 206 with another part than the first")
-                    text = promised_text((listed, url), answer.headers.get("content-type", ""))
-                    incoming.begin(_source_of(answer, link, text))
-                return self._stream(answer, incoming, limit)
+                    text = promised_text((listed, url), response.headers.get("content-type", ""))
+                    incoming.begin(_describe_source(response, link, text))
+                return self._stream(response, incoming, limit)
         return TransferTrouble("http_error", f"more than {MAX_REDIRECTS} redirects")
 
-    def _stream(self, answer: StreamedAnswer, incoming: Incoming, limit: TimeLimit) -> Attempt | None:
-        """Receives a body as it comes. Raises _Broken where it ended too soon, or came too slowly."""
+    def _stream(self, response: StreamedAnswer, incoming: Incoming, limit: TimeLimit) -> Attempt | None:
+        """Receive the body of a response. Raises _BrokenTransfer if it ended too early or was too slow."""
         expected_size = None if incoming.source is None else incoming.source.length
         if expected_size is not None and expected_size > self._max_bytes:
             return Unfit("too_large", f"{expected_size} bytes, more than OUTPUT_MAX_BYTES")
-        look_at, before = time.monotonic() + FLOOR_SECONDS, incoming.size
+        check_at, checked_size = time.monotonic() + FLOOR_SECONDS, incoming.size
         try:
-            while chunk := self._piece(answer, incoming):
+            while chunk := self._piece(response, incoming):
                 if incoming.size + len(chunk) > self._max_bytes:
                     return Unfit("too_large", f"more than OUTPUT_MAX_BYTES ({self._max_bytes} bytes)")
-                if answer.status == 206 and expected_size is not None and incoming.size + len(chunk) > expected_size:
-                    incoming.begin(Source(incoming.source.link if incoming.source else ""))  # whose bytes are these?
-                    raise _Broken(f"more came than the {expected_size} bytes there are")
+                if response.status == 206 and expected_size is not None and incoming.size + len(chunk) > expected_size:
+                    # The received bytes can't be trusted: start again.
+                    incoming.begin(Source(incoming.source.link if incoming.source else ""))
+                    raise _BrokenTransfer(f"more bytes than the declared {expected_size}")
                 incoming.write(chunk)
                 now = time.monotonic()
-                if now >= look_at:
-                    if incoming.size - before < FLOOR_SECONDS * FLOOR_BYTES_PER_SECOND:
-                        raise _Broken(f"slower than {FLOOR_BYTES_PER_SECOND} bytes/s, {incoming.size} bytes", slow=True)
-                    look_at, before = now + FLOOR_SECONDS, incoming.size
+                if now >= check_at:
+                    if incoming.size - checked_size < FLOOR_SECONDS * FLOOR_BYTES_PER_SECOND:
+                        raise _BrokenTransfer(
+                            f"slower than {FLOOR_BYTES_PER_SECOND} bytes/s, {incoming.size} bytes", slow=True
+                        )
+                    check_at, checked_size = now + FLOOR_SECONDS, incoming.size
                 if limit.expired:
                     break
         except (HTTPException, OSError) as error:
             if not limit.expired:
-                raise _Broken(f"the body ended after {incoming.size} bytes: {describe(error)}") from None
-        if limit.expired:  # where no length was declared, a connection that the watchdog ended looks like the end
-            raise _Broken(f"not done within OUTPUT_TIMEOUT, after {incoming.size} bytes", slow=True)
+                raise _BrokenTransfer(f"the body ended after {incoming.size} bytes: {describe(error)}") from None
+        if limit.expired:  # without a declared length, a connection closed at the time limit looks like a normal end
+            raise _BrokenTransfer(f"not done within OUTPUT_TIMEOUT, after {incoming.size} bytes", slow=True)
         if expected_size is not None and incoming.size < expected_size:
-            raise _Broken(f"the body ended after {incoming.size} of {expected_size} bytes")
+            raise _BrokenTransfer(f"the body ended after {incoming.size} of {expected_size} bytes")
         return None
 
-    def _piece(self, answer: StreamedAnswer, incoming: Incoming) -> bytes:
-        """Return the next bytes of a body: also those after its declared end, where the file goes on there."""
-        piece = answer.piece(CHUNK_BYTES)
-        if piece or answer.left != 0 or answer.status != 200 or not incoming.size:
-            return piece
+    def _piece(self, response: StreamedAnswer, incoming: Incoming) -> bytes:
+        """Return the next bytes of a body. If the file is incomplete at its declared end, read further bytes too."""
+        chunk = response.piece(CHUNK_BYTES)
+        if chunk or response.left != 0 or response.status != 200 or not incoming.size:
+            return chunk
         media = sniff(incoming.head)
-        packed = incoming.source is not None and incoming.source.coding
-        if not packed and (media is None or is_complete(media, incoming.head, incoming.tail, incoming.size)):
+        has_coding = incoming.source is not None and incoming.source.coding
+        if not has_coding and (media is None or is_complete(media, incoming.head, incoming.tail, incoming.size)):
             return b""
-        piece = answer.piece_beyond(CHUNK_BYTES, BEYOND_SECONDS)
-        if piece:
+        chunk = response.piece_beyond(CHUNK_BYTES, BEYOND_SECONDS)
+        if chunk:
             incoming.forget_length()
-        return piece
+        return chunk
 
-    def _ended_otherwise(self, incoming: Incoming, broken: "_Broken") -> Attempt | None:
-        """Return None where a file is whole by its own account, though its transfer ended before its declared end."""
-        trouble = self._unpack(incoming)
-        if trouble is not None:
-            return trouble
+    def _check_cut_file(self, incoming: Incoming, broken: "_BrokenTransfer") -> Attempt | None:
+        """Return None if the file format shows that the file is complete although it is shorter than declared."""
+        failure = self._unpack(incoming)
+        if failure is not None:
+            return failure
         media = sniff(incoming.head)
         if media is None or not proves_complete(media, incoming.head, incoming.tail, incoming.size):
             return BadBody("truncated", str(broken), early=True)
@@ -355,9 +358,9 @@ class Downloader:
         return None
 
     def _unpack(self, incoming: Incoming) -> Attempt | None:
-        """Unpack a body that is no media as it came. Its headers need not be right: what they say is tried first."""
+        """Decode a body that is not a media file as it was received. The coding in its headers may be wrong."""
         codings = [] if incoming.source is None else [name for name in incoming.source.coding.split(",") if name]
-        for _ in range(MOST_PACKINGS):
+        for _ in range(MAX_CODINGS):
             if sniff(incoming.head) is not None:
                 return None
             coding = detect_coding(incoming.head) or (codings.pop() if codings else None)
@@ -368,45 +371,45 @@ class Downloader:
             except TooLarge:
                 return Unfit("too_large", f"unpacked more than OUTPUT_MAX_BYTES ({self._max_bytes} bytes)")
             except ValueError:
-                continue  # it is not packed so, whatever the header says
+                continue  # the body does not have this coding
         return None
 
     def _keep(self, output: ClaimedOutput, incoming: Incoming) -> Attempt:
         incoming.hold = False
         remote = output.body is None
-        trouble = self._unpack(incoming)
-        if trouble is not None:
-            return trouble
+        failure = self._unpack(incoming)
+        if failure is not None:
+            return failure
         media = sniff(incoming.head)
         start = base64_start(incoming.head) if media is None else None
         if start is not None:
             try:
-                incoming.replace(_decoded(incoming.chunks(), start))
+                incoming.replace(_decode_base64(incoming.chunks(), start))
             except ValueError:
-                return BadBody("truncated", f"{incoming.size} bytes of a base64 text, which breaks off", remote)
+                return BadBody("truncated", f"{incoming.size} bytes of an incomplete base64 text", remote)
             media = sniff(incoming.head)
         if media is None:
-            judged = _as_text(incoming, remote=remote)
-            if not isinstance(judged, Media):
-                return judged
-            media = judged
+            text_result = _as_text(incoming, remote=remote)
+            if not isinstance(text_result, Media):
+                return text_result
+            media = text_result
         area = pixel_count(media, incoming.head)
         if area is not None and area > self._max_pixels:
             return Unfit("too_large", f"{area} pixels, more than OUTPUT_MAX_PIXELS ({self._max_pixels})")
         if not is_complete(media, incoming.head, incoming.tail, incoming.size):
             return BadBody("truncated", f"{incoming.size} bytes that do not end like {media.type}", remote)
         incoming.finish()
-        incoming.hold = True  # should the storage refuse it, it need not come again
+        incoming.hold = True  # if the storage fails, the next attempt need not download the file again
         location = self._storage.keep(incoming, job_id=output.job_id, position=output.position, media=media)
         incoming.hold = False
         return StoredFile(location, incoming.size, incoming.sha256, media)
 
-    def _write_what_is_left(self) -> None:
+    def _record_kept_results(self) -> None:
         for _ in range(len(self._unwritten)):
             try:
                 output, attempt = self._unwritten.popleft()
             except IndexError:
-                return  # other threads are at it
+                return  # another thread records the rest
             try:
                 self._record_or_keep(output, attempt, self._impatient)
             except SQLAlchemyError as error:
@@ -417,7 +420,7 @@ class Downloader:
         try:
             return self._record(output, attempt, engine or self._engine)
         except SQLAlchemyError as error:
-            if error_kind(error) == "row":  # one that no statement can write would come back for ever
+            if error_kind(error) == "row":  # the result can't be written, so it would be tried forever
                 self._lost.append(output.token)
             else:
                 self._unwritten.append((output, attempt))
@@ -431,15 +434,17 @@ class Downloader:
                 result = replace(result, message=plain_text(self._scrubber.text(result.message)))
             return result, *record_attempt(connection, output, result, now=now)
 
-        result, stood, final = transact(engine, record)
-        if not stood:
+        result, claim_valid, final_status = transact(engine, record)
+        if not claim_valid:
             return "the claim was lost"
         if isinstance(result, GiveUp):
             self._storage.partials.discard(output.id)
-        if final is not None:
-            self._tell([output.job_id])
+        if final_status is not None:
+            self._notify([output.job_id])
         if isinstance(result, StoredFile):
-            return f"stored {result.size_bytes} bytes" + (f", job {output.job_id} {final}" if final else "")
+            return f"stored {result.size_bytes} bytes" + (
+                f", job {output.job_id} {final_status}" if final_status else ""
+            )
         verb = "gave up" if isinstance(result, GiveUp) else "again later"
         log.warning(
             "output not stored output=%s code=%s outcome=%s reason=%s", output.id, result.code, verb, result.message
@@ -447,10 +452,10 @@ class Downloader:
         return f"{verb}: {result.code}"
 
     def _prepare_storage(self) -> None:
-        """Prepare the storage once, before the first download; it may ask a server, so not while the process starts."""
+        """Prepare the storage once, before the first download. Not at process start, because it may call a server."""
         with self._preparing:
             if not self._prepared:
-                with suppress(StorageTrouble):  # every attempt says so again
+                with suppress(StorageTrouble):  # each attempt reports the same error
                     self._storage.prepare()
                 self._prepared = True
 
@@ -461,8 +466,8 @@ class Downloader:
         self._storage.partials.remove_stale(older_than=max(2 * self._timeout, STALE_SECONDS))
 
 
-class _Broken(Exception):
-    """The transfer ended before its end; `slow` where it took too long."""
+class _BrokenTransfer(Exception):
+    """The transfer ended too early, or was too slow (`slow`)."""
 
     def __init__(self, text: str, *, slow: bool = False) -> None:
         super().__init__(text)
@@ -470,39 +475,39 @@ class _Broken(Exception):
 
 
 class HostSlots:
-    """How many downloads go on from each host: one that hangs must not take all the threads there are."""
+    """Limits the concurrent downloads from each host, so that a host that hangs can't block all threads."""
 
-    def __init__(self, most: int, *, patience: float = HOST_PATIENCE_SECONDS) -> None:
-        self._most = most
-        self._patience = patience
-        self._busy: Counter[str] = Counter()
-        self._freed = threading.Condition()
+    def __init__(self, per_host: int, *, wait_seconds: float = HOST_WAIT_SECONDS) -> None:
+        self._per_host = per_host
+        self._wait_seconds = wait_seconds
+        self._running: Counter[str] = Counter()
+        self._slot_released = threading.Condition()
 
     def full(self) -> frozenset[str]:
-        """The hosts that have no place left."""
-        with self._freed:
-            return frozenset(host for host, busy in self._busy.items() if busy >= self._most)
+        """Return the hosts without a free slot."""
+        with self._slot_released:
+            return frozenset(host for host, count in self._running.items() if count >= self._per_host)
 
     @contextmanager
-    def place(self, host: str) -> Iterator[bool]:
-        """A place for one download from a host; whether there was one, within a moment."""
-        with self._freed:
-            free = self._freed.wait_for(lambda: self._busy[host] < self._most, self._patience)
-            if free:
-                self._busy[host] += 1
+    def slot(self, host: str) -> Iterator[bool]:
+        """Take a slot for one download from a host. Yields False if none is released within `wait_seconds`."""
+        with self._slot_released:
+            has_slot = self._slot_released.wait_for(lambda: self._running[host] < self._per_host, self._wait_seconds)
+            if has_slot:
+                self._running[host] += 1
         try:
-            yield free
+            yield has_slot
         finally:
-            if free:
-                with self._freed:
-                    self._busy[host] -= 1
-                    if not self._busy[host]:
-                        del self._busy[host]
-                    self._freed.notify_all()
+            if has_slot:
+                with self._slot_released:
+                    self._running[host] -= 1
+                    if not self._running[host]:
+                        del self._running[host]
+                    self._slot_released.notify_all()
 
 
 def _host_of(output: ClaimedOutput) -> str:
-    """Where the next attempt goes; outputs that need no network have a place each."""
+    """Return the host of the next attempt. An output whose bytes came with the answer gets a key of its own."""
     if output.body is not None:
         return f"#{output.id}"
     with suppress(ValueError):
@@ -511,7 +516,7 @@ def _host_of(output: ClaimedOutput) -> str:
 
 
 def _as_text(incoming: Incoming, *, remote: bool) -> Media | BadBody:
-    """Return what text a file is that is no other media, where its address or its type promises text."""
+    """Return the text type of a file that is not another media type, if its URL or its declared type is text."""
     promise = incoming.source.text if incoming.source is not None else ""
     early = remote and is_text(incoming.head)
     if not promise:
@@ -523,8 +528,8 @@ def _as_text(incoming: Incoming, *, remote: bool) -> Media | BadBody:
         return BadBody("truncated", message, remote) if reason.breaks_off else BadBody("not_media", message, early)
 
 
-def _decoded(chunks: Iterator[bytes], start: int) -> Iterator[bytes]:
-    """The bytes that a base64 text stands for. Raises ValueError where it is none, or not whole."""
+def _decode_base64(chunks: Iterator[bytes], start: int) -> Iterator[bytes]:
+    """Decode a base64 text. Raises ValueError if it is not base64, or incomplete."""
     decoder = Base64Decoder()
     for chunk in chunks:
         yield decoder.feed(chunk[start:])
@@ -533,70 +538,72 @@ def _decoded(chunks: Iterator[bytes], start: int) -> Iterator[bytes]:
 
 
 def _range_headers(incoming: Incoming, link: str) -> dict[str, str]:
-    """What asks for the rest of a file, if its link is the one that the beginning is from."""
-    known = incoming.source
-    if known is None or known.link != link or not known.validator or not incoming.size:
+    """Return the headers that request the rest of a file, if its first part came from the same link."""
+    source = incoming.source
+    if source is None or source.link != link or not source.validator or not incoming.size:
         return {}
-    return {"Range": f"bytes={incoming.size}-", "If-Range": known.validator}
+    return {"Range": f"bytes={incoming.size}-", "If-Range": source.validator}
 
 
-def _refusal(answer: StreamedAnswer) -> Attempt:
-    """Return what an answer without the file means: a dead link, or trouble on the way."""
-    body = answer.beginning(HEAD_BYTES, REFUSAL_SECONDS) if 400 <= answer.status < 500 else b""
-    if is_dead_link(answer.status, answer.headers, body):
-        return DeadLink(f"HTTP {answer.status}")
-    on_the_way = ", refused on the way (a page or a check, not the store)" if answer.status == 403 else ""
-    wait = retry_after_seconds(answer.headers.get("retry-after"), time.time())
-    return TransferTrouble("http_error", f"HTTP {answer.status}{on_the_way}", wait)
+def _refusal(response: StreamedAnswer) -> Attempt:
+    """Return the meaning of an error response: a dead link or another failure."""
+    body = response.beginning(HEAD_BYTES, REFUSAL_SECONDS) if 400 <= response.status < 500 else b""
+    if is_dead_link(response.status, response.headers, body):
+        return DeadLink(f"HTTP {response.status}")
+    on_the_way = ", refused on the way (a page or a check, not the store)" if response.status == 403 else ""
+    wait = retry_after_seconds(response.headers.get("retry-after"), time.time())
+    return TransferTrouble("http_error", f"HTTP {response.status}{on_the_way}", wait)
 
 
-def _source_of(answer: StreamedAnswer, link: str, text: Promise) -> Source:
-    """Return what a whole answer says of itself: its length, and what its rest can be asked for with, if at all."""
-    headers = answer.headers
+def _describe_source(response: StreamedAnswer, link: str, text: Promise) -> Source:
+    """Return the source of a complete response: its length, and the validator for a later range request, if any."""
+    headers = response.headers
     codings = [name.strip() for name in headers.get("content-encoding", "").lower().split(",")]
     coding = ",".join(name for name in codings if name not in ("", "identity"))
-    if coding or answer.status == 206 or headers.get("accept-ranges", "bytes").lower() == "none":
-        return Source(link, "", answer.left, coding[:100], text)
-    return Source(link, _validator(headers), answer.left, text=text)
+    if coding or response.status == 206 or headers.get("accept-ranges", "bytes").lower() == "none":
+        return Source(link, "", response.left, coding[:100], text)
+    return Source(link, _validator(headers), response.left, text=text)
 
 
-def _from_the_start(answer: StreamedAnswer) -> bool:
-    """Whether an answer to a request without a range holds the first byte, also where it calls itself a part."""
-    return answer.status == 200 or not re.match(r"bytes [1-9]", answer.headers.get("content-range", ""))
+def _from_the_start(response: StreamedAnswer) -> bool:
+    """Return whether a response to a request without a range begins at the first byte. Its status may be 206."""
+    return response.status == 200 or not re.match(r"bytes [1-9]", response.headers.get("content-range", ""))
 
 
 def _validator(headers: Mapping[str, str]) -> str:
-    """The entity tag if it is a strong one, else the date of the last change where it is sure to be one (RFC 9110,
-    8.8.2.2: changed at least a second before the answer)."""
+    """Return a strong entity tag, or else the Last-Modified date if it is a strong validator.
+
+    The date is strong if it is at least a second before the response's date (RFC 9110, 8.8.2.2).
+    """
     tag = headers.get("etag", "")
     if re.fullmatch(r'"[\x21\x23-\x7e]{0,200}"', tag):
         return tag
     with suppress(TypeError, ValueError, OverflowError):
         changed = parsedate_to_datetime(headers.get("last-modified", ""))
         if (parsedate_to_datetime(headers.get("date", "")) - changed).total_seconds() >= 1:
-            return _written(changed)
+            return _http_date(changed)
     return ""
 
 
-def _written(moment: datetime) -> str:
+def _http_date(moment: datetime) -> str:
     return format_datetime(moment.astimezone(UTC), usegmt=True)
 
 
 def _other_version(headers: Mapping[str, str], validator: str) -> bool:
-    """Whether an answer names another version than the one that was asked for: not every server heeds If-Range."""
+    """Return whether a response has another version of the file. Some servers ignore If-Range."""
     if validator.startswith('"'):
         return headers.get("etag", validator) != validator
     with suppress(TypeError, ValueError, OverflowError):
-        return _written(parsedate_to_datetime(headers.get("last-modified", validator))) != validator
+        return _http_date(parsedate_to_datetime(headers.get("last-modified", validator))) != validator
     return False
 
 
-def _goes_on(answer: StreamedAnswer, incoming: Incoming) -> bool:
-    """Whether a partial answer is the rest of what is there, and nothing else."""
-    known = incoming.source
-    span = re.fullmatch(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", answer.headers.get("content-range", ""))
-    if known is None or span is None or answer.headers.get("content-encoding", "identity").lower() != "identity":
+def _continues(response: StreamedAnswer, incoming: Incoming) -> bool:
+    """Return whether a partial response is exactly the rest of the received file."""
+    source = incoming.source
+    span = re.fullmatch(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", response.headers.get("content-range", ""))
+    if source is None or span is None or response.headers.get("content-encoding", "identity").lower() != "identity":
         return False
-    if _other_version(answer.headers, known.validator):
+    if _other_version(response.headers, source.validator):
         return False
-    return int(span[1]) == incoming.size and known.length is not None and span[3] in (str(known.length), "*")
+    return int(span[1]) == incoming.size and source.length is not None and span[3] in (str(source.length), "*")

@@ -1,4 +1,4 @@
-"""Tells how many bytes of each long download are there: every two seconds, one statement for all of a process's."""
+"""Report the received bytes of long downloads: one statement per process, every two seconds."""
 
 import logging
 import threading
@@ -14,12 +14,12 @@ from worker.store.engine import LOCK_WAIT, RELAXED, database_now
 
 log = logging.getLogger(__name__)
 
-REPORT_SECONDS = 2.0  # an attempt that is over sooner is never told of
-LOCKED_SECONDS = 1.0  # how long a report waits for anything that is locked: the next one says it anyway
+REPORT_SECONDS = 2.0  # shorter attempts are not reported
+LOCKED_SECONDS = 1.0  # how long a report waits for a lock; the next report has newer numbers anyway
 
 
 class ReceivedBytes:
-    """The downloads of one process that are under way. Its thread is there only while something is received."""
+    """The running downloads of one process. The reporting thread runs only while there are downloads."""
 
     def __init__(self, engine: Engine, holder: str) -> None:
         self._engine = engine.execution_options(**{RELAXED: True, LOCK_WAIT: LOCKED_SECONDS})
@@ -30,7 +30,7 @@ class ReceivedBytes:
 
     @contextmanager
     def counted(self, output: ClaimedOutput, incoming: Incoming) -> Iterator[None]:
-        """An attempt that fills `incoming` is under way."""
+        """Report the size of `incoming` during an attempt."""
         claim = (output.id, output.token)
         with self._lock:
             self._running[claim] = (incoming, time.monotonic())
@@ -43,33 +43,33 @@ class ReceivedBytes:
                 del self._running[claim]
 
     def lasting(self, now: float) -> dict[Claim, int]:
-        """The attempts that are under way for REPORT_SECONDS and longer at `now`, and how many bytes are there."""
+        """Return the received bytes of the attempts that have been running for at least REPORT_SECONDS."""
         running = list(self._running.items())
         return {claim: incoming.size for claim, (incoming, since) in running if since <= now - REPORT_SECONDS}
 
     def _start(self) -> None:
         thread = threading.Thread(target=self._run, name="received-bytes", daemon=True)
-        with suppress(RuntimeError):  # no room for a thread, or the process is ending: the download itself goes on
+        with suppress(RuntimeError):  # no thread could be started, or the process is ending: the download continues
             thread.start()
             self._thread = thread
 
     def _run(self) -> None:
-        told: Mapping[Claim, int] = {}
+        reported: Mapping[Claim, int] = {}
         while True:
             time.sleep(REPORT_SECONDS)
             with self._lock:
                 if not self._running:
-                    self._thread = None  # under the lock: whoever begins to receive something starts another one
+                    self._thread = None  # under the lock, so that the next download starts another thread
                     return
                 sizes = self.lasting(time.monotonic())
-            self._tell({claim: size for claim, size in sizes.items() if told.get(claim) != size})
-            told = sizes
+            self._write({claim: size for claim, size in sizes.items() if reported.get(claim) != size})
+            reported = sizes
 
-    def _tell(self, received: Mapping[Claim, int]) -> None:
+    def _write(self, received: Mapping[Claim, int]) -> None:
         if not received:
             return
         try:
             with self._engine.begin() as connection:
                 record_progress(connection, self._holder, received, now=database_now(connection))
-        except Exception as error:  # nothing depends on it, and the thread has to go on
-            log.info("the bytes received so far could not be written reason=%s", type(error).__name__)
+        except Exception as error:  # nothing depends on it, and the thread must continue
+            log.info("could not record the received bytes reason=%s", type(error).__name__)

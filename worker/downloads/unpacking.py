@@ -1,4 +1,4 @@
-"""Bodies that came packed, though nobody asked for that: unpacked piece by piece, within bounds."""
+"""Decode compressed bodies that were sent without being requested, chunk by chunk and with a size limit."""
 
 import io
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ _SIGNATURES = ((b"\x1f\x8b\x08", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"))
 
 
 class TooLarge(Exception):
-    """There is more than may be unpacked."""
+    """The decoded body is larger than the limit."""
 
 
 def detect_coding(head: bytes) -> str | None:
-    """Return how bytes are packed, as their signature says; None where they have none.
+    """Return the compression of a body by its signature, or None.
 
     >>> packing(b"\\x1f\\x8b\\x08\\0"), packing(b"GIF89a")
     ('gzip', None)
@@ -25,9 +25,9 @@ def detect_coding(head: bytes) -> str | None:
 
 
 def unpack(chunks: Iterator[bytes], coding: str, *, limit: int) -> Iterator[bytes]:
-    """Unpack bytes by a content coding: gzip, deflate, and what urllib3 has libraries for (br, zstd).
+    """Decode a content coding: gzip, deflate, and br and zstd if their libraries are installed.
 
-    Raises ValueError where they are not packed so, and TooLarge for more than `limit` bytes.
+    Raises ValueError if the bytes don't have this coding, and TooLarge for more than `limit` bytes.
     """
     source = io.BufferedReader(_Chunks(chunks))
     response = HTTPResponse(source, headers={"content-encoding": coding}, preload_content=False)
@@ -39,11 +39,11 @@ def unpack(chunks: Iterator[bytes], coding: str, *, limit: int) -> Iterator[byte
                 raise TooLarge
             yield chunk
     except HTTPError:
-        raise ValueError(f"not packed by {coding[:20]}") from None
+        raise ValueError(f"the body is not {coding[:20]}") from None
 
 
 class _Chunks(io.RawIOBase):
-    """Chunks as a file."""
+    """An iterator of chunks as a binary file."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
@@ -54,6 +54,6 @@ class _Chunks(io.RawIOBase):
 
     def readinto(self, buffer: Any, /) -> int:
         self._rest = self._rest or next(self._chunks, b"")
-        piece, self._rest = self._rest[: len(buffer)], self._rest[len(buffer) :]
-        buffer[: len(piece)] = piece
-        return len(piece)
+        chunk, self._rest = self._rest[: len(buffer)], self._rest[len(buffer) :]
+        buffer[: len(chunk)] = chunk
+        return len(chunk)

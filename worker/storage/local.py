@@ -1,4 +1,4 @@
-"""Where outputs are stored: whole, and under names made by us that never stand before their bytes do."""
+"""The storage interface, and storage in local files. A file gets its final name only when it is complete."""
 
 import errno
 import hashlib
@@ -17,7 +17,7 @@ from worker.storage.partial_files import Incoming, PartialFiles
 PARTIAL = ".partial"
 JOBS_PER_FOLDER = 1_000
 READ_BYTES = 1 << 20
-NO_SYNC = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})  # of folders, as some file systems answer
+NO_SYNC = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})  # on file systems that can't sync a folder
 
 _NAME = re.compile(r"(?:^|/)[0-9]+/(?P<job>[0-9]+)/(?P<position>[0-9]+)-[0-9a-f]{16,64}\.[^/]+")
 
@@ -25,48 +25,48 @@ Condition = Literal["whole", "missing", "damaged"]
 
 
 class Storage(Protocol):
-    """A place for outputs. Whatever the place refuses is a StorageTrouble: nothing is lost, and it is tried again."""
+    """A storage for outputs. Failures raise StorageTrouble; nothing is lost, and the caller tries again later."""
 
     partials: PartialFiles
 
     def prepare(self) -> None:
-        """Makes the place itself, as a process starts. What is missing later is missed, not made anew."""
+        """Create the directory of the storage, once per process. If it disappears later, it is not created again."""
         ...
 
     def keep(self, incoming: Incoming, *, job_id: int, position: int, media: Media) -> str:
-        """Gives a received file its final name; its location. Never overwrites anything of another content."""
+        """Store a received file under its final name, and return its location. Never overwrites another file."""
         ...
 
     def open(self, location: str) -> BinaryIO:
-        """The bytes at a location. Raises OutputMissing."""
+        """Open the file at a location. Raises OutputMissing."""
         ...
 
     def url(self, location: str, seconds: float) -> str:
-        """An address of a location that a page can show for so many seconds."""
+        """Return a URL of a location that a web page can use for this number of seconds."""
         ...
 
     def examine(self, location: str, *, size: int, sha256: str) -> Condition:
-        """Whether what is at a location is what was stored there."""
+        """Check whether the file at a location is there and unchanged."""
         ...
 
     def quarantine(self, location: str) -> None:
-        """Moves what is at a location out of the way: its name then ends in `.damaged`."""
+        """Rename a damaged file: its new name ends in `.damaged`."""
         ...
 
     def remove(self, locations: Sequence[str]) -> dict[str, str]:
-        """Removes what is there, for good. Those that are surely there still, or out of reach, and why.
+        """Delete files. Return the locations that could not be deleted or reached, with the reasons.
 
-        Raises StorageTrouble where it can't be told what was removed.
+        Raises StorageTrouble if the result is unknown.
         """
         ...
 
     def locations(self) -> Iterator[str]:
-        """All locations there are, in no order."""
+        """Return all locations, in no particular order."""
         ...
 
 
 def name_of(*, job_id: int, position: int, sha256: str, extension: str) -> str:
-    """The name of an output below the place: folders of a thousand jobs, the job, then position and hash.
+    """Return the relative name of an output: a folder for a thousand jobs, the job, then position and hash.
 
     >>> name_of(job_id=12345, position=0, sha256="ab" * 8, extension="png")
     '12/12345/0-abababababababab.png'
@@ -75,17 +75,17 @@ def name_of(*, job_id: int, position: int, sha256: str, extension: str) -> str:
 
 
 def job_id_of(location: str) -> int | None:
-    """The job that an output's name tells, or None where it is no name of ours.
+    """Return the job id in an output's location, or None if `name_of` can't have made the name.
 
     >>> job_of("s3://bucket/12/12345/0-abababababababab.png"), job_of("file:///etc/passwd")
     (12345, None)
     """
-    found = _NAME.search(location)
-    return None if found is None or found.end() < len(location) else int(found["job"])
+    match = _NAME.search(location)
+    return None if match is None or match.end() < len(location) else int(match["job"])
 
 
 class FileStorage:
-    """Outputs as files below one directory. What is still on its way is in a folder `.partial` beside them."""
+    """Stores outputs as files below one directory. Partial files are in its folder `.partial`."""
 
     def __init__(self, root: Path, *, address: str | None = None) -> None:
         self._root = root
@@ -93,14 +93,14 @@ class FileStorage:
         self.partials = PartialFiles(root / PARTIAL)
 
     def prepare(self) -> None:
-        """Makes the directory. Raises StorageTrouble."""
+        """Create the directory. Raises StorageTrouble."""
         try:
             self._root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageTrouble(f"can't make {self._root}: {error.strerror}") from None
+            raise StorageTrouble(f"can't create {self._root}: {error.strerror}") from None
 
     def keep(self, incoming: Incoming, *, job_id: int, position: int, media: Media) -> str:
-        """Gives a received file its final name; its location as a file: URL. Raises StorageTrouble."""
+        """Rename a received file to its final name, and return its location as a file: URL. Raises StorageTrouble."""
         incoming.sync()
         for digits in (16, 64):
             name = name_of(job_id=job_id, position=position, sha256=incoming.sha256[:digits], extension=media.extension)
@@ -112,35 +112,35 @@ class FileStorage:
                 if not final.exists():
                     incoming.rename(final)
                 elif _hash(final) != incoming.sha256:
-                    continue  # something else has our name: it stays
+                    continue  # another file has this name: try a longer one
                 _sync_folder(final.parent)
             except OSError as error:
                 raise StorageTrouble(f"can't write to {final.parent}: {error.strerror}") from None
             return f"file://{quote(str(final))}"
-        raise StorageTrouble(f"{final} has another content than its name says: move it away")
+        raise StorageTrouble(f"the content of {final} does not match its name: move it away")
 
     def open(self, location: str) -> BinaryIO:
-        """The file. Raises OutputMissing, StorageTrouble."""
+        """Open a file. Raises OutputMissing, StorageTrouble."""
         path = path_of(location)
         try:
             return path.open("rb")
         except (FileNotFoundError, NotADirectoryError):
-            raise OutputMissing(f"{path} is gone: `fetch-worker verify` gets it again") from None
+            raise OutputMissing(f"{path} is missing: `fetch-worker verify` downloads it again") from None
         except OSError as error:
             raise StorageTrouble(f"can't read {path}: {error.strerror}") from None
 
     def url(self, location: str, seconds: float) -> str:
-        """Below STORAGE_ADDRESS where a web server shows the directory; else the file: URL itself, for this host."""
+        """Return a URL below STORAGE_ADDRESS, if it is set, or else the file: URL, which works only on this host."""
         if self._address is None:
             return location
         try:
             name = path_of(location).relative_to(self._root)
         except ValueError:
-            return location  # stored elsewhere, before the setting was changed
+            return location  # stored in another directory, before the setting was changed
         return f"{self._address.rstrip('/')}/{quote(str(name))}"
 
     def examine(self, location: str, *, size: int, sha256: str) -> Condition:
-        """Reads the file and hashes it. Raises StorageTrouble where it can't be told."""
+        """Read and hash the file, and compare it. Raises StorageTrouble if it can't be read."""
         path = path_of(location)
         if path.is_relative_to(self._root) and not self._root.is_dir():
             raise StorageTrouble(f"{self._root} is missing: mount it, or make it")
@@ -153,19 +153,19 @@ class FileStorage:
         return "whole" if same else "damaged"
 
     def quarantine(self, location: str) -> None:
-        """Renames the file. Raises StorageTrouble."""
+        """Rename the file to a free name. Raises StorageTrouble."""
         path = path_of(location)
         try:
-            path.rename(_free(path))
+            path.rename(_free_name(path))
         except FileNotFoundError:
             return
         except OSError as error:
             raise StorageTrouble(f"can't rename {path}: {error.strerror}") from None
 
     def remove(self, locations: Sequence[str]) -> dict[str, str]:
-        """Removes files, and the folders that are empty then. Those that could not be removed, and why.
+        """Delete files and their empty folders. Return the locations that could not be deleted, with the reasons.
 
-        Where nothing at all is in their directory they are out of reach: rather is a disk not mounted then.
+        An empty root directory is treated as an unmounted disk: its files count as not reachable.
         """
         refused: dict[str, str] = {}
         folders: set[Path] = set()
@@ -174,9 +174,9 @@ class FileStorage:
             try:
                 path.unlink()
             except (FileNotFoundError, NotADirectoryError):
-                why = _bare(path.parents[2])
-                if why is not None:
-                    refused[location] = why
+                reason = _why_unreachable(path.parents[2])
+                if reason is not None:
+                    refused[location] = reason
                     continue
             except OSError as error:
                 refused[location] = f"can't remove {path}: {error.strerror}"
@@ -187,7 +187,7 @@ class FileStorage:
         return refused
 
     def locations(self) -> Iterator[str]:
-        """All files below the directory but those on their way. Raises StorageTrouble."""
+        """Return the locations of all files below the directory except partial files. Raises StorageTrouble."""
         if not self._root.is_dir():
             raise StorageTrouble(f"{self._root} is missing: mount it, or make it")
         for folder, folders, names in os.walk(self._root):
@@ -198,36 +198,39 @@ class FileStorage:
 
 
 def path_of(location: str) -> Path:
-    """The path that a `file:` location names."""
+    """Return the path of a `file:` location."""
     return Path(unquote(location.removeprefix("file://")))
 
 
 def canonical_location(location: str) -> str:
-    """What tells one location from another: a file is the same one by whatever links its directory is reached."""
+    """Return a key that is equal for two locations of the same file, also if they differ by symbolic links."""
     return os.path.realpath(path_of(location)) if location.startswith("file:") else location
 
 
-def _bare(root: Path) -> str | None:
-    """Why nothing can be told of files below a directory: it has not even the folder of partial files, as all have."""
+def _why_unreachable(root: Path) -> str | None:
+    """Return the reason why a root directory seems to be unmounted, or None.
+
+    A mounted root is never empty, because it contains the folder of partial files.
+    """
     try:
-        with os.scandir(root) as found:
-            return None if next(found, None) else f"{root} is empty: mount it, or keep the files"
+        with os.scandir(root) as entries:
+            return None if next(entries, None) else f"{root} is empty: mount it, or keep the files"
     except OSError as error:
         return f"can't read {root} ({error.strerror}): mount it, or keep the files"
 
 
 def _remove_empty(folder: Path) -> Path:
-    """Removes a job's folder, and the one around it, where they are empty; the folder that is left."""
-    left = folder
-    with suppress(OSError):  # something else is in it, or it is gone
+    """Delete a job's folder and its parent if they are empty. Return the folder that remains."""
+    remaining = folder
+    with suppress(OSError):  # it is not empty, or it is missing
         for _ in range(2):
-            left.rmdir()
-            left = left.parent
-    return left
+            remaining.rmdir()
+            remaining = remaining.parent
+    return remaining
 
 
 def _sync_removal(folder: Path) -> None:
-    """What is gone, a crash does not bring back. Raises StorageTrouble."""
+    """Sync a folder, so that deleted files don't reappear after a crash. Raises StorageTrouble."""
     try:
         _sync_folder(folder)
     except FileNotFoundError:
@@ -236,12 +239,12 @@ def _sync_removal(folder: Path) -> None:
         raise StorageTrouble(f"can't write to {folder}: {error.strerror}") from None
 
 
-def _free(path: Path) -> Path:
-    number, free = 0, path.with_name(f"{path.name}.damaged")
-    while free.exists():
+def _free_name(path: Path) -> Path:
+    number, candidate = 0, path.with_name(f"{path.name}.damaged")
+    while candidate.exists():
         number += 1
-        free = path.with_name(f"{path.name}.{number}.damaged")
-    return free
+        candidate = path.with_name(f"{path.name}.{number}.damaged")
+    return candidate
 
 
 def _hash(path: Path) -> str:

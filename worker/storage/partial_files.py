@@ -1,9 +1,9 @@
-"""Files that are being received: counted and hashed as they come, and taken up again after whatever cut them short.
+"""Partial files: downloads in progress, hashed while they are received, and resumed after an interruption.
 
-A partial file has a sidecar that says which link its bytes are from and what to ask that link for. Whoever writes to it
-holds a lock on it, which a dead process lets go of by itself; where the file system knows no locks every claim has a
-file of its own, and none lasts. Bytes that were written before the host last started are
-not trusted: a crash of the host may have left holes in them.
+A partial file has a sidecar file with the hash of its link and the validator for a range request. The process that
+writes to it holds a lock on it, which the system releases if the process dies. On a file system without locks, each
+claim has its own file, which is not resumed. Bytes that were written before the host's last start are not trusted,
+because a crash of the host may have left holes in them.
 """
 
 import errno
@@ -29,27 +29,27 @@ NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where bytes are from: the hash of the link, what tells one version from another, and the whole length."""
+    """The source of the bytes: the hash of the link, the validator of its version, and the complete length."""
 
     link: str
-    validator: str = ""  # an entity tag or a date, as If-Range takes it; empty where the server names none
+    validator: str = ""  # an entity tag or a date for If-Range; empty if the server sends none
     length: int | None = None
-    coding: str = ""  # how the server says that it packed them
-    text: Promise = ""  # what text its address or its type promises
+    coding: str = ""  # the content codings that the server declares
+    text: Promise = ""  # the kind of text that the URL or the declared type promises
 
 
 class Incoming:
-    """A file being received under a temporary name. `size` bytes are there, and what they are is known."""
+    """A file that is being received, under a temporary name. It has `size` bytes so far."""
 
     def __init__(self, path: Path, handle: int, *, lasting: bool) -> None:
         self.path = path
-        self.hold = False  # whether what came is left for the next attempt
+        self.hold = False  # whether the file is kept for the next attempt
         self.source: Source | None = None
         self._handle = handle
         self._lasting = lasting
         self._empty()
         if lasting:
-            self._take_up()
+            self._resume()
 
     def _empty(self) -> None:
         self.size = 0
@@ -59,21 +59,21 @@ class Incoming:
 
     @property
     def sha256(self) -> str:
-        """The hash of what came so far, as 64 hex digits."""
+        """The hash of the bytes so far, as 64 hex digits."""
         return self._digest.hexdigest()
 
     @property
     def complete(self) -> bool:
-        """Whether all of it is there, as far as its source said how long it is."""
+        """Whether the file has the length that its source declared."""
         return self.source is not None and self.source.length is not None and self.size == self.source.length
 
     @property
     def resumable(self) -> bool:
-        """Whether the rest of it can be asked for."""
+        """Whether the rest of the file can be requested."""
         return self.source is not None and bool(self.source.validator)
 
     def write(self, chunk: bytes) -> None:
-        """Appends bytes. Raises StorageTrouble where the disk refuses."""
+        """Append bytes. Raises StorageTrouble if they can't be written."""
         view = memoryview(chunk)
         try:
             while view:
@@ -90,7 +90,7 @@ class Incoming:
         self.tail = (self.tail + chunk)[-TAIL_BYTES:] if len(chunk) < TAIL_BYTES else chunk[-TAIL_BYTES:]
 
     def begin(self, source: Source) -> None:
-        """Starts over with bytes of this source. Raises StorageTrouble."""
+        """Truncate the file and start again with this source. Raises StorageTrouble."""
         try:
             if self.size:
                 os.ftruncate(self._handle, 0)
@@ -101,12 +101,12 @@ class Incoming:
         self._note(source)
 
     def finish(self) -> None:
-        """What is there is all there is to come. Raises StorageTrouble."""
+        """Record that the file is complete. Raises StorageTrouble."""
         if self.source is not None and self.source.length is None:
             self._note(replace(self.source, length=self.size))
 
     def forget_length(self) -> None:
-        """Note that the length which the server declared is wrong. Raises StorageTrouble."""
+        """Record that the declared length is wrong. Raises StorageTrouble."""
         if self.source is not None:
             self._note(replace(self.source, validator="", length=None))
 
@@ -122,12 +122,12 @@ class Incoming:
             raise StorageTrouble(f"can't write: {error.strerror}") from None
 
     def replace(self, content: Iterator[bytes]) -> None:
-        """Puts other bytes in the place of what came, which can't be gone on with then. Raises StorageTrouble.
+        """Replace the content. The file can't be resumed afterwards. Raises StorageTrouble.
 
-        Whatever `content` raises leaves the file as it was.
+        If `content` raises an error, the file is not changed.
         """
         other = self.path.with_suffix(".other")
-        old, known = self._handle, (self.size, self.head, self.tail, self._digest)
+        old_handle, old_state = self._handle, (self.size, self.head, self.tail, self._digest)
         try:
             handle = os.open(other, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         except OSError as error:
@@ -138,44 +138,44 @@ class Incoming:
             self._empty()
             for chunk in content:
                 self.write(chunk)
-            self._sidecar.unlink(missing_ok=True)  # it tells of the old bytes, and a crash may come in between
+            self._sidecar.unlink(missing_ok=True)  # first: it describes the old bytes, and the process may crash here
             other.replace(self.path)
         except BaseException as error:
-            self._handle = old
-            self.size, self.head, self.tail, self._digest = known
+            self._handle = old_handle
+            self.size, self.head, self.tail, self._digest = old_state
             os.close(handle)
             other.unlink(missing_ok=True)
             if isinstance(error, OSError):
                 raise StorageTrouble(f"can't write: {error.strerror}") from None
             raise
-        os.close(old)
+        os.close(old_handle)
         if self.source is not None:
             self._note(replace(self.source, validator="", length=self.size, coding=""))
 
     def chunks(self) -> Iterator[bytes]:
-        """What came, from its start."""
+        """Return the content in chunks, from the start."""
         with self.path.open("rb") as file:
             while chunk := file.read(READ_BYTES):
                 yield chunk
 
     def sync(self) -> None:
-        """Makes sure that the bytes are on the disk."""
+        """Sync the file to the disk. Raises StorageTrouble."""
         try:
             os.fsync(self._handle)
         except OSError as error:
             raise StorageTrouble(f"can't write: {error.strerror}") from None
 
     def rename(self, final: Path) -> None:
-        """Gives the file its final name. Raises OSError, and StorageTrouble where its temporary one is another's."""
-        if not _same(self._handle, self.path):
-            raise StorageTrouble(f"can't write: somebody removed {self.path}")
+        """Rename the file to its final name. Raises OSError, and StorageTrouble if the temporary file was removed."""
+        if not _is_same_file(self._handle, self.path):
+            raise StorageTrouble(f"can't write: {self.path} was removed")
         self.path.replace(final)
 
     def close(self) -> None:
-        """Lets the file go; it is removed, where it still has its temporary name, unless it is to be held."""
+        """Close the file. Delete it if it still has its temporary name, unless it is kept for the next attempt."""
         with suppress(OSError):
             if not (self.hold and self._lasting and self.size and (self.resumable or self.complete)):
-                if _same(self._handle, self.path):  # once renamed, the name may be the next claim's already
+                if _is_same_file(self._handle, self.path):  # after a rename, the next claim may use this name already
                     self.path.unlink()
                 if not self.path.exists():
                     self._sidecar.unlink()
@@ -185,19 +185,19 @@ class Incoming:
     def _sidecar(self) -> Path:
         return self.path.with_suffix(".json")
 
-    def _take_up(self) -> None:
-        """Counts what an attempt before left, if it can be gone on with."""
+    def _resume(self) -> None:
+        """Read the file of a previous attempt if it can be resumed. Otherwise empty it."""
         try:
-            said = json.loads(self._sidecar.read_text())
-            source = Source(said["link"], said["validator"], said["length"], text=said.get("text", ""))
-            here = bool(said["host"]) and said["host"] == host_name()
-            there = os.fstat(self._handle).st_size
+            note = json.loads(self._sidecar.read_text())
+            source = Source(note["link"], note["validator"], note["length"], text=note.get("text", ""))
+            same_host = bool(note["host"]) and note["host"] == host_name()
+            size = os.fstat(self._handle).st_size
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return self._drop()
-        if not _sound(source):
+        if not _is_valid(source):
             return self._drop()
-        usable = source.validator and (source.length is None or there <= source.length)
-        if not here or not (usable or there == source.length):
+        resumable = source.validator and (source.length is None or size <= source.length)
+        if not same_host or not (resumable or size == source.length):
             return self._drop()
         self.source = source
         while chunk := os.read(self._handle, READ_BYTES):
@@ -211,17 +211,17 @@ class Incoming:
 
 
 class PartialFiles:
-    """The folder of the partial files: `<output>.part`, each with its sidecar `<output>.json`."""
+    """The folder of the partial files: `<output id>.part`, each with its sidecar `<output id>.json`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @contextmanager
     def receive(self, output_id: int, token: str) -> Iterator[Incoming]:
-        """A file to write to, with what came of it before. Raises StorageTrouble.
+        """Open the partial file of an output, with the bytes of previous attempts. Raises StorageTrouble.
 
-        It is gone afterwards, unless it was kept under another name or is held for the next attempt. Where another
-        process still writes to it, or nothing can be locked, the file is one of this claim alone, and does not last.
+        It is deleted afterwards, unless it was renamed or is kept for the next attempt. If another process still writes
+        to it, or the file system has no locks, a separate file for this claim is used, which is always deleted.
         """
         try:
             self.folder.mkdir(exist_ok=True)
@@ -237,9 +237,9 @@ class PartialFiles:
         path = self.folder / f"{output_id}.part"
         for _ in range(TRIES):
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-            with _closed_on_trouble(handle):
+            with _closed_on_error(handle):
                 locked = _lock(handle)
-                if locked and _same(handle, path):
+                if locked and _is_same_file(handle, path):
                     os.utime(handle)
                     return Incoming(path, handle, lasting=True)
                 if locked is None and not os.fstat(handle).st_size:
@@ -247,27 +247,27 @@ class PartialFiles:
             os.close(handle)
             if not locked:
                 break
-            # it was kept or removed while we waited, and the name is another file's
-        own = self.folder / f"{output_id}-{token}.part"
-        handle = os.open(own, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        with _closed_on_trouble(handle):
+            # The file was renamed or deleted before it was locked, and the name may belong to another file.
+        separate = self.folder / f"{output_id}-{token}.part"
+        handle = os.open(separate, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        with _closed_on_error(handle):
             _lock(handle)
-            return Incoming(own, handle, lasting=False)
+            return Incoming(separate, handle, lasting=False)
 
     def discard(self, output_id: int) -> None:
-        """Removes what came of an output, unless somebody writes to it."""
-        _remove(self.folder / f"{output_id}.part")
+        """Delete the partial file of an output, unless a process is writing to it."""
+        _remove_unlocked(self.folder / f"{output_id}.part")
 
     def remove_stale(self, *, older_than: float) -> int:
-        """Removes partial files that nobody has touched for so many seconds; how many."""
+        """Delete partial files that were not changed for `older_than` seconds; return how many."""
         oldest = time.time() - older_than
         removed = 0
         with suppress(OSError):
             for path in self.folder.glob("*.part"):
                 with suppress(OSError):
                     if path.stat().st_mtime < oldest:
-                        removed += _remove(path)
-            for path in self.folder.iterdir():  # what a crash left beside no file
+                        removed += _remove_unlocked(path)
+            for path in self.folder.iterdir():  # sidecars without a partial file, left by a crash
                 with suppress(OSError):
                     if not path.with_suffix(".part").exists() and path.stat().st_mtime < oldest:
                         path.unlink()
@@ -275,12 +275,12 @@ class PartialFiles:
 
 
 def link_hash(url: str) -> str:
-    """What a link is known by in a sidecar: links may carry signatures, which belong into no file."""
+    """Return the hash of a link for a sidecar. A link may contain a signature, which must not be written to a file."""
     return hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _sound(source: Source) -> bool:
-    """Whether a sidecar holds what we write into one."""
+def _is_valid(source: Source) -> bool:
+    """Return whether the values of a sidecar are valid."""
     texts = isinstance(source.link, str) and isinstance(source.validator, str)
     return (
         texts
@@ -292,7 +292,7 @@ def _sound(source: Source) -> bool:
 
 
 def _lock(handle: int) -> bool | None:
-    """Locks a file: False where somebody else has it, None where the file system knows no locks. Raises OSError."""
+    """Lock a file. Return False if it is locked already, None if the file system has no locks. Raises OSError."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -305,8 +305,8 @@ def _lock(handle: int) -> bool | None:
 
 
 @contextmanager
-def _closed_on_trouble(handle: int) -> Iterator[None]:
-    """A handle that is left open would keep its lock as long as the process lives."""
+def _closed_on_error(handle: int) -> Iterator[None]:
+    """Close the handle on an error. Otherwise it would keep its lock until the process ends."""
     try:
         yield
     except BaseException:
@@ -314,21 +314,21 @@ def _closed_on_trouble(handle: int) -> Iterator[None]:
         raise
 
 
-def _same(handle: int, path: Path) -> bool:
+def _is_same_file(handle: int, path: Path) -> bool:
     try:
-        there = path.stat(follow_symlinks=False)
+        status = path.stat(follow_symlinks=False)
     except OSError:
         return False
-    return os.path.samestat(os.fstat(handle), there)
+    return os.path.samestat(os.fstat(handle), status)
 
 
-def _remove(path: Path) -> bool:
+def _remove_unlocked(path: Path) -> bool:
     try:
         handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return False
     try:
-        if _lock(handle) is False or not _same(handle, path):
+        if _lock(handle) is False or not _is_same_file(handle, path):
             return False
         path.unlink()
         path.with_suffix(".json").unlink(missing_ok=True)

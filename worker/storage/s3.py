@@ -1,8 +1,8 @@
-"""Outputs in an S3 bucket, of Amazon's or of any store that speaks its language: checked by the store as they arrive.
+"""Storage in a bucket of Amazon S3 or of a compatible store. The store checks uploads with a checksum.
 
-Where the store is and who we are is said by the usual AWS_* variables (or files) of every S3 client. Many stores lack
-some of what Amazon's has, and refuse it in different ways. What a store refuses is left out from then on: files are
-then read back and compared, and objects removed one by one.
+The endpoint and the credentials come from the usual AWS_* variables or files. Many stores lack some features of Amazon
+S3, and refuse them in different ways. A refused feature is not used again: uploads are then read back and compared, and
+objects are deleted one by one.
 """
 
 import base64
@@ -31,16 +31,16 @@ from worker.storage.partial_files import Incoming, PartialFiles
 log = logging.getLogger(__name__)
 
 SCHEME = "s3://"
-PAGE = 1_000  # names per call of a listing, the most that S3 gives
-LONGEST_URL = 604_800  # seconds: no store signs for more than a week
+PAGE = 1_000  # names per listing call, the limit of S3
+LONGEST_URL = 604_800  # seconds: signatures are valid for at most a week
 DEFAULT_REGION = "us-east-1"
 CONNECT_TIMEOUT = 5.0
 READ_TIMEOUT = 30.0
 ATTEMPTS = 2
 CONNECTIONS = 64
 WRONG_SUM = frozenset({"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "InvalidPart"})
-REFUSALS = frozenset({400, 403, 405, 501})  # how stores answer to what they do not know
-ANSWERS = frozenset({404, 409, 412})  # to a call that was understood
+REFUSALS = frozenset({400, 403, 405, 501})  # statuses for unknown features
+ANSWERS = frozenset({404, 409, 412})  # statuses of calls that were understood
 NOT_ABOUT_FEATURES = WRONG_SUM | {
     "EntityTooLarge",
     "ExpiredToken",
@@ -58,29 +58,29 @@ AMAZON = re.compile(r"^https://[a-z0-9.-]+\.amazonaws\.com(\.cn)?$")
 
 
 class S3Storage:
-    """Outputs as objects below `prefix` of a bucket, which must exist. What is still on its way is in local files."""
+    """Stores outputs as objects below `prefix` of an existing bucket. Partial files are local."""
 
     def __init__(self, bucket: str, prefix: str, partials: PartialFiles) -> None:
         self.partials = partials
         self._bucket = bucket
         self._prefix = "".join(f"{part}/" for part in prefix.split("/") if part)
         self._lock = threading.Lock()
-        self._made: tuple[int, Any] | None = None  # a process and its client: connections don't survive a fork
-        self._missing: set[str] = set()  # what the store turned out not to know
+        self._process_client: tuple[int, Any] | None = None  # process id and client: a forked child needs a new one
+        self._missing: set[str] = set()  # features that the store does not have
 
     def prepare(self) -> None:
-        """Makes the folder of partial files, and looks whether the bucket can be used.
+        """Create the folder of partial files, and check that the bucket can be used.
 
         Raises SettingsError, StorageTrouble.
         """
         try:
             self.partials.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageTrouble(f"can't make {self.partials.folder}: {error.strerror}") from None
-        with self._talking(f"use the bucket {self._bucket}") as client:
+            raise StorageTrouble(f"can't create {self.partials.folder}: {error.strerror}") from None
+        with self._client_for(f"use the bucket {self._bucket}") as client:
             status = _status_of(lambda: client.head_bucket(Bucket=self._bucket))
         if status == HTTPStatus.NOT_FOUND:
-            raise StorageTrouble(f"the bucket {self._bucket} is missing: make it, or correct STORAGE_URL")
+            raise StorageTrouble(f"the bucket {self._bucket} is missing: create it, or correct STORAGE_URL")
         if status == HTTPStatus.FORBIDDEN:
             raise StorageTrouble(
                 f"access to the bucket {self._bucket} is refused: check the AWS_* credentials, and that they may "
@@ -88,33 +88,33 @@ class S3Storage:
             )
 
     def keep(self, incoming: Incoming, *, job_id: int, position: int, media: Media) -> str:
-        """Uploads a received file under its final name; its s3: location. Raises StorageTrouble."""
+        """Upload a received file under its final name, and return its s3: location. Raises StorageTrouble."""
         incoming.sync()
         for digits in (16, 64):
             key = self._prefix + name_of(
                 job_id=job_id, position=position, sha256=incoming.sha256[:digits], extension=media.extension
             )
             if self._stored(key, incoming, media):
-                incoming.hold = False  # its bytes are safe elsewhere
+                incoming.hold = False  # the object is stored, the local file is not needed
                 return self._location(key)
-        raise StorageTrouble(f"{self._location(key)} has another content than its name says: move it away")
+        raise StorageTrouble(f"the content of {self._location(key)} does not match its name: move it away")
 
     def open(self, location: str) -> BinaryIO:
-        """The object, to be read from its start on; closing it ends the transfer. Raises OutputMissing, StorageTrouble.
+        """Open an object for reading. Closing it ends the transfer. Raises OutputMissing, StorageTrouble.
 
-        Reading may raise StorageTrouble as well.
+        Reading may raise StorageTrouble too.
         """
-        bucket, key = _parsed(location)
-        with self._talking(f"read {location}") as client:
+        bucket, key = _bucket_and_key(location)
+        with self._client_for(f"read {location}") as client:
             answer = _unless_missing(lambda: client.get_object(Bucket=bucket, Key=key))
         if answer is None:
-            raise OutputMissing(f"{location} is gone: `fetch-worker verify` gets it again")
+            raise OutputMissing(f"{location} is missing: `fetch-worker verify` downloads it again")
         return io.BufferedReader(_Download(answer["Body"], location), READ_BYTES)
 
     def url(self, location: str, seconds: float) -> str:
-        """A signed URL: whoever has it can read the object, for at most a week. Raises StorageTrouble."""
-        bucket, key = _parsed(location)
-        with self._talking(f"sign a URL of {location}") as client:
+        """Return a signed URL with which anyone can read the object, for at most a week. Raises StorageTrouble."""
+        bucket, key = _bucket_and_key(location)
+        with self._client_for(f"sign a URL of {location}") as client:
             url: str = client.generate_presigned_url(
                 "get_object",
                 Params={"Bucket": bucket, "Key": key},
@@ -123,9 +123,9 @@ class S3Storage:
         return url
 
     def examine(self, location: str, *, size: int, sha256: str) -> Condition:
-        """Reads the object and hashes it. Raises StorageTrouble where it can't be told."""
-        bucket, key = _parsed(location)
-        with self._talking(f"read {location}") as client:
+        """Read and hash the object, and compare it. Raises StorageTrouble if it can't be read."""
+        bucket, key = _bucket_and_key(location)
+        with self._client_for(f"read {location}") as client:
             answer = _unless_missing(lambda: client.get_object(Bucket=bucket, Key=key))
             if answer is None:
                 return "missing"
@@ -138,27 +138,30 @@ class S3Storage:
         return "whole" if digest.hexdigest() == sha256 else "damaged"
 
     def quarantine(self, location: str) -> None:
-        """Copies the object to a free name, then removes it. Raises StorageTrouble."""
-        bucket, key = _parsed(location)
-        with self._talking(f"rename {location}") as client:
-            number, free = 0, f"{key}.damaged"
-            while self._head(client, bucket, free) is not None:
+        """Copy the object to a free name, then delete it. Raises StorageTrouble."""
+        bucket, key = _bucket_and_key(location)
+        with self._client_for(f"rename {location}") as client:
+            number, free_key = 0, f"{key}.damaged"
+            while self._head(client, bucket, free_key) is not None:
                 number += 1
-                free = f"{key}.{number}.damaged"
+                free_key = f"{key}.{number}.damaged"
             source = {"Bucket": bucket, "Key": key}
-            if _unless_missing(lambda: client.copy_object(Bucket=bucket, Key=free, CopySource=source)) is not None:
+            if _unless_missing(lambda: client.copy_object(Bucket=bucket, Key=free_key, CopySource=source)) is not None:
                 client.delete_object(Bucket=bucket, Key=key)
 
     def remove(self, locations: Sequence[str]) -> dict[str, str]:
-        """Removes objects, hundreds by one call. Those that the store keeps, and why. Raises StorageTrouble."""
+        """Delete objects, hundreds per call. Return the locations that could not be deleted, with the reasons.
+
+        Raises StorageTrouble.
+        """
         refused: dict[str, str] = {}
         by_bucket: defaultdict[str, list[str]] = defaultdict(list)
         for location in locations:
-            bucket, key = _parsed(location)
+            bucket, key = _bucket_and_key(location)
             by_bucket[bucket].append(key)
         for bucket, keys in by_bucket.items():
             for start in range(0, len(keys), PAGE):
-                with self._talking(f"remove from the bucket {bucket}") as client:
+                with self._client_for(f"remove from the bucket {bucket}") as client:
                     errors = self._delete(client, bucket, keys[start : start + PAGE])
                 for key, reason in errors.items():
                     location = f"{SCHEME}{bucket}/{key}"
@@ -166,23 +169,23 @@ class S3Storage:
         return refused
 
     def _delete(self, client: Any, bucket: str, keys: Sequence[str]) -> dict[str, str]:
-        """Remove objects of a bucket; why some are still there, by key. Raises the errors of the client."""
+        """Delete objects of a bucket. Return the reasons for those that remain, by key. Raises the client's errors."""
         from botocore.exceptions import ClientError
 
-        refused, rest = dict[str, str](), list(keys)
+        refused, remaining = dict[str, str](), list(keys)
         if BATCH_DELETE not in self._missing:
             try:
                 answer = client.delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": key} for key in keys]})
             except ClientError as error:
                 if not _may_be_unknown(error):
                     raise
-                self._delete_one(client, bucket, rest.pop(0))  # raises, where nothing may be removed at all
+                self._delete_one(client, bucket, remaining.pop(0))  # raises if deleting is not allowed at all
                 self._do_without({BATCH_DELETE})
             else:
                 refused = {error["Key"]: error.get("Code", "refused")[:80] for error in answer.get("Errors", ())}
                 removed = {entry["Key"] for entry in answer.get("Deleted", ())}
-                rest = [key for key in keys if key not in removed and key not in refused]  # it says nothing of these
-        for key in rest:
+                remaining = [key for key in keys if key not in removed and key not in refused]  # not in the answer
+        for key in remaining:
             try:
                 self._delete_one(client, bucket, key)
             except ClientError as error:
@@ -195,74 +198,77 @@ class S3Storage:
         _unless_missing(lambda: client.delete_object(Bucket=bucket, Key=key))
 
     def locations(self) -> Iterator[str]:
-        """All objects below the prefix. Raises StorageTrouble."""
+        """Return the locations of all objects below the prefix. Raises StorageTrouble."""
         doing = f"list {self._location(self._prefix)}"
-        with self._talking(doing) as client:
+        with self._client_for(doing) as client:
             pages = iter(
                 client.get_paginator("list_objects_v2").paginate(
                     Bucket=self._bucket, Prefix=self._prefix, PaginationConfig={"PageSize": PAGE}
                 )
             )
         while True:
-            with self._talking(doing):
+            with self._client_for(doing):
                 page = next(pages, None)
             if page is None:
                 return
-            for found in page.get("Contents", ()):
-                if not found["Key"].endswith("/"):  # a folder, as consoles make them
-                    yield self._location(found["Key"])
+            for entry in page.get("Contents", ()):
+                if not entry["Key"].endswith("/"):  # a folder, as some consoles create
+                    yield self._location(entry["Key"])
 
     def _location(self, key: str) -> str:
         return f"{SCHEME}{self._bucket}/{key}"
 
     def _stored(self, key: str, incoming: Incoming, media: Media) -> bool:
-        """Makes sure that a file is at a key; False where something else is."""
-        there = self._compare(key, incoming)
-        if there is None:
+        """Store a file under a key unless it is there already. Return False if the key has another content."""
+        same = self._compare(key, incoming)
+        if same is None:
             checked = self._upload(key, incoming, media)
             if checked is not None:
                 self._verify(key, incoming, checked=checked)
                 return True
-            there = self._compare(key, incoming)
-        if there is None:
-            raise StorageTrouble(f"can't write {self._location(key)}: another upload of it is under way")
-        return there
+            same = self._compare(key, incoming)
+        if same is None:
+            raise StorageTrouble(f"can't write {self._location(key)}: another upload of it is in progress")
+        return same
 
     def _compare(self, key: str, incoming: Incoming) -> bool | None:
-        """Whether what is at a key is this file; None where nothing is."""
-        with self._talking(f"read {self._location(key)}") as client:
+        """Return whether the object at a key is this file. Return None if there is no object."""
+        with self._client_for(f"read {self._location(key)}") as client:
             head = self._head(client, self._bucket, key)
         if head is None:
             return None
         if head["ContentLength"] != incoming.size:
             return False
-        known = {name.lower(): value for name, value in head.get("Metadata", {}).items()}.get("sha256")
-        if known is not None:
-            return bool(known == incoming.sha256)
+        stored_hash = {name.lower(): value for name, value in head.get("Metadata", {}).items()}.get("sha256")
+        if stored_hash is not None:
+            return bool(stored_hash == incoming.sha256)
         if head.get("ChecksumSHA256") == _base64(incoming.sha256):
             return True
-        # nobody says what it is (a copy by another tool, say): its bytes do
+        # The object has no hash, for example because another tool copied it. Compare its bytes.
         return self.examine(self._location(key), size=incoming.size, sha256=incoming.sha256) == "whole"
 
     def _verify(self, key: str, incoming: Incoming, *, checked: bool) -> None:
-        """Looks at what was uploaded; its bytes are read back where the store doesn't say that it has checked them."""
+        """Check an uploaded object. Read its bytes back if the store did not confirm a checksum.
+
+        Raises StorageTrouble if the object is wrong.
+        """
         location = self._location(key)
         if checked:
-            with self._talking(f"read {location}") as client:
+            with self._client_for(f"read {location}") as client:
                 head = self._head(client, self._bucket, key)
             if head is None or head["ContentLength"] != incoming.size:
-                raise StorageTrouble(f"{location} was taken by the store, but is not there as it was sent")
+                raise StorageTrouble(f"the store accepted {location}, but the object is missing or has another size")
         elif self.examine(location, size=incoming.size, sha256=incoming.sha256) != "whole":
-            with self._talking(f"remove {location}") as client:
+            with self._client_for(f"remove {location}") as client:
                 client.delete_object(Bucket=self._bucket, Key=key)
-            raise StorageTrouble(f"can't write {location}: other bytes arrived than were received")
+            raise StorageTrouble(f"can't write {location}: the stored bytes differ from the received bytes")
 
     def _upload(self, key: str, incoming: Incoming, media: Media) -> bool | None:
-        """Sends a file; whether the store says that it checked the bytes. None where the name was taken meanwhile."""
+        """Upload a file. Return whether the store confirmed the checksum, or None if the key was taken meanwhile."""
         from botocore.exceptions import ClientError
 
         checksum = _base64(incoming.sha256)
-        with self._talking(f"write {self._location(key)}") as client, incoming.path.open("rb") as file:
+        with self._client_for(f"write {self._location(key)}") as client, incoming.path.open("rb") as file:
             try:
                 answer = self._with_features(
                     {CONDITION: {"IfNoneMatch": "*"}, CHECKSUM: {"ChecksumSHA256": checksum}},
@@ -280,26 +286,29 @@ class S3Storage:
                 if _status(error) in (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.CONFLICT):
                     return None
                 if _code(error) in WRONG_SUM:
-                    incoming.hold = False  # the file is not what was received any more
+                    incoming.hold = False  # the local file is damaged
                 raise
         return bool(answer.get("ChecksumSHA256") == checksum)
 
     def _with_features(
         self, features: Mapping[str, Mapping[str, Any]], call: Callable[..., dict[str, Any]]
     ) -> dict[str, Any]:
-        """Make a call with what the store may not know; where it refuses, without one of these, or all of them.
+        """Make a call with optional features. If the store refuses, try again without some or all of them.
 
-        What a call succeeds without is left out from then on. Raises the last refusal where nothing helps: then it was
-        meant.
+        Features that had to be left out are not used again. Raises the last error if no combination works, because then
+        the refusal has another reason.
         """
         from botocore.exceptions import ClientError
 
-        known = [name for name in features if name not in self._missing]
-        attempts = [set(left_out) for count in range(len(known) + 1) for left_out in combinations(known, count)]
+        available = [name for name in features if name not in self._missing]
+        attempts = [set(left_out) for count in range(len(available) + 1) for left_out in combinations(available, count)]
         refusal: ClientError | None = None
         for left_out in attempts:
             arguments = {
-                name: value for feature in known if feature not in left_out for name, value in features[feature].items()
+                name: value
+                for feature in available
+                if feature not in left_out
+                for name, value in features[feature].items()
             }
             try:
                 answer = call(**arguments)
@@ -318,10 +327,10 @@ class S3Storage:
         for name in sorted(features):
             if name not in self._missing:
                 self._missing.add(name)
-                log.warning("the S3 store does not know %s: it is done without from now on", name)
+                log.warning("the S3 store does not support %s: not used from now on", name)
 
     def _head(self, client: Any, bucket: str, key: str) -> dict[str, Any] | None:
-        """What a store says about an object; None where there is none."""
+        """Return the metadata of an object, or None if there is no object."""
         return _unless_missing(
             lambda: self._with_features(
                 {CHECKSUM_MODE: {"ChecksumMode": "ENABLED"}},
@@ -330,27 +339,27 @@ class S3Storage:
         )
 
     @contextmanager
-    def _talking(self, doing: str) -> Iterator[Any]:
-        """The client, to do something with; whatever it or the network refuses is a StorageTrouble."""
+    def _client_for(self, doing: str) -> Iterator[Any]:
+        """Yield the client, and translate errors of the client and the network into StorageTrouble."""
         client = self._client()
         try:
             yield client
-        except _refusals() as error:
+        except _client_errors() as error:
             raise StorageTrouble(f"can't {doing}: {_reason(error)}") from None
 
     def _client(self) -> Any:
-        """This process's client: making one is slow and not safe among threads, using it is both."""
-        made = self._made
-        if made is None or made[0] != os.getpid():
+        """Return this process's client. Creating one is slow and not thread-safe, using it is fast and thread-safe."""
+        process_client = self._process_client
+        if process_client is None or process_client[0] != os.getpid():
             with self._lock:
-                made = self._made
-                if made is None or made[0] != os.getpid():
-                    made = self._made = (os.getpid(), self._new_client())
-        return made[1]
+                process_client = self._process_client
+                if process_client is None or process_client[0] != os.getpid():
+                    process_client = self._process_client = (os.getpid(), self._new_client())
+        return process_client[1]
 
     def _new_client(self) -> Any:
         try:
-            import boto3  # an extra, and slow to import
+            import boto3  # an optional dependency, and slow to import
             from botocore.config import Config
         except ImportError:
             raise SettingsError("STORAGE_URL names an S3 bucket: pip install 'fetch-worker[s3]'") from None
@@ -360,29 +369,29 @@ class S3Storage:
             read_timeout=READ_TIMEOUT,
             retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
             max_pool_connections=CONNECTIONS,
-            proxies={},  # none from the environment, as for everything else
-            request_checksum_calculation="when_required",  # we name checksums ourselves, and check what we read
+            proxies={},  # no proxies from the environment, as in the rest of the project
+            request_checksum_calculation="when_required",  # this module sends and checks the checksums itself
             response_checksum_validation="when_required",
         )
         try:
             session = boto3.session.Session()
             region = os.environ.get("AWS_REGION") or session.region_name or DEFAULT_REGION
-            # with an endpoint of its own the bucket goes into the path, unless AWS_CONFIG_FILE says `virtual`
+            # With an AWS_ENDPOINT_URL, the bucket is part of the path, unless AWS_CONFIG_FILE says `virtual`.
             client = session.client("s3", region_name=region, config=config)
-            if AMAZON.search(client.meta.endpoint_url):  # else a signed URL would name no region, and be redirected
+            if AMAZON.search(client.meta.endpoint_url):  # otherwise signed URLs have no region and are redirected
                 client = session.client(
                     "s3", region_name=region, config=config.merge(Config(s3={"addressing_style": "virtual"}))
                 )
-            client.meta.events.register("before-sign.s3.DeleteObjects", _by_md5)
+            client.meta.events.register("before-sign.s3.DeleteObjects", _use_content_md5)
             return client
         except ValueError:
             raise SettingsError("AWS_ENDPOINT_URL or AWS_REGION is malformed, for example http://host:8333") from None
-        except _refusals() as error:
+        except _client_errors() as error:
             raise StorageTrouble(f"can't use the bucket {self._bucket}: {_reason(error)}") from None
 
 
 class _Body(io.RawIOBase):
-    """The first `size` bytes of an open file, read on their own. Raises OSError where there are fewer."""
+    """The first `size` bytes of an open file, with its own read position. Raises OSError if there are fewer."""
 
     def __init__(self, handle: int, size: int) -> None:
         self._handle = handle
@@ -413,7 +422,7 @@ class _Body(io.RawIOBase):
 
 
 class _Download(io.RawIOBase):
-    """The body of an answer as a file."""
+    """The body of a response as a file."""
 
     def __init__(self, body: Any, location: str) -> None:
         self._body = body
@@ -425,7 +434,7 @@ class _Download(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int:
         try:
             chunk = self._body.read(len(buffer))
-        except _refusals() as error:
+        except _client_errors() as error:
             raise StorageTrouble(f"can't read {self._location}: {_reason(error)}") from None
         buffer[: len(chunk)] = chunk
         return len(chunk)
@@ -436,8 +445,8 @@ class _Download(io.RawIOBase):
         super().close()
 
 
-def _parsed(location: str) -> tuple[str, str]:
-    """The bucket and the key of a location.
+def _bucket_and_key(location: str) -> tuple[str, str]:
+    """Return the bucket and the key of a location. Raises StorageTrouble.
 
     >>> _parsed("s3://bucket/12/12345/0-ab.png")
     ('bucket', '12/12345/0-ab.png')
@@ -448,8 +457,8 @@ def _parsed(location: str) -> tuple[str, str]:
     return bucket, key
 
 
-def _by_md5(request: Any, **_: Any) -> None:
-    """Have the list of a batch delete checked by Content-MD5, as every store knows it, in place of newer checksums."""
+def _use_content_md5(request: Any, **_: Any) -> None:
+    """Replace the checksum headers of a batch delete by Content-MD5, which every store supports."""
     for name in [
         name for name in request.headers if name.lower().startswith(("x-amz-checksum-", "x-amz-sdk-checksum"))
     ]:
@@ -462,14 +471,14 @@ def _base64(digest: str) -> str:
     return base64.b64encode(bytes.fromhex(digest)).decode()
 
 
-def _refusals() -> tuple[type[Exception], ...]:
+def _client_errors() -> tuple[type[Exception], ...]:
     from botocore.exceptions import BotoCoreError, ClientError
 
     return BotoCoreError, ClientError, HTTPError, OSError
 
 
 def _unless_missing(call: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-    """What a call answers; None where it says that there is no such object. A missing bucket is no missing object."""
+    """Return the result of a call, or None if the object is missing. A missing bucket is an error."""
     from botocore.exceptions import ClientError
 
     try:
@@ -481,7 +490,7 @@ def _unless_missing(call: Callable[[], dict[str, Any]]) -> dict[str, Any] | None
 
 
 def _status_of(call: Callable[[], Any]) -> int:
-    """The status that a call is answered with, where it is one that says something about the bucket."""
+    """Return the status of a call: 200, 403 or 404. Raises the client's other errors."""
     from botocore.exceptions import ClientError
 
     try:
@@ -494,7 +503,7 @@ def _status_of(call: Callable[[], Any]) -> int:
 
 
 def _may_be_unknown(error: Any) -> bool:
-    """Whether a refusal may only mean that the store does not know what it was asked for."""
+    """Return whether an error may mean that the store does not support a feature."""
     return _status(error) in REFUSALS and _code(error) not in NOT_ABOUT_FEATURES
 
 
@@ -507,7 +516,7 @@ def _status(error: Any) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """Why something was refused, in a few words. The errors' own texts are not used: they hold URLs and more."""
+    """Return a short reason for an error. The error's own text is not used, because it may contain a URL."""
     kind = type(error).__name__
     if kind in ("NoCredentialsError", "PartialCredentialsError"):
         return "no credentials, set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
@@ -516,7 +525,7 @@ def _reason(error: Exception) -> str:
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         code = str(response.get("Error", {}).get("Code", ""))
-        if code.isdecimal() or not code:  # a HEAD is answered without a text
+        if code.isdecimal() or not code:  # the response to a HEAD request has no text
             status = _status(error)
             return f"{status} {HTTPStatus(status).phrase}" if status in set(HTTPStatus) else f"status {status}"
         return code[:80]

@@ -1,4 +1,4 @@
-"""Which storage there is, by the settings and by what a location says."""
+"""Select the storage for new outputs, by the settings, and for existing outputs, by their location."""
 
 import os
 from pathlib import Path
@@ -9,13 +9,13 @@ from worker.storage.local import FileStorage, Storage
 from worker.storage.partial_files import PartialFiles
 from worker.system.locked_cache import locked_cache
 
-S3_LARGEST = 5 << 30  # bytes that S3 takes by one call; no picture or film of the API is near it
+S3_LARGEST = 5 << 30  # the largest upload in bytes with one call of S3; the API's outputs are far smaller
 
 
 def storage_for(settings: Settings) -> Storage:
-    """Where outputs are stored from now on.
+    """Return the storage for new outputs.
 
-    Raises SettingsError where a library for it is missing, or OUTPUT_MAX_BYTES is more than S3 takes.
+    Raises SettingsError if a library is missing, or if OUTPUT_MAX_BYTES is larger than S3 allows.
     """
     if settings.storage_path is not None:
         return FileStorage(settings.storage_path, address=settings.storage_address or None)
@@ -26,7 +26,10 @@ def storage_for(settings: Settings) -> Storage:
 
 
 def storage_of(location: str, settings: Settings) -> Storage:
-    """What can read a location, whatever the settings say of new ones. Raises SettingsError, StorageTrouble."""
+    """Return the storage that can read a location, also if new outputs are stored elsewhere.
+
+    Raises SettingsError, StorageTrouble.
+    """
     if location.startswith("s3:"):
         bucket, prefix = settings.bucket or (location.removeprefix("s3://").partition("/")[0], "")
         return _s3(bucket, prefix, settings.partial_path, os.getpid())
@@ -37,7 +40,7 @@ def storage_of(location: str, settings: Settings) -> Storage:
 
 @locked_cache
 def _s3(bucket: str, prefix: str, partials: Path, pid: int) -> Storage:
-    """One per process: each has a client of its own, which takes long to make, and connections to keep."""
-    from worker.storage.s3 import S3Storage  # an extra: whoever stores files needs none of it
+    """Return the S3 storage of this process. It is cached, because its client is slow to create and has connections."""
+    from worker.storage.s3 import S3Storage  # an optional dependency, not needed for local files
 
     return S3Storage(bucket, prefix, PartialFiles(partials))
