@@ -35,10 +35,10 @@ HELD_WORDS = "held by an operator since 2026-03-01 12:00 UTC"
     ("changes", "state", "result", "exception"),
     [
         ({}, "RECEIVED", None, None),
-        (ASKED, "STARTED", "asked 2 times: processing", None),
-        (ASKED | {"polls": 1, "last_answer": None}, "STARTED", "asked once", None),
+        (ASKED, "STARTED", "polled 2 times: processing", None),
+        (ASKED | {"polls": 1, "last_answer": None}, "STARTED", "polled once", None),
         ({"held_at": after(1)}, "RECEIVED", HELD_WORDS, None),
-        (ASKED | {"held_at": after(1)}, "STARTED", f"{HELD_WORDS}, asked 2 times: processing", None),
+        (ASKED | {"held_at": after(1)}, "STARTED", f"{HELD_WORDS}, polled 2 times: processing", None),
         (READY, "DOWNLOADING", None, None),
         (READY | {"outputs": Outputs(2, 1, 1_500)}, "DOWNLOADING", "1 of 2 outputs stored, 1,500 bytes", None),
         (

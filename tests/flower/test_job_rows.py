@@ -296,7 +296,7 @@ def test_given_jobs_in_every_state_when_flower_runs_then_it_shows_each_as_it_is(
 
     assert {uuid: (task["state"], task["result"]) for uuid, task in tasks.items()} == {
         "job-1": ("RECEIVED", None),
-        "job-2": ("STARTED", "asked 3 times: processing"),
+        "job-2": ("STARTED", "polled 3 times: processing"),
         "job-3": ("RECEIVED", "held by an operator since 2026-03-01 12:00 UTC"),
         "job-4": ("DOWNLOADING", "1 of 2 outputs stored, 1,500 bytes"),
         "job-5": ("SUCCESS", "1 output stored, 391,002 bytes"),

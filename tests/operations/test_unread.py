@@ -180,6 +180,6 @@ def test_given_wrong_words_when_anything_starts_then_one_line_says_what_to_do(
         timeout=60,
     )
     assert process.returncode == 2
-    assert "SD_API_STATUS_WORDS must say for 'done' one of error, failed, processing, success" in process.stderr
+    assert "SD_API_STATUS_WORDS must map 'done' to one of error, failed, processing, success" in process.stderr
     assert "Traceback" not in process.stderr
     run("list", code=2)

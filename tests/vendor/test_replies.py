@@ -117,7 +117,7 @@ REAL_ANSWERS: list[tuple[str, int, object, Reply]] = [
 
 CODES_AND_BODIES: list[tuple[int, object, Reply]] = [
     # redirects are never followed, whatever they carry
-    *[(code, success([A]), ApiDown(f"HTTP {code}: the API redirects; a redirect is never followed with a key. Check SD_API_URL")) for code in (300, 301, 302, 303, 304, 307, 308, 399)],
+    *[(code, success([A]), ApiDown(f"HTTP {code}: the API redirects. Redirects are not followed, to protect the API key. Check SD_API_URL")) for code in (300, 301, 302, 303, 304, 307, 308, 399)],
     # 429 of any kind pauses the account
     (429, HTML, RateLimited(30.0, "HTTP 429")),
     (429, "", RateLimited(30.0, "HTTP 429")),

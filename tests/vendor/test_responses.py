@@ -131,7 +131,7 @@ def test_given_a_response_by_which_the_order_was_not_taken_then_it_says_so(post:
 @pytest.mark.parametrize("post", CLIENTS)
 @pytest.mark.parametrize("path", ["/page", "/empty", "/list", "/text", "/number", "/deep"])
 def test_given_a_response_without_a_json_object_then_it_is_an_error_of_ours(post: Any, path: str, site: str) -> None:
-    with pytest.raises(NotTrackable, match="no JSON object"):
+    with pytest.raises(NotTrackable, match="without a JSON object"):
         planned_job(post(f"{site}/api/v6/images{path}"), api(site))
 
 
@@ -140,7 +140,7 @@ def test_given_a_response_whose_body_was_consumed_then_it_is_an_error_of_ours(si
         response = session.post(f"{site}/api/v6/images/text2video", stream=True, timeout=10)
         list(response.iter_content(1))
 
-        with pytest.raises(NotTrackable, match="no JSON object"):
+        with pytest.raises(NotTrackable, match="without a JSON object"):
             planned_job(response, api(site))
 
 

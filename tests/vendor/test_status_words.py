@@ -50,13 +50,13 @@ def test_a_submit_answer_with_a_taught_word_is_ready_at_once_or_refused() -> Non
         ('"done"', "JSON object"),
         ('{"done": "success"', "JSON object"),
         ("[" * 100_000, "JSON object"),
-        ('{"done": "ready"}', "'done' one of error, failed, processing, success"),
-        ('{"done": true}', "'done' one of"),
-        ('{"done": null}', "'done' one of"),
+        ('{"done": "ready"}', "'done' to one of error, failed, processing, success"),
+        ('{"done": true}', "'done' to one of"),
+        ('{"done": null}', "'done' to one of"),
         ('{" ": "success"}', "0 characters"),
         (json.dumps({"x" * 101: "success"}), "101 characters"),
         ('{"Done": "success", "done": "failed"}', "two meanings"),
-        ('{"processing": "success"}', "another meaning"),
+        ('{"processing": "success"}', "can't change the meaning"),
     ],
 )
 def test_words_that_are_wrong_are_refused_with_what_to_do(text: str, reason: str) -> None:

@@ -22,7 +22,7 @@ FETCH = "https://modelslab.com/api/v6/video/fetch/7"
 NOTHING: list[object] = [False, [], {}, "", " ", None, 0]
 NO_ADDRESS: list[object] = [5, True, [FETCH], {"url": FETCH}]
 RUNS = "/api/v1/workflows/w-1/runs"
-TRAINED = Submission("F5", model="F5", own_path=TRAINING)
+TRAINED = Submission("F5", model="F5", implied_path=TRAINING)
 API = AllowedApi("https://modelslab.com/api/v6", frozenset({"modelslab.com"}))
 LONGEST = "a" * 128
 
@@ -120,7 +120,7 @@ ANSWERS: list[tuple[dict[str, object], Submission]] = [
     ({"status": "success", "id": 7, "output": []}, Submission("7")),
     (
         {"status": "success", "messege": "deploying_gpu", "training_id": "F5jvdz"},
-        Submission("F5jvdz", own_path=TRAINING),
+        Submission("F5jvdz", implied_path=TRAINING),
     ),
     ({"status": "queued", "taskId": "a352-b", "links": [A]}, Submission("a352-b", promised=(A,))),
     ({"status": "processing", "id": None, "request_id": 8}, Submission("8")),
@@ -139,10 +139,13 @@ ANSWERS: list[tuple[dict[str, object], Submission]] = [
         ({"status": "success", "id": 7, "output": [A], "status_url": value}, Submission("7", outputs=(Link(A),)))
         for value in NO_ADDRESS
     ),
-    *(({"status": "processing", "id": none, "chat_id": "c-1"}, Submission("c-1", own_path=CHAT)) for none in NOTHING),
+    *(
+        ({"status": "processing", "id": none, "chat_id": "c-1"}, Submission("c-1", implied_path=CHAT))
+        for none in NOTHING
+    ),
     *(({"status": "success", "id": none, "training_status": "x", "model_id": "F5"}, TRAINED) for none in NOTHING),
-    ({"execution": {"id": 8}, "workflow_id": "w-1"}, Submission("8", own_path=RUNS, is_run=True)),
-    ({"execution": {"id": 8, "workflow_id": "w-1"}}, Submission("8", own_path=RUNS, is_run=True)),
+    ({"execution": {"id": 8}, "workflow_id": "w-1"}, Submission("8", implied_path=RUNS, is_run=True)),
+    ({"execution": {"id": 8, "workflow_id": "w-1"}}, Submission("8", implied_path=RUNS, is_run=True)),
     ({"execution_id": 8}, Submission("8", is_run=True)),
     ({"id": 7, "message": "rate limit", "meta": {"prompt": "failed"}}, Submission("7")),
 ]
@@ -164,15 +167,15 @@ def test_a_submit_answer_gives_what_it_knows(answer: dict[str, object], taken: S
         ({"status": "Error", "messege": {"prompt": ["required"]}}, "required"),
         ({"status": "failed", "id": 7, "output": [A]}, "failed"),
         ({"status": "error"}, "without a message"),
-        ({}, "no id"),
+        ({}, "neither an id"),
         ({"message": "Server Error"}, "Server Error"),
-        ({"status": "processing"}, "no id"),
-        ({"status": "processing", "output": [A]}, "no id"),
-        ({"status": "success", "output": []}, "no id"),
-        ({"status": "success", "id": "", "output": ""}, "no id"),
-        ({"status": "success", "future_links": [A]}, "no id"),
-        ({"id": ""}, "no id"),
-        ({"id": None}, "no id"),
+        ({"status": "processing"}, "neither an id"),
+        ({"status": "processing", "output": [A]}, "neither an id"),
+        ({"status": "success", "output": []}, "neither an id"),
+        ({"status": "success", "id": "", "output": ""}, "neither an id"),
+        ({"status": "success", "future_links": [A]}, "neither an id"),
+        ({"id": ""}, "neither an id"),
+        ({"id": None}, "neither an id"),
         ({"id": 7.5}, "not float"),
         ({"id": True}, "not bool"),
         ({"id": [7]}, "not list"),
@@ -244,7 +247,7 @@ def test_the_order_of_a_training_says_that_its_model_is_the_id() -> None:
     job = planned_job(answer, API, endpoint="v3/lora_fine_tune")
 
     assert job.address.url == "https://modelslab.com/api/v3/fine_tune_status/F5"
-    with pytest.raises(NotTrackable, match="no id"):
+    with pytest.raises(NotTrackable, match="neither an id"):
         planned_job(answer, API, endpoint="v6/images/text2img")
 
 

@@ -1,4 +1,4 @@
-"""The pure heart: what an answer means, what to do next, and when. Standard library only.
+"""All decisions of the worker as pure functions: what to do after an answer, and when. Standard library only.
 
-Nothing below this package reads a clock, a setting, a random number or a socket; all of it comes in as arguments.
+Nothing in this package reads a clock, a setting, a random number or a socket. All of these are arguments.
 """

@@ -1,8 +1,9 @@
-"""Whether an account, or a host of the API, may be asked: open, shut, or open for a single probe.
+"""Circuit breakers of accounts and API hosts: whether requests are allowed (all, a single probe, or none).
 
-Trouble belongs to whom it concerns. A refused key, missing credits or a plan shut the account; a host that does not
-answer is shut too; a rate limit shuts the account for a known time. A shut gate costs its jobs nothing: they stay
-pending and are not asked. One probe at a time, after 10, 20, 40 and then every 60 seconds, opens it again by itself.
+A breaker that lets no requests through, or only a probe, is called held. A rejected key, missing credits or an
+exhausted plan hold the account. A host that does not answer is held as well. A rate limit holds the account for a known
+time. Jobs behind a held breaker stay pending and are not polled. A single probe after 10, 20, 40 and then every 60
+seconds checks whether the hold can end.
 """
 
 from collections.abc import Iterable
@@ -16,20 +17,21 @@ from worker.core.reply import AccountRefused, ApiDown, RateLimited, Reply, Unrea
 Scope = Literal["account", "host"]
 PROBE_WAITS = (10.0, 20.0, 40.0, 60.0)
 UNDECIDED_WAIT = 1.0
-FAILURES_TO_TRIP = 5
+FAILURES_TO_TRIP = 5  # in a row
 BY_OPERATOR = "held by an operator"
 REFUSALS = {"key": "key rejected", "credits": "no credits", "plan": "plan", "request": "request refused"}
 NOT_LISTED = "not on SD_API_HOSTS"
-NO_SUCH_PATH = "no such path"  # in the reason of a hold: SD_API_URL itself is mistyped, so the host's jobs all are
+NO_SUCH_PATH = "no such path"  # part of the reason of a hold: SD_API_URL is wrong, which affects all jobs of the host
 HOLD_CLASSES = (*REFUSALS.values(), "rate limited", "unreachable", NOT_LISTED, "by hand", "other")
 
 
 @dataclass(frozen=True, slots=True)
 class CircuitBreaker:
-    """One account or host as all processes see it. `until` is set for holds that end at a known time.
+    """The shared state of one account or host. `until` is set for holds that end at a known time.
 
-    `ceiling` is how many requests per second the API took when it last refused one for being too many, and `cut_at`
-    the end of the pause that followed. While `paused_at` is set an operator holds it, whatever else is known of it.
+    `proven` means that the API has accepted the key. `ceiling` is the number of requests per second that the API
+    accepted at the last rate limit, and `cut_at` is the end of the pause after it. While `paused_at` is set, an
+    operator holds the breaker, regardless of the other fields.
     """
 
     scope: Scope
@@ -48,22 +50,22 @@ class CircuitBreaker:
 
     @property
     def why(self) -> str | None:
-        """Why it is held, if it is: by whom, or what the API said."""
+        """The reason of the hold, or None. It names the operator or contains the message of the API."""
         return BY_OPERATOR if self.paused_at is not None else self.reason
 
-    def rate(self, full: float, now: datetime) -> float:
-        """Requests per second that may be made now, where `full` is what the settings allow."""
+    def rate(self, configured: float, now: datetime) -> float:
+        """Return the requests per second that are allowed now. `configured` is the limit in the settings."""
         age = 0.0 if self.cut_at is None else (now - self.cut_at).total_seconds()
-        return current_rate(full, self.ceiling, age)
+        return current_rate(configured, self.ceiling, age)
 
     def held(self, now: datetime) -> bool:
-        """Whether it is held at `now`."""
+        """Return whether the breaker is held at `now`."""
         if self.paused_at is not None:
             return True
         return self.reason is not None and (self.until is None or now < self.until)
 
     def allows(self, now: datetime) -> Literal["all", "probe", "none"]:
-        """How many calls may be made: `one` means a probe, to be taken by one process alone."""
+        """Return which requests are allowed. `probe` means a single request of a single process."""
         if self.paused_at is not None:
             return "none"
         if self.held(now):
@@ -73,7 +75,7 @@ class CircuitBreaker:
         return "probe" if self.probe_at is None or now >= self.probe_at else "none"
 
     def last_hold_end(self, now: datetime) -> datetime | None:
-        """When the last hold ended, or None where there was none."""
+        """Return when the last hold ended: `now` if it has not ended yet, None if there was no hold."""
         if self.held(now):
             return now
         return max((at for at in (self.released_at, self.until) if at is not None), default=None)
@@ -81,7 +83,7 @@ class CircuitBreaker:
 
 @dataclass(frozen=True, slots=True)
 class BreakerInput:
-    """What a gate needs to know of one answer: the reply, when the request was sent, and whether it was a probe."""
+    """One answer for a breaker: the reply, when the request was sent, and whether it was a probe."""
 
     reply: Reply
     sent_at: datetime
@@ -90,14 +92,14 @@ class BreakerInput:
 
 @dataclass(frozen=True, slots=True)
 class RateMeasurement:
-    """Requests per second of an account: as the settings allow, and as the API took them just now."""
+    """Requests per second of an account: the limit in the settings, and the rate that the API accepted just now."""
 
     configured: float
     measured: float
 
 
 def hold_class(why: str) -> str:
-    """The reason of a hold as one of a few words, without what the API said.
+    """Return the class of a hold, which is the reason without the message of the API.
 
     >>> hold_class("key rejected: Invalid API key"), hold_class(BY_HAND), hold_class("something new")
     ('key rejected', 'by hand', 'other')
@@ -107,42 +109,42 @@ def hold_class(why: str) -> str:
 
 
 def after_replies(
-    breaker: CircuitBreaker, heard: Iterable[BreakerInput], limit: RateMeasurement, *, now: datetime
+    breaker: CircuitBreaker, answers: Iterable[BreakerInput], rates: RateMeasurement, *, now: datetime
 ) -> CircuitBreaker:
-    """The gate after the replies of a batch, in their order."""
-    for one in heard:
-        breaker = _after(breaker, one, limit, now)
+    """Return the breaker after a batch of answers, in order."""
+    for answer in answers:
+        breaker = _after(breaker, answer, rates, now)
     return breaker
 
 
-def _after(breaker: CircuitBreaker, heard: BreakerInput, limit: RateMeasurement, now: datetime) -> CircuitBreaker:
+def _after(breaker: CircuitBreaker, answer: BreakerInput, rates: RateMeasurement, now: datetime) -> CircuitBreaker:
     if breaker.scope == "host":
-        if isinstance(heard.reply, ApiDown) and heard.reply.no_such_path and heard.reply.answered:
-            return _after_own_path(breaker, now) if heard.probe else breaker
-        if isinstance(heard.reply, ApiDown):
-            return after_failures(breaker, f"unreachable: {heard.reply.message}", 1, now=now, probe=heard.probe)
-        return after_job_answer(breaker, now=now, probe=heard.probe)
-    match heard.reply:
+        if isinstance(answer.reply, ApiDown) and answer.reply.no_such_path and answer.reply.answered:
+            return _after_own_path(breaker, now) if answer.probe else breaker
+        if isinstance(answer.reply, ApiDown):
+            return after_failures(breaker, f"unreachable: {answer.reply.message}", 1, now=now, probe=answer.probe)
+        return after_job_answer(breaker, now=now, probe=answer.probe)
+    match answer.reply:
         case AccountRefused(reason, message):
-            return after_refusal(breaker, f"{REFUSALS[reason]}: {message}", now=now, probe=heard.probe)
+            return after_refusal(breaker, f"{REFUSALS[reason]}: {message}", now=now, probe=answer.probe)
         case RateLimited(seconds, _):
             limited = after_rate_limit(breaker, seconds, now=now)
             return with_learned_rate(
-                limited, configured=limit.configured, measured=limit.measured, sent_at=heard.sent_at
+                limited, configured=rates.configured, measured=rates.measured, sent_at=answer.sent_at
             )
-        case ApiDown():  # says nothing of the key; the host's own gate counts these
-            return with_probe_postponed(breaker, now=now, wait=0.0) if heard.probe else breaker
+        case ApiDown():  # says nothing about the key; the breaker of the host counts it
+            return with_probe_postponed(breaker, now=now, wait=0.0) if answer.probe else breaker
         case Unread():
-            return with_probe_postponed(breaker, now=now, wait=UNDECIDED_WAIT) if heard.probe else breaker
+            return with_probe_postponed(breaker, now=now, wait=UNDECIDED_WAIT) if answer.probe else breaker
         case _:
-            return after_job_answer(breaker, now=now, probe=heard.probe)
+            return after_job_answer(breaker, now=now, probe=answer.probe)
 
 
 def _after_own_path(breaker: CircuitBreaker, now: datetime) -> CircuitBreaker:
-    """Return the gate of a host after its probe asked at a path that only one job names, and that is not there.
+    """Return the breaker of a host after a probe at the own path of one job, which does not exist.
 
-    That the host answered ends a hold for silence. It says nothing about the path in SD_API_URL: a hold for that one
-    goes on, and is probed again by the schedule.
+    The host answered, so a hold for missing answers ends. The answer says nothing about the path in SD_API_URL: a hold
+    because of that path stays, and the next probe is made on schedule.
     """
     if breaker.held(now) and breaker.reason is not None and NO_SUCH_PATH in breaker.reason:
         return _held(breaker, breaker.reason, now)
@@ -150,10 +152,10 @@ def _after_own_path(breaker: CircuitBreaker, now: datetime) -> CircuitBreaker:
 
 
 def after_job_answer(breaker: CircuitBreaker, *, now: datetime, probe: bool) -> CircuitBreaker:
-    """The gate after the API spoke about a job: that proves an account, and ends a hold if this was its probe."""
+    """Return the breaker after an answer about a job. The key is proven now, and a hold ends if this was its probe."""
     settled = _settled(breaker, now)
     if settled.reason is not None and not probe and settled.scope == "account":
-        return settled  # an answer that was under way when the hold began
+        return settled  # this request was sent before the hold began
     if settled.reason is not None and settled.until is not None:
         return settled  # a rate limit ends at its time
     if settled.reason is None and settled.proven and settled.troubles == 0:
@@ -171,15 +173,15 @@ def after_job_answer(breaker: CircuitBreaker, *, now: datetime, probe: bool) -> 
 
 
 def after_refusal(breaker: CircuitBreaker, reason: str, *, now: datetime, probe: bool) -> CircuitBreaker:
-    """The gate after the API refused the account: held until a probe is accepted."""
+    """Return the breaker after the API refused the account. It is held until a probe is accepted."""
     settled = _settled(breaker, now)
     if settled.held(now) and settled.until is None and not probe:
-        return settled  # calls that were under way when the hold began
+        return settled  # this request was sent before the hold began
     return _held(settled, reason, now)
 
 
 def after_rate_limit(breaker: CircuitBreaker, seconds: float, *, now: datetime) -> CircuitBreaker:
-    """The gate after a rate limit: shut for so many seconds, never shorter than it already is."""
+    """Return the breaker after a rate limit. It is held for `seconds`, or longer if it already was."""
     settled = _settled(breaker, now)
     if settled.held(now) and settled.until is None:
         return replace(settled, probe_at=max(settled.probe_at or now, now + timedelta(seconds=seconds)))
@@ -190,10 +192,10 @@ def after_rate_limit(breaker: CircuitBreaker, seconds: float, *, now: datetime) 
 def with_learned_rate(
     breaker: CircuitBreaker, *, configured: float, measured: float, sent_at: datetime
 ) -> CircuitBreaker:
-    """The gate of an account whose request of `sent_at` was one too many: it learns what the API takes.
+    """Return the breaker of an account with the ceiling that a rate limit revealed. The request was sent at `sent_at`.
 
-    `seen` is how many requests per second the API took just then. The requests that were under way when the pause
-    began teach nothing more.
+    `measured` is the number of requests per second that the API accepted at that time. Requests that were sent before
+    the pause began don't change the ceiling again.
     """
     pause_end = max(at for at in (breaker.until, breaker.cut_at, sent_at) if at is not None)
     if breaker.cut_at is not None and sent_at < breaker.cut_at:
@@ -202,7 +204,7 @@ def with_learned_rate(
 
 
 def after_failures(breaker: CircuitBreaker, reason: str, count: int, *, now: datetime, probe: bool) -> CircuitBreaker:
-    """The gate of a host after `count` calls in a row came to nothing: held once there were five."""
+    """Return the breaker of a host after `count` more failures in a row. It trips at FAILURES_TO_TRIP."""
     settled = _settled(breaker, now)
     if settled.held(now):
         return _held(settled, reason, now) if probe else settled
@@ -212,19 +214,19 @@ def after_failures(breaker: CircuitBreaker, reason: str, count: int, *, now: dat
 
 
 def with_unproven_key(breaker: CircuitBreaker, *, now: datetime) -> CircuitBreaker:
-    """The gate of an account as a worker starts, maybe with another key: one call alone shows if it is accepted."""
+    """Return the breaker of an account when a worker starts, maybe with a new key. A single probe tests the key."""
     settled = _settled(breaker, now)
     if settled.reason is not None and settled.until is not None:
         return replace(settled, proven=False)
-    # Jobs of an account that was never asked with were held for want of a key: they get their grace from now on.
+    # If the key was never proven, the jobs were held because a key was missing. Their grace period starts now.
     released_at = settled.released_at if settled.proven else now
     return replace(settled, proven=False, probe_at=now, released_at=released_at)
 
 
 def held_as_unlisted(breaker: CircuitBreaker, *, now: datetime) -> CircuitBreaker:
-    """Return the gate of a host that the settings keep the key from: held, until a worker whose settings list it asks.
+    """Return the breaker of a host that is not on SD_API_HOSTS.
 
-    Such a worker may do so at once, by one call alone.
+    It is held until a worker whose settings list the host makes a successful request. That worker may probe at once.
     """
     settled = _settled(breaker, now)
     if settled.reason is not None and settled.reason.startswith(NOT_LISTED):
@@ -234,14 +236,14 @@ def held_as_unlisted(breaker: CircuitBreaker, *, now: datetime) -> CircuitBreake
 
 
 def held_by_operator(breaker: CircuitBreaker, *, now: datetime) -> CircuitBreaker:
-    """The gate once an operator holds it: nothing is asked until it is resumed, not even by a probe."""
+    """Return the breaker after an operator has held it. No request is allowed until it is resumed, not even a probe."""
     return breaker if breaker.paused_at is not None else replace(breaker, paused_at=now)
 
 
 def resumed_by_operator(breaker: CircuitBreaker, *, now: datetime) -> CircuitBreaker:
-    """The gate once an operator says to go on: what held it is tried at once, by one call alone.
+    """Return the breaker after an operator has resumed it. If there was a reason for a hold, a probe is made at once.
 
-    A rate limit ends here, too: whoever asks for that knows better.
+    This also ends a rate limit, because the operator asked for it.
     """
     opened = replace(breaker, paused_at=None, released_at=now, probe_at=now)
     if opened.until is not None:
@@ -250,12 +252,12 @@ def resumed_by_operator(breaker: CircuitBreaker, *, now: datetime) -> CircuitBre
 
 
 def with_probe_started(breaker: CircuitBreaker, *, now: datetime, lease: timedelta) -> CircuitBreaker:
-    """The gate while its one probe is under way: nobody else probes before the lease is over."""
+    """Return the breaker while its probe is in flight. No other process probes before the lease ends."""
     return replace(breaker, probe_at=now + lease)
 
 
 def with_probe_postponed(breaker: CircuitBreaker, *, now: datetime, wait: float) -> CircuitBreaker:
-    """The gate after a probe that said nothing about it: the next one may try in `wait` seconds."""
+    """Return the breaker after a probe without a clear result. The next probe is allowed in `wait` seconds."""
     return replace(breaker, probe_at=now + timedelta(seconds=wait)) if breaker.reason is None else breaker
 
 

@@ -1,6 +1,6 @@
-"""Text from outside, made fit to be shown: nothing in it moves a cursor, turns the line round or hides. Pure.
+"""Make external text safe to display: without control characters, text direction marks and invisible characters. Pure.
 
-What is stored and what JSON documents hold stays as it came; this is for terminals, pages and log lines.
+This is for terminals, pages and log lines only. Stored text and JSON documents are not changed.
 """
 
 import re
@@ -19,12 +19,12 @@ _ESCAPED = {code: f"\\u{code:04x}" for code in (*_BLANK, *_HIDDEN) if 0x7F <= co
     for code in _HIDDEN
     if code >= 0x10000
 }
-# Joiners belong to emoji and to Persian and Indic words; beside a letter of ASCII they only hide.
+# Joiners are needed in emoji and in Persian and Indic words. Next to an ASCII character they are only invisible.
 _JOINER = re.compile("(?<![^\\x00-\\x7f\u200c\u200d])[\u200c\u200d]|[\u200c\u200d](?![^\\x00-\\x7f\u200c\u200d])")
 
 
 def display_text(text: str) -> str:
-    r"""Return `text` as one line: control characters become blanks, invisible ones are left out.
+    r"""Return `text` as one line. Control characters become blanks, and invisible characters are removed.
 
     >>> display_text("a\x1b[31mb\r\nc \u202eevil\u2066\u200b \ud800")
     'a [31mb  c evil ?'
@@ -35,7 +35,7 @@ def display_text(text: str) -> str:
 
 
 def display_lines(text: str) -> str:
-    r"""As `display_text`, for text of several lines: line breaks and tabs stay.
+    r"""Do the same as `display_text`, but keep line breaks and tabs.
 
     >>> display_lines("a\n\tb\x1b]8;;\x07\u202e")
     'a\n\tb ]8;; '
@@ -44,7 +44,7 @@ def display_lines(text: str) -> str:
 
 
 def display_json(document: str) -> str:
-    r"""Return a JSON text in which the characters that `display_text` takes out are escaped: the data is the same.
+    r"""Escape the characters that `display_text` removes in a JSON text. The data stays the same.
 
     >>> display_json('{"a": "\u202e\u2028b"}')
     '{"a": "\\u202e\\u2028b"}'

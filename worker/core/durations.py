@@ -1,4 +1,4 @@
-"""Spans of time as people write them: `30d`, `12h`, `90m`, `45s`, or seconds."""
+"""Parse durations such as `30d`, `12h`, `90m`, `45s`, or a number of seconds."""
 
 import math
 
@@ -6,7 +6,7 @@ UNITS = {"s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0, "w": 604_800.0}
 
 
 def parse_duration(text: str) -> float:
-    """The seconds of a span. Raises ValueError, with words for whoever wrote it.
+    """Return the seconds of a duration. Raises ValueError with a message for the user.
 
     >>> parse_duration("30d"), parse_duration("1.5h"), parse_duration("90")
     (2592000.0, 5400.0, 90.0)
@@ -18,5 +18,5 @@ def parse_duration(text: str) -> float:
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise ValueError("must be a span of time such as 30d, 12h, 90m or 3600 (seconds)")
+        raise ValueError("must be a duration such as 30d, 12h, 90m or 3600 (seconds)")
     return seconds

@@ -1,4 +1,4 @@
-"""How a job looks to those who watch Celery's tasks: a state, times and a few words; and which jobs are shown. Pure."""
+"""Jobs as rows in Flower, in the form of Celery tasks, and the selection of the jobs that are shown. Pure."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ STATES: Mapping[str, str] = {
     "cancelled": "REVOKED",
 }
 TIME_FIELD: Mapping[str, str] = {"SUCCESS": "succeeded", "FAILURE": "failed", "REVOKED": "revoked"}
-SHOWN_AFTER_END = timedelta(seconds=60)  # how long an old job stays that has ended: else nobody would see how
+SHOWN_AFTER_END = timedelta(seconds=60)  # an old job stays visible for this time after its end
 NOTE_MOST, REFERENCE_MOST, MESSAGE_MOST = 80, 80, 300  # characters
 
 
 class Outputs(NamedTuple):
-    """A job's outputs: how many there are, how many of them are stored, with how many bytes."""
+    """The outputs of a job: the number listed, the number stored, and the stored bytes."""
 
     listed: int = 0
     stored: int = 0
@@ -33,7 +33,7 @@ class Outputs(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class FlowerJob:
-    """What is seen of a job."""
+    """The fields of a job that its row needs."""
 
     id: int
     account: str
@@ -54,16 +54,16 @@ class FlowerJob:
 
     @property
     def final(self) -> bool:
-        """Whether it has ended."""
+        """Whether the job is in a final state."""
         return self.status in FINAL_STATES
 
-    def interests(self, now: datetime) -> bool:
-        """Whether it is on its way, or has just ended."""
+    def is_current(self, now: datetime) -> bool:
+        """Return whether the job has not ended, or has ended just now."""
         return self.completed_at is None or now - self.completed_at < SHOWN_AFTER_END
 
 
 def task_id(job_id: int) -> str:
-    """What a job's row is known by.
+    """Return the task id of a job's row.
 
     >>> task_id(7)
     'job-7'
@@ -72,7 +72,7 @@ def task_id(job_id: int) -> str:
 
 
 def job_id_of(uuid: str) -> int | None:
-    """The job that a row is about; None for tasks of other kinds.
+    """Return the job id of a row, or None for other tasks.
 
     >>> job_id_of("job-7"), job_id_of("job-x"), job_id_of("0a611538-674c-4d69")
     (7, None, None)
@@ -81,36 +81,36 @@ def job_id_of(uuid: str) -> int | None:
     return int(digits) if uuid.startswith(PREFIX) and digits.isascii() and digits.isdecimal() else None
 
 
-def job_ids_to_show(newest: Sequence[int], shown: Iterable[FlowerJob], most: int, *, now: datetime) -> list[int]:
-    """The jobs to look at, `most` at most: the newest, half of it at least, and those shown that are not over yet.
+def job_ids_to_show(newest: Sequence[int], shown: Iterable[FlowerJob], limit: int, *, now: datetime) -> list[int]:
+    """Return at most `limit` job ids: at least half of them the newest, then shown jobs that are still current.
 
-    `newest` are the newest ids there are, newest first.
+    `newest` are the newest job ids, newest first.
     """
-    head = newest[: most - most // 2]
-    known = set(head)
-    staying = sorted((job.id for job in shown if job.id not in known and job.interests(now)), reverse=True)
-    known.update(staying)
-    rest = [*staying, *(job_id for job_id in newest[len(head) :] if job_id not in known)]
-    return [*head, *rest[: most // 2]]
+    head = newest[: limit - limit // 2]
+    selected = set(head)
+    staying = sorted((job.id for job in shown if job.id not in selected and job.is_current(now)), reverse=True)
+    selected.update(staying)
+    candidates = [*staying, *(job_id for job_id in newest[len(head) :] if job_id not in selected)]
+    return [*head, *candidates[: limit // 2]]
 
 
 def task_fields(job: FlowerJob) -> dict[str, object]:
-    """The attributes of a task. All are there: nothing is left of the end of a job that is taken up again."""
-    asked = job.polls > 0
-    state = STATES.get(job.status) or ("STARTED" if asked else "RECEIVED")
+    """Return all attributes of the task. A job that was retried must not keep attributes of its former end."""
+    is_polled = job.polls > 0
+    state = STATES.get(job.status) or ("STARTED" if is_polled else "RECEIVED")
     ended = None if job.completed_at is None else job.completed_at.timestamp()
     moments = (job.submitted_at, job.asked_at, job.ready_at, job.completed_at)
     return {
         "state": state,
         "args": repr((job.remote_id,)),
         "kwargs": repr(_kwargs(job)),
-        "sent": None,  # it is the same moment
+        "sent": None,  # the same time as `received`
         "received": job.submitted_at.timestamp(),
-        "started": job.asked_at.timestamp() if asked and job.asked_at else None,
+        "started": job.asked_at.timestamp() if is_polled and job.asked_at else None,
         **{name: ended if TIME_FIELD.get(state) == name else None for name in TIME_FIELD.values()},
         "timestamp": max(moment.timestamp() for moment in moments if moment),
         "runtime": None if job.completed_at is None else (job.completed_at - job.submitted_at).total_seconds(),
-        "result": display_text(_words(job)) or None,
+        "result": display_text(_result(job)) or None,
         "exception": _trouble(job),
     }
 
@@ -126,22 +126,22 @@ def _trouble(job: FlowerJob) -> str | None:
     return display_text(f"{job.error_code}: {job.error_message or ''}".rstrip(": ")[:MESSAGE_MOST])
 
 
-def _words(job: FlowerJob) -> str:
-    """How it stands, or how it ended."""
+def _result(job: FlowerJob) -> str:
+    """Return the progress of the job or its result in a few words."""
     listed, stored, size = job.outputs
     if job.status == "completed":
         return f"{_outputs(stored)} stored, {size:,} bytes"
-    partly = f"{stored} of {_outputs(listed)} stored, {size:,} bytes" if listed else ""
+    progress = f"{stored} of {_outputs(listed)} stored, {size:,} bytes" if listed else ""
     code = job.error_code if job.status in ("failed", "expired") else None
-    held = "" if job.held_at is None or job.final else f"held by an operator since {job.held_at:%Y-%m-%d %H:%M} UTC"
-    return ", ".join(words for words in (code, held, partly, _asked(job)) if words)
+    hold = "" if job.held_at is None or job.final else f"held by an operator since {job.held_at:%Y-%m-%d %H:%M} UTC"
+    return ", ".join(part for part in (code, hold, progress, _polls(job)) if part)
 
 
-def _asked(job: FlowerJob) -> str:
+def _polls(job: FlowerJob) -> str:
     if job.status != "pending" or not job.polls:
         return ""
     last = parse_history(job.last_answer)[:1]
-    times = "asked once" if job.polls == 1 else f"asked {job.polls:,} times"
+    times = "polled once" if job.polls == 1 else f"polled {job.polls:,} times"
     return f"{times}: {last[0].note[:NOTE_MOST]}" if last else times
 
 

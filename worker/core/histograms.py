@@ -1,7 +1,7 @@
-"""What is measured: the bounds of the histograms, which bucket a value falls into, and what a histogram tells. Pure.
+"""Histograms: their bucket bounds, the bucket of a value, and quantiles. Pure.
 
-A histogram is kept as one count per bucket, named by its upper bound as Prometheus writes it (`0.5`, `+Inf`), so that
-counts of many processes simply add up. Everything is in seconds, or in requests.
+A histogram is stored as one count per bucket. A bucket is named by its upper bound in the notation of Prometheus
+(`0.5`, `+Inf`), so the counts of many processes can be added. All values are seconds or requests.
 """
 
 from bisect import bisect_left
@@ -13,10 +13,10 @@ MORE = "+Inf"
 DELAYS = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0)
 # Keyed requests about one job, until it was ready or ended.
 POLLS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0, 300.0)
-# Seconds of one download attempt that stored its output.
+# Seconds of one successful download attempt.
 TRANSFERS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0)
 
-# The classes of answers as they are counted, and the words that operators are told.
+# The classes of answers in the counters, and their names for operators.
 ANSWER_WORDS = {
     "processing": "processing",
     "ready": "ready",
@@ -30,11 +30,11 @@ ANSWER_WORDS = {
     "accountrefused": "account_refused",
     "apidown": "unreachable",
 }
-COUNTED_AS = {"unread": "odd"}  # the label that these answers have in the counters of every release
+COUNTED_AS = {"unread": "odd"}  # the label in the counters, which is the same in all releases
 
 
 def bucket(value: float, bounds: Sequence[float]) -> str:
-    """The name of the bucket that a value falls into: its upper bound, which belongs to it.
+    """Return the name of the bucket of a value, which is its upper bound. The bound itself is part of the bucket.
 
     >>> bucket(0.3, DELAYS), bucket(0.5, DELAYS), bucket(9e9, DELAYS)
     ('0.5', '0.5', '+Inf')
@@ -44,7 +44,7 @@ def bucket(value: float, bounds: Sequence[float]) -> str:
 
 
 def bucket_names(bounds: Sequence[float]) -> list[str]:
-    """The names of all buckets, in order.
+    """Return the names of all buckets, in order.
 
     >>> bucket_names((1.0, 2.5))
     ['1', '2.5', '+Inf']
@@ -53,21 +53,21 @@ def bucket_names(bounds: Sequence[float]) -> list[str]:
 
 
 def quantile(counts: Mapping[str, float], bounds: Sequence[float], share: float) -> float | None:
-    """The value that a share of what was counted does not exceed, straight between the bounds of its bucket.
+    """Return a quantile, with linear interpolation in its bucket. None if the histogram is empty.
 
-    None where nothing was counted. Beyond the last bound that bound is all that can be said, as Prometheus has it.
+    For the last bucket, which has no upper bound, the last bound is returned, as in Prometheus.
 
     >>> quantile({"1": 2, "1.5": 2}, DELAYS, 0.5), quantile({"1": 2, "1.5": 2}, DELAYS, 0.75), quantile({}, DELAYS, 0.5)
     (1.0, 1.25, None)
     """
-    whole = sum(counts.values())
-    if whole <= 0:
+    total = sum(counts.values())
+    if total <= 0:
         return None
-    wanted, below, least = share * whole, 0.0, 0.0
+    rank, below, lower_bound = share * total, 0.0, 0.0
     for bound in bounds:
-        here = counts.get(f"{bound:g}", 0)
-        if here and below + here >= wanted:
-            return least + (bound - least) * max(0.0, wanted - below) / here
-        below += here
-        least = bound
+        count = counts.get(f"{bound:g}", 0)
+        if count and below + count >= rank:
+            return lower_bound + (bound - lower_bound) * max(0.0, rank - below) / count
+        below += count
+        lower_bound = bound
     return bounds[-1]

@@ -1,16 +1,16 @@
-"""Bound what a JSON text takes once it is parsed, before it is parsed. Pure.
+"""Limit the memory that a JSON text needs after parsing. This is checked before it is parsed. Pure.
 
-A value of two bytes (`[]`) becomes an object of 56 bytes and more, so 30 MB of them would take 700 MB.
+A value of two bytes (`[]`) becomes an object of at least 56 bytes, so 30 MB of them would need 700 MB.
 """
 
 import re
 
-MAX_VALUES = 100_000  # some 25 MB of objects; 1,000 outputs with all that is said about them are 20,000
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)  # without an end: up to the end of the text
+MAX_VALUES = 100_000  # about 25 MB of objects; an answer with 1,000 outputs has about 20,000 values
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)  # an unterminated string ends with the text
 
 
 def too_many_values(text: bytes) -> bool:
-    r"""Whether a JSON text has more than `MAX_VALUES` values: each but the first follows a comma or a bracket.
+    r"""Return whether a JSON text has more than `MAX_VALUES` values. Every value follows a comma or a bracket.
 
     >>> too_many_values(b"[],"  * 100_000), too_many_values(b'{"prompt": "' + b"a, " * 200_000 + b'"}')
     (True, False)
@@ -18,10 +18,10 @@ def too_many_values(text: bytes) -> bool:
     if _openings(text, 0, len(text)) <= MAX_VALUES:
         return False
     openings, at = 0, 0
-    for number, string in enumerate(_STRING.finditer(text)):  # those within strings are none
+    for number, string in enumerate(_STRING.finditer(text)):  # characters inside strings don't count
         openings += _openings(text, at, string.start())
         at = string.end()
-        if openings > MAX_VALUES or number > 2 * MAX_VALUES:  # a value has two strings at most, its name and itself
+        if openings > MAX_VALUES or number > 2 * MAX_VALUES:  # a value has at most two strings: its name and its text
             return True
     return openings + _openings(text, at, len(text)) > MAX_VALUES
 

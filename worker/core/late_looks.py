@@ -1,13 +1,13 @@
-"""When a job that expired is asked about again."""
+"""Late looks: when an expired job is polled again."""
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 
 def next_look(deadline_at: datetime, looks: int, after: Sequence[float], *, now: datetime) -> datetime | None:
-    """Return when the next look is due, after so many looks; None where there is none to come.
+    """Return when the next late look is due, after `looks` late looks. None if there are no more.
 
-    `after` are the seconds from the deadline to each look, in order. A look whose time has passed is left out.
+    `after` lists the seconds from the deadline to each late look, in order. Times in the past are skipped.
 
     >>> from datetime import UTC
     >>> deadline = datetime(2026, 3, 1, 12, tzinfo=UTC)

@@ -1,4 +1,4 @@
-"""Numbers in answers and headers, which may be anything."""
+"""Parse numbers from answers and headers, which may contain any value."""
 
 import math
 from datetime import UTC
@@ -6,7 +6,7 @@ from email.utils import parsedate_to_datetime
 
 
 def number(value: object) -> float | None:
-    """Return a finite number, also where it is written as text; None for anything else.
+    """Return a finite number, also from text. Return None for anything else.
 
     >>> number("20.9"), number(True), number(float("nan"))
     (20.9, None, None)
@@ -21,7 +21,7 @@ def number(value: object) -> float | None:
 
 
 def positive_number(value: object) -> float | None:
-    """Return a finite number above zero, or None for anything else.
+    """Return a finite number above zero. Return None for anything else.
 
     >>> positive_number("20.9"), positive_number(-1), positive_number(True)
     (20.9, None, None)
@@ -31,7 +31,7 @@ def positive_number(value: object) -> float | None:
 
 
 def retry_after_seconds(value: str | None, now: float) -> float | None:
-    """Return the seconds that a Retry-After header asks for: a number or a date. `now` is in seconds since 1970.
+    """Return the seconds in a Retry-After header, which is a number or a date. `now` is in seconds since 1970.
 
     >>> retry_after_seconds("120", 0.0), retry_after_seconds("Thu, 01 Jan 1970 00:01:00 GMT", 0.0)
     (120.0, 60.0)

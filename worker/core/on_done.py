@@ -1,12 +1,12 @@
-"""What `on_done` may name: a task of the web app, on a queue of the web app."""
+"""Check `on_done`: it must name a task and a queue of the web app."""
 
 DEFAULT_QUEUE = "celery"
 OWN_TASKS = ("worker.", "celery.")
-OWN_QUEUES = "fetch-worker"  # the worker's queues, and the keys that it has in Redis, begin so
+OWN_QUEUES = "fetch-worker"  # the prefix of the worker's queues and of its keys in Redis
 
 
 def task_and_queue(on_done: str) -> tuple[str, str]:
-    """Return the task's name and its queue.
+    """Return the name of the task and its queue.
 
     >>> task_and_queue("shop.ready"), task_and_queue("orders/shop.ready")
     (('shop.ready', 'celery'), ('shop.ready', 'orders'))
@@ -16,9 +16,9 @@ def task_and_queue(on_done: str) -> tuple[str, str]:
 
 
 def on_done_problem(on_done: str) -> str | None:
-    """Return why no message may be sent for this `on_done`, or None where it may.
+    """Return why this `on_done` is not allowed, or None if it is.
 
-    A task of the worker itself could take a final job up again, and so on without end.
+    Tasks of the worker are not allowed, because they could restart a final job, again and again.
 
     >>> on_done_problem("shop.ready")
     >>> on_done_problem("Fetch-Worker/shop.ready")

@@ -1,10 +1,10 @@
-"""Text from outside made fit to be stored and shown: no NUL, no lone surrogate, no control characters."""
+"""Make external text safe to store and show: without NUL, lone surrogates and control characters."""
 
 _CONTROLS = dict.fromkeys((*range(32), *range(127, 160)), " ")
 
 
 def plain_text(text: str) -> str:
-    r"""`text` as any database takes it, of the same length.
+    r"""Return `text` in a form that every database accepts, with the same length.
 
     >>> plain_text("a\x00b\ud800")
     'a b?'

@@ -1,41 +1,42 @@
-"""Requests per second and account: which moments to ask at, and what a rate limit teaches. Pure; seconds throughout.
+"""Request rates per account: time slots for requests, and the rate after a rate limit. Pure. All times in seconds.
 
-Moments are given out by the generic cell rate algorithm in its scheduling form: one number per account, the next free
-moment; a request takes the next ones in a row, so that requests go out evenly. After a pause a few may go at once.
+Slots are reserved with the generic cell rate algorithm in its virtual scheduling form. The state is one number per
+account, the next free slot. Each reservation takes the next slots in a row, so requests are spread evenly. After a
+pause a small burst is allowed.
 
-After a rate limit the rate falls to half of what the API was seen to take, and comes back along the cubic of RFC 9438
-(section 4.2): fast at first, flat near the ceiling that was found, then ever faster, in case the limit is gone.
+After a rate limit the rate falls to half of the rate that the API accepted. It recovers along the cubic function of
+RFC 9438 (section 4.2): fast at first, flat near the known ceiling, then faster again in case the limit has changed.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-BURST_SECONDS = 0.1  # so many seconds' worth may go at once after a pause
-AHEAD_SECONDS = 0.1  # moments are given out so far ahead
+BURST_SECONDS = 0.1  # a burst after a pause may have the requests of this period
+AHEAD_SECONDS = 0.1  # slots are reserved at most this far ahead
 LEAST_RATE = 0.2
-RECOVERY_SECONDS = 60.0  # from the half to the ceiling
-KEPT_BELOW = 0.95  # the flat part of the curve, as a share of the ceiling: just below what was refused
+RECOVERY_SECONDS = 60.0  # from half of the ceiling to the ceiling
+KEPT_BELOW = 0.95  # the flat part of the curve as a share of the ceiling, just below the rate that was refused
 DEEPEST_CUT = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class RequestRates:
-    """The most requests per second of each account: `default` where `by_account` does not name it."""
+    """The maximum requests per second of each account. `default` is for accounts that are not in `by_account`."""
 
     default: float
     by_account: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, account: str) -> float:
-        """Requests per second that the account may make, all processes together."""
+        """Return the requests per second that all processes together may make for the account."""
         return self.by_account.get(account, self.default)
 
 
 @dataclass(frozen=True, slots=True)
 class RateSlots:
-    """So many requests: the first after `first` seconds, each next one `step` later.
+    """Reserved slots for `count` requests: the first after `first` seconds, the others at intervals of `step`.
 
-    `wait` is when it is worth asking for more; `free` is the next free moment after these.
+    More slots can be reserved after `wait` seconds. `free` is the next free slot after these.
     """
 
     count: int
@@ -46,7 +47,7 @@ class RateSlots:
 
 
 def reserve_slots(free: float, now: float, *, rate: float, requested: int) -> RateSlots:
-    """Takes up to `wanted` moments from `free` on, at `rate` per second, none further ahead than AHEAD_SECONDS.
+    """Reserve up to `requested` slots from `free` on, at `rate` per second, at most AHEAD_SECONDS ahead.
 
     >>> reserve_slots(0.0, 100.0, rate=50.0, requested=3)
     RateSlots(count=3, first=-0.1, step=0.02, wait=0.0, free=99.96)
@@ -62,7 +63,7 @@ def reserve_slots(free: float, now: float, *, rate: float, requested: int) -> Ra
 
 
 def burst(rate: float) -> int:
-    """The requests that may go out at once after a pause: a tenth of a second's worth, at least one.
+    """Return how many requests may be sent at once after a pause: those of BURST_SECONDS, at least one.
 
     >>> burst(50.0), burst(2.0)
     (5, 1)
@@ -70,25 +71,25 @@ def burst(rate: float) -> int:
     return max(1, int(rate * BURST_SECONDS))
 
 
-def current_rate(full: float, ceiling: float | None, age: float) -> float:
-    """The rate to ask at, `age` seconds after the pause that a rate limit brought; `full` is the configured one.
+def current_rate(configured: float, ceiling: float | None, age: float) -> float:
+    """Return the rate that is allowed `age` seconds after the pause of a rate limit.
 
     >>> [round(current_rate(100.0, 20.0, age), 1) for age in (0.0, 30.0, 60.0, 90.0, 180.0)]
     [9.5, 17.8, 19.0, 20.2, 95.0]
     """
     if ceiling is None:
-        return full
+        return configured
     along = (max(age, 0.0) - RECOVERY_SECONDS) / RECOVERY_SECONDS
     grown = ceiling * KEPT_BELOW * (1 + min(along**3, 1e6) / 2)
-    return max(min(full, grown), min(full, LEAST_RATE))
+    return max(min(configured, grown), min(configured, LEAST_RATE))
 
 
-def learned_ceiling(rate: float, seen: float) -> float:
-    """What the API takes, as far as can be told when it refused a request at `rate`, having taken `seen` per second.
+def learned_ceiling(rate: float, measured: float) -> float:
+    """Return the estimated ceiling of the API. It accepted `measured` requests per second and refused one at `rate`.
 
     >>> learned_ceiling(100.0, 20.0), learned_ceiling(100.0, 300.0), learned_ceiling(100.0, 0.0)
     (20.0, 100.0, 100.0)
     """
-    if seen <= 0:
+    if measured <= 0:
         return max(rate, LEAST_RATE)
-    return max(min(rate, seen), rate * DEEPEST_CUT, LEAST_RATE)
+    return max(min(rate, measured), rate * DEEPEST_CUT, LEAST_RATE)

@@ -1,16 +1,16 @@
-"""What an answer that is no output says: the link is dead, or something on the way refuses us. Pure.
+"""Tell dead links from blocked requests, if a download answers with an error. Pure.
 
-Stores tell a dead link by 403, 404 and 410, mostly with XML or JSON. A firewall, a bot check or a proxy says 403 too,
-with a page for people or with headers of its own: then the link may be as good as ever.
+Object stores report a dead link with 403, 404 or 410, mostly with XML or JSON. Firewalls, bot checks and proxies answer
+with 403 as well, but with an HTML page or special headers. Then the link may still work.
 """
 
 import re
 from collections.abc import Mapping
 
-HEAD_BYTES = 4_096  # of the body; enough for the error of any store
+HEAD_BYTES = 4_096  # read from the body; enough for the error of every store
 
 DEAD = frozenset({403, 404, 410})
-_DEAD_BY_CODE = frozenset({400, 401})  # where a store's XML says that the link has run out
+_DEAD_BY_CODE = frozenset({400, 401})  # only if the XML of a store says that the link has expired
 _WALL_HEADERS = (
     "cf-mitigated",  # Cloudflare
     "x-amzn-waf-action",  # Amazon's WAF
@@ -44,9 +44,9 @@ _RUN_OUT = frozenset(
 
 
 def is_dead_link(status: int, headers: Mapping[str, str], body: bytes) -> bool:
-    """Return whether an answer says that the link is dead, rather than that something on the way refuses us.
+    """Return whether an error answer means that the link is dead, and not that the request was blocked.
 
-    `headers` finds names in lower case; `body` is the beginning of the body.
+    The names in `headers` are in lower case. `body` is the start of the body.
 
     >>> is_dead_link(403, {}, b"<Error><Code>AccessDenied</Code></Error>")
     True
@@ -59,7 +59,7 @@ def is_dead_link(status: int, headers: Mapping[str, str], body: bytes) -> bool:
     if status in _DEAD_BY_CODE:
         return store_error is not None and store_error[1] in _RUN_OUT
     if status != 403 or store_error is not None:
-        return True  # the page of a 404 may come from anybody
+        return True  # a 404 may have an HTML page
     if any(name in headers for name in _WALL_HEADERS) or _WALL_BODY.search(body):
         return False
     return not (_PAGE.match(body) or headers.get("content-type", "").strip().lower().startswith("text/html"))

@@ -1,16 +1,16 @@
-"""The types of replies: what an answer of the API means to this worker. `worker.vendor` reads answers into them."""
+"""The types of replies: the meanings that an answer of the API can have. `worker.vendor` makes them from answers."""
 
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 RefusalReason = Literal["key", "credits", "plan", "request"]
 
-MAX_URL = 8_192  # characters of an address that is stored
+MAX_URL = 8_192  # characters; longer URLs are not stored
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One output: where it is (`url`), where else it may be (`proxies`), or the bytes themselves (`body`)."""
+    """One output: its URL, alternative URLs (`proxies`), or the content itself (`body`)."""
 
     url: str
     proxies: tuple[str, ...] = ()
@@ -19,7 +19,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Processing:
-    """The job is not ready. `eta` is in seconds from now; `promised` are addresses where outputs are to appear."""
+    """The job is not ready. `eta` is in seconds from now. `promised` are URLs at which outputs will appear."""
 
     eta: float | None = None
     promised: tuple[str, ...] = ()
@@ -27,7 +27,7 @@ class Processing:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The job is done: `outputs` is what was made (empty for a trained model), but for the `left_out` last of many."""
+    """The job is done. `outputs` is empty for a trained model. `left_out` counts outputs beyond the limit."""
 
     outputs: tuple[Link, ...]
     left_out: int = 0
@@ -35,21 +35,21 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Empty:
-    """A success without a link to an output. `promised` are addresses where outputs are to appear."""
+    """A success without a link to an output. `promised` are URLs at which outputs will appear."""
 
     promised: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class AnotherJob:
-    """A success that names another job's id. It says nothing about this job."""
+    """A success with the id of another job. It says nothing about this job."""
 
     echoed: str
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The API says that the job failed. `may_recover`: its words ask to try again, and such jobs do get ready."""
+    """The API says that the job failed. `may_recover`: the message asks to try again; such jobs can become ready."""
 
     message: str
     may_recover: bool = False
@@ -57,14 +57,14 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class UnknownId:
-    """The API does not know the job, not yet or not any more."""
+    """The API does not know the job: not yet, or no longer."""
 
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class ApiError:
-    """An `error` about the job. `vague`: it does not say what is wrong with the order, so it may pass."""
+    """An `error` about the job. `vague`: the message does not say what is wrong, so it may be temporary."""
 
     message: str
     vague: bool = False
@@ -72,7 +72,7 @@ class ApiError:
 
 @dataclass(frozen=True, slots=True)
 class Unread:
-    """An answer that no rule reads, such as an unknown status or no JSON. The job is asked about again."""
+    """An answer that no rule understands, such as an unknown status or no JSON. The job is polled again."""
 
     message: str
 
@@ -87,7 +87,7 @@ class RateLimited:
 
 @dataclass(frozen=True, slots=True)
 class AccountRefused:
-    """The API refuses the account, not the job: its key, its credits, its plan, or the form of the request."""
+    """The API refuses the account and not the job. The reason is the key, the credits, the plan or the request."""
 
     reason: RefusalReason
     message: str
@@ -95,10 +95,10 @@ class AccountRefused:
 
 @dataclass(frozen=True, slots=True)
 class ApiDown:
-    """The API, or the way to it, is in trouble: no connection, time-out, 5xx, challenge page, redirect.
+    """The API or the network fails: no connection, time-out, 5xx, challenge page, redirect.
 
-    `answered`: the API itself said so in an ordinary answer. Then the job's deadline counts, else it does not.
-    `no_such_path`: the API does not have the path that was asked.
+    `answered`: the API reported it in a normal answer, so the job can expire by it. Otherwise it can't.
+    `no_such_path`: the API does not have the requested path.
     """
 
     message: str
@@ -122,9 +122,10 @@ Reply = (
 
 
 class RawAnswer(NamedTuple):
-    """An answer as it came: the HTTP status and the body. `worker.polling.kept_text` makes of it what may be stored.
+    """An unchanged answer: the HTTP status and the body. `worker.polling.kept_text` makes it safe to store.
 
-    Of a long body it is the beginning, with the `shape` of the whole. A tuple, since one is made for every request.
+    For a long body, `body` is its start and `shape` is the shape of the whole body. This is a tuple for speed, because
+    every request creates one.
     """
 
     http_status: int
@@ -133,7 +134,7 @@ class RawAnswer(NamedTuple):
 
 
 class ApiReply(NamedTuple):
-    """What an answer means, and the answer itself where it may be kept. None: there was no answer, or it is ready."""
+    """The reply, and the raw answer if it may be stored. `raw` is None if there was no answer or the job is ready."""
 
     reply: Reply
     raw: RawAnswer | None = None

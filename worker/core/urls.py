@@ -1,4 +1,4 @@
-"""Web addresses as they go over the line: as they were given, except for what no address may hold. Pure."""
+"""Prepare URLs for requests: only characters that are invalid in URLs are changed. Pure."""
 
 import re
 from contextlib import suppress
@@ -6,14 +6,14 @@ from urllib.parse import urlsplit
 
 _ADDRESS = re.compile(r"(?P<site>[A-Za-z][A-Za-z0-9+.-]*+://[^/?#]*+)(?P<target>[^#]*+)", re.DOTALL)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*+:")
-# What RFC 3986 has no place for; control characters and backslashes are left as they are, for the guard to refuse.
+# Not allowed by RFC 3986. Control characters and backslashes are not included: the address guard refuses them.
 _UNFIT = re.compile(r'[ "<>^`{|}\xa0-\U0010ffff]')
 
 
 def percent_encoded(url: str) -> str:
-    """Return an address with blanks, characters beyond ASCII (as UTF-8) and the like percent-encoded after its host.
+    """Return a URL in which blanks, non-ASCII characters (as UTF-8) and the like after the host are percent-encoded.
 
-    Nothing else changes: signatures of links are made over their very characters. The fragment is left out.
+    Nothing else changes, because signatures of links cover the exact characters. The fragment is removed.
 
     >>> percent_encoded("https://h//a%2fb c.png?x=&sig=A%2B+é#top")
     'https://h//a%2fb%20c.png?x=&sig=A%2B+%C3%A9'
@@ -25,7 +25,7 @@ def percent_encoded(url: str) -> str:
 
 
 def split(url: str) -> tuple[str, str]:
-    """Return what an address begins with, down to its host and port, and the rest as a request names it.
+    """Return the scheme with host and port of a URL, and its request target.
 
     >>> split("https://h:443?a=1")
     ('https://h:443', '/?a=1')
@@ -38,16 +38,16 @@ def split(url: str) -> tuple[str, str]:
 
 
 def redirect_target(url: str, location: str) -> str:
-    """Return where a redirect from `url` leads. `location` is the header as it is read: bytes as Latin-1.
+    """Return the target of a redirect from `url`. `location` is the header, with its bytes decoded as Latin-1.
 
-    An absolute address is taken as it stands, and so is a path; only a relative path is resolved. Raises ValueError
-    for an address that can't be read.
+    Absolute URLs and absolute paths are used unchanged; only a relative path is resolved. Raises ValueError if the
+    target is not a valid URL.
 
     >>> redirect_target("https://h/a/b?c", "../d//e%2F f"), redirect_target("https://h/a", "//other/x")
     ('https://h/d//e%2F f', 'https://other/x')
     """
     location = location.strip(" ")
-    with suppress(UnicodeError):  # UTF-8 is what servers write; what is none stays Latin-1
+    with suppress(UnicodeError):  # servers send UTF-8; anything else stays Latin-1
         location = location.encode("latin-1").decode("utf-8")
     target = _resolved(url, location)
     urlsplit(target)
@@ -72,7 +72,7 @@ def _resolved(url: str, location: str) -> str:
 
 
 def _without_dots(path: str) -> str:
-    """Resolve dot segments (RFC 3986, section 5.2.4); empty segments stay."""
+    """Resolve dot segments (RFC 3986, section 5.2.4). Empty segments stay."""
     segments: list[str] = []
     parts = path.split("/")[1:]
     for number, part in enumerate(parts):

@@ -1,6 +1,6 @@
-"""Webhooks after the Standard Webhooks scheme: the event's text, its signature, and when to try again. Pure.
+"""Webhooks as in the Standard Webhooks specification: body, signature and retries. Pure.
 
-The scheme: https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md
+Specification: https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md
 """
 
 import base64
@@ -16,15 +16,15 @@ from urllib.parse import urlsplit
 
 from worker.errors import NotTrackable
 
-SECRET_PREFIX = "whsec_"  # noqa: S105  # what every secret begins with
-SECRET_LEAST, SECRET_MOST = 24, 64  # bytes, once decoded
+SECRET_PREFIX = "whsec_"  # noqa: S105  # the prefix of every secret
+SECRET_LEAST, SECRET_MOST = 24, 64  # decoded bytes
 URL_MOST = 2_000
-FIRST_WAIT, LONGEST_WAIT = 5.0, 3_600.0  # seconds between attempts: twice as long each time
+FIRST_WAIT, LONGEST_WAIT = 5.0, 3_600.0  # seconds between attempts; the wait doubles each time
 _PLAIN = re.compile(r"[\x21-\x7e]+")
 
 
 def secret_bytes(text: str) -> bytes:
-    """What a `whsec_…` secret stands for. Raises ValueError with what is wrong, never with the secret."""
+    """Return the bytes of a `whsec_…` secret. Raises ValueError; the message never contains the secret."""
     with suppress(ValueError):
         secret = base64.b64decode(text.removeprefix(SECRET_PREFIX), validate=True)
         if text.startswith(SECRET_PREFIX) and SECRET_LEAST <= len(secret) <= SECRET_MOST:
@@ -33,20 +33,20 @@ def secret_bytes(text: str) -> bytes:
 
 
 def event_id(job_id: int, completed_at: datetime) -> str:
-    """The name of the event of one final state: the same whoever makes it, and however often it is sent."""
+    """Return the id of the event of one final state. It is the same for every process and every attempt."""
     return f"evt_{hashlib.sha256(f'{job_id} {completed_at.isoformat()}'.encode()).hexdigest()[:32]}"
 
 
 def body(kind: str, at: datetime, data: Mapping[str, Any]) -> str:
-    """An event's text: JSON with `type`, `timestamp` (ISO 8601, UTC) and `data`."""
+    """Return the body of an event: JSON with `type`, `timestamp` (ISO 8601, UTC) and `data`."""
     moment = at.isoformat().replace("+00:00", "Z")
     return json.dumps({"type": kind, "timestamp": moment, "data": data}, separators=(",", ":"), ensure_ascii=False)
 
 
 def signature(secrets: Sequence[bytes], name: str, at: int, text: str) -> str:
-    """The header `webhook-signature`: one signature for each secret, so that receivers can change theirs at leisure.
+    """Return the header `webhook-signature`. It has one signature for each secret, so that secrets can be rotated.
 
-    `at` is the attempt's time in whole seconds since 1970, which receivers compare with their clock.
+    `at` is the time of the attempt in whole seconds since 1970. Receivers compare it with their clock.
 
     >>> signature([b"0" * 24], "msg_1", 1, "{}")
     'v1,4gaLWH/Mh7tIxkICy4nSG0SOe8aKjhXy2St5RB6ztHU='
@@ -57,7 +57,7 @@ def signature(secrets: Sequence[bytes], name: str, at: int, text: str) -> str:
 
 
 def headers(secrets: Sequence[bytes], name: str, at: int, text: str) -> dict[str, str]:
-    """What is sent with an event's text at a time in whole seconds since 1970."""
+    """Return the headers of an attempt. `at` is its time in whole seconds since 1970."""
     return {
         "Content-Type": "application/json",
         "User-Agent": "fetch-worker",
@@ -68,7 +68,7 @@ def headers(secrets: Sequence[bytes], name: str, at: int, text: str) -> dict[str
 
 
 def retry_delay(attempts: int, jitter: float, retry_after: float | None = None) -> float:
-    """Seconds until the next attempt, after so many. `draw` is from 0 to 1; `asked` is what Retry-After said.
+    """Return the seconds until the next attempt. `jitter` is from 0 to 1, `retry_after` comes from the header.
 
     >>> [retry_delay(attempts, 0.0) for attempts in (1, 2, 3, 20)]
     [5.0, 10.0, 20.0, 3600.0]
@@ -78,16 +78,16 @@ def retry_delay(attempts: int, jitter: float, retry_after: float | None = None) 
 
 
 def checked_url(url: object) -> str:
-    """An address that webhooks may be sent to, as far as its text can tell. Raises NotTrackable with what is wrong."""
+    """Return the URL if webhooks may be sent to it. Only its text is checked. Raises NotTrackable with the problem."""
     if not isinstance(url, str) or not _PLAIN.fullmatch(url) or len(url) > URL_MOST:
-        raise NotTrackable(f"webhook_url is an address of at most {URL_MOST} plain characters")
+        raise NotTrackable(f"webhook_url must be a URL of at most {URL_MOST} plain characters")
     try:
         parts = urlsplit(url)
-        known = parts.scheme in ("https", "http") and bool(parts.hostname) and parts.port != 0
+        is_valid = parts.scheme in ("https", "http") and bool(parts.hostname) and parts.port != 0
     except ValueError:
-        known = False
-    if not known:
-        raise NotTrackable("webhook_url must be an https: address, for example https://app.example/webhooks/pictures")
+        is_valid = False
+    if not is_valid:
+        raise NotTrackable("webhook_url must be an https: URL, for example https://app.example/webhooks/pictures")
     if parts.username is not None or parts.password is not None:
-        raise NotTrackable("webhook_url carries a user name: the receiver knows us by the signature")
+        raise NotTrackable("webhook_url must not contain a user name: the receiver verifies the signature instead")
     return url

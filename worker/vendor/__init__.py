@@ -1,4 +1,5 @@
-"""All that is known of the hosted API: its families, the addresses they are asked at, and what its answers mean.
+"""Knowledge about the hosted API: its families, their fetch URLs, and the meaning of its answers.
 
-Everything here is pure. The rest of the worker knows none of it; the types of replies are in `worker.core.reply`.
+Everything here is pure. No other package contains knowledge about the vendor. The types of the replies are in
+`worker.core.reply`.
 """

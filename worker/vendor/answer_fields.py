@@ -1,4 +1,4 @@
-"""The fields of an answer, in every spelling that the API has for them. Nothing here raises."""
+"""Read the fields of an answer, in all spellings that the API uses. No function here raises."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,8 +10,8 @@ from worker.core.plain_text import plain_text
 
 MAX_MESSAGE = 500
 MESSAGE_FIELDS = ("message", "messege", "error_message", "msg", "detail", "title")
-_LESSER_FIELDS = ("reason", "description", "data", "result", "tips")  # where nothing is said in any of those
-_MANY = 10  # errors of one answer that are looked at
+_FALLBACK_MESSAGE_FIELDS = ("reason", "description", "data", "result", "tips")  # used if all the fields above are empty
+_MAX_ERRORS = 10  # the number of errors in one answer that are read
 _CODE_FIELDS = ("code", "error_code", "status_code", "statusCode", "status")
 _ABOUT_THE_CALLER = frozenset({401, 402, 403, 429})
 _STATE_FIELDS = ("model_training_status", "training_status")
@@ -19,7 +19,7 @@ _TRAINING_FIELDS = (*_STATE_FIELDS, "messege", "message")
 
 
 def json_object(body: bytes) -> dict[str, Any] | None:
-    """Return the JSON object in `body`, or None for anything else, however broken or hostile.
+    """Return the JSON object in `body`, or None if there is none. `body` may be any bytes.
 
     >>> json_object(b'\\xef\\xbb\\xbf{"status": "processing"}')
     {'status': 'processing'}
@@ -36,10 +36,10 @@ def json_object(body: bytes) -> dict[str, Any] | None:
 
 
 def status_of(answer: Mapping[str, Any]) -> str:
-    """Return the status word in lower case; empty where there is none.
+    """Return the status word in lower case, or an empty string.
 
-    An answer that says `false`, or names an HTTP code of a failure, calls itself an error. So does one without a
-    status that has an `error`. One that says `true` calls itself a success.
+    The status is `error` if the answer says `false`, names an HTTP error code, or has an `error` but no status. It is
+    `success` if the answer says `true`.
 
     >>> status_of({"status": " SUCCESS"}), status_of({"success": False}), status_of({"error": "No credits"})
     ('success', 'error', 'error')
@@ -59,20 +59,21 @@ def status_of(answer: Mapping[str, Any]) -> str:
 
 
 def http_status_of(answer: Mapping[str, Any]) -> int | None:
-    """Return the HTTP code of a failure that an answer names as its status, or None.
+    """Return the HTTP error code that an answer contains as its status, or None.
 
-    A `code` counts where it is about the caller, and no status says how the job is.
+    Other fields with a code are read only if the answer has no status of the job, and only for codes about the caller
+    (401, 402, 403, 429).
 
     >>> http_status_of({"status": 401, "message": "Unauthenticated."}), http_status_of({"error": {"code": "402"}})
     (401, 402)
     """
-    word = answer.get("status")
-    status = _whole_number(word)
-    if status is not None and 400 <= status < 600:
-        return status
-    if word is True or (isinstance(word, str) and word.strip().lower() not in ("", "error")):
+    status = answer.get("status")
+    code = _whole_number(status)
+    if code is not None and 400 <= code < 600:
+        return code
+    if status is True or (isinstance(status, str) and status.strip().lower() not in ("", "error")):
         return None
-    if word is None and answer.get("success") is True:
+    if status is None and answer.get("success") is True:
         return None
     error = answer.get("error")
     holders = (answer, error) if isinstance(error, dict) else (answer,)
@@ -87,7 +88,7 @@ def _whole_number(value: object) -> int | None:
 
 
 def message_of(answer: Mapping[str, Any]) -> str:
-    """Return the message under any of its names, as plain text of at most 500 characters.
+    """Return the message from any of its fields, as plain text of at most 500 characters.
 
     >>> message_of({"messege": "try again later."})
     'try again later.'
@@ -101,8 +102,8 @@ def message_of(answer: Mapping[str, Any]) -> str:
             error = error[0]
         message = (message_of(error) or error.get("code") or error) if isinstance(error, dict) else error
     if not message or message is True:
-        held = next((answer[name] for name in _LESSER_FIELDS if answer.get(name)), "")
-        message = message_of(held) if isinstance(held, dict) else held
+        fallback = next((answer[name] for name in _FALLBACK_MESSAGE_FIELDS if answer.get(name)), "")
+        message = message_of(fallback) if isinstance(fallback, dict) else fallback
     if not isinstance(message, str):
         try:
             message = json.dumps(message, ensure_ascii=False, default=str)
@@ -111,10 +112,10 @@ def message_of(answer: Mapping[str, Any]) -> str:
     return plain_text(message[:MAX_MESSAGE])
 
 
-def other_words(answer: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what an error says beside its message: in the other fields of messages, in its errors, in their codes.
+def other_error_texts(answer: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the error texts besides the message: from all message fields, from the errors, and from their codes.
 
-    >>> list(other_words({"message": "Error", "error": "Insufficient credits"}))
+    >>> list(other_error_texts({"message": "Error", "error": "Insufficient credits"}))
     ['Error', 'Insufficient credits', '']
     """
     for name in MESSAGE_FIELDS:
@@ -122,17 +123,17 @@ def other_words(answer: Mapping[str, Any]) -> Iterator[str]:
             yield message_of({"message": answer[name]})
     for name in ("error", "errors"):
         error = answer.get(name)
-        for part in error[:_MANY] if isinstance(error, list) else [error]:
-            words = message_of(part) if isinstance(part, dict) else ""
+        for part in error[:_MAX_ERRORS] if isinstance(error, list) else [error]:
+            text = message_of(part) if isinstance(part, dict) else ""
             if part:
-                yield words or message_of({"message": part})
+                yield text or message_of({"message": part})
             if isinstance(part, dict):
                 yield code_of(part)
     yield code_of(answer)
 
 
 def code_of(answer: Mapping[str, Any]) -> str:
-    """Return the machine-readable name of an error in plain words, or an empty text.
+    """Return the machine-readable code of an error, with blanks for `_` and `-`, or an empty string.
 
     >>> code_of({"error": {"code": "insufficient_credits", "message": "x"}})
     'insufficient credits'
@@ -147,43 +148,43 @@ def code_of(answer: Mapping[str, Any]) -> str:
     return ""
 
 
-def as_state(word: str) -> str:
-    """Return a word as the states of trainings are written: in lower case, with `_` for blanks.
+def training_state(word: str) -> str:
+    """Return a word in the spelling of training states: lower case, with `_` for blanks.
 
-    >>> as_state(" Model-Ready ")
+    >>> training_state(" Model-Ready ")
     'model_ready'
     """
     return "_".join(word.lower().replace("-", " ").split())
 
 
-def training_words(answer: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the words that may be the state of a training, in lower case, with `_` for blanks.
+def training_states(answer: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the texts that may be the state of a training, in the spelling of `training_state`.
 
-    >>> list(training_words({"messege": "Model Ready"}))
+    >>> list(training_states({"messege": "Model Ready"}))
     ['model_ready']
     """
     for name in _TRAINING_FIELDS:
         word = answer.get(name)
         if isinstance(word, str) and word.strip():
-            state = as_state(word[:100])
-            # An error that is the state of the training is its end; one in a message may be of the call.
+            state = training_state(word[:100])
+            # `error` as the state of the training means that it failed. In a message it may be about the request.
             yield "failed" if state == "error" and name in _STATE_FIELDS else state
 
 
 def execution_of(answer: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the run of a workflow that an answer is about, or None. The `status` beside it is of the call alone."""
+    """Return the workflow run of an answer, or None. The `status` next to it describes only the request."""
     execution = answer.get("execution")
     return execution if isinstance(execution, dict) else None
 
 
 def chat_id_of(answer: Mapping[str, Any]) -> object:
-    """Return the id of the chat that an answer is about: its own `chat_id`, or that of its `meta`."""
+    """Return the `chat_id` of an answer, or that of its `meta`."""
     meta = answer.get("meta")
     return answer.get("chat_id") or (meta.get("chat_id") if isinstance(meta, dict) else None)
 
 
 def eta_of(answer: Mapping[str, Any]) -> float | None:
-    """Return the seconds until the job is expected to be ready, where the answer names them as a number.
+    """Return the estimated seconds until the job is ready, or None if the answer contains no number for it.
 
     >>> eta_of({"eta": 20.9}), eta_of({"eta": "30 Minutes"}), eta_of({"estimated_time": 12})
     (20.9, None, 12.0)

@@ -1,8 +1,8 @@
-"""The families of the API: where an order is posted, where its job is fetched, and what it makes. One row each.
+"""The endpoint families of the API: order path, fetch path and output type. One row per family.
 
-A path is written as it stands below `/api/`. `*` is one part of a path, `**` any number of parts, and `{server}` one
-part that the fetch path repeats. The first row whose `order` fits is the family of an order. To add a family, add a
-row; nothing else changes.
+Paths are relative to `/api/`. `*` matches one segment, `**` any number of segments, and `{server}` one segment that is
+repeated in the fetch path. The first row whose `order` pattern matches is the family of an order. To support a new
+family, add a row; no other change is needed.
 """
 
 import re
@@ -16,10 +16,10 @@ MAX_KIND = 64
 
 
 class ApiFamily(NamedTuple):
-    """One family. `fetch` is the path without the id.
+    """One family. `fetch` is the fetch path without the id, `media` the type of the outputs.
 
-    `how` says where the id stands: as the last part of the path (`path`), in the body under that name (`request_id`,
-    `chat_id`), or as the last part of a path that is asked by GET (`get`). `media` is what its outputs are.
+    `fetch_style` says where the request carries the id: at the end of the path (`path`), in the body under this name
+    (`request_id`, `chat_id`), or at the end of the path of a GET request (`get`).
     """
 
     order: str
@@ -28,16 +28,16 @@ class ApiFamily(NamedTuple):
     media: MediaKind
 
 
-# Sources: the vendor's pages of 2022 to 2026 and the `fetch_result` values in their examples and in captured answers.
-# Where two of them disagree, a captured `fetch_result` counts more than a page.
+# Sources: the vendor's documentation of 2022 to 2026, and the `fetch_result` values in its examples and in captured
+# answers. If they disagree, a captured `fetch_result` has priority over the documentation.
 FAMILIES: tuple[ApiFamily, ...] = (
-    # Trainings are asked at v3, whatever the version of the order.
+    # Trainings are fetched at v3, for orders of every version.
     ApiFamily("*/fine_tune/**", "v3/fine_tune_status", "path", "training"),
     ApiFamily("*/lora_fine_tune/**", "v3/fine_tune_status", "path", "training"),
     ApiFamily("*/lora_fine_tune_v2/**", "v3/fine_tune_status", "path", "training"),
     ApiFamily("*/fine_tune_v2/**", "v3/fine_tune_status", "path", "training"),
     ApiFamily("*/fine_tune_status/**", "v3/fine_tune_status", "path", "training"),
-    # Version 3 and its communities. A captured text2video of version 5 is fetched at v3.
+    # Version 3 and the community endpoints. A captured text2video order of version 5 is fetched at v3.
     ApiFamily("v3/dreambooth/**", "v3/dreambooth/fetch", "path", "picture"),
     ApiFamily("v3/text2video/**", "v3/fetch", "path", "video"),
     ApiFamily("v3/**", "v3/fetch", "path", "picture"),
@@ -45,7 +45,7 @@ FAMILIES: tuple[ApiFamily, ...] = (
     ApiFamily("v4/**", "v3/fetch", "path", "picture"),
     ApiFamily("v5/text2video/**", "v3/fetch", "path", "video"),
     ApiFamily("v5/**", "v3/fetch", "path", "picture"),
-    # Version 6: each family has its own fetch path; transcripts have another's.
+    # Version 6: each family has its own fetch path, except transcripts.
     ApiFamily("v6/images/**", "v6/images/fetch", "path", "picture"),
     ApiFamily("v6/realtime/**", "v6/realtime/fetch", "path", "picture"),
     ApiFamily("v6/image_editing/**", "v6/image_editing/fetch", "path", "picture"),
@@ -65,9 +65,9 @@ FAMILIES: tuple[ApiFamily, ...] = (
     ApiFamily("v1/enterprise/speech_to_text/**", "v1/enterprise/speech_to_text/fetch", "path", "text"),
     ApiFamily("v1/enterprise/*", "v1/enterprise/fetch", "request_id", "picture"),
     ApiFamily("v1/enterprise/{server}/**", "v1/enterprise/{server}/fetch", "path", "any"),
-    # Workflows: a run is asked for by GET.
+    # Workflows: runs are fetched with GET.
     ApiFamily("v1/workflows/{server}/**", "v1/workflows/{server}/runs", "get", "any"),
-    # All others, and those that are newer than this table, by the same pattern: face swaps, voices of version 7.
+    # All other and newer families follow this pattern, for example face swaps and voices of version 7.
     ApiFamily("{version}/{server}/*/**", "{version}/{server}/fetch", "path", "any"),
     ApiFamily("{version}/*", "{version}/fetch", "path", "any"),
 )
@@ -77,7 +77,7 @@ CHAT = "/api/v6/llm/get_queued_response"
 _RUNS = re.compile(r"/api/v1/workflows/[A-Za-z0-9_-]+/runs")
 _KIND_NAME = re.compile(r"/api/v[0-9]+/(?:(?P<name>[A-Za-z0-9_/-]*)/)?fetch")
 
-# The fetch paths that a job may have besides `/api/v<n>/…fetch`, each with its id at the end, or in the body.
+# The fetch paths besides `/api/v<n>/…fetch`. Each has the id at its end or in the body.
 OTHER_FETCH_PATHS = rf"{TRAINING}|{CHAT}|{_RUNS.pattern}"
 
 
@@ -105,9 +105,9 @@ _ORDERS = tuple(re.compile(_order_pattern(family.order), re.IGNORECASE) for fami
 
 @lru_cache(maxsize=256)
 def family_of_order(path: str) -> ApiFamily | None:
-    """Return the family of an order that was posted to `/api/` and `path`; its `fetch` has no names left to fill in.
+    """Return the family of an order that was posted to `/api/` + `path`. All placeholders in `fetch` are filled in.
 
-    A path that a job is fetched at, with or without an id, stands for its family, too.
+    `path` may also be a fetch path, with or without an id.
 
     >>> family_of_order("v6/video/text2video").fetch
     'v6/video/fetch'
@@ -131,12 +131,12 @@ def family_of_order(path: str) -> ApiFamily | None:
 
 
 def _lower(names: dict[str, str]) -> dict[str, str]:
-    """Return the names of servers and versions as the API writes them. Ids of workflows stay as they are."""
+    """Return the names of servers and versions in lower case, as the API writes them. Not for workflow ids."""
     return {name: value.lower() for name, value in names.items()}
 
 
 def fetch_style(fetch_path: str) -> FetchStyle:
-    """Return how a fetch path without the id is asked, where its job's address ends with the id.
+    """Return the fetch style of a path without the id, for jobs whose URL ends with the id.
 
     >>> fetch_style("/api/v1/workflows/upscale/runs"), fetch_style("/api/v3/fetch")
     ('get', 'path')
@@ -145,13 +145,13 @@ def fetch_style(fetch_path: str) -> FetchStyle:
 
 
 def id_field(fetch_path: str) -> str:
-    """Return the name of the id in the body, for a fetch path that does not end with the id."""
+    """Return the name of the id in the request body, for a fetch path that does not end with the id."""
     return "chat_id" if fetch_path == CHAT else "request_id"
 
 
 @lru_cache(maxsize=256)
 def kind_of(fetch_path: str) -> str:
-    """Return the kind of the jobs that are fetched at a path without the id, for those that were given none.
+    """Return the default kind of jobs with this fetch path (without the id).
 
     >>> kind_of("/api/v6/video/fetch"), kind_of("/api/v3/fetch"), kind_of("/api/v3/fine_tune_status")
     ('video', 'image', 'training')
@@ -168,5 +168,5 @@ def kind_of(fetch_path: str) -> str:
 
 
 def is_training(fetch_path: str) -> bool:
-    """Return whether the answers of this path are about a training, where `success` does not mean that it is done."""
+    """Return whether this path belongs to trainings. In their answers `success` does not mean that the job is done."""
     return fetch_path.endswith("/fine_tune_status")

@@ -1,4 +1,4 @@
-"""Where the API key may be sent: the rules for hosts and fetch paths, and the address of each job."""
+"""Fetch URLs: the URL of each job, and the rules for the hosts and paths to which the API key may be sent."""
 
 import re
 from collections.abc import Collection
@@ -14,7 +14,7 @@ from worker.vendor.families import CHAT, OTHER_FETCH_PATHS, TRAINING, ApiFamily,
 VENDOR_HOSTS = frozenset({"stablediffusionapi.com", "modelslab.com"})
 MAX_ADDRESS = 500
 
-# No userinfo, query, fragment, dot segment or percent sign can get through: none of their characters is in the set.
+# This excludes userinfo, query, fragment, dot segments and percent signs: the pattern has none of their characters.
 _ADDRESS = re.compile(
     r"(?P<scheme>https?)://(?P<host>[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{1,5}))?"
     r"(?P<path>(?:/[A-Za-z0-9_-]+)+)",
@@ -32,21 +32,21 @@ _BELOW_API = re.compile(r"/api/v[0-9]{1,3}/", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class AllowedApi:
-    """The API as configured: `url` is its base address, `hosts` the hosts that a job's own address may name."""
+    """The configured API: `url` is its base URL, `hosts` are the hosts that the fetch URL of a job may have."""
 
     url: str
     hosts: Collection[str]
 
 
 class Call(NamedTuple):
-    """How a job is asked about: the method, and the name of the id in the body (None: the address carries the id)."""
+    """How to fetch a job: the HTTP method, and the name of the id in the body. None if the id is in the URL."""
 
     method: str
     id_field: str | None
 
 
 def call_for(address: FetchAddress) -> Call:
-    """Return how an address is asked.
+    """Return the method and the id field for a fetch URL.
 
     >>> chats = "https://modelslab.com/api/v6/llm/get_queued_response"
     >>> call_for(FetchAddress(chats, chats, "modelslab.com"))
@@ -64,7 +64,7 @@ def _call(base: str, id_in_body: bool) -> Call:
 
 @lru_cache(maxsize=1_024)
 def path_of(url: str) -> str:
-    """Return the path of an address.
+    """Return the path of a URL.
 
     >>> path_of("https://modelslab.com/api/v3/fetch")
     '/api/v3/fetch'
@@ -78,7 +78,7 @@ def site_of(api: AllowedApi) -> str:
 
 
 def normal_host(host: str, port: str | None, scheme: str) -> str:
-    """Return `host` or `host:port` in lower case, without the scheme's own port.
+    """Return `host` or `host:port` in lower case. The default port of the scheme is left out.
 
     >>> normal_host("ModelsLab.com", "443", "https")
     'modelslab.com'
@@ -89,28 +89,28 @@ def normal_host(host: str, port: str | None, scheme: str) -> str:
 
 
 def api_host(url: str) -> str:
-    """Return the host of the API's base address, as `normal_host` writes it. Raises RefusedAddress if malformed."""
+    """Return the host of the API's base URL, in the form of `normal_host`. Raises RefusedAddress if it is malformed."""
     return _api_site(url)[1]
 
 
 @lru_cache(maxsize=64)
 def _api_site(url: str) -> tuple[str, str]:
-    """Return scheme and host of the API's base address, and the host alone, both in their normal form."""
+    """Return scheme and host of the API's base URL, and the host alone, both normalised."""
     match = _ADDRESS.fullmatch(url) or _ADDRESS.fullmatch(url + "/x")
     if match is None:
-        raise RefusedAddress(f"{url[:120]!r} is no plain address (scheme, host, port, path; nothing else)")
+        raise RefusedAddress(f"{url[:120]!r} is not a plain URL (only scheme, host, port and path are allowed)")
     _check_scheme(match, url)
     host = normal_host(match["host"], match["port"], match["scheme"])
     return f"{match['scheme']}://{host}", host
 
 
 def fetch_address(fetch_url: str | None, remote_id: str, api: AllowedApi) -> FetchAddress:
-    """Return where to ask about `remote_id`: the job's own address where it has one, else the API's base and the id.
+    """Return where to fetch `remote_id`: the job's own `fetch_url` if it has one, else the API's base URL with the id.
 
-    Raises RefusedAddress where the address breaks a rule; the message says which.
+    Raises RefusedAddress if the URL breaks a rule. The message names the rule.
     """
     if not (REMOTE_ID.fullmatch(remote_id) or SYNTHETIC_ID.fullmatch(remote_id)):
-        raise RefusedAddress(f"{remote_id[:60]!r} can't be a remote id, so it gets no fetch address")
+        raise RefusedAddress(f"{remote_id[:60]!r} is not a valid remote id, so it has no fetch URL")
     own_url = api.url.rstrip("/")
     own_site, own_host = _api_site(own_url)
     configured = f"{own_site}{path_of(own_url)}/fetch"
@@ -119,7 +119,7 @@ def fetch_address(fetch_url: str | None, remote_id: str, api: AllowedApi) -> Fet
     match = _ADDRESS.fullmatch(fetch_url)
     if match is None or len(fetch_url) > MAX_ADDRESS:
         raise RefusedAddress(
-            f"the fetch address {fetch_url[:120]!r} is refused: only scheme, host, port and a plain path may be in it"
+            f"the fetch URL {fetch_url[:120]!r} is refused: only scheme, host, port and a plain path are allowed"
         )
     _check_scheme(match, fetch_url)
     host = normal_host(match["host"], match["port"], match["scheme"])
@@ -132,29 +132,29 @@ def fetch_address(fetch_url: str | None, remote_id: str, api: AllowedApi) -> Fet
         return FetchAddress(f"{configured}/{remote_id}", configured, host)
     path = _FETCH_PATH.fullmatch(match["path"])
     if path is None or not _fits_its_id(path["base"], path["id"]):
-        raise RefusedAddress(f"the fetch address {fetch_url[:120]!r} is refused: {match['path']!r} is no fetch path")
+        raise RefusedAddress(f"the fetch URL {fetch_url[:120]!r} is refused: {match['path']!r} is not a fetch path")
     if path["id"] is not None and path["id"] != remote_id:
-        raise RefusedAddress(f"the fetch address is refused: it names the id {path['id']!r}, the job is {remote_id!r}")
+        raise RefusedAddress(f"the fetch URL is refused: it has the id {path['id']!r}, the job has {remote_id!r}")
     base = f"{site}{path['base']}"
     return FetchAddress(base if path["id"] is None else f"{base}/{remote_id}", base, host)
 
 
 def _fits_its_id(fetch_path: str, remote_id: str | None) -> bool:
-    """Return whether a fetch path may end with this id, or without one."""
+    """Return whether a fetch path may have this id at its end, or no id."""
     if remote_id is not None:
         return fetch_path != CHAT
     return fetch_path != TRAINING and fetch_style(fetch_path) != "get"
 
 
 class NamedJob(NamedTuple):
-    """What a `fetch_result` says by itself: the id at its end, and the address without the id."""
+    """The parts of a `fetch_result`: the id at its end, and the URL without the id."""
 
     remote_id: str
     base: str
 
 
 def named_job(fetch_result: str) -> NamedJob | None:
-    """Return the id that a fetch address ends with, and its base; None where it has no id or is no fetch address.
+    """Return the id at the end of a fetch URL, and the URL without it. None if there is no id or no fetch path.
 
     >>> named_job("https://modelslab.com/api/v7/video-fusion/fetch/155").remote_id
     '155'
@@ -167,13 +167,13 @@ def named_job(fetch_result: str) -> NamedJob | None:
 
 
 class Order(NamedTuple):
-    """Where an order was posted: its family, and the site (scheme and host) that its job is asked at."""
+    """Where an order was posted: its family, and the site (scheme and host) at which its job is fetched."""
 
     family: ApiFamily
     site: str
 
     def fetch_url(self, remote_id: str) -> str:
-        """Return the address of the job that the order became."""
+        """Return the fetch URL of the job."""
         base = f"{self.site}/api/{self.family.fetch}"
         return f"{base}/{remote_id}" if self.family.fetch_style in ("path", "get") else base
 
@@ -181,23 +181,24 @@ class Order(NamedTuple):
 def order_at(endpoint: object, api: AllowedApi) -> Order:
     """Return the order that was posted to `endpoint`: a URL, or a path below `/api/`, such as `v6/video/text2video`.
 
-    Raises NotTrackable for what is neither, RefusedAddress for a host that is not on SD_API_HOSTS.
+    Raises NotTrackable if it is neither, and RefusedAddress if the host is not on SD_API_HOSTS.
     """
     if not isinstance(endpoint, str):
         raise NotTrackable(f"endpoint is the URL or path that the order was posted to, not {type(endpoint).__name__}")
     text = endpoint.strip()
     site, path = site_of(api), re.split("[?#]", text, maxsplit=1)[0]
-    named = path.partition("/")[0].lower()
-    if "://" not in text and named in api.hosts:
-        text = f"{site.partition('://')[0] if named == api_host(api.url) else 'https'}://{text}"
+    first_part = path.partition("/")[0].lower()
+    if "://" not in text and first_part in api.hosts:
+        text = f"{site.partition('://')[0] if first_part == api_host(api.url) else 'https'}://{text}"
     if "://" in text:
         parts = _split(text)
         if parts is None:
-            raise NotTrackable(f"endpoint {text[:120]!r} is no URL")
+            raise NotTrackable(f"endpoint {text[:120]!r} is not a URL")
         own_site, host = _api_site(f"{parts.scheme}://{parts.netloc}/x")
         if host not in api.hosts:
             raise RefusedAddress(
-                f"the host {host!r} of endpoint is refused: it is not on SD_API_HOSTS ({', '.join(sorted(api.hosts))})"
+                f"the host {host!r} of the endpoint is refused: it is not on SD_API_HOSTS"
+                f" ({', '.join(sorted(api.hosts))})"
             )
         site, path = own_site, parts.path
     match = _ORDER_PATH.fullmatch(_SLASHES.sub("/", path[:MAX_ADDRESS]).strip("/"))
@@ -205,16 +206,16 @@ def order_at(endpoint: object, api: AllowedApi) -> Order:
     family = family_of_order(match["path"]) if match is not None and is_plain else None
     if family is None:
         raise NotTrackable(
-            f"endpoint {text[:120]!r} is no path of the API: write it as in v6/video/text2video, or as the whole URL"
+            f"endpoint {text[:120]!r} is not a path of the API: use a path such as v6/video/text2video, or the full URL"
         )
     return Order(family, site)
 
 
 def order_of_response(url: object, api: AllowedApi) -> Order | None:
-    """Return the order that a response of `url` answered, or None where its address says nothing.
+    """Return the order to which a response from `url` belongs, or None if the URL does not tell.
 
-    A response may have come through a gateway of the app's own, so a host that is not on SD_API_HOSTS is no error: the
-    path alone counts then.
+    A response may come through a gateway of the app. So a host that is not on SD_API_HOSTS is not an error; only the
+    path is used then.
     """
     parts = _split(str(url))
     if parts is None:
@@ -240,8 +241,8 @@ def _split(url: str) -> SplitResult | None:
 
 def _check_scheme(match: re.Match[str], url: str) -> None:
     if match["port"] is not None and not 0 < int(match["port"]) < 65536:
-        raise RefusedAddress(f"{url[:120]!r} is refused: {match['port']} is no port")
+        raise RefusedAddress(f"{url[:120]!r} is refused: {match['port']} is not a port")
     if match["scheme"] == "http" and not _LOOPBACK.fullmatch(match["host"].lower()):
         raise RefusedAddress(
-            f"{url[:120]!r} is refused: plain http only to 127.0.0.0/8, [::1] and localhost, else https"
+            f"{url[:120]!r} is refused: use https; plain http is allowed only for 127.0.0.0/8, [::1] and localhost"
         )

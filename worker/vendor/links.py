@@ -1,4 +1,4 @@
-"""The links in an answer: the outputs that a success lists, and the addresses where outputs are promised."""
+"""The links in an answer: the outputs that a success lists, and the URLs at which outputs are promised."""
 
 import base64
 import binascii
@@ -17,9 +17,9 @@ MAX_LINKS = 1_000
 MAX_DEPTH = 8
 MAX_PROMISED = 20
 
-# The fields that hold a success's outputs, best first. The vendor's own command line tool reads `output`, then
-# `output_url`, then `future_links`; `links` and `link` come from voice and cropping; the others from clients, of which
-# some read an envelope (`data`, `result`), or the outputs that `meta` repeats.
+# The fields that contain the outputs of a success, in order of priority. The vendor's own command line tool reads
+# `output`, then `output_url`, then `future_links`. `links` and `link` are used by voice and cropping. The others come
+# from client libraries; some of them read an envelope (`data`, `result`) or the outputs repeated in `meta`.
 OUTPUT_FIELDS = (
     "output",
     "outputs",
@@ -39,42 +39,42 @@ OUTPUT_FIELDS = (
     "results",
     *("image_url", "video_url", "audio_url", "file_url", "download_url", "image", "video", "audio", "data"),
 )
-_MAIN_FIELDS = frozenset({"output", "outputs", "proxy_links", "links"})  # any text there is meant as an output
+_MAIN_FIELDS = frozenset({"output", "outputs", "proxy_links", "links"})  # any text in them is an output
 PROXY_FIELD = "proxy_links"
 PROMISE_FIELD = "future_links"
-_PROMISED_LINKS = "links"  # a queued order may name its outputs-to-be there alone
-# Fields beside an output that hold other addresses: what the order was made from, previews, help, callbacks.
+_PROMISED_LINKS = "links"  # some queued orders list their future outputs only here
+# Fields next to an output that contain other URLs: inputs of the order, previews, help pages, callbacks.
 _NO_OUTPUT = re.compile(
     r"(?:^|[_-])(?:init|input|inputs|source|src|mask|target|reference|ref|prompt|thumbnail|thumb"
     r"|preview|poster|webhook|callback|docs|doc|help|tip|tips|tip_1|meta|metadata|message|messege|status|fetch|license"
     r"|page|homepage|website|schema)(?:$|[_-])"
 )
-_MODEL = re.compile(r"(?:^|[_-])model(?:$|[_-])")  # the model that was used, unless it is a file: then the one made
+_MODEL = re.compile(r"(?:^|[_-])model(?:$|[_-])")  # the model that was used; if it is a file, the model that was made
 _MODEL_FILE = re.compile(r"\.(?:glb|gltf|obj|ply|fbx|stl|usdz|zip|safetensors)\b", re.IGNORECASE)
 _PLACEHOLDERS = frozenset({"null", "none", "n/a", "undefined", "false", "true", "processing", "pending", "queued"})
 
 _DATA = re.compile(r"data:(?P<head>[^,]{0,200}),", re.IGNORECASE)
 _ADDRESS = re.compile(r"https?://[^\s/]", re.IGNORECASE)
-_BETWEEN = re.compile(r"(?<![\s,])[\s,]++(?=https?://)", re.IGNORECASE)  # between the addresses in one text
-# Lines may be broken, but blanks are between words: what was said needs no other mark. Possessive: megabytes that do
-# not match cost one pass.
+_BETWEEN = re.compile(r"(?<![\s,])[\s,]++(?=https?://)", re.IGNORECASE)  # between the URLs in one text
+# Line breaks are allowed, but blanks are not: text with blanks is a sentence. The quantifiers are possessive, so that
+# megabytes of other text take only one pass.
 _BASE64 = re.compile(r"[A-Za-z0-9+/\r\n]++={0,2}")
 _NAMES_A_FILE = re.compile(r"/|^[A-Za-z][A-Za-z0-9+.-]{0,30}:.|[^.]\.(?=[0-9]?[A-Za-z])[A-Za-z0-9]{2,11}$")
 _BLANK = re.compile(r"\s")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_BRACKETS = frozenset("[{")  # begin a list of outputs that is written as one text
-_LEAST_BASE64 = 64  # shorter text is a word, not a file
+_BRACKETS = frozenset("[{")  # the start of a list of outputs that was sent as JSON text
+_MIN_BASE64 = 64  # a shorter text is a word, not a file
 
 
 class ListedOutputs(NamedTuple):
-    """The outputs of a success; `left_out` counts those beyond the first MAX_LINKS."""
+    """The outputs of a success. `left_out` counts those after the first MAX_LINKS."""
 
     links: tuple[Link, ...]
     left_out: int
 
 
 def listed_outputs(answer: Mapping[str, object]) -> ListedOutputs:
-    """Return what a success lists, from the first of its fields that has any; never its `future_links`.
+    """Return the outputs of a success, from the first field that contains any. `future_links` is not read.
 
     >>> listed_outputs({"status": "success", "output": [], "links": ["https://h/a.wav"]}).links
     (Link(url='https://h/a.wav', proxies=(), body=None),)
@@ -83,39 +83,39 @@ def listed_outputs(answer: Mapping[str, object]) -> ListedOutputs:
     for name in OUTPUT_FIELDS:
         value = answer.get(name)
         if value:
-            found = collect_links(value, None if name == PROXY_FIELD else proxies, strict=name not in _MAIN_FIELDS)
-            if found.links:
-                return found
+            outputs = collect_links(value, None if name == PROXY_FIELD else proxies, strict=name not in _MAIN_FIELDS)
+            if outputs.links:
+                return outputs
     meta = answer.get("meta")
     return collect_links(meta.get("output"), strict=True) if isinstance(meta, dict) else ListedOutputs((), 0)
 
 
 def promised_urls(answer: Mapping[str, object]) -> tuple[str, ...]:
-    """Return the addresses at which the API says that outputs will be, at most MAX_PROMISED, in their order.
+    """Return the URLs at which the API promises outputs, in order, at most MAX_PROMISED.
 
     >>> promised_urls({"future_links": ["https://h/a.mp4", "", 5]})
     ('https://h/a.mp4',)
     """
     value = answer.get(PROMISE_FIELD)
-    found = _addresses(value) if value else ()
-    if not found and (value := answer.get(_PROMISED_LINKS)):
-        found = _addresses(value)
-    return found
+    urls = _addresses(value) if value else ()
+    if not urls and (value := answer.get(_PROMISED_LINKS)):
+        urls = _addresses(value)
+    return urls
 
 
 def _addresses(value: object) -> tuple[str, ...]:
     if isinstance(value, list) and len(value) == 1:
-        value = value[0]  # by far the most
+        value = value[0]  # a shortcut for the most common case
     addresses = (stored_address(text) for text in _texts(value) if _is_address(text) and len(text) <= MAX_URL)
     return tuple(dict.fromkeys(addresses))[:MAX_PROMISED]
 
 
 def collect_links(output: object, proxy_links: object = None, *, strict: bool = False) -> ListedOutputs:
-    """Return every output that `output` lists (text, list, object, nested), each with the proxy link of its place.
+    """Return all outputs in `output` (a text, list or object, also nested), each with the proxy link at its position.
 
-    A text that stands alone or in a list is an output, unless it is a word or a sentence. In an object, or where
-    `strict`, only http(s) addresses, data URIs and long base64 are outputs, since the other texts there describe them.
-    `proxy_links` in an object are alternatives.
+    A text by itself or in a list is an output, unless it is a word or a sentence. In an object, or with `strict`, only
+    http(s) URLs, data URIs and long base64 texts are outputs, because the other texts in an object describe them.
+    `proxy_links` in an object are alternative URLs of its outputs.
 
     >>> collect_links("https://h/a.png").links
     (Link(url='https://h/a.png', proxies=(), body=None),)
@@ -129,15 +129,15 @@ def collect_links(output: object, proxy_links: object = None, *, strict: bool = 
     texts = list(_texts(output, inner, strict=strict))
     proxies = list(_proxies(proxy_links)) or [_stored_proxy(text) for text in inner]
     paired = proxies if len(proxies) == len(texts) else []
-    found: dict[str, Link] = {}
-    for place, text in enumerate(texts[:MAX_LINKS]):
-        link = _link(text, (paired[place],) if paired and paired[place] not in ("", text) else ())
-        found.setdefault(link.url, link)
-    return ListedOutputs(tuple(found.values()), len(set(texts[MAX_LINKS:]).difference(texts[:MAX_LINKS])))
+    links: dict[str, Link] = {}
+    for position, text in enumerate(texts[:MAX_LINKS]):
+        link = _link(text, (paired[position],) if paired and paired[position] not in ("", text) else ())
+        links.setdefault(link.url, link)
+    return ListedOutputs(tuple(links.values()), len(set(texts[MAX_LINKS:]).difference(texts[:MAX_LINKS])))
 
 
 def _proxies(value: object) -> Iterator[str]:
-    """Yield the proxy links in `value`. One that is too long to be stored is empty, and keeps its place."""
+    """Yield the proxy links in `value`. A link that is too long to be stored is yielded as an empty string."""
     return (_stored_proxy(text) for text in _texts(value) if _is_address(text))
 
 
@@ -146,7 +146,7 @@ def _stored_proxy(text: str) -> str:
 
 
 def _texts(value: object, proxies: list[str] | None = None, depth: int = 0, *, strict: bool = False) -> Iterator[str]:
-    """Yield the texts that may be outputs. Those under `proxy_links` of an inner object go to `proxies` instead."""
+    """Yield the texts that may be outputs. Texts in `proxy_links` of an inner object are added to `proxies` instead."""
     if isinstance(value, str):
         text = value.strip()
         if not text:
@@ -171,7 +171,7 @@ def _texts(value: object, proxies: list[str] | None = None, depth: int = 0, *, s
 
 
 def _json_in(text: str) -> object:
-    """Return the list or object that a text holds as JSON, or None."""
+    """Return the list or object in a JSON text, or None."""
     try:
         return None if too_many_values(text.encode("utf-8", "replace")) else json.loads(text)
     except (ValueError, RecursionError):
@@ -179,7 +179,7 @@ def _json_in(text: str) -> object:
 
 
 def _holds_outputs(name: str, item: object) -> bool:
-    """Return whether a field beside an output may hold another one."""
+    """Return whether a field next to an output may contain another output."""
     if _NO_OUTPUT.search(name):
         return False
     return not (_MODEL.search(name) and isinstance(item, str)) or _MODEL_FILE.search(str(item)[:MAX_URL]) is not None
@@ -190,7 +190,7 @@ def _is_output(text: str) -> bool:
 
 
 def _is_word(text: str) -> bool:
-    """Return whether a text is a word or a sentence: nothing in it is of an address or of a file's name."""
+    """Return whether a text is a word or a sentence, and not part of a URL or a file name."""
     return (
         _BLANK.search(text) is not None or text.lower() in _PLACEHOLDERS or _NAMES_A_FILE.search(text[:MAX_URL]) is None
     )
@@ -201,7 +201,7 @@ def _is_address(text: str) -> bool:
 
 
 def _is_base64(text: str) -> bool:
-    return len(text) >= _LEAST_BASE64 and _BASE64.fullmatch(text) is not None
+    return len(text) >= _MIN_BASE64 and _BASE64.fullmatch(text) is not None
 
 
 def _link(text: str, proxies: tuple[str, ...]) -> Link:
@@ -217,7 +217,9 @@ def _link(text: str, proxies: tuple[str, ...]) -> Link:
 
 
 def stored_address(text: str) -> str:
-    r"""Return an address as it is stored. A control character becomes an escape, whose backslash has it refused.
+    r"""Return a URL in the form in which it is stored.
+
+    Control characters are escaped. The backslash of the escape makes the URL invalid, so that it is refused later.
 
     >>> stored_address("https://h/a\nb")
     'https://h/a\\nb'
@@ -231,7 +233,7 @@ def _inline(body: bytes, prefix: str) -> Link:
 
 
 def _decoded(encoded: str) -> bytes:
-    """Return the bytes that base64 stands for. Text that is no base64 stays as it is, and is refused as no media."""
+    """Return the decoded bytes. Invalid base64 is returned as it is; it is refused later because it is not media."""
     digits = "".join(encoded.split())
     try:
         return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)

@@ -1,8 +1,8 @@
-"""The words of the API's errors, and what they mean. One row per phrase; the first that fits decides.
+"""The phrases in the API's error messages and their meanings. One row per phrase; the first match decides.
 
-They are matched against the message of an answer that calls itself an error or a failure, and against nothing else:
-prompts that a success repeats can contain any words. To teach a new wording, add a row with an example. The tests take
-out each row in turn, and fail where its example is still read in the same way.
+Phrases are matched only against the message of an error or a failure, because a success may repeat a prompt with any
+words. To support a new phrase, add a row with an example. The tests remove each row in turn, and fail if its example
+still has the same meaning without it.
 """
 # ruff: noqa: E501  # a table has one line per phrase
 
@@ -27,17 +27,17 @@ Meaning = Literal[
 
 
 class Phrase(NamedTuple):
-    """Words of the API: what they mean, the pattern that finds them, and a message that no other phrase reads so."""
+    """A phrase: its meaning, its pattern, and an example message that has this meaning only because of this row."""
 
     meaning: Meaning
     pattern: str
     example: str
 
 
-# What names the order comes first, after a suspended account: a message may quote a prompt, an address or a model, and
-# they may hold any words. What concerns the account comes before what concerns the rate: "Your monthly limit exceeded"
-# is a plan that has run out, and no pause ends it. A limit of requests in the queue is a rate limit, also where the
-# plan is named as its reason.
+# Phrases about the order come first, after suspended accounts, because a message may quote a prompt, a URL or a model
+# with any words. Phrases about the account come before those about the rate: "Your monthly limit exceeded" means that
+# the plan is used up, and waiting does not help. A limit of queued requests is a rate limit, even if the message names
+# the plan as the reason.
 PHRASES: tuple[Phrase, ...] = (
     Phrase("key", r"(?:account|user) (?:is |was |has been )?(?:currently )?(?:suspended|blocked|banned|disabled|deactivated|inactive|not (?:yet )?(?:active|activated|verified))|\b(?:account|user) (?:was |is )?not found",
            "Your account has been suspended"),
@@ -135,7 +135,7 @@ PHRASES: tuple[Phrase, ...] = (
            "The width field is required."),
     Phrase("order", r"\b(?:invalid|unsupported|missing|unknown|wrong|bad)\b.{0,60}\b(?:inputs?|image|prompt|parameters?|dimensions?|format|url|model|value|file|audio|video|arguments?)\b",
            "Invalid input dimensions"),
-    Phrase("order", r"^error message$", "Error message"),  # what the vendor's pages show for any failed fetch
+    Phrase("order", r"^error message$", "Error message"),  # the vendor's documentation shows this for every failed fetch
     Phrase("try_again", r"\btry again\b|\bretry\b|\bplease wait\b", "Failed, Try Again"),
     Phrase("service", r"server error|\bunavailable\b|\bnot available\b|\bqueue\b|timed? ?-?out|capacity|no (?:gpu|worker)s?\b|(?:high|heavy) (?:traffic|load|demand)|\blater\b|gateway",
            "Gateway timeout"),
@@ -143,13 +143,13 @@ PHRASES: tuple[Phrase, ...] = (
 _COMPILED = tuple((phrase.meaning, re.compile(phrase.pattern, re.IGNORECASE)) for phrase in PHRASES)
 
 ACCOUNT: frozenset[Meaning] = frozenset({"key", "credits", "plan", "request"})
-RUN_OUT: frozenset[Meaning] = frozenset({"credits", "plan"})  # what may be said with HTTP 429 instead of 402
+RUN_OUT: frozenset[Meaning] = frozenset({"credits", "plan"})  # may come with HTTP 429 instead of 402
 OF_THE_JOB: frozenset[Meaning] = frozenset({"order", "unknown_id", "moderated", "waiting"})
 PASSING: frozenset[Meaning] = frozenset({"try_again", "service", "memory", "limited", "waiting"})
-# A failure that may yet become ready. Memory that ran out fails the job for good; what the account lacks can be bought.
+# Failures after which a job can still become ready. "Out of memory" is final. Credits or a plan can be bought.
 RECOVERS: frozenset[Meaning] = (PASSING | RUN_OUT) - {"memory"}
 
-# What a message quotes may be anybody's words: prompts, names, addresses. A single word in quotes stays.
+# Quoted text can be a prompt, a name or a URL, so it is removed. A single word in quotes stays.
 _QUOTED = re.compile(
     r"\"[^\"]{0,250}\"|“[^”]{0,250}”|`[^`]{0,250}`|(?<!\w)'[^']{0,250}'(?!\w)|(?<!\w)\u2018[^\u2019]{0,250}\u2019(?!\w)"
 )
@@ -159,23 +159,23 @@ _NAME = re.compile(r"(?<![\w-])[A-Za-z]+(?:[_-][A-Za-z]+)+(?![\w-])")
 
 @lru_cache(maxsize=512)
 def meaning_of(text: str) -> Meaning | None:
-    """Return what the words of an error mean, or None where no phrase is in them.
+    """Return the meaning of an error message, or None if no phrase matches.
 
     >>> meaning_of("Your monthly limit exceeded, upgrade subscription now"), meaning_of("Something went wrong")
     ('plan', None)
     """
-    words = _own_words(text)
-    return next((meaning for meaning, pattern in _COMPILED if pattern.search(words)), None)
+    message = _without_quotes(text)
+    return next((meaning for meaning, pattern in _COMPILED if pattern.search(message)), None)
 
 
-def _own_words(text: str) -> str:
-    """Return an error without what it quotes, and its names in plain words.
+def _without_quotes(text: str) -> str:
+    """Return an error message without quoted text and prompts, and with blanks for `_` and `-` in names.
 
-    >>> _own_words('request_id 7 of "an empty wallet" not found'), _own_words("No image for prompt: an empty wallet")
+    >>> _without_quotes('request_id 7 of "a lake" not found'), _without_quotes("No image for prompt: an empty wallet")
     ('request id 7 of not found', 'No image for prompt:')
     """
     if not text.lstrip().startswith(("{", "[")):  # in JSON everything is quoted
-        words = _QUOTED.sub(lambda match: "" if " " in match[0].strip() else match[0][1:-1], text)
-        if words.strip():
-            text = " ".join(_PROMPT.sub(r"\1", words).split())
+        unquoted = _QUOTED.sub(lambda match: "" if " " in match[0].strip() else match[0][1:-1], text)
+        if unquoted.strip():
+            text = " ".join(_PROMPT.sub(r"\1", unquoted).split())
     return _NAME.sub(lambda match: re.sub("[_-]", " ", match[0]), text)

@@ -1,7 +1,8 @@
-"""What an answer means: (HTTP status, headers, body) in, one typed reply out. It is total: it never raises.
+"""Turn an answer (HTTP status, headers, body) into one typed reply. Never raises.
 
-`RULES` is read from the top, and the first rule that fits decides. Each says why it stands where it stands, and gives
-an answer that is read differently without it. What the words of an error mean is in `worker.vendor.phrases`.
+`RULES` is evaluated from the top, and the first rule that matches decides. Each rule has the reason for its position
+and an example answer that would be read differently without the rule. The meanings of error messages are in
+`worker.vendor.phrases`.
 """
 
 import re
@@ -29,16 +30,16 @@ from worker.core.reply import (
 from worker.vendor.answer_fields import (
     MAX_MESSAGE,
     MESSAGE_FIELDS,
-    as_state,
     chat_id_of,
     eta_of,
     execution_of,
     http_status_of,
     json_object,
     message_of,
-    other_words,
+    other_error_texts,
     status_of,
-    training_words,
+    training_state,
+    training_states,
 )
 from worker.vendor.links import listed_outputs, promised_urls
 from worker.vendor.phrases import ACCOUNT, OF_THE_JOB, PASSING, RECOVERS, RUN_OUT, Meaning, meaning_of
@@ -57,26 +58,27 @@ MAPPABLE_STATUSES = frozenset(
 )  # what SD_API_STATUS_WORDS may map a word to
 
 _OF_A_JOB = ("id", "request_id", "output", "links", "future_links", "fetch_result", "eta", "meta", "execution")
-_REDIRECT = "the API redirects; a redirect is never followed with a key. Check SD_API_URL"
+_REDIRECT = "the API redirects. Redirects are not followed, to protect the API key. Check SD_API_URL"
 NO_SUCH_PATH = "the API has no such path. Check the path in SD_API_URL, or the fetch_url or endpoint of the job"
 
 
 class Question(NamedTuple):
-    """What was asked. `remote_id` is None where an order was posted; `now` is in seconds since 1970.
+    """The request. `remote_id` is None if an order was posted. `now` is in seconds since 1970.
 
-    `words` are the status words that the settings teach, each with the word of the API that it stands for.
+    `status_words` maps the custom words of SD_API_STATUS_WORDS to statuses of the API.
     """
 
     remote_id: str | None
     now: float
     training: bool = False
-    words: Mapping[str, str] = MappingProxyType({})
+    status_words: Mapping[str, str] = MappingProxyType({})
 
 
 class ParsedAnswer:
-    """One answer, with what the rules look at.
+    """One answer, with the values that the rules use.
 
-    `is_error`: it calls itself an error. One without a status does so by its HTTP code, or by being only a message.
+    `code` is the higher of the HTTP status and the code in the body. `is_error`: the status word is `error`, or there
+    is no status word, and the code is an error or the answer is only a message.
     """
 
     __slots__ = (
@@ -101,12 +103,12 @@ class ParsedAnswer:
         fields: dict[str, Any] | None,
         question: Question,
     ) -> None:
-        known = fields or {}
+        content = fields or {}
         self.http_status, self.headers, self.body, self.question = http_status, headers, body, question
         self.fields = fields
-        self.code = max(http_status, http_status_of(known) or 0)  # or the one that the answer names instead
-        self.run = execution_of(known)
-        self.word = _word(known, self.run, question.words)
+        self.code = max(http_status, http_status_of(content) or 0)
+        self.run = execution_of(content)
+        self.word = _word(content, self.run, question.status_words)
         self._message: str | None = None
         self._meaning: Meaning | Literal[""] | None = ""
         self.is_error = (
@@ -115,47 +117,47 @@ class ParsedAnswer:
 
     @property
     def message(self) -> str:
-        """What the answer says, or an empty text. Read where it is needed: of a success nobody does."""
+        """The message, or an empty string. It is read on first use, because most answers don't need it."""
         if self._message is None:
             self._message = message_of(self.fields or {}) or (message_of(self.run) if self.run else "")
         return self._message
 
     @property
     def is_message(self) -> bool:
-        """Whether the answer has a message, and nothing that is of a job."""
+        """Whether the answer has a message and no fields of a job."""
         fields = self.fields or {}
         return any(map(fields.get, MESSAGE_FIELDS)) and not any(map(fields.get, _OF_A_JOB))
 
     @property
     def meaning(self) -> Meaning | None:
-        """What the message of an error says, or the code beside it."""
+        """The meaning of the error message, or of the other error texts."""
         if self._meaning == "":
-            texts = (self.message, *other_words(self.fields or {}))
+            texts = (self.message, *other_error_texts(self.fields or {}))
             self._meaning = next((meaning for meaning in map(meaning_of, texts) if meaning is not None), None)
         return self._meaning or None
 
     @property
     def is_refusal(self) -> bool:
-        """Whether it calls itself an error, or says that the job failed."""
+        """Whether the answer is an error or says that the job failed."""
         return self.is_error or self.word in FAILED_WORDS
 
     @property
     def start(self) -> str:
-        """The beginning of a body that is no JSON object."""
+        """The start of the body as text, for a body that is not a JSON object."""
         return self.body[:MAX_MESSAGE].decode("utf-8-sig", "replace").strip()
 
     @property
     def is_page(self) -> bool:
-        """Whether the body is a page for people."""
+        """Whether the body is an HTML page."""
         return self.fields is None and self.start.startswith("<")
 
-    def says(self) -> str:
-        """Return the message, else the HTTP status."""
+    def message_or_status(self) -> str:
+        """Return the message, or the HTTP status if there is none."""
         return self.message or f"HTTP {self.code}"
 
 
 class Example(NamedTuple):
-    """An answer about the job 7."""
+    """An example answer about job 7."""
 
     body: str
     http_status: int = 200
@@ -163,22 +165,22 @@ class Example(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """One rule: why it stands in this place, when it fits, what the answer means then, and an answer that needs it."""
+    """One rule: the reason for its position, its condition, the reply it makes, and an example that needs the rule."""
 
     name: str
-    why: str
-    fits: Callable[[ParsedAnswer], bool]
+    reason: str
+    matches: Callable[[ParsedAnswer], bool]
     reply: Callable[[ParsedAnswer], Reply]
     example: Example
 
 
-_TOO_SOON = frozenset({408, 425})  # what was sent came too slowly, or too early
+_TIMING_CODES = frozenset({408, 425})  # Request Timeout, Too Early
 _BY_CODE: dict[int, RefusalReason] = {401: "key", 402: "credits", 403: "plan"}
 _HOLDS: dict[str, RefusalReason] = {"key": "key", "credits": "credits", "plan": "plan", "request": "request"}
 _WRONG_PATH = re.compile(
     r"^(?:(?:page|route|url|endpoint|resource|path) )?not found\.?$|\broute\b|endpoint|\bmethod\b|^$", re.IGNORECASE
 )
-_WALL = "https://developers.cloudflare.com/"  # begins the `type` of an error that the network in front of the API made
+_WALL = "https://developers.cloudflare.com/"  # the start of `type` in errors of the network in front of the API
 _RUN_WORDS = {"completed": "success", "cancelled": "failed", "canceled": "failed"}
 
 
@@ -191,13 +193,13 @@ def _is_wall(answer: ParsedAnswer) -> bool:
 
 def _is_of_the_account(answer: ParsedAnswer) -> bool:
     if answer.word in FAILED_WORDS and answer.meaning in RUN_OUT and answer.code < 400:
-        return False  # the job failed for it, and others may yet be asked about
+        return False  # only this job failed; other jobs can still be fetched
     return answer.is_refusal and answer.meaning in (RUN_OUT if answer.code == 429 else ACCOUNT)
 
 
 def _limited(answer: ParsedAnswer) -> Reply:
     seconds = retry_after(answer.headers, answer.fields or {}, answer.message, answer.question.now)
-    return RateLimited(seconds, answer.says())
+    return RateLimited(seconds, answer.message_or_status())
 
 
 def _is_wrong_path(answer: ParsedAnswer) -> bool:
@@ -221,14 +223,14 @@ def _is_unknown_id(answer: ParsedAnswer) -> bool:
 
 def _training(answer: ParsedAnswer) -> Reply | None:
     fields = answer.fields or {}
-    words = [as_state(answer.word), *training_words(fields)]
-    is_final = any(word.startswith("training_failed") for word in words) or not FAILED_WORDS.isdisjoint(words[1:])
+    states = [training_state(answer.word), *training_states(fields)]
+    is_final = any(state.startswith("training_failed") for state in states) or not FAILED_WORDS.isdisjoint(states[1:])
     if is_final or answer.word in FAILED_WORDS:
         reason = fields.get("data")
         text = plain_text(reason[:MAX_MESSAGE]).strip() if isinstance(reason, str) else ""
         may_recover = not is_final and answer.meaning in RECOVERS
         return Failed(text or answer.message or "the training failed", may_recover)
-    if "model_ready" in words and answer.code < 400 and answer.word not in WAITING:
+    if "model_ready" in states and answer.code < 400 and answer.word not in WAITING:
         return Ready(())
     return None if answer.word in ("", "error") or answer.code >= 400 else Processing(eta_of(fields))
 
@@ -263,23 +265,23 @@ def _success(answer: ParsedAnswer) -> Reply:
 
 
 def _another_job(answer: ParsedAnswer) -> str:
-    """Return the id that an answer names instead of the job's, or an empty text. Capital letters are no difference."""
+    """Return the id of another job in an answer, or an empty string. Ids are compared without case."""
     remote_id, fields = answer.question.remote_id, answer.fields or {}
     if remote_id is None:
         return ""
     echoed = _id_in((answer.run or fields).get("id"))
-    others = [fields.get("request_id"), chat_id_of(fields)]
+    alternatives = [fields.get("request_id"), chat_id_of(fields)]
     if answer.question.training:
         echoed = _id_in(fields.get("training_id")) or echoed
-        others += [fields.get("id"), fields.get("model_id")]
+        alternatives += [fields.get("id"), fields.get("model_id")]
     own = remote_id.lower()
-    if not echoed or any(_id_in(value).lower() == own for value in (echoed, *others)):
+    if not echoed or any(_id_in(value).lower() == own for value in (echoed, *alternatives)):
         return ""
     return plain_text(echoed[:128])
 
 
 def _id_in(value: object) -> str:
-    """Return an id as text; empty where there is none. Zero stands for none, too."""
+    """Return an id as text, or an empty string if there is none. Zero is not an id."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, (str, int)):
@@ -297,7 +299,7 @@ def _is_another_job(answer: ParsedAnswer) -> bool:
 
 
 def _refused(answer: ParsedAnswer) -> Reply:
-    return AccountRefused(_HOLDS[answer.meaning or "request"], answer.says())
+    return AccountRefused(_HOLDS[answer.meaning or "request"], answer.message_or_status())
 
 
 def _is_refused_by_code(answer: ParsedAnswer) -> bool:
@@ -308,7 +310,7 @@ def _is_refused_by_code(answer: ParsedAnswer) -> bool:
     if answer.code == 401:
         return answer.meaning != "service"
     if answer.word in FAILED_WORDS or answer.word in WAITING or answer.meaning == "unknown_id":
-        return False  # it is about the job, by its own words
+        return False  # the answer is about the job
     return answer.code == 402 or (answer.meaning != "service" and answer.meaning not in OF_THE_JOB)
 
 
@@ -323,145 +325,147 @@ def _unread(answer: ParsedAnswer) -> Reply:
 RULES: tuple[Rule, ...] = (
     Rule(
         "redirect",
-        "A redirect would take the key elsewhere, whatever its body says.",
+        "First: following a redirect would send the key elsewhere, so its body is not read.",
         lambda answer: 300 <= answer.http_status < 400,
         lambda answer: ApiDown(f"HTTP {answer.http_status}: {_REDIRECT}"),
         Example('{"status": "success", "output": ["https://h/a.png"]}', 302),
     ),
     Rule(
         "wall",
-        "Before the account: the network in front of the API writes its errors as JSON, and knows no account.",
+        "Before the account rules: these JSON errors come from the network in front of the API, not from the account.",
         _is_wall,
         lambda answer: _limited(answer) if answer.code == 429 else ApiDown(f"HTTP {answer.code}: {answer.message}"),
         Example('{"cloudflare_error": true, "status": 403, "detail": "Access denied by the owner"}', 403),
     ),
     Rule(
         "account",
-        "Before the limits: a monthly limit is a plan that has run out, and no pause ends it.",
+        "Before the rate limits: a monthly limit means that the plan is used up; waiting does not help.",
         _is_of_the_account,
         _refused,
         Example('{"status": "error", "message": "Your monthly limit exceeded"}'),
     ),
     Rule(
         "limit",
-        "Before the codes: a limit comes with any HTTP status.",
+        "Before the HTTP codes: a rate limit can have any HTTP status.",
         lambda answer: answer.code == 429 or (answer.is_refusal and answer.meaning == "limited"),
         _limited,
         Example('{"status": "error", "messege": "Rate limit exceeded"}'),
     ),
     Rule(
         "moderated",
-        "Before the codes: a picture that was refused says nothing about the account.",
+        "Before the HTTP codes: a refused picture says nothing about the account.",
         lambda answer: answer.is_error and answer.meaning == "moderated" and answer.code < 500,
-        lambda answer: ApiError(answer.says()),
+        lambda answer: ApiError(answer.message_or_status()),
         Example('{"message": "NSFW content detected"}', 400),
     ),
     Rule(
         "account_by_code",
-        "JSON, or a bare line. A page with such a code comes from a wall in front of the API.",
+        "For JSON and plain text. An HTML page with such a code comes from a firewall in front of the API.",
         _is_refused_by_code,
-        lambda answer: AccountRefused(_BY_CODE[answer.code], answer.says()),
+        lambda answer: AccountRefused(_BY_CODE[answer.code], answer.message_or_status()),
         Example('{"detail": "pay"}', 402),
     ),
     Rule(
         "wrong_path",
-        "Before the unknown ids: a path that the API does not have says nothing about a job.",
+        "Before unknown ids: a path that does not exist says nothing about a job.",
         _is_wrong_path,
         lambda answer: ApiDown(f"HTTP {answer.http_status}: {NO_SUCH_PATH}", no_such_path=True),
         Example('{"message": "The route api/v6/fetch/1 could not be found."}', 404),
     ),
     Rule(
         "server",
-        "Before the unknown ids: the server or a gateway failed, whatever the body says of the job.",
-        lambda answer: answer.code >= 500 or answer.code in _TOO_SOON or (answer.is_page and answer.http_status >= 400),
+        "Before unknown ids: the server or a gateway failed, so the body says nothing reliable about the job.",
+        lambda answer: (
+            answer.code >= 500 or answer.code in _TIMING_CODES or (answer.is_page and answer.http_status >= 400)
+        ),
         _server,
         Example('{"status": "failed", "message": "Request not found"}', 500),
     ),
     Rule(
         "another_job",
-        "Before all that ends a job: what is said of another job says nothing about this one.",
+        "Before all rules that end a job: an answer about another job says nothing about this one.",
         _is_another_job,
         lambda answer: AnotherJob(_another_job(answer)),
         Example('{"status": "failed", "id": 8, "message": "Invalid input"}'),
     ),
     Rule(
         "unknown_id",
-        "Before the failures: an unknown id is a `failed` by its status.",
+        "Before failures: the status of an unknown id is `failed`.",
         _is_unknown_id,
-        lambda answer: UnknownId(answer.says() if answer.fields is not None else plain_text(answer.start)),
+        lambda answer: UnknownId(answer.message_or_status() if answer.fields is not None else plain_text(answer.start)),
         Example('{"status": "failed", "id": "", "message": "Request not found", "output": ""}'),
     ),
     Rule(
         "training",
-        "Before the status words: of a training, `success` is said all the while.",
+        "Before the status words: the status of a training is always `success`, also while it runs.",
         lambda answer: answer.question.training and _training(answer) is not None,
         lambda answer: _training(answer) or Processing(),
         Example('{"status": "success", "messege": "deploying_gpu"}', training=True),
     ),
     Rule(
         "waiting",
-        "The job is not ready, by its status or by the words of an error.",
+        "The status or the error message says that the job is not ready.",
         lambda answer: answer.word in WAITING or (answer.is_error and answer.meaning == "waiting"),
         lambda answer: Processing(eta_of(answer.fields or {}), promised_urls(answer.fields or {})),
         Example('{"status": "queued", "taskId": "a352", "links": ["https://h/a.wav"]}'),
     ),
     Rule(
         "failed",
-        "The job failed, or the words ask to try again.",
+        "The job failed, or the message asks to try again.",
         lambda answer: answer.word in FAILED_WORDS,
         _failed,
         Example('{"status": "failed", "message": "Failed, Try Again"}'),
     ),
     Rule(
         "service",
-        "An error about the service passes. It is not about the job.",
+        "A temporary error of the service. It is not about the job.",
         lambda answer: answer.is_error and answer.meaning in PASSING,
-        lambda answer: ApiDown(f"HTTP {answer.code}: {answer.says()}", answered=True),
+        lambda answer: ApiDown(f"HTTP {answer.code}: {answer.message_or_status()}", answered=True),
         Example('{"status": "error", "message": "Service is not available, try again later"}'),
     ),
     Rule(
         "error",
-        "Any other error is about the job. Where only the HTTP status says so, the words must name what is wrong.",
+        "All other errors are about the job. Without the status `error`, the message must be about the order.",
         lambda answer: answer.word == "error" or (answer.is_error and answer.meaning == "order"),
         _error,
         Example('{"message": "The prompt field is required."}', 422),
     ),
     Rule(
         "contradiction",
-        "A code of a failure beside another status.",
+        "An HTTP error code contradicts the status.",
         lambda answer: answer.code >= 400,
         _unread,
         Example('{"status": "success", "output": ["https://h/a.png"]}', 400),
     ),
     Rule(
         "success",
-        "The job is done, if its outputs are listed.",
+        "The job is done, if the answer lists outputs.",
         lambda answer: answer.word == "success",
         _success,
         Example('{"status": "success", "id": 7, "output": ["https://h/a.png"]}'),
     ),
-    Rule("unread", "No rule reads it.", lambda answer: True, _unread, Example('{"status": "surprise"}')),
+    Rule("unread", "No other rule matches.", lambda answer: True, _unread, Example('{"status": "surprise"}')),
 )
 
 
 def parse(http_status: int, headers: Mapping[str, str], body: bytes, question: Question) -> Reply:
-    """Return the reply that an HTTP answer stands for."""
+    """Return the reply for an HTTP answer."""
     fields = json_object(body)
     if fields is not None and fields.get("status") == "processing" and http_status == 200 and not question.training:
-        return Processing(eta_of(fields), promised_urls(fields))  # by far the most answers, and as the rules would say
+        return Processing(eta_of(fields), promised_urls(fields))  # a shortcut for most answers; same result as RULES
     return rule_for(ParsedAnswer(http_status, headers, body, fields, question))[1]
 
 
 def rule_for(answer: ParsedAnswer) -> tuple[Rule, Reply]:
-    """Return the rule that reads an answer, and what it makes of it."""
-    rule = next(rule for rule in RULES if rule.fits(answer))
+    """Return the rule that matches an answer, and the reply it makes."""
+    rule = next(rule for rule in RULES if rule.matches(answer))
     return rule, rule.reply(answer)
 
 
-def _word(fields: Mapping[str, Any], run: Mapping[str, Any] | None, words: Mapping[str, str]) -> str:
-    """Return the status word. A workflow's is that of its run: the one beside it is of the call alone."""
+def _word(fields: Mapping[str, Any], run: Mapping[str, Any] | None, status_words: Mapping[str, str]) -> str:
+    """Return the status word. For a workflow it is that of the run; the outer status describes only the request."""
     word = status_of(fields)
     run_word = status_of(run) if run else ""
     if run_word and word in ("", "success"):
         word = _RUN_WORDS.get(run_word, run_word)
-    return words.get(word, word)
+    return status_words.get(word, word)

@@ -1,4 +1,4 @@
-"""How long a rate limit lasts, from wherever an answer says so."""
+"""Read from an answer how long to wait after a rate limit: from headers, fields or the message."""
 
 import re
 from collections.abc import Mapping
@@ -7,20 +7,22 @@ from typing import Any
 from worker.core.numbers import number, retry_after_seconds
 from worker.vendor.answer_fields import MAX_MESSAGE
 
-RETRY_DEFAULT = 30.0  # seconds; the vendor's own answers ask for as many
+RETRY_DEFAULT = 30.0  # seconds, as in the vendor's own answers
 RETRY_LEAST = 1.0
 RETRY_MOST = 900.0
 _DAY = 86_400.0
 
 _TIME = r"(\d{1,6}(?:\.\d{1,3})?)\s*(seconds?|secs?|s|minutes?|mins?|m|hours?|hrs?|h)\b"
 _WAIT = re.compile(_TIME, re.IGNORECASE)
-_WAIT_IN = re.compile(rf"\b(?:in|after|wait)\b[a-z ]{{0,30}}{_TIME}", re.IGNORECASE)  # the time to wait, not of a limit
-_MILLISECONDS = 1e11  # a time of more seconds would be in the year 5138
+_WAIT_IN = re.compile(
+    rf"\b(?:in|after|wait)\b[a-z ]{{0,30}}{_TIME}", re.IGNORECASE
+)  # the wait, not the period of a limit
+_MILLISECONDS = 1e11  # larger numbers are milliseconds: as seconds they would be after the year 5138
 _RETRY_FIELDS = ("retry_after", "retryAfter")
 
 
 def retry_after(headers: Mapping[str, str], fields: Mapping[str, Any], message: str, now: float) -> float:
-    """Return the seconds to wait, from 1 s to 15 min; 30 s where the answer does not say. `now`: seconds since 1970.
+    """Return the seconds to wait, between 1 s and 15 min. The default is 30 s. `now` is in seconds since 1970.
 
     >>> retry_after({}, {}, "5 requests per 60 seconds, try again in 12 s", 1.7e9)
     12.0
@@ -44,7 +46,7 @@ def _until(value: str | None, now: float) -> float | None:
     if at is not None and at > _MILLISECONDS:
         at /= 1_000
     if at is not None and 0 < at <= _DAY < now:
-        return at  # some servers write the seconds that are left, not the time
+        return at  # some servers send the remaining seconds instead of a time
     return None if at is None or at <= now else at - now
 
 

@@ -1,4 +1,4 @@
-"""The shape of an answer: a short, stable description of its form, by which answers are grouped that no rule reads."""
+"""The shape of an answer: a short, stable description of its structure. Unread answers are grouped by it."""
 
 import json
 import re
@@ -12,11 +12,11 @@ MAX_SHAPE = 255
 MAX_WORD = 40
 TOO_LARGE = "too large"
 MAX_FIELDS = 60
-MAX_ITEMS = 200  # of a list, whose types are looked at
-MAX_LEVELS = 2  # of objects, and of lists in lists
+MAX_ITEMS = 200  # the number of items in a list whose types are read
+MAX_LEVELS = 2  # the depth of objects, and of lists in lists
 
 _ECHOED = frozenset({"meta", "metadata", "parameters", "params", "input", "inputs", "data_sent"})
-# A name with an id, a hash or a date in it is data: another one in each answer.
+# A field name with an id, a hash or a date is data: it differs in each answer.
 _NAME = re.compile(r"(?![0-9a-fA-F]{8,40}$)[A-Za-z_][A-Za-z0-9_.-]{0,39}")
 _DIGITS = re.compile(r"[0-9]")
 MAX_DIGITS = 3
@@ -25,9 +25,9 @@ _NUMBER = re.compile(r"\b[0-9]+\b|[0-9]{3,}")
 
 
 def shape_of(http_status: int, body: bytes) -> str:
-    """Return the shape of an answer: status word, HTTP status if not 200, and the names and types of its fields.
+    """Return the shape of an answer: HTTP status if it is not 200, status word, and the fields with their types.
 
-    Nothing of it comes from outside but the status word and the names of the fields; a name that may be data is `*`.
+    Only the status word and the field names are copied from the answer. A field name that may be data becomes `*`.
 
     >>> shape_of(200, b'{"status": "Done", "id": 7, "assets": ["https://h/a.png"]}')
     'status=done; assets: [text]; id: number'
@@ -43,8 +43,8 @@ def shape_of(http_status: int, body: bytes) -> str:
 def _object_parts(fields: dict[str, Any]) -> list[str]:
     described = _fields(fields, depth=1)
     run = execution_of(fields)
-    words = [_status(fields), None if run is None else _status(run, "execution status")]
-    return [word for word in words if word is not None] + described or ["empty object"]
+    statuses = [_status(fields), None if run is None else _status(run, "execution status")]
+    return [status for status in statuses if status is not None] + described or ["empty object"]
 
 
 def _status(fields: Any, name: str = "status") -> str | None:
@@ -54,7 +54,7 @@ def _status(fields: Any, name: str = "status") -> str | None:
 
 
 def status_word(text: str) -> str:
-    """Return a status word as it is shown: numbers in it count for nothing.
+    """Return a status word for display, with `#` for numbers and `?` for special characters.
 
     >>> status_word("step 3 of 10"), status_word("rendering; see https://h")
     ('step # of #', 'rendering? see https?h')
@@ -63,10 +63,10 @@ def status_word(text: str) -> str:
 
 
 def _fields(fields: dict[str, Any], depth: int) -> list[str]:
-    found = {_name(name): fields[name] for name in sorted(fields)[:MAX_FIELDS]}
+    by_name = {_name(name): fields[name] for name in sorted(fields)[:MAX_FIELDS]}
     return [
         f"{name}: {'object' if name in _ECHOED and isinstance(value, dict) else _type(value, depth)}"
-        for name, value in sorted(found.items())
+        for name, value in sorted(by_name.items())
         if not (name == "status" and isinstance(value, str))
     ]
 
@@ -77,7 +77,7 @@ def _name(name: str) -> str:
 
 
 def _type(value: object, depth: int, lists: int = 0) -> str:
-    """Return the type of a value. An object that is `MAX_LEVELS` deep, and a list in so many lists, are not opened."""
+    """Return the type of a value. The contents of objects and lists are described up to `MAX_LEVELS` levels."""
     match value:
         case None:
             return "null"
@@ -98,7 +98,7 @@ def _type(value: object, depth: int, lists: int = 0) -> str:
 
 
 def _other(body: bytes) -> str:
-    """Return what a body is that is no JSON object."""
+    """Return what a body contains if it is not a JSON object."""
     text = plain_text(body[:1_000].decode("utf-8-sig", "replace")).strip()
     if not text:
         return "nothing"

@@ -1,4 +1,4 @@
-"""What a submit answer, the response that carried it, or a bare id says about the job to be tracked."""
+"""Read the job to track from a submit answer, from the HTTP response that contained it, or from a bare id."""
 
 import hashlib
 import json
@@ -36,22 +36,23 @@ from worker.vendor.fetch_url import (
 from worker.vendor.links import listed_outputs, promised_urls
 from worker.vendor.replies import WAITING, ParsedAnswer, Question, rule_for
 
-NO_WORDS: Mapping[str, str] = MappingProxyType({})
+NO_STATUS_WORDS: Mapping[str, str] = MappingProxyType({})
 _ID_FIELDS = (
     *("id", "training_id", "request_id", "requestId", "taskId", "task_id", "execution_id", "fetch_id", "job_id"),
 )
-_TAKEN = WAITING | {"success"}  # what such answers say can't be a refusal
-_ADDRESS_FIELDS = ("fetch_result", "status_url", "fetch_url", "fetchResult")  # the first is the vendor's
+_ACCEPTED = WAITING | {"success"}  # an answer with one of these statuses is never a refusal
+_URL_FIELDS = ("fetch_result", "status_url", "fetch_url", "fetchResult")  # the vendor uses the first one
 _REFUSALS = (AccountRefused, ApiDown, ApiError, Failed, RateLimited, UnknownId)
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """What is known of a job when it is handed over. `outputs` is filled where it was ready at once.
+    """A job at submission. `outputs` is filled if it was ready at once; `left_out` counts outputs beyond the limit.
 
-    `fetch_url` is the address that the answer names for it; `own_path` the fetch path that only such answers have. Both
-    are None where the answer says nothing. `named_id` is the id in that address, where the answer has another one.
-    `is_lesser_url`: the address has another name than the vendor's. `is_run`: the job is a run of a workflow.
+    `fetch_url` is the fetch URL in the answer. `implied_path` is the fetch path that follows from the form of the
+    answer. Both are None if the answer does not tell. `url_id` is the id in `fetch_url`, if it differs from the
+    answer's id. `is_alias_url`: `fetch_url` comes from a field that the vendor does not use. `is_run`: the job is a
+    workflow run.
     """
 
     remote_id: str
@@ -61,16 +62,16 @@ class Submission:
     outputs: tuple[Link, ...] = ()
     left_out: int = 0
     promised: tuple[str, ...] = ()
-    own_path: str | None = None
-    named_id: str | None = None
-    is_lesser_url: bool = False
+    implied_path: str | None = None
+    url_id: str | None = None
+    is_alias_url: bool = False
     is_run: bool = False
 
 
 class PlannedJob(NamedTuple):
-    """A submission, where its job is asked about, and the kind that its family and its model stand for.
+    """A submission, its fetch address, and its kind, which is made of the family and the model.
 
-    `by_default`: nothing but SD_API_URL says where.
+    `by_default`: the address is SD_API_URL, because nothing else was known.
     """
 
     submission: Submission
@@ -80,17 +81,17 @@ class PlannedJob(NamedTuple):
 
     @property
     def warning(self) -> str | None:
-        """What the log should say about the answer, or None."""
-        if self.submission.named_id is None:
+        """A warning about the answer for the log, or None."""
+        if self.submission.url_id is None:
             return None
         return (
-            f"the fetch_result of the answer names the job {self.submission.named_id}, its id is"
-            f" {self.submission.remote_id}: the id is asked about"
+            f"the fetch_result of the answer has the id {self.submission.url_id}, but the answer has the id"
+            f" {self.submission.remote_id}, which is used"
         )
 
 
 class SubmitAnswer(NamedTuple):
-    """The JSON of a submit answer, the HTTP status it came with, and the URL it came from, if that is known."""
+    """The JSON of a submit answer, its HTTP status, and the URL that it came from, if known."""
 
     fields: Mapping[str, Any]
     http_status: int = 200
@@ -103,75 +104,77 @@ def planned_job(
     *,
     fetch_url: str | None = None,
     endpoint: str | None = None,
-    status_words: Mapping[str, str] = NO_WORDS,
+    status_words: Mapping[str, str] = NO_STATUS_WORDS,
 ) -> PlannedJob:
-    """Read what was handed to `track`, and say where its job is asked about.
+    """Return the job in the argument of `track`, with its fetch address.
 
-    The first of these that is known decides: `fetch_url`, the answer's own `fetch_result`, `endpoint`, the URL of the
-    response, the form of the answer (trainings, chats, workflows), the configured address of the API. `words` are the
-    status words that the settings teach. Raises NotTrackable, ApiRefused, RefusedAddress.
+    The address comes from the first of these that is known: `fetch_url`, the `fetch_result` in the answer, `endpoint`,
+    the URL of the response, the form of the answer (trainings, chats, workflows), SD_API_URL. `status_words` are the
+    custom words of SD_API_STATUS_WORDS. Raises NotTrackable, ApiRefused or RefusedAddress.
     """
     order = order_at(endpoint, api) if endpoint else None
     answer = submit_answer(remote)
     if order is None and answer is not None and answer.url is not None:
         order = order_of_response(answer.url, api)
     is_training = order is not None and order.family.media == "training"
-    known = submission(remote) if answer is None else _submission(answer, status_words, is_training=is_training)
-    return _planned(known, order, fetch_url or None, api)
+    submitted = submission(remote) if answer is None else _submission(answer, status_words, is_training=is_training)
+    return _planned(submitted, order, fetch_url or None, api)
 
 
-def _planned(known: Submission, order: Order | None, fetch_url: str | None, api: AllowedApi) -> PlannedJob:
-    remote_id = known.remote_id
-    if known.outputs and known.is_lesser_url and fetch_url is None:
-        known = _without_bad_url(known, api)
-    url = fetch_url or known.fetch_url
+def _planned(submitted: Submission, order: Order | None, fetch_url: str | None, api: AllowedApi) -> PlannedJob:
+    remote_id = submitted.remote_id
+    if submitted.outputs and submitted.is_alias_url and fetch_url is None:
+        submitted = _without_bad_url(submitted, api)
+    url = fetch_url or submitted.fetch_url
     if url is None and order is not None:
         url = order.fetch_url(remote_id)
-    elif url is None and known.own_path is not None:
-        url = f"{site_of(api)}{known.own_path}" + ("" if known.own_path == CHAT else f"/{remote_id}")
-    if url is None and known.outputs:  # it need not be asked about, and another family may know its id
-        base = f"{READY}{_digest(known.outputs)}"
+    elif url is None and submitted.implied_path is not None:
+        url = f"{site_of(api)}{submitted.implied_path}" + ("" if submitted.implied_path == CHAT else f"/{remote_id}")
+    if url is None and submitted.outputs:  # it is never fetched, and its id may exist in another family, too
+        base = f"{READY}{_digest(submitted.outputs)}"
         default = fetch_address(None, remote_id, api)
-        return PlannedJob(known, FetchAddress(base, base, default.host), _kind(path_of(default.base), known.model))
-    if url is None and known.is_run:
+        return PlannedJob(
+            submitted, FetchAddress(base, base, default.host), _kind(path_of(default.base), submitted.model)
+        )
+    if url is None and submitted.is_run:
         raise NotTrackable(
-            "the answer is of a workflow's run, and does not say of which workflow: give the endpoint that the order"
-            " was posted to, as in v1/workflows/ID/run"
+            "the answer is about a workflow run, but does not name the workflow: pass the endpoint to which the order"
+            " was posted, for example v1/workflows/ID/run"
         )
     address = fetch_address(url, remote_id, api)
     is_video = order is not None and fetch_url is None and order.family.media == "video"
-    kind = _kind(path_of(address.base), known.model, is_video=is_video)
-    return PlannedJob(known, address, kind, by_default=url is None)
+    kind = _kind(path_of(address.base), submitted.model, is_video=is_video)
+    return PlannedJob(submitted, address, kind, by_default=url is None)
 
 
-def _without_bad_url(known: Submission, api: AllowedApi) -> Submission:
-    """Return a job that is ready without the address that can't be asked: nobody needs it."""
+def _without_bad_url(submitted: Submission, api: AllowedApi) -> Submission:
+    """Remove a fetch URL that is refused from a job that is ready. Such a job needs no fetch URL."""
     try:
-        fetch_address(known.fetch_url, known.remote_id, api)
+        fetch_address(submitted.fetch_url, submitted.remote_id, api)
     except RefusedAddress:
-        return replace(known, fetch_url=None, named_id=None, is_lesser_url=False)
-    return known
+        return replace(submitted, fetch_url=None, url_id=None, is_alias_url=False)
+    return submitted
 
 
 def _kind(fetch_path: str, model: str | None, *, is_video: bool = False) -> str:
-    """Return the kind of a job: its family, with the model where the answer names one."""
+    """Return the kind of a job: its family, and the model if the answer contains one."""
     kind = kind_of(fetch_path)
     if is_video and "video" not in kind:
-        kind = "video"  # its fetch path is shared with pictures
+        kind = "video"  # pictures have the same fetch path
     return f"{kind[:20]}/{model}"[:MAX_KIND] if model else kind
 
 
-def submission(remote: object, words: Mapping[str, str] = NO_WORDS) -> Submission:
-    """Read an id (text or number), a whole submit answer (mapping, or its JSON text), or the response that carried it.
+def submission(remote: object, status_words: Mapping[str, str] = NO_STATUS_WORDS) -> Submission:
+    """Read an id (text or number), a submit answer (mapping or JSON text), or the HTTP response that contained it.
 
-    Raises ApiRefused for an answer by which the API did not take the order, NotTrackable for one that is no job.
+    Raises ApiRefused if the API refused the order, and NotTrackable if the answer does not describe a job.
     """
     answer = submit_answer(remote)
-    return Submission(checked_remote_id(remote)) if answer is None else _submission(answer, words)
+    return Submission(checked_remote_id(remote)) if answer is None else _submission(answer, status_words)
 
 
 def submit_answer(remote: object) -> SubmitAnswer | None:
-    """Return the answer in what was handed over; None where that may be a bare id. Raises NotTrackable."""
+    """Return the submit answer in `remote`, or None if `remote` may be a bare id. Raises NotTrackable."""
     if isinstance(remote, SubmitAnswer):
         return remote
     if isinstance(remote, Mapping):
@@ -183,14 +186,14 @@ def submit_answer(remote: object) -> SubmitAnswer | None:
         fields = json_object(body.lstrip())
         if fields is None:
             raise NotTrackable(
-                "the submit answer is no JSON object: hand over the API's answer as it came, or the id alone"
+                "the submit answer is not a JSON object: pass the API's answer unchanged, or only the id"
             )
         return SubmitAnswer(fields)
     return _of_response(remote) if _is_response(remote) else None
 
 
 def _is_response(remote: object) -> bool:
-    """Return whether something has a `json` to call, and a `url`, be it one that can't be read."""
+    """Return whether an object has a `json` method and a `url`. Reading the `url` may fail."""
     try:
         if not callable(getattr(remote, "json", None)):
             return False
@@ -198,19 +201,19 @@ def _is_response(remote: object) -> bool:
         raise _broken(error) from error
     try:
         return hasattr(remote, "url")
-    except Exception:  # httpx raises where it has no request
+    except Exception:  # httpx raises if the response has no request
         return True
 
 
 def _broken(error: Exception) -> NotTrackable:
-    """Return the error for a response whose own code fails, whatever it raises."""
+    """Return the error for a response object whose own code raised `error`."""
     return NotTrackable(
-        f"the response can't be read ({type(error).__name__}): hand over the API's answer as it came, or the id alone"
+        f"the response can't be read ({type(error).__name__}): pass the API's answer unchanged, or only the id"
     )
 
 
 def _of_response(response: Any) -> SubmitAnswer:
-    """Return the answer in a response of requests or httpx, or of anything that has the same attributes."""
+    """Return the answer in a response of requests, httpx, or another library with the same attributes."""
     try:
         status = getattr(response, "status_code", 200)
     except Exception as error:
@@ -220,23 +223,23 @@ def _of_response(response: Any) -> SubmitAnswer:
     if isawaitable(fields):
         if isinstance(fields, Coroutine):
             fields.close()
-        raise NotTrackable("this response is read asynchronously: hand over `await response.json()`")
+        raise NotTrackable("this response is asynchronous: pass `await response.json()`")
     if not isinstance(fields, dict):
-        refused = f"the API answered HTTP {status} with no JSON object, so there is no job in it"
+        refused = f"the API answered HTTP {status} without a JSON object, so there is no job to track"
         raise ApiRefused(refused, message=f"HTTP {status}") if status >= 400 else NotTrackable(refused)
     try:
         url = response.url
         return SubmitAnswer(fields, status, None if url is None else str(url))
-    except RuntimeError:  # of httpx: it was made without a request
+    except RuntimeError:  # httpx raises this if the response has no request
         return SubmitAnswer(fields, status)
     except Exception as error:
         raise _broken(error) from error
 
 
 def _body_of(response: Any) -> object:
-    """Return what a response holds, or None where it can't be read, whatever it raises.
+    """Return the JSON data of a response, or None if reading it fails.
 
-    `requests` reads no JSON after a byte order mark, so the bytes are tried, too.
+    `requests` does not accept JSON after a byte order mark, so the bytes are tried as well.
     """
     with suppress(Exception):
         return response.json()
@@ -247,18 +250,18 @@ def _body_of(response: Any) -> object:
     return json_object(content) if isinstance(content, bytes) else None
 
 
-def _submission(answer: SubmitAnswer, words: Mapping[str, str], *, is_training: bool = False) -> Submission:
+def _submission(answer: SubmitAnswer, status_words: Mapping[str, str], *, is_training: bool = False) -> Submission:
     fields = answer.fields
     is_training = is_training or _is_training(fields)
     _check_is_a_job(fields)
     word = status_of(fields)
-    word = words.get(word, word)
-    taken = word in _TAKEN and answer.http_status < 300 and "execution" not in fields
-    reply = None if taken else _read(answer, words)
+    word = status_words.get(word, word)
+    is_accepted = word in _ACCEPTED and answer.http_status < 300 and "execution" not in fields
+    reply = None if is_accepted else _read(answer, status_words)
     if isinstance(reply, _REFUSALS):
         raise _refusal(reply.message, fields)
     ready = listed_outputs(fields if word == "success" else {})
-    field, fetch_url = _address(fields, is_ready=bool(ready.links))
+    field, fetch_url = _fetch_url(fields, is_ready=bool(ready.links))
     named = None if fetch_url is None else named_job(fetch_url)
     remote_id = _remote_id(fields, is_ready=bool(ready.links), is_training=is_training)
     if remote_id is None and named is not None:
@@ -266,10 +269,10 @@ def _submission(answer: SubmitAnswer, words: Mapping[str, str], *, is_training: 
     if remote_id is None and not ready.links:
         if answer.http_status >= 400 or word == "error":
             raise _refusal(message_of(fields) or f"HTTP {answer.http_status}", fields)
-        raise NotTrackable("the submit answer has no id, nor the output of a success: there is nothing to ask for")
-    named_id = None
+        raise NotTrackable("the submit answer has neither an id nor outputs: there is no job to track")
+    url_id = None
     if remote_id is not None and named is not None and named.remote_id != remote_id:
-        named_id, fetch_url = named.remote_id, f"{named.base}/{remote_id}"
+        url_id, fetch_url = named.remote_id, f"{named.base}/{remote_id}"
     return Submission(
         remote_id=f"sha256:{_digest(ready.links)}" if remote_id is None else remote_id,
         fetch_url=fetch_url,
@@ -278,43 +281,41 @@ def _submission(answer: SubmitAnswer, words: Mapping[str, str], *, is_training: 
         outputs=ready.links,
         left_out=ready.left_out,
         promised=() if ready.links else promised_urls(fields),
-        own_path=_own_path(fields),
-        named_id=named_id,
-        is_lesser_url=fetch_url is not None and field != _ADDRESS_FIELDS[0],
+        implied_path=_implied_path(fields),
+        url_id=url_id,
+        is_alias_url=fetch_url is not None and field != _URL_FIELDS[0],
         is_run=_run_id(fields) is not None,
     )
 
 
 def _refusal(message: str, fields: Mapping[str, Any]) -> ApiRefused:
-    text = f"the API did not take the order: {message or 'it gives no reason'}"
+    text = f"the API refused the order: {message or 'it gives no reason'}"
     return ApiRefused(text, message=message, answer=dict(fields))
 
 
-def _read(answer: SubmitAnswer, words: Mapping[str, str]) -> Reply:
-    """Read a submit answer by the rules of all answers."""
+def _read(answer: SubmitAnswer, status_words: Mapping[str, str]) -> Reply:
+    """Read a submit answer with the same rules as all other answers."""
     fields = dict(answer.fields)
-    return rule_for(ParsedAnswer(answer.http_status, {}, b"", fields, Question(None, 0.0, words=words)))[1]
+    return rule_for(ParsedAnswer(answer.http_status, {}, b"", fields, Question(None, 0.0, status_words=status_words)))[
+        1
+    ]
 
 
 def _check_is_a_job(fields: Mapping[str, Any]) -> None:
-    """Raise NotTrackable for answers of other calls, saying what they are."""
+    """Raise NotTrackable for answers of other calls. The message says what they are."""
     of = fields.get("object")
     if isinstance(of, str) and of.startswith(("chat.completion", "text_completion", "response", "embedding", "list")):
-        raise NotTrackable(
-            f"this is a finished answer of a chat API ({of[:60]}): it is no job, nothing is to be fetched"
-        )
+        raise NotTrackable(f"this is a finished answer of a chat API ({of[:60]}), not a job: there is nothing to fetch")
     if isinstance(fields.get("choices"), list) and fields.get("status") is None:
-        raise NotTrackable("this is a finished answer of a chat API: it is no job, nothing is to be fetched")
+        raise NotTrackable("this is a finished answer of a chat API, not a job: there is nothing to fetch")
     if "jsonrpc" in fields:
-        raise NotTrackable(
-            "this is a JSON-RPC answer, not the answer of a submit call: hand over what is in its result"
-        )
+        raise NotTrackable("this is a JSON-RPC answer, not the answer of a submit call: pass the content of its result")
 
 
 def _remote_id(fields: Mapping[str, Any], *, is_ready: bool, is_training: bool) -> str | None:
-    """Return the id under the first of its names that has one.
+    """Return the id from the first field that has one, or None.
 
-    Raises NotTrackable for one that can't be an id. A job that `is_ready` needs none, and does without.
+    Raises NotTrackable if the value is not a valid id. If the job `is_ready`, an invalid id is skipped instead.
     """
     names = ("training_id", *_ID_FIELDS, "model_id") if is_training else _ID_FIELDS
     run = execution_of(fields) or {}
@@ -331,12 +332,12 @@ def _remote_id(fields: Mapping[str, Any], *, is_ready: bool, is_training: bool) 
 
 
 def _is_none(value: object) -> bool:
-    """Return whether a field says nothing: null, false, zero, a blank text, an empty list."""
+    """Return whether a field has no value: null, false, zero, a blank text or an empty list."""
     return not (value.strip() if isinstance(value, str) else value)
 
 
-def _own_path(fields: Mapping[str, Any]) -> str | None:
-    """Return the fetch path of a job whose answer has a form that no other family's has."""
+def _implied_path(fields: Mapping[str, Any]) -> str | None:
+    """Return the fetch path that follows from the form of the answer, or None if the form is not specific."""
     if _is_training(fields):
         return TRAINING
     if _is_none(fields.get("id")) and chat_id_of(fields):
@@ -348,7 +349,7 @@ def _own_path(fields: Mapping[str, Any]) -> str | None:
 
 
 def _run_id(fields: Mapping[str, Any]) -> object:
-    """Return the id of a workflow's run, or None."""
+    """Return the id of a workflow run, or None."""
     return (execution_of(fields) or {}).get("id") or fields.get("execution_id") or None
 
 
@@ -358,26 +359,26 @@ def _is_training(fields: Mapping[str, Any]) -> bool:
     return _is_none(fields.get("id")) and any(name in fields for name in ("training_status", "model_training_status"))
 
 
-def _address(fields: Mapping[str, Any], *, is_ready: bool) -> tuple[str, str | None]:
-    """Return the address that an answer names for its job, after the name of its field. Raises NotTrackable.
+def _fetch_url(fields: Mapping[str, Any], *, is_ready: bool) -> tuple[str, str | None]:
+    """Return the field name and the value of the fetch URL in an answer. Raises NotTrackable if it is not text.
 
-    Where the job `is_ready`, a lesser field that holds no text is passed over.
+    If the job `is_ready`, a field that is not the vendor's and not text is skipped instead.
     """
-    for name in _ADDRESS_FIELDS:
+    for name in _URL_FIELDS:
         value = fields.get(name)
         if _is_none(value):
             continue
         if isinstance(value, str):
             return name, value.strip()
-        if not is_ready or name == _ADDRESS_FIELDS[0]:
-            raise NotTrackable(f"{name} is text, not {type(value).__name__}")
+        if not is_ready or name == _URL_FIELDS[0]:
+            raise NotTrackable(f"{name} must be text, not {type(value).__name__}")
     return "", None
 
 
 def _model(fields: Mapping[str, Any]) -> str | None:
     meta = fields.get("meta")
     model = fields.get("model_id") or (meta.get("model_id") if isinstance(meta, dict) else None)
-    if not isinstance(model, str) or not model.isprintable():  # it becomes part of the kind, which people read
+    if not isinstance(model, str) or not model.isprintable():  # the kind, which is displayed, contains it
         return None
     return model.strip()[:40] or None
 
