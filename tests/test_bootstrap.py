@@ -150,7 +150,7 @@ def test_all_checks_run_and_the_first_failure_gives_the_exit_code(
     place = environment_with_a_shell(bootstrap.plan_for(["check"], checkout, cores=1).environment)
     plan = bootstrap.Plan(place, checks=tuple(("sh", "-c", f"exit {code}") for code in (0, 3, 4)))
 
-    assert bootstrap.carry_out(plan) == 3
+    assert bootstrap.execute(plan) == 3
     assert capfd.readouterr().out.splitlines()[-3:] == [
         "ok     sh -c exit 0",
         "FAILED sh -c exit 3",
@@ -174,7 +174,7 @@ def test_the_summary_names_the_pythons_that_were_tested_and_those_that_were_not_
     plan = plan_with_another_python(checkout, monkeypatch, elsewhere="exit 0")
     environment_with_a_shell(bootstrap.other_environments(plan.environment, {OTHER: "/usr/bin/pretended"})[OTHER])
 
-    assert bootstrap.carry_out(plan) == 0
+    assert bootstrap.execute(plan) == 0
     absent = set(bootstrap.SUPPORTED_PYTHONS) - {OTHER, "{}.{}".format(*sys.version_info)}
     assert capfd.readouterr().out.splitlines()[-4:] == [
         "ok     sh -c exit 0",
@@ -188,7 +188,7 @@ def test_a_failure_on_another_python_fails_the_line(checkout: Path, monkeypatch:
     plan = plan_with_another_python(checkout, monkeypatch, elsewhere="exit 5")
     environment_with_a_shell(bootstrap.other_environments(plan.environment, {OTHER: "/usr/bin/pretended"})[OTHER])
 
-    assert bootstrap.carry_out(plan) == 5
+    assert bootstrap.execute(plan) == 5
 
 
 def test_an_environment_of_another_python_that_cannot_be_filled_fails_the_line(
@@ -196,7 +196,7 @@ def test_an_environment_of_another_python_that_cannot_be_filled_fails_the_line(
 ) -> None:
     plan = plan_with_another_python(checkout, monkeypatch, elsewhere="exit 0")
 
-    assert bootstrap.carry_out(plan) == 1
+    assert bootstrap.execute(plan) == 1
     assert f"FAILED installation into .venv-test-{OTHER}" in capfd.readouterr().out
 
 
@@ -304,7 +304,7 @@ def test_a_python_without_ensurepip_is_told_which_package_to_install(
 
 
 def test_a_failed_step_is_explained_in_one_line_after_its_own(checkout: Path) -> None:
-    run = bootstrap.runner(os.environ, guard=sys.stderr.fileno())
+    run = bootstrap.runner(os.environ, lock_fd=sys.stderr.fileno())
 
     with pytest.raises(bootstrap.BootstrapError, match="package index") as raised:
         run([sys.executable, "-c", "raise SystemExit(1)"])
@@ -345,7 +345,7 @@ def is_busy(guard: Path) -> bool:
 
 def test_a_step_that_outlives_its_bootstrap_still_keeps_others_out(steps: Steps, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "end")
-    with bootstrap.alone(steps.place) as guard:
+    with bootstrap.install_lock(steps.place) as guard:
         bootstrap.runner(os.environ, guard)(["sh", "-c", 'read line < "$0" &', str(tmp_path / "end")])
 
     assert is_busy(Path(f"{steps.place.folder}.busy"))

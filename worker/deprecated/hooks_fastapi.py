@@ -1,4 +1,4 @@
-"""The former place of `worker.client.hooks.fastapi`. Change the import; this module goes in the next release."""
+"""Deprecated import path of `worker.client.hooks.fastapi`. It will be removed in the next release."""
 
 import warnings
 

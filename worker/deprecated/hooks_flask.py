@@ -1,4 +1,4 @@
-"""The former place of `worker.client.hooks.flask`. Change the import; this module goes in the next release."""
+"""Deprecated import path of `worker.client.hooks.flask`. It will be removed in the next release."""
 
 import warnings
 
