@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Engine
 
-from tests.rows import add_downloading, add_output, output_of
+from tests.rows import add_downloading, add_output, read_output
 from worker.coordination.leases import LeaseKeeper
 from worker.downloads.downloader import Downloader
 from worker.net.address_guard import Guard, guarded_adapter
@@ -81,7 +81,7 @@ class Stand:
         """Insert an output and run one attempt; return its row."""
         output_id = self.add(url, **changes)
         self.downloader().run(output_id)
-        return output_of(self.engine, output_id)
+        return read_output(self.engine, output_id)
 
     @property
     def files(self) -> list[Path]:

@@ -75,7 +75,7 @@ def add_output(connection: Connection, job_id: int, position: int = 0, **changes
     return int(result.scalar_one())
 
 
-def claim(
+def claim_due_jobs(
     connection: Connection,
     *,
     token: str = TOKEN,
@@ -93,7 +93,7 @@ def claim(
     return claimed
 
 
-def take(
+def try_claim_output(
     connection: Connection,
     output_id: int,
     *,
@@ -106,20 +106,22 @@ def take(
     return claim_output(connection, output_id, token=token, holder=holder, lease=LEASE, now=now, without=without)
 
 
-def taken(connection: Connection, output_id: int, *, token: str = TOKEN, now: datetime = NOW) -> ClaimedOutput:
+def claim_one_output(
+    connection: Connection, output_id: int, *, token: str = TOKEN, now: datetime = NOW
+) -> ClaimedOutput:
     """Claim one output that must be available."""
-    claimed = take(connection, output_id, token=token, now=now)
+    claimed = try_claim_output(connection, output_id, token=token, now=now)
     assert claimed is not None
     return claimed
 
 
-def job_of(engine: Engine, job_id: int) -> Row[Any]:
+def read_job(engine: Engine, job_id: int) -> Row[Any]:
     """Return the committed row of a job."""
     with engine.connect() as connection:
         return connection.execute(select(jobs).where(jobs.c.id == job_id)).one()
 
 
-def output_of(engine: Engine, output_id: int) -> Row[Any]:
+def read_output(engine: Engine, output_id: int) -> Row[Any]:
     """Return the committed row of an output."""
     with engine.connect() as connection:
         return connection.execute(select(outputs).where(outputs.c.id == output_id)).one()

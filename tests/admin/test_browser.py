@@ -22,7 +22,7 @@ from sqlalchemy import Engine, insert
 from sqlalchemy.engine import make_url
 
 from tests.admin_pages import add_stored
-from tests.rows import NOW, add_job, job_of
+from tests.rows import NOW, add_job, read_job
 from tests.servers import missing
 from tests.waiting import wait_until
 from worker.sandbox.pictures import draw
@@ -165,17 +165,17 @@ def test_an_operator_logs_in_finds_jobs_acts_on_them_looks_at_pictures_and_leave
         reader.press("button[value=retry]")
         question = reader.one("h1").text
         reader.press("#confirm")
-        retried = (reader.said(), job_of(engine, dead).status)
+        retried = (reader.said(), read_job(engine, dead).status)
 
         reader.open("/jobs/?status=pending")
         reader.one("[data-chooses]").click()
         reader.press("button[value=cancel]")
         reader.press("main a.button")  # back
-        unharmed = job_of(engine, waiting[0]).status
+        unharmed = read_job(engine, waiting[0]).status
         reader.one("[data-chooses]").click()
         reader.press("button[value=cancel]")
         reader.press("#confirm")
-        cancelled = (reader.said(), [job_of(engine, job_id).status for job_id in (*waiting, dead)])
+        cancelled = (reader.said(), [read_job(engine, job_id).status for job_id in (*waiting, dead)])
 
         reader.open("/outputs/gallery/")
         pictures = reader.widths("figure img")

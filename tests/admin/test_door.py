@@ -12,7 +12,7 @@ from sqlalchemy import Engine, select
 from sqlalchemy.engine import make_url
 
 from tests.admin_pages import PASSWORD, Clock, Operator, add_stored
-from tests.rows import add_job, job_of
+from tests.rows import add_job, read_job
 from worker.admin.door import LOGIN_SECONDS, OPEN_ENDPOINTS, Door
 from worker.store.engine import make_engine
 from worker.store.schema import breakers
@@ -40,7 +40,7 @@ def test_no_page_and_no_action_answers_without_a_login(
     with engine.begin() as connection:
         job_id = add_job(connection)
         add_stored(connection, tmp_path / "out", b"bytes", remote_id="2")
-    before = job_of(engine, job_id)
+    before = read_job(engine, job_id)
     rules = [rule for rule in site.url_map.iter_rules() if rule.endpoint not in OPEN_ENDPOINTS]
 
     said = {}
@@ -55,7 +55,7 @@ def test_no_page_and_no_action_answers_without_a_login(
         to_login = answer.status_code == 302 and answer.headers["Location"].startswith("/login")
         assert to_login or answer.status_code == 401, (path, method, answer.status_code)
         assert b"bytes" not in answer.data
-    assert job_of(engine, job_id) == before
+    assert read_job(engine, job_id) == before
     with engine.connect() as connection:
         assert connection.execute(select(breakers)).all() == []
 
@@ -82,7 +82,7 @@ def test_a_form_without_the_token_of_its_login_changes_nothing(
     answers = [operator.client.post(path, data=form) for path in ("/jobs/action/", "/accounts/act/", "/logout")]
 
     assert [answer.status_code for answer in answers] == [403, 403, 403]
-    assert job_of(engine, job_id).status == "pending"
+    assert read_job(engine, job_id).status == "pending"
     assert operator.client.get("/jobs/").status_code == 200
 
 
@@ -107,7 +107,7 @@ def test_a_form_of_another_site_changes_nothing_even_with_the_token(
     logged_in = operator.client.post("/login", data={"password": PASSWORD}, headers=headers)
 
     assert (refused.status_code, logged_in.status_code) == (403, 403)
-    assert job_of(engine, job_id).status == "pending"
+    assert read_job(engine, job_id).status == "pending"
 
 
 def test_a_page_of_our_own_may_send_forms(operator: Operator, engine: Engine) -> None:
@@ -119,7 +119,7 @@ def test_a_page_of_our_own_may_send_forms(operator: Operator, engine: Engine) ->
         "/jobs/action/", data=form, headers={"Origin": "http://localhost", "Sec-Fetch-Site": "same-origin"}
     )
 
-    assert job_of(engine, job_id).status == "cancelled"
+    assert read_job(engine, job_id).status == "cancelled"
 
 
 def test_a_get_never_changes_anything(operator: Operator, engine: Engine) -> None:
@@ -130,7 +130,7 @@ def test_a_get_never_changes_anything(operator: Operator, engine: Engine) -> Non
     answers = [operator.client.get(path, query_string=query) for path in ("/jobs/action/", "/accounts/act/", "/logout")]
 
     assert [answer.status_code for answer in answers] == [405, 405, 405]
-    assert job_of(engine, job_id).status == "pending"
+    assert read_job(engine, job_id).status == "pending"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from flask import Flask
 from sqlalchemy import Engine, insert, update
 
 from tests.admin_pages import PASSWORD, Operator, add_stored
-from tests.rows import NOW, add_downloading, add_job, add_output, job_of, seconds
+from tests.rows import NOW, add_downloading, add_job, add_output, read_job, seconds
 from worker.admin.acts import ACTS, act_on
 from worker.admin.door import Door
 from worker.admin.outputs import PICTURE_BYTES_MOST, PICTURES, as_what
@@ -60,8 +60,8 @@ def test_the_overview_names_what_is_in_trouble_and_its_job_says_what_to_do(opera
         assert f"fetch-worker resume {job_id}" in operator.client.get(f"/jobs/details/?id={job_id}").text
         operator.send("/jobs/action/", action="resume", rowid=str(job_id), confirmed="yes", url="/jobs/")
     assert "unreachable from cdn.test:8443" in page
-    assert job_of(engine, stuck).claim_token is None
-    assert job_of(engine, forgotten).due_at <= now + timedelta(minutes=1)
+    assert read_job(engine, stuck).claim_token is None
+    assert read_job(engine, forgotten).due_at <= now + timedelta(minutes=1)
     assert "unreachable from" in operator.client.get("/").text  # it is tried, and still has to come
 
 
@@ -137,13 +137,13 @@ def test_what_is_done_to_several_jobs_is_said_plainly(operator: Operator, engine
         failed = add_job(connection, "failed", **FAILED)
 
     assert operator.act("hold", [*waiting, failed]) == "3 jobs held, 1 was not pending, or held already."
-    assert [job_of(engine, job_id).held_at is not None for job_id in waiting] == [True] * 3
+    assert [read_job(engine, job_id).held_at is not None for job_id in waiting] == [True] * 3
     assert operator.act("resume", waiting[:1]) == "1 job resumed."
     assert operator.act("cancel", [*waiting, failed, 4_711]) == (
         "3 jobs cancelled, 1 was final already, 1 is not there."
     )
     assert operator.act("retry", [failed]) == "1 job taken up again."
-    assert job_of(engine, failed).status == "pending"
+    assert read_job(engine, failed).status == "pending"
     assert operator.act("retry", waiting) == "0 jobs taken up again, 3 were neither failed nor expired."
 
 
@@ -160,7 +160,7 @@ def test_a_database_that_goes_away_between_two_jobs_leaves_a_true_account(operat
     said = act_on(replace(ACTS["cancel"], work=cancel_two), ids)
 
     assert said == "2 jobs cancelled, 2 left as they were: the database does not answer."
-    assert [job_of(engine, job_id).status for job_id in ids] == ["cancelled", "cancelled", "pending", "pending"]
+    assert [read_job(engine, job_id).status for job_id in ids] == ["cancelled", "cancelled", "pending", "pending"]
 
 
 def test_nothing_is_done_before_it_is_confirmed(operator: Operator, engine: Engine) -> None:
@@ -175,7 +175,7 @@ def test_nothing_is_done_before_it_is_confirmed(operator: Operator, engine: Engi
     assert "Cancel this job?" in asked.text
     assert "Hold the account default?" in breaker.text
     assert (nobody.status_code, unknown.status_code) == (302, 302)
-    assert job_of(engine, job_id).status == "pending"
+    assert read_job(engine, job_id).status == "pending"
 
 
 def test_accounts_and_hosts_are_held_and_resumed(operator: Operator, engine: Engine) -> None:

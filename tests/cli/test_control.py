@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, insert, select, update
 
-from tests.rows import NOW, add_downloading, add_job, add_output, job_of
+from tests.rows import NOW, add_downloading, add_job, add_output, read_job
 from worker.cli import control, main
 from worker.client import actions
 from worker.store.breakers import all_breakers
@@ -188,7 +188,7 @@ def test_cancel_by_filter_leaves_the_other_jobs(engine: Engine, run: Run) -> Non
     result = run("cancel", "--kind", "video", "--yes", "--json")
 
     assert (result.code, result.document) == (0, _rows([loading, *reversed(ids)], "cancelled"))
-    assert [job_of(engine, job_id).status for job_id in (ended, other)] == ["failed", "pending"]
+    assert [read_job(engine, job_id).status for job_id in (ended, other)] == ["failed", "pending"]
     with engine.connect() as connection:
         assert [row.error_code for row in connection.execute(select(outputs)).all()] == ["cancelled"]
         [total] = [total for total in read_counters(connection, [FINISHED]) if total.key.label == "cancelled"]
@@ -216,8 +216,8 @@ def test_retry_by_filter(engine: Engine, run: Run) -> None:
         0,
         _rows([loading], "downloading") + _rows([*short, *reversed(polled)], "pending"),
     )
-    assert job_of(engine, other[0]).status == "failed"
-    rows = [job_of(engine, job_id) for job_id in (polled[0], short[0])]
+    assert read_job(engine, other[0]).status == "failed"
+    rows = [read_job(engine, job_id) for job_id in (polled[0], short[0])]
     assert [(row.deadline_at - row.due_at).total_seconds() for row in rows] == [3_600.0, 60.0]
     with engine.connect() as connection:
         assert connection.execute(select(events.c.job_id, events.c.type)).all() == [(short[0], "job.failed")]
@@ -242,7 +242,7 @@ def test_hold_and_resume_by_filter(engine: Engine, run: Run) -> None:
     assert (held.code, held.document) == (0, _rows(ids[::-1], "pending"))
     assert [row["id"] for row in listed] == [other, *ids[::-1]]
     assert (resumed.code, resumed.document) == (0, _rows(ids[::-1], "pending"))
-    assert job_of(engine, other).due_at == LATER["due_at"]
+    assert read_job(engine, other).due_at == LATER["due_at"]
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_a_dry_run_of_given_ids_reports_the_result(engine: Engine, run: Run) -> 
 
     assert result.code == 1
     assert result.document == _rows([pending], "pending") + _rows([ended], "failed", changed=False)
-    assert job_of(engine, pending).held_at is None
+    assert read_job(engine, pending).held_at is None
 
 
 def test_without_a_terminal_a_filter_needs_yes(engine: Engine, run: Run) -> None:
@@ -308,7 +308,7 @@ def test_without_a_terminal_a_filter_needs_yes(engine: Engine, run: Run) -> None
     assert (result.code, result.out) == (2, "")
     assert "--dry-run" in result.err
     assert "--yes" in result.err
-    assert job_of(engine, job_id).status == "pending"
+    assert read_job(engine, job_id).status == "pending"
 
 
 @pytest.mark.parametrize(("answer", "code", "status"), [("n", 1, "pending"), ("y", 0, "cancelled")])
@@ -327,7 +327,7 @@ def test_on_a_terminal_it_asks_before(engine: Engine, run: Run, answer: str, cod
 
     assert process.returncode == code, process.stderr
     assert "cancel 2 jobs? [y/N]" in process.stderr
-    assert [job_of(engine, job_id).status for job_id in ids] == [status] * 2
+    assert [read_job(engine, job_id).status for job_id in ids] == [status] * 2
     if code == 0:
         assert json.loads(process.stdout) == _rows(ids[::-1], "cancelled")
 
@@ -381,7 +381,7 @@ def test_a_job_that_becomes_final_meanwhile_is_not_changed(
     result = run("hold", "--status", "pending", "--yes", "--json")
 
     assert (result.code, result.document) == (0, _rows([ids[2], ids[1]], "pending"))
-    assert job_of(engine, ids[0]).held_at is None
+    assert read_job(engine, ids[0]).held_at is None
 
 
 # ── accounts and hosts ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -406,7 +406,7 @@ def test_account_alone_holds_and_resumes_the_whole_account(engine: Engine, run: 
     assert [result.document for result in steps] == [
         [{"scope": "account", "name": "shop", "changed": changed}] for changed in (True, True, False, True, True, False)
     ]
-    assert job_of(engine, job_id).held_at is None
+    assert read_job(engine, job_id).held_at is None
     assert "shop" in run("hold", "--account", "shop").out
     assert run("show", str(job_id), "--json").document["why"].startswith("held: held by an operator")
 

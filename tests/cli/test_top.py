@@ -69,33 +69,33 @@ def top(capsys: pytest.CaptureFixture[str]) -> Top:
 def add_problems(connection: Connection) -> dict[str, int]:
     """Create every problem that `top` shows. Return the job ids."""
     at = planted.now()
-    planted.held(connection, "account", "refused", "key rejected: Invalid API key")
-    planted.breaker(connection, "account", "resting", paused_at=at - seconds(30))
-    planted.held(connection, "host", "api.dead.test", "unreachable: no answer from 10.1.2.3")
-    planted.breaker(connection, "account", "default", asked_at=at - seconds(400))
+    planted.add_open_breaker(connection, "account", "refused", "key rejected: Invalid API key")
+    planted.add_breaker(connection, "account", "resting", paused_at=at - seconds(30))
+    planted.add_open_breaker(connection, "host", "api.dead.test", "unreachable: no answer from 10.1.2.3")
+    planted.add_breaker(connection, "account", "default", asked_at=at - seconds(400))
     jobs = {
-        "late": planted.waiting(connection, "late"),
-        "refused": planted.waiting(connection, "refused", account="refused"),
-        "resting": planted.waiting(connection, "resting", account="resting"),
-        "keyless": planted.waiting(connection, "keyless", account="keyless"),
-        "dead host": planted.waiting(connection, "host", fetch_host="api.dead.test"),
-        "overdue": planted.waiting(connection, "overdue", due=-500, deadline_at=at - seconds(90)),
-        "stuck": planted.claimed(connection, "stuck", ELSEWHERE, over=70),
-        "dead": planted.claimed(connection, "dead", DEAD, over=-20),
-        "unreachable": planted.delivered(
+        "late": planted.add_waiting_job(connection, "late"),
+        "refused": planted.add_waiting_job(connection, "refused", account="refused"),
+        "resting": planted.add_waiting_job(connection, "resting", account="resting"),
+        "keyless": planted.add_waiting_job(connection, "keyless", account="keyless"),
+        "dead host": planted.add_waiting_job(connection, "host", fetch_host="api.dead.test"),
+        "overdue": planted.add_waiting_job(connection, "overdue", due=-500, deadline_at=at - seconds(90)),
+        "stuck": planted.add_claimed_job(connection, "stuck", ELSEWHERE, over=70),
+        "dead": planted.add_claimed_job(connection, "dead", DEAD, over=-20),
+        "unreachable": planted.add_downloading_job(
             connection, "cdn", error_code="unreachable", error_message="no answer: ConnectTimeout"
         ),
-        "receiving": planted.received(connection, "receiving", received_bytes=5_000_000),
-        "abandoned": planted.received(connection, "abandoned", over=60),
-        "failed": planted.failed(connection, "failed"),
-        "endless": planted.claimed(
+        "receiving": planted.add_receiving_job(connection, "receiving", received_bytes=5_000_000),
+        "abandoned": planted.add_receiving_job(connection, "abandoned", over=60),
+        "failed": planted.add_failed_job(connection, "failed"),
+        "endless": planted.add_claimed_job(
             connection, "endless", ELSEWHERE, over=-20_000, asked_at=planted.now() - seconds(600)
         ),
-        "forgotten": planted.waiting(connection, "forgotten", due=7_200, deadline_at=at - seconds(900)),
-        "by hand": planted.waiting(connection, "hand", due_at=HELD_UNTIL, held_at=at),
+        "forgotten": planted.add_waiting_job(connection, "forgotten", due=7_200, deadline_at=at - seconds(900)),
+        "by hand": planted.add_waiting_job(connection, "hand", due_at=HELD_UNTIL, held_at=at),
     }
     refused = {"error_message": "it answered 500 to ann@shop.test", "http_status": 500}
-    planted.event(connection, jobs["failed"], due=300, **refused)
+    planted.add_event(connection, jobs["failed"], due=300, **refused)
     return jobs
 
 
@@ -160,9 +160,9 @@ def test_a_snapshot_fits_80_by_24_and_cuts_each_section(database: Engine) -> Non
     with database.begin() as connection:
         add_problems(connection)
         for number in range(30):
-            planted.failed(connection, f"more{number}")
-            planted.waiting(connection, f"late{number}", due=-10.0 - number)
-            planted.received(connection, f"r{number}")
+            planted.add_failed_job(connection, f"more{number}")
+            planted.add_waiting_job(connection, f"late{number}", due=-10.0 - number)
+            planted.add_receiving_job(connection, f"r{number}")
         count(connection, delays=3)
 
     snapshot = SnapshotReader(database, load()).read()
@@ -204,7 +204,7 @@ def test_rates_are_computed_between_snapshots(database: Engine) -> None:
     reader = SnapshotReader(database, load(), clock=lambda: at[0])
     with database.begin() as connection:
         count(connection, answers=1_000, delays=5)
-        planted.received(connection, "1", attempts=2, received_bytes=1_000)
+        planted.add_receiving_job(connection, "1", attempts=2, received_bytes=1_000)
 
     first = reader.read()
     with database.begin() as connection:

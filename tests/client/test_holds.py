@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import Engine, select, update
 
 import worker
-from tests.rows import NOW, add_downloading, add_job, add_output, claim, job_of, output_of, seconds
+from tests.rows import NOW, add_downloading, add_job, add_output, claim_due_jobs, read_job, read_output, seconds
 from worker.client import actions, holds, tracking
 from worker.core.circuit_breaker import CircuitBreaker, Scope, after_rate_limit, after_refusal
 from worker.core.lifecycle import AskAgain, EndJob, JobFacts, Strikes, after_answer
@@ -60,11 +60,11 @@ def _breaker(engine: Engine, scope: Scope = "account", name: str = "default") ->
 def test_a_held_job_is_never_claimed_and_no_hint_moves_it(engine: Engine) -> None:
     job_id = _held(engine)
     with engine.begin() as connection:
-        assert claim(connection, now=YEARS) == []
+        assert claim_due_jobs(connection, now=YEARS) == []
         assert nudge(connection, "1", None, now=YEARS, least=LEAST) == 0
         assert [level.due_at for level in due_groups(connection, ["default"])] == [HELD_UNTIL]
 
-    held = job_of(engine, job_id)
+    held = read_job(engine, job_id)
     assert (held.status, held.held_at, held.due_at) == ("pending", NOW, HELD_UNTIL)
 
 
@@ -77,21 +77,21 @@ def test_only_what_is_pending_and_not_held_yet_can_be_held(engine: Engine) -> No
         assert store.hold(connection, [pending, ended, loading], now=YEARS) == set()
         assert store.resume(connection, [ended, loading], PATIENCE, now=NOW) == set()
 
-    assert job_of(engine, pending).held_at == NOW
+    assert read_job(engine, pending).held_at == NOW
 
 
 def test_an_answer_that_was_under_way_is_lost_and_so_is_the_lease(engine: Engine) -> None:
     """Whatever the process that asked does next."""
     with engine.begin() as connection:
         job_id = add_job(connection)
-        [claimed] = claim(connection)
+        [claimed] = claim_due_jobs(connection)
         store.hold(connection, [job_id], now=NOW + seconds(1))
         ended = Outcome(claimed, EndJob("failed", "api_failed", "no"), "failed")
         assert record_answers(connection, [ended], Tally(), now=NOW + seconds(2)).lost == 1
         assert not renew_leases(connection, "holder", lease=LEAST, now=NOW + seconds(2))
         release_jobs(connection, [job_id], claimed.token, due_at=NOW + seconds(2))
 
-    held = job_of(engine, job_id)
+    held = read_job(engine, job_id)
     assert (held.status, held.due_at, held.claim_token) == ("pending", HELD_UNTIL, None)
 
 
@@ -101,9 +101,9 @@ def test_a_resumed_job_is_due_at_once_and_does_not_expire_within_its_grace(engin
     with engine.begin() as connection:
         assert store.resume(connection, [job_id], PATIENCE, now=YEARS) == {job_id}
         assert store.resume(connection, [job_id], PATIENCE, now=YEARS) == set()
-        [claimed] = claim(connection, now=YEARS)
+        [claimed] = claim_due_jobs(connection, now=YEARS)
 
-    resumed = job_of(engine, job_id)
+    resumed = read_job(engine, job_id)
     assert (resumed.held_at, resumed.deadline_at) == (None, YEARS + seconds(60))
     assert (resumed.pace_scale, resumed.pace_growth) == (None, None)
     facts = JobFacts("pending", NOW, claimed.facts.deadline_at, Strikes())
@@ -116,19 +116,19 @@ def test_a_deadline_that_is_far_off_stays(engine: Engine) -> None:
     with engine.begin() as connection:
         store.resume(connection, [job_id], PATIENCE, now=NOW + seconds(10))
 
-    assert job_of(engine, job_id).deadline_at == NOW + seconds(3_600)
+    assert read_job(engine, job_id).deadline_at == NOW + seconds(3_600)
 
 
 def test_holding_and_resuming_asks_no_sooner_than_poll_min(engine: Engine) -> None:
     with engine.begin() as connection:
         recent, long_ago = add_job(connection, "1"), add_job(connection, "2", asked_at=NOW - seconds(60))
-        claim(connection, limit=1, now=NOW)
+        claim_due_jobs(connection, limit=1, now=NOW)
         connection.execute(update(jobs).where(jobs.c.id == recent).values(asked_at=NOW))
         store.hold(connection, [recent, long_ago], now=NOW + seconds(1))
         store.resume(connection, [recent, long_ago], PATIENCE, now=NOW + seconds(1))
 
-    assert job_of(engine, recent).due_at == NOW + LEAST
-    assert job_of(engine, long_ago).due_at == NOW + seconds(1)
+    assert read_job(engine, recent).due_at == NOW + LEAST
+    assert read_job(engine, long_ago).due_at == NOW + seconds(1)
 
 
 def test_a_held_job_can_be_cancelled_and_is_held_no_more(engine: Engine) -> None:
@@ -137,7 +137,7 @@ def test_a_held_job_can_be_cancelled_and_is_held_no_more(engine: Engine) -> None
         assert not retry(connection, job_id, now=NOW)
         assert cancel(connection, job_id, Tally(), now=NOW)
 
-    assert (job_of(engine, job_id).status, job_of(engine, job_id).held_at) == ("cancelled", None)
+    assert (read_job(engine, job_id).status, read_job(engine, job_id).held_at) == ("cancelled", None)
 
 
 def test_the_front_door_holds_and_resumes_and_wakes_the_workers(
@@ -175,7 +175,7 @@ def test_a_held_job_says_so_and_is_no_late_work(database: Engine, monkeypatch: p
     monkeypatch.setattr(overview, "database_now", lambda _: YEARS)
     job_id = _held(database)
     with database.connect() as connection:
-        row = job_of(database, job_id)
+        row = read_job(database, job_id)
         said = why(connection, row, [], load())
         state = read_overview(connection, load())
 
@@ -253,9 +253,9 @@ def test_a_job_that_waits_is_asked_at_once_but_no_sooner_than_poll_min(engine: E
         already = add_job(connection, "3", due_at=NOW - seconds(1))
         assert store.resume(connection, [waits, recent, already], PATIENCE, now=NOW) == {waits, recent}
 
-    assert [job_of(engine, one).due_at for one in (waits, recent)] == [NOW, NOW + seconds(2)]
-    assert job_of(engine, waits).deadline_at == NOW - seconds(5)
-    assert job_of(engine, recent).pace_scale is None
+    assert [read_job(engine, one).due_at for one in (waits, recent)] == [NOW, NOW + seconds(2)]
+    assert read_job(engine, waits).deadline_at == NOW - seconds(5)
+    assert read_job(engine, recent).pace_scale is None
 
 
 def test_a_claim_is_given_back_only_once_it_is_older_than_any_call(engine: Engine) -> None:
@@ -263,14 +263,14 @@ def test_a_claim_is_given_back_only_once_it_is_older_than_any_call(engine: Engin
     with engine.begin() as connection:
         for remote_id in ("fresh", "stuck"):
             add_job(connection, remote_id)
-        claimed = {job.remote_id: job.id for job in claim(connection)}
+        claimed = {job.remote_id: job.id for job in claim_due_jobs(connection)}
         hours = {"due_at": NOW + timedelta(hours=6)}
         connection.execute(update(jobs).values(hours))
         connection.execute(update(jobs).where(jobs.c.id == claimed["stuck"]).values(asked_at=NOW - seconds(81)))
         assert store.resume(connection, list(claimed.values()), PATIENCE, now=NOW) == {claimed["stuck"]}
 
-    assert (job_of(engine, claimed["stuck"]).due_at, job_of(engine, claimed["stuck"]).claim_token) == (NOW, None)
-    assert job_of(engine, claimed["fresh"]).claim_token is not None
+    assert (read_job(engine, claimed["stuck"]).due_at, read_job(engine, claimed["stuck"]).claim_token) == (NOW, None)
+    assert read_job(engine, claimed["fresh"]).claim_token is not None
 
 
 def test_downloads_in_trouble_are_tried_at_once(engine: Engine) -> None:
@@ -289,7 +289,7 @@ def test_downloads_in_trouble_are_tried_at_once(engine: Engine) -> None:
         link = add_output(connection, renewing, 0, renewed=True, **later)
         assert store.resume(connection, [job_id, renewing], PATIENCE, now=NOW) == {job_id}
 
-    rows = {one: output_of(engine, one) for one in (waits, under_way, stuck, link)}
+    rows = {one: read_output(engine, one) for one in (waits, under_way, stuck, link)}
     assert {one: row.due_at == NOW for one, row in rows.items()} == {
         waits: True, under_way: False, stuck: True, link: False,
     }  # fmt: skip

@@ -16,7 +16,7 @@ from sqlalchemy.engine import make_url
 
 import worker
 from tests.apps import asgi, wsgi
-from tests.rows import job_of
+from tests.rows import read_job
 from tests.servers import celery_worker
 from worker.client import hooks, tracking
 from worker.client.hooks import hook_url, received
@@ -84,7 +84,7 @@ def tracked_far_off(engine: Engine, remote_id: str, reference: str | None) -> in
 
 def until_due(engine: Engine, job_id: int) -> float:
     """The seconds until a job is asked about."""
-    return float((job_of(engine, job_id).due_at - datetime.now(UTC)).total_seconds())
+    return float((read_job(engine, job_id).due_at - datetime.now(UTC)).total_seconds())
 
 
 # ── the address ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -198,7 +198,7 @@ def test_a_true_call_that_is_repeated_asks_for_one_poll_of_its_job_and_that_not_
     for _ in range(50):
         assert called(hook_url(BASE, "a"))
 
-    assert job_of(door, mine).due_at == asked_at + timedelta(seconds=40)
+    assert read_job(door, mine).due_at == asked_at + timedelta(seconds=40)
     assert until_due(door, other) > 3_000.0
 
 
@@ -212,8 +212,8 @@ def test_a_call_leaves_alone_what_is_being_asked_about_or_over(door: Engine) -> 
 
     assert called(hook_url(BASE, "a"))
 
-    assert job_of(door, claimed).due_at == lease
-    assert job_of(door, over).status == "cancelled"
+    assert read_job(door, claimed).due_at == lease
+    assert read_job(door, over).status == "cancelled"
 
 
 def test_a_forged_call_reaches_no_database(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,7 +383,7 @@ def test_a_call_saves_the_wait_and_a_lost_one_costs_no_more_than_the_next_poll(
             time.sleep(max(submitted + 3.6 - time.time(), 0))  # the API is the one that says when: it calls then
             assert called(hook_url(BASE, "called"))
             seen = [_ready_after(engine, job_id, submitted) for job_id in ids]
-            polls = [job_of(engine, job_id).polls for job_id in ids]
+            polls = [read_job(engine, job_id).polls for job_id in ids]
     engine.dispose()
     print(f"called {seen[0]:.2f} s, lost {seen[1]:.2f} s after the submission; polls {polls}")
 
@@ -394,7 +394,7 @@ def test_a_call_saves_the_wait_and_a_lost_one_costs_no_more_than_the_next_poll(
 
 def _ready_after(engine: Engine, job_id: int, submitted: float) -> float:
     until = time.monotonic() + 20
-    while (ready_at := job_of(engine, job_id).ready_at) is None:
-        assert time.monotonic() < until, job_of(engine, job_id)
+    while (ready_at := read_job(engine, job_id).ready_at) is None:
+        assert time.monotonic() < until, read_job(engine, job_id)
         time.sleep(0.05)
     return float(ready_at.timestamp()) - submitted

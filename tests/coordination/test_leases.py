@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, update
 
-from tests.rows import NOW, add_job, claim, job_of, seconds
+from tests.rows import NOW, add_job, claim_due_jobs, read_job, seconds
 from worker.coordination.leases import LeaseKeeper, LeaseLost, boot_seconds
 from worker.coordination.sent_requests import (
     RECORDS,
@@ -58,7 +58,7 @@ def _claimed(engine: Engine, leases: LeaseKeeper, clock: Clock, remote_id: str =
     token = leases.new_token()
     with engine.begin() as connection:
         job_id = add_job(connection, remote_id, due_at=clock.now())
-        claim(connection, token=token, holder="me", now=clock.now())
+        claim_due_jobs(connection, token=token, holder="me", now=clock.now())
     return job_id, token
 
 
@@ -118,7 +118,7 @@ def test_a_row_that_this_process_claimed_anew_permits_nothing_for_the_claim_befo
     clock.passed = 31
     token = leases.new_token()
     with engine.begin() as connection:
-        claim(connection, token=token, holder="me", now=clock.now())
+        claim_due_jobs(connection, token=token, holder="me", now=clock.now())
     leases.renew()
     assert _permitted(leases, (job_id, token))
     assert not _permitted(leases, (job_id, before))
@@ -149,9 +149,9 @@ def test_given_a_killed_process_only_the_claims_that_led_to_a_request_stay_count
     with engine.begin() as connection:
         released = release_crashed(connection, ["me"], now=clock.now(), sent=sent_by(tmp_path / "sent", ["me"]))
     assert released.rows == 2
-    assert (job_of(engine, sent[0]).polls, job_of(engine, unsent[0]).polls) == (1, 0)
-    assert job_of(engine, unsent[0]).due_at == clock.now()
-    assert job_of(engine, unsent[0]).claim_token is None
+    assert (read_job(engine, sent[0]).polls, read_job(engine, unsent[0]).polls) == (1, 0)
+    assert read_job(engine, unsent[0]).due_at == clock.now()
+    assert read_job(engine, unsent[0]).claim_token is None
 
 
 def test_given_no_file_of_a_killed_process_every_claim_stays_counted(
@@ -160,7 +160,7 @@ def test_given_no_file_of_a_killed_process_every_claim_stays_counted(
     claimed = _claimed(engine, leases, clock)
     with engine.begin() as connection:
         release_crashed(connection, ["me"], now=clock.now(), sent=sent_by(tmp_path / "nowhere", ["me"]))
-    assert job_of(engine, claimed[0]).polls == 1
+    assert read_job(engine, claimed[0]).polls == 1
 
 
 def test_a_process_that_can_write_no_file_goes_on_without(tmp_path: Path) -> None:

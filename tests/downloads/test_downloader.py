@@ -23,7 +23,7 @@ from sqlalchemy.exc import DataError, OperationalError
 
 from tests.download_stand import KEY, MAX_BYTES, PNG, Stand, png
 from tests.networks import Net
-from tests.rows import job_of, output_of
+from tests.rows import read_job, read_output
 from tests.web import Answer, Web, drips, floods, head, page, resets, sends, web_server
 from worker.coordination.leases import LeaseLost
 from worker.downloads import downloader
@@ -72,7 +72,7 @@ def test_a_good_picture_is_stored_whole(stand: Stand, web: Web, answer: Answer) 
     """The media is what its bytes are, whatever the headers say."""
     row = stand.download(web.serves("/a.png", answer))
     _assert_stored(stand, row, PNG)
-    job = job_of(stand.engine, row.job_id)
+    job = read_job(stand.engine, row.job_id)
     assert (row.media_type, job.status, stand.notified) == ("image/png", "completed", [job.id])
     assert path_of(row.location).suffix == ".png"
 
@@ -121,8 +121,8 @@ def test_the_second_call_asks_the_network_nothing(stand: Stand, web: Web) -> Non
     assert downloader.run(output_id + 1) == "nothing to do"
     assert sorted(said)[:7] == ["nothing to do"] * 7
     assert len(web.asked) == 1
-    assert output_of(stand.engine, output_id).attempts == 1
-    assert stand.notified == [output_of(stand.engine, output_id).job_id]
+    assert read_output(stand.engine, output_id).attempts == 1
+    assert stand.notified == [read_output(stand.engine, output_id).job_id]
 
 
 def test_redirects_are_followed_three_times(stand: Stand, web: Web) -> None:
@@ -141,7 +141,7 @@ def test_bytes_that_the_answer_carried_are_stored_without_any_request(stand: Sta
     with stand.engine.begin() as connection:
         connection.execute(insert(bodies).values(output_id=output_id, body=PNG))
     stand.downloader().run(output_id)
-    _assert_stored(stand, output_of(stand.engine, output_id), PNG)
+    _assert_stored(stand, read_output(stand.engine, output_id), PNG)
     with stand.engine.connect() as connection:
         assert connection.execute(bodies.select()).all() == []
 
@@ -199,7 +199,7 @@ def test_an_output_in_trouble_stays_pending_with_its_code_and_leaves_nothing(
     assert (row.status, row.error_code, row.attempts, row.claim_token) == ("pending", code, 1, None)
     assert row.error_message
     assert stand.files == []
-    assert (job_of(stand.engine, row.job_id).status, stand.notified) == ("downloading", [])
+    assert (read_job(stand.engine, row.job_id).status, stand.notified) == ("downloading", [])
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_an_output_that_is_too_large_ends_at_once_within_bounds(stand: Stand, we
     assert (row.status, row.error_code) == ("failed", "too_large")
     assert stand.files == []
     assert peak < 16 * MAX_BYTES
-    job = job_of(stand.engine, row.job_id)
+    job = read_job(stand.engine, row.job_id)
     assert (job.status, job.error_code, stand.notified) == ("failed", "output_failed", [job.id])
 
 
@@ -488,7 +488,7 @@ def test_a_kept_connection_stays_with_the_address_that_was_checked(stand: Stand,
     ids = [stand.add(f"http://rebinds.test:{web.port}/{number}.png") for number in range(3)]
     for output_id in ids:
         downloader.run(output_id)
-    rows = [output_of(stand.engine, output_id) for output_id in ids]
+    rows = [read_output(stand.engine, output_id) for output_id in ids]
     assert [row.error_code for row in rows] == [None, None, "refused_address"]
     assert net.connected == [("127.0.0.1", web.port)]
 
@@ -546,7 +546,7 @@ def test_carried_bytes_pass_the_same_checks(stand: Stand, body: bytes, status: s
     with stand.engine.begin() as connection:
         connection.execute(insert(bodies).values(output_id=output_id, body=body))
     stand.downloader().run(output_id)
-    row = output_of(stand.engine, output_id)
+    row = read_output(stand.engine, output_id)
     assert (row.status, row.error_code) == (status, code)
     assert stand.files == []
 
@@ -557,7 +557,7 @@ def test_carried_bytes_that_were_too_large_are_there_for_a_retry_with_a_larger_l
     with stand.engine.begin() as connection:
         connection.execute(insert(bodies).values(output_id=output_id, body=png(padding=MAX_BYTES)))
     stand.downloader().run(output_id)
-    assert output_of(stand.engine, output_id).error_code == "too_large"
+    assert read_output(stand.engine, output_id).error_code == "too_large"
     with stand.engine.connect() as connection:
         assert len(connection.execute(bodies.select()).all()) == 1
 
@@ -574,7 +574,7 @@ def test_three_bad_bodies_end_an_output(stand: Stand, web: Web) -> None:
     for status in ("pending", "pending", "failed"):
         _make_due(stand.engine)
         downloader.run(output_id)
-        assert output_of(stand.engine, output_id).status == status
+        assert read_output(stand.engine, output_id).status == status
     assert len(web.asked) == 3
 
 
@@ -648,14 +648,14 @@ def test_proxy_links_take_turns_while_there_is_trouble(stand: Stand, web: Web) -
     _make_due(stand.engine)
     downloader.run(output_id)
     assert [asked.path for asked in web.asked] == ["/a.png", "/proxy.png"]
-    assert output_of(stand.engine, output_id).status == "stored"
+    assert read_output(stand.engine, output_id).status == "stored"
 
 
 def test_our_own_storage_in_trouble_never_ends_an_output(stand: Stand, web: Web) -> None:
     """Also long after its deadline; and the server need not be asked for nothing."""
     stand.out.write_text("a file in the way")
     url = web.serves("/a.png", page(200, PNG))
-    long_ago = output_of(stand.engine, stand.add(url)).listed_at - timedelta(days=900)
+    long_ago = read_output(stand.engine, stand.add(url)).listed_at - timedelta(days=900)
     row = stand.download(url + "?2", listed_at=long_ago)
     assert (row.status, row.error_code) == ("pending", "storage")
     assert web.asked == []
@@ -686,7 +686,7 @@ def test_given_a_database_that_is_away_as_a_download_ends_when_it_is_back_then_t
     second = stand.add(web.serves("/second.png", page(200, png(padding=7))))
     loader.run(second)
 
-    assert [output_of(engine, output).status for output in (first, second)] == ["stored", "stored"]
+    assert [read_output(engine, output).status for output in (first, second)] == ["stored", "stored"]
     assert [asked.path for asked in web.asked] == ["/first.png", "/second.png"]
     engine.dispose()
 
@@ -712,7 +712,7 @@ def test_an_outcome_that_was_kept_and_then_can_not_be_written_gives_its_claim_ba
         loader.run(first)
     for _ in range(3):
         loader.run(second)
-    assert [output_of(stand.engine, output).status for output in (first, second)] == ["stored", "stored"]
+    assert [read_output(stand.engine, output).status for output in (first, second)] == ["stored", "stored"]
 
 
 def test_a_cancel_meanwhile_leaves_the_row_as_it_is(stand: Stand, web: Web) -> None:
@@ -729,7 +729,7 @@ def test_a_cancel_meanwhile_leaves_the_row_as_it_is(stand: Stand, web: Web) -> N
 
     output_id = stand.add(web.serves("/a.png", cancelled_meanwhile))
     assert stand.downloader().run(output_id) == "the claim was lost"
-    assert output_of(stand.engine, output_id).status == "failed"
+    assert read_output(stand.engine, output_id).status == "failed"
     assert stand.notified == []
 
 
@@ -774,7 +774,7 @@ def test_the_name_of_a_file_is_ours_whatever_the_link_is_called(
     output_id = stand.add(f"{web.url}/{name}")
     web.answers = _Always(page(200, PNG))
     stand.downloader().run(output_id)
-    row = output_of(stand.engine, output_id)
+    row = read_output(stand.engine, output_id)
     digest = hashlib.sha256(PNG).hexdigest()
     assert path_of(row.location) == stand.out / "0" / str(row.job_id) / f"0-{digest[:16]}.png"
     assert stand.files == [path_of(row.location)]
@@ -822,7 +822,7 @@ def test_given_an_outcome_that_could_not_be_recorded_when_the_process_is_never_i
     busy.run(other)
     busy.run(unlucky)
 
-    assert {output_of(stand.engine, one).status for one in (unlucky, other)} == {"stored"}
+    assert {read_output(stand.engine, one).status for one in (unlucky, other)} == {"stored"}
 
 
 def test_given_a_lease_that_may_be_over_when_a_download_would_begin_then_nothing_is_asked(
@@ -838,7 +838,7 @@ def test_given_a_lease_that_may_be_over_when_a_download_would_begin_then_nothing
     with monkeypatch.context() as asleep:
         asleep.setattr(downloader._leases, "check", refuse)
         assert "released" in downloader.run(output_id)
-    row = output_of(stand.engine, output_id)
+    row = read_output(stand.engine, output_id)
     assert (row.status, row.attempts, row.claim_token, row.error_code) == ("pending", 0, None, None)
     assert len(web.asked) == 0
     assert stand.files == []

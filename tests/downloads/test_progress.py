@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import Engine, event
 
 from tests.download_stand import PNG, Stand
-from tests.rows import NOW, add_downloading, add_output, output_of, seconds, take, taken
+from tests.rows import NOW, add_downloading, add_output, claim_one_output, read_output, seconds, try_claim_output
 from tests.web import Web, head, page
 from worker.core.lifecycle import TryAgain
 from worker.downloads import progress as progress_module
@@ -43,12 +43,12 @@ def test_a_download_that_lasts_tells_how_far_it_is_and_nothing_once_it_is_over(
     thread = threading.Thread(target=stand.downloader().run, args=(output_id,))
     thread.start()
     until = time.monotonic() + SOON
-    while output_of(stand.engine, output_id).received_bytes is None and time.monotonic() < until:
+    while read_output(stand.engine, output_id).received_bytes is None and time.monotonic() < until:
         time.sleep(EVERY)
-    told = output_of(stand.engine, output_id)
+    told = read_output(stand.engine, output_id)
     go_on.set()
     thread.join(SOON)
-    over = output_of(stand.engine, output_id)
+    over = read_output(stand.engine, output_id)
 
     assert (told.received_bytes, told.status) == (3_000, "pending")
     assert (over.received_bytes, over.status) == (None, "stored")
@@ -77,7 +77,7 @@ def test_only_an_attempt_that_lasts_is_told_of(stand: Stand, tmp_path: Path) -> 
     """However long the thread runs already, for others."""
     output_id = stand.add("https://cdn.test/a.png")
     with stand.engine.begin() as connection:
-        output = take(connection, output_id, now=datetime.now(UTC))
+        output = try_claim_output(connection, output_id, now=datetime.now(UTC))
     assert output is not None
     progress = ReceivedBytes(stand.engine, "holder")
 
@@ -103,7 +103,7 @@ def test_a_database_that_is_away_hurts_no_download(
     caplog.set_level("INFO")
     output_id = stand.add("https://cdn.test/a.png")
     with stand.engine.begin() as connection:
-        output = take(connection, output_id, now=datetime.now(UTC))
+        output = try_claim_output(connection, output_id, now=datetime.now(UTC))
     assert output is not None
     progress = ReceivedBytes(stand.engine, "holder")
 
@@ -124,8 +124,8 @@ def test_only_a_claim_that_stands_is_written_to(engine: Engine) -> None:
     with engine.begin() as connection:
         job_id = add_downloading(connection)
         ids = [add_output(connection, job_id, position) for position in range(4)]
-        mine = [taken(connection, output_id, token=f"t{output_id}") for output_id in ids[:3]]
-        take(connection, ids[3], token="theirs", holder="another")  # no secret
+        mine = [claim_one_output(connection, output_id, token=f"t{output_id}") for output_id in ids[:3]]
+        try_claim_output(connection, ids[3], token="theirs", holder="another")  # no secret
     received = {(output.id, output.token): 10 * output.id for output in mine}
     others = {(ids[3], "theirs"): 5, (ids[0], "older"): 6}
 
@@ -133,7 +133,7 @@ def test_only_a_claim_that_stands_is_written_to(engine: Engine) -> None:
         first = record_progress(connection, "holder", received | others, now=NOW + seconds(5))
         older = record_progress(connection, "holder", {(ids[0], "older"): 6}, now=NOW + seconds(5))
         late = record_progress(connection, "holder", {(ids[0], mine[0].token): 99}, now=NOW + seconds(31))
-    written = [output_of(engine, output_id).received_bytes for output_id in ids]
+    written = [read_output(engine, output_id).received_bytes for output_id in ids]
 
     assert (first, older, late) == (3, 0, 0)
     assert written == [10 * ids[0], 10 * ids[1], 10 * ids[2], None]
@@ -141,11 +141,11 @@ def test_only_a_claim_that_stands_is_written_to(engine: Engine) -> None:
 
 def test_an_attempt_that_ended_has_received_nothing(engine: Engine) -> None:
     with engine.begin() as connection:
-        output = taken(connection, add_output(connection, add_downloading(connection)))
+        output = claim_one_output(connection, add_output(connection, add_downloading(connection)))
         record_progress(connection, "holder", {(output.id, output.token): 7}, now=NOW)
         record_attempt(connection, output, TryAgain(5.0, "unreachable", "no answer"), now=NOW)
 
     with engine.begin() as connection:
         after = record_progress(connection, "holder", {(output.id, output.token): 8}, now=NOW)
 
-    assert (after, output_of(engine, output.id).received_bytes) == (0, None)
+    assert (after, read_output(engine, output.id).received_bytes) == (0, None)

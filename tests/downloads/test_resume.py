@@ -23,7 +23,7 @@ import pytest
 from sqlalchemy import update
 
 from tests.download_stand import Stand, png
-from tests.rows import output_of
+from tests.rows import read_output
 from tests.web import Picture, Web, drips, head, page, sends, web_server
 from worker.core.lifecycle import Attempt
 from worker.core.media.signatures import Media
@@ -54,7 +54,7 @@ def _again(stand: Stand, output_id: int) -> Any:
     with stand.engine.begin() as connection:
         connection.execute(update(outputs).where(outputs.c.id == output_id).values(due_at=outputs.c.listed_at))
     stand.downloader().run(output_id)
-    return output_of(stand.engine, output_id)
+    return read_output(stand.engine, output_id)
 
 
 def _is_stored(stand: Stand, row: Any, body: bytes = BODY) -> bool:
@@ -423,7 +423,7 @@ Stand(make_engine(make_url("sqlite:///{tmp_path}/test.db")), Path({str(stand.out
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert part.stat().st_size >= 390_000
-    row = output_of(stand.engine, output_id)
+    row = read_output(stand.engine, output_id)
     with stand.engine.begin() as connection:
         assert release_crashed(connection, dead_holders(claim_holders(connection)), now=row.listed_at).rows
     assert _is_stored(stand, _again(stand, output_id))
@@ -631,7 +631,7 @@ def test_what_waits_for_a_host_that_hangs_does_not_keep_the_others_waiting(stand
         for thread in threads:
             thread.start()
         until = time.monotonic() + 10
-        while (states := {output_of(stand.engine, one).status for one in late}) != {"stored"}:
+        while (states := {read_output(stand.engine, one).status for one in late}) != {"stored"}:
             if time.monotonic() >= until:
                 break
             time.sleep(0.05)
@@ -654,7 +654,7 @@ def test_an_output_whose_host_is_busy_is_given_back_and_it_costs_no_attempt(
     monkeypatch.setattr(HostSlots, "place", _none_free)
     output_id = stand.add(web.url + "/a.png")
     assert "busy" in stand.downloader().run(output_id)
-    row = output_of(stand.engine, output_id)
+    row = read_output(stand.engine, output_id)
     assert (row.status, row.attempts, row.claim_token, row.error_code) == ("pending", 0, None, None)
     assert row.due_at > row.listed_at
     assert web.asked == []

@@ -12,7 +12,7 @@ from sqlalchemy import insert
 
 from tests.download_stand import PNG, Stand, png
 from tests.networks import Net
-from tests.rows import job_of, output_of
+from tests.rows import read_job, read_output
 from tests.web import Answer, Picture, Web, head, page, sends
 from worker.errors import StorageTrouble
 from worker.storage.local import FileStorage, path_of
@@ -63,7 +63,7 @@ def test_given_a_link_that_promises_text_when_text_comes_then_it_is_stored_as_it
     assert row.sha256 == hashlib.sha256(body).hexdigest()
     assert path_of(row.location).read_bytes() == body
     assert path_of(row.location).suffix == suffix
-    assert job_of(stand.engine, row.job_id).status == "completed"
+    assert read_job(stand.engine, row.job_id).status == "completed"
 
 
 @pytest.mark.parametrize(
@@ -139,12 +139,12 @@ def test_given_a_storage_that_refuses_text_once_when_it_is_tried_again_then_it_i
     with monkeypatch.context() as patched:
         patched.setattr(FileStorage, "keep", refuse)
         stand.downloader().run(output_id)
-    refused = output_of(stand.engine, output_id)
+    refused = read_output(stand.engine, output_id)
     with stand.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE fetch_outputs SET due_at = listed_at WHERE id = ?", (output_id,))
     stand.downloader().run(output_id)
 
-    row = output_of(stand.engine, output_id)
+    row = read_output(stand.engine, output_id)
     assert refused.error_code == "storage"
     assert (row.status, row.media_type, len(web.asked)) == ("stored", "text/plain", 1)
 
@@ -163,7 +163,7 @@ def test_given_text_that_an_answer_carried_then_its_declared_type_decides(
 
     stand.downloader().run(output_id)
 
-    row = output_of(stand.engine, output_id)
+    row = read_output(stand.engine, output_id)
     assert row.error_code == code
     assert row.media_type == (kind if code is None else None)
 

@@ -15,7 +15,7 @@ from tests.core.test_media_signatures import HTML, KINDS, STARTS, UNITS, WHOLE
 from tests.download_stand import Stand
 from tests.fuzz.effort import EFFORTS, tried
 from tests.fuzz.urls import urls
-from tests.rows import output_of
+from tests.rows import read_output
 from tests.s3_servers import S3Server
 from worker.client import tracking
 from worker.core.media.base64_text import base64_start
@@ -88,7 +88,7 @@ def test_whatever_a_link_says_and_bytes_hold_a_file_is_whole_below_its_place_and
 
         downloader.run(output_id)
 
-        row = output_of(stand.engine, output_id)
+        row = read_output(stand.engine, output_id)
         if row.status != "stored":
             assert stand.files == []
             assert row.error_code in ("not_media", "truncated", "too_large")

@@ -11,7 +11,7 @@ from sqlalchemy import Engine, delete, func, insert, select, update
 
 import worker
 from tests.metrics.exposed import scraped
-from tests.rows import NOW, add_downloading, add_job, add_output, claim, job_values, seconds, take
+from tests.rows import NOW, add_downloading, add_job, add_output, claim_due_jobs, job_values, seconds, try_claim_output
 from worker.core.circuit_breaker import held_by_operator
 from worker.core.histograms import DELAYS, bucket_names
 from worker.metrics import reading
@@ -236,8 +236,8 @@ def test_claims_are_counted_and_those_of_the_dead_stand_out(engine: Engine) -> N
         add_job(connection)
         first = add_output(connection, add_downloading(connection, "2"))
         second = add_output(connection, add_downloading(connection, "3"))
-        claim(connection)
-        assert take(connection, first) is not None
+        claim_due_jobs(connection)
+        assert try_claim_output(connection, first) is not None
         long_ago = NOW - seconds(500)
         connection.execute(update(outputs).where(outputs.c.id == second).values(due_at=long_ago))
         lease = timedelta(seconds=30)

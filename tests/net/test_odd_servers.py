@@ -13,7 +13,7 @@ from sqlalchemy import select, update
 import worker
 from tests.download_stand import PNG, Stand, png
 from tests.downloads.test_downloader import _assert_stored, _make_due
-from tests.rows import job_of, output_of
+from tests.rows import read_job, read_output
 from tests.web import Answer, Web, head, page, sends
 from worker.process import resources
 from worker.settings import Settings
@@ -203,14 +203,14 @@ def test_given_a_store_that_lags_when_the_file_comes_within_a_minute_then_it_is_
     for seconds in (0, 5, 10, 15, 20, 30, 40, 50):
         _age(stand, output_id, seconds)
         downloader.run(output_id)
-        row = output_of(stand.engine, output_id)
+        row = read_output(stand.engine, output_id)
         assert (row.status, row.bad_bodies) == ("pending", 0)
         wait = (row.due_at.replace(tzinfo=UTC) - datetime.now(UTC)).total_seconds()
         assert 3 < wait < 11
     web.serves("/a.png", page(200, PNG))
     _make_due(stand.engine)
     downloader.run(output_id)
-    _assert_stored(stand, output_of(stand.engine, output_id), PNG)
+    _assert_stored(stand, read_output(stand.engine, output_id), PNG)
 
 
 @pytest.mark.parametrize("early", EARLY.values(), ids=EARLY)
@@ -223,16 +223,16 @@ def test_given_a_store_that_lags_for_a_minute_then_a_fresh_link_is_asked_for_onc
     downloader.run(output_id)
     _age(stand, output_id, 61)
     downloader.run(output_id)
-    row = output_of(stand.engine, output_id)
+    row = read_output(stand.engine, output_id)
     assert (row.status, row.renewed, row.bad_bodies) == ("pending", True, 0)
-    assert job_of(stand.engine, row.job_id).due_at is not None
+    assert read_job(stand.engine, row.job_id).due_at is not None
     codes = {row.error_code}
     for _ in range(4):
         if row.status != "pending":
             break
         _age(stand, output_id, 70)
         downloader.run(output_id)
-        row = output_of(stand.engine, output_id)
+        row = read_output(stand.engine, output_id)
         codes.add(row.error_code)
     assert (row.status, len(codes)) == ("failed", 1)
 
@@ -244,7 +244,7 @@ def test_given_an_output_of_another_kind_then_three_attempts_end_it_at_any_time(
     for _ in range(3):
         _make_due(stand.engine)
         downloader.run(output_id)
-    row = output_of(stand.engine, output_id)
+    row = read_output(stand.engine, output_id)
     assert (row.status, row.error_code, row.attempts) == ("failed", "not_media", 3)
 
 

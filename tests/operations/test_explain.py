@@ -37,56 +37,56 @@ class Case:
 
 def awake(connection: Connection, name: str = "default") -> None:
     """Create an account that a worker polls for."""
-    planted.breaker(connection, "account", name, asked_at=planted.now())
+    planted.add_breaker(connection, "account", name, asked_at=planted.now())
 
 
 def waits(connection: Connection, **changes: Any) -> int:
     awake(connection)
-    return planted.waiting(connection, "1", **({"due": 4.0} | changes))
+    return planted.add_waiting_job(connection, "1", **({"due": 4.0} | changes))
 
 
 def refused(reason: str, account: str = "default", **changes: Any) -> Callable[[Connection], int]:
     def plant(connection: Connection) -> int:
-        planted.held(connection, "account", account, reason, **changes)
-        return planted.waiting(connection, "1", account=account)
+        planted.add_open_breaker(connection, "account", account, reason, **changes)
+        return planted.add_waiting_job(connection, "1", account=account)
 
     return plant
 
 
 def by_hand(scope: str, name: str) -> Callable[[Connection], int]:
     def plant(connection: Connection) -> int:
-        planted.breaker(connection, scope, name, paused_at=planted.now() - seconds(75))
-        return planted.waiting(connection, "1")
+        planted.add_breaker(connection, scope, name, paused_at=planted.now() - seconds(75))
+        return planted.add_waiting_job(connection, "1")
 
     return plant
 
 
 def host_away(connection: Connection) -> int:
     awake(connection)
-    planted.held(connection, "host", "api.test", "unreachable: no answer")
-    return planted.waiting(connection, "1")
+    planted.add_open_breaker(connection, "host", "api.test", "unreachable: no answer")
+    return planted.add_waiting_job(connection, "1")
 
 
 def no_process_probes(connection: Connection) -> int:
     at = planted.now()
-    planted.held(connection, "account", "default", "key rejected: no", probe_at=at - seconds(600))
-    return planted.waiting(connection, "1")
+    planted.add_open_breaker(connection, "account", "default", "key rejected: no", probe_at=at - seconds(600))
+    return planted.add_waiting_job(connection, "1")
 
 
 def behind(connection: Connection) -> int:
     awake(connection)
     for number in range(3):
-        planted.waiting(connection, f"older{number}", due=-50.0)
-    planted.waiting(connection, "younger", due=-1.0)
-    planted.waiting(connection, "waits", due=60.0, priority=7)
-    planted.waiting(connection, "higher", due=-1.0, priority=7)
-    return planted.waiting(connection, "1", due=-10.0)
+        planted.add_waiting_job(connection, f"older{number}", due=-50.0)
+    planted.add_waiting_job(connection, "younger", due=-1.0)
+    planted.add_waiting_job(connection, "waits", due=60.0, priority=7)
+    planted.add_waiting_job(connection, "higher", due=-1.0, priority=7)
+    return planted.add_waiting_job(connection, "1", due=-10.0)
 
 
 def claims(holder: str, over: float, *, asleep: bool = False) -> Callable[[Connection], int]:
     def plant(connection: Connection) -> int:
-        planted.breaker(connection, "account", "default", asked_at=planted.now() - seconds(900 if asleep else 1))
-        return planted.claimed(connection, "1", holder, over=over)
+        planted.add_breaker(connection, "account", "default", asked_at=planted.now() - seconds(900 if asleep else 1))
+        return planted.add_claimed_job(connection, "1", holder, over=over)
 
     return plant
 
@@ -95,28 +95,30 @@ def output(code: str | None, *, due: float = 40.0, **changes: Any) -> Callable[[
     def plant(connection: Connection) -> int:
         message = None if code is None else "no answer: ConnectTimeout"
         at = {"due_at": planted.now() + seconds(due)}
-        return planted.delivered(connection, "1", **(at | {"error_code": code, "error_message": message} | changes))
+        return planted.add_downloading_job(
+            connection, "1", **(at | {"error_code": code, "error_message": message} | changes)
+        )
 
     return plant
 
 
 def receiving(over: float, holder: str = ELSEWHERE) -> Callable[[Connection], int]:
-    return lambda connection: planted.received(
+    return lambda connection: planted.add_receiving_job(
         connection, "1", over=over, claim_holder=holder, received_bytes=2_500_000
     )
 
 
 def renewing(connection: Connection) -> int:
-    job_id = planted.delivered(connection, "1", error_code="gone", error_message="HTTP 404", renewed=True)
+    job_id = planted.add_downloading_job(connection, "1", error_code="gone", error_message="HTTP 404", renewed=True)
     connection.exec_driver_sql("UPDATE fetch_jobs SET due_at = submitted_at")
-    planted.held(connection, "account", "default", "no credits: none left")
+    planted.add_open_breaker(connection, "account", "default", "no credits: none left")
     return job_id
 
 
 def told(due: float, **changes: Any) -> Callable[[Connection], int]:
     def plant(connection: Connection) -> int:
-        job_id = planted.failed(connection, "1", status="completed", error_code=None, ready_at=planted.now())
-        planted.event(connection, job_id, due=due, **changes)
+        job_id = planted.add_failed_job(connection, "1", status="completed", error_code=None, ready_at=planted.now())
+        planted.add_event(connection, job_id, due=due, **changes)
         return job_id
 
     return plant
@@ -124,12 +126,12 @@ def told(due: float, **changes: Any) -> Callable[[Connection], int]:
 
 def unannounced(connection: Connection) -> int:
     ended = {"completed_at": planted.now() - seconds(600), "webhook_url": "https://shop.test/hook"}
-    return planted.failed(connection, "1", status="completed", error_code=None, ready_at=planted.now(), **ended)
+    return planted.add_failed_job(connection, "1", status="completed", error_code=None, ready_at=planted.now(), **ended)
 
 
 def ended(code: str, output_code: str | None = None, status: str = "failed") -> Callable[[Connection], int]:
     def plant(connection: Connection) -> int:
-        job_id = planted.failed(connection, "1", status=status, error_code=code)
+        job_id = planted.add_failed_job(connection, "1", status=status, error_code=code)
         if output_code is not None:
             add_output(connection, job_id, status="failed", due_at=None, error_code=output_code)
         return job_id
@@ -142,14 +144,19 @@ RELEASES = "it releases the claims of dead processes"
 CASES = [
     Case("waits", waits, "poll", "waits", r"in \d\.\d s", r"nothing: it is polled in \d\.\d s"),
     Case(
-        "no worker", lambda c: planted.waiting(c, "1"), "poll", "due", r"since 10\d s", "start a `worker` process: .*"
+        "no worker",
+        lambda c: planted.add_waiting_job(c, "1"),
+        "poll",
+        "due",
+        r"since 10\d s",
+        "start a `worker` process: .*",
     ),
     Case("due just now", lambda c: waits(c, due=-1), "poll", "due", r"since .*", "nothing: it is polled next"),
     Case("forgotten", lambda c: waits(c, due=-90), "queue", "first", ".*", "run fetch-worker doctor: .*"),
     Case("behind", behind, "queue", "behind", "4 due jobs .*", "nothing: 4 due jobs are ahead .*"),
     Case(
         "no key",
-        lambda c: planted.waiting(c, "1", account="shop"),
+        lambda c: planted.add_waiting_job(c, "1", account="shop"),
         "account",
         "no key",
         "shop has no key.*",
@@ -262,7 +269,7 @@ CASES = [
     ),
     Case(
         "a lease without end",
-        lambda c: planted.claimed(c, "1", ELSEWHERE, over=-20_000, asked_at=planted.now() - seconds(81)),
+        lambda c: planted.add_claimed_job(c, "1", ELSEWHERE, over=-20_000, asked_at=planted.now() - seconds(81)),
         "claim",
         "stuck",
         f"by {ELSEWHERE}, which is not on this host, since 8. s; its lease ends in .*",
@@ -412,7 +419,7 @@ def test_each_problem_is_explained_with_advice(database: Engine, show: Show, cas
 
 def test_a_completed_job_needs_no_action(database: Engine, show: Show) -> None:
     with database.begin() as connection:
-        job_id = planted.failed(connection, "1", status="completed", error_code=None, ready_at=planted.now())
+        job_id = planted.add_failed_job(connection, "1", status="completed", error_code=None, ready_at=planted.now())
 
     assert show(job_id)[0]["advice"] == "nothing: all outputs are stored"
 
@@ -462,8 +469,8 @@ def test_the_rate_limit_is_read_without_using_it(
     monkeypatch.setenv("SD_API_RPS", "0.5")
     redis_client(redis_url, seconds=2).flushall()  # a server of these tests: remove the requests of the previous test
     with database.begin() as connection:
-        planted.breaker(connection, "account", "default", ceiling=0.3, cut_at=planted.now())
-        job_id = planted.waiting(connection, "1")
+        planted.add_breaker(connection, "account", "default", ceiling=0.3, cut_at=planted.now())
+        job_id = planted.add_waiting_job(connection, "1")
     limiter = RateLimiter(redis_url)
 
     free_finding = [_finding(show(job_id)[0]["chain"], "budget") for _ in range(3)][-1]
@@ -506,7 +513,9 @@ def test_the_jobs_ahead_are_counted_up_to_a_limit(
 
 def test_why_reports_a_claim_that_is_older_than_any_request(database: Engine, show: Show) -> None:
     with database.begin() as connection:
-        job_id = planted.claimed(connection, "1", ELSEWHERE, over=-20_000, asked_at=planted.now() - seconds(900))
+        job_id = planted.add_claimed_job(
+            connection, "1", ELSEWHERE, over=-20_000, asked_at=planted.now() - seconds(900)
+        )
 
     document, _ = show(job_id)
 

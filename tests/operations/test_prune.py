@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Column, Engine, ForeignKey, MetaData, Table, func, insert, select, update
 
-from tests.rows import add_job, add_output, claim, job_of, output_of
+from tests.rows import add_job, add_output, claim_due_jobs, read_job, read_output
 from tests.s3_servers import S3Server
 from worker.client import tracking
 from worker.core.lifecycle import AskAgain
@@ -310,7 +310,7 @@ def test_a_prune_during_polling_removes_no_pending_job_and_loses_no_answer(
         while not over.is_set():
             with engine.begin() as connection:
                 now = database_now(connection)
-                claimed = claim(connection, token=f"t{len(answered)}", now=now, limit=5)
+                claimed = claim_due_jobs(connection, token=f"t{len(answered)}", now=now, limit=5)
             again = [
                 Outcome(job, AskAgain(job.facts.strikes, "processing"), "processing", PollPlan(0.0)) for job in claimed
             ]
@@ -343,7 +343,7 @@ def test_a_job_whose_files_are_being_removed_can_not_be_retried(
     """Neither by retry nor by verify: the new file would get the name of a file that is about to be removed."""
     job_id = _finished(engine, "1", 40 * DAY, "failed")
     output_id = _stored(engine, tmp_path / "out", job_id)
-    location = output_of(engine, output_id).location
+    location = read_output(engine, output_id).location
     with engine.begin() as connection:
         assert lock_prunable(connection, [job_id], "failed", cutoff=_ago(engine, DAY)) == [job_id]
         mark_pruned(connection, [job_id])
@@ -424,13 +424,13 @@ def test_if_the_disk_is_not_mounted_no_row_changes(
         (tmp_path / "mount").mkdir()
     job_id = _finished(engine, "1", 40 * DAY)
     output_id = _stored_at(engine, job_id, f"file://{tmp_path}/mount/0/{job_id}/0-{SHA[:16]}.png")
-    before = output_of(engine, output_id)
+    before = read_output(engine, output_id)
 
     pruned = _prune_now(engine, settings, _retention(remove_files=True))
 
     assert (pruned.jobs, pruned.kept, pruned.stopped) == (0, 1, True)
     assert "mount it" in str(pruned.reason)
-    assert output_of(engine, output_id) == before
+    assert read_output(engine, output_id) == before
 
 
 def test_a_job_stays_if_its_file_can_not_be_removed(
@@ -440,7 +440,7 @@ def test_a_job_stays_if_its_file_can_not_be_removed(
     first, second = (_finished(engine, name, 40 * DAY) for name in "ab")
     stays = _stored(engine, tmp_path / "out", first)
     _stored(engine, tmp_path / "out", second)
-    before = output_of(engine, stays)
+    before = read_output(engine, stays)
     unlink = Path.unlink
 
     def refuse(path: Path, missing_ok: bool = False) -> None:
@@ -454,7 +454,7 @@ def test_a_job_stays_if_its_file_can_not_be_removed(
 
     assert (pruned.jobs, pruned.files, pruned.kept, pruned.stopped) == (1, 1, 1, False)
     assert "Read-only file system" in str(pruned.reason)
-    assert output_of(engine, stays) == before
+    assert read_output(engine, stays) == before
     assert _prune_now(engine, settings, _retention(remove_files=True)).jobs == 1
 
 
@@ -473,7 +473,7 @@ def test_a_location_outside_the_folder_of_its_job_is_not_removed(
 
     assert (pruned.jobs, pruned.kept) == (0, 2)
     assert precious.exists()
-    assert job_of(engine, job_id).status == "completed"
+    assert read_job(engine, job_id).status == "completed"
 
 
 def test_objects_in_a_bucket_are_removed(

@@ -11,7 +11,7 @@ from sqlalchemy import update
 
 import worker
 from tests.download_stand import PNG, Stand, png
-from tests.rows import job_of, output_of
+from tests.rows import read_job, read_output
 from tests.web import Web, page
 from worker.cli import main
 from worker.errors import OutputMissing
@@ -89,13 +89,13 @@ def test_missing_and_damaged_outputs_are_downloaded_again(
         (damaged.id, "damaged", "queued for download again"),
     ]
     for row in (missing, damaged):
-        assert job_of(stand.engine, row.job_id).status == "downloading"
+        assert read_job(stand.engine, row.job_id).status == "downloading"
         stand.downloader().run(row.id)
-        again = output_of(stand.engine, row.id)
+        again = read_output(stand.engine, row.id)
         assert (again.status, again.location, again.sha256) == ("stored", row.location, row.sha256)
-        assert job_of(stand.engine, row.job_id).status == "completed"
+        assert read_job(stand.engine, row.job_id).status == "completed"
     assert path_of(damaged.location + ".damaged").exists()
-    assert output_of(stand.engine, whole.id) == whole
+    assert read_output(stand.engine, whole.id) == whole
     code, report = _verify(capsys)
     assert (code, report["whole"], report["orphans"]) == (0, 3, [damaged.location + ".damaged"])
 
@@ -110,7 +110,7 @@ def test_a_dry_run_only_reports(stand: Stand, stored: list[Any], capsys: pytest.
         1,
         ["would be queued for download again"],
     )
-    assert output_of(stand.engine, stored[0].id) == stored[0]
+    assert read_output(stand.engine, stored[0].id) == stored[0]
 
 
 def test_an_orphan_file_is_reported_and_stays(
@@ -175,7 +175,7 @@ def test_an_output_that_can_not_be_downloaded_again_is_reported(
     path_of(stored[0].location).unlink()
     code, report = _verify(capsys)
     assert (code, [output["after"] for output in report["wrong"]]) == (1, [after])
-    assert output_of(stand.engine, stored[0].id).status == "stored"
+    assert read_output(stand.engine, stored[0].id).status == "stored"
 
 
 def test_an_unmounted_disk_does_not_count_as_missing_outputs(
@@ -191,7 +191,7 @@ def test_an_unmounted_disk_does_not_count_as_missing_outputs(
     stand.out.mkdir()
     code, report = _verify(capsys)
     assert (code, "mounted?" in report) == (1, True)
-    assert output_of(stand.engine, stored[0].id) == stored[0]
+    assert read_output(stand.engine, stored[0].id) == stored[0]
     code, report = _verify(capsys, "--force")
     assert (code, report["whole"], len(report["wrong"])) == (0, 0, MISSING_LIMIT + 3)
     assert aside.is_dir()
@@ -206,7 +206,7 @@ def test_outputs_wait_while_the_storage_is_missing_and_status_reports_it(
     aside = stand.out.rename(stand.out.with_name("aside"))
     output_id = stand.add(web.serves("/late.png", page(200, PNG)))
     downloader.run(output_id)
-    row = output_of(stand.engine, output_id)
+    row = read_output(stand.engine, output_id)
     assert (row.status, row.error_code) == ("pending", "storage")
     assert not stand.out.exists()
     with pytest.raises(SystemExit):
@@ -223,4 +223,4 @@ def test_outputs_wait_while_the_storage_is_missing_and_status_reports_it(
     with stand.engine.begin() as connection:
         connection.execute(update(outputs).where(outputs.c.id == output_id).values(due_at=row.listed_at))
     downloader.run(output_id)
-    assert output_of(stand.engine, output_id).status == "stored"
+    assert read_output(stand.engine, output_id).status == "stored"

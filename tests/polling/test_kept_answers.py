@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, Row, event, select
 
-from tests.rows import NOW, add_job, add_output, claim, job_of, seconds
+from tests.rows import NOW, add_job, add_output, claim_due_jobs, read_job, seconds
 from worker.client import tracking
 from worker.core.pacing.policy import Pace
 from worker.core.reply import Link, RawAnswer, Ready
@@ -77,7 +77,7 @@ def _record(
         times = {"submitted_at": now, "tracked_at": now - timedelta(hours=1), "deadline_at": now + timedelta(hours=1)}
         for name in answers:
             ids[name] = add_job(connection, name, **({"due_at": now} | times | changes))
-        claimed = {job.remote_id: job for job in claim(connection, limit=len(answers), now=now)}
+        claimed = {job.remote_id: job for job in claim_due_jobs(connection, limit=len(answers), now=now)}
     recorder.take([_asked(claimed[name], answer, status, scrubber) for name, answer in answers.items()], {})
     assert recorder.write({}) == 0
     return ids
@@ -135,7 +135,7 @@ def test_the_last_answer_of_a_job_that_ends_without_an_output_is_kept(
 ) -> None:
     ids = _record(engine, {"7": answer}, **AT_ITS_END)
 
-    assert job_of(engine, ids["7"]).error_code == code
+    assert read_job(engine, ids["7"]).error_code == code
     [row] = _kept(engine, ids["7"])
     assert (json.loads(row.body), row.recognised) == (answer, True)
 
@@ -169,7 +169,7 @@ def test_a_job_whose_promised_links_are_tried_before_it_expires_has_its_answer_k
     answer = {"status": "processing", "future_links": [LINK]}
     ids = _record(engine, {"7": answer}, deadline_at=past)
 
-    row = job_of(engine, ids["7"])
+    row = read_job(engine, ids["7"])
     assert row.status == "downloading"
     assert [json.loads(kept.body) for kept in _kept(engine, ids["7"])] == [answer]
     with engine.begin() as connection:
@@ -200,7 +200,7 @@ def test_the_last_answer_of_a_job_that_expires_is_kept_and_its_late_looks_are_pl
         past = database_now(connection) - timedelta(minutes=1)
     ids = _record(engine, {"7": answer, "sha256:" + "0a" * 16: answer}, deadline_at=past)
 
-    row = job_of(engine, ids["7"])
+    row = read_job(engine, ids["7"])
     assert row.status == "expired"
     assert [json.loads(kept.body) for kept in _kept(engine, ids["7"])] == [answer]
     with engine.connect() as connection:
@@ -340,7 +340,7 @@ def test_a_job_whose_kept_answer_lists_its_outputs_goes_to_downloading(
 
     assert _apply(words)[job_id] == Reread(job_id, True, "downloading", "ready", "ready, 1 outputs")
 
-    row = job_of(engine, job_id)
+    row = read_job(engine, job_id)
     assert (row.status, row.error_code, row.completed_at, row.due_at, row.held_at) == (
         "downloading",
         None,
@@ -372,7 +372,7 @@ def test_an_end_that_is_taken_back_is_told_before_it_goes(engine: Engine, words:
     with engine.connect() as connection:
         [told] = connection.execute(select(events)).all()
     assert (told.type, told.job_id) == ("job.expired", job_id)
-    assert job_of(engine, job_id).announced_at is None
+    assert read_job(engine, job_id).announced_at is None
 
 
 @pytest.mark.parametrize(
@@ -401,11 +401,11 @@ def test_other_meanings_end_a_pending_job_or_change_nothing(
 
     read = _apply(words)
 
-    row = job_of(engine, pending)
+    row = read_job(engine, pending)
     assert (row.status, row.error_code) == (status, code)
     assert (row.completed_at is None, row.due_at is None) == (status == "pending", status != "pending")
     assert (read[pending].changed, read[pending].status) == (status != "pending", status)
-    assert (read[expired].changed, job_of(engine, expired).status) == (False, "expired")
+    assert (read[expired].changed, read_job(engine, expired).status) == (False, "expired")
 
 
 def test_an_answer_from_before_a_retry_ends_nothing(engine: Engine, words: Settings) -> None:
@@ -419,7 +419,7 @@ def test_an_answer_from_before_a_retry_ends_nothing(engine: Engine, words: Setti
             _keep(connection, job_id, burnt, recognised=known)
 
     assert not any(one.changed for one in _apply(words).values())
-    assert {job_of(engine, job_id).status for job_id in (retried, read, asked)} == {"pending"}
+    assert {read_job(engine, job_id).status for job_id in (retried, read, asked)} == {"pending"}
 
 
 def test_a_job_that_has_outputs_already_stays_as_it_is(engine: Engine, words: Settings) -> None:

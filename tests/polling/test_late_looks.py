@@ -13,7 +13,7 @@ from sqlalchemy import Engine, Row, event, select, update
 from sqlalchemy.engine import make_url
 
 from tests.download_stand import PNG
-from tests.rows import add_job, add_output, job_of
+from tests.rows import add_job, add_output, read_job
 from tests.servers import celery_worker
 from tests.waiting import wait_until
 from tests.web import Answer, Web, page
@@ -122,7 +122,7 @@ def test_given_an_expired_job_that_got_ready_when_it_is_looked_at_then_it_is_sto
 
     assert looks.looks.run() == 1
 
-    row = job_of(looks.engine, job_id)
+    row = read_job(looks.engine, job_id)
     assert (row.status, row.error_code, row.completed_at, row.told_at) == ("downloading", None, None, None)
     assert (row.polls, row.due_at, row.announced_at) == (8, None, None)
     assert "ready, 1 outputs (after it had expired)" in row.last_answer
@@ -157,7 +157,7 @@ def test_given_a_job_whose_promised_links_were_dead_when_it_is_ready_later_then_
     assert (promise.tried_at, promise.end_status) == (None, None)
     ended = json.loads(told.body)["data"]  # as it was: with the link that was tried
     assert (ended["status"], len(ended["outputs"])) == ("expired", 1)
-    assert job_of(looks.engine, job_id).status == "downloading"
+    assert read_job(looks.engine, job_id).status == "downloading"
 
 
 def test_given_a_trained_model_when_it_is_looked_at_then_the_job_is_completed_and_told(looks: Looks) -> None:
@@ -168,7 +168,7 @@ def test_given_a_trained_model_when_it_is_looked_at_then_the_job_is_completed_an
 
     assert looks.looks.run() == 1
 
-    assert job_of(looks.engine, job_id).status == "completed"
+    assert read_job(looks.engine, job_id).status == "completed"
     assert (looks.told, looks.queued) == ([job_id], [])
 
 
@@ -191,7 +191,7 @@ def test_given_any_other_answer_then_the_next_look_is_planned_and_the_answer_kep
     assert looks.looks.run() == 1
     assert looks.looks.run() == 0
 
-    row, look = job_of(looks.engine, job_id), looks.look(job_id)
+    row, look = read_job(looks.engine, job_id), looks.look(job_id)
     assert (row.status, row.polls, row.error_message) == ("expired", 1, "not ready")
     assert look is not None
     assert (look.looks, look.due_at) == (1, row.deadline_at + timedelta(hours=3))
@@ -210,7 +210,7 @@ def test_given_a_ready_answer_about_a_job_that_has_outputs_then_the_next_look_is
 
     look = looks.look(job_id)
     assert look is not None
-    assert (look.looks, look.due_at) == (1, job_of(looks.engine, job_id).deadline_at + timedelta(hours=3))
+    assert (look.looks, look.due_at) == (1, read_job(looks.engine, job_id).deadline_at + timedelta(hours=3))
 
 
 def test_given_a_look_that_ended_with_its_process_again_and_again_then_it_is_not_made_any_more(looks: Looks) -> None:
@@ -220,7 +220,7 @@ def test_given_a_look_that_ended_with_its_process_again_and_again_then_it_is_not
 
     assert looks.looks.run() == 1
 
-    assert [job_of(looks.engine, job_id).polls for job_id in (often, too_often)] == [1, 0]
+    assert [read_job(looks.engine, job_id).polls for job_id in (often, too_often)] == [1, 0]
     assert looks.look(too_often) is None
 
 
@@ -229,7 +229,7 @@ def test_given_the_fourth_look_when_the_job_is_still_not_ready_then_there_is_no_
     looks.says(PROCESSING)
     assert looks.looks.run() == 1
     assert looks.look(job_id) is None
-    assert job_of(looks.engine, job_id).status == "expired"
+    assert read_job(looks.engine, job_id).status == "expired"
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_given_an_answer_that_is_not_about_the_job_then_the_look_does_not_count_
     assert look is not None
     assert look.looks == 0
     assert timedelta(seconds=50) < look.due_at - looks.now() <= timedelta(seconds=60)
-    assert job_of(looks.engine, job_id).polls == 1
+    assert read_job(looks.engine, job_id).polls == 1
     with looks.engine.connect() as connection:
         known = all_breakers(connection)
     assert known["account", "default"].held(looks.now())
@@ -271,7 +271,7 @@ def test_given_an_answer_of_a_host_in_trouble_then_the_look_counts_and_the_last_
 
     look = looks.look(job_id)
     assert look is not None
-    assert (look.looks, look.due_at) == (1, job_of(looks.engine, job_id).deadline_at + timedelta(hours=3))
+    assert (look.looks, look.due_at) == (1, read_job(looks.engine, job_id).deadline_at + timedelta(hours=3))
     with looks.engine.connect() as connection:
         assert all_breakers(connection)["host", looks.host].troubles == 1
         assert answers_of(connection, job_ids=[job_id]) == []
@@ -285,7 +285,7 @@ def test_given_no_answer_at_all_then_the_look_does_not_count(looks: Looks) -> No
 
     look = looks.look(job_id)
     assert look is not None
-    assert (look.looks, job_of(looks.engine, job_id).polls) == (0, 1)
+    assert (look.looks, read_job(looks.engine, job_id).polls) == (0, 1)
 
 
 @pytest.mark.parametrize(("not_ready", "held"), [(False, False), (True, True)])
@@ -319,7 +319,7 @@ def test_given_looks_of_an_account_whose_key_another_process_has_then_they_are_l
     assert looks.looks.run() == 1
 
     assert [looks.look(job_id) for job_id in foreign[:3]] == planned
-    assert job_of(looks.engine, own).polls == 1
+    assert read_job(looks.engine, own).polls == 1
 
 
 def test_given_a_hundred_looks_of_a_held_account_then_one_statement_puts_them_off_by_ten_minutes(
@@ -371,7 +371,7 @@ def test_given_an_account_or_host_that_is_held_or_short_then_nothing_is_asked(lo
 
     look = looks.look(job_id)
     assert look is not None
-    assert (look.looks, job_of(looks.engine, job_id).polls, looks.web.asked) == (0, 0, [])
+    assert (look.looks, read_job(looks.engine, job_id).polls, looks.web.asked) == (0, 0, [])
 
 
 def test_given_a_key_that_was_not_accepted_yet_then_one_look_alone_is_its_probe(looks: Looks) -> None:
@@ -385,7 +385,7 @@ def test_given_a_key_that_was_not_accepted_yet_then_one_look_alone_is_its_probe(
 
     with looks.engine.connect() as connection:
         assert all_breakers(connection)["account", "default"].proven
-    assert [job_of(looks.engine, job_id).polls for job_id in (first, second)] == [1, 1]
+    assert [read_job(looks.engine, job_id).polls for job_id in (first, second)] == [1, 1]
 
 
 def test_given_two_processes_then_each_look_is_made_once(looks: Looks, redis_url: str) -> None:
@@ -421,7 +421,7 @@ def test_given_a_job_that_is_retried_while_it_is_looked_at_then_the_answer_chang
     looks.answers(retried)
     assert looks.looks.run() == 1
 
-    row = job_of(looks.engine, job_id)
+    row = read_job(looks.engine, job_id)
     assert (row.status, row.polls, looks.queued) == ("pending", 1, [])
 
 
@@ -433,7 +433,7 @@ def test_given_an_address_that_the_key_may_not_go_to_any_more_then_it_is_not_ask
 
     look = looks.look(job_id)
     assert look is not None
-    assert (look.looks, job_of(looks.engine, job_id).polls) == (0, 0)
+    assert (look.looks, read_job(looks.engine, job_id).polls) == (0, 0)
     assert look.due_at - looks.now() > timedelta(minutes=50)
     assert web.asked == []
 
@@ -481,15 +481,17 @@ def test_given_a_worker_when_an_expired_job_gets_ready_then_it_is_stored_and_tol
     job_id = track("1", eta=0.1, deadline=0.5, on_done="shop.done")
 
     with celery_worker(tmp_path):
-        wait_until(lambda: job_of(database, job_id).status == "expired", "it expired")
+        wait_until(lambda: read_job(database, job_id).status == "expired", "it expired")
         web.serves("/api/v3/fetch/1", page(200, json.dumps(READY | {"output": [f"{web.url}/out/a.png"]}).encode()))
         if setting == "off":
             with database.connect() as connection:
                 assert connection.execute(select(late_looks)).all() == []
             return
-        wait_until(lambda: job_of(database, job_id).status == "completed", "it is stored", seen=lambda: _seen(database))
-        wait_until(lambda: job_of(database, job_id).told_at is not None, "its end is told")
-    row = job_of(database, job_id)
+        wait_until(
+            lambda: read_job(database, job_id).status == "completed", "it is stored", seen=lambda: _seen(database)
+        )
+        wait_until(lambda: read_job(database, job_id).told_at is not None, "its end is told")
+    row = read_job(database, job_id)
     assert (row.error_code, row.on_done_error) == (None, None)
     assert sum(asked.path == "/api/v3/fetch/1" for asked in web.asked) == row.polls
 

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import Engine, select
 
 import worker
-from tests.rows import BASE, add_job, job_of
+from tests.rows import BASE, add_job, read_job
 from worker.store.jobs import readdress
 from worker.store.schema import unread
 from worker.testing import Kit, kit
@@ -86,6 +86,6 @@ def test_only_jobs_at_the_default_address_are_moved_and_none_onto_another_job(en
         again = readdress(connection, [default], BASE, "api.test")
 
     assert (moved, again) == ({default, right}, {default})
-    assert (job_of(engine, default).fetch_url, job_of(engine, default).fetch_base) == (f"{BASE}/1", BASE)
-    assert job_of(engine, named).fetch_url.endswith("/api/v33/fetch/2")
-    assert job_of(engine, twice).fetch_url.endswith("/api/v33/fetch/3")
+    assert (read_job(engine, default).fetch_url, read_job(engine, default).fetch_base) == (f"{BASE}/1", BASE)
+    assert read_job(engine, named).fetch_url.endswith("/api/v33/fetch/2")
+    assert read_job(engine, twice).fetch_url.endswith("/api/v33/fetch/3")

@@ -154,20 +154,22 @@ def _planted_folder() -> Iterator[Path]:
 def plant(engine: Engine) -> None:
     """Put in what commands and metrics can show. Job 1 waits, 2 is downloading, 3 has failed; others follow."""
     with engine.begin() as connection:
-        first = planted.waiting(connection, "1", reference="an order", eta=12.0, webhook_url="https://shop.test/hook")
-        planted.delivered(connection, "2", error_code="http_error", error_message="HTTP 503")
-        third = planted.failed(connection, "3", on_done="shop.done", on_done_attempts=1)
-        planted.event(connection, third, due=-100.0)
+        first = planted.add_waiting_job(
+            connection, "1", reference="an order", eta=12.0, webhook_url="https://shop.test/hook"
+        )
+        planted.add_downloading_job(connection, "2", error_code="http_error", error_message="HTTP 503")
+        third = planted.add_failed_job(connection, "3", on_done="shop.done", on_done_attempts=1)
+        planted.add_event(connection, third, due=-100.0)
         stored = {"status": "stored", "due_at": None, "stored_at": planted.now(), "location": "file:///gone/x.png"}
         file = {"sha256": "ab" * 32, "media_type": "image/png", "size_bytes": 12}
-        done = planted.delivered(connection, "4", **(stored | file))
+        done = planted.add_downloading_job(connection, "4", **(stored | file))
         add_output(connection, done, 1, error_code="gone", due_at=planted.now())
-        planted.received(connection, "5")
-        planted.claimed(connection, "6", planted.DEAD, over=500.0)
-        planted.waiting(connection, "7", account="shop", due=-400.0)
-        planted.held(connection, "account", "shop", "key_refused")
-        planted.held(connection, "host", "api.test", "unreachable")
-        planted.breaker(connection, "account", "default", ceiling=4.0, cut_at=planted.now())
+        planted.add_receiving_job(connection, "5")
+        planted.add_claimed_job(connection, "6", planted.DEAD, over=500.0)
+        planted.add_waiting_job(connection, "7", account="shop", due=-400.0)
+        planted.add_open_breaker(connection, "account", "shop", "key_refused")
+        planted.add_open_breaker(connection, "host", "api.test", "unreachable")
+        planted.add_breaker(connection, "account", "default", ceiling=4.0, cut_at=planted.now())
         now = planted.now()
         counted = Tally()
         counted.finished("default", "image", "failed")

@@ -18,13 +18,13 @@ from tests.rows import (
     add_downloading,
     add_job,
     add_output,
-    claim,
-    job_of,
+    claim_due_jobs,
+    claim_one_output,
     job_values,
-    output_of,
+    read_job,
+    read_output,
     seconds,
-    take,
-    taken,
+    try_claim_output,
 )
 from worker.core.lifecycle import AskAgain, EndJob, GiveUp, Strikes
 from worker.core.pacing.policy import PollPlan, urgency
@@ -50,7 +50,7 @@ def many_due(engine: Engine) -> Engine:
 def _claim_all(engine: Engine, token: str) -> Iterator[int]:
     while True:
         with engine.begin() as connection:
-            found = claim(connection, token=token, holder=token, limit=7)
+            found = claim_due_jobs(connection, token=token, holder=token, limit=7)
         if not found:
             return
         yield from (job.id for job in found)
@@ -124,7 +124,7 @@ def test_a_claim_takes_due_rows_of_its_account_only_the_most_important_then_the_
     order = []
     for _ in range(5):
         with engine.begin() as connection:
-            order += [job.id for job in claim(connection, limit=1)]
+            order += [job.id for job in claim_due_jobs(connection, limit=1)]
 
     assert order == [important, old, young, unimportant]
 
@@ -138,7 +138,7 @@ def test_what_waits_is_known_by_account_priority_and_host_with_its_first_due_tim
         add_job(connection, "b", account="shop", priority=-7, due_at=NOW - seconds(5))
         add_job(connection, "c", account="other", due_at=NOW)
         add_downloading(connection, "d", priority=9)
-        claim(connection, account="shop")
+        claim_due_jobs(connection, account="shop")
 
         found = due_groups(connection, ["default", "shop", "nobody"])
 
@@ -189,9 +189,9 @@ def test_a_claim_counts_the_request_and_leases_the_row(engine: Engine) -> None:
     """A crash right after it can't hide the request that may have been made."""
     with engine.begin() as connection:
         job_id = add_job(connection)
-        [claimed] = claim(connection, token="t1", holder="h1")
+        [claimed] = claim_due_jobs(connection, token="t1", holder="h1")
 
-    row = job_of(engine, job_id)
+    row = read_job(engine, job_id)
     assert claimed.polls == 1
     assert (row.polls, row.asked_at, row.due_at) == (1, NOW, NOW + LEASE)
     assert (row.claim_token, row.claim_holder) == ("t1", "h1")
@@ -201,9 +201,9 @@ def test_a_row_whose_lease_is_over_can_be_claimed_again_and_the_old_holder_write
     """The fence: whoever missed the renewal has lost, whatever answer it brings."""
     with engine.begin() as connection:
         job_id = add_job(connection)
-        [old] = claim(connection, token="old")
-        assert claim(connection, token="early", now=NOW + LEASE - seconds(1)) == []
-        [new] = claim(connection, token="new", now=AFTER_LEASE)
+        [old] = claim_due_jobs(connection, token="old")
+        assert claim_due_jobs(connection, token="early", now=NOW + LEASE - seconds(1)) == []
+        [new] = claim_due_jobs(connection, token="new", now=AFTER_LEASE)
 
     with engine.begin() as connection:
         lost = record_answers(
@@ -219,7 +219,7 @@ def test_a_row_whose_lease_is_over_can_be_claimed_again_and_the_old_holder_write
             now=AFTER_LEASE,
         )
     assert (lost.lost, lost.finished, lost_too.lost) == (1, (), 1)
-    row = job_of(engine, job_id)
+    row = read_job(engine, job_id)
     assert (row.status, row.claim_token, row.polls, row.failed_answers, row.last_answer) == (
         "pending",
         "new",
@@ -235,8 +235,8 @@ def test_a_holder_whose_lease_is_over_writes_nothing_even_where_nobody_else_came
     with engine.begin() as connection:
         job_id = add_job(connection)
         output_id = add_output(connection, add_downloading(connection, "2"))
-        [claimed] = claim(connection)
-        output = taken(connection, output_id)
+        [claimed] = claim_due_jobs(connection)
+        output = claim_one_output(connection, output_id)
     with engine.begin() as connection:
         recorded = record_answers(
             connection,
@@ -247,8 +247,8 @@ def test_a_holder_whose_lease_is_over_writes_nothing_even_where_nobody_else_came
         stood = record_attempt(connection, output, GiveUp("gone", "no"), now=NOW + LEASE)
     assert recorded.lost == 1
     assert stood == (False, None)
-    assert job_of(engine, job_id).status == "pending"
-    assert output_of(engine, output_id).status == "pending"
+    assert read_job(engine, job_id).status == "pending"
+    assert read_output(engine, output_id).status == "pending"
 
 
 def test_renewal_extends_the_live_leases_of_its_holder_only(engine: Engine) -> None:
@@ -256,28 +256,28 @@ def test_renewal_extends_the_live_leases_of_its_holder_only(engine: Engine) -> N
     later = NOW + seconds(20)
     with engine.begin() as connection:
         mine = add_job(connection, "1")
-        claim(connection, token="a", holder="me")
+        claim_due_jobs(connection, token="a", holder="me")
         theirs = add_job(connection, "2")
-        claim(connection, token="b", holder="they")
+        claim_due_jobs(connection, token="b", holder="they")
         over = add_job(connection, "3", due_at=NOW - seconds(60))
-        claim(connection, token="c", holder="me", now=NOW - seconds(60))
+        claim_due_jobs(connection, token="c", holder="me", now=NOW - seconds(60))
         output_id = add_output(connection, add_downloading(connection, "4"))
-        take(connection, output_id, holder="me")
+        try_claim_output(connection, output_id, holder="me")
 
         renewed = renew_leases(connection, "me", lease=LEASE, now=later)
 
-    assert renewed == {(mine, "a"), (output_id, output_of(engine, output_id).claim_token)}
-    assert job_of(engine, mine).due_at == later + LEASE
-    assert output_of(engine, output_id).due_at == later + LEASE
-    assert job_of(engine, theirs).due_at == NOW + LEASE
-    assert job_of(engine, over).due_at == NOW - seconds(30)
+    assert renewed == {(mine, "a"), (output_id, read_output(engine, output_id).claim_token)}
+    assert read_job(engine, mine).due_at == later + LEASE
+    assert read_output(engine, output_id).due_at == later + LEASE
+    assert read_job(engine, theirs).due_at == NOW + LEASE
+    assert read_job(engine, over).due_at == NOW - seconds(30)
 
 
 def test_a_renewed_lease_still_fences_for_its_holder(engine: Engine) -> None:
     """Renewal moves the end of the lease; the token stays."""
     with engine.begin() as connection:
         job_id = add_job(connection)
-        [claimed] = claim(connection, holder="me")
+        [claimed] = claim_due_jobs(connection, holder="me")
         renew_leases(connection, "me", lease=LEASE, now=NOW + seconds(20))
         recorded = record_answers(
             connection,
@@ -293,14 +293,14 @@ def test_renewal_does_not_wait_for_rows_that_are_being_recorded(migrated_postgre
     engine = migrated_postgres
     with engine.begin() as connection:
         first, second = add_job(connection, "1"), add_job(connection, "2")
-        claim(connection, holder="me")
+        claim_due_jobs(connection, holder="me")
     try:
         with engine.begin() as recorder:
             recorder.execute(update(jobs).where(jobs.c.id == first).values(last_answer="being recorded"))
             with engine.begin() as keeper:
                 keeper.exec_driver_sql("SET LOCAL lock_timeout = '500ms'")
                 assert len(renew_leases(keeper, "me", lease=LEASE, now=NOW + seconds(10))) == 1
-        assert job_of(engine, second).due_at == NOW + LEASE + seconds(10)
+        assert read_job(engine, second).due_at == NOW + LEASE + seconds(10)
     finally:
         with engine.begin() as connection:
             connection.execute(jobs.delete())
@@ -310,12 +310,12 @@ def test_rows_given_back_are_due_again_where_the_token_still_stands_and_uncounte
     """A request that was not made does not count; a row that another holds meanwhile stays with it."""
     with engine.begin() as connection:
         back = add_job(connection, "1", polls=3)
-        claim(connection, token="mine")
+        claim_due_jobs(connection, token="mine")
         lost = add_job(connection, "2", polls=1)  # of the claim that was lost
-        claim(connection, token="theirs")
+        claim_due_jobs(connection, token="theirs")
         release_jobs(connection, [back, lost], "mine", due_at=NOW + seconds(2))
 
-    row, other = job_of(engine, back), job_of(engine, lost)
+    row, other = read_job(engine, back), read_job(engine, lost)
     assert (row.polls, row.due_at, row.claim_token, row.claim_holder) == (3, NOW + seconds(2), None, None)
     assert (other.polls, other.due_at, other.claim_token) == (1, NOW + LEASE, "theirs")
 
@@ -325,16 +325,16 @@ def test_an_output_is_taken_once_and_again_only_after_its_lease(engine: Engine) 
     with engine.begin() as connection:
         output_id = add_output(connection, add_downloading(connection), queued_at=NOW)
         connection.execute(insert(bodies).values(output_id=output_id, body=b"the bytes"))
-        first = take(connection, output_id, token="first")
-        again = [take(connection, output_id, token="again") for _ in range(9)]
-        assert take(connection, output_id + 1) is None
-        late = take(connection, output_id, token="late", now=AFTER_LEASE)
+        first = try_claim_output(connection, output_id, token="first")
+        again = [try_claim_output(connection, output_id, token="again") for _ in range(9)]
+        assert try_claim_output(connection, output_id + 1) is None
+        late = try_claim_output(connection, output_id, token="late", now=AFTER_LEASE)
 
     assert again == [None] * 9
     assert first is not None
     assert late is not None
     assert (first.body, first.facts.attempts, late.facts.attempts) == (b"the bytes", 1, 2)
-    row = output_of(engine, output_id)
+    row = read_output(engine, output_id)
     assert (row.claim_token, row.attempts, row.queued_at) == ("late", 2, None)
 
 
@@ -345,11 +345,11 @@ def test_eight_messages_for_one_output_at_once_give_one_claim(engine: Engine) ->
 
     def attempt(number: int) -> bool:
         with engine.begin() as connection:
-            return take(connection, output_id, token=f"t{number}") is not None
+            return try_claim_output(connection, output_id, token=f"t{number}") is not None
 
     with ThreadPoolExecutor(8) as threads:
         assert sum(threads.map(attempt, range(8))) == 1
-    assert output_of(engine, output_id).attempts == 1
+    assert read_output(engine, output_id).attempts == 1
 
 
 @pytest.mark.parametrize(
@@ -373,8 +373,8 @@ def test_an_output_that_has_nothing_to_do_is_not_taken(engine: Engine, changes: 
     """A late or stale message is a no-op."""
     with engine.begin() as connection:
         output_id = add_output(connection, add_downloading(connection), **changes)
-        assert take(connection, output_id) is None
-    assert output_of(engine, output_id).attempts == 0
+        assert try_claim_output(connection, output_id) is None
+    assert read_output(engine, output_id).attempts == 0
 
 
 def test_a_message_takes_the_oldest_link_that_is_due_and_the_older_ones_message_then_takes_its_own(
@@ -387,9 +387,9 @@ def test_a_message_takes_the_oldest_link_that_is_due_and_the_older_ones_message_
         old = add_output(connection, job_id, 1, listed_at=NOW - seconds(60))
         add_output(connection, job_id, 2, listed_at=NOW - seconds(90), due_at=NOW + seconds(9))
 
-        assert taken(connection, young).id == old
-        assert taken(connection, young).id == young
-        assert take(connection, old) is None
+        assert claim_one_output(connection, young).id == old
+        assert claim_one_output(connection, young).id == young
+        assert try_claim_output(connection, old) is None
 
 
 def test_outputs_whose_message_was_lost_are_found_the_oldest_link_first_and_marked(engine: Engine) -> None:
@@ -402,21 +402,21 @@ def test_outputs_whose_message_was_lost_are_found_the_oldest_link_first_and_mark
         under_way = add_output(connection, job_id, 2, queued_at=NOW - seconds(1))
         add_output(connection, job_id, 3, due_at=NOW + seconds(9))
         held = add_output(connection, job_id, 4, listed_at=NOW - seconds(200))
-        take(connection, held)
+        try_claim_output(connection, held)
         found = queue_due_outputs(connection, now=NOW, queued_before=before, limit=10)
         again = queue_due_outputs(connection, now=NOW, queued_before=before, limit=10)
 
     assert found == [lost, never]
     assert again == []
-    assert output_of(engine, lost).queued_at == NOW
-    assert output_of(engine, under_way).queued_at == NOW - seconds(1)
+    assert read_output(engine, lost).queued_at == NOW
+    assert read_output(engine, under_way).queued_at == NOW - seconds(1)
 
 
 def test_an_output_that_a_dead_process_held_is_found_when_its_lease_is_over(engine: Engine) -> None:
     """What a crash left comes back by itself."""
     with engine.begin() as connection:
         output_id = add_output(connection, add_downloading(connection))
-        take(connection, output_id)
+        try_claim_output(connection, output_id)
         assert queue_due_outputs(connection, now=NOW, queued_before=NOW, limit=10) == []
         assert queue_due_outputs(connection, now=AFTER_LEASE, queued_before=NOW, limit=10) == [output_id]
 
@@ -445,7 +445,7 @@ def test_outputs_of_no_job_that_is_gone_are_left(engine: Engine) -> None:
     with engine.begin() as connection:
         output_id = add_output(connection, add_downloading(connection))
         connection.execute(jobs.delete())
-        assert take(connection, output_id) is None
+        assert try_claim_output(connection, output_id) is None
         assert connection.execute(select(outputs)).all() == []
 
 
@@ -513,11 +513,11 @@ def test_given_two_messages_that_cross_when_each_took_the_others_output_then_non
         older = add_output(connection, job_id, 0, listed_at=NOW - seconds(5))
         younger = add_output(connection, job_id, 1)
 
-        first = taken(connection, younger, token="a")
-        second = taken(connection, older, token="b")
+        first = claim_one_output(connection, younger, token="a")
+        second = claim_one_output(connection, older, token="b")
 
         assert (first.id, second.id) == (older, younger)
-        assert take(connection, younger, token="c") is None
+        assert try_claim_output(connection, younger, token="c") is None
 
 
 @pytest.mark.parametrize(
@@ -534,7 +534,7 @@ def test_given_hosts_to_pass_over_when_outputs_are_taken_then_none_whose_link_is
         ids = [add_output(connection, job_id, number, url=link) for number, link in enumerate(links)]
         named = ids[min(passed, default=0)]
         taken_ids = set()
-        while claimed := take(connection, named, without={host, "other.test"}):
+        while claimed := try_claim_output(connection, named, without={host, "other.test"}):
             taken_ids.add(claimed.id)
 
     assert taken_ids == {one for number, one in enumerate(ids) if number not in passed}

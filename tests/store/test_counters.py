@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import Engine, func, select
 
-from tests.rows import NOW, add_downloading, add_job, add_output, claim, seconds, taken
+from tests.rows import NOW, add_downloading, add_job, add_output, claim_due_jobs, claim_one_output, seconds
 from worker.core.lifecycle import AskAgain, EndJob, StartDownloads, StoredFile, Strikes, TryAgain
 from worker.core.media.signatures import Media
 from worker.core.reply import Link
@@ -87,7 +87,7 @@ def test_answers_count_what_they_did_to_jobs_and_lost_ones_nothing(engine: Engin
     with engine.begin() as connection:
         for remote_id in ("ready", "failed", "again", "lost"):
             add_job(connection, remote_id, kind=remote_id)
-        claimed = {job.remote_id: job for job in claim(connection)}
+        claimed = {job.remote_id: job for job in claim_due_jobs(connection)}
         batch = [
             Outcome(claimed["ready"], StartDownloads((Link("https://cdn.test/0.png"),)), "ready", delay=0.7),
             Outcome(claimed["failed"], EndJob("failed", "api_failed", "no"), "failed"),
@@ -110,9 +110,9 @@ def test_downloads_count_their_bytes_and_the_job_that_they_end(engine: Engine) -
     with engine.begin() as connection:
         job_id = add_downloading(connection)
         output_id = add_output(connection, job_id)
-        first = taken(connection, output_id, now=NOW)
+        first = claim_one_output(connection, output_id, now=NOW)
         record_attempt(connection, first, TryAgain(0.0, "http_error", "HTTP 500"), now=NOW + seconds(2))
-        second = taken(connection, output_id, now=NOW + seconds(3))
+        second = claim_one_output(connection, output_id, now=NOW + seconds(3))
         record_attempt(connection, second, FILE, now=NOW + seconds(3.4))
         record_attempt(connection, second, FILE, now=NOW + seconds(3.5))  # too late: its claim is gone
 

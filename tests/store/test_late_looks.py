@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, delete, select
 
-from tests.rows import NOW, add_job, job_of, seconds
+from tests.rows import NOW, add_job, read_job, seconds
 from worker.store.jobs import retry
 from worker.store.late_looks import (
     ClaimedLook,
@@ -103,7 +103,7 @@ def test_a_look_is_claimed_by_one_process_and_comes_back_after_its_lease(engine:
         assert not lock_look(connection, first)
         assert lock_look(connection, second)
     assert (first.looks, second.looks) == (1, 2)
-    assert job_of(engine, job_id).polls == 2
+    assert read_job(engine, job_id).polls == 2
 
 
 def test_while_another_process_holds_the_job_its_look_is_passed_over(engine: Engine) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, select
 
-from tests.rows import NOW, add_downloading, add_job, add_output, job_of, output_of, seconds
+from tests.rows import NOW, add_downloading, add_job, add_output, read_job, read_output, seconds
 from worker.store.outputs import output_row, requeue_output, stored_after, unknown_locations, unstored_by_code
 from worker.store.schema import outputs
 
@@ -80,7 +80,7 @@ def test_given_a_stored_output_when_put_back_then_it_is_due_and_its_job_unfinish
         assert requeue_output(connection, output_id, location="file:///o/0.png", now=later)
         assert not requeue_output(connection, output_id, location="file:///o/0.png", now=later)
 
-    row, job = output_of(engine, output_id), job_of(engine, job_id)
+    row, job = read_output(engine, output_id), read_job(engine, job_id)
     assert (row.status, row.location, row.due_at, row.listed_at) == ("pending", None, later, later)
     assert (row.queued_at, row.bad_bodies, row.renewed, row.attempts) == (None, 0, False, 4)
     assert (job.status, job.completed_at, job.told_at) == ("downloading", None, None)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, select, update
 
-from tests.rows import NOW, add_downloading, add_job, add_output, job_of, output_of, seconds
+from tests.rows import NOW, add_downloading, add_job, add_output, read_job, read_output, seconds
 from worker.store.reaper import CRASHES_MOST, Released, release_crashed
 from worker.store.schema import crashes, jobs, outputs
 
@@ -33,9 +33,9 @@ def test_given_claims_of_a_dead_process_when_released_then_they_are_due_at_once(
         released = release_crashed(connection, ["dead.1.1"], now=NOW)
 
     assert released == Released(2, (), (), ())
-    assert (job_of(engine, job_id).due_at, job_of(engine, job_id).claim_token) == (NOW, None)
-    assert (output_of(engine, output_id).due_at, output_of(engine, output_id).claim_token) == (NOW, None)
-    assert job_of(engine, other).claim_token == "t"
+    assert (read_job(engine, job_id).due_at, read_job(engine, job_id).claim_token) == (NOW, None)
+    assert (read_output(engine, output_id).due_at, read_output(engine, output_id).claim_token) == (NOW, None)
+    assert read_job(engine, other).claim_token == "t"
 
 
 def test_given_rows_that_crash_again_when_released_then_they_come_back_apart(engine: Engine) -> None:
@@ -46,7 +46,7 @@ def test_given_rows_that_crash_again_when_released_then_they_come_back_apart(eng
     for _ in range(4):
         _crash(engine, at=NOW)
 
-    dues = {job_of(engine, job_id).due_at for job_id in ids}
+    dues = {read_job(engine, job_id).due_at for job_id in ids}
     assert len(dues) == 12
     assert min(dues) >= NOW
     assert max(dues) <= NOW + timedelta(seconds=16)
@@ -63,7 +63,7 @@ def test_given_a_job_that_kills_its_process_each_time_when_it_has_done_so_often_
         assert _crash(engine, at=NOW).jobs == ()
     released = _crash(engine, at=NOW)
 
-    row = job_of(engine, job_id)
+    row = read_job(engine, job_id)
     assert released == Released(0, (job_id,), (), (job_id,))
     assert (row.status, row.error_code, row.completed_at, row.due_at) == ("failed", "worker_crash", NOW, None)
     assert "8 times in a row" in row.error_message
@@ -85,12 +85,12 @@ def test_given_a_job_that_kills_its_process_before_the_request_is_sent_then_it_i
 
     for _ in range(CRASHES_MOST - 1):
         assert _crash_before_sending(engine).jobs == ()
-    polls = job_of(engine, job_id).polls
+    polls = read_job(engine, job_id).polls
     released = _crash_before_sending(engine)
 
     assert polls == 0
     assert released.jobs == (job_id,)
-    assert job_of(engine, job_id).error_code == "worker_crash"
+    assert read_job(engine, job_id).error_code == "worker_crash"
 
 
 @pytest.mark.parametrize("before_sending", [True, False])
@@ -126,7 +126,7 @@ def test_given_an_output_that_kills_its_process_each_time_then_its_job_ends_with
     for _ in range(CRASHES_MOST):
         released = _crash(engine, at=NOW)
 
-    row, job = output_of(engine, output_id), job_of(engine, job_id)
+    row, job = read_output(engine, output_id), read_job(engine, job_id)
     assert released == Released(0, (), (output_id,), (job_id,))
     assert (row.status, row.error_code, row.due_at) == ("failed", "worker_crash", None)
     assert (job.status, job.error_code) == ("failed", "output_failed")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, event
 
-from tests.rows import STORED, add_downloading, add_job, add_output, job_of, output_of
+from tests.rows import STORED, add_downloading, add_job, add_output, read_job, read_output
 from worker.store.counters import FINISHED, read_counters
 from worker.store.repair import Repaired, Repairer
 
@@ -36,8 +36,8 @@ def test_given_a_job_that_is_downloading_while_no_output_waits_when_repaired_the
             add_output(connection, job_id, position, **values)
 
     assert Repairer(engine).run() == Repaired(jobs=(job_id,))
-    assert (job_of(engine, job_id).status, job_of(engine, job_id).error_code) == (status, code)
-    assert job_of(engine, job_id).completed_at is not None
+    assert (read_job(engine, job_id).status, read_job(engine, job_id).error_code) == (status, code)
+    assert read_job(engine, job_id).completed_at is not None
     assert Repairer(engine).run() == Repaired()
     with engine.connect() as connection:
         assert [(one.key.label, one.times) for one in read_counters(connection, [FINISHED])] == [(status, 1)]
@@ -50,8 +50,8 @@ def test_given_a_job_with_an_output_that_waits_when_repaired_then_it_stays_as_it
         output_id = add_output(connection, job_id, 1)
 
     assert Repairer(engine).run() == Repaired()
-    assert job_of(engine, job_id).status == "downloading"
-    assert output_of(engine, output_id).status == "pending"
+    assert read_job(engine, job_id).status == "downloading"
+    assert read_output(engine, output_id).status == "pending"
 
 
 def test_given_an_output_that_waits_when_its_job_is_cancelled_then_it_is_cancelled_too(engine: Engine) -> None:
@@ -63,8 +63,8 @@ def test_given_an_output_that_waits_when_its_job_is_cancelled_then_it_is_cancell
         paid = add_output(connection, failed)
 
     assert Repairer(engine).run() == Repaired(outputs=1)
-    assert (output_of(engine, cancelled).status, output_of(engine, cancelled).error_code) == ("failed", "cancelled")
-    assert output_of(engine, paid).status == "pending"
+    assert (read_output(engine, cancelled).status, read_output(engine, cancelled).error_code) == ("failed", "cancelled")
+    assert read_output(engine, paid).status == "pending"
 
 
 def test_given_a_claim_that_lasts_longer_than_any_lease_when_repaired_then_its_row_is_due_again(engine: Engine) -> None:
@@ -76,10 +76,10 @@ def test_given_a_claim_that_lasts_longer_than_any_lease_when_repaired_then_its_r
         output_id = add_output(connection, add_downloading(connection, "3"), **far)
 
     assert Repairer(engine).run() == Repaired(claims=2)
-    assert job_of(engine, job_id).claim_holder is None
-    assert job_of(engine, job_id).due_at < _now() + timedelta(seconds=5)
-    assert output_of(engine, output_id).claim_holder is None
-    assert job_of(engine, other).claim_holder == "h"
+    assert read_job(engine, job_id).claim_holder is None
+    assert read_job(engine, job_id).due_at < _now() + timedelta(seconds=5)
+    assert read_output(engine, output_id).claim_holder is None
+    assert read_job(engine, other).claim_holder == "h"
 
 
 def test_given_more_rows_than_a_page_when_repaired_page_by_page_then_all_are_seen_and_it_begins_anew(
@@ -101,7 +101,7 @@ def test_given_more_rows_than_a_page_when_repaired_page_by_page_then_all_are_see
 
     assert sum(len(one.jobs) for one in found) == 4
     assert sum(one.outputs for one in found) == 7
-    assert job_of(engine, late).status == "failed"
+    assert read_job(engine, late).status == "failed"
 
 
 def test_given_nothing_to_repair_when_looked_for_then_no_statement_writes_or_locks(engine: Engine) -> None:

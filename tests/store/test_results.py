@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, event, insert, select
 
-from tests.rows import NOW, add_downloading, add_job, add_output, claim, job_of, job_values, output_of, seconds, taken
+from tests.rows import (
+    NOW,
+    add_downloading,
+    add_job,
+    add_output,
+    claim_due_jobs,
+    claim_one_output,
+    job_values,
+    read_job,
+    read_output,
+    seconds,
+)
 from worker.core.answer_history import format_note
 from worker.core.lifecycle import (
     AskAgain,
@@ -50,10 +61,10 @@ def test_a_job_to_be_asked_again_waits_and_keeps_its_strikes(engine: Engine) -> 
     strikes = Strikes(failed=1, unknown=2, error=3, empty=4, last=NOW)
     with engine.begin() as connection:
         job_id = add_job(connection)
-        [claimed] = claim(connection)
+        [claimed] = claim_due_jobs(connection)
         recorded = _record(connection, claimed, AskAgain(strikes, "processing"), wait=7.5, note="processing")
 
-    row = job_of(engine, job_id)
+    row = read_job(engine, job_id)
     assert recorded == Recorded((), (), 0)
     assert (row.status, row.due_at, row.claim_token, row.claim_holder) == ("pending", SOON + seconds(7.5), None, None)
     assert (row.failed_answers, row.unknown_answers, row.error_answers, row.empty_answers) == (1, 2, 3, 4)
@@ -68,10 +79,10 @@ def test_a_ready_job_gets_a_row_for_each_output_in_order_and_the_bytes_it_carrie
     found = (Link("https://cdn/a.png", ("https://proxy/a.png",)), Link("data:;sha256=00", (), b"bytes"))
     with engine.begin() as connection:
         job_id = add_job(connection)
-        [claimed] = claim(connection)
+        [claimed] = claim_due_jobs(connection)
         recorded = _record(connection, claimed, StartDownloads(found))
 
-    row = job_of(engine, job_id)
+    row = read_job(engine, job_id)
     assert (row.status, row.ready_at, row.due_at, row.completed_at) == ("downloading", SOON, None, None)
     assert recorded.finished == ()
     with engine.connect() as connection:
@@ -92,9 +103,9 @@ def test_a_ready_job_without_outputs_is_completed_at_once(engine: Engine) -> Non
     """A trained model has nothing to download."""
     with engine.begin() as connection:
         job_id = add_job(connection)
-        [claimed] = claim(connection)
+        [claimed] = claim_due_jobs(connection)
         recorded = _record(connection, claimed, StartDownloads(()))
-    row = job_of(engine, job_id)
+    row = read_job(engine, job_id)
     assert recorded.finished == (job_id,)
     assert (row.status, row.ready_at, row.completed_at, row.due_at) == ("completed", SOON, SOON, None)
 
@@ -109,14 +120,14 @@ def test_given_more_outputs_than_are_stored_when_recorded_then_the_job_says_so_a
             StartDownloads((Link("https://cdn/a.png"),), left_out=499),
             StartDownloads((Link("https://cdn/b.png"),)),
         ]
-        outcomes = [Outcome(job, step, "note") for job, step in zip(claim(connection), steps, strict=True)]
+        outcomes = [Outcome(job, step, "note") for job, step in zip(claim_due_jobs(connection), steps, strict=True)]
         record_answers(connection, outcomes, tally, now=SOON)
         tally.write(connection)
     with engine.begin() as connection:
         for output in connection.execute(select(outputs)).all():
-            record_attempt(connection, taken(connection, output.id, now=SOON), FILE, now=SOON)
+            record_attempt(connection, claim_one_output(connection, output.id, now=SOON), FILE, now=SOON)
 
-    rows = {outcome.job.id: job_of(engine, outcome.job.id) for outcome in outcomes}
+    rows = {outcome.job.id: read_job(engine, outcome.job.id) for outcome in outcomes}
     note = "the answer listed 500 outputs; only the first 1 are stored"
     assert [(row.status, row.error_code, row.error_message) for row in rows.values()] == [
         ("completed", None, note),
@@ -133,9 +144,9 @@ def test_a_job_that_ends_says_why_and_when(engine: Engine, status: str, code: st
     step = EndJob("failed", code, "because") if status == "failed" else EndJob("expired", code, "because")
     with engine.begin() as connection:
         job_id = add_job(connection)
-        [claimed] = claim(connection)
+        [claimed] = claim_due_jobs(connection)
         assert _record(connection, claimed, step).finished == (job_id,)
-    row = job_of(engine, job_id)
+    row = read_job(engine, job_id)
     assert (row.status, row.error_code, row.error_message, row.completed_at) == (status, code, "because", SOON)
     assert (row.due_at, row.claim_token) == (None, None)
 
@@ -144,12 +155,12 @@ def test_the_first_end_stands_whatever_comes_later(engine: Engine) -> None:
     """An answer that was under way when the job was cancelled changes nothing."""
     with engine.begin() as connection:
         job_id = add_job(connection)
-        [claimed] = claim(connection)
+        [claimed] = claim_due_jobs(connection)
         assert cancel(connection, job_id, Tally(), now=NOW)
         assert _record(connection, claimed, StartDownloads((Link("https://cdn/a.png"),))) == Recorded((), (), 1)
         assert _record(connection, claimed, EndJob("failed", "api_failed", "late")).lost == 1
         assert _record(connection, claimed, AskAgain(Strikes(), "processing")).lost == 1
-    assert job_of(engine, job_id).status == "cancelled"
+    assert read_job(engine, job_id).status == "cancelled"
     with engine.connect() as connection:
         assert connection.execute(select(outputs)).all() == []
 
@@ -159,7 +170,7 @@ def test_a_batch_of_everything_is_written_in_one_go_and_counts_what_was_lost(eng
     with engine.begin() as connection:
         for number in range(4):
             add_job(connection, str(number))
-        again, ready, over, gone = sorted(claim(connection), key=lambda job: job.id)
+        again, ready, over, gone = sorted(claim_due_jobs(connection), key=lambda job: job.id)
         cancel(connection, gone.id, Tally(), now=NOW)
         recorded = record_answers(
             connection,
@@ -173,7 +184,7 @@ def test_a_batch_of_everything_is_written_in_one_go_and_counts_what_was_lost(eng
             now=SOON,
         )
     assert (len(recorded.outputs), recorded.finished, recorded.lost) == (1, (over.id,), 1)
-    states = [job_of(engine, job.id).status for job in (again, ready, over, gone)]
+    states = [read_job(engine, job.id).status for job in (again, ready, over, gone)]
     assert states == ["pending", "downloading", "failed", "cancelled"]
 
 
@@ -184,7 +195,7 @@ def test_a_large_batch_takes_few_statements_and_keeps_every_microsecond(engine: 
     odd = NOW.replace(microsecond=123_457)
     with engine.begin() as connection:
         connection.execute(jobs.insert(), [job_values(str(number)) for number in range(400)])
-        claimed = claim(connection, limit=400)
+        claimed = claim_due_jobs(connection, limit=400)
         steps: list[JobDecision] = [
             AskAgain(Strikes(), "processing"),
             AskAgain(Strikes(unknown=1, last=NOW), "unknown"),
@@ -208,9 +219,9 @@ def test_a_very_long_answer_is_noted_in_short(engine: Engine) -> None:
     """The note fits its column on every database."""
     with engine.begin() as connection:
         job_id = add_job(connection)
-        [claimed] = claim(connection)
+        [claimed] = claim_due_jobs(connection)
         _record(connection, claimed, AskAgain(Strikes(), "x"), note="x" * 5_000)
-    assert len(job_of(engine, job_id).last_answer) == 600
+    assert len(read_job(engine, job_id).last_answer) == 600
 
 
 def test_fresh_links_go_to_the_outputs_that_wait_for_them_and_set_them_off(engine: Engine) -> None:
@@ -220,21 +231,21 @@ def test_fresh_links_go_to_the_outputs_that_wait_for_them_and_set_them_off(engin
         waits = add_output(connection, job_id, 1, renewed=True, due_at=NOW + RENEWAL_WAIT)
         under_way = add_output(connection, job_id, 2, renewed=True, claim_token="x", claim_holder="h")
         other = add_output(connection, job_id, 3, due_at=NOW + seconds(50))
-        [claimed] = claim(connection)
+        [claimed] = claim_due_jobs(connection)
         links = tuple(Link(f"https://fresh/{n}.png", (f"https://proxy/{n}.png",)) for n in range(4))
         recorded = _record(connection, claimed, RenewLinks(links))
 
     assert (recorded.outputs, recorded.finished, recorded.lost) == ((waits,), (), 0)
-    row = output_of(engine, waits)
+    row = read_output(engine, waits)
     assert (row.url, json.loads(row.proxy_urls), row.due_at, row.queued_at) == (
         "https://fresh/1.png",
         ["https://proxy/1.png"],
         SOON,
         SOON,
     )
-    assert output_of(engine, under_way).url == f"https://cdn.test/{job_id}-2.png"
-    assert output_of(engine, other).due_at == NOW + seconds(50)
-    job = job_of(engine, job_id)
+    assert read_output(engine, under_way).url == f"https://cdn.test/{job_id}-2.png"
+    assert read_output(engine, other).due_at == NOW + seconds(50)
+    job = read_job(engine, job_id)
     assert (job.status, job.due_at, job.claim_token, job.polls) == ("downloading", None, None, 1)
 
 
@@ -244,18 +255,18 @@ def test_without_fresh_links_the_outputs_go_on_with_what_they_have(engine: Engin
         job_id = add_downloading(connection, due_at=NOW)
         first = add_output(connection, job_id, 0, renewed=True, due_at=NOW + RENEWAL_WAIT)
         second = add_output(connection, job_id, 1, renewed=True, due_at=NOW + RENEWAL_WAIT)
-        [claimed] = claim(connection)
+        [claimed] = claim_due_jobs(connection)
         assert _record(connection, claimed, RenewLinks((Link("https://fresh/0.png"),))).outputs == (first, second)
-    assert output_of(engine, first).url == "https://fresh/0.png"
-    assert output_of(engine, second).url == f"https://cdn.test/{job_id}-1.png"
-    assert output_of(engine, second).due_at == SOON
+    assert read_output(engine, first).url == "https://fresh/0.png"
+    assert read_output(engine, second).url == f"https://cdn.test/{job_id}-1.png"
+    assert read_output(engine, second).due_at == SOON
 
     with engine.begin() as connection:
         other = add_downloading(connection, "2", due_at=NOW)
         waits = add_output(connection, other, 0, renewed=True, due_at=NOW + RENEWAL_WAIT)
-        [claimed] = claim(connection)
+        [claimed] = claim_due_jobs(connection)
         assert _record(connection, claimed, KeepLinks("processing")).outputs == (waits,)
-    assert (output_of(engine, waits).due_at, job_of(engine, other).due_at) == (SOON, None)
+    assert (read_output(engine, waits).due_at, read_job(engine, other).due_at) == (SOON, None)
 
 
 def test_given_a_fresh_link_to_another_kind_of_media_then_all_links_of_the_job_stay(engine: Engine) -> None:
@@ -267,7 +278,7 @@ def test_given_a_fresh_link_to_another_kind_of_media_then_all_links_of_the_job_s
         add_output(connection, picture, 0, url="https://cdn/0.png", **waiting)
         outcomes = [
             Outcome(job, RenewLinks((Link("https://fresh/0.png"), Link("https://fresh/1.png"))), "ready")
-            for job in claim(connection)
+            for job in claim_due_jobs(connection)
         ]
         recorded = record_answers(connection, outcomes, Tally(), now=SOON)
 
@@ -275,7 +286,7 @@ def test_given_a_fresh_link_to_another_kind_of_media_then_all_links_of_the_job_s
         urls = connection.execute(select(outputs.c.url).order_by(outputs.c.id)).scalars().all()
     assert urls == ["https://cdn/0", "https://cdn/1.wav", "https://fresh/0.png"]
     assert len(recorded.outputs) == 3
-    assert {output_of(engine, output_id).due_at for output_id in voice} == {SOON}
+    assert {read_output(engine, output_id).due_at for output_id in voice} == {SOON}
 
 
 def _promised(job: ClaimedJob, step: JobDecision, *urls: str) -> Outcome:
@@ -286,7 +297,7 @@ def test_given_a_lost_claim_when_its_answer_would_end_the_job_then_no_promise_is
     end = EndJob("expired", "expired", "late")
     with engine.begin() as connection:
         job_id = add_job(connection)
-        [claimed] = claim(connection)
+        [claimed] = claim_due_jobs(connection)
         cancel(connection, job_id, Tally(), now=NOW)
         recorded = record_answers(connection, [_promised(claimed, end, "https://h/a.png")], Tally(), now=SOON)
 
@@ -300,7 +311,7 @@ def test_given_jobs_that_get_ready_then_their_promises_are_forgotten_and_no_othe
     with engine.begin() as connection:
         ids = {name: add_job(connection, name) for name in ("ready", "trained", "waiting", "lost")}
         add_promises(connection, {job_id: ["https://h/a.png"] for job_id in ids.values()})
-        claimed = {job.remote_id: job for job in claim(connection)}
+        claimed = {job.remote_id: job for job in claim_due_jobs(connection)}
         cancel(connection, ids["lost"], Tally(), now=NOW)
         ready, trained = StartDownloads((Link("https://cdn/0.png"),)), StartDownloads(())
         steps: dict[str, JobDecision] = {
@@ -324,7 +335,7 @@ def test_given_ends_of_all_kinds_in_one_batch_then_promises_are_tried_before_tho
     with engine.begin() as connection:
         for code in codes:
             add_job(connection, code)
-        claimed = {job.remote_id: job for job in claim(connection)}
+        claimed = {job.remote_id: job for job in claim_due_jobs(connection)}
         ends = [EndJob("expired" if code == "expired" else "failed", code, f"m {code}") for code in codes]
         batch = [_promised(claimed[end.code], end, f"https://h/{end.code}.png") for end in ends]
         recorded = record_answers(connection, batch, Tally(), now=SOON)
@@ -349,10 +360,10 @@ def test_a_job_that_no_statement_can_write_is_set_aside(engine: Engine) -> None:
     """So that it does not spoil every batch it is in."""
     with engine.begin() as connection:
         job_id = add_job(connection)
-        [claimed] = claim(connection)
+        [claimed] = claim_due_jobs(connection)
         assert quarantine(connection, claimed, "can't be written", now=SOON)
         assert not quarantine(connection, claimed, "again", now=SOON)
-    row = job_of(engine, job_id)
+    row = read_job(engine, job_id)
     assert (row.status, row.error_code, row.error_message) == ("failed", "unwritable", "can't be written")
 
 
@@ -365,9 +376,9 @@ def test_a_stored_output_is_described_and_the_last_one_completes_its_job(engine:
         job_id = add_downloading(connection)
         first, second = add_output(connection, job_id, 0, error_code="http_error"), add_output(connection, job_id, 1)
         connection.execute(insert(bodies).values(output_id=first, body=b"bytes"))
-        assert record_attempt(connection, taken(connection, first), FILE, now=SOON) == (True, None)
+        assert record_attempt(connection, claim_one_output(connection, first), FILE, now=SOON) == (True, None)
         assert connection.execute(select(bodies)).all() == []
-    row = output_of(engine, first)
+    row = read_output(engine, first)
     assert (row.status, row.location, row.size_bytes, row.sha256, row.media_type, row.stored_at) == (
         "stored",
         "file:///out/0.png",
@@ -377,11 +388,11 @@ def test_a_stored_output_is_described_and_the_last_one_completes_its_job(engine:
         SOON,
     )
     assert (row.due_at, row.claim_token, row.error_code) == (None, None, None)
-    assert job_of(engine, job_id).status == "downloading"
+    assert read_job(engine, job_id).status == "downloading"
 
     with engine.begin() as connection:
-        assert record_attempt(connection, taken(connection, second), FILE, now=SOON) == (True, "completed")
-    job = job_of(engine, job_id)
+        assert record_attempt(connection, claim_one_output(connection, second), FILE, now=SOON) == (True, "completed")
+    job = read_job(engine, job_id)
     assert (job.status, job.completed_at, job.error_code) == ("completed", SOON, None)
 
 
@@ -392,24 +403,24 @@ def test_a_job_with_an_output_given_up_fails_when_the_last_one_ends(engine: Engi
         first, second = add_output(connection, job_id, 0), add_output(connection, job_id, 1)
         connection.execute(insert(bodies).values(output_id=first, body=b"bytes"))
         given_up = GiveUp("not_media", "a web page")
-        assert record_attempt(connection, taken(connection, first), given_up, now=SOON) == (True, None)
-        assert record_attempt(connection, taken(connection, second), FILE, now=SOON) == (True, "failed")
+        assert record_attempt(connection, claim_one_output(connection, first), given_up, now=SOON) == (True, None)
+        assert record_attempt(connection, claim_one_output(connection, second), FILE, now=SOON) == (True, "failed")
         assert connection.execute(select(bodies)).all() == []
-    row, job = output_of(engine, first), job_of(engine, job_id)
+    row, job = read_output(engine, first), read_job(engine, job_id)
     assert (row.status, row.error_code, row.error_message, row.due_at) == ("failed", "not_media", "a web page", None)
     assert (job.status, job.error_code, job.completed_at) == ("failed", "output_failed", SOON)
     assert "1 of 2" in job.error_message
-    assert output_of(engine, second).status == "stored"
+    assert read_output(engine, second).status == "stored"
 
 
 def test_an_attempt_recorded_twice_counts_once(engine: Engine) -> None:
     """The first success wins; the second finds its claim gone."""
     with engine.begin() as connection:
         output_id = add_output(connection, add_downloading(connection))
-        claimed = taken(connection, output_id)
+        claimed = claim_one_output(connection, output_id)
         assert record_attempt(connection, claimed, FILE, now=SOON) == (True, "completed")
         assert record_attempt(connection, claimed, GiveUp("gone", "late"), now=SOON) == (False, None)
-    assert output_of(engine, output_id).status == "stored"
+    assert read_output(engine, output_id).status == "stored"
 
 
 @pytest.mark.parametrize(
@@ -431,12 +442,12 @@ def test_an_output_in_trouble_waits_with_its_last_code(
     with engine.begin() as connection:
         job_id = add_downloading(connection)
         output_id = add_output(connection, job_id)
-        assert record_attempt(connection, taken(connection, output_id), result, now=SOON) == (True, None)
-    row = output_of(engine, output_id)
+        assert record_attempt(connection, claim_one_output(connection, output_id), result, now=SOON) == (True, None)
+    row = read_output(engine, output_id)
     assert (row.status, row.error_code, row.error_message) == ("pending", result.code, "m")
     assert (row.due_at, row.claim_token, row.queued_at) == (SOON + seconds(result.wait), None, None)
     assert {name: row._mapping[name] for name in expected} == expected
-    assert job_of(engine, job_id).due_at is None
+    assert read_job(engine, job_id).due_at is None
 
 
 def test_a_dead_link_sends_its_job_to_the_api_once_and_waits_for_the_answer(engine: Engine) -> None:
@@ -445,21 +456,21 @@ def test_a_dead_link_sends_its_job_to_the_api_once_and_waits_for_the_answer(engi
         job_id = add_downloading(connection)
         output_id = add_output(connection, job_id, dead_since=NOW - seconds(61))
         renew = TryAgain(0.0, "gone", "HTTP 404", renew=True)
-        assert record_attempt(connection, taken(connection, output_id), renew, now=SOON) == (True, None)
-    row, job = output_of(engine, output_id), job_of(engine, job_id)
+        assert record_attempt(connection, claim_one_output(connection, output_id), renew, now=SOON) == (True, None)
+    row, job = read_output(engine, output_id), read_job(engine, job_id)
     assert (row.renewed, row.dead_attempts, row.due_at) == (True, 0, SOON + RENEWAL_WAIT)
     assert row.dead_since == NOW - seconds(61)
     assert (job.status, job.due_at) == ("downloading", SOON)
 
     with engine.begin() as connection:
-        [claimed] = claim(connection, now=SOON)
+        [claimed] = claim_due_jobs(connection, now=SOON)
         record_answers(
             connection, [Outcome(claimed, KeepLinks("processing"), "processing", PollPlan(0.0))], Tally(), now=SOON
         )
-        again = taken(connection, output_id, now=SOON)
+        again = claim_one_output(connection, output_id, now=SOON)
         assert again.facts.renewed
         record_attempt(connection, again, TryAgain(5.0, "gone", "HTTP 404"), now=SOON)
-    assert output_of(engine, output_id).dead_attempts == 1
+    assert read_output(engine, output_id).dead_attempts == 1
 
 
 def test_an_output_of_a_cancelled_job_is_not_stored_any_more(engine: Engine) -> None:
@@ -467,12 +478,12 @@ def test_an_output_of_a_cancelled_job_is_not_stored_any_more(engine: Engine) -> 
     with engine.begin() as connection:
         job_id = add_downloading(connection)
         output_id = add_output(connection, job_id)
-        claimed = taken(connection, output_id)
+        claimed = claim_one_output(connection, output_id)
         cancel(connection, job_id, Tally(), now=SOON)
         assert record_attempt(connection, claimed, FILE, now=SOON) == (False, None)
-    row = output_of(engine, output_id)
+    row = read_output(engine, output_id)
     assert (row.status, row.error_code) == ("failed", "cancelled")
-    assert job_of(engine, job_id).status == "cancelled"
+    assert read_job(engine, job_id).status == "cancelled"
 
 
 def test_two_threads_that_end_the_last_two_outputs_at_once_end_the_job_once(engine: Engine) -> None:
@@ -482,7 +493,7 @@ def test_two_threads_that_end_the_last_two_outputs_at_once_end_the_job_once(engi
         pairs = []
         for number in range(rounds):
             job_id = add_downloading(connection, str(number))
-            pairs.append((job_id, [taken(connection, add_output(connection, job_id, n)) for n in (0, 1)]))
+            pairs.append((job_id, [claim_one_output(connection, add_output(connection, job_id, n)) for n in (0, 1)]))
 
     with ThreadPoolExecutor(2) as threads:
         for job_id, claimed in pairs:
@@ -495,7 +506,7 @@ def test_two_threads_that_end_the_last_two_outputs_at_once_end_the_job_once(engi
                         return record_attempt(connection, claimed[number], FILE, now=SOON)[1]
 
             assert sorted(map(str, threads.map(end, (0, 1)))) == ["None", "completed"]
-            assert job_of(engine, job_id).status == "completed"
+            assert read_job(engine, job_id).status == "completed"
 
 
 def test_a_cancel_and_the_end_of_a_download_at_once_never_block_each_other(engine: Engine) -> None:
@@ -505,7 +516,7 @@ def test_a_cancel_and_the_end_of_a_download_at_once_never_block_each_other(engin
         pairs = []
         for number in range(rounds):
             job_id = add_downloading(connection, str(number))
-            pairs.append((job_id, taken(connection, add_output(connection, job_id))))
+            pairs.append((job_id, claim_one_output(connection, add_output(connection, job_id))))
 
     with ThreadPoolExecutor(2) as threads:
         for job_id, claimed in pairs:
@@ -523,7 +534,7 @@ def test_a_cancel_and_the_end_of_a_download_at_once_never_block_each_other(engin
 
             stored, stopped = threads.submit(store), threads.submit(stop)
             assert {stored.result(10), stopped.result(10)} == {True, False}
-            assert job_of(engine, job_id).status == ("completed" if stored.result() else "cancelled")
+            assert read_job(engine, job_id).status == ("completed" if stored.result() else "cancelled")
 
 
 # ── retry and cancel ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -537,11 +548,11 @@ def test_a_retried_job_downloads_its_failed_outputs_afresh(engine: Engine) -> No
             add_output(connection, job_id, 0, bad_bodies=2, dead_attempts=3),
             add_output(connection, job_id, 1),
         )
-        record_attempt(connection, taken(connection, good), FILE, now=SOON)
-        record_attempt(connection, taken(connection, bad), GiveUp("gone", "m"), now=SOON)
+        record_attempt(connection, claim_one_output(connection, good), FILE, now=SOON)
+        record_attempt(connection, claim_one_output(connection, bad), GiveUp("gone", "m"), now=SOON)
         later = NOW + seconds(10_000)
         assert retry(connection, job_id, now=later)
-    job, row = job_of(engine, job_id), output_of(engine, bad)
+    job, row = read_job(engine, job_id), read_output(engine, bad)
     assert (job.status, job.polls) == ("downloading", 4)
     assert (job.completed_at, job.error_code, job.told_at) == (None, None, None)
     assert job.deadline_at == later + seconds(3_600)
@@ -553,18 +564,18 @@ def test_a_retried_job_downloads_its_failed_outputs_afresh(engine: Engine) -> No
         0,
         later,
     )
-    assert output_of(engine, good).status == "stored"
+    assert read_output(engine, good).status == "stored"
 
 
 def test_a_retried_job_without_outputs_is_asked_about_again(engine: Engine) -> None:
     """Pending, due now, strikes forgotten, polls kept."""
     with engine.begin() as connection:
         job_id = add_job(connection, polls=3)
-        [claimed] = claim(connection)
+        [claimed] = claim_due_jobs(connection)
         _record(connection, claimed, EndJob("failed", "not_found", "m"))
         assert retry(connection, job_id, now=SOON)
         assert not retry(connection, job_id, now=SOON)
-    job = job_of(engine, job_id)
+    job = read_job(engine, job_id)
     assert (job.status, job.due_at, job.polls, job.unknown_answers) == ("pending", SOON, 4, 0)
 
 
@@ -576,7 +587,7 @@ def test_only_failed_and_expired_jobs_are_taken_up_again(engine: Engine, status:
     with engine.begin() as connection:
         job_id = add_job(connection, status=status, ready_at=NOW, **final, **rest)
         assert not retry(connection, job_id, now=SOON)
-    assert job_of(engine, job_id).status == status
+    assert read_job(engine, job_id).status == status
 
 
 def test_a_cancelled_job_ends_its_unstored_outputs_and_keeps_the_stored_ones(engine: Engine) -> None:
@@ -584,14 +595,14 @@ def test_a_cancelled_job_ends_its_unstored_outputs_and_keeps_the_stored_ones(eng
     with engine.begin() as connection:
         job_id = add_downloading(connection)
         good, open_ = add_output(connection, job_id, 0), add_output(connection, job_id, 1)
-        record_attempt(connection, taken(connection, good), FILE, now=SOON)
+        record_attempt(connection, claim_one_output(connection, good), FILE, now=SOON)
         assert cancel(connection, job_id, Tally(), now=SOON)
         assert not cancel(connection, job_id, Tally(), now=SOON + seconds(5))
         assert not retry(connection, job_id, now=SOON)
-    job, row = job_of(engine, job_id), output_of(engine, open_)
+    job, row = read_job(engine, job_id), read_output(engine, open_)
     assert (job.status, job.completed_at, job.due_at) == ("cancelled", SOON, None)
     assert (row.status, row.error_code, row.due_at) == ("failed", "cancelled", None)
-    assert output_of(engine, good).status == "stored"
+    assert read_output(engine, good).status == "stored"
 
 
 def test_every_final_job_is_at_rest(engine: Engine) -> None:
@@ -599,7 +610,7 @@ def test_every_final_job_is_at_rest(engine: Engine) -> None:
     with engine.begin() as connection:
         for number in range(3):
             add_job(connection, str(number))
-        claimed = claim(connection)
+        claimed = claim_due_jobs(connection)
         steps: list[JobDecision] = [
             StartDownloads(()),
             EndJob("failed", "api_failed", "m"),
@@ -607,5 +618,5 @@ def test_every_final_job_is_at_rest(engine: Engine) -> None:
         ]
         for job, step in zip(claimed, steps, strict=True):
             _record(connection, job, step)
-        assert claim(connection, now=NOW + seconds(1_000_000)) == []
+        assert claim_due_jobs(connection, now=NOW + seconds(1_000_000)) == []
         assert connection.execute(select(jobs.c.due_at)).scalars().all() == [None, None, None]
