@@ -1,1 +1,1 @@
-"""Benchmarks: the worker, the naive way and the limit side by side (`python -m tests.benchmarks`)."""
+"""Benchmarks: the worker beside a naive implementation and the theoretical limit (`python -m tests.benchmarks`)."""

@@ -1,4 +1,4 @@
-"""What people write: one Celery task per poll, which retries itself with a countdown. For comparison only."""
+"""A naive implementation for comparison: one Celery task per poll, which retries itself with a countdown."""
 
 import os
 from typing import Any
@@ -15,7 +15,7 @@ engine = create_engine(os.environ["DATABASE_URL"].replace("postgresql:", "postgr
 
 
 class Base(DeclarativeBase):
-    """The naive table."""
+    """Declarative base of the naive implementation."""
 
 
 class Picture(Base):
@@ -29,7 +29,7 @@ class Picture(Base):
 
 @app.task(bind=True, name="naive.poll", max_retries=None)  # type: ignore[untyped-decorator]  # celery has no types
 def poll(self: Any, picture_id: int) -> None:
-    """Asks once; comes again if it is not ready."""
+    """Poll a picture once. Retry if it is not ready."""
     with Session(engine) as session:
         picture = session.get_one(Picture, picture_id)
         answer = requests.post(f"{URL}/fetch/{picture_id}", json={"key": "sk-benchmark"}, timeout=20).json()
@@ -41,7 +41,7 @@ def poll(self: Any, picture_id: int) -> None:
 
 
 def prepare(count: int) -> None:
-    """Makes the table and sends a task for each picture."""
+    """Create the table and send a task for each picture."""
     Base.metadata.create_all(engine)
     with Session(engine) as session:
         session.add_all([Picture(id=number, status="pending", polls=0) for number in range(1, count + 1)])

@@ -1,13 +1,14 @@
-"""The optimum of polling where the true distribution of durations is known: a dynamic programme, for comparison only.
+"""The optimal polling schedule for a known distribution of durations, by dynamic programming. For comparison only.
 
-One job, F(t) the chance that it is ready by age t, a request worth `c` seconds of delay. With W(x) the cost to come of
-a job that was asked about at age x, times the chance that it was not ready then,
+For one job, F(t) is the probability that it is ready by age t, and a request costs `c` seconds of delay. W(x) is the
+expected future cost of a job that was polled at age x, times the probability that it was not ready then:
 
     W(x) = min over y > x of  c(y)·(1 - F(x)) + ∫ₓʸ (F(t) - F(x)) dt + W(y),
 
-on a grid of ages up to the deadline. Its two sums, requests and delay, for all c, are the least delay for each number
-of requests: no policy that knows less can be better. Where requests are short a price that changes with time gives a
-lower bound for many jobs handed over at once (the Lagrangian dual: for any prices, the cost less the budget's worth).
+on a grid of ages up to the deadline. The sums of requests and delay for all c give the least delay for each number of
+requests; no policy that knows less can be better. If requests are limited, a price that changes with time gives a lower
+bound for many jobs that are submitted at once (the Lagrangian dual: for any prices, the cost minus the value of the
+allowed requests).
 """
 
 import math
@@ -16,13 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-Alive = Callable[[float], float]  # the chance that a job is not ready at an age
+Alive = Callable[[float], float]  # the probability that a job is not ready at an age
 
 DEADLINE = 3_600.0
 
 
 def grid_of(longest_step: float) -> list[float]:
-    """Ages up to the deadline, a fortieth apart, but no more than so many seconds."""
+    """Return ages up to the deadline. Steps are a fortieth of the age, at most `longest_step` seconds."""
     ages = [0.0, 0.1]
     while ages[-1] < DEADLINE:
         ages.append(ages[-1] + min(ages[-1] / 40, longest_step))
@@ -34,7 +35,7 @@ PRICES = [0.01 * 1.35**step for step in range(35)]
 
 
 def lognormal(median: float, spread: float) -> Alive:
-    """Of a lognormal duration; `spread` is the standard deviation of its logarithm."""
+    """Return the survival function of a lognormal duration. `spread` is the standard deviation of its logarithm."""
 
     def alive(age: float) -> float:
         return 1.0 if age <= 0 else 0.5 * math.erfc(math.log(age / median) / spread / math.sqrt(2))
@@ -43,53 +44,55 @@ def lognormal(median: float, spread: float) -> Alive:
 
 
 def mixed(*parts: tuple[float, Alive]) -> Alive:
-    """Of a mixture whose parts nobody can tell apart."""
+    """Return the survival function of a mixture whose parts cannot be distinguished."""
     return lambda age: sum(share * alive(age) for share, alive in parts)
 
 
 def never(_: float) -> float:
-    """Of jobs that never end."""
+    """Survival function of jobs that never end."""
     return 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one job on average: requests, and seconds of delay."""
+    """The average cost per job: requests, and seconds of delay."""
 
     polls: float
     delay: float
 
 
-def cheapest(left: Sequence[float], prices: Sequence[float], grid: Sequence[float] = GRID) -> tuple[Cost, list[float]]:
-    """The optimum where a request at `grid[i]` costs `prices[i]`; and how many requests go out at each age."""
+def cheapest(
+    survival: Sequence[float], prices: Sequence[float], grid: Sequence[float] = GRID
+) -> tuple[Cost, list[float]]:
+    """Return the optimal cost if a request at `grid[i]` costs `prices[i]`, and the number of requests at each age."""
     count = len(grid)
     ready = [0.0] * count  # ∫ F
     for at in range(1, count):
-        ready[at] = ready[at - 1] + (grid[at] - grid[at - 1]) * (2 - left[at] - left[at - 1]) / 2
-    worth, following, delays = [0.0] * count, [0] * count, [0.0] * count
+        ready[at] = ready[at - 1] + (grid[at] - grid[at - 1]) * (2 - survival[at] - survival[at - 1]) / 2
+    worth, next_index, delays = [0.0] * count, [0] * count, [0.0] * count
     for at in range(count - 2, -1, -1):
-        alive, gone = left[at], 1 - left[at]
+        alive, dead = survival[at], 1 - survival[at]
         best = math.inf
         for to in range(at + 1, count):
-            delay = ready[to] - ready[at] - gone * (grid[to] - grid[at])
+            delay = ready[to] - ready[at] - dead * (grid[to] - grid[at])
             if delay >= best:
                 break
             cost = prices[to] * alive + delay + worth[to]
             if cost < best:
-                best, following[at], delays[at] = cost, to, delay
+                best, next_index[at], delays[at] = cost, to, delay
         worth[at] = best
-    asked = [0.0] * count
+    requests = [0.0] * count
     at, polls, delay = 0, 0.0, 0.0
     while at < count - 1:
-        polls += left[at]
+        polls += survival[at]
         delay += delays[at]
-        asked[following[at]] += left[at]
-        at = following[at]
-    return Cost(polls, delay), asked
+        requests[next_index[at]] += survival[at]
+        at = next_index[at]
+    return Cost(polls, delay), requests
 
 
 def replayed(ages: Sequence[float], durations: Sequence[float | None]) -> Cost:
-    """What asking at these ages comes to with jobs of these durations; the last age is the deadline."""
+    """Return the cost of polling jobs with these durations at these ages. The last age is the deadline."""
     polls, delay = 0, 0.0
     for duration in durations:
         at = len(ages) - 1 if duration is None else bisect_left(ages, duration)
@@ -99,28 +102,28 @@ def replayed(ages: Sequence[float], durations: Sequence[float | None]) -> Cost:
 
 
 def optimum_of(alive: Alive, durations: Sequence[float | None]) -> list[Cost]:
-    """The optimum of one class, as it does with these very jobs: so that their luck is no part of a comparison."""
-    left = [alive(age) for age in GRID]
-    found = []
+    """Return the optimum of one class, evaluated on these jobs, so that chance does not affect the comparison."""
+    survival = [alive(age) for age in GRID]
+    costs = []
     for price in PRICES:
-        asked = cheapest(left, [price] * len(GRID))[1]
-        found.append(replayed([age for age, many in zip(GRID, asked, strict=True) if many], durations))
-    return sorted(found, key=lambda cost: cost.polls)
+        requests = cheapest(survival, [price] * len(GRID))[1]
+        costs.append(replayed([age for age, count in zip(GRID, requests, strict=True) if count], durations))
+    return sorted(costs, key=lambda cost: cost.polls)
 
 
 def frontier(classes: Sequence[tuple[float, Alive]], longest_step: float = math.inf) -> list[Cost]:
-    """The least delay for each number of requests, over classes that can be told apart, by their shares."""
-    found = []
+    """Return the least delay for each number of requests, for classes that can be distinguished."""
+    frontier_costs = []
     grid = grid_of(longest_step)
     tables = [(share, [alive(age) for age in grid]) for share, alive in classes]
     for price in PRICES:
-        costs = [(share, cheapest(left, [price] * len(grid), grid)[0]) for share, left in tables]
-        found.append(Cost(sum(s * c.polls for s, c in costs), sum(s * c.delay for s, c in costs)))
-    return sorted(found, key=lambda cost: cost.polls)
+        costs = [(share, cheapest(survival, [price] * len(grid), grid)[0]) for share, survival in tables]
+        frontier_costs.append(Cost(sum(s * c.polls for s, c in costs), sum(s * c.delay for s, c in costs)))
+    return sorted(frontier_costs, key=lambda cost: cost.polls)
 
 
 def least_delay(costs: Sequence[Cost], polls: float) -> float:
-    """The least delay at so many requests per job, between the points of a frontier."""
+    """Interpolate the least delay at a number of requests per job on a frontier."""
     at = min(max(bisect_left([cost.polls for cost in costs], polls), 1), len(costs) - 1)
     low, high = costs[at - 1], costs[at]
     part = (polls - low.polls) / (high.polls - low.polls)
@@ -128,27 +131,31 @@ def least_delay(costs: Sequence[Cost], polls: float) -> float:
 
 
 def burst_bound(alive: Alive, jobs: int, rps: float) -> float:
-    """A lower bound on the mean delay of jobs that are all handed over at once, at `rps` requests per second.
+    """Return a lower bound on the mean delay of jobs that are submitted at once, at `rps` requests per second.
 
-    Any prices give a bound; the best of a family that falls from `first` to nothing while the burst lasts is taken.
+    Any prices give a bound. The function takes the best of a family that falls from `first` to zero during the burst.
     """
-    left = [alive(age) for age in GRID]
-    room = [rps * (later - sooner) / jobs for sooner, later in pairwise([0.0, *GRID])]  # requests per job in each step
+    survival = [alive(age) for age in GRID]
+    allowed = [
+        rps * (later - sooner) / jobs for sooner, later in pairwise([0.0, *GRID])
+    ]  # requests per job in each step
     best = 0.0
     for seconds in (jobs / rps * times for times in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)):
         for first in (2.0, 4.0, 7.0, 10.0, 15.0, 22.0, 32.0, 50.0):
             for bend in (0.5, 1.0, 2.0):
                 prices = [first * max(0.0, 1 - age / seconds) ** bend for age in GRID]
-                cost, asked = cheapest(left, prices)
-                worth = sum(price * (many - there) for price, many, there in zip(prices, asked, room, strict=True))
+                cost, requests = cheapest(survival, prices)
+                worth = sum(
+                    price * (count - limit) for price, count, limit in zip(prices, requests, allowed, strict=True)
+                )
                 best = max(best, cost.delay + worth)
     return best
 
 
 def slot_bound(durations: Sequence[float], rps: float) -> float:
-    """Another lower bound for a burst: each job takes a request of its own after it is ready, one after the other."""
-    asked, delay = 0.0, 0.0
+    """Return another lower bound for a burst: each job needs one request after it is ready, one after the other."""
+    request_time, delay = 0.0, 0.0
     for duration in sorted(durations):
-        asked = max(asked + 1 / rps, duration)
-        delay += asked - duration
+        request_time = max(request_time + 1 / rps, duration)
+        delay += request_time - duration
     return delay / len(durations)

@@ -1,7 +1,7 @@
-"""What a good engineer would write instead: one event loop with aiohttp and asyncpg. For comparison only.
+"""A minimal asyncio poller with aiohttp and asyncpg, for comparison only.
 
-It claims and records in batches, as the worker does, and has none of its duties: no request budget, no learned pace, no
-holds, no leases, no counts, no Celery. `python -m tests.benchmarks.peer API_URL DATABASE_URL` runs until it is ended.
+Like the worker it claims and records in batches. It has no rate limit, learned pace, holds, leases, counters or Celery.
+`python -m tests.benchmarks.peer API_URL DATABASE_URL` runs until it is killed.
 """
 
 import asyncio
@@ -42,11 +42,11 @@ class Peer:
         self._api_url = api_url
         self._database = database
         self._session = session
-        self._claimed: asyncio.Queue[int] = asyncio.Queue(CLAIM_ROWS)
+        self._queue: asyncio.Queue[int] = asyncio.Queue(CLAIM_ROWS)
         self._answers: list[tuple[int, str]] = []
 
     async def run(self) -> None:
-        """Poll for ever."""
+        """Poll until the process is killed."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._claim())
             tasks.create_task(self._record())
@@ -57,19 +57,19 @@ class Peer:
         while True:
             rows = await self._database.fetch(CLAIM, CLAIM_ROWS)
             for row in rows:
-                await self._claimed.put(row["id"])
+                await self._queue.put(row["id"])
             if not rows:
                 await asyncio.sleep(RECORD_SECONDS / 5)
 
     async def _ask(self) -> None:
         while True:
-            picture_id = await self._claimed.get()
+            picture_id = await self._queue.get()
             url = f"{self._api_url}/fetch/{picture_id}"
             try:
                 async with self._session.post(url, json={"key": "sk-benchmark"}, allow_redirects=False) as response:
                     answer = await response.json()
             except (TimeoutError, aiohttp.ClientError):
-                continue  # it is due again after 30 seconds; the benchmark stops this process between two rounds
+                continue  # due again after 30 seconds; the benchmark stops this process between two rounds
             self._answers.append((picture_id, answer["status"]))
 
     async def _record(self) -> None:
@@ -77,12 +77,12 @@ class Peer:
             await asyncio.sleep(RECORD_SECONDS)
             answers, self._answers = self._answers, []
             if answers:
-                ids, words = zip(*answers, strict=True)
-                await self._database.execute(RECORD, ids, words)
+                ids, statuses = zip(*answers, strict=True)
+                await self._database.execute(RECORD, ids, statuses)
 
 
 async def main(api_url: str, database_url: str) -> None:
-    """Make the table, and poll what is in it."""
+    """Create and fill the table, and poll its rows."""
     connector = aiohttp.TCPConnector(limit=IN_FLIGHT)
     async with (
         asyncpg.create_pool(database_url, min_size=2, max_size=4) as database,

@@ -1,8 +1,8 @@
-"""A server that is not the bottleneck: it says `processing` to every call, after a while if told so.
+"""A fake API that is never the bottleneck. It answers `processing` to every call, optionally with latency.
 
-`python -m tests.benchmarks.server` prints its ports as one JSON line and runs until it is ended (`GET /count` on the
-second one, always plain http, says how many calls there were). A protocol on uvloop (libuv, compiled): it looks for the
-end of a request and writes a ready-made answer.
+`python -m tests.benchmarks.server` prints its ports as one JSON line and runs until it is killed. `GET /count` on the
+second port, which is always plain http, returns the number of calls. It is an asyncio protocol on uvloop that finds the
+end of a request and writes a constant answer.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ANSWER = json.dumps(
 
 
 def response(body: bytes) -> bytes:
-    """A whole response, with headers as a hosted API behind a CDN sends them."""
+    """Return a complete response with the headers of a hosted API behind a CDN."""
     head = (
         "HTTP/1.1 200 OK\r\nServer: nginx\r\nDate: Mon, 23 Nov 2026 02:00:00 GMT\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: keep-alive\r\n"
@@ -37,8 +37,8 @@ def response(body: bytes) -> bytes:
 PROCESSING = response(ANSWER)
 
 
-class Tally:
-    """How many calls came, and how many were waited for at once."""
+class RequestCounts:
+    """The number of requests, and of requests in flight."""
 
     def __init__(self) -> None:
         self.requests = 0
@@ -46,45 +46,45 @@ class Tally:
         self.most_waiting = 0
 
 
-class Conversation(asyncio.Protocol):
-    """One connection."""
+class ApiProtocol(asyncio.Protocol):
+    """A connection of a client."""
 
-    def __init__(self, tally: Tally, latency: float, loop: asyncio.AbstractEventLoop) -> None:
-        self._tally, self._latency, self._loop = tally, latency, loop
+    def __init__(self, counts: RequestCounts, latency: float, loop: asyncio.AbstractEventLoop) -> None:
+        self._counts, self._latency, self._loop = counts, latency, loop
         self._read = b""
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Somebody connects."""
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's own are not derived from it
+        """Keep the transport of the new connection."""
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's transports are not subclasses of it
 
     def data_received(self, data: bytes) -> None:
-        """Answers each whole request."""
+        """Answer each complete request."""
         self._read += data
         while (end := self._read.find(b"\r\n\r\n")) >= 0:
             head = self._read[:end].lower()
-            at = head.find(b"content-length:")
-            length = int(head[at + 15 :].split(b"\r\n", 1)[0]) if at >= 0 else 0
+            start = head.find(b"content-length:")
+            length = int(head[start + 15 :].split(b"\r\n", 1)[0]) if start >= 0 else 0
             if len(self._read) < end + 4 + length:
                 return
             self._read = self._read[end + 4 + length :]
             self._answer(head)
 
     def _answer(self, head: bytes) -> None:
-        tally = self._tally
+        counts = self._counts
         if head.startswith(b"get /count"):
-            self._write(response(json.dumps({"requests": tally.requests, "most": tally.most_waiting}).encode()))
+            self._write(response(json.dumps({"requests": counts.requests, "most": counts.most_waiting}).encode()))
             return
-        tally.requests += 1
+        counts.requests += 1
         if not self._latency:
             self._write(PROCESSING)
             return
-        tally.waiting += 1
-        tally.most_waiting = max(tally.most_waiting, tally.waiting)
-        self._loop.call_later(self._latency, self._late)
+        counts.waiting += 1
+        counts.most_waiting = max(counts.most_waiting, counts.waiting)
+        self._loop.call_later(self._latency, self._answer_late)
 
-    def _late(self) -> None:
-        self._tally.waiting -= 1
+    def _answer_late(self) -> None:
+        self._counts.waiting -= 1
         self._write(PROCESSING)
 
     def _write(self, data: bytes) -> None:
@@ -93,26 +93,26 @@ class Conversation(asyncio.Protocol):
 
 
 async def serve(latency: float, certificate: Path | None) -> None:
-    """Serves for as long as the process lives."""
-    loop, tally = asyncio.get_running_loop(), Tally()
+    """Serve until the process is killed."""
+    loop, counts = asyncio.get_running_loop(), RequestCounts()
     context = None
     if certificate is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate)
     server = await loop.create_server(
-        lambda: Conversation(tally, latency, loop), "127.0.0.1", 0, ssl=context, backlog=1024
+        lambda: ApiProtocol(counts, latency, loop), "127.0.0.1", 0, ssl=context, backlog=1024
     )
-    counting = await loop.create_server(lambda: Conversation(tally, 0.0, loop), "127.0.0.1", 0)
-    ports = [made.sockets[0].getsockname()[1] for made in (server, counting)]
+    count_server = await loop.create_server(lambda: ApiProtocol(counts, 0.0, loop), "127.0.0.1", 0)
+    ports = [item.sockets[0].getsockname()[1] for item in (server, count_server)]
     print(json.dumps({"port": ports[0], "count_port": ports[1]}), flush=True)
     await server.serve_forever()
 
 
 def main() -> None:
-    """Reads the options and serves."""
+    """Parse the options and serve."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--latency", type=float, default=0.0)
-    parser.add_argument("--certificate", type=Path, help="a file with key and certificate: serves https")
+    parser.add_argument("--certificate", type=Path, help="serve https with this file of key and certificate")
     options = parser.parse_args()
     uvloop.run(serve(options.latency, options.certificate))
 

@@ -1,4 +1,4 @@
-"""The one table: each figure beside its yardstick, the ratio with its spread, and whether it is good enough."""
+"""The result table: each figure beside its yardstick, the ratio with its spread, and whether the target is reached."""
 
 from dataclasses import asdict, dataclass, field
 from statistics import median
@@ -6,27 +6,27 @@ from statistics import median
 
 @dataclass
 class Rounds:
-    """Pairs of figures, each pair taken in one round."""
+    """Pairs of figures. Each pair was measured in one round."""
 
     ours: list[float] = field(default_factory=list)
     yardstick: list[float] = field(default_factory=list)
 
     def add(self, ours: float, yardstick: float) -> None:
-        """Notes a round."""
+        """Add the figures of a round."""
         self.ours.append(ours)
         self.yardstick.append(yardstick)
 
     @property
     def ratios(self) -> list[float]:
-        """Ours ÷ yardstick, round by round."""
-        return [ours / other for ours, other in zip(self.ours, self.yardstick, strict=True)]
+        """Ours ÷ yardstick for each round."""
+        return [ours / yardstick for ours, yardstick in zip(self.ours, self.yardstick, strict=True)]
 
 
 @dataclass
-class Line:
-    """One line of the table."""
+class Row:
+    """A row of the table."""
 
-    what: str
+    name: str
     ours: str
     yardstick: str
     result: str
@@ -37,13 +37,13 @@ class Line:
 
 @dataclass
 class Table:
-    """Lines in the order in which they were measured, printed as they come."""
+    """The rows in the order of measurement. Each row is printed when it is added."""
 
-    lines: list[Line] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
 
     def ratio(
         self,
-        what: str,
+        name: str,
         rounds: Rounds,
         unit: str,
         scale: float,
@@ -52,10 +52,10 @@ class Table:
         aim: float | None = None,
         more: bool = False,
     ) -> None:
-        """A ratio over several rounds; less is better unless `more`."""
+        """Add a ratio over several rounds. A lower value is better unless `more` is true."""
         ratios = rounds.ratios
         self._add(
-            what,
+            name,
             f"{median(rounds.ours) * scale:.4g} {unit}",
             f"{median(rounds.yardstick) * scale:.4g} {unit}",
             f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})",
@@ -65,9 +65,9 @@ class Table:
             more,
         )
 
-    def one(
+    def single(
         self,
-        what: str,
+        name: str,
         ours: float,
         yardstick: float,
         unit: str,
@@ -75,9 +75,9 @@ class Table:
         must: float | None = None,
         aim: float | None = None,
     ) -> None:
-        """A ratio that was taken once."""
+        """Add a ratio that was measured once. A lower value is better."""
         self._add(
-            what,
+            name,
             f"{ours:.4g} {unit}",
             f"{yardstick:.4g} {unit}",
             f"{ours / yardstick:.2f}",
@@ -88,7 +88,7 @@ class Table:
 
     def figure(
         self,
-        what: str,
+        name: str,
         value: float,
         unit: str,
         *,
@@ -96,12 +96,12 @@ class Table:
         aim: float | None = None,
         more: bool = True,
     ) -> None:
-        """A figure that stands alone; more is better unless told otherwise."""
-        self._add(what, f"{value:.4g} {unit}", "", "", value, must, aim, more)
+        """Add a figure without a yardstick. A higher value is better unless `more` is false."""
+        self._add(name, f"{value:.4g} {unit}", "", "", value, must, aim, more)
 
     def _add(
         self,
-        what: str,
+        name: str,
         ours: str,
         yardstick: str,
         result: str,
@@ -115,13 +115,13 @@ class Table:
 
         reached = "" if must is None else "aim" if meets(aim) else "must" if meets(must) else "NO"
         sign = "≥ " if more else "≤ "
-        least, best = (sign + f"{bound:g}" if bound is not None else "" for bound in (must, aim))
-        self.lines.append(Line(what, ours, yardstick, result, least, best, reached))
-        print(f"  {what}: {ours} {yardstick and '÷ ' + yardstick} {result} {reached}", flush=True)
+        must_text, aim_text = (sign + f"{bound:g}" if bound is not None else "" for bound in (must, aim))
+        self.rows.append(Row(name, ours, yardstick, result, must_text, aim_text, reached))
+        print(f"  {name}: {ours} {yardstick and '÷ ' + yardstick} {result} {reached}", flush=True)
 
     def text(self) -> str:
-        """The table in Markdown."""
-        rows = [("what", "ours", "yardstick", "ratio: median (min–max)", "must", "aim", "reached")]
-        rows += [tuple(asdict(line).values()) for line in self.lines]
-        rows.insert(1, ("---",) * 7)
-        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        """Return the table in Markdown."""
+        cells = [("what", "ours", "yardstick", "ratio: median (min–max)", "must", "aim", "reached")]
+        cells += [tuple(asdict(row).values()) for row in self.rows]
+        cells.insert(1, ("---",) * 7)
+        return "\n".join("| " + " | ".join(row) + " |" for row in cells)

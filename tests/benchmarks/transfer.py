@@ -1,7 +1,7 @@
-"""Downloads: receive, hash, write, fsync; beside curl, sha256sum and sync doing the same.
+"""Downloads: receive, hash, write and fsync, compared with curl, sha256sum and sync.
 
-One large file at a time, then pictures of a usual size, eight and thirty-two at once: the downloader alone, and the
-whole task with Celery and PostgreSQL. The server of the files is a process of its own.
+Measures one large file at a time, then pictures of a usual size, eight and thirty-two at once: with the downloader
+alone, and with the complete task including Celery and PostgreSQL. The file server is a separate process.
 """
 
 import http.server
@@ -26,7 +26,7 @@ import psycopg
 from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 
-from tests.benchmarks.stand import cpu_seconds, stand
+from tests.benchmarks.deployment import cpu_seconds, deploy
 from tests.benchmarks.table import Rounds, Table
 from worker.coordination.leases import LeaseKeeper
 from worker.core.lifecycle import OutputFacts, StoredFile
@@ -40,12 +40,12 @@ from worker.system.redaction import Scrubber
 
 MEGABYTES = 50
 PICTURES, PICTURE_BYTES = 96, 1_500_000
-AT_ONCE = (8, 32)
-QUEUE = (
+CONCURRENCY = (8, 32)
+QUEUE_OUTPUTS = (
     "import sys; from worker.process.publishing import queue_downloads;"
-    " queue_downloads([int(word) for word in sys.argv[1:]])"
+    " queue_downloads([int(argument) for argument in sys.argv[1:]])"
 )
-LISTED = """
+INSERT_OUTPUTS = """
 WITH job AS (
   INSERT INTO fetch_jobs (account, remote_id, kind, fetch_url, fetch_base, fetch_host, status, submitted_at, tracked_at,
                           deadline_at, deadline_seconds, ready_at)
@@ -60,7 +60,7 @@ LOOPBACK = ip_network("127.0.0.0/8")
 
 
 def big_png(size: int) -> bytes:
-    """A picture of `size` bytes, mostly a comment."""
+    """Return a PNG of `size` bytes. Most of it is a random comment."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -74,7 +74,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     file: ClassVar[Path]
 
     def do_GET(self) -> None:
-        """The picture, by sendfile."""
+        """Send the picture with sendfile."""
         self.send_response(200)
         self.send_header("Content-Type", "image/png")
         self.send_header("Content-Length", str(self.file.stat().st_size))
@@ -84,7 +84,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.connection.sendfile(file)
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Do not log requests."""
 
 
 class _Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
@@ -92,7 +92,7 @@ class _Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
 
 def _serve(file: Path) -> None:
-    """Serves a file until the process ends; prints its port."""
+    """Print the port and serve a file until the process is killed."""
     server = _Server(("127.0.0.1", 0), type("Bound", (_Handler,), {"file": file}))
     print(server.server_address[1], flush=True)
     server.serve_forever()
@@ -100,7 +100,7 @@ def _serve(file: Path) -> None:
 
 @contextmanager
 def served(file: Path) -> Iterator[str]:
-    """A file's address."""
+    """Serve a file in a separate process. Return its URL."""
     program = [sys.executable, "-m", "tests.benchmarks.transfer", str(file)]
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -132,95 +132,97 @@ def _downloader(engine: Engine, leases: LeaseKeeper, folder: Path, threads: int)
 
 
 def measure_transfer(table: Table, folder: Path, rounds: int) -> None:
-    """Receiving, checking and storing alone, without claims: one large file, then many pictures at once."""
+    """Measure downloads without claims: one large file, then many pictures at once."""
     folder.mkdir()
     engine = make_engine(make_url(f"sqlite:///{folder}/transfer.db"))
     migrate(engine)
-    for count, size, threads in ((1, MEGABYTES * 1_000_000, 1), *((PICTURES, PICTURE_BYTES, n) for n in AT_ONCE)):
+    for count, size, threads in ((1, MEGABYTES * 1_000_000, 1), *((PICTURES, PICTURE_BYTES, n) for n in CONCURRENCY)):
         file = folder / f"source{threads}.png"
         file.write_bytes(big_png(size))
-        found, speeds = Rounds(), Rounds()
+        costs, speeds = Rounds(), Rounds()
         leases = LeaseKeeper(engine, lease=timedelta(hours=1))
         downloader = _downloader(engine, leases, folder, threads)
         with served(file) as url, ThreadPoolExecutor(threads) as pool:
             for number in range(rounds + 1):
-                wanted = [_claimed(number * count + one + 1, leases.new_token(), url) for one in range(count)]
+                outputs = [
+                    _claimed_output(number * count + index + 1, leases.new_token(), url) for index in range(count)
+                ]
                 used, began = time.process_time(), time.perf_counter()
-                said = list(pool.map(downloader._attempt, wanted))
-                ours, took = time.process_time() - used, time.perf_counter() - began
-                if not all(isinstance(one, StoredFile) for one in said):
-                    raise RuntimeError(f"not stored: {said}")
-                theirs, their_time = _by_hand([url] * count, folder / f"curl{threads}-{number}", threads)
+                results = list(pool.map(downloader._attempt, outputs))
+                cpu, elapsed = time.process_time() - used, time.perf_counter() - began
+                if not all(isinstance(result, StoredFile) for result in results):
+                    raise RuntimeError(f"not stored: {results}")
+                curl_cpu, curl_elapsed = _curl([url] * count, folder / f"curl{threads}-{number}", threads)
                 megabytes = count * size / 1e6
                 if number:
-                    found.add(ours / megabytes, theirs / megabytes)
-                    speeds.add(took / megabytes, their_time / megabytes)
-        what = f"transfer, {threads} at once of {size / 1e6:g} MB"
-        table.ratio(f"{what} ÷ (curl + sha256sum + sync)", found, "ms CPU/MB", 1e3, must=1.3, aim=1.0)
-        table.ratio(f"{what}, elapsed, beside the same", speeds, "ms/MB", 1e3)
+                    costs.add(cpu / megabytes, curl_cpu / megabytes)
+                    speeds.add(elapsed / megabytes, curl_elapsed / megabytes)
+        name = f"transfer, {threads} at once of {size / 1e6:g} MB"
+        table.ratio(f"{name} ÷ (curl + sha256sum + sync)", costs, "ms CPU/MB", 1e3, must=1.3, aim=1.0)
+        table.ratio(f"{name}, elapsed, beside the same", speeds, "ms/MB", 1e3)
     engine.dispose()
 
 
-def _claimed(number: int, token: str, url: str) -> ClaimedOutput:
+def _claimed_output(number: int, token: str, url: str) -> ClaimedOutput:
     facts = OutputFacts(attempts=1, proxies=0, ready_at=datetime.now(UTC))
     return ClaimedOutput(number, token, number, 0, (url,), None, facts, datetime.now(UTC))
 
 
-def _by_hand(urls: Sequence[str], folder: Path, at_once: int) -> tuple[float, float]:
-    """Processor and elapsed seconds of one curl, one sha256sum and one sync for all: none goes into starting more."""
+def _curl(urls: Sequence[str], folder: Path, concurrency: int) -> tuple[float, float]:
+    """Download with one curl, one sha256sum and one sync for all files. Return processor and elapsed seconds."""
     folder.mkdir()
     targets = [str(folder / f"{number}.png") for number, _ in enumerate(urls)]
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    wanted = [word for url, target in zip(urls, targets, strict=True) for word in ("-o", target, url)]
-    subprocess.run(["curl", "-s", "--parallel", "--parallel-max", str(at_once), *wanted], check=True)
+    arguments = [argument for url, target in zip(urls, targets, strict=True) for argument in ("-o", target, url)]
+    subprocess.run(["curl", "-s", "--parallel", "--parallel-max", str(concurrency), *arguments], check=True)
     subprocess.run(["sha256sum", *targets], check=True, capture_output=True)
     subprocess.run(["sync", *targets], check=True)
-    after, took = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - began
+    after, elapsed = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - began
     shutil.rmtree(folder)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, took
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, elapsed
 
 
 def measure_downloads(table: Table, folder: Path, rounds: int) -> None:
-    """The whole task, Celery and PostgreSQL included, by the Procfile's line with so many threads."""
+    """Measure the complete task with Celery and PostgreSQL, in one process with the given numbers of threads."""
     folder.mkdir()
     file = folder / "source.png"
     file.write_bytes(big_png(PICTURE_BYTES))
     megabytes = PICTURES * PICTURE_BYTES / 1e6
-    for threads in AT_ONCE:
-        found, speeds, rates = Rounds(), Rounds(), list[float]()
+    for threads in CONCURRENCY:
+        costs, speeds, rates = Rounds(), Rounds(), list[float]()
         settings = {
             "STORAGE_URL": f"file:{folder}/out{threads}",
             "OUTPUT_ALLOWED_NETWORKS": "127.0.0.0/8",
             "DOWNLOADS_PER_HOST": str(threads),
         }
-        with served(file) as url, stand(folder / f"stand{threads}", **settings) as made:
-            pid = made.start_worker(name="downloads", concurrency=threads)
+        with served(file) as url, deploy(folder / f"deployment{threads}", **settings) as deployment:
+            pid = deployment.start_worker(name="downloads", concurrency=threads)
             for number in range(rounds + 1):
-                with psycopg.connect(made.database_url, autocommit=True) as connection:
-                    ids = [str(row[0]) for row in connection.execute(LISTED, (f"d{number}", url, PICTURES - 1))]
+                with psycopg.connect(deployment.database_url, autocommit=True) as connection:
+                    ids = [str(row[0]) for row in connection.execute(INSERT_OUTPUTS, (f"d{number}", url, PICTURES - 1))]
                     used, began = cpu_seconds([pid]), time.perf_counter()
-                    made.run(sys.executable, "-c", QUEUE, *ids)
-                    until_stored(connection, PICTURES * (number + 1))
-                    took, ours = time.perf_counter() - began, cpu_seconds([pid]) - used
-                theirs, their_time = _by_hand([url] * PICTURES, folder / f"curl{threads}-{number}", threads)
+                    deployment.run(sys.executable, "-c", QUEUE_OUTPUTS, *ids)
+                    wait_until_stored(connection, PICTURES * (number + 1))
+                    elapsed, cpu = time.perf_counter() - began, cpu_seconds([pid]) - used
+                curl_cpu, curl_elapsed = _curl([url] * PICTURES, folder / f"curl{threads}-{number}", threads)
                 if number:
-                    found.add(ours / megabytes, theirs / megabytes)
-                    speeds.add(took / megabytes, their_time / megabytes)
-                    rates.append(PICTURES / took)
-        what = f"download task, {threads} at once of {PICTURE_BYTES / 1e6:g} MB"
-        table.ratio(f"{what} ÷ (curl + sha256sum + sync)", found, "ms CPU/MB", 1e3, must=2.5, aim=2.0)
-        table.ratio(f"{what}, elapsed, beside the same", speeds, "ms/MB", 1e3)
-        table.figure(f"{what}, one process, best round", max(rates), "/s")
+                    costs.add(cpu / megabytes, curl_cpu / megabytes)
+                    speeds.add(elapsed / megabytes, curl_elapsed / megabytes)
+                    rates.append(PICTURES / elapsed)
+        name = f"download task, {threads} at once of {PICTURE_BYTES / 1e6:g} MB"
+        table.ratio(f"{name} ÷ (curl + sha256sum + sync)", costs, "ms CPU/MB", 1e3, must=2.5, aim=2.0)
+        table.ratio(f"{name}, elapsed, beside the same", speeds, "ms/MB", 1e3)
+        table.figure(f"{name}, one process, best round", max(rates), "/s")
 
 
-def until_stored(connection: "psycopg.Connection[tuple[object, ...]]", count: int) -> None:
-    """Waits until so many outputs are stored."""
-    until = time.monotonic() + 120
+def wait_until_stored(connection: "psycopg.Connection[tuple[object, ...]]", count: int) -> None:
+    """Wait until `count` outputs are stored."""
+    deadline = time.monotonic() + 120
     while True:
         row = connection.execute("SELECT count(*) FROM fetch_outputs WHERE status = 'stored'").fetchone()
         if row is not None and int(str(row[0])) >= count:
             return
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             raise RuntimeError(f"only {row} of {count} outputs are stored")
         time.sleep(0.02)
 

@@ -1,4 +1,4 @@
-"""What is measured: worker processes by the Procfile's line, on a database and a Redis of their own."""
+"""Deployment for the benchmarks: workers started with the Procfile's commands, a database, a Redis and a fake API."""
 
 import json
 import os
@@ -30,8 +30,8 @@ FROM generate_series(1, %(count)s) AS n
 
 
 @dataclass
-class Api:
-    """The server of the benchmarks, in a process of its own."""
+class ApiServer:
+    """The fake API of the benchmarks, in a separate process."""
 
     process: "subprocess.Popen[str]"
     port: int
@@ -40,32 +40,32 @@ class Api:
 
     @property
     def base(self) -> str:
-        """What `SD_API_URL` is set to."""
+        """The value for `SD_API_URL`."""
         return f"{'https' if self.certificate else 'http'}://localhost:{self.port}/api/v3"
 
     def count(self) -> int:
-        """How many calls it got."""
+        """Return the number of requests so far."""
         address = f"http://127.0.0.1:{self.count_port}/count"
-        with urllib.request.urlopen(address, timeout=10) as answer:  # our own
+        with urllib.request.urlopen(address, timeout=10) as answer:  # a local server
             return int(json.load(answer)["requests"])
 
 
 @contextmanager
-def api(latency: float = 0.0, certificate: Path | None = None) -> Iterator[Api]:
-    """A server that answers after `latency` seconds."""
+def api_server(latency: float = 0.0, certificate: Path | None = None) -> Iterator[ApiServer]:
+    """Run the fake API. It answers after `latency` seconds."""
     program = [sys.executable, "-m", "tests.benchmarks.server", "--latency", str(latency)]
     program += ["--certificate", str(certificate)] if certificate else []
     with subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         ports = json.loads(process.stdout.readline())
         try:
-            yield Api(process, ports["port"], ports["count_port"], certificate)
+            yield ApiServer(process, ports["port"], ports["count_port"], certificate)
         finally:
             process.terminate()
 
 
 def make_certificate(folder: Path) -> Path:
-    """One file with a certificate for localhost, its key, and the certificate of whoever signed it."""
+    """Create a file with a certificate for localhost, its key and the certificate of its authority."""
     authority, path = trustme.CA(), folder / "certificate.pem"
     authority.issue_cert("localhost", "127.0.0.1").private_key_and_cert_chain_pem.write_to_path(path)
     authority.cert_pem.write_to_path(path, append=True)
@@ -73,8 +73,8 @@ def make_certificate(folder: Path) -> Path:
 
 
 @dataclass
-class Stand:
-    """A database, a Redis, and the processes on them."""
+class Deployment:
+    """A database, a Redis server, and the processes that use them."""
 
     folder: Path
     database_url: str
@@ -84,7 +84,7 @@ class Stand:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The whole environment of its processes."""
+        """The complete environment of the processes."""
         return {
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
             "HOME": str(self.folder),
@@ -96,29 +96,29 @@ class Stand:
             "SD_API_KEY": "sk-benchmark-0123456789abcdef",
             "SD_API_RPS": "1000000",
             "POLL_POLICY": "fixed",
-            "POLL_MIN": "3000",  # a row is asked about once
+            "POLL_MIN": "3000",  # each job is polled once
             **self.settings,
         }
 
-    def run(self, *words: str) -> str:
-        """Runs a program to its end; what it printed."""
-        done = subprocess.run(
-            words, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=900, check=False
+    def run(self, *command: str) -> str:
+        """Run a program to its end. Return its output."""
+        result = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=900, check=False
         )
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(words)} failed: {done.stderr[-2000:]}")
-        return done.stdout
+        if result.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed: {result.stderr[-2000:]}")
+        return result.stdout
 
-    def put_rows(self, base: str, count: int, *, prefix: str, first: float = -1.0, status: str = "pending") -> None:
-        """Puts jobs in that are due in `first` seconds, or completed ones."""
+    def insert_jobs(self, base: str, count: int, *, prefix: str, first: float = -1.0, status: str = "pending") -> None:
+        """Insert pending jobs that are due in `first` seconds, or completed jobs."""
         values = {"prefix": prefix, "base": f"{base}/fetch", "host": base.split("/")[2], "count": count}
         with psycopg.connect(self.database_url, autocommit=True) as connection:
-            over = "2026-01-01T00:00:00Z" if status == "completed" else None
-            statement = ROWS.replace("now() + %(first)s * interval '1 second'", "NULL") if over else ROWS
-            connection.execute(statement, {**values, "first": first, "status": status, "over": over})
+            completed_at = "2026-01-01T00:00:00Z" if status == "completed" else None
+            statement = ROWS.replace("now() + %(first)s * interval '1 second'", "NULL") if completed_at else ROWS
+            connection.execute(statement, {**values, "first": first, "status": status, "over": completed_at})
 
     def database_cpu_seconds(self) -> float:
-        """Processor time of the server's processes that serve this database."""
+        """Return the processor time of the PostgreSQL processes that serve this database."""
         with psycopg.connect(self.database_url, autocommit=True) as connection:
             query = (
                 "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
@@ -127,36 +127,36 @@ class Stand:
             return cpu_seconds([row[0] for row in connection.execute(query)])
 
     def settle(self) -> None:
-        """Lets the database come to rest."""
+        """Vacuum and checkpoint the database, so that it is idle during the measurement."""
         with psycopg.connect(self.database_url, autocommit=True) as connection:
             connection.execute("VACUUM ANALYZE fetch_jobs")
             connection.execute("CHECKPOINT")
 
     def start(self, *command: str, log: str) -> int:
-        """Starts a Celery worker and waits until it is ready; its process id."""
+        """Start a Celery worker and wait until it is ready. Return its process id."""
         path = self.folder / log
         with path.open("wb") as out:
             process = subprocess.Popen(
                 command, cwd=self.folder, env=self.environment, stdout=out, stderr=out, start_new_session=True
             )
         self.processes.append(process)
-        until = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + START_SECONDS
         while b" ready." not in path.read_bytes():
-            if process.poll() is not None or time.monotonic() > until:
-                raise RuntimeError(f"no worker: {path.read_text()[-2000:]}")
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the worker did not start: {path.read_text()[-2000:]}")
             time.sleep(0.1)
         return process.pid
 
     def start_worker(self, number: int = 1, name: str = "worker", concurrency: int | None = None) -> int:
-        """Starts a worker by the Procfile's line of this name, with another number of threads where one is given."""
+        """Start a worker with the Procfile's command of this name, with `concurrency` threads if given."""
         lines = dict(line.split(": ", 1) for line in (ROOT / "Procfile").read_text().splitlines())
-        words = lines[name].replace(f"{name}@%h", f"{name}{number}@%h").split()
+        arguments = lines[name].replace(f"{name}@%h", f"{name}{number}@%h").split()
         if concurrency is not None:
-            words[words.index("--concurrency") + 1] = str(concurrency)
-        return self.start(str(BIN / words[0]), *words[1:], log=f"{name}{number}.log")
+            arguments[arguments.index("--concurrency") + 1] = str(concurrency)
+        return self.start(str(BIN / arguments[0]), *arguments[1:], log=f"{name}{number}.log")
 
     def stop(self) -> None:
-        """Ends its processes."""
+        """Stop the processes."""
         for process in self.processes:
             process.terminate()
         for process in self.processes:
@@ -169,20 +169,20 @@ class Stand:
 
 
 @contextmanager
-def stand(folder: Path, **settings: str) -> Iterator[Stand]:
-    """A stand with our tables."""
+def deploy(folder: Path, **settings: str) -> Iterator[Deployment]:
+    """Start a database with the product's tables and a Redis server. Stop everything at the end."""
     folder.mkdir(parents=True)
     with ExitStack() as servers:
         database = servers.enter_context(postgres(folder / "postgres")).replace("postgresql+psycopg", "postgresql")
         redis_url = servers.enter_context(redis_server(folder / "redis"))
-        made = Stand(folder, database, redis_url, settings)
-        servers.callback(made.stop)
-        made.run(str(BIN / "fetch-worker"), "migrate")
-        yield made
+        deployment = Deployment(folder, database, redis_url, settings)
+        servers.callback(deployment.stop)
+        deployment.run(str(BIN / "fetch-worker"), "migrate")
+        yield deployment
 
 
 def cpu_seconds(pids: Sequence[int]) -> float:
-    """User and system time of these processes and all their children, in seconds."""
+    """Return the user and system time of these processes and all their descendants, in seconds."""
     parents = dict[int, int]()
     used = dict[int, float]()
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -200,6 +200,6 @@ def cpu_seconds(pids: Sequence[int]) -> float:
 
 
 def resident_mib(pid: int) -> float:
-    """Memory of a process that is in RAM."""
+    """Return the resident memory of a process in MiB."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
     return int(status["VmRSS"].split()[0]) / 1024
