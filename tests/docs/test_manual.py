@@ -1,6 +1,7 @@
 """Every link leads somewhere, and every setting, command, option, metric, state and error code has its place."""
 
 import re
+import tomllib
 from typing import get_args, get_type_hints
 
 import pytest
@@ -10,7 +11,8 @@ from tests.docs.manual import DOCS, LINK, PAGES, README, ROOT, TEXTS, anchors, b
 from worker.admin.jobs import CODES as JOB_CODES
 from worker.admin.outputs import CODES as OUTPUT_CODES
 from worker.cli.commands import group
-from worker.core.lifecycle import JOB_STATES, PRUNED, BadBody, Trouble, Unfit
+from worker.core import lifecycle
+from worker.core.lifecycle import JOB_STATES, PRUNED
 from worker.core.pacing.estimate import Progress
 from worker.settings import Settings
 from worker.store.reaper import CODE as CRASHED
@@ -23,8 +25,10 @@ CODE = re.compile(r"`([^`\n]+)`")
 OPTION = re.compile(r"(?<!\S)--[a-z][a-z-]+")
 
 
-def _codes(kind: type) -> set[str]:
-    return set(get_args(get_type_hints(kind)["code"]))
+def _attempt_codes() -> set[str]:
+    """Return the codes that the outcome of a download attempt can have."""
+    kinds = [thing for thing in vars(lifecycle).values() if isinstance(thing, type)]
+    return {code for kind in kinds for code in get_args(get_type_hints(kind).get("code"))}
 
 
 def _first_cells(text: str) -> list[str]:
@@ -109,6 +113,13 @@ def test_every_command_that_is_named_exists_with_its_options() -> None:
     assert named == set(group.commands)
 
 
+def test_every_extra_is_listed() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = _first_cells(section("The processes", PAGES["deploying"]))
+
+    assert set(extras) - {"all"} <= set(named)
+
+
 def test_every_state_of_a_job_is_explained() -> None:
     assert _first_cells(section("States of a job", PAGES["operating"])) == list(JOB_STATES)
 
@@ -118,7 +129,8 @@ def test_every_error_code_of_a_job_is_explained() -> None:
 
 
 def test_every_error_code_of_an_output_is_explained() -> None:
-    codes = {*OUTPUT_CODES, CRASHED, PRUNED} | _codes(BadBody) | _codes(Unfit) | _codes(Trouble)
+    assert {"storage", "truncated", "too_large"} <= _attempt_codes()
+    codes = {*OUTPUT_CODES, CRASHED, PRUNED} | _attempt_codes()
 
     assert set(_first_cells(section("Error codes of outputs", PAGES["operating"]))) == codes
 

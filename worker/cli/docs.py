@@ -8,6 +8,7 @@ import click
 
 from worker.system.terminal import echo, make_console
 
+COMMENT = re.compile(r"<!--.*?-->\n\n?")  # marks the generated parts of a page
 FIRST_LINE = 2  # of a page: its title, an empty line, and one sentence that says what it is about
 
 
@@ -37,7 +38,8 @@ def manual_pages() -> dict[str, str]:
     folder = files("worker") / "docs"
     index = (folder / "index.md").read_text(encoding="utf-8")
     topics = re.findall(r"\]\(([a-z-]+)\.md\)", index)
-    return {"index": index} | {name: (folder / f"{name}.md").read_text(encoding="utf-8") for name in topics}
+    pages = {"index": index} | {name: (folder / f"{name}.md").read_text(encoding="utf-8") for name in topics}
+    return {name: COMMENT.sub("", text) for name, text in pages.items()}
 
 
 COMMANDS: tuple[click.Command, ...] = (docs,)
