@@ -1,4 +1,4 @@
-"""The supervisor, with small real processes: starts, restarts, stops, and leaves nothing behind."""
+"""The supervisor with small real processes: start, restart, stop, and no process left behind."""
 
 import os
 import resource
@@ -27,56 +27,56 @@ from worker.launch.supervisor import (
 pytestmark = pytest.mark.every_python
 
 QUICK = Timing(first_restart=0.02, longest_restart=0.05, stop_seconds=60.0)
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the kernel is asked for it on Linux alone")
-MOST_SECONDS = 60.0
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can kill children when the parent dies")
+TIMEOUT_SECONDS = 60.0
 
 
-class Words:
-    """What was said, as (name, line)."""
+class Messages:
+    """Collects what the supervisor says, as (name, line)."""
 
     def __init__(self) -> None:
-        self.said: list[tuple[str, str]] = []
+        self.entries: list[tuple[str, str]] = []
 
     def __call__(self, name: str, text: str) -> None:
-        self.said.append((name, text))
+        self.entries.append((name, text))
 
     def of(self, name: str) -> list[str]:
-        return [text for who, text in self.said if who == name]
+        return [text for source, text in self.entries if source == name]
 
 
 @pytest.fixture
-def words() -> Words:
-    return Words()
+def messages() -> Messages:
+    return Messages()
 
 
 @pytest.fixture
-def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A mark in the environment of all processes of a test; none of them may be there afterwards."""
+def marker(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A marker in the environment of all processes of a test. None of them may be left afterwards."""
     value = secrets.token_hex(8)
     monkeypatch.setenv("SUPERVISOR_TEST", value)
     yield value
-    wait_until(lambda: not marked(value), "no process of the test is left")
+    wait_until(lambda: not marked_processes(value), "no process of the test is left")
 
 
-def marked(value: str) -> list[int]:
-    """The processes that were started with the mark, but for this one."""
-    found: list[int] = []
+def marked_processes(value: str) -> list[int]:
+    """Return the processes that were started with the marker, except this one."""
+    pids: list[int] = []
     for entry in Path("/proc").glob("[0-9]*/environ"):
         try:
             if f"SUPERVISOR_TEST={value}".encode() in entry.read_bytes():
-                found.append(int(entry.parent.name))
+                pids.append(int(entry.parent.name))
         except OSError:
             continue
-    return [pid for pid in found if pid != os.getpid()]
+    return [pid for pid in pids if pid != os.getpid()]
 
 
-def python(name: str, code: str) -> Program:
+def python_program(name: str, code: str) -> Program:
     return Program(name, (sys.executable, "-c", code), merged_environment(None))
 
 
 def stops_after(supervisor: Supervisor, condition: Callable[[], bool]) -> int:
-    """Runs on until the condition holds, then as after a SIGTERM; the exit code."""
-    assert supervisor.wait_until(condition, MOST_SECONDS, 0.02)
+    """Run until the condition holds, then stop as after SIGTERM. Return the exit code."""
+    assert supervisor.wait_until(condition, TIMEOUT_SECONDS, 0.02)
     os.kill(os.getpid(), signal.SIGTERM)
     return supervisor.run()
 
@@ -95,18 +95,18 @@ def test_a_procfile_is_read_line_by_line_without_blank_lines_and_comments(tmp_pa
 
 
 @pytest.mark.parametrize("text", ["worker celery", "worker:", ": celery", "a: true\na: true"])
-def test_a_line_that_is_none_is_refused_with_its_number(tmp_path: Path, text: str) -> None:
+def test_an_invalid_line_is_refused_with_its_number(tmp_path: Path, text: str) -> None:
     (tmp_path / "Procfile").write_text(text)
 
     with pytest.raises(SettingsError, match=r"Procfile, line \d"):
         read_procfile(tmp_path / "Procfile")
 
 
-def test_our_own_procfile_is_found_without_a_checkout_as_working_directory() -> None:
+def test_our_own_procfile_is_found_from_any_working_directory() -> None:
     assert "worker" in [line.name for line in read_procfile(own_procfile())]
 
 
-def test_the_dotenv_file_fills_the_environment_up_and_the_real_one_wins(
+def test_the_dotenv_file_adds_variables_and_the_environment_takes_precedence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / ".env").write_text("SD_API_KEY=from-file\nOF_THE_APP='a b'\nTAKEN=file\nEMPTY=file\nsd_api_rps=7\n")
@@ -116,8 +116,8 @@ def test_the_dotenv_file_fills_the_environment_up_and_the_real_one_wins(
 
     merged = merged_environment(tmp_path / ".env")
 
-    wanted = {"SD_API_KEY": "from-file", "OF_THE_APP": "a b", "TAKEN": "real", "EMPTY": "file", "SD_API_RPS": "5"}
-    assert wanted.items() <= merged.items()
+    expected = {"SD_API_KEY": "from-file", "OF_THE_APP": "a b", "TAKEN": "real", "EMPTY": "file", "SD_API_RPS": "5"}
+    assert expected.items() <= merged.items()
     assert "sd_api_rps" not in merged
     assert merged["FETCH_WORKER_DOTENV"] == "off"
 
@@ -126,17 +126,17 @@ def test_programs_of_our_own_environment_are_found_first() -> None:
     assert merged_environment(None)["PATH"].startswith(f"{Path(sys.executable).parent}{os.pathsep}")
 
 
-@pytest.mark.parametrize(("name", "gets"), [("worker", True), ("downloads", False), ("release", False)])
-def test_the_keys_go_to_the_process_named_worker_alone(name: str, gets: bool) -> None:
+@pytest.mark.parametrize(("name", "gets_keys"), [("worker", True), ("downloads", False), ("release", False)])
+def test_only_the_process_named_worker_gets_the_keys(name: str, gets_keys: bool) -> None:
     keys = {"SD_API_KEY": "k1", "SD_API_KEYS": '{"a": "k2"}', "sd_api_key": "k3"}
 
-    started = program(Line(name, "true"), {**keys, "OTHER": "x"})
+    result = program(Line(name, "true"), {**keys, "OTHER": "x"})
 
-    assert started.environment == ({**keys, "OTHER": "x"} if gets else {"OTHER": "x"})
+    assert result.environment == ({**keys, "OTHER": "x"} if gets_keys else {"OTHER": "x"})
 
 
 @pytest.mark.parametrize(
-    ("deaths", "seconds"),
+    ("failures", "seconds"),
     [
         (1, 1),
         (2, 2),
@@ -146,125 +146,131 @@ def test_the_keys_go_to_the_process_named_worker_alone(name: str, gets: bool) ->
         (10_000, 30),
     ],
 )
-def test_restarts_wait_longer_and_longer_up_to_a_bound(deaths: int, seconds: float) -> None:
-    assert Timing().restart_delay(deaths) == seconds
+def test_restart_delays_grow_up_to_a_limit(failures: int, seconds: float) -> None:
+    assert Timing().restart_delay(failures) == seconds
 
 
 # ── running it ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_lines_of_a_process_are_said_with_its_name_as_they_come(tmp_path: Path, words: Words, mark: str) -> None:
-    with Supervisor(tmp_path, words, timing=QUICK) as supervisor:
+def test_output_lines_are_passed_on_with_the_name_of_the_process(
+    tmp_path: Path, messages: Messages, marker: str
+) -> None:
+    with Supervisor(tmp_path, messages, timing=QUICK) as supervisor:
         line = Line("shell", "A=b sh -c 'echo $A; echo two >&2; printf three'")
         supervisor.start(program(line, merged_environment(None)))
         code = stops_after(supervisor, lambda: bool(supervisor.exits))
 
     assert code == 0
-    assert words.of("shell")[:3] == ["b", "two", "three"]
+    assert messages.of("shell")[:3] == ["b", "two", "three"]
 
 
-def test_with_a_folder_for_logs_each_process_writes_a_file_of_its_own(tmp_path: Path, words: Words, mark: str) -> None:
-    with Supervisor(tmp_path, words, logs=tmp_path, timing=QUICK) as supervisor:
-        supervisor.start(python("talker", "print('hello', flush=True); import time; time.sleep(60)"))
+def test_with_a_log_folder_each_process_writes_its_own_file(tmp_path: Path, messages: Messages, marker: str) -> None:
+    with Supervisor(tmp_path, messages, logs=tmp_path, timing=QUICK) as supervisor:
+        supervisor.start(python_program("talker", "print('hello', flush=True); import time; time.sleep(60)"))
         stops_after(supervisor, lambda: "hello\n" in (tmp_path / "talker.log").read_text())
 
-    assert words.of("talker") == []
+    assert messages.of("talker") == []
 
 
-def test_what_dies_is_started_again_and_its_exit_code_is_told(tmp_path: Path, words: Words, mark: str) -> None:
-    with Supervisor(tmp_path, words, timing=QUICK) as supervisor:
-        supervisor.start(python("dies", "raise SystemExit(7)"))
-        supervisor.start(python("killed", "import os; os.kill(os.getpid(), 9)"))
+def test_a_process_that_dies_is_restarted_and_its_exit_code_is_reported(
+    tmp_path: Path, messages: Messages, marker: str
+) -> None:
+    with Supervisor(tmp_path, messages, timing=QUICK) as supervisor:
+        supervisor.start(python_program("dies", "raise SystemExit(7)"))
+        supervisor.start(python_program("killed", "import os; os.kill(os.getpid(), 9)"))
         stops_after(supervisor, lambda: min(supervisor.exits.get(name, 0) for name in ("dies", "killed")) >= 3)
 
-    told = words.of("up")
-    assert "dies ended with exit code 7; restart in 0.02 s" in told
-    assert "dies ended with exit code 7; restart in 0.04 s" in told
-    assert "killed was killed by SIGKILL; restart in 0.05 s" in told
+    log_lines = messages.of("up")
+    assert "dies ended with exit code 7; restart in 0.02 s" in log_lines
+    assert "dies ended with exit code 7; restart in 0.04 s" in log_lines
+    assert "killed was killed by SIGKILL; restart in 0.05 s" in log_lines
 
 
-def test_after_a_steady_life_the_shortest_delay_applies_again(tmp_path: Path, words: Words, mark: str) -> None:
-    steady = Timing(first_restart=0.02, longest_restart=1.0, reset_after=0.0)
+def test_after_a_long_uptime_the_shortest_delay_applies_again(tmp_path: Path, messages: Messages, marker: str) -> None:
+    timing = Timing(first_restart=0.02, longest_restart=1.0, reset_after=0.0)
 
-    with Supervisor(tmp_path, words, timing=steady) as supervisor:
-        supervisor.start(python("dies", "raise SystemExit(1)"))
+    with Supervisor(tmp_path, messages, timing=timing) as supervisor:
+        supervisor.start(python_program("dies", "raise SystemExit(1)"))
         stops_after(supervisor, lambda: supervisor.exits.get("dies", 0) >= 3)
 
-    assert [text for text in words.of("up") if "again" in text and "0.02" not in text] == []
+    assert [text for text in messages.of("up") if "restart" in text and "0.02" not in text] == []
 
 
-def test_one_that_was_asked_to_end_is_started_again_at_once_each_time(tmp_path: Path, words: Words, mark: str) -> None:
-    settled = Timing(first_restart=0.02, longest_restart=1.0, min_uptime=0.0)
+def test_a_process_that_was_asked_to_end_is_restarted_with_the_shortest_delay(
+    tmp_path: Path, messages: Messages, marker: str
+) -> None:
+    timing = Timing(first_restart=0.02, longest_restart=1.0, min_uptime=0.0)
 
-    with Supervisor(tmp_path, words, timing=settled) as supervisor:
-        supervisor.start(python("polite", "raise SystemExit(0)"))
+    with Supervisor(tmp_path, messages, timing=timing) as supervisor:
+        supervisor.start(python_program("polite", "raise SystemExit(0)"))
         stops_after(supervisor, lambda: supervisor.exits.get("polite", 0) >= 4)
 
-    assert [text for text in words.of("up") if "again" in text and "0.02" not in text] == []
+    assert [text for text in messages.of("up") if "restart" in text and "0.02" not in text] == []
 
 
-def test_while_one_process_crashes_the_others_live(tmp_path: Path, words: Words, mark: str) -> None:
-    with Supervisor(tmp_path, words, timing=QUICK) as supervisor:
-        supervisor.start(python("lives", "print('up', flush=True); import time; time.sleep(60)"))
-        supervisor.start(python("dies", "raise SystemExit(1)"))
-        stops_after(supervisor, lambda: supervisor.exits.get("dies", 0) >= 3 and bool(words.of("lives")))
+def test_while_one_process_crashes_the_others_keep_running(tmp_path: Path, messages: Messages, marker: str) -> None:
+    with Supervisor(tmp_path, messages, timing=QUICK) as supervisor:
+        supervisor.start(python_program("lives", "print('up', flush=True); import time; time.sleep(60)"))
+        supervisor.start(python_program("dies", "raise SystemExit(1)"))
+        stops_after(supervisor, lambda: supervisor.exits.get("dies", 0) >= 3 and bool(messages.of("lives")))
 
-    assert words.of("lives") == ["up"]
+    assert messages.of("lives") == ["up"]
 
 
-def test_given_no_file_left_to_open_when_a_program_is_to_be_started_again_then_the_others_live_and_it_starts_later(
-    tmp_path: Path, words: Words, mark: str
+def test_given_no_free_file_descriptor_when_a_program_must_restart_then_it_restarts_later_and_the_others_keep_running(
+    tmp_path: Path, messages: Messages, marker: str
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with Supervisor(tmp_path, words, timing=QUICK) as supervisor:
-        supervisor.start(python("lives", "import time; print('up', flush=True); time.sleep(60)"))
-        supervisor.start(python("dies", "raise SystemExit(1)"))
-        assert supervisor.wait_until(lambda: bool(words.of("lives")), MOST_SECONDS, 0.02)
+    with Supervisor(tmp_path, messages, timing=QUICK) as supervisor:
+        supervisor.start(python_program("lives", "import time; print('up', flush=True); time.sleep(60)"))
+        supervisor.start(python_program("dies", "raise SystemExit(1)"))
+        assert supervisor.wait_until(lambda: bool(messages.of("lives")), TIMEOUT_SECONDS, 0.02)
         try:
             lowest_free = os.dup(0)
             os.close(lowest_free)
             resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
             refused = supervisor.wait_until(
-                lambda: any("dies cannot be started" in text for text in words.of("up")), MOST_SECONDS, 0.02
+                lambda: any("dies cannot be started" in text for text in messages.of("up")), TIMEOUT_SECONDS, 0.02
             )
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        deaths = supervisor.exits["dies"]
+        failures = supervisor.exits["dies"]
         assert refused
-        assert supervisor.wait_until(lambda: supervisor.exits["dies"] > deaths + 1, MOST_SECONDS, 0.02)
+        assert supervisor.wait_until(lambda: supervisor.exits["dies"] > failures + 1, TIMEOUT_SECONDS, 0.02)
 
-    assert words.of("lives") == ["up"]
+    assert messages.of("lives") == ["up"]
 
 
-def test_wrong_settings_again_and_again_stop_everything_with_exit_code_2(
-    tmp_path: Path, words: Words, mark: str
+def test_repeated_wrong_settings_stop_everything_with_exit_code_2(
+    tmp_path: Path, messages: Messages, marker: str
 ) -> None:
-    with Supervisor(tmp_path, words, timing=QUICK) as supervisor:
-        supervisor.start(python("lives", "import time; time.sleep(60)"))
-        supervisor.start(python("refuses", "raise SystemExit(2)"))
+    with Supervisor(tmp_path, messages, timing=QUICK) as supervisor:
+        supervisor.start(python_program("lives", "import time; time.sleep(60)"))
+        supervisor.start(python_program("refuses", "raise SystemExit(2)"))
         code = supervisor.run()
 
     assert code == 2
-    assert any("refuses its settings" in text for text in words.of("up"))
+    assert any("refuses its settings" in text for text in messages.of("up"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_is_passed_on_as_a_polite_request(
-    tmp_path: Path, words: Words, mark: str, number: signal.Signals
+def test_a_stop_signal_is_passed_on_as_sigterm(
+    tmp_path: Path, messages: Messages, marker: str, number: signal.Signals
 ) -> None:
     polite = (
         "import signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: (print('asked', flush=True), sys.exit(0)))\n"
         "print('ready', flush=True)\ntime.sleep(60)"
     )
-    with Supervisor(tmp_path, words, timing=QUICK) as supervisor:
-        supervisor.start(python("polite", polite))
-        assert supervisor.wait_until(lambda: words.of("polite") == ["ready"], MOST_SECONDS, 0.02)
+    with Supervisor(tmp_path, messages, timing=QUICK) as supervisor:
+        supervisor.start(python_program("polite", polite))
+        assert supervisor.wait_until(lambda: messages.of("polite") == ["ready"], TIMEOUT_SECONDS, 0.02)
         os.kill(os.getpid(), number)
         code = supervisor.run()
 
     assert code == 0
-    assert words.of("polite") == ["ready", "asked"]
+    assert messages.of("polite") == ["ready", "asked"]
 
 
 STUBBORN = (
@@ -275,31 +281,33 @@ STUBBORN = (
 )
 
 
-def test_who_does_not_end_in_time_is_killed_with_all_it_started(tmp_path: Path, words: Words, mark: str) -> None:
-    with Supervisor(tmp_path, words, timing=Timing(stop_seconds=0.3)) as supervisor:
-        supervisor.start(python("stubborn", STUBBORN))
-        code = stops_after(supervisor, lambda: words.of("stubborn") == ["ready"])
+def test_a_process_that_does_not_end_in_time_is_killed_with_its_children(
+    tmp_path: Path, messages: Messages, marker: str
+) -> None:
+    with Supervisor(tmp_path, messages, timing=Timing(stop_seconds=0.3)) as supervisor:
+        supervisor.start(python_program("stubborn", STUBBORN))
+        code = stops_after(supervisor, lambda: messages.of("stubborn") == ["ready"])
 
     assert code == 0
-    assert words.of("stubborn") == ["ready", "no"]
+    assert messages.of("stubborn") == ["ready", "no"]
 
 
-def test_a_second_signal_kills_at_once(tmp_path: Path, words: Words, mark: str) -> None:
-    with Supervisor(tmp_path, words, timing=Timing(stop_seconds=600.0)) as supervisor:
-        supervisor.start(python("stubborn", STUBBORN))
-        assert supervisor.wait_until(lambda: words.of("stubborn") == ["ready"], MOST_SECONDS, 0.02)
+def test_a_second_signal_kills_at_once(tmp_path: Path, messages: Messages, marker: str) -> None:
+    with Supervisor(tmp_path, messages, timing=Timing(stop_seconds=600.0)) as supervisor:
+        supervisor.start(python_program("stubborn", STUBBORN))
+        assert supervisor.wait_until(lambda: messages.of("stubborn") == ["ready"], TIMEOUT_SECONDS, 0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
         def refuses() -> bool:
             supervisor.step(0.02)
-            return "no" in words.of("stubborn")
+            return "no" in messages.of("stubborn")
 
         wait_until(refuses, "it refuses to end")
         os.kill(os.getpid(), signal.SIGINT)
         assert supervisor.run() == 0
 
 
-def test_what_others_need_ends_after_them(tmp_path: Path, words: Words, mark: str) -> None:
+def test_a_program_that_others_need_ends_after_them(tmp_path: Path, messages: Messages, marker: str) -> None:
     slow = (
         "import signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.2), print('ended', flush=True), sys.exit(0)))\n"
@@ -307,40 +315,40 @@ def test_what_others_need_ends_after_them(tmp_path: Path, words: Words, mark: st
     )
     needed = Program("needed", (sys.executable, "-c", slow.replace("0.2", "0")), merged_environment(None), True)
 
-    with Supervisor(tmp_path, words, timing=QUICK) as supervisor:
+    with Supervisor(tmp_path, messages, timing=QUICK) as supervisor:
         supervisor.start(needed)
-        supervisor.start(python("slow", slow))
-        stops_after(supervisor, lambda: words.of("slow") == ["ready"] == words.of("needed"))
+        supervisor.start(python_program("slow", slow))
+        stops_after(supervisor, lambda: messages.of("slow") == ["ready"] == messages.of("needed"))
 
-    assert [name for name, text in words.said if text == "ended"] == ["slow", "needed"]
+    assert [name for name, text in messages.entries if text == "ended"] == ["slow", "needed"]
 
 
-def test_leaving_the_block_by_an_error_leaves_no_process_and_puts_the_signals_back(
-    tmp_path: Path, words: Words, mark: str
+def test_an_error_inside_the_block_leaves_no_process_and_restores_the_signal_handlers(
+    tmp_path: Path, messages: Messages, marker: str
 ) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)]
+    previous = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)]
 
     def fail() -> None:
-        with Supervisor(tmp_path, words, timing=QUICK) as supervisor:
-            supervisor.start(python("lives", "import time; time.sleep(60)"))
+        with Supervisor(tmp_path, messages, timing=QUICK) as supervisor:
+            supervisor.start(python_program("lives", "import time; time.sleep(60)"))
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail()
 
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)] == before
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)] == previous
 
 
-def test_a_program_that_runs_once_gives_its_exit_code(tmp_path: Path, words: Words, mark: str) -> None:
-    with Supervisor(tmp_path, words, timing=QUICK) as supervisor:
-        code = supervisor.run_once(python("release", "print('migrated'); raise SystemExit(3)"))
+def test_a_program_that_runs_once_returns_its_exit_code(tmp_path: Path, messages: Messages, marker: str) -> None:
+    with Supervisor(tmp_path, messages, timing=QUICK) as supervisor:
+        code = supervisor.run_once(python_program("release", "print('migrated'); raise SystemExit(3)"))
 
     assert code == 3
-    assert words.of("release") == ["migrated"]
+    assert messages.of("release") == ["migrated"]
 
 
 @LINUX
-def test_when_the_supervisor_is_killed_no_process_survives(tmp_path: Path, mark: str) -> None:
+def test_when_the_supervisor_is_killed_no_process_survives(tmp_path: Path, marker: str) -> None:
     code = (
         "from pathlib import Path\nfrom worker.launch.supervisor import *\n"
         "with Supervisor(Path('.'), lambda name, text: print(text, flush=True)) as supervisor:\n"
@@ -348,10 +356,12 @@ def test_when_the_supervisor_is_killed_no_process_survives(tmp_path: Path, mark:
         "    supervisor.start(program(Line('a', 'sh -c \"echo ready; exec sleep 60\"'), env))\n"
         "    supervisor.run()"
     )
-    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as killed:
-        assert killed.stdout is not None
-        assert killed.stdout.readline() == "ready\n"
-        wait_until(lambda: len(marked(mark)) == 2, "both processes are there")  # one may just be between two programs
-        killed.kill()
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        wait_until(
+            lambda: len(marked_processes(marker)) == 2, "both processes run"
+        )  # one of them may still be the shell
+        process.kill()
 
-    wait_until(lambda: not marked(mark), "no process is left")
+    wait_until(lambda: not marked_processes(marker), "no process is left")

@@ -1,4 +1,4 @@
-"""`fetch-worker up` as an operator runs it: what is wrong is said in one line before anything is started."""
+"""`fetch-worker up` as an operator runs it: errors are one line, and are reported before any process starts."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from worker.settings import Settings
 pytestmark = [pytest.mark.every_python, pytest.mark.usefixtures("interruptible")]
 
 UP = (sys.executable, "-c", "from worker.cli import main; main()", "up")
-MOST_SECONDS = 60
+TIMEOUT_SECONDS = 60
 PROCFILE = """\
 # stands in for worker.app
 release: python -c "print('migrated')"
@@ -27,16 +27,16 @@ downloads: python -c "import os, time; print('the key is', os.environ.get('SD_AP
 
 
 def environment(changes: Mapping[str, str]) -> dict[str, str]:
-    known = {name.upper() for name in Settings.model_fields}
+    names = {name.upper() for name in Settings.model_fields}
     return (
-        {name: value for name, value in os.environ.items() if name not in known}
+        {name: value for name, value in os.environ.items() if name not in names}
         | {"LOG_FORMAT": "text"}
         | dict(changes)
     )
 
 
 @pytest.mark.parametrize(
-    ("changes", "code", "said"),
+    ("changes", "code", "message"),
     [
         ({"SD_API_RPS": "many"}, 2, "SD_API_RPS is wrong"),
         ({"REDIS_URL": "redis://:secret@127.0.0.1:1/0"}, 1, "check REDIS_URL"),
@@ -44,23 +44,23 @@ def environment(changes: Mapping[str, str]) -> dict[str, str]:
         ({"BROKER_URL": "amqp://u:secret@127.0.0.1:1//"}, 1, "check BROKER_URL"),
     ],
 )
-def test_what_is_wrong_is_one_line_without_a_secret_and_nothing_is_started(
-    tmp_path: Path, changes: Mapping[str, str], code: int, said: str
+def test_an_error_is_one_line_without_secrets_and_nothing_is_started(
+    tmp_path: Path, changes: Mapping[str, str], code: int, message: str
 ) -> None:
     (tmp_path / "Procfile").write_text(PROCFILE)
 
-    done = subprocess.run(
-        UP, cwd=tmp_path, env=environment(changes), capture_output=True, text=True, timeout=MOST_SECONDS
+    result = subprocess.run(
+        UP, cwd=tmp_path, env=environment(changes), capture_output=True, text=True, timeout=TIMEOUT_SECONDS
     )
 
-    assert done.returncode == code
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
-    assert said in done.stderr
-    assert "secret" not in done.stderr
+    assert result.returncode == code
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert message in result.stderr
+    assert "secret" not in result.stderr
 
 
-def test_without_settings_it_brings_a_redis_says_that_a_key_is_missing_and_ends_politely(tmp_path: Path) -> None:
+def test_without_settings_it_starts_redis_reports_the_missing_key_and_stops_on_a_signal(tmp_path: Path) -> None:
     (tmp_path / "Procfile").write_text(PROCFILE)
 
     with subprocess.Popen(UP, cwd=tmp_path, env=environment({}), stdout=subprocess.PIPE, text=True) as up:
@@ -81,18 +81,20 @@ def test_without_settings_it_brings_a_redis_says_that_a_key_is_missing_and_ends_
     assert not (tmp_path / "var" / "redis.sock").exists()
 
 
-def test_a_release_that_fails_ends_it_before_the_others_start(tmp_path: Path) -> None:
+def test_a_failed_release_stops_it_before_the_other_processes_start(tmp_path: Path) -> None:
     (tmp_path / "Procfile").write_text(PROCFILE.replace("print('migrated')", "raise SystemExit(3)"))
     (tmp_path / ".env").write_text("SD_API_KEY=for-the-worker\n")
 
-    done = subprocess.run(UP, cwd=tmp_path, env=environment({}), capture_output=True, text=True, timeout=MOST_SECONDS)
+    result = subprocess.run(
+        UP, cwd=tmp_path, env=environment({}), capture_output=True, text=True, timeout=TIMEOUT_SECONDS
+    )
 
-    assert done.returncode == 1
-    assert "release ended with exit code 3" in done.stdout
-    assert "for-the-worker" not in done.stdout
+    assert result.returncode == 1
+    assert "release ended with exit code 3" in result.stdout
+    assert "for-the-worker" not in result.stdout
 
 
-def test_lines_have_the_name_of_their_process_in_front(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_are_prefixed_with_the_name_of_their_process(capsys: pytest.CaptureFixture[str]) -> None:
     say = text_writer(["worker", "downloads"], sys.stdout)
 
     say("worker", "one")
@@ -110,13 +112,13 @@ def test_lines_have_the_name_of_their_process_in_front(capsys: pytest.CaptureFix
     ],
     ids=["another app's", "a worker of another app's", "ours and another app's"],
 )
-def test_a_web_apps_own_procfile_is_not_run(tmp_path: Path, text: str) -> None:
+def test_a_procfile_of_a_web_app_is_not_run(tmp_path: Path, text: str) -> None:
     (tmp_path / "Procfile").write_text(text)
 
     assert procfile(tmp_path) == own_procfile()
 
 
-def test_a_procfile_that_runs_our_app_alone_is_run(tmp_path: Path) -> None:
+def test_a_procfile_that_only_runs_our_app_is_run(tmp_path: Path) -> None:
     (tmp_path / "Procfile").write_text("worker: celery -A worker.app worker --concurrency 2\n")
 
     assert procfile(tmp_path) == tmp_path / "Procfile"

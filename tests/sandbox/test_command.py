@@ -148,6 +148,6 @@ def test_a_taken_port_is_one_clear_line_and_exit_1(capsys: pytest.CaptureFixture
 
     out, err = capsys.readouterr()
     assert out == ""
-    assert "can't listen on 127.0.0.1 port" in err
+    assert "cannot listen on 127.0.0.1 port" in err
     assert err.count("\n") == 1
     assert signal.getsignal(signal.SIGTERM) is before

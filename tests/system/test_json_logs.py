@@ -1,4 +1,4 @@
-"""Log lines as JSON: one event each, ids as fields, and the key in none of them, wherever it was written."""
+"""Log lines as JSON: one event per line, ids as fields, and the API key in none of them."""
 
 import ast
 import io
@@ -30,40 +30,40 @@ KEY = 'sk-"canary"/\\-é7f3a'
 ROOT = Path(__file__).parents[2]
 
 
-class Lines:
-    """A logger of a name, and what it wrote."""
+class CapturedLogs:
+    """A logger and the lines that it wrote."""
 
     def __init__(self, name: str) -> None:
         self.out = io.StringIO()
         handler = logging.StreamHandler(self.out)
         handler.setFormatter(JsonFormatter(Scrubber([KEY]), "downloads"))
-        self.log = logging.Logger(name)  # of its own, with no parents
+        self.log = logging.Logger(name)  # separate, without parents
         self.log.addHandler(handler)
 
     @property
     def last(self) -> dict[str, Any]:
         """The last line, which must be JSON."""
-        found: dict[str, Any] = json.loads(self.out.getvalue().splitlines()[-1])
-        return found
+        document: dict[str, Any] = json.loads(self.out.getvalue().splitlines()[-1])
+        return document
 
 
 @pytest.fixture
-def ours() -> Lines:
-    """A logger of ours."""
-    return Lines("worker.polling.recorder")
+def logger() -> CapturedLogs:
+    """A logger of our own package."""
+    return CapturedLogs("worker.polling.recorder")
 
 
-def test_an_event_has_its_words_and_its_ids_as_fields(ours: Lines) -> None:
-    """Numbers stay numbers, lists lists; who wrote it, and when, in UTC."""
-    ours.log.warning("rows are set aside jobs=%s ms=%.1f at=%s:%s name=%s", (1, 2), 1.26, "file.py", 7, None)
+def test_an_event_has_its_words_and_its_ids_as_fields(logger: CapturedLogs) -> None:
+    """Numbers stay numbers and lists stay lists. The line has its source, and a time in UTC."""
+    logger.log.warning("rows are quarantined jobs=%s ms=%.1f at=%s:%s name=%s", (1, 2), 1.26, "file.py", 7, None)
 
-    line = ours.last
+    line = logger.last
     moment = datetime.fromisoformat(line.pop("time"))
     assert moment.utcoffset() == timedelta()
     assert line == {
         "level": "WARNING",
         "logger": "worker.polling.recorder",
-        "event": "rows are set aside",
+        "event": "rows are quarantined",
         "jobs": [1, 2],
         "ms": 1.3,
         "at": "file.py:7",
@@ -80,44 +80,44 @@ def test_an_event_has_its_words_and_its_ids_as_fields(ours: Lines) -> None:
         ("held reason=%s", ("x job=7 level=%s\n{}",), "held", {"reason": "x job=7 level=%s\n{}"}),
         ("%s; waiting for it", ("a=b",), "a=b; waiting for it", {}),
         ("no SD_API_KEY: jobs are held", (), "no SD_API_KEY: jobs are held", {}),
-        ("told job=7 words", (), "told job=7 words", {}),
+        ("sent job=7 words", (), "sent job=7 words", {}),
         ("half %% job=%s", (7,), "half % job=7", {}),
         ("told level=%s event=%s", ("x", "y"), "told", {"level_": "x", "event_": "y"}),
         ("one job=%(job)s", ({"job": 7},), "one job=7", {}),
         ("worth share=%s", (float("nan"),), "worth", {"share": "nan"}),
     ],
 )
-def test_fields_come_from_the_template_alone(
-    ours: Lines, template: str, args: tuple[Any, ...], event: str, fields: dict[str, Any]
+def test_fields_come_only_from_the_template(
+    logger: CapturedLogs, template: str, args: tuple[Any, ...], event: str, fields: dict[str, Any]
 ) -> None:
-    """What somebody else wrote can't make a field, nor hide one."""
-    ours.log.error(template, *args)
+    """Values cannot add a field or hide one."""
+    logger.log.error(template, *args)
 
-    line = ours.last
-    shown = {name: value for name, value in line.items() if name not in RESERVED}
-    assert (line["event"], shown, line["level"]) == (event, fields, "ERROR")
+    line = logger.last
+    other_fields = {name: value for name, value in line.items() if name not in RESERVED}
+    assert (line["event"], other_fields, line["level"]) == (event, fields, "ERROR")
 
 
-def test_others_lines_are_events_as_a_whole() -> None:
-    """Those of Celery about a task name it."""
-    theirs = Lines("celery.app.trace")
-    about = {"id": "0-1", "name": "worker.poll", "args": "[secret]"}
-    theirs.log.info("Task %(name)s[%(id)s] key=value", about, extra={"data": about})
+def test_lines_of_other_packages_become_one_event() -> None:
+    """Celery's lines about a task also name the task."""
+    celery_logger = CapturedLogs("celery.app.trace")
+    task = {"id": "0-1", "name": "worker.poll", "args": "[secret]"}
+    celery_logger.log.info("Task %(name)s[%(id)s] key=value", task, extra={"data": task})
 
-    line = theirs.last
+    line = celery_logger.last
     assert (line["event"], line["task"], line["task_id"]) == ("Task worker.poll[0-1] key=value", "worker.poll", "0-1")
-    assert "secret" not in theirs.out.getvalue()
+    assert "secret" not in celery_logger.out.getvalue()
 
 
-def test_the_key_is_nowhere_in_a_line(ours: Lines) -> None:
-    """Template, arguments, lists, objects, exception and its causes, extra, stack."""
+def test_a_line_never_contains_the_key(logger: CapturedLogs) -> None:
+    """It is removed from template, arguments, lists, objects, the exception and its causes, extra fields and stack."""
     try:
         try:
             raise ValueError(KEY)
         except ValueError as inner:
             raise RuntimeError(f"because of {inner}") from inner
     except RuntimeError:
-        ours.log.exception(
+        logger.log.exception(
             f"no luck with {KEY} one=%s two=%s three=%s",
             KEY,
             [KEY, 1],
@@ -128,76 +128,76 @@ def test_the_key_is_nowhere_in_a_line(ours: Lines) -> None:
     try:
         raise OSError(KEY)
     except OSError:
-        ours.log.exception("%s", KEY)
+        logger.log.exception("%s", KEY)
 
-    for text in ours.out.getvalue().splitlines():
+    for text in logger.out.getvalue().splitlines():
         line = json.loads(text)
         assert "canary" not in text
         assert "[key]" in line["event"]
         assert "[key]" in line["exception"]
-    first = json.loads(ours.out.getvalue().splitlines()[0])
+    first = json.loads(logger.out.getvalue().splitlines()[0])
     assert (first["one"], first["two"], first["four"]) == ("[key]", ["[key]", 1], "[key]")
     assert "RuntimeError: because of [key]" in first["exception"]
 
 
-def test_a_key_that_looks_like_an_escape_spoils_no_line() -> None:
-    """Texts are scrubbed before they become JSON."""
-    lines = Lines("worker")
+def test_a_key_that_resembles_an_escape_does_not_break_a_line() -> None:
+    """Texts are redacted before they become JSON."""
+    lines = CapturedLogs("worker")
     handler = lines.log.handlers[0]
     handler.setFormatter(JsonFormatter(Scrubber(["nabc"]), "worker"))
     lines.log.warning("x=%s", "\nabc nabc")
     assert lines.last["x"] == "\nabc [key]"
 
 
-# ── our own lines ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── log lines in our code ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _calls() -> Iterator[tuple[str, str, int]]:
-    """Every line that this package logs: (where, template, how many arguments)."""
+    """Yield every log call of this package: (place, template, number of arguments)."""
     for path in sorted((ROOT / "worker").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             match node:
                 case ast.Call(func=ast.Attribute(value=ast.Name(id="log"), attr=attr), args=[first, *rest]):
                     if attr in ("debug", "info", "warning", "error", "exception"):
                         assert isinstance(first, ast.Constant), f"{path}:{node.lineno} has no fixed event"
-                        starred = any(isinstance(one, ast.Starred) for one in rest)
+                        starred = any(isinstance(argument, ast.Starred) for argument in rest)
                         yield f"{path}:{node.lineno}", str(first.value), -1 if starred else len(rest)
 
 
-def test_every_line_of_ours_is_understood_and_no_field_hides_another() -> None:
-    """A fixed event, arguments that fit, names of their own."""
-    found = list(_calls())
-    assert len(found) > 30
-    for where, template, count in found:
+def test_every_log_template_of_ours_can_be_parsed_and_has_distinct_fields() -> None:
+    """Each has a fixed event, matching arguments, and field names that are not reserved."""
+    calls = list(_calls())
+    assert len(calls) > 30
+    for place, template, count in calls:
         if not count:
             continue
-        words = json_logs._parse_template(template)
-        names = [word.field for word in words if word.field is not None]
-        assert words, f"{where}: {template}"
-        assert count in (-1, sum(word.arguments for word in words)), where
-        assert len(names) == len(set(names)), where
-        assert not RESERVED.intersection(names), f"{where}: {template}"
+        parts = json_logs._parse_template(template)
+        names = [part.field for part in parts if part.field is not None]
+        assert parts, f"{place}: {template}"
+        assert count in (-1, sum(part.arguments for part in parts)), place
+        assert len(names) == len(set(names)), place
+        assert not RESERVED.intersection(names), f"{place}: {template}"
 
 
 # ── processes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
-def settled(tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables and a Redis, and logs as they are where no terminal is."""
+def database_and_redis(tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables, Redis, and the log format that is used without a terminal."""
     database = f"sqlite:///{tmp_path}/worker.db"
-    made = make_engine(make_url(database))
-    migrate(made)
-    made.dispose()
+    engine = make_engine(make_url(database))
+    migrate(engine)
+    engine.dispose()
     for name, value in {"DATABASE_URL": database, "REDIS_URL": redis_url, "SD_API_KEY": KEY}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("LOG_FORMAT")
 
 
-@pytest.mark.usefixtures("settled")
-def test_a_worker_writes_nothing_but_json_where_no_terminal_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Celery's own lines too; a task that fails names itself, and not what it was given."""
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore")  # Celery warns whoever is root, before anything is logged
+@pytest.mark.usefixtures("database_and_redis")
+def test_a_worker_writes_only_json_without_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This includes Celery's own lines. A failed task is named, without its arguments."""
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")  # Celery warns if run as root, before logging is set up
     monkeypatch.setenv("SD_API_URL", f"http://127.0.0.1:{free_port()}/api/v3")
     with celery_worker(tmp_path, "--hostname", "worker@%h") as process:
         from celery import Celery
@@ -209,40 +209,42 @@ def test_a_worker_writes_nothing_but_json_where_no_terminal_is(tmp_path: Path, m
         track("13")
         assert process.poll() is None
     lines = (tmp_path / "worker.log").read_text().splitlines()
-    words = [line for line in lines if line and not line.startswith("{")]
-    assert all("shutdown" in line for line in words), words  # Celery writes this one past all logging
+    other_lines = [line for line in lines if line and not line.startswith("{")]
+    assert all("shutdown" in line for line in other_lines), other_lines  # Celery writes it without the logging module
     documents = [json.loads(line) for line in lines if line.startswith("{")]
-    assert {one["process"] for one in documents} == {"worker"}
-    assert any(one["event"].endswith(" ready.") for one in documents)
-    assert any(one.get("task") == "worker.track" and one.get("task_id") == answer.id for one in documents)
+    assert {document["process"] for document in documents} == {"worker"}
+    assert any(document["event"].endswith(" ready.") for document in documents)
+    assert any(
+        document.get("task") == "worker.track" and document.get("task_id") == answer.id for document in documents
+    )
     assert "canary" not in "".join(lines)
 
 
-@pytest.mark.usefixtures("settled")
+@pytest.mark.usefixtures("database_and_redis")
 @pytest.mark.parametrize("name", ["beat", "flower"])
-def test_beat_and_flower_write_json_as_well(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From their first line on."""
+def test_beat_and_flower_write_json_too(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All lines are JSON from the first one on."""
     if name == "flower":
         monkeypatch.setenv("FLOWER_BASIC_AUTH", "a:b")
         monkeypatch.setenv("FLOWER_PORT", str(free_port()))
-    says = {"beat": "Sending due task", "flower": "Visit me"}[name]
-    words = [sys.executable, "-m", "celery", "-A", "worker.app", name]
-    words += ["--loglevel", "INFO"] if name == "beat" else []
+    text = {"beat": "Sending due task", "flower": "Visit me"}[name]
+    command = [sys.executable, "-m", "celery", "-A", "worker.app", name]
+    command += ["--loglevel", "INFO"] if name == "beat" else []
     log = tmp_path / f"{name}.log"
-    with log.open("wb") as out, subprocess.Popen(words, stdout=out, stderr=out, cwd=tmp_path) as process:
+    with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out, cwd=tmp_path) as process:
         try:
             wait_until(
-                lambda: process.poll() is not None or says in log.read_text(), f"it says {says!r}", seen=log.read_text
+                lambda: process.poll() is not None or text in log.read_text(), f"it says {text!r}", seen=log.read_text
             )
         finally:
             process.terminate()
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    assert any(says in record["event"] for record in records), log.read_text()
+    assert any(text in record["event"] for record in records), log.read_text()
     assert {record["process"] for record in records} == {name}
 
 
-def test_up_hands_on_what_is_json_and_makes_json_of_the_rest() -> None:
-    """With the name of the process that wrote it."""
+def test_up_passes_json_lines_on_and_converts_other_lines() -> None:
+    """Converted lines have the name of the process that wrote them."""
     out = io.StringIO()
     say = json_writer(out)
     say("worker", '{"time": "2026-01-01T00:00:00.000Z", "event": "x"}')
@@ -253,19 +255,19 @@ def test_up_hands_on_what_is_json_and_makes_json_of_the_rest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "terminal", "as_json"),
+    ("value", "is_terminal", "as_json"),
     [
         ("auto", True, False),
         ("auto", False, True),
         ("json", True, True),
         ("TEXT", False, False),
-        ("%(message)s", False, True),  # an app's own
+        ("%(message)s", False, True),  # a value that a web app may have set
     ],
 )
-def test_logs_are_text_on_a_terminal_unless_something_else_is_said(
-    said: str, terminal: bool, as_json: bool, monkeypatch: pytest.MonkeyPatch
+def test_logs_are_text_on_a_terminal_unless_log_format_says_otherwise(
+    value: str, is_terminal: bool, as_json: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LOG_FORMAT", said)
+    monkeypatch.setenv("LOG_FORMAT", value)
     stream = io.StringIO()
-    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
     assert load().json_logs(stream) is as_json

@@ -1,4 +1,4 @@
-"""What a process owns is made once, however many threads ask for it first, on every Python."""
+"""Resources of a process are made once, even if several threads ask for them together, on every Python version."""
 
 import os
 import threading
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.every_python
 THREADS = 16
 
 
-def _at_once(work: Callable[[], Any], threads: int = THREADS) -> list[Any]:
-    """What `work` returns in each of many threads that a barrier releases together."""
+def _in_threads(work: Callable[[], Any], threads: int = THREADS) -> list[Any]:
+    """Return the results of `work` in several threads that a barrier releases together."""
     barrier = threading.Barrier(threads)
 
     def run() -> Any:
@@ -35,18 +35,18 @@ def _at_once(work: Callable[[], Any], threads: int = THREADS) -> list[Any]:
         return work()
 
     with ThreadPoolExecutor(threads) as pool:
-        return [done.result() for done in [pool.submit(run) for _ in range(threads)]]
+        return [future.result() for future in [pool.submit(run) for _ in range(threads)]]
 
 
-class _Slow:
-    """Has a property that takes long to make, and counts how often it was made."""
+class _SlowProperty:
+    """Has a property that is slow to make, and counts how often it was made."""
 
     def __init__(self) -> None:
-        self.made = 0
+        self.times_made = 0
 
     @locked_property
     def first(self) -> object:
-        self.made += 1
+        self.times_made += 1
         time.sleep(0.05)
         return object()
 
@@ -56,22 +56,22 @@ class _Slow:
 
 
 def test_a_locked_property_is_made_by_one_thread_while_the_others_wait() -> None:
-    slow = _Slow()
-    assert len({id(found) for found in _at_once(lambda: slow.first)}) == 1
-    assert slow.made == 1
+    slow = _SlowProperty()
+    assert len({id(value) for value in _in_threads(lambda: slow.first)}) == 1
+    assert slow.times_made == 1
 
 
 def test_locked_properties_may_use_each_other() -> None:
-    slow = _Slow()
-    assert len({id(found) for found in _at_once(lambda: slow.second)}) == 1
-    assert slow.made == 1
+    slow = _SlowProperty()
+    assert len({id(value) for value in _in_threads(lambda: slow.second)}) == 1
+    assert slow.times_made == 1
 
 
 def test_two_instances_share_neither_value_nor_lock() -> None:
-    assert _Slow().first is not _Slow().first
+    assert _SlowProperty().first is not _SlowProperty().first
 
 
-def test_a_locked_cache_calls_its_function_once_for_each_argument() -> None:
+def test_a_locked_cache_calls_its_function_once_per_argument() -> None:
     calls: list[int] = []
 
     @locked_cache
@@ -80,7 +80,7 @@ def test_a_locked_cache_calls_its_function_once_for_each_argument() -> None:
         time.sleep(0.05)
         return object()
 
-    assert len({id(found) for found in _at_once(lambda: make(1))}) == 1
+    assert len({id(value) for value in _in_threads(lambda: make(1))}) == 1
     make(2)
     assert calls == [1, 2]
     make.cache_clear()
@@ -88,7 +88,7 @@ def test_a_locked_cache_calls_its_function_once_for_each_argument() -> None:
     assert calls == [1, 2, 1]
 
 
-def test_a_locked_cache_works_in_a_child_that_was_forked_while_a_thread_made_something() -> None:
+def test_a_locked_cache_works_in_a_child_that_was_forked_during_a_call() -> None:
     making, release = threading.Event(), threading.Event()
 
     @locked_cache
@@ -103,7 +103,7 @@ def test_a_locked_cache_works_in_a_child_that_was_forked_while_a_thread_made_som
     making.wait(10)
     child = os.fork()
     if child == 0:
-        threading.Timer(5.0, os._exit, (1,)).start()  # a lock that nobody releases would block for ever
+        threading.Timer(5.0, os._exit, (1,)).start()  # without this, a lock that stays held would block forever
         os._exit(0 if make(2) == 2 else 2)
     _, status = os.waitpid(child, 0)
     release.set()
@@ -113,7 +113,7 @@ def test_a_locked_cache_works_in_a_child_that_was_forked_while_a_thread_made_som
 
 @pytest.fixture
 def _own_resources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Resources of this test alone, on a database file that nobody opens."""
+    """Resources of this test, with a database file that is never opened."""
     settings = Settings(
         database_url=f"sqlite:///{tmp_path}/jobs.db", redis_url="redis://127.0.0.1:1/0", state_directory=str(tmp_path)
     )
@@ -121,7 +121,7 @@ def _own_resources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "settings", settings)
     monkeypatch.setattr(resources, "_resources", {})
     monkeypatch.setattr(resources, "listen", lambda *_: None)
-    monkeypatch.setattr(resources, "gc", Mock())  # the collector belongs to the process that runs the tests
+    monkeypatch.setattr(resources, "gc", Mock())  # do not change the garbage collector of the test process
 
 
 RESOURCES = sorted(
@@ -132,40 +132,40 @@ RESOURCES = sorted(
 @pytest.mark.usefixtures("_own_resources")
 @pytest.mark.parametrize("name", RESOURCES)
 def test_each_resource_of_a_process_is_made_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
+    made_names: list[str] = []
     resource = vars(resources.ProcessResources)[name]
 
     def counted(own: resources.ProcessResources, make: Callable[[Any], Any] = resource.func) -> Any:
-        made.append(name)
+        made_names.append(name)
         time.sleep(0.02)
         return make(own)
 
     monkeypatch.setattr(resource, "func", counted)
-    found = _at_once(lambda: getattr(resources.process_resources(), name))
-    assert len({id(one) for one in found}) == 1
-    assert made == [name]
+    value = _in_threads(lambda: getattr(resources.process_resources(), name))
+    assert len({id(value) for value in value}) == 1
+    assert made_names == [name]
 
 
-def test_every_resource_is_covered_and_none_is_made_without_a_lock() -> None:
+def test_all_resources_use_a_locked_property() -> None:
     assert {"engine", "leases", "poller", "downloader", "webhooks", "api", "publisher"} <= set(RESOURCES)
 
 
 @pytest.mark.usefixtures("_own_resources")
-def test_a_process_makes_what_its_queues_need_and_nothing_else() -> None:
+def test_a_process_only_makes_what_its_queues_need() -> None:
     resources.process_resources().make_for({POLLS})
     assert "poller" in vars(resources.process_resources())
     assert "downloader" not in vars(resources.process_resources())
 
 
 @pytest.mark.usefixtures("_own_resources")
-def test_a_poller_that_is_made_while_the_worker_stops_claims_nothing() -> None:
+def test_a_poller_that_is_made_during_shutdown_claims_nothing() -> None:
     resources.process_resources().stop()
     assert "poller" not in vars(resources.process_resources()), "a signal handler must not make things"
     assert resources.process_resources().poller.stopped
 
 
 @pytest.mark.usefixtures("_own_resources")
-def test_the_storage_is_prepared_by_the_first_download_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_download_prepares_the_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared: list[int] = []
     storage = select.storage_for(Settings(storage_url=f"file:{tmp_path}/outputs"))
 
@@ -176,38 +176,38 @@ def test_the_storage_is_prepared_by_the_first_download_alone(tmp_path: Path, mon
     monkeypatch.setattr(storage, "prepare", prepare)
     monkeypatch.setattr(resources, "storage_for", lambda _: storage)
     downloader: Downloader = resources.process_resources().downloader
-    assert prepared == [], "making it asks no server"
-    _at_once(downloader._prepare_storage)
+    assert prepared == [], "making the downloader must not prepare the storage"
+    _in_threads(downloader._prepare_storage)
     assert prepared == [1]
 
 
-def test_engines_settings_and_wake_ups_of_a_web_app_are_made_once(tmp_path: Path) -> None:
+def test_engine_settings_and_wake_ups_of_a_web_app_are_made_once(tmp_path: Path) -> None:
     settings = Settings(database_url=f"sqlite:///{tmp_path}/jobs.db")
-    assert len({id(found) for found in _at_once(lambda: engine_for(settings.database))}) == 1
+    assert len({id(value) for value in _in_threads(lambda: engine_for(settings.database))}) == 1
     tracking._settings.cache_clear()
-    assert len({id(found) for found in _at_once(tracking._settings)}) == 1
-    assert len({id(found) for found in _at_once(lambda: tracking._wake_ups("redis://127.0.0.1:1/0"))}) == 1
+    assert len({id(value) for value in _in_threads(tracking._settings)}) == 1
+    assert len({id(value) for value in _in_threads(lambda: tracking._wake_ups("redis://127.0.0.1:1/0"))}) == 1
 
 
-def test_a_store_in_the_cloud_is_made_once(tmp_path: Path) -> None:
+def test_a_bucket_storage_is_made_once(tmp_path: Path) -> None:
     settings = Settings(storage_url="s3://bucket/prefix")
-    assert len({id(found) for found in _at_once(lambda: select.storage_for(settings))}) == 1
+    assert len({id(value) for value in _in_threads(lambda: select.storage_for(settings))}) == 1
 
 
-def test_settings_look_for_the_embedded_redis_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two threads that looked for themselves could use two servers."""
-    looked: list[Path] = []
+def test_settings_search_for_the_embedded_redis_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads with separate searches could use two servers."""
+    paths: list[Path] = []
 
     def answers(path: Path) -> bool:
-        looked.append(path)
+        paths.append(path)
         time.sleep(0.02)
         return True
 
     monkeypatch.setattr("worker.settings._answers", answers)
     monkeypatch.delenv("REDIS_URL", raising=False)
     settings = Settings()
-    assert len(set(_at_once(lambda: settings.redis))) == 1
-    assert len(looked) == 1
+    assert len(set(_in_threads(lambda: settings.redis))) == 1
+    assert len(paths) == 1
 
 
 def test_a_publisher_has_one_thread() -> None:
@@ -217,7 +217,7 @@ def test_a_publisher_has_one_thread() -> None:
     def send() -> None:
         publisher.send("test", lambda: sent.append(threading.get_ident()))
 
-    _at_once(send)
+    _in_threads(send)
     assert publisher.finish(10)
     assert len(sent) == THREADS
     assert len(set(sent)) == 1

@@ -1,4 +1,4 @@
-"""The scrubber takes keys out, however they are written."""
+"""The scrubber removes keys in all spellings."""
 
 import base64
 import io
@@ -21,7 +21,7 @@ JWT_HEADER = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9."
     "key", [KEY, "d41d8cd98f00b204e9800998ecf8427e", JWT_HEADER + "eyJhIjoxfQ.A-B_c", "sé\U0001f511" * 4]
 )
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_given_a_key_in_any_spelling_when_scrubbed_then_it_is_gone(spelling: str, key: str) -> None:
+def test_a_key_is_removed_in_every_spelling(spelling: str, key: str) -> None:
     scrubber = Scrubber(["another key that is not there", key])
     spelled = SPELLINGS[spelling](key)
 
@@ -32,7 +32,7 @@ def test_given_a_key_in_any_spelling_when_scrubbed_then_it_is_gone(spelling: str
 @pytest.mark.parametrize("alphabet", [base64.b64encode, base64.urlsafe_b64encode])
 @pytest.mark.parametrize("before", [b"", b"u", b"us", b"use", b"user:"])
 @pytest.mark.parametrize("after", [b"", b"x", b"xy"])
-def test_given_a_key_within_base64_when_scrubbed_then_no_digit_is_left_that_depends_on_it(
+def test_a_key_inside_base64_leaves_no_character_that_depends_on_it(
     before: bytes, after: bytes, alphabet: Callable[[bytes], bytes]
 ) -> None:
     scrubbed = Scrubber([KEY]).body(b"Basic " + alphabet(before + KEY.encode() + after))
@@ -44,9 +44,7 @@ def test_given_a_key_within_base64_when_scrubbed_then_no_digit_is_left_that_depe
 
 @pytest.mark.parametrize("at", [0, 1, 65_000, 65_530, 65_536, 131_072, 200_000])
 @pytest.mark.parametrize("spelling", ["plain", "code units in JSON in JSON", "in a URL, twice", "base64"])
-def test_given_a_key_anywhere_in_a_long_text_when_scrubbed_then_it_is_gone_and_the_rest_is_as_it_was(
-    spelling: str, at: int
-) -> None:
+def test_a_key_is_removed_at_any_place_of_a_long_text_and_the_rest_is_unchanged(spelling: str, at: int) -> None:
     filling = "%41\\n&lt; "
     text = filling * 30_000
     before, after = text[:at] + " ", " " + text[at:]
@@ -55,7 +53,7 @@ def test_given_a_key_anywhere_in_a_long_text_when_scrubbed_then_it_is_gone_and_t
 
 
 @pytest.mark.parametrize("size", [18, 20, 30, len(KEY) - 1])
-def test_given_a_long_beginning_or_end_of_a_key_when_scrubbed_then_texts_lose_it(size: int) -> None:
+def test_a_long_fragment_of_a_key_is_removed_from_texts(size: int) -> None:
     scrubber = Scrubber([KEY])
 
     assert scrubber.text(f"your key {KEY[:size]}... is not valid") == "your key [key]... is not valid"
@@ -63,11 +61,11 @@ def test_given_a_long_beginning_or_end_of_a_key_when_scrubbed_then_texts_lose_it
     assert scrubber.text(f"see {quote(KEY[:size])}!") == "see [key]!"
 
 
-def test_given_a_short_beginning_of_a_key_when_scrubbed_then_it_stays() -> None:
+def test_a_short_fragment_of_a_key_stays() -> None:
     assert Scrubber([KEY]).text(f"key {KEY[:8]}...") == f"key {KEY[:8]}..."
 
 
-def test_given_a_link_that_is_signed_by_a_token_that_begins_like_the_key_when_scrubbed_then_it_still_works() -> None:
+def test_a_signed_link_that_begins_like_the_key_is_not_changed() -> None:
     scrubber = Scrubber([JWT_HEADER + "eyJhIjoxfQ.AAAA"])
     link = f"https://cdn.example/a.png?token={JWT_HEADER}eyJhIjoyfQ.BBBB"
 
@@ -75,33 +73,33 @@ def test_given_a_link_that_is_signed_by_a_token_that_begins_like_the_key_when_sc
     assert scrubber.body(link.encode()) == link.encode()
 
 
-def test_given_json_in_which_the_key_begins_with_a_quotation_mark_when_scrubbed_then_it_is_json_still() -> None:
-    scrubbed = Scrubber(['"quoted" key of somebody']).body(json.dumps({"a": ['"quoted" key of somebody!']}).encode())
+def test_json_stays_valid_if_the_key_begins_with_a_quotation_mark() -> None:
+    scrubbed = Scrubber(['"quoted" key of an app']).body(json.dumps({"a": ['"quoted" key of an app!']}).encode())
 
     assert json.loads(scrubbed) == {"a": ["[key]!"]}
 
 
-def test_given_no_keys_when_scrubbed_then_the_text_stays() -> None:
+def test_without_keys_a_text_is_not_changed() -> None:
     assert Scrubber([]).text("anything") == "anything"
     assert Scrubber(["", KEY]).text("anything") == "anything"
 
 
 @pytest.mark.parametrize("key", ["k", "abc", "abcdefg", "a%2Fb", "\\", "/", "aaaaaaaaaaaaaaaaaaaaaaaa"])
-def test_given_an_odd_key_when_scrubbed_then_it_is_gone_where_it_stands(key: str) -> None:
+def test_unusual_keys_are_removed(key: str) -> None:
     scrubbed = Scrubber([key]).text(f"?? {key} ??")
 
     assert scrubbed in ("?? [key] ??", f"?? {key} ??" if key == "\\" else "?? [key] ??")
 
 
-def test_given_a_text_with_lone_surrogates_when_scrubbed_then_they_stay() -> None:
+def test_lone_surrogates_stay() -> None:
     assert Scrubber([KEY]).text(f"\ud83d {KEY} \udc00") == "\ud83d [key] \udc00"
 
 
-def test_given_two_keys_of_which_one_begins_like_the_other_when_scrubbed_then_both_are_gone() -> None:
+def test_a_key_that_is_a_prefix_of_another_key_is_removed_too() -> None:
     assert Scrubber(["abcd", "abcdefgh"]).text("abcdefgh abcd") == "[key] [key]"
 
 
-def test_given_keys_that_are_added_by_many_threads_when_scrubbed_then_all_are_known() -> None:
+def test_keys_can_be_added_by_many_threads() -> None:
     scrubber = Scrubber([KEY])
     keys = [f"{number:032x}" for number in range(40)]
     threads = [threading.Thread(target=scrubber.add, args=([key],)) for key in keys]
@@ -114,7 +112,7 @@ def test_given_keys_that_are_added_by_many_threads_when_scrubbed_then_all_are_kn
     assert scrubber.text(" ".join([KEY, *keys])) == " ".join(["[key]"] * 41)
 
 
-def test_given_a_traceback_with_the_key_when_logged_then_the_log_has_none_of_it() -> None:
+def test_a_logged_traceback_does_not_contain_the_key() -> None:
     out = io.StringIO()
     handler = logging.StreamHandler(out)
     handler.setFormatter(logging.Formatter("%(message)s %(extra)s"))
@@ -139,7 +137,7 @@ def test_given_a_traceback_with_the_key_when_logged_then_the_log_has_none_of_it(
     assert "ValueError: trouble with [key]\nnote: [key]" in out.getvalue()
 
 
-def test_given_a_record_that_others_have_formatted_when_logged_then_its_traceback_and_stack_have_no_key() -> None:
+def test_a_record_that_was_formatted_before_is_redacted_in_traceback_and_stack() -> None:
     record = logging.makeLogRecord({"msg": "x", "exc_text": f"Error: {KEY}", "stack_info": f"at {KEY}"})
 
     RedactingFilter(Scrubber([KEY])).filter(record)
@@ -147,7 +145,7 @@ def test_given_a_record_that_others_have_formatted_when_logged_then_its_tracebac
     assert (record.exc_text, record.stack_info) == ("Error: [key]", "at [key]")
 
 
-def test_given_arguments_that_do_not_fit_when_logged_then_the_line_is_there_without_the_key(
+def test_a_line_with_wrong_arguments_is_logged_without_the_key(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     handler = logging.StreamHandler()
@@ -163,5 +161,5 @@ def test_given_arguments_that_do_not_fit_when_logged_then_the_line_is_there_with
     assert KEY not in written
 
 
-def test_given_a_scrubber_when_shown_then_it_says_nothing_of_its_keys() -> None:
+def test_the_representation_of_a_scrubber_does_not_contain_its_keys() -> None:
     assert KEY not in repr(Scrubber([KEY]))

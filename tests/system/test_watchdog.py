@@ -1,4 +1,4 @@
-"""The watchdog: a process that stands still is ended and started again, one that waits for a server is left alone."""
+"""The watchdog: a stalled process is ended and restarted. A process that waits for a server is left alone."""
 
 import os
 import queue
@@ -27,40 +27,40 @@ QUICK = Timing(first_restart=0.02, longest_restart=0.05, stop_seconds=5.0)
 
 
 class Clock:
-    """The watchdog's, which a test moves."""
+    """The watchdog's clock, moved by the test."""
 
     def __init__(self) -> None:
-        self.moved = 0.0
+        self.offset = 0.0
 
     def __call__(self) -> float:
-        return time.monotonic() + self.moved
+        return time.monotonic() + self.offset
 
 
 @contextmanager
 def thread(work: Callable[[Loop], object], name: str = "loop") -> Iterator[Loop]:
-    """A thread that turns its loop once, and then works."""
-    loop, turned = Loop(), threading.Event()
+    """Start a thread that beats once for its loop and then runs `work`."""
+    loop, started = Loop(), threading.Event()
 
     def run() -> None:
         loop.beat()
-        turned.set()
+        started.set()
         work(loop)
 
     threading.Thread(target=run, name=name, daemon=True).start()
-    turned.wait(10)
-    time.sleep(0.05)  # until it is where it will stay
+    started.wait(10)
+    time.sleep(0.05)  # let it reach the place where it stays
     yield loop
 
 
-def looks(watchdog: Watchdog, clock: Clock, seconds: float) -> list[str]:
-    """What stood still in any of the looks of so many seconds."""
-    found = []
+def stalls_in(watchdog: Watchdog, clock: Clock, seconds: float) -> list[str]:
+    """Return the stalls that the watchdog finds in this many seconds."""
+    stalls = []
     for _ in range(round(seconds / watchdog.interval)):
-        clock.moved += watchdog.interval
-        standing = watchdog.find_stall()
-        if standing is not None:
-            found.append(standing)
-    return found
+        clock.offset += watchdog.interval
+        stall = watchdog.find_stall()
+        if stall is not None:
+            stalls.append(stall)
+    return stalls
 
 
 @pytest.fixture
@@ -70,148 +70,148 @@ def clock() -> Clock:
 
 @pytest.fixture
 def watchdog(clock: Clock) -> Watchdog:
-    """One to which the code of this file is its own."""
+    """A watchdog that treats this file as its own code."""
     return Watchdog(LIMIT, own_code=HERE, clock=clock)
 
 
-def test_a_loop_that_waits_for_a_lock_for_ever_is_found_after_the_limit(watchdog: Watchdog, clock: Clock) -> None:
+def test_a_loop_that_waits_for_a_lock_forever_is_found_after_the_limit(watchdog: Watchdog, clock: Clock) -> None:
     lock = threading.Lock()
     with lock, thread(lambda _: lock.acquire()) as loop:
         watchdog.watch("the loop", loop)
-        assert looks(watchdog, clock, LIMIT - 1) == []
-        assert looks(watchdog, clock, 4)[0].startswith("the loop for ")
+        assert stalls_in(watchdog, clock, LIMIT - 1) == []
+        assert stalls_in(watchdog, clock, 4)[0].startswith("the loop for ")
 
 
-def test_a_loop_that_computes_for_ever_is_found(watchdog: Watchdog, clock: Clock) -> None:
-    done = threading.Event()
+def test_a_loop_that_computes_forever_is_found(watchdog: Watchdog, clock: Clock) -> None:
+    stop = threading.Event()
 
     def spin(_: Loop) -> None:
-        while not done.is_set():
+        while not stop.is_set():
             sum(range(100))
 
     with thread(spin) as loop:
         watchdog.watch("the loop", loop)
-        # A thread that an earlier test left behind may be in a database's library at any look, which is no standstill.
-        wait_until(lambda: looks(watchdog, clock, 2 * LIMIT), "it is found")
-        done.set()
+        # A thread of an earlier test may be inside a database library at any check. This hides the stall once.
+        wait_until(lambda: stalls_in(watchdog, clock, 2 * LIMIT), "it is found")
+        stop.set()
 
 
-def test_a_loop_that_goes_round_is_alive_however_long(watchdog: Watchdog, clock: Clock) -> None:
-    done = threading.Event()
+def test_a_loop_that_makes_progress_is_alive_however_long_it_runs(watchdog: Watchdog, clock: Clock) -> None:
+    stop = threading.Event()
 
-    def go_round(loop: Loop) -> None:
-        while not done.wait(0.01):
+    def keep_beating(loop: Loop) -> None:
+        while not stop.wait(0.01):
             loop._last_beat = (clock(), threading.get_ident())
 
-    with thread(go_round) as loop:
+    with thread(keep_beating) as loop:
         watchdog.watch("the loop", loop)
         for _ in range(20):
-            clock.moved += watchdog.interval
+            clock.offset += watchdog.interval
             time.sleep(0.03)
             assert watchdog.find_stall() is None
-        done.set()
+        stop.set()
 
 
-def test_a_loop_that_rests_is_alive_and_its_time_begins_anew(watchdog: Watchdog, clock: Clock) -> None:
+def test_an_idle_loop_is_alive_and_its_limit_starts_when_it_is_active_again(watchdog: Watchdog, clock: Clock) -> None:
     lock = threading.Lock()
     with lock, thread(lambda _: lock.acquire()) as loop:
-        resting = [True]
-        watchdog.watch("the loop", lambda: None if resting[0] else loop())
-        assert looks(watchdog, clock, 10 * LIMIT) == []
-        resting[0] = False
-        assert looks(watchdog, clock, LIMIT - 1) == []
+        idle = [True]
+        watchdog.watch("the loop", lambda: None if idle[0] else loop())
+        assert stalls_in(watchdog, clock, 10 * LIMIT) == []
+        idle[0] = False
+        assert stalls_in(watchdog, clock, LIMIT - 1) == []
 
 
 def test_a_loop_that_waits_for_a_server_is_left_alone(watchdog: Watchdog, clock: Clock) -> None:
-    """Its frames are those of a library; a plain `recv` of our own code is in one of our network modules."""
-    near, far = socket.socketpair()
-    with near, far, thread(lambda _: near.makefile("rb").read(1)) as loop:
+    """It is inside a library. A plain `recv` of our own code is in one of our network modules."""
+    client, server = socket.socketpair()
+    with client, server, thread(lambda _: client.makefile("rb").read(1)) as loop:
         watchdog.watch("the loop", loop)
-        assert looks(watchdog, clock, 10 * LIMIT) == []
-        far.close()
+        assert stalls_in(watchdog, clock, 10 * LIMIT) == []
+        server.close()
 
 
-def test_all_are_left_alone_while_a_thread_waits_for_the_database(
+def test_all_threads_are_left_alone_while_one_waits_for_the_database(
     watchdog: Watchdog, clock: Clock, tmp_path: Path
 ) -> None:
-    """They may wait for a lock of ours that this thread holds."""
+    """They may wait for a lock that this thread holds."""
     engine = create_engine(f"sqlite:///{tmp_path}/locked.db", connect_args={"timeout": 60})
-    lock, waits, written = threading.Lock(), threading.Event(), threading.Event()
+    lock, waiting, written = threading.Lock(), threading.Event(), threading.Event()
 
     def write(_: Loop) -> None:
         with engine.connect() as connection:
-            waits.set()
+            waiting.set()
             connection.execute(text("CREATE TABLE t (x)"))
         written.set()
 
     with closing(sqlite3.connect(tmp_path / "locked.db", isolation_level=None)) as holder:
         holder.execute("BEGIN EXCLUSIVE")
         with lock, thread(write, "ThreadPoolExecutor-1_0"), thread(lambda _: lock.acquire()) as loop:
-            waits.wait(10)
+            waiting.wait(10)
             time.sleep(0.1)
             watchdog.watch("the loop", loop)
-            assert looks(watchdog, clock, 10 * LIMIT) == []
+            assert stalls_in(watchdog, clock, 10 * LIMIT) == []
         holder.execute("ROLLBACK")
     assert written.wait(30)
     engine.dispose()
 
 
-def test_two_threads_of_a_pool_that_wait_for_each_other_are_found(watchdog: Watchdog, clock: Clock) -> None:
-    first, second, met = threading.Lock(), threading.Lock(), threading.Barrier(2)
+def test_two_pool_threads_in_a_deadlock_are_found(watchdog: Watchdog, clock: Clock) -> None:
+    first, second, barrier = threading.Lock(), threading.Lock(), threading.Barrier(2)
 
-    def cross(mine: threading.Lock, other: threading.Lock) -> None:
-        mine.acquire()
-        met.wait()
-        other.acquire()
+    def acquire_both(own: threading.Lock, next_lock: threading.Lock) -> None:
+        own.acquire()
+        barrier.wait()
+        next_lock.acquire()
 
     with (
-        thread(lambda _: cross(first, second), "ThreadPoolExecutor-2_0"),
-        thread(lambda _: cross(second, first), "ThreadPoolExecutor-2_1"),
+        thread(lambda _: acquire_both(first, second), "ThreadPoolExecutor-2_0"),
+        thread(lambda _: acquire_both(second, first), "ThreadPoolExecutor-2_1"),
     ):
         time.sleep(0.1)
-        assert looks(watchdog, clock, LIMIT - 1) == []
-        assert looks(watchdog, clock, 4)[0].startswith("ThreadPoolExecutor-2_")
+        assert stalls_in(watchdog, clock, LIMIT - 1) == []
+        assert stalls_in(watchdog, clock, 4)[0].startswith("ThreadPoolExecutor-2_")
         first.release()
         second.release()
 
 
-def test_a_pool_thread_that_does_the_same_thing_again_and_again_is_alive(watchdog: Watchdog, clock: Clock) -> None:
-    """It is at the same place at every look, but in another call."""
-    done = threading.Event()
+def test_a_pool_thread_that_repeats_the_same_call_is_alive(watchdog: Watchdog, clock: Clock) -> None:
+    """Each check finds it at the same place, but in another call."""
+    stop = threading.Event()
 
     def wait_shortly() -> None:
-        done.wait(0.005)
+        stop.wait(0.005)
 
     def work(_: Loop) -> None:
-        while not done.is_set():
+        while not stop.is_set():
             wait_shortly()
 
     with thread(work, "ThreadPoolExecutor-3_0"):
         for _ in range(30):
-            clock.moved += watchdog.interval
+            clock.offset += watchdog.interval
             time.sleep(0.02)
             assert watchdog.find_stall() is None
-        done.set()
+        stop.set()
 
 
-def test_a_thread_that_is_no_pools_may_wait_for_ever(watchdog: Watchdog, clock: Clock) -> None:
-    """A courier waits for messages."""
+def test_a_thread_that_does_not_belong_to_a_pool_may_wait_forever(watchdog: Watchdog, clock: Clock) -> None:
+    """A publisher waits for messages."""
     messages: queue.Queue[int] = queue.Queue()
-    with thread(lambda _: messages.get(), "courier"):
-        assert looks(watchdog, clock, 10 * LIMIT) == []
+    with thread(lambda _: messages.get(), "publisher"):
+        assert stalls_in(watchdog, clock, 10 * LIMIT) == []
         messages.put(1)
 
 
-def test_a_process_that_is_about_to_end_is_not_looked_into(watchdog: Watchdog, clock: Clock) -> None:
+def test_a_process_that_is_about_to_end_is_not_checked(watchdog: Watchdog, clock: Clock) -> None:
     lock = threading.Lock()
     with lock, thread(lambda _: lock.acquire()) as loop:
         watchdog.watch("the loop", loop)
         watchdog.ignore_all()
-        assert looks(watchdog, clock, 10 * LIMIT) == []
+        assert stalls_in(watchdog, clock, 10 * LIMIT) == []
 
 
 @pytest.mark.parametrize(
-    ("values", "watched"),
+    ("values", "expected"),
     [
         ({"NOTIFY_SOCKET": "/x", "WATCHDOG_USEC": "3000000"}, 3.0),
         ({"NOTIFY_SOCKET": "/x", "WATCHDOG_USEC": "3000000", "WATCHDOG_PID": str(os.getpid())}, 3.0),
@@ -222,20 +222,20 @@ def test_a_process_that_is_about_to_end_is_not_looked_into(watchdog: Watchdog, c
         ({}, None),
     ],
 )
-def test_a_process_knows_whether_anybody_watches_it(
-    values: dict[str, str], watched: float | None, monkeypatch: pytest.MonkeyPatch
+def test_a_process_knows_whether_it_is_watched(
+    values: dict[str, str], expected: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in values.items():
         monkeypatch.setenv(name, value)
-    assert watched_seconds() == watched
+    assert watched_seconds() == expected
 
 
-def test_messages_reach_a_socket_by_path_and_an_abstract_one_and_nobody_is_waited_for(
+def test_messages_reach_a_path_socket_and_an_abstract_socket_without_blocking(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    folder = tempfile.mkdtemp(prefix="fw-")  # a socket's path has at most 107 bytes
+    folder = tempfile.mkdtemp(prefix="fw-")  # short, because the path of a socket has at most 107 bytes
     names = [f"{folder}/socket"] + ([f"@fetch-worker-test-{os.getpid()}"] if sys.platform == "linux" else [])
     for name in names:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
@@ -243,41 +243,41 @@ def test_messages_reach_a_socket_by_path_and_an_abstract_one_and_nobody_is_waite
             monkeypatch.setenv("NOTIFY_SOCKET", name)
             assert notify("WATCHDOG=1", "STATUS=x")
             assert receiver.recv(100) == b"WATCHDOG=1\nSTATUS=x"
-            began = time.monotonic()
+            started_at = time.monotonic()
             while notify("WATCHDOG=1"):  # until its queue is full
-                assert time.monotonic() - began < 10
-    monkeypatch.setenv("NOTIFY_SOCKET", f"{folder}/nobody")
+                assert time.monotonic() - started_at < 10
+    monkeypatch.setenv("NOTIFY_SOCKET", f"{folder}/no-socket")
     assert not notify("WATCHDOG=1")
     monkeypatch.delenv("NOTIFY_SOCKET")
     assert not notify("WATCHDOG=1")
     shutil.rmtree(folder)
 
 
-# ── the supervisor, with small processes ──────────────────────────────────────────────────────────────────────────────
+# ── the supervisor with small processes ───────────────────────────────────────────────────────────────────────────────
 
-SAYS = "import ctypes, os, signal, socket, sys, time\nfrom worker.system.watchdog import notify\n"
+IMPORTS = "import ctypes, os, signal, socket, sys, time\nfrom worker.system.watchdog import notify\n"
 
 
 class Run:
-    """A supervisor with one program, and what it said."""
+    """A supervisor with one program, and the lines that it wrote."""
 
     def __init__(self, folder: Path, code: str, *, watched: bool = True) -> None:
-        self.said: list[str] = []
-        self.supervisor = Supervisor(folder, lambda name, line: self.said.append(f"{name}: {line}"), timing=QUICK)
-        words = (sys.executable, "-c", SAYS + code)
-        self.program = Program("worker", words, merged_environment(None), watched=watched)
+        self.lines: list[str] = []
+        self.supervisor = Supervisor(folder, lambda name, line: self.lines.append(f"{name}: {line}"), timing=QUICK)
+        text = (sys.executable, "-c", IMPORTS + code)
+        self.program = Program("worker", text, merged_environment(None), watched=watched)
 
     def until(self, condition: Callable[[], bool], seconds: float = 30.0) -> bool:
-        """Runs until something holds; whether it did."""
+        """Run until the condition holds. Return whether it did."""
         return self.supervisor.wait_until(condition, seconds, 0.1)
 
-    def has_said(self, words: str, times: int = 1) -> bool:
-        """Whether a line with these words came so many times."""
-        return sum(words in line for line in self.said) >= times
+    def has_line(self, text: str, times: int = 1) -> bool:
+        """Return whether at least this many lines contain the text."""
+        return sum(text in line for line in self.lines) >= times
 
     @property
     def pid(self) -> int:
-        """The process that runs now."""
+        """The id of the current process."""
         process = self.supervisor._children[0].process
         return 0 if process is None else process.pid
 
@@ -290,101 +290,99 @@ def running(folder: Path, code: str, *, watched: bool = True) -> Iterator[Run]:
         yield run
 
 
-BEATS = "notify('WATCHDOG_USEC=1000000', 'WATCHDOG=1'); print('started', flush=True)\n"
-BEATS_ON = BEATS + "while True: time.sleep(0.2); notify('WATCHDOG=1')\n"
-HOLDS = "ctypes.PyDLL(None).sleep(1000)\n"  # C code that keeps the interpreter's lock
+BEAT = "notify('WATCHDOG_USEC=1000000', 'WATCHDOG=1'); print('started', flush=True)\n"
+KEEP_BEATING = BEAT + "while True: time.sleep(0.2); notify('WATCHDOG=1')\n"
+HOLD_GIL = "ctypes.PyDLL(None).sleep(1000)\n"  # C code that does not release the GIL
 
 
-def test_a_process_that_holds_the_interpreters_lock_is_ended_and_started_again_with_a_trace(tmp_path: Path) -> None:
-    code = "import faulthandler; faulthandler.enable()\n" + BEATS + HOLDS
+def test_a_process_that_holds_the_gil_is_ended_with_a_stack_trace_and_restarted(tmp_path: Path) -> None:
+    code = "import faulthandler; faulthandler.enable()\n" + BEAT + HOLD_GIL
     with running(tmp_path, code) as run:
-        assert run.until(lambda: run.has_said("started", 2))
-    assert run.has_said("worker was stalled for 1 s: ending it")
-    assert run.has_said("was killed by SIGABRT; restart")
-    assert run.has_said('File "<string>", line'), "where its threads were is in the log"
+        assert run.until(lambda: run.has_line("started", 2))
+    assert run.has_line("worker was stalled for 1 s: ending it")
+    assert run.has_line("was killed by SIGABRT; restart")
+    assert run.has_line('File "<string>", line'), "the log has the stack traces of its threads"
 
 
 def test_a_catastrophic_regular_expression_is_ended_too(tmp_path: Path) -> None:
-    with running(tmp_path, BEATS + "import re; re.match('(a|a)*b', 'a' * 64)\n") as run:
-        assert run.until(lambda: run.has_said("started", 2))
+    with running(tmp_path, BEAT + "import re; re.match('(a|a)*b', 'a' * 64)\n") as run:
+        assert run.until(lambda: run.has_line("started", 2))
 
 
 def test_a_process_that_does_not_end_by_sigabrt_is_killed(tmp_path: Path) -> None:
-    with running(tmp_path, "signal.signal(signal.SIGABRT, signal.SIG_IGN)\n" + BEATS + HOLDS) as run:
-        assert run.until(lambda: run.has_said("started", 2))
-    assert run.has_said("was killed by SIGKILL")
+    with running(tmp_path, "signal.signal(signal.SIGABRT, signal.SIG_IGN)\n" + BEAT + HOLD_GIL) as run:
+        assert run.until(lambda: run.has_line("started", 2))
+    assert run.has_line("was killed by SIGKILL")
 
 
-def test_a_process_that_says_that_it_stands_still_is_ended_at_once(tmp_path: Path) -> None:
+def test_a_process_that_reports_a_stall_is_ended_at_once(tmp_path: Path) -> None:
     code = "notify('WATCHDOG_USEC=900000000', 'WATCHDOG=1'); print('started', flush=True); notify('WATCHDOG=trigger')\n"
     with running(tmp_path, code + "time.sleep(1000)\n") as run:
-        assert run.until(lambda: run.has_said("started", 2), 15)
-    assert run.has_said("worker reports that it is stalled: ending it")
+        assert run.until(lambda: run.has_line("started", 2), 15)
+    assert run.has_line("worker reports that it is stalled: ending it")
 
 
-def test_a_process_that_goes_on_saying_that_it_is_alive_is_left_alone(tmp_path: Path) -> None:
-    with running(tmp_path, BEATS_ON) as run:
-        assert run.until(lambda: run.has_said("started"))
+def test_a_process_that_keeps_sending_heartbeats_is_left_alone(tmp_path: Path) -> None:
+    with running(tmp_path, KEEP_BEATING) as run:
+        assert run.until(lambda: run.has_line("started"))
         assert not run.until(lambda: bool(run.supervisor.exits), 3.0)
 
 
-def test_a_process_that_never_said_so_is_not_watched(tmp_path: Path) -> None:
-    """Beat, Flower, and whatever an operator's Procfile runs."""
+def test_a_process_that_never_sent_a_heartbeat_is_not_watched(tmp_path: Path) -> None:
+    """This is the case for beat, Flower and other programs in an operator's Procfile."""
     with running(tmp_path, "print('started', flush=True); time.sleep(1000)\n") as run:
-        assert run.until(lambda: run.has_said("started"))
+        assert run.until(lambda: run.has_line("started"))
         assert not run.until(lambda: bool(run.supervisor.exits), 2.5)
 
 
-def test_a_program_that_is_not_watched_is_told_of_no_socket_not_even_of_systemds(
+def test_a_program_that_is_not_watched_gets_neither_our_socket_nor_that_of_systemd(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", "/run/systemd/notify")
     monkeypatch.setenv("WATCHDOG_USEC", "1000000")
     show = "print([os.environ.get(name) for name in ('NOTIFY_SOCKET', 'WATCHDOG_USEC')], flush=True); time.sleep(60)\n"
     with running(tmp_path, show, watched=False) as run:
-        assert run.until(lambda: run.has_said("worker: [None, None]"))
+        assert run.until(lambda: run.has_line("worker: [None, None]"))
     with running(tmp_path, show) as run:
-        assert run.until(lambda: run.has_said("worker: ["))
-    assert not run.has_said("/run/systemd/notify")
+        assert run.until(lambda: run.has_line("worker: ["))
+    assert not run.has_line("/run/systemd/notify")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="what an operator stopped is known on Linux alone")
-def test_a_process_that_an_operator_stopped_is_left_alone_and_watched_again_when_it_goes_on(tmp_path: Path) -> None:
-    with running(tmp_path, BEATS_ON) as run:
-        assert run.until(lambda: run.has_said("started"))
+@pytest.mark.skipif(sys.platform != "linux", reason="a stopped process is detected on Linux only")
+def test_a_process_that_was_stopped_by_a_signal_is_left_alone_and_watched_again_after_sigcont(tmp_path: Path) -> None:
+    with running(tmp_path, KEEP_BEATING) as run:
+        assert run.until(lambda: run.has_line("started"))
         os.kill(run.pid, signal.SIGSTOP)
-        assert run.until(lambda: run.has_said("was stopped by a signal"))
+        assert run.until(lambda: run.has_line("was stopped by a signal"))
         assert not run.until(lambda: bool(run.supervisor.exits), 2.5)
         os.kill(run.pid, signal.SIGCONT)
         assert not run.until(lambda: bool(run.supervisor.exits), 1.5)
 
 
-def test_a_supervisor_that_stood_still_itself_ends_nobody(tmp_path: Path) -> None:
-    """A terminal that was paused, or a host that was suspended."""
+def test_a_supervisor_that_was_paused_itself_ends_no_process(tmp_path: Path) -> None:
+    """The terminal was paused or the host was suspended."""
     now = [0.0]
-    run = Run(tmp_path, BEATS_ON)
+    run = Run(tmp_path, KEEP_BEATING)
     run.supervisor._clock = lambda: time.monotonic() + now[0]
     with run.supervisor:
         run.supervisor.start(run.program)
-        assert run.until(lambda: run.has_said("started"))
+        assert run.until(lambda: run.has_line("started"))
         now[0] += 3_600
         assert not run.until(lambda: bool(run.supervisor.exits), 2.0)
 
 
-def test_where_no_socket_can_be_made_processes_run_unwatched_and_it_says_so(
+def test_if_no_socket_can_be_made_processes_run_unwatched_and_a_line_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    long = tmp_path / ("x" * 120)
-    long.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    long_folder = tmp_path / ("x" * 120)
+    long_folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long_folder))
     with running(tmp_path, "print('started', os.environ.get('NOTIFY_SOCKET'), flush=True); time.sleep(60)\n") as run:
-        assert run.until(lambda: run.has_said("started None"))
-    assert run.has_said(f"{OWN_NAME}: no watchdog: cannot make its socket")
+        assert run.until(lambda: run.has_line("started None"))
+    assert run.has_line(f"{OWN_NAME}: no watchdog: cannot make its socket")
 
 
-def test_a_supervisor_that_systemd_watches_says_that_it_is_alive(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_supervisor_that_systemd_watches_sends_heartbeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tempfile.mkdtemp(prefix="fw-")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(f"{folder}/notify")

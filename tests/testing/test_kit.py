@@ -1,4 +1,4 @@
-"""The test kit for apps: whole jobs without waiting, any answer, any database, and nothing left behind."""
+"""The test kit for web apps: whole jobs without waiting, all kinds of answers, all databases, and a clean teardown."""
 
 import asyncio
 import os
@@ -30,14 +30,14 @@ pytestmark = pytest.mark.every_python
 
 
 @pytest.fixture
-def made(tmp_path: Path, migrated_sqlite: Path) -> Iterator[Kit]:
-    """The kit on a database of its own."""
-    with kit(tmp_path / "kit", tables=migrated_sqlite) as made:
-        yield made
+def testkit(tmp_path: Path, migrated_sqlite: Path) -> Iterator[Kit]:
+    """The kit with a database of its own."""
+    with kit(tmp_path / "kit", tables=migrated_sqlite) as testkit:
+        yield testkit
 
 
 def content(job: worker.Job, position: int = 0) -> bytes:
-    """The bytes of a stored output."""
+    """Return the bytes of a stored output."""
     with worker.open_output(job.outputs[position].id) as file:
         return file.read()
 
@@ -45,46 +45,46 @@ def content(job: worker.Job, position: int = 0) -> bytes:
 # ── running ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_submitted_job_is_run_to_its_stored_file_in_virtual_time(made: Kit) -> None:
-    began, answer = made.worker.now, made.api.submit("a lake", samples=2)
+def test_a_submitted_job_runs_until_its_files_are_stored_in_virtual_time(testkit: Kit) -> None:
+    started_at, answer = testkit.worker.now, testkit.api.submit("a lake", samples=2)
     job_id = worker.track(answer)
 
-    job = made.worker.run(job_id)
+    job = testkit.worker.run(job_id)
 
     assert job.status == "completed"
     assert [output.status for output in job.outputs] == ["stored", "stored"]
     name = job.outputs[0].url.rpartition("/")[2]
-    assert content(job) == made.api.picture(name)
-    assert made.worker.now - began >= timedelta(seconds=READY_SECONDS)
+    assert content(job) == testkit.api.picture(name)
+    assert testkit.worker.now - started_at >= timedelta(seconds=READY_SECONDS)
 
 
-def test_a_whole_job_costs_less_than_fifty_milliseconds_of_processor_time(made: Kit) -> None:
-    spent = []
-    for number in range(1, 9):  # the first ones pay for what is compiled once
-        began = time.process_time()
-        assert made.worker.run(worker.track(number)).status == "completed"
-        spent.append(time.process_time() - began)
+def test_a_whole_job_takes_less_than_fifty_milliseconds_of_cpu_time(testkit: Kit) -> None:
+    durations = []
+    for number in range(1, 9):  # the first jobs also compile SQL statements
+        started_at = time.process_time()
+        assert testkit.worker.run(worker.track(number)).status == "completed"
+        durations.append(time.process_time() - started_at)
 
-    assert min(spent) < 0.05
-
-
-def test_time_stands_still_until_it_is_moved(made: Kit) -> None:
-    began = made.worker.now
-
-    made.worker.advance(90)
-
-    assert made.worker.now == began + timedelta(seconds=90)
-    with made.worker.engine.connect() as connection:
-        assert database_now(connection) == made.worker.now
+    assert min(durations) < 0.05
 
 
-def test_half_way_states_can_be_looked_at(made: Kit) -> None:
-    made.api.ready_after(20)
-    job_id = worker.track(made.api.submit("a lake"))
+def test_the_clock_only_moves_when_the_test_moves_it(testkit: Kit) -> None:
+    started_at = testkit.worker.now
 
-    made.worker.advance(19.9)
+    testkit.worker.advance(90)
+
+    assert testkit.worker.now == started_at + timedelta(seconds=90)
+    with testkit.worker.engine.connect() as connection:
+        assert database_now(connection) == testkit.worker.now
+
+
+def test_intermediate_states_can_be_inspected(testkit: Kit) -> None:
+    testkit.api.ready_after(20)
+    job_id = worker.track(testkit.api.submit("a lake"))
+
+    testkit.worker.advance(19.9)
     before = worker.get(job_id)
-    made.worker.advance(30)
+    testkit.worker.advance(30)
     after = worker.get(job_id)
 
     assert before is not None
@@ -93,234 +93,234 @@ def test_half_way_states_can_be_looked_at(made: Kit) -> None:
     assert after.status == "completed"
 
 
-def test_the_same_test_makes_the_same_polls_each_time(tmp_path: Path, migrated_sqlite: Path) -> None:
-    polls, seen = [], []
+def test_the_same_test_makes_the_same_polls_in_every_run(tmp_path: Path, migrated_sqlite: Path) -> None:
+    polls, delays = [], []
     for number in range(6):
-        with kit(tmp_path / str(number), tables=migrated_sqlite) as made:
-            made.api.ready_after(300)
-            job = made.worker.run(worker.track(made.api.submit("a lake")))
+        with kit(tmp_path / str(number), tables=migrated_sqlite) as testkit:
+            testkit.api.ready_after(300)
+            job = testkit.worker.run(worker.track(testkit.api.submit("a lake")))
             assert job.ready_at is not None
             polls.append(job.polls)
-            seen.append((job.ready_at - job.submitted_at).total_seconds())
+            delays.append((job.ready_at - job.submitted_at).total_seconds())
 
     assert len(set(polls)) == 1
-    assert max(seen) - min(seen) < 1.0  # what is left is how long the calls took; left to chance it would be eight
+    assert max(delays) - min(delays) < 1.0  # only the durations of calls differ; with random polls it would be 8 s
 
 
-def test_run_all_ends_every_job_and_says_which(made: Kit) -> None:
-    done = made.worker.run(worker.track("1"))
+def test_run_all_runs_every_job_to_its_end_and_returns_them(testkit: Kit) -> None:
+    done = testkit.worker.run(worker.track("1"))
     job_ids = worker.track_many(["2", "3", "4"], account="shop")
 
-    ended = made.worker.run_all()
+    ended = testkit.worker.run_all()
 
     assert [job.id for job in ended] == job_ids
     assert {job.status for job in ended} == {"completed"}
     assert done.id not in job_ids
 
 
-def test_a_job_that_is_never_ready_expires_by_its_deadline_at_once(made: Kit) -> None:
-    made.api.answers().processing()
+def test_a_job_that_never_becomes_ready_expires_at_its_deadline_without_waiting(testkit: Kit) -> None:
+    testkit.api.answers().processing()
     job_id = worker.track("1", deadline=600)
-    began = made.worker.now
+    started_at = testkit.worker.now
 
-    job = made.worker.run(job_id)
+    job = testkit.worker.run(job_id)
 
     assert (job.status, job.error_code) == ("expired", "expired")
-    assert timedelta(seconds=600) <= made.worker.now - began < timedelta(seconds=700)
+    assert timedelta(seconds=600) <= testkit.worker.now - started_at < timedelta(seconds=700)
 
 
-def test_a_job_that_comes_to_no_end_is_an_error_that_says_why(made: Kit) -> None:
-    made.api.answers().key_rejected()
+def test_a_job_that_reaches_no_final_state_raises_an_error_with_the_reason(testkit: Kit) -> None:
+    testkit.api.answers().key_rejected()
     job_id = worker.track("1", deadline=60)
 
     with pytest.raises(NeverEnds, match=r"job 1 is still pending .*key rejected: Invalid Api Key"):
-        made.worker.run(job_id)
+        testkit.worker.run(job_id)
 
 
-def test_work_that_never_ceases_at_one_moment_is_an_error(made: Kit) -> None:
-    class Mill:
+def test_work_that_never_ends_at_one_moment_raises_an_error(testkit: Kit) -> None:
+    class EndlessWork:
         def do(self) -> bool:
             return True
 
         def next(self, after: datetime) -> datetime | None:
             return None
 
-    made.worker.works.append(Mill())
+    testkit.worker.works.append(EndlessWork())
 
     with pytest.raises(NeverEnds, match="at the same time"):
-        made.worker.advance(1)
+        testkit.worker.advance(1)
 
 
-def test_a_held_job_is_an_error_that_says_so_and_goes_on_once_it_is_resumed(made: Kit) -> None:
-    """No clock leaps to the year 9999, and nobody waits for ever."""
-    job_id = worker.track(made.api.submit("a lake"))
+def test_a_held_job_raises_an_error_and_continues_after_it_is_resumed(testkit: Kit) -> None:
+    """The clock does not jump to the due time of a held job, and `wait` does not block forever."""
+    job_id = worker.track(testkit.api.submit("a lake"))
     worker.hold(job_id)
-    began = made.worker.now
+    started_at = testkit.worker.now
 
-    for run in (made.worker.run, worker.wait):
+    for run in (testkit.worker.run, worker.wait):
         with pytest.raises(NeverEnds, match="held by an operator since"):
             run(job_id)
-    made.worker.advance(7_200)
-    held = worker.get(job_id)
-    assert held is not None
-    assert (held.status, held.polls, made.worker.now) == ("pending", 0, began + timedelta(seconds=7_200))
+    testkit.worker.advance(7_200)
+    job = worker.get(job_id)
+    assert job is not None
+    assert (job.status, job.polls, testkit.worker.now) == ("pending", 0, started_at + timedelta(seconds=7_200))
     worker.resume(job_id)
 
-    assert made.worker.run(job_id).status == "completed"
+    assert testkit.worker.run(job_id).status == "completed"
 
 
-def test_a_held_account_is_not_asked_until_it_is_resumed(made: Kit) -> None:
-    job_id = worker.track(made.api.submit("a lake"))
+def test_a_held_account_is_not_polled_until_it_is_resumed(testkit: Kit) -> None:
+    job_id = worker.track(testkit.api.submit("a lake"))
     holds.hold_account_or_host("account", "default")
 
     with pytest.raises(NeverEnds, match="held by an operator"):
-        made.worker.run(job_id)
+        testkit.worker.run(job_id)
     holds.resume_account_or_host("account", "default")
 
-    assert made.worker.run(job_id).status == "completed"
+    assert testkit.worker.run(job_id).status == "completed"
 
 
-def test_work_of_another_kind_is_done_at_its_time(made: Kit) -> None:
-    done: list[datetime] = []
-    due = made.worker.now + timedelta(seconds=30)
+def test_additional_work_of_a_test_is_done_when_it_is_due(testkit: Kit) -> None:
+    done_at: list[datetime] = []
+    due = testkit.worker.now + timedelta(seconds=30)
 
-    class Letter:
+    class LetterWork:
         def do(self) -> bool:
-            wanted = not done and made.worker.now >= due
-            if wanted:
-                done.append(made.worker.now)
-            return wanted
+            is_due = not done_at and testkit.worker.now >= due
+            if is_due:
+                done_at.append(testkit.worker.now)
+            return is_due
 
         def next(self, after: datetime) -> datetime | None:
             return due if due > after else None
 
-    made.worker.works.append(Letter())
-    made.worker.advance(29)
-    assert done == []
-    made.worker.advance(10)
-    assert done == [due]
+    testkit.worker.works.append(LetterWork())
+    testkit.worker.advance(29)
+    assert done_at == []
+    testkit.worker.advance(10)
+    assert done_at == [due]
 
 
-def test_a_job_that_was_not_committed_is_not_found(made: Kit) -> None:
+def test_a_job_that_was_not_committed_raises_job_not_found(testkit: Kit) -> None:
     with pytest.raises(JobNotFound, match="was the transaction that tracked it committed"):
-        made.worker.run(17)
+        testkit.worker.run(17)
 
 
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_job_answers_as_it_was_told_to_and_is_asked_once_for_each_answer(made: Kit) -> None:
-    made.api.answers(12202888).processing(2).success(pictures=3)
+def test_each_answer_that_a_test_sets_is_given_to_one_poll(testkit: Kit) -> None:
+    testkit.api.answers(12202888).processing(2).success(pictures=3)
 
-    job = made.worker.run(worker.track(12202888))
+    job = testkit.worker.run(worker.track(12202888))
 
     assert (job.status, job.polls, len(job.outputs)) == ("completed", 3, 3)
-    assert made.api.asked(12202888) == 3
+    assert testkit.api.asked(12202888) == 3
     assert len({content(job, position) for position in range(3)}) == 3
 
 
 @pytest.mark.parametrize(
-    ("answers", "status", "code"),
+    ("set_answers", "status", "code"),
     [
-        (lambda told: told.failed("out of paint"), "failed", "api_failed"),
-        (lambda told: told.error("no such model"), "failed", "api_error"),
-        (lambda told: told.not_found(), "failed", "not_found"),
-        (lambda told: told.body({"status": "success", "output": []}), "failed", "no_output"),
-        (lambda told: told.rate_limited(60).success(), "completed", None),
-        (lambda told: told.key_rejected(times=2).success(), "completed", None),
-        (lambda told: told.no_credits().success(), "completed", None),
-        (lambda told: told.unavailable(times=3).success(), "completed", None),
-        (lambda told: told.body(b"<html>oops").success(), "completed", None),
+        (lambda answers: answers.failed("out of paint"), "failed", "api_failed"),
+        (lambda answers: answers.error("no such model"), "failed", "api_error"),
+        (lambda answers: answers.not_found(), "failed", "not_found"),
+        (lambda answers: answers.body({"status": "success", "output": []}), "failed", "no_output"),
+        (lambda answers: answers.rate_limited(60).success(), "completed", None),
+        (lambda answers: answers.key_rejected(times=2).success(), "completed", None),
+        (lambda answers: answers.no_credits().success(), "completed", None),
+        (lambda answers: answers.unavailable(times=3).success(), "completed", None),
+        (lambda answers: answers.body(b"<html>oops").success(), "completed", None),
     ],
-    ids=["failed", "error", "not found", "no output", "limited", "rejected", "no credits", "down", "odd"],
+    ids=["failed", "error", "not found", "no output", "limited", "rejected", "no credits", "down", "invalid"],
 )
-def test_every_answer_leads_where_it_leads_in_production(
-    made: Kit, answers: Any, status: str, code: str | None
+def test_every_answer_has_the_same_effect_as_in_production(
+    testkit: Kit, set_answers: Any, status: str, code: str | None
 ) -> None:
-    answers(made.api.answers("1"))
+    set_answers(testkit.api.answers("1"))
 
-    job = made.worker.run(worker.track("1"))
+    job = testkit.worker.run(worker.track("1"))
 
     assert (job.status, job.error_code) == (status, code)
 
 
-def test_answers_for_all_are_given_to_each_job_from_their_start_but_not_to_one_that_has_its_own(made: Kit) -> None:
-    made.api.answers().processing().failed()
-    made.api.answers("own").success()
+def test_answers_for_all_jobs_start_anew_for_each_job_without_answers_of_its_own(testkit: Kit) -> None:
+    testkit.api.answers().processing().failed()
+    testkit.api.answers("own").success()
 
     worker.track_many(["1", "2", "own"])
-    ended = {job.remote_id: (job.status, job.polls) for job in made.worker.run_all()}
+    ended = {job.remote_id: (job.status, job.polls) for job in testkit.worker.run_all()}
 
     assert ended == {"1": ("failed", 3), "2": ("failed", 3), "own": ("completed", 1)}
 
 
-def test_a_job_is_processing_for_so_many_seconds(made: Kit) -> None:
-    made.api.answers("1").processing_for(100).success()
-    began = made.worker.now
+def test_a_job_can_be_processing_for_a_number_of_seconds(testkit: Kit) -> None:
+    testkit.api.answers("1").processing_for(100).success()
+    started_at = testkit.worker.now
 
-    job = made.worker.run(worker.track("1"))
+    job = testkit.worker.run(worker.track("1"))
 
     assert job.ready_at is not None
-    assert job.ready_at >= began + timedelta(seconds=100)
+    assert job.ready_at >= started_at + timedelta(seconds=100)
 
 
-def test_outputs_are_the_bytes_that_a_test_hands_over_or_addresses_as_they_stand(made: Kit) -> None:
-    nowhere = f"{made.api.root_url}/generations/nothing.png"
-    made.api.answers("1").success([PNG, nowhere])
+def test_outputs_can_be_bytes_or_urls_of_the_test(testkit: Kit) -> None:
+    nowhere = f"{testkit.api.root_url}/generations/nothing.png"
+    testkit.api.answers("1").success([PNG, nowhere])
 
-    job = made.worker.run(worker.track("1"))
+    job = testkit.worker.run(worker.track("1"))
 
     assert (job.status, job.error_code) == ("failed", "output_failed")
     assert content(job) == PNG
     assert (job.outputs[1].url, job.outputs[1].error_code) == (nowhere, "gone")
 
 
-def test_an_id_that_the_stand_in_never_gave_out_is_one_of_its_jobs(made: Kit) -> None:
-    made.api.ready_after(40)
+def test_an_id_that_the_stand_in_never_issued_becomes_one_of_its_jobs(testkit: Kit) -> None:
+    testkit.api.ready_after(40)
     job_id = worker.track("made-up")
 
-    made.worker.advance(39)
+    testkit.worker.advance(39)
     before = worker.get(job_id)
-    job = made.worker.run(job_id)
+    job = testkit.worker.run(job_id)
 
     assert before is not None
     assert before.status == "pending"
     assert (job.status, len(job.outputs)) == ("completed", 1)
 
 
-def test_an_answer_that_is_never_given_is_refused(made: Kit) -> None:
+def test_an_answer_given_zero_times_is_refused(testkit: Kit) -> None:
     with pytest.raises(ValueError, match="at least once"):
-        made.api.answers("1").processing(0)
+        testkit.api.answers("1").processing(0)
 
 
 # ── on_done and wait ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_webhooks_are_kept_as_a_receiver_would_get_them(made: Kit) -> None:
-    made.api.answers("2").failed("out of paint")
+def test_webhooks_are_collected_as_a_receiver_would_get_them(testkit: Kit) -> None:
+    testkit.api.answers("2").failed("out of paint")
     first, second = (worker.track(number, webhook_url=f"https://shop.test/{number}") for number in (1, 2))
 
-    made.worker.run_all()
+    testkit.worker.run_all()
 
     secret = os.environ["WEBHOOK_SECRET"]
-    read = {sent.url: Webhook(secret).verify(sent.body, sent.headers) for sent in made.worker.webhooks}
-    assert {url: (text["type"], text["data"]["id"]) for url, text in read.items()} == {
+    payloads = {sent.url: Webhook(secret).verify(sent.body, sent.headers) for sent in testkit.worker.webhooks}
+    assert {url: (payload["type"], payload["data"]["id"]) for url, payload in payloads.items()} == {
         "https://shop.test/1": ("job.completed", first),
         "https://shop.test/2": ("job.failed", second),
     }
 
 
-def test_on_done_is_told_for_every_final_state(made: Kit) -> None:
-    made.api.answers("2").failed()
+def test_on_done_is_called_for_every_final_state(testkit: Kit) -> None:
+    testkit.api.answers("2").failed()
     first, second, third = worker.track_many(["1", "2", "3"], on_done="shop/shop.ready")
     worker.cancel(third)
 
-    made.worker.run_all()
+    testkit.worker.run_all()
 
-    assert sorted(made.worker.told) == [Told("shop.ready", "shop", job) for job in (first, second, third)]
+    assert sorted(testkit.worker.told) == [Told("shop.ready", "shop", job) for job in (first, second, third)]
 
 
-def test_tasks_of_the_apps_celery_run_at_once_and_may_track_more(made: Kit) -> None:
+def test_tasks_of_the_apps_celery_run_at_once_and_may_track_more_jobs(testkit: Kit) -> None:
     app = Celery("shop", set_as_current=False)
 
     @app.task(name="shop.ready", shared=False)  # type: ignore[untyped-decorator]
@@ -328,132 +328,132 @@ def test_tasks_of_the_apps_celery_run_at_once_and_may_track_more(made: Kit) -> N
         if job_id < 3:
             worker.track(f"after-{job_id}", on_done="shop.ready")
 
-    made.worker.celery = app
+    testkit.worker.celery = app
     worker.track("1", on_done="shop.ready")
 
-    assert [job.remote_id for job in made.worker.run_all()] == ["1", "after-1", "after-2"]
+    assert [job.remote_id for job in testkit.worker.run_all()] == ["1", "after-1", "after-2"]
 
 
-def test_a_task_that_fails_fails_the_test(made: Kit) -> None:
+def test_an_error_in_a_task_of_the_app_fails_the_test(testkit: Kit) -> None:
     app = Celery("shop", set_as_current=False)
 
     @app.task(name="shop.ready", shared=False)  # type: ignore[untyped-decorator]
     def ready(job_id: int) -> None:
         raise LookupError("no such order")
 
-    made.worker.celery = app
+    testkit.worker.celery = app
     job_id = worker.track("1", on_done="shop.ready")
 
     with pytest.raises(LookupError, match="no such order"):
-        made.worker.run(job_id)
+        testkit.worker.run(job_id)
 
 
-def test_an_on_done_that_the_app_does_not_know_is_an_error_that_names_those_it_has(made: Kit) -> None:
+def test_an_on_done_task_that_the_app_lacks_raises_an_error_with_the_apps_tasks(testkit: Kit) -> None:
     app = Celery("shop", set_as_current=False)
 
     @app.task(name="shop.ready", shared=False)  # type: ignore[untyped-decorator]
     def ready(job_id: int) -> None: ...
 
-    made.worker.celery = app
+    testkit.worker.celery = app
     job_id = worker.track("1", on_done="shop.raedy")
 
     with pytest.raises(KitError, match=r"'shop.raedy', which is not a task .* Its tasks: shop.ready"):
-        made.worker.run(job_id)
+        testkit.worker.run(job_id)
 
 
-def test_wait_runs_the_job(made: Kit) -> None:
-    made.api.ready_after(30)
+def test_wait_runs_the_job(testkit: Kit) -> None:
+    testkit.api.ready_after(30)
 
-    assert worker.wait(worker.track(made.api.submit("a lake"))).status == "completed"
+    assert worker.wait(worker.track(testkit.api.submit("a lake"))).status == "completed"
 
 
-def test_wait_gives_up_after_its_seconds_of_the_tests_clock(made: Kit) -> None:
-    made.api.answers().processing()
+def test_wait_times_out_by_the_test_clock(testkit: Kit) -> None:
+    testkit.api.answers().processing()
     job_id = worker.track("1")
-    began = made.worker.now
+    started_at = testkit.worker.now
 
     with pytest.raises(WaitTimeout):
         worker.wait(job_id, timeout=45)
 
-    assert made.worker.now == began + timedelta(seconds=45)
+    assert testkit.worker.now == started_at + timedelta(seconds=45)
 
 
-def test_wait_without_a_time_out_raises_where_it_would_never_return(made: Kit) -> None:
-    made.api.answers().key_rejected()
+def test_wait_without_a_timeout_raises_an_error_instead_of_blocking_forever(testkit: Kit) -> None:
+    testkit.api.answers().key_rejected()
     job_id = worker.track("1", deadline=60)
 
     with pytest.raises(NeverEnds, match="key rejected"):
         worker.wait(job_id)
 
 
-def test_threads_that_wait_and_track_share_one_world(made: Kit) -> None:
-    def ordered(number: int) -> str:
-        return worker.wait(worker.track(made.api.submit(f"a lake, {number}"))).status
+def test_several_threads_can_track_and_wait_at_the_same_time(testkit: Kit) -> None:
+    def run_order(number: int) -> str:
+        return worker.wait(worker.track(testkit.api.submit(f"a lake, {number}"))).status
 
     with ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(ordered, range(16))) == ["completed"] * 16
+        assert list(threads.map(run_order, range(16))) == ["completed"] * 16
 
 
-def test_coroutines_may_run_jobs_and_wait_for_them(made: Kit) -> None:
-    async def both() -> list[str]:
-        here = made.worker.run(worker.track("1"))
-        there = await asyncio.to_thread(worker.wait, worker.track("2"))
-        return [here.status, there.status]
+def test_coroutines_can_run_jobs_and_wait_for_them(testkit: Kit) -> None:
+    async def run_two() -> list[str]:
+        first = testkit.worker.run(worker.track("1"))
+        second = await asyncio.to_thread(worker.wait, worker.track("2"))
+        return [first.status, second.status]
 
-    assert asyncio.run(both()) == ["completed", "completed"]
+    assert asyncio.run(run_two()) == ["completed", "completed"]
 
 
 # ── databases ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_an_engine_of_the_app_is_used_on_every_database(tmp_path: Path, engine: Engine) -> None:
-    with kit(tmp_path / "kit", database=engine) as made, Session(engine) as session:
+def test_the_apps_engine_is_used_on_every_database(tmp_path: Path, engine: Engine) -> None:
+    with kit(tmp_path / "kit", database=engine) as testkit, Session(engine) as session:
         job_id = worker.track("1", session=session, on_done="shop.ready")
         session.commit()
 
-        assert made.worker.run(job_id).status == "completed"
-        assert made.worker.told == [("shop.ready", "celery", job_id)]
+        assert testkit.worker.run(job_id).status == "completed"
+        assert testkit.worker.told == [("shop.ready", "celery", job_id)]
         with engine.connect() as connection:
             assert connection.execute(select(jobs.c.status)).scalars().all() == ["completed"]
 
 
-def test_a_url_of_the_app_is_used(tmp_path: Path, engine: Engine) -> None:
+def test_the_apps_database_url_is_used(tmp_path: Path, engine: Engine) -> None:
     url = engine.url.render_as_string(hide_password=False)
 
-    with kit(tmp_path / "kit", database=url) as made:
-        assert made.worker.run(worker.track("1")).status == "completed"
+    with kit(tmp_path / "kit", database=url) as testkit:
+        assert testkit.worker.run(worker.track("1")).status == "completed"
     with engine.connect() as connection:
         assert connection.execute(select(jobs.c.status)).scalars().all() == ["completed"]
 
 
-def test_a_database_in_memory_is_shared_by_app_and_kit(tmp_path: Path) -> None:
+def test_app_and_kit_share_an_in_memory_database(tmp_path: Path) -> None:
     memory = create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
     migrate(memory)
 
-    with kit(tmp_path / "kit", database=memory) as made, Session(memory) as session:
+    with kit(tmp_path / "kit", database=memory) as testkit, Session(memory) as session:
         job_id = worker.track("1", session=session)
         session.commit()
-        assert made.worker.run(job_id).status == "completed"
+        assert testkit.worker.run(job_id).status == "completed"
     with memory.connect() as connection:
         assert connection.execute(select(func.count()).select_from(jobs)).scalar() == 1
     memory.dispose()
 
 
-def test_in_a_transaction_that_is_rolled_back_a_whole_job_leaves_nothing(tmp_path: Path, engine: Engine) -> None:
+def test_a_whole_job_in_a_transaction_that_is_rolled_back_leaves_no_rows(tmp_path: Path, engine: Engine) -> None:
     with engine.connect() as connection:
         outer = connection.begin()
-        with kit(tmp_path / "kit", database=connection) as made:
+        with kit(tmp_path / "kit", database=connection) as testkit:
             with Session(bind=connection, join_transaction_mode="create_savepoint") as session:
                 job_id = worker.track("1", session=session)
                 session.commit()
-            assert made.worker.run(job_id).status == "completed"
+            assert testkit.worker.run(job_id).status == "completed"
         outer.rollback()
 
     with engine.connect() as connection:
         assert connection.execute(select(func.count()).select_from(jobs)).scalar() == 0
 
 
-def test_a_database_without_tables_is_an_error_that_says_how_they_get_there(tmp_path: Path) -> None:
+def test_a_database_without_tables_raises_an_error_that_says_how_to_create_them(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/empty.db"
 
     with (
@@ -464,7 +464,7 @@ def test_a_database_without_tables_is_an_error_that_says_how_they_get_there(tmp_
     assert "SD_API_URL" not in os.environ
 
 
-def test_what_is_no_database_is_an_error_that_says_what_is(tmp_path: Path) -> None:
+def test_an_unsupported_database_object_raises_an_error_that_lists_the_supported_ones(tmp_path: Path) -> None:
     with (
         pytest.raises(KitError, match=r"returned int, .* pass a URL, an Engine or a Connection"),
         kit(tmp_path, database=7),
@@ -472,21 +472,21 @@ def test_what_is_no_database_is_an_error_that_says_what_is(tmp_path: Path) -> No
         pass
 
 
-def test_a_transaction_that_the_test_left_open_is_an_error_that_says_so(made: Kit) -> None:
+def test_an_open_transaction_of_the_test_raises_an_error_that_names_it(testkit: Kit) -> None:
     job_id = worker.track("1")
-    with made.worker.engine.connect() as connection:
+    with testkit.worker.engine.connect() as connection:
         connection.execute(text("UPDATE fetch_jobs SET reference = 'open'"))
 
         with pytest.raises(KitError, match="an open transaction of your test locks the database: commit it"):
-            made.worker.advance(60)
+            testkit.worker.advance(60)
 
-    assert made.worker.run(job_id).status == "completed"
-
-
-# ── nothing is left ───────────────────────────────────────────────────────────────────────────────────────────────────
+    assert testkit.worker.run(job_id).status == "completed"
 
 
-def test_the_environment_leads_to_the_stand_in_and_is_as_it_was_afterwards(
+# ── teardown ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_environment_points_to_the_stand_in_and_is_restored_afterwards(
     tmp_path: Path, migrated_sqlite: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SD_API_KEY", "sk-real-1")
@@ -494,25 +494,25 @@ def test_the_environment_leads_to_the_stand_in_and_is_as_it_was_afterwards(
     monkeypatch.setenv("DATABASE_URL", "postgresql://nobody@db.example/production")
     before = dict(os.environ)
 
-    with kit(tmp_path / "kit", tables=migrated_sqlite) as made:
-        assert os.environ["SD_API_URL"] == made.api.url
+    with kit(tmp_path / "kit", tables=migrated_sqlite) as testkit:
+        assert os.environ["SD_API_URL"] == testkit.api.url
         assert "sk-real" not in str(dict(os.environ))
         assert tracking._settings().database.database == str(tmp_path / "kit" / "worker.db")
         worker.track("1", account="shop")
-        assert [job.status for job in made.worker.run_all()] == ["completed"]
+        assert [job.status for job in testkit.worker.run_all()] == ["completed"]
 
     assert dict(os.environ) == before
 
 
-def test_no_thread_and_no_engine_outlives_the_kit(tmp_path: Path, migrated_sqlite: Path) -> None:
-    with kit(tmp_path / "first", tables=migrated_sqlite) as made:
-        made.worker.run(worker.track("1"))  # starts what one process has one of
+def test_no_thread_and_no_engine_remains_after_the_kit(tmp_path: Path, migrated_sqlite: Path) -> None:
+    with kit(tmp_path / "first", tables=migrated_sqlite) as testkit:
+        testkit.worker.run(worker.track("1"))  # starts the threads that exist once per process
     threads, engines = set(threading.enumerate()), dict(engine_module._engines)
 
     for number in range(3):
-        with kit(tmp_path / str(number), tables=migrated_sqlite) as made:
+        with kit(tmp_path / str(number), tables=migrated_sqlite) as testkit:
             worker.track_many(["1", "2"])
-            made.worker.run_all()
+            testkit.worker.run_all()
 
     for thread in set(threading.enumerate()) - threads:
         thread.join(10)
@@ -520,23 +520,23 @@ def test_no_thread_and_no_engine_outlives_the_kit(tmp_path: Path, migrated_sqlit
     assert engine_module._engines == engines
 
 
-def test_two_kits_in_a_row_see_nothing_of_each_other(tmp_path: Path, migrated_sqlite: Path) -> None:
-    with kit(tmp_path / "first", tables=migrated_sqlite) as made:
-        made.api.answers().failed()
-        made.worker.run(worker.track("1", on_done="a.b"))
-        made.worker.advance(1e6)
-        first = made.worker.now
+def test_two_kits_in_a_row_do_not_affect_each_other(tmp_path: Path, migrated_sqlite: Path) -> None:
+    with kit(tmp_path / "first", tables=migrated_sqlite) as testkit:
+        testkit.api.answers().failed()
+        testkit.worker.run(worker.track("1", on_done="a.b"))
+        testkit.worker.advance(1e6)
+        first = testkit.worker.now
 
-    with kit(tmp_path / "second", tables=migrated_sqlite) as made:
+    with kit(tmp_path / "second", tables=migrated_sqlite) as testkit:
         assert worker.get(1) is None
-        assert (made.worker.told, made.api.asked("1"), made.api.submissions) == ([], 0, [])
-        assert made.worker.now < first
-        assert made.worker.run(worker.track("1")).status == "completed"
+        assert (testkit.worker.told, testkit.api.asked("1"), testkit.api.submissions) == ([], 0, [])
+        assert testkit.worker.now < first
+        assert testkit.worker.run(worker.track("1")).status == "completed"
 
 
-def test_after_the_kit_time_is_the_databases_again(tmp_path: Path, migrated_sqlite: Path, engine: Engine) -> None:
-    with kit(tmp_path / "kit", tables=migrated_sqlite) as made:
-        made.worker.advance(1e6)
+def test_after_the_kit_the_database_clock_is_used_again(tmp_path: Path, migrated_sqlite: Path, engine: Engine) -> None:
+    with kit(tmp_path / "kit", tables=migrated_sqlite) as testkit:
+        testkit.worker.advance(1e6)
 
     with engine.connect() as connection:
-        assert database_now(connection) < made.worker.now - timedelta(days=1)
+        assert database_now(connection) < testkit.worker.now - timedelta(days=1)

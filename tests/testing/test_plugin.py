@@ -1,4 +1,4 @@
-"""The test kit as an app meets it: pytest in a process and a folder of its own, with the plugin and nothing else."""
+"""The pytest plugin as an app uses it: pytest in its own process and folder, with the plugin and nothing else."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ ENTRY = ROOT / "worker" / "testing" / "entry"
 EXAMPLE = ROOT / "tests" / "example"
 TESTS = 8
 
-# Every connection of the process, as it is made; and what the environment was before the first test and after the last.
+# Records every connection that the process makes, and whether the environment changed between first and last test.
 WITNESS = """
 import os, pathlib, sys
 import pytest
@@ -40,7 +40,7 @@ def pytest_sessionfinish():
 
 @pytest.fixture
 def app(tmp_path: Path) -> Path:
-    """The example app, copied out of the repository with its tests, as a user would."""
+    """The example app, copied out of the repository with its tests, as a user would do."""
     folder = tmp_path / "app"
     folder.mkdir()
     shutil.copy(EXAMPLE / "shop.py", folder / "shop.py")
@@ -50,8 +50,8 @@ def app(tmp_path: Path) -> Path:
     return folder
 
 
-def run(folder: Path, *words: str, autoload: bool = False, path: str = "") -> subprocess.CompletedProcess[str]:
-    """Pytest in a folder, with our plugin only, or with what entry points name."""
+def run(folder: Path, *arguments: str, autoload: bool = False, path: str = "") -> subprocess.CompletedProcess[str]:
+    """Run pytest in a folder, either with our plugin only or with the plugins of entry points."""
     plugin = () if autoload else ("-p", "worker.testing.plugin")
     environment = os.environ | {
         "DATABASE_URL": "postgresql://nobody@db.example/production",
@@ -62,7 +62,7 @@ def run(folder: Path, *words: str, autoload: bool = False, path: str = "") -> su
     if not autoload:
         environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     return subprocess.run(
-        [sys.executable, "-m", "pytest", *plugin, "-p", "no:cacheprovider", "-q", *words],
+        [sys.executable, "-m", "pytest", *plugin, "-p", "no:cacheprovider", "-q", *arguments],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -72,13 +72,13 @@ def run(folder: Path, *words: str, autoload: bool = False, path: str = "") -> su
     )
 
 
-def test_the_example_apps_tests_pass_as_they_stand_stay_on_loopback_and_leave_nothing(app: Path) -> None:
-    done = run(app)
+def test_the_example_apps_tests_pass_use_only_loopback_and_leave_no_files(app: Path) -> None:
+    result = run(app)
 
-    assert f"{TESTS} passed" in done.stdout, done.stdout + done.stderr
+    assert f"{TESTS} passed" in result.stdout, result.stdout + result.stderr
     connections = (app / "connections").read_text().splitlines()
     assert connections
-    assert [one for one in connections if not one.startswith("('127.0.0.1', ")] == []
+    assert [address for address in connections if not address.startswith("('127.0.0.1', ")] == []
     assert not (app / "changed").exists()
     assert sorted(path.name for path in app.iterdir() if path.name != "__pycache__") == [
         "conftest.py",
@@ -89,14 +89,14 @@ def test_the_example_apps_tests_pass_as_they_stand_stay_on_loopback_and_leave_no
     ]
 
 
-def test_they_pass_side_by_side_in_several_processes(app: Path) -> None:
-    done = run(app, "-p", "xdist", "-n", "2")
+def test_the_example_apps_tests_pass_in_parallel_processes(app: Path) -> None:
+    result = run(app, "-p", "xdist", "-n", "2")
 
-    assert f"{TESTS} passed" in done.stdout, done.stdout + done.stderr
+    assert f"{TESTS} passed" in result.stdout, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("name", ["worker.py", "worker/__init__.py"])
-def test_given_an_app_with_a_worker_of_its_own_when_its_tests_run_then_the_plugin_steps_aside(
+def test_given_an_app_with_its_own_worker_when_its_tests_run_then_the_plugin_is_not_loaded(
     name: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -104,28 +104,28 @@ def test_given_an_app_with_a_worker_of_its_own_when_its_tests_run_then_the_plugi
     (tmp_path / "test_app.py").write_text("def test_it():\n    pass\n")
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ENTRY)}
     for strict in ((), ("-W", "error")):
-        words = [sys.executable, "-m", "pytest", "-p", "fetch_worker_pytest", *strict, "test_app.py"]
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        command = [sys.executable, "-m", "pytest", "-p", "fetch_worker_pytest", *strict, "test_app.py"]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
 
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "1 passed" in done.stdout
-        assert strict or "has the same name as fetch-worker's package" in done.stdout
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "1 passed" in result.stdout
+        assert strict or "has the same name as fetch-worker's package" in result.stdout
 
 
 def test_pytest_finds_the_plugin_by_its_entry_point(app: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    installed = app.parent / "site" / f"fetch_worker-{project['version']}.dist-info"
-    installed.mkdir(parents=True)
-    (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: fetch-worker\nVersion: {project['version']}\n")
-    named = "".join(f"{name} = {value}\n" for name, value in project["entry-points"]["pytest11"].items())
-    (installed / "entry_points.txt").write_text(f"[pytest11]\n{named}")
+    metadata = app.parent / "site" / f"fetch_worker-{project['version']}.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: fetch-worker\nVersion: {project['version']}\n")
+    entries = "".join(f"{name} = {value}\n" for name, value in project["entry-points"]["pytest11"].items())
+    (metadata / "entry_points.txt").write_text(f"[pytest11]\n{entries}")
 
-    done = run(app, autoload=True, path=os.pathsep.join((str(installed.parent), str(ENTRY))))
+    result = run(app, autoload=True, path=os.pathsep.join((str(metadata.parent), str(ENTRY))))
 
-    assert f"{TESTS} passed" in done.stdout, done.stdout + done.stderr
+    assert f"{TESTS} passed" in result.stdout, result.stdout + result.stderr
 
 
-def test_a_database_of_the_apps_own_is_named_by_a_fixture(app: Path) -> None:
+def test_a_fixture_can_provide_the_apps_own_database(app: Path) -> None:
     (app / "test_shop.py").write_text(
         """
 import pytest, worker
@@ -146,12 +146,12 @@ def test_in_memory(fetch_worker, fetch_database, tmp_path):
 """
     )
 
-    done = run(app)
+    result = run(app)
 
-    assert "1 passed" in done.stdout, done.stdout + done.stderr
+    assert "1 passed" in result.stdout, result.stdout + result.stderr
 
 
-def test_a_database_without_tables_says_in_one_line_what_to_do(app: Path) -> None:
+def test_a_database_without_tables_gives_one_line_of_advice(app: Path) -> None:
     (app / "test_shop.py").write_text(
         """
 import pytest
@@ -165,15 +165,15 @@ def test_empty(fetch_worker):
 """
     )
 
-    done = run(app, "--tb=line")
+    result = run(app, "--tb=line")
 
-    assert "1 error" in done.stdout
-    assert "run `fetch-worker migrate`, or call `worker.testing.migrate(engine)` in a fixture" in done.stdout
+    assert "1 error" in result.stdout
+    assert "run `fetch-worker migrate`, or call `worker.testing.migrate(engine)` in a fixture" in result.stdout
 
 
-def said(program: str) -> str:
-    """What a program in a process of its own prints."""
-    done = subprocess.run(
+def output_of(program: str) -> str:
+    """Return the output of a program in its own process."""
+    result = subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | {"PYTHONPATH": str(ROOT), "POLL_MINN": "an unknown setting"},
         capture_output=True,
@@ -181,10 +181,10 @@ def said(program: str) -> str:
         timeout=60,
         check=True,
     )
-    return done.stdout.strip()
+    return result.stdout.strip()
 
 
-def test_a_session_that_uses_no_fixture_loads_nothing_and_reads_no_setting() -> None:
+def test_a_session_without_our_fixtures_imports_nothing_and_reads_no_settings() -> None:
     program = """
 import sys, pytest
 before = set(sys.modules)
@@ -192,10 +192,10 @@ import worker.testing.plugin
 print(sorted(set(sys.modules) - before))
 """
 
-    assert said(program) == "['worker', 'worker.testing', 'worker.testing.plugin']"
+    assert output_of(program) == "['worker', 'worker.testing', 'worker.testing.plugin']"
 
 
-def test_whoever_has_no_pytest_can_use_the_kit() -> None:
+def test_the_kit_works_without_pytest() -> None:
     program = """
 import sys
 sys.modules["pytest"] = None
@@ -207,4 +207,4 @@ with tempfile.TemporaryDirectory() as folder, kit(pathlib.Path(folder)) as made:
     print(made.worker.run(worker.track("1")).status)
 """
 
-    assert said(program) == "completed"
+    assert output_of(program) == "completed"
