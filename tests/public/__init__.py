@@ -1,1 +1,1 @@
-"""What apps and operators rely on, kept in golden files: a change of one of them is a change of the product."""
+"""Golden files of everything that apps and operators rely on. A changed file means a changed public interface."""

@@ -1,4 +1,4 @@
-"""Write the golden files anew: `python -m tests.public`. Do so only where the public face is meant to change."""
+"""Rewrite the golden files: `python -m tests.public`. Do this only for an intended change of the public interface."""
 
 from tests.public.faces import FACES
 from tests.public.test_public_face import golden

@@ -1,4 +1,4 @@
-"""The commands on a planted database: the JSON documents that they print, and what they exit with."""
+"""Runs the commands on a prepared database: their JSON documents and exit codes."""
 
 import io
 import json
@@ -26,18 +26,18 @@ from worker.store.migrate import migrate
 from worker.store.schema import events, jobs
 from worker.store.unread import KeptAnswer, keep_answers
 
-NOWHERE = "redis://127.0.0.1:1/0"  # nothing listens there
+NOWHERE = "redis://127.0.0.1:1/0"  # a closed port
 ANSWER = '{"status": "success", "id": 77, "output": ["https://cdn.test/a.png"]}'
 UNREAD = '{"status": "done", "assets": ["https://cdn.test/a.png"]}'
 TRACE = '{"t": 0, "duration": 5, "kind": "image", "eta": null}\n{"t": 1, "duration": null, "kind": "image", "eta": 3}\n'
 
 
 def command_documents() -> Iterator[tuple[str, Any]]:
-    """Each command that prints JSON, and its document, on a database where everything is there that it can show."""
+    """Yield each command that prints JSON, and its document, from a database that has a value for every key."""
     with _planted_folder() as folder:
         (folder / "answer.json").write_text(ANSWER)
         (folder / "trace.jsonl").write_text(TRACE)
-        for words in (
+        for arguments in (
             ("track", "1001", "1002"),
             ("list",),
             ("show", "1"),
@@ -61,14 +61,14 @@ def command_documents() -> Iterator[tuple[str, Any]]:
             ("prune", "--older-than", "1h", "--dry-run"),
             ("unread", "--apply"),
         ):
-            yield " ".join(words), json.loads(run(*words, "--json")[1])
+            yield " ".join(arguments), json.loads(run(*arguments, "--json")[1])
 
 
 def exit_codes() -> Iterator[tuple[Sequence[str], int]]:
-    """Commands that did what they were asked, that could not, and that were used wrongly."""
+    """Yield commands with their exit codes: for success, failure and wrong usage."""
     with _planted_folder() as folder:
         (folder / "refused.json").write_text('{"status": "error", "message": "Invalid API Key"}')
-        for words in (
+        for arguments in (
             ("--version",),
             ("list",),
             ("show", "1"),
@@ -94,11 +94,11 @@ def exit_codes() -> Iterator[tuple[Sequence[str], int]]:
             ("nonsense",),
             ("list", "--status", "nonsense"),
         ):
-            yield words, run(*words)[0]
+            yield arguments, run(*arguments)[0]
 
 
 def webhook_body() -> str:
-    """The body of the event of a cancelled job that had a stored output and another one."""
+    """Return the webhook body for a cancelled job with a stored and an unstored output."""
     with _planted_folder():
         engine = engine_for(load().database)
         with engine.begin() as connection:
@@ -109,20 +109,20 @@ def webhook_body() -> str:
             return str(connection.execute(select(events.c.body).where(events.c.job_id == 4)).scalar_one())
 
 
-def run(*words: str) -> tuple[int, str]:
-    """Run a command in this process; return its exit code and what it printed."""
-    printed, messages = io.StringIO(), io.StringIO()
-    with redirect_stdout(printed), redirect_stderr(messages):
+def run(*arguments: str) -> tuple[int, str]:
+    """Run a command in this process. Return its exit code and output."""
+    output, messages = io.StringIO(), io.StringIO()
+    with redirect_stdout(output), redirect_stderr(messages):
         try:
-            main(list(words))
+            main(list(arguments))
         except SystemExit as ended:
             code = ended.code
-    return int(code or 0), printed.getvalue()
+    return int(code or 0), output.getvalue()
 
 
 @contextmanager
 def planted_engine() -> Iterator[Engine]:
-    """An SQLite database with jobs in every state and everything else that can be shown."""
+    """Create an SQLite database with jobs in every state and all other data that commands show."""
     with tempfile.TemporaryDirectory() as folder:
         engine = make_engine(make_url(f"sqlite:///{folder}/planted.db"))
         try:
@@ -135,15 +135,15 @@ def planted_engine() -> Iterator[Engine]:
 
 @contextmanager
 def _planted_folder() -> Iterator[Path]:
-    """A working directory of its own whose settings name a planted database."""
+    """Change to a temporary folder with settings for a prepared database."""
     before = Path.cwd()
     with planted_engine() as engine, tempfile.TemporaryDirectory() as name:
-        kept = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "LANG")}
-        own = {"DATABASE_URL": str(engine.url), "REDIS_URL": NOWHERE, "SD_API_URL": "http://127.0.0.1:1/api/v3"}
+        environment = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "LANG")}
+        settings = {"DATABASE_URL": str(engine.url), "REDIS_URL": NOWHERE, "SD_API_URL": "http://127.0.0.1:1/api/v3"}
         _settings.cache_clear()
         os.chdir(name)
         try:
-            with patch.dict(os.environ, kept | own | {"SD_API_KEY": "a-key-of-the-test"}, clear=True):
+            with patch.dict(os.environ, environment | settings | {"SD_API_KEY": "a-key-of-the-test"}, clear=True):
                 yield Path(name)
         finally:
             os.chdir(before)
@@ -152,7 +152,7 @@ def _planted_folder() -> Iterator[Path]:
 
 
 def plant(engine: Engine) -> None:
-    """Put in what commands and metrics can show. Job 1 waits, 2 is downloading, 3 has failed; others follow."""
+    """Insert the data that commands and metrics show. Job 1 waits, 2 is downloading, 3 has failed."""
     with engine.begin() as connection:
         first = planted.add_waiting_job(
             connection, "1", reference="an order", eta=12.0, webhook_url="https://shop.test/hook"
@@ -162,8 +162,8 @@ def plant(engine: Engine) -> None:
         planted.add_event(connection, third, due=-100.0)
         stored = {"status": "stored", "due_at": None, "stored_at": planted.now(), "location": "file:///gone/x.png"}
         file = {"sha256": "ab" * 32, "media_type": "image/png", "size_bytes": 12}
-        done = planted.add_downloading_job(connection, "4", **(stored | file))
-        add_output(connection, done, 1, error_code="gone", due_at=planted.now())
+        completed = planted.add_downloading_job(connection, "4", **(stored | file))
+        add_output(connection, completed, 1, error_code="gone", due_at=planted.now())
         planted.add_receiving_job(connection, "5")
         planted.add_claimed_job(connection, "6", planted.DEAD, over=500.0)
         planted.add_waiting_job(connection, "7", account="shop", due=-400.0)
@@ -171,12 +171,12 @@ def plant(engine: Engine) -> None:
         planted.add_open_breaker(connection, "host", "api.test", "unreachable")
         planted.add_breaker(connection, "account", "default", ceiling=4.0, cut_at=planted.now())
         now = planted.now()
-        counted = Tally()
-        counted.finished("default", "image", "failed")
-        counted.delay("default", "image", 0.4)
-        counted.polled("default", "image", 3)
-        counted.attempt("stored", seconds=0.2, stored_bytes=12)
-        counted.write(connection)
+        tally = Tally()
+        tally.finished("default", "image", "failed")
+        tally.delay("default", "image", 0.4)
+        tally.polled("default", "image", 3)
+        tally.attempt("stored", seconds=0.2, stored_bytes=12)
+        tally.write(connection)
         keep_answers(
             connection, [KeptAnswer(first, 200, "status=done", UNREAD, recognised=False)], now=now - seconds(5)
         )

@@ -1,4 +1,4 @@
-"""The public face of the product, as text that can be compared: one function for each golden file."""
+"""The public interface as text: one function for each golden file."""
 
 import ast
 import inspect
@@ -29,7 +29,7 @@ from worker.testing import plugin
 
 PACKAGE = Path(worker.__file__).parent
 LEVELS = ("debug", "info", "warning", "error", "exception", "critical")
-MODULE = re.compile(r"\b(?:[a-z_]+\.)+(?=[A-Za-z])")  # of a type in a signature: where it is defined may change
+MODULE = re.compile(r"\b(?:[a-z_]+\.)+(?=[A-Za-z])")  # the module of a type in a signature, which may change
 FIELD = re.compile(r"(?:^|\s)([a-z][a-z_]*)=[^\s]*%")
 IMPORTS = (
     "worker.alembic:include_name",
@@ -61,10 +61,10 @@ IMPORTS = (
 
 
 def python_names() -> str:
-    """The names of `worker` and `worker.testing` with their signatures, and the tree of errors."""
+    """Return the names of `worker` and `worker.testing` with signatures, and the hierarchy of errors."""
     lines = []
     for module in (worker, worker.testing):
-        homes: dict[str, object] = getattr(module, "_HOME")  # noqa: B009  # private, and of two modules
+        homes: dict[str, object] = getattr(module, "_HOME")  # noqa: B009  # private, and the same in both modules
         for name in sorted(homes):
             lines.append(f"{module.__name__}.{name}{_signature(getattr(module, name))}")
     lines += [f"errors: {' < '.join(_parents(error))}" for error in _errors()]
@@ -92,18 +92,18 @@ def _parents(error: type[object]) -> list[str]:
 
 
 def import_paths() -> str:
-    """The import paths that apps and configurations name."""
+    """Return the import paths that apps and configurations use."""
     lines = []
     for path in IMPORTS:
         module, _, name = path.partition(":")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of former paths, which work for a release
+            warnings.simplefilter("ignore", DeprecationWarning)  # former paths work for one more release
             lines.append(f"{path}: {'there' if hasattr(import_module(module), name) else 'MISSING'}")
     return _text(lines)
 
 
 def commands() -> str:
-    """Every command with its arguments and options."""
+    """Return every command with its arguments and options."""
     lines = []
     for name, command in sorted(group.commands.items()):
         lines.append(name)
@@ -128,14 +128,14 @@ def _kind(kind: ParamType[Any]) -> str:
 
 
 def documents() -> str:
-    """The form of each command's JSON document."""
+    """Return the structure of each command's JSON document."""
     return _text(
         f"{name}{path}: {kinds}" for name, document in command_documents() for path, kinds in _form(document).items()
     )
 
 
 def _form(value: Any, path: str = "") -> dict[str, str]:
-    """The path and the types of each value in a JSON document; the items of a list are taken together."""
+    """Return the path and types of each value in a JSON document. The items of a list share a path."""
     forms: dict[str, set[str]] = {}
     _collect(value, path, forms)
     return {path: " or ".join(sorted(kinds)) for path, kinds in sorted(forms.items())}
@@ -162,12 +162,12 @@ def _collect(value: Any, path: str, forms: dict[str, set[str]]) -> None:
 
 
 def command_exits() -> str:
-    """What a command exits with: done, could not, wrong usage."""
-    return _text(f"{' '.join(words)}: {code}" for words, code in exit_codes())
+    """Return the exit codes of commands: for success, failure and wrong usage."""
+    return _text(f"{' '.join(arguments)}: {code}" for arguments, code in exit_codes())
 
 
 def metric_names() -> str:
-    """Every metric with its labels."""
+    """Return every metric with its labels."""
     with planted_engine() as engine:
         exposed = parsed(open_metrics(registry_of(engine, Settings())))
     return _text(
@@ -176,7 +176,7 @@ def metric_names() -> str:
 
 
 def celery_names() -> str:
-    """Tasks with their arguments, queues, routes and the schedule of beat."""
+    """Return the tasks with arguments, queues, routes and the beat schedule."""
     app: Any = import_module("worker.app").app
     import_module("worker.tasks")
     lines = []
@@ -193,7 +193,7 @@ def celery_names() -> str:
 
 
 def tables() -> str:
-    """The tables and their indexes on each kind of database, and Alembic's table."""
+    """Return the tables and indexes for each kind of database, and Alembic's table."""
     lines = [f"version table {VERSION_TABLE}"]
     dialects: list[Any] = [postgresql, sqlite, mysql]
     for dialect in [module.dialect() for module in dialects]:
@@ -205,11 +205,15 @@ def tables() -> str:
 def _ddl(table: Table, dialect: Any) -> list[str]:
     statements: list[Any] = [CreateTable(table)]
     statements += [CreateIndex(index) for index in sorted(table.indexes, key=lambda index: str(index.name))]
-    return [line.rstrip() for made in statements for line in str(made.compile(dialect=dialect)).strip().splitlines()]
+    return [
+        line.rstrip()
+        for statement in statements
+        for line in str(statement.compile(dialect=dialect)).strip().splitlines()
+    ]
 
 
 def settings() -> str:
-    """Each setting with its default."""
+    """Return each setting with its default."""
     lines = []
     for name, field in sorted(Settings.model_fields.items()):
         lines.append(f"{name.upper()}: {field.get_default(call_default_factory=True)!s}")
@@ -217,7 +221,7 @@ def settings() -> str:
 
 
 def log_fields() -> str:
-    """The names of the fields in our log lines."""
+    """Return the names of the fields in the product's log lines."""
     fields: set[str] = set()
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -233,7 +237,7 @@ def log_fields() -> str:
 
 
 def webhooks() -> str:
-    """The form of the body of an event, about a cancelled job with two outputs, and the names of its headers."""
+    """Return the structure of a webhook body, for a cancelled job with two outputs, and the header names."""
     body = webhook_body()
     lines = [f"body{path}: {kinds}" for path, kinds in _form(json.loads(body)).items()]
     lines += [f"header {name}" for name in sorted(headers([b"0" * 24], "evt_1", 1, body))]
@@ -241,7 +245,7 @@ def webhooks() -> str:
 
 
 def fixtures() -> str:
-    """The pytest fixtures that apps use."""
+    """Return the pytest fixtures for apps."""
     lines = []
     for name, value in sorted(vars(plugin).items()):
         marker = getattr(value, "_fixture_function_marker", None)

@@ -1,4 +1,4 @@
-"""Names that web apps and operators rely on do not change by accident."""
+"""The public interface does not change by accident."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def golden(name: str) -> Path:
-    """The file that holds one part of the public face."""
+    """Return the golden file of one part of the public interface."""
     return GOLDEN / f"{name}.txt"
 
 
 @pytest.mark.parametrize("name", FACES)
-def test_the_public_face_is_the_one_that_is_written_down(name: str) -> None:
-    """Where a change is meant, `python -m tests.public` writes the files anew; the changelog then names the change."""
+def test_the_public_interface_equals_its_golden_file(name: str) -> None:
+    """For an intended change, run `python -m tests.public` and add the change to the changelog."""
     assert FACES[name]() == golden(name).read_text()
 
 
