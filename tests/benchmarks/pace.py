@@ -239,7 +239,7 @@ def two_learning_processes(table: Table, traces: int = 60) -> None:
         rng = random.Random(seed)
         jobs = [TraceJob(0.25 * number, _draw_duration(rng, 8.0, 0.6)) for number in range(300)]
         delay_one += mean(simulate(jobs, pace, deadline_for=lambda kind: DEADLINE, seed=seed)) / traces
-        delay_two += mean(TwoProcesses(pace, seed).over(jobs)) / traces
+        delay_two += mean(TwoProcesses(pace, seed).run(jobs)) / traces
     table.single(
         "300 jobs of a new kind, two processes that learn: mean delay ÷ with one", delay_two, delay_one, "s", must=1.05
     )

@@ -617,7 +617,7 @@ def test_simulate_names_an_invalid_line_of_the_trace(run: Run, tmp_path: Path, l
     result = run("simulate", "--trace", str(path))
 
     assert result.code == 1
-    assert "line 3 is no job of a trace" in result.err
+    assert "line 3 is not a job of a trace" in result.err
     assert _one_line(result.err)
 
 

@@ -357,7 +357,7 @@ def way(server: Server, *, proxies: int = 0, renewable: bool = True, most: int =
         if result.code in ("not_media", "truncated"):
             output = replace(output, bad_bodies=output.bad_bodies + 1)
         elif result.code == "gone":
-            counted = 0 if result.renew or output.patient(now) else 1
+            counted = 0 if result.renew or output.link_may_recover(now) else 1
             output = replace(
                 output,
                 dead_since=output.dead_since or now,

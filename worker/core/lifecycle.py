@@ -1,4 +1,4 @@
-"""What becomes of a job after an answer, and of an output after an attempt. Pure decisions; the store carries them out.
+"""Decide about a job after an answer, and about an output after a download attempt. Pure; the store applies them.
 
 A job:     pending → downloading → completed | failed | cancelled;  pending → failed | expired | cancelled
 An output: pending → stored | failed
@@ -28,7 +28,7 @@ from worker.core.reply import (
 JobStatus = Literal["pending", "downloading", "completed", "failed", "expired", "cancelled"]
 JOB_STATES: tuple[JobStatus, ...] = ("pending", "downloading", "completed", "failed", "expired", "cancelled")
 FINAL_STATES: frozenset[str] = frozenset({"completed", "failed", "expired", "cancelled"})
-PRUNED = "pruned"  # the code of an output whose file is about to be removed, and its job with it
+PRUNED = "pruned"  # the error code of an output that is being removed together with its job
 OUTPUT_STATES = ("pending", "stored", "failed")
 
 FAILED_ANSWERS = 2
@@ -36,8 +36,11 @@ UNKNOWN_ANSWERS = 3
 ERROR_ANSWERS = 3
 EMPTY_ANSWERS = 5
 UNKNOWN_GRACE = timedelta(seconds=60)
-RECOVERABLE_ANSWERS, RECOVERABLE_APART = 5, timedelta(seconds=15)  # "Failed, Try Again" gets a minute at least
-MAX_EXPECTED = 3_600.0  # seconds that an eta may make a failed job wait
+RECOVERABLE_ANSWERS, RECOVERABLE_APART = (
+    5,
+    timedelta(seconds=15),
+)  # "Failed, Try Again" is accepted for at least one minute
+MAX_EXPECTED = 3_600.0  # seconds; an eta keeps a failed job pending no longer than this
 AFTER_HOLD_GRACE = timedelta(seconds=60)
 
 BAD_BODY_ATTEMPTS = 3
@@ -45,13 +48,13 @@ DEAD_LINK_PATIENCE = timedelta(seconds=60)
 DEAD_LINK_ATTEMPTS = 3
 TROUBLE_WAIT_LEAST = 5.0
 TROUBLE_WAIT_MOST = 300.0
-RETRY_AFTER_MOST = 3_600.0  # a server that asks for more is asked again all the same
+RETRY_AFTER_MOST = 3_600.0  # longer waits that a server asks for are shortened to this
 STORAGE_WAIT = 15.0
-PROMISE_CODES = frozenset({"not_found", "no_output", "expired"})  # of ends before which promised links are tried
+PROMISE_CODES = frozenset({"not_found", "no_output", "expired"})  # promised links are tried before these final states
 PROMISE_PATIENCE = timedelta(minutes=10)
-PROMISE_ATTEMPTS = 5  # at least: the processes that download may have been away for all of the ten minutes
+PROMISE_ATTEMPTS = 5  # the minimum, because no download process may have run during the ten minutes
 PROMISE_WAIT_LEAST, PROMISE_WAIT_MOST = 5.0, 60.0
-EARLY_CODES = frozenset({"not_media", "truncated", "gone"})  # of an attempt before, while the store lagged
+EARLY_CODES = frozenset({"not_media", "truncated", "gone"})  # results of attempts before the store had the file
 
 
 # ── jobs ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -59,7 +62,7 @@ EARLY_CODES = frozenset({"not_media", "truncated", "gone"})  # of an attempt bef
 
 @dataclass(frozen=True, slots=True)
 class Strikes:
-    """How often the API has spoken against a job; a processing answer forgives all. `last` is when it last counted."""
+    """The number of answers against a job, by class. A processing answer resets them. `last` is the last strike."""
 
     failed: int = 0
     unknown: int = 0
@@ -67,16 +70,16 @@ class Strikes:
     empty: int = 0
     last: datetime | None = None
 
-    def forgiven(self) -> "Strikes":
-        """Return these strikes with every count at zero; `last` stays."""
-        counted = self.failed or self.unknown or self.error or self.empty
-        return Strikes(last=self.last) if counted else self
+    def reset(self) -> "Strikes":
+        """Return the strikes with every count at zero. `last` stays."""
+        has_strikes = self.failed or self.unknown or self.error or self.empty
+        return Strikes(last=self.last) if has_strikes else self
 
 
 class JobFacts(NamedTuple):
-    """What a decision about a job needs to know. `last_hold_end`: when its account or host was last let go.
+    """The facts for a decision about a job. `last_hold_end` is the end of the last hold of its account or host.
 
-    A tuple, since one is made for every single request.
+    This is a tuple for speed, because every request creates one.
     """
 
     status: JobStatus
@@ -88,7 +91,7 @@ class JobFacts(NamedTuple):
 
 
 class AskAgain(NamedTuple):
-    """The job stays as it is and is asked again. `note` says in a word what the answer was."""
+    """The job keeps its state and is polled again. `note` is a short description of the answer."""
 
     strikes: Strikes
     note: str
@@ -96,9 +99,9 @@ class AskAgain(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StartDownloads:
-    """The job is ready: its outputs are to be downloaded. None at all completes it at once.
+    """The job is ready: download its outputs. A job without outputs is completed at once.
 
-    `left_out`: how many more the answer listed, which are not stored.
+    `left_out` counts listed outputs beyond the limit, which are not stored.
     """
 
     outputs: tuple[Link, ...]
@@ -107,7 +110,7 @@ class StartDownloads:
 
 @dataclass(frozen=True, slots=True)
 class EndJob:
-    """The job ends here."""
+    """The job ends in this final state."""
 
     status: Literal["failed", "expired"]
     code: str
@@ -116,20 +119,20 @@ class EndJob:
 
 @dataclass(frozen=True, slots=True)
 class RenewLinks:
-    """A job that is being downloaded got its links afresh."""
+    """A job in `downloading` got fresh links."""
 
     outputs: tuple[Link, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class KeepLinks:
-    """A job that is being downloaded got no fresh links: go on with what there is."""
+    """A job in `downloading` got no fresh links. Its present links stay."""
 
     note: str
 
 
 def left_out_note(listed: int, missing: int) -> str:
-    """Return the note for a job of whose outputs some are not stored.
+    """Return the note for a job whose outputs are not all stored.
 
     >>> left_out_note(1000, 500)
     'the answer listed 1,500 outputs; only the first 1,000 are stored'
@@ -141,9 +144,9 @@ JobDecision = AskAgain | StartDownloads | EndJob | RenewLinks | KeepLinks
 
 
 def after_answer(job: JobFacts, reply: Reply, *, now: datetime, min_interval: timedelta) -> JobDecision:
-    """What becomes of a job. `least` is the time that two answers must be apart for both to count against it."""
+    """Decide about a job after an answer. Two answers count as two strikes only if `min_interval` lies between them."""
     if isinstance(reply, (RateLimited, AccountRefused)) or (isinstance(reply, ApiDown) and not reply.answered):
-        return AskAgain(job.strikes, note_of(reply))  # trouble of the account or the host is not the job's
+        return AskAgain(job.strikes, note_of(reply))  # a problem of the account or host says nothing about the job
     if job.status == "downloading":
         return RenewLinks(reply.outputs) if isinstance(reply, Ready) else KeepLinks(note_of(reply))
     match reply:
@@ -152,7 +155,7 @@ def after_answer(job: JobFacts, reply: Reply, *, now: datetime, min_interval: ti
         case AnotherJob() | Unread() | ApiDown():
             return _unless_late(job, replace(job.strikes, error=0), note_of(reply), now)
         case Processing():
-            return _unless_late(job, job.strikes.forgiven(), "processing", now)
+            return _unless_late(job, job.strikes.reset(), "processing", now)
         case _:
             return _strike(job, reply, now, min_interval)
 
@@ -162,24 +165,24 @@ def _strike(
 ) -> JobDecision:
     old = job.strikes
     counts = old.last is None or now - old.last >= max(min_interval, _apart(reply))
-    one = 1 if counts else 0
+    strike = 1 if counts else 0
     last = now if counts else old.last
-    others = replace(old, error=0, last=last)  # only errors count "in a row"
+    without_errors = replace(old, error=0, last=last)  # only errors must be in a row
     match reply:
         case Failed(message):
-            strikes, code = replace(others, failed=old.failed + one), "api_failed"
+            strikes, code = replace(without_errors, failed=old.failed + strike), "api_failed"
             reached = strikes.failed >= FAILED_ANSWERS
             if reply.may_recover:
                 expected = timedelta(seconds=min(job.eta or 0.0, MAX_EXPECTED))
                 reached = strikes.failed >= RECOVERABLE_ANSWERS and now - job.tracked_at >= expected
         case UnknownId(message):
-            strikes, code = replace(others, unknown=old.unknown + one), "not_found"
+            strikes, code = replace(without_errors, unknown=old.unknown + strike), "not_found"
             reached = strikes.unknown >= UNKNOWN_ANSWERS and now - job.tracked_at >= UNKNOWN_GRACE
         case ApiError(message):
-            strikes, code = replace(old, error=old.error + one, last=last), "api_error"
+            strikes, code = replace(old, error=old.error + strike, last=last), "api_error"
             reached = strikes.error >= ERROR_ANSWERS
         case Empty():
-            strikes, code = replace(others, empty=old.empty + one), "no_output"
+            strikes, code = replace(without_errors, empty=old.empty + strike), "no_output"
             message = f"success without any output, {strikes.empty} times"
             reached = strikes.empty >= EMPTY_ANSWERS
     if reached:
@@ -188,7 +191,7 @@ def _strike(
 
 
 def _apart(reply: Failed | UnknownId | ApiError | Empty) -> timedelta:
-    """Return the time that two answers must be apart for both to count, beside the least between two requests."""
+    """Return the minimum time between two answers that both count, in addition to the minimum poll interval."""
     match reply:
         case Failed(may_recover=True):
             return RECOVERABLE_APART
@@ -210,7 +213,7 @@ def _unless_late(job: JobFacts, strikes: Strikes, note: str, now: datetime) -> J
 
 
 def note_of(reply: Reply) -> str:
-    """The answer in a few words, for `show` and for operators."""
+    """Return a short description of the answer, for `show` and for operators."""
     match reply:
         case Processing():
             return "processing"
@@ -239,11 +242,11 @@ def note_of(reply: Reply) -> str:
 
 @dataclass(frozen=True, slots=True)
 class OutputFacts:
-    """What a decision about an output needs to know.
+    """The facts for a decision about an output.
 
-    `attempts` counts this attempt too; `bad_bodies` and `dead_attempts` (since the renewal) do not. `renewable` says
-    whether the API can be asked for a fresh link; `ready_at` is when the output was first seen; `last_code` is the
-    trouble of the attempt before. `promised`: no answer listed the output, so there may never be one at its link.
+    `attempts` includes the present attempt. `bad_bodies` and `dead_attempts` (since the link was renewed) do not.
+    `renewable`: the API can return a fresh link. `ready_at`: when the output was first listed. `last_code`: the error
+    code of the previous attempt. `promised`: no answer listed the output, so its link may never work.
     """
 
     attempts: int
@@ -257,8 +260,8 @@ class OutputFacts:
     last_code: str | None = None
     promised: bool = False
 
-    def patient(self, now: datetime) -> bool:
-        """Whether a dead link still has its time to come alive, or to be renewed after it."""
+    def link_may_recover(self, now: datetime) -> bool:
+        """Return whether a dead link is still in its waiting time, or can be renewed after it."""
         if self.renewed or self.dead_since is None:
             return not self.renewed
         return self.renewable or now - self.dead_since < DEAD_LINK_PATIENCE
@@ -276,9 +279,9 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class BadBody:
-    """Bytes came, but not the media: something else, or a part of it.
+    """The body is not the media, or only a part of it.
 
-    `early` says that it may be because the store does not have the file yet: nothing, a page, or a part of the file.
+    `early`: the body is empty, an HTML page or a part of the file. Maybe the store does not have the whole file yet.
     """
 
     code: Literal["not_media", "truncated"]
@@ -288,7 +291,7 @@ class BadBody:
 
 @dataclass(frozen=True, slots=True)
 class Unfit:
-    """Nothing that trying again could change: the address is refused, or the output too large."""
+    """A retry can't help: the address is refused, or the output is too large."""
 
     code: Literal["refused_address", "too_large"]
     message: str
@@ -296,18 +299,18 @@ class Unfit:
 
 @dataclass(frozen=True, slots=True)
 class DeadLink:
-    """The link answers 403, 404 or 410: not there yet, or not there any more."""
+    """The link answers with 403, 404 or 410: the file is not there yet, or no longer."""
 
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class TransferTrouble:
-    """The way to the output is in trouble, or our own storage is."""
+    """A temporary failure of the network, of the server or of the worker's own storage."""
 
     code: Literal["http_error", "unreachable", "storage"]
     message: str
-    retry_after: float | None = None  # seconds, where the server said when to come again
+    retry_after: float | None = None  # seconds, if the server sent Retry-After
 
 
 Attempt = StoredFile | BadBody | Unfit | DeadLink | TransferTrouble
@@ -315,9 +318,9 @@ Attempt = StoredFile | BadBody | Unfit | DeadLink | TransferTrouble
 
 @dataclass(frozen=True, slots=True)
 class TryAgain:
-    """The output stays pending and is tried again after `wait` seconds; `renew` asks the API for a fresh link first.
+    """The output stays pending and is tried again after `wait` seconds. `renew`: get a fresh link from the API first.
 
-    `counts` says whether a bad body brings the output nearer to its end.
+    `counts`: a bad body counts towards the limit of bad bodies.
     """
 
     wait: float
@@ -329,7 +332,7 @@ class TryAgain:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """The output ends here."""
+    """The output fails with this error code."""
 
     code: str
     message: str
@@ -338,7 +341,7 @@ class GiveUp:
 def after_attempt(
     output: OutputFacts, attempt: Attempt, *, now: datetime, deadline: timedelta
 ) -> StoredFile | TryAgain | GiveUp:
-    """What becomes of an output. `deadline` is how long after `ready_at` one in trouble is still tried."""
+    """Decide about an output after an attempt. `deadline` is the time after `ready_at` at which retries end."""
     if output.promised:
         return _after_promised(output, attempt, now=now, deadline=deadline)
     late = now >= output.ready_at + deadline
@@ -356,16 +359,16 @@ def after_attempt(
         case TransferTrouble(code, message, retry_after):
             if late:
                 return GiveUp(code, message)
-            least = min(retry_after or 0.0, RETRY_AFTER_MOST)
-            return TryAgain(max(_trouble_wait(output.attempts), least), code, message)
+            min_wait = min(retry_after or 0.0, RETRY_AFTER_MOST)
+            return TryAgain(max(_trouble_wait(output.attempts), min_wait), code, message)
 
 
 def _after_promised(
     output: OutputFacts, attempt: Attempt, *, now: datetime, deadline: timedelta
 ) -> StoredFile | TryAgain | GiveUp:
-    """Return what becomes of a promised link: it is tried until it brings a file, with pauses that grow.
+    """Decide about a promised link. It is tried with growing waits until it returns a file.
 
-    It ends after 10 minutes and 5 attempts, or at the deadline of outputs if that is earlier.
+    It fails after 10 minutes and 5 attempts, or at the deadline of outputs if that is earlier.
     """
     match attempt:
         case StoredFile():
@@ -379,15 +382,15 @@ def _after_promised(
     if age >= deadline or (age >= PROMISE_PATIENCE and output.attempts >= PROMISE_ATTEMPTS):
         return GiveUp(code, f"{attempt.message}; a promised link, tried for {age.total_seconds():.0f} s")
     wait = min(PROMISE_WAIT_LEAST * 2 ** min(output.attempts - 1, 10), PROMISE_WAIT_MOST)
-    least = (attempt.retry_after or 0.0) if isinstance(attempt, TransferTrouble) else 0.0
+    min_wait = (attempt.retry_after or 0.0) if isinstance(attempt, TransferTrouble) else 0.0
     late = age >= PROMISE_PATIENCE
-    left = timedelta(seconds=PROMISE_WAIT_MOST) if late else PROMISE_PATIENCE - age
-    wait = min(max(wait, least), left.total_seconds(), (deadline - age).total_seconds())
+    max_wait = timedelta(seconds=PROMISE_WAIT_MOST) if late else PROMISE_PATIENCE - age
+    wait = min(max(wait, min_wait), max_wait.total_seconds(), (deadline - age).total_seconds())
     return TryAgain(wait, code, attempt.message, counts=False)
 
 
 def _about_the_output(output: OutputFacts, attempt: Attempt) -> Attempt:
-    """What an attempt says of the output: a proxy link that is dead or refused says nothing about the link itself."""
+    """Return the attempt as it counts for the output: a dead or refused proxy link says nothing about the main link."""
     match attempt:
         case DeadLink(message) | Unfit("refused_address", message) if address_index(output) > 0:
             return DeadLink(message) if output.last_code == "gone" else TransferTrouble("unreachable", message)
@@ -396,7 +399,7 @@ def _about_the_output(output: OutputFacts, attempt: Attempt) -> Attempt:
 
 
 def _after_bad_body(output: OutputFacts, bad: BadBody, *, now: datetime, late: bool) -> TryAgain | GiveUp:
-    """A store may lag: what is not whole in the first minute gets the patience of a dead link, then a fresh link."""
+    """Decide about a bad body. In the first minute it may be incomplete in the store: wait, then get a fresh link."""
     code, message = bad.code, bad.message
     if bad.early and not (output.renewed or output.bad_bodies or late):
         age = now - output.ready_at
@@ -429,9 +432,10 @@ def _after_dead_link(output: OutputFacts, message: str, *, now: datetime, late: 
 
 
 def address_index(output: OutputFacts) -> int:
-    """Which address to try now: 0 is the link, 1 and up its proxy links.
+    """Return the index of the URL to try now. 0 is the main link, higher numbers are its proxy links.
 
-    They take turns while there is trouble. A dead link is waited for and renewed; then all are tried in order once.
+    After temporary failures the URLs take turns. A dead main link is retried and renewed first; then all are tried in
+    order, once each.
     """
     if output.last_code == "gone":
         if not output.renewed and (output.renewable or output.dead_attempts == 0):
@@ -439,7 +443,7 @@ def address_index(output: OutputFacts) -> int:
         if output.dead_attempts <= output.proxies:
             return output.dead_attempts
     if output.last_code is None:
-        return 0  # an attempt that a crash cut short says nothing against the link
+        return 0  # an attempt that a crash interrupted says nothing about the link
     return (output.attempts - 1) % (1 + output.proxies)
 
 

@@ -326,7 +326,7 @@ def _failure_values(output: ClaimedOutput, result: TryAgain, now: datetime) -> d
                 return dead_values | {"renewed": True}
             return (
                 dead_values
-                if output.facts.patient(now)
+                if output.facts.link_may_recover(now)
                 else dead_values | {"dead_attempts": output.facts.dead_attempts + 1}
             )
         case _:

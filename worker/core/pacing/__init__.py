@@ -1,1 +1,1 @@
-"""When to ask about a job next: how long jobs take, the policy, and its simulation. Pure."""
+"""When to poll a job next: learned durations, the policy, progress estimates and a simulation. Pure."""

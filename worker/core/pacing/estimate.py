@@ -1,7 +1,7 @@
-"""How far a job is, for a bar on a page: the chance that it is ready by now, and how long it may still take. Pure.
+"""Estimate the progress of a job: the chance that it is ready now, and the remaining time. Pure.
 
-What is told of a job that waits comes from how long its kind took before, given that it was not ready when the API last
-said so. Of a kind that nobody has seen yet, the scale-free prior is told, whose 90 % point is far from its median.
+For a waiting job the estimate comes from the past durations of its kind, given when it was last seen not ready. For a
+kind without past jobs it comes from a scale-free prior, whose 90 % point is far from its median.
 """
 
 import math
@@ -14,19 +14,20 @@ from worker.core.pacing.survival import OLDEST
 
 Phase = Literal["waiting", "downloading", "final"]
 
-UNSEEN_MEDIAN = 15.0  # seconds; of a kind without any experience
-WAITING_PART = 0.9  # of the bar, until the job is seen ready
+UNSEEN_MEDIAN = 15.0  # seconds, for a kind without past jobs
+WAITING_PART = 0.9  # the part of the bar until the job is seen ready
 DOWNLOADING_PART = 0.95
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a job is.
+    """The progress of a job.
 
-    `chance`: that the API has it ready by now. `median_seconds`, `p90_seconds`: within how long from now it will be
-    ready with a chance of 50 % and 90 %; 0 where it probably is already, None where that is beyond its deadline.
-    `phase`: `waiting` for the API, `downloading` what is ready, or `final`. `fraction`: for a bar, 0 to 1. No answer
-    moves it back, only what is learned of the kind meanwhile can, by little: a page shows the most it was told.
+    `chance`: the chance that the job is ready at the API now. `median_seconds`, `p90_seconds`: the time from now until
+    the job is ready with a chance of 50 % and 90 %. They are 0 if the job is probably ready already, and None if that
+    is not expected within its deadline. `phase`: `waiting` for the API, `downloading`, or `final`. `fraction`: a value
+    from 0 to 1 for a progress bar. It can go down a little when the worker learns from other jobs of the kind, so show
+    the highest value so far.
     """
 
     chance: float
@@ -37,11 +38,11 @@ class Progress:
 
 
 def progress(status: str, job: PacedJob, model: PaceModel) -> Progress:
-    """The progress of a job in this state, by what is known of its kind.
+    """Return the progress of a job in this state. `model` is the model of its kind.
 
     >>> progress("completed", PacedJob(9.0), PaceModel())
     Progress(chance=1.0, median_seconds=0.0, p90_seconds=0.0, phase='final', fraction=1.0)
-    >>> new = progress("pending", PacedJob(5.0, 5.0), PacePaceModel())  # nothing is known: as long again, and 15 s
+    >>> new = progress("pending", PacedJob(5.0, 5.0), PacePaceModel())  # no past jobs: its age again, plus 15 s
     >>> round(new.median_seconds), round(new.p90_seconds), new.chance
     (20, 180, 0.0)
     """
@@ -61,24 +62,24 @@ def progress(status: str, job: PacedJob, model: PaceModel) -> Progress:
 
 
 class _Unseen:
-    """The curve of a kind without experience: half of those that took so long are ready after as long again.
+    """The curve of a kind without past jobs: the remaining time has a median of the age so far plus a constant.
 
-    An eta is half believed: its scale is the geometric mean of it and of what is usual.
+    With an eta, the constant is the geometric mean of the eta and the usual 15 s.
     """
 
     def __init__(self, eta: float | None) -> None:
         self._median = UNSEEN_MEDIAN if eta is None else math.sqrt(UNSEEN_MEDIAN * eta)
 
     def chance(self, job: PacedJob, age: float) -> float:
-        """The chance that a job is ready at `age`, given when it was last seen not ready."""
+        """Return the chance that a job is ready at `age`, given the age at which it was last seen not ready."""
         return max(age - job.not_ready_age, 0.0) / (self._median + max(age, job.not_ready_age))
 
     def quantile(self, job: PacedJob, share: float) -> float:
-        """The age in seconds by which so many of such jobs are ready."""
+        """Return the age in seconds by which this share of such jobs is ready."""
         return (self._median + job.not_ready_age) / (1 - share) - self._median
 
 
 def _within(job: PacedJob, age: float) -> float | None:
-    """The seconds until `age`; what lies beyond the deadline was never seen, and will not be waited for."""
+    """Return the seconds until `age`, or None if that is after the deadline, where no job was ever observed."""
     seconds = max(age - job.age, 0.0)
     return seconds if seconds <= max(job.seconds_left, 0.0) and age < OLDEST else None

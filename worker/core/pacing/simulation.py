@@ -1,7 +1,7 @@
-"""What a policy would do with a trace of jobs: the worker's own scheduling on a virtual clock, with nobody asked.
+"""Simulate a policy on a trace of jobs: the worker's own scheduling code on a virtual clock, without any requests.
 
-A round trip takes no time. Where requests are short the worker's own budget gives them out, and the same order of
-urgency decides which of the due jobs get them as in a claim.
+A round trip takes no time. If requests are scarce, the worker's own rate limiter reserves them, and the due jobs are
+ordered by urgency as in a claim.
 """
 
 import heapq
@@ -16,8 +16,8 @@ from worker.core.pacing.policy import WINDOW, Pace, PacedJob, PaceModel, PollPla
 from worker.core.rate import reserve_slots
 from worker.errors import TraceError
 
-LOOK_SECONDS = 0.05  # a poll run looks again after it, where the budget had no more
-PLACES = 128
+LOOK_SECONDS = 0.05  # the wait of a poll run if no more requests are allowed
+MAX_SLOTS = 128  # reserved at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class TraceJob:
 
 @dataclass(slots=True)
 class Simulation:
-    """What came of it. `delays` are the seconds from ready to seen, of the jobs that were seen ready."""
+    """The result of a simulation. `delays` are the seconds from ready to seen, for the jobs that were seen ready."""
 
     jobs: int = 0
     polls: int = 0
@@ -40,26 +40,26 @@ class Simulation:
 
 
 def read_trace(lines: Iterable[str]) -> list[TraceJob]:
-    """The jobs of a trace, a JSON object a line. Raises TraceError, which names the line."""
-    found = []
+    """Return the jobs of a trace, which has one JSON object per line. Raises TraceError with the number of the line."""
+    jobs = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                found.append(_trace_job(json.loads(line)))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as wrong:
-                reason = f"it has no {wrong}" if isinstance(wrong, KeyError) else str(wrong)
+                jobs.append(_trace_job(json.loads(line)))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
                 raise TraceError(
-                    f'line {number} is no job of a trace ({reason}); for example {{"t": 0.5, "duration": 8.2,'
+                    f'line {number} is not a job of a trace ({reason}); example: {{"t": 0.5, "duration": 8.2,'
                     ' "kind": "image", "eta": null}'
                 ) from None
-    return found
+    return jobs
 
 
-def _trace_job(said: dict[str, object]) -> TraceJob:
-    submitted, duration = _number(said["t"], "t"), said["duration"]
-    kind, eta = said.get("kind", "image"), said.get("eta")
+def _trace_job(fields: dict[str, object]) -> TraceJob:
+    submitted, duration = _number(fields["t"], "t"), fields["duration"]
+    kind, eta = fields.get("kind", "image"), fields.get("eta")
     if not isinstance(kind, str):
-        raise ValueError("kind is no text")
+        raise ValueError("kind is not text")
     return TraceJob(
         submitted,
         None if duration is None else _number(duration, "duration"),
@@ -70,13 +70,13 @@ def _trace_job(said: dict[str, object]) -> TraceJob:
 
 def _number(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} is no number of seconds")
+        raise ValueError(f"{name} is not a number of seconds")
     return float(value)
 
 
 @dataclass(slots=True)
 class _Job:
-    """A job under way: when it was last seen not ready, when it is due, and how its urgency grows."""
+    """A running job: when it was last seen not ready, when it is due, and how its urgency grows."""
 
     number: int
     trace: TraceJob
@@ -96,8 +96,8 @@ def simulate(
     rps: float | None = None,
     seed: int = 0,
 ) -> Simulation:
-    """Runs a trace from a state in which nothing is known. `rps` is how many requests per second may be made."""
-    return _Run(pace, deadline_for, rps, seed).over(trace)
+    """Simulate a trace with models that have learned nothing yet. `rps` is the limit of requests per second."""
+    return _Run(pace, deadline_for, rps, seed).run(trace)
 
 
 class _Run:
@@ -112,7 +112,7 @@ class _Run:
         self._due: list[tuple[float, int, _Job]] = []
         self._done = Simulation()
 
-    def over(self, trace: Sequence[TraceJob]) -> Simulation:
+    def run(self, trace: Sequence[TraceJob]) -> Simulation:
         self._done.jobs = len(trace)
         arrivals = sorted(trace, key=lambda job: job.submitted)
         now, free, arrived = 0.0, -math.inf, 0
@@ -129,12 +129,12 @@ class _Run:
                 for due, _, job in self._drained():
                     self._ask(job, max(due, now))
                 continue
-            found = reserve_slots(free, now, rate=self._rps, requested=min(PLACES, len(self._due)))
-            if found.count:
-                free = found.free
-                for place, job in enumerate(self._best(now, found.count)):
-                    self._ask(job, now + max(0.0, found.first + place * found.step))
-            now += max(LOOK_SECONDS, found.wait)
+            reserved = reserve_slots(free, now, rate=self._rps, requested=min(MAX_SLOTS, len(self._due)))
+            if reserved.count:
+                free = reserved.free
+                for place, job in enumerate(self._best(now, reserved.count)):
+                    self._ask(job, now + max(0.0, reserved.first + place * reserved.step))
+            now += max(LOOK_SECONDS, reserved.wait)
         return self._done
 
     def _next_event(self, arrivals: Sequence[TraceJob], arrived: int) -> float:
@@ -161,7 +161,7 @@ class _Run:
         heapq.heappush(self._future, (now + plan.wait, job.number, job))
 
     def _best(self, now: float, count: int) -> list[_Job]:
-        """Takes the most urgent of the due jobs, out of four windows, as a claim does."""
+        """Take the most urgent due jobs from four windows, as a claim does."""
         due = self._due
         if count >= len(due):
             return [job for _, _, job in self._drained()]
@@ -191,11 +191,11 @@ class _Run:
         job.polls += 1
         self._done.polls += 1
         ready = trace.duration is not None and age >= trace.duration
-        asked = PacedJob(age, job.not_ready_age, trace.eta, 0.0, job.polls, job.deadline - age)
+        polled = PacedJob(age, job.not_ready_age, trace.eta, 0.0, job.polls, job.deadline - age)
         model = self._models[trace.kind]
-        model.observe(asked, ready)
+        model.observe(polled, ready)
         if ready:
-            self._account.note(asked)
+            self._account.note(polled)
             self._done.delays.append(age - (trace.duration or 0.0))
         elif age < job.deadline:
             job.not_ready_age, job.since = age, now
@@ -204,7 +204,7 @@ class _Run:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """A quantile of sorted values, by the nearest rank; 0 where there are none.
+    """Return a quantile of sorted values by the nearest-rank method, or 0 if there are no values.
 
     >>> quantile([1.0, 2.0, 3.0, 4.0], 0.5)
     2.0
