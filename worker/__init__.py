@@ -1,6 +1,6 @@
-"""fetch-worker: never lose, never wait long for, and never pay twice for a picture that a hosted API makes.
+"""fetch-worker: polls a hosted image API until each job is ready, and stores its outputs.
 
-Names are loaded when they are first used, so that importing the package costs nothing.
+Public names are imported on first use, so that importing the package is fast.
 """
 
 from importlib import import_module
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from worker.errors import WorkerError as WorkerError
 
 __version__ = "0.1.0"
-__path__.append(f"{__path__[0]}/deprecated")  # former import paths go on working for a release
+__path__.append(f"{__path__[0]}/deprecated")  # former import paths still work for one release
 
-_HOMES = {
+_MODULES = {
     "worker.core.pacing.estimate": ("Progress",),
     "worker.client.tracking": (
         "Job",
@@ -70,16 +70,16 @@ _HOMES = {
     ),
     "worker.client.holds": ("hold", "resume"),
 }
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a public name from its module."""
-    if name not in _HOME:
+    """Import a public name from its module."""
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'worker' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:
-    """The public names."""
-    return sorted([*globals(), *_HOME])
+    """Return the public names."""
+    return sorted([*globals(), *_MODULE_OF])

@@ -1,40 +1,40 @@
-"""Every error a caller of fetch-worker can meet, drawn as one tree; each says what its catcher may do.
+"""All errors that fetch-worker raises, as one tree, with what to do about each.
 
 WorkerError
-├── SettingsError      a setting is missing, unknown or malformed: correct it and start again
-├── NotTrackable       this can't become a job: nothing was written; correct the call
-│   ├── ApiRefused     the API did not take the order: `answer` and `message` say why
-│   └── RefusedAddress the fetch address is not one the key may go to
-├── JobNotFound        no such job: look it up by `list`
-├── OutputMissing      no such output, not stored yet, or its file is gone: `verify` gets it again
+├── SettingsError      a setting is missing, unknown or malformed: correct it and restart
+├── NotTrackable       the argument can't become a job: nothing was written; correct the call
+│   ├── ApiRefused     the API refused the order: see `answer` and `message`
+│   └── RefusedAddress the API key must not be sent to this fetch address
+├── JobNotFound        no such job: `fetch-worker list` shows the jobs
+├── OutputMissing      no such output, not stored yet, or its file is missing: run `fetch-worker verify`
 ├── WaitTimeout        the job is not final yet: wait again (also a TimeoutError)
 ├── SchemaOutdated     the tables are missing or old: run `fetch-worker migrate`
-├── TraceError         a line is no job of a trace: correct the file and simulate again
-├── Unavailable        a server did not answer: nothing was done, safe to try again
+├── TraceError         a line of a trace is not a job: correct the file
+├── Unavailable        a server did not answer: nothing was done; try again
 │   └── DeploymentError a server lacks a right, a schema or a setting: correct it, then try again
 ├── DatabaseRefused    the database refused a value: nothing was written; correct the call
-└── StorageTrouble     the file store refused: nothing is lost, it is tried again
+└── StorageTrouble     the storage refused a file: nothing is lost; it is tried again
 """
 
 from typing import Any
 
 
 class WorkerError(Exception):
-    """The root of all errors of this package."""
+    """The base class of all errors of this package."""
 
 
 class SettingsError(WorkerError):
-    """A setting is missing, unknown or malformed. Correct it and start again."""
+    """A setting is missing, unknown or malformed. Correct it and restart."""
 
 
 class NotTrackable(WorkerError, ValueError):
-    """This can't become a job. Nothing was written; correct the call."""
+    """The argument can't become a job. Nothing was written; correct the call."""
 
 
 class ApiRefused(NotTrackable):
-    """The API did not take the order. Nothing was written.
+    """The API refused the order. Nothing was written.
 
-    `message` is the API's reason in its own words, `answer` the whole JSON object (None where there was none).
+    `message` is the reason of the API, `answer` is its whole JSON object, or `None` if there was none.
     """
 
     def __init__(self, text: str, *, message: str = "", answer: dict[str, Any] | None = None) -> None:
@@ -44,7 +44,7 @@ class ApiRefused(NotTrackable):
 
 
 class RefusedAddress(NotTrackable):
-    """The fetch address is not one that the API key may be sent to. Nothing was written."""
+    """The API key must not be sent to this fetch address. Nothing was written."""
 
 
 class JobNotFound(WorkerError, LookupError):
@@ -52,11 +52,11 @@ class JobNotFound(WorkerError, LookupError):
 
 
 class OutputMissing(WorkerError, LookupError):
-    """There is no such output, it is not stored yet, or its file is gone."""
+    """There is no such output, it is not stored yet, or its file is missing."""
 
 
 class WaitTimeout(WorkerError, TimeoutError):
-    """The job was not final within the time given. It goes on; waiting again is safe."""
+    """The job was not final within the time-out. It continues; wait again."""
 
 
 class SchemaOutdated(WorkerError):
@@ -64,11 +64,11 @@ class SchemaOutdated(WorkerError):
 
 
 class Unavailable(WorkerError):
-    """A server did not answer. Nothing was done; it is safe to try again."""
+    """A server did not answer. Nothing was done; try again."""
 
 
 class DeploymentError(Unavailable):
-    """A server answers, but a right, a schema or a setting is missing there. Nothing was done; correct it there."""
+    """A server answers, but lacks a right, a schema or a setting. Nothing was done; correct it on the server."""
 
 
 class DatabaseRefused(WorkerError, ValueError):
@@ -76,8 +76,8 @@ class DatabaseRefused(WorkerError, ValueError):
 
 
 class StorageTrouble(WorkerError):
-    """The file store refused a file. Nothing is lost; the output waits and is tried again."""
+    """The storage refused a file. Nothing is lost; the output waits and is tried again."""
 
 
 class TraceError(WorkerError, ValueError):
-    """A line is no job of a trace. Correct the file and simulate again."""
+    """A line of a trace is not a job. Correct the file and simulate again."""

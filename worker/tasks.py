@@ -27,7 +27,7 @@ def track(self: Any, remote: Any, **options: Any) -> int:
     redelivered = bool((self.request.delivery_info or {}).get("redelivered"))
     try:
         with own.deliveries.counted(self.request.id, redelivered=redelivered):
-            job_id, created = tracking.tracked([remote], **options)[0]
+            job_id, created = tracking.track_with_created([remote], **options)[0]
         own.outage.over()
     except (Unavailable, SchemaOutdated):
         own.outage.wait(own.stopping)

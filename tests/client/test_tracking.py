@@ -19,7 +19,7 @@ import worker
 from tests.rows import add_downloading, add_output
 from worker import track
 from worker.client import tracking
-from worker.client.tracking import tracked
+from worker.client.tracking import track_with_created
 from worker.coordination.wakeups import WakeUps
 from worker.core.pacing.policy import PacedJob
 from worker.errors import (
@@ -144,7 +144,7 @@ def test_bytes_that_an_answer_carries_are_kept_beside_its_output(door: Engine) -
 def test_the_same_job_again_answers_its_id_and_changes_nothing(door: Engine) -> None:
     """Whatever the second call says."""
     first = worker.track("7", reference="first", priority=1)
-    assert tracked(["7"], reference="second", priority=9) == [(first, False)]
+    assert track_with_created(["7"], reference="second", priority=9) == [(first, False)]
     assert worker.track(READY | {"id": "7"}, fetch_url="https://stablediffusionapi.com/api/v3/fetch/7") == first
     job = worker.get(first)
     assert job is not None
@@ -174,7 +174,7 @@ def test_many_are_tracked_in_order_and_twins_share_an_id(door: Engine) -> None:
     assert job is not None
     assert job.remote_id == "701"
     assert worker.track_many([]) == []
-    assert [created for _, created in tracked(["1200", "1201"])] == [False, True]
+    assert [created for _, created in track_with_created(["1200", "1201"])] == [False, True]
 
 
 def test_one_that_cant_be_tracked_keeps_all_others_out(door: Engine) -> None:

@@ -65,7 +65,7 @@ def track(remotes: tuple[str, ...], as_json: bool, **options: Any) -> int:
     scrubber = shared_scrubber(load().secret_texts)
     for remote in remotes:
         try:
-            job_id, created = tracking.tracked([remote], **options)[0]
+            job_id, created = tracking.track_with_created([remote], **options)[0]
         except (NotTrackable, DatabaseRefused) as error:
             echo(f"fetch-worker: {scrubber.text(remote)[:60]!r} not tracked: {error}", err=True)
             continue

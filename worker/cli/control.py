@@ -15,7 +15,7 @@ from worker.cli.act import job_numbers
 from worker.cli.find import filter_options, job_filter
 from worker.cli.output import json_option, print_json, print_table
 from worker.client import holds, tracking
-from worker.client.actions import Acted, Action, act, changeable
+from worker.client.actions import Action, ActionResult, act, changeable
 from worker.core.circuit_breaker import Scope
 from worker.core.identity import ACCOUNT
 from worker.errors import JobNotFound
@@ -106,7 +106,7 @@ def _named(connection: Connection, job_filter: JobFilter) -> list[int]:
 
 def _jobs(request: _Request, job_ids: Iterable[int], settings: Settings) -> int:
     apply = _preview if request.dry_run else _act
-    rows: list[Acted] = []
+    rows: list[ActionResult] = []
     code = 0
     for job_id in job_ids:
         try:
@@ -121,21 +121,23 @@ def _jobs(request: _Request, job_ids: Iterable[int], settings: Settings) -> int:
     return code if all(row.changed for row in rows) else 1
 
 
-def _act(action: Action, job_id: int, settings: Settings) -> Acted:
+def _act(action: Action, job_id: int, settings: Settings) -> ActionResult:
     changed = ACTIONS[action](job_id)
     with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
         job = job_row(connection, job_id)
     if job is None:
         raise JobNotFound(NOT_FOUND.format(job_id))
-    return Acted(job_id, changed, job.status)
+    return ActionResult(job_id, changed, job.status)
 
 
-def _preview(action: Action, job_id: int, settings: Settings) -> Acted:
+def _preview(action: Action, job_id: int, settings: Settings) -> ActionResult:
     with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
         job = job_row(connection, job_id)
         if job is None:
             raise JobNotFound(NOT_FOUND.format(job_id))
-        return Acted(job_id, count_matching(connection, changeable(action, JobFilter(ids=(job_id,)))) > 0, job.status)
+        return ActionResult(
+            job_id, count_matching(connection, changeable(action, JobFilter(ids=(job_id,)))) > 0, job.status
+        )
 
 
 # ── jobs by filter ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -169,7 +171,7 @@ def _filtered(request: _Request, job_filter: JobFilter, settings: Settings) -> i
 
 
 def _show_preview(request: _Request, matching_jobs: Search, count: int, settings: Settings) -> None:
-    preview = (Acted(row.id, True, row.status) for row in _all(matching_jobs, settings))
+    preview = (ActionResult(row.id, True, row.status) for row in _all(matching_jobs, settings))
     if request.as_json:
         _print_stream(preview)
         return
@@ -193,7 +195,7 @@ def _all(matching_jobs: Search, settings: Settings) -> Iterator[Any]:
         last_id = rows[-1].id
 
 
-def _with_progress(batches: Iterable[list[Acted]], action: Action, count: int) -> Iterator[Acted]:
+def _with_progress(batches: Iterable[list[ActionResult]], action: Action, count: int) -> Iterator[ActionResult]:
     """Yield the changes and print progress to stderr, also when the command ends early."""
     terminal = sys.stderr.isatty()
     interval = PROGRESS_SECONDS[0 if terminal else 1]
@@ -273,7 +275,7 @@ def _would_change_breaker(action: Action, scope: Scope, name: str, settings: Set
 # ── printing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _print_stream(rows: Iterable[Acted]) -> None:
+def _print_stream(rows: Iterable[ActionResult]) -> None:
     """Print a JSON list, page by page, so that it may be of any length."""
     lines = (json.dumps(asdict(row)) for row in rows)
     separator = "[\n  "
@@ -283,7 +285,7 @@ def _print_stream(rows: Iterable[Acted]) -> None:
     click.echo("[]" if separator.startswith("[") else "\n]")
 
 
-def _print_acted(rows: Iterable[Acted], request: _Request) -> None:
+def _print_acted(rows: Iterable[ActionResult], request: _Request) -> None:
     columns = ("id", "would change" if request.dry_run else "changed", "status")
     print_table(columns, [(row.id, row.changed, row.status) for row in rows], empty="")
 

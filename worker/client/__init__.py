@@ -1,1 +1,1 @@
-"""What web apps call: tracking jobs, looking them up, acting on them, and the hooks for their frameworks."""
+"""What web apps call: track jobs, look them up, act on them, and the webhook handlers for web frameworks."""

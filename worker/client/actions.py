@@ -1,4 +1,4 @@
-"""Acting on many jobs at once: those that a filter finds, some hundred per transaction, however many there are."""
+"""Cancel, retry, hold or resume all jobs that match a filter, some hundred per transaction."""
 
 import logging
 import time
@@ -25,92 +25,93 @@ log = logging.getLogger(__name__)
 
 Action = Literal["cancel", "retry", "hold", "resume"]
 
-BATCH = 300  # jobs of one transaction: their rows are locked for some ten milliseconds
-REST_SHARE = 0.5  # of a transaction's time nobody is in the way afterwards: SQLite has room for one writer alone
+BATCH = 300  # jobs per transaction: their rows stay locked for some ten milliseconds
+PAUSE_SHARE = 0.5  # pause after a transaction, as a share of its time: SQLite allows only one writer
 CHANGEABLE = {"cancel": ("pending", "downloading"), "retry": ("failed", "expired"), "hold": ("pending",),
               "resume": ("pending", "downloading")}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class Acted:
-    """One job that was acted on: whether that changed it, and its state now."""
+class ActionResult:
+    """The result for one job: whether it changed, and its state now."""
 
     id: int
     changed: bool
     status: str
 
 
-def changeable(action: Action, wanted: JobFilter) -> JobFilter:
-    """Of the jobs that are meant, those that the action can change.
+def changeable(action: Action, job_filter: JobFilter) -> JobFilter:
+    """Return the filter, limited to jobs that the action can change.
 
     >>> changeable("retry", JobFilter(accounts=("shop",))).statuses
     ('failed', 'expired')
     """
     states = CHANGEABLE[action]
-    if wanted.statuses:
-        states = tuple(state for state in states if state in wanted.statuses)
+    if job_filter.statuses:
+        states = tuple(state for state in states if state in job_filter.statuses)
     if not states:
-        return replace(wanted, ids=(0,))  # none at all
-    if action == "resume" and wanted.output_codes:  # whose downloads are in trouble: they are tried at once
-        return replace(wanted, statuses=states)
-    by_hand = {"hold": False, "resume": True}.get(action, wanted.by_hand)
-    return replace(wanted, statuses=states, by_hand=by_hand)
+        return replace(job_filter, ids=(0,))  # matches no job
+    if action == "resume" and job_filter.output_codes:  # also jobs that are not held: their downloads are tried at once
+        return replace(job_filter, statuses=states)
+    by_hand = {"hold": False, "resume": True}.get(action, job_filter.by_hand)
+    return replace(job_filter, statuses=states, by_hand=by_hand)
 
 
-def act(action: Action, wanted: JobFilter, settings: Settings) -> Iterator[list[Acted]]:
-    """Does it to all jobs that are meant, newest first, and tells of each transaction once it is committed.
+def act(action: Action, job_filter: JobFilter, settings: Settings) -> Iterator[list[ActionResult]]:
+    """Apply an action to all matching jobs, newest first. Yield the results of each transaction after its commit.
 
-    What no longer is as it was meant when its turn comes is left alone. Raises Unavailable; what was told of is done.
+    A job that no longer matches when its turn comes is not changed. Raises Unavailable; the results yielded before that
+    are committed.
     """
     changed = 0
     try:
-        for acted in _batches(action, wanted, settings):
-            changed += sum(one.changed for one in acted)
-            yield acted
+        for results in _batches(action, job_filter, settings):
+            changed += sum(result.changed for result in results)
+            yield results
     finally:
         if changed:
-            log.info("an operator acted on a filter action=%s jobs=%s", action, changed)
+            log.info("an operator changed jobs by filter action=%s jobs=%s", action, changed)
 
 
-def _batches(action: Action, wanted: JobFilter, settings: Settings) -> Iterator[list[Acted]]:
+def _batches(action: Action, job_filter: JobFilter, settings: Settings) -> Iterator[list[ActionResult]]:
     engine = engine_for(settings.database)
     with translate_errors(settings.database), engine.begin() as connection:
-        found = prepare_search(connection, changeable(action, wanted))
-    for ids in _pages(engine, found, settings):
+        search = prepare_search(connection, changeable(action, job_filter))
+    for ids in _pages(engine, search, settings):
         for start in range(0, len(ids), BATCH):
-            began = time.monotonic()
-            work = partial(_act, action=action, found=found, ids=ids[start : start + BATCH], settings=settings)
+            started = time.monotonic()
+            work = partial(_act, action=action, search=search, ids=ids[start : start + BATCH], settings=settings)
             with translate_errors(settings.database):
-                acted = transact(engine, work)
+                results = transact(engine, work)
             if action in ("retry", "resume"):
                 tracking.wake(settings)
-            yield acted
-            time.sleep(REST_SHARE * (time.monotonic() - began))
+            yield results
+            time.sleep(PAUSE_SHARE * (time.monotonic() - started))
 
 
-def _pages(engine: Engine, found: Search, settings: Settings) -> Iterator[list[int]]:
-    after: int | None = None
+def _pages(engine: Engine, search: Search, settings: Settings) -> Iterator[list[int]]:
+    last_id: int | None = None
     while True:
         with translate_errors(settings.database), engine.begin() as connection:
-            ids = find_job_ids(connection, found, limit=FEW, after=after)
+            ids = find_job_ids(connection, search, limit=FEW, after=last_id)
         if ids:
             yield ids
         if len(ids) < FEW:
             return
-        after = ids[-1]
+        last_id = ids[-1]
 
 
 def _act(
-    connection: Connection, *, action: Action, found: Search, ids: Sequence[int], settings: Settings
-) -> list[Acted]:
+    connection: Connection, *, action: Action, search: Search, ids: Sequence[int], settings: Settings
+) -> list[ActionResult]:
     now = database_now(connection)
-    locked = lock_matching(connection, found, ids)
+    locked = lock_matching(connection, search, ids)
     tally = Tally()
     changed = _change(connection, action, locked, tally, now, settings)
     rows = connection.execute(select(jobs.c.id, jobs.c.status).where(jobs.c.id.in_(locked)).order_by(jobs.c.id.desc()))
-    acted = [Acted(row.id, row.id in changed, row.status) for row in rows.all()]
+    results = [ActionResult(row.id, row.id in changed, row.status) for row in rows.all()]
     tally.write(connection)
-    return acted
+    return results
 
 
 def _change(
@@ -120,7 +121,7 @@ def _change(
         case "cancel":
             return cancel_all(connection, ids, tally, now=now)
         case "retry":
-            create_events(connection, now=now, of=ids)  # of the ends that are taken back
+            create_events(connection, now=now, of=ids)  # the events of the final states, before leaving them
             return retry_all(connection, ids, now=now)
         case "hold":
             return holds.hold(connection, ids, now=now)

@@ -1,4 +1,4 @@
-"""Holding by hand: single jobs, accounts and API hosts, until they are resumed. For operators and their pages."""
+"""Hold and resume jobs, accounts and API hosts. For operators and their pages."""
 
 import logging
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 
 
 def hold(job_id: int) -> bool:
-    """Keeps a pending job from being asked about until it is resumed: it waits, and can't expire.
+    """Stop polling a pending job until it is resumed. A held job does not expire.
 
-    False where it is held already or not pending. Raises JobNotFound.
+    Return False if it is already held or not pending. Raises JobNotFound.
     """
     with _transaction(load()) as connection:
         _existing(connection, job_id)
@@ -32,10 +32,10 @@ def hold(job_id: int) -> bool:
 
 
 def resume(job_id: int) -> bool:
-    """Has a job go on at once, whatever keeps it: a hold by hand, a wait for a poll or for another download attempt,
-    or a claim of a process that must be gone by now.
+    """Continue a job at once.
 
-    Who was held does not expire within the next minute. False where nothing keeps it. Raises JobNotFound.
+    This ends a hold, a wait for the next poll or download attempt, and a claim that is older than any work takes. A job
+    that was held does not expire within the next minute. Return False if nothing had to change. Raises JobNotFound.
     """
     settings = load()
     with _transaction(settings) as connection:
@@ -48,9 +48,9 @@ def resume(job_id: int) -> bool:
 
 
 def hold_account_or_host(scope: Scope, name: str) -> bool:
-    """Keeps a whole account, or a host of the API, from being asked, jobs to come included. False where it is held so.
+    """Stop all requests of an account or to a host of the API, also for future jobs.
 
-    Requests that are under way are still answered.
+    Answers to requests in flight are still processed. Return False if it was already held by an operator.
     """
     with _transaction(load()) as connection:
         changed = store.hold_account_or_host(connection, scope, name, now=database_now(connection))
@@ -60,9 +60,9 @@ def hold_account_or_host(scope: Scope, name: str) -> bool:
 
 
 def resume_account_or_host(scope: Scope, name: str) -> bool:
-    """Has an account or a host asked again, whoever held it: one call alone tries what the API refused.
+    """End the hold of an account or a host. If the API had refused it, a single request tries it first.
 
-    A rate limit is over. False where nothing held it.
+    This also ends a pause after a rate limit. Return False if nothing held it.
     """
     settings = load()
     with _transaction(settings) as connection:
@@ -81,4 +81,4 @@ def _transaction(settings: Settings) -> Iterator[Connection]:
 
 def _existing(connection: Connection, job_id: int) -> None:
     if job_row(connection, job_id) is None:
-        raise JobNotFound(f"there is no job {job_id}: `fetch-worker list` shows those that there are")
+        raise JobNotFound(f"there is no job {job_id}: `fetch-worker list` shows the jobs")

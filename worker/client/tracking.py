@@ -1,4 +1,4 @@
-"""The Python front door for web apps: hand a submit answer over, look a job up, act on it, wait for it."""
+"""The Python API for web apps: track a submit answer, look up a job, act on it, wait for it."""
 
 import logging
 import time
@@ -36,25 +36,25 @@ from worker.vendor.submissions import PlannedJob, planned_job, submit_answer
 
 log = logging.getLogger(__name__)
 
-WAIT_LOOK_SECONDS = 0.5
-SOON_SECONDS = 1.0  # a waiting poll run looks at least this often by itself
+WAIT_POLL_SECONDS = 0.5  # the time between two reads of a job in `wait`
+SOON_SECONDS = 1.0  # a poll run that waits checks for due jobs at least this often
 MAX_REFERENCE = 255
 PRIORITY_LIMIT = 1_000
 MODELS_MOST = 2_000
-_WAKES = "fetch-worker: something is due soon that this session tracked"
+_WAKES = "fetch-worker: this session tracked a job that is due soon"
 
 
 class TrackingSession(Protocol):
-    """What `track(session=…)` needs of a session: SQLAlchemy's Session, scoped or not, has it."""
+    """The interface that `track(session=…)` needs. SQLAlchemy's Session and scoped_session have it."""
 
     def connection(self) -> Connection:
-        """The connection of the session's transaction."""
+        """Return the connection of the session's transaction."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One output of a job. `location` is set once it is stored."""
+    """An output of a job. `location` is set once it is stored."""
 
     id: int
     job_id: int
@@ -72,10 +72,10 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job as it stood at `read_at`, by the database's clock. Times are aware, in UTC; `eta` is in seconds.
+    """A job as it was at `read_at`, a time of the database's clock. Times are aware, in UTC; `eta` is in seconds.
 
-    `not_ready_at`: when the API last said that it is not ready; `eta_at`: when its eta came, if not at submission;
-    `held_at`: since when an operator holds it.
+    `not_ready_at` is when the API last answered that the job is not ready. `eta_at` is when the eta arrived, if it came
+    after the submission. `held_at` is when an operator held the job.
     """
 
     id: int
@@ -101,15 +101,16 @@ class Job:
 
     @property
     def final(self) -> bool:
-        """Whether the job will not change any more by itself."""
+        """Whether the job is in a final state."""
         return self.status in FINAL_STATES
 
     def progress(self) -> Progress:
-        """How far it was as it was read: the chance that it is ready, how long it may still take, and for a bar.
+        """Return the progress of the job at `read_at`: the chance that it is ready, and the expected remaining time.
 
-        From how long its kind took before, which is looked up twice a minute at most. Raises Unavailable.
+        It is computed from the durations of earlier jobs of this kind. These are read at most twice a minute. Raises
+        Unavailable.
         """
-        waiting = PacedJob.at(
+        paced_job = PacedJob.at(
             self.read_at,
             submitted_at=self.submitted_at,
             not_ready_at=self.not_ready_at,
@@ -117,50 +118,52 @@ class Job:
             eta_at=self.eta_at,
             deadline_at=self.deadline_at,
         )
-        return progress(self.status, waiting, self._model() if self.status == "pending" else NOTHING_KNOWN)
+        return progress(self.status, paced_job, self._model() if self.status == "pending" else NOTHING_KNOWN)
 
     def _model(self) -> PaceModel:
         settings = _settings()
-        known = _known_model(settings.database, self.account, self.kind)
-        if known is not None:
-            return known
+        model = _cached_model(settings.database, self.account, self.kind)
+        if model is not None:
+            return model
         with _transaction(settings) as connection:
             return _model(connection, self.account, self.kind)
 
 
 def track(remote: object, *, session: TrackingSession | None = None, **options: Any) -> int:
-    """Hands one job over; its id. The same job handed over again answers the same id and changes nothing.
+    """Track one job and return its id. Tracking the same job again returns the same id and changes nothing.
 
-    `remote` is the response of the submit call (of requests or httpx), the whole submit answer (mapping, or its JSON
-    text), or the remote id (text or number). Options: `account`, `kind`, `endpoint` (the URL or path that the order was
-    posted to: it says the family, where neither the answer nor the response does), `fetch_url`, `eta` (seconds),
-    `submitted_at` (aware), `priority` (higher is asked first), `reference` (yours, for finding it again), `on_done`
-    (`task` or `queue/task`), `webhook_url` (told of every final state, signed with WEBHOOK_SECRET), `deadline` (seconds
-    from submission). With `session` the row commits or rolls back with the caller's transaction.
+    `remote` is the response of the submit call (requests or httpx), the whole submit answer (mapping or JSON text), or
+    the remote id (text or number).
 
-    Raises ApiRefused where the API did not take the order, NotTrackable for anything else that can't become a job
-    (nothing is written either way), SchemaOutdated, Unavailable.
+    Options: `account`; `kind`; `endpoint`, the URL or path that the order was posted to (needed if neither the answer
+    nor the response shows the API family); `fetch_url`; `eta` in seconds; `submitted_at`, an aware datetime; `priority`
+    (jobs with a higher priority are polled first); `reference`, your own name for the job; `on_done`, as `task` or
+    `queue/task`; `webhook_url`, which receives every final state, signed with WEBHOOK_SECRET; `deadline`, in seconds
+    from submission. With `session` the row is committed or rolled back with the caller's transaction.
+
+    Raises ApiRefused if the API refused the order, and NotTrackable for anything else that can't become a job; nothing
+    is written in both cases. Raises SchemaOutdated and Unavailable.
     """
     return track_many([remote], session=session, **options)[0]
 
 
 def track_many(remotes: Sequence[object], *, session: TrackingSession | None = None, **options: Any) -> list[int]:
-    """Hands many jobs over in one transaction; their ids in order. If one can't be tracked, none is."""
-    return [job_id for job_id, _ in tracked(remotes, session=session, **options)]
+    """Track jobs in one transaction. Return their ids in order. If one job can't be tracked, none is."""
+    return [job_id for job_id, _ in track_with_created(remotes, session=session, **options)]
 
 
-def tracked(
+def track_with_created(
     remotes: Sequence[object], *, session: TrackingSession | None = None, **options: Any
 ) -> list[tuple[int, bool]]:
-    """As `track_many`, and for each whether it is new."""
+    """Track jobs like `track_many`. Return for each its id and whether it is new."""
     settings = _settings()
     scrubber = shared_scrubber(settings.secret_texts)
     options = {name: scrubber.links(value) if isinstance(value, str) else value for name, value in options.items()}
     try:
-        wanted = _options(settings, scrubber, **options)
-        plans = [_plan(settings, scrubber, wanted, _scrubbed(scrubber, remote)) for remote in remotes]
+        checked_options = _options(settings, scrubber, **options)
+        plans = [_plan(settings, scrubber, checked_options, _scrubbed(scrubber, remote)) for remote in remotes]
     except ApiRefused as refused:
-        # their messages quote what was handed over, and callers log what they catch
+        # the messages quote the arguments, and callers log the errors they catch
         raise ApiRefused(
             scrubber.text(str(refused)), message=scrubber.text(refused.message), answer=refused.answer
         ) from None
@@ -169,45 +172,46 @@ def tracked(
     if session is not None:
         if hasattr(session, "sync_session"):  # an AsyncSession
             raise NotTrackable(
-                "session is an AsyncSession: write `await session.run_sync(lambda plain: track(…, session=plain))`"
+                "session is an AsyncSession: use `await session.run_sync(lambda sync: track(…, session=sync))`"
             )
         connection = session.connection()
         with translate_errors(connection.engine.url):
-            answer, soon = _insert(connection, settings, wanted, plans)
-        if soon:
+            tracked_jobs, due_soon = _insert(connection, settings, checked_options, plans)
+        if due_soon:
             _wake_after_commit(session)
-        return answer
+        return tracked_jobs
     with _transaction(settings) as connection:
-        answer, soon = _insert(connection, settings, wanted, plans)
-    if soon:
+        tracked_jobs, due_soon = _insert(connection, settings, checked_options, plans)
+    if due_soon:
         wake(settings)  # after the commit: the rows must be there
-    return answer
+    return tracked_jobs
 
 
 def get(job_id: int | None = None, *, remote_id: str | int | None = None, account: str | None = None) -> Job | None:
-    """A job with its outputs, by id or by remote id (the newest with it), or None."""
+    """Return a job with its outputs, by id or by remote id (the newest such job), or `None`."""
     with _transaction(_settings()) as connection:
         if job_id is not None:
             row = store.job_row(connection, job_id)
         else:
-            found = store.jobs_by_remote(connection, lookup_id(remote_id), account)
-            row = found[0] if found else None
+            rows = store.jobs_by_remote(connection, lookup_id(remote_id), account)
+            row = rows[0] if rows else None
         if row is None:
             return None
         return _job(row, store.outputs_of(connection, [row.id]), database_now(connection))
 
 
 def open_output(output_id: int) -> BinaryIO:
-    """The bytes of a stored output, as a file to read from; close it. Raises OutputMissing, StorageTrouble."""
+    """Open a stored output as a binary file; the caller closes it. Raises OutputMissing and StorageTrouble."""
     location = _location(output_id)
     return storage_of(location, _settings()).open(location)
 
 
 def output_url(output_id: int, seconds: float = 3_600) -> str:
-    """An address of a stored output that a page can show for so many seconds.
+    """Return a URL of a stored output that is valid for at least `seconds`.
 
-    Signed, on S3. For files it is below STORAGE_ADDRESS, where a web server shows them; without one it is their
-    `file:` URL, for programs on this host: serve `open_output` to everybody else. Raises OutputMissing, StorageTrouble.
+    On S3 the URL is signed. For files it is below STORAGE_ADDRESS, the base URL of your web server for them. Without
+    STORAGE_ADDRESS it is a `file:` URL for programs on this host; send other clients the bytes of `open_output`. Raises
+    OutputMissing and StorageTrouble.
     """
     location = _location(output_id)
     return storage_of(location, _settings()).url(location, seconds)
@@ -215,19 +219,21 @@ def output_url(output_id: int, seconds: float = 3_600) -> str:
 
 def _location(output_id: int) -> str:
     if isinstance(output_id, bool) or not isinstance(output_id, int):
-        raise OutputMissing(f"{output_id!r} is no id of an output: those of a job are in get(job_id).outputs")
+        raise OutputMissing(f"{output_id!r} is not an output id: get(job_id).outputs lists the outputs of a job")
     with _transaction(_settings()) as connection:
         row = output_row(connection, output_id)
     if row is None:
-        raise OutputMissing(f"there is no output {output_id}: those of a job are in get(job_id).outputs")
+        raise OutputMissing(f"there is no output {output_id}: get(job_id).outputs lists the outputs of a job")
     if row.location is None:
-        advice = "wait for its job" if row.status == "pending" else "its error_code says why, retry(job_id) tries again"
-        raise OutputMissing(f"output {output_id} is not stored: it is {row.status}; {advice}")
+        advice = (
+            "wait for its job" if row.status == "pending" else "see its error_code, and call retry(job_id) to try again"
+        )
+        raise OutputMissing(f"output {output_id} is not stored, it is {row.status}: {advice}")
     return str(row.location)
 
 
 def cancel(job_id: int) -> bool:
-    """Cancels a job that is not final; stored files stay. False where it was final. Raises JobNotFound."""
+    """Cancel a job; stored files stay. Return False if the job was already final. Raises JobNotFound."""
     with _transaction(_settings()) as connection:
         _existing(connection, job_id)
         tally = Tally()
@@ -237,11 +243,13 @@ def cancel(job_id: int) -> bool:
 
 
 def retry(job_id: int) -> bool:
-    """Takes a failed or expired job up again at once. False where it is in another state. Raises JobNotFound."""
+    """Retry a failed or expired job at once. Return False if it is in another state. Raises JobNotFound."""
     settings = _settings()
     with _transaction(settings) as connection:
         _existing(connection, job_id)
-        create_events(connection, now=database_now(connection), of=[job_id])  # of the end that is taken back
+        create_events(
+            connection, now=database_now(connection), of=[job_id]
+        )  # the event of the final state, before leaving it
         changed = store.retry(connection, job_id, now=database_now(connection))
     if changed:
         wake(settings)
@@ -249,80 +257,82 @@ def retry(job_id: int) -> bool:
 
 
 def nudge(remote_id: str | int, account: str | None = None) -> int:
-    """A hint that jobs with this remote id may be ready; how many were brought forward. Unknown ids do nothing."""
+    """Poll the jobs with this remote id earlier, because they may be ready. Return how many; 0 for an unknown id."""
     settings = _settings()
     with _transaction(settings) as connection:
-        least = timedelta(seconds=settings.poll_min)
-        moved = store.nudge(connection, lookup_id(remote_id), account, now=database_now(connection), least=least)
-    if moved:
+        interval = timedelta(seconds=settings.poll_min)
+        count = store.nudge(connection, lookup_id(remote_id), account, now=database_now(connection), least=interval)
+    if count:
         wake(settings)
-    return moved
+    return count
 
 
 def nudge_reference(reference: str) -> int:
-    """The same hint about the jobs with this `reference`; how many were brought forward."""
+    """Poll the jobs with this reference earlier, because they may be ready. Return how many."""
     settings = _settings()
     with _transaction(settings) as connection:
-        least = timedelta(seconds=settings.poll_min)
-        moved = store.nudge_reference(connection, reference, now=database_now(connection), least=least)
-    if moved:
+        interval = timedelta(seconds=settings.poll_min)
+        count = store.nudge_reference(connection, reference, now=database_now(connection), least=interval)
+    if count:
         wake(settings)
-    return moved
+    return count
 
 
 def wait(job_id: int, timeout: float | None = None) -> Job:
-    """Waits until a job is final and returns it. `timeout` in seconds; raises WaitTimeout, JobNotFound."""
-    until = None if timeout is None else _workers.clock() + timeout
+    """Wait until a job is final and return it. `timeout` is in seconds. Raises WaitTimeout and JobNotFound."""
+    deadline = None if timeout is None else _workers.clock() + timeout
     while True:
         job = get(job_id)
         if job is None:
-            raise JobNotFound(f"there is no job {job_id}: `fetch-worker list` shows those that there are")
+            raise JobNotFound(f"there is no job {job_id}: `fetch-worker list` shows the jobs")
         if job.final:
             return job
-        left = None if until is None else until - _workers.clock()
-        if left is not None and left <= 0:
-            raise WaitTimeout(f"job {job_id} is still {job.status} after {timeout} s; it goes on, wait again")
-        _workers.pause(job, left)
+        remaining = None if deadline is None else deadline - _workers.clock()
+        if remaining is not None and remaining <= 0:
+            raise WaitTimeout(
+                f"job {job_id} is still {job.status} after {timeout} s: it continues, so you can wait again"
+            )
+        _workers.pause(job, remaining)
 
 
 class Workers:
-    """The worker processes as a web app knows them: elsewhere, woken by a word over Redis, waited for by looking."""
+    """The worker processes as a web app sees them: woken over Redis pub/sub; `wait` polls the database."""
 
     def wake(self, settings: Settings) -> None:
-        """Something is due that they don't know of. After the commit."""
+        """Wake the worker processes, because a job is due earlier than they know. Call it after the commit."""
         _wake_ups(settings.redis).send()
 
     def clock(self) -> float:
-        """Seconds, to measure a time-out by."""
+        """Return the time in seconds, for time-outs."""
         return time.monotonic()
 
-    def pause(self, job: Job, most: float | None) -> None:
-        """Leaves them some time for a job, but not more than `most` seconds."""
-        time.sleep(WAIT_LOOK_SECONDS if most is None else min(WAIT_LOOK_SECONDS, most))
+    def pause(self, job: Job, max_seconds: float | None) -> None:
+        """Wait a moment for the job to change, at most `max_seconds`."""
+        time.sleep(WAIT_POLL_SECONDS if max_seconds is None else min(WAIT_POLL_SECONDS, max_seconds))
 
 
 _workers = Workers()
 
 
 def wake(settings: Settings) -> None:
-    """Tells the worker processes that something is due that they don't know of. After the commit."""
+    """Wake the worker processes, because a job is due earlier than they know. Call it after the commit."""
     _workers.wake(settings)
 
 
 @contextmanager
 def workers_in_place(workers: Workers) -> Iterator[None]:
-    """Has this process work with other workers, in a world of their own: nothing read or learned before is kept."""
+    """Replace the workers of this process, for tests. Cached settings and models are cleared before and after."""
     global _workers
-    before, _workers = _workers, workers
-    _forget()
+    replaced, _workers = _workers, workers
+    _clear_caches()
     try:
         yield
     finally:
-        _workers = before
-        _forget()
+        _workers = replaced
+        _clear_caches()
 
 
-def _forget() -> None:
+def _clear_caches() -> None:
     _settings.cache_clear()
     _models.clear()
 
@@ -332,7 +342,7 @@ def _forget() -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Options:
-    """What was asked for, checked once for all jobs of a call."""
+    """The validated options of a call, for all its jobs."""
 
     account: str
     kind: str | None
@@ -372,9 +382,9 @@ def _options(
     deadline: float | None = None,
 ) -> _Options:
     if not isinstance(account, str) or not ACCOUNT.fullmatch(account):
-        raise NotTrackable(f"{account!r} can't be an account: letters, digits, '.', '_' and '-', at most 64")
+        raise NotTrackable(f"{account!r} is not a valid account name: use at most 64 letters, digits, '.', '_' and '-'")
     if fetch_url is not None and not isinstance(fetch_url, str):
-        raise NotTrackable(f"fetch_url is text, not {type(fetch_url).__name__}")
+        raise NotTrackable(f"fetch_url must be text, not {type(fetch_url).__name__}")
     return _Options(
         account=account,
         kind=kind or None,
@@ -400,21 +410,21 @@ def _plan(settings: Settings, scrubber: Scrubber, options: _Options, remote: obj
     )
     if job.warning is not None:
         log.warning("%s", scrubber.text(job.warning))
-    chosen = options.kind or job.kind
-    if not isinstance(chosen, str) or len(chosen) > MAX_KIND:
-        raise NotTrackable(f"kind is text of at most {MAX_KIND} characters")
-    deadline = settings.deadline_for(chosen) if options.deadline is None else options.deadline
+    kind = options.kind or job.kind
+    if not isinstance(kind, str) or len(kind) > MAX_KIND:
+        raise NotTrackable(f"kind must be text of at most {MAX_KIND} characters")
+    deadline = settings.deadline_for(kind) if options.deadline is None else options.deadline
     eta = job.submission.eta if options.eta is None else options.eta
     return _Plan(
         job=job,
-        kind=scrubber.text(_plain(chosen, "kind")),
-        eta=None if eta is None or eta > deadline else eta,  # beyond the deadline it says nothing
+        kind=scrubber.text(_plain(kind, "kind")),
+        eta=None if eta is None or eta > deadline else eta,  # an eta beyond the deadline is ignored
         deadline=deadline,
     )
 
 
 def _scrubbed(scrubber: Scrubber, remote: object) -> object:
-    """Return what was handed over without any key in it."""
+    """Return the argument of `track` with all API keys removed."""
     answer = submit_answer(remote)
     if answer is None:
         return scrubber.links(remote)
@@ -425,19 +435,19 @@ def _scrubbed(scrubber: Scrubber, remote: object) -> object:
 def _insert(
     connection: Connection, settings: Settings, options: _Options, plans: Sequence[_Plan]
 ) -> tuple[list[tuple[int, bool]], bool]:
-    """Puts the jobs in: (id and whether it is new, for each; whether any is due before a poll run would look)."""
+    """Insert the jobs. Return for each its id and whether it is new, and whether any is due within SOON_SECONDS."""
     now = database_now(connection)
     paced = _Paced(connection, settings.pace, options)
     new = [_new_job(plan, options, paced, now) for plan in plans]
-    soon = now + timedelta(seconds=SOON_SECONDS)
-    return store.insert_jobs(connection, new, now=now), any(job.due_at < soon and not job.outputs for job in new)
+    due_soon_at = now + timedelta(seconds=SOON_SECONDS)
+    return store.insert_jobs(connection, new, now=now), any(job.due_at < due_soon_at and not job.outputs for job in new)
 
 
 def _new_job(plan: _Plan, options: _Options, paced: "_Paced", now: datetime) -> store.NewJob:
     submission = plan.job.submission
     submitted_at = min(options.submitted_at or now, now)
     first = paced.first(plan, (now - submitted_at).total_seconds())
-    spread = crc32(submission.remote_id.encode()) % 1_000  # handed over together is not asked together
+    spread = crc32(submission.remote_id.encode()) % 1_000  # jobs tracked together are not polled at the same moment
     wait = first.wait * (1 + SPREAD * spread / 1_000)
     return store.NewJob(
         account=options.account,
@@ -461,36 +471,36 @@ def _new_job(plan: _Plan, options: _Options, paced: "_Paced", now: datetime) -> 
 
 
 class _Paced:
-    """When jobs of one call are asked about first: worked out once for those that are alike."""
+    """Plans the first polls of the jobs of a call, once for all jobs with equal kind, eta and deadline."""
 
     def __init__(self, connection: Connection, pace: Pace, options: _Options) -> None:
         self._connection, self._pace, self._account = connection, pace, options.account
         self._firsts: dict[tuple[str, float | None, float], PollPlan] = {}
 
     def first(self, plan: _Plan, age: float) -> PollPlan:
-        """The plan of a job of this age in seconds, in the middle of its spread."""
-        alike = (plan.kind, plan.eta, plan.deadline)
-        found = self._firsts.get(alike)
-        if found is None:
+        """Return the plan of the first poll of a job of this age in seconds, in the middle of its spread."""
+        key = (plan.kind, plan.eta, plan.deadline)
+        poll = self._firsts.get(key)
+        if poll is None:
             model = _model(self._connection, self._account, plan.kind)
             job = PacedJob(age, eta=plan.eta, seconds_left=plan.deadline - age)
-            found = self._firsts[alike] = self._pace.first(job, model, spread=0.0)
-        return found
+            poll = self._firsts[key] = self._pace.first(job, model, spread=0.0)
+        return poll
 
 
 _models: dict[tuple[str, str, str], tuple[PaceModel, float]] = {}
 
 
-def _known_model(url: URL, account: str, kind: str) -> PaceModel | None:
-    """What was looked up a short while ago of a class of jobs."""
+def _cached_model(url: URL, account: str, kind: str) -> PaceModel | None:
+    """Return the cached pace model of a class of jobs, or `None` if it is not cached or too old."""
     model, until = _models.get((str(url), account, kind), (None, 0.0))
     return model if time.monotonic() < until else None
 
 
 def _model(connection: Connection, account: str, kind: str) -> PaceModel:
-    """What is known of a class of jobs, looked up now and then."""
+    """Return the pace model of a class of jobs, read from the database at most every FRESH_SECONDS."""
     url = connection.engine.url
-    model = _known_model(url, account, kind)
+    model = _cached_model(url, account, kind)
     if model is None:
         if len(_models) >= MODELS_MOST:
             _models.clear()
@@ -505,7 +515,7 @@ def _moment(value: datetime | str | None) -> datetime | None:
             parsed: object = datetime.fromisoformat(value)
         except ValueError:
             raise NotTrackable(
-                f"submitted_at {value[:60]!r} is no ISO 8601 time, such as 2026-03-01T12:00:00Z"
+                f"submitted_at {value[:60]!r} is not an ISO 8601 time such as 2026-03-01T12:00:00Z"
             ) from None
     else:
         parsed = value
@@ -517,71 +527,74 @@ def _moment(value: datetime | str | None) -> datetime | None:
         return parsed.astimezone(UTC)
     except OverflowError:
         raise NotTrackable(
-            f"submitted_at {value!s} is out of range: leave it out for a job that was submitted just now"
+            f"submitted_at {value!s} is out of range: omit it for a job that was submitted just now"
         ) from None
 
 
 def _checked_seconds(value: object, name: str) -> float:
     number = positive_number(value)
     if number is None or number > 10 * 365 * 86_400:
-        raise NotTrackable(f"{name} is a positive number of seconds, not {value!r}")
+        raise NotTrackable(f"{name} must be a positive number of seconds, not {value!r}")
     return number
 
 
 def _priority(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or abs(value) > PRIORITY_LIMIT:
-        raise NotTrackable(f"priority is a whole number from -{PRIORITY_LIMIT} to {PRIORITY_LIMIT}, not {value!r}")
+        raise NotTrackable(f"priority must be a whole number from -{PRIORITY_LIMIT} to {PRIORITY_LIMIT}, not {value!r}")
     return value
 
 
 def checked_reference(value: object) -> str:
-    """A reference as `track` takes it. Raises NotTrackable."""
+    """Return a valid reference as text. Raises NotTrackable."""
     return _short(value, "reference")
 
 
 def _short(value: object, name: str) -> str:
     text = str(value) if isinstance(value, int) else value
     if not isinstance(text, str) or len(text) > MAX_REFERENCE:
-        raise NotTrackable(f"{name} is text of at most {MAX_REFERENCE} characters")
+        raise NotTrackable(f"{name} must be text of at most {MAX_REFERENCE} characters")
     return _plain(text, name)
 
 
 def _plain(text: str, name: str) -> str:
     if "\x00" in text or not text.isprintable():
-        raise NotTrackable(f"{name} has characters that can't be printed: take them out")
+        raise NotTrackable(f"{name} contains unprintable characters: remove them")
     return text
 
 
 def _webhook(url: object, settings: Settings) -> str:
-    from worker.net.address_guard import Guard, RefusedTarget  # most apps have no webhooks, and need no HTTP library
+    from worker.net.address_guard import (  # imported here: most apps use no webhooks and need no HTTP library
+        Guard,
+        RefusedTarget,
+    )
 
-    checked = checked_url(url)
+    webhook_url = checked_url(url)
     if not settings.webhook_secrets:
         raise NotTrackable(
-            "webhook_url is refused: there is no secret to sign webhooks with; set WEBHOOK_SECRET to whsec_ and the"
-            " base64 of 24 to 64 random bytes, here and where the worker runs"
+            "webhook_url is refused because there is no secret to sign webhooks with: set WEBHOOK_SECRET to whsec_ and"
+            " the base64 of 24 to 64 random bytes, in the app and in the worker"
         )
     try:
-        Guard(settings.webhook_networks).check_url(checked)
+        Guard(settings.webhook_networks).check_url(webhook_url)
     except RefusedTarget as refused:
         raise NotTrackable(f"webhook_url is refused: {refused} (see WEBHOOK_ALLOWED_NETWORKS)") from None
-    return checked
+    return webhook_url
 
 
 def _on_done(value: str, settings: Settings) -> str:
-    text = _short(value, "on_done")
-    task, _ = task_and_queue(text)
-    problem = on_done_problem(text)
+    checked = _short(value, "on_done")
+    task, _ = task_and_queue(checked)
+    problem = on_done_problem(checked)
     if problem is not None:
         raise NotTrackable(f"on_done is refused: {problem}")
     if settings.allowed_tasks is not None and task not in settings.allowed_tasks:
         raise NotTrackable(
-            f"on_done may not name {task!r}: ON_DONE_TASKS lists {', '.join(sorted(settings.allowed_tasks))}"
+            f"on_done must not name {task!r}: ON_DONE_TASKS allows only {', '.join(sorted(settings.allowed_tasks))}"
         )
-    return text
+    return checked
 
 
-# ── helpers of the door itself ────────────────────────────────────────────────────────────────────────────────────────
+# ── helpers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @locked_cache
@@ -595,13 +608,13 @@ def _wake_ups(redis_url: str) -> WakeUps:
 
 
 def _wake_after_commit(session: TrackingSession) -> None:
-    """Wakes once the rows are there for everybody. Other sessions than SQLAlchemy's wait for the next look."""
-    own = session() if isinstance(session, scoped_session) else session
-    if isinstance(own, Session):
-        if _WAKES not in own.info:
-            event.listen(own, "after_commit", _committed)
-            event.listen(own, "after_rollback", _rolled_back)
-        own.info[_WAKES] = True
+    """Wake the workers after the commit of a session. For other session types the next poll run finds the jobs."""
+    real_session = session() if isinstance(session, scoped_session) else session
+    if isinstance(real_session, Session):
+        if _WAKES not in real_session.info:
+            event.listen(real_session, "after_commit", _committed)
+            event.listen(real_session, "after_rollback", _rolled_back)
+        real_session.info[_WAKES] = True
 
 
 def _committed(session: Session) -> None:
@@ -625,20 +638,20 @@ def _transaction(settings: Settings) -> Iterator[Connection]:
 def _existing(connection: Connection, job_id: int) -> Row[Any]:
     row = store.job_row(connection, job_id)
     if row is None:
-        raise JobNotFound(f"there is no job {job_id}: `fetch-worker list` shows those that there are")
+        raise JobNotFound(f"there is no job {job_id}: `fetch-worker list` shows the jobs")
     return row
 
 
 def lookup_id(remote_id: object) -> str:
-    """A remote id to look jobs up by, made up by us or not. Raises NotTrackable for what can't be one."""
-    made_up = isinstance(remote_id, str) and SYNTHETIC_ID.fullmatch(remote_id)
-    return str(remote_id) if made_up else checked_remote_id(remote_id)
+    """Return a valid remote id, from the API or made by `track`. Raises NotTrackable."""
+    is_synthetic = isinstance(remote_id, str) and SYNTHETIC_ID.fullmatch(remote_id)
+    return str(remote_id) if is_synthetic else checked_remote_id(remote_id)
 
 
 def _job(row: Row[Any], outputs: Sequence[Row[Any]], now: datetime) -> Job:
     values = row._mapping
-    own = {name: values[name] for name in Job.__dataclass_fields__ if name not in ("outputs", "read_at")}
-    return Job(**own, read_at=now, outputs=tuple(_output(output) for output in outputs))
+    fields = {name: values[name] for name in Job.__dataclass_fields__ if name not in ("outputs", "read_at")}
+    return Job(**fields, read_at=now, outputs=tuple(_output(output) for output in outputs))
 
 
 def _output(row: Row[Any]) -> Output:

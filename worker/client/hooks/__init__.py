@@ -1,8 +1,8 @@
-"""The API's own webhook, taken as a hint: an address that only we can make, and an earlier poll when it is called.
+"""The webhook that the hosted API calls when a job is done: a signed URL, and an earlier poll when it is called.
 
-An API calls the `webhook` of a submission when the job is done, signs nothing, and sends whatever it likes; so the body
-is never read. What a call can do is to have the jobs of one reference asked about sooner, never more often than
-`POLL_MIN`. A call that is lost costs nothing but the wait for the next poll.
+The API calls the `webhook` URL of a submission. It does not sign the call, so the body is never read. A call only makes
+the worker poll the jobs of one reference earlier, at most every `POLL_MIN` seconds. If a call is lost, the job is found
+by its next poll.
 """
 
 import base64
@@ -16,35 +16,36 @@ from worker.client.tracking import checked_reference, nudge_reference
 from worker.errors import NotTrackable, SettingsError, Unavailable
 from worker.settings import load
 
-PURPOSE = b"fetch-worker: addresses that the API calls, 1"  # keeps these keys apart from those that sign our webhooks
+# Makes these keys differ from those that sign the webhooks to apps.
+PURPOSE = b"fetch-worker: addresses that the API calls, 1"
 _PLAIN = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]+")
 _ENCODED = "~"
 
 
 def hook_url(base: str, reference: str | int) -> str:
-    """The address to submit as `webhook`, where the jobs are tracked with this `reference`.
+    """Return the URL to submit as `webhook` for jobs that are tracked with this `reference`.
 
-    `base` is where the handler is reached from outside, for example `https://shop.example/api-hook`. Raises
-    SettingsError without `WEBHOOK_SECRET`, NotTrackable for what can't be a reference or an address.
+    `base` is the public URL of the handler, for example `https://shop.example/api-hook`. Raises SettingsError without
+    `WEBHOOK_SECRET`, and NotTrackable for an invalid reference or base URL.
     """
     keys = _keys()
     if not keys:
         raise SettingsError(
-            "WEBHOOK_SECRET is not set: set it to whsec_ and 32 random bytes in base64, in each process of the app"
+            "WEBHOOK_SECRET is not set: set it to whsec_ and 32 random bytes in base64, in every process of the app"
         )
     if not re.match(r"https?://[^/?#\s]+[^?#\s]*$", base):
-        raise NotTrackable(f"{base[:200]!r} is no address that the API can call, such as https://shop.example/api-hook")
+        raise NotTrackable(f"{base[:200]!r} is not a URL that the API can call, such as https://shop.example/api-hook")
     text = checked_reference(reference)
     if not text:
-        raise NotTrackable("the reference is empty: give the one that the job is tracked with")
+        raise NotTrackable("the reference is empty: use the reference that the job is tracked with")
     return f"{base.rstrip('/')}/{_segment(text)}/{_signature(keys[0], text)}"
 
 
 def received(reference: str, signature: str) -> bool:
-    """Takes a call: the two last parts of its path. False where it is none of ours, before any database is touched.
+    """Process a call, given as the last two parts of its path. Return False if the signature is wrong.
 
-    A true one brings the next request about the jobs with that reference forward; that there are none is no error.
-    Raises Unavailable.
+    With a valid signature, the jobs with that reference are polled earlier. There may be none. An invalid
+    call makes no database query. Raises Unavailable.
     """
     text = _reference(reference)
     if text is None or not _signed(_keys(), text, signature):
@@ -54,7 +55,7 @@ def received(reference: str, signature: str) -> bool:
 
 
 def status_of(reference: str, signature: str) -> int:
-    """Takes a call, and says what to answer: 204 taken, 404 none of ours, 503 no database to take it with."""
+    """Process a call and return the HTTP status: 204 accepted, 404 wrong signature, 503 database not available."""
     try:
         return 204 if received(reference, signature) else 404
     except Unavailable:
@@ -67,9 +68,9 @@ def _keys() -> tuple[bytes, ...]:
 
 
 def _signed(keys: Iterable[bytes], text: str, signature: str) -> bool:
-    """Whether any key made the signature; all are tried, so that the time tells nothing."""
-    given = signature.encode("utf-8", "replace")
-    return any([hmac.compare_digest(_signature(key, text).encode(), given) for key in keys])  # noqa: C419  # all
+    """Return whether any key made the signature. All keys are tried, so that the timing reveals nothing."""
+    received_signature = signature.encode("utf-8", "replace")
+    return any([hmac.compare_digest(_signature(key, text).encode(), received_signature) for key in keys])  # noqa: C419  # all
 
 
 def _signature(key: bytes, text: str) -> str:
@@ -77,7 +78,7 @@ def _signature(key: bytes, text: str) -> str:
 
 
 def _segment(text: str) -> str:
-    """One part of a path that no proxy and no router reads differently: plain, or `~` and base64."""
+    """Encode a reference as a path segment that proxies and routers do not change: plain, or `~` and base64."""
     if _PLAIN.fullmatch(text):
         return text
     return _ENCODED + base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")

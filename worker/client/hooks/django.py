@@ -1,4 +1,4 @@
-"""The API's webhook for Django: `path("api-hook/", include("worker.client.hooks.django"))` in a URLconf."""
+"""The API's webhook handler for Django: `path("api-hook/", include("worker.client.hooks.django"))` in a URLconf."""
 
 from django.http import HttpRequest, HttpResponse
 from django.urls import path
@@ -11,7 +11,7 @@ from worker.client.hooks import status_of
 @csrf_exempt  # type: ignore[untyped-decorator]  # Django has no annotations
 @require_POST  # type: ignore[untyped-decorator]  # the same
 def hook(request: HttpRequest, reference: str, signature: str) -> HttpResponse:
-    """Takes a call."""
+    """Process a call of the API."""
     return HttpResponse(status=status_of(reference, signature))
 
 

@@ -8,7 +8,7 @@ from worker.client.hooks import status_of
 
 
 def hook(request: Request) -> Response:
-    """Takes a call in a thread of its own, not on the event loop."""
+    """Process a call of the API, in a thread and not on the event loop."""
     return Response(status_code=status_of(request.path_params["reference"], request.path_params["signature"]))
 
 

@@ -9,5 +9,5 @@ blueprint = Blueprint("fetch_worker_hook", __name__)
 
 @blueprint.post("/<reference>/<signature>")
 def hook(reference: str, signature: str) -> Response:
-    """Takes a call."""
+    """Process a call of the API."""
     return Response(status=status_of(reference, signature))
