@@ -1,4 +1,4 @@
-"""Acting on many jobs while workers work on the same ones: nobody blocks anybody for good, and all counts are right."""
+"""Actions on many jobs while workers process the same jobs: no deadlock, and correct counters."""
 
 import logging
 import threading
@@ -25,23 +25,23 @@ JOBS = 240
 
 @pytest.fixture
 def settings(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """Those of a process on the test's database, which acts on a few at a time."""
+    """Settings for the test database, with small batches."""
     monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
     monkeypatch.setattr(actions, "BATCH", 20)
     monkeypatch.setattr(actions, "FEW", 60)
     return load()
 
 
-def test_operators_and_workers_on_the_same_jobs_do_not_block_each_other(engine: Engine, settings: Settings) -> None:
-    """Workers claim and end jobs, while others hold, resume, cancel and retry all there are; twice each."""
+def test_operators_and_workers_can_change_the_same_jobs_concurrently(engine: Engine, settings: Settings) -> None:
+    """Workers claim and end jobs while operators hold, resume, cancel and retry all jobs, twice each."""
     with engine.begin() as connection:
         for number in range(JOBS):
             add_job(connection, str(number), deadline_at=HELD_UNTIL)
-    over = threading.Event()
+    stop = threading.Event()
 
     def work(name: str) -> int:
         ended = 0
-        while not over.is_set():
+        while not stop.is_set():
             ended += transact(engine, lambda connection: _poll(connection, name))
         return ended
 
@@ -54,14 +54,14 @@ def test_operators_and_workers_on_the_same_jobs_do_not_block_each_other(engine: 
         workers = [threads.submit(work, name) for name in ("ada", "bob")]
         actions: tuple[Action, ...] = ("hold", "resume", "cancel", "retry")
         operators = [threads.submit(operate, action) for action in actions]
-        for one in operators:
-            one.result(timeout=60)
-        over.set()
-        ended = sum(one.result(timeout=60) for one in workers)
+        for operator in operators:
+            operator.result(timeout=60)
+        stop.set()
+        ended = sum(polling.result(timeout=60) for polling in workers)
 
     with engine.connect() as connection:
         rows = connection.execute(select(jobs)).all()
-        counted = {one.key.label: one.times for one in read_counters(connection, [FINISHED])}
+        counted = {total.key.label: total.times for total in read_counters(connection, [FINISHED])}
     states = Counter(row.status for row in rows)
     assert len(rows) == JOBS
     assert counted.get("failed", 0) == ended
@@ -71,27 +71,27 @@ def test_operators_and_workers_on_the_same_jobs_do_not_block_each_other(engine: 
 
 
 def _poll(connection: Connection, name: str) -> int:
-    """One claim and its answers, of which each second ends its job; how many ended."""
+    """Claim jobs and record answers that end every second job. Return how many ended."""
     now = database_now(connection)
     claimed = [
         job
-        for level in due_groups(connection, ["default"])
-        for job in claim_jobs(connection, level, limit=10, token=name, holder=name, lease=LEASE, now=now)
+        for group in due_groups(connection, ["default"])
+        for job in claim_jobs(connection, group, limit=10, token=name, holder=name, lease=LEASE, now=now)
     ]
     outcomes = [
-        Outcome(job, EndJob("failed", "api_failed", "no") if job.id % 2 else AskAgain(Strikes(), "odd"), "said")
+        Outcome(job, EndJob("failed", "api_failed", "no") if job.id % 2 else AskAgain(Strikes(), "odd"), "note")
         for job in claimed
     ]
     tally = Tally()
-    done = record_answers(connection, outcomes, tally, now=database_now(connection))
+    recorded = record_answers(connection, outcomes, tally, now=database_now(connection))
     tally.write(connection)
-    return len(done.finished)
+    return len(recorded.finished)
 
 
-def test_one_line_is_logged_of_what_a_filter_did(
+def test_an_action_by_filter_logs_one_line(
     engine: Engine, settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """However many jobs it was."""
+    """The line has the number of jobs."""
     caplog.set_level(logging.INFO, "worker.client.actions")
     with engine.begin() as connection:
         for number in range(50):
@@ -100,4 +100,4 @@ def test_one_line_is_logged_of_what_a_filter_did(
     for _ in range(2):
         list(act("hold", JobFilter(), settings))
 
-    assert [line.getMessage() for line in caplog.records] == ["an operator acted on a filter action=hold jobs=50"]
+    assert [line.getMessage() for line in caplog.records] == ["an operator changed jobs by filter action=hold jobs=50"]

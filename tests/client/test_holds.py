@@ -1,4 +1,4 @@
-"""Holding by hand: what is held is never asked, nor expires, nor moves, until it is let go; then it goes on at once."""
+"""Hold and resume: a held job is not polled and does not expire; a resumed job continues at once."""
 
 import logging
 from datetime import datetime, timedelta
@@ -30,14 +30,14 @@ from worker.store.reports.search import JobFilter
 from worker.store.results import Outcome, record_answers
 from worker.store.schema import HELD_UNTIL, jobs
 
-LEAST = timedelta(seconds=3)
-PATIENCE = WorkLimits(LEAST, timedelta(seconds=80), timedelta(seconds=360))
+POLL_MIN = timedelta(seconds=3)
+LIMITS = WorkLimits(POLL_MIN, timedelta(seconds=80), timedelta(seconds=360))
 YEARS = NOW + timedelta(days=3_650)
 
 
 @pytest.fixture
 def database(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """The database that a web app's process uses."""
+    """A migrated database that the Python API uses."""
     monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
     return engine
 
@@ -57,38 +57,38 @@ def _breaker(engine: Engine, scope: Scope = "account", name: str = "default") ->
 # ── one job ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_held_job_is_never_claimed_and_no_hint_moves_it(engine: Engine) -> None:
+def test_a_held_job_is_never_claimed_nor_nudged(engine: Engine) -> None:
     job_id = _held(engine)
     with engine.begin() as connection:
         assert claim_due_jobs(connection, now=YEARS) == []
-        assert nudge(connection, "1", None, now=YEARS, least=LEAST) == 0
-        assert [level.due_at for level in due_groups(connection, ["default"])] == [HELD_UNTIL]
+        assert nudge(connection, "1", None, now=YEARS, least=POLL_MIN) == 0
+        assert [group.due_at for group in due_groups(connection, ["default"])] == [HELD_UNTIL]
 
     held = read_job(engine, job_id)
     assert (held.status, held.held_at, held.due_at) == ("pending", NOW, HELD_UNTIL)
 
 
-def test_only_what_is_pending_and_not_held_yet_can_be_held(engine: Engine) -> None:
+def test_only_pending_jobs_that_are_not_held_can_be_held(engine: Engine) -> None:
     with engine.begin() as connection:
         pending = add_job(connection, "1")
         ended = add_job(connection, "2", status="cancelled", due_at=None, completed_at=NOW)
-        loading = add_downloading(connection, "3", due_at=NOW)  # asked about for a fresh link
+        loading = add_downloading(connection, "3", due_at=NOW)  # polled for a fresh link
         assert store.hold(connection, [pending, ended, loading], now=NOW) == {pending}
         assert store.hold(connection, [pending, ended, loading], now=YEARS) == set()
-        assert store.resume(connection, [ended, loading], PATIENCE, now=NOW) == set()
+        assert store.resume(connection, [ended, loading], LIMITS, now=NOW) == set()
 
     assert read_job(engine, pending).held_at == NOW
 
 
-def test_an_answer_that_was_under_way_is_lost_and_so_is_the_lease(engine: Engine) -> None:
-    """Whatever the process that asked does next."""
+def test_a_hold_ends_the_claim_and_discards_the_answer_in_flight(engine: Engine) -> None:
+    """The process that polled can no longer change the job."""
     with engine.begin() as connection:
         job_id = add_job(connection)
         [claimed] = claim_due_jobs(connection)
         store.hold(connection, [job_id], now=NOW + seconds(1))
         ended = Outcome(claimed, EndJob("failed", "api_failed", "no"), "failed")
         assert record_answers(connection, [ended], Tally(), now=NOW + seconds(2)).lost == 1
-        assert not renew_leases(connection, "holder", lease=LEAST, now=NOW + seconds(2))
+        assert not renew_leases(connection, "holder", lease=POLL_MIN, now=NOW + seconds(2))
         release_jobs(connection, [job_id], claimed.token, due_at=NOW + seconds(2))
 
     held = read_job(engine, job_id)
@@ -96,42 +96,42 @@ def test_an_answer_that_was_under_way_is_lost_and_so_is_the_lease(engine: Engine
 
 
 def test_a_resumed_job_is_due_at_once_and_does_not_expire_within_its_grace(engine: Engine) -> None:
-    """The first answer is not too late, however long it was held; one after the minute is."""
+    """After a long hold, an answer within the minute does not expire the job; a later one does."""
     job_id = _held(engine, deadline_at=NOW + seconds(5), pace_scale=4.0, pace_growth=1.0)
     with engine.begin() as connection:
-        assert store.resume(connection, [job_id], PATIENCE, now=YEARS) == {job_id}
-        assert store.resume(connection, [job_id], PATIENCE, now=YEARS) == set()
+        assert store.resume(connection, [job_id], LIMITS, now=YEARS) == {job_id}
+        assert store.resume(connection, [job_id], LIMITS, now=YEARS) == set()
         [claimed] = claim_due_jobs(connection, now=YEARS)
 
     resumed = read_job(engine, job_id)
     assert (resumed.held_at, resumed.deadline_at) == (None, YEARS + seconds(60))
     assert (resumed.pace_scale, resumed.pace_growth) == (None, None)
     facts = JobFacts("pending", NOW, claimed.facts.deadline_at, Strikes())
-    steps = [after_answer(facts, Processing(), now=YEARS + seconds(at), min_interval=LEAST) for at in (59, 60)]
+    steps = [after_answer(facts, Processing(), now=YEARS + seconds(at), min_interval=POLL_MIN) for at in (59, 60)]
     assert [type(step) for step in steps] == [AskAgain, EndJob]
 
 
-def test_a_deadline_that_is_far_off_stays(engine: Engine) -> None:
+def test_a_later_deadline_does_not_change(engine: Engine) -> None:
     job_id = _held(engine)
     with engine.begin() as connection:
-        store.resume(connection, [job_id], PATIENCE, now=NOW + seconds(10))
+        store.resume(connection, [job_id], LIMITS, now=NOW + seconds(10))
 
     assert read_job(engine, job_id).deadline_at == NOW + seconds(3_600)
 
 
-def test_holding_and_resuming_asks_no_sooner_than_poll_min(engine: Engine) -> None:
+def test_hold_and_resume_keep_poll_min(engine: Engine) -> None:
     with engine.begin() as connection:
         recent, long_ago = add_job(connection, "1"), add_job(connection, "2", asked_at=NOW - seconds(60))
         claim_due_jobs(connection, limit=1, now=NOW)
         connection.execute(update(jobs).where(jobs.c.id == recent).values(asked_at=NOW))
         store.hold(connection, [recent, long_ago], now=NOW + seconds(1))
-        store.resume(connection, [recent, long_ago], PATIENCE, now=NOW + seconds(1))
+        store.resume(connection, [recent, long_ago], LIMITS, now=NOW + seconds(1))
 
-    assert read_job(engine, recent).due_at == NOW + LEAST
+    assert read_job(engine, recent).due_at == NOW + POLL_MIN
     assert read_job(engine, long_ago).due_at == NOW + seconds(1)
 
 
-def test_a_held_job_can_be_cancelled_and_is_held_no_more(engine: Engine) -> None:
+def test_a_held_job_can_be_cancelled_and_is_then_not_held(engine: Engine) -> None:
     job_id = _held(engine)
     with engine.begin() as connection:
         assert not retry(connection, job_id, now=NOW)
@@ -140,7 +140,7 @@ def test_a_held_job_can_be_cancelled_and_is_held_no_more(engine: Engine) -> None
     assert (read_job(engine, job_id).status, read_job(engine, job_id).held_at) == ("cancelled", None)
 
 
-def test_the_front_door_holds_and_resumes_and_wakes_the_workers(
+def test_the_python_api_holds_and_resumes_and_wakes_the_workers(
     database: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     woken: list[str] = []
@@ -162,31 +162,31 @@ def test_the_front_door_holds_and_resumes_and_wakes_the_workers(
         f"held by an operator job={job_id}",
         f"resumed by an operator job={job_id}",
     ]
-    for act in (worker.hold, worker.resume):
+    for action in (worker.hold, worker.resume):
         with pytest.raises(JobNotFound):
-            act(999_999)
+            action(999_999)
 
 
 # ── what operators see ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_held_job_says_so_and_is_no_late_work(database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The year in which it is due is nobody's business: of an account without a key neither."""
+def test_a_held_job_is_explained_and_is_not_late(database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its due time in the year 9999 is shown nowhere."""
     monkeypatch.setattr(overview, "database_now", lambda _: YEARS)
     job_id = _held(database)
     with database.connect() as connection:
         row = read_job(database, job_id)
-        said = why(connection, row, [], load())
+        reason = why(connection, row, [], load())
         state = read_overview(connection, load())
 
-    assert said.startswith("held by an operator since 2026-03-01 12:00:00 UTC")
+    assert reason.startswith("held by an operator since 2026-03-01 12:00:00 UTC")
     assert (state.oldest_due_seconds, state.healthy) == (0.0, True)
-    assert [(one.account, one.reason, one.since) for one in state.accounts] == [("default", None, None)]
+    assert [(account.account, account.reason, account.since) for account in state.accounts] == [("default", None, None)]
     assert overview.ready_estimate(connection, row) is None
 
 
-def test_the_next_moment_is_none_of_a_held_job(engine: Engine) -> None:
-    """Clocks that leap to it, as that of the test kit does, would be in the year 9999."""
+def test_the_next_request_ignores_held_jobs(engine: Engine) -> None:
+    """The clock of the test kit moves to the next request, and must not move to the year 9999."""
     _held(engine)
     with engine.begin() as connection:
         assert next_request(connection, after=NOW) is None
@@ -201,7 +201,7 @@ def test_the_next_moment_is_none_of_a_held_job(engine: Engine) -> None:
 def test_an_account_or_a_host_is_held_as_a_whole_until_it_is_resumed(
     database: Engine, scope: Scope, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also one of which nothing is known yet."""
+    """Also an account or host without any jobs."""
     assert [holds.hold_account_or_host(scope, name), holds.hold_account_or_host(scope, name)] == [True, False]
     held = _breaker(database, scope, name)
     assert held.allows(YEARS) == "none"
@@ -217,8 +217,8 @@ def test_an_account_or_a_host_is_held_as_a_whole_until_it_is_resumed(
     ]
 
 
-def test_resuming_tries_at_once_what_the_api_holds_and_leaves_what_is_open(database: Engine) -> None:
-    """A refused key gets one call alone, a rate limit is over; nothing is asked to prove itself without need."""
+def test_resume_probes_what_the_api_holds_and_does_not_change_the_rest(database: Engine) -> None:
+    """A refused key gets a single request, and a pause after a rate limit ends."""
     with database.begin() as connection:
         now = database_now(connection)
         key = locked_breaker(connection, "account", "key")
@@ -228,9 +228,9 @@ def test_resuming_tries_at_once_what_the_api_holds_and_leaves_what_is_open(datab
         locked_breaker(connection, "account", "open")
         save_breaker(connection, CircuitBreaker("account", "open", proven=True))
 
-    changed = {name: holds.resume_account_or_host("account", name) for name in ("key", "limit", "open", "nobody")}
+    changed = {name: holds.resume_account_or_host("account", name) for name in ("key", "limit", "open", "unknown")}
 
-    assert changed == {"key": True, "limit": True, "open": False, "nobody": False}
+    assert changed == {"key": True, "limit": True, "open": False, "unknown": False}
     with database.connect() as connection:
         now = database_now(connection)
         assert {name: breaker.allows(now) for (_, name), breaker in all_breakers(connection).items()} == {
@@ -241,25 +241,25 @@ def test_resuming_tries_at_once_what_the_api_holds_and_leaves_what_is_open(datab
         assert connection.execute(select(jobs)).all() == []
 
 
-# ── what else keeps a job ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── resuming other waits ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_job_that_waits_is_asked_at_once_but_no_sooner_than_poll_min(engine: Engine) -> None:
-    """Its deadline stays: who asks for an answer after it may get the end."""
+def test_a_waiting_job_is_polled_at_once_but_not_before_poll_min(engine: Engine) -> None:
+    """Its deadline does not change: an answer after it may expire the job."""
     with engine.begin() as connection:
         due = NOW + seconds(9_000)
         waits = add_job(connection, "1", due_at=due, asked_at=NOW - seconds(60), deadline_at=NOW - seconds(5))
         recent = add_job(connection, "2", due_at=due, asked_at=NOW - seconds(1), pace_scale=2.0)
         already = add_job(connection, "3", due_at=NOW - seconds(1))
-        assert store.resume(connection, [waits, recent, already], PATIENCE, now=NOW) == {waits, recent}
+        assert store.resume(connection, [waits, recent, already], LIMITS, now=NOW) == {waits, recent}
 
-    assert [read_job(engine, one).due_at for one in (waits, recent)] == [NOW, NOW + seconds(2)]
+    assert [read_job(engine, job_id).due_at for job_id in (waits, recent)] == [NOW, NOW + seconds(2)]
     assert read_job(engine, waits).deadline_at == NOW - seconds(5)
     assert read_job(engine, recent).pace_scale is None
 
 
-def test_a_claim_is_given_back_only_once_it_is_older_than_any_call(engine: Engine) -> None:
-    """Its lease may go on for hours: a process of another host renews what it has lost sight of."""
+def test_a_claim_is_released_only_if_it_is_older_than_any_request(engine: Engine) -> None:
+    """Its lease may be renewed for hours: a process on another host may renew claims that it no longer works on."""
     with engine.begin() as connection:
         for remote_id in ("fresh", "stuck"):
             add_job(connection, remote_id)
@@ -267,14 +267,14 @@ def test_a_claim_is_given_back_only_once_it_is_older_than_any_call(engine: Engin
         hours = {"due_at": NOW + timedelta(hours=6)}
         connection.execute(update(jobs).values(hours))
         connection.execute(update(jobs).where(jobs.c.id == claimed["stuck"]).values(asked_at=NOW - seconds(81)))
-        assert store.resume(connection, list(claimed.values()), PATIENCE, now=NOW) == {claimed["stuck"]}
+        assert store.resume(connection, list(claimed.values()), LIMITS, now=NOW) == {claimed["stuck"]}
 
     assert (read_job(engine, claimed["stuck"]).due_at, read_job(engine, claimed["stuck"]).claim_token) == (NOW, None)
     assert read_job(engine, claimed["fresh"]).claim_token is not None
 
 
-def test_downloads_in_trouble_are_tried_at_once(engine: Engine) -> None:
-    """Not one that is under way, nor one that waits for the fresh link that the API is asked for."""
+def test_failed_downloads_are_tried_at_once(engine: Engine) -> None:
+    """Except a running download and one that waits for a fresh link."""
     with engine.begin() as connection:
         later: dict[str, Any] = {
             "due_at": NOW + timedelta(hours=1),
@@ -284,25 +284,27 @@ def test_downloads_in_trouble_are_tried_at_once(engine: Engine) -> None:
         job_id, renewing = add_downloading(connection, "1"), add_downloading(connection, "2", due_at=NOW)
         waits = add_output(connection, job_id, 0, queued_at=NOW, **later)
         claimed = {"claim_token": "t", "claim_holder": "h"}
-        under_way = add_output(connection, job_id, 1, claimed_at=NOW - seconds(300), **claimed, **later)
+        running = add_output(connection, job_id, 1, claimed_at=NOW - seconds(300), **claimed, **later)
         stuck = add_output(connection, job_id, 2, claimed_at=NOW - seconds(361), **claimed, **later)
         link = add_output(connection, renewing, 0, renewed=True, **later)
-        assert store.resume(connection, [job_id, renewing], PATIENCE, now=NOW) == {job_id}
+        assert store.resume(connection, [job_id, renewing], LIMITS, now=NOW) == {job_id}
 
-    rows = {one: read_output(engine, one) for one in (waits, under_way, stuck, link)}
-    assert {one: row.due_at == NOW for one, row in rows.items()} == {
-        waits: True, under_way: False, stuck: True, link: False,
+    rows = {output_id: read_output(engine, output_id) for output_id in (waits, running, stuck, link)}
+    assert {output_id: row.due_at == NOW for output_id, row in rows.items()} == {
+        waits: True, running: False, stuck: True, link: False,
     }  # fmt: skip
-    assert (rows[waits].queued_at, rows[stuck].claim_token, rows[under_way].claim_token) == (None, None, "t")
+    assert (rows[waits].queued_at, rows[stuck].claim_token, rows[running].claim_token) == (None, None, "t")
 
 
-def test_a_filter_of_output_codes_resumes_downloads(database: Engine) -> None:
-    """`resume --output-code unreachable`, once the host is back."""
+def test_resume_by_output_code_resumes_downloads(database: Engine) -> None:
+    """For example after the host works again."""
     with database.begin() as connection:
         trouble: dict[str, Any] = {"due_at": database_now(connection) + timedelta(hours=1), "error_code": "unreachable"}
-        mine, other = add_downloading(connection, "1"), add_downloading(connection, "2")
-        add_output(connection, mine, **trouble)
+        unreachable, other = add_downloading(connection, "1"), add_downloading(connection, "2")
+        add_output(connection, unreachable, **trouble)
         add_output(connection, other, **(trouble | {"error_code": "http_error"}))
-    wanted = JobFilter(output_codes=("unreachable",))
+    job_filter = JobFilter(output_codes=("unreachable",))
 
-    assert [one.id for batch in actions.act("resume", wanted, load()) for one in batch if one.changed] == [mine]
+    assert [result.id for batch in actions.act("resume", job_filter, load()) for result in batch if result.changed] == [
+        unreachable
+    ]

@@ -1,4 +1,4 @@
-"""The API's own webhook as a hint: a true one saves the wait; a lost, forged or repeated one costs next to nothing."""
+"""The webhook of the API: a valid call makes the next poll earlier; lost, forged and repeated calls do no harm."""
 
 import base64
 import statistics
@@ -32,7 +32,7 @@ FAR = timedelta(hours=1)
 
 
 def configure(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
-    """The settings of a process that starts now."""
+    """Set environment variables and clear the cached settings."""
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     tracking._settings.cache_clear()
@@ -47,19 +47,19 @@ def secret(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def door(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """The database that the front door uses, with our tables in it."""
+def database(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """A migrated database that the Python API uses."""
     configure(monkeypatch, DATABASE_URL=engine.url.render_as_string(hide_password=False))
     return engine
 
 
-def called(url: str) -> bool:
-    """As a handler does with the two last parts of a path."""
+def call(url: str) -> bool:
+    """Process a call of a URL, as a handler does."""
     return received(*url.rsplit("/", 2)[1:])
 
 
 def forgeries(url: str) -> list[str]:
-    """Addresses that are nearly right."""
+    """Return URLs that differ slightly from a valid one."""
     head, _, signature = url.rpartition("/")
     other = "0" if signature[-1] != "0" else "1"
     return [
@@ -74,8 +74,8 @@ def forgeries(url: str) -> list[str]:
     ]
 
 
-def tracked_far_off(engine: Engine, remote_id: str, reference: str | None) -> int:
-    """A job that is not to be asked about for an hour."""
+def track_due_later(engine: Engine, remote_id: str, reference: str | None) -> int:
+    """Track a job and make it due in an hour. Return its id."""
     job_id = worker.track(remote_id, reference=reference)
     with engine.begin() as connection:
         connection.execute(update(jobs).where(jobs.c.id == job_id).values(due_at=datetime.now(UTC) + FAR))
@@ -83,17 +83,17 @@ def tracked_far_off(engine: Engine, remote_id: str, reference: str | None) -> in
 
 
 def until_due(engine: Engine, job_id: int) -> float:
-    """The seconds until a job is asked about."""
+    """Return the seconds until a job is due."""
     return float((read_job(engine, job_id).due_at - datetime.now(UTC)).total_seconds())
 
 
-# ── the address ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the URL ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
     "reference", ["order-77", "77", "a/b", "..", "a//b", "größe 7", "~x", "x" * 255, "%2F", "a?b#c", "🦊"]
 )
-def test_an_address_has_two_plain_parts_that_lead_back_to_the_reference(
+def test_a_url_ends_with_two_plain_segments_that_encode_the_reference(
     reference: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nudged: list[str] = []
@@ -103,35 +103,33 @@ def test_an_address_has_two_plain_parts_that_lead_back_to_the_reference(
     head, segment, signature = url.rsplit("/", 2)
 
     assert head == BASE
-    assert requests.Request("POST", url).prepare().url == url, "nobody on the way writes it differently"
+    assert requests.Request("POST", url).prepare().url == url, "HTTP clients must not change the URL"
     assert len(signature) == 64
     assert received(segment, signature)
     assert nudged == [reference]
 
 
-def test_a_number_is_the_reference_it_is_tracked_with() -> None:
+def test_a_number_and_its_text_are_the_same_reference() -> None:
     assert hook_url(BASE, 77) == hook_url(BASE, "77")
 
 
-def test_while_secrets_change_the_first_signs_and_all_are_accepted(
-    door: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_secret_signs_and_every_secret_is_accepted(database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     configure(monkeypatch, WEBHOOK_SECRET=OLD)
     before = hook_url(BASE, "a")
     configure(monkeypatch, WEBHOOK_SECRET=f"{NEW}, {OLD}")
     meanwhile = hook_url(BASE, "a")
-    assert called(before)
-    assert called(meanwhile)
+    assert call(before)
+    assert call(meanwhile)
 
     configure(monkeypatch, WEBHOOK_SECRET=NEW)
 
-    assert called(meanwhile)
-    assert not called(before)
+    assert call(meanwhile)
+    assert not call(before)
     configure(monkeypatch, WEBHOOK_SECRET=FOREIGN)
-    assert not called(meanwhile)
+    assert not call(meanwhile)
 
 
-def test_the_key_of_addresses_is_not_the_key_that_signs_webhooks() -> None:
+def test_urls_and_webhooks_are_signed_with_different_keys() -> None:
     import hashlib
     import hmac
 
@@ -140,7 +138,7 @@ def test_the_key_of_addresses_is_not_the_key_that_signs_webhooks() -> None:
     assert signature != hmac.new(b"n" * 32, b"a", hashlib.sha256).hexdigest()
 
 
-def test_what_is_missing_or_wrong_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_arguments_and_a_missing_secret_are_reported_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     for base in ("shop.example", "/hook", "ftp://shop.example", "https://shop.example/?a=b", "https:// x"):
         with pytest.raises(NotTrackable, match="such as https://"):
             hook_url(base, "a")
@@ -152,11 +150,11 @@ def test_what_is_missing_or_wrong_is_said_with_what_to_do(monkeypatch: pytest.Mo
     configure(monkeypatch)
     with pytest.raises(SettingsError, match="WEBHOOK_SECRET is not set: set it to"):
         hook_url(BASE, "a")
-    assert not called(url)
+    assert not call(url)
 
 
 @pytest.mark.parametrize("wrong", ["secret", "whsec_", "whsec_!!!", NEW[:-20], f"{NEW},x", "whsec_" + "A" * 92])
-def test_a_secret_that_is_none_is_refused_and_not_shown(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_secret_is_refused_and_not_shown(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     configure(monkeypatch, WEBHOOK_SECRET=wrong)
 
     with pytest.raises(SettingsError, match="WEBHOOK_SECRET must be whsec_") as refused:
@@ -167,90 +165,88 @@ def test_a_secret_that_is_none_is_refused_and_not_shown(wrong: str, monkeypatch:
 # ── what a call does ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_true_call_brings_the_jobs_of_its_reference_forward_and_no_others(door: Engine) -> None:
-    mine, twin = tracked_far_off(door, "1", "order-7"), tracked_far_off(door, "2", "order-7")
+def test_a_valid_call_makes_only_the_jobs_of_its_reference_due(database: Engine) -> None:
+    first, second = track_due_later(database, "1", "order-7"), track_due_later(database, "2", "order-7")
     references = ("order-77", "ORDER-7", "order-7 x", None)
-    others = [tracked_far_off(door, str(number), name) for number, name in enumerate(references, 3)]
+    others = [track_due_later(database, str(number), name) for number, name in enumerate(references, 3)]
 
-    assert called(hook_url(BASE, "order-7"))
+    assert call(hook_url(BASE, "order-7"))
 
-    assert all(until_due(door, job_id) < 1.0 for job_id in (mine, twin))
-    assert all(until_due(door, job_id) > 3_000.0 for job_id in others)
-
-
-def test_a_call_about_a_reference_that_nobody_has_is_taken_and_does_nothing(door: Engine) -> None:
-    job_id = tracked_far_off(door, "1", "order-7")
-
-    assert called(hook_url(BASE, "order-8"))
-
-    assert until_due(door, job_id) > 3_000.0
+    assert all(until_due(database, job_id) < 1.0 for job_id in (first, second))
+    assert all(until_due(database, job_id) > 3_000.0 for job_id in others)
 
 
-def test_a_true_call_that_is_repeated_asks_for_one_poll_of_its_job_and_that_not_too_soon(
-    door: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_valid_call_for_an_unknown_reference_changes_nothing(database: Engine) -> None:
+    job_id = track_due_later(database, "1", "order-7")
+
+    assert call(hook_url(BASE, "order-8"))
+
+    assert until_due(database, job_id) > 3_000.0
+
+
+def test_repeated_calls_cause_one_poll_and_respect_poll_min(database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     configure(monkeypatch, POLL_MIN="40")
     asked_at = datetime.now(UTC) - timedelta(seconds=10)
-    mine, other = tracked_far_off(door, "1", "a"), tracked_far_off(door, "2", "b")
-    with door.begin() as connection:
-        connection.execute(update(jobs).where(jobs.c.id == mine).values(asked_at=asked_at))
+    job_id, other = track_due_later(database, "1", "a"), track_due_later(database, "2", "b")
+    with database.begin() as connection:
+        connection.execute(update(jobs).where(jobs.c.id == job_id).values(asked_at=asked_at))
 
     for _ in range(50):
-        assert called(hook_url(BASE, "a"))
+        assert call(hook_url(BASE, "a"))
 
-    assert read_job(door, mine).due_at == asked_at + timedelta(seconds=40)
-    assert until_due(door, other) > 3_000.0
+    assert read_job(database, job_id).due_at == asked_at + timedelta(seconds=40)
+    assert until_due(database, other) > 3_000.0
 
 
-def test_a_call_leaves_alone_what_is_being_asked_about_or_over(door: Engine) -> None:
-    claimed, over = tracked_far_off(door, "1", "a"), tracked_far_off(door, "2", "a")
-    worker.cancel(over)
+def test_a_call_does_not_change_claimed_or_final_jobs(database: Engine) -> None:
+    claimed, final = track_due_later(database, "1", "a"), track_due_later(database, "2", "a")
+    worker.cancel(final)
     lease = datetime.now(UTC) + timedelta(seconds=30)
-    with door.begin() as connection:
+    with database.begin() as connection:
         claim = {"due_at": lease, "claim_token": "t", "claim_holder": "h"}
         connection.execute(update(jobs).where(jobs.c.id == claimed).values(claim))
 
-    assert called(hook_url(BASE, "a"))
+    assert call(hook_url(BASE, "a"))
 
-    assert read_job(door, claimed).due_at == lease
-    assert read_job(door, over).status == "cancelled"
+    assert read_job(database, claimed).due_at == lease
+    assert read_job(database, final).status == "cancelled"
 
 
-def test_a_forged_call_reaches_no_database(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forged_call_makes_no_query(monkeypatch: pytest.MonkeyPatch) -> None:
     configure(monkeypatch, DATABASE_URL="postgresql://127.0.0.1:1/none")
     url = hook_url(BASE, "order-7")
 
-    assert [called(forged) for forged in forgeries(url)] == [False] * 8
+    assert [call(forged) for forged in forgeries(url)] == [False] * 8
     with pytest.raises(Unavailable):
-        called(url)  # a true one does
+        call(url)  # a valid call queries the database
 
 
-def test_a_call_is_answered_within_milliseconds(door: Engine) -> None:
+def test_a_call_takes_milliseconds(database: Engine) -> None:
     worker.track_many([str(number) for number in range(3_000)], reference="others")
-    tracked_far_off(door, "x", "mine")
+    track_due_later(database, "x", "mine")
     url = hook_url(BASE, "mine")
 
     def seconds(address: str) -> float:
-        began = time.perf_counter()
-        called(address)
-        return time.perf_counter() - began
+        started = time.perf_counter()
+        call(address)
+        return time.perf_counter() - started
 
-    true = statistics.median(seconds(url) for _ in range(30))
+    valid = statistics.median(seconds(url) for _ in range(30))
     forged = statistics.median(seconds(url[:-1] + "z") for _ in range(30))
-    print(f"{door.dialect.name}: true {true * 1e3:.2f} ms, forged {forged * 1e6:.0f} µs")
+    print(f"{database.dialect.name}: true {valid * 1e3:.2f} ms, forged {forged * 1e6:.0f} µs")
 
-    assert true < 0.1
+    assert valid < 0.1
     assert forged < 0.005
 
 
-def test_many_jobs_of_one_reference_cost_a_bounded_call(door: Engine) -> None:
+def test_a_call_for_a_reference_with_many_jobs_is_bounded(database: Engine) -> None:
     worker.track_many([str(number) for number in range(300)], reference="all")
-    with door.begin() as connection:
+    with database.begin() as connection:
         connection.execute(update(jobs).values(due_at=datetime.now(UTC) + FAR))
 
-    assert called(hook_url(BASE, "all"))
+    assert call(hook_url(BASE, "all"))
 
-    with door.connect() as connection:
+    with database.connect() as connection:
         due = connection.execute(select(jobs.c.id).where(jobs.c.due_at < datetime.now(UTC) + FAR / 2)).all()
     assert len(due) == 100
 
@@ -259,7 +255,7 @@ def test_many_jobs_of_one_reference_cost_a_bounded_call(door: Engine) -> None:
 
 
 def fastapi_app() -> AbstractContextManager[str]:
-    """An app that mounts the handler as the documentation says."""
+    """Serve a FastAPI app that mounts the handler as documented."""
     from fastapi import FastAPI
 
     from worker.client.hooks.fastapi import router
@@ -270,7 +266,7 @@ def fastapi_app() -> AbstractContextManager[str]:
 
 
 def starlette_app() -> AbstractContextManager[str]:
-    """The same without FastAPI."""
+    """Serve a Starlette app that mounts the handler."""
     from starlette.applications import Starlette
     from starlette.routing import Mount
 
@@ -280,7 +276,7 @@ def starlette_app() -> AbstractContextManager[str]:
 
 
 def flask_app() -> AbstractContextManager[str]:
-    """A Flask app with the blueprint."""
+    """Serve a Flask app with the blueprint."""
     from flask import Flask
 
     from worker.client.hooks.flask import blueprint
@@ -291,7 +287,7 @@ def flask_app() -> AbstractContextManager[str]:
 
 
 class UrlConf:
-    """A Django URLconf."""
+    """A Django URLconf with the handler."""
 
     def __init__(self) -> None:
         from django.urls import include, path
@@ -300,7 +296,7 @@ class UrlConf:
 
 
 def django_app() -> AbstractContextManager[str]:
-    """A Django site with the views, its protection against forged forms switched on."""
+    """Serve a Django site with the handler and with CSRF protection."""
     from django.conf import settings
     from django.core.handlers.wsgi import WSGIHandler
 
@@ -320,29 +316,31 @@ APPS = [fastapi_app, starlette_app, flask_app, django_app]
 
 
 @pytest.mark.parametrize("app", APPS)
-def test_a_handler_takes_a_true_call_whatever_its_body_and_knows_no_other(
-    app: Callable[[], AbstractContextManager[str]], door: Engine
+def test_a_handler_accepts_valid_calls_with_any_body_and_refuses_others(
+    app: Callable[[], AbstractContextManager[str]], database: Engine
 ) -> None:
-    asked: list[str] = []
+    queries: list[str] = []
     with app() as address:
-        mine, other = tracked_far_off(door, "1", "a/b"), tracked_far_off(door, "2", "b")
+        due_id, other = track_due_later(database, "1", "a/b"), track_due_later(database, "2", "b")
         url = hook_url(f"{address}/api-hook", "a/b")
         engine = engine_for(tracking._settings().database)
-        event.listen(engine, "before_cursor_execute", lambda *now: asked.append(now[2]))
+        event.listen(engine, "before_cursor_execute", lambda *arguments: queries.append(arguments[2]))
 
-        forged = [requests.post(one, json={"status": "success"}, timeout=10).status_code for one in forgeries(url)]
-        assert (set(forged), asked) == ({404}, [])
+        forged = [
+            requests.post(forgery, json={"status": "success"}, timeout=10).status_code for forgery in forgeries(url)
+        ]
+        assert (set(forged), queries) == ({404}, [])
         assert requests.get(url, timeout=10).status_code == 405
-        assert asked == []
-        true = requests.post(url, data=b"{" * 300_000, headers={"Content-Type": "application/json"}, timeout=10)
+        assert queries == []
+        answer = requests.post(url, data=b"{" * 300_000, headers={"Content-Type": "application/json"}, timeout=10)
 
-    assert (true.status_code, true.content) == (204, b"")
-    assert until_due(door, mine) < 1.0
-    assert until_due(door, other) > 3_000.0
+    assert (answer.status_code, answer.content) == (204, b"")
+    assert until_due(database, due_id) < 1.0
+    assert until_due(database, other) > 3_000.0
 
 
 @pytest.mark.parametrize("app", APPS)
-def test_a_handler_without_a_database_asks_to_be_called_again(
+def test_a_handler_answers_503_without_a_database(
     app: Callable[[], AbstractContextManager[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configure(monkeypatch, DATABASE_URL="postgresql://127.0.0.1:1/none")
@@ -356,10 +354,10 @@ def test_a_handler_without_a_database_asks_to_be_called_again(
 
 
 @pytest.mark.server
-def test_a_call_saves_the_wait_and_a_lost_one_costs_no_more_than_the_next_poll(
+def test_a_call_makes_the_job_ready_earlier_and_after_a_lost_call_the_next_poll_finds_it(
     tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two jobs that take as long, polled each five seconds; the API calls about one, and the other call is lost."""
+    """Two equal jobs are polled every five seconds. The API calls for one of them; the other call is lost."""
     url = f"sqlite:///{tmp_path}/hook.db"
     engine = make_engine(make_url(url))
     migrate(engine)
@@ -380,21 +378,21 @@ def test_a_call_saves_the_wait_and_a_lost_one_costs_no_more_than_the_next_poll(
                 worker.track(api.submit(name, samples=1) | {"eta": None}, reference=name, eta=2.0)
                 for name in ("called", "lost")
             ]
-            time.sleep(max(submitted + 3.6 - time.time(), 0))  # the API is the one that says when: it calls then
-            assert called(hook_url(BASE, "called"))
-            seen = [_ready_after(engine, job_id, submitted) for job_id in ids]
+            time.sleep(max(submitted + 3.6 - time.time(), 0))  # the time at which the API calls
+            assert call(hook_url(BASE, "called"))
+            delays = [_ready_after(engine, job_id, submitted) for job_id in ids]
             polls = [read_job(engine, job_id).polls for job_id in ids]
     engine.dispose()
-    print(f"called {seen[0]:.2f} s, lost {seen[1]:.2f} s after the submission; polls {polls}")
+    print(f"called {delays[0]:.2f} s, lost {delays[1]:.2f} s after the submission; polls {polls}")
 
-    assert seen[0] < 5.0
-    assert 6.0 < seen[1] < 2.0 * 1.1 + 5.0 * 1.1 + 2.0
+    assert delays[0] < 5.0
+    assert 6.0 < delays[1] < 2.0 * 1.1 + 5.0 * 1.1 + 2.0
     assert polls == [2, 2]
 
 
 def _ready_after(engine: Engine, job_id: int, submitted: float) -> float:
-    until = time.monotonic() + 20
+    deadline = time.monotonic() + 20
     while (ready_at := read_job(engine, job_id).ready_at) is None:
-        assert time.monotonic() < until, read_job(engine, job_id)
+        assert time.monotonic() < deadline, read_job(engine, job_id)
         time.sleep(0.05)
     return float(ready_at.timestamp()) - submitted

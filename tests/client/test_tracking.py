@@ -1,4 +1,4 @@
-"""The Python front door on real databases: what is taken, what is refused, and that nothing is half done."""
+"""The Python API on real databases: accepted and refused arguments, and transactions."""
 
 import json
 import os
@@ -53,8 +53,8 @@ READY = {
 
 
 @pytest.fixture
-def door(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """The database that the front door uses, with our tables in it."""
+def database(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """A migrated database that the Python API uses."""
     monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
     monkeypatch.setenv("SD_API_KEY", KEY)
     return engine
@@ -65,7 +65,7 @@ def _count(engine: Engine) -> int:
         return connection.execute(select(func.count()).select_from(jobs)).scalar_one()
 
 
-def _set(engine: Engine, job_id: int, **values: Any) -> None:
+def _update_job(engine: Engine, job_id: int, **values: Any) -> None:
     with engine.begin() as connection:
         connection.execute(update(jobs).where(jobs.c.id == job_id).values(values))
 
@@ -73,8 +73,8 @@ def _set(engine: Engine, job_id: int, **values: Any) -> None:
 # ── track ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_bare_id_is_tracked_with_the_defaults(door: Engine) -> None:
-    """Text or number; asked at SD_API_URL/fetch/{id} for the account `default`."""
+def test_a_remote_id_is_tracked_with_the_defaults(database: Engine) -> None:
+    """The id is text or a number. The job is polled at SD_API_URL/fetch/{id} for the account `default`."""
     before = datetime.now(UTC) - timedelta(seconds=5)
     job = worker.get(worker.track(12202888))
     assert job is not None
@@ -88,37 +88,37 @@ def test_a_bare_id_is_tracked_with_the_defaults(door: Engine) -> None:
     assert (job.priority, job.reference, job.eta, job.outputs, job.final) == (0, None, None, (), False)
     assert before < job.submitted_at < datetime.now(UTC) + timedelta(seconds=5)
     assert job.deadline_at - job.submitted_at == timedelta(seconds=3_600)
-    with door.connect() as connection:
+    with database.connect() as connection:
         row = connection.execute(select(jobs)).one()
     assert row.fetch_url == "https://stablediffusionapi.com/api/v3/fetch/12202888"
 
 
 @pytest.mark.parametrize("shape", [dict, json.dumps], ids=["mapping", "text"])
-def test_a_submit_answer_is_taken_whole(door: Engine, shape: Callable[[dict[str, Any]], Any]) -> None:
-    """id, eta and fetch_result come from the answer."""
+def test_a_whole_submit_answer_is_tracked(database: Engine, shape: Callable[[dict[str, Any]], Any]) -> None:
+    """The id, eta and fetch_result come from the answer."""
     job = worker.get(worker.track(shape(PROCESSING), reference="order 7", on_done="shop/pictures.ready", priority=3))
     assert job is not None
     assert (job.remote_id, job.eta, job.reference, job.priority) == ("32798037", 20.94, "order 7", 3)
     assert job.kind == "dreambooth/midjourney"
-    with door.connect() as connection:
+    with database.connect() as connection:
         row = connection.execute(select(jobs)).one()
     assert row.fetch_url == PROCESSING["fetch_result"]
     assert row.on_done == "shop/pictures.ready"
 
 
-def test_an_answer_that_is_ready_is_never_polled_only_downloaded(door: Engine) -> None:
-    """Downloading from the start, with an output row for each, and nothing due for a poll."""
+def test_a_ready_answer_is_downloaded_and_never_polled(database: Engine) -> None:
+    """The job starts as downloading, with a row for each output and no poll due."""
     job = worker.get(worker.track(READY))
     assert job is not None
     assert (job.status, [output.url for output in job.outputs]) == ("downloading", READY["output"])
     assert [output.position for output in job.outputs] == [0, 1]
     assert job.ready_at is not None
-    with door.connect() as connection:
+    with database.connect() as connection:
         assert connection.execute(select(jobs.c.due_at)).scalar_one() is None
 
 
-def test_a_ready_answer_without_an_id_is_known_by_its_outputs(door: Engine) -> None:
-    """The same outputs are the same job; others are another one."""
+def test_a_ready_answer_without_an_id_is_identified_by_its_outputs(database: Engine) -> None:
+    """Equal outputs are the same job; different outputs are another job."""
     answer = {"status": "success", "output": ["https://cdn/1.png"]}
     first = worker.track(answer)
     assert worker.track(json.dumps(answer)) == first
@@ -127,22 +127,22 @@ def test_a_ready_answer_without_an_id_is_known_by_its_outputs(door: Engine) -> N
     assert job is not None
     assert job.remote_id.startswith("sha256:")
     assert len(job.remote_id) == len("sha256:") + 32
-    found = worker.get(remote_id=job.remote_id)
-    assert found is not None
-    assert found.id == first
+    job_by_remote_id = worker.get(remote_id=job.remote_id)
+    assert job_by_remote_id is not None
+    assert job_by_remote_id.id == first
 
 
-def test_bytes_that_an_answer_carries_are_kept_beside_its_output(door: Engine) -> None:
-    """`url` then holds their hash."""
+def test_bytes_in_an_answer_are_stored_with_its_output(database: Engine) -> None:
+    """The `url` of the output contains their hash."""
     worker.track({"status": "success", "id": "1", "output": ["data:image/png;base64,aGVsbG8="]})
-    with door.connect() as connection:
+    with database.connect() as connection:
         assert connection.execute(select(bodies.c.body)).scalars().all() == [b"hello"]
         url = connection.execute(select(outputs.c.url)).scalar_one()
     assert url.startswith("data:image/png;sha256=2cf24dba")
 
 
-def test_the_same_job_again_answers_its_id_and_changes_nothing(door: Engine) -> None:
-    """Whatever the second call says."""
+def test_tracking_the_same_job_again_returns_its_id_and_changes_nothing(database: Engine) -> None:
+    """The options of the second call are ignored."""
     first = worker.track("7", reference="first", priority=1)
     assert track_with_created(["7"], reference="second", priority=9) == [(first, False)]
     assert worker.track(READY | {"id": "7"}, fetch_url="https://stablediffusionapi.com/api/v3/fetch/7") == first
@@ -151,21 +151,21 @@ def test_the_same_job_again_answers_its_id_and_changes_nothing(door: Engine) -> 
     assert (job.reference, job.priority, job.status, job.outputs) == ("first", 1, "pending", ())
 
 
-def test_another_account_or_family_is_another_job(door: Engine) -> None:
-    """Identity is account, fetch host and path without the id, remote id."""
+def test_another_account_or_family_is_another_job(database: Engine) -> None:
+    """A job is identified by account, fetch host and path without the id, and remote id."""
     video = "https://modelslab.com/api/v6/video/fetch/7"
     ids = [worker.track("7"), worker.track("7", account="shop"), worker.track("7", fetch_url=video)]
     assert len(set(ids)) == 3
-    found = worker.get(remote_id="7")
-    assert found is not None
-    assert found.id == ids[2]
-    mine = worker.get(remote_id=7, account="shop")
-    assert mine is not None
-    assert mine.id == ids[1]
+    newest = worker.get(remote_id="7")
+    assert newest is not None
+    assert newest.id == ids[2]
+    shop_job = worker.get(remote_id=7, account="shop")
+    assert shop_job is not None
+    assert shop_job.id == ids[1]
 
 
-def test_many_are_tracked_in_order_and_twins_share_an_id(door: Engine) -> None:
-    """Also more than one statement takes."""
+def test_many_jobs_are_tracked_in_order_and_duplicates_share_an_id(database: Engine) -> None:
+    """Also for more jobs than one statement inserts."""
     ids = worker.track_many([str(number) for number in range(1, 1_201)] + ["1"])
     assert len(ids) == 1_201
     assert len(set(ids)) == 1_200
@@ -177,27 +177,26 @@ def test_many_are_tracked_in_order_and_twins_share_an_id(door: Engine) -> None:
     assert [created for _, created in track_with_created(["1200", "1201"])] == [False, True]
 
 
-def test_one_that_cant_be_tracked_keeps_all_others_out(door: Engine) -> None:
-    """All or none."""
+def test_if_one_job_is_refused_none_is_tracked(database: Engine) -> None:
     with pytest.raises(NotTrackable, match="'no good'"):
         worker.track_many(["1", "no good", "2"])
-    assert _count(door) == 0
+    assert _count(database) == 0
 
 
-def test_many_at_once_in_opposite_order_never_block_each_other(door: Engine) -> None:
-    """Two batches of the same jobs from two sides: both succeed, with the same ids."""
+def test_concurrent_batches_in_opposite_order_cause_no_deadlock(database: Engine) -> None:
+    """All batches of the same jobs succeed, with the same ids."""
     names = [str(number) for number in range(200)]
     barrier = Barrier(4)
 
     def track_all(backwards: bool) -> dict[str, int]:
-        chosen = names[::-1] if backwards else names
+        batch = names[::-1] if backwards else names
         barrier.wait(10)
-        return dict(zip(chosen, worker.track_many(chosen), strict=True))
+        return dict(zip(batch, worker.track_many(batch), strict=True))
 
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(track_all, [False, True, False, True]))
-    assert all(one == found[0] for one in found)
-    assert _count(door) == 200
+        results = list(threads.map(track_all, [False, True, False, True]))
+    assert all(ids == results[0] for ids in results)
+    assert _count(database) == 200
 
 
 TRACKERS = """
@@ -210,9 +209,9 @@ with fork.Pool(8, together.wait, (30,)) as processes:
 """
 
 
-def test_the_same_job_a_hundred_times_from_eight_processes_is_one_row(door: Engine) -> None:
-    """One row, one id, whoever was first."""
-    done = subprocess.run(
+def test_the_same_job_a_hundred_times_from_eight_processes_is_one_row(database: Engine) -> None:
+    """There is one row and one id."""
+    process = subprocess.run(
         [sys.executable, "-c", TRACKERS],
         cwd=Path(__file__).parents[2],
         env=dict(os.environ),
@@ -221,83 +220,83 @@ def test_the_same_job_a_hundred_times_from_eight_processes_is_one_row(door: Engi
         timeout=100,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    ids = done.stdout.split()
+    assert process.returncode == 0, process.stderr
+    ids = process.stdout.split()
     assert len(ids) == 104
     assert len(set(ids)) == 1
-    assert _count(door) == 1
+    assert _count(database) == 1
 
 
-def test_a_callers_session_decides_whether_the_job_stays(door: Engine) -> None:
-    """Roll-back leaves nothing, commit keeps, and until then nobody else sees it."""
-    with Session(door) as session:
+def test_the_job_is_committed_or_rolled_back_with_the_callers_session(database: Engine) -> None:
+    """A rollback removes the job, a commit keeps it."""
+    with Session(database) as session:
         assert worker.track("1", session=session) > 0
         worker.track(READY, session=session)
         session.rollback()
-    assert _count(door) == 0
+    assert _count(database) == 0
 
-    with Session(door) as session, session.begin():
+    with Session(database) as session, session.begin():
         job_id = worker.track("1", session=session)
         assert worker.track("1", session=session) == job_id
-    assert _count(door) == 1
+    assert _count(database) == 1
     assert worker.track("1") == job_id
 
-    scoped = scoped_session(sessionmaker(door))
+    scoped = scoped_session(sessionmaker(database))
     worker.track_many(["2", "3"], session=scoped)
     scoped.commit()
     scoped.remove()
-    assert _count(door) == 3
+    assert _count(database) == 3
 
 
-def test_who_waits_for_work_is_woken_after_the_commit_and_only_for_what_is_due_soon(
-    door: Engine, monkeypatch: pytest.MonkeyPatch
+def test_workers_are_woken_after_the_commit_and_only_for_jobs_due_soon(
+    database: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A wake-up before the commit would find nothing; one for later work would cost a look for nothing."""
-    seen: list[int] = []  # how many jobs are there for everybody as a wake-up is sent
-    monkeypatch.setattr(WakeUps, "send", lambda _: seen.append(_count(door)))
+    """A wake-up before the commit would find no job, and one for a later job would be useless."""
+    job_counts: list[int] = []  # the number of committed jobs at each wake-up
+    monkeypatch.setattr(WakeUps, "send", lambda _: job_counts.append(_count(database)))
     long_ago: dict[str, Any] = {"submitted_at": datetime.now(UTC) - timedelta(hours=1), "deadline": 86_400}
 
-    worker.track("1")  # asked about in some seconds: the waiting run knows by then
-    worker.track(READY)  # not asked about at all
-    assert seen == []
+    worker.track("1")  # due in some seconds: the waiting poll run finds it by then
+    worker.track(READY)  # never polled
+    assert job_counts == []
     job_id = worker.track("2", **long_ago)
-    assert seen == [3]
+    assert job_counts == [3]
     worker.track_many(["3", "4"], **long_ago)
-    assert seen == [3, 5]
-    with Session(door) as session:
+    assert job_counts == [3, 5]
+    with Session(database) as session:
         worker.track("5", session=session, **long_ago)
         session.rollback()
-    assert seen == [3, 5]
-    with Session(door) as session:
-        for number in ("5", "6"):  # the second time round nothing is left of the first
+    assert job_counts == [3, 5]
+    with Session(database) as session:
+        for number in ("5", "6"):  # the second round is independent of the first
             with session.begin_nested():
                 worker.track(number, session=session, **long_ago)
-            assert len(seen) == int(number) - 3
+            assert len(job_counts) == int(number) - 3
             session.commit()
-            assert seen[-1] == int(number) + 1
-    assert seen == [3, 5, 6, 7]
-    _set(door, job_id, due_at=datetime.now(UTC) + timedelta(hours=1))
+            assert job_counts[-1] == int(number) + 1
+    assert job_counts == [3, 5, 6, 7]
+    _update_job(database, job_id, due_at=datetime.now(UTC) + timedelta(hours=1))
     assert worker.nudge("2") == 1
-    assert worker.nudge("nobody") == 0
-    assert seen == [3, 5, 6, 7, 7]
-    _set(door, job_id, status="expired", due_at=None, completed_at=datetime.now(UTC), error_code="expired")
+    assert worker.nudge("unknown") == 0
+    assert job_counts == [3, 5, 6, 7, 7]
+    _update_job(database, job_id, status="expired", due_at=None, completed_at=datetime.now(UTC), error_code="expired")
     assert worker.retry(job_id)
     assert not worker.retry(job_id)
-    assert seen == [3, 5, 6, 7, 7, 7]
+    assert job_counts == [3, 5, 6, 7, 7, 7]
 
 
-def test_a_refused_job_leaves_the_callers_transaction_usable(door: Engine) -> None:
-    """Nothing was sent to the database when the call was refused."""
-    with Session(door) as session, session.begin():
+def test_a_refused_job_leaves_the_transaction_of_the_caller_usable(database: Engine) -> None:
+    """The refused call sends nothing to the database."""
+    with Session(database) as session, session.begin():
         worker.track("1", session=session)
         with pytest.raises(NotTrackable):
             worker.track("../2", session=session)
         worker.track("3", session=session)
-    assert _count(door) == 2
+    assert _count(database) == 2
 
 
-def test_times_are_kept_in_utc_and_one_in_the_future_is_now(door: Engine) -> None:
-    """Clocks of web servers differ; a job can't have been submitted later than now."""
+def test_times_are_kept_in_utc_and_one_in_the_future_is_now(database: Engine) -> None:
+    """The clocks of web servers differ; a submission can't be in the future."""
     now = datetime.now(UTC)
     old = worker.get(worker.track("1", submitted_at=now - timedelta(seconds=90), deadline=100))
     text = worker.get(worker.track("2", submitted_at="2026-01-01T12:00:00+05:00"))
@@ -314,8 +313,8 @@ def test_times_are_kept_in_utc_and_one_in_the_future_is_now(door: Engine) -> Non
 @pytest.mark.parametrize(
     ("kind", "seconds"), [("text2video", 7_200), ("training", 14_400), ("image", 3_600), ("video/x", 7_200)]
 )
-def test_long_kinds_have_long_deadlines(door: Engine, kind: str, seconds: int) -> None:
-    """Video two hours, training four."""
+def test_slow_kinds_have_later_deadlines(database: Engine, kind: str, seconds: int) -> None:
+    """Two hours for video and four hours for training."""
     job = worker.get(worker.track("1", kind=kind))
     assert job is not None
     assert (job.deadline_at - job.submitted_at).total_seconds() == seconds
@@ -358,10 +357,10 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ("1", {"fetch_url": "https://modelslab.com/api/v3/fetch/2"}, "it has the id"),
     ("1", {"fetch_url": "https://modelslab.com/api/v1/enterprise/flux/clear_queue"}, "is not a fetch path"),
     ("1", {"fetch_url": 123}, "fetch_url"),
-    ("1", {"account": ""}, "can't be an account"),
-    ("1", {"account": "a b"}, "can't be an account"),
-    ("1", {"account": None}, "can't be an account"),
-    ("1", {"account": "x" * 65}, "can't be an account"),
+    ("1", {"account": ""}, "is not a valid account name"),
+    ("1", {"account": "a b"}, "is not a valid account name"),
+    ("1", {"account": None}, "is not a valid account name"),
+    ("1", {"account": "x" * 65}, "is not a valid account name"),
     ("1", {"kind": OVERLONG}, "kind"),
     ("1", {"kind": 5}, "kind"),
     ("1", {"kind": "a\x00b"}, "kind"),
@@ -393,60 +392,60 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("remote", "options", "words"), REFUSED, ids=range(len(REFUSED)))
-def test_what_cant_be_a_job_is_refused_with_a_reason_before_anything_is_written(
+@pytest.mark.parametrize(("remote", "options", "reason"), REFUSED, ids=range(len(REFUSED)))
+def test_an_invalid_job_is_refused_with_a_reason_and_nothing_is_written(
     remote: object,
     options: dict[str, Any],
-    words: str,
+    reason: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No database is asked at all: there is none here."""
+    """No query is made: this database does not exist."""
     monkeypatch.setenv("DATABASE_URL", "postgresql://127.0.0.1:1/none")
     with pytest.raises(NotTrackable) as refused:
         worker.track(remote, **options)
-    said = str(refused.value)
-    assert words in said
-    assert "\n" not in said
-    assert len(said) < 800
+    message = str(refused.value)
+    assert reason in message
+    assert "\n" not in message
+    assert len(message) < 800
 
 
-def test_a_foreign_address_is_refused_by_its_own_error(door: Engine) -> None:
+def test_a_foreign_fetch_url_raises_refused_address(database: Engine) -> None:
     """RefusedAddress is a NotTrackable, a ValueError and a WorkerError."""
     with pytest.raises(RefusedAddress) as refused:
         worker.track("1", fetch_url="https://evil.test/api/v3/fetch/1")
     assert isinstance(refused.value, (NotTrackable, ValueError, WorkerError))
-    assert _count(door) == 0
+    assert _count(database) == 0
 
 
-def test_with_a_secret_a_webhook_address_is_kept_and_plain_http_is_for_networks_of_ones_own(
-    door: Engine, monkeypatch: pytest.MonkeyPatch
+def test_webhook_urls_need_a_secret_and_plain_http_needs_an_allowed_network(
+    database: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The secret itself is nowhere."""
+    """The secret is never stored."""
     secret = "whsec_" + "c2VjcmV0" * 4
     monkeypatch.setenv("WEBHOOK_SECRET", f"{secret}, {secret}")
     tracking._settings.cache_clear()
     track("1", webhook_url="https://shop.test/hook")
-    for wrong in ("http://shop.test/hook", "https://shop.test:8443/hook", "https://10.0.0.1/hook"):
+    for refused_url in ("http://shop.test/hook", "https://shop.test:8443/hook", "https://10.0.0.1/hook"):
         with pytest.raises(NotTrackable, match="WEBHOOK_ALLOWED_NETWORKS"):
-            track("2", webhook_url=wrong)
+            track("2", webhook_url=refused_url)
     with pytest.raises(NotTrackable) as refused:
         track("2", webhook_url=f"https://user:{secret}@shop.test/hook")
     assert secret not in str(refused.value)
     monkeypatch.setenv("WEBHOOK_ALLOWED_NETWORKS", "10.0.0.0/8")
     tracking._settings.cache_clear()
     track("3", webhook_url=f"http://10.0.0.1/{secret}")
-    with door.connect() as connection:
-        kept = list(connection.execute(select(jobs.c.webhook_url).order_by(jobs.c.id)).scalars())
-    assert kept[0] == "https://shop.test/hook"
-    assert secret not in kept[1]
+    with database.connect() as connection:
+        urls = list(connection.execute(select(jobs.c.webhook_url).order_by(jobs.c.id)).scalars())
+    assert urls[0] == "https://shop.test/hook"
+    assert secret not in urls[1]
 
 
-def test_only_listed_tasks_may_be_called_when_done(door: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With or without a queue; without ON_DONE_TASKS any."""
+def test_on_done_accepts_only_the_listed_tasks(database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With or without a queue. Without ON_DONE_TASKS every task is accepted."""
     monkeypatch.setenv("ON_DONE_TASKS", "shop.ready, , shop.failed")
     worker.track("1", on_done="shop.ready")
     worker.track("2", on_done="some-queue/shop.failed")
-    with pytest.raises(NotTrackable, match=r"ON_DONE_TASKS lists shop\.failed, shop\.ready"):
+    with pytest.raises(NotTrackable, match=r"ON_DONE_TASKS allows only shop\.failed, shop\.ready"):
         worker.track("3", on_done="os.system")
 
 
@@ -462,15 +461,15 @@ def test_only_listed_tasks_may_be_called_when_done(door: Engine, monkeypatch: py
         ("1", {"eta": KEY}),
     ],
 )
-def test_no_message_shows_a_key(door: Engine, remote: object, options: dict[str, Any]) -> None:
-    """Callers log what they catch."""
+def test_no_error_message_contains_a_key(database: Engine, remote: object, options: dict[str, Any]) -> None:
+    """Callers log the errors that they catch."""
     with pytest.raises(NotTrackable) as refused:
         worker.track(remote, **options)
     assert KEY not in str(refused.value)
 
 
-def test_no_row_keeps_a_key(door: Engine) -> None:
-    """Every text from outside passes the scrubber, also what a submit answer carries."""
+def test_no_row_contains_a_key(database: Engine) -> None:
+    """Keys are removed from every text, also from submit answers."""
     answer = {
         "status": "success",
         "id": "1",
@@ -480,7 +479,7 @@ def test_no_row_keeps_a_key(door: Engine) -> None:
     }
     worker.track(answer, reference=f"ref {KEY}")
     worker.track("2", kind=KEY, on_done=f"task.{KEY}".replace("/", "."))
-    with door.connect() as connection:
+    with database.connect() as connection:
         rows = [*connection.execute(select(jobs)), *connection.execute(select(outputs))]
     assert KEY not in "\n".join(map(repr, rows))
 
@@ -488,36 +487,36 @@ def test_no_row_keeps_a_key(door: Engine) -> None:
 # ── get, cancel, retry, nudge, wait ───────────────────────────────────────────────────────────────────────────────────
 
 
-def test_what_is_not_there_is_none_or_an_error_that_says_so(door: Engine) -> None:
-    """Looking up answers None; acting on it raises. However large the number is."""
+def test_get_returns_none_and_actions_raise_job_not_found_for_unknown_jobs(database: Engine) -> None:
+    """Also for very large numbers."""
     for job_id in (4_711, 0, -1, 2**63, 10**30):
         assert worker.get(job_id) is None
-        for act in (worker.cancel, worker.retry, worker.wait):
+        for action in (worker.cancel, worker.retry, worker.wait):
             with pytest.raises(JobNotFound, match=f"no job {job_id}"):
-                act(job_id)
+                action(job_id)
     assert worker.get(remote_id="4711") is None
     assert worker.nudge("4711") == 0
     assert worker.nudge("sha256:" + "0" * 32) == 0
 
 
 @pytest.mark.parametrize("remote_id", ["", "a/b", "sha256:\x00", "sha256:short", "x" * 200, None, "\ud800"])
-def test_a_remote_id_that_cant_be_one_is_refused(door: Engine, remote_id: Any) -> None:
-    """By each door, before the database is asked."""
+def test_an_invalid_remote_id_is_refused(database: Engine, remote_id: Any) -> None:
+    """By `get` and `nudge`, without a query."""
     with pytest.raises(NotTrackable):
         worker.get(remote_id=remote_id)
     with pytest.raises(NotTrackable):
         worker.nudge(remote_id)
 
 
-def test_cancel_and_retry_say_whether_they_changed_anything(door: Engine) -> None:
-    """Cancel ends what is not final; retry takes up what failed."""
+def test_cancel_and_retry_return_whether_they_changed_the_job(database: Engine) -> None:
+    """Cancel changes jobs that are not final; retry changes failed and expired jobs."""
     job_id = worker.track("1")
     assert worker.retry(job_id) is False
     assert worker.cancel(job_id) is True
     assert worker.cancel(job_id) is False
     assert worker.retry(job_id) is False
     other = worker.track("2", deadline=60)
-    _set(door, other, status="expired", due_at=None, completed_at=datetime.now(UTC), error_code="expired")
+    _update_job(database, other, status="expired", due_at=None, completed_at=datetime.now(UTC), error_code="expired")
     assert worker.retry(other) is True
     job = worker.get(other)
     assert job is not None
@@ -525,25 +524,25 @@ def test_cancel_and_retry_say_whether_they_changed_anything(door: Engine) -> Non
     assert job.deadline_at > datetime.now(UTC) + timedelta(seconds=50)
 
 
-def test_a_nudge_brings_all_jobs_with_that_id_forward_but_not_too_soon(
-    door: Engine, monkeypatch: pytest.MonkeyPatch
+def test_a_nudge_makes_all_jobs_with_that_id_due_earlier_but_not_before_poll_min(
+    database: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Due now, or POLL_MIN after the last request; never later than it was."""
+    """Due now or POLL_MIN after the last request, and never later than before."""
     monkeypatch.setenv("POLL_MIN", "40")
     now = datetime.now(UTC)
     ids = [worker.track("7"), worker.track("7", account="shop"), worker.track("8"), worker.track("7", account="done")]
     far = now + timedelta(hours=1)
-    _set(door, ids[0], due_at=far)
-    _set(door, ids[1], due_at=far, asked_at=now - timedelta(seconds=10))
-    _set(door, ids[2], due_at=far)
+    _update_job(database, ids[0], due_at=far)
+    _update_job(database, ids[1], due_at=far, asked_at=now - timedelta(seconds=10))
+    _update_job(database, ids[2], due_at=far)
     worker.cancel(ids[3])
 
     assert worker.nudge(7) == 2
-    assert worker.nudge("7") == 0 or _due(door, ids[0]) <= datetime.now(UTC)
-    assert abs((_due(door, ids[0]) - now).total_seconds()) < 10
-    assert abs((_due(door, ids[1]) - now).total_seconds() - 30) < 1
-    assert _due(door, ids[2]) == far
-    assert worker.nudge("8", account="nobody") == 0
+    assert worker.nudge("7") == 0 or _due(database, ids[0]) <= datetime.now(UTC)
+    assert abs((_due(database, ids[0]) - now).total_seconds()) < 10
+    assert abs((_due(database, ids[1]) - now).total_seconds() - 30) < 1
+    assert _due(database, ids[2]) == far
+    assert worker.nudge("8", account="unknown") == 0
     assert worker.nudge("8", account="default") == 1
 
 
@@ -553,18 +552,18 @@ def _due(engine: Engine, job_id: int) -> datetime:
         return due
 
 
-def test_a_nudge_leaves_a_job_alone_that_is_being_asked_about(door: Engine) -> None:
-    """Its due time is its lease; to move it would hand the row to another."""
+def test_a_nudge_does_not_change_a_claimed_job(database: Engine) -> None:
+    """The due time of a claimed job is its lease: an earlier time would release the claim."""
     job_id = worker.track("1")
     lease = datetime.now(UTC) + timedelta(seconds=30)
-    _set(door, job_id, due_at=lease, claim_token="t", claim_holder="h")
+    _update_job(database, job_id, due_at=lease, claim_token="t", claim_holder="h")
     assert worker.nudge("1") == 0
-    assert _due(door, job_id) == lease
+    assert _due(database, job_id) == lease
 
 
-def test_wait_returns_a_final_job_and_says_so_when_it_is_not(door: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On any final state; else a time-out that is a WorkerError and a TimeoutError."""
-    monkeypatch.setattr(tracking, "WAIT_LOOK_SECONDS", 0.02)
+def test_wait_returns_a_final_job_or_raises_wait_timeout(database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """WaitTimeout is a WorkerError and a TimeoutError."""
+    monkeypatch.setattr(tracking, "WAIT_POLL_SECONDS", 0.02)
     job_id = worker.track("1")
     with pytest.raises(WaitTimeout, match=f"job {job_id} is still pending") as late:
         worker.wait(job_id, timeout=0.05)
@@ -577,9 +576,9 @@ def test_wait_returns_a_final_job_and_says_so_when_it_is_not(door: Engine, monke
         assert waiting.result(10).status == "cancelled"
 
 
-def test_a_job_comes_with_its_outputs(door: Engine) -> None:
-    """In order, with what is known of each."""
-    with door.begin() as connection:
+def test_get_returns_a_job_with_its_outputs(database: Engine) -> None:
+    """The outputs are in order."""
+    with database.begin() as connection:
         job_id = add_downloading(connection)
         second, first = add_output(connection, job_id, 1), add_output(connection, job_id, 0)
         connection.execute(insert(bodies).values(output_id=first, body=b"x"))
@@ -592,35 +591,35 @@ def test_a_job_comes_with_its_outputs(door: Engine) -> None:
 # ── no database, no tables ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_missing_tables_are_an_error_that_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through our own connection and through the caller's session."""
+def test_missing_tables_raise_schema_outdated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names `fetch-worker migrate`, also with the session of the caller."""
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
     with pytest.raises(SchemaOutdated, match="fetch-worker migrate"):
         worker.track("1")
     with pytest.raises(SchemaOutdated, match="fetch-worker migrate"):
         worker.get(1)
-    engine = create_engine(f"sqlite:///{tmp_path}/theirs.db")
+    engine = create_engine(f"sqlite:///{tmp_path}/app.db")
     with Session(engine) as session, pytest.raises(SchemaOutdated, match="fetch-worker migrate"):
         worker.track("1", session=session)
     engine.dispose()
 
 
-def test_an_unreachable_database_is_an_error_that_is_safe_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line, with the address and without the password."""
+def test_an_unreachable_database_raises_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message is one line with the address and without the password."""
     monkeypatch.setenv("DATABASE_URL", "postgresql://app:hidden-word@127.0.0.1:1/shop")
-    with pytest.raises(Unavailable) as away:
+    with pytest.raises(Unavailable) as unavailable:
         worker.track("1")
-    said = str(away.value)
-    assert "127.0.0.1" in said
-    assert "hidden-word" not in said
-    assert "\n" not in said
+    message = str(unavailable.value)
+    assert "127.0.0.1" in message
+    assert "hidden-word" not in message
+    assert "\n" not in message
 
 
 # ── the first poll ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_first_poll_of_a_job_is_when_jobs_of_its_kind_were_ready(door: Engine) -> None:
-    learner = PaceLearner(door)
+def test_the_first_poll_is_planned_from_earlier_jobs_of_the_kind(database: Engine) -> None:
+    learner = PaceLearner(database)
     learner.prepare([("default", "slow")])
     for _ in range(60):
         learner.observe("default", "slow", PacedJob(100.0, 95.0), ready=True, planned=100.0)
@@ -628,9 +627,9 @@ def test_the_first_poll_of_a_job_is_when_jobs_of_its_kind_were_ready(door: Engin
     tracking._models.clear()
 
     before = datetime.now(UTC)
-    known, unknown = track("1", kind="slow"), track("2", kind="slow", account="another")
+    learned, new_kind = track("1", kind="slow"), track("2", kind="slow", account="another")
     late = track("3", kind="slow", submitted_at=before - timedelta(seconds=200))
 
-    assert 60.0 < (_due(door, known) - before).total_seconds() < 110.0
-    assert (_due(door, unknown) - before).total_seconds() < 5.0
-    assert (_due(door, late) - before).total_seconds() < 5.0
+    assert 60.0 < (_due(database, learned) - before).total_seconds() < 110.0
+    assert (_due(database, new_kind) - before).total_seconds() < 5.0
+    assert (_due(database, late) - before).total_seconds() < 5.0

@@ -1,4 +1,4 @@
-"""`track` in the transactions of real web frameworks, and beside an event loop that must not stop."""
+"""`track` in the transactions of real web frameworks, and next to a running event loop."""
 
 import asyncio
 import json
@@ -35,34 +35,34 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def door(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """The database that the front door uses, with our tables in it."""
+def database(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """A migrated database that the Python API uses."""
     monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
     return engine
 
 
 def remote_ids(engine: Engine) -> list[str]:
-    """The jobs that are there for everybody."""
+    """Return the remote ids of all committed jobs."""
     with engine.connect() as connection:
         return sorted(connection.execute(select(jobs.c.remote_id)).scalars())
 
 
 @pytest.fixture
-def flask_db(door: Engine) -> Iterator[tuple[SQLAlchemy, Any]]:
-    """Flask-SQLAlchemy on the same database, with a table of the app's own."""
+def flask_db(database: Engine) -> Iterator[tuple[SQLAlchemy, Any]]:
+    """Flask-SQLAlchemy on the same database, with a table of the app."""
 
     class Base(DeclarativeBase):
         pass
 
     db = SQLAlchemy(model_class=Base)
 
-    class Order(db.Model):  # type: ignore[name-defined, misc]  # Flask-SQLAlchemy's way
+    class Order(db.Model):  # type: ignore[name-defined, misc]  # as Flask-SQLAlchemy requires
         __tablename__ = "shop_orders"
         id: Mapped[int] = mapped_column(primary_key=True)
         name: Mapped[str] = mapped_column(String(64))
 
     app = Flask(__name__)
-    app.config["SQLALCHEMY_DATABASE_URI"] = door.url
+    app.config["SQLALCHEMY_DATABASE_URI"] = database.url
     db.init_app(app)
     with app.app_context():
         db.create_all()
@@ -72,21 +72,21 @@ def flask_db(door: Engine) -> Iterator[tuple[SQLAlchemy, Any]]:
         db.engine.dispose()
 
 
-def test_a_job_tracked_in_flasks_session_stays_or_goes_with_the_apps_own_rows(
-    door: Engine, flask_db: tuple[SQLAlchemy, Any]
+def test_a_job_tracked_in_a_flask_session_is_committed_with_the_rows_of_the_app(
+    database: Engine, flask_db: tuple[SQLAlchemy, Any]
 ) -> None:
     db, order = flask_db
 
     db.session.add(order(name="a"))
     track({"status": "processing", "id": 1}, session=db.session)
     db.session.rollback()
-    assert remote_ids(door) == []
+    assert remote_ids(database) == []
     db.session.add(order(name="b"))
     track({"status": "processing", "id": 2}, session=db.session)
-    assert db.session.scalar(select(func.count()).select_from(jobs)) == 1, "the app's own transaction sees it"
+    assert db.session.scalar(select(func.count()).select_from(jobs)) == 1, "the transaction of the app sees the job"
     db.session.commit()
 
-    assert remote_ids(door) == ["2"]
+    assert remote_ids(database) == ["2"]
     assert db.session.scalars(select(order.name)).all() == ["b"]
 
 
@@ -122,19 +122,19 @@ order(json.loads(sys.argv[3]), fails=False)
 with connection.cursor() as cursor:
     cursor.execute("SELECT name FROM shop_orders")
     names = [row[0] for row in cursor.fetchall()]
-    cursor.execute("SELECT remote_id, status FROM fetch_jobs")  # our tables stand beside the app's own
+    cursor.execute("SELECT remote_id, status FROM fetch_jobs")  # in the same database as the tables of the app
     print(json.dumps({"names": names, "jobs": cursor.fetchall(), "ids": orders}))
 """
 
 
-def django_orders(engine: Engine, folder: Path, refused: dict[str, Any], taken: dict[str, Any]) -> dict[str, Any]:
-    """A Django process that fails with one order, and takes another; what its database then has."""
+def django_orders(engine: Engine, folder: Path, refused: dict[str, Any], committed: dict[str, Any]) -> dict[str, Any]:
+    """Run a Django process that rolls back one order and commits another. Return the rows in its database."""
     url = engine.url
     names = {"NAME": url.database, "USER": url.username, "HOST": url.host, "PORT": url.port}
     database = {"ENGINE": f"django.db.backends.{'sqlite3' if url.get_backend_name() == 'sqlite' else 'postgresql'}"}
     database |= {name: str(value) for name, value in names.items() if value}
-    done = subprocess.run(
-        [sys.executable, "-c", DJANGO, json.dumps(database), json.dumps(refused), json.dumps(taken)],
+    process = subprocess.run(
+        [sys.executable, "-c", DJANGO, json.dumps(database), json.dumps(refused), json.dumps(committed)],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -142,65 +142,69 @@ def django_orders(engine: Engine, folder: Path, refused: dict[str, Any], taken: 
         timeout=60,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    said: dict[str, Any] = json.loads(done.stdout)
-    return said
+    assert process.returncode == 0, process.stderr
+    rows: dict[str, Any] = json.loads(process.stdout)
+    return rows
 
 
 @pytest.mark.parametrize("engine", ["sqlite", "postgresql"], indirect=True)
-def test_a_job_tracked_on_djangos_commit_is_there_only_if_it_commits(door: Engine, tmp_path: Path) -> None:
+def test_a_job_tracked_in_on_commit_exists_only_after_a_commit(database: Engine, tmp_path: Path) -> None:
     try:
-        said = django_orders(door, tmp_path, {"status": "processing", "id": "1"}, {"status": "processing", "id": "2"})
+        rows = django_orders(
+            database, tmp_path, {"status": "processing", "id": "1"}, {"status": "processing", "id": "2"}
+        )
     finally:
-        with door.begin() as connection:
+        with database.begin() as connection:
             connection.execute(text("DROP TABLE IF EXISTS shop_orders"))
 
-    assert said["names"] == ["2"]
-    assert said["jobs"] == [["2", "pending"]]
-    assert len(said["ids"]) == 1
-    assert remote_ids(door) == ["2"]
+    assert rows["names"] == ["2"]
+    assert rows["jobs"] == [["2", "pending"]]
+    assert len(rows["ids"]) == 1
+    assert remote_ids(database) == ["2"]
 
 
 @pytest.mark.server
 @pytest.mark.parametrize("engine", ["postgresql"], indirect=True)
-def test_what_a_framework_rolls_back_is_never_asked_about_and_what_it_commits_is_within_a_second_of_due(
-    door: Engine, flask_db: tuple[SQLAlchemy, Any], tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+def test_rolled_back_jobs_are_never_polled_and_committed_jobs_within_a_second(
+    database: Engine, flask_db: tuple[SQLAlchemy, Any], tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     db, _ = flask_db
-    plain = create_engine(door.url)  # an app's own, without any of our settings
+    plain = create_engine(database.url)  # an engine of the app, without the settings of the worker
     with Sandbox(SandboxOptions(key="k", min_seconds=60, max_seconds=60, size=16)) as api:
         settings = {"REDIS_URL": redis_url, "SD_API_URL": api.url, "SD_API_KEY": "k", "POLL_MIN": "30"}
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
         tracking._settings.cache_clear()
-        refused, taken = ([api.submit(f"{word} {number}") for number in range(3)] for word in ("refused", "taken"))
+        refused, committed = (
+            [api.submit(f"{word} {number}") for number in range(3)] for word in ("refused", "committed")
+        )
         with celery_worker(tmp_path, "--queues", "fetch-worker,fetch-worker.polls"):
             with Session(plain) as session:
                 track(refused[0], session=session)
                 session.rollback()
-                track(taken[0], session=session)
+                track(committed[0], session=session)
                 session.commit()
             track(refused[1], session=db.session)
             db.session.rollback()
-            track(taken[1], session=db.session)
+            track(committed[1], session=db.session)
             db.session.commit()
-            due = first_due(door)
+            due = first_due(database)
             db.session.execute(text("DROP TABLE shop_orders"))
             db.session.commit()
-            django_orders(door, tmp_path, refused[2], taken[2])
-            due = first_due(door) | due
-            asked = asked_about(door, 3)
+            django_orders(database, tmp_path, refused[2], committed[2])
+            due = first_due(database) | due
+            polled = polled_at(database, 3)
     plain.dispose()
 
-    assert sorted(due) == sorted(str(job["id"]) for job in taken)
-    late = {remote_id: (asked[remote_id] - due[remote_id]).total_seconds() for remote_id in due}
-    print("asked after due, in seconds:", late)
+    assert sorted(due) == sorted(str(job["id"]) for job in committed)
+    late = {remote_id: (polled[remote_id] - due[remote_id]).total_seconds() for remote_id in due}
+    print("polled after due, in seconds:", late)
     assert all(seconds <= 1.0 for seconds in late.values()), late
     assert not [job["id"] for job in refused if api.calls.fetches[str(job["id"])]]
 
 
 def first_due(engine: Engine) -> dict[str, datetime]:
-    """When the jobs that were not asked about yet are."""
+    """Return the due times of the jobs that were not polled yet."""
     with engine.connect() as connection:
         rows = connection.execute(
             select(jobs.c.remote_id, jobs.c.due_at).where(jobs.c.claim_token.is_(None), jobs.c.polls == 0)
@@ -208,9 +212,9 @@ def first_due(engine: Engine) -> dict[str, datetime]:
         return {row.remote_id: row.due_at for row in rows}
 
 
-def asked_about(engine: Engine, count: int) -> dict[str, datetime]:
-    """When so many jobs were asked about, once they were."""
-    until = time.monotonic() + 30
+def polled_at(engine: Engine, count: int) -> dict[str, datetime]:
+    """Wait until `count` jobs were polled. Return the times."""
+    deadline = time.monotonic() + 30
     while True:
         with engine.connect() as connection:
             rows = connection.execute(
@@ -218,7 +222,7 @@ def asked_about(engine: Engine, count: int) -> dict[str, datetime]:
             ).all()
         if len(rows) >= count:
             return {row.remote_id: row.asked_at for row in rows}
-        assert time.monotonic() < until, rows
+        assert time.monotonic() < deadline, rows
         time.sleep(0.05)
 
 
@@ -227,41 +231,41 @@ def asked_about(engine: Engine, count: int) -> dict[str, datetime]:
 
 @contextmanager
 def table_locked(engine: Engine) -> Iterator[Callable[[], None]]:
-    """Nobody can write jobs; what is given lets them."""
+    """Lock the table against writes. Yields a function that releases the lock."""
     with engine.connect() as connection:
         connection.execute(text("LOCK TABLE fetch_jobs IN EXCLUSIVE MODE"))
         yield connection.rollback
 
 
 @pytest.mark.parametrize("engine", ["postgresql"], indirect=True)
-def test_an_event_loop_goes_on_while_track_is_held_up_and_wait_waits(door: Engine) -> None:
+def test_an_event_loop_runs_while_track_is_blocked_and_wait_waits(database: Engine) -> None:
     pending = track("1")
 
     async def app() -> tuple[float, bool, int]:
-        with table_locked(door) as let_go:
+        with table_locked(database) as release:
             tracking = asyncio.create_task(asyncio.to_thread(track, "2"))
             waiting = asyncio.create_task(asyncio.to_thread(wait, pending, 1.5))
             longest, last, until = 0.0, time.monotonic(), time.monotonic() + 1.7
             while last < until:
                 await asyncio.sleep(0.01)
                 longest, last = max(longest, time.monotonic() - last), time.monotonic()
-            held_up = not tracking.done()
+            was_blocked = not tracking.done()
             with pytest.raises(WaitTimeout):
                 await waiting
-            let_go()
-            return longest, held_up, await tracking
+            release()
+            return longest, was_blocked, await tracking
 
-    longest, held_up, job_id = asyncio.run(app())
+    longest, was_blocked, job_id = asyncio.run(app())
 
-    assert held_up, "the lock must have held it up"
-    assert longest < 1.0, "the loop stood still"
+    assert was_blocked, "the lock must block it"
+    assert longest < 1.0, "the event loop was blocked"
     job = worker.get(job_id)
     assert job is not None
     assert job.remote_id == "2"
 
 
 @pytest.mark.parametrize("engine", ["postgresql"], indirect=True)
-def test_a_plain_fastapi_endpoint_that_tracks_holds_up_no_other(door: Engine) -> None:
+def test_a_fastapi_endpoint_that_tracks_does_not_block_others(database: Engine) -> None:
     app = FastAPI()
 
     @app.post("/orders/{remote_id}")
@@ -275,27 +279,27 @@ def test_a_plain_fastapi_endpoint_that_tracks_holds_up_no_other(door: Engine) ->
     answers: list[int] = []
     with asgi(app) as address:
         requests.get(f"{address}/ping", timeout=10)
-        with table_locked(door) as let_go:
+        with table_locked(database) as release:
             thread = threading.Thread(
                 target=lambda: answers.append(requests.post(f"{address}/orders/7", timeout=30).status_code)
             )
             thread.start()
-            began = time.monotonic()
-            while not held_up_by_the_lock(door):
-                assert time.monotonic() < began + 20
+            started = time.monotonic()
+            while not is_blocked_by_lock(database):
+                assert time.monotonic() < started + 20
                 time.sleep(0.02)
             pings = [requests.get(f"{address}/ping", timeout=10).text for _ in range(10)]
             assert answers == []
-            let_go()
+            release()
         thread.join(30)
 
     assert pings == ['"pong"'] * 10
     assert answers == [200]
-    assert remote_ids(door) == ["7"]
+    assert remote_ids(database) == ["7"]
 
 
-def held_up_by_the_lock(engine: Engine) -> bool:
-    """Whether somebody waits for a lock in this database."""
+def is_blocked_by_lock(engine: Engine) -> bool:
+    """Return whether a connection waits for a lock in this database."""
     query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
     with engine.connect() as connection:
         return bool(connection.execute(text(query)).scalar_one())
@@ -304,27 +308,27 @@ def held_up_by_the_lock(engine: Engine) -> bool:
 # ── errors ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_every_error_of_the_front_door_says_what_to_do(door: Engine, tmp_path: Path) -> None:
-    """Who reads the log need not know the code."""
-    with door.begin() as connection:
+def test_every_error_of_the_python_api_says_what_to_do(database: Engine, tmp_path: Path) -> None:
+    """The message is understandable without knowledge of the code."""
+    with database.begin() as connection:
         job_id = add_downloading(connection)
         waiting = add_output(connection, job_id, 0)
         failed = add_output(connection, job_id, 1, status="failed", due_at=None, error_code="gone")
-    said: list[tuple[Callable[[], object], str]] = [
+    calls: list[tuple[Callable[[], object], str]] = [
         (lambda: worker.cancel(77), "`fetch-worker list`"),
         (lambda: worker.retry(77), "`fetch-worker list`"),
         (lambda: wait(77), "`fetch-worker list`"),
-        (lambda: wait(job_id, 0), "it goes on, wait again"),
+        (lambda: wait(job_id, 0), "it continues, so you can wait again"),
         (lambda: worker.open_output(77), "get(job_id).outputs"),
         (lambda: worker.output_url(waiting), "wait for its job"),
-        (lambda: worker.output_url(failed), "retry(job_id) tries again"),
+        (lambda: worker.output_url(failed), "call retry(job_id) to try again"),
         (lambda: track("1", submitted_at="noon"), "such as 2026-03-01T12:00:00Z"),
         (lambda: track("1", submitted_at=datetime(2026, 1, 1)), "for example datetime.now(UTC)"),
-        (lambda: track("1", reference="a\x00"), "take them out"),
+        (lambda: track("1", reference="a\x00"), "remove them"),
         (lambda: track("1", account="a b"), "letters, digits"),
         (lambda: track("1", fetch_url="https://evil.test/api/v3/fetch/1"), "SD_API_HOSTS"),
     ]
-    for call, advice in said:
+    for call, advice in calls:
         with pytest.raises(WorkerError) as raised:
             call()
         assert advice in str(raised.value)
