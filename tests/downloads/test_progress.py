@@ -99,7 +99,7 @@ def test_a_database_that_is_away_hurts_no_download(
         tries.append(1)
         raise OSError("away, with a secret in it")
 
-    monkeypatch.setattr(progress_module, "note_received", away)
+    monkeypatch.setattr(progress_module, "record_progress", away)
     caplog.set_level("INFO")
     output_id = stand.add("https://cdn.test/a.png")
     with stand.engine.begin() as connection:

@@ -651,7 +651,7 @@ def test_an_output_whose_host_is_busy_is_given_back_and_it_costs_no_attempt(
     stand: Stand, web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Due again in a few seconds."""
-    monkeypatch.setattr(HostSlots, "place", _none_free)
+    monkeypatch.setattr(HostSlots, "slot", _none_free)
     output_id = stand.add(web.url + "/a.png")
     assert "busy" in stand.downloader().run(output_id)
     row = read_output(stand.engine, output_id)

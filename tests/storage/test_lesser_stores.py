@@ -80,7 +80,7 @@ def test_given_a_store_that_lacks_a_feature_then_all_works_without_and_it_is_sai
     """Whether it refuses the feature or takes no notice of it."""
     front.lacks[feature] = refusal
     _check_all(storage, bucket)
-    said = [record.getMessage() for record in caplog.records if "does not know" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "does not support" in record.getMessage()]
     if refusal == "ignore" or feature == "batch delete without MD5":
         assert said == []
     else:
@@ -99,7 +99,7 @@ def test_given_a_store_that_lacks_all_of_them_then_all_works_without(
     """One line for each, and no request is refused twice for the same."""
     front.lacks |= dict.fromkeys(FEATURES, refusal)
     _check_all(storage, bucket)
-    said = [record.getMessage() for record in caplog.records if "does not know" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "does not support" in record.getMessage()]
     assert len(said) == (0 if refusal == "ignore" else len(NAMED))
     front.refused.clear()
     _keep(storage, position=4)
@@ -116,7 +116,7 @@ def test_given_no_rights_at_all_then_it_is_told_and_nothing_is_taken_for_a_missi
         _keep(storage, position=5)
     with pytest.raises(StorageTrouble, match="AccessDenied"):
         storage.remove([location, f"{location}x"])
-    assert "does not know" not in caplog.text
+    assert "does not support" not in caplog.text
     front.lacks.clear()
     assert storage.examine(location, size=len(BODY), sha256=SHA) == "whole"
 

@@ -390,7 +390,7 @@ def test_a_bucket_that_can_be_used_is_left_alone_at_the_start(storage: S3Storage
 def test_a_missing_bucket_is_said_at_the_start_and_made_by_nobody(storage: S3Storage) -> None:
     """Nor are the outputs in it taken for missing."""
     storage = S3Storage("no-such-bucket", "", storage.partials)
-    with pytest.raises(StorageTrouble, match="bucket no-such-bucket is missing: make it"):
+    with pytest.raises(StorageTrouble, match="bucket no-such-bucket is missing: create it"):
         storage.prepare()
     for call in (
         lambda: _keep(storage),

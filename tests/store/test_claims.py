@@ -1,4 +1,4 @@
-"""Claims on real databases: each row to one holder, fenced by a token, for as long as the lease lasts."""
+"""Claims on real databases: only one holder per row, a fencing token, and a lease."""
 
 import subprocess
 import sys
@@ -41,7 +41,7 @@ WANTED = DueGroup("default", 0, "api.test", NOW)
 
 @pytest.fixture
 def many_due(engine: Engine) -> Engine:
-    """A database with many due jobs."""
+    """Return a database with many due jobs."""
     with engine.begin() as connection:
         connection.execute(insert(jobs), [job_values(str(number)) for number in range(MANY)])
     return engine
@@ -56,8 +56,8 @@ def _claim_all(engine: Engine, token: str) -> Iterator[int]:
         yield from (job.id for job in found)
 
 
-def test_eight_claimers_at_once_get_each_row_exactly_once(many_due: Engine) -> None:
-    """Eight threads with connections of their own; the database keeps them apart."""
+def test_eight_concurrent_threads_claim_each_row_exactly_once(many_due: Engine) -> None:
+    """Each thread has its own connection."""
     with ThreadPoolExecutor(8) as threads:
         shares = list(threads.map(lambda name: list(_claim_all(many_due, name)), [f"t{n}" for n in range(8)]))
 
@@ -92,8 +92,8 @@ with fork.Pool(4) as processes:
 """
 
 
-def test_processes_on_one_database_get_each_row_exactly_once(many_due: Engine) -> None:
-    """Four processes: SQLite ignores SKIP LOCKED, and its claims must be disjoint all the same."""
+def test_four_processes_claim_each_row_exactly_once(many_due: Engine) -> None:
+    """SQLite ignores SKIP LOCKED, but its claims must be disjoint too."""
     done = subprocess.run(
         [sys.executable, "-c", CLAIMERS, many_due.url.render_as_string(hide_password=False)],
         cwd=Path(__file__).parents[2],
@@ -108,10 +108,10 @@ def test_processes_on_one_database_get_each_row_exactly_once(many_due: Engine) -
     assert set(claimed.values()) == {1}
 
 
-def test_a_claim_takes_due_rows_of_its_account_only_the_most_important_then_the_longest_due_first(
+def test_a_claim_takes_the_due_jobs_of_its_account_by_priority_then_by_due_time(
     engine: Engine,
 ) -> None:
-    """Priority before age; other accounts, later rows and rows at rest stay."""
+    """Jobs of other accounts, jobs that are due later and jobs without a due time are not claimed."""
     with engine.begin() as connection:
         young = add_job(connection, "young", due_at=NOW - seconds(1))
         old = add_job(connection, "old", due_at=NOW - seconds(9))
@@ -129,8 +129,8 @@ def test_a_claim_takes_due_rows_of_its_account_only_the_most_important_then_the_
     assert order == [important, old, young, unimportant]
 
 
-def test_what_waits_is_known_by_account_priority_and_host_with_its_first_due_time(engine: Engine) -> None:
-    """However many jobs there are: one line for each, the most important first; claimed ones with their lease."""
+def test_due_groups_have_account_priority_host_and_earliest_due_time(engine: Engine) -> None:
+    """One group for any number of jobs, highest priority first. Claimed jobs count with the end of their lease."""
     with engine.begin() as connection:
         for number in range(30):
             add_job(connection, f"a{number}", priority=number % 3, due_at=NOW + seconds(number))
@@ -154,8 +154,8 @@ def test_what_waits_is_known_by_account_priority_and_host_with_its_first_due_tim
 
 
 @pytest.mark.parametrize("engine", ["postgresql"], indirect=True)
-def test_a_claim_reads_no_more_of_the_table_than_it_takes(engine: Engine) -> None:
-    """Whatever else is there: rows that are due later, less important, of others, or over."""
+def test_a_claim_reads_only_the_rows_that_it_takes(engine: Engine) -> None:
+    """Not the jobs that are due later, have a lower priority, belong to other groups, or have ended."""
     with engine.begin() as connection:
         others: dict[str, dict[str, Any]] = {
             "later": {"due_at": NOW + seconds(900)},
@@ -186,7 +186,7 @@ def test_a_claim_reads_no_more_of_the_table_than_it_takes(engine: Engine) -> Non
 
 
 def test_a_claim_counts_the_request_and_leases_the_row(engine: Engine) -> None:
-    """A crash right after it can't hide the request that may have been made."""
+    """A crash after the claim can't hide a request that may have been sent."""
     with engine.begin() as connection:
         job_id = add_job(connection)
         [claimed] = claim_due_jobs(connection, token="t1", holder="h1")
@@ -197,8 +197,8 @@ def test_a_claim_counts_the_request_and_leases_the_row(engine: Engine) -> None:
     assert (row.claim_token, row.claim_holder) == ("t1", "h1")
 
 
-def test_a_row_whose_lease_is_over_can_be_claimed_again_and_the_old_holder_writes_nothing(engine: Engine) -> None:
-    """The fence: whoever missed the renewal has lost, whatever answer it brings."""
+def test_after_the_lease_a_row_can_be_claimed_again_and_the_old_holder_writes_nothing(engine: Engine) -> None:
+    """Fencing: a holder that missed the renewal has lost the claim."""
     with engine.begin() as connection:
         job_id = add_job(connection)
         [old] = claim_due_jobs(connection, token="old")
@@ -230,8 +230,8 @@ def test_a_row_whose_lease_is_over_can_be_claimed_again_and_the_old_holder_write
     assert new.polls == 2
 
 
-def test_a_holder_whose_lease_is_over_writes_nothing_even_where_nobody_else_came(engine: Engine) -> None:
-    """Else two could both believe that they hold the row."""
+def test_after_the_lease_a_holder_writes_nothing_even_if_the_row_was_not_claimed_again(engine: Engine) -> None:
+    """Otherwise two processes could both believe that they hold the row."""
     with engine.begin() as connection:
         job_id = add_job(connection)
         output_id = add_output(connection, add_downloading(connection, "2"))
@@ -251,8 +251,8 @@ def test_a_holder_whose_lease_is_over_writes_nothing_even_where_nobody_else_came
     assert read_output(engine, output_id).status == "pending"
 
 
-def test_renewal_extends_the_live_leases_of_its_holder_only(engine: Engine) -> None:
-    """A lease that is over is lost for good; other processes look after their own."""
+def test_renewal_extends_only_unexpired_leases_of_its_holder(engine: Engine) -> None:
+    """An expired lease is lost. Other processes renew their own leases."""
     later = NOW + seconds(20)
     with engine.begin() as connection:
         mine = add_job(connection, "1")
@@ -273,8 +273,8 @@ def test_renewal_extends_the_live_leases_of_its_holder_only(engine: Engine) -> N
     assert read_job(engine, over).due_at == NOW - seconds(30)
 
 
-def test_a_renewed_lease_still_fences_for_its_holder(engine: Engine) -> None:
-    """Renewal moves the end of the lease; the token stays."""
+def test_a_renewed_lease_keeps_its_token(engine: Engine) -> None:
+    """Renewal only moves the end of the lease."""
     with engine.begin() as connection:
         job_id = add_job(connection)
         [claimed] = claim_due_jobs(connection, holder="me")
@@ -288,8 +288,8 @@ def test_a_renewed_lease_still_fences_for_its_holder(engine: Engine) -> None:
     assert recorded.finished == (job_id,)
 
 
-def test_renewal_does_not_wait_for_rows_that_are_being_recorded(migrated_postgres: Engine) -> None:
-    """Waiting there, in another order than the recorder's, is how two transactions block each other for good."""
+def test_renewal_skips_rows_that_are_being_recorded(migrated_postgres: Engine) -> None:
+    """The recorder locks rows in another order, so waiting for them could deadlock."""
     engine = migrated_postgres
     with engine.begin() as connection:
         first, second = add_job(connection, "1"), add_job(connection, "2")
@@ -306,8 +306,10 @@ def test_renewal_does_not_wait_for_rows_that_are_being_recorded(migrated_postgre
             connection.execute(jobs.delete())
 
 
-def test_rows_given_back_are_due_again_where_the_token_still_stands_and_uncounted_in_any_case(engine: Engine) -> None:
-    """A request that was not made does not count; a row that another holds meanwhile stays with it."""
+def test_released_jobs_are_due_again_if_the_token_matches_and_their_request_is_always_subtracted(
+    engine: Engine,
+) -> None:
+    """A request that was not sent does not count. A row that another process has claimed stays claimed."""
     with engine.begin() as connection:
         back = add_job(connection, "1", polls=3)
         claim_due_jobs(connection, token="mine")
@@ -320,8 +322,8 @@ def test_rows_given_back_are_due_again_where_the_token_still_stands_and_uncounte
     assert (other.polls, other.due_at, other.claim_token) == (1, NOW + LEASE, "theirs")
 
 
-def test_an_output_is_taken_once_and_again_only_after_its_lease(engine: Engine) -> None:
-    """The same task delivered ten times asks the network once."""
+def test_an_output_is_claimed_once_and_again_only_after_its_lease(engine: Engine) -> None:
+    """A task that is delivered ten times causes one download."""
     with engine.begin() as connection:
         output_id = add_output(connection, add_downloading(connection), queued_at=NOW)
         connection.execute(insert(bodies).values(output_id=output_id, body=b"the bytes"))
@@ -338,8 +340,8 @@ def test_an_output_is_taken_once_and_again_only_after_its_lease(engine: Engine) 
     assert (row.claim_token, row.attempts, row.queued_at) == ("late", 2, None)
 
 
-def test_eight_messages_for_one_output_at_once_give_one_claim(engine: Engine) -> None:
-    """Really at once, each on a connection of its own."""
+def test_eight_concurrent_messages_for_one_output_give_one_claim(engine: Engine) -> None:
+    """Each message has its own connection."""
     with engine.begin() as connection:
         output_id = add_output(connection, add_downloading(connection))
 
@@ -369,18 +371,18 @@ def test_eight_messages_for_one_output_at_once_give_one_claim(engine: Engine) ->
     ],
     ids=["not due", "cancelled", "stored"],
 )
-def test_an_output_that_has_nothing_to_do_is_not_taken(engine: Engine, changes: dict[str, Any]) -> None:
-    """A late or stale message is a no-op."""
+def test_an_output_that_is_not_due_is_not_claimed(engine: Engine, changes: dict[str, Any]) -> None:
+    """A late or stale message does nothing."""
     with engine.begin() as connection:
         output_id = add_output(connection, add_downloading(connection), **changes)
         assert try_claim_output(connection, output_id) is None
     assert read_output(engine, output_id).attempts == 0
 
 
-def test_a_message_takes_the_oldest_link_that_is_due_and_the_older_ones_message_then_takes_its_own(
+def test_a_message_claims_the_oldest_due_link_and_another_message_claims_the_next(
     engine: Engine,
 ) -> None:
-    """What a crash put back does not wait behind a backlog, and no output is left without a message."""
+    """An output that was released after a crash does not wait behind newer ones, and each output has a message."""
     with engine.begin() as connection:
         job_id = add_downloading(connection)
         young = add_output(connection, job_id, 0, listed_at=NOW - seconds(1))
@@ -392,8 +394,8 @@ def test_a_message_takes_the_oldest_link_that_is_due_and_the_older_ones_message_
         assert try_claim_output(connection, old) is None
 
 
-def test_outputs_whose_message_was_lost_are_found_the_oldest_link_first_and_marked(engine: Engine) -> None:
-    """Never queued, or queued so long ago that the message must be gone; the rest is on its way already."""
+def test_outputs_without_a_message_are_queued_oldest_link_first(engine: Engine) -> None:
+    """They were never queued, or so long ago that the message must be lost. Other outputs are queued already."""
     before = NOW - timedelta(seconds=60)
     with engine.begin() as connection:
         job_id = add_downloading(connection)
@@ -412,8 +414,7 @@ def test_outputs_whose_message_was_lost_are_found_the_oldest_link_first_and_mark
     assert read_output(engine, under_way).queued_at == NOW - seconds(1)
 
 
-def test_an_output_that_a_dead_process_held_is_found_when_its_lease_is_over(engine: Engine) -> None:
-    """What a crash left comes back by itself."""
+def test_an_output_of_a_dead_process_is_queued_after_its_lease(engine: Engine) -> None:
     with engine.begin() as connection:
         output_id = add_output(connection, add_downloading(connection))
         try_claim_output(connection, output_id)
@@ -421,8 +422,8 @@ def test_an_output_that_a_dead_process_held_is_found_when_its_lease_is_over(engi
         assert queue_due_outputs(connection, now=AFTER_LEASE, queued_before=NOW, limit=10) == [output_id]
 
 
-def test_the_oldest_links_come_first_and_no_more_than_asked_for(engine: Engine) -> None:
-    """Links die: the one that was listed first is the most urgent."""
+def test_outputs_are_queued_oldest_link_first_up_to_the_limit(engine: Engine) -> None:
+    """Links expire, so the oldest link is the most urgent."""
     with engine.begin() as connection:
         job_id = add_downloading(connection)
         ids = [add_output(connection, job_id, n, listed_at=NOW - seconds(n)) for n in range(5)]
@@ -430,7 +431,7 @@ def test_the_oldest_links_come_first_and_no_more_than_asked_for(engine: Engine) 
 
 
 def test_a_claim_is_one_statement(engine: Engine) -> None:
-    """Look and take in one: nothing can come in between, and it costs one round trip. MariaDB locks first."""
+    """This is atomic and needs one round trip. MariaDB locks the rows with a separate statement."""
     statements: list[str] = []
     with engine.begin() as connection:
         add_job(connection)
@@ -440,8 +441,8 @@ def test_a_claim_is_one_statement(engine: Engine) -> None:
     assert engine.dialect.name != "mariadb" or "SKIP LOCKED" in statements[0]
 
 
-def test_outputs_of_no_job_that_is_gone_are_left(engine: Engine) -> None:
-    """A stale message about a deleted job is a no-op."""
+def test_outputs_of_a_deleted_job_are_deleted_and_not_claimed(engine: Engine) -> None:
+    """A stale message about a deleted job does nothing."""
     with engine.begin() as connection:
         output_id = add_output(connection, add_downloading(connection))
         connection.execute(jobs.delete())
@@ -454,8 +455,8 @@ def test_outputs_of_no_job_that_is_gone_are_left(engine: Engine) -> None:
 AROUND = (NOW + seconds(20), NOW + seconds(40))
 
 
-def test_where_requests_are_short_the_most_urgent_jobs_are_taken(engine: Engine) -> None:
-    """As the pure core reckons: here by twice, four times and once the time that makes a request worth its price."""
+def test_with_too_few_requests_the_most_urgent_jobs_are_claimed(engine: Engine) -> None:
+    """In the order of the core's `urgency`."""
     now = NOW + seconds(60)
     planned = {
         "late": (40.0, 20.0, 2.0),
@@ -478,7 +479,7 @@ def test_where_requests_are_short_the_most_urgent_jobs_are_taken(engine: Engine)
     assert order == ["later", "late", "slow", "soon"]
 
 
-def test_where_requests_are_short_and_nothing_is_planned_the_longest_due_are_taken(engine: Engine) -> None:
+def test_with_too_few_requests_and_no_plans_the_jobs_with_the_earliest_due_time_are_claimed(engine: Engine) -> None:
     with engine.begin() as connection:
         for number in (3, 1, 2):
             add_job(connection, str(number), due_at=NOW + seconds(number))
@@ -489,7 +490,7 @@ def test_where_requests_are_short_and_nothing_is_planned_the_longest_due_are_tak
     assert sorted(job.remote_id for job in taken) == ["1", "2"]
 
 
-def test_where_very_many_are_due_a_claim_looks_at_four_windows_and_takes_what_it_may(many_due: Engine) -> None:
+def test_with_very_many_due_jobs_a_claim_reads_four_windows_and_claims_up_to_its_limit(many_due: Engine) -> None:
     with many_due.begin() as connection:
         taken = claim_jobs(
             connection, WANTED, limit=7, token="t", holder="h", lease=LEASE, now=NOW + seconds(60), around=AROUND
@@ -498,7 +499,7 @@ def test_where_very_many_are_due_a_claim_looks_at_four_windows_and_takes_what_it
     assert len({job.id for job in taken}) == 7
 
 
-def test_a_claimed_job_tells_when_it_was_last_seen_not_ready(engine: Engine) -> None:
+def test_a_claimed_job_has_the_time_when_it_was_last_seen_not_ready(engine: Engine) -> None:
     with engine.begin() as connection:
         add_job(connection, not_ready_at=NOW - seconds(7), pace_scale=4.5, pace_growth=2.0, eta_at=NOW - seconds(9))
         (job,) = claim_jobs(connection, WANTED, limit=1, token="t", holder="h", lease=LEASE, now=NOW)
@@ -506,8 +507,8 @@ def test_a_claimed_job_tells_when_it_was_last_seen_not_ready(engine: Engine) -> 
     assert (job.not_ready_at, job.pace_scale, job.eta_at) == (NOW - seconds(7), 4.5, NOW - seconds(9))
 
 
-def test_given_two_messages_that_cross_when_each_took_the_others_output_then_none_is_left_over(engine: Engine) -> None:
-    """Where threads take messages out of order, as they do."""
+def test_given_two_messages_that_claim_each_others_output_then_both_outputs_are_claimed(engine: Engine) -> None:
+    """Threads may take messages out of order."""
     with engine.begin() as connection:
         job_id = add_downloading(connection)
         older = add_output(connection, job_id, 0, listed_at=NOW - seconds(5))
@@ -524,10 +525,10 @@ def test_given_two_messages_that_cross_when_each_took_the_others_output_then_non
     ("host", "passed"),
     [("a.test", {0, 1}), ("::1", {2}), ("a_test", set()), ("test", set()), ("b.test", {3})],
 )
-def test_given_hosts_to_pass_over_when_outputs_are_taken_then_none_whose_link_is_there(
+def test_given_hosts_to_skip_then_no_output_with_a_link_on_them_is_claimed(
     host: str, passed: set[int], engine: Engine
 ) -> None:
-    """Not the oldest, nor the one that is named."""
+    """Neither the oldest output nor the named one."""
     links = ["https://a.test/0.png", "http://a.test:8080/1", "https://[::1]/2.png", "https://b.test/?https://a.test/"]
     with engine.begin() as connection:
         job_id = add_downloading(connection)
@@ -540,10 +541,10 @@ def test_given_hosts_to_pass_over_when_outputs_are_taken_then_none_whose_link_is
     assert taken_ids == {one for number, one in enumerate(ids) if number not in passed}
 
 
-def test_given_the_most_urgent_rows_locked_by_somebody_else_when_requests_are_short_then_the_others_are_claimed(
+def test_given_locked_urgent_rows_when_there_are_too_few_requests_then_other_jobs_are_claimed(
     migrated_postgres: Engine,
 ) -> None:
-    """There are more locked rows than a claim by urgency looks at."""
+    """There are more locked rows than a claim by urgency reads."""
     with migrated_postgres.begin() as connection:
         locked = [
             add_job(connection, f"locked{number}", due_at=NOW, pace_scale=1.0, pace_growth=9.0) for number in range(300)

@@ -1,4 +1,4 @@
-"""The schema keeps the promises of the state machine by itself: bad rows are refused, whoever writes them."""
+"""Constraints: the schema refuses invalid rows, whatever code writes them."""
 
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -46,8 +46,8 @@ STORED = {
         ("polls_count_up", {"polls": -1}),
     ],
 )
-def test_a_job_row_that_breaks_a_promise_is_refused(engine: Engine, constraint: str, changes: dict[str, Any]) -> None:
-    """The error names the constraint, so that an operator sees which promise it is."""
+def test_an_invalid_job_row_is_refused(engine: Engine, constraint: str, changes: dict[str, Any]) -> None:
+    """The error names the constraint for the operator."""
     with pytest.raises(BROKEN, match=f"ck_fetch_jobs_{constraint}"), engine.begin() as connection:
         connection.execute(insert(jobs).values(job_values(**changes)))
 
@@ -56,14 +56,14 @@ def test_a_job_row_that_breaks_a_promise_is_refused(engine: Engine, constraint: 
     "missing",
     ["account", "remote_id", "kind", "fetch_url", "fetch_base", "fetch_host", "submitted_at", "deadline_at"],
 )
-def test_a_job_row_without_a_value_it_needs_is_refused(engine: Engine, missing: str) -> None:
-    """NOT NULL is a promise too."""
+def test_a_job_row_without_a_required_value_is_refused(engine: Engine, missing: str) -> None:
+    """The columns are NOT NULL."""
     with pytest.raises(BROKEN, match=missing), engine.begin() as connection:
         connection.execute(insert(jobs).values(job_values() | {missing: None}))
 
 
-def test_the_same_job_twice_is_refused_and_another_account_or_family_is_not(engine: Engine) -> None:
-    """The same job is account, fetch address without the id, and remote id."""
+def test_the_same_job_is_refused_but_another_account_or_family_is_not(engine: Engine) -> None:
+    """Two jobs are the same if account, fetch address without the id, and remote id are equal."""
     with engine.begin() as connection:
         add_job(connection, "7")
         add_job(connection, "7", account="other")
@@ -89,16 +89,14 @@ def test_the_same_job_twice_is_refused_and_another_account_or_family_is_not(engi
         ("claim_is_leased", STORED | {"claim_token": "t", "claim_holder": "h"}),
     ],
 )
-def test_an_output_row_that_breaks_a_promise_is_refused(
-    engine: Engine, constraint: str, changes: dict[str, Any]
-) -> None:
+def test_an_invalid_output_row_is_refused(engine: Engine, constraint: str, changes: dict[str, Any]) -> None:
     """The error names the constraint."""
     with pytest.raises(BROKEN, match=f"ck_fetch_outputs_{constraint}"), engine.begin() as connection:
         connection.execute(insert(outputs).values(output_values(add_downloading(connection), **changes)))
 
 
-def test_an_output_needs_a_job_and_a_place_of_its_own(engine: Engine) -> None:
-    """No output without its job, no two outputs in one place."""
+def test_an_output_needs_a_job_and_a_position_of_its_own(engine: Engine) -> None:
+    """An output without a job, and a second output with the same position, are refused."""
     with pytest.raises(BROKEN), engine.begin() as connection:
         add_output(connection, 4_711)
     with engine.begin() as connection:
@@ -116,13 +114,13 @@ def test_an_output_needs_a_job_and_a_place_of_its_own(engine: Engine) -> None:
         ("hold_has_since", {"scope": "host", "name": "x", "since": NOW}),
     ],
 )
-def test_a_gate_row_that_breaks_a_promise_is_refused(engine: Engine, constraint: str, values: dict[str, Any]) -> None:
-    """A hold has a reason and a beginning, or neither."""
+def test_an_invalid_circuit_breaker_row_is_refused(engine: Engine, constraint: str, values: dict[str, Any]) -> None:
+    """A hold has a reason and a start, or neither."""
     with pytest.raises(BROKEN, match=f"ck_fetch_gates_{constraint}"), engine.begin() as connection:
         connection.execute(insert(breakers).values(values))
 
 
-def test_a_job_that_is_deleted_takes_its_outputs_and_their_bytes_along(engine: Engine) -> None:
+def test_deleting_a_job_deletes_its_outputs_and_their_bytes(engine: Engine) -> None:
     """Foreign keys are enforced on every database."""
     with engine.begin() as connection:
         job_id = add_downloading(connection)
@@ -133,16 +131,16 @@ def test_a_job_that_is_deleted_takes_its_outputs_and_their_bytes_along(engine: E
         assert connection.execute(select(bodies)).all() == []
 
 
-def test_an_id_is_never_given_twice(engine: Engine) -> None:
-    """Files are named after ids: a deleted job's id must not come back."""
+def test_an_id_is_never_used_twice(engine: Engine) -> None:
+    """Files are named after ids, so the id of a deleted job must not be used again."""
     with engine.begin() as connection:
         first = add_job(connection, "1")
         connection.execute(jobs.delete())
         assert add_job(connection, "2") > first
 
 
-def test_a_time_without_a_zone_is_refused_and_others_come_back_in_utc(engine: Engine) -> None:
-    """12:00+05:00 is 07:00 UTC on every database; nobody can know what a naive 12:00 is."""
+def test_a_naive_time_is_refused_and_aware_times_are_returned_in_utc(engine: Engine) -> None:
+    """12:00+05:00 is 07:00 UTC on every database. The time zone of a naive 12:00 is unknown."""
     east = datetime(2026, 3, 1, 12, tzinfo=timezone(timedelta(hours=5)))
     with engine.begin() as connection:
         job_id = add_job(connection, submitted_at=east)
@@ -153,7 +151,7 @@ def test_a_time_without_a_zone_is_refused_and_others_come_back_in_utc(engine: En
         add_job(connection, "2", submitted_at=datetime(2026, 3, 1, 12))
 
 
-def test_names_that_differ_in_upper_and_lower_case_are_two(engine: Engine) -> None:
+def test_names_are_case_sensitive(engine: Engine) -> None:
     with engine.begin() as connection:
         ids = {add_job(connection, name, account=account) for name in ("aB", "Ab") for account in ("Shop", "shop")}
         found = connection.execute(select(jobs.c.id).where(jobs.c.account == "shop", jobs.c.remote_id == "Ab")).all()

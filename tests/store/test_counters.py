@@ -1,4 +1,4 @@
-"""Totals: counted in the transaction that makes it so, added up over processes, and bounded in number."""
+"""Counters: increased in the transaction of the change, summed over processes, with a limited number of rows."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,8 +29,8 @@ def _all(engine: Engine) -> dict[CounterKey, tuple[int, float]]:
         return {one.key: (one.times, one.total) for one in read_counters(connection)}
 
 
-def test_what_many_transactions_count_at_once_adds_up(engine: Engine) -> None:
-    """Each writes several figures, in whatever order; none is lost, and no two block each other for good."""
+def test_counts_of_concurrent_transactions_add_up(engine: Engine) -> None:
+    """Each writes several counters in any order. No count is lost, and there is no deadlock."""
 
     def count(number: int) -> None:
         tally = Tally()
@@ -50,7 +50,7 @@ def test_what_many_transactions_count_at_once_adds_up(engine: Engine) -> None:
     }
 
 
-def test_what_is_rolled_back_is_not_counted(engine: Engine) -> None:
+def test_a_rolled_back_transaction_counts_nothing(engine: Engine) -> None:
     tally = Tally()
     tally.finished("default", "image", "completed")
     with engine.connect() as connection:
@@ -60,8 +60,8 @@ def test_what_is_rolled_back_is_not_counted(engine: Engine) -> None:
     assert _all(engine) == {}
 
 
-def test_kinds_beyond_the_bound_are_counted_together(engine: Engine) -> None:
-    """Else a kind of its own for each job would make a dozen rows each."""
+def test_kinds_above_the_limit_are_counted_together(engine: Engine) -> None:
+    """Each kind needs a dozen rows, so an app with a new kind per job would fill the table."""
     for start in (0, KINDS_MOST - 10):
         tally = Tally()
         for number in range(start, start + 20):
@@ -81,8 +81,8 @@ def test_kinds_beyond_the_bound_are_counted_together(engine: Engine) -> None:
     assert _all(engine)[CounterKey("finished", "default", OTHER, "completed")][0] == 90
 
 
-def test_answers_count_what_they_did_to_jobs_and_lost_ones_nothing(engine: Engine) -> None:
-    """A job that is ready: its delay and its polls. One that ends: its polls and its state. A lost claim: nothing."""
+def test_answers_count_their_results_and_lost_claims_count_nothing(engine: Engine) -> None:
+    """A ready job counts its delay and its polls, an ended job its polls and its state."""
     tally = Tally()
     with engine.begin() as connection:
         for remote_id in ("ready", "failed", "again", "lost"):
@@ -106,7 +106,7 @@ def test_answers_count_what_they_did_to_jobs_and_lost_ones_nothing(engine: Engin
 
 
 def test_downloads_count_their_bytes_and_the_job_that_they_end(engine: Engine) -> None:
-    """One attempt in vain, one that stores; then the job is final."""
+    """One failed attempt, then one that stores the file, and the job is final."""
     with engine.begin() as connection:
         job_id = add_downloading(connection)
         output_id = add_output(connection, job_id)

@@ -1,4 +1,4 @@
-"""What a database error means, by the codes of three databases and the texts of poolers, and what people are told."""
+"""The meaning of database errors: codes of three databases, messages of poolers, and the messages for users."""
 
 import pymysql
 import pytest
@@ -33,7 +33,7 @@ URL = make_url("postgresql+psycopg://app:s3cret@db.example/shop?sslpassword=hidd
 
 
 class _Postgres(Exception):
-    """As psycopg raises it."""
+    """An error like psycopg's."""
 
     def __init__(self, text: str, sqlstate: str | None = None) -> None:
         super().__init__(text)
@@ -41,7 +41,7 @@ class _Postgres(Exception):
 
 
 class _Sqlite(Exception):
-    """As the standard library raises it."""
+    """An error like that of the sqlite3 module."""
 
     def __init__(self, text: str, name: str) -> None:
         super().__init__(text)
@@ -126,27 +126,27 @@ def _named(error: Exception) -> str:
 
 
 @pytest.mark.parametrize("error", AWAY, ids=_named)
-def test_the_server_is_away(error: Exception) -> None:
+def test_errors_of_a_server_that_is_away(error: Exception) -> None:
     assert error_kind(error) == "away"
 
 
 @pytest.mark.parametrize("error", LOCKED, ids=_named)
-def test_another_one_is_in_the_way_of_this_statement(error: Exception) -> None:
+def test_errors_because_of_another_transaction(error: Exception) -> None:
     assert error_kind(error) == "locked"
 
 
 @pytest.mark.parametrize("error", DEPLOYMENT, ids=_named)
-def test_people_have_to_set_something_right_on_the_server(error: Exception) -> None:
+def test_errors_that_an_operator_must_fix(error: Exception) -> None:
     assert error_kind(error) == "deployment"
 
 
 @pytest.mark.parametrize("error", ROW, ids=_named)
-def test_these_values_can_not_be_written(error: Exception) -> None:
+def test_errors_of_values_that_can_not_be_written(error: Exception) -> None:
     assert error_kind(error) == "row"
 
 
 @pytest.mark.parametrize("error", [*AWAY, *LOCKED, *DEPLOYMENT, *ROW], ids=_named)
-def test_people_are_told_in_one_line_without_sql_and_without_passwords(error: Exception) -> None:
+def test_messages_have_one_line_without_sql_and_passwords(error: Exception) -> None:
     said = to_worker_error(error, URL)
     assert "\n" not in str(said)
     assert "s3cret" not in str(said)
@@ -159,7 +159,7 @@ def test_a_password_in_a_servers_message_is_not_shown() -> None:
     assert "s3cret" not in str(to_worker_error(_text('could not connect with "s3cret"'), URL))
 
 
-def test_connections_are_replaced_only_where_a_new_one_may_lead_to_a_better_server() -> None:
+def test_connections_are_replaced_only_if_a_new_one_may_lead_to_a_working_server() -> None:
     entries: list[ErrorMeaning] = [*POSTGRES.values(), *MYSQL.values(), *SQLITE.values()]
     assert {entry.kind for entry in entries if entry.reconnect} == {"away"}
     read_only = [driver_meaning(error.orig) for error in (_postgres("25006"), _mysql(1290), _sqlite("SQLITE_READONLY"))]
@@ -176,11 +176,11 @@ def test_connections_are_replaced_only_where_a_new_one_may_lead_to_a_better_serv
         ('permission denied for database "shop"', 'GRANT CONNECT ON DATABASE "shop" TO "app"'),
     ],
 )
-def test_a_missing_right_is_told_with_the_statement_that_gives_it(message: str, advice: str) -> None:
+def test_the_message_about_a_missing_permission_has_the_grant_statement(message: str, advice: str) -> None:
     assert advice in str(to_worker_error(_postgres("42501", message), URL))
 
 
-def test_only_a_missing_table_is_one() -> None:
+def test_is_missing_table_is_true_only_for_missing_tables_and_columns() -> None:
     assert is_missing_table(_postgres("42P01"))
     assert is_missing_table(_sqlite("SQLITE_ERROR", "no such column: due_at"))
     assert not is_missing_table(_postgres("3D000", 'database "shop" does not exist'))

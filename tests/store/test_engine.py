@@ -1,4 +1,4 @@
-"""Connections: a full server is waited for, an idle connection that broke is replaced, the clock is the database's."""
+"""Engines: waiting for a full server, replacing broken connections, transaction settings, the database's clock."""
 
 import time
 from base64 import b64encode
@@ -32,7 +32,7 @@ from worker.store.migrate import migrate
 from worker.store.schema import bodies, jobs
 
 
-def test_given_a_server_without_a_free_connection_when_one_is_freed_then_it_is_taken(
+def test_given_a_full_server_when_a_connection_is_released_then_it_is_used(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(make_url(postgres_url).set(drivername="postgresql+psycopg"))
@@ -51,7 +51,7 @@ def test_given_a_server_without_a_free_connection_when_one_is_freed_then_it_is_t
     engine.dispose()
 
 
-def test_given_an_idle_connection_that_the_server_ended_when_it_is_used_then_another_takes_its_place(
+def test_given_an_idle_connection_that_the_server_closed_when_it_is_used_then_it_is_replaced(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_module, "IDLE_SECONDS", 0.0)
@@ -66,7 +66,7 @@ def test_given_an_idle_connection_that_the_server_ended_when_it_is_used_then_ano
     engine.dispose()
 
 
-def test_given_an_open_transaction_when_asked_for_the_time_then_it_goes_on_from_the_databases_clock(
+def test_given_an_open_transaction_then_the_time_continues_from_the_databases_clock(
     postgres_url: str,
 ) -> None:
     engine = make_engine(make_url(postgres_url).set(drivername="postgresql+psycopg"))
@@ -78,7 +78,7 @@ def test_given_an_open_transaction_when_asked_for_the_time_then_it_goes_on_from_
     engine.dispose()
 
 
-def test_given_a_connection_that_the_server_ended_when_a_transaction_begins_then_it_is_sqlalchemy_s_error_and_passes(
+def test_given_a_closed_connection_when_a_transaction_begins_then_sqlalchemy_raises_and_the_next_one_works(
     postgres_url: str,
 ) -> None:
     engine = make_engine(make_url(postgres_url).set(drivername="postgresql+psycopg"))
@@ -96,7 +96,7 @@ def test_given_a_connection_that_the_server_ended_when_a_transaction_begins_then
     assert error_kind(caught.value) == "away"
 
 
-def test_given_a_transaction_when_it_begins_then_it_is_one_and_its_settings_end_with_it(postgres_url: str) -> None:
+def test_given_a_transaction_then_its_settings_end_with_it(postgres_url: str) -> None:
     engine = make_engine(make_url(postgres_url).set(drivername="postgresql+psycopg"))
     with engine.connect().execution_options(**{LOCK_WAIT: 0.25, RELAXED: True}) as connection:
         assert connection.execute(text("SHOW lock_timeout")).scalar() == "250ms"
@@ -131,7 +131,7 @@ HOSTILE = {
 
 @pytest.fixture
 def own_database(tmp_path: Path) -> Iterator[str]:
-    """A PostgreSQL database of this test's own, whose defaults it may change."""
+    """Create a PostgreSQL database for one test, whose defaults it may change."""
     with servers.postgres(tmp_path / "postgres") as url:
         yield url
 
@@ -143,10 +143,10 @@ def _alter(url: str, *settings: str) -> None:
             connection.execute(f'ALTER DATABASE "{make_url(url).database}" {setting}'.encode())
 
 
-def test_given_a_database_whose_defaults_are_all_others_when_jobs_are_tracked_then_they_are_what_was_handed_over(
+def test_given_a_database_with_other_defaults_when_jobs_are_tracked_then_their_values_are_unchanged(
     own_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The session's and the transaction's settings are ours, whatever those of the database are."""
+    """Each session and transaction sets its own options."""
     _alter(own_database, *(f"SET {name} = '{value}'" for name, value in HOSTILE.items()))
     monkeypatch.setenv("DATABASE_URL", own_database)
     engine = make_engine(make_url(own_database))
@@ -171,10 +171,10 @@ def test_given_a_database_whose_defaults_are_all_others_when_jobs_are_tracked_th
     engine_for(load().database).dispose()
 
 
-def test_given_a_server_that_became_read_only_when_it_takes_writes_again_then_no_old_connection_is_used(
+def test_given_a_server_that_was_read_only_when_it_accepts_writes_then_no_old_connection_is_used(
     own_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Connections made meanwhile stay read-only for ever, and answer every SELECT."""
+    """Connections from the read-only time stay read-only, although they answer every SELECT."""
     engine = make_engine(make_url(own_database))
     migrate(engine)
     engine.dispose()
@@ -193,7 +193,7 @@ def test_given_a_server_that_became_read_only_when_it_takes_writes_again_then_no
     engine.dispose()
 
 
-def test_given_connections_that_an_administrator_ended_when_one_fails_then_the_others_are_replaced(
+def test_given_connections_that_an_administrator_closed_when_one_fails_then_all_are_replaced(
     postgres_url: str,
 ) -> None:
     engine = make_engine(make_url(postgres_url))
@@ -216,7 +216,7 @@ def test_given_connections_that_an_administrator_ended_when_one_fails_then_the_o
     [("sqlite", "PRAGMA query_only=ON"), ("mariadb", "SET SESSION TRANSACTION READ ONLY")],
     indirect=["engine"],
 )
-def test_given_a_session_that_only_reads_when_it_writes_then_the_server_is_away_and_the_connection_is_replaced(
+def test_given_a_read_only_session_when_it_writes_then_the_server_is_away_and_the_connection_is_replaced(
     engine: Engine, moved: str
 ) -> None:
     with engine.connect() as connection:
@@ -229,10 +229,10 @@ def test_given_a_session_that_only_reads_when_it_writes_then_the_server_is_away_
         add_job(connection)
 
 
-def test_given_a_statement_that_is_too_large_for_mariadb_when_it_is_sent_then_it_is_the_rows_fault(
+def test_given_a_statement_that_is_too_large_for_mariadb_then_the_error_has_the_kind_row(
     migrated_mariadb: Engine,
 ) -> None:
-    """The server may say so, or just close the connection; the other connections stay as they are."""
+    """The server may return an error, or just close the connection. The other connections stay open."""
     with migrated_mariadb.connect() as connection:
         limit = connection.execute(text("SELECT @@max_allowed_packet")).scalar_one()
         with migrated_mariadb.connect() as other:
@@ -246,7 +246,7 @@ def test_given_a_statement_that_is_too_large_for_mariadb_when_it_is_sent_then_it
 
 
 @pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
-def test_given_a_database_of_another_encoding_when_it_is_used_then_one_line_says_what_to_do(
+def test_given_a_database_with_another_encoding_when_it_is_used_then_the_error_has_the_advice(
     postgres_url: str, encoding: str
 ) -> None:
     name = f"{make_url(postgres_url).database}_{encoding.lower()}"
@@ -258,8 +258,10 @@ def test_given_a_database_of_another_encoding_when_it_is_used_then_one_line_says
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
 
 
-def test_given_a_snapshot_when_others_write_then_they_do_not_wait_and_it_stays_what_it_was(engine: Engine) -> None:
-    """The next transaction on the same connection is as every other one."""
+def test_given_a_snapshot_when_other_transactions_write_then_they_do_not_wait_and_it_does_not_change(
+    engine: Engine,
+) -> None:
+    """The next transaction on the same connection is a normal one."""
     count = select(func.count()).select_from(jobs)
     with engine.execution_options(**{SNAPSHOT: True}).connect() as reading:
         before = reading.execute(count).scalar_one()

@@ -1,4 +1,4 @@
-"""What is seen of jobs each second: the newest and those on their way, with few and short columns."""
+"""Job rows for Flower: the newest and the unfinished jobs, with few and short columns."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ from worker.store.schema import jobs
 ENDED: dict[str, Any] = {"due_at": None, "completed_at": NOW + seconds(10)}
 
 
-def seen(engine: Engine, before: dict[int, FlowerJob], most: int, *, late: float = 20.0) -> dict[int, FlowerJob]:
-    """One look, so many seconds after the jobs were submitted."""
+def read_rows(engine: Engine, before: dict[int, FlowerJob], most: int, *, late: float = 20.0) -> dict[int, FlowerJob]:
+    """Read the rows, `late` seconds after the jobs were submitted."""
     with use_clock(lambda: NOW + seconds(late)), engine.connect() as connection:
         return read_flower_jobs(connection, before, most)
 
 
-def test_given_outputs_when_looked_at_then_those_stored_are_counted_with_their_bytes(engine: Engine) -> None:
+def test_given_outputs_then_stored_ones_are_counted_with_their_bytes(engine: Engine) -> None:
     with engine.begin() as connection:
         waiting = add_job(connection, "1")
         on_its_way = add_downloading(connection, "2")
@@ -29,62 +29,62 @@ def test_given_outputs_when_looked_at_then_those_stored_are_counted_with_their_b
         add_output(connection, on_its_way, 1)
         add_output(connection, done, 0, size_bytes=391_002, **STORED)
 
-    found = seen(engine, {}, 10)
+    found = read_rows(engine, {}, 10)
 
     assert list(found) == [done, on_its_way, waiting]
     assert [job.outputs for job in found.values()] == [Outputs(1, 1, 391_002), Outputs(2, 1, 1_500), Outputs()]
     assert found[waiting].submitted_at == NOW
 
 
-def test_given_more_jobs_than_are_shown_when_looked_at_then_the_old_ones_leave_once_they_are_over(
+def test_given_more_jobs_than_the_limit_then_old_jobs_are_dropped_after_they_end(
     engine: Engine,
 ) -> None:
     with engine.begin() as connection:
         ids = [add_job(connection, f"old{number}") for number in range(4)]
-    before = seen(engine, {}, 4)
+    before = read_rows(engine, {}, 4)
     with engine.begin() as connection:
         new = [add_job(connection, f"new{number}") for number in range(4)]
         connection.execute(
             update(jobs).where(jobs.c.id == ids[3]).values(status="failed", error_code="api_failed", **ENDED)
         )
 
-    after = seen(engine, before, 4)
+    after = read_rows(engine, before, 4)
     assert [(job.id, job.status) for job in after.values()] == [
         *((new[3], "pending"), (new[2], "pending")),
         *((ids[3], "failed"), (ids[2], "pending")),
     ]
-    assert list(seen(engine, after, 4, late=90)) == [new[3], new[2], new[1], ids[2]]
+    assert list(read_rows(engine, after, 4, late=90)) == [new[3], new[2], new[1], ids[2]]
 
 
-def test_given_a_job_that_is_gone_when_looked_at_then_it_is_shown_no_more(engine: Engine) -> None:
+def test_given_a_deleted_job_then_it_is_not_returned(engine: Engine) -> None:
     with engine.begin() as connection:
         job, other = add_job(connection, "1"), add_job(connection, "2")
-    before = seen(engine, {}, 10)
+    before = read_rows(engine, {}, 10)
     with engine.begin() as connection:
         connection.execute(jobs.delete().where(jobs.c.id == job))
 
-    assert list(seen(engine, before, 10)) == [other]
+    assert list(read_rows(engine, before, 10)) == [other]
 
 
-def test_given_a_retried_job_when_looked_at_then_nothing_of_its_end_is_left(engine: Engine) -> None:
+def test_given_a_retried_job_then_it_has_no_values_of_its_former_end(engine: Engine) -> None:
     with engine.begin() as connection:
         failed = {"status": "failed", "error_code": "api_failed", "error_message": "m" * 900}
         job = add_job(connection, **failed, **ENDED)
-    before = seen(engine, {}, 10)
+    before = read_rows(engine, {}, 10)
     assert before[job].error_message == "m" * MESSAGE_MOST
 
     with engine.begin() as connection:
         retry(connection, job, now=NOW)
 
-    found = seen(engine, before, 10)[job]
+    found = read_rows(engine, before, 10)[job]
     assert (found.status, found.completed_at, found.error_code) == ("pending", None, None)
 
 
-def test_outputs_of_a_job_that_is_over_are_not_counted_again(engine: Engine) -> None:
+def test_outputs_of_a_finished_job_are_not_counted_again(engine: Engine) -> None:
     with engine.begin() as connection:
         job = add_downloading(connection, status="completed", completed_at=NOW + seconds(10))
         add_output(connection, job, 0, size_bytes=391_002, **STORED)
-    before = seen(engine, {}, 10)
+    before = read_rows(engine, {}, 10)
     said: list[str] = []
 
     def note(connection: object, cursor: object, statement: str, *_: object) -> None:
@@ -92,7 +92,7 @@ def test_outputs_of_a_job_that_is_over_are_not_counted_again(engine: Engine) -> 
 
     event.listen(engine, "before_cursor_execute", note)
     try:
-        again = seen(engine, before, 10)
+        again = read_rows(engine, before, 10)
     finally:
         event.remove(engine, "before_cursor_execute", note)
 
@@ -100,13 +100,13 @@ def test_outputs_of_a_job_that_is_over_are_not_counted_again(engine: Engine) -> 
     assert not [statement for statement in said if "fetch_outputs" in statement]
 
 
-def test_given_a_job_that_ended_anew_between_two_looks_then_its_outputs_are_counted_again(engine: Engine) -> None:
+def test_given_a_job_that_ended_again_between_two_reads_then_its_outputs_are_counted_again(engine: Engine) -> None:
     with engine.begin() as connection:
         job = add_downloading(connection, status="completed", completed_at=NOW + seconds(10))
         add_output(connection, job, 0, size_bytes=391_002, **STORED)
-    before = seen(engine, {}, 10)
+    before = read_rows(engine, {}, 10)
     with engine.begin() as connection:
         connection.execute(update(jobs).where(jobs.c.id == job).values(completed_at=NOW + seconds(15)))
         add_output(connection, job, 1, size_bytes=8, **STORED)
 
-    assert seen(engine, before, 10)[job].outputs == Outputs(2, 2, 391_010)
+    assert read_rows(engine, before, 10)[job].outputs == Outputs(2, 2, 391_010)

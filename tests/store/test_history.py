@@ -1,4 +1,4 @@
-"""History: a line each minute, whoever comes first; what it says; and what is forgotten."""
+"""History: one sample per minute from any process, its contents, and the deletion of old samples."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def _count_something(connection: Connection) -> None:
     tally.write(connection)
 
 
-def test_a_line_says_how_everything_stood(engine: Engine) -> None:
+def test_a_sample_has_the_statistics(engine: Engine) -> None:
     with engine.begin() as connection:
         for number in range(3):
             add_job(connection, str(number), account="shop", due_at=NOW + seconds(number))
@@ -59,8 +59,8 @@ def test_a_line_says_how_everything_stood(engine: Engine) -> None:
     }
 
 
-def test_what_nobody_may_ask_about_is_not_late(engine: Engine) -> None:
-    """Jobs of an account that is held, and those on a host that is."""
+def test_held_jobs_are_not_late(engine: Engine) -> None:
+    """Jobs of a held account, and jobs on a held host."""
     with engine.begin() as connection:
         add_job(connection, "1", account="held")
         add_job(connection, "2", account="shop", fetch_host="away.test")
@@ -75,7 +75,7 @@ def test_what_nobody_may_ask_about_is_not_late(engine: Engine) -> None:
     assert {name: one["held"] for name, one in found.body["accounts"].items()} == {"held": True, "shop": False}
 
 
-def test_of_many_that_try_at_once_one_line_results(engine: Engine) -> None:
+def test_concurrent_attempts_write_one_sample(engine: Engine) -> None:
     def attempt(_: int) -> float:
         with engine.begin() as connection:
             return record_history(connection, now=LATER, full_rps=lambda _: 10.0).total_seconds()
@@ -88,7 +88,7 @@ def test_of_many_that_try_at_once_one_line_results(engine: Engine) -> None:
     assert waits == [39.5] * 12
 
 
-def test_lines_come_once_a_minute_and_go_after_eight_days(engine: Engine) -> None:
+def test_samples_are_written_once_a_minute_and_deleted_after_eight_days(engine: Engine) -> None:
     with engine.begin() as connection:
         old = [{"minute": NOW - KEPT - seconds(60 * number), "body": "{}"} for number in range(3)]
         connection.execute(insert(history), old)
@@ -102,8 +102,8 @@ def test_lines_come_once_a_minute_and_go_after_eight_days(engine: Engine) -> Non
     assert [one.minute for one in lately] == minutes[1:]
 
 
-def test_a_line_that_is_there_costs_one_look(engine: Engine) -> None:
-    """So that it may be tried with every sweep."""
+def test_an_existing_sample_costs_one_query(engine: Engine) -> None:
+    """So every sweep can call it."""
     asked: list[str] = []
     with engine.begin() as connection:
         record_history(connection, now=NOW, full_rps=lambda _: 10.0)
@@ -131,7 +131,9 @@ print(said + [run_sweep()])
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["", "its table is gone"])
-def test_every_sweep_sees_to_it_and_trouble_with_it_hurts_none(there: bool, engine: Engine, redis_url: str) -> None:
+def test_every_sweep_records_history_and_errors_in_it_do_not_stop_the_sweep(
+    there: bool, engine: Engine, redis_url: str
+) -> None:
     with engine.begin() as connection:
         if not there:
             connection.execute(text("ALTER TABLE fetch_history RENAME TO fetch_history_gone"))

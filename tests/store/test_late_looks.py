@@ -1,4 +1,4 @@
-"""Late looks on real databases: planned with the end, made by one process, forgotten with the state `expired`."""
+"""Late looks on real databases: planned when a job expires, made by one process, deleted when it is not expired."""
 
 from datetime import datetime
 from typing import Any
@@ -58,25 +58,23 @@ def test_the_looks_are_one_three_ten_and_twenty_four_hours_after_the_deadline(en
             look = _claim(connection, job_id, due_at)
             plan_next_look(connection, look, AFTER, now=due_at)
         assert moments == [1, 3, 10, 24]
-        assert job_of_in(connection, job_id).polls == 4
+        assert read_job_in(connection, job_id).polls == 4
 
 
-def job_of_in(connection: Connection, job_id: int) -> Any:
-    """A job within a transaction."""
+def read_job_in(connection: Connection, job_id: int) -> Any:
+    """Return a job's row within a transaction."""
     return connection.execute(select(jobs).where(jobs.c.id == job_id)).one()
 
 
 @pytest.mark.parametrize(("late", "first"), [(0, 1), (1, 3), (2.9, 3), (3, 10), (23, 24), (24, None), (300, None)])
-def test_a_job_that_expired_late_has_the_looks_that_are_still_to_come(
-    engine: Engine, late: float, first: float | None
-) -> None:
-    """A hold may have kept it from expiring for hours."""
+def test_a_job_that_expired_late_has_only_the_remaining_looks(engine: Engine, late: float, first: float | None) -> None:
+    """A hold may have delayed its expiry for hours."""
     with engine.begin() as connection:
         due_at = _due_at(connection, _planned(connection, at=NOW + seconds(late * HOUR)))
     assert (None if due_at is None else (due_at - NOW).total_seconds() / HOUR) == first
 
 
-def test_a_job_that_can_not_be_asked_has_no_looks_nor_has_one_that_is_not_expired(engine: Engine) -> None:
+def test_jobs_that_can_not_be_polled_or_are_not_expired_have_no_looks(engine: Engine) -> None:
     with engine.begin() as connection:
         made_up = _planned(connection, "sha256:" + "0a" * 16)
         ready = _planned(connection, "8", fetch_base="ready:abc", fetch_url="ready:abc")
@@ -87,8 +85,8 @@ def test_a_job_that_can_not_be_asked_has_no_looks_nor_has_one_that_is_not_expire
         assert [look_of(connection, job_id) for job_id in (made_up, ready, pending, off)] == [None] * 4
 
 
-def test_a_look_is_claimed_by_one_process_and_comes_back_after_its_lease(engine: Engine) -> None:
-    """A process that dies in between loses none, and its request stays counted."""
+def test_a_look_is_claimed_by_one_process_and_is_due_again_after_its_lease(engine: Engine) -> None:
+    """A process that dies in between loses no look, and its request stays counted."""
     at = NOW + seconds(HOUR)
     with engine.begin() as connection:
         job_id = _planned(connection)
@@ -106,8 +104,8 @@ def test_a_look_is_claimed_by_one_process_and_comes_back_after_its_lease(engine:
     assert read_job(engine, job_id).polls == 2
 
 
-def test_while_another_process_holds_the_job_its_look_is_passed_over(engine: Engine) -> None:
-    """On SQLite there is one writer at a time anyway."""
+def test_the_look_of_a_locked_job_is_skipped(engine: Engine) -> None:
+    """SQLite has only one writer at a time."""
     if engine.dialect.name == "sqlite":
         return
     at = NOW + seconds(HOUR)
@@ -119,7 +117,7 @@ def test_while_another_process_holds_the_job_its_look_is_passed_over(engine: Eng
         _claim(second, free, at)
 
 
-def test_a_look_that_led_to_no_answer_does_not_count_and_its_request_only_where_it_was_sent(engine: Engine) -> None:
+def test_a_look_without_an_answer_does_not_count_and_its_request_counts_only_if_it_was_sent(engine: Engine) -> None:
     at = NOW + seconds(HOUR)
     later = at + seconds(60)
     with engine.begin() as connection:
@@ -130,10 +128,10 @@ def test_a_look_that_led_to_no_answer_does_not_count_and_its_request_only_where_
         for job_id, polls in ((sent, 1), (unsent, 0)):
             look = look_of(connection, job_id)
             assert look is not None
-            assert (look.looks, look.due_at, job_of_in(connection, job_id).polls) == (0, later, polls)
+            assert (look.looks, look.due_at, read_job_in(connection, job_id).polls) == (0, later, polls)
 
 
-def test_looks_that_can_not_be_made_now_keep_no_other_waiting(engine: Engine) -> None:
+def test_looks_that_can_not_be_made_now_do_not_block_others(engine: Engine) -> None:
     at = NOW + seconds(HOUR)
     with engine.begin() as connection:
         shut, free = _planned(connection, "1"), _planned(connection, "2")
@@ -143,7 +141,7 @@ def test_looks_that_can_not_be_made_now_keep_no_other_waiting(engine: Engine) ->
         assert (due.job_id, due.account, due.host) == (free, "default", "api.test")
 
 
-def test_retried_and_removed_jobs_leave_the_table(engine: Engine) -> None:
+def test_retried_and_deleted_jobs_have_no_looks(engine: Engine) -> None:
     with engine.begin() as connection:
         retried, removed, changed = (_planned(connection, name) for name in ("1", "2", "3"))
         assert retry(connection, retried, now=NOW)
@@ -158,8 +156,8 @@ def test_retried_and_removed_jobs_leave_the_table(engine: Engine) -> None:
         assert connection.execute(select(late_looks)).all() == []
 
 
-def test_looks_that_nobody_made_in_time_are_forgotten(engine: Engine) -> None:
-    """A day after the last of them no link lives."""
+def test_looks_that_were_not_made_in_time_are_deleted(engine: Engine) -> None:
+    """A day after the last look, the links have expired."""
     with engine.begin() as connection:
         job_id = _planned(connection)
         assert delete_stale_looks(connection, AFTER, now=NOW + seconds(47.9 * HOUR), limit=10) == 0

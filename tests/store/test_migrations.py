@@ -1,4 +1,4 @@
-"""The migrations: up, down and up again, on an empty database and beside an app that has an Alembic history too."""
+"""Migrations: upgrade, downgrade and upgrade again, in an empty database and beside an app with its own history."""
 
 import os
 import shutil
@@ -46,7 +46,7 @@ def downgrade():
 
 @pytest.fixture
 def app_scripts(tmp_path: Path) -> Path:
-    """The migrations of a web app, with a revision of its own."""
+    """Return the migrations of a web app, with one revision."""
     folder = tmp_path / "app_migrations"
     (folder / "versions").mkdir(parents=True)
     (folder / "env.py").write_text(APP_ENV)
@@ -70,8 +70,8 @@ def _tables(engine: Engine) -> set[str]:
 OURS = {*metadata.tables, VERSION_TABLE}
 
 
-def test_up_and_down_and_up_again_leaves_what_it_should(empty: Engine) -> None:
-    """After the way down nothing of ours is left but the empty version table."""
+def test_upgrade_downgrade_and_upgrade_again(empty: Engine) -> None:
+    """After the downgrade, only the empty version table is left."""
     assert migrate(empty) == (None, SCHEMA_VERSION)
     assert _tables(empty) == OURS
     assert migrate(empty) == (SCHEMA_VERSION, SCHEMA_VERSION)
@@ -87,14 +87,14 @@ def test_up_and_down_and_up_again_leaves_what_it_should(empty: Engine) -> None:
     check_schema(empty)
 
 
-def test_the_migrations_make_exactly_the_tables_that_the_code_sees(empty: Engine) -> None:
-    """`alembic check` finds no difference in columns, types, indexes, keys."""
+def test_the_migrations_create_exactly_the_tables_of_the_code(empty: Engine) -> None:
+    """`alembic check` finds no difference in columns, types, indexes and keys."""
     migrate(empty)
     _run(empty, scripts(), "check")
 
 
-def test_the_migrations_make_every_constraint_under_its_name(empty: Engine) -> None:
-    """`alembic check` does not compare CHECKs, so this does."""
+def test_the_migrations_create_every_constraint_with_its_name(empty: Engine) -> None:
+    """`alembic check` does not compare CHECK constraints."""
     migrate(empty)
     made = inspect(empty)
     for table in metadata.sorted_tables:
@@ -106,8 +106,8 @@ def test_the_migrations_make_every_constraint_under_its_name(empty: Engine) -> N
             assert made.get_pk_constraint(table.name)["name"] == f"pk_{table.name}"
 
 
-def test_check_sees_a_difference_where_there_is_one(empty: Engine) -> None:
-    """Else the two tests above would prove nothing."""
+def test_check_finds_a_difference(empty: Engine) -> None:
+    """Otherwise the two tests above would prove nothing."""
     migrate(empty)
     with empty.begin() as connection:
         connection.execute(text("ALTER TABLE fetch_jobs ADD COLUMN stray INTEGER"))
@@ -115,8 +115,8 @@ def test_check_sees_a_difference_where_there_is_one(empty: Engine) -> None:
         _run(empty, scripts(), "check")
 
 
-def test_an_apps_own_tables_and_history_are_left_alone(empty: Engine, app_scripts: Path) -> None:
-    """In the same database, in either order, each side sees and moves only its own."""
+def test_an_apps_tables_and_history_are_not_changed(empty: Engine, app_scripts: Path) -> None:
+    """In the same database and in any order, each side changes only its own tables."""
     _run(empty, app_scripts, "upgrade", "head")
     with empty.begin() as connection:
         connection.execute(text("INSERT INTO shop_orders (id, total) VALUES (1, 99)"))
@@ -142,8 +142,8 @@ def test_an_apps_own_tables_and_history_are_left_alone(empty: Engine, app_script
     _run(empty, scripts(), "check")
 
 
-def test_tables_of_a_newer_version_are_a_clear_error_and_stay_as_they_are(empty: Engine) -> None:
-    """After a roll-back of the code the database may be ahead of it."""
+def test_tables_of_a_newer_version_raise_an_error_and_are_not_changed(empty: Engine) -> None:
+    """After a rollback of the code, the database may be newer."""
     migrate(empty)
     with empty.begin() as connection:
         connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '9999'"))  # noqa: S608  # a constant
@@ -152,8 +152,8 @@ def test_tables_of_a_newer_version_are_a_clear_error_and_stay_as_they_are(empty:
     assert _tables(empty) == OURS
 
 
-def test_two_migrations_at_once_make_one_set_of_tables(empty: Engine) -> None:
-    """Two releases that start together: one works, the other waits and finds everything there."""
+def test_two_concurrent_migrations_create_the_tables_once(empty: Engine) -> None:
+    """One works, the other waits and finds the tables."""
     with ThreadPoolExecutor(1) as other:
         theirs = subprocess.Popen(
             [sys.executable, "-c", "from worker.cli import main; main(['migrate'])"],
@@ -173,7 +173,7 @@ def test_two_migrations_at_once_make_one_set_of_tables(empty: Engine) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what a clone has."""
+    """Return a copy of the files of a clone."""
     copy = tmp_path / "a clone"
     copy.mkdir()
     shutil.copy(ROOT / "alembic.ini", copy)
@@ -195,7 +195,7 @@ def _alembic(checkout: Path, url: str, *words: str) -> subprocess.CompletedProce
 
 
 def test_the_alembic_command_works_in_a_clone(empty: Engine, checkout: Path) -> None:
-    """upgrade, check, downgrade: the three that an operator uses, on the database that DATABASE_URL names."""
+    """The commands upgrade, check and downgrade work on the database in DATABASE_URL."""
     url = empty.url.render_as_string(hide_password=False).replace("+psycopg", "")
     for words in (("upgrade", "head"), ("check",), ("downgrade", "base")):
         done = _alembic(checkout, url, *words)
@@ -206,7 +206,7 @@ def test_the_alembic_command_works_in_a_clone(empty: Engine, checkout: Path) -> 
 
 
 def test_the_alembic_command_prints_sql_without_a_database(checkout: Path) -> None:
-    """For those whose database administrator runs the statements."""
+    """For teams whose database administrator runs the statements."""
     done = _alembic(checkout, "postgresql://nobody@127.0.0.1:1/none", "upgrade", "head", "--sql")
     assert done.returncode == 0, done.stderr
     for table in metadata.tables:
@@ -227,8 +227,8 @@ def test_the_alembic_command_prints_sql_without_a_database(checkout: Path) -> No
     ],
     ids=["0011", "0010"],
 )
-def test_a_way_down_that_was_killed_halfway_is_taken_again(empty: Engine, halves: list[str]) -> None:
-    """MariaDB keeps each statement once it is executed, so the second run meets what the first one did."""
+def test_an_interrupted_downgrade_can_run_again(empty: Engine, halves: list[str]) -> None:
+    """MariaDB commits each statement at once, so the second run finds the changes of the first."""
     migrate(empty)
     with empty.begin() as connection:
         for statement in halves:
@@ -245,7 +245,7 @@ def test_a_way_down_that_was_killed_halfway_is_taken_again(empty: Engine, halves
 def test_a_migration_that_waited_too_long_for_another_one_does_nothing(
     empty: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MariaDB says so with a number, not with an error."""
+    """MariaDB returns a number for this, not an error."""
     monkeypatch.setattr(migrate_module, "_LOCK_SECONDS", 0)
     with empty.connect() as other:
         assert other.exec_driver_sql(f"SELECT GET_LOCK({migrate_module.MYSQL_LOCK}, 0)").scalar() == 1

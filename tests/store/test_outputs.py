@@ -1,4 +1,4 @@
-"""Outputs on every database: what is not stored yet, what is stored where, and putting back what is gone."""
+"""Outputs on every database: unstored outputs, stored outputs, and requeueing an output whose file is missing."""
 
 from typing import Any
 
@@ -27,8 +27,8 @@ COMPLETED: dict[str, Any] = {
 }
 
 
-def test_given_outputs_in_trouble_when_counted_then_by_their_trouble_with_the_oldest_link(engine: Engine) -> None:
-    """Those that are stored or given up are no part of it."""
+def test_given_unstored_outputs_then_they_are_grouped_by_code_with_the_oldest_link(engine: Engine) -> None:
+    """Stored and failed outputs are not counted."""
     with engine.begin() as connection:
         job_id = add_downloading(connection)
         add_output(connection, job_id, 0)
@@ -43,8 +43,8 @@ def test_given_outputs_in_trouble_when_counted_then_by_their_trouble_with_the_ol
     assert found == {None: (1, NOW, None), "storage": (2, NOW - seconds(120), "full")}
 
 
-def test_given_stored_outputs_when_they_are_gone_through_then_in_pages_and_of_some_jobs_alone(engine: Engine) -> None:
-    """Each with the state of its job."""
+def test_given_stored_outputs_then_they_are_returned_in_pages_and_for_some_jobs_only(engine: Engine) -> None:
+    """Each has the state of its job."""
     with engine.begin() as connection:
         first, second = (add_job(connection, name, **COMPLETED) for name in "12")
         ids = [add_output(connection, job, n, **STORED) for job in (first, second) for n in range(2)]
@@ -60,8 +60,8 @@ def test_given_stored_outputs_when_they_are_gone_through_then_in_pages_and_of_so
     assert [(row.id, row.job_status) for row in of_one] == [(ids[2], "completed"), (ids[3], "completed")]
 
 
-def test_given_files_when_looked_up_then_those_are_left_that_no_output_has(engine: Engine) -> None:
-    """However many there are."""
+def test_given_files_then_the_locations_without_an_output_are_returned(engine: Engine) -> None:
+    """For any number of files."""
     with engine.begin() as connection:
         add_output(connection, add_job(connection, **COMPLETED), **STORED)
         many = [f"file:///o/{number}.png" for number in range(1_200)]
@@ -70,8 +70,8 @@ def test_given_files_when_looked_up_then_those_are_left_that_no_output_has(engin
         assert unknown_locations(connection, []) == []
 
 
-def test_given_a_stored_output_when_put_back_then_it_is_due_and_its_job_unfinished(engine: Engine) -> None:
-    """As if it had been listed just now; whoever was told is told again in the end."""
+def test_given_a_stored_output_when_requeued_then_it_is_due_and_its_job_is_downloading(engine: Engine) -> None:
+    """It is like a new output, and `on_done` is called again at the end."""
     later = NOW + seconds(90_000)
     with engine.begin() as connection:
         job_id = add_job(connection, **COMPLETED)
@@ -87,8 +87,8 @@ def test_given_a_stored_output_when_put_back_then_it_is_due_and_its_job_unfinish
 
 
 @pytest.mark.parametrize("case", ["moved", "cancelled", "data", "unknown"])
-def test_given_an_output_that_can_not_be_put_back_when_tried_then_nothing_changes(engine: Engine, case: str) -> None:
-    """It was changed meanwhile, its job was cancelled, or only the answer had its bytes."""
+def test_given_an_output_that_can_not_be_requeued_then_nothing_changes(engine: Engine, case: str) -> None:
+    """It was changed meanwhile, its job was cancelled, or its bytes came with the answer itself."""
     with engine.begin() as connection:
         job_id = add_job(connection, **(COMPLETED | ({"status": "cancelled"} if case == "cancelled" else {})))
         url: dict[str, Any] = {"url": "data:image/png;sha256=00"} if case == "data" else {}
@@ -100,8 +100,8 @@ def test_given_an_output_that_can_not_be_put_back_when_tried_then_nothing_change
         assert connection.execute(select(outputs)).all() == before
 
 
-def test_given_an_id_when_looked_up_then_its_output_or_nothing(engine: Engine) -> None:
-    """Also for numbers that no database takes."""
+def test_given_an_id_then_its_output_or_none_is_returned(engine: Engine) -> None:
+    """Also for numbers that are too large for the database."""
     with engine.begin() as connection:
         output_id = add_output(connection, add_downloading(connection))
 

@@ -1,4 +1,4 @@
-"""Lists for people: each page ends in time, says how far it looked, and the pages together show every row once."""
+"""Pages: each ends in time and has the position of the search, and together they contain every row once."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,12 +17,12 @@ READY = {"status": "completed", "due_at": None, "ready_at": NOW, "completed_at":
 
 @pytest.fixture(autouse=True)
 def narrow_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rows are then as many as there are."""
+    """Use small windows, so that a few rows need several of them."""
     monkeypatch.setattr(pages, "WINDOW", 4)
 
 
 def ticking() -> Callable[[], float]:
-    """A clock by which each look takes all the time that there is."""
+    """Return a clock by which each window uses up the whole time."""
     now = 0.0
 
     def clock() -> float:
@@ -34,7 +34,7 @@ def ticking() -> Callable[[], float]:
 
 
 def walked(page: Callable[[int | None], Page]) -> tuple[list[int], list[Page]]:
-    """All rows by page after page, and the pages."""
+    """Return all rows of all pages, and the pages."""
     pages = [page(None)]
     while pages[-1].before is not None:
         pages.append(page(pages[-1].before))
@@ -55,7 +55,7 @@ def walked(page: Callable[[int | None], Page]) -> tuple[list[int], list[Page]]:
     ],
     ids=["all", "account", "account and state", "kind", "state", "late", "none"],
 )
-def test_the_pages_together_show_every_job_that_matches_once_newest_first(
+def test_the_pages_together_contain_every_matching_job_once_newest_first(
     engine: Engine, wanted: JobFilter, matches: Callable[[int], bool], clock: Callable[[], Callable[[], float]]
 ) -> None:
     with engine.begin() as connection:
@@ -71,7 +71,7 @@ def test_the_pages_together_show_every_job_that_matches_once_newest_first(
     assert all(len(page.rows) <= 5 for page in pages)
 
 
-def test_a_page_ends_when_its_time_is_over_and_says_how_far_it_looked(engine: Engine) -> None:
+def test_a_page_ends_after_its_time_and_has_the_position_of_the_search(engine: Engine) -> None:
     with engine.begin() as connection:
         first = add_job(connection, "first", account="shop")
         ids = [add_job(connection, str(number)) for number in range(30)]

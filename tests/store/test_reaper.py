@@ -1,4 +1,4 @@
-"""Work of dead processes on every database: due again, apart from one another, and set aside where it kills on."""
+"""Claims of dead processes on every database: released at different times, and failed after repeated crashes."""
 
 from datetime import datetime, timedelta
 from typing import Any
@@ -14,7 +14,7 @@ HELD: dict[str, Any] = {"claim_token": "t", "claim_holder": "dead.1.1", "due_at"
 
 
 def _crash(engine: Engine, *, at: datetime, attempts: int = 1) -> Released:
-    """The process that holds everything dies; before that it had claimed it once more, or more often."""
+    """Claim everything `attempts` times, then let the process die."""
     with engine.begin() as connection:
         for table, counter in ((jobs, "polls"), (outputs, "attempts")):
             more: Any = {counter: table.c[counter] + attempts}
@@ -24,7 +24,7 @@ def _crash(engine: Engine, *, at: datetime, attempts: int = 1) -> Released:
 
 
 def test_given_claims_of_a_dead_process_when_released_then_they_are_due_at_once(engine: Engine) -> None:
-    """Those of others stay as they are."""
+    """Claims of other processes do not change."""
     with engine.begin() as connection:
         job_id = add_job(connection, **HELD)
         output_id = add_output(connection, add_downloading(connection, "2"), **HELD)
@@ -38,8 +38,8 @@ def test_given_claims_of_a_dead_process_when_released_then_they_are_due_at_once(
     assert read_job(engine, other).claim_token == "t"
 
 
-def test_given_rows_that_crash_again_when_released_then_they_come_back_apart(engine: Engine) -> None:
-    """So that one that kills its process does not take the same others with it each time."""
+def test_given_rows_that_crash_again_when_released_then_they_are_due_at_different_times(engine: Engine) -> None:
+    """So a row that crashes its process does not affect the same other rows each time."""
     with engine.begin() as connection:
         ids = [add_job(connection, str(number)) for number in range(12)]
 
@@ -52,10 +52,10 @@ def test_given_rows_that_crash_again_when_released_then_they_come_back_apart(eng
     assert max(dues) <= NOW + timedelta(seconds=16)
 
 
-def test_given_a_job_that_kills_its_process_each_time_when_it_has_done_so_often_then_it_is_set_aside(
+def test_given_a_job_that_crashes_its_process_often_then_it_fails(
     engine: Engine,
 ) -> None:
-    """With the reason; nothing before."""
+    """With the reason. Before that, nothing changes."""
     with engine.begin() as connection:
         job_id = add_job(connection)
 
@@ -70,16 +70,16 @@ def test_given_a_job_that_kills_its_process_each_time_when_it_has_done_so_often_
 
 
 def _crash_before_sending(engine: Engine) -> Released:
-    """The process claims everything and dies before it has sent a request."""
+    """Claim everything, then let the process die before it sends a request."""
     with engine.begin() as connection:
         connection.execute(update(jobs).where(jobs.c.status == "pending").values(polls=jobs.c.polls + 1, **HELD))
         return release_crashed(connection, ["dead.1.1"], now=NOW, sent={"dead.1.1": set()})
 
 
-def test_given_a_job_that_kills_its_process_before_the_request_is_sent_then_it_is_set_aside_all_the_same(
+def test_given_a_job_that_crashes_its_process_before_the_request_then_it_fails_too(
     engine: Engine,
 ) -> None:
-    """No request is counted, each crash is."""
+    """No request is counted, but each crash is."""
     with engine.begin() as connection:
         job_id = add_job(connection)
 
@@ -94,9 +94,10 @@ def test_given_a_job_that_kills_its_process_before_the_request_is_sent_then_it_i
 
 
 @pytest.mark.parametrize("before_sending", [True, False])
-def test_given_an_answer_between_two_crashes_then_the_count_begins_anew_whether_or_not_the_request_was_sent(
+def test_given_an_answer_between_two_crashes_then_the_count_starts_again(
     engine: Engine, *, before_sending: bool
 ) -> None:
+    """Whether or not the request of the crash was sent."""
     with engine.begin() as connection:
         job_id = add_job(connection)
     for _ in range(3):
@@ -115,10 +116,10 @@ def test_given_an_answer_between_two_crashes_then_the_count_begins_anew_whether_
         assert (fourth, connection.execute(select(crashes.c.times)).scalar_one()) == (4, 1)
 
 
-def test_given_an_output_that_kills_its_process_each_time_then_its_job_ends_with_what_could_be_stored(
+def test_given_an_output_that_crashes_its_process_often_then_its_job_ends_with_the_other_outputs(
     engine: Engine,
 ) -> None:
-    """As for any other output that is given up."""
+    """As for any other failed output."""
     with engine.begin() as connection:
         job_id = add_downloading(connection)
         output_id = add_output(connection, job_id)
@@ -133,10 +134,10 @@ def test_given_an_output_that_kills_its_process_each_time_then_its_job_ends_with
 
 
 @pytest.mark.parametrize("attempts", [2, 3])
-def test_given_an_attempt_that_came_to_an_end_between_two_crashes_then_the_count_begins_anew(
+def test_given_a_finished_attempt_between_two_crashes_then_the_count_starts_again(
     engine: Engine, attempts: int
 ) -> None:
-    """Whoever is just unlucky is never set aside."""
+    """A row that is held by unlucky processes never fails."""
     with engine.begin() as connection:
         add_job(connection)
 

@@ -1,4 +1,4 @@
-"""Rows in a state that no step of ours leaves behind: each look repairs a page of them, and costs little otherwise."""
+"""Repairs of rows in invalid states: each run repairs one page, and costs little if there is nothing to repair."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -26,10 +26,10 @@ def _now() -> datetime:
         ([], "failed", "no_output"),
     ],
 )
-def test_given_a_job_that_is_downloading_while_no_output_waits_when_repaired_then_it_ends(
+def test_given_a_downloading_job_without_pending_outputs_when_repaired_then_it_ends(
     engine: Engine, ended: list[dict[str, Any]], status: str, code: str | None
 ) -> None:
-    """And is counted as finished, once."""
+    """It is counted as finished, once."""
     with engine.begin() as connection:
         job_id = add_downloading(connection)
         for position, values in enumerate(ended):
@@ -43,7 +43,7 @@ def test_given_a_job_that_is_downloading_while_no_output_waits_when_repaired_the
         assert [(one.key.label, one.times) for one in read_counters(connection, [FINISHED])] == [(status, 1)]
 
 
-def test_given_a_job_with_an_output_that_waits_when_repaired_then_it_stays_as_it_is(engine: Engine) -> None:
+def test_given_a_job_with_a_pending_output_when_repaired_then_it_does_not_change(engine: Engine) -> None:
     with engine.begin() as connection:
         job_id = add_downloading(connection)
         add_output(connection, job_id, **WHOLE)
@@ -54,8 +54,8 @@ def test_given_a_job_with_an_output_that_waits_when_repaired_then_it_stays_as_it
     assert read_output(engine, output_id).status == "pending"
 
 
-def test_given_an_output_that_waits_when_its_job_is_cancelled_then_it_is_cancelled_too(engine: Engine) -> None:
-    """The output of a job that ended otherwise is paid for, and is still downloaded."""
+def test_given_a_pending_output_of_a_cancelled_job_when_repaired_then_it_is_cancelled_too(engine: Engine) -> None:
+    """The output of a job that ended in another way is paid for, so it is still downloaded."""
     final: dict[str, Any] = {"due_at": None, "completed_at": _now()}
     with engine.begin() as connection:
         cancelled = add_output(connection, add_job(connection, "1", status="cancelled", **final))
@@ -67,8 +67,8 @@ def test_given_an_output_that_waits_when_its_job_is_cancelled_then_it_is_cancell
     assert read_output(engine, paid).status == "pending"
 
 
-def test_given_a_claim_that_lasts_longer_than_any_lease_when_repaired_then_its_row_is_due_again(engine: Engine) -> None:
-    """A lease is renewed every few seconds, and ends within an hour: whoever wrote this is gone."""
+def test_given_a_claim_longer_than_any_lease_when_repaired_then_its_row_is_due_again(engine: Engine) -> None:
+    """A lease lasts at most an hour and is renewed every few seconds, so the holder must be dead."""
     far: dict[str, Any] = {"claim_token": "t", "claim_holder": "h", "due_at": _now() + timedelta(days=30)}
     near = far | {"due_at": _now() + timedelta(minutes=50)}
     with engine.begin() as connection:
@@ -82,7 +82,7 @@ def test_given_a_claim_that_lasts_longer_than_any_lease_when_repaired_then_its_r
     assert read_job(engine, other).claim_holder == "h"
 
 
-def test_given_more_rows_than_a_page_when_repaired_page_by_page_then_all_are_seen_and_it_begins_anew(
+def test_given_several_pages_when_repaired_then_all_rows_are_read_and_it_starts_again(
     engine: Engine,
 ) -> None:
     final: dict[str, Any] = {"status": "cancelled", "due_at": None, "completed_at": _now()}
@@ -104,7 +104,7 @@ def test_given_more_rows_than_a_page_when_repaired_page_by_page_then_all_are_see
     assert read_job(engine, late).status == "failed"
 
 
-def test_given_nothing_to_repair_when_looked_for_then_no_statement_writes_or_locks(engine: Engine) -> None:
+def test_given_nothing_to_repair_then_no_statement_writes_or_locks(engine: Engine) -> None:
     with engine.begin() as connection:
         add_output(connection, add_downloading(connection))
     statements: list[str] = []

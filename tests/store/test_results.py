@@ -1,4 +1,4 @@
-"""What an answer or an attempt led to, written on real databases: every step, every result, and how jobs end."""
+"""Results of polls and download attempts on real databases: every step, every result, and how jobs end."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -56,8 +56,8 @@ def _record(
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_job_to_be_asked_again_waits_and_keeps_its_strikes(engine: Engine) -> None:
-    """Free again, due after the wait, with what the API said so far."""
+def test_a_rescheduled_job_is_released_and_keeps_its_strikes(engine: Engine) -> None:
+    """It is due after the wait."""
     strikes = Strikes(failed=1, unknown=2, error=3, empty=4, last=NOW)
     with engine.begin() as connection:
         job_id = add_job(connection)
@@ -74,8 +74,8 @@ def test_a_job_to_be_asked_again_waits_and_keeps_its_strikes(engine: Engine) -> 
     )
 
 
-def test_a_ready_job_gets_a_row_for_each_output_in_order_and_the_bytes_it_carried(engine: Engine) -> None:
-    """The output rows are the outbox: written with the change, queued after the commit."""
+def test_a_ready_job_gets_output_rows_in_order_and_the_bytes_in_the_answer(engine: Engine) -> None:
+    """The rows are written with the change, and queued after the commit."""
     found = (Link("https://cdn/a.png", ("https://proxy/a.png",)), Link("data:;sha256=00", (), b"bytes"))
     with engine.begin() as connection:
         job_id = add_job(connection)
@@ -100,7 +100,7 @@ def test_a_ready_job_gets_a_row_for_each_output_in_order_and_the_bytes_it_carrie
 
 
 def test_a_ready_job_without_outputs_is_completed_at_once(engine: Engine) -> None:
-    """A trained model has nothing to download."""
+    """A trained model has no outputs to download."""
     with engine.begin() as connection:
         job_id = add_job(connection)
         [claimed] = claim_due_jobs(connection)
@@ -110,7 +110,7 @@ def test_a_ready_job_without_outputs_is_completed_at_once(engine: Engine) -> Non
     assert (row.status, row.ready_at, row.completed_at, row.due_at) == ("completed", SOON, SOON, None)
 
 
-def test_given_more_outputs_than_are_stored_when_recorded_then_the_job_says_so_and_they_are_counted(
+def test_given_too_many_outputs_when_recorded_then_the_job_has_a_message_and_they_are_counted(
     engine: Engine,
 ) -> None:
     tally = Tally()
@@ -139,8 +139,8 @@ def test_given_more_outputs_than_are_stored_when_recorded_then_the_job_says_so_a
 
 
 @pytest.mark.parametrize(("status", "code"), [("failed", "api_failed"), ("expired", "expired")])
-def test_a_job_that_ends_says_why_and_when(engine: Engine, status: str, code: str) -> None:
-    """Final: no due time, no claim, a code and a message."""
+def test_an_ended_job_has_a_reason_and_an_end_time(engine: Engine, status: str, code: str) -> None:
+    """It has no due time and no claim, but a code and a message."""
     step = EndJob("failed", code, "because") if status == "failed" else EndJob("expired", code, "because")
     with engine.begin() as connection:
         job_id = add_job(connection)
@@ -151,8 +151,8 @@ def test_a_job_that_ends_says_why_and_when(engine: Engine, status: str, code: st
     assert (row.due_at, row.claim_token) == (None, None)
 
 
-def test_the_first_end_stands_whatever_comes_later(engine: Engine) -> None:
-    """An answer that was under way when the job was cancelled changes nothing."""
+def test_the_first_end_is_kept(engine: Engine) -> None:
+    """An answer that arrives after a cancel changes nothing."""
     with engine.begin() as connection:
         job_id = add_job(connection)
         [claimed] = claim_due_jobs(connection)
@@ -165,8 +165,8 @@ def test_the_first_end_stands_whatever_comes_later(engine: Engine) -> None:
         assert connection.execute(select(outputs)).all() == []
 
 
-def test_a_batch_of_everything_is_written_in_one_go_and_counts_what_was_lost(engine: Engine) -> None:
-    """One transaction for many answers; one whose claim is gone does not disturb the others."""
+def test_a_mixed_batch_is_written_in_one_transaction_and_counts_lost_claims(engine: Engine) -> None:
+    """An answer whose claim was lost does not affect the others."""
     with engine.begin() as connection:
         for number in range(4):
             add_job(connection, str(number))
@@ -190,7 +190,7 @@ def test_a_batch_of_everything_is_written_in_one_go_and_counts_what_was_lost(eng
 
 @pytest.mark.parametrize("engine", ["postgresql"], indirect=True)
 def test_a_large_batch_takes_few_statements_and_keeps_every_microsecond(engine: Engine) -> None:
-    """One per kind of outcome, however many answers there are; times travel exactly."""
+    """One statement per kind of step for any number of answers. Times are stored exactly."""
     statements: list[str] = []
     odd = NOW.replace(microsecond=123_457)
     with engine.begin() as connection:
@@ -215,8 +215,8 @@ def test_a_large_batch_takes_few_statements_and_keeps_every_microsecond(engine: 
     assert len(waiting) == 160
 
 
-def test_a_very_long_answer_is_noted_in_short(engine: Engine) -> None:
-    """The note fits its column on every database."""
+def test_a_very_long_answer_is_shortened(engine: Engine) -> None:
+    """The note fits into its column on every database."""
     with engine.begin() as connection:
         job_id = add_job(connection)
         [claimed] = claim_due_jobs(connection)
@@ -224,8 +224,8 @@ def test_a_very_long_answer_is_noted_in_short(engine: Engine) -> None:
     assert len(read_job(engine, job_id).last_answer) == 600
 
 
-def test_fresh_links_go_to_the_outputs_that_wait_for_them_and_set_them_off(engine: Engine) -> None:
-    """By position; stored outputs and those under way keep what they have."""
+def test_fresh_links_replace_those_of_waiting_outputs_and_make_them_due(engine: Engine) -> None:
+    """By position. Stored outputs and running downloads do not change."""
     with engine.begin() as connection:
         job_id = add_downloading(connection, due_at=NOW)
         waits = add_output(connection, job_id, 1, renewed=True, due_at=NOW + RENEWAL_WAIT)
@@ -249,8 +249,8 @@ def test_fresh_links_go_to_the_outputs_that_wait_for_them_and_set_them_off(engin
     assert (job.status, job.due_at, job.claim_token, job.polls) == ("downloading", None, None, 1)
 
 
-def test_without_fresh_links_the_outputs_go_on_with_what_they_have(engine: Engine) -> None:
-    """Also where the fresh answer lists fewer outputs than the first one did."""
+def test_without_fresh_links_the_outputs_keep_their_links(engine: Engine) -> None:
+    """Also if the new answer lists fewer outputs than the first one."""
     with engine.begin() as connection:
         job_id = add_downloading(connection, due_at=NOW)
         first = add_output(connection, job_id, 0, renewed=True, due_at=NOW + RENEWAL_WAIT)
@@ -269,7 +269,7 @@ def test_without_fresh_links_the_outputs_go_on_with_what_they_have(engine: Engin
     assert (read_output(engine, waits).due_at, read_job(engine, other).due_at) == (SOON, None)
 
 
-def test_given_a_fresh_link_to_another_kind_of_media_then_all_links_of_the_job_stay(engine: Engine) -> None:
+def test_given_a_fresh_link_to_another_kind_of_media_then_all_links_of_the_job_are_kept(engine: Engine) -> None:
     with engine.begin() as connection:
         sound, picture = (add_downloading(connection, name, due_at=NOW) for name in ("1", "2"))
         waiting = {"renewed": True, "due_at": NOW + RENEWAL_WAIT}
@@ -293,7 +293,7 @@ def _promised(job: ClaimedJob, step: JobDecision, *urls: str) -> Outcome:
     return Outcome(job, step, "note", promised=urls)
 
 
-def test_given_a_lost_claim_when_its_answer_would_end_the_job_then_no_promise_is_tried(engine: Engine) -> None:
+def test_given_a_lost_claim_when_its_answer_would_end_the_job_then_no_promised_link_is_tried(engine: Engine) -> None:
     end = EndJob("expired", "expired", "late")
     with engine.begin() as connection:
         job_id = add_job(connection)
@@ -306,8 +306,8 @@ def test_given_a_lost_claim_when_its_answer_would_end_the_job_then_no_promise_is
         assert connection.execute(select(outputs)).all() == connection.execute(select(promises)).all() == []
 
 
-def test_given_jobs_that_get_ready_then_their_promises_are_forgotten_and_no_others(engine: Engine) -> None:
-    """Else the links stay in the table as long as their job does."""
+def test_given_ready_jobs_then_only_their_promised_links_are_deleted(engine: Engine) -> None:
+    """Otherwise the links would stay in the table as long as their job."""
     with engine.begin() as connection:
         ids = {name: add_job(connection, name) for name in ("ready", "trained", "waiting", "lost")}
         add_promises(connection, {job_id: ["https://h/a.png"] for job_id in ids.values()})
@@ -328,7 +328,7 @@ def test_given_jobs_that_get_ready_then_their_promises_are_forgotten_and_no_othe
     assert left == {ids["waiting"], ids["lost"]}
 
 
-def test_given_ends_of_all_kinds_in_one_batch_then_promises_are_tried_before_those_without_an_output(
+def test_given_a_batch_of_all_kinds_of_ends_then_promised_links_are_tried_before_ends_without_an_output(
     engine: Engine,
 ) -> None:
     codes = ("not_found", "no_output", "api_failed", "api_error", "expired")
@@ -356,8 +356,8 @@ def test_given_ends_of_all_kinds_in_one_batch_then_promises_are_tried_before_tho
     assert len(kept) == 3
 
 
-def test_a_job_that_no_statement_can_write_is_set_aside(engine: Engine) -> None:
-    """So that it does not spoil every batch it is in."""
+def test_a_job_whose_answer_can_not_be_written_fails(engine: Engine) -> None:
+    """So it does not make every batch fail."""
     with engine.begin() as connection:
         job_id = add_job(connection)
         [claimed] = claim_due_jobs(connection)
@@ -371,7 +371,7 @@ def test_a_job_that_no_statement_can_write_is_set_aside(engine: Engine) -> None:
 
 
 def test_a_stored_output_is_described_and_the_last_one_completes_its_job(engine: Engine) -> None:
-    """First of two: the job goes on. Second: completed. The bytes that the answer carried are gone."""
+    """With the first of two outputs, the job continues. The bytes that came with the answer are deleted."""
     with engine.begin() as connection:
         job_id = add_downloading(connection)
         first, second = add_output(connection, job_id, 0, error_code="http_error"), add_output(connection, job_id, 1)
@@ -396,8 +396,8 @@ def test_a_stored_output_is_described_and_the_last_one_completes_its_job(engine:
     assert (job.status, job.completed_at, job.error_code) == ("completed", SOON, None)
 
 
-def test_a_job_with_an_output_given_up_fails_when_the_last_one_ends(engine: Engine) -> None:
-    """Stored files stay; the job says how many are missing."""
+def test_a_job_with_a_failed_output_fails_when_the_last_output_ends(engine: Engine) -> None:
+    """Stored files are kept. The job's message has the number of missing files."""
     with engine.begin() as connection:
         job_id = add_downloading(connection)
         first, second = add_output(connection, job_id, 0), add_output(connection, job_id, 1)
@@ -414,7 +414,7 @@ def test_a_job_with_an_output_given_up_fails_when_the_last_one_ends(engine: Engi
 
 
 def test_an_attempt_recorded_twice_counts_once(engine: Engine) -> None:
-    """The first success wins; the second finds its claim gone."""
+    """The first success is kept; the second has no claim any more."""
     with engine.begin() as connection:
         output_id = add_output(connection, add_downloading(connection))
         claimed = claim_one_output(connection, output_id)
@@ -435,10 +435,10 @@ def test_an_attempt_recorded_twice_counts_once(engine: Engine) -> None:
     ],
     ids=lambda value: value.code if isinstance(value, TryAgain) else "",
 )
-def test_an_output_in_trouble_waits_with_its_last_code(
+def test_an_output_after_a_failed_attempt_waits_with_its_last_code(
     engine: Engine, result: TryAgain, expected: dict[str, object]
 ) -> None:
-    """It stays pending, is free again, and counts what kind of trouble it was."""
+    """It is pending and not claimed, and the failure is counted by its kind."""
     with engine.begin() as connection:
         job_id = add_downloading(connection)
         output_id = add_output(connection, job_id)
@@ -450,8 +450,8 @@ def test_an_output_in_trouble_waits_with_its_last_code(
     assert read_job(engine, job_id).due_at is None
 
 
-def test_a_dead_link_sends_its_job_to_the_api_once_and_waits_for_the_answer(engine: Engine) -> None:
-    """The job is due for one more fetch; the output holds still meanwhile; later deaths are counted."""
+def test_a_dead_link_makes_its_job_due_for_one_more_poll_and_waits_for_the_answer(engine: Engine) -> None:
+    """The output is not tried meanwhile. Later failures are counted."""
     with engine.begin() as connection:
         job_id = add_downloading(connection)
         output_id = add_output(connection, job_id, dead_since=NOW - seconds(61))
@@ -474,7 +474,7 @@ def test_a_dead_link_sends_its_job_to_the_api_once_and_waits_for_the_answer(engi
 
 
 def test_an_output_of_a_cancelled_job_is_not_stored_any_more(engine: Engine) -> None:
-    """The download that was under way finds its claim gone."""
+    """The running download has lost its claim."""
     with engine.begin() as connection:
         job_id = add_downloading(connection)
         output_id = add_output(connection, job_id)
@@ -487,7 +487,7 @@ def test_an_output_of_a_cancelled_job_is_not_stored_any_more(engine: Engine) -> 
 
 
 def test_two_threads_that_end_the_last_two_outputs_at_once_end_the_job_once(engine: Engine) -> None:
-    """Neither may believe that the other's output still waits."""
+    """Neither may assume that the other output is still pending."""
     rounds = 10
     with engine.begin() as connection:
         pairs = []
@@ -509,8 +509,8 @@ def test_two_threads_that_end_the_last_two_outputs_at_once_end_the_job_once(engi
             assert read_job(engine, job_id).status == "completed"
 
 
-def test_a_cancel_and_the_end_of_a_download_at_once_never_block_each_other(engine: Engine) -> None:
-    """Both lock the job first: one of them wins, and neither is thrown out by the database."""
+def test_a_cancel_and_the_end_of_a_download_never_deadlock(engine: Engine) -> None:
+    """Both lock the job first. One of them wins, and neither gets an error."""
     rounds = 15
     with engine.begin() as connection:
         pairs = []
@@ -540,8 +540,8 @@ def test_a_cancel_and_the_end_of_a_download_at_once_never_block_each_other(engin
 # ── retry and cancel ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_retried_job_downloads_its_failed_outputs_afresh(engine: Engine) -> None:
-    """Failed outputs go back to pending with a clean sheet; stored ones stay; the deadline starts again."""
+def test_a_retried_job_downloads_its_failed_outputs_again(engine: Engine) -> None:
+    """Failed outputs are pending again with empty counters, stored outputs stay, and the deadline starts again."""
     with engine.begin() as connection:
         job_id = add_downloading(connection, polls=4, told_at=NOW)
         bad, good = (
@@ -567,8 +567,8 @@ def test_a_retried_job_downloads_its_failed_outputs_afresh(engine: Engine) -> No
     assert read_output(engine, good).status == "stored"
 
 
-def test_a_retried_job_without_outputs_is_asked_about_again(engine: Engine) -> None:
-    """Pending, due now, strikes forgotten, polls kept."""
+def test_a_retried_job_without_outputs_is_polled_again(engine: Engine) -> None:
+    """It is pending and due now, without strikes, and keeps its number of polls."""
     with engine.begin() as connection:
         job_id = add_job(connection, polls=3)
         [claimed] = claim_due_jobs(connection)
@@ -580,8 +580,8 @@ def test_a_retried_job_without_outputs_is_asked_about_again(engine: Engine) -> N
 
 
 @pytest.mark.parametrize("status", ["completed", "cancelled", "pending", "downloading"])
-def test_only_failed_and_expired_jobs_are_taken_up_again(engine: Engine, status: str) -> None:
-    """Everything else stays as it is."""
+def test_only_failed_and_expired_jobs_are_retried(engine: Engine, status: str) -> None:
+    """Other jobs do not change."""
     final: dict[str, Any] = {"due_at": None, "completed_at": NOW} if status in ("completed", "cancelled") else {}
     rest: dict[str, Any] = {"due_at": None} if status == "downloading" else {}
     with engine.begin() as connection:
@@ -591,7 +591,7 @@ def test_only_failed_and_expired_jobs_are_taken_up_again(engine: Engine, status:
 
 
 def test_a_cancelled_job_ends_its_unstored_outputs_and_keeps_the_stored_ones(engine: Engine) -> None:
-    """At once, from pending and from downloading; a second cancel changes nothing."""
+    """From pending and from downloading. A second cancel changes nothing."""
     with engine.begin() as connection:
         job_id = add_downloading(connection)
         good, open_ = add_output(connection, job_id, 0), add_output(connection, job_id, 1)
@@ -605,8 +605,8 @@ def test_a_cancelled_job_ends_its_unstored_outputs_and_keeps_the_stored_ones(eng
     assert read_output(engine, good).status == "stored"
 
 
-def test_every_final_job_is_at_rest(engine: Engine) -> None:
-    """Nothing that is final is ever claimed again."""
+def test_a_final_job_has_no_due_time(engine: Engine) -> None:
+    """A final job is never claimed again."""
     with engine.begin() as connection:
         for number in range(3):
             add_job(connection, str(number))

@@ -1,4 +1,4 @@
-"""How many rows MariaDB reads for a look at the jobs: a few for each answer, however many jobs are at rest."""
+"""The number of rows that MariaDB reads for queries about waiting jobs: few, with any number of other jobs."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -25,7 +25,7 @@ Look = Callable[[Connection], object]
 
 @pytest.fixture
 def stocked(engine: Engine) -> Engine:
-    """Three accounts with thousands of jobs at rest; two of them have a few that wait for a request."""
+    """Create three accounts with thousands of final jobs. Two of them have a few waiting jobs."""
     final: dict[str, Any] = {"status": "completed", "due_at": None, "ready_at": NOW, "completed_at": NOW, "priority": 9}
     rows = [
         job_values(f"final{n}", account=ACCOUNTS[n % 3], fetch_host=f"h{n % 7}.test", **final) for n in range(AT_REST)
@@ -78,7 +78,7 @@ def _claim(connection: Connection) -> object:
     ],
     ids=["levels", "accounts", "claim", "by account", "by kind", "past deadline", "late", "held", "failures"],
 )
-def test_no_look_at_what_waits_reads_the_jobs_at_rest(stocked: Engine, look: Look, most: int) -> None:
-    """Given thousands of final jobs, when waiting ones are looked for, then no more than the waiting ones are read."""
+def test_queries_for_waiting_jobs_do_not_read_final_jobs(stocked: Engine, look: Look, most: int) -> None:
+    """With thousands of final jobs, only the waiting jobs are read."""
     assert most < AT_REST / 5
     assert 0 < _rows_read(stocked, look) <= most

@@ -1,4 +1,4 @@
-"""Filters: each finds its jobs, newest first, on every database, whether few jobs have what it asks for or many."""
+"""Filters: each finds its jobs, newest first, on every database, for rare and for frequent properties."""
 
 from datetime import timedelta
 from typing import Any
@@ -26,13 +26,13 @@ ENDED = {"due_at": None, "completed_at": NOW - seconds(600)}
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock of the tests' rows."""
+    """Set the clock to the time of the rows."""
     monkeypatch.setattr(module, "database_now", lambda _: NOW)
 
 
 @pytest.fixture(params=["few", "many"])
 def stocked(engine: Engine, request: pytest.FixtureRequest, now: None, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """One job of each sort, named by its remote id; looked up by ids, or gone through since nothing is few."""
+    """Insert one job of each kind, named by its remote id. Filters use ids, or a scan because nothing counts as few."""
     monkeypatch.setattr(module, "FEW", 1_000 if request.param == "few" else 0)
     later: dict[str, Any] = {"due_at": NOW + seconds(60)}
     with engine.begin() as connection:
@@ -108,7 +108,7 @@ def test_each_filter_finds_its_jobs_newest_first_and_counts_them(stocked: Engine
             assert count_matching(connection, wanted) == len(names.split()), wanted
 
 
-def test_pages_of_any_size_make_up_the_whole(stocked: Engine) -> None:
+def test_pages_of_any_size_together_contain_all_jobs(stocked: Engine) -> None:
     for wanted, _ in MINE:
         with stocked.connect() as connection:
             whole = find_job_ids(connection, wanted, limit=100)
@@ -118,8 +118,8 @@ def test_pages_of_any_size_make_up_the_whole(stocked: Engine) -> None:
         assert paged == whole, wanted
 
 
-def test_what_no_longer_matches_when_its_turn_comes_is_left_out(stocked: Engine) -> None:
-    """Locked in the order of the ids, whatever order they are told in."""
+def test_jobs_that_no_longer_match_are_skipped(stocked: Engine) -> None:
+    """They are locked in the order of their ids, whatever the order of the arguments."""
     for wanted, _ in MINE:
         with stocked.begin() as connection:
             found = prepare_search(connection, wanted)
@@ -134,14 +134,14 @@ def test_what_no_longer_matches_when_its_turn_comes_is_left_out(stocked: Engine)
         assert len(lock_matching(connection, found, ids)) == len(ids) - 1
 
 
-def test_no_more_are_counted_than_asked_for(stocked: Engine) -> None:
+def test_counting_stops_at_the_limit(stocked: Engine) -> None:
     with stocked.connect() as connection:
         for wanted in (JobFilter(), JobFilter(statuses=("failed", "expired", "pending"))):
             assert [count_matching(connection, wanted, most=most) for most in (1, 3, 100)][:2] == [1, 3]
 
 
 def test_the_first_job_of_a_time_is_found_among_ids_with_gaps(engine: Engine, now: None) -> None:
-    """Retention takes rows away, and a transaction that was rolled back its ids."""
+    """Retention deletes rows, and a rolled-back transaction leaves a gap."""
     with engine.begin() as connection:
         ids = [
             add_job(connection, str(minute), tracked_at=NOW + timedelta(minutes=minute), submitted_at=NOW)
@@ -159,7 +159,7 @@ def test_the_first_job_of_a_time_is_found_among_ids_with_gaps(engine: Engine, no
 
 
 def test_a_job_that_was_tracked_long_after_its_submission_is_found_by_its_submission(engine: Engine, now: None) -> None:
-    """And one whose transaction took its time, so that its id is younger than others tracked after it."""
+    """Also a job of a slow transaction, whose id is higher than that of a job tracked after it."""
     with engine.begin() as connection:
         add_job(connection, "late-comer", submitted_at=NOW - seconds(86_400))
         add_job(connection, "next", tracked_at=NOW + seconds(30))
@@ -172,7 +172,7 @@ def test_a_job_that_was_tracked_long_after_its_submission_is_found_by_its_submis
     assert found == [["late-comer"], ["slow", "next"]]
 
 
-def test_among_no_jobs_at_all_every_filter_finds_none(engine: Engine) -> None:
+def test_without_jobs_every_filter_finds_none(engine: Engine) -> None:
     for wanted, _ in MINE:
         with engine.connect() as connection:
             assert (find_jobs(connection, wanted, limit=9), count_matching(connection, wanted)) == ([], 0)

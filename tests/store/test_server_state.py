@@ -1,4 +1,4 @@
-"""What `doctor` sees of a server: vacuum that is off, dead rows, transactions that never end, the default isolation."""
+"""The state of the database server for `doctor`: autovacuum, dead rows, long transactions, default isolation."""
 
 from dataclasses import replace
 from datetime import timedelta
@@ -13,7 +13,7 @@ from worker.store.schema import paces
 
 
 @pytest.mark.parametrize("engine", ["postgresql", "mariadb"], indirect=True)
-def test_given_a_transaction_that_stays_open_when_it_is_old_enough_then_it_is_seen_with_its_age(
+def test_given_a_transaction_that_is_open_for_long_then_it_is_reported_with_its_age(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with engine.begin() as forgotten:
@@ -29,7 +29,7 @@ def test_given_a_transaction_that_stays_open_when_it_is_old_enough_then_it_is_se
 
 
 @pytest.mark.parametrize("engine", ["postgresql"], indirect=True)
-def test_given_a_table_whose_autovacuum_is_off_when_looked_at_then_doctor_names_it(engine: Engine) -> None:
+def test_given_a_table_without_autovacuum_then_doctor_names_it(engine: Engine) -> None:
     with engine.begin() as connection:
         connection.execute(text("ALTER TABLE fetch_paces SET (autovacuum_enabled = off)"))
     try:
@@ -43,7 +43,7 @@ def test_given_a_table_whose_autovacuum_is_off_when_looked_at_then_doctor_names_
     assert not _vacuum(state).ok
 
 
-def test_doctor_says_what_to_do() -> None:
+def test_doctor_has_advice() -> None:
     well = ServerState(isolation="read committed")
     assert _vacuum(well).ok
     assert _transactions(well).ok

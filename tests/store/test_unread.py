@@ -1,4 +1,4 @@
-"""Kept answers on real databases: the last three of a job, the last one before its end, a thousand in all."""
+"""Kept answers on real databases: the last three per job, the last one before the end, a thousand in total."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -22,7 +22,7 @@ def _bodies(connection: Connection, job_id: int) -> Sequence[str]:
     return [row.body for row in answers_of(connection, job_ids=[job_id])]
 
 
-def test_of_a_job_the_last_three_unread_answers_are_kept(engine: Engine) -> None:
+def test_the_last_three_unread_answers_of_a_job_are_kept(engine: Engine) -> None:
     with engine.begin() as connection:
         job_id, other = add_job(connection, "1"), add_job(connection, "2")
         for number in range(5):
@@ -33,8 +33,8 @@ def test_of_a_job_the_last_three_unread_answers_are_kept(engine: Engine) -> None
         assert _bodies(connection, other) == ["body 0"]
 
 
-def test_the_same_answer_again_is_written_once_and_its_time_follows(engine: Engine) -> None:
-    """A job that asks on for hours keeps one row for it."""
+def test_an_equal_answer_only_updates_the_time(engine: Engine) -> None:
+    """A job that is polled for hours has one row for it."""
     with engine.begin() as connection:
         job_id = add_job(connection)
         _keep(connection, _answer(job_id, "the same"))
@@ -51,8 +51,8 @@ def test_the_same_answer_again_is_written_once_and_its_time_follows(engine: Engi
         assert _bodies(connection, job_id) == ["the same", "another", "the same"]
 
 
-def test_the_last_answer_of_an_end_takes_no_place_of_an_unread_one(engine: Engine) -> None:
-    """There is one of them per job, the newest."""
+def test_the_answer_that_ended_a_job_does_not_replace_an_unread_one(engine: Engine) -> None:
+    """A job has one such answer, the newest."""
     with engine.begin() as connection:
         job_id = add_job(connection)
         for number in range(3):
@@ -63,7 +63,7 @@ def test_the_last_answer_of_an_end_takes_no_place_of_an_unread_one(engine: Engin
         assert _bodies(connection, job_id) == ["the second end", "unread 2", "unread 1", "unread 0"]
 
 
-def test_a_thousand_answers_are_kept_in_all_and_the_oldest_go(engine: Engine) -> None:
+def test_a_thousand_answers_are_kept_in_total_and_the_oldest_are_deleted(engine: Engine) -> None:
     with engine.begin() as connection:
         first = [add_job(connection, f"a{number}") for number in range(3)]
         _keep(connection, *(_answer(job_id) for job_id in first))
@@ -75,8 +75,8 @@ def test_a_thousand_answers_are_kept_in_all_and_the_oldest_go(engine: Engine) ->
         assert all(len(answers_of(connection, job_ids=some)) == len(some) for some in (many[:400], many[400:]))
 
 
-def test_the_oldest_answers_go_after_all_else_is_written(engine: Engine) -> None:
-    """They are other jobs': two large batches that lock them halfway would wait for each other."""
+def test_the_oldest_answers_are_deleted_last(engine: Engine) -> None:
+    """They belong to other jobs. Two large batches that lock them in the middle could deadlock."""
     written: list[str] = []
     with engine.begin() as connection:
         for number in range(MOST):
@@ -92,7 +92,7 @@ def test_the_oldest_answers_go_after_all_else_is_written(engine: Engine) -> None
     assert changes == ["INSERT"] * 3 + ["DELETE"]
 
 
-def test_an_answer_of_a_job_that_is_gone_is_not_kept_and_spoils_no_batch(engine: Engine) -> None:
+def test_an_answer_of_a_deleted_job_is_not_kept_and_does_not_fail_the_batch(engine: Engine) -> None:
     with engine.begin() as connection:
         gone, job_id = add_job(connection, "1"), add_job(connection, "2")
         connection.execute(delete(jobs).where(jobs.c.id == gone))
@@ -104,7 +104,7 @@ def test_an_answer_of_a_job_that_is_gone_is_not_kept_and_spoils_no_batch(engine:
 
 
 def test_two_processes_that_keep_answers_of_the_same_jobs_do_not_wait_for_each_other(engine: Engine) -> None:
-    """SQLite has one writer at a time anyway."""
+    """SQLite has only one writer at a time."""
     if engine.dialect.name == "sqlite":
         return
     with engine.begin() as connection:
@@ -132,7 +132,7 @@ def test_answers_are_grouped_by_their_shape(engine: Engine) -> None:
         assert [row.body for row in answers_of(connection, shape="status=done")] == ["c", "b", "a"]
 
 
-def test_only_jobs_that_may_still_bring_something_are_read_again(engine: Engine) -> None:
+def test_only_pending_failed_and_expired_jobs_are_read_again(engine: Engine) -> None:
     ended = {"due_at": None, "completed_at": NOW}
     with engine.begin() as connection:
         states = {

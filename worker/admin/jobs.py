@@ -87,7 +87,7 @@ class JobsView(RowsView):
         """One page, by what the address asks for; how many there are in all nobody counts."""
         wanted = wanted_jobs()
         with self.reading.connection() as (connection, now):
-            page = browse_jobs(connection, wanted, text=text("search"), before=polled_before(), limit=PAGE_ROWS)
+            page = browse_jobs(connection, wanted, text=text("search"), before=before_id(), limit=PAGE_ROWS)
             self._template_args.update(accounts=known_accounts(connection), kinds=known_kinds(connection))
         self._template_args.update(
             found=page, now=now, asked=request.args, states=JOB_STATES, codes=CODES, lates=LATE, acts=ACTS.values()
@@ -186,7 +186,7 @@ def number(name: str) -> int | None:
     return int(word) if plain and int(word) <= MAX_ID else None
 
 
-def polled_before() -> int | None:
+def before_id() -> int | None:
     """Where the list goes on."""
     return number("before")
 

@@ -10,7 +10,7 @@ from werkzeug.exceptions import NotFound, RequestedRangeNotSatisfiable
 from werkzeug.wrappers import Response
 from werkzeug.wsgi import FileWrapper
 
-from worker.admin.jobs import RowsView, number, one_of, polled_before, text
+from worker.admin.jobs import RowsView, before_id, number, one_of, text
 from worker.client.tracking import open_output
 from worker.core.lifecycle import OUTPUT_STATES
 from worker.errors import OutputMissing
@@ -47,7 +47,7 @@ class OutputsView(RowsView):
         """One page, by what the address asks for."""
         wanted = OutputFilter(one_of("status", OUTPUT_STATES), text("code"), text("host"), number("job"))
         with self.reading.connection() as (connection, now):
-            page = browse_outputs(connection, wanted, before=polled_before(), limit=PAGE_ROWS)
+            page = browse_outputs(connection, wanted, before=before_id(), limit=PAGE_ROWS)
         self._template_args.update(found=page, now=now, wanted=wanted, states=OUTPUT_STATES, codes=CODES)
         return None, page.rows
 
@@ -56,7 +56,7 @@ class OutputsView(RowsView):
         """What is stored, to look at: of all jobs, or of one."""
         wanted = OutputFilter(status="stored", job_id=number("job"))
         with self.reading.connection() as (connection, _):
-            page = browse_outputs(connection, wanted, before=polled_before(), limit=GALLERY_ROWS)
+            page = browse_outputs(connection, wanted, before=before_id(), limit=GALLERY_ROWS)
             known = jobs_by_id(connection, [row.job_id for row in page.rows])
         shown: str = self.render("gallery.html", found=page, owners=known, wanted=wanted)
         return shown

@@ -18,7 +18,7 @@ class TooLarge(Exception):
 def detect_coding(head: bytes) -> str | None:
     """Return the compression of a body by its signature, or None.
 
-    >>> packing(b"\\x1f\\x8b\\x08\\0"), packing(b"GIF89a")
+    >>> detect_coding(b"\\x1f\\x8b\\x08\\0"), detect_coding(b"GIF89a")
     ('gzip', None)
     """
     return next((coding for signature, coding in _SIGNATURES if head.startswith(signature)), None)

@@ -77,7 +77,7 @@ def name_of(*, job_id: int, position: int, sha256: str, extension: str) -> str:
 def job_id_of(location: str) -> int | None:
     """Return the job id in an output's location, or None if `name_of` can't have made the name.
 
-    >>> job_of("s3://bucket/12/12345/0-abababababababab.png"), job_of("file:///etc/passwd")
+    >>> job_id_of("s3://bucket/12/12345/0-abababababababab.png"), job_id_of("file:///etc/passwd")
     (12345, None)
     """
     match = _NAME.search(location)

@@ -448,7 +448,7 @@ class _Download(io.RawIOBase):
 def _bucket_and_key(location: str) -> tuple[str, str]:
     """Return the bucket and the key of a location. Raises StorageTrouble.
 
-    >>> _parsed("s3://bucket/12/12345/0-ab.png")
+    >>> _bucket_and_key("s3://bucket/12/12345/0-ab.png")
     ('bucket', '12/12345/0-ab.png')
     """
     bucket, _, key = location.removeprefix(SCHEME).partition("/")
