@@ -2,7 +2,8 @@
 
 import re
 import tomllib
-from typing import get_args, get_type_hints
+from importlib import import_module
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -16,7 +17,7 @@ from worker.core.lifecycle import JOB_STATES, PRUNED
 from worker.core.pacing.estimate import Progress
 from worker.settings import Settings
 from worker.store.reaper import CODE as CRASHED
-from worker.store.schema import jobs
+from worker.store.schema import jobs, outputs
 
 MOST_WORDS = 1_000  # of the README: it is read to decide whether to try the product
 LONGEST_SUMMARY = 82  # characters of a page's first sentence, which `docs` lists
@@ -147,6 +148,33 @@ def test_the_claim_query_names_columns_of_the_table() -> None:
     names = set(re.findall(r"(?<![:\w])[a-z]+(?:_[a-z]+)+", query))
 
     assert names - {"fetch_jobs"} <= set(jobs.c.keys())
+
+
+def test_the_columns_that_apps_may_read_exist() -> None:
+    part = section("Columns that you may read", PAGES["beside-your-app"])
+
+    for name, table in (("fetch_jobs", jobs), ("fetch_outputs", outputs)):
+        listed = part.split(f"- `{name}`: ")[1].split("\n- ")[0].split("\n\n")[0]
+        assert set(CODE.findall(listed)) <= set(table.c.keys())
+
+
+def test_every_task_is_in_the_table_of_tasks_with_its_queue() -> None:
+    app: Any = import_module("worker.app").app
+    import_module("worker.tasks")
+    found = {}
+    for task, _, queue, _ in rows(section("Tasks", PAGES["how-it-works"])):
+        found.update(dict.fromkeys(CODE.findall(task), queue.strip("`")))
+
+    assert set(found) == {name for name in app.tasks if name.startswith("worker.")}
+    for name, queue in found.items():
+        assert queue == app.conf.task_routes.get(name, {"queue": app.conf.task_default_queue})["queue"]
+
+
+def test_every_package_has_its_place_in_the_page_for_developers() -> None:
+    named = _first_cells(section("Where things are", PAGES["changing-the-code"]))
+    there = {path.stem for path in DOCS.parent.iterdir() if path.suffix == ".py" or path.is_dir()}
+
+    assert set(named) == {name for name in there if not name.startswith("_")}
 
 
 def test_the_fields_of_progress_are_explained() -> None:
