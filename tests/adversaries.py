@@ -1,4 +1,4 @@
-"""Find every regular expression of the package, and write the texts that a backtracking one is slowest at."""
+"""Finds every regular expression of the package, and generates texts for which backtracking patterns are slow."""
 
 import ast
 import importlib
@@ -13,11 +13,11 @@ from typing import Any
 
 import worker
 
-sre: Any = importlib.import_module("re._constants")  # neither has types
+sre: Any = importlib.import_module("re._constants")  # untyped, like the next one
 parser: Any = importlib.import_module("re._parser")
 
 METHODS = frozenset({"match", "fullmatch", "search", "sub", "subn", "split", "findall", "finditer"})
-NOT_OURS = frozenset({"sandbox"})  # the stand-in of the API: only its own user sends it anything
+EXCLUDED = frozenset({"sandbox"})  # the stand-in of the API only gets input from its own user
 FOLDER = Path(worker.__file__).parent
 ENDINGS = ("", "\0", "a")
 VARIANTS = 12  # samples of one pattern
@@ -33,18 +33,18 @@ CATEGORIES = {
 
 @dataclass(frozen=True)
 class Use:
-    """A pattern, where it stands, and the methods that it is used with."""
+    """A pattern, its place, and the methods that are called on it."""
 
     place: str
     pattern: "re.Pattern[Any]"
     methods: frozenset[str]
 
     def run(self, method: str, text: str) -> None:
-        """Use it on a text, as the code does."""
+        """Apply the pattern to a text as the code does."""
         subject: Any = text if isinstance(self.pattern.pattern, str) else text.encode("latin-1", "replace")
         match method:
             case "sub" | "subn":
-                self.pattern.sub(lambda found: found[0][:0], subject)
+                self.pattern.sub(lambda match: match[0][:0], subject)
             case "finditer" | "findall":
                 for _ in self.pattern.finditer(subject):
                     pass
@@ -53,60 +53,60 @@ class Use:
 
 
 def uses() -> list[Use]:
-    """Return all patterns of the package: those that modules hold, and those that are written where they are used."""
+    """Return all patterns of the package: those in module variables, and those written where they are used."""
     methods = _methods()
-    found: dict[tuple[Any, int], Use] = {}
+    uses_by_pattern: dict[tuple[Any, int], Use] = {}
     for module in _modules():
         for name, value in vars(module).items():
             for number, pattern in enumerate(_patterns(value)):
-                used = methods.get(name) or METHODS
+                methods_used = methods.get(name) or METHODS
                 place = f"{module.__name__}.{name}" + (f"[{number}]" if number else "")
-                found.setdefault((pattern.pattern, pattern.flags), Use(place, pattern, used))
+                uses_by_pattern.setdefault((pattern.pattern, pattern.flags), Use(place, pattern, methods_used))
     for place, method, pattern in _inline():
-        found.setdefault((pattern.pattern, pattern.flags), Use(place, pattern, frozenset({method})))
-    return list(found.values())
+        uses_by_pattern.setdefault((pattern.pattern, pattern.flags), Use(place, pattern, frozenset({method})))
+    return list(uses_by_pattern.values())
 
 
-def unread() -> list[str]:
-    """Return the places where a pattern is made that is neither a constant nor held by a module."""
-    held = {name for module in _modules() for name, value in vars(module).items() if any(_patterns(value))}
-    lost = []
+def untested_patterns() -> list[str]:
+    """Return the places of patterns that are neither constants nor in a module variable."""
+    assigned = {name for module in _modules() for name, value in vars(module).items() if any(_patterns(value))}
+    places = []
     for path, tree in _trees():
         names = {id(call): name for value, name in _named_values(tree) for call in ast.walk(value)}
         for call in _calls(tree):
-            constant = isinstance(call.args[0], ast.Constant) or getattr(call.args[0], "id", "") in held
-            if not constant and names.get(id(call)) not in held:
-                lost.append(f"{path.relative_to(FOLDER)}:{call.lineno}")
-    return lost
+            constant = isinstance(call.args[0], ast.Constant) or getattr(call.args[0], "id", "") in assigned
+            if not constant and names.get(id(call)) not in assigned:
+                places.append(f"{path.relative_to(FOLDER)}:{call.lineno}")
+    return places
 
 
 def texts(pattern: "re.Pattern[Any]", size: int) -> Iterator[str]:
-    """Texts of about `size` characters that nearly match: each repeated part, after what stands before it, pumped."""
+    """Yield texts of about `size` characters that nearly match, by repeating each repeated part after its prefix."""
     source = pattern.pattern if isinstance(pattern.pattern, str) else pattern.pattern.decode("latin-1")
     tree = list(parser.parse(source, pattern.flags & ~re.UNICODE))
     pumps = set[tuple[str, str]]()
-    for full in (True, False):
-        wholes = list(islice(_samples(tree, full), VARIANTS))
-        pumps |= {("", whole) for whole in wholes} | {("", whole[:-1]) for whole in wholes}
-        pumps |= {("", char) for whole in wholes for char in whole} | set(_pumps(tree, "", full))
-    for before, pump in sorted(pumps):
+    for with_optional in (True, False):
+        samples = list(islice(_samples(tree, with_optional), VARIANTS))
+        pumps |= {("", sample) for sample in samples} | {("", sample[:-1]) for sample in samples}
+        pumps |= {("", char) for sample in samples for char in sample} | set(_pumps(tree, "", with_optional))
+    for prefix, pump in sorted(pumps):
         if pump:
             for ending in ENDINGS:
-                yield before + pump * (size // len(pump)) + ending
+                yield prefix + pump * (size // len(pump)) + ending
 
 
-def _samples(nodes: Iterable[Any], full: bool) -> Iterator[str]:
-    """Short texts that match, as far as lookarounds allow; with `full` they have what may be left out."""
+def _samples(nodes: Iterable[Any], with_optional: bool) -> Iterator[str]:
+    """Yield short texts that match, except for lookarounds. `with_optional` includes optional parts."""
     nodes = list(nodes)
     if not nodes:
         yield ""
         return
-    for rest in islice(_samples(nodes[1:], full), VARIANTS):
-        for first in islice(_sample(nodes[0][0], nodes[0][1], full), VARIANTS):
-            yield first + rest
+    for tail in islice(_samples(nodes[1:], with_optional), VARIANTS):
+        for head in islice(_sample(nodes[0][0], nodes[0][1], with_optional), VARIANTS):
+            yield head + tail
 
 
-def _sample(kind: Any, argument: Any, full: bool) -> Iterator[str]:
+def _sample(kind: Any, argument: Any, with_optional: bool) -> Iterator[str]:
     if kind in (sre.LITERAL,):
         yield chr(argument)
     elif kind in (sre.NOT_LITERAL, sre.ANY):
@@ -115,18 +115,18 @@ def _sample(kind: Any, argument: Any, full: bool) -> Iterator[str]:
         yield from _members(argument)
     elif kind is sre.BRANCH:
         for branch in argument[1]:
-            yield from islice(_samples(branch, full), 2)
+            yield from islice(_samples(branch, with_optional), 2)
     elif kind is sre.SUBPATTERN:
-        yield from _samples(argument[3], full)
+        yield from _samples(argument[3], with_optional)
     elif kind is sre.ATOMIC_GROUP:
-        yield from _samples(argument, full)
+        yield from _samples(argument, with_optional)
     elif kind in (sre.MAX_REPEAT, sre.MIN_REPEAT, sre.POSSESSIVE_REPEAT):
-        least, _, body = argument
-        if not full and not least:
+        minimum, _, body = argument
+        if not with_optional and not minimum:
             yield ""
             return
-        for sample in islice(_samples(body, full), 3):
-            yield sample * max(1, min(least, 40))
+        for sample in islice(_samples(body, with_optional), 3):
+            yield sample * max(1, min(minimum, 40))
     else:
         yield ""
 
@@ -144,34 +144,34 @@ def _members(members: Any) -> Iterator[str]:
             yield CATEGORIES.get(argument, "a")
 
 
-def _pumps(nodes: Iterable[Any], before: str, full: bool) -> Iterator[tuple[str, str]]:
-    """(What stands before a repeated part, the part), for each of them."""
+def _pumps(nodes: Iterable[Any], prefix: str, with_optional: bool) -> Iterator[tuple[str, str]]:
+    """Yield (prefix, repeated part) for each repeated part."""
     for kind, argument in nodes:
         if kind in (sre.MAX_REPEAT, sre.MIN_REPEAT, sre.POSSESSIVE_REPEAT):
-            for sample in islice(_samples(argument[2], full), VARIANTS):
-                yield before, sample
-                yield "", before + sample
-            yield from _pumps(argument[2], before, full)
+            for sample in islice(_samples(argument[2], with_optional), VARIANTS):
+                yield prefix, sample
+                yield "", prefix + sample
+            yield from _pumps(argument[2], prefix, with_optional)
         elif kind is sre.BRANCH:
             for branch in argument[1]:
-                yield from _pumps(branch, before, full)
+                yield from _pumps(branch, prefix, with_optional)
         elif kind is sre.SUBPATTERN:
-            yield from _pumps(argument[3], before, full)
+            yield from _pumps(argument[3], prefix, with_optional)
         elif kind in (sre.ASSERT, sre.ASSERT_NOT):
-            yield from _pumps(argument[1], before, full)
+            yield from _pumps(argument[1], prefix, with_optional)
         elif kind is sre.ATOMIC_GROUP:
-            yield from _pumps(argument, before, full)
-        before += next(_sample(kind, argument, full), "")
+            yield from _pumps(argument, prefix, with_optional)
+        prefix += next(_sample(kind, argument, with_optional), "")
 
 
-# ── where patterns are ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── search for patterns ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _modules() -> Iterator[Any]:
-    for found in pkgutil.walk_packages(worker.__path__[:1], "worker."):
-        if found.name.split(".")[1] not in NOT_OURS and not found.name.endswith("__main__"):
+    for info in pkgutil.walk_packages(worker.__path__[:1], "worker."):
+        if info.name.split(".")[1] not in EXCLUDED and not info.name.endswith("__main__"):
             try:
-                yield importlib.import_module(found.name)
+                yield importlib.import_module(info.name)
             except ImportError:  # an extra that is not installed
                 continue
 
@@ -189,7 +189,7 @@ def _patterns(value: object) -> Iterator["re.Pattern[Any]"]:
 
 @cache
 def _trees() -> list[tuple[Path, ast.Module]]:
-    paths = (path for path in sorted(FOLDER.rglob("*.py")) if path.relative_to(FOLDER).parts[0] not in NOT_OURS)
+    paths = (path for path in sorted(FOLDER.rglob("*.py")) if path.relative_to(FOLDER).parts[0] not in EXCLUDED)
     return [(path, ast.parse(path.read_text(encoding="utf-8"))) for path in paths]
 
 
@@ -202,7 +202,7 @@ def _named_values(tree: ast.Module) -> Iterator[tuple[ast.expr, str]]:
 
 
 def _calls(tree: ast.Module) -> Iterator[ast.Call]:
-    """The calls of `re` that take a pattern."""
+    """Yield the calls of functions of `re` that take a pattern."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
             module = node.func.value
@@ -221,12 +221,12 @@ def _inline() -> Iterator[tuple[str, str, "re.Pattern[Any]"]]:
 
 
 def _methods() -> dict[str, frozenset[str]]:
-    """By the name of a pattern, the methods that the package uses it with."""
-    found: dict[str, set[str]] = {}
+    """Return, for each name of a pattern, the methods that the package calls on it."""
+    methods_by_name: dict[str, set[str]] = {}
     for _, tree in _trees():
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and node.attr in METHODS:
                 value = node.value
                 name = value.id if isinstance(value, ast.Name) else getattr(value, "attr", "")
-                found.setdefault(name, set()).add(node.attr)
-    return {name: frozenset(methods) for name, methods in found.items()}
+                methods_by_name.setdefault(name, set()).add(node.attr)
+    return {name: frozenset(methods) for name, methods in methods_by_name.items()}

@@ -1,4 +1,4 @@
-"""What all tests share: databases that are really migrated, a Redis of their own, and no settings from outside."""
+"""Shared fixtures: migrated databases, a Redis server of our own, and an environment without outside settings."""
 
 import os
 import shutil
@@ -23,16 +23,16 @@ from worker.store.migrate import migrate
 from worker.store.schema import metadata
 from worker.system import redaction
 
-LONG_SECONDS = 900  # most for a test marked long that names no limit of its own; its waits end long before
+LONG_SECONDS = 900  # time limit of tests marked long without a limit of their own
 
-settings.register_profile("fetch-worker", deadline=None)  # on a busy machine any example may be slow
+settings.register_profile("fetch-worker", deadline=None)  # any example may be slow on a busy machine
 settings.load_profile("fetch-worker")
 
-_tls_context = cache(deadlines.tls_context)  # reading the public authorities takes longer than most tests
+_tls_context = cache(deadlines.tls_context)  # loading the CA certificates takes longer than most tests
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give long tests more time than the quick ones have."""
+    """Give long tests a longer time limit."""
     for item in items:
         if item.get_closest_marker("long") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(LONG_SECONDS))
@@ -40,12 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No test sees the settings of whoever runs it, nor leaves its own behind."""
+    """Hide the settings of the developer's environment, and restore everything after the test."""
     for name in list(os.environ):
         if name.lower() in Settings.model_fields or name.startswith(("FLOWER_", "CELERY_", "AWS_")):
             monkeypatch.delenv(name)
     monkeypatch.delenv(DOTENV_SWITCH, raising=False)
-    monkeypatch.setenv("LOG_FORMAT", "text")  # what processes write is read here as people read it
+    monkeypatch.setenv("LOG_FORMAT", "text")  # the tests read logs as text
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(redaction, "_shared", redaction.Scrubber())
     tracking._settings.cache_clear()
@@ -56,24 +56,24 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Let processes that the test starts hear SIGINT: a shell has its background jobs ignore it."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.SIG_IGN:
+    """Let processes that the test starts receive SIGINT. A shell makes its background jobs ignore it."""
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, previous)
 
 
 @pytest.fixture(scope="session")
 def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An empty PostgreSQL database of this process's own."""
+    """An empty PostgreSQL database for this test process."""
     with servers.postgres(tmp_path_factory.mktemp("postgres")) as url:
         yield url
 
 
 @pytest.fixture(scope="session")
 def migrated_postgres(postgres_url: str) -> Iterator[Engine]:
-    """An engine on a PostgreSQL database with our tables."""
+    """An engine for a PostgreSQL database with our tables."""
     engine = make_engine(make_url(postgres_url).set(drivername="postgresql+psycopg"))
     migrate(engine)
     yield engine
@@ -82,7 +82,7 @@ def migrated_postgres(postgres_url: str) -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def migrated_mariadb() -> Iterator[Engine]:
-    """An engine on a MariaDB database with our tables."""
+    """An engine for a MariaDB database with our tables."""
     with servers.mariadb() as url:
         engine = make_engine(make_url(url).set(drivername="mariadb+pymysql"))
         migrate(engine)
@@ -92,33 +92,33 @@ def migrated_mariadb() -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An SQLite file with our tables, to be copied: migrating anew for each test would take most of its time."""
+    """An SQLite file with our tables, to be copied: migrating in each test would take too long."""
     path = tmp_path_factory.mktemp("sqlite") / "empty.db"
-    made = make_engine(make_url(f"sqlite:///{path}"))
-    migrate(made)
-    made.dispose()
+    new_engine = make_engine(make_url(f"sqlite:///{path}"))
+    migrate(new_engine)
+    new_engine.dispose()
     return path
 
 
 @pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
-    """An engine on empty tables of ours; the test runs on each database."""
+    """An engine for empty tables. The test runs once for each kind of database."""
     if request.param == "sqlite":
         shutil.copy(request.getfixturevalue("migrated_sqlite"), tmp_path / "test.db")
-        made = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
-        yield made
-        made.dispose()
+        new_engine = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
+        yield new_engine
+        new_engine.dispose()
         return
-    made = request.getfixturevalue("migrated_postgres" if request.param == "postgresql" else "migrated_mariadb")
-    yield made
-    with made.begin() as connection:
+    new_engine = request.getfixturevalue("migrated_postgres" if request.param == "postgresql" else "migrated_mariadb")
+    yield new_engine
+    with new_engine.begin() as connection:
         for table in reversed(metadata.sorted_tables):
             connection.execute(table.delete())
 
 
 @pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
 def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
-    """An engine on a database with nothing in it."""
+    """An engine for an empty database."""
     if request.param == "sqlite":
         engine = make_engine(make_url(f"sqlite:///{tmp_path}/empty.db"))
         yield engine
@@ -138,35 +138,35 @@ def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Redis server of this process's own."""
+    """A Redis server for this test process."""
     with servers.redis_server(tmp_path_factory.mktemp("redis")) as url:
         yield url
 
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3_servers.S3Server]:
-    """An S3 server of this process's own."""
+    """An S3 server for this test process."""
     with s3_servers.s3_server(tmp_path_factory.mktemp("s3")) as server:
         yield server
 
 
 @pytest.fixture
 def s3(s3_server: s3_servers.S3Server) -> s3_servers.S3Server:
-    """The S3 server, running, whatever a test before did to it. Nobody is told of it: see `environment`."""
+    """The running S3 server. The environment variables for it are set by `S3Server.environment`."""
     s3_server.start()
     return s3_server
 
 
 @pytest.fixture
 def web() -> Iterator[Web]:
-    """The server that has the outputs."""
-    with web_server() as made:
-        yield made
+    """A web server for outputs."""
+    with web_server() as server:
+        yield server
 
 
 @pytest.fixture
 def stand(tmp_path: Path, migrated_sqlite: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stand]:
-    """On SQLite; the claims have tests on each database of their own."""
+    """Everything that a download needs, on SQLite. Other tests cover claims on each database."""
     monkeypatch.setattr(deadlines, "tls_context", _tls_context)
     shutil.copy(migrated_sqlite, tmp_path / "test.db")
     engine = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))

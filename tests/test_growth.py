@@ -1,7 +1,7 @@
-"""What reads text from outside takes time that grows with its length, and no faster.
+"""Code that reads text from outside takes time in proportion to the length of the text.
 
-All regular expressions of the package are found by themselves; scanners written by hand are listed in `SCANNERS`.
-Processor time is measured, and the least of several runs counts, so that a busy machine changes nothing.
+The tests find all regular expressions of the package by themselves. Hand-written scanners are listed in `SCANNERS`. CPU
+time is measured, and the fastest of several runs counts, so that other load on the machine has no effect.
 """
 
 import gc
@@ -15,7 +15,7 @@ from itertools import islice
 
 import pytest
 
-from tests.adversaries import Use, texts, unread, uses
+from tests.adversaries import Use, texts, untested_patterns, uses
 from worker.admin.wording import without_links
 from worker.core.answer_history import parse_history
 from worker.core.display import display_json, display_lines, display_text
@@ -36,61 +36,61 @@ from worker.vendor.links import collect_links
 from worker.vendor.replies import Question, parse
 from worker.vendor.submissions import submission
 
-STAGES = 22, 200, 1_500, 6_000  # characters: an exponential pattern is noticed in the first, a quadratic in the last
-SLOWEST = 0.02  # seconds for a text of any stage; a thousandth is usual
+STAGES = 22, 200, 1_500, 6_000  # characters: the first finds exponential patterns, the last quadratic ones
+MAX_SECONDS = 0.02  # for a text of any stage; usual is a thousandth
 LENGTH, LONG_LENGTH = 60_000, 8 << 20
 RATIO = 2.5
 TRIES = 12
-COPY_SECONDS = 4e-9  # a character: what copying takes, the more so where the memory for it is new
+COPY_SECONDS = 4e-9  # per character: time to copy it, which is longer in newly allocated memory
 KEYS = [f"{number:02d}{'Kq3vZ8mT1xRw5yLb7nPd0cGh2sJf6aUe9iDo4kXe'[number % 9 :]}" for number in range(100)]
 USES = uses()
 ALLOWED = AllowedApi("https://api.example/api/v3", frozenset({"api.example"}))
-BAD = r"data:[\w.+-]*/?[\w.+-]*;", r"\w*prompt\w*[:=]", r"(?:a|a)*b", r"\s*x?\s*y", r"<.*?>", r"(?:%|a)*="
+BACKTRACKING = r"data:[\w.+-]*/?[\w.+-]*;", r"\w*prompt\w*[:=]", r"(?:a|a)*b", r"\s*x?\s*y", r"<.*?>", r"(?:%|a)*="
 
 
-def used(work: Callable[[], object]) -> float:
-    """Processor seconds of one call."""
-    began = time.process_time()
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Return the CPU seconds of one call."""
+    started_at = time.process_time()
     work()
-    return time.process_time() - began
+    return time.process_time() - started_at
 
 
 def grows_too_fast(work: Callable[[str], object], text: Callable[[int], str], length: int) -> str | None:
-    """Compare half of `length` with all of it; None as soon as the least times are no more than RATIO apart."""
-    half, whole = text(length // 2), text(length)
-    least = [float("inf"), float("inf")]
+    """Compare half of `length` with all of it. Return None if the fastest times differ by at most a factor of RATIO."""
+    half_text, full_text = text(length // 2), text(length)
+    best = [float("inf"), float("inf")]
     gc.collect()
     for _ in range(TRIES):
-        least = [min(least[0], used(lambda: work(half))), min(least[1], used(lambda: work(whole)))]
-        if least[1] <= RATIO * least[0] + 0.0005 + COPY_SECONDS * len(whole):
+        best = [min(best[0], cpu_seconds(lambda: work(half_text))), min(best[1], cpu_seconds(lambda: work(full_text)))]
+        if best[1] <= RATIO * best[0] + 0.0005 + COPY_SECONDS * len(full_text):
             return None
-    return f"{least[0]:.4f} s for {len(half)} characters, {least[1]:.4f} s for {len(whole)}"
+    return f"{best[0]:.4f} s for {len(half_text)} characters, {best[1]:.4f} s for {len(full_text)}"
 
 
-def worst_of(use: Use) -> tuple[float, str, int]:
-    """(Seconds, method, number of the text) of what the pattern is slowest at."""
-    worst = (-1.0, "", 0)
+def slowest_use(use: Use) -> tuple[float, str, int]:
+    """Return (seconds, method, text number) of the slowest use of a pattern."""
+    slowest = (-1.0, "", 0)
     for length in STAGES:
-        worst = (-1.0, "", 0)
+        slowest = (-1.0, "", 0)
         for number, text in enumerate(texts(use.pattern, length)):
             for method in sorted(use.methods):
                 run = partial(use.run, method, text)
-                seconds = used(run)
-                if seconds > SLOWEST:
-                    seconds = min(seconds, used(run))
-                worst = max(worst, (seconds, method, number))
-                if worst[0] > SLOWEST:
-                    return worst
-    return worst
+                seconds = cpu_seconds(run)
+                if seconds > MAX_SECONDS:
+                    seconds = min(seconds, cpu_seconds(run))
+                slowest = max(slowest, (seconds, method, number))
+                if slowest[0] > MAX_SECONDS:
+                    return slowest
+    return slowest
 
 
 def text_of(use: Use, number: int, length: int) -> str:
-    """The text of that number, about so long."""
+    """Return the text of that number, with about this length."""
     return next(islice(texts(use.pattern, length), number, None))
 
 
 def growth_of(use: Use, method: str, number: int, length: int) -> str | None:
-    """As `grows_too_fast`, for a pattern."""
+    """Apply `grows_too_fast` to a pattern."""
     return grows_too_fast(partial(use.run, method), partial(text_of, use, number), length)
 
 
@@ -98,37 +98,39 @@ def growth_of(use: Use, method: str, number: int, length: int) -> str | None:
 
 
 def test_every_pattern_of_the_package_is_found() -> None:
-    """One that is built at run time, or held by no module, would escape: give it a name at the top of its module."""
-    assert unread() == []
+    """Patterns that are built at run time or are not in a module variable are not found: assign them in the module."""
+    assert untested_patterns() == []
     assert len(USES) > 50
 
 
-@pytest.mark.parametrize("pattern", BAD)
-def test_given_a_pattern_that_backtracks_when_measured_then_it_is_noticed(pattern: str) -> None:
+@pytest.mark.parametrize("pattern", BACKTRACKING)
+def test_given_a_pattern_that_backtracks_when_measured_then_it_is_detected(pattern: str) -> None:
     use = Use("bad", re.compile(pattern), frozenset({"search"}))
 
-    seconds, method, number = worst_of(use)
+    seconds, method, number = slowest_use(use)
 
-    assert seconds > SLOWEST or growth_of(use, method, number, 12_000)
+    assert seconds > MAX_SECONDS or growth_of(use, method, number, 12_000)
 
 
 @pytest.mark.parametrize("use", USES, ids=[use.place for use in USES])
-def test_given_texts_that_nearly_match_when_doubled_then_a_pattern_takes_twice_as_long(use: Use) -> None:
-    seconds, method, number = worst_of(use)
+def test_given_texts_that_nearly_match_when_doubled_then_a_pattern_takes_at_most_twice_as_long(use: Use) -> None:
+    seconds, method, number = slowest_use(use)
 
-    assert seconds <= SLOWEST, f"{seconds:.3f} s for {text_of(use, number, 60)!r}…"
+    assert seconds <= MAX_SECONDS, f"{seconds:.3f} s for {text_of(use, number, 60)!r}…"
     assert growth_of(use, method, number, LENGTH) is None
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("use", USES, ids=[use.place for use in USES])
-def test_given_eight_megabytes_that_nearly_match_then_a_pattern_takes_twice_as_long_as_for_four(use: Use) -> None:
-    _, method, number = worst_of(use)
+def test_given_eight_megabytes_that_nearly_match_then_a_pattern_takes_at_most_twice_as_long_as_for_four(
+    use: Use,
+) -> None:
+    _, method, number = slowest_use(use)
 
     assert growth_of(use, method, number, LONG_LENGTH) is None
 
 
-# ── scanners written by hand ──────────────────────────────────────────────────────────────────────────────────────────
+# ── hand-written scanners ─────────────────────────────────────────────────────────────────────────────────────────────
 
 FLOODS = (
     *(KEYS[0][:-1], KEYS[0][:20], "".join(key[:25] for key in KEYS), KEYS[0] + " "),
@@ -207,24 +209,24 @@ def flood_of(unit: str, length: int) -> str:
 
 
 def slowest_floods(name: str) -> list[str]:
-    """The two floods that a scanner is slowest at."""
-    return sorted(FLOODS, key=lambda unit: -used(partial(scan, name, flood_of(unit, 4_000))))[:2]
+    """Return the two floods for which a scanner is slowest."""
+    return sorted(FLOODS, key=lambda unit: -cpu_seconds(partial(scan, name, flood_of(unit, 4_000))))[:2]
 
 
 @pytest.mark.parametrize("name", SCANNERS)
-def test_given_a_flood_when_doubled_then_a_scanner_takes_twice_as_long(name: str) -> None:
+def test_given_a_flood_when_doubled_then_a_scanner_takes_at_most_twice_as_long(name: str) -> None:
     for unit in slowest_floods(name):
-        slow = grows_too_fast(partial(scan, name), partial(flood_of, unit), LENGTH)
-        assert slow is None, f"{unit!r}: {slow}"
+        growth = grows_too_fast(partial(scan, name), partial(flood_of, unit), LENGTH)
+        assert growth is None, f"{unit!r}: {growth}"
 
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", SCANNERS)
-def test_given_eight_megabytes_of_a_flood_then_a_scanner_takes_twice_as_long_as_for_four(name: str) -> None:
+def test_given_eight_megabytes_of_a_flood_then_a_scanner_takes_at_most_twice_as_long_as_for_four(name: str) -> None:
     for unit in slowest_floods(name):
-        slow = grows_too_fast(partial(scan, name), partial(flood_of, unit), LONG_LENGTH)
-        assert slow is None, f"{unit!r}: {slow}"
+        growth = grows_too_fast(partial(scan, name), partial(flood_of, unit), LONG_LENGTH)
+        assert growth is None, f"{unit!r}: {growth}"
 
 
 @pytest.mark.long
@@ -233,5 +235,5 @@ def test_given_32_megabytes_and_100_keys_when_scrubbed_then_it_takes_less_than_a
     text = flood_of(unit, 32 << 20)
     data = text.encode()
 
-    assert min(used(lambda: scrubber.text(text)) for _ in range(3)) < 1.0
-    assert min(used(lambda: scrubber.body(data)) for _ in range(3)) < 1.0
+    assert min(cpu_seconds(lambda: scrubber.text(text)) for _ in range(3)) < 1.0
+    assert min(cpu_seconds(lambda: scrubber.body(data)) for _ in range(3)) < 1.0

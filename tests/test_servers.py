@@ -1,4 +1,4 @@
-"""A server that can't be had: on a desk its tests are skipped; where CI is set they fail, or nobody would notice."""
+"""If a server is not available, tests that need it are skipped on a developer's machine and fail in CI."""
 
 import sys
 from collections.abc import Callable
@@ -20,7 +20,7 @@ FIXTURES: dict[str, Callable[[Path], AbstractContextManager[object]]] = {
 
 @pytest.fixture(params=FIXTURES)
 def absent(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a server that this machine has not: no address answers, no program is found, no wheel is there."""
+    """The name of a server that is not available: no address answers, and there is no program and no wheel."""
     port = servers.free_port()
     monkeypatch.setattr(servers, "MACHINE_POSTGRES", f"postgresql://postgres@127.0.0.1:{port}/postgres")
     monkeypatch.setattr(servers, "MACHINE_MARIADB", f"mariadb://root@127.0.0.1:{port}")
@@ -35,18 +35,18 @@ def absent(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 def test_given_ci_when_a_server_is_absent_then_its_tests_fail(
     absent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that skips what it was made for would be green for nothing."""
+    """In CI a skipped test would go unnoticed."""
     monkeypatch.setenv("CI", "true")
 
     with pytest.raises(pytest.fail.Exception, match=f"{absent} is needed in CI"), FIXTURES[absent](tmp_path / "own"):
         pass
 
 
-def test_given_a_desk_when_a_server_is_absent_then_its_tests_are_skipped(
+def test_given_a_developers_machine_when_a_server_is_absent_then_its_tests_are_skipped(
     absent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody needs every server to work on one part."""
+    """Developers need not install every server."""
     monkeypatch.delenv("CI", raising=False)
 
-    with pytest.raises(pytest.skip.Exception, match=f"{absent} is not here"), FIXTURES[absent](tmp_path / "own"):
+    with pytest.raises(pytest.skip.Exception, match=f"{absent} is not available"), FIXTURES[absent](tmp_path / "own"):
         pass

@@ -1,4 +1,4 @@
-"""The settings: the contract's defaults, where they come from, and one clear line for each thing that is wrong."""
+"""Settings: the defaults of the contract, their sources, and one clear line for each error."""
 
 import base64
 import ipaddress
@@ -17,40 +17,40 @@ from worker.vendor.fetch_url import VENDOR_HOSTS
 SECRET = "hidden-word"
 
 
-def _load(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
-    """What is said about this environment."""
+def _error_for(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
+    """Return the error message for this environment."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SettingsError) as wrong:
+    with pytest.raises(SettingsError) as raised:
         load(*PROCESS_SETTINGS)
-    return str(wrong.value)
+    return str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("given", "read"),
+    ("url", "expected"),
     [
-        ("rediss://r:6380/0", "rediss://r:6380/0?ssl_cert_reqs=required"),  # Celery would refuse it as it stands
+        ("rediss://r:6380/0", "rediss://r:6380/0?ssl_cert_reqs=required"),  # Celery refuses it without the option
         ("rediss://r:6380/0?db=1", "rediss://r:6380/1?ssl_cert_reqs=required"),
         ("rediss://r:6380?ssl_cert_reqs=none", "rediss://r:6380/0?ssl_cert_reqs=none"),
-        ("rediss://r:6380?ssl_cert_reqs=CERT_NONE&db=1", "rediss://r:6380/1?ssl_cert_reqs=none"),  # redis-py would
+        ("rediss://r:6380?ssl_cert_reqs=CERT_NONE&db=1", "rediss://r:6380/1?ssl_cert_reqs=none"),  # redis-py refuses it
         ("redis://r:6379/0", "redis://r:6379/0"),
         ("unix:///tmp/r.sock", "redis+socket:///tmp/r.sock"),
     ],
 )
-def test_a_redis_url_is_read_so_that_celery_and_redis_py_both_take_it(
-    given: str, read: str, monkeypatch: pytest.MonkeyPatch
+def test_a_redis_url_is_accepted_by_celery_and_redis_py(
+    url: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("REDIS_URL", given)
-    monkeypatch.setenv("BROKER_URL", given.replace("unix://", "redis+socket://"))
+    monkeypatch.setenv("REDIS_URL", url)
+    monkeypatch.setenv("BROKER_URL", url.replace("unix://", "redis+socket://"))
     settings = load()
 
-    assert (settings.redis, settings.broker) == (read, read)
+    assert (settings.redis, settings.broker) == (expected, expected)
     assert make_app(settings).backend.connparams
     assert redis_client(settings.redis, seconds=1.0).connection_pool.make_connection()
 
 
 def test_without_any_variable_the_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
-    """One line for each row of the table."""
+    """There is one line per row of the contract's table."""
     settings = load()
     assert settings.database.render_as_string() == "sqlite:///var/worker.db"
     assert settings.redis == "redis://localhost:6379/0"
@@ -78,10 +78,10 @@ def test_without_any_variable_the_defaults_are_those_of_the_contract(tmp_path: P
     ("kind", "seconds"),
     [("image", 3_600), ("dreambooth/x", 3_600), ("video", 7_200), ("text2video", 7_200), ("training", 14_400)],
 )
-def test_deadlines_depend_on_the_kind_unless_one_is_set(
+def test_deadlines_depend_on_the_kind_unless_job_deadline_is_set(
     kind: str, seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A deadline that is set counts for every kind."""
+    """JOB_DEADLINE applies to every kind."""
     assert load().deadline_for(kind) == seconds
     monkeypatch.setenv("JOB_DEADLINE", "90")
     assert load().deadline_for(kind) == 90
@@ -174,26 +174,26 @@ def test_deadlines_depend_on_the_kind_unless_one_is_set(
         ("PORT", "-1"),
     ],
 )
-def test_a_malformed_setting_is_one_line_that_names_its_variable_and_shows_no_secret(
+def test_an_invalid_setting_gives_one_line_with_its_name_and_without_secrets(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the environment."""
-    said = _load(monkeypatch, **{name: value})
-    assert said.startswith(f"{name} ")
-    assert "\n" not in said
-    assert SECRET not in said
-    assert len(said) < 300
+    """The value comes from the environment."""
+    message = _error_for(monkeypatch, **{name: value})
+    assert message.startswith(f"{name} ")
+    assert "\n" not in message
+    assert SECRET not in message
+    assert len(message) < 300
 
 
-def test_all_that_is_wrong_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody likes to correct one setting after the other."""
-    said = _load(monkeypatch, SD_API_RPS="x", POLL_MIN="y")
-    assert "SD_API_RPS" in said
-    assert "POLL_MIN" in said
+def test_all_errors_are_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user need not correct one setting after the other."""
+    message = _error_for(monkeypatch, SD_API_RPS="x", POLL_MIN="y")
+    assert "SD_API_RPS" in message
+    assert "POLL_MIN" in message
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"),
+    ("name", "suggestion"),
     [
         ("SD_API_KEYSS", "SD_API_KEYS"),
         ("SD_API_TIMOUT", "SD_API_TIMEOUT"),
@@ -203,30 +203,30 @@ def test_all_that_is_wrong_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> N
         ("RECOVERY_SECOND", "RECOVERY_SECONDS"),
     ],
 )
-@pytest.mark.parametrize("where", ["environment", "file"])
-def test_an_unknown_setting_that_looks_like_ours_is_refused_with_what_may_be_meant(
-    name: str, meant: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("source", ["environment", "file"])
+def test_an_unknown_setting_that_resembles_ours_is_refused_with_a_suggestion(
+    name: str, suggestion: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A misspelt variable that is ignored in silence costs an afternoon."""
-    if where == "environment":
-        said = _load(monkeypatch, **{name: SECRET})
+    """Silently ignored typing errors are hard to find."""
+    if source == "environment":
+        message = _error_for(monkeypatch, **{name: SECRET})
     else:
         (tmp_path / ".env").write_text(f"{name}={SECRET}\n")
-        said = _load(monkeypatch)
-    assert said == f"{name} is not a setting; did you mean {meant}?"
+        message = _error_for(monkeypatch)
+    assert message == f"{name} is not a setting; did you mean {suggestion}?"
 
 
 @pytest.mark.parametrize("name", ["DATABASE_URLS", "REDIS_URI", "OUTPUT_DIR", "POLLUTION", "APP_PORT", "STORAGE"])
-def test_variables_of_others_are_none_of_our_business(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment belongs to an app too."""
+def test_variables_of_other_programs_are_ignored(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment is shared with the app."""
     monkeypatch.setenv(name, "x")
     load()
 
 
-def test_a_file_in_the_working_directory_is_read_and_the_environment_wins(
+def test_a_dotenv_file_in_the_working_directory_is_read_and_the_environment_takes_precedence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Quotes, comments, `export` and blanks as everybody writes them."""
+    """The file may have quotes, comments, `export` and blanks."""
     (tmp_path / ".env").write_text(
         "# mine\nexport SD_API_KEY='from file'\nSD_API_RPS=5\nPOLL_MIN = 7\nOTHER=1\nSD_API_TIMEOUT=\n"
     )
@@ -239,14 +239,14 @@ def test_a_file_in_the_working_directory_is_read_and_the_environment_wins(
     assert load().rps("default") == 10
 
 
-def test_a_file_that_is_no_text_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Someone's editor wrote another encoding."""
+def test_a_dotenv_file_that_is_not_utf_8_gives_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An editor may have saved it in another encoding."""
     (tmp_path / ".env").write_bytes(b"SD_API_RPS=\xff\xfe5\n")
-    assert ".env" in _load(monkeypatch)
+    assert ".env" in _error_for(monkeypatch)
 
 
-def test_an_empty_variable_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a compose file that passes on what is not set."""
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compose file passes unset variables on as empty ones."""
     for name in ("DATABASE_URL", "REDIS_URL", "SD_API_KEY", "SD_API_KEYS", "SD_API_RPS", "STORAGE_URL", "JOB_DEADLINE"):
         monkeypatch.setenv(name, "")
     settings = load()
@@ -254,8 +254,8 @@ def test_an_empty_variable_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> No
     assert settings.rps("default") == 10
 
 
-def test_lists_ignore_blanks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Around items, and empty items."""
+def test_lists_may_have_blanks_and_empty_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blanks around items and empty items are ignored."""
     monkeypatch.setenv("OUTPUT_ALLOWED_NETWORKS", " 10.0.0.0/8, ,::1/128 ,")
     monkeypatch.setenv("ON_DONE_TASKS", " a.b , ,c.d")
     monkeypatch.setenv("SD_API_HOSTS", " One.example , two.example:8443,,three.example:443 ")
@@ -267,16 +267,16 @@ def test_lists_ignore_blanks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.sd_api_url == "https://base.example/api/v3"
 
 
-def test_both_vendor_hosts_are_known_where_the_base_is_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else only the base's own host."""
+def test_both_vendor_hosts_are_allowed_if_the_base_url_is_on_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another base URL only its own host is allowed."""
     monkeypatch.setenv("SD_API_URL", "https://modelslab.com/api/v6")
     assert load().api.hosts == VENDOR_HOSTS
     monkeypatch.setenv("SD_API_URL", "http://127.0.0.1:8010/api/v3")
     assert load().api.hosts == {"127.0.0.1:8010"}
 
 
-def test_keys_by_account_and_the_single_key_wins_for_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No representation of the settings shows one."""
+def test_sd_api_key_takes_precedence_over_the_default_in_sd_api_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No representation of the settings shows a key."""
     monkeypatch.setenv("SD_API_KEYS", f'{{"default": "other", "shop": "{SECRET}", "empty": ""}}')
     monkeypatch.setenv("SD_API_KEY", SECRET + "2")
     settings = load()
@@ -287,20 +287,20 @@ def test_keys_by_account_and_the_single_key_wins_for_the_default(monkeypatch: py
     assert SECRET not in repr(settings) + str(settings) + repr(settings.keys) + str(settings.model_dump())
 
 
-def test_the_api_s_own_bundle_wins_and_only_a_proxy_that_was_asked_for_is_used(
+def test_the_apis_own_ca_bundle_takes_precedence_and_only_a_configured_proxy_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bundle that everybody knows counts too; the proxies of the environment do not."""
-    common, own = tmp_path / "common.pem", tmp_path / "own.pem"
-    for path in (common, own):
+    """REQUESTS_CA_BUNDLE is used if there is no other; HTTPS_PROXY is ignored."""
+    common_bundle, own_bundle = tmp_path / "common.pem", tmp_path / "own.pem"
+    for path in (common_bundle, own_bundle):
         path.write_text("")
-    monkeypatch.setenv("HTTPS_PROXY", "http://somebody.example:3128")
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(common))
-    assert (load().ca_bundle, load().proxy) == (str(common), None)
-    monkeypatch.setenv("SD_API_CA_BUNDLE", str(own))
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy-of-the-host.example:3128")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(common_bundle))
+    assert (load().ca_bundle, load().proxy) == (str(common_bundle), None)
+    monkeypatch.setenv("SD_API_CA_BUNDLE", str(own_bundle))
     monkeypatch.setenv("SD_API_PROXY", f"http://user:{SECRET}@proxy.example:3128")
     settings = load()
-    assert (settings.ca_bundle, settings.proxy) == (str(own), f"http://user:{SECRET}@proxy.example:3128")
+    assert (settings.ca_bundle, settings.proxy) == (str(own_bundle), f"http://user:{SECRET}@proxy.example:3128")
     assert SECRET not in repr(settings) + str(settings.model_dump())
 
 
@@ -315,15 +315,15 @@ def test_the_api_s_own_bundle_wins_and_only_a_proxy_that_was_asked_for_is_used(
         ("sqlite:///x.db", "sqlite"),
     ],
 )
-def test_every_database_is_used_with_the_driver_we_ship(url: str, driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also under the short names that hosting services hand out."""
+def test_every_database_uses_our_driver(url: str, driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This includes the short URL schemes of hosting services."""
     monkeypatch.setenv("DATABASE_URL", url)
     assert load().database.drivername == driver
 
 
 @pytest.mark.parametrize("url", ["file:/srv/out puts", "file:///srv/out puts"])
-def test_both_spellings_of_a_directory_are_taken(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One slash or three."""
+def test_both_spellings_of_a_file_url_are_accepted(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have one slash or three."""
     monkeypatch.setenv("STORAGE_URL", url)
     assert load().storage_path == Path("/srv/out puts")
 
@@ -337,15 +337,15 @@ def test_both_spellings_of_a_directory_are_taken(url: str, monkeypatch: pytest.M
     ],
 )
 def test_a_bucket_may_have_a_prefix(url: str, bucket: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is received for it lies in the state folder meanwhile."""
+    """Partial downloads for it are in the state directory."""
     monkeypatch.setenv("STORAGE_URL", url)
     settings = load()
     assert (settings.bucket, settings.storage_path) == (bucket, None)
     assert settings.partial_path == Path("var/partial").absolute()
 
 
-def test_what_s3_clients_look_for_in_the_environment_may_be_in_the_file_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real environment wins, as for everything."""
+def test_aws_variables_may_be_in_the_dotenv_file_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment takes precedence, as for all variables."""
     Path(".env").write_text("AWS_ENDPOINT_URL=http://one:8333\nAWS_ACCESS_KEY_ID=of-the-file\n")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://other:8333")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
@@ -354,16 +354,16 @@ def test_what_s3_clients_look_for_in_the_environment_may_be_in_the_file_too(monk
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
 
 
-def test_a_socket_that_nobody_answers_on_is_not_taken_for_a_server(tmp_path: Path) -> None:
-    """A file that a crash left, or no socket at all."""
+def test_a_socket_file_without_a_listener_does_not_count_as_a_server(tmp_path: Path) -> None:
+    """It may be left from a crash."""
     (tmp_path / "var").mkdir()
     (tmp_path / "var" / "redis.sock").touch()
     assert load().redis == "redis://localhost:6379/0"
 
 
-def test_given_passwords_in_settings_when_shown_then_none_of_them_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither in `repr` and `str`, nor where a debugger or a traceback with locals writes them."""
-    secret = "Pa55-of-somebody"
+def test_representations_of_the_settings_show_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debuggers and tracebacks with local variables use `repr` and `str`."""
+    secret = "Pa55-of-an-app"
     values = {
         "DATABASE_URL": f"postgresql://app:{secret}@db.example/app?password={secret}",
         "REDIS_URL": f"redis://:{secret}@redis.example/0",
@@ -380,7 +380,7 @@ def test_given_passwords_in_settings_when_shown_then_none_of_them_is_there(monke
 
     settings = load()
 
-    for shown in (repr(settings), str(settings), f"{settings}", repr([settings])):
-        assert secret not in shown
-        assert values["WEBHOOK_SECRET"] not in shown
-        assert "db.example" in shown
+    for text in (repr(settings), str(settings), f"{settings}", repr([settings])):
+        assert secret not in text
+        assert values["WEBHOOK_SECRET"] not in text
+        assert "db.example" in text

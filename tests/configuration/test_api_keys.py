@@ -1,4 +1,4 @@
-"""Keys by account from a file that changes while processes run."""
+"""API keys by account from a file that changes while processes run."""
 
 import json
 import os
@@ -19,11 +19,11 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
-    def later(self) -> None:
+    def advance(self) -> None:
         self.now += 2 * CHECK_SECONDS
 
 
-def shown(keys: ApiKeys) -> dict[str, str]:
+def plain_keys(keys: ApiKeys) -> dict[str, str]:
     return {account: key.get_secret_value() for account, key in keys.items()}
 
 
@@ -32,13 +32,13 @@ def overwrite(file: Path, text: str) -> None:
 
 
 def replace(file: Path, text: str) -> None:
-    other = file.with_suffix(".new")
-    other.write_text(text)
-    other.replace(file)
+    new_file = file.with_suffix(".new")
+    new_file.write_text(text)
+    new_file.replace(file)
 
 
 def swap_link(file: Path, text: str) -> None:
-    """As Kubernetes changes a mounted secret."""
+    """Replace the file as Kubernetes does for a mounted secret."""
     folder = file.parent / f"..{len(text)}-{os.urandom(4).hex()}"
     folder.mkdir()
     (folder / file.name).write_text(text)
@@ -48,76 +48,76 @@ def swap_link(file: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("write", [overwrite, replace, swap_link])
-def test_a_key_that_changes_is_used_soon_and_the_old_one_stays_secret(
+def test_a_changed_key_is_used_soon_and_the_old_one_stays_secret(
     write: Callable[[Path, str], None], tmp_path: Path
 ) -> None:
     file, clock = tmp_path / "keys.json", Clock()
     write(file, json.dumps({"shop": OLD, "gone": "old"}))
     keys = ApiKeys({}, file, clock=clock)
-    assert shown(keys) == {"shop": OLD, "gone": "old"}
+    assert plain_keys(keys) == {"shop": OLD, "gone": "old"}
     keys.take_changed()
 
     write(file, json.dumps({"shop": NEW, "added": f"{OLD}\n"}))
-    clock.later()
+    clock.advance()
 
-    assert shown(keys) == {"shop": NEW, "added": OLD}
+    assert plain_keys(keys) == {"shop": NEW, "added": OLD}
     assert keys.take_changed() == {"shop", "gone", "added"}
     assert keys.take_changed() == set()
     assert {OLD, NEW, "old"} <= set(keys.texts())
 
 
 @pytest.mark.parametrize("broken", ["", " \n", "{", '{"shop": 5}', "[]", '{"a b": "x"}', '{"shop": "a\\nb"}', None])
-def test_while_the_file_is_broken_the_keys_stay_and_it_is_said_once(
+def test_while_the_file_is_broken_the_previous_keys_stay_and_one_warning_is_logged(
     broken: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file, clock = tmp_path / "keys.json", Clock()
     file.write_text(json.dumps({"shop": OLD}))
     keys = ApiKeys({}, file, clock=clock)
-    assert shown(keys) == {"shop": OLD}
+    assert plain_keys(keys) == {"shop": OLD}
 
     if broken is None:
         file.unlink()
     else:
         file.write_text(broken)
     for _ in range(3):
-        clock.later()
-        assert shown(keys) == {"shop": OLD}
+        clock.advance()
+        assert plain_keys(keys) == {"shop": OLD}
 
     assert len(caplog.messages) == 1
     assert "SD_API_KEYS_FILE" in caplog.text
     assert keys.trouble
     file.write_text(json.dumps({"shop": NEW}))
-    clock.later()
-    assert shown(keys) == {"shop": NEW}
+    clock.advance()
+    assert plain_keys(keys) == {"shop": NEW}
     assert keys.trouble is None
 
 
-def test_listeners_have_a_key_before_it_is_used(tmp_path: Path) -> None:
+def test_listeners_get_a_key_before_it_is_used(tmp_path: Path) -> None:
     file, clock = tmp_path / "keys.json", Clock()
     file.write_text("{}")
     keys = ApiKeys({}, file, clock=clock)
-    heard: list[tuple[set[str], dict[str, str]]] = []
-    keys.listen(lambda texts: heard.append((set(texts), dict(keys._keys))))
+    calls: list[tuple[set[str], dict[str, str]]] = []
+    keys.listen(lambda texts: calls.append((set(texts), dict(keys._keys))))
 
     file.write_text(json.dumps({"shop": NEW}))
-    clock.later()
+    clock.advance()
 
     assert "shop" in keys
-    assert heard[-1] == ({NEW}, {})
+    assert calls[-1] == ({NEW}, {})
     assert NEW not in repr(keys)
 
 
-def test_the_file_wins_over_both_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_takes_precedence_over_both_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "keys.json"
     file.write_text(json.dumps({"default": NEW}))
     monkeypatch.setenv("SD_API_KEY", OLD)
     monkeypatch.setenv("SD_API_KEYS", json.dumps({"shop": OLD}))
     monkeypatch.setenv("SD_API_KEYS_FILE", str(file))
 
-    assert shown(load().keys) == {"default": NEW}
+    assert plain_keys(load().keys) == {"default": NEW}
 
 
-def test_limits_are_by_account(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rate_limits_can_differ_by_account(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SD_API_RPS", '{"shop": 3, "*": 7.5}')
     settings = load()
     assert [settings.rps(account) for account in ("shop", "default")] == [3, 7.5]

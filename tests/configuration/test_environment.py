@@ -1,4 +1,4 @@
-"""Variables as they are meant: without what nobody sees, and without what describes the services of others."""
+"""Environment variables: invisible characters are trimmed, and variables that describe other services are ignored."""
 
 import os
 from pathlib import Path
@@ -57,7 +57,7 @@ SERVICE_LINKS = {
         ("LOG_FORMAT", "json"),
     ],
 )
-def test_what_nobody_sees_around_a_value_is_taken_off(
+def test_invisible_characters_and_quotes_around_a_value_are_removed(
     name: str, value: str, decorated: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -70,12 +70,12 @@ def test_what_nobody_sees_around_a_value_is_taken_off(
     assert dict(settings.keys) == dict(plain.keys)
 
 
-@pytest.mark.parametrize("hidden", ["\n", "\r", "\u200b", "\ufeff", "\u00a0", "\u2028", "\x00", "\u00ad", "\u202e"])
-def test_what_nobody_sees_inside_a_value_is_refused_without_the_value(hidden: str) -> None:
-    with pytest.raises(ValueError, match="as character 5: remove it") as wrong:
-        clean(f"abcd{hidden}{KEY}")
+@pytest.mark.parametrize("character", ["\n", "\r", "\u200b", "\ufeff", "\u00a0", "\u2028", "\x00", "\u00ad", "\u202e"])
+def test_an_invisible_character_inside_a_value_is_refused_without_showing_the_value(character: str) -> None:
+    with pytest.raises(ValueError, match="as character 5: remove it") as raised:
+        clean(f"abcd{character}{KEY}")
 
-    assert KEY not in str(wrong.value)
+    assert KEY not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -90,16 +90,16 @@ def test_what_nobody_sees_inside_a_value_is_refused_without_the_value(hidden: st
         ("USER_AGENT", "shop\r\nX-Key: {}"),
     ],
 )
-def test_the_line_names_the_variable(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_names_the_variable_and_not_its_value(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value.format(KEY))
 
-    with pytest.raises(SettingsError, match=f"^{name} has .* remove it$") as wrong:
+    with pytest.raises(SettingsError, match=f"^{name} has .* remove it$") as raised:
         load(*PROCESS_SETTINGS)
 
-    assert KEY not in str(wrong.value)
+    assert KEY not in str(raised.value)
 
 
-def test_json_and_lists_may_have_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_and_lists_may_have_several_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SD_API_KEYS", f'{{\r\n  "shop":\u00a0"{KEY}\\n"\n}}\n')
     monkeypatch.setenv("SD_API_HOSTS", "a.example,\n  b.example\n")
 
@@ -109,7 +109,7 @@ def test_json_and_lists_may_have_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"a.example", "b.example"} <= set(settings.api.hosts)
 
 
-def test_service_links_are_left_alone_by_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_service_links_are_ignored_by_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = load(*PROCESS_SETTINGS).model_dump()
     for name, value in SERVICE_LINKS.items():
         assert is_service_link(name, value), name
@@ -118,7 +118,7 @@ def test_service_links_are_left_alone_by_every_process(monkeypatch: pytest.Monke
     assert load(*PROCESS_SETTINGS).model_dump() == plain
 
 
-def test_a_service_link_does_not_hide_what_the_file_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_link_does_not_hide_a_variable_in_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     Path(".env").write_text("FLOWER_PORT=5556\n")
     monkeypatch.setenv("FLOWER_PORT", "tcp://10.0.0.5:5555")
 
@@ -136,30 +136,30 @@ def test_a_service_link_does_not_hide_what_the_file_says(monkeypatch: pytest.Mon
         ("USER_AGENT", "é", "downloads"),
     ],
 )
-def test_a_wrong_setting_of_one_process_stops_that_one_alone(
+def test_a_wrong_setting_of_one_process_only_stops_that_process(
     name: str, value: str, process: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
 
-    settings = load(*(other for other in PROCESS_SETTINGS if other != process))
+    settings = load(*(name_of_process for name_of_process in PROCESS_SETTINGS if name_of_process != process))
 
     assert [line.partition(" ")[0] for line in settings.wrong] == [name]
     with pytest.raises(SettingsError, match=f"^{name} "):
         load(process)
 
 
-def test_a_file_with_a_byte_order_mark_and_windows_lines_is_read(tmp_path: Path) -> None:
+def test_a_file_with_a_byte_order_mark_and_windows_line_ends_is_read(tmp_path: Path) -> None:
     file = tmp_path / "settings"
     file.write_bytes(b'\xef\xbb\xbfSD_API_KEY=a\r\nPOLL_MIN="7"\r\nEMPTY=\r\n')
 
     assert read_environment({}, file) == {"SD_API_KEY": "a", "POLL_MIN": "7"}
 
 
-def test_a_name_behind_a_byte_order_mark_is_that_name() -> None:
+def test_a_byte_order_mark_before_a_name_is_removed() -> None:
     assert read_environment({"\ufeffSD_API_KEY": "a"}, None) == {"SD_API_KEY": "a"}
 
 
-def test_credentials_for_s3_are_cleaned_where_clients_look_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3_credentials_are_cleaned_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", f'"{KEY}"\n')
     monkeypatch.setenv("STORAGE_URL", "s3://pictures")
     load()

@@ -1,4 +1,4 @@
-"""URLs of servers: read once, the same for every library, and refused in one line without a word of the password."""
+"""URLs of servers: parsed once, equal for every library, and refused in one line without any part of the password."""
 
 import re
 
@@ -17,7 +17,7 @@ SECRET = "Q7se"
 
 
 @pytest.mark.parametrize(
-    ("given", "read"),
+    ("url_text", "expected"),
     [
         ("redis://r", "redis://r:6379/0"),
         ("redis://r/3", "redis://r:6379/3"),
@@ -46,26 +46,28 @@ SECRET = "Q7se"
         ("REDIS://r", "redis://r:6379/0"),
     ],
 )
-def test_redis_is_the_same_server_for_redis_py_kombu_and_celery(given: str, read: str) -> None:
-    url = read_redis(given)
+def test_redis_py_kombu_and_celery_use_the_same_server(url_text: str, expected: str) -> None:
+    url = read_redis(url_text)
 
-    assert url == read
+    assert url == expected
     assert read_redis(url) == url
-    ours = redis_client(url, seconds=1.0).connection_pool.connection_kwargs
+    client_options = redis_client(url, seconds=1.0).connection_pool.connection_kwargs
     app = FetchWorkerApp(load().model_copy(update={"redis_url": url, "broker_url": url}))
-    results = app.backend.connparams
-    assert ours.get("password") == results.get("password")
-    assert ours.get("db", 0) == results["db"]
+    backend_options = app.backend.connparams
+    assert client_options.get("password") == backend_options.get("password")
+    assert client_options.get("db", 0) == backend_options["db"]
     if "socket" not in url:
         broker = parse_url(url)
         assert (
-            (broker["hostname"], broker["port"]) == (ours["host"], ours["port"]) == (results["host"], results["port"])
+            (broker["hostname"], broker["port"])
+            == (client_options["host"], client_options["port"])
+            == (backend_options["host"], backend_options["port"])
         )
-        assert broker["password"] == ours.get("password")
+        assert broker["password"] == client_options.get("password")
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("url_text", "message"),
     [
         (f"redis://:{SECRET}@r/mydb", "database number"),
         (f"redis://:{SECRET}@r1:1,r2:2/0", "several servers"),
@@ -81,15 +83,15 @@ def test_redis_is_the_same_server_for_redis_py_kombu_and_celery(given: str, read
         (f":{SECRET}@r:6379", "scheme"),
     ],
 )
-def test_a_redis_url_that_cannot_be_meant_is_refused_without_its_password(given: str, said: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(said)) as wrong:
-        read_redis(given)
+def test_an_invalid_redis_url_is_refused_without_showing_its_password(url_text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        read_redis(url_text)
 
-    assert SECRET not in str(wrong.value)
+    assert SECRET not in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("given", "read"),
+    ("url_text", "expected"),
     [
         ("amqp://r", "amqp://r:5672/"),
         ("amqp://u:Q7/se#c@ret@r//", "amqp://u:Q7%2Fse%23c%40ret@r:5672/%2F"),
@@ -106,15 +108,15 @@ def test_a_redis_url_that_cannot_be_meant_is_refused_without_its_password(given:
         ("sqs://", "sqs://"),
     ],
 )
-def test_a_broker_s_url_is_one_that_kombu_reads(given: str, read: str) -> None:
-    assert broker_url(given) == read
-    if not given.startswith("sqs"):
-        with Connection(read) as connection:
+def test_a_broker_url_is_one_that_kombu_supports(url_text: str, expected: str) -> None:
+    assert broker_url(url_text) == expected
+    if not url_text.startswith("sqs"):
+        with Connection(expected) as connection:
             assert connection.hostname
 
 
 @pytest.mark.parametrize(
-    ("given", "read"),
+    ("url_text", "expected"),
     [
         ("postgresql://u:p@h/d?pgbouncer=true&connection_limit=1&pool_timeout=0", "postgresql+psycopg://u:p@h/d"),
         ("postgresql+asyncpg://h/d?prepared_statement_cache_size=0", "postgresql+psycopg://h/d"),
@@ -151,15 +153,15 @@ def test_a_broker_s_url_is_one_that_kombu_reads(given: str, read: str) -> None:
         ("sqlite+aiosqlite:///x.db?timeout=5", "sqlite:///x.db"),
     ],
 )
-def test_options_of_other_programs_are_translated_or_dropped(given: str, read: str) -> None:
-    url = database_url(given)
+def test_options_of_other_programs_are_translated_or_dropped(url_text: str, expected: str) -> None:
+    url = database_url(url_text)
 
-    assert url.render_as_string(hide_password=False) == read
+    assert url.render_as_string(hide_password=False) == expected
     assert create_engine(url).dialect.create_connect_args(url)
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("url_text", "message"),
     [
         (f"oracle://u:{SECRET}@h/d", "postgresql://"),
         (f"jdbc:postgresql://h/d?password={SECRET}", "postgresql://"),
@@ -175,14 +177,14 @@ def test_options_of_other_programs_are_translated_or_dropped(given: str, read: s
         (SECRET, "not a database URL"),
     ],
 )
-def test_a_database_url_that_cannot_be_meant_is_refused_without_its_password(given: str, said: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(said)) as wrong:
-        database_url(given)
+def test_an_invalid_database_url_is_refused_without_showing_its_password(url_text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        database_url(url_text)
 
-    assert SECRET not in str(wrong.value)
+    assert SECRET not in str(raised.value)
 
 
-def test_a_password_with_any_sign_and_a_number_of_a_database_reach_a_real_server(redis_url: str) -> None:
+def test_a_password_with_special_characters_and_a_database_number_work_with_a_real_server(redis_url: str) -> None:
     password, secret = "a/b#c?d=e@f:g%h i", "shop"
     admin = redis_client(redis_url, seconds=2.0)
     admin.execute_command("ACL", "SETUSER", secret, "on", f">{password}", "~*", "&*", "+@all")  # type: ignore[no-untyped-call]  # redis-py

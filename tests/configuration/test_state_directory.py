@@ -1,4 +1,4 @@
-"""Where state goes: what is named, or a temporary directory of this user, with one line that says so."""
+"""The state directory: the configured one, or a temporary directory of this user with one line that says so."""
 
 import os
 import stat
@@ -12,7 +12,7 @@ from worker.settings import load
 from worker.store.engine import make_engine
 
 
-def test_the_first_of_a_list_is_used_and_made_for_this_user_alone(
+def test_the_first_of_several_directories_is_used_and_is_private(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STATE_DIRECTORY", f"{tmp_path}/one:{tmp_path}/two")
@@ -21,20 +21,20 @@ def test_the_first_of_a_list_is_used_and_made_for_this_user_alone(
     assert stat.S_IMODE((tmp_path / "one").stat().st_mode) == 0o700
 
 
-def test_without_it_state_goes_to_var_and_an_sqlite_file_is_private(tmp_path: Path) -> None:
-    before = os.umask(0o022)
+def test_by_default_state_goes_to_var_and_an_sqlite_file_is_private(tmp_path: Path) -> None:
+    previous = os.umask(0o022)
     try:
         engine = make_engine(load().database)
         engine.connect().close()
         engine.dispose()
     finally:
-        os.umask(before)
+        os.umask(previous)
 
     assert stat.S_IMODE((tmp_path / "var").stat().st_mode) == 0o700
     assert not stat.S_IMODE((tmp_path / "var" / "worker.db").stat().st_mode) & 0o007
 
 
-def test_where_it_cannot_be_written_a_temporary_directory_is_used_and_named_once(
+def test_if_it_is_not_writable_a_temporary_directory_is_used_and_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
@@ -42,18 +42,18 @@ def test_where_it_cannot_be_written_a_temporary_directory_is_used_and_named_once
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     monkeypatch.setenv("STATE_DIRECTORY", f"{tmp_path}/file/below")
 
-    places = {load().state for _ in range(2)}
+    folders = {load().state for _ in range(2)}
 
-    (place,) = places
-    assert place.parent == tmp_path / "temporary"
-    assert stat.S_IMODE(place.stat().st_mode) == 0o700
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1
-    assert str(place) in said[0]
-    assert "STATE_DIRECTORY" in said[0]
+    (folder,) = folders
+    assert folder.parent == tmp_path / "temporary"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert str(folder) in lines[0]
+    assert "STATE_DIRECTORY" in lines[0]
 
 
-def test_a_directory_that_others_can_write_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_that_others_can_write_to_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     folder = tmp_path / "file" / "below"
@@ -64,7 +64,7 @@ def test_a_directory_that_others_can_write_is_not_used(tmp_path: Path, monkeypat
         state_directory.writable(folder)
 
 
-def test_a_typo_in_an_sqlite_path_makes_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_typing_error_in_an_sqlite_path_creates_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_URL", "sqlite:///dta/worker.db")
 
     with pytest.raises(SettingsError, match=r"^DATABASE_URL .* is not a directory"):

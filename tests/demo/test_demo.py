@@ -1,4 +1,4 @@
-"""The demo as a user runs it: a process of its own, real parts, files at the end, and nothing left running."""
+"""The demo as a user runs it: a separate process, real servers, stored files, and no process left behind."""
 
 import os
 import re
@@ -16,29 +16,29 @@ from tests.waiting import wait_until
 
 DEMO = (sys.executable, "-c", "from worker.cli import main; main()", "demo")
 PNG = b"\x89PNG\r\n\x1a\n"
-MOST_SECONDS = 75.0
-MARK = "DEMO_TEST"
+TIMEOUT_SECONDS = 75.0
+MARKER = "DEMO_TEST"
 
 pytestmark = [
     pytest.mark.every_python,
     pytest.mark.usefixtures("interruptible"),
-    pytest.mark.skipif(sys.platform != "linux", reason="processes are looked for in /proc"),
+    pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc"),
 ]
 
 
 @dataclass(frozen=True, slots=True)
-class World:
-    """A place to run demos in, and the mark that all their processes carry."""
+class DemoRunner:
+    """A folder to run demos in, and the marker in the environment of all their processes."""
 
     folder: Path
     mark: str
 
-    def start(self, *words: str, **environment: str) -> "subprocess.Popen[str]":
-        """Starts a demo as from a shell whose environment is full of settings for something else."""
+    def start(self, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+        """Start a demo in an environment that has settings for other programs."""
         return subprocess.Popen(
-            [*DEMO, "--longest", "2", "--folder", str(self.folder / "demo"), *words],
+            [*DEMO, "--longest", "2", "--folder", str(self.folder / "demo"), *arguments],
             cwd=self.folder,
-            env={**os.environ, MARK: self.mark, **environment},
+            env={**os.environ, MARKER: self.mark, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -46,86 +46,86 @@ class World:
         )
 
     def processes(self) -> list[int]:
-        """The living processes with the mark."""
-        found: list[int] = []
+        """Return the running processes with the marker."""
+        pids: list[int] = []
         for entry in Path("/proc").glob("[0-9]*/environ"):
             try:
-                if f"{MARK}={self.mark}".encode() in entry.read_bytes():
-                    found.append(int(entry.parent.name))
+                if f"{MARKER}={self.mark}".encode() in entry.read_bytes():
+                    pids.append(int(entry.parent.name))
             except OSError:
                 continue
-        return found
+        return pids
 
 
 @pytest.fixture
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    world = World(tmp_path_factory.mktemp("w"), secrets.token_hex(8))
-    yield world
-    for pid in world.processes():
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoRunner]:
+    runner = DemoRunner(tmp_path_factory.mktemp("w"), secrets.token_hex(8))
+    yield runner
+    for pid in runner.processes():
         os.kill(pid, signal.SIGKILL)
 
 
-def test_the_demo_stores_every_picture_lists_it_on_the_page_and_leaves_no_process(world: World) -> None:
-    """Settings of the surroundings have no say: with these nothing would work."""
-    (world.folder / ".env").write_text("SD_API_RPS=nonsense\n")
+def test_the_demo_stores_every_picture_shows_it_on_the_page_and_leaves_no_process(runner: DemoRunner) -> None:
+    """Settings in the environment and in a .env file have no effect. With them nothing would work."""
+    (runner.folder / ".env").write_text("SD_API_RPS=nonsense\n")
     foreign = {"DATABASE_URL": "postgresql://127.0.0.1:1/x", "REDIS_URL": "redis://127.0.0.1:1", "PORT": "1"}
 
-    with world.start("--jobs", "3", **foreign, POLL_POLICEY="x", STORAGE_URI="s3://x", SD_API_KEY="foreign") as demo:
-        said = demo.communicate(timeout=MOST_SECONDS)[0]
+    with runner.start("--jobs", "3", **foreign, POLL_POLICEY="x", STORAGE_URI="s3://x", SD_API_KEY="foreign") as demo:
+        output = demo.communicate(timeout=TIMEOUT_SECONDS)[0]
 
-    folder = world.folder / "demo"
+    folder = runner.folder / "demo"
     page = (folder / "contact-sheet.html").read_text()
     files = sorted((folder / "outputs").rglob("*.png"))
-    assert demo.returncode == 0, said
+    assert demo.returncode == 0, output
     assert len(files) >= 3
     assert [path.name for path in (folder / "outputs" / ".partial").iterdir()] == []
     assert all(file.read_bytes().startswith(PNG) for file in files)
     assert sorted(set(re.findall(r'src="(outputs/[^"]+)"', page))) == sorted(str(f.relative_to(folder)) for f in files)
     assert "://" not in re.sub(r"<code>.*?</code>", "", page)
-    assert (folder / "contact-sheet.html").as_uri() in said
-    assert re.search(r"http://127\.0\.0\.1:\d+ \(user admin, password \S+\)", said)
-    assert not world.processes()
+    assert (folder / "contact-sheet.html").as_uri() in output
+    assert re.search(r"http://127\.0\.0\.1:\d+ \(user admin, password \S+\)", output)
+    assert not runner.processes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_told_to_end_in_the_middle_it_leaves_nothing_running(world: World, number: signal.Signals) -> None:
-    with world.start("--no-flower") as demo:
-        wait_until(lambda: len(world.processes()) >= 5, "five processes run")
+def test_a_signal_stops_the_demo_and_leaves_no_process(runner: DemoRunner, number: signal.Signals) -> None:
+    with runner.start("--no-flower") as demo:
+        wait_until(lambda: len(runner.processes()) >= 5, "five processes run")
         demo.send_signal(number)
-        said = demo.communicate(timeout=MOST_SECONDS)[0]
+        output = demo.communicate(timeout=TIMEOUT_SECONDS)[0]
 
     assert demo.returncode == 130
-    assert "Traceback" not in said
-    assert not world.processes()
+    assert "Traceback" not in output
+    assert not runner.processes()
 
 
-def test_killed_in_the_middle_it_leaves_nothing_running(world: World) -> None:
-    with world.start("--no-flower") as demo:
-        wait_until(lambda: len(world.processes()) >= 5, "five processes run")
+def test_killing_the_demo_leaves_no_process(runner: DemoRunner) -> None:
+    with runner.start("--no-flower") as demo:
+        wait_until(lambda: len(runner.processes()) >= 5, "five processes run")
         demo.kill()
 
-    wait_until(lambda: not world.processes(), "no process is left")
+    wait_until(lambda: not runner.processes(), "no process is left")
 
 
-def test_a_part_that_dies_ends_the_demo_with_its_last_words(world: World) -> None:
-    with world.start("--no-flower") as demo:
-        pid_file = world.folder / "demo" / "redis" / "server.pid"
-        wait_until(lambda: len(world.processes()) >= 5 and pid_file.exists(), "five processes run, Redis among them")
+def test_a_process_that_dies_ends_the_demo_with_an_error(runner: DemoRunner) -> None:
+    with runner.start("--no-flower") as demo:
+        pid_file = runner.folder / "demo" / "redis" / "server.pid"
+        wait_until(lambda: len(runner.processes()) >= 5 and pid_file.exists(), "five processes run, Redis among them")
         os.kill(int(pid_file.read_text()), signal.SIGKILL)
-        said = demo.communicate(timeout=MOST_SECONDS)[0]
+        output = demo.communicate(timeout=TIMEOUT_SECONDS)[0]
 
     assert demo.returncode == 1
-    assert "redis ended unexpectedly" in said
-    assert "Traceback" not in said
-    assert not world.processes()
+    assert "redis ended unexpectedly" in output
+    assert "Traceback" not in output
+    assert not runner.processes()
 
 
-def test_a_folder_with_something_in_it_is_refused(world: World) -> None:
-    (world.folder / "demo").mkdir()
-    (world.folder / "demo" / "mine.txt").touch()
+def test_a_folder_that_is_not_empty_is_refused(runner: DemoRunner) -> None:
+    (runner.folder / "demo").mkdir()
+    (runner.folder / "demo" / "mine.txt").touch()
 
-    with world.start() as demo:
-        said = demo.communicate(timeout=MOST_SECONDS)[0]
+    with runner.start() as demo:
+        output = demo.communicate(timeout=TIMEOUT_SECONDS)[0]
 
     assert demo.returncode == 2
-    assert "is not empty" in said
+    assert "is not empty" in output

@@ -1,4 +1,4 @@
-"""A server that is not set up for us: each command says in one line what to do, and calls raise errors of ours."""
+"""A database that is not set up for the worker: commands give one line of advice, and calls raise our errors."""
 
 import secrets
 from collections.abc import Callable, Iterator
@@ -22,15 +22,15 @@ COMMANDS = [
 ]  # fmt: skip
 
 
-def _said(words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    code = run_command(words.split())
-    shown = capsys.readouterr()
-    return code, shown.out + shown.err
+def _run(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    code = run_command(command.split())
+    output = capsys.readouterr()
+    return code, output.out + output.err
 
 
 @pytest.fixture
 def without_rights(migrated_postgres: object, postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URL of a role that may log in and do nothing else; the tables are there."""
+    """The URL of a role that may only log in. The tables exist."""
     role = f"fetch_worker_test_{secrets.token_hex(4)}"
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(f"CREATE ROLE {role} LOGIN PASSWORD 's3cret'".encode())
@@ -41,22 +41,24 @@ def without_rights(migrated_postgres: object, postgres_url: str, monkeypatch: py
         connection.execute(f"DROP ROLE {role}".encode())
 
 
-@pytest.mark.parametrize("words", COMMANDS)
-def test_given_a_role_without_rights_when_a_command_runs_then_one_line_has_the_grant(
-    words: str, without_rights: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", COMMANDS)
+def test_given_a_role_without_privileges_when_a_command_runs_then_one_line_has_the_grant(
+    command: str, without_rights: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, said = _said(words, capsys)
-    if words == "migrate" and code == 0:
-        return  # nothing was to be done
+    code, output = _run(command, capsys)
+    if command == "migrate" and code == 0:
+        return  # there was nothing to migrate
     assert code == 1
-    assert "GRANT " in said
-    assert "s3cret" not in said
-    assert "SELECT fetch" not in said
-    assert "Background on this error" not in said
-    assert len(said.strip().splitlines()) == 1
+    assert "GRANT " in output
+    assert "s3cret" not in output
+    assert "SELECT fetch" not in output
+    assert "Background on this error" not in output
+    assert len(output.strip().splitlines()) == 1
 
 
-def test_given_a_role_without_rights_when_the_api_is_called_then_it_raises_errors_of_ours(without_rights: str) -> None:
+def test_given_a_role_without_privileges_when_the_python_api_is_called_then_it_raises_our_errors(
+    without_rights: str,
+) -> None:
     calls: list[Callable[[], object]] = [
         lambda: worker.track(78),
         lambda: worker.get(1),
@@ -76,7 +78,7 @@ def test_given_a_role_without_rights_when_the_api_is_called_then_it_raises_error
 @pytest.mark.parametrize(
     ("query", "advice"), [({"options": "-csearch_path=nowhere"}, "search_path"), ({}, "fetch-worker migrate")]
 )
-def test_given_a_database_without_our_tables_or_without_a_schema_then_a_line_says_what_to_run(
+def test_given_a_database_without_our_tables_or_schema_when_a_command_runs_then_one_line_says_what_to_do(
     query: dict[str, str],
     advice: str,
     postgres_url: str,
@@ -87,65 +89,65 @@ def test_given_a_database_without_our_tables_or_without_a_schema_then_a_line_say
     url = make_url(postgres_url).set(database=name, query=query)
     monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
     with psycopg.connect(postgres_url, autocommit=True) as connection:
-        code, said = _said("list", capsys)
-        assert (code, "does not exist (" in said, len(said.strip().splitlines())) == (1, True, 1)
+        code, output = _run("list", capsys)
+        assert (code, "does not exist (" in output, len(output.strip().splitlines())) == (1, True, 1)
         connection.execute(f"CREATE DATABASE {name}".encode())
-        code, said = _said("migrate" if query else "list", capsys)
+        code, output = _run("migrate" if query else "list", capsys)
         engine_for(load().database).dispose()
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
-    assert (code, len(said.strip().splitlines())) == (1, 1)
-    assert advice in said
+    assert (code, len(output.strip().splitlines())) == (1, 1)
+    assert advice in output
 
 
-def test_given_an_error_of_the_database_that_a_command_did_not_expect_then_it_is_one_line_all_the_same(
+def test_given_an_unexpected_database_error_when_a_command_runs_then_it_prints_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     @group.command("surprise", hidden=True)
-    def surprise() -> None:
+    def broken_command() -> None:
         raise OperationalError("SELECT secret", {}, Exception("server closed the connection\nand more"))
 
     try:
-        code, said = _said("surprise", capsys)
+        code, output = _run("surprise", capsys)
     finally:
         assert isinstance(group, click.Group)
         del group.commands["surprise"]
-    assert (code, len(said.strip().splitlines())) == (1, 1)
-    assert "does not answer (server closed the connection)" in said
-    assert "SELECT" not in said
+    assert (code, len(output.strip().splitlines())) == (1, 1)
+    assert "does not answer (server closed the connection)" in output
+    assert "SELECT" not in output
 
 
 @pytest.mark.usefixtures("migrated_postgres")
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
-def test_given_an_apps_own_transaction_when_another_tracks_the_same_job_then_it_gets_the_id_or_is_told_to_run_it_again(
+def test_given_an_open_transaction_when_another_one_tracks_the_same_job_then_track_asks_to_run_the_transaction_again(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch, level: str
 ) -> None:
     monkeypatch.setenv("DATABASE_URL", postgres_url)
     remote = secrets.token_hex(6)
-    own = create_engine(make_url(postgres_url).set(drivername="postgresql+psycopg"), isolation_level=level)
-    with Session(own) as session:
-        session.execute(text("SELECT count(*) FROM fetch_jobs"))  # its snapshot
+    app_engine = create_engine(make_url(postgres_url).set(drivername="postgresql+psycopg"), isolation_level=level)
+    with Session(app_engine) as session:
+        session.execute(text("SELECT count(*) FROM fetch_jobs"))  # takes its snapshot
         job_id = worker.track(remote)
         with pytest.raises(worker.Unavailable, match="run the whole transaction again"):
             worker.track(remote, session=session)
         session.rollback()
         assert worker.track(remote, session=session) == job_id
-    own.dispose()
+    app_engine.dispose()
     engine_for(load().database).dispose()
 
 
-def test_given_a_snapshot_of_an_apps_transaction_on_mariadb_when_another_tracks_the_same_job_then_it_gets_the_id(
+def test_given_an_open_transaction_on_mariadb_when_another_one_tracks_the_same_job_then_track_returns_its_id(
     migrated_mariadb: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """REPEATABLE READ is the default there: a plain SELECT does not show what was committed since."""
+    """MariaDB's default is REPEATABLE READ, so a plain SELECT does not show rows that were committed later."""
     url = migrated_mariadb.url
     monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False).replace("+pymysql", ""))
     remote = secrets.token_hex(6)
-    own = create_engine(url, isolation_level="REPEATABLE READ")
-    with Session(own) as session:
-        session.execute(text("SELECT count(*) FROM fetch_jobs"))  # its snapshot
+    app_engine = create_engine(url, isolation_level="REPEATABLE READ")
+    with Session(app_engine) as session:
+        session.execute(text("SELECT count(*) FROM fetch_jobs"))  # takes its snapshot
         job_id = worker.track(remote)
 
         assert worker.track(remote, session=session) == job_id
         session.commit()
-    own.dispose()
+    app_engine.dispose()
     engine_for(load().database).dispose()

@@ -1,4 +1,4 @@
-"""How it is deployed: the files of worker/deploy are what their own linters accept, and agree with the product."""
+"""The files of worker/deploy: their linters accept them, and they agree with the product."""
 
 import fnmatch
 import os
@@ -34,44 +34,44 @@ BIN = Path(sys.executable).parent
 INSTALLED = "/opt/fetch-worker/bin/"
 PROCFILE = {line.name: line.command for line in read_procfile(ROOT / "Procfile")}
 PROCESSES = ("worker", "downloads", "beat", "flower")
-KEYED = {"fetch-worker-worker@.service", "fetch-worker-up.service"}
+WITH_KEYS = {"fetch-worker-worker@.service", "fetch-worker-up.service"}
 COMMON = SYSTEMD / "fetch-worker-.service.d" / "common.conf"
 UNITS = sorted(path for path in SYSTEMD.rglob("*") if path.is_file())
 SERVICES = sorted(path.name for path in SYSTEMD.glob("*.service"))
 TEXTS = sorted(path for path in DEPLOY.rglob("*") if path.is_file() and path.suffix not in (".json", ".env"))
-OTHERS = re.compile(r"(POSTGRES|PYTHON|PIP|AWS|MARIADB)_?[A-Z_]*|PATH|PYTHON")  # names of variables that others read
-MOST_EXPOSED = 20  # tenths: systemd calls up to 2 "ok", and a unit without any of it has 96
-SECURITY = "systemd-analyze", "security", "--offline=yes", "--no-pager", f"--threshold={MOST_EXPOSED}"
+FOREIGN_VARIABLES = re.compile(r"(POSTGRES|PYTHON|PIP|AWS|MARIADB)_?[A-Z_]*|PATH|PYTHON")  # read by other programs
+MAX_EXPOSURE = 20  # tenths: systemd calls up to 2 "ok", and a unit without restrictions has 96
+SECURITY = "systemd-analyze", "security", "--offline=yes", "--no-pager", f"--threshold={MAX_EXPOSURE}"
 
 
 def lines_of(path: Path) -> list[str]:
-    """The lines of a file that are no comments."""
+    """Return the lines of a file that are not comments."""
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line and line[0] not in "#;"]
 
 
 def values(path: Path, name: str) -> list[str]:
-    """What a unit, or the drop-in of all units, says of a name, as often as it does."""
+    """Return all values of a name in a unit, or in the drop-in of all units."""
     return [line.partition("=")[2] for line in lines_of(path) if line.startswith(f"{name}=")]
 
 
 def compose() -> dict[str, Any]:
-    """The compose file, with what it repeats by reference."""
-    read: dict[str, Any] = YAML(typ="safe").load(DEPLOY / "compose.yml")
-    return read
+    """Return the compose file with its references resolved."""
+    document: dict[str, Any] = YAML(typ="safe").load(DEPLOY / "compose.yml")
+    return document
 
 
-def image() -> list[str]:
-    """The instructions of the Dockerfile, one a line."""
+def dockerfile_instructions() -> list[str]:
+    """Return the instructions of the Dockerfile, one per line."""
     return lines_of_text((DEPLOY / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " "))
 
 
 def lines_of_text(text: str) -> list[str]:
-    """Lines without comments and blank ones."""
+    """Return the lines that are not blank or comments."""
     return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
-def as_in_the_procfile(command: str) -> str:
-    """A unit's command without what only a unit has: a path, the number of the process, doubled percent signs."""
+def procfile_form(command: str) -> str:
+    """Return a unit's command without its path, instance number and doubled percent signs."""
     return command.removeprefix(INSTALLED).replace("%i@", "@").replace("%%", "%")
 
 
@@ -80,7 +80,7 @@ def as_in_the_procfile(command: str) -> str:
 
 @pytest.fixture(scope="module")
 def units(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The units, with the programs of this environment: a unit whose program is not there is no good one."""
+    """The units with the programs of this environment. systemd-analyze reports missing programs as errors."""
     if shutil.which("systemd-analyze") is None:
         missing("systemd-analyze")
     folder = tmp_path_factory.mktemp("units") / "system"
@@ -90,95 +90,95 @@ def units(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _analyze(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    own = os.environ | {"SYSTEMD_UNIT_PATH": f"{folder}:"}
-    return subprocess.run(words, cwd=folder, env=own, capture_output=True, text=True, timeout=60, check=False)
+def _analyze(folder: Path, *command: str) -> "subprocess.CompletedProcess[str]":
+    environment = os.environ | {"SYSTEMD_UNIT_PATH": f"{folder}:"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.mark.server
-def test_systemd_finds_nothing_to_say_about_the_units(units: Path) -> None:
+def test_systemd_analyze_accepts_the_units(units: Path) -> None:
     names = [f"./{name}".replace("@.", "@1.") for name in [*SERVICES, "fetch-worker.target"]]
-    said = _analyze(units, "systemd-analyze", "verify", "--man=no", "--recursive-errors=no", *names)
+    result = _analyze(units, "systemd-analyze", "verify", "--man=no", "--recursive-errors=no", *names)
 
-    assert (said.returncode, said.stderr, said.stdout) == (0, "", "")
+    assert (result.returncode, result.stderr, result.stdout) == (0, "", "")
 
 
 @pytest.mark.server
 @pytest.mark.parametrize("name", SERVICES)
-def test_a_unit_is_shut_in_well(units: Path, name: str) -> None:
-    said = _analyze(units, *SECURITY, f"./{name}".replace("@.", "@1."))
+def test_a_unit_is_well_restricted(units: Path, name: str) -> None:
+    result = _analyze(units, *SECURITY, f"./{name}".replace("@.", "@1."))
 
-    assert said.returncode == 0, said.stdout[-200:] + said.stderr
-
-
-def test_each_process_of_the_procfile_has_a_unit_that_runs_its_line() -> None:
-    found = {name: as_in_the_procfile(values(SYSTEMD / name, "ExecStart")[0]) for name in SERVICES}
-
-    assert found.pop("fetch-worker-up.service") == "fetch-worker up"
-    assert found.pop("fetch-worker-migrate.service") == PROCFILE["release"]
-    named = {name.removeprefix("fetch-worker-").removesuffix(".service").rstrip("@") for name in found}
-    assert named == set(PROCESSES)
-    assert all(line == PROCFILE[re.split(r"[-@.]", name)[2]] for name, line in found.items())
+    assert result.returncode == 0, result.stdout[-200:] + result.stderr
 
 
-def test_only_the_processes_that_poll_are_given_the_keys() -> None:
-    read = {name for name in SERVICES if "/etc/fetch-worker/keys.env" in values(SYSTEMD / name, "EnvironmentFile")}
+def test_each_process_of_the_procfile_has_a_unit_with_its_command() -> None:
+    commands_by_unit = {name: procfile_form(values(SYSTEMD / name, "ExecStart")[0]) for name in SERVICES}
 
-    assert read == KEYED
+    assert commands_by_unit.pop("fetch-worker-up.service") == "fetch-worker up"
+    assert commands_by_unit.pop("fetch-worker-migrate.service") == PROCFILE["release"]
+    names = {name.removeprefix("fetch-worker-").removesuffix(".service").rstrip("@") for name in commands_by_unit}
+    assert names == set(PROCESSES)
+    assert all(line == PROCFILE[re.split(r"[-@.]", name)[2]] for name, line in commands_by_unit.items())
+
+
+def test_only_the_units_that_poll_get_the_keys() -> None:
+    with_keys = {name for name in SERVICES if "/etc/fetch-worker/keys.env" in values(SYSTEMD / name, "EnvironmentFile")}
+
+    assert with_keys == WITH_KEYS
     assert values(COMMON, "EnvironmentFile") == ["/etc/fetch-worker/fetch-worker.env"]
 
 
-def test_processes_see_one_another_since_they_tell_the_dead_by_it() -> None:
-    """A process that is not seen is taken for dead, and what it holds is given to others."""
+def test_processes_can_see_each_other_to_detect_dead_claim_holders() -> None:
+    """A process that others cannot see counts as dead, and they release its claims."""
     for path in UNITS:
         assert not values(path, "ProtectProc") + values(path, "ProcSubset") + values(path, "DynamicUser"), path
         assert values(path, "User") == (["fetch-worker"] if path == COMMON else [])
 
 
 @pytest.mark.parametrize("name", [name for name in SERVICES if "migrate" not in name])
-def test_a_process_that_dies_is_started_again_for_ever_and_one_that_refuses_its_settings_is_not(name: str) -> None:
+def test_a_process_is_restarted_without_limit_unless_it_refuses_its_settings(name: str) -> None:
     assert values(SYSTEMD / name, "Restart") == ["always"]
     assert values(COMMON, "RestartPreventExitStatus") == ["2"]
     assert values(COMMON, "StartLimitIntervalSec") == ["0"]
     assert values(COMMON, "KillMode") == ["mixed"]
-    assert values(SYSTEMD / name, "TimeoutStopSec"), "as long as a polite stop takes"
+    assert values(SYSTEMD / name, "TimeoutStopSec"), "long enough for a clean stop"
 
 
 # ── image and compose ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_hadolint_finds_nothing_to_say_about_the_dockerfile() -> None:
-    said = subprocess.run(
+def test_hadolint_accepts_the_dockerfile() -> None:
+    result = subprocess.run(
         [BIN / "hadolint", "--failure-threshold", "style", DEPLOY / "Dockerfile"],
         capture_output=True,
         text=True,
         check=False,
     )
 
-    assert (said.returncode, said.stdout) == (0, "")
+    assert (result.returncode, result.stdout) == (0, "")
 
 
-def test_the_compose_file_is_one_by_its_specification() -> None:
-    words = [str(BIN / "check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(DEPLOY / "compose.yml")]
-    said = subprocess.run(words, capture_output=True, text=True, check=False)
+def test_the_compose_file_follows_its_specification() -> None:
+    command = [str(BIN / "check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(DEPLOY / "compose.yml")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
 
-    assert said.returncode == 0, said.stdout + said.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_each_process_of_the_procfile_has_a_container_that_runs_its_line() -> None:
+def test_each_process_of_the_procfile_has_a_container_with_its_command() -> None:
     services = compose()["services"]
 
     assert {name: services[name]["command"] for name in PROCESSES} == {name: PROCFILE[name] for name in PROCESSES}
     assert shlex.join(services["migrate"]["command"]) == PROCFILE["release"]
 
 
-def test_only_the_container_that_polls_is_given_the_keys() -> None:
+def test_only_the_container_that_polls_gets_the_keys() -> None:
     services = compose()["services"]
 
-    assert [name for name, one in services.items() if "keys.env" in one.get("env_file", [])] == ["worker"]
+    assert [name for name, service in services.items() if "keys.env" in service.get("env_file", [])] == ["worker"]
 
 
-def test_every_process_waits_for_the_tables_and_is_given_time_to_end() -> None:
+def test_every_process_waits_for_the_tables_and_has_time_to_stop() -> None:
     services = compose()["services"]
 
     for name in PROCESSES:
@@ -187,44 +187,48 @@ def test_every_process_waits_for_the_tables_and_is_given_time_to_end() -> None:
     assert services["migrate"]["depends_on"] == {"postgres": {"condition": "service_healthy"}}
 
 
-def test_the_broker_never_evicts() -> None:
+def test_the_broker_never_evicts_data() -> None:
     assert shlex.join(compose()["services"]["redis"]["command"]).endswith("--maxmemory-policy noeviction")
 
 
-def test_ports_are_open_on_this_machine_alone() -> None:
-    ports = [port for one in compose()["services"].values() for port in one.get("ports", [])]
+def test_ports_are_only_open_on_this_host() -> None:
+    ports = [port for service in compose()["services"].values() for port in service.get("ports", [])]
 
     assert ports
     assert all(port.startswith("127.0.0.1:") for port in ports)
     for name in ("pgbouncer.ini", "valkey.conf"):
-        (listens,) = re.findall(r"^(?:listen_addr =|bind) (.+)$", (DEPLOY / name).read_text(), re.MULTILINE)
-        assert listens == "127.0.0.1"
+        (address,) = re.findall(r"^(?:listen_addr =|bind) (.+)$", (DEPLOY / name).read_text(), re.MULTILINE)
+        assert address == "127.0.0.1"
 
 
-def test_every_file_of_variables_has_an_example_and_none_is_shipped() -> None:
-    wanted = {name for one in compose()["services"].values() for name in one.get("env_file", [])}
-    wanted |= {Path(name).name for path in UNITS for name in values(path, "EnvironmentFile")}
+def test_every_environment_file_has_an_example_and_none_is_shipped() -> None:
+    expected = {name for service in compose()["services"].values() for name in service.get("env_file", [])}
+    expected |= {Path(name).name for path in UNITS for name in values(path, "EnvironmentFile")}
     git, docker = ((ROOT / name).read_text().splitlines() for name in (".gitignore", ".dockerignore"))
 
-    assert wanted == {path.name.removesuffix(".example") for path in DEPLOY.glob("*.example")}
+    assert expected == {path.name.removesuffix(".example") for path in DEPLOY.glob("*.example")}
     assert "worker/deploy/*.env" in git
     assert "worker/deploy/*.env" in docker
 
 
-def test_the_image_is_made_from_what_it_copies_and_holds_all_that_the_wheel_does(tmp_path: Path) -> None:
-    """The build's context is an allow-list, and the build takes still less of it: a file that is missing shows here."""
+def test_the_image_is_built_from_the_copied_files_and_contains_the_whole_wheel(tmp_path: Path) -> None:
+    """Both .dockerignore and the COPY instructions are allow-lists, so a missing file is found here."""
     allowed = {line.removeprefix("!/") for line in lines_of(ROOT / ".dockerignore") if line.startswith("!/")}
-    copied = [line.split()[1:-1] for line in image() if line.startswith("COPY ") and "--from" not in line]
-    names = {name.rstrip("/") for words in copied for name in words}
+    copied = [
+        line.split()[1:-1] for line in dockerfile_instructions() if line.startswith("COPY ") and "--from" not in line
+    ]
+    names = {name.rstrip("/") for arguments in copied for name in arguments}
     for name in names:
         source, target = ROOT / name, tmp_path / "src" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, target, ignore=_ignored) if source.is_dir() else shutil.copy(source, target)
 
     assert names == allowed
-    whole, made = (_wheel(folder, tmp_path / name) for folder, name in ((ROOT, "all"), (tmp_path / "src", "some")))
-    assert made == whole
-    assert {path.relative_to(ROOT).as_posix() for path in TEXTS} <= whole
+    from_checkout, from_copies = (
+        _wheel(folder, tmp_path / name) for folder, name in ((ROOT, "all"), (tmp_path / "src", "some"))
+    )
+    assert from_copies == from_checkout
+    assert {path.relative_to(ROOT).as_posix() for path in TEXTS} <= from_checkout
 
 
 def _ignored(folder: str, names: list[str]) -> set[str]:
@@ -238,70 +242,76 @@ def _wheel(source: Path, target: Path) -> set[str]:
     return set(zipfile.ZipFile(built).namelist())
 
 
-def test_the_image_runs_as_nobody_in_particular_and_takes_signals_itself() -> None:
-    words = [line.split(maxsplit=1) for line in image()]
-    said = dict(words)
+def test_the_image_does_not_run_as_root_and_receives_signals_directly() -> None:
+    instructions = [line.split(maxsplit=1) for line in dockerfile_instructions()]
+    values_by_name = dict(instructions)
 
-    assert said["USER"] == "10001:10001"
-    assert said["STOPSIGNAL"] == "SIGTERM"
-    assert said["CMD"] == '["fetch-worker", "up"]'
-    assert said["HEALTHCHECK"].endswith('CMD ["fetch-worker", "doctor", "--liveness"]')
-    assert all("${PYTHON}-slim-" in what for name, what in words if name == "FROM")
-    (install,) = (what for name, what in words if name == "RUN" and "requirements.lock" in what)
-    assert "--require-hashes" in install
+    assert values_by_name["USER"] == "10001:10001"
+    assert values_by_name["STOPSIGNAL"] == "SIGTERM"
+    assert values_by_name["CMD"] == '["fetch-worker", "up"]'
+    assert values_by_name["HEALTHCHECK"].endswith('CMD ["fetch-worker", "doctor", "--liveness"]')
+    assert all("${PYTHON}-slim-" in value for name, value in instructions if name == "FROM")
+    (install_command,) = (value for name, value in instructions if name == "RUN" and "requirements.lock" in value)
+    assert "--require-hashes" in install_command
 
 
-# ── what all of them say ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── all files ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def commands() -> set[str]:
-    """Every command line that something starts."""
-    from_units = {as_in_the_procfile(values(SYSTEMD / name, "ExecStart")[0]) for name in SERVICES}
+    """Return every command line in the units, the compose file and the Dockerfile."""
+    from_units = {procfile_form(values(SYSTEMD / name, "ExecStart")[0]) for name in SERVICES}
     from_compose = {
-        one["command"] if isinstance(one["command"], str) else shlex.join(one["command"])
-        for one in compose()["services"].values()
-        if one["image"] == "fetch-worker"
+        service["command"] if isinstance(service["command"], str) else shlex.join(service["command"])
+        for service in compose()["services"].values()
+        if service["image"] == "fetch-worker"
     }
     lists = re.findall(r"CMD \[(.+)\]", (DEPLOY / "Dockerfile").read_text())
-    return from_units | from_compose | {" ".join(re.findall(r'"([^"]+)"', words)) for words in lists}
+    return from_units | from_compose | {" ".join(re.findall(r'"([^"]+)"', quoted)) for quoted in lists}
 
 
 @pytest.mark.parametrize("command", sorted(line for line in commands() if line.startswith("fetch-worker ")))
-def test_a_command_of_ours_is_one(command: str) -> None:
-    _, name, *words = command.split()
+def test_our_commands_exist(command: str) -> None:
+    _, name, *arguments = command.split()
 
-    group.commands[name].make_context(name, words)
+    group.commands[name].make_context(name, arguments)
 
 
 @pytest.mark.parametrize("command", sorted(line for line in commands() if line.startswith("celery ")))
-def test_a_command_of_celery_is_one(command: str) -> None:
-    words = [str(BIN / "celery"), *command.split()[1:], "--help"]
-    said = subprocess.run(words, env=os.environ | {"FLOWER_PORT": "0"}, capture_output=True, text=True, check=False)
+def test_celery_commands_exist(command: str) -> None:
+    arguments = [str(BIN / "celery"), *command.split()[1:], "--help"]
+    result = subprocess.run(
+        arguments, env=os.environ | {"FLOWER_PORT": "0"}, capture_output=True, text=True, check=False
+    )
 
-    assert (said.returncode, said.stdout[:6]) == (0, "Usage:"), said.stderr
+    assert (result.returncode, result.stdout[:6]) == (0, "Usage:"), result.stderr
 
 
-def test_there_is_no_other_command() -> None:
+def test_there_are_no_other_commands() -> None:
     assert {line.split()[0] for line in commands()} == {"celery", "fetch-worker"}
     assert len(commands()) == len(PROCFILE) + 2
 
 
 def test_every_variable_is_a_setting_or_belongs_to_another_program() -> None:
-    known = {name.upper() for name in Settings.model_fields}
+    settings = {name.upper() for name in Settings.model_fields}
     services = compose()["services"].values()
-    named = {name for one in services for name in one.get("environment", {})}
+    names = {name for service in services for name in service.get("environment", {})}
     for path in DEPLOY.glob("*.example"):
-        named |= set(re.findall(r"^(?:# )?([A-Z_]+)=", path.read_text(), re.MULTILINE))
+        names |= set(re.findall(r"^(?:# )?([A-Z_]+)=", path.read_text(), re.MULTILINE))
     for path in UNITS:
-        named |= {value.partition("=")[0] for value in values(path, "Environment")}
-    named |= set(re.findall(r"\b([A-Z_]+)=", "\n".join(line for line in image() if line.startswith(("ENV", "ARG")))))
+        names |= {value.partition("=")[0] for value in values(path, "Environment")}
+    names |= set(
+        re.findall(
+            r"\b([A-Z_]+)=", "\n".join(line for line in dockerfile_instructions() if line.startswith(("ENV", "ARG")))
+        )
+    )
 
-    assert {name for name in named - known if not OTHERS.fullmatch(name)} == set()
-    assert {"DATABASE_URL", "REDIS_URL", "SD_API_KEY", "FLOWER_ADDRESS"} <= named
+    assert {name for name in names - settings if not FOREIGN_VARIABLES.fullmatch(name)} == set()
+    assert {"DATABASE_URL", "REDIS_URL", "SD_API_KEY", "FLOWER_ADDRESS"} <= names
 
 
 @pytest.mark.parametrize("name", ["fetch-worker.env", "compose.env", "keys.env"])
-def test_an_example_is_taken_as_it_stands_and_holds_no_secret(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_example_can_be_used_unchanged_and_has_no_secret(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = lines_of(DEPLOY / f"{name}.example")
     for line in lines:
         variable, _, value = line.partition("=")
@@ -313,13 +323,13 @@ def test_an_example_is_taken_as_it_stands_and_holds_no_secret(name: str, monkeyp
     assert load().secret_texts == ()
 
 
-def test_no_file_names_a_registry_of_packages() -> None:
+def test_no_file_names_a_package_registry() -> None:
     registries = re.compile(r"pypi|pythonhosted|index-url|trusted-host|docker\.io|ghcr\.io|quay\.io|npmjs|mcr\.", re.I)
 
     assert [path.name for path in TEXTS if registries.search(path.read_text(encoding="utf-8"))] == []
 
 
-def test_the_guide_names_every_file() -> None:
+def test_the_readme_lists_every_file() -> None:
     guide = (DEPLOY / "README.md").read_text(encoding="utf-8")
     names = {path.name for path in DEPLOY.iterdir() if path.is_file() and path.suffix != ".env"} - {"README.md"}
 
@@ -327,11 +337,11 @@ def test_the_guide_names_every_file() -> None:
     assert set(re.findall(r"`(?:worker/deploy/)?([a-z-]+\.(?:conf|ini|yml|example))`", guide)) <= names
 
 
-# ── samples for servers ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── server configurations ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.server
-def test_the_sample_of_pgbouncer_lets_tables_be_made_and_jobs_be_tracked(
+def test_with_the_pgbouncer_configuration_tables_are_created_and_jobs_tracked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with ExitStack() as stack:
@@ -347,32 +357,32 @@ def test_the_sample_of_pgbouncer_lets_tables_be_made_and_jobs_be_tracked(
 
 
 @pytest.mark.server
-def test_postgresql_knows_every_name_of_the_sample_and_what_it_is_set_to(tmp_path: Path) -> None:
-    said = dict(line.split(" = ") for line in lines_of(DEPLOY / "postgresql.conf"))
+def test_postgresql_knows_every_parameter_of_our_configuration(tmp_path: Path) -> None:
+    sample = dict(line.split(" = ") for line in lines_of(DEPLOY / "postgresql.conf"))
     with postgres(tmp_path / "postgres") as url, psycopg.connect(url) as connection:
         rows = connection.execute("SELECT name, vartype, enumvals, unit FROM pg_settings").fetchall()
-    known = {row[0]: row[1:] for row in rows}
+    parameters = {row[0]: row[1:] for row in rows}
 
-    assert said["synchronous_commit"] == said["fsync"] == "on"
-    for name, value in said.items():
-        kind, choices, unit = known[name]
+    assert sample["synchronous_commit"] == sample["fsync"] == "on"
+    for name, value in sample.items():
+        kind, choices, unit = parameters[name]
         if kind in ("bool", "enum"):
             assert value in (choices or ["on", "off"])
         elif kind == "integer" and unit is not None and name[:3] != "tcp":
-            assert re.fullmatch(r"\d+(GB|MB|min|s)", value), f"{name}: a number without its unit is a riddle"
+            assert re.fullmatch(r"\d+(GB|MB|min|s)", value), f"{name}: the unit is missing"
         else:
             assert float(value) >= 0
 
 
 @pytest.mark.server
-def test_the_sample_of_valkey_starts_a_server_that_keeps_all_and_evicts_nothing(tmp_path: Path) -> None:
+def test_the_valkey_configuration_starts_a_server_that_evicts_nothing(tmp_path: Path) -> None:
     port = free_port()
-    words = [redis_binary(), str(DEPLOY / "valkey.conf"), "--port", str(port), "--dir", str(tmp_path)]
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as server, redis.Redis(port=port) as client:
+    command = [redis_binary(), str(DEPLOY / "valkey.conf"), "--port", str(port), "--dir", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server, redis.Redis(port=port) as client:
         try:
             client.set_retry(redis.retry.Retry(redis.backoff.ConstantBackoff(0.1), 100))
             assert client.info("server")["process_id"] == server.pid
-            kept = client.config_get("maxmemory", "maxmemory-policy", "save", "appendonly")
-            assert set(kept.values()) == {"268435456", "noeviction", "", "no"}
+            config = client.config_get("maxmemory", "maxmemory-policy", "save", "appendonly")
+            assert set(config.values()) == {"268435456", "noeviction", "", "no"}
         finally:
             server.terminate()
