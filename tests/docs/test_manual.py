@@ -138,7 +138,7 @@ def test_every_error_code_of_an_output_is_explained() -> None:
 
 def test_the_transitions_name_every_state_and_no_other() -> None:
     found = rows(section("States and transitions", PAGES["how-it-works"]))
-    ends = {word for before, _, after in found for word in re.findall(r"`([a-z]+)`", f"{before} {after}")}
+    ends = {word for before, _, after in found for word in (*CODE.findall(before), *CODE.findall(after)[:1])}
 
     assert ends == set(JOB_STATES)
 

@@ -23,7 +23,9 @@ HINT = (
 
 @click.command()
 @click.option("--shape", help="List the answers of this shape, copied from the output without options.")
-@click.option("--apply", "apply_rules", is_flag=True, help="Read the answers again with the current rules, and act on them.")
+@click.option(
+    "--apply", "apply_rules", is_flag=True, help="Read the answers again with the current rules, and act on them."
+)
 @json_option
 def unread(shape: str | None, apply_rules: bool, as_json: bool) -> None:
     """List the answers that no rule recognises, and the last answers of jobs without an output, by shape.
