@@ -1,4 +1,4 @@
-"""Downloads from a real server that misbehaves: what is stored is whole, what is not leaves nothing behind."""
+"""Downloads from a real server that misbehaves: stored files are complete, and failed attempts leave no file."""
 
 import base64
 import gzip
@@ -39,11 +39,11 @@ HTML = b"<!doctype html><html><body>Sign in</body></html>"
 
 @pytest.fixture(autouse=True)
 def net(monkeypatch: pytest.MonkeyPatch) -> Iterator[Net]:
-    """No test of downloads goes beyond loopback, nor asks a name server, even where the guard were to let it."""
-    made = Net(loopback=True).put_into(monkeypatch)
-    made.answers = {"localhost": ["127.0.0.1"]}.get
-    yield made
-    assert made.beyond == []
+    """Refuse all connections and name lookups outside of loopback, even if the address guard allowed them."""
+    net = Net(loopback=True).put_into(monkeypatch)
+    net.answers = {"localhost": ["127.0.0.1"]}.get
+    yield net
+    assert net.beyond == []
 
 
 def _assert_stored(stand: Stand, row: Any, body: bytes) -> None:
@@ -68,8 +68,8 @@ def _assert_stored(stand: Stand, row: Any, body: bytes) -> None:
     ],
     ids=["plain", "wrong type", "no length", "chunked", "gzip though not asked for", "in pieces"],
 )
-def test_a_good_picture_is_stored_whole(stand: Stand, web: Web, answer: Answer) -> None:
-    """The media is what its bytes are, whatever the headers say."""
+def test_a_good_picture_is_stored_completely(stand: Stand, web: Web, answer: Answer) -> None:
+    """The media type comes from the bytes, whatever the headers say."""
     row = stand.download(web.serves("/a.png", answer))
     _assert_stored(stand, row, PNG)
     job = read_job(stand.engine, row.job_id)
@@ -87,8 +87,8 @@ def test_a_good_picture_is_stored_whole(stand: Stand, web: Web, answer: Answer) 
     ],
     ids=["plain", "in lines", "for URLs", "data address"],
 )
-def test_a_text_file_of_base64_is_stored_as_what_it_stands_for(stand: Stand, web: Web, text: bytes) -> None:
-    """The API keeps some outputs so."""
+def test_a_base64_text_is_decoded_and_stored(stand: Stand, web: Web, text: bytes) -> None:
+    """The API stores some outputs in this form."""
     row = stand.download(web.serves("/a.txt", page(200, text, Content_Type="text/plain")))
     _assert_stored(stand, row, PNG)
     assert row.media_type == "image/png"
@@ -105,38 +105,38 @@ def test_a_text_file_of_base64_is_stored_as_what_it_stands_for(stand: Stand, web
     ],
     ids=["text cut", "picture cut", "more after it", "of a page", "150 megapixels and more"],
 )
-def test_a_text_file_of_base64_passes_the_same_checks(stand: Stand, web: Web, text: bytes, code: str) -> None:
-    """Nothing is left of it."""
+def test_a_decoded_base64_text_passes_the_same_checks(stand: Stand, web: Web, text: bytes, code: str) -> None:
+    """A refused file is deleted."""
     row = stand.download(web.serves("/a.txt", page(200, text)))
     assert (row.error_code, stand.files) == (code, [])
 
 
-def test_the_second_call_asks_the_network_nothing(stand: Stand, web: Web) -> None:
+def test_the_second_call_sends_no_request(stand: Stand, web: Web) -> None:
     """The same message twice, and eight times at once."""
     output_id = stand.add(web.serves("/a.png", page(200, PNG)))
     downloader = stand.downloader()
     with ThreadPoolExecutor(8) as threads:
-        said = list(threads.map(downloader.run, [output_id] * 8))
+        results = list(threads.map(downloader.run, [output_id] * 8))
     assert downloader.run(output_id) == "nothing to do"
     assert downloader.run(output_id + 1) == "nothing to do"
-    assert sorted(said)[:7] == ["nothing to do"] * 7
+    assert sorted(results)[:7] == ["nothing to do"] * 7
     assert len(web.asked) == 1
     assert read_output(stand.engine, output_id).attempts == 1
     assert stand.notified == [read_output(stand.engine, output_id).job_id]
 
 
 def test_redirects_are_followed_three_times(stand: Stand, web: Web) -> None:
-    """Relative and absolute; each one is checked like the first."""
+    """Relative and absolute redirects. Each address is checked like the first."""
     web.serves("/1", page(302, b"", Location="/2"))
     web.serves("/2", page(307, b"", Location=web.url + "/3?x=1"))
     web.serves("/3", page(301, b"moved", Location="a.png"))
     web.serves("/a.png", page(200, PNG))
     _assert_stored(stand, stand.download(web.url + "/1"), PNG)
-    assert [asked.path for asked in web.asked] == ["/1", "/2", "/3?x=1", "/a.png"]
+    assert [request.path for request in web.asked] == ["/1", "/2", "/3?x=1", "/a.png"]
 
 
-def test_bytes_that_the_answer_carried_are_stored_without_any_request(stand: Stand) -> None:
-    """And are gone from the table once they are a file."""
+def test_bytes_in_the_answer_are_stored_without_a_request(stand: Stand) -> None:
+    """They are deleted from the table after the file is stored."""
     output_id = stand.add("data:image/png;sha256=00")
     with stand.engine.begin() as connection:
         connection.execute(insert(bodies).values(output_id=output_id, body=PNG))
@@ -191,10 +191,10 @@ BOMB = gzip.compress(png()[:40] + b"\x00" * 64 * 1_048_576, 1)
         (sends(b"garbage\r\n\r\n"), "unreachable"),
     ],
 )
-def test_an_output_in_trouble_stays_pending_with_its_code_and_leaves_nothing(
+def test_an_output_after_a_failed_attempt_is_pending_with_its_code_and_without_a_file(
     stand: Stand, web: Web, answer: Answer, code: str
 ) -> None:
-    """It is tried again later; there is no file, under no name."""
+    """It is tried again later."""
     row = stand.download(web.serves("/a.png", answer))
     assert (row.status, row.error_code, row.attempts, row.claim_token) == ("pending", code, 1, None)
     assert row.error_message
@@ -217,8 +217,8 @@ def test_an_output_in_trouble_stays_pending_with_its_code_and_leaves_nothing(
     ],
     ids=["declared", "declared terabyte", "undeclared", "chunked", "gzip bomb", "over 150 megapixels", "absurd pixels"],
 )
-def test_an_output_that_is_too_large_ends_at_once_within_bounds(stand: Stand, web: Web, answer: Answer) -> None:
-    """In bytes, unfolded or not, or in pixels: memory stays small, and nothing is left."""
+def test_an_output_that_is_too_large_fails_at_once_with_little_memory(stand: Stand, web: Web, answer: Answer) -> None:
+    """In bytes, compressed or not, or in pixels. No file is left."""
     url = web.serves("/a.png", answer)
     tracemalloc.start()
     try:
@@ -245,10 +245,10 @@ def test_an_output_that_is_too_large_ends_at_once_within_bounds(stand: Stand, we
     ],
     ids=["silence", "headers", "body", "no length", "no length and no end mark", "chunks"],
 )
-def test_a_slow_server_is_given_up_within_the_time_of_the_attempt(
+def test_an_attempt_with_a_slow_server_ends_after_its_timeout(
     stand: Stand, web: Web, first: bytes, drop: bytes
 ) -> None:
-    """And never mistaken for the end of a file, also where no length was declared."""
+    """A slow transfer is never treated as the end of a file, also without a declared length."""
     stand.timeout = 0.8
     url = web.serves("/a.png", drips(first, drop, every=0.1, seconds=5))
     started = time.monotonic()
@@ -258,8 +258,7 @@ def test_a_slow_server_is_given_up_within_the_time_of_the_attempt(
     assert stand.files == []
 
 
-def test_slow_redirects_share_the_time_of_the_attempt(stand: Stand, web: Web) -> None:
-    """However many there are."""
+def test_slow_redirects_share_the_timeout_of_the_attempt(stand: Stand, web: Web) -> None:
 
     def slow(client: Any) -> None:
         time.sleep(0.5)
@@ -282,7 +281,7 @@ def test_slow_redirects_share_the_time_of_the_attempt(stand: Stand, web: Web) ->
     ids=["endless", "gzip bomb", "slow"],
 )
 def test_the_body_of_a_redirect_is_never_read(stand: Stand, web: Web, answer: Answer) -> None:
-    """Neither memory nor time can be spent on it."""
+    """So it can cost neither memory nor time."""
     web.serves("/a.png", page(200, PNG))
     url = web.serves("/1", answer)
     started = time.monotonic()
@@ -299,7 +298,7 @@ def test_the_body_of_a_redirect_is_never_read(stand: Stand, web: Web, answer: An
 
 @pytest.mark.parametrize("location", ["/\u00fc.png", "/%C3%BC.png"])
 def test_a_redirect_is_read_as_utf_8(stand: Stand, web: Web, location: str) -> None:
-    """As servers write it, though HTTP once said otherwise; what is no UTF-8 is taken as Latin-1."""
+    """Servers send UTF-8, although HTTP once said otherwise. Invalid UTF-8 is read as Latin-1."""
     web.serves("/%C3%BC.png", page(200, PNG))
     web.serves("/utf-8", page(302, b"", Location=location.encode().decode("latin-1")))
     web.serves("/latin-1", page(302, b"", Location=location))
@@ -308,7 +307,7 @@ def test_a_redirect_is_read_as_utf_8(stand: Stand, web: Web, location: str) -> N
 
 
 def test_a_loop_of_redirects_ends(stand: Stand, web: Web) -> None:
-    """After three it is trouble of the way."""
+    """More than three redirects are an `http_error`."""
     row = stand.download(web.serves("/a.png", page(302, b"", Location="/a.png")))
     assert (row.status, row.error_code, len(web.asked)) == ("pending", "http_error", 4)
 
@@ -364,8 +363,8 @@ def test_a_loop_of_redirects_ends(stand: Stand, web: Web) -> None:
         "javascript:alert(1)",
     ],
 )
-def test_a_redirect_to_where_downloads_may_not_go_ends_the_output(stand: Stand, web: Web, location: str) -> None:
-    """Nothing is connected to; the output is failed at once."""
+def test_a_redirect_to_a_forbidden_address_fails_the_output(stand: Stand, web: Web, location: str) -> None:
+    """Without a connection, at once."""
     row = stand.download(web.serves("/a.png", page(302, b"", Location=location.encode().decode("latin-1"))))
     assert (row.status, row.error_code) == ("failed", "refused_address")
     assert len(web.asked) == 1
@@ -418,10 +417,10 @@ NAMES = {
 
 
 @pytest.mark.parametrize(("host", "location"), OF_ANOTHER)
-def test_an_allowed_server_can_not_redirect_to_another_that_is_not_allowed(
+def test_an_allowed_server_can_not_redirect_to_a_forbidden_one(
     stand: Stand, web: Web, net: Net, host: str, location: str
 ) -> None:
-    """The other one, which is there and listens, gets no connection at all; nor does it when asked for directly."""
+    """The forbidden server listens, but gets no connection, also if its address is used directly."""
     stand.allowed = (ipaddress.ip_network("127.0.0.1/32"),)
     net.answers = NAMES.get
     with web_server(host) as another:
@@ -438,8 +437,8 @@ def test_an_allowed_server_can_not_redirect_to_another_that_is_not_allowed(
 
 
 @pytest.mark.parametrize("host", ["127.0.0.2", "::1"])
-def test_an_allowed_server_can_redirect_to_another_that_is_allowed_too(stand: Stand, web: Web, host: str) -> None:
-    """So it is the guard that stops the others."""
+def test_an_allowed_server_can_redirect_to_another_allowed_server(stand: Stand, web: Web, host: str) -> None:
+    """So it is the guard that refuses the others."""
     stand.allowed = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
     with web_server(host) as another:
         web.serves("/1", page(302, b"", Location=another.serves("/a.png", page(200, PNG))))
@@ -448,16 +447,16 @@ def test_an_allowed_server_can_redirect_to_another_that_is_allowed_too(stand: St
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "[::ffff:0.0.0.0]", "0", "00", "0x0", "0.0"])
-def test_the_unspecified_address_is_not_taken_for_loopback(stand: Stand, web: Web, net: Net, host: str) -> None:
-    """Though the system would connect it to ourselves."""
+def test_the_unspecified_address_does_not_count_as_loopback(stand: Stand, web: Web, net: Net, host: str) -> None:
+    """The system would connect it to this host."""
     web.serves("/a.png", page(200, PNG))
     row = stand.download(f"http://{host}:{web.port}/a.png")
     assert (row.status, row.error_code) == ("failed", "refused_address")
     assert (web.connections, net.connected) == (0, [])
 
 
-def test_a_name_that_changes_its_answer_is_refused_when_it_is_looked_up_again(stand: Stand, web: Web, net: Net) -> None:
-    """Each connection is to an address that was just checked, also after a redirect to the very same host."""
+def test_a_name_that_resolves_to_another_address_is_checked_again(stand: Stand, web: Web, net: Net) -> None:
+    """Each connection uses an address that was just checked, also after a redirect to the same host."""
     stand.allowed = (ipaddress.ip_network("127.0.0.1/32"),)
     turns = iter([["127.0.0.1"], ["127.0.0.2"]])
     net.answers = lambda host: next(turns)
@@ -471,8 +470,8 @@ def test_a_name_that_changes_its_answer_is_refused_when_it_is_looked_up_again(st
     assert another.connections == 0
 
 
-def test_a_kept_connection_stays_with_the_address_that_was_checked(stand: Stand, web: Web, net: Net) -> None:
-    """Once it is closed the name is looked up again, and the new address is checked like the first."""
+def test_a_reused_connection_keeps_the_address_that_was_checked(stand: Stand, web: Web, net: Net) -> None:
+    """After it is closed, the name is looked up again and the new address is checked."""
     stand.allowed = (ipaddress.ip_network("127.0.0.1/32"),)
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(PNG), PNG)
 
@@ -493,8 +492,8 @@ def test_a_kept_connection_stays_with_the_address_that_was_checked(stand: Stand,
     assert net.connected == [("127.0.0.1", web.port)]
 
 
-def test_a_malformed_redirect_is_trouble_of_the_way(stand: Stand, web: Web) -> None:
-    """Whatever the URL library thinks of it."""
+def test_a_malformed_redirect_is_an_http_error(stand: Stand, web: Web) -> None:
+    """Whatever the URL library makes of it."""
     row = stand.download(web.serves("/a.png", page(302, b"", Location="http://[bad")))
     assert row.status == "pending"
     assert row.error_code in ("unreachable", "http_error")
@@ -516,8 +515,8 @@ def test_a_malformed_redirect_is_trouble_of_the_way(stand: Stand, web: Web) -> N
         "https://h/" + "x" * 9_000 + " …",
     ],
 )
-def test_an_address_that_is_not_allowed_ends_the_output(stand: Stand, web: Web, url: str) -> None:
-    """Without any allowed network: not even our own server is asked."""
+def test_a_forbidden_address_fails_the_output(stand: Stand, web: Web, url: str) -> None:
+    """Without allowed networks, not even the local server is used."""
     stand.allowed = ()
     web.serves("/a.png", page(200, PNG))
     row = stand.download(url.format(port=web.port))
@@ -526,8 +525,8 @@ def test_an_address_that_is_not_allowed_ends_the_output(stand: Stand, web: Web, 
     assert stand.files == []
 
 
-def test_a_server_that_is_not_there_is_trouble_of_the_way(stand: Stand) -> None:
-    """Refused, or a name that nobody knows."""
+def test_a_server_that_does_not_exist_is_unreachable(stand: Stand) -> None:
+    """A refused connection, or an unknown name."""
     assert stand.download("http://127.0.0.1:1/a.png").error_code == "unreachable"
     assert stand.download("http://nowhere.invalid/a.png").error_code == "unreachable"
 
@@ -540,8 +539,8 @@ def test_a_server_that_is_not_there_is_trouble_of_the_way(stand: Stand) -> None:
         (b"\x00" * (MAX_BYTES + 1), "failed", "too_large"),
     ],
 )
-def test_carried_bytes_pass_the_same_checks(stand: Stand, body: bytes, status: str, code: str) -> None:
-    """Bytes in an answer are no better than bytes from a link."""
+def test_bytes_in_the_answer_pass_the_same_checks(stand: Stand, body: bytes, status: str, code: str) -> None:
+    """They are not trusted more than bytes from a link."""
     output_id = stand.add("data:image/png;sha256=00")
     with stand.engine.begin() as connection:
         connection.execute(insert(bodies).values(output_id=output_id, body=body))
@@ -551,8 +550,8 @@ def test_carried_bytes_pass_the_same_checks(stand: Stand, body: bytes, status: s
     assert stand.files == []
 
 
-def test_carried_bytes_that_were_too_large_are_there_for_a_retry_with_a_larger_limit(stand: Stand) -> None:
-    """Nobody else has them."""
+def test_bytes_in_the_answer_that_were_too_large_are_kept_for_a_retry_with_a_larger_limit(stand: Stand) -> None:
+    """They can't be downloaded again."""
     output_id = stand.add("data:image/png;sha256=00")
     with stand.engine.begin() as connection:
         connection.execute(insert(bodies).values(output_id=output_id, body=png(padding=MAX_BYTES)))
@@ -562,13 +561,13 @@ def test_carried_bytes_that_were_too_large_are_there_for_a_retry_with_a_larger_l
         assert len(connection.execute(bodies.select()).all()) == 1
 
 
-def test_carried_bytes_that_could_not_be_read_are_no_media(stand: Stand) -> None:
-    """No row is dropped for it, and no request is made."""
+def test_unreadable_bytes_in_the_answer_are_not_media(stand: Stand) -> None:
+    """The row is kept, and no request is sent."""
     assert stand.download("data:image/png;sha256=00").error_code == "not_media"
 
 
-def test_three_bad_bodies_end_an_output(stand: Stand, web: Web) -> None:
-    """Not the first, not the second."""
+def test_three_bad_bodies_fail_an_output(stand: Stand, web: Web) -> None:
+    """Not the first or the second."""
     output_id = stand.add(web.serves("/a.png", page(200, HTML)), listed_at=datetime.now(UTC) - timedelta(minutes=2))
     downloader = stand.downloader()
     for status in ("pending", "pending", "failed"):
@@ -591,22 +590,21 @@ def test_three_bad_bodies_end_an_output(stand: Stand, web: Web) -> None:
     ],
     ids=lambda headers: str(headers)[:60],
 )
-def test_no_header_is_too_odd(stand: Stand, web: Web, headers: dict[str, str]) -> None:
-    """What can't be read says nothing."""
+def test_invalid_headers_are_ignored(stand: Stand, web: Web, headers: dict[str, str]) -> None:
     _assert_stored(stand, stand.download(web.serves("/a.png", page(200, PNG, **headers))), PNG)
 
 
-def test_a_length_beside_chunks_does_not_count(stand: Stand, web: Web) -> None:
-    """The chunks tell where the end is (RFC 9112, 6.3)."""
+def test_a_content_length_with_chunked_encoding_is_ignored(stand: Stand, web: Web) -> None:
+    """The chunks determine the end (RFC 9112, 6.3)."""
     both = head(200, Transfer_Encoding="chunked", Content_Length="999999")
     answer = sends(both + b"%x\r\n" % len(PNG) + PNG + b"\r\n0\r\n\r\n")
     _assert_stored(stand, stand.download(web.serves("/a.png", answer)), PNG)
 
 
-def test_a_fault_of_ours_ends_the_attempt_like_any_trouble(
+def test_an_internal_error_ends_the_attempt_like_any_failure(
     stand: Stand, web: Web, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Else its claim would run out and be taken again for ever. The text of the error may quote the link."""
+    """Otherwise its claim would expire and be claimed again forever. The error's text may contain the link."""
 
     def faulty(*_: Any) -> None:
         raise LookupError("https://cdn.test/a.png?signature=secret")
@@ -620,8 +618,8 @@ def test_a_fault_of_ours_ends_the_attempt_like_any_trouble(
     assert stand.files == []
 
 
-def test_a_message_is_fit_for_every_database(stand: Stand, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the path of the storage is not."""
+def test_a_message_can_be_stored_in_every_database(stand: Stand, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the path of the storage can't."""
 
     def refuses(*_: Any, **__: Any) -> str:
         raise StorageTrouble("can't write to /srv/\udcff\x00")
@@ -631,14 +629,14 @@ def test_a_message_is_fit_for_every_database(stand: Stand, web: Web, monkeypatch
     assert (row.error_code, row.error_message) == ("storage", "can't write to /srv/? ")
 
 
-def test_a_broken_header_gets_no_link_into_the_logs(stand: Stand, web: Web, caplog: pytest.LogCaptureFixture) -> None:
-    """Links may carry signatures."""
+def test_a_broken_header_writes_no_link_to_the_log(stand: Stand, web: Web, caplog: pytest.LogCaptureFixture) -> None:
+    """Links may contain signatures."""
     broken = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nno header\r\n\r\n" % len(PNG)
     _assert_stored(stand, stand.download(web.serves("/a.png", sends(broken, PNG)) + "?signature=secret"), PNG)
     assert "secret" not in caplog.text
 
 
-def test_proxy_links_take_turns_while_there_is_trouble(stand: Stand, web: Web) -> None:
+def test_proxy_links_are_used_in_turn_after_failures(stand: Stand, web: Web) -> None:
     """The link first, then its proxy."""
     web.serves("/a.png", page(500, b""))
     proxy = web.serves("/proxy.png", page(200, PNG))
@@ -647,12 +645,12 @@ def test_proxy_links_take_turns_while_there_is_trouble(stand: Stand, web: Web) -
     downloader.run(output_id)
     _make_due(stand.engine)
     downloader.run(output_id)
-    assert [asked.path for asked in web.asked] == ["/a.png", "/proxy.png"]
+    assert [request.path for request in web.asked] == ["/a.png", "/proxy.png"]
     assert read_output(stand.engine, output_id).status == "stored"
 
 
-def test_our_own_storage_in_trouble_never_ends_an_output(stand: Stand, web: Web) -> None:
-    """Also long after its deadline; and the server need not be asked for nothing."""
+def test_a_failing_storage_never_fails_an_output(stand: Stand, web: Web) -> None:
+    """Also long after its deadline, and without a second download."""
     stand.out.write_text("a file in the way")
     url = web.serves("/a.png", page(200, PNG))
     long_ago = read_output(stand.engine, stand.add(url)).listed_at - timedelta(days=900)
@@ -661,10 +659,10 @@ def test_our_own_storage_in_trouble_never_ends_an_output(stand: Stand, web: Web)
     assert web.asked == []
 
 
-def test_given_a_database_that_is_away_as_a_download_ends_when_it_is_back_then_the_next_run_writes_what_came_of_it(
+def test_given_a_database_that_is_away_when_a_download_ends_then_the_next_run_records_its_result(
     tmp_path: Path, migrated_sqlite: Path, web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is fetched twice; else the lease of that claim would be renewed as long as there is other work."""
+    """The file is not downloaded twice. Otherwise the lease would be renewed as long as there is other work."""
     monkeypatch.setattr(engine_module, "LOCK_TIMEOUT_SECONDS", 0)
     shutil.copy(migrated_sqlite, tmp_path / "away.db")
     engine = make_engine(make_url(f"sqlite:///{tmp_path}/away.db"))
@@ -687,14 +685,14 @@ def test_given_a_database_that_is_away_as_a_download_ends_when_it_is_back_then_t
     loader.run(second)
 
     assert [read_output(engine, output).status for output in (first, second)] == ["stored", "stored"]
-    assert [asked.path for asked in web.asked] == ["/first.png", "/second.png"]
+    assert [request.path for request in web.asked] == ["/first.png", "/second.png"]
     engine.dispose()
 
 
-def test_an_outcome_that_was_kept_and_then_can_not_be_written_gives_its_claim_back(
+def test_a_kept_result_that_can_not_be_written_releases_its_claim(
     stand: Stand, web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else its lease would be renewed for as long as this process has other work."""
+    """Otherwise its lease would be renewed as long as this process has other work."""
     first, second = stand.add(web.serves("/a.png", page(200, PNG))), stand.add(web.serves("/b.png", page(200, PNG)))
     loader = stand.downloader()
     troubles: list[Exception] = [
@@ -715,8 +713,8 @@ def test_an_outcome_that_was_kept_and_then_can_not_be_written_gives_its_claim_ba
     assert [read_output(stand.engine, output).status for output in (first, second)] == ["stored", "stored"]
 
 
-def test_a_cancel_meanwhile_leaves_the_row_as_it_is(stand: Stand, web: Web) -> None:
-    """The claim is gone when the bytes have come."""
+def test_a_cancelled_output_is_not_changed_by_its_download(stand: Stand, web: Web) -> None:
+    """The claim is lost when the download ends."""
 
     def cancelled_meanwhile(client: Any) -> None:
         with stand.engine.begin() as connection:
@@ -733,10 +731,10 @@ def test_a_cancel_meanwhile_leaves_the_row_as_it_is(stand: Stand, web: Web) -> N
     assert stand.notified == []
 
 
-def test_nothing_of_ours_and_nothing_of_the_environment_is_sent(
+def test_no_secrets_are_sent_and_the_environment_is_ignored(
     stand: Stand, web: Web, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """No key, no cookie, no password, no proxy."""
+    """No API key, no cookie, no password, no proxy."""
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login someone password hidden-word\n")
     (tmp_path / ".netrc").chmod(0o600)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -753,24 +751,22 @@ def test_nothing_of_ours_and_nothing_of_the_environment_is_sent(
             downloader.run(stand.add(f"{web.url}/r?{number}"))
     assert proxy.connections == 0
     assert len(web.asked) == 4
-    for asked in web.asked:
-        assert asked.method == "GET"
-        assert not {"authorization", "cookie", "referer", "proxy-authorization"} & set(asked.headers)
-        assert KEY.encode() not in asked.raw
-        assert asked.headers["accept-encoding"] == "identity"
+    for request in web.asked:
+        assert request.method == "GET"
+        assert not {"authorization", "cookie", "referer", "proxy-authorization"} & set(request.headers)
+        assert KEY.encode() not in request.raw
+        assert request.headers["accept-encoding"] == "identity"
 
 
-def test_no_message_in_a_row_shows_a_key(stand: Stand) -> None:
-    """Also where the link itself carried it."""
+def test_no_message_in_a_row_contains_a_key(stand: Stand) -> None:
+    """Also if the link contained it."""
     row = stand.download(f"ftp{KEY}://h/a.png")
     assert KEY not in row.error_message
 
 
 @pytest.mark.parametrize("name", ["../../x.png", "%2e%2e%2fx.png", "a.php", "CON.png", "x" * 250 + ".png"])
-def test_the_name_of_a_file_is_ours_whatever_the_link_is_called(
-    stand: Stand, web: Web, name: str, tmp_path: Path
-) -> None:
-    """Names come from ids and hashes."""
+def test_the_name_of_a_file_does_not_depend_on_the_link(stand: Stand, web: Web, name: str, tmp_path: Path) -> None:
+    """Names are made of ids and hashes."""
     output_id = stand.add(f"{web.url}/{name}")
     web.answers = _Always(page(200, PNG))
     stand.downloader().run(output_id)
@@ -781,7 +777,7 @@ def test_the_name_of_a_file_is_ours_whatever_the_link_is_called(
 
 
 class _Always(dict[str, Answer]):
-    """Answers every path alike."""
+    """Gives the same answer for every path."""
 
     def __init__(self, answer: Answer) -> None:
         super().__init__()
@@ -793,15 +789,15 @@ class _Always(dict[str, Answer]):
 
 
 def _make_due(engine: Engine) -> None:
-    """The next attempt's time has come."""
+    """Make the next attempt due now."""
     with engine.begin() as connection:
         connection.execute(update(outputs).where(outputs.c.due_at.is_not(None)).values(due_at=outputs.c.listed_at))
 
 
-def test_given_an_outcome_that_could_not_be_recorded_when_the_process_is_never_idle_then_the_output_is_due_again(
+def test_given_a_result_that_could_not_be_recorded_when_the_process_is_never_idle_then_the_output_is_due_again(
     stand: Stand, web: Web
 ) -> None:
-    """Its lease would be renewed with those of the other downloads, for as long as there are any."""
+    """Otherwise its lease would be renewed with those of the other downloads."""
     busy = stand.downloader()
 
     def renames(old: str, new: str) -> None:
@@ -817,18 +813,18 @@ def test_given_an_outcome_that_could_not_be_recorded_when_the_process_is_never_i
         busy.run(unlucky)
     renames("away", "fetch_outputs")
     web.serves("/unlucky.png", page(200, PNG))
-    other = stand.add(web.serves("/other.png", page(200, PNG)))
+    other_id = stand.add(web.serves("/other.png", page(200, PNG)))
 
-    busy.run(other)
+    busy.run(other_id)
     busy.run(unlucky)
 
-    assert {read_output(stand.engine, one).status for one in (unlucky, other)} == {"stored"}
+    assert {read_output(stand.engine, output_id).status for output_id in (unlucky, other_id)} == {"stored"}
 
 
-def test_given_a_lease_that_may_be_over_when_a_download_would_begin_then_nothing_is_asked(
+def test_given_a_lease_that_may_have_expired_when_a_download_begins_then_no_request_is_sent(
     stand: Stand, web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that was stopped for longer than its lease: another may be storing it."""
+    """The process was stopped for longer than its lease, so another one may be downloading the output."""
     output_id = stand.add(web.serves("/a.png", page(200, PNG)))
     downloader = stand.downloader()
 
@@ -844,16 +840,16 @@ def test_given_a_lease_that_may_be_over_when_a_download_would_begin_then_nothing
     assert stand.files == []
 
 
-def test_given_a_lease_that_ends_between_two_redirects_then_the_second_request_is_not_made(
+def test_given_a_lease_that_expires_between_two_redirects_then_the_second_request_is_not_sent(
     stand: Stand, web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     web.serves("/1", page(302, b"", Location="/2"))
     web.serves("/2", page(200, PNG))
-    output_id, downloader, asked = stand.add(web.url + "/1"), stand.downloader(), []
+    output_id, downloader, checks = stand.add(web.url + "/1"), stand.downloader(), []
 
     def once(*_: object) -> None:
-        asked.append(1)
-        if len(asked) > 1:
+        checks.append(1)
+        if len(checks) > 1:
             raise LeaseLost
 
     monkeypatch.setattr(downloader._leases, "check", once)

@@ -1,4 +1,4 @@
-"""How far long downloads are: told while they last, by nobody else, and never at the cost of the download."""
+"""Progress of long downloads: reported while they last, for valid claims only, and without slowing them down."""
 
 import socket
 import threading
@@ -25,13 +25,11 @@ EVERY = 0.05
 
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports come as often as a test can wait for."""
+    """Report often enough for a test."""
     monkeypatch.setattr(progress_module, "REPORT_SECONDS", EVERY)
 
 
-def test_a_download_that_lasts_tells_how_far_it_is_and_nothing_once_it_is_over(
-    stand: Stand, web: Web, often: None
-) -> None:
+def test_a_long_download_reports_its_progress_until_it_ends(stand: Stand, web: Web, often: None) -> None:
     go_on = threading.Event()
 
     def half(client: socket.socket) -> None:
@@ -45,36 +43,36 @@ def test_a_download_that_lasts_tells_how_far_it_is_and_nothing_once_it_is_over(
     until = time.monotonic() + SOON
     while read_output(stand.engine, output_id).received_bytes is None and time.monotonic() < until:
         time.sleep(EVERY)
-    told = read_output(stand.engine, output_id)
+    row = read_output(stand.engine, output_id)
     go_on.set()
     thread.join(SOON)
     over = read_output(stand.engine, output_id)
 
-    assert (told.received_bytes, told.status) == (3_000, "pending")
+    assert (row.received_bytes, row.status) == (3_000, "pending")
     assert (over.received_bytes, over.status) == (None, "stored")
     _assert_no_thread()
 
 
 def _assert_no_thread() -> None:
-    """The thread ends once there is nothing to tell of."""
+    """The thread ends when there are no downloads."""
     until = time.monotonic() + SOON
     while any(thread.name == "received-bytes" for thread in threading.enumerate()):
         assert time.monotonic() < until
         time.sleep(EVERY)
 
 
-def test_a_short_download_costs_no_statement(stand: Stand, web: Web) -> None:
-    said: list[str] = []
-    event.listen(stand.engine, "before_cursor_execute", lambda *given: said.append(given[2]))
+def test_a_short_download_needs_no_statement(stand: Stand, web: Web) -> None:
+    statements: list[str] = []
+    event.listen(stand.engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
 
     row = stand.download(web.serves("/a.png", page(200, PNG)))
 
     assert row.status == "stored"
-    assert not [statement for statement in said if "SET received_bytes=CASE" in statement]
+    assert not [statement for statement in statements if "SET received_bytes=CASE" in statement]
 
 
-def test_only_an_attempt_that_lasts_is_told_of(stand: Stand, tmp_path: Path) -> None:
-    """However long the thread runs already, for others."""
+def test_only_a_long_attempt_is_reported(stand: Stand, tmp_path: Path) -> None:
+    """However long the thread has been running for others."""
     output_id = stand.add("https://cdn.test/a.png")
     with stand.engine.begin() as connection:
         output = try_claim_output(connection, output_id, now=datetime.now(UTC))
@@ -90,7 +88,7 @@ def test_only_an_attempt_that_lasts_is_told_of(stand: Stand, tmp_path: Path) -> 
     assert progress.lasting(now + 60) == {}
 
 
-def test_a_database_that_is_away_hurts_no_download(
+def test_a_database_that_is_away_does_not_stop_a_download(
     stand: Stand, tmp_path: Path, often: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries: list[int] = []
@@ -119,27 +117,27 @@ def test_a_database_that_is_away_hurts_no_download(
     _assert_no_thread()
 
 
-def test_only_a_claim_that_stands_is_written_to(engine: Engine) -> None:
-    """Not one of another process, one that is over, one that was taken anew, or one that is recorded."""
+def test_only_rows_with_a_valid_claim_are_updated(engine: Engine) -> None:
+    """Not claims of other processes, expired claims, rows that were claimed again, or locked rows."""
     with engine.begin() as connection:
         job_id = add_downloading(connection)
         ids = [add_output(connection, job_id, position) for position in range(4)]
-        mine = [claim_one_output(connection, output_id, token=f"t{output_id}") for output_id in ids[:3]]
+        claims = [claim_one_output(connection, output_id, token=f"t{output_id}") for output_id in ids[:3]]
         try_claim_output(connection, ids[3], token="theirs", holder="another")  # no secret
-    received = {(output.id, output.token): 10 * output.id for output in mine}
-    others = {(ids[3], "theirs"): 5, (ids[0], "older"): 6}
+    received = {(output.id, output.token): 10 * output.id for output in claims}
+    other_claims = {(ids[3], "theirs"): 5, (ids[0], "older"): 6}
 
     with engine.begin() as connection:
-        first = record_progress(connection, "holder", received | others, now=NOW + seconds(5))
+        first = record_progress(connection, "holder", received | other_claims, now=NOW + seconds(5))
         older = record_progress(connection, "holder", {(ids[0], "older"): 6}, now=NOW + seconds(5))
-        late = record_progress(connection, "holder", {(ids[0], mine[0].token): 99}, now=NOW + seconds(31))
+        late = record_progress(connection, "holder", {(ids[0], claims[0].token): 99}, now=NOW + seconds(31))
     written = [read_output(engine, output_id).received_bytes for output_id in ids]
 
     assert (first, older, late) == (3, 0, 0)
     assert written == [10 * ids[0], 10 * ids[1], 10 * ids[2], None]
 
 
-def test_an_attempt_that_ended_has_received_nothing(engine: Engine) -> None:
+def test_an_ended_attempt_has_no_received_bytes(engine: Engine) -> None:
     with engine.begin() as connection:
         output = claim_one_output(connection, add_output(connection, add_downloading(connection)))
         record_progress(connection, "holder", {(output.id, output.token): 7}, now=NOW)

@@ -1,4 +1,4 @@
-"""Transfers that break: what came is gone on with where the server allows, and never mixed with anything else."""
+"""Broken transfers: resumed if the server allows it, and never mixed with other bytes."""
 
 import base64
 import errno
@@ -43,14 +43,14 @@ TAG = '"v1"'
 
 @pytest.fixture
 def picture(web: Web) -> Picture:
-    """At `/a.png`."""
-    made = Picture(web, BODY, headers={"ETag": TAG})
-    web.serves("/a.png", made)
-    return made
+    """Serve a picture at `/a.png`."""
+    picture = Picture(web, BODY, headers={"ETag": TAG})
+    web.serves("/a.png", picture)
+    return picture
 
 
 def _again(stand: Stand, output_id: int) -> Any:
-    """One more attempt, as if its time had come; the row."""
+    """Run one more attempt, as if it were due; return the row."""
     with stand.engine.begin() as connection:
         connection.execute(update(outputs).where(outputs.c.id == output_id).values(due_at=outputs.c.listed_at))
     stand.downloader().run(output_id)
@@ -69,28 +69,28 @@ def _is_stored(stand: Stand, row: Any, body: bytes = BODY) -> bool:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_transfer_that_breaks_five_times_is_gone_on_with(
+def test_a_transfer_that_breaks_five_times_is_resumed(
     seed: int,
     stand: Stand,
     web: Web,
     picture: Picture,
 ) -> None:
-    """At random places: it ends identical, in one attempt, and hardly a byte comes twice."""
+    """At random places. The file is identical after one attempt, and hardly any byte is sent twice."""
     draw = random.Random(seed)
     picture.cuts = [draw.randrange(1, len(BODY) // 6) for _ in range(5)]
     row = stand.download(web.url + "/a.png")
     assert _is_stored(stand, row)
     assert (row.attempts, len(web.asked)) == (1, 6)
     assert picture.sent < 1.2 * len(BODY)
-    assert all(asked.headers["if-range"] == TAG for asked in web.asked[1:])
+    assert all(request.headers["if-range"] == TAG for request in web.asked[1:])
 
 
-def test_without_ranges_a_transfer_that_breaks_five_times_starts_over_each_time(
+def test_without_ranges_a_transfer_that_breaks_five_times_restarts_each_time(
     stand: Stand,
     web: Web,
     picture: Picture,
 ) -> None:
-    """It ends identical all the same, and in one attempt."""
+    """The file is identical after one attempt."""
     picture.ranges = False
     picture.cuts = [400_000, 100, 300_000, 5_000, 500_000]
     row = stand.download(web.url + "/a.png")
@@ -110,44 +110,44 @@ def test_without_ranges_a_transfer_that_breaks_five_times_starts_over_each_time(
     ],
     ids=["nothing", "weak", "unquoted", "no ranges", "changed just now", "no date"],
 )
-def test_what_can_not_be_told_from_another_version_is_never_gone_on_with(
+def test_a_file_without_a_strong_validator_is_never_resumed(
     headers: dict[str, str],
     stand: Stand,
     web: Web,
     picture: Picture,
 ) -> None:
-    """It starts over."""
+    """It restarts."""
     picture.headers, picture.cuts = headers, [1_000, 2_000]
     assert _is_stored(stand, stand.download(web.url + "/a.png"))
     assert picture.spans == ["", "", ""]
 
 
-def test_the_date_of_the_last_change_will_do_where_it_is_sure(
+def test_a_strong_last_modified_date_is_a_validator(
     stand: Stand,
     web: Web,
     picture: Picture,
 ) -> None:
-    """A second before the answer, at least."""
+    """It is at least a second before the date of the response."""
     picture.headers = {"Last-Modified": "Tue, 24 Nov 2026 09:59:59 GMT", "Date": "Tue, 24 Nov 2026 10:00:00 GMT"}
     picture.cuts = [1_000]
     assert _is_stored(stand, stand.download(web.url + "/a.png"))
     assert picture.spans == ["", "bytes=1000-"]
 
 
-def test_a_file_that_has_changed_meanwhile_is_taken_from_its_start(
+def test_a_file_that_has_changed_is_downloaded_from_its_start(
     stand: Stand,
     web: Web,
     picture: Picture,
 ) -> None:
-    """The rest of the new one does not follow the beginning of the old one."""
+    """The rest of the new file is never appended to the start of the old one."""
     picture.cuts = [100_000]
-    other = png(padding=500_000)
+    changed = png(padding=500_000)
 
     def changes(client: socket.socket) -> None:
         picture(client)
-        picture.body, picture.headers = other, {"ETag": '"v2"'}
+        picture.body, picture.headers = changed, {"ETag": '"v2"'}
 
-    assert _is_stored(stand, stand.download(web.serves("/a.png", changes)), other)
+    assert _is_stored(stand, stand.download(web.serves("/a.png", changes)), changed)
 
 
 @pytest.mark.parametrize(
@@ -161,19 +161,19 @@ def test_a_file_that_has_changed_meanwhile_is_taken_from_its_start(
         "items 100000-{last}/{whole}",
     ],
 )
-def test_a_partial_answer_that_is_not_the_rest_is_thrown_away(
+def test_a_partial_response_that_is_not_the_rest_is_discarded(
     span: str | None,
     stand: Stand,
     web: Web,
     picture: Picture,
 ) -> None:
-    """The wrong place, the wrong length, none at all: from the start, then."""
+    """With a wrong position, a wrong length or no range, the download restarts."""
     picture.cuts = [100_000]
-    told = {} if span is None else {"Content-Range": span.format(last=len(BODY) - 1, whole=len(BODY))}
+    span_header = {} if span is None else {"Content-Range": span.format(last=len(BODY) - 1, whole=len(BODY))}
 
     def lies(client: socket.socket) -> None:
         if web.asked[-1].headers.get("range"):
-            page(206, BODY[100_000:], ETag=TAG, **told)(client)
+            page(206, BODY[100_000:], ETag=TAG, **span_header)(client)
         else:
             picture(client)
 
@@ -193,7 +193,7 @@ def test_a_partial_answer_that_is_not_the_rest_is_thrown_away(
     ],
     ids=["not satisfiable", "bad request", "not implemented", "another version", "packed", "several parts"],
 )
-def test_a_server_that_can_not_go_on_is_asked_for_all_of_it(
+def test_a_server_without_ranges_is_asked_for_the_whole_file(
     answer: Callable[[socket.socket], None],
     stand: Stand,
     web: Web,
@@ -209,13 +209,13 @@ def test_a_server_that_can_not_go_on_is_asked_for_all_of_it(
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_file_that_is_cut_at_its_source_is_not_asked_for_again_and_again(
+def test_a_file_that_is_cut_at_its_source_is_not_requested_repeatedly(
     ranges: bool,
     stand: Stand,
     web: Web,
     picture: Picture,
 ) -> None:
-    """Twice at the same place tells; three attempts end it, as the contract says."""
+    """Twice at the same byte ends the attempt, and three attempts fail the output."""
     picture.ranges = ranges
     cut = picture.body[:5_000]
     picture.body = BODY
@@ -234,12 +234,12 @@ def test_a_file_that_is_cut_at_its_source_is_not_asked_for_again_and_again(
     assert stand.files == []
 
 
-def test_a_transfer_below_the_floor_is_given_up_for_now(
+def test_a_transfer_below_the_minimum_speed_ends_the_attempt(
     stand: Stand,
     web: Web,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Long before its time is over; what came stays for the next attempt."""
+    """Long before its timeout. The received bytes are kept for the next attempt."""
     monkeypatch.setattr(downloads, "FLOOR_SECONDS", 0.3)
     stand.timeout = 30.0
     url = web.serves(
@@ -253,8 +253,8 @@ def test_a_transfer_below_the_floor_is_given_up_for_now(
     assert {path.suffix for path in stand.files} == {".part", ".json"}
 
 
-def test_a_partial_answer_that_goes_on_beyond_the_end_is_thrown_away(stand: Stand, web: Web, picture: Picture) -> None:
-    """Who sends more than there is may have sent anything: all of it is asked for anew."""
+def test_a_partial_response_that_is_longer_than_declared_is_discarded(stand: Stand, web: Web, picture: Picture) -> None:
+    """Its bytes can't be trusted, so the whole file is requested again."""
     picture.cuts = [100_000]
 
     def more(client: socket.socket) -> None:
@@ -267,24 +267,24 @@ def test_a_partial_answer_that_goes_on_beyond_the_end_is_thrown_away(stand: Stan
     assert _is_stored(stand, stand.download(web.serves("/a.png", more)))
 
 
-def test_a_server_that_does_not_heed_if_range_is_found_out_by_the_date_it_names(
+def test_a_server_that_ignores_if_range_is_detected_by_its_last_modified_date(
     stand: Stand, web: Web, picture: Picture
 ) -> None:
-    """The new file may be as long as the old one."""
+    """The new file may have the same length."""
     picture.headers = {"Last-Modified": "Tue, 24 Nov 2026 09:59:59 GMT", "Date": "Tue, 24 Nov 2026 10:00:00 GMT"}
     picture.cuts = [100_000]
-    other = BODY.replace(b"xx", b"yy")
+    changed = BODY.replace(b"xx", b"yy")
 
-    def heeds_not(client: socket.socket) -> None:
-        asked = web.asked[-1].headers
-        if "range" in asked:
-            changed = {"Last-Modified": "Tue, 24 Nov 2026 11:00:00 GMT"}
-            page(206, other[100_000:], Content_Range=f"bytes 100000-{len(BODY) - 1}/{len(BODY)}", **changed)(client)
+    def ignores_if_range(client: socket.socket) -> None:
+        headers = web.asked[-1].headers
+        if "range" in headers:
+            date = {"Last-Modified": "Tue, 24 Nov 2026 11:00:00 GMT"}
+            page(206, changed[100_000:], Content_Range=f"bytes 100000-{len(BODY) - 1}/{len(BODY)}", **date)(client)
         else:
             picture(client)
-            picture.body = other
+            picture.body = changed
 
-    assert _is_stored(stand, stand.download(web.serves("/a.png", heeds_not)), other)
+    assert _is_stored(stand, stand.download(web.serves("/a.png", ignores_if_range)), changed)
 
 
 # ── from one attempt to the next ──────────────────────────────────────────────────────────────────────────────────────
@@ -292,7 +292,7 @@ def test_a_server_that_does_not_heed_if_range_is_found_out_by_the_date_it_names(
 
 @pytest.fixture
 def half(stand: Stand, web: Web, picture: Picture) -> int:
-    """An output of which 300,000 bytes came before the server went away."""
+    """Return an output of which 300,000 bytes were received before the server closed the connection."""
     picture.cuts = [300_000]
 
     def goes(client: socket.socket) -> None:
@@ -305,19 +305,19 @@ def half(stand: Stand, web: Web, picture: Picture) -> int:
     return int(row.id)
 
 
-def test_the_next_attempt_goes_on_where_the_last_one_was_cut_off(
+def test_the_next_attempt_resumes_the_last_one(
     half: int,
     stand: Stand,
     picture: Picture,
 ) -> None:
-    """In another process, too: the file says it all."""
+    """Also in another process, because the files have all information."""
     assert _is_stored(stand, _again(stand, half))
     assert picture.spans[-1] == "bytes=300000-"
     assert picture.sent == len(BODY)
 
 
 def test_the_bytes_of_one_link_never_continue_another(half: int, stand: Stand, web: Web, picture: Picture) -> None:
-    """A renewed link may lead to another file, whatever its tag says."""
+    """A renewed link may lead to another file, whatever its entity tag is."""
     web.answers["/b.png"] = picture
     with stand.engine.begin() as connection:
         connection.execute(update(outputs).values(url=web.url + "/b.png"))
@@ -333,16 +333,16 @@ def test_the_bytes_of_one_link_never_continue_another(half: int, stand: Stand, w
     ],
     ids=str,
 )
-def test_what_is_not_sure_is_thrown_away(
+def test_an_unreliable_partial_file_is_discarded(
     spoil: str | dict[str, Any], half: int, stand: Stand, picture: Picture
 ) -> None:
-    """After a crash of the host there may be holes in it."""
+    """After a crash of the host, it may have holes."""
     part = stand.out / PARTIAL / f"{half}.part"
     note = part.with_suffix(".json")
-    said = json.loads(note.read_text())
+    content = json.loads(note.read_text())
     match spoil:
         case "another boot":
-            note.write_text(json.dumps(said | {"host": "0badb007"}))
+            note.write_text(json.dumps(content | {"host": "0badb007"}))
         case "no sidecar":
             note.unlink()
         case "no JSON":
@@ -350,25 +350,25 @@ def test_what_is_not_sure_is_thrown_away(
         case "longer than whole":
             part.write_bytes(b"x" * 2_000_000)
         case "no validator":
-            note.write_text(json.dumps(said | {"validator": ""}))
+            note.write_text(json.dumps(content | {"validator": ""}))
         case dict():
-            note.write_text(json.dumps(said | spoil))
+            note.write_text(json.dumps(content | spoil))
     assert _is_stored(stand, _again(stand, half))
     assert picture.spans[-1] == ""
 
 
 def test_no_link_is_written_into_a_sidecar(half: int, stand: Stand) -> None:
-    """Links may carry signatures."""
+    """Links may contain signatures."""
     assert "http" not in (stand.out / PARTIAL / f"{half}.json").read_text()
 
 
-def test_while_our_own_storage_is_in_trouble_nothing_comes_twice(
+def test_while_the_storage_fails_no_file_is_downloaded_twice(
     stand: Stand,
     web: Web,
     picture: Picture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A whole file waits for the storage, also where the server says nothing of versions or lengths."""
+    """A complete file is kept, also if the server sends no validator or length."""
     refuse = Event()
     refuse.set()
     real = downloads.Downloader._keep
@@ -392,13 +392,13 @@ def _refuses(*_: Any, **__: Any) -> str:
     raise StorageTrouble("not now")
 
 
-def test_a_killed_process_leaves_what_the_next_one_goes_on_with(
+def test_the_next_process_resumes_the_download_of_a_killed_one(
     stand: Stand,
     web: Web,
     picture: Picture,
     tmp_path: Path,
 ) -> None:
-    """`kill -9` in mid-transfer: one file in the end, with the right bytes."""
+    """`kill -9` during the transfer: in the end, there is one file with the right bytes."""
     picture.cuts = [400_000]
 
     def stops(client: socket.socket) -> None:
@@ -430,10 +430,10 @@ Stand(make_engine(make_url("sqlite:///{tmp_path}/test.db")), Path({str(stand.out
     assert picture.sent < 1.2 * len(BODY)
 
 
-def test_what_a_base64_text_was_decoded_to_is_never_followed_by_the_rest_of_the_text(
+def test_the_rest_of_a_base64_text_is_never_appended_to_the_decoded_picture(
     stand: Stand, web: Web, picture: Picture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a process is killed between the two, the sidecar of the text must not stand beside a picture."""
+    """If a process is killed in between, the sidecar of the text must not stay with the picture."""
     picture.body = base64.b64encode(png(padding=60_000))
 
     class Killed(BaseException):
@@ -457,8 +457,8 @@ def test_what_a_base64_text_was_decoded_to_is_never_followed_by_the_rest_of_the_
 # ── files of two processes ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_two_that_receive_the_same_output_at_once_do_not_mix(tmp_path: Path) -> None:
-    """The second one, whose claim is the newer, has a file of its own; the first one's lasts."""
+def test_two_downloads_of_the_same_output_do_not_mix(tmp_path: Path) -> None:
+    """The second one, with the newer claim, has its own file. The file of the first one can be resumed."""
     partials = PartialFiles(tmp_path / "p")
     source = Source(link_hash("x"), TAG, 30)
     with partials.receive(7, "a") as first:
@@ -475,20 +475,20 @@ def test_two_that_receive_the_same_output_at_once_do_not_mix(tmp_path: Path) -> 
         assert (third.size, third.source) == (10, source)
 
 
-def test_a_name_that_went_to_another_file_while_we_waited_is_not_written_to(
+def test_a_file_that_was_renamed_before_it_was_locked_is_not_written_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between opening and locking the file may have got its final name: not a byte may follow there."""
+    """Between opening and locking, the file may have got its final name."""
     partials = PartialFiles(tmp_path / "p")
     partials.folder.mkdir()
     (partials.folder / "7.part").write_bytes(b"whole")
     real = os.open
 
-    def opens(path: Any, *rest: Any, **named: Any) -> int:
-        handle = real(path, *rest, **named)
-        kept = tmp_path / "kept.png"
-        if str(path).endswith("7.part") and not kept.exists():
-            Path(path).rename(kept)
+    def opens(path: Any, *arguments: Any, **options: Any) -> int:
+        handle = real(path, *arguments, **options)
+        final_path = tmp_path / "kept.png"
+        if str(path).endswith("7.part") and not final_path.exists():
+            Path(path).rename(final_path)
         return handle
 
     monkeypatch.setattr(os, "open", opens)
@@ -497,8 +497,8 @@ def test_a_name_that_went_to_another_file_while_we_waited_is_not_written_to(
     assert (tmp_path / "kept.png").read_bytes() == b"whole"
 
 
-def test_who_has_named_a_file_lets_alone_what_the_next_one_receives_under_the_old_name(tmp_path: Path) -> None:
-    """Else a third one could take the name, and the second one would give its unfinished file a final name."""
+def test_after_a_rename_the_next_file_with_the_old_name_is_not_deleted(tmp_path: Path) -> None:
+    """Otherwise a third download could use the name, and the second would give its partial file a final name."""
     storage, media = FileStorage(tmp_path / "out"), Media("image/png", "png")
     storage.prepare()
     source = Source(link_hash("x"), TAG, 100)
@@ -518,8 +518,7 @@ def test_who_has_named_a_file_lets_alone_what_the_next_one_receives_under_the_ol
         assert third.path.read_bytes() == b"c" * 40
 
 
-def test_a_file_whose_temporary_name_is_another_s_gets_no_final_one(tmp_path: Path) -> None:
-    """Whoever removed it."""
+def test_a_file_whose_temporary_name_was_removed_is_not_renamed(tmp_path: Path) -> None:
     storage = FileStorage(tmp_path / "out")
     storage.prepare()
     with storage.partials.receive(7, "a") as incoming:
@@ -532,10 +531,10 @@ def test_a_file_whose_temporary_name_is_another_s_gets_no_final_one(tmp_path: Pa
 
 
 @pytest.mark.parametrize("refusal", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_where_nothing_can_be_locked_every_claim_has_a_file_of_its_own(
+def test_without_locks_each_claim_has_its_own_file(
     refusal: int, stand: Stand, web: Web, picture: Picture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on some network file systems: what breaks starts over in the next attempt, and old files are swept."""
+    """As on some network file systems. A broken transfer restarts, and old files are removed."""
 
     def refuses(*_: Any) -> None:
         raise OSError(refusal, os.strerror(refusal))
@@ -549,10 +548,10 @@ def test_where_nothing_can_be_locked_every_claim_has_a_file_of_its_own(
     assert PartialFiles(old.parent).remove_stale(older_than=10) == 1
 
 
-def test_trouble_while_a_file_is_taken_up_leaves_no_handle_open(
+def test_an_error_while_a_file_is_resumed_leaves_no_handle_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An open one would keep its lock for the life of the process."""
+    """An open handle would keep its lock until the process ends."""
 
     def refuses(*_: Any) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -567,8 +566,8 @@ def test_trouble_while_a_file_is_taken_up_leaves_no_handle_open(
             assert incoming.path.name == "7.part"
 
 
-def test_old_partial_files_are_swept_but_none_that_is_written_to(tmp_path: Path) -> None:
-    """With their sidecars, and what a crash left beside no file."""
+def test_old_partial_files_are_removed_but_not_those_in_use(tmp_path: Path) -> None:
+    """With their sidecars, and sidecars without a file."""
     partials = PartialFiles(tmp_path)
     past = time.time() - 1_000
     for name in ("1.part", "1.json", "2.json", "3.other"):
@@ -585,38 +584,38 @@ def test_old_partial_files_are_swept_but_none_that_is_written_to(tmp_path: Path)
 # ── hosts ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_host_that_hangs_takes_no_more_than_its_places() -> None:
-    """Others go on; a place that is free again is given to whoever waits."""
+def test_a_host_that_hangs_uses_no_more_than_its_slots() -> None:
+    """Other hosts are not affected. A released slot is given to a waiting download."""
     hosts = HostSlots(1, wait_seconds=0.05)
-    with hosts.slot("a") as first, hosts.slot("a") as second, hosts.slot("b") as other:
-        assert (first, second, other) == (True, False, True)
-    with hosts.slot("a") as again:
-        assert again
+    with hosts.slot("a") as first, hosts.slot("a") as second, hosts.slot("b") as other_host:
+        assert (first, second, other_host) == (True, False, True)
+    with hosts.slot("a") as next_slot:
+        assert next_slot
 
-    patient, got = HostSlots(1, wait_seconds=5), list[bool]()
+    patient, results = HostSlots(1, wait_seconds=5), list[bool]()
 
     def waits() -> None:
-        with patient.slot("a") as free:
-            got.append(free)
+        with patient.slot("a") as has_slot:
+            results.append(has_slot)
 
     with patient.slot("a"):
         thread = Thread(target=waits)
         thread.start()
         time.sleep(0.05)
     thread.join(5)
-    assert got == [True]
+    assert results == [True]
 
 
-def test_what_waits_for_a_host_that_hangs_does_not_keep_the_others_waiting(stand: Stand, web: Web) -> None:
-    """However many there are, and however old: threads that are free take what they can store."""
+def test_outputs_of_a_host_that_hangs_do_not_delay_other_outputs(stand: Stand, web: Web) -> None:
+    """However many and however old they are: free threads download the others."""
     hang = Event()
     stand.timeout = 30.0
 
     def hangs(_: socket.socket) -> None:
         hang.wait(20)
 
-    with web_server("127.0.0.2") as other:
-        url = other.serves("/h.png", hangs)
+    with web_server("127.0.0.2") as other_server:
+        url = other_server.serves("/h.png", hangs)
         waiting = [stand.add(f"{url}?{number}") for number in range(150)]
         late = [stand.add(web.serves(f"/{number}.png", page(200, png(padding=number)))) for number in range(5)]
         downloader = stand.downloader()
@@ -631,7 +630,7 @@ def test_what_waits_for_a_host_that_hangs_does_not_keep_the_others_waiting(stand
         for thread in threads:
             thread.start()
         until = time.monotonic() + 10
-        while (states := {read_output(stand.engine, one).status for one in late}) != {"stored"}:
+        while (states := {read_output(stand.engine, output_id).status for output_id in late}) != {"stored"}:
             if time.monotonic() >= until:
                 break
             time.sleep(0.05)
@@ -647,10 +646,10 @@ def _none_free(_: HostSlots, __: str) -> Iterator[bool]:
     yield False
 
 
-def test_an_output_whose_host_is_busy_is_given_back_and_it_costs_no_attempt(
+def test_an_output_whose_host_is_busy_is_released_without_counting_the_attempt(
     stand: Stand, web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Due again in a few seconds."""
+    """It is due again in a few seconds."""
     monkeypatch.setattr(HostSlots, "slot", _none_free)
     output_id = stand.add(web.url + "/a.png")
     assert "busy" in stand.downloader().run(output_id)

@@ -1,4 +1,4 @@
-"""Text from a real server: stored where it is promised; pages, errors and other bytes in its place are refused."""
+"""Text from a real server: stored if text is promised; web pages, errors and other bytes instead of it are refused."""
 
 import base64
 import gzip
@@ -28,10 +28,10 @@ ERROR = b'<?xml version="1.0"?><Error><Code>NoSuchKey</Code></Error>'
 
 @pytest.fixture(autouse=True)
 def net(monkeypatch: pytest.MonkeyPatch) -> Iterator[Net]:
-    """No test goes beyond loopback."""
-    made = Net(loopback=True).put_into(monkeypatch)
-    yield made
-    assert made.beyond == []
+    """Refuse connections outside of loopback."""
+    net = Net(loopback=True).put_into(monkeypatch)
+    yield net
+    assert net.beyond == []
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def net(monkeypatch: pytest.MonkeyPatch) -> Iterator[Net]:
         ("/a.txt", page(200, base64.b64encode(PNG), Content_Type="text/plain"), PNG, "image/png", ".png"),
     ],
 )
-def test_given_a_link_that_promises_text_when_text_comes_then_it_is_stored_as_it_is(
+def test_given_a_link_that_promises_text_when_it_returns_text_then_it_is_stored_unchanged(
     stand: Stand, web: Web, path: str, answer: Answer, body: bytes, media_type: str, suffix: str
 ) -> None:
     row = stand.download(web.serves(path, answer) + "?x=a.png&sig=1")
@@ -92,7 +92,7 @@ def test_given_a_link_that_promises_text_when_text_comes_then_it_is_stored_as_it
         ("/a.xml", page(200, TRANSCRIPT, Content_Type="text/plain")),
     ],
 )
-def test_given_something_else_than_the_promised_output_then_nothing_is_stored(
+def test_given_another_body_than_the_promised_output_then_nothing_is_stored(
     stand: Stand, web: Web, path: str, answer: Answer
 ) -> None:
     row = stand.download(web.serves(path, answer))
@@ -101,7 +101,7 @@ def test_given_something_else_than_the_promised_output_then_nothing_is_stored(
     assert row.error_message
 
 
-def test_given_text_that_breaks_off_then_it_is_truncated(stand: Stand, web: Web) -> None:
+def test_given_incomplete_text_then_it_is_truncated(stand: Stand, web: Web) -> None:
     cut = stand.download(web.serves("/a.json", sends(head(200), CHAT[:-3])))
     short = stand.download(web.serves("/b.txt", sends(head(200, Content_Length=str(len(TRANSCRIPT))), TRANSCRIPT[:9])))
 
@@ -109,9 +109,7 @@ def test_given_text_that_breaks_off_then_it_is_truncated(stand: Stand, web: Web)
     assert stand.files == []
 
 
-def test_given_a_transfer_of_text_that_is_cut_when_it_goes_on_then_it_is_still_known_as_text(
-    stand: Stand, web: Web
-) -> None:
+def test_given_a_broken_transfer_of_text_when_it_is_resumed_then_it_is_still_text(stand: Stand, web: Web) -> None:
     text = TRANSCRIPT * 500
     headers = {"ETag": '"v1"', "Content-Type": "text/plain"}
 
@@ -121,7 +119,9 @@ def test_given_a_transfer_of_text_that_is_cut_when_it_goes_on_then_it_is_still_k
     assert len(web.asked) == 3
 
 
-def test_given_a_redirect_to_a_name_without_an_ending_then_the_link_still_promises_text(stand: Stand, web: Web) -> None:
+def test_given_a_redirect_to_a_name_without_an_extension_then_the_link_still_promises_text(
+    stand: Stand, web: Web
+) -> None:
     web.serves("/store/17", page(200, TRANSCRIPT, Content_Type="application/octet-stream"))
 
     row = stand.download(web.serves("/a.txt", page(302, b"", Location="/store/17")))
@@ -129,7 +129,7 @@ def test_given_a_redirect_to_a_name_without_an_ending_then_the_link_still_promis
     assert (row.status, row.media_type) == ("stored", "text/plain")
 
 
-def test_given_a_storage_that_refuses_text_once_when_it_is_tried_again_then_it_is_not_fetched_again(
+def test_given_a_storage_that_fails_once_when_text_is_tried_again_then_it_is_not_downloaded_again(
     stand: Stand, web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> str:
@@ -153,7 +153,7 @@ def test_given_a_storage_that_refuses_text_once_when_it_is_tried_again_then_it_i
     ("kind", "body", "code"),
     [("text/plain", TRANSCRIPT, None), ("application/json", CHAT, None), ("text/html", TRANSCRIPT, "not_media")],
 )
-def test_given_text_that_an_answer_carried_then_its_declared_type_decides(
+def test_given_text_in_the_answer_then_its_declared_type_decides(
     stand: Stand, kind: str, body: bytes, code: str | None
 ) -> None:
     now = datetime.now(UTC) - timedelta(minutes=5)

@@ -1,4 +1,4 @@
-"""Stores that lack features of S3, and say so in different ways: outputs are stored, verified and pruned."""
+"""S3 stores that lack features and refuse them in different ways: outputs are stored, verified and pruned."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -40,14 +40,14 @@ def bucket(s3: S3Server, shared_bucket: Bucket) -> Bucket:
 
 @pytest.fixture
 def front(s3: S3Server) -> Iterator[LesserStore]:
-    """A store that can do all, until a test says otherwise."""
+    """Run a store with all features, until a test removes some."""
     with ExitStack() as stack:
         yield stack.enter_context(lesser_store(s3, {}))
 
 
 @pytest.fixture
 def storage(front: LesserStore, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3Storage:
-    """Outputs in it."""
+    """Return a storage on this store."""
     for name, value in front.environment.items():
         monkeypatch.setenv(name, value)
     return S3Storage(bucket.name, "out", PartialFiles(tmp_path / "partial"))
@@ -69,7 +69,7 @@ def _check_all(storage: S3Storage, bucket: Bucket) -> None:
 
 @pytest.mark.parametrize("refusal", REFUSALS)
 @pytest.mark.parametrize("feature", FEATURES)
-def test_given_a_store_that_lacks_a_feature_then_all_works_without_and_it_is_said_once(
+def test_given_a_store_that_lacks_a_feature_then_it_is_not_used_and_logged_once(
     storage: S3Storage,
     bucket: Bucket,
     front: LesserStore,
@@ -77,36 +77,36 @@ def test_given_a_store_that_lacks_a_feature_then_all_works_without_and_it_is_sai
     refusal: int | str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Whether it refuses the feature or takes no notice of it."""
+    """Whether the store refuses the feature or ignores it."""
     front.lacks[feature] = refusal
     _check_all(storage, bucket)
-    said = [record.getMessage() for record in caplog.records if "does not support" in record.getMessage()]
+    messages = [record.getMessage() for record in caplog.records if "does not support" in record.getMessage()]
     if refusal == "ignore" or feature == "batch delete without MD5":
-        assert said == []
+        assert messages == []
     else:
-        assert len(said) == 1
-        assert NAMED[feature] in said[0]
+        assert len(messages) == 1
+        assert NAMED[feature] in messages[0]
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
-def test_given_a_store_that_lacks_all_of_them_then_all_works_without(
+def test_given_a_store_that_lacks_all_features_then_none_is_used(
     storage: S3Storage,
     bucket: Bucket,
     front: LesserStore,
     refusal: int | str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """One line for each, and no request is refused twice for the same."""
+    """One log line for each, and no request is refused twice for the same feature."""
     front.lacks |= dict.fromkeys(FEATURES, refusal)
     _check_all(storage, bucket)
-    said = [record.getMessage() for record in caplog.records if "does not support" in record.getMessage()]
-    assert len(said) == (0 if refusal == "ignore" else len(NAMED))
+    messages = [record.getMessage() for record in caplog.records if "does not support" in record.getMessage()]
+    assert len(messages) == (0 if refusal == "ignore" else len(NAMED))
     front.refused.clear()
     _keep(storage, position=4)
     assert not front.refused or refusal == "ignore"
 
 
-def test_given_no_rights_at_all_then_it_is_told_and_nothing_is_taken_for_a_missing_feature(
+def test_given_no_permissions_then_the_error_is_reported_and_no_feature_counts_as_missing(
     storage: S3Storage, bucket: Bucket, front: LesserStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A real 403."""
@@ -121,9 +121,9 @@ def test_given_no_rights_at_all_then_it_is_told_and_nothing_is_taken_for_a_missi
     assert storage.examine(location, size=len(BODY), sha256=SHA) == "whole"
 
 
-def test_a_limit_beyond_what_s3_takes_is_a_wrong_setting(tmp_path: Path) -> None:
-    """Files are sent by one call."""
+def test_a_limit_larger_than_s3_allows_is_a_wrong_setting(tmp_path: Path) -> None:
+    """Files are uploaded with one call."""
     with pytest.raises(SettingsError, match="OUTPUT_MAX_BYTES"):
         storage_for(Settings(storage_url="s3://bucket", output_max_bytes=6 << 30))
-    made: Storage = storage_for(Settings(storage_url=f"file:{tmp_path}", output_max_bytes=6 << 30))
-    assert made.partials.folder.is_relative_to(tmp_path)
+    storage: Storage = storage_for(Settings(storage_url=f"file:{tmp_path}", output_max_bytes=6 << 30))
+    assert storage.partials.folder.is_relative_to(tmp_path)

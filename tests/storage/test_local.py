@@ -1,4 +1,4 @@
-"""The file store: a final name never stands before its bytes, and nothing half is left behind."""
+"""Local storage: a final name only for a complete file, and no leftovers of failed downloads."""
 
 import errno
 import hashlib
@@ -33,8 +33,8 @@ def _keep(storage: FileStorage, *, job_id: int = 12_345, token: str = "t") -> st
         return storage.keep(incoming, job_id=job_id, position=2, media=PNG)
 
 
-def test_a_kept_file_has_its_bytes_and_a_name_made_by_us(tmp_path: Path) -> None:
-    """Job, position and hash; folders of a thousand jobs each."""
+def test_a_stored_file_has_its_bytes_and_a_generated_name(tmp_path: Path) -> None:
+    """The name has job, position and hash, in folders of a thousand jobs."""
     location = _keep(FileStorage(tmp_path / "out"))
     final = tmp_path / "out" / "12" / "12345" / f"2-{SHA[:16]}.png"
     assert location == f"file://{final}"
@@ -42,8 +42,8 @@ def test_a_kept_file_has_its_bytes_and_a_name_made_by_us(tmp_path: Path) -> None
     assert _files(tmp_path) == [final]
 
 
-def test_the_location_is_percent_encoded_and_leads_back(tmp_path: Path) -> None:
-    """Blanks, percent signs, letters of any language."""
+def test_the_location_is_percent_encoded_and_can_be_decoded(tmp_path: Path) -> None:
+    """Blanks, percent signs, non-ASCII letters."""
     root = tmp_path / "my 100% Bilder ü#?"
     location = _keep(FileStorage(root))
     assert location.startswith("file:///")
@@ -51,8 +51,8 @@ def test_the_location_is_percent_encoded_and_leads_back(tmp_path: Path) -> None:
     assert path_of(location).read_bytes() == BODY
 
 
-def test_while_it_comes_a_file_has_a_temporary_name_only(tmp_path: Path) -> None:
-    """Whoever looks into the folders sees whole files."""
+def test_a_file_that_is_being_received_has_only_a_temporary_name(tmp_path: Path) -> None:
+    """Readers of the folders see only complete files."""
     storage = FileStorage(tmp_path)
     with storage.partials.receive(7, "t") as incoming:
         incoming.write(BODY)
@@ -62,34 +62,34 @@ def test_while_it_comes_a_file_has_a_temporary_name_only(tmp_path: Path) -> None
     assert _files(tmp_path) == []
 
 
-def test_head_and_tail_are_those_of_the_whole_file_however_it_comes(tmp_path: Path) -> None:
-    """In blocks larger and smaller than they are."""
+def test_head_and_tail_are_those_of_the_whole_file(tmp_path: Path) -> None:
+    """For chunks that are larger and smaller than they are."""
     body = os.urandom(400_000)
     for block in (1, 511, 70_000, 400_000):
         with FileStorage(tmp_path).partials.receive(7, "t") as incoming:
             for start in range(0, 1_500 if block == 1 else len(body), block):
                 incoming.write(body[start : start + block])
-            seen = body[: incoming.size]
-            assert (incoming.head, incoming.tail) == (seen[:HEAD_BYTES], seen[-TAIL_BYTES:])
-            assert incoming.sha256 == hashlib.sha256(seen).hexdigest()
+            received = body[: incoming.size]
+            assert (incoming.head, incoming.tail) == (received[:HEAD_BYTES], received[-TAIL_BYTES:])
+            assert incoming.sha256 == hashlib.sha256(received).hexdigest()
 
 
-def test_a_download_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    """Whatever was raised in between."""
+def test_a_failed_download_leaves_no_file(tmp_path: Path) -> None:
+    """For any error."""
     with pytest.raises(TypeError), FileStorage(tmp_path).partials.receive(7, "t") as incoming:
         incoming.write("no bytes")  # type: ignore[arg-type]  # any error will do
     assert _files(tmp_path) == []
 
 
-def test_the_same_file_kept_twice_is_there_once(tmp_path: Path) -> None:
-    """Its name carries its hash: replacing it changes nothing."""
+def test_the_same_file_stored_twice_exists_once(tmp_path: Path) -> None:
+    """Its name contains its hash, so replacing it changes nothing."""
     storage = FileStorage(tmp_path)
     assert _keep(storage, token="a") == _keep(storage, token="b")
     assert len(_files(tmp_path)) == 1
 
 
-def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path: Path) -> None:
-    """Nobody gets us to write elsewhere."""
+def test_a_symbolic_link_in_place_of_a_temporary_file_is_not_followed(tmp_path: Path) -> None:
+    """So no file outside the folder is written."""
     (tmp_path / PARTIAL).mkdir()
     (tmp_path / PARTIAL / "7.part").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(StorageTrouble), FileStorage(tmp_path).partials.receive(7, "t"):
@@ -97,8 +97,8 @@ def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path: Path)
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_place_that_cant_be_written_to_is_storage_trouble(tmp_path: Path) -> None:
-    """A file where the folder should be, also only for this job's; the temporary file is gone all the same."""
+def test_a_folder_that_can_not_be_written_to_raises_storage_trouble(tmp_path: Path) -> None:
+    """A file has the name of the folder, or of this job's folder. The temporary file is deleted too."""
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageTrouble, match="can't write"), FileStorage(tmp_path / "file").partials.receive(7, "t"):
         pass
@@ -109,10 +109,10 @@ def test_a_place_that_cant_be_written_to_is_storage_trouble(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("call", ["write", "fsync"])
-def test_a_full_disk_is_storage_trouble_and_leaves_nothing(
+def test_a_full_disk_raises_storage_trouble_and_leaves_no_file(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While writing, and when the bytes are to be put on the disk for good."""
+    """While writing, and while syncing."""
 
     def full(*_: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -125,10 +125,10 @@ def test_a_full_disk_is_storage_trouble_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("refusal", [errno.EINVAL, errno.EOPNOTSUPP])
-def test_a_file_system_that_can_not_sync_folders_is_no_trouble(
+def test_a_file_system_that_can_not_sync_folders_is_accepted(
     refusal: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As some network file systems: the file itself is synced all the same."""
+    """As some network file systems. The file itself is synced."""
     real = os.fsync
 
     def only_files(handle: int) -> None:
@@ -140,8 +140,8 @@ def test_a_file_system_that_can_not_sync_folders_is_no_trouble(
     assert path_of(_keep(FileStorage(tmp_path))).read_bytes() == BODY
 
 
-def test_a_disk_that_takes_a_little_at_a_time_gets_it_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A short write is no error."""
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short write is not an error."""
     real = os.write
     with monkeypatch.context() as patched:
         patched.setattr(os, "write", lambda handle, block: real(handle, bytes(block[:100])))
@@ -149,8 +149,8 @@ def test_a_disk_that_takes_a_little_at_a_time_gets_it_all(tmp_path: Path, monkey
     assert path_of(location).read_bytes() == BODY
 
 
-def test_what_a_crash_left_is_removed_by_age(tmp_path: Path) -> None:
-    """Old temporary files go; those being written to, and finished ones, stay."""
+def test_old_files_of_a_crash_are_removed(tmp_path: Path) -> None:
+    """Files that are being written, and finished files, are not removed."""
     storage = FileStorage(tmp_path)
     assert storage.partials.remove_stale(older_than=10) == 0
     location = _keep(storage)

@@ -1,4 +1,4 @@
-"""The S3 store, against a real server: what is there is whole, and nothing is overwritten."""
+"""S3 storage on a real server: objects are complete and never overwritten."""
 
 import hashlib
 import os
@@ -31,7 +31,7 @@ LARGE = os.urandom(1 << 20) * 12
 
 
 class Bucket:
-    """A bucket, looked at behind the back of what is tested."""
+    """A bucket that the tests read and write with their own client."""
 
     def __init__(self, server: S3Server) -> None:
         self.name = server.bucket()
@@ -43,7 +43,7 @@ class Bucket:
         assert self.uploads() == 0
 
     def keys(self) -> list[str]:
-        return [found["Key"] for found in self.client.list_objects_v2(Bucket=self.name).get("Contents", [])]
+        return [entry["Key"] for entry in self.client.list_objects_v2(Bucket=self.name).get("Contents", [])]
 
     def put(self, key: str, body: bytes, **more: Any) -> None:
         self.client.put_object(Bucket=self.name, Key=key, Body=body, **more)
@@ -60,7 +60,7 @@ class Bucket:
 
 @pytest.fixture(scope="module", autouse=True)
 def _models_read_once() -> Iterator[None]:
-    """Each new client reads what S3's calls are from the same files: half the time of these tests."""
+    """Cache the files that describe S3's calls. This halves the time of these tests."""
     with pytest.MonkeyPatch.context() as patched:
         read = cache(JSONFileLoader().load_file)
         patched.setattr(JSONFileLoader, "load_file", lambda _, path: read(path))
@@ -69,13 +69,13 @@ def _models_read_once() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def shared_bucket(s3_server: S3Server) -> Bucket:
-    """One bucket for all these tests: the first write to a new one takes the server a while."""
+    """One bucket for all these tests, because the first write to a new bucket is slow."""
     return Bucket(s3_server)
 
 
 @pytest.fixture
 def bucket(s3: S3Server, shared_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    """An empty bucket, and the environment in which it is found."""
+    """Return an empty bucket, and set the environment variables for it."""
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     shared_bucket.empty()
@@ -84,12 +84,12 @@ def bucket(s3: S3Server, shared_bucket: Bucket, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def storage(bucket: Bucket, tmp_path: Path) -> S3Storage:
-    """Outputs in an empty bucket."""
+    """Return a storage on an empty bucket."""
     return S3Storage(bucket.name, "out/puts", PartialFiles(tmp_path / "partial"))
 
 
 def _keep(storage: Storage, body: bytes = BODY, *, position: int = 2, then: Callable[[Path], Any] = str) -> str:
-    """Receives and keeps an output; `then` is done to the partial file in between."""
+    """Receive and store an output; call `then` with the partial file in between."""
     with storage.partials.receive(7 + position, "t") as incoming:
         for start in range(0, len(body), 999_999):
             incoming.write(body[start : start + 999_999])
@@ -98,20 +98,20 @@ def _keep(storage: Storage, body: bytes = BODY, *, position: int = 2, then: Call
 
 
 def _calls(storage: S3Storage, calls: list[str]) -> None:
-    """Notes every call to the store."""
+    """Record every call to the store."""
     storage._client().meta.events.register("before-send.s3", lambda event_name, **_: calls.append(event_name))
 
 
 def _answers(
     storage: S3Storage, operation: str, answer: Callable[[Any], tuple[int, bytes] | None], headers: Any = ()
 ) -> None:
-    """Lets another store answer some calls, as (status, text)."""
+    """Replace the store's answers to some calls by (status, text)."""
 
     def stand_in(request: Any, **_: Any) -> AWSResponse | None:
-        said = answer(request)
-        if said is None:
+        response = answer(request)
+        if response is None:
             return None
-        return AWSResponse(request.url, said[0], dict(headers), _Raw(said[1]))
+        return AWSResponse(request.url, response[0], dict(headers), _Raw(response[1]))
 
     storage._client().meta.events.register(f"before-send.s3.{operation}", stand_in)
 
@@ -124,8 +124,8 @@ class _Raw:
         yield self._text
 
 
-def test_a_kept_output_has_its_bytes_its_type_and_a_name_made_by_us(storage: S3Storage, bucket: Bucket) -> None:
-    """Job, position and hash below the prefix; what it is can be told without reading it."""
+def test_a_stored_output_has_its_bytes_its_type_and_a_generated_name(storage: S3Storage, bucket: Bucket) -> None:
+    """The name has job, position and hash below the prefix. The metadata has the type."""
     assert _keep(storage) == f"s3://{bucket.name}/out/puts/12/12345/2-{SHA[:16]}.png"
     key = f"out/puts/12/12345/2-{SHA[:16]}.png"
     assert bucket.keys() == [key]
@@ -135,8 +135,8 @@ def test_a_kept_output_has_its_bytes_its_type_and_a_name_made_by_us(storage: S3S
     assert list(storage.partials.folder.iterdir()) == []
 
 
-def test_nothing_is_held_for_another_attempt_once_an_output_is_kept(storage: S3Storage) -> None:
-    """Its partial file goes, whatever was meant for it before; after trouble it stays."""
+def test_the_partial_file_is_deleted_after_an_output_is_stored(storage: S3Storage) -> None:
+    """After a failure it is kept."""
     with storage.partials.receive(7, "t") as incoming:
         incoming.begin(Source("link", "etag", len(BODY)))
         incoming.write(BODY)
@@ -149,26 +149,25 @@ def test_nothing_is_held_for_another_attempt_once_an_output_is_kept(storage: S3S
     assert list(storage.partials.folder.iterdir()) == []
 
 
-def test_an_empty_output_is_kept_too(storage: S3Storage) -> None:
-    """No bytes are bytes as well."""
+def test_an_empty_output_is_stored_too(storage: S3Storage) -> None:
     with storage.open(_keep(storage, b"")) as file:
         assert file.read() == b""
 
 
-def test_kept_twice_it_is_uploaded_once(storage: S3Storage) -> None:
-    """What is there already is looked at only."""
+def test_an_output_that_is_stored_twice_is_uploaded_once(storage: S3Storage) -> None:
+    """The second time, only its metadata is read."""
     location, calls = _keep(storage), list[str]()
     _calls(storage, calls)
     assert _keep(storage) == location
     assert calls == ["before-send.s3.HeadObject"]
 
 
-def test_of_many_at_once_one_uploads_and_all_agree(storage: S3Storage, bucket: Bucket) -> None:
-    """Whoever comes too late finds what it wanted to store; one client serves all threads."""
+def test_of_concurrent_threads_one_uploads_and_all_return_the_same_location(storage: S3Storage, bucket: Bucket) -> None:
+    """The other threads find the object. All threads share one client."""
     with ThreadPoolExecutor(4) as threads:
-        got = list(threads.map(lambda _: _keep_own(storage), range(8)))
-    assert len(set(got)) == 1
-    assert bucket.keys() == [got[0].partition(f"{bucket.name}/")[2]]
+        locations = list(threads.map(lambda _: _keep_own(storage), range(8)))
+    assert len(set(locations)) == 1
+    assert bucket.keys() == [locations[0].partition(f"{bucket.name}/")[2]]
 
 
 def _keep_own(storage: S3Storage) -> str:
@@ -177,31 +176,31 @@ def _keep_own(storage: S3Storage) -> str:
         return storage.keep(incoming, job_id=12_345, position=2, media=PNG)
 
 
-def test_another_content_under_our_name_is_never_overwritten(storage: S3Storage, bucket: Bucket) -> None:
-    """Of another size, of the same size with or without a hash: the next name is the one with the whole hash."""
+def test_another_content_under_the_same_name_is_never_overwritten(storage: S3Storage, bucket: Bucket) -> None:
+    """For another size, and for the same size with or without a hash. The next name contains the complete hash."""
     key, longer = f"out/puts/12/12345/2-{SHA[:16]}.png", f"out/puts/12/12345/2-{SHA}.png"
-    for other, more in (
+    for content, arguments in (
         (b"other", {}),
         (BODY[::-1], {}),
         (BODY[::-1], {"Metadata": {"sha256": "ab" * 32}}),
     ):
-        bucket.put(key, other, **more)
+        bucket.put(key, content, **arguments)
         assert _keep(storage) == f"s3://{bucket.name}/{longer}"
-        assert (bucket.get(key), bucket.get(longer)) == (other, BODY)
+        assert (bucket.get(key), bucket.get(longer)) == (content, BODY)
     bucket.put(longer, b"another")
     with pytest.raises(StorageTrouble, match=f"content of s3://{bucket.name}/{longer} does not match its name"):
         _keep(storage)
     assert (bucket.get(key), bucket.get(longer)) == (BODY[::-1], b"another")
 
 
-def test_the_same_content_from_elsewhere_is_recognized(storage: S3Storage, bucket: Bucket) -> None:
-    """A copy that another tool made says no hash: its bytes do."""
+def test_the_same_content_from_another_tool_is_recognized(storage: S3Storage, bucket: Bucket) -> None:
+    """A copy by another tool has no hash, so its bytes are compared."""
     bucket.put(f"out/puts/12/12345/2-{SHA[:16]}.png", BODY)
     assert _keep(storage) == f"s3://{bucket.name}/out/puts/12/12345/2-{SHA[:16]}.png"
 
 
-def test_a_name_taken_between_looking_and_writing_is_not_overwritten(storage: S3Storage, bucket: Bucket) -> None:
-    """The store itself refuses to; what was put there decides."""
+def test_a_name_that_is_taken_between_check_and_upload_is_not_overwritten(storage: S3Storage, bucket: Bucket) -> None:
+    """The store refuses the upload, and the object there is compared."""
     key = f"out/puts/12/12345/2-{SHA[:16]}.png"
     events = storage._client().meta.events
     events.register_first("before-call.s3.PutObject", lambda **_: bucket.put(key, b"other"), unique_id="once")
@@ -210,8 +209,8 @@ def test_a_name_taken_between_looking_and_writing_is_not_overwritten(storage: S3
     assert bucket.get(key) == b"other"
 
 
-def test_a_large_output_is_one_call(storage: S3Storage, bucket: Bucket) -> None:
-    """The second time it is not sent at all."""
+def test_a_large_output_is_uploaded_with_one_call(storage: S3Storage, bucket: Bucket) -> None:
+    """The second time it is not uploaded."""
     calls: list[str] = []
     location = _keep(storage, LARGE)
     key = location.partition(f"{bucket.name}/")[2]
@@ -224,8 +223,8 @@ def test_a_large_output_is_one_call(storage: S3Storage, bucket: Bucket) -> None:
     assert calls == ["before-send.s3.HeadObject"]
 
 
-def test_bytes_that_change_before_they_are_sent_are_refused_by_the_store(storage: S3Storage, bucket: Bucket) -> None:
-    """It is told what they must be."""
+def test_bytes_that_changed_before_the_upload_are_refused_by_the_store(storage: S3Storage, bucket: Bucket) -> None:
+    """The store gets the checksum."""
     with pytest.raises(StorageTrouble, match="BadDigest"):
         _keep(storage, then=lambda path: path.write_bytes(BODY[::-1]))
     with pytest.raises(StorageTrouble, match="changed on the disk"):
@@ -233,8 +232,8 @@ def test_bytes_that_change_before_they_are_sent_are_refused_by_the_store(storage
     assert bucket.keys() == []
 
 
-def test_a_store_that_knows_no_checksums_is_read_back(storage: S3Storage, bucket: Bucket) -> None:
-    """What it has of another content than was sent is removed again; it is then tried again."""
+def test_an_object_in_a_store_without_checksums_is_read_back(storage: S3Storage, bucket: Bucket) -> None:
+    """An object with other bytes is deleted, and the upload is tried again later."""
 
     def forget(params: dict[str, Any], **_: Any) -> None:
         params["headers"].pop("x-amz-checksum-sha256", None)
@@ -251,16 +250,16 @@ def test_a_store_that_knows_no_checksums_is_read_back(storage: S3Storage, bucket
     assert bucket.keys() == []
 
 
-def test_a_store_in_trouble_is_storage_trouble(storage: S3Storage) -> None:
-    """Its code is named, and nothing that came with it."""
+def test_an_error_of_the_store_raises_storage_trouble(storage: S3Storage) -> None:
+    """The message has the error code, but not the text of the response."""
     _answers(storage, "PutObject", lambda _: (400, b"<Error><Code>QuotaExceeded</Code><Message>x</Message></Error>"))
     with pytest.raises(StorageTrouble) as refused:
         _keep(storage)
     assert str(refused.value).endswith(f"2-{SHA[:16]}.png: QuotaExceeded")
 
 
-def test_what_is_kept_can_be_opened_and_read_in_pieces(storage: S3Storage, bucket: Bucket) -> None:
-    """As a file; closing it early ends the transfer, which would else hold on to a connection."""
+def test_a_stored_output_can_be_opened_and_read_in_chunks(storage: S3Storage, bucket: Bucket) -> None:
+    """As a file. Closing it early ends the transfer and releases the connection."""
     location, bodies = _keep(storage), list[Any]()
     storage._client().meta.events.register(
         "after-call.s3.GetObject", lambda parsed, **_: bodies.append(parsed.get("Body"))
@@ -277,8 +276,8 @@ def test_what_is_kept_can_be_opened_and_read_in_pieces(storage: S3Storage, bucke
         storage.open("file:///srv/key")
 
 
-def test_an_address_shows_the_output_to_whoever_has_it(storage: S3Storage, s3: S3Server, bucket: Bucket) -> None:
-    """With its type, for a while; without the signature nobody gets it."""
+def test_a_signed_url_returns_the_output(storage: S3Storage, s3: S3Server, bucket: Bucket) -> None:
+    """With its type and for a limited time. Without the signature, access is refused."""
     location = _keep(storage)
     url = storage.url(location, 60)
     answer = requests.get(url, timeout=5)
@@ -287,14 +286,14 @@ def test_an_address_shows_the_output_to_whoever_has_it(storage: S3Storage, s3: S
     assert s3.secret not in url
     assert "X-Amz-Expires=1&" in storage.url(location, -5)
     assert "X-Amz-Expires=604800&" in storage.url(location, 1e9)
-    other = storage.url("s3://other.bucket/a%20b", 60)
-    assert other.startswith(f"{s3.endpoint}/other.bucket/a%2520b?")
+    other_url = storage.url("s3://other.bucket/a%20b", 60)
+    assert other_url.startswith(f"{s3.endpoint}/other.bucket/a%2520b?")
 
 
-def test_the_bucket_goes_into_the_path_where_an_endpoint_is_set(
+def test_the_bucket_is_part_of_the_path_if_an_endpoint_is_set(
     storage: S3Storage, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the endpoint has a name, and is set for S3 alone; Amazon's own is made of bucket and region."""
+    """Also for an endpoint with a host name, or one for S3 only. Amazon's host name has bucket and region."""
     location = f"s3://{bucket.name}/key"
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://store.example:9000")
     assert _again(storage).url(location, 60).startswith(f"http://store.example:9000/{bucket.name}/key?")
@@ -305,12 +304,12 @@ def test_the_bucket_goes_into_the_path_where_an_endpoint_is_set(
 
 
 def _again(storage: S3Storage) -> S3Storage:
-    """The same storage as another process would make it."""
+    """Return the same storage as another process would create it."""
     return S3Storage(storage._bucket, storage._prefix, storage.partials)
 
 
-def test_examining_tells_whole_missing_and_damaged(storage: S3Storage, bucket: Bucket) -> None:
-    """By its bytes; those of another size are not read."""
+def test_examine_returns_whole_missing_or_damaged(storage: S3Storage, bucket: Bucket) -> None:
+    """By the bytes. An object of another size is not read."""
     location = _keep(storage)
     key = location.partition(f"{bucket.name}/")[2]
     assert storage.examine(location, size=len(BODY), sha256=SHA) == "whole"
@@ -320,8 +319,8 @@ def test_examining_tells_whole_missing_and_damaged(storage: S3Storage, bucket: B
     assert storage.examine(location, size=len(BODY), sha256=SHA) == "damaged"
 
 
-def test_what_is_set_aside_makes_room_and_is_not_lost(storage: S3Storage, bucket: Bucket) -> None:
-    """As often as needed; nothing is set aside where nothing is."""
+def test_a_quarantined_object_is_renamed_and_not_lost(storage: S3Storage, bucket: Bucket) -> None:
+    """Several times for the same name. A missing object is ignored."""
     key = f"out/puts/12/12345/2-{SHA[:16]}.png"
     for number in range(3):
         bucket.put(key, f"damage {number}".encode())
@@ -332,20 +331,20 @@ def test_what_is_set_aside_makes_room_and_is_not_lost(storage: S3Storage, bucket
     assert _keep(storage) == f"s3://{bucket.name}/{key}"
 
 
-def test_what_is_removed_is_gone_hundreds_by_one_call(
+def test_hundreds_of_objects_are_removed_with_one_call(
     storage: S3Storage, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is not there is no trouble; what the store keeps is named, with its reason."""
+    """A missing object is not an error. An object that the store refuses to delete is returned with the reason."""
     monkeypatch.setattr(module, "PAGE", 2)
-    kept = [_keep(storage, position=position) for position in range(3)]
+    locations = [_keep(storage, position=position) for position in range(3)]
     bucket.put("elsewhere", b"")
     calls: list[str] = []
     _calls(storage, calls)
-    assert storage.remove([*kept, f"{kept[0]}x"]) == {}
+    assert storage.remove([*locations, f"{locations[0]}x"]) == {}
     assert (len(calls), bucket.keys()) == (2, ["elsewhere"])
 
-    said = "<DeleteResult><Error><Key>a b/1</Key><Code>AccessDenied</Code></Error></DeleteResult>"
-    _answers(storage, "DeleteObjects", lambda _: (200, said.encode()))
+    answer = "<DeleteResult><Error><Key>a b/1</Key><Code>AccessDenied</Code></Error></DeleteResult>"
+    _answers(storage, "DeleteObjects", lambda _: (200, answer.encode()))
     location = f"s3://{bucket.name}/a b/1"
     assert storage.remove([location]) == {location: f"can't remove {location}: AccessDenied"}
     with pytest.raises(StorageTrouble, match="not in S3"):
@@ -355,21 +354,21 @@ def test_what_is_removed_is_gone_hundreds_by_one_call(
 def test_all_locations_are_listed_page_by_page(
     storage: S3Storage, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those below the prefix, and no folders."""
+    """Only those below the prefix, and no folders."""
     monkeypatch.setattr(module, "PAGE", 2)
     assert list(storage.locations()) == []
-    kept = sorted(_keep(storage, position=position) for position in range(5))
+    locations = sorted(_keep(storage, position=position) for position in range(5))
     for key in ("elsewhere", "out/puts-not", "out/puts/folder/"):
         bucket.put(key, b"")
     calls: list[str] = []
     _calls(storage, calls)
-    assert sorted(storage.locations()) == kept
+    assert sorted(storage.locations()) == locations
     assert len(calls) >= 3
 
 
 @pytest.mark.parametrize("prefix", ["", "/", "my 100% Bilder ü#?+&", "/a//b/"])
-def test_any_prefix_will_do(prefix: str, storage: S3Storage, bucket: Bucket) -> None:
-    """None, blanks, percent signs, letters of any language: what is kept is found again."""
+def test_any_prefix_works(prefix: str, storage: S3Storage, bucket: Bucket) -> None:
+    """No prefix, blanks, percent signs, non-ASCII letters: stored outputs are found again."""
     storage = S3Storage(bucket.name, prefix, storage.partials)
     location = _keep(storage)
     below = "".join(f"{part}/" for part in prefix.split("/") if part)
@@ -381,14 +380,14 @@ def test_any_prefix_will_do(prefix: str, storage: S3Storage, bucket: Bucket) -> 
     assert list(storage.locations()) == [f"{location}.damaged"]
 
 
-def test_a_bucket_that_can_be_used_is_left_alone_at_the_start(storage: S3Storage, bucket: Bucket) -> None:
-    """Nothing is made in it."""
+def test_a_usable_bucket_is_not_changed_at_the_start(storage: S3Storage, bucket: Bucket) -> None:
+    """Nothing is created in it."""
     storage.prepare()
     assert bucket.keys() == []
 
 
-def test_a_missing_bucket_is_said_at_the_start_and_made_by_nobody(storage: S3Storage) -> None:
-    """Nor are the outputs in it taken for missing."""
+def test_a_missing_bucket_is_reported_at_the_start_and_not_created(storage: S3Storage) -> None:
+    """Its outputs do not count as missing."""
     storage = S3Storage("no-such-bucket", "", storage.partials)
     with pytest.raises(StorageTrouble, match="bucket no-such-bucket is missing: create it"):
         storage.prepare()
@@ -407,10 +406,10 @@ def test_a_missing_bucket_is_said_at_the_start_and_made_by_nobody(storage: S3Sto
 
 
 @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
-def test_wrong_credentials_are_refused_and_not_told(
+def test_wrong_credentials_are_refused_and_not_shown(
     name: str, storage: S3Storage, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is tried."""
+    """For every operation."""
     location = _keep(storage)
     monkeypatch.setenv(name, "wrong-credential")
     storage = _again(storage)
@@ -428,10 +427,9 @@ def test_wrong_credentials_are_refused_and_not_told(
         assert not any(part in str(refused.value) for part in ("wrong-credential", "X-Amz", "?", "Signature="))
 
 
-def test_no_credentials_at_all_are_asked_for(
+def test_the_message_about_missing_credentials_names_the_settings(
     storage: S3Storage, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the names of the settings they are looked for in."""
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(StorageTrouble, match="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
@@ -441,21 +439,23 @@ def test_no_credentials_at_all_are_asked_for(
 def test_a_malformed_endpoint_is_a_wrong_setting(
     storage: S3Storage, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It can't get better by trying again."""
+    """Another attempt would not help."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", "store:9000")
     with pytest.raises(SettingsError, match="AWS_ENDPOINT_URL"):
         storage.prepare()
 
 
-def test_without_the_extra_it_is_said_what_to_install(storage: S3Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package works without."""
+def test_without_the_optional_dependency_the_message_says_what_to_install(
+    storage: S3Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package works without it."""
     monkeypatch.setitem(sys.modules, "boto3", None)
     with pytest.raises(SettingsError, match=r"pip install 'fetch-worker\[s3\]'"):
         storage.prepare()
 
 
-def test_an_outage_is_storage_trouble_soon_and_ends_by_itself(storage: S3Storage, s3: S3Server) -> None:
-    """For a client that has connections already; a transfer under way ends as well."""
+def test_an_outage_raises_storage_trouble_soon_and_the_storage_recovers(storage: S3Storage, s3: S3Server) -> None:
+    """For a client with open connections. A running transfer ends too."""
     location = _keep(storage)
     large = _keep(storage, LARGE, position=9)
     with storage.open(large) as under_way:
@@ -484,11 +484,11 @@ def test_an_outage_is_storage_trouble_soon_and_ends_by_itself(storage: S3Storage
 
 
 def test_a_child_process_has_connections_of_its_own(storage: S3Storage, bucket: Bucket) -> None:
-    """Those of its parent are not shared."""
+    """The connections of its parent are not shared."""
     storage.prepare()
-    mine = storage._client()
-    assert storage._client() is mine
+    parent_client = storage._client()
+    assert storage._client() is parent_client
     child = os.fork()
     if child == 0:
-        os._exit(0 if storage._client() is not mine else 1)
+        os._exit(0 if storage._client() is not parent_client else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -50,10 +50,10 @@ def many_due(engine: Engine) -> Engine:
 def _claim_all(engine: Engine, token: str) -> Iterator[int]:
     while True:
         with engine.begin() as connection:
-            found = claim_due_jobs(connection, token=token, holder=token, limit=7)
-        if not found:
+            claimed = claim_due_jobs(connection, token=token, holder=token, limit=7)
+        if not claimed:
             return
-        yield from (job.id for job in found)
+        yield from (job.id for job in claimed)
 
 
 def test_eight_concurrent_threads_claim_each_row_exactly_once(many_due: Engine) -> None:
@@ -94,7 +94,7 @@ with fork.Pool(4) as processes:
 
 def test_four_processes_claim_each_row_exactly_once(many_due: Engine) -> None:
     """SQLite ignores SKIP LOCKED, but its claims must be disjoint too."""
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", CLAIMERS, many_due.url.render_as_string(hide_password=False)],
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -102,8 +102,8 @@ def test_four_processes_claim_each_row_exactly_once(many_due: Engine) -> None:
         timeout=100,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    claimed = Counter(done.stdout.split())
+    assert result.returncode == 0, result.stderr
+    claimed = Counter(result.stdout.split())
     assert len(claimed) == MANY
     assert set(claimed.values()) == {1}
 
@@ -140,9 +140,9 @@ def test_due_groups_have_account_priority_host_and_earliest_due_time(engine: Eng
         add_downloading(connection, "d", priority=9)
         claim_due_jobs(connection, account="shop")
 
-        found = due_groups(connection, ["default", "shop", "nobody"])
+        groups = due_groups(connection, ["default", "shop", "nobody"])
 
-        assert found == [
+        assert groups == [
             DueGroup("default", 2, "api.test", NOW + seconds(2)),
             DueGroup("default", 1, "other.test", NOW - seconds(1)),
             DueGroup("default", 1, "api.test", NOW + seconds(1)),
@@ -157,7 +157,7 @@ def test_due_groups_have_account_priority_host_and_earliest_due_time(engine: Eng
 def test_a_claim_reads_only_the_rows_that_it_takes(engine: Engine) -> None:
     """Not the jobs that are due later, have a lower priority, belong to other groups, or have ended."""
     with engine.begin() as connection:
-        others: dict[str, dict[str, Any]] = {
+        other_jobs: dict[str, dict[str, Any]] = {
             "later": {"due_at": NOW + seconds(900)},
             "less": {"priority": -1, "due_at": NOW - seconds(900)},
             "foreign": {"account": "other", "due_at": NOW - seconds(900)},
@@ -165,7 +165,7 @@ def test_a_claim_reads_only_the_rows_that_it_takes(engine: Engine) -> None:
             "over": {"status": "completed", "due_at": None, "ready_at": NOW, "completed_at": NOW},
             "due": {},
         }
-        for name, changes in others.items():
+        for name, changes in other_jobs.items():
             connection.execute(jobs.insert(), [job_values(f"{name}{n}", **changes) for n in range(1_500)])
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql("ANALYZE fetch_jobs")
@@ -244,9 +244,9 @@ def test_after_the_lease_a_holder_writes_nothing_even_if_the_row_was_not_claimed
             Tally(),
             now=NOW + LEASE,
         )
-        stood = record_attempt(connection, output, GiveUp("gone", "no"), now=NOW + LEASE)
+        result = record_attempt(connection, output, GiveUp("gone", "no"), now=NOW + LEASE)
     assert recorded.lost == 1
-    assert stood == (False, None)
+    assert result == (False, None)
     assert read_job(engine, job_id).status == "pending"
     assert read_output(engine, output_id).status == "pending"
 
@@ -255,7 +255,7 @@ def test_renewal_extends_only_unexpired_leases_of_its_holder(engine: Engine) -> 
     """An expired lease is lost. Other processes renew their own leases."""
     later = NOW + seconds(20)
     with engine.begin() as connection:
-        mine = add_job(connection, "1")
+        unexpired = add_job(connection, "1")
         claim_due_jobs(connection, token="a", holder="me")
         theirs = add_job(connection, "2")
         claim_due_jobs(connection, token="b", holder="they")
@@ -266,8 +266,8 @@ def test_renewal_extends_only_unexpired_leases_of_its_holder(engine: Engine) -> 
 
         renewed = renew_leases(connection, "me", lease=LEASE, now=later)
 
-    assert renewed == {(mine, "a"), (output_id, read_output(engine, output_id).claim_token)}
-    assert read_job(engine, mine).due_at == later + LEASE
+    assert renewed == {(unexpired, "a"), (output_id, read_output(engine, output_id).claim_token)}
+    assert read_job(engine, unexpired).due_at == later + LEASE
     assert read_output(engine, output_id).due_at == later + LEASE
     assert read_job(engine, theirs).due_at == NOW + LEASE
     assert read_job(engine, over).due_at == NOW - seconds(30)
@@ -317,9 +317,9 @@ def test_released_jobs_are_due_again_if_the_token_matches_and_their_request_is_a
         claim_due_jobs(connection, token="theirs")
         release_jobs(connection, [back, lost], "mine", due_at=NOW + seconds(2))
 
-    row, other = read_job(engine, back), read_job(engine, lost)
+    row, lost_row = read_job(engine, back), read_job(engine, lost)
     assert (row.polls, row.due_at, row.claim_token, row.claim_holder) == (3, NOW + seconds(2), None, None)
-    assert (other.polls, other.due_at, other.claim_token) == (1, NOW + LEASE, "theirs")
+    assert (lost_row.polls, lost_row.due_at, lost_row.claim_token) == (1, NOW + LEASE, "theirs")
 
 
 def test_an_output_is_claimed_once_and_again_only_after_its_lease(engine: Engine) -> None:
@@ -403,12 +403,12 @@ def test_outputs_without_a_message_are_queued_oldest_link_first(engine: Engine) 
         lost = add_output(connection, job_id, 1, listed_at=NOW - seconds(99), queued_at=before - seconds(1))
         under_way = add_output(connection, job_id, 2, queued_at=NOW - seconds(1))
         add_output(connection, job_id, 3, due_at=NOW + seconds(9))
-        held = add_output(connection, job_id, 4, listed_at=NOW - seconds(200))
-        try_claim_output(connection, held)
-        found = queue_due_outputs(connection, now=NOW, queued_before=before, limit=10)
+        claimed = add_output(connection, job_id, 4, listed_at=NOW - seconds(200))
+        try_claim_output(connection, claimed)
+        queued = queue_due_outputs(connection, now=NOW, queued_before=before, limit=10)
         again = queue_due_outputs(connection, now=NOW, queued_before=before, limit=10)
 
-    assert found == [lost, never]
+    assert queued == [lost, never]
     assert again == []
     assert read_output(engine, lost).queued_at == NOW
     assert read_output(engine, under_way).queued_at == NOW - seconds(1)
@@ -468,14 +468,14 @@ def test_with_too_few_requests_the_most_urgent_jobs_are_claimed(engine: Engine) 
         for name, (unseen, scale, growth) in planned.items():
             add_job(connection, name, not_ready_at=now - seconds(unseen), pace_scale=scale, pace_growth=growth)
         add_job(connection, "nudged", due_at=now, not_ready_at=now - seconds(5))
-        taken = []
+        claimed = []
         for number in range(5):
-            taken += claim_jobs(
+            claimed += claim_jobs(
                 connection, WANTED, limit=1, token=f"t{number}", holder="h", lease=LEASE, now=now, around=AROUND
             )
 
     order = sorted(planned, key=lambda name: -urgency(*planned[name]))
-    assert [job.remote_id for job in taken] == ["nudged", *order]
+    assert [job.remote_id for job in claimed] == ["nudged", *order]
     assert order == ["later", "late", "slow", "soon"]
 
 
@@ -483,20 +483,20 @@ def test_with_too_few_requests_and_no_plans_the_jobs_with_the_earliest_due_time_
     with engine.begin() as connection:
         for number in (3, 1, 2):
             add_job(connection, str(number), due_at=NOW + seconds(number))
-        taken = claim_jobs(
+        claimed = claim_jobs(
             connection, WANTED, limit=2, token="t", holder="h", lease=LEASE, now=NOW + seconds(60), around=AROUND
         )
 
-    assert sorted(job.remote_id for job in taken) == ["1", "2"]
+    assert sorted(job.remote_id for job in claimed) == ["1", "2"]
 
 
 def test_with_very_many_due_jobs_a_claim_reads_four_windows_and_claims_up_to_its_limit(many_due: Engine) -> None:
     with many_due.begin() as connection:
-        taken = claim_jobs(
+        claimed = claim_jobs(
             connection, WANTED, limit=7, token="t", holder="h", lease=LEASE, now=NOW + seconds(60), around=AROUND
         )
 
-    assert len({job.id for job in taken}) == 7
+    assert len({job.id for job in claimed}) == 7
 
 
 def test_a_claimed_job_has_the_time_when_it_was_last_seen_not_ready(engine: Engine) -> None:
@@ -538,7 +538,7 @@ def test_given_hosts_to_skip_then_no_output_with_a_link_on_them_is_claimed(
         while claimed := try_claim_output(connection, named, without={host, "other.test"}):
             taken_ids.add(claimed.id)
 
-    assert taken_ids == {one for number, one in enumerate(ids) if number not in passed}
+    assert taken_ids == {output_id for number, output_id in enumerate(ids) if number not in passed}
 
 
 def test_given_locked_urgent_rows_when_there_are_too_few_requests_then_other_jobs_are_claimed(
@@ -551,8 +551,8 @@ def test_given_locked_urgent_rows_when_there_are_too_few_requests_then_other_job
         ]
         free = add_job(connection, "free", due_at=NOW, pace_scale=50.0, pace_growth=0.1)
     try:
-        with migrated_postgres.begin() as other, migrated_postgres.begin() as connection:
-            other.execute(select(jobs.c.id).where(jobs.c.id.in_(locked)).with_for_update())
+        with migrated_postgres.begin() as locking, migrated_postgres.begin() as connection:
+            locking.execute(select(jobs.c.id).where(jobs.c.id.in_(locked)).with_for_update())
             claimed = claim_jobs(
                 connection, WANTED, limit=2, token="t", holder="h", lease=LEASE, now=NOW + seconds(60), around=AROUND
             )

@@ -144,9 +144,9 @@ def test_a_naive_time_is_refused_and_aware_times_are_returned_in_utc(engine: Eng
     east = datetime(2026, 3, 1, 12, tzinfo=timezone(timedelta(hours=5)))
     with engine.begin() as connection:
         job_id = add_job(connection, submitted_at=east)
-        found = connection.execute(select(jobs.c.submitted_at).where(jobs.c.id == job_id)).scalar_one()
-    assert found == east
-    assert found.isoformat() == "2026-03-01T07:00:00+00:00"
+        submitted_at = connection.execute(select(jobs.c.submitted_at).where(jobs.c.id == job_id)).scalar_one()
+    assert submitted_at == east
+    assert submitted_at.isoformat() == "2026-03-01T07:00:00+00:00"
     with pytest.raises(Exception, match="without a time zone"), engine.begin() as connection:
         add_job(connection, "2", submitted_at=datetime(2026, 3, 1, 12))
 
@@ -154,7 +154,7 @@ def test_a_naive_time_is_refused_and_aware_times_are_returned_in_utc(engine: Eng
 def test_names_are_case_sensitive(engine: Engine) -> None:
     with engine.begin() as connection:
         ids = {add_job(connection, name, account=account) for name in ("aB", "Ab") for account in ("Shop", "shop")}
-        found = connection.execute(select(jobs.c.id).where(jobs.c.account == "shop", jobs.c.remote_id == "Ab")).all()
+        rows = connection.execute(select(jobs.c.id).where(jobs.c.account == "shop", jobs.c.remote_id == "Ab")).all()
 
     assert len(ids) == 4
-    assert len(found) == 1
+    assert len(rows) == 1

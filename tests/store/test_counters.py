@@ -26,7 +26,7 @@ def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _all(engine: Engine) -> dict[CounterKey, tuple[int, float]]:
     with engine.connect() as connection:
-        return {one.key: (one.times, one.total) for one in read_counters(connection)}
+        return {total.key: (total.times, total.total) for total in read_counters(connection)}
 
 
 def test_counts_of_concurrent_transactions_add_up(engine: Engine) -> None:

@@ -147,12 +147,12 @@ def test_errors_of_values_that_can_not_be_written(error: Exception) -> None:
 
 @pytest.mark.parametrize("error", [*AWAY, *LOCKED, *DEPLOYMENT, *ROW], ids=_named)
 def test_messages_have_one_line_without_sql_and_passwords(error: Exception) -> None:
-    said = to_worker_error(error, URL)
-    assert "\n" not in str(said)
-    assert "s3cret" not in str(said)
-    assert "hidden" not in str(said)
+    translated = to_worker_error(error, URL)
+    assert "\n" not in str(translated)
+    assert "s3cret" not in str(translated)
+    assert "hidden" not in str(translated)
     kinds = {"away": Unavailable, "locked": Unavailable, "row": DatabaseRefused}
-    assert isinstance(said, kinds.get(error_kind(error), (DeploymentError, SchemaOutdated)))
+    assert isinstance(translated, kinds.get(error_kind(error), (DeploymentError, SchemaOutdated)))
 
 
 def test_a_password_in_a_servers_message_is_not_shown() -> None:

@@ -58,8 +58,8 @@ def test_given_an_idle_connection_that_the_server_closed_when_it_is_used_then_it
     engine = make_engine(make_url(postgres_url).set(drivername="postgresql+psycopg"))
     with engine.connect() as connection:
         backend = connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
-    with psycopg.connect(postgres_url, autocommit=True) as other:
-        other.execute("SELECT pg_terminate_backend(%s)", [backend])
+    with psycopg.connect(postgres_url, autocommit=True) as admin:
+        admin.execute("SELECT pg_terminate_backend(%s)", [backend])
 
     with engine.connect() as connection:
         assert connection.execute(text("SELECT pg_backend_pid()")).scalar_one() != backend
@@ -84,8 +84,8 @@ def test_given_a_closed_connection_when_a_transaction_begins_then_sqlalchemy_rai
     engine = make_engine(make_url(postgres_url).set(drivername="postgresql+psycopg"))
     with engine.connect() as connection:
         backend = connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
-    with psycopg.connect(postgres_url, autocommit=True) as other:
-        other.execute("SELECT pg_terminate_backend(%s)", [backend])
+    with psycopg.connect(postgres_url, autocommit=True) as admin:
+        admin.execute("SELECT pg_terminate_backend(%s)", [backend])
 
     with pytest.raises(OperationalError) as caught, engine.begin():
         pass
@@ -198,10 +198,10 @@ def test_given_connections_that_an_administrator_closed_when_one_fails_then_all_
 ) -> None:
     engine = make_engine(make_url(postgres_url))
     with engine.connect() as first, engine.connect() as second:
-        backends = [one.execute(text("SELECT pg_backend_pid()")).scalar_one() for one in (first, second)]
-    with psycopg.connect(postgres_url, autocommit=True) as other:
+        backends = [connection.execute(text("SELECT pg_backend_pid()")).scalar_one() for connection in (first, second)]
+    with psycopg.connect(postgres_url, autocommit=True) as admin:
         for backend in backends:
-            other.execute("SELECT pg_terminate_backend(%s)", [backend])
+            admin.execute("SELECT pg_terminate_backend(%s)", [backend])
 
     with pytest.raises(OperationalError) as caught, engine.begin():
         pass
@@ -235,14 +235,14 @@ def test_given_a_statement_that_is_too_large_for_mariadb_then_the_error_has_the_
     """The server may return an error, or just close the connection. The other connections stay open."""
     with migrated_mariadb.connect() as connection:
         limit = connection.execute(text("SELECT @@max_allowed_packet")).scalar_one()
-        with migrated_mariadb.connect() as other:
-            before = other.execute(text("SELECT CONNECTION_ID()")).scalar_one()
+        with migrated_mariadb.connect() as other_connection:
+            before = other_connection.execute(text("SELECT CONNECTION_ID()")).scalar_one()
         with pytest.raises(DBAPIError) as caught:
             connection.execute(insert(bodies), {"output_id": 1, "body": bytes(limit + 1_000)})
     assert error_kind(caught.value) == "row"
-    with migrated_mariadb.connect() as other:
+    with migrated_mariadb.connect() as other_connection:
         alive = text("SELECT count(*) FROM information_schema.processlist WHERE id = :id")
-        assert other.execute(alive, {"id": before}).scalar_one() == 1
+        assert other_connection.execute(alive, {"id": before}).scalar_one() == 1
 
 
 @pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])

@@ -14,26 +14,26 @@ from worker.store.schema import jobs
 ENDED: dict[str, Any] = {"due_at": None, "completed_at": NOW + seconds(10)}
 
 
-def read_rows(engine: Engine, before: dict[int, FlowerJob], most: int, *, late: float = 20.0) -> dict[int, FlowerJob]:
+def read_rows(engine: Engine, before: dict[int, FlowerJob], limit: int, *, late: float = 20.0) -> dict[int, FlowerJob]:
     """Read the rows, `late` seconds after the jobs were submitted."""
     with use_clock(lambda: NOW + seconds(late)), engine.connect() as connection:
-        return read_flower_jobs(connection, before, most)
+        return read_flower_jobs(connection, before, limit)
 
 
 def test_given_outputs_then_stored_ones_are_counted_with_their_bytes(engine: Engine) -> None:
     with engine.begin() as connection:
         waiting = add_job(connection, "1")
         on_its_way = add_downloading(connection, "2")
-        done = add_downloading(connection, "3", status="completed", completed_at=NOW + seconds(10))
+        completed = add_downloading(connection, "3", status="completed", completed_at=NOW + seconds(10))
         add_output(connection, on_its_way, 0, size_bytes=1_500, **STORED)
         add_output(connection, on_its_way, 1)
-        add_output(connection, done, 0, size_bytes=391_002, **STORED)
+        add_output(connection, completed, 0, size_bytes=391_002, **STORED)
 
-    found = read_rows(engine, {}, 10)
+    rows = read_rows(engine, {}, 10)
 
-    assert list(found) == [done, on_its_way, waiting]
-    assert [job.outputs for job in found.values()] == [Outputs(1, 1, 391_002), Outputs(2, 1, 1_500), Outputs()]
-    assert found[waiting].submitted_at == NOW
+    assert list(rows) == [completed, on_its_way, waiting]
+    assert [job.outputs for job in rows.values()] == [Outputs(1, 1, 391_002), Outputs(2, 1, 1_500), Outputs()]
+    assert rows[waiting].submitted_at == NOW
 
 
 def test_given_more_jobs_than_the_limit_then_old_jobs_are_dropped_after_they_end(
@@ -58,12 +58,12 @@ def test_given_more_jobs_than_the_limit_then_old_jobs_are_dropped_after_they_end
 
 def test_given_a_deleted_job_then_it_is_not_returned(engine: Engine) -> None:
     with engine.begin() as connection:
-        job, other = add_job(connection, "1"), add_job(connection, "2")
+        job, other_job = add_job(connection, "1"), add_job(connection, "2")
     before = read_rows(engine, {}, 10)
     with engine.begin() as connection:
         connection.execute(jobs.delete().where(jobs.c.id == job))
 
-    assert list(read_rows(engine, before, 10)) == [other]
+    assert list(read_rows(engine, before, 10)) == [other_job]
 
 
 def test_given_a_retried_job_then_it_has_no_values_of_its_former_end(engine: Engine) -> None:
@@ -76,8 +76,8 @@ def test_given_a_retried_job_then_it_has_no_values_of_its_former_end(engine: Eng
     with engine.begin() as connection:
         retry(connection, job, now=NOW)
 
-    found = read_rows(engine, before, 10)[job]
-    assert (found.status, found.completed_at, found.error_code) == ("pending", None, None)
+    row = read_rows(engine, before, 10)[job]
+    assert (row.status, row.completed_at, row.error_code) == ("pending", None, None)
 
 
 def test_outputs_of_a_finished_job_are_not_counted_again(engine: Engine) -> None:
@@ -85,10 +85,10 @@ def test_outputs_of_a_finished_job_are_not_counted_again(engine: Engine) -> None
         job = add_downloading(connection, status="completed", completed_at=NOW + seconds(10))
         add_output(connection, job, 0, size_bytes=391_002, **STORED)
     before = read_rows(engine, {}, 10)
-    said: list[str] = []
+    statements: list[str] = []
 
     def note(connection: object, cursor: object, statement: str, *_: object) -> None:
-        said.append(statement)
+        statements.append(statement)
 
     event.listen(engine, "before_cursor_execute", note)
     try:
@@ -97,7 +97,7 @@ def test_outputs_of_a_finished_job_are_not_counted_again(engine: Engine) -> None
         event.remove(engine, "before_cursor_execute", note)
 
     assert again == before
-    assert not [statement for statement in said if "fetch_outputs" in statement]
+    assert not [statement for statement in statements if "fetch_outputs" in statement]
 
 
 def test_given_a_job_that_ended_again_between_two_reads_then_its_outputs_are_counted_again(engine: Engine) -> None:

@@ -41,10 +41,10 @@ def test_a_sample_has_the_statistics(engine: Engine) -> None:
         connection.execute(update(breakers).values(proven=True, asked_at=NOW, ceiling=4.0, cut_at=LATER))
         _count_something(connection)
         record_history(connection, now=LATER, full_rps=lambda _: 10.0)
-        (found,) = read_history(connection, NOW)
+        (sample,) = read_history(connection, NOW)
 
-    assert found.minute == NOW
-    assert found.body == {
+    assert sample.minute == NOW
+    assert sample.body == {
         "jobs": {"pending": 4, "held": 1, "downloading": 1, "completed": 0, "failed": 0, "expired": 0, "cancelled": 0},
         "oldest_due": 20.5,
         "unstored": 1,
@@ -69,10 +69,10 @@ def test_held_jobs_are_not_late(engine: Engine) -> None:
         save_breaker(connection, held_by_operator(locked_breaker(connection, "host", "away.test"), now=NOW))
         connection.execute(update(breakers).values(asked_at=NOW))
         record_history(connection, now=LATER, full_rps=lambda _: 10.0)
-        (found,) = read_history(connection, NOW)
+        (sample,) = read_history(connection, NOW)
 
-    assert found.body["oldest_due"] == 0
-    assert {name: one["held"] for name, one in found.body["accounts"].items()} == {"held": True, "shop": False}
+    assert sample.body["oldest_due"] == 0
+    assert {name: account["held"] for name, account in sample.body["accounts"].items()} == {"held": True, "shop": False}
 
 
 def test_concurrent_attempts_write_one_sample(engine: Engine) -> None:
@@ -94,24 +94,24 @@ def test_samples_are_written_once_a_minute_and_deleted_after_eight_days(engine: 
         connection.execute(insert(history), old)
         for late in (0, 30, 59.9, 60, 125):
             record_history(connection, now=NOW + seconds(late), full_rps=lambda _: 10.0)
-        found = read_history(connection, NOW - KEPT - seconds(3_600))
+        samples = read_history(connection, NOW - KEPT - seconds(3_600))
         lately = read_history(connection, NOW + seconds(1))
 
     minutes = [NOW, NOW + seconds(60), NOW + seconds(120)]
-    assert [one.minute for one in found] == minutes
-    assert [one.minute for one in lately] == minutes[1:]
+    assert [sample.minute for sample in samples] == minutes
+    assert [sample.minute for sample in lately] == minutes[1:]
 
 
 def test_an_existing_sample_costs_one_query(engine: Engine) -> None:
     """So every sweep can call it."""
-    asked: list[str] = []
+    statements: list[str] = []
     with engine.begin() as connection:
         record_history(connection, now=NOW, full_rps=lambda _: 10.0)
         before = read_history(connection, NOW)
         add_job(connection)
-        event.listen(connection, "before_cursor_execute", lambda *values: asked.append(values[2]))
+        event.listen(connection, "before_cursor_execute", lambda *values: statements.append(values[2]))
         record_history(connection, now=LATER, full_rps=lambda _: 10.0)
-        looks = len(asked)
+        looks = len(statements)
 
         assert read_history(connection, NOW) == before
     assert looks == 1
@@ -124,9 +124,9 @@ from worker.process.resources import process_resources
 from worker.process.runs import run_sweep
 
 logging.basicConfig()
-said = [run_sweep()]
+results = [run_sweep()]
 process_resources().sample_at = 0.0
-print(said + [run_sweep()])
+print(results + [run_sweep()])
 """
 
 
@@ -140,14 +140,14 @@ def test_every_sweep_records_history_and_errors_in_it_do_not_stop_the_sweep(
     database = engine.url.render_as_string(hide_password=False)
     env = os.environ | {"DATABASE_URL": database, "REDIS_URL": redis_url}
     try:
-        done = subprocess.run([sys.executable, "-c", SWEEPS], env=env, capture_output=True, text=True, check=True)
+        result = subprocess.run([sys.executable, "-c", SWEEPS], env=env, capture_output=True, text=True, check=True)
     finally:
         if not there:
             with engine.begin() as connection:
                 connection.execute(text("ALTER TABLE fetch_history_gone RENAME TO fetch_history"))
 
-    assert done.stdout.strip() == "['nothing to put back', 'nothing to put back']"
-    assert ("the history lacks a line" in done.stderr) != there
+    assert result.stdout.strip() == "['nothing to put back', 'nothing to put back']"
+    assert ("the history lacks a line" in result.stderr) != there
     with engine.connect() as connection:
         lines = connection.execute(select(func.count()).select_from(history)).scalar_one()
     assert bool(lines) == there

@@ -96,14 +96,14 @@ def test_the_migrations_create_exactly_the_tables_of_the_code(empty: Engine) -> 
 def test_the_migrations_create_every_constraint_with_its_name(empty: Engine) -> None:
     """`alembic check` does not compare CHECK constraints."""
     migrate(empty)
-    made = inspect(empty)
+    inspector = inspect(empty)
     for table in metadata.sorted_tables:
-        wanted = {str(one.name) for one in table.constraints if isinstance(one, CheckConstraint)}
-        assert {one["name"] for one in made.get_check_constraints(table.name)} == wanted
-        unique = {str(one.name) for one in table.constraints if isinstance(one, UniqueConstraint)}
-        assert {one["name"] for one in made.get_unique_constraints(table.name)} == unique
+        checks = {str(item.name) for item in table.constraints if isinstance(item, CheckConstraint)}
+        assert {item["name"] for item in inspector.get_check_constraints(table.name)} == checks
+        unique = {str(item.name) for item in table.constraints if isinstance(item, UniqueConstraint)}
+        assert {item["name"] for item in inspector.get_unique_constraints(table.name)} == unique
         if empty.dialect.name == "postgresql":  # the others do not tell the names of all primary keys
-            assert made.get_pk_constraint(table.name)["name"] == f"pk_{table.name}"
+            assert inspector.get_pk_constraint(table.name)["name"] == f"pk_{table.name}"
 
 
 def test_check_finds_a_difference(empty: Engine) -> None:
@@ -128,7 +128,7 @@ def test_an_apps_tables_and_history_are_not_changed(empty: Engine, app_scripts: 
     with empty.connect() as connection:
         assert connection.execute(text("SELECT version_num FROM alembic_version")).scalars().all() == ["a5b7"]
         assert connection.execute(text("SELECT total FROM shop_orders")).scalars().all() == [99]
-    assert {one["name"] for one in inspect(empty).get_indexes("shop_orders")} == {"ix_shop_total"}
+    assert {index["name"] for index in inspect(empty).get_indexes("shop_orders")} == {"ix_shop_total"}
 
     migrate(empty)
     with empty.begin() as connection:
@@ -154,7 +154,7 @@ def test_tables_of_a_newer_version_raise_an_error_and_are_not_changed(empty: Eng
 
 def test_two_concurrent_migrations_create_the_tables_once(empty: Engine) -> None:
     """One works, the other waits and finds the tables."""
-    with ThreadPoolExecutor(1) as other:
+    with ThreadPoolExecutor(1) as executor:
         theirs = subprocess.Popen(
             [sys.executable, "-c", "from worker.cli import main; main(['migrate'])"],
             cwd=ROOT,
@@ -163,11 +163,11 @@ def test_two_concurrent_migrations_create_the_tables_once(empty: Engine) -> None
             stderr=subprocess.PIPE,
             text=True,
         )
-        ours = other.submit(migrate, empty)
-        said, complained = theirs.communicate(timeout=60)
+        ours = executor.submit(migrate, empty)
+        output, complained = theirs.communicate(timeout=60)
         assert ours.result()[1] == SCHEMA_VERSION
     assert theirs.returncode == 0, complained
-    assert SCHEMA_VERSION in said
+    assert SCHEMA_VERSION in output
     assert _tables(empty) == OURS
 
 
@@ -182,9 +182,9 @@ def checkout(tmp_path: Path) -> Path:
     return copy
 
 
-def _alembic(checkout: Path, url: str, *words: str) -> subprocess.CompletedProcess[str]:
+def _alembic(checkout: Path, url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "alembic", *words],
+        [sys.executable, "-m", "alembic", *arguments],
         cwd=checkout,
         env=os.environ | {"DATABASE_URL": url},
         capture_output=True,
@@ -197,21 +197,21 @@ def _alembic(checkout: Path, url: str, *words: str) -> subprocess.CompletedProce
 def test_the_alembic_command_works_in_a_clone(empty: Engine, checkout: Path) -> None:
     """The commands upgrade, check and downgrade work on the database in DATABASE_URL."""
     url = empty.url.render_as_string(hide_password=False).replace("+psycopg", "")
-    for words in (("upgrade", "head"), ("check",), ("downgrade", "base")):
-        done = _alembic(checkout, url, *words)
-        assert done.returncode == 0, done.stderr
-        if words == ("check",):
+    for arguments in (("upgrade", "head"), ("check",), ("downgrade", "base")):
+        result = _alembic(checkout, url, *arguments)
+        assert result.returncode == 0, result.stderr
+        if arguments == ("check",):
             assert _tables(empty) == OURS
     assert _tables(empty) == {VERSION_TABLE}
 
 
 def test_the_alembic_command_prints_sql_without_a_database(checkout: Path) -> None:
     """For teams whose database administrator runs the statements."""
-    done = _alembic(checkout, "postgresql://nobody@127.0.0.1:1/none", "upgrade", "head", "--sql")
-    assert done.returncode == 0, done.stderr
+    result = _alembic(checkout, "postgresql://nobody@127.0.0.1:1/none", "upgrade", "head", "--sql")
+    assert result.returncode == 0, result.stderr
     for table in metadata.tables:
-        assert f"CREATE TABLE {table} " in done.stdout
-    assert f"CREATE TABLE {VERSION_TABLE} " in done.stdout
+        assert f"CREATE TABLE {table} " in result.stdout
+    assert f"CREATE TABLE {VERSION_TABLE} " in result.stdout
 
 
 @pytest.mark.parametrize("empty", ["mariadb"], indirect=True)
@@ -247,9 +247,9 @@ def test_a_migration_that_waited_too_long_for_another_one_does_nothing(
 ) -> None:
     """MariaDB returns a number for this, not an error."""
     monkeypatch.setattr(migrate_module, "_LOCK_SECONDS", 0)
-    with empty.connect() as other:
-        assert other.exec_driver_sql(f"SELECT GET_LOCK({migrate_module.MYSQL_LOCK}, 0)").scalar() == 1
+    with empty.connect() as locking:
+        assert locking.exec_driver_sql(f"SELECT GET_LOCK({migrate_module.MYSQL_LOCK}, 0)").scalar() == 1
         with pytest.raises(Unavailable):
             migrate(empty)
-        other.exec_driver_sql(f"SELECT RELEASE_LOCK({migrate_module.MYSQL_LOCK})")
+        locking.exec_driver_sql(f"SELECT RELEASE_LOCK({migrate_module.MYSQL_LOCK})")
     assert _tables(empty) == set()

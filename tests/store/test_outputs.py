@@ -38,9 +38,9 @@ def test_given_unstored_outputs_then_they_are_grouped_by_code_with_the_oldest_li
         add_output(connection, job_id, 3, **STORED)
         add_output(connection, job_id, 4, status="failed", due_at=None, error_code="gone")
 
-        found = {one.code: (one.count, one.oldest, one.message) for one in unstored_by_code(connection)}
+        groups = {group.code: (group.count, group.oldest, group.message) for group in unstored_by_code(connection)}
 
-    assert found == {None: (1, NOW, None), "storage": (2, NOW - seconds(120), "full")}
+    assert groups == {None: (1, NOW, None), "storage": (2, NOW - seconds(120), "full")}
 
 
 def test_given_stored_outputs_then_they_are_returned_in_pages_and_for_some_jobs_only(engine: Engine) -> None:
@@ -64,9 +64,9 @@ def test_given_files_then_the_locations_without_an_output_are_returned(engine: E
     """For any number of files."""
     with engine.begin() as connection:
         add_output(connection, add_job(connection, **COMPLETED), **STORED)
-        many = [f"file:///o/{number}.png" for number in range(1_200)]
+        locations = [f"file:///o/{number}.png" for number in range(1_200)]
 
-        assert unknown_locations(connection, many) == many[1:]
+        assert unknown_locations(connection, locations) == locations[1:]
         assert unknown_locations(connection, []) == []
 
 

@@ -38,7 +38,7 @@ def walked(page: Callable[[int | None], Page]) -> tuple[list[int], list[Page]]:
     pages = [page(None)]
     while pages[-1].before is not None:
         pages.append(page(pages[-1].before))
-    return [row.id for one in pages for row in one.rows], pages
+    return [row.id for page_read in pages for row in page_read.rows], pages
 
 
 @pytest.mark.parametrize("clock", [ticking, lambda: lambda: 0.0], ids=["no time", "time enough"])
@@ -56,7 +56,7 @@ def walked(page: Callable[[int | None], Page]) -> tuple[list[int], list[Page]]:
     ids=["all", "account", "account and state", "kind", "state", "late", "none"],
 )
 def test_the_pages_together_contain_every_matching_job_once_newest_first(
-    engine: Engine, wanted: JobFilter, matches: Callable[[int], bool], clock: Callable[[], Callable[[], float]]
+    engine: Engine, job_filter: JobFilter, matches: Callable[[int], bool], clock: Callable[[], Callable[[], float]]
 ) -> None:
     with engine.begin() as connection:
         now = database_now(connection)
@@ -65,7 +65,7 @@ def test_the_pages_together_contain_every_matching_job_once_newest_first(
             values = {"account": "shop" if number % 7 < 2 else "default", "kind": "video" if number > 30 else "image"}
             late = now - timedelta(minutes=number - 10)
             ids[number] = add_job(connection, str(number), **values, **(READY if number % 3 else {"due_at": late}))
-        shown, pages = walked(lambda before: jobs_page(connection, wanted, before=before, limit=5, clock=clock()))
+        shown, pages = walked(lambda before: jobs_page(connection, job_filter, before=before, limit=5, clock=clock()))
 
     assert shown == [ids[number] for number in range(39, -1, -1) if matches(number)]
     assert all(len(page.rows) <= 5 for page in pages)
@@ -76,9 +76,9 @@ def test_a_page_ends_after_its_time_and_has_the_position_of_the_search(engine: E
         first = add_job(connection, "first", account="shop")
         ids = [add_job(connection, str(number)) for number in range(30)]
 
-        wanted = JobFilter(accounts=("shop",))
-        page = jobs_page(connection, wanted, before=None, limit=5, clock=ticking())
-        whole = jobs_page(connection, wanted, before=None, limit=5, clock=lambda: 0.0)
+        job_filter = JobFilter(accounts=("shop",))
+        page = jobs_page(connection, job_filter, before=None, limit=5, clock=ticking())
+        whole = jobs_page(connection, job_filter, before=None, limit=5, clock=lambda: 0.0)
 
     assert (page.rows, page.before, page.searched_to) == ([], ids[-4], ids[-4])
     assert ([row.id for row in whole.rows], whole.before, whole.searched_to) == ([first], None, None)
@@ -87,38 +87,40 @@ def test_a_page_ends_after_its_time_and_has_the_position_of_the_search(engine: E
 def test_a_text_finds_a_job_by_id_remote_id_or_reference_page_by_page(engine: Engine) -> None:
     with engine.begin() as connection:
         ids = [add_job(connection, f"r{number}", reference="ours") for number in range(8)]
-        other = add_job(connection, "ours")
+        same_reference = add_job(connection, "ours")
 
-        def found(text: str) -> list[int]:
+        def find(text: str) -> list[int]:
             page = lambda before: jobs_page(connection, JobFilter(), text=text, before=before, limit=3)  # noqa: E731
             return walked(page)[0]
 
-        assert found("ours") == [other, *ids[::-1]]
-        assert found("r3") == [ids[3]]
-        assert found(str(ids[2])) == [ids[2]]
-        assert found("9" * 30) == []
+        assert find("ours") == [same_reference, *ids[::-1]]
+        assert find("r3") == [ids[3]]
+        assert find(str(ids[2])) == [ids[2]]
+        assert find("9" * 30) == []
 
 
 @pytest.mark.parametrize("clock", [ticking, lambda: lambda: 0.0], ids=["no time", "time enough"])
 def test_outputs_are_found_by_status_code_and_host_once_each(
     engine: Engine, clock: Callable[[], Callable[[], float]]
 ) -> None:
-    gone = {"status": "failed", "due_at": None, "error_code": "gone"}
+    failed_values = {"status": "failed", "due_at": None, "error_code": "gone"}
     with engine.begin() as connection:
         jobs = [add_downloading(connection, str(number)) for number in range(2)]
         waiting = [add_output(connection, jobs[0], number) for number in range(15)]
-        failed = [add_output(connection, jobs[1], number, **gone) for number in range(3)]
+        failed = [add_output(connection, jobs[1], number, **failed_values) for number in range(3)]
         here = add_output(connection, jobs[1], 3, url="http://percent%25.test/a.png", error_code="unreachable")
 
-        def found(wanted: OutputFilter) -> list[int]:
-            return walked(lambda before: outputs_page(connection, wanted, before=before, limit=4, clock=clock()))[0]
+        def find(output_filter: OutputFilter) -> list[int]:
+            return walked(
+                lambda before: outputs_page(connection, output_filter, before=before, limit=4, clock=clock())
+            )[0]
 
-        assert found(OutputFilter()) == [here, *failed[::-1], *waiting[::-1]]
-        assert found(OutputFilter(status="failed")) == failed[::-1]
-        assert found(OutputFilter(status="pending")) == [here, *waiting[::-1]]
-        assert found(OutputFilter(code="unreachable")) == [here]
-        assert found(OutputFilter(host="cdn.test")) == [*failed[::-1], *waiting[::-1]]
-        assert found(OutputFilter(host="percent%25.test")) == [here]
-        assert found(OutputFilter(host="percent%.test")) == []
-        assert found(OutputFilter(job_id=jobs[0])) == waiting[::-1]
-        assert found(OutputFilter(job_id=jobs[0], status="stored")) == []
+        assert find(OutputFilter()) == [here, *failed[::-1], *waiting[::-1]]
+        assert find(OutputFilter(status="failed")) == failed[::-1]
+        assert find(OutputFilter(status="pending")) == [here, *waiting[::-1]]
+        assert find(OutputFilter(code="unreachable")) == [here]
+        assert find(OutputFilter(host="cdn.test")) == [*failed[::-1], *waiting[::-1]]
+        assert find(OutputFilter(host="percent%25.test")) == [here]
+        assert find(OutputFilter(host="percent%.test")) == []
+        assert find(OutputFilter(job_id=jobs[0])) == waiting[::-1]
+        assert find(OutputFilter(job_id=jobs[0], status="stored")) == []

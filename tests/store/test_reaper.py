@@ -28,14 +28,14 @@ def test_given_claims_of_a_dead_process_when_released_then_they_are_due_at_once(
     with engine.begin() as connection:
         job_id = add_job(connection, **HELD)
         output_id = add_output(connection, add_downloading(connection, "2"), **HELD)
-        other = add_job(connection, "3", **(HELD | {"claim_holder": "alive.2.2"}))
+        of_living_process = add_job(connection, "3", **(HELD | {"claim_holder": "alive.2.2"}))
 
         released = release_crashed(connection, ["dead.1.1"], now=NOW)
 
     assert released == Released(2, (), (), ())
     assert (read_job(engine, job_id).due_at, read_job(engine, job_id).claim_token) == (NOW, None)
     assert (read_output(engine, output_id).due_at, read_output(engine, output_id).claim_token) == (NOW, None)
-    assert read_job(engine, other).claim_token == "t"
+    assert read_job(engine, of_living_process).claim_token == "t"
 
 
 def test_given_rows_that_crash_again_when_released_then_they_are_due_at_different_times(engine: Engine) -> None:

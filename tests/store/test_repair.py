@@ -40,7 +40,7 @@ def test_given_a_downloading_job_without_pending_outputs_when_repaired_then_it_e
     assert read_job(engine, job_id).completed_at is not None
     assert Repairer(engine).run() == Repaired()
     with engine.connect() as connection:
-        assert [(one.key.label, one.times) for one in read_counters(connection, [FINISHED])] == [(status, 1)]
+        assert [(total.key.label, total.times) for total in read_counters(connection, [FINISHED])] == [(status, 1)]
 
 
 def test_given_a_job_with_a_pending_output_when_repaired_then_it_does_not_change(engine: Engine) -> None:
@@ -69,17 +69,17 @@ def test_given_a_pending_output_of_a_cancelled_job_when_repaired_then_it_is_canc
 
 def test_given_a_claim_longer_than_any_lease_when_repaired_then_its_row_is_due_again(engine: Engine) -> None:
     """A lease lasts at most an hour and is renewed every few seconds, so the holder must be dead."""
-    far: dict[str, Any] = {"claim_token": "t", "claim_holder": "h", "due_at": _now() + timedelta(days=30)}
-    near = far | {"due_at": _now() + timedelta(minutes=50)}
+    overlong: dict[str, Any] = {"claim_token": "t", "claim_holder": "h", "due_at": _now() + timedelta(days=30)}
+    near = overlong | {"due_at": _now() + timedelta(minutes=50)}
     with engine.begin() as connection:
-        job_id, other = add_job(connection, "1", **far), add_job(connection, "2", **near)
-        output_id = add_output(connection, add_downloading(connection, "3"), **far)
+        job_id, normal = add_job(connection, "1", **overlong), add_job(connection, "2", **near)
+        output_id = add_output(connection, add_downloading(connection, "3"), **overlong)
 
     assert Repairer(engine).run() == Repaired(claims=2)
     assert read_job(engine, job_id).claim_holder is None
     assert read_job(engine, job_id).due_at < _now() + timedelta(seconds=5)
     assert read_output(engine, output_id).claim_holder is None
-    assert read_job(engine, other).claim_holder == "h"
+    assert read_job(engine, normal).claim_holder == "h"
 
 
 def test_given_several_pages_when_repaired_then_all_rows_are_read_and_it_starts_again(
@@ -94,13 +94,13 @@ def test_given_several_pages_when_repaired_then_all_rows_are_read_and_it_starts_
             else:
                 add_downloading(connection, f"d{number}")
     repairer = Repairer(engine, page=2)
-    found = [repairer.run() for _ in range(8)]
+    repairs = [repairer.run() for _ in range(8)]
     with engine.begin() as connection:
         late = add_downloading(connection, "late")
-    found += [repairer.run() for _ in range(5)]
+    repairs += [repairer.run() for _ in range(5)]
 
-    assert sum(len(one.jobs) for one in found) == 4
-    assert sum(one.outputs for one in found) == 7
+    assert sum(len(repaired.jobs) for repaired in repairs) == 4
+    assert sum(repaired.outputs for repaired in repairs) == 7
     assert read_job(engine, late).status == "failed"
 
 
@@ -116,4 +116,4 @@ def test_given_nothing_to_repair_then_no_statement_writes_or_locks(engine: Engin
     Repairer(engine).run()
     event.remove(engine, "before_cursor_execute", note)
     assert len(statements) < 12
-    assert not [one for one in statements if "UPDATE" in one]
+    assert not [statement for statement in statements if "UPDATE" in statement]

@@ -76,18 +76,18 @@ def test_a_rescheduled_job_is_released_and_keeps_its_strikes(engine: Engine) -> 
 
 def test_a_ready_job_gets_output_rows_in_order_and_the_bytes_in_the_answer(engine: Engine) -> None:
     """The rows are written with the change, and queued after the commit."""
-    found = (Link("https://cdn/a.png", ("https://proxy/a.png",)), Link("data:;sha256=00", (), b"bytes"))
+    links = (Link("https://cdn/a.png", ("https://proxy/a.png",)), Link("data:;sha256=00", (), b"bytes"))
     with engine.begin() as connection:
         job_id = add_job(connection)
         [claimed] = claim_due_jobs(connection)
-        recorded = _record(connection, claimed, StartDownloads(found))
+        recorded = _record(connection, claimed, StartDownloads(links))
 
     row = read_job(engine, job_id)
     assert (row.status, row.ready_at, row.due_at, row.completed_at) == ("downloading", SOON, None, None)
     assert recorded.finished == ()
     with engine.connect() as connection:
         rows = connection.execute(select(outputs).order_by(outputs.c.position)).all()
-        kept = connection.execute(select(bodies)).all()
+        body_rows = connection.execute(select(bodies)).all()
     assert tuple(output.id for output in rows) == recorded.outputs
     assert [(output.position, output.url, json.loads(output.proxy_urls)) for output in rows] == [
         (0, "https://cdn/a.png", ["https://proxy/a.png"]),
@@ -96,7 +96,7 @@ def test_a_ready_job_gets_output_rows_in_order_and_the_bytes_in_the_answer(engin
     assert {(output.status, output.due_at, output.queued_at, output.listed_at) for output in rows} == {
         ("pending", SOON, SOON, SOON)
     }
-    assert [tuple(one) for one in kept] == [(rows[1].id, b"bytes")]
+    assert [tuple(row) for row in body_rows] == [(rows[1].id, b"bytes")]
 
 
 def test_a_ready_job_without_outputs_is_completed_at_once(engine: Engine) -> None:
@@ -170,12 +170,12 @@ def test_a_mixed_batch_is_written_in_one_transaction_and_counts_lost_claims(engi
     with engine.begin() as connection:
         for number in range(4):
             add_job(connection, str(number))
-        again, ready, over, gone = sorted(claim_due_jobs(connection), key=lambda job: job.id)
-        cancel(connection, gone.id, Tally(), now=NOW)
+        again, ready, over, lost = sorted(claim_due_jobs(connection), key=lambda job: job.id)
+        cancel(connection, lost.id, Tally(), now=NOW)
         recorded = record_answers(
             connection,
             [
-                Outcome(gone, AskAgain(Strikes(), "processing"), "processing", PollPlan(1.0)),
+                Outcome(lost, AskAgain(Strikes(), "processing"), "processing", PollPlan(1.0)),
                 Outcome(over, EndJob("failed", "not_found", "unknown"), "unknown", PollPlan(0.0)),
                 Outcome(ready, StartDownloads((Link("https://cdn/a.png"),)), "ready"),
                 Outcome(again, AskAgain(Strikes(), "processing"), "processing", PollPlan(2.0)),
@@ -184,7 +184,7 @@ def test_a_mixed_batch_is_written_in_one_transaction_and_counts_lost_claims(engi
             now=SOON,
         )
     assert (len(recorded.outputs), recorded.finished, recorded.lost) == (1, (over.id,), 1)
-    states = [read_job(engine, job.id).status for job in (again, ready, over, gone)]
+    states = [read_job(engine, job.id).status for job in (again, ready, over, lost)]
     assert states == ["pending", "downloading", "failed", "cancelled"]
 
 
@@ -230,7 +230,7 @@ def test_fresh_links_replace_those_of_waiting_outputs_and_make_them_due(engine: 
         job_id = add_downloading(connection, due_at=NOW)
         waits = add_output(connection, job_id, 1, renewed=True, due_at=NOW + RENEWAL_WAIT)
         under_way = add_output(connection, job_id, 2, renewed=True, claim_token="x", claim_holder="h")
-        other = add_output(connection, job_id, 3, due_at=NOW + seconds(50))
+        running = add_output(connection, job_id, 3, due_at=NOW + seconds(50))
         [claimed] = claim_due_jobs(connection)
         links = tuple(Link(f"https://fresh/{n}.png", (f"https://proxy/{n}.png",)) for n in range(4))
         recorded = _record(connection, claimed, RenewLinks(links))
@@ -244,7 +244,7 @@ def test_fresh_links_replace_those_of_waiting_outputs_and_make_them_due(engine: 
         SOON,
     )
     assert read_output(engine, under_way).url == f"https://cdn.test/{job_id}-2.png"
-    assert read_output(engine, other).due_at == NOW + seconds(50)
+    assert read_output(engine, running).due_at == NOW + seconds(50)
     job = read_job(engine, job_id)
     assert (job.status, job.due_at, job.claim_token, job.polls) == ("downloading", None, None, 1)
 
@@ -262,11 +262,11 @@ def test_without_fresh_links_the_outputs_keep_their_links(engine: Engine) -> Non
     assert read_output(engine, second).due_at == SOON
 
     with engine.begin() as connection:
-        other = add_downloading(connection, "2", due_at=NOW)
-        waits = add_output(connection, other, 0, renewed=True, due_at=NOW + RENEWAL_WAIT)
+        other_job = add_downloading(connection, "2", due_at=NOW)
+        other_output = add_output(connection, other_job, 0, renewed=True, due_at=NOW + RENEWAL_WAIT)
         [claimed] = claim_due_jobs(connection)
-        assert _record(connection, claimed, KeepLinks("processing")).outputs == (waits,)
-    assert (read_output(engine, waits).due_at, read_job(engine, other).due_at) == (SOON, None)
+        assert _record(connection, claimed, KeepLinks("processing")).outputs == (other_output,)
+    assert (read_output(engine, other_output).due_at, read_job(engine, other_job).due_at) == (SOON, None)
 
 
 def test_given_a_fresh_link_to_another_kind_of_media_then_all_links_of_the_job_are_kept(engine: Engine) -> None:
@@ -324,8 +324,8 @@ def test_given_ready_jobs_then_only_their_promised_links_are_deleted(engine: Eng
         record_answers(connection, batch, Tally(), now=SOON)
 
     with engine.connect() as connection:
-        left = set(connection.execute(select(promises.c.job_id)).scalars())
-    assert left == {ids["waiting"], ids["lost"]}
+        remaining = set(connection.execute(select(promises.c.job_id)).scalars())
+    assert remaining == {ids["waiting"], ids["lost"]}
 
 
 def test_given_a_batch_of_all_kinds_of_ends_then_promised_links_are_tried_before_ends_without_an_output(
@@ -341,19 +341,19 @@ def test_given_a_batch_of_all_kinds_of_ends_then_promised_links_are_tried_before
         recorded = record_answers(connection, batch, Tally(), now=SOON)
 
     with engine.connect() as connection:
-        found = {row.remote_id: row for row in connection.execute(select(jobs)).all()}
-        kept = {row.job_id: row for row in connection.execute(select(promises)).all()}
-    assert {code: row.status for code, row in found.items()} == {
+        rows = {row.remote_id: row for row in connection.execute(select(jobs)).all()}
+        kept_promises = {row.job_id: row for row in connection.execute(select(promises)).all()}
+    assert {code: row.status for code, row in rows.items()} == {
         "not_found": "downloading", "no_output": "downloading", "expired": "downloading",
         "api_failed": "failed", "api_error": "failed",
     }  # fmt: skip
     assert len(recorded.outputs) == 3
-    assert sorted(recorded.finished) == sorted(found[code].id for code in ("api_failed", "api_error"))
-    saved = kept[found["expired"].id]
+    assert sorted(recorded.finished) == sorted(rows[code].id for code in ("api_failed", "api_error"))
+    saved = kept_promises[rows["expired"].id]
     assert (saved.tried_at, saved.end_status, saved.end_code, saved.end_message) == (
         SOON, "expired", "expired", "m expired",
     )  # fmt: skip
-    assert len(kept) == 3
+    assert len(kept_promises) == 3
 
 
 def test_a_job_whose_answer_can_not_be_written_fails(engine: Engine) -> None:
@@ -583,9 +583,9 @@ def test_a_retried_job_without_outputs_is_polled_again(engine: Engine) -> None:
 def test_only_failed_and_expired_jobs_are_retried(engine: Engine, status: str) -> None:
     """Other jobs do not change."""
     final: dict[str, Any] = {"due_at": None, "completed_at": NOW} if status in ("completed", "cancelled") else {}
-    rest: dict[str, Any] = {"due_at": None} if status == "downloading" else {}
+    due_values: dict[str, Any] = {"due_at": None} if status == "downloading" else {}
     with engine.begin() as connection:
-        job_id = add_job(connection, status=status, ready_at=NOW, **final, **rest)
+        job_id = add_job(connection, status=status, ready_at=NOW, **final, **due_values)
         assert not retry(connection, job_id, now=SOON)
     assert read_job(engine, job_id).status == status
 

@@ -64,7 +64,7 @@ def _claim(connection: Connection) -> object:
 
 @pytest.mark.parametrize("engine", ["mariadb"], indirect=True)
 @pytest.mark.parametrize(
-    ("look", "most"),
+    ("query", "limit"),
     [
         (lambda connection: due_groups(connection, ACCOUNTS), 3 * (LEVELS + len(ACCOUNTS))),
         (waiting_accounts, 3 * LEVELS),
@@ -78,7 +78,7 @@ def _claim(connection: Connection) -> object:
     ],
     ids=["levels", "accounts", "claim", "by account", "by kind", "past deadline", "late", "held", "failures"],
 )
-def test_queries_for_waiting_jobs_do_not_read_final_jobs(stocked: Engine, look: Look, most: int) -> None:
+def test_queries_for_waiting_jobs_do_not_read_final_jobs(stocked: Engine, query: Look, limit: int) -> None:
     """With thousands of final jobs, only the waiting jobs are read."""
-    assert most < AT_REST / 5
-    assert 0 < _rows_read(stocked, look) <= most
+    assert limit < AT_REST / 5
+    assert 0 < _rows_read(stocked, query) <= limit

@@ -38,8 +38,10 @@ def stocked(engine: Engine, request: pytest.FixtureRequest, now: None, monkeypat
     with engine.begin() as connection:
         add_job(connection, "old", **HOURS, **ENDED, status="expired", error_code="expired")
         add_job(connection, "failed", **ENDED | {"completed_at": NOW}, status="failed", error_code="api_failed")
-        gone = ENDED | {"status": "failed", "error_code": "output_failed", "ready_at": NOW}
-        add_output(connection, add_job(connection, "gone", **gone), status="failed", error_code="gone", due_at=None)
+        failed_values = ENDED | {"status": "failed", "error_code": "output_failed", "ready_at": NOW}
+        add_output(
+            connection, add_job(connection, "gone", **failed_values), status="failed", error_code="gone", due_at=None
+        )
         add_output(connection, add_downloading(connection, "loading"), error_code="http_error")
         add_job(connection, "calm", **later, reference="mine", kind="video")
         add_job(connection, "late", due_at=NOW - seconds(61), priority=3)
@@ -102,42 +104,42 @@ MINE: list[tuple[JobFilter, str]] = [
 
 
 def test_each_filter_finds_its_jobs_newest_first_and_counts_them(stocked: Engine) -> None:
-    for wanted, names in MINE:
+    for job_filter, names in MINE:
         with stocked.connect() as connection:
-            assert [row.remote_id for row in find_jobs(connection, wanted, limit=100)] == names.split(), wanted
-            assert count_matching(connection, wanted) == len(names.split()), wanted
+            assert [row.remote_id for row in find_jobs(connection, job_filter, limit=100)] == names.split(), job_filter
+            assert count_matching(connection, job_filter) == len(names.split()), job_filter
 
 
 def test_pages_of_any_size_together_contain_all_jobs(stocked: Engine) -> None:
-    for wanted, _ in MINE:
+    for job_filter, _ in MINE:
         with stocked.connect() as connection:
-            whole = find_job_ids(connection, wanted, limit=100)
+            whole = find_job_ids(connection, job_filter, limit=100)
             paged: list[int] = []
-            while page := find_job_ids(connection, wanted, limit=2, after=paged[-1] if paged else None):
+            while page := find_job_ids(connection, job_filter, limit=2, after=paged[-1] if paged else None):
                 paged += page
-        assert paged == whole, wanted
+        assert paged == whole, job_filter
 
 
 def test_jobs_that_no_longer_match_are_skipped(stocked: Engine) -> None:
     """They are locked in the order of their ids, whatever the order of the arguments."""
-    for wanted, _ in MINE:
+    for job_filter, _ in MINE:
         with stocked.begin() as connection:
-            found = prepare_search(connection, wanted)
-            ids = find_job_ids(connection, found, limit=100)
-            assert lock_matching(connection, found, ids) == sorted(ids), wanted
+            search = prepare_search(connection, job_filter)
+            ids = find_job_ids(connection, search, limit=100)
+            assert lock_matching(connection, search, ids) == sorted(ids), job_filter
     with stocked.begin() as connection:
-        found = prepare_search(connection, JobFilter(statuses=("pending",)))
-        ids = find_job_ids(connection, found, limit=100)
+        search = prepare_search(connection, JobFilter(statuses=("pending",)))
+        ids = find_job_ids(connection, search, limit=100)
         connection.execute(
             update(jobs).where(jobs.c.remote_id == "calm").values(status="cancelled", due_at=None, completed_at=NOW)
         )
-        assert len(lock_matching(connection, found, ids)) == len(ids) - 1
+        assert len(lock_matching(connection, search, ids)) == len(ids) - 1
 
 
 def test_counting_stops_at_the_limit(stocked: Engine) -> None:
     with stocked.connect() as connection:
-        for wanted in (JobFilter(), JobFilter(statuses=("failed", "expired", "pending"))):
-            assert [count_matching(connection, wanted, most=most) for most in (1, 3, 100)][:2] == [1, 3]
+        for job_filter in (JobFilter(), JobFilter(statuses=("failed", "expired", "pending"))):
+            assert [count_matching(connection, job_filter, most=limit) for limit in (1, 3, 100)][:2] == [1, 3]
 
 
 def test_the_first_job_of_a_time_is_found_among_ids_with_gaps(engine: Engine, now: None) -> None:
@@ -148,13 +150,13 @@ def test_the_first_job_of_a_time_is_found_among_ids_with_gaps(engine: Engine, no
             for minute in range(40)
         ]
         connection.execute(delete(jobs).where(jobs.c.id.in_(ids[5:17] + ids[30:33])))
-        left = [(row.id, row.tracked_at) for row in connection.execute(select(jobs).order_by(jobs.c.id)).all()]
+        remaining = [(row.id, row.tracked_at) for row in connection.execute(select(jobs).order_by(jobs.c.id)).all()]
 
         for minute in (-1, 0, 4.5, 5, 10, 16, 17, 29, 29.5, 31, 38, 39):
             moment = NOW + timedelta(minutes=minute)
-            expected = min(job_id for job_id, tracked_at in left if tracked_at >= moment)
+            expected = min(job_id for job_id, tracked_at in remaining if tracked_at >= moment)
             first = first_tracked(connection, moment)
-            assert next(job_id for job_id, _ in left if job_id >= first) == expected
+            assert next(job_id for job_id, _ in remaining if job_id >= first) == expected
         assert first_tracked(connection, NOW + timedelta(minutes=40)) > ids[-1]
 
 
@@ -164,15 +166,15 @@ def test_a_job_that_was_tracked_long_after_its_submission_is_found_by_its_submis
         add_job(connection, "late-comer", submitted_at=NOW - seconds(86_400))
         add_job(connection, "next", tracked_at=NOW + seconds(30))
         add_job(connection, "slow")
-        found = [
-            [row.remote_id for row in find_jobs(connection, wanted, limit=9)]
-            for wanted in (JobFilter(submitted_until=NOW), JobFilter(submitted_since=NOW))
+        names = [
+            [row.remote_id for row in find_jobs(connection, job_filter, limit=9)]
+            for job_filter in (JobFilter(submitted_until=NOW), JobFilter(submitted_since=NOW))
         ]
 
-    assert found == [["late-comer"], ["slow", "next"]]
+    assert names == [["late-comer"], ["slow", "next"]]
 
 
 def test_without_jobs_every_filter_finds_none(engine: Engine) -> None:
-    for wanted, _ in MINE:
+    for job_filter, _ in MINE:
         with engine.connect() as connection:
-            assert (find_jobs(connection, wanted, limit=9), count_matching(connection, wanted)) == ([], 0)
+            assert (find_jobs(connection, job_filter, limit=9), count_matching(connection, job_filter)) == ([], 0)

@@ -24,13 +24,13 @@ def _bodies(connection: Connection, job_id: int) -> Sequence[str]:
 
 def test_the_last_three_unread_answers_of_a_job_are_kept(engine: Engine) -> None:
     with engine.begin() as connection:
-        job_id, other = add_job(connection, "1"), add_job(connection, "2")
+        job_id, other_job = add_job(connection, "1"), add_job(connection, "2")
         for number in range(5):
             _keep(connection, _answer(job_id, f"body {number}"), at=NOW + seconds(number))
-        _keep(connection, _answer(other, "body 0"))
+        _keep(connection, _answer(other_job, "body 0"))
 
         assert _bodies(connection, job_id) == ["body 4", "body 3", "body 2"]
-        assert _bodies(connection, other) == ["body 0"]
+        assert _bodies(connection, other_job) == ["body 0"]
 
 
 def test_an_equal_answer_only_updates_the_time(engine: Engine) -> None:
@@ -67,12 +67,12 @@ def test_a_thousand_answers_are_kept_in_total_and_the_oldest_are_deleted(engine:
     with engine.begin() as connection:
         first = [add_job(connection, f"a{number}") for number in range(3)]
         _keep(connection, *(_answer(job_id) for job_id in first))
-        many = [add_job(connection, f"b{number}") for number in range(MOST - 1)]
-        _keep(connection, *(_answer(job_id) for job_id in many), at=NOW + seconds(1))
+        job_ids = [add_job(connection, f"b{number}") for number in range(MOST - 1)]
+        _keep(connection, *(_answer(job_id) for job_id in job_ids), at=NOW + seconds(1))
 
         assert connection.execute(select(func.count()).select_from(unread)).scalar_one() == MOST
         assert sum(len(_bodies(connection, job_id)) for job_id in first) == 1
-        assert all(len(answers_of(connection, job_ids=some)) == len(some) for some in (many[:400], many[400:]))
+        assert all(len(answers_of(connection, job_ids=batch)) == len(batch) for batch in (job_ids[:400], job_ids[400:]))
 
 
 def test_the_oldest_answers_are_deleted_last(engine: Engine) -> None:
@@ -83,9 +83,9 @@ def test_the_oldest_answers_are_deleted_last(engine: Engine) -> None:
             connection.execute(
                 unread.insert().values(_answer(add_job(connection, f"a{number}"))._asdict() | {"at": NOW})
             )
-        many = [add_job(connection, f"b{number}") for number in range(120)]
-        event.listen(connection, "before_cursor_execute", lambda *given: written.append(given[2].split()[0]))
-        _keep(connection, *(_answer(job_id) for job_id in many), at=NOW + seconds(1))
+        job_ids = [add_job(connection, f"b{number}") for number in range(120)]
+        event.listen(connection, "before_cursor_execute", lambda *arguments: written.append(arguments[2].split()[0]))
+        _keep(connection, *(_answer(job_id) for job_id in job_ids), at=NOW + seconds(1))
 
         assert connection.execute(select(func.count()).select_from(unread)).scalar_one() == MOST
     changes = [word for word in written if word in ("INSERT", "UPDATE", "DELETE")]
@@ -94,9 +94,9 @@ def test_the_oldest_answers_are_deleted_last(engine: Engine) -> None:
 
 def test_an_answer_of_a_deleted_job_is_not_kept_and_does_not_fail_the_batch(engine: Engine) -> None:
     with engine.begin() as connection:
-        gone, job_id = add_job(connection, "1"), add_job(connection, "2")
-        connection.execute(delete(jobs).where(jobs.c.id == gone))
-        _keep(connection, _answer(gone, "late"), _answer(job_id, "kept"))
+        deleted, job_id = add_job(connection, "1"), add_job(connection, "2")
+        connection.execute(delete(jobs).where(jobs.c.id == deleted))
+        _keep(connection, _answer(deleted, "late"), _answer(job_id, "kept"))
         assert [row.job_id for row in answers_of(connection)] == [job_id]
 
         connection.execute(delete(jobs).where(jobs.c.id == job_id))
@@ -108,27 +108,30 @@ def test_two_processes_that_keep_answers_of_the_same_jobs_do_not_wait_for_each_o
     if engine.dialect.name == "sqlite":
         return
     with engine.begin() as connection:
-        one, two = add_job(connection, "1"), add_job(connection, "2")
+        first_job, second_job = add_job(connection, "1"), add_job(connection, "2")
     with engine.begin() as first, engine.begin() as second:
-        _keep(first, _answer(one, "first"))
-        _keep(second, _answer(two, "second"), _answer(one, "second"))
-        _keep(first, _answer(two, "first"))
+        _keep(first, _answer(first_job, "first"))
+        _keep(second, _answer(second_job, "second"), _answer(first_job, "second"))
+        _keep(first, _answer(second_job, "first"))
     with engine.connect() as connection:
-        assert {(row.job_id, row.body) for row in answers_of(connection)} == {(one, "first"), (two, "second")}
+        assert {(row.job_id, row.body) for row in answers_of(connection)} == {
+            (first_job, "first"),
+            (second_job, "second"),
+        }
 
 
 def test_answers_are_grouped_by_their_shape(engine: Engine) -> None:
     with engine.begin() as connection:
-        one, two = add_job(connection, "1"), add_job(connection, "2")
-        _keep(connection, _answer(one, "a", shape="status=done"))
-        _keep(connection, _answer(one, "b", shape="status=done"), at=NOW + seconds(10))
-        _keep(connection, _answer(two, "c", shape="status=done"), at=NOW + seconds(20))
-        _keep(connection, _answer(two, "d", shape="Status=Done"), at=NOW + seconds(5))
+        first_job, second_job = add_job(connection, "1"), add_job(connection, "2")
+        _keep(connection, _answer(first_job, "a", shape="status=done"))
+        _keep(connection, _answer(first_job, "b", shape="status=done"), at=NOW + seconds(10))
+        _keep(connection, _answer(second_job, "c", shape="status=done"), at=NOW + seconds(20))
+        _keep(connection, _answer(second_job, "d", shape="Status=Done"), at=NOW + seconds(5))
 
-        done, other = answer_shapes(connection)
-        assert (done.shape, done.count, done.jobs) == ("status=done", 3, 2)
-        assert (done.first_at, done.last_at, done.job_id) == (NOW, NOW + seconds(20), two)
-        assert (other.shape, other.count, other.jobs) == ("Status=Done", 1, 1)
+        done_shape, other_shape = answer_shapes(connection)
+        assert (done_shape.shape, done_shape.count, done_shape.jobs) == ("status=done", 3, 2)
+        assert (done_shape.first_at, done_shape.last_at, done_shape.job_id) == (NOW, NOW + seconds(20), second_job)
+        assert (other_shape.shape, other_shape.count, other_shape.jobs) == ("Status=Done", 1, 1)
         assert [row.body for row in answers_of(connection, shape="status=done")] == ["c", "b", "a"]
 
 
@@ -147,7 +150,7 @@ def test_only_pending_failed_and_expired_jobs_are_read_again(engine: Engine) -> 
         _keep(connection, *(_answer(job_id) for job_id in states.values()))
         _keep(connection, _answer(states["failed"], "x", shape="other"))
 
-        found = jobs_with_answers(connection)
-        assert found == [states["pending"], states["failed"], states["expired"]]
-        assert without not in found
+        job_ids = jobs_with_answers(connection)
+        assert job_ids == [states["pending"], states["failed"], states["expired"]]
+        assert without not in job_ids
         assert jobs_with_answers(connection, shape="other") == [states["failed"]]
