@@ -1,4 +1,4 @@
-"""The stand-in as a program: it announces itself, serves, and ends when it is told."""
+"""The stand-in as a program: it announces its address, serves, and stops on a signal."""
 
 import json
 import os
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @contextmanager
 def started(*options: str, cwd: Path = ROOT) -> Iterator[subprocess.Popen[str]]:
-    """The program as a process of its own, in an environment that would mislead one who read it."""
+    """Start the program as a process, in an environment with settings that it must ignore."""
     environment = {"PATH": os.defpath, "PYTHONPATH": str(ROOT), "SD_API_KEY": "canary", "PORT": "1"}
     command = [sys.executable, "-m", "worker.sandbox", *options]
     with subprocess.Popen(
@@ -36,31 +36,31 @@ def started(*options: str, cwd: Path = ROOT) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_announces_itself_serves_and_ends_cleanly(number: signal.Signals, tmp_path: Path) -> None:
-    """One JSON line once it listens; exit 0 on either signal, also with a connection open; the key in no log."""
+def test_it_announces_its_address_serves_and_stops_cleanly(number: signal.Signals, tmp_path: Path) -> None:
+    """It prints one JSON line when it listens, exits with 0 on a signal despite an open connection, and logs no key."""
     (tmp_path / ".env").write_text("SD_API_KEY=canary\n")
     with started("--port", "0", "--json", "--verbose", "--key", "k-1", "--min-seconds", "60", "--max-seconds", "60",
                  cwd=tmp_path) as process:  # fmt: skip
         assert process.stdout is not None
-        told = json.loads(process.stdout.readline())
-        content = json.dumps({"key": told["key"], "prompt": "sea"}).encode()
+        announcement = json.loads(process.stdout.readline())
+        content = json.dumps({"key": announcement["key"], "prompt": "sea"}).encode()
         call = urllib.request.Request(  # noqa: S310  (the address is the one just announced)
-            f"{told['url']}/text2img?key=k-1", data=content, headers={"Content-Type": "application/json"}
+            f"{announcement['url']}/text2img?key=k-1", data=content, headers={"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(call, timeout=5) as answer:  # noqa: S310
             job = json.load(answer)
         process.send_signal(number)
         out, err = process.communicate(timeout=5)
 
-    assert told["key"] == "k-1"
-    assert told["url"] == f"{told['root_url']}/api/v3"
+    assert announcement["key"] == "k-1"
+    assert announcement["url"] == f"{announcement['root_url']}/api/v3"
     assert job["status"] == "processing"
     assert (process.returncode, out) == (0, "")
     assert err == "POST /api/v3/text2img 200\n"
 
 
-def test_it_speaks_to_people_in_one_line_and_logs_nothing() -> None:
-    """Without options for it, the line is a sentence and standard error stays empty."""
+def test_by_default_it_prints_one_readable_line_and_logs_nothing() -> None:
+    """Standard error stays empty."""
     with started("--port", "0") as process:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -98,8 +98,8 @@ def test_it_speaks_to_people_in_one_line_and_logs_nothing() -> None:
     ],
     ids=" ".join,
 )
-def test_bad_usage_is_one_clear_line_and_exit_2(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing is started and nothing is printed on standard output."""
+def test_wrong_usage_is_one_clear_line_and_exit_code_2(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is started, and nothing is printed to standard output."""
     assert main(options) == 2
 
     out, err = capsys.readouterr()
@@ -108,8 +108,8 @@ def test_bad_usage_is_one_clear_line_and_exit_2(options: list[str], capsys: pyte
     assert err.count("\n") == 1
 
 
-def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
-    """It lists the options, the scenarios with what they play, and the paths of orders."""
+def test_help_exits_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+    """It lists the options, the scenarios with their descriptions, and the order paths."""
     assert main(["--help"]) == 0
 
     out = capsys.readouterr().out
@@ -118,16 +118,16 @@ def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"  {path}\n" in out or out.endswith(f"  {path}\n") for path in order_paths())
 
 
-def test_ids_differ_from_run_to_run_and_a_scenario_is_played() -> None:
-    """A database that is kept never gets yesterday's picture; two runs of one seed are the same."""
+def test_ids_differ_between_runs_and_a_scenario_can_be_chosen() -> None:
+    """So a persistent database never gets an old picture. Two runs with one seed have the same ids."""
 
     def first_id(*options: str) -> int:
         with started("--port", "0", "--json", *options) as process:
             assert process.stdout is not None
-            told = json.loads(process.stdout.readline())
-            content = json.dumps({"key": told["key"], "prompt": "sea"}).encode()
+            announcement = json.loads(process.stdout.readline())
+            content = json.dumps({"key": announcement["key"], "prompt": "sea"}).encode()
             call = urllib.request.Request(  # noqa: S310  (the address is the one just announced)
-                f"{told['url']}/text2img", data=content, headers={"Content-Type": "application/json"}
+                f"{announcement['url']}/text2img", data=content, headers={"Content-Type": "application/json"}
             )
             with urllib.request.urlopen(call, timeout=5) as answer:  # noqa: S310
                 job = json.load(answer)
@@ -140,14 +140,14 @@ def test_ids_differ_from_run_to_run_and_a_scenario_is_played() -> None:
     assert ids[2] == ids[3] == 12_202_888
 
 
-def test_a_taken_port_is_one_clear_line_and_exit_1(capsys: pytest.CaptureFixture[str]) -> None:
-    """The handlers of signals are put back as they were."""
-    before = signal.getsignal(signal.SIGTERM)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert main(["--port", str(taken.getsockname()[1])]) == 1
+def test_a_port_in_use_is_one_clear_line_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    """The signal handlers are restored."""
+    previous = signal.getsignal(signal.SIGTERM)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert main(["--port", str(listener.getsockname()[1])]) == 1
 
     out, err = capsys.readouterr()
     assert out == ""
     assert "cannot listen on 127.0.0.1 port" in err
     assert err.count("\n") == 1
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGTERM) is previous

@@ -1,4 +1,4 @@
-"""Every family of the API: ordered and fetched where the documents say, with outputs of its kind."""
+"""Every family of the API: ordered and fetched as documented, with outputs of its kind."""
 
 import json
 from typing import Any
@@ -41,7 +41,7 @@ def order(stand_in: Behaviour, path: str, **body: object) -> SubmitAnswer:
 
 
 def links_in(answer: object) -> list[str]:
-    """Every address of an output in an answer, in its order, proxies left out."""
+    """Return the output URLs in an answer in their order, without proxy links."""
     if isinstance(answer, str):
         return [answer] if "/generations/" in answer and "/cdn2/" not in answer else []
     values = answer.values() if isinstance(answer, dict) else answer if isinstance(answer, list) else ()
@@ -53,19 +53,19 @@ def newest(stand_in: Behaviour) -> Job:
 
 
 @pytest.mark.parametrize("path", ORDERS)
-@pytest.mark.parametrize("told", ["the response", "the bare id and the path"])
-def test_a_job_of_each_family_is_ready_where_the_worker_asks_for_it(path: str, told: str) -> None:
-    """The stand-in and the worker know the families apart from each other, and agree."""
+@pytest.mark.parametrize("tracked_with", ["the response", "the bare id and the path"])
+def test_a_job_of_each_family_is_ready_where_the_worker_fetches_it(path: str, tracked_with: str) -> None:
+    """The stand-in and the worker have separate knowledge of the families, and must agree."""
     stand_in = model()
     answer = order(stand_in, path)
-    remote = answer if told == "the response" else newest(stand_in).id
-    planned = planned_job(remote, API, endpoint=None if told == "the response" else path)
+    remote = answer if tracked_with == "the response" else newest(stand_in).id
+    planned = planned_job(remote, API, endpoint=None if tracked_with == "the response" else path)
     call = call_for(planned.address)
-    named = {} if call.id_field is None else {call.id_field: planned.submission.remote_id}
+    body = {} if call.id_field is None else {call.id_field: planned.submission.remote_id}
 
     early, ready = (
         stand_in.answer(
-            path_of(planned.address.url), {"key": "sandbox-key", **named}, now=now, origin=HOST, method=call.method
+            path_of(planned.address.url), {"key": "sandbox-key", **body}, now=now, origin=HOST, method=call.method
         )
         for now in (4.9, 5.0)
     )
@@ -79,7 +79,7 @@ def test_a_job_of_each_family_is_ready_where_the_worker_asks_for_it(path: str, t
 
 
 @pytest.mark.parametrize("path", ORDERS)
-def test_the_outputs_of_each_family_are_whole_files_of_its_kind(path: str) -> None:
+def test_the_outputs_of_each_family_are_valid_files_of_its_kind(path: str) -> None:
     stand_in = model()
     order(stand_in, path)
     job, kind = newest(stand_in), newest(stand_in).family.makes
@@ -122,7 +122,7 @@ def test_an_order_can_ask_for_text_captions_and_base64(
     assert make_output(job.files[0], job.prompt, job.id, 0, job.size).content.startswith(start)
 
 
-def test_answers_have_the_spelling_and_the_places_of_their_family() -> None:
+def test_answers_have_the_spelling_and_fields_of_their_family() -> None:
     stand_in = model()
 
     picture = order(stand_in, "v3/text2img").fields
@@ -149,40 +149,40 @@ def newest_of(stand_in: Behaviour, start: str) -> str:
     return next(job.id for job in stand_in.latest(100) if job.family.store.startswith(start))
 
 
-def test_a_training_says_success_all_the_while_until_its_model_is_ready() -> None:
+def test_a_training_has_status_success_until_its_model_is_ready() -> None:
     stand_in = model()
     states = []
     for path in ("v3/fine_tune", "v3/lora_fine_tune"):
-        begun = order(stand_in, path).fields
-        assert (begun["status"], begun["messege"]) == ("success", "deploying_gpu")
-        place = f"/api/v3/fine_tune_status/{begun['training_id']}"
-        answers = [ask(stand_in, place, now)[1] for now in (0.0, 2.5, 4.99, 5.0)]
+        accepted = order(stand_in, path).fields
+        assert (accepted["status"], accepted["messege"]) == ("success", "deploying_gpu")
+        fetch_path = f"/api/v3/fine_tune_status/{accepted['training_id']}"
+        answers = [ask(stand_in, fetch_path, now)[1] for now in (0.0, 2.5, 4.99, 5.0)]
         assert {answer["status"] for answer in answers} == {"success"}
         states.append([answer.get("model_training_status") or answer["messege"] for answer in answers])
 
     assert states[0] == states[1] == ["deploying_gpu", "trained_model_compressing", "deploying_model", "model_ready"]
 
 
-def test_a_failed_training_says_so_under_a_success() -> None:
+def test_a_failed_training_has_status_success_too() -> None:
     stand_in = model(scenarios=("failed",))
-    begun = order(stand_in, "v3/fine_tune").fields
+    accepted = order(stand_in, "v3/fine_tune").fields
 
-    answer = ask(stand_in, f"/api/v3/fine_tune_status/{begun['training_id']}", 5.0)[1]
+    answer = ask(stand_in, f"/api/v3/fine_tune_status/{accepted['training_id']}", 5.0)[1]
 
     assert answer["status"] == "success"
     assert "training_failed" in answer.values()
     assert answer["data"].startswith("Training failed: ")
 
 
-def test_a_workflow_is_accepted_with_202_and_asked_by_get() -> None:
+def test_a_workflow_is_accepted_with_202_and_fetched_by_get() -> None:
     stand_in = model()
     answer = order(stand_in, "v1/workflows/upscale/run")
-    place = f"/api/v1/workflows/upscale/runs/{answer.fields['execution_id']}"
+    fetch_path = f"/api/v1/workflows/upscale/runs/{answer.fields['execution_id']}"
 
-    by_post = ask(stand_in, place, 1.0)
-    runs = [ask(stand_in, place, now, "GET")[1]["execution"]["status"] for now in (0.5, 2.0, 5.0)]
+    by_post = ask(stand_in, fetch_path, 1.0)
+    runs = [ask(stand_in, fetch_path, now, "GET")[1]["execution"]["status"] for now in (0.5, 2.0, 5.0)]
 
-    assert (answer.http_status, answer.fields["status_url"]) == (202, HOST + place)
+    assert (answer.http_status, answer.fields["status_url"]) == (202, HOST + fetch_path)
     assert by_post[0] == 404
     assert runs == ["pending", "running", "completed"]
 
@@ -194,14 +194,14 @@ def test_a_workflow_is_accepted_with_202_and_asked_by_get() -> None:
         "/api/v3/fetch", "/api/v1/enterprise/unheard-of/fetch/1", "/api/v6/video/text2video/more",
     ],
 )  # fmt: skip
-def test_a_path_that_there_is_not_is_a_404_of_the_server_whatever_the_key(path: str) -> None:
+def test_an_unknown_path_is_a_404_of_the_framework_for_any_key(path: str) -> None:
     answer = model().answer(path, {"key": "wrong"}, now=0.0, origin=HOST)
 
     assert answer.status == 404
     assert json.loads(answer.body) == {"message": f"The route {path[1:]} could not be found."}
 
 
-def test_ids_repeat_between_families_and_each_has_its_own_job() -> None:
+def test_families_may_share_an_id_and_each_has_its_own_job() -> None:
     stand_in = model()
     swap = order(stand_in, "v6/deepfake/single_video_swap").fields
     room = order(stand_in, "v6/interior/make").fields
@@ -214,7 +214,7 @@ def test_ids_repeat_between_families_and_each_has_its_own_job() -> None:
 
 
 def test_ids_are_new_in_each_run_unless_there_is_a_seed() -> None:
-    """A database that is kept never gets the picture of yesterday."""
+    """So a persistent database never gets an old picture."""
     monday, tuesday = (Behaviour(unused_ids(SandboxOptions(), moment)) for moment in (1.8e9, 1.8e9 + 86_400))
     seeded = Behaviour(unused_ids(SandboxOptions(seed=3), 1.8e9))
 
@@ -226,25 +226,25 @@ def test_ids_are_new_in_each_run_unless_there_is_a_seed() -> None:
     assert seeded.submit("sea", now=0.0).id == "12202888"
 
 
-@pytest.mark.parametrize(("plan", "most"), [("pay-as-you-go", 5), ("standard", 10), ("premium", 15)])
-def test_orders_beyond_the_queue_of_the_plan_are_refused_and_fetches_are_not_counted(plan: str, most: int) -> None:
+@pytest.mark.parametrize(("plan", "limit"), [("pay-as-you-go", 5), ("standard", 10), ("premium", 15)])
+def test_orders_beyond_the_queue_of_the_plan_are_refused_and_fetches_do_not_count(plan: str, limit: int) -> None:
     stand_in = model(plan=plan)
-    taken = [order(stand_in, ORDERS[place % 9]) for place in range(most)]
+    accepted = [order(stand_in, ORDERS[index % 9]) for index in range(limit)]
     fetches = [ask(stand_in, "/api/v3/fetch/1", 1.0)[0] for _ in range(30)]
 
     status, refused = ask(stand_in, "/api/v6/video/text2video", 1.0, prompt="sea")
     later, _ = ask(stand_in, "/api/v6/video/text2video", 5.0, prompt="sea")
 
-    assert all(answer.http_status == 200 for answer in taken)
+    assert all(answer.http_status == 200 for answer in accepted)
     assert set(fetches) == {200}
     assert status == 429
-    assert f"Maximum {most} queued requests" in refused["message"]
+    assert f"Maximum {limit} queued requests" in refused["message"]
     assert refused["retry_after"] == 4
     assert later == 200
-    assert PLANS[plan] == most
+    assert PLANS[plan] == limit
 
 
-def test_the_account_can_be_asked_about() -> None:
+def test_the_account_calls_are_answered() -> None:
     stand_in = model()
     order(stand_in, "v3/text2img")
 
@@ -252,7 +252,7 @@ def test_the_account_can_be_asked_about() -> None:
     assert ask(stand_in, "/api/wallet_balance", 1.0)[1]["data"]["currency"] == "USD"
 
 
-def test_an_id_that_a_server_does_not_know_is_a_404_where_its_page_says_so() -> None:
+def test_an_unknown_id_is_a_404_for_servers_that_document_it() -> None:
     stand_in = model()
 
     assert ask(stand_in, "/api/v1/enterprise/face_gen/fetch/9", 0.0)[0] == 404
@@ -261,6 +261,6 @@ def test_an_id_that_a_server_does_not_know_is_a_404_where_its_page_says_so() -> 
     )  # fmt: skip
 
 
-def test_every_order_path_of_the_table_is_taken() -> None:
+def test_every_order_path_of_the_table_is_accepted() -> None:
     assert len(ORDERS) == len(set(ORDERS)) == sum(len(family.orders) for family in FAMILIES)
     assert all(family_of(path) is not None for path in ORDERS)

@@ -1,4 +1,4 @@
-"""Each scenario by its name: what it answers, and what the worker's own reading makes of it."""
+"""Each scenario by name: its answers, and how the worker reads them."""
 
 import json
 from typing import Any, get_args
@@ -15,7 +15,7 @@ from worker.vendor.replies import Question, parse
 HOST = "http://127.0.0.1:9"
 READY, LATER = 5.0, 20.0
 
-# What the worker reads in the first fetch of a job that is ready, and in the fifth.
+# How the worker reads the first and the fifth fetch of a ready job.
 FETCHED: dict[str, tuple[type[object], type[object]]] = {
     "failed": (reply.Failed, reply.Failed),
     "try-again": (reply.Failed, reply.Ready),
@@ -63,7 +63,7 @@ def read(answer: Answer, remote_id: str) -> reply.Reply:
 
 
 @pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name not in REFUSED])
-def test_a_job_in_a_scenario_is_answered_as_its_name_says(scenario: str) -> None:
+def test_a_job_in_a_scenario_is_answered_as_expected(scenario: str) -> None:
     stand_in = model()
     order(stand_in, scenario)
     job = stand_in.latest(1)[0]
@@ -79,7 +79,7 @@ def test_a_job_in_a_scenario_is_answered_as_its_name_says(scenario: str) -> None
 
 
 @pytest.mark.parametrize("scenario", REFUSED)
-def test_an_order_in_a_refusing_scenario_leaves_no_job(scenario: str) -> None:
+def test_an_order_in_a_refusing_scenario_creates_no_job(scenario: str) -> None:
     stand_in = model()
 
     answer = order(stand_in, scenario)
@@ -89,19 +89,19 @@ def test_an_order_in_a_refusing_scenario_leaves_no_job(scenario: str) -> None:
     assert stand_in.latest(1) == []
 
 
-def test_the_names_that_are_typed_are_those_that_there_are() -> None:
+def test_the_type_of_scenario_names_lists_all_scenarios() -> None:
     assert set(get_args(ScenarioName)) == set(SCENARIOS)
     assert all(scenario.about for scenario in SCENARIOS.values())
 
 
-def test_an_unknown_scenario_is_refused_by_name() -> None:
+def test_an_unknown_scenario_is_refused_with_the_known_names() -> None:
     fields = order(model(), "unheard-of")
 
     assert list(fields["message"]) == ["scenario"]
     assert "try-again" in fields["message"]["scenario"][0]
 
 
-def test_jobs_take_the_scenarios_of_the_stand_in_in_turn() -> None:
+def test_jobs_use_the_scenarios_of_the_stand_in_in_turn() -> None:
     stand_in = model(scenarios=("failed", "queue-full", "never"))
 
     answers = [order(stand_in, "") for _ in range(6)]
@@ -111,7 +111,7 @@ def test_jobs_take_the_scenarios_of_the_stand_in_in_turn() -> None:
 
 
 @pytest.mark.parametrize("scenario", ["wrong-key", "no-credits", "monthly-limit", "no-plan"])
-def test_trouble_of_an_account_concerns_every_call_where_the_stand_in_plays_it(scenario: str) -> None:
+def test_an_account_scenario_of_the_stand_in_applies_to_every_call(scenario: str) -> None:
     stand_in = model(scenarios=(scenario,))
     calls = [("/api/v3/text2img", {"prompt": "sea"}), ("/api/v3/fetch/1", {}), ("/api/v3/system_load", {})]
 
@@ -132,7 +132,7 @@ def test_trouble_of_an_account_concerns_every_call_where_the_stand_in_plays_it(s
         ("", [(READY - 1, False, 404), (READY, False, 200), (READY, True, 200)]),
     ],
 )
-def test_links_are_there_when_the_scenario_says(scenario: str, moments: list[tuple[float, bool, int]]) -> None:
+def test_links_work_as_the_scenario_says(scenario: str, moments: list[tuple[float, bool, int]]) -> None:
     stand_in = model()
     order(stand_in, scenario)
     name = stand_in.latest(1)[0].files[0]
@@ -145,7 +145,7 @@ def test_links_are_there_when_the_scenario_says(scenario: str, moments: list[tup
     assert statuses == [status for _, _, status in moments]
 
 
-def test_the_answer_to_an_order_is_changed_as_the_scenario_says() -> None:
+def test_the_answer_to_an_order_is_modified_as_the_scenario_says() -> None:
     answers = {
         name: order(model(), name) for name in ("other-id", "no-id", "no-fetch-result", "long-eta", "eta-in-words")
     }

@@ -1,4 +1,4 @@
-"""Webhooks of the stand-in: really called, with what the order asked for, and on this machine only."""
+"""Webhooks of the stand-in: they are called with the fields of the order, on this machine only."""
 
 import json
 import time
@@ -16,7 +16,7 @@ from worker.sandbox.webhooks import is_local
 
 @contextmanager
 def receiver(statuses: list[int]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A receiver that answers these statuses in turn, the last one for ever; its address, and what it got."""
+    """Run a receiver that answers these statuses in turn and then repeats the last. Yields its URL and the calls."""
     calls: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -43,37 +43,37 @@ def sandbox() -> Iterator[Sandbox]:
         yield running
 
 
-def called(sandbox: Sandbox, times: int = 1) -> bool:
+def wait_for_calls(sandbox: Sandbox, times: int = 1) -> bool:
     deadline = time.monotonic() + 10
     while len(sandbox.calls.webhooks) < times and time.monotonic() < deadline:
         time.sleep(0.02)
     return len(sandbox.calls.webhooks) == times
 
 
-def test_a_webhook_is_called_once_the_job_is_ready_with_its_track_id(sandbox: Sandbox) -> None:
+def test_a_webhook_with_the_track_id_is_called_when_the_job_is_ready(sandbox: Sandbox) -> None:
     with receiver([200]) as (url, calls):
         answer = sandbox.submit("sea", samples=1, webhook=url, track_id="order-7")
-        assert called(sandbox)
+        assert wait_for_calls(sandbox)
 
     assert [(call["status"], call["id"], call["track_id"]) for call in calls] == [("success", answer["id"], "order-7")]
     assert calls[0]["output"] == answer["future_links"]
     assert sandbox.calls.webhooks == [(url, 200)]
 
 
-def test_a_failure_is_told_too_and_a_receiver_in_trouble_is_called_again(sandbox: Sandbox) -> None:
+def test_a_failed_job_calls_its_webhook_too_and_a_failing_receiver_is_called_again(sandbox: Sandbox) -> None:
     with receiver([500, 200]) as (url, calls):
         answer = sandbox.submit("sea", scenario="failed", webhook=url, track_id=5)
-        assert called(sandbox)
+        assert wait_for_calls(sandbox)
 
     assert [(call["status"], call["id"], call["track_id"]) for call in calls] == [("failed", answer["id"], 5)] * 2
 
 
-def test_a_receiver_that_is_not_there_is_noted_and_harms_nobody(sandbox: Sandbox) -> None:
+def test_an_unreachable_receiver_is_recorded_and_has_no_other_effect(sandbox: Sandbox) -> None:
     with receiver([200]) as (url, _):
         pass
     sandbox.submit("sea", webhook=url)
 
-    assert called(sandbox)
+    assert wait_for_calls(sandbox)
     assert sandbox.calls.webhooks == [(url, 0)]
 
 
@@ -85,7 +85,7 @@ def test_a_receiver_that_is_not_there_is_noted_and_harms_nobody(sandbox: Sandbox
         "http://127.0.0.1@example.org/", "http://2130706433/", "",
     ],
 )  # fmt: skip
-def test_no_address_of_another_machine_is_called(sandbox: Sandbox, url: str) -> None:
+def test_no_url_of_another_machine_is_called(sandbox: Sandbox, url: str) -> None:
     answer = sandbox.submit("sea", webhook=url)
 
     assert not is_local(url)
@@ -94,12 +94,12 @@ def test_no_address_of_another_machine_is_called(sandbox: Sandbox, url: str) -> 
 
 
 @pytest.mark.parametrize("url", ["http://localhost:80/a", "http://127.9.9.9/", "http://[::1]:8000/hook"])
-def test_addresses_of_this_machine_are_called(url: str) -> None:
+def test_urls_of_this_machine_are_called(url: str) -> None:
     assert is_local(url)
 
 
-def test_webhooks_can_be_left_uncalled(sandbox: Sandbox) -> None:
-    """As the test kit does it, where the address may be a server that somebody uses."""
+def test_webhooks_can_be_switched_off(sandbox: Sandbox) -> None:
+    """The test kit does this, because a URL may belong to a server that is in use."""
     sandbox.calls_webhooks = False
     with receiver([200]) as (url, calls):
         sandbox.submit("sea", webhook=url)
