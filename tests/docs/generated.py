@@ -74,14 +74,14 @@ def _options(command: click.Command, without: set[str]) -> str:
 
 
 def _sandbox_options() -> str:
-    found = []
+    options = []
     for action in _parser()._actions:
         if action.dest == "help":
             continue
         value = "" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}"
         text = (action.help or "") % {**vars(action), "prog": "sandbox"}
-        found.append((f"`{', '.join(action.option_strings)}{value}`", " ".join(text.split())))
-    return _table(("option", "meaning"), found)
+        options.append((f"`{', '.join(action.option_strings)}{value}`", " ".join(text.split())))
+    return _table(("option", "meaning"), options)
 
 
 FILTERED = _names(click.command()(filter_options(lambda: None)))

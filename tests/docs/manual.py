@@ -18,9 +18,9 @@ def blocks(language: str, text: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def block_with(word: str, text: str) -> str:
-    """Return the first Python block that contains a word."""
-    return next(block for block in blocks("python", text) if word in block)
+def block_with(part: str, text: str) -> str:
+    """Return the first Python block that contains this text."""
+    return next(block for block in blocks("python", text) if part in block)
 
 
 def prose(text: str) -> str:

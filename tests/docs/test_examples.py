@@ -61,8 +61,8 @@ def test_an_example_compiles_and_its_imports_exist(name: str, block: str) -> Non
 @pytest.mark.parametrize("name", TEXTS)
 def test_the_shell_examples_are_valid_and_the_json_can_be_read(name: str) -> None:
     for block in blocks("sh", TEXTS[name]):
-        done = subprocess.run(["sh", "-n"], input=block, text=True, capture_output=True, check=False)
-        assert done.returncode == 0, done.stderr
+        process = subprocess.run(["sh", "-n"], input=block, text=True, capture_output=True, check=False)
+        assert process.returncode == 0, process.stderr
     for block in blocks("json", TEXTS[name]):
         json.loads(block)
 
@@ -71,9 +71,11 @@ def test_the_first_example_runs_as_it_stands(database: str, tmp_path: Path) -> N
     script = tmp_path / "app.py"
     script.write_text(blocks("python", WEB_APPS)[0], encoding="utf-8")
 
-    done = subprocess.run([sys.executable, script], env=dict(os.environ), capture_output=True, text=True, check=False)
+    process = subprocess.run(
+        [sys.executable, script], env=dict(os.environ), capture_output=True, text=True, check=False
+    )
 
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
 
 
 def test_the_fastapi_app_takes_a_prompt_to_a_picture(fetch_api: FetchApi, fetch_worker: FetchWorker) -> None:
@@ -168,17 +170,17 @@ def test_the_kit_works_without_pytest(tmp_path: Path) -> None:
     script = tmp_path / "kit.py"
     script.write_text(block_with("worker.testing.kit", PAGES["test-kit"]), encoding="utf-8")
 
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    process = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
 
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
 
 
 def test_every_name_of_the_test_kit_exists(fetch_api: FetchApi, fetch_worker: FetchWorker) -> None:
     page = PAGES["test-kit"]
-    for title, thing in (("`fetch_worker`", fetch_worker), ("`fetch_api`", fetch_api)):
+    for title, fixture in (("`fetch_worker`", fetch_worker), ("`fetch_api`", fetch_api)):
         part = page.split(f"\n## {title}\n")[1].split("\n## ")[0]
         for name in re.findall(r"^\| `(\w+)", part, re.MULTILINE):
-            assert hasattr(thing, name), f"{title} {name}"
+            assert hasattr(fixture, name), f"{title} {name}"
 
 
 def test_the_test_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
@@ -187,13 +189,13 @@ def test_the_test_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
 
 def _pytest(folder: Path, text: str, result: str) -> None:
     (folder / "test_app.py").write_text(text, encoding="utf-8")
-    words = ["-p", "worker.testing.plugin", "-p", "no:cacheprovider", "-q", "--rootdir", str(folder)]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *words],
+    options = ["-p", "worker.testing.plugin", "-p", "no:cacheprovider", "-q", "--rootdir", str(folder)]
+    process = subprocess.run(
+        [sys.executable, "-m", "pytest", *options],
         cwd=folder,
         env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert result in done.stdout, done.stdout + done.stderr
+    assert result in process.stdout, process.stdout + process.stderr

@@ -28,7 +28,7 @@ OPTION = re.compile(r"(?<!\S)--[a-z][a-z-]+")
 
 def _attempt_codes() -> set[str]:
     """Return the codes that the outcome of a download attempt can have."""
-    kinds = [thing for thing in vars(lifecycle).values() if isinstance(thing, type)]
+    kinds = [kind for kind in vars(lifecycle).values() if isinstance(kind, type)]
     return {code for kind in kinds for code in get_args(get_type_hints(kind).get("code"))}
 
 
@@ -81,11 +81,11 @@ def test_the_generated_tables_are_those_of_the_code() -> None:
 
 
 def test_the_settings_page_has_every_setting_once_with_its_default() -> None:
-    found = rows(PAGES["settings"])
-    names = [name for row in found for name in re.findall(r"`([^`]+)`", row[0])]
+    settings = rows(PAGES["settings"])
+    names = [name for row in settings for name in re.findall(r"`([^`]+)`", row[0])]
 
     assert sorted(names) == sorted(name.upper() for name in Settings.model_fields)
-    for variables, default, meaning in found:
+    for variables, default, meaning in settings:
         assert meaning, variables
         for name in re.findall(r"`([^`]+)`", variables):
             value = Settings.model_fields[name.lower()].default
@@ -104,13 +104,13 @@ def test_every_command_that_is_named_exists_with_its_options() -> None:
     named = set()
     for name, text in TEXTS.items():
         for line in _command_lines(text):
-            found = COMMAND.match(line)
-            assert found is not None, line
-            command = group.commands[found[1]]
-            named.add(found[1])
+            match = COMMAND.match(line)
+            assert match is not None, line
+            command = group.commands[match[1]]
+            named.add(match[1])
             options = {option for param in command.params for option in (*param.opts, *param.secondary_opts)}
-            unknown = set(OPTION.findall(found[2].partition("#")[0])) - options - {"--help"}
-            assert not unknown or found[1] == "sandbox", f"{name}: {line}"
+            unknown = set(OPTION.findall(match[2].partition("#")[0])) - options - {"--help"}
+            assert not unknown or match[1] == "sandbox", f"{name}: {line}"
     assert named == set(group.commands)
 
 
@@ -137,8 +137,8 @@ def test_every_error_code_of_an_output_is_explained() -> None:
 
 
 def test_the_transitions_name_every_state_and_no_other() -> None:
-    found = rows(section("States and transitions", PAGES["how-it-works"]))
-    ends = {word for before, _, after in found for word in (*CODE.findall(before), *CODE.findall(after)[:1])}
+    transitions = rows(section("States and transitions", PAGES["how-it-works"]))
+    ends = {word for before, _, after in transitions for word in (*CODE.findall(before), *CODE.findall(after)[:1])}
 
     assert ends == set(JOB_STATES)
 
@@ -161,12 +161,12 @@ def test_the_columns_that_apps_may_read_exist() -> None:
 def test_every_task_is_in_the_table_of_tasks_with_its_queue() -> None:
     app: Any = import_module("worker.app").app
     import_module("worker.tasks")
-    found = {}
+    queues = {}
     for task, _, queue, _ in rows(section("Tasks", PAGES["how-it-works"])):
-        found.update(dict.fromkeys(CODE.findall(task), queue.strip("`")))
+        queues.update(dict.fromkeys(CODE.findall(task), queue.strip("`")))
 
-    assert set(found) == {name for name in app.tasks if name.startswith("worker.")}
-    for name, queue in found.items():
+    assert set(queues) == {name for name in app.tasks if name.startswith("worker.")}
+    for name, queue in queues.items():
         assert queue == app.conf.task_routes.get(name, {"queue": app.conf.task_default_queue})["queue"]
 
 
