@@ -61,7 +61,7 @@ def test_a_held_job_is_never_claimed_nor_nudged(engine: Engine) -> None:
     job_id = _held(engine)
     with engine.begin() as connection:
         assert claim_due_jobs(connection, now=YEARS) == []
-        assert nudge(connection, "1", None, now=YEARS, least=POLL_MIN) == 0
+        assert nudge(connection, "1", None, now=YEARS, poll_min=POLL_MIN) == 0
         assert [group.due_at for group in due_groups(connection, ["default"])] == [HELD_UNTIL]
 
     held = read_job(engine, job_id)

@@ -502,7 +502,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
             """A webhook came."""
             with stage.engine.begin() as connection:
                 least = timedelta(microseconds=POLL_MIN)
-                moved = store.nudge(connection, remote, None, now=self.now, least=least)
+                moved = store.nudge(connection, remote, None, now=self.now, poll_min=least)
             expected = 0
             for job in self.jobs.values():
                 due = stage.now if job.asked is None else max(stage.now, job.asked + POLL_MIN)

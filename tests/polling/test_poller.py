@@ -809,7 +809,7 @@ def test_given_a_job_that_waits_when_it_is_nudged_then_nothing_is_more_urgent(po
     before = polls.row(job)
 
     with polls.engine.begin() as connection:
-        assert nudge(connection, name, None, now=database_now(connection), least=timedelta(seconds=0)) == 1
+        assert nudge(connection, name, None, now=database_now(connection), poll_min=timedelta(seconds=0)) == 1
 
     assert before.pace_scale > 0
     assert before.pace_growth > 0

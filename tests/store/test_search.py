@@ -139,7 +139,7 @@ def test_jobs_that_no_longer_match_are_skipped(stocked: Engine) -> None:
 def test_counting_stops_at_the_limit(stocked: Engine) -> None:
     with stocked.connect() as connection:
         for job_filter in (JobFilter(), JobFilter(statuses=("failed", "expired", "pending"))):
-            assert [count_matching(connection, job_filter, most=limit) for limit in (1, 3, 100)][:2] == [1, 3]
+            assert [count_matching(connection, job_filter, limit=limit) for limit in (1, 3, 100)][:2] == [1, 3]
 
 
 def test_the_first_job_of_a_time_is_found_among_ids_with_gaps(engine: Engine, now: None) -> None:

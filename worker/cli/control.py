@@ -259,7 +259,7 @@ def _breaker_name(scope: Scope, name: str, settings: Settings) -> str:
     host = name.lower().removesuffix(":443")
     with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
         known = {*settings.api.hosts, *(name for kind, name in all_breakers(connection) if kind == "host")}
-        if host not in known and not count_matching(connection, JobFilter(hosts=(host,)), most=1):
+        if host not in known and not count_matching(connection, JobFilter(hosts=(host,)), limit=1):
             raise click.UsageError(f"no job is fetched from {name!r}; the known hosts are {', '.join(sorted(known))}")
     return host
 

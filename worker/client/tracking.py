@@ -261,7 +261,7 @@ def nudge(remote_id: str | int, account: str | None = None) -> int:
     settings = _settings()
     with _transaction(settings) as connection:
         interval = timedelta(seconds=settings.poll_min)
-        count = store.nudge(connection, lookup_id(remote_id), account, now=database_now(connection), least=interval)
+        count = store.nudge(connection, lookup_id(remote_id), account, now=database_now(connection), poll_min=interval)
     if count:
         wake(settings)
     return count
@@ -272,7 +272,7 @@ def nudge_reference(reference: str) -> int:
     settings = _settings()
     with _transaction(settings) as connection:
         interval = timedelta(seconds=settings.poll_min)
-        count = store.nudge_reference(connection, reference, now=database_now(connection), least=interval)
+        count = store.nudge_reference(connection, reference, now=database_now(connection), poll_min=interval)
     if count:
         wake(settings)
     return count

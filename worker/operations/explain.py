@@ -123,7 +123,7 @@ def read_context(
         account_state=account_state or AccountState(job.account, None, None, None, settings.rps(job.account)),
         breakers=breakers,
         model=read_models(connection, [(job.account, job.kind)])[job.account, job.kind][0],
-        jobs_ahead=count_due_before(connection, groups, job, now=now, most=AHEAD_MOST + 1) if waits else 0,
+        jobs_ahead=count_due_before(connection, groups, job, now=now, limit=AHEAD_MOST + 1) if waits else 0,
         last_request_at=last_asked(connection),
         settings=settings,
         promise=promise_row(connection, job.id),

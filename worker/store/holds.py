@@ -103,8 +103,8 @@ def _resume_outputs(connection: Connection, job_ids: list[int], limits: WorkLimi
     return {row.job_id for row in changed}
 
 
-def _is_older(began: datetime | None, most: timedelta, now: datetime) -> bool:
-    return began is None or now - began > most
+def _is_older(began: datetime | None, limit: timedelta, now: datetime) -> bool:
+    return began is None or now - began > limit
 
 
 def hold_account_or_host(connection: Connection, scope: Scope, name: str, *, now: datetime) -> bool:

@@ -313,26 +313,26 @@ def _middle(submitted_at: datetime, not_ready_at: datetime | None, ready_at: dat
 # ── actions ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def nudge(connection: Connection, remote_id: str, account: str | None, *, now: datetime, least: timedelta) -> int:
+def nudge(connection: Connection, remote_id: str, account: str | None, *, now: datetime, poll_min: timedelta) -> int:
     """Move the next poll of all jobs with this remote id forward; return how many jobs changed.
 
-    The next poll is due now, or `least` after the last one.
+    The next poll is due now, or `poll_min` after the last one.
     """
     rows = [row for row in jobs_by_remote(connection, remote_id, account) if row.status == "pending"]
-    return _bring_forward(connection, rows, now=now, least=least)
+    return _bring_forward(connection, rows, now=now, poll_min=poll_min)
 
 
-def nudge_reference(connection: Connection, reference: str, *, now: datetime, least: timedelta) -> int:
+def nudge_reference(connection: Connection, reference: str, *, now: datetime, poll_min: timedelta) -> int:
     """Do the same for the jobs with this reference, at most for the newest `NUDGED_MOST`."""
     query = select(jobs.c.id, jobs.c.asked_at).where(jobs.c.reference == reference, jobs.c.status == "pending")
     rows = connection.execute(query.order_by(jobs.c.id.desc()).limit(NUDGED_MOST)).all()
-    return _bring_forward(connection, rows, now=now, least=least)
+    return _bring_forward(connection, rows, now=now, poll_min=poll_min)
 
 
-def _bring_forward(connection: Connection, rows: Iterable[Any], *, now: datetime, least: timedelta) -> int:
+def _bring_forward(connection: Connection, rows: Iterable[Any], *, now: datetime, poll_min: timedelta) -> int:
     moved = 0
     for row in rows:
-        due = now if row.asked_at is None else max(now, row.asked_at + least)
+        due = now if row.asked_at is None else max(now, row.asked_at + poll_min)
         result = connection.execute(
             update(jobs)
             .where(

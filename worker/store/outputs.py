@@ -84,11 +84,11 @@ def stored_after(connection: Connection, after: int, *, job_ids: Sequence[int] |
 
 def unknown_locations(connection: Connection, locations: Sequence[str]) -> list[str]:
     """Return the locations that no output has."""
-    known: set[str | None] = set()
+    used: set[str | None] = set()
     for start in range(0, len(locations), _IDS_PER_QUERY):
         batch = locations[start : start + _IDS_PER_QUERY]
-        known.update(connection.execute(select(outputs.c.location).where(outputs.c.location.in_(batch))).scalars())
-    return [location for location in locations if location not in known]
+        used.update(connection.execute(select(outputs.c.location).where(outputs.c.location.in_(batch))).scalars())
+    return [location for location in locations if location not in used]
 
 
 def existing_jobs(connection: Connection, job_ids: Iterable[int]) -> set[int]:

@@ -231,10 +231,10 @@ def _renew(connection: Connection, batch: Sequence[Outcome], now: datetime) -> t
         log.warning("fresh links lead to another kind of media, the old ones are kept job=%s", job_id)
         links[job_id] = ()
     for row in waiting:
-        found = links[row.job_id]
+        job_links = links[row.job_id]
         values: dict[str, Any] = {"due_at": now, "queued_at": now}
-        if row.position < len(found) and found[row.position].body is None:
-            link = found[row.position]
+        if row.position < len(job_links) and job_links[row.position].body is None:
+            link = job_links[row.position]
             values |= {"url": link.url, "proxy_urls": json.dumps(link.proxies, ensure_ascii=False)}
         connection.execute(update(outputs).where(outputs.c.id == row.id).values(values))
     return [row.id for row in waiting], len(written)

@@ -40,9 +40,9 @@ def hold_unlisted(connection: Connection, groups: Sequence[DueGroup], *, now: da
             continue
         if not _is_unlisted(breaker):
             if not breaker.proven or min(group.due_at for group in host_groups) <= now - OTHERS_ASK:
-                held = held_as_unlisted(breaker, now=now)
-                save_breaker(connection, held)
-                log.warning("held scope=host name=%s reason=%s", host, held.reason)
+                held_breaker = held_as_unlisted(breaker, now=now)
+                save_breaker(connection, held_breaker)
+                log.warning("held scope=host name=%s reason=%s", host, held_breaker.reason)
         elif breaker.since is not None and now - breaker.since >= AFTER_HOLD_GRACE:
             for group in host_groups:
                 ended += _expire(connection, group, tally, now)

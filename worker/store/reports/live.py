@@ -99,9 +99,9 @@ _LATE_COLUMNS = (
 
 
 def count_due_before(
-    connection: Connection, groups: Sequence[DueGroup], job: Row[Any], *, now: datetime, most: int
+    connection: Connection, groups: Sequence[DueGroup], job: Row[Any], *, now: datetime, limit: int
 ) -> int:
-    """Count the due jobs of the same account that come before a job, at most `most`.
+    """Count the due jobs of the same account that come before a job, at most `limit`.
 
     They have a higher priority, or the same priority and an earlier due time.
     """
@@ -111,10 +111,10 @@ def count_due_before(
             continue
         until = now if group.priority > job.priority else min(now, job.due_at)
         earlier = (
-            select(jobs.c.account).where(*in_due_group(group), jobs.c.due_at < until).limit(most - count).subquery()
+            select(jobs.c.account).where(*in_due_group(group), jobs.c.due_at < until).limit(limit - count).subquery()
         )
         count += int(connection.execute(select(func.count()).select_from(earlier)).scalar_one())
-        if count >= most:
+        if count >= limit:
             break
     return count
 

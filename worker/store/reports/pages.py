@@ -1,7 +1,7 @@
 """Pages of jobs and outputs, newest first, each read in a limited time even from millions of rows.
 
 A filter with an index is one query. Other filters are searched in windows of ids, from the newest id down. Each window
-is twice as wide as the previous one. The search ends when the page is full or its time is over. The page has the id
+is twice as wide as the previous one. The search ends when the page is full or its time has run out. The page has the id
 where the search stopped, and the next page continues there.
 """
 
@@ -66,9 +66,9 @@ def jobs_page(
     if replace(job_filter, statuses=()) == JobFilter():
         return _page(find_jobs(connection, prepared, limit=limit + 1, after=before), limit)
 
-    def search_window(low: int, high: int, most: int) -> Sequence[Row[Any]]:
+    def search_window(low: int, high: int, window_limit: int) -> Sequence[Row[Any]]:
         window_search = Search(tuple((*alternative, jobs.c.id >= low) for alternative in prepared.alternatives))
-        return find_jobs(connection, window_search, limit=most, after=high)
+        return find_jobs(connection, window_search, limit=window_limit, after=high)
 
     return _search_windows(connection, jobs, search_window, before, limit, clock)
 
@@ -91,8 +91,8 @@ def outputs_page(
     """Return a page of outputs with ids below `before`."""
     conditions = _output_conditions(output_filter)
 
-    def search_window(low: int, high: int, most: int) -> Sequence[Row[Any]]:
-        return _newest_outputs(connection, [*conditions, outputs.c.id >= low], high, most)
+    def search_window(low: int, high: int, window_limit: int) -> Sequence[Row[Any]]:
+        return _newest_outputs(connection, [*conditions, outputs.c.id >= low], high, window_limit)
 
     if output_filter.job_id is None and (
         output_filter.code or output_filter.host or output_filter.status in ("stored", "failed")

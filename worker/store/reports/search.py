@@ -136,15 +136,15 @@ def find_job_ids(
     return [row.id for row in find_jobs(connection, job_filter, limit=limit, after=after, columns=(jobs.c.id,))]
 
 
-def count_matching(connection: Connection, job_filter: JobFilter | Search, *, most: int | None = None) -> int:
-    """Count the matching jobs, up to `most` if it is given."""
+def count_matching(connection: Connection, job_filter: JobFilter | Search, *, limit: int | None = None) -> int:
+    """Count the matching jobs, up to `limit` if it is given."""
     count = 0
     for alternative in _prepared(connection, job_filter).alternatives:
         query = select(jobs.c.id).where(*alternative)
-        if most is not None:
-            query = query.limit(most - count)
+        if limit is not None:
+            query = query.limit(limit - count)
         count += connection.execute(select(func.count()).select_from(query.subquery())).scalar_one()
-        if most is not None and count >= most:
+        if limit is not None and count >= limit:
             break
     return count
 

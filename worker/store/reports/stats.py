@@ -139,17 +139,17 @@ def read_stats(
     """
     breakers_by_key = all_breakers(connection)
     due: Counter[str] = Counter()
-    for one in waiting:
-        due[one.account] += one.due
-    due_groups_now = [one for one in due_groups(connection, sorted(due)) if one.due_at <= now]
+    for entry in waiting:
+        due[entry.account] += entry.due
+    due_groups_now = [entry for entry in due_groups(connection, sorted(due)) if entry.due_at <= now]
     holds = [
         *_breaker_holds(breakers_by_key.values(), now),
         *_accounts_without_key(connection, breakers_by_key, due_groups_now),
     ]
-    held_accounts = {one.name for one in holds if one.scope == "account"}
-    held_hosts = {one.name for one in holds if one.scope == "host"}
+    held_accounts = {entry.name for entry in holds if entry.scope == "account"}
+    held_hosts = {entry.name for entry in holds if entry.scope == "host"}
     since = _oldest_by_account(
-        one for one in due_groups_now if one.account not in held_accounts and one.host not in held_hosts
+        entry for entry in due_groups_now if entry.account not in held_accounts and entry.host not in held_hosts
     )
     accounts = []
     for name in sorted({*due, *(name for scope, name in breakers_by_key if scope == "account")}):
@@ -163,7 +163,7 @@ def read_stats(
         jobs=_jobs(connection, waiting),
         accounts=accounts,
         holds=holds,
-        oldest_due=max((one.oldest_due for one in accounts), default=0.0),
+        oldest_due=max((entry.oldest_due for entry in accounts), default=0.0),
         unstored=unstored_by_code(connection),
     )
 
@@ -184,11 +184,11 @@ def _jobs(connection: Connection, waiting: Sequence[WaitingCount]) -> dict[str, 
             jobs.c.status == "downloading", jobs.c.due_at.is_not(None)
         )
     ).one()
-    held = max(
-        0, sum(one.held for one in waiting) - paused
+    held_count = max(
+        0, sum(entry.held for entry in waiting) - paused
     )  # without a snapshot, a job may change its state between the queries
-    pending = max(0, sum(one.count for one in waiting) - renewing - held)
-    return dict.fromkeys(STATES, 0) | counts | {"pending": pending, HELD: held}
+    pending = max(0, sum(entry.count for entry in waiting) - renewing - held_count)
+    return dict.fromkeys(STATES, 0) | counts | {"pending": pending, HELD: held_count}
 
 
 def _oldest_by_account(groups: Iterable[DueGroup]) -> dict[str, datetime]:
