@@ -10,7 +10,7 @@ from worker.core.reply import Processing, Ready
 from worker.sandbox.behaviour import Behaviour
 from worker.sandbox.families import FAMILIES, family_of
 from worker.sandbox.files import make_output
-from worker.sandbox.jobs import Job
+from worker.sandbox.jobs import SandboxJob
 from worker.sandbox.options import PLANS, SandboxOptions
 from worker.sandbox.orders import order_paths, unused_ids
 from worker.vendor.families import is_training
@@ -48,7 +48,7 @@ def links_in(answer: object) -> list[str]:
     return [link for value in values for link in links_in(value)]
 
 
-def newest(stand_in: Behaviour) -> Job:
+def newest(stand_in: Behaviour) -> SandboxJob:
     return stand_in.latest(1)[0]
 
 

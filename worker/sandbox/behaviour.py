@@ -17,7 +17,7 @@ from worker.sandbox.answers import (
 )
 from worker.sandbox.families import FAMILIES, Family, Target, family_of, target_of
 from worker.sandbox.files import file_name
-from worker.sandbox.jobs import Job, failed_answer, processing_answer, submit_answer, success_answer
+from worker.sandbox.jobs import SandboxJob, failed_answer, processing_answer, submit_answer, success_answer
 from worker.sandbox.options import MAX_OUTPUTS, PLANS, SandboxOptions
 from worker.sandbox.orders import extension_of, next_id, order_paths, samples_of
 from worker.sandbox.scenarios import SCENARIOS, FetchCall, Scenario, check_scenario
@@ -36,7 +36,7 @@ JobKey = tuple[str, str]  # store and job id
 class FoundOutput(NamedTuple):
     """An output: its job, its position, and the HTTP status of its URL."""
 
-    job: Job
+    job: SandboxJob
     position: int
     status: int
 
@@ -51,13 +51,13 @@ class Behaviour:
 
     def __init__(self, options: SandboxOptions) -> None:
         self.options = options
-        self._jobs: OrderedDict[JobKey, Job] = OrderedDict()
-        self._files: dict[str, tuple[Job, int]] = {}
+        self._jobs: OrderedDict[JobKey, SandboxJob] = OrderedDict()
+        self._files: dict[str, tuple[SandboxJob, int]] = {}
         self._orders = 0
         self._counts: Counter[str] = Counter()  # number of ids issued, by counter
         self._ready_fetches: Counter[JobKey] = Counter()  # fetches of jobs that were ready
         self._queue: list[float] = []  # ready times of the jobs that are not ready
-        self._webhooks: list[tuple[float, int, Job]] = []
+        self._webhooks: list[tuple[float, int, SandboxJob]] = []
         self._allowance: float | None = None
         self._counted_at = 0.0
 
@@ -92,7 +92,7 @@ class Behaviour:
         scenario: str = "",
         now: float,
         body: Mapping[str, Any] | None = None,
-    ) -> Job:
+    ) -> SandboxJob:
         """Add a job that is ordered at a path below `/api/`. Raises ValueError for an unknown path or scenario."""
         found_family = family_of(family.removeprefix(_API).strip("/"))
         if found_family is None:
@@ -101,11 +101,11 @@ class Behaviour:
             check_scenario(scenario)
         return self._submit(found_family, prompt, samples or 0, scenario, now, body or {})
 
-    def adopt(self, target: Target, *, submitted_at: float, scenario: str = "") -> Job:
+    def adopt(self, target: Target, *, submitted_at: float, scenario: str = "") -> SandboxJob:
         """Add a job with an id that was not issued here."""
         return self._submit(target.family, "", 0, scenario, submitted_at, {}, target.id)
 
-    def job(self, job_id: str, store: str | None = None) -> Job | None:
+    def job(self, job_id: str, store: str | None = None) -> SandboxJob | None:
         """Return the job with an id, if known. Without a store, return the oldest job with that id."""
         if store is not None:
             return self._jobs.get((store, job_id))
@@ -113,7 +113,7 @@ class Behaviour:
         job = next((self._jobs[key] for key in keys if key in self._jobs), None)
         return job or next((job for (_, stored_id), job in self._jobs.items() if stored_id == job_id), None)
 
-    def latest(self, count: int) -> list[Job]:
+    def latest(self, count: int) -> list[SandboxJob]:
         """Return the newest jobs, newest first."""
         newest = reversed(self._jobs.values())
         return [job for job, _ in zip(newest, range(count), strict=False)]
@@ -129,7 +129,7 @@ class Behaviour:
         status_of = SCENARIOS.get(job.scenario, _NO_SCENARIO).file
         return FoundOutput(job, index, (status_of(now - job.ready_at, proxy) if status_of else 0) or 200)
 
-    def accepted(self, job: Job, *, now: float, origin: str) -> dict[str, Any]:
+    def accepted(self, job: SandboxJob, *, now: float, origin: str) -> dict[str, Any]:
         """Return the answer to an order: the outputs if the job is ready, or else where to fetch them."""
         content = submit_answer(job, now=now, origin=origin, eta=self.options.eta)
         if job.webhook and not is_local(job.webhook) and "webhook_status" in content:
@@ -160,7 +160,7 @@ class Behaviour:
         now: float,
         body: Mapping[str, Any],
         job_id: str = "",
-    ) -> Job:
+    ) -> SandboxJob:
         options, store = self.options, family.store
         counter = family.counter or store
         number = self._orders
@@ -176,7 +176,7 @@ class Behaviour:
         fixed_seconds = SCENARIOS.get(scenario, _NO_SCENARIO).seconds
         extension = extension_of(family, body)
         webhook = body.get("webhook")
-        job = Job(
+        job = SandboxJob(
             id=job_id,
             number=number,
             family=family,

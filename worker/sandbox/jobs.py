@@ -20,7 +20,7 @@ TRAINING_STATES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class SandboxJob:
     """A submitted job. Everything about it is decided at submission."""
 
     id: str
@@ -65,7 +65,7 @@ class Job:
         return f"{origin}/api/{self.family.fetch[0].replace('{id}', self.id)}"
 
 
-def submit_answer(job: Job, *, now: float, origin: str, eta: bool = True) -> dict[str, Any]:
+def submit_answer(job: SandboxJob, *, now: float, origin: str, eta: bool = True) -> dict[str, Any]:
     """Return the answer to an order: the outputs if the job is ready, or else where to fetch them."""
     family, shape = job.family, job.family.shape
     if shape == "training":
@@ -100,7 +100,7 @@ def submit_answer(job: Job, *, now: float, origin: str, eta: bool = True) -> dic
     }
 
 
-def processing_answer(job: Job, *, now: float) -> dict[str, Any]:
+def processing_answer(job: SandboxJob, *, now: float) -> dict[str, Any]:
     """Return the answer to a fetch before the job is ready. It has no id, no estimate, and empty text as output."""
     if job.family.shape == "training":
         elapsed, duration = now - job.submitted_at, job.ready_at - job.submitted_at
@@ -112,7 +112,7 @@ def processing_answer(job: Job, *, now: float) -> dict[str, Any]:
     return {"status": "processing", job.family.fetch_label: "try again later.", "output": "", "tip": TIP}
 
 
-def failed_answer(job: Job, message: str = "Processing failed: Invalid input dimensions") -> dict[str, Any]:
+def failed_answer(job: SandboxJob, message: str = "Processing failed: Invalid input dimensions") -> dict[str, Any]:
     """Return the answer about a failed job."""
     if job.family.shape == "training":
         return {**_training(job, "training_failed"), "data": f"Training failed: {message}"}
@@ -121,7 +121,7 @@ def failed_answer(job: Job, message: str = "Processing failed: Invalid input dim
     return {"status": "failed", "id": "", "message": message, "output": ""}
 
 
-def success_answer(job: Job, origin: str) -> dict[str, Any]:
+def success_answer(job: SandboxJob, origin: str) -> dict[str, Any]:
     """Return the answer about a job with outputs, in the form of its family."""
     family = job.family
     if family.shape == "training":
@@ -142,7 +142,7 @@ def success_answer(job: Job, origin: str) -> dict[str, Any]:
     return answer | _proxies(job, origin)
 
 
-def _proxies(job: Job, origin: str) -> dict[str, Any]:
+def _proxies(job: SandboxJob, origin: str) -> dict[str, Any]:
     links = job.proxy_links(origin)
     match job.family.proxies:
         case "null":
@@ -157,7 +157,7 @@ def _proxies(job: Job, origin: str) -> dict[str, Any]:
             return {}
 
 
-def meta(job: Job) -> dict[str, Any]:
+def meta(job: SandboxJob) -> dict[str, Any]:
     """Return the part of an answer that repeats the order."""
     return {
         "prompt": job.prompt,
@@ -172,17 +172,17 @@ def meta(job: Job) -> dict[str, Any]:
     }
 
 
-def _training(job: Job, state: str) -> dict[str, Any]:
+def _training(job: SandboxJob, state: str) -> dict[str, Any]:
     """Return the state of a training. Its top status is always `success`; documents differ on the name of the state."""
     name = "model_training_status" if job.number % 2 else job.family.label
     return {"status": "success", name: state, "data": "the training is in progress", "training_id": job.id}
 
 
-def _eta(job: Job, now: float) -> float:
+def _eta(job: SandboxJob, now: float) -> float:
     if job.family.eta is not None:
         return job.family.eta
     return round(_seconds(job, now) * Random(f"eta|{job.number}").uniform(0.6, 1.6), 10)
 
 
-def _seconds(job: Job, now: float) -> float:
+def _seconds(job: SandboxJob, now: float) -> float:
     return job.ready_at - now if isfinite(job.ready_at) else 60.0

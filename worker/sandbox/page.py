@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from worker.sandbox.jobs import Job
+from worker.sandbox.jobs import SandboxJob
 
 _STYLE = """
 :root{color-scheme:light dark}
@@ -16,7 +16,7 @@ small{opacity:.7}
 """
 
 
-def render_page(jobs: Sequence[Job], *, now: float, root_url: str) -> bytes:
+def render_page(jobs: Sequence[SandboxJob], *, now: float, root_url: str) -> bytes:
     """Return a page that explains the stand-in and shows the newest jobs with thumbnails."""
     cards = "".join(_card(job, now) for job in jobs) or "<li>None yet. Send one with the line above.</li>"
     return f"""<!doctype html>
@@ -36,7 +36,7 @@ curl -H 'Content-Type: application/json' -d '{{"key": "THE KEY"}}' {escape(root_
 """.encode("utf-8", "replace")
 
 
-def _card(job: Job, now: float) -> str:
+def _card(job: SandboxJob, now: float) -> str:
     wait = f", {job.ready_at - now:.0f} s to go" if now < job.ready_at else ""
     pictures = ""
     if job.ready(now):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from worker.sandbox.answers import Answer, invalid_field, invalid_key, json_answer, page_answer, unknown_id
 from worker.sandbox.files import base64_text
-from worker.sandbox.jobs import Job, failed_answer
+from worker.sandbox.jobs import SandboxJob, failed_answer
 
 TROUBLE_FETCHES = 3  # number of fetches that a temporary trouble lasts
 LATE_SECONDS = 10.0  # how long the links of `late-links` are missing
@@ -26,7 +26,7 @@ ScenarioName = Literal[
 class FetchCall:
     """One fetch of a job. `ready_fetches` counts earlier fetches since it became ready. `body` is the usual answer."""
 
-    job: Job
+    job: SandboxJob
     ready_fetches: int
     ready: bool
     body: Mapping[str, Any]
@@ -40,7 +40,7 @@ class FetchCall:
 
 
 FetchAnswer = Callable[[FetchCall], Answer | None]
-ModifyOrderAnswer = Callable[[Job, dict[str, Any], str], dict[str, Any]]
+ModifyOrderAnswer = Callable[[SandboxJob, dict[str, Any], str], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,11 +131,11 @@ def _with(**fields: object) -> ModifyOrderAnswer:
     return lambda job, body, origin: {**body, **fields}
 
 
-def _other_id(job: Job, body: dict[str, Any], origin: str) -> dict[str, Any]:
+def _other_id(job: SandboxJob, body: dict[str, Any], origin: str) -> dict[str, Any]:
     return {**body, "fetch_result": job.fetch_result(origin).replace(job.id, "134701497"), "id": job.answer_id}
 
 
-def _id_only_in_fetch_result(job: Job, body: dict[str, Any], origin: str) -> dict[str, Any]:
+def _id_only_in_fetch_result(job: SandboxJob, body: dict[str, Any], origin: str) -> dict[str, Any]:
     return {**_without("id")(job, body, origin), "fetch_result": job.fetch_result(origin)}
 
 

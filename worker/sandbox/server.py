@@ -15,7 +15,7 @@ from worker.sandbox.behaviour import DEFAULT_ORDER, Behaviour, fetch_target
 from worker.sandbox.calls import Calls, status_text
 from worker.sandbox.families import Target, family_of
 from worker.sandbox.files import OutputFile, make_output
-from worker.sandbox.jobs import Job
+from worker.sandbox.jobs import SandboxJob
 from worker.sandbox.listener import Listener
 from worker.sandbox.options import SandboxOptions
 from worker.sandbox.orders import unused_ids
@@ -143,12 +143,12 @@ class Sandbox:
         self._call_webhooks()
         return content
 
-    def adopt(self, target: Target, *, submitted_at: float, scenario: str = "") -> Job:
+    def adopt(self, target: Target, *, submitted_at: float, scenario: str = "") -> SandboxJob:
         """Add a job with an id that the stand-in did not issue, of the family whose fetch path is used."""
         with self._lock:
             return self._behaviour.adopt(target, submitted_at=submitted_at, scenario=scenario)
 
-    def job(self, job_id: str | int, store: str | None = None) -> Job | None:
+    def job(self, job_id: str | int, store: str | None = None) -> SandboxJob | None:
         """Return a job by its id. `store` is the fetch path of its family, without the id."""
         with self._lock:
             return self._behaviour.job(str(job_id), store)
@@ -247,7 +247,7 @@ class Sandbox:
             return page_answer(404, "Nothing here")
         return _file_answer(self._output_file(name, file.job, file.position, size))
 
-    def _output_file(self, name: str, job: Job, index: int, size: int | None) -> OutputFile:
+    def _output_file(self, name: str, job: SandboxJob, index: int, size: int | None) -> OutputFile:
         key = (name, size or job.size)
         with self._drawing_lock:  # one at a time: drawing is pure computation, so a second thread would not be faster
             content = self._cache.pop(key, None) or make_output(name, job.prompt, job.id, index, key[1])

@@ -10,7 +10,7 @@ from ipaddress import ip_address
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from worker.sandbox.jobs import Job, meta
+from worker.sandbox.jobs import SandboxJob, meta
 
 CALL_SECONDS = 10.0  # per attempt
 TRIES = 3
@@ -26,7 +26,7 @@ class Webhook:
     content: Mapping[str, Any]
 
 
-def webhook_of(job: Job, answer: Mapping[str, Any]) -> Webhook:
+def webhook_of(job: SandboxJob, answer: Mapping[str, Any]) -> Webhook:
     """Return the webhook call for a job. `answer` is the current answer to a fetch."""
     content: dict[str, Any] = {"id": job.answer_id, **answer, "track_id": job.track_id}
     if job.family.shape == "training":

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from worker.testing.inline import NeverEnds as NeverEnds
     from worker.testing.inline import Sent as Sent
     from worker.testing.inline import Told as Told
-    from worker.testing.parts import Kit as Kit
-    from worker.testing.parts import kit as kit
+    from worker.testing.kit_setup import Kit as Kit
+    from worker.testing.kit_setup import kit as kit
     from worker.testing.stand_in import Answers as Answers
     from worker.testing.stand_in import FetchApi as FetchApi
 
@@ -24,11 +24,11 @@ _HOME = {
     "FetchApi": "worker.testing.stand_in",
     "FetchWorker": "worker.testing.inline",
     "Sent": "worker.testing.inline",
-    "Kit": "worker.testing.parts",
+    "Kit": "worker.testing.kit_setup",
     "KitError": "worker.testing.inline",
     "NeverEnds": "worker.testing.inline",
     "Told": "worker.testing.inline",
-    "kit": "worker.testing.parts",
+    "kit": "worker.testing.kit_setup",
     "migrate": "worker.store.migrate",
 }
 

@@ -44,8 +44,8 @@ from worker.testing.stand_in import KEY, FetchApi
 
 LEASE = timedelta(days=365)  # longer than any jump of the clock: no other process claims jobs here
 GRACE = timedelta(minutes=10) + PROMISE_PATIENCE  # how long a job may run past its last deadline
-STEPS_MOST = 20_000
-SAME_MOMENT_MOST = 1_000
+MAX_STEPS = 20_000
+MAX_STEPS_PER_MOMENT = 1_000
 
 
 class KitError(WorkerError):
@@ -99,10 +99,10 @@ class FetchWorker(Workers):
         self.webhooks: list[Sent] = []
         self.celery: Any = None
         self._clock = clock
-        self._turn = threading.RLock()
+        self._lock = threading.RLock()
         self._waited_since: dict[int, datetime] = {}
-        self._polls = _Polls(engine, settings, api)
-        self.works: list[Work] = [self._polls, _Downloads(engine, settings), _OnDone(self), _Webhooks(self)]
+        self._polls = _PollWork(engine, settings, api)
+        self.works: list[Work] = [self._polls, _DownloadWork(engine, settings), _OnDoneWork(self), _WebhookWork(self)]
 
     @property
     def now(self) -> datetime:
@@ -114,34 +114,34 @@ class FetchWorker(Workers):
 
         Raises JobNotFound, and NeverEnds if the job goes on long after its deadline.
         """
-        with self._turn:
+        with self._lock:
             started_at = self.now
             for _ in self._steps():
                 job = tracking.get(job_id)
                 if job is None:
                     raise JobNotFound(f"there is no job {job_id}: was the transaction that tracked it committed?")
                 if job.final:
-                    self._finish()
+                    self._finish_due_work()
                     return job
                 self._check(job, started_at)
                 if not self._step(None):
-                    self._check_rest(job.id)
+                    self._check_stuck(job.id)
         raise AssertionError("unreachable")
 
     def run_all(self) -> list[Job]:
         """Run until all jobs are final, including jobs tracked meanwhile. Return the jobs that it ended, by id."""
         ended: set[int] = set()
-        with self._turn:
+        with self._lock:
             while waiting := self._unfinished():
                 ended.update(waiting)
                 self.run(waiting[0])
-            self._finish()
+            self._finish_due_work()
         jobs = [tracking.get(job_id) for job_id in sorted(ended)]
         return [job for job in jobs if job is not None]
 
     def advance(self, seconds: float = 0.0) -> None:
         """Let this many seconds pass and do all work that is due in them."""
-        with self._turn:
+        with self._lock:
             until = self.now + timedelta(seconds=seconds)
             for _ in self._steps():
                 if not self._step(until):
@@ -165,12 +165,12 @@ class FetchWorker(Workers):
 
     def pause(self, job: Job, most: float | None) -> None:
         """Do the next due work instead of sleeping."""
-        with self._turn:
+        with self._lock:
             until = None if most is None else self.now + timedelta(seconds=most)
             self._check(job, self._waited_since.setdefault(job.id, self.now))
             if not self._step(until):
                 if until is None:
-                    self._check_rest(job.id)
+                    self._check_stuck(job.id)
                 else:
                     self._clock.move_to(until)
 
@@ -178,7 +178,7 @@ class FetchWorker(Workers):
 
     def _step(self, until: datetime | None) -> bool:
         """Do what is due, or else move the clock to the next due time, at most to `until`. False if it did neither."""
-        with _explained():
+        with _explain_locks():
             done = [work.do() for work in self.works]
             if any(done):
                 return True
@@ -188,7 +188,7 @@ class FetchWorker(Workers):
         self._clock.move_to(min(moments))
         return True
 
-    def _finish(self) -> None:
+    def _finish_due_work(self) -> None:
         """Do the work that follows a final state at once, such as its `on_done` call."""
         for _ in self._steps():
             if not self._step(self.now):
@@ -197,13 +197,13 @@ class FetchWorker(Workers):
     def _steps(self) -> Iterator[int]:
         """Count steps. Raises NeverEnds when there are more of them than a test can need."""
         moment, since = self.now, 0
-        for number in range(STEPS_MOST):
+        for number in range(MAX_STEPS):
             yield number
             if self.now != moment:
                 moment, since = self.now, number
-            if number - since >= SAME_MOMENT_MOST:
-                raise NeverEnds(f"{SAME_MOMENT_MOST} steps at the same time did not finish the work")
-        raise NeverEnds(f"{STEPS_MOST} steps did not finish the work: is POLL_MIN very small?")
+            if number - since >= MAX_STEPS_PER_MOMENT:
+                raise NeverEnds(f"{MAX_STEPS_PER_MOMENT} steps at the same time did not finish the work")
+        raise NeverEnds(f"{MAX_STEPS} steps did not finish the work: is POLL_MIN very small?")
 
     def _check(self, job: Job, began: datetime) -> None:
         """Raises NeverEnds if the job should have ended long ago."""
@@ -216,7 +216,7 @@ class FetchWorker(Workers):
                 f" ({self._why(job)}): change the stand-in's answers, or use `advance` to look at intermediate states"
             )
 
-    def _check_rest(self, job_id: int) -> None:
+    def _check_stuck(self, job_id: int) -> None:
         """Raises NeverEnds if the job is not final although no work is left. Another thread may have finished it."""
         job = tracking.get(job_id)
         if job is not None and not job.final:
@@ -238,7 +238,7 @@ class FetchWorker(Workers):
             return unfinished_jobs(connection)
 
 
-class _Polls:
+class _PollWork:
     """The work of `worker.poll`, one request at a time, so that the order of requests is the same in every run."""
 
     def __init__(self, engine: Engine, settings: Settings, api: FetchApi) -> None:
@@ -255,14 +255,14 @@ class _Polls:
                 adapter=_adapters()[0],
                 status_words=settings.status_words,
             ),
-            budget=_NoBudget(),
+            budget=_NoRateLimit(),
             leases=_Leases(engine, lease=LEASE),
             keys=self._keys,
             rps=settings.rps,
             pace=settings.pace,
             api_timeout=settings.sd_api_timeout,
-            queue_downloads=_nothing,
-            notify=_nothing,
+            queue_downloads=_do_nothing,
+            notify=_do_nothing,
             threads=1,
             dice=random.Random(0),  # the same poll times in every run of a test
         )
@@ -289,7 +289,7 @@ class _Polls:
         self._poller.close()
 
 
-class _Downloads:
+class _DownloadWork:
     """The work of `worker.download`."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
@@ -305,8 +305,8 @@ class _Downloads:
             max_pixels=settings.output_max_pixels,
             timeout=settings.output_timeout,
             deadline=settings.output_deadline,
-            notify=_nothing,
-            pause=_nothing,
+            notify=_do_nothing,
+            pause=_do_nothing,
         )
 
     def do(self) -> bool:
@@ -321,7 +321,7 @@ class _Downloads:
             return next_download(connection, after=after)
 
 
-class _OnDone:
+class _OnDoneWork:
     """Collect `on_done` calls, and run their tasks if a Celery app is set."""
 
     def __init__(self, worker: FetchWorker) -> None:
@@ -340,7 +340,7 @@ class _OnDone:
         return None
 
 
-class _Webhooks:
+class _WebhookWork:
     """Collect the webhooks that would be posted."""
 
     def __init__(self, worker: FetchWorker) -> None:
@@ -383,7 +383,7 @@ class _Leases(LeaseKeeper):
         pass
 
 
-class _NoBudget(RateLimiter):
+class _NoRateLimit(RateLimiter):
     """A rate limiter without a limit. Answers of the API that refuse a request still hold the account."""
 
     def __init__(self) -> None:
@@ -410,12 +410,12 @@ def _scrubber(settings: Settings) -> Scrubber:
     return shared_scrubber(settings.secret_texts)
 
 
-def _nothing(_: object) -> None:
+def _do_nothing(_: object) -> None:
     """Replaces sending a message, and waiting, in a worker process."""
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _explain_locks() -> Iterator[None]:
     """Raise KitError with advice if an open transaction of the app locks the database."""
     try:
         yield

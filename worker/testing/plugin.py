@@ -8,14 +8,14 @@ import pytest
 
 if TYPE_CHECKING:
     from worker.testing.inline import FetchWorker
-    from worker.testing.parts import Kit
+    from worker.testing.kit_setup import Kit
     from worker.testing.stand_in import FetchApi
 
 
 @pytest.fixture(scope="session")
 def fetch_tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SQLite file with the tables of fetch-worker, migrated once and copied for each test."""
-    from worker.testing.parts import migrated_file
+    from worker.testing.kit_setup import migrated_file
 
     return migrated_file(tmp_path_factory.mktemp("fetch-worker") / "tables.db")
 
@@ -29,7 +29,7 @@ def fetch_database() -> object:
 @pytest.fixture
 def fetch_kit(tmp_path: Path, fetch_database: object, request: pytest.FixtureRequest) -> Iterator["Kit"]:
     """The stand-in and the worker of one test, with an environment that points to them."""
-    from worker.testing.parts import kit
+    from worker.testing.kit_setup import kit
 
     tables: Path | None = request.getfixturevalue("fetch_tables") if fetch_database is None else None
     with kit(tmp_path / "fetch-worker", database=fetch_database, tables=tables) as kit_of_test:

@@ -20,9 +20,9 @@ def _other_worker() -> str | None:
     return None if ours else origin or "a folder"
 
 
-_OTHER = _other_worker()
+_OTHER_PACKAGE = _other_worker()
 
-if _OTHER is None:
+if _OTHER_PACKAGE is None:
     from worker.testing.plugin import fetch_api as fetch_api
     from worker.testing.plugin import fetch_database as fetch_database
     from worker.testing.plugin import fetch_kit as fetch_kit
@@ -32,8 +32,6 @@ else:
 
     def pytest_configure(config: pytest.Config) -> None:
         """Warn without stopping the test run, also if warnings are errors."""
-        reason = (
-            f"{_OTHER} has the same name as fetch-worker's package, so its fixtures are not available in these tests"
-        )
+        reason = f"{_OTHER_PACKAGE} has the same name as fetch-worker's package, whose fixtures are not available here"
         with suppress(pytest.PytestWarning):
             config.issue_config_time_warning(pytest.PytestConfigWarning(f"fetch-worker: {reason}"), stacklevel=2)

@@ -22,9 +22,15 @@ from worker.testing.clock import Clock
 from worker.testing.inline import FetchWorker, KitError
 from worker.testing.stand_in import KEY, FetchApi
 
-BUSY_MS = 2_000  # how long to wait for an open transaction of the test
+LOCK_TIMEOUT_MS = 2_000  # how long to wait for an open transaction of the test
 SECRET = "whsec_" + "dGVzdCBraXQg" * 4  # used if the app's tests set no secret; nothing is posted
-ELSEWHERE = ("SD_API_KEYS", "SD_API_HOSTS", "SD_API_PROXY", "SD_API_CA_BUNDLE")  # unset: they lead to the real API
+# These lead to the real API, so they are unset.
+REAL_API_SETTINGS = (
+    "SD_API_KEYS",
+    "SD_API_HOSTS",
+    "SD_API_PROXY",
+    "SD_API_CA_BUNDLE",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +54,7 @@ def kit(folder: Path, *, database: object = None, tables: Path | None = None) ->
     clock = Clock()
     with ExitStack() as stack:
         api = stack.enter_context(FetchApi(clock))
-        new_file = _own_file(folder, tables) if database is None else None
+        new_file = _new_file(folder, tables) if database is None else None
         url = new_file or _url_of(database)
         settings = stack.enter_context(_environment(folder, url, api))
         engine = stack.enter_context(_engine(settings, None if new_file is not None else database))
@@ -69,7 +75,7 @@ def migrated_file(path: Path) -> Path:
     return path
 
 
-def _own_file(folder: Path, tables: Path | None) -> URL:
+def _new_file(folder: Path, tables: Path | None) -> URL:
     path = folder / "worker.db"
     if tables is None:
         migrated_file(path)
@@ -104,7 +110,7 @@ def _environment(folder: Path, database: URL, api: FetchApi) -> Iterator[Setting
         "REDIS_URL": f"redis+socket://{quote(str(folder.absolute() / 'no-redis.sock'))}",
         "BROKER_URL": "memory://",
         DOTENV_SWITCH: "off",
-        **dict.fromkeys(ELSEWHERE),
+        **dict.fromkeys(REAL_API_SETTINGS),
     }
     previous = {name: os.environ.get(name) for name in variables}
     _set(variables)
@@ -128,16 +134,16 @@ def _engine(settings: Settings, database: object) -> Iterator[Engine]:
         yield database
         return
     if isinstance(database, Connection):
-        yield cast("Engine", _Joined(database))
+        yield cast("Engine", _SingleConnectionEngine(database))
         return
-    engine = _files.engine(settings.database) if database is None else make_engine(settings.database)
+    engine = _sqlite_engines.engine(settings.database) if database is None else make_engine(settings.database)
     try:
         yield engine
     finally:
         engine.dispose()
 
 
-class _Files:
+class _SqliteEngines:
     """Engines for one SQLite file after another. They share SQLAlchemy's compiled statements, which saves most time."""
 
     def __init__(self) -> None:
@@ -149,7 +155,7 @@ class _Files:
         self._path = url.database or ""
         if self._shared is None:
             self._shared = make_engine(url, creator=self._connect)
-            event.listen(self._shared, "connect", _hurry)
+            event.listen(self._shared, "connect", _speed_up)
         engine = self._shared.execution_options()
         engine.url = url
         return engine
@@ -158,11 +164,11 @@ class _Files:
         return sqlite3.connect(self._path, check_same_thread=False)
 
 
-_files = _Files()
+_sqlite_engines = _SqliteEngines()
 
 
-def _hurry(connection: Any, _: object) -> None:
-    connection.execute(f"PRAGMA busy_timeout={BUSY_MS}")
+def _speed_up(connection: Any, _: object) -> None:
+    connection.execute(f"PRAGMA busy_timeout={LOCK_TIMEOUT_MS}")
     connection.execute("PRAGMA synchronous=OFF")  # test files need not survive a power cut
 
 
@@ -177,7 +183,7 @@ def _check(engine: Engine) -> None:
         ) from None
 
 
-class _Joined:
+class _SingleConnectionEngine:
     """Engine over a test's own connection. Each transaction is a savepoint in the transaction that the test opened."""
 
     def __init__(self, connection: Connection) -> None:
@@ -185,7 +191,7 @@ class _Joined:
         self.url = connection.engine.url
         self.dialect = connection.dialect
 
-    def execution_options(self, **_: object) -> "_Joined":
+    def execution_options(self, **_: object) -> "_SingleConnectionEngine":
         return self
 
     @contextmanager
