@@ -1,4 +1,4 @@
-"""For tests of the page for operators: who is logged in, a clock that is told the time, files that are stored."""
+"""Helpers for tests of the admin page: a client with a login, a clock, and stored files."""
 
 import html
 import re
@@ -21,57 +21,57 @@ TOKEN = re.compile(r'name="token" value="([^"]+)"')
 
 @dataclass(slots=True)
 class Clock:
-    """A clock that a test moves."""
+    """A clock that tests set."""
 
     now: float = 1_000.0
 
     def __call__(self) -> float:
-        """Seconds."""
+        """Return the time in seconds."""
         return self.now
 
 
 class Operator:
-    """Somebody who is logged in."""
+    """A client with a login."""
 
     def __init__(self, client: FlaskClient) -> None:
         self.client = client
         answer = client.post("/login", data={"password": PASSWORD})
         assert answer.status_code == 302, answer.text
-        found = TOKEN.search(client.get("/outputs/").text)
-        assert found is not None
-        self.token = found[1]
+        token = TOKEN.search(client.get("/outputs/").text)
+        assert token is not None
+        self.token = token[1]
 
     def page(self, path: str) -> str:
-        """A page, as a reader sees its text."""
+        """Return the visible text of a page."""
         answer = self.client.get(path)
         assert answer.status_code == 200, answer.text
         return html.unescape(re.sub(r"<[^>]+>", " ", answer.text))
 
     def file(self, path: str, **options: Any) -> TestResponse:
-        """An answer read to its end, and closed."""
+        """Return a response with its whole body read."""
         return self.client.get(path, buffered=True, **options)
 
     def ids(self, path: str) -> list[int]:
-        """The jobs that a list shows, in its order."""
-        return [int(found) for found in re.findall(r'name="rowid" value="(\d+)"', self.client.get(path).text)]
+        """Return the ids of the jobs in a list, in order."""
+        return [int(job_id) for job_id in re.findall(r'name="rowid" value="(\d+)"', self.client.get(path).text)]
 
     def send(self, path: str, **form: object) -> TestResponse:
-        """A form of a page."""
+        """Send a form with the token of the login."""
         return self.client.post(path, data={"token": self.token, **form})
 
     def act(self, action: str, ids: Sequence[int]) -> str:
-        """Does something to jobs, confirmed; what the page says then."""
+        """Apply an action to jobs, with confirmation. Return the message of the page."""
         answer = self.send("/jobs/action/", action=action, rowid=list(ids), confirmed="yes")
         assert answer.status_code == 302, answer.text
-        found = re.search(r'<p class="said [a-z]+" role="status">([^<]*)</p>', self.client.get("/jobs/").text)
-        assert found is not None
-        return html.unescape(found[1])
+        message = re.search(r'<p class="message [a-z]+" role="status">([^<]*)</p>', self.client.get("/jobs/").text)
+        assert message is not None
+        return html.unescape(message[1])
 
 
 def add_stored(
     connection: Connection, folder: Path, body: bytes, *, remote_id: str = "1", media_type: str = "image/png"
 ) -> tuple[int, int]:
-    """A completed job with one stored file; their ids."""
+    """Add a completed job with one stored file. Return the ids of the job and the output."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{remote_id}.{media_type.rpartition('/')[2]}"
     path.write_bytes(body)

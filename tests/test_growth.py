@@ -16,7 +16,7 @@ from itertools import islice
 import pytest
 
 from tests.adversaries import Use, texts, untested_patterns, uses
-from worker.admin.wording import without_links
+from worker.admin.formatting import without_links
 from worker.core.answer_history import parse_history
 from worker.core.display import display_json, display_lines, display_text
 from worker.core.durations import parse_duration

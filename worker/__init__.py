@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __path__.append(f"{__path__[0]}/deprecated")  # former import paths still work for one release
 
-_MODULES = {
+_HOMES = {
     "worker.core.pacing.estimate": ("Progress",),
     "worker.client.tracking": (
         "Job",
@@ -70,16 +70,16 @@ _MODULES = {
     ),
     "worker.client.holds": ("hold", "resume"),
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its module."""
-    if name not in _MODULE_OF:
+    if name not in _HOME:
         raise AttributeError(f"module 'worker' has no attribute {name!r}")
-    return getattr(import_module(_MODULE_OF[name]), name)
+    return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
     """Return the public names."""
-    return sorted([*globals(), *_MODULE_OF])
+    return sorted([*globals(), *_HOME])

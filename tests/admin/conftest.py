@@ -1,4 +1,4 @@
-"""A site on a database of the test's own, a guest who is not logged in, and an operator who is."""
+"""Fixtures: the admin site on the test database, a client without a login, and an operator with a login."""
 
 from pathlib import Path
 
@@ -8,33 +8,33 @@ from flask.testing import FlaskClient
 from sqlalchemy import Engine
 
 from tests.admin_pages import PASSWORD, Clock, Operator
-from worker.admin.door import Door
+from worker.admin.access import AccessControl
 from worker.admin.site import make_site
 from worker.settings import load
 
 
 @pytest.fixture
 def clock() -> Clock:
-    """The clock of the door."""
+    """The clock of the access control."""
     return Clock()
 
 
 @pytest.fixture
 def site(engine: Engine, clock: Clock, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Flask:
-    """The site, with the settings that it needs and no key of the API."""
+    """The site, with the settings that it needs and without API keys."""
     monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
     monkeypatch.setenv("REDIS_URL", redis_url)
     monkeypatch.setenv("STORAGE_URL", f"file:{tmp_path}/out")
-    return make_site(load(), Door(PASSWORD, "127.0.0.1", clock))
+    return make_site(load(), AccessControl(PASSWORD, "127.0.0.1", clock))
 
 
 @pytest.fixture
 def guest(site: Flask) -> FlaskClient:
-    """Somebody who is not logged in."""
+    """A client without a login."""
     return site.test_client()
 
 
 @pytest.fixture
 def operator(site: Flask) -> Operator:
-    """Somebody who is logged in."""
+    """A client with a login."""
     return Operator(site.test_client())

@@ -1,4 +1,4 @@
-"""The page for operators in a real browser, served by the command itself on a real port."""
+"""The admin page in a real browser, served by the command on a real port."""
 
 import json
 import os
@@ -37,16 +37,16 @@ ADDRESS = re.compile(r"Admin: (http://\S+)/\n")
 
 @pytest.fixture
 def engine(migrated_sqlite: Path, tmp_path: Path) -> Iterator[Engine]:
-    """A database on which the command serves."""
+    """The database of the command."""
     shutil.copy(migrated_sqlite, tmp_path / "test.db")
-    made = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
-    yield made
-    made.dispose()
+    engine = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
+    yield engine
+    engine.dispose()
 
 
 @contextmanager
-def served(folder: Path, redis_url: str, *words: str, **settings: str) -> Iterator[tuple[str, Path]]:
-    """The command in a process of its own, without a key of the API: its address, and what it said."""
+def served(folder: Path, redis_url: str, *arguments: str, **settings: str) -> Iterator[tuple[str, Path]]:
+    """Run the command in a process without API keys. Yields its URL and its log file."""
     log = folder / "admin.log"
     environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LANG") if name in os.environ}
     environment |= {
@@ -54,15 +54,15 @@ def served(folder: Path, redis_url: str, *words: str, **settings: str) -> Iterat
         "FETCH_WORKER_DOTENV": "off", **settings,
     }  # fmt: skip
     with log.open("wb") as out:
-        program = [str(Path(sys.executable).with_name("fetch-worker")), "admin", "--port", "0", *words]
+        program = [str(Path(sys.executable).with_name("fetch-worker")), "admin", "--port", "0", *arguments]
         process = subprocess.Popen(program, cwd=folder, env=environment, stdout=out, stderr=out)
     try:
         wait_until(
             lambda: process.poll() is not None or ADDRESS.search(log.read_text()), "it serves", seen=log.read_text
         )
-        found = ADDRESS.search(log.read_text())
-        assert found is not None, log.read_text()
-        yield found[1], log
+        match = ADDRESS.search(log.read_text())
+        assert match is not None, log.read_text()
+        yield match[1], log
         process.send_signal(signal.SIGINT)
         assert process.wait(60) in (0, 130), log.read_text()
     finally:
@@ -72,72 +72,74 @@ def served(folder: Path, redis_url: str, *words: str, **settings: str) -> Iterat
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    """A headless Chromium that reaches this machine alone."""
+    """A headless Chromium that can reach only this machine."""
     program, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if program is None or driver is None:
         missing("chromium")
     options = webdriver.ChromeOptions()
     options.binary_location = str(program)
-    for word in (
+    for argument in (
         *("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1280,900"),
         *("--disable-background-networking", "--no-first-run", "--disable-component-update"),
         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
         f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
     ):
-        options.add_argument(word)
+        options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    made = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
-    yield made
-    made.quit()
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
+    yield browser
+    browser.quit()
 
 
 class Reader:
-    """Somebody before the browser."""
+    """A user of the browser."""
 
     def __init__(self, browser: webdriver.Chrome, address: str) -> None:
         self.browser, self.address = browser, address
 
     def open(self, path: str) -> None:
-        """Goes to a page."""
+        """Open a page."""
         self.browser.get(self.address + path)
 
-    def one(self, selector: str) -> WebElement:
-        """The first of these on the page."""
+    def first(self, selector: str) -> WebElement:
+        """Return the first matching element of the page."""
         return self.browser.find_element(By.CSS_SELECTOR, selector)
 
     def press(self, selector: str) -> None:
-        """Presses a button or link, and waits for the page that follows."""
-        before = self.one("html")
-        self.one(selector).click()
-        WebDriverWait(self.browser, 10).until(lambda _: self.one("html") != before)
+        """Click a button or link and wait for the next page."""
+        before = self.first("html")
+        self.first(selector).click()
+        WebDriverWait(self.browser, 10).until(lambda _: self.first("html") != before)
 
     def log_in(self, password: str) -> None:
-        """Types a password."""
-        self.one("#password").send_keys(password)
+        """Log in with a password."""
+        self.first("#password").send_keys(password)
         self.press("form button")
 
     def jobs(self) -> list[str]:
-        """The ids of the jobs on the page."""
+        """Return the ids of the jobs on the page."""
         return [box.get_attribute("value") or "" for box in self.browser.find_elements(By.NAME, "rowid")]
 
-    def said(self) -> str:
-        """What the page says of what was done."""
-        return self.one(".said").text
+    def message(self) -> str:
+        """Return the message about the last action."""
+        return self.first(".message").text
 
     def widths(self, selector: str) -> list[int]:
-        """How wide these pictures are, once all of them are there."""
-        script = f"return [...document.querySelectorAll('{selector}')].map(one => one.complete && one.naturalWidth)"
+        """Wait until the pictures are loaded. Return their widths."""
+        script = (
+            f"return [...document.querySelectorAll('{selector}')].map(image => image.complete && image.naturalWidth)"
+        )
         WebDriverWait(self.browser, 10).until(lambda browser: all(browser.execute_script(script)))
-        found: list[int] = self.browser.execute_script(script)
-        return found
+        widths: list[int] = self.browser.execute_script(script)
+        return widths
 
-    def complaints(self) -> list[str]:
-        """What the browser refused to load or run since it was asked last, pages that were refused apart."""
+    def errors(self) -> list[str]:
+        """Return what the browser refused to load or run since the last call, except refused pages."""
         logged = self.browser.get_log("browser")  # type: ignore[no-untyped-call]  # selenium
         return [entry["message"] for entry in logged if entry["level"] == "SEVERE" and "401" not in entry["message"]]
 
 
-def test_an_operator_logs_in_finds_jobs_acts_on_them_looks_at_pictures_and_leaves(
+def test_an_operator_logs_in_finds_and_changes_jobs_views_pictures_and_logs_out(
     chromium: webdriver.Chrome, engine: Engine, redis_url: str, tmp_path: Path
 ) -> None:
     with engine.begin() as connection:
@@ -149,62 +151,62 @@ def test_an_operator_logs_in_finds_jobs_acts_on_them_looks_at_pictures_and_leave
     with served(tmp_path, redis_url, ADMIN_PASSWORD=PASSWORD) as (address, log):
         reader = Reader(chromium, address)
         reader.open("/jobs/?status=failed")
-        asked = chromium.current_url
+        login_url = chromium.current_url
         reader.log_in("wrong")
-        refused = reader.one("[role=alert]").text
+        refused = reader.first("[role=alert]").text
         time.sleep(0.6)  # the server's own clock makes the next guess wait
         reader.log_in(PASSWORD)
         first = reader.jobs()
 
         reader.open("/jobs/")
-        reader.one("input[name=search]").send_keys("order-12")
+        reader.first("input[name=search]").send_keys("order-12")
         reader.press(".filters button")
-        found = reader.jobs()
+        search_result = reader.jobs()
         reader.press(f"a[href='/jobs/details/?id={dead}']")
-        why = reader.one(".why").text
+        why = reader.first(".why").text
         reader.press("button[value=retry]")
-        question = reader.one("h1").text
+        question = reader.first("h1").text
         reader.press("#confirm")
-        retried = (reader.said(), read_job(engine, dead).status)
+        retried = (reader.message(), read_job(engine, dead).status)
 
         reader.open("/jobs/?status=pending")
-        reader.one("[data-chooses]").click()
+        reader.first("[data-chooses]").click()
         reader.press("button[value=cancel]")
         reader.press("main a.button")  # back
         unharmed = read_job(engine, waiting[0]).status
-        reader.one("[data-chooses]").click()
+        reader.first("[data-chooses]").click()
         reader.press("button[value=cancel]")
         reader.press("#confirm")
-        cancelled = (reader.said(), [read_job(engine, job_id).status for job_id in (*waiting, dead)])
+        cancelled = (reader.message(), [read_job(engine, job_id).status for job_id in (*waiting, dead)])
 
         reader.open("/outputs/gallery/")
         pictures = reader.widths("figure img")
         reader.press("figcaption a")
-        of_job = (reader.one("h1").text, reader.widths("figure img"))
-        complaints = reader.complaints()
+        of_job = (reader.first("h1").text, reader.widths("figure img"))
+        errors = reader.errors()
         reader.press("#logout")
         reader.open("/outputs/gallery/")
         outside = chromium.current_url
-    assert asked.endswith("/login?then=/jobs/?status%3Dfailed")
-    assert refused == "That is not the password."
+    assert login_url.endswith("/login?then=/jobs/?status%3Dfailed")
+    assert refused == "The password is wrong."
     assert first == [str(dead)]
-    assert found == [str(dead)]
+    assert search_result == [str(dead)]
     assert why == "api_failed: <b>gave up</b>"
     assert question == "Retry this job?"
-    assert retried == ("1 job taken up again.", "pending")
+    assert retried == ("1 job retried.", "pending")
     assert unharmed == "pending"
     assert cancelled == ("4 jobs cancelled.", ["cancelled"] * 4)
     assert pictures == [128]
     assert of_job == (f"Job {ended} completed", [128])
-    assert complaints == []
+    assert errors == []
     assert "/login" in outside
-    told = log.read_text()
-    assert f"retry by an operator jobs={dead} changed=1" in told
-    assert "a wrong password from=127.0.0.1" in told
-    assert PASSWORD not in told
+    log_text = log.read_text()
+    assert f"retry by an operator jobs={dead} changed=1" in log_text
+    assert "wrong password from=127.0.0.1" in log_text
+    assert PASSWORD not in log_text
 
 
-def test_plots_are_drawn_and_pages_fit_a_telephone(
+def test_plots_are_drawn_and_pages_fit_a_phone_screen(
     chromium: webdriver.Chrome, engine: Engine, redis_url: str, tmp_path: Path
 ) -> None:
     with engine.begin() as connection:
@@ -235,16 +237,16 @@ def test_plots_are_drawn_and_pages_fit_a_telephone(
                 if needed > width:
                     too_wide[path, width] = needed
         chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-        complaints = reader.complaints()
+        errors = reader.errors()
 
     assert plots == [900] * 5
     assert too_wide == {}
-    assert complaints == []
+    assert errors == []
 
 
-def test_a_password_of_its_own_is_shown_once_where_none_is_set(engine: Engine, redis_url: str, tmp_path: Path) -> None:
+def test_without_a_configured_password_a_new_one_is_printed(engine: Engine, redis_url: str, tmp_path: Path) -> None:
     with served(tmp_path, redis_url) as (address, log):
-        said = log.read_text()
+        output = log.read_text()
 
     assert address.startswith("http://127.0.0.1:")
-    assert re.fullmatch(r"Admin: log in with [\w-]{16} \(set ADMIN_PASSWORD to choose\)\nAdmin: http://\S+/\n", said)
+    assert re.fullmatch(r"Admin: log in with [\w-]{16} \(set ADMIN_PASSWORD to choose\)\nAdmin: http://\S+/\n", output)

@@ -1,4 +1,4 @@
-"""The command `admin` where it can't serve: one line says why and what to do."""
+"""The command `admin` reports in one line why it can't serve and what to do."""
 
 import socket
 import subprocess
@@ -13,34 +13,34 @@ from worker.store.engine import make_engine
 from worker.store.migrate import migrate
 
 
-def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int | str | None, str]:
-    """A command's exit code, and what it printed for people."""
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int | str | None, str]:
+    """Run a command. Return its exit code and stderr."""
     with pytest.raises(SystemExit) as ended:
-        main(list(words))
+        main(list(arguments))
     return ended.value.code, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", ["flask", "flask_admin", "pygal", "waitress"])
-def test_without_its_extra_it_says_what_to_install(
+def test_without_the_extra_it_says_what_to_install(
     module: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for loaded in [name for name in sys.modules if name.startswith("worker.admin")]:
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, module, None)
 
-    code, words = said(capsys, "admin")
+    code, message = run(capsys, "admin")
 
-    assert (code, words) == (2, f"fetch-worker: `admin` needs {module}: pip install 'fetch-worker[admin]'\n")
+    assert (code, message) == (2, f"fetch-worker: `admin` needs {module}: pip install 'fetch-worker[admin]'\n")
 
 
-def test_no_other_command_loads_what_it_needs() -> None:
+def test_other_commands_do_not_import_its_dependencies() -> None:
     program = (
         "import sys, worker.cli.commands; print({'flask', 'pygal', 'waitress', 'worker.admin'} & set(sys.modules))"
     )
 
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
-    assert done.stdout == "set()\n"
+    assert process.stdout == "set()\n"
 
 
 def test_without_tables_it_says_so(
@@ -48,13 +48,13 @@ def test_without_tables_it_says_so(
 ) -> None:
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/test.db")
 
-    code, words = said(capsys, "admin", "--port", "0")
+    code, message = run(capsys, "admin", "--port", "0")
 
     assert code == 1
-    assert "fetch-worker migrate" in words
+    assert "fetch-worker migrate" in message
 
 
-def test_a_port_that_is_taken_is_said_with_the_settings_that_help(
+def test_a_used_port_is_reported_with_the_settings_to_change(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/test.db")
@@ -65,9 +65,10 @@ def test_a_port_that_is_taken_is_said_with_the_settings_that_help(
         port = taken.getsockname()[1]
         monkeypatch.setenv("ADMIN_PORT", str(port))
 
-        code, words = said(capsys, "admin")
+        code, message = run(capsys, "admin")
 
     assert code == 1
-    assert words == (
-        f"fetch-worker: can't listen on 127.0.0.1 port {port} (Address already in use): see ADMIN_ADDRESS, ADMIN_PORT\n"
+    assert message == (
+        f"fetch-worker: can't listen on 127.0.0.1 port {port} (Address already in use): "
+        "change ADMIN_ADDRESS or ADMIN_PORT\n"
     )

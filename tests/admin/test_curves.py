@@ -1,4 +1,4 @@
-"""Curves: the differences of what was written down, by hand-made minutes."""
+"""Curves are differences of recorded minutes; tested with handmade samples."""
 
 import doctest
 import importlib
@@ -21,31 +21,31 @@ from worker.admin.curves import (
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
 
-def seen(*bodies: dict[str, Any], minutes: int = 1) -> list[Sample]:
-    """Samples so many minutes apart."""
+def make_samples(*bodies: dict[str, Any], minutes: int = 1) -> list[Sample]:
+    """Return samples that are `minutes` apart."""
     return [Sample(START + timedelta(minutes=minutes * number), body) for number, body in enumerate(bodies)]
 
 
 def values(curves: list[Any]) -> dict[str, list[float | None]]:
-    """What each curve shows."""
+    """Return the values of each curve."""
     return {curve.name: [value for _, value in curve.points] for curve in curves}
 
 
-@pytest.mark.parametrize("name", ["worker.admin.wording", "worker.admin.curves"])
-def test_the_examples_are_true(name: str) -> None:
+@pytest.mark.parametrize("name", ["worker.admin.formatting", "worker.admin.curves"])
+def test_the_doctests_pass(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name))
 
     assert (result.failed, result.attempted > 0) == (0, True)
 
 
-def test_the_delay_of_a_minute_is_that_of_its_own_jobs() -> None:
+def test_the_delay_of_a_minute_is_computed_from_its_own_jobs() -> None:
     delays = values(
         delay_curves(
-            seen(
+            make_samples(
                 {"delay": {"1": 100}},
                 {"delay": {"1": 100, "2": 10}},  # ten jobs between 1.5 and 2 s
                 {"delay": {"1": 100, "2": 10}},  # none
-                {"delay": {"1": 90, "2": 10}},  # begun anew
+                {"delay": {"1": 90, "2": 10}},  # the counters were reset
             )
         )
     )
@@ -53,9 +53,9 @@ def test_the_delay_of_a_minute_is_that_of_its_own_jobs() -> None:
     assert delays == {"half within": [1.75, None, None], "95 % within": [1.975, None, None]}
 
 
-def test_requests_per_second_stand_beside_what_is_allowed() -> None:
+def test_requests_per_second_are_shown_with_their_limit() -> None:
     curves = request_curves(
-        seen(
+        make_samples(
             {"accounts": {"quiet": {"rps": 5, "answers": 10}}},
             {"accounts": {"quiet": {"rps": 5, "answers": 16}, "busy": {"rps": 10, "answers": 600}}},
             {"accounts": {"quiet": {"rps": 2.5, "answers": 16}, "busy": {"rps": 10, "answers": 900}}},
@@ -72,26 +72,26 @@ def test_requests_per_second_stand_beside_what_is_allowed() -> None:
     assert [curve.dashed for curve in curves] == [False, True, False, True]
 
 
-def test_jobs_that_ended_are_counted_per_minute_and_those_that_wait_as_they_are() -> None:
-    made = seen(
+def test_ended_jobs_are_counted_per_minute_and_waiting_jobs_in_total() -> None:
+    samples = make_samples(
         {"jobs": {"pending": 7, "completed": 1}, "finished": {"completed": 10}, "oldest_due": 0.5},
         {"jobs": {"pending": 3, "downloading": 2}, "finished": {"completed": 30, "failed": 5}, "oldest_due": 2},
         minutes=5,
     )
 
-    assert values(ended_curves(made)) == {"completed": [4.0], "failed": [1.0], "expired": [0.0], "cancelled": [0.0]}
-    assert values(waiting_curves(made)) == {"pending": [7, 3], "downloading": [0, 2]}
-    assert values(late_curves(made)) == {"oldest due": [0.5, 2]}
+    assert values(ended_curves(samples)) == {"completed": [4.0], "failed": [1.0], "expired": [0.0], "cancelled": [0.0]}
+    assert values(waiting_curves(samples)) == {"pending": [7, 3], "downloading": [0, 2]}
+    assert values(late_curves(samples)) == {"oldest due": [0.5, 2]}
 
 
-@pytest.mark.parametrize("made", [[], seen({"jobs": {}})], ids=["nothing", "one minute"])
-def test_too_little_to_draw_is_no_trouble(made: list[Sample]) -> None:
+@pytest.mark.parametrize("samples", [[], make_samples({"jobs": {}})], ids=["none", "one minute"])
+def test_too_few_samples_give_empty_curves(samples: list[Sample]) -> None:
     for curves in (delay_curves, request_curves, waiting_curves, ended_curves, late_curves):
-        assert all(len(curve.points) <= 1 for curve in curves(made))
+        assert all(len(curve.points) <= 1 for curve in curves(samples))
 
 
 @pytest.mark.parametrize("span", SPANS, ids=str)
-def test_a_span_is_drawn_by_some_hundred_and_eighty_whole_minutes(span: Any) -> None:
+def test_a_span_has_180_points_at_whole_minutes(span: Any) -> None:
     now = datetime(2026, 3, 1, 12, 34, 56, tzinfo=UTC)
     minutes = minutes_of(span, now)
 

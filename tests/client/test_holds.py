@@ -234,8 +234,8 @@ def test_resume_probes_what_the_api_holds_and_does_not_change_the_rest(database:
     with database.connect() as connection:
         now = database_now(connection)
         assert {name: breaker.allows(now) for (_, name), breaker in all_breakers(connection).items()} == {
-            "key": "one",
-            "limit": "one",
+            "key": "probe",
+            "limit": "probe",
             "open": "all",
         }
         assert connection.execute(select(jobs)).all() == []

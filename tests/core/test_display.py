@@ -17,7 +17,7 @@ from sqlalchemy.engine import make_url
 
 from tests.admin_pages import PASSWORD, Operator
 from tests.rows import NOW, add_downloading, add_job, add_output
-from worker.admin.door import Door
+from worker.admin.access import AccessControl
 from worker.admin.site import make_site
 from worker.cli.commands import run_command
 from worker.settings import load
@@ -144,7 +144,7 @@ def test_given_a_hostile_message_when_logged_as_json_then_it_is_escaped() -> Non
 
 
 def test_given_hostile_texts_when_a_page_shows_them_then_they_are_text(hostile: int) -> None:
-    site = make_site(load(), Door(PASSWORD, "127.0.0.1"))
+    site = make_site(load(), AccessControl(PASSWORD, "127.0.0.1"))
     operator = Operator(site.test_client())
 
     for path in (

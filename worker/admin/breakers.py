@@ -1,42 +1,42 @@
-"""The page of accounts and hosts: whether they are held, why, since when, and holding or resuming them as a whole."""
+"""The page of accounts and hosts: shows their holds, and holds or resumes them."""
 
 from flask import flash, redirect, request, url_for
 from flask_admin import BaseView, expose
 from werkzeug.exceptions import NotFound
 from werkzeug.wrappers import Response
 
-from worker.admin.acts import act_on_breaker
-from worker.admin.reading import Reading
+from worker.admin.job_actions import act_on_breaker
+from worker.admin.reader import AdminReader
 
 MEANING = {
-    "hold": "Nothing is asked of it until it is resumed, jobs that come later included. It costs the jobs nothing.",
-    "resume": "It is tried at once, also where the API holds it.",
+    "hold": "No request is sent until it is resumed, also for future jobs. Their deadlines wait.",
+    "resume": "It is tried at once, also if the API refused it.",
 }
 
 
 class BreakersView(BaseView):
-    """Accounts and hosts."""
+    """The page of accounts and hosts."""
 
-    def __init__(self, reading: Reading, **arguments: str) -> None:
-        self.reading = reading
+    def __init__(self, reader: AdminReader, **arguments: str) -> None:
+        self.reader = reader
         super().__init__(**arguments)
 
     @expose("/")
     def index(self) -> str:
-        """All of them."""
-        page: str = self.render("breakers.html", states=self.reading.breakers())
+        """Show all accounts and hosts."""
+        page: str = self.render("breakers.html", states=self.reader.breakers())
         return page
 
     @expose("/act/", methods=("POST",))
     def act(self) -> str | Response:
-        """Asks first; holds or resumes one once the form says that this was read."""
+        """Ask for confirmation, or hold or resume an account or host if the form is confirmed."""
         name, scope, breaker = (request.form.get(field, "") for field in ("action", "scope", "name"))
-        known = {(state.breaker.scope, state.breaker.name) for state in self.reading.breakers()}
-        found = next((one for one in known if one == (scope, breaker)), None)
-        if found is None or name not in MEANING:
+        keys = {(state.breaker.scope, state.breaker.name) for state in self.reader.breakers()}
+        existing = next((key for key in keys if key == (scope, breaker)), None)
+        if existing is None or name not in MEANING:
             raise NotFound("there is no such account or host")
         if request.form.get("confirmed") == "yes":
-            flash(act_on_breaker(name, *found), "success")
+            flash(act_on_breaker(name, *existing), "success")
             return redirect(url_for("gates.index"))
         page: str = self.render(
             "confirm.html",

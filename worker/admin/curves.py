@@ -1,4 +1,4 @@
-"""From the minutes that were written down to curves: what happened between two of them is their difference. Pure."""
+"""Compute curves from the recorded minutes: the difference of two samples is what happened between them. Pure."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ Point = tuple[datetime, float | None]
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A length of time to look back over, and how far apart its points are."""
+    """A period to plot, and the distance of its points."""
 
     name: str
     label: str
@@ -36,7 +36,7 @@ SPANS = (
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """How everything stood in a minute. The counts in it only ever grow."""
+    """The recorded state of one minute. Its counters never decrease."""
 
     minute: datetime
     body: Mapping[str, Any]
@@ -44,7 +44,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A named line; `dashed` for what is allowed beside what is."""
+    """A named curve. `dashed` marks a limit."""
 
     name: str
     points: Sequence[Point]
@@ -52,7 +52,7 @@ class Curve:
 
 
 def minutes_of(span: Span, now: datetime) -> list[datetime]:
-    """The minutes that a span is drawn by, oldest first, the same ones however often it is looked at.
+    """Return the minutes of the points of a span, oldest first. They are equal for all calls within one step.
 
     >>> from datetime import UTC
     >>> [minute.strftime("%d %H:%M") for minute in minutes_of(SPANS[1], datetime(2026, 1, 2, 0, 5, tzinfo=UTC))][:2]
@@ -65,38 +65,40 @@ def minutes_of(span: Span, now: datetime) -> list[datetime]:
 
 
 def samples(rows: Iterable[Any]) -> list[Sample]:
-    """Rows as they were written down."""
+    """Parse rows of the history into samples."""
     return [Sample(row.minute, json.loads(row.body)) for row in rows]
 
 
-def delay_curves(seen: Sequence[Sample]) -> list[Curve]:
-    """Seconds from ready to seen: half of the jobs, and 95 % of them, were seen within."""
-    grown = [(after.minute, _grown(before, after, "delay")) for before, after in pairwise(seen)]
+def delay_curves(history: Sequence[Sample]) -> list[Curve]:
+    """Return the median and the 95 % quantile of the seconds from ready to seen."""
+    grown = [(after.minute, _grown(before, after, "delay")) for before, after in pairwise(history)]
     return [
         Curve(name, [(minute, quantile(counts, DELAYS, share)) for minute, counts in grown])
         for name, share in (("half within", 0.5), ("95 % within", 0.95))
     ]
 
 
-def request_curves(seen: Sequence[Sample]) -> list[Curve]:
-    """Requests per second of the busiest accounts, each beside what it may make."""
+def request_curves(history: Sequence[Sample]) -> list[Curve]:
+    """Return the requests per second of the busiest accounts, each with its limit."""
     curves = []
-    for name in _busiest(seen):
-        asked = [(after.minute, _answers_per_second(before, after, name)) for before, after in pairwise(seen)]
-        allowed = [(sample.minute, _of(sample, name, "rps")) for sample in seen]
-        curves += [Curve(name, asked), Curve(f"{name}, allowed", allowed, dashed=True)]
+    for name in _busiest(history):
+        requests = [(after.minute, _answers_per_second(before, after, name)) for before, after in pairwise(history)]
+        allowed = [(sample.minute, _account_value(sample, name, "rps")) for sample in history]
+        curves += [Curve(name, requests), Curve(f"{name}, allowed", allowed, dashed=True)]
     return curves
 
 
-def waiting_curves(seen: Sequence[Sample]) -> list[Curve]:
-    """Jobs that are not final, by state."""
-    found = [Curve(state, [(one.minute, one.body["jobs"].get(state, 0)) for one in seen]) for state in WAITING]
-    return [curve for curve in found if curve.name != "held" or any(value for _, value in curve.points)]
+def waiting_curves(history: Sequence[Sample]) -> list[Curve]:
+    """Return the number of jobs that are not final, by state."""
+    curves = [
+        Curve(state, [(sample.minute, sample.body["jobs"].get(state, 0)) for sample in history]) for state in WAITING
+    ]
+    return [curve for curve in curves if curve.name != "held" or any(value for _, value in curve.points)]
 
 
-def ended_curves(seen: Sequence[Sample]) -> list[Curve]:
-    """Jobs that ended per minute, by state."""
-    grown = [(before, after, _grown(before, after, "finished")) for before, after in pairwise(seen)]
+def ended_curves(history: Sequence[Sample]) -> list[Curve]:
+    """Return the number of jobs that ended per minute, by state."""
+    grown = [(before, after, _grown(before, after, "finished")) for before, after in pairwise(history)]
     return [
         Curve(
             state,
@@ -106,32 +108,32 @@ def ended_curves(seen: Sequence[Sample]) -> list[Curve]:
     ]
 
 
-def late_curves(seen: Sequence[Sample]) -> list[Curve]:
-    """For how long the oldest work was due."""
-    return [Curve("oldest due", [(sample.minute, sample.body.get("oldest_due", 0)) for sample in seen])]
+def late_curves(history: Sequence[Sample]) -> list[Curve]:
+    """Return the waiting time of the oldest due work."""
+    return [Curve("oldest due", [(sample.minute, sample.body.get("oldest_due", 0)) for sample in history])]
 
 
 def _grown(before: Sample, after: Sample, name: str) -> dict[str, float]:
-    """What was added to counts; nothing where they were begun anew."""
+    """Return the growth of counters; an empty dict if they were reset."""
     old = before.body.get(name, {})
     grown = {label: count - old.get(label, 0) for label, count in after.body.get(name, {}).items()}
     return grown if all(count >= 0 for count in grown.values()) else {}
 
 
-def _busiest(seen: Sequence[Sample]) -> list[str]:
-    if not seen:
+def _busiest(history: Sequence[Sample]) -> list[str]:
+    if not history:
         return []
-    first, last = seen[0].body.get("accounts", {}), seen[-1].body.get("accounts", {})
-    asked = {name: one["answers"] - first.get(name, {}).get("answers", 0) for name, one in last.items()}
-    return sorted(asked, key=lambda name: (-asked[name], name))[:ACCOUNTS_MOST]
+    first, last = history[0].body.get("accounts", {}), history[-1].body.get("accounts", {})
+    requests = {name: state["answers"] - first.get(name, {}).get("answers", 0) for name, state in last.items()}
+    return sorted(requests, key=lambda name: (-requests[name], name))[:ACCOUNTS_MOST]
 
 
 def _answers_per_second(before: Sample, after: Sample, name: str) -> float | None:
-    now, then = _of(after, name, "answers"), _of(before, name, "answers") or 0.0
+    now, then = _account_value(after, name, "answers"), _account_value(before, name, "answers") or 0.0
     return None if now is None or now < then else (now - then) / _seconds(before, after)
 
 
-def _of(sample: Sample, account: str, name: str) -> float | None:
+def _account_value(sample: Sample, account: str, name: str) -> float | None:
     value = sample.body.get("accounts", {}).get(account, {}).get(name)
     return None if value is None else float(value)
 

@@ -1,4 +1,4 @@
-"""The pages of jobs: the list with its filters, one job with all that belongs to it, and what can be done to them."""
+"""The pages of jobs: the list with its filters, one job with its outputs and events, and the actions on jobs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +11,10 @@ from flask_admin.model import BaseModelView
 from sqlalchemy import Row, Table
 from werkzeug.exceptions import NotFound
 
-from worker.admin.acts import ACTS, act_on, job_ids
-from worker.admin.door import own_path
-from worker.admin.reading import Reading
-from worker.admin.wording import counted, moment
+from worker.admin.access import own_path
+from worker.admin.formatting import format_count, moment
+from worker.admin.job_actions import JOB_ACTIONS, act_on, job_ids
+from worker.admin.reader import AdminReader
 from worker.core.lifecycle import FINAL_STATES, JOB_STATES
 from worker.store.jobs import MAX_ID
 from worker.store.reports.pages import jobs_page as browse_jobs
@@ -23,8 +23,8 @@ from worker.store.reports.search import JobFilter
 from worker.store.schema import jobs
 
 PAGE_ROWS = 50
-TEXT_MOST = 255
-LATE_MOST = 10 * 365 * 86_400
+MAX_TEXT = 255
+MAX_LATE = 10 * 365 * 86_400
 CODES = ("api_error", "api_failed", "expired", "no_output", "not_found", "output_failed", "unwritable", "worker_crash")
 LATE = ((10, "10 s"), (60, "1 min"), (600, "10 min"), (3_600, "1 h"))
 FIELDS = (
@@ -35,7 +35,7 @@ FIELDS = (
 
 
 class RowsView(BaseModelView):
-    """A list of rows of one of the worker's tables. Nothing is made, edited or deleted: those addresses don't exist."""
+    """A list of the rows of a table. There are no URLs to create, edit or delete rows."""
 
     can_create = can_edit = can_delete = False
     can_view_details = True
@@ -43,38 +43,38 @@ class RowsView(BaseModelView):
     page_size = PAGE_ROWS
     table: Table
 
-    def __init__(self, reading: Reading, **arguments: Any) -> None:
-        self.reading = reading
+    def __init__(self, reader: AdminReader, **arguments: Any) -> None:
+        self.reader = reader
         super().__init__(self.table, **arguments)
 
     @classmethod
-    def only_these(cls, *methods: str) -> None:
-        """Keeps the addresses of these methods and drops the library's others."""
-        cls._urls = [found for found in cls._urls if found[1] in methods]
+    def keep_urls(cls, *methods: str) -> None:
+        """Keep the URLs of these methods and remove the other URLs of Flask-Admin."""
+        cls._urls = [url for url in cls._urls if url[1] in methods]
 
     def get_pk_value(self, model: Row[Any]) -> int:
-        """The row's id."""
+        """Return the id of a row."""
         return int(model.id)
 
     def scaffold_list_columns(self) -> Sequence[str]:
-        """The columns as they are."""
+        """Return the columns of the table."""
         return tuple(self.table.c.keys())
 
     def scaffold_sortable_columns(self) -> dict[str, str]:
-        """None: a list of millions has one order."""
+        """Return no columns: a table of millions of rows has one order."""
         return {}
 
     def init_search(self) -> bool:
-        """The template has a search of its own."""
+        """Return `False`: the template has its own search."""
         return False
 
     def scaffold_form(self) -> Any:
-        """An empty one: nothing is edited."""
+        """Return an empty form: nothing is edited."""
         return BaseForm
 
 
 class JobsView(RowsView):
-    """Jobs, newest first."""
+    """The list of jobs, newest first."""
 
     table = jobs
     list_template = "jobs.html"
@@ -84,128 +84,135 @@ class JobsView(RowsView):
     )  # fmt: skip
 
     def get_list(self, *_: Any, **__: Any) -> tuple[None, Sequence[Row[Any]]]:
-        """One page, by what the address asks for; how many there are in all nobody counts."""
-        wanted = wanted_jobs()
-        with self.reading.connection() as (connection, now):
-            page = browse_jobs(connection, wanted, text=text("search"), before=before_id(), limit=PAGE_ROWS)
+        """Return one page of the query in the URL. The total is not counted."""
+        job_filter = requested_filter()
+        with self.reader.connection() as (connection, now):
+            page = browse_jobs(connection, job_filter, text=text("search"), before=before_id(), limit=PAGE_ROWS)
             self._template_args.update(accounts=known_accounts(connection), kinds=known_kinds(connection))
         self._template_args.update(
-            found=page, now=now, asked=request.args, states=JOB_STATES, codes=CODES, lates=LATE, acts=ACTS.values()
+            listing=page,
+            now=now,
+            query=request.args,
+            states=JOB_STATES,
+            codes=CODES,
+            late_options=LATE,
+            job_actions=JOB_ACTIONS.values(),
         )
         return None, page.rows
 
     @expose("/details/")
     def details_view(self) -> str:
-        """One job."""
-        found = self.reading.job(asked_id())
-        if found is None:
+        """Show one job."""
+        page = self.reader.job(requested_id())
+        if page is None:
             raise NotFound("there is no such job")
-        hidden = "due_at" if found.job.held_at is not None else ""
-        fields = [(name, shown(getattr(found.job, name))) for group in FIELDS for name in group if name != hidden]
-        acts = [act for act in ACTS.values() if act.name in possible(found.job)]
-        page: str = self.render(self.details_template, found=found, fields=fields, acts=acts)
-        return page
+        hidden = "due_at" if page.job.held_at is not None else ""
+        fields = [(name, shown(getattr(page.job, name))) for group in FIELDS for name in group if name != hidden]
+        possible_actions = possible(page.job)
+        actions = [job_action for job_action in JOB_ACTIONS.values() if job_action.name in possible_actions]
+        html: str = self.render(self.details_template, page=page, fields=fields, actions=actions)
+        return html
 
     def _act(self, name: str, ids: Sequence[str]) -> str | None:
-        """Asks first; does it once the form says that this was read."""
-        act, wanted = ACTS[name], job_ids(ids)
-        if not wanted:
-            flash("No job was chosen.", "warning")
+        """Ask for confirmation, or apply the action if the form is confirmed."""
+        job_action, selected = JOB_ACTIONS[name], job_ids(ids)
+        if not selected:
+            flash("No job was selected.", "warning")
         elif request.form.get("confirmed") != "yes":
             page: str = self.render(
                 "confirm.html",
-                title=f"{act.label} {'this job' if len(wanted) == 1 else f'these {len(wanted):,} jobs'}?",
-                meaning=act.meaning,
-                button=f"{act.label} {counted(len(wanted), 'job')}",
-                rows=[("rowid", number, f"job {number}") for number in wanted],
+                title=f"{job_action.label} {'this job' if len(selected) == 1 else f'these {len(selected):,} jobs'}?",
+                meaning=job_action.meaning,
+                button=f"{job_action.label} {format_count(len(selected), 'job')}",
+                rows=[("rowid", number, f"job {number}") for number in selected],
                 target=url_for("jobs.action_view"),
                 chosen=name,
                 back=own_path(request.form.get("url", "")),
             )
             return page
         else:
-            flash(act_on(act, wanted), "success")
+            flash(act_on(job_action, selected), "success")
         return None
 
     @action("retry", "Retry")
     def retry(self, ids: Sequence[str]) -> str | None:
-        """Takes failed and expired jobs up again."""
+        """Retry failed and expired jobs."""
         return self._act("retry", ids)
 
     @action("cancel", "Cancel")
     def cancel(self, ids: Sequence[str]) -> str | None:
-        """Ends jobs."""
+        """Cancel jobs."""
         return self._act("cancel", ids)
 
     @action("hold", "Hold")
     def hold(self, ids: Sequence[str]) -> str | None:
-        """Holds pending jobs."""
+        """Hold pending jobs."""
         return self._act("hold", ids)
 
     @action("resume", "Resume")
     def resume(self, ids: Sequence[str]) -> str | None:
-        """Has jobs go on at once, whatever keeps them."""
+        """Continue jobs at once."""
         return self._act("resume", ids)
 
 
-JobsView.only_these("index_view", "details_view", "action_view")
+JobsView.keep_urls("index_view", "details_view", "action_view")
 
 
-def wanted_jobs() -> JobFilter:
-    """What the address asks for."""
+def requested_filter() -> JobFilter:
+    """Return the filter of the URL."""
     return JobFilter(
-        statuses=_any_or(one_of("status", JOB_STATES)),
-        accounts=_any_or(text("account")),
-        kinds=_any_or(text("kind")),
-        codes=_any_or(text("code")),
+        statuses=_values(one_of("status", JOB_STATES)),
+        accounts=_values(text("account")),
+        kinds=_values(text("kind")),
+        codes=_values(text("code")),
         held=request.args.get("held") == "yes",
-        late=min(number("late") or 0, LATE_MOST) or None,
+        late=min(number("late") or 0, MAX_LATE) or None,
     )
 
 
-def _any_or(word: str) -> tuple[str, ...]:
-    return (word,) if word else ()
+def _values(value: str) -> tuple[str, ...]:
+    return (value,) if value else ()
 
 
 def text(name: str) -> str:
-    """A word of the address, without what no column could hold."""
+    """Return a parameter of the URL, limited to what a column can hold."""
     plain = "".join(letter for letter in request.args.get(name, "") if letter.isprintable())
-    return plain.strip()[:TEXT_MOST].encode(errors="ignore").decode()
+    return plain.strip()[:MAX_TEXT].encode(errors="ignore").decode()
 
 
-def one_of(name: str, known: Sequence[str]) -> str:
-    """A word of the address, if it is one of those known."""
-    word = text(name)
-    return word if word in known else ""
+def one_of(name: str, values: Sequence[str]) -> str:
+    """Return a parameter of the URL if it is one of the given values."""
+    value = text(name)
+    return value if value in values else ""
 
 
 def number(name: str) -> int | None:
-    """A whole number of the address, or None."""
-    word = request.args.get(name, "")
-    plain = word.isascii() and word.isdecimal() and len(word) < 20
-    return int(word) if plain and int(word) <= MAX_ID else None
+    """Return a parameter of the URL as a whole number, or `None`."""
+    value = request.args.get(name, "")
+    is_number = value.isascii() and value.isdecimal() and len(value) < 20
+    return int(value) if is_number and int(value) <= MAX_ID else None
 
 
 def before_id() -> int | None:
-    """Where the list goes on."""
+    """Return the id that the page of the list starts before."""
     return number("before")
 
 
-def asked_id() -> int:
-    """The row that is asked for. Raises NotFound."""
-    found = number("id")
-    if not found:
-        raise NotFound("that is no id")
-    return found
+def requested_id() -> int:
+    """Return the id in the URL. Raises NotFound."""
+    row_id = number("id")
+    if not row_id:
+        raise NotFound("this is not an id")
+    return row_id
 
 
 def shown(value: Any) -> Any:
-    """A value of a row as a page has it."""
+    """Format a value of a row for a page."""
     return moment(value) if hasattr(value, "isoformat") else "" if value is None else value
 
 
 def possible(job: Row[Any]) -> set[str]:
-    """What can be done to a job in its present state."""
+    """Return the actions that can change a job in its state."""
     if job.status in FINAL_STATES:
         return {"retry"} if job.status in ("failed", "expired") else set()
     if job.status == "downloading":

@@ -1,4 +1,4 @@
-"""The pages of outputs: the list, a gallery of what is stored, and the stored files themselves, behind the login."""
+"""The pages of outputs: the list, the gallery of stored outputs, and the stored files."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ from worker.store.schema import outputs
 
 PAGE_ROWS = 50
 GALLERY_ROWS = 24
-PICTURE_BYTES_MOST = 25_000_000  # larger ones are offered by name: a page of them would be half a gigabyte
+MAX_PICTURE_BYTES = 25_000_000  # larger pictures are links: a page of them would be half a gigabyte
 PICTURES = frozenset({"image/png", "image/jpeg", "image/gif", "image/webp", "image/avif"})
 FILMS = frozenset({"video/mp4", "video/webm", "video/quicktime"})
 SOUNDS = frozenset({"audio/mpeg", "audio/flac", "audio/ogg", "audio/wav", "audio/mp4"})
@@ -34,7 +34,7 @@ FILE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src 'self'; me
 
 
 class OutputsView(RowsView):
-    """Outputs, newest first."""
+    """The list of outputs, newest first."""
 
     table = outputs
     can_view_details = False
@@ -44,40 +44,42 @@ class OutputsView(RowsView):
     )  # fmt: skip
 
     def get_list(self, *_: Any, **__: Any) -> tuple[None, Sequence[Row[Any]]]:
-        """One page, by what the address asks for."""
-        wanted = OutputFilter(one_of("status", OUTPUT_STATES), text("code"), text("host"), number("job"))
-        with self.reading.connection() as (connection, now):
-            page = browse_outputs(connection, wanted, before=before_id(), limit=PAGE_ROWS)
-        self._template_args.update(found=page, now=now, wanted=wanted, states=OUTPUT_STATES, codes=CODES)
+        """Return one page of the query in the URL."""
+        output_filter = OutputFilter(one_of("status", OUTPUT_STATES), text("code"), text("host"), number("job"))
+        with self.reader.connection() as (connection, now):
+            page = browse_outputs(connection, output_filter, before=before_id(), limit=PAGE_ROWS)
+        self._template_args.update(
+            listing=page, now=now, output_filter=output_filter, states=OUTPUT_STATES, codes=CODES
+        )
         return None, page.rows
 
     @expose("/gallery/")
     def gallery(self) -> str:
-        """What is stored, to look at: of all jobs, or of one."""
-        wanted = OutputFilter(status="stored", job_id=number("job"))
-        with self.reading.connection() as (connection, _):
-            page = browse_outputs(connection, wanted, before=before_id(), limit=GALLERY_ROWS)
-            known = jobs_by_id(connection, [row.job_id for row in page.rows])
-        shown: str = self.render("gallery.html", found=page, owners=known, wanted=wanted)
-        return shown
+        """Show the stored outputs of all jobs or of one job."""
+        output_filter = OutputFilter(status="stored", job_id=number("job"))
+        with self.reader.connection() as (connection, _):
+            page = browse_outputs(connection, output_filter, before=before_id(), limit=GALLERY_ROWS)
+            owners = jobs_by_id(connection, [row.job_id for row in page.rows])
+        html: str = self.render("gallery.html", listing=page, owners=owners, output_filter=output_filter)
+        return html
 
     @expose("/file/<int:output_id>")
     def file(self, output_id: int) -> Response:
-        """A stored file. Text is shown as plain text; what no browser shows safely is only offered for download."""
-        row = self.reading.output(output_id)
+        """Send a stored file. Text is sent as plain text; types that are unsafe in a browser are sent as downloads."""
+        row = self.reader.output(output_id)
         if row is None or row.status != "stored":
             raise NotFound("there is no such file")
         try:
             body = open_output(output_id)
         except OutputMissing:
-            raise NotFound("the file is gone: `fetch-worker verify` gets it again") from None
-        kind = "file" if "download" in request.args else as_what(row.media_type, 0)
-        shown = kind != "file"
+            raise NotFound("the file is missing: run `fetch-worker verify` to download it again") from None
+        kind = "file" if "download" in request.args else display_kind(row.media_type, 0)
+        inline = kind != "file"
         response = Response(FileWrapper(body, BLOCK), direct_passthrough=True)
-        shown_type = "text/plain; charset=utf-8" if kind == "text" else row.media_type
-        response.headers["Content-Type"] = shown_type if shown else "application/octet-stream"
+        content_type = "text/plain; charset=utf-8" if kind == "text" else row.media_type
+        response.headers["Content-Type"] = content_type if inline else "application/octet-stream"
         response.content_length = row.size_bytes
-        response.headers["Content-Disposition"] = f'{"inline" if shown else "attachment"}; filename="{file_name(row)}"'
+        response.headers["Content-Disposition"] = f'{"inline" if inline else "attachment"}; filename="{file_name(row)}"'
         response.headers["Content-Security-Policy"] = FILE_POLICY
         response.call_on_close(body.close)
         try:
@@ -90,15 +92,15 @@ class OutputsView(RowsView):
 OutputsView.only_these("index_view", "gallery", "file")
 
 
-def as_what(media_type: str | None, size_bytes: int | None) -> str:
-    """Return how a page shows an output: as a picture, a film, a sound, or by name as a text or another file."""
-    if media_type in PICTURES and (size_bytes or 0) <= PICTURE_BYTES_MOST:
+def display_kind(media_type: str | None, size_bytes: int | None) -> str:
+    """Return how a page shows an output: as picture, film, sound, or a link to a text or another file."""
+    if media_type in PICTURES and (size_bytes or 0) <= MAX_PICTURE_BYTES:
         return "picture"
     kinds = {"film": FILMS, "sound": SOUNDS, "text": TEXTS}
     return next((kind for kind, types in kinds.items() if media_type in types), "file")
 
 
 def file_name(row: Row[Any]) -> str:
-    """What a browser saves an output as: by our own ids, never by its link."""
+    """Return the file name for a download, made from the ids and not from the link."""
     extension = (row.location or "").rpartition(".")[2]
     return f"job-{row.job_id}-{row.position}" + (f".{extension}" if extension.isalnum() and extension.isascii() else "")

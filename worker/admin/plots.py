@@ -1,4 +1,4 @@
-"""The page of plots: how everything went over hours, a day, a week, drawn as SVG without scripts."""
+"""The page of plots: the recorded history of hours, a day or a week, drawn as SVG without scripts."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -27,14 +27,14 @@ from worker.admin.curves import (
     samples,
     waiting_curves,
 )
-from worker.admin.reading import Reading
+from worker.admin.reader import AdminReader
 from worker.store.reports.pages import history_at
 
-# It looks after the imports of its own plugins in a way that Python 3.11 warns of at every import that follows.
+# The import hook of pygal for its plugins causes a warning at every later import on Python 3.11: remove it.
 sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != "pygal"]
 
 SVG_POLICY = "default-src 'none'; style-src 'unsafe-inline'; sandbox"
-DOTS_MOST = 60
+MAX_DOTS = 60  # with more points, dots are not drawn
 COLOURS = ("#1d6fb8", "#d9822b", "#3b8a5a", "#b23a48", "#7a5ea8", "#5f6b76")
 STYLE = Style(
     background="#ffffff",
@@ -58,7 +58,7 @@ STYLE = Style(
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A picture: what it shows, in which unit, and its curves. `paired`: every second curve is the bound of another."""
+    """A plot: its title, unit and curves. `paired` means that every second curve is the limit of the one before."""
 
     title: str
     unit: str
@@ -76,38 +76,38 @@ PLOTS: Mapping[str, Plot] = {
 
 
 class PlotsView(BaseView):
-    """Plots."""
+    """The page of plots."""
 
-    def __init__(self, reading: Reading, **arguments: str) -> None:
-        self.reading = reading
+    def __init__(self, reader: AdminReader, **arguments: str) -> None:
+        self.reader = reader
         super().__init__(**arguments)
 
     @expose("/")
     def index(self) -> str:
-        """All of them, over one span."""
+        """Show all plots of one span."""
         page: str = self.render("plots.html", plots=PLOTS, spans=SPANS, chosen=_span())
         return page
 
     @expose("/picture/<title>.svg")
     def picture(self, title: str) -> Response:
-        """One of them."""
+        """Send one plot as SVG."""
         plot, span = PLOTS.get(title), _span()
         if plot is None:
             raise NotFound("there is no such plot")
-        with self.reading.connection() as (connection, now):
-            seen = samples(history_at(connection, minutes_of(span, now)))
-        drawn = Response(draw(plot, plot.curves(seen), span, now), mimetype="image/svg+xml")
-        drawn.headers["Content-Security-Policy"] = SVG_POLICY
-        return drawn
+        with self.reader.connection() as (connection, now):
+            history = samples(history_at(connection, minutes_of(span, now)))
+        response = Response(draw(plot, plot.curves(history), span, now), mimetype="image/svg+xml")
+        response.headers["Content-Security-Policy"] = SVG_POLICY
+        return response
 
 
 def _span() -> Span:
-    wanted = request.args.get("span")
-    return next((span for span in SPANS if span.name == wanted), SPANS[0])
+    name = request.args.get("span")
+    return next((span for span in SPANS if span.name == name), SPANS[0])
 
 
 def draw(plot: Plot, curves: Sequence[Curve], span: Span, now: datetime) -> bytes:
-    """The picture as SVG."""
+    """Draw a plot as SVG."""
     pattern = "%H:%M" if span.length.days < 2 else "%a %H:%M"
     # The x axis is POSIX time in seconds: pygal's own date axis calls datetime.utcfromtimestamp, deprecated since 3.12.
     chart: Any = pygal.XY(
@@ -130,7 +130,7 @@ def draw(plot: Plot, curves: Sequence[Curve], span: Span, now: datetime) -> byte
         xrange=((now - span.length).timestamp(), now.timestamp()),
         x_value_formatter=lambda seconds: f"{datetime.fromtimestamp(seconds, UTC):{pattern}}",
         value_formatter=lambda value: f"{value:,.4g}{' ' if plot.unit.isalpha() else ''}{plot.unit}",
-        no_data_text="nothing was written down in this time",
+        no_data_text="no data was recorded in this period",
         pretty_print=False,
         disable_xml_declaration=True,
     )
@@ -143,12 +143,12 @@ def draw(plot: Plot, curves: Sequence[Curve], span: Span, now: datetime) -> byte
 
 
 def _sparse(curves: Sequence[Curve]) -> bool:
-    """Whether there are so few points that dots help: one between two gaps makes no line."""
-    return max((sum(value is not None for _, value in curve.points) for curve in curves), default=0) <= DOTS_MOST
+    """Return whether there are few points, so that dots are drawn: a point between two gaps makes no line."""
+    return max((sum(value is not None for _, value in curve.points) for curve in curves), default=0) <= MAX_DOTS
 
 
 def _style(plot: Plot) -> Any:
-    """What belongs together has one colour."""
+    """Return the style. A curve and its limit have one colour."""
     if not plot.paired:
         return STYLE
     paired = tuple(colour for colour in COLOURS for _ in range(2))
@@ -158,8 +158,8 @@ def _style(plot: Plot) -> Any:
 def _without_scripts(svg: bytes) -> bytes:
     ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
-    root = ElementTree.fromstring(svg)  # noqa: S314  # drawn here, a moment ago
+    root = ElementTree.fromstring(svg)  # noqa: S314  # the SVG was drawn above
     for parent in list(root.iter()):
-        for child in [one for one in parent if str(one.tag).endswith("script")]:
+        for child in [element for element in parent if str(element.tag).endswith("script")]:
             parent.remove(child)
     return ElementTree.tostring(root)

@@ -1,4 +1,4 @@
-"""Serving the page for operators on one address of this machine, until it is stopped."""
+"""Serve the admin page on one address until it is stopped."""
 
 import logging
 import os
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import waitress
 
-from worker.admin.door import Door
+from worker.admin.access import AccessControl
 from worker.admin.site import make_site
 from worker.errors import Unavailable
 from worker.settings import Settings
@@ -21,26 +21,26 @@ SECONDS_PER_REQUEST = 60
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where it is served. Port 0 takes one that is free."""
+class ListenAddress:
+    """The address and port to serve on. Port 0 chooses a free port."""
 
     address: str
     port: int
 
 
-def place_of(settings: Settings, address: str | None, port: int | None) -> Place:
-    """Where to serve: as the command line says, else the settings, else 127.0.0.1:5556."""
-    chosen = settings.admin_port if port is None else port
-    return Place(address or settings.admin_address, PORT if chosen is None else chosen)
+def listen_address_of(settings: Settings, address: str | None, port: int | None) -> ListenAddress:
+    """Return the address of the command line, or of the settings, or 127.0.0.1:5556."""
+    chosen_port = settings.admin_port if port is None else port
+    return ListenAddress(address or settings.admin_address, PORT if chosen_port is None else chosen_port)
 
 
-def serve(settings: Settings, place: Place) -> None:
-    """Serves until Ctrl-C. Raises SchemaOutdated, Unavailable."""
+def serve(settings: Settings, listen_address: ListenAddress) -> None:
+    """Serve until Ctrl-C. Raises SchemaOutdated and Unavailable."""
     check_schema(engine_for(settings.database))
-    listener = _listener(place)
+    listener = _listener(listen_address)
     port = listener.getsockname()[1]
-    host = f"[{place.address}]" if ":" in place.address else place.address
-    site = make_site(settings, Door(_password(settings), place.address))
+    host = f"[{listen_address.address}]" if ":" in listen_address.address else listen_address.address
+    site = make_site(settings, AccessControl(_password(settings), listen_address.address))
     _log_to_stderr()
     server = waitress.create_server(
         site,
@@ -55,12 +55,12 @@ def serve(settings: Settings, place: Place) -> None:
 
 
 def _log_to_stderr() -> None:
-    """Who acted, and who could not come in, is told where the process is started."""
-    shown = logging.StreamHandler()
-    shown.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    ours = logging.getLogger("worker")
-    ours.addHandler(shown)
-    ours.setLevel(logging.INFO)
+    """Log to stderr, so that actions and wrong passwords are visible where the process runs."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("worker")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
 
 
 def _password(settings: Settings) -> str:
@@ -71,12 +71,13 @@ def _password(settings: Settings) -> str:
     return password
 
 
-def _listener(place: Place) -> socket.socket:
+def _listener(listen_address: ListenAddress) -> socket.socket:
     try:
-        family = socket.AF_INET6 if ":" in place.address else socket.AF_INET
-        return socket.create_server((place.address, place.port), family=family)
+        family = socket.AF_INET6 if ":" in listen_address.address else socket.AF_INET
+        return socket.create_server((listen_address.address, listen_address.port), family=family)
     except OSError as error:
-        said = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         raise Unavailable(
-            f"can't listen on {place.address} port {place.port} ({said}): see ADMIN_ADDRESS, ADMIN_PORT"
+            f"can't listen on {listen_address.address} port {listen_address.port} ({reason}): "
+            "change ADMIN_ADDRESS or ADMIN_PORT"
         ) from None

@@ -1,4 +1,4 @@
-"""The site as a whole: its pages put together behind the door, and how its troubles are said."""
+"""The admin site: all pages with access control, assets and error pages."""
 
 from pathlib import Path
 from typing import Any
@@ -7,64 +7,64 @@ from flask import Flask, Response, g, render_template, request
 from flask_admin import Admin, AdminIndexView, expose
 from werkzeug.exceptions import HTTPException, NotFound
 
+from worker.admin.access import AccessControl, guard
 from worker.admin.breakers import BreakersView
-from worker.admin.door import Door, guard
+from worker.admin.formatting import age, host_of, moment, size, without_links
 from worker.admin.jobs import JobsView
-from worker.admin.outputs import OutputsView, as_what
+from worker.admin.outputs import OutputsView, display_kind
 from worker.admin.plots import PlotsView
-from worker.admin.reading import Reading
-from worker.admin.wording import age, host_of, moment, size, without_links
+from worker.admin.reader import AdminReader
 from worker.core.display import display_lines
 from worker.errors import Unavailable, WorkerError
 from worker.settings import Settings
 
-LIST_WORDS = frozenset({"search", "status", "account", "kind", "code", "late", "held", "host", "job"})
+LIST_PARAMETERS = frozenset({"search", "status", "account", "kind", "code", "late", "held", "host", "job"})
 ASSETS = Path(__file__).with_name("assets")
 ASSET_TYPES = {"site.css": "text/css", "site.js": "text/javascript"}
 
 
 class StartView(AdminIndexView):
-    """How everything stands."""
+    """The overview page."""
 
-    def __init__(self, reading: Reading) -> None:
-        self.reading = reading
+    def __init__(self, reader: AdminReader) -> None:
+        self.reader = reader
         super().__init__(name="Overview", url="/")
 
     @expose("/")
     def index(self) -> str:
-        """Jobs by state, what is late, what is held."""
-        states = self.reading.breakers()
+        """Show jobs by state, problems and holds."""
+        states = self.reader.breakers()
         page: str = self.render(
             "start.html",
-            stands=self.reading.overview(),
-            held=[one for one in states if one.held],
+            overview=self.reader.overview(),
+            held=[state for state in states if state.held],
             states=states,
-            snapshot=self.reading.snapshot(),
+            snapshot=self.reader.snapshot(),
         )
         return page
 
 
-def make_site(settings: Settings, door: Door) -> Flask:
-    """The site on a database. It reads and acts as the command line does, with the same settings."""
+def make_site(settings: Settings, access: AccessControl) -> Flask:
+    """Make the site. It uses the same settings and functions as the command line."""
     app = Flask(__name__, static_folder=None)
-    guard(app, door)
-    reading = Reading(settings)
-    admin = Admin(app, name="fetch-worker", index_view=StartView(reading))
-    admin.add_view(JobsView(reading, name="Jobs", endpoint="jobs", url="/jobs"))
-    admin.add_view(OutputsView(reading, name="Outputs", endpoint="outputs", url="/outputs"))
-    admin.add_view(BreakersView(reading, name="Accounts", endpoint="gates", url="/accounts"))
-    admin.add_view(PlotsView(reading, name="Plots", endpoint="plots", url="/plots"))
+    guard(app, access)
+    reader = AdminReader(settings)
+    admin = Admin(app, name="fetch-worker", index_view=StartView(reader))
+    admin.add_view(JobsView(reader, name="Jobs", endpoint="jobs", url="/jobs"))
+    admin.add_view(OutputsView(reader, name="Outputs", endpoint="outputs", url="/outputs"))
+    admin.add_view(BreakersView(reader, name="Accounts", endpoint="gates", url="/accounts"))
+    admin.add_view(PlotsView(reader, name="Plots", endpoint="plots", url="/plots"))
     app.add_url_rule("/assets/<name>", "assets", _asset)
     app.after_request(_display)
-    app.register_error_handler(HTTPException, _refused)
-    app.register_error_handler(WorkerError, _trouble)
-    for shown in (age, host_of, moment, size, without_links):
-        app.jinja_env.filters[shown.__name__] = shown
+    app.register_error_handler(HTTPException, _http_error)
+    app.register_error_handler(WorkerError, _worker_error)
+    for function in (age, host_of, moment, size, without_links):
+        app.jinja_env.filters[function.__name__] = function
     app.context_processor(
         lambda: {
             "token": getattr(g, "token", ""),
             "menu": admin.menu(),
-            "as_what": as_what,
+            "display_kind": display_kind,
             "without_before": _without_before,
         }
     )
@@ -72,33 +72,33 @@ def make_site(settings: Settings, door: Door) -> Flask:
 
 
 def _display(response: Response) -> Response:
-    """Leave what moves or hides text out of a page, wherever it came from."""
+    """Remove characters that move or hide text from a page."""
     if response.mimetype in ("text/html", "image/svg+xml") and not response.direct_passthrough:
         response.set_data(display_lines(response.get_data(as_text=True)))
     return response
 
 
 def _without_before() -> dict[str, str]:
-    """What the address asks for, on the first page. The words of the address go through `url_for` as values only."""
-    return {name: value for name, value in request.args.items() if name in LIST_WORDS and value}
+    """Return the parameters of the URL without the page. They reach `url_for` only as values."""
+    return {name: value for name, value in request.args.items() if name in LIST_PARAMETERS and value}
 
 
 def _asset(name: str) -> Response:
-    """A file of ours, as long as it is one of those few."""
+    """Send one of the assets."""
     if name not in ASSET_TYPES:
         raise NotFound
     return Response((ASSETS / name).read_bytes(), mimetype=ASSET_TYPES[name])
 
 
-def _refused(error: HTTPException) -> Any:
+def _http_error(error: HTTPException) -> Any:
     if error.response is not None:
         return error
-    return _said(error.name, error.description or "", error.code or 500)
+    return _error_page(error.name, error.description or "", error.code or 500)
 
 
-def _trouble(error: WorkerError) -> Any:
-    return _said("That did not work", str(error), 503 if isinstance(error, Unavailable) else 500)
+def _worker_error(error: WorkerError) -> Any:
+    return _error_page("Error", str(error), 503 if isinstance(error, Unavailable) else 500)
 
 
-def _said(title: str, words: str, code: int) -> tuple[str, int]:
-    return render_template("trouble.html", title=title, words=words), code
+def _error_page(title: str, message: str, code: int) -> tuple[str, int]:
+    return render_template("trouble.html", title=title, message=message), code

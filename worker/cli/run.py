@@ -67,12 +67,12 @@ def admin(address: str | None, port: int | None) -> None:
     """
     settings = load("admin")
     try:
-        from worker.admin.serve import place_of, serve  # an optional dependency
+        from worker.admin.serve import listen_address_of, serve  # an optional dependency
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("worker"):
             raise
         raise SettingsError(f"`admin` needs {error.name}: pip install 'fetch-worker[admin]'") from None
-    serve(settings, place_of(settings, address, port))
+    serve(settings, listen_address_of(settings, address, port))
 
 
 COMMANDS: tuple[click.Command, ...] = (demo, up, sandbox, admin)

@@ -1,4 +1,4 @@
-// The box at the head of a list chooses all of its page.
+// The checkbox in the header of a list selects all rows of the page.
 for (const head of document.querySelectorAll("[data-chooses]")) {
   head.addEventListener("change", () => {
     for (const box of document.getElementsByName(head.dataset.chooses)) {

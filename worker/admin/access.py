@@ -1,7 +1,7 @@
-"""Who may come in: every request passes here first. Host, origin, login and token are checked, headers are set.
+"""Access control of the admin page: checks host, origin, login and token of each request, and sets headers.
 
-Nothing but the login itself and the library's own style sheets answers without a login. A request that may change
-anything is a POST with the token of its session, from a page of ours.
+Without a login, only the login page and the style sheets of Flask-Admin are served. A request that may change anything
+must be a POST from a page of this server with the token of its session.
 """
 
 import hmac
@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 
 COOKIE = "fetch_worker_admin"
 LOGIN_SECONDS = 12 * 3600.0
-LOGINS_MOST = 100
-FORM_BYTES_MOST = 1 << 20
+MAX_LOGINS = 100
+MAX_FORM_BYTES = 1 << 20
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
-WAITERS_MOST = 1_000
+MAX_WAITING_CLIENTS = 1_000
 OPEN_ENDPOINTS = frozenset({"login", "admin.static"})
 CHANGES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 POLICY = (
@@ -37,7 +37,7 @@ HEADERS = {
     "X-Frame-Options": "DENY",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
-    "Referrer-Policy": "same-origin",  # with none at all browsers hide the origin of a form, too
+    "Referrer-Policy": "same-origin",  # "no-referrer" would also hide the origin of forms
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
@@ -46,15 +46,15 @@ HEADERS = {
 
 @dataclass(slots=True)
 class Login:
-    """Somebody who is logged in, until `ends`, on the clock of the door."""
+    """A login that is valid until `ends`, a time of the clock of `AccessControl`."""
 
     token: str
     ends: float
 
 
 @dataclass(slots=True)
-class Door:
-    """The password, who is logged in, and whose guesses have to wait."""
+class AccessControl:
+    """The password, the current logins, and the waiting times after wrong passwords."""
 
     password: str
     address: str
@@ -63,49 +63,49 @@ class Door:
     _misses: OrderedDict[str, tuple[int, float]] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def wait(self, guest: str) -> float:
-        """Seconds until this guest may try again."""
+    def wait(self, client: str) -> float:
+        """Return the seconds until a client may try again."""
         with self._lock:
-            return max(0.0, self._misses.get(guest, (0, 0.0))[1] - self.clock())
+            return max(0.0, self._misses.get(client, (0, 0.0))[1] - self.clock())
 
-    def enter(self, guest: str, password: str) -> str | None:
-        """A new login's id for the right password. Each wrong one makes the guest wait twice as long as before.
+    def enter(self, client: str, password: str) -> str | None:
+        """Return the id of a new login for the right password, else `None`.
 
-        Who has to wait is not listened to.
+        Each wrong password doubles the waiting time of the client. A client that must wait is always refused.
         """
         with self._lock:
-            if self.clock() < self._misses.get(guest, (0, 0.0))[1]:
+            if self.clock() < self._misses.get(client, (0, 0.0))[1]:
                 return None
             if hmac.compare_digest(password.encode(), self.password.encode()):
-                self._misses.pop(guest, None)
+                self._misses.pop(client, None)
                 return self._new_login()
-            times = self._misses.pop(guest, (0, 0.0))[0]
-            self._misses[guest] = (times + 1, self.clock() + min(FIRST_WAIT * 2 ** min(times, 10), LONGEST_WAIT))
-            while len(self._misses) > WAITERS_MOST:
+            times = self._misses.pop(client, (0, 0.0))[0]
+            self._misses[client] = (times + 1, self.clock() + min(FIRST_WAIT * 2 ** min(times, 10), LONGEST_WAIT))
+            while len(self._misses) > MAX_WAITING_CLIENTS:
                 self._misses.popitem(last=False)
             return None
 
     def _new_login(self) -> str:
         name = secrets.token_urlsafe(24)
         self._logins[name] = Login(secrets.token_urlsafe(24), self.clock() + LOGIN_SECONDS)
-        while len(self._logins) > LOGINS_MOST:
+        while len(self._logins) > MAX_LOGINS:
             self._logins.popitem(last=False)
         return name
 
     def login(self, name: object) -> Login | None:
-        """The login of this id, while it lasts."""
+        """Return the login with this id, or `None` if it does not exist or has ended."""
         with self._lock:
-            found = self._logins.get(name) if isinstance(name, str) else None
-            return found if found is not None and self.clock() < found.ends else None
+            login = self._logins.get(name) if isinstance(name, str) else None
+            return login if login is not None and self.clock() < login.ends else None
 
     def leave(self, name: object) -> None:
-        """Ends a login: its cookie opens nothing any more, wherever a copy of it may be."""
+        """End a login, also for copies of its cookie."""
         with self._lock:
             if isinstance(name, str):
                 self._logins.pop(name, None)
 
     def knows(self, host: str) -> bool:
-        """Whether this server may be called by that name. Any other is a page elsewhere that points its name at us."""
+        """Return whether a Host header names this server. Other names are refused (DNS rebinding)."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
@@ -119,25 +119,25 @@ class Door:
         return bound.is_unspecified or (called.is_loopback and bound.is_loopback)
 
 
-def guard(app: Flask, door: Door) -> None:
-    """Puts the door before every page of an app."""
-    app.secret_key = secrets.token_bytes(32)  # nobody stays logged in over a restart
+def guard(app: Flask, access: AccessControl) -> None:
+    """Check every request of an app with `access`."""
+    app.secret_key = secrets.token_bytes(32)  # a restart ends all logins
     app.config.update(
         SESSION_COOKIE_NAME=COOKIE,
         SESSION_COOKIE_HTTPONLY=True,
         SESSION_COOKIE_SAMESITE="Strict",
-        MAX_CONTENT_LENGTH=FORM_BYTES_MOST,
-        MAX_FORM_MEMORY_SIZE=FORM_BYTES_MOST,
+        MAX_CONTENT_LENGTH=MAX_FORM_BYTES,
+        MAX_FORM_MEMORY_SIZE=MAX_FORM_BYTES,
     )
 
     def check() -> AnyResponse | None:
-        return _check(door)
+        return _check(access)
 
     def log_in() -> AnyResponse | str:
-        return _log_in(door)
+        return _log_in(access)
 
     def log_out() -> AnyResponse:
-        door.leave(session.pop("login", None))
+        access.leave(session.pop("login", None))
         return redirect(url_for("login"))
 
     app.before_request(check)
@@ -146,12 +146,12 @@ def guard(app: Flask, door: Door) -> None:
     app.add_url_rule("/logout", "logout", log_out, methods=["POST"])
 
 
-def _check(door: Door) -> AnyResponse | None:
-    if not door.knows(request.host):
-        raise MisdirectedRequest("this server has another name: see ADMIN_ADDRESS")
+def _check(access: AccessControl) -> AnyResponse | None:
+    if not access.knows(request.host):
+        raise MisdirectedRequest("this is not the name of this server: see ADMIN_ADDRESS")
     if request.method in CHANGES:
-        _refuse_strangers()
-    login = door.login(session.get("login"))
+        _refuse_other_sites()
+    login = access.login(session.get("login"))
     g.token = "" if login is None else login.token
     if request.endpoint in OPEN_ENDPOINTS:
         return None
@@ -160,17 +160,17 @@ def _check(door: Door) -> AnyResponse | None:
     if request.method in CHANGES and not hmac.compare_digest(
         request.form.get("token", "").encode(), login.token.encode()
     ):
-        raise Forbidden("the form is not of this login, or too old: go back, load the page again, try once more")
+        raise Forbidden("the form is too old or belongs to another login: go back, reload the page and try again")
     return None
 
 
-def _refuse_strangers() -> None:
-    """A form of another site is refused, whatever it carries: browsers say where a request comes from."""
+def _refuse_other_sites() -> None:
+    """Refuse forms of other sites, by the headers in which browsers send the origin of a request."""
     site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
     if site not in (None, "same-origin", "none"):
-        raise Forbidden("this form is of another site")
+        raise Forbidden("this form belongs to another site")
     if origin is not None and urlsplit(origin).netloc.lower() != request.host.lower():
-        raise Forbidden("this form is of another site")
+        raise Forbidden("this form belongs to another site")
 
 
 def _to_login() -> AnyResponse:
@@ -179,27 +179,31 @@ def _to_login() -> AnyResponse:
     return redirect(url_for("login", then=request.full_path.rstrip("?")))
 
 
-def _log_in(door: Door) -> AnyResponse | str:
+def _log_in(access: AccessControl) -> AnyResponse | str:
     then = own_path(request.values.get("then", "/"))
-    guest = request.remote_addr or ""
+    client = request.remote_addr or ""
     if request.method == "GET":
         return render_template("login.html", then=then)
-    wait = door.wait(guest)
+    wait = access.wait(client)
     if wait > 0:
-        said = f"Too many wrong passwords: wait {wait:.0f} seconds." if wait >= 1 else "Wait a moment, then try again."
-        return Response(render_template("login.html", then=then, said=said), 429, {"Retry-After": f"{wait + 1:.0f}"})
-    name = door.enter(guest, request.form.get("password", ""))
+        message = (
+            f"Too many wrong passwords: wait {wait:.0f} seconds." if wait >= 1 else "Wait a moment, then try again."
+        )
+        return Response(
+            render_template("login.html", then=then, message=message), 429, {"Retry-After": f"{wait + 1:.0f}"}
+        )
+    name = access.enter(client, request.form.get("password", ""))
     if name is None:
-        log.warning("a wrong password from=%s", guest)
-        return Response(render_template("login.html", then=then, said="That is not the password."), 401)
-    door.leave(session.get("login"))
+        log.warning("wrong password from=%s", client)
+        return Response(render_template("login.html", then=then, message="The password is wrong."), 401)
+    access.leave(session.get("login"))
     session.clear()
     session["login"] = name
     return redirect(then)
 
 
 def own_path(path: str) -> str:
-    """A path of this server to go to, never another server's."""
+    """Return a path of this server, or `/` if it could lead to another server."""
     plain = path.startswith("/") and not path.startswith(("//", "/\\")) and path.isprintable() and "\\" not in path
     return path if plain else "/"
 

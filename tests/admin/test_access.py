@@ -1,4 +1,4 @@
-"""The door: what a guest can do (nothing), what a form must carry, by which names the server answers."""
+"""Access control: requests without a login, tokens of forms, Host headers and passwords."""
 
 import re
 import shutil
@@ -13,7 +13,7 @@ from sqlalchemy.engine import make_url
 
 from tests.admin_pages import PASSWORD, Clock, Operator, add_stored
 from tests.rows import add_job, read_job
-from worker.admin.door import LOGIN_SECONDS, OPEN_ENDPOINTS, Door
+from worker.admin.access import LOGIN_SECONDS, OPEN_ENDPOINTS, AccessControl
 from worker.store.engine import make_engine
 from worker.store.schema import breakers
 
@@ -22,16 +22,16 @@ ACTIONS = ("retry", "cancel", "hold", "resume")
 
 @pytest.fixture
 def engine(migrated_sqlite: Path, tmp_path: Path) -> Iterator[Engine]:
-    """One database is enough to be kept out of."""
+    """SQLite only: access control does not depend on the database."""
     shutil.copy(migrated_sqlite, tmp_path / "test.db")
-    made = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
-    yield made
-    made.dispose()
+    engine = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
+    yield engine
+    engine.dispose()
 
 
 def filled(rule: str) -> str:
-    """An address of a rule, with something in its places."""
-    return re.sub(r"<(?:(\w+):)?\w+>", lambda found: "1" if found[1] == "int" else "site.css", rule)
+    """Return a URL for a rule, with values for its parameters."""
+    return re.sub(r"<(?:(\w+):)?\w+>", lambda match: "1" if match[1] == "int" else "site.css", rule)
 
 
 def test_no_page_and_no_action_answers_without_a_login(
@@ -43,15 +43,15 @@ def test_no_page_and_no_action_answers_without_a_login(
     before = read_job(engine, job_id)
     rules = [rule for rule in site.url_map.iter_rules() if rule.endpoint not in OPEN_ENDPOINTS]
 
-    said = {}
+    answers = {}
     for rule in rules:
-        said[rule.rule, "GET"] = guest.get(filled(rule.rule))
+        answers[rule.rule, "GET"] = guest.get(filled(rule.rule))
         for action in ACTIONS:
             form = {"action": action, "rowid": job_id, "confirmed": "yes", "scope": "account", "name": "default"}
-            said[rule.rule, action] = guest.post(filled(rule.rule), data=form)
+            answers[rule.rule, action] = guest.post(filled(rule.rule), data=form)
 
     assert len(rules) >= 12
-    for (path, method), answer in said.items():
+    for (path, method), answer in answers.items():
         to_login = answer.status_code == 302 and answer.headers["Location"].startswith("/login")
         assert to_login or answer.status_code == 401, (path, method, answer.status_code)
         assert b"bytes" not in answer.data
@@ -60,7 +60,7 @@ def test_no_page_and_no_action_answers_without_a_login(
         assert connection.execute(select(breakers)).all() == []
 
 
-def test_the_addresses_that_would_edit_or_delete_do_not_exist(site: Flask) -> None:
+def test_there_are_no_urls_to_edit_or_delete_rows(site: Flask) -> None:
     endpoints = {rule.endpoint.rpartition(".")[2] for rule in site.url_map.iter_rules()}
 
     assert endpoints == {
@@ -96,7 +96,7 @@ def test_a_form_without_the_token_of_its_login_changes_nothing(
         {"Sec-Fetch-Site": "same-site"},
     ],
 )
-def test_a_form_of_another_site_changes_nothing_even_with_the_token(
+def test_a_form_of_another_site_is_refused_even_with_the_token(
     headers: dict[str, str], operator: Operator, engine: Engine
 ) -> None:
     with engine.begin() as connection:
@@ -110,7 +110,7 @@ def test_a_form_of_another_site_changes_nothing_even_with_the_token(
     assert read_job(engine, job_id).status == "pending"
 
 
-def test_a_page_of_our_own_may_send_forms(operator: Operator, engine: Engine) -> None:
+def test_a_form_of_the_same_site_is_accepted(operator: Operator, engine: Engine) -> None:
     with engine.begin() as connection:
         job_id = add_job(connection)
     form = {"token": operator.token, "action": "cancel", "rowid": job_id, "confirmed": "yes"}
@@ -122,7 +122,7 @@ def test_a_page_of_our_own_may_send_forms(operator: Operator, engine: Engine) ->
     assert read_job(engine, job_id).status == "cancelled"
 
 
-def test_a_get_never_changes_anything(operator: Operator, engine: Engine) -> None:
+def test_a_get_request_changes_nothing(operator: Operator, engine: Engine) -> None:
     with engine.begin() as connection:
         job_id = add_job(connection)
     query = {"token": operator.token, "action": "cancel", "rowid": job_id, "confirmed": "yes"}
@@ -137,7 +137,7 @@ def test_a_get_never_changes_anything(operator: Operator, engine: Engine) -> Non
     ("address", "host", "known"),
     [
         ("127.0.0.1", "127.0.0.1:5556", True),
-        ("127.0.0.1", "localhost:8000", True),  # through a tunnel, on a port of its own
+        ("127.0.0.1", "localhost:8000", True),  # through a tunnel with another port
         ("127.0.0.1", "[::1]:5556", True),
         ("127.0.0.1", "elsewhere.test:5556", False),
         ("127.0.0.1", "127.0.0.1.elsewhere.test", False),
@@ -151,15 +151,15 @@ def test_a_get_never_changes_anything(operator: Operator, engine: Engine) -> Non
         ("127.0.0.1", "", False),
     ],
 )
-def test_the_server_answers_by_its_own_names_alone(address: str, host: str, known: bool) -> None:
-    assert Door(PASSWORD, address).knows(host) is known
+def test_only_the_names_of_the_server_are_accepted(address: str, host: str, known: bool) -> None:
+    assert AccessControl(PASSWORD, address).knows(host) is known
 
 
-def test_a_name_that_somebody_pointed_at_us_gets_no_page(guest: FlaskClient) -> None:
+def test_an_unknown_host_header_gets_no_page(guest: FlaskClient) -> None:
     assert guest.get("/login", headers={"Host": "elsewhere.test"}).status_code == 421
 
 
-def test_wrong_passwords_open_nothing_and_make_the_guest_wait(guest: FlaskClient, clock: Clock) -> None:
+def test_wrong_passwords_are_refused_and_cause_a_wait(guest: FlaskClient, clock: Clock) -> None:
     first = guest.post("/login", data={"password": "wrong"})
     at_once = guest.post("/login", data={"password": PASSWORD})
     clock.now += 0.6
@@ -176,24 +176,24 @@ def test_wrong_passwords_open_nothing_and_make_the_guest_wait(guest: FlaskClient
     assert guest.get("/jobs/").status_code == 200
 
 
-def test_after_a_hundred_wrong_passwords_the_next_guess_is_half_a_minute_away() -> None:
+def test_after_a_hundred_wrong_passwords_the_wait_is_half_a_minute() -> None:
     clock = Clock()
-    door = Door(PASSWORD, "127.0.0.1", clock)
+    access = AccessControl(PASSWORD, "127.0.0.1", clock)
     for _ in range(100):
-        clock.now += door.wait("guest") + 0.001
-        assert door.enter("guest", "wrong") is None
+        clock.now += access.wait("guest") + 0.001
+        assert access.enter("guest", "wrong") is None
 
-    assert 29 < door.wait("guest") <= 30
-    assert door.enter("guest", PASSWORD) is None
-    assert door.enter("another guest", PASSWORD) is not None
+    assert 29 < access.wait("guest") <= 30
+    assert access.enter("guest", PASSWORD) is None
+    assert access.enter("another guest", PASSWORD) is not None
 
 
 @pytest.mark.parametrize("then", ["https://elsewhere.test/", "//elsewhere.test", "/\\elsewhere.test", "jobs"])
-def test_the_login_leads_to_no_other_server(then: str, guest: FlaskClient) -> None:
+def test_the_login_does_not_redirect_to_another_server(then: str, guest: FlaskClient) -> None:
     assert guest.post("/login", data={"password": PASSWORD, "then": then}).headers["Location"] == "/"
 
 
-def test_logging_out_ends_the_login_wherever_its_cookie_is(site: Flask, operator: Operator) -> None:
+def test_logging_out_ends_the_login_for_copies_of_its_cookie_too(site: Flask, operator: Operator) -> None:
     cookie = operator.client.get_cookie("fetch_worker_admin")
     assert cookie is not None
     thief = site.test_client()
@@ -213,13 +213,13 @@ def test_a_login_lasts_half_a_day(operator: Operator, clock: Clock) -> None:
     assert (in_time, operator.client.get("/jobs/").status_code) == (200, 302)
 
 
-def test_the_cookie_is_for_this_site_and_for_no_script(guest: FlaskClient) -> None:
+def test_the_cookie_is_http_only_and_same_site(guest: FlaskClient) -> None:
     cookie = guest.post("/login", data={"password": PASSWORD}).headers["Set-Cookie"]
 
     assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= {part.strip() for part in cookie.split(";")}
 
 
-def test_every_page_forbids_frames_scripts_of_others_and_keeping(operator: Operator, tmp_path: Path) -> None:
+def test_every_page_has_the_security_headers(operator: Operator, tmp_path: Path) -> None:
     paths = ("/", "/jobs/", "/login", "/plots/picture/delay.svg", "/assets/site.css", "/nowhere")
     for path in paths:
         headers = operator.client.get(path).headers
@@ -240,5 +240,5 @@ def test_no_page_loads_anything_from_another_server(operator: Operator, engine: 
         text = operator.client.get(path).text
         loaded = re.findall(r'<(?:script|link|img|video|audio|iframe|form)[^>]*?(?:src|href|action)="([^"]*)"', text)
         assert loaded
-        assert [one for one in loaded if not one.startswith(("/", "data:,")) or one.startswith("//")] == []
+        assert [url for url in loaded if not url.startswith(("/", "data:,")) or url.startswith("//")] == []
         assert re.findall(r"<script(?![^>]*\bsrc=)|\son\w+=|style=", text) == []

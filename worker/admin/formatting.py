@@ -1,4 +1,4 @@
-"""How values are put before a reader: ages, sizes, moments, hosts. Pure; whatever shows them escapes them."""
+"""Format values for the pages: ages, sizes, times and hosts. Pure; the templates escape the results."""
 
 import re
 from datetime import datetime
@@ -9,21 +9,21 @@ UNITS = (("d", 86_400, "h", 3_600), ("h", 3_600, "min", 60), ("min", 60, "s", 1)
 
 
 def age(seconds: float) -> str:
-    """A length of time in one or two units.
+    """Format a duration in one or two units.
 
     >>> age(4.2), age(75), age(3_700), age(200_000)
     ('4 s', '1 min 15 s', '1 h 1 min', '2 d 7 h')
     """
-    left = max(0, int(seconds))
-    for unit, length, smaller, least in UNITS:
-        if left >= length:
-            rest = left % length // least
-            return f"{left // length} {unit}" + (f" {rest} {smaller}" if rest else "")
-    return f"{left} s"
+    whole_seconds = max(0, int(seconds))
+    for unit, length, smaller_unit, smaller_length in UNITS:
+        if whole_seconds >= length:
+            remainder = whole_seconds % length // smaller_length
+            return f"{whole_seconds // length} {unit}" + (f" {remainder} {smaller_unit}" if remainder else "")
+    return f"{whole_seconds} s"
 
 
 def size(count: int) -> str:
-    """Bytes as people say them.
+    """Format a number of bytes.
 
     >>> size(999), size(391_002), size(5_000_000_000)
     ('999 bytes', '391 kB', '5.0 GB')
@@ -37,7 +37,7 @@ def size(count: int) -> str:
 
 
 def moment(value: datetime | None) -> str:
-    """A time in UTC, to the second.
+    """Format a time in UTC, to the second.
 
     >>> moment(None)
     ''
@@ -46,7 +46,7 @@ def moment(value: datetime | None) -> str:
 
 
 def host_of(url: str) -> str:
-    """The host of a link: all of it that is shown, since whoever has a signed link needs no login.
+    """Return the host of a link. The rest is not shown, because a signed link needs no login.
 
     >>> host_of("https://cdn.example/a/b.png?Signature=secret"), host_of("data:image/png;sha256=ab"), host_of("https://[")
     ('cdn.example', 'data:', '?')
@@ -58,17 +58,17 @@ def host_of(url: str) -> str:
         return "?"
 
 
-def counted(number: int, one: str) -> str:
-    """How many there are of something.
+def format_count(number: int, noun: str) -> str:
+    """Format a number with its noun.
 
-    >>> counted(1, "job"), counted(1200, "job")
+    >>> format_count(1, "job"), format_count(1200, "job")
     ('1 job', '1,200 jobs')
     """
-    return f"{number:,} {one}" + ("" if number == 1 else "s")
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def without_links(text: str | None) -> str:
-    """A text whose links end with their host.
+    """Cut the links in a text after their host.
 
     >>> without_links("404 of https://cdn.example/a.png?Signature=secret, again later")
     '404 of https://cdn.example/…, again later'

@@ -1,4 +1,4 @@
-"""What the pages read: short transactions on the worker's own tables, each over before anything is sent."""
+"""The queries of the pages: short transactions, each committed before the page is rendered."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -31,7 +31,7 @@ RATES_FRESH = timedelta(minutes=3)
 
 @dataclass(frozen=True, slots=True)
 class JobPage:
-    """One job as its page shows it."""
+    """The data of the page of one job."""
 
     job: Row[Any]
     why: str
@@ -46,7 +46,7 @@ class JobPage:
 
 @dataclass(frozen=True, slots=True)
 class BreakerState:
-    """An account or a host, whether it is held, its requests per second, and whether jobs wait for it."""
+    """An account or host: its circuit breaker, whether it is held, its requests per second, and whether jobs wait."""
 
     breaker: CircuitBreaker
     held: bool
@@ -56,59 +56,59 @@ class BreakerState:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """The database as the pages see it."""
+class AdminReader:
+    """Reads the data of the pages."""
 
     settings: Settings
 
     @property
     def engine(self) -> Engine:
-        """This process's engine."""
+        """The engine of this process."""
         return engine_for(self.settings.database)
 
     @contextmanager
     def connection(self) -> Iterator[tuple[Connection, datetime]]:
-        """A transaction, and the database's time. Raises SchemaOutdated, Unavailable."""
+        """Open a transaction and read the time of the database. Raises SchemaOutdated and Unavailable."""
         with translate_errors(self.settings.database), self.engine.connect() as connection:
             yield connection, database_now(connection)
 
     def job(self, job_id: int) -> JobPage | None:
-        """A job with all that belongs to it, or None."""
+        """Return a job with its outputs, events and explanation, or `None`."""
         with self.connection() as (connection, now):
             job = job_row(connection, job_id)
             if job is None:
                 return None
-            settings = self.as_the_workers([job.account])
+            settings = self.with_placeholder_keys([job.account])
             outputs, events = outputs_of(connection, [job_id]), events_of(connection, job_id)
-            believed = ready_estimate(connection, job)
-            said = why(connection, job, outputs, settings)
+            estimate = ready_estimate(connection, job)
+            reason = why(connection, job, outputs, settings)
             context = read_context(connection, job, outputs, events, settings)
-        explanation = read_explanation(context, _budget(settings.redis))
+        explanation = read_explanation(context, _rate_limiter(settings.redis))
         return JobPage(
             job=job,
-            why=said,
+            why=reason,
             now=now,
             outputs=list(outputs[:OUTPUTS_SHOWN]),
             events=list(events),
             answers=parse_history(job.last_answer),
-            likely="" if believed is None else f"{believed.chance_now:.0%}",
+            likely="" if estimate is None else f"{estimate.chance_now:.0%}",
             findings=explanation.findings,
             advice=explanation.advice,
         )
 
     def output(self, output_id: int) -> Row[Any] | None:
-        """One output, or None."""
+        """Return an output, or `None`."""
         with self.connection() as (connection, _):
             return output_row(connection, output_id)
 
     def breakers(self) -> list[BreakerState]:
-        """Every account and host that anything is known of, those that are held first."""
+        """Return all accounts and hosts, held ones first."""
         with self.connection() as (connection, now):
-            known = all_breakers(connection)
+            breakers = all_breakers(connection)
             waiting = waiting_accounts(connection)
             rates = _rates(connection, now)
         for name in waiting:
-            known.setdefault(("account", name), CircuitBreaker("account", name))
+            breakers.setdefault(("account", name), CircuitBreaker("account", name))
         states = [
             BreakerState(
                 breaker,
@@ -117,41 +117,41 @@ class Reading:
                 breaker.name in waiting,
                 now,
             )
-            for breaker in known.values()
+            for breaker in breakers.values()
         ]
         return sorted(states, key=lambda state: (not state.held, state.breaker.scope, state.breaker.name))
 
     def overview(self) -> Overview:
-        """How everything stands."""
+        """Return the state of all jobs and accounts."""
         with self.connection() as (connection, _):
-            return overview(connection, self.as_the_workers(waiting_accounts(connection)))
+            return overview(connection, self.with_placeholder_keys(waiting_accounts(connection)))
 
     def snapshot(self) -> Snapshot:
-        """What `top` shows: the troubles that there are."""
+        """Return the snapshot that `top` shows."""
         with self.connection() as (connection, _):
             accounts = waiting_accounts(connection)
-        return SnapshotReader(self.engine, self.as_the_workers(accounts)).read()
+        return SnapshotReader(self.engine, self.with_placeholder_keys(accounts)).read()
 
-    def as_the_workers(self, accounts: Iterable[str]) -> Settings:
-        """The settings with a key for these accounts, where this process has none.
+    def with_placeholder_keys(self, accounts: Iterable[str]) -> Settings:
+        """Return the settings, with a placeholder key for these accounts if this process has no keys.
 
-        It needs none, so it can't tell which accounts have one in the workers' environment, and must not say.
+        The admin page needs no keys, so it does not know which accounts have one in the environment of the workers.
         """
         if self.settings.keys:
             return self.settings
-        stand_ins = SecretStr(json.dumps(dict.fromkeys(accounts, "in the environment of the workers")))
-        same = self.settings.model_copy(update={"sd_api_keys": stand_ins, "sd_api_keys_file": None})
-        same.__dict__.pop("keys", None)  # read already, and copied
-        return same
+        placeholders = SecretStr(json.dumps(dict.fromkeys(accounts, "in the environment of the workers")))
+        settings = self.settings.model_copy(update={"sd_api_keys": placeholders, "sd_api_keys_file": None})
+        settings.__dict__.pop("keys", None)  # drop the copied cached value
+        return settings
 
 
 @cache
-def _budget(redis_url: str) -> RateLimiter:
+def _rate_limiter(redis_url: str) -> RateLimiter:
     return RateLimiter(redis_url)
 
 
 def _rates(connection: Connection, now: datetime) -> dict[str, float]:
-    """Requests per second in force, by account, as the workers wrote them down just now: their settings decide."""
+    """Return the current requests per second by account, as the workers recorded them from their own settings."""
     latest = latest_history(connection)
     if latest is None or now - latest > RATES_FRESH:
         return {}

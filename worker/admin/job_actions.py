@@ -1,0 +1,86 @@
+"""Actions of operators on jobs, accounts and hosts. Each returns a sentence with its result."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from worker.admin.formatting import format_count
+from worker.client.holds import hold, hold_account_or_host, resume, resume_account_or_host
+from worker.client.tracking import cancel, retry
+from worker.core.circuit_breaker import Scope
+from worker.errors import JobNotFound, Unavailable
+from worker.store.jobs import MAX_ID
+
+log = logging.getLogger(__name__)
+
+MAX_JOBS = 500  # jobs per form
+
+
+@dataclass(frozen=True, slots=True)
+class JobAction:
+    """An action on jobs: its button, its meaning, and the words for jobs that changed and that did not."""
+
+    name: str
+    label: str
+    meaning: str
+    done: str
+    unchanged: str
+    work: Callable[[int], bool]
+
+
+JOB_ACTIONS: Mapping[str, JobAction] = {
+    action.name: action
+    for action in (
+        JobAction("retry", "Retry", "Failed and expired jobs are tried again at once, with a new deadline.",
+            "retried", "neither failed nor expired", retry),
+        JobAction("cancel", "Cancel", "The jobs end; their stored files stay. This can't be undone.",
+            "cancelled", "already final", cancel),
+        JobAction("hold", "Hold", "The jobs are not polled until they are resumed. Only pending jobs can be held.",
+            "held", "not pending or already held", hold),
+        JobAction("resume", "Resume", "Held and waiting jobs, and jobs of a dead process, continue at once.",
+            "resumed", "not waiting", resume),
+    )
+}  # fmt: skip
+
+
+def job_ids(values: Sequence[str]) -> list[int]:
+    """Return the job ids of a form without duplicates. Invalid ids are left out."""
+    numbers = (value for value in values[:MAX_JOBS] if value.isascii() and value.isdecimal() and len(value) < 20)
+    return list(dict.fromkeys(number for number in map(int, numbers) if 0 < number <= MAX_ID))
+
+
+def act_on(action: JobAction, ids: Sequence[int]) -> str:
+    """Apply an action to each job, in the order of their ids. Return the result as a sentence."""
+    outcomes, error = _apply_to_each(action, sorted(ids))
+    changed, unchanged, missing = (outcomes[outcome] for outcome in ("changed", "unchanged", "missing"))
+    parts = [f"{format_count(changed, 'job')} {action.done}"]
+    if unchanged:
+        parts.append(f"{unchanged:,} {'was' if unchanged == 1 else 'were'} {action.unchanged}")
+    if missing:
+        parts.append(f"{missing:,} {'does' if missing == 1 else 'do'} not exist")
+    if error:
+        parts.append(f"{len(ids) - outcomes.total():,} not changed: {error}")
+    log.info("%s by an operator jobs=%s changed=%s", action.name, ",".join(map(str, sorted(ids))), changed)
+    return ", ".join(parts) + "."
+
+
+def _apply_to_each(action: JobAction, ids: Sequence[int]) -> tuple[Counter[str], str]:
+    """Return how many jobs changed, did not change or do not exist, and the error that ended the run, if any."""
+    outcomes: Counter[str] = Counter()
+    for job_id in ids:
+        try:
+            outcomes["changed" if action.work(job_id) else "unchanged"] += 1
+        except JobNotFound:
+            outcomes["missing"] += 1
+        except Unavailable as error:
+            return outcomes, str(error)
+    return outcomes, ""
+
+
+def act_on_breaker(name: str, scope: Scope, breaker: str) -> str:
+    """Hold or resume a whole account or host. Return the result as a sentence."""
+    if name == "hold":
+        return f"The {scope} {breaker} {'is held' if hold_account_or_host(scope, breaker) else 'was already held'}."
+    changed = resume_account_or_host(scope, breaker)
+    return f"The {scope} {breaker} {'is resumed: it is tried at once' if changed else 'was already open'}."
