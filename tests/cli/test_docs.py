@@ -45,3 +45,15 @@ def test_an_unknown_topic_is_a_wrong_usage_that_names_the_topics(capsys: pytest.
 
 def test_no_page_shows_the_marks_of_its_generated_parts() -> None:
     assert [topic for topic, text in manual_pages().items() if "<!--" in text] == []
+
+
+def test_a_narrow_terminal_gets_every_character_of_a_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("COLUMNS", "60")
+
+    assert run_command(["docs", "settings"]) == 0
+
+    assert capsys.readouterr().out.count("…") == PAGES["settings"].count("…")  # else a word was cut off

@@ -3,10 +3,16 @@
 import re
 import sys
 from importlib.resources import files
+from typing import TYPE_CHECKING, ClassVar
 
 import click
+from rich.table import Table
 
 from worker.system.terminal import echo, make_console
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.markdown import Markdown
 
 COMMENT = re.compile(r"<!--.*?-->\n\n?")  # marks the generated parts of a page
 FIRST_LINE = 2  # of a page: its title, an empty line, and one sentence that says what it is about
@@ -28,9 +34,7 @@ def docs(topic: str | None) -> None:
     if not sys.stdout.isatty():
         click.echo(pages[name], nl=False)
         return
-    from rich.markdown import Markdown  # only here: it loads a syntax highlighter
-
-    make_console().print(Markdown(pages[name]))
+    make_console().print(_formatted(pages[name]))
 
 
 def manual_pages() -> dict[str, str]:
@@ -40,6 +44,23 @@ def manual_pages() -> dict[str, str]:
     topics = re.findall(r"\]\(([a-z-]+)\.md\)", index)
     pages = {"index": index} | {name: (folder / f"{name}.md").read_text(encoding="utf-8") for name in topics}
     return {name: COMMENT.sub("", text) for name, text in pages.items()}
+
+
+def _formatted(text: str) -> "Markdown":
+    """Return a page for a terminal. Long words in tables are folded; rich would cut them off."""
+    from rich.markdown import Markdown, TableElement  # only here: they load a syntax highlighter
+
+    class FoldedTable(TableElement):
+        def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+            for part in super().__rich_console__(console, options):
+                for column in part.columns if isinstance(part, Table) else ():
+                    column.overflow = "fold"
+                yield part
+
+    class Page(Markdown):
+        elements: ClassVar = {**Markdown.elements, "table_open": FoldedTable}
+
+    return Page(text)
 
 
 COMMANDS: tuple[click.Command, ...] = (docs,)
