@@ -112,7 +112,7 @@ def test_a_database_that_is_away_does_not_stop_a_download(
             time.sleep(EVERY)
 
     assert len(tries) >= 3, "it goes on trying"
-    assert "could not be written reason=OSError" in caplog.text
+    assert "could not record the received bytes reason=OSError" in caplog.text
     assert "secret" not in caplog.text
     _assert_no_thread()
 

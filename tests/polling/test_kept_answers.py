@@ -23,11 +23,11 @@ from worker.store.claims import ClaimedJob
 from worker.store.counters import Tally
 from worker.store.engine import database_now
 from worker.store.jobs import finish_job_if_done
+from worker.store.kept_answers import KeptAnswer, answers_of, keep_answers
 from worker.store.late_looks import due_looks, look_of
 from worker.store.promises import promise_row
 from worker.store.revival import revive
 from worker.store.schema import events, late_looks, outputs
-from worker.store.unread import KeptAnswer, answers_of, keep_answers
 from worker.system.redaction import Scrubber
 from worker.vendor.replies import Question
 from worker.vendor.shapes import TOO_LARGE

@@ -24,10 +24,10 @@ from worker.polling.api_client import ApiClient
 from worker.polling.late_looks import LateLooks
 from worker.store.breakers import all_breakers, locked_breaker, save_breaker
 from worker.store.engine import database_now, make_engine
+from worker.store.kept_answers import answers_of
 from worker.store.late_looks import look_of
 from worker.store.migrate import migrate
 from worker.store.schema import events, jobs, late_looks, outputs, promises
-from worker.store.unread import answers_of
 from worker.system.redaction import Scrubber
 from worker.vendor.fetch_url import AllowedApi
 

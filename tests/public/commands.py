@@ -22,9 +22,9 @@ from worker.settings import load
 from worker.store.counters import Tally
 from worker.store.engine import close_engines, engine_for, make_engine
 from worker.store.events import create_events
+from worker.store.kept_answers import KeptAnswer, keep_answers
 from worker.store.migrate import migrate
 from worker.store.schema import events, jobs
-from worker.store.unread import KeptAnswer, keep_answers
 
 NOWHERE = "redis://127.0.0.1:1/0"  # a closed port
 ANSWER = '{"status": "success", "id": 77, "output": ["https://cdn.test/a.png"]}'

@@ -10,8 +10,8 @@ from sqlalchemy import Connection, Engine, insert
 from tests.rows import LEASE, NOW, job_values, seconds
 from worker.store.claims import DueGroup, claim_jobs, due_groups
 from worker.store.jobs import waiting_accounts
-from worker.store.reports.live import last_failures
 from worker.store.reports.search import JobFilter, find_job_ids
+from worker.store.reports.snapshot_rows import last_failures
 from worker.store.reports.stats import waiting_by_account, waiting_by_kind
 from worker.store.schema import jobs
 

@@ -29,8 +29,8 @@ from worker.settings import Settings, load
 from worker.store.engine import engine_for, translate_errors
 from worker.store.events import events_of
 from worker.store.jobs import job_row, outputs_of
+from worker.store.kept_answers import answers_of
 from worker.store.late_looks import look_of
-from worker.store.unread import answers_of
 from worker.system.terminal import echo
 
 NODES_SECONDS = 1.5

@@ -10,7 +10,7 @@ from worker.cli.output import json_option, moment, plain, print_json, print_tabl
 from worker.operations.unread import Reread, apply
 from worker.settings import Settings, load
 from worker.store.engine import engine_for, translate_errors
-from worker.store.unread import answer_shapes, answers_of
+from worker.store.kept_answers import answer_shapes, answers_of
 from worker.system.terminal import echo
 
 COLUMNS = ("job_id", "at", "http_status", "shape", "body")

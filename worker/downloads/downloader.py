@@ -43,8 +43,8 @@ from worker.core.plain_text import plain_text
 from worker.core.refusals import HEAD_BYTES, is_dead_link
 from worker.core.reply import MAX_URL
 from worker.core.urls import percent_encoded, redirect_target
+from worker.downloads.content_coding import TooLarge, detect_coding, unpack
 from worker.downloads.progress import ReceivedBytes
-from worker.downloads.unpacking import TooLarge, detect_coding, unpack
 from worker.errors import StorageTrouble
 from worker.net.address_guard import Guard, RefusedTarget
 from worker.net.deadlines import TimeLimit

@@ -29,7 +29,7 @@ from worker.store.claims import DueGroup, due_groups
 from worker.store.engine import database_now
 from worker.store.holds import work_limits
 from worker.store.promises import promise_row
-from worker.store.reports.live import count_due_before
+from worker.store.reports.snapshot_rows import count_due_before
 from worker.system.process_identity import liveness
 
 AHEAD_MOST = 10_000  # jobs counted in front of this one

@@ -27,7 +27,7 @@ from worker.store.engine import check_schema, database_now, engine_for, is_writa
 from worker.store.events import UndeliveredEvents, count_overdue_events, undelivered_events
 from worker.store.holds import work_limits
 from worker.store.on_done import GIVE_UP, recent_on_done, refused_calls, unsent_calls
-from worker.store.reports import live
+from worker.store.reports import snapshot_rows
 from worker.store.reports.server_state import HISTORY_MOST, ServerState, server_state
 from worker.system.own_package import OWN_PACKAGE, advice, other_worker, python_path
 from worker.system.process_identity import host_name
@@ -266,7 +266,7 @@ def _claims(connection: Connection, settings: Settings) -> Check:
     """Check for claims that should have been released by now, or that are older than any work takes."""
     now, limits = database_now(connection), work_limits(settings)
     grace = timedelta(seconds=settings.recovery_seconds + HEALTHY_SECONDS)
-    lost = live.stale_claims(
+    lost = snapshot_rows.stale_claims(
         connection,
         dead=(),
         expired_before=now - grace,
@@ -284,10 +284,12 @@ def _claims(connection: Connection, settings: Settings) -> Check:
 
 def _deadlines(connection: Connection, state: Overview) -> Check:
     """Check for jobs past their deadline that are not polled soon, and so do not expire."""
-    if state.jobs["pending"] > live.COUNTED_MOST:
+    if state.jobs["pending"] > snapshot_rows.COUNTED_MOST:
         return Check("deadlines", True, "too many jobs to check each of them: run `fetch-worker list --past-deadline`")
     now = database_now(connection)
-    jobs = live.jobs_past_deadline(connection, now=now, later=now + timedelta(seconds=SOON_SECONDS), limit=NAMED_MOST)
+    jobs = snapshot_rows.jobs_past_deadline(
+        connection, now=now, later=now + timedelta(seconds=SOON_SECONDS), limit=NAMED_MOST
+    )
     if not jobs:
         return Check("deadlines", True, "every job past its deadline is polled soon")
     ids = " ".join(str(job.id) for job in jobs)

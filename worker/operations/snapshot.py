@@ -28,7 +28,7 @@ from worker.store.counters import ANSWERS, DELAY, POLLED, CounterKey, Total, rea
 from worker.store.engine import database_now, translate_errors
 from worker.store.holds import work_limits
 from worker.store.jobs import waiting_accounts
-from worker.store.reports import live
+from worker.store.reports import snapshot_rows
 from worker.system.process_identity import dead_holders
 
 NO_WORKER = "no worker polls"
@@ -238,7 +238,7 @@ class _Rows:
     late: Sequence[Row[Any]]
     late_count: int
     overdue: Sequence[Row[Any]]
-    claims: Sequence[live.StaleClaim]
+    claims: Sequence[snapshot_rows.StaleClaim]
     transfers: Sequence[Row[Any]]
     unstored: Sequence[Row[Any]]
     events: Sequence[Row[Any]]
@@ -253,34 +253,34 @@ def _read_rows(connection: Connection, settings: Settings) -> _Rows:
     groups = due_groups(connection, waiting_accounts(connection))
     dead_names = dead_holders(claim_holders(connection))
     late, limits = now - timedelta(seconds=LATE_SECONDS), work_limits(settings)
-    jobs = live.count_jobs(connection)
+    jobs = snapshot_rows.count_jobs(connection)
     return _Rows(
         now=now,
         breakers=breakers,
         account_states=account_states(breakers, groups, settings, now),
         last_request_at=last_asked(connection),
-        asking=live.count_running_polls(connection, now=now),
+        asking=snapshot_rows.count_running_polls(connection, now=now),
         dead_holders=dead_names,
         jobs=jobs,
-        late=live.longest_due(connection, groups, before=late, limit=LATE_MOST),
-        late_count=live.count_late(connection, groups, before=late),
-        overdue=live.jobs_past_deadline(connection, now=now, later=now + SOON, limit=LATE_MOST)
-        if jobs["pending"] <= live.COUNTED_MOST
+        late=snapshot_rows.longest_due(connection, groups, before=late, limit=LATE_MOST),
+        late_count=snapshot_rows.count_late(connection, groups, before=late),
+        overdue=snapshot_rows.jobs_past_deadline(connection, now=now, later=now + SOON, limit=LATE_MOST)
+        if jobs["pending"] <= snapshot_rows.COUNTED_MOST
         else (),
-        claims=live.stale_claims(
+        claims=snapshot_rows.stale_claims(
             connection,
             dead=dead_names,
             expired_before=now - timedelta(seconds=OVER_SECONDS),
             polled_before=now - limits.poll_max,
             claimed_before=now - limits.download_max,
         ),
-        transfers=live.running_downloads(connection, now=now, limit=TRANSFERS_MOST),
-        unstored=live.oldest_unstored(connection, limit=UNSTORED_MOST),
-        events=live.pending_events(connection, limit=EVENTS_MOST),
-        unannounced=live.jobs_without_event(
+        transfers=snapshot_rows.running_downloads(connection, now=now, limit=TRANSFERS_MOST),
+        unstored=snapshot_rows.oldest_unstored(connection, limit=UNSTORED_MOST),
+        events=snapshot_rows.pending_events(connection, limit=EVENTS_MOST),
+        unannounced=snapshot_rows.jobs_without_event(
             connection, before=now - timedelta(seconds=LATE_EVENT_SECONDS), limit=EVENTS_MOST
         ),
-        failures=live.last_failures(connection, limit=FAILURES_MOST),
+        failures=snapshot_rows.last_failures(connection, limit=FAILURES_MOST),
         counters=read_counters(connection, (ANSWERS, DELAY, POLLED)),
     )
 
@@ -402,7 +402,7 @@ def _counted(counts: Mapping[str, int]) -> list[Counted]:
 
 
 def _count(state: str, count: int) -> Counted:
-    return Counted(state, min(count, live.COUNTED_MOST), count > live.COUNTED_MOST)
+    return Counted(state, min(count, snapshot_rows.COUNTED_MOST), count > snapshot_rows.COUNTED_MOST)
 
 
 def _held_hosts(breakers: Mapping[tuple[Scope, str], CircuitBreaker], now: datetime) -> list[HeldHost]:
@@ -452,7 +452,7 @@ class _LateReasons:
         return "the rate limit is used up" if self.workers_poll else NO_WORKER
 
 
-def _lost(claim: live.StaleClaim, dead_holders: Collection[str], now: datetime) -> LostClaimNow:
+def _lost(claim: snapshot_rows.StaleClaim, dead_holders: Collection[str], now: datetime) -> LostClaimNow:
     return LostClaimNow(claim.what, claim.id, claim.holder, claim.holder in dead_holders, _seconds(now - claim.until))
 
 

@@ -23,8 +23,8 @@ from worker.core.reply import CLASSES, ApiError, Ready, Reply
 from worker.settings import Settings
 from worker.store.counters import Tally
 from worker.store.engine import database_now, engine_for, transact, translate_errors
+from worker.store.kept_answers import answers_of, jobs_with_answers
 from worker.store.revival import end_pending, locked_jobs, revive
-from worker.store.unread import answers_of, jobs_with_answers
 from worker.vendor.families import is_training
 from worker.vendor.fetch_url import path_of
 from worker.vendor.replies import Question, parse

@@ -6,8 +6,8 @@ from worker.core.lifecycle import EndJob
 from worker.core.reply import RawAnswer, Unread
 from worker.polling.kept_text import KeptText
 from worker.polling.request_pool import PollAnswer
+from worker.store.kept_answers import KeptAnswer
 from worker.store.results import Outcome
-from worker.store.unread import KeptAnswer
 
 
 def kept_answers(

@@ -29,6 +29,7 @@ from worker.store.breakers import all_breakers, locked_breaker, save_breaker
 from worker.store.claims import due_groups
 from worker.store.counters import Tally
 from worker.store.engine import database_now
+from worker.store.kept_answers import keep_answers
 from worker.store.late_looks import (
     ClaimedLook,
     DueLook,
@@ -41,7 +42,6 @@ from worker.store.late_looks import (
     plan_next_look,
 )
 from worker.store.revival import Revived, revive
-from worker.store.unread import keep_answers
 
 log = logging.getLogger(__name__)
 

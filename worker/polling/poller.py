@@ -31,7 +31,7 @@ from worker.store.claims import ClaimedJob, DueGroup, claim_jobs, due_groups, re
 from worker.store.engine import RELAXED, database_now
 from worker.store.jobs import readdress
 from worker.store.late_looks import plan_looks
-from worker.store.unlisted import hold_unlisted
+from worker.store.unlisted_hosts import hold_unlisted
 
 log = logging.getLogger(__name__)
 

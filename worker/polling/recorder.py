@@ -31,9 +31,9 @@ from worker.store.claims import ClaimedJob
 from worker.store.counters import ANSWERS, Tally
 from worker.store.engine import LOCK_WAIT, database_now, error_kind, is_server_error
 from worker.store.jobs import readdress
+from worker.store.kept_answers import keep_answers
 from worker.store.late_looks import plan_looks
 from worker.store.results import Outcome, Recorded, locked_jobs, quarantine, record_answers
-from worker.store.unread import keep_answers
 
 log = logging.getLogger(__name__)
 

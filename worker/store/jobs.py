@@ -17,7 +17,7 @@ from worker.store.bulk_write import INSERT_ROWS, JSON_BATCH_ROWS, batch_columns,
 from worker.store.counters import Tally
 from worker.store.job_values import clear_end
 from worker.store.late_looks import delete_looks
-from worker.store.listing import insert_outputs
+from worker.store.new_outputs import insert_outputs
 from worker.store.promises import add_promises, clear_promised_end, reset_promises
 from worker.store.schema import MYSQL_FAMILY, jobs, outputs, promises, waiting_account
 from worker.store.sql_functions import HAS_DUE_TIME

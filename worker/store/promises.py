@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Row, bindparam, delete, insert, select, updat
 from worker.core.lifecycle import EndJob
 from worker.core.reply import Link
 from worker.store.bulk_write import INSERT_ROWS, JSON_BATCH_ROWS, batch_columns, batch_parameter
-from worker.store.listing import insert_outputs
+from worker.store.new_outputs import insert_outputs
 from worker.store.schema import outputs, promises
 
 _NAMES = ("job_id", "urls")

@@ -31,7 +31,7 @@ from worker.store.bulk_write import update_claimed_jobs
 from worker.store.claims import ClaimedJob, ClaimedOutput
 from worker.store.counters import Tally
 from worker.store.jobs import finish_job_if_done
-from worker.store.listing import insert_outputs
+from worker.store.new_outputs import insert_outputs
 from worker.store.promises import PromisedEnd, delete_promises, promised_links, save_promises, try_promises
 from worker.store.schema import bodies, jobs, outputs
 

@@ -14,7 +14,7 @@ from worker.store.counters import Tally
 from worker.store.events import create_events
 from worker.store.job_values import clear_end
 from worker.store.late_looks import delete_looks
-from worker.store.listing import insert_outputs
+from worker.store.new_outputs import insert_outputs
 from worker.store.promises import reset_promises
 from worker.store.schema import jobs, outputs
 

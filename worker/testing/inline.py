@@ -34,7 +34,7 @@ from worker.polling.api_client import MAX_ANSWER_BYTES, ApiClient
 from worker.polling.poller import Poller
 from worker.settings import Settings
 from worker.storage.select import storage_for
-from worker.store.due import due_outputs, next_download, next_request, unfinished_jobs, waiting_jobs
+from worker.store.due_work import due_outputs, next_download, next_request, unfinished_jobs, waiting_jobs
 from worker.store.engine import database_now, error_kind
 from worker.store.events import claim_events, create_events, record_delivery
 from worker.store.jobs import job_row, outputs_of

@@ -6,8 +6,8 @@ from datetime import datetime
 from sqlalchemy import Connection, Engine, delete, event, func, select
 
 from tests.rows import NOW, add_job, seconds
+from worker.store.kept_answers import MOST, KeptAnswer, answer_shapes, answers_of, jobs_with_answers, keep_answers
 from worker.store.schema import jobs, unread
-from worker.store.unread import MOST, KeptAnswer, answer_shapes, answers_of, jobs_with_answers, keep_answers
 
 
 def _answer(job_id: int, body: str = "{}", *, recognised: bool = False, shape: str = "status=done") -> KeptAnswer:
