@@ -312,7 +312,7 @@ class Settings(BaseSettings):
             raise SettingsError("; ".join(lines))
 
     @property
-    def wrong(self) -> tuple[str, ...]:
+    def process_errors(self) -> tuple[str, ...]:
         """Errors in settings that only one process uses, one line each."""
         return tuple(self._errors.values())
 

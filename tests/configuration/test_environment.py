@@ -143,7 +143,7 @@ def test_a_wrong_setting_of_one_process_only_stops_that_process(
 
     settings = load(*(name_of_process for name_of_process in PROCESS_SETTINGS if name_of_process != process))
 
-    assert [line.partition(" ")[0] for line in settings.wrong] == [name]
+    assert [line.partition(" ")[0] for line in settings.process_errors] == [name]
     with pytest.raises(SettingsError, match=f"^{name} "):
         load(process)
 

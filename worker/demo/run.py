@@ -28,8 +28,8 @@ SPARE_SECONDS = 60.0  # allowed beyond the duration of the jobs, for a slow mach
 CHECK_SECONDS = 0.15
 HTTP_SECONDS = 10.0
 SETTLE_SECONDS = 1.0
-COULD_NOT = 1
-INTERRUPTED = 130
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
 PAGE = "contact-sheet.html"
 QUEUE = "fetch-worker"
 PICTURE_SIZE = 400  # width and height in pixels: sharp enough, and drawn quickly
@@ -69,10 +69,10 @@ def demo(*, jobs: int, longest: float, folder: Path | None, with_flower: bool) -
             _say(console, "Stopping the processes")
     except Stopped:
         _say(console, "Stopped; all processes have ended")
-        return INTERRUPTED
+        return EXIT_INTERRUPTED
     except (WorkerError, OSError) as error:
         _say(console, f"The demo failed: {error}. The logs are in {run_folder / 'logs'}")
-        return COULD_NOT
+        return EXIT_FAILED
     return _report(console, run_folder, demo_jobs, seconds=time.monotonic() - started_at)
 
 
@@ -164,7 +164,7 @@ def _report(console: Console, run_folder: Path, demo_jobs: Sequence[DemoJob], *,
         first = unfinished[0]
         summary = f"{len(unfinished)} of {len(demo_jobs)} jobs did not complete; job {first.id}: {first.reason}"
         _say(console, f"The demo failed: {summary}. The logs are in {run_folder / 'logs'}")
-        return COULD_NOT
+        return EXIT_FAILED
     return 0
 
 

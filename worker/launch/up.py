@@ -36,7 +36,7 @@ from worker.system.own_package import advice, other_worker, python_path
 SERVER_SECONDS = 5.0
 CHECK_SECONDS = 0.05
 EMBEDDED_NAME = "redis"
-COULD_NOT = 1
+EXIT_FAILED = 1
 OUR_APP = "worker.app"
 OUR_NAMES = frozenset({RELEASE, "worker", "downloads", "beat", "flower"})
 
@@ -77,7 +77,7 @@ def up() -> int:
             code = supervisor.run_once(release)
             if code:
                 say(OWN_NAME, f"{RELEASE} ended with exit code {code}: nothing else is started")
-                return code if code == 2 else COULD_NOT
+                return code if code == 2 else EXIT_FAILED
         for process in programs:
             if process.name != RELEASE and not supervisor.stop_signals:
                 supervisor.start(process)

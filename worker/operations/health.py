@@ -93,7 +93,7 @@ def check_liveness(settings: Settings) -> Check:
 
 def _settings(settings: Settings) -> Iterator[Check]:
     """Report wrong settings that stop only one kind of process, and a key file that can't be read."""
-    problems = list(settings.wrong)
+    problems = list(settings.process_errors)
     if settings.keys.trouble is None:
         len(settings.keys)  # reads the file
     if settings.keys.trouble is not None:

@@ -123,7 +123,7 @@ class FetchWorker(Workers):
                 if job.final:
                     self._finish_due_work()
                     return job
-                self._check(job, started_at)
+                self._check_deadline(job, started_at)
                 if not self._step(None):
                     self._check_stuck(job.id)
         raise AssertionError("unreachable")
@@ -167,7 +167,7 @@ class FetchWorker(Workers):
         """Do the next due work instead of sleeping."""
         with self._lock:
             until = None if most is None else self.now + timedelta(seconds=most)
-            self._check(job, self._waited_since.setdefault(job.id, self.now))
+            self._check_deadline(job, self._waited_since.setdefault(job.id, self.now))
             if not self._step(until):
                 if until is None:
                     self._check_stuck(job.id)
@@ -205,9 +205,9 @@ class FetchWorker(Workers):
                 raise NeverEnds(f"{MAX_STEPS_PER_MOMENT} steps at the same time did not finish the work")
         raise NeverEnds(f"{MAX_STEPS} steps did not finish the work: is POLL_MIN very small?")
 
-    def _check(self, job: Job, began: datetime) -> None:
+    def _check_deadline(self, job: Job, started_at: datetime) -> None:
         """Raises NeverEnds if the job should have ended long ago."""
-        latest = max(job.deadline_at, began)
+        latest = max(job.deadline_at, started_at)
         if job.ready_at is not None:
             latest = max(latest, job.ready_at + timedelta(seconds=self.settings.output_deadline))
         if self.now > latest + GRACE:
