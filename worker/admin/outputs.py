@@ -89,7 +89,7 @@ class OutputsView(RowsView):
             raise
 
 
-OutputsView.only_these("index_view", "gallery", "file")
+OutputsView.keep_urls("index_view", "gallery", "file")
 
 
 def display_kind(media_type: str | None, size_bytes: int | None) -> str:
