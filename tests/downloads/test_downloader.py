@@ -53,7 +53,7 @@ def _assert_stored(stand: Stand, row: Any, body: bytes) -> None:
     assert stand.files == [path_of(row.location)]
 
 
-# ── what is stored ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── stored outputs ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_bytes_in_the_answer_are_stored_without_a_request(stand: Stand) -> None:
         assert connection.execute(bodies.select()).all() == []
 
 
-# ── what is not ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── refused outputs ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 DATA_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
 BOMB = gzip.compress(png()[:40] + b"\x00" * 64 * 1_048_576, 1)
@@ -371,7 +371,7 @@ def test_a_redirect_to_a_forbidden_address_fails_the_output(stand: Stand, web: W
     assert stand.files == []
 
 
-# How a server at 127.0.0.2 can be written, and one at ::1; the backslashes and blanks are for lenient readers.
+# Spellings of the addresses 127.0.0.2 and ::1. Lenient parsers accept the backslashes and blanks.
 OF_ANOTHER = [
     ("127.0.0.2", "http://127.0.0.2:{port}/a.png"),
     ("127.0.0.2", "//127.0.0.2:{port}/a.png"),
@@ -606,10 +606,10 @@ def test_an_internal_error_ends_the_attempt_like_any_failure(
 ) -> None:
     """Otherwise its claim would expire and be claimed again forever. The error's text may contain the link."""
 
-    def faulty(*_: Any) -> None:
+    def raise_error(*_: Any) -> None:
         raise LookupError("https://cdn.test/a.png?signature=secret")
 
-    monkeypatch.setattr(downloader, "sniff", faulty)
+    monkeypatch.setattr(downloader, "sniff", raise_error)
     row = stand.download(web.serves("/a.png", page(200, PNG)))
     assert (row.status, row.error_code, row.claim_token) == ("pending", "unreachable", None)
     assert row.error_message == "internal error: LookupError"
@@ -669,11 +669,11 @@ def test_given_a_database_that_is_away_when_a_download_ends_then_the_next_run_re
     stand = Stand(engine, tmp_path / "out")
     with closing(sqlite3.connect(tmp_path / "away.db", isolation_level=None, check_same_thread=False)) as somebody:
 
-        def locks(client: socket.socket) -> None:
+        def lock_table(client: socket.socket) -> None:
             somebody.execute("BEGIN IMMEDIATE")
             page(200, PNG)(client)
 
-        first = stand.add(web.serves("/first.png", locks))
+        first = stand.add(web.serves("/first.png", lock_table))
         loader = stand.downloader()
         with pytest.raises(OperationalError):
             loader.run(first)
@@ -800,18 +800,18 @@ def test_given_a_result_that_could_not_be_recorded_when_the_process_is_never_idl
     """Otherwise its lease would be renewed with those of the other downloads."""
     busy = stand.downloader()
 
-    def renames(old: str, new: str) -> None:
+    def rename_table(old: str, new: str) -> None:
         with stand.engine.begin() as connection:
             connection.exec_driver_sql(f"ALTER TABLE {old} RENAME TO {new}")
 
-    def takes_the_table_away(client: socket.socket) -> None:
-        renames("fetch_outputs", "away")
+    def hide_table(client: socket.socket) -> None:
+        rename_table("fetch_outputs", "away")
         page(200, PNG)(client)
 
-    unlucky = stand.add(web.serves("/unlucky.png", takes_the_table_away))
+    unlucky = stand.add(web.serves("/unlucky.png", hide_table))
     with pytest.raises(OperationalError):
         busy.run(unlucky)
-    renames("away", "fetch_outputs")
+    rename_table("away", "fetch_outputs")
     web.serves("/unlucky.png", page(200, PNG))
     other_id = stand.add(web.serves("/other.png", page(200, PNG)))
 

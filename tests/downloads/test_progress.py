@@ -24,12 +24,12 @@ EVERY = 0.05
 
 
 @pytest.fixture
-def often(monkeypatch: pytest.MonkeyPatch) -> None:
+def fast_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Report often enough for a test."""
     monkeypatch.setattr(progress_module, "REPORT_SECONDS", EVERY)
 
 
-def test_a_long_download_reports_its_progress_until_it_ends(stand: Stand, web: Web, often: None) -> None:
+def test_a_long_download_reports_its_progress_until_it_ends(stand: Stand, web: Web, fast_reports: None) -> None:
     go_on = threading.Event()
 
     def half(client: socket.socket) -> None:
@@ -89,7 +89,7 @@ def test_only_a_long_attempt_is_reported(stand: Stand, tmp_path: Path) -> None:
 
 
 def test_a_database_that_is_away_does_not_stop_a_download(
-    stand: Stand, tmp_path: Path, often: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    stand: Stand, tmp_path: Path, fast_reports: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries: list[int] = []
 

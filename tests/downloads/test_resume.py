@@ -49,7 +49,7 @@ def picture(web: Web) -> Picture:
     return picture
 
 
-def _again(stand: Stand, output_id: int) -> Any:
+def _run_again(stand: Stand, output_id: int) -> Any:
     """Run one more attempt, as if it were due; return the row."""
     with stand.engine.begin() as connection:
         connection.execute(update(outputs).where(outputs.c.id == output_id).values(due_at=outputs.c.listed_at))
@@ -143,11 +143,11 @@ def test_a_file_that_has_changed_is_downloaded_from_its_start(
     picture.cuts = [100_000]
     changed = png(padding=500_000)
 
-    def changes(client: socket.socket) -> None:
+    def change_file(client: socket.socket) -> None:
         picture(client)
         picture.body, picture.headers = changed, {"ETag": '"v2"'}
 
-    assert _is_stored(stand, stand.download(web.serves("/a.png", changes)), changed)
+    assert _is_stored(stand, stand.download(web.serves("/a.png", change_file)), changed)
 
 
 @pytest.mark.parametrize(
@@ -171,13 +171,13 @@ def test_a_partial_response_that_is_not_the_rest_is_discarded(
     picture.cuts = [100_000]
     span_header = {} if span is None else {"Content-Range": span.format(last=len(BODY) - 1, whole=len(BODY))}
 
-    def lies(client: socket.socket) -> None:
+    def send_wrong_range(client: socket.socket) -> None:
         if web.asked[-1].headers.get("range"):
             page(206, BODY[100_000:], ETag=TAG, **span_header)(client)
         else:
             picture(client)
 
-    assert _is_stored(stand, stand.download(web.serves("/a.png", lies)))
+    assert _is_stored(stand, stand.download(web.serves("/a.png", send_wrong_range)))
     assert len(web.asked) == 3
 
 
@@ -202,10 +202,10 @@ def test_a_server_without_ranges_is_asked_for_the_whole_file(
     """Once more, without a range."""
     picture.cuts = [100_000]
 
-    def odd(client: socket.socket) -> None:
+    def refuse_range(client: socket.socket) -> None:
         (answer if web.asked[-1].headers.get("range") else picture)(client)
 
-    assert _is_stored(stand, stand.download(web.serves("/a.png", odd)))
+    assert _is_stored(stand, stand.download(web.serves("/a.png", refuse_range)))
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -220,16 +220,16 @@ def test_a_file_that_is_cut_at_its_source_is_not_requested_repeatedly(
     cut = picture.body[:5_000]
     picture.body = BODY
 
-    def short(client: socket.socket) -> None:
+    def cut_body(client: socket.socket) -> None:
         start = 5_000 if ranges and web.asked[-1].headers.get("range") else 0
         span = {"Content-Range": f"bytes {start}-{len(BODY) - 1}/{len(BODY)}"} if start else {}
         length = str(len(BODY) - start)
         sends(head(206 if start else 200, ETag=TAG, Content_Length=length, **span), cut[start:])(client)
 
-    row = stand.download(web.serves("/a.png", short), listed_at=datetime.now(UTC) - timedelta(minutes=2))
+    row = stand.download(web.serves("/a.png", cut_body), listed_at=datetime.now(UTC) - timedelta(minutes=2))
     assert (row.status, row.error_code, row.bad_bodies, len(web.asked)) == ("pending", "truncated", 1, 2)
-    _again(stand, row.id)
-    row = _again(stand, row.id)
+    _run_again(stand, row.id)
+    row = _run_again(stand, row.id)
     assert (row.status, row.error_code, row.attempts) == ("failed", "truncated", 3)
     assert stand.files == []
 
@@ -257,14 +257,14 @@ def test_a_partial_response_that_is_longer_than_declared_is_discarded(stand: Sta
     """Its bytes can't be trusted, so the whole file is requested again."""
     picture.cuts = [100_000]
 
-    def more(client: socket.socket) -> None:
+    def send_more_bytes(client: socket.socket) -> None:
         if web.asked[-1].headers.get("range"):
             span = f"bytes 100000-{len(BODY) - 1}/{len(BODY)}"
             sends(head(206, ETag=TAG, Content_Range=span), BODY[100_000:], b"more" * 1_000)(client)
         else:
             picture(client)
 
-    assert _is_stored(stand, stand.download(web.serves("/a.png", more)))
+    assert _is_stored(stand, stand.download(web.serves("/a.png", send_more_bytes)))
 
 
 def test_a_server_that_ignores_if_range_is_detected_by_its_last_modified_date(
@@ -291,37 +291,39 @@ def test_a_server_that_ignores_if_range_is_detected_by_its_last_modified_date(
 
 
 @pytest.fixture
-def half(stand: Stand, web: Web, picture: Picture) -> int:
+def half_received(stand: Stand, web: Web, picture: Picture) -> int:
     """Return an output of which 300,000 bytes were received before the server closed the connection."""
     picture.cuts = [300_000]
 
-    def goes(client: socket.socket) -> None:
+    def close_connection(client: socket.socket) -> None:
         picture(client)
         web.answers["/a.png"] = page(503, b"")
 
-    row = stand.download(web.serves("/a.png", goes))
+    row = stand.download(web.serves("/a.png", close_connection))
     assert (row.status, row.error_code) == ("pending", "http_error")
     web.answers["/a.png"] = picture
     return int(row.id)
 
 
 def test_the_next_attempt_resumes_the_last_one(
-    half: int,
+    half_received: int,
     stand: Stand,
     picture: Picture,
 ) -> None:
     """Also in another process, because the files have all information."""
-    assert _is_stored(stand, _again(stand, half))
+    assert _is_stored(stand, _run_again(stand, half_received))
     assert picture.spans[-1] == "bytes=300000-"
     assert picture.sent == len(BODY)
 
 
-def test_the_bytes_of_one_link_never_continue_another(half: int, stand: Stand, web: Web, picture: Picture) -> None:
+def test_the_bytes_of_one_link_never_continue_another(
+    half_received: int, stand: Stand, web: Web, picture: Picture
+) -> None:
     """A renewed link may lead to another file, whatever its entity tag is."""
     web.answers["/b.png"] = picture
     with stand.engine.begin() as connection:
         connection.execute(update(outputs).values(url=web.url + "/b.png"))
-    assert _is_stored(stand, _again(stand, half))
+    assert _is_stored(stand, _run_again(stand, half_received))
     assert picture.spans[-1] == ""
 
 
@@ -334,10 +336,10 @@ def test_the_bytes_of_one_link_never_continue_another(half: int, stand: Stand, w
     ids=str,
 )
 def test_an_unreliable_partial_file_is_discarded(
-    spoil: str | dict[str, Any], half: int, stand: Stand, picture: Picture
+    spoil: str | dict[str, Any], half_received: int, stand: Stand, picture: Picture
 ) -> None:
     """After a crash of the host, it may have holes."""
-    part = stand.out / PARTIAL / f"{half}.part"
+    part = stand.out / PARTIAL / f"{half_received}.part"
     note = part.with_suffix(".json")
     content = json.loads(note.read_text())
     match spoil:
@@ -353,13 +355,13 @@ def test_an_unreliable_partial_file_is_discarded(
             note.write_text(json.dumps(content | {"validator": ""}))
         case dict():
             note.write_text(json.dumps(content | spoil))
-    assert _is_stored(stand, _again(stand, half))
+    assert _is_stored(stand, _run_again(stand, half_received))
     assert picture.spans[-1] == ""
 
 
-def test_no_link_is_written_into_a_sidecar(half: int, stand: Stand) -> None:
+def test_no_link_is_written_into_a_sidecar(half_received: int, stand: Stand) -> None:
     """Links may contain signatures."""
-    assert "http" not in (stand.out / PARTIAL / f"{half}.json").read_text()
+    assert "http" not in (stand.out / PARTIAL / f"{half_received}.json").read_text()
 
 
 def test_while_the_storage_fails_no_file_is_downloaded_twice(
@@ -383,7 +385,7 @@ def test_while_the_storage_fails_no_file_is_downloaded_twice(
     row = stand.download(web.serves("/a.png", sends(head(200), BODY)))
     assert (row.status, row.error_code) == ("pending", "storage")
     refuse.clear()
-    row = _again(stand, row.id)
+    row = _run_again(stand, row.id)
     assert _is_stored(stand, row)
     assert len(web.asked) == 1
 
@@ -401,12 +403,12 @@ def test_the_next_process_resumes_the_download_of_a_killed_one(
     """`kill -9` during the transfer: in the end, there is one file with the right bytes."""
     picture.cuts = [400_000]
 
-    def stops(client: socket.socket) -> None:
+    def stop_sending(client: socket.socket) -> None:
         picture(client)
         if len(web.asked) == 1:
             time.sleep(8)  # until the process is killed
 
-    output_id = stand.add(web.serves("/a.png", stops))
+    output_id = stand.add(web.serves("/a.png", stop_sending))
     program = f"""
 import ipaddress, sys
 from pathlib import Path
@@ -426,7 +428,7 @@ Stand(make_engine(make_url("sqlite:///{tmp_path}/test.db")), Path({str(stand.out
     row = read_output(stand.engine, output_id)
     with stand.engine.begin() as connection:
         assert release_crashed(connection, dead_holders(claim_holders(connection)), now=row.listed_at).rows
-    assert _is_stored(stand, _again(stand, output_id))
+    assert _is_stored(stand, _run_again(stand, output_id))
     assert picture.sent < 1.2 * len(BODY)
 
 
@@ -450,7 +452,7 @@ def test_the_rest_of_a_base64_text_is_never_appended_to_the_decoded_picture(
             stand.downloader().run(output_id)
     with stand.engine.begin() as connection:
         connection.execute(update(outputs).values(claim_token=None, claim_holder=None))
-    assert _is_stored(stand, _again(stand, output_id), png(padding=60_000))
+    assert _is_stored(stand, _run_again(stand, output_id), png(padding=60_000))
     assert len(web.asked) == 1
 
 
@@ -484,14 +486,14 @@ def test_a_file_that_was_renamed_before_it_was_locked_is_not_written_to(
     (partials.folder / "7.part").write_bytes(b"whole")
     real = os.open
 
-    def opens(path: Any, *arguments: Any, **options: Any) -> int:
+    def open_and_rename(path: Any, *arguments: Any, **options: Any) -> int:
         handle = real(path, *arguments, **options)
         final_path = tmp_path / "kept.png"
         if str(path).endswith("7.part") and not final_path.exists():
             Path(path).rename(final_path)
         return handle
 
-    monkeypatch.setattr(os, "open", opens)
+    monkeypatch.setattr(os, "open", open_and_rename)
     with partials.receive(7, "t") as incoming:
         incoming.write(b"other")
     assert (tmp_path / "kept.png").read_bytes() == b"whole"
@@ -594,12 +596,12 @@ def test_a_host_that_hangs_uses_no_more_than_its_slots() -> None:
 
     patient, results = HostSlots(1, wait_seconds=5), list[bool]()
 
-    def waits() -> None:
+    def wait_for_slot() -> None:
         with patient.slot("a") as has_slot:
             results.append(has_slot)
 
     with patient.slot("a"):
-        thread = Thread(target=waits)
+        thread = Thread(target=wait_for_slot)
         thread.start()
         time.sleep(0.05)
     thread.join(5)
@@ -611,22 +613,22 @@ def test_outputs_of_a_host_that_hangs_do_not_delay_other_outputs(stand: Stand, w
     hang = Event()
     stand.timeout = 30.0
 
-    def hangs(_: socket.socket) -> None:
+    def hang(_: socket.socket) -> None:
         hang.wait(20)
 
     with web_server("127.0.0.2") as other_server:
-        url = other_server.serves("/h.png", hangs)
+        url = other_server.serves("/h.png", hang)
         waiting = [stand.add(f"{url}?{number}") for number in range(150)]
         late = [stand.add(web.serves(f"/{number}.png", page(200, png(padding=number)))) for number in range(5)]
         downloader = stand.downloader()
         downloader._hosts = HostSlots(2)
         over = Event()
 
-        def works() -> None:
+        def run_downloads() -> None:
             while not over.is_set():
                 downloader.run(waiting[0])
 
-        threads = [Thread(target=works) for _ in range(4)]
+        threads = [Thread(target=run_downloads) for _ in range(4)]
         for thread in threads:
             thread.start()
         until = time.monotonic() + 10
@@ -642,7 +644,7 @@ def test_outputs_of_a_host_that_hangs_do_not_delay_other_outputs(stand: Stand, w
 
 
 @contextmanager
-def _none_free(_: HostSlots, __: str) -> Iterator[bool]:
+def _no_free_slot(_: HostSlots, __: str) -> Iterator[bool]:
     yield False
 
 
@@ -650,7 +652,7 @@ def test_an_output_whose_host_is_busy_is_released_without_counting_the_attempt(
     stand: Stand, web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is due again in a few seconds."""
-    monkeypatch.setattr(HostSlots, "slot", _none_free)
+    monkeypatch.setattr(HostSlots, "slot", _no_free_slot)
     output_id = stand.add(web.url + "/a.png")
     assert "busy" in stand.downloader().run(output_id)
     row = read_output(stand.engine, output_id)

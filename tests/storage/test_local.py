@@ -114,11 +114,11 @@ def test_a_full_disk_raises_storage_trouble_and_leaves_no_file(
 ) -> None:
     """While writing, and while syncing."""
 
-    def full(*_: Any) -> int:
+    def fail_with_full_disk(*_: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, call, full)
+        patched.setattr(os, call, fail_with_full_disk)
         with pytest.raises(StorageTrouble, match="No space left"):
             _keep(FileStorage(tmp_path))
     assert _files(tmp_path) == []
@@ -131,12 +131,12 @@ def test_a_file_system_that_can_not_sync_folders_is_accepted(
     """As some network file systems. The file itself is synced."""
     real = os.fsync
 
-    def only_files(handle: int) -> None:
+    def sync_only_files(handle: int) -> None:
         if stat.S_ISDIR(os.fstat(handle).st_mode):
             raise OSError(refusal, os.strerror(refusal))
         real(handle)
 
-    monkeypatch.setattr(os, "fsync", only_files)
+    monkeypatch.setattr(os, "fsync", sync_only_files)
     assert path_of(_keep(FileStorage(tmp_path))).read_bytes() == BODY
 
 

@@ -59,7 +59,7 @@ class Bucket:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _models_read_once() -> Iterator[None]:
+def _cached_models() -> Iterator[None]:
     """Cache the files that describe S3's calls. This halves the time of these tests."""
     with pytest.MonkeyPatch.context() as patched:
         read = cache(JSONFileLoader().load_file)
@@ -97,12 +97,12 @@ def _keep(storage: Storage, body: bytes = BODY, *, position: int = 2, then: Call
         return storage.keep(incoming, job_id=12_345, position=position, media=PNG)
 
 
-def _calls(storage: S3Storage, calls: list[str]) -> None:
+def _record_calls(storage: S3Storage, calls: list[str]) -> None:
     """Record every call to the store."""
     storage._client().meta.events.register("before-send.s3", lambda event_name, **_: calls.append(event_name))
 
 
-def _answers(
+def _replace_answers(
     storage: S3Storage, operation: str, answer: Callable[[Any], tuple[int, bytes] | None], headers: Any = ()
 ) -> None:
     """Replace the store's answers to some calls by (status, text)."""
@@ -157,7 +157,7 @@ def test_an_empty_output_is_stored_too(storage: S3Storage) -> None:
 def test_an_output_that_is_stored_twice_is_uploaded_once(storage: S3Storage) -> None:
     """The second time, only its metadata is read."""
     location, calls = _keep(storage), list[str]()
-    _calls(storage, calls)
+    _record_calls(storage, calls)
     assert _keep(storage) == location
     assert calls == ["before-send.s3.HeadObject"]
 
@@ -165,12 +165,12 @@ def test_an_output_that_is_stored_twice_is_uploaded_once(storage: S3Storage) -> 
 def test_of_concurrent_threads_one_uploads_and_all_return_the_same_location(storage: S3Storage, bucket: Bucket) -> None:
     """The other threads find the object. All threads share one client."""
     with ThreadPoolExecutor(4) as threads:
-        locations = list(threads.map(lambda _: _keep_own(storage), range(8)))
+        locations = list(threads.map(lambda _: _keep_in_thread(storage), range(8)))
     assert len(set(locations)) == 1
     assert bucket.keys() == [locations[0].partition(f"{bucket.name}/")[2]]
 
 
-def _keep_own(storage: S3Storage) -> str:
+def _keep_in_thread(storage: S3Storage) -> str:
     with storage.partials.receive(7, f"{threading.get_ident()}") as incoming:
         incoming.write(BODY)
         return storage.keep(incoming, job_id=12_345, position=2, media=PNG)
@@ -218,7 +218,7 @@ def test_a_large_output_is_uploaded_with_one_call(storage: S3Storage, bucket: Bu
     assert (head["ContentType"], head["Metadata"]) == ("image/png", {"sha256": hashlib.sha256(LARGE).hexdigest()})
     assert bucket.get(key) == LARGE
     assert bucket.uploads() == 0
-    _calls(storage, calls)
+    _record_calls(storage, calls)
     assert _keep(storage, LARGE) == location
     assert calls == ["before-send.s3.HeadObject"]
 
@@ -235,12 +235,12 @@ def test_bytes_that_changed_before_the_upload_are_refused_by_the_store(storage: 
 def test_an_object_in_a_store_without_checksums_is_read_back(storage: S3Storage, bucket: Bucket) -> None:
     """An object with other bytes is deleted, and the upload is tried again later."""
 
-    def forget(params: dict[str, Any], **_: Any) -> None:
+    def remove_checksum(params: dict[str, Any], **_: Any) -> None:
         params["headers"].pop("x-amz-checksum-sha256", None)
 
-    storage._client().meta.events.register("before-call.s3.PutObject", forget)
+    storage._client().meta.events.register("before-call.s3.PutObject", remove_checksum)
     calls: list[str] = []
-    _calls(storage, calls)
+    _record_calls(storage, calls)
     location = _keep(storage)
     assert calls[-1] == "before-send.s3.GetObject"
     assert bucket.get(location.partition(f"{bucket.name}/")[2]) == BODY
@@ -252,7 +252,9 @@ def test_an_object_in_a_store_without_checksums_is_read_back(storage: S3Storage,
 
 def test_an_error_of_the_store_raises_storage_trouble(storage: S3Storage) -> None:
     """The message has the error code, but not the text of the response."""
-    _answers(storage, "PutObject", lambda _: (400, b"<Error><Code>QuotaExceeded</Code><Message>x</Message></Error>"))
+    _replace_answers(
+        storage, "PutObject", lambda _: (400, b"<Error><Code>QuotaExceeded</Code><Message>x</Message></Error>")
+    )
     with pytest.raises(StorageTrouble) as refused:
         _keep(storage)
     assert str(refused.value).endswith(f"2-{SHA[:16]}.png: QuotaExceeded")
@@ -296,14 +298,16 @@ def test_the_bucket_is_part_of_the_path_if_an_endpoint_is_set(
     """Also for an endpoint with a host name, or one for S3 only. Amazon's host name has bucket and region."""
     location = f"s3://{bucket.name}/key"
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://store.example:9000")
-    assert _again(storage).url(location, 60).startswith(f"http://store.example:9000/{bucket.name}/key?")
+    assert _new_storage(storage).url(location, 60).startswith(f"http://store.example:9000/{bucket.name}/key?")
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     monkeypatch.setenv("AWS_REGION", "eu-central-1")
-    assert _again(storage).url(location, 60).startswith(f"https://{bucket.name}.s3.eu-central-1.amazonaws.com/key?")
+    assert (
+        _new_storage(storage).url(location, 60).startswith(f"https://{bucket.name}.s3.eu-central-1.amazonaws.com/key?")
+    )
 
 
-def _again(storage: S3Storage) -> S3Storage:
+def _new_storage(storage: S3Storage) -> S3Storage:
     """Return the same storage as another process would create it."""
     return S3Storage(storage._bucket, storage._prefix, storage.partials)
 
@@ -339,12 +343,12 @@ def test_hundreds_of_objects_are_removed_with_one_call(
     locations = [_keep(storage, position=position) for position in range(3)]
     bucket.put("elsewhere", b"")
     calls: list[str] = []
-    _calls(storage, calls)
+    _record_calls(storage, calls)
     assert storage.remove([*locations, f"{locations[0]}x"]) == {}
     assert (len(calls), bucket.keys()) == (2, ["elsewhere"])
 
     answer = "<DeleteResult><Error><Key>a b/1</Key><Code>AccessDenied</Code></Error></DeleteResult>"
-    _answers(storage, "DeleteObjects", lambda _: (200, answer.encode()))
+    _replace_answers(storage, "DeleteObjects", lambda _: (200, answer.encode()))
     location = f"s3://{bucket.name}/a b/1"
     assert storage.remove([location]) == {location: f"can't remove {location}: AccessDenied"}
     with pytest.raises(StorageTrouble, match="not in S3"):
@@ -361,7 +365,7 @@ def test_all_locations_are_listed_page_by_page(
     for key in ("elsewhere", "out/puts-not", "out/puts/folder/"):
         bucket.put(key, b"")
     calls: list[str] = []
-    _calls(storage, calls)
+    _record_calls(storage, calls)
     assert sorted(storage.locations()) == locations
     assert len(calls) >= 3
 
@@ -412,7 +416,7 @@ def test_wrong_credentials_are_refused_and_not_shown(
     """For every operation."""
     location = _keep(storage)
     monkeypatch.setenv(name, "wrong-credential")
-    storage = _again(storage)
+    storage = _new_storage(storage)
     for call in (
         storage.prepare,
         lambda: _keep(storage, position=4),

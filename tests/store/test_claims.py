@@ -40,7 +40,7 @@ WANTED = DueGroup("default", 0, "api.test", NOW)
 
 
 @pytest.fixture
-def many_due(engine: Engine) -> Engine:
+def engine_with_due_jobs(engine: Engine) -> Engine:
     """Return a database with many due jobs."""
     with engine.begin() as connection:
         connection.execute(insert(jobs), [job_values(str(number)) for number in range(MANY)])
@@ -56,15 +56,17 @@ def _claim_all(engine: Engine, token: str) -> Iterator[int]:
         yield from (job.id for job in claimed)
 
 
-def test_eight_concurrent_threads_claim_each_row_exactly_once(many_due: Engine) -> None:
+def test_eight_concurrent_threads_claim_each_row_exactly_once(engine_with_due_jobs: Engine) -> None:
     """Each thread has its own connection."""
     with ThreadPoolExecutor(8) as threads:
-        shares = list(threads.map(lambda name: list(_claim_all(many_due, name)), [f"t{n}" for n in range(8)]))
+        shares = list(
+            threads.map(lambda name: list(_claim_all(engine_with_due_jobs, name)), [f"t{n}" for n in range(8)])
+        )
 
     claimed = Counter(job_id for share in shares for job_id in share)
     assert len(claimed) == MANY
     assert set(claimed.values()) == {1}
-    with many_due.connect() as connection:
+    with engine_with_due_jobs.connect() as connection:
         assert set(connection.execute(select(jobs.c.polls)).scalars()) == {1}
 
 
@@ -92,10 +94,10 @@ with fork.Pool(4) as processes:
 """
 
 
-def test_four_processes_claim_each_row_exactly_once(many_due: Engine) -> None:
+def test_four_processes_claim_each_row_exactly_once(engine_with_due_jobs: Engine) -> None:
     """SQLite ignores SKIP LOCKED, but its claims must be disjoint too."""
     result = subprocess.run(
-        [sys.executable, "-c", CLAIMERS, many_due.url.render_as_string(hide_password=False)],
+        [sys.executable, "-c", CLAIMERS, engine_with_due_jobs.url.render_as_string(hide_password=False)],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -313,7 +315,7 @@ def test_released_jobs_are_due_again_if_the_token_matches_and_their_request_is_a
     with engine.begin() as connection:
         back = add_job(connection, "1", polls=3)
         claim_due_jobs(connection, token="mine")
-        lost = add_job(connection, "2", polls=1)  # of the claim that was lost
+        lost = add_job(connection, "2", polls=1)  # its claim is lost
         claim_due_jobs(connection, token="theirs")
         release_jobs(connection, [back, lost], "mine", due_at=NOW + seconds(2))
 
@@ -450,7 +452,7 @@ def test_outputs_of_a_deleted_job_are_deleted_and_not_claimed(engine: Engine) ->
         assert connection.execute(select(outputs)).all() == []
 
 
-# ── where requests are short ──────────────────────────────────────────────────────────────────────────────────────────
+# ── too few requests ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 AROUND = (NOW + seconds(20), NOW + seconds(40))
 
@@ -490,8 +492,10 @@ def test_with_too_few_requests_and_no_plans_the_jobs_with_the_earliest_due_time_
     assert sorted(job.remote_id for job in claimed) == ["1", "2"]
 
 
-def test_with_very_many_due_jobs_a_claim_reads_four_windows_and_claims_up_to_its_limit(many_due: Engine) -> None:
-    with many_due.begin() as connection:
+def test_with_very_many_due_jobs_a_claim_reads_four_windows_and_claims_up_to_its_limit(
+    engine_with_due_jobs: Engine,
+) -> None:
+    with engine_with_due_jobs.begin() as connection:
         claimed = claim_jobs(
             connection, WANTED, limit=7, token="t", holder="h", lease=LEASE, now=NOW + seconds(60), around=AROUND
         )

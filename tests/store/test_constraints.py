@@ -10,7 +10,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from tests.rows import NOW, add_downloading, add_job, add_output, job_values, output_values
 from worker.store.schema import bodies, breakers, jobs, outputs
 
-BROKEN = (IntegrityError, OperationalError)  # MariaDB calls a CHECK that does not hold an operational error
+CONSTRAINT_ERRORS = (IntegrityError, OperationalError)  # MariaDB raises OperationalError for a CHECK constraint
 FINAL = {"due_at": None, "completed_at": NOW}
 STORED = {
     "status": "stored",
@@ -48,7 +48,7 @@ STORED = {
 )
 def test_an_invalid_job_row_is_refused(engine: Engine, constraint: str, changes: dict[str, Any]) -> None:
     """The error names the constraint for the operator."""
-    with pytest.raises(BROKEN, match=f"ck_fetch_jobs_{constraint}"), engine.begin() as connection:
+    with pytest.raises(CONSTRAINT_ERRORS, match=f"ck_fetch_jobs_{constraint}"), engine.begin() as connection:
         connection.execute(insert(jobs).values(job_values(**changes)))
 
 
@@ -58,7 +58,7 @@ def test_an_invalid_job_row_is_refused(engine: Engine, constraint: str, changes:
 )
 def test_a_job_row_without_a_required_value_is_refused(engine: Engine, missing: str) -> None:
     """The columns are NOT NULL."""
-    with pytest.raises(BROKEN, match=missing), engine.begin() as connection:
+    with pytest.raises(CONSTRAINT_ERRORS, match=missing), engine.begin() as connection:
         connection.execute(insert(jobs).values(job_values() | {missing: None}))
 
 
@@ -68,7 +68,7 @@ def test_the_same_job_is_refused_but_another_account_or_family_is_not(engine: En
         add_job(connection, "7")
         add_job(connection, "7", account="other")
         add_job(connection, "7", fetch_base="https://api.test/api/v6/video/fetch")
-    with pytest.raises(BROKEN), engine.begin() as connection:
+    with pytest.raises(CONSTRAINT_ERRORS), engine.begin() as connection:
         add_job(connection, "7")
 
 
@@ -91,18 +91,18 @@ def test_the_same_job_is_refused_but_another_account_or_family_is_not(engine: En
 )
 def test_an_invalid_output_row_is_refused(engine: Engine, constraint: str, changes: dict[str, Any]) -> None:
     """The error names the constraint."""
-    with pytest.raises(BROKEN, match=f"ck_fetch_outputs_{constraint}"), engine.begin() as connection:
+    with pytest.raises(CONSTRAINT_ERRORS, match=f"ck_fetch_outputs_{constraint}"), engine.begin() as connection:
         connection.execute(insert(outputs).values(output_values(add_downloading(connection), **changes)))
 
 
 def test_an_output_needs_a_job_and_a_position_of_its_own(engine: Engine) -> None:
     """An output without a job, and a second output with the same position, are refused."""
-    with pytest.raises(BROKEN), engine.begin() as connection:
+    with pytest.raises(CONSTRAINT_ERRORS), engine.begin() as connection:
         add_output(connection, 4_711)
     with engine.begin() as connection:
         job_id = add_downloading(connection)
         add_output(connection, job_id, 0)
-    with pytest.raises(BROKEN), engine.begin() as connection:
+    with pytest.raises(CONSTRAINT_ERRORS), engine.begin() as connection:
         add_output(connection, job_id, 0)
 
 
@@ -116,7 +116,7 @@ def test_an_output_needs_a_job_and_a_position_of_its_own(engine: Engine) -> None
 )
 def test_an_invalid_circuit_breaker_row_is_refused(engine: Engine, constraint: str, values: dict[str, Any]) -> None:
     """A hold has a reason and a start, or neither."""
-    with pytest.raises(BROKEN, match=f"ck_fetch_gates_{constraint}"), engine.begin() as connection:
+    with pytest.raises(CONSTRAINT_ERRORS, match=f"ck_fetch_gates_{constraint}"), engine.begin() as connection:
         connection.execute(insert(breakers).values(values))
 
 

@@ -20,11 +20,11 @@ FILE = StoredFile("file:///out/0.png", 42, "ab" * 32, Media("image/png", "png"))
 
 
 @pytest.fixture(autouse=True)
-def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def _forget_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_kinds_by_url", {})
 
 
-def _all(engine: Engine) -> dict[CounterKey, tuple[int, float]]:
+def _read_counters(engine: Engine) -> dict[CounterKey, tuple[int, float]]:
     with engine.connect() as connection:
         return {total.key: (total.times, total.total) for total in read_counters(connection)}
 
@@ -43,7 +43,7 @@ def test_counts_of_concurrent_transactions_add_up(engine: Engine) -> None:
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(count, range(200)))
 
-    assert _all(engine) == {
+    assert _read_counters(engine) == {
         CounterKey("answers", "shop", "", "processing"): (200, 100.0),
         CounterKey("answers", "shop", "", "ready"): (200, 100.0),
         CounterKey("delay", "shop", "image", "1"): (200, pytest.approx(140.0)),
@@ -57,7 +57,7 @@ def test_a_rolled_back_transaction_counts_nothing(engine: Engine) -> None:
         tally.write(connection)
         connection.rollback()
 
-    assert _all(engine) == {}
+    assert _read_counters(engine) == {}
 
 
 def test_kinds_above_the_limit_are_counted_together(engine: Engine) -> None:
@@ -67,7 +67,7 @@ def test_kinds_above_the_limit_are_counted_together(engine: Engine) -> None:
         for number in range(start, start + 20):
             tally.finished("default", f"kind-{number}", "completed")
             if start:
-                module._kinds_by_url.clear()  # as a process that is new: it knows what the table holds
+                module._kinds_by_url.clear()  # as in a new process, which reads the kinds from the table
         with engine.begin() as connection:
             tally.write(connection)
     tally = Tally()
@@ -78,7 +78,7 @@ def test_kinds_above_the_limit_are_counted_together(engine: Engine) -> None:
         kinds = connection.execute(select(func.count(counters.c.kind.distinct()))).scalar_one()
 
     assert kinds == KINDS_MOST + 1
-    assert _all(engine)[CounterKey("finished", "default", OTHER, "completed")][0] == 90
+    assert _read_counters(engine)[CounterKey("finished", "default", OTHER, "completed")][0] == 90
 
 
 def test_answers_count_their_results_and_lost_claims_count_nothing(engine: Engine) -> None:
@@ -97,7 +97,7 @@ def test_answers_count_their_results_and_lost_claims_count_nothing(engine: Engin
         record_answers(connection, batch, tally, now=SOON)
         tally.write(connection)
 
-    assert _all(engine) == {
+    assert _read_counters(engine) == {
         CounterKey("delay", "default", "ready", "1"): (1, 0.7),
         CounterKey("polls", "default", "ready", "1"): (1, 1.0),
         CounterKey("polls", "default", "failed", "1"): (1, 1.0),
@@ -114,9 +114,9 @@ def test_downloads_count_their_bytes_and_the_job_that_they_end(engine: Engine) -
         record_attempt(connection, first, TryAgain(0.0, "http_error", "HTTP 500"), now=NOW + seconds(2))
         second = claim_one_output(connection, output_id, now=NOW + seconds(3))
         record_attempt(connection, second, FILE, now=NOW + seconds(3.4))
-        record_attempt(connection, second, FILE, now=NOW + seconds(3.5))  # too late: its claim is gone
+        record_attempt(connection, second, FILE, now=NOW + seconds(3.5))  # too late: the claim is lost
 
-    assert _all(engine) == {
+    assert _read_counters(engine) == {
         CounterKey("attempts", "", "", "http_error"): (1, 0.0),
         CounterKey("attempts", "", "", "stored"): (1, 42.0),
         CounterKey("transfer", "", "", "0.5"): (1, pytest.approx(0.4)),
@@ -132,4 +132,4 @@ def test_a_cancelled_job_counts_once(engine: Engine) -> None:
             cancel(connection, job_id, tally, now=SOON)
         tally.write(connection)
 
-    assert _all(engine) == {CounterKey("finished", "default", "image", "cancelled"): (1, 0.0)}
+    assert _read_counters(engine) == {CounterKey("finished", "default", "image", "cancelled"): (1, 0.0)}

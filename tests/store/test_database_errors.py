@@ -77,7 +77,7 @@ AWAY = [
     *map(
         _sqlite, ("SQLITE_READONLY", "SQLITE_READONLY_DBMOVED", "SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_CANTOPEN")
     ),
-    *map(_sqlite, ("SQLITE_BUSY", "SQLITE_BUSY_SNAPSHOT", "SQLITE_LOCKED")),  # nobody can write: not one row's trouble
+    *map(_sqlite, ("SQLITE_BUSY", "SQLITE_BUSY_SNAPSHOT", "SQLITE_LOCKED")),  # the whole file is locked, not one row
     _text("the connection is closed"),
     _text("server closed the connection unexpectedly"),
     _text("consuming input failed: SSL SYSCALL error: EOF detected"),
@@ -121,31 +121,31 @@ ROW = [
 ]
 
 
-def _named(error: Exception) -> str:
+def _error_id(error: Exception) -> str:
     return f"{type(error).__name__}-{getattr(error, 'orig', error)!r}"[:60]
 
 
-@pytest.mark.parametrize("error", AWAY, ids=_named)
+@pytest.mark.parametrize("error", AWAY, ids=_error_id)
 def test_errors_of_a_server_that_is_away(error: Exception) -> None:
     assert error_kind(error) == "away"
 
 
-@pytest.mark.parametrize("error", LOCKED, ids=_named)
+@pytest.mark.parametrize("error", LOCKED, ids=_error_id)
 def test_errors_because_of_another_transaction(error: Exception) -> None:
     assert error_kind(error) == "locked"
 
 
-@pytest.mark.parametrize("error", DEPLOYMENT, ids=_named)
+@pytest.mark.parametrize("error", DEPLOYMENT, ids=_error_id)
 def test_errors_that_an_operator_must_fix(error: Exception) -> None:
     assert error_kind(error) == "deployment"
 
 
-@pytest.mark.parametrize("error", ROW, ids=_named)
+@pytest.mark.parametrize("error", ROW, ids=_error_id)
 def test_errors_of_values_that_can_not_be_written(error: Exception) -> None:
     assert error_kind(error) == "row"
 
 
-@pytest.mark.parametrize("error", [*AWAY, *LOCKED, *DEPLOYMENT, *ROW], ids=_named)
+@pytest.mark.parametrize("error", [*AWAY, *LOCKED, *DEPLOYMENT, *ROW], ids=_error_id)
 def test_messages_have_one_line_without_sql_and_passwords(error: Exception) -> None:
     translated = to_worker_error(error, URL)
     assert "\n" not in str(translated)

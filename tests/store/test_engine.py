@@ -39,12 +39,12 @@ def test_given_a_full_server_when_a_connection_is_released_then_it_is_used(
     connect = engine.dialect.connect
     refusals = iter([True, True])
 
-    def crowded(*arguments: object, **options: object) -> object:
+    def connect_to_full_server(*arguments: object, **options: object) -> object:
         if next(refusals, False):
             raise psycopg.OperationalError("FATAL:  sorry, too many clients already")
         return connect(*arguments, **options)
 
-    monkeypatch.setattr(engine.dialect, "connect", crowded)
+    monkeypatch.setattr(engine.dialect, "connect", connect_to_full_server)
 
     with engine.connect() as connection:
         assert connection.execute(text("SELECT 1")).scalar() == 1
@@ -130,7 +130,7 @@ HOSTILE = {
 
 
 @pytest.fixture
-def own_database(tmp_path: Path) -> Iterator[str]:
+def separate_database(tmp_path: Path) -> Iterator[str]:
     """Create a PostgreSQL database for one test, whose defaults it may change."""
     with servers.postgres(tmp_path / "postgres") as url:
         yield url
@@ -144,12 +144,12 @@ def _alter(url: str, *settings: str) -> None:
 
 
 def test_given_a_database_with_other_defaults_when_jobs_are_tracked_then_their_values_are_unchanged(
-    own_database: str, monkeypatch: pytest.MonkeyPatch
+    separate_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each session and transaction sets its own options."""
-    _alter(own_database, *(f"SET {name} = '{value}'" for name, value in HOSTILE.items()))
-    monkeypatch.setenv("DATABASE_URL", own_database)
-    engine = make_engine(make_url(own_database))
+    _alter(separate_database, *(f"SET {name} = '{value}'" for name, value in HOSTILE.items()))
+    monkeypatch.setenv("DATABASE_URL", separate_database)
+    engine = make_engine(make_url(separate_database))
     migrate(engine)
     picture = "data:image/png;base64," + b64encode(bytes(range(256))).decode()
     job_id = track(
@@ -172,20 +172,20 @@ def test_given_a_database_with_other_defaults_when_jobs_are_tracked_then_their_v
 
 
 def test_given_a_server_that_was_read_only_when_it_accepts_writes_then_no_old_connection_is_used(
-    own_database: str, monkeypatch: pytest.MonkeyPatch
+    separate_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Connections from the read-only time stay read-only, although they answer every SELECT."""
-    engine = make_engine(make_url(own_database))
+    engine = make_engine(make_url(separate_database))
     migrate(engine)
     engine.dispose()
-    _alter(own_database, "SET default_transaction_read_only = on")
+    _alter(separate_database, "SET default_transaction_read_only = on")
     with engine.connect(), engine.connect(), engine.connect():
         pass  # three connections in the pool
     with pytest.raises(Unavailable, match="read-only"), translate_errors(engine.url), engine.begin() as connection:
         add_job(connection)
     with engine.connect() as connection:
         assert not is_writable(connection)
-    _alter(own_database, "RESET default_transaction_read_only")
+    _alter(separate_database, "RESET default_transaction_read_only")
     monkeypatch.setattr(engine_module, "IDLE_SECONDS", 0.0)
     with engine.begin() as connection:
         add_job(connection)

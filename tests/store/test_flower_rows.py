@@ -87,14 +87,14 @@ def test_outputs_of_a_finished_job_are_not_counted_again(engine: Engine) -> None
     before = read_rows(engine, {}, 10)
     statements: list[str] = []
 
-    def note(connection: object, cursor: object, statement: str, *_: object) -> None:
+    def record_statement(connection: object, cursor: object, statement: str, *_: object) -> None:
         statements.append(statement)
 
-    event.listen(engine, "before_cursor_execute", note)
+    event.listen(engine, "before_cursor_execute", record_statement)
     try:
         again = read_rows(engine, before, 10)
     finally:
-        event.remove(engine, "before_cursor_execute", note)
+        event.remove(engine, "before_cursor_execute", record_statement)
 
     assert again == before
     assert not [statement for statement in statements if "fetch_outputs" in statement]

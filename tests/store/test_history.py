@@ -18,7 +18,7 @@ from worker.store.schema import HELD_UNTIL, breakers, history
 LATER = NOW + seconds(20.5)
 
 
-def _count_something(connection: Connection) -> None:
+def _add_counts(connection: Connection) -> None:
     tally = Tally()
     tally.add("answers", "processing", account="shop")
     tally.add("answers", "ready", account="shop")
@@ -39,7 +39,7 @@ def test_a_sample_has_the_statistics(engine: Engine) -> None:
         add_output(connection, add_downloading(connection, "ready"))
         locked_breaker(connection, "account", "shop")
         connection.execute(update(breakers).values(proven=True, asked_at=NOW, ceiling=4.0, cut_at=LATER))
-        _count_something(connection)
+        _add_counts(connection)
         record_history(connection, now=LATER, full_rps=lambda _: 10.0)
         (sample,) = read_history(connection, NOW)
 

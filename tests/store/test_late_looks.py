@@ -146,7 +146,7 @@ def test_retried_and_deleted_jobs_have_no_looks(engine: Engine) -> None:
         retried, removed, changed = (_planned(connection, name) for name in ("1", "2", "3"))
         assert retry(connection, retried, now=NOW)
         connection.execute(delete(jobs).where(jobs.c.id == removed))
-        connection.execute(  # by hand
+        connection.execute(  # a manual UPDATE
             jobs.update().where(jobs.c.id == changed).values(status="cancelled", error_code=None)
         )
         due = NOW + seconds(HOUR)

@@ -102,7 +102,7 @@ def test_the_migrations_create_every_constraint_with_its_name(empty: Engine) -> 
         assert {item["name"] for item in inspector.get_check_constraints(table.name)} == checks
         unique = {str(item.name) for item in table.constraints if isinstance(item, UniqueConstraint)}
         assert {item["name"] for item in inspector.get_unique_constraints(table.name)} == unique
-        if empty.dialect.name == "postgresql":  # the others do not tell the names of all primary keys
+        if empty.dialect.name == "postgresql":  # the other databases don't return the names of all primary keys
             assert inspector.get_pk_constraint(table.name)["name"] == f"pk_{table.name}"
 
 

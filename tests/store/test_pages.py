@@ -21,7 +21,7 @@ def narrow_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "WINDOW", 4)
 
 
-def ticking() -> Callable[[], float]:
+def slow_clock() -> Callable[[], float]:
     """Return a clock by which each window uses up the whole time."""
     now = 0.0
 
@@ -33,7 +33,7 @@ def ticking() -> Callable[[], float]:
     return clock
 
 
-def walked(page: Callable[[int | None], Page]) -> tuple[list[int], list[Page]]:
+def read_all_pages(page: Callable[[int | None], Page]) -> tuple[list[int], list[Page]]:
     """Return all rows of all pages, and the pages."""
     pages = [page(None)]
     while pages[-1].before is not None:
@@ -41,7 +41,7 @@ def walked(page: Callable[[int | None], Page]) -> tuple[list[int], list[Page]]:
     return [row.id for page_read in pages for row in page_read.rows], pages
 
 
-@pytest.mark.parametrize("clock", [ticking, lambda: lambda: 0.0], ids=["no time", "time enough"])
+@pytest.mark.parametrize("clock", [slow_clock, lambda: lambda: 0.0], ids=["no time", "time enough"])
 @pytest.mark.parametrize(
     ("wanted", "matches"),
     [
@@ -65,7 +65,9 @@ def test_the_pages_together_contain_every_matching_job_once_newest_first(
             values = {"account": "shop" if number % 7 < 2 else "default", "kind": "video" if number > 30 else "image"}
             late = now - timedelta(minutes=number - 10)
             ids[number] = add_job(connection, str(number), **values, **(READY if number % 3 else {"due_at": late}))
-        shown, pages = walked(lambda before: jobs_page(connection, job_filter, before=before, limit=5, clock=clock()))
+        shown, pages = read_all_pages(
+            lambda before: jobs_page(connection, job_filter, before=before, limit=5, clock=clock())
+        )
 
     assert shown == [ids[number] for number in range(39, -1, -1) if matches(number)]
     assert all(len(page.rows) <= 5 for page in pages)
@@ -77,7 +79,7 @@ def test_a_page_ends_after_its_time_and_has_the_position_of_the_search(engine: E
         ids = [add_job(connection, str(number)) for number in range(30)]
 
         job_filter = JobFilter(accounts=("shop",))
-        page = jobs_page(connection, job_filter, before=None, limit=5, clock=ticking())
+        page = jobs_page(connection, job_filter, before=None, limit=5, clock=slow_clock())
         whole = jobs_page(connection, job_filter, before=None, limit=5, clock=lambda: 0.0)
 
     assert (page.rows, page.before, page.searched_to) == ([], ids[-4], ids[-4])
@@ -91,7 +93,7 @@ def test_a_text_finds_a_job_by_id_remote_id_or_reference_page_by_page(engine: En
 
         def find(text: str) -> list[int]:
             page = lambda before: jobs_page(connection, JobFilter(), text=text, before=before, limit=3)  # noqa: E731
-            return walked(page)[0]
+            return read_all_pages(page)[0]
 
         assert find("ours") == [same_reference, *ids[::-1]]
         assert find("r3") == [ids[3]]
@@ -99,7 +101,7 @@ def test_a_text_finds_a_job_by_id_remote_id_or_reference_page_by_page(engine: En
         assert find("9" * 30) == []
 
 
-@pytest.mark.parametrize("clock", [ticking, lambda: lambda: 0.0], ids=["no time", "time enough"])
+@pytest.mark.parametrize("clock", [slow_clock, lambda: lambda: 0.0], ids=["no time", "time enough"])
 def test_outputs_are_found_by_status_code_and_host_once_each(
     engine: Engine, clock: Callable[[], Callable[[], float]]
 ) -> None:
@@ -111,7 +113,7 @@ def test_outputs_are_found_by_status_code_and_host_once_each(
         here = add_output(connection, jobs[1], 3, url="http://percent%25.test/a.png", error_code="unreachable")
 
         def find(output_filter: OutputFilter) -> list[int]:
-            return walked(
+            return read_all_pages(
                 lambda before: outputs_page(connection, output_filter, before=before, limit=4, clock=clock())
             )[0]
 

@@ -102,10 +102,12 @@ def test_given_an_answer_between_two_crashes_then_the_count_starts_again(
         job_id = add_job(connection)
     for _ in range(3):
         _crash_before_sending(engine)
-    _crash(engine, at=NOW)  # one that was sent: the fourth in a row
+    _crash(engine, at=NOW)  # its request was sent: the fourth consecutive crash
     with engine.begin() as connection:
         fourth = connection.execute(select(crashes.c.times)).scalar_one()
-        connection.execute(update(jobs).where(jobs.c.id == job_id).values(polls=jobs.c.polls + 1))  # an answer came
+        connection.execute(
+            update(jobs).where(jobs.c.id == job_id).values(polls=jobs.c.polls + 1)
+        )  # an answer was recorded
 
     if before_sending:
         _crash_before_sending(engine)

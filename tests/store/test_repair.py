@@ -109,11 +109,11 @@ def test_given_nothing_to_repair_then_no_statement_writes_or_locks(engine: Engin
         add_output(connection, add_downloading(connection))
     statements: list[str] = []
 
-    def note(*arguments: Any) -> None:
+    def record_statement(*arguments: Any) -> None:
         statements.append(arguments[2])
 
-    event.listen(engine, "before_cursor_execute", note)
+    event.listen(engine, "before_cursor_execute", record_statement)
     Repairer(engine).run()
-    event.remove(engine, "before_cursor_execute", note)
+    event.remove(engine, "before_cursor_execute", record_statement)
     assert len(statements) < 12
     assert not [statement for statement in statements if "UPDATE" in statement]

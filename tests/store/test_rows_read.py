@@ -17,14 +17,14 @@ from worker.store.schema import jobs
 
 AT_REST = 3_000
 ACCOUNTS = ("default", "idle", "shop")
-WAITING = 20  # in each account but the idle one
+WAITING = 20  # per account, except the idle one
 LEVELS = 2 * (len(ACCOUNTS) - 1)
 
 Look = Callable[[Connection], object]
 
 
 @pytest.fixture
-def stocked(engine: Engine) -> Engine:
+def filled_database(engine: Engine) -> Engine:
     """Create three accounts with thousands of final jobs. Two of them have a few waiting jobs."""
     final: dict[str, Any] = {"status": "completed", "due_at": None, "ready_at": NOW, "completed_at": NOW, "priority": 9}
     rows = [
@@ -45,16 +45,16 @@ def stocked(engine: Engine) -> Engine:
 
 
 def _rows_read(engine: Engine, look: Look) -> int:
-    def counted(connection: Connection) -> int:
+    def rows_read_so_far(connection: Connection) -> int:
         status = connection.exec_driver_sql("SHOW SESSION STATUS LIKE 'Handler_read%%'").all()
         return sum(int(value) for _, value in status)
 
     with engine.connect() as connection:
-        before = counted(connection)
-        own_price = counted(connection) - before  # reading the status reads rows, too
-        before = counted(connection)
+        before = rows_read_so_far(connection)
+        own_price = rows_read_so_far(connection) - before  # reading the counter reads rows too
+        before = rows_read_so_far(connection)
         look(connection)
-        return counted(connection) - before - own_price
+        return rows_read_so_far(connection) - before - own_price
 
 
 def _claim(connection: Connection) -> object:
@@ -78,7 +78,7 @@ def _claim(connection: Connection) -> object:
     ],
     ids=["levels", "accounts", "claim", "by account", "by kind", "past deadline", "late", "held", "failures"],
 )
-def test_queries_for_waiting_jobs_do_not_read_final_jobs(stocked: Engine, query: Look, limit: int) -> None:
+def test_queries_for_waiting_jobs_do_not_read_final_jobs(filled_database: Engine, query: Look, limit: int) -> None:
     """With thousands of final jobs, only the waiting jobs are read."""
     assert limit < AT_REST / 5
-    assert 0 < _rows_read(stocked, query) <= limit
+    assert 0 < _rows_read(filled_database, query) <= limit

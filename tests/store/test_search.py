@@ -31,7 +31,9 @@ def now(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["few", "many"])
-def stocked(engine: Engine, request: pytest.FixtureRequest, now: None, monkeypatch: pytest.MonkeyPatch) -> Engine:
+def filled_database(
+    engine: Engine, request: pytest.FixtureRequest, now: None, monkeypatch: pytest.MonkeyPatch
+) -> Engine:
     """Insert one job of each kind, named by its remote id. Filters use ids, or a scan because nothing counts as few."""
     monkeypatch.setattr(module, "FEW", 1_000 if request.param == "few" else 0)
     later: dict[str, Any] = {"due_at": NOW + seconds(60)}
@@ -54,7 +56,7 @@ def stocked(engine: Engine, request: pytest.FixtureRequest, now: None, monkeypat
         for scope, name, values in (
             ("account", "shut", {"paused_at": NOW}),
             ("host", "off.test", {"reason": "unreachable", "since": NOW, "probe_at": NOW}),
-            ("host", "api.test", {"reason": "rate limited", "since": NOW, "until": NOW}),  # it is over
+            ("host", "api.test", {"reason": "rate limited", "since": NOW, "until": NOW}),  # it has ended
         ):
             connection.execute(insert(breakers).values(scope=scope, name=name, **values))
     return engine
@@ -103,16 +105,16 @@ MINE: list[tuple[JobFilter, str]] = [
 ]
 
 
-def test_each_filter_finds_its_jobs_newest_first_and_counts_them(stocked: Engine) -> None:
+def test_each_filter_finds_its_jobs_newest_first_and_counts_them(filled_database: Engine) -> None:
     for job_filter, names in MINE:
-        with stocked.connect() as connection:
+        with filled_database.connect() as connection:
             assert [row.remote_id for row in find_jobs(connection, job_filter, limit=100)] == names.split(), job_filter
             assert count_matching(connection, job_filter) == len(names.split()), job_filter
 
 
-def test_pages_of_any_size_together_contain_all_jobs(stocked: Engine) -> None:
+def test_pages_of_any_size_together_contain_all_jobs(filled_database: Engine) -> None:
     for job_filter, _ in MINE:
-        with stocked.connect() as connection:
+        with filled_database.connect() as connection:
             whole = find_job_ids(connection, job_filter, limit=100)
             paged: list[int] = []
             while page := find_job_ids(connection, job_filter, limit=2, after=paged[-1] if paged else None):
@@ -120,14 +122,14 @@ def test_pages_of_any_size_together_contain_all_jobs(stocked: Engine) -> None:
         assert paged == whole, job_filter
 
 
-def test_jobs_that_no_longer_match_are_skipped(stocked: Engine) -> None:
+def test_jobs_that_no_longer_match_are_skipped(filled_database: Engine) -> None:
     """They are locked in the order of their ids, whatever the order of the arguments."""
     for job_filter, _ in MINE:
-        with stocked.begin() as connection:
+        with filled_database.begin() as connection:
             search = prepare_search(connection, job_filter)
             ids = find_job_ids(connection, search, limit=100)
             assert lock_matching(connection, search, ids) == sorted(ids), job_filter
-    with stocked.begin() as connection:
+    with filled_database.begin() as connection:
         search = prepare_search(connection, JobFilter(statuses=("pending",)))
         ids = find_job_ids(connection, search, limit=100)
         connection.execute(
@@ -136,8 +138,8 @@ def test_jobs_that_no_longer_match_are_skipped(stocked: Engine) -> None:
         assert len(lock_matching(connection, search, ids)) == len(ids) - 1
 
 
-def test_counting_stops_at_the_limit(stocked: Engine) -> None:
-    with stocked.connect() as connection:
+def test_counting_stops_at_the_limit(filled_database: Engine) -> None:
+    with filled_database.connect() as connection:
         for job_filter in (JobFilter(), JobFilter(statuses=("failed", "expired", "pending"))):
             assert [count_matching(connection, job_filter, limit=limit) for limit in (1, 3, 100)][:2] == [1, 3]
 
