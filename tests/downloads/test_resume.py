@@ -610,11 +610,11 @@ def test_a_host_that_hangs_uses_no_more_than_its_slots() -> None:
 
 def test_outputs_of_a_host_that_hangs_do_not_delay_other_outputs(stand: Stand, web: Web) -> None:
     """However many and however old they are: free threads download the others."""
-    hang = Event()
+    release = Event()
     stand.timeout = 30.0
 
     def hang(_: socket.socket) -> None:
-        hang.wait(20)
+        release.wait(20)
 
     with web_server("127.0.0.2") as other_server:
         url = other_server.serves("/h.png", hang)
@@ -622,10 +622,10 @@ def test_outputs_of_a_host_that_hangs_do_not_delay_other_outputs(stand: Stand, w
         late = [stand.add(web.serves(f"/{number}.png", page(200, png(padding=number)))) for number in range(5)]
         downloader = stand.downloader()
         downloader._hosts = HostSlots(2)
-        over = Event()
+        stop = Event()
 
         def run_downloads() -> None:
-            while not over.is_set():
+            while not stop.is_set():
                 downloader.run(waiting[0])
 
         threads = [Thread(target=run_downloads) for _ in range(4)]
@@ -636,8 +636,8 @@ def test_outputs_of_a_host_that_hangs_do_not_delay_other_outputs(stand: Stand, w
             if time.monotonic() >= until:
                 break
             time.sleep(0.05)
-        over.set()
-        hang.set()
+        stop.set()
+        release.set()
         for thread in threads:
             thread.join()
     assert states == {"stored"}
