@@ -29,7 +29,7 @@ PICTURE_TYPES = ("image/png", "text/plain", "application/octet-stream")
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class ApiOutput:
     """One output of a job, and how the picture host answers for it."""
 
     trick: str = "good"  # or html, truncated, missing, late, redirect, elsewhere, echo
@@ -38,18 +38,18 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class ApiJob:
     """A job of the API. It is ready `seconds` after `started`; `script` has the answers to its first fetch calls."""
 
     remote_id: str
     started: float
     seconds: float
-    outputs: tuple[Output, ...] = (Output(),)
+    outputs: tuple[ApiOutput, ...] = (ApiOutput(),)
     script: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Behaviour:
+class ApiBehaviour:
     """The behaviour of the API for all jobs."""
 
     accept: tuple[str, ...] = ()  # the accepted keys
@@ -63,7 +63,7 @@ class Behaviour:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class FetchCall:
     """A fetch call: its times, job, key and the name of its answer."""
 
     began: float
@@ -74,7 +74,7 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Get:
+class PictureGet:
     """A request for a picture. `complete` means that the whole answer was sent."""
 
     began: float
@@ -111,17 +111,17 @@ class ApiState:
     """The state of both servers: jobs, behaviour and recorded requests."""
 
     seed: int = 1
-    behaviour: Behaviour = field(default_factory=Behaviour)
+    behaviour: ApiBehaviour = field(default_factory=ApiBehaviour)
     pictures_address: str = ""
-    jobs: dict[str, Job] = field(default_factory=dict)
-    calls: list[Call] = field(default_factory=list)
-    gets: list[Get] = field(default_factory=list)
+    jobs: dict[str, ApiJob] = field(default_factory=dict)
+    calls: list[FetchCall] = field(default_factory=list)
+    gets: list[PictureGet] = field(default_factory=list)
     strays: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     _calls_per_job: dict[str, int] = field(default_factory=dict)
     _recent: deque[float] = field(default_factory=deque)
 
-    def register(self, jobs: Sequence[Job]) -> None:
+    def register(self, jobs: Sequence[ApiJob]) -> None:
         """Add jobs."""
         with self.lock:
             self.jobs.update({job.remote_id: job for job in jobs})
@@ -140,7 +140,7 @@ class ApiState:
                 "strays": list(self.strays),
             }
 
-    def address(self, job: Job, position: int, key: str) -> str:
+    def address(self, job: ApiJob, position: int, key: str) -> str:
         """Return the URL of an output for the success answer."""
         output = job.outputs[position]
         if output.trick == "elsewhere":
@@ -174,7 +174,7 @@ class ApiState:
             return "processing", 200, _processing(previous_calls)
         return "success", 200, self._success(job, key)
 
-    def _scripted(self, job: Job, name: str, key: str) -> tuple[str, int, object]:
+    def _scripted(self, job: ApiJob, name: str, key: str) -> tuple[str, int, object]:
         match name:
             case "failed":
                 return (
@@ -202,7 +202,7 @@ class ApiState:
             case _:
                 return "processing", 200, _processing(0)
 
-    def _success(self, job: Job, key: str) -> dict[str, object]:
+    def _success(self, job: ApiJob, key: str) -> dict[str, object]:
         links = [self.address(job, position, key) for position in range(len(job.outputs))]
         number: object = int(job.remote_id) if job.remote_id.isdecimal() else job.remote_id
         # Texts inside a success answer must not be read as errors.
@@ -239,7 +239,7 @@ def _processing(previous_calls: int) -> dict[str, object]:
     return forms[previous_calls % len(forms)]
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _RecordingHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     api: ClassVar[ApiState]
@@ -266,7 +266,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
-class ApiHandler(_Handler):
+class ApiHandler(_RecordingHandler):
     """Handles POST /api/v3/fetch/{id} for the product, and /control/ for the test program."""
 
     def do_POST(self) -> None:
@@ -289,7 +289,7 @@ class ApiHandler(_Handler):
         name, status, answer = self.api.answer(match[1], str(key), began)
         time.sleep(self.api.behaviour.latency_seconds)
         with self.api.lock:  # before the answer is sent, so that the ledger is never behind
-            self.api.calls.append(Call(began, time.time(), match[1], str(key), name))
+            self.api.calls.append(FetchCall(began, time.time(), match[1], str(key), name))
         self.reply(status, answer)
 
     def do_GET(self) -> None:
@@ -313,12 +313,12 @@ class ApiHandler(_Handler):
         self.reply(200, _error("Invalid API Request", "1. Make sure you are doing POST request."))
 
 
-def _job(entry: Mapping[str, Any]) -> Job:
-    outputs = tuple(Output(**output) for output in entry["outputs"])
-    return Job(entry["remote_id"], entry["started"], entry["seconds"], outputs, tuple(entry["script"]))
+def _job(entry: Mapping[str, Any]) -> ApiJob:
+    outputs = tuple(ApiOutput(**output) for output in entry["outputs"])
+    return ApiJob(entry["remote_id"], entry["started"], entry["seconds"], outputs, tuple(entry["script"]))
 
 
-class PictureHandler(_Handler):
+class PictureHandler(_RecordingHandler):
     """Handles GET /generations/{id}.{position}.png, with the output's trick."""
 
     def do_GET(self) -> None:
@@ -333,7 +333,7 @@ class PictureHandler(_Handler):
         output, position = job.outputs[int(match[2])], int(match[2])
         request = json.dumps(list(self.headers.items())) + ("" if output.trick == "echo" else query)
         carried_key = any(key in request or quote(key, safe="") in request for key in self.api.behaviour.accept)
-        entry = Get(began, job.remote_id, position, 0, complete=False, carried_key=carried_key)
+        entry = PictureGet(began, job.remote_id, position, 0, complete=False, carried_key=carried_key)
         with self.api.lock:
             index = len(self.api.gets)
             self.api.gets.append(entry)
@@ -341,7 +341,7 @@ class PictureHandler(_Handler):
         with self.api.lock:
             self.api.gets[index] = replace(entry, status=status, complete=complete)
 
-    def _serve(self, job: Job, position: int, output: Output, now: float) -> tuple[int, bool]:
+    def _serve(self, job: ApiJob, position: int, output: ApiOutput, now: float) -> tuple[int, bool]:
         late = output.trick == "late" and now < job.started + job.seconds + output.seconds
         match output.trick:
             case "html":
@@ -373,7 +373,7 @@ class PictureHandler(_Handler):
         return True
 
 
-class _Server(ThreadingHTTPServer):
+class _QuietServer(ThreadingHTTPServer):
     request_queue_size = 256
     daemon_threads = True
 
@@ -390,8 +390,8 @@ class ApiServers:
         self.api = api
         bound = {"api": api}
         self._servers = (
-            _Server(("127.0.0.1", port), type("BoundApiHandler", (ApiHandler,), bound)),
-            _Server(("127.0.0.1", pictures_port), type("BoundPictureHandler", (PictureHandler,), bound)),
+            _QuietServer(("127.0.0.1", port), type("BoundApiHandler", (ApiHandler,), bound)),
+            _QuietServer(("127.0.0.1", pictures_port), type("BoundPictureHandler", (PictureHandler,), bound)),
         )
         self.port, self.pictures_port = (int(server.server_address[1]) for server in self._servers)
         api.pictures_address = f"http://127.0.0.1:{self.pictures_port}"
@@ -415,7 +415,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--key", action="append", default=[], help="a key to accept; may be given several times")
     options = parser.parse_args()
-    api = ApiState(seed=options.seed, behaviour=Behaviour(accept=tuple(options.key)))
+    api = ApiState(seed=options.seed, behaviour=ApiBehaviour(accept=tuple(options.key)))
     with ApiServers(api, options.port, options.pictures_port) as servers:
         print(json.dumps({"port": servers.port, "pictures_port": servers.pictures_port}), flush=True)
         sys.stdin.read()

@@ -12,18 +12,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.acceptance.api import Call, Get, Job
+from tests.acceptance.api import ApiJob, FetchCall, PictureGet
 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
     """The requests that the API received, in order."""
 
-    calls: tuple[Call, ...]
-    gets: tuple[Get, ...]
+    calls: tuple[FetchCall, ...]
+    gets: tuple[PictureGet, ...]
     strays: tuple[str, ...]
 
-    def calls_about(self, remote_id: str) -> list[Call]:
+    def calls_about(self, remote_id: str) -> list[FetchCall]:
         """Return the fetch calls for one job, oldest first."""
         return [call for call in self.calls if call.remote_id == remote_id]
 
@@ -42,7 +42,7 @@ class Ledger:
                 succeeded.add(call.remote_id)
         return late
 
-    def gets_per_output(self, counted: Callable[[Get], bool]) -> Counter[tuple[str, int]]:
+    def gets_per_output(self, counted: Callable[[PictureGet], bool]) -> Counter[tuple[str, int]]:
         """Return the number of requests per output for which `counted` is true."""
         return Counter((get.remote_id, get.position) for get in self.gets if counted(get))
 
@@ -86,7 +86,7 @@ class ApiProcess:
         """The value for `SD_API_URL`."""
         return f"http://127.0.0.1:{self.port}/api/v3"
 
-    def register(self, jobs: Sequence[Job]) -> None:
+    def register(self, jobs: Sequence[ApiJob]) -> None:
         """Add jobs to the API."""
         self._control("POST", "/control/jobs", {"jobs": [asdict(job) for job in jobs]})
 
@@ -97,8 +97,8 @@ class ApiProcess:
     def ledger(self) -> Ledger:
         """Return all requests so far."""
         answer = self._control("GET", "/control/ledger")
-        calls = sorted((Call(**call) for call in answer["calls"]), key=lambda call: call.began)
-        return Ledger(tuple(calls), tuple(Get(**get) for get in answer["gets"]), tuple(answer["strays"]))
+        calls = sorted((FetchCall(**call) for call in answer["calls"]), key=lambda call: call.began)
+        return Ledger(tuple(calls), tuple(PictureGet(**get) for get in answer["gets"]), tuple(answer["strays"]))
 
     def _control(self, method: str, path: str, body: object = None) -> dict[str, Any]:
         with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import redis
 
-from tests.acceptance.api import FAIL_WITH, Job, Output
+from tests.acceptance.api import FAIL_WITH, ApiJob, ApiOutput
 from tests.acceptance.api_process import ApiProcess
 from tests.acceptance.deployment import FLOWER_LOGIN, Deployment, Installation, NotReady, wait_until
 from tests.acceptance.jobs import Size, check_no_foreign_connections, rows_of, track_by_name
@@ -108,7 +108,7 @@ def _provoke(report: Report, deployment: Deployment, api: ApiProcess) -> None:
         "link that echoes": (),
     }
     jobs = {
-        name: Job(str(18_000_000 + number), started, 2.0, (Output("echo" if "link" in name else "good"),), script)
+        name: ApiJob(str(18_000_000 + number), started, 2.0, (ApiOutput("echo" if "link" in name else "good"),), script)
         for number, (name, script) in enumerate(scripts.items())
     }
     api.register(list(jobs.values()))
@@ -139,7 +139,7 @@ def _provoke(report: Report, deployment: Deployment, api: ApiProcess) -> None:
     messages = [str(row["error_message"]) for row in rows_of(deployment, settled).values() if row["error_message"]]
     report.check("an error message is stored, without the key", any("gave up" in text for text in messages), messages)
     api.behave(accept=[], echo_rejected=True)
-    refused = Job("18000100", started, 1.0)
+    refused = ApiJob("18000100", started, 1.0)
     api.register([refused])
     track_by_name(deployment, [refused])
     polled = wait_until(lambda: bool(api.ledger().calls_about(refused.remote_id)), 20)
@@ -152,7 +152,9 @@ def _provoke_spellings(report: Report, deployment: Deployment, api: ApiProcess, 
     api.behave(accept=[key], echo_rejected=False)
     spelled = {name: spell(key) for name, spell in SPELLINGS.items()} | {"cut": f"{key[:-4]}…"}
     jobs = {
-        name: Job(str(18_001_000 + number), time.time(), 1.0, script=(f"{FAIL_WITH}refused: {text} (see there)",) * 2)
+        name: ApiJob(
+            str(18_001_000 + number), time.time(), 1.0, script=(f"{FAIL_WITH}refused: {text} (see there)",) * 2
+        )
         for number, (name, text) in enumerate(spelled.items())
     }
     api.register(list(jobs.values()))

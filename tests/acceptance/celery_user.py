@@ -6,7 +6,7 @@ import signal
 import time
 from pathlib import Path
 
-from tests.acceptance.api import Job
+from tests.acceptance.api import ApiJob
 from tests.acceptance.api_process import ApiProcess
 from tests.acceptance.canary import flower_answers
 from tests.acceptance.deployment import WORKING, Deployment, Installation, wait_until
@@ -40,7 +40,7 @@ def celery_user(installation: Installation, home: Path, size: Size) -> Report:
         report.none_of("and leave no process behind", deployment.leftovers())
 
         for number, (target, signal_) in enumerate((("the group", signal.SIGINT), ("honcho", signal.SIGTERM))):
-            job = Job(str(19_000_000 + number), time.time(), 2.0)
+            job = ApiJob(str(19_000_000 + number), time.time(), 2.0)
             api.register([job])
             _honcho(report, deployment, job, target, signal_)
         check_no_foreign_connections(report, deployment)
@@ -55,7 +55,7 @@ _TABLES = {
 }
 
 
-def _honcho(report: Report, deployment: Deployment, job: Job, target: str, signal_: signal.Signals) -> None:
+def _honcho(report: Report, deployment: Deployment, job: ApiJob, target: str, signal_: signal.Signals) -> None:
     log = deployment.log_folder / f"honcho-{signal_.name}.log"
     honcho = deployment.shell(f"{deployment.installation.bin}/honcho start {' '.join(PROCESSES)}", log)
     try:

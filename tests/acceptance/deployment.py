@@ -101,7 +101,7 @@ def engine_for(address: str) -> sqlalchemy.Engine:
     return sqlalchemy.create_engine(url, poolclass=NullPool)
 
 
-class RedisServer:
+class RedisProcess:
     """A Redis (or Valkey) server for one run. `url` is its `REDIS_URL`."""
 
     def __init__(self, home: Path) -> None:
@@ -163,7 +163,7 @@ class Deployment:
         shutil.copytree(self.installation.repo, self.checkout, ignore=shutil.ignore_patterns(*NOT_COPIED))
         with ExitStack() as servers:
             self.database_url = servers.enter_context(own_database(self.installation.database, self.home))
-            self._redis = servers.enter_context(RedisServer(self.home))
+            self._redis = servers.enter_context(RedisProcess(self.home))
             self.redis_url = self._redis.url
             servers.callback(self._end_processes)
             self._servers = servers.pop_all()

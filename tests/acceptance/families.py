@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.acceptance.deployment import WORKING, Deployment, Installation, epoch, file_of, wait_until
-from tests.acceptance.families_api import ENDINGS, FAMILIES, Call, Family, Order, content
+from tests.acceptance.families_api import ENDINGS, FAMILIES, ApiFamily, FamilyCall, ReceivedOrder, content
 from tests.acceptance.jobs import FINAL, check_no_foreign_connections
 from tests.acceptance.main_job import KEY, start_working
 from tests.acceptance.report import Report
@@ -46,7 +46,7 @@ class FamiliesApi:
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         self._process.communicate(timeout=10)
 
-    def order(self, family: Family) -> dict[str, Any]:
+    def order(self, family: ApiFamily) -> dict[str, Any]:
         """Order a job of a family. Return the answer."""
         body = json.dumps({"key": KEY, "prompt": "a lighthouse"})
         answer: dict[str, Any] = self._ask("POST", f"/api/{family.order}", body)
@@ -57,9 +57,9 @@ class FamiliesApi:
         ledger: dict[str, Any] = self._ask("GET", "/control/ledger")
         return ledger
 
-    def orders(self) -> list[Order]:
+    def orders(self) -> list[ReceivedOrder]:
         """Return the orders in the order of their arrival."""
-        return [Order(**order) for order in self.ledger()["orders"]]
+        return [ReceivedOrder(**order) for order in self.ledger()["orders"]]
 
     def _ask(self, method: str, path: str, body: str | None = None) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -146,14 +146,14 @@ def _check_way(
     api: FamiliesApi,
     way: str,
     ids: Sequence[int],
-    orders: Sequence[Order],
+    orders: Sequence[ReceivedOrder],
     first: int,
 ) -> None:
     rows = _rows(deployment)
     outputs: dict[int, list[dict[str, Any]]] = {job: [] for job in ids}
     for row in deployment.rows("SELECT * FROM fetch_outputs ORDER BY position"):
         outputs.get(row["job_id"], []).append(row)
-    calls = [Call(**call) for call in api.ledger()["calls"]]
+    calls = [FamilyCall(**call) for call in api.ledger()["calls"]]
     statuses, files, requests, kinds = [], [], [], []
     for number, (job, order) in enumerate(zip(ids, orders, strict=True)):
         family = FAMILIES[order.family]
@@ -174,7 +174,7 @@ def _check_way(
     report.none_of(f"by {way}: videos and trainings have their kind and deadline", kinds)
 
 
-def _file_faults(name: str, family: Family, order: Order, outputs: Sequence[dict[str, Any]]) -> list[str]:
+def _file_faults(name: str, family: ApiFamily, order: ReceivedOrder, outputs: Sequence[dict[str, Any]]) -> list[str]:
     if not family.media_type:
         return [f"{name}: {len(outputs)} outputs of a training"] if outputs else []
     if [row["status"] for row in outputs] != ["stored"]:
@@ -188,13 +188,13 @@ def _file_faults(name: str, family: Family, order: Order, outputs: Sequence[dict
     return [] if path.read_bytes() == source else [f"{name}: the file has other bytes"]
 
 
-def _expected_call(family: Family, order: Order, *, by_endpoint: bool) -> tuple[str, str, str]:
+def _expected_call(family: ApiFamily, order: ReceivedOrder, *, by_endpoint: bool) -> tuple[str, str, str]:
     path = family.fetch if by_endpoint or not family.named else family.named
     body = {} if "{id}" in path else {family.id_field: order.remote_id}
     return family.method, path.replace("{id}", order.remote_id), json.dumps(body)
 
 
-def _kind_faults(name: str, family: Family, row: dict[str, Any], way: str) -> list[str]:
+def _kind_faults(name: str, family: ApiFamily, row: dict[str, Any], way: str) -> list[str]:
     seconds = round(epoch(row["deadline_at"]) - epoch(row["submitted_at"]))
     if family.answer == "training":
         right = row["kind"] == "training" and seconds == 14_400
@@ -205,7 +205,9 @@ def _kind_faults(name: str, family: Family, row: dict[str, Any], way: str) -> li
     return [] if right else [f"{name}: kind {row['kind']}, {seconds} s"]
 
 
-def _check_ambiguous(report: Report, deployment: Deployment, api: FamiliesApi, ambiguous: dict[int, Order]) -> None:
+def _check_ambiguous(
+    report: Report, deployment: Deployment, api: FamiliesApi, ambiguous: dict[int, ReceivedOrder]
+) -> None:
     """Check jobs whose answer names neither a URL nor a family: they are fetched at the default URL.
 
     They end as not_found with a hint, or their file is stored from the links that the answer promised.

@@ -26,7 +26,7 @@ SECONDS = 1.0  # from an order until its job is ready
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class ApiFamily:
     """A family as its documents describe it. Paths are relative to `/api/`; in `fetch`, `{id}` is the job's id.
 
     `answer` and `ready` name the forms of its answers. `alone` means that the answer to an order is enough to find the
@@ -49,56 +49,57 @@ class Family:
 PNG, MP4, WAV, GLB = "image/png", "video/mp4", "audio/wav", "model/gltf-binary"
 TXT, JSON_TEXT, SRT, VTT = "text/plain", "application/json", "application/x-subrip", "text/vtt"
 
-FAMILIES: tuple[Family, ...] = (
-    Family("v3/text2img", "v3/fetch/{id}", PNG),
-    Family("v3/img2img", "v3/fetch/{id}", PNG),
-    Family("v3/inpaint", "v3/fetch/{id}", PNG),
-    Family("v3/text2video", "v3/fetch/{id}", MP4, answer="empty text", video=True),
-    Family("v3/dreambooth", "v3/dreambooth/fetch/{id}", PNG),
-    Family("v4/dreambooth", "v4/dreambooth/fetch", PNG, id_field="request_id", named="v3/dreambooth/fetch/{id}"),
-    Family("v5/controlnet", "v3/fetch/{id}", PNG, answer="empty text"),
-    Family("v5/super_resolution", "v3/fetch/{id}", PNG, answer="empty text", ready="text"),
-    Family("v5/text2video", "v3/fetch/{id}", MP4, answer="empty text", video=True),
-    Family("v6/images/text2img", "v6/images/fetch/{id}", PNG),
-    Family("v6/images/flux", "v6/images/fetch/{id}", PNG, answer="newest", ready="proxies object", alone=False),
-    Family("v6/realtime/text2img", "v6/realtime/fetch/{id}", PNG, ready="no id"),
-    Family("v6/image_editing/outpaint", "v6/image_editing/fetch/{id}", PNG, ready="proxy text"),
-    Family("v6/image_editing/fashion", "v6/image_editing/fetch/{id}", PNG),
-    Family("v6/interior/make", "v6/interior/fetch/{id}", PNG),
-    Family("v6/deepfake/single_video_swap", "v6/deepfake/fetch/{id}", MP4, ready="proxies null"),
-    Family("v6/faceswap/multiple_face_swap", "v6/faceswap/fetch/{id}", PNG),
-    Family("v6/video/text2video", "v6/video/fetch/{id}", MP4, label="message", video=True),
-    Family("v6/video/img2video_ultra", "v6/video/fetch/{id}", MP4, answer="newest", label="message", video=True,
-           alone=False),
-    Family("v6/voice/text_to_speech", "v6/voice/fetch/{id}", WAV, label="message"),
-    Family("v6/voice/music_gen", "v6/voice/fetch/{id}", WAV, label="message", ready="links"),
-    Family("v6/voice/speech_to_text", "v6/whisper/fetch/{id}", TXT, label="message"),
-    Family("v6/3d/text_to_3d", "v6/3d/fetch/{id}", GLB, answer="extra assets", ready="id null"),
-    Family("v6/llm/chat", "v6/llm/get_queued_response", JSON_TEXT, answer="chat", id_field="chat_id"),
-    Family("v7/images/text-to-image", "v7/images/fetch/{id}", PNG, answer="newest", alone=False),
-    Family("v7/video-fusion/text-to-video", "v7/video-fusion/fetch/{id}", MP4, answer="nameless", label="message",
-           video=True),
-    Family("v7/voice/speech-to-text", "v7/voice/fetch/{id}", SRT, label="message"),
-    Family("v7/voice/text-to-speech", "v7/voice/fetch/{id}", WAV, label="message"),
-    Family("v1/enterprise/text2img", "v1/enterprise/fetch", PNG, answer="newest", id_field="request_id", alone=False),
-    Family("v1/enterprise/flux/text2img", "v1/enterprise/flux/fetch/{id}", PNG, ready="no id"),
-    Family("v1/enterprise/ultra_video/text2video", "v1/enterprise/ultra_video/fetch/{id}", MP4, video=True),
-    Family("v1/enterprise/voice/sfx", "v1/enterprise/voice/fetch/{id}", WAV, answer="task", ready="links",
-           label="message", alone=False),
-    Family("v1/enterprise/speech_to_text/transcribe", "v1/enterprise/speech_to_text/fetch/{id}", VTT),
-    Family("v1/enterprise/3d/text_to_3d", "v1/enterprise/3d/fetch/{id}", GLB, ready="id null"),
-    Family("v1/enterprise/super_resolution/make", "v1/enterprise/super_resolution/fetch/{id}", PNG, ready="text"),
-    Family("v3/fine_tune", "v3/fine_tune_status/{id}", "", answer="training", ready="model"),
-    Family("v3/lora_fine_tune", "v3/fine_tune_status/{id}", "", answer="training", ready="lora model"),
-    Family("v1/workflows/upscale/run", "v1/workflows/upscale/runs/{id}", PNG, answer="workflow", ready="execution",
-           method="GET"),
+FAMILIES: tuple[ApiFamily, ...] = (
+    ApiFamily("v3/text2img", "v3/fetch/{id}", PNG),
+    ApiFamily("v3/img2img", "v3/fetch/{id}", PNG),
+    ApiFamily("v3/inpaint", "v3/fetch/{id}", PNG),
+    ApiFamily("v3/text2video", "v3/fetch/{id}", MP4, answer="empty text", video=True),
+    ApiFamily("v3/dreambooth", "v3/dreambooth/fetch/{id}", PNG),
+    ApiFamily("v4/dreambooth", "v4/dreambooth/fetch", PNG, id_field="request_id", named="v3/dreambooth/fetch/{id}"),
+    ApiFamily("v5/controlnet", "v3/fetch/{id}", PNG, answer="empty text"),
+    ApiFamily("v5/super_resolution", "v3/fetch/{id}", PNG, answer="empty text", ready="text"),
+    ApiFamily("v5/text2video", "v3/fetch/{id}", MP4, answer="empty text", video=True),
+    ApiFamily("v6/images/text2img", "v6/images/fetch/{id}", PNG),
+    ApiFamily("v6/images/flux", "v6/images/fetch/{id}", PNG, answer="newest", ready="proxies object", alone=False),
+    ApiFamily("v6/realtime/text2img", "v6/realtime/fetch/{id}", PNG, ready="no id"),
+    ApiFamily("v6/image_editing/outpaint", "v6/image_editing/fetch/{id}", PNG, ready="proxy text"),
+    ApiFamily("v6/image_editing/fashion", "v6/image_editing/fetch/{id}", PNG),
+    ApiFamily("v6/interior/make", "v6/interior/fetch/{id}", PNG),
+    ApiFamily("v6/deepfake/single_video_swap", "v6/deepfake/fetch/{id}", MP4, ready="proxies null"),
+    ApiFamily("v6/faceswap/multiple_face_swap", "v6/faceswap/fetch/{id}", PNG),
+    ApiFamily("v6/video/text2video", "v6/video/fetch/{id}", MP4, label="message", video=True),
+    ApiFamily("v6/video/img2video_ultra", "v6/video/fetch/{id}", MP4, answer="newest", label="message", video=True,
+              alone=False),
+    ApiFamily("v6/voice/text_to_speech", "v6/voice/fetch/{id}", WAV, label="message"),
+    ApiFamily("v6/voice/music_gen", "v6/voice/fetch/{id}", WAV, label="message", ready="links"),
+    ApiFamily("v6/voice/speech_to_text", "v6/whisper/fetch/{id}", TXT, label="message"),
+    ApiFamily("v6/3d/text_to_3d", "v6/3d/fetch/{id}", GLB, answer="extra assets", ready="id null"),
+    ApiFamily("v6/llm/chat", "v6/llm/get_queued_response", JSON_TEXT, answer="chat", id_field="chat_id"),
+    ApiFamily("v7/images/text-to-image", "v7/images/fetch/{id}", PNG, answer="newest", alone=False),
+    ApiFamily("v7/video-fusion/text-to-video", "v7/video-fusion/fetch/{id}", MP4, answer="nameless", label="message",
+              video=True),
+    ApiFamily("v7/voice/speech-to-text", "v7/voice/fetch/{id}", SRT, label="message"),
+    ApiFamily("v7/voice/text-to-speech", "v7/voice/fetch/{id}", WAV, label="message"),
+    ApiFamily("v1/enterprise/text2img", "v1/enterprise/fetch", PNG, answer="newest", id_field="request_id",
+              alone=False),
+    ApiFamily("v1/enterprise/flux/text2img", "v1/enterprise/flux/fetch/{id}", PNG, ready="no id"),
+    ApiFamily("v1/enterprise/ultra_video/text2video", "v1/enterprise/ultra_video/fetch/{id}", MP4, video=True),
+    ApiFamily("v1/enterprise/voice/sfx", "v1/enterprise/voice/fetch/{id}", WAV, answer="task", ready="links",
+              label="message", alone=False),
+    ApiFamily("v1/enterprise/speech_to_text/transcribe", "v1/enterprise/speech_to_text/fetch/{id}", VTT),
+    ApiFamily("v1/enterprise/3d/text_to_3d", "v1/enterprise/3d/fetch/{id}", GLB, ready="id null"),
+    ApiFamily("v1/enterprise/super_resolution/make", "v1/enterprise/super_resolution/fetch/{id}", PNG, ready="text"),
+    ApiFamily("v3/fine_tune", "v3/fine_tune_status/{id}", "", answer="training", ready="model"),
+    ApiFamily("v3/lora_fine_tune", "v3/fine_tune_status/{id}", "", answer="training", ready="lora model"),
+    ApiFamily("v1/workflows/upscale/run", "v1/workflows/upscale/runs/{id}", PNG, answer="workflow", ready="execution",
+              method="GET"),
 )  # fmt: skip
 ENDINGS = {PNG: "png", MP4: "mp4", WAV: "wav", GLB: "glb", TXT: "txt", JSON_TEXT: "json", SRT: "srt", VTT: "vtt"}
 STATES = ("deploying_gpu", "training_started", "trained_model_uploading", "deploying_model")
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class ReceivedOrder:
     """An accepted order."""
 
     family: int  # index in FAMILIES
@@ -107,7 +108,7 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class FamilyCall:
     """A fetch call: its method, its path below `/api/`, its body without the key, and the order that it is for."""
 
     method: str
@@ -158,8 +159,8 @@ class Api:
 
     def __init__(self, key: str) -> None:
         self.key, self.base = key, ""
-        self.orders: list[Order] = []
-        self.calls: list[Call] = []
+        self.orders: list[ReceivedOrder] = []
+        self.calls: list[FamilyCall] = []
         self.strays: list[str] = []
         self.keys_at_files: list[str] = []
         self.lock = threading.Lock()
@@ -175,7 +176,7 @@ class Api:
                 number = OTHERS_FROM + stores.count(store)
             is_text = family.answer in ("training", "chat", "task") or store.startswith("v7/images")
             remote_id = f"{family_index:02}-{number}-f5jvdz" if is_text else str(number)
-            order = Order(family_index, remote_id, time.time())
+            order = ReceivedOrder(family_index, remote_id, time.time())
             self.orders.append(order)
         shown_id: object = remote_id if is_text else number
         fetch_url = f"{self.base}/api/{(family.named or family.fetch).replace('{id}', remote_id)}"
@@ -216,7 +217,7 @@ class Api:
             case _:
                 return 200, plain
 
-    def fetch_answer(self, order: Order, now: float, previous_calls: int) -> dict[str, Any]:
+    def fetch_answer(self, order: ReceivedOrder, now: float, previous_calls: int) -> dict[str, Any]:
         """Return the answer to a fetch call, given the number of previous calls for the job."""
         family, shown_id = FAMILIES[order.family], _shown_id(order.remote_id)
         ready, link = now >= order.at + SECONDS, self._links(order)
@@ -266,7 +267,7 @@ class Api:
                     return index, True
         return None, is_fetch_path
 
-    def _links(self, order: Order) -> list[str]:
+    def _links(self, order: ReceivedOrder) -> list[str]:
         ending = ENDINGS.get(FAMILIES[order.family].media_type, "bin")
         return [f"{self.base}/files/{order.family}.{order.remote_id}.{ending}"]
 
@@ -275,7 +276,7 @@ def _shown_id(remote_id: str) -> int | str:
     return int(remote_id) if remote_id.isdecimal() else remote_id
 
 
-class Handler(BaseHTTPRequestHandler):
+class FamiliesHandler(BaseHTTPRequestHandler):
     """Handles orders, fetch calls and files, and /control/ledger for the test program."""
 
     protocol_version = "HTTP/1.1"
@@ -321,7 +322,7 @@ class Handler(BaseHTTPRequestHandler):
             is_fetch_path = is_fetch_path and self.path.startswith("/api/")
             previous_calls = sum(call.order == index for call in api.calls) if index is not None else 0
             if is_fetch_path:
-                api.calls.append(Call(method, path, body, key == api.key, -1 if index is None else index))
+                api.calls.append(FamilyCall(method, path, body, key == api.key, -1 if index is None else index))
             else:
                 api.strays.append(f"{method} {self.path}")
         if not is_fetch_path:
@@ -367,7 +368,7 @@ def _wrong_key() -> dict[str, Any]:
     return {"status": "error", "message": "Invalid Api Key", "tip": "4. Make sure you have valid API key."}
 
 
-class Server(ThreadingHTTPServer):
+class FamiliesServer(ThreadingHTTPServer):
     """HTTP server with one thread per connection."""
 
     request_queue_size = 256
@@ -384,7 +385,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A fake of the hosted API with all families. It records all requests.")
     parser.add_argument("--key", required=True)
     api = Api(parser.parse_args().key)
-    server = Server(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"api": api}))
+    server = FamiliesServer(("127.0.0.1", 0), type("BoundHandler", (FamiliesHandler,), {"api": api}))
     api.base = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     print(json.dumps({"port": server.server_address[1]}), flush=True)

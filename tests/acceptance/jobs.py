@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.acceptance.api import Job, Output, picture, spread
+from tests.acceptance.api import ApiJob, ApiOutput, picture, spread
 from tests.acceptance.api_process import ApiProcess
 from tests.acceptance.deployment import Deployment, epoch, file_of, wait_until
 from tests.acceptance.report import Report
@@ -25,21 +25,21 @@ class Size:
     seed: int
 
 
-def make_batch(size: Size, first_id: int) -> list[Job]:
+def make_batch(size: Size, first_id: int) -> list[ApiJob]:
     """Return jobs with 1 to 4 outputs, ready in 1 to `slowest` seconds. Only the ids depend on `first_id`."""
     started = time.time()
     return [
-        Job(
+        ApiJob(
             remote_id=str(first_id + number),
             started=started,
             seconds=spread(size.seed, f"{number}/seconds", 1.0, size.slowest),
-            outputs=(Output(),) * int(spread(size.seed, f"{number}/outputs", 1, 5)),
+            outputs=(ApiOutput(),) * int(spread(size.seed, f"{number}/outputs", 1, 5)),
         )
         for number in range(size.jobs)
     ]
 
 
-def track_by_name(deployment: Deployment, jobs: Iterable[Job], **options: object) -> list[Any]:
+def track_by_name(deployment: Deployment, jobs: Iterable[ApiJob], **options: object) -> list[Any]:
     """Track the jobs by task name, as a web app without the package does. Return the results."""
     return [
         deployment.client.send_task("worker.track", [job.remote_id], options, queue="fetch-worker", ignore_result=False)
@@ -47,7 +47,7 @@ def track_by_name(deployment: Deployment, jobs: Iterable[Job], **options: object
     ]
 
 
-def rows_of(deployment: Deployment, jobs: Iterable[Job]) -> dict[str, dict[str, Any]]:
+def rows_of(deployment: Deployment, jobs: Iterable[ApiJob]) -> dict[str, dict[str, Any]]:
     """Return the rows of these jobs by remote id."""
     remote_ids = {job.remote_id for job in jobs}
     return {
@@ -64,7 +64,7 @@ def outputs_of(deployment: Deployment, remote_id: str) -> list[dict[str, Any]]:
     )
 
 
-def wait_final(deployment: Deployment, jobs: Sequence[Job], seconds: float) -> bool:
+def wait_final(deployment: Deployment, jobs: Sequence[ApiJob], seconds: float) -> bool:
     """Wait until all these jobs are in a final state. Return whether they are."""
 
     def all_final() -> bool:
@@ -74,7 +74,7 @@ def wait_final(deployment: Deployment, jobs: Sequence[Job], seconds: float) -> b
     return wait_until(all_final, seconds, 0.5)
 
 
-def seconds_taken(deployment: Deployment, jobs: Sequence[Job]) -> dict[str, float]:
+def seconds_taken(deployment: Deployment, jobs: Sequence[ApiJob]) -> dict[str, float]:
     """Return the seconds from the start of each job at the API to its completion, by remote id."""
     rows = rows_of(deployment, jobs)
     return {
@@ -84,7 +84,7 @@ def seconds_taken(deployment: Deployment, jobs: Sequence[Job]) -> dict[str, floa
     }
 
 
-def check_completed(report: Report, deployment: Deployment, jobs: Sequence[Job]) -> None:
+def check_completed(report: Report, deployment: Deployment, jobs: Sequence[ApiJob]) -> None:
     """Check that all jobs are completed and that no process exited by itself."""
     rows = rows_of(deployment, jobs)
     statuses = {job.remote_id: rows[job.remote_id]["status"] if job.remote_id in rows else "no row" for job in jobs}
@@ -102,7 +102,7 @@ def check_no_foreign_connections(report: Report, deployment: Deployment) -> None
     )
 
 
-def check_files(report: Report, deployment: Deployment, api: ApiProcess, jobs: Sequence[Job]) -> None:
+def check_files(report: Report, deployment: Deployment, api: ApiProcess, jobs: Sequence[ApiJob]) -> None:
     """Check that every output is stored as a file that equals its source, and that its row is correct."""
     faults, locations = [], []
     for job in jobs:

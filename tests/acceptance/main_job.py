@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from tests.acceptance.api import Job
+from tests.acceptance.api import ApiJob
 from tests.acceptance.api_process import ApiProcess, Ledger
 from tests.acceptance.deployment import WORKING, Deployment, Installation, wait_until
 from tests.acceptance.jobs import (
@@ -184,7 +184,7 @@ def track_races(installation: Installation, home: Path, size: Size) -> Report:
     report = Report("track-races")
     with ApiProcess(seed=size.seed, accept=[KEY]) as api, Deployment(installation, home, api.base, KEY) as deployment:
         start_working(report, deployment)
-        jobs = [Job(remote_id, time.time(), 2.0) for remote_id in ("77001", "77002")]
+        jobs = [ApiJob(remote_id, time.time(), 2.0) for remote_id in ("77001", "77002")]
         api.register(jobs)
         for remote_id, method, script in (("77001", "by name", RACE_BY_NAME), ("77002", "by import", RACE_BY_IMPORT)):
             answers, errors = _race(deployment, remote_id, script)
@@ -210,7 +210,7 @@ def start_working(report: Report, deployment: Deployment) -> None:
     report.figure("migrated and ready after (s)", time.monotonic() - began)
 
 
-def _run(deployment: Deployment, api: ApiProcess, size: Size, first_id: int) -> list[Job]:
+def _run(deployment: Deployment, api: ApiProcess, size: Size, first_id: int) -> list[ApiJob]:
     jobs = make_batch(size, first_id)
     api.register(jobs)
     track_by_name(deployment, jobs)
@@ -220,7 +220,7 @@ def _run(deployment: Deployment, api: ApiProcess, size: Size, first_id: int) -> 
 
 def _run_with_kills(
     deployment: Deployment, api: ApiProcess, size: Size, times: int, patience: float
-) -> tuple[list[Job], list[Kill]]:
+) -> tuple[list[ApiJob], list[Kill]]:
     """Track the jobs, and kill the workers each time when the next share of the jobs is completed."""
     jobs = make_batch(size, first_id=14_000_000)
     api.register(jobs)
@@ -237,7 +237,7 @@ def _run_with_kills(
     return jobs, kill_records
 
 
-def _timeline(ledger: Ledger, before: float, after: Mapping[str, float], job: Job) -> str:
+def _timeline(ledger: Ledger, before: float, after: Mapping[str, float], job: ApiJob) -> str:
     """Describe a late job: its calls and downloads, in seconds since the start."""
     calls = [f"{call.began - job.started:.1f}" for call in ledger.calls_about(job.remote_id)]
     gets = [
@@ -249,11 +249,11 @@ def _timeline(ledger: Ledger, before: float, after: Mapping[str, float], job: Jo
     return f"{seconds:.1f} after {before:.1f}; ready {job.seconds:.1f}; calls {calls}; GETs {gets}"
 
 
-def _wait_completed(deployment: Deployment, jobs: list[Job], minimum: float, patience: float) -> None:
+def _wait_completed(deployment: Deployment, jobs: list[ApiJob], minimum: float, patience: float) -> None:
     wait_until(lambda: _completed(deployment, jobs) >= minimum, patience, 0.1)
 
 
-def _completed(deployment: Deployment, jobs: list[Job]) -> int:
+def _completed(deployment: Deployment, jobs: list[ApiJob]) -> int:
     return sum(row["status"] == "completed" for row in rows_of(deployment, jobs).values())
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tests.acceptance.api import Job
+from tests.acceptance.api import ApiJob
 from tests.acceptance.api_process import ApiProcess, Ledger
 from tests.acceptance.deployment import Deployment, Installation, wait_until
 from tests.acceptance.main_job import KEY
@@ -25,11 +25,11 @@ def draw_durations(count: int, seed: int) -> list[float]:
     return [MEDIAN * math.exp(rng.gauss(0, SPREAD)) for _ in range(count)]
 
 
-def submit(deployment: Deployment, api: ApiProcess, durations: Sequence[float], first_id: int) -> list[Job]:
+def submit(deployment: Deployment, api: ApiProcess, durations: Sequence[float], first_id: int) -> list[ApiJob]:
     """Register jobs with these durations at the API and track them by task name, one each quarter of a second."""
     began = time.time() + LEAD
     jobs = [
-        Job(str(first_id + number), began + number * INTERVAL, duration) for number, duration in enumerate(durations)
+        ApiJob(str(first_id + number), began + number * INTERVAL, duration) for number, duration in enumerate(durations)
     ]
     api.register(jobs)
     for job in jobs:
@@ -39,7 +39,7 @@ def submit(deployment: Deployment, api: ApiProcess, durations: Sequence[float], 
     return jobs
 
 
-def delays(ledger: Ledger, jobs: Sequence[Job]) -> list[float]:
+def delays(ledger: Ledger, jobs: Sequence[ApiJob]) -> list[float]:
     """Return the seconds between "ready" and the success answer, for each job that has one."""
     detected: dict[str, float] = {}
     for call in ledger.calls:
@@ -48,7 +48,7 @@ def delays(ledger: Ledger, jobs: Sequence[Job]) -> list[float]:
     return [detected[job.remote_id] - job.started - job.seconds for job in jobs if job.remote_id in detected]
 
 
-def wait_until_detected(api: ApiProcess, jobs: Sequence[Job]) -> bool:
+def wait_until_detected(api: ApiProcess, jobs: Sequence[ApiJob]) -> bool:
     """Wait until all jobs were detected as ready. Return whether they were."""
     return wait_until(lambda: len(delays(api.ledger(), jobs)) == len(jobs), 180, 1.0)
 

@@ -14,7 +14,7 @@ from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
-from tests.acceptance.api import Job, Output, spread
+from tests.acceptance.api import ApiJob, ApiOutput, spread
 from tests.acceptance.api_process import ApiProcess
 from tests.acceptance.deployment import WORKING, Deployment, Installation, NotReady, wait_until
 from tests.acceptance.jobs import (
@@ -57,7 +57,7 @@ class Load:
     """Tracks ten jobs a second in a thread. Each is ready after 1 to 6 seconds."""
 
     def __init__(self, deployment: Deployment, api: ApiProcess) -> None:
-        self.jobs: list[Job] = []
+        self.jobs: list[ApiJob] = []
         self._deployment, self._api = deployment, api
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._feed, daemon=True)
@@ -76,11 +76,11 @@ class Load:
         numbers = count(18_000_000)
         while not self._stop.wait(0.5):
             jobs = [
-                Job(
+                ApiJob(
                     remote_id=str(number),
                     started=time.time(),
                     seconds=spread(self._api.seed, f"{number}/seconds", 1.0, 6.0),
-                    outputs=(Output(),) * (1 + number % 3),
+                    outputs=(ApiOutput(),) * (1 + number % 3),
                 )
                 for number in (next(numbers) for _ in range(5))
             ]
@@ -271,22 +271,22 @@ def _is_error(line: str) -> bool:
     return "Traceback" in line or "ERROR" in line or "CRITICAL" in line
 
 
-def _long_jobs(first: int) -> list[Job]:
+def _long_jobs(first: int) -> list[ApiJob]:
     """Return jobs that take about as long as all restarts together."""
     started = time.time()
     return [
-        Job(
+        ApiJob(
             remote_id=str(first + number),
             started=started,
             seconds=spread(1, f"{number}/seconds", ROLLING_SECONDS - 10, ROLLING_SECONDS),
-            outputs=(Output(),),
+            outputs=(ApiOutput(),),
         )
         for number in range(ROLLING_JOBS)
     ]
 
 
 def _poll_intervals(
-    deployment: Deployment, api: ApiProcess, jobs: list[Job], meanwhile: Callable[[], None]
+    deployment: Deployment, api: ApiProcess, jobs: list[ApiJob], meanwhile: Callable[[], None]
 ) -> list[float]:
     """Run the jobs and call `meanwhile`. Return the seconds between consecutive polls of each job."""
     api.register(jobs)

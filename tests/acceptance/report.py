@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class ReportCheck:
     """A checked sentence, whether it is true, and details for a failure."""
 
     sentence: str
@@ -19,7 +19,7 @@ class Report:
 
     name: str
     figures: list[tuple[str, str]] = field(default_factory=list)
-    checks: list[Check] = field(default_factory=list)
+    checks: list[ReportCheck] = field(default_factory=list)
 
     def figure(self, name: str, value: object) -> None:
         """Add a figure. Floats are rounded to two decimals."""
@@ -27,7 +27,7 @@ class Report:
 
     def check(self, sentence: str, passed: bool, detail: object = "") -> None:
         """Add a check."""
-        self.checks.append(Check(sentence, passed, str(detail)))
+        self.checks.append(ReportCheck(sentence, passed, str(detail)))
 
     def none_of(self, sentence: str, offenders: Sized, detail: object | None = None) -> None:
         """Add a check that passes if `offenders` is empty."""

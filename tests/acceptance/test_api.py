@@ -12,14 +12,14 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.acceptance.api import ApiServers, ApiState, Behaviour, Job, Output, picture
+from tests.acceptance.api import ApiBehaviour, ApiJob, ApiOutput, ApiServers, ApiState, picture
 
 KEY = "the right key"
 
 
 @pytest.fixture
 def servers() -> Iterator[ApiServers]:
-    with ApiServers(ApiState(seed=7, behaviour=Behaviour(accept=(KEY,)))) as servers:
+    with ApiServers(ApiState(seed=7, behaviour=ApiBehaviour(accept=(KEY,)))) as servers:
         yield servers
 
 
@@ -48,8 +48,8 @@ def links(answer: dict[str, object]) -> list[str]:
     return [output] if isinstance(output, str) else list(output)  # type: ignore[call-overload]  # JSON has no types
 
 
-def ready(remote_id: str, *outputs: Output, script: tuple[str, ...] = ()) -> Job:
-    return Job(remote_id, time.time() - 60, 1, outputs or (Output(),), script)
+def ready(remote_id: str, *outputs: ApiOutput, script: tuple[str, ...] = ()) -> ApiJob:
+    return ApiJob(remote_id, time.time() - 60, 1, outputs or (ApiOutput(),), script)
 
 
 def test_a_picture_is_a_complete_png_and_reproducible() -> None:
@@ -71,7 +71,7 @@ def test_a_picture_is_a_complete_png_and_reproducible() -> None:
 
 def test_a_job_is_processing_until_it_is_ready_then_a_success_with_all_outputs(servers: ApiServers) -> None:
     now = time.time()
-    servers.api.register([Job("5", now, 3600), Job("6", now - 60, 1, (Output(), Output(), Output()))])
+    servers.api.register([ApiJob("5", now, 3600), ApiJob("6", now - 60, 1, (ApiOutput(), ApiOutput(), ApiOutput()))])
 
     _, waiting = ask(servers, "5")
     _, finished = ask(servers, "6")
@@ -116,16 +116,16 @@ def test_calls_above_the_limit_are_refused(servers: ApiServers) -> None:
 @pytest.mark.parametrize(
     ("output", "status", "complete"),
     [
-        (Output("html"), 200, True),
-        (Output("missing"), 404, True),
-        (Output("late", seconds=3600), 404, True),
-        (Output("late", seconds=1), 200, True),
-        (Output("redirect", "http://127.0.0.2/"), 302, True),
-        (Output("truncated"), 200, False),
+        (ApiOutput("html"), 200, True),
+        (ApiOutput("missing"), 404, True),
+        (ApiOutput("late", seconds=3600), 404, True),
+        (ApiOutput("late", seconds=1), 200, True),
+        (ApiOutput("redirect", "http://127.0.0.2/"), 302, True),
+        (ApiOutput("truncated"), 200, False),
     ],
 )
 def test_an_output_is_answered_according_to_its_trick(
-    servers: ApiServers, output: Output, status: int, complete: bool
+    servers: ApiServers, output: ApiOutput, status: int, complete: bool
 ) -> None:
     servers.api.register([ready("9", output)])
     (link,) = links(ask(servers, "9")[1])

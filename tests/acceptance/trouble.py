@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from tests.acceptance.api import Job, Output
+from tests.acceptance.api import ApiJob, ApiOutput
 from tests.acceptance.api_process import ApiProcess
 from tests.acceptance.deployment import WORKING, Deployment, Installation, epoch, wait_until
 from tests.acceptance.jobs import (
@@ -150,11 +150,11 @@ def bad_outputs(installation: Installation, home: Path, size: Size) -> Report:
         cases = _cases(forbidden.port)
         started = time.time()
         jobs = {
-            name: Job(str(17_000_000 + number), started, 1.0, (output,))
+            name: ApiJob(str(17_000_000 + number), started, 1.0, (output,))
             for number, (name, (output, _)) in enumerate(cases.items())
         }
-        mixed = Job("17000100", started, 1.0, (Output(), Output("html"), Output()))
-        late = Job("17000101", started, 1.0, (Output("late", seconds=15),))
+        mixed = ApiJob("17000100", started, 1.0, (ApiOutput(), ApiOutput("html"), ApiOutput()))
+        late = ApiJob("17000101", started, 1.0, (ApiOutput("late", seconds=15),))
         all_jobs = [*jobs.values(), mixed, late]
         api.register(all_jobs)
         track_by_name(deployment, all_jobs)
@@ -195,7 +195,7 @@ def bad_outputs(installation: Installation, home: Path, size: Size) -> Report:
     return report
 
 
-def _cases(forbidden_port: int) -> dict[str, tuple[Output, str]]:
+def _cases(forbidden_port: int) -> dict[str, tuple[ApiOutput, str]]:
     """Return an output for each kind of fault and the code that it ends with."""
     forbidden_url = f"http://127.0.0.2:{forbidden_port}/x.png"
     addresses = {
@@ -212,16 +212,18 @@ def _cases(forbidden_port: int) -> dict[str, tuple[Output, str]]:
         "ftp scheme": "ftp://127.0.0.1/x.png",
     }
     return {
-        "html": (Output("html"), "not_media"),
-        "cut body": (Output("truncated"), "truncated"),
-        "404 forever": (Output("missing"), "gone"),
-        **{name: (Output("elsewhere", address), "refused_address") for name, address in addresses.items()},
-        "redirect to loopback": (Output("redirect", forbidden_url), "refused_address"),
-        "redirect to metadata": (Output("redirect", "http://169.254.169.254/x.png"), "refused_address"),
+        "html": (ApiOutput("html"), "not_media"),
+        "cut body": (ApiOutput("truncated"), "truncated"),
+        "404 forever": (ApiOutput("missing"), "gone"),
+        **{name: (ApiOutput("elsewhere", address), "refused_address") for name, address in addresses.items()},
+        "redirect to loopback": (ApiOutput("redirect", forbidden_url), "refused_address"),
+        "redirect to metadata": (ApiOutput("redirect", "http://169.254.169.254/x.png"), "refused_address"),
     }
 
 
-def _check_renewal(report: Report, deployment: Deployment, api: ApiProcess, job: Job, lagging: Sequence[Job]) -> None:
+def _check_renewal(
+    report: Report, deployment: Deployment, api: ApiProcess, job: ApiJob, lagging: Sequence[ApiJob]
+) -> None:
     """Check that bad outputs are retried for a minute, then renewed by one fetch call, and only then given up."""
     ledger = api.ledger()
     renewals = ledger.calls_after_success()[job.remote_id]

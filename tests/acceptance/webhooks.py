@@ -30,7 +30,7 @@ OUTAGE_SECONDS = 60.0
 PATIENCE = 45.0  # seconds after the outage; no retry delay is longer
 
 
-class Receiver:
+class WebhookReceiver:
     """The endpoint of a web app. Its port stays the same when it closes and reopens."""
 
     def __init__(self) -> None:
@@ -82,8 +82,8 @@ class Receiver:
 
 
 @contextmanager
-def _receiving() -> Iterator[Receiver]:
-    receiver = Receiver()
+def _receiving() -> Iterator[WebhookReceiver]:
+    receiver = WebhookReceiver()
     receiver.open()
     try:
         yield receiver

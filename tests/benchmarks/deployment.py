@@ -73,7 +73,7 @@ def make_certificate(folder: Path) -> Path:
 
 
 @dataclass
-class Deployment:
+class BenchmarkDeployment:
     """A database, a Redis server, and the processes that use them."""
 
     folder: Path
@@ -169,13 +169,13 @@ class Deployment:
 
 
 @contextmanager
-def deploy(folder: Path, **settings: str) -> Iterator[Deployment]:
+def deploy(folder: Path, **settings: str) -> Iterator[BenchmarkDeployment]:
     """Start a database with the product's tables and a Redis server. Stop everything at the end."""
     folder.mkdir(parents=True)
     with ExitStack() as servers:
         database = servers.enter_context(postgres(folder / "postgres")).replace("postgresql+psycopg", "postgresql")
         redis_url = servers.enter_context(redis_server(folder / "redis"))
-        deployment = Deployment(folder, database, redis_url, settings)
+        deployment = BenchmarkDeployment(folder, database, redis_url, settings)
         servers.callback(deployment.stop)
         deployment.run(str(BIN / "fetch-worker"), "migrate")
         yield deployment

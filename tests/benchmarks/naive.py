@@ -18,7 +18,7 @@ class Base(DeclarativeBase):
     """Declarative base of the naive implementation."""
 
 
-class Picture(Base):
+class NaivePicture(Base):
     """A row per picture."""
 
     __tablename__ = "naive_pictures"
@@ -31,7 +31,7 @@ class Picture(Base):
 def poll(self: Any, picture_id: int) -> None:
     """Poll a picture once. Retry if it is not ready."""
     with Session(engine) as session:
-        picture = session.get_one(Picture, picture_id)
+        picture = session.get_one(NaivePicture, picture_id)
         answer = requests.post(f"{URL}/fetch/{picture_id}", json={"key": "sk-benchmark"}, timeout=20).json()
         picture.polls += 1
         picture.status = answer["status"]
@@ -44,7 +44,7 @@ def prepare(count: int) -> None:
     """Create the table and send a task for each picture."""
     Base.metadata.create_all(engine)
     with Session(engine) as session:
-        session.add_all([Picture(id=number, status="pending", polls=0) for number in range(1, count + 1)])
+        session.add_all([NaivePicture(id=number, status="pending", polls=0) for number in range(1, count + 1)])
         session.commit()
     for number in range(1, count + 1):
         poll.delay(number)

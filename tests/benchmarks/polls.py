@@ -16,7 +16,7 @@ from tests.benchmarks.deployment import (
     BIN,
     ROOT,
     ApiServer,
-    Deployment,
+    BenchmarkDeployment,
     api_server,
     cpu_seconds,
     deploy,
@@ -53,7 +53,7 @@ def bare(server: ApiServer, calls: int = BARE_CALLS) -> float:
 @contextmanager
 def deploy_workers(
     folder: Path, server: ApiServer, *, workers: int = 1, rows: int = 0, finished: int = 0
-) -> Iterator[tuple[Deployment, list[int]]]:
+) -> Iterator[tuple[BenchmarkDeployment, list[int]]]:
     """Deploy idle workers whose key has been accepted. `rows` jobs wait with a much later due time."""
     with deploy(folder, **settings_for(server)) as deployment:
         if rows:
@@ -71,7 +71,7 @@ def settings_for(server: ApiServer) -> dict[str, str]:
     return settings
 
 
-def start_workers(deployment: Deployment, server: ApiServer, workers: int) -> list[int]:
+def start_workers(deployment: BenchmarkDeployment, server: ApiServer, workers: int) -> list[int]:
     """Start workers and wait until the API has accepted their key. Return their process ids."""
     deployment.settle()
     before = server.count()
@@ -87,7 +87,7 @@ def start_workers(deployment: Deployment, server: ApiServer, workers: int) -> li
 
 
 def window(
-    deployment: Deployment, pids: list[int], server: ApiServer, name: str, *, rows: int, seconds: float
+    deployment: BenchmarkDeployment, pids: list[int], server: ApiServer, name: str, *, rows: int, seconds: float
 ) -> tuple[float, float]:
     """Insert due jobs and measure the workers: return (processor seconds per poll, polls per second).
 
@@ -176,7 +176,7 @@ def peer_worker(folder: Path, server: ApiServer) -> Iterator[int]:
 
 
 @contextmanager
-def stopped(deployment: Deployment, command: list[str], server: ApiServer) -> Iterator[int]:
+def stopped(deployment: BenchmarkDeployment, command: list[str], server: ApiServer) -> Iterator[int]:
     """Start a program that polls endlessly. Stop it with SIGSTOP after its first poll, and return its process id."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=deployment.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -15,7 +15,7 @@ import psycopg
 from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 
-from tests.benchmarks.deployment import ROOT, ApiServer, Deployment, api_server, deploy
+from tests.benchmarks.deployment import ROOT, ApiServer, BenchmarkDeployment, api_server, deploy
 from tests.benchmarks.polls import bare
 from tests.benchmarks.table import Rounds, Table
 from worker.core.lifecycle import AskAgain
@@ -120,7 +120,7 @@ os._exit(0)
 """
 
 
-def engine_of(deployment: Deployment) -> Engine:
+def engine_of(deployment: BenchmarkDeployment) -> Engine:
     """Return an engine for the database of a deployment."""
     return make_engine(make_url(deployment.database_url).set(drivername="postgresql+psycopg"))
 

@@ -17,7 +17,7 @@ from statistics import median
 import psycopg
 import pytest
 
-from tests.benchmarks.deployment import ApiServer, Deployment, api_server, cpu_seconds, deploy
+from tests.benchmarks.deployment import ApiServer, BenchmarkDeployment, api_server, cpu_seconds, deploy
 from tests.benchmarks.polls import settings_for, start_workers, window
 from tests.benchmarks.table import Rounds, Table
 from tests.benchmarks.transfer import INSERT_OUTPUTS, QUEUE_OUTPUTS, big_png, served, wait_until_stored
@@ -28,7 +28,7 @@ PICTURES, PICTURE_BYTES = 96, 300_000
 DOWNLOAD_THREADS = 16
 US = "µs CPU"
 
-Connect = Callable[[Deployment, ExitStack], Sequence[int]]
+Connect = Callable[[BenchmarkDeployment, ExitStack], Sequence[int]]
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Variant:
     `poolers` are the ids of the processes between the workers and their servers.
     """
 
-    deployment: Deployment
+    deployment: BenchmarkDeployment
     pids: list[int]
     server: ApiServer
     poolers: Sequence[int]
@@ -71,19 +71,19 @@ def variant(folder: Path, workers: int, connect: Connect) -> Iterator[Variant]:
         yield Variant(deployment, start_workers(deployment, server, workers), server, poolers)
 
 
-def direct(deployment: Deployment, servers: ExitStack) -> Sequence[int]:
+def direct(deployment: BenchmarkDeployment, servers: ExitStack) -> Sequence[int]:
     """Connect to PostgreSQL and Redis directly."""
     return ()
 
 
-def pooled(deployment: Deployment, servers: ExitStack) -> Sequence[int]:
+def pooled(deployment: BenchmarkDeployment, servers: ExitStack) -> Sequence[int]:
     """Connect to PostgreSQL through pgbouncer in transaction mode."""
     pooler = servers.enter_context(pgbouncer(deployment.database_url, deployment.folder / "pgbouncer"))
     deployment.settings["DATABASE_URL"] = pooler.url
     return (pooler.pid,)
 
 
-def rabbitmq_broker(deployment: Deployment, servers: ExitStack) -> Sequence[int]:
+def rabbitmq_broker(deployment: BenchmarkDeployment, servers: ExitStack) -> Sequence[int]:
     """Use RabbitMQ as the broker. The rate limit stays in Redis."""
     deployment.settings["BROKER_URL"] = servers.enter_context(rabbitmq())
     return ()
@@ -150,7 +150,7 @@ def _measure_downloads(table: Table, folder: Path, rounds: int) -> None:
     table.ratio(f"a download {label}", costs, "ms CPU", 1e3)
 
 
-def _download(deployment: Deployment, pids: list[int], url: str, number: int) -> tuple[float, float]:
+def _download(deployment: BenchmarkDeployment, pids: list[int], url: str, number: int) -> tuple[float, float]:
     """Download pictures. Return the pictures per second and the processor seconds per picture."""
     with psycopg.connect(deployment.database_url, autocommit=True) as connection:
         ids = [str(row[0]) for row in connection.execute(INSERT_OUTPUTS, (f"s{number}", url, PICTURES - 1))]

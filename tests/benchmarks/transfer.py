@@ -70,7 +70,7 @@ def big_png(size: int) -> bytes:
     return head + chunk(b"teXt", os.urandom(size - len(head) - len(tail) - 12)) + tail
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class _FileHandler(http.server.BaseHTTPRequestHandler):
     file: ClassVar[Path]
 
     def do_GET(self) -> None:
@@ -87,13 +87,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Do not log requests."""
 
 
-class _Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
+class _FileServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
     daemon_threads = True
 
 
 def _serve(file: Path) -> None:
     """Print the port and serve a file until the process is killed."""
-    server = _Server(("127.0.0.1", 0), type("Bound", (_Handler,), {"file": file}))
+    server = _FileServer(("127.0.0.1", 0), type("Bound", (_FileHandler,), {"file": file}))
     print(server.server_address[1], flush=True)
     server.serve_forever()
 
