@@ -1,4 +1,4 @@
-"""Web apps on real servers in threads, for the tests of what web apps use."""
+"""Run web apps on real servers in threads."""
 
 import logging
 import threading
@@ -13,13 +13,13 @@ import uvicorn
 
 @contextmanager
 def asgi(app: Any) -> Iterator[str]:
-    """An ASGI app under uvicorn; its address."""
+    """Run an ASGI app with uvicorn. Yields its URL."""
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, log_level=logging.ERROR))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    until = time.monotonic() + 20
+    deadline = time.monotonic() + 20
     while not server.started:
-        assert time.monotonic() < until, "uvicorn did not start"
+        assert time.monotonic() < deadline, "uvicorn did not start"
         time.sleep(0.01)
     try:
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
@@ -30,12 +30,12 @@ def asgi(app: Any) -> Iterator[str]:
 
 class _Quiet(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
 
 @contextmanager
 def wsgi(app: Callable[..., Any]) -> Iterator[str]:
-    """A WSGI app under the standard library's server; its address."""
+    """Run a WSGI app with the server of the standard library. Yields its URL."""
     with make_server("127.0.0.1", 0, app, handler_class=_Quiet) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()

@@ -1,4 +1,4 @@
-"""A real Flower for the tests: its own process, its pages, and its end."""
+"""Run a real Flower for tests."""
 
 import base64
 import json
@@ -15,36 +15,36 @@ from typing import Any
 from tests.servers import free_port
 from tests.waiting import wait_until
 
-LOGIN = "looker:on-the-wall"
+LOGIN = "viewer:password"
 
 
 @dataclass(frozen=True, slots=True)
 class Flower:
-    """One that runs."""
+    """A running Flower process."""
 
     port: int
     process: "subprocess.Popen[bytes]"
     log: Path
 
     def page(self, path: str, *, post: bool = False) -> str:
-        """What a page says. Raises OSError where there is none."""
+        """Return the body of a page. Raises OSError if there is none."""
         login = base64.b64encode(LOGIN.encode()).decode()
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}",
             headers={"Authorization": f"Basic {login}"},
             method="POST" if post else "GET",
         )
-        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310  # the same
+        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310  # always http
             text: str = answer.read().decode()
             return text
 
     def tasks(self, query: str = "taskname=fetch-worker.job") -> dict[str, dict[str, Any]]:
-        """The tasks that the API lists; our jobs, where nothing else is asked for."""
-        found: dict[str, dict[str, Any]] = json.loads(self.page(f"/api/tasks?{query}"))
-        return found
+        """Return the tasks that Flower's API lists; by default the jobs."""
+        tasks: dict[str, dict[str, Any]] = json.loads(self.page(f"/api/tasks?{query}"))
+        return tasks
 
     def states(self) -> dict[str, str]:
-        """The states of all jobs that are shown."""
+        """Return the states of all shown jobs."""
         return {uuid: task["state"] for uuid, task in self.tasks().items()}
 
     def until(self, reached: Callable[[], bool]) -> None:
@@ -52,19 +52,19 @@ class Flower:
         wait_until(reached, "Flower shows it", seen=lambda: f"{self.states()}\n{self.log.read_text()}")
 
     def kill(self) -> None:
-        """Ends it as a crash does."""
+        """Kill the process."""
         self.process.kill()
         self.process.wait(10)
 
 
 @contextmanager
 def flower(folder: Path, **settings: str) -> Iterator[Flower]:
-    """A Flower in the present environment and `settings`, which answers; killed at the end."""
+    """Start Flower with the current environment and `settings`, wait until it answers, and kill it at the end."""
     port, log = free_port(), folder / "flower.log"
     environment = os.environ | {"FLOWER_BASIC_AUTH": LOGIN, "FLOWER_PORT": str(port)} | settings
-    words = [sys.executable, "-m", "celery", "-A", "worker.app", "flower"]
+    command = [sys.executable, "-m", "celery", "-A", "worker.app", "flower"]
     with log.open("wb") as out:
-        process = subprocess.Popen(words, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
     started = Flower(port, process, log)
     try:
         _wait(started)

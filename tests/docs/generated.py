@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import click
 
 from tests.docs.manual import PAGES
-from tests.metrics.exposed import registry_of
+from tests.metrics.exposition import registry_of
 from tests.public.commands import planted_engine
 from worker.cli.commands import group
 from worker.cli.find import filter_options

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Engine, func, select
 
 from tests.faults.servers import RedisServer, children, up, wait_completed
-from tests.metrics.exposed import Exposed, scraped
+from tests.metrics.exposition import Exposition, scrape
 from worker import track_many
 from worker.sandbox import Sandbox
 from worker.store.reports.history import read_history
@@ -29,7 +29,7 @@ def test_metrics_match_the_rows_after_workers_were_killed(
     """Workers are killed under load. No counter decreases, and in the end each one matches the rows and the API."""
     monkeypatch.setenv("SD_API_RPS", "100")
     rng = random.Random(1)
-    scrapes: list[Exposed] = []
+    scrapes: list[Exposition] = []
     with up(tmp_path) as process:
         track_many([sandbox.submit(f"a lighthouse, {number}", samples=1) for number in range(JOBS)])
         end = time.monotonic() + SECONDS
@@ -37,9 +37,9 @@ def test_metrics_match_the_rows_after_workers_were_killed(
             time.sleep(rng.uniform(0.3, 1.5))
             if pids := children(process.pid):
                 os.kill(rng.choice(pids), signal.SIGKILL)
-            scrapes.append(scraped(database))
+            scrapes.append(scrape(database))
         wait_completed(database, JOBS, tmp_path)
-    scrapes.append(scraped(database))
+    scrapes.append(scrape(database))
 
     final = scrapes[-1]
     with database.connect() as connection:
@@ -70,7 +70,7 @@ def test_metrics_match_the_rows_after_workers_were_killed(
         assert _decreased(before, after) == []
 
 
-def _decreased(before: Exposed, after: Exposed) -> list[str]:
+def _decreased(before: Exposition, after: Exposition) -> list[str]:
     """Return the names of the counters that decreased."""
     return [
         name

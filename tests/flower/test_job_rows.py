@@ -1,4 +1,4 @@
-"""Jobs in Flower: rows that are true whatever became of Flower, of its file and of the database, and never too many."""
+"""Jobs in Flower: correct rows after restarts and errors, and a limited number of them."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ from tests.servers import celery_worker, free_port
 from worker import cancel, retry, track
 from worker.core.flower_rows import FlowerJob
 from worker.flower import job_rows
-from worker.flower.job_rows import Feeder, JobRows, fits
+from worker.flower.job_rows import Feeder, JobRows, is_supported
 from worker.sandbox import Answer, Sandbox, SandboxOptions
 from worker.store.engine import make_engine
 from worker.store.migrate import migrate
@@ -37,8 +37,8 @@ KEY = "canary-key-3141592653"
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
 
-def seen(job_id: int, **changes: Any) -> FlowerJob:
-    """A job as a look finds it."""
+def flower_job(job_id: int, **changes: Any) -> FlowerJob:
+    """Return a job as it is read from the database."""
     values: dict[str, Any] = {
         **{"id": job_id, "account": "default", "remote_id": str(job_id), "kind": "image", "reference": None},
         **{"status": "pending", "polls": 0, "last_answer": None, "submitted_at": NOW + timedelta(seconds=job_id)},
@@ -47,19 +47,19 @@ def seen(job_id: int, **changes: Any) -> FlowerJob:
     return FlowerJob(**(values | changes))
 
 
-def done(job_id: int, status: str = "completed") -> FlowerJob:
-    """A job that has ended."""
+def final_job(job_id: int, status: str = "completed") -> FlowerJob:
+    """Return a final job."""
     ended = NOW + timedelta(seconds=job_id + 60)
-    return seen(job_id, status=status, polls=1, asked_at=ended, completed_at=ended, error_code="api_failed")
+    return flower_job(job_id, status=status, polls=1, asked_at=ended, completed_at=ended, error_code="api_failed")
 
 
-def show(rows: JobRows, *some: FlowerJob) -> None:
-    """Shows these jobs and no others."""
-    rows.put(rows.keep({job.id: job for job in some}))
+def show(rows: JobRows, *flower_jobs: FlowerJob) -> None:
+    """Show only these jobs."""
+    rows.put(rows.keep({job.id: job for job in flower_jobs}))
 
 
-def ran(state: EventsState, uuid: str, worker: str = "celery@host") -> None:
-    """A task that ran, as Flower hears of it."""
+def add_finished_task(state: EventsState, uuid: str, worker: str = "celery@host") -> None:
+    """Send Flower the events of a task that ran."""
     for clock, kind in enumerate(("received", "started", "succeeded"), 1):
         fields = {"uuid": uuid, "hostname": worker, "clock": clock, "name": "worker.download", "runtime": 0.1}
         state.event({"type": f"task-{kind}", "timestamp": 1.0, "local_received": 1.0, **fields})
@@ -68,37 +68,44 @@ def ran(state: EventsState, uuid: str, worker: str = "celery@host") -> None:
 # ── the rows in Flower's own state ────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_given_thousands_of_jobs_when_they_have_passed_then_flower_holds_no_more_than_it_shows(
+def test_given_thousands_of_jobs_when_they_are_replaced_then_flower_keeps_only_the_shown_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(job_rows, "FORGOTTEN_MOST", 500)
+    monkeypatch.setattr(job_rows, "MAX_REMOVED", 500)
     state = EventsState(max_tasks_in_memory=10_000)
-    rows, most = JobRows(state), 200
-    ran(state, "a")
+    rows, limit = JobRows(state), 200
+    add_finished_task(state, "a")
 
-    for newest in range(0, 5_000, most):
-        show(rows, *(done(job_id) for job_id in range(newest, newest + most)))
-        assert len(list(state.tasks_by_time())) == most + 1
+    for newest in range(0, 5_000, limit):
+        show(rows, *(final_job(job_id) for job_id in range(newest, newest + limit)))
+        assert len(list(state.tasks_by_time())) == limit + 1
 
-    assert len(state.tasks) == most + 1
-    assert len(state.search_engine.documents) == most + 1
-    assert len(state._taskheap) <= most + 500 + most + 3
-    assert len(state.tasks_by_type["fetch-worker.job"]) == most
-    assert sum(map(len, state.tasks_by_worker.values())) == most + 1
+    assert len(state.tasks) == limit + 1
+    assert len(state.search_engine.documents) == limit + 1
+    assert len(state._taskheap) <= limit + 500 + limit + 3
+    assert len(state.tasks_by_type["fetch-worker.job"]) == limit
+    assert sum(map(len, state.tasks_by_worker.values())) == limit + 1
     assert len(state._tasks_to_resolve) == 0
 
     rows.clear()
     assert list(state.tasks) == list(state.search_engine.documents) == ["a"]
 
 
-def test_given_a_job_in_any_state_when_it_goes_to_any_other_then_its_row_does() -> None:
-    """Events would not do: Celery takes none that leads back."""
+def test_given_a_job_in_any_state_when_its_state_changes_then_its_row_changes() -> None:
+    """Celery ignores events that lead back to an earlier state, so rows are not updated by events."""
     state = EventsState()
     rows = JobRows(state)
-    some = [seen(1), done(1), seen(1, status="downloading"), done(1, "cancelled"), seen(1, polls=1), done(1, "failed")]
-    some += [seen(1, status="downloading"), done(1), seen(1, polls=2)]
+    changes = [
+        flower_job(1),
+        final_job(1),
+        flower_job(1, status="downloading"),
+        final_job(1, "cancelled"),
+        flower_job(1, polls=1),
+        final_job(1, "failed"),
+    ]
+    changes += [flower_job(1, status="downloading"), final_job(1), flower_job(1, polls=2)]
 
-    for job in some:
+    for job in changes:
         show(rows, job)
         task = state.tasks["job-1"]
         expected = {"pending": "STARTED" if job.polls else "RECEIVED", "downloading": "DOWNLOADING"} | {
@@ -108,17 +115,17 @@ def test_given_a_job_in_any_state_when_it_goes_to_any_other_then_its_row_does() 
         }
         assert task.state == expected[job.status]
         assert (task.runtime is None) == (job.completed_at is None)
-        found = state.search_engine.search(state.tasks, f"state:{task.state} name:fetch-worker.job")
-        assert found.task_ids == ["job-1"]
+        result = state.search_engine.search(state.tasks, f"state:{task.state} name:fetch-worker.job")
+        assert result.task_ids == ["job-1"]
 
 
-def test_jobs_belong_to_no_worker_and_are_in_none_of_flowers_counts() -> None:
+def test_jobs_belong_to_no_worker_and_are_not_in_the_counts_of_flower() -> None:
     state = EventsState()
-    ran(state, "a")
+    add_finished_task(state, "a")
     counted = {name: dict(kinds) for name, kinds in state.counter.items()}
     measured = [sample for metric in state.metrics.events.collect() for sample in metric.samples]
 
-    show(JobRows(state), seen(1), done(2), seen(3, status="downloading"))
+    show(JobRows(state), flower_job(1), final_job(2), flower_job(3, status="downloading"))
 
     assert list(state.workers) == ["celery@host"]
     assert [state.tasks[uuid].worker for uuid in ("job-1", "job-2", "job-3")] == [None, None, None]
@@ -126,75 +133,75 @@ def test_jobs_belong_to_no_worker_and_are_in_none_of_flowers_counts() -> None:
     assert [sample for metric in state.metrics.events.collect() for sample in metric.samples] == measured
 
 
-def test_given_flower_is_full_when_jobs_come_then_the_oldest_tasks_go_and_jobs_come_back() -> None:
+def test_given_a_full_flower_when_jobs_are_added_then_the_oldest_tasks_are_removed_and_jobs_return() -> None:
     state = EventsState(max_tasks_in_memory=5)
     rows = JobRows(state)
-    show(rows, seen(1))
+    show(rows, flower_job(1))
     for uuid in "abcde":
-        ran(state, uuid)
+        add_finished_task(state, uuid)
     assert set(state.tasks) == set("abcde")
 
-    show(rows, seen(1), seen(2))
+    show(rows, flower_job(1), flower_job(2))
 
     assert set(state.tasks) == {"c", "d", "e", "job-1", "job-2"}
     assert set(state.search_engine.documents) == set(state.tasks)
 
 
-def test_another_flower_than_we_know_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unsupported_release_of_flower_is_not_changed(caplog: pytest.LogCaptureFixture) -> None:
     class Other:
         io_loop = None
         state = State()
 
-    assert not fits(Other())
-    assert "jobs are not shown in Flower: this release is not known, it lacks io_loop.add_callback" in caplog.text
+    assert not is_supported(Other())
+    assert "jobs are not shown in Flower: this release is not supported, it lacks io_loop.add_callback" in caplog.text
 
 
 @pytest.fixture
 def loop() -> Iterator[IOLoop]:
-    """Flower's kind of loop, in a thread of its own."""
-    made: list[IOLoop] = []
+    """An event loop as Flower uses it, in a thread."""
+    loops: list[IOLoop] = []
     running = threading.Event()
 
     def run() -> None:
-        made.append(IOLoop(make_current=False))
-        made[0].add_callback(running.set)
-        made[0].start()
-        made[0].close()
+        loops.append(IOLoop(make_current=False))
+        loops[0].add_callback(running.set)
+        loops[0].start()
+        loops[0].close()
 
     thread = threading.Thread(target=run)
     thread.start()
     assert running.wait(10)
-    yield made[0]
-    made[0].add_callback(made[0].stop)
+    yield loops[0]
+    loops[0].add_callback(loops[0].stop)
     thread.join(10)
 
 
-def test_given_any_database_when_looked_at_then_its_jobs_are_shown(engine: Engine, loop: IOLoop) -> None:
+def test_given_any_database_when_refreshed_then_its_jobs_are_shown(engine: Engine, loop: IOLoop) -> None:
     state = EventsState()
     feeder = Feeder(lambda: engine, JobRows(state), loop, 2)
     with engine.begin() as connection:
         ids = [add_job(connection, str(number)) for number in range(3)]
 
-    feeder.look()
+    feeder.refresh()
 
     assert set(state.tasks) == {f"job-{job_id}" for job_id in ids[1:]}
 
 
-def test_given_the_database_was_away_when_it_is_back_then_jobs_are_shown_and_its_log_has_a_line_for_each(
+def test_given_a_database_error_when_it_ends_then_jobs_are_shown_and_each_change_is_logged(
     engine: Engine, loop: IOLoop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(job_rows, "AWAY_SECONDS", 0.01)
+    monkeypatch.setattr(job_rows, "RETRY_SECONDS", 0.01)
     away = make_engine(make_url(f"postgresql+psycopg://postgres@127.0.0.1:{free_port()}/none"))
     engines = iter([away, away, away])
     shown = threading.Event()
     state = EventsState()
     rows = JobRows(state)
 
-    def put_and_tell(some: Sequence[FlowerJob]) -> None:
-        JobRows.put(rows, some)
+    def put_and_notify(flower_jobs: Sequence[FlowerJob]) -> None:
+        JobRows.put(rows, flower_jobs)
         shown.set()
 
-    monkeypatch.setattr(rows, "put", put_and_tell)
+    monkeypatch.setattr(rows, "put", put_and_notify)
     feeder = Feeder(lambda: next(engines, engine), rows, loop, 2)
     with engine.begin() as connection:
         add_job(connection)
@@ -207,11 +214,11 @@ def test_given_the_database_was_away_when_it_is_back_then_jobs_are_shown_and_its
     assert len(state.tasks) == 1
     assert [record.message.split(":")[0] for record in caplog.records if record.name == "worker.flower.job_rows"] == [
         "jobs are not shown in Flower",
-        "the database is back",
+        "the database works again",
     ]
 
 
-def test_given_the_rows_do_not_fit_when_looked_at_then_the_thread_ends_and_says_so(
+def test_given_an_unsupported_flower_when_refreshed_then_the_thread_ends_and_says_so(
     engine: Engine, loop: IOLoop, caplog: pytest.LogCaptureFixture
 ) -> None:
     with engine.begin() as connection:
@@ -231,7 +238,7 @@ def test_given_the_rows_do_not_fit_when_looked_at_then_the_thread_ends_and_says_
 
 @pytest.fixture
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redis_url: str) -> Iterator[Engine]:
-    """No tables yet, in a file that DATABASE_URL names; a broker."""
+    """An empty SQLite database that DATABASE_URL names, and a broker."""
     monkeypatch.setenv("REDIS_URL", redis_url)
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/worker.db")
     engine = make_engine(make_url(f"sqlite:///{tmp_path}/worker.db"))
@@ -241,22 +248,22 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redis_url: str) ->
 
 @pytest.fixture
 def migrated(database: Engine) -> Engine:
-    """With tables."""
+    """A migrated database."""
     migrate(database)
     return database
 
 
-def saved(folder: Path, word: bytes) -> bool:
-    """Whether Flower has saved this in its file."""
-    return any(word in path.read_bytes() for path in _files(folder))
+def is_saved(folder: Path, text: bytes) -> bool:
+    """Return whether Flower's file contains a text."""
+    return any(text in path.read_bytes() for path in _files(folder))
 
 
 def _files(folder: Path) -> list[Path]:
     return [path for path in (folder / "var").glob("flower*") if ".tmp" not in path.name]
 
 
-def put(engine: Engine, **changes: Any) -> int:
-    """Puts a job in."""
+def insert_job(engine: Engine, **changes: Any) -> int:
+    """Insert a job."""
     with engine.begin() as connection:
         return add_job(connection, secrets.token_hex(4), **changes)
 
@@ -264,9 +271,7 @@ def put(engine: Engine, **changes: Any) -> int:
 ENDED: dict[str, Any] = {"due_at": None, "completed_at": NOW + timedelta(seconds=30)}
 
 
-def test_given_jobs_in_every_state_when_flower_runs_then_it_shows_each_as_it_is(
-    migrated: Engine, tmp_path: Path
-) -> None:
+def test_given_jobs_in_every_state_when_flower_runs_then_it_shows_each_job(migrated: Engine, tmp_path: Path) -> None:
     with migrated.begin() as connection:
         add_job(connection, "12202888", reference="order 5")
         add_job(connection, "r2", polls=3, asked_at=NOW, last_answer="4.0 s: processing")
@@ -317,19 +322,19 @@ def test_given_jobs_in_every_state_when_flower_runs_then_it_shows_each_as_it_is(
     assert "Traceback" not in shown.log.read_text()
 
 
-def test_given_flower_was_killed_when_it_runs_again_then_the_last_jobs_are_shown_as_they_are_now(
+def test_given_flower_was_killed_when_it_runs_again_then_it_shows_the_current_state_of_the_jobs(
     migrated: Engine, tmp_path: Path
 ) -> None:
     for status in ("failed", "failed", "expired"):
-        put(migrated, status=status, error_code="api_failed", **ENDED)
+        insert_job(migrated, status=status, error_code="api_failed", **ENDED)
     with flower(tmp_path, FLOWER_STATE_SAVE_INTERVAL="200") as shown:
         shown.until(lambda: len(shown.tasks()) == 3)
-        shown.until(lambda: saved(tmp_path, b"job-2"))
+        shown.until(lambda: is_saved(tmp_path, b"job-2"))
         shown.kill()
     retry(1)
     with migrated.begin() as connection:
         connection.execute(jobs.delete().where(jobs.c.id == 2))
-    new = put(migrated)
+    new = insert_job(migrated)
     expected = {"job-1": "RECEIVED", "job-3": "FAILURE", f"job-{new}": "RECEIVED"}
 
     with flower(tmp_path) as stale:
@@ -341,20 +346,18 @@ def test_given_flower_was_killed_when_it_runs_again_then_the_last_jobs_are_shown
         empty.until(lambda: empty.states() == expected)
 
 
-def test_given_jobs_that_flower_kept_when_they_are_wanted_no_more_then_none_is_shown(
-    migrated: Engine, tmp_path: Path
-) -> None:
-    put(migrated)
+def test_given_saved_jobs_when_flower_jobs_is_0_then_none_is_shown(migrated: Engine, tmp_path: Path) -> None:
+    insert_job(migrated)
     with flower(tmp_path, FLOWER_STATE_SAVE_INTERVAL="200") as shown:
         shown.until(lambda: len(shown.tasks()) == 1)
-        shown.until(lambda: saved(tmp_path, b"job-1"))
+        shown.until(lambda: is_saved(tmp_path, b"job-1"))
         shown.kill()
 
     with flower(tmp_path, FLOWER_JOBS="0") as off:
         assert off.states() == {}
 
 
-def test_given_no_tables_when_flower_runs_then_it_says_so_once_and_shows_no_more_jobs_than_it_may_later(
+def test_given_no_tables_when_flower_runs_then_it_logs_it_once_and_later_shows_up_to_the_limit(
     database: Engine, tmp_path: Path
 ) -> None:
     with flower(tmp_path, FLOWER_JOBS="50") as shown:
@@ -365,12 +368,12 @@ def test_given_no_tables_when_flower_runs_then_it_says_so_once_and_shows_no_more
             connection.execute(insert(jobs), [job_values(f"r{number}") for number in range(3_000)])
         shown.until(lambda: len(shown.tasks()) > 0)
         first = set(shown.tasks())
-        put(database)
+        insert_job(database)
         shown.until(lambda: "job-3001" in shown.tasks())
-        then = set(shown.tasks())
+        second = set(shown.tasks())
 
     assert first == {f"job-{number}" for number in range(2_951, 3_001)}
-    assert len(then) == 50
+    assert len(second) == 50
     log = shown.log.read_text()
     assert log.count("jobs are not shown in Flower") == 1
     assert "run `fetch-worker migrate`" in log
@@ -379,9 +382,9 @@ def test_given_no_tables_when_flower_runs_then_it_says_so_once_and_shows_no_more
 
 @pytest.fixture
 def sandbox(monkeypatch: pytest.MonkeyPatch, migrated: Engine) -> Callable[[float], Sandbox]:
-    """Makes a stand-in whose jobs take so many seconds, and the settings that lead to it."""
+    """Return a function that makes a stand-in whose jobs take `seconds`, and sets the settings for it."""
 
-    def made(seconds: float) -> Sandbox:
+    def make(seconds: float) -> Sandbox:
         server = Sandbox(SandboxOptions(key=KEY, min_seconds=seconds, max_seconds=seconds, size=32))
         monkeypatch.setenv("SD_API_URL", server.url)
         monkeypatch.setenv("SD_API_KEY", KEY)
@@ -389,10 +392,10 @@ def sandbox(monkeypatch: pytest.MonkeyPatch, migrated: Engine) -> Callable[[floa
         monkeypatch.setenv("POLL_MIN", "0.2")
         return server
 
-    return made
+    return make
 
 
-def test_given_a_real_worker_when_jobs_run_then_their_rows_follow_even_a_revoked_one_and_no_page_has_the_key(
+def test_given_a_real_worker_when_jobs_run_then_their_rows_follow_and_no_page_has_the_key(
     migrated: Engine, sandbox: Callable[[float], Sandbox], tmp_path: Path
 ) -> None:
     with sandbox(0.5) as server, celery_worker(tmp_path), flower(tmp_path) as shown:
@@ -420,7 +423,7 @@ def test_given_a_real_worker_when_jobs_run_then_their_rows_follow_even_a_revoked
 
 
 @pytest.mark.parametrize("pool", ["threads", "prefork"])
-def test_given_a_long_poll_run_when_it_goes_on_then_flower_shows_how_far_it_is(
+def test_given_a_long_poll_run_when_it_continues_then_flower_shows_its_progress(
     pool: str,
     sandbox: Callable[[float], Sandbox],
     tmp_path: Path,
@@ -440,7 +443,7 @@ def test_given_a_long_poll_run_when_it_goes_on_then_flower_shows_how_far_it_is(
         shown.until(lambda: shown.tasks("search=state:PROGRESS") != {})
         (task,) = shown.tasks("search=state:PROGRESS").values()
         page = shown.page(f"/task/{task['uuid']}")
-        worker.send_signal(signal.SIGQUIT)  # at once: a run may go on for ten seconds
+        worker.send_signal(signal.SIGQUIT)  # ends at once: a run may take ten seconds
 
     assert re.fullmatch(r"asked \d+: \d+ processing; \d+ in flight", task["result"]), task["result"]
     assert task["name"] == "worker.poll"
@@ -448,7 +451,7 @@ def test_given_a_long_poll_run_when_it_goes_on_then_flower_shows_how_far_it_is(
     assert "in flight" in page
 
 
-def test_given_no_broker_when_a_run_tells_of_its_progress_then_nothing_happens(
+def test_given_no_broker_when_a_run_reports_progress_then_nothing_happens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REDIS_URL", f"redis://127.0.0.1:{free_port()}/0")
@@ -465,6 +468,6 @@ tell(PollReport(), 0)
 print(process_resources().publisher.finish(10), tell._on_its_way)
 """
 
-    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
 
-    assert (told.stdout, told.stderr) == ("True False\n", "")
+    assert (process.stdout, process.stderr) == ("True False\n", "")

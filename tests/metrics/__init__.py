@@ -1,1 +1,1 @@
-"""Metrics: their figures, how they are served, and what is made of them."""
+"""Metrics: their values, the server, and the alert rules and dashboard that use them."""

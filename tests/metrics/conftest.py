@@ -1,4 +1,4 @@
-"""What the tests of metrics share: an exposition that has everything, and Prometheus's own checker."""
+"""Fixtures for the tests of metrics: an exposition with all metrics, and promtool."""
 
 import shutil
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from sqlalchemy import insert
 from sqlalchemy.engine import make_url
 
 from tests import servers
-from tests.metrics.exposed import Exposed, open_metrics, parsed, registry_of
+from tests.metrics.exposition import Exposition, open_metrics, parse, registry_of
 from tests.rows import NOW, add_job
 from worker.store.counters import Tally
 from worker.store.engine import make_engine
@@ -25,8 +25,8 @@ def promtool() -> str:
 
 
 @pytest.fixture
-def everything(tmp_path: Path, migrated_sqlite: Path) -> Iterator[tuple[Exposed, str]]:
-    """An exposition with a sample of every metric there is, and the same as Prometheus itself is given it."""
+def everything(tmp_path: Path, migrated_sqlite: Path) -> Iterator[tuple[Exposition, str]]:
+    """An exposition with a sample of every metric, parsed and in the text format of Prometheus."""
     shutil.copy(migrated_sqlite, tmp_path / "everything.db")
     engine = make_engine(make_url(f"sqlite:///{tmp_path}/everything.db"))
     tally = Tally()
@@ -42,6 +42,6 @@ def everything(tmp_path: Path, migrated_sqlite: Path) -> Iterator[tuple[Exposed,
         slowed = {"reason": "rate limited", "since": NOW, "until": until, "ceiling": 4.0, "cut_at": NOW}
         connection.execute(insert(breakers).values(scope="account", name="shop", **slowed))
         tally.write(connection)
-    made = registry_of(engine)
-    yield parsed(open_metrics(made)), generate_latest(made).decode()
+    metrics = registry_of(engine)
+    yield parse(open_metrics(metrics)), generate_latest(metrics).decode()
     engine.dispose()

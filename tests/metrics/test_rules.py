@@ -1,4 +1,4 @@
-"""Names keep the conventions; rules and dashboard ask for what is there, and alerts fire when they should."""
+"""Names follow the conventions; alert rules and dashboard use existing metrics; alerts fire when they should."""
 
 import json
 import re
@@ -12,7 +12,7 @@ import promql_parser
 import pytest
 from ruamel.yaml import YAML
 
-from tests.metrics.exposed import Exposed
+from tests.metrics.exposition import Exposition
 from worker.core.circuit_breaker import HOLD_CLASSES
 from worker.core.histograms import ANSWER_WORDS
 from worker.settings import Settings
@@ -25,7 +25,7 @@ SCRAPE = DEPLOY / "prometheus" / "scrape.yml"
 DASHBOARD = json.loads((DEPLOY / "grafana" / "fetch-worker.json").read_text(encoding="utf-8"))
 PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
 RULES: list[dict[str, Any]] = YAML(typ="safe", pure=True).load(ALERTS)["groups"][0]["rules"]
-PROMETHEUS_LABELS = {"instance", "job"}  # which it adds itself
+PROMETHEUS_LABELS = {"instance", "job"}  # Prometheus adds these
 VALUES = {
     "status": set(STATES),
     "answer": set(ANSWER_WORDS.values()),
@@ -38,7 +38,7 @@ VALUES = {
 
 @dataclass(frozen=True)
 class Case:
-    """An alert, series with a value a minute, and the minutes at which it fires, with these labels, and is silent."""
+    """An alert, series with one value per minute, the minutes at which it fires or is silent, and its labels."""
 
     alert: str
     series: dict[str, str]
@@ -52,16 +52,16 @@ def _hold(scope: str, name: str, reason: str, values: str) -> dict[str, str]:
 
 
 def _delays(fast: str, slow: str) -> dict[str, str]:
-    """Jobs seen within 5 s, and within 300 s."""
-    of = 'account="shop", kind="image"'
+    """Return the series for jobs seen within 5 s and within 300 s."""
+    labels = 'account="shop", kind="image"'
     rows = {"5.0": fast, "300.0": slow, "+Inf": slow}
-    buckets = {f'fetch_worker_detection_delay_seconds_bucket{{{of}, le="{le}"}}': rows[le] for le in rows}
-    return buckets | {f"fetch_worker_detection_delay_seconds_count{{{of}}}": slow}
+    buckets = {f'fetch_worker_detection_delay_seconds_bucket{{{labels}, le="{le}"}}': rows[le] for le in rows}
+    return buckets | {f"fetch_worker_detection_delay_seconds_count{{{labels}}}": slow}
 
 
 def _ended(completed: str, failed: str) -> dict[str, str]:
-    of = 'fetch_worker_jobs_finished_total{account="shop", kind="image", status='
-    return {f'{of}"completed"}}': completed, f'{of}"failed"}}': failed}
+    series = 'fetch_worker_jobs_finished_total{account="shop", kind="image", status='
+    return {f'{series}"completed"}}': completed, f'{series}"failed"}}': failed}
 
 
 IMAGE = {"account": "shop", "kind": "image"}
@@ -140,7 +140,7 @@ UNITS = {"milliseconds", "ms", "minutes", "hours", "kilobytes", "megabytes", "pe
 
 
 def _queries() -> Iterator[tuple[str, str]]:
-    """Every expression there is, by who asks it."""
+    """Yield every expression with the name of its panel or alert."""
     for panel in PANELS:
         for target in panel.get("targets", ()):
             yield f"{panel['title']} {target['refId']}", target["expr"]
@@ -154,53 +154,53 @@ QUERIES = dict(_queries())
 def _nodes(expression: str) -> list[Any]:
     for name, value in (("$__rate_interval", "5m"), ("$account", ".*"), ("$kind", ".*")):
         expression = expression.replace(name, value)
-    found: list[Any] = []
-    promql_parser.walk(promql_parser.parse(expression), found.append)
-    return found
+    nodes: list[Any] = []
+    promql_parser.walk(promql_parser.parse(expression), nodes.append)
+    return nodes
 
 
 def _selectors(expression: str) -> list[Any]:
     return [node for node in _nodes(expression) if type(node).__name__ == "VectorSelector"]
 
 
-@pytest.mark.parametrize("who", QUERIES)
-def test_every_expression_asks_for_metrics_labels_and_values_that_are_there(
-    who: str, everything: tuple[Exposed, str]
+@pytest.mark.parametrize("user", QUERIES)
+def test_every_expression_uses_existing_metrics_labels_and_values(
+    user: str, everything: tuple[Exposition, str]
 ) -> None:
-    said, _ = everything
-    for selector in _selectors(QUERIES[who]):
-        assert selector.name in said.samples, f"there is no {selector.name}"
+    metrics, _ = everything
+    for selector in _selectors(QUERIES[user]):
+        assert selector.name in metrics.samples, f"there is no {selector.name}"
         for matcher in selector.matchers.matchers:
-            assert matcher.name in said.labels[selector.name], f"{selector.name} has no label {matcher.name}"
+            assert matcher.name in metrics.labels[selector.name], f"{selector.name} has no label {matcher.name}"
             if matcher.value != ".*":
                 assert set(matcher.value.split("|")) <= VALUES[matcher.name]
 
 
-@pytest.mark.parametrize("who", QUERIES)
-def test_what_is_grouped_by_is_a_label_of_what_is_grouped(who: str, everything: tuple[Exposed, str]) -> None:
-    """And each histogram's quantile keeps its buckets."""
-    said, _ = everything
-    for node in _nodes(QUERIES[who]):
+@pytest.mark.parametrize("user", QUERIES)
+def test_grouping_labels_exist(user: str, everything: tuple[Exposition, str]) -> None:
+    """And quantiles of histograms keep the label of the buckets."""
+    metrics, _ = everything
+    for node in _nodes(QUERIES[user]):
         if type(node).__name__ == "AggregateExpr" and node.modifier is not None:
-            inner = [one.name for one in _selectors(node.expr.prettify())]
-            assert all(set(node.modifier.labels) <= said.labels[name] for name in inner)
+            inner = [selector.name for selector in _selectors(node.expr.prettify())]
+            assert all(set(node.modifier.labels) <= metrics.labels[name] for name in inner)
             assert any(name.endswith("_bucket") for name in inner) == ("le" in node.modifier.labels)
 
 
-def test_every_metric_is_asked_for_by_the_dashboard(everything: tuple[Exposed, str]) -> None:
-    """What nobody looks at need not be told; versions are for whoever compares."""
-    said, _ = everything
-    asked = {selector.name for query in QUERIES.values() for selector in _selectors(query)}
-    families = {re.sub(r"_(bucket|count|sum)$", "", name) for name in said.samples}
-    looked_at = {re.sub(r"_(bucket|count|sum)$", "", name) for name in asked}
-    assert families - looked_at == {"fetch_worker_build_info", "fetch_worker_schema_info"}
+def test_every_metric_is_used_by_the_dashboard_or_an_alert(everything: tuple[Exposition, str]) -> None:
+    """Except the versions."""
+    metrics, _ = everything
+    used = {selector.name for query in QUERIES.values() for selector in _selectors(query)}
+    families = {re.sub(r"_(bucket|count|sum)$", "", name) for name in metrics.samples}
+    used_families = {re.sub(r"_(bucket|count|sum)$", "", name) for name in used}
+    assert families - used_families == {"fetch_worker_build_info", "fetch_worker_schema_info"}
 
 
 # ── names ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_names_and_helps_keep_the_conventions(everything: tuple[Exposed, str]) -> None:
-    """Base units, counters end in _total and nothing else does, everything has a help that is a sentence."""
+def test_names_and_help_texts_follow_the_conventions(everything: tuple[Exposition, str]) -> None:
+    """Base units; only counters end in _total; every metric has a help text that is a sentence."""
     _, text = everything
     helps = dict(re.findall(r"^# HELP (\S+) (.*)$", text, re.MULTILINE))
     types = dict(re.findall(r"^# TYPE (\S+) (.*)$", text, re.MULTILINE))
@@ -214,19 +214,19 @@ def test_names_and_helps_keep_the_conventions(everything: tuple[Exposed, str]) -
 
 
 @pytest.mark.server
-def test_promtool_finds_nothing_to_say_about_the_metrics(promtool: str, everything: tuple[Exposed, str]) -> None:
-    done = subprocess.run(
+def test_promtool_accepts_the_metrics(promtool: str, everything: tuple[Exposition, str]) -> None:
+    process = subprocess.run(
         [promtool, "check", "metrics"], input=everything[1], capture_output=True, text=True, check=False
     )
 
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
 
 
 # ── alerts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("rule", RULES, ids=[rule["alert"] for rule in RULES])
-def test_each_alert_says_what_is_wrong_how_bad_it_is_and_what_to_do(rule: dict[str, Any]) -> None:
+def test_each_alert_has_a_summary_a_severity_and_advice(rule: dict[str, Any]) -> None:
     assert re.fullmatch(r"FetchWorker[A-Z][A-Za-z]+", rule["alert"])
     assert re.fullmatch(r"[0-9]+[mh]", rule["for"])
     assert rule["labels"] in ({"severity": "critical"}, {"severity": "warning"})
@@ -236,35 +236,35 @@ def test_each_alert_says_what_is_wrong_how_bad_it_is_and_what_to_do(rule: dict[s
     assert shown <= set(re.findall(r"\w+", rule["expr"])) | {"name", "reason", "scope"}
 
 
-def test_each_alert_is_there_once_and_is_seen_to_fire() -> None:
+def test_each_alert_exists_once_and_is_tested_to_fire() -> None:
     names = [rule["alert"] for rule in RULES]
     assert len(names) == len(set(names))
     assert set(names) == {case.alert for case in CASES if case.fires}
 
 
 @pytest.mark.server
-def test_promtool_takes_the_rules_and_the_scrape_configuration(promtool: str) -> None:
-    for words in (["rules", str(ALERTS)], ["config", str(SCRAPE)]):
-        done = subprocess.run([promtool, "check", *words], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+def test_promtool_accepts_the_rules_and_the_scrape_configuration(promtool: str) -> None:
+    for arguments in (["rules", str(ALERTS)], ["config", str(SCRAPE)]):
+        process = subprocess.run([promtool, "check", *arguments], capture_output=True, text=True, check=False)
+        assert process.returncode == 0, process.stdout + process.stderr
 
 
 @pytest.mark.server
 def test_alerts_fire_when_they_should_and_not_before(promtool: str, tmp_path: Path) -> None:
-    """Their words aside, which `check rules` looks at: those would have to be repeated here."""
+    """Without annotations, which `check rules` checks and which would have to be repeated here."""
     bare = [{name: rule[name] for name in ("alert", "expr", "for", "labels")} for rule in RULES]
     rules, cases = tmp_path / "rules.yml", tmp_path / "cases.yml"
     rules.write_text(json.dumps({"groups": [{"name": "fetch-worker", "rules": bare}]}), encoding="utf-8")
-    tests = [_as_promtool_has_it(case) for case in CASES]
+    tests = [_promtool_case(case) for case in CASES]
     document = {"rule_files": [str(rules)], "evaluation_interval": "1m", "tests": tests}
     cases.write_text(json.dumps(document), encoding="utf-8")
 
-    done = subprocess.run([promtool, "test", "rules", str(cases)], capture_output=True, text=True, check=False)
+    process = subprocess.run([promtool, "test", "rules", str(cases)], capture_output=True, text=True, check=False)
 
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
 
 
-def _as_promtool_has_it(case: Case) -> dict[str, Any]:
+def _promtool_case(case: Case) -> dict[str, Any]:
     severity = next(rule["labels"]["severity"] for rule in RULES if rule["alert"] == case.alert)
     series = [{"series": name, "values": values} for name, values in case.series.items()]
     fired = [{"exp_labels": {"severity": severity} | labels} for labels in case.labels]
@@ -273,7 +273,7 @@ def _as_promtool_has_it(case: Case) -> dict[str, Any]:
     return {"name": case.alert, "interval": "1m", "input_series": series, "alert_rule_test": expected}
 
 
-def test_the_scrape_configuration_is_where_metrics_are_by_default() -> None:
+def test_the_scrape_configuration_uses_the_default_address() -> None:
     settings = Settings()
     config = YAML(typ="safe", pure=True).load(SCRAPE)
 
@@ -285,49 +285,51 @@ def test_the_scrape_configuration_is_where_metrics_are_by_default() -> None:
 # ── the dashboard ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_panels_have_ids_of_their_own_and_lie_beside_each_other() -> None:
+def test_panels_have_unique_ids_and_do_not_overlap() -> None:
     ids = [panel["id"] for panel in PANELS]
-    taken: set[tuple[int, int]] = set()
+    occupied: set[tuple[int, int]] = set()
     for panel in PANELS:
         at = panel["gridPos"]
         assert at["x"] >= 0
         assert at["x"] + at["w"] <= 24
         cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
-        assert not cells & taken, panel["title"]
-        taken |= cells
+        assert not cells & occupied, panel["title"]
+        occupied |= cells
     assert len(ids) == len(set(ids))
-    assert len(taken) == 24 * max(y + 1 for _, y in taken), "there is a hole"
+    assert len(occupied) == 24 * max(y + 1 for _, y in occupied), "there is a gap"
 
 
-def test_the_dashboard_knows_no_installation() -> None:
-    """Its data source is a variable, everywhere."""
+def test_the_dashboard_contains_nothing_of_an_installation() -> None:
+    """Its data source is always a variable."""
     text = json.dumps(DASHBOARD)
     assert set(re.findall(r'"datasource": \{"type": "prometheus", "uid": "([^"]*)"', text)) == {"${datasource}"}
     assert text.count('"datasource": {') == text.count('"uid": "${datasource}"')
     assert DASHBOARD["id"] is None
-    variables = {one["name"]: one for one in DASHBOARD["templating"]["list"]}
+    variables = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
     assert list(variables) == ["datasource", "account", "kind"]
-    assert not any(one["current"] for one in variables.values())
+    assert not any(variable["current"] for variable in variables.values())
     assert re.search(r"https?://|\d+\.\d+\.\d+\.\d+", text) is None
 
 
-def test_variables_list_labels_that_are_there_and_are_used(everything: tuple[Exposed, str]) -> None:
-    said, _ = everything
-    for one in DASHBOARD["templating"]["list"][1:]:
-        listed = re.fullmatch(r"label_values\((\w+), (\w+)\)", one["definition"])
+def test_variables_list_existing_labels_and_are_used(everything: tuple[Exposition, str]) -> None:
+    metrics, _ = everything
+    for variable in DASHBOARD["templating"]["list"][1:]:
+        listed = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["definition"])
         assert listed is not None
-        assert listed[2] in said.labels[listed[1]]
-        assert any(f'{one["name"]}=~"${one["name"]}"' in query for query in QUERIES.values())
+        assert listed[2] in metrics.labels[listed[1]]
+        assert any(f'{variable["name"]}=~"${variable["name"]}"' in query for query in QUERIES.values())
 
 
-@pytest.mark.parametrize("panel", [one for one in PANELS if one["type"] != "row"], ids=lambda one: one["title"])
-def test_each_panel_explains_itself_and_names_its_lines_by_labels_that_are_there(
-    panel: dict[str, Any], everything: tuple[Exposed, str]
+@pytest.mark.parametrize(
+    "panel", [panel for panel in PANELS if panel["type"] != "row"], ids=lambda panel: panel["title"]
+)
+def test_each_panel_has_a_description_and_legends_of_existing_labels(
+    panel: dict[str, Any], everything: tuple[Exposition, str]
 ) -> None:
-    said, _ = everything
+    metrics, _ = everything
     assert panel["description"].endswith(".")
     assert panel["targets"]
     for target in panel["targets"]:
         shown = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
-        labels = set().union(*(said.labels[one.name] for one in _selectors(target["expr"])))
+        labels = set().union(*(metrics.labels[selector.name] for selector in _selectors(target["expr"])))
         assert shown <= labels

@@ -1,4 +1,4 @@
-"""How metrics are served: shared, never stale, never a traceback, on this machine alone; and the command itself."""
+"""The metrics server: scrapes share a read, are never stale and never show a traceback; and the command."""
 
 import os
 import shutil
@@ -20,15 +20,15 @@ from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
-from tests.metrics.exposed import open_metrics, parsed
+from tests.metrics.exposition import open_metrics, parse
 from tests.rows import add_job
 from tests.servers import free_port
 from tests.waiting import wait_until
 from worker.cli import main
 from worker.errors import Unavailable
-from worker.metrics import reading, server
+from worker.metrics import figures, server
 from worker.metrics.families import registry
-from worker.metrics.reading import Reading, SharedReading, read
+from worker.metrics.figures import Figures, SharedFigures, read_figures
 from worker.metrics.server import MetricsServer
 from worker.settings import Settings
 from worker.store.engine import make_engine
@@ -37,199 +37,199 @@ OPEN_METRICS = "application/openmetrics-text; version=1.0.0"
 
 
 @contextmanager
-def serving(shared: SharedReading, host: str = "127.0.0.1") -> Iterator[MetricsServer]:
-    """A server in this process, on a port of its own."""
-    with MetricsServer(host, 0, registry(shared.get)) as made:
-        thread = threading.Thread(target=made.serve_forever)
+def serving(shared: SharedFigures, host: str = "127.0.0.1") -> Iterator[MetricsServer]:
+    """Run a server in this process, on a free port."""
+    with MetricsServer(host, 0, registry(shared.get)) as metrics_server:
+        thread = threading.Thread(target=metrics_server.serve_forever)
         thread.start()
         try:
-            yield made
+            yield metrics_server
         finally:
-            made.shutdown()
+            metrics_server.shutdown()
             thread.join()
 
 
 def get(address: str, path: str = "/metrics", accept: str = OPEN_METRICS) -> str:
-    """What it answers."""
-    asked = urllib.request.Request(f"http://{address}{path}", headers={"Accept": accept})
-    with urllib.request.urlopen(asked, timeout=20) as answer:  # noqa: S310  # http, as is written above
-        return str(answer.read().decode())
+    """Return the body of a response."""
+    request = urllib.request.Request(f"http://{address}{path}", headers={"Accept": accept})
+    with urllib.request.urlopen(request, timeout=20) as response:  # noqa: S310  # always http, see above
+        return str(response.read().decode())
 
 
-class Readings:
-    """Reads a database, and notes how often; each can be made to wait, or to meet trouble."""
+class CountingReader:
+    """Reads figures and counts the reads. A test can block a read or make it fail."""
 
     def __init__(self, engine: Engine) -> None:
         self.count = 0
-        self.trouble: Exception | None = None
-        self.go_on = threading.Event()
-        self.go_on.set()
+        self.error: Exception | None = None
+        self.may_read = threading.Event()
+        self.may_read.set()
         self._engine = engine
 
-    def __call__(self) -> Reading:
+    def __call__(self) -> Figures:
         self.count += 1
-        assert self.go_on.wait(20)
-        if self.trouble is not None:
-            raise self.trouble
-        return read(self._engine, Settings())
+        assert self.may_read.wait(20)
+        if self.error is not None:
+            raise self.error
+        return read_figures(self._engine, Settings())
 
 
 @pytest.fixture
 def engine(tmp_path: Path, migrated_sqlite: Path) -> Iterator[Engine]:
-    """On SQLite; the figures have tests on each database of their own."""
+    """SQLite only: the values are tested on every database elsewhere."""
     shutil.copy(migrated_sqlite, tmp_path / "test.db")
-    made = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
-    yield made
-    made.dispose()
+    engine = make_engine(make_url(f"sqlite:///{tmp_path}/test.db"))
+    yield engine
+    engine.dispose()
 
 
 @pytest.fixture
-def readings(engine: Engine) -> Readings:
-    return Readings(engine)
+def reader(engine: Engine) -> CountingReader:
+    return CountingReader(engine)
 
 
-def test_scrapes_at_once_share_one_reading(readings: Readings) -> None:
-    readings.go_on.clear()
+def test_concurrent_scrapes_share_one_read(reader: CountingReader) -> None:
+    reader.may_read.clear()
     arrived: list[int] = []
 
-    class Counted(SharedReading):
-        def get(self) -> Reading | None:
+    class CountingFigures(SharedFigures):
+        def get(self) -> Figures | None:
             arrived.append(1)
             return super().get()
 
-    with serving(Counted(readings)) as made, ThreadPoolExecutor(8) as threads:
-        answers = [threads.submit(get, made.address) for _ in range(8)]
-        wait_until(lambda: len(arrived) == 8, "all scrapes have arrived")
-        readings.go_on.set()
-        said = [parsed(answer.result()) for answer in answers]
+    with serving(CountingFigures(reader)) as metrics_server, ThreadPoolExecutor(8) as threads:
+        answers = [threads.submit(get, metrics_server.address) for _ in range(8)]
+        wait_until(lambda: len(arrived) == 8, "all scrapes wait")
+        reader.may_read.set()
+        metrics = [parse(answer.result()) for answer in answers]
 
-    assert readings.count == 1
-    assert [one.value("up") for one in said] == [1.0] * 8
+    assert reader.count == 1
+    assert [scrape.value("up") for scrape in metrics] == [1.0] * 8
 
 
-def test_what_is_older_than_a_second_is_read_anew(
-    readings: Readings, engine: Engine, monkeypatch: pytest.MonkeyPatch
+def test_figures_older_than_a_second_are_read_again(
+    reader: CountingReader, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    shared = SharedReading(readings)
-    seen = []
+    shared = SharedFigures(reader)
+    pending = []
     for later in (0.0, 0.9, 1.1):
         now = 100.0 + later
-        found = shared.get()
-        assert found is not None
-        seen.append(found.standing.jobs["pending"])
+        result = shared.get()
+        assert result is not None
+        pending.append(result.stats.jobs["pending"])
         if not later:
             with engine.begin() as connection:
                 add_job(connection)
 
-    assert seen == [0, 0, 1]
+    assert pending == [0, 0, 1]
 
 
 @pytest.mark.parametrize(
-    "trouble", [Unavailable("away"), OperationalError("SELECT 1", None, Exception("gone away"))], ids=["ours", "theirs"]
+    "error", [Unavailable("away"), OperationalError("SELECT 1", None, Exception("gone away"))], ids=["own", "driver"]
 )
-def test_without_a_database_nothing_is_said_but_that(
-    trouble: Exception, readings: Readings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_without_a_database_only_up_is_reported(
+    error: Exception, reader: CountingReader, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither old figures nor zeros; and all is there again once it is back."""
-    monkeypatch.setattr(reading, "SHARED_SECONDS", -1.0)
-    with serving(SharedReading(readings)) as made:
-        before = parsed(get(made.address))
-        readings.trouble = trouble
-        away = [parsed(get(made.address)) for _ in range(3)][-1]
-        readings.trouble = None
-        again = parsed(get(made.address))
+    """Neither old figures nor zeros. All metrics return once the database works again."""
+    monkeypatch.setattr(figures, "SHARED_SECONDS", -1.0)
+    with serving(SharedFigures(reader)) as metrics_server:
+        before = parse(get(metrics_server.address))
+        reader.error = error
+        away = [parse(get(metrics_server.address)) for _ in range(3)][-1]
+        reader.error = None
+        again = parse(get(metrics_server.address))
 
-    assert [one.value("up") for one in (before, away, again)] == [1.0, 0.0, 1.0]
+    assert [scrape.value("up") for scrape in (before, away, again)] == [1.0, 0.0, 1.0]
     assert set(away.samples) == {f"fetch_worker_{name}" for name in ("up", "build_info", "scrape_duration_seconds")}
     assert set(again.samples) == set(before.samples)
     assert len([line for line in caplog.records if line.message.startswith("no figures")]) == 1
 
 
-def test_who_would_wait_too_long_is_told_that_it_is_not_there(readings: Readings) -> None:
-    """A database that swallows everything: one reads, the others do not pile up behind it."""
-    readings.go_on.clear()
-    shared = SharedReading(readings, patience=0.05)
+def test_a_scrape_that_would_wait_too_long_gets_no_figures(reader: CountingReader) -> None:
+    """If the database does not answer, scrapes do not queue up behind the one that reads."""
+    reader.may_read.clear()
+    shared = SharedFigures(reader, wait_seconds=0.05)
     with ThreadPoolExecutor(1) as threads:
         first = threads.submit(shared.get)
-        wait_until(lambda: readings.count, "the first one reads")
+        wait_until(lambda: reader.count, "the first one reads")
         second = shared.get()
-        readings.go_on.set()
+        reader.may_read.set()
 
         assert second is None
         assert first.result() is not None
 
 
-def test_only_so_many_scrapes_are_answered_at_once(readings: Readings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Health is told all the same."""
-    monkeypatch.setattr(server, "SCRAPES_MOST", 1)
-    readings.go_on.clear()
-    with serving(SharedReading(readings)) as made, ThreadPoolExecutor(1) as threads:
-        first = threads.submit(get, made.address)
-        wait_until(lambda: readings.count, "the first one reads")
+def test_the_number_of_concurrent_scrapes_is_limited(reader: CountingReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/healthz still answers."""
+    monkeypatch.setattr(server, "MAX_SCRAPES", 1)
+    reader.may_read.clear()
+    with serving(SharedFigures(reader)) as metrics_server, ThreadPoolExecutor(1) as threads:
+        first = threads.submit(get, metrics_server.address)
+        wait_until(lambda: reader.count, "the first one reads")
         with pytest.raises(HTTPError, match="503"):
-            get(made.address)
-        assert get(made.address, "/healthz") == "ok\n"
-        readings.go_on.set()
+            get(metrics_server.address)
+        assert get(metrics_server.address, "/healthz") == "ok\n"
+        reader.may_read.set()
 
-        assert parsed(first.result()).value("up") == 1.0
+        assert parse(first.result()).value("up") == 1.0
 
 
-def test_a_fault_of_ours_is_an_error_and_no_half_answer(
-    readings: Readings, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+def test_an_internal_error_is_a_500_without_a_partial_body(
+    reader: CountingReader, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Prometheus then knows that the target is down; the log says why."""
-    readings.trouble = ValueError("a fault of ours")
-    with serving(SharedReading(readings)) as made:
-        with pytest.raises(HTTPError, match="500") as answered:
-            get(made.address)
-        body = answered.value.read().decode()
+    """Prometheus then sees the target as down; the log has the reason."""
+    reader.error = ValueError("a bug")
+    with serving(SharedFigures(reader)) as metrics_server:
+        with pytest.raises(HTTPError, match="500") as response:
+            get(metrics_server.address)
+        body = response.value.read().decode()
 
     assert "Traceback" not in body
-    assert "a fault of ours" in caplog.text
+    assert "a bug" in caplog.text
     assert capfd.readouterr().err == ""
 
 
-def test_other_addresses_have_nothing(readings: Readings) -> None:
-    with serving(SharedReading(readings)) as made:
+def test_other_paths_answer_404(reader: CountingReader) -> None:
+    with serving(SharedFigures(reader)) as metrics_server:
         for path in ("/", "/metrics/../etc", "/metricsx"):
             with pytest.raises(HTTPError, match="404"):
-                get(made.address, path)
-        assert "fetch_worker_up 1.0" in get(made.address, "/metrics?x=1", accept="text/plain")
-        assert get(made.address, "/healthz") == "ok\n"
+                get(metrics_server.address, path)
+        assert "fetch_worker_up 1.0" in get(metrics_server.address, "/metrics?x=1", accept="text/plain")
+        assert get(metrics_server.address, "/healthz") == "ok\n"
 
-    assert readings.count == 1
+    assert reader.count == 1
 
 
-def test_it_listens_on_ipv6_too(readings: Readings) -> None:
+def test_it_listens_on_ipv6_too(reader: CountingReader) -> None:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
-        return  # this machine has none
-    with serving(SharedReading(readings), "::1") as made:
-        assert made.address.startswith("[::1]:")
-        assert get(made.address, "/healthz") == "ok\n"
+        return  # this machine has no IPv6
+    with serving(SharedFigures(reader), "::1") as metrics_server:
+        assert metrics_server.address.startswith("[::1]:")
+        assert get(metrics_server.address, "/healthz") == "ok\n"
 
 
 # ── the command ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
-def settled(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """DATABASE_URL names a database with our tables; no key is set."""
+def database(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """A migrated database that DATABASE_URL names; no API key is set."""
     monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
     return engine
 
 
-def _run(*words: str) -> int:
+def _run(*arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
-        main(["metrics", *words])
+        main(["metrics", *arguments])
     return int(ended.value.code or 0)
 
 
-def test_the_command_prints_them_once(settled: Engine, capsys: pytest.CaptureFixture[str]) -> None:
-    with settled.begin() as connection:
+def test_the_command_prints_the_metrics(database: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    with database.begin() as connection:
         add_job(connection)
 
     assert _run() == 0
@@ -237,29 +237,29 @@ def test_the_command_prints_them_once(settled: Engine, capsys: pytest.CaptureFix
     assert 'fetch_worker_jobs{status="pending"} 1.0' in capsys.readouterr().out
 
 
-def test_the_command_says_that_the_database_is_away(
+def test_the_command_reports_an_unreachable_database(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In its exit code, too; and no password is shown."""
+    """Also by its exit code, and without the password."""
     monkeypatch.setenv("DATABASE_URL", f"postgresql://user:secret-1@127.0.0.1:{free_port()}/x")
 
     assert _run() == 1
 
-    said = capfd.readouterr()
-    assert "fetch_worker_up 0.0" in said.out
+    printed = capfd.readouterr()
+    assert "fetch_worker_up 0.0" in printed.out
     assert "DATABASE_URL" in caplog.text
-    assert "secret" not in said.out + said.err + caplog.text
-    assert "Traceback" not in said.err + caplog.text
+    assert "secret" not in printed.out + printed.err + caplog.text
+    assert "Traceback" not in printed.err + caplog.text
 
 
-@pytest.mark.parametrize("words", ["x", "99999", "localhost:", "1.2.3.4:x", "-1"])
-@pytest.mark.usefixtures("settled")
-def test_a_place_that_is_none_is_a_usage_error(words: str) -> None:
-    assert _run("--listen", words) == 2
+@pytest.mark.parametrize("address", ["x", "99999", "localhost:", "1.2.3.4:x", "-1"])
+@pytest.mark.usefixtures("database")
+def test_an_invalid_address_is_a_usage_error(address: str) -> None:
+    assert _run("--listen", address) == 2
 
 
-@pytest.mark.usefixtures("settled")
-def test_a_port_that_is_taken_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("database")
+def test_a_used_port_is_reported_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert _run("--listen", str(port)) == 1
@@ -267,8 +267,8 @@ def test_a_port_that_is_taken_is_said_in_one_line(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == f"fetch-worker: can't listen on 127.0.0.1, port {port}: Address already in use\n"
 
 
-@pytest.mark.usefixtures("settled")
-def test_without_its_library_the_command_says_what_to_install(
+@pytest.mark.usefixtures("database")
+def test_without_the_extra_the_command_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in [name for name in sys.modules if name.startswith(("prometheus_client", "worker.metrics"))]:
@@ -281,32 +281,32 @@ def test_without_its_library_the_command_says_what_to_install(
     assert "pip install 'fetch-worker[metrics]'" in capsys.readouterr().err
 
 
-def test_the_process_serves_where_it_is_told_until_it_is_stopped(settled: Engine, tmp_path: Path) -> None:
-    """By itself on 127.0.0.1; SIGTERM is a good end."""
+def test_the_process_serves_until_sigterm(database: Engine, tmp_path: Path) -> None:
+    """By default on 127.0.0.1. SIGTERM ends it normally."""
     port = free_port()
     log = tmp_path / "metrics.log"
     env = os.environ | {"METRICS_PORT": str(port)}
     with log.open("wb") as out:
-        words = [str(Path(sys.executable).parent / "fetch-worker"), "metrics", "--listen"]
-        process = subprocess.Popen(words, stdout=out, stderr=out, env=env, cwd=tmp_path)
+        command = [str(Path(sys.executable).parent / "fetch-worker"), "metrics", "--listen"]
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=env, cwd=tmp_path)
     try:
         wait_until(
-            lambda: process.poll() is not None or "metrics are on" in log.read_text(), "it serves", seen=log.read_text
+            lambda: process.poll() is not None or "serving metrics" in log.read_text(), "it serves", seen=log.read_text
         )
         assert process.poll() is None, log.read_text()
-        said = parsed(get(f"127.0.0.1:{port}"))
+        metrics = parse(get(f"127.0.0.1:{port}"))
         process.send_signal(signal.SIGTERM)
 
         assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
-    assert said.value("up") == 1.0
-    assert log.read_text() == f"metrics are on http://127.0.0.1:{port}/metrics\n"
+    assert metrics.value("up") == 1.0
+    assert log.read_text() == f"serving metrics on http://127.0.0.1:{port}/metrics\n"
 
 
-def test_a_registry_reads_nothing_before_it_is_asked(readings: Readings) -> None:
-    made = registry(SharedReading(readings).get)
+def test_a_registry_reads_nothing_before_a_scrape(reader: CountingReader) -> None:
+    metrics = registry(SharedFigures(reader).get)
 
-    assert readings.count == 0
-    assert parsed(open_metrics(made)).value("up") == 1.0
+    assert reader.count == 0
+    assert parse(open_metrics(metrics)).value("up") == 1.0

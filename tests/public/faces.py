@@ -18,7 +18,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 
 import worker
 import worker.testing
-from tests.metrics.exposed import open_metrics, parsed, registry_of
+from tests.metrics.exposition import open_metrics, parse, registry_of
 from tests.public.commands import command_documents, exit_codes, planted_engine, webhook_body
 from worker import errors
 from worker.cli.commands import group
@@ -169,7 +169,7 @@ def command_exits() -> str:
 def metric_names() -> str:
     """Return every metric with its labels."""
     with planted_engine() as engine:
-        exposed = parsed(open_metrics(registry_of(engine, Settings())))
+        exposed = parse(open_metrics(registry_of(engine, Settings())))
     return _text(
         f"{name}: {', '.join(sorted(labels)) or 'no labels'}" for name, labels in sorted(exposed.labels.items())
     )

@@ -1,7 +1,7 @@
-"""Jobs in Flower, a row each beside the batch tasks. A thread reads the database: nothing is lost with a process.
+"""Show jobs in Flower, one row per job beside the batch tasks. A thread reads them from the database.
 
-The rows are no tasks that ran: they belong to no worker, and Flower's counts of events and times leave them out. The
-number is bounded, and what Flower kept of them in its file is replaced by what the database says.
+The rows are not tasks that ran: they belong to no worker, and Flower's counts and durations do not include them. Their
+number is limited. Rows that Flower saved in its file are replaced by the state in the database.
 """
 
 import logging
@@ -25,41 +25,41 @@ from worker.store.reports.flower_rows import read_flower_jobs
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0
-AWAY_SECONDS = 5.0  # until the next look where the database did not answer
-PUT_AT_ONCE = 100  # rows; between them Flower serves its pages
-FORGOTTEN_MOST = 1_000  # rows that are gone and may still have a place in the order of events
+REFRESH_SECONDS = 1.0
+RETRY_SECONDS = 5.0  # after an error of the database
+BATCH = 100  # rows per callback; between two batches Flower serves its pages
+MAX_REMOVED = 1_000  # removed rows that may still have an entry in the heap of events
 CANCEL = "worker.cancel"
-CLIENT = "fetch-worker"  # who announced these tasks, as Celery sees it
+CLIENT = "fetch-worker"  # the sender of these tasks, for Celery
 
 
 class JobRows:
-    """The jobs' rows in Flower's state. For the thread of its loop alone, as everything that touches the state."""
+    """The rows of jobs in Flower's state. Not thread-safe: call it from Flower's event loop only."""
 
     def __init__(self, state: Any) -> None:
         self._state = state
         self._shown: dict[int, FlowerJob] = {}
-        self._forgotten = 0
+        self._removed = 0
 
     def clear(self) -> None:
-        """Takes out every row, also those that Flower had in its file."""
+        """Remove all rows, including those from Flower's file."""
         for uuid in [uuid for uuid in self._state.tasks.data if job_id_of(uuid)]:
             self._drop(uuid)
         self._shown.clear()
-        self._close_ranks()
+        self._compact_heap()
 
     def keep(self, jobs: Mapping[int, FlowerJob]) -> list[FlowerJob]:
-        """Takes out the rows of all other jobs; those of `jobs` that are not shown as they are."""
+        """Remove the rows of all other jobs. Return the jobs whose rows must be added or updated."""
         for job_id in [job_id for job_id in self._shown if job_id not in jobs]:
             self._drop(task_id(job_id))
             del self._shown[job_id]
-        if self._forgotten > FORGOTTEN_MOST:
-            self._close_ranks()
-        tasks = self._state.tasks.data  # Flower itself lets the oldest tasks go
+        if self._removed > MAX_REMOVED:
+            self._compact_heap()
+        tasks = self._state.tasks.data  # Flower itself may have removed the oldest tasks
         return [job for job in jobs.values() if self._shown.get(job.id) != job or task_id(job.id) not in tasks]
 
     def put(self, jobs: Sequence[FlowerJob]) -> None:
-        """Shows jobs as they are, whatever was shown of them before."""
+        """Add or update the rows of jobs."""
         for job in jobs:
             self._put(job)
             self._shown[job.id] = job
@@ -69,16 +69,16 @@ class JobRows:
         task = self._state.tasks.data.get(uuid)
         if task is None:
             task = self._announce(uuid, job)
-        # Not by events: those never lead out of a final state, nor from a state of our own to one that Celery knows.
+        # Not by events: they can't leave a final state, nor change a custom state into one of Celery's states.
         vars(task).update(task_fields(job))
         self._index("upsert", task)
 
     def _announce(self, uuid: str, job: FlowerJob) -> Any:
-        """A new task, as if a client had sent it: no worker has to be named."""
+        """Add a task as if a client had sent it, so that it needs no worker."""
         tasks = self._state.tasks
         oldest = next(iter(tasks.data), None) if tasks.limit and len(tasks.data) >= tasks.limit else None
         sent = {"type": "task-sent", "uuid": uuid, "name": NAME, "hostname": CLIENT, "clock": 0, "local_received": None}
-        State.event(self._state, sent | {"timestamp": job.submitted_at.timestamp()})  # without Flower's own counts
+        State.event(self._state, sent | {"timestamp": job.submitted_at.timestamp()})  # bypasses the counters of Flower
         if oldest is not None and oldest not in tasks.data:
             self._index("remove", oldest)
         return tasks.data[uuid]
@@ -86,145 +86,145 @@ class JobRows:
     def _drop(self, uuid: str) -> None:
         task = self._state.tasks.data.pop(uuid, None)
         if task is not None:
-            # By these it refers to itself: it would be listed until garbage is collected.
+            # These form a reference cycle: the task would stay listed until the garbage collector runs.
             vars(task).pop("_serializer_handlers", None)
-            self._forgotten += 1
+            self._removed += 1
         self._index("remove", uuid)
 
-    def _index(self, verb: str, what: object) -> None:
-        index = getattr(self._state, "search_engine", None)  # Flower has one since 2.1
+    def _index(self, method: str, task: object) -> None:
+        index = getattr(self._state, "search_engine", None)  # exists since Flower 2.1
         if index is not None:
-            getattr(index, verb)(what)
+            getattr(index, method)(task)
 
-    def _close_ranks(self) -> None:
-        """Gives up the places of tasks that are gone, which Celery itself does at 400,000 of them."""
+    def _compact_heap(self) -> None:
+        """Remove the heap entries of removed tasks. Celery itself does this only at 400,000 entries."""
         heap = self._state._taskheap
-        heap[:] = [place for place in heap if place[3]() is not None]
-        self._forgotten = 0
+        heap[:] = [entry for entry in heap if entry[3]() is not None]
+        self._removed = 0
 
 
 class Feeder:
-    """Looks at the database every second, from a thread of its own, and has the rows changed on Flower's loop."""
+    """Reads jobs every second in a thread, and updates their rows on Flower's event loop."""
 
-    def __init__(self, engine: Callable[[], Engine], rows: JobRows, loop: Any, most: int) -> None:
+    def __init__(self, engine: Callable[[], Engine], rows: JobRows, loop: Any, max_jobs: int) -> None:
         self._engine = engine
         self._rows = rows
         self._loop = loop
-        self._most = most
-        self._seen: dict[int, FlowerJob] = {}
-        self._away = False
+        self._max_jobs = max_jobs
+        self._jobs: dict[int, FlowerJob] = {}
+        self._database_failed = False
         self._stopping = threading.Event()
 
     def start(self) -> None:
-        """Begins, where rows are wanted."""
+        """Start the thread, unless `max_jobs` is 0."""
         self._rows.clear()
-        if self._most:
+        if self._max_jobs:
             threading.Thread(target=self._run, name="job rows", daemon=True).start()
 
     def stop(self) -> None:
-        """Ends soon."""
+        """Stop the thread soon."""
         self._stopping.set()
 
     def _run(self) -> None:
         pause = 0.0
         while not self._stopping.wait(pause):
             try:
-                self.look()
+                self.refresh()
             except (SQLAlchemyError, WorkerError) as error:
-                self._say_away(error)
-                pause = AWAY_SECONDS
-            except Exception:  # of another Flower than we know: it goes on without our rows
+                self._log_failure(error)
+                pause = RETRY_SECONDS
+            except Exception:  # an unknown release of Flower: it continues without these rows
                 if not self._stopping.is_set():
                     log.exception("jobs are no longer shown in Flower")
                 return
             else:
-                pause = LOOK_SECONDS
+                pause = REFRESH_SECONDS
 
-    def look(self) -> None:
-        """One look, and the rows as it found them."""
+    def refresh(self) -> None:
+        """Read the jobs once and update their rows."""
         with self._engine().connect() as connection:
-            self._seen = read_flower_jobs(connection, self._seen, self._most)
-        if self._away:
-            self._away = False
-            log.warning("the database is back: jobs are shown in Flower again")
-        changed = self._on_loop(self._rows.keep, self._seen)
-        for start in range(0, len(changed), PUT_AT_ONCE):
-            self._on_loop(self._rows.put, changed[start : start + PUT_AT_ONCE])
+            self._jobs = read_flower_jobs(connection, self._jobs, self._max_jobs)
+        if self._database_failed:
+            self._database_failed = False
+            log.warning("the database works again: jobs are shown in Flower again")
+        changed = self._on_loop(self._rows.keep, self._jobs)
+        for start in range(0, len(changed), BATCH):
+            self._on_loop(self._rows.put, changed[start : start + BATCH])
 
-    def _say_away(self, error: Exception) -> None:
-        if not self._away:
-            self._away = True
-            hint = "run `fetch-worker migrate`" if is_missing_table(error) else "it is asked again"
-            log.warning("jobs are not shown in Flower: the database has trouble reason=%s; %s", error_name(error), hint)
+    def _log_failure(self, error: Exception) -> None:
+        if not self._database_failed:
+            self._database_failed = True
+            hint = "run `fetch-worker migrate`" if is_missing_table(error) else "it is tried again"
+            log.warning("jobs are not shown in Flower: the database failed reason=%s; %s", error_name(error), hint)
 
     def _on_loop(self, work: Callable[..., Any], *arguments: object) -> Any:
-        done: Future[Any] = Future()
+        future: Future[Any] = Future()
 
         def run() -> None:
             try:
-                done.set_result(work(*arguments))
+                future.set_result(work(*arguments))
             except Exception as error:
-                done.set_exception(error)
+                future.set_exception(error)
 
         self._loop.add_callback(run)
-        return done.result()
+        return future.result()
 
 
 class EventsAndJobs(Events):  # type: ignore[misc]  # flower has no types
-    """Flower's events, and the jobs' rows beside them."""
+    """Flower's events, with the rows of jobs."""
 
-    most = 0
+    max_jobs = 0
     engine: Callable[[], Engine]
 
     def start(self) -> None:
-        """Starts both."""
+        """Start the events and the rows."""
         super().start()
         self._feeder = None
-        if fits(self):
-            self._feeder = Feeder(type(self).engine, JobRows(self.state), self.io_loop, self.most)
+        if is_supported(self):
+            self._feeder = Feeder(type(self).engine, JobRows(self.state), self.io_loop, self.max_jobs)
             self._feeder.start()
 
     def stop(self) -> None:
-        """Stops both."""
+        """Stop the rows and the events."""
         if self._feeder is not None:
             self._feeder.stop()
         super().stop()
 
 
 class JobControl(Control):  # type: ignore[misc]  # celery has no types
-    """What Flower's buttons do: to revoke a job is to cancel it."""
+    """The control of Flower's buttons: revoking the task of a job cancels the job."""
 
     def revoke(self, task_id: str, *arguments: Any, **options: Any) -> Any:
-        """Cancels a job by the task for it; all else as ever."""
+        """Cancel the job of a task id; revoke any other task as usual."""
         job_id = job_id_of(str(task_id))
         if job_id is None:
             return super().revoke(task_id, *arguments, **options)
         return self.app.send_task(CANCEL, (job_id,), ignore_result=True)
 
 
-def fits(events: Any) -> bool:
-    """Whether this release of Flower has what the rows rely on; a line in its log where it has not."""
+def is_supported(events: Any) -> bool:
+    """Return whether this release of Flower has the attributes that the rows need, else log a warning."""
     state = getattr(events, "state", None)
     tasks = getattr(state, "tasks", None)
     index = getattr(state, "search_engine", None)
-    found = {
+    required = {
         "io_loop.add_callback": hasattr(getattr(events, "io_loop", None), "add_callback"),
         "state.tasks": isinstance(getattr(tasks, "data", None), dict) and hasattr(tasks, "limit"),
         "state._taskheap": isinstance(getattr(state, "_taskheap", None), list),
         "state.search_engine": index is None or (hasattr(index, "upsert") and hasattr(index, "remove")),
     }
-    lacking = [name for name, there in found.items() if not there]
-    if lacking:
-        log.warning("jobs are not shown in Flower: this release is not known, it lacks %s", ", ".join(lacking))
-    return not lacking
+    missing = [name for name, exists in required.items() if not exists]
+    if missing:
+        log.warning("jobs are not shown in Flower: this release is not supported, it lacks %s", ", ".join(missing))
+    return not missing
 
 
-def show_jobs(app: Celery, engine: Callable[[], Engine], most: int) -> bool:
-    """Has the Flower of this process show `most` jobs of `app`, once it is made; whether it will."""
+def show_jobs(app: Celery, engine: Callable[[], Engine], max_jobs: int) -> bool:
+    """Make the Flower of this process show up to `max_jobs` jobs of `app`. Return whether its release is supported."""
     if getattr(flower_app, "Events", None) not in (Events, EventsAndJobs):
-        log.warning("jobs are not shown in Flower: this release is not known")
+        log.warning("jobs are not shown in Flower: this release is not supported")
         return False
-    EventsAndJobs.most = most
+    EventsAndJobs.max_jobs = max_jobs
     EventsAndJobs.engine = staticmethod(engine)
     flower_app.Events = EventsAndJobs
     app.control_cls = JobControl

@@ -1,1 +1,1 @@
-"""Prometheus metrics, computed from the database when they are asked for: no process counts, so none can miscount."""
+"""Prometheus metrics, computed from the database at each scrape, so that they do not depend on any process."""

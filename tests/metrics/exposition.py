@@ -1,4 +1,4 @@
-"""What an exposition says, as tests ask for it."""
+"""Parse an exposition of metrics for tests."""
 
 from dataclasses import dataclass
 
@@ -7,30 +7,30 @@ from prometheus_client.registry import CollectorRegistry
 from sqlalchemy import Engine
 
 from worker.metrics.families import registry
-from worker.metrics.reading import read
+from worker.metrics.figures import read_figures
 from worker.settings import Settings
 
 Key = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Exposed:
-    """Each sample by its name and, in the order of their names, the values of its labels."""
+class Exposition:
+    """Samples by name and label values; the values are in the order of the label names."""
 
     samples: dict[str, dict[Key, float]]
     labels: dict[str, set[str]]
 
     def value(self, name: str, *labels: str) -> float:
-        """One sample, which is there."""
+        """Return the value of one sample, which must exist."""
         return self.samples[f"fetch_worker_{name}"][labels]
 
     def all(self, name: str) -> dict[Key, float]:
-        """All samples of one name that are not zero."""
+        """Return all samples of a name that are not zero."""
         return {key: value for key, value in self.samples.get(f"fetch_worker_{name}", {}).items() if value}
 
 
-def parsed(text: str) -> Exposed:
-    """Reads OpenMetrics strictly: wrong types, suffixes, orders and doubled samples are errors."""
+def parse(text: str) -> Exposition:
+    """Parse OpenMetrics strictly: wrong types, suffixes, orders and duplicate samples are errors."""
     samples: dict[str, dict[Key, float]] = {}
     labels: dict[str, set[str]] = {}
     for family in parser.text_string_to_metric_families(text):
@@ -38,20 +38,20 @@ def parsed(text: str) -> Exposed:
             key = tuple(value for _, value in sorted(sample.labels.items()))
             samples.setdefault(sample.name, {})[key] = sample.value
             labels.setdefault(sample.name, set()).update(sample.labels)
-    return Exposed(samples, labels)
+    return Exposition(samples, labels)
 
 
-def open_metrics(made: CollectorRegistry) -> str:
-    """In the format of OpenMetrics."""
-    return str(exposition.generate_latest(made).decode())
+def open_metrics(metrics: CollectorRegistry) -> str:
+    """Return the metrics in the OpenMetrics format."""
+    return str(exposition.generate_latest(metrics).decode())
 
 
 def registry_of(engine: Engine, settings: Settings | None = None) -> CollectorRegistry:
-    """The registry that a scrape takes, without sharing."""
-    wanted = settings or Settings()
-    return registry(lambda: read(engine, wanted))
+    """Return a registry that reads the database at each scrape, without sharing."""
+    used_settings = settings or Settings()
+    return registry(lambda: read_figures(engine, used_settings))
 
 
-def scraped(engine: Engine, settings: Settings | None = None) -> Exposed:
-    """What a scrape gets."""
-    return parsed(open_metrics(registry_of(engine, settings)))
+def scrape(engine: Engine, settings: Settings | None = None) -> Exposition:
+    """Return the parsed result of a scrape."""
+    return parse(open_metrics(registry_of(engine, settings)))

@@ -1,4 +1,4 @@
-"""One reading of the database, of all that a scrape tells; scrapes that come together share it."""
+"""Read the figures of a scrape from the database. Concurrent scrapes share one read."""
 
 import logging
 import threading
@@ -23,16 +23,16 @@ from worker.store.reports.stats import Stats, count_unfinished, read_stats, wait
 log = logging.getLogger(__name__)
 
 SHARED_SECONDS = 1.0
-PATIENCE_SECONDS = 8.0  # Prometheus itself gives up after 10, unless it is told otherwise
-LATE_SECONDS = 60.0  # webhooks that are due for so long are late
+WAIT_SECONDS = 8.0  # below the default scrape time-out of Prometheus, 10 s
+LATE_SECONDS = 60.0  # webhooks that are due for longer are late
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """All that a scrape tells. `unfinished` counts jobs by account, kind and state, with no more kinds than totals."""
+class Figures:
+    """The figures of a scrape. `unfinished` counts jobs by account, kind and state, for a limited number of kinds."""
 
     schema: str
-    standing: Stats
+    stats: Stats
     unfinished: Mapping[tuple[str, str, str], int]
     counters: Sequence[Total]
     claims: Mapping[str, int]
@@ -42,9 +42,11 @@ class Reading:
     full_rps: Callable[[str], float]
 
 
-def read(engine: Engine, settings: Settings) -> Reading:
-    """Reads it. Raises SchemaOutdated where the tables are of an older version, Unavailable where nobody answers."""
-    snapshots = engine.execution_options(**{SNAPSHOT: True})  # else a job on its way is counted twice, or not at all
+def read_figures(engine: Engine, settings: Settings) -> Figures:
+    """Read the figures. Raises SchemaOutdated if the tables have an older version, and Unavailable."""
+    snapshots = engine.execution_options(
+        **{SNAPSHOT: True}
+    )  # else a job that changes meanwhile is counted twice or not at all
     with translate_errors(engine.url), snapshots.connect() as connection:
         schema = schema_version(connection)
         if schema is None or schema < SCHEMA_VERSION:
@@ -52,10 +54,12 @@ def read(engine: Engine, settings: Settings) -> Reading:
         now = database_now(connection)
         waiting = waiting_by_kind(connection, now=now)
         counters = read_counters(connection)
-        return Reading(
+        return Figures(
             schema=schema,
-            standing=read_stats(connection, waiting, now=now, full_rps=settings.rps),
-            unfinished=bounded(count_unfinished(connection, waiting), {one.key.kind for one in counters} - {""}),
+            stats=read_stats(connection, waiting, now=now, full_rps=settings.rps),
+            unfinished=limit_kinds(
+                count_unfinished(connection, waiting), {total.key.kind for total in counters} - {""}
+            ),
             counters=counters,
             claims=count_claims(connection),
             stuck=count_expired_claims(
@@ -67,33 +71,33 @@ def read(engine: Engine, settings: Settings) -> Reading:
         )
 
 
-def bounded(counts: Mapping[tuple[str, str, str], int], known: set[str]) -> Counter[tuple[str, str, str]]:
-    """Counts by account, kind and state; kinds that are not known are told by name only as long as there is room."""
-    fresh = sorted({kind for _, kind, _ in counts} - known)
-    named = known | set(fresh[: max(0, KINDS_MOST - len(known))])
-    found: Counter[tuple[str, str, str]] = Counter()
+def limit_kinds(counts: Mapping[tuple[str, str, str], int], known_kinds: set[str]) -> Counter[tuple[str, str, str]]:
+    """Return counts by account, kind and state. Kinds beyond KINDS_MOST are counted as OTHER, known kinds last."""
+    new_kinds = sorted({kind for _, kind, _ in counts} - known_kinds)
+    named = known_kinds | set(new_kinds[: max(0, KINDS_MOST - len(known_kinds))])
+    limited: Counter[tuple[str, str, str]] = Counter()
     for (account, kind, state), count in counts.items():
-        found[account, kind if kind in named else OTHER, state] += count
-    return found
+        limited[account, kind if kind in named else OTHER, state] += count
+    return limited
 
 
-class SharedReading:
-    """The newest reading: scrapes within a second get the same, so that ten of them cost what one does.
+class SharedFigures:
+    """The newest figures. All scrapes within a second share them, so that ten scrapes cost as much as one.
 
-    None where the database can't be read, or is so slow that nobody would wait for it: never an old one.
+    `get` returns `None` if the database can't be read or is too slow. It never returns old figures.
     """
 
-    def __init__(self, read: Callable[[], Reading], *, patience: float = PATIENCE_SECONDS) -> None:
+    def __init__(self, read: Callable[[], Figures], *, wait_seconds: float = WAIT_SECONDS) -> None:
         self._read = read
-        self._patience = patience
+        self._wait_seconds = wait_seconds
         self._lock = threading.Lock()
-        self._last: Reading | None = None
+        self._last: Figures | None = None
         self._read_at = float("-inf")
-        self._trouble: str | None = None
+        self._error: str | None = None
 
-    def get(self) -> Reading | None:
-        """The reading, and whoever comes meanwhile waits for it."""
-        if not self._lock.acquire(timeout=self._patience):
+    def get(self) -> Figures | None:
+        """Return the figures. Concurrent calls wait for the same read."""
+        if not self._lock.acquire(timeout=self._wait_seconds):
             return None
         try:
             if time.monotonic() - self._read_at > SHARED_SECONDS:
@@ -103,14 +107,14 @@ class SharedReading:
         finally:
             self._lock.release()
 
-    def _attempt(self) -> Reading | None:
+    def _attempt(self) -> Figures | None:
         try:
-            found, trouble = self._read(), None
-        except WorkerError as wrong:
-            found, trouble = None, str(wrong)
+            figures, message = self._read(), None
+        except WorkerError as error:
+            figures, message = None, str(error)
         except SQLAlchemyError as error:
-            found, trouble = None, error_name(error)
-        if trouble is not None and trouble != self._trouble:
-            log.warning("no figures: %s", trouble)
-        self._trouble = trouble
-        return found
+            figures, message = None, error_name(error)
+        if message is not None and message != self._error:
+            log.warning("no figures: %s", message)
+        self._error = message
+        return figures
