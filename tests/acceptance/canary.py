@@ -1,4 +1,4 @@
-"""A recognisable API key is sent through every part of the product, and must not appear in any visible installation."""
+"""A recognisable API key is sent through every part of the product, and must not appear in any readable place."""
 
 import base64
 import html

@@ -21,7 +21,7 @@ ROWS = 150
 def test_given_processes_that_race_when_leases_expire_then_each_lease_has_one_holder_and_old_holders_write_nothing(
     engine: Engine,
 ) -> None:
-    """Jobs are claimed by due time or around the current time, outputs in random order."""
+    """Jobs are claimed by due time or by urgency, outputs in random order."""
     with engine.begin() as connection:
         connection.execute(insert(jobs), [job_values(str(number)) for number in range(ROWS)])
         ready = add_downloading(connection, "ready")

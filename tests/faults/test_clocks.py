@@ -59,7 +59,10 @@ HOURS = {"right": 0, "ahead": 2, "behind": -2, "auckland": 0}
 def test_given_workers_with_wrong_clocks_beside_a_correct_one_then_no_poll_is_early_and_no_work_is_done_twice(
     tmp_path: Path, database: Engine, sandbox: Sandbox, broker: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One clock is two hours ahead, one two hours behind, one in Auckland. A poll takes longer than half a lease."""
+    """One clock is two hours ahead, one two hours behind, one in Auckland.
+
+    A poll takes longer than half a lease, so that a worker with a wrong clock could take over a claim.
+    """
     monkeypatch.setenv("POLL_MIN", "1")
     monkeypatch.setenv("JOB_DEADLINE", "3600")
     submitted = [sandbox.submit(f"a lighthouse, {number}", samples=1) for number in range(JOBS)]

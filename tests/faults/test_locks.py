@@ -51,7 +51,7 @@ def sqlite_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Eng
 def test_given_a_row_that_another_client_locks_when_its_answer_arrives_then_all_other_jobs_continue(
     tmp_path: Path, database: Engine, sandbox: Sandbox, broker: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its answer is recorded after the lock is released. The job is not polled again, as its lease lasts longer."""
+    """The answer for the locked row is recorded after the lock is released. The job is not polled again."""
     monkeypatch.setenv("RECOVERY_SECONDS", "300")
     sandbox.options_now(min_seconds=0, max_seconds=0.1)
     submitted = [sandbox.submit(f"a lighthouse, {number}", samples=1) for number in range(JOBS)]

@@ -76,7 +76,7 @@ def connections_killed(database: Engine) -> None:
     [_isolation("repeatable read"), _isolation("serializable"), read_only_for_a_while, connections_killed],
     ids=lambda fault: fault.__name__,
 )
-def test_given_waiting_jobs_when_the_database_behaves_so_then_all_are_completed_and_none_is_quarantined(
+def test_given_waiting_jobs_when_the_database_is_reconfigured_then_all_complete_and_none_is_quarantined(
     fault: Fault, tmp_path: Path, database: Engine, sandbox: Sandbox, broker: RedisServer
 ) -> None:
     log = tmp_path / "up.log"

@@ -42,7 +42,7 @@ def first_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(empty: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(empty: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a folder for two workers that share a database and a storage."""
     monkeypatch.setenv("DATABASE_URL", empty.url.render_as_string(hide_password=False).replace("+psycopg", ""))
     monkeypatch.setenv("STORAGE_URL", f"file:{tmp_path}/var/outputs")
@@ -86,7 +86,7 @@ def _version(engine: Engine) -> str | None:
 @pytest.mark.server
 def test_a_worker_of_the_first_release_works_with_the_current_tables(
     first_release: Path,
-    place: Path,
+    workspace: Path,
     empty: Engine,
     sandbox: Sandbox,
     broker: RedisServer,
@@ -95,11 +95,11 @@ def test_a_worker_of_the_first_release_works_with_the_current_tables(
     """A deployment is rolled back, and the tables are not downgraded."""
     migrate(empty)
     _use_release(first_release, monkeypatch)
-    with celery_worker(place / "first"):
+    with celery_worker(workspace / "first"):
         _track(broker, sandbox, "a lighthouse")
-        log = place / "first" / "worker.log"
-        wait_completed(empty, JOBS, place)
-    assert_nothing_lost(empty, sandbox, place, JOBS)
+        log = workspace / "first" / "worker.log"
+        wait_completed(empty, JOBS, workspace)
+    assert_nothing_lost(empty, sandbox, workspace, JOBS)
     assert not tracebacks(log)
 
 
@@ -107,7 +107,7 @@ def test_a_worker_of_the_first_release_works_with_the_current_tables(
 @pytest.mark.server
 def test_a_current_worker_upgrades_the_tables_of_the_first_release_while_the_old_worker_runs(
     first_release: Path,
-    place: Path,
+    workspace: Path,
     empty: Engine,
     sandbox: Sandbox,
     broker: RedisServer,
@@ -117,16 +117,16 @@ def test_a_current_worker_upgrades_the_tables_of_the_first_release_while_the_old
     _use_release(first_release, monkeypatch)
     _migrate_with(first_release)
     assert _version(empty) == FIRST_SCHEMA
-    with celery_worker(place / "first", "--hostname", "first@%h"):
+    with celery_worker(workspace / "first", "--hostname", "first@%h"):
         _track(broker, sandbox, "a lighthouse")
         _use_release(ROOT, monkeypatch)
-        with celery_worker(place / "present", "--hostname", "present@%h"):
+        with celery_worker(workspace / "present", "--hostname", "present@%h"):
             assert _version(empty) == SCHEMA_VERSION
             _track(broker, sandbox, "a harbour")
-            wait_completed(empty, 2 * JOBS, place)
-            log_text = (place / "present" / "worker.log").read_text()
-        assert not tracebacks(place / "first" / "worker.log")
-    assert_nothing_lost(empty, sandbox, place, 2 * JOBS)
+            wait_completed(empty, 2 * JOBS, workspace)
+            log_text = (workspace / "present" / "worker.log").read_text()
+        assert not tracebacks(workspace / "first" / "worker.log")
+    assert_nothing_lost(empty, sandbox, workspace, 2 * JOBS)
     assert "Traceback" not in log_text
 
 
