@@ -1,4 +1,4 @@
-"""The shop's tests: copy them as `test_shop.py` beside `shop.py`. They need pytest and `pip install fetch-worker`."""
+"""Tests of the shop: copy this file as `test_shop.py` beside `shop.py`. They need pytest and fetch-worker."""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from worker.testing import FetchApi, FetchWorker
 
 @pytest.fixture
 def session(fetch_worker: FetchWorker) -> Iterator[Session]:
-    """The shop's tables, beside those of fetch-worker, in a database of this test's own."""
+    """A session on the database of the test, with the tables of the shop and of fetch-worker."""
     engine = shop.database()
     shop.Base.metadata.create_all(engine)
     with Session(engine) as session:
@@ -22,38 +22,38 @@ def session(fetch_worker: FetchWorker) -> Iterator[Session]:
     engine.dispose()
 
 
-def ordered(session: Session) -> shop.Order:
-    """An order that is committed."""
-    made = shop.order(session, "a lake at dawn")
+def place_order(session: Session) -> shop.Order:
+    """Place an order and commit it."""
+    order = shop.order(session, "a lake at dawn")
     session.commit()
-    return made
+    return order
 
 
 def test_an_order_gets_its_picture(session: Session, fetch_worker: FetchWorker, fetch_api: FetchApi) -> None:
-    made = ordered(session)
+    order = place_order(session)
 
-    job = fetch_worker.run(made.job_id)
+    job = fetch_worker.run(order.job_id)
 
     assert job.status == "completed"
-    assert fetch_worker.told == [("shop.picture_ready", "celery", made.job_id)]
+    assert fetch_worker.told == [("shop.picture_ready", "celery", order.job_id)]
     assert fetch_api.submissions == [{"prompt": "a lake at dawn"}]
-    assert shop.progress(made) == "here it is"
+    assert shop.progress(order) == "ready"
 
 
-def test_the_page_shows_that_it_is_being_painted(
+def test_the_page_shows_that_the_order_is_in_progress(
     session: Session, fetch_worker: FetchWorker, fetch_api: FetchApi
 ) -> None:
     fetch_api.ready_after(20)
-    made = ordered(session)
+    order = place_order(session)
 
     fetch_worker.advance(19)
-    assert shop.progress(made) == "being painted"
+    assert shop.progress(order) == "in progress"
     fetch_worker.advance(60)
-    assert shop.progress(made) == "here it is"
+    assert shop.progress(order) == "ready"
 
 
-def test_whoever_waits_gets_the_picture_at_once(session: Session) -> None:
-    assert shop.picture(ordered(session)).startswith(b"\x89PNG")
+def test_the_shop_can_wait_for_the_picture(session: Session) -> None:
+    assert shop.picture(place_order(session)).startswith(b"\x89PNG")
 
 
 def test_a_failed_order_is_refunded(session: Session, fetch_worker: FetchWorker, fetch_api: FetchApi) -> None:
@@ -65,13 +65,13 @@ def test_a_failed_order_is_refunded(session: Session, fetch_worker: FetchWorker,
         shop.picture_ready(session, job_id)
 
     fetch_worker.celery = celery
-    made = ordered(session)
+    order = place_order(session)
 
-    job = fetch_worker.run(made.job_id)
+    job = fetch_worker.run(order.job_id)
 
     assert (job.status, job.error_message) == ("failed", "out of paint")
     assert fetch_api.asked(job.remote_id) == 4
-    assert made.state == "refunded"
+    assert order.state == "refunded"
 
 
 def test_an_order_that_is_rolled_back_leaves_no_job(session: Session, fetch_worker: FetchWorker) -> None:
@@ -82,13 +82,13 @@ def test_an_order_that_is_rolled_back_leaves_no_job(session: Session, fetch_work
 
 
 @pytest.mark.parametrize("turn", [1, 2])
-def test_no_test_sees_what_another_did(turn: int, session: Session, fetch_api: FetchApi) -> None:
+def test_tests_do_not_affect_each_other(turn: int, session: Session, fetch_api: FetchApi) -> None:
     assert worker.get(1) is None
     assert fetch_api.submissions == []
 
-    ordered(session)
+    place_order(session)
 
 
-def test_a_test_without_the_fixtures_has_the_environment_it_had() -> None:
+def test_a_test_without_the_fixtures_keeps_its_environment() -> None:
     assert "SD_API_URL" not in os.environ
     assert os.environ["DATABASE_URL"] == "postgresql://nobody@db.example/production"

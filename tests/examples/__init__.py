@@ -1,1 +1,1 @@
-"""Web apps of one file each, as a reader would write them, and the tests that use them from a browser."""
+"""Example web apps of one file each, and their tests in a browser."""

@@ -1,4 +1,4 @@
-"""A web app that has pictures painted, with Django: `python django_app.py runserver`."""
+"""A web app that generates pictures, with Django: `python django_app.py runserver`."""
 
 import json
 import os
@@ -15,11 +15,11 @@ from django.urls import include, path
 from worker import get, open_output, track
 from worker.client.hooks import hook_url
 
-HOOK = os.environ.get("PUBLIC_URL", "http://127.0.0.1:8000") + "/api-hook"  # where the API finds the handler
+HOOK = os.environ.get("PUBLIC_URL", "http://127.0.0.1:8000") + "/api-hook"  # the URL at which the API calls the handler
 
 
 def submit(request: HttpRequest) -> JsonResponse:
-    """Hands a prompt to the API, and what it answered to fetch-worker."""
+    """Submit a prompt to the API and track its answer."""
     prompt = json.loads(request.body)["prompt"]
     reference = secrets.token_urlsafe(9)
     order = {"key": os.environ["SD_API_KEY"], "prompt": prompt, "samples": 1, "webhook": hook_url(HOOK, reference)}
@@ -28,7 +28,7 @@ def submit(request: HttpRequest) -> JsonResponse:
 
 
 def picture(request: HttpRequest, job_id: int) -> JsonResponse:
-    """How far it is. An app with users looks here whose it is."""
+    """Return the progress of a job. An app with users must check here who owns it."""
     job = get(job_id)
     if job is None:
         raise Http404
@@ -37,12 +37,12 @@ def picture(request: HttpRequest, job_id: int) -> JsonResponse:
 
 
 def output(request: HttpRequest, output_id: int) -> FileResponse:
-    """The picture itself, from wherever it is stored."""
+    """Return a stored picture."""
     return FileResponse(open_output(output_id), content_type="image/png")
 
 
 def page(request: HttpRequest) -> HttpResponse:
-    """The page."""
+    """Return the page."""
     return HttpResponse(PAGE)
 
 
@@ -51,7 +51,9 @@ urlpatterns = [
     path("pictures", submit),
     path("pictures/<int:job_id>", picture),
     path("outputs/<int:output_id>", output),
-    path("api-hook/", include("worker.client.hooks.django")),  # a hint of the API's own, which saves a wait
+    path(
+        "api-hook/", include("worker.client.hooks.django")
+    ),  # receives the API's webhook, which makes the next poll earlier
 ]
 
 PAGE = """<!doctype html>
@@ -62,22 +64,22 @@ form { display: flex; gap: .5rem } input { flex: 1 } input, button { font: inher
 progress { width: 100%; height: 1rem; margin-top: 1.5rem } img { width: 100%; border-radius: .4rem; margin-top: 1rem }
 </style></head><body>
 <h1>Pictures</h1>
-<form><input name="prompt" placeholder="What shall it show?" required autofocus><button>Paint it</button></form>
+<form><input name="prompt" placeholder="What should it show?" required autofocus><button>Generate</button></form>
 <progress max="1" value="0" hidden></progress><p role="status"></p><div id="pictures"></div>
 <script>
-const [form, bar, said, pictures] = ["form", "progress", "p", "#pictures"].map(one => document.querySelector(one));
-const asked = async (path, options) => (await fetch(path, options)).json();
-const within = seconds => seconds === null ? "nobody knows when" : `within ${Math.ceil(seconds)} s`;
+const [form, bar, message, pictures] = ["form", "progress", "p", "#pictures"].map(name => document.querySelector(name));
+const request = async (path, options) => (await fetch(path, options)).json();
+const within = seconds => seconds === null ? "unknown" : `within ${Math.ceil(seconds)} s`;
 form.onsubmit = async event => {
   event.preventDefault();
-  pictures.replaceChildren(); bar.value = 0; bar.hidden = false; said.textContent = "Sent.";
+  pictures.replaceChildren(); bar.value = 0; bar.hidden = false; message.textContent = "Sent.";
   const body = JSON.stringify({prompt: form.prompt.value});
-  const {id} = await asked("/pictures", {method: "POST", headers: {"Content-Type": "application/json"}, body});
+  const {id} = await request("/pictures", {method: "POST", headers: {"Content-Type": "application/json"}, body});
   for (let job = {}; job.phase !== "final"; await new Promise(done => setTimeout(done, 400))) {
-    job = await asked(`/pictures/${id}`);
-    bar.value = Math.max(bar.value, job.fraction);  // a bar never goes back
-    said.textContent = job.phase === "waiting" ? `Even chances: ${within(job.median_seconds)}. `
-      + `Nine of ten: ${within(job.p90_seconds)}.` : job.phase === "downloading" ? "Painted, on its way." : job.status;
+    job = await request(`/pictures/${id}`);
+    bar.value = Math.max(bar.value, job.fraction);  // never moves back
+    message.textContent = job.phase === "waiting" ? `Half of such jobs: ${within(job.median_seconds)}. `
+      + `90 %: ${within(job.p90_seconds)}.` : job.phase === "downloading" ? "Ready, downloading." : job.status;
     for (const output of job.stored.slice(pictures.childElementCount)) {
       pictures.append(Object.assign(new Image(), {src: `/outputs/${output}`, alt: form.prompt.value}));
     }

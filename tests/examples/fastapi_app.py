@@ -1,4 +1,4 @@
-"""A web app that has pictures painted, with FastAPI: `uvicorn fastapi_app:app`."""
+"""A web app that generates pictures, with FastAPI: `uvicorn fastapi_app:app`."""
 
 import os
 import secrets
@@ -13,15 +13,15 @@ from worker import get, open_output, track
 from worker.client.hooks import hook_url
 from worker.client.hooks.fastapi import router
 
-HOOK = os.environ.get("PUBLIC_URL", "http://127.0.0.1:8000") + "/api-hook"  # where the API finds the handler
+HOOK = os.environ.get("PUBLIC_URL", "http://127.0.0.1:8000") + "/api-hook"  # the URL at which the API calls the handler
 
 app = FastAPI()
-app.mount("/api-hook", router)  # a hint of the API's own, which saves a wait
+app.mount("/api-hook", router)  # receives the API's webhook, which makes the next poll earlier
 
 
 @app.post("/pictures")
 def submit(prompt: Annotated[str, Body(embed=True)]) -> dict[str, int]:
-    """Hands a prompt to the API, and what it answered to fetch-worker. A plain `def`: it runs in a thread."""
+    """Submit a prompt to the API and track its answer. A plain `def`: FastAPI runs it in a thread."""
     reference = secrets.token_urlsafe(9)
     order = {"key": os.environ["SD_API_KEY"], "prompt": prompt, "samples": 1, "webhook": hook_url(HOOK, reference)}
     answer = requests.post(f"{os.environ['SD_API_URL']}/text2img", json=order, timeout=30).json()
@@ -30,7 +30,7 @@ def submit(prompt: Annotated[str, Body(embed=True)]) -> dict[str, int]:
 
 @app.get("/pictures/{job_id}")
 def picture(job_id: int) -> dict[str, Any]:
-    """How far it is. An app with users looks here whose it is."""
+    """Return the progress of a job. An app with users must check here who owns it."""
     job = get(job_id)
     if job is None:
         raise HTTPException(404)
@@ -40,14 +40,14 @@ def picture(job_id: int) -> dict[str, Any]:
 
 @app.get("/outputs/{output_id}")
 def output(output_id: int) -> Response:
-    """The picture itself, from wherever it is stored."""
+    """Return a stored picture."""
     with open_output(output_id) as file:
         return Response(file.read(), media_type="image/png")
 
 
 @app.get("/")
 def page() -> HTMLResponse:
-    """The page."""
+    """Return the page."""
     return HTMLResponse(PAGE)
 
 
@@ -59,22 +59,22 @@ form { display: flex; gap: .5rem } input { flex: 1 } input, button { font: inher
 progress { width: 100%; height: 1rem; margin-top: 1.5rem } img { width: 100%; border-radius: .4rem; margin-top: 1rem }
 </style></head><body>
 <h1>Pictures</h1>
-<form><input name="prompt" placeholder="What shall it show?" required autofocus><button>Paint it</button></form>
+<form><input name="prompt" placeholder="What should it show?" required autofocus><button>Generate</button></form>
 <progress max="1" value="0" hidden></progress><p role="status"></p><div id="pictures"></div>
 <script>
-const [form, bar, said, pictures] = ["form", "progress", "p", "#pictures"].map(one => document.querySelector(one));
-const asked = async (path, options) => (await fetch(path, options)).json();
-const within = seconds => seconds === null ? "nobody knows when" : `within ${Math.ceil(seconds)} s`;
+const [form, bar, message, pictures] = ["form", "progress", "p", "#pictures"].map(name => document.querySelector(name));
+const request = async (path, options) => (await fetch(path, options)).json();
+const within = seconds => seconds === null ? "unknown" : `within ${Math.ceil(seconds)} s`;
 form.onsubmit = async event => {
   event.preventDefault();
-  pictures.replaceChildren(); bar.value = 0; bar.hidden = false; said.textContent = "Sent.";
+  pictures.replaceChildren(); bar.value = 0; bar.hidden = false; message.textContent = "Sent.";
   const body = JSON.stringify({prompt: form.prompt.value});
-  const {id} = await asked("/pictures", {method: "POST", headers: {"Content-Type": "application/json"}, body});
+  const {id} = await request("/pictures", {method: "POST", headers: {"Content-Type": "application/json"}, body});
   for (let job = {}; job.phase !== "final"; await new Promise(done => setTimeout(done, 400))) {
-    job = await asked(`/pictures/${id}`);
-    bar.value = Math.max(bar.value, job.fraction);  // a bar never goes back
-    said.textContent = job.phase === "waiting" ? `Even chances: ${within(job.median_seconds)}. `
-      + `Nine of ten: ${within(job.p90_seconds)}.` : job.phase === "downloading" ? "Painted, on its way." : job.status;
+    job = await request(`/pictures/${id}`);
+    bar.value = Math.max(bar.value, job.fraction);  // never moves back
+    message.textContent = job.phase === "waiting" ? `Half of such jobs: ${within(job.median_seconds)}. `
+      + `90 %: ${within(job.p90_seconds)}.` : job.phase === "downloading" ? "Ready, downloading." : job.status;
     for (const output of job.stored.slice(pictures.childElementCount)) {
       pictures.append(Object.assign(new Image(), {src: `/outputs/${output}`, alt: form.prompt.value}));
     }

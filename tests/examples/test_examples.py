@@ -1,4 +1,4 @@
-"""The examples in a real browser: from the form to the picture, with a real server, worker and stand-in of the API."""
+"""The example apps in a real browser, with a real server, a worker and the stand-in of the API."""
 
 import base64
 import hashlib
@@ -41,17 +41,17 @@ SERVERS = {
 
 @contextmanager
 def served(name: str, port: int, folder: Path) -> Iterator[str]:
-    """An example in a server process of its own; its address."""
+    """Run an example in a server process. Yields its URL."""
     log = folder / f"{name}.log"
     with log.open("wb") as out:
-        words = [word.format(port=port) for word in SERVERS[name]]
+        arguments = [argument.format(port=port) for argument in SERVERS[name]]
         environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
-        process = subprocess.Popen([sys.executable, *words], cwd=folder, stdout=out, stderr=out, env=environment)
+        process = subprocess.Popen([sys.executable, *arguments], cwd=folder, stdout=out, stderr=out, env=environment)
     try:
-        until = time.monotonic() + 30
+        deadline = time.monotonic() + 30
         while True:
             assert process.poll() is None, log.read_text()
-            assert time.monotonic() < until, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
@@ -64,22 +64,22 @@ def served(name: str, port: int, folder: Path) -> Iterator[str]:
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
-    """A headless Chromium that reaches this machine alone."""
+    """A headless Chromium that can reach only this machine."""
     program, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if program is None or driver is None:
         missing("chromium")
     options = webdriver.ChromeOptions()
     options.binary_location = str(program)
-    for word in (
+    for argument in (
         *("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=900,1100"),
         *("--disable-background-networking", "--no-first-run", "--disable-component-update"),
         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
         f"--user-data-dir={tmp_path / 'profile'}",
     ):
-        options.add_argument(word)
-    made = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
-    yield made
-    made.quit()
+        options.add_argument(argument)
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
+    yield chrome
+    chrome.quit()
 
 
 @pytest.mark.server
@@ -108,7 +108,7 @@ def test_a_prompt_becomes_a_picture_in_the_page(
             browser.get(address)
             browser.find_element(By.NAME, "prompt").send_keys("mountain lake at dawn")
             browser.find_element(By.TAG_NAME, "button").click()
-            said, bars = watched(browser, tmp_path)
+            messages, bars = watch(browser, tmp_path)
             browser.save_screenshot(str(tmp_path / "stored.png"))
             width, source = browser.execute_script(
                 "const image = document.images[0]; return [image.naturalWidth, image.src]"
@@ -117,46 +117,46 @@ def test_a_prompt_becomes_a_picture_in_the_page(
                 reference = connection.execute(select(jobs.c.reference)).scalar_one()
                 sha256 = connection.execute(select(outputs.c.sha256)).scalar_one()
             hook = hooks.hook_url(f"{address}/api-hook", reference)
-            called = [requests.post(url, timeout=10).status_code for url in (hook, hook[:-1] + "z")]
-            shown = requests.get(source, timeout=10).content
-            absent = requests.get(f"{address}/pictures/4711", timeout=10).status_code
+            statuses = [requests.post(url, timeout=10).status_code for url in (hook, hook[:-1] + "z")]
+            picture = requests.get(source, timeout=10).content
+            missing_status = requests.get(f"{address}/pictures/4711", timeout=10).status_code
     hooks._keys.cache_clear()
     engine.dispose()
 
     assert width == 320
-    assert hashlib.sha256(shown).hexdigest() == sha256
-    assert re.fullmatch(r"Even chances: within \d+ s\. Nine of ten: within \d+ s\.", said[0]), said
-    assert said[-1] == "completed"
+    assert hashlib.sha256(picture).hexdigest() == sha256
+    assert re.fullmatch(r"Half of such jobs: within \d+ s\. 90 %: within \d+ s\.", messages[0]), messages
+    assert messages[-1] == "completed"
     assert bars == sorted(bars)
     assert 0.0 < bars[0] < 0.9
     assert bars[-1] == 1.0
-    assert called == [204, 404]
-    assert absent == 404
+    assert statuses == [204, 404]
+    assert missing_status == 404
 
 
-def watched(browser: webdriver.Chrome, folder: Path) -> tuple[list[str], list[float]]:
-    """What the page said until it was over, and how far its bar was each time."""
-    said, bars = list[str](), list[float]()
+def watch(browser: webdriver.Chrome, folder: Path) -> tuple[list[str], list[float]]:
+    """Watch the page until the job is completed. Return its messages and the values of its progress bar."""
+    messages, bars = list[str](), list[float]()
 
-    def over(page: Any) -> bool:
+    def is_completed(page: Any) -> bool:
         text, bar, loaded = page.execute_script(
             "return [document.querySelector('p').textContent, document.querySelector('progress').value,"
             " document.images.length > 0 && document.images[0].complete]"
         )
         if text and text != "Sent.":
-            if not said:
+            if not messages:
                 page.save_screenshot(str(folder / "waiting.png"))
-            said.append(text)
+            messages.append(text)
             bars.append(bar)
         return bool(text == "completed" and loaded)
 
-    WebDriverWait(browser, 30, poll_frequency=0.1).until(over)
-    return said, bars
+    WebDriverWait(browser, 30, poll_frequency=0.1).until(is_completed)
+    return messages, bars
 
 
-def test_five_lines_of_the_fastapi_app_are_about_tracking() -> None:
+def test_the_fastapi_app_needs_five_lines_for_tracking() -> None:
     lines = (HERE / "fastapi_app.py").read_text(encoding="utf-8").partition("PAGE =")[0].splitlines()
 
-    own = [line.strip() for line in lines if FETCH_WORKER.search(line) and "@app" not in line]
+    tracking_lines = [line.strip() for line in lines if FETCH_WORKER.search(line) and "@app" not in line]
 
-    assert 4 <= len(own) <= 5, own
+    assert 4 <= len(tracking_lines) <= 5, tracking_lines
