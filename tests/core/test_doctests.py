@@ -1,4 +1,4 @@
-"""The examples in the core's docstrings are true."""
+"""The examples in the docstrings of the core and of the vendor package are correct."""
 
 import doctest
 import importlib
@@ -6,19 +6,23 @@ import pkgutil
 
 import pytest
 
-from worker import core
+from worker import core, vendor
 
-MODULES = sorted(module.name for module in pkgutil.iter_modules(core.__path__, "worker.core."))
+MODULES = sorted(
+    module.name
+    for package in (core, vendor)
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+)
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_examples_of_a_core_module_are_true(name: str) -> None:
+def test_the_examples_in_docstrings_are_correct(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name))
 
     assert result.failed == 0
 
 
-def test_there_are_examples_to_run() -> None:
-    found = [test for name in MODULES for test in doctest.DocTestFinder().find(importlib.import_module(name))]
+def test_there_are_examples() -> None:
+    tests = [test for name in MODULES for test in doctest.DocTestFinder().find(importlib.import_module(name))]
 
-    assert sum(len(test.examples) for test in found) >= 10
+    assert sum(len(test.examples) for test in tests) >= 10

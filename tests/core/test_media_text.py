@@ -30,7 +30,7 @@ def judged(promise: Promise, body: bytes, step: int = 1_000_000) -> Media | str:
     try:
         return text_media(promise, (body[at : at + step] for at in range(0, len(body), step)))
     except NotPromisedText as reason:
-        return "truncated" if reason.breaks_off else "not_media"
+        return "truncated" if reason.is_truncated else "not_media"
 
 
 @pytest.mark.parametrize(

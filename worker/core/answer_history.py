@@ -28,7 +28,7 @@ def format_note(age: float, note: str) -> str:
 def parse_history(history: str | None) -> list[AnswerNote]:
     """Return the answers in a stored text, newest first. The last one may be cut off.
 
-    >>> parse_history(f"12.3 s: processing{BETWEEN}4.0 s: processing")
+    >>> parse_history(f"12.3 s: processing{NOTE_SEPARATOR}4.0 s: processing")
     [AnswerNote(age=12.3, note='processing'), AnswerNote(age=4.0, note='processing')]
     >>> parse_history("processing"), parse_history(None)
     ([AnswerNote(age=None, note='processing')], [])

@@ -101,7 +101,7 @@ class RateMeasurement:
 def hold_class(why: str) -> str:
     """Return the class of a hold, which is the reason without the message of the API.
 
-    >>> hold_class("key rejected: Invalid API key"), hold_class(BY_HAND), hold_class("something new")
+    >>> hold_class("key rejected: Invalid API key"), hold_class(BY_OPERATOR), hold_class("something new")
     ('key rejected', 'by hand', 'other')
     """
     word = "by hand" if why == BY_OPERATOR else why.partition(":")[0]

@@ -525,7 +525,7 @@ def _as_text(incoming: Incoming, *, remote: bool) -> Media | BadBody:
         return text_media(promise, incoming.chunks())
     except NotPromisedText as reason:
         message = f"{incoming.size} bytes where {promise} is promised: {reason}"
-        return BadBody("truncated", message, remote) if reason.breaks_off else BadBody("not_media", message, early)
+        return BadBody("truncated", message, remote) if reason.is_truncated else BadBody("not_media", message, early)
 
 
 def _decode_base64(chunks: Iterator[bytes], start: int) -> Iterator[bytes]:

@@ -1,1 +1,1 @@
-"""What kind of media some bytes are. Pure."""
+"""Detect the media type of bytes and links. Pure."""

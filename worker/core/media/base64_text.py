@@ -1,4 +1,4 @@
-"""Base64 texts that stand for media: some outputs of the API are kept so. Where the digits begin, and their bytes."""
+"""Media as base64 text, which the API returns for some outputs: find the start of the digits and decode them."""
 
 import binascii
 import re
@@ -15,9 +15,9 @@ _BLANKS = b" \t\r\n\v\f"
 
 
 def base64_start(head: bytes) -> int | None:
-    """Return where the base64 digits begin in a text that stands for media; None for any other text.
+    """Return the position of the first base64 digit in a text that contains media. None for any other text.
 
-    Before them may come a byte order mark, blanks, a quotation mark and `data:...;base64,`.
+    A byte order mark, blanks, a quotation mark and `data:...;base64,` may come before it.
 
     >>> base64_start(b'"data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAACAkQBADs="')
     23
@@ -32,33 +32,33 @@ def base64_start(head: bytes) -> int | None:
 
 
 class Base64Decoder:
-    """Decode base64 piece by piece, in the standard and the URL-safe alphabet, and keep no more than a few bytes.
+    """Decode base64 in chunks, in the standard and the URL-safe alphabet, with only a few bytes of memory.
 
-    Blanks don't count. After the last digit may come what padding is missing, and a quotation mark.
+    Blanks are ignored. Padding and a quotation mark may follow the last digit.
     """
 
-    __slots__ = ("_after", "_rest")
+    __slots__ = ("_after", "_pending")
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._pending = b""
         self._after = b""
 
     def feed(self, chunk: bytes) -> bytes:
-        """Return the bytes that are complete with `chunk`. Raises ValueError for what is no base64."""
+        """Return the bytes that are complete after `chunk`. Raises ValueError if it is not base64."""
         text = chunk.translate(_STANDARD, _BLANKS)
         after = text.lstrip(_DIGITS)
-        digits = self._rest + text[: len(text) - len(after)]
-        if self._after and len(digits) > len(self._rest):
-            raise ValueError("more after the end of the base64")
+        digits = self._pending + text[: len(text) - len(after)]
+        if self._after and len(digits) > len(self._pending):
+            raise ValueError("digits after the end of the base64")
         complete = len(digits) - len(digits) % 4
-        self._rest = digits[complete:]
-        self._after += after[:4]  # more than four are too many
-        if not _AFTER_BASE64.fullmatch(self._after) or self._after.count(b"=") > -len(self._rest) % 4:
-            raise ValueError("no base64")
+        self._pending = digits[complete:]
+        self._after += after[:4]  # four are enough to see that there are too many
+        if not _AFTER_BASE64.fullmatch(self._after) or self._after.count(b"=") > -len(self._pending) % 4:
+            raise ValueError("not base64")
         return binascii.a2b_base64(digits[:complete])
 
     def finish(self) -> bytes:
-        """Return the last bytes. Raises ValueError where the text ends with half a byte."""
-        if len(self._rest) == 1:
-            raise ValueError("base64 that ends too early")
-        return binascii.a2b_base64(self._rest + b"=" * (-len(self._rest) % 4))
+        """Return the last bytes. Raises ValueError if the text ends within a byte."""
+        if len(self._pending) == 1:
+            raise ValueError("the base64 ends too early")
+        return binascii.a2b_base64(self._pending + b"=" * (-len(self._pending) % 4))

@@ -1,4 +1,4 @@
-"""The kind of media that a link names by its extension, and whether a fresh link can be of the same output."""
+"""The kind of media of a link, from its extension, and whether a fresh link can belong to the same output."""
 
 from worker.core.media.text import extension_of
 
@@ -14,7 +14,7 @@ _KINDS = {
 
 
 def kinds_of(link: str) -> frozenset[str]:
-    """Return the kinds of media that a link may lead to, by its extension. None at all: it does not say.
+    """Return the possible kinds of media of a link, from its extension. The result is empty if they are unknown.
 
     >>> sorted(kinds_of("https://h/a.wav?x=b.png")), sorted(kinds_of("https://h/a.gif")), sorted(kinds_of("https://h/a"))
     (['audio'], ['picture', 'video'], [])
@@ -23,10 +23,10 @@ def kinds_of(link: str) -> frozenset[str]:
 
 
 def may_replace(fresh: str, link: str) -> bool:
-    """Return whether a fresh link can be of the output that `link` was listed for.
+    """Return whether a fresh link can belong to the same output as `link`.
 
-    Ids repeat between the families of the API, so an answer may list somebody else's outputs. A picture where a sound
-    was listed is such a case. A link without an extension, or with one that names no kind, says nothing.
+    The families of the API use the same ids, so an answer may list the outputs of another job: for example a picture
+    instead of a sound. A link without a known extension is always accepted.
 
     >>> may_replace("https://h/b.mp3", "https://h/a.wav"), may_replace("https://h/b.png", "https://h/a.wav")
     (True, False)

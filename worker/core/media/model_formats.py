@@ -1,10 +1,10 @@
-"""Three-dimensional models without a signature, or with text for one: Wavefront OBJ, PLY and STL."""
+"""3D model formats without a binary signature: Wavefront OBJ, PLY and STL."""
 
 import math
 import re
 import struct
 
-CONTROLS = bytes({*range(32), 127} - {*b"\t\r\n"})  # bytes that no text has
+CONTROLS = bytes({*range(32), 127} - {*b"\t\r\n"})  # bytes that don't occur in text
 _MARKUP = re.compile(rb"<\s*[!/?a-z]", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?(?:\d++\.?\d*+|\.\d++)(?:e[-+]?\d++)?", re.IGNORECASE | re.ASCII)
 _NO_NUMBER = re.compile(r"[-+]?(?:nan|inf)(?:\(ind\))?", re.IGNORECASE)  # the normal of an empty face
@@ -16,7 +16,7 @@ _NAME = re.compile(
 
 
 def is_obj(head: bytes) -> bool:
-    """Return whether every whole line is a statement of Wavefront OBJ and one of them is a vertex."""
+    """Return whether every complete line is a Wavefront OBJ statement and at least one is a vertex."""
     if head.startswith(b"#!") or head.translate(None, CONTROLS) != head or _MARKUP.search(head):
         return False
     try:
@@ -27,24 +27,24 @@ def is_obj(head: bytes) -> bool:
 
 
 def obj_lines(text: bytes) -> list[bytes]:
-    """Return the lines, where one that ends with a backslash goes on; the last has no end."""
+    """Return the lines. A backslash at the end continues a line. The last line may be incomplete."""
     return text.replace(b"\\\r\n", b" ").replace(b"\\\n", b" ").split(b"\n")
 
 
 def obj_statement(line: str) -> bool:
-    """Return whether a line is a statement of Wavefront OBJ, a comment or blank."""
-    words = line.partition("#")[0].split()
-    if not words:
+    """Return whether a line is a Wavefront OBJ statement, a comment or blank."""
+    tokens = line.partition("#")[0].split()
+    if not tokens:
         return True
-    rest = words[1:]
-    match words[0]:
+    arguments = tokens[1:]
+    match tokens[0]:
         case "v":
-            return 3 <= len(rest) <= 8 and all(map(_NUMBER.fullmatch, rest))
+            return 3 <= len(arguments) <= 8 and all(map(_NUMBER.fullmatch, arguments))
         case "vn" | "vt" | "vp":
-            numbers = all(_NUMBER.fullmatch(word) or _NO_NUMBER.fullmatch(word) for word in rest)
-            return numbers and len(rest) in ((3,) if words[0] == "vn" else (1, 2, 3))
+            numbers = all(_NUMBER.fullmatch(argument) or _NO_NUMBER.fullmatch(argument) for argument in arguments)
+            return numbers and len(arguments) in ((3,) if tokens[0] == "vn" else (1, 2, 3))
         case "f" | "l" | "p":
-            return len(rest) >= {"f": 3, "l": 2, "p": 1}[words[0]] and all(map(_INDEX.fullmatch, rest))
+            return len(arguments) >= {"f": 3, "l": 2, "p": 1}[tokens[0]] and all(map(_INDEX.fullmatch, arguments))
         case keyword:
             return _NAME.fullmatch(keyword) is not None
 
@@ -53,7 +53,7 @@ _PLY_LINE = re.compile(
     rb"(?:comment|obj_info)(?:\s.*)?"
     rb"|format\s+(?P<format>ascii|binary_little_endian|binary_big_endian)\s+1\.0"
     rb"|element\s+\w+\s+(?P<count>\d{1,12})"
-    rb"|property\s+(?:list\s+(?P<many>[a-z]+\d*)\s+)?(?P<type>[a-z]+\d*)\s+(?P<name>\S+)"
+    rb"|property\s+(?:list\s+(?P<count_type>[a-z]+\d*)\s+)?(?P<type>[a-z]+\d*)\s+(?P<name>\S+)"
 )
 _PLY_BYTES = {
     **dict.fromkeys([b"char", b"uchar", b"int8", b"uint8"], 1),
@@ -65,31 +65,31 @@ _CORNERS = (b"vertex_indices", b"vertex_index")
 
 
 def ply_min_size(head: bytes) -> int | None:
-    """Return the least bytes of a PLY file with this header; None for what is no such header."""
+    """Return the minimum size of a PLY file with this header. None if it is not a PLY header."""
     end = head.find(b"\nend_header")
     start = head.find(b"\n", end + 1) + 1
     if end < 0 or start <= 0:
         return None
-    form, count, least = b"", 0, 0
+    form, count, body_size = b"", 0, 0
     for line in head[:end].split(b"\n")[1:]:
-        found = _PLY_LINE.fullmatch(line.strip())
-        if found is None:
+        match = _PLY_LINE.fullmatch(line.strip())
+        if match is None:
             return None
-        form = found["format"] or form
-        if found["count"]:
-            count = int(found["count"])
-        elif found["type"]:
-            scalar, many = _PLY_BYTES.get(found["type"]), _PLY_BYTES.get(found["many"] or b"char")
-            if scalar is None or many is None:
+        form = match["format"] or form
+        if match["count"]:
+            count = int(match["count"])
+        elif match["type"]:
+            value_size, count_size = _PLY_BYTES.get(match["type"]), _PLY_BYTES.get(match["count_type"] or b"char")
+            if value_size is None or count_size is None:
                 return None
-            corners = 3 if found["name"] in _CORNERS else 0
-            values = corners if found["many"] else 1
-            if form == b"ascii":  # one digit and one blank each
-                scalar = many = 2
-            least += count * (values * scalar + (many if found["many"] else 0))
-    if not form or not least:
+            corners = 3 if match["name"] in _CORNERS else 0
+            values = corners if match["count_type"] else 1
+            if form == b"ascii":  # at least one digit and one blank each
+                value_size = count_size = 2
+            body_size += count * (values * value_size + (count_size if match["count_type"] else 0))
+    if not form or not body_size:
         return None
-    return start + least - (1 if form == b"ascii" else 0)  # the last line may do without its end
+    return start + body_size - (1 if form == b"ascii" else 0)  # the last line may have no line end
 
 
 _STL_TEXT = re.compile(
@@ -99,12 +99,12 @@ _STL_TEXT = re.compile(
 
 
 def is_stl_text(head: bytes) -> bool:
-    """Return whether bytes begin with the first facet of an STL file in text."""
+    """Return whether bytes start with the first facet of an ASCII STL file."""
     return _STL_TEXT.match(head) is not None
 
 
 def is_stl_binary(head: bytes) -> bool:
-    """Return whether the first triangles have real corners, and normals of length one or none."""
+    """Return whether bytes look like binary STL: triangles with valid corners, and normals of length one or zero."""
     count = int.from_bytes(head[80:84], "little")
     if len(head) < 134 or not count or b"<" in head[:80]:
         return False

@@ -1,4 +1,4 @@
-"""What kind of media some bytes are, by their signature, and whether they end where their format says."""
+"""Detect the media type of bytes by their signature, and check that a file is complete according to its format."""
 
 import re
 import struct
@@ -21,7 +21,7 @@ TAIL_BYTES = 65_536
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """A media type and the file name extension that goes with it."""
+    """A media type and its file name extension."""
 
     type: str
     extension: str
@@ -59,22 +59,22 @@ _BRANDS = {
     b"qt  ": Media("video/quicktime", "mov"),
     b"M4A ": Media("audio/mp4", "m4a"),
 }
-_ANY_PICTURE = (b"mif1", b"msf1")  # brands that leave the codec to the compatible brands
+_ANY_PICTURE = (b"mif1", b"msf1")  # for these brands the compatible brands name the codec
 _MP3 = Media("audio/mpeg", "mp3")
 _OBJ, _PLY, _STL = Media("model/obj", "obj"), Media("model/ply", "ply"), Media("model/stl", "stl")
 
 _SCAN = 0xDA
-_FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # the JPEG markers whose segment says the size
-_STANDALONE = range(0xD0, 0xDA)  # the JPEG markers that can't follow the start of the picture
-_STREAMED = 0x7FFF_F000  # a RIFF length from here on is a placeholder, written before the length was known
+_FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # JPEG markers of segments that contain the size
+_STANDALONE = range(0xD0, 0xDA)  # JPEG markers that can't follow the start of the picture
+_STREAMED = 0x7FFF_F000  # higher RIFF lengths are placeholders, written before the length was known
 _BOXES = frozenset(b"ftyp styp moov mdat moof mfra meta free skip wide uuid udta sidx ssix pdin emsg prft".split())
 _SEGMENT = b"\x18S\x80g"
 
 
 def sniff(head: bytes) -> Media | None:
-    """The media that begins with `head`, or None for what is no media.
+    """Return the media type of a file that starts with `head`, or None if it is not media.
 
-    The first kilobyte tells most formats; a model in text is read as far as `head` goes.
+    The first kilobyte is enough for most formats. Models in text form are checked up to the end of `head`.
 
     >>> sniff(b"<!doctype html>") is None
     True
@@ -84,7 +84,7 @@ def sniff(head: bytes) -> Media | None:
 
 
 def is_complete(media: Media, head: bytes, tail: bytes, size: int) -> bool:
-    """Whether a file of `size` bytes ends as its format says. What does not tell its end counts as whole."""
+    """Return whether a file of `size` bytes is complete. Formats without a detectable end count as complete."""
     match media.type:
         case "image/png":
             return b"IEND\xaeB`\x82" in tail
@@ -125,9 +125,9 @@ def is_complete(media: Media, head: bytes, tail: bytes, size: int) -> bool:
 
 
 def proves_complete(media: Media, head: bytes, tail: bytes, size: int) -> bool:
-    """Return whether the file itself proves that it is whole: by an end mark, or by a length of its own.
+    """Return whether the file itself proves that it is complete, by an end mark or a length field.
 
-    `is_complete` gives the benefit of the doubt; this is for files whose transfer ended otherwise than its headers say.
+    `is_complete` accepts a file in doubt. This is for transfers that ended differently from what their headers say.
     """
     if not is_complete(media, head, tail, size):
         return False
@@ -151,7 +151,7 @@ def proves_complete(media: Media, head: bytes, tail: bytes, size: int) -> bool:
 
 
 def is_text(head: bytes) -> bool:
-    r"""Return whether bytes begin like a text, a page or nothing at all: what a store says instead of the file.
+    r"""Return whether bytes look like text or are empty. Stores send text or HTML pages instead of a missing file.
 
     >>> is_text(b"<html>"), is_text(b""), is_text(b"\x7fELF\x02\x01\x01\x00")
     (True, True, False)
@@ -160,13 +160,13 @@ def is_text(head: bytes) -> bool:
 
 
 def pixel_count(media: Media, head: bytes) -> int | None:
-    """Width times height from the header, where the format keeps them near its start; None where it does not."""
+    """Return width times height from the header. None if the format does not store them near the start."""
     size = _dimensions(media, head)
     return None if size is None else size[0] * size[1]
 
 
 def _signed(head: bytes) -> Media | None:
-    """The media whose signature `head` begins with."""
+    """Return the media type whose signature `head` starts with."""
     for signature, media in _SIGNATURES:
         if head.startswith(signature):
             return media
@@ -177,7 +177,9 @@ def _signed(head: bytes) -> Media | None:
     if head[4:8] == b"ftyp" and 16 <= int.from_bytes(head[:4], "big") <= 4_096:
         return _branded(head)
     if len(head) >= 4 and head[0] == 0xFF and head[1] in (0xFB, 0xFA, 0xF3, 0xF2, 0xE3, 0xE2):
-        return _MP3 if head[2] >> 4 != 0xF and head[2] >> 2 & 3 != 3 else None  # no bit rate or sampling rate there is
+        return (
+            _MP3 if head[2] >> 4 != 0xF and head[2] >> 2 & 3 != 3 else None
+        )  # these bit rates and sampling rates don't exist
     return None
 
 
@@ -190,7 +192,7 @@ def _branded(head: bytes) -> Media:
 
 
 def _well_formed(media: Media, head: bytes) -> bool:
-    """Whether more than the signature is right: text may begin with one, too."""
+    """Return whether the header after the signature is valid. Text may start with a signature by chance."""
     size = _dimensions(media, head)
     if size is not None and 0 in size:
         return False
@@ -206,7 +208,7 @@ def _well_formed(media: Media, head: bytes) -> bool:
         case "audio/mpeg" if head.startswith(b"ID3"):
             return len(head) >= 10 and head[3] in (2, 3, 4) and max(head[6:10]) < 0x80
         case "audio/flac":
-            return len(head) >= 8 and head[4] & 0x7F == 0  # what comes first describes the stream
+            return len(head) >= 8 and head[4] & 0x7F == 0  # the first block describes the stream
         case "model/gltf-binary":
             return len(head) >= 12 and _little(head[4:8]) in (1, 2)
         case _:
@@ -235,7 +237,7 @@ def _little(digits: bytes) -> int:
 
 
 def _jpeg_segments(head: bytes) -> Iterator[tuple[int, int]]:
-    """The segments of a JPEG's header, each as (marker, where its length stands), up to the first scan."""
+    """Yield the segments of a JPEG header, each as (marker, position of its length), up to the first scan."""
     at = 2
     while at + 9 <= len(head) and head[at] == 0xFF:
         marker = head[at + 1]
@@ -257,7 +259,7 @@ def _jpeg_dimensions(head: bytes) -> tuple[int, int] | None:
 
 
 def _jpeg_whole(head: bytes, tail: bytes, size: int) -> bool:
-    """Whether the end mark comes after the picture's own scan: the header may hold a whole JPEG as thumbnail."""
+    """Return whether the end mark comes after the scan of the picture. The header may contain a JPEG as thumbnail."""
     if tail.endswith(b"\xff\xd9"):
         return True
     scan = next((at for marker, at in _jpeg_segments(head) if marker == _SCAN), None)
@@ -268,13 +270,13 @@ def _jpeg_whole(head: bytes, tail: bytes, size: int) -> bool:
 
 
 def _gif_blocks(head: bytes) -> Iterator[tuple[int, int]]:
-    """The blocks of a GIF that begin in `head`, each as (first byte, where); the last may be of no known kind."""
+    """Yield the blocks of a GIF that start in `head`, each as (first byte, position). The last may be unknown."""
     if len(head) < 13:
         return
     at = 13 + _gif_colours(head[10])
     while at < len(head):
         kind = head[at]
-        if kind == 0:  # some encoders end a block twice
+        if kind == 0:  # some encoders write the end of a block twice
             at += 1
             continue
         yield kind, at
@@ -290,7 +292,7 @@ def _gif_blocks(head: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _gif_dimensions(head: bytes) -> tuple[int, int]:
-    """The size of the screen, or of a larger picture on it."""
+    """Return the size of the screen, or of a larger picture on it."""
     width, height = struct.unpack("<HH", head[6:10])
     for kind, at in _gif_blocks(head) if width and height else ():
         if kind == 0x2C and at + 9 < len(head):
@@ -300,12 +302,12 @@ def _gif_dimensions(head: bytes) -> tuple[int, int]:
 
 
 def _gif_colours(flags: int) -> int:
-    """The bytes that a table of colours takes."""
+    """Return the size of a colour table in bytes."""
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
 def _gif_well_formed(head: bytes) -> bool:
-    """Whether nothing but extensions comes before the first picture, as far as `head` goes."""
+    """Return whether only extensions come before the first picture, up to the end of `head`."""
     return next((kind for kind, _ in _gif_blocks(head) if kind != 0x21), 0x2C) == 0x2C
 
 
@@ -326,28 +328,28 @@ _ISPE = re.compile(rb"\0\0\0\x14ispe\0\0\0\0(.{4})(.{4})", re.DOTALL)
 
 
 def _heif_dimensions(head: bytes) -> tuple[int, int] | None:
-    """The largest of the pictures described: a large one may consist of tiles."""
-    found = ((int.from_bytes(width, "big"), int.from_bytes(height, "big")) for width, height in _ISPE.findall(head))
-    return max(found, key=lambda size: size[0] * size[1], default=None)
+    """Return the size of the largest picture described. A large picture may consist of tiles."""
+    sizes = ((int.from_bytes(width, "big"), int.from_bytes(height, "big")) for width, height in _ISPE.findall(head))
+    return max(sizes, key=lambda size: size[0] * size[1], default=None)
 
 
 def _boxes_whole(head: bytes, tail: bytes, size: int, needed: set[bytes]) -> bool:
-    """Whether the top-level boxes reach the end and not beyond, as far as their headers are in view."""
+    """Return whether the top-level boxes end at the end of the file, as far as their headers are available."""
     boxes = list(_box_list(head, tail, size))
     at = boxes[-1][1] if boxes else 0
-    if boxes and boxes[-1][0] == b"":  # from there on they are out of view
+    if boxes and boxes[-1][0] == b"":  # the following headers are not available
         return True
     return at <= size and needed <= {kind for kind, _ in boxes}
 
 
 def _boxes_end(head: bytes, tail: bytes, size: int) -> int | None:
-    """Where the last top-level box ends; None where not all of their headers are in view."""
+    """Return where the last top-level box ends, or None if some of the headers are not available."""
     boxes = list(_box_list(head, tail, size))
     return boxes[-1][1] if boxes and boxes[-1][0] else None
 
 
 def _box_list(head: bytes, tail: bytes, size: int) -> Iterator[tuple[bytes, int]]:
-    """The top-level boxes, each as (kind, where it ends); one without a kind where the next header is out of view."""
+    """Yield the top-level boxes, each as (kind, end). The kind is empty if the next header is not available."""
     at = 0
     while at + 8 <= size:
         header = _view(head, tail, size, at, 16)
@@ -355,7 +357,7 @@ def _box_list(head: bytes, tail: bytes, size: int) -> Iterator[tuple[bytes, int]
         length = int.from_bytes(header[:4], "big")
         if length == 1:
             length = int.from_bytes(header[8:16], "big")
-        elif length == 0:  # as long as the file
+        elif length == 0:  # up to the end of the file
             length = size - at
         if len(header) < min(16, size - at) or kind not in _BOXES or length < 8:
             yield b"", at
@@ -365,7 +367,7 @@ def _box_list(head: bytes, tail: bytes, size: int) -> Iterator[tuple[bytes, int]
 
 
 def _view(head: bytes, tail: bytes, size: int, at: int, count: int) -> bytes:
-    """`count` bytes from the place `at`, or fewer where they are not in view."""
+    """Return `count` bytes from position `at`, or fewer if they are neither in `head` nor in `tail`."""
     if at + count <= len(head):
         return head[at : at + count]
     in_tail = at - (size - len(tail))
@@ -373,13 +375,13 @@ def _view(head: bytes, tail: bytes, size: int, at: int, count: int) -> bytes:
 
 
 def _ebml_whole(head: bytes, size: int) -> bool:
-    """Whether the segment is as long as it says. A recording in progress doesn't know how long it gets."""
+    """Return whether the segment has its declared length. A live recording has no declared length."""
     length = _ebml_length(head)
     return length is None or size >= length
 
 
 def _ebml_length(head: bytes) -> int | None:
-    """The least bytes of the whole file, as its segment says; None where it does not."""
+    """Return the minimum size of the file according to its segment, or None if the segment has no length."""
     length, at = _vint(head, 4)
     at += length or 0
     if length is None or head[at : at + 4] != _SEGMENT:
@@ -389,18 +391,18 @@ def _ebml_length(head: bytes) -> int | None:
 
 
 def _vint(data: bytes, at: int) -> tuple[int | None, int]:
-    """A number of variable width, None for an unknown one, and the place after it."""
+    """Return a number of variable width and the position after it. The number is None if it is unknown."""
     width = 9 - data[at].bit_length() if at < len(data) else 9
     digits = data[at : at + width]
     if width > 8 or len(digits) < width:
         return None, at
-    most = (1 << 7 * width) - 1
-    value = int.from_bytes(digits, "big") & most
-    return (None if value == most else value), at + width
+    max_value = (1 << 7 * width) - 1
+    value = int.from_bytes(digits, "big") & max_value
+    return (None if value == max_value else value), at + width
 
 
 def _ogg_whole(tail: bytes) -> bool:
-    """Whether the last page is there to its end."""
+    """Return whether the last page is complete."""
     at = tail.rfind(b"OggS")
     if at < 0:
         return True
@@ -410,7 +412,7 @@ def _ogg_whole(tail: bytes) -> bool:
 
 
 def _flac_whole(head: bytes, size: int) -> bool:
-    """Whether there is sound after the descriptions."""
+    """Return whether there are audio data after the metadata blocks."""
     at, last = 4, False
     while not last and at + 4 <= len(head):
         last = head[at] >= 0x80
@@ -418,37 +420,37 @@ def _flac_whole(head: bytes, size: int) -> bool:
     return size > at + (0 if last else 4)
 
 
-_XING = re.compile(rb"(?:Xing|Info)\0\0\0[\x02\x03\x06\x07\x0a\x0b\x0e\x0f]")  # one that says the bytes
+_XING = re.compile(rb"(?:Xing|Info)\0\0\0[\x02\x03\x06\x07\x0a\x0b\x0e\x0f]")  # one with a byte count
 
 
 def _mp3_whole(head: bytes, size: int) -> bool:
-    """Whether there is sound after the tags, and as much as the first frame says, if it says so."""
+    """Return whether there are audio data after the tags, and as many bytes as the first frame declares, if it does."""
     start = 0
     if head.startswith(b"ID3"):
         for digit in head[6:10]:
             start = start << 7 | digit & 0x7F
         start += 10
-    found = _XING.search(head, start, start + 48)
-    if found is None:
+    match = _XING.search(head, start, start + 48)
+    if match is None:
         return size > start
-    at = found.end() + (4 if head[found.end() - 1] & 1 else 0)
+    at = match.end() + (4 if head[match.end() - 1] & 1 else 0)
     return size >= start + int.from_bytes(head[at : at + 4], "big")
 
 
 def _zip_whole(tail: bytes, size: int) -> bool:
-    """Whether the end record follows the directory it tells of: an archive may hold another, with its own end."""
+    """Return whether the end record follows the directory that it describes. An archive may contain other archives."""
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or len(tail) < at + 22:
         return False
     length, start, comment = struct.unpack("<IIH", tail[at + 12 : at + 22])
     if len(tail) < at + 22 + comment:
         return False
-    large = at >= 20 and tail[at - 20 : at - 16] == b"PK\x06\x07"  # the real numbers stand in a record of 64 bits
+    large = at >= 20 and tail[at - 20 : at - 16] == b"PK\x06\x07"  # the real values are in a 64-bit record
     return large or bool(start + length == size - len(tail) + at)
 
 
 def _model(head: bytes) -> Media | None:
-    """The three-dimensional models that have no signature, or text for one."""
+    """Return the type of a 3D model without a binary signature."""
     if head.startswith((b"ply\n", b"ply\r\n")):
         return _PLY if ply_min_size(head) is not None else None
     if is_stl_text(head) or is_stl_binary(head):

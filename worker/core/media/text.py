@@ -1,7 +1,7 @@
-"""Text as an output: transcripts, chats and subtitles. Where text is promised, and whether bytes are that text.
+"""Outputs that are text (transcripts, chats, subtitles): whether text is expected, and whether bytes are such text.
 
-Most links are to binary media, which are known by their signatures. Text has none, so it counts only where the address
-or the declared type promises it, and a page or an error in its place is refused.
+Binary media are detected by their signatures. Text has no signature, so it is accepted only if the URL or the declared
+type promises it. HTML pages and errors are refused.
 """
 
 import codecs
@@ -20,8 +20,8 @@ PROMISES: tuple[Promise, ...] = ("", "text", "json", "subtitles")
 PLAIN, JSON = Media("text/plain", "txt"), Media("application/json", "json")
 VTT, SRT = Media("text/vtt", "vtt"), Media("application/x-subrip", "srt")
 
-PARSED_CHARACTERS = 4_194_304  # of JSON; a longer one is judged by its first and last sign
-START_CHARACTERS = 65_536  # kept of the beginning and of the end; no error of a store is longer
+PARSED_CHARACTERS = 4_194_304  # for longer JSON only the first and last characters are checked
+START_CHARACTERS = 65_536  # kept from the start and from the end; the errors of stores are shorter
 
 _PROMISED_BY_EXTENSION: dict[str, Promise] = {
     "txt": "text",
@@ -41,14 +41,14 @@ _PROMISED_BY_TYPE: dict[str, Promise] = {
     "application/x-srt": "subtitles",
     "application/x-subrip": "subtitles",
 }
-# An address with one of these promises something else than text, whatever type is declared: stores call many files
-# text/plain, and their errors are JSON.
-_OTHERS = (
+# A URL with one of these extensions is not text, whatever type is declared: stores declare many files as text/plain,
+# and their errors are JSON.
+_BINARY = (
     "png apng jpg jpeg jpe jfif gif webp avif heic heif bmp tif tiff ico svg mp4 m4v mov webm mkv avi mpg mpeg ogv mp3"
     " mpga wav wave flac ogg oga opus m4a aac wma weba glb gltf obj ply stl fbx usd usdz zip tar 7z rar pdf bin"
     " safetensors ckpt html htm xhtml xml"
 )
-_OTHER_EXTENSIONS = frozenset(_OTHERS.split())
+_BINARY_EXTENSIONS = frozenset(_BINARY.split())
 _PACKED = re.compile(r"\.(?:gz|gzip|zst|br)$", re.IGNORECASE)
 _EXTENSION = re.compile(r"[^/]\.([A-Za-z0-9]{1,16})$")
 
@@ -59,13 +59,14 @@ _MARKUP = re.compile(
     re.IGNORECASE,
 )
 _ELEMENT = re.compile(r"<([A-Za-z][\w:.-]{0,100}+)[\s/>]")
-# What is left of a base64 text that stands for no media, or of one that goes on otherwise.
+# The start of a base64 text that contains no media, or that continues with other characters.
 _BASE64 = re.compile(
     r"[\"']?(?:data:[^,\"'<>]{0,200},|[A-Za-z0-9+/_-]{200}|[A-Za-z0-9+/_-]{60,100}+\r?\n[A-Za-z0-9+/_-]{60,100}+\r?\n)"
 )
 _VTT = re.compile(r"WEBVTT(?:[ \t\n]|$)")
 _SRT = re.compile(r"(?:\d{1,9}[ \t]*\n)?\d{1,4}:\d{1,2}:\d{1,2}[,.]\d{1,3}[ \t]*-->[ \t]*\d{1,4}:\d{1,2}:\d{1,2}[,.]\d")
-# The JSON errors of stores and servers: S3 and its kin, Google, Azure, Cloudflare, Supabase, Laravel, Spring, RFC 9457.
+# The JSON errors of stores and servers: S3 and compatible ones, Google, Azure, Cloudflare, Supabase, Laravel, Spring,
+# RFC 9457.
 _ERROR_FIELDS = frozenset({"error", "errors", "fault", "exception"})
 _STATUS_FIELDS = ("status", "statuscode", "status_code", "code")
 _BESIDES = (
@@ -75,21 +76,21 @@ _BESIDES = (
 )
 _BESIDE_AN_ERROR = _ERROR_FIELDS.union(_BESIDES.split())
 _ERROR_WORDS = re.compile(r"not found|no such|forbidden|denied|unauthori[sz]ed|expired|does not exist", re.IGNORECASE)
-_WORDS_MOST = 200  # characters of an error that is told in one field
+_MAX_ERROR_TEXT = 200  # characters of an error that consists of one field
 
 
 class NotPromisedText(Exception):
-    """The bytes are not the text that was promised. `breaks_off`: they are the beginning of it."""
+    """The bytes are not the promised text. `is_truncated`: they are the start of such a text."""
 
-    def __init__(self, text: str, *, breaks_off: bool = False) -> None:
+    def __init__(self, text: str, *, is_truncated: bool = False) -> None:
         super().__init__(text)
-        self.breaks_off = breaks_off
+        self.is_truncated = is_truncated
 
 
 def promised_text(addresses: Iterable[str], declared: str = "") -> Promise:
-    """Return what text an output is promised to be, or "". The first address whose path has an extension decides.
+    """Return the promised text format of an output, or "". The first URL whose path has an extension decides.
 
-    `addresses` are the link and the address that it led to; `declared` is the Content-Type of the answer.
+    `addresses` are the link and its redirect target. `declared` is the Content-Type of the answer.
 
     >>> promised_text(["https://h/a.txt?x=.png"]), promised_text(["https://h/a"], "application/json; charset=utf-8")
     ('text', 'json')
@@ -100,13 +101,13 @@ def promised_text(addresses: Iterable[str], declared: str = "") -> Promise:
         extension = extension_of(address)
         if extension in _PROMISED_BY_EXTENSION:
             return _PROMISED_BY_EXTENSION[extension]
-        if extension in _OTHER_EXTENSIONS:
+        if extension in _BINARY_EXTENSIONS:
             return ""
     return _PROMISED_BY_TYPE.get(declared.partition(";")[0].strip().lower(), "")
 
 
 def extension_of(address: str) -> str:
-    """Return the extension of an address's path in lower case, without that of a packing; "" where it has none.
+    """Return the extension of a URL's path in lower case, without a compression suffix, or "".
 
     >>> extension_of("https://h/a/B.JSON.gz?x=1.png"), extension_of("https://h.txt/a"), extension_of("https://h/.txt")
     ('json', '', '')
@@ -131,42 +132,42 @@ def text_media(promise: Promise, chunks: Iterable[bytes]) -> Media:
             text += piece[: max(0, PARSED_CHARACTERS + 1 - len(text))]
     start, end = start.lstrip().replace("\r\n", "\n").replace("\r", "\n"), end.rstrip()
     if not end:
-        raise NotPromisedText("nothing, or blanks alone")
+        raise NotPromisedText("empty, or only blanks")
     element = _ELEMENT.match(start)
     if _MARKUP.match(start) or (element is not None and end.endswith((f"</{element[1]}>", "/>"))):
-        raise NotPromisedText("a page or XML")
+        raise NotPromisedText("an HTML page or XML")
     match promise:
         case "json":
             if not _is_json(text, end, size):
-                raise NotPromisedText("no JSON")
+                raise NotPromisedText("not JSON")
             return JSON
         case "subtitles":
             if _VTT.match(start):
                 return VTT
             if _SRT.match(start):
                 return SRT
-            raise NotPromisedText("no subtitles")
+            raise NotPromisedText("not subtitles")
         case _:
             if _BASE64.match(start):
-                raise NotPromisedText("base64 that stands for no media")
+                raise NotPromisedText("base64 that is not media")
             if size <= START_CHARACTERS and start.startswith("{"):
                 _refuse_error(start)
             return PLAIN
 
 
 def _decoded(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Yield the text that bytes are, in UTF-8, or in UTF-16 with its mark. Raises NotPromisedText."""
+    """Decode UTF-8, or UTF-16 with a byte order mark. Raises NotPromisedText."""
     decoder: codecs.IncrementalDecoder | None = None
-    rest = b""
+    pending = b""
     for chunk in chunks:
-        rest += chunk
+        pending += chunk
         if decoder is None:
-            if len(rest) < 3:
+            if len(pending) < 3:
                 continue
-            decoder = _decoder(rest)
-        yield _checked(decoder, rest)
-        rest = b""
-    yield _checked(decoder or _decoder(rest), rest, final=True)
+            decoder = _decoder(pending)
+        yield _checked(decoder, pending)
+        pending = b""
+    yield _checked(decoder or _decoder(pending), pending, final=True)
 
 
 def _decoder(start: bytes) -> codecs.IncrementalDecoder:
@@ -179,16 +180,16 @@ def _checked(decoder: codecs.IncrementalDecoder, data: bytes, *, final: bool = F
         text = decoder.decode(data, final)
     except UnicodeDecodeError as error:
         cut = final and error.end >= len(error.object)
-        raise NotPromisedText("no UTF-8 text", breaks_off=cut) from None
+        raise NotPromisedText("not UTF-8 text", is_truncated=cut) from None
     if _CONTROL.search(text.replace("\r", "")):
-        raise NotPromisedText("a text with control characters")
+        raise NotPromisedText("text with control characters")
     return text
 
 
 def _is_json(text: str, end: str, size: int) -> bool:
-    """Return whether a text is JSON. One that is too much to parse is judged by its first and last sign.
+    """Return whether a text is JSON. If it is too large to parse, only its first and last characters are checked.
 
-    Raises NotPromisedText for the JSON of an error, and for the beginning of a JSON text.
+    Raises NotPromisedText for the JSON of an error and for truncated JSON.
     """
     text = text.strip()
     if size > PARSED_CHARACTERS or too_many_values(text.encode()):
@@ -197,7 +198,7 @@ def _is_json(text: str, end: str, size: int) -> bool:
         _check_no_error(_parsed(text))
     except json.JSONDecodeError as error:
         cut = error.pos >= len(text) or error.msg.startswith("Unterminated string")
-        raise NotPromisedText("no JSON", breaks_off=cut) from None
+        raise NotPromisedText("not JSON", is_truncated=cut) from None
     except (ValueError, RecursionError):
         return False
     return True
@@ -208,7 +209,7 @@ def _parsed(text: str) -> Any:
 
 
 def _refuse_error(text: str) -> None:
-    """Raise NotPromisedText where a text is the JSON of an error."""
+    """Raise NotPromisedText if a text is the JSON of an error."""
     try:
         parsed = _parsed(text)
     except (ValueError, RecursionError):
@@ -217,17 +218,21 @@ def _refuse_error(text: str) -> None:
 
 
 def _check_no_error(parsed: Any) -> None:
-    """Raise NotPromisedText for an object that says what went wrong, and nothing else."""
+    """Raise NotPromisedText for an object that contains only the description of an error."""
     if not isinstance(parsed, dict):
         return
     fields = {str(name).lower(): value for name, value in parsed.items() if value not in (None, "", [], {})}
     if not fields or not _BESIDE_AN_ERROR.issuperset(fields):
         return
-    named = not _ERROR_FIELDS.isdisjoint(fields) or any(_is_error_status(fields.get(name)) for name in _STATUS_FIELDS)
-    coded = "code" in fields and "message" in fields
-    alone = [value for name, value in fields.items() if len(fields) == 1 and name in ("message", "detail")]
-    worded = any(isinstance(text, str) and len(text) <= _WORDS_MOST and _ERROR_WORDS.search(text) for text in alone)
-    if named or coded or worded:
+    has_error_field = not _ERROR_FIELDS.isdisjoint(fields) or any(
+        _is_error_status(fields.get(name)) for name in _STATUS_FIELDS
+    )
+    has_code = "code" in fields and "message" in fields
+    single_texts = [value for name, value in fields.items() if len(fields) == 1 and name in ("message", "detail")]
+    says_error = any(
+        isinstance(text, str) and len(text) <= _MAX_ERROR_TEXT and _ERROR_WORDS.search(text) for text in single_texts
+    )
+    if has_error_field or has_code or says_error:
         raise NotPromisedText("the JSON of an error")
 
 

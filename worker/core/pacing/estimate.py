@@ -42,7 +42,7 @@ def progress(status: str, job: PacedJob, model: PaceModel) -> Progress:
 
     >>> progress("completed", PacedJob(9.0), PaceModel())
     Progress(chance=1.0, median_seconds=0.0, p90_seconds=0.0, phase='final', fraction=1.0)
-    >>> new = progress("pending", PacedJob(5.0, 5.0), PacePaceModel())  # no past jobs: its age again, plus 15 s
+    >>> new = progress("pending", PacedJob(5.0, 5.0), PaceModel())  # no past jobs: its age again, plus 15 s
     >>> round(new.median_seconds), round(new.p90_seconds), new.chance
     (20, 180, 0.0)
     """

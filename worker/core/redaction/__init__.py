@@ -1,1 +1,1 @@
-"""API keys and personal data found in texts. Pure."""
+"""Find API keys and mask personal data in texts. Pure."""

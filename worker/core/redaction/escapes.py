@@ -1,6 +1,6 @@
-r"""Undo the escapes of URLs, JSON, HTML and Python in bytes, and tell where each byte came from. Pure.
+r"""Decode the escapes of URLs, JSON, HTML and Python in bytes, and keep the original position of each byte. Pure.
 
-The patterns can't backtrack, so the time grows with the length of the text alone.
+The patterns can't backtrack, so the time depends only on the length of the text.
 """
 
 import html
@@ -12,13 +12,13 @@ from itertools import compress
 
 _HEX = "[0-9A-Fa-f]"
 _NAMES = "|".join(sorted({name.rstrip(";") for name, char in html5.items() if char.isascii()}, reverse=True))
-_RUN = r"\\(?<!\\\\)\\*+"  # a run of backslashes, tried at its first one only
+_RUN = r"\\(?<!\\\\)\\*+"  # a run of backslashes, matched only at its first one
 _PERCENT = f"%{_HEX}{{2}}"
 _UNIT = f"u{_HEX}{{4}}"
 _PAIR = rf"u[dD][89abAB]{_HEX}{{2}}\\++u[dD][c-fC-F]{_HEX}{{2}}"
 _BYTE = f"x{_HEX}{{2}}"
 _ENTITY = f"&(?:#(?:0*+[1-9][0-9]{{0,6}}|[xX]0*+[1-9A-Fa-f]{_HEX}{{0,5}})|(?=[A-Za-z])(?:{_NAMES}));?"
-# Each alternative begins with a literal, so that `re` skips everything else fast.
+# Each alternative starts with a literal, so that `re` can skip other text fast.
 _RUNS = re.compile(
     f"({_PERCENT}(?:{_PERCENT})*+|{_ENTITY}(?:{_ENTITY})*+"
     f"|{_RUN}(?:{_UNIT}(?:{_RUN}{_UNIT})*+|{_BYTE}(?:{_RUN}{_BYTE})*+|[rn]))".encode()
@@ -28,7 +28,7 @@ _SINGLE = re.compile(f"({_PERCENT}|{_ENTITY}|{_RUN}(?:{_PAIR}|{_UNIT}|{_BYTE}|[r
 
 @dataclass(frozen=True, slots=True)
 class DecodedBytes:
-    """Decoded bytes; byte `i` of them was written in `begins[i]` to `ends[i]` of the original."""
+    """Decoded bytes with their origin: byte `i` comes from the bytes `begins[i]` to `ends[i]` of the original."""
 
     data: bytes
     begins: Sequence[int]
@@ -36,11 +36,11 @@ class DecodedBytes:
 
     @classmethod
     def of(cls, data: bytes) -> "DecodedBytes":
-        """The original itself."""
+        """Return the original bytes without decoding."""
         return cls(data, range(len(data)), range(1, len(data) + 1))
 
     def decoded(self) -> "DecodedBytes":
-        """Undo one level of escapes, as `decoded` does."""
+        """Decode one level of escapes, like the function `decoded`."""
         parts, begins, ends = [], list[int](), list[int]()
         at = 0
         for number, part in enumerate(_SINGLE.split(self.data)):
@@ -57,7 +57,7 @@ class DecodedBytes:
         return DecodedBytes(b"".join(parts), begins, ends)
 
     def without(self, ignored: bytes) -> "DecodedBytes":
-        """Leave these bytes out."""
+        """Remove the bytes in `ignored`."""
         data = self.data.translate(None, ignored)
         if len(data) == len(self.data):
             return self
@@ -66,7 +66,7 @@ class DecodedBytes:
 
 
 def decoded(data: bytes) -> bytes | None:
-    r"""Undo one level of escapes; None if there is none.
+    r"""Decode one level of escapes. Return None if there is none.
 
     >>> decoded(b"a%2Fb \\u0041\\\\u00e9 &#65;&#x42;&amp;lt; C:\\path")
     b'a/b A\xc3\xa9 AB&lt; C:\\path'
@@ -81,15 +81,15 @@ def decoded(data: bytes) -> bytes | None:
 
 
 class _Meanings(dict[bytes, bytes]):
-    """What runs of escapes stand for; short ones are remembered, as many as there may be."""
+    """A cache of decoded runs of escapes: at most `max_entries` runs of at most `max_length` bytes."""
 
-    def __init__(self, meaning: Callable[[bytes], bytes], *, longest: int, most: int) -> None:
+    def __init__(self, meaning: Callable[[bytes], bytes], *, max_length: int, max_entries: int) -> None:
         super().__init__()
-        self._meaning, self._longest, self._most = meaning, longest, most
+        self._meaning, self._max_length, self._max_entries = meaning, max_length, max_entries
 
     def __missing__(self, escape: bytes) -> bytes:
         meaning = self._meaning(escape)
-        if len(escape) <= self._longest and len(self) < self._most:
+        if len(escape) <= self._max_length and len(self) < self._max_entries:
             self[escape] = meaning
         return meaning
 
@@ -98,7 +98,7 @@ def _of_entity(name: bytes) -> bytes:
     return html.unescape(f"&{name.decode()}").encode("utf-8", "surrogatepass")
 
 
-_ENTITIES = _Meanings(_of_entity, longest=16, most=4_096)
+_ENTITIES = _Meanings(_of_entity, max_length=16, max_entries=4_096)
 
 
 def _of_run(run: bytes) -> bytes:
@@ -113,4 +113,4 @@ def _of_run(run: bytes) -> bytes:
     return bytes.fromhex(digits.translate(None, b"x").decode()) if digits.startswith(b"x") else b""
 
 
-_MEANINGS = _Meanings(_of_run, longest=16, most=4_096)
+_MEANINGS = _Meanings(_of_run, max_length=16, max_entries=4_096)

@@ -1,11 +1,11 @@
-r"""Find API keys in bytes, in all spellings, in one pass whatever the bytes and however many keys. Pure.
+r"""Find API keys in bytes, in all encodings, in one pass for any number of keys. Pure.
 
-A key is found plain, percent-encoded, as a form field, as JSON escapes (with any number of backslashes), as HTML
-entities, wrapped over lines, as hexadecimal digits and as base64 (either alphabet, any offset), also where some of its
-characters are escaped and some are not, and where escapes are escaped again (`LEVELS` times).
+A key is found as plain text, percent-encoded, as a form field, as JSON escapes (with any number of backslashes), as
+HTML entities, with line breaks, as hexadecimal digits and as base64 (both alphabets, any offset). It is also found if
+only some of its characters are escaped, or if escapes are escaped again (up to `LEVELS` times).
 
-The bytes are looked at in blocks of 4 or 8. A spelling that is long enough covers a whole block wherever it begins, so
-one look into a hash table per block finds every candidate.
+The bytes are processed in blocks of 4 or 8. A spelling that is long enough always covers a whole block, so one hash
+table look-up per block finds every candidate.
 """
 
 import base64
@@ -17,43 +17,44 @@ from urllib.parse import quote
 
 from worker.core.redaction.escapes import DecodedBytes, decoded
 
-LEVELS = 6  # escapes of escapes; software that is honest writes three at most
-LEAST_PIECE = 16  # characters of a key's beginning or end; a shorter one says little, and may be there by chance
-LEAST_DIGITS = 6  # of a key as base64 or hexadecimal; fewer are in any text
-CHUNK_BYTES = 64 * 1024  # looked at together: bounds the memory
-ESCAPE_BYTES = 24  # overlap of chunks for each byte of the longest spelling; `\\\\\\\\u0041` has 13
+LEVELS = 6  # levels of nested escapes; normal software writes at most three
+LEAST_PIECE = 16  # characters of the start or end of a key; shorter pieces reveal little and occur by chance
+LEAST_DIGITS = 6  # base64 or hexadecimal digits; fewer occur in any text
+CHUNK_BYTES = 64 * 1024  # processed at once, which limits the memory
+ESCAPE_BYTES = 24  # overlap of chunks per byte of the longest spelling; `\\\\\\\\u0041` has 13
 
-_IGNORED = b"\\\r\n\0"  # the backslashes of JSON, line breaks within a key, the zeros of UTF-16
-_ALIKE = bytes.maketrans(b"+", b" ")  # the blank of a form field
+_IGNORED = b"\\\r\n\0"  # backslashes of JSON, line breaks within a key, zeros of UTF-16
+_ALIKE = bytes.maketrans(b"+", b" ")  # a blank in a form field
 _BASE64 = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_")
 
 
 @dataclass(frozen=True, slots=True)
 class _Spelling:
-    """One spelling of a key. `before` and `after`: base64 digits around it that hold a part of the key, too.
+    """One spelling of a key. `before` and `after` count base64 digits around it that also contain parts of the key.
 
-    Of a beginning `rest` is what follows in the key, of an end what stands before it (`backwards`).
+    For the start of a key, `remainder` is the part of the key after it. For the end of a key (`backwards`), it is the
+    part before it.
     """
 
     text: bytes
     before: int = 0
     after: int = 0
-    rest: bytes = b""
+    remainder: bytes = b""
     backwards: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """The spellings that cover a block of `width` bytes: for each block its offset in them, and their lengths."""
+    """The spellings by the blocks of `width` bytes in them: per block its offsets and the lengths of the spellings."""
 
     width: int
     form: Literal["Q", "I"]
     places: dict[int, tuple[tuple[int, int], ...]]
-    blocks: frozenset[int]  # of `places`; a set compares faster
+    blocks: frozenset[int]  # the keys of `places`; a set compares faster
 
 
 class KeyFinder:
-    """Finds `keys`. With `pieces` also their beginnings and ends of at least half their length and `LEAST_PIECE`."""
+    """Finds `keys`. With `pieces` also their starts and ends of at least half their length and `LEAST_PIECE`."""
 
     def __init__(self, keys: Iterable[str], *, pieces: bool) -> None:
         spellings: dict[bytes, list[_Spelling]] = {}
@@ -71,7 +72,7 @@ class KeyFinder:
         self._short = [text for text in self._spellings if len(text) < 7]
 
     def spans(self, data: bytes) -> list[tuple[int, int]]:
-        """Where the keys are, from and to, in order; those that overlap are one."""
+        """Return the start and end of each key, in order. Overlapping spans are merged."""
         if not self._spellings:
             return []
         if len(data) <= self._chunk:
@@ -98,7 +99,7 @@ class KeyFinder:
         return spans
 
     def _located(self, data: bytes, level: int) -> list[tuple[int, int]]:
-        """The spans in the original of what the text has after `level` decodings."""
+        """Return the spans in the original bytes of the keys that appear after `level` decodings."""
         origin = DecodedBytes.of(data)
         for _ in range(level):
             origin = origin.decoded()
@@ -136,10 +137,10 @@ def _whole(key: str) -> Iterator[_Spelling]:
 
 
 def _base64(raw: bytes) -> Iterator[_Spelling]:
-    """The digits that depend on `raw` alone, for each place it may have in a group of three bytes."""
+    """Yield the digits that depend only on `raw`, for each position in a group of three bytes."""
     for shift in range(3):
         digits = base64.b64encode(bytes(shift) + raw).rstrip(b"=")
-        shared = 1 if (shift + len(raw)) % 3 else 0  # the last digit has bits of what follows
+        shared = 1 if (shift + len(raw)) % 3 else 0  # the last digit contains bits of the next byte
         core = digits[(0, 2, 3)[shift] : len(digits) - shared]
         if len(core) >= LEAST_DIGITS:
             for text in {core, core.translate(bytes.maketrans(b"+/", b"-_"))}:
@@ -152,12 +153,12 @@ def _pieces(key: str) -> Iterator[_Spelling]:
         whole = key.encode("utf-8", "surrogatepass").translate(_ALIKE, _IGNORED)
         beginning = key[:size].encode("utf-8", "surrogatepass").translate(_ALIKE, _IGNORED)
         end = key[-size:].encode("utf-8", "surrogatepass").translate(_ALIKE, _IGNORED)
-        yield _Spelling(beginning, rest=whole[len(beginning) :])
-        yield _Spelling(end, rest=whole[: -len(end)], backwards=True)
+        yield _Spelling(beginning, remainder=whole[len(beginning) :])
+        yield _Spelling(end, remainder=whole[: -len(end)], backwards=True)
 
 
 def _table(texts: Iterable[bytes], width: int, form: Literal["Q", "I"]) -> _Table:
-    """Blocks from the end of each text: floods of the beginning of a key are no candidates."""
+    """Return a table with blocks from the end of each text, so that many repeated starts of a key cost little."""
     places: dict[int, set[tuple[int, int]]] = {}
     for text in texts:
         for offset in range(len(text) - 2 * width + 1, len(text) - width + 1):
@@ -172,13 +173,13 @@ def _blocks(view: bytes, table: _Table) -> memoryview:
 
 
 def _extended(view: bytes, begin: int, end: int, spelling: _Spelling) -> tuple[int, int]:
-    rest = spelling.rest
+    remainder = spelling.remainder
     if spelling.backwards:
-        begin -= _alike(view[max(0, begin - len(rest)) : begin][::-1], rest[::-1])
-        while view[begin] & 0xC0 == 0x80:  # never from within a character
+        begin -= _common_prefix(view[max(0, begin - len(remainder)) : begin][::-1], remainder[::-1])
+        while view[begin] & 0xC0 == 0x80:  # don't start within a character
             begin += 1
-    elif rest:
-        end += _alike(view[end : end + len(rest)], rest)
+    elif remainder:
+        end += _common_prefix(view[end : end + len(remainder)], remainder)
         while end < len(view) and view[end] & 0xC0 == 0x80:
             end -= 1
     if spelling.before and begin and view[begin - 1] in _BASE64:
@@ -188,14 +189,14 @@ def _extended(view: bytes, begin: int, end: int, spelling: _Spelling) -> tuple[i
     return begin, end
 
 
-def _alike(text: bytes, other: bytes) -> int:
-    """How many bytes both begin with."""
-    if text == other:
-        return len(text)
-    for at, (left, right) in enumerate(zip(text, other, strict=False)):
-        if left != right:
+def _common_prefix(first: bytes, second: bytes) -> int:
+    """Return the length of the common prefix."""
+    if first == second:
+        return len(first)
+    for at, (first_byte, second_byte) in enumerate(zip(first, second, strict=False)):
+        if first_byte != second_byte:
             return at
-    return min(len(text), len(other))
+    return min(len(first), len(second))
 
 
 def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -1,7 +1,7 @@
-"""What an API said, made fit to be read by any operator: no address, prompt, number or key of a customer in it. Pure.
+"""Mask personal data in API messages for operators: addresses, prompts, numbers and keys of customers. Pure.
 
-Texts are scrubbed of every configured secret before they are stored; this takes out what else may be personal. It is
-meant for looking on: what is stored stays as it came.
+All configured secrets are removed before a text is stored. This removes other personal data, only for display. The
+stored text is not changed.
 """
 
 import re
@@ -13,7 +13,7 @@ DIGITS = "[digits]"
 KEY = "[key?]"
 TEXT = '"[text]"'
 
-LONGEST_WORD = 24  # of a quoted text without blanks: a name of the API's own, such as "fetch_result"
+LONGEST_WORD = 24  # a longer quoted text is masked; a shorter one without blanks is an API name such as "fetch_result"
 
 _LINK = re.compile(r"\b[a-z][a-z0-9+.-]{1,15}://[^\s\"'<>]+", re.IGNORECASE)
 _DATA = re.compile(r"\bdata:[\w.+-]*+(?:/[\w.+-]*+)?[;,][^\s\"'<>]*", re.IGNORECASE)
@@ -29,11 +29,13 @@ _PROMPT = re.compile(
 _QUOTED = re.compile(r"\"([^\"]*)(?:\"|$)|“([^”]*)(?:”|$)|«([^»]*)(?:»|$)|(?<!\w)'([^']*)'(?!\w)")
 _KEYLIKE = re.compile(r"(?<![\w+/.-])(?=[\w+/.-]*?\d)(?=[\w+/.-]*?[a-z])[\w+/.-]{20,}+={0,2}", re.IGNORECASE)
 _WORD = re.compile(r"[\w.-]*|\[text\]")
-_DIGITS = re.compile(r"(?<!\d)(?!\d{4}-\d\d-\d\d[ T]\d\d:)\+?\d(?:[ -]?\d){8,}(?!\d)")  # a moment is none
+_DIGITS = re.compile(
+    r"(?<!\d)(?!\d{4}-\d\d-\d\d[ T]\d\d:)\+?\d(?:[ -]?\d){8,}(?!\d)"
+)  # dates with a time are not masked
 
 
 def mask_personal_data(text: str) -> str:
-    """`text` without what may be personal; links are reduced to their host.
+    """Return `text` without personal data. Links are reduced to their host.
 
     >>> mask_personal_data("mail ann@shop.example, see https://cdn.test/u/ann.png?sig=1 from 10.1.2.3")
     'mail [e-mail], see https://cdn.test/… from [ip]'
@@ -54,7 +56,7 @@ def mask_personal_data(text: str) -> str:
 
 
 def link_host(url: str) -> str:
-    """The host of a link, with its port, and nothing else of it; for bytes that an answer carried itself it says so.
+    """Return only the host of a link, with its port. For inline data return a text that says so.
 
     >>> link_host("https://ann:pw@cdn.test:8443/u/ann.png?sig=1"), link_host("data:image/png;sha256=00"), link_host("?")
     ('cdn.test:8443', '(in the answer)', '?')
