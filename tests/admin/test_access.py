@@ -134,7 +134,7 @@ def test_a_get_request_changes_nothing(operator: Operator, engine: Engine) -> No
 
 
 @pytest.mark.parametrize(
-    ("address", "host", "known"),
+    ("address", "host", "accepted"),
     [
         ("127.0.0.1", "127.0.0.1:5556", True),
         ("127.0.0.1", "localhost:8000", True),  # through a tunnel with another port
@@ -151,8 +151,8 @@ def test_a_get_request_changes_nothing(operator: Operator, engine: Engine) -> No
         ("127.0.0.1", "", False),
     ],
 )
-def test_only_the_names_of_the_server_are_accepted(address: str, host: str, known: bool) -> None:
-    assert AccessControl(PASSWORD, address).knows(host) is known
+def test_only_the_names_of_the_server_are_accepted(address: str, host: str, accepted: bool) -> None:
+    assert AccessControl(PASSWORD, address).knows(host) is accepted
 
 
 def test_an_unknown_host_header_gets_no_page(guest: FlaskClient) -> None:

@@ -61,8 +61,8 @@ def test_a_used_port_is_reported_with_the_settings_to_change(
     engine = make_engine(Settings(database_url=f"sqlite:///{tmp_path}/test.db").database)
     migrate(engine)
     engine.dispose()
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
         monkeypatch.setenv("ADMIN_PORT", str(port))
 
         code, message = run(capsys, "admin")

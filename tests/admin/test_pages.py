@@ -355,21 +355,21 @@ def test_outputs_are_found_by_status_code_host_and_job(operator: Operator, engin
         job_id, stored = add_stored(connection, tmp_path / "out", b"bytes")
         other = add_downloading(connection, "2")
         waiting = add_output(connection, other, error_code="unreachable", url="https://other.test/a.png")
-        gone = add_output(connection, other, 1, status="failed", due_at=None, error_code="gone")
+        gone_id = add_output(connection, other, 1, status="failed", due_at=None, error_code="gone")
 
     def find(query: str) -> list[int]:
         text = operator.client.get(f"/outputs/?{query}").text
         rows = re.findall(r"<tr><td>(?:<a [^>]*>)?(\d+)", text)
         return [int(row) for row in rows]
 
-    assert find("") == [gone, waiting, stored]
+    assert find("") == [gone_id, waiting, stored]
     assert find("status=stored") == [stored]
     assert find("status=pending") == [waiting]
-    assert find("status=failed") == [gone]
+    assert find("status=failed") == [gone_id]
     assert find("code=unreachable") == [waiting]
-    assert find("code=gone") == [gone]
+    assert find("code=gone") == [gone_id]
     assert find("host=other.test") == [waiting]
-    assert find("host=cdn.test") == [gone, stored]
+    assert find("host=cdn.test") == [gone_id, stored]
     assert find("host=cdn%25") == []
     assert find(f"job={job_id}") == [stored]
 

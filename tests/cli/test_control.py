@@ -80,7 +80,7 @@ def test_list_takes_every_filter_and_repeated_values(engine: Engine, run: Run) -
         failed = add_job(connection, "failed", **FAILED | now, reference="b")
         cut = FAILED | {"error_code": "output_failed", "ready_at": NOW}
         add_output(
-            connection, gone := add_job(connection, "gone", **cut), status="failed", error_code="gone", due_at=None
+            connection, gone_id := add_job(connection, "gone", **cut), status="failed", error_code="gone", due_at=None
         )
         claimed = {"claim_token": "t", "claim_holder": "ada"}
         stuck = add_job(connection, "stuck", **claimed, fetch_host="other.test", deadline_at=HELD_UNTIL)
@@ -92,20 +92,20 @@ def test_list_takes_every_filter_and_repeated_values(engine: Engine, run: Run) -
         assert (result.code, result.err) == (0, "")
         return [row["id"] for row in result.document]
 
-    assert find() == [held, late, stuck, gone, failed, old]
-    assert find("--status", "failed") == [gone, failed]
+    assert find() == [held, late, stuck, gone_id, failed, old]
+    assert find("--status", "failed") == [gone_id, failed]
     assert find("--status", "failed", "--status", "pending", "--kind", "video") == [old]
     assert find("--account", "shop") == [old]
     assert find("--remote", "old", "--remote", "late") == [late, old]
     assert find("--reference", "a", "--reference", "b") == [failed, old]
     assert find("--code", "api_failed") == [failed]
-    assert find("--output-code", "gone") == [gone]
+    assert find("--output-code", "gone") == [gone_id]
     assert find("--host", "Other.test") == [stuck]
-    assert find("--since", "2026-03-01T13:00:00+01:00") == [held, late, stuck, gone, failed, old]
+    assert find("--since", "2026-03-01T13:00:00+01:00") == [held, late, stuck, gone_id, failed, old]
     assert find("--since", "1s") == find("--finished-since", "1s") == []
     assert find("--until", "1s", "--limit", "2") == [held, late]
-    assert find("--finished-until", "1s") == [gone, failed]
-    assert find("--finished-since", "2026-03-01T12:00:00Z") == [gone, failed]
+    assert find("--finished-until", "1s") == [gone_id, failed]
+    assert find("--finished-since", "2026-03-01T12:00:00Z") == [gone_id, failed]
     assert find("--late", "60") == find("--past-deadline", "--late", "0") == [late]
     assert find("--stuck") == find("--claimed-by", "ada") == [stuck]
     assert find("--past-deadline") == [late]

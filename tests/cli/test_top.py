@@ -132,7 +132,7 @@ def test_every_problem_is_in_the_document(database: Engine, top: Top) -> None:
     assert claims["job", jobs["dead"]]["dead"] is True
     assert claims["job", jobs["dead"]]["over_seconds"] < 0, "its lease still runs"
     assert claims["job", jobs["endless"]]["over_seconds"] < -19_000, "no work takes as long as this claim is held"
-    assert sorted(what for what, _ in claims) == ["job", "job", "job", "output"]
+    assert sorted(kind for kind, _ in claims) == ["job", "job", "job", "output"]
     (overdue,) = snapshot["overdue"]
     assert overdue["id"] == jobs["forgotten"]
     assert 890 < overdue["past_deadline_seconds"] < 960

@@ -61,9 +61,9 @@ def call(url: str) -> bool:
 def forgeries(url: str) -> list[str]:
     """Return URLs that differ slightly from a valid one."""
     head, _, signature = url.rpartition("/")
-    other = "0" if signature[-1] != "0" else "1"
+    wrong_digit = "0" if signature[-1] != "0" else "1"
     return [
-        f"{head}/{signature[:-1]}{other}",
+        f"{head}/{signature[:-1]}{wrong_digit}",
         f"{head}/{signature[:-1]}",
         f"{head}/{signature.upper()}",
         f"{head}x/{signature}",
@@ -168,12 +168,12 @@ def test_an_invalid_secret_is_refused_and_not_shown(wrong: str, monkeypatch: pyt
 def test_a_valid_call_makes_only_the_jobs_of_its_reference_due(database: Engine) -> None:
     first, second = track_due_later(database, "1", "order-7"), track_due_later(database, "2", "order-7")
     references = ("order-77", "ORDER-7", "order-7 x", None)
-    others = [track_due_later(database, str(number), name) for number, name in enumerate(references, 3)]
+    other_ids = [track_due_later(database, str(number), name) for number, name in enumerate(references, 3)]
 
     assert call(hook_url(BASE, "order-7"))
 
     assert all(until_due(database, job_id) < 1.0 for job_id in (first, second))
-    assert all(until_due(database, job_id) > 3_000.0 for job_id in others)
+    assert all(until_due(database, job_id) > 3_000.0 for job_id in other_ids)
 
 
 def test_a_valid_call_for_an_unknown_reference_changes_nothing(database: Engine) -> None:
@@ -187,7 +187,7 @@ def test_a_valid_call_for_an_unknown_reference_changes_nothing(database: Engine)
 def test_repeated_calls_cause_one_poll_and_respect_poll_min(database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     configure(monkeypatch, POLL_MIN="40")
     asked_at = datetime.now(UTC) - timedelta(seconds=10)
-    job_id, other = track_due_later(database, "1", "a"), track_due_later(database, "2", "b")
+    job_id, other_id = track_due_later(database, "1", "a"), track_due_later(database, "2", "b")
     with database.begin() as connection:
         connection.execute(update(jobs).where(jobs.c.id == job_id).values(asked_at=asked_at))
 
@@ -195,7 +195,7 @@ def test_repeated_calls_cause_one_poll_and_respect_poll_min(database: Engine, mo
         assert call(hook_url(BASE, "a"))
 
     assert read_job(database, job_id).due_at == asked_at + timedelta(seconds=40)
-    assert until_due(database, other) > 3_000.0
+    assert until_due(database, other_id) > 3_000.0
 
 
 def test_a_call_does_not_change_claimed_or_final_jobs(database: Engine) -> None:
@@ -321,7 +321,7 @@ def test_a_handler_accepts_valid_calls_with_any_body_and_refuses_others(
 ) -> None:
     queries: list[str] = []
     with app() as address:
-        due_id, other = track_due_later(database, "1", "a/b"), track_due_later(database, "2", "b")
+        due_id, other_id = track_due_later(database, "1", "a/b"), track_due_later(database, "2", "b")
         url = hook_url(f"{address}/api-hook", "a/b")
         engine = engine_for(tracking._settings().database)
         event.listen(engine, "before_cursor_execute", lambda *arguments: queries.append(arguments[2]))
@@ -336,7 +336,7 @@ def test_a_handler_accepts_valid_calls_with_any_body_and_refuses_others(
 
     assert (answer.status_code, answer.content) == (204, b"")
     assert until_due(database, due_id) < 1.0
-    assert until_due(database, other) > 3_000.0
+    assert until_due(database, other_id) > 3_000.0
 
 
 @pytest.mark.parametrize("app", APPS)

@@ -515,10 +515,12 @@ def test_cancel_and_retry_return_whether_they_changed_the_job(database: Engine) 
     assert worker.cancel(job_id) is True
     assert worker.cancel(job_id) is False
     assert worker.retry(job_id) is False
-    other = worker.track("2", deadline=60)
-    _update_job(database, other, status="expired", due_at=None, completed_at=datetime.now(UTC), error_code="expired")
-    assert worker.retry(other) is True
-    job = worker.get(other)
+    expired_id = worker.track("2", deadline=60)
+    _update_job(
+        database, expired_id, status="expired", due_at=None, completed_at=datetime.now(UTC), error_code="expired"
+    )
+    assert worker.retry(expired_id) is True
+    job = worker.get(expired_id)
     assert job is not None
     assert (job.status, job.error_code, job.completed_at) == ("pending", None, None)
     assert job.deadline_at > datetime.now(UTC) + timedelta(seconds=50)
@@ -531,17 +533,17 @@ def test_a_nudge_makes_all_jobs_with_that_id_due_earlier_but_not_before_poll_min
     monkeypatch.setenv("POLL_MIN", "40")
     now = datetime.now(UTC)
     ids = [worker.track("7"), worker.track("7", account="shop"), worker.track("8"), worker.track("7", account="done")]
-    far = now + timedelta(hours=1)
-    _update_job(database, ids[0], due_at=far)
-    _update_job(database, ids[1], due_at=far, asked_at=now - timedelta(seconds=10))
-    _update_job(database, ids[2], due_at=far)
+    in_an_hour = now + timedelta(hours=1)
+    _update_job(database, ids[0], due_at=in_an_hour)
+    _update_job(database, ids[1], due_at=in_an_hour, asked_at=now - timedelta(seconds=10))
+    _update_job(database, ids[2], due_at=in_an_hour)
     worker.cancel(ids[3])
 
     assert worker.nudge(7) == 2
     assert worker.nudge("7") == 0 or _due(database, ids[0]) <= datetime.now(UTC)
     assert abs((_due(database, ids[0]) - now).total_seconds()) < 10
     assert abs((_due(database, ids[1]) - now).total_seconds() - 30) < 1
-    assert _due(database, ids[2]) == far
+    assert _due(database, ids[2]) == in_an_hour
     assert worker.nudge("8", account="unknown") == 0
     assert worker.nudge("8", account="default") == 1
 

@@ -28,15 +28,15 @@ FINAL = ("completed", "failed", "expired", "cancelled")
 
 
 @pytest.fixture
-def made(tmp_path: Path, engine: Engine) -> Iterator[Kit]:
+def worker_kit(tmp_path: Path, engine: Engine) -> Iterator[Kit]:
     """A worker and a stand-in of the API on this database, with a clock that tests set."""
-    with kit(tmp_path / "kit", database=engine) as made:
-        yield made
+    with kit(tmp_path / "kit", database=engine) as running_kit:
+        yield running_kit
 
 
-def _run_jobs(made: Kit) -> None:
+def _run_jobs(worker_kit: Kit) -> None:
     """Run jobs of two kinds that reach every final state, and some that are not final."""
-    api = made.api
+    api = worker_kit.api
     api.answers("1").processing(3).success(2)
     api.answers("2").success()
     api.answers("3").processing().failed("out of paint", times=2)
@@ -50,10 +50,10 @@ def _run_jobs(made: Kit) -> None:
         worker.track(str(number), kind=kind, deadline=60 if number == 6 else 9_999, webhook_url="https://app.test/")
     cancelled = worker.track("9", kind="image")
     worker.cancel(cancelled)
-    made.worker.advance(900)
+    worker_kit.worker.advance(900)
     api.answers("10").processing_for(9_999)
     worker.track("10", kind="video", deadline=9_999)
-    made.worker.advance(40)
+    worker_kit.worker.advance(40)
 
 
 def _query(engine: Engine, *columns: Any, where: Any = None) -> dict[tuple[str, ...], float]:
@@ -64,12 +64,12 @@ def _query(engine: Engine, *columns: Any, where: Any = None) -> dict[tuple[str, 
     return {tuple(row[:-1]): float(row[-1]) for row in rows if row[-1]}
 
 
-def test_after_complete_runs_every_metric_equals_the_rows(made: Kit, engine: Engine) -> None:
-    _run_jobs(made)
+def test_after_complete_runs_every_metric_equals_the_rows(worker_kit: Kit, engine: Engine) -> None:
+    _run_jobs(worker_kit)
     with engine.begin() as connection:
         add_job(connection, "11", kind="image", due_at=HELD_UNTIL, held_at=NOW)
 
-    metrics = scrape(engine, made.worker.settings)
+    metrics = scrape(engine, worker_kit.worker.settings)
 
     held = jobs.c.held_at.is_not(None)
     by = (jobs.c.account, jobs.c.kind, jobs.c.status)
@@ -83,16 +83,16 @@ def test_after_complete_runs_every_metric_equals_the_rows(made: Kit, engine: Eng
 
     ready = jobs.c.ready_at.is_not(None)
     assert metrics.all("detection_delay_seconds_count") == _query(engine, *by[:2], func.count(), where=ready)
-    asked = (ready | finished) & (jobs.c.polls > 0)
-    assert metrics.all("job_polls_count") == _query(engine, *by[:2], func.count(), where=asked)
-    assert metrics.all("job_polls_sum") == _query(engine, *by[:2], func.sum(jobs.c.polls), where=asked)
+    polled = (ready | finished) & (jobs.c.polls > 0)
+    assert metrics.all("job_polls_count") == _query(engine, *by[:2], func.count(), where=polled)
+    assert metrics.all("job_polls_sum") == _query(engine, *by[:2], func.sum(jobs.c.polls), where=polled)
 
     answers = metrics.all("api_answers_total")
-    assert sum(answers.values()) == sum(made.api.calls.fetches.values())
+    assert sum(answers.values()) == sum(worker_kit.api.calls.fetches.values())
     assert sum(answers.values()) == _query(engine, jobs.c.account, func.sum(jobs.c.polls))[("default",)]
     classes = {answer: count for (_, answer), count in answers.items()}
-    assert classes["processing"] == made.api.calls.fetch_answers["processing"]
-    assert classes["ready"] == made.api.calls.fetch_answers["success"]
+    assert classes["processing"] == worker_kit.api.calls.fetch_answers["processing"]
+    assert classes["ready"] == worker_kit.api.calls.fetch_answers["success"]
     assert {"rate_limited", "odd", "unreachable", "unknown_id", "failed", "api_error"} <= set(classes)
 
     stored = outputs.c.status == "stored"
@@ -109,15 +109,15 @@ def test_after_complete_runs_every_metric_equals_the_rows(made: Kit, engine: Eng
     assert metrics.all("claims") == metrics.all("claims_stuck") == {}
 
 
-def test_counters_do_not_decrease_when_rows_are_removed(made: Kit, engine: Engine) -> None:
+def test_counters_do_not_decrease_when_rows_are_removed(worker_kit: Kit, engine: Engine) -> None:
     """They are counted when it happens, not from the remaining rows."""
-    _run_jobs(made)
-    before = scrape(engine, made.worker.settings)
+    _run_jobs(worker_kit)
+    before = scrape(engine, worker_kit.worker.settings)
     with engine.begin() as connection:
         for table in (events, outputs, jobs):
             connection.execute(delete(table))
 
-    after = scrape(engine, made.worker.settings)
+    after = scrape(engine, worker_kit.worker.settings)
 
     counters = [name for name in before.samples if name.endswith(("_total", "_bucket", "_count", "_sum"))]
     assert len(counters) > 10

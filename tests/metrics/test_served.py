@@ -260,8 +260,8 @@ def test_an_invalid_address_is_a_usage_error(address: str) -> None:
 
 @pytest.mark.usefixtures("database")
 def test_a_used_port_is_reported_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
         assert _run("--listen", str(port)) == 1
 
     assert capsys.readouterr().err == f"fetch-worker: can't listen on 127.0.0.1, port {port}: Address already in use\n"

@@ -148,10 +148,10 @@ CASES = [
         lambda c: planted.add_waiting_job(c, "1"),
         "poll",
         "due",
-        r"since 10\d s",
+        r"for 10\d s",
         "start a `worker` process: .*",
     ),
-    Case("due just now", lambda c: waits(c, due=-1), "poll", "due", r"since .*", "nothing: it is polled next"),
+    Case("due just now", lambda c: waits(c, due=-1), "poll", "due", r"for .*", "nothing: it is polled next"),
     Case("forgotten", lambda c: waits(c, due=-90), "queue", "first", ".*", "run fetch-worker doctor: .*"),
     Case("behind", behind, "queue", "behind", "4 due jobs .*", "nothing: 4 due jobs are ahead .*"),
     Case(
@@ -167,7 +167,7 @@ CASES = [
         refused("key rejected: Invalid API key"),
         "account",
         "held",
-        "account default: since 6. s, key rejected: Invalid API key; it is tried again in .*",
+        "account default: held for 6. s, key rejected: Invalid API key; it is tried again in .*",
         "put the right key into SD_API_KEY and restart the worker",
     ),
     Case(
@@ -199,7 +199,7 @@ CASES = [
         by_hand("account", "default"),
         "account",
         "held by an operator",
-        "account default: since 7. s.*",
+        "account default: held for 7. s.*",
         "fetch-worker resume --account default",
     ),
     Case(
@@ -207,7 +207,7 @@ CASES = [
         by_hand("host", "api.test"),
         "host",
         "held by an operator",
-        "api.test: since 7. s.*",
+        "api.test: held for 7. s.*",
         "fetch-worker resume --host api.test",
     ),
     Case(
@@ -215,7 +215,7 @@ CASES = [
         lambda c: waits(c, due_at=HELD_UNTIL, held_at=planted.now() - seconds(65)),
         "hold",
         "held by an operator",
-        "since 6. s",
+        "for 6. s",
         r"fetch-worker resume \d+",
     ),
     Case(
@@ -223,7 +223,7 @@ CASES = [
         host_away,
         "host",
         "held",
-        "api.test: since .*unreachable.*",
+        "api.test: held for .*unreachable.*",
         "nothing on your side: api.test does not .*",
     ),
     Case(
@@ -231,7 +231,7 @@ CASES = [
         claims(holder_name(), -20),
         "claim",
         "held",
-        f"by {re.escape(holder_name())}, which is running, since 1. s; its lease ends in .*",
+        f"by {re.escape(holder_name())}, which is running, for 1. s; its lease ends in .*",
         "nothing: a request about it is in flight",
     ),
     Case("dead, swept", claims(DEAD, -20), "claim", "stuck", ".*which is dead.*lease ends.*", SWEEP),
@@ -248,7 +248,7 @@ CASES = [
         claims(ELSEWHERE, 70),
         "claim",
         "stuck",
-        f"by {ELSEWHERE}, which is not on this host, since 10. s; its lease ended 7. s ago",
+        f"by {ELSEWHERE}, which is not on this host, for 10. s; its lease ended 7. s ago",
         f"start a `worker` process: {RELEASES}",
     ),
     Case(
@@ -256,7 +256,7 @@ CASES = [
         lambda c: waits(c, deadline_at=planted.now() - seconds(65)),
         "deadline",
         "over",
-        "since 6. s; the job expires on the next answer that is not ready",
+        "for 6. s; the job expires on the next answer that is not ready",
         "nothing: it is polled in .*, and it expires then unless it is ready",
     ),
     Case(
@@ -272,7 +272,7 @@ CASES = [
         lambda c: planted.add_claimed_job(c, "1", ELSEWHERE, over=-20_000, asked_at=planted.now() - seconds(81)),
         "claim",
         "stuck",
-        f"by {ELSEWHERE}, which is not on this host, since 8. s; its lease ends in .*",
+        f"by {ELSEWHERE}, which is not on this host, for 8. s; its lease ends in .*",
         r"fetch-worker resume \d+: no work takes this long, so the process must be dead",
     ),
     Case(
@@ -292,17 +292,15 @@ CASES = [
         "nothing on your side: cdn.dead.test:8443 does not deliver it; it is .*, until OUTPUT_DEADLINE in 23.9 h",
     ),
     Case("storage", output("storage"), "output 0", "storage", ".*", r"repair the storage \(STORAGE_URL\) .*"),
-    Case(
-        "no downloads", output(None, due=-70), "output 0", "waits", "due since 7.*", "start a `downloads` process: .*"
-    ),
-    Case("next download", output(None, due=-1), "output 0", "waits", "due since .*", "nothing: it is downloaded next"),
+    Case("no downloads", output(None, due=-70), "output 0", "waits", "due for 7.*", "start a `downloads` process: .*"),
+    Case("next download", output(None, due=-1), "output 0", "waits", "due for .*", "nothing: it is downloaded next"),
     Case("bad body", output("not_media"), "output 0", "not_media", "again in .*", "nothing: it is tried again in .*"),
     Case(
         "receiving",
         receiving(-20),
         "output 0",
         "receiving",
-        f"2.5 MB received, by {ELSEWHERE}, which is not on this host, since 1. s; its lease ends in .*",
+        f"2.5 MB received, by {ELSEWHERE}, which is not on this host, for 1. s; its lease ends in .*",
         "nothing: the download is running",
     ),
     Case(
@@ -334,10 +332,10 @@ CASES = [
         told(-300),
         "webhook",
         "late",
-        "due since 5 min; .*",
+        "due for 5 min; .*",
         ".*`worker` process with WEBHOOK_SECRET set",
     ),
-    Case("event not made", unannounced, "webhook", "not made", "since 10 min", ".*process with WEBHOOK_SECRET set"),
+    Case("event not made", unannounced, "webhook", "not made", "for 10 min", ".*process with WEBHOOK_SECRET set"),
     Case("failed", ended("api_failed"), "job", "failed", ".*api_failed: no paint left", r"fetch-worker retry \d+"),
     Case(
         "expired",

@@ -106,7 +106,7 @@ def test_unsent_webhooks_are_reported(healthy: Engine) -> None:
         final = {"status": "cancelled", "due_at": None, "completed_at": ended}
         add_job(connection, "1", **final, webhook_url="https://app.test/")
         add_job(connection, "2", **final)
-    assert "1 are due since more than 60 s and no process sends them" in _failed(_run_checks())["webhooks"]
+    assert "1 are due for more than 60 s and no process sends them" in _failed(_run_checks())["webhooks"]
 
 
 def test_claims_of_dead_processes_and_late_outputs_are_counted(healthy: Engine) -> None:

@@ -20,9 +20,9 @@ ANYWHERE = ("doctor", "demo", "sandbox", "docs")  # these import no `worker` fro
 @click.pass_context
 def group(context: click.Context) -> None:
     """Poll a hosted image API until each job is ready, and store every picture exactly once."""
-    other = other_worker(python_path(os.environ.get("PYTHONPATH", "")))
-    if other is not None and context.invoked_subcommand not in ANYWHERE:
-        raise SettingsError(advice(other))
+    shadowing_module = other_worker(python_path(os.environ.get("PYTHONPATH", "")))
+    if shadowing_module is not None and context.invoked_subcommand not in ANYWHERE:
+        raise SettingsError(advice(shadowing_module))
 
 
 for _module in (run, act, compare, control, find, look, top, unread, metrics, parse, prune, simulate, docs):

@@ -156,9 +156,9 @@ def _finished_in(sandbox: Sandbox, path: str) -> str:
     return submission(answer).remote_id
 
 
-def _class(answer: tuple[int, bytes], remote_id: str, training: bool, words: Mapping[str, str]) -> str:
+def _class(answer: tuple[int, bytes], remote_id: str, training: bool, status_words: Mapping[str, str]) -> str:
     status, body = answer
-    return CLASSES[type(parse(status, {}, body, Question(remote_id, 0.0, training, words)))]
+    return CLASSES[type(parse(status, {}, body, Question(remote_id, 0.0, training, status_words)))]
 
 
 def _print(compared: Sequence[Compared]) -> None:

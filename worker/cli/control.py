@@ -226,8 +226,8 @@ def _breakers(options: Mapping[str, Any]) -> list[tuple[Scope, str]]:
     """Return the accounts or hosts to hold or resume as a whole; empty if there are other options."""
     scopes: tuple[tuple[Scope, str], ...] = (("account", "accounts"), ("host", "hosts"))
     for scope, option in scopes:
-        others = {name: value for name, value in options.items() if name != option}
-        if options[option] and not any(others.values()) and others["late"] is None:
+        other_options = {name: value for name, value in options.items() if name != option}
+        if options[option] and not any(other_options.values()) and other_options["late"] is None:
             return [(scope, name) for name in options[option]]
     return []
 
@@ -258,9 +258,9 @@ def _breaker_name(scope: Scope, name: str, settings: Settings) -> str:
         return name
     host = name.lower().removesuffix(":443")
     with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
-        known = {*settings.api.hosts, *(name for kind, name in all_breakers(connection) if kind == "host")}
-        if host not in known and not count_matching(connection, JobFilter(hosts=(host,)), limit=1):
-            raise click.UsageError(f"no job is fetched from {name!r}; the known hosts are {', '.join(sorted(known))}")
+        hosts = {*settings.api.hosts, *(name for kind, name in all_breakers(connection) if kind == "host")}
+        if host not in hosts and not count_matching(connection, JobFilter(hosts=(host,)), limit=1):
+            raise click.UsageError(f"no job is fetched from {name!r}; the known hosts are {', '.join(sorted(hosts))}")
     return host
 
 

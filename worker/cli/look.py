@@ -137,8 +137,8 @@ def status(as_json: bool) -> None:
     ]
     print_table(("account", "rate limit", "state", "since", "until (UTC)"), rows, empty="no accounts yet")
     if state.hosts:
-        held = [(host.host, host.reason, host.since, host.until) for host in state.hosts]
-        print_table(("host", "held", "since", "until (UTC)"), held, empty="")
+        hosts = [(host.host, host.reason, host.since, host.until) for host in state.hosts]
+        print_table(("host", "held", "since", "until (UTC)"), hosts, empty="")
     if state.kinds:
         columns = ("account", "kind", "jobs", "half ready (s)", "90 % (s)", "found ready", "expected",
                    "delay (s)", "planned")  # fmt: skip
@@ -146,7 +146,7 @@ def status(as_json: bool) -> None:
     unstored = state.unstored
     if unstored.count:
         errors = "".join(f", {count} {code}" for code, count in sorted(unstored.trouble.items()))
-        echo(f"outputs not stored yet: {unstored.count}, the oldest since {unstored.oldest_seconds:.0f} s{errors}")
+        echo(f"outputs not stored yet: {unstored.count}, the oldest for {unstored.oldest_seconds:.0f} s{errors}")
     if unstored.storage is not None:
         echo(f"the storage does not work: {unstored.storage}; no output is lost, it is tried every {STORAGE_WAIT:g} s")
     health = "healthy" if state.healthy else "NOT healthy: due work is not done; check that a `worker` process runs"

@@ -171,12 +171,12 @@ def render(snapshot: Snapshot, width: int, height: int, error: str | None = None
 
 
 def _head(snapshot: Snapshot, error: str | None) -> Iterator[Text]:
-    asked = "never" if snapshot.asked_seconds is None else f"{format_duration(snapshot.asked_seconds)} ago"
+    last_request = "never" if snapshot.asked_seconds is None else f"{format_duration(snapshot.asked_seconds)} ago"
     line = Text(f"fetch-worker {snapshot.at:%H:%M:%S} UTC", style="bold")
     silent = snapshot.asked_seconds is None or snapshot.asked_seconds > HEALTHY_SECONDS
     if silent and any(job.why == NO_WORKER for job in snapshot.late):
         line.append(f"{GAP}NO WORKER POLLS", style="bold red")
-    line.append(f"{GAP}last request {asked}, {snapshot.asking:,} in flight", style="not bold")
+    line.append(f"{GAP}last request {last_request}, {snapshot.asking:,} in flight", style="not bold")
     yield line
     job_counts = [f"{jobs.count:,}{'+' if jobs.more else ''} {jobs.state}" for jobs in snapshot.jobs if jobs.count]
     line = Text(GAP.join(job_counts) or "no jobs yet")
@@ -352,7 +352,7 @@ def _unstored_row(group: UnstoredGroup, more: bool) -> Sequence[str]:
     next_try = (
         f"in {format_duration(group.next_seconds)}"
         if group.next_seconds > 0
-        else f"due since {format_duration(-group.next_seconds)}"
+        else f"due for {format_duration(-group.next_seconds)}"
     )
     count = f"{group.count:,}{'+' if more else ''}"
     oldest = (format_duration(group.oldest_seconds), str(group.job_id))
@@ -383,7 +383,7 @@ def _in(moment: datetime | None, now: datetime) -> str:
     if moment is None:
         return "-"
     remaining = (moment - now).total_seconds()
-    return f"in {format_duration(remaining)}" if remaining > 0 else f"due since {format_duration(-remaining)}"
+    return f"in {format_duration(remaining)}" if remaining > 0 else f"due for {format_duration(-remaining)}"
 
 
 COMMANDS: tuple[click.Command, ...] = (top,)

@@ -201,8 +201,8 @@ def _final_advice(context: JobContext) -> str | None:
 
 def _request(context: JobContext, peek: BudgetStatus | None) -> Iterator[Finding]:
     if context.job.held_at is not None:
-        held = format_duration(context.seconds_since(context.job.held_at))
-        yield Finding("hold", BY_OPERATOR, f"since {held}", f"fetch-worker resume {context.job.id}")
+        held_for = format_duration(context.seconds_since(context.job.held_at))
+        yield Finding("hold", BY_OPERATOR, f"for {held_for}", f"fetch-worker resume {context.job.id}")
     yield _account(context)
     yield _host(context)
     yield _claim(context)
@@ -248,16 +248,16 @@ def _host(context: JobContext) -> Finding:
 def _held(context: JobContext, breaker: CircuitBreaker, subject: str, variable: str) -> Finding:
     """Return the finding about an account or host (`subject`) that is held."""
     began = breaker.paused_at or breaker.since
-    since = "" if began is None else f" since {format_duration(context.seconds_since(began))}"
+    duration = "" if began is None else f" held for {format_duration(context.seconds_since(began))}"
     if breaker.paused_at is not None:
         advice = f"fetch-worker resume --{breaker.scope} {breaker.name}"
-        return Finding(breaker.scope, BY_OPERATOR, f"{subject}:{since}, until an operator resumes it", advice)
+        return Finding(breaker.scope, BY_OPERATOR, f"{subject}:{duration}, until an operator resumes it", advice)
     if (breaker.reason or "").startswith(NOT_LISTED):
         advice = (
             f"add {breaker.name} to SD_API_HOSTS and restart the worker, or cancel the job; "
             "otherwise the job expires at its deadline"
         )
-        return Finding(breaker.scope, "held", f"{subject}:{since}, {NOT_LISTED}", advice)
+        return Finding(breaker.scope, "held", f"{subject}:{duration}, {NOT_LISTED}", advice)
     until = breaker.until or breaker.probe_at
     wait = 0.0 if until is None else -context.seconds_since(until)
     next_try = (
@@ -269,7 +269,10 @@ def _held(context: JobContext, breaker: CircuitBreaker, subject: str, variable: 
     else:
         advice = _hold_advice(breaker, subject, variable, next_try)
     return Finding(
-        breaker.scope, "held", f"{subject}:{since}, {mask_personal_data(breaker.reason or '')}; it {next_try}", advice
+        breaker.scope,
+        "held",
+        f"{subject}:{duration}, {mask_personal_data(breaker.reason or '')}; it {next_try}",
+        advice,
     )
 
 
@@ -297,7 +300,7 @@ def _claimed(context: JobContext, step: str, row: Row[Any], activity: str, start
     """Return the finding about a claim on the job or on an output: whether its process still works on it."""
     limits = work_limits(context.settings)
     began, longest = (row.asked_at, limits.poll_max) if row is context.job else (row.claimed_at, limits.download_max)
-    since = "" if began is None else f" since {format_duration(context.seconds_since(began))}"
+    duration = "" if began is None else f" for {format_duration(context.seconds_since(began))}"
     holder_liveness = liveness(row.claim_holder)
     holder_state = {
         "runs": "which is running",
@@ -308,7 +311,7 @@ def _claimed(context: JobContext, step: str, row: Row[Any], activity: str, start
     lease = (
         f"its lease ends in {format_duration(-over)}" if over < 0 else f"its lease ended {format_duration(over)} ago"
     )
-    detail = f"by {row.claim_holder}, {holder_state},{since}; {lease}"
+    detail = f"by {row.claim_holder}, {holder_state},{duration}; {lease}"
     if over > OVER_SECONDS or (holder_liveness == "dead" and not context.workers_poll):
         return Finding(step, "stuck", detail, f"{start}: it releases the claims of dead processes")
     if holder_liveness == "dead":
@@ -361,7 +364,7 @@ def _poll(context: JobContext) -> Finding:
             advice = f"fetch-worker resume {job.id} polls it at once; otherwise it is polled in {wait}{expires}"
             return Finding("poll", "waits", f"in {wait}", advice)
         return Finding("poll", "waits", f"in {wait}", f"nothing: it is polled in {wait}{expires}")
-    return Finding("poll", "due", f"since {format_duration(late)}", _late_advice(context, late))
+    return Finding("poll", "due", f"for {format_duration(late)}", _late_advice(context, late))
 
 
 def _late_advice(context: JobContext, late: float) -> str:
@@ -412,7 +415,7 @@ def _deadline(context: JobContext) -> Finding:
             "deadline", "ahead", f"in {format_duration(-over)}; the job can only expire on an answer after it"
         )
     return Finding(
-        "deadline", "over", f"since {format_duration(over)}; the job expires on the next answer that is not ready"
+        "deadline", "over", f"for {format_duration(over)}; the job expires on the next answer that is not ready"
     )
 
 
@@ -428,13 +431,13 @@ def _promise(context: JobContext) -> Iterator[Finding]:
         if context.job.status == "pending":
             yield Finding("promise", "kept", f"{links}; tried before the job ends without an output")
         return
-    since = format_duration(context.seconds_since(promise.tried_at))
+    duration = format_duration(context.seconds_since(promise.tried_at))
     if promise.end_status is None:
         yield Finding("promise", "stored", f"{links}: an output came from a promised link")
     elif context.job.status == "downloading":
         message = mask_personal_data(promise.end_message or "")
         end = f"if none gives an output, the job ends as {promise.end_code}: {message}"
-        yield Finding("promise", "tried", f"{links}, tried since {since} because the API promised output there; {end}")
+        yield Finding("promise", "tried", f"{links}, tried for {duration} because the API promised output there; {end}")
     else:
         yield Finding("promise", "dead", f"{links}: no output came from the promised links")
 
@@ -457,7 +460,7 @@ def _output(context: JobContext, output: Row[Any]) -> Finding:
     if output.claim_token is not None:
         return _receiving(context, output, f"{attempts}, {link}{last_error}", step)
     wait = -context.seconds_since(output.due_at)
-    next_try = f"again in {format_duration(wait)}" if wait > 0 else f"due since {format_duration(-wait)}"
+    next_try = f"again in {format_duration(wait)}" if wait > 0 else f"due for {format_duration(-wait)}"
     state = "waits" if output.error_code is None else output.error_code
     advice = _output_advice(context, output, host, wait)
     return Finding(step, state, f"{next_try}, {attempts}, {link}{last_error}", advice)
@@ -474,7 +477,7 @@ def _output_advice(context: JobContext, output: Row[Any], host: str, wait: float
     next_try = f"it is tried again in {format_duration(wait)}"
     if wait < -HEALTHY_SECONDS:
         late = format_duration(-wait)
-        return f"{START_DOWNLOADS}: output {output.position} is due since {late} and no process downloads it"
+        return f"{START_DOWNLOADS}: output {output.position} is due for {late} and no process downloads it"
     match output.error_code:
         case None:
             return "nothing: it is downloaded next"
@@ -489,7 +492,7 @@ def _output_advice(context: JobContext, output: Row[Any], host: str, wait: float
             limit = (
                 f"until OUTPUT_DEADLINE in {format_duration(remaining)}"
                 if remaining > 0
-                else "for the last time: OUTPUT_DEADLINE is over"
+                else "for the last time: OUTPUT_DEADLINE has passed"
             )
             resume = f"fetch-worker resume {context.job.id}"
             sooner = f"; when {host} works again, {resume} tries at once" if wait > SOON_SECONDS else ""
@@ -509,7 +512,7 @@ def _on_done(context: JobContext) -> Iterator[Finding]:
     elif job.on_done_error is None:
         late = context.seconds_since(job.completed_at)
         advice = START_WORKER if late > LATE_EVENT_SECONDS else None
-        yield Finding("on_done", "waits", f"since {format_duration(late)}", advice)
+        yield Finding("on_done", "waits", f"for {format_duration(late)}", advice)
     else:
         wait = None if job.on_done_due_at is None else -context.seconds_since(job.on_done_due_at)
         next_try = "" if wait is None or wait < 0 else f"again in {format_duration(wait)}; "
@@ -524,7 +527,7 @@ def _webhooks(context: JobContext) -> Iterator[Finding]:
     if job.webhook_url is not None and job.completed_at is not None and job.announced_at is None:
         late = context.seconds_since(job.completed_at)
         advice = start_sender if late > LATE_EVENT_SECONDS else None
-        yield Finding("webhook", "not made", f"since {format_duration(late)}", advice)
+        yield Finding("webhook", "not made", f"for {format_duration(late)}", advice)
     for event in context.events:
         yield _webhook(context, event, link_host(event.url), start_sender)
 
@@ -539,7 +542,7 @@ def _webhook(context: JobContext, event: Row[Any], receiver: str, start_sender: 
         return Finding("webhook", "delivered", detail)
     late = context.seconds_since(event.due_at)
     if late > LATE_EVENT_SECONDS:
-        return Finding("webhook", "late", f"due since {format_duration(late)}; {detail}", start_sender)
+        return Finding("webhook", "late", f"due for {format_duration(late)}; {detail}", start_sender)
     if event.error_message is not None:
         advice = f"check the receiver {receiver}: the event is sent again in {format_duration(-late)}"
         return Finding("webhook", "refused", f"again in {format_duration(-late)}; {detail}", advice)

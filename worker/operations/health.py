@@ -104,9 +104,11 @@ def _settings(settings: Settings) -> Iterator[Check]:
 
 def _names() -> Check:
     """Check that `import worker` finds this package and not a module of the app."""
-    other = other_worker(python_path(os.environ.get("PYTHONPATH", "")))
+    shadowing_module = other_worker(python_path(os.environ.get("PYTHONPATH", "")))
     return (
-        Check("names", True, f"the package is {OWN_PACKAGE}") if other is None else Check("names", False, advice(other))
+        Check("names", True, f"the package is {OWN_PACKAGE}")
+        if shadowing_module is None
+        else Check("names", False, advice(shadowing_module))
     )
 
 
@@ -174,7 +176,7 @@ def _with_tables(settings: Settings) -> Iterator[Check]:
 
 
 def _outputs(unstored: UnstoredOutputs) -> Check:
-    message = f"{unstored.count} outputs are not stored yet, the oldest since {unstored.oldest_seconds:.0f} s"
+    message = f"{unstored.count} outputs are not stored yet, the oldest for {unstored.oldest_seconds:.0f} s"
     refused = unstored.trouble.get("unreachable", 0) + unstored.trouble.get("http_error", 0)
     limit = UNREACHABLE_LATE_SECONDS if refused else UNSTORED_LATE_SECONDS
     late = unstored.count > 0 and unstored.oldest_seconds > limit
@@ -251,7 +253,7 @@ def _on_done(connection: Connection) -> Check:
 
 def _webhooks(webhooks: UndeliveredEvents, late: int) -> Check:
     if late:
-        message = f"{late} are due since more than {UNSENT_LATE_SECONDS:.0f} s and no process sends them"
+        message = f"{late} are due for more than {UNSENT_LATE_SECONDS:.0f} s and no process sends them"
         return Check("webhooks", False, f"{message}: check that a `worker` process runs with WEBHOOK_SECRET set")
     if not webhooks.waiting and not webhooks.given_up:
         return Check("webhooks", True, "every receiver accepts them")
@@ -304,7 +306,7 @@ def _work(state: Overview) -> Check:
     return Check(
         "work",
         False,
-        f"work is due since {state.oldest_due_seconds:.0f} s and no process does it: start a `worker` process",
+        f"work is due for {state.oldest_due_seconds:.0f} s and no process does it: start a `worker` process",
     )
 
 

@@ -314,7 +314,7 @@ def why(connection: Connection, job: Row[Any], outputs: Sequence[Row[Any]], sett
     if job.due_at > now:
         return f"waiting for its next poll in {(job.due_at - now).total_seconds():.0f} s{prospect}{last_answer}"
     late = (now - job.due_at).total_seconds()
-    return f"due since {late:.0f} s: no worker has polled it yet, or the rate limit is used up{last_answer}"
+    return f"due for {late:.0f} s: no worker has polled it yet, or the rate limit is used up{last_answer}"
 
 
 def _why_downloading(job: Row[Any], outputs: Sequence[Row[Any]], now: datetime) -> str:

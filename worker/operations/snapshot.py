@@ -406,7 +406,9 @@ def _count(state: str, count: int) -> Counted:
 
 
 def _held_hosts(breakers: Mapping[tuple[Scope, str], CircuitBreaker], now: datetime) -> list[HeldHost]:
-    held = (breaker for (scope, _), breaker in sorted(breakers.items()) if scope == "host" and breaker.held(now))
+    held_breakers = (
+        breaker for (scope, _), breaker in sorted(breakers.items()) if scope == "host" and breaker.held(now)
+    )
     return [
         HeldHost(
             breaker.name,
@@ -414,7 +416,7 @@ def _held_hosts(breakers: Mapping[tuple[Scope, str], CircuitBreaker], now: datet
             breaker.paused_at or breaker.since,
             None if breaker.paused_at else breaker.until or breaker.probe_at,
         )
-        for breaker in held
+        for breaker in held_breakers
     ]
 
 
