@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import redis
 from kombu.exceptions import OperationalError as BrokerError
@@ -38,6 +39,10 @@ def healthy(engine: Engine, redis_url: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("SD_API_KEY", "k")
     monkeypatch.setenv("STORAGE_URL", f"file:{tmp_path}/outputs")
     (tmp_path / "outputs").mkdir()
+    if engine.dialect.name == "postgresql":  # other tests may have left dead rows in these tables
+        url = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("VACUUM fetch_jobs")
     return engine
 
 
