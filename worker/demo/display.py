@@ -78,7 +78,7 @@ class DemoJob:
 
     @property
     def seen_after(self) -> float | None:
-        """Seconds from ready to seen ready by a poll."""
+        """Seconds from ready until a poll saw it."""
         return None if self.seen_at is None else max(0.0, (self.seen_at - self.submitted.ready_at).total_seconds())
 
     @property
@@ -92,15 +92,15 @@ class DemoJob:
 
 def read_progress(engine: Engine, settings: Settings, submitted: Sequence[Submitted]) -> list[DemoJob]:
     """Return the current state of every job."""
-    names = [job.remote_id for job in submitted]
+    names = [submission.remote_id for submission in submitted]
     with engine.connect() as connection:
         selected = connection.execute(select(schema.jobs).where(schema.jobs.c.remote_id.in_(names)))
         rows = {row.remote_id: row for row in selected}
         jobs: list[DemoJob] = []
-        for job in submitted:
-            row = rows.get(job.remote_id)
+        for submission in submitted:
+            row = rows.get(submission.remote_id)
             if row is None:
-                jobs.append(DemoJob(job, None, "submitted", 0, None, (), "on its way to the worker"))
+                jobs.append(DemoJob(submission, None, "submitted", 0, None, (), "on its way to the worker"))
                 continue
             outputs = outputs_of(connection, [row.id])
             files = tuple(
@@ -110,7 +110,7 @@ def read_progress(engine: Engine, settings: Settings, submitted: Sequence[Submit
                 for output in outputs
             )
             reason = why(connection, row, outputs, settings)
-            jobs.append(DemoJob(job, row.id, row.status, row.polls, row.ready_at, files, reason))
+            jobs.append(DemoJob(submission, row.id, row.status, row.polls, row.ready_at, files, reason))
     return jobs
 
 

@@ -192,11 +192,6 @@ def target_of(path: str, body: Mapping[str, Any], method: str = "POST") -> Targe
     return None
 
 
-def first_family_of_store(store: str) -> Family | None:
-    """Return the first family with this store."""
-    return next((family for family in FAMILIES if family.store == store), None)
-
-
 def _id_in(body: Mapping[str, Any], family: Family) -> object:
     if family.shape == "chat":
         return body.get("chat_id", "")
