@@ -10,7 +10,7 @@ from tests.docs.manual import PAGES
 from tests.metrics.exposition import registry_of
 from tests.public.commands import planted_engine
 from worker.cli.commands import group
-from worker.cli.find import filter_options
+from worker.cli.filters import filter_options
 from worker.sandbox.command import _parser
 from worker.sandbox.scenarios import SCENARIOS
 from worker.settings import Settings

@@ -14,7 +14,7 @@ from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import Engine, insert
 
 from tests.rows import add_downloading, add_job, add_output
-from worker.cli import look, main
+from worker.cli import doctor, main
 from worker.coordination.rate_limiter import redis_client
 from worker.operations import health
 from worker.operations.health import Check, Node, check_liveness, run_checks
@@ -261,11 +261,11 @@ def test_the_command_prints_a_document_and_sets_the_exit_code(
     healthy: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`{"checks": [{name, ok, message}]}`."""
-    monkeypatch.setattr(look, "_nodes", lambda: ALL)
+    monkeypatch.setattr(doctor, "_nodes", lambda: ALL)
     code, out = _doctor(capsys, "--json")
     assert code == 0
     assert {"name": "work", "ok": True} in [{k: c[k] for k in ("name", "ok")} for c in json.loads(out)["checks"]]
-    monkeypatch.setattr(look, "_nodes", dict)
+    monkeypatch.setattr(doctor, "_nodes", dict)
     code, out = _doctor(capsys)
     assert (code, "WRONG" in out) == (1, True)
     code, out = _doctor(capsys, "--liveness", "--json")

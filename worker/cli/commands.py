@@ -6,7 +6,25 @@ import os
 import click
 
 from worker import __version__
-from worker.cli import act, compare, control, docs, find, look, metrics, parse, prune, run, simulate, top, unread
+from worker.cli import (
+    change_jobs,
+    compare,
+    docs,
+    doctor,
+    list_jobs,
+    metrics,
+    migrate,
+    parse,
+    prune,
+    run,
+    show,
+    simulate,
+    status,
+    top,
+    track,
+    unread,
+    verify,
+)
 from worker.core.display import display_lines
 from worker.errors import SettingsError, WorkerError
 from worker.system.own_package import advice, other_worker, python_path
@@ -25,7 +43,25 @@ def group(context: click.Context) -> None:
         raise SettingsError(advice(shadowing_module))
 
 
-for _module in (run, act, compare, control, find, look, top, unread, metrics, parse, prune, simulate, docs):
+for _module in (
+    migrate,
+    run,
+    track,
+    verify,
+    compare,
+    change_jobs,
+    list_jobs,
+    show,
+    status,
+    doctor,
+    top,
+    unread,
+    metrics,
+    parse,
+    prune,
+    simulate,
+    docs,
+):
     for _command in _module.COMMANDS:
         group.add_command(_command)
 

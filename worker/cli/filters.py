@@ -1,4 +1,4 @@
-"""The filter options of `list`, `cancel`, `retry`, `hold` and `resume`, and the command `list`."""
+"""The filter options of `list`, `cancel`, `retry`, `hold` and `resume`."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -7,15 +7,11 @@ from typing import Any
 
 import click
 
-from worker.cli.output import JOB_COLUMNS, json_option, plain, print_json, print_table
 from worker.client.tracking import lookup_id
 from worker.core.durations import UNITS
 from worker.core.lifecycle import JOB_STATES
-from worker.settings import load
-from worker.store.engine import database_now, engine_for, translate_errors
-from worker.store.reports.search import JobFilter, find_jobs
+from worker.store.reports.search import JobFilter
 
-LISTED = ("id", "remote_id", "account", "kind", "status", "polls", "submitted_at", "reference", "error_code")
 AGE = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 
 
@@ -103,24 +99,3 @@ def _moment(value: datetime | timedelta | None, now: datetime) -> datetime | Non
         return now - value
     except OverflowError:
         raise click.UsageError(f"an age of {value.days} days is too large") from None
-
-
-@click.command("list")
-@filter_options
-@click.option("--limit", type=click.IntRange(1, 100_000), default=50, show_default=True)
-@json_option
-def list_jobs(limit: int, as_json: bool, **options: Any) -> None:
-    """List jobs, newest first: all jobs, or those that match all the options.
-
-    If an option is repeated, a job must match one of its values.
-    """
-    settings = load()
-    with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
-        rows = find_jobs(connection, job_filter(options, database_now(connection)), limit=limit)
-    if as_json:
-        print_json([plain(row, JOB_COLUMNS) for row in rows])
-    else:
-        print_table(LISTED, [[row._mapping[name] for name in LISTED] for row in rows], empty="no jobs")
-
-
-COMMANDS: tuple[click.Command, ...] = (list_jobs,)

@@ -11,8 +11,8 @@ from typing import Any
 import click
 from sqlalchemy import Connection
 
-from worker.cli.act import job_numbers
-from worker.cli.find import filter_options, job_filter
+from worker.cli.filters import filter_options, job_filter
+from worker.cli.job_ids import job_numbers
 from worker.cli.output import json_option, print_json, print_table
 from worker.client import holds, tracking
 from worker.client.actions import Action, ActionResult, act, changeable

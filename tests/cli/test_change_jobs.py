@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import Engine, insert, select, update
 
 from tests.rows import NOW, add_downloading, add_job, add_output, read_job
-from worker.cli import control, main
+from worker.cli import change_jobs, main
 from worker.client import actions
 from worker.store.breakers import all_breakers
 from worker.store.counters import FINISHED, read_counters
@@ -431,7 +431,7 @@ def test_hosts_are_held_by_the_name_in_their_jobs(engine: Engine, run: Run, monk
 
 
 def test_progress_is_printed_to_stderr(engine: Engine, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "PROGRESS_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(change_jobs, "PROGRESS_SECONDS", (0.0, 0.0))
     _add(engine, "1", "2")
 
     result = run("cancel", "--status", "pending", "--yes")

@@ -1,0 +1,41 @@
+"""The command `doctor`: health checks."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+import click
+
+from worker.cli.output import json_option, print_json, print_table
+from worker.operations.health import Node, check_liveness, run_checks
+from worker.settings import load
+
+NODES_SECONDS = 1.5
+QUEUES = {
+    "fetch-worker": "tracking and sweeps: start a `worker` process",
+    "fetch-worker.polls": "polls: start a `worker` process",
+    "fetch-worker.downloads": "downloads: start a `downloads` process",
+}
+
+
+@click.command()
+@click.option("--liveness", is_flag=True, help="Only check whether due work is done; fast, for container probes.")
+@json_option
+def doctor(liveness: bool, as_json: bool) -> int:
+    """Check everything that the worker depends on, and say what to do. Exit code 1 if a check fails."""
+    settings = load()
+    checks = [check_liveness(settings)] if liveness else list(run_checks(settings, _nodes, queues=QUEUES))
+    if as_json:
+        print_json({"checks": [asdict(check) for check in checks]})
+    else:
+        print_table(("check", "", "result"), [(c.name, "ok" if c.ok else "WRONG", c.message) for c in checks], empty="")
+    return 0 if all(check.ok for check in checks) else 1
+
+
+def _nodes() -> Mapping[str, Node]:
+    from worker.app import app  # imports all of Celery; does not connect yet
+    from worker.process.neighbours import ask_nodes
+
+    return ask_nodes(app, NODES_SECONDS)
+
+
+COMMANDS: tuple[click.Command, ...] = (doctor,)

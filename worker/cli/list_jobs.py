@@ -1,0 +1,34 @@
+"""The command `list`."""
+
+from typing import Any
+
+import click
+
+from worker.cli.filters import filter_options, job_filter
+from worker.cli.output import JOB_COLUMNS, json_option, plain, print_json, print_table
+from worker.settings import load
+from worker.store.engine import database_now, engine_for, translate_errors
+from worker.store.reports.search import find_jobs
+
+LISTED = ("id", "remote_id", "account", "kind", "status", "polls", "submitted_at", "reference", "error_code")
+
+
+@click.command("list")
+@filter_options
+@click.option("--limit", type=click.IntRange(1, 100_000), default=50, show_default=True)
+@json_option
+def list_jobs(limit: int, as_json: bool, **options: Any) -> None:
+    """List jobs, newest first: all jobs, or those that match all the options.
+
+    If an option is repeated, a job must match one of its values.
+    """
+    settings = load()
+    with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
+        rows = find_jobs(connection, job_filter(options, database_now(connection)), limit=limit)
+    if as_json:
+        print_json([plain(row, JOB_COLUMNS) for row in rows])
+    else:
+        print_table(LISTED, [[row._mapping[name] for name in LISTED] for row in rows], empty="no jobs")
+
+
+COMMANDS: tuple[click.Command, ...] = (list_jobs,)

@@ -1,0 +1,96 @@
+"""The command `status`: jobs by state, accounts, hosts and the learned pace."""
+
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from worker.cli.output import json_option, moment, print_fields, print_json, print_table
+from worker.core.lifecycle import STORAGE_WAIT
+from worker.operations.overview import KindState, Overview, overview
+from worker.settings import load
+from worker.store.engine import engine_for, translate_errors
+from worker.system.terminal import echo
+
+
+@click.command()
+@json_option
+def status(as_json: bool) -> None:
+    """Show jobs by state, accounts with their holds, and how late the work is."""
+    settings = load()
+    with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
+        state = overview(connection, settings)
+    if as_json:
+        print_json(_status_document(state))
+        return
+    print_fields({name: count for name, count in state.jobs.items() if count} or {"jobs": "none yet"})
+    rows = [
+        (account.account, f"{account.rps:g}/s", account.reason or "open", account.since, account.until)
+        for account in state.accounts
+    ]
+    print_table(("account", "rate limit", "state", "since", "until (UTC)"), rows, empty="no accounts yet")
+    if state.hosts:
+        hosts = [(host.host, host.reason, host.since, host.until) for host in state.hosts]
+        print_table(("host", "held", "since", "until (UTC)"), hosts, empty="")
+    if state.kinds:
+        columns = ("account", "kind", "jobs", "half ready (s)", "90 % (s)", "found ready", "expected",
+                   "delay (s)", "planned")  # fmt: skip
+        print_table(columns, [_kind_row(kind) for kind in state.kinds], empty="")
+    unstored = state.unstored
+    if unstored.count:
+        errors = "".join(f", {count} {code}" for code, count in sorted(unstored.trouble.items()))
+        echo(f"outputs not stored yet: {unstored.count}, the oldest for {unstored.oldest_seconds:.0f} s{errors}")
+    if unstored.storage is not None:
+        echo(f"the storage does not work: {unstored.storage}; no output is lost, it is tried every {STORAGE_WAIT:g} s")
+    health = "healthy" if state.healthy else "NOT healthy: due work is not done; check that a `worker` process runs"
+    echo(f"oldest due work: {state.oldest_due_seconds:.1f} s; {health}")
+
+
+def _status_document(state: Overview) -> dict[str, Any]:
+    return {
+        "jobs": dict(state.jobs),
+        "accounts": [
+            {
+                "account": account.account,
+                "hold": None
+                if account.reason is None
+                else {"reason": account.reason, "since": moment(account.since), "until": moment(account.until)},
+                "rps": account.rps,
+            }
+            for account in state.accounts
+        ],
+        "hosts": [
+            {"host": host.host, "reason": host.reason, "since": moment(host.since), "until": moment(host.until)}
+            for host in state.hosts
+        ],
+        "oldest_due_seconds": state.oldest_due_seconds,
+        "healthy": state.healthy,
+        "outputs": {
+            "unstored": state.unstored.count,
+            "oldest_seconds": state.unstored.oldest_seconds,
+            "trouble": dict(state.unstored.trouble),
+            "storage": state.unstored.storage,
+        },
+        "kinds": [asdict(kind) for kind in state.kinds],
+    }
+
+
+def _kind_row(kind: KindState) -> list[str]:
+    times = (_or_never(kind.median), _or_never(kind.p90))
+    shares = (f"{kind.ready:.0%}", f"{kind.expected:.0%}")
+    return [
+        kind.account,
+        kind.kind,
+        f"{kind.jobs:.0f}",
+        *times,
+        *shares,
+        f"{kind.seen_delay:.1f}",
+        f"{kind.planned_delay:.1f}",
+    ]
+
+
+def _or_never(seconds: float | None) -> str:
+    return "never" if seconds is None else f"{seconds:.1f}"
+
+
+COMMANDS: tuple[click.Command, ...] = (status,)
