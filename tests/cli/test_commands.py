@@ -490,7 +490,7 @@ def test_show_estimates_when_a_job_is_ready(database: Engine, run: Run, monkeypa
     assert document["believed"]["chance_now"] < 0.2
     assert document["believed"]["by"] == "age"
     assert "waiting for its next poll in" in document["why"]
-    assert "from 40 jobs of this kind, by age: half in" in document["why"]
+    assert "from 40 jobs of this kind by age: half are ready in" in document["why"]
     assert "from 40 jobs of this kind" in " ".join(shown.split())
 
 

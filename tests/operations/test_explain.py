@@ -500,7 +500,7 @@ def test_without_redis_the_rate_limit_is_unknown(database: Engine, show: Show) -
 def test_the_jobs_ahead_are_counted_up_to_a_limit(
     database: Engine, show: Show, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(explain, "AHEAD_MOST", 3)
+    monkeypatch.setattr(explain, "MAX_JOBS_AHEAD", 3)
     with database.begin() as connection:
         job_id = behind(connection)
 

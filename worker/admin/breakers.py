@@ -9,7 +9,7 @@ from worker.admin.job_actions import act_on_breaker
 from worker.admin.reader import AdminReader
 
 MEANING = {
-    "hold": "No request is sent until it is resumed, also for future jobs. Their deadlines wait.",
+    "hold": "No request is sent until it is resumed, also for future jobs. Held jobs do not expire.",
     "resume": "It is tried at once, also if the API refused it.",
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 from worker.core.histograms import DELAYS, quantile
 from worker.core.lifecycle import JOB_STATES
 
-ACCOUNTS_MOST = 6
+MAX_ACCOUNTS = 6
 WAITING = ("pending", "held", "downloading")
 ENDS = tuple(state for state in JOB_STATES if state not in WAITING)
 
@@ -125,7 +125,7 @@ def _busiest(history: Sequence[Sample]) -> list[str]:
         return []
     first, last = history[0].body.get("accounts", {}), history[-1].body.get("accounts", {})
     requests = {name: state["answers"] - first.get(name, {}).get("answers", 0) for name, state in last.items()}
-    return sorted(requests, key=lambda name: (-requests[name], name))[:ACCOUNTS_MOST]
+    return sorted(requests, key=lambda name: (-requests[name], name))[:MAX_ACCOUNTS]
 
 
 def _answers_per_second(before: Sample, after: Sample, name: str) -> float | None:

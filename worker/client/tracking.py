@@ -40,7 +40,7 @@ WAIT_POLL_SECONDS = 0.5  # the time between two reads of a job in `wait`
 SOON_SECONDS = 1.0  # a poll run that waits checks for due jobs at least this often
 MAX_REFERENCE = 255
 PRIORITY_LIMIT = 1_000
-MODELS_MOST = 2_000
+MAX_CACHED_MODELS = 2_000
 _WAKES = "fetch-worker: this session tracked a job that is due soon"
 
 
@@ -502,7 +502,7 @@ def _model(connection: Connection, account: str, kind: str) -> PaceModel:
     url = connection.engine.url
     model = _cached_model(url, account, kind)
     if model is None:
-        if len(_models) >= MODELS_MOST:
+        if len(_models) >= MAX_CACHED_MODELS:
             _models.clear()
         model, _ = read_models(connection, [(account, kind)])[account, kind]
         _models[str(url), account, kind] = (model, time.monotonic() + FRESH_SECONDS)

@@ -32,7 +32,7 @@ from worker.store.promises import promise_row
 from worker.store.reports.snapshot_rows import count_due_before
 from worker.system.process_identity import liveness
 
-AHEAD_MOST = 10_000  # jobs counted in front of this one
+MAX_JOBS_AHEAD = 10_000  # jobs counted in front of this one
 SOON_SECONDS = 60.0  # a longer wait also gets the command that ends it
 CURVE_SECONDS = (0.0, 5.0, 15.0, 60.0, 300.0)  # from now
 START_WORKER = "start a `worker` process"
@@ -123,7 +123,7 @@ def read_context(
         account_state=account_state or AccountState(job.account, None, None, None, settings.rps(job.account)),
         breakers=breakers,
         model=read_models(connection, [(job.account, job.kind)])[job.account, job.kind][0],
-        jobs_ahead=count_due_before(connection, groups, job, now=now, limit=AHEAD_MOST + 1) if waits else 0,
+        jobs_ahead=count_due_before(connection, groups, job, now=now, limit=MAX_JOBS_AHEAD + 1) if waits else 0,
         last_request_at=last_asked(connection),
         settings=settings,
         promise=promise_row(connection, job.id),
@@ -346,8 +346,8 @@ def _queue(context: JobContext) -> Finding:
 
 
 def _jobs_ahead(context: JobContext) -> str:
-    if context.jobs_ahead > AHEAD_MOST:
-        return f"more than {AHEAD_MOST:,} due jobs"
+    if context.jobs_ahead > MAX_JOBS_AHEAD:
+        return f"more than {MAX_JOBS_AHEAD:,} due jobs"
     return f"{context.jobs_ahead:,} due job{'s' if context.jobs_ahead > 1 else ''}"
 
 

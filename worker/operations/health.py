@@ -42,7 +42,7 @@ UNSTORED_LATE_SECONDS = 3_600.0
 UNREACHABLE_LATE_SECONDS = 300.0
 STALE_PARTIAL_SECONDS = 2 * 3_600.0
 SOON_SECONDS = 60.0
-NAMED_MOST = 5  # rows named in one message
+MAX_NAMED = 5  # rows named in one message
 MIB = 1 << 20
 
 
@@ -223,9 +223,9 @@ def _transactions(state: ServerState) -> Check:
     if state.open:
         names = "; ".join(
             f"{transaction.name} of {transaction.owner} for {transaction.seconds / 60:.0f} min"
-            for transaction in state.open[:NAMED_MOST]
+            for transaction in state.open[:MAX_NAMED]
         )
-        more = " …" if len(state.open) > NAMED_MOST else ""
+        more = " …" if len(state.open) > MAX_NAMED else ""
         advice = "end them: until then dead rows can't be removed, and locked rows wait"
         return Check("transactions", False, f"open for a long time: {names}{more}. If they are not needed, {advice}")
     if state.isolation is None or state.isolation == "read committed":
@@ -277,8 +277,8 @@ def _claims(connection: Connection, settings: Settings) -> Check:
     )
     if not lost:
         return Check("claims", True, "no dead process holds a claim")
-    names = ", ".join(f"{claim.what} {claim.id}" for claim in lost[:NAMED_MOST])
-    more = " …" if len(lost) > NAMED_MOST else ""
+    names = ", ".join(f"{claim.what} {claim.id}" for claim in lost[:MAX_NAMED])
+    more = " …" if len(lost) > MAX_NAMED else ""
     message = f"{len(lost)} rows are still claimed by dead processes ({names}{more})"
     advice = "check that a `worker` process runs; `fetch-worker show` explains each job"
     return Check("claims", False, f"{message}: {advice}")
@@ -290,7 +290,7 @@ def _deadlines(connection: Connection, state: Overview) -> Check:
         return Check("deadlines", True, "too many jobs to check each of them: run `fetch-worker list --past-deadline`")
     now = database_now(connection)
     jobs = snapshot_rows.jobs_past_deadline(
-        connection, now=now, later=now + timedelta(seconds=SOON_SECONDS), limit=NAMED_MOST
+        connection, now=now, later=now + timedelta(seconds=SOON_SECONDS), limit=MAX_NAMED
     )
     if not jobs:
         return Check("deadlines", True, "every job past its deadline is polled soon")

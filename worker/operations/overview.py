@@ -26,7 +26,7 @@ from worker.store.paces import newest_paces
 from worker.store.promises import promise_row
 from worker.store.schema import HELD_UNTIL
 
-KINDS_MOST = 50  # the most recently updated kinds
+MAX_KINDS = 50  # the most recently updated kinds
 HEALTHY_SECONDS = 30.0  # healthy: no work is due for longer, or a request was made within it
 
 
@@ -168,7 +168,7 @@ def _unstored(connection: Connection, now: datetime) -> UnstoredOutputs:
 
 
 def _kinds(connection: Connection) -> list[KindState]:
-    classes = sorted((row.account, row.kind) for row in newest_paces(connection, limit=KINDS_MOST))
+    classes = sorted((row.account, row.kind) for row in newest_paces(connection, limit=MAX_KINDS))
     return [_kind(account, kind, read[0]) for (account, kind), read in read_models(connection, classes).items()]
 
 
@@ -225,7 +225,7 @@ def _describe(estimate: ReadyEstimate) -> str:
     ninety = "never" if estimate.p90 is None else f"in {estimate.p90:.0f} s"
     return (
         f"the chance that it is ready is {estimate.chance_now:.0%} now and {estimate.chance_then:.0%} then"
-        f"; from {estimate.jobs:.0f} jobs of this kind, by {estimate.by}: half {half}, 90 % {ninety}"
+        f"; estimated from {estimate.jobs:.0f} jobs of this kind by {estimate.by}: half are ready {half}, 90 % {ninety}"
     )
 
 
@@ -286,16 +286,16 @@ def why(connection: Connection, job: Row[Any], outputs: Sequence[Row[Any]], sett
             return promised + _why_downloading(job, outputs, now)
     if job.held_at is not None:
         since = f"{job.held_at:%Y-%m-%d %H:%M:%S} UTC"
-        return f"{BY_OPERATOR} since {since}; the hold does not count against its deadline; `resume` ends it"
+        return f"{BY_OPERATOR} since {since}; it does not expire during the hold; `resume` ends the hold"
     breakers = all_breakers(connection)
     state = _account(job.account, breakers, {job.account: job.due_at}, settings, now)
     if state.reason is not None:
         until = f", tried again at {state.until:%H:%M:%S} UTC" if state.until else ""
-        return f"held: {state.reason}{until}; the hold does not count against its deadline"
+        return f"held: {state.reason}{until}; it does not expire during the hold"
     host = breakers.get(("host", job.fetch_host))
     if host is not None and host.held(now):
         not_listed = (host.why or "").startswith(NOT_LISTED)
-        effect = "it expires at its deadline" if not_listed else "the hold does not count against its deadline"
+        effect = "it expires at its deadline" if not_listed else "it does not expire during the hold"
         return f"held: {host.name} {host.why}; {effect}"
     kept_answers = parse_history(job.last_answer)
     last_answer = f"; last answer: {mask_personal_data(kept_answers[0].note)}" if kept_answers else ""

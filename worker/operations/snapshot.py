@@ -38,11 +38,11 @@ OVER_SECONDS = 5.0  # a running worker claims the work of an ended lease sooner
 LATE_SECONDS = 1.0  # work that is due for less is not late yet
 LATE_EVENT_SECONDS = 60.0
 SOON = timedelta(seconds=60)  # a job past its deadline that is polled sooner expires by itself
-LATE_MOST = 20
-TRANSFERS_MOST = 100
-UNSTORED_MOST = 1_000
-EVENTS_MOST = 500
-FAILURES_MOST = 20
+MAX_LATE_JOBS = 20
+MAX_TRANSFERS = 100
+MAX_UNSTORED = 1_000
+MAX_EVENTS = 500
+MAX_FAILURES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,9 +262,9 @@ def _read_rows(connection: Connection, settings: Settings) -> _Rows:
         asking=snapshot_rows.count_running_polls(connection, now=now),
         dead_holders=dead_names,
         jobs=jobs,
-        late=snapshot_rows.longest_due(connection, groups, before=late, limit=LATE_MOST),
+        late=snapshot_rows.longest_due(connection, groups, before=late, limit=MAX_LATE_JOBS),
         late_count=snapshot_rows.count_late(connection, groups, before=late),
-        overdue=snapshot_rows.jobs_past_deadline(connection, now=now, later=now + SOON, limit=LATE_MOST)
+        overdue=snapshot_rows.jobs_past_deadline(connection, now=now, later=now + SOON, limit=MAX_LATE_JOBS)
         if jobs["pending"] <= snapshot_rows.COUNTED_MOST
         else (),
         claims=snapshot_rows.stale_claims(
@@ -274,13 +274,13 @@ def _read_rows(connection: Connection, settings: Settings) -> _Rows:
             polled_before=now - limits.poll_max,
             claimed_before=now - limits.download_max,
         ),
-        transfers=snapshot_rows.running_downloads(connection, now=now, limit=TRANSFERS_MOST),
-        unstored=snapshot_rows.oldest_unstored(connection, limit=UNSTORED_MOST),
-        events=snapshot_rows.pending_events(connection, limit=EVENTS_MOST),
+        transfers=snapshot_rows.running_downloads(connection, now=now, limit=MAX_TRANSFERS),
+        unstored=snapshot_rows.oldest_unstored(connection, limit=MAX_UNSTORED),
+        events=snapshot_rows.pending_events(connection, limit=MAX_EVENTS),
         unannounced=snapshot_rows.jobs_without_event(
-            connection, before=now - timedelta(seconds=LATE_EVENT_SECONDS), limit=EVENTS_MOST
+            connection, before=now - timedelta(seconds=LATE_EVENT_SECONDS), limit=MAX_EVENTS
         ),
-        failures=snapshot_rows.last_failures(connection, limit=FAILURES_MOST),
+        failures=snapshot_rows.last_failures(connection, limit=MAX_FAILURES),
         counters=read_counters(connection, (ANSWERS, DELAY, POLLED)),
     )
 
@@ -339,7 +339,7 @@ class SnapshotReader:
             claims=[_lost(claim, rows.dead_holders, now) for claim in rows.claims],
             transfers=[_transfer(row, sample, before, now) for row in rows.transfers],
             unstored=_unstored(rows.unstored, now),
-            unstored_more=len(rows.unstored) == UNSTORED_MOST,
+            unstored_more=len(rows.unstored) == MAX_UNSTORED,
             webhooks=_webhooks(rows.events, rows.unannounced, now),
             failures=[
                 Failure(row.id, row.account, row.kind, row.status, row.error_code, row.completed_at)
