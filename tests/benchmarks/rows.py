@@ -104,9 +104,9 @@ recorder._batches = TimedEngine(recorder._batches)
 recorder._learn = timed("learning", recorder._learn)
 recorder._learner.share_if_due = timed("learning", recorder._learner.share_if_due)
 recorder._outcome = timed("deciding", recorder._outcome)
-for name in ("take", "give_back", "taken"):
+for name in ("take", "give_back", "count_accepted"):
     setattr(poller._budget, name, timed("budget", getattr(poller._budget, name)))
-poller._calls._ask = each_thread(poller._calls._ask)
+poller._pool._ask = each_thread(poller._pool._ask)
 poller.run(seconds=1.5)
 spent.clear()
 http_times.clear()

@@ -234,7 +234,7 @@ def test_the_first_snapshot_reads_used_and_free_requests_from_redis(
 
     account = SnapshotReader(database, load()).read().accounts[0]
     limiter.take("default", 5, rate=10.0)
-    limiter.taken("default", 4)
+    limiter.count_accepted("default", 4)
 
     assert (account.left, account.used, account.rps) == (2, 0.0, 10.0)
     # requests are counted once their second has passed

@@ -128,7 +128,7 @@ def test_claims_whose_lease_is_over_are_forgotten(engine: Engine, leases: LeaseK
     for _ in range(1_000):
         leases.new_token()
         clock.passed += 1
-    assert len(leases._ends) < 300
+    assert len(leases._lease_ends) < 300
 
 
 def test_the_clock_of_leases_goes_on_while_the_host_is_suspended() -> None:

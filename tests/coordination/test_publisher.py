@@ -41,4 +41,4 @@ def test_given_more_than_it_has_room_for_when_handed_over_then_it_is_dropped_wit
     assert sender.finish(30), "what is there to be sent is waited for, though the queue was full"
 
     assert 1 <= len(done) < 9
-    assert "too much waits to be sent" in caplog.text
+    assert "the publisher's queue is full" in caplog.text

@@ -103,12 +103,12 @@ def test_the_clock_is_that_of_redis(redis_url: str, account: str, monkeypatch: p
 def test_what_the_api_took_is_counted_for_all_processes(redis_url: str, account: str) -> None:
     """The busier of this second and the one before; old counts are forgotten."""
     one, other = RateLimiter(redis_url), RateLimiter(redis_url)
-    one.taken(account, 12)
-    assert other.taken(account, 8) in (12.0, 20.0)  # 12 where a second began just in between
+    one.count_accepted(account, 12)
+    assert other.count_accepted(account, 8) in (12.0, 20.0)  # 12 where a second began just in between
     with redis.Redis(unix_socket_path=redis_url.removeprefix("redis+socket://")) as client:
         key = f"fetch-worker:taken:{account}"
         client.hset(key, "at", int(client.hget(key, "at") or 0) - 5)
-        assert one.taken(account, 3) == 3.0
+        assert one.count_accepted(account, 3) == 3.0
         assert 0 < int(client.ttl(key)) <= 10
 
 
@@ -145,7 +145,7 @@ def test_without_redis_each_process_takes_a_small_share(account: str, caplog: py
     assert all(0 < grant.wait <= 1 / share for grant in grants if not grant.send_times)
     assert "redis is away" in caplog.text
     budget.give_back(grants[0], 1)
-    assert budget.taken(account, 4) == 4.0
+    assert budget.count_accepted(account, 4) == 4.0
 
 
 def test_when_redis_goes_away_all_processes_together_stay_within_the_budget(account: str, tmp_path: Path) -> None:
@@ -184,8 +184,8 @@ def test_a_look_takes_nothing_and_tells_what_is_left(redis_url: str, account: st
         pass
     looks = [budget.peek({account: 0.5})[account] for _ in range(3)]
 
-    assert (before.left, before.wait, before.processes) == (2, 0.0, 0)
-    assert [(look.left, look.processes) for look in looks] == [(0, 1)] * 3
+    assert (before.available, before.wait, before.processes) == (2, 0.0, 0)
+    assert [(look.available, look.processes) for look in looks] == [(0, 1)] * 3
     assert 0.5 < looks[-1].wait <= 2.0
     assert budget.peek({}) == {}
 
@@ -202,7 +202,7 @@ def test_a_look_tells_the_requests_of_the_last_whole_second(
         if client.time()[0] == second:
             break
 
-    assert look.taken == taken
+    assert look.accepted == taken
 
 
 def test_a_look_into_a_redis_that_is_away_tells_nothing(account: str) -> None:

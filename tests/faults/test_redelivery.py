@@ -66,9 +66,9 @@ def test_given_a_message_that_kills_each_worker_then_it_is_set_aside_and_the_oth
             died += 1
         with celery(tmp_path, "survivor", plant=PLANT) as survivor:
             log = tmp_path / "survivor.log"
-            until(lambda: "message set aside" in log.read_text(), 60, log.read_text)
+            until(lambda: "message rejected" in log.read_text(), 60, log.read_text)
             until(lambda: tracked() == good, 60, tracked)
             assert survivor.poll() is None
-        lines = [line for line in log.read_text().splitlines() if "message set aside" in line]
+        lines = [line for line in log.read_text().splitlines() if "message rejected" in line]
         assert len(lines) == 1
         assert "remote='poison'" in lines[0]

@@ -87,7 +87,7 @@ def test_given_waiting_jobs_when_the_database_is_reconfigured_then_all_complete_
         until(lambda: all_completed(database, JOBS), 120, lambda: f"{states(database)} {log.read_text()[-1_500:]}")
     log_text = log.read_text()
     assert_nothing_lost(database, sandbox, tmp_path, JOBS, asked_again=JOBS)
-    assert "set aside" not in log_text
+    assert "died at each" not in log_text
     assert "Traceback" not in log_text
     assert "restart in" not in log_text, "a process exited because of the fault"
 
@@ -134,5 +134,5 @@ def test_given_a_mariadb_with_other_defaults_when_it_is_read_only_for_a_while_th
         database.dispose()
         engine_for(load().database).dispose()
     log_text = log.read_text()
-    assert "set aside" not in log_text
+    assert "died at each" not in log_text
     assert "Traceback" not in log_text

@@ -199,7 +199,7 @@ def test_whatever_is_answered_the_rows_hold_what_their_columns_and_constraints_a
         recorder.take([PollAnswer(job, reply, probe, time.monotonic(), raw=RawAnswer(code, body))], {})
         lost = recorder.write({})
 
-        assert (lost, recorder.kept) == (0, 0)
+        assert (lost, recorder.unwritten) == (0, 0)
         with engine.connect() as connection:
             row = connection.execute(select(jobs)).one()
             listed = connection.execute(select(outputs).order_by(outputs.c.position)).all()

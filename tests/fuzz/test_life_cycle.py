@@ -314,7 +314,7 @@ class Stage:
             notify=lambda _: None,
             kept_text=lambda raw: KeptText("", raw.body.decode()),
         )
-        made._random = random.Random(0)
+        made._rng = random.Random(0)
         return made
 
 
@@ -639,7 +639,7 @@ def walks(stage: Stage) -> type[RuleBasedStateMachine]:
             with stage.engine.connect() as connection:
                 ends = [breaker.last_hold_end(self.now) for breaker in all_breakers(connection).values()]
             hold_end = max((micros(end) or 0 for end in ends if end is not None), default=None)
-            assert self.recorder.kept == 0
+            assert self.recorder.unwritten == 0
             missed = 0
             for one, kind in heard:
                 job = self.jobs[one.id]

@@ -37,9 +37,9 @@ def test_other_ports_are_other_receivers() -> None:
 
 def test_a_name_is_the_receiver_at_its_address_once_it_was_looked_up() -> None:
     receivers = Receivers()
-    assert receivers.known("http://localhost:8000/x") == "localhost:8000"
+    assert receivers.cached("http://localhost:8000/x") == "localhost:8000"
     assert receivers.look_up("http://localhost:8000/x", 5.0) == "127.0.0.1:8000"
-    assert receivers.known("http://LOCALHOST.:8000/y") == receivers.known("http://127.0.0.1:8000") == "127.0.0.1:8000"
+    assert receivers.cached("http://LOCALHOST.:8000/y") == receivers.cached("http://127.0.0.1:8000") == "127.0.0.1:8000"
 
 
 def test_an_answer_of_the_name_server_is_believed_for_a_minute() -> None:
@@ -47,7 +47,7 @@ def test_an_answer_of_the_name_server_is_believed_for_a_minute() -> None:
     receivers = Receivers(clock=lambda: now)
     receivers.look_up("http://localhost:8000", 5.0)
     now = 61.0
-    assert receivers.known("http://localhost:8000") == "localhost:8000"
+    assert receivers.cached("http://localhost:8000") == "localhost:8000"
 
 
 def test_a_name_that_does_not_resolve_is_compared_as_it_is_written() -> None:

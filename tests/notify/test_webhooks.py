@@ -25,7 +25,7 @@ from worker.coordination.leases import LeaseKeeper, LeaseLost
 from worker.core.webhook import secret_bytes
 from worker.net.address_guard import Guard, guarded_adapter
 from worker.notify import webhooks
-from worker.notify.webhooks import AT_ONCE, PER_RECEIVER, Webhooks
+from worker.notify.webhooks import MAX_DELIVERIES, PER_RECEIVER, Webhooks
 from worker.store.engine import database_now
 from worker.store.events import claim_events, create_events, record_delivery, release_events
 from worker.store.jobs import retry
@@ -106,7 +106,7 @@ def _sender(
         engine=engine,
         leases=leases or LeaseKeeper(engine, lease=LEASE),
         guard=guard,
-        adapter=guarded_adapter(guard, connections=AT_ONCE),
+        adapter=guarded_adapter(guard, connections=MAX_DELIVERIES),
         scrubber=Scrubber(["sk-canary", SECRET]),
         secrets=[secret_bytes(text) for text in secret_texts or (SECRET,)],
     )
@@ -255,7 +255,7 @@ def test_one_receiver_that_hangs_keeps_no_other_waiting(engine: Engine, sender: 
 
     with receiving() as hanging:
         hanging.answer = hang
-        for number in range(AT_ONCE * 2):
+        for number in range(MAX_DELIVERIES * 2):
             _final(engine, hanging.url.replace("127.0.0.1", ("127.0.0.1", "127.1")[number % 2]), f"slow{number}")
         _final(engine, receiver.url, "quick", completed_at=NOW + seconds(1))
         until = time.monotonic() + 10
@@ -281,7 +281,7 @@ def test_many_receivers_that_hang_leave_places_to_the_others(
     with receiving() as one, receiving() as two, receiving() as three, receiving() as four:
         for name, hanging in enumerate((one, two, three, four)):
             hanging.answer = hang
-            for number in range(AT_ONCE):
+            for number in range(MAX_DELIVERIES):
                 _final(engine, hanging.url, f"{name}-{number}")
         _final(engine, receiver.url, "quick", completed_at=NOW + seconds(1))
         until = time.monotonic() + 10
@@ -340,7 +340,7 @@ def test_a_claim_that_nobody_began_with_is_given_back_and_what_is_under_way_is_n
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as broken:
-        broken.setattr(sender, "_begin", no_thread)
+        broken.setattr(sender, "_start", no_thread)
         with pytest.raises(RuntimeError):
             sender.run()
     assert sender.run() == 0

@@ -108,7 +108,7 @@ def test_given_a_state_that_nobody_can_read_when_it_is_loaded_then_it_is_learned
         finished(second, 20.0)
     second.share()
 
-    assert "learned anew" in caplog.text
+    assert "learning starts again" in caplog.text
     assert median(PaceLearner(engine)) == pytest.approx(20.0, rel=0.2)
 
 

@@ -452,7 +452,7 @@ def test_given_a_host_that_says_nothing_when_it_has_many_jobs_due_then_those_of_
         polls.track(range(400), host=host)
         run = threading.Thread(target=polls.run, args=(3.0,))
         run.start()
-        wait_until(lambda: polls.poller._calls.outstanding_at(host) >= IN_FLIGHT, "the silent host's places are taken")
+        wait_until(lambda: polls.poller._pool.outstanding_at(host) >= IN_FLIGHT, "the silent host's places are taken")
         good = submitted(sandbox, 20, samples=1)
         polls.track(good)
         polls.poller.wake()
@@ -523,8 +523,8 @@ def test_given_a_stop_when_jobs_are_claimed_and_not_asked_then_they_are_due_agai
     ids = polls.track(submitted(sandbox, 60, samples=1), account="slow")
     breaker = threading.Event()
     ask = polls.poller._api.ask
-    polls.poller._calls._ask = lambda job: (breaker.wait(60), ask(job.address, job.remote_id, SecretStr(KEY)))[1]
-    polls.poller._calls._most = 2
+    polls.poller._pool._ask = lambda job: (breaker.wait(60), ask(job.address, job.remote_id, SecretStr(KEY)))[1]
+    polls.poller._pool._max_threads = 2
     run = threading.Thread(target=polls.run, args=(20.0,))
     run.start()
     wait_until(lambda: sum(polls.row(job).polls for job in ids) >= 4, "four are asked about")
@@ -652,7 +652,7 @@ def test_given_200_rows_that_somebody_has_locked_when_jobs_come_due_then_they_ar
     with engine.begin() as other:
         other.execute(select(jobs.c.id).where(jobs.c.id.in_(ids)).with_for_update())
         breaker.set()
-        wait_until(lambda: polls.poller.kept >= 100, "their answers wait")
+        wait_until(lambda: polls.poller.unwritten >= 100, "their answers wait")
         began = time.monotonic()
         (job,) = polls.track(submitted(sandbox, 1, samples=1))
         polls.until(lambda: polls.row(job).status == "downloading")

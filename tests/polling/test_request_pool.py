@@ -140,7 +140,7 @@ def test_given_a_call_that_raises_when_asked_then_it_is_the_apis_trouble_and_the
 
     assert isinstance(replies[1], ApiDown)
     assert replies[2] == Processing()
-    assert "a call failed job=1" in caplog.text
+    assert "a request failed job=1" in caplog.text
 
 
 def test_given_a_stop_when_jobs_wait_for_a_thread_then_they_come_back_and_the_rest_is_finished(
@@ -150,7 +150,7 @@ def test_given_a_stop_when_jobs_wait_for_a_thread_then_they_come_back_and_the_re
     for number in range(1, 5):
         calls.start(job(number), 0.0)
     until = time.monotonic() + 5
-    while calls._lanes["api.test"].to_ask.qsize() > 3 and time.monotonic() < until:
+    while calls._lanes["api.test"].queue.qsize() > 3 and time.monotonic() < until:
         time.sleep(0.001)  # the first one has begun
 
     assert [one.id for one in calls.take_back()] == [2, 3, 4]
@@ -215,7 +215,7 @@ def test_given_calls_that_keep_the_processor_busy_when_adapted_then_few_threads_
     assert threads_of(calls) == 64
 
     for _ in range(5):
-        calls._adapt_to(0.9)
+        calls._set_threads(0.9)
 
     assert threads_of(calls) == 8
     opened.set()
@@ -233,10 +233,10 @@ def test_given_few_threads_when_jobs_wait_and_the_processor_has_time_then_all_th
     for number in range(100):
         calls.start(job(number), 0.0)
     for _ in range(5):
-        calls._adapt_to(0.9)
+        calls._set_threads(0.9)
 
     for _ in range(3):
-        calls._adapt_to(0.1)
+        calls._set_threads(0.1)
         calls.answers(0.0, gather=0.0)
 
     assert threads_of(calls) == 64
@@ -251,7 +251,7 @@ def test_given_few_threads_when_jobs_come_after_a_rest_then_there_may_be_all_of_
     for number in range(64):
         calls.start(job(number), 0.0)
     for _ in range(5):
-        calls._adapt_to(0.9)
+        calls._set_threads(0.9)
     collected(calls, 64)
     assert threads_of(calls) == 8
 
@@ -284,7 +284,7 @@ def test_given_threads_that_are_to_end_when_jobs_are_taken_back_then_the_threads
     calls.start(job(1), 0.0)
     calls.start(job(2), 0.0)
     lane = calls._lanes["api.test"]
-    while lane.to_ask.qsize():
+    while lane.queue.qsize():
         time.sleep(0.001)  # both have begun
     lane.limit_threads(1)
     calls.start(job(3), 0.0)
@@ -308,8 +308,8 @@ def test_given_calls_of_one_host_that_only_wait_when_another_keeps_the_processor
     slow, fast = calls._lanes["slow.test"], calls._lanes["fast.test"]
 
     for _ in range(5):
-        calls._adapt_to(0.9, light=[slow])
+        calls._set_threads(0.9, light=[slow])
 
-    assert (slow.most_threads, fast.most_threads) == (64, 8)
+    assert (slow.max_threads, fast.max_threads) == (64, 8)
     opened.set()
     assert len(collected(calls, 200)) == 200

@@ -16,7 +16,7 @@ def _die_in(deliveries: DeliveryCounter, message_id: str) -> None:
 
 
 def test_a_message_that_ended_its_process_too_often_is_set_aside_and_then_forgotten(redis_url: str) -> None:
-    deliveries, message_id = DeliveryCounter(redis_client(redis_url, seconds=5), most=3), str(uuid4())
+    deliveries, message_id = DeliveryCounter(redis_client(redis_url, seconds=5), max_deliveries=3), str(uuid4())
     for _ in range(3):
         _die_in(deliveries, message_id)
     with pytest.raises(TooManyDeliveries), deliveries.counted(message_id, redelivered=True):
@@ -28,7 +28,7 @@ def test_a_message_that_ended_its_process_too_often_is_set_aside_and_then_forgot
 
 
 def test_deliveries_that_end_are_not_counted_however_they_end(redis_url: str) -> None:
-    deliveries, message_id = DeliveryCounter(redis_client(redis_url, seconds=5), most=1), str(uuid4())
+    deliveries, message_id = DeliveryCounter(redis_client(redis_url, seconds=5), max_deliveries=1), str(uuid4())
     for _ in range(5):
         with suppress(ValueError), deliveries.counted(message_id, redelivered=True):
             raise ValueError
@@ -37,7 +37,7 @@ def test_deliveries_that_end_are_not_counted_however_they_end(redis_url: str) ->
 
 
 def test_without_redis_every_message_runs() -> None:
-    deliveries = DeliveryCounter(redis_client("redis://127.0.0.1:1/0", seconds=1), most=0)
+    deliveries = DeliveryCounter(redis_client("redis://127.0.0.1:1/0", seconds=1), max_deliveries=0)
     ran = []
     with deliveries.counted("a", redelivered=True):
         ran.append(1)

@@ -146,8 +146,8 @@ def test_every_sweep_records_history_and_errors_in_it_do_not_stop_the_sweep(
             with engine.begin() as connection:
                 connection.execute(text("ALTER TABLE fetch_history_gone RENAME TO fetch_history"))
 
-    assert result.stdout.strip() == "['nothing to put back', 'nothing to put back']"
-    assert ("the history lacks a line" in result.stderr) != there
+    assert result.stdout.strip() == "['nothing to requeue', 'nothing to requeue']"
+    assert ("a history row is missing" in result.stderr) != there
     with engine.connect() as connection:
         lines = connection.execute(select(func.count()).select_from(history)).scalar_one()
     assert bool(lines) == there

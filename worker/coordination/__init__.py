@@ -1,1 +1,1 @@
-"""How processes share work: leases, the request rate in Redis, wake-ups, background publishing."""
+"""What processes share: leases, the rate limiter in Redis, wake-ups. Also the thread that publishes messages."""

@@ -1,8 +1,8 @@
-"""Keeps this process's leases alive: one statement per third of a lease, for whatever the process has claimed.
+"""Renews the leases of this process: one statement per third of a lease, for all its claims.
 
-A process that was stopped (SIGSTOP, a suspended host) does not notice that its leases are over: others have taken its
-work. So before each request it asks whether the claim is sure to last (`check`). The ends of leases are kept by a clock
-of this host that goes on while it is suspended.
+A process that was stopped (SIGSTOP, a suspended host) does not notice that its leases have ended: other processes may
+have its work. So it checks before each request that the claim still lasts (`check`). The ends of leases are measured
+by a clock of this host that continues while it is suspended.
 """
 
 import logging
@@ -21,24 +21,24 @@ from worker.system.process_identity import holder_name
 
 log = logging.getLogger(__name__)
 
-TOKENS_KEPT = 256  # claims whose lease is over are forgotten when there are more, and at each renewal
+TOKENS_KEPT = 256  # above this number, tokens of ended leases are dropped; each renewal drops them, too
 
-_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # Linux; elsewhere CLOCK_MONOTONIC counts sleep, too
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # Linux; on other systems CLOCK_MONOTONIC includes sleep
 
 
 def boot_seconds() -> float:
-    """Return the seconds since the host started, counting the time that it was suspended."""
+    """Return the seconds since the host started, including the time it was suspended."""
     return time.clock_gettime(_CLOCK)
 
 
 class LeaseLost(Exception):
-    """The claim is not sure to last: nothing may be sent for it any more, and it is to be given back."""
+    """The lease may have ended. No request may be sent for the claim; release it."""
 
 
 class LeaseKeeper:
-    """The holder of this process's claims. Its thread runs while there is something to hold.
+    """Renews the leases of this process's claims. Its thread runs while anything is claimed.
 
-    With `sent`, each request that `check` permits is noted there.
+    With `sent`, each request that `check` permits is recorded there.
     """
 
     def __init__(
@@ -55,77 +55,81 @@ class LeaseKeeper:
         self._engine = engine
         self._sent = sent
         self._clock = clock
-        self._seconds = lease.total_seconds()
+        self._lease_seconds = lease.total_seconds()
         # A lease is renewed every third of its length, so more than a third is left while renewals work. With less
-        # left a request could still be on its way when the next process asks.
-        self._margin = self._seconds / 3
-        self._ends: dict[str, float] = {}  # by token: when the lease ends that the claim began with
-        self._renewed: tuple[frozenset[Claim], float] = (frozenset(), 0.0)  # what the last renewal kept, until when
-        self._held = 0
+        # left, a request could still be on its way when the next process claims the job and polls it.
+        self._margin = self._lease_seconds / 3
+        self._lease_ends: dict[str, float] = {}  # by token: when the claim's first lease ends
+        self._renewed: tuple[frozenset[Claim], float] = (
+            frozenset(),
+            0.0,
+        )  # the claims of the last renewal, and the end of their leases
+        self._holds = 0
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "LeaseKeeper":
-        """Some work is claimed, or about to be."""
+        """Note that work is claimed, or about to be. Leases are renewed until `__exit__`."""
         with self._lock:
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="lease-keeper", daemon=True)
-                thread.start()  # where no thread is left nothing is held, and the next one tries again
+                thread.start()  # if no thread can be started, nothing is counted; the next call tries again
                 self._thread = thread
-            self._held += 1
+            self._holds += 1
         self._wake.set()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """That work is done."""
+        """Note that this work is done."""
         with self._lock:
-            self._held -= 1
+            self._holds -= 1
 
     def new_token(self) -> str:
-        """Return a token for a claim whose transaction is about to begin: its lease lasts at least from now on."""
-        if len(self._ends) > TOKENS_KEPT:
+        """Return a token for a claim whose transaction is about to begin. Its lease is counted from now."""
+        if len(self._lease_ends) > TOKENS_KEPT:
             self._forget_ended()
         token = secrets.token_hex(TOKEN_BYTES)
-        self._ends[token] = self._clock() + self._seconds
+        self._lease_ends[token] = self._clock() + self._lease_seconds
         return token
 
     def check(self, row_id: int, token: str) -> None:
-        """Permit one request for a claim, right before it is sent. Raises LeaseLost where the lease may be over."""
+        """Permit one request for a claim, right before it is sent. Raises LeaseLost if the lease may have ended."""
         now = self._clock() + self._margin
-        if now >= self._ends.get(token, 0.0):
-            kept, until = self._renewed
-            if now >= until or (row_id, token) not in kept:
+        if now >= self._lease_ends.get(token, 0.0):
+            renewed_claims, until = self._renewed
+            if now >= until or (row_id, token) not in renewed_claims:
                 raise LeaseLost
         if self._sent is not None:
             self._sent.note(row_id, token)
 
     def renew(self) -> None:
-        """Renew the leases of this process that are not over. Raises what the database raises."""
-        ends = self._clock() + self._seconds  # read before the database reads its own clock: never later than the row
+        """Renew the active leases of this process. Raises the errors of the database."""
+        # Read before the database's clock, so that the end is never later than the one in the row.
+        ends = self._clock() + self._lease_seconds
         with self._engine.begin() as connection:
-            kept = renew_leases(connection, self.holder, lease=self.lease, now=database_now(connection))
-        self._renewed = (frozenset(kept), ends)
+            claims = renew_leases(connection, self.holder, lease=self.lease, now=database_now(connection))
+        self._renewed = (frozenset(claims), ends)
         self._forget_ended()
 
     def _forget_ended(self) -> None:
         now = self._clock()
-        for token, ends in list(self._ends.items()):
+        for token, ends in list(self._lease_ends.items()):
             if now >= ends:
-                self._ends.pop(token, None)
+                self._lease_ends.pop(token, None)
 
     def _run(self) -> None:
-        rest = threading.Event()
+        pause = threading.Event()
         while True:
-            rest.wait(self._seconds / 3)
+            pause.wait(self._lease_seconds / 3)
             with self._lock:
-                idle = self._held == 0
+                idle = self._holds == 0
                 if idle:
-                    self._wake.clear()  # under the lock: whoever begins to hold something wakes after it
+                    self._wake.clear()  # under the lock, so that a later `__enter__` wakes this thread
             if idle:
                 self._wake.wait()
                 continue
             try:
                 self.renew()
-            except Exception as error:  # a thread that dies here would let every lease run out
+            except Exception as error:  # if this thread died, every lease would run out
                 log.warning("leases could not be renewed reason=%s", error_name(error))

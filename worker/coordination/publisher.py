@@ -1,6 +1,6 @@
-"""Sends messages from a thread of its own: who has something to send never waits for the broker.
+"""Publishes Celery messages from a background thread, so that the poll loop never blocks on the broker.
 
-What it can't send, or has no room for, is dropped: a message is a hint, and the sweep sends it again.
+A message that can't be sent, or finds the queue full, is dropped: it is a hint, and the sweep sends it again.
 """
 
 import logging
@@ -11,45 +11,45 @@ from queue import Full, Queue
 
 log = logging.getLogger(__name__)
 
-MOST = 1_000  # batches that wait to be sent
+MAX_QUEUED = 1_000  # batches waiting to be sent
 
 
 class Publisher:
-    """One thread that does what it is handed, one after the other. It starts with the first."""
+    """One thread that runs the submitted work in order. It starts with the first work."""
 
     def __init__(self) -> None:
-        self._queue: Queue[tuple[str, Callable[[], object]]] = Queue(MOST)
+        self._queue: Queue[tuple[str, Callable[[], object]]] = Queue(MAX_QUEUED)
         self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
+        self._start_lock = threading.Lock()
 
-    def send(self, what: str, work: Callable[[], object]) -> None:
-        """Send something soon, from the courier's thread. May be called from any thread."""
-        with self._starting:
+    def send(self, messages: str, work: Callable[[], object]) -> None:
+        """Queue `work`, which sends messages, for the publisher's thread. May be called from any thread."""
+        with self._start_lock:
             if self._thread is None:
-                thread = threading.Thread(target=self._run, name="courier", daemon=True)
-                thread.start()  # raises where no thread is left: then the next call tries again
+                thread = threading.Thread(target=self._run, name="publisher", daemon=True)
+                thread.start()  # raises if no thread can be started: the next call tries again
                 self._thread = thread
         try:
-            self._queue.put_nowait((what, work))
+            self._queue.put_nowait((messages, work))
         except Full:
-            log.warning("too much waits to be sent, the sweep will send it what=%s", what)
+            log.warning("the publisher's queue is full, the sweep will send it what=%s", messages)
 
     def finish(self, seconds: float) -> bool:
-        """Wait until all is sent, at most so many seconds; return whether it was."""
+        """Wait until everything is sent, at most `seconds`. Return whether it was sent."""
         if self._thread is None:
             return True
         until = time.monotonic() + seconds
-        done = threading.Event()
+        finished = threading.Event()
         try:
-            self._queue.put(("nothing", done.set), timeout=seconds)  # where the queue is full, once there is room
+            self._queue.put(("nothing", finished.set), timeout=seconds)  # waits for room if the queue is full
         except Full:
             return False
-        return done.wait(max(0.0, until - time.monotonic()))
+        return finished.wait(max(0.0, until - time.monotonic()))
 
     def _run(self) -> None:
         while True:
-            what, work = self._queue.get()
+            messages, work = self._queue.get()
             try:
                 work()
-            except Exception:  # the thread must not die of one message
-                log.exception("not sent, the sweep will send it what=%s", what)
+            except Exception:  # one message must not end the thread
+                log.exception("not sent, the sweep will send it what=%s", messages)

@@ -1,13 +1,13 @@
-"""Which claims of a process led to a request, in a small file that outlives the process.
+"""Records which claims of a process led to a request, in a small file that outlives the process.
 
-A claim counts its request when it is made (`polls`), so that a crash hides none. Of the claims that a killed process
-leaves behind, some were never sent. The process that releases them reads here which ones, and takes them off the
-count.
+A claim counts its request when it is made (`polls`), so that a crash hides none. A killed process leaves claims behind,
+and some of their requests were never sent. The process that releases the claims reads this file, and subtracts those
+requests from the count.
 
-One file per process, named after it. A record is the job's id and the claim's token, written right before the request
-is sent; the file is a ring, so the oldest records are overwritten. Nothing is synced to the disk: the kernel keeps what
-a killed process wrote, and after a crash of the host every claim counts. The file is written as memory: a system call
-would let go of the interpreter lock, for which all threads that send compete.
+There is one file per process, named after it. A record is the job's id and the claim's token, written right before the
+request is sent. The file is a ring: the oldest records are overwritten. Nothing is synced to disk. The kernel keeps
+what a killed process wrote, and after a crash of the host every claim counts. The file is memory-mapped, since a system
+call would release the interpreter lock, for which all sending threads compete.
 """
 
 import itertools
@@ -20,12 +20,12 @@ from contextlib import suppress
 from pathlib import Path
 
 RECORD = struct.Struct("<Q8s")
-RECORDS = 16_384  # more than a process can have in flight or unrecorded
+RECORDS = 16_384  # more than a process can have in flight or unwritten
 TOKEN_BYTES = 8
 
 
 class SentRequests:
-    """Notes what this process sends, for others on the same host. Does nothing where the file can't be written."""
+    """Records the requests of this process, for others on the same host. Does nothing if the file can't be written."""
 
     def __init__(self, folder: Path, holder: str) -> None:
         self._records: mmap.mmap | None = None
@@ -34,30 +34,32 @@ class SentRequests:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
             with os.fdopen(os.open(folder / holder, flags, 0o600), "r+b") as file:
-                file.write(bytes(RECORDS * RECORD.size))  # on a full disk it fails here, and not as memory
+                file.write(bytes(RECORDS * RECORD.size))  # a full disk fails here, and not later in the mapped memory
                 file.flush()
                 self._records = mmap.mmap(file.fileno(), RECORDS * RECORD.size)
-        except OSError:  # a file that nothing is noted in would say that nothing was sent
+        except OSError:  # an empty file would claim that nothing was sent
             remove_files(folder, [holder])
 
     def note(self, row_id: int, token: str) -> None:
-        """Note that a request is about to be sent. May be called from any thread."""
+        """Record that a request is about to be sent. May be called from any thread."""
         if self._records is not None:
             RECORD.pack_into(self._records, next(self._next) % RECORDS * RECORD.size, row_id, bytes.fromhex(token))
 
 
 def sent_by(folder: Path, holders: Iterable[str]) -> dict[str, frozenset[tuple[int, str]]]:
-    """Return the claims (row id, token) that each of these processes sent a request for.
+    """Return the claims (row id, token) for which each of these processes sent a request.
 
-    Processes that have no file here are left out.
+    Processes without a file are left out.
     """
-    found = {}
+    claims_by_holder = {}
     for holder in holders:
         with suppress(OSError):
             content = (folder / holder).read_bytes()
             if len(content) == RECORDS * RECORD.size:
-                found[holder] = frozenset((row_id, token.hex()) for row_id, token in RECORD.iter_unpack(content))
-    return found
+                claims_by_holder[holder] = frozenset(
+                    (row_id, token.hex()) for row_id, token in RECORD.iter_unpack(content)
+                )
+    return claims_by_holder
 
 
 def remove_files(folder: Path, holders: Collection[str]) -> None:
@@ -68,18 +70,18 @@ def remove_files(folder: Path, holders: Collection[str]) -> None:
 
 
 def old_files(folder: Path, *, seconds: float) -> set[str]:
-    """Return the names of the processes that wrote nothing here for so long: they may be of a host that is no more."""
-    oldest, found = time.time() - seconds, set()
+    """Return the names of processes that wrote nothing here for `seconds`: their host may no longer exist."""
+    oldest, names = time.time() - seconds, set()
     with suppress(OSError):
         for path in folder.iterdir():
             with suppress(OSError):
                 if path.stat().st_mtime < oldest:
-                    found.add(path.name)
-    return found
+                    names.add(path.name)
+    return names
 
 
 def processes_with_files(folder: Path) -> list[str]:
-    """Return the names of the processes that have a file here, alive or not."""
+    """Return the names of the processes that have a file here, running or not."""
     with suppress(OSError):
         return sorted(path.name for path in folder.iterdir())
     return []

@@ -1,1 +1,1 @@
-"""Tells web apps that a job is final: their `on_done` task and signed webhooks."""
+"""Notifies web apps that a job is final: through their `on_done` task and through signed webhooks."""

@@ -1,4 +1,4 @@
-"""Tell web apps that a job is final: their `on_done` task, sent after the commit, at least once."""
+"""Notifies web apps of final jobs: sends their `on_done` task after the commit, at least once."""
 
 import logging
 import re
@@ -19,13 +19,13 @@ from worker.store.on_done import CLAIM, OnDoneCall, claim_calls, record_refused,
 
 log = logging.getLogger(__name__)
 
-SURE = 2 / 3  # of a claim: later another process may be about to send the same, after a pause of this process
-ERROR_MOST = 255  # characters
-# What a full or half-started Redis answers: it is away for every queue, and refuses none.
-REDIS_AWAY = re.compile(  # codes that redis-py has no class for; a pipeline writes the command before them
+SAFE_SHARE = 2 / 3  # share of a claim's time. Later, another process may be about to send the same call.
+MAX_ERROR_LENGTH = 255  # characters
+# Replies of a full or starting Redis: it is unavailable for every queue, and refuses no message in particular.
+REDIS_AWAY = re.compile(  # codes without a class in redis-py; a pipeline puts the command before them
     r"(?:^|caused error: )(?:OOM|READONLY|MISCONF|LOADING|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|NOREPLICAS|BUSY|NOAUTH) "
 )
-# None of these is an OSError. redis-py takes the code off the text of what it has a class for.
+# Errors of an unavailable broker. Not all are an OSError. redis-py removes the code from the text of its own classes.
 AWAY = (
     *(OSError, AmqpLost, redis_errors.ConnectionError, redis_errors.TimeoutError),
     *(redis_errors.ReadOnlyError, redis_errors.OutOfMemoryError, redis_errors.MasterDownError),
@@ -38,14 +38,14 @@ Send = Callable[[str, str, int], None]
 def notify(
     engine: Engine, send: Send, job_ids: Sequence[int] | None = None, *, clock: Callable[[], float] = boot_seconds
 ) -> int:
-    """Send the `on_done` task of each final job that was not told of yet. Return how many were sent.
+    """Send the `on_done` task of each final job that was not sent yet. Return how many were sent.
 
-    `send` takes task name, queue and job id. With `job_ids` only those are looked at. Jobs are claimed first and marked
-    after their messages are out, so a message is sent twice only where its process dies in between. A queue that
-    refuses a message is tried again with growing delays, and keeps no other job. Raises what `send` raised where the
-    broker is away: nothing is lost then, the next sweep sends the rest.
+    `send` takes task name, queue and job id. `job_ids` limits the call to these jobs. Jobs are claimed first, and
+    marked after their messages are sent, so a message is sent twice only if its process dies in between. A message that
+    a queue refuses is retried with growing delays, and delays no other job. Raises the errors of `send` if the broker
+    is away: nothing is lost then, and the next sweep sends the rest.
     """
-    until = clock() + CLAIM.total_seconds() * SURE
+    claim_end = clock() + CLAIM.total_seconds() * SAFE_SHARE
     with engine.begin() as connection:
         calls = claim_calls(connection, now=database_now(connection), job_ids=job_ids)
     if not calls:
@@ -53,15 +53,15 @@ def notify(
     sent: set[int] = set()
     refused: dict[OnDoneCall, str] = {}
     try:
-        _send_all(calls, send, sent, refused, lambda: clock() < until)
+        _send_all(calls, send, sent, refused, lambda: clock() < claim_end)
     finally:
-        left = {call.job_id for call in calls} - sent - {call.job_id for call in refused}
+        unsent = {call.job_id for call in calls} - sent - {call.job_id for call in refused}
         with engine.begin() as connection:
             now = database_now(connection)
             record_sent(connection, sent, now=now)
             record_refused(connection, refused, now=now)
-            if clock() < until:
-                release_calls(connection, left)
+            if clock() < claim_end:
+                release_calls(connection, unsent)
     return len(sent)
 
 
@@ -70,13 +70,13 @@ def _send_all(
     send: Send,
     sent: set[int],
     refused: dict[OnDoneCall, str],
-    lasts: Callable[[], bool],
+    claim_lasts: Callable[[], bool],
 ) -> None:
-    """Send what can be sent while the claim lasts. A queue that refused one call is not asked again for the others."""
+    """Send the calls while the claim lasts. After a queue refuses one call, no other call to it is tried."""
     refused_queues: dict[str, str] = {}
     for call in calls:
-        if not lasts():
-            log.warning("on_done calls are left to the next sweep: their claim is not sure to last")
+        if not claim_lasts():
+            log.warning("on_done calls are left to the next sweep: their claim may have ended")
             return
         task, queue = task_and_queue(call.on_done)
         reason = on_done_problem(call.on_done) or refused_queues.get(queue)
@@ -96,11 +96,11 @@ def _send_all(
 
 
 def refusal(error: Exception) -> str | None:
-    """Return what a broker has against one queue, or None where the broker is away."""
+    """Return why the broker refuses a message, or None if the broker is away."""
     cause = error.__cause__ if isinstance(error, BrokerError) and isinstance(error.__cause__, Exception) else error
     if isinstance(cause, AWAY) or (isinstance(cause, ResponseError) and REDIS_AWAY.search(str(cause))):
         return None
     if isinstance(cause, BrokerError) and not isinstance(cause, (ChannelError, ResponseError)):
         return None
     text = plain_text(str(cause)).strip()
-    return f"the broker refuses the message: {text or type(cause).__name__}"[:ERROR_MOST]
+    return f"the broker refuses the message: {text or type(cause).__name__}"[:MAX_ERROR_LENGTH]

@@ -1,4 +1,4 @@
-"""Which webhook addresses lead to one receiver: limits hold per server, however its address is spelled."""
+"""Finds the receiver (server) of a webhook URL. Limits apply per receiver, however its address is spelled."""
 
 import ipaddress
 import threading
@@ -11,12 +11,12 @@ from worker.net.address_guard import written_address
 from worker.net.deadlines import look_up
 
 PORTS = {"http": 80, "https": 443}
-KNOWN_MOST = 10_000  # hosts
-KNOWN_SECONDS = 60.0  # how long an answer of the name server is believed; only limits depend on it
+MAX_CACHED = 10_000  # hosts
+CACHE_SECONDS = 60.0  # how long a DNS answer is used; only limits depend on it
 
 
 def receiver_name(url: str) -> str:
-    """Return the host and port of a URL in one spelling, without asking a name server.
+    """Return the host and port of a URL in one spelling, without a DNS request.
 
     >>> receiver_name("https://APP.example.:443/x"), receiver_name("http://[0:0::1]:80/")
     ('app.example:443', '127.0.0.1:80')
@@ -25,42 +25,42 @@ def receiver_name(url: str) -> str:
     return f"{host}:{port}"
 
 
-def prefix(url: str) -> str:
-    """Return what a URL begins with, as it is spelled, down to its host and port."""
-    scheme, _, rest = url.partition("://")
-    end = min((index for mark in "/?#" if (index := rest.find(mark)) >= 0), default=len(rest))
-    return f"{scheme}://{rest[:end]}"
+def url_prefix(url: str) -> str:
+    """Return the beginning of a URL, as it is spelled, up to its host and port."""
+    scheme, _, after_scheme = url.partition("://")
+    end = min((index for mark in "/?#" if (index := after_scheme.find(mark)) >= 0), default=len(after_scheme))
+    return f"{scheme}://{after_scheme[:end]}"
 
 
 class Receivers:
-    """Which receiver each URL leads to, by the addresses that its host resolves to. Thread-safe."""
+    """Maps URLs to receivers, by the addresses that their hosts resolve to. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._known: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        self._cache: OrderedDict[str, tuple[str, float]] = OrderedDict()
 
-    def known(self, url: str) -> str:
-        """Return the receiver as far as it is known by now; never waits."""
+    def cached(self, url: str) -> str:
+        """Return the receiver as currently known. Never blocks."""
         name = receiver_name(url)
         with self._lock:
-            receiver, until = self._known.get(name, (name, 0.0))
+            receiver, until = self._cache.get(name, (name, 0.0))
         return receiver if self._clock() < until else name
 
     def look_up(self, url: str, seconds: float) -> str:
-        """Return the receiver, and ask the name server for it. Where it does not answer, names are compared."""
-        receiver = self.known(url)
+        """Return the receiver, resolving its host if needed. If that fails, the receiver is its host name."""
+        receiver = self.cached(url)
         host, port = _host_and_port(url)
         if receiver != f"{host}:{port}":
             return receiver
         try:
-            receiver = f"{_first(str(answer[0]) for _, answer in look_up(host, port, seconds))}:{port}"
+            receiver = f"{_canonical_address(str(answer[0]) for _, answer in look_up(host, port, seconds))}:{port}"
         except (OSError, ValueError):
             return receiver
         with self._lock:
-            self._known[f"{host}:{port}"] = (receiver, self._clock() + KNOWN_SECONDS)
-            while len(self._known) > KNOWN_MOST:
-                self._known.popitem(last=False)
+            self._cache[f"{host}:{port}"] = (receiver, self._clock() + CACHE_SECONDS)
+            while len(self._cache) > MAX_CACHED:
+                self._cache.popitem(last=False)
         return receiver
 
 
@@ -70,18 +70,18 @@ def _host_and_port(url: str) -> tuple[str, int]:
         host, port = (parts.hostname or "").rstrip("."), parts.port or PORTS.get(parts.scheme, 0)
         host = host if host.isascii() else host.encode("idna").decode("ascii")
     except (ValueError, UnicodeError):
-        return prefix(url), 0
+        return url_prefix(url), 0
     address = written_address(host)
-    return (host.lower(), port) if address is None else (_first([str(address)]), port)
+    return (host.lower(), port) if address is None else (_canonical_address([str(address)]), port)
 
 
-def _first(addresses: Iterable[str]) -> str:
-    """Return the one address by which a receiver is known that has several. Loopback is one in both families."""
-    found = []
+def _canonical_address(addresses: Iterable[str]) -> str:
+    """Return one address to identify a receiver with several. IPv4 and IPv6 loopback count as the same."""
+    candidates = []
     for text in addresses:
         address = ipaddress.ip_address(text.partition("%")[0])
         address = getattr(address, "ipv4_mapped", None) or address
         if address == ipaddress.IPv6Address("::1"):
             address = ipaddress.IPv4Address("127.0.0.1")
-        found.append((address.version, int(address), str(address)))
-    return min(found)[2]
+        candidates.append((address.version, int(address), str(address)))
+    return min(candidates)[2]

@@ -1,6 +1,7 @@
-"""Sends webhooks: claims due events, posts them signed, and tries again with growing delays for a day.
+"""Sends webhooks: claims due events, posts them signed, and retries with growing delays for a day.
 
-Receivers are trusted with nothing: addresses are guarded like downloads, redirects are not followed, no answer is read.
+Receivers are not trusted: their addresses are guarded like those of downloads, redirects are not followed, and no
+answer body is read.
 """
 
 import logging
@@ -26,7 +27,7 @@ from worker.net.address_guard import Guard, RefusedTarget
 from worker.net.deadlines import TimeLimit
 from worker.net.network_errors import describe
 from worker.net.pooled_adapter import PooledAdapter
-from worker.notify.receivers import Receivers, prefix
+from worker.notify.receivers import Receivers, url_prefix
 from worker.notify.receivers import receiver_name as _receiver
 from worker.store.engine import database_now
 from worker.store.events import ClaimedEvent, claim_events, create_events, defer_events, record_delivery, release_events
@@ -34,18 +35,20 @@ from worker.system.redaction import Scrubber
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 48
-PER_RECEIVER = 16  # of those, and never more than there are places left: many that hang leave some to the others
-PUT_OFF_SECONDS = 0.5
+MAX_DELIVERIES = 48
+PER_RECEIVER = (
+    16  # at most this many of them, and at most as many as there are free places: a slow receiver must not take all
+)
+DEFER_SECONDS = 0.5
 BATCH = 200
-TIMEOUT_SECONDS = 15.0  # Standard Webhooks: receivers answer within 15 to 30 s
+TIMEOUT_SECONDS = 15.0  # Standard Webhooks: receivers should answer within 15 to 30 s
 CONNECT_SECONDS = 5.0
 GIVE_UP = timedelta(days=1)
-GONE = 410  # the receiver wants nothing more
+GONE = 410  # the receiver wants no more webhooks
 
 
 class Webhooks:
-    """What one process delivers. `run` is called again and again by one thread."""
+    """Delivers webhooks for one process. One thread calls `run` repeatedly."""
 
     def __init__(
         self,
@@ -65,40 +68,44 @@ class Webhooks:
         self._scrubber = scrubber
         self._secrets = tuple(secrets)
         self._clock = clock
-        self._ahead = 0.0  # the database's clock, which signs, before that one: a host's own may be wrong
+        self._clock_offset = (
+            0.0  # the database's clock minus this process's: it is used to sign, since a host's clock may be wrong
+        )
         self._adapter = adapter
         self._user_agent = user_agent
-        self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="webhook")  # starts none before the first call
-        self._under_way: dict[Future[None], ClaimedEvent] = {}  # single operations on it need no lock
+        self._threads = ThreadPoolExecutor(
+            MAX_DELIVERIES, thread_name_prefix="webhook"
+        )  # starts no thread before the first delivery
+        self._in_progress: dict[Future[None], ClaimedEvent] = {}  # single dict operations need no lock
         self._receivers = Receivers()
-        self._busy: Counter[str] = Counter()  # calls under way, by receiver
+        self._busy: Counter[str] = Counter()  # deliveries in progress, by receiver
         self._places = threading.Lock()
-        self._astray = threading.Event()  # some claim may be left that nobody ends
+        self._claims_lost = threading.Event()  # set if a claim may be left that no delivery ends
 
     def run(self) -> int:
-        """Makes the events that are missing and begins to deliver those that are due; how many were begun."""
-        free = AT_ONCE - len(self._under_way)
+        """Create missing events and start to deliver due ones. Return how many deliveries were started."""
+        free = MAX_DELIVERIES - len(self._in_progress)
         if not self._secrets or free <= 0:
             return 0
         with self._leases:
             try:
-                return self._claim_and_begin(free)
+                return self._claim_and_start(free)
             except Exception:
-                self._astray.set()
+                self._claims_lost.set()
                 raise
 
-    def _claim_and_begin(self, free: int) -> int:
-        astray = self._astray.is_set()
-        self._astray.clear()  # before the look at what is under way: whoever goes astray from here on says so again
-        under_way = list(self._under_way.values())
-        busy = Counter(self._receivers.known(event.url) for event in under_way)
+    def _claim_and_start(self, free: int) -> int:
+        release_lost = self._claims_lost.is_set()
+        self._claims_lost.clear()  # before reading the deliveries in progress, so that a later failure sets it again
+        under_way = list(self._in_progress.values())
+        busy = Counter(self._receivers.cached(event.url) for event in under_way)
         token = self._leases.new_token()
         with self._engine.begin() as connection:
             now = database_now(connection)
-            self._ahead = now.timestamp() - self._clock()
-            if astray:  # their leases would be renewed for as long as this process has any work
-                mine, again = [self._leases.holder], now + self._leases.lease
-                release_events(connection, mine, due_at=again, but=[event.id for event in under_way])
+            self._clock_offset = now.timestamp() - self._clock()
+            if release_lost:  # their leases would be renewed as long as this process has any work
+                own_holder, retry_at = [self._leases.holder], now + self._leases.lease
+                release_events(connection, own_holder, due_at=retry_at, but=[event.id for event in under_way])
             create_events(connection, now=now, limit=BATCH)
             due = claim_events(
                 connection,
@@ -108,102 +115,102 @@ class Webhooks:
                 now=now,
                 limit=free,
                 without={
-                    prefix(event.url) for event in under_way if _full(busy[self._receivers.known(event.url)], free)
+                    url_prefix(event.url) for event in under_way if _full(busy[self._receivers.cached(event.url)], free)
                 },
             )
-        later = self._begin(due, busy, free)
+        later = self._start(due, busy, free)
         if later:
             with self._engine.begin() as connection:
-                defer_events(connection, later, now=now, due_at=now + timedelta(seconds=PUT_OFF_SECONDS))
+                defer_events(connection, later, now=now, due_at=now + timedelta(seconds=DEFER_SECONDS))
         return len(due) - len(later)
 
     def wait(self, seconds: float) -> bool:
-        """Waits for what is under way, but not longer; whether all of it is over."""
-        return not wait_for(list(self._under_way), timeout=seconds).not_done
+        """Wait up to `seconds` for the deliveries in progress. Return whether all of them have ended."""
+        return not wait_for(list(self._in_progress), timeout=seconds).not_done
 
-    def _begin(self, due: Sequence[ClaimedEvent], busy: Counter[str], free: int) -> list[ClaimedEvent]:
-        """Those of a receiver that has enough to do already are left over: one that hangs must not stop the others."""
-        later = []
+    def _start(self, due: Sequence[ClaimedEvent], busy: Counter[str], free: int) -> list[ClaimedEvent]:
+        """Start deliveries, and return the events of receivers that are busy: a slow one must not block the others."""
+        deferred = []
         for event in due:
-            receiver = self._receivers.known(event.url)
+            receiver = self._receivers.cached(event.url)
             if _full(busy[receiver], free):
-                later.append(event)
+                deferred.append(event)
                 continue
             busy[receiver] += 1
             free -= 1
-            begun = self._threads.submit(self._deliver, event)
-            self._under_way[begun] = event
-            begun.add_done_callback(self._over)
-        return later
+            future = self._threads.submit(self._deliver, event)
+            self._in_progress[future] = event
+            future.add_done_callback(self._on_end)
+        return deferred
 
-    def _over(self, begun: "Future[None]") -> None:
-        self._under_way.pop(begun, None)
-        if begun.exception() is not None:
-            self._astray.set()  # the next run gives it back
-            log.error("webhook not recorded reason=%s", type(begun.exception()).__name__)
+    def _on_end(self, future: "Future[None]") -> None:
+        self._in_progress.pop(future, None)
+        if future.exception() is not None:
+            self._claims_lost.set()  # the next run releases the claim
+            log.error("webhook not recorded reason=%s", type(future.exception()).__name__)
 
     def _deliver(self, event: ClaimedEvent) -> None:
         with self._leases:
             receiver = self._receivers.look_up(event.url, CONNECT_SECONDS)
-            if not self._enter(receiver):  # another spelling of one that has enough to do
-                self._put_off(event)
+            if not self._take_place(receiver):  # another spelling of a busy receiver
+                self._defer(event)
                 return
             try:
                 outcome = self._post(event)
             except LeaseLost:
-                self._give_back(event)
+                self._release(event)
             else:
                 self._record(event, *outcome)
             finally:
-                self._leave(receiver)
+                self._free_place(receiver)
 
-    def _enter(self, receiver: str) -> bool:
-        """Take one of the places of a receiver, if it has one left."""
+    def _take_place(self, receiver: str) -> bool:
+        """Take a place of a receiver. Return False if none is free."""
         with self._places:
             if self._busy[receiver] >= PER_RECEIVER:
                 return False
             self._busy[receiver] += 1
             return True
 
-    def _leave(self, receiver: str) -> None:
+    def _free_place(self, receiver: str) -> None:
         with self._places:
             self._busy[receiver] -= 1
             if not self._busy[receiver]:
                 del self._busy[receiver]
 
-    def _put_off(self, event: ClaimedEvent) -> None:
+    def _defer(self, event: ClaimedEvent) -> None:
         with self._engine.begin() as connection:
             now = database_now(connection)
-            defer_events(connection, [event], now=now, due_at=now + timedelta(seconds=PUT_OFF_SECONDS))
+            defer_events(connection, [event], now=now, due_at=now + timedelta(seconds=DEFER_SECONDS))
 
-    def _give_back(self, event: ClaimedEvent) -> None:
-        """Give back an event that was not sent because its lease may be over."""
+    def _release(self, event: ClaimedEvent) -> None:
+        """Release an event that was not sent because its lease may have ended."""
         with self._engine.begin() as connection:
             now = database_now(connection)
             defer_events(connection, [event], now=now, due_at=now)
-        log.warning("a claim was not sure to last, no webhook was sent event_id=%s", event.event_id)
+        log.warning("a lease may have ended, no webhook was sent event_id=%s", event.event_id)
 
-    def _record(self, event: ClaimedEvent, status: int | None, message: str | None, asked: float | None) -> None:
+    def _record(self, event: ClaimedEvent, status: int | None, message: str | None, retry_after: float | None) -> None:
         message = None if message is None else plain_text(self._scrubber.text(message))
         with self._engine.begin() as connection:
             now = database_now(connection)
             ended = _ended(status, late=now - event.created_at > GIVE_UP)
-            wait = timedelta(seconds=retry_delay(event.attempts, random.random(), asked))
-            stood = record_delivery(
+            wait = timedelta(seconds=retry_delay(event.attempts, random.random(), retry_after))
+            recorded = record_delivery(
                 connection, event, now=now, ended=ended, due_at=now + wait, http_status=status, message=message
             )
         if ended == "delivered":
             log.info("webhook delivered job=%s event_id=%s attempts=%s", event.job_id, event.event_id, event.attempts)
             return
-        outcome = "gave up" if ended else f"again in {wait.total_seconds():.0f} s" if stood else "the claim was lost"
+        outcome = "gave up" if ended else f"again in {wait.total_seconds():.0f} s" if recorded else "the claim was lost"
         log.warning(
             "webhook not delivered job=%s event_id=%s receiver=%s attempts=%s outcome=%s reason=%s",
             *(event.job_id, event.event_id, _receiver(event.url), event.attempts, outcome, message),
         )
 
     def _post(self, event: ClaimedEvent) -> tuple[int | None, str | None, float | None]:
-        """(the status that was answered, what went wrong, seconds that the receiver asks us to wait)."""
-        sent_at = int(self._ahead + self._clock())
+        """Post an event. Return the HTTP status, the error, and the seconds that the receiver asks us to wait."""
+        sent_at = int(self._clock_offset + self._clock())
         signed = headers(self._secrets, event.event_id, sent_at, event.body) | {"User-Agent": self._user_agent}
         url, limit = (
             percent_encoded(event.url),
@@ -215,8 +222,8 @@ class Webhooks:
                 timeout = (min(CONNECT_SECONDS, limit.remaining), limit.remaining)
                 with self._adapter.exchange("POST", url, signed, timeout, event.body.encode()) as answer:
                     status = answer.status
-                    asked = _seconds(answer.headers.get("retry-after"))
-            if limit.expired:  # a head that was cut off looks like one that ended
+                    retry_after = _seconds(answer.headers.get("retry-after"))
+            if limit.expired:  # truncated headers look like complete ones
                 raise TimeoutError
         except LeaseLost:
             raise
@@ -226,10 +233,10 @@ class Webhooks:
             if limit.expired:
                 return None, f"no answer within {TIMEOUT_SECONDS:.0f} s", None
             return None, f"the receiver can't be reached: {describe(error)}", None
-        except Exception as fault:  # a claim that nobody ends would come back without any wait, and for ever
-            log.error("a fault of ours event_id=%s reason=%s", event.event_id, type(fault).__name__)
-            return None, f"a fault of ours: {type(fault).__name__}", None
-        return status, None if 200 <= status < 300 else f"HTTP {status}", asked
+        except Exception as error:  # a claim without an end would be retried forever and without delay
+            log.error("internal error in a delivery event_id=%s reason=%s", event.event_id, type(error).__name__)
+            return None, f"internal error: {type(error).__name__}", None
+        return status, None if 200 <= status < 300 else f"HTTP {status}", retry_after
 
 
 def _full(under_way: int, free: int) -> bool:

@@ -331,9 +331,9 @@ def _rate_limit(context: JobContext, peek: BudgetStatus | None) -> Finding:
     detail = f"{context.rate:g} requests per second allowed now, {configured:g} configured{ceiling}"
     if peek is None:
         return Finding("budget", "unknown", f"{detail}; Redis is not reachable, so the free requests are not known")
-    used = f"{peek.taken:.0f} were made in the last second"
-    if peek.left:
-        return Finding("budget", "free", f"{detail}; {peek.left} can be sent now, {used}")
+    used = f"{peek.accepted:.0f} were made in the last second"
+    if peek.available:
+        return Finding("budget", "free", f"{detail}; {peek.available} can be sent now, {used}")
     return Finding("budget", "used up", f"{detail}; the next can be sent in {peek.wait:.1f} s, {used}")
 
 

@@ -363,7 +363,7 @@ class SnapshotReader:
     ) -> AccountNow:
         first = next((earlier for earlier in self._samples if sample.at - earlier.at <= RATE_SECONDS), None)
         if first is None:
-            used = None if peek is None else peek.taken
+            used = None if peek is None else peek.accepted
         else:
             requests = sum(
                 times
@@ -377,7 +377,7 @@ class SnapshotReader:
             used=None if used is None else round(used, 2),
             rps=state.rps,
             ceiling=None if breaker is None or breaker.ceiling is None else round(breaker.ceiling, 2),
-            left=None if peek is None else peek.left,
+            left=None if peek is None else peek.available,
             reason=state.reason,
             since=state.since,
             until=state.until,

@@ -1,1 +1,1 @@
-"""Asks the API about due jobs and records what it says. Downloads, webhooks and `on_done` are elsewhere."""
+"""Polls the API for due jobs and records the answers. Downloads, webhooks and `on_done` calls are elsewhere."""

@@ -1,4 +1,4 @@
-"""Every call to the hosted API. Raises nothing: what does not lead to an answer is a reply of its own, `ApiDown`."""
+"""HTTP client for the hosted API. `ask` raises no network error: a request without an answer returns `ApiDown`."""
 
 import json
 import threading
@@ -29,7 +29,7 @@ from worker.vendor.shapes import TOO_LARGE
 
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
 CHUNK_BYTES = 64 * 1024
-LARGE_ANSWER_BYTES = 1024 * 1024  # larger ones are parsed one after the other: parsed, they take several times as much
+LARGE_ANSWER_BYTES = 1024 * 1024  # parsed one at a time, since parsing takes several times their size in memory
 CONNECT_SECONDS = 10.0
 HEADERS = {
     "Accept": "application/json",
@@ -38,9 +38,9 @@ HEADERS = {
 
 
 class ApiClient:
-    """The API as one process sees it: one pooled session for all its threads, without netrc or cookies.
+    """The API client of one process: one pooled session for all threads, without netrc or cookies.
 
-    `session` is a plain `requests.Session`: an adapter that is mounted on it is used, as are proxies that were given.
+    `session` is a plain `requests.Session`. It uses the adapter that is mounted on it, and its proxies.
     """
 
     def __init__(
@@ -57,86 +57,89 @@ class ApiClient:
         status_words: Mapping[str, str] | None = None,
     ) -> None:
         self._allowed = allowed
-        self._parsing_large = threading.Lock()  # of this process: a child would inherit it locked
+        self._parsing_large = threading.Lock()  # one per process: a forked child could inherit it locked
         self._scrubber = scrubber
         self._timeout = timeout
         self._status_words = dict(status_words or {})
         self._headers = {"User-Agent": user_agent, **HEADERS}
-        self._own_fetch = f"{allowed.url}/fetch/"
-        own = adapter or PooledAdapter(limit=MAX_ANSWER_BYTES, connections=connections, ca_bundle=ca_bundle)
-        self.session = lean_session(own)
+        self._default_fetch_url = f"{allowed.url}/fetch/"
+        default_adapter = adapter or PooledAdapter(limit=MAX_ANSWER_BYTES, connections=connections, ca_bundle=ca_bundle)
+        self.session = lean_session(default_adapter)
         if proxy is not None:
             self.session.proxies = {"http": proxy, "https": proxy}
 
     def lists(self, host: str) -> bool:
-        """Return whether the settings let the key go to a host, written as `host` or `host:port`."""
+        """Return whether the key may be sent to a host, given as `host` or `host:port`."""
         return host in self._allowed.hosts
 
     def default_address(self, remote_id: str) -> FetchAddress:
-        """Return where a job is asked about that names no address itself."""
+        """Return the fetch address of a job that has no address of its own."""
         return fetch_address(None, remote_id, self._allowed)
 
     def permits(self, address: FetchAddress, remote_id: str) -> str | None:
-        """Why the key may not go to this address, or None. Asked before each call, since settings change."""
-        if address.url == self._own_fetch + remote_id:
+        """Return why the key may not be sent to this address, or None if it may.
+
+        Called before each request, since settings can change.
+        """
+        if address.url == self._default_fetch_url + remote_id:
             return None
         try:
             fetch_address(address.url, remote_id, self._allowed)
-        except RefusedAddress as refused:
-            return str(refused)
+        except RefusedAddress as error:
+            return str(error)
         return None
 
     def ask(
         self, address: FetchAddress, remote_id: str, key: SecretStr, permit: Callable[[], object] | None = None
     ) -> ApiReply:
-        """Ask about one job: one request with the key in its body, never redirected, over within the time-out.
+        """Poll one job: send one request with the key in its body. It follows no redirect and ends within the time-out.
 
-        `permit` is called right before it is sent; what it raises is raised here.
+        `permit` is called right before the request is sent. Its exceptions are raised here.
         """
         try:
             answer = self._call(address, remote_id, key, permit)
-        except Unavailable as silence:
-            return ApiReply(ApiDown(str(silence)))
+        except Unavailable as error:
+            return ApiReply(ApiDown(str(error)))
         if len(answer.body) > MAX_ANSWER_BYTES:
             unread = Unread(f"HTTP {answer.status} with an answer of more than {MAX_ANSWER_BYTES} bytes")
-            body = self._scrubber.body(answer.body[:LARGE_ANSWER_BYTES])  # far more of it than is kept
+            body = self._scrubber.body(answer.body[:LARGE_ANSWER_BYTES])  # much more than is stored
             return ApiReply(unread, raw_answer(answer.status, body, self._scrubber, TOO_LARGE))
         question = Question(remote_id, time.time(), is_training(address.base), self._status_words)
         with self._parsing_large if len(answer.body) > LARGE_ANSWER_BYTES else nullcontext():
             return read_answer(self._scrubber, answer.status, answer.headers, answer.body, question)
 
     def whole_answer(self, address: FetchAddress, remote_id: str, key: SecretStr) -> tuple[int, bytes]:
-        """Ask about one job as `ask` does; return the HTTP status and the body, without any key in it.
+        """Poll one job as `ask` does. Return the HTTP status and the body, with every key removed.
 
-        Raises RefusedAddress where the key may not go there, Unavailable where no answer comes.
+        Raises RefusedAddress if the key may not be sent to the address, and Unavailable if no answer comes.
         """
-        if (refused := self.permits(address, remote_id)) is not None:
-            raise RefusedAddress(refused)
+        if (refusal := self.permits(address, remote_id)) is not None:
+            raise RefusedAddress(refusal)
         answer = self._call(address, remote_id, key, None)
         return answer.status, self._scrubber.body(answer.body[:MAX_ANSWER_BYTES])
 
     def _call(
         self, address: FetchAddress, remote_id: str, key: SecretStr, permit: Callable[[], object] | None
-    ) -> "_Received":
-        """Send the request about one job. Raises Unavailable where no answer comes, and whatever `permit` raises."""
-        call = call_for(address)
-        words = {"key": key.get_secret_value()}
-        if call.id_field is not None:
-            words[call.id_field] = remote_id
+    ) -> "_RawResponse":
+        """Send the request about one job. Raises Unavailable if no answer comes, and whatever `permit` raises."""
+        fetch_call = call_for(address)
+        fields = {"key": key.get_secret_value()}
+        if fetch_call.id_field is not None:
+            fields[fetch_call.id_field] = remote_id
         limit = TimeLimit(self._timeout, permit)
         try:
             with limit:
-                return self._send(call.method, address.url, json.dumps(words).encode(), limit)
+                return self._send(fetch_call.method, address.url, json.dumps(fields).encode(), limit)
         except (requests.RequestException, HTTPError, OSError, ValueError) as error:
             cause = f"none within {self._timeout:g} s" if limit.expired else describe(error)
             raise Unavailable(self._scrubber.text(f"no answer: {cause}")) from None
 
     def kept_text(self, raw: RawAnswer) -> KeptText:
-        """Return what may be kept of an answer."""
+        """Return the part of an answer that may be stored."""
         return kept_text(raw, self._scrubber)
 
-    def _send(self, method: str, url: str, body: bytes, limit: TimeLimit) -> "_Received":
-        """Send a request. Of an answer that is too large the body is a byte, or a chunk, longer than the limit."""
+    def _send(self, method: str, url: str, body: bytes, limit: TimeLimit) -> "_RawResponse":
+        """Send a request and return the answer. The body of a too large answer exceeds the limit by up to one chunk."""
         session = self.session
         adapter = session.get_adapter(url)
         timeout = min(CONNECT_SECONDS, self._timeout), self._timeout
@@ -147,14 +150,14 @@ class ApiClient:
             and verify is True
             and not (session.proxies or session.cert)
         ):
-            # Straight to the connection: the objects of `requests` would take longer than all the rest.
+            # Call the adapter directly. Building the objects of `requests` would take longer than the rest of the call.
             answer = adapter.post(url, self._headers | {"Content-Length": str(len(body))}, body, timeout)
             if not answer.encoded:
-                return _in_time(limit, answer.status, answer.headers, answer.body)
-            response = as_response(_prepared(method, url, self._headers, body), answer)
+                return _checked_answer(limit, answer.status, answer.headers, answer.body)
+            response = as_response(_prepare_request(method, url, self._headers, body), answer)
         else:
             response = adapter.send(
-                _prepared(method, url, self._headers, body),
+                _prepare_request(method, url, self._headers, body),
                 stream=True,
                 timeout=timeout,
                 verify=verify,
@@ -162,40 +165,40 @@ class ApiClient:
                 proxies=session.proxies,
             )
         try:
-            received = _bounded(response, limit)
+            content = _read_body(response, limit)
         finally:
             response.close()
-        return _in_time(limit, response.status_code, response.headers, received)
+        return _checked_answer(limit, response.status_code, response.headers, content)
 
 
 def read_answer(
     scrubber: Scrubber, status: int, headers: Mapping[str, str], body: bytes, question: Question
 ) -> ApiReply:
-    """Return what an answer means, and the answer where it may be kept, both without any key."""
+    """Parse an answer. Return the reply, and the raw answer if it may be stored, both without any key."""
     scrubbed = scrubber.body(body)
     reply = parse(status, headers, scrubbed, question)
     if isinstance(reply, Ready):
         return ApiReply(_scrubbed(reply, scrubber))
-    # Hardly any answer of a job that is not ready is kept, so a long one is not searched again for its shape.
+    # Answers of jobs that are not ready are rarely stored, so a long one is not searched again for its shape.
     shape = TOO_LARGE if isinstance(reply, Processing) and len(scrubbed) > RAW_BYTES else None
     raw = raw_answer(status, scrubbed, scrubber, shape)
     return ApiReply(_scrubbed(reply, scrubber), raw)
 
 
-class _Received(NamedTuple):
+class _RawResponse(NamedTuple):
     status: int
     headers: Mapping[str, str]
     body: bytes
 
 
-def _in_time(limit: TimeLimit, status: int, headers: Mapping[str, str], body: bytes) -> _Received:
-    if limit.expired:  # where no length was declared, a connection that the watchdog ended looks like the end
+def _checked_answer(limit: TimeLimit, status: int, headers: Mapping[str, str], body: bytes) -> _RawResponse:
+    if limit.expired:  # without a declared length, a connection closed by the watchdog looks like the end
         raise requests.Timeout("the whole call took too long")
-    return _Received(status, headers, body)
+    return _RawResponse(status, headers, body)
 
 
 def _scrubbed(reply: Reply, scrubber: Scrubber) -> Reply:
-    """The reply, its message without the beginning of a key either: APIs shorten keys that they quote."""
+    """Return the reply, its message without shortened keys either: APIs quote the beginning of a key."""
     if isinstance(reply, Processing | Ready | Empty):
         return reply
     if isinstance(reply, AnotherJob):
@@ -204,8 +207,8 @@ def _scrubbed(reply: Reply, scrubber: Scrubber) -> Reply:
     return reply if message is reply.message else replace(reply, message=message)
 
 
-def _prepared(method: str, url: str, headers: Mapping[str, str], body: bytes) -> PreparedRequest:
-    """A request as `Session.prepare_request` would make it, without going through all that we never use."""
+def _prepare_request(method: str, url: str, headers: Mapping[str, str], body: bytes) -> PreparedRequest:
+    """Return a request as `Session.prepare_request` would, without the steps that this client does not need."""
     request = PreparedRequest()
     request.method = method
     request.url = url
@@ -215,8 +218,8 @@ def _prepared(method: str, url: str, headers: Mapping[str, str], body: bytes) ->
     return request
 
 
-def _bounded(response: requests.Response, limit: TimeLimit) -> bytes:
-    """Return the body, of one that is too large as much as shows that it is."""
+def _read_body(response: requests.Response, limit: TimeLimit) -> bytes:
+    """Return the body. Stop reading once it is larger than the limit."""
     chunks = list[bytes]()
     size = 0
     for chunk in response.iter_content(CHUNK_BYTES):

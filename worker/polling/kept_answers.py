@@ -1,4 +1,4 @@
-"""Which answers are kept: those that no rule reads, and the one that a job ends by without an output."""
+"""Selects the answers to store: those that no rule reads, and the one that ends a job without an output."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,17 +11,17 @@ from worker.store.results import Outcome
 
 
 def kept_answers(
-    asked: Sequence[PollAnswer], outcomes: Sequence[Outcome], text: Callable[[RawAnswer], KeptText]
+    answers: Sequence[PollAnswer], outcomes: Sequence[Outcome], text: Callable[[RawAnswer], KeptText]
 ) -> list[KeptAnswer]:
-    """Return what is to be kept of a batch. `text` makes of an answer what may be stored."""
+    """Return the answers of a batch to store. `text` returns the text of an answer that may be stored."""
     return [
-        kept_answer(one, one.raw, text)
-        for one, outcome in zip(asked, outcomes, strict=True)
-        if one.raw is not None and (type(one.reply) is Unread or type(outcome.step) is EndJob)
+        kept_answer(answer, answer.raw, text)
+        for answer, outcome in zip(answers, outcomes, strict=True)
+        if answer.raw is not None and (type(answer.reply) is Unread or type(outcome.step) is EndJob)
     ]
 
 
-def kept_answer(asked: PollAnswer, raw: RawAnswer, text: Callable[[RawAnswer], KeptText]) -> KeptAnswer:
-    """Return an answer as it is kept."""
-    kept = text(raw)
-    return KeptAnswer(asked.job.id, raw.http_status, kept.shape, kept.text, type(asked.reply) is not Unread)
+def kept_answer(answer: PollAnswer, raw: RawAnswer, text: Callable[[RawAnswer], KeptText]) -> KeptAnswer:
+    """Return an answer as it is stored."""
+    kept_text = text(raw)
+    return KeptAnswer(answer.job.id, raw.http_status, kept_text.shape, kept_text.text, type(answer.reply) is not Unread)

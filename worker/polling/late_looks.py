@@ -1,7 +1,7 @@
-"""Late looks: asks about expired jobs again, one after the other in a thread of its own, where nothing else needs it.
+"""Late looks: polls expired jobs again, one at a time, in a thread of its own.
 
-A job that was not ready by its deadline may get ready later, and its links live for a while. A look waits where its
-account or host is held, where the account's requests are short, and where jobs of the account wait already.
+A job that was not ready by its deadline may become ready later, and its links live for a while. A look is delayed while
+its account or host is held, while the account's request budget is short, and while other jobs of the account are due.
 """
 
 import logging
@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from worker.coordination.leases import boot_seconds
 from worker.coordination.rate_limiter import RateLimiter, Reservation
-from worker.core import circuit_breaker as breakers
+from worker.core import circuit_breaker
 from worker.core.circuit_breaker import CircuitBreaker, RateMeasurement, Scope
 from worker.core.reply import AccountRefused, ApiDown, ApiReply, RateLimited, Ready
 from worker.net.network_errors import describe
@@ -45,17 +45,17 @@ from worker.store.revival import Revived, revive
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 100  # due looks of one run
-LEASE_MARGIN = timedelta(seconds=30)  # beyond the time of a call: a look of a process that died is made after it
-BUSY_WAIT = timedelta(seconds=60)  # until a look is tried again that led to no answer
-SHUT_WAIT = timedelta(minutes=10)  # the same where its account or host may not be asked now, or has no time
-REFUSED_WAIT = timedelta(hours=1)  # the same where the settings keep the key from its address
-LATE_SECONDS = 2.0  # a job of the account that is due for longer shows that its requests are short
-SOON_SECONDS = 0.05  # a request that may go out within it needs no waiting
+AT_ONCE = 100  # due looks per run
+LEASE_MARGIN = timedelta(seconds=30)  # beyond the request's time-out; then another process may make the look
+BUSY_WAIT = timedelta(seconds=60)  # until the next try of a look that got no answer
+SHUT_WAIT = timedelta(minutes=10)  # until the next try if the account or host is held, or has no free requests
+REFUSED_WAIT = timedelta(hours=1)  # until the next try if the settings do not let the key be sent to the address
+LATE_SECONDS = 2.0  # a job that is overdue by more shows that the account's requests are short
+SOON_SECONDS = 0.05  # a request that may be sent within this time needs no wait
 
 
 class LateLooks:
-    """Makes the late looks of one process. `run` may be called by any thread; one run at a time."""
+    """Makes the late looks of one process. `run` may be called from any thread; one run at a time."""
 
     def __init__(
         self,
@@ -73,21 +73,21 @@ class LateLooks:
         self._engine = engine
         self._api = api
         self._budget = budget
-        self._keys = keys  # may change at any time
+        self._keys = keys  # can change at any time
         self._rps = rps
         self._after = tuple(after)
         self._lease = timedelta(seconds=api_timeout) + LEASE_MARGIN
         self._queue_downloads = queue_downloads
-        self._tell = notify
+        self._notify = notify
         self._running = threading.Lock()
         self._stopping = threading.Event()
 
     def stop(self) -> None:
-        """Make no more looks; the one that is under way is finished."""
+        """Stop making looks. The current one is finished."""
         self._stopping.set()
 
     def start(self) -> None:
-        """Make the looks that are due in a thread, unless one is at it or nothing is due."""
+        """Make the due looks in a thread, unless such a thread is running or nothing is due."""
         if not self._after or self._stopping.is_set() or self._running.locked() or not self._due(1):
             return
         threading.Thread(target=self._run_in_thread, name="late-looks", daemon=True).start()
@@ -98,16 +98,16 @@ class LateLooks:
         except SQLAlchemyError as error:
             log.warning("late looks wait for the database reason=%s", type(error).__name__)
         except Exception:
-            log.exception("late looks failed, the next sweep goes on with them")
+            log.exception("late looks failed, the next sweep continues")
 
     def run(self) -> int:
-        """Make the looks that are due now, and return how many requests that were. Raises what the database raises."""
+        """Make the looks that are due now. Return how many requests were sent. Raises the errors of the database."""
         if not self._after or not self._running.acquire(blocking=False):
             return 0
         try:
             with self._engine.begin() as connection:
                 delete_stale_looks(connection, self._after, now=database_now(connection), limit=AT_ONCE)
-            return sum(self._look(due) for due in self._open())
+            return sum(self._make_look(due) for due in self._pollable_looks())
         finally:
             self._running.release()
 
@@ -115,99 +115,102 @@ class LateLooks:
         with self._engine.connect() as connection:
             return due_looks(connection, list(self._keys), now=database_now(connection), limit=limit)
 
-    def _open(self) -> list[DueLook]:
-        """Return the due looks of accounts and hosts that may be asked, and put the others off.
+    def _pollable_looks(self) -> list[DueLook]:
+        """Return the due looks of accounts and hosts that may be polled, and defer the others.
 
-        Those of accounts whose key this process does not have are left to the processes that have it.
+        Accounts without a key in this process are left to the processes that have it.
         """
         with self._engine.begin() as connection:
             now = database_now(connection)
             due = due_looks(connection, list(self._keys), now=now, limit=AT_ONCE)
             if not due:
                 return []
-            known = all_breakers(connection)
-            free = {account: self._is_free(connection, account, known, now) for account in {one.account for one in due}}
-            may = [one for one in due if free[one.account] and _host_is_open(known, one.host, now)]
-            shut = {one.job_id for one in due}.difference(one.job_id for one in may)
-            defer_due_looks(connection, list(shut), now=now, due_at=now + SHUT_WAIT)
-            return may
+            breakers = all_breakers(connection)
+            free_accounts = {
+                account: self._is_free(connection, account, breakers, now) for account in {look.account for look in due}
+            }
+            allowed = [look for look in due if free_accounts[look.account] and _host_is_open(breakers, look.host, now)]
+            deferred = {look.job_id for look in due}.difference(look.job_id for look in allowed)
+            defer_due_looks(connection, list(deferred), now=now, due_at=now + SHUT_WAIT)
+            return allowed
 
     def _is_free(
-        self, connection: Connection, account: str, known: Mapping[tuple[Scope, str], CircuitBreaker], now: datetime
+        self, connection: Connection, account: str, breakers: Mapping[tuple[Scope, str], CircuitBreaker], now: datetime
     ) -> bool:
-        """Return whether an account has a key, is not held, and has no job that waits for a request."""
-        breaker = known.get(("account", account))
+        """Return whether an account has a key, is not held, and has no overdue job."""
+        breaker = breakers.get(("account", account))
         if account not in self._keys or (breaker is not None and breaker.held(now)):
             return False
         late = now - timedelta(seconds=LATE_SECONDS)
         return not any(
-            level.due_at < late and _host_is_open(known, level.host, now) for level in due_groups(connection, [account])
+            group.due_at < late and _host_is_open(breakers, group.host, now)
+            for group in due_groups(connection, [account])
         )
 
-    def _look(self, due: DueLook) -> bool:
-        """Make one look if it is still due and the budget has a request to spare; return whether it was made."""
-        key = self._keys.get(due.account)
+    def _make_look(self, due_look: DueLook) -> bool:
+        """Make one look if it is still due and a request is free. Return whether it was made."""
+        key = self._keys.get(due_look.account)
         if self._stopping.is_set() or key is None:
             return False
         with self._engine.connect() as connection:
-            known, now = all_breakers(connection), database_now(connection)
-        grant = self._request(due.account, known, now)
-        if grant is None:
-            return False  # the next sweep tries again
-        claimed_at = boot_seconds()
-        claim = self._claim(due)
-        if claim is None:
-            self._budget.give_back(grant, 1)
+            breakers, now = all_breakers(connection), database_now(connection)
+        reservation = self._reserve_request(due_look.account, breakers, now)
+        if reservation is None:
             return False
-        look, probe = claim
+        claimed_at = boot_seconds()
+        claimed = self._claim(due_look)
+        if claimed is None:
+            self._budget.give_back(reservation, 1)
+            return False
+        look, probe = claimed
         sent = time.monotonic()
         try:
             answer = self._api.ask(look.job.address, look.job.remote_id, key, partial(_check_claim, look, claimed_at))
-        except LookClaimLost as lost:
-            log.warning("%s, it was not asked about", lost)
-            self._give_back(look, BUSY_WAIT)
+        except LookClaimLost as error:
+            log.warning("%s, no request was sent", error)
+            self._defer_unsent(look, BUSY_WAIT)
             return False
-        except Exception as error:  # an adapter that somebody mounted may raise anything
+        except Exception as error:  # a mounted adapter may raise any error
             log.exception("a late look failed job=%s", look.job.id)
             answer = ApiReply(ApiDown(f"no answer: {describe(error)}"))
-        self._record(look, answer, probe, sent, known)
+        self._record(look, answer, probe, sent, breakers)
         return True
 
-    def _request(
-        self, account: str, known: Mapping[tuple[Scope, str], CircuitBreaker], now: datetime
+    def _reserve_request(
+        self, account: str, breakers: Mapping[tuple[Scope, str], CircuitBreaker], now: datetime
     ) -> Reservation | None:
-        """Take a request of the account's budget, if one may go out at once."""
-        full = self._rps(account)
-        breaker = known.get(("account", account))
-        grant = self._budget.take(account, 1, rate=full if breaker is None else breaker.rate(full, now))
-        if grant.send_times and grant.send_times[0] - time.monotonic() <= SOON_SECONDS:
-            return grant
-        self._budget.give_back(grant, len(grant.send_times))
+        """Reserve a request of the account's budget if it may be sent at once."""
+        full_rate = self._rps(account)
+        breaker = breakers.get(("account", account))
+        reservation = self._budget.take(account, 1, rate=full_rate if breaker is None else breaker.rate(full_rate, now))
+        if reservation.send_times and reservation.send_times[0] - time.monotonic() <= SOON_SECONDS:
+            return reservation
+        self._budget.give_back(reservation, len(reservation.send_times))
         return None
 
-    def _claim(self, due: DueLook) -> tuple[ClaimedLook, bool] | None:
-        """Claim a look, and return whether it is the one call that proves a key that was not accepted yet."""
+    def _claim(self, due_look: DueLook) -> tuple[ClaimedLook, bool] | None:
+        """Claim a look. Return it, and whether its request is a probe: the one request that tries an unproven key."""
         with self._engine.begin() as connection:
             now = database_now(connection)
-            breaker = locked_breaker(connection, "account", due.account)
-            host = all_breakers(connection).get(("host", due.host))
-            may = breaker.allows(now)
-            if breaker.held(now) or may == "none" or (host is not None and host.allows(now) != "all"):
+            breaker = locked_breaker(connection, "account", due_look.account)
+            host = all_breakers(connection).get(("host", due_look.host))
+            state = breaker.allows(now)
+            if breaker.held(now) or state == "none" or (host is not None and host.allows(now) != "all"):
                 return None
-            look = claim_look(connection, due.job_id, now=now, lease=self._lease)
+            look = claim_look(connection, due_look.job_id, now=now, lease=self._lease)
             if look is None:
                 return None
-            refused = self._api.permits(look.job.address, look.job.remote_id)
-            if refused is not None:
-                log.error("an expired job's fetch address is refused job=%s reason=%s", due.job_id, refused)
+            refusal = self._api.permits(look.job.address, look.job.remote_id)
+            if refusal is not None:
+                log.error("the fetch address of an expired job is refused job=%s reason=%s", due_look.job_id, refusal)
                 defer_look(connection, look, due_at=now + REFUSED_WAIT, sent=False)
                 return None
-            if may == "probe":
-                save_breaker(connection, breakers.with_probe_started(breaker, now=now, lease=self._lease))
-            return look, may == "probe"
+            if state == "probe":
+                save_breaker(connection, circuit_breaker.with_probe_started(breaker, now=now, lease=self._lease))
+            return look, state == "probe"
 
-    def _give_back(self, look: ClaimedLook, wait: timedelta) -> None:
-        """Put off a look whose request was not sent."""
+    def _defer_unsent(self, look: ClaimedLook, wait: timedelta) -> None:
+        """Defer a look whose request was not sent."""
         with self._engine.begin() as connection:
             if lock_look(connection, look):
                 defer_look(connection, look, due_at=database_now(connection) + wait, sent=False)
@@ -218,58 +221,58 @@ class LateLooks:
         answer: ApiReply,
         probe: bool,
         sent: float,
-        known: Mapping[tuple[Scope, str], CircuitBreaker],
+        breakers: Mapping[tuple[Scope, str], CircuitBreaker],
     ) -> None:
-        asked = PollAnswer(look.job, answer.reply, probe, sent, raw=answer.raw)
-        asked = mark_own_path_error(asked, self._api.default_address)
+        poll_answer = PollAnswer(look.job, answer.reply, probe, sent, raw=answer.raw)
+        poll_answer = mark_own_path_error(poll_answer, self._api.default_address)
         account = look.job.account
         refused = isinstance(answer.reply, (RateLimited, ApiDown))
-        limit = RateMeasurement(self._rps(account), self._budget.taken(account, 0 if refused else 1))
+        limit = RateMeasurement(self._rps(account), self._budget.count_accepted(account, 0 if refused else 1))
         revived = Revived({}, ())
         with self._engine.begin() as connection:
             now = database_now(connection)
-            update_breakers(connection, [asked], known, lambda _: limit, now=now)
+            update_breakers(connection, [poll_answer], breakers, lambda _: limit, now=now)
             tally = Tally()
             if lock_look(connection, look):
-                revived = self._settle(connection, look, asked, tally, now)
-            count_answers(tally, [asked])
+                revived = self._write_result(connection, look, poll_answer, tally, now)
+            count_answers(tally, [poll_answer])
             tally.write(connection)
         if revived.jobs:
-            log.info("an expired job got ready job=%s looks=%s", look.job.id, look.looks)
-        self._queue_downloads(revived.outputs)  # after the commit: the rows must be there
-        self._tell(revived.completed)
+            log.info("an expired job became ready job=%s looks=%s", look.job.id, look.looks)
+        self._queue_downloads(revived.outputs)  # after the commit: the rows must exist
+        self._notify(revived.completed)
 
-    def _settle(
-        self, connection: Connection, look: ClaimedLook, asked: PollAnswer, tally: Tally, now: datetime
+    def _write_result(
+        self, connection: Connection, look: ClaimedLook, answer: PollAnswer, tally: Tally, now: datetime
     ) -> Revived:
-        """Write what a look led to, in the caller's transaction."""
-        reply = asked.reply
+        """Write the result of a look, in the caller's transaction."""
+        reply = answer.reply
         if isinstance(reply, Ready):
-            found = {look.job.id: reply}
-            revived = revive(connection, found, tally, now=now, why="after it had expired", queued=True)
-            if not revived.jobs:  # it has outputs already
+            replies = {look.job.id: reply}
+            revived = revive(connection, replies, tally, now=now, why="after it had expired", queued=True)
+            if not revived.jobs:  # the job has outputs already
                 plan_next_look(connection, look, self._after, now=now)
             return revived
-        if isinstance(reply, (RateLimited, AccountRefused)) or (isinstance(reply, ApiDown) and asked.raw is None):
-            defer_look(connection, look, due_at=now + BUSY_WAIT, sent=True)  # nobody was asked about the job
+        if isinstance(reply, (RateLimited, AccountRefused)) or (isinstance(reply, ApiDown) and answer.raw is None):
+            defer_look(connection, look, due_at=now + BUSY_WAIT, sent=True)  # the answer is not about the job
             return Revived({}, ())
         plan_next_look(connection, look, self._after, now=now)
         about_the_job = not isinstance(reply, ApiDown) or reply.answered
-        if asked.raw is not None and about_the_job:
-            keep_answers(connection, [kept_answer(asked, asked.raw, self._api.kept_text)], now=now)
+        if answer.raw is not None and about_the_job:
+            keep_answers(connection, [kept_answer(answer, answer.raw, self._api.kept_text)], now=now)
         return Revived({}, ())
 
 
 class LookClaimLost(Exception):
-    """A look is not ours any more."""
+    """The claim of a look may have passed to another process."""
 
 
-def _host_is_open(known: Mapping[tuple[Scope, str], CircuitBreaker], host: str, now: datetime) -> bool:
-    breaker = known.get(("host", host))
+def _host_is_open(breakers: Mapping[tuple[Scope, str], CircuitBreaker], host: str, now: datetime) -> bool:
+    breaker = breakers.get(("host", host))
     return breaker is None or breaker.allows(now) == "all"
 
 
-def _check_claim(look: ClaimedLook, since: float) -> None:
-    """Raise LookClaimLost where the claim is so old that another process may be about to make the look."""
-    if boot_seconds() - since >= LEASE_MARGIN.total_seconds():
+def _check_claim(look: ClaimedLook, claimed_at: float) -> None:
+    """Raise LookClaimLost if the claim is so old that another process may be about to make the look."""
+    if boot_seconds() - claimed_at >= LEASE_MARGIN.total_seconds():
         raise LookClaimLost(f"the look at job {look.job.id} was claimed too long ago")

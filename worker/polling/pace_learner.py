@@ -1,7 +1,7 @@
-"""What one process knows of how long jobs take: taught by each answer, shared with the others through the database.
+"""Learns how long jobs take, from each answer, and shares it with other processes through the database.
 
-Every process learns by itself, at once. Now and then what it learned since is added to the row that all share, and what
-the others added is taken over. A lost update costs nothing but a little learning.
+Each process updates its own models at once. From time to time it adds what it learned to the shared row, and reads
+what other processes added. A lost update only loses a little learning.
 """
 
 import json
@@ -18,101 +18,104 @@ from worker.store.paces import Class, add_pace, load_paces, locked_pace, save_pa
 log = logging.getLogger(__name__)
 
 SHARE_SECONDS = 1.0
-LOCK_PATIENCE = 0.5  # seconds that a row which somebody else has locked is waited for; it is shared later then
-FRESH_SECONDS = 30.0  # a process that only reads looks again after it
-CLASSES_MOST = 2_000  # kept in memory
+LOCK_PATIENCE = 0.5  # seconds to wait for a row that another transaction has locked; sharing is retried later
+FRESH_SECONDS = 30.0  # after which a process that only reads loads the models again
+CLASSES_MOST = 2_000  # held in memory
 
 
 class PaceLearner:
-    """The models of one process. All of it is for one thread."""
+    """The pace models of one process. Not thread-safe: use it from the poll loop only."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine.execution_options(**{RELAXED: True, LOCK_WAIT: LOCK_PATIENCE})
         self._models: dict[Class, PaceModel] = {}
         self._versions: dict[Class, int] = {}
-        self._taught: set[Class] = set()
+        self._changed: set[Class] = set()
         self._share_at = time.monotonic() + SHARE_SECONDS
 
     def prepare(self, classes: Iterable[Class]) -> None:
-        """Loads what is known of these classes, unless it is here already. Raises what the database raises."""
+        """Load the models of these classes that are not loaded yet. Raises the errors of the database."""
         missing = set(classes) - self._models.keys()
         if not missing:
             return
         if len(self._models) + len(missing) > CLASSES_MOST:
             self.share()
             self._models.clear()
-        wanted = missing | {(account, "") for account, _ in missing}
+        needed = missing | {(account, "") for account, _ in missing}
         with self._engine.connect() as connection:
-            for one, (model, version) in read_models(connection, wanted).items():
-                if one not in self._models:
-                    self._models[one], self._versions[one] = model, version
+            for pace_class, (model, version) in read_models(connection, needed).items():
+                if pace_class not in self._models:
+                    self._models[pace_class], self._versions[pace_class] = model, version
 
     def model(self, account: str, kind: str) -> PaceModel:
-        """What is known of a class that was prepared."""
+        """Return the model of a class that was prepared."""
         return self._models[account, kind]
 
     def observe(self, account: str, kind: str, job: PacedJob, *, ready: bool, planned: float) -> None:
-        """Learns from an answer about a job of a class that was prepared. `planned`: the age it was to be asked at."""
+        """Learn from an answer about a job of a prepared class. `planned` is the age at which the poll was planned."""
         self._models[account, kind].observe(job, ready, planned)
-        self._taught.add((account, kind))
+        self._changed.add((account, kind))
         if ready:
             self._models[account, ""].note(job)
-            self._taught.add((account, ""))
+            self._changed.add((account, ""))
 
     def share_if_due(self) -> None:
-        """Shares what was learned, if it was a while ago that it last did."""
-        if self._taught and time.monotonic() >= self._share_at:
+        """Share what was learned, unless it was shared less than `SHARE_SECONDS` ago."""
+        if self._changed and time.monotonic() >= self._share_at:
             self.share()
 
     def share(self) -> None:
-        """Adds what was learned to what all know, and takes that over. Raises what the database raises."""
+        """Add what was learned to the shared rows, and load what others added. Raises the errors of the database."""
         self._share_at = time.monotonic() + SHARE_SECONDS
-        if not self._taught:
+        if not self._changed:
             return
-        self._add_new()
+        self._insert_missing_rows()
         with self._engine.begin() as connection:
             now = database_now(connection)
-            for one in sorted(self._taught):  # locked in this order everywhere
-                state, version = locked_pace(connection, one, now=now)
-                if state and version != self._versions.get(one):
-                    theirs = _restored(one, state, self._models[one[0], ""])
-                    self._models[one].merge_into(theirs)
-                    self._models[one] = theirs
-                save_pace(connection, one, json.dumps(self._models[one].snapshot()), version + 1, now=now)
-                self._versions[one] = version + 1
-        for one in self._taught:  # after the commit: else it would be taught again
-            self._models[one].mark()
-        self._taught.clear()
+            for pace_class in sorted(self._changed):  # every process locks in this order
+                state, version = locked_pace(connection, pace_class, now=now)
+                if state and version != self._versions.get(pace_class):
+                    shared = _restore_model(pace_class, state, self._models[pace_class[0], ""])
+                    self._models[pace_class].merge_into(shared)
+                    self._models[pace_class] = shared
+                save_pace(connection, pace_class, json.dumps(self._models[pace_class].snapshot()), version + 1, now=now)
+                self._versions[pace_class] = version + 1
+        for pace_class in self._changed:  # after the commit: until then it still has to be shared
+            self._models[pace_class].mark()
+        self._changed.clear()
 
-    def _add_new(self) -> None:
-        """Makes missing rows beforehand: on MariaDB some that make one and then lock it could block each other."""
-        new = [one for one in sorted(self._taught) if not self._versions.get(one)]
+    def _insert_missing_rows(self) -> None:
+        """Insert missing rows beforehand: on MariaDB, inserting and then locking a row could block other processes."""
+        new = [pace_class for pace_class in sorted(self._changed) if not self._versions.get(pace_class)]
         if new:
             with self._engine.begin() as connection:
-                for one in new:
-                    add_pace(connection, one, now=database_now(connection))
+                for pace_class in new:
+                    add_pace(connection, pace_class, now=database_now(connection))
 
 
 def read_models(connection: Connection, classes: Iterable[Class]) -> dict[Class, tuple[PaceModel, int]]:
-    """The models of these classes and their versions; of those that were never seen, what their account has."""
-    wanted = sorted(set(classes))  # an account as a whole comes before its kinds
-    saved = load_paces(connection, {*wanted, *((account, "") for account, _ in wanted)})
+    """Return the models of these classes with their versions. An unknown class starts from its account's model."""
+    ordered = sorted(set(classes))  # the account's own class sorts before its kinds
+    saved = load_paces(connection, {*ordered, *((account, "") for account, _ in ordered)})
     accounts: dict[str, PaceModel] = {}
-    found: dict[Class, tuple[PaceModel, int]] = {}
-    for account, kind in wanted:
+    models: dict[Class, tuple[PaceModel, int]] = {}
+    for account, kind in ordered:
         if account not in accounts:
             state, _ = saved.get((account, ""), ("", 0))
-            accounts[account] = _restored((account, ""), state, PaceModel())
-        whole = accounts[account]
+            accounts[account] = _restore_model((account, ""), state, PaceModel())
+        account_model = accounts[account]
         state, version = saved.get((account, kind), ("", 0))
-        found[account, kind] = (whole if kind == "" else _restored((account, kind), state, whole), version)
-    return found
+        models[account, kind] = (
+            account_model if kind == "" else _restore_model((account, kind), state, account_model),
+            version,
+        )
+    return models
 
 
-def _restored(one: Class, state: str, whole: PaceModel) -> PaceModel:
+def _restore_model(pace_class: Class, state: str, account_model: PaceModel) -> PaceModel:
     if state:
         try:
-            return PaceModel.restored(json.loads(state), whole)
+            return PaceModel.restored(json.loads(state), account_model)
         except (ValueError, KeyError, TypeError, AttributeError):
-            log.error("what was learned of a class can't be read, it is learned anew account=%s kind=%s", *one)
-    return PaceModel.after(whole)
+            log.error("the pace model can't be read, learning starts again account=%s kind=%s", *pace_class)
+    return PaceModel.after(account_model)

@@ -1,7 +1,8 @@
-"""Writes answers: a batch in one transaction, with the gates that it moves. What can't be written spoils no batch.
+"""Records answers: one transaction writes a batch, and updates the circuit breakers that it affects.
 
-Answers are kept until they are written. Where the database is away they wait for it; where somebody has locked a job's
-row, that one answer waits; an answer that no statement can write ends its job as `unwritable`.
+Answers are held in memory until they are written. If the database is away, all of them wait. If another transaction
+has locked a job's row, only that answer waits. An answer that can't be written by any statement ends its job as
+`unwritable`.
 """
 
 import logging
@@ -15,7 +16,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from worker.core import circuit_breaker as breakers
+from worker.core import circuit_breaker
 from worker.core.circuit_breaker import BreakerInput, CircuitBreaker, RateMeasurement, Scope
 from worker.core.histograms import COUNTED_AS
 from worker.core.identity import FetchAddress
@@ -38,12 +39,12 @@ from worker.store.results import Outcome, Recorded, locked_jobs, quarantine, rec
 log = logging.getLogger(__name__)
 
 WRITE_MOST = 500
-BATCH_PATIENCE, SINGLE_PATIENCE = 2.0, 0.1  # seconds that a row which somebody else has locked is waited for
+BATCH_PATIENCE, SINGLE_PATIENCE = 2.0, 0.1  # seconds to wait for a row that another transaction has locked
 LOCKED_SECONDS = 2.0
 MARK_SECONDS = 5.0
 TROUBLE_WAIT = 5.0
-VAGUE_WAIT = 10.0  # seconds until a job is asked about again after an error that does not say what is wrong
-MOVED = Unread("HTTP 404: the API has no such path; SD_API_URL was corrected, and is asked from now on")
+VAGUE_WAIT = 10.0  # seconds until the next poll after an error that does not say what is wrong
+MOVED = Unread("HTTP 404: the API has no such path; SD_API_URL was corrected and is used from now on")
 
 Breakers = dict[tuple[Scope, str], CircuitBreaker]
 
@@ -51,11 +52,11 @@ Breakers = dict[tuple[Scope, str], CircuitBreaker]
 @dataclass(frozen=True, slots=True)
 class _Written:
     recorded: Recorded
-    moved: Mapping[tuple[Scope, str], CircuitBreaker]
+    changed_breakers: Mapping[tuple[Scope, str], CircuitBreaker]
 
 
 class Recorder:
-    """Writes for one poller. All of it is for the one thread that runs the show."""
+    """Writes the answers of one poller. Not thread-safe: call it from the poll loop only."""
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class Recorder:
         notify: Callable[[Sequence[int]], None],
         kept_text: Callable[[RawAnswer], KeptText],
         late_looks: Sequence[float] = (),
-        dice: random.Random | None = None,
+        rng: random.Random | None = None,
         default_address: Callable[[str], FetchAddress] | None = None,
     ) -> None:
         self._engine = engine
@@ -76,81 +77,81 @@ class Recorder:
         self._single = engine.execution_options(**{LOCK_WAIT: SINGLE_PATIENCE})
         self._pace = pace
         self._learner = PaceLearner(engine)
-        self._least = timedelta(seconds=pace.min_wait)
+        self._min_interval = timedelta(seconds=pace.min_wait)
         self._rps = rps
         self._queue_downloads = queue_downloads
-        self._tell = notify
+        self._notify = notify
         self._kept_text = kept_text
         self._late_looks = tuple(late_looks)
-        self._random = dice or random.Random()  # spreads polls in time, guards nothing
+        self._rng = rng or random.Random()  # spreads polls in time; not used for security
         self._waiting: list[PollAnswer] = []
         self._unlearned: list[PollAnswer] = []
-        self._delays: dict[int, float] = {}  # of jobs that were found ready, until that is written
+        self._delays: dict[int, float] = {}  # of ready jobs, until their answer is written
         self._locked: list[PollAnswer] = []
         self._unlock_at = 0.0
-        self._taken: dict[str, float] = {}
+        self._accepted_rates: dict[str, float] = {}
         self._marked_at = 0.0
 
     @property
     def waiting(self) -> int:
-        """Answers that are to be written as soon as the database lets us."""
+        """How many answers are written as soon as the database is available."""
         return len(self._waiting)
 
     @property
-    def kept(self) -> int:
-        """All answers that are not written yet, those of locked rows too."""
+    def unwritten(self) -> int:
+        """How many answers are not written yet, including those of locked rows."""
         return len(self._waiting) + len(self._locked)
 
-    def take(self, answers: Sequence[PollAnswer], taken: Mapping[str, float]) -> None:
-        """Keeps answers. `taken` is how many requests per second the API took of each account just now."""
+    def take(self, answers: Sequence[PollAnswer], accepted_rates: Mapping[str, float]) -> None:
+        """Accept answers for writing. `accepted_rates` has the requests per second that the API accepts, by account."""
         self._waiting += answers
         self._unlearned += answers
-        self._taken.update(taken)
+        self._accepted_rates.update(accepted_rates)
 
-    def write(self, known: Breakers) -> int:
-        """Writes what was taken, and moves the gates in `known` with it; how many claims had been lost.
+    def write(self, breakers: Breakers) -> int:
+        """Write the accepted answers and update the circuit breakers. Return how many claims were lost.
 
-        Raises what the database raises where it is away; what is not written yet is kept.
+        Raises the errors of a database that is away. Unwritten answers are kept.
         """
-        self._learner.prepare({(one.job.account, one.job.kind) for one in (*self._waiting, *self._locked)})
+        self._learner.prepare({(answer.job.account, answer.job.kind) for answer in (*self._waiting, *self._locked)})
         if self._locked and time.monotonic() >= self._unlock_at:
             self._unlock_at = time.monotonic() + LOCKED_SECONDS
             self._waiting, self._locked = self._locked + self._waiting, []
-            self._put_locked_aside(len(self._waiting))
+            self._set_aside_locked(len(self._waiting))
         lost = 0
         while self._waiting:
             batch = self._waiting[:WRITE_MOST]
             try:
-                done = self._write(self._batches, batch, known)
-            except Exception as error:  # whatever a row can do to a statement; only its own answer may suffer
+                written = self._write(self._batches, batch, breakers)
+            except Exception as error:  # an answer may cause any error in a statement; it must not affect the others
                 if is_server_error(error):
                     raise
-                if error_kind(error) == "locked" and self._put_locked_aside(len(batch)):
+                if error_kind(error) == "locked" and self._set_aside_locked(len(batch)):
                     continue
-                log.error("a batch of answers could not be written, writing them singly reason=%s", _reason(error))
-                lost += self._write_singly(len(batch), known)
+                log.error("a batch of answers could not be written, each is written alone reason=%s", _reason(error))
+                lost += self._write_each(len(batch), breakers)
             else:
                 del self._waiting[: len(batch)]
-                lost += self._finish(done, known)
+                lost += self._finish(written, breakers)
         try:
             self._learner.share_if_due()
         except DBAPIError as error:
             if error_kind(error) != "locked":
                 raise
-            log.warning("what was learned is shared later reason=%s", _reason(error))
+            log.warning("pace models are shared later reason=%s", _reason(error))
         return lost
 
     def rest(self) -> None:
-        """Before a pause: shares what was learned. Where the database is away it is shared later."""
+        """Share what was learned, before a pause. If the database is away, it is shared later."""
         try:
             self._learner.share()
         except SQLAlchemyError as error:
-            log.warning("what was learned is shared later reason=%s", _reason(error))
+            log.warning("pace models are shared later reason=%s", _reason(error))
 
-    def _put_locked_aside(self, count: int) -> bool:
-        """Move the answers whose rows somebody has locked out of the first `count`; return whether there were any.
+    def _set_aside_locked(self, count: int) -> bool:
+        """Set aside the answers among the first `count` whose rows are locked. Return whether there were any.
 
-        One statement finds them, so that a hundred locked rows cost no more time than one.
+        One statement finds the locked rows, so that a hundred of them take no more time than one.
         """
         answers = self._waiting[:count]
         with self._single.begin() as connection:
@@ -159,155 +160,164 @@ class Recorder:
             return False
         self._locked += [answer for answer in answers if answer.job.id in locked]
         self._waiting[:count] = [answer for answer in answers if answer.job.id not in locked]
-        log.warning("rows are locked by somebody else, their answers wait count=%s", len(self._locked))
+        log.warning("rows are locked by another transaction, their answers wait count=%s", len(self._locked))
         return True
 
-    def _write_singly(self, count: int, known: Breakers) -> int:
+    def _write_each(self, count: int, breakers: Breakers) -> int:
         lost = 0
         for _ in range(count):
-            one = self._waiting[0]
+            answer = self._waiting[0]
             try:
-                done = self._write(self._single, [one], known)
-            except Exception as error:  # as above
+                written = self._write(self._single, [answer], breakers)
+            except Exception as error:  # see `write`
                 if is_server_error(error):
                     raise
                 if not isinstance(error, (SQLAlchemyError, ValueError)):
-                    log.exception("a fault of ours, the answer waits job=%s", one.job.id)
-                    self._locked.append(one)
-                elif error_kind(error) == "locked" or not self._quarantine(one, error):
-                    self._locked.append(one)
+                    log.exception("internal error, the answer waits job=%s", answer.job.id)
+                    self._locked.append(answer)
+                elif error_kind(error) == "locked" or not self._quarantine(answer, error):
+                    self._locked.append(answer)
                 del self._waiting[0]
             else:
                 del self._waiting[0]
-                lost += self._finish(done, known)
+                lost += self._finish(written, breakers)
         if self._locked:
-            log.warning("rows are locked by somebody else, their answers wait count=%s", len(self._locked))
+            log.warning("rows are locked by another transaction, their answers wait count=%s", len(self._locked))
         return lost
 
-    def _finish(self, done: _Written, known: Breakers) -> int:
-        known.update(done.moved)
+    def _finish(self, written: _Written, breakers: Breakers) -> int:
+        breakers.update(written.changed_breakers)
         if not self._waiting and not self._locked:
             self._delays.clear()
-        self._queue_downloads(done.recorded.outputs)  # after the commit: the rows must be there
-        self._tell(done.recorded.finished)
-        return done.recorded.lost
+        self._queue_downloads(written.recorded.outputs)  # after the commit: the rows must be there
+        self._notify(written.recorded.finished)
+        return written.recorded.lost
 
-    def _quarantine(self, one: PollAnswer, error: Exception) -> bool:
-        log.error("an answer can't be written, its job is set aside job=%s reason=%s", one.job.id, _reason(error))
+    def _quarantine(self, answer: PollAnswer, error: Exception) -> bool:
+        log.error("an answer can't be written, its job ends job=%s reason=%s", answer.job.id, _reason(error))
         try:
             with self._single.begin() as connection:
                 now = database_now(connection)
-                ended = quarantine(connection, one.job, f"its answer could not be written: {_reason(error)}", now=now)
-        except Exception as again:  # nothing is lost: its answer waits
-            if is_server_error(again):
+                ended = quarantine(
+                    connection, answer.job, f"its answer could not be written: {_reason(error)}", now=now
+                )
+        except Exception as second_error:  # nothing is lost: the answer is kept
+            if is_server_error(second_error):
                 raise
             return False
         if ended:
-            self._tell([one.job.id])
+            self._notify([answer.job.id])
         return True
 
     # ── one transaction ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _write(self, engine: Engine, asked: Sequence[PollAnswer], known: Breakers) -> _Written:
-        # Made before the transaction, which holds locks. Of the other answers hardly any is kept.
+    def _write(self, engine: Engine, answers: Sequence[PollAnswer], known_breakers: Breakers) -> _Written:
+        # Prepare texts before the transaction, which holds locks. Of other answers, few are stored.
         texts = {
-            one.raw: self._kept_text(one.raw) for one in asked if type(one.reply) is Unread and one.raw is not None
+            answer.raw: self._kept_text(answer.raw)
+            for answer in answers
+            if type(answer.reply) is Unread and answer.raw is not None
         }
         with engine.begin() as connection:
             now = database_now(connection)
             self._learn(now)
             if time.monotonic() - self._marked_at >= MARK_SECONDS:
                 self._marked_at = time.monotonic()
-                mark_asked(connection, {one.job.account for one in asked}, now=now)
-            asked = self._readdressed(connection, asked)
-            moved = update_breakers(connection, asked, known, self._limit, now=now)
-            outcomes = [self._outcome(one, now) for one in asked]
+                mark_asked(connection, {answer.job.account for answer in answers}, now=now)
+            answers = self._move_to_default_address(connection, answers)
+            changed = update_breakers(connection, answers, known_breakers, self._limit, now=now)
+            outcomes = [self._outcome(answer, now) for answer in answers]
             if any(_expires(outcome) for outcome in outcomes):
-                held = all_breakers(connection)  # unasked means not expired, and a hold may have kept it unasked
+                # A job that was not polled has not expired, and a hold may have prevented polls.
+                held_breakers = all_breakers(connection)
                 outcomes = [
-                    self._outcome(one, now, held) if _expires(outcome) else outcome
-                    for one, outcome in zip(asked, outcomes, strict=True)
+                    self._outcome(answer, now, held_breakers) if _expires(outcome) else outcome
+                    for answer, outcome in zip(answers, outcomes, strict=True)
                 ]
             tally = Tally()
             recorded = record_answers(connection, outcomes, tally, now=now)
-            kept = kept_answers(asked, outcomes, lambda raw: texts[raw] if raw in texts else self._kept_text(raw))
-            if kept:
-                keep_answers(connection, kept, now=now)
+            kept_rows = kept_answers(
+                answers, outcomes, lambda raw: texts[raw] if raw in texts else self._kept_text(raw)
+            )
+            if kept_rows:
+                keep_answers(connection, kept_rows, now=now)
             expired = [outcome.job.id for outcome in outcomes if _expires(outcome)]
             plan_looks(connection, expired, self._late_looks, now=now)
-            count_answers(tally, asked)
+            count_answers(tally, answers)
             tally.write(connection)
-            return _Written(recorded, moved)
+            return _Written(recorded, changed)
 
-    def _readdressed(self, connection: Connection, asked: Sequence[PollAnswer]) -> Sequence[PollAnswer]:
-        """Move jobs that were tracked under a mistyped SD_API_URL to the present one; their answers become `MOVED`.
+    def _move_to_default_address(self, connection: Connection, answers: Sequence[PollAnswer]) -> Sequence[PollAnswer]:
+        """Move jobs that were tracked under a wrong SD_API_URL to the current one. Their answers become `MOVED`.
 
-        Of a job that has an address of its own, such an answer is about the job: its deadline counts.
+        If the job has an address of its own, such an answer is about the job, and its deadline counts.
         """
         if self._default_address is None:
-            return asked
-        asked = [mark_own_path_error(answer, self._default_address) for answer in asked]
-        lost: dict[int, FetchAddress] = {}
-        for answer in asked:
+            return answers
+        answers = [mark_own_path_error(answer, self._default_address) for answer in answers]
+        new_addresses: dict[int, FetchAddress] = {}
+        for answer in answers:
             if isinstance(answer.reply, ApiDown) and answer.reply.no_such_path:
-                home = self._default_address(answer.job.remote_id)
-                if home.host == answer.job.address.host and home.base != answer.job.address.base:
-                    lost[answer.job.id] = home
-        if not lost:
-            return asked
-        home = next(iter(lost.values()))
-        moved = readdress(connection, list(lost), home.base, home.host)
+                default = self._default_address(answer.job.remote_id)
+                if default.host == answer.job.address.host and default.base != answer.job.address.base:
+                    new_addresses[answer.job.id] = default
+        if not new_addresses:
+            return answers
+        default = next(iter(new_addresses.values()))
+        moved = readdress(connection, list(new_addresses), default.base, default.host)
         if moved:
-            log.warning("the API has not the path of jobs that named none: they go to SD_API_URL jobs=%s", len(moved))
-        return [answer._replace(reply=MOVED, raw=None) if answer.job.id in moved else answer for answer in asked]
+            log.warning("the API has no such path, jobs without an address move to SD_API_URL jobs=%s", len(moved))
+        return [answer._replace(reply=MOVED, raw=None) if answer.job.id in moved else answer for answer in answers]
 
     def _learn(self, now: datetime) -> None:
-        """Each answer teaches once, however often it takes to write it."""
-        for one in self._unlearned:
-            job, ready = one.job, isinstance(one.reply, Ready)
-            if (ready or isinstance(one.reply, Processing)) and job.facts.status == "pending":
-                age = (now - job.submitted_at).total_seconds() - (time.monotonic() - one.sent)
-                asked = _waiting(job, age)
+        """Learn from each answer once, however often its write is tried."""
+        for answer in self._unlearned:
+            job, ready = answer.job, isinstance(answer.reply, Ready)
+            if (ready or isinstance(answer.reply, Processing)) and job.facts.status == "pending":
+                age = (now - job.submitted_at).total_seconds() - (time.monotonic() - answer.sent)
+                paced_job = _paced_job(job, age)
                 planned = (
-                    age if job.pace_scale is None else asked.not_ready_age + max(job.pace_scale, self._pace.min_wait)
+                    age
+                    if job.pace_scale is None
+                    else paced_job.not_ready_age + max(job.pace_scale, self._pace.min_wait)
                 )
-                self._learner.observe(job.account, job.kind, asked, ready=ready, planned=planned)
+                self._learner.observe(job.account, job.kind, paced_job, ready=ready, planned=planned)
                 if ready:
                     self._delays[job.id] = self._learner.model(job.account, job.kind).by_age.delay
         self._unlearned = []
 
     def _outcome(
-        self, one: PollAnswer, now: datetime, held: Mapping[tuple[Scope, str], CircuitBreaker] | None = None
+        self, answer: PollAnswer, now: datetime, held_breakers: Mapping[tuple[Scope, str], CircuitBreaker] | None = None
     ) -> Outcome:
-        job, reply = one.job, one.reply
-        facts = job.facts if held is None else _with_hold(job, held, now)
+        job, reply = answer.job, answer.reply
+        facts = job.facts if held_breakers is None else _with_hold(job, held_breakers, now)
         step: JobDecision
-        if reply is MOVED:  # nobody has asked for the job at its right address yet, so nothing can end it
+        if reply is MOVED:  # the job was not polled at its right address yet, so nothing can end it
             step = AskAgain(facts.strikes, MOVED.message)
         else:
-            step = after_answer(facts, reply, now=now, min_interval=self._least)
+            step = after_answer(facts, reply, now=now, min_interval=self._min_interval)
         if not isinstance(step, AskAgain):
             return Outcome(job, step, note_of(reply), delay=self._delays.get(job.id), promised=_promised(reply))
         not_ready = isinstance(reply, Processing)
-        eta = _new_eta(job, reply)
-        waiting = _waiting(job, (now - job.submitted_at).total_seconds(), not_ready=not_ready, eta=eta, now=now)
+        eta = _changed_eta(job, reply)
+        waiting = _paced_job(job, (now - job.submitted_at).total_seconds(), not_ready=not_ready, eta=eta, now=now)
         model = self._learner.model(job.account, job.kind)
-        plan = self._pace.next(waiting, model, spread=self._random.random())
+        plan = self._pace.next(waiting, model, spread=self._rng.random())
         if isinstance(reply, ApiDown):
-            plan = plan._replace(wait=max(plan.wait, TROUBLE_WAIT * (1 + self._random.random())))
+            plan = plan._replace(wait=max(plan.wait, TROUBLE_WAIT * (1 + self._rng.random())))
         elif isinstance(reply, ApiError) and reply.vague:
             plan = plan._replace(wait=max(plan.wait, VAGUE_WAIT))
         promised = _promised(reply) if _is_power_of_two(job.polls) else ()
         return Outcome(job, step, step.note, plan, not_ready, eta, promised=promised)
 
     def _limit(self, account: str) -> RateMeasurement:
-        return RateMeasurement(self._rps(account), self._taken.get(account, 0.0))
+        return RateMeasurement(self._rps(account), self._accepted_rates.get(account, 0.0))
 
 
 def mark_own_path_error(answer: PollAnswer, default_address: Callable[[str], FetchAddress]) -> PollAnswer:
-    """Mark an answer about a path that only its job names as one about the job: its host is well.
+    """Mark a 404 about a path that only this job uses as an answer about the job: the host itself works.
 
-    Where the API has said at that path that the job is not ready, the path is right, and the host is in trouble.
+    If the API has answered "not ready" at that path before, the path is right and the host has a problem.
     """
     reply, job = answer.reply, answer.job
     if not isinstance(reply, ApiDown) or not reply.no_such_path or job.not_ready_at is not None:
@@ -319,48 +329,49 @@ def mark_own_path_error(answer: PollAnswer, default_address: Callable[[str], Fet
 
 def update_breakers(
     connection: Connection,
-    asked: Sequence[PollAnswer],
-    known: Mapping[tuple[Scope, str], CircuitBreaker],
+    answers: Sequence[PollAnswer],
+    known_breakers: Mapping[tuple[Scope, str], CircuitBreaker],
     limit: Callable[[str], RateMeasurement],
     *,
     now: datetime,
 ) -> Breakers:
-    """Let answers move the gates they concern, and return those moved. A lock is taken only where one really changes.
+    """Update the circuit breakers with these answers. Return the changed ones. A row is locked only if it changes.
 
-    `known` are the gates as they were seen last, `limit` returns the limit of an account.
+    `known_breakers` has the breakers as they were read last. `limit` returns the rate measurement of an account.
     """
-    moved: Breakers = {}
-    for (scope, name), mine in sorted(_by_breaker(asked).items()):
-        heard = [
-            BreakerInput(one.reply, now - timedelta(seconds=time.monotonic() - one.sent), one.probe) for one in mine
+    changed: Breakers = {}
+    for (scope, name), breaker_answers in sorted(_answers_by_breaker(answers).items()):
+        inputs = [
+            BreakerInput(answer.reply, now - timedelta(seconds=time.monotonic() - answer.sent), answer.probe)
+            for answer in breaker_answers
         ]
-        breaker = known.get((scope, name))
-        if breaker is None or breakers.after_replies(breaker, heard, limit(name), now=now) != breaker:
+        breaker = known_breakers.get((scope, name))
+        if breaker is None or circuit_breaker.after_replies(breaker, inputs, limit(name), now=now) != breaker:
             locked = locked_breaker(connection, scope, name)
-            breaker = breakers.after_replies(locked, heard, limit(name), now=now)
+            breaker = circuit_breaker.after_replies(locked, inputs, limit(name), now=now)
             save_breaker(connection, breaker)
-            _tell_of_hold(locked, breaker, now)
-            moved[scope, name] = breaker
-    return moved
+            _log_hold(locked, breaker, now)
+            changed[scope, name] = breaker
+    return changed
 
 
-def count_answers(tally: Tally, asked: Sequence[PollAnswer]) -> None:
+def count_answers(tally: Tally, answers: Sequence[PollAnswer]) -> None:
     """Count answers by account and class."""
-    for (account, reply), times in Counter((one.job.account, type(one.reply)) for one in asked).items():
+    for (account, reply), times in Counter((answer.job.account, type(answer.reply)) for answer in answers).items():
         label = reply.__name__.lower()
         tally.add(ANSWERS, COUNTED_AS.get(label, label), account=account, times=times)
 
 
-def _waiting(
+def _paced_job(
     job: ClaimedJob, age: float, *, not_ready: bool = False, eta: float | None = None, now: datetime | None = None
 ) -> PacedJob:
-    """A job as pacing sees it at `age`, where it was `not_ready` just now, and a new `eta` may have come."""
+    """Return a job as pacing sees it at `age`. `not_ready`: the answer just said so. `eta`: a new estimate, if any."""
     since = job.submitted_at
-    seen = 0.0 if job.not_ready_at is None else (job.not_ready_at - since).total_seconds()
+    not_ready_age = 0.0 if job.not_ready_at is None else (job.not_ready_at - since).total_seconds()
     eta_at = now if eta is not None else job.eta_at
     return PacedJob(
         age,
-        age if not_ready else min(seen, age),
+        age if not_ready else min(not_ready_age, age),
         job.eta if eta is None else eta,
         0.0 if eta_at is None else (eta_at - since).total_seconds(),
         job.polls,
@@ -368,11 +379,11 @@ def _waiting(
     )
 
 
-def _new_eta(job: ClaimedJob, reply: Reply) -> float | None:
-    """The eta of an answer, where it is another one: the same again does not start its clock anew."""
+def _changed_eta(job: ClaimedJob, reply: Reply) -> float | None:
+    """Return the ETA of an answer if it differs from the known one. The same ETA does not restart its clock."""
     eta = reply.eta if isinstance(reply, Processing) else None
     if eta is not None and eta > (job.facts.deadline_at - job.submitted_at).total_seconds():
-        return None  # beyond the deadline it says nothing
+        return None  # an ETA beyond the deadline is ignored
     return None if eta is None or (job.eta is not None and abs(eta - job.eta) < 0.01 * job.eta) else eta
 
 
@@ -382,37 +393,41 @@ def _promised(reply: Reply) -> tuple[str, ...]:
 
 
 def _is_power_of_two(polls: int) -> bool:
-    """Return whether an answer to this request has its promises kept: every answer repeats them, a few are enough."""
+    """Return whether the promised links of this answer are stored. Every answer repeats them, so a few are enough."""
     return polls & (polls - 1) == 0
 
 
-def _by_breaker(asked: Sequence[PollAnswer]) -> dict[tuple[Scope, str], list[PollAnswer]]:
-    """Which answers concern which gate. Of those that say the same one after the other the first is enough."""
-    found: dict[tuple[Scope, str], list[PollAnswer]] = {}
-    for one in asked:
-        concerned: tuple[tuple[Scope, str], ...] = (("account", one.job.account), ("host", one.job.address.host))
-        for breaker in concerned:
-            mine = found.setdefault(breaker, [])
-            same = mine and not one.probe and type(mine[-1].reply) is type(one.reply) is Processing
-            if not same:
-                mine.append(one)
-    return found
+def _answers_by_breaker(answers: Sequence[PollAnswer]) -> dict[tuple[Scope, str], list[PollAnswer]]:
+    """Return the answers that concern each circuit breaker. Of equal consecutive "not ready" answers one is enough."""
+    by_breaker: dict[tuple[Scope, str], list[PollAnswer]] = {}
+    for answer in answers:
+        keys: tuple[tuple[Scope, str], ...] = (("account", answer.job.account), ("host", answer.job.address.host))
+        for key in keys:
+            breaker_answers = by_breaker.setdefault(key, [])
+            repeated = (
+                breaker_answers
+                and not answer.probe
+                and type(breaker_answers[-1].reply) is type(answer.reply) is Processing
+            )
+            if not repeated:
+                breaker_answers.append(answer)
+    return by_breaker
 
 
 def _expires(outcome: Outcome) -> bool:
     return isinstance(outcome.step, EndJob) and outcome.step.status == "expired"
 
 
-def _with_hold(job: ClaimedJob, held: Mapping[tuple[Scope, str], CircuitBreaker], now: datetime) -> JobFacts:
-    ends = [
-        ended
-        for breaker in (held.get(("account", job.account)), held.get(("host", job.address.host)))
-        if breaker is not None and (ended := breaker.last_hold_end(now)) is not None
+def _with_hold(job: ClaimedJob, breakers: Mapping[tuple[Scope, str], CircuitBreaker], now: datetime) -> JobFacts:
+    hold_ends = [
+        hold_end
+        for breaker in (breakers.get(("account", job.account)), breakers.get(("host", job.address.host)))
+        if breaker is not None and (hold_end := breaker.last_hold_end(now)) is not None
     ]
-    return job.facts._replace(last_hold_end=max(ends, default=None))
+    return job.facts._replace(last_hold_end=max(hold_ends, default=None))
 
 
-def _tell_of_hold(before: CircuitBreaker, after: CircuitBreaker, now: datetime) -> None:
+def _log_hold(before: CircuitBreaker, after: CircuitBreaker, now: datetime) -> None:
     if after.held(now) and not before.held(now):
         log.warning("held scope=%s name=%s reason=%s", after.scope, after.name, after.why)
         if after.ceiling is not None and after.ceiling != before.ceiling:
@@ -422,5 +437,5 @@ def _tell_of_hold(before: CircuitBreaker, after: CircuitBreaker, now: datetime) 
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, by the class of the driver's error: its text may quote the row."""
+    """Return the class of the driver's error. The error's text is not used, since it may quote the row."""
     return type(getattr(error, "orig", None) or error).__name__

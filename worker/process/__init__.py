@@ -1,1 +1,1 @@
-"""One worker process: its resources, its runs, and how it starts and stops. Polling itself is not here."""
+"""One worker process: its resources, the runs that tasks start, and how it starts and stops. Polling is elsewhere."""

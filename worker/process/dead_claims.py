@@ -1,4 +1,4 @@
-"""Claims of processes that died on this host: released at once, before their lease ends."""
+"""Releases the claims of processes that died on this host at once, before their leases end."""
 
 from pathlib import Path
 
@@ -21,26 +21,26 @@ NOTHING_HELD = Released(0, (), (), ())
 
 
 def sent_folder() -> Path:
-    """Return the directory of the files that say which claims led to a request."""
+    """Return the directory of the files that record which claims led to a request."""
     try:
         return settings.state / "sent"
-    except SettingsError:  # nothing can be written anywhere: then every claim counts
+    except SettingsError:  # no directory is writable: then every claim counts as sent
         return state_directory.configured(settings.state_directory) / "sent"
 
 
 def release_dead_claims(connection: Connection) -> Released:
-    """Release what dead processes of this host held: jobs, outputs and events."""
-    gone = dead_holders(claim_holders(connection))
-    if not gone:
+    """Release the jobs, outputs and events that dead processes of this host held."""
+    dead_processes = dead_holders(claim_holders(connection))
+    if not dead_processes:
         return NOTHING_HELD
     now = database_now(connection)
-    release_events(connection, gone, due_at=now)
-    return release_crashed(connection, gone, now=now, sent=sent_by(sent_folder(), gone))
+    release_events(connection, dead_processes, due_at=now)
+    return release_crashed(connection, dead_processes, now=now, sent=sent_by(sent_folder(), dead_processes))
 
 
 def log_released(released: Released) -> None:
-    """Log what was released, and what was set aside."""
+    """Log what was released, and what is not tried again."""
     if released.rows:
-        log.warning("work of dead processes is taken up again rows=%s", released.rows)
+        log.warning("claims of dead processes are released rows=%s", released.rows)
     if released.jobs or released.outputs:
-        log.error("set aside, its processes died again and again jobs=%s outputs=%s", released.jobs, released.outputs)
+        log.error("ended, the process died at each attempt jobs=%s outputs=%s", released.jobs, released.outputs)

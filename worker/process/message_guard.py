@@ -1,8 +1,8 @@
-"""Refuse messages that can't be tasks, before Celery reads them.
+"""Rejects messages that can't be tasks, before Celery reads them.
 
-Celery trusts what it finds in a queue: a body of another shape ends the worker process, or takes a place of its pool
-for good. So each message is checked first. A bad one is rejected and not queued again (RabbitMQ drops it, or moves it
-to the queue's dead-letter exchange), and written to the log as one line, without its body.
+Celery trusts what it finds in a queue: a malformed body ends the worker process, or occupies a place of its pool until
+the process ends. So each message is checked first. A malformed one is rejected and not requeued (RabbitMQ drops it, or
+moves it to the queue's dead-letter exchange). It is logged as one line, without its body.
 """
 
 import math
@@ -42,13 +42,13 @@ REPR_MOST = 100_000  # characters of argsrepr and kwargsrepr; Celery's clients c
 SECONDS_MOST = 10 * 365 * 86_400.0
 RETRIES_MOST = 1 << 31
 CLOCK_MOST = 1 << 53
-ETA_SECONDS = 30.0  # half of the time after which Redis hands out a message again
+ETA_SECONDS = 30.0  # half of the time after which Redis redelivers a message
 TRACK_ETA_SECONDS = 86_400.0
 TRACK = "worker.track"
-AT_ONCE = frozenset({TRACK, "worker.nudge"})  # what does no harm before its ETA
+AT_ONCE = frozenset({TRACK, "worker.nudge"})  # tasks that may run before their ETA
 ENCODINGS = frozenset({"", "utf-8", "utf8", "us-ascii", "ascii", "binary"})
 EMBED = frozenset({"callbacks", "errbacks", "chain", "chord"})
-# Names that would replace what Celery itself sets on `task.request`, or its methods.
+# Names that would overwrite attributes or methods that Celery sets on `task.request`.
 RESERVED = frozenset(
     name
     for name, value in vars(Context).items()
@@ -57,12 +57,12 @@ RESERVED = frozenset(
 
 
 class MalformedMessage(Exception):
-    """A message is no task; the text says why, in a few words."""
+    """A message is not a task. The text says why, in a few words."""
 
 
 @dataclass(frozen=True, slots=True)
 class TaskMessage:
-    """What a message asks for, as Celery reads it."""
+    """The task of a message, as Celery reads it."""
 
     name: str
     id: str
@@ -264,7 +264,7 @@ def _check_properties(properties: object) -> None:
 
 
 def _moment(value: object) -> datetime | None:
-    """Return an ISO 8601 time as UTC, or None where it is none, or outside of what a clock can show."""
+    """Return an ISO 8601 time in UTC, or None if it is none or out of range."""
     if not isinstance(value, str) or not value:
         return None
     try:
@@ -277,9 +277,9 @@ def _moment(value: object) -> datetime | None:
 
 
 def check_eta(message: Any, task: TaskMessage) -> None:
-    """Refuse a task with a distant ETA, or run it at once if it may run early. Raises MalformedMessage.
+    """Reject a task with a distant ETA, or run it at once if it may run early. Raises MalformedMessage.
 
-    Celery keeps a message with an eta in memory; Redis hands it out again every minute, and so it multiplies.
+    Celery keeps a message with an ETA in memory, and Redis redelivers it every minute, so that it multiplies.
     """
     moment = _moment(task.fields.get("eta"))
     seconds = 0.0 if moment is None else (moment - datetime.now(UTC)).total_seconds()
@@ -296,7 +296,7 @@ def check_eta(message: Any, task: TaskMessage) -> None:
 
 
 class GuardedConsumer(Consumer):  # type: ignore[misc]  # celery has no types
-    """Celery's consumer, which refuses what can't be a task. Set as Celery's `worker_consumer`."""
+    """Celery's consumer, which rejects malformed messages. Set as Celery's `worker_consumer`."""
 
     def __init__(self, *args: Any, pool: Any = None, **options: Any) -> None:
         guard_transports()
@@ -309,7 +309,7 @@ class GuardedConsumer(Consumer):  # type: ignore[misc]  # celery has no types
                 self._guard_gossip(step)
 
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], None]:
-        """Return what the event loop calls for each message."""
+        """Return the function that the event loop calls for each message."""
         run = super().create_task_handler(*args, **options)
 
         def on_task_received(message: Any) -> None:
@@ -319,7 +319,7 @@ class GuardedConsumer(Consumer):  # type: ignore[misc]  # celery has no types
             except MalformedMessage as reason:
                 self.refuse(message, str(reason))
                 return
-            except Exception as error:  # a check of ours fails: no reason to end the worker
+            except Exception as error:  # an error in a check must not end the worker
                 self.refuse(message, f"it can't be checked ({type(error).__name__})")
                 return
             try:
@@ -333,23 +333,23 @@ class GuardedConsumer(Consumer):  # type: ignore[misc]  # celery has no types
         return on_task_received
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
-        """Refuse a message that kombu can't decompress or decode."""
+        """Reject a message that kombu can't decompress or decode."""
         self.refuse(message, f"it can't be decoded ({type(exc).__name__})")
 
     def on_unknown_message(self, body: Any, message: Any) -> None:
-        """Refuse a message that names no task."""
+        """Reject a message that names no task."""
         self.refuse(message, "it names no task")
 
     def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
-        """Refuse a message for a task that this worker does not have."""
+        """Reject a message for a task that this worker does not have."""
         self.refuse(message, "this worker has no such task")
 
     def on_invalid_task(self, body: Any, message: Any, exc: Exception) -> None:
-        """Refuse a message that Celery finds invalid."""
+        """Reject a message that Celery finds invalid."""
         self.refuse(message, f"Celery can't run it ({type(exc).__name__})")
 
     def refuse(self, message: Any, reason: str) -> None:
-        """Reject a message for good and log one line. Raises the broker's connection errors."""
+        """Reject a message without requeueing it, and log one line. Raises the broker's connection errors."""
         delivery = message.delivery_info if isinstance(message.delivery_info, Mapping) else {}
         log_refused(delivery.get("routing_key"), size_of(message.body), message.content_type, reason)
         no_ack = getattr(message.channel, "no_ack_consumers", None) or ()
@@ -358,7 +358,7 @@ class GuardedConsumer(Consumer):  # type: ignore[misc]  # celery has no types
         self._tell_caller(message, reason)
 
     def _tell_caller(self, message: Any, reason: str) -> None:
-        """Store the refusal as the result of a task whose result its caller may wait for."""
+        """Store the rejection as the task's result, if its caller may wait for one."""
         headers = message.headers if isinstance(message.headers, Mapping) else {}
         task_id, name = headers.get("id"), headers.get("task")
         if not _is_id(task_id) or not isinstance(name, str) or headers.get("ignore_result") is True:
@@ -368,11 +368,11 @@ class GuardedConsumer(Consumer):  # type: ignore[misc]  # celery has no types
             return
         try:
             task.backend.store_result(task_id, InvalidTaskError(f"the message is refused: {reason}"), "FAILURE")
-        except Exception as error:  # the result only informs the caller
+        except Exception as error:  # the result is only informative
             log.debug("the result of a refused message is not stored reason=%s", type(error).__name__)
 
     def _release(self, task_id: str) -> None:
-        """Give back the pool place of a request that was reserved and never started."""
+        """Release the pool place of a request that was reserved and never started."""
         request = state.requests.get(task_id)
         if request is not None:
             state.task_ready(request)
@@ -402,16 +402,16 @@ class GuardedConsumer(Consumer):  # type: ignore[misc]  # celery has no types
                 log_refused("gossip", size_of(message.body), message.content_type, reason)
 
         def get_consumers(channel: Any) -> Any:
-            made = consumers(channel)
-            for consumer in made:
+            guarded_consumers = consumers(channel)
+            for consumer in guarded_consumers:
                 consumer.on_decode_error = self.on_decode_error
-            return made
+            return guarded_consumers
 
         gossip.on_message, gossip.get_consumers = on_message, get_consumers
 
 
 def control_problem(body: object, headers: object, commands: Mapping[str, Any]) -> str | None:
-    """Return why a message can't be a remote control command of Celery, or None where it can."""
+    """Return why a message can't be a remote control command of Celery, or None if it can."""
     if not isinstance(body, dict):
         return f"its body is {describe_type(body)}"
     if not isinstance(body.get("method"), str) or body["method"] not in commands:
@@ -440,7 +440,7 @@ def _is_clock(value: object) -> bool:
 
 
 def contain_errors(pool: BasePool | None) -> None:
-    """Have a pool of threads answer for each task, also where running it raises: else its place is lost."""
+    """Have a pool of threads report each task, also if running it raises. Otherwise its place is lost."""
     if not isinstance(pool, TaskPool):
         return
     submit: Any = pool.on_apply

@@ -1,4 +1,4 @@
-"""Messages that this process publishes: downloads and `on_done` calls. Each is a hint; the sweep sends it again."""
+"""Publishes messages: downloads and `on_done` calls. Each message is a hint; the sweep sends it again."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +12,7 @@ log = get_task_logger(__name__)
 
 
 def queue_downloads(output_ids: Sequence[int]) -> None:
-    """Puts download tasks on their queue. If the broker is away the sweep does it later."""
+    """Publish download tasks. If the broker is away, the sweep publishes them later."""
 
     def publish() -> None:
         with app.producer_pool.acquire(block=True, timeout=5) as producer:
@@ -24,7 +24,7 @@ def queue_downloads(output_ids: Sequence[int]) -> None:
 
 
 def send_on_done(task: str, queue: str, job_id: int) -> None:
-    """Send, once more where a connection of the pool was lost meanwhile. Celery's own retries would take too long."""
+    """Send an `on_done` call. Retry once if a pooled connection was lost; Celery's own retries would take too long."""
     try:
         _send_once(task, queue, job_id)
     except Exception as error:
@@ -38,12 +38,12 @@ def _send_once(task: str, queue: str, job_id: int) -> None:
         try:
             app.send_task(task, (job_id,), queue=queue, producer=producer, retry=False, ignore_result=True)
         except Exception:
-            producer.__connection__.collect()  # RabbitMQ closes the channel of what it refuses: the next gets a new one
+            producer.__connection__.collect()  # RabbitMQ closes the channel when it refuses a message
             raise
 
 
-def log_broker_errors(what: str, publish: Callable[[], object]) -> None:
+def log_broker_errors(messages: str, publish: Callable[[], object]) -> None:
     try:
         publish()
     except (BrokerError, OSError) as error:
-        log.warning("the broker is away, the sweep will send it what=%s reason=%s", what, type(error).__name__)
+        log.warning("the broker is away, the sweep will send it what=%s reason=%s", messages, type(error).__name__)

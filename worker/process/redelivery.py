@@ -1,7 +1,7 @@
-"""What becomes of a message that a broker delivers again: every requeue has an end, or waits for a server.
+"""Bounds redelivered messages: each requeue has a limit, or waits for a server.
 
-A message that ends its process each time is counted in Redis and set aside. While the database is away messages go
-back to their queue, with pauses that grow: nothing is lost then, however long it takes.
+A message that ends its process at each delivery is counted in Redis and rejected in the end. While the database is
+away, messages return to their queue with growing pauses, so none is lost, however long it takes.
 """
 
 import logging
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 DELIVERIES_MOST = 5
 COUNT_SECONDS = 86_400
 KEY = "fetch-worker.deliveries."
-PAUSE_LEAST, PAUSE_MOST = 1.0, 30.0  # seconds; Redis hands out again what was not acknowledged for 60
-PAUSE_SHARE = 0.25  # of the time for which the database is away
+PAUSE_LEAST, PAUSE_MOST = 1.0, 30.0  # seconds; Redis redelivers messages that were not acknowledged for 60
+PAUSE_SHARE = 0.25  # of the time since the database went away
 LOG_EVERY_SECONDS = 60.0
 
 
@@ -29,27 +29,27 @@ class TooManyDeliveries(Exception):
 
 
 class DeliveryCounter:
-    """Counts the deliveries of a message that began and did not end, for messages that are delivered again."""
+    """Counts deliveries that were started and not finished, for redelivered messages."""
 
-    def __init__(self, client: "redis.Redis", most: int = DELIVERIES_MOST) -> None:
+    def __init__(self, client: "redis.Redis", max_deliveries: int = DELIVERIES_MOST) -> None:
         self._client = client
-        self._most = most
-        self._alone = threading.Lock()
+        self._max_deliveries = max_deliveries
+        self._one_at_a_time = threading.Lock()
 
     @contextmanager
     def counted(self, message_id: str | None, *, redelivered: bool) -> Iterator[None]:
-        """Run what a message asks for. Raises TooManyDeliveries instead where that has ended processes before.
+        """Run the task of a message. Raises TooManyDeliveries if the message has ended its process too often.
 
-        Those delivered again run one at a time, so that the others in the process are not counted with the one that
-        ends it. Without Redis nothing is counted.
+        Redelivered messages run one at a time, so that only the message that ends the process is counted. Without Redis
+        nothing is counted.
         """
         if not redelivered or message_id is None:
             yield
             return
-        with self._alone:
+        with self._one_at_a_time:
             count = self._begin(KEY + message_id)
             try:
-                if count > self._most:
+                if count > self._max_deliveries:
                     raise TooManyDeliveries
                 yield
             finally:
@@ -74,10 +74,10 @@ class DeliveryCounter:
 
 
 class DatabaseOutage:
-    """How long messages wait while the database is away: longer the longer it is, and not after it answers again."""
+    """Delays messages while the database is away: longer during a long outage, and no longer once it answers."""
 
-    def __init__(self, answers: Callable[[], bool], clock: Callable[[], float] = time.monotonic) -> None:
-        self._answers = answers
+    def __init__(self, database_answers: Callable[[], bool], clock: Callable[[], float] = time.monotonic) -> None:
+        self._database_answers = database_answers
         self._clock = clock
         self._lock = threading.Lock()
         self._since: float | None = None
@@ -85,27 +85,27 @@ class DatabaseOutage:
         self._woke_early = False
 
     def wait(self, stopping: threading.Event) -> None:
-        """Wait before a message goes back to its queue: a quarter of the outage so far, 30 s at most.
+        """Wait before a message returns to its queue: a quarter of the outage so far, 30 s at most.
 
-        The wait ends early once the database answers, but not twice in a row: some failures a look does not show.
+        The wait ends early once the database answers, but not twice in a row: a check does not show every failure.
         """
         now = self._clock()
         with self._lock:
             self._since = now if self._since is None else self._since
-            away, look = now - self._since, not self._woke_early
+            outage_seconds, may_wake_early = now - self._since, not self._woke_early
             self._woke_early = False
             is_due = now - self._logged_at >= LOG_EVERY_SECONDS
             self._logged_at = now if is_due else self._logged_at
         if is_due:
-            log.warning("messages go back to their queue: the database is away seconds=%.0f", away)
-        until = now + min(max(PAUSE_LEAST, away * PAUSE_SHARE), PAUSE_MOST)
+            log.warning("messages return to their queue: the database is away seconds=%.0f", outage_seconds)
+        until = now + min(max(PAUSE_LEAST, outage_seconds * PAUSE_SHARE), PAUSE_MOST)
         while self._clock() < until and not stopping.wait(PAUSE_LEAST):
-            if look and self._answers():
+            if may_wake_early and self._database_answers():
                 self._woke_early = True
                 return
 
     def over(self) -> None:
-        """Note that the database did what it was asked for."""
+        """Note that the database works again."""
         if self._since is None:
             return
         with self._lock:
@@ -115,6 +115,6 @@ class DatabaseOutage:
 
 
 def remote_id_of(remote: Any) -> str:
-    """Return by which remote id a log line can name what was to be tracked, cut to 128 characters."""
-    known = remote.get("id") if isinstance(remote, dict) else remote
-    return str(known)[:128] if isinstance(known, (str, int)) else "unknown"
+    """Return the remote id of a `track` argument for a log line, cut to 128 characters."""
+    remote_id = remote.get("id") if isinstance(remote, dict) else remote
+    return str(remote_id)[:128] if isinstance(remote_id, (str, int)) else "unknown"

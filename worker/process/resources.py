@@ -1,4 +1,4 @@
-"""What the tasks of one process share: the engine, the poller, the downloader and their helpers, each made once."""
+"""The resources of one process, each made once: the engine, the poller, the downloader and their helpers."""
 
 import gc
 import os
@@ -18,7 +18,7 @@ from worker.downloads.downloader import Downloader
 from worker.errors import WorkerError
 from worker.net.address_guard import Guard, guarded_adapter
 from worker.notify.on_done import notify
-from worker.notify.webhooks import AT_ONCE, Webhooks
+from worker.notify.webhooks import MAX_DELIVERIES, Webhooks
 from worker.polling.api_client import ApiClient
 from worker.polling.late_looks import LateLooks
 from worker.polling.poller import IN_FLIGHT, Poller
@@ -36,33 +36,33 @@ from worker.system.redaction import Scrubber, shared_scrubber
 DOWNLOAD_THREADS = 64
 COUNT_TIMEOUT_SECONDS = 2.0
 GARBAGE_THRESHOLDS = (20_000, 20, 50)
-OLD_FILES_SECONDS = 86_400.0  # of a boot or a container before: nobody here knows whether its processes live
+OLD_FILES_SECONDS = 86_400.0  # files of an earlier boot or container: it is unknown whether their processes still run
 
 
 class ProcessResources:
-    """What the tasks of one process share. A forked child makes its own.
+    """The resources that the tasks of one process share. A forked child makes its own.
 
     A worker process makes what its queues need as it starts (`make_for`). Anywhere else (`task.apply()`, a shell) each
-    resource is made on first use, by one thread while the others wait.
+    resource is made on first use, by one thread while others wait.
     """
 
     def __init__(self) -> None:
-        self.stopping = threading.Event()  # set when the worker shuts down: nothing new is begun
+        self.stopping = threading.Event()  # set when the worker shuts down: nothing new is started
         self._release_lock = threading.Lock()
 
     @locked_property
     def engine(self) -> Engine:
-        """This process's engine."""
+        """The database engine of this process."""
         return engine_for(settings.database)
 
     @locked_property
     def scrubber(self) -> Scrubber:
-        """Takes the keys out of texts."""
+        """Removes keys from texts."""
         return shared_scrubber(settings.secret_texts)
 
     @locked_property
     def leases(self) -> LeaseKeeper:
-        """Holds this process's claims."""
+        """Keeps the leases of this process's claims."""
         holder = holder_name()
         return LeaseKeeper(
             self.engine,
@@ -73,7 +73,7 @@ class ProcessResources:
 
     @locked_property
     def api(self) -> ApiClient:
-        """The hosted API; mount an adapter of your own on `process_resources().api.session` if you must."""
+        """The client of the hosted API. Mount an adapter on `process_resources().api.session` if needed."""
         return ApiClient(
             settings.api,
             self.scrubber,
@@ -87,7 +87,7 @@ class ProcessResources:
 
     @locked_property
     def poller(self) -> Poller:
-        """Polls, and listens for wake-ups."""
+        """Polls jobs, and listens for wake-ups."""
         poller = Poller(
             engine=self.engine,
             api=self.api,
@@ -108,8 +108,8 @@ class ProcessResources:
 
     @locked_property
     def late_looks(self) -> LateLooks:
-        """Asks about expired jobs again."""
-        looks = LateLooks(
+        """Polls expired jobs again."""
+        late_looks = LateLooks(
             engine=self.engine,
             api=self.api,
             budget=RateLimiter(settings.redis),
@@ -121,8 +121,8 @@ class ProcessResources:
             notify=self.notify,
         )
         if self.stopping.is_set():
-            looks.stop()
-        return looks
+            late_looks.stop()
+        return late_looks
 
     @locked_property
     def deliveries(self) -> DeliveryCounter:
@@ -131,7 +131,7 @@ class ProcessResources:
 
     @locked_property
     def outage(self) -> DatabaseOutage:
-        """How long messages wait while the database is away."""
+        """Delays messages while the database is away."""
         return DatabaseOutage(self._database_answers)
 
     def _database_answers(self) -> bool:
@@ -143,12 +143,12 @@ class ProcessResources:
 
     @locked_property
     def publisher(self) -> Publisher:
-        """Sends messages, so that no poll run waits for a broker that is slow or away."""
+        """Publishes messages in the background, so that no poll run waits for a slow broker."""
         return Publisher()
 
     @locked_property
     def downloader(self) -> Downloader:
-        """Downloads."""
+        """Downloads outputs."""
         guard = Guard(settings.allowed_networks)
         return Downloader(
             engine=self.engine,
@@ -168,13 +168,13 @@ class ProcessResources:
 
     @locked_property
     def webhooks(self) -> Webhooks:
-        """Tells receivers of final jobs."""
+        """Delivers webhooks about final jobs."""
         guard = Guard(settings.webhook_networks)
         return Webhooks(
             engine=self.engine,
             leases=self.leases,
             guard=guard,
-            adapter=guarded_adapter(guard, connections=AT_ONCE),
+            adapter=guarded_adapter(guard, connections=MAX_DELIVERIES),
             scrubber=self.scrubber,
             secrets=settings.webhook_secrets,
             user_agent=settings.user_agent,
@@ -182,12 +182,12 @@ class ProcessResources:
 
     @locked_property
     def repairer(self) -> Repairer:
-        """Repairs rows in a state that no step of ours leaves behind."""
+        """Repairs rows in a state that no known transition leaves behind."""
         return Repairer(self.engine)
 
     def make_for(self, queues: Container[str]) -> None:
-        """Make what the tasks on these queues need, before the first task comes. No server is asked for anything."""
-        # What was imported stays for ever: looking through it again and again took a tenth of all processor time.
+        """Make what the tasks on these queues need, before the first task arrives. Sends no request to any server."""
+        # Imported modules are never freed. Scanning them at each collection took a tenth of all processor time.
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GARBAGE_THRESHOLDS)
@@ -199,57 +199,57 @@ class ProcessResources:
             _ = self.downloader
 
     def stop(self) -> None:
-        """Begin nothing new. Safe in a signal handler: it makes nothing."""
+        """Start nothing new. Safe in a signal handler: it makes no resource."""
         self.stopping.set()
-        for name in ("poller", "late_looks"):  # one that is being made just now looks at `stopping` itself
-            made = self.__dict__.get(name)
-            if made is not None:
-                made.stop()
+        for name in ("poller", "late_looks"):  # a resource that is just being made checks `stopping` itself
+            resource = self.__dict__.get(name)
+            if resource is not None:
+                resource.stop()
 
     def release_dead_claims(self) -> None:
-        """Release what dead processes held, once, before anything is claimed: a new claim would hide the crash."""
+        """Release the claims of dead processes, once, before anything is claimed: a new claim would hide the crash."""
         with self._release_lock:
             if self._released_dead_claims:
                 return
             with self.engine.begin() as connection:
                 released = release_dead_claims(connection)
-                holding = claim_holders(connection)
+                active_holders = claim_holders(connection)
             self._released_dead_claims = True
         folder = sent_folder()
-        gone = set(dead_holders(processes_with_files(folder))) | old_files(folder, seconds=OLD_FILES_SECONDS)
-        remove_files(folder, gone - holding - {holder_name()})
+        ended = set(dead_holders(processes_with_files(folder))) | old_files(folder, seconds=OLD_FILES_SECONDS)
+        remove_files(folder, ended - active_holders - {holder_name()})
         log_released(released)
 
     swept_at = 0.0
     sample_at = 0.0
     _released_dead_claims = False
-    ticks = False  # whether a ticker in this process takes up what a run leaves (in a prefork child none does)
+    ticks = False  # whether a ticker in this process continues after a run (a prefork child has none)
 
     def notify(self, job_ids: Sequence[int] | None) -> None:
-        """Tells web apps of final jobs; trouble with the broker leaves it to the next sweep."""
+        """Send the `on_done` calls of final jobs. If the broker fails, the next sweep sends them."""
         if job_ids is not None and not job_ids:
             return
         log_broker_errors("on_done", lambda: notify(self.engine, send_on_done, job_ids))
 
 
-_resources: dict[int, ProcessResources] = {}  # by process id: a forked child finds none of its own, and makes them
-_resources_lock = threading.RLock()  # a signal handler may come while its own thread holds it
+_resources: dict[int, ProcessResources] = {}  # by process id, so that a forked child makes its own
+_resources_lock = threading.RLock()  # reentrant: a signal handler may run while its thread holds the lock
 
 
 def process_resources() -> ProcessResources:
     """Return the resources of this process."""
     pid = os.getpid()
-    found = _resources.get(pid)
-    if found is None:
+    resources = _resources.get(pid)
+    if resources is None:
         with _resources_lock:
-            found = _resources.get(pid)
-            if found is None:
-                found = _resources[pid] = ProcessResources()
-    return found
+            resources = _resources.get(pid)
+            if resources is None:
+                resources = _resources[pid] = ProcessResources()
+    return resources
 
 
 def _new_resources_lock() -> None:
-    """In a forked child: a thread that held the lock in the parent is not there to release it."""
+    """Replace the lock in a forked child: a thread of the parent may have held it."""
     global _resources_lock
     _resources_lock = threading.RLock()
 

@@ -1,8 +1,8 @@
-"""Keep kombu's transports alive where a message can't even be read.
+"""Keeps kombu's transports running when a message can't be read at all.
 
-On Redis any client may push any bytes to a queue's list, and kombu raises whatever its parser raises: the worker exits,
-or connects again. On RabbitMQ py-amqp does so for properties that it can't decode, and gets the same message again.
-Both are mended in place, since kombu makes its transports by itself. Each such message is one line in the log.
+On Redis any client may push any bytes to a queue's list. kombu raises whatever its parser raises, and the worker exits
+or reconnects. On RabbitMQ, py-amqp does the same for properties that it can't decode, and receives the same message
+again. Both are patched in place, since kombu creates its transports itself. Each such message is logged as one line.
 """
 
 import logging
@@ -20,14 +20,14 @@ from worker.system.redaction import shared_scrubber
 log = logging.getLogger(__name__)
 
 UNREADABLE = "fetch-worker-unreadable"  # the only header of a message whose AMQP properties can't be decoded
-SHOWN_MOST = 80  # characters of a foreign text in a log line
+SHOWN_MOST = 80  # characters of external text in a log line
 TEXT_MOST = 255
 KOMBU_LOGGER = "kombu.transport.redis"
 QUOTING = ("Cannot process event", "Could not restore message")  # lines of kombu that quote a message's body
 
 
 def guard_transports() -> None:
-    """Mend kombu's Redis transport and py-amqp in this process, once."""
+    """Patch kombu's Redis transport and py-amqp in this process, once."""
     transport: Any = redis_transport.Transport
     if getattr(transport, "guarded", False):
         return
@@ -39,7 +39,7 @@ def guard_transports() -> None:
 
 
 def log_refused(queue: object, size: int, content_type: object, reason: str) -> None:
-    """Log that a message was refused: one line, nothing of its body. `size` is in bytes."""
+    """Log that a message was rejected: one line without its body. `size` is in bytes."""
     log.error(
         "message refused queue=%s size=%s content_type=%s reason=%s",
         *(quote_for_log(queue or "unknown"), size, quote_for_log(content_type or "none"), reason),
@@ -47,12 +47,12 @@ def log_refused(queue: object, size: int, content_type: object, reason: str) -> 
 
 
 def quote_for_log(value: object) -> str:
-    """Return a foreign text for a log line: short, printable, in quotation marks."""
+    """Return external text for a log line: short, printable, in quotation marks."""
     return repr(plain_text(shared_scrubber().text(str(value))[:SHOWN_MOST]))
 
 
 def describe_type(value: object) -> str:
-    """Describe a value by its type and size, never by what it says."""
+    """Describe a value by its type and size, without its content (except for short texts)."""
     match value:
         case None:
             return "null"
@@ -74,12 +74,12 @@ def describe_type(value: object) -> str:
 
 
 def size_of(body: object) -> int:
-    """Return the length of a body, 0 where it has none."""
+    """Return the length of a body, or 0 if it has none."""
     return len(body) if isinstance(body, (str, bytes, bytearray, memoryview)) else 0
 
 
 def is_lost_connection(error: Exception, connection_errors: tuple[type[Exception], ...]) -> bool:
-    """Whether an error means that the broker is away. kombu counts each KeyError as that on Redis."""
+    """Return whether an error means that the broker is away. On Redis kombu also counts every KeyError as one."""
     return isinstance(error, connection_errors) and not isinstance(error, KeyError)
 
 
@@ -87,7 +87,7 @@ def is_lost_connection(error: Exception, connection_errors: tuple[type[Exception
 
 
 def envelope_problem(raw: object, codecs: Mapping[str, Any]) -> str | None:
-    """Return why an element of a Redis list can't be a kombu message, or None where it can."""
+    """Return why an element of a Redis list can't be a kombu message, or None if it can."""
     if not isinstance(raw, dict):
         return f"it is {describe_type(raw)}, not a message"
     properties = raw.get("properties")
@@ -113,17 +113,17 @@ def envelope_problem(raw: object, codecs: Mapping[str, Any]) -> str | None:
 
 
 def _guard_redis_delivery(transport: Any) -> None:
-    """Check what a queue's list had before kombu makes a message of it."""
+    """Check the elements of a queue's list before kombu makes messages of them."""
     deliver: Any = transport._deliver
     codecs = redis_transport.Channel.codecs
 
     def guarded(self: Any, message: Any, queue: str) -> None:
-        self.element = None  # it could be parsed: what fails from here on is said here
+        self.element = None  # it could be parsed: later failures are logged here
         problem = envelope_problem(message, codecs)
         if problem is None:
             if message.get("headers") is None:
                 message["headers"] = {}
-            message["properties"]["delivery_tag"] = str(uuid4())  # two in flight must not share one
+            message["properties"]["delivery_tag"] = str(uuid4())  # two messages in flight must not share a tag
             try:
                 deliver(self, message, queue)
             except Exception as error:
@@ -142,7 +142,7 @@ def _is_dict(value: object) -> bool:
 
 
 def _guard_redis_reading(channel: Any) -> None:
-    """Go on after an element that is no JSON. It has left its list already."""
+    """Continue after an element that is not JSON. It has left its list already."""
     read, receive = channel._brpop_read, channel._receive_one
 
     def brpop_read(self: Any, **options: Any) -> Any:
@@ -182,7 +182,7 @@ def _guard_redis_reading(channel: Any) -> None:
 
 
 def _without_bodies(record: logging.LogRecord) -> bool:
-    """Take the message's body, and the traceback, out of what kombu logs."""
+    """Remove the message's body and the traceback from what kombu logs."""
     if isinstance(record.msg, str) and record.msg.startswith(QUOTING):
         record.msg = f"{record.msg.split('%', 1)[0].strip()}: it is malformed"
         record.args, record.exc_info, record.exc_text = (), None, None
@@ -193,7 +193,7 @@ def _without_bodies(record: logging.LogRecord) -> bool:
 
 
 def _guard_amqp(message: Any) -> None:
-    """Give a message whose properties can't be decoded a header that says so. Its body has frames of its own."""
+    """Give a message with undecodable properties a header that says so. Its body has separate frames."""
     load: Any = message._load_properties
 
     def load_properties(self: Any, class_id: Any, buffer: Any, offset: int) -> Any:

@@ -264,7 +264,7 @@ class _PollWork:
             queue_downloads=_do_nothing,
             notify=_do_nothing,
             threads=1,
-            dice=random.Random(0),  # the same poll times in every run of a test
+            rng=random.Random(0),  # the same poll times in every run of a test
         )
 
     def do(self) -> bool:
@@ -276,7 +276,7 @@ class _PollWork:
         self._api.expect((job.remote_id, job.submitted_at) for job in jobs)
         self._keys.update({job.account: SecretStr(KEY) for job in jobs})  # every account in a test has a key
         polled = self._poller.poll_once().asked
-        if self._poller.kept:
+        if self._poller.unwritten:
             raise KitError("an open transaction of your test locks a job's row: commit it or roll it back first")
         return polled > 0
 
