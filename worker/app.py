@@ -1,7 +1,7 @@
-"""The Celery app: `celery -A worker.app worker|beat|flower`. Settings of Celery only; the work itself is in the tasks.
+"""The Celery app: `celery -A worker.app worker|beat|flower`. Only Celery's settings are here; the tasks do the work.
 
-The table is the queue; a Celery message is a hint. So no task waits in a worker's memory (no ETA, no countdown, no
-retry), results are kept for `worker.track` alone, and every message may be lost, late or double.
+The table is the queue, and a Celery message is a hint. So no task waits in a worker's memory (no ETA, no countdown, no
+retry), only `worker.track` keeps its result, and every message may be lost, late or duplicated.
 """
 
 import logging
@@ -46,36 +46,36 @@ FLOWER_PREFIX = "FLOWER_"
 
 
 class FixedScheduler(Scheduler):  # type: ignore[misc]  # celery has no types
-    """Sends the tasks of `beat_schedule`, each at once after its start, and keeps no file."""
+    """Sends the tasks of `beat_schedule`, each once right at the start. Keeps no file."""
 
     def setup_schedule(self) -> None:
-        """Take the schedule as it is configured."""
+        """Load the schedule from the configuration."""
         for name, entry in self.app.conf.beat_schedule.items():
             started = self.app.now() - timedelta(seconds=entry["schedule"])
             self.data[name] = self.Entry(name=name, app=self.app, last_run_at=started, **entry)
 
 
 class _OwnLoader(AppLoader):  # type: ignore[misc]  # celery has no types
-    """Reads no CELERY_CONFIG_MODULE: it belongs to the web app."""
+    """Ignores CELERY_CONFIG_MODULE, which belongs to the web app."""
 
     def read_configuration(self, env: str = "") -> dict[str, object]:
-        """Return no configuration."""
+        """Return an empty configuration."""
         return {}
 
 
 class ScrubbedTask(Task):  # type: ignore[misc]  # celery has no types
-    """A task whose errors, which become log lines, events and results, hold no key."""
+    """A task that removes keys from its errors, which become log lines, events and results."""
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """Run the task."""
         try:
             return self.run(*arguments, **options)
-        except TaskPredicate:  # how a task tells Celery what to do with its message
+        except TaskPredicate:  # control flow: tells Celery what to do with the message
             raise
         except Exception as error:
             scrubber = shared_scrubber()
-            written = "".join(traceback.format_exception(error))
-            if scrubber.text(written) == written:
+            traceback_text = "".join(traceback.format_exception(error))
+            if scrubber.text(traceback_text) == traceback_text:
                 raise
             message = scrubber.text(str(error))
             if isinstance(error, WorkerError):
@@ -84,26 +84,26 @@ class ScrubbedTask(Task):  # type: ignore[misc]  # celery has no types
 
 
 class ScrubbedDispatcher(EventDispatcher):  # type: ignore[misc]  # celery has no types
-    """Sends events without keys: a task's arguments are what an app has put into them."""
+    """Removes keys from events: a task's arguments may contain any text of an app."""
 
     def send(self, type: str, *arguments: Any, **fields: Any) -> None:
         """Send an event."""
-        scrub = shared_scrubber().text
-        plain = {name: scrub(value) if isinstance(value, str) else value for name, value in fields.items()}
-        super().send(type, *arguments, **plain)
+        remove_keys = shared_scrubber().text
+        clean_fields = {name: remove_keys(value) if isinstance(value, str) else value for name, value in fields.items()}
+        super().send(type, *arguments, **clean_fields)
 
 
 class ScrubbedEvents(Events):  # type: ignore[misc]  # celery has no types
-    """What Celery takes the dispatcher from."""
+    """Makes Celery use `ScrubbedDispatcher`."""
 
     dispatcher_cls = ScrubbedDispatcher
 
 
 class FetchWorkerApp(Celery):  # type: ignore[misc]  # celery has no types
-    """A Celery app that our settings alone configure.
+    """A Celery app that is configured only by the settings of fetch-worker.
 
-    Celery prefers CELERY_BROKER_URL, CELERY_BROKER_READ_URL, CELERY_BROKER_WRITE_URL and CELERY_RESULT_BACKEND to what
-    an app is given, and its command reads BROKER_URL by itself. In our environment they are meant for the web app.
+    Celery prefers CELERY_BROKER_URL, CELERY_BROKER_READ_URL, CELERY_BROKER_WRITE_URL and CELERY_RESULT_BACKEND over the
+    values passed to an app, and its command reads BROKER_URL by itself. In this environment they belong to the web app.
     """
 
     events_cls = ScrubbedEvents
@@ -116,25 +116,25 @@ class FetchWorkerApp(Celery):  # type: ignore[misc]  # celery has no types
             backend=settings.redis,
             include=["worker.tasks", "worker.process.bootsteps"],
             loader=_OwnLoader,
-            fixups=(),  # none for Django: our tasks use nothing of it
+            fixups=(),  # none for Django: the tasks do not use it
         )
         self._broker, self.backend_cls = settings.broker, settings.redis
 
     def connection_for_read(self, url: str | None = None, **options: Any) -> Any:
         """Return a connection to consume from."""
-        return super().connection_for_read(self._ours(url), **options)
+        return super().connection_for_read(self._own_url(url), **options)
 
     def connection_for_write(self, url: str | None = None, **options: Any) -> Any:
         """Return a connection to publish on."""
-        return super().connection_for_write(self._ours(url), **options)
+        return super().connection_for_write(self._own_url(url), **options)
 
-    def _ours(self, url: str | None) -> str:
-        """Celery itself hands over what the environment says."""
+    def _own_url(self, url: str | None) -> str:
+        """Return `url` if it is a configured broker, or else the configured URL: Celery passes the environment's."""
         return url if url in self._broker.split(";") else self._broker
 
 
 def make_app(settings: Settings) -> Celery:
-    """The app for these settings. Nothing secret is in its configuration beside the servers' own URLs."""
+    """Return the app for these settings. Its configuration has no secrets except the servers' own URLs."""
     celery_app = FetchWorkerApp(settings)
     celery_app.conf.update(
         task_default_queue=QUEUE,
@@ -150,7 +150,7 @@ def make_app(settings: Settings) -> Celery:
         task_acks_late=False,
         worker_prefetch_multiplier=1,
         # After a lost connection Celery would raise the count again from threads of the pool. They wait for RabbitMQ's
-        # answer on the socket that the event loop reads, and the worker takes no more messages, for good.
+        # answer on the socket that the event loop reads, and the worker then never takes a message again.
         worker_enable_prefetch_count_reduction=False,
         worker_disable_prefetch=settings.broker.startswith(("redis", "rediss")),
         worker_send_task_events=True,
@@ -196,7 +196,7 @@ def _transport_options(broker: str) -> dict[str, object]:
         "socket_timeout": 10,
         "socket_connect_timeout": 5,
         "health_check_interval": 25,
-        # Names of our own: an app on the same Redis keeps its own time-out for messages that were not acknowledged.
+        # Separate key names: an app on the same Redis keeps its own time-out for unacknowledged messages.
         "unacked_key": "fetch-worker.unacked",
         "unacked_index_key": "fetch-worker.unacked_index",
         "unacked_mutex_key": "fetch-worker.unacked_mutex",
@@ -209,8 +209,8 @@ def _transport_options(broker: str) -> dict[str, object]:
     return options
 
 
-def _prepare_logs(settings: Settings, celery_app: Celery, arguments: list[str]) -> None:
-    """No key gets into the logs of any process, whatever form they have."""
+def _configure_logs(settings: Settings, celery_app: Celery, arguments: list[str]) -> None:
+    """Remove keys from the logs of every process, in every log format."""
     scrubber = shared_scrubber(settings.secret_texts)
     settings.keys.listen(scrubber.add)
     scrubbed, lines = RedactingFilter(scrubber), JsonFormatter(scrubber, _process_name(arguments))
@@ -227,42 +227,42 @@ def _prepare_logs(settings: Settings, celery_app: Celery, arguments: list[str]) 
     after_setup_task_logger.connect(prepare, weak=False)
     if not as_json:
         return
-    celeryd_init.connect(_without_banner, weak=False)
+    celeryd_init.connect(_hide_banner, weak=False)
     beat: Any = celery_app.Beat
     celery_app.Beat = lambda **options: beat(**(options | {"quiet": True}))
-    if "flower" in arguments:  # it has loggers of its own, and leaves those alone that it finds
+    if "flower" in arguments:  # it configures its own loggers, and keeps existing handlers
         handler = logging.StreamHandler()
         logging.getLogger().addHandler(handler)
         prepare(logging.getLogger())
 
 
-def _without_banner(instance: Any, **_: object) -> None:
+def _hide_banner(instance: Any, **_: object) -> None:
     instance.quiet = True
 
 
 def _process_name(arguments: list[str]) -> str:
-    """What a process is called: by its node's name, else by what it does.
+    """Return the name of a process: the name of its node, or what it does.
 
     >>> _process_name(["celery", "-A", "worker.app", "worker", "--hostname", "downloads@%h"])
     'downloads'
     """
-    words = [part for argument in arguments for part in argument.split("=", 1)]
-    for option, value in pairwise(words):
+    parts = [part for argument in arguments for part in argument.split("=", 1)]
+    for option, value in pairwise(parts):
         if option in ("-n", "--hostname") and "@" in value:
             return value.partition("@")[0]
-    return next((word for word in arguments if word in ("worker", "beat", "flower")), "worker")
+    return next((argument for argument in arguments if argument in ("worker", "beat", "flower")), "worker")
 
 
-def _prepare_flower(settings: Settings, arguments: list[str]) -> None:
-    """Flower listens on this machine alone and asks for a password, whoever starts it."""
-    os.umask(0o077)  # what it keeps is for this user alone
+def _configure_flower(settings: Settings, arguments: list[str]) -> None:
+    """Set Flower's defaults: it listens on this machine only, and asks for a password."""
+    os.umask(0o077)  # its files are readable by this user only
     _clean_flower_variables()
     if os.environ.get("FLOWER_PERSISTENT", "true").strip().lower() not in ("false", "0", "no", "off"):
         os.environ.setdefault("FLOWER_DB", str(settings.state / "flower"))
-    given = any(argument.startswith(("--basic-auth", "--basic_auth", "--auth")) for argument in arguments)
+    has_auth_option = any(argument.startswith(("--basic-auth", "--basic_auth", "--auth")) for argument in arguments)
     if settings.flower_basic_auth is not None:
         os.environ["FLOWER_BASIC_AUTH"] = settings.flower_basic_auth.get_secret_value()
-    elif not given:
+    elif not has_auth_option:
         password = secrets.token_urlsafe(12)
         os.environ["FLOWER_BASIC_AUTH"] = f"admin:{password}"
         print(f"Flower: log in as admin with {password} (set FLOWER_BASIC_AUTH to choose)", file=sys.stderr, flush=True)
@@ -270,7 +270,7 @@ def _prepare_flower(settings: Settings, arguments: list[str]) -> None:
     os.environ["FLOWER_ADDRESS"] = settings.flower_address
     os.environ["FLOWER_PORT"] = str(FLOWER_PORT if port is None else port)
     defaults = {
-        "FLOWER_CONF": os.devnull,  # a flowerconfig.py in the working directory is for the web app's own Flower
+        "FLOWER_CONF": os.devnull,  # a flowerconfig.py in the working directory belongs to the web app's own Flower
         "FLOWER_PERSISTENT": "true",
         "FLOWER_STATE_SAVE_INTERVAL": "10000",
         "FLOWER_INSPECT_TIMEOUT": "3000",
@@ -282,31 +282,31 @@ def _prepare_flower(settings: Settings, arguments: list[str]) -> None:
 
 
 def _clean_flower_variables() -> None:
-    """Flower takes its options from the environment itself: a wrong one would end it in a traceback.
+    """Remove unknown and invalid Flower options from the environment: they would end Flower with a traceback.
 
-    Raises SettingsError where an option can't be read.
+    Raises SettingsError if an option can't be read.
     """
     try:
         from flower.options import options  # here, since Flower is an extra that only its own process needs
     except ImportError:
-        return  # the command says so itself
+        return  # the command reports it
     for variable in [name for name in os.environ if name.startswith(FLOWER_PREFIX)]:
         value = os.environ.pop(variable)
         name = variable.removeprefix(FLOWER_PREFIX).lower()
         if is_service_link(variable, value) or not trimmed(value) or name not in options:
             continue
-        kind = type(options[name])
+        option_type = type(options[name])
         try:
             os.environ[variable] = clean(value)
-            if kind in (int, float):
-                kind(clean(value))
-        except ValueError as wrong:
-            reason = str(wrong) if str(wrong).startswith("has ") else "must be a number"
+            if option_type in (int, float):
+                option_type(clean(value))
+        except ValueError as error:
+            reason = str(error) if str(error).startswith("has ") else "must be a number"
             raise SettingsError(f"{variable} {reason}") from None
 
 
 def _show_jobs(celery_app: Celery, settings: Settings) -> None:
-    """Flower shows jobs, too; without them it goes on."""
+    """Show jobs in Flower. If that is not possible, Flower runs without them."""
     try:
         from worker.flower.job_rows import show_jobs  # here, since Flower is an extra that only its own process needs
     except ImportError as error:
@@ -316,35 +316,37 @@ def _show_jobs(celery_app: Celery, settings: Settings) -> None:
 
 
 def _is_celery_command(arguments: list[str]) -> bool:
-    """Whether this process is `celery -A worker.app …`, and no web app that imports us."""
-    return Path(arguments[0]).stem in ("celery", "__main__") and any("worker.app" in word for word in arguments[1:])
+    """Return whether this process is `celery -A worker.app …`, and not a web app that imports this package."""
+    return Path(arguments[0]).stem in ("celery", "__main__") and any(
+        "worker.app" in argument for argument in arguments[1:]
+    )
 
 
 def _forget_celery_variables() -> None:
-    """Celery's command takes options from CELERY_… variables, too: here they are meant for the web app."""
+    """Remove CELERY_… variables: Celery's command would use them as options, but they belong to the web app."""
     for name in [name for name in os.environ if name.upper().startswith(("CELERY_", "CELERYD_"))]:
         del os.environ[name]
 
 
 def _queues(arguments: list[str]) -> frozenset[str]:
-    """The queues that a worker's command line names; all of ours where it names none."""
-    words = [part for argument in arguments for part in argument.split("=", 1)]
-    named = [value for option, value in pairwise(words) if option in ("-Q", "--queues")]
-    return frozenset(",".join(named).split(",")) if named else frozenset({QUEUE, POLLS, DOWNLOADS})
+    """Return the queues of a worker's command line, or all queues if it names none."""
+    parts = [part for argument in arguments for part in argument.split("=", 1)]
+    queue_names = [value for option, value in pairwise(parts) if option in ("-Q", "--queues")]
+    return frozenset(",".join(queue_names).split(",")) if queue_names else frozenset({QUEUE, POLLS, DOWNLOADS})
 
 
 def _load(arguments: list[str]) -> Settings:
-    """The settings, with those that this process alone uses. Ends the process with one line where they are wrong."""
+    """Return the settings, including those of this kind of process. Exit with one line if they are invalid."""
     processes = ["flower"] if "flower" in arguments else []
     downloads = "worker" in arguments and DOWNLOADS in _queues(arguments)
     try:
         settings = load(*processes, *(["downloads"] if downloads else []))
         if "flower" in arguments:
-            _prepare_flower(settings, arguments)
+            _configure_flower(settings, arguments)
         elif downloads and settings.bucket is not None:
-            _ = settings.state  # for partial files: said as the process starts, not with the first output
-    except SettingsError as wrong:
-        print(f"fetch-worker: {wrong}", file=sys.stderr)
+            _ = settings.state  # for partial files: an error is reported at the start, not with the first output
+    except SettingsError as error:
+        print(f"fetch-worker: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     return settings
 
@@ -356,6 +358,6 @@ settings = _load(_command)
 if settings.broker.startswith(("redis", "rediss")):
     apply_patch()
 app = make_app(settings)
-_prepare_logs(settings, app, sys.argv)
+_configure_logs(settings, app, sys.argv)
 if "flower" in _command:
     _show_jobs(app, settings)

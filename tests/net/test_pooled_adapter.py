@@ -246,7 +246,7 @@ def test_given_a_forgotten_line_when_the_time_is_up_then_nothing_is_asked_again(
     api = api_of(kept)
     _ask(api, kept)
     kept.forgets = True
-    monkeypatch.setattr(pooled_adapter, "LEAST_SECONDS", 60.0)
+    monkeypatch.setattr(pooled_adapter, "MIN_RETRY_SECONDS", 60.0)
 
     assert isinstance(_ask(api, kept), ApiDown)
 
@@ -658,7 +658,7 @@ def test_given_an_answer_with_something_behind_it_when_read_then_its_connection_
 def test_given_a_deadline_of_the_call_before_when_it_is_forgotten_then_that_of_the_next_call_stays() -> None:
     """A connection may be taken by the next call before the first one has forgotten its deadline."""
     own, other = socket.socketpair()
-    line, guard = deadlines.SocketHandle(own), deadlines.Watchdog()
+    line, guard = deadlines.SocketHandle(own), deadlines.DeadlineWatchdog()
     guard.watch(line, time.monotonic() + 60.0)
     first = next(iter(guard._deadlines))[1]
     guard.watch(line, time.monotonic() + 0.2)
@@ -674,7 +674,7 @@ def test_given_a_deadline_of_the_call_before_when_it_is_forgotten_then_that_of_t
 def test_given_more_sites_than_are_kept_when_asked_then_no_more_connections_stay_open(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pooled_adapter, "MOST_SITES", 3)
+    monkeypatch.setattr(pooled_adapter, "MAX_ORIGINS", 3)
     adapter = PooledAdapter(connections=2, limit=10_000)
     with ExitStack() as servers:
         for _ in range(6):

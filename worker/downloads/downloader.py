@@ -334,14 +334,14 @@ class Downloader:
 
     def _piece(self, response: StreamedAnswer, incoming: Incoming) -> bytes:
         """Return the next bytes of a body. If the file is incomplete at its declared end, read further bytes too."""
-        chunk = response.piece(CHUNK_BYTES)
-        if chunk or response.left != 0 or response.status != 200 or not incoming.size:
+        chunk = response.read_piece(CHUNK_BYTES)
+        if chunk or response.remaining != 0 or response.status != 200 or not incoming.size:
             return chunk
         media = sniff(incoming.head)
         has_coding = incoming.source is not None and incoming.source.coding
         if not has_coding and (media is None or is_complete(media, incoming.head, incoming.tail, incoming.size)):
             return b""
-        chunk = response.piece_beyond(CHUNK_BYTES, BEYOND_SECONDS)
+        chunk = response.read_beyond_end(CHUNK_BYTES, BEYOND_SECONDS)
         if chunk:
             incoming.forget_length()
         return chunk
@@ -547,7 +547,7 @@ def _range_headers(incoming: Incoming, link: str) -> dict[str, str]:
 
 def _refusal(response: StreamedAnswer) -> Attempt:
     """Return the meaning of an error response: a dead link or another failure."""
-    body = response.beginning(HEAD_BYTES, REFUSAL_SECONDS) if 400 <= response.status < 500 else b""
+    body = response.read_start(HEAD_BYTES, REFUSAL_SECONDS) if 400 <= response.status < 500 else b""
     if is_dead_link(response.status, response.headers, body):
         return DeadLink(f"HTTP {response.status}")
     on_the_way = ", refused on the way (a page or a check, not the store)" if response.status == 403 else ""
@@ -561,8 +561,8 @@ def _describe_source(response: StreamedAnswer, link: str, text: Promise) -> Sour
     codings = [name.strip() for name in headers.get("content-encoding", "").lower().split(",")]
     coding = ",".join(name for name in codings if name not in ("", "identity"))
     if coding or response.status == 206 or headers.get("accept-ranges", "bytes").lower() == "none":
-        return Source(link, "", response.left, coding[:100], text)
-    return Source(link, _validator(headers), response.left, text=text)
+        return Source(link, "", response.remaining, coding[:100], text)
+    return Source(link, _validator(headers), response.remaining, text=text)
 
 
 def _from_the_start(response: StreamedAnswer) -> bool:

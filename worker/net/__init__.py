@@ -1,1 +1,1 @@
-"""HTTP that trusts nobody: deadlines for whole calls, kept connections, the guard of addresses. Knows no job."""
+"""HTTP for untrusted servers: one deadline per call, pooled connections, guarded addresses. Knows nothing of jobs."""

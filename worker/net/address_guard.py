@@ -1,7 +1,7 @@
-"""The guard of downloads: which addresses may be connected to, checked on the very address that is connected to.
+"""Decides which addresses downloads and webhooks may connect to. The address of the actual connection is checked.
 
-Names are resolved once per connection, every answer is checked, and the socket goes to the address that was checked,
-so a name that changes its answer between check and connect gains nothing.
+A name is resolved once per connection, every address is checked, and the socket connects to a checked address. So a
+name that changes its address between check and connection gains nothing.
 """
 
 import ipaddress
@@ -22,8 +22,9 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 # The special-purpose address registries of IANA, as of October 2025:
 #   https://www.iana.org/assignments/iana-ipv4-special-registry
 #   https://www.iana.org/assignments/iana-ipv6-special-registry
-# Blocks inside of larger ones are left out. Some of those in 192.0.0.0/24 and 2001::/23, the AS112 and AMT blocks and
-# 64:ff9b::/96 may be reached from anywhere; no output lies there, and they lead to other addresses or to nobody.
+# Blocks inside of larger ones are left out. Some blocks in 192.0.0.0/24 and 2001::/23, the AS112 and AMT blocks and
+# 64:ff9b::/96 are reachable from the internet. They are listed all the same: no output is stored there, and they lead
+# to other addresses or to nothing.
 _SPECIAL: tuple[Network, ...] = tuple(
     ipaddress.ip_network(network)
     for network in (
@@ -64,29 +65,30 @@ _SPECIAL: tuple[Network, ...] = tuple(
         "168.63.129.16/32",
     )
 )
-_GLOBAL_V6 = ipaddress.IPv6Network("2000::/3")  # everything that is assigned to hosts of the public internet
+_GLOBAL_V6 = ipaddress.IPv6Network("2000::/3")  # all addresses assigned to hosts of the public internet
 _PORTS = {"http": 80, "https": 443}
-_NUMBER = re.compile(r"(^|\.)([0-9]+|0x[0-9a-f]*)\.*$", re.IGNORECASE)  # how no name ends
+# The end of an IPv4 address in any spelling. No host name ends like this.
+_NUMERIC_ENDING = re.compile(r"(^|\.)([0-9]+|0x[0-9a-f]*)\.*$", re.IGNORECASE)
 
 
 class RefusedTarget(ValueError):
-    """The address may not be connected to. A ValueError, since urllib3 would wrap an OSError and try again."""
+    """The address may not be connected to. A ValueError, since urllib3 would wrap an OSError and retry."""
 
 
 class Guard:
-    """Decides by the rules of downloads: public addresses by https on port 443, allowed networks by any."""
+    """Permits public addresses by https on port 443, and addresses of the allowed networks by any scheme and port."""
 
     def __init__(self, allowed: Sequence[Network]) -> None:
         self._allowed = tuple(allowed)
 
     def check_url(self, url: str) -> None:
-        """Raises RefusedTarget for a URL that can't be allowed, whatever the name in it stands for."""
+        """Raise RefusedTarget for a URL that can't be allowed, whatever its host resolves to."""
         if any(ord(char) <= 32 or ord(char) == 127 for char in url) or "\\" in url:
             raise RefusedTarget("the address has blanks, control characters or backslashes")
         try:
             parts = urlsplit(url)
             port = parts.port
-            host = (parse_url(url).host or "").strip("[]")  # as it will be looked up; the library has the last word
+            host = (parse_url(url).host or "").strip("[]")  # as urllib3 will resolve it
         except ValueError:
             raise RefusedTarget("the address is malformed") from None
         if parts.scheme not in ("http", "https"):
@@ -98,25 +100,25 @@ class Guard:
         if (parts.scheme == "http" or port not in (None, 443)) and not self._allowed:
             raise RefusedTarget("only https on port 443 is allowed")
         address, port = written_address(host), port or _PORTS[parts.scheme]
-        if "%" in host or (address is None and _NUMBER.search(host)):
-            raise RefusedTarget("the host is malformed")  # still encoded, with a zone, or nearly an address
+        if "%" in host or (address is None and _NUMERIC_ENDING.search(host)):
+            raise RefusedTarget("the host is malformed")  # percent-encoded, with a zone, or a malformed address
         if address is not None and not self.permits(address, scheme=parts.scheme, port=port):
             raise RefusedTarget(_refusal(host, address, parts.scheme, port))
 
     def permits(self, address: Address, *, scheme: str, port: int) -> bool:
-        """Whether a socket may be connected to `address`."""
-        inner = getattr(address, "ipv4_mapped", None)
-        plain = inner or address
-        if any(plain in network for network in self._allowed if network.version == plain.version):
+        """Return whether a socket may be connected to `address`."""
+        mapped = getattr(address, "ipv4_mapped", None)
+        plain_address = mapped or address
+        if any(plain_address in network for network in self._allowed if network.version == plain_address.version):
             return True
         if scheme != "https" or port != 443:
             return False
         return is_public(address)
 
     def connect(self, connection: TimedHTTPConnection | TimedHTTPSConnection, *, scheme: str) -> socket.socket:
-        """A socket to the host of `connection`, connected to an address that was checked.
+        """Return a socket that is connected to a checked address of the connection's host.
 
-        Raises RefusedTarget where any of its addresses is not allowed, and urllib3's errors where none answers.
+        Raises RefusedTarget if any address of the host is not allowed, and urllib3's errors if none answers.
         """
         host, port = connection.host, connection.port
         targets = connection.addresses()
@@ -127,16 +129,16 @@ class Guard:
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is one of the public internet, and of no special purpose."""
+    """Return whether an address belongs to the public internet and has no special purpose."""
     if isinstance(address, ipaddress.IPv6Address) and address not in _GLOBAL_V6:
-        return False  # mapped, translated, local and unassigned addresses are all outside
+        return False  # mapped, translated, local and unassigned addresses are outside of it
     return address.is_global and not any(
         address in network for network in _SPECIAL if network.version == address.version
     )
 
 
 def written_address(host: str) -> Address | None:
-    """The address that a host is written as, in any way that some system reads; None for a name.
+    """Return the address that a host is written as, in any spelling that a system accepts, or None for a name.
 
     >>> written_address("0x7f.1"), written_address("::1"), written_address("h.example")
     (IPv4Address('127.0.0.1'), IPv6Address('::1'), None)
@@ -144,7 +146,7 @@ def written_address(host: str) -> Address | None:
     with suppress(ValueError):
         return ipaddress.ip_address(host)
     with suppress(OSError):
-        return ipaddress.IPv4Address(socket.inet_aton(host))  # decimal, octal, hexadecimal, and with parts left out
+        return ipaddress.IPv4Address(socket.inet_aton(host))  # decimal, octal, hexadecimal, also with missing parts
     return None
 
 
@@ -153,7 +155,7 @@ def _refusal(host: str, address: object, scheme: str, port: int) -> str:
 
 
 def guarded_adapter(guard: Guard, *, connections: int) -> PooledAdapter:
-    """An adapter whose every new connection passes the guard."""
+    """Return an adapter that checks the address of every new connection with the guard."""
 
     class Plain(TimedHTTPConnection):
         def dial(self) -> socket.socket:

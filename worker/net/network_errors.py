@@ -1,4 +1,4 @@
-"""Why a connection or an exchange failed, in words for operators: the one place that knows the libraries' errors."""
+"""Describes why a connection or request failed, for operators. Only this module knows the libraries' errors."""
 
 import errno
 import http.client
@@ -11,9 +11,9 @@ from urllib3 import exceptions as urllib3_errors
 
 from worker.net.deadlines import LookUpTimeout
 
-MOST_CAUSES = 32
+MAX_CAUSES = 32
 
-# The codes of OpenSSL's X509_verify_cert_error_string; the text is ours.
+# The codes of OpenSSL's X509_verify_cert_error_string, with texts of this project.
 _CERTIFICATES = {
     2: "the authority that issued its certificate is unknown",
     9: "its certificate is not yet valid: check the clocks",
@@ -67,38 +67,38 @@ _SYSTEM = {
 
 
 def describe(error: BaseException) -> str:
-    """Return why an exchange failed, in a few words, without addresses, keys, or any text that a server sent.
+    """Return why a request failed, in a few words, without addresses, keys, or text from a server.
 
     >>> describe(ConnectionRefusedError(111, "Connection refused"))
     'connection refused'
     """
     causes = list(_causes(error))
-    text = next(filter(None, (_known(causes, cause) for cause in reversed(causes))), None)
+    text = next(filter(None, (_describe_system_error(causes, cause) for cause in reversed(causes))), None)
     if text is None:
-        text = next(filter(None, map(_general, causes)), f"an unexpected error ({_name(error)})")
+        text = next(filter(None, map(_describe_library_error, causes)), f"an unexpected error ({_name(error)})")
     if any(isinstance(cause, (urllib3_errors.ProxyError, requests.exceptions.ProxyError)) for cause in causes):
         return f"the proxy: {text}"
     return text
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what it wraps, the innermost last: libraries keep it in four different places."""
-    seen: set[int] = set()
-    waiting = [error]
-    while waiting and len(seen) < MOST_CAUSES:
-        cause = waiting.pop(0)
-        if id(cause) in seen:
+    """Yield an error and the errors that it wraps, the innermost last. Libraries store them in four places."""
+    visited: set[int] = set()
+    pending = [error]
+    while pending and len(visited) < MAX_CAUSES:
+        cause = pending.pop(0)
+        if id(cause) in visited:
             continue
-        seen.add(id(cause))
+        visited.add(id(cause))
         yield cause
-        inner = [cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)]
-        inner += [getattr(cause, name, None) for name in ("reason", "original_error")]
-        inner.append(getattr(cause, "kwargs", {}).get("error"))  # botocore's
-        waiting += [item for item in (*inner, *cause.args) if isinstance(item, BaseException)]
+        wrapped = [cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)]
+        wrapped += [getattr(cause, name, None) for name in ("reason", "original_error")]
+        wrapped.append(getattr(cause, "kwargs", {}).get("error"))  # botocore's
+        pending += [item for item in (*wrapped, *cause.args) if isinstance(item, BaseException)]
 
 
-def _known(causes: list[BaseException], cause: BaseException) -> str | None:
-    """Return what an error says that came from the system or from TLS itself."""
+def _describe_system_error(causes: list[BaseException], cause: BaseException) -> str | None:
+    """Describe an error of the system or of TLS itself, or return None."""
     match cause:
         case ssl.SSLCertVerificationError():
             return f"TLS: {_certificate(cause)}"
@@ -124,14 +124,14 @@ def _known(causes: list[BaseException], cause: BaseException) -> str | None:
             return None
 
 
-def _general(cause: BaseException) -> str | None:
-    """Return what a library's own error says, where no cause of it is known."""
+def _describe_library_error(cause: BaseException) -> str | None:
+    """Describe a library's own error, for which no cause is known, or return None."""
     match cause:
         case requests.exceptions.InvalidSchema() if "SOCKS" in str(cause):
             return "a SOCKS proxy needs an extension: pip install 'requests[socks]'"
         case urllib3_errors.NameResolutionError():
             return "its name is not known"
-        case urllib3_errors.NewConnectionError():  # a time-out to its class, for old callers
+        case urllib3_errors.NewConnectionError():  # a subclass of the time-out error, for old callers
             return "no connection"
         case urllib3_errors.ConnectTimeoutError() | requests.exceptions.ConnectTimeout():
             return "time-out while connecting"
@@ -157,7 +157,7 @@ def _certificate(error: ssl.SSLCertVerificationError) -> str:
     code = getattr(error, "verify_code", None)
     message = str(getattr(error, "verify_message", "") or "")
     text = _CERTIFICATES.get(code or 0)
-    if text is None and "missing" in message.lower():  # Python 3.13 checks what RFC 5280 wants, strictly
+    if text is None and "missing" in message.lower():  # Python 3.13 enforces RFC 5280 strictly
         return f"its certificate lacks an extension ({message[:60]})"
     if text is None:
         return f"its certificate is not valid ({message[:60] or 'no reason given'})"

@@ -1,12 +1,12 @@
-"""HTTP over kept connections, without what we never need: for the API as an adapter of `requests`, for others plain.
+"""HTTP over pooled connections: an adapter of `requests` for the API, and plain calls for downloads and webhooks.
 
 A plain `session.post` spends most of its time on merging settings, looking for proxies and cookies, on layers of pools
-and responses, and on a parser for e-mail that reads the headers. `send` writes a prepared POST in one piece to a
-kept connection, and reads the whole bounded answer at once. What needs more (a proxy, a client certificate, another
-bundle) takes the way of its parent.
+and responses, and on an e-mail parser for the headers. `send` writes a prepared POST in one piece to a pooled
+connection, and reads the whole response, up to a limit, at once. Requests that need more (a proxy, a client
+certificate, another CA bundle) are left to the parent class.
 
-`exchange` is for downloads and webhooks: the address goes out as it was given, and the body is read by the caller, as
-it comes. `requests` and urllib3 would rewrite the path (`//`, `..`, percent-encoding) and unpack the body.
+`exchange` serves downloads and webhooks: the address is sent unchanged, and the caller reads the body as it arrives.
+`requests` and urllib3 would rewrite the path (`//`, `..`, percent-encoding) and decompress the body.
 """
 
 import io
@@ -31,8 +31,8 @@ from urllib3.util import parse_url
 
 from worker.core.urls import split
 from worker.net.deadlines import (
-    LONGEST_HEADER_LINE,
-    MOST_HEADERS,
+    MAX_HEADER_LINE,
+    MAX_HEADERS,
     FinalResponse,
     TimedAdapter,
     TimedHTTPConnection,
@@ -41,15 +41,15 @@ from worker.net.deadlines import (
     seconds_left,
 )
 
-MOST_SITES = 64  # that connections are kept to: downloads may go to any number of hosts
-MOST_DIGITS = 19
-RECEIVE_BYTES = 16_384  # more than the usual answer has
-RECEIVE_MOST = 262_144
-LEAST_SECONDS = 0.1  # with less time left nothing is asked again
-IDLE_SECONDS = 30.0  # an older connection may be dead without a word: a balancer or a NAT forgot it
+MAX_ORIGINS = 64  # hosts with pooled connections: downloads may go to any number of hosts
+MAX_LENGTH_DIGITS = 19
+RECEIVE_BYTES = 16_384  # more than a usual response has
+MAX_RECEIVE_BYTES = 262_144
+MIN_RETRY_SECONDS = 0.1  # with less time left, a request is not repeated
+IDLE_SECONDS = 30.0  # an older connection may be dead without notice: a load balancer or NAT dropped it
 PLAIN_URL = re.compile(r"https?://[A-Za-z0-9.:\[\]_-]+(?:/[A-Za-z0-9._~!$&'()*+,;=:%/-]*)?")
 HEX_DIGITS = b"0123456789abcdefABCDEF"
-TARGET = re.compile(r"/[\x21-\x7e]*")  # what may stand in the first line of a request
+TARGET = re.compile(r"/[\x21-\x7e]*")  # the allowed request target
 STATUS_LINE = re.compile(rb"HTTP/1\.1 ([2-9]\d\d)(|[ \t][^\r\n]*)(?=\r\n|\Z)")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\n]*)?\r?\n")
 
@@ -57,13 +57,19 @@ Connection = TimedHTTPConnection | TimedHTTPSConnection
 Origin = tuple[str, str, int | None]  # scheme, host, port
 T = TypeVar("T")
 
-# How a kept connection fails that the server had closed: before any answer, so the request is sent once more
-# (RFC 9110, section 9.2.2). A fetch or a download only reads, and a webhook is delivered at least once.
-DEAD = (RemoteDisconnected, ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+# Errors of a pooled connection that the server had closed, before any response. The request is sent once more (RFC
+# 9110, section 9.2.2): a fetch or a download only reads, and a webhook is delivered at least once.
+DEAD_CONNECTION_ERRORS = (
+    RemoteDisconnected,
+    ConnectionResetError,
+    BrokenPipeError,
+    ssl.SSLEOFError,
+    ssl.SSLZeroReturnError,
+)
 
 
 class PooledAdapter(TimedAdapter):
-    """Sends over kept connections; `send` reads answers of up to `limit` bytes (and one more, to tell larger ones)."""
+    """Sends over pooled connections. `send` reads up to `limit` bytes, plus one to detect larger responses."""
 
     def __init__(
         self,
@@ -77,7 +83,7 @@ class PooledAdapter(TimedAdapter):
         super().__init__(connections=connections, ca_bundle=ca_bundle, plain=plain, tls=tls)
         self._connection_types = plain, tls
         self._limit = limit
-        self._keep = connections
+        self._max_idle = connections
         self._idle: defaultdict[Origin, deque[tuple[Connection, float]]] = defaultdict(deque)
         weakref.finalize(self, _close_all, self._idle)
 
@@ -90,7 +96,7 @@ class PooledAdapter(TimedAdapter):
         cert: Any = None,
         proxies: Mapping[str, str] | None = None,
     ) -> Response:
-        """Sends one request. `timeout` is (connect, read) in seconds. Raises the exceptions of requests."""
+        """Send one request. `timeout` is (connect, read) in seconds. Raises the exceptions of requests."""
         url = request.url or ""
         plain = request.method == "POST" and PLAIN_URL.fullmatch(url) and isinstance(timeout, tuple)
         if not plain or proxies or cert or verify is not True:
@@ -106,19 +112,19 @@ class PooledAdapter(TimedAdapter):
     def post(
         self, url: str, headers: Mapping[str, str], body: bytes | str, timeout: tuple[float, float]
     ) -> "WholeAnswer":
-        """Send one POST to a plain address, as `send` does, and return what came. Raises the exceptions of requests."""
+        """Send one POST to a plain address and return the whole response. Raises the exceptions of requests."""
         if not PLAIN_URL.fullmatch(url):
             raise exceptions.InvalidURL("the address is malformed")
-        scheme, _, rest = url.partition("://")
-        site, _, path = rest.partition("/")
+        scheme, _, after_scheme = url.partition("://")
+        site, _, path = after_scheme.partition("/")
         origin = (scheme, *_host_and_port(site))
         request = _request_bytes("POST", f"/{path}", site, headers, body)
         try:
-            connection, answer = self._ask(origin, request, timeout, lambda sock: _read(sock, self._limit))
+            connection, answer = self._exchange(origin, request, timeout, lambda sock: _read(sock, self._limit))
         except (HTTPError, HTTPException, OSError) as error:
-            raise _as_requests_says_it(error) from error
+            raise _as_requests_error(error) from error
         if answer.reusable:
-            self._put_by(origin, connection)
+            self._store(origin, connection)
         else:
             connection.close()
         return answer
@@ -127,25 +133,25 @@ class PooledAdapter(TimedAdapter):
     def exchange(
         self, method: str, url: str, headers: Mapping[str, str], timeout: tuple[float, float], body: bytes = b""
     ) -> Iterator["StreamedAnswer"]:
-        """Send one request and yield the answer, whose body the caller reads by `piece`.
+        """Send one request and yield the response. The caller reads its body with `read_piece`.
 
-        `url` goes out as it is: see `worker.core.urls.quoted`. `timeout` is (connect, read) in seconds. No redirect is
-        followed, no proxy used, and nothing unpacked. Raises ValueError for an address that is none, HTTPError,
-        HTTPException and OSError.
+        `url` is sent unchanged: see `worker.core.urls.percent_encoded`. `timeout` is (connect, read) in seconds.
+        Redirects are not followed, no proxy is used, and the body is not decompressed. Raises ValueError for a
+        malformed address, and HTTPError, HTTPException and OSError.
         """
         site, target = split(url)
         parts = parse_url(site)
         if parts.scheme not in ("http", "https") or not parts.host or parts.auth or not TARGET.fullmatch(target):
             raise ValueError("the address is malformed")
-        named = parts.host if parts.port is None else f"{parts.host}:{parts.port}"
+        host_header = parts.host if parts.port is None else f"{parts.host}:{parts.port}"
         if body:
             headers = {**headers, "Content-Length": str(len(body))}
         origin = (parts.scheme, parts.host.strip("[]"), parts.port)
-        connection, answer = self._ask(
+        connection, answer = self._exchange(
             origin,
-            _request_bytes(method, target, named, headers, body),
+            _request_bytes(method, target, host_header, headers, body),
             timeout,
-            lambda sock: _begun(StreamedAnswer(sock, method)),
+            lambda sock: _with_headers_read(StreamedAnswer(sock, method)),
         )
         try:
             yield answer
@@ -153,41 +159,41 @@ class PooledAdapter(TimedAdapter):
             reusable = answer.reusable
             answer.close()
             if reusable:
-                self._put_by(origin, connection)
+                self._store(origin, connection)
             else:
                 connection.close()
 
-    def _ask(
+    def _exchange(
         self,
         origin: Origin,
         request: bytes,
         timeout: tuple[float, float],
         read: Callable[[socket.socket], T],
     ) -> tuple[Connection, T]:
-        """One exchange; a second one, where the first went over a kept connection that turned out to be dead."""
-        kept = self._kept(origin)
-        if kept is not None:
+        """Send a request and read the response. Retry once if a pooled connection was dead."""
+        pooled = self._take_pooled(origin)
+        if pooled is not None:
             try:
-                return kept, _exchanged(kept, request, float(timeout[1]), read)
+                return pooled, _send_and_read(pooled, request, float(timeout[1]), read)
             except BaseException as error:
-                self._drop(origin)  # what ended this one may have ended them all
-                if not isinstance(error, DEAD) or seconds_left() < LEAST_SECONDS:
+                self._close_pooled(origin)  # the other pooled connections may be dead, too
+                if not isinstance(error, DEAD_CONNECTION_ERRORS) or seconds_left() < MIN_RETRY_SECONDS:
                     raise
-        connection = self._new(origin, float(timeout[0]))
-        return connection, _exchanged(connection, request, float(timeout[1]), read)
+        connection = self._new_connection(origin, float(timeout[0]))
+        return connection, _send_and_read(connection, request, float(timeout[1]), read)
 
     def close(self) -> None:
-        """Closes every kept connection."""
+        """Close every pooled connection."""
         for origin in list(self._idle):
-            self._drop(origin)
+            self._close_pooled(origin)
         super().close()
 
-    def _kept(self, origin: Origin) -> Connection | None:
-        """The connection used last, if it stands: it is the likeliest to."""
-        kept = self._idle.get(origin)  # it makes no place for a site: `_put_by` counts them
-        while kept is not None:
+    def _take_pooled(self, origin: Origin) -> Connection | None:
+        """Return a usable pooled connection, starting with the one used last, or None."""
+        connections = self._idle.get(origin)  # does not add the origin: `_store` limits their number
+        while connections is not None:
             try:
-                connection, since = kept.pop()
+                connection, since = connections.pop()
             except IndexError:
                 return None
             if connection.sock is not None and _is_quiet(connection.sock) and time.monotonic() - since < IDLE_SECONDS:
@@ -195,23 +201,23 @@ class PooledAdapter(TimedAdapter):
             connection.close()
         return None
 
-    def _put_by(self, origin: Origin, connection: Connection) -> None:
-        if origin not in self._idle and len(self._idle) >= MOST_SITES:
+    def _store(self, origin: Origin, connection: Connection) -> None:
+        if origin not in self._idle and len(self._idle) >= MAX_ORIGINS:
             with suppress(RuntimeError, StopIteration):  # other threads take some out meanwhile
-                self._drop(next(iter(self._idle)))
-        kept, now = self._idle[origin], time.monotonic()
-        kept.append((connection, now))
+                self._close_pooled(next(iter(self._idle)))
+        connections, now = self._idle[origin], time.monotonic()
+        connections.append((connection, now))
         with suppress(IndexError):  # other threads take some out meanwhile
-            while len(kept) > self._keep or now - kept[0][1] > IDLE_SECONDS:
-                kept.popleft()[0].close()
+            while len(connections) > self._max_idle or now - connections[0][1] > IDLE_SECONDS:
+                connections.popleft()[0].close()
 
-    def _drop(self, origin: Origin) -> None:
-        kept = self._idle.pop(origin, None)
+    def _close_pooled(self, origin: Origin) -> None:
+        connections = self._idle.pop(origin, None)
         with suppress(IndexError):
-            while kept:
-                kept.pop()[0].close()
+            while connections:
+                connections.pop()[0].close()
 
-    def _new(self, origin: Origin, timeout: float) -> Connection:
+    def _new_connection(self, origin: Origin, timeout: float) -> Connection:
         scheme, host, port = origin
         plain, tls = self._connection_types
         if scheme == "https":
@@ -220,8 +226,8 @@ class PooledAdapter(TimedAdapter):
 
 
 def _is_quiet(sock: socket.socket) -> bool:
-    """Whether nothing came since the last answer: neither the end of the connection, nor what nobody asked for."""
-    if isinstance(sock, ssl.SSLSocket) and sock.pending():  # taken from the connection already, with its last record
+    """Return whether nothing arrived since the last response: no unexpected bytes, and no end of the connection."""
+    if isinstance(sock, ssl.SSLSocket) and sock.pending():  # read from the connection already, with its last record
         return False
     poll = select.poll()
     poll.register(sock, select.POLLIN)
@@ -229,19 +235,19 @@ def _is_quiet(sock: socket.socket) -> bool:
 
 
 def _close_all(idle: "dict[Origin, deque[tuple[Connection, float]]]") -> None:
-    for kept in list(idle.values()):
-        for connection, _ in list(kept):
+    for connections in list(idle.values()):
+        for connection, _ in list(connections):
             connection.close()
 
 
-def _exchanged(connection: Connection, request: bytes, timeout: float, read: Callable[[socket.socket], T]) -> T:
+def _send_and_read(connection: Connection, request: bytes, timeout: float, read: Callable[[socket.socket], T]) -> T:
     try:
         if connection.sock is None:
-            connection.connect()  # with the time-out of the connecting
+            connection.connect()  # with the connect time-out
         else:
             connection.watch()
         sock = cast("socket.socket", connection.sock)
-        # Python polls a socket that has a time-out before each operation. It needs none where the watchdog ends the
+        # Python polls a socket with a time-out before each operation. No time-out is needed if the watchdog ends the
         # whole call no later.
         wait = None if seconds_left() <= timeout else timeout
         if sock.gettimeout() != wait:
@@ -254,7 +260,7 @@ def _exchanged(connection: Connection, request: bytes, timeout: float, read: Cal
         raise
 
 
-def _begun(raw: "StreamedAnswer") -> "StreamedAnswer":
+def _with_headers_read(raw: "StreamedAnswer") -> "StreamedAnswer":
     try:
         raw.begin()
     except BaseException:
@@ -264,7 +270,10 @@ def _begun(raw: "StreamedAnswer") -> "StreamedAnswer":
 
 
 class WholeAnswer(NamedTuple):
-    """An answer that was read to its end, or a byte beyond the limit. `reusable`: the connection takes another one."""
+    """A response that was read completely, or up to one byte over the limit.
+
+    `reusable` tells whether the connection can take another request.
+    """
 
     status: int
     reason: str
@@ -274,7 +283,7 @@ class WholeAnswer(NamedTuple):
 
     @property
     def encoded(self) -> bool:
-        """Whether the body is packed, although nobody asked for it."""
+        """Whether the body is compressed, although that was not requested."""
         return self.headers.get("content-encoding", "").lower() not in ("", "identity")
 
 
@@ -284,16 +293,16 @@ def _read(sock: socket.socket, limit: int) -> WholeAnswer:
 
 
 def _read_usual(start: bytes, sock: socket.socket, limit: int) -> WholeAnswer | None:
-    """Read an answer of HTTP/1.1 whose headers came in one piece and whose length was declared; None: it is another.
+    """Read a usual HTTP/1.1 response: headers in one piece, with a declared length. Return None for any other.
 
-    All others are left to `HttpAnswer`, which reads these, too, at five times the price.
+    Other responses are left to `HttpAnswer`. It could read these, too, but takes five times as long.
     """
     head, end, body = start.partition(b"\r\n\r\n")
     first = STATUS_LINE.match(head)
     if not end or first is None or first[1] in (b"204", b"304"):
         return None
     lines = head[first.end() :].decode("latin-1").split("\r\n")[1:]
-    if head.count(b"\n") != len(lines) or len(lines) > MOST_HEADERS:
+    if head.count(b"\n") != len(lines) or len(lines) > MAX_HEADERS:
         return None
     headers = dict[str, str]()
     for line in lines:
@@ -309,14 +318,14 @@ def _read_usual(start: bytes, sock: socket.socket, limit: int) -> WholeAnswer | 
         return None
     if len(body) < length:
         body = _read_on(body, sock, length)
-    whole = len(body) == length and "close" not in headers.get("connection", "").lower()
-    return WholeAnswer(int(first[1]), first[2].strip().decode("latin-1"), headers, body[:length], whole)
+    reusable = len(body) == length and "close" not in headers.get("connection", "").lower()
+    return WholeAnswer(int(first[1]), first[2].strip().decode("latin-1"), headers, body[:length], reusable)
 
 
 def _read_on(start: bytes, sock: socket.socket, length: int) -> bytes:
     pieces, size = [start], len(start)
     while size < length:
-        piece = sock.recv(min(length - size, RECEIVE_MOST))
+        piece = sock.recv(min(length - size, MAX_RECEIVE_BYTES))
         if not piece:
             raise IncompleteRead(b"".join(pieces), length - size)
         pieces.append(piece)
@@ -325,7 +334,7 @@ def _read_on(start: bytes, sock: socket.socket, length: int) -> bytes:
 
 
 def _read_any(start: bytes, sock: socket.socket, limit: int) -> WholeAnswer:
-    raw = HttpAnswer(cast("socket.socket", _Begun(start, sock)), method="POST")
+    raw = HttpAnswer(cast("socket.socket", _PartlyReadSocket(start, sock)), method="POST")
     try:
         raw.begin()
         body = raw.read(limit + 1)
@@ -337,19 +346,19 @@ def _read_any(start: bytes, sock: socket.socket, limit: int) -> WholeAnswer:
     return WholeAnswer(raw.status, raw.reason, raw.headers, body, raw.isclosed() and not raw.will_close)
 
 
-class _Begun(io.RawIOBase):
-    """A connection of which something was read already: that comes first."""
+class _PartlyReadSocket(io.RawIOBase):
+    """A connection whose first bytes were read already: they are returned first."""
 
     def __init__(self, start: bytes, sock: socket.socket) -> None:
         self._start = start
         self._sock = sock
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Read what is there."""
+        """Read the available bytes."""
         if not self._start:
             return self._sock.recv_into(buffer)
         size = min(len(self._start), len(buffer))
@@ -357,16 +366,16 @@ class _Begun(io.RawIOBase):
         return size
 
     def settimeout(self, seconds: float) -> None:
-        """Have the connection wait no longer."""
+        """Set the time-out of the connection."""
         self._sock.settimeout(seconds)
 
     def makefile(self, _: str) -> io.BufferedReader:
-        """Return it as `HTTPResponse` wants it."""
+        """Return a buffered reader, as `HTTPResponse` expects."""
         return io.BufferedReader(self)
 
 
 def _request_bytes(method: str, target: str, site: str, headers: Mapping[str, str], body: bytes | str) -> bytes:
-    """A request as it goes over the line."""
+    """Return the bytes of a request."""
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     if lines.count("\r") != len(headers) or lines.count("\n") != len(headers):
         raise exceptions.InvalidHeader("a header with a line break in it")
@@ -375,28 +384,28 @@ def _request_bytes(method: str, target: str, site: str, headers: Mapping[str, st
 
 
 class HttpAnswer(FinalResponse):
-    """An answer whose headers are read line by line, without `http.client`'s parser for e-mail."""
+    """A response whose headers are read line by line, without `http.client`'s e-mail parser."""
 
-    headers: CaseInsensitiveDict[str]  # type: ignore[assignment]  # reads the same
+    headers: CaseInsensitiveDict[str]  # type: ignore[assignment]  # has the same read methods
 
     def __init__(self, sock: socket.socket, method: str) -> None:
         super().__init__(sock, method=method)
         self._sock = sock
 
     def _close_conn(self) -> None:
-        self.will_close = self.will_close or self._more_came()
+        self.will_close = self.will_close or self._has_extra_bytes()
         super()._close_conn()  # type: ignore[misc]  # not in the stubs
 
-    def _more_came(self) -> bool:
-        """Whether bytes came that are none of this answer's: the buffer that holds them goes with it."""
+    def _has_extra_bytes(self) -> bool:
+        """Return whether bytes after this response have arrived. The buffer with them is lost with the response."""
         try:
             self._sock.settimeout(0)
             return bool(self.fp.peek(1))
         except (OSError, ValueError):
-            return False  # nothing did
+            return False
 
     def begin(self) -> None:
-        """Reads up to the body. Raises the exceptions of `http.client`."""
+        """Read up to the body. Raises the exceptions of `http.client`."""
         version, status, reason = self._read_status()
         if not version.startswith("HTTP/1."):
             raise UnknownProtocol(version)
@@ -408,43 +417,44 @@ class HttpAnswer(FinalResponse):
         self.chunked = not empty and self.headers.get("Transfer-Encoding", "").lower() == "chunked"
         self.chunk_left = None
         self.length = 0 if empty else None if self.chunked else self._declared_length()
-        # Without a length the end of the connection is the end of the answer.
+        # Without a length, the end of the connection is the end of the response.
         self.will_close = self._check_close() or (not self.chunked and self.length is None)  # type: ignore[attr-defined]
         if "Transfer-Encoding" in self.headers and (not self.chunked or "Content-Length" in self.headers):
-            self.will_close = True  # nobody knows for sure where it ends (RFC 9112, section 6.3)
+            self.will_close = True  # its end is ambiguous (RFC 9112, section 6.3)
 
     def _declared_length(self) -> int | None:
         return _length(self.headers.get("Content-Length"))
 
     def _read_next_chunk_size(self) -> int:
-        """As the parent reads it, but a size is hexadecimal digits and its line has an end.
+        """Read a chunk size more strictly than the parent: only hexadecimal digits, and the line must be complete.
 
-        Of a line that is cut off nobody knows the size; and `-1`, a number to Python, would be a chunk without an end.
+        The size in a truncated line is unknown. `-1`, which Python accepts as a number, would be a chunk without an
+        end.
         """
-        line = self.fp.readline(LONGEST_HEADER_LINE + 1)
-        size = CHUNK_SIZE.fullmatch(line) if len(line) <= LONGEST_HEADER_LINE else None
+        line = self.fp.readline(MAX_HEADER_LINE + 1)
+        size = CHUNK_SIZE.fullmatch(line) if len(line) <= MAX_HEADER_LINE else None
         if size is None:
             raise ValueError("a chunk without a size")
         return int(size[1], 16)
 
 
 class StreamedAnswer(HttpAnswer):
-    """An answer whose body is read piece by piece, also where its headers say something wrong about it.
+    """A response whose body is read in pieces, even if its headers describe the body wrongly.
 
-    A length that is no number, or several of them, counts as none. A body that does not begin like a chunk is not
-    chunked, whatever the header says. What follows the declared end can be read, too.
+    An invalid length, or several different ones, counts as no length. A body that does not begin like a chunk is not
+    chunked, whatever the header says. Bytes after the declared end can be read, too.
     """
 
     def __init__(self, sock: socket.socket, method: str) -> None:
         super().__init__(sock, method=method)
-        self.left: int | None = None  # bytes of the body that are still to come, where its length was declared
+        self.remaining: int | None = None  # bytes of the body still to be read, if its length was declared
         self._started = False
-        self._went_beyond = False
+        self._read_beyond = False
 
     def begin(self) -> None:
         """Read up to the body. Raises the exceptions of `http.client`."""
         super().begin()
-        self.left, self.length = self.length, None  # we count ourselves: http.client would close at the end
+        self.remaining, self.length = self.length, None  # counted here: http.client would close the response at the end
 
     def _declared_length(self) -> int | None:
         with suppress(HTTPException):
@@ -453,70 +463,73 @@ class StreamedAnswer(HttpAnswer):
 
     @property
     def reusable(self) -> bool:
-        """Whether the connection can take another request: the whole answer was read, and no more than that."""
-        whole = self.left == 0 or (self.chunked and self.isclosed())
+        """Whether the connection can take another request: exactly the whole response was read."""
+        whole = self.remaining == 0 or (self.chunked and self.isclosed())
         return (
-            whole and not self._went_beyond and not (self.fp is not None and self._more_came()) and not self.will_close
+            whole
+            and not self._read_beyond
+            and not (self.fp is not None and self._has_extra_bytes())
+            and not self.will_close
         )
 
-    def piece(self, most: int) -> bytes:
-        """Return up to `most` bytes of the body, as soon as there are any; none at its end.
+    def read_piece(self, size: int) -> bytes:
+        """Return up to `size` bytes of the body, as soon as any arrive, or no bytes at its end.
 
         Raises OSError, HTTPException.
         """
-        if self.isclosed() or self.left == 0:
+        if self.isclosed() or self.remaining == 0:
             return b""
         if not self._started and self.chunked and self.fp.peek(1)[:1].strip(HEX_DIGITS):
             self.chunked, self.will_close = False, True
         self._started = True
-        piece = self.read1(most if self.left is None else min(most, self.left))
-        if self.left is not None:
-            self.left -= len(piece)
+        piece = self.read1(size if self.remaining is None else min(size, self.remaining))
+        if self.remaining is not None:
+            self.remaining -= len(piece)
         return piece
 
-    def beginning(self, most: int, seconds: float) -> bytes:
-        """Return up to `most` bytes of the body, of what comes within some `seconds`. Raises nothing."""
+    def read_start(self, size: int, seconds: float) -> bytes:
+        """Return up to `size` bytes of the body that arrive within `seconds`. Raises nothing."""
         until, start = time.monotonic() + seconds, b""
         with suppress(OSError, HTTPException):
             self._sock.settimeout(seconds)
-            while time.monotonic() < until and len(start) < most and (piece := self.piece(most - len(start))):
+            while time.monotonic() < until and len(start) < size and (piece := self.read_piece(size - len(start))):
                 start += piece
         return start
 
-    def piece_beyond(self, most: int, seconds: float) -> bytes:
-        """Return up to `most` bytes that follow the declared end, if any come within `seconds`."""
-        self._went_beyond = True
+    def read_beyond_end(self, size: int, seconds: float) -> bytes:
+        """Return up to `size` bytes after the declared end, if any arrive within `seconds`."""
+        self._read_beyond = True
         if self.isclosed():
             return b""
         with suppress(OSError):
             self._sock.settimeout(seconds)
-            return self.fp.read1(most)
+            return self.fp.read1(size)
         return b""
 
 
 def _read_headers(file: BinaryIO) -> CaseInsensitiveDict[str]:
-    found = CaseInsensitiveDict[str]()
-    for _ in range(MOST_HEADERS + 1):
-        line = file.readline(LONGEST_HEADER_LINE + 1)
-        if len(line) > LONGEST_HEADER_LINE:
+    headers = CaseInsensitiveDict[str]()
+    for _ in range(MAX_HEADERS + 1):
+        line = file.readline(MAX_HEADER_LINE + 1)
+        if len(line) > MAX_HEADER_LINE:
             raise LineTooLong("header line")
         if line in (b"\r\n", b"\n"):
-            return found
+            return headers
         if not line:
-            raise HTTPException("an answer that ends within its headers")
+            raise HTTPException("a response that ends within its headers")
         name, _, value = line.decode("latin-1").partition(":")
-        found[name] = f"{found[name]}, {value.strip()}" if name in found else value.strip()
-    raise HTTPException(f"more than {MOST_HEADERS} headers")
+        headers[name] = f"{headers[name]}, {value.strip()}" if name in headers else value.strip()
+    raise HTTPException(f"more than {MAX_HEADERS} headers")
 
 
-def _length(said: str | None) -> int | None:
-    if said is None:
+def _length(value: str | None) -> int | None:
+    if value is None:
         return None
-    lengths = {one.strip() for one in said.split(",")}  # the same length twice is a length
-    one = lengths.pop()
-    if lengths or not (one.isascii() and one.isdecimal() and len(one) < MOST_DIGITS):
-        raise HTTPException("a length that is none")
-    return int(one)
+    lengths = {length.strip() for length in value.split(",")}  # the same length twice is valid
+    length = lengths.pop()
+    if lengths or not (length.isascii() and length.isdecimal() and len(length) < MAX_LENGTH_DIGITS):
+        raise HTTPException("an invalid length")
+    return int(length)
 
 
 def _host_and_port(site: str) -> tuple[str, int | None]:
@@ -527,7 +540,7 @@ def _host_and_port(site: str) -> tuple[str, int | None]:
 
 
 def as_response(request: PreparedRequest, answer: WholeAnswer) -> Response:
-    """Return an answer as `requests` has them; a packed body is unpacked as it is read."""
+    """Return an answer as a response of `requests`. A compressed body is decompressed when it is read."""
     response = Response()
     response.status_code = answer.status
     response.reason = answer.reason
@@ -538,17 +551,17 @@ def as_response(request: PreparedRequest, answer: WholeAnswer) -> Response:
         response.raw = DecodingResponse(
             io.BytesIO(answer.body), headers=dict(answer.headers), status=answer.status, preload_content=False
         )
-    else:  # read already, as after `response.content`
+    else:  # marked as read, as after `response.content`
         vars(response).update(_content=answer.body, _content_consumed=True)
     return response
 
 
-def _as_requests_says_it(error: Exception) -> exceptions.RequestException:
-    said = f"{type(error).__name__}: {error}"
+def _as_requests_error(error: Exception) -> exceptions.RequestException:
+    message = f"{type(error).__name__}: {error}"
     if isinstance(error, (ssl.SSLError, TlsError)):
-        return exceptions.SSLError(said)
-    if isinstance(error, ConnectTimeoutError) and "NewConnection" not in said:
-        return exceptions.ConnectTimeout(said)
+        return exceptions.SSLError(message)
+    if isinstance(error, ConnectTimeoutError) and "NewConnection" not in message:
+        return exceptions.ConnectTimeout(message)
     if isinstance(error, TimeoutError):
-        return exceptions.ReadTimeout(said)
-    return exceptions.ConnectionError(said)
+        return exceptions.ReadTimeout(message)
+    return exceptions.ConnectionError(message)
