@@ -31,7 +31,7 @@ def test_given_slow_and_failing_work_when_it_is_handed_over_then_nobody_waits_an
 def test_given_more_than_it_has_room_for_when_handed_over_then_it_is_dropped_with_a_word(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(publisher, "MOST", 2)
+    monkeypatch.setattr(publisher, "MAX_QUEUED", 2)
     opened, done = threading.Event(), list[int]()
     sender = Publisher()
     sender.send("slow", lambda: opened.wait(10))

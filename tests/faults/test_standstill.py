@@ -45,7 +45,7 @@ def wait_for_trouble():
             ctypes.PyDLL(None).sleep(1000)  # C code that does not release the GIL
         if os.path.exists("deadlock"):
             from worker.process.resources import process_resources
-            process_resources().poller._give_back_lost = deadlock
+            process_resources().poller._release_lost_claims = deadlock
             return
 def deadlock():
     try:

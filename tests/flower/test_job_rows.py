@@ -465,7 +465,7 @@ app.conf.broker_transport_options |= {"max_retries": 1, "interval_start": 0}
 tell = ProgressEvents(Context(id="some", hostname="host"))
 tell(PollReport(), 0)
 tell(PollReport(), 0)
-print(process_resources().publisher.finish(10), tell._on_its_way)
+print(process_resources().publisher.finish(10), tell._sending)
 """
 
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)

@@ -1,4 +1,4 @@
-"""Calls to the hosted API against a real server that misbehaves: the key stays in the body, and every call ends."""
+"""The API client against a real server that misbehaves: the key stays in the body, and every request ends."""
 
 import base64
 import gzip
@@ -28,8 +28,8 @@ PROCESSING = b'{"status": "processing"}'
 @pytest.fixture
 def web() -> Iterator[Web]:
     """The API's server."""
-    with web_server() as made:
-        yield made
+    with web_server() as server:
+        yield server
 
 
 def _allowed(web: Web) -> AllowedApi:
@@ -44,20 +44,20 @@ def _ask(web: Web, *, timeout: float = 5.0) -> Reply:
     return _api(web, timeout=timeout).ask(fetch_address(None, "1", _allowed(web)), "1", SecretStr(KEY)).reply
 
 
-def test_the_key_goes_in_the_body_and_nowhere_else(web: Web) -> None:
-    """One POST, JSON, nothing in the path or the headers."""
+def test_the_key_is_sent_only_in_the_body(web: Web) -> None:
+    """One JSON POST, with no key in the path or the headers."""
     web.serves(PATH, page(200, PROCESSING))
     assert _ask(web) == Processing()
-    [asked] = web.asked
-    assert (asked.method, asked.path) == ("POST", PATH)
-    assert json.loads(asked.body) == {"key": KEY}
-    assert KEY.encode() not in asked.raw.removesuffix(asked.body)
-    assert asked.headers["content-type"] == "application/json"
-    assert not {"authorization", "cookie", "proxy-authorization"} & set(asked.headers)
+    [request] = web.asked
+    assert (request.method, request.path) == ("POST", PATH)
+    assert json.loads(request.body) == {"key": KEY}
+    assert KEY.encode() not in request.raw.removesuffix(request.body)
+    assert request.headers["content-type"] == "application/json"
+    assert not {"authorization", "cookie", "proxy-authorization"} & set(request.headers)
 
 
 def test_a_family_without_the_id_in_its_path_gets_it_in_the_body(web: Web) -> None:
-    """As `request_id`."""
+    """The id is sent as `request_id`."""
     address = fetch_address(f"{web.url}/api/v4/dreambooth/fetch", "12", _allowed(web))
     web.serves("/api/v4/dreambooth/fetch", page(200, PROCESSING))
     assert _api(web).ask(address, "12", SecretStr(KEY)).reply == Processing()
@@ -66,17 +66,17 @@ def test_a_family_without_the_id_in_its_path_gets_it_in_the_body(web: Web) -> No
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_is_never_followed(web: Web, status: int) -> None:
-    """307 and 308 would send the key along."""
-    with web_server() as other:
-        other.serves("/x", page(200, PROCESSING))
-        web.serves(PATH, page(status, b"", Location=other.url + "/x"))
+    """A redirect with 307 or 308 would send the key to another server."""
+    with web_server() as other_server:
+        other_server.serves("/x", page(200, PROCESSING))
+        web.serves(PATH, page(status, b"", Location=other_server.url + "/x"))
         assert isinstance(_ask(web), ApiDown)
         web.serves(PATH, page(status, b"", Location=web.url + "/api/v3/other"))
         assert isinstance(_ask(web), ApiDown)
         web.serves(PATH, page(status, b"", Location="http://[bad"))
         assert isinstance(_ask(web), ApiDown)
-    assert other.asked == []
-    assert [asked.path for asked in web.asked] == [PATH] * 3
+    assert other_server.asked == []
+    assert [request.path for request in web.asked] == [PATH] * 3
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,8 @@ def test_a_redirect_is_never_followed(web: Web, status: int) -> None:
     ],
     ids=["silence", "headers", "status line", "body", "body without length", "chunks", "whole answer, then blanks"],
 )
-def test_a_server_that_drips_is_given_up_in_time(web: Web, first: bytes, drop: bytes) -> None:
-    """However it drips: long before it ends by itself, and it is the API's trouble."""
+def test_a_request_to_a_very_slow_server_ends_in_time(web: Web, first: bytes, drop: bytes) -> None:
+    """The request ends long before the server does, and counts as a failure of the API."""
     web.serves(PATH, drips(first, drop, every=0.1, seconds=6))
     started = time.monotonic()
     reply = _ask(web, timeout=1.0)
@@ -101,8 +101,8 @@ def test_a_server_that_drips_is_given_up_in_time(web: Web, first: bytes, drop: b
     assert isinstance(reply, ApiDown)
 
 
-def test_the_time_of_a_call_is_not_that_of_the_next_on_the_same_connection(web: Web) -> None:
-    """A slow call is ended; the ones after it have their own time."""
+def test_each_request_on_a_connection_has_its_own_time_out(web: Web) -> None:
+    """A slow request is ended. Later requests on the connection have their own time-out."""
     api = _api(web, timeout=0.6)
     address = fetch_address(None, "1", _allowed(web))
     for _ in range(2):
@@ -120,7 +120,7 @@ BLOCK = b" " * 1_048_576
     [head(200), head(200, Content_Length=str(40 * 1_048_576))],
     ids=["without a length", "with its length"],
 )
-def test_an_answer_of_more_than_32_mib_is_not_read_to_its_end(web: Web, first: bytes) -> None:
+def test_an_answer_of_more_than_32_mib_is_not_read_completely(web: Web, first: bytes) -> None:
     """Memory stays bounded."""
     web.serves(PATH, floods(first, BLOCK, times=40))
     tracemalloc.start()
@@ -135,9 +135,7 @@ def test_an_answer_of_more_than_32_mib_is_not_read_to_its_end(web: Web, first: b
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be"])
-def test_of_an_answer_of_more_than_32_mib_nothing_is_kept_that_has_the_key_in_any_encoding(
-    web: Web, encoding: str
-) -> None:
+def test_the_stored_part_of_an_answer_over_32_mib_has_no_key_in_any_encoding(web: Web, encoding: str) -> None:
     first = f"a page with {KEY} in it".encode(encoding).ljust(len(BLOCK))
     web.serves(PATH, floods(head(200) + first, BLOCK, times=40))
     api = _api(web, timeout=30)
@@ -149,8 +147,8 @@ def test_of_an_answer_of_more_than_32_mib_nothing_is_kept_that_has_the_key_in_an
     assert (text.startswith("a page with "), KEY in text) == (True, False)
 
 
-def test_a_compressed_answer_is_bounded_by_what_it_unfolds_to(web: Web) -> None:
-    """40 kB on the wire, 40 MiB in memory if nobody looked."""
+def test_the_limit_applies_to_the_decompressed_size(web: Web) -> None:
+    """40 kB on the wire would become 40 MiB in memory."""
     bomb = gzip.compress(BLOCK * 40, 1)
     web.serves(PATH, page(200, bomb, Content_Encoding="gzip"))
     tracemalloc.start()
@@ -163,8 +161,8 @@ def test_a_compressed_answer_is_bounded_by_what_it_unfolds_to(web: Web) -> None:
     assert peak < 3 * MAX_ANSWER_BYTES
 
 
-def test_an_honest_compressed_answer_is_understood(web: Web) -> None:
-    """Servers compress whatever they are asked."""
+def test_a_compressed_answer_is_read(web: Web) -> None:
+    """Some servers compress answers although the request does not allow it."""
     web.serves(PATH, page(200, gzip.compress(PROCESSING), Content_Encoding="gzip"))
     assert _ask(web) == Processing()
 
@@ -185,22 +183,22 @@ def test_an_honest_compressed_answer_is_understood(web: Web) -> None:
     ],
     ids=["reset", "hung up", "garbage", "status", "short", "cut chunk", "bad chunk", "no gzip", "500 headers", "502"],
 )
-def test_a_broken_answer_is_the_apis_trouble(web: Web, answer: object) -> None:
-    """ApiDown: it counts against nobody's job."""
+def test_a_broken_answer_means_that_the_api_is_down(web: Web, answer: object) -> None:
+    """The reply is ApiDown, which counts against no job."""
     web.answers[PATH] = answer  # type: ignore[assignment]  # a table of answers of one shape
     assert isinstance(_ask(web), ApiDown)
 
 
-def test_a_server_that_is_not_there_is_trouble_too() -> None:
-    """Refused, and a name that nobody knows."""
+def test_an_unreachable_server_means_that_the_api_is_down() -> None:
+    """A refused connection, and an unknown host name."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    gone = Web(port)
-    reply = _ask(gone)
+    closed = Web(port)
+    reply = _ask(closed)
     assert isinstance(reply, ApiDown)
     assert "refused" in reply.message
     nowhere = FetchAddress("http://nowhere.invalid/api/v3/fetch/1", "http://nowhere.invalid/api/v3/fetch", "nowhere")
-    assert isinstance(_api(gone).ask(nowhere, "1", SecretStr(KEY)).reply, ApiDown)
+    assert isinstance(_api(closed).ask(nowhere, "1", SecretStr(KEY)).reply, ApiDown)
 
 
 @pytest.mark.parametrize(
@@ -213,8 +211,8 @@ def test_a_server_that_is_not_there_is_trouble_too() -> None:
     ],
     ids=["plain", "quoted", "escaped", "base64"],
 )
-def test_a_key_that_the_api_echoes_is_gone_from_the_reply(web: Web, form: str) -> None:
-    """In messages and in links, in whatever form."""
+def test_a_key_that_the_api_echoes_is_removed_from_the_reply(web: Web, form: str) -> None:
+    """In messages and in links, in any encoding."""
     web.serves(PATH, page(200, f'{{"status": "error", "message": "bad word {form} here"}}'.encode()))
     error = _ask(web)
     web.serves(PATH, page(200, f'{{"status": "success", "output": ["https://h/a.png?key={form}"]}}'.encode()))
@@ -229,8 +227,8 @@ def test_a_key_that_the_api_echoes_is_gone_from_the_reply(web: Web, form: str) -
         assert KEY not in repr(reply)
 
 
-def test_nothing_of_the_environment_is_used(web: Web, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No proxy sees the key, no .netrc adds a password, no cookie comes back."""
+def test_proxies_netrc_and_cookies_are_ignored(web: Web, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No proxy sees the key, .netrc adds no password, and no cookie is sent back."""
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login someone password hidden-word\n")
     (tmp_path / ".netrc").chmod(0o600)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -246,19 +244,19 @@ def test_nothing_of_the_environment_is_used(web: Web, monkeypatch: pytest.Monkey
         assert api.ask(address, "1", SecretStr(KEY)).reply == Processing()
     assert proxy.connections == 0
     assert len(web.asked) == 2
-    assert not any({"authorization", "cookie"} & set(asked.headers) for asked in web.asked)
+    assert not any({"authorization", "cookie"} & set(request.headers) for request in web.asked)
 
 
-def test_an_address_is_judged_anew_before_each_call(web: Web) -> None:
-    """A row may be older than the settings."""
+def test_an_address_is_checked_before_each_request(web: Web) -> None:
+    """A row can be older than the settings."""
     api = _api(web)
     assert api.permits(fetch_address(None, "1", _allowed(web)), "1") is None
     foreign = FetchAddress("https://evil.test/api/v3/fetch/1", "https://evil.test/api/v3/fetch", "evil.test")
     assert "SD_API_HOSTS" in str(api.permits(foreign, "1"))
     queue = f"{web.url}/api/v1/enterprise/flux/clear_queue"
     assert api.permits(FetchAddress(queue, queue, "127.0.0.1"), "1") is not None
-    other = f"{web.url}/api/v3/fetch"
-    assert api.permits(FetchAddress(f"{other}/2", other, "127.0.0.1"), "1") is not None
+    other_address = f"{web.url}/api/v3/fetch"
+    assert api.permits(FetchAddress(f"{other_address}/2", other_address, "127.0.0.1"), "1") is not None
 
 
 @pytest.mark.parametrize(
@@ -269,8 +267,8 @@ def test_an_address_is_judged_anew_before_each_call(web: Web) -> None:
         b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n\r\n" * 3,
     ],
 )
-def test_interim_answers_are_read_past(web: Web, interim: bytes) -> None:
-    """By this client, and by the one that goes through a proxy."""
+def test_interim_responses_are_skipped(web: Web, interim: bytes) -> None:
+    """With a direct connection and through a proxy."""
     answer = sends(interim, head(200, Content_Length="24"), b'{"status": "processing"}')
     web.serves("/api/v3/fetch/1", answer)
     web.serves(f"{web.url}/api/v3/fetch/1", answer)
@@ -282,8 +280,8 @@ def test_interim_answers_are_read_past(web: Web, interim: bytes) -> None:
         api.session.close()
 
 
-def test_interim_answers_without_end_are_trouble(web: Web) -> None:
-    """They must not hold a thread."""
+def test_endless_interim_responses_mean_that_the_api_is_down(web: Web) -> None:
+    """They must not occupy a thread."""
     web.serves("/api/v3/fetch/1", sends(b"HTTP/1.1 102 Processing\r\n\r\n" * 1_000))
     allowed = _allowed(web)
     api = ApiClient(allowed, Scrubber([]), timeout=5.0, connections=1)

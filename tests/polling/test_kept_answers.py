@@ -1,4 +1,4 @@
-"""What is kept of answers as they are recorded, and what reading them again does, on real databases."""
+"""Answers that are stored while they are recorded, and reading stored answers again, on real databases."""
 
 import json
 import time
@@ -41,7 +41,7 @@ AT_ITS_END: dict[str, Any] = {
 }  # fmt: skip
 
 
-# ── as they are recorded ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── while recording ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _record(
@@ -52,7 +52,7 @@ def _record(
     before_text: Callable[[], object] = int,
     **changes: Any,
 ) -> dict[str, int]:
-    """Has a job for each name, and records its answer; the ids of the jobs.
+    """Create a job for each name and record its answer. Return the ids of the jobs.
 
     `before_text` is called before the text of an answer is made.
     """
@@ -78,12 +78,12 @@ def _record(
         for name in answers:
             ids[name] = add_job(connection, name, **({"due_at": now} | times | changes))
         claimed = {job.remote_id: job for job in claim_due_jobs(connection, limit=len(answers), now=now)}
-    recorder.take([_asked(claimed[name], answer, status, scrubber) for name, answer in answers.items()], {})
+    recorder.take([_poll_answer(claimed[name], answer, status, scrubber) for name, answer in answers.items()], {})
     assert recorder.write({}) == 0
     return ids
 
 
-def _asked(job: ClaimedJob, answer: object, status: int, scrubber: Scrubber) -> PollAnswer:
+def _poll_answer(job: ClaimedJob, answer: object, status: int, scrubber: Scrubber) -> PollAnswer:
     body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
     reply, raw = read_answer(scrubber, status, {}, body, Question(job.remote_id, time.time()))
     return PollAnswer(job, reply, False, time.monotonic(), raw=raw)
@@ -94,8 +94,8 @@ def _kept(engine: Engine, job_id: int) -> Sequence[Row[Any]]:
         return answers_of(connection, job_ids=[job_id])
 
 
-def test_answers_that_no_rule_reads_are_kept_as_they_came(engine: Engine) -> None:
-    """Also those that are no JSON; what a rule reads is not kept while the job goes on."""
+def test_answers_that_no_rule_reads_are_stored_unchanged(engine: Engine) -> None:
+    """Also answers that are not JSON. An answer that a rule reads is not stored while the job continues."""
     unread = {
         "word": DONE,
         "page": b"<html>hello</html>",
@@ -111,14 +111,14 @@ def test_answers_that_no_rule_reads_are_kept_as_they_came(engine: Engine) -> Non
     }
     ids = _record(engine, unread | read)
 
-    kept = {name: _kept(engine, job_id) for name, job_id in ids.items()}
-    assert {name: len(rows) for name, rows in kept.items()} == dict.fromkeys(unread, 1) | dict.fromkeys(read, 0)
-    assert [(row.body, row.http_status, row.shape, row.recognised) for row in kept["word"]] == [
+    stored = {name: _kept(engine, job_id) for name, job_id in ids.items()}
+    assert {name: len(rows) for name, rows in stored.items()} == dict.fromkeys(unread, 1) | dict.fromkeys(read, 0)
+    assert [(row.body, row.http_status, row.shape, row.recognised) for row in stored["word"]] == [
         (json.dumps(DONE), 200, "status=done; assets: [text]", False)
     ]
-    assert [row.body for row in kept["page"]] == ["<html>hello</html>"]
-    assert [row.body for row in kept["bytes"]] == ["\N{REPLACEMENT CHARACTER}" * 3]
-    assert [row.body for row in kept["empty"]] == [""]
+    assert [row.body for row in stored["page"]] == ["<html>hello</html>"]
+    assert [row.body for row in stored["bytes"]] == ["\N{REPLACEMENT CHARACTER}" * 3]
+    assert [row.body for row in stored["empty"]] == [""]
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_the_last_answer_of_a_job_that_ends_without_an_output_is_kept(
     assert (json.loads(row.body), row.recognised) == (answer, True)
 
 
-def test_a_job_that_a_promised_link_completes_has_no_looks_any_more(engine: Engine) -> None:
-    """They were planned as its deadline passed, for the case that it expires."""
+def test_a_job_completed_by_a_promised_link_has_no_late_looks_left(engine: Engine) -> None:
+    """They were planned when its deadline passed, in case the job expires."""
     with engine.connect() as connection:
         past = database_now(connection) - timedelta(minutes=1)
     ids = _record(engine, {"7": {"status": "processing", "future_links": [LINK]}}, deadline_at=past)
@@ -160,10 +160,10 @@ def test_a_job_that_a_promised_link_completes_has_no_looks_any_more(engine: Engi
         assert (planned is None, look_of(connection, ids["7"])) == (False, None)
 
 
-def test_a_job_whose_promised_links_are_tried_before_it_expires_has_its_answer_kept_and_its_looks(
+def test_a_job_whose_promised_links_are_tried_first_keeps_its_answer_and_its_late_looks(
     engine: Engine,
 ) -> None:
-    """It is downloading meanwhile. If nothing comes, it expires and is looked at."""
+    """The job is downloading meanwhile. If nothing arrives, it expires and gets its late looks."""
     with engine.connect() as connection:
         past = database_now(connection) - timedelta(minutes=1)
     answer = {"status": "processing", "future_links": [LINK]}
@@ -171,7 +171,7 @@ def test_a_job_whose_promised_links_are_tried_before_it_expires_has_its_answer_k
 
     row = read_job(engine, ids["7"])
     assert row.status == "downloading"
-    assert [json.loads(kept.body) for kept in _kept(engine, ids["7"])] == [answer]
+    assert [json.loads(stored.body) for stored in _kept(engine, ids["7"])] == [answer]
     with engine.begin() as connection:
         hour = past + timedelta(hours=1)
         assert due_looks(connection, ["default"], now=hour, limit=10) == []
@@ -195,21 +195,21 @@ def test_a_job_whose_promised_links_are_tried_before_it_expires_has_its_answer_k
 def test_the_last_answer_of_a_job_that_expires_is_kept_and_its_late_looks_are_planned(
     engine: Engine, answer: object
 ) -> None:
-    """In the same transaction as its end."""
+    """In the transaction that ends the job."""
     with engine.connect() as connection:
         past = database_now(connection) - timedelta(minutes=1)
     ids = _record(engine, {"7": answer, "sha256:" + "0a" * 16: answer}, deadline_at=past)
 
     row = read_job(engine, ids["7"])
     assert row.status == "expired"
-    assert [json.loads(kept.body) for kept in _kept(engine, ids["7"])] == [answer]
+    assert [json.loads(stored.body) for stored in _kept(engine, ids["7"])] == [answer]
     with engine.connect() as connection:
         [look] = connection.execute(select(late_looks)).all()
     assert (look.job_id, look.due_at, look.looks) == (ids["7"], row.deadline_at + timedelta(hours=1), 0)
 
 
-def test_what_is_kept_has_no_key_and_at_most_64_kib_and_its_links_stay_whole(engine: Engine) -> None:
-    """Keys go before the cut, wherever it falls; a signed link that begins like a key is still a link."""
+def test_stored_text_has_no_key_at_most_64_kib_and_whole_links(engine: Engine) -> None:
+    """Keys are removed before the text is cut. A signed link that begins like a key is kept."""
     signed = f"https://cdn.test/a.png?token={KEY[:20]}"
     for cut in range(-len(KEY) - 2, 3):
         padding = "é" * ((MAX_BYTES + cut - len(json.dumps({"status": "done", "assets": [signed], "x": ""}))) // 2)
@@ -232,9 +232,9 @@ def test_what_is_kept_has_no_key_and_at_most_64_kib_and_its_links_stay_whole(eng
 
 
 def test_the_texts_of_unread_answers_are_made_before_the_transaction_that_writes_them(engine: Engine) -> None:
-    """That takes up to a second for large answers, and other processes would wait for the rows meanwhile."""
+    """It takes up to a second for large answers, and other processes would wait for the locked rows."""
     under_way: list[int] = []
-    seen: list[int] = []
+    open_transactions: list[int] = []
 
     def begun(_: Connection) -> None:
         under_way.append(1)
@@ -245,16 +245,16 @@ def test_the_texts_of_unread_answers_are_made_before_the_transaction_that_writes
     listeners = (("begin", begun), ("commit", ended), ("rollback", ended))
     for name, listener in listeners:
         event.listen(engine, name, listener)
-    ids = _record(engine, {"7": DONE, "8": b"<html>"}, before_text=lambda: seen.append(len(under_way)))
+    ids = _record(engine, {"7": DONE, "8": b"<html>"}, before_text=lambda: open_transactions.append(len(under_way)))
     for name, listener in listeners:
         event.remove(engine, name, listener)
 
-    assert seen == [0, 0]
+    assert open_transactions == [0, 0]
     assert [len(_kept(engine, job_id)) for job_id in ids.values()] == [1, 1]
 
 
-def test_a_long_answer_that_is_not_ready_is_not_described_since_it_is_hardly_ever_kept() -> None:
-    """Some repeat the whole order with its pictures each time they are asked."""
+def test_the_shape_of_a_long_processing_answer_is_not_computed() -> None:
+    """Some answers repeat the whole order with its pictures each time."""
     order = {"meta": {"init_image": "x" * 200_000}}
     _, processing = read_answer(
         Scrubber([KEY]), 200, {}, json.dumps({"status": "processing"} | order).encode(), Question("7", 0.0)
@@ -270,8 +270,8 @@ def test_a_long_answer_that_is_not_ready_is_not_described_since_it_is_hardly_eve
 
 
 @pytest.mark.parametrize("size", [0, 200_000], ids=["short", "long"])
-def test_a_shape_has_nothing_of_a_key_either(engine: Engine, size: int) -> None:
-    """Not in the status word, not in a name, however long the answer is."""
+def test_a_shape_contains_no_part_of_a_key(engine: Engine, size: int) -> None:
+    """Neither in the status word nor in a name, however long the answer is."""
     answer = {"status": f"no {KEY[:22]}", KEY: 1, KEY[:22]: 2, "x": "y" * size, "of": {"status": KEY}}
     ids = _record(engine, {"7": answer})
     [row] = _kept(engine, ids["7"])
@@ -279,7 +279,7 @@ def test_a_shape_has_nothing_of_a_key_either(engine: Engine, size: int) -> None:
     assert row.shape.startswith("status=no ")
 
 
-def test_given_answers_that_some_rule_reads_when_they_are_recorded_then_no_statement_is_spent_on_them(
+def test_given_answers_that_a_rule_reads_when_they_are_recorded_then_no_statement_stores_them(
     engine: Engine,
 ) -> None:
     """Nearly all answers are of this kind."""
@@ -289,12 +289,12 @@ def test_given_answers_that_some_rule_reads_when_they_are_recorded_then_no_state
     assert not [statement for statement in statements if "fetch_unread" in statement or "late_looks" in statement]
 
 
-# ── read again ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── reading again ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
-def words(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """Settings that teach some words, for this database. Nobody is woken."""
+def word_settings(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Settings with additional status words, for this database. No process is woken."""
     monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
     monkeypatch.setattr(tracking, "wake", lambda _: None)
     return Settings(sd_api_status_words='{"done": "success", "burnt": "failed", "hot": "processing", "bad": "error"}')
@@ -310,14 +310,14 @@ def _ended(status: str, code: str) -> dict[str, Any]:
 
 
 def _apply(settings: Settings, **options: Any) -> dict[int, Reread]:
-    return {one.id: one for batch in apply(settings, **options) for one in batch}
+    return {job.id: job for batch in apply(settings, **options) for job in batch}
 
 
 @pytest.mark.parametrize("state", ["pending", "held", "claimed", "failed", "expired"])
-def test_a_job_whose_kept_answer_lists_its_outputs_goes_to_downloading(
-    engine: Engine, words: Settings, state: str
+def test_a_job_whose_stored_answer_lists_outputs_starts_downloading(
+    engine: Engine, word_settings: Settings, state: str
 ) -> None:
-    """As an answer does it to a pending job, and `retry` to an ended one."""
+    """As an answer does with a pending job, and `retry` with an ended one."""
     states: dict[str, dict[str, Any]] = {
         "pending": {},
         "held": {"held_at": NOW, "due_at": NOW + timedelta(days=9_999)},
@@ -338,7 +338,7 @@ def test_a_job_whose_kept_answer_lists_its_outputs_goes_to_downloading(
             recognised=True,
         )
 
-    assert _apply(words)[job_id] == Reread(job_id, True, "downloading", "ready", "ready, 1 outputs")
+    assert _apply(word_settings)[job_id] == Reread(job_id, True, "downloading", "ready", "ready, 1 outputs")
 
     row = read_job(engine, job_id)
     assert (row.status, row.error_code, row.completed_at, row.due_at, row.held_at) == (
@@ -358,20 +358,20 @@ def test_a_job_whose_kept_answer_lists_its_outputs_goes_to_downloading(
         [output] = connection.execute(select(outputs)).all()
         assert look_of(connection, job_id) is None
     assert (output.job_id, output.position, output.url, output.status) == (job_id, 0, LINK, "pending")
-    assert _apply(words) == {}
+    assert _apply(word_settings) == {}
 
 
-def test_an_end_that_is_taken_back_is_told_before_it_goes(engine: Engine, words: Settings) -> None:
-    """And the job may tell its next end."""
+def test_an_end_that_is_revoked_is_sent_as_an_event_first(engine: Engine, word_settings: Settings) -> None:
+    """The job sends another notification for its next end."""
     with engine.begin() as connection:
         job_id = add_job(connection, webhook_url="https://app.test/hook", **_ended("expired", "expired"))
         _keep(connection, job_id, DONE)
 
-    assert _apply(words)[job_id].changed
+    assert _apply(word_settings)[job_id].changed
 
     with engine.connect() as connection:
-        [told] = connection.execute(select(events)).all()
-    assert (told.type, told.job_id) == ("job.expired", job_id)
+        [event] = connection.execute(select(events)).all()
+    assert (event.type, event.job_id) == ("job.expired", job_id)
     assert read_job(engine, job_id).announced_at is None
 
 
@@ -391,7 +391,7 @@ def test_an_end_that_is_taken_back_is_told_before_it_goes(engine: Engine, words:
     ],
 )
 def test_other_meanings_end_a_pending_job_or_change_nothing(
-    engine: Engine, words: Settings, answer: object, status: str, code: str | None
+    engine: Engine, word_settings: Settings, answer: object, status: str, code: str | None
 ) -> None:
     with engine.begin() as connection:
         pending = add_job(connection, "1")
@@ -399,7 +399,7 @@ def test_other_meanings_end_a_pending_job_or_change_nothing(
         for job_id in (pending, expired):
             _keep(connection, job_id, answer)
 
-    read = _apply(words)
+    read = _apply(word_settings)
 
     row = read_job(engine, pending)
     assert (row.status, row.error_code) == (status, code)
@@ -408,50 +408,50 @@ def test_other_meanings_end_a_pending_job_or_change_nothing(
     assert (read[expired].changed, read_job(engine, expired).status) == (False, "expired")
 
 
-def test_an_answer_from_before_a_retry_ends_nothing(engine: Engine, words: Settings) -> None:
-    """Nor does one that its rule read already, or one of a job that is being asked about just now."""
+def test_an_answer_from_before_a_retry_ends_nothing(engine: Engine, word_settings: Settings) -> None:
+    """An answer that a rule read already, or one of a job that is being polled, also ends nothing."""
     burnt = {"status": "burnt", "message": "too hot"}
     with engine.begin() as connection:
         retried = add_job(connection, "1", deadline_at=NOW + seconds(2 * HOUR))
         read = add_job(connection, "2")
-        asked = add_job(connection, "3", claim_token="t", claim_holder="h")
-        for job_id, known in ((retried, False), (read, True), (asked, False)):
-            _keep(connection, job_id, burnt, recognised=known)
+        claimed = add_job(connection, "3", claim_token="t", claim_holder="h")
+        for job_id, recognised in ((retried, False), (read, True), (claimed, False)):
+            _keep(connection, job_id, burnt, recognised=recognised)
 
-    assert not any(one.changed for one in _apply(words).values())
-    assert {read_job(engine, job_id).status for job_id in (retried, read, asked)} == {"pending"}
+    assert not any(job.changed for job in _apply(word_settings).values())
+    assert {read_job(engine, job_id).status for job_id in (retried, read, claimed)} == {"pending"}
 
 
-def test_a_job_that_has_outputs_already_stays_as_it_is(engine: Engine, words: Settings) -> None:
-    """Its outputs could not be stored: `retry` is for that."""
+def test_a_job_that_has_outputs_already_stays_as_it_is(engine: Engine, word_settings: Settings) -> None:
+    """Its outputs could not be stored; `retry` downloads them again."""
     with engine.begin() as connection:
         job_id = add_job(connection, ready_at=NOW, **_ended("failed", "output_failed"))
         add_output(connection, job_id, status="failed", due_at=None, error_code="gone")
         _keep(connection, job_id, DONE)
 
-    read = _apply(words)[job_id]
+    read = _apply(word_settings)[job_id]
     assert (read.changed, read.status) == (False, "failed")
     assert read.note.endswith("the job has outputs already")
 
 
-def test_only_the_jobs_with_an_answer_of_the_shape_are_read_where_one_is_given(engine: Engine, words: Settings) -> None:
+def test_with_a_shape_only_jobs_with_such_an_answer_are_read_again(engine: Engine, word_settings: Settings) -> None:
     with engine.begin() as connection:
-        one, two = add_job(connection, "1"), add_job(connection, "2")
-        _keep(connection, one, DONE)
-        keep_answers(connection, [KeptAnswer(two, 200, "another", json.dumps(DONE), False)], now=NOW)
+        first, second = add_job(connection, "1"), add_job(connection, "2")
+        _keep(connection, first, DONE)
+        keep_answers(connection, [KeptAnswer(second, 200, "another", json.dumps(DONE), False)], now=NOW)
 
-    assert set(_apply(words, shape="another")) == {two}
-    assert set(_apply(words)) == {one}
+    assert set(_apply(word_settings, shape="another")) == {second}
+    assert set(_apply(word_settings)) == {first}
 
 
-def test_many_jobs_are_read_again_in_several_transactions(engine: Engine, words: Settings) -> None:
+def test_many_jobs_are_read_again_in_several_transactions(engine: Engine, word_settings: Settings) -> None:
     with engine.begin() as connection:
         ids = [add_job(connection, str(number)) for number in range(230)]
         for job_id in ids:
             _keep(connection, job_id, {"status": "done", "assets": [f"{LINK}?{job_id}"]})
 
-    batches = list(apply(words))
+    batches = list(apply(word_settings))
     assert [len(batch) for batch in batches] == [100, 100, 30]
-    assert all(one.changed for batch in batches for one in batch)
+    assert all(job.changed for batch in batches for job in batch)
     with engine.connect() as connection:
         assert len(connection.execute(select(outputs.c.url).distinct()).all()) == 230

@@ -1,4 +1,4 @@
-"""Late looks against a real HTTP stand-in, a real Redis and real databases: what expired is stored if it got ready."""
+"""Late looks with a real HTTP stand-in, Redis and databases: an expired job that became ready is stored."""
 
 import json
 import threading
@@ -39,7 +39,7 @@ PROCESSING = {"status": "processing"}
 
 
 class Looks:
-    """One process's late looks, on a stand-in and a database."""
+    """The late looks of one process, on a stand-in and a database."""
 
     def __init__(self, engine: Engine, redis_url: str, web: Web, *, rps: float = 1_000.0) -> None:
         self.engine, self.web = engine, web
@@ -66,12 +66,12 @@ class Looks:
             save_breaker(connection, CircuitBreaker("account", "default", proven=True))
 
     def now(self) -> datetime:
-        """The database's time."""
+        """The database's current time."""
         with self.engine.connect() as connection:
             return database_now(connection)
 
     def expired(self, remote_id: str = "1", *, hours_ago: float = 1.1, looks: int = 0, **changes: Any) -> int:
-        """A job whose deadline was so long ago, with a look that is due."""
+        """Create a job whose deadline passed this long ago, with a due look."""
         now = self.now()
         deadline = now - timedelta(hours=hours_ago)
         values: dict[str, Any] = {
@@ -85,36 +85,36 @@ class Looks:
         return job_id
 
     def says(self, answer: object, status: int = 200, remote_id: str = "1", **headers: str) -> None:
-        """From now on this is the answer about a job."""
+        """Set the answer about a job."""
         self.answers(page(status, json.dumps(answer).encode(), **headers), remote_id)
 
     def answers(self, answer: Answer, remote_id: str = "1") -> None:
-        """The same, byte by byte."""
+        """Set the raw answer about a job."""
         self.web.serves(f"/api/v3/fetch/{remote_id}", answer)
 
     def look(self, job_id: int) -> Row[Any] | None:
-        """The look of a job as it is committed."""
+        """Return the committed look of a job."""
         with self.engine.connect() as connection:
             return look_of(connection, job_id)
 
     def breaker(
         self, change: Callable[[CircuitBreaker], CircuitBreaker], scope: Any = "account", name: str = "default"
     ) -> None:
-        """Has something happen to an account or a host."""
+        """Change the circuit breaker of an account or a host."""
         with self.engine.begin() as connection:
             save_breaker(connection, change(locked_breaker(connection, scope, name)))
 
 
 @pytest.fixture
 def looks(engine: Engine, redis_url: str, web: Web) -> Iterator[Looks]:
-    """Late looks on a fresh database, and a budget of which nothing was taken."""
+    """Late looks on a fresh database, with an unused request budget."""
     redis_client(redis_url, seconds=5).flushdb()
-    made = Looks(engine, redis_url, web)
-    yield made
-    made.looks._api.session.close()
+    looks_ = Looks(engine, redis_url, web)
+    yield looks_
+    looks_.looks._api.session.close()
 
 
-def test_given_an_expired_job_that_got_ready_when_it_is_looked_at_then_it_is_stored_and_its_end_is_told_anew(
+def test_given_an_expired_job_that_became_ready_when_polled_again_then_it_is_stored_and_notified_again(
     looks: Looks,
 ) -> None:
     job_id = looks.expired(on_done="shop.done", told_at=looks.now(), webhook_url="https://app.test/hook", polls=7)
@@ -128,16 +128,16 @@ def test_given_an_expired_job_that_got_ready_when_it_is_looked_at_then_it_is_sto
     assert "ready, 1 outputs (after it had expired)" in row.last_answer
     with looks.engine.connect() as connection:
         [output] = connection.execute(select(outputs)).all()
-        [told] = connection.execute(select(events)).all()
+        [event] = connection.execute(select(events)).all()
     assert (output.job_id, output.url, output.status) == (job_id, "https://cdn.test/a.png", "pending")
     assert looks.queued == [output.id]
-    assert told.type == "job.expired"
+    assert event.type == "job.expired"
     assert looks.look(job_id) is None
-    [asked] = looks.web.asked
-    assert json.loads(asked.body) == {"key": KEY}
+    [request] = looks.web.asked
+    assert json.loads(request.body) == {"key": KEY}
 
 
-def test_given_a_job_whose_promised_links_were_dead_when_it_is_ready_later_then_its_outputs_take_their_places(
+def test_given_a_job_whose_promised_links_were_dead_when_it_is_ready_later_then_its_outputs_replace_them(
     looks: Looks,
 ) -> None:
     job_id = looks.expired(webhook_url="https://app.test/hook")
@@ -152,16 +152,16 @@ def test_given_a_job_whose_promised_links_were_dead_when_it_is_ready_later_then_
     with looks.engine.connect() as connection:
         [output] = connection.execute(select(outputs)).all()
         [promise] = connection.execute(select(promises)).all()
-        [told] = connection.execute(select(events)).all()
+        [event] = connection.execute(select(events)).all()
     assert (output.url, output.position, output.status) == ("https://cdn.test/a.png", 0, "pending")
     assert (promise.tried_at, promise.end_status) == (None, None)
-    ended = json.loads(told.body)["data"]  # as it was: with the link that was tried
+    ended = json.loads(event.body)["data"]  # as it was, with the link that was tried
     assert (ended["status"], len(ended["outputs"])) == ("expired", 1)
     assert read_job(looks.engine, job_id).status == "downloading"
 
 
-def test_given_a_trained_model_when_it_is_looked_at_then_the_job_is_completed_and_told(looks: Looks) -> None:
-    """Nothing is to be downloaded."""
+def test_given_a_trained_model_when_polled_again_then_the_job_is_completed_and_notified(looks: Looks) -> None:
+    """There is nothing to download."""
     base = f"{looks.web.url}/api/v3/fine_tune_status"
     job_id = looks.expired("F5", fetch_url=f"{base}/F5", fetch_base=base)
     looks.web.serves("/api/v3/fine_tune_status/F5", page(200, b'{"status": "success", "messege": "model_ready"}'))
@@ -181,10 +181,10 @@ def test_given_a_trained_model_when_it_is_looked_at_then_the_job_is_completed_an
         ({"status": "success", "output": []}, True),
     ],
 )
-def test_given_any_other_answer_then_the_next_look_is_planned_and_the_answer_kept(
+def test_given_any_other_answer_then_the_next_look_is_planned_and_the_answer_stored(
     looks: Looks, answer: object, kept: bool
 ) -> None:
-    """The job stays as it ended."""
+    """The job keeps its final state."""
     job_id = looks.expired()
     looks.says(answer)
 
@@ -196,11 +196,11 @@ def test_given_any_other_answer_then_the_next_look_is_planned_and_the_answer_kep
     assert look is not None
     assert (look.looks, look.due_at) == (1, row.deadline_at + timedelta(hours=3))
     with looks.engine.connect() as connection:
-        assert [json.loads(one.body) for one in answers_of(connection, job_ids=[job_id])] == [answer]
+        assert [json.loads(row.body) for row in answers_of(connection, job_ids=[job_id])] == [answer]
 
 
 def test_given_a_ready_answer_about_a_job_that_has_outputs_then_the_next_look_is_planned(looks: Looks) -> None:
-    """Nothing changes by it; the look must not come back every minute."""
+    """The job is unchanged. The look must not be repeated every minute."""
     job_id = looks.expired()
     with looks.engine.begin() as connection:
         add_output(connection, job_id, status="failed", due_at=None, error_code="gone")
@@ -213,7 +213,7 @@ def test_given_a_ready_answer_about_a_job_that_has_outputs_then_the_next_look_is
     assert (look.looks, look.due_at) == (1, read_job(looks.engine, job_id).deadline_at + timedelta(hours=3))
 
 
-def test_given_a_look_that_ended_with_its_process_again_and_again_then_it_is_not_made_any_more(looks: Looks) -> None:
+def test_given_a_look_whose_process_died_several_times_then_it_is_not_made_again(looks: Looks) -> None:
     often, too_often = looks.expired("1", looks=len(AFTER) + 3), looks.expired("2", looks=len(AFTER) + 4)
     for remote_id in ("1", "2"):
         looks.says(PROCESSING, remote_id=remote_id)
@@ -224,7 +224,7 @@ def test_given_a_look_that_ended_with_its_process_again_and_again_then_it_is_not
     assert looks.look(too_often) is None
 
 
-def test_given_the_fourth_look_when_the_job_is_still_not_ready_then_there_is_no_other(looks: Looks) -> None:
+def test_given_the_fourth_look_when_the_job_is_still_not_ready_then_it_is_the_last(looks: Looks) -> None:
     job_id = looks.expired(hours_ago=24.1, looks=3)
     looks.says(PROCESSING)
     assert looks.looks.run() == 1
@@ -239,10 +239,10 @@ def test_given_the_fourth_look_when_the_job_is_still_not_ready_then_there_is_no_
         ({"status": "error", "message": "Invalid API key"}, 401, {}),
     ],
 )
-def test_given_an_answer_that_is_not_about_the_job_then_the_look_does_not_count_and_the_gates_move(
+def test_given_an_answer_that_is_not_about_the_job_then_the_look_does_not_count_and_the_breakers_change(
     looks: Looks, answer: object, status: int, headers: dict[str, str]
 ) -> None:
-    """The request counts, as every request does."""
+    """The request is counted, as always."""
     job_id = looks.expired()
     looks.says(answer, status, **headers)
 
@@ -254,16 +254,14 @@ def test_given_an_answer_that_is_not_about_the_job_then_the_look_does_not_count_
     assert timedelta(seconds=50) < look.due_at - looks.now() <= timedelta(seconds=60)
     assert read_job(looks.engine, job_id).polls == 1
     with looks.engine.connect() as connection:
-        known = all_breakers(connection)
-    assert known["account", "default"].held(looks.now())
-    assert known["host", looks.host].troubles == 0
+        current_breakers = all_breakers(connection)
+    assert current_breakers["account", "default"].held(looks.now())
+    assert current_breakers["host", looks.host].troubles == 0
 
 
 @pytest.mark.parametrize("status", [500, 502, 504])
-def test_given_an_answer_of_a_host_in_trouble_then_the_look_counts_and_the_last_answer_stays(
-    looks: Looks, status: int
-) -> None:
-    """Else a job that makes the API fail would be looked at every minute for a day."""
+def test_given_a_server_error_then_the_look_counts_and_the_last_answer_stays(looks: Looks, status: int) -> None:
+    """Otherwise a job that makes the API fail would be polled every minute for a day."""
     job_id = looks.expired()
     looks.says({"message": "Server Error"}, status)
 
@@ -277,7 +275,7 @@ def test_given_an_answer_of_a_host_in_trouble_then_the_look_counts_and_the_last_
         assert answers_of(connection, job_ids=[job_id]) == []
 
 
-def test_given_no_answer_at_all_then_the_look_does_not_count(looks: Looks) -> None:
+def test_given_no_answer_then_the_look_does_not_count(looks: Looks) -> None:
     job_id = looks.expired()
     looks.answers(lambda client: client.close())
 
@@ -289,15 +287,15 @@ def test_given_no_answer_at_all_then_the_look_does_not_count(looks: Looks) -> No
 
 
 @pytest.mark.parametrize(("not_ready", "held"), [(False, False), (True, True)])
-def test_given_five_jobs_with_paths_that_the_api_does_not_have_then_the_host_is_held_only_if_they_were_right_before(
+def test_given_five_jobs_with_unknown_paths_then_the_host_is_held_only_if_the_paths_worked_before(
     looks: Looks, not_ready: bool, held: bool
 ) -> None:
     base = f"{looks.web.url}/api/v33/fetch"
     ids = []
     for number in range(5):
         name = str(number)
-        seen: dict[str, Any] = {"not_ready_at": looks.now() - timedelta(hours=2)} if not_ready else {}
-        ids.append(looks.expired(name, fetch_url=f"{base}/{name}", fetch_base=base, **seen))
+        columns: dict[str, Any] = {"not_ready_at": looks.now() - timedelta(hours=2)} if not_ready else {}
+        ids.append(looks.expired(name, fetch_url=f"{base}/{name}", fetch_base=base, **columns))
         looks.web.serves(f"/api/v33/fetch/{name}", page(404, b"<html>Not Found</html>"))
 
     assert looks.looks.run() == 5
@@ -309,8 +307,8 @@ def test_given_five_jobs_with_paths_that_the_api_does_not_have_then_the_host_is_
     assert [row is not None and row.looks for row in rows] == [1] * 5
 
 
-def test_given_looks_of_an_account_whose_key_another_process_has_then_they_are_left_to_it(looks: Looks) -> None:
-    """They neither move, nor keep those of other accounts waiting."""
+def test_given_looks_of_an_account_whose_key_only_another_process_has_then_they_are_left_to_it(looks: Looks) -> None:
+    """They are unchanged, and do not delay those of other accounts."""
     foreign = [looks.expired(str(number), account="shop") for number in range(120)]
     planned = [looks.look(job_id) for job_id in foreign[:3]]
     own = looks.expired("own")
@@ -322,15 +320,15 @@ def test_given_looks_of_an_account_whose_key_another_process_has_then_they_are_l
     assert read_job(looks.engine, own).polls == 1
 
 
-def test_given_a_hundred_looks_of_a_held_account_then_one_statement_puts_them_off_by_ten_minutes(
+def test_given_a_hundred_looks_of_a_held_account_then_one_statement_defers_them_by_ten_minutes(
     looks: Looks,
 ) -> None:
     ids = [looks.expired(str(number)) for number in range(100)]
     looks.breaker(lambda breaker: held_by_operator(breaker, now=looks.now()))
     statements: list[str] = []
 
-    def note(*given: Any) -> None:
-        statements.append(given[2].split()[0])
+    def note(*event_arguments: Any) -> None:
+        statements.append(event_arguments[2].split()[0])
 
     event.listen(looks.engine, "before_cursor_execute", note)
     assert looks.looks.run() == 0
@@ -342,8 +340,8 @@ def test_given_a_hundred_looks_of_a_held_account_then_one_statement_puts_them_of
 
 
 @pytest.mark.parametrize("trouble", ["refused account", "paused account", "held host", "no key", "short", "late work"])
-def test_given_an_account_or_host_that_is_held_or_short_then_nothing_is_asked(looks: Looks, trouble: str) -> None:
-    """The look waits, and no request is counted."""
+def test_given_a_held_or_busy_account_or_host_then_no_request_is_sent(looks: Looks, trouble: str) -> None:
+    """The look is delayed, and no request is counted."""
     job_id = looks.expired()
     looks.says(READY)
     now = looks.now()
@@ -374,8 +372,8 @@ def test_given_an_account_or_host_that_is_held_or_short_then_nothing_is_asked(lo
     assert (look.looks, read_job(looks.engine, job_id).polls, looks.web.asked) == (0, 0, [])
 
 
-def test_given_a_key_that_was_not_accepted_yet_then_one_look_alone_is_its_probe(looks: Looks) -> None:
-    """As after a restart, where nothing else is to be asked."""
+def test_given_an_unproven_key_then_a_single_look_is_its_probe(looks: Looks) -> None:
+    """As after a restart without other due jobs."""
     first, second = looks.expired("1"), looks.expired("2")
     looks.breaker(lambda breaker: CircuitBreaker("account", "default"))
     for remote_id in ("1", "2"):
@@ -392,20 +390,20 @@ def test_given_two_processes_then_each_look_is_made_once(looks: Looks, redis_url
     for number in range(12):
         looks.expired(str(number))
         looks.says(PROCESSING, remote_id=str(number))
-    other = Looks(looks.engine, redis_url, looks.web)
-    threads = [threading.Thread(target=one.looks.run) for one in (looks, other)]
+    other_process = Looks(looks.engine, redis_url, looks.web)
+    threads = [threading.Thread(target=process.looks.run) for process in (looks, other_process)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    other.looks._api.session.close()
+    other_process.looks._api.session.close()
 
     assert len(looks.web.asked) == 12
     with looks.engine.connect() as connection:
         assert set(connection.execute(select(jobs.c.polls)).scalars()) == {1}
 
 
-def test_given_a_job_that_is_retried_while_it_is_looked_at_then_the_answer_changes_nothing(looks: Looks) -> None:
+def test_given_a_job_that_is_retried_during_a_look_then_the_answer_changes_nothing(looks: Looks) -> None:
     job_id = looks.expired()
 
     def retried(client: Any) -> None:
@@ -425,7 +423,7 @@ def test_given_a_job_that_is_retried_while_it_is_looked_at_then_the_answer_chang
     assert (row.status, row.polls, looks.queued) == ("pending", 1, [])
 
 
-def test_given_an_address_that_the_key_may_not_go_to_any_more_then_it_is_not_asked(looks: Looks, web: Web) -> None:
+def test_given_an_address_that_may_no_longer_get_the_key_then_no_request_is_sent(looks: Looks, web: Web) -> None:
     elsewhere = f"http://127.0.0.2:{web.port}/api/v3/fetch"
     job_id = looks.expired(fetch_url=f"{elsewhere}/1", fetch_base=elsewhere, fetch_host=f"127.0.0.2:{web.port}")
 
@@ -438,7 +436,7 @@ def test_given_an_address_that_the_key_may_not_go_to_any_more_then_it_is_not_ask
     assert web.asked == []
 
 
-def test_given_a_stop_then_no_further_look_is_made(looks: Looks) -> None:
+def test_given_a_stop_then_no_other_look_is_made(looks: Looks) -> None:
     looks.expired()
     looks.looks.stop()
     looks.looks.start()
@@ -451,7 +449,7 @@ def test_given_a_stop_then_no_further_look_is_made(looks: Looks) -> None:
 
 @pytest.fixture
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """Migrated tables in a file that DATABASE_URL names."""
+    """A migrated database file, set as DATABASE_URL."""
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/worker.db")
     engine = make_engine(make_url(f"sqlite:///{tmp_path}/worker.db"))
     migrate(engine)
@@ -460,10 +458,10 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine
 
 
 @pytest.mark.parametrize("setting", ["3,60", "off"])
-def test_given_a_worker_when_an_expired_job_gets_ready_then_it_is_stored_and_told_again_unless_that_is_off(
+def test_given_a_worker_when_an_expired_job_becomes_ready_then_it_is_stored_and_notified_again_unless_disabled(
     setting: str, tmp_path: Path, database: Engine, web: Web, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The looks' times are a setting, here in seconds after the deadline."""
+    """The times of the looks are a setting, here in seconds after the deadline."""
     for name, value in {
         "SD_API_URL": f"{web.url}/api/v3",
         "SD_API_KEY": KEY,
@@ -473,7 +471,7 @@ def test_given_a_worker_when_an_expired_job_gets_ready_then_it_is_stored_and_tol
         "LATE_LOOKS": setting,
     }.items():
         monkeypatch.setenv(name, value)
-    with database.begin() as connection:  # a key that was accepted before: jobs need no minute of grace to expire
+    with database.begin() as connection:  # an accepted key: jobs need no minute of grace to expire
         locked_breaker(connection, "account", "default")
         save_breaker(connection, CircuitBreaker("account", "default", proven=True))
     web.serves("/out/a.png", page(200, PNG, Content_Type="image/png"))
@@ -481,19 +479,19 @@ def test_given_a_worker_when_an_expired_job_gets_ready_then_it_is_stored_and_tol
     job_id = track("1", eta=0.1, deadline=0.5, on_done="shop.done")
 
     with celery_worker(tmp_path):
-        wait_until(lambda: read_job(database, job_id).status == "expired", "it expired")
+        wait_until(lambda: read_job(database, job_id).status == "expired", "the job expires")
         web.serves("/api/v3/fetch/1", page(200, json.dumps(READY | {"output": [f"{web.url}/out/a.png"]}).encode()))
         if setting == "off":
             with database.connect() as connection:
                 assert connection.execute(select(late_looks)).all() == []
             return
         wait_until(
-            lambda: read_job(database, job_id).status == "completed", "it is stored", seen=lambda: _seen(database)
+            lambda: read_job(database, job_id).status == "completed", "the job is completed", seen=lambda: _seen(database)
         )
-        wait_until(lambda: read_job(database, job_id).told_at is not None, "its end is told")
+        wait_until(lambda: read_job(database, job_id).told_at is not None, "the on_done call is sent")
     row = read_job(database, job_id)
     assert (row.error_code, row.on_done_error) == (None, None)
-    assert sum(asked.path == "/api/v3/fetch/1" for asked in web.asked) == row.polls
+    assert sum(request.path == "/api/v3/fetch/1" for request in web.asked) == row.polls
 
 
 def _seen(engine: Engine) -> object:

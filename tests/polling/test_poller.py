@@ -1,4 +1,4 @@
-"""The poll run against a real HTTP stand-in, a real Redis, and both databases."""
+"""Poll runs with a real HTTP stand-in, a real Redis, and both databases."""
 
 import socket
 import threading
@@ -37,21 +37,21 @@ from worker.vendor.fetch_url import AllowedApi, fetch_address
 KEY = "sandbox-key"
 
 
-made: list["Polls"] = []  # in the test that runs
+all_polls: list["Polls"] = []  # of the current test
 
 
 @pytest.fixture(autouse=True)
 def closed() -> Iterator[None]:
-    """End the threads and connections of every poller that a test made."""
+    """End the threads and connections of all pollers that a test made."""
     yield
-    for polls in made:
+    for polls in all_polls:
         polls.poller.close()
         polls.poller._api.session.close()
-    made.clear()
+    all_polls.clear()
 
 
 class Polls:
-    """One process's polling: a poller, what it queued, and the stand-in that it asks."""
+    """The polling of one process: a poller, the outputs that it queued, and the stand-in that it polls."""
 
     def __init__(self, engine: Engine, redis_url: str, sandbox: Sandbox, other_host: str = "", **keys: str) -> None:
         self.engine = engine
@@ -59,7 +59,7 @@ class Polls:
         self.queued: list[int] = []
         self.told: list[int] = []
         self.api = AllowedApi(sandbox.url, frozenset({sandbox.url.split("/")[2], other_host}))
-        made.append(self)
+        all_polls.append(self)
         self.poller = Poller(
             engine=engine,
             api=ApiClient(self.api, Scrubber([KEY]), timeout=5.0, connections=16),
@@ -74,7 +74,7 @@ class Polls:
         )
 
     def track(self, remote_ids: Sequence[Any], **changes: Any) -> list[int]:
-        """Puts jobs in that are due now."""
+        """Insert jobs that are due now."""
         with self.engine.begin() as connection:
             now = database_now(connection)
             new = [self._job(str(remote_id), now, **changes) for remote_id in remote_ids]
@@ -97,24 +97,24 @@ class Polls:
         return NewJob(remote_id=remote_id, **values)
 
     def run(self, seconds: float = 0.3) -> str:
-        """One poll run that is over soon."""
+        """Do a short poll run."""
         return str(self.poller.run(seconds=seconds))
 
     def until(self, reached: Callable[[], bool]) -> None:
-        """Polls on until something holds."""
-        wait_until(lambda: reached() or (self.run() and reached()), "polls have brought it about", seen=self._states)
+        """Poll until a condition holds."""
+        wait_until(lambda: reached() or (self.run() and reached()), "polls reach the expected state", seen=self._states)
 
     def _states(self) -> object:
         with self.engine.connect() as connection:
             return connection.execute(select(jobs.c.id, jobs.c.status, jobs.c.polls)).all()
 
     def row(self, job_id: int) -> Row[Any]:
-        """A job as it stands."""
+        """Return the row of a job."""
         with self.engine.connect() as connection:
             return connection.execute(select(jobs).where(jobs.c.id == job_id)).one()
 
     def breaker(self, name: str) -> Row[Any]:
-        """A gate as it stands."""
+        """Return the row of a circuit breaker."""
         with self.engine.connect() as connection:
             return connection.execute(select(breakers).where(breakers.c.name == name)).one()
 
@@ -133,33 +133,33 @@ def polls(engine: Engine, redis_url: str, sandbox: Sandbox) -> Polls:
 
 
 def submitted(sandbox: Sandbox, count: int, samples: int = 2) -> list[str]:
-    """Jobs that the stand-in knows."""
+    """Submit jobs to the stand-in. Return their remote ids."""
     return [str(sandbox.submit(f"a lake, {number}", samples=samples)["id"]) for number in range(count)]
 
 
 def scripted(message: bytes, status: int = 200, times: int = 50) -> list[Answer]:
-    """The same answer, again and again."""
+    """Return the same answer many times."""
     return [Answer(status, {"Content-Type": "application/json"}, message)] * times
 
 
-def test_given_a_run_that_goes_on_when_asked_for_then_it_tells_how_far_it_is(
+def test_given_a_long_run_with_a_progress_callback_then_it_reports_its_progress(
     polls: Polls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(poller, "PROGRESS_SECONDS", 0.0)
-    told: list[tuple[str, int]] = []
+    progress: list[tuple[str, int]] = []
     polls.track(submitted(polls.sandbox, 3))
 
     def note(report: object, in_flight: int) -> None:
-        told.append((str(report), in_flight))
-        if told[-1] == ("asked 3: 3 ready", 0):
+        progress.append((str(report), in_flight))
+        if progress[-1] == ("asked 3: 3 ready", 0):
             polls.poller.stop()
 
     polls.poller.run(seconds=30, progress=note)
 
-    assert told[-1] == ("asked 3: 3 ready", 0)
+    assert progress[-1] == ("asked 3: 3 ready", 0)
 
 
-def test_given_ready_jobs_when_polled_then_each_is_asked_once_and_its_outputs_are_queued(polls: Polls) -> None:
+def test_given_ready_jobs_when_polled_then_each_is_polled_once_and_its_outputs_are_queued(polls: Polls) -> None:
     ids = polls.track(submitted(polls.sandbox, 30))
 
     polls.until(lambda: all(polls.row(job).status == "downloading" for job in ids))
@@ -172,7 +172,7 @@ def test_given_ready_jobs_when_polled_then_each_is_asked_once_and_its_outputs_ar
     assert len(rows) == 60
 
 
-def test_given_jobs_in_progress_when_polled_then_the_waits_grow_and_nothing_is_lost(
+def test_given_jobs_in_progress_when_polled_then_the_intervals_grow_and_nothing_is_lost(
     engine: Engine, redis_url: str
 ) -> None:
     with Sandbox(SandboxOptions(key=KEY, min_seconds=1.5, max_seconds=2.5, size=32)) as sandbox:
@@ -186,7 +186,7 @@ def test_given_jobs_in_progress_when_polled_then_the_waits_grow_and_nothing_is_l
         assert all(2 <= polls.row(job).polls <= 4 for job in ids)
 
 
-def test_given_a_wrong_key_when_polled_then_one_call_alone_is_made_and_the_jobs_wait_unharmed(
+def test_given_a_wrong_key_when_polled_then_one_request_is_sent_and_the_jobs_stay_pending(
     engine: Engine, redis_url: str, sandbox: Sandbox
 ) -> None:
     polls = Polls(engine, redis_url, sandbox, default="wrong-key")
@@ -201,7 +201,7 @@ def test_given_a_wrong_key_when_polled_then_one_call_alone_is_made_and_the_jobs_
     assert timedelta(seconds=9) < breaker.probe_at - breaker.since < timedelta(seconds=11)
 
 
-def test_given_a_held_account_when_the_probe_is_accepted_then_all_its_jobs_go_on(
+def test_given_a_held_account_when_the_probe_is_accepted_then_all_its_jobs_continue(
     engine: Engine, redis_url: str, sandbox: Sandbox
 ) -> None:
     polls = Polls(engine, redis_url, sandbox, default="later-key")
@@ -218,7 +218,7 @@ def test_given_a_held_account_when_the_probe_is_accepted_then_all_its_jobs_go_on
     assert breaker.released_at is not None
 
 
-def test_given_an_account_without_a_key_when_polled_then_its_jobs_are_not_asked_about(polls: Polls) -> None:
+def test_given_an_account_without_a_key_when_polled_then_its_jobs_are_not_polled(polls: Polls) -> None:
     (job,) = polls.track(submitted(polls.sandbox, 1), account="other")
 
     polls.run()
@@ -227,7 +227,7 @@ def test_given_an_account_without_a_key_when_polled_then_its_jobs_are_not_asked_
     assert polls.row(job).status == "pending"
 
 
-def test_given_a_rate_limit_when_it_is_answered_then_the_whole_account_pauses(polls: Polls) -> None:
+def test_given_a_rate_limit_answer_then_the_whole_account_pauses(polls: Polls) -> None:
     ids = submitted(polls.sandbox, 3)
     jobs_in = polls.track(ids[:1])
     polls.sandbox.script(ids[0], scripted(b'{"status":"error","message":"Rate limit exceeded","retry_after":30}'))
@@ -240,26 +240,26 @@ def test_given_a_rate_limit_when_it_is_answered_then_the_whole_account_pauses(po
     breaker = polls.breaker("default")
     assert breaker.reason == "rate limited"
     assert timedelta(seconds=29) < breaker.until - breaker.since <= timedelta(seconds=31)
-    assert breaker.ceiling is not None, "what the API takes is learned"
+    assert breaker.ceiling is not None, "the accepted rate is learned"
     assert polls.row(jobs_in[0]).status == "pending"
 
 
-def test_given_an_api_in_trouble_when_five_calls_failed_then_the_host_is_held_and_no_job_fails(polls: Polls) -> None:
+def test_given_api_errors_when_five_requests_failed_then_the_host_is_held_and_no_job_fails(polls: Polls) -> None:
     ids = submitted(polls.sandbox, 12)
     for remote_id in ids:
         polls.sandbox.script(remote_id, scripted(b"<html>502</html>", status=502))
     job_ids = polls.track(ids)
 
     polls.run(1.0)
-    asked = sum(polls.sandbox.calls.fetches.values())
+    requests = sum(polls.sandbox.calls.fetches.values())
     polls.run(1.0)
 
-    assert sum(polls.sandbox.calls.fetches.values()) == asked
+    assert sum(polls.sandbox.calls.fetches.values()) == requests
     assert {polls.row(job).status for job in job_ids} == {"pending"}
     assert "HTTP 502" in polls.breaker(polls.row(job_ids[0]).fetch_host).reason
 
 
-def test_given_a_job_that_failed_twice_when_polled_then_it_ends_and_is_told_of(polls: Polls) -> None:
+def test_given_a_job_that_failed_twice_when_polled_then_it_ends_and_its_app_is_notified(polls: Polls) -> None:
     remote_id = submitted(polls.sandbox, 1)[0]
     polls.sandbox.script(
         remote_id,
@@ -278,7 +278,7 @@ def test_given_a_job_that_failed_twice_when_polled_then_it_ends_and_is_told_of(p
     assert polls.told == [job]
 
 
-def test_given_a_job_past_its_deadline_when_it_is_still_processing_then_it_expires_only_after_being_asked(
+def test_given_a_job_past_its_deadline_when_it_is_still_processing_then_it_expires_only_after_a_poll(
     engine: Engine, redis_url: str
 ) -> None:
     with Sandbox(SandboxOptions(key=KEY, min_seconds=900, max_seconds=900)) as sandbox:
@@ -297,19 +297,19 @@ def test_given_a_cancelled_job_when_its_answer_comes_late_then_nothing_changes(
     polls: Polls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (job,) = polls.track(submitted(polls.sandbox, 1))
-    asked, cancelled = threading.Event(), threading.Event()
+    sent, cancelled = threading.Event(), threading.Event()
     ask = polls.poller._api.ask
 
     def held(*arguments: Any) -> Any:
         reply = ask(*arguments)
-        asked.set()
+        sent.set()
         cancelled.wait(10)
         return reply
 
     monkeypatch.setattr(polls.poller._api, "ask", held)
     run = threading.Thread(target=polls.run)
     run.start()
-    assert asked.wait(10)
+    assert sent.wait(10)
     with polls.engine.begin() as connection:
         assert cancel(connection, job, Tally(), now=database_now(connection))
     cancelled.set()
@@ -319,25 +319,25 @@ def test_given_a_cancelled_job_when_its_answer_comes_late_then_nothing_changes(
     assert polls.queued == []
 
 
-def test_given_two_pollers_when_they_share_the_table_then_no_job_is_asked_about_twice(
+def test_given_two_pollers_when_they_share_the_table_then_no_job_is_polled_twice(
     engine: Engine, redis_url: str, sandbox: Sandbox
 ) -> None:
-    both = [Polls(engine, redis_url, sandbox), Polls(engine, redis_url, sandbox)]
-    both[0].track(submitted(sandbox, 1))
-    both[0].run()  # the key is accepted
-    ids = both[0].track(submitted(sandbox, 100, samples=1))
-    threads = [threading.Thread(target=one.run, args=(3.0,)) for one in both]
+    pollers = [Polls(engine, redis_url, sandbox), Polls(engine, redis_url, sandbox)]
+    pollers[0].track(submitted(sandbox, 1))
+    pollers[0].run()  # the key is accepted
+    ids = pollers[0].track(submitted(sandbox, 100, samples=1))
+    threads = [threading.Thread(target=poller.run, args=(3.0,)) for poller in pollers]
 
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
-    assert {both[0].row(job).status for job in ids} == {"downloading"}
+    assert {pollers[0].row(job).status for job in ids} == {"downloading"}
     assert set(sandbox.calls.fetches.values()) == {1}
 
 
-def test_given_a_stop_when_polling_then_nothing_more_is_claimed(polls: Polls) -> None:
+def test_given_a_stop_when_polling_then_no_more_jobs_are_claimed(polls: Polls) -> None:
     ids = polls.track(submitted(polls.sandbox, 5))
     polls.poller.stop()
 
@@ -346,7 +346,7 @@ def test_given_a_stop_when_polling_then_nothing_more_is_claimed(polls: Polls) ->
     assert {polls.row(job).polls for job in ids} == {0}
 
 
-def test_given_more_jobs_than_the_budget_when_polled_then_no_second_sees_more_than_rate_and_burst(
+def test_given_more_jobs_than_the_budget_when_polled_then_no_second_has_more_than_rate_and_burst(
     engine: Engine, redis_url: str, sandbox: Sandbox
 ) -> None:
     polls = Polls(engine, redis_url, sandbox, budgeted=KEY)
@@ -359,7 +359,7 @@ def test_given_more_jobs_than_the_budget_when_polled_then_no_second_sees_more_th
     assert time.monotonic() - started >= (60 - 2) / 20 * 0.9
 
 
-def test_given_a_job_whose_address_is_not_allowed_any_more_when_polled_then_it_waits_and_the_others_go_on(
+def test_given_a_job_whose_address_is_no_longer_allowed_when_polled_then_it_waits_and_others_continue(
     polls: Polls,
 ) -> None:
     elsewhere = AllowedApi("https://modelslab.com/api/v3", frozenset({"modelslab.com"}))
@@ -375,12 +375,12 @@ def test_given_a_job_whose_address_is_not_allowed_any_more_when_polled_then_it_w
     assert (row.status, row.polls, row.claim_token) == ("pending", 0, None)
 
 
-def test_given_a_held_host_when_its_probe_is_due_then_only_an_account_that_may_be_asked_with_makes_it(
+def test_given_a_held_host_when_its_probe_is_due_then_only_an_account_that_is_not_held_makes_it(
     engine: Engine, redis_url: str, sandbox: Sandbox
 ) -> None:
     polls = Polls(engine, redis_url, sandbox, default=KEY, rejected="wrong-key")
     good, bad = submitted(sandbox, 2, samples=1)
-    (held,) = polls.track([bad], account="rejected")
+    (rejected_job,) = polls.track([bad], account="rejected")
     polls.run()
     (job,) = polls.track([good])
     name = polls.row(job).fetch_host
@@ -391,14 +391,14 @@ def test_given_a_held_host_when_its_probe_is_due_then_only_an_account_that_may_b
 
     polls.until(lambda: bool(polls.row(job).status == "downloading"))
 
-    assert polls.row(held).polls == 1
+    assert polls.row(rejected_job).polls == 1
     assert polls.breaker(name).reason is None
 
 
-# ── who is asked first ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── order of polls ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_given_a_crowd_of_one_account_when_another_has_a_few_then_the_few_do_not_wait_for_the_crowd(
+def test_given_many_jobs_of_one_account_when_another_has_a_few_then_the_few_do_not_wait(
     engine: Engine, redis_url: str, sandbox: Sandbox
 ) -> None:
     polls = Polls(engine, redis_url, sandbox, crowd=KEY, few=KEY)
@@ -406,18 +406,18 @@ def test_given_a_crowd_of_one_account_when_another_has_a_few_then_the_few_do_not
     polls.track(submitted(sandbox, 1), account="few")
     polls.until(lambda: len(sandbox.calls.fetches) == 2)
     polls.run()  # both keys are accepted
-    asked = len(sandbox.calls.fetches)
+    polled_before = len(sandbox.calls.fetches)
     polls.track(submitted(sandbox, 1_500, samples=1), account="crowd")
     few = submitted(sandbox, 5, samples=1)
     polls.track(few, account="few")
 
     polls.until(lambda: set(few) <= set(sandbox.calls.fetches))
 
-    order = list(sandbox.calls.fetches)[asked:]
-    assert max(order.index(one) for one in few) < 400, "the crowd was asked about first"
+    order = list(sandbox.calls.fetches)[polled_before:]
+    assert max(order.index(remote_id) for remote_id in few) < 400, "the few jobs waited for the many"
 
 
-def test_given_a_short_budget_when_jobs_are_due_then_the_important_and_then_the_longest_due_are_asked_first(
+def test_given_a_short_budget_when_jobs_are_due_then_priority_and_then_due_time_decide_the_order(
     engine: Engine, redis_url: str, sandbox: Sandbox
 ) -> None:
     polls = Polls(engine, redis_url, sandbox, short=KEY)
@@ -425,23 +425,23 @@ def test_given_a_short_budget_when_jobs_are_due_then_the_important_and_then_the_
         now = database_now(connection)
     polls.track(submitted(sandbox, 1), account="short")
     polls.run()
-    asked = len(sandbox.calls.fetches)
+    polled_before = len(sandbox.calls.fetches)
     polls.poller._rps = lambda _: 20
     late, early, important = (submitted(sandbox, 6, samples=1) for _ in range(3))
     polls.track(late, account="short", due_at=now - timedelta(seconds=10))
     polls.track(early, account="short", due_at=now - timedelta(seconds=60))
     polls.track(important, account="short", priority=5)
 
-    polls.until(lambda: len(sandbox.calls.fetches) == asked + 18)
+    polls.until(lambda: len(sandbox.calls.fetches) == polled_before + 18)
 
-    order = list(sandbox.calls.fetches)[asked:]
-    places = [sum(order.index(one) for one in group) / 6 for group in (important, early, late)]
+    order = list(sandbox.calls.fetches)[polled_before:]
+    places = [sum(order.index(remote_id) for remote_id in group) / 6 for group in (important, early, late)]
     assert places == sorted(places)
     assert places[0] + 3 < places[1]
     assert places[1] + 3 < places[2]
 
 
-def test_given_a_host_that_says_nothing_when_it_has_many_jobs_due_then_those_of_another_host_are_asked_meanwhile(
+def test_given_a_silent_host_with_many_due_jobs_then_those_of_another_host_are_polled_meanwhile(
     engine: Engine, redis_url: str, sandbox: Sandbox
 ) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=512) as silent:
@@ -458,16 +458,16 @@ def test_given_a_host_that_says_nothing_when_it_has_many_jobs_due_then_those_of_
         polls.poller.wake()
         began = time.monotonic()
         while not set(good) <= set(sandbox.calls.fetches):
-            assert time.monotonic() - began < 2.5, "they wait for a host that is none of their business"
+            assert time.monotonic() - began < 2.5, "they waited for another host"
             time.sleep(0.01)
         polls.poller.stop()
     run.join()
 
 
-# ── runs one after the other ──────────────────────────────────────────────────────────────────────────────────────────
+# ── consecutive runs ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_given_a_run_that_is_on_when_another_begins_then_the_other_ends_at_once(polls: Polls) -> None:
+def test_given_an_active_run_when_another_starts_then_the_other_ends_at_once(polls: Polls) -> None:
     first = threading.Thread(target=polls.run, args=(1.0,))
     first.start()
     time.sleep(0.1)
@@ -477,7 +477,7 @@ def test_given_a_run_that_is_on_when_another_begins_then_the_other_ends_at_once(
     first.join()
 
 
-def test_given_a_run_that_gives_way_when_another_begins_then_it_takes_over_at_once(polls: Polls) -> None:
+def test_given_a_preemptible_run_when_another_starts_then_it_takes_over_at_once(polls: Polls) -> None:
     reports: list[object] = []
     first = threading.Thread(target=lambda: reports.append(polls.poller.run(seconds=30, preemptible=True)))
     began = time.monotonic()
@@ -491,7 +491,7 @@ def test_given_a_run_that_gives_way_when_another_begins_then_it_takes_over_at_on
     assert time.monotonic() - began < 20
 
 
-def test_given_a_run_that_waits_when_something_comes_due_and_it_is_woken_then_it_is_asked_about_at_once(
+def test_given_a_waiting_run_when_a_job_is_due_and_it_is_woken_then_the_job_is_polled_at_once(
     polls: Polls,
 ) -> None:
     polls.track(submitted(polls.sandbox, 1))
@@ -499,21 +499,21 @@ def test_given_a_run_that_waits_when_something_comes_due_and_it_is_woken_then_it
     run = threading.Thread(target=polls.run, args=(5.0,))
     run.start()
     time.sleep(0.3)
-    (one,) = submitted(polls.sandbox, 1)
-    polls.track([one])
+    (remote_id,) = submitted(polls.sandbox, 1)
+    polls.track([remote_id])
     polls.poller.wake()
     began = time.monotonic()
-    while one not in polls.sandbox.calls.fetches:
+    while remote_id not in polls.sandbox.calls.fetches:
         assert time.monotonic() - began < 4
         time.sleep(0.002)
-    took = time.monotonic() - began
+    seconds = time.monotonic() - began
     polls.poller.stop()
     run.join()
 
-    assert took < 0.6, "without a wake-up it would have looked a second later"
+    assert seconds < 0.6, "without a wake-up it would look a second later"
 
 
-def test_given_a_stop_when_jobs_are_claimed_and_not_asked_then_they_are_due_again_at_once_and_uncounted(
+def test_given_a_stop_when_jobs_are_claimed_and_not_polled_then_they_are_due_again_and_uncounted(
     engine: Engine, redis_url: str, sandbox: Sandbox
 ) -> None:
     polls = Polls(engine, redis_url, sandbox, slow=KEY)
@@ -527,27 +527,27 @@ def test_given_a_stop_when_jobs_are_claimed_and_not_asked_then_they_are_due_agai
     polls.poller._pool._max_threads = 2
     run = threading.Thread(target=polls.run, args=(20.0,))
     run.start()
-    wait_until(lambda: sum(polls.row(job).polls for job in ids) >= 4, "four are asked about")
+    wait_until(lambda: sum(polls.row(job).polls for job in ids) >= 4, "four jobs are polled")
 
     polls.poller.stop()
-    wait_until(lambda: sum(polls.row(job).claim_token is not None for job in ids) <= 4, "the others are given back")
+    wait_until(lambda: sum(polls.row(job).claim_token is not None for job in ids) <= 4, "the other jobs are released")
     breaker.set()
     run.join(60)
 
     rows = [polls.row(job) for job in ids]
     assert not run.is_alive()
     assert all(row.claim_token is None for row in rows)
-    assert sum(row.polls for row in rows) == sum(sandbox.calls.fetches[one.remote_id] for one in rows)
+    assert sum(row.polls for row in rows) == sum(sandbox.calls.fetches[row.remote_id] for row in rows)
     assert sum(row.polls for row in rows) <= 4
     with engine.connect() as connection:
         now = database_now(connection)
     assert all(row.due_at <= now for row in rows if row.status == "pending")
 
 
-# ── the database in trouble ───────────────────────────────────────────────────────────────────────────────────────────
+# ── database errors ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_given_answers_that_came_when_the_database_is_away_then_the_next_run_writes_them_and_nobody_is_asked_twice(
+def test_given_answers_while_the_database_is_away_then_the_next_run_writes_them_and_no_job_is_polled_twice(
     polls: Polls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = polls.track(submitted(polls.sandbox, 1))
@@ -572,8 +572,8 @@ def test_given_answers_that_came_when_the_database_is_away_then_the_next_run_wri
     assert len(polls.queued) == 2
 
 
-@pytest.mark.parametrize("engine", ["postgresql"], indirect=True)  # SQLite writes anything
-def test_given_an_answer_that_no_statement_can_write_when_it_is_in_a_batch_then_its_job_alone_is_set_aside(
+@pytest.mark.parametrize("engine", ["postgresql"], indirect=True)  # SQLite accepts any value
+def test_given_an_unwritable_answer_in_a_batch_then_only_its_job_ends(
     engine: Engine, redis_url: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     polls = Polls(engine, redis_url, sandbox)
@@ -583,9 +583,9 @@ def test_given_an_answer_that_no_statement_can_write_when_it_is_in_a_batch_then_
     ids = polls.track(remote_ids)
     outcome = polls.poller._recorder._outcome
 
-    def spoilt(one: Any, *arguments: Any, **options: Any) -> Any:
-        made = outcome(one, *arguments, **options)
-        return made._replace(note="no text\x00") if one.job.remote_id == remote_ids[7] else made
+    def spoilt(answer: Any, *arguments: Any, **options: Any) -> Any:
+        result = outcome(answer, *arguments, **options)
+        return result._replace(note="no text\x00") if answer.job.remote_id == remote_ids[7] else result
 
     monkeypatch.setattr(polls.poller._recorder, "_outcome", spoilt)
     polls.until(lambda: all(polls.row(job).status != "pending" for job in ids))
@@ -599,7 +599,7 @@ def test_given_an_answer_that_no_statement_can_write_when_it_is_in_a_batch_then_
 
 
 @pytest.mark.parametrize("engine", ["postgresql"], indirect=True)  # SQLite locks no single row
-def test_given_a_row_that_somebody_has_locked_when_answers_are_written_then_only_its_own_waits(
+def test_given_a_locked_row_when_answers_are_written_then_only_its_own_answer_waits(
     engine: Engine, redis_url: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recorder, "BATCH_PATIENCE", 0.2)
@@ -619,8 +619,8 @@ def test_given_a_row_that_somebody_has_locked_when_answers_are_written_then_only
     run = threading.Thread(target=polls.run, args=(3.0,))
     run.start()
     wait_until(lambda: all(polls.row(job).claim_token for job in ids), "all jobs are claimed")
-    with engine.begin() as other:
-        other.execute(select(jobs.c.id).where(jobs.c.id == ids[7]).with_for_update())
+    with engine.begin() as connection:
+        connection.execute(select(jobs.c.id).where(jobs.c.id == ids[7]).with_for_update())
         breaker.set()
         wait_until(lambda: sum(polls.row(job).status == "downloading" for job in ids) == 19, "the others go on")
         assert polls.row(ids[7]).status == "pending"
@@ -632,7 +632,7 @@ def test_given_a_row_that_somebody_has_locked_when_answers_are_written_then_only
 
 
 @pytest.mark.parametrize("engine", ["postgresql"], indirect=True)  # SQLite locks no single row
-def test_given_200_rows_that_somebody_has_locked_when_jobs_come_due_then_they_are_asked_about_all_the_same(
+def test_given_200_locked_rows_when_other_jobs_are_due_then_they_are_polled_all_the_same(
     engine: Engine, redis_url: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     polls = Polls(engine, redis_url, sandbox)
@@ -649,20 +649,20 @@ def test_given_200_rows_that_somebody_has_locked_when_jobs_come_due_then_they_ar
     run = threading.Thread(target=polls.run, args=(60.0,))
     run.start()
     wait_until(lambda: all(polls.row(job).claim_token for job in ids[:100]), "a hundred jobs are claimed")
-    with engine.begin() as other:
-        other.execute(select(jobs.c.id).where(jobs.c.id.in_(ids)).with_for_update())
+    with engine.begin() as connection:
+        connection.execute(select(jobs.c.id).where(jobs.c.id.in_(ids)).with_for_update())
         breaker.set()
         wait_until(lambda: polls.poller.unwritten >= 100, "their answers wait")
         began = time.monotonic()
         (job,) = polls.track(submitted(sandbox, 1, samples=1))
         polls.until(lambda: polls.row(job).status == "downloading")
-        took = time.monotonic() - began
+        seconds = time.monotonic() - began
     run.join(60)
 
-    assert took < 10  # the first batch waits two seconds for the locks
+    assert seconds < 10  # the first batch waits two seconds for the locks
 
 
-def test_given_a_claim_whose_commit_was_cut_off_when_the_next_run_begins_then_its_jobs_are_asked_about(
+def test_given_a_claim_whose_commit_was_interrupted_when_the_next_run_starts_then_its_jobs_are_polled(
     polls: Polls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     polls.track(submitted(polls.sandbox, 1))
@@ -671,7 +671,7 @@ def test_given_a_claim_whose_commit_was_cut_off_when_the_next_run_begins_then_it
     claims, cut = polls.poller._claims, [True]
 
     class Cut:
-        """Commits, but the word of it gets lost."""
+        """Commits, but loses the reply."""
 
         @contextmanager
         def begin(self) -> Iterator[Any]:
@@ -690,7 +690,7 @@ def test_given_a_claim_whose_commit_was_cut_off_when_the_next_run_begins_then_it
     assert [polls.row(job).polls for job in ids] == [1] * 5
 
 
-def test_given_a_fault_of_ours_when_answers_are_written_then_no_job_pays_for_it(
+def test_given_an_internal_error_when_answers_are_written_then_no_job_fails_by_it(
     polls: Polls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recorder, "LOCKED_SECONDS", 0.1)
@@ -700,10 +700,10 @@ def test_given_a_fault_of_ours_when_answers_are_written_then_no_job_pays_for_it(
     ids = polls.track(names)
     outcome, broken = polls.poller._recorder._outcome, [True]
 
-    def faulty(one: Any, *arguments: Any, **options: Any) -> Any:
-        if broken and one.job.remote_id == names[2]:
+    def faulty(answer: Any, *arguments: Any, **options: Any) -> Any:
+        if broken and answer.job.remote_id == names[2]:
             raise KeyError("a slip")
-        return outcome(one, *arguments, **options)
+        return outcome(answer, *arguments, **options)
 
     monkeypatch.setattr(polls.poller._recorder, "_outcome", faulty)
     polls.until(lambda: sum(polls.row(job).status == "downloading" for job in ids) == 4)
@@ -717,7 +717,7 @@ def test_given_a_fault_of_ours_when_answers_are_written_then_no_job_pays_for_it(
 # ── shares ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_given_many_accounts_and_few_places_when_all_have_more_than_enough_then_each_gets_its_turn(
+def test_given_many_accounts_and_few_places_when_all_have_many_due_jobs_then_each_is_polled(
     engine: Engine, redis_url: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(poller, "IN_FLIGHT", 4)
@@ -729,22 +729,22 @@ def test_given_many_accounts_and_few_places_when_all_have_more_than_enough_then_
             save_breaker(connection, replace(locked_breaker(connection, "account", name), proven=True))
     for name in names:
         polls.track([f"{name}-{number}" for number in range(100)], account=name)
-    asked: Counter[str] = Counter()
+    polled: Counter[str] = Counter()
     ask = polls.poller._api.ask
 
     def counted(address: Any, remote_id: str, *options: Any) -> Any:
-        asked[remote_id[:10]] += 1
+        polled[remote_id[:10]] += 1
         time.sleep(0.005)
         return ask(address, remote_id, *options)
 
     monkeypatch.setattr(polls.poller._api, "ask", counted)
-    polls.until(lambda: asked.total() >= 300)
+    polls.until(lambda: polled.total() >= 300)
 
-    assert set(asked) == set(names)
-    assert max(asked.values()) < asked.total() / 5
+    assert set(polled) == set(names)
+    assert max(polled.values()) < polled.total() / 5
 
 
-def test_given_a_database_that_kept_a_claim_waiting_when_it_goes_on_then_its_calls_do_not_go_out_all_at_once(
+def test_given_a_claim_delayed_by_the_database_then_its_requests_are_not_sent_all_at_once(
     engine: Engine, redis_url: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     polls = Polls(engine, redis_url, sandbox)
@@ -768,15 +768,15 @@ def test_given_a_database_that_kept_a_claim_waiting_when_it_goes_on_then_its_cal
     polls.track([f"late{number}" for number in range(400)])
     polls.run(2.0)
 
-    busiest = max(sum(at <= other < at + 0.1 for other in sent) for at in sent)
+    busiest = max(sum(at <= later < at + 0.1 for later in sent) for at in sent)
     assert len(sent) >= 20
-    assert busiest <= 10 + 10 + 4, "a tenth of a second's worth, what may go at once, and some tolerance"
+    assert busiest <= 10 + 10 + 4, "a tenth of a second's requests, the burst, and some tolerance"
 
 
 # ── pace ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_given_answers_when_they_are_written_then_what_they_teach_is_there_for_all(
+def test_given_answers_when_they_are_written_then_all_processes_learn_from_them(
     polls: Polls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pace_learner, "SHARE_SECONDS", 0.0)
@@ -796,12 +796,12 @@ def test_given_answers_when_they_are_written_then_what_they_teach_is_there_for_a
 
 
 def model_of(engine: Engine) -> PaceModel:
-    """What all processes know of images."""
+    """Return the shared model of images."""
     with engine.connect() as connection:
         return pace_learner.read_models(connection, [("default", "image")])["default", "image"][0]
 
 
-def test_given_a_job_that_waits_when_it_is_nudged_then_nothing_is_more_urgent(polls: Polls) -> None:
+def test_given_a_waiting_job_when_it_is_nudged_then_it_is_the_most_urgent(polls: Polls) -> None:
     (name,) = submitted(polls.sandbox, 1)
     polls.sandbox.script(name, scripted(b'{"status": "processing", "output": ""}', times=1))
     (job,) = polls.track([name], submitted_at=database_time(polls.engine) - timedelta(minutes=5))
@@ -818,12 +818,12 @@ def test_given_a_job_that_waits_when_it_is_nudged_then_nothing_is_more_urgent(po
 
 
 def database_time(engine: Engine) -> Any:
-    """What the database's clock says."""
+    """Return the database's time."""
     with engine.connect() as connection:
         return database_now(connection)
 
 
-def test_given_an_eta_in_an_answer_when_it_is_another_one_then_its_clock_starts_and_the_same_again_changes_nothing(
+def test_given_a_new_eta_in_an_answer_then_its_clock_starts_and_the_same_eta_again_changes_nothing(
     polls: Polls,
 ) -> None:
     (name,) = submitted(polls.sandbox, 1)
@@ -840,7 +840,7 @@ def test_given_an_eta_in_an_answer_when_it_is_another_one_then_its_clock_starts_
     assert polls.row(job).eta_at == first.eta_at
 
 
-def test_given_answers_that_say_nothing_about_the_job_when_they_are_written_then_they_teach_nothing(
+def test_given_answers_that_are_not_about_the_job_when_they_are_written_then_nothing_is_learned(
     polls: Polls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pace_learner, "SHARE_SECONDS", 0.0)
@@ -859,12 +859,12 @@ def test_given_answers_that_say_nothing_about_the_job_when_they_are_written_then
     assert model_of(polls.engine).polls <= 1 + sum(polls.row(job).polls > 1 for job in ids)
 
 
-def test_given_a_lease_that_may_be_over_when_a_job_is_to_be_asked_about_then_it_is_given_back_unasked(
+def test_given_a_lease_that_may_have_ended_when_a_job_is_to_be_polled_then_it_is_released_unpolled(
     polls: Polls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that was stopped for longer than its lease: others may be asking by now."""
+    """A process was stopped for longer than its lease. Other processes may poll the job by now."""
     polls.track(submitted(polls.sandbox, 1))
-    polls.until(lambda: len(polls.sandbox.calls.fetches) == 1)  # the account is proven from here on
+    polls.until(lambda: len(polls.sandbox.calls.fetches) == 1)  # the account's key is proven from here on
     leases, slept = polls.poller._leases, threading.Event()
     check = leases.check
 
@@ -886,10 +886,10 @@ def test_given_a_lease_that_may_be_over_when_a_job_is_to_be_asked_about_then_it_
     assert {polls.row(job_id).polls for job_id in job_ids} == {1}
 
 
-def test_given_a_database_that_is_away_when_unasked_jobs_are_given_back_then_they_are_given_back_later(
+def test_given_a_database_that_is_away_when_unpolled_jobs_are_released_then_they_are_released_later(
     polls: Polls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else this process would renew their leases for as long as it has other work."""
+    """Otherwise this process would renew their leases as long as it has other work."""
 
     def refuse(*_: object) -> None:
         raise LeaseLost
@@ -906,6 +906,6 @@ def test_given_a_database_that_is_away_when_unasked_jobs_are_given_back_then_the
     with pytest.raises(OperationalError):
         polls.run(seconds=2)
     assert polls.row(job_id).claim_token is not None
-    polls.poller._keys = {}  # nothing new is claimed
+    polls.poller._keys = {}  # no new job is claimed
     polls.run()
     assert (polls.row(job_id).claim_token, polls.row(job_id).polls) == (None, 0)

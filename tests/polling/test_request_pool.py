@@ -1,4 +1,4 @@
-"""Calls in threads: nothing waits for the slowest, nothing is asked too early, nothing is lost."""
+"""The request pool: no job waits for a slow one, none is sent too early, and none is lost."""
 
 import math
 import threading
@@ -19,174 +19,174 @@ pytestmark = pytest.mark.every_python
 
 
 def job(number: int, host: str = "api.test") -> ClaimedJob:
-    """A claimed job."""
+    """Return a claimed job."""
     name = str(number)
     address = FetchAddress(f"{BASE}/{name}", BASE, host)
     facts = JobFacts("pending", NOW, NOW + timedelta(hours=1))
     return ClaimedJob(number, "token", "default", name, "image", address, None, 1, NOW, facts)
 
 
-def collected(calls: RequestPool, count: int, seconds: float = 5.0) -> list[PollAnswer]:
-    """So many answers, however they come."""
-    found: list[PollAnswer] = []
+def collect(pool: RequestPool, count: int, seconds: float = 5.0) -> list[PollAnswer]:
+    """Collect this many answers."""
+    answers: list[PollAnswer] = []
     until = time.monotonic() + seconds
-    while len(found) < count and time.monotonic() < until:
-        found += calls.answers(0.1, gather=0.0)
-    return found
+    while len(answers) < count and time.monotonic() < until:
+        answers += pool.answers(0.1, gather=0.0)
+    return answers
 
 
 @pytest.fixture
-def opened() -> Iterator[threading.Event]:
-    """Lets calls end that wait for it; opened in the end in any case."""
+def release() -> Iterator[threading.Event]:
+    """An event that lets waiting requests end. It is set at the end of the test in any case."""
     event = threading.Event()
     yield event
     event.set()
 
 
-def waits_for(event: threading.Event, slow: set[int]) -> Callable[[ClaimedJob], ApiReply]:
-    """Asks, and for some jobs only once the event is set."""
+def answer_after(event: threading.Event, slow: set[int]) -> Callable[[ClaimedJob], ApiReply]:
+    """Return an `ask` function that answers for `slow` jobs only once the event is set."""
 
-    def ask(one: ClaimedJob) -> ApiReply:
-        if one.id in slow:
+    def ask(job: ClaimedJob) -> ApiReply:
+        if job.id in slow:
             event.wait(10)
         return ApiReply(Processing())
 
     return ask
 
 
-def test_given_a_slow_call_when_others_are_done_then_their_answers_come_and_their_places_are_free(
-    opened: threading.Event,
+def test_given_a_slow_request_when_others_are_done_then_their_answers_come_and_their_threads_are_free(
+    release: threading.Event,
 ) -> None:
-    calls = RequestPool(waits_for(opened, {1}), threads=2)
+    pool = RequestPool(answer_after(release, {1}), threads=2)
     for number in range(1, 8):
-        calls.start(job(number), 0.0)
+        pool.start(job(number), 0.0)
 
-    assert sorted(one.job.id for one in collected(calls, 6)) == [2, 3, 4, 5, 6, 7]
-    assert calls.outstanding == 1
+    assert sorted(answer.job.id for answer in collect(pool, 6)) == [2, 3, 4, 5, 6, 7]
+    assert pool.outstanding == 1
 
-    opened.set()
-    assert [one.job.id for one in collected(calls, 1)] == [1]
-    assert calls.outstanding == 0
+    release.set()
+    assert [answer.job.id for answer in collect(pool, 1)] == [1]
+    assert pool.outstanding == 0
 
 
-def test_given_more_jobs_than_threads_when_asked_then_never_more_at_once_than_threads() -> None:
-    lock, now, most = threading.Lock(), 0, 0
+def test_given_more_jobs_than_threads_then_there_are_never_more_requests_than_threads() -> None:
+    lock, now, maximum = threading.Lock(), 0, 0
 
     def ask(_: ClaimedJob) -> ApiReply:
-        nonlocal now, most
+        nonlocal now, maximum
         with lock:
             now += 1
-            most = max(most, now)
+            maximum = max(maximum, now)
         time.sleep(0.01)
         with lock:
             now -= 1
         return ApiReply(Processing())
 
-    calls = RequestPool(ask, threads=4)
+    pool = RequestPool(ask, threads=4)
     for number in range(40):
-        calls.start(job(number), 0.0)
+        pool.start(job(number), 0.0)
 
-    assert len(collected(calls, 40)) == 40
-    assert most == 4
+    assert len(collect(pool, 40)) == 40
+    assert maximum == 4
 
 
-def test_given_a_host_that_says_nothing_when_others_are_asked_then_they_do_not_wait_for_it(
-    opened: threading.Event,
+def test_given_a_silent_host_when_others_are_polled_then_they_do_not_wait_for_it(
+    release: threading.Event,
 ) -> None:
-    calls = RequestPool(waits_for(opened, set(range(10))), threads=2)
+    pool = RequestPool(answer_after(release, set(range(10))), threads=2)
     for number in range(10):
-        calls.start(job(number, "silent.test"), 0.0)
+        pool.start(job(number, "silent.test"), 0.0)
     for number in range(10, 14):
-        calls.start(job(number), 0.0)
+        pool.start(job(number), 0.0)
 
-    assert sorted(one.job.id for one in collected(calls, 4)) == [10, 11, 12, 13]
-    assert (calls.outstanding_at("silent.test"), calls.outstanding_at("api.test"), calls.outstanding) == (10, 0, 10)
-    assert [one.id for one in calls.take_back()] == list(range(2, 10))
-    assert calls.outstanding_at("silent.test") == 2
+    assert sorted(item.job.id for item in collect(pool, 4)) == [10, 11, 12, 13]
+    assert (pool.outstanding_at("silent.test"), pool.outstanding_at("api.test"), pool.outstanding) == (10, 0, 10)
+    assert [item.id for item in pool.take_back()] == list(range(2, 10))
+    assert pool.outstanding_at("silent.test") == 2
 
 
-def test_given_few_jobs_when_asked_then_no_more_threads_are_started_than_are_needed(opened: threading.Event) -> None:
+def test_given_few_jobs_then_only_the_needed_threads_are_started(release: threading.Event) -> None:
     before = threading.active_count()
-    calls = RequestPool(waits_for(opened, {1, 2}), threads=128)
-    calls.start(job(1), 0.0)
-    calls.start(job(2), 0.0)
+    pool = RequestPool(answer_after(release, {1, 2}), threads=128)
+    pool.start(job(1), 0.0)
+    pool.start(job(2), 0.0)
 
     assert threading.active_count() == before + 2
 
 
-def test_given_a_moment_to_come_when_a_job_is_started_then_it_is_not_asked_before() -> None:
-    calls = RequestPool(lambda _: ApiReply(Processing()), threads=1)
+def test_given_a_future_send_time_when_a_job_is_started_then_it_is_not_sent_before() -> None:
+    pool = RequestPool(lambda _: ApiReply(Processing()), threads=1)
     moment = time.monotonic() + 0.15
-    calls.start(job(1), moment)
+    pool.start(job(1), moment)
 
-    (one,) = collected(calls, 1)
+    (answer,) = collect(pool, 1)
 
-    assert moment <= one.sent < moment + 0.5
+    assert moment <= answer.sent < moment + 0.5
 
 
-def test_given_a_call_that_raises_when_asked_then_it_is_the_apis_trouble_and_the_thread_lives_on(
+def test_given_a_request_that_raises_then_the_api_counts_as_down_and_the_thread_continues(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def ask(one: ClaimedJob) -> ApiReply:
-        if one.id == 1:
+    def ask(item: ClaimedJob) -> ApiReply:
+        if item.id == 1:
             raise RuntimeError("an adapter of somebody's own")
         return ApiReply(Processing())
 
-    calls = RequestPool(ask, threads=1)
-    calls.start(job(1), 0.0)
-    calls.start(job(2), 0.0)
+    pool = RequestPool(ask, threads=1)
+    pool.start(job(1), 0.0)
+    pool.start(job(2), 0.0)
 
-    replies = {one.job.id: one.reply for one in collected(calls, 2)}
+    replies = {item.job.id: item.reply for item in collect(pool, 2)}
 
     assert isinstance(replies[1], ApiDown)
     assert replies[2] == Processing()
     assert "a request failed job=1" in caplog.text
 
 
-def test_given_a_stop_when_jobs_wait_for_a_thread_then_they_come_back_and_the_rest_is_finished(
-    opened: threading.Event,
+def test_given_a_stop_when_jobs_wait_for_a_thread_then_they_are_returned_and_the_others_finish(
+    release: threading.Event,
 ) -> None:
-    calls = RequestPool(waits_for(opened, {1}), threads=1)
+    pool = RequestPool(answer_after(release, {1}), threads=1)
     for number in range(1, 5):
-        calls.start(job(number), 0.0)
+        pool.start(job(number), 0.0)
     until = time.monotonic() + 5
-    while calls._lanes["api.test"].queue.qsize() > 3 and time.monotonic() < until:
-        time.sleep(0.001)  # the first one has begun
+    while pool._lanes["api.test"].queue.qsize() > 3 and time.monotonic() < until:
+        time.sleep(0.001)  # the first request has started
 
-    assert [one.id for one in calls.take_back()] == [2, 3, 4]
-    assert calls.outstanding == 1
-    opened.set()
-    assert [one.job.id for one in collected(calls, 1)] == [1]
+    assert [item.id for item in pool.take_back()] == [2, 3, 4]
+    assert pool.outstanding == 1
+    release.set()
+    assert [item.job.id for item in collect(pool, 1)] == [1]
 
 
-def test_given_nothing_to_come_when_answers_are_waited_for_then_it_ends_in_time_or_when_woken() -> None:
-    calls = RequestPool(lambda _: ApiReply(Processing()), threads=1)
+def test_given_no_answers_when_waiting_then_the_wait_ends_in_time_or_when_woken() -> None:
+    pool = RequestPool(lambda _: ApiReply(Processing()), threads=1)
     began = time.monotonic()
-    assert calls.answers(0.05, gather=0.0) == []
+    assert pool.answers(0.05, gather=0.0) == []
     assert 0.04 < time.monotonic() - began < 1.0
 
-    threading.Timer(0.05, calls.wake).start()
+    threading.Timer(0.05, pool.wake).start()
     began = time.monotonic()
-    assert calls.answers(10.0, gather=0.0) == []
+    assert pool.answers(10.0, gather=0.0) == []
     assert time.monotonic() - began < 5.0
 
 
 def test_given_a_probe_when_it_is_answered_then_the_answer_says_so() -> None:
-    calls = RequestPool(lambda _: ApiReply(Processing()), threads=1)
-    calls.start(job(1), 0.0, probe=True)
+    pool = RequestPool(lambda _: ApiReply(Processing()), threads=1)
+    pool.start(job(1), 0.0, probe=True)
 
-    assert [one.probe for one in collected(calls, 1)] == [True]
+    assert [answer.probe for answer in collect(pool, 1)] == [True]
 
 
-def test_closed_calls_leave_no_thread() -> None:
-    calls = RequestPool(lambda job: ApiReply(Processing()), threads=2)
+def test_a_closed_pool_leaves_no_thread() -> None:
+    pool = RequestPool(lambda job: ApiReply(Processing()), threads=2)
     before = set(threading.enumerate())
     for number in range(4):
-        calls.start(job(number), time.monotonic())
-    collected(calls, 4)
+        pool.start(job(number), time.monotonic())
+    collect(pool, 4)
     started = set(threading.enumerate()) - before
 
-    calls.close()
+    pool.close()
 
     assert started
     for thread in started:
@@ -194,122 +194,122 @@ def test_closed_calls_leave_no_thread() -> None:
     assert not any(thread.is_alive() for thread in started)
 
 
-def threads_of(calls: RequestPool) -> int:
-    """How many threads ask at the one host of these tests."""
-    return calls._lanes["api.test"].threads
+def threads_of(pool: RequestPool) -> int:
+    """Return the number of threads for the only host of these tests."""
+    return pool._lanes["api.test"].threads
 
 
 @pytest.fixture
-def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The number of threads changes only where a test says so."""
+def fixed_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of threads changes only when a test changes it."""
     monkeypatch.setattr("worker.polling.request_pool.ADAPT_SECONDS", math.inf)
 
 
-def test_given_calls_that_keep_the_processor_busy_when_adapted_then_few_threads_are_left_and_no_job_is_lost(
-    opened: threading.Event, by_hand: None
+def test_given_a_busy_processor_when_adapted_then_few_threads_are_left_and_no_job_is_lost(
+    release: threading.Event, fixed_threads: None
 ) -> None:
     before = set(threading.enumerate())
-    calls = RequestPool(waits_for(opened, set(range(100))), threads=64)
+    pool = RequestPool(answer_after(release, set(range(100))), threads=64)
     for number in range(100):
-        calls.start(job(number), 0.0)
-    assert threads_of(calls) == 64
+        pool.start(job(number), 0.0)
+    assert threads_of(pool) == 64
 
     for _ in range(5):
-        calls._set_threads(0.9)
+        pool._set_threads(0.9)
 
-    assert threads_of(calls) == 8
-    opened.set()
-    assert len(collected(calls, 100)) == 100
+    assert threads_of(pool) == 8
+    release.set()
+    assert len(collect(pool, 100)) == 100
     until = time.monotonic() + 5
     while len(set(threading.enumerate()) - before) > 8 and time.monotonic() < until:
         time.sleep(0.01)
     assert len(set(threading.enumerate()) - before) == 8
 
 
-def test_given_few_threads_when_jobs_wait_and_the_processor_has_time_then_all_threads_are_back_at_once(
-    opened: threading.Event, by_hand: None
+def test_given_few_threads_when_jobs_wait_and_the_processor_is_idle_then_all_threads_return_at_once(
+    release: threading.Event, fixed_threads: None
 ) -> None:
-    calls = RequestPool(waits_for(opened, set(range(100))), threads=64)
+    pool = RequestPool(answer_after(release, set(range(100))), threads=64)
     for number in range(100):
-        calls.start(job(number), 0.0)
+        pool.start(job(number), 0.0)
     for _ in range(5):
-        calls._set_threads(0.9)
+        pool._set_threads(0.9)
 
     for _ in range(3):
-        calls._set_threads(0.1)
-        calls.answers(0.0, gather=0.0)
+        pool._set_threads(0.1)
+        pool.answers(0.0, gather=0.0)
 
-    assert threads_of(calls) == 64
-    opened.set()
-    assert len(collected(calls, 100)) == 100
+    assert threads_of(pool) == 64
+    release.set()
+    assert len(collect(pool, 100)) == 100
 
 
-def test_given_few_threads_when_jobs_come_after_a_rest_then_there_may_be_all_of_them(
-    opened: threading.Event, by_hand: None
+def test_given_few_threads_when_jobs_come_after_a_pause_then_all_threads_are_allowed(
+    release: threading.Event, fixed_threads: None
 ) -> None:
-    calls = RequestPool(waits_for(opened, set(range(1_000, 1_064))), threads=64)
+    pool = RequestPool(answer_after(release, set(range(1_000, 1_064))), threads=64)
     for number in range(64):
-        calls.start(job(number), 0.0)
+        pool.start(job(number), 0.0)
     for _ in range(5):
-        calls._set_threads(0.9)
-    collected(calls, 64)
-    assert threads_of(calls) == 8
+        pool._set_threads(0.9)
+    collect(pool, 64)
+    assert threads_of(pool) == 8
 
     for number in range(1_000, 1_064):
-        calls.start(job(number), 0.0)
+        pool.start(job(number), 0.0)
 
-    assert threads_of(calls) == 64
+    assert threads_of(pool) == 64
 
 
-def test_an_answer_says_how_much_processor_time_its_call_took() -> None:
+def test_an_answer_has_the_processor_time_of_its_request() -> None:
     def ask(_: ClaimedJob) -> ApiReply:
         until = time.thread_time() + 0.05
         while time.thread_time() < until:
             pass
         return ApiReply(Processing())
 
-    calls = RequestPool(ask, threads=1)
-    calls.start(job(1), 0.0)
+    pool = RequestPool(ask, threads=1)
+    pool.start(job(1), 0.0)
 
-    (answer,) = collected(calls, 1)
+    (answer,) = collect(pool, 1)
 
     assert 0.05 <= answer.cpu_seconds < 0.5
 
 
-def test_given_threads_that_are_to_end_when_jobs_are_taken_back_then_the_threads_end_and_no_job_is_lost(
-    opened: threading.Event,
+def test_given_stopping_threads_when_jobs_are_taken_back_then_the_threads_end_and_no_job_is_lost(
+    release: threading.Event,
 ) -> None:
     before = set(threading.enumerate())
-    calls = RequestPool(waits_for(opened, {1, 2}), threads=2)
-    calls.start(job(1), 0.0)
-    calls.start(job(2), 0.0)
-    lane = calls._lanes["api.test"]
+    pool = RequestPool(answer_after(release, {1, 2}), threads=2)
+    pool.start(job(1), 0.0)
+    pool.start(job(2), 0.0)
+    lane = pool._lanes["api.test"]
     while lane.queue.qsize():
-        time.sleep(0.001)  # both have begun
+        time.sleep(0.001)  # both requests have started
     lane.limit_threads(1)
-    calls.start(job(3), 0.0)
+    pool.start(job(3), 0.0)
 
-    assert [taken.id for taken in calls.take_back()] == [3]
-    opened.set()
-    collected(calls, 2)
+    assert [job_.id for job_ in pool.take_back()] == [3]
+    release.set()
+    collect(pool, 2)
     until = time.monotonic() + 5
-    while len(set(threading.enumerate()) - before) > threads_of(calls) and time.monotonic() < until:
+    while len(set(threading.enumerate()) - before) > threads_of(pool) and time.monotonic() < until:
         time.sleep(0.01)
-    assert len(set(threading.enumerate()) - before) == threads_of(calls)
+    assert len(set(threading.enumerate()) - before) == threads_of(pool)
 
 
-def test_given_calls_of_one_host_that_only_wait_when_another_keeps_the_processor_busy_then_they_keep_their_threads(
-    opened: threading.Event, by_hand: None
+def test_given_requests_of_one_host_that_only_wait_when_another_host_is_busy_then_they_keep_their_threads(
+    release: threading.Event, fixed_threads: None
 ) -> None:
-    """Its threads take nothing from the others; without them a slow host would be asked ever less often."""
-    calls = RequestPool(waits_for(opened, set(range(200))), threads=64)
+    """Its threads slow down no other host. With fewer threads a slow host would be polled less and less often."""
+    pool = RequestPool(answer_after(release, set(range(200))), threads=64)
     for number in range(200):
-        calls.start(job(number, host="slow.test" if number % 2 else "fast.test"), 0.0)
-    slow, fast = calls._lanes["slow.test"], calls._lanes["fast.test"]
+        pool.start(job(number, host="slow.test" if number % 2 else "fast.test"), 0.0)
+    slow, fast = pool._lanes["slow.test"], pool._lanes["fast.test"]
 
     for _ in range(5):
-        calls._set_threads(0.9, light=[slow])
+        pool._set_threads(0.9, light=[slow])
 
     assert (slow.max_threads, fast.max_threads) == (64, 8)
-    opened.set()
-    assert len(collected(calls, 200)) == 200
+    release.set()
+    assert len(collect(pool, 200)) == 200

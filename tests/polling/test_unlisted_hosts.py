@@ -1,4 +1,4 @@
-"""A job whose fetch host is not on SD_API_HOSTS: it gets no request, everything says so, and it ends."""
+"""Jobs whose fetch host is not on SD_API_HOSTS: they get no request, every view says why, and they end."""
 
 from collections.abc import Iterator
 from datetime import timedelta
@@ -21,7 +21,7 @@ from worker.store.schema import breakers, jobs
 
 
 class Unlisted:
-    """A job at a host that one process lists, and another one does not."""
+    """A job at a host that one process lists and another does not."""
 
     def __init__(self, engine: Engine, redis_url: str, sandbox: Sandbox) -> None:
         own = sandbox.url.split("/")[2]
@@ -35,19 +35,19 @@ class Unlisted:
 
     @property
     def held(self) -> bool:
-        """Whether its host is held for not being listed."""
+        """Return whether its host is held because it is not listed."""
         with self.engine.connect() as connection:
             reason = connection.execute(select(breakers.c.reason).where(breakers.c.name == self.host)).scalar()
         return (reason or "").startswith(NOT_LISTED)
 
     def age_hold(self) -> None:
-        """Let the hold be two minutes old."""
+        """Make the hold two minutes old."""
         with self.engine.begin() as connection:
             since = database_now(connection) - timedelta(minutes=2)
             connection.execute(update(breakers).where(breakers.c.name == self.host).values(since=since))
 
     def pass_deadline(self) -> None:
-        """Let the job's deadline be over."""
+        """Move the job's deadline into the past."""
         with self.engine.begin() as connection:
             late = database_now(connection) - timedelta(seconds=1)
             connection.execute(update(jobs).where(jobs.c.id == self.job_id).values(deadline_at=late))
@@ -58,14 +58,14 @@ def unlisted(engine: Engine, redis_url: str, monkeypatch: pytest.MonkeyPatch) ->
     """One such job."""
     monkeypatch.setattr("worker.polling.poller.UNLISTED_SECONDS", 0.0)
     with Sandbox(SandboxOptions(key=KEY, min_seconds=0.0, max_seconds=0.0, size=32)) as sandbox:
-        made = Unlisted(engine, redis_url, sandbox)
-        yield made
-        made.listing.poller.close()
-        made.unlisting.poller.close()
+        unlisted_ = Unlisted(engine, redis_url, sandbox)
+        yield unlisted_
+        unlisted_.listing.poller.close()
+        unlisted_.unlisting.poller.close()
 
 
-def test_given_a_host_that_is_not_listed_then_it_is_held_and_everything_says_so(unlisted: Unlisted) -> None:
-    """With the setting as advice. No request is made or counted."""
+def test_given_an_unlisted_host_then_it_is_held_and_every_view_says_so(unlisted: Unlisted) -> None:
+    """The advice names the setting. No request is sent or counted."""
     unlisted.unlisting.until(lambda: unlisted.held)
     row = unlisted.unlisting.row(unlisted.job_id)
     assert (row.status, row.polls, row.claim_token) == ("pending", 0, None)
@@ -87,7 +87,7 @@ def test_given_a_host_that_is_not_listed_then_it_is_held_and_everything_says_so(
 def test_given_such_a_job_past_its_deadline_when_the_hold_is_a_minute_old_then_it_ends_as_expired(
     unlisted: Unlisted,
 ) -> None:
-    """Nobody can ever ask about it. `on_done` is told."""
+    """No process may poll it. The `on_done` call is sent."""
     unlisted.unlisting.until(lambda: unlisted.held)
     unlisted.pass_deadline()
     unlisted.unlisting.run()
@@ -101,10 +101,10 @@ def test_given_such_a_job_past_its_deadline_when_the_hold_is_a_minute_old_then_i
     assert unlisted.unlisting.told == [unlisted.job_id]
 
 
-def test_given_such_a_job_with_a_promised_link_when_it_would_expire_then_that_is_tried_first(
+def test_given_such_a_job_with_a_promised_link_when_it_would_expire_then_the_link_is_tried_first(
     unlisted: Unlisted,
 ) -> None:
-    """A link can be fetched without asking the API. If it brings nothing, the expired job is looked at later."""
+    """A link can be fetched without the API. If it does not work, the expired job is polled again later."""
     unlisted.unlisting.poller._late_looks = (3_600.0,)
     with unlisted.engine.begin() as connection:
         add_promises(connection, {unlisted.job_id: ("https://h.example/a.png",)})
@@ -135,15 +135,15 @@ def test_given_such_a_job_before_its_deadline_then_it_waits(unlisted: Unlisted) 
     assert unlisted.unlisting.row(unlisted.job_id).status == "pending"
 
 
-def test_given_a_setting_that_is_corrected_then_the_job_is_asked_at_once(unlisted: Unlisted) -> None:
-    """By the process that lists the host; the hold ends with the answer."""
+def test_given_a_corrected_setting_then_the_job_is_polled_at_once(unlisted: Unlisted) -> None:
+    """By the process that lists the host. The hold ends with the answer."""
     unlisted.unlisting.until(lambda: unlisted.held)
     unlisted.listing.until(lambda: unlisted.listing.row(unlisted.job_id).status == "downloading")
     assert not unlisted.held
 
 
-def test_given_a_process_that_lists_the_host_then_another_one_does_not_hold_it(unlisted: Unlisted) -> None:
-    """As in a rolling deployment: the old process lets the new one work."""
+def test_given_a_process_that_lists_the_host_then_no_other_process_holds_it(unlisted: Unlisted) -> None:
+    """As in a rolling deployment: the old process leaves the host to the new one."""
     unlisted.listing.until(lambda: unlisted.listing.row(unlisted.job_id).status == "downloading")
     unlisted.listing.track(["78"], host=unlisted.host)
     unlisted.unlisting.run()
