@@ -1,4 +1,4 @@
-"""The Celery app: names that web apps rely on, nothing secret, nothing that waits in memory."""
+"""The Celery app: stable names for web apps, no secrets, and no message that waits in memory."""
 
 import json
 import subprocess
@@ -19,12 +19,12 @@ pytestmark = pytest.mark.every_python
 
 @pytest.fixture
 def configured(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    """The app's configuration, made by a process of its own with a key in its environment."""
+    """The app's configuration, made by a separate process with a key in its environment."""
     monkeypatch.setenv("SD_API_KEY", "canary-key-3141592653")
     script = "import json; from worker.app import app; print(json.dumps(dict(app.conf), default=repr))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    found: dict[str, object] = json.loads(done.stdout)
-    return found
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    configuration: dict[str, object] = json.loads(process.stdout)
+    return configuration
 
 
 def test_the_configuration_holds_no_key(configured: dict[str, object]) -> None:
@@ -33,14 +33,14 @@ def test_the_configuration_holds_no_key(configured: dict[str, object]) -> None:
 
 @pytest.fixture
 def app() -> Celery:
-    """The app with its tasks, made in an environment without settings."""
+    """The app with its tasks, in an environment without settings."""
     from worker.app import app
 
     app.loader.import_default_modules()
     return app
 
 
-def test_only_tracking_keeps_a_result_and_only_hints_from_outside_are_acknowledged_late(app: Celery) -> None:
+def test_only_track_keeps_a_result_and_only_track_and_nudge_are_acknowledged_late(app: Celery) -> None:
     tasks = {name: task for name, task in app.tasks.items() if name.startswith("worker.")}
     assert set(tasks) == {
         "worker.track",
@@ -56,20 +56,20 @@ def test_only_tracking_keeps_a_result_and_only_hints_from_outside_are_acknowledg
     assert {name for name, task in tasks.items() if task.acks_late} == {"worker.track", "worker.nudge"}
 
 
-def test_the_queues_are_ours_alone(app: Celery) -> None:
+def test_the_queues_belong_to_fetch_worker_only(app: Celery) -> None:
     names = [queue.name for queue in app.conf.task_queues]
     assert names == ["fetch-worker", "fetch-worker.polls", "fetch-worker.downloads"]
     assert app.conf.task_default_queue == "fetch-worker"
     assert "global_keyprefix" not in app.conf.broker_transport_options
 
 
-def test_messages_that_were_not_acknowledged_are_kept_apart_from_an_apps_own(app: Celery) -> None:
+def test_unacknowledged_messages_have_separate_keys_from_the_web_apps(app: Celery) -> None:
     options = app.conf.broker_transport_options
     assert options["unacked_key"] == "fetch-worker.unacked"
     assert options["socket_timeout"] == 10
 
 
-def test_nothing_secret_is_in_the_shown_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_settings_that_celery_shows_have_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SD_API_KEY", "canary-key-3141592653")
     monkeypatch.setenv("SD_API_KEYS", '{"shop": "canary-key-2718281828"}')
 
@@ -80,7 +80,7 @@ def test_nothing_secret_is_in_the_shown_settings(monkeypatch: pytest.MonkeyPatch
     assert set(settings.keys) == {"default", "shop"}
 
 
-def test_celery_s_own_variables_for_the_web_app_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_celery_variables_of_the_web_app_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REDIS_URL", "redis://ours:6379/3")
     for name in ("BROKER_URL", "BROKER_READ_URL", "BROKER_WRITE_URL", "RESULT_BACKEND"):
         monkeypatch.setenv(f"CELERY_{name}", "amqp://theirs//")
@@ -96,7 +96,7 @@ def test_celery_s_own_variables_for_the_web_app_change_nothing(monkeypatch: pyte
     assert app.conf.task_default_queue == "fetch-worker"
 
 
-def test_beat_keeps_no_file_and_sends_each_task_as_it_starts(tmp_path: Path) -> None:
+def test_beat_keeps_no_file_and_sends_each_task_at_its_start(tmp_path: Path) -> None:
     app = make_app(load())
     scheduler = FixedScheduler(app)
 
@@ -106,7 +106,7 @@ def test_beat_keeps_no_file_and_sends_each_task_as_it_starts(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_given_a_key_in_the_fields_of_an_event_when_sent_then_it_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_a_key_in_the_fields_of_an_event_when_sent_then_it_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: dict[str, object] = {}
     monkeypatch.setattr(EventDispatcher, "send", lambda _, kind, **fields: sent.update(fields))
     shared_scrubber(["Kq3vZ8mT1xRw5yLb7nPd0cGh2sJf6aUe"])
@@ -117,7 +117,7 @@ def test_given_a_key_in_the_fields_of_an_event_when_sent_then_it_is_gone(monkeyp
     assert sent == {"args": "('[key]',)", "retries": 0}
 
 
-def test_given_a_task_that_fails_with_a_key_when_run_then_its_error_and_what_led_to_it_have_none() -> None:
+def test_given_a_task_that_fails_with_a_key_when_run_then_its_error_and_traceback_have_none() -> None:
     key = "Kq3vZ8mT1xRw5yLb7nPd0cGh2sJf6aUe"
     shared_scrubber([key])
 

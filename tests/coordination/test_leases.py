@@ -1,4 +1,4 @@
-"""Leases: a request goes out only while its claim is sure to last, and a claim that led to none is not counted."""
+"""Leases: a request is sent only while its claim lasts, and a claim without a request is not counted."""
 
 import os
 import secrets
@@ -28,7 +28,7 @@ LEASE = timedelta(seconds=30)
 
 
 class Clock:
-    """A host's clock and a database's, which move together."""
+    """The clocks of a host and of a database, which move together."""
 
     def __init__(self) -> None:
         self.passed = 0.0
@@ -42,7 +42,7 @@ class Clock:
 
 @pytest.fixture
 def clock() -> Iterator[Clock]:
-    """One that a test moves."""
+    """A clock that the test moves."""
     moved = Clock()
     with use_clock(moved.now):
         yield moved
@@ -80,7 +80,7 @@ def test_given_a_fresh_claim_a_request_is_permitted_until_a_third_of_the_lease_i
     assert not _permitted(leases, claimed)
 
 
-def test_given_a_renewal_that_kept_the_row_requests_go_on(engine: Engine, leases: LeaseKeeper, clock: Clock) -> None:
+def test_given_a_renewed_row_requests_are_permitted(engine: Engine, leases: LeaseKeeper, clock: Clock) -> None:
     claimed = _claimed(engine, leases, clock)
     for _ in range(5):
         clock.passed += 10
@@ -88,7 +88,7 @@ def test_given_a_renewal_that_kept_the_row_requests_go_on(engine: Engine, leases
         assert _permitted(leases, claimed)
 
 
-def test_given_a_process_that_slept_past_its_lease_a_renewal_brings_nothing_back(
+def test_given_a_process_that_slept_past_its_lease_a_renewal_restores_no_claim(
     engine: Engine, leases: LeaseKeeper, clock: Clock
 ) -> None:
     claimed = _claimed(engine, leases, clock)
@@ -96,22 +96,20 @@ def test_given_a_process_that_slept_past_its_lease_a_renewal_brings_nothing_back
     leases.renew()
     assert not _permitted(leases, claimed)
     again = _claimed(engine, leases, clock, "2")
-    assert _permitted(leases, again), "what it claims after it woke up is its own"
+    assert _permitted(leases, again), "its new claims after waking up are valid"
 
 
-def test_a_renewal_counts_for_the_rows_that_it_kept_and_for_no_other(
-    engine: Engine, leases: LeaseKeeper, clock: Clock
-) -> None:
-    kept, lost = _claimed(engine, leases, clock, "1"), _claimed(engine, leases, clock, "2")
+def test_a_renewal_counts_only_for_the_rows_that_it_renewed(engine: Engine, leases: LeaseKeeper, clock: Clock) -> None:
+    renewed, lost = _claimed(engine, leases, clock, "1"), _claimed(engine, leases, clock, "2")
     clock.passed = 15
-    with engine.begin() as connection:  # by whatever way, the second is another process's now
+    with engine.begin() as connection:  # the second claim passes to another process
         connection.execute(update(jobs).where(jobs.c.id == lost[0]).values(claim_holder="another"))
     leases.renew()
     clock.passed = 24
-    assert (_permitted(leases, kept), _permitted(leases, lost)) == (True, False)
+    assert (_permitted(leases, renewed), _permitted(leases, lost)) == (True, False)
 
 
-def test_a_row_that_this_process_claimed_anew_permits_nothing_for_the_claim_before(
+def test_a_row_claimed_again_by_this_process_permits_no_request_for_the_old_claim(
     engine: Engine, leases: LeaseKeeper, clock: Clock
 ) -> None:
     job_id, before = _claimed(engine, leases, clock)
@@ -124,23 +122,23 @@ def test_a_row_that_this_process_claimed_anew_permits_nothing_for_the_claim_befo
     assert not _permitted(leases, (job_id, before))
 
 
-def test_claims_whose_lease_is_over_are_forgotten(engine: Engine, leases: LeaseKeeper, clock: Clock) -> None:
+def test_tokens_of_ended_leases_are_dropped(engine: Engine, leases: LeaseKeeper, clock: Clock) -> None:
     for _ in range(1_000):
         leases.new_token()
         clock.passed += 1
     assert len(leases._lease_ends) < 300
 
 
-def test_the_clock_of_leases_goes_on_while_the_host_is_suspended() -> None:
+def test_the_lease_clock_continues_while_the_host_is_suspended() -> None:
     if not hasattr(time, "CLOCK_BOOTTIME"):
         pytest.skip("this system has no such clock")
     assert abs(boot_seconds() - time.clock_gettime(time.CLOCK_BOOTTIME)) < 5
 
 
-# ── what was sent ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── sent requests ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_given_a_killed_process_only_the_claims_that_led_to_a_request_stay_counted(
+def test_given_a_killed_process_only_claims_with_a_sent_request_stay_counted(
     engine: Engine, tmp_path: Path, clock: Clock
 ) -> None:
     leases = LeaseKeeper(engine, lease=LEASE, holder="me", clock=clock.boot, sent=SentRequests(tmp_path / "sent", "me"))
@@ -154,7 +152,7 @@ def test_given_a_killed_process_only_the_claims_that_led_to_a_request_stay_count
     assert read_job(engine, unsent[0]).claim_token is None
 
 
-def test_given_no_file_of_a_killed_process_every_claim_stays_counted(
+def test_given_a_killed_process_without_a_file_every_claim_stays_counted(
     engine: Engine, tmp_path: Path, clock: Clock, leases: LeaseKeeper
 ) -> None:
     claimed = _claimed(engine, leases, clock)
@@ -163,14 +161,14 @@ def test_given_no_file_of_a_killed_process_every_claim_stays_counted(
     assert read_job(engine, claimed[0]).polls == 1
 
 
-def test_a_process_that_can_write_no_file_goes_on_without(tmp_path: Path) -> None:
+def test_a_process_that_can_not_write_its_file_works_without_it(tmp_path: Path) -> None:
     (tmp_path / "sent").write_text("no folder")
     sent = SentRequests(tmp_path / "sent", "me")
     sent.note(1, secrets.token_hex(8))
     assert sent_by(tmp_path / "sent", ["me"]) == {}
 
 
-def test_the_file_of_sent_requests_does_not_grow_for_ever(tmp_path: Path) -> None:
+def test_the_file_of_sent_requests_has_a_fixed_size(tmp_path: Path) -> None:
     sent = SentRequests(tmp_path, "me")
     tokens = [secrets.token_hex(8) for _ in range(RECORDS + 100)]
     for number, token in enumerate(tokens):
@@ -180,7 +178,7 @@ def test_the_file_of_sent_requests_does_not_grow_for_ever(tmp_path: Path) -> Non
     assert (0, tokens[0]) not in sent_by(tmp_path, ["me"])["me"]
 
 
-def test_a_file_of_sent_requests_can_be_read_by_its_owner_alone(tmp_path: Path) -> None:
+def test_a_file_of_sent_requests_is_readable_by_its_owner_only(tmp_path: Path) -> None:
     SentRequests(tmp_path / "sent", "me")
     assert (tmp_path / "sent").stat().st_mode & 0o77 == 0
     assert (tmp_path / "sent" / "me").stat().st_mode & 0o77 == 0
@@ -189,13 +187,13 @@ def test_a_file_of_sent_requests_can_be_read_by_its_owner_alone(tmp_path: Path) 
     assert not list((tmp_path / "sent").iterdir())
 
 
-def test_given_a_file_of_sent_requests_that_was_not_set_up_when_read_then_it_says_nothing(tmp_path: Path) -> None:
-    """An empty or short file would say that nothing was sent, and hide that a job kills its process."""
+def test_given_an_incomplete_file_of_sent_requests_when_read_then_it_is_ignored(tmp_path: Path) -> None:
+    """An empty or short file would claim that nothing was sent, and hide that a job kills its process."""
     (tmp_path / "me").write_bytes(b"\0" * 64)
     assert sent_by(tmp_path, ["me"]) == {}
 
 
-def test_given_files_of_a_boot_before_when_a_day_has_passed_then_they_are_old(tmp_path: Path) -> None:
+def test_given_files_of_an_earlier_boot_when_a_day_has_passed_then_they_are_old(tmp_path: Path) -> None:
     for name, age in (("young", 10), ("old", 2 * 86_400)):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (time.time() - age,) * 2)

@@ -1,4 +1,4 @@
-"""The courier: whoever hands it something goes on at once, whatever becomes of it."""
+"""The publisher: its callers never wait, whatever happens to the message."""
 
 import threading
 import time
@@ -12,33 +12,33 @@ from worker.coordination.publisher import Publisher
 pytestmark = pytest.mark.every_python
 
 
-def test_given_slow_and_failing_work_when_it_is_handed_over_then_nobody_waits_and_the_rest_is_done() -> None:
-    opened, done = threading.Event(), list[int]()
-    sender = Publisher()
+def test_given_slow_and_failing_work_when_sent_then_the_caller_does_not_wait_and_other_work_is_done() -> None:
+    release, finished = threading.Event(), list[int]()
+    publisher_ = Publisher()
     began = time.monotonic()
-    sender.send("slow", lambda: opened.wait(10))
-    sender.send("broken", lambda: 1 // 0)
-    sender.send("good", lambda: done.append(1))
+    publisher_.send("slow", lambda: release.wait(10))
+    publisher_.send("broken", lambda: 1 // 0)
+    publisher_.send("good", lambda: finished.append(1))
     handed_over = time.monotonic() - began
-    assert not sender.finish(0.05)
-    opened.set()
+    assert not publisher_.finish(0.05)
+    release.set()
 
-    assert sender.finish(10)
-    assert done == [1]
+    assert publisher_.finish(10)
+    assert finished == [1]
     assert handed_over < 5.0
 
 
-def test_given_more_than_it_has_room_for_when_handed_over_then_it_is_dropped_with_a_word(
+def test_given_a_full_queue_when_work_is_sent_then_it_is_dropped_and_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(publisher, "MAX_QUEUED", 2)
-    opened, done = threading.Event(), list[int]()
-    sender = Publisher()
-    sender.send("slow", lambda: opened.wait(10))
+    release, finished = threading.Event(), list[int]()
+    publisher_ = Publisher()
+    publisher_.send("slow", lambda: release.wait(10))
     for number in range(9):
-        sender.send("downloads", partial(done.append, number))
-    opened.set()
-    assert sender.finish(30), "what is there to be sent is waited for, though the queue was full"
+        publisher_.send("downloads", partial(finished.append, number))
+    release.set()
+    assert publisher_.finish(30), "it waits for the queued work, although the queue was full"
 
-    assert 1 <= len(done) < 9
+    assert 1 <= len(finished) < 9
     assert "the publisher's queue is full" in caplog.text

@@ -1,4 +1,4 @@
-"""Wake-ups on a real Redis: heard at once, sent seldom, and missed without harm."""
+"""Wake-ups with a real Redis: received at once, sent rarely, and harmless if lost."""
 
 import socket
 import threading
@@ -16,69 +16,69 @@ from worker.coordination.wakeups import CHANNEL, WakeUps, listen
 pytestmark = pytest.mark.every_python
 
 
-class BreakerInput:
+class WakeCounter:
     """Counts wake-ups."""
 
     def __init__(self) -> None:
         self.count = 0
-        self._came = threading.Event()
+        self._woken = threading.Event()
 
     def __call__(self) -> None:
         self.count += 1
-        self._came.set()
+        self._woken.set()
 
     def wait(self, seconds: float = 30.0) -> bool:
-        """Waits for the next one."""
-        came = self._came.wait(seconds)
-        self._came.clear()
-        return came
+        """Wait for the next wake-up."""
+        woken = self._woken.wait(seconds)
+        self._woken.clear()
+        return woken
 
 
 def client(url: str) -> "redis.Redis":
-    """A client of the tests' own."""
+    """A separate Redis client of the tests."""
     return redis.Redis(unix_socket_path=url.removeprefix("redis+socket://"))
 
 
 def listening(url: str, count: int = 1) -> None:
-    """Waits until so many listen."""
-    with client(url) as own:
-        wait_until(lambda: dict(own.pubsub_numsub(CHANNEL))[CHANNEL.encode()] >= count, f"{count} listen")
+    """Wait until this many clients listen."""
+    with client(url) as redis_:
+        wait_until(lambda: dict(redis_.pubsub_numsub(CHANNEL))[CHANNEL.encode()] >= count, f"{count} listen")
 
 
-def test_given_processes_that_listen_when_one_word_is_sent_then_all_hear_it(tmp_path: Path) -> None:
+def test_given_listening_processes_when_a_wake_up_is_sent_then_all_receive_it(tmp_path: Path) -> None:
     with redis_server(tmp_path) as url:
-        everyone = [BreakerInput(), BreakerInput()]
-        for heard in everyone:
-            listen(url, heard)
+        counters = [WakeCounter(), WakeCounter()]
+        for counter in counters:
+            listen(url, counter)
         listening(url, 2)
 
         WakeUps(url).send()
 
-        assert all(heard.wait() for heard in everyone)
+        assert all(counter.wait() for counter in counters)
 
 
-def test_given_a_word_just_sent_when_more_is_due_then_no_second_one_is_sent_until_a_while_later(
+def test_given_a_recent_wake_up_when_more_is_due_then_no_second_one_is_sent_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with redis_server(tmp_path) as url:
-        heard = BreakerInput()
-        listen(url, heard)
+        counter = WakeCounter()
+        listen(url, counter)
         listening(url)
         sender = WakeUps(url)
 
         for _ in range(500):
             sender.send()
-        assert heard.wait()
-        monkeypatch.setattr(sender, "_quiet_until", 0.0)  # as after a while
+        assert counter.wait()
+        monkeypatch.setattr(sender, "_quiet_until", 0.0)  # as after some time
         sender.send()
-        assert heard.wait()
+        assert counter.wait()
 
-        with client(url) as own:
-            own.ping()  # whatever was published before has been sent by now
-        assert heard.count == 2
+        with client(url) as redis_:
+            redis_.ping()  # earlier messages have been sent by now
+        assert counter.count == 2
 
 
-def test_given_no_redis_when_a_word_is_to_be_sent_then_nothing_is_raised_and_it_is_not_tried_each_time() -> None:
+def test_given_no_redis_when_a_wake_up_is_sent_then_nothing_is_raised_and_it_is_not_retried_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         sender = WakeUps(f"redis://127.0.0.1:{silent.getsockname()[1]}/0")
         began = time.monotonic()
@@ -90,17 +90,17 @@ def test_given_no_redis_when_a_word_is_to_be_sent_then_nothing_is_raised_and_it_
     WakeUps("redis://127.0.0.1:1/0").send()
 
 
-def test_given_a_redis_that_goes_away_when_it_is_back_then_words_are_heard_again(
+def test_given_a_lost_redis_when_it_is_back_then_wake_ups_are_received_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wakeups, "RETRY_SECONDS", 0.05)
-    heard = BreakerInput()
+    counter = WakeCounter()
     with redis_server(tmp_path) as url:
-        listen(url, heard)
+        listen(url, counter)
         listening(url)
     (tmp_path / "redis.sock").unlink(missing_ok=True)
     with redis_server(tmp_path) as url:
         listening(url)
         WakeUps(url).send()
 
-        assert heard.wait()
+        assert counter.wait()

@@ -1,4 +1,4 @@
-"""Telling web apps of final jobs: what the look for them costs."""
+"""Notifying web apps of final jobs: the cost of finding them, and broker errors."""
 
 from typing import Any
 
@@ -16,10 +16,10 @@ from worker.store.schema import jobs
 ENDED = {"status": "completed", "due_at": None, "ready_at": NOW, "completed_at": NOW}
 
 
-def test_a_sweep_goes_through_no_job_that_nobody_is_told_of(migrated_mariadb: Engine) -> None:
-    """It is made every two seconds, on MariaDB too, where no index is of some rows alone."""
+def test_a_sweep_reads_no_job_without_on_done(migrated_mariadb: Engine) -> None:
+    """The query runs every two seconds, also on MariaDB, which has no partial indexes."""
     engine = migrated_mariadb
-    told: list[int] = []
+    sent: list[int] = []
     read: list[int] = []
     rows = [
         job_values(str(number), **ENDED) | {"on_done": "shop.ready" if number == 7 else None} for number in range(300)
@@ -36,22 +36,24 @@ def test_a_sweep_goes_through_no_job_that_nobody_is_told_of(migrated_mariadb: En
     engine.dispose()  # a new session counts from zero
     event.listen(engine, "after_cursor_execute", count)
     try:
-        assert notify(engine, lambda task, queue, job_id: told.append(job_id)) == 1
+        assert notify(engine, lambda task, queue, job_id: sent.append(job_id)) == 1
     finally:
         event.remove(engine, "after_cursor_execute", count)
         with engine.begin() as connection:
             connection.execute(jobs.delete())
-    assert len(told) == 1
+    assert len(sent) == 1
     assert 0 < read[0] < 50
 
 
-def test_given_a_process_that_sleeps_between_two_calls_then_the_rest_is_left_to_the_next_sweep(engine: Engine) -> None:
+def test_given_a_process_that_sleeps_between_two_calls_then_the_others_are_left_to_the_next_sweep(
+    engine: Engine,
+) -> None:
     """Another process may have claimed them meanwhile."""
     now, sent = [0.0], list[int]()
 
     def send(task: str, queue: str, job_id: int) -> None:
         sent.append(job_id)
-        now[0] += 61.0  # it was stopped, right after it sent this one
+        now[0] += 61.0  # the process was stopped right after it sent this call
 
     with engine.begin() as connection:
         rows = [job_values(str(number), **ENDED) | {"on_done": "shop.ready"} for number in range(3)]
@@ -61,7 +63,7 @@ def test_given_a_process_that_sleeps_between_two_calls_then_the_rest_is_left_to_
         untold = connection.execute(select(jobs.c.on_done_due_at).where(jobs.c.told_at.is_(None))).scalars().all()
     assert len(sent) == 1
     assert len(untold) == 2
-    assert None not in untold, "whoever has claimed them goes on having them"
+    assert None not in untold, "the other process keeps its claims"
 
 
 @pytest.mark.parametrize(
@@ -78,14 +80,14 @@ def test_given_a_process_that_sleeps_between_two_calls_then_the_rest_is_left_to_
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_given_a_broker_that_is_away_when_kombu_says_so_then_no_queue_is_blamed(error: Exception) -> None:
+def test_given_a_kombu_error_of_an_unavailable_broker_then_it_is_no_refusal(error: Exception) -> None:
     wrapped = BrokerError(str(error))
     wrapped.__cause__ = error
     assert refusal(error) is None
     assert refusal(wrapped) is None
 
 
-def test_given_a_key_that_is_no_list_when_kombu_says_so_then_that_queue_is_refused() -> None:
+def test_given_a_kombu_error_about_a_key_that_is_no_list_then_it_is_a_refusal() -> None:
     wrapped = BrokerError("WRONGTYPE")
     wrapped.__cause__ = redis_errors.ResponseError(
         "Command # 1 (LPUSH shop) of pipeline caused error: WRONGTYPE Operation against a key of the wrong kind"
@@ -95,8 +97,8 @@ def test_given_a_key_that_is_no_list_when_kombu_says_so_then_that_queue_is_refus
     assert "WRONGTYPE" in reason
 
 
-def test_given_no_redis_when_a_job_has_ended_then_its_call_stays_due_and_is_not_put_off(engine: Engine) -> None:
-    """So that it is sent as soon as Redis is back."""
+def test_given_no_redis_when_a_job_has_ended_then_its_call_stays_due_and_is_not_deferred(engine: Engine) -> None:
+    """The call is then sent as soon as Redis is back."""
     closed = redis.Redis(port=1)
 
     def send(task: str, queue: str, job_id: int) -> None:

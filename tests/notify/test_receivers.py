@@ -1,4 +1,4 @@
-"""Which webhook addresses lead to one receiver."""
+"""Which webhook addresses belong to the same receiver."""
 
 import pytest
 
@@ -27,7 +27,7 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize(("name", "urls"), SPELLINGS.items(), ids=SPELLINGS)
-def test_however_an_address_is_spelled_it_is_one_receiver(name: str, urls: list[str]) -> None:
+def test_all_spellings_of_an_address_are_one_receiver(name: str, urls: list[str]) -> None:
     assert {receiver_name(url) for url in urls} == {name}
 
 
@@ -35,14 +35,14 @@ def test_other_ports_are_other_receivers() -> None:
     assert receiver_name("https://a.example:8443") != receiver_name("https://a.example")
 
 
-def test_a_name_is_the_receiver_at_its_address_once_it_was_looked_up() -> None:
+def test_a_name_is_the_receiver_at_its_address_once_resolved() -> None:
     receivers = Receivers()
     assert receivers.cached("http://localhost:8000/x") == "localhost:8000"
     assert receivers.look_up("http://localhost:8000/x", 5.0) == "127.0.0.1:8000"
     assert receivers.cached("http://LOCALHOST.:8000/y") == receivers.cached("http://127.0.0.1:8000") == "127.0.0.1:8000"
 
 
-def test_an_answer_of_the_name_server_is_believed_for_a_minute() -> None:
+def test_a_dns_answer_is_cached_for_a_minute() -> None:
     now = 0.0
     receivers = Receivers(clock=lambda: now)
     receivers.look_up("http://localhost:8000", 5.0)
@@ -50,5 +50,5 @@ def test_an_answer_of_the_name_server_is_believed_for_a_minute() -> None:
     assert receivers.cached("http://localhost:8000") == "localhost:8000"
 
 
-def test_a_name_that_does_not_resolve_is_compared_as_it_is_written() -> None:
+def test_a_name_that_does_not_resolve_is_its_own_receiver() -> None:
     assert Receivers().look_up("https://nowhere.invalid/x", 2.0) == "nowhere.invalid:443"

@@ -1,4 +1,4 @@
-"""Webhooks against real receivers: told once for each final state, until they take it, and never where they may not."""
+"""Webhooks with real receivers: one event per final state, delivered until accepted, and never to refused addresses."""
 
 import base64
 import http.server
@@ -38,19 +38,19 @@ LEASE = timedelta(seconds=30)
 
 @dataclass(slots=True)
 class Receiver:
-    """A web app that is told. `answer` decides how; `came` has (headers, body) of each request."""
+    """A web app that receives webhooks. `answer` writes the response; `received` has headers and body of each."""
 
     url: str = ""
-    answer: Callable[[http.server.BaseHTTPRequestHandler], None] = lambda handler: _say(handler, 204)
-    came: list[tuple[dict[str, str], str]] = field(default_factory=list)
+    answer: Callable[[http.server.BaseHTTPRequestHandler], None] = lambda handler: _respond(handler, 204)
+    received: list[tuple[dict[str, str], str]] = field(default_factory=list)
 
     @property
     def names(self) -> list[str]:
-        """The event ids that came, in order."""
-        return [headers["webhook-id"] for headers, _ in self.came]
+        """The received event ids, in order."""
+        return [headers["webhook-id"] for headers, _ in self.received]
 
 
-def _say(handler: http.server.BaseHTTPRequestHandler, status: int, **headers: str) -> None:
+def _respond(handler: http.server.BaseHTTPRequestHandler, status: int, **headers: str) -> None:
     handler.send_response(status)
     for name, value in headers.items():
         handler.send_header(name.replace("_", "-"), value)
@@ -59,42 +59,42 @@ def _say(handler: http.server.BaseHTTPRequestHandler, status: int, **headers: st
 
 
 @contextmanager
-def receiving(host: str = "127.0.0.1") -> Iterator[Receiver]:
-    """One on a port of its own, gone afterwards."""
-    made = Receiver()
+def run_receiver(host: str = "127.0.0.1") -> Iterator[Receiver]:
+    """Run a receiver on its own port."""
+    receiver = Receiver()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             text = self.rfile.read(int(self.headers["content-length"])).decode()
-            made.came.append(({name.lower(): value for name, value in self.headers.items()}, text))
-            made.answer(self)
+            receiver.received.append(({name.lower(): value for name, value in self.headers.items()}, text))
+            receiver.answer(self)
 
         def do_GET(self) -> None:
-            made.came.append(({"webhook-id": "GET"}, ""))
-            _say(self, 200)
+            receiver.received.append(({"webhook-id": "GET"}, ""))
+            _respond(self, 200)
 
         def log_message(self, *_: object) -> None:
             pass
 
     with http.server.ThreadingHTTPServer((host, 0), Handler) as server:
-        made.url = f"http://{host}:{server.server_port}/hooks"
+        receiver.url = f"http://{host}:{server.server_port}/hooks"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield made
+        yield receiver
         server.shutdown()
         thread.join()
 
 
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
-    """The app's."""
-    with receiving() as made:
-        yield made
+    """The receiver of the app."""
+    with run_receiver() as receiver_:
+        yield receiver_
 
 
 @pytest.fixture
 def sender(engine: Engine) -> Webhooks:
-    """What one worker process has, with the loopback network allowed."""
+    """The sender of one worker process, with the loopback network allowed."""
     return _sender(engine)
 
 
@@ -125,7 +125,7 @@ def _deliver(sender: Webhooks) -> int:
 
 
 def _due_now(engine: Engine) -> None:
-    """The wait until the next attempt is over."""
+    """Make the next attempt due now."""
     with engine.begin() as connection:
         connection.execute(
             update(events).where(events.c.status == "pending").values(due_at=database_now(connection) - LEASE)
@@ -144,10 +144,10 @@ def _events(engine: Engine) -> list[Any]:
         return list(connection.execute(select(events).order_by(events.c.id)))
 
 
-def test_a_job_that_became_final_is_told_once_with_all_an_app_needs(
+def test_a_final_job_is_delivered_once_with_all_that_an_app_needs(
     engine: Engine, sender: Webhooks, receiver: Receiver
 ) -> None:
-    """The reference library accepts it; nothing is sent again."""
+    """The reference library accepts it, and nothing is sent again."""
     with engine.begin() as connection:
         job_id = add_downloading(connection, "11", reference="order 7", webhook_url=receiver.url)
         stored = {"status": "stored", "due_at": None, "stored_at": NOW, "sha256": "a" * 64, "size_bytes": 3}
@@ -160,7 +160,7 @@ def test_a_job_that_became_final_is_told_once_with_all_an_app_needs(
     assert _deliver(sender) == 1
     assert _deliver(sender) == 0
 
-    ((headers, text),) = receiver.came
+    ((headers, text),) = receiver.received
     assert headers["content-type"] == "application/json"
     assert Webhook(SECRET).verify(text, headers) == {
         "type": "job.completed",
@@ -188,21 +188,25 @@ def test_a_job_that_became_final_is_told_once_with_all_an_app_needs(
 
 
 @pytest.mark.parametrize("status", ["failed", "expired", "cancelled"])
-def test_every_final_state_is_told(engine: Engine, sender: Webhooks, receiver: Receiver, status: str) -> None:
-    """With its code."""
+def test_every_final_state_is_delivered(engine: Engine, sender: Webhooks, receiver: Receiver, status: str) -> None:
+    """With its error code."""
     _final(engine, receiver.url, status=status, error_code="api_failed", ready_at=None)
     _deliver(sender)
-    ((_, text),) = receiver.came
-    told = json.loads(text)
-    assert (told["type"], told["data"]["status"], told["data"]["error_code"]) == (f"job.{status}", status, "api_failed")
+    ((_, text),) = receiver.received
+    event = json.loads(text)
+    assert (event["type"], event["data"]["status"], event["data"]["error_code"]) == (
+        f"job.{status}",
+        status,
+        "api_failed",
+    )
 
 
-def test_a_receiver_that_is_down_is_told_once_it_is_back_always_under_the_same_name(
+def test_a_receiver_that_was_down_gets_the_event_later_with_the_same_id(
     engine: Engine, sender: Webhooks, receiver: Receiver
 ) -> None:
-    """With the same text; the waits grow."""
+    """With the same body, after growing delays."""
     _final(engine, receiver.url)
-    receiver.answer = lambda handler: _say(handler, 503)
+    receiver.answer = lambda handler: _respond(handler, 503)
     waits = []
     for _ in range(4):
         _deliver(sender)
@@ -211,19 +215,19 @@ def test_a_receiver_that_is_down_is_told_once_it_is_back_always_under_the_same_n
         with engine.connect() as connection:
             waits.append((event.due_at - database_now(connection)).total_seconds())
         _due_now(engine)
-    receiver.answer = lambda handler: _say(handler, 200)
+    receiver.answer = lambda handler: _respond(handler, 200)
     _deliver(sender)
 
     assert [5 * 2**step <= wait + 4 and wait <= 6 * 2**step for step, wait in enumerate(waits)] == [True] * 4
     assert len(set(receiver.names)) == 1
-    assert len({text for _, text in receiver.came}) == 1
+    assert len({text for _, text in receiver.received}) == 1
     assert [(event.status, event.attempts) for event in _events(engine)] == [("delivered", 5)]
 
 
-def test_a_receiver_that_answers_nothing_is_tried_again(engine: Engine, sender: Webhooks) -> None:
-    """Nobody listens there any more."""
-    with receiving() as gone:
-        url = gone.url
+def test_an_unreachable_receiver_is_tried_again(engine: Engine, sender: Webhooks) -> None:
+    """Nothing listens at its address any more."""
+    with run_receiver() as closed:
+        url = closed.url
     _final(engine, url)
     _deliver(sender)
     (event,) = _events(engine)
@@ -231,10 +235,10 @@ def test_a_receiver_that_answers_nothing_is_tried_again(engine: Engine, sender: 
     assert "can't be reached" in event.error_message
 
 
-def test_a_receiver_that_drips_is_given_up_in_time(
+def test_a_request_to_a_very_slow_receiver_ends_in_time(
     engine: Engine, web: Web, sender: Webhooks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Byte after byte of a header that never ends."""
+    """It sends an endless header, byte by byte."""
     monkeypatch.setattr(webhooks, "TIMEOUT_SECONDS", 0.5)
     _final(engine, web.serves("/hooks", drips(b"HTTP/1.1 200 OK\r\n", b"x", every=0.05, seconds=10)))
     began = time.monotonic()
@@ -245,61 +249,59 @@ def test_a_receiver_that_drips_is_given_up_in_time(
     assert "no answer within" in event.error_message
 
 
-def test_one_receiver_that_hangs_keeps_no_other_waiting(engine: Engine, sender: Webhooks, receiver: Receiver) -> None:
-    """However much there is for it, and however its address is spelled."""
+def test_a_hanging_receiver_delays_no_other(engine: Engine, sender: Webhooks, receiver: Receiver) -> None:
+    """However many events it has, and however its address is spelled."""
     let_go = threading.Event()
 
     def hang(handler: http.server.BaseHTTPRequestHandler) -> None:
         let_go.wait(20)
-        _say(handler, 200)
+        _respond(handler, 200)
 
-    with receiving() as hanging:
+    with run_receiver() as hanging:
         hanging.answer = hang
         for number in range(MAX_DELIVERIES * 2):
             _final(engine, hanging.url.replace("127.0.0.1", ("127.0.0.1", "127.1")[number % 2]), f"slow{number}")
         _final(engine, receiver.url, "quick", completed_at=NOW + seconds(1))
         until = time.monotonic() + 10
-        while not receiver.came and time.monotonic() < until:
+        while not receiver.received and time.monotonic() < until:
             sender.run()
-        held = len(hanging.came)
+        occupied = len(hanging.received)
         let_go.set()
         assert sender.wait(20)
-    assert receiver.came, "it waited behind the one that hangs"
-    assert held <= PER_RECEIVER
+    assert receiver.received, "it waited behind the hanging receiver"
+    assert occupied <= PER_RECEIVER
 
 
-def test_many_receivers_that_hang_leave_places_to_the_others(
-    engine: Engine, sender: Webhooks, receiver: Receiver
-) -> None:
-    """Each that hangs takes at most half of what is free, and those that wait for it are passed over."""
+def test_many_hanging_receivers_leave_places_to_others(engine: Engine, sender: Webhooks, receiver: Receiver) -> None:
+    """Each hanging receiver takes at most half of the free places. Its other events are skipped."""
     let_go = threading.Event()
 
     def hang(handler: http.server.BaseHTTPRequestHandler) -> None:
         let_go.wait(20)
-        _say(handler, 200)
+        _respond(handler, 200)
 
-    with receiving() as one, receiving() as two, receiving() as three, receiving() as four:
-        for name, hanging in enumerate((one, two, three, four)):
+    with run_receiver() as first, run_receiver() as second, run_receiver() as third, run_receiver() as fourth:
+        for name, hanging in enumerate((first, second, third, fourth)):
             hanging.answer = hang
             for number in range(MAX_DELIVERIES):
                 _final(engine, hanging.url, f"{name}-{number}")
         _final(engine, receiver.url, "quick", completed_at=NOW + seconds(1))
         until = time.monotonic() + 10
-        while not receiver.came and time.monotonic() < until:
+        while not receiver.received and time.monotonic() < until:
             sender.run()
         before = [(event.due_at, event.attempts) for event in _events(engine) if event.url != receiver.url]
         assert sender.run() == 0
         after = [(event.due_at, event.attempts) for event in _events(engine) if event.url != receiver.url]
         let_go.set()
         assert sender.wait(20)
-    assert receiver.came, "it waited behind those that hang"
-    assert before == after, "those that wait for one that hangs are written again and again"
+    assert receiver.received, "it waited behind hanging receivers"
+    assert before == after, "events of hanging receivers are written repeatedly"
 
 
-def test_an_attempt_that_could_not_be_recorded_is_made_again_by_a_process_that_is_never_idle(
+def test_an_attempt_that_was_not_recorded_is_repeated_by_a_process_that_is_never_idle(
     engine: Engine, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else its lease would be renewed for as long as there is other work."""
+    """Otherwise its lease would be renewed as long as there is other work."""
     leases = LeaseKeeper(engine, lease=timedelta(seconds=1))
     sender = _sender(engine, leases=leases)
     _final(engine, receiver.url)
@@ -312,23 +314,23 @@ def test_an_attempt_that_could_not_be_recorded_is_made_again_by_a_process_that_i
         _deliver(sender)
     with leases:
         until = time.monotonic() + 10
-        while len(receiver.came) < 2 and time.monotonic() < until:
+        while len(receiver.received) < 2 and time.monotonic() < until:
             _deliver(sender)
             time.sleep(0.1)
-    assert len(receiver.came) == 2
+    assert len(receiver.received) == 2
     assert len(set(receiver.names)) == 1
     assert [event.status for event in _events(engine)] == ["delivered"]
 
 
-def test_a_claim_that_nobody_began_with_is_given_back_and_what_is_under_way_is_not(
+def test_a_claim_without_an_attempt_is_released_and_one_in_progress_is_not(
     engine: Engine, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The database went away between the claim and the first attempt."""
+    """The database was lost between the claim and the first attempt."""
     let_go = threading.Event()
 
     def slow(handler: http.server.BaseHTTPRequestHandler) -> None:
         let_go.wait(20)
-        _say(handler, 200)
+        _respond(handler, 200)
 
     receiver.answer = slow
     sender = _sender(engine, leases=LeaseKeeper(engine, lease=timedelta(seconds=60)))
@@ -353,63 +355,63 @@ def test_a_claim_that_nobody_began_with_is_given_back_and_what_is_under_way_is_n
     assert [event.status for event in _events(engine)] == ["delivered", "delivered"]
 
 
-def test_an_address_that_nobody_can_read_stops_no_other(engine: Engine, sender: Webhooks, receiver: Receiver) -> None:
-    """A key that stood in the host was masked before it was written."""
+def test_a_malformed_address_stops_no_other_event(engine: Engine, sender: Webhooks, receiver: Receiver) -> None:
+    """A key in the host name was masked before it was written."""
     _final(engine, "https://[key].example/hooks")
     _final(engine, receiver.url, "2")
     assert _deliver(sender) == 2
-    assert len(receiver.came) == 1
+    assert len(receiver.received) == 1
     stands = {event.url: (event.status, event.claim_token) for event in _events(engine)}
     assert stands == {"https://[key].example/hooks": ("pending", None), receiver.url: ("delivered", None)}
 
 
-def test_a_redirect_is_not_followed_wherever_it_leads(engine: Engine, sender: Webhooks, receiver: Receiver) -> None:
-    """It is no answer that says 'taken'; a method that keeps the body neither."""
-    with receiving("127.0.0.2") as inside:
-        receiver.answer = lambda handler: _say(handler, 301 if len(receiver.came) == 1 else 307, location=inside.url)
+def test_a_redirect_is_never_followed(engine: Engine, sender: Webhooks, receiver: Receiver) -> None:
+    """It does not count as accepted, not even with a status that keeps method and body."""
+    with run_receiver("127.0.0.2") as inside:
+        receiver.answer = lambda handler: _respond(
+            handler, 301 if len(receiver.received) == 1 else 307, location=inside.url
+        )
         for remote_id in ("1", "2"):
             _final(engine, receiver.url, remote_id)
             _deliver(sender)
-        assert inside.came == []
+        assert inside.received == []
     assert [(event.status, event.http_status) for event in _events(engine)] == [("pending", 301), ("pending", 307)]
 
 
-def test_an_address_inside_is_never_reached_unless_it_is_allowed(engine: Engine, receiver: Receiver) -> None:
-    """The event says which setting decides."""
+def test_an_internal_address_is_reached_only_if_allowed(engine: Engine, receiver: Receiver) -> None:
+    """The event's error names the setting."""
     _final(engine, receiver.url)
     _deliver(_sender(engine, network=""))
     _due_now(engine)
     _deliver(_sender(engine, network="10.0.0.0/8"))
-    assert receiver.came == []
+    assert receiver.received == []
     (event,) = _events(engine)
     assert event.status == "pending"
     assert "WEBHOOK_ALLOWED_NETWORKS" in event.error_message
     _due_now(engine)
     _deliver(_sender(engine))
-    assert len(receiver.came) == 1
+    assert len(receiver.received) == 1
 
 
-def test_what_is_not_taken_for_a_day_is_given_up_and_so_is_a_receiver_that_is_gone(
-    engine: Engine, sender: Webhooks, receiver: Receiver
-) -> None:
-    """410 says that it wants nothing more."""
-    receiver.answer = lambda handler: _say(handler, 500)
+def test_an_event_fails_after_a_day_or_at_status_410(engine: Engine, sender: Webhooks, receiver: Receiver) -> None:
+    """Status 410 means that it wants no more events."""
+    receiver.answer = lambda handler: _respond(handler, 500)
     _final(engine, receiver.url)
     _deliver(sender)
     with engine.begin() as connection:
         connection.execute(update(events).values(created_at=database_now(connection) - timedelta(hours=25)))
     _due_now(engine)
     _deliver(sender)
-    receiver.answer = lambda handler: _say(handler, 410)
+    receiver.answer = lambda handler: _respond(handler, 410)
     _final(engine, receiver.url, "2")
     _deliver(sender)
     assert [(event.status, event.attempts) for event in _events(engine)] == [("failed", 2), ("failed", 1)]
     assert _deliver(sender) == 0
 
 
-def test_a_receiver_may_ask_for_more_time(engine: Engine, sender: Webhooks, receiver: Receiver) -> None:
-    """Retry-After, as far as an hour."""
-    receiver.answer = lambda handler: _say(handler, 429, retry_after="600")
+def test_a_receiver_can_ask_for_more_time(engine: Engine, sender: Webhooks, receiver: Receiver) -> None:
+    """By Retry-After, up to an hour."""
+    receiver.answer = lambda handler: _respond(handler, 429, retry_after="600")
     _final(engine, receiver.url)
     _deliver(sender)
     (event,) = _events(engine)
@@ -417,10 +419,8 @@ def test_a_receiver_may_ask_for_more_time(engine: Engine, sender: Webhooks, rece
         assert timedelta(seconds=580) < event.due_at - database_now(connection) <= timedelta(seconds=600)
 
 
-def test_a_job_that_is_taken_up_again_is_told_of_under_another_name(
-    engine: Engine, sender: Webhooks, receiver: Receiver
-) -> None:
-    """One event for each final state."""
+def test_a_retried_job_has_another_event_id(engine: Engine, sender: Webhooks, receiver: Receiver) -> None:
+    """Each final state has its own event."""
     job_id = _final(engine, receiver.url, status="failed", error_code="api_failed", ready_at=None)
     _deliver(sender)
     with engine.begin() as connection:
@@ -433,10 +433,10 @@ def test_a_job_that_is_taken_up_again_is_told_of_under_another_name(
     assert len(set(receiver.names)) == 2
 
 
-def test_a_final_state_that_is_left_before_it_was_told_is_told_all_the_same(
+def test_a_final_state_that_a_retry_leaves_early_is_delivered_all_the_same(
     engine: Engine, sender: Webhooks, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever takes the job up again announces its end first."""
+    """A retry creates the event of the old final state first."""
     monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
     monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
     job_id = _final(engine, receiver.url, status="failed", error_code="api_failed", ready_at=None)
@@ -445,32 +445,32 @@ def test_a_final_state_that_is_left_before_it_was_told_is_told_all_the_same(
         ended = {"status": "expired", "error_code": "expired", "due_at": None, "completed_at": NOW + seconds(20)}
         connection.execute(update(jobs).values(ended))
     _deliver(sender)
-    assert sorted(json.loads(text)["type"] for _, text in receiver.came) == ["job.expired", "job.failed"]
+    assert sorted(json.loads(text)["type"] for _, text in receiver.received) == ["job.expired", "job.failed"]
 
 
-def test_the_databases_clock_signs_and_not_the_hosts(
+def test_signatures_use_the_databases_clock(
     engine: Engine, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Receivers refuse what is older than five minutes."""
+    """Receivers refuse signatures that are older than five minutes."""
     _final(engine, receiver.url)
     sender = _sender(engine)
     began = time.time()
     monkeypatch.setattr(time, "time", lambda: began - 3_600)
     _deliver(sender)
     monkeypatch.undo()
-    ((headers, text),) = receiver.came
+    ((headers, text),) = receiver.received
     assert Webhook(SECRET).verify(text, headers)["type"] == "job.completed"
 
 
-def test_many_processes_make_each_event_once_and_deliver_it_once(engine: Engine, receiver: Receiver) -> None:
-    """Whoever comes first."""
+def test_many_processes_create_and_deliver_each_event_once(engine: Engine, receiver: Receiver) -> None:
+    """By the process that is first."""
     for number in range(60):
         _final(engine, receiver.url, str(number))
     senders = [_sender(engine) for _ in range(4)]
 
     def work(sender: Webhooks) -> None:
         until = time.monotonic() + 20
-        while len(receiver.came) < 60 and time.monotonic() < until:
+        while len(receiver.received) < 60 and time.monotonic() < until:
             sender.run()
             time.sleep(0.01)
         sender.wait(10)
@@ -480,13 +480,13 @@ def test_many_processes_make_each_event_once_and_deliver_it_once(engine: Engine,
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(receiver.came) == 60
+    assert len(receiver.received) == 60
     assert len(set(receiver.names)) == 60
     assert {event.status for event in _events(engine)} == {"delivered"}
 
 
-def test_who_lost_the_claim_can_no_longer_record_and_the_dead_hold_nothing(engine: Engine) -> None:
-    """The lease was over, or another process took it."""
+def test_a_process_that_lost_its_claim_can_not_record_and_dead_processes_hold_nothing(engine: Engine) -> None:
+    """The lease had ended, or another process claimed the event."""
     _final(engine, "https://app.example/hooks")
     with engine.begin() as connection:
         create_events(connection, now=NOW, limit=10)
@@ -504,24 +504,24 @@ def test_who_lost_the_claim_can_no_longer_record_and_the_dead_hold_nothing(engin
     assert [event.attempts for event in _events(engine)] == [2]
 
 
-def test_no_secret_is_shown_anywhere(
+def test_no_secret_is_shown(
     engine: Engine, sender: Webhooks, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not in a row, a log, or a request."""
-    receiver.answer = lambda handler: _say(handler, 500)
+    """Neither in a row, nor in a log, nor in a request."""
+    receiver.answer = lambda handler: _respond(handler, 500)
     _final(engine, receiver.url)
     with caplog.at_level("DEBUG"):
         _deliver(sender)
-    whole = caplog.text + str(_events(engine)) + str(receiver.came)
+    whole = caplog.text + str(_events(engine)) + str(receiver.received)
     assert "webhook not delivered" in whole
     assert SECRET not in whole
     assert SECRET.removeprefix("whsec_") not in whole
 
 
-def test_a_look_for_what_is_to_be_told_goes_through_no_job_that_nobody_is_told_of(
+def test_finding_due_events_reads_no_job_without_a_webhook(
     migrated_mariadb: Engine,
 ) -> None:
-    """It is made twice a second by each process, on MariaDB too, where no index is of some rows alone."""
+    """Each process runs the query twice a second, also on MariaDB, which has no partial indexes."""
     engine = migrated_mariadb
     for number in range(300):
         _final(engine, "https://app.example/hooks", str(number), **({} if number == 7 else {"webhook_url": None}))
@@ -536,21 +536,21 @@ def test_a_look_for_what_is_to_be_told_goes_through_no_job_that_nobody_is_told_o
     assert sum(int(times) for _, times in read) < 150
 
 
-def test_without_a_secret_nothing_is_sent_and_nothing_is_lost(engine: Engine, receiver: Receiver) -> None:
-    """It was taken out of the settings; the events are made when it is back."""
+def test_without_a_secret_no_event_is_sent_or_lost(engine: Engine, receiver: Receiver) -> None:
+    """It was removed from the settings. The events are created once it is back."""
     _final(engine, receiver.url)
     silent = _sender(engine)
     silent._secrets = ()
     assert _deliver(silent) == 0
     assert _events(engine) == []
     assert _deliver(_sender(engine)) == 1
-    assert len(receiver.came) == 1
+    assert len(receiver.received) == 1
 
 
-def test_given_a_lease_that_may_be_over_when_a_webhook_would_be_sent_then_it_is_given_back(
+def test_given_a_lease_that_may_have_ended_when_a_webhook_would_be_sent_then_it_is_released(
     engine: Engine, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that was stopped for longer than its lease: another may have sent it."""
+    """A process was stopped for longer than its lease. Another one may have sent the event."""
     leases = LeaseKeeper(engine, lease=LEASE)
     sender = _sender(engine, leases=leases)
     _final(engine, receiver.url)
@@ -561,8 +561,8 @@ def test_given_a_lease_that_may_be_over_when_a_webhook_would_be_sent_then_it_is_
     with monkeypatch.context() as asleep:
         asleep.setattr(leases, "check", refuse)
         assert _deliver(sender) == 1
-    assert receiver.came == []
+    assert receiver.received == []
     [event] = _events(engine)
     assert (event.status, event.attempts, event.claim_token) == ("pending", 0, None)
     assert _deliver(sender) == 1
-    assert len(receiver.came) == 1
+    assert len(receiver.received) == 1

@@ -431,7 +431,7 @@ def test_a_job_that_has_outputs_already_stays_as_it_is(engine: Engine, word_sett
 
     read = _apply(word_settings)[job_id]
     assert (read.changed, read.status) == (False, "failed")
-    assert read.note.endswith("the job has outputs already")
+    assert read.note.endswith("the job already has outputs")
 
 
 def test_with_a_shape_only_jobs_with_such_an_answer_are_read_again(engine: Engine, word_settings: Settings) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 import worker
 from tests.download_stand import PNG, png
 from tests.servers import celery_worker
-from tests.testing.env import content
+from tests.testing.test_kit import content
 from tests.waiting import wait_until
 from tests.web import Answer, Web, page
 from worker.core.lifecycle import PROMISE_PATIENCE
@@ -330,7 +330,7 @@ def test_given_a_job_whose_promise_is_tried_when_it_is_shown_then_it_says_so_and
     assert (before.state, before.detail) == ("kept", "1 link; tried before the job ends without an output")
     assert tried.state == "tried"
     assert "because the API promised output there" in tried.detail
-    assert "if nothing comes, the job ends as not_found: Request not found" in tried.detail
+    assert "if none gives an output, the job ends as not_found: Request not found" in tried.detail
     assert "since the API promised it" in advice
     with env.worker.engine.connect() as connection:
         row = job_row(connection, job_id)
@@ -387,7 +387,7 @@ def test_given_jobs_with_promises_when_they_are_pruned_then_their_promises_are_r
 # ── outputs of other jobs ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("known", [False, True], ids=["family unknown", "wrong family"])
+@pytest.mark.parametrize("was_seen_before", [False, True], ids=["family unknown", "wrong family"])
 def test_given_a_voice_with_a_dead_link_when_its_id_is_also_a_picture_then_the_picture_is_not_stored(
     env: Kit, web: Web, was_seen_before: bool
 ) -> None:

@@ -129,7 +129,7 @@ def test_given_a_request_that_raises_then_the_api_counts_as_down_and_the_thread_
 ) -> None:
     def ask(item: ClaimedJob) -> ApiReply:
         if item.id == 1:
-            raise RuntimeError("an adapter of somebody's own")
+            raise RuntimeError("a custom adapter")
         return ApiReply(Processing())
 
     pool = RequestPool(ask, threads=1)

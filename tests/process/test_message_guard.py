@@ -1,4 +1,4 @@
-"""What is refused before Celery reads it, and what is not."""
+"""Messages that are rejected before Celery reads them, and messages that are not."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -17,19 +17,19 @@ pytestmark = pytest.mark.every_python
 TASKS = tasks.download.app.tasks
 
 
-def received(sent: RawMessage) -> Any:
-    """The message as a worker on Redis gets it."""
-    raw = redis_element(sent, "fetch-worker")
+def received(raw: RawMessage) -> Any:
+    """Return the message as a worker on Redis receives it."""
+    element = redis_element(raw, "fetch-worker")
     channel = Channel.__new__(Channel)
-    message = Message(raw, channel=channel)
+    message = Message(element, channel=channel)
     message.accept = {"application/json"}
     return message
 
 
-@pytest.mark.parametrize("sent", [pytest.param(sent, id=name) for name, sent in MALFORMED.items()])
-def test_what_can_be_no_task_is_refused(sent: RawMessage) -> None:
-    message = received(sent)
-    if message.errors:  # kombu's own check, which Celery's consumer is told of
+@pytest.mark.parametrize("raw", [pytest.param(raw, id=name) for name, raw in MALFORMED.items()])
+def test_a_message_that_is_no_task_is_rejected(raw: RawMessage) -> None:
+    message = received(raw)
+    if message.errors:  # kombu's own check, whose result Celery's consumer gets
         return
     with pytest.raises(MalformedMessage) as refused:
         check_eta(message, read_task(message, TASKS))
@@ -56,7 +56,7 @@ VALID = {
             MISSING,
         )
     ),
-    "a header of somebody's own": RawMessage(headers={"sentry-trace": "00-1", "traceparent": "a"}),
+    "a custom header": RawMessage(headers={"sentry-trace": "00-1", "traceparent": "a"}),
     "expires": RawMessage(headers={"expires": "2099-01-01T00:00:00+00:00"}),
     "an id of the client's own": RawMessage(headers={"id": "order 17 / picture 3"}),
     "a shadow": RawMessage(headers={"shadow": "track order 17"}),
@@ -67,13 +67,13 @@ VALID = {
 }
 
 
-@pytest.mark.parametrize("sent", [pytest.param(sent, id=name) for name, sent in VALID.items()])
-def test_what_celery_can_run_is_not_refused(sent: RawMessage) -> None:
-    assert read_task(received(sent), TASKS).name == "worker.track"
+@pytest.mark.parametrize("raw", [pytest.param(raw, id=name) for name, raw in VALID.items()])
+def test_a_message_that_celery_can_run_is_accepted(raw: RawMessage) -> None:
+    assert read_task(received(raw), TASKS).name == "worker.track"
 
 
 @pytest.mark.parametrize("element", [pytest.param(element, id=name) for name, element in ELEMENTS.items()])
-def test_an_element_that_kombu_can_not_read_is_refused_or_fails_as_json(element: bytes) -> None:
+def test_an_element_that_kombu_can_not_read_is_rejected_or_fails_as_json(element: bytes) -> None:
     try:
         raw = json.loads(element)
     except (ValueError, RecursionError):
@@ -98,25 +98,25 @@ COMMAND: dict[str, Any] = {"method": "ping", "arguments": {}, "destination": Non
         *((COMMAND, {"clock": "x"}), (COMMAND, {"clock": float("nan")}), (COMMAND, {"clock": 1 << 80})),
     ],
 )
-def test_a_malformed_command_is_refused(body: object, headers: object) -> None:
+def test_a_malformed_command_is_rejected(body: object, headers: object) -> None:
     assert control_problem(body, headers, {"ping": print}) is not None
 
 
-def test_a_command_of_celery_is_not_refused() -> None:
+def test_a_command_of_celery_is_accepted() -> None:
     reply_to = {"exchange": "reply.celery.pidbox", "routing_key": "a"}
     call = COMMAND | {"reply_to": reply_to, "ticket": "a", "destination": ["worker@a"]}
     assert control_problem(call, {"clock": 5, "expires": 0}, {"ping": print}) is None
 
 
-def test_a_job_that_is_to_be_tracked_in_an_hour_is_tracked_at_once() -> None:
-    """Celery would keep the message in memory, and Redis hand it out again every minute."""
+def test_a_track_message_with_an_eta_in_an_hour_runs_at_once() -> None:
+    """Celery would keep the message in memory, and Redis would redeliver it every minute."""
     eta = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
     message = received(RawMessage(headers={"eta": eta}))
     check_eta(message, read_task(message, TASKS))
     assert message.headers["eta"] is None
 
 
-def test_a_job_that_is_to_be_cancelled_in_an_hour_is_refused_and_not_cancelled_at_once() -> None:
+def test_a_cancel_message_with_an_eta_in_an_hour_is_rejected() -> None:
     eta = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
     message = received(RawMessage(b"[[1], {}, {}]", {"task": "worker.cancel", "eta": eta}))
     with pytest.raises(MalformedMessage, match=r"its eta is 3\d\d\d s away, and 30 s is the most that is waited"):

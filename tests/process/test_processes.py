@@ -1,4 +1,4 @@
-"""Real Celery processes: clear words at the start, polls without a broker, every pool, a polite end."""
+"""Real Celery processes: clear errors at the start, polls without a broker, every pool, a clean stop."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ KEY = "a-key-of-the-sandbox"
 
 @pytest.fixture
 def sandbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
-    """A stand-in whose jobs are ready at once, and the settings that lead to it."""
+    """A stand-in whose jobs are ready at once, and the settings for it."""
     with Sandbox(SandboxOptions(key=KEY, min_seconds=0.0, max_seconds=0.1, size=32)) as server:
         monkeypatch.setenv("SD_API_URL", server.url)
         monkeypatch.setenv("SD_API_KEY", KEY)
@@ -37,7 +37,7 @@ def sandbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
 
 @pytest.fixture
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """Migrated tables in a file that DATABASE_URL names."""
+    """A migrated database file, set as DATABASE_URL."""
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/worker.db")
     engine = make_engine(make_url(f"sqlite:///{tmp_path}/worker.db"))
     migrate(engine)
@@ -46,18 +46,18 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine
 
 
 def states(engine: Engine) -> list[str]:
-    """The states of all jobs."""
+    """Return the states of all jobs."""
     with engine.connect() as connection:
         return list(connection.execute(select(jobs.c.status).order_by(jobs.c.id)).scalars())
 
 
 def start(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Runs a Celery command that is expected to end by itself."""
+    """Run a Celery command that is expected to end by itself."""
     command = [sys.executable, "-m", "celery", "-A", "worker.app", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=dict(os.environ))
 
 
-def test_given_no_broker_and_no_beat_when_a_worker_runs_then_it_polls_all_the_same(
+def test_given_no_broker_and_no_beat_when_a_worker_runs_then_it_still_polls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Engine, sandbox: Sandbox
 ) -> None:
     monkeypatch.setenv("REDIS_URL", f"redis://127.0.0.1:{free_port()}/0")
@@ -77,7 +77,7 @@ def test_given_no_broker_and_no_beat_when_a_worker_runs_then_it_polls_all_the_sa
     assert "Traceback" not in log.read_text()
 
 
-def test_given_a_training_that_only_its_endpoint_makes_known_when_tracked_by_task_then_its_id_is_the_result(
+def test_given_a_training_that_is_known_only_by_its_endpoint_when_tracked_by_task_then_its_id_is_the_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Engine, sandbox: Sandbox, redis_url: str
 ) -> None:
     monkeypatch.setenv("REDIS_URL", redis_url)
@@ -117,7 +117,7 @@ def test_given_a_pool_of_any_kind_when_a_job_is_tracked_then_it_is_polled_and_st
     assert set(sandbox.calls.pictures.values()) == {1}
 
 
-def test_given_work_under_way_when_a_worker_is_told_to_stop_then_it_gives_back_what_it_did_not_ask(
+def test_given_work_in_progress_when_a_worker_stops_then_it_releases_the_unpolled_jobs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Engine, sandbox: Sandbox, redis_url: str
 ) -> None:
     monkeypatch.setenv("REDIS_URL", redis_url)
@@ -142,11 +142,11 @@ def test_given_a_malformed_setting_when_a_process_starts_then_one_line_says_so(
 ) -> None:
     monkeypatch.setenv("SD_API_RPS", "many")
 
-    done = start(command)
+    process = start(command)
 
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("fetch-worker: SD_API_RPS is wrong")
-    assert "Traceback" not in done.stderr
+    assert process.returncode == 2
+    assert process.stderr.strip().splitlines()[-1].startswith("fetch-worker: SD_API_RPS is wrong")
+    assert "Traceback" not in process.stderr
 
 
 def test_given_no_tables_when_a_worker_starts_then_one_line_says_what_to_do(
@@ -155,8 +155,8 @@ def test_given_no_tables_when_a_worker_starts_then_one_line_says_what_to_do(
     monkeypatch.setenv("REDIS_URL", redis_url)
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/empty.db")
 
-    done = start("worker", "--pool", "solo")
+    process = start("worker", "--pool", "solo")
 
-    assert done.returncode == 1
-    assert "no tables of fetch-worker yet: run `fetch-worker migrate`" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert process.returncode == 1
+    assert "no tables of fetch-worker yet: run `fetch-worker migrate`" in process.stderr
+    assert "Traceback" not in process.stderr

@@ -1,4 +1,4 @@
-"""Messages that are delivered again: counted where they end their process, and put back while the database is away."""
+"""Redelivered messages: counted if they end their process, and requeued while the database is away."""
 
 import threading
 from contextlib import suppress
@@ -10,15 +10,15 @@ from worker.coordination.rate_limiter import redis_client
 from worker.process.redelivery import DatabaseOutage, DeliveryCounter, TooManyDeliveries, remote_id_of
 
 
-def _die_in(deliveries: DeliveryCounter, message_id: str) -> None:
-    """Begins a delivery that never ends, as a killed process leaves it."""
+def _leave_unfinished(deliveries: DeliveryCounter, message_id: str) -> None:
+    """Start a delivery that never ends, as a killed process leaves it."""
     deliveries._begin(f"fetch-worker.deliveries.{message_id}")
 
 
-def test_a_message_that_ended_its_process_too_often_is_set_aside_and_then_forgotten(redis_url: str) -> None:
+def test_a_message_that_ended_its_process_too_often_is_rejected_and_its_count_removed(redis_url: str) -> None:
     deliveries, message_id = DeliveryCounter(redis_client(redis_url, seconds=5), max_deliveries=3), str(uuid4())
     for _ in range(3):
-        _die_in(deliveries, message_id)
+        _leave_unfinished(deliveries, message_id)
     with pytest.raises(TooManyDeliveries), deliveries.counted(message_id, redelivered=True):
         raise AssertionError("it must not run again")
     ran = False
@@ -27,7 +27,7 @@ def test_a_message_that_ended_its_process_too_often_is_set_aside_and_then_forgot
     assert ran
 
 
-def test_deliveries_that_end_are_not_counted_however_they_end(redis_url: str) -> None:
+def test_deliveries_that_end_are_not_counted_whatever_their_result(redis_url: str) -> None:
     deliveries, message_id = DeliveryCounter(redis_client(redis_url, seconds=5), max_deliveries=1), str(uuid4())
     for _ in range(5):
         with suppress(ValueError), deliveries.counted(message_id, redelivered=True):
@@ -45,7 +45,7 @@ def test_without_redis_every_message_runs() -> None:
 
 
 class Clock:
-    """A clock and an event to wait on, which moves it."""
+    """A clock, and an event whose wait moves it."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -64,7 +64,7 @@ def _waited(outage: DatabaseOutage, clock: Clock) -> float:
     return clock.now - began
 
 
-def test_the_longer_the_database_is_away_the_longer_a_message_waits() -> None:
+def test_the_wait_of_a_message_grows_with_the_outage() -> None:
     clock = Clock()
     outage = DatabaseOutage(lambda: False, clock)
     waits = [_waited(outage, clock) for _ in range(30)]
@@ -72,14 +72,14 @@ def test_the_longer_the_database_is_away_the_longer_a_message_waits() -> None:
     assert (waits[0], waits[-1]) == (1.0, 30.0)
 
 
-def test_a_message_waits_no_longer_once_the_database_answers() -> None:
+def test_the_wait_ends_once_the_database_answers() -> None:
     clock = Clock()
     outage = DatabaseOutage(lambda: clock.now > 100, clock)
     while clock.now < 80:
         _waited(outage, clock)
     _waited(outage, clock)
     assert clock.now == 101.0, "as soon as it answers"
-    assert _waited(outage, clock) > 20, "it answered and failed again: that look says nothing"
+    assert _waited(outage, clock) > 20, "it answered and failed again, so the check is not trusted"
 
 
 def test_after_the_outage_the_first_wait_is_short_again() -> None:
@@ -101,5 +101,5 @@ def test_a_wait_ends_as_the_process_stops() -> None:
     ("remote", "name"),
     [("12", "12"), (12, "12"), ({"id": "a" * 500}, "a" * 128), ({"id": []}, "unknown"), ([], "unknown")],
 )
-def test_what_was_to_be_tracked_is_named_in_short(remote: object, name: str) -> None:
+def test_the_remote_id_of_a_track_message_is_named_in_short(remote: object, name: str) -> None:
     assert remote_id_of(remote) == name

@@ -255,7 +255,7 @@ class _PollWork:
                 adapter=_adapters()[0],
                 status_words=settings.status_words,
             ),
-            budget=_NoRateLimit(),
+            budget=_UnlimitedRate(),
             leases=_Leases(engine, lease=LEASE),
             keys=self._keys,
             rps=settings.rps,
@@ -383,19 +383,19 @@ class _Leases(LeaseKeeper):
         pass
 
 
-class _NoRateLimit(RateLimiter):
+class _UnlimitedRate(RateLimiter):
     """A rate limiter without a limit. Answers of the API that refuse a request still hold the account."""
 
     def __init__(self) -> None:
         pass
 
-    def take(self, account: str, wanted: int, *, rate: float) -> Reservation:
-        return Reservation((0.0,) * wanted, 0.0, account)
+    def take(self, account: str, requests: int, *, rate: float) -> Reservation:
+        return Reservation((0.0,) * requests, 0.0, account)
 
-    def give_back(self, grant: Reservation, unused: int) -> None:
+    def give_back(self, reservation: Reservation, unused: int) -> None:
         pass
 
-    def taken(self, account: str, requests: int) -> float:
+    def count_accepted(self, account: str, requests: int) -> float:
         return float(requests)
 
 
