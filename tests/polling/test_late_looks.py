@@ -486,7 +486,9 @@ def test_given_a_worker_when_an_expired_job_becomes_ready_then_it_is_stored_and_
                 assert connection.execute(select(late_looks)).all() == []
             return
         wait_until(
-            lambda: read_job(database, job_id).status == "completed", "the job is completed", seen=lambda: _seen(database)
+            lambda: read_job(database, job_id).status == "completed",
+            "the job is completed",
+            seen=lambda: _seen(database),
         )
         wait_until(lambda: read_job(database, job_id).told_at is not None, "the on_done call is sent")
     row = read_job(database, job_id)

@@ -255,7 +255,7 @@ class _PollWork:
                 adapter=_adapters()[0],
                 status_words=settings.status_words,
             ),
-            budget=_UnlimitedRate(),
+            budget=_NoRateLimit(),
             leases=_Leases(engine, lease=LEASE),
             keys=self._keys,
             rps=settings.rps,
@@ -383,7 +383,7 @@ class _Leases(LeaseKeeper):
         pass
 
 
-class _UnlimitedRate(RateLimiter):
+class _NoRateLimit(RateLimiter):
     """A rate limiter without a limit. Answers of the API that refuse a request still hold the account."""
 
     def __init__(self) -> None:
