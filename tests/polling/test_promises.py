@@ -331,13 +331,13 @@ def test_given_a_job_whose_promise_is_tried_when_it_is_shown_then_it_says_so_and
     assert tried.state == "tried"
     assert "because the API promised output there" in tried.detail
     assert "if none gives an output, the job ends as not_found: Request not found" in tried.detail
-    assert "since the API promised it" in advice
+    assert "the API promised output at this link" in advice
     with env.worker.engine.connect() as connection:
         row = job_row(connection, job_id)
         assert row is not None
         explanation = why(connection, row, outputs_of(connection, [job_id]), env.worker.settings)
     assert explanation.startswith(
-        "it ends as not_found unless a promised link brings an output; 0 of 1 outputs are stored"
+        "it ends as not_found unless a promised link gives an output; 0 of 1 outputs are stored"
     )
 
 
