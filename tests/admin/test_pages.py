@@ -14,7 +14,7 @@ from sqlalchemy import Engine, insert, update
 from tests.admin_pages import PASSWORD, Operator, add_stored
 from tests.rows import NOW, add_downloading, add_job, add_output, read_job, seconds
 from worker.admin.access import AccessControl
-from worker.admin.job_actions import JOB_ACTIONS, act_on
+from worker.admin.job_actions import JOB_ACTIONS, apply_to_jobs
 from worker.admin.outputs import MAX_PICTURE_BYTES, PICTURES, display_kind
 from worker.admin.site import make_site
 from worker.client import tracking
@@ -155,7 +155,7 @@ def test_a_database_error_between_two_jobs_is_reported_correctly(operator: Opera
             raise Unavailable("the database does not answer")
         return tracking.cancel(job_id)
 
-    result = act_on(replace(JOB_ACTIONS["cancel"], work=cancel_two), ids)
+    result = apply_to_jobs(replace(JOB_ACTIONS["cancel"], work=cancel_two), ids)
 
     assert result == "2 jobs cancelled, 2 not changed: the database does not answer."
     assert [read_job(engine, job_id).status for job_id in ids] == ["cancelled", "cancelled", "pending", "pending"]

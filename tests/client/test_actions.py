@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Engine, select
 
 from tests.rows import LEASE, add_job
 from worker.client import actions
-from worker.client.actions import Action, act
+from worker.client.actions import Action, change_matching
 from worker.core.lifecycle import AskAgain, EndJob, Strikes
 from worker.settings import Settings, load
 from worker.store.claims import claim_jobs, due_groups
@@ -47,7 +47,7 @@ def test_operators_and_workers_can_change_the_same_jobs_concurrently(engine: Eng
 
     def operate(action: Action) -> None:
         for _ in range(2):
-            for _ in act(action, JobFilter(), settings):
+            for _ in change_matching(action, JobFilter(), settings):
                 pass
 
     with ThreadPoolExecutor(8) as threads:
@@ -98,6 +98,6 @@ def test_an_action_by_filter_logs_one_line(
             add_job(connection, str(number))
 
     for _ in range(2):
-        list(act("hold", JobFilter(), settings))
+        list(change_matching("hold", JobFilter(), settings))
 
     assert [line.getMessage() for line in caplog.records] == ["an operator changed jobs by filter action=hold jobs=50"]

@@ -305,6 +305,9 @@ def test_resume_by_output_code_resumes_downloads(database: Engine) -> None:
         add_output(connection, other, **(trouble | {"error_code": "http_error"}))
     job_filter = JobFilter(output_codes=("unreachable",))
 
-    assert [result.id for batch in actions.act("resume", job_filter, load()) for result in batch if result.changed] == [
-        unreachable
-    ]
+    assert [
+        result.id
+        for batch in actions.change_matching("resume", job_filter, load())
+        for result in batch
+        if result.changed
+    ] == [unreachable]

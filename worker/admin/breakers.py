@@ -5,7 +5,7 @@ from flask_admin import BaseView, expose
 from werkzeug.exceptions import NotFound
 from werkzeug.wrappers import Response
 
-from worker.admin.job_actions import act_on_breaker
+from worker.admin.job_actions import apply_to_breaker
 from worker.admin.reader import AdminReader
 
 MEANING = {
@@ -36,7 +36,7 @@ class BreakersView(BaseView):
         if existing is None or name not in MEANING:
             raise NotFound("there is no such account or host")
         if request.form.get("confirmed") == "yes":
-            flash(act_on_breaker(name, *existing), "success")
+            flash(apply_to_breaker(name, *existing), "success")
             return redirect(url_for("gates.index"))
         page: str = self.render(
             "confirm.html",

@@ -50,7 +50,7 @@ def job_ids(values: Sequence[str]) -> list[int]:
     return list(dict.fromkeys(number for number in map(int, numbers) if 0 < number <= MAX_ID))
 
 
-def act_on(action: JobAction, ids: Sequence[int]) -> str:
+def apply_to_jobs(action: JobAction, ids: Sequence[int]) -> str:
     """Apply an action to each job, in the order of their ids. Return the result as a sentence."""
     outcomes, error = _apply_to_each(action, sorted(ids))
     changed, unchanged, missing = (outcomes[outcome] for outcome in ("changed", "unchanged", "missing"))
@@ -78,7 +78,7 @@ def _apply_to_each(action: JobAction, ids: Sequence[int]) -> tuple[Counter[str],
     return outcomes, ""
 
 
-def act_on_breaker(name: str, scope: Scope, breaker: str) -> str:
+def apply_to_breaker(name: str, scope: Scope, breaker: str) -> str:
     """Hold or resume a whole account or host. Return the result as a sentence."""
     if name == "hold":
         return f"The {scope} {breaker} {'is held' if hold_account_or_host(scope, breaker) else 'was already held'}."

@@ -13,7 +13,7 @@ from werkzeug.exceptions import NotFound
 
 from worker.admin.access import own_path
 from worker.admin.formatting import format_count, moment
-from worker.admin.job_actions import JOB_ACTIONS, act_on, job_ids
+from worker.admin.job_actions import JOB_ACTIONS, apply_to_jobs, job_ids
 from worker.admin.reader import AdminReader
 from worker.core.lifecycle import FINAL_STATES, JOB_STATES
 from worker.store.jobs import MAX_ID
@@ -131,7 +131,7 @@ class JobsView(RowsView):
             )
             return page
         else:
-            flash(act_on(job_action, selected), "success")
+            flash(apply_to_jobs(job_action, selected), "success")
         return None
 
     @action("retry", "Retry")

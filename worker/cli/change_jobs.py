@@ -15,7 +15,7 @@ from worker.cli.filters import filter_options, job_filter
 from worker.cli.job_ids import job_numbers
 from worker.cli.output import json_option, print_json, print_table
 from worker.client import holds, tracking
-from worker.client.actions import Action, ActionResult, act, changeable
+from worker.client.actions import Action, ActionResult, change_matching, changeable
 from worker.core.circuit_breaker import Scope
 from worker.core.identity import ACCOUNT
 from worker.errors import JobNotFound
@@ -161,7 +161,7 @@ def _filtered(request: _Request, job_filter: JobFilter, settings: Settings) -> i
     if request.dry_run:
         _show_preview(request, matching_jobs, count, settings)
         return 0
-    changes = _with_progress(act(request.action, job_filter, settings), request.action, count)
+    changes = _with_progress(change_matching(request.action, job_filter, settings), request.action, count)
     if request.as_json:
         _print_stream(changes)
     else:

@@ -57,7 +57,7 @@ def changeable(action: Action, job_filter: JobFilter) -> JobFilter:
     return replace(job_filter, statuses=states, by_hand=by_hand)
 
 
-def act(action: Action, job_filter: JobFilter, settings: Settings) -> Iterator[list[ActionResult]]:
+def change_matching(action: Action, job_filter: JobFilter, settings: Settings) -> Iterator[list[ActionResult]]:
     """Apply an action to all matching jobs, newest first. Yield the results of each transaction after its commit.
 
     A job that no longer matches when its turn comes is not changed. Raises Unavailable; the results yielded before that
