@@ -32,7 +32,7 @@ from worker.operations.snapshot import (
     Snapshot,
     SnapshotReader,
     Transfer,
-    UnstoredGroup,
+    UnstoredByHost,
 )
 from worker.settings import load
 from worker.store.engine import engine_for
@@ -348,7 +348,7 @@ def _late_row(job: LateJob) -> Sequence[str]:
     return (str(job.id), job.account, format_duration(job.late_seconds), past, job.why)
 
 
-def _unstored_row(group: UnstoredGroup, more: bool) -> Sequence[str]:
+def _unstored_row(group: UnstoredByHost, more: bool) -> Sequence[str]:
     next_try = (
         f"in {format_duration(group.next_seconds)}"
         if group.next_seconds > 0

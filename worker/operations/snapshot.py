@@ -135,7 +135,7 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True)
-class UnstoredGroup:
+class UnstoredByHost:
     """Outputs that are not stored yet, grouped by host and code of the last error (`None`: no error so far).
 
     `next_seconds` is the time until the first of them is tried again. It is negative if that output is overdue.
@@ -207,7 +207,7 @@ class Snapshot:
     overdue: Sequence[OverdueJob]
     claims: Sequence[LostClaimNow]
     transfers: Sequence[Transfer]
-    unstored: Sequence[UnstoredGroup]
+    unstored: Sequence[UnstoredByHost]
     unstored_more: bool
     webhooks: Sequence[LateWebhook]
     failures: Sequence[Failure]
@@ -503,14 +503,14 @@ def attempt_host(row: Row[Any], *, renewable: bool) -> str:
     return link_host((row.url, *proxies)[address_index(facts)])
 
 
-def _unstored(rows: Iterable[Row[Any]], now: datetime) -> list[UnstoredGroup]:
+def _unstored(rows: Iterable[Row[Any]], now: datetime) -> list[UnstoredByHost]:
     """Group the outputs: groups with errors first, then by waiting time."""
     groups: dict[tuple[str | None, str], list[Row[Any]]] = defaultdict(list)
     for row in rows:
         host = "" if row.error_code in (None, "storage") else link_host(row.url)
         groups[row.error_code, host].append(row)
     unstored = [
-        UnstoredGroup(
+        UnstoredByHost(
             code=code,
             host=host,
             job_id=min(group, key=lambda row: row.listed_at).job_id,

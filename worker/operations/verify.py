@@ -66,12 +66,12 @@ def verify(
     """
     report = VerifyReport()
     stores: dict[str, Storage] = {}
-    known_places: set[int] = set()  # hashes of locations need a tenth of the memory
+    known_locations: set[int] = set()  # hashes of locations need a tenth of the memory
     unreadable = 0
     missing: list[Row[Any]] | None = None if force or dry_run else []
     for row in _stored(engine, job_ids):
         report.checked += 1
-        known_places.add(hash(canonical_location(row.location)))
+        known_locations.add(hash(canonical_location(row.location)))
         scheme = row.location.partition(":")[0]
         if scheme not in stores:
             stores[scheme] = storage_of(row.location, settings)
@@ -88,7 +88,8 @@ def verify(
             missing.append(row)
             if len(missing) >= MISSING_LIMIT:
                 raise StorageTrouble(
-                    f"the first {MISSING_LIMIT} outputs are all missing: is {_folder(row.location)} mounted?"
+                    f"the first {MISSING_LIMIT} outputs are all missing: is {_folder(row.location)} mounted? "
+                    "If the files are really lost, use --force"
                 )
             continue
         for missing_row in missing or ():
@@ -108,7 +109,7 @@ def verify(
         unlisted = [
             location
             for location in storage_for(settings).locations()
-            if hash(canonical_location(location)) not in known_places
+            if hash(canonical_location(location)) not in known_locations
         ]
         with engine.connect() as connection:
             orphans = sorted(unknown_locations(connection, unlisted))
