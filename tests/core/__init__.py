@@ -1,1 +1,1 @@
-"""The tests of the pure core: tables, properties, and walks on a clock that is told the time."""
+"""Tests of the pure core: tables, properties and simulations with a controlled clock."""

@@ -1,4 +1,4 @@
-"""Accounts and hosts that are held, walked through on a clock that is told the time."""
+"""Circuit breakers of accounts and hosts, with a controlled clock."""
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -39,24 +39,24 @@ OPEN = after_job_answer(NEW, now=T0, probe=True)
 HOST = CircuitBreaker("host", "modelslab.com")
 
 
-def probe_seconds(breaker: CircuitBreaker, *, until: int) -> list[int]:
-    """The seconds at which a worker that looks every second would probe a gate that keeps refusing."""
-    asked = []
+def probe_times(breaker: CircuitBreaker, *, until: int) -> list[int]:
+    """Return the seconds at which a worker that looks every second probes a breaker whose probes all fail."""
+    seconds = []
     for second in range(until):
         now = at(second)
         if breaker.allows(now) == "probe":
-            asked.append(second)
+            seconds.append(second)
             breaker = after_refusal(
                 with_probe_started(breaker, now=now, lease=LEASE), "key rejected", now=now, probe=True
             )
         assert breaker.allows(now) == "none"
-    return asked
+    return seconds
 
 
 # ── accounts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_key_never_yet_accepted_is_tried_with_one_call_alone() -> None:
+def test_an_unproven_key_is_tested_with_a_single_probe() -> None:
     trying = with_probe_started(NEW, now=T0, lease=LEASE)
 
     assert NEW.allows(T0) == "probe"
@@ -65,53 +65,55 @@ def test_a_key_never_yet_accepted_is_tried_with_one_call_alone() -> None:
 
 
 def test_a_rejected_key_is_probed_after_10_20_40_and_then_every_60_seconds() -> None:
-    held = after_refusal(OPEN, "key rejected", now=T0, probe=False)
+    held_breaker = after_refusal(OPEN, "key rejected", now=T0, probe=False)
 
-    assert probe_seconds(held, until=320) == [10, 30, 70, 130, 190, 250, 310]
-
-
-def test_a_new_key_that_is_rejected_is_probed_by_the_same_schedule() -> None:
-    assert probe_seconds(NEW, until=140) == [0, 10, 30, 70, 130]
+    assert probe_times(held_breaker, until=320) == [10, 30, 70, 130, 190, 250, 310]
 
 
-def test_a_hold_names_its_reason_and_its_start_until_a_probe_is_accepted() -> None:
-    held = after_refusal(OPEN, "key rejected", now=T0, probe=False)
-    later = after_refusal(held, "no credits", now=at(10), probe=True)
+def test_a_new_key_that_is_rejected_has_the_same_probe_schedule() -> None:
+    assert probe_times(NEW, until=140) == [0, 10, 30, 70, 130]
+
+
+def test_a_hold_keeps_its_reason_and_start_until_a_probe_succeeds() -> None:
+    held_breaker = after_refusal(OPEN, "key rejected", now=T0, probe=False)
+    later = after_refusal(held_breaker, "no credits", now=at(10), probe=True)
     free = after_job_answer(later, now=at(30), probe=True)
 
-    assert (held.reason, held.since, held.until) == ("key rejected", T0, None)
+    assert (held_breaker.reason, held_breaker.since, held_breaker.until) == ("key rejected", T0, None)
     assert (later.reason, later.since) == ("no credits", T0)
     assert (free.reason, free.since, free.allows(at(30))) == (None, None, "all")
     assert free.last_hold_end(at(99)) == at(30)
 
 
-def test_the_schedule_starts_anew_after_a_release() -> None:
-    held = after_refusal(OPEN, "key rejected", now=T0, probe=False)
+def test_the_probe_schedule_restarts_after_a_release() -> None:
+    held_breaker = after_refusal(OPEN, "key rejected", now=T0, probe=False)
     for second in (10, 30, 70):
-        held = after_refusal(held, "key rejected", now=at(second), probe=True)
-    again = after_refusal(after_job_answer(held, now=at(130), probe=True), "key rejected", now=at(200), probe=False)
+        held_breaker = after_refusal(held_breaker, "key rejected", now=at(second), probe=True)
+    again = after_refusal(
+        after_job_answer(held_breaker, now=at(130), probe=True), "key rejected", now=at(200), probe=False
+    )
 
     assert again.probe_at == at(210)
 
 
-def test_what_was_under_way_when_the_hold_began_does_not_move_it() -> None:
-    """Neither late refusals, which would stretch the schedule, nor late answers, which would end the hold."""
-    held = after_refusal(OPEN, "key rejected", now=T0, probe=False)
+def test_answers_to_requests_before_the_hold_do_not_change_it() -> None:
+    """Late refusals must not extend the schedule, and late answers must not end the hold."""
+    held_breaker = after_refusal(OPEN, "key rejected", now=T0, probe=False)
 
-    assert after_refusal(held, "no credits", now=at(3), probe=False) == held
-    assert after_job_answer(held, now=at(3), probe=False) == held
+    assert after_refusal(held_breaker, "no credits", now=at(3), probe=False) == held_breaker
+    assert after_job_answer(held_breaker, now=at(3), probe=False) == held_breaker
 
 
-def test_a_process_start_tries_a_held_key_at_once_and_alone() -> None:
-    held = after_refusal(OPEN, "key rejected", now=T0, probe=False)
-    started = with_unproven_key(held, now=at(2))
+def test_a_process_start_probes_a_held_key_at_once() -> None:
+    held_breaker = after_refusal(OPEN, "key rejected", now=T0, probe=False)
+    started = with_unproven_key(held_breaker, now=at(2))
 
     assert started.allows(at(2)) == "probe"
     assert with_probe_started(started, now=at(2), lease=LEASE).allows(at(3)) == "none"
     assert after_refusal(started, "key rejected", now=at(3), probe=True).probe_at == at(23)  # the schedule goes on
 
 
-def test_a_process_start_tries_an_open_key_alone_too() -> None:
+def test_a_process_start_probes_a_proven_key() -> None:
     started = with_unproven_key(OPEN, now=at(5))
 
     assert started.allows(at(5)) == "probe"
@@ -119,9 +121,9 @@ def test_a_process_start_tries_an_open_key_alone_too() -> None:
     assert after_job_answer(started, now=at(6), probe=True).allows(at(6)) == "all"
 
 
-def test_a_probe_that_says_nothing_about_the_key_is_repeated() -> None:
+def test_a_probe_without_a_result_is_repeated() -> None:
     trying = with_probe_started(NEW, now=T0, lease=LEASE)
-    held = with_probe_started(after_refusal(OPEN, "key rejected", now=T0, probe=False), now=at(10), lease=LEASE)
+    held_breaker = with_probe_started(after_refusal(OPEN, "key rejected", now=T0, probe=False), now=at(10), lease=LEASE)
 
     assert with_probe_postponed(trying, now=at(3), wait=0.0).allows(at(3)) == "probe"
     assert [with_probe_postponed(trying, now=at(3), wait=1.0).allows(at(s)) for s in (3, 3.9, 4)] == [
@@ -129,11 +131,11 @@ def test_a_probe_that_says_nothing_about_the_key_is_repeated() -> None:
         "none",
         "probe",
     ]
-    assert with_probe_postponed(held, now=at(12), wait=0.0).allows(at(12)) == "none"
-    assert with_probe_postponed(held, now=at(12), wait=0.0).allows(at(10) + LEASE) == "probe"
+    assert with_probe_postponed(held_breaker, now=at(12), wait=0.0).allows(at(12)) == "none"
+    assert with_probe_postponed(held_breaker, now=at(12), wait=0.0).allows(at(10) + LEASE) == "probe"
 
 
-def test_a_rate_limit_shuts_the_account_for_its_time_and_no_longer() -> None:
+def test_a_rate_limit_holds_the_account_exactly_for_its_time() -> None:
     limited = after_rate_limit(OPEN, 30.0, now=T0)
 
     assert [limited.allows(at(s)) for s in (0, 29.9, 30)] == ["none", "none", "all"]
@@ -141,14 +143,14 @@ def test_a_rate_limit_shuts_the_account_for_its_time_and_no_longer() -> None:
     assert after_job_answer(limited, now=at(1), probe=False).allows(at(2)) == "none"
 
 
-def test_rate_limits_add_up_to_the_longest() -> None:
+def test_the_longest_of_several_rate_limits_counts() -> None:
     limited = after_rate_limit(after_rate_limit(after_rate_limit(OPEN, 30.0, now=T0), 5.0, now=at(1)), 40.0, now=at(2))
 
     assert limited.until == at(42)
     assert limited.since == T0
 
 
-def test_the_end_of_a_rate_limit_is_the_end_of_a_hold() -> None:
+def test_the_end_of_a_rate_limit_is_the_end_of_the_hold() -> None:
     limited = after_rate_limit(OPEN, 30.0, now=T0)
 
     assert limited.last_hold_end(at(10)) == at(10)
@@ -157,21 +159,21 @@ def test_the_end_of_a_rate_limit_is_the_end_of_a_hold() -> None:
     assert after_job_answer(limited, now=at(99), probe=False).last_hold_end(at(99)) == at(30)
 
 
-def test_a_refusal_during_a_rate_limit_waits_for_its_end() -> None:
-    held = after_refusal(after_rate_limit(OPEN, 300.0, now=T0), "key rejected", now=at(5), probe=False)
+def test_a_refusal_during_a_rate_limit_is_not_probed_before_its_end() -> None:
+    held_breaker = after_refusal(after_rate_limit(OPEN, 300.0, now=T0), "key rejected", now=at(5), probe=False)
 
-    assert [held.allows(at(s)) for s in (15, 299, 300)] == ["none", "none", "probe"]
+    assert [held_breaker.allows(at(s)) for s in (15, 299, 300)] == ["none", "none", "probe"]
 
 
-def test_a_rate_limited_probe_of_a_held_account_waits_as_it_is_told() -> None:
-    held = after_refusal(OPEN, "key rejected", now=T0, probe=False)
-    limited = after_rate_limit(held, 300.0, now=at(10))
+def test_a_rate_limited_probe_delays_the_next_probe() -> None:
+    held_breaker = after_refusal(OPEN, "key rejected", now=T0, probe=False)
+    limited = after_rate_limit(held_breaker, 300.0, now=at(10))
 
     assert limited.reason == "key rejected"
     assert [limited.allows(at(s)) for s in (70, 309, 310)] == ["none", "none", "probe"]
 
 
-def test_a_key_that_is_not_proven_yet_stays_so_through_a_rate_limit() -> None:
+def test_an_unproven_key_stays_unproven_after_a_rate_limit() -> None:
     limited = after_rate_limit(NEW, 30.0, now=T0)
 
     assert [limited.allows(at(s)) for s in (29, 30)] == ["none", "probe"]
@@ -181,26 +183,26 @@ def test_a_key_that_is_not_proven_yet_stays_so_through_a_rate_limit() -> None:
 # ── hosts ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def shaken(breaker: CircuitBreaker, times: int, *, start: float = 0.0) -> CircuitBreaker:
+def with_failures(breaker: CircuitBreaker, times: int, *, start: float = 0.0) -> CircuitBreaker:
     for turn in range(times):
         breaker = after_failures(breaker, "time-out", 1, now=at(start + turn), probe=False)
     return breaker
 
 
-def test_a_host_is_held_after_five_calls_in_a_row_came_to_nothing() -> None:
-    assert shaken(HOST, 4).allows(at(4)) == "all"
-    assert shaken(HOST, 5).allows(at(4)) == "none"
+def test_a_host_is_held_after_five_failures_in_a_row() -> None:
+    assert with_failures(HOST, 4).allows(at(4)) == "all"
+    assert with_failures(HOST, 5).allows(at(4)) == "none"
     assert after_failures(HOST, "time-out", 5, now=T0, probe=False).held(T0)
 
 
-def test_an_answer_in_between_starts_the_count_anew() -> None:
-    counted = shaken(after_job_answer(shaken(HOST, 4), now=at(4), probe=False), 4, start=5)
+def test_an_answer_resets_the_failure_count() -> None:
+    counted = with_failures(after_job_answer(with_failures(HOST, 4), now=at(4), probe=False), 4, start=5)
 
     assert counted.allows(at(9)) == "all"
-    assert shaken(counted, 1, start=9).held(at(9))
+    assert with_failures(counted, 1, start=9).held(at(9))
 
 
-def test_a_held_host_is_probed_by_the_schedule_and_let_go_by_the_first_answer() -> None:
+def test_a_held_host_is_probed_on_schedule_and_released_by_the_first_answer() -> None:
     breaker = after_failures(HOST, "time-out", 5, now=T0, probe=False)
     probes = []
     for second in range(140):
@@ -216,46 +218,46 @@ def test_a_held_host_is_probed_by_the_schedule_and_let_go_by_the_first_answer() 
     assert (free.troubles, free.last_hold_end(at(500))) == (0, at(190))
 
 
-def own_path_missing(breaker: CircuitBreaker, *, now: datetime, probe: bool) -> CircuitBreaker:
-    """The gate after an answer about a path that only one job names."""
+def after_missing_own_path(breaker: CircuitBreaker, *, now: datetime, probe: bool) -> CircuitBreaker:
+    """Return the breaker after an answer about a missing path that only one job has."""
     reply = ApiDown(f"HTTP 404: {NO_SUCH_PATH}", answered=True, no_such_path=True)
     return after_replies(breaker, [BreakerInput(reply, now, probe)], RateMeasurement(10.0, 0.0), now=now)
 
 
-def test_a_probe_that_finds_a_path_missing_which_one_job_names_ends_a_hold_for_silence() -> None:
-    """The host answers again. Else the hold would outlive the outage for as long as such jobs are its probes."""
-    held = shaken(HOST, 5)
+def test_a_missing_path_of_one_job_ends_a_hold_for_missing_answers() -> None:
+    """The host answers again. Otherwise the hold would last as long as such jobs are used as probes."""
+    held_breaker = with_failures(HOST, 5)
 
-    free = own_path_missing(with_probe_started(held, now=at(14), lease=LEASE), now=at(15), probe=True)
+    free = after_missing_own_path(with_probe_started(held_breaker, now=at(14), lease=LEASE), now=at(15), probe=True)
 
     assert (free.held(at(15)), free.last_hold_end(at(99))) == (False, at(15))
-    assert own_path_missing(held, now=at(6), probe=False) == held
-    assert own_path_missing(shaken(HOST, 4), now=at(6), probe=False) == shaken(HOST, 4)
+    assert after_missing_own_path(held_breaker, now=at(6), probe=False) == held_breaker
+    assert after_missing_own_path(with_failures(HOST, 4), now=at(6), probe=False) == with_failures(HOST, 4)
 
 
-def test_a_hold_for_a_mistyped_api_url_stays_one_hold_whatever_paths_of_single_jobs_are_missing() -> None:
-    held = after_replies(
+def test_a_missing_path_of_one_job_does_not_end_a_hold_for_a_wrong_api_url() -> None:
+    held_breaker = after_replies(
         HOST,
         [BreakerInput(ApiDown(f"HTTP 404: {NO_SUCH_PATH}", no_such_path=True), T0, False)] * 5,
         RateMeasurement(10.0, 0.0),
         now=T0,
     )
-    probed = own_path_missing(with_probe_started(held, now=at(10), lease=LEASE), now=at(11), probe=True)
+    probed = after_missing_own_path(with_probe_started(held_breaker, now=at(10), lease=LEASE), now=at(11), probe=True)
 
-    assert (probed.reason, probed.since, probed.released_at) == (held.reason, T0, None)
+    assert (probed.reason, probed.since, probed.released_at) == (held_breaker.reason, T0, None)
     assert [probed.allows(at(s)) for s in (30, 31)] == ["none", "probe"]
 
 
-def test_late_failures_of_calls_under_way_do_not_stretch_a_host_s_hold() -> None:
-    held = shaken(HOST, 5)
+def test_failures_of_earlier_requests_do_not_extend_the_hold_of_a_host() -> None:
+    held_breaker = with_failures(HOST, 5)
 
-    assert shaken(held, 20, start=5) == held
+    assert with_failures(held_breaker, 20, start=5) == held_breaker
 
 
-def test_a_gate_that_was_never_held_has_no_last_hold() -> None:
+def test_a_breaker_that_was_never_held_has_no_last_hold() -> None:
     assert NEW.last_hold_end(T0) is None
     assert OPEN.last_hold_end(T0) is None
-    assert shaken(HOST, 4).last_hold_end(T0) is None
+    assert with_failures(HOST, 4).last_hold_end(T0) is None
 
 
 # ── properties ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -273,9 +275,7 @@ EVENTS = st.lists(
 
 @pytest.mark.parametrize("scope", ["account", "host"])
 @given(events=EVENTS)
-def test_every_hold_can_end_within_a_quarter_of_an_hour(
-    scope: str, events: list[tuple[str, float, bool, float]]
-) -> None:
+def test_every_hold_can_end_within_fifteen_minutes(scope: str, events: list[tuple[str, float, bool, float]]) -> None:
     breaker, now = replace(NEW if scope == "account" else HOST), T0
     for name, pause, probe, seconds in events:
         now += timedelta(seconds=pause)
@@ -305,7 +305,7 @@ def test_every_hold_can_end_within_a_quarter_of_an_hour(
 # ── the rate of an account ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_rate_limit_halves_the_rate_once_however_many_requests_it_meets() -> None:
+def test_a_rate_limit_halves_the_rate_only_once() -> None:
     limited = after_rate_limit(OPEN, 30.0, now=T0)
     first = with_learned_rate(limited, configured=100.0, measured=20.0, sent_at=at(-0.1))
     second = with_learned_rate(first, configured=100.0, measured=5.0, sent_at=at(0.2))
@@ -316,7 +316,7 @@ def test_a_rate_limit_halves_the_rate_once_however_many_requests_it_meets() -> N
     assert [round(first.rate(100.0, at(s)), 1) for s in (0, 30, 90)] == [9.5, 9.5, 19.0]
 
 
-def test_a_request_after_the_pause_that_is_refused_again_teaches_anew() -> None:
+def test_a_second_rate_limit_after_the_pause_changes_the_ceiling() -> None:
     first = with_learned_rate(after_rate_limit(OPEN, 30.0, now=T0), configured=100.0, measured=20.0, sent_at=T0)
     again = with_learned_rate(after_rate_limit(first, 30.0, now=at(40)), configured=100.0, measured=8.0, sent_at=at(40))
 
@@ -324,7 +324,7 @@ def test_a_request_after_the_pause_that_is_refused_again_teaches_anew() -> None:
     assert again.cut_at == at(70)
 
 
-def test_what_was_learned_outlives_holds_and_answers() -> None:
+def test_the_learned_ceiling_survives_holds_and_answers() -> None:
     learned = with_learned_rate(after_rate_limit(OPEN, 30.0, now=T0), configured=100.0, measured=20.0, sent_at=T0)
     later = after_job_answer(after_refusal(learned, "key rejected", now=at(40), probe=False), now=at(60), probe=True)
 
@@ -332,21 +332,21 @@ def test_what_was_learned_outlives_holds_and_answers() -> None:
     assert after_job_answer(with_unproven_key(learned, now=at(50)), now=at(51), probe=True).ceiling == 20.0
 
 
-def test_a_gate_that_an_operator_holds_lets_nothing_through_until_it_is_resumed() -> None:
-    """Not a probe either, whatever answers still come in, and whoever starts; then one call alone tries it."""
-    held = held_by_operator(CircuitBreaker("account", "default", proven=True), now=T0)
-    later = with_unproven_key(after_job_answer(held, now=at(5), probe=False), now=at(9))
+def test_an_operator_hold_allows_no_requests_until_it_is_resumed() -> None:
+    """No probe is allowed, also after late answers and a process start. After the resume a single probe is made."""
+    held_breaker = held_by_operator(CircuitBreaker("account", "default", proven=True), now=T0)
+    later = with_unproven_key(after_job_answer(held_breaker, now=at(5), probe=False), now=at(9))
     open_again = resumed_by_operator(later, now=at(10))
 
-    assert [breaker.allows(at(9_999)) for breaker in (held, later)] == ["none", "none"]
+    assert [breaker.allows(at(9_999)) for breaker in (held_breaker, later)] == ["none", "none"]
     assert (later.held(T0), later.why) == (True, "held by an operator")
     assert open_again.allows(at(10)) == "probe"
     assert open_again.last_hold_end(at(11)) == at(10)
     assert after_job_answer(open_again, now=at(11), probe=True).allows(at(11)) == "all"
 
 
-def test_what_the_api_holds_is_tried_at_once_where_an_operator_says_so() -> None:
-    """A refused key by a probe, which may find it refused still; a rate limit is over."""
+def test_resuming_tries_a_hold_of_the_api_at_once() -> None:
+    """A rejected key is probed and may be rejected again. A rate limit ends."""
     refused_key = after_refusal(
         CircuitBreaker("account", "default", proven=True), "key rejected: no", now=T0, probe=False
     )

@@ -1,4 +1,4 @@
-"""Nothing that comes from outside is markup, moves the cursor, turns a line round or hides, at any face."""
+"""External text is never markup, never moves the cursor, never changes the text direction and never hides text."""
 
 import io
 import json
@@ -35,7 +35,7 @@ HIDDEN = "\x1b\x07\x9b\u202e\u2066\u200b\u2060\ufeff\u061c\u2028\U000e0041"
 
 @pytest.fixture
 def hostile(migrated_sqlite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    """A database in which every text is hostile; the id of a job of it. Nothing keeps others from writing to it."""
+    """Fill a database in which every text is hostile, and return the id of a job. Other programs may write it."""
     shutil.copy(migrated_sqlite, tmp_path / "jobs.db")
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/jobs.db")
     monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
@@ -59,9 +59,9 @@ def _fill(engine: Engine) -> None:
             "last_answer": f"1.0 s: {HOSTILE}",
         }
         connection.execute(update(jobs).values(**texts))
-        held = {"reason": f"key: {HOSTILE}", "since": NOW, "until": NOW + timedelta(days=9_999)}
-        connection.execute(insert(breakers).values(scope="account", name="default", **held))
-        connection.execute(insert(breakers).values(scope="host", name=HOSTILE, **held))
+        hold = {"reason": f"key: {HOSTILE}", "since": NOW, "until": NOW + timedelta(days=9_999)}
+        connection.execute(insert(breakers).values(scope="account", name="default", **hold))
+        connection.execute(insert(breakers).values(scope="host", name=HOSTILE, **hold))
 
 
 COMMANDS = (
@@ -75,11 +75,13 @@ COMMANDS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=[" ".join(words)[:20].replace("\x1b", "") for words in COMMANDS])
-def test_given_hostile_texts_when_a_command_prints_then_they_are_shown_as_text(
-    words: list[str], hostile: int, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "arguments", COMMANDS, ids=[" ".join(arguments)[:20].replace("\x1b", "") for arguments in COMMANDS]
+)
+def test_commands_show_hostile_texts_as_plain_text(
+    arguments: list[str], hostile: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_command(words) in (0, 1, 2)
+    assert run_command(arguments) in (0, 1, 2)
 
     printed = "".join(capsys.readouterr())
     assert not set(HIDDEN) & set(printed)
@@ -87,12 +89,10 @@ def test_given_hostile_texts_when_a_command_prints_then_they_are_shown_as_text(
     assert "Traceback" not in printed
 
 
-@pytest.mark.parametrize("words", [["list"], ["show", "1"]])
-def test_given_hostile_texts_when_shown_in_a_terminal_then_there_is_no_link_colour_or_emoji_of_theirs(
-    words: list[str], hostile: int
-) -> None:
+@pytest.mark.parametrize("arguments", [["list"], ["show", "1"]])
+def test_the_terminal_view_ignores_links_colours_and_emoji_in_hostile_texts(arguments: list[str], hostile: int) -> None:
     leader, follower = pty.openpty()
-    program = [str(Path(sys.executable).with_name("fetch-worker")), *words]
+    program = [str(Path(sys.executable).with_name("fetch-worker")), *arguments]
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "1000"}
     with subprocess.Popen(program, stdout=follower, stderr=subprocess.DEVNULL, env=environment) as command:
         os.close(follower)
@@ -111,7 +111,7 @@ def test_given_hostile_texts_when_shown_in_a_terminal_then_there_is_no_link_colo
     assert b"[bold]b[/bold]" in printed
 
 
-def test_given_hostile_texts_when_printed_as_json_then_the_data_is_whole_and_the_terminal_safe(
+def test_json_output_keeps_hostile_texts_and_is_safe_for_the_terminal(
     hostile: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(["show", "1", "--json"]) == 0
@@ -121,7 +121,7 @@ def test_given_hostile_texts_when_printed_as_json_then_the_data_is_whole_and_the
     assert not set(HIDDEN) & set(printed)
 
 
-def test_given_a_hostile_message_when_logged_then_it_is_one_line_of_text() -> None:
+def test_a_hostile_message_is_logged_as_one_line() -> None:
     out = io.StringIO()
     handler = logging.StreamHandler(out)
     handler.addFilter(RedactingFilter(Scrubber([])))
@@ -134,7 +134,7 @@ def test_given_a_hostile_message_when_logged_then_it_is_one_line_of_text() -> No
     assert not set(HIDDEN) & set(out.getvalue())
 
 
-def test_given_a_hostile_message_when_logged_as_json_then_it_is_escaped() -> None:
+def test_a_hostile_message_is_escaped_in_json_logs() -> None:
     record = logging.LogRecord("worker.x", logging.INFO, "", 1, "held reason=%s", (HOSTILE,), None)
 
     line = JsonFormatter(Scrubber([]), "worker").format(record)
@@ -143,7 +143,7 @@ def test_given_a_hostile_message_when_logged_as_json_then_it_is_escaped() -> Non
     assert not set(HIDDEN) & set(line)
 
 
-def test_given_hostile_texts_when_a_page_shows_them_then_they_are_text(hostile: int) -> None:
+def test_pages_show_hostile_texts_as_plain_text(hostile: int) -> None:
     site = make_site(load(), AccessControl(PASSWORD, "127.0.0.1"))
     operator = Operator(site.test_client())
 

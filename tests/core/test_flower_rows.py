@@ -1,4 +1,4 @@
-"""Jobs as tasks: each state says what it is, and the ones shown are the newest and those that are not over."""
+"""Jobs as rows in Flower: the fields of each state, and the selection of the newest and current jobs."""
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -18,7 +18,7 @@ JOB = FlowerJob(
 
 
 def after(seconds: float) -> datetime:
-    """So many seconds after the submission."""
+    """Return the time this number of seconds after submission."""
     return NOW + timedelta(seconds=seconds)
 
 
@@ -66,7 +66,7 @@ HELD_WORDS = "held by an operator since 2026-03-01 12:00 UTC"
         ({"status": "cancelled", "completed_at": after(10)}, "REVOKED", None, None),
     ],
 )
-def test_a_job_in_any_state_says_what_it_is(
+def test_each_job_state_has_its_task_state_and_result(
     changes: dict[str, Any], state: str, result: str | None, exception: str | None
 ) -> None:
     fields = task_fields(replace(JOB, **changes))
@@ -74,10 +74,12 @@ def test_a_job_in_any_state_says_what_it_is(
     assert (fields["state"], fields["result"], fields["exception"]) == (state, result, exception)
 
 
-def test_the_times_of_a_task_are_those_of_the_job() -> None:
-    done = replace(JOB, **(READY | {"status": "completed", "completed_at": after(10), "outputs": Outputs(1, 1, 5)}))
+def test_the_task_has_the_times_of_the_job() -> None:
+    completed = replace(
+        JOB, **(READY | {"status": "completed", "completed_at": after(10), "outputs": Outputs(1, 1, 5)})
+    )
 
-    fields = task_fields(done)
+    fields = task_fields(completed)
 
     start = NOW.timestamp()
     assert (fields["received"], fields["started"], fields["succeeded"]) == (start, start + 9, start + 10)
@@ -85,50 +87,50 @@ def test_the_times_of_a_task_are_those_of_the_job() -> None:
     assert (fields["failed"], fields["revoked"]) == (None, None)
 
 
-def test_the_arguments_are_short_whatever_an_app_wrote() -> None:
+def test_long_arguments_are_shortened() -> None:
     fields = task_fields(replace(JOB, reference="r" * 255, error_code="api_failed"))
 
     assert fields["args"] == "('12202888',)"
     assert fields["kwargs"] == repr({"id": 7, "account": "shop", "kind": "image", "reference": "r" * 80})
 
 
-def test_every_job_has_all_the_attributes_that_any_job_has() -> None:
-    """Else something of its end would stay with a job that is taken up again."""
+def test_all_tasks_have_the_same_attributes() -> None:
+    """Otherwise a retried job would keep attributes of its former end."""
     pending = task_fields(JOB)
-    done = task_fields(replace(JOB, status="cancelled", completed_at=after(10)))
+    cancelled = task_fields(replace(JOB, status="cancelled", completed_at=after(10)))
 
-    assert set(pending) == set(done)
+    assert set(pending) == set(cancelled)
 
 
-def seen(job_id: int, completed_at: datetime | None = None) -> FlowerJob:
-    """A job on its way, or one that ended then."""
+def row(job_id: int, completed_at: datetime | None = None) -> FlowerJob:
+    """Return a job that is pending, or that ended at `completed_at`."""
     return replace(JOB, id=job_id, status="pending" if completed_at is None else "failed", completed_at=completed_at)
 
 
-def test_the_newest_and_those_on_their_way_are_shown() -> None:
+def test_the_newest_and_the_current_jobs_are_shown() -> None:
     over, ended = NOW - SHOWN_AFTER_END, NOW - SHOWN_AFTER_END / 2
-    shown = [seen(1), seen(2, over), seen(3, ended), seen(4, over), seen(95)]
+    shown = [row(1), row(2, over), row(3, ended), row(4, over), row(95)]
 
     assert job_ids_to_show(range(100, 90, -1), shown, 10, now=NOW) == [100, 99, 98, 97, 96, 95, 3, 1, 94, 93]
 
 
-def test_however_many_are_on_their_way_new_jobs_find_room() -> None:
-    shown = [seen(job_id) for job_id in range(1, 51)]
+def test_new_jobs_are_shown_even_with_many_current_jobs() -> None:
+    shown = [row(job_id) for job_id in range(1, 51)]
 
-    found = job_ids_to_show(range(300, 250, -1), shown, 50, now=NOW)
+    job_ids = job_ids_to_show(range(300, 250, -1), shown, 50, now=NOW)
 
-    assert found == [*range(300, 275, -1), *range(50, 25, -1)]
+    assert job_ids == [*range(300, 275, -1), *range(50, 25, -1)]
 
 
 @given(
     newest=some.lists(some.integers(1, 200), unique=True, max_size=30).map(lambda ids: sorted(ids, reverse=True)),
     shown=some.lists(some.integers(1, 200), unique=True, max_size=30),
-    most=some.integers(1, 30),
+    limit=some.integers(1, 30),
 )
-def test_no_job_is_shown_twice_and_never_more_than_allowed(newest: list[int], shown: list[int], most: int) -> None:
-    found = job_ids_to_show(newest[:most], [seen(job_id) for job_id in shown], most, now=NOW)
+def test_no_job_is_shown_twice_and_the_limit_is_kept(newest: list[int], shown: list[int], limit: int) -> None:
+    job_ids = job_ids_to_show(newest[:limit], [row(job_id) for job_id in shown], limit, now=NOW)
 
-    assert len(found) == len(set(found)) <= most
-    assert set(found) <= {*newest, *shown}
-    assert found[:1] == newest[:1] or not newest
-    assert len(found) >= len(newest[:most])
+    assert len(job_ids) == len(set(job_ids)) <= limit
+    assert set(job_ids) <= {*newest, *shown}
+    assert job_ids[:1] == newest[:1] or not newest
+    assert len(job_ids) >= len(newest[:limit])

@@ -1,4 +1,4 @@
-"""What becomes of jobs after answers and of outputs after attempts: every threshold, and whole ways on a told clock."""
+"""Decisions after answers and attempts: every threshold, and complete sequences with a controlled clock."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -73,7 +73,7 @@ JOB = JobFacts("pending", T0, at(HOUR))
 def answers(
     replies: Iterator[Reply] | list[Reply], *, every: float = 5.0, job: JobFacts = JOB
 ) -> list[tuple[float, JobDecision]]:
-    """Asks about a job at a steady pace until it ends; (second, step) of each answer."""
+    """Poll a job at a constant interval until it ends. Return (second, decision) for each answer."""
     walk: list[tuple[float, JobDecision]] = []
     for turn, reply in enumerate(islice(replies, 2_000)):
         step = after_answer(job, reply, now=at(turn * every), min_interval=LEAST)
@@ -85,7 +85,7 @@ def answers(
 
 
 def ending(replies: Iterator[Reply] | list[Reply], *, every: float = 5.0, job: JobFacts = JOB) -> tuple[int, str]:
-    """After how many answers a job ended, and as what."""
+    """Return the number of answers until the job ended, and its final state."""
     walk = answers(replies, every=every, job=job)
     match walk[-1][1]:
         case EndJob(_, code, _):
@@ -97,7 +97,7 @@ def ending(replies: Iterator[Reply] | list[Reply], *, every: float = 5.0, job: J
 
 # ── jobs: thresholds ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-# one line per case: the answers, the seconds between them, and after how many the job ends as what
+# one line per case: the answers, the seconds between them, and (number of answers, final state)
 THRESHOLDS: list[tuple[list[Reply], float, tuple[int, str]]] = [
     ([READY], 5, (1, "delivered")),
     ([PROCESSING, READY], 5, (2, "delivered")),
@@ -110,14 +110,14 @@ THRESHOLDS: list[tuple[list[Reply], float, tuple[int, str]]] = [
     ([FAILED, FAILED, FAILED], 2, (3, "api_failed")),  # 0 counts, 2 is too close, 4 counts
     ([FAILED, PROCESSING, FAILED, PROCESSING], 5, (4, "pending")),
     ([FAILED, PROCESSING, FAILED, FAILED], 5, (4, "api_failed")),
-    ([FAILED, ODD, OTHER, FAILED], 5, (4, "api_failed")),  # only processing forgives
+    ([FAILED, ODD, OTHER, FAILED], 5, (4, "api_failed")),  # only processing resets the strikes
     ([FAILED, *NOT_THE_JOBS, FAILED], 5, (5, "api_failed")),
     # unknown id: three times, and a minute after tracking
     ([UNKNOWN] * 3, 30, (3, "not_found")),  # 0, 30, 60
-    ([UNKNOWN] * 3, 29.9, (3, "pending")),  # the third came at 59.8
+    ([UNKNOWN] * 3, 29.9, (3, "pending")),  # the third is at 59.8
     ([UNKNOWN] * 4, 29.9, (4, "not_found")),
     ([UNKNOWN] * 2, 100, (2, "pending")),
-    ([UNKNOWN] * 13, 5, (13, "not_found")),  # three at once, then its minute
+    ([UNKNOWN] * 13, 5, (13, "not_found")),  # three at once, then one minute after tracking
     ([UNKNOWN, UNKNOWN, PROCESSING, UNKNOWN, UNKNOWN], 30, (5, "pending")),
     # error: three times in a row
     ([ERROR] * 3, 5, (3, "api_error")),
@@ -129,14 +129,18 @@ THRESHOLDS: list[tuple[list[Reply], float, tuple[int, str]]] = [
     ([ERROR, ERROR, EMPTY, ERROR, ERROR], 5, (5, "pending")),
     ([ERROR, ERROR, UNKNOWN, ERROR, ERROR], 5, (5, "pending")),
     ([ERROR, ERROR, PROCESSING, ERROR, ERROR], 5, (5, "pending")),
-    ([ERROR, LIMITED, ERROR, DOWN, ERROR], 5, (5, "api_error")),  # the account's trouble is no answer about the job
+    (
+        [ERROR, LIMITED, ERROR, DOWN, ERROR],
+        5,
+        (5, "api_error"),
+    ),  # problems of the account are not answers about the job
     # success without output: five times
     ([EMPTY] * 5, 5, (5, "no_output")),
     ([EMPTY] * 4, 5, (4, "pending")),
     ([EMPTY] * 5, 1, (5, "pending")),
     ([EMPTY, EMPTY, EMPTY, PROCESSING, EMPTY, EMPTY], 5, (6, "pending")),
     ([EMPTY, EMPTY, EMPTY, EMPTY, READY], 5, (5, "delivered")),
-    # whatever makes no sense is asked again
+    # unread answers are polled again
     ([ODD] * 100, 5, (100, "pending")),
     ([OTHER] * 100, 5, (100, "pending")),
 ]
@@ -148,7 +152,7 @@ def test_a_job_ends_exactly_at_its_threshold(replies: list[Reply], every: float,
 
 
 @pytest.mark.parametrize(("reply", "count"), [(FAILED, 2), (ERROR, 3), (EMPTY, 5)])
-def test_where_the_least_time_is_zero_every_answer_counts(reply: Reply, count: int) -> None:
+def test_every_answer_counts_without_a_minimum_interval(reply: Reply, count: int) -> None:
     job = JOB
     for _ in range(count - 1):
         step = after_answer(job, reply, now=T0, min_interval=timedelta(0))
@@ -158,8 +162,8 @@ def test_where_the_least_time_is_zero_every_answer_counts(reply: Reply, count: i
     assert isinstance(after_answer(job, reply, now=T0, min_interval=timedelta(0)), EndJob)
 
 
-def test_answers_that_do_not_count_do_not_put_off_the_ones_that_do() -> None:
-    """Asked twice as often as counted, a job ends after the same time."""
+def test_answers_that_do_not_count_do_not_delay_the_end() -> None:
+    """If polls are twice as frequent as strikes can count, the job ends after the same time."""
     walk = answers(repeat(ERROR), every=1.5)
 
     assert [second for second, _ in walk] == [0, 1.5, 3, 4.5, 6]
@@ -167,7 +171,7 @@ def test_answers_that_do_not_count_do_not_put_off_the_ones_that_do() -> None:
 
 @pytest.mark.parametrize("status", ["pending", "downloading"])
 @pytest.mark.parametrize("reply", NOT_THE_JOBS)
-def test_trouble_of_the_account_or_the_host_never_touches_the_job(status: str, reply: Reply) -> None:
+def test_problems_of_the_account_or_host_never_change_the_job(status: str, reply: Reply) -> None:
     strikes = Strikes(1, 2, 2, 4, T0)
     job = JobFacts("pending" if status == "pending" else "downloading", T0, at(10), strikes)
 
@@ -176,12 +180,12 @@ def test_trouble_of_the_account_or_the_host_never_touches_the_job(status: str, r
     assert step == AskAgain(strikes, note_of(reply))
 
 
-def test_alternating_answers_end_by_the_sum_of_the_failed_ones() -> None:
-    """failed, odd, empty, error, failed: the second failed ends it, though nothing came twice in a row."""
+def test_failed_answers_need_not_be_in_a_row() -> None:
+    """failed, unread, empty, error, failed: the second `failed` ends the job, although they are not in a row."""
     assert ending(cycle([FAILED, ODD, EMPTY, ERROR])) == (5, "api_failed")
 
 
-def test_a_job_that_flickers_between_processing_and_failed_ends_by_its_deadline() -> None:
+def test_a_job_that_alternates_between_processing_and_failed_expires() -> None:
     walk = answers(cycle([FAILED, PROCESSING]))
 
     assert walk[-1][0] == HOUR
@@ -193,7 +197,7 @@ def test_a_job_that_flickers_between_processing_and_failed_ends_by_its_deadline(
 
 
 @pytest.mark.parametrize("reply", NOT_READY)
-def test_a_job_expires_on_a_not_ready_answer_from_its_deadline_on(reply: Reply) -> None:
+def test_a_job_expires_on_the_first_not_ready_answer_after_its_deadline(reply: Reply) -> None:
     before = after_answer(JOB, reply, now=at(HOUR) - timedelta(microseconds=1), min_interval=LEAST)
     after = after_answer(JOB, reply, now=at(HOUR), min_interval=LEAST)
 
@@ -204,7 +208,7 @@ def test_a_job_expires_on_a_not_ready_answer_from_its_deadline_on(reply: Reply) 
 
 
 @pytest.mark.parametrize("late", [1.0, 86_400.0])
-def test_a_job_that_is_ready_after_its_deadline_is_delivered(late: float) -> None:
+def test_a_job_that_is_ready_after_its_deadline_is_downloaded(late: float) -> None:
     assert after_answer(JOB, READY, now=at(HOUR + late), min_interval=LEAST) == StartDownloads(OUTPUTS)
 
 
@@ -212,7 +216,7 @@ def test_a_job_that_is_ready_after_its_deadline_is_delivered(late: float) -> Non
     ("hold_end", "second", "expired"),
     [
         (10.0, HOUR - 1, False),
-        (10.0, HOUR, True),  # a hold long ago changes nothing
+        (10.0, HOUR, True),  # an old hold changes nothing
         (HOUR - 30, HOUR + 29, False),
         (HOUR - 30, HOUR + 30, True),
         (HOUR - 60, HOUR, True),
@@ -221,7 +225,9 @@ def test_a_job_that_is_ready_after_its_deadline_is_delivered(late: float) -> Non
         (2 * HOUR, 2 * HOUR + 60, True),
     ],
 )
-def test_after_a_hold_a_job_has_a_minute_to_be_found_ready(hold_end: float, second: float, expired: bool) -> None:
+def test_a_job_can_expire_one_minute_after_a_hold_at_the_earliest(
+    hold_end: float, second: float, expired: bool
+) -> None:
     job = JOB._replace(last_hold_end=at(hold_end))
 
     step = after_answer(job, PROCESSING, now=at(second), min_interval=LEAST)
@@ -229,7 +235,7 @@ def test_after_a_hold_a_job_has_a_minute_to_be_found_ready(hold_end: float, seco
     assert isinstance(step, EndJob) is expired
 
 
-def test_what_the_api_says_of_a_job_goes_before_its_deadline() -> None:
+def test_a_final_answer_has_priority_over_the_deadline() -> None:
     job = JOB._replace(strikes=Strikes(failed=1, last=T0))
 
     step = after_answer(job, FAILED, now=at(2 * HOUR), min_interval=LEAST)
@@ -241,19 +247,19 @@ def test_what_the_api_says_of_a_job_goes_before_its_deadline() -> None:
 
 
 @pytest.mark.parametrize("reply", NOT_READY)
-def test_a_downloading_job_keeps_its_links_where_the_api_has_no_fresh_ones(reply: Reply) -> None:
+def test_a_downloading_job_keeps_its_links_without_fresh_ones(reply: Reply) -> None:
     job = JOB._replace(status="downloading", strikes=Strikes(1, 2, 2, 4, T0))
 
     assert after_answer(job, reply, now=at(9 * HOUR), min_interval=LEAST) == KeepLinks(note_of(reply))
 
 
-def test_a_downloading_job_takes_fresh_links() -> None:
+def test_a_downloading_job_gets_fresh_links() -> None:
     job = JOB._replace(status="downloading")
 
     assert after_answer(job, READY, now=at(9 * HOUR), min_interval=LEAST) == RenewLinks(OUTPUTS)
 
 
-def test_a_trained_model_has_no_outputs_and_is_delivered() -> None:
+def test_a_trained_model_completes_without_outputs() -> None:
     assert after_answer(JOB, Ready(()), now=T0, min_interval=LEAST) == StartDownloads(())
 
 
@@ -271,39 +277,39 @@ PRIVATE, LARGE = Unfit("refused_address", "10.0.0.1"), Unfit("too_large", "9 GB"
 FIRST = OutputFacts(attempts=1, proxies=0, ready_at=T0)
 
 
-def attempt(output: OutputFacts, came: Attempt, second: float = 0.0) -> StoredFile | TryAgain | GiveUp:
-    return after_attempt(output, came, now=at(second), deadline=DAY)
+def attempt(output: OutputFacts, result: Attempt, second: float = 0.0) -> StoredFile | TryAgain | GiveUp:
+    return after_attempt(output, result, now=at(second), deadline=DAY)
 
 
-def test_a_stored_file_is_stored_however_late() -> None:
+def test_a_late_file_is_stored() -> None:
     assert attempt(FIRST, STORED, 10 * 86_400) == STORED
 
 
-@pytest.mark.parametrize("came", [PRIVATE, LARGE])
-def test_what_no_further_attempt_can_change_ends_at_once(came: Unfit) -> None:
-    assert attempt(FIRST, came) == GiveUp(came.code, came.message)
+@pytest.mark.parametrize("failure", [PRIVATE, LARGE])
+def test_permanent_errors_end_an_output_at_once(failure: Unfit) -> None:
+    assert attempt(FIRST, failure) == GiveUp(failure.code, failure.message)
 
 
-@pytest.mark.parametrize("came", [HTML, SHORT])
+@pytest.mark.parametrize("body", [HTML, SHORT])
 @pytest.mark.parametrize(("before", "second", "over"), [(0, 1, False), (1, 9, False), (2, 9, True), (0, 86_400, True)])
-def test_a_bad_body_is_tried_three_times(came: BadBody, before: int, second: float, over: bool) -> None:
-    result = attempt(replace(FIRST, attempts=before + 1, bad_bodies=before), came, second)
+def test_a_bad_body_is_tried_three_times(body: BadBody, before: int, second: float, over: bool) -> None:
+    result = attempt(replace(FIRST, attempts=before + 1, bad_bodies=before), body, second)
 
     assert isinstance(result, GiveUp) is over
     assert not isinstance(result, StoredFile)
-    assert result.code == came.code
+    assert result.code == body.code
 
 
-@pytest.mark.parametrize("came", [HTTP, AWAY])
-def test_trouble_on_the_way_is_tried_until_the_deadline(came: TransferTrouble) -> None:
-    just_before = attempt(replace(FIRST, attempts=500), came, 86_399.9)
+@pytest.mark.parametrize("failure", [HTTP, AWAY])
+def test_temporary_failures_are_retried_until_the_deadline(failure: TransferTrouble) -> None:
+    just_before = attempt(replace(FIRST, attempts=500), failure, 86_399.9)
 
-    assert just_before == TryAgain(300.0, came.code, came.message)
-    assert attempt(replace(FIRST, attempts=500), came, 86_400) == GiveUp(came.code, came.message)
+    assert just_before == TryAgain(300.0, failure.code, failure.message)
+    assert attempt(replace(FIRST, attempts=500), failure, 86_400) == GiveUp(failure.code, failure.message)
 
 
 @pytest.mark.parametrize(("attempts", "wait"), [(1, 5.0), (2, 10.0), (3, 20.0), (6, 160.0), (7, 300.0), (10**9, 300.0)])
-def test_the_waits_in_trouble_double_up_to_five_minutes(attempts: int, wait: float) -> None:
+def test_retry_waits_double_up_to_five_minutes(attempts: int, wait: float) -> None:
     result = attempt(replace(FIRST, attempts=attempts), HTTP)
 
     assert isinstance(result, TryAgain)
@@ -311,12 +317,12 @@ def test_the_waits_in_trouble_double_up_to_five_minutes(attempts: int, wait: flo
 
 
 @pytest.mark.parametrize("second", [0.0, 86_400.0, 900 * 86_400.0])
-def test_trouble_of_our_own_storage_never_ends_an_output(second: float) -> None:
+def test_storage_failures_never_end_an_output(second: float) -> None:
     assert attempt(replace(FIRST, attempts=999), DISK, second) == TryAgain(15.0, "storage", "disk full")
 
 
 @pytest.mark.parametrize(("seconds", "renew"), [(0, False), (19, False), (59.9, False), (60, True), (9_999, True)])
-def test_a_dead_link_gets_a_minute_and_is_then_renewed(seconds: float, renew: bool) -> None:
+def test_a_dead_link_is_renewed_after_one_minute(seconds: float, renew: bool) -> None:
     output = replace(FIRST, attempts=2, dead_since=T0, last_code="gone")
 
     result = attempt(output, DEAD, seconds)
@@ -325,33 +331,33 @@ def test_a_dead_link_gets_a_minute_and_is_then_renewed(seconds: float, renew: bo
     assert (result.code, result.renew) == ("gone", renew)
 
 
-def test_a_dead_link_past_the_deadline_is_gone() -> None:
+def test_a_dead_link_after_the_deadline_is_gone() -> None:
     result = attempt(FIRST, DEAD, 86_400)
 
     assert isinstance(result, GiveUp)
     assert result.code == "gone"
 
 
-# ── outputs: whole ways ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── outputs: sequences ──────────────────────────────────────────────────────────────────────────────────────────────
 
 Server = Callable[[int, float, bool], Attempt]
 """What address `n` (0 is the link) answers at a second, before or after the link was renewed."""
 
 
-def way(server: Server, *, proxies: int = 0, renewable: bool = True, most: int = 3_000) -> list[str]:
-    """Downloads an output until it ends, as the store carries decisions out; one word per event."""
+def run_attempts(server: Server, *, proxies: int = 0, renewable: bool = True, max_attempts: int = 3_000) -> list[str]:
+    """Download an output until it ends, and apply decisions as the store does. Return one text per event."""
     output = replace(FIRST, proxies=proxies, renewable=renewable)
     second = 0.0
-    told: list[str] = []
-    for _ in range(most):
+    events: list[str] = []
+    for _ in range(max_attempts):
         place = address_index(output)
         result = attempt(output, server(place, second, output.renewed), second)
         match result:
             case StoredFile():
-                return [*told, f"{second:.0f} stored from {place}"]
+                return [*events, f"{second:.0f} stored from {place}"]
             case GiveUp(code, _):
-                return [*told, f"{second:.0f} {place} {code} for good"]
-        told.append(f"{second:.0f} {place} {result.code}" + (" renew" if result.renew else ""))
+                return [*events, f"{second:.0f} {place} {code} failed"]
+        events.append(f"{second:.0f} {place} {result.code}" + (" renew" if result.renew else ""))
         now = at(second)
         output = replace(output, attempts=output.attempts + 1, last_code=result.code)
         if result.code in ("not_media", "truncated"):
@@ -365,122 +371,134 @@ def way(server: Server, *, proxies: int = 0, renewable: bool = True, most: int =
                 dead_attempts=output.dead_attempts + counted,
             )
         second += result.wait
-    return told
+    return events
 
 
 PATIENCE = ["0 0 gone", "5 0 gone", "10 0 gone", "15 0 gone", "20 0 gone", "30 0 gone", "40 0 gone", "50 0 gone"]
 
 
-def test_a_dead_link_is_waited_for_renewed_once_and_gone_after_three_more() -> None:
-    assert way(lambda place, second, renewed: DEAD) == [
+def test_a_dead_link_is_renewed_once_and_gone_after_three_more_attempts() -> None:
+    assert run_attempts(lambda place, second, renewed: DEAD) == [
         *PATIENCE,
         "60 0 gone renew",
         "60 0 gone",
         "65 0 gone",
         "70 0 gone",
-        "75 0 gone for good",
+        "75 0 gone failed",
     ]
 
 
 def test_proxies_are_tried_in_order_after_the_renewal() -> None:
-    assert way(lambda place, second, renewed: DEAD, proxies=2)[len(PATIENCE) :] == [
+    assert run_attempts(lambda place, second, renewed: DEAD, proxies=2)[len(PATIENCE) :] == [
         "60 0 gone renew",
         "60 0 gone",
         "60 1 gone",
         "60 2 gone",
         "65 0 gone",
         "70 1 gone",
-        "75 2 gone for good",
+        "75 2 gone failed",
     ]
 
 
-def test_a_link_that_comes_alive_within_the_minute_needs_no_renewal() -> None:
-    told = way(lambda place, second, renewed: STORED if second >= 40 else DEAD, proxies=1)
+def test_a_link_that_recovers_within_a_minute_is_not_renewed() -> None:
+    events = run_attempts(lambda place, second, renewed: STORED if second >= 40 else DEAD, proxies=1)
 
-    assert told[-1] == "40 stored from 0"
-    assert not [event for event in told if "renew" in event]
-
-
-def test_a_renewed_link_is_tried_before_any_proxy() -> None:
-    assert way(lambda place, second, renewed: STORED if renewed else DEAD, proxies=3)[-1] == "60 stored from 0"
+    assert events[-1] == "40 stored from 0"
+    assert not [event for event in events if "renew" in event]
 
 
-def test_a_proxy_saves_an_output_whose_link_is_gone() -> None:
-    assert way(lambda place, second, renewed: STORED if place == 2 else DEAD, proxies=2)[-1] == "60 stored from 2"
+def test_a_renewed_link_is_tried_before_the_proxies() -> None:
+    assert run_attempts(lambda place, second, renewed: STORED if renewed else DEAD, proxies=3)[-1] == "60 stored from 0"
 
 
-def test_an_output_that_cannot_be_renewed_gets_its_minute_its_proxies_and_three_more() -> None:
-    """Its id was made up from its outputs: there is nothing to ask the API for."""
-    assert way(lambda place, second, renewed: DEAD, renewable=False, proxies=1)[len(PATIENCE) :] == [
+def test_a_proxy_can_replace_a_dead_link() -> None:
+    assert (
+        run_attempts(lambda place, second, renewed: STORED if place == 2 else DEAD, proxies=2)[-1] == "60 stored from 2"
+    )
+
+
+def test_an_output_without_renewal_gets_one_minute_its_proxies_and_three_attempts() -> None:
+    """The id was made from the outputs, so the API can't return fresh links."""
+    assert run_attempts(lambda place, second, renewed: DEAD, renewable=False, proxies=1)[len(PATIENCE) :] == [
         "60 0 gone",
         "60 1 gone",
         "65 0 gone",
         "70 1 gone",
-        "75 0 gone for good",
+        "75 0 gone failed",
     ]
 
 
-def test_the_link_and_its_proxies_take_turns_while_there_is_trouble() -> None:
-    places = [event.split()[1] for event in way(lambda place, second, renewed: AWAY, proxies=2)]
+def test_the_link_and_its_proxies_take_turns_after_failures() -> None:
+    places = [event.split()[1] for event in run_attempts(lambda place, second, renewed: AWAY, proxies=2)]
 
     assert "".join(places[:7]) == "0120120"
 
 
 def test_an_unreachable_link_ends_at_the_deadline_with_its_last_code() -> None:
-    told = way(lambda place, second, renewed: AWAY)
+    events = run_attempts(lambda place, second, renewed: AWAY)
 
-    second, _, code, *_ = told[-1].split()
+    second, _, code, *_ = events[-1].split()
     assert 86_400 <= float(second) <= 86_400 + 300
     assert code == "unreachable"
 
 
-def test_proxies_get_their_turn_where_a_dead_link_becomes_unreachable() -> None:
-    told = way(lambda place, second, renewed: STORED if place else (DEAD if second == 0 else AWAY), proxies=1)
+def test_proxies_are_tried_if_a_dead_link_becomes_unreachable() -> None:
+    events = run_attempts(
+        lambda place, second, renewed: STORED if place else (DEAD if second == 0 else AWAY), proxies=1
+    )
 
-    assert told[-1].endswith("stored from 1")
+    assert events[-1].endswith("stored from 1")
 
 
-def test_an_unreachable_proxy_does_not_keep_the_others_from_their_turn() -> None:
-    """The renewed link is dead, the first proxy never answers, the second has the file."""
+def test_an_unreachable_proxy_does_not_block_the_others() -> None:
+    """The renewed link is dead, the first proxy does not answer, the second has the file."""
     servers: dict[int, Attempt] = {0: DEAD, 1: AWAY, 2: STORED}
 
-    assert way(lambda place, second, renewed: servers[place], proxies=2)[-1].endswith("stored from 2")
+    assert run_attempts(lambda place, second, renewed: servers[place], proxies=2)[-1].endswith("stored from 2")
 
 
-def test_a_slow_proxy_is_tried_again_before_a_dead_link_is_given_up() -> None:
-    told = way(lambda place, second, renewed: DEAD if place == 0 else (STORED if second > 600 else AWAY), proxies=1)
+def test_a_slow_proxy_is_retried_before_a_dead_link_fails() -> None:
+    events = run_attempts(
+        lambda place, second, renewed: DEAD if place == 0 else (STORED if second > 600 else AWAY), proxies=1
+    )
 
-    assert told[-1].endswith("stored from 1")
+    assert events[-1].endswith("stored from 1")
 
 
 @pytest.mark.parametrize("proxy", [DEAD, PRIVATE])
-def test_a_proxy_that_is_dead_or_refused_does_not_end_an_output_whose_link_is_only_in_trouble(proxy: Attempt) -> None:
-    """The API has named hosts of its own workshop as proxies, and a mirror may not have every file."""
-    told = way(lambda place, second, renewed: proxy if place else (STORED if second > 7_200 else AWAY), proxies=1)
-
-    assert told[-1].endswith("stored from 0")
-    assert {event.split()[2] for event in told[:-1]} == {"unreachable"}
-
-
-def test_a_refused_proxy_counts_as_dead_where_the_link_is_dead() -> None:
-    told = way(lambda place, second, renewed: PRIVATE if place else DEAD, proxies=1)
-
-    assert told[-1].endswith("gone for good")
-    assert len(told) == len(way(lambda place, second, renewed: DEAD, proxies=1))
-
-
-def test_a_link_that_is_refused_ends_the_output_though_it_has_proxies() -> None:
-    assert way(lambda place, second, renewed: PRIVATE, proxies=2) == ["0 0 refused_address for good"]
-
-
-def test_a_page_in_place_of_a_picture_is_fetched_three_times() -> None:
-    assert way(lambda place, second, renewed: HTML) == ["0 0 not_media", "2 0 not_media", "6 0 not_media for good"]
-
-
-def test_a_full_disk_is_waited_for_and_then_all_goes_on() -> None:
-    assert way(lambda place, second, renewed: STORED if second > 3 * 86_400 else DISK, most=20_000)[-1].startswith(
-        "259215 stored"
+def test_a_dead_or_refused_proxy_does_not_end_an_output_with_a_failing_link(proxy: Attempt) -> None:
+    """The API has returned internal hosts as proxies, and a mirror may not have every file."""
+    events = run_attempts(
+        lambda place, second, renewed: proxy if place else (STORED if second > 7_200 else AWAY), proxies=1
     )
+
+    assert events[-1].endswith("stored from 0")
+    assert {event.split()[2] for event in events[:-1]} == {"unreachable"}
+
+
+def test_a_refused_proxy_counts_as_dead_if_the_link_is_dead() -> None:
+    events = run_attempts(lambda place, second, renewed: PRIVATE if place else DEAD, proxies=1)
+
+    assert events[-1].endswith("gone failed")
+    assert len(events) == len(run_attempts(lambda place, second, renewed: DEAD, proxies=1))
+
+
+def test_a_refused_link_ends_the_output_even_with_proxies() -> None:
+    assert run_attempts(lambda place, second, renewed: PRIVATE, proxies=2) == ["0 0 refused_address failed"]
+
+
+def test_an_html_page_instead_of_a_picture_is_fetched_three_times() -> None:
+    assert run_attempts(lambda place, second, renewed: HTML) == [
+        "0 0 not_media",
+        "2 0 not_media",
+        "6 0 not_media failed",
+    ]
+
+
+def test_a_full_disk_only_delays_the_output() -> None:
+    assert run_attempts(lambda place, second, renewed: STORED if second > 3 * 86_400 else DISK, max_attempts=20_000)[
+        -1
+    ].startswith("259215 stored")
 
 
 # ── properties ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -490,7 +508,7 @@ REPLIES = st.sampled_from([READY, *NOT_READY, *NOT_THE_JOBS])
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(REPLIES, max_size=30), st.floats(0, 600), st.integers(1, 20_000))
-def test_any_row_of_answers_leads_to_one_end_at_most(replies: list[Reply], every: float, deadline: int) -> None:
+def test_any_sequence_of_answers_has_at_most_one_end(replies: list[Reply], every: float, deadline: int) -> None:
     walk = answers(replies, every=every, job=JOB._replace(deadline_at=at(deadline)))
 
     for turn, (second, step) in enumerate(walk):
@@ -504,7 +522,7 @@ def test_any_row_of_answers_leads_to_one_end_at_most(replies: list[Reply], every
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from(NOT_READY), max_size=5), st.floats(3, 60))
-def test_every_job_that_is_asked_ends_at_last(replies: list[Reply], every: float) -> None:
+def test_every_polled_job_ends(replies: list[Reply], every: float) -> None:
     job = JOB._replace(deadline_at=at(600))
 
     walk = answers(chain(replies, repeat(PROCESSING)), every=every, job=job)
@@ -518,32 +536,32 @@ ATTEMPTS = st.lists(st.sampled_from([DEAD, HTTP, AWAY, DISK, HTML, SHORT, PRIVAT
 
 @settings(max_examples=150, deadline=None)
 @given(ATTEMPTS, st.integers(0, 4), st.booleans())
-def test_any_row_of_attempts_ends_with_one_renewal_at_most_and_bounded_waits(
+def test_any_sequence_of_attempts_has_at_most_one_renewal_and_bounded_waits(
     attempts: list[Attempt], proxies: int, renewable: bool
 ) -> None:
-    came = chain(attempts, repeat(DEAD))
-    told = way(lambda place, second, renewed: next(came), proxies=proxies, renewable=renewable)
+    results = chain(attempts, repeat(DEAD))
+    events = run_attempts(lambda place, second, renewed: next(results), proxies=proxies, renewable=renewable)
 
-    seconds = [float(event.split()[0]) for event in told]
-    assert told[-1].endswith("for good")
-    assert sum("renew" in event for event in told) <= (1 if renewable else 0)
+    seconds = [float(event.split()[0]) for event in events]
+    assert events[-1].endswith("failed")
+    assert sum("renew" in event for event in events) <= (1 if renewable else 0)
     assert all(0 <= later - earlier <= 300 for earlier, later in pairwise(seconds))
-    assert all(0 <= int(event.split()[1]) <= proxies for event in told)
+    assert all(0 <= int(event.split()[1]) <= proxies for event in events)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from([DEAD, HTTP, AWAY, STORED]), min_size=1, max_size=5), st.integers(0, 3))
-def test_links_that_never_change_lead_to_the_file_or_to_an_end(servers: list[Attempt], proxies: int) -> None:
-    """Whatever address has the file, it is found: no address is waited for while another one is never asked."""
-    told = way(lambda place, second, renewed: servers[place % len(servers)], proxies=proxies)
+def test_constant_links_lead_to_the_file_or_to_a_failure(servers: list[Attempt], proxies: int) -> None:
+    """The file is found at any URL: waiting for one URL must not prevent attempts at another."""
+    events = run_attempts(lambda place, second, renewed: servers[place % len(servers)], proxies=proxies)
 
     has_it = any(servers[place % len(servers)] is STORED for place in range(proxies + 1))
-    assert ("stored" in told[-1]) is has_it
-    assert has_it or told[-1].endswith("for good")
+    assert ("stored" in events[-1]) is has_it
+    assert has_it or events[-1].endswith("failed")
 
 
-def test_an_attempt_that_a_crash_cut_short_says_nothing_against_the_link() -> None:
-    """The next attempt tries the link again, not its proxy."""
+def test_a_crashed_attempt_does_not_count_against_the_link() -> None:
+    """The next attempt uses the main link again, not a proxy."""
     assert address_index(OutputFacts(attempts=2, proxies=2, ready_at=T0)) == 0
     assert address_index(OutputFacts(attempts=2, proxies=2, ready_at=T0, last_code="unreachable")) == 1
 
@@ -558,7 +576,7 @@ NO_FILE: list[Attempt] = [
 
 
 @pytest.mark.parametrize("attempt", NO_FILE, ids=lambda attempt: type(attempt).__name__)
-def test_given_a_promised_link_without_a_file_then_it_is_tried_for_ten_minutes_with_growing_pauses(
+def test_a_promised_link_is_tried_for_ten_minutes_with_growing_waits(
     attempt: Attempt,
 ) -> None:
     waits, moment, attempts = [], 0.0, 0
@@ -579,7 +597,7 @@ def test_given_a_promised_link_without_a_file_then_it_is_tried_for_ten_minutes_w
     assert result.message.endswith("a promised link, tried for 600 s")
 
 
-def test_given_a_promised_link_when_its_server_says_when_to_come_again_then_it_is_tried_then_or_at_the_end() -> None:
+def test_a_promised_link_respects_retry_after_within_its_time() -> None:
     soon, late = TransferTrouble("http_error", "HTTP 429", 90.0), TransferTrouble("http_error", "HTTP 429", 3_600.0)
 
     assert after_attempt(PROMISED, soon, now=at(0), deadline=timedelta(days=1)) == TryAgain(
@@ -590,8 +608,8 @@ def test_given_a_promised_link_when_its_server_says_when_to_come_again_then_it_i
     )
 
 
-def test_given_no_process_that_downloads_for_an_hour_then_a_promised_link_is_still_tried_five_times() -> None:
-    """Else a link whose file is there a minute later would cost its job."""
+def test_a_promised_link_gets_five_attempts_even_after_an_outage() -> None:
+    """Otherwise the job would fail although the file is there a minute later."""
     dead, moment, waits = DeadLink("HTTP 404"), 3_600.0, list[float]()
     for attempts in range(1, 5):
         result = after_attempt(replace(PROMISED, attempts=attempts), dead, now=at(moment), deadline=timedelta(days=1))
@@ -609,14 +627,14 @@ def test_given_no_process_that_downloads_for_an_hour_then_a_promised_link_is_sti
     assert slow.wait == 60
 
 
-def test_given_a_promised_link_then_a_short_output_deadline_counts_and_storage_trouble_never_ends_it() -> None:
+def test_a_promised_link_ends_at_the_output_deadline_but_not_by_storage_failures() -> None:
     dead, full = DeadLink("HTTP 404"), TransferTrouble("storage", "disk full")
 
     assert isinstance(after_attempt(PROMISED, dead, now=at(60), deadline=timedelta(seconds=60)), GiveUp)
     assert isinstance(after_attempt(PROMISED, full, now=at(900), deadline=timedelta(seconds=60)), TryAgain)
 
 
-def test_given_a_promised_link_that_no_try_can_mend_then_it_ends_at_once() -> None:
+def test_a_promised_link_with_a_permanent_error_ends_at_once() -> None:
     for unfit in (Unfit("refused_address", "not public"), Unfit("too_large", "9 GB")):
         assert after_attempt(PROMISED, unfit, now=at(0), deadline=timedelta(days=1)) == GiveUp(
             unfit.code, unfit.message

@@ -1,4 +1,4 @@
-"""Which fresh links can be of the output that an old link was listed for."""
+"""Whether a fresh link can belong to the same output as the old link."""
 
 import pytest
 
@@ -41,7 +41,5 @@ from worker.core.media.link_kinds import may_replace
         ("a.wav", "b.zip", True),
     ],
 )
-def test_given_an_old_and_a_fresh_link_then_only_one_of_the_same_kind_may_replace_it(
-    link: str, fresh: str, allowed: bool
-) -> None:
+def test_only_a_fresh_link_of_the_same_kind_may_replace_a_link(link: str, fresh: str, allowed: bool) -> None:
     assert may_replace(f"https://cdn2/x.d/{fresh}", f"https://h/y.z/{link}") == allowed

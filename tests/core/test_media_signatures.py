@@ -1,4 +1,4 @@
-"""Media by its first bytes, whole or not by its last, and its size in pixels by its header; base64 that holds media."""
+"""Media types, complete and truncated files, pixel counts, and media as base64 text."""
 
 import base64
 import io
@@ -85,8 +85,8 @@ def ogg(*pages: int) -> bytes:
 
 
 def mp3(*, tag: bytes = b"", info: bool = True) -> bytes:
-    said = b"Info" + struct.pack(">III", 3, 1, 417) if info else b""
-    return tag + (b"\xff\xfb\x90\x00" + bytes(32) + said).ljust(417, b"\0")
+    header = b"Info" + struct.pack(">III", 3, 1, 417) if info else b""
+    return tag + (b"\xff\xfb\x90\x00" + bytes(32) + header).ljust(417, b"\0")
 
 
 def id3(length: int) -> bytes:
@@ -201,11 +201,11 @@ endsolid box
         (PNG + b"<html>", "image/png png"),
     ],
 )
-def test_media_is_known_by_its_beginning(body: bytes, kind: str) -> None:
-    found = sniff(body[:HEAD_BYTES])
+def test_media_types_are_detected_by_their_signature(body: bytes, kind: str) -> None:
+    media = sniff(body[:HEAD_BYTES])
 
-    assert found is not None
-    assert f"{found.type} {found.extension}" == kind
+    assert media is not None
+    assert f"{media.type} {media.extension}" == kind
 
 
 HTML = b"<!doctype html><title>404</title>"
@@ -244,7 +244,7 @@ HTML = b"<!doctype html><title>404</title>"
         bytes(512),
     ],
 )
-def test_pages_errors_and_empty_bodies_are_no_media(body: bytes) -> None:
+def test_pages_errors_and_empty_bodies_are_not_media(body: bytes) -> None:
     assert sniff(body) is None
 
 
@@ -301,7 +301,7 @@ def test_pages_errors_and_empty_bodies_are_no_media(body: bytes) -> None:
         b"glTF" + struct.pack("<II", 9, 40) + bytes(28),
     ],
 )
-def test_what_only_begins_like_media_is_none(body: bytes) -> None:
+def test_a_signature_alone_is_not_media(body: bytes) -> None:
     assert sniff(body) is None
 
 
@@ -351,12 +351,12 @@ def test_what_only_begins_like_media_is_none(body: bytes) -> None:
         HTML.ljust(80) + b"a page of some length " * 40,
     ],
 )
-def test_text_and_bytes_that_are_almost_a_model_are_none(body: bytes) -> None:
+def test_text_and_bytes_similar_to_a_model_are_not_media(body: bytes) -> None:
     assert sniff(body) is None
 
 
-def test_a_model_in_text_is_known_by_the_head_alone() -> None:
-    """Where the head ends, it may cut a line, a number or a letter."""
+def test_a_text_model_is_detected_by_its_head() -> None:
+    """The head may end within a line, a number or a character."""
     body = OBJ + b"o \xc3\xa9\nv 0.25 0.5 0.75\nf 1 2 3\n" * 10_000
 
     for size in range(HEAD_BYTES - 40, HEAD_BYTES):
@@ -385,17 +385,17 @@ WHOLE = {
 }
 
 
-def judged(body: bytes) -> bool:
-    """Whether it is media, and whole."""
+def sniffed(body: bytes) -> bool:
+    """Return whether the bytes are media and complete."""
     media = sniff(body[:HEAD_BYTES])
     return media is not None and is_complete(media, body[:HEAD_BYTES], body[-TAIL_BYTES:], len(body))
 
 
 @pytest.mark.parametrize("body", [pytest.param(body, id=name) for name, body in WHOLE.items()])
-def test_a_whole_file_is_whole_and_a_shorter_one_is_not(body: bytes) -> None:
-    assert judged(body)
+def test_complete_and_truncated_files_are_told_apart(body: bytes) -> None:
+    assert sniffed(body)
     for size in range(len(body)):
-        assert not judged(body[:size]), size
+        assert not sniffed(body[:size]), size
 
 
 @pytest.mark.parametrize(
@@ -417,17 +417,17 @@ def test_a_whole_file_is_whole_and_a_shorter_one_is_not(body: bytes) -> None:
         OBJ + b"\n",
     ],
 )
-def test_something_after_the_end_does_no_harm(body: bytes) -> None:
-    assert judged(body)
+def test_data_after_the_end_is_accepted(body: bytes) -> None:
+    assert sniffed(body)
 
 
 def test_the_end_of_a_thumbnail_is_not_the_end_of_a_photo() -> None:
-    """Cameras and editors put a whole small JPEG into the header of the large one."""
+    """Cameras and editors store a complete small JPEG in the header of the large one."""
     photo = jpeg(thumbnail=JPEG)
 
-    assert judged(photo)
-    assert not judged(photo[:-2])
-    assert not judged(photo[: len(JPEG) + 20])
+    assert sniffed(photo)
+    assert not sniffed(photo[:-2])
+    assert not sniffed(photo[: len(JPEG) + 20])
 
 
 LARGE = bytes(3 * TAIL_BYTES)
@@ -451,11 +451,11 @@ LARGE = bytes(3 * TAIL_BYTES)
         ),
     ],
 )
-def test_a_large_file_is_judged_by_its_head_and_tail(start: bytes, end: bytes) -> None:
+def test_large_files_are_checked_by_head_and_tail(start: bytes, end: bytes) -> None:
     filling = LARGE if not start.endswith(b"OggS\0") else bytes(21) + b"\1\1x" + LARGE
 
-    assert judged(start + filling + end)
-    assert not judged(start + filling + end[:-1])
+    assert sniffed(start + filling + end)
+    assert not sniffed(start + filling + end[:-1])
 
 
 @pytest.mark.parametrize(
@@ -468,9 +468,9 @@ def test_a_large_file_is_judged_by_its_head_and_tail(start: bytes, end: bytes) -
         MP4[:-1],
     ],
 )
-def test_a_video_or_avif_without_its_index_or_its_data_is_cut(body: bytes) -> None:
+def test_a_video_or_avif_without_index_or_data_is_truncated(body: bytes) -> None:
     assert sniff(body) is not None
-    assert not judged(body)
+    assert not sniffed(body)
 
 
 @pytest.mark.parametrize(
@@ -482,56 +482,56 @@ def test_a_video_or_avif_without_its_index_or_its_data_is_cut(body: bytes) -> No
         ftyp(b"isom") + struct.pack(">I4s", 3, b"free") + bytes(9),
     ],
 )
-def test_boxes_that_can_not_be_followed_count_as_whole(body: bytes) -> None:
-    assert judged(body)
+def test_unknown_boxes_count_as_complete(body: bytes) -> None:
+    assert sniffed(body)
 
 
 @pytest.mark.parametrize("body", [WEBM, ebml(b"matroska")])
-def test_a_recording_that_knows_its_length_is_cut_where_it_is_shorter(body: bytes) -> None:
-    assert judged(body)
-    assert not judged(body[:-1])
+def test_a_recording_shorter_than_its_length_is_truncated(body: bytes) -> None:
+    assert sniffed(body)
+    assert not sniffed(body[:-1])
 
 
 @pytest.mark.parametrize("size", [0, 0x7FFFFFFF, 0xFFFFFFFF])
-def test_a_streamed_recording_that_knows_no_length_counts_as_whole(size: int) -> None:
-    assert judged(b"RIFF" + struct.pack("<I", size) + WAV[8:])
-    assert judged(ebml(b"webm", unknown=True))
+def test_a_streamed_recording_without_length_counts_as_complete(size: int) -> None:
+    assert sniffed(b"RIFF" + struct.pack("<I", size) + WAV[8:])
+    assert sniffed(ebml(b"webm", unknown=True))
 
 
-def test_an_ogg_file_ends_with_a_whole_page() -> None:
-    assert judged(OGG)
-    assert judged(ogg(200))
-    assert not judged(OGG[:-1])
-    assert not judged(OGG[: len(ogg(200)) + 10])
+def test_an_ogg_file_must_end_with_a_complete_page() -> None:
+    assert sniffed(OGG)
+    assert sniffed(ogg(200))
+    assert not sniffed(OGG[:-1])
+    assert not sniffed(OGG[: len(ogg(200)) + 10])
 
 
-def test_a_song_is_as_long_as_its_first_frame_says() -> None:
-    assert judged(MP3)
-    assert judged(mp3())
-    assert not judged(MP3[:-1])
-    assert not judged(mp3()[:-1])
-    assert not judged(MP3[:380])
+def test_an_mp3_has_the_size_in_its_first_frame() -> None:
+    assert sniffed(MP3)
+    assert sniffed(mp3())
+    assert not sniffed(MP3[:-1])
+    assert not sniffed(mp3()[:-1])
+    assert not sniffed(MP3[:380])
 
 
-def test_a_song_that_does_not_tell_its_length_is_whole_if_it_goes_on_after_its_tag() -> None:
-    assert judged(mp3(info=False)[:300])
-    assert judged(mp3(tag=id3(300), info=False)[:400])
-    assert not judged(id3(300))
-    assert not judged(id3(300)[:100])
+def test_an_mp3_without_a_size_needs_data_after_its_tag() -> None:
+    assert sniffed(mp3(info=False)[:300])
+    assert sniffed(mp3(tag=id3(300), info=False)[:400])
+    assert not sniffed(id3(300))
+    assert not sniffed(id3(300)[:100])
 
 
-def test_a_model_in_text_does_not_end_within_a_statement() -> None:
-    assert judged(OBJ.rstrip())
-    assert judged(OBJ + b"f 1 2 3")
-    assert judged(OBJ + b"# done")
-    assert not judged(OBJ + b"f 1 2")
-    assert not judged(OBJ + b"v 0.5 -")
-    assert not judged(OBJ + b"usem")
+def test_a_text_model_must_not_end_within_a_statement() -> None:
+    assert sniffed(OBJ.rstrip())
+    assert sniffed(OBJ + b"f 1 2 3")
+    assert sniffed(OBJ + b"# done")
+    assert not sniffed(OBJ + b"f 1 2")
+    assert not sniffed(OBJ + b"v 0.5 -")
+    assert not sniffed(OBJ + b"usem")
 
 
 @pytest.mark.parametrize("body", [b"\x1aE\xdf\xa3", b"\xff\xfb\x90\x00" + bytes(9)])
-def test_what_does_not_tell_its_end_counts_as_whole(body: bytes) -> None:
-    assert judged(body)
+def test_formats_without_an_end_count_as_complete(body: bytes) -> None:
+    assert sniffed(body)
 
 
 @pytest.mark.parametrize(
@@ -560,7 +560,7 @@ def test_what_does_not_tell_its_end_counts_as_whole(body: bytes) -> None:
         (MP4, None),
     ],
 )
-def test_the_header_tells_the_pixels(body: bytes, area: int | None) -> None:
+def test_pixels_are_read_from_the_header(body: bytes, area: int | None) -> None:
     media = sniff(body[:HEAD_BYTES])
 
     assert media is not None
@@ -597,7 +597,7 @@ DIGITS = base64.b64encode(PNG)
         (base64.b64encode(OBJ), 0),
     ],
 )
-def test_a_text_that_stands_for_media_is_known_and_decoded(text: bytes, start: int) -> None:
+def test_base64_media_is_detected_and_decoded(text: bytes, start: int) -> None:
     assert base64_start(text) == start
     body = decoded(text[start:])
     assert body in (PNG, JPEG, GLB, OBJ)
@@ -605,7 +605,7 @@ def test_a_text_that_stands_for_media_is_known_and_decoded(text: bytes, start: i
 
 
 @pytest.mark.parametrize("body", [pytest.param(body, id=name) for name, body in WHOLE.items()])
-def test_any_media_may_come_as_base64(body: bytes) -> None:
+def test_all_media_types_are_detected_in_base64(body: bytes) -> None:
     text = base64.b64encode(body)
 
     assert sniff(text) is None
@@ -613,7 +613,7 @@ def test_any_media_may_come_as_base64(body: bytes) -> None:
     assert decoded(text) == body
 
 
-def test_the_head_of_a_long_text_is_enough() -> None:
+def test_the_head_of_a_long_base64_text_is_enough() -> None:
     text = b"data:image/png;base64," + base64.encodebytes(PNG[:-12] + LARGE + PNG[-12:])
 
     assert base64_start(text[:HEAD_BYTES]) == 22
@@ -644,7 +644,7 @@ def test_the_head_of_a_long_text_is_enough() -> None:
         OBJ,
     ],
 )
-def test_any_other_text_is_no_base64_of_media(text: bytes) -> None:
+def test_other_texts_are_not_base64_media(text: bytes) -> None:
     assert base64_start(text) is None
 
 
@@ -666,7 +666,7 @@ def test_any_other_text_is_no_base64_of_media(text: bytes) -> None:
         (b"+/-_", b"\xfb\xff\xbf"),
     ],
 )
-def test_base64_is_decoded_piece_by_piece(text: bytes, body: bytes) -> None:
+def test_base64_is_decoded_in_chunks(text: bytes, body: bytes) -> None:
     assert all(decoded(text, step) == body for step in (1, 2, 3, 4, 5, 100))
 
 
@@ -692,21 +692,21 @@ def test_base64_is_decoded_piece_by_piece(text: bytes, body: bytes) -> None:
         b'"QQ==',
     ],
 )
-def test_what_is_no_base64_is_refused(text: bytes) -> None:
+def test_invalid_base64_is_refused(text: bytes) -> None:
     for step in (1, 2, 3, 100):
         with pytest.raises(ValueError, match="base64"):
             decoded(text, step)
 
 
 @given(st.binary(max_size=300), st.integers(1, 50), st.booleans(), st.booleans())
-def test_every_body_comes_back_from_its_base64(body: bytes, step: int, safe: bool, padded: bool) -> None:
+def test_base64_round_trips(body: bytes, step: int, safe: bool, padded: bool) -> None:
     text = base64.urlsafe_b64encode(body) if safe else base64.encodebytes(body)
 
     assert decoded(text if padded else text.replace(b"=", b""), step) == body
 
 
 @given(st.text("QUJD+-=_\"' \n<", max_size=12).map(str.encode), st.integers(1, 5))
-def test_the_pieces_make_no_difference(text: bytes, step: int) -> None:
+def test_chunk_sizes_make_no_difference(text: bytes, step: int) -> None:
     def outcome(size: int) -> bytes | None:
         try:
             return decoded(text, size)
@@ -716,12 +716,12 @@ def test_the_pieces_make_no_difference(text: bytes, step: int) -> None:
     assert outcome(step) == outcome(100)
 
 
-def test_a_decoder_keeps_little() -> None:
+def test_a_decoder_needs_little_memory() -> None:
     decoder = Base64Decoder()
 
-    kept = sum(len(decoder.feed(b"QUJD\n" * 20_000 + b"Q")) for _ in range(8))
+    total = sum(len(decoder.feed(b"QUJD\n" * 20_000 + b"Q")) for _ in range(8))
 
-    assert kept == 8 * 60_000 + 6
+    assert total == 8 * 60_000 + 6
     assert decoder.finish() == b""
 
 
@@ -729,7 +729,7 @@ STARTS = [*WHOLE.values(), OBJ, OGG, WEBM, heif(b"heic", (5, 5)), DIGITS, b"data
 KINDS = sorted({media for body in STARTS if (media := sniff(body)) is not None}, key=lambda media: media.type)
 
 
-def judge_everything(head: bytes, tail: bytes, size: int) -> None:
+def call_every_check(head: bytes, tail: bytes, size: int) -> None:
     start = base64_start(head)
     assert start is None or 0 <= start < len(head)
     media = sniff(head)
@@ -743,24 +743,24 @@ def judge_everything(head: bytes, tail: bytes, size: int) -> None:
 
 
 @given(st.sampled_from(STARTS), st.integers(0, 300), st.binary(max_size=80))
-def test_any_bytes_are_judged_without_an_error(start: bytes, cut: int, rest: bytes) -> None:
-    body = start[:cut] + rest
+def test_no_bytes_raise_an_error(start: bytes, cut: int, end: bytes) -> None:
+    body = start[:cut] + end
 
-    judge_everything(body, body, len(body))
+    call_every_check(body, body, len(body))
 
 
 @given(st.binary(max_size=120), st.binary(max_size=120), st.integers(0, 2**40))
-def test_a_head_and_a_tail_that_have_nothing_in_common_are_judged_too(head: bytes, tail: bytes, size: int) -> None:
-    judge_everything(head, tail, size)
+def test_unrelated_head_and_tail_raise_no_error(head: bytes, tail: bytes, size: int) -> None:
+    call_every_check(head, tail, size)
 
 
 @given(st.sampled_from(STARTS), st.lists(st.tuples(st.integers(0, 299), st.integers(0, 255)), max_size=8))
-def test_changed_headers_are_judged_without_an_error(start: bytes, changes: list[tuple[int, int]]) -> None:
+def test_changed_headers_raise_no_error(start: bytes, changes: list[tuple[int, int]]) -> None:
     body = bytearray(start)
     for place, value in changes:
         body[place % len(body)] = value
 
-    judge_everything(bytes(body), bytes(body[-100:]), len(body))
+    call_every_check(bytes(body), bytes(body[-100:]), len(body))
 
 
 UNITS = (
@@ -771,16 +771,16 @@ UNITS = (
 
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("start", [b"", b"v 1 2 ", b"ply\nformat ascii 1.0\n", b"solid ", b"data:", GIF[:13], MP4[:16]])
-def test_long_heads_of_one_thing_over_and_over_take_no_time(start: bytes, unit: bytes) -> None:
+def test_long_repetitive_heads_are_fast(start: bytes, unit: bytes) -> None:
     head = (start + unit * HEAD_BYTES)[:HEAD_BYTES]
     began = time.process_time()
 
-    judge_everything(head, head, 10 * HEAD_BYTES)
+    call_every_check(head, head, 10 * HEAD_BYTES)
 
     assert time.process_time() - began < 1
 
 
-def test_an_api_error_is_no_media_in_any_form() -> None:
+def test_an_api_error_is_never_media() -> None:
     for status in ("error", "failed", "processing", "success"):
         answer = json.dumps({"status": status, "output": ["https://h/a.png"]}, indent=2).encode()
         assert sniff(answer) is None

@@ -1,4 +1,4 @@
-"""Text as an output: where it is promised, and which bytes are the text that is promised."""
+"""Text outputs: when text is promised, and which bytes are accepted as that text."""
 
 import json
 import tracemalloc
@@ -25,8 +25,8 @@ CAPTIONS = b"WEBVTT\n\n00:00.000 --> 00:02.500\n<v Ann>Hello.\n"
 WORDS = json.dumps({"text": "Hello.", "words": [{"word": "Hello.", "start": 0.1}]}).encode()
 
 
-def judged(promise: Promise, body: bytes, step: int = 1_000_000) -> Media | str:
-    """What bytes are, in pieces of `step`; or the code that they are refused with."""
+def sniffed(promise: Promise, body: bytes, step: int = 1_000_000) -> Media | str:
+    """Return the media type of bytes in chunks of `step`, or the error code."""
     try:
         return text_media(promise, (body[at : at + step] for at in range(0, len(body), step)))
     except NotPromisedText as reason:
@@ -68,13 +68,11 @@ def judged(promise: Promise, body: bytes, step: int = 1_000_000) -> Media | str:
         ("https://[h/a.txt", "", ""),
     ],
 )
-def test_given_an_address_and_a_declared_type_then_it_is_clear_what_text_they_promise(
-    address: str, declared: str, promise: str
-) -> None:
+def test_the_promise_depends_on_extension_and_declared_type(address: str, declared: str, promise: str) -> None:
     assert promised_text([address], declared) == promise
 
 
-def test_given_a_redirect_then_the_link_itself_decides_and_after_it_where_it_led_to() -> None:
+def test_the_link_decides_before_its_redirect_target() -> None:
     assert promised_text(["https://h/a.txt", "https://cdn/b.png"], "image/png") == "text"
     assert promised_text(["https://h/a.png", "https://cdn/b.txt"], "text/plain") == ""
     assert promised_text(["https://h/go", "https://cdn/b.json"], "text/plain") == "json"
@@ -119,10 +117,8 @@ def test_given_a_redirect_then_the_link_itself_decides_and_after_it_where_it_led
         ("subtitles", b"00:00:00.000 --> 00:00:02.500\nHello.", SRT),
     ],
 )
-def test_given_the_text_that_was_promised_then_it_is_media_in_any_pieces(
-    promise: Promise, body: bytes, media: Media
-) -> None:
-    assert [judged(promise, body, step) for step in (1, 2, 3, 7, 1_000)] == [media] * 5
+def test_promised_text_is_accepted_in_any_chunks(promise: Promise, body: bytes, media: Media) -> None:
+    assert [sniffed(promise, body, step) for step in (1, 2, 3, 7, 1_000)] == [media] * 5
 
 
 @pytest.mark.parametrize("promise", ["text", "json", "subtitles"])
@@ -165,11 +161,9 @@ def test_given_the_text_that_was_promised_then_it_is_media_in_any_pieces(
         b"\x80abc",
     ],
 )
-def test_given_a_page_an_error_or_other_bytes_where_text_is_promised_then_they_are_refused(
-    promise: Promise, body: bytes
-) -> None:
+def test_pages_errors_and_other_bytes_are_refused(promise: Promise, body: bytes) -> None:
     refused = {"not_media", "truncated"} if body == b"\xff\xfeH" else {"not_media"}
-    assert {judged(promise, body, step) for step in (1, 2, 5, 1_000)} <= refused
+    assert {sniffed(promise, body, step) for step in (1, 2, 5, 1_000)} <= refused
 
 
 @pytest.mark.parametrize(
@@ -194,32 +188,32 @@ def test_given_a_page_an_error_or_other_bytes_where_text_is_promised_then_they_a
         ("text", (b"QUJD" * 19 + b"\r\n") * 3, "not_media"),
     ],
 )
-def test_given_another_text_than_promised_then_it_is_refused(promise: Promise, body: bytes, code: str) -> None:
-    assert [judged(promise, body, step) for step in (1, 2, 5, 100_000)] == [code] * 4
+def test_another_text_format_is_refused(promise: Promise, body: bytes, code: str) -> None:
+    assert [sniffed(promise, body, step) for step in (1, 2, 5, 100_000)] == [code] * 4
 
 
-def test_given_json_that_is_too_long_to_be_parsed_then_its_first_and_last_sign_decide() -> None:
+def test_very_long_json_is_checked_by_its_first_and_last_characters() -> None:
     long = b'{"text": "' + b"word " * (PARSED_CHARACTERS // 5) + b'"}\n'
 
-    assert judged("json", long) == JSON
-    assert judged("json", long[:-3]) == "not_media"
-    assert judged("json", b"word " + long) == "not_media"
+    assert sniffed("json", long) == JSON
+    assert sniffed("json", long[:-3]) == "not_media"
+    assert sniffed("json", b"word " + long) == "not_media"
 
 
-def test_given_json_with_more_values_than_are_parsed_then_it_is_judged_alike_and_takes_little_memory() -> None:
-    words = b'{"words": [' + b"[]," * 1_000_000 + b"[]]}"
+def test_json_with_too_many_values_needs_little_memory() -> None:
+    document = b'{"words": [' + b"[]," * 1_000_000 + b"[]]}"
     tracemalloc.start()
     try:
-        media = judged("json", words)
+        media = sniffed("json", document)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
 
     assert media == JSON
-    assert judged("json", words[:-1]) == "not_media"
+    assert sniffed("json", document[:-1]) == "not_media"
     assert peak < 40_000_000
 
 
 @given(st.sampled_from(["text", "json", "subtitles"]), st.binary(max_size=60), st.integers(1, 9))
-def test_any_bytes_are_judged_alike_in_any_pieces(promise: Promise, body: bytes, step: int) -> None:
-    assert judged(promise, body, step) == judged(promise, body)
+def test_the_result_is_the_same_for_any_chunks(promise: Promise, body: bytes, step: int) -> None:
+    assert sniffed(promise, body, step) == sniffed(promise, body)

@@ -1,4 +1,4 @@
-"""The simulator: the worker's own scheduling on a virtual clock, exact where the answer is known beforehand."""
+"""The simulator: the worker's own scheduling on a virtual clock, with exact results where they are known."""
 
 import math
 import random
@@ -10,77 +10,77 @@ from worker.core.pacing.simulation import Simulation, TraceJob, quantile, simula
 
 
 def hour(_: str) -> float:
-    """The deadline of any kind."""
+    """Return the deadline for every kind."""
     return 3_600.0
 
 
 def lognormal(
     count: int, *, median: float = 8.0, spread: float = 0.6, apart: float = 0.5, seed: int = 1
 ) -> list[TraceJob]:
-    """Jobs of such durations, one each `apart` seconds."""
+    """Return a trace of lognormal jobs, one every `apart` seconds."""
     draw = random.Random(seed)
     return [TraceJob(number * apart, median * math.exp(draw.gauss(0, spread))) for number in range(count)]
 
 
-def mean(done: Simulation) -> float:
-    """The mean delay."""
-    return sum(done.delays) / len(done.delays)
+def mean(result: Simulation) -> float:
+    """Return the mean delay."""
+    return sum(result.delays) / len(result.delays)
 
 
-def test_a_job_of_the_fixed_policy_is_seen_at_the_first_poll_after_it_is_ready() -> None:
-    done = simulate([TraceJob(10.0, 6.0)], Pace("fixed", 0.5, 3.0), deadline_for=hour)
+def test_the_fixed_policy_sees_a_job_at_the_first_poll_after_it_is_ready() -> None:
+    result = simulate([TraceJob(10.0, 6.0)], Pace("fixed", 0.5, 3.0), deadline_for=hour)
 
-    # asked 2.5 to 2.75 s after submission, then after 5 to 5.5 s each
-    assert done.polls == 2
-    assert 1.5 <= done.delays[0] <= 2.25
-
-
-def test_a_job_that_never_ends_is_asked_until_its_deadline_and_counts_in_polls_alone() -> None:
-    done = simulate([TraceJob(0.0, None)], Pace("fixed", 0.5, 3.0), deadline_for=lambda kind: 60.0)
-
-    assert 11 <= done.polls <= 14
-    assert done.delays == []
+    # polled 2.5 to 2.75 s after submission, then every 5 to 5.5 s
+    assert result.polls == 2
+    assert 1.5 <= result.delays[0] <= 2.25
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_every_job_that_ends_is_seen_and_never_before_it_is_ready(policy: Policy) -> None:
-    done = simulate(lognormal(300), Pace(policy, 0.5, 3.0), deadline_for=hour)
+def test_a_job_that_never_ends_is_polled_until_its_deadline_and_has_no_delay() -> None:
+    result = simulate([TraceJob(0.0, None)], Pace("fixed", 0.5, 3.0), deadline_for=lambda kind: 60.0)
 
-    assert done.jobs == len(done.delays) == 300
-    assert min(done.delays) >= 0.0
-    assert done.polls >= 300
+    assert 11 <= result.polls <= 14
+    assert result.delays == []
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_budget_is_kept_by_every_policy(policy: Policy) -> None:
+def test_every_job_is_seen_after_it_is_ready(policy: Policy) -> None:
+    result = simulate(lognormal(300), Pace(policy, 0.5, 3.0), deadline_for=hour)
+
+    assert result.jobs == len(result.delays) == 300
+    assert min(result.delays) >= 0.0
+    assert result.polls >= 300
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_keeps_the_rate_limit(policy: Policy) -> None:
     trace = lognormal(400, apart=0.1)
-    done = simulate(trace, Pace(policy, 0.05, 0.0), deadline_for=hour, rps=20.0)
+    result = simulate(trace, Pace(policy, 0.05, 0.0), deadline_for=hour, rps=20.0)
 
     last = max(job.submitted + (job.duration or 0.0) for job in trace)
-    assert len(done.delays) == 400
-    assert done.polls <= 20.0 * (last + max(done.delays) + 1) + 4
+    assert len(result.delays) == 400
+    assert result.polls <= 20.0 * (last + max(result.delays) + 1) + 4
 
 
-def test_the_same_seed_gives_the_same_and_another_one_another() -> None:
+def test_the_result_depends_only_on_the_seed() -> None:
     runs = [simulate(lognormal(200), Pace("learned", 0.5, 3.0), deadline_for=hour, seed=seed) for seed in (0, 0, 1)]
 
     assert runs[0] == runs[1]
     assert runs[0].delays != runs[2].delays
 
 
-def test_learning_beats_backing_off_by_far_at_the_same_number_of_requests() -> None:
+def test_learning_beats_exponential_backoff_with_the_same_number_of_requests() -> None:
     trace = lognormal(1_500)
     backing_off = simulate(trace, Pace("exponential", 0.5, 0.0), deadline_for=hour)
     learned = min(
         (simulate(trace, Pace("learned", price, 0.0), deadline_for=hour) for price in (0.1, 0.15, 0.2, 0.3)),
-        key=lambda done: abs(done.polls - backing_off.polls),
+        key=lambda result: abs(result.polls - backing_off.polls),
     )
 
     assert learned.polls <= backing_off.polls * 1.1
     assert mean(learned) < mean(backing_off) / 1.8
 
 
-def test_where_requests_are_short_the_urgent_ones_go_first() -> None:
+def test_urgent_jobs_come_first_when_requests_are_scarce() -> None:
     draw = random.Random(7)
     kinds = ["video" if number % 10 == 0 else "image" for number in range(1_500)]
     medians = {"video": 300.0, "image": 8.0}
@@ -96,6 +96,6 @@ def test_where_requests_are_short_the_urgent_ones_go_first() -> None:
     assert mean(runs["learned"]) < mean(runs["exponential"]) / 2.5
 
 
-def test_quantiles_are_of_the_nearest_rank() -> None:
+def test_quantiles_use_the_nearest_rank() -> None:
     assert [quantile([1.0, 2.0, 3.0, 4.0], share) for share in (0.0, 0.25, 0.26, 0.5, 0.95, 1.0)] == [1, 1, 2, 2, 4, 4]
     assert quantile([], 0.5) == 0.0

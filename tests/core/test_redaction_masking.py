@@ -1,4 +1,4 @@
-"""Masking: what may be personal never gets through, and what tells of a trouble does."""
+"""Masking: personal data are removed, and the description of a problem stays."""
 
 import pytest
 from hypothesis import given
@@ -36,17 +36,17 @@ MASKED = [
 
 
 @pytest.mark.parametrize("text", KEPT)
-def test_what_tells_of_a_trouble_is_kept(text: str) -> None:
+def test_texts_about_problems_are_not_masked(text: str) -> None:
     assert mask_personal_data(text) == text
 
 
 @pytest.mark.parametrize(("text", "shown"), MASKED)
-def test_what_may_be_personal_is_not(text: str, shown: str) -> None:
+def test_personal_data_are_masked(text: str, shown: str) -> None:
     assert mask_personal_data(text) == shown
 
 
 @given(st.text(max_size=600) | st.text(alphabet="ab1:/.@\"'“”«» {}[]=prompt-", max_size=60))
-def test_no_text_is_too_odd_and_what_is_masked_stays_as_it_is(text: str) -> None:
+def test_any_text_can_be_masked_and_masking_again_changes_nothing(text: str) -> None:
     once = mask_personal_data(text)
 
     assert mask_personal_data(once) == once
@@ -57,7 +57,7 @@ def test_no_text_is_too_odd_and_what_is_masked_stays_as_it_is(text: str) -> None
     st.sampled_from(["ann@shop.example", "https://cdn.test/ann/1.png", "10.1.2.3", "4111111111111111"]),
     st.text(alphabet="ab c", max_size=20),
 )
-def test_wherever_it_stands_it_is_not_shown(before: str, personal: str, after: str) -> None:
+def test_personal_data_are_masked_anywhere_in_a_text(before: str, personal: str, after: str) -> None:
     assert personal not in mask_personal_data(f"{before} {personal} {after}")
 
 
@@ -71,5 +71,5 @@ def test_wherever_it_stands_it_is_not_shown(before: str, personal: str, after: s
         ("", "?"),
     ],
 )
-def test_of_a_link_the_host_alone_is_told(url: str, host: str) -> None:
+def test_only_the_host_of_a_link_is_returned(url: str, host: str) -> None:
     assert link_host(url) == host

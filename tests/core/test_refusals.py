@@ -1,4 +1,4 @@
-"""A refusal of the store means that the link is dead; a refusal on the way says nothing about the link."""
+"""Errors of a store mean a dead link; blocked requests say nothing about the link."""
 
 import pytest
 
@@ -25,8 +25,8 @@ AZURE = b'\xef\xbb\xbf<?xml version="1.0"?><Error><Code>AuthenticationFailed</Co
         (410, {}, b"<!doctype html>gone"),
     ],
 )
-def test_what_a_store_says_of_a_dead_link(status: int, headers: dict[str, str], body: bytes) -> None:
-    """XML of S3 and its kin, JSON, a plain word, or nothing at all."""
+def test_errors_of_stores_mean_a_dead_link(status: int, headers: dict[str, str], body: bytes) -> None:
+    """XML of S3 and compatible stores, JSON, plain text, or an empty body."""
     assert is_dead_link(status, headers, body)
 
 
@@ -52,6 +52,6 @@ def test_what_a_store_says_of_a_dead_link(status: int, headers: dict[str, str], 
         (511, {}, b"<html>log in"),
     ],
 )
-def test_what_something_on_the_way_says(status: int, headers: dict[str, str], body: bytes) -> None:
-    """Pages for people, marks of firewalls, and statuses of networks."""
+def test_blocked_requests_do_not_mean_a_dead_link(status: int, headers: dict[str, str], body: bytes) -> None:
+    """HTML pages, headers of firewalls, and status codes of networks."""
     assert not is_dead_link(status, headers, body)

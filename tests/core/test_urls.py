@@ -1,4 +1,4 @@
-"""Addresses go out as they were given: only what no address may hold is quoted."""
+"""URLs are not changed, except for invalid characters, which are percent-encoded."""
 
 import pytest
 
@@ -20,8 +20,8 @@ from worker.core.urls import percent_encoded, redirect_target, split
         "https://h/a\nb\x00\x7f\t",
     ],
 )
-def test_an_address_goes_out_as_it_was_given(url: str) -> None:
-    """Signatures are made over its characters; what the guard refuses stays there to be refused."""
+def test_a_valid_url_is_not_changed(url: str) -> None:
+    """Signatures cover the exact characters. What the address guard refuses is not changed either."""
     assert percent_encoded(url) == url
 
 
@@ -35,13 +35,13 @@ def test_an_address_goes_out_as_it_was_given(url: str) -> None:
         ("https://h h/a b", "https://h h/a%20b"),
     ],
 )
-def test_what_no_address_may_hold_is_quoted_after_the_host(url: str, out: str) -> None:
-    """As UTF-8, as browsers do. A blank in the host stays, and is refused."""
+def test_invalid_characters_after_the_host_are_percent_encoded(url: str, out: str) -> None:
+    """As UTF-8, like browsers. A blank in the host is not changed, and is refused later."""
     assert percent_encoded(url) == out
 
 
-def test_the_target_of_a_request_begins_with_a_slash() -> None:
-    """Whatever follows the host, and nothing of it is lost."""
+def test_a_request_target_starts_with_a_slash() -> None:
+    """It contains everything after the host."""
     assert split("https://h:8443//a?b=") == ("https://h:8443", "//a?b=")
     assert split("https://h?b") == ("https://h", "/?b")
     assert split("https://h") == ("https://h", "/")
@@ -65,12 +65,12 @@ def test_the_target_of_a_request_begins_with_a_slash() -> None:
         ("/\xfc", "http://h/ü"),
     ],
 )
-def test_a_redirect_is_followed_to_where_it_says(location: str, target: str) -> None:
-    """Relative ones are resolved, and nothing else about them changes."""
+def test_redirect_targets_are_resolved(location: str, target: str) -> None:
+    """Relative ones are resolved; nothing else changes."""
     assert redirect_target("http://h/a/b?c", location) == target
 
 
-def test_a_redirect_that_can_not_be_read_is_an_error() -> None:
-    """It is the server's slip, and no attack."""
+def test_an_invalid_redirect_raises_an_error() -> None:
+    """This is a mistake of the server, not an attack."""
     with pytest.raises(ValueError, match="IPv6"):
         redirect_target("http://h/a", "http://[bad")

@@ -1,4 +1,4 @@
-"""Webhooks as the reference library of the scheme reads them."""
+"""Webhooks as the reference library of Standard Webhooks reads them."""
 
 import base64
 import json
@@ -28,8 +28,8 @@ def _headers(text: str, *signed_with: str, at: int, name: str = "evt_1") -> dict
     }
 
 
-def test_the_reference_library_takes_what_is_signed_and_reads_what_was_meant() -> None:
-    """Names in other alphabets, too."""
+def test_the_reference_library_verifies_the_signature_and_reads_the_event() -> None:
+    """Also with names in other alphabets."""
     secret = _secret()
     text = body("job.completed", MOMENT, {"id": 7, "reference": "Zoë’s picture"})
     read = Webhook(secret).verify(text, _headers(text, secret, at=int(time.time())))
@@ -39,8 +39,8 @@ def test_the_reference_library_takes_what_is_signed_and_reads_what_was_meant() -
     assert read["data"] == {"id": 7, "reference": "Zoë’s picture"}
 
 
-def test_while_secrets_change_receivers_with_the_old_and_with_the_new_one_take_it() -> None:
-    """And one with another secret does not."""
+def test_during_a_rotation_the_old_and_the_new_secret_are_valid() -> None:
+    """A receiver with another secret refuses it."""
     old, new = _secret(), _secret(64)
     headers = _headers("{}", new, old, at=int(time.time()))
     for receiver in (old, new):
@@ -49,8 +49,8 @@ def test_while_secrets_change_receivers_with_the_old_and_with_the_new_one_take_i
         Webhook(_secret()).verify("{}", headers)
 
 
-def test_a_replay_under_another_name_or_time_or_with_another_text_is_refused_by_the_reference_library() -> None:
-    """All three are signed."""
+def test_the_reference_library_refuses_a_changed_id_time_or_body() -> None:
+    """The signature covers all three."""
     secret, now = _secret(), int(time.time())
     headers = _headers("{}", secret, at=now)
     for changed in ({"webhook-id": "evt_2"}, {"webhook-timestamp": str(now + 1)}):
@@ -63,22 +63,22 @@ def test_a_replay_under_another_name_or_time_or_with_another_text_is_refused_by_
 
 
 @pytest.mark.parametrize("wrong", ["", "whsec_", "secret", "whsec_?", "whsec_AAAA", f"whsec_{'A' * 400}", "whsec_Zoë"])
-def test_a_secret_that_is_none_is_refused_without_being_shown(wrong: str) -> None:
-    """What it stands for has 24 to 64 bytes."""
+def test_an_invalid_secret_is_refused_and_not_shown(wrong: str) -> None:
+    """A secret has 24 to 64 decoded bytes."""
     with pytest.raises(ValueError, match="must") as refused:
         secret_bytes(wrong)
     assert len(wrong) < 8 or wrong not in str(refused.value)
 
 
-def test_one_final_state_has_one_name_and_another_one_another() -> None:
-    """Whoever makes it."""
+def test_each_final_state_has_its_own_event_id() -> None:
+    """It does not depend on the process."""
     names = [event_id(7, MOMENT), event_id(8, MOMENT), event_id(7, MOMENT + timedelta(microseconds=1))]
     assert len(set(names)) == 3
     assert event_id(7, MOMENT) == names[0]
 
 
-def test_attempts_grow_apart_up_to_an_hour_and_a_receiver_may_ask_for_more_but_not_for_days() -> None:
-    """About thirty in a day; never less than the last wait."""
+def test_retry_waits_grow_to_one_hour_and_respect_retry_after_within_bounds() -> None:
+    """About thirty attempts per day; no wait is shorter than the previous one."""
     waits = [retry_delay(attempts, 0.0) for attempts in range(1, 40)]
     assert waits == sorted(waits)
     assert (waits[0], waits[-1]) == (5.0, LONGEST_WAIT)
@@ -96,7 +96,7 @@ def test_attempts_grow_apart_up_to_an_hour_and_a_receiver_may_ask_for_more_but_n
         f"https://app.example/{'x' * 2_000}",
     ],
 )
-def test_an_address_that_is_none_is_refused_with_a_reason(wrong: object) -> None:
-    """Before anything is written."""
+def test_an_invalid_url_is_refused_with_a_reason(wrong: object) -> None:
+    """It is refused before anything is written."""
     with pytest.raises(NotTrackable, match="webhook_url"):
         checked_url(wrong)

@@ -1,4 +1,4 @@
-"""Every family: where an order was posted says where its job is fetched, and how."""
+"""Every family: the order path determines the fetch path and the fetch style."""
 
 import pytest
 
@@ -66,7 +66,7 @@ ORDERS: list[tuple[str, str, tuple[str, str | None]]] = [
 
 
 @pytest.mark.parametrize(("order", "fetch", "call"), ORDERS, ids=[order for order, _, _ in ORDERS])
-def test_an_order_says_where_its_job_is_fetched_and_how(order: str, fetch: str, call: tuple[str, str | None]) -> None:
+def test_the_order_path_determines_fetch_path_and_style(order: str, fetch: str, call: tuple[str, str | None]) -> None:
     url = order_at(order, API).fetch_url(ID)
     address = fetch_address(url, ID, API)
 
@@ -75,8 +75,8 @@ def test_an_order_says_where_its_job_is_fetched_and_how(order: str, fetch: str, 
 
 
 @pytest.mark.parametrize("row", FAMILIES, ids=[row.order for row in FAMILIES])
-def test_without_its_row_a_family_is_another_one(row: ApiFamily, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each row decides for one of the orders above, and none does the same in its place."""
+def test_every_family_row_is_needed(row: ApiFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row is needed for one of the orders above; no other row gives the same result."""
     before = {order: family_of_order(order) for order, _, _ in ORDERS}
     kept = [number for number, family in enumerate(FAMILIES) if family != row]
     monkeypatch.setattr(families, "FAMILIES", tuple(FAMILIES[number] for number in kept))
@@ -113,7 +113,7 @@ def _without_name(family: ApiFamily | None) -> object:
         "HTTPS://modelslab.com/api/{}",
     ],
 )
-def test_an_endpoint_may_be_written_in_any_way(
+def test_an_endpoint_may_be_a_path_or_a_url(
     spelling: str, order: str, fetch: str, call: tuple[str, str | None]
 ) -> None:
     written = spelling.format(order)
@@ -122,7 +122,7 @@ def test_an_endpoint_may_be_written_in_any_way(
 
 
 @pytest.mark.parametrize(("order", "fetch", "call"), ORDERS, ids=[order for order, _, _ in ORDERS])
-def test_capitals_in_an_endpoint_change_nothing(order: str, fetch: str, call: tuple[str, str | None]) -> None:
+def test_endpoints_are_case_insensitive(order: str, fetch: str, call: tuple[str, str | None]) -> None:
     expected = fetch if "workflows" not in fetch else fetch.replace("uuid-string", "UUID-STRING")
 
     assert order_at(order.upper(), API).fetch_url(ID) == f"{SITE}/api/{expected}"
@@ -130,15 +130,13 @@ def test_capitals_in_an_endpoint_change_nothing(order: str, fetch: str, call: tu
 
 @pytest.mark.parametrize(("order", "fetch", "call"), ORDERS, ids=[order for order, _, _ in ORDERS])
 @pytest.mark.parametrize("end", ["", "/298", "/abc-7"])
-def test_a_fetch_address_in_place_of_an_endpoint_says_the_same(
-    end: str, order: str, fetch: str, call: tuple[str, str | None]
-) -> None:
+def test_a_fetch_url_may_be_given_as_endpoint(end: str, order: str, fetch: str, call: tuple[str, str | None]) -> None:
     written = fetch.removesuffix("/298") + end
 
     assert order_at(written, API).fetch_url(ID) == f"{SITE}/api/{fetch}"
 
 
-def test_a_fetch_address_that_families_share_does_not_say_what_is_made() -> None:
+def test_a_shared_fetch_path_has_no_specific_media() -> None:
     assert order_at("v3/fetch/7", API).family.media == "any"
     assert order_at("v3/text2video", API).family.media == "video"
 
@@ -152,7 +150,7 @@ def test_a_fetch_address_that_families_share_does_not_say_what_is_made() -> None
         "https://[::1/api/v6/images/text2img", "v6/images/text2img\x00", b"v6/images/text2img", 6, None, ["v6/images"],
     ],
 )  # fmt: skip
-def test_what_is_no_endpoint_is_refused_with_what_to_write(endpoint: object) -> None:
+def test_an_invalid_endpoint_is_refused_with_an_example(endpoint: object) -> None:
     with pytest.raises(NotTrackable) as refused:
         order_at(endpoint, API)
 
@@ -191,13 +189,13 @@ def test_an_endpoint_at_another_host_is_refused(endpoint: str) -> None:
         (5, None),
     ],
 )
-def test_the_address_of_a_response_says_the_family_where_it_can(url: object, fetch: str | None) -> None:
+def test_the_url_of_a_response_determines_the_family(url: object, fetch: str | None) -> None:
     order = order_of_response(url, API)
 
     assert (None if order is None else order.fetch_url(ID)) == fetch
 
 
-def test_an_endpoint_with_a_port_is_asked_at_that_port() -> None:
+def test_an_endpoint_with_a_port_is_fetched_at_that_port() -> None:
     order = order_at("http://127.0.0.1:8000/api/v6/video/text2video", LOCAL)
 
     assert order.fetch_url(ID) == "http://127.0.0.1:8000/api/v6/video/fetch/298"

@@ -1,4 +1,4 @@
-"""Where the key may go: every family of the API by the rules, and nowhere else."""
+"""Fetch URLs: the rules for the hosts and paths to which the key may be sent."""
 
 from urllib.parse import urlsplit
 
@@ -43,7 +43,7 @@ FAMILIES: list[tuple[str, str]] = [
 
 @pytest.mark.parametrize(("path", "kind"), FAMILIES)
 @pytest.mark.parametrize("site", [OLD, NEW])
-def test_every_family_can_be_asked_with_the_id_in_the_path_or_in_the_body(site: str, path: str, kind: str) -> None:
+def test_every_family_can_be_fetched_with_the_id_in_path_or_body(site: str, path: str, kind: str) -> None:
     in_path = fetch_address(f"{site}{path}/{ID}", ID, VENDOR)
     in_body = fetch_address(f"{site}{path}", ID, VENDOR)
 
@@ -55,7 +55,7 @@ def test_every_family_can_be_asked_with_the_id_in_the_path_or_in_the_body(site: 
     assert not is_training(in_path.base)
 
 
-def test_a_training_has_a_path_of_its_own() -> None:
+def test_trainings_have_their_own_path() -> None:
     address = fetch_address(f"{NEW}/api/v3/fine_tune_status/F5jvdzGnYi", "F5jvdzGnYi", VENDOR)
 
     assert address.base == f"{NEW}/api/v3/fine_tune_status"
@@ -65,7 +65,7 @@ def test_a_training_has_a_path_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("nothing", [None, ""])
-def test_a_job_without_an_address_is_asked_about_at_the_configured_one(nothing: str | None) -> None:
+def test_a_job_without_fetch_url_uses_the_configured_url(nothing: str | None) -> None:
     address = fetch_address(nothing, ID, VENDOR)
 
     assert address == fetch_address(f"{OLD}/api/v3/fetch/{ID}", ID, VENDOR)
@@ -80,14 +80,14 @@ def test_a_job_without_an_address_is_asked_about_at_the_configured_one(nothing: 
         "https://stablediffusionapi.com:443/api/v3",
     ],
 )
-def test_the_same_job_has_one_address_however_the_api_is_written(configured: str) -> None:
-    """Else a job that is tracked once with and once without its fetch_result would be two."""
+def test_the_same_job_has_one_fetch_address_for_every_spelling(configured: str) -> None:
+    """Otherwise a job that is tracked with and without its fetch_result would become two jobs."""
     api = AllowedApi(configured, VENDOR.hosts)
 
     assert fetch_address(None, ID, api) == fetch_address(f"{OLD}/api/v3/fetch/{ID}", ID, api)
 
 
-def test_a_configured_address_of_any_shape_may_be_named_by_a_job() -> None:
+def test_a_job_may_name_any_configured_url() -> None:
     api = AllowedApi("http://127.0.0.1:8000/mirror", frozenset({"127.0.0.1:8000"}))
 
     assert fetch_address("http://127.0.0.1:8000/mirror/fetch/298", ID, api) == fetch_address(None, ID, api)
@@ -102,7 +102,7 @@ def test_a_configured_address_of_any_shape_may_be_named_by_a_job() -> None:
         (f"https://modelslab.com:443/api/v3/fetch/{ID}", f"{NEW}/api/v3/fetch/{ID}"),
     ],
 )
-def test_an_address_is_kept_in_its_normal_form(url: str, normal: str) -> None:
+def test_a_fetch_url_is_normalised(url: str, normal: str) -> None:
     assert fetch_address(url, ID, VENDOR).url == normal
 
 
@@ -116,7 +116,7 @@ def test_an_address_is_kept_in_its_normal_form(url: str, normal: str) -> None:
         f"https://127.0.0.1:8000/api/v3/fetch/{ID}",
     ],
 )
-def test_plain_http_is_for_this_machine(url: str) -> None:
+def test_plain_http_is_allowed_only_for_this_machine(url: str) -> None:
     assert fetch_address(url, ID, LOCAL).url in (url, url.replace(":80/", "/"))
 
 
@@ -223,7 +223,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("url", HOSTILE)
-def test_a_hostile_address_is_refused_in_one_short_line(url: str) -> None:
+def test_a_hostile_url_is_refused_with_a_short_message(url: str) -> None:
     with pytest.raises(RefusedAddress) as refused:
         fetch_address(url, ID, VENDOR)
 
@@ -236,8 +236,8 @@ def test_a_hostile_address_is_refused_in_one_short_line(url: str) -> None:
     "remote_id", ["../../v1/enterprise/flux/clear_queue", "", ".", "..", "a/b", "a%2fb", "a?", "a\n", "-a", "a" * 129]
 )
 @pytest.mark.parametrize("url", [None, f"{NEW}/api/v6/images/fetch"])
-def test_no_address_is_made_for_what_can_be_no_id(remote_id: str, url: str | None) -> None:
-    """An id of dots and slashes would be normalised by the client into a call that empties a queue."""
+def test_an_invalid_id_gets_no_fetch_url(remote_id: str, url: str | None) -> None:
+    """The HTTP client would normalise an id of dots and slashes, and the request could empty a queue."""
     with pytest.raises(NotTrackable):
         checked_remote_id(remote_id) if remote_id != "a\n" else fetch_address(url, remote_id, VENDOR)
     with pytest.raises(RefusedAddress):
@@ -255,7 +255,7 @@ def test_no_address_is_made_for_what_can_be_no_id(remote_id: str, url: str | Non
         ("http://127.9.9.9/api", "127.9.9.9"),
     ],
 )
-def test_the_base_address_names_its_host(url: str, host: str) -> None:
+def test_the_host_of_the_base_url_is_normalised(url: str, host: str) -> None:
     assert api_host(url) == host
 
 
@@ -278,7 +278,7 @@ def test_the_base_address_names_its_host(url: str, host: str) -> None:
         "https:///x",
     ],
 )
-def test_a_malformed_base_address_is_refused(url: str) -> None:
+def test_a_malformed_base_url_is_refused(url: str) -> None:
     with pytest.raises(RefusedAddress):
         api_host(url)
 
@@ -303,7 +303,7 @@ SHAPED = st.builds(
 
 @settings(max_examples=300, deadline=None)
 @given(PIECES | SHAPED, st.sampled_from([VENDOR, LOCAL]))
-def test_whatever_is_accepted_is_an_allowed_host_and_a_plain_path(url: str, api: AllowedApi) -> None:
+def test_accepted_urls_have_an_allowed_host_and_a_plain_path(url: str, api: AllowedApi) -> None:
     try:
         address = fetch_address(url or None, ID, api)
     except RefusedAddress:
@@ -323,7 +323,7 @@ def test_whatever_is_accepted_is_an_allowed_host_and_a_plain_path(url: str, api:
     assert fetch_address(address.url, ID, api) == address
 
 
-def test_a_chat_is_asked_for_by_its_body_so_its_path_has_no_id() -> None:
+def test_the_fetch_path_of_a_chat_has_no_id() -> None:
     api = AllowedApi("https://modelslab.com/api/v6", frozenset({"modelslab.com"}))
     chats = "https://modelslab.com/api/v6/llm/get_queued_response"
 
@@ -335,7 +335,7 @@ def test_a_chat_is_asked_for_by_its_body_so_its_path_has_no_id() -> None:
 @pytest.mark.parametrize(
     "endpoint", ["v6/../v3/text2img", "v6/./video/text2video", "v6/video/..", "v6/.", "v6/video/..."]
 )
-def test_an_endpoint_with_dot_parts_is_refused(endpoint: str) -> None:
+def test_an_endpoint_with_dot_segments_is_refused(endpoint: str) -> None:
     api = AllowedApi("https://modelslab.com/api/v6", frozenset({"modelslab.com"}))
 
     for text in (endpoint, f"api/{endpoint}", f"https://modelslab.com/api/{endpoint}"):

@@ -1,4 +1,4 @@
-"""Outputs in every shape the API writes them in."""
+"""Outputs in every form that the API uses."""
 # ruff: noqa: E501  # a table has one line per case
 
 import base64
@@ -72,19 +72,19 @@ SHAPES: list[tuple[str, object, object, tuple[Link, ...]]] = [
 
 
 @pytest.mark.parametrize(("output", "proxies", "found"), [pytest.param(*case, id=name) for name, *case in SHAPES])
-def test_every_shape_of_output_becomes_links(output: object, proxies: object, found: tuple[Link, ...]) -> None:
+def test_every_form_of_outputs_becomes_links(output: object, proxies: object, found: tuple[Link, ...]) -> None:
     assert collect_links(output, proxies).links == found
 
 
 def test_two_broken_data_uris_are_two_outputs() -> None:
-    """Each is listed, so each gets its row, though neither can be decoded."""
+    """Each is listed, so each gets a row, although neither can be decoded."""
     found = collect_links(["data:image/png;base64,!!", "data:image/png;base64,??"]).links
 
     assert len(found) == 2
     assert all(link.body is not None for link in found)
 
 
-def test_an_endless_link_and_an_endless_list_are_cut() -> None:
+def test_very_long_links_and_lists_are_cut() -> None:
     assert len(collect_links("https://h/" + "a" * 100_000).links[0].url) == MAX_URL + 1
     assert len(collect_links([f"https://h/{i}" for i in range(MAX_LINKS + 5)]).links) == MAX_LINKS
 
@@ -107,15 +107,13 @@ def test_an_endless_link_and_an_endless_list_are_cut() -> None:
         ({}, ()),
     ],
 )
-def test_an_answer_lists_its_output_or_else_its_proxies_or_links(
-    answer: dict[str, object], found: tuple[Link, ...]
-) -> None:
+def test_outputs_are_read_from_the_first_field_that_has_any(answer: dict[str, object], found: tuple[Link, ...]) -> None:
     assert listed_outputs(answer).links == found
 
 
 @settings(max_examples=60, deadline=None)
 @given(ANY_JSON, ANY_JSON)
-def test_whatever_is_listed_is_stored_once_and_can_be_written_down(output: object, proxies: object) -> None:
+def test_listed_links_are_unique_and_can_be_stored(output: object, proxies: object) -> None:
     found = collect_links(output, proxies).links
 
     assert len({link.url for link in found}) == len(found)

@@ -1,4 +1,4 @@
-"""What holds for any answer, any endpoint and any shape of outputs."""
+"""Properties of all answers, endpoints and forms of outputs."""
 
 import json
 import random
@@ -58,7 +58,7 @@ def read(body: object, status: int = 200, *, training: bool = False) -> Reply:
 
 @settings(max_examples=200, deadline=None)
 @given(MIXED, CODES, st.booleans(), st.randoms(use_true_random=False))
-def test_the_order_of_its_fields_does_not_change_what_an_answer_means(
+def test_the_order_of_fields_does_not_matter(
     body: dict[str, Any], status: int, training: bool, rng: random.Random
 ) -> None:
     names = list(body)
@@ -72,7 +72,7 @@ def test_the_order_of_its_fields_does_not_change_what_an_answer_means(
 @settings(max_examples=200, deadline=None)
 @given(MIXED, CODES, HEADERS, st.booleans())
 @example({"status": "processing", "execution": {"status": "completed"}}, 200, {}, False)
-def test_the_short_cut_for_jobs_under_way_says_what_the_rules_say(
+def test_the_shortcut_for_processing_agrees_with_the_rules(
     body: dict[str, Any], status: int, headers: dict[str, str], training: bool
 ) -> None:
     raw = json.dumps(body).encode()
@@ -86,7 +86,7 @@ def test_the_short_cut_for_jobs_under_way_says_what_the_rules_say(
 
 @settings(max_examples=100, deadline=None)
 @given(MIXED, st.sampled_from([A, [A], [[A, B]], {"0": A}]))
-def test_a_promise_makes_no_job_ready(body: dict[str, Any], links_to_come: object) -> None:
+def test_promised_links_do_not_make_a_job_ready(body: dict[str, Any], links_to_come: object) -> None:
     without = read({name: value for name, value in body.items() if name != "future_links"})
     reply = read(body | {"future_links": links_to_come})
 
@@ -96,7 +96,7 @@ def test_a_promise_makes_no_job_ready(body: dict[str, Any], links_to_come: objec
 
 @settings(max_examples=100, deadline=None)
 @given(ANY_JSON | st.lists(st.sampled_from([A, B, "", None, 5, "ftp://h/c", "https://h/" + "x" * MAX_URL])))
-def test_promises_are_addresses_that_can_be_stored(value: object) -> None:
+def test_promised_links_can_be_stored(value: object) -> None:
     addresses = promised_urls({"future_links": value})
 
     assert len(addresses) == len(set(addresses)) <= MAX_PROMISED
@@ -108,7 +108,7 @@ def test_promises_are_addresses_that_can_be_stored(value: object) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(MIXED, st.none() | st.sampled_from([order for order, _, _ in ORDERS]), CODES)
-def test_whatever_is_handed_over_is_a_job_at_an_allowed_address_or_an_error_of_ours(
+def test_any_argument_becomes_a_job_or_a_documented_error(
     body: dict[str, Any], endpoint: str | None, status: int
 ) -> None:
     try:
@@ -167,7 +167,7 @@ PIECES = st.lists(
 @given(PIECES | st.text(max_size=40))
 @example("v6/../v1/enterprise/flux/clear_queue")
 @example("https://modelslab.com/api/v6/../../etc/fetch")
-def test_whatever_is_an_endpoint_gives_an_address_that_is_allowed(endpoint: str) -> None:
+def test_every_accepted_endpoint_gives_an_allowed_url(endpoint: str) -> None:
     try:
         order = order_at(endpoint, API)
     except (NotTrackable, RefusedAddress):
@@ -180,7 +180,7 @@ def test_whatever_is_an_endpoint_gives_an_address_that_is_allowed(endpoint: str)
 
 @settings(max_examples=200, deadline=None)
 @given(PIECES | st.text(max_size=40) | ANY_JSON)
-def test_the_address_of_a_response_is_never_an_error(url: object) -> None:
+def test_the_url_of_a_response_never_raises(url: object) -> None:
     order = order_of_response(url, API)
 
     assert order is None or fetch_address(order.fetch_url("298"), "298", API).host in VENDOR_HOSTS
@@ -216,12 +216,12 @@ SHAPES: list[tuple[str, object, list[str]]] = [
 
 @pytest.mark.parametrize(("output", "found"), [pytest.param(*row, id=name) for name, *row in SHAPES])
 @pytest.mark.parametrize("field", ["output", "outputs"])
-def test_outputs_of_any_shape_are_found(field: str, output: object, found: list[str]) -> None:
+def test_outputs_are_found_in_any_form(field: str, output: object, found: list[str]) -> None:
     assert [link.url for link in listed_outputs({"status": "success", field: output}).links] == found
 
 
 @pytest.mark.parametrize("field", [name for name in OUTPUT_FIELDS if name not in ("output", "outputs", "proxy_links")])
-def test_every_field_that_may_hold_outputs_is_needed(field: str) -> None:
+def test_every_output_field_is_needed(field: str) -> None:
     assert listed_outputs({"status": "success", "output": [], field: [A]}).links == (Link(A),)
     assert listed_outputs({"status": "success", "output": [B], field: [A]}).links == (Link(B),)
 
@@ -229,7 +229,7 @@ def test_every_field_that_may_hold_outputs_is_needed(field: str) -> None:
 @pytest.mark.parametrize(
     "field", ["future_links", "fetch_result", "webhook", "tip", "message", "init_image", "thumbnail"]
 )
-def test_other_fields_hold_no_outputs(field: str) -> None:
+def test_other_fields_are_not_outputs(field: str) -> None:
     assert (
         listed_outputs(
             {"status": "success", "output": [], field: [A], "data": {field: [A]}, "meta": {field: [A]}}
@@ -238,7 +238,7 @@ def test_other_fields_hold_no_outputs(field: str) -> None:
     )
 
 
-def test_promises_may_stand_under_links_while_an_order_waits() -> None:
+def test_promised_links_may_be_in_the_field_links() -> None:
     assert promised_urls({"status": "queued", "links": [A], "future_links": []}) == (A,)
     assert promised_urls({"status": "queued", "links": [A], "future_links": [B]}) == (B,)
     assert promised_urls({"status": "processing", "output": [A], "proxy_links": [A]}) == ()
@@ -249,12 +249,12 @@ def test_promises_may_stand_under_links_while_an_order_waits() -> None:
     st.lists(st.sampled_from([A, B, "https://h/c?x=1,2", "http://h/d"]), min_size=1, max_size=6),
     st.sampled_from([" ", ", ", ",", "\n", " ,\t"]),
 )
-def test_addresses_in_one_text_are_the_addresses_in_a_list(addresses: list[str], between: str) -> None:
+def test_several_urls_in_one_text_equal_a_list(addresses: list[str], between: str) -> None:
     assert collect_links(between.join(addresses)) == collect_links(addresses)
 
 
 @pytest.mark.parametrize("row", SUBMITS, ids=[row.name for row in SUBMITS])
-def test_a_submit_answer_means_the_same_as_a_mapping_as_text_and_as_bytes(row: Any) -> None:
+def test_a_submit_answer_may_be_a_mapping_text_or_bytes(row: Any) -> None:
     def outcome(remote: object) -> object:
         try:
             return planned_job(remote, API, endpoint=row.endpoint)

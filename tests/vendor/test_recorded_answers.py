@@ -1,4 +1,4 @@
-"""Every answer on record, to fetch and to submit calls, is read as it should be; so are its neighbours."""
+"""Every recorded answer to a fetch or submit call is read as expected, and so are its variants."""
 
 import json
 import time
@@ -30,7 +30,7 @@ API = AllowedApi("https://modelslab.com/api/v6", VENDOR_HOSTS)
 
 
 def told(reply: Reply) -> str:
-    """A reply in a few words, as the tables write it."""
+    """Return a reply in the notation of the tables."""
     name = CLASSES[type(reply)]
     match reply:
         case Ready(outputs):
@@ -58,14 +58,14 @@ def body_of(body: object) -> bytes:
 
 
 @pytest.mark.parametrize("row", FETCHES, ids=[row.name for row in FETCHES])
-def test_given_an_answer_on_record_when_a_job_is_asked_about_then_it_means_what_the_record_says(row: Fetch) -> None:
+def test_recorded_fetch_answers_have_the_recorded_meaning(row: Fetch) -> None:
     reply = parse(row.status, row.headers, body_of(row.body), Question(ID, time.time(), row.training))
 
     assert told(reply) == row.means, reply
 
 
 def became(row: Submit) -> str:
-    """What becomes of an order, as the table writes it."""
+    """Return the result of an order in the notation of the table."""
     try:
         job = planned_job(SubmitAnswer(row.answer, row.status), API, endpoint=row.endpoint)
     except ApiRefused:
@@ -79,11 +79,11 @@ def became(row: Submit) -> str:
 
 
 @pytest.mark.parametrize("row", SUBMITS, ids=[row.name for row in SUBMITS])
-def test_given_a_submit_answer_on_record_when_handed_over_then_its_job_is_what_the_record_says(row: Submit) -> None:
+def test_recorded_submit_answers_give_the_recorded_job(row: Submit) -> None:
     assert became(row) == row.means
 
 
-def test_the_records_are_many_and_each_has_its_own_name() -> None:
+def test_the_records_have_unique_names() -> None:
     assert len({row.name for row in FETCHES}) == len(FETCHES) >= 150
     assert len({row.name for row in SUBMITS}) == len(SUBMITS) >= 60
     assert {row.sure for row in FETCHES} == {row.sure for row in SUBMITS} == set("ABC")

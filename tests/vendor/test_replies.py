@@ -1,4 +1,4 @@
-"""What answers mean: every real one on record, every HTTP code with every kind of body, and anything at all."""
+"""The meaning of answers: real ones, every HTTP code with every kind of body, and random ones."""
 # ruff: noqa: E501  # a table has one line per case
 
 import json
@@ -46,7 +46,7 @@ HTML = "<!DOCTYPE html><title>Just a moment...</title>"
 
 
 def ask(body: object, status: int = 200, headers: dict[str, str] | None = None, *, training: bool = False) -> Reply:
-    """The reply for a body given as an object, as text or as bytes."""
+    """Return the reply for a body, which is an object, text or bytes."""
     raw = body if isinstance(body, bytes) else (body if isinstance(body, str) else json.dumps(body)).encode()
     return parse(status, headers or {}, raw, Question(ID, NOW, training))
 
@@ -56,7 +56,7 @@ def error(message: object, **more: object) -> dict[str, object]:
 
 
 def shown(value: object) -> str:
-    """A short name for a case."""
+    """Return a short name for a case."""
     return type(value).__name__ if isinstance(value, Reply) else ascii(value)[:60]
 
 
@@ -279,22 +279,22 @@ TRAININGS: list[tuple[object, Reply]] = [
 
 
 @pytest.mark.parametrize(("status", "body", "reply"), [pytest.param(*case, id=name) for name, *case in REAL_ANSWERS])
-def test_a_real_answer_means_what_it_should(status: int, body: object, reply: Reply) -> None:
+def test_real_answers_have_the_expected_reply(status: int, body: object, reply: Reply) -> None:
     assert ask(body, status) == reply
 
 
 @pytest.mark.parametrize("of_what", ["Model id", "model_id", "Voice id", "LoRA id", "Scheduler id"])
-def test_an_id_of_something_else_that_is_not_found_says_nothing_of_the_job(of_what: str) -> None:
+def test_an_unknown_id_of_something_else_is_not_about_the_job(of_what: str) -> None:
     assert isinstance(ask(error(f"{of_what} not found")), ApiError)
 
 
 @pytest.mark.parametrize("text", ["ID not found", "Request id not found", "The id does not exist", "Such id not found"])
-def test_the_id_of_the_job_that_is_not_found_is_an_unknown_id(text: str) -> None:
+def test_an_unknown_job_id_is_recognised(text: str) -> None:
     assert ask(error(text)) == UnknownId(text)
 
 
 @pytest.mark.parametrize(("status", "body", "reply"), CODES_AND_BODIES, ids=shown)
-def test_code_and_body_decide_together(status: int, body: object, reply: Reply) -> None:
+def test_status_code_and_body_determine_the_reply(status: int, body: object, reply: Reply) -> None:
     assert ask(body, status) == reply
 
 
@@ -310,7 +310,7 @@ def test_a_failure_with_another_id_is_not_about_this_job(echoed: object, reply: 
     assert ask(body) == (reply if isinstance(reply, AnotherJob) else Failed("Invalid input dimensions"))
 
 
-def test_capital_letters_make_no_other_job_and_neither_does_another_name_of_the_id() -> None:
+def test_the_id_may_differ_in_case_or_be_in_another_field() -> None:
     question = Question("Ab-7", NOW)
     for fields in ({"id": "aB-7"}, {"id": " AB-7"}, {"id": 9, "chat_id": "ab-7"}, {"id": 9, "request_id": "ab-7"}):
         assert parse(200, {}, json.dumps(success([A], **fields)).encode(), question) == Ready((Link(A),))
@@ -345,13 +345,13 @@ BESIDE: list[tuple[dict[str, object], Reply]] = [
 
 
 @pytest.mark.parametrize(("body", "reply"), BESIDE, ids=shown)
-def test_what_stands_beside_a_message_without_a_meaning_is_read(body: dict[str, object], reply: Reply) -> None:
+def test_other_error_texts_are_read_if_the_message_has_no_meaning(body: dict[str, object], reply: Reply) -> None:
     assert ask(body) == reply
 
 
 @pytest.mark.parametrize(("headers", "body", "wait"), [pytest.param(*case, id=name) for name, *case in WAITS])
 @pytest.mark.parametrize("status", [200, 429])
-def test_a_rate_limit_lasts_as_long_as_it_says_within_bounds(
+def test_a_rate_limit_has_the_requested_wait_within_bounds(
     status: int, headers: dict[str, str], body: dict[str, object], wait: float
 ) -> None:
     said = f"rate limit: {body.get('message', '')}"
@@ -362,17 +362,17 @@ def test_a_rate_limit_lasts_as_long_as_it_says_within_bounds(
     assert reply.seconds == pytest.approx(wait)
 
 
-def test_a_rate_limit_page_is_read_for_its_header_too() -> None:
+def test_the_retry_after_header_of_a_page_is_read() -> None:
     assert ask(HTML, 429, {"Retry-After": "12"}) == RateLimited(12.0, "HTTP 429")
 
 
 @pytest.mark.parametrize(("body", "reply"), TRAININGS, ids=shown)
-def test_a_training_is_ready_only_when_its_model_is(body: object, reply: Reply) -> None:
+def test_a_training_is_ready_only_when_its_model_is_ready(body: object, reply: Reply) -> None:
     assert ask(body, training=True) == reply
 
 
-def test_megabytes_of_blanks_in_an_output_cost_no_time() -> None:
-    """A pattern that backtracks would need hours here."""
+def test_megabytes_of_blanks_in_an_output_are_fast() -> None:
+    """A pattern with backtracking would need hours."""
     blanks = "A" + " " * 1_000_000 + "!"
 
     assert ask(success([blanks])) == Empty()
@@ -404,7 +404,7 @@ def texts_of(value: object) -> list[str]:
 
 @settings(max_examples=150, deadline=None)
 @given(CODES, HEADERS, st.binary(max_size=200) | ANSWERS, st.booleans())
-def test_any_answer_is_a_reply_whose_texts_can_be_stored(
+def test_any_answer_gives_a_reply_with_storable_texts(
     status: int, headers: dict[str, str], body: bytes, training: bool
 ) -> None:
     reply = parse(status, headers, body, Question(ID, NOW, training))
@@ -424,7 +424,7 @@ def test_any_answer_is_a_reply_whose_texts_can_be_stored(
 
 @settings(max_examples=40, deadline=None)
 @given(ANY_TEXT, ANY_JSON)
-def test_no_word_in_a_success_stops_an_account(text: str, meta: object) -> None:
+def test_no_text_in_a_success_holds_an_account(text: str, meta: object) -> None:
     reply = ask(success([A], message=text, messege=text, tip=text, meta=meta))
 
     assert reply == Ready((Link(A),))
@@ -432,7 +432,7 @@ def test_no_word_in_a_success_stops_an_account(text: str, meta: object) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(ANSWERS, st.sampled_from([300, 307, 429, 500, 503, 524]))
-def test_some_codes_are_never_about_the_job(body: bytes, status: int) -> None:
+def test_some_status_codes_are_never_about_the_job(body: bytes, status: int) -> None:
     assert isinstance(ask(body, status), (ApiDown, RateLimited, AccountRefused))
 
 
@@ -447,7 +447,7 @@ def test_some_codes_are_never_about_the_job(body: bytes, status: int) -> None:
     ],
     ids=["lists", "strings", "after an escaped quotation mark", "deep", "digits"],
 )
-def test_given_an_answer_that_unfolds_when_parsed_then_it_takes_little_memory_and_is_asked_again(body: bytes) -> None:
+def test_an_answer_with_too_many_values_needs_little_memory_and_is_polled_again(body: bytes) -> None:
     tracemalloc.start()
     try:
         reply = parse(200, {}, body, Question("1", 0.0))
@@ -459,13 +459,13 @@ def test_given_an_answer_that_unfolds_when_parsed_then_it_takes_little_memory_an
     assert most < 3 * len(body)
 
 
-def test_given_a_text_with_a_million_commas_when_parsed_then_it_is_one_value() -> None:
+def test_commas_in_a_text_do_not_count_as_values() -> None:
     body = json.dumps({"status": "processing", "prompt": 'a lake, "at dawn", \\' * 300_000}).encode()
 
     assert parse(200, {}, body, Question("1", 0.0)) == Processing()
 
 
-def test_given_more_outputs_than_are_stored_when_parsed_then_the_reply_says_how_many_are_left_out() -> None:
+def test_outputs_beyond_the_limit_are_counted() -> None:
     listed = [f"https://cdn.example/{number}.png" for number in range(1_500)]
     body = json.dumps({"status": "success", "output": [*listed, *listed[-100:]]}).encode()
 

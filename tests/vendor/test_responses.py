@@ -1,4 +1,4 @@
-"""Responses of real HTTP clients, as an app has them in its hand after the submit call."""
+"""Responses of real HTTP clients after a submit call."""
 
 import asyncio
 import http.server
@@ -110,9 +110,7 @@ def api(site: str) -> AllowedApi:
         ("/api/v6/images/moved", "/api/v6/voice/fetch/7", "voice"),  # where it was answered in the end
     ],
 )
-def test_given_a_response_when_handed_over_then_its_url_says_the_family(
-    post: Any, path: str, asked: str, kind: str, site: str
-) -> None:
+def test_the_url_of_a_response_determines_the_fetch_url(post: Any, path: str, asked: str, kind: str, site: str) -> None:
     job = planned_job(post(f"{site}{path}"), api(site))
 
     assert (job.address.url, job.kind) == (f"{site}{asked}", kind)
@@ -121,7 +119,7 @@ def test_given_a_response_when_handed_over_then_its_url_says_the_family(
 
 @pytest.mark.parametrize("post", CLIENTS)
 @pytest.mark.parametrize("path", ["/no-credits", "/refused", "/validator", "/wall"])
-def test_given_a_response_by_which_the_order_was_not_taken_then_it_says_so(post: Any, path: str, site: str) -> None:
+def test_a_response_that_refuses_the_order_raises_api_refused(post: Any, path: str, site: str) -> None:
     with pytest.raises(ApiRefused) as refused:
         planned_job(post(f"{site}/api/v6/images{path}"), api(site))
 
@@ -130,12 +128,12 @@ def test_given_a_response_by_which_the_order_was_not_taken_then_it_says_so(post:
 
 @pytest.mark.parametrize("post", CLIENTS)
 @pytest.mark.parametrize("path", ["/page", "/empty", "/list", "/text", "/number", "/deep"])
-def test_given_a_response_without_a_json_object_then_it_is_an_error_of_ours(post: Any, path: str, site: str) -> None:
+def test_a_response_without_a_json_object_raises_not_trackable(post: Any, path: str, site: str) -> None:
     with pytest.raises(NotTrackable, match="without a JSON object"):
         planned_job(post(f"{site}/api/v6/images{path}"), api(site))
 
 
-def test_given_a_response_whose_body_was_consumed_then_it_is_an_error_of_ours(site: str) -> None:
+def test_a_response_with_a_consumed_body_raises_not_trackable(site: str) -> None:
     with requests.Session() as session:
         response = session.post(f"{site}/api/v6/images/text2video", stream=True, timeout=10)
         list(response.iter_content(1))
@@ -144,12 +142,12 @@ def test_given_a_response_whose_body_was_consumed_then_it_is_an_error_of_ours(si
             planned_job(response, api(site))
 
 
-def test_given_a_response_of_httpx_that_has_no_request_then_its_body_is_read_all_the_same() -> None:
+def test_an_httpx_response_without_a_request_is_read() -> None:
 
     assert submission(httpx.Response(200, json=ANSWER)).remote_id == "7"
 
 
-def test_given_a_response_made_by_hand_then_its_body_is_read() -> None:
+def test_a_handmade_response_is_read() -> None:
     response = requests.Response()
     response.status_code = 200
     response._content = json.dumps(ANSWER).encode()
@@ -157,7 +155,7 @@ def test_given_a_response_made_by_hand_then_its_body_is_read() -> None:
     assert submission(response).remote_id == "7"
 
 
-def test_given_a_response_that_is_read_asynchronously_then_the_error_says_what_to_hand_over() -> None:
+def test_the_error_for_an_asynchronous_response_says_what_to_pass() -> None:
     async def json_later() -> dict[str, object]:
         return dict(ANSWER)
 
@@ -168,7 +166,7 @@ def test_given_a_response_that_is_read_asynchronously_then_the_error_says_what_t
 
 
 class Hostile:
-    """A response whose attributes are broken one by one."""
+    """A response in which one attribute raises an error."""
 
     status_code: object = 200
     url: object = "https://modelslab.com/api/v6/images/text2img"
@@ -181,7 +179,7 @@ class Hostile:
 
 
 class Gone(Exception):
-    """What only one client raises."""
+    """An exception that only one HTTP client raises."""
 
 
 ODD = [Gone("x"), ArithmeticError("x"), MemoryError("x"), StopIteration("x"), AssertionError("x")]
@@ -189,9 +187,7 @@ ODD = [Gone("x"), ArithmeticError("x"), MemoryError("x"), StopIteration("x"), As
 
 @pytest.mark.parametrize("name", ["url", "status_code", "json"])
 @pytest.mark.parametrize("error", ODD, ids=lambda error: type(error).__name__)
-def test_given_a_response_whose_attribute_raises_anything_then_it_is_an_error_of_ours(
-    name: str, error: Exception
-) -> None:
+def test_a_response_whose_attribute_raises_is_refused(name: str, error: Exception) -> None:
     class Broken(Hostile):
         pass
 
@@ -202,7 +198,7 @@ def test_given_a_response_whose_attribute_raises_anything_then_it_is_an_error_of
 
 
 @pytest.mark.parametrize("name", ["url", "json"])
-def test_given_a_response_whose_attribute_stops_the_process_then_it_does(name: str) -> None:
+def test_exceptions_that_stop_the_process_are_not_caught(name: str) -> None:
     class Stopped(Hostile):
         pass
 
@@ -230,7 +226,7 @@ def _raise(error: BaseException) -> object:
         Hostile(url=SimpleNamespace()),
     ],
 )
-def test_given_odd_attributes_of_a_response_then_its_answer_is_read_all_the_same(response: Hostile) -> None:
+def test_a_response_with_unusual_attributes_is_read(response: Hostile) -> None:
     assert planned_job(response, AllowedApi("https://modelslab.com/api/v6", {"modelslab.com"})).submission.eta == 5.0
 
 
@@ -238,13 +234,13 @@ def test_given_odd_attributes_of_a_response_then_its_answer_is_read_all_the_same
     "error",
     [ValueError("x"), TypeError("x"), RuntimeError("x"), OSError("x"), RecursionError("x"), KeyError("x"), *ODD],
 )
-def test_given_a_response_whose_body_can_t_be_read_then_it_is_an_error_of_ours(error: Exception) -> None:
+def test_a_response_whose_body_can_t_be_read_is_refused(error: Exception) -> None:
     with pytest.raises(NotTrackable):
         submission(Hostile(json=lambda: _raise(error)))
 
 
 @pytest.mark.parametrize("shape", [bytes, bytearray])
-def test_given_the_bytes_of_an_answer_then_they_are_read_as_its_text(shape: Any) -> None:
+def test_the_bytes_of_an_answer_are_read_like_its_text(shape: Any) -> None:
     body = json.dumps(ANSWER).encode()
 
     assert submission(shape(body)) == submission(ANSWER)

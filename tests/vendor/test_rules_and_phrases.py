@@ -1,4 +1,4 @@
-"""Every rule and every phrase is needed, and every wording means the same however an answer carries it."""
+"""Every rule and phrase is needed, and a message has the same meaning in every field of an answer."""
 # ruff: noqa: E501  # a table of wordings
 
 import json
@@ -27,7 +27,7 @@ def error(message: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=[rule.name for rule in RULES])
-def test_without_its_rule_an_example_is_read_differently(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rule_is_needed_for_its_example(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
     example = rule.example
     body = example.body.encode()
     answer = ParsedAnswer(
@@ -46,7 +46,7 @@ def test_without_its_rule_an_example_is_read_differently(rule: Rule, monkeypatch
 
 
 @pytest.mark.parametrize("phrase", PHRASES, ids=[phrase.example for phrase in PHRASES])
-def test_without_its_phrase_an_example_is_read_differently(phrase: Phrase, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_phrase_is_needed_for_its_example(phrase: Phrase, monkeypatch: pytest.MonkeyPatch) -> None:
     reply = read(error(phrase.example))
     assert meaning_of(phrase.example) == phrase.meaning
     left = tuple(pair for pair, other in zip(phrases._COMPILED, PHRASES, strict=True) if other is not phrase)
@@ -153,7 +153,7 @@ CASES = [(text, means) for means, texts in WORDINGS.items() for text in texts]
 
 
 def carriers(text: str) -> Iterator[dict[str, object]]:
-    """The same words, as answers carry them that call themselves errors."""
+    """Return error answers that contain the text in different fields."""
     for name in ("message", "messege", "error_message", "msg", "detail"):
         yield {"status": "error", name: text}
         yield {"status": " ERROR ", "id": "", "output": "", name: text, "tip": "1. Make sure you have valid API key."}
@@ -170,7 +170,7 @@ def carriers(text: str) -> Iterator[dict[str, object]]:
 
 
 @pytest.mark.parametrize(("text", "means"), CASES, ids=[text for text, _ in CASES])
-def test_words_mean_the_same_however_an_answer_carries_them(text: str, means: str) -> None:
+def test_a_message_has_the_same_meaning_in_every_field(text: str, means: str) -> None:
     for carrier in carriers(text):
         if means == "api_error" and text == "Error message" and text.lower() not in str(carrier).lower():
             continue
@@ -187,7 +187,7 @@ def test_words_mean_the_same_however_an_answer_carries_them(text: str, means: st
 
 @pytest.mark.parametrize(("text", "means"), CASES, ids=[text for text, _ in CASES])
 @pytest.mark.parametrize("status", [200, 400, 402, 403, 429, 500])
-def test_words_and_code_decide_together(text: str, means: str, status: int) -> None:
+def test_message_and_status_code_determine_the_reply(text: str, means: str, status: int) -> None:
     for body in (error(text), {"message": text}):
         with_status = "status" in body
         reply = told(read(body, status)).removesuffix(" answered")
@@ -213,8 +213,8 @@ def test_words_and_code_decide_together(text: str, means: str, status: int) -> N
 
 
 @pytest.mark.parametrize(("text", "means"), CASES, ids=[text for text, _ in CASES])
-def test_no_words_do_harm_where_an_answer_is_no_error(text: str, means: str) -> None:
-    """A prompt may hold any of them, and servers repeat prompts in messages, tips and meta."""
+def test_messages_without_an_error_have_no_effect(text: str, means: str) -> None:
+    """A prompt may contain any of these texts, and servers repeat prompts in messages, tips and meta."""
     url = "https://h/a.png"
     more = {"message": text, "messege": text, "tip": text, "tips": text, "meta": {"prompt": text}}
 
@@ -225,8 +225,8 @@ def test_no_words_do_harm_where_an_answer_is_no_error(text: str, means: str) -> 
 
 
 @pytest.mark.parametrize(("text", "means"), CASES, ids=[text for text, _ in CASES])
-def test_a_failure_is_final_unless_its_words_say_that_it_passes(text: str, means: str) -> None:
-    """An account's key and limits concern all its jobs. What it lacks for this one can be bought."""
+def test_a_failure_is_final_unless_its_message_is_temporary(text: str, means: str) -> None:
+    """The key and the limits of an account affect all jobs. Missing credits can be bought."""
     passes = means in ("api_down answered", "processing", "account_refused credits", "account_refused plan")
     expected = "failed recoverable" if passes else "failed"
     if means in ("unknown_id", "rate_limited 30", "account_refused key", "account_refused request"):
@@ -238,7 +238,7 @@ def test_a_failure_is_final_unless_its_words_say_that_it_passes(text: str, means
             assert told(read(body, training=training)) == expected, training
 
 
-def test_memory_that_ran_out_passes_for_the_service_but_not_for_a_job_that_failed_of_it() -> None:
+def test_out_of_memory_is_temporary_for_the_service_but_final_for_a_job() -> None:
     for text in ("CUDA out of memory", "GPU ran out of memory", "Out of GPU memory", "OOM"):
         assert told(read(error(text))) == "api_down answered"
         assert told(read({"status": "failed", "message": text})) == "failed"
@@ -246,7 +246,7 @@ def test_memory_that_ran_out_passes_for_the_service_but_not_for_a_job_that_faile
 
 @pytest.mark.parametrize("code", [402, 403])
 @pytest.mark.parametrize("word", ["failed", "processing"])
-def test_a_code_does_not_hold_the_account_where_the_answer_says_how_the_job_is(code: int, word: str) -> None:
+def test_a_status_code_does_not_hold_the_account_if_the_answer_is_about_the_job(code: int, word: str) -> None:
     assert told(read({"status": word, "message": "no"}, code)) == word
     assert told(read({"status": word, "message": "Invalid API key"}, code)).partition(" ")[0] == (
         "account_refused" if word == "failed" else "processing"
@@ -254,5 +254,5 @@ def test_a_code_does_not_hold_the_account_where_the_answer_says_how_the_job_is(c
 
 
 @pytest.mark.parametrize("code", [401, 403])
-def test_a_service_that_is_overloaded_refuses_nobody(code: int) -> None:
+def test_an_overloaded_service_does_not_hold_the_account(code: int) -> None:
     assert told(read(error("Server is overloaded, try again later"), code)) == "api_down answered"

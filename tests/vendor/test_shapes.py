@@ -1,4 +1,4 @@
-"""The shape of an answer: the same for answers of one form, and nothing in it but names and types."""
+"""The shape of an answer: equal for answers of the same form, and without any data."""
 
 import json
 
@@ -33,7 +33,7 @@ def _shape(answer: object, http_status: int = 200) -> str:
         ({}, "empty object"),
     ],
 )
-def test_an_answer_is_described_by_its_status_word_and_the_types_of_its_fields(answer: object, shape: str) -> None:
+def test_a_shape_has_the_status_word_and_the_field_types(answer: object, shape: str) -> None:
     assert _shape(answer) == shape
 
 
@@ -54,13 +54,13 @@ def test_an_answer_is_described_by_its_status_word_and_the_types_of_its_fields(a
     ],
     ids=["nothing", "blank", "page", "word", "bytes", "cut off", "deep", "list", "number", "null", "very many"],
 )
-def test_a_body_that_is_no_json_object_is_described_by_what_it_is(body: bytes, shape: str) -> None:
+def test_the_shape_of_other_bodies_names_their_content(body: bytes, shape: str) -> None:
     assert shape_of(200, body) == shape
     assert shape_of(418, body) == f"HTTP 418; {shape}"
 
 
-def test_answers_that_differ_in_values_alone_have_one_shape() -> None:
-    """Ids, links, counts and the numbers in a status say nothing of the form."""
+def test_values_do_not_change_the_shape() -> None:
+    """Ids, links, counts and numbers in a status are not part of the shape."""
     answers = [
         {"status": f"step {step} of 10", "id": step, "files": {f"9f86d081884c7d65{step}": "u"}, "seed": step / 2}
         for step in range(1, 10)
@@ -69,18 +69,18 @@ def test_answers_that_differ_in_values_alone_have_one_shape() -> None:
 
 
 @pytest.mark.parametrize("secret", ["https://h/a?key=sk-1", "sk-canary-7f3a-9d2e", "12202888", "7f3a9d2e-1111-4a2b"])
-def test_no_value_and_no_name_that_is_data_comes_through(secret: str) -> None:
+def test_a_shape_contains_no_data(secret: str) -> None:
     answer = {"id": secret, "list": [secret], "inner": {"x": secret, secret: 1}, secret: {"y": secret}}
     assert secret not in _shape(answer)
 
 
-def test_a_status_that_is_no_word_is_cut_and_cleaned() -> None:
+def test_an_unusual_status_is_shortened_and_cleaned() -> None:
     shape = _shape({"status": "see https://h/a?b=c; or\nask " + "x" * 200})
     assert shape.startswith("status=see https?h?a?b?c? or ask xx")
     assert len(shape) < 60
 
 
-def test_however_large_an_answer_is_its_shape_fits_its_column_and_is_one_line() -> None:
+def test_every_shape_fits_its_column_and_is_one_line() -> None:
     answer = {f"field_{letter}{other}": {"a": [1], "b": {}} for letter in "abcdefghij" for other in "abcdefghij"}
     shape = _shape(answer, 500)
     assert len(shape) == MAX_SHAPE

@@ -1,4 +1,4 @@
-"""Status words that the settings teach: read everywhere that an answer is, and refused with a reason where wrong."""
+"""Custom status words: they apply to all answers, and invalid ones are refused with a reason."""
 
 import json
 
@@ -19,8 +19,8 @@ def _read(answer: object, words: dict[str, str], *, training: bool = False) -> R
     return parse(200, {}, json.dumps(answer).encode(), Question("7", 0.0, training, words))
 
 
-def test_a_taught_word_is_read_as_the_one_that_it_stands_for() -> None:
-    """In any case, and only where it is the status."""
+def test_a_custom_word_has_the_meaning_of_its_status() -> None:
+    """The case does not matter, and only the status is compared."""
     words = parse_status_words('{"done": "success", "Cooking": "processing", "burnt": "failed"}')
 
     ready = _read({"status": " DONE", "assets": [LINK], "id": 7}, words)
@@ -32,7 +32,7 @@ def test_a_taught_word_is_read_as_the_one_that_it_stands_for() -> None:
     assert isinstance(_read({"status": "done", "assets": [LINK]}, {}), Unread)
 
 
-def test_a_submit_answer_with_a_taught_word_is_ready_at_once_or_refused() -> None:
+def test_custom_words_apply_to_submit_answers() -> None:
     words = parse_status_words('{"done": "success", "burnt": "failed"}')
 
     ready = planned_job({"status": "done", "assets": [LINK], "id": 7}, API, status_words=words).submission
@@ -59,13 +59,13 @@ def test_a_submit_answer_with_a_taught_word_is_ready_at_once_or_refused() -> Non
         ('{"processing": "success"}', "can't change the meaning"),
     ],
 )
-def test_words_that_are_wrong_are_refused_with_what_to_do(text: str, reason: str) -> None:
+def test_invalid_status_words_are_refused_with_a_hint(text: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         parse_status_words(text)
 
 
-def test_a_word_that_the_rules_have_learned_meanwhile_stays_allowed() -> None:
-    """An upgrade must not stop a worker from starting."""
+def test_a_custom_word_that_the_worker_knows_now_stays_allowed() -> None:
+    """An upgrade must not prevent a worker from starting."""
     assert parse_status_words('{"queued": "processing", "success": "success"}') == {
         "queued": "processing",
         "success": "success",

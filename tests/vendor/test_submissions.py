@@ -1,4 +1,4 @@
-"""What can be handed to `track`, and what is refused before anything is written."""
+"""The arguments that `track` accepts, and those that it refuses."""
 
 import json
 import re
@@ -88,7 +88,7 @@ def test_a_bare_id_is_a_submission(remote: object, remote_id: str) -> None:
         pytest.param('{"a":' * 100_000, id="endlessly nested JSON"),
     ],
 )
-def test_what_can_be_no_id_is_refused_by_an_error_of_ours(remote: object) -> None:
+def test_an_invalid_id_raises_not_trackable(remote: object) -> None:
     with pytest.raises(NotTrackable) as refused:
         submission(remote)
 
@@ -152,7 +152,7 @@ ANSWERS: list[tuple[dict[str, object], Submission]] = [
 
 
 @pytest.mark.parametrize(("answer", "taken"), ANSWERS)
-def test_a_submit_answer_gives_what_it_knows(answer: dict[str, object], taken: Submission) -> None:
+def test_a_submit_answer_is_read(answer: dict[str, object], taken: Submission) -> None:
     text = json.dumps(answer)
 
     assert submission(answer) == taken
@@ -188,13 +188,13 @@ def test_a_submit_answer_gives_what_it_knows(answer: dict[str, object], taken: S
         ({"id": 7, "fetch_result": [FETCH]}, "fetch_result"),
     ],
 )
-def test_an_answer_that_is_no_job_is_refused_with_a_reason(answer: dict[str, object], says: str) -> None:
+def test_an_answer_without_a_job_is_refused_with_a_reason(answer: dict[str, object], says: str) -> None:
     with pytest.raises(NotTrackable, match=re.escape(says)):
         submission(answer)
 
 
-def test_a_success_without_an_id_is_named_for_its_outputs() -> None:
-    """Handed over twice it must be the same job, so the id comes from the outputs, in their order."""
+def test_a_success_without_an_id_gets_an_id_from_its_outputs() -> None:
+    """Tracking it twice must give the same job, so the id is made from the outputs in their order."""
     first = submission({"status": "success", "output": [A, B]})
     again = submission({"status": "success", "id": None, "output": [A, B], "meta": {}})
     other = submission({"status": "success", "output": [B, A]})
@@ -206,7 +206,7 @@ def test_a_success_without_an_id_is_named_for_its_outputs() -> None:
 
 
 @pytest.mark.parametrize("value", [0, -0.0, -1, "", "x", None, True, [], float("inf"), "1e999", 10**400, "nan"])
-def test_what_is_no_positive_number_is_no_seconds(value: object) -> None:
+def test_an_eta_that_is_not_a_positive_number_is_ignored(value: object) -> None:
     assert positive_number(value) is None
 
 
@@ -218,7 +218,7 @@ def test_what_is_no_positive_number_is_no_seconds(value: object) -> None:
         ANY_JSON,
     )
 )
-def test_anything_is_either_a_submission_with_a_good_id_or_refused(remote: object) -> None:
+def test_any_value_is_a_submission_with_a_valid_id_or_refused(remote: object) -> None:
     try:
         known = submission(remote)
     except NotTrackable:
@@ -230,7 +230,7 @@ def test_anything_is_either_a_submission_with_a_good_id_or_refused(remote: objec
 
 
 @pytest.mark.parametrize("url", ["https://evil.example/api/v6/video/fetch/7", "https://h/status/7", "soon"])
-def test_an_address_that_is_not_needed_and_can_not_be_asked_does_not_lose_what_is_ready(url: str) -> None:
+def test_a_refused_fetch_url_does_not_matter_if_the_outputs_are_ready(url: str) -> None:
     ready = {"status": "success", "id": 7, "output": [A]}
 
     for name in ("status_url", "fetch_url", "fetchResult"):
@@ -241,7 +241,7 @@ def test_an_address_that_is_not_needed_and_can_not_be_asked_does_not_lose_what_i
         planned_job({**ready, "fetch_result": url}, API)
 
 
-def test_the_order_of_a_training_says_that_its_model_is_the_id() -> None:
+def test_the_model_id_of_a_training_order_is_its_id() -> None:
     answer = {"status": "success", "message": "deploying_gpu", "model_id": "F5"}
 
     job = planned_job(answer, API, endpoint="v3/lora_fine_tune")
@@ -252,7 +252,7 @@ def test_the_order_of_a_training_says_that_its_model_is_the_id() -> None:
 
 
 @pytest.mark.parametrize("answer", [{"execution": {"id": 8}}, {"status": "success", "execution_id": 8}])
-def test_a_run_of_a_workflow_that_is_not_named_asks_for_the_endpoint(answer: dict[str, object]) -> None:
+def test_a_workflow_run_without_its_workflow_needs_the_endpoint(answer: dict[str, object]) -> None:
     with pytest.raises(NotTrackable, match="endpoint"):
         planned_job(answer, API)
 

@@ -113,18 +113,18 @@ class SurvivalModel:
 
     # ── deciding ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def next_age(self, seen: float, price: float) -> float:
-        """Return the age at which the odds since age `seen` reach `price`. Both are in the unit of the model."""
-        return self.next_ages(seen, (price,))[0]
+    def next_age(self, not_ready_age: float, price: float) -> float:
+        """Return the age at which the odds since age `not_ready_age` reach `price`. Both are in the unit of the model."""
+        return self.next_ages(not_ready_age, (price,))[0]
 
-    def next_ages(self, seen: float, prices: Sequence[float]) -> list[float]:
+    def next_ages(self, not_ready_age: float, prices: Sequence[float]) -> list[float]:
         """Do the same for several prices, in ascending order, in one pass over the buckets."""
         ended, time, base, pull = self.ended, self.time, self._base, self._pull
         ages: list[float] = []
         remaining_prices = iter(prices)
         price = next(remaining_prices)
-        odds, factor, age = 0.0, 1.0, seen
-        at = bisect_right(EDGES, seen) - 1
+        odds, factor, age = 0.0, 1.0, not_ready_age
+        at = bisect_right(EDGES, not_ready_age) - 1
         while True:
             hazard = (ended[at] + base[at]) / (time[at] + pull[at])
             length = ENDS[at] - age
@@ -146,35 +146,39 @@ class SurvivalModel:
                 ages += [min(age + _stretch(each - odds, factor, hazard, length), OLDEST) for each in higher_prices]
                 return ages
 
-    def odds(self, seen: float, age: float) -> float:
-        """Return I(seen, age), the value of a poll at `age`, in the unit of the model."""
+    def odds(self, not_ready_age: float, age: float) -> float:
+        """Return I(not_ready_age, age), the value of a poll at `age`, in the unit of the model."""
         odds, factor = 0.0, 1.0
-        for at, length in _pieces(seen, age):
+        for at, length in _pieces(not_ready_age, age):
             hazard = self.hazard(at)
             power = min(hazard * length, 300.0)
             odds += (factor * math.expm1(power) / hazard - length) if power > 1e-9 else (factor - 1) * length
             factor = min(factor * math.exp(power), 1e100)
         return odds
 
-    def chance(self, seen: float, age: float) -> float:
-        """Return the chance that a job that was not ready at age `seen` is ready at `age`."""
-        return -math.expm1(-sum(self.hazard(at) * length for at, length in _pieces(seen, age)))
+    def chance(self, not_ready_age: float, age: float) -> float:
+        """Return the chance that a job that was not ready at age `not_ready_age` is ready at `age`."""
+        return -math.expm1(-sum(self.hazard(at) * length for at, length in _pieces(not_ready_age, age)))
 
-    def delay_at(self, seen: float, age: float) -> float:
-        """Return for how long a job is ready on average that was not ready at `seen` and is found ready at `age`."""
+    def delay_at(self, not_ready_age: float, age: float) -> float:
+        """Return for how long a job is ready on average that was not ready at `not_ready_age` and is found ready at `age`."""
         alive, under_way = 1.0, 0.0
-        for at, length in _pieces(seen, age):
+        for at, length in _pieces(not_ready_age, age):
             hazard = self.hazard(at)
             ending = -alive * math.expm1(-hazard * length)
             under_way += ending / hazard
             alive -= ending
         ended = 1.0 - alive
-        return age - seen - (under_way - alive * (age - seen)) / ended if ended > LEAST_CHANCE else (age - seen) / 2
+        return (
+            age - not_ready_age - (under_way - alive * (age - not_ready_age)) / ended
+            if ended > LEAST_CHANCE
+            else (age - not_ready_age) / 2
+        )
 
-    def quantile(self, seen: float, share: float) -> float:
-        """Return the age by which this share of the jobs that are not ready at `seen` is ready. Infinite if never."""
+    def quantile(self, not_ready_age: float, share: float) -> float:
+        """Return the age by which this share of the jobs that are not ready at `not_ready_age` is ready. Infinite if never."""
         cumulative_hazard = -math.log1p(-share)
-        at, age = bucket(seen), seen
+        at, age = bucket(not_ready_age), not_ready_age
         while True:
             hazard, length = self.hazard(at), ENDS[at] - age
             if cumulative_hazard <= hazard * length:
@@ -185,13 +189,13 @@ class SurvivalModel:
 
     # ── learning ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def observe(self, seen: float, age: float, ready: bool) -> float:
-        """Learn from an answer: not ready at `seen`, ready or not at `age`. Return its log likelihood."""
+    def observe(self, not_ready_age: float, age: float, ready: bool) -> float:
+        """Learn from an answer: not ready at `not_ready_age`, ready or not at `age`. Return its log likelihood."""
         ended, time, base, pull = self.ended, self.time, self._base, self._pull
         touched, faded, jobs = self._touched, self._faded, self._jobs
         pieces: list[tuple[int, float, float]] = []
         total = 0.0
-        for at, length in _pieces(seen, age):
+        for at, length in _pieces(not_ready_age, age):
             hazard = (ended[at] + base[at]) / (time[at] + pull[at])
             pieces.append((at, length, hazard))
             total += length * hazard
@@ -205,8 +209,8 @@ class SurvivalModel:
             faded[at] *= keep
         chance = max(-math.expm1(-total), LEAST_CHANCE)
         if ready and pieces:
-            self.delay = age - seen - self._spread(pieces, math.exp(-total), 1 / chance)
-            self.note(seen, age)
+            self.delay = age - not_ready_age - self._spread(pieces, math.exp(-total), 1 / chance)
+            self.note(not_ready_age, age)
             self._follow()
         else:
             for at, length, _ in pieces:
@@ -214,9 +218,9 @@ class SurvivalModel:
         self._jobs += 1.0 if ready else chance
         return math.log(chance) if ready else -total
 
-    def note(self, seen: float, age: float) -> None:
+    def note(self, not_ready_age: float, age: float) -> None:
         """Add a job that ended between two ages to mean and variance."""
-        value = math.log(max(seen, age / 4, TINY) * max(age, TINY)) / 2
+        value = math.log(max(not_ready_age, age / 4, TINY) * max(age, TINY)) / 2
         self.moments = self.moments.after(value)
         self._since.append(value)
         if len(self._since) > SINCE_MOST:  # nothing calls `merge_into`, so limit the memory
@@ -300,15 +304,15 @@ def _trimmed(values: Sequence[float]) -> list[float]:
     return short
 
 
-def _pieces(seen: float, age: float) -> list[tuple[int, float]]:
+def _pieces(not_ready_age: float, age: float) -> list[tuple[int, float]]:
     """Return the buckets between two ages, each with the length that lies between them."""
-    if not seen < age:
+    if not not_ready_age < age:
         return []
-    first, last = bisect_right(EDGES, seen) - 1, bisect_right(EDGES, age) - 1
+    first, last = bisect_right(EDGES, not_ready_age) - 1, bisect_right(EDGES, age) - 1
     if first == last:
-        return [(first, age - seen)]
+        return [(first, age - not_ready_age)]
     whole = [(at, WIDTHS[at]) for at in range(first + 1, last)]
-    return [(first, ENDS[first] - seen), *whole, (last, age - EDGES[last])]
+    return [(first, ENDS[first] - not_ready_age), *whole, (last, age - EDGES[last])]
 
 
 def _stretch(odds: float, factor: float, hazard: float, longest: float) -> float:
