@@ -43,7 +43,7 @@ def read_all_pages(page: Callable[[int | None], Page]) -> tuple[list[int], list[
 
 @pytest.mark.parametrize("clock", [slow_clock, lambda: lambda: 0.0], ids=["no time", "time enough"])
 @pytest.mark.parametrize(
-    ("wanted", "matches"),
+    ("job_filter", "matches"),
     [
         (JobFilter(), lambda number: True),
         (JobFilter(accounts=("shop",)), lambda number: number % 7 < 2),

@@ -24,7 +24,7 @@ from worker.settings import Settings
 from worker.store.counters import Tally
 from worker.store.engine import database_now, engine_for, transact, translate_errors
 from worker.store.kept_answers import answers_of, jobs_with_answers
-from worker.store.revival import end_pending, locked_jobs, revive
+from worker.store.revival import end_pending, lock_revivable_jobs, revive
 from worker.vendor.families import is_training
 from worker.vendor.fetch_url import path_of
 from worker.vendor.replies import Question, parse
@@ -68,7 +68,7 @@ def apply(settings: Settings, *, shape: str | None = None) -> Iterator[list[Rere
 def _apply(connection: Connection, *, ids: Sequence[int], settings: Settings) -> list[Reread]:
     now = database_now(connection)
     tally = Tally()
-    jobs = locked_jobs(connection, ids)
+    jobs = lock_revivable_jobs(connection, ids)
     kept_answers: dict[int, list[Row[Any]]] = {}
     for row in answers_of(connection, job_ids=[job.id for job in jobs]):
         kept_answers.setdefault(row.job_id, []).append(row)

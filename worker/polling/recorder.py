@@ -34,7 +34,7 @@ from worker.store.engine import LOCK_WAIT, database_now, error_kind, is_server_e
 from worker.store.jobs import readdress
 from worker.store.kept_answers import keep_answers
 from worker.store.late_looks import plan_looks
-from worker.store.results import Outcome, Recorded, locked_jobs, quarantine, record_answers
+from worker.store.results import Outcome, Recorded, jobs_locked_elsewhere, quarantine, record_answers
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ class Recorder:
         """
         answers = self._waiting[:count]
         with self._single.begin() as connection:
-            locked = locked_jobs(connection, [answer.job.id for answer in answers])
+            locked = jobs_locked_elsewhere(connection, [answer.job.id for answer in answers])
         if not locked:
             return False
         self._locked += [answer for answer in answers if answer.job.id in locked]

@@ -252,7 +252,7 @@ def quarantine(connection: Connection, job: ClaimedJob, message: str, *, now: da
     return bool(recorded.finished)
 
 
-def locked_jobs(connection: Connection, job_ids: Sequence[int]) -> set[int]:
+def jobs_locked_elsewhere(connection: Connection, job_ids: Sequence[int]) -> set[int]:
     """Return the jobs that other transactions have locked. The result is empty on SQLite, which has no row locks."""
     with_these_ids = jobs.c.id.in_(job_ids)
     existing = set(connection.execute(select(jobs.c.id).where(with_these_ids)).scalars())

@@ -34,7 +34,7 @@ class Revived:
         return tuple(job_id for job_id, status in self.jobs.items() if status == "completed")
 
 
-def locked_jobs(connection: Connection, job_ids: Collection[int]) -> Sequence[Row[Any]]:
+def lock_revivable_jobs(connection: Connection, job_ids: Collection[int]) -> Sequence[Row[Any]]:
     """Lock the jobs that can be revived, and return their rows."""
     locked = select(jobs).where(jobs.c.id.in_(job_ids), jobs.c.status.in_(REVIVABLE))
     return connection.execute(locked.order_by(jobs.c.id).with_for_update()).all()
@@ -49,7 +49,7 @@ def revive(
     is in another state is not changed. Pass `queued=True` if the caller sends the download messages after the commit.
     The caller writes the tally.
     """
-    rows = locked_jobs(connection, list(answers))
+    rows = lock_revivable_jobs(connection, list(answers))
     create_events(connection, now=now, of=[row.id for row in rows])  # includes the outputs that the next line removes
     reset_promises(connection, [row.id for row in rows])
     output_jobs = select(outputs.c.job_id).where(outputs.c.job_id.in_([row.id for row in rows]))
