@@ -114,7 +114,7 @@ class SurvivalModel:
     # ── deciding ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def next_age(self, not_ready_age: float, price: float) -> float:
-        """Return the age at which the odds since age `not_ready_age` reach `price`. Both are in the unit of the model."""
+        """Return the age at which the odds since `not_ready_age` reach `price`. All are in the unit of the model."""
         return self.next_ages(not_ready_age, (price,))[0]
 
     def next_ages(self, not_ready_age: float, prices: Sequence[float]) -> list[float]:
@@ -157,11 +157,11 @@ class SurvivalModel:
         return odds
 
     def chance(self, not_ready_age: float, age: float) -> float:
-        """Return the chance that a job that was not ready at age `not_ready_age` is ready at `age`."""
+        """Return the chance that a job that was not ready at `not_ready_age` is ready at `age`."""
         return -math.expm1(-sum(self.hazard(at) * length for at, length in _pieces(not_ready_age, age)))
 
     def delay_at(self, not_ready_age: float, age: float) -> float:
-        """Return for how long a job is ready on average that was not ready at `not_ready_age` and is found ready at `age`."""
+        """Return how long a job that is found ready at `age`, and was not ready before, has been ready on average."""
         alive, under_way = 1.0, 0.0
         for at, length in _pieces(not_ready_age, age):
             hazard = self.hazard(at)
@@ -176,7 +176,7 @@ class SurvivalModel:
         )
 
     def quantile(self, not_ready_age: float, share: float) -> float:
-        """Return the age by which this share of the jobs that are not ready at `not_ready_age` is ready. Infinite if never."""
+        """Return the age by which this share of the jobs not ready at `not_ready_age` is ready. Infinite if never."""
         cumulative_hazard = -math.log1p(-share)
         at, age = bucket(not_ready_age), not_ready_age
         while True:
