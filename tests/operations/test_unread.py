@@ -99,7 +99,7 @@ def _states(engine: Engine) -> dict[str, str]:
 
 
 @pytest.mark.every_python
-def test_given_a_new_vendor_when_its_word_is_taught_then_the_kept_answers_complete_its_jobs_with_no_call_made(
+def test_given_a_new_vendor_when_its_status_word_is_configured_then_kept_answers_complete_its_jobs_without_requests(
     tmp_path: Path, database: Engine, vendor: Vendor, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both pending and expired jobs are completed. All answers have one shape."""
@@ -148,7 +148,7 @@ def test_given_a_new_vendor_when_its_word_is_taught_then_the_kept_answers_comple
     assert (job.error_code, [output.status for output in job.outputs]) == (None, ["stored"])
 
 
-def test_given_a_taught_word_when_a_worker_polls_then_its_jobs_are_stored(
+def test_given_a_configured_status_word_when_a_worker_polls_then_its_jobs_are_stored(
     tmp_path: Path, database: Engine, vendor: Vendor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A submit answer with that word is ready at once."""
@@ -168,7 +168,7 @@ def test_given_a_taught_word_when_a_worker_polls_then_its_jobs_are_stored(
     assert _kept_answers(database) == []
 
 
-def test_given_wrong_words_when_anything_starts_then_one_line_says_what_to_do(
+def test_given_invalid_status_words_when_a_process_starts_then_one_line_says_what_to_do(
     database: Engine, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SD_API_STATUS_WORDS", '{"done": "ready"}')

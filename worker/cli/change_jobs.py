@@ -39,12 +39,13 @@ ACTIONS: dict[Action, Callable[[int], bool]] = {
 PARTICIPLES: dict[Action, str] = {"cancel": "cancelled", "retry": "retried", "hold": "held", "resume": "resumed"}
 NOT_FOUND = "there is no job {}: `fetch-worker list` shows the jobs"
 RULES = """
-    Name the jobs by their ids, or with --remote (add --account to limit the accounts). Exit code 1 if one of them does
-    not exist or did not change.
+    Name the jobs by their ids, or with --remote (add --account to limit the accounts). Exit code 1 if one of them
+    does not exist or did not change.
 
     All other options are a filter. The command changes every job that matches all of them and can be changed, some
-    hundred at a time. On a terminal it asks before; elsewhere it needs --yes. Exit code 0 when it is done, also if no
-    job matched. --dry-run shows how many jobs would change, and which; "changed" then means that a job would change.
+    hundred at a time. On a terminal it asks for confirmation; elsewhere it needs --yes. Exit code 0 when it is
+    done, also if no job matched. --dry-run shows how many jobs would change, and which; "changed" then means that a
+    job would change.
 """
 BREAKER_RULES = """
     --account alone, or --host alone, applies to the whole account or host, including its future jobs.
@@ -296,8 +297,9 @@ COMMANDS: tuple[click.Command, ...] = (
     _command("hold", "Stop polling pending jobs until they are resumed. A held job does not expire.", BREAKER_RULES),
     _command(
         "resume",
-        "Continue jobs at once: named jobs whatever blocks them; of a filter those that are held, or with"
-        " --output-code those with failing downloads; an account or host whatever holds it.",
+        "Continue jobs at once.\n\n"
+        "    Named jobs continue whatever blocks them. A filter selects held jobs, or with --output-code the jobs\n"
+        "    with failing downloads. An account or host continues whatever holds it.",
         BREAKER_RULES,
     ),
 )

@@ -54,11 +54,11 @@ class Compared:
 @click.option("--account", default="default", show_default=True, help="The account whose key is used.")
 @json_option
 def compare_api(remote_id: str | None, endpoint: str | None, account: str, as_json: bool) -> int:
-    """Compare the answers of the API with those of the stand-in, with two or three harmless requests.
+    """Compare answers of the API and of the stand-in.
 
-    It polls an id that does not exist, once with the key of the account and once with a wrong key, and a finished job
-    if you name one. It never submits an order. Without a key it only prints the requests. Exit code 1 if the API does
-    not answer.
+    It sends two or three harmless requests. It polls an id that does not exist, once with the key of the account
+    and once with a wrong key, and a finished job if you name one. It never submits an order. Without a key it only
+    prints the requests. Exit code 1 if the API does not answer.
     """
     settings = load()
     questions = [

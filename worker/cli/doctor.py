@@ -21,7 +21,10 @@ QUEUES = {
 @click.option("--liveness", is_flag=True, help="Only check whether due work is done; fast, for container probes.")
 @json_option
 def doctor(liveness: bool, as_json: bool) -> int:
-    """Check everything that the worker depends on, and say what to do. Exit code 1 if a check fails."""
+    """Check everything that the worker depends on.
+
+    Each failed check says what to do. Exit code 1 if a check fails.
+    """
     settings = load()
     checks = [check_liveness(settings)] if liveness else list(run_checks(settings, _nodes, queues=QUEUES))
     if as_json:

@@ -18,9 +18,9 @@ LISTED = ("id", "remote_id", "account", "kind", "status", "polls", "submitted_at
 @click.option("--limit", type=click.IntRange(1, 100_000), default=50, show_default=True)
 @json_option
 def list_jobs(limit: int, as_json: bool, **options: Any) -> None:
-    """List jobs, newest first: all jobs, or those that match all the options.
+    """List jobs, newest first.
 
-    If an option is repeated, a job must match one of its values.
+    Lists all jobs, or those that match all the options. If an option is repeated, a job must match one of its values.
     """
     settings = load()
     with translate_errors(settings.database), engine_for(settings.database).connect() as connection:

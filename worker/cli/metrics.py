@@ -21,7 +21,7 @@ PORTS = range(65_536)
               help="Serve /metrics over HTTP until stopped. Without a value: on METRICS_ADDRESS and METRICS_PORT, "
               "by default 127.0.0.1:9464.")  # fmt: skip
 def metrics(listen: str | None) -> int:
-    """Print or serve Prometheus metrics, computed from the database."""
+    """Print or serve Prometheus metrics. They are computed from the database."""
     settings = load("metrics")
     try:
         from worker.metrics import families, figures, server

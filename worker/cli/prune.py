@@ -43,9 +43,10 @@ def prune(
     yes: bool,
     as_json: bool,
 ) -> int:
-    """Remove finished jobs of a minimum age, in small batches while the workers run.
+    """Remove finished jobs of a minimum age.
 
-    A job stays until its on_done task and its webhook are sent. A removed job that is tracked again is a new job.
+    It removes them in small batches while the workers run. A job stays until its on_done task and its webhook are
+    sent. A removed job that is tracked again is a new job.
     """
     settings = load()
     retention = _retention(settings, older_than, states, remove_files, limit)

@@ -23,10 +23,11 @@ from worker.settings import load
 )
 @click.option("--flower/--no-flower", default=True, show_default=True, help="Also start Flower to show the tasks.")
 def demo(jobs: int, longest: float, folder: Path | None, flower: bool) -> int:
-    """Run a demo: from prompts to stored pictures, without a key or a server. It ends by itself.
+    """Run a demo: from prompts to stored pictures.
 
-    Starts an embedded Redis, the stand-in of the API, Celery workers, beat and Flower, submits prompts, and shows the
-    progress of each picture. It reads no settings. All files are in one new directory, which is kept.
+    It needs no key and no server, and ends by itself. It starts an embedded Redis, the stand-in of the API, Celery
+    workers, beat and Flower, submits prompts, and shows the progress of each picture. It reads no settings. All
+    files are in one new directory, which is kept.
     """
     if folder is not None and folder.exists() and any(folder.iterdir()):
         raise click.BadParameter(f"{folder} is not empty", param_hint="--folder")
@@ -35,9 +36,9 @@ def demo(jobs: int, longest: float, folder: Path | None, flower: bool) -> int:
 
 @click.command()
 def up() -> int:
-    """Run the processes of the Procfile until Ctrl-C, and restart those that die.
+    """Run the processes of the Procfile until Ctrl-C.
 
-    Without REDIS_URL it also starts an embedded Redis on var/redis.sock.
+    Processes that die are restarted. Without REDIS_URL it also starts an embedded Redis on var/redis.sock.
     """
     return run_up()
 
@@ -48,7 +49,7 @@ def up() -> int:
 )
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="")
 def sandbox(words: tuple[str, ...]) -> int:
-    """Run only the stand-in of the API (`sandbox --help` lists its options)."""
+    """Run only the stand-in of the API. `sandbox --help` lists its options."""
     return run_sandbox(words)
 
 
@@ -60,10 +61,11 @@ def sandbox(words: tuple[str, ...]) -> int:
     help="The port to listen on; 0 chooses a free port. Default: ADMIN_PORT, 5556.",
 )
 def admin(address: str | None, port: int | None) -> None:
-    """Serve the admin page for operators: jobs, outputs, accounts and plots.
+    """Serve the admin page for operators.
 
-    It needs no API key, only the DATABASE_URL, REDIS_URL and STORAGE_URL of the workers. The password is
-    ADMIN_PASSWORD; if that is not set, a new password is printed at the start.
+    It shows jobs, outputs, accounts and plots. It needs no API key, only the DATABASE_URL, REDIS_URL and
+    STORAGE_URL of the workers. The password is ADMIN_PASSWORD; if that is not set, a new password is printed at the
+    start.
     """
     settings = load("admin")
     try:

@@ -40,7 +40,7 @@ OUTPUT_FIELDS = ("id", "position", "status", "media_type", "size_bytes", "attemp
 @target_options
 @json_option
 def show(ids: tuple[str, ...], remote: str | None, account: str | None, as_json: bool) -> int:
-    """Show jobs with their outputs, the reason for their state, and what to do."""
+    """Show jobs, explain their state, and say what to do."""
     job_ids = targets(ids, remote, account)
     settings = load()
     limiter = RateLimiter(settings.redis)

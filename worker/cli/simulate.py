@@ -44,9 +44,10 @@ def simulate_command(
     compare: bool,
     as_json: bool,
 ) -> None:
-    """Simulate the polls and delays of a trace of jobs, with the worker's own scheduling on a virtual clock.
+    """Simulate polls and delays of a trace of jobs.
 
-    It starts without learned durations. POLL_MIN and JOB_DEADLINE apply. A delay is the time from ready to seen.
+    It uses the worker's own scheduling on a virtual clock. It starts without learned durations. POLL_MIN and
+    JOB_DEADLINE apply. A delay is the time from ready to seen.
     """
     if (trace is None) != from_database or (compare and policy is not None):
         raise click.UsageError("give either --trace FILE or --from-database, and not both --policy and --compare")

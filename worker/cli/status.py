@@ -16,7 +16,7 @@ from worker.system.terminal import echo
 @click.command()
 @json_option
 def status(as_json: bool) -> None:
-    """Show jobs by state, accounts with their holds, and how late the work is."""
+    """Show jobs by state, accounts, holds and late work."""
     settings = load()
     with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
         state = overview(connection, settings)

@@ -29,7 +29,7 @@ from worker.system.terminal import echo
 @click.option("--deadline", type=float, help="The seconds from submission after which the job may expire.")
 @json_option
 def track(remotes: tuple[str, ...], as_json: bool, **options: Any) -> int:
-    """Track jobs, given as remote ids or as whole submit answers (JSON)."""
+    """Track jobs by remote id or by submit answer (JSON)."""
     rows: list[dict[str, Any]] = []
     scrubber = shared_scrubber(load().secret_texts)
     for remote in remotes:

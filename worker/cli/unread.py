@@ -28,11 +28,12 @@ HINT = (
 )
 @json_option
 def unread(shape: str | None, apply_rules: bool, as_json: bool) -> None:
-    """List the answers that no rule recognises, and the last answers of jobs without an output, by shape.
+    """List answers that no rule recognises, by shape.
 
-    A shape is the status word and the names and types of the fields. --apply reads the kept answers of all jobs that
-    are not completed (or of the jobs with an answer of --shape) again, with the current rules and SD_API_STATUS_WORDS.
-    Jobs whose outputs are listed go to downloading, also if they have failed or expired. No request is sent to the API.
+    Also lists the last answers of jobs without an output. A shape is the status word and the names and types of the
+    fields. --apply reads the kept answers of all jobs that are not completed (or of the jobs with an answer of
+    --shape) again, with the current rules and SD_API_STATUS_WORDS. Jobs whose outputs are listed go to downloading,
+    also if they have failed or expired. No request is sent to the API.
     """
     settings = load()
     if apply_rules:

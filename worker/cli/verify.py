@@ -22,7 +22,10 @@ WRONG_COLUMNS = ("output_id", "job_id", "condition", "after", "location")
 def verify(
     ids: tuple[str, ...], remote: str | None, account: str | None, dry_run: bool, force: bool, as_json: bool
 ) -> int:
-    """Check the stored files of all jobs or of some jobs, and download missing or damaged ones again."""
+    """Check the stored files of all jobs or of some jobs.
+
+    Missing and damaged files are downloaded again.
+    """
     job_ids = targets(ids, remote, account) if ids or remote is not None else None
     settings = load()
     with translate_errors(settings.database):
