@@ -186,7 +186,7 @@ def _head(snapshot: Snapshot, error: str | None) -> Iterator[Text]:
     if error is not None:
         yield cell(error, "bold red")
     if not snapshot.budget_known:
-        yield Text("Redis is not reachable, so the free requests are not known", style="red")
+        yield Text("Redis is not reachable, so the number of free requests is unknown", style="red")
 
 
 def _line_counts(sections: Sequence[Section], height: int) -> list[int]:

@@ -330,7 +330,9 @@ def _rate_limit(context: JobContext, peek: BudgetStatus | None) -> Finding:
     configured = context.settings.rps(context.job.account)
     detail = f"{context.rate:g} requests per second allowed now, {configured:g} configured{ceiling}"
     if peek is None:
-        return Finding("budget", "unknown", f"{detail}; Redis is not reachable, so the free requests are not known")
+        return Finding(
+            "budget", "unknown", f"{detail}; Redis is not reachable, so the number of free requests is unknown"
+        )
     used = f"{peek.accepted:.0f} were made in the last second"
     if peek.available:
         return Finding("budget", "free", f"{detail}; {peek.available} can be sent now, {used}")

@@ -164,7 +164,9 @@ def _with_tables(settings: Settings) -> Iterator[Check]:
     holds = [f"{account.account}: {account.reason}" for account in state.accounts if account.reason is not None]
     holds += [f"{host.host}: {host.reason}" for host in state.hosts if host.host != settings.api_host]
     if holds:
-        message = "; ".join(holds) + ". Held jobs wait until the hold ends; see `fetch-worker status`"
+        message = (
+            "; ".join(holds) + ". Jobs wait until the hold ends; `fetch-worker show` of such a job says what to do"
+        )
         yield Check("holds", False, message)
     else:
         yield Check("holds", True, "no account and no host is held" if state.accounts else "no account has jobs yet")
