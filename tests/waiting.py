@@ -1,9 +1,9 @@
-"""Wait for a condition, never for a number of seconds."""
+"""Wait for a condition, not for a number of seconds."""
 
 import time
 from collections.abc import Callable
 
-WAIT_SECONDS = 60.0  # for what takes a second or two on a quiet machine
+WAIT_SECONDS = 60.0  # for conditions that take a second or two on an idle machine
 INTERVAL = 0.05
 
 
@@ -14,10 +14,10 @@ def wait_until(
     *,
     seen: Callable[[], object] = lambda: "",
 ) -> float:
-    """Wait until `condition()` is true; return how long that took, in seconds.
+    """Wait until `condition()` is true. Return how long that took, in seconds.
 
-    Fail after `seconds` with what was waited for and what `seen()` returns. A bound is no measurement: choose it so
-    large that only a hang reaches it, also on a machine with other work.
+    Fail after `seconds`, naming the condition (`what`) and what `seen()` returns. The limit is not a measurement:
+    choose it so large that only a hang reaches it, also on a busy machine.
     """
     began = time.monotonic()
     while not condition():

@@ -1,4 +1,4 @@
-"""A small HTTP server for tests that can misbehave byte by byte: cut, drip, lie about lengths, say nothing."""
+"""A small HTTP server for tests. It can misbehave byte by byte: cut off, send slowly, declare wrong lengths, hang."""
 
 import socket
 import threading
@@ -11,8 +11,8 @@ Answer = Callable[[socket.socket], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """One request as it came. Header names are in lower case."""
+class Request:
+    """A received request. Header names are in lower case."""
 
     method: str
     path: str
@@ -23,28 +23,28 @@ class Asked:
 
 @dataclass(slots=True)
 class Web:
-    """The server: `answers` by path, and every request that came. One request per connection."""
+    """The server: `answers` by path, and all received requests. One request per connection."""
 
     port: int
     host: str = "127.0.0.1"
     answers: dict[str, Answer] = field(default_factory=dict)
-    asked: list[Asked] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
     connections: int = 0
 
     @property
     def url(self) -> str:
-        """Its address, without a slash at the end."""
+        """The server's URL, without a slash at the end."""
         return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
 
     def serves(self, path: str, answer: Answer) -> str:
-        """From now on `path` is answered so; its whole address."""
+        """Set the answer for `path`. Return the full URL."""
         self.answers[path] = answer
         return self.url + path
 
 
 @contextmanager
 def web_server(host: str = "127.0.0.1") -> Iterator[Web]:
-    """A server on a free port of a loopback address, gone afterwards."""
+    """Run a server on a free port of a loopback address."""
     with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         web = Web(listener.getsockname()[1], host)
         thread = threading.Thread(target=_accept, args=(listener, web), daemon=True)
@@ -66,16 +66,16 @@ def _accept(listener: socket.socket, web: Web) -> None:
 
 
 def _serve(client: socket.socket, web: Web) -> None:
-    with client, suppress(OSError):  # whoever asked may hang up at any time
+    with client, suppress(OSError):  # a client may hang up at any time
         client.settimeout(10)
-        asked = _read(client)
-        if asked is None:
+        request = _read(client)
+        if request is None:
             return
-        web.asked.append(asked)
-        web.answers.get(asked.path.partition("?")[0], page(404, b"nothing here"))(client)
+        web.requests.append(request)
+        web.answers.get(request.path.partition("?")[0], page(404, b"nothing here"))(client)
 
 
-def _read(client: socket.socket) -> Asked | None:
+def _read(client: socket.socket) -> Request | None:
     raw = b""
     while b"\r\n\r\n" not in raw:
         chunk = client.recv(65_536)
@@ -90,24 +90,24 @@ def _read(client: socket.socket) -> Asked | None:
         body += chunk
         raw += chunk
     method, path, _ = first.split(" ", 2)
-    return Asked(method, path, headers, body, raw)
+    return Request(method, path, headers, body, raw)
 
 
 def page(status: int, body: bytes, **headers: str) -> Answer:
-    """An ordinary answer. Header names are written with `_` for `-`."""
+    """Return an ordinary answer. Header names are written with `_` for `-`."""
     named = {"Content-Length": str(len(body))} | {name.replace("_", "-"): value for name, value in headers.items()}
     return sends(head(status, **named) + body)
 
 
 def head(status: int, **headers: str) -> bytes:
-    """A status line and headers."""
+    """Return a status line and headers."""
     lines = [f"HTTP/1.1 {status} Status", "Connection: close"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
 def sends(*parts: bytes) -> Answer:
-    """Sends these bytes as they are, and hangs up."""
+    """Return an answer that sends these bytes unchanged, and hangs up."""
 
     def answer(client: socket.socket) -> None:
         for part in parts:
@@ -117,7 +117,7 @@ def sends(*parts: bytes) -> Answer:
 
 
 def drips(first: bytes, drop: bytes, *, every: float, seconds: float) -> Answer:
-    """Sends `first`, then `drop` again and again, slower than anyone should wait for."""
+    """Return an answer that sends `first`, then `drop` repeatedly, for longer than any client should wait."""
 
     def answer(client: socket.socket) -> None:
         client.sendall(first)
@@ -130,7 +130,7 @@ def drips(first: bytes, drop: bytes, *, every: float, seconds: float) -> Answer:
 
 
 def floods(first: bytes, block: bytes, *, times: int) -> Answer:
-    """Sends `first`, then `block` so many times, until nobody reads any more."""
+    """Return an answer that sends `first`, then `block` this many times, or until the client stops reading."""
 
     def answer(client: socket.socket) -> None:
         client.sendall(first)
@@ -141,13 +141,13 @@ def floods(first: bytes, block: bytes, *, times: int) -> Answer:
 
 
 def resets(client: socket.socket) -> None:
-    """Breaks the connection off, with a reset."""
+    """Reset the connection."""
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
 
 
 @dataclass
 class Picture:
-    """A file on a server whose transfers break: `cuts` says after how many bytes each does, in turn."""
+    """A file on a server whose transfers break. `cuts` has the bytes after which each transfer is cut, in order."""
 
     web: Web
     body: bytes
@@ -158,18 +158,18 @@ class Picture:
     spans: list[str] = field(default_factory=list)
 
     def __call__(self, client: socket.socket) -> None:
-        asked = self.web.asked[-1].headers
-        span = asked.get("range", "")
+        request_headers = self.web.requests[-1].headers
+        span = request_headers.get("range", "")
         self.spans.append(span)
         start = 0
-        if self.ranges and span and asked.get("if-range") in self.headers.values():
+        if self.ranges and span and request_headers.get("if-range") in self.headers.values():
             start = int(span.removeprefix("bytes=").removesuffix("-"))
-        rest = self.body[start:]
-        told = self.headers | {"Content-Length": str(len(rest))}
+        remaining = self.body[start:]
+        response_headers = self.headers | {"Content-Length": str(len(remaining))}
         if start:
-            told["Content-Range"] = f"bytes {start}-{len(self.body) - 1}/{len(self.body)}"
-        client.sendall(head(206 if start else 200, **told))
+            response_headers["Content-Range"] = f"bytes {start}-{len(self.body) - 1}/{len(self.body)}"
+        client.sendall(head(206 if start else 200, **response_headers))
         if self.cuts:
-            rest = rest[: self.cuts.pop(0)]
-        client.sendall(rest)
-        self.sent += len(rest)
+            remaining = remaining[: self.cuts.pop(0)]
+        client.sendall(remaining)
+        self.sent += len(remaining)

@@ -196,7 +196,7 @@ def bounds(test: DownloadTest) -> None:
             test.deployment.command("fetch-worker", "cancel", str(job_id))
         report.figure("memory grew by (MiB)", grown())
         report.check(f"memory grew by less than {GROWTH_MIB} MiB", grown() < GROWTH_MIB, grown())
-    report.figure("requests so far", len(web.asked))
+    report.figure("requests so far", len(web.requests))
 
 
 def breaks(test: DownloadTest) -> None:
@@ -361,7 +361,7 @@ def bucket(installation: Installation, home: Path) -> Report:
             objects = _objects(s3, name)
             expected = {hashlib.sha256(body).hexdigest() for body in bodies.values()}
             report.check("each once, with the same bytes", sorted(objects.values()) == sorted(expected), len(objects))
-            requests = Counter(request.path for request in web.asked)
+            requests = Counter(request.path for request in web.requests)
             report.none_of("no picture was downloaded twice", [path for path, times in requests.items() if times > 1])
             verified = deployment.document("verify")
             report.check("verify finds all files complete", verified["whole"] == len(tracked), verified)

@@ -40,10 +40,10 @@ HTML = b"<!doctype html><html><body>Sign in</body></html>"
 @pytest.fixture(autouse=True)
 def net(monkeypatch: pytest.MonkeyPatch) -> Iterator[Net]:
     """Refuse all connections and name lookups outside of loopback, even if the address guard allowed them."""
-    net = Net(loopback=True).put_into(monkeypatch)
+    net = Net(loopback=True).install(monkeypatch)
     net.answers = {"localhost": ["127.0.0.1"]}.get
     yield net
-    assert net.beyond == []
+    assert net.external == []
 
 
 def _assert_stored(stand: Stand, row: Any, body: bytes) -> None:
@@ -120,7 +120,7 @@ def test_the_second_call_sends_no_request(stand: Stand, web: Web) -> None:
     assert downloader.run(output_id) == "nothing to do"
     assert downloader.run(output_id + 1) == "nothing to do"
     assert sorted(results)[:7] == ["nothing to do"] * 7
-    assert len(web.asked) == 1
+    assert len(web.requests) == 1
     assert read_output(stand.engine, output_id).attempts == 1
     assert stand.notified == [read_output(stand.engine, output_id).job_id]
 
@@ -132,7 +132,7 @@ def test_redirects_are_followed_three_times(stand: Stand, web: Web) -> None:
     web.serves("/3", page(301, b"moved", Location="a.png"))
     web.serves("/a.png", page(200, PNG))
     _assert_stored(stand, stand.download(web.url + "/1"), PNG)
-    assert [request.path for request in web.asked] == ["/1", "/2", "/3?x=1", "/a.png"]
+    assert [request.path for request in web.requests] == ["/1", "/2", "/3?x=1", "/a.png"]
 
 
 def test_bytes_in_the_answer_are_stored_without_a_request(stand: Stand) -> None:
@@ -268,7 +268,7 @@ def test_slow_redirects_share_the_timeout_of_the_attempt(stand: Stand, web: Web)
     started = time.monotonic()
     row = stand.download(web.serves("/a.png", slow))
     assert time.monotonic() - started < 3.5
-    assert (row.status, row.error_code, len(web.asked)) == ("pending", "unreachable", 2)
+    assert (row.status, row.error_code, len(web.requests)) == ("pending", "unreachable", 2)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_a_redirect_is_read_as_utf_8(stand: Stand, web: Web, location: str) -> N
 def test_a_loop_of_redirects_ends(stand: Stand, web: Web) -> None:
     """More than three redirects are an `http_error`."""
     row = stand.download(web.serves("/a.png", page(302, b"", Location="/a.png")))
-    assert (row.status, row.error_code, len(web.asked)) == ("pending", "http_error", 4)
+    assert (row.status, row.error_code, len(web.requests)) == ("pending", "http_error", 4)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_a_redirect_to_a_forbidden_address_fails_the_output(stand: Stand, web: W
     """Without a connection, at once."""
     row = stand.download(web.serves("/a.png", page(302, b"", Location=location.encode().decode("latin-1"))))
     assert (row.status, row.error_code) == ("failed", "refused_address")
-    assert len(web.asked) == 1
+    assert len(web.requests) == 1
     assert stand.files == []
 
 
@@ -574,7 +574,7 @@ def test_three_bad_bodies_fail_an_output(stand: Stand, web: Web) -> None:
         _make_due(stand.engine)
         downloader.run(output_id)
         assert read_output(stand.engine, output_id).status == status
-    assert len(web.asked) == 3
+    assert len(web.requests) == 3
 
 
 @pytest.mark.parametrize(
@@ -645,7 +645,7 @@ def test_proxy_links_are_used_in_turn_after_failures(stand: Stand, web: Web) -> 
     downloader.run(output_id)
     _make_due(stand.engine)
     downloader.run(output_id)
-    assert [request.path for request in web.asked] == ["/a.png", "/proxy.png"]
+    assert [request.path for request in web.requests] == ["/a.png", "/proxy.png"]
     assert read_output(stand.engine, output_id).status == "stored"
 
 
@@ -656,7 +656,7 @@ def test_a_failing_storage_never_fails_an_output(stand: Stand, web: Web) -> None
     long_ago = read_output(stand.engine, stand.add(url)).listed_at - timedelta(days=900)
     row = stand.download(url + "?2", listed_at=long_ago)
     assert (row.status, row.error_code) == ("pending", "storage")
-    assert web.asked == []
+    assert web.requests == []
 
 
 def test_given_a_database_that_is_away_when_a_download_ends_then_the_next_run_records_its_result(
@@ -685,7 +685,7 @@ def test_given_a_database_that_is_away_when_a_download_ends_then_the_next_run_re
     loader.run(second)
 
     assert [read_output(engine, output).status for output in (first, second)] == ["stored", "stored"]
-    assert [request.path for request in web.asked] == ["/first.png", "/second.png"]
+    assert [request.path for request in web.requests] == ["/first.png", "/second.png"]
     engine.dispose()
 
 
@@ -750,8 +750,8 @@ def test_no_secrets_are_sent_and_the_environment_is_ignored(
         for number in range(2):
             downloader.run(stand.add(f"{web.url}/r?{number}"))
     assert proxy.connections == 0
-    assert len(web.asked) == 4
-    for request in web.asked:
+    assert len(web.requests) == 4
+    for request in web.requests:
         assert request.method == "GET"
         assert not {"authorization", "cookie", "referer", "proxy-authorization"} & set(request.headers)
         assert KEY.encode() not in request.raw
@@ -836,7 +836,7 @@ def test_given_a_lease_that_may_have_expired_when_a_download_begins_then_no_requ
         assert "released" in downloader.run(output_id)
     row = read_output(stand.engine, output_id)
     assert (row.status, row.attempts, row.claim_token, row.error_code) == ("pending", 0, None, None)
-    assert len(web.asked) == 0
+    assert len(web.requests) == 0
     assert stand.files == []
 
 
@@ -854,4 +854,4 @@ def test_given_a_lease_that_expires_between_two_redirects_then_the_second_reques
 
     monkeypatch.setattr(downloader._leases, "check", once)
     assert "released" in downloader.run(output_id)
-    assert [request.path for request in web.asked] == ["/1"]
+    assert [request.path for request in web.requests] == ["/1"]

@@ -80,9 +80,9 @@ def test_a_transfer_that_breaks_five_times_is_resumed(
     picture.cuts = [draw.randrange(1, len(BODY) // 6) for _ in range(5)]
     row = stand.download(web.url + "/a.png")
     assert _is_stored(stand, row)
-    assert (row.attempts, len(web.asked)) == (1, 6)
+    assert (row.attempts, len(web.requests)) == (1, 6)
     assert picture.sent < 1.2 * len(BODY)
-    assert all(request.headers["if-range"] == TAG for request in web.asked[1:])
+    assert all(request.headers["if-range"] == TAG for request in web.requests[1:])
 
 
 def test_without_ranges_a_transfer_that_breaks_five_times_restarts_each_time(
@@ -95,7 +95,7 @@ def test_without_ranges_a_transfer_that_breaks_five_times_restarts_each_time(
     picture.cuts = [400_000, 100, 300_000, 5_000, 500_000]
     row = stand.download(web.url + "/a.png")
     assert _is_stored(stand, row)
-    assert (row.attempts, len(web.asked)) == (1, 6)
+    assert (row.attempts, len(web.requests)) == (1, 6)
 
 
 @pytest.mark.parametrize(
@@ -172,13 +172,13 @@ def test_a_partial_response_that_is_not_the_rest_is_discarded(
     span_header = {} if span is None else {"Content-Range": span.format(last=len(BODY) - 1, whole=len(BODY))}
 
     def send_wrong_range(client: socket.socket) -> None:
-        if web.asked[-1].headers.get("range"):
+        if web.requests[-1].headers.get("range"):
             page(206, BODY[100_000:], ETag=TAG, **span_header)(client)
         else:
             picture(client)
 
     assert _is_stored(stand, stand.download(web.serves("/a.png", send_wrong_range)))
-    assert len(web.asked) == 3
+    assert len(web.requests) == 3
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_a_server_without_ranges_is_asked_for_the_whole_file(
     picture.cuts = [100_000]
 
     def refuse_range(client: socket.socket) -> None:
-        (answer if web.asked[-1].headers.get("range") else picture)(client)
+        (answer if web.requests[-1].headers.get("range") else picture)(client)
 
     assert _is_stored(stand, stand.download(web.serves("/a.png", refuse_range)))
 
@@ -221,13 +221,13 @@ def test_a_file_that_is_cut_at_its_source_is_not_requested_repeatedly(
     picture.body = BODY
 
     def cut_body(client: socket.socket) -> None:
-        start = 5_000 if ranges and web.asked[-1].headers.get("range") else 0
+        start = 5_000 if ranges and web.requests[-1].headers.get("range") else 0
         span = {"Content-Range": f"bytes {start}-{len(BODY) - 1}/{len(BODY)}"} if start else {}
         length = str(len(BODY) - start)
         sends(head(206 if start else 200, ETag=TAG, Content_Length=length, **span), cut[start:])(client)
 
     row = stand.download(web.serves("/a.png", cut_body), listed_at=datetime.now(UTC) - timedelta(minutes=2))
-    assert (row.status, row.error_code, row.bad_bodies, len(web.asked)) == ("pending", "truncated", 1, 2)
+    assert (row.status, row.error_code, row.bad_bodies, len(web.requests)) == ("pending", "truncated", 1, 2)
     _run_again(stand, row.id)
     row = _run_again(stand, row.id)
     assert (row.status, row.error_code, row.attempts) == ("failed", "truncated", 3)
@@ -258,7 +258,7 @@ def test_a_partial_response_that_is_longer_than_declared_is_discarded(stand: Sta
     picture.cuts = [100_000]
 
     def send_more_bytes(client: socket.socket) -> None:
-        if web.asked[-1].headers.get("range"):
+        if web.requests[-1].headers.get("range"):
             span = f"bytes 100000-{len(BODY) - 1}/{len(BODY)}"
             sends(head(206, ETag=TAG, Content_Range=span), BODY[100_000:], b"more" * 1_000)(client)
         else:
@@ -276,7 +276,7 @@ def test_a_server_that_ignores_if_range_is_detected_by_its_last_modified_date(
     changed = BODY.replace(b"xx", b"yy")
 
     def ignores_if_range(client: socket.socket) -> None:
-        headers = web.asked[-1].headers
+        headers = web.requests[-1].headers
         if "range" in headers:
             date = {"Last-Modified": "Tue, 24 Nov 2026 11:00:00 GMT"}
             page(206, changed[100_000:], Content_Range=f"bytes 100000-{len(BODY) - 1}/{len(BODY)}", **date)(client)
@@ -387,7 +387,7 @@ def test_while_the_storage_fails_no_file_is_downloaded_twice(
     refuse.clear()
     row = _run_again(stand, row.id)
     assert _is_stored(stand, row)
-    assert len(web.asked) == 1
+    assert len(web.requests) == 1
 
 
 def _refuses(*_: Any, **__: Any) -> str:
@@ -405,7 +405,7 @@ def test_the_next_process_resumes_the_download_of_a_killed_one(
 
     def stop_sending(client: socket.socket) -> None:
         picture(client)
-        if len(web.asked) == 1:
+        if len(web.requests) == 1:
             time.sleep(8)  # until the process is killed
 
     output_id = stand.add(web.serves("/a.png", stop_sending))
@@ -453,7 +453,7 @@ def test_the_rest_of_a_base64_text_is_never_appended_to_the_decoded_picture(
     with stand.engine.begin() as connection:
         connection.execute(update(outputs).values(claim_token=None, claim_holder=None))
     assert _is_stored(stand, _run_again(stand, output_id), png(padding=60_000))
-    assert len(web.asked) == 1
+    assert len(web.requests) == 1
 
 
 # ── files of two processes ────────────────────────────────────────────────────────────────────────────────────────────
@@ -658,4 +658,4 @@ def test_an_output_whose_host_is_busy_is_released_without_counting_the_attempt(
     row = read_output(stand.engine, output_id)
     assert (row.status, row.attempts, row.claim_token, row.error_code) == ("pending", 0, None, None)
     assert row.due_at > row.listed_at
-    assert web.asked == []
+    assert web.requests == []

@@ -29,9 +29,9 @@ ERROR = b'<?xml version="1.0"?><Error><Code>NoSuchKey</Code></Error>'
 @pytest.fixture(autouse=True)
 def net(monkeypatch: pytest.MonkeyPatch) -> Iterator[Net]:
     """Refuse connections outside of loopback."""
-    net = Net(loopback=True).put_into(monkeypatch)
+    net = Net(loopback=True).install(monkeypatch)
     yield net
-    assert net.beyond == []
+    assert net.external == []
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_given_a_broken_transfer_of_text_when_it_is_resumed_then_it_is_still_tex
     row = stand.download(web.serves("/a", Picture(web, text, cuts=[5_000, 3_000], headers=headers)))
 
     assert (row.status, row.media_type, row.size_bytes) == ("stored", "text/plain", len(text))
-    assert len(web.asked) == 3
+    assert len(web.requests) == 3
 
 
 def test_given_a_redirect_to_a_name_without_an_extension_then_the_link_still_promises_text(
@@ -146,7 +146,7 @@ def test_given_a_storage_that_fails_once_when_text_is_tried_again_then_it_is_not
 
     row = read_output(stand.engine, output_id)
     assert refused.error_code == "storage"
-    assert (row.status, row.media_type, len(web.asked)) == ("stored", "text/plain", 1)
+    assert (row.status, row.media_type, len(web.requests)) == ("stored", "text/plain", 1)
 
 
 @pytest.mark.parametrize(

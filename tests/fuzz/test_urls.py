@@ -101,7 +101,7 @@ def test_the_key_is_sent_to_the_very_path_that_was_accepted_and_over_no_other_li
     examples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with web_server() as web:
-        net = Net(loopback=True).put_into(monkeypatch)
+        net = Net(loopback=True).install(monkeypatch)
         net.answers = lambda host: ["127.0.0.1"] if host == "localhost" else None
         hosts = frozenset({f"127.0.0.1:{web.port}", f"localhost:{web.port}", "good.test"})
         allowed = AllowedApi(f"{web.url}/api/v3", hosts)
@@ -110,7 +110,7 @@ def test_the_key_is_sent_to_the_very_path_that_was_accepted_and_over_no_other_li
         @tried(examples, of=5)
         @given(url=fetch_urls((web.url, f"http://localhost:{web.port}")))
         def check(url: str) -> None:
-            web.asked.clear()
+            web.requests.clear()
             net.connected.clear()
             made = FetchAddress(url, url.removesuffix(f"/{ID}"), "whatever")  # as an old row may have it
             if api.permits(made, ID) is not None or urlsplit(url).scheme != "http":
@@ -120,7 +120,7 @@ def test_the_key_is_sent_to_the_very_path_that_was_accepted_and_over_no_other_li
             assert api.ask(made, ID, SecretStr("key")).reply == Processing()
 
             assert set(net.connected) == {("127.0.0.1", web.port)}
-            [asked] = web.asked
+            [asked] = web.requests
             assert asked.path == urlsplit(url).path
             assert asked.headers["host"] == urlsplit(url).netloc
             assert FETCH_PATH.fullmatch(asked.path)
@@ -178,7 +178,7 @@ def is_open(host: str) -> bool:
 def test_whatever_an_output_is_called_no_socket_goes_to_an_inner_address_or_another_port(
     examples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    net = Net().put_into(monkeypatch)
+    net = Net().install(monkeypatch)
     net.answers = names()
     guard = Guard(())
     adapter = guarded_adapter(guard, connections=2)
@@ -213,7 +213,7 @@ def test_wherever_a_redirect_leads_no_socket_goes_beyond_what_is_allowed(
     own = "127.7.7.7"
     stand.allowed = (ipaddress.ip_network(f"{own}/32"),)
     with web_server(own) as web:
-        net = Net(loopback=True).put_into(monkeypatch)
+        net = Net(loopback=True).install(monkeypatch)
         net.answers, net.only = names(), (own, web.port)  # what else listens on this machine is left alone
         downloader = stand.downloader()
         turns = iter(range(10**9))

@@ -1,4 +1,4 @@
-"""The guard of downloads: no socket is ever connected to an address that is not allowed, however it is written."""
+"""The address guard: no socket is ever connected to a refused address, in any spelling."""
 
 import ipaddress
 import socket
@@ -17,7 +17,7 @@ from worker.net.deadlines import TimedHTTPConnection, TimeLimit, lean_session
 PUBLIC = "93.184.215.14"
 LOOPBACK = [ipaddress.ip_network("127.0.0.0/8")]
 
-# Both registries of IANA, line by line, and what is not in them.
+# Both registries of IANA, line by line, and addresses that are not in them.
 SPECIAL = [
     "0.0.0.0/8",
     "0.0.0.0/32",
@@ -77,7 +77,7 @@ UNLISTED = [
     "::/96",  # IPv4-compatible
     "::ffff:0:0:0/96",  # IPv4-translated
     "fec0::/10",  # site-local
-    "::/3",  # all that is not assigned to hosts of the public internet
+    "::/3",  # everything that is not assigned to hosts of the public internet
     "4000::/2",
     "8000::/1",
 ]
@@ -85,7 +85,7 @@ METADATA = ["169.254.169.254", "169.254.170.2", "100.100.100.200", "168.63.129.1
 
 
 def _samples(network: str) -> list[str]:
-    """The first, the last and a middle address."""
+    """Return the first, the last and a middle address."""
     block = ipaddress.ip_network(network)
     return [str(block[place]) for place in sorted({0, block.num_addresses // 2, block.num_addresses - 1})]
 
@@ -126,24 +126,24 @@ PERMITTED = [
 
 
 @pytest.mark.parametrize("address", REFUSED)
-def test_an_address_of_special_purpose_is_not_public(address: str) -> None:
-    """The registries of IANA, metadata services of clouds, multicast, and what is no host of the public internet."""
+def test_a_special_purpose_address_is_not_public(address: str) -> None:
+    """The registries of IANA, metadata services of clouds, multicast, and everything outside the public internet."""
     assert not is_public(ipaddress.ip_address(address))
     assert not Guard([]).permits(ipaddress.ip_address(address), scheme="https", port=443)
 
 
-def test_the_registries_are_refused_whatever_the_standard_library_knows_of_them(
+def test_the_registries_are_refused_with_any_list_of_the_standard_library(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its own list differs from one release of Python to the next."""
+    """The list of the standard library differs between releases of Python."""
     monkeypatch.setattr(ipaddress.IPv4Address, "is_global", True)
     monkeypatch.setattr(ipaddress.IPv6Address, "is_global", True)
-    assert [one for one in REFUSED if is_public(ipaddress.ip_address(one))] == []
+    assert [address for address in REFUSED if is_public(ipaddress.ip_address(address))] == []
 
 
 @pytest.mark.parametrize("address", PERMITTED)
-def test_an_address_of_the_public_internet_is_permitted_by_https_on_port_443_only(address: str) -> None:
-    """Also right beside the special ranges."""
+def test_a_public_address_is_permitted_only_by_https_on_port_443(address: str) -> None:
+    """Also next to the special ranges."""
     plain = ipaddress.ip_address(address)
     guard = Guard(LOOPBACK)
     assert is_public(plain)
@@ -155,7 +155,7 @@ def test_an_address_of_the_public_internet_is_permitted_by_https_on_port_443_onl
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.9.9.9", "::ffff:127.0.0.1"])
 def test_an_allowed_network_is_permitted_by_any_scheme_and_port(address: str) -> None:
-    """And nothing beside it."""
+    """Addresses next to it are not permitted."""
     guard = Guard(LOOPBACK)
     assert guard.permits(ipaddress.ip_address(address), scheme="http", port=8_080)
     assert not guard.permits(ipaddress.ip_address("10.0.0.1"), scheme="https", port=443)
@@ -249,8 +249,8 @@ def test_an_allowed_network_is_permitted_by_any_scheme_and_port(address: str) ->
         "https://h:8443/a.png",
     ],
 )
-def test_a_url_that_can_never_be_allowed_is_refused_before_any_look_up(url: str) -> None:
-    """Whatever its host's address is."""
+def test_a_malformed_or_forbidden_url_is_refused_before_any_look_up(url: str) -> None:
+    """Whatever address its host has."""
     with pytest.raises(RefusedTarget):
         Guard([]).check_url(url)
 
@@ -273,18 +273,18 @@ def test_a_url_that_can_never_be_allowed_is_refused_before_any_look_up(url: str)
         "https://h/\ud800",
     ],
 )
-def test_an_ordinary_url_passes(url: str) -> None:
-    """Addresses are looked at when the socket is connected."""
+def test_an_ordinary_url_is_accepted(url: str) -> None:
+    """Addresses are checked when the socket is connected."""
     Guard([]).check_url(url)
 
 
-# ── the socket ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── sockets ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
 def net(monkeypatch: pytest.MonkeyPatch) -> Net:
-    """A network that nothing leaves."""
-    return Net().put_into(monkeypatch)
+    """A network without real connections."""
+    return Net().install(monkeypatch)
 
 
 def _connect(host: str, *, port: int = 443, scheme: str = "https", allowed: Sequence[Any] = ()) -> None:
@@ -292,7 +292,7 @@ def _connect(host: str, *, port: int = 443, scheme: str = "https", allowed: Sequ
 
 
 def _digits(text: str, zero: str) -> str:
-    """With digits of another script."""
+    """Return the text with digits of another script."""
     return text.translate({ord("0") + value: chr(ord(zero) + value) for value in range(10)})
 
 
@@ -305,11 +305,11 @@ def _parts(text: str, form: str) -> str:
 
 
 def _hex(number: int) -> str:
-    """Eight hexadecimal digits as two groups of an IPv6 address."""
+    """Return eight hexadecimal digits as two groups of an IPv6 address."""
     return f"{number >> 16:x}:{number & 0xFFFF:x}"
 
 
-# How an IPv4 address can be written: each takes it as text and as a number.
+# Spellings of an IPv4 address. Each function takes the address as text and as a number.
 SPELLINGS: dict[str, Callable[[str, int], str]] = {
     "plain": lambda text, number: text,
     "decimal": lambda text, number: str(number),
@@ -380,13 +380,13 @@ SPELT = ["127.0.0.1", "0.0.0.0", "10.0.0.1", "255.255.255.255", *METADATA[:-1]]
 
 @pytest.fixture(scope="module")
 def session() -> requests.Session:
-    """As downloads have it, with nothing allowed."""
+    """A session of downloads, without allowed networks."""
     return lean_session(guarded_adapter(Guard([]), connections=1))
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_an_address_is_refused_however_it_is_spelt(spelling: str, net: Net) -> None:
-    """As a URL, before any look-up; also where other networks are allowed, and so other ports and plain http are."""
+def test_an_address_is_refused_in_every_spelling(spelling: str, net: Net) -> None:
+    """In a URL, before any look-up, and also if other networks (and so other ports and plain http) are allowed."""
     for text in SPELT:
         host = SPELLINGS[spelling](text, int(ipaddress.IPv4Address(text)))
         for scheme in ("https", "HTTP"):
@@ -398,8 +398,10 @@ def test_an_address_is_refused_however_it_is_spelt(spelling: str, net: Net) -> N
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_no_socket_goes_to_an_address_however_it_is_spelt(spelling: str, net: Net, session: requests.Session) -> None:
-    """Even if the URL was not looked at before: what the system makes of the spelling is what is checked."""
+def test_no_socket_is_connected_to_a_refused_address_in_any_spelling(
+    spelling: str, net: Net, session: requests.Session
+) -> None:
+    """Even if the URL was not checked before: the address that the system makes of the spelling is checked."""
     for text in SPELT:
         host = SPELLINGS[spelling](text, int(ipaddress.IPv4Address(text)))
         with pytest.raises((RefusedTarget, requests.RequestException)):
@@ -408,8 +410,8 @@ def test_no_socket_goes_to_an_address_however_it_is_spelt(spelling: str, net: Ne
 
 
 @pytest.mark.parametrize("host", ["[::1]", "[0:0:0:0:0:0:0:1]", "[::0001]", "[fe80::1%1]", *REFUSED])
-def test_no_socket_goes_to_a_refused_address(host: str, net: Net) -> None:
-    """Neither to the address itself nor to a name that has it."""
+def test_no_socket_is_connected_to_a_refused_address(host: str, net: Net) -> None:
+    """Neither by the address itself nor by a name that resolves to it."""
     with pytest.raises(RefusedTarget):
         _connect(host)
     with pytest.raises(RefusedTarget):
@@ -421,7 +423,7 @@ def test_no_socket_goes_to_a_refused_address(host: str, net: Net) -> None:
 
 
 @pytest.mark.parametrize("host", ["localhost", "localhost.", "LOCALHOST", "localhost%2e", "\u24dbocalhost", "metadata"])
-def test_a_name_is_as_good_as_its_address(host: str, net: Net, session: requests.Session) -> None:
+def test_a_name_is_judged_by_its_address(host: str, net: Net, session: requests.Session) -> None:
     """There is no list of names."""
     net.answers = lambda _: ["127.0.0.1"]
     with pytest.raises((RefusedTarget, requests.exceptions.InvalidURL)):
@@ -429,8 +431,8 @@ def test_a_name_is_as_good_as_its_address(host: str, net: Net, session: requests
     assert net.connected == []
 
 
-def test_a_socket_goes_to_the_address_that_was_checked(net: Net) -> None:
-    """One look-up for check and connection: there is nothing in between for a name to change."""
+def test_a_socket_is_connected_to_the_checked_address(net: Net) -> None:
+    """One look-up serves check and connection, so a name has no time to change in between."""
     turns = iter([[PUBLIC], ["127.0.0.1"]])
     net.answers = lambda host: next(turns)
     with pytest.raises(NewConnectionError):
@@ -445,17 +447,17 @@ def test_a_socket_goes_to_the_address_that_was_checked(net: Net) -> None:
 @pytest.mark.parametrize("bad", ["10.0.0.1", "::1", "::ffff:10.0.0.1", "fe80::1%1", *METADATA])
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_name_with_one_refused_address_among_several_is_refused(bad: str, place: int, net: Net) -> None:
-    """Wherever in the list it stands."""
-    found = [PUBLIC, "2606:4700::1"]
-    found.insert(place, bad)
-    net.answers = lambda host: found
+    """At any place in the list."""
+    addresses = [PUBLIC, "2606:4700::1"]
+    addresses.insert(place, bad)
+    net.answers = lambda host: addresses
     with pytest.raises(RefusedTarget):
         _connect("mixed.test")
     assert net.connected == []
 
 
-def test_all_addresses_of_a_name_are_tried_within_the_time_of_the_call(net: Net) -> None:
-    """A name may have any number of addresses that never answer."""
+def test_all_addresses_of_a_name_share_the_time_of_the_call(net: Net) -> None:
+    """A name can have any number of addresses that never answer."""
     net.answers = lambda host: [PUBLIC, "2606:4700::1", "8.8.8.8"]
     net.error = TimeoutError
     with TimeLimit(1.0), pytest.raises(ConnectTimeoutError):
@@ -464,8 +466,8 @@ def test_all_addresses_of_a_name_are_tried_within_the_time_of_the_call(net: Net)
     assert all(seconds is not None and seconds <= 1.0 for seconds in net.timeouts)
 
 
-def test_a_name_that_is_not_known_is_trouble_of_the_way_not_a_refusal(net: Net) -> None:
-    """So it is tried again; also for a name that can't be written."""
+def test_an_unknown_name_is_a_network_error_and_no_refusal(net: Net) -> None:
+    """So it is tried again. The same holds for an invalid name."""
 
     def unknown(host: str) -> Sequence[str]:
         raise socket.gaierror
@@ -476,8 +478,8 @@ def test_a_name_that_is_not_known_is_trouble_of_the_way_not_a_refusal(net: Net) 
             _connect(host)
 
 
-def test_requests_of_a_guarded_session_never_leave_it(net: Net, session: requests.Session) -> None:
-    """The guard's refusal comes through requests as what it is, for http and https."""
+def test_a_guarded_session_reaches_no_refused_address(net: Net, session: requests.Session) -> None:
+    """requests passes on the guard's refusal, for http and https."""
     for url in ("https://127.0.0.1/a.png", "http://169.254.169.254/latest", "https://[::1]/", "http://localhost:80/"):
         net.answers = lambda host: ["127.0.0.1"] if host == "localhost" else None
         with pytest.raises((RefusedTarget, requests.RequestException)):
@@ -485,8 +487,8 @@ def test_requests_of_a_guarded_session_never_leave_it(net: Net, session: request
     assert net.connected == []
 
 
-def test_an_open_connection_is_to_an_address_that_was_checked() -> None:
-    """Loopback with a server of ours: the only place where these tests really connect."""
+def test_an_open_connection_is_to_a_checked_address() -> None:
+    """Loopback, with a server of this test: the only real connections of these tests."""
     with web_server() as web:
         web.serves("/a", page(200, b"hello"))
         session = lean_session(guarded_adapter(Guard(LOOPBACK), connections=2))
@@ -494,5 +496,5 @@ def test_an_open_connection_is_to_an_address_that_was_checked() -> None:
         strict = lean_session(guarded_adapter(Guard([]), connections=2))
         with pytest.raises(RefusedTarget):
             strict.get(web.url + "/a", timeout=5)
-    assert len(web.asked) == 1
+    assert len(web.requests) == 1
     assert web.connections == 1

@@ -1,4 +1,4 @@
-"""Several addresses of one host (RFC 8305): a dead one costs part of a second, for the API, downloads and webhooks."""
+"""Hosts with several addresses (RFC 8305): a dead one costs part of a second, for the API, downloads and webhooks."""
 
 import errno
 import gc
@@ -31,7 +31,7 @@ HOST = "many.test"
 
 @contextmanager
 def silent(port: int) -> Iterator[None]:
-    """An address whose listener accepts nobody and has no place left for anybody to wait: it drops what comes."""
+    """An address whose listener accepts no connection and has a full queue: it drops new connections."""
     with ExitStack() as stack:
         listener = stack.enter_context(socket.create_server((SILENT, port), backlog=0))
         for _ in range(4):
@@ -43,8 +43,8 @@ def silent(port: int) -> Iterator[None]:
 
 
 @pytest.fixture
-def named(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The addresses of `many.test`, in the order in which they are answered."""
+def addresses(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The addresses of `many.test`, in the order of the answer."""
     addresses: list[str] = []
     real = socket.getaddrinfo
 
@@ -59,7 +59,7 @@ def named(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def port(web: Web) -> Iterator[int]:
-    """The port of a server at GOOD, at which SILENT is silent and REFUSING refuses."""
+    """The port of a server at GOOD. On this port SILENT is silent and REFUSING refuses."""
     with silent(web.port):
         yield web.port
 
@@ -82,11 +82,11 @@ def _open_files() -> int:
     ],
     ids=",".join,
 )
-def test_given_dead_addresses_before_a_good_one_when_a_file_is_fetched_then_it_takes_part_of_a_second(
-    stand: Stand, web: Web, port: int, named: list[str], order: list[str]
+def test_given_dead_addresses_before_a_good_one_when_downloading_then_it_takes_part_of_a_second(
+    stand: Stand, web: Web, port: int, addresses: list[str], order: list[str]
 ) -> None:
-    """Each dead one costs a quarter of a second at most, one that refuses nothing."""
-    named[:] = order
+    """Each dead address costs at most a quarter of a second, and a refusing one nothing."""
+    addresses[:] = order
     stand.allowed = (*stand.allowed, ipaddress.ip_network("::1/128"))
     web.serves("/a.png", page(200, PNG))
     began = time.monotonic()
@@ -95,16 +95,20 @@ def test_given_dead_addresses_before_a_good_one_when_a_file_is_fetched_then_it_t
     assert time.monotonic() - began < 0.25 * order.count(SILENT) + 0.8
 
 
-def test_given_a_dead_address_when_the_api_is_asked_then_the_next_one_answers(
-    web: Web, port: int, named: list[str]
+def test_given_a_dead_address_when_the_api_is_polled_then_the_next_address_answers(
+    web: Web, port: int, addresses: list[str]
 ) -> None:
-    """By the same connector."""
-    named[:] = [SILENT, "127.0.0.5"]
-    with web_server("127.0.0.5") as other:
-        other.serves("/api/v3/fetch/1", page(200, b'{"status": "processing"}'))
-        with silent(other.port):
-            allowed = AllowedApi(f"http://127.0.0.5:{other.port}/api/v3", frozenset({f"127.0.0.5:{other.port}"}))
-            address = fetch_address(None, "1", allowed)._replace(url=f"http://{HOST}:{other.port}/api/v3/fetch/1")
+    """The API client uses the same connector."""
+    addresses[:] = [SILENT, "127.0.0.5"]
+    with web_server("127.0.0.5") as second_server:
+        second_server.serves("/api/v3/fetch/1", page(200, b'{"status": "processing"}'))
+        with silent(second_server.port):
+            allowed = AllowedApi(
+                f"http://127.0.0.5:{second_server.port}/api/v3", frozenset({f"127.0.0.5:{second_server.port}"})
+            )
+            address = fetch_address(None, "1", allowed)._replace(
+                url=f"http://{HOST}:{second_server.port}/api/v3/fetch/1"
+            )
             api = ApiClient(allowed, Scrubber([]), timeout=5.0, connections=1)
             began = time.monotonic()
             assert isinstance(api.ask(address, "1", SecretStr("k")).reply, Processing)
@@ -112,13 +116,13 @@ def test_given_a_dead_address_when_the_api_is_asked_then_the_next_one_answers(
             api.session.close()
 
 
-def test_given_only_dead_addresses_when_asked_then_the_deadline_holds_for_all_of_them_together(
-    web: Web, port: int, named: list[str]
+def test_given_only_dead_addresses_then_one_deadline_limits_all_of_them_together(
+    web: Web, port: int, addresses: list[str]
 ) -> None:
-    """Not for each."""
-    named[:] = [SILENT] * 2 + [f"127.0.1.{number}" for number in range(1, 4)]
+    """The deadline is not per address."""
+    addresses[:] = [SILENT] * 2 + [f"127.0.1.{number}" for number in range(1, 4)]
     with ExitStack() as stack:
-        for host in named[2:]:
+        for host in addresses[2:]:
             listener = stack.enter_context(socket.create_server((host, port), backlog=0))
             for _ in range(4):
                 filler = stack.enter_context(socket.socket())
@@ -133,11 +137,11 @@ def test_given_only_dead_addresses_when_asked_then_the_deadline_holds_for_all_of
         assert 1.2 < time.monotonic() - began < 2.5
 
 
-def test_given_addresses_that_all_refuse_when_connecting_then_the_cause_is_said(named: list[str]) -> None:
-    """At once."""
+def test_given_addresses_that_all_refuse_when_connecting_then_the_error_has_the_cause(addresses: list[str]) -> None:
+    """It is reported at once."""
     with socket.create_server((GOOD, 0)) as probe:
         port = probe.getsockname()[1]
-    named[:] = [REFUSING, "127.0.0.5"]
+    addresses[:] = [REFUSING, "127.0.0.5"]
     connection = TimedHTTPConnection(HOST, port, timeout=5.0)
     began = time.monotonic()
     with TimeLimit(5.0), pytest.raises(Exception, match="refused") as failure:
@@ -146,11 +150,11 @@ def test_given_addresses_that_all_refuse_when_connecting_then_the_cause_is_said(
     assert time.monotonic() - began < 1.0
 
 
-def test_given_an_address_that_is_not_allowed_among_several_when_connecting_then_none_is_tried(
-    web: Web, named: list[str]
+def test_given_one_refused_address_among_several_when_connecting_then_none_is_tried(
+    web: Web, addresses: list[str]
 ) -> None:
-    """The guard looks at all of them before the first attempt, and the socket goes to one that it looked at."""
-    named[:] = [GOOD, "127.0.0.9"]
+    """The guard checks all addresses before the first attempt, and the socket is connected to a checked one."""
+    addresses[:] = [GOOD, "127.0.0.9"]
     guard = Guard([ipaddress.ip_network("127.0.0.1/32")])
     adapter = guarded_adapter(guard, connections=1)
     with (
@@ -162,25 +166,25 @@ def test_given_an_address_that_is_not_allowed_among_several_when_connecting_then
     assert web.connections == 0
 
 
-def test_given_several_addresses_when_one_answers_then_no_socket_is_left_of_the_others(port: int) -> None:
-    """Nor a thread: there is none."""
+def test_given_several_addresses_when_one_answers_then_the_other_sockets_are_closed(port: int) -> None:
+    """No thread is left either, since none is used."""
     targets = [(socket.AF_INET, (address, port)) for address in (SILENT, REFUSING, GOOD)]
     connection = TimedHTTPConnection(HOST, port, timeout=5.0)
     files = _open_files()
     for _ in range(3):
         connect_first(connection, targets).close()
-    wait_until(lambda: _open_files() <= files, "the sockets are closed, the server's as well")
+    wait_until(lambda: _open_files() <= files, "all sockets are closed, also those of the server")
 
 
-def test_given_one_address_when_connecting_then_nothing_is_added(monkeypatch: pytest.MonkeyPatch, web: Web) -> None:
-    """The common case takes no selector."""
+def test_given_one_address_when_connecting_then_no_selector_is_used(monkeypatch: pytest.MonkeyPatch, web: Web) -> None:
+    """The common case uses no selector."""
     monkeypatch.setattr(deadlines, "_connect_to_fastest", None)
     connection = TimedHTTPConnection(GOOD, web.port, timeout=2.0)
     connect_first(connection, [(socket.AF_INET, (GOOD, web.port))]).close()
 
 
 def test_given_no_address_when_connecting_then_it_is_an_ordinary_error() -> None:
-    """A resolver may answer with nothing."""
+    """A resolver may return no address."""
     connection = TimedHTTPConnection(GOOD, 80, timeout=2.0)
     with pytest.raises(Exception, match="no address") as failure:
         connect_first(connection, [])

@@ -1,4 +1,4 @@
-"""Causes are said: no bare class names, no addresses, no text of a server."""
+"""Network errors are described by their cause: without bare class names, addresses, or text of a server."""
 
 import errno
 import http.client
@@ -26,7 +26,7 @@ TODAY = datetime.now(UTC)
 
 @contextmanager
 def tls_server(serve: Callable[[socket.socket], object]) -> Iterator[int]:
-    """A listener that hands each connection to `serve`; its port."""
+    """Run a listener that passes each connection to `serve`. Yield its port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def accept() -> None:
@@ -57,7 +57,7 @@ def _failure(url: str, bundle: Path | None = None) -> str:
     return describe(failure.value)
 
 
-def _shaking_hands(
+def _during_handshake(
     certificate: trustme.LeafCert, version: ssl.TLSVersion | None = None
 ) -> Callable[[socket.socket], object]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -78,20 +78,20 @@ def _alerts(client: socket.socket, number: int) -> None:
 
 @pytest.fixture(scope="module")
 def authority() -> trustme.CA:
-    """Somebody who signs certificates."""
+    """A certificate authority."""
     return trustme.CA()
 
 
 @pytest.fixture
 def bundle(authority: trustme.CA, tmp_path: Path) -> Path:
-    """A file that says whom to trust."""
+    """A CA bundle with this authority."""
     path = tmp_path / "bundle.pem"
     authority.cert_pem.write_to_path(path)
     return path
 
 
-def test_each_trouble_with_a_certificate_is_said(authority: trustme.CA, bundle: Path) -> None:
-    """Not that there is some trouble with TLS."""
+def test_each_certificate_error_is_described(authority: trustme.CA, bundle: Path) -> None:
+    """Not only that there is a TLS error."""
     day = timedelta(days=1)
     cases = {
         "TLS: its certificate has expired": authority.issue_cert(
@@ -104,12 +104,12 @@ def test_each_trouble_with_a_certificate_is_said(authority: trustme.CA, bundle: 
         "TLS: the authority that issued its certificate is unknown": trustme.CA().issue_cert(NAME),
     }
     for cause, certificate in cases.items():
-        with tls_server(_shaking_hands(certificate)) as port:
+        with tls_server(_during_handshake(certificate)) as port:
             assert _failure(f"https://{NAME}:{port}/", bundle).startswith(cause)
 
 
-def test_each_trouble_with_the_handshake_is_said(authority: trustme.CA, bundle: Path) -> None:
-    """A server without TLS, one that hangs up, one that refuses."""
+def test_each_handshake_error_is_described(authority: trustme.CA, bundle: Path) -> None:
+    """A server without TLS, one that hangs up, and one that refuses."""
     with tls_server(lambda client: client.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as port:
         assert _failure(f"https://{NAME}:{port}/", bundle) == "TLS: it does not speak TLS on this port"
     with tls_server(lambda client: client.recv(10_000)) as port:
@@ -123,7 +123,7 @@ def test_each_trouble_with_the_handshake_is_said(authority: trustme.CA, bundle: 
         assert "does not know the name" in _failure(f"https://{NAME}:{port}/", bundle)
 
 
-def test_each_trouble_with_the_exchange_is_said(web: Web) -> None:
+def test_each_transfer_error_is_described(web: Web) -> None:
     """By plain HTTP."""
     web.serves("/closed", sends())
     web.serves("/garbage", sends(b"garbage\r\n\r\n"))
@@ -165,8 +165,8 @@ def _verification(code: int, message: str) -> ssl.SSLCertVerificationError:
         (DecodeError("x"), "the answer is not packed as it says"),
     ],
 )
-def test_what_libraries_raise_is_said_in_words(error: Exception, cause: str) -> None:
-    """Whichever of them wrapped it."""
+def test_errors_of_libraries_are_described(error: Exception, cause: str) -> None:
+    """Whichever library wrapped it."""
     assert describe(error).startswith(cause)
     outer = requests.ConnectionError("https://h/?signature=secret")
     outer.__cause__ = error

@@ -1,4 +1,4 @@
-"""Downloads from servers that slip: headers that lie, interim answers, files that come late. A slip is no attack."""
+"""Downloads from faulty servers: wrong headers, interim responses, late files. A fault is not an attack."""
 
 import gzip
 import zlib
@@ -32,7 +32,7 @@ def _length(count: int, **headers: str) -> bytes:
     return head(200, Content_Length=str(count), **headers)
 
 
-# ── headers that lie ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── wrong headers ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -56,10 +56,10 @@ def _length(count: int, **headers: str) -> bytes:
         page(200, gzip.compress(zlib.compress(PNG)), Content_Encoding="deflate, gzip"),
     ],
 )
-def test_given_a_wrong_content_encoding_when_downloaded_then_the_picture_is_found(
+def test_given_a_wrong_content_encoding_when_downloaded_then_the_picture_is_stored(
     stand: Stand, web: Web, answer: Answer
 ) -> None:
-    """What the bytes are counts, not what they are called."""
+    """The content decides, not the header."""
     _assert_stored(stand, stand.download(web.serves("/a.png", answer)), PNG)
 
 
@@ -87,10 +87,10 @@ SHORT, LONG = len(PNG) - 1_000, len(PNG) + 1_000
     ],
     ids=range(15),
 )
-def test_given_a_wrong_length_when_downloaded_then_the_picture_is_looked_at(
+def test_given_a_wrong_length_when_downloaded_then_the_picture_itself_is_checked(
     stand: Stand, web: Web, answer: Answer
 ) -> None:
-    """It shows its end itself."""
+    """The picture's format shows its end."""
     _assert_stored(stand, stand.download(web.serves("/a.png", answer)), PNG)
 
 
@@ -102,32 +102,32 @@ def test_given_a_wrong_length_when_downloaded_then_the_picture_is_looked_at(
         sends(_length(LONG, Content_Encoding="gzip") + gzip.compress(PNG)[:-2_000]),
     ],
 )
-def test_given_a_picture_that_is_cut_when_its_length_is_wrong_too_then_it_is_not_stored(
+def test_given_a_truncated_picture_with_a_wrong_length_then_it_is_not_stored(
     stand: Stand, web: Web, answer: Answer
 ) -> None:
-    """The picture has the last word."""
+    """The picture's format decides."""
     row = stand.download(web.serves("/a.png", answer))
     assert (row.status, row.error_code, stand.files) == ("pending", "truncated", [])
 
 
-# ── interim answers ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── interim responses ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("interim", [*INTERIM, b"".join(INTERIM), INTERIM[1] * 20])
-def test_given_interim_answers_when_downloaded_then_the_answer_after_them_counts(
+def test_given_interim_responses_when_downloaded_then_the_final_response_counts(
     stand: Stand, web: Web, interim: bytes
 ) -> None:
-    """Whatever their number, within reason."""
+    """Up to a reasonable number of them."""
     _assert_stored(stand, stand.download(web.serves("/a.png", sends(interim, _length(len(PNG)) + PNG))), PNG)
 
 
-def test_given_interim_answers_without_end_when_downloaded_then_it_is_trouble(stand: Stand, web: Web) -> None:
-    """They are no way to hold a thread."""
+def test_given_endless_interim_responses_when_downloaded_then_the_attempt_fails(stand: Stand, web: Web) -> None:
+    """They must not occupy a thread."""
     row = stand.download(web.serves("/a.png", sends(INTERIM[0] * 1_000)))
     assert (row.status, row.error_code) == ("pending", "unreachable")
 
 
-# ── links as they were given ──────────────────────────────────────────────────────────────────────────────────────────
+# ── unchanged links ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 LINKS = [
     ("//signed//key.png", "//signed//key.png"),
@@ -140,33 +140,33 @@ LINKS = [
 
 
 @pytest.mark.parametrize(("link", "target"), LINKS)
-def test_a_link_goes_out_as_it_was_given(stand: Stand, web: Web, link: str, target: str) -> None:
-    """Signatures are made over its characters."""
+def test_a_link_is_requested_unchanged(stand: Stand, web: Web, link: str, target: str) -> None:
+    """Signatures depend on its exact characters."""
     web.serves(target.partition("?")[0], page(200, PNG))
     assert stand.download(web.url + link).status == "stored"
-    assert [asked.path for asked in web.asked] == [target]
+    assert [request.path for request in web.requests] == [target]
 
 
 @pytest.mark.parametrize(("link", "target"), LINKS[:4])
 @pytest.mark.parametrize("form", ["{url}{link}", "{link}", "//127.0.0.1:{port}{link}"])
-def test_a_redirect_goes_out_as_it_was_given(stand: Stand, web: Web, link: str, target: str, form: str) -> None:
-    """Absolute, a path, or without a scheme."""
+def test_a_redirect_is_followed_unchanged(stand: Stand, web: Web, link: str, target: str, form: str) -> None:
+    """Absolute, as a path, or without a scheme."""
     if form == "{link}" and link.startswith("//"):
         pytest.skip("that names a host")
     web.serves(target.partition("?")[0], page(200, PNG))
     location = form.format(url=web.url, link=link, port=web.port)
     assert stand.download(web.serves("/from", page(302, b"", Location=location))).status == "stored"
-    assert [asked.path for asked in web.asked] == ["/from", target]
+    assert [request.path for request in web.requests] == ["/from", target]
 
 
 @pytest.mark.parametrize("link", ["/a\nb.png", "/a\x00.png", "/a\tb.png", "/a\x7f.png", "/a\\b.png"])
 def test_control_characters_and_backslashes_are_refused(stand: Stand, web: Web, link: str) -> None:
-    """In whatever way they came here."""
+    """From any source."""
     row = stand.download(web.url + link)
-    assert (row.status, row.error_code, web.asked) == ("failed", "refused_address", [])
+    assert (row.status, row.error_code, web.requests) == ("failed", "refused_address", [])
 
 
-# ── a store that lags ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── a store with a delay ──────────────────────────────────────────────────────────────────────────────────────────────
 
 EARLY = {
     "nothing": page(200, b""),
@@ -181,7 +181,7 @@ EARLY = {
 
 
 def _age(stand: Stand, output_id: int, seconds: float) -> None:
-    """Let so many seconds pass since the output was listed."""
+    """Make the output older by this many seconds."""
     with stand.engine.begin() as connection:
         listed_at = datetime.now(UTC) - timedelta(seconds=seconds)
         dead = connection.execute(select(outputs.c.dead_since).where(outputs.c.id == output_id)).scalar()
@@ -194,10 +194,10 @@ def _age(stand: Stand, output_id: int, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("early", EARLY.values(), ids=EARLY)
-def test_given_a_store_that_lags_when_the_file_comes_within_a_minute_then_it_is_stored(
+def test_given_a_store_with_a_delay_when_the_file_appears_within_a_minute_then_it_is_stored(
     stand: Stand, web: Web, early: Answer
 ) -> None:
-    """However often it was looked for before."""
+    """However often it was tried before."""
     output_id = stand.add(web.serves("/a.png", early))
     downloader = stand.downloader()
     for seconds in (0, 5, 10, 15, 20, 30, 40, 50):
@@ -214,10 +214,10 @@ def test_given_a_store_that_lags_when_the_file_comes_within_a_minute_then_it_is_
 
 
 @pytest.mark.parametrize("early", EARLY.values(), ids=EARLY)
-def test_given_a_store_that_lags_for_a_minute_then_a_fresh_link_is_asked_for_once(
+def test_given_a_store_with_a_delay_of_a_minute_then_a_fresh_link_is_requested_once(
     stand: Stand, web: Web, early: Answer
 ) -> None:
-    """After it, three more attempts end an output."""
+    """After it, three more failures end the output."""
     output_id = stand.add(web.serves("/a.png", early))
     downloader = stand.downloader()
     downloader.run(output_id)
@@ -237,8 +237,8 @@ def test_given_a_store_that_lags_for_a_minute_then_a_fresh_link_is_asked_for_onc
     assert (row.status, len(codes)) == ("failed", 1)
 
 
-def test_given_an_output_of_another_kind_then_three_attempts_end_it_at_any_time(stand: Stand, web: Web) -> None:
-    """A program or noise is not what a store says while it lags."""
+def test_given_content_that_is_no_media_then_three_attempts_end_the_output(stand: Stand, web: Web) -> None:
+    """A store with a delay does not answer with a program or noise."""
     output_id = stand.add(web.serves("/a.png", page(200, b"\x7fELF\x02\x01\x01\x00" + bytes(500))))
     downloader = stand.downloader()
     for _ in range(3):
@@ -248,11 +248,11 @@ def test_given_an_output_of_another_kind_then_three_attempts_end_it_at_any_time(
     assert (row.status, row.error_code, row.attempts) == ("failed", "not_media", 3)
 
 
-# ── a server that says when ───────────────────────────────────────────────────────────────────────────────────────────
+# ── Retry-After ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
-    ("status", "asked", "least", "most"),
+    ("status", "retry_after", "minimum", "maximum"),
     [
         (429, lambda: "120", 110, 120),
         (503, lambda: "90", 80, 90),
@@ -262,28 +262,28 @@ def test_given_an_output_of_another_kind_then_three_attempts_end_it_at_any_time(
         (429, lambda: "999999999", 3_500, 3_600),
     ],
 )
-def test_a_server_that_asks_for_time_gets_it(
-    stand: Stand, web: Web, status: int, asked: Callable[[], str], least: float, most: float
+def test_retry_after_is_respected(
+    stand: Stand, web: Web, status: int, retry_after: Callable[[], str], minimum: float, maximum: float
 ) -> None:
-    """Within an hour, and not sooner than by our own waits."""
-    row = stand.download(web.serves("/a.png", page(status, b"", Retry_After=asked())))
+    """At most an hour, and not sooner than the worker's own delay."""
+    row = stand.download(web.serves("/a.png", page(status, b"", Retry_After=retry_after())))
     wait = (row.due_at.replace(tzinfo=UTC) - datetime.now(UTC)).total_seconds()
     assert (row.status, row.error_code) == ("pending", "http_error")
-    assert least < wait <= most
+    assert minimum < wait <= maximum
 
 
-# ── names ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── User-Agent ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_product_says_who_it_is(stand: Stand, web: Web) -> None:
-    """Hosts refuse the names that libraries go by."""
+def test_requests_name_the_product_as_user_agent(stand: Stand, web: Web) -> None:
+    """Some hosts refuse the default names of libraries."""
     assert Settings().user_agent == f"fetch-worker/{worker.__version__}"
     stand.download(web.serves("/a.png", page(200, PNG)))
-    assert web.asked[0].headers["user-agent"].startswith("fetch-worker")
+    assert web.requests[0].headers["user-agent"].startswith("fetch-worker")
 
 
-def test_whoever_wants_another_name_sets_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """For the API, downloads and webhooks alike."""
+def test_the_user_agent_is_a_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """For the API, downloads and webhooks."""
     settings = Settings(user_agent="shop/2.1 (+https://shop.test)", storage_url=f"file:{tmp_path}")
     monkeypatch.setattr(resources, "settings", settings)
     own = resources.ProcessResources()
@@ -291,8 +291,8 @@ def test_whoever_wants_another_name_sets_it(monkeypatch: pytest.MonkeyPatch, tmp
     assert used == ["shop/2.1 (+https://shop.test)"] * 3
 
 
-def test_a_file_that_unpacks_to_more_than_is_allowed_ends_the_output(stand: Stand, web: Web) -> None:
-    """Also where nobody said that it is packed."""
+def test_a_file_that_decompresses_to_more_than_the_limit_ends_the_output(stand: Stand, web: Web) -> None:
+    """Also if no header says that it is compressed."""
     bomb = gzip.compress(png()[:40] + bytes(64 * 1_048_576), 1)
     row: Any = stand.download(web.serves("/a.png", page(200, bomb)))
     assert (row.status, row.error_code) == ("failed", "too_large")

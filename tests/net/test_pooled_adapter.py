@@ -1,4 +1,4 @@
-"""The lean way to the API, against real servers that keep connections: it stays `requests`, and opens few lines."""
+"""The pooled adapter with real keep-alive servers: it works like `requests`, and opens few connections."""
 
 import http.server
 import json
@@ -37,60 +37,60 @@ NAME = "localhost"
 
 
 @dataclass
-class Kept:
-    """A server that keeps connections open: how many were made, and what was asked on all of them."""
+class KeepAliveServer:
+    """A server that keeps connections open. It counts connections and records all requests."""
 
     port: int = 0
     scheme: str = "http"
     connections: int = 0
-    asked: list[tuple[str, str, bytes]] = field(default_factory=list)
-    hangs_up: bool = False  # after each answer, without a word
-    forgets: bool = False  # connections that have had an answer: whatever comes over them gets none
+    requests: list[tuple[str, str, bytes]] = field(default_factory=list)
+    hangs_up: bool = False  # after each answer, without notice
+    forgets: bool = False  # connections that had an answer: later requests on them get no answer
     says_close: bool = False
     seconds: float = 0.0
 
     @property
     def origin(self) -> str:
-        """Its address."""
+        """The server's origin."""
         return f"{self.scheme}://{NAME}:{self.port}"
 
     @property
     def allowed(self) -> AllowedApi:
-        """The API at it."""
+        """The allowed API at this server."""
         return AllowedApi(f"{self.origin}/api/v3", frozenset({f"{NAME}:{self.port}"}))
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = 65_536  # an answer goes out in one piece
-    kept: ClassVar[Kept]
+    wbufsize = 65_536  # an answer is sent in one piece
+    site: ClassVar[KeepAliveServer]
 
     def setup(self) -> None:
         super().setup()
-        self.kept.connections += 1
+        self.site.connections += 1
         self.answered = False
 
     def do_POST(self) -> None:
-        """Says that the job is not ready."""
+        """Answer that the job is not ready."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.kept.forgets and self.answered:
+        if self.site.forgets and self.answered:
             self.close_connection = True
             return
         self.answered = True
-        self.kept.asked.append((self.command, self.path, body))
-        time.sleep(self.kept.seconds)
+        self.site.requests.append((self.command, self.path, body))
+        time.sleep(self.site.seconds)
         self.send_response(200)
         self.send_header("Content-Length", str(len(PROCESSING)))
-        if self.kept.says_close:
+        if self.site.says_close:
             self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(PROCESSING)
         self.wfile.flush()
-        if self.kept.hangs_up:
+        if self.site.hangs_up:
             self.close_connection = True
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class _Server(http.server.ThreadingHTTPServer):
@@ -98,159 +98,159 @@ class _Server(http.server.ThreadingHTTPServer):
     request_queue_size = 64
 
     def handle_error(self, *_: object) -> None:
-        """Whoever hangs up in the middle is no news."""
+        """Ignore clients that hang up."""
 
 
 @contextmanager
-def keeping(context: ssl.SSLContext | None = None) -> Iterator[Kept]:
-    """A server on a free port of this machine."""
-    kept = Kept(scheme="https" if context else "http")
-    server = _Server(("127.0.0.1", 0), type("Bound", (_Handler,), {"kept": kept}))
-    kept.port = server.server_address[1]
+def keep_alive_server(context: ssl.SSLContext | None = None) -> Iterator[KeepAliveServer]:
+    """Run a server on a free port."""
+    site = KeepAliveServer(scheme="https" if context else "http")
+    server = _Server(("127.0.0.1", 0), type("Bound", (_Handler,), {"site": site}))
+    site.port = server.server_address[1]
     if context is not None:
         server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
-        yield kept
+        yield site
     finally:
         server.shutdown()
         server.server_close()
 
 
 @pytest.fixture
-def kept() -> Iterator[Kept]:
-    """A plain one."""
-    with keeping() as made:
-        yield made
+def site() -> Iterator[KeepAliveServer]:
+    """A server without TLS."""
+    with keep_alive_server() as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
 def authority() -> trustme.CA:
-    """Somebody who signs certificates, whom nobody but us knows."""
+    """A certificate authority that only these tests trust."""
     return trustme.CA()
 
 
 @pytest.fixture
 def bundle(authority: trustme.CA, tmp_path: Path) -> Path:
-    """A file that says whom to trust."""
+    """A CA bundle with this authority."""
     path = tmp_path / "bundle.pem"
     authority.cert_pem.write_to_path(path)
     return path
 
 
 @pytest.fixture
-def secure(authority: trustme.CA) -> Iterator[Kept]:
+def secure(authority: trustme.CA) -> Iterator[KeepAliveServer]:
     """A server with a certificate for its name."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert(NAME).configure_cert(context)
-    with keeping(context) as made:
-        yield made
+    with keep_alive_server(context) as running:
+        yield running
 
 
-class Apis:
-    """Makes `ApiClient`s, and closes their lines in the end."""
+class ClientFactory:
+    """Creates API clients, and closes their connections in the end."""
 
     def __init__(self) -> None:
         self.made: list[ApiClient] = []
 
-    def __call__(self, kept: Kept, **options: Any) -> ApiClient:
-        """One for a server."""
-        self.made.append(ApiClient(kept.allowed, Scrubber([KEY]), **({"timeout": 5.0, "connections": 4} | options)))
+    def __call__(self, site: KeepAliveServer, **options: Any) -> ApiClient:
+        """Create a client for a server."""
+        self.made.append(ApiClient(site.allowed, Scrubber([KEY]), **({"timeout": 5.0, "connections": 4} | options)))
         return self.made[-1]
 
 
 @pytest.fixture
-def api_of() -> Iterator[Apis]:
-    """Makes them."""
-    apis = Apis()
+def make_client() -> Iterator[ClientFactory]:
+    """Creates API clients."""
+    apis = ClientFactory()
     yield apis
     for api in apis.made:
         api.session.close()
 
 
-def _ask(api: ApiClient, kept: Kept, remote_id: str = "1") -> Reply:
-    return api.ask(fetch_address(None, remote_id, kept.allowed), remote_id, SecretStr(KEY)).reply
+def _ask(api: ApiClient, site: KeepAliveServer, remote_id: str = "1") -> Reply:
+    return api.ask(fetch_address(None, remote_id, site.allowed), remote_id, SecretStr(KEY)).reply
 
 
-def test_given_calls_one_after_the_other_when_the_server_keeps_connections_then_one_line_serves_them_all(
-    kept: Kept, api_of: Apis
+def test_given_consecutive_requests_to_a_keep_alive_server_then_one_connection_serves_all(
+    site: KeepAliveServer, make_client: ClientFactory
 ) -> None:
-    api = api_of(kept)
+    api = make_client(site)
 
-    assert [_ask(api, kept, str(number)) for number in range(20)] == [Processing()] * 20
+    assert [_ask(api, site, str(number)) for number in range(20)] == [Processing()] * 20
 
-    assert kept.connections == 1
-    assert [path for _, path, _ in kept.asked] == [f"/api/v3/fetch/{number}" for number in range(20)]
-    assert {body for _, _, body in kept.asked} == {json.dumps({"key": KEY}).encode()}
+    assert site.connections == 1
+    assert [path for _, path, _ in site.requests] == [f"/api/v3/fetch/{number}" for number in range(20)]
+    assert {body for _, _, body in site.requests} == {json.dumps({"key": KEY}).encode()}
 
 
-def test_given_many_threads_when_they_ask_at_once_then_each_has_a_line_and_no_answer_goes_astray(
-    kept: Kept, api_of: Apis
+def test_given_many_threads_then_each_has_a_connection_and_gets_its_own_answers(
+    site: KeepAliveServer, make_client: ClientFactory
 ) -> None:
-    kept.seconds = 0.05
-    api = api_of(kept, connections=8)
+    site.seconds = 0.05
+    api = make_client(site, connections=8)
 
     with ThreadPoolExecutor(8) as threads:
-        replies = list(threads.map(lambda number: _ask(api, kept, str(number)), range(64)))
+        replies = list(threads.map(lambda number: _ask(api, site, str(number)), range(64)))
 
     assert replies == [Processing()] * 64
-    assert sorted(int(path.rpartition("/")[2]) for _, path, _ in kept.asked) == list(range(64))
-    assert kept.connections <= 8
+    assert sorted(int(path.rpartition("/")[2]) for _, path, _ in site.requests) == list(range(64))
+    assert site.connections <= 8
 
 
-def test_given_a_kept_line_that_the_server_has_closed_when_asked_again_then_a_new_one_is_opened(
-    kept: Kept, api_of: Apis
+def test_given_a_pooled_connection_that_the_server_closed_then_a_new_one_is_opened(
+    site: KeepAliveServer, make_client: ClientFactory
 ) -> None:
-    kept.hangs_up = True
-    api = api_of(kept)
+    site.hangs_up = True
+    api = make_client(site)
 
     for number in range(5):
-        assert _ask(api, kept) == Processing()
+        assert _ask(api, site) == Processing()
         time.sleep(0.05)  # a hang-up takes a moment to arrive
-        assert kept.connections == number + 1
+        assert site.connections == number + 1
 
 
-def test_given_lines_that_a_balancer_has_forgotten_when_asked_again_then_no_call_fails_and_none_of_them_is_used(
-    kept: Kept, api_of: Apis
+def test_given_connections_that_a_balancer_dropped_then_no_request_fails_and_none_of_them_is_used(
+    site: KeepAliveServer, make_client: ClientFactory
 ) -> None:
-    kept.seconds = 0.1
-    api = api_of(kept, connections=8)
+    site.seconds = 0.1
+    api = make_client(site, connections=8)
     with ThreadPoolExecutor(8) as threads:
-        list(threads.map(lambda number: _ask(api, kept, str(number)), range(8)))
-    opened, kept.seconds = kept.connections, 0.0
-    kept.forgets = True
+        list(threads.map(lambda number: _ask(api, site, str(number)), range(8)))
+    opened, site.seconds = site.connections, 0.0
+    site.forgets = True
 
-    assert _ask(api, kept, "again") == Processing()
-    assert _ask(api, kept, "and-again") == Processing()
+    assert _ask(api, site, "again") == Processing()
+    assert _ask(api, site, "and-again") == Processing()
 
     assert opened == 8
-    assert kept.connections == opened + 2
+    assert site.connections == opened + 2
 
 
-def test_given_a_line_that_was_idle_for_long_when_asked_again_then_a_new_one_is_opened(
-    kept: Kept, api_of: Apis, monkeypatch: pytest.MonkeyPatch
+def test_given_a_connection_that_was_idle_for_long_then_a_new_one_is_opened(
+    site: KeepAliveServer, make_client: ClientFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    api = api_of(kept)
-    _ask(api, kept)
+    api = make_client(site)
+    _ask(api, site)
     monkeypatch.setattr(pooled_adapter, "IDLE_SECONDS", -1.0)
 
-    assert _ask(api, kept) == Processing()
+    assert _ask(api, site) == Processing()
 
-    assert kept.connections == 2
+    assert site.connections == 2
 
 
-def test_given_a_forgotten_line_when_the_time_is_up_then_nothing_is_asked_again(
-    kept: Kept, api_of: Apis, monkeypatch: pytest.MonkeyPatch
+def test_given_a_dropped_connection_when_the_time_is_up_then_the_request_is_not_repeated(
+    site: KeepAliveServer, make_client: ClientFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    api = api_of(kept)
-    _ask(api, kept)
-    kept.forgets = True
+    api = make_client(site)
+    _ask(api, site)
+    site.forgets = True
     monkeypatch.setattr(pooled_adapter, "MIN_RETRY_SECONDS", 60.0)
 
-    assert isinstance(_ask(api, kept), ApiDown)
+    assert isinstance(_ask(api, site), ApiDown)
 
-    assert kept.connections == 1
+    assert site.connections == 1
 
 
 @pytest.mark.parametrize(
@@ -263,40 +263,40 @@ def test_given_a_forgotten_line_when_the_time_is_up_then_nothing_is_asked_again(
         b"SMTP ready\r\n\r\n",
     ],
 )
-def test_given_an_answer_that_is_cut_or_none_at_all_when_read_then_it_is_the_connection_s_fault(
-    answer: bytes, api_of: Apis
+def test_given_a_truncated_or_missing_answer_then_it_is_a_connection_error(
+    answer: bytes, make_client: ClientFactory
 ) -> None:
     with web_server() as web:
-        kept = Kept(port=web.port)
+        site = KeepAliveServer(port=web.port)
         web.serves("/api/v3/fetch/1", sends(answer))
 
-        assert isinstance(_ask(api_of(kept), kept), ApiDown)
+        assert isinstance(_ask(make_client(site), site), ApiDown)
 
 
-def test_given_an_empty_answer_that_calls_itself_chunked_when_read_then_nobody_waits_for_chunks(api_of: Apis) -> None:
+def test_given_an_empty_answer_that_claims_to_be_chunked_then_no_chunk_is_awaited(make_client: ClientFactory) -> None:
     with web_server() as web:
-        kept = Kept(port=web.port)
+        site = KeepAliveServer(port=web.port)
         web.serves("/api/v3/fetch/1", sends(b"HTTP/1.1 204 None\r\nTransfer-Encoding: chunked\r\n\r\n"))
         began = time.monotonic()
 
-        assert not isinstance(_ask(api_of(kept), kept), ApiDown)
+        assert not isinstance(_ask(make_client(site), site), ApiDown)
 
         assert time.monotonic() - began < 2.0
 
 
-def test_given_a_server_that_announces_its_hang_up_when_asked_again_at_once_then_the_line_is_not_used_again(
-    kept: Kept, api_of: Apis
+def test_given_connection_close_then_the_connection_is_not_used_again(
+    site: KeepAliveServer, make_client: ClientFactory
 ) -> None:
-    kept.says_close = True
-    api = api_of(kept)
+    site.says_close = True
+    api = make_client(site)
 
-    assert [_ask(api, kept) for _ in range(10)] == [Processing()] * 10
+    assert [_ask(api, site) for _ in range(10)] == [Processing()] * 10
 
-    assert kept.connections == 10
+    assert site.connections == 10
 
 
-def test_given_an_answer_without_a_length_when_read_then_its_line_is_not_kept() -> None:
-    with web_server() as web:  # hangs up after each answer, as the end of it
+def test_given_an_answer_without_a_length_then_its_connection_is_not_pooled() -> None:
+    with web_server() as web:  # hangs up after each answer, which marks its end
         web.serves("/api/v3/fetch/1", sends(b"HTTP/1.1 200 OK\r\n\r\n" + PROCESSING))
         adapter = PooledAdapter(limit=1_000, connections=4)
         request = requests.Request("POST", f"{web.url}/api/v3/fetch/1", data=b"{}").prepare()
@@ -306,10 +306,10 @@ def test_given_an_answer_without_a_length_when_read_then_its_line_is_not_kept() 
         assert not any(adapter._idle.values())
 
 
-def test_given_more_lines_than_wanted_when_they_are_done_then_only_so_many_are_kept(kept: Kept) -> None:
-    kept.seconds = 0.1
+def test_given_more_connections_than_the_limit_then_the_surplus_is_closed(site: KeepAliveServer) -> None:
+    site.seconds = 0.1
     adapter = PooledAdapter(limit=1_000, connections=2)
-    request = requests.Request("POST", f"{kept.origin}/x", data=b"{}").prepare()
+    request = requests.Request("POST", f"{site.origin}/x", data=b"{}").prepare()
 
     with ThreadPoolExecutor(6) as threads:
         list(threads.map(lambda _: adapter.send(request, timeout=(1.0, 1.0)), range(6)))
@@ -319,8 +319,8 @@ def test_given_more_lines_than_wanted_when_they_are_done_then_only_so_many_are_k
     assert not any(adapter._idle.values())
 
 
-def test_given_an_adapter_of_the_users_own_when_mounted_then_every_call_goes_through_it(
-    kept: Kept, api_of: Apis
+def test_given_a_custom_adapter_when_mounted_then_it_sends_every_request(
+    site: KeepAliveServer, make_client: ClientFactory
 ) -> None:
     sent: list[str | None] = []
 
@@ -329,48 +329,48 @@ def test_given_an_adapter_of_the_users_own_when_mounted_then_every_call_goes_thr
             sent.append(request.url)
             return super().send(request, *arguments, **options)
 
-    api = api_of(kept)
-    api.session.mount(kept.origin, Own())
+    api = make_client(site)
+    api.session.mount(site.origin, Own())
 
-    assert _ask(api, kept) == Processing()
+    assert _ask(api, site) == Processing()
 
-    assert sent == [f"{kept.origin}/api/v3/fetch/1"]
+    assert sent == [f"{site.origin}/api/v3/fetch/1"]
 
 
-def test_given_a_plain_proxy_when_it_is_asked_for_then_calls_go_through_it_and_nothing_else_does(
-    kept: Kept, api_of: Apis
+def test_given_a_plain_proxy_when_configured_then_requests_go_through_it_only(
+    site: KeepAliveServer, make_client: ClientFactory
 ) -> None:
     with web_server() as proxy:
-        proxy.serves(f"{kept.origin}/api/v3/fetch/1", page(200, PROCESSING))
-        api = api_of(kept, proxy=f"http://user:word@127.0.0.1:{proxy.port}")
+        proxy.serves(f"{site.origin}/api/v3/fetch/1", page(200, PROCESSING))
+        api = make_client(site, proxy=f"http://user:word@127.0.0.1:{proxy.port}")
 
-        assert _ask(api, kept) == Processing()
+        assert _ask(api, site) == Processing()
 
-    [asked] = proxy.asked
-    assert asked.path == f"{kept.origin}/api/v3/fetch/1"
-    assert asked.headers["proxy-authorization"].startswith("Basic ")
-    assert kept.connections == 0
+    [request] = proxy.requests
+    assert request.path == f"{site.origin}/api/v3/fetch/1"
+    assert request.headers["proxy-authorization"].startswith("Basic ")
+    assert site.connections == 0
 
 
-def test_given_a_proxy_when_the_api_is_https_then_a_tunnel_is_dug_and_the_proxy_never_sees_the_key(
-    secure: Kept, bundle: Path, api_of: Apis
+def test_given_a_proxy_and_an_https_api_then_a_tunnel_is_used_and_the_proxy_never_sees_the_key(
+    secure: KeepAliveServer, bundle: Path, make_client: ClientFactory
 ) -> None:
-    with tunnels() as (port, seen):
-        api = api_of(secure, proxy=f"http://127.0.0.1:{port}", ca_bundle=str(bundle))
+    with tunnel_proxy() as (port, forwarded):
+        api = make_client(secure, proxy=f"http://127.0.0.1:{port}", ca_bundle=str(bundle))
 
         assert [_ask(api, secure) for _ in range(3)] == [Processing()] * 3
 
     assert secure.connections == 1
-    assert bytes(seen).startswith(f"CONNECT {NAME}:{secure.port}".encode())
-    assert KEY.encode() not in seen
+    assert bytes(forwarded).startswith(f"CONNECT {NAME}:{secure.port}".encode())
+    assert KEY.encode() not in forwarded
 
 
-def test_given_a_proxy_that_digs_for_ever_when_asked_then_the_call_is_over_in_time(
-    secure: Kept, bundle: Path, api_of: Apis
+def test_given_a_proxy_that_never_opens_its_tunnel_then_the_request_ends_in_time(
+    secure: KeepAliveServer, bundle: Path, make_client: ClientFactory
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        api = api_of(secure, proxy=proxy, ca_bundle=str(bundle), timeout=0.5)
+        api = make_client(secure, proxy=proxy, ca_bundle=str(bundle), timeout=0.5)
         started = time.monotonic()
 
         assert isinstance(_ask(api, secure), ApiDown)
@@ -379,14 +379,14 @@ def test_given_a_proxy_that_digs_for_ever_when_asked_then_the_call_is_over_in_ti
 
 
 @contextmanager
-def tunnels() -> Iterator[tuple[int, bytearray]]:
-    """A proxy that digs tunnels: its port, and every byte that it saw."""
-    seen = bytearray()
+def tunnel_proxy() -> Iterator[tuple[int, bytearray]]:
+    """A proxy that opens tunnels. Yield its port and the bytes that it forwarded."""
+    forwarded = bytearray()
 
     def pump(source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
             while block := source.recv(65_536):
-                seen.extend(block)
+                forwarded.extend(block)
                 target.sendall(block)
             target.shutdown(socket.SHUT_WR)
 
@@ -398,14 +398,14 @@ def tunnels() -> Iterator[tuple[int, bytearray]]:
         head = b""
         while b"\r\n\r\n" not in head:
             head += client.recv(65_536)
-        seen.extend(head)
+        forwarded.extend(head)
         host, _, port = head.split()[1].decode().partition(":")
-        with socket.create_connection((host, int(port))) as far:
+        with socket.create_connection((host, int(port))) as target_socket:
             client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-            back = threading.Thread(target=pump, args=(far, client), daemon=True)
-            back.start()
-            pump(client, far)
-            back.join()
+            backward = threading.Thread(target=pump, args=(target_socket, client), daemon=True)
+            backward.start()
+            pump(client, target_socket)
+            backward.join()
 
     def accept() -> None:
         with suppress(OSError):
@@ -414,12 +414,12 @@ def tunnels() -> Iterator[tuple[int, bytearray]]:
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=accept, daemon=True).start()
-        yield listener.getsockname()[1], seen
+        yield listener.getsockname()[1], forwarded
         listener.shutdown(socket.SHUT_RDWR)
 
 
-def test_given_a_bundle_when_the_server_s_certificate_is_signed_by_it_then_one_context_serves_every_line(
-    secure: Kept, bundle: Path, monkeypatch: pytest.MonkeyPatch, api_of: Apis
+def test_given_a_ca_bundle_then_one_tls_context_serves_every_connection(
+    secure: KeepAliveServer, bundle: Path, monkeypatch: pytest.MonkeyPatch, make_client: ClientFactory
 ) -> None:
     loaded: list[str | None] = []
 
@@ -429,7 +429,7 @@ def test_given_a_bundle_when_the_server_s_certificate_is_signed_by_it_then_one_c
 
     monkeypatch.setattr(deadlines, "tls_context", load)
     secure.says_close = True
-    api = api_of(secure, ca_bundle=str(bundle))
+    api = make_client(secure, ca_bundle=str(bundle))
 
     assert [_ask(api, secure) for _ in range(5)] == [Processing()] * 5
 
@@ -437,34 +437,34 @@ def test_given_a_bundle_when_the_server_s_certificate_is_signed_by_it_then_one_c
     assert loaded == [str(bundle)]
 
 
-def test_given_a_folder_of_certificates_when_named_as_the_bundle_then_it_is_used(tmp_path: Path) -> None:
-    assert tls_context(str(tmp_path)).cert_store_stats()["x509_ca"] == 0  # read as they are needed
+def test_given_a_folder_of_certificates_as_the_bundle_then_it_is_used(tmp_path: Path) -> None:
+    assert tls_context(str(tmp_path)).cert_store_stats()["x509_ca"] == 0  # loaded when needed
 
 
-def test_given_a_certificate_that_nobody_trusts_when_asked_then_it_is_tls_trouble_and_nothing_was_sent(
-    secure: Kept, api_of: Apis
+def test_given_an_untrusted_certificate_then_it_is_a_tls_error_and_nothing_is_sent(
+    secure: KeepAliveServer, make_client: ClientFactory
 ) -> None:
-    reply = _ask(api_of(secure), secure)
+    reply = _ask(make_client(secure), secure)
 
     assert isinstance(reply, ApiDown)
     assert "TLS" in reply.message
-    assert secure.asked == []
+    assert secure.requests == []
 
 
-def test_given_a_certificate_for_another_name_when_asked_then_it_is_refused(
-    authority: trustme.CA, bundle: Path, api_of: Apis
+def test_given_a_certificate_for_another_name_then_it_is_refused(
+    authority: trustme.CA, bundle: Path, make_client: ClientFactory
 ) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("elsewhere.test").configure_cert(context)
-    with keeping(context) as other:
-        reply = _ask(api_of(other, ca_bundle=str(bundle)), other)
+    with keep_alive_server(context) as other_server:
+        reply = _ask(make_client(other_server, ca_bundle=str(bundle)), other_server)
 
         assert isinstance(reply, ApiDown)
         assert "TLS" in reply.message
-        assert other.asked == []
+        assert other_server.requests == []
 
 
-def test_given_a_handshake_that_drips_when_asked_then_the_call_is_over_in_time(bundle: Path, api_of: Apis) -> None:
+def test_given_a_very_slow_handshake_then_the_request_ends_in_time(bundle: Path, make_client: ClientFactory) -> None:
     def drip(client: socket.socket) -> None:
         with client, suppress(OSError):
             while True:
@@ -473,10 +473,10 @@ def test_given_a_handshake_that_drips_when_asked_then_the_call_is_over_in_time(b
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=lambda: drip(listener.accept()[0]), daemon=True).start()
-        silent = Kept(port=listener.getsockname()[1], scheme="https")
+        silent = KeepAliveServer(port=listener.getsockname()[1], scheme="https")
         started = time.monotonic()
 
-        reply = _ask(api_of(silent, ca_bundle=str(bundle), timeout=0.5), silent)
+        reply = _ask(make_client(silent, ca_bundle=str(bundle), timeout=0.5), silent)
 
     assert isinstance(reply, ApiDown)
     assert time.monotonic() - started < 5.0
@@ -485,8 +485,8 @@ def test_given_a_handshake_that_drips_when_asked_then_the_call_is_over_in_time(b
 # ── names ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_given_a_name_server_that_hangs_when_asked_then_the_call_is_over_in_time_and_the_look_up_is_not_repeated(
-    kept: Kept, monkeypatch: pytest.MonkeyPatch, api_of: Apis
+def test_given_a_hanging_name_server_then_the_request_ends_in_time_and_the_look_up_is_not_repeated(
+    site: KeepAliveServer, monkeypatch: pytest.MonkeyPatch, make_client: ClientFactory
 ) -> None:
     release, looked_up = threading.Event(), list[str]()
     real = socket.getaddrinfo
@@ -497,28 +497,28 @@ def test_given_a_name_server_that_hangs_when_asked_then_the_call_is_over_in_time
         return real(host, *arguments, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", hangs)
-    api = api_of(kept, timeout=0.4)
+    api = make_client(site, timeout=0.4)
     started = time.monotonic()
     with ThreadPoolExecutor(6) as threads:
-        replies = list(threads.map(lambda _: _ask(api, kept), range(6)))
-    took = time.monotonic() - started
+        replies = list(threads.map(lambda _: _ask(api, site), range(6)))
+    seconds = time.monotonic() - started
     release.set()
 
     assert all(isinstance(reply, ApiDown) for reply in replies)
-    assert took < 2.2
+    assert seconds < 2.2
     assert looked_up == [NAME]
 
 
-def test_given_a_look_up_that_failed_when_it_is_made_again_then_it_is_tried_afresh(
+def test_given_a_failed_look_up_when_repeated_then_the_name_server_is_asked_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     answers: list[Any] = [socket.gaierror("no such name"), [(socket.AF_INET, 1, 6, "", ("127.0.0.1", 80))]]
 
     def answer(*_: Any, **__: Any) -> Any:
-        found = answers.pop(0)
-        if isinstance(found, Exception):
-            raise found
-        return found
+        result = answers.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     monkeypatch.setattr(socket, "getaddrinfo", answer)
 
@@ -527,25 +527,25 @@ def test_given_a_look_up_that_failed_when_it_is_made_again_then_it_is_tried_afre
     assert look_up("somewhere.test", 80, 2.0) == [(socket.AF_INET, ("127.0.0.1", 80))]
 
 
-def test_given_a_name_that_is_none_when_looked_up_then_it_is_an_ordinary_error() -> None:
+def test_given_an_invalid_name_when_looked_up_then_it_is_an_ordinary_error() -> None:
     with pytest.raises(OSError, match="label"):
         look_up("a" * 70 + ".test", 80, 2.0)
 
 
-def test_given_an_address_when_looked_up_then_no_thread_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_an_address_literal_when_looked_up_then_no_thread_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "Thread", None)
 
     assert look_up("127.0.0.1", 80, 1.0) == [(socket.AF_INET, ("127.0.0.1", 80))]
     assert look_up("::1", 80, 1.0)[0][0] == socket.AF_INET6
 
 
-def test_given_several_silent_addresses_when_connecting_then_all_together_take_no_longer_than_the_call(
+def test_given_several_silent_addresses_when_connecting_then_all_together_take_at_most_the_time_of_the_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.create_connection(full.getsockname()):
         port = full.getsockname()[1]
         fillers = []
-        for _ in range(8):  # what waits to be accepted fills up, and then nobody answers
+        for _ in range(8):  # fills the queue of the listener, which then answers no more
             filler = socket.socket()
             filler.setblocking(False)
             filler.connect_ex(("127.0.0.1", port))
@@ -599,7 +599,7 @@ RAW_ANSWERS = {
 
 
 def read_by(read: Callable[[socket.socket], pooled_adapter.WholeAnswer], raw: bytes, first: int) -> object:
-    """What a way of reading makes of an answer of which the first bytes come alone: the answer, or the error's type."""
+    """Read an answer whose first bytes arrive separately. Return the answer, or the type of the error."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.settimeout(5)
@@ -609,28 +609,28 @@ def read_by(read: Callable[[socket.socket], pooled_adapter.WholeAnswer], raw: by
             theirs.sendall(raw[first:])
             theirs.shutdown(socket.SHUT_WR)
 
-        rest = threading.Timer(0.02 if first else 0.0, send_rest)
-        rest.start()
+        timer = threading.Timer(0.02 if first else 0.0, send_rest)
+        timer.start()
         try:
             answer = read(ours)
         except (OSError, HTTPException, ValueError) as error:
             return type(error)
         finally:
-            rest.join()
+            timer.join()
     headers = {name.lower(): value for name, value in answer.headers.items()}
     return answer.status, answer.reason, headers, answer.body, answer.encoded
 
 
 @pytest.mark.parametrize("first", [0, 20, 60])
 @pytest.mark.parametrize("raw", RAW_ANSWERS.values(), ids=RAW_ANSWERS.keys())
-def test_given_any_answer_when_read_the_short_way_then_it_is_what_the_long_way_reads(raw: bytes, first: int) -> None:
+def test_the_fast_reader_reads_the_same_as_the_general_reader(raw: bytes, first: int) -> None:
     short = read_by(lambda sock: pooled_adapter._read(sock, 1_000), raw, first)
     long = read_by(lambda sock: pooled_adapter._read_any(b"", sock, 1_000), raw, first)
 
     assert short == long
 
 
-def test_given_the_usual_answer_when_read_then_the_short_way_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_usual_answer_is_read_by_the_fast_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pooled_adapter, "_read_any", None)
 
     assert read_by(lambda sock: pooled_adapter._read(sock, 1_000), OK, 0) == (
@@ -645,9 +645,7 @@ def test_given_the_usual_answer_when_read_then_the_short_way_does_it(monkeypatch
 @pytest.mark.parametrize(
     ("raw", "reusable"), [(OK, True), (OK + b"more", False), (OK.replace(b"X-A: 1", b"Connection: close"), False)]
 )
-def test_given_an_answer_with_something_behind_it_when_read_then_its_connection_takes_no_other_request(
-    raw: bytes, reusable: bool
-) -> None:
+def test_given_extra_bytes_after_an_answer_then_its_connection_is_not_reused(raw: bytes, reusable: bool) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(raw)
@@ -655,31 +653,31 @@ def test_given_an_answer_with_something_behind_it_when_read_then_its_connection_
         assert pooled_adapter._read(ours, 1_000).reusable is reusable
 
 
-def test_given_a_deadline_of_the_call_before_when_it_is_forgotten_then_that_of_the_next_call_stays() -> None:
-    """A connection may be taken by the next call before the first one has forgotten its deadline."""
-    own, other = socket.socketpair()
-    line, guard = deadlines.SocketHandle(own), deadlines.DeadlineWatchdog()
-    guard.watch(line, time.monotonic() + 60.0)
-    first = next(iter(guard._deadlines))[1]
-    guard.watch(line, time.monotonic() + 0.2)
+def test_given_a_deadline_that_is_removed_then_the_deadline_of_the_next_call_stays() -> None:
+    """The next call may take a connection before the last one has removed its deadline."""
+    own, peer = socket.socketpair()
+    handle, watchdog = deadlines.SocketHandle(own), deadlines.DeadlineWatchdog()
+    watchdog.watch(handle, time.monotonic() + 60.0)
+    first = next(iter(watchdog._deadlines))[1]
+    watchdog.watch(handle, time.monotonic() + 0.2)
 
-    guard.forget(line, first)
+    watchdog.forget(handle, first)
 
-    other.settimeout(10.0)
-    assert other.recv(1) == b"", "the line is shut as the second deadline is over"
+    peer.settimeout(10.0)
+    assert peer.recv(1) == b"", "the connection is shut down at the second deadline"
     own.close()
-    other.close()
+    peer.close()
 
 
-def test_given_more_sites_than_are_kept_when_asked_then_no_more_connections_stay_open(
+def test_given_more_hosts_than_the_limit_then_the_number_of_open_connections_is_limited(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pooled_adapter, "MAX_ORIGINS", 3)
     adapter = PooledAdapter(connections=2, limit=10_000)
     with ExitStack() as servers:
         for _ in range(6):
-            kept = servers.enter_context(keeping())
+            site = servers.enter_context(keep_alive_server())
             with TimeLimit(5.0):
-                adapter.post(f"http://127.0.0.1:{kept.port}/fetch/1", {"Content-Length": "2"}, b"{}", (2, 2))
+                adapter.post(f"http://127.0.0.1:{site.port}/fetch/1", {"Content-Length": "2"}, b"{}", (2, 2))
         assert len(adapter._idle) == 3
         adapter.close()

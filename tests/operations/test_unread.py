@@ -58,7 +58,7 @@ class Vendor:
     @property
     def calls(self) -> int:
         """The number of requests about jobs."""
-        return sum(request.path.startswith("/api/") for request in self.web.asked)
+        return sum(request.path.startswith("/api/") for request in self.web.requests)
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def test_the_key_is_sent_only_in_the_body(web: Web) -> None:
     """One JSON POST, with no key in the path or the headers."""
     web.serves(PATH, page(200, PROCESSING))
     assert _ask(web) == Processing()
-    [request] = web.asked
+    [request] = web.requests
     assert (request.method, request.path) == ("POST", PATH)
     assert json.loads(request.body) == {"key": KEY}
     assert KEY.encode() not in request.raw.removesuffix(request.body)
@@ -61,7 +61,7 @@ def test_a_family_without_the_id_in_its_path_gets_it_in_the_body(web: Web) -> No
     address = fetch_address(f"{web.url}/api/v4/dreambooth/fetch", "12", _allowed(web))
     web.serves("/api/v4/dreambooth/fetch", page(200, PROCESSING))
     assert _api(web).ask(address, "12", SecretStr(KEY)).reply == Processing()
-    assert json.loads(web.asked[0].body) == {"key": KEY, "request_id": "12"}
+    assert json.loads(web.requests[0].body) == {"key": KEY, "request_id": "12"}
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -75,8 +75,8 @@ def test_a_redirect_is_never_followed(web: Web, status: int) -> None:
         assert isinstance(_ask(web), ApiDown)
         web.serves(PATH, page(status, b"", Location="http://[bad"))
         assert isinstance(_ask(web), ApiDown)
-    assert other_server.asked == []
-    assert [request.path for request in web.asked] == [PATH] * 3
+    assert other_server.requests == []
+    assert [request.path for request in web.requests] == [PATH] * 3
 
 
 @pytest.mark.parametrize(
@@ -243,8 +243,8 @@ def test_proxies_netrc_and_cookies_are_ignored(web: Web, monkeypatch: pytest.Mon
         assert api.ask(address, "1", SecretStr(KEY)).reply == Processing()
         assert api.ask(address, "1", SecretStr(KEY)).reply == Processing()
     assert proxy.connections == 0
-    assert len(web.asked) == 2
-    assert not any({"authorization", "cookie"} & set(request.headers) for request in web.asked)
+    assert len(web.requests) == 2
+    assert not any({"authorization", "cookie"} & set(request.headers) for request in web.requests)
 
 
 def test_an_address_is_checked_before_each_request(web: Web) -> None:

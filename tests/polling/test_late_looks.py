@@ -133,7 +133,7 @@ def test_given_an_expired_job_that_became_ready_when_polled_again_then_it_is_sto
     assert looks.queued == [output.id]
     assert event.type == "job.expired"
     assert looks.look(job_id) is None
-    [request] = looks.web.asked
+    [request] = looks.web.requests
     assert json.loads(request.body) == {"key": KEY}
 
 
@@ -369,7 +369,7 @@ def test_given_a_held_or_busy_account_or_host_then_no_request_is_sent(looks: Loo
 
     look = looks.look(job_id)
     assert look is not None
-    assert (look.looks, read_job(looks.engine, job_id).polls, looks.web.asked) == (0, 0, [])
+    assert (look.looks, read_job(looks.engine, job_id).polls, looks.web.requests) == (0, 0, [])
 
 
 def test_given_an_unproven_key_then_a_single_look_is_its_probe(looks: Looks) -> None:
@@ -398,7 +398,7 @@ def test_given_two_processes_then_each_look_is_made_once(looks: Looks, redis_url
         thread.join(60)
     other_process.looks._api.session.close()
 
-    assert len(looks.web.asked) == 12
+    assert len(looks.web.requests) == 12
     with looks.engine.connect() as connection:
         assert set(connection.execute(select(jobs.c.polls)).scalars()) == {1}
 
@@ -433,7 +433,7 @@ def test_given_an_address_that_may_no_longer_get_the_key_then_no_request_is_sent
     assert look is not None
     assert (look.looks, read_job(looks.engine, job_id).polls) == (0, 0)
     assert look.due_at - looks.now() > timedelta(minutes=50)
-    assert web.asked == []
+    assert web.requests == []
 
 
 def test_given_a_stop_then_no_other_look_is_made(looks: Looks) -> None:
@@ -441,7 +441,7 @@ def test_given_a_stop_then_no_other_look_is_made(looks: Looks) -> None:
     looks.looks.stop()
     looks.looks.start()
     assert looks.looks.run() == 0
-    assert looks.web.asked == []
+    assert looks.web.requests == []
 
 
 # ── a real worker ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -493,7 +493,7 @@ def test_given_a_worker_when_an_expired_job_becomes_ready_then_it_is_stored_and_
         wait_until(lambda: read_job(database, job_id).told_at is not None, "the on_done call is sent")
     row = read_job(database, job_id)
     assert (row.error_code, row.on_done_error) == (None, None)
-    assert sum(request.path == "/api/v3/fetch/1" for request in web.asked) == row.polls
+    assert sum(request.path == "/api/v3/fetch/1" for request in web.requests) == row.polls
 
 
 def _seen(engine: Engine) -> object:

@@ -83,14 +83,14 @@ def test_given_a_job_that_the_api_forgot_when_its_promised_link_works_then_the_o
     ]
     assert [content(job, 0), content(job, 1)] == [PNG, png(4, 4)]
     assert job.polls == env.api.asked("7") >= 4
-    assert len(web.asked) == 2
+    assert len(web.requests) == 2
     assert step_of(env, job_id, "promise")[0].state == "stored"
 
 
 def test_given_a_dead_promised_link_then_the_job_ends_as_not_found_after_ten_minutes(env: Kit, web: Web) -> None:
     env.api.answers("7").not_found()
     job_id = worker.track(ACCEPTED | {"future_links": [web.serves("/a.png", DEAD)]})
-    while not web.asked:
+    while not web.requests:
         env.worker.advance(1)
     began, polls = env.worker.now, env.api.asked("7")
     while_tried = worker.get(job_id)
@@ -103,7 +103,7 @@ def test_given_a_dead_promised_link_then_the_job_ends_as_not_found_after_ten_min
     assert abs(env.worker.now - began - PROMISE_PATIENCE) < timedelta(seconds=5)
     assert (job.polls, env.api.asked("7"), job.ready_at) == (polls, polls, None)
     assert [(output.status, output.error_code) for output in job.outputs] == [("failed", "gone")]
-    assert 10 <= len(web.asked) <= 16
+    assert 10 <= len(web.requests) <= 16
     assert step_of(env, job_id, "promise")[0].state == "dead"
 
 
@@ -118,7 +118,7 @@ def test_given_a_promised_link_that_starts_to_work_in_time_then_its_output_is_st
     env.api.answers("7").not_found()
     link = web.serves("/a.png", before)
     job_id = worker.track(ACCEPTED | {"future_links": [link]})
-    while not web.asked:
+    while not web.requests:
         env.worker.advance(1)
 
     env.worker.advance(400)
@@ -190,7 +190,7 @@ def test_given_a_job_that_becomes_ready_then_its_promised_links_are_never_tried(
 
     job = env.worker.run(job_id)
 
-    assert (job.status, len(job.outputs), web.asked) == ("completed", 2, [])
+    assert (job.status, len(job.outputs), web.requests) == ("completed", 2, [])
 
 
 def test_given_a_job_that_the_api_failed_then_its_promised_links_are_never_tried(env: Kit, web: Web) -> None:
@@ -199,7 +199,7 @@ def test_given_a_job_that_the_api_failed_then_its_promised_links_are_never_tried
 
     job = env.worker.run(job_id)
 
-    assert (job.status, job.error_code, web.asked) == ("failed", "api_failed", [])
+    assert (job.status, job.error_code, web.requests) == ("failed", "api_failed", [])
 
 
 def test_given_a_job_without_promises_then_it_ends_as_usual_and_nothing_is_stored(env: Kit) -> None:
@@ -288,7 +288,7 @@ def test_given_a_job_that_ended_after_its_promise_failed_when_it_is_retried_then
     env: Kit, web: Web
 ) -> None:
     job_id = _ended_as_not_found(env, web)
-    requests_before = len(web.asked)
+    requests_before = len(web.requests)
     env.api.answers("7").processing().success(pictures=3)
 
     worker.retry(job_id)
@@ -297,7 +297,7 @@ def test_given_a_job_that_ended_after_its_promise_failed_when_it_is_retried_then
 
     assert retried is not None
     assert (retried.status, retried.outputs, retried.error_code) == ("pending", (), None)
-    assert (job.status, len(job.outputs), len(web.asked)) == ("completed", 3, requests_before)
+    assert (job.status, len(job.outputs), len(web.requests)) == ("completed", 3, requests_before)
 
 
 def test_given_a_retried_job_that_the_api_still_does_not_know_then_its_promise_is_tried_again(
@@ -323,7 +323,7 @@ def test_given_a_job_whose_promise_is_tried_when_it_is_shown_then_it_says_so_and
     env.api.answers("7").not_found()
     job_id = worker.track(ACCEPTED | {"future_links": [web.serves("/a.png", DEAD)]})
     before, _ = step_of(env, job_id, "promise")
-    while not web.asked:
+    while not web.requests:
         env.worker.advance(1)
     tried, advice = step_of(env, job_id, "promise")
 
@@ -344,7 +344,7 @@ def test_given_a_job_whose_promise_is_tried_when_it_is_shown_then_it_says_so_and
 def test_given_a_job_whose_promise_is_tried_when_it_is_cancelled_then_it_stays_cancelled(env: Kit, web: Web) -> None:
     env.api.answers("7").not_found()
     job_id = worker.track(ACCEPTED | {"future_links": [web.serves("/a.png", DEAD)]})
-    while not web.asked:
+    while not web.requests:
         env.worker.advance(1)
 
     worker.cancel(job_id)
