@@ -152,7 +152,7 @@ def test_a_get_request_changes_nothing(operator: Operator, engine: Engine) -> No
     ],
 )
 def test_only_the_names_of_the_server_are_accepted(address: str, host: str, accepted: bool) -> None:
-    assert AccessControl(PASSWORD, address).knows(host) is accepted
+    assert AccessControl(PASSWORD, address).accepts_host(host) is accepted
 
 
 def test_an_unknown_host_header_gets_no_page(guest: FlaskClient) -> None:
@@ -180,12 +180,12 @@ def test_after_a_hundred_wrong_passwords_the_wait_is_half_a_minute() -> None:
     clock = Clock()
     access = AccessControl(PASSWORD, "127.0.0.1", clock)
     for _ in range(100):
-        clock.now += access.wait("guest") + 0.001
-        assert access.enter("guest", "wrong") is None
+        clock.now += access.seconds_to_wait("guest") + 0.001
+        assert access.log_in("guest", "wrong") is None
 
-    assert 29 < access.wait("guest") <= 30
-    assert access.enter("guest", PASSWORD) is None
-    assert access.enter("another guest", PASSWORD) is not None
+    assert 29 < access.seconds_to_wait("guest") <= 30
+    assert access.log_in("guest", PASSWORD) is None
+    assert access.log_in("another guest", PASSWORD) is not None
 
 
 @pytest.mark.parametrize("then", ["https://elsewhere.test/", "//elsewhere.test", "/\\elsewhere.test", "jobs"])

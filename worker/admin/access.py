@@ -60,51 +60,54 @@ class AccessControl:
     address: str
     clock: Callable[[], float] = time.monotonic
     _logins: OrderedDict[str, Login] = field(default_factory=OrderedDict)
-    _misses: OrderedDict[str, tuple[int, float]] = field(default_factory=OrderedDict)
+    _wrong_passwords: OrderedDict[str, tuple[int, float]] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def wait(self, client: str) -> float:
+    def seconds_to_wait(self, client: str) -> float:
         """Return the seconds until a client may try again."""
         with self._lock:
-            return max(0.0, self._misses.get(client, (0, 0.0))[1] - self.clock())
+            return max(0.0, self._wrong_passwords.get(client, (0, 0.0))[1] - self.clock())
 
-    def enter(self, client: str, password: str) -> str | None:
+    def log_in(self, client: str, password: str) -> str | None:
         """Return the id of a new login for the right password, else `None`.
 
         Each wrong password doubles the waiting time of the client. A client that must wait is always refused.
         """
         with self._lock:
-            if self.clock() < self._misses.get(client, (0, 0.0))[1]:
+            if self.clock() < self._wrong_passwords.get(client, (0, 0.0))[1]:
                 return None
             if hmac.compare_digest(password.encode(), self.password.encode()):
-                self._misses.pop(client, None)
+                self._wrong_passwords.pop(client, None)
                 return self._new_login()
-            times = self._misses.pop(client, (0, 0.0))[0]
-            self._misses[client] = (times + 1, self.clock() + min(FIRST_WAIT * 2 ** min(times, 10), LONGEST_WAIT))
-            while len(self._misses) > MAX_WAITING_CLIENTS:
-                self._misses.popitem(last=False)
+            misses = self._wrong_passwords.pop(client, (0, 0.0))[0]
+            self._wrong_passwords[client] = (
+                misses + 1,
+                self.clock() + min(FIRST_WAIT * 2 ** min(misses, 10), LONGEST_WAIT),
+            )
+            while len(self._wrong_passwords) > MAX_WAITING_CLIENTS:
+                self._wrong_passwords.popitem(last=False)
             return None
 
     def _new_login(self) -> str:
-        name = secrets.token_urlsafe(24)
-        self._logins[name] = Login(secrets.token_urlsafe(24), self.clock() + LOGIN_SECONDS)
+        login_id = secrets.token_urlsafe(24)
+        self._logins[login_id] = Login(secrets.token_urlsafe(24), self.clock() + LOGIN_SECONDS)
         while len(self._logins) > MAX_LOGINS:
             self._logins.popitem(last=False)
-        return name
+        return login_id
 
-    def login(self, name: object) -> Login | None:
+    def login(self, login_id: object) -> Login | None:
         """Return the login with this id, or `None` if it does not exist or has ended."""
         with self._lock:
-            login = self._logins.get(name) if isinstance(name, str) else None
+            login = self._logins.get(login_id) if isinstance(login_id, str) else None
             return login if login is not None and self.clock() < login.ends else None
 
-    def leave(self, name: object) -> None:
+    def log_out(self, login_id: object) -> None:
         """End a login, also for copies of its cookie."""
         with self._lock:
-            if isinstance(name, str):
-                self._logins.pop(name, None)
+            if isinstance(login_id, str):
+                self._logins.pop(login_id, None)
 
-    def knows(self, host: str) -> bool:
+    def accepts_host(self, host: str) -> bool:
         """Return whether a Host header names this server. Other names are refused (DNS rebinding)."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
@@ -137,7 +140,7 @@ def guard(app: Flask, access: AccessControl) -> None:
         return _log_in(access)
 
     def log_out() -> AnyResponse:
-        access.leave(session.pop("login", None))
+        access.log_out(session.pop("login", None))
         return redirect(url_for("login"))
 
     app.before_request(check)
@@ -147,7 +150,7 @@ def guard(app: Flask, access: AccessControl) -> None:
 
 
 def _check(access: AccessControl) -> AnyResponse | None:
-    if not access.knows(request.host):
+    if not access.accepts_host(request.host):
         raise MisdirectedRequest("this is not the name of this server: see ADMIN_ADDRESS")
     if request.method in CHANGES:
         _refuse_other_sites()
@@ -184,7 +187,7 @@ def _log_in(access: AccessControl) -> AnyResponse | str:
     client = request.remote_addr or ""
     if request.method == "GET":
         return render_template("login.html", then=then)
-    wait = access.wait(client)
+    wait = access.seconds_to_wait(client)
     if wait > 0:
         message = (
             f"Too many wrong passwords: wait {wait:.0f} seconds." if wait >= 1 else "Wait a moment, then try again."
@@ -192,13 +195,13 @@ def _log_in(access: AccessControl) -> AnyResponse | str:
         return Response(
             render_template("login.html", then=then, message=message), 429, {"Retry-After": f"{wait + 1:.0f}"}
         )
-    name = access.enter(client, request.form.get("password", ""))
-    if name is None:
+    login_id = access.log_in(client, request.form.get("password", ""))
+    if login_id is None:
         log.warning("wrong password from=%s", client)
         return Response(render_template("login.html", then=then, message="The password is wrong."), 401)
-    access.leave(session.get("login"))
+    access.log_out(session.get("login"))
     session.clear()
-    session["login"] = name
+    session["login"] = login_id
     return redirect(then)
 
 
