@@ -311,7 +311,7 @@ class SnapshotReader:
         return snapshot
 
     def _snapshot(self, rows: "_Rows", peeks: Mapping[str, BudgetStatus], sample: _Sample) -> Snapshot:
-        now, before = rows.now, self._before(sample)
+        now, before = rows.now, self._previous(sample)
         why = _LateReasons(
             rows.breakers,
             {state.account: state for state in rows.account_states},
@@ -325,7 +325,7 @@ class SnapshotReader:
             asked_seconds=None if rows.last_request_at is None else _seconds(now - rows.last_request_at),
             asking=rows.asking,
             budget_known=bool(peeks) or not rows.account_states,
-            jobs=_counted(rows.jobs),
+            jobs=_count_states(rows.jobs),
             accounts=[
                 self._account(state, rows.breakers, peeks.get(state.account), sample) for state in rows.account_states
             ],
@@ -349,7 +349,7 @@ class SnapshotReader:
             kinds_seconds=kinds_seconds,
         )
 
-    def _before(self, sample: _Sample) -> _Sample | None:
+    def _previous(self, sample: _Sample) -> _Sample | None:
         while self._samples and sample.at - self._samples[0].at > WINDOW_SECONDS:
             self._samples.popleft()
         return self._samples[-1] if self._samples else None
@@ -366,9 +366,7 @@ class SnapshotReader:
             used = None if peek is None else peek.accepted
         else:
             requests = sum(
-                times
-                for figure, (times, _) in _grown(first, sample, ANSWERS).items()
-                if figure.account == state.account
+                times for key, (times, _) in _growth(first, sample, ANSWERS).items() if key.account == state.account
             )
             used = requests / max(sample.at - first.at, 1e-3)
         breaker = breakers.get(("account", state.account))
@@ -386,18 +384,18 @@ class SnapshotReader:
     def _kinds(self, sample: _Sample) -> tuple[list[KindNow], float | None]:
         """Return the kinds since the oldest sample; for all time if no job became ready since then."""
         if self._samples:
-            kinds = _kinds(_grown(self._samples[0], sample, DELAY), _grown(self._samples[0], sample, POLLED))
+            kinds = _kinds(_growth(self._samples[0], sample, DELAY), _growth(self._samples[0], sample, POLLED))
             if kinds:
                 return kinds, round(sample.at - self._samples[0].at, 1)
         zero = _Sample(0.0, {}, {})
-        return _kinds(_grown(zero, sample, DELAY), _grown(zero, sample, POLLED)), None
+        return _kinds(_growth(zero, sample, DELAY), _growth(zero, sample, POLLED)), None
 
 
 def _seconds(span: timedelta) -> float:
     return round(span.total_seconds(), 1)
 
 
-def _counted(counts: Mapping[str, int]) -> list[Counted]:
+def _count_states(counts: Mapping[str, int]) -> list[Counted]:
     return [_count(state, count) for state, count in counts.items()]
 
 
@@ -551,14 +549,14 @@ def _webhook(receiver: str, rows: Sequence[Row[Any]], now: datetime) -> LateWebh
     )
 
 
-def _grown(before: _Sample, after: _Sample, name: str) -> dict[CounterKey, tuple[int, float]]:
+def _growth(before: _Sample, after: _Sample, name: str) -> dict[CounterKey, tuple[int, float]]:
     """Return how often each counter of a name was counted between two samples, and the sum of its values."""
     grown = {}
-    for figure, total in after.counters.items():
-        earlier = before.counters.get(figure)
+    for key, total in after.counters.items():
+        earlier = before.counters.get(key)
         times = total.times - (earlier.times if earlier else 0)
-        if figure.name == name and times > 0:
-            grown[figure] = (times, total.total - (earlier.total if earlier else 0.0))
+        if key.name == name and times > 0:
+            grown[key] = (times, total.total - (earlier.total if earlier else 0.0))
     return grown
 
 
@@ -566,12 +564,12 @@ def _kinds(
     delays: Mapping[CounterKey, tuple[int, float]], polls: Mapping[CounterKey, tuple[int, float]]
 ) -> list[KindNow]:
     delay_counts: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
-    for figure, (times, _) in delays.items():
-        delay_counts[figure.account, figure.kind][figure.label] = times
+    for key, (times, _) in delays.items():
+        delay_counts[key.account, key.kind][key.label] = times
     requests: dict[tuple[str, str], tuple[int, float]] = defaultdict(lambda: (0, 0.0))
-    for figure, (times, total) in polls.items():
-        sums = requests[figure.account, figure.kind]
-        requests[figure.account, figure.kind] = (sums[0] + times, sums[1] + total)
+    for key, (times, total) in polls.items():
+        sums = requests[key.account, key.kind]
+        requests[key.account, key.kind] = (sums[0] + times, sums[1] + total)
     kinds = [
         _kind(*account_kind, delay_counts.get(account_kind, {}), requests[account_kind])
         for account_kind in {*delay_counts, *requests}
