@@ -73,21 +73,21 @@ def test_eight_concurrent_threads_claim_each_row_exactly_once(engine_with_due_jo
 CLAIMERS = """
 import multiprocessing, sys
 from sqlalchemy.engine import make_url
-from tests.rows import claim
+from tests.rows import claim_due_jobs
 from worker.store.engine import make_engine
 from worker.store.counters import Tally
 fork = multiprocessing.get_context("fork")
-together = fork.Barrier(4)
+start = fork.Barrier(4)
 def claim_all(name):
     engine = make_engine(make_url(sys.argv[1]))
     claimed = []
-    together.wait(30)
+    start.wait(30)
     while True:
         with engine.begin() as connection:
-            found = claim(connection, token=name, limit=7)
-        if not found:
+            batch = claim_due_jobs(connection, token=name, limit=7)
+        if not batch:
             return claimed
-        claimed += [job.id for job in found]
+        claimed += [job.id for job in batch]
 with fork.Pool(4) as processes:
     for claimed in processes.map(claim_all, ["a", "b", "c", "d"], chunksize=1):
         print(*claimed)
