@@ -1,7 +1,7 @@
-"""Answers to fetch calls, as the vendor's pages and clients show them, with what each means. One row per answer.
+"""Answers to fetch calls from the vendor's documentation and from clients, with their meanings. One row per answer.
 
-`sure`: A the vendor says so, B captured or read in code that ran, C inferred. `{ID}` is the id of the job that is asked
-about. A row's `means` is written by `tests.vendor.test_recorded_answers.told`.
+`sure`: A documented by the vendor, B captured or read in working code, C inferred. `{ID}` is the id of the job. The
+notation of `means` is that of `tests.vendor.test_recorded_answers.describe`.
 """
 # ruff: noqa: E501  # a table has one line per case
 
@@ -156,7 +156,7 @@ CODE: tuple[Fetch, ...] = (
     Fetch("failed, Try Again alone", "failed recoverable", {"status": "failed", "message": "Try Again"}, "joelkraj/anifactory-goldflow", "B"),
     Fetch("failed, in a sentence", "failed recoverable", {"status": "failed", "id": "", "messege": "Generation failed, please try again", "output": ""}, "neighbour of Failed, Try Again", "C"),
     Fetch("failed, server busy", "failed recoverable", {"status": "failed", "message": "GPU is busy"}, "neighbour of Failed, Try Again", "C"),
-    Fetch("failed for good", "failed", {"status": "failed", "message": "CUDA out of memory"}, "any other failure is final: anifactory-goldflow", "B"),
+    Fetch("final failure", "failed", {"status": "failed", "message": "CUDA out of memory"}, "any other failure is final: anifactory-goldflow", "B"),
     Fetch("words of a month's limit", "account_refused plan", {"status": "error", "messege": "Your monthly limit exceeded, upgrade subscription now on https://stablediffusionapi.com/pricing"}, "Go bot that changes its key then", "B"),
     Fetch("current queue", "api_down answered", bad("current_queue is 15"), "joelkraj/anifactory-goldflow", "B"),
     Fetch("service of a voice", "api_down answered", bad("Service qwen-tts is not available, try again later"), "joelkraj/anifactory-goldflow", "B"),
@@ -184,10 +184,10 @@ CODE: tuple[Fetch, ...] = (
     Fetch("400 of the vendor's tests", "api_error vague", {"error": "Bad request"}, "ModelsLab/modelslab-cli client_test.go", "A", 400),
     Fetch("no credits, without a status", "account_refused credits", {"message": "Insufficient balance"}, "the same, from an API that answers 200", "C"),
     Fetch("unknown id without a status", "unknown_id", {"message": "Request not found"}, "captured text, without its status", "C", 400),
-    Fetch("somebody else's job", "unknown_id", bad("This request does not belong to you"), "says nothing of the account", "C", 403),
+    Fetch("job of another account", "unknown_id", bad("This request does not belong to you"), "says nothing about the account", "C", 403),
     Fetch("unknown id in other words", "unknown_id", bad("Invalid request id"), "neighbour of Request not found", "C"),
     Fetch("picture as base64", "ready:1", ok(["iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="]), "clients that ask for base64", "B"),
-    Fetch("nothing, in a word", "empty", ok("null", id="{ID}"), "neighbour of an empty output", "C"),
+    Fetch("the word null as output", "empty", ok("null", id="{ID}"), "neighbour of an empty output", "C"),
     Fetch("addresses in one text", "ready:2", ok(R2 + "1.png, " + R2 + "2.png"), "neighbour of output as one text", "C"),
     Fetch("three dimensions under their name", "ready:1", ok({"model": R2 + "mesh.glb", "preview": R2 + "p.png"}), "neighbour of words that are no addresses", "C"),
     Fetch("model that was used", "ready:1", ok({"url": R2 + "1.png", "model": "https://huggingface.co/x/y"}), "guard of the row above", "C"),
@@ -198,7 +198,7 @@ CODE: tuple[Fetch, ...] = (
     Fetch("training that may yet go on", "failed recoverable", {"status": "failed", "message": "Failed, Try Again"}, "neighbour", "C", training=True),
     Fetch("training failed under the name of its webhook", "failed", {"status": "success", "training_status": "failed", "message": "try again"}, "neighbour", "C", training=True),
     Fetch("chat with the id of a message", "ready:1", ok([R2 + "c.json"], id="msg-1", chat_id="{ID}"), "docs.modelslab.com/llm of 2024, with an id", "C"),
-    Fetch("somebody else's chat", "another_job", ok([R2 + "c.json"], id="msg-1", chat_id="c-2"), "guard of the row above", "C"),
+    Fetch("chat of another account", "another_job", ok([R2 + "c.json"], id="msg-1", chat_id="c-2"), "guard of the row above", "C"),
     Fetch("list as a text", "ready:2", ok('["https://h/1.png", "https://h/2.png"]', id="{ID}"), "neighbour of output as one text", "C"),
     Fetch("object as a text", "ready:1", ok('{"url": "https://h/1.png"}', id="{ID}"), "neighbour of output as one text", "C"),
     Fetch("success that is true", "ready:1", {"success": True, "output": [R2 + "1.png"]}, "envelope of a gateway of many APIs", "C"),
@@ -244,7 +244,7 @@ GIVEN: tuple[Fetch, ...] = (
     Fetch("words that were spoken", "empty", ok([{"text": "A sentence.", "words": [{"word": "A", "start": 0.1, "end": 0.28, "confidence": 0.99}]}], id="{ID}", generationTime=1.25), "joelkraj/anifactory-goldflow", "B"),
     Fetch("purse that is empty", "account_refused credits", bad("Insufficient credits. Please recharge your wallet."), "joelkraj/anifactory-goldflow", "C"),
     Fetch("speech without a mark", "empty", ok("so we went down to the river and then it was time to go home again because of the rain"), "neighbour of words that were spoken", "C"),
-    Fetch("done, in a word", "empty", ok("OK", id="{ID}"), "neighbour of an empty output", "C"),
+    Fetch("the word OK as output", "empty", ok("OK", id="{ID}"), "neighbour of an empty output", "C"),
     Fetch("queue that is full", "api_down answered", bad("Queue is full, try again later"), "joelkraj/anifactory-goldflow", "C"),
 )
 # fmt: on

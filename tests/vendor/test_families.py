@@ -13,7 +13,7 @@ LOCAL = AllowedApi("http://127.0.0.1:8000/api/v6", frozenset({"127.0.0.1:8000"})
 ID = "298"
 IN_PATH, IN_BODY = ("POST", None), ("POST", "request_id")
 
-# the path of an order below /api/, the path that its job is fetched at, and how that is asked
+# the order path below /api/, the fetch path, and the fetch style
 ORDERS: list[tuple[str, str, tuple[str, str | None]]] = [
     ("v3/fine_tune", "v3/fine_tune_status/298", IN_PATH),
     ("v3/lora_fine_tune", "v3/fine_tune_status/298", IN_PATH),
@@ -78,9 +78,9 @@ def test_the_order_path_determines_fetch_path_and_style(order: str, fetch: str, 
 def test_every_family_row_is_needed(row: ApiFamily, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row is needed for one of the orders above; no other row gives the same result."""
     before = {order: family_of_order(order) for order, _, _ in ORDERS}
-    kept = [number for number, family in enumerate(FAMILIES) if family != row]
-    monkeypatch.setattr(families, "FAMILIES", tuple(FAMILIES[number] for number in kept))
-    monkeypatch.setattr(families, "_ORDERS", tuple(families._ORDERS[number] for number in kept))
+    remaining = [number for number, family in enumerate(FAMILIES) if family != row]
+    monkeypatch.setattr(families, "FAMILIES", tuple(FAMILIES[number] for number in remaining))
+    monkeypatch.setattr(families, "_ORDERS", tuple(families._ORDERS[number] for number in remaining))
     family_of_order.cache_clear()
     try:
         after = {order: family_of_order(order) for order, _, _ in ORDERS}

@@ -27,7 +27,7 @@ V6 = [
 ]
 # fmt: on
 
-# the path without the id, and the kind that it stands for
+# the path without the id, and the kind of its jobs
 FAMILIES: list[tuple[str, str]] = [
     ("/api/v3/fetch", "image"),
     ("/api/v3/dreambooth/fetch", "dreambooth"),
@@ -64,9 +64,9 @@ def test_trainings_have_their_own_path() -> None:
     assert not address.id_in_body
 
 
-@pytest.mark.parametrize("nothing", [None, ""])
-def test_a_job_without_fetch_url_uses_the_configured_url(nothing: str | None) -> None:
-    address = fetch_address(nothing, ID, VENDOR)
+@pytest.mark.parametrize("missing", [None, ""])
+def test_a_job_without_fetch_url_uses_the_configured_url(missing: str | None) -> None:
+    address = fetch_address(missing, ID, VENDOR)
 
     assert address == fetch_address(f"{OLD}/api/v3/fetch/{ID}", ID, VENDOR)
     assert address.url == f"{OLD}/api/v3/fetch/{ID}"
@@ -121,7 +121,7 @@ def test_plain_http_is_allowed_only_for_this_machine(url: str) -> None:
 
 
 HOSTILE = [
-    # another host, or one that only looks right
+    # other hosts, and hosts that look similar
     f"https://evil.example/api/v3/fetch/{ID}",
     f"https://modelslab.com.evil.example/api/v3/fetch/{ID}",
     f"https://xmodelslab.com/api/v3/fetch/{ID}",
@@ -183,7 +183,7 @@ HOSTILE = [
     f"{NEW}//api/v3/fetch/{ID}",
     f"{NEW}/api/v3/fetch/{ID}/",
     f"{NEW}/api/v3/fetch/",
-    # characters that parsers drop or turn into others
+    # characters that parsers remove or change
     f"{NEW}/api/v3/fetch/{ID}\n",
     f"{NEW}/api/v3/fe\ttch/{ID}",
     f"\n{NEW}/api/v3/fetch/{ID}",
@@ -191,7 +191,7 @@ HOSTILE = [
     f"{NEW}/api/v3/fetch/{ID}\x00",
     f"{NEW}/api/v3/fetch/\uff12\uff19\uff18",
     f"{NEW}/api/v3/fetch/{ID} HTTP/1.1\r\nHost: evil.example",
-    # paths that are no fetch path
+    # paths that are not fetch paths
     f"{NEW}/",
     f"{NEW}",
     f"{NEW}/fetch/{ID}",
@@ -211,13 +211,13 @@ HOSTILE = [
     f"{NEW}/api/v3/fine_tune_status",
     f"{NEW}/api/v6/fine_tune_status/{ID}",
     f"{NEW}/api/v3/x/fine_tune_status/{ID}",
-    # another job's id
+    # the id of another job
     f"{NEW}/api/v3/fetch/299",
     f"{NEW}/api/v3/fetch/2988",
     f"{NEW}/api/v3/fetch/0298",
     f"{NEW}/api/v3/fine_tune_status/299",
     f"{NEW}/api/v3/fetch/{ID}/{ID}",
-    # endless
+    # too long
     f"{NEW}/api/v3{'/x' * MAX_ADDRESS}/fetch/{ID}",
 ]
 
@@ -227,9 +227,9 @@ def test_a_hostile_url_is_refused_with_a_short_message(url: str) -> None:
     with pytest.raises(RefusedAddress) as refused:
         fetch_address(url, ID, VENDOR)
 
-    said = str(refused.value)
-    assert "\n" not in said
-    assert len(said) < 500
+    message = str(refused.value)
+    assert "\n" not in message
+    assert len(message) < 500
 
 
 @pytest.mark.parametrize(
@@ -309,13 +309,13 @@ def test_accepted_urls_have_an_allowed_host_and_a_plain_path(url: str, api: Allo
     except RefusedAddress:
         return
 
-    seen = urlsplit(address.url)
-    segments = seen.path.split("/")
-    assert seen.netloc == address.host
+    parts = urlsplit(address.url)
+    segments = parts.path.split("/")
+    assert parts.netloc == address.host
     assert address.host in api.hosts
-    assert seen.scheme == "https" or seen.hostname in ("127.0.0.1", "::1", "localhost")
-    assert (seen.query, seen.fragment, seen.username, seen.password) == ("", "", None, None)
-    assert address.url == f"{seen.scheme}://{seen.netloc}{seen.path}"
+    assert parts.scheme == "https" or parts.hostname in ("127.0.0.1", "::1", "localhost")
+    assert (parts.query, parts.fragment, parts.username, parts.password) == ("", "", None, None)
+    assert address.url == f"{parts.scheme}://{parts.netloc}{parts.path}"
     assert not {"", ".", ".."} & set(segments[1:])
     assert segments[-1] == ID or (address.id_in_body and segments[-1] == "fetch")
     assert segments[-2] in ("fetch", "fine_tune_status") or address.id_in_body

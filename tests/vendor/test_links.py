@@ -23,15 +23,15 @@ SHAPES: list[tuple[str, object, object, tuple[Link, ...]]] = [
     ("text", A, None, (Link(A),)),
     ("text with blanks around", f" {A}\n", None, (Link(A),)),
     ("list", [A, B], None, (Link(A), Link(B))),
-    ("order is kept, the second of two is dropped", [B, A, B], None, (Link(B), Link(A))),
+    ("the order stays, duplicates are removed", [B, A, B], None, (Link(B), Link(A))),
     ("nested lists", [[A], [[B]]], None, (Link(A), Link(B))),
     ("object", {"1": A, "0": B}, None, (Link(A), Link(B))),
     ("object of lists", {"images": [A, B], "seed": 5, "nsfw": [False]}, None, (Link(A), Link(B))),
-    ("nothing in it", ["", None, 0, [], {}, " "], None, ()),
-    ("nothing at all", None, None, ()),
+    ("empty values", ["", None, 0, [], {}, " "], None, ()),
+    ("null", None, None, ()),
     ("numbers", 5, None, ()),
     ("too deep", [[[[[[[[[A]]]]]]]]], None, ()),
-    ("words are no addresses", [{"text": "A sentence.", "words": [{"word": "A", "start": 0.1}]}], None, ()),
+    ("words are not URLs", [{"text": "A sentence.", "words": [{"word": "A", "start": 0.1}]}], None, ()),
     ("a sentence is no address", "Good morning and welcome.", None, ()),
     ("an output inside the output", {"status": "success", "output": [A], "proxy_links": [P]}, None, (Link(A, (P,)),)),
     ("proxies inside a list of objects", [{"url": A, "proxy_links": [P]}, {"url": B, "proxy_links": [Q]}], None, (Link(A, (P,)), Link(B, (Q,)))),
@@ -41,7 +41,7 @@ SHAPES: list[tuple[str, object, object, tuple[Link, ...]]] = [
     ("base64 in an object", {"image": INLINE}, None, (Link(f"data:;sha256={SUM}", (), PICTURE),)),
     ("promises inside are no outputs", {"future_links": [A]}, None, ()),
     ("proxies in an object", [A], {"0": P}, (Link(A, (P,)),)),
-    ("other schemes get their row, too", ["ftp://h/a", "file:///etc/passwd", "a.png"], None, (Link("ftp://h/a"), Link("file:///etc/passwd"), Link("a.png"))),
+    ("other schemes are outputs, too", ["ftp://h/a", "file:///etc/passwd", "a.png"], None, (Link("ftp://h/a"), Link("file:///etc/passwd"), Link("a.png"))),
     ("proxies by place", [A, B], [P, Q], (Link(A, (P,)), Link(B, (Q,)))),
     ("proxy as text beside one output", [A], P, (Link(A, (P,)),)),
     ("proxy as text beside two outputs", [A, B], P, (Link(A), Link(B))),
@@ -61,7 +61,7 @@ SHAPES: list[tuple[str, object, object, tuple[Link, ...]]] = [
     ("the same bytes twice", [INLINE, INLINE], None, (Link(f"data:;sha256={SUM}", (), PICTURE),)),
     *((f"a word is no address: {word!r}", word, None, ()) for word in (
         "abcd", "OK", "Hello", "done", "Done.", "nsfw", "0", "0.5", "-", "...", "[]", "{}", " [ ] ", "{broken", "success", "12:30", "v1.5", "n/a")),
-    *((f"words in a list are no addresses: {words}", words, None, ()) for words in (["success"], [["OK"], "-"], {"0": "OK"}, ["[]"])),
+    *((f"words in a list are not URLs: {words}", words, None, ()) for words in (["success"], [["OK"], "-"], {"0": "OK"}, ["[]"])),
     *((f"a name of a file gets its row: {text!r}", text, None, (Link(text),)) for text in (
         "a.png", "out/1", "/tmp/a", "ftp://h/a", "s3:bucket", "file:///etc/passwd", "a.3gp", "mesh.glb")),
     *((f"speech without a mark is no file: {text[:20]!r}", output, None, ()) for text in (SPEECH, SPEECH.replace(" ", "\t"), SPEECH + "\n" + SPEECH)
@@ -71,17 +71,17 @@ SHAPES: list[tuple[str, object, object, tuple[Link, ...]]] = [
 # fmt: on
 
 
-@pytest.mark.parametrize(("output", "proxies", "found"), [pytest.param(*case, id=name) for name, *case in SHAPES])
-def test_every_form_of_outputs_becomes_links(output: object, proxies: object, found: tuple[Link, ...]) -> None:
-    assert collect_links(output, proxies).links == found
+@pytest.mark.parametrize(("output", "proxies", "links"), [pytest.param(*case, id=name) for name, *case in SHAPES])
+def test_every_form_of_outputs_becomes_links(output: object, proxies: object, links: tuple[Link, ...]) -> None:
+    assert collect_links(output, proxies).links == links
 
 
 def test_two_broken_data_uris_are_two_outputs() -> None:
     """Each is listed, so each gets a row, although neither can be decoded."""
-    found = collect_links(["data:image/png;base64,!!", "data:image/png;base64,??"]).links
+    links = collect_links(["data:image/png;base64,!!", "data:image/png;base64,??"]).links
 
-    assert len(found) == 2
-    assert all(link.body is not None for link in found)
+    assert len(links) == 2
+    assert all(link.body is not None for link in links)
 
 
 def test_very_long_links_and_lists_are_cut() -> None:
@@ -90,7 +90,7 @@ def test_very_long_links_and_lists_are_cut() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "found"),
+    ("answer", "links"),
     [
         ({"output": [A], "links": [B], "proxy_links": [P]}, (Link(A, (P,)),)),
         ({"output": [], "links": [B], "proxy_links": [P]}, (Link(P),)),
@@ -107,16 +107,16 @@ def test_very_long_links_and_lists_are_cut() -> None:
         ({}, ()),
     ],
 )
-def test_outputs_are_read_from_the_first_field_that_has_any(answer: dict[str, object], found: tuple[Link, ...]) -> None:
-    assert listed_outputs(answer).links == found
+def test_outputs_are_read_from_the_first_field_that_has_any(answer: dict[str, object], links: tuple[Link, ...]) -> None:
+    assert listed_outputs(answer).links == links
 
 
 @settings(max_examples=60, deadline=None)
 @given(ANY_JSON, ANY_JSON)
 def test_listed_links_are_unique_and_can_be_stored(output: object, proxies: object) -> None:
-    found = collect_links(output, proxies).links
+    links = collect_links(output, proxies).links
 
-    assert len({link.url for link in found}) == len(found)
-    for text in [text for link in found for text in (link.url, *link.proxies)]:
+    assert len({link.url for link in links}) == len(links)
+    for text in [text for link in links for text in (link.url, *link.proxies)]:
         assert text.encode()
         assert "\x00" not in text

@@ -186,9 +186,9 @@ def test_the_url_of_a_response_never_raises(url: object) -> None:
     assert order is None or fetch_address(order.fetch_url("298"), "298", API).host in VENDOR_HOSTS
 
 
-# ── outputs in odd shapes ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── unusual outputs ──── ─────────────────────────────────────────────────────────────────────────────────────────────
 
-# what an answer lists, and the outputs in it
+# a listed value, and the outputs in it
 SHAPES: list[tuple[str, object, list[str]]] = [
     ("several in one text", f"{A} {B}", [A, B]),
     ("several in one text, with commas", f"{A},{B}, {A}", [A, B]),
@@ -214,10 +214,10 @@ SHAPES: list[tuple[str, object, list[str]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("output", "found"), [pytest.param(*row, id=name) for name, *row in SHAPES])
+@pytest.mark.parametrize(("output", "urls"), [pytest.param(*row, id=name) for name, *row in SHAPES])
 @pytest.mark.parametrize("field", ["output", "outputs"])
-def test_outputs_are_found_in_any_form(field: str, output: object, found: list[str]) -> None:
-    assert [link.url for link in listed_outputs({"status": "success", field: output}).links] == found
+def test_outputs_are_found_in_any_form(field: str, output: object, urls: list[str]) -> None:
+    assert [link.url for link in listed_outputs({"status": "success", field: output}).links] == urls
 
 
 @pytest.mark.parametrize("field", [name for name in OUTPUT_FIELDS if name not in ("output", "outputs", "proxy_links")])

@@ -29,7 +29,7 @@ ID = "4711"
 API = AllowedApi("https://modelslab.com/api/v6", VENDOR_HOSTS)
 
 
-def told(reply: Reply) -> str:
+def describe(reply: Reply) -> str:
     """Return a reply in the notation of the tables."""
     name = CLASSES[type(reply)]
     match reply:
@@ -61,10 +61,10 @@ def body_of(body: object) -> bytes:
 def test_recorded_fetch_answers_have_the_recorded_meaning(row: Fetch) -> None:
     reply = parse(row.status, row.headers, body_of(row.body), Question(ID, time.time(), row.training))
 
-    assert told(reply) == row.means, reply
+    assert describe(reply) == row.means, reply
 
 
-def became(row: Submit) -> str:
+def describe_job(row: Submit) -> str:
     """Return the result of an order in the notation of the table."""
     try:
         job = planned_job(SubmitAnswer(row.answer, row.status), API, endpoint=row.endpoint)
@@ -72,15 +72,15 @@ def became(row: Submit) -> str:
         return "refused"
     except NotTrackable:
         return "not_trackable"
-    known = job.submission
-    name = f"ready:{len(known.outputs)}" if known.outputs else "tracked"
+    submitted = job.submission
+    name = f"ready:{len(submitted.outputs)}" if submitted.outputs else "tracked"
     url = "-" if job.address.base.startswith(READY) else job.address.url.removeprefix("https://modelslab.com/api/")
-    return f"{name} {known.remote_id.partition(':')[0]} at {url} ({job.kind})"
+    return f"{name} {submitted.remote_id.partition(':')[0]} at {url} ({job.kind})"
 
 
 @pytest.mark.parametrize("row", SUBMITS, ids=[row.name for row in SUBMITS])
 def test_recorded_submit_answers_give_the_recorded_job(row: Submit) -> None:
-    assert became(row) == row.means
+    assert describe_job(row) == row.means
 
 
 def test_the_records_have_unique_names() -> None:

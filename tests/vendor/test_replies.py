@@ -116,16 +116,16 @@ REAL_ANSWERS: list[tuple[str, int, object, Reply]] = [
 ]
 
 CODES_AND_BODIES: list[tuple[int, object, Reply]] = [
-    # redirects are never followed, whatever they carry
+    # redirects are never followed
     *[(code, success([A]), ApiDown(f"HTTP {code}: the API redirects. Redirects are not followed, to protect the API key. Check SD_API_URL")) for code in (300, 301, 302, 303, 304, 307, 308, 399)],
-    # 429 of any kind pauses the account
+    # every 429 pauses the account
     (429, HTML, RateLimited(30.0, "HTTP 429")),
     (429, "", RateLimited(30.0, "HTTP 429")),
     (429, "[]", RateLimited(30.0, "HTTP 429")),
     (429, {"message": "Too Many Attempts."}, RateLimited(30.0, "Too Many Attempts.")),
     (429, error("Invalid API key"), RateLimited(30.0, "Invalid API key")),
     (429, success([A]), RateLimited(30.0, "HTTP 429")),
-    # refusals that come as JSON concern the account
+    # JSON refusals are about the account
     (401, {"message": "Unauthenticated."}, AccountRefused("key", "Unauthenticated.")),
     (401, {}, AccountRefused("key", "HTTP 401")),
     (401, error("API key required"), AccountRefused("key", "API key required")),
@@ -135,10 +135,10 @@ CODES_AND_BODIES: list[tuple[int, object, Reply]] = [
     (401, error("out of credits"), AccountRefused("credits", "out of credits")),
     (403, error("Daily limit exceeded"), AccountRefused("plan", "Daily limit exceeded")),
     (400, error("Invalid API Request"), AccountRefused("request", "Invalid API Request")),
-    # challenge pages concern the host
+    # challenge pages are about the host
     *[(code, HTML, ApiDown(f"HTTP {code} with an HTML page")) for code in (400, 401, 402, 403, 418, 500, 502, 503, 504, 520, 524, 527)],
     (403, "\ufeff\r\n  <html>", ApiDown("HTTP 403 with an HTML page")),
-    # any 5xx is the host's trouble, whatever it says
+    # every 5xx is a failure of the host
     *[(code, body, ApiDown(f"HTTP {code} with no JSON object")) for code in (500, 502, 599) for body in ("", "null", "[1]", "error code: 520")],
     (500, {"status": "failed", "message": "Failed, Try Again"}, ApiDown("HTTP 500: Failed, Try Again")),
     (502, success([A]), ApiDown("HTTP 502")),
@@ -147,7 +147,7 @@ CODES_AND_BODIES: list[tuple[int, object, Reply]] = [
     (200, {"message": "Server Error"}, ApiDown("HTTP 200: Server Error", answered=True)),
     (200, error("Internal server error. Please try again."), ApiDown("HTTP 200: Internal server error. Please try again.", answered=True)),
     (200, error("Service temporarily unavailable. Please try again later."), ApiDown("HTTP 200: Service temporarily unavailable. Please try again later.", answered=True)),
-    # 404: about the id where it says so, else maybe a wrong address of the API
+    # 404: an unknown id if the message says so, else maybe a wrong URL of the API
     (404, error("Not Found"), ApiDown(f"HTTP 404: {NO_SUCH_PATH}")),
     (404, {"status": "failed"}, UnknownId("HTTP 404")),
     (404, {"message": "The route api/v3/fetch/1 could not be found."}, ApiDown(f"HTTP 404: {NO_SUCH_PATH}")),
@@ -156,7 +156,7 @@ CODES_AND_BODIES: list[tuple[int, object, Reply]] = [
     (404, "<p>" + NOT_QUEUED, ApiDown(f"HTTP 404: {NO_SUCH_PATH}")),
     (404, "", ApiDown(f"HTTP 404: {NO_SUCH_PATH}")),
     (404, {"status": "processing"}, Processing()),
-    # nonsense is asked again
+    # answers without meaning are polled again
     (200, HTML, Unread(f"HTTP 200 with an HTML page ({len(HTML)} bytes)")),
     (200, "", Unread("HTTP 200 with no JSON object (0 bytes)")),
     (200, "null", Unread("HTTP 200 with no JSON object (4 bytes)")),
@@ -182,12 +182,12 @@ CODES_AND_BODIES: list[tuple[int, object, Reply]] = [
     (200, error("x" * 9_000), ApiError("x" * 500, vague=True)),
     (201, success([A]), Ready((Link(A),))),
     (202, {"status": "processing"}, Processing()),
-    # accounts, in other words
+    # other messages about accounts
     *[(200, error(text), AccountRefused("key", text)) for text in ("API key is required", "Your API key has expired", "This api key was revoked", "The API key you use is invalid")],
     *[(200, error(text), AccountRefused("credits", text)) for text in ("You are out of credits", "Not enough credits left", "Insufficient balance", "Your credits are exhausted")],
     *[(200, error(text), AccountRefused("plan", text)) for text in ("Subscription required", "Your subscription has expired", "Subscription is expired")],
     *[(200, error(text), RateLimited(30.0, text)) for text in ("Too many requests", "Limit exceeded", "spam filter", "RATE LIMIT")],
-    # words of the account inside an answer that is no error are only a prompt
+    # texts about the account in an answer without an error are only prompts
     *[(200, success([A], meta={"prompt": text}, message=text, tip=text), Ready((Link(A),))) for text in ("rate limit exceeded", "Invalid API key", "out of credits", "server error")],
     (200, {"status": "processing", "message": "rate limit exceeded"}, Processing()),
     (200, {"status": "failed", "message": "the prompt says invalid api key"}, Failed("the prompt says invalid api key")),
@@ -224,7 +224,7 @@ WAITS: list[tuple[str, dict[str, str], dict[str, object], float]] = [
     ("reset", {"X-RateLimit-Reset": str(NOW + 20)}, {}, 20.0),
     ("reset that is over", {"X-RateLimit-Reset": str(NOW - 20)}, {}, 30.0),
     ("reset that is nonsense", {"X-RateLimit-Reset": "soon"}, {}, 30.0),
-    ("reset before words", {"X-RateLimit-Reset": str(NOW + 20)}, {"message": "wait 9 seconds"}, 20.0),
+    ("reset before the message", {"X-RateLimit-Reset": str(NOW + 20)}, {"message": "wait 9 seconds"}, 20.0),
     ("date", {"Retry-After": formatdate(NOW + 45, usegmt=True)}, {}, 45.0),
     ("date without a zone is UTC", {"Retry-After": formatdate(NOW + 45, usegmt=True)[:-4]}, {}, 45.0),
     ("date in the past", {"Retry-After": formatdate(NOW - 86_400, usegmt=True)}, {}, 1.0),
@@ -232,7 +232,7 @@ WAITS: list[tuple[str, dict[str, str], dict[str, object], float]] = [
     ("impossible date", {"Retry-After": "Mon, 99 Foo 0000 99:99:99 GMT"}, {}, 30.0),
     ("empty header", {"Retry-After": ""}, {"retry_after": 8}, 8.0),
     ("words", {}, {"message": "try again in 2 minutes"}, 120.0),
-    ("words of a tip", {}, {"tips": "wait for 45 seconds"}, 45.0),
+    ("wait in a tip", {}, {"tips": "wait for 45 seconds"}, 45.0),
     ("one and a half", {}, {"message": "try again in 1.5 minutes"}, 90.0),
     ("a letter", {}, {"message": "wait 45s"}, 45.0),
     ("the time to wait, not of the limit", {}, {"message": "5 requests per 60 seconds, try again in 12 sec"}, 12.0),
@@ -240,7 +240,7 @@ WAITS: list[tuple[str, dict[str, str], dict[str, object], float]] = [
     ("no unit", {}, {"message": "wait 45 smiles"}, 30.0),
     ("reset in milliseconds", {"X-RateLimit-Reset": str(int((NOW + 20) * 1000))}, {}, 20.0),
     ("body in another spelling", {}, {"retryAfter": 8}, 8.0),
-    ("body as words", {}, {"retryAfter": "8 seconds"}, 8.0),
+    ("wait as text in a field", {}, {"retryAfter": "8 seconds"}, 8.0),
     ("half an hour", {}, {"message": "429: try again in 30 minutes"}, 900.0),
     ("a day", {"Retry-After": "86400"}, {}, 900.0),
     ("negative", {"Retry-After": "-5"}, {}, 1.0),
@@ -354,9 +354,9 @@ def test_other_error_texts_are_read_if_the_message_has_no_meaning(body: dict[str
 def test_a_rate_limit_has_the_requested_wait_within_bounds(
     status: int, headers: dict[str, str], body: dict[str, object], wait: float
 ) -> None:
-    said = f"rate limit: {body.get('message', '')}"
+    message = f"rate limit: {body.get('message', '')}"
 
-    reply = ask({**body, "status": "error", "message": said}, status, headers)
+    reply = ask({**body, "status": "error", "message": message}, status, headers)
 
     assert isinstance(reply, RateLimited)
     assert reply.seconds == pytest.approx(wait)
@@ -451,12 +451,12 @@ def test_an_answer_with_too_many_values_needs_little_memory_and_is_polled_again(
     tracemalloc.start()
     try:
         reply = parse(200, {}, body, Question("1", 0.0))
-        _, most = tracemalloc.get_traced_memory()
+        _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
 
     assert isinstance(reply, Unread)
-    assert most < 3 * len(body)
+    assert peak < 3 * len(body)
 
 
 def test_commas_in_a_text_do_not_count_as_values() -> None:

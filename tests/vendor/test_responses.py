@@ -18,7 +18,7 @@ from worker.vendor.submissions import planned_job, submission
 
 ANSWER = {"status": "processing", "id": 7, "eta": 5}
 WALL = "<!DOCTYPE html><title>Just a moment...</title>"
-# what is answered at a path that ends so: status and body
+# the answers by the end of the path: status and body
 ANSWERS: dict[str, tuple[int, str]] = {
     "/text2video": (200, json.dumps(ANSWER)),
     "/accepted": (202, json.dumps(ANSWER)),
@@ -98,7 +98,7 @@ def api(site: str) -> AllowedApi:
 
 @pytest.mark.parametrize("post", CLIENTS)
 @pytest.mark.parametrize(
-    ("path", "asked", "kind"),
+    ("path", "fetch_path", "kind"),
     [
         ("/api/v6/video/text2video", "/api/v6/video/fetch/7", "video"),
         ("/api/v6/video/text2video?trace=1", "/api/v6/video/fetch/7", "video"),
@@ -107,13 +107,15 @@ def api(site: str) -> AllowedApi:
         ("/api/v6/images/latin", "/api/v6/images/fetch/7", "images"),
         ("/gateway/api/v6/3d/text2video", "/api/v6/3d/fetch/7", "3d"),
         ("/generate/text2video", "/api/v6/fetch/7", "image"),
-        ("/api/v6/images/moved", "/api/v6/voice/fetch/7", "voice"),  # where it was answered in the end
+        ("/api/v6/images/moved", "/api/v6/voice/fetch/7", "voice"),  # the final URL after a redirect
     ],
 )
-def test_the_url_of_a_response_determines_the_fetch_url(post: Any, path: str, asked: str, kind: str, site: str) -> None:
+def test_the_url_of_a_response_determines_the_fetch_url(
+    post: Any, path: str, fetch_path: str, kind: str, site: str
+) -> None:
     job = planned_job(post(f"{site}{path}"), api(site))
 
-    assert (job.address.url, job.kind) == (f"{site}{asked}", kind)
+    assert (job.address.url, job.kind) == (f"{site}{fetch_path}", kind)
     assert job.submission.remote_id == "7"
 
 

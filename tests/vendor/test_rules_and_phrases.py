@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.vendor.test_recorded_answers import told
+from tests.vendor.test_recorded_answers import describe
 from worker.core.reply import Reply
 from worker.vendor import phrases, replies
 from worker.vendor.answer_fields import json_object
@@ -34,11 +34,11 @@ def test_every_rule_is_needed_for_its_example(rule: Rule, monkeypatch: pytest.Mo
         example.http_status, {}, body, json_object(body), QUESTION._replace(training=example.training)
     )
     used, reply = rule_for(answer)
-    monkeypatch.setattr(replies, "RULES", tuple(other for other in RULES if other is not rule))
+    monkeypatch.setattr(replies, "RULES", tuple(candidate for candidate in RULES if candidate is not rule))
 
     try:
         other_reply = rule_for(answer)[1]
-    except StopIteration:  # only the last rule reads whatever is left
+    except StopIteration:  # only the last rule matches all other answers
         assert rule is RULES[-1]
         return
     assert used is rule
@@ -49,8 +49,10 @@ def test_every_rule_is_needed_for_its_example(rule: Rule, monkeypatch: pytest.Mo
 def test_every_phrase_is_needed_for_its_example(phrase: Phrase, monkeypatch: pytest.MonkeyPatch) -> None:
     reply = read(error(phrase.example))
     assert meaning_of(phrase.example) == phrase.meaning
-    left = tuple(pair for pair, other in zip(phrases._COMPILED, PHRASES, strict=True) if other is not phrase)
-    monkeypatch.setattr(phrases, "_COMPILED", left)
+    remaining = tuple(
+        pair for pair, candidate in zip(phrases._COMPILED, PHRASES, strict=True) if candidate is not phrase
+    )
+    monkeypatch.setattr(phrases, "_COMPILED", remaining)
     meaning_of.cache_clear()
     try:
         other_reply = read(error(phrase.example))
@@ -174,15 +176,15 @@ def test_a_message_has_the_same_meaning_in_every_field(text: str, means: str) ->
     for carrier in carriers(text):
         if means == "api_error" and text == "Error message" and text.lower() not in str(carrier).lower():
             continue
-        assert told(read(carrier)) == means, carrier
-    if not means.startswith("api_error"):  # without a status, only words that say what they are about are read
+        assert describe(read(carrier)) == means, carrier
+    if not means.startswith("api_error"):  # without a status, only messages with a meaning are read
         bare: list[dict[str, object]] = [
             {"message": text},
             {"messege": text, "output": "", "id": None},
             {"message": text, "status": None},
         ]
         for carrier in bare:
-            assert told(read(carrier)) == means, carrier
+            assert describe(read(carrier)) == means, carrier
 
 
 @pytest.mark.parametrize(("text", "means"), CASES, ids=[text for text, _ in CASES])
@@ -190,7 +192,7 @@ def test_a_message_has_the_same_meaning_in_every_field(text: str, means: str) ->
 def test_message_and_status_code_determine_the_reply(text: str, means: str, status: int) -> None:
     for body in (error(text), {"message": text}):
         with_status = "status" in body
-        reply = told(read(body, status)).removesuffix(" answered")
+        reply = describe(read(body, status)).removesuffix(" answered")
         expected = means.removesuffix(" answered")
         account = expected.startswith("account_refused")
         if status == 429:
@@ -218,10 +220,12 @@ def test_messages_without_an_error_have_no_effect(text: str, means: str) -> None
     url = "https://h/a.png"
     more = {"message": text, "messege": text, "tip": text, "tips": text, "meta": {"prompt": text}}
 
-    assert told(read({"status": "success", "id": 7, "output": [url], **more})) == "ready:1"
-    assert told(read({"status": "processing", **more})) == "processing"
-    assert told(read({"status": "success", "messege": "deploying_gpu", "data": text}, training=True)) == "processing"
-    assert told(read({"id": 7, "output": [], **more})) == "unread"
+    assert describe(read({"status": "success", "id": 7, "output": [url], **more})) == "ready:1"
+    assert describe(read({"status": "processing", **more})) == "processing"
+    assert (
+        describe(read({"status": "success", "messege": "deploying_gpu", "data": text}, training=True)) == "processing"
+    )
+    assert describe(read({"id": 7, "output": [], **more})) == "unread"
 
 
 @pytest.mark.parametrize(("text", "means"), CASES, ids=[text for text, _ in CASES])
@@ -235,24 +239,24 @@ def test_a_failure_is_final_unless_its_message_is_temporary(text: str, means: st
     for status in ("failed", "FAILED", "failure"):
         for training in (False, True):
             body = {"status": status, "id": "", "message": text, "output": ""}
-            assert told(read(body, training=training)) == expected, training
+            assert describe(read(body, training=training)) == expected, training
 
 
 def test_out_of_memory_is_temporary_for_the_service_but_final_for_a_job() -> None:
     for text in ("CUDA out of memory", "GPU ran out of memory", "Out of GPU memory", "OOM"):
-        assert told(read(error(text))) == "api_down answered"
-        assert told(read({"status": "failed", "message": text})) == "failed"
+        assert describe(read(error(text))) == "api_down answered"
+        assert describe(read({"status": "failed", "message": text})) == "failed"
 
 
 @pytest.mark.parametrize("code", [402, 403])
 @pytest.mark.parametrize("word", ["failed", "processing"])
 def test_a_status_code_does_not_hold_the_account_if_the_answer_is_about_the_job(code: int, word: str) -> None:
-    assert told(read({"status": word, "message": "no"}, code)) == word
-    assert told(read({"status": word, "message": "Invalid API key"}, code)).partition(" ")[0] == (
+    assert describe(read({"status": word, "message": "no"}, code)) == word
+    assert describe(read({"status": word, "message": "Invalid API key"}, code)).partition(" ")[0] == (
         "account_refused" if word == "failed" else "processing"
     )
 
 
 @pytest.mark.parametrize("code", [401, 403])
 def test_an_overloaded_service_does_not_hold_the_account(code: int) -> None:
-    assert told(read(error("Server is overloaded, try again later"), code)) == "api_down answered"
+    assert describe(read(error("Server is overloaded, try again later"), code)) == "api_down answered"

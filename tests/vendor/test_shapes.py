@@ -81,7 +81,7 @@ def test_an_unusual_status_is_shortened_and_cleaned() -> None:
 
 
 def test_every_shape_fits_its_column_and_is_one_line() -> None:
-    answer = {f"field_{letter}{other}": {"a": [1], "b": {}} for letter in "abcdefghij" for other in "abcdefghij"}
+    answer = {f"field_{letter}{second}": {"a": [1], "b": {}} for letter in "abcdefghij" for second in "abcdefghij"}
     shape = _shape(answer, 500)
     assert len(shape) == MAX_SHAPE
     assert shape.endswith("…")

@@ -15,31 +15,31 @@ API = AllowedApi("https://modelslab.com/api/v3", frozenset({"modelslab.com"}))
 LINK = "https://cdn.test/a.png"
 
 
-def _read(answer: object, words: dict[str, str], *, training: bool = False) -> Reply:
-    return parse(200, {}, json.dumps(answer).encode(), Question("7", 0.0, training, words))
+def _read(answer: object, status_words: dict[str, str], *, training: bool = False) -> Reply:
+    return parse(200, {}, json.dumps(answer).encode(), Question("7", 0.0, training, status_words))
 
 
 def test_a_custom_word_has_the_meaning_of_its_status() -> None:
     """The case does not matter, and only the status is compared."""
-    words = parse_status_words('{"done": "success", "Cooking": "processing", "burnt": "failed"}')
+    status_words = parse_status_words('{"done": "success", "Cooking": "processing", "burnt": "failed"}')
 
-    ready = _read({"status": " DONE", "assets": [LINK], "id": 7}, words)
+    ready = _read({"status": " DONE", "assets": [LINK], "id": 7}, status_words)
     assert isinstance(ready, Ready)
     assert [link.url for link in ready.outputs] == [LINK]
-    assert isinstance(_read({"status": "cooking", "eta": 4}, words), Processing)
-    assert _read({"status": "burnt", "message": "too hot"}, words) == Failed("too hot")
-    assert isinstance(_read({"status": "served", "message": "done"}, words), Unread)
+    assert isinstance(_read({"status": "cooking", "eta": 4}, status_words), Processing)
+    assert _read({"status": "burnt", "message": "too hot"}, status_words) == Failed("too hot")
+    assert isinstance(_read({"status": "served", "message": "done"}, status_words), Unread)
     assert isinstance(_read({"status": "done", "assets": [LINK]}, {}), Unread)
 
 
 def test_custom_words_apply_to_submit_answers() -> None:
-    words = parse_status_words('{"done": "success", "burnt": "failed"}')
+    status_words = parse_status_words('{"done": "success", "burnt": "failed"}')
 
-    ready = planned_job({"status": "done", "assets": [LINK], "id": 7}, API, status_words=words).submission
+    ready = planned_job({"status": "done", "assets": [LINK], "id": 7}, API, status_words=status_words).submission
     assert [link.url for link in ready.outputs] == [LINK]
     assert planned_job({"status": "done", "assets": [LINK], "id": 7}, API).submission.outputs == ()
     with pytest.raises(ApiRefused, match="too hot"):
-        planned_job({"status": "burnt", "message": "too hot", "id": 7}, API, status_words=words)
+        planned_job({"status": "burnt", "message": "too hot", "id": 7}, API, status_words=status_words)
 
 
 @pytest.mark.parametrize(

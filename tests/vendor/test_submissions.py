@@ -66,9 +66,9 @@ def test_a_bare_id_is_a_submission(remote: object, remote_id: str) -> None:
         "7 8",
         "7\x00",
         "7\n8",
-        "\u0667",  # a digit, but no ASCII one
+        "\u0667",  # a digit that is not ASCII
         "é",
-        "sha256:" + "0" * 32,  # our own kind of id can't be handed in
+        "sha256:" + "0" * 32,  # ids of this form are made only by the worker
         True,
         False,
         None,
@@ -96,7 +96,7 @@ def test_an_invalid_id_raises_not_trackable(remote: object) -> None:
     assert "\n" not in str(refused.value)
 
 
-# one line per case: the submit answer, and what is taken from it
+# one line per case: the submit answer and the expected submission
 ANSWERS: list[tuple[dict[str, object], Submission]] = [
     ({"id": 7}, Submission("7")),
     ({"id": "7"}, Submission("7")),
@@ -110,7 +110,7 @@ ANSWERS: list[tuple[dict[str, object], Submission]] = [
     ({"status": "processing", "id": 7, "eta": True}, Submission("7")),
     ({"status": "processing", "id": 7, "eta": {}}, Submission("7")),
     ({"status": "processing", "id": 7, "output": "", "future_links": [A]}, Submission("7", promised=(A,))),
-    ({"status": "processing", "id": 7, "output": [A]}, Submission("7")),  # not ready: it says so itself
+    ({"status": "processing", "id": 7, "output": [A]}, Submission("7")),  # the status says that it is not ready
     ({"id": 7, "output": [A]}, Submission("7")),
     ({"status": "surprise", "id": 7}, Submission("7")),
     ({"status": "success", "id": 7, "output": [A, B]}, Submission("7", outputs=(Link(A), Link(B)))),
@@ -151,13 +151,13 @@ ANSWERS: list[tuple[dict[str, object], Submission]] = [
 ]
 
 
-@pytest.mark.parametrize(("answer", "taken"), ANSWERS)
-def test_a_submit_answer_is_read(answer: dict[str, object], taken: Submission) -> None:
+@pytest.mark.parametrize(("answer", "expected"), ANSWERS)
+def test_a_submit_answer_is_read(answer: dict[str, object], expected: Submission) -> None:
     text = json.dumps(answer)
 
-    assert submission(answer) == taken
-    assert submission(text) == taken
-    assert submission(f"\ufeff\r\n {text}\n") == taken
+    assert submission(answer) == expected
+    assert submission(text) == expected
+    assert submission(f"\ufeff\r\n {text}\n") == expected
 
 
 @pytest.mark.parametrize(
@@ -197,12 +197,12 @@ def test_a_success_without_an_id_gets_an_id_from_its_outputs() -> None:
     """Tracking it twice must give the same job, so the id is made from the outputs in their order."""
     first = submission({"status": "success", "output": [A, B]})
     again = submission({"status": "success", "id": None, "output": [A, B], "meta": {}})
-    other = submission({"status": "success", "output": [B, A]})
+    reordered = submission({"status": "success", "output": [B, A]})
 
     assert SYNTHETIC_ID.fullmatch(first.remote_id)
     assert first == again
     assert not can_be_asked("https://h/api/v3/fetch", first.remote_id)
-    assert other.remote_id != first.remote_id
+    assert reordered.remote_id != first.remote_id
 
 
 @pytest.mark.parametrize("value", [0, -0.0, -1, "", "x", None, True, [], float("inf"), "1e999", 10**400, "nan"])
@@ -220,13 +220,15 @@ def test_an_eta_that_is_not_a_positive_number_is_ignored(value: object) -> None:
 )
 def test_any_value_is_a_submission_with_a_valid_id_or_refused(remote: object) -> None:
     try:
-        known = submission(remote)
+        submitted = submission(remote)
     except NotTrackable:
         return
 
-    assert REMOTE_ID.fullmatch(known.remote_id) or (SYNTHETIC_ID.fullmatch(known.remote_id) and known.outputs)
-    assert known.eta is None or 0 < known.eta < float("inf")
-    assert can_be_asked("https://h/api/v3/fetch", known.remote_id) == bool(REMOTE_ID.fullmatch(known.remote_id))
+    assert REMOTE_ID.fullmatch(submitted.remote_id) or (
+        SYNTHETIC_ID.fullmatch(submitted.remote_id) and submitted.outputs
+    )
+    assert submitted.eta is None or 0 < submitted.eta < float("inf")
+    assert can_be_asked("https://h/api/v3/fetch", submitted.remote_id) == bool(REMOTE_ID.fullmatch(submitted.remote_id))
 
 
 @pytest.mark.parametrize("url", ["https://evil.example/api/v6/video/fetch/7", "https://h/status/7", "soon"])
