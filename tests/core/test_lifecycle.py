@@ -338,7 +338,7 @@ def test_a_dead_link_after_the_deadline_is_gone() -> None:
     assert result.code == "gone"
 
 
-# ── outputs: sequences ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── outputs: sequences ────────────────────────────────────────────────────────────────────────────────────────────────
 
 Server = Callable[[int, float, bool], Attempt]
 """What address `n` (0 is the link) answers at a second, before or after the link was renewed."""

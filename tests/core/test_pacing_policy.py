@@ -241,7 +241,7 @@ def test_a_later_eta_counts_from_its_arrival() -> None:
     assert late == pytest.approx(100.0 + early)
 
 
-# ── storing and merging ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── storing and merging ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_model_survives_a_snapshot() -> None:

@@ -156,7 +156,7 @@ def test_the_delay_is_estimated_from_the_interval() -> None:
     assert model.delay_at(8.0, 8.0) == 0.0
 
 
-# ── storing and merging ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── storing and merging ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @given(ANSWERS)

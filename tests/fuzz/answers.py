@@ -1,4 +1,4 @@
-"""Answers of the API as nobody would write them: real ones with a field exchanged, any JSON, any bytes."""
+"""Unusual answers of the API: real ones with changed fields, random JSON, random bytes."""
 
 import base64
 import json
@@ -26,7 +26,7 @@ STATUSES = ("success", "processing", "queued", "failed", "error", "ok", "complet
 
 
 def _sandbox() -> list[dict[str, Any]]:
-    """What the stand-in really says to a submission, and to questions early, late and about nobody."""
+    """Return answers of the stand-in to a submission, and to early, late and unknown fetches."""
     model = Behaviour(SandboxOptions(seed=1))
     key = {"key": "sandbox-key"}
     submit = key | {"prompt": "a lake", "width": "512", "height": "512", "samples": "2"}
@@ -160,7 +160,7 @@ LIKELY = [
 
 @st.composite
 def mutated(draw: st.DrawFn) -> str:
-    """A real answer, with fields exchanged, taken out or added."""
+    """Draw a real answer with changed, removed or added fields."""
     answer = dict(draw(st.sampled_from(REAL)))
     for _ in range(draw(st.integers(0, 3))):
         name, values = draw(st.sampled_from(LIKELY))
@@ -176,7 +176,7 @@ def mutated(draw: st.DrawFn) -> str:
 
 @st.composite
 def nested(draw: st.DrawFn) -> str:
-    """A known field, nested deeper than anybody reads."""
+    """Draw a known field in deeply nested data."""
     depth = draw(st.sampled_from([7, 8, 9, 50, 900, 5_000, 100_000]))
     opening, closing = draw(st.sampled_from([("[", "]"), ('{"a":', "}"), ('[1,{"output":', "}]")]))
     core = draw(st.sampled_from([f'"{LINK}"', "null", "", "1e999", "9" * 5_000]))
@@ -186,7 +186,7 @@ def nested(draw: st.DrawFn) -> str:
 
 @st.composite
 def with_key(draw: st.DrawFn) -> str:
-    """A real answer with the key written into one of its texts, or into its middle."""
+    """Draw a real answer with the key in one of its texts or at a random position."""
     text, form = written(draw(st.sampled_from(REAL))), draw(st.sampled_from(key_forms()))
     places = [at + 1 for at, char in enumerate(text) if char == '"']
     at = draw(st.sampled_from(places) | st.integers(0, len(text)))

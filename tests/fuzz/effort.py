@@ -1,6 +1,6 @@
-"""How much is tried: a few hundred examples with every run of the tests, ten thousand with `-m long`.
+"""The number of examples: a few hundred in every test run, ten thousand with `-m long`.
 
-The few are the same ones each time, so that a run says the same twice; the ten thousand are new ones each time.
+The few hundred are the same in every run, so that results are reproducible. The ten thousand are new in each run.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ EFFORTS = pytest.mark.parametrize(
 
 
 def effort(examples: int, *, of: int = 1, steps: int = 50) -> settings:
-    """The settings for so many examples, or for one in `of` of them; `steps` is for state machines."""
+    """Return the settings for `examples` / `of` examples. `steps` is for state machines."""
     return settings(
         max_examples=max(examples // of, 1),
         stateful_step_count=steps,
@@ -30,11 +30,11 @@ def effort(examples: int, *, of: int = 1, steps: int = 50) -> settings:
         database=None,
         deadline=None,
         print_blob=True,
-        suppress_health_check=list(HealthCheck),  # slow inputs are what is looked for
+        suppress_health_check=list(HealthCheck),  # the tests look for slow inputs
         phases=(Phase.explicit, Phase.generate, Phase.shrink),
     )
 
 
-def tried(examples: int, *, of: int = 1) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator for a property."""
+def with_effort(examples: int, *, of: int = 1) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return the decorator for a property."""
     return effort(examples, of=of)

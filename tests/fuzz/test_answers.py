@@ -1,4 +1,4 @@
-"""Any answer at all, through the real parser, the real decisions and the real statements: it harms no job."""
+"""Random answers with the real parser, the real decisions and the real SQL statements: no answer breaks a job."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine, String, Table, Text, delete, select
 
 from tests.fuzz.answers import BODIES, CODES, HEADERS, ID, KEY, key_forms
-from tests.fuzz.effort import EFFORTS, tried
+from tests.fuzz.effort import EFFORTS, with_effort
 from tests.rows import add_job, add_output, job_values
 from worker.core.circuit_breaker import BreakerInput, CircuitBreaker, RateMeasurement, after_replies
 from worker.core.identity import FetchAddress
@@ -37,36 +37,36 @@ pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWar
 
 SCRUBBER = Scrubber([KEY])
 PACE = Pace("learned", 0.5, 3.0)
-_PARTS = re.compile(r"[\s,]+")  # between several addresses in one text
-MOST_TEXT_BYTES = 65_535  # what MariaDB's TEXT holds
+_PARTS = re.compile(r"[\s,]+")  # between several URLs in one text
+MOST_TEXT_BYTES = 65_535  # the limit of TEXT in MariaDB
 
 
 def reply_to(code: int, headers: Mapping[str, str], body: bytes, *, training: bool = False) -> Reply:
-    """What the product makes of an answer, scrubbed as it is before it is read."""
+    """Return the reply for an answer, which is scrubbed before it is read."""
     return parse(code, headers, SCRUBBER.body(body), Question(ID, time.time(), training))
 
 
 def read(body: bytes) -> dict[str, Any]:
-    """The answer as somebody else would read it; empty where it is no object."""
+    """Parse the answer independently of the product. The result is empty if it is not an object."""
     with suppress(ValueError, RecursionError):
-        found = json.loads(body.decode("utf-8-sig"))
-        return found if isinstance(found, dict) else {}
+        parsed = json.loads(body.decode("utf-8-sig"))
+        return parsed if isinstance(parsed, dict) else {}
     return {}
 
 
 def texts(value: object) -> Iterator[str]:
-    """Every text in a JSON value."""
+    """Yield every text in a JSON value."""
     waiting = [value]
     while waiting:
-        one = waiting.pop()
-        if isinstance(one, str):
-            yield one
-        elif isinstance(one, (list, dict)):
-            waiting += one.values() if isinstance(one, dict) else one
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, (list, dict)):
+            waiting += item.values() if isinstance(item, dict) else item
 
 
 def of_another_job(answer: Mapping[str, Any], field: str = "id") -> bool:
-    """Whether an answer names an id that is not this job's."""
+    """Return whether an answer has the id of another job."""
     named = answer.get(field)
     if isinstance(named, bool) or not isinstance(named, (str, int, float)):
         return False
@@ -76,8 +76,8 @@ def of_another_job(answer: Mapping[str, Any], field: str = "id") -> bool:
 
 
 @EFFORTS
-def test_no_answer_makes_the_parser_fail_or_a_job_ready_without_an_output_of_that_very_answer(examples: int) -> None:
-    @tried(examples)
+def test_no_answer_breaks_the_parser_or_adds_outputs_that_it_does_not_list(examples: int) -> None:
+    @with_effort(examples)
     @given(code=CODES, headers=HEADERS, body=BODIES, training=st.booleans())
     @example(200, {}, b'{"status": "success", "id": 12202889, "output": ["https://h.example/a.png"]}', False)
     @example(200, {}, b'{"status": "success", "id": "x", "output": "", "links": ["https://h.example/a.png"]}', False)
@@ -97,11 +97,11 @@ def test_no_answer_makes_the_parser_fail_or_a_job_ready_without_an_output_of_tha
             assert answer["status"].strip().lower() == "success"
             assert not of_another_job(answer)
             listed = [text for name in (*OUTPUT_FIELDS, "meta") for text in texts(answer.get(name))]
-            known = {stored_address(part) for text in listed for part in (text.strip(), *_PARTS.split(text))}
+            listed_urls = {stored_address(part) for text in listed for part in (text.strip(), *_PARTS.split(text))}
             assert reply.outputs
             for link in reply.outputs:
-                assert link.body is not None or any(text.startswith(link.url.removesuffix("…")) for text in known)
-                assert known.issuperset(link.proxies)
+                assert link.body is not None or any(text.startswith(link.url.removesuffix("…")) for text in listed_urls)
+                assert listed_urls.issuperset(link.proxies)
         elif isinstance(reply, AnotherJob):
             assert of_another_job(answer) or (training and of_another_job(answer, "training_id"))
 
@@ -109,37 +109,39 @@ def test_no_answer_makes_the_parser_fail_or_a_job_ready_without_an_output_of_tha
 
 
 @EFFORTS
-def test_no_form_of_the_key_in_an_answer_gets_into_a_reply(examples: int) -> None:
+def test_no_form_of_the_key_gets_into_a_reply(examples: int) -> None:
     forms = key_forms()
 
-    @tried(examples)
+    @with_effort(examples)
     @given(code=CODES, headers=HEADERS, body=BODIES, training=st.booleans())
     def check(code: int, headers: dict[str, str], body: bytes, training: bool) -> None:
-        said = json.dumps(astuple(reply_to(code, headers, body, training=training)), default=repr, ensure_ascii=False)
+        reply_text = json.dumps(
+            astuple(reply_to(code, headers, body, training=training)), default=repr, ensure_ascii=False
+        )
 
-        assert not [form for form in forms if form in said or form in said.replace("\\\\", "\\")]
+        assert not [form for form in forms if form in reply_text or form in reply_text.replace("\\\\", "\\")]
 
     check()
 
 
 @EFFORTS
-def test_whatever_a_gate_hears_it_can_be_written_and_opens_again(examples: int) -> None:
+def test_any_answers_leave_a_breaker_that_can_be_stored_and_closed_again(examples: int) -> None:
     moment = datetime(2026, 3, 1, 12, tzinfo=UTC)
     trouble = st.sampled_from([(401, b"{}"), (503, b""), (429, b"{}"), (200, b'{"status": "processing"}'), (200, b"<")])
     answers = st.tuples(
         trouble | st.tuples(CODES, BODIES), HEADERS, st.booleans(), st.sampled_from([0.0, 1.0, 61.0, 950.0])
     )
 
-    @tried(examples, of=4)
+    @with_effort(examples, of=4)
     @example("account", [((401, b"{}"), {}, True, 61.0)] * 8)
     @example("host", [((503, b""), {}, True, 61.0)] * 12)
-    @given(scope=st.sampled_from(["account", "host"]), heard=st.lists(answers, min_size=3, max_size=9))
-    def check(scope: Any, heard: list[tuple[tuple[int, bytes], dict[str, str], bool, float]]) -> None:
+    @given(scope=st.sampled_from(["account", "host"]), received=st.lists(answers, min_size=3, max_size=9))
+    def check(scope: Any, received: list[tuple[tuple[int, bytes], dict[str, str], bool, float]]) -> None:
         breaker, now = CircuitBreaker(scope, "one"), moment
-        for (code, body), headers, probe, wait in heard:
+        for (code, body), headers, probe, wait in received:
             now += timedelta(seconds=wait)
-            one = BreakerInput(reply_to(code, headers, body), now - timedelta(seconds=1), probe)
-            breaker = after_replies(breaker, [one], RateMeasurement(10.0, 3.0), now=now)
+            breaker_input = BreakerInput(reply_to(code, headers, body), now - timedelta(seconds=1), probe)
+            breaker = after_replies(breaker, [breaker_input], RateMeasurement(10.0, 3.0), now=now)
 
             assert (breaker.reason is None) == (breaker.since is None)
             assert breaker.ceiling is None or 0 < breaker.ceiling <= 10.0
@@ -155,9 +157,7 @@ _COUNTS = st.integers(0, 5)
 
 
 @EFFORTS
-def test_whatever_is_answered_the_rows_hold_what_their_columns_and_constraints_allow(
-    engine: Engine, examples: int
-) -> None:
+def test_any_answer_gives_rows_within_columns_and_constraints(engine: Engine, examples: int) -> None:
     recorder = Recorder(
         engine=engine,
         pace=PACE,
@@ -169,7 +169,7 @@ def test_whatever_is_answered_the_rows_hold_what_their_columns_and_constraints_a
     )
     dialect = engine.dialect.name
 
-    @tried(examples, of=1 if dialect == "sqlite" else 10)
+    @with_effort(examples, of=1 if dialect == "sqlite" else 10)
     @given(
         code=CODES,
         headers=HEADERS,
@@ -203,7 +203,7 @@ def test_whatever_is_answered_the_rows_hold_what_their_columns_and_constraints_a
         with engine.connect() as connection:
             row = connection.execute(select(jobs)).one()
             listed = connection.execute(select(outputs).order_by(outputs.c.position)).all()
-            held = connection.execute(select(breakers)).all()
+            breaker_rows = connection.execute(select(breakers)).all()
             carried = set(connection.execute(select(bodies.c.output_id)).scalars())
         assert row.error_code != "unwritable"
         assert row.claim_token is None
@@ -212,10 +212,14 @@ def test_whatever_is_answered_the_rows_hold_what_their_columns_and_constraints_a
         if row.status == "pending":
             assert row.due_at > row.asked_at
         elif not downloading and row.status == "downloading":
-            assert [one.position for one in listed] == list(range(len(listed)))
-            assert all(one.url.startswith("data:") for one in listed if one.id in carried)
-        for table, one in [(jobs, row), *((outputs, one) for one in listed), *((breakers, one) for one in held)]:
-            _check_texts(table, one)
+            assert [output.position for output in listed] == list(range(len(listed)))
+            assert all(output.url.startswith("data:") for output in listed if output.id in carried)
+        for table, output in [
+            (jobs, row),
+            *((outputs, output) for output in listed),
+            *((breakers, output) for output in breaker_rows),
+        ]:
+            _check_texts(table, output)
 
     check()
 
@@ -225,14 +229,14 @@ BASE = "https://api.test/api/v3/fetch"
 
 def _ready(reply: Reply) -> set[str]:
     if isinstance(reply, (Processing, Empty)) and reply.promised:
-        return {"downloading"}  # at the end of its time a job is looked for where it was promised
+        return {"downloading"}  # at its deadline the promised links of the job are tried
     if not isinstance(reply, Ready):
         return set()
     return {"downloading"} if reply.outputs else {"completed"}
 
 
 def _claimed(engine: Engine, downloading: bool, age: float, counts: tuple[int, int, int, int]) -> ClaimedJob:
-    """A job that was just claimed, with so many strikes, tracked so many seconds ago; all others are gone."""
+    """Return a job that was just claimed, with these strikes, tracked `age` seconds ago. All other jobs are deleted."""
     now = datetime.now(UTC)
     since = now - timedelta(seconds=age)
     strikes = Strikes(*counts, last=since)
@@ -257,7 +261,7 @@ def _claimed(engine: Engine, downloading: bool, age: float, counts: tuple[int, i
 
 
 def _check_texts(table: Table, row: Any) -> None:
-    """Texts fit their columns on every database, whether or not this one would have said so."""
+    """Check that texts fit their columns on every database, not only on this one."""
     for column in table.c:
         value = row._mapping[column.name]
         if isinstance(value, str):
@@ -270,10 +274,10 @@ def _check_texts(table: Table, row: Any) -> None:
 
 
 @pytest.mark.parametrize("form", key_forms())
-def test_the_key_is_found_in_every_form_that_is_planted(form: str) -> None:
-    """In a message, and in a link."""
-    said = reply_to(200, {}, f'{{"status": "failed", "message": "a {form} b"}}'.encode())
+def test_the_key_is_removed_in_every_form(form: str) -> None:
+    """It is removed from messages and links."""
+    reply = reply_to(200, {}, f'{{"status": "failed", "message": "a {form} b"}}'.encode())
     ready = reply_to(200, {}, f'{{"status": "success", "output": ["https://h/?key={form}&b"]}}'.encode())
 
-    assert "[key]" in repr(said)
+    assert "[key]" in repr(reply)
     assert "[key]" in repr(ready)

@@ -1,4 +1,4 @@
-"""Whatever an output is called and whatever it holds: its name is made by us, and a file is whole or not there."""
+"""Random links and contents: file names are made by the worker, and a file is complete or does not exist."""
 
 import base64
 import re
@@ -13,7 +13,7 @@ from sqlalchemy import delete, insert
 
 from tests.core.test_media_signatures import HTML, KINDS, STARTS, UNITS, WHOLE
 from tests.download_stand import Stand
-from tests.fuzz.effort import EFFORTS, tried
+from tests.fuzz.effort import EFFORTS, with_effort
 from tests.fuzz.urls import urls
 from tests.rows import read_output
 from tests.s3_servers import S3Server
@@ -28,8 +28,8 @@ from worker.storage.s3 import S3Storage
 from worker.store.engine import database_now
 from worker.store.schema import bodies, jobs, outputs
 
-SOME_SECONDS = 0.5  # of the processor; each takes milliseconds
-SOME_BYTES = 24 * HEAD_BYTES  # of memory, for parts of a kilobyte to four times the largest head
+SOME_SECONDS = 0.5  # of CPU time; each call takes milliseconds
+SOME_BYTES = 24 * HEAD_BYTES  # of memory, for inputs of one kilobyte to four times the largest head
 EXTENSIONS = {
     "png", "jpg", "gif", "mp3", "flac", "ogg", "glb", "zip", "webm", "mkv", "webp", "wav", "avi", "avif", "heic", "mp4",
     "mov", "m4a", "obj", "ply", "stl",
@@ -40,7 +40,7 @@ PICTURES = [*STARTS, drawn("a lake at dawn", "1", 0, 64)]
 
 @st.composite
 def mutated(draw: st.DrawFn) -> bytes:
-    """A real file, or two in one, with bytes exchanged, put in or cut off."""
+    """Draw a real file, or two in one, with changed, inserted or removed bytes."""
     body = draw(st.sampled_from(PICTURES))
     if draw(st.integers(0, 3)) == 0:
         body += draw(st.sampled_from([*PICTURES, HTML, b"<script>alert(1)</script>", b"#!/bin/sh\n", b"PK\x05\x06"]))
@@ -66,7 +66,7 @@ LINKS = st.one_of(
 
 
 @EFFORTS
-def test_whatever_a_link_says_and_bytes_hold_a_file_is_whole_below_its_place_and_of_a_name_made_by_us(
+def test_any_link_and_bytes_give_a_complete_file_with_a_safe_name(
     stand: Stand, examples: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand.out = tmp_path / "my 100% Bilder ü#?;"
@@ -74,7 +74,7 @@ def test_whatever_a_link_says_and_bytes_hold_a_file_is_whole_below_its_place_and
     monkeypatch.setenv("DATABASE_URL", str(stand.engine.url))
     tracking._settings.cache_clear()
 
-    @tried(examples, of=4)
+    @with_effort(examples, of=4)
     @given(link=LINKS, body=FILES)
     def check(link: str, body: bytes) -> None:
         url = f"data:{link.encode('utf-8', 'replace').decode().replace(chr(0), ' ')[:MAX_URL]}"
@@ -100,14 +100,14 @@ def test_whatever_a_link_says_and_bytes_hold_a_file_is_whole_below_its_place_and
         match = NAME.fullmatch(file.relative_to(stand.out).as_posix())
         assert match is not None
         assert match[1] in EXTENSIONS
-        kept = file.read_bytes()
-        media = sniff(kept[:HEAD_BYTES])
+        content = file.read_bytes()
+        media = sniff(content[:HEAD_BYTES])
         assert media == Media(row.media_type, match[1])
-        assert kept == body or kept == base64.b64decode(body.strip(b'"').rpartition(b",")[2] + b"==")
-        assert not kept.lstrip().lower().startswith((b"<", b"#!"))
-        assert (row.size_bytes, file.stat().st_mode & 0o111) == (len(kept), 0)
+        assert content == body or content == base64.b64decode(body.strip(b'"').rpartition(b",")[2] + b"==")
+        assert not content.lstrip().lower().startswith((b"<", b"#!"))
+        assert (row.size_bytes, file.stat().st_mode & 0o111) == (len(content), 0)
         with tracking.open_output(output_id) as opened:
-            assert opened.read() == kept
+            assert opened.read() == content
         file.unlink()
 
     check()
@@ -119,12 +119,10 @@ _PARTS = st.text(
 
 
 @EFFORTS
-def test_whatever_the_place_is_called_a_location_leads_back_to_the_bytes_and_is_found_again(
-    examples: int, tmp_path: Path
-) -> None:
+def test_locations_in_any_directory_lead_back_to_the_bytes(examples: int, tmp_path: Path) -> None:
     tries = iter(range(10**9))
 
-    @tried(examples, of=4)
+    @with_effort(examples, of=4)
     @given(place=_PARTS, job_id=st.integers(1, 2**63 - 1), position=st.integers(0, 1_000), body=st.binary(max_size=50))
     @example("%2e%2e", 1, 0, b"x")
     @example("%", 999, 0, b"")
@@ -149,7 +147,7 @@ def test_whatever_the_place_is_called_a_location_leads_back_to_the_bytes_and_is_
 
 @pytest.mark.server
 @EFFORTS
-def test_whatever_the_prefix_a_location_in_s3_leads_back_to_the_bytes_and_is_found_again(
+def test_locations_in_s3_with_any_prefix_lead_back_to_the_bytes(
     examples: int, tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in s3.environment.items():
@@ -161,7 +159,7 @@ def test_whatever_the_prefix_a_location_in_s3_leads_back_to_the_bytes_and_is_fou
         lambda name: name.strip(". ") == name
     )
 
-    @tried(examples, of=60)
+    @with_effort(examples, of=60)
     @given(place=odd, job_id=st.integers(1, 2**63 - 1), body=st.binary(min_size=1, max_size=50))
     @example("100%25", 1, b"x")
     @example("a+b %2F", 1, b"x")
@@ -184,8 +182,8 @@ def test_whatever_the_prefix_a_location_in_s3_leads_back_to_the_bytes_and_is_fou
 
 
 @EFFORTS
-def test_no_bytes_make_the_parsers_fail_or_linger_and_what_they_say_is_of_the_kinds_there_are(examples: int) -> None:
-    @tried(examples)
+def test_no_bytes_break_or_delay_the_media_parsers(examples: int) -> None:
+    @with_effort(examples)
     @given(body=mutated() | st.binary(max_size=200), kind=st.sampled_from(KINDS), size=st.integers(0, 2**40))
     def check(body: bytes, kind: Media, size: int) -> None:
         began = time.thread_time()
@@ -193,10 +191,10 @@ def test_no_bytes_make_the_parsers_fail_or_linger_and_what_they_say_is_of_the_ki
 
         media = sniff(head)
         base64_start(head)
-        for one in (media, kind):
-            if one is not None:
-                assert isinstance(is_complete(one, head, tail, max(size, len(body))), bool)
-                area = pixel_count(one, head)
+        for media_type in (media, kind):
+            if media_type is not None:
+                assert isinstance(is_complete(media_type, head, tail, max(size, len(body))), bool)
+                area = pixel_count(media_type, head)
                 assert area is None or area >= 0
         if media is not None:
             assert media.extension in EXTENSIONS
@@ -209,11 +207,11 @@ def test_no_bytes_make_the_parsers_fail_or_linger_and_what_they_say_is_of_the_ki
 
 
 @EFFORTS
-def test_a_part_again_and_again_costs_neither_time_nor_memory(examples: int) -> None:
+def test_repeated_bytes_need_little_time_and_memory(examples: int) -> None:
     starts = st.sampled_from([b"", *PICTURES, *UNITS])
     parts = st.one_of(st.sampled_from(UNITS), mutated(), st.binary(min_size=1, max_size=12)).filter(bool)
 
-    @tried(examples, of=10)
+    @with_effort(examples, of=10)
     @given(start=starts, part=parts, end=st.binary(max_size=8), kind=st.sampled_from(KINDS))
     def check(start: bytes, part: bytes, end: bytes, kind: Media) -> None:
         head = (start + part * (HEAD_BYTES // len(part) + 1))[: HEAD_BYTES - len(end)] + end
@@ -221,18 +219,18 @@ def test_a_part_again_and_again_costs_neither_time_nor_memory(examples: int) -> 
 
         media = sniff(head)
         base64_start(head)
-        for one in {kind, media} - {None}:
-            assert one is not None
-            is_complete(one, head, head, len(head))
-            pixel_count(one, head)
+        for media_type in {kind, media} - {None}:
+            assert media_type is not None
+            is_complete(media_type, head, head, len(head))
+            pixel_count(media_type, head)
 
         assert time.thread_time() - began < 2 * SOME_SECONDS
 
     check()
 
 
-def test_what_is_parsed_takes_little_memory() -> None:
-    """Of every kind, as much of it as is looked at."""
+def test_parsing_needs_little_memory() -> None:
+    """For every format, up to the number of bytes that is read."""
     for body in [*WHOLE.values(), *PICTURES]:
         head = (body * (HEAD_BYTES // len(body) + 1))[:HEAD_BYTES]
         tracemalloc.start()

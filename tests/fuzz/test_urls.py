@@ -1,4 +1,4 @@
-"""Addresses written to be misread: the key goes nowhere but to a fetch path, and no download to an inner address."""
+"""URLs made to be misread: the key is sent only to fetch paths, and no download reaches an internal address."""
 
 import ipaddress
 import re
@@ -15,7 +15,7 @@ from urllib3.exceptions import HTTPError
 from urllib3.util import parse_url
 
 from tests.download_stand import Stand
-from tests.fuzz.effort import EFFORTS, tried
+from tests.fuzz.effort import EFFORTS, with_effort
 from tests.fuzz.urls import fetch_urls, urls
 from tests.networks import Net
 from tests.web import page, sends, web_server
@@ -44,7 +44,7 @@ FETCH_PATH = re.compile(r"/api/v[0-9]+/([A-Za-z0-9_-]+/)*fetch(/12202888)?|/api/
 
 
 def check_rules(url: str, hosts: frozenset[str]) -> None:
-    """Every rule of the contract for a fetch address, as another reader of addresses sees it."""
+    """Check every rule of the contract for a fetch URL with another URL parser."""
     parts = urlsplit(url)
     assert parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
     assert parts.username is None
@@ -61,18 +61,18 @@ def check_rules(url: str, hosts: frozenset[str]) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """127.0.0.0/8, ::1 or localhost."""
+    """Return whether a host is in 127.0.0.0/8, ::1 or localhost."""
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
 
 
 @EFFORTS
-def test_a_fetch_address_that_is_accepted_keeps_every_rule_and_every_reader_sees_the_same_in_it(examples: int) -> None:
+def test_accepted_fetch_urls_keep_every_rule_for_every_url_parser(examples: int) -> None:
     api = AllowedApi("https://good.test/api/v3", HOSTS)
     accepted = list[str]()
 
-    @tried(examples)
+    @with_effort(examples)
     @given(url=fetch_urls(SITES))
     def check(url: str) -> None:
         try:
@@ -89,17 +89,15 @@ def test_a_fetch_address_that_is_accepted_keeps_every_rule_and_every_reader_sees
         assert parse_url(address.url).url == address.url
         assert prepared.path_url == urlsplit(url).path == urlsplit(address.url).path
         assert urlsplit(address.url).hostname == urlsplit(url).hostname
-        assert fetch_address(address.url, ID, api) == address  # as it is read again before each call
+        assert fetch_address(address.url, ID, api) == address  # it is checked again before each call
 
     check()
 
-    assert len(set(accepted)) >= 10  # else nothing was looked at
+    assert len(set(accepted)) >= 10  # otherwise the test checks nothing
 
 
 @EFFORTS
-def test_the_key_is_sent_to_the_very_path_that_was_accepted_and_over_no_other_line(
-    examples: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_key_is_sent_only_to_the_accepted_url(examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with web_server() as web:
         net = Net(loopback=True).install(monkeypatch)
         net.answers = lambda host: ["127.0.0.1"] if host == "localhost" else None
@@ -107,23 +105,23 @@ def test_the_key_is_sent_to_the_very_path_that_was_accepted_and_over_no_other_li
         allowed = AllowedApi(f"{web.url}/api/v3", hosts)
         api = ApiClient(allowed, Scrubber(["key"]), timeout=5.0, connections=2)
 
-        @tried(examples, of=5)
+        @with_effort(examples, of=5)
         @given(url=fetch_urls((web.url, f"http://localhost:{web.port}")))
         def check(url: str) -> None:
             web.requests.clear()
             net.connected.clear()
-            made = FetchAddress(url, url.removesuffix(f"/{ID}"), "whatever")  # as an old row may have it
-            if api.permits(made, ID) is not None or urlsplit(url).scheme != "http":
+            stored_address = FetchAddress(url, url.removesuffix(f"/{ID}"), "whatever")  # an old row may contain it
+            if api.permits(stored_address, ID) is not None or urlsplit(url).scheme != "http":
                 return
             web.serves(urlsplit(url).path, page(200, b'{"status": "processing"}'))
 
-            assert api.ask(made, ID, SecretStr("key")).reply == Processing()
+            assert api.ask(stored_address, ID, SecretStr("key")).reply == Processing()
 
             assert set(net.connected) == {("127.0.0.1", web.port)}
-            [asked] = web.requests
-            assert asked.path == urlsplit(url).path
-            assert asked.headers["host"] == urlsplit(url).netloc
-            assert FETCH_PATH.fullmatch(asked.path)
+            [request] = web.requests
+            assert request.path == urlsplit(url).path
+            assert request.headers["host"] == urlsplit(url).netloc
+            assert FETCH_PATH.fullmatch(request.path)
 
         check()
         api.session.close()
@@ -152,12 +150,12 @@ KNOWN: dict[str, list[str]] = {
 
 
 def names() -> Callable[[str], Sequence[str] | None]:
-    """A name server: one name changes its answer from one question to the next, unknown ones lead inside."""
+    """Return a name resolver. One name changes its address with each call, unknown names have internal addresses."""
     turns: Iterator[int] = iter(range(10**9))
 
     def answer(host: str) -> Sequence[str] | None:
         if re.fullmatch(r"[0-9a-fA-Fx.:%]+", host):
-            return None  # as the system reads literals
+            return None  # literals are resolved by the system
         if host == "rebound.test":
             return [[*PUBLIC, *INNER][next(turns) % (len(PUBLIC) + len(INNER))]]
         return KNOWN.get(host.lower().rstrip("."), INNER[:1])
@@ -166,7 +164,7 @@ def names() -> Callable[[str], Sequence[str] | None]:
 
 
 def is_open(host: str) -> bool:
-    """Whether an address is one that anybody on the internet may have."""
+    """Return whether an address is public."""
     address = ipaddress.ip_address(host.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
         assigned = address in ipaddress.ip_network("2000::/3")
@@ -175,7 +173,7 @@ def is_open(host: str) -> bool:
 
 
 @EFFORTS
-def test_whatever_an_output_is_called_no_socket_goes_to_an_inner_address_or_another_port(
+def test_no_output_url_opens_a_socket_to_an_internal_address_or_another_port(
     examples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = Net().install(monkeypatch)
@@ -185,7 +183,7 @@ def test_whatever_an_output_is_called_no_socket_goes_to_an_inner_address_or_anot
     session = lean_session(adapter)
     reached = set[str]()
 
-    @tried(examples)
+    @with_effort(examples)
     @given(url=urls())
     def check(url: str) -> None:
         net.connected.clear()
@@ -203,22 +201,22 @@ def test_whatever_an_output_is_called_no_socket_goes_to_an_inner_address_or_anot
 
     check()
 
-    assert len(reached) >= 3  # else nothing was looked at
+    assert len(reached) >= 3  # otherwise the test checks nothing
 
 
 @EFFORTS
-def test_wherever_a_redirect_leads_no_socket_goes_beyond_what_is_allowed(
+def test_no_redirect_opens_a_socket_to_a_forbidden_address(
     stand: Stand, examples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = "127.7.7.7"
     stand.allowed = (ipaddress.ip_network(f"{own}/32"),)
     with web_server(own) as web:
         net = Net(loopback=True).install(monkeypatch)
-        net.answers, net.only = names(), (own, web.port)  # what else listens on this machine is left alone
+        net.answers, net.only = names(), (own, web.port)  # other servers on this machine are not contacted
         downloader = stand.downloader()
         turns = iter(range(10**9))
 
-        @tried(examples, of=5)
+        @with_effort(examples, of=5)
         @given(location=urls(), status=st.sampled_from([301, 302, 303, 307, 308]))
         @example("http://good.test/a.png", 302)
         @example("https://good.test:8443/a.png", 301)

@@ -1,4 +1,4 @@
-"""Any bytes at all on a real line: every call ends in time with a reply, and no line is used again after nonsense."""
+"""Random bytes on a real connection: every call ends in time, and no connection is reused after invalid bytes."""
 # ruff: noqa: E501  # rows of pieces
 
 import gzip
@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from tests.fuzz.answers import KEY
-from tests.fuzz.effort import EFFORTS, tried
+from tests.fuzz.effort import EFFORTS, with_effort
 from worker.core.reply import ApiDown, Processing, Ready, Reply, Unread
 from worker.polling.api_client import ApiClient
 from worker.system.redaction import Scrubber
 from worker.vendor.fetch_url import AllowedApi, fetch_address
 
 SECONDS = 5.0
-ROOM = 1.5  # for the watchdog, and for a machine that has other things to do
+ROOM = 1.5  # for the watchdog and a busy machine
 ODD_ID, GOOD_ID = "1", "2"
 READY = b'{"status": "success", "output": ["https://h.example/a.png"]}'
 GOOD_BODY = b'{"status": "processing", "eta": 7}'
@@ -31,21 +31,21 @@ GOOD = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(GOOD_BODY), GOO
 
 @dataclass
 class Line:
-    """A server that keeps connections: it answers one id as told, byte for byte, and every other one as it should."""
+    """A server with persistent connections. It answers one id with the given bytes, and all others correctly."""
 
     port: int = 0
     parts: tuple[bytes, ...] = ()
     then: str = "close"
-    requests: list[tuple[int, str]] = field(default_factory=list)  # which connection, which id
+    requests: list[tuple[int, str]] = field(default_factory=list)  # connection number, id
     connections: int = 0
 
     @property
     def allowed(self) -> AllowedApi:
-        """The API at it."""
+        """Return the API at this server."""
         return AllowedApi(f"http://127.0.0.1:{self.port}/api/v3", frozenset({f"127.0.0.1:{self.port}"}))
 
     def serve(self, client: socket.socket, number: int) -> None:
-        """One connection, until it is over."""
+        """Serve one connection until it ends."""
         with client, suppress(OSError), client.makefile("rb") as file:
             client.settimeout(30)
             while first := file.readline():
@@ -54,9 +54,9 @@ class Line:
                     if header.lower().startswith(b"content-length:"):
                         length = int(header.split(b":")[1])
                 file.read(length)
-                asked = first.split()[1].rpartition(b"/")[2].decode()
-                self.requests.append((number, asked))
-                if asked != ODD_ID:
+                remote_id = first.split()[1].rpartition(b"/")[2].decode()
+                self.requests.append((number, remote_id))
+                if remote_id != ODD_ID:
                     client.sendall(GOOD)
                     continue
                 for part in self.parts:
@@ -75,7 +75,7 @@ class Line:
 
 @contextmanager
 def serving() -> Iterator[Line]:
-    """A server on a free port of this machine."""
+    """Run a server on a free port of this machine."""
     line = Line()
 
     def accept() -> None:
@@ -97,21 +97,21 @@ def serving() -> Iterator[Line]:
 
 @pytest.fixture
 def line() -> Iterator[Line]:
-    """The API's server."""
-    with serving() as made:
-        yield made
+    """Run the server of the API."""
+    with serving() as server:
+        yield server
 
 
 @dataclass
 class Caller:
-    """One process's way to the API, the same one for all examples: what one leaves behind is there for the next."""
+    """The API client of one process. All examples share it, so that one example can affect the next."""
 
     line: Line
     api: ApiClient
     seconds: float
 
     def ask(self, remote_id: str) -> Reply:
-        """Ask once. The call must end within its deadline; a busy machine may hold up one call, so that is asked again."""
+        """Make one call. It must end within its deadline. A busy machine may delay one call, so that is repeated."""
         reply, seconds = self._timed(remote_id)
         if seconds >= self.seconds + ROOM:
             reply, seconds = self._timed(remote_id)
@@ -124,9 +124,9 @@ class Caller:
         return reply, time.monotonic() - started
 
     def check_lines(self, reply: Reply) -> None:
-        """After any answer the next one is its own; after no answer it comes over another line."""
+        """Check the next call: it gets its own answer, and after a failed call it uses another connection."""
         broken = isinstance(reply, ApiDown) and reply.message.startswith("no answer")
-        used = {number for number, asked in self.line.requests if asked == ODD_ID}
+        used = {number for number, remote_id in self.line.requests if remote_id == ODD_ID}
         assert self.ask(GOOD_ID) == Processing(7.0)
         assert self.line.requests[-1][1] == GOOD_ID
         if broken:
@@ -136,7 +136,7 @@ class Caller:
 
 @contextmanager
 def calling(line: Line, seconds: float = SECONDS) -> Iterator[Caller]:
-    """A caller whose lines are closed afterwards."""
+    """Open a caller, and close its connections afterwards."""
     api = ApiClient(line.allowed, Scrubber([KEY]), timeout=seconds, connections=4)
     yield Caller(line, api, seconds)
     api.session.close()
@@ -204,7 +204,7 @@ ENDS = st.sampled_from(["close", "close", "close", "reset"])
 
 @st.composite
 def answers(draw: st.DrawFn) -> bytes:
-    """A status line, headers and a body that need not fit each other, cut off anywhere."""
+    """Draw a status line, headers and a body that need not match, truncated anywhere."""
     whole = (
         draw(STATUS_LINES) + draw(HEADER_LINES) + draw(st.sampled_from([b"\r\n", b"\r\n", b"\n", b""])) + draw(BODIES)
     )
@@ -212,7 +212,7 @@ def answers(draw: st.DrawFn) -> bytes:
 
 
 def well_formed(body: bytes, *, chunk: int, packed: bool) -> bytes:
-    """An answer that says how long it is; in chunks, where `chunk` is more than nothing."""
+    """Return an answer with its length, or in chunks if `chunk` is not 0."""
     sent = gzip.compress(body, mtime=0) if packed else body
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n" + (b"Content-Encoding: gzip\r\n" if packed else b"")
     if chunk:
@@ -224,14 +224,12 @@ def well_formed(body: bytes, *, chunk: int, packed: bool) -> bytes:
 
 
 @EFFORTS
-def test_whatever_bytes_come_the_call_ends_with_a_reply_and_the_next_answer_is_its_own(
-    line: Line, examples: int
-) -> None:
-    @tried(examples)
-    @given(answer=answers(), then=ENDS, kept=st.booleans())
-    def check(answer: bytes, then: str, kept: bool) -> None:
+def test_any_bytes_give_a_reply_and_do_not_affect_the_next_answer(line: Line, examples: int) -> None:
+    @with_effort(examples)
+    @given(answer=answers(), then=ENDS, keep_alive=st.booleans())
+    def check(answer: bytes, then: str, keep_alive: bool) -> None:
         line.parts, line.then = (answer,), then
-        if kept:
+        if keep_alive:
             assert caller.ask(GOOD_ID) == Processing(7.0)
             line.requests.clear()
 
@@ -247,8 +245,8 @@ def test_whatever_bytes_come_the_call_ends_with_a_reply_and_the_next_answer_is_i
 
 
 @EFFORTS
-def test_an_answer_that_is_cut_off_anywhere_is_no_answer_and_a_whole_one_is_one(line: Line, examples: int) -> None:
-    @tried(examples)
+def test_a_truncated_answer_is_refused_and_a_complete_one_is_read(line: Line, examples: int) -> None:
+    @with_effort(examples)
     @given(chunk=st.integers(0, 70), packed=st.booleans(), share=st.floats(0, 1), then=ENDS, split=st.integers(0, 200))
     def check(chunk: int, packed: bool, share: float, then: str, split: int) -> None:
         whole = well_formed(READY, chunk=chunk, packed=packed)
@@ -257,7 +255,7 @@ def test_an_answer_that_is_cut_off_anywhere_is_no_answer_and_a_whole_one_is_one(
 
         reply = caller.ask(ODD_ID)
 
-        needed = len(whole) - (2 if chunk else 0)  # the blank line after the last chunk says nothing
+        needed = len(whole) - (2 if chunk else 0)  # the blank line after the last chunk is not needed
         if at >= needed:
             assert isinstance(reply, Ready) or (at < len(whole) and isinstance(reply, ApiDown))
         else:
@@ -269,8 +267,8 @@ def test_an_answer_that_is_cut_off_anywhere_is_no_answer_and_a_whole_one_is_one(
 
 
 @EFFORTS
-def test_a_server_that_falls_silent_or_drips_is_given_up_in_time(line: Line, examples: int) -> None:
-    @tried(examples, of=50)
+def test_a_silent_or_slow_server_is_given_up_in_time(line: Line, examples: int) -> None:
+    @with_effort(examples, of=50)
     @given(at=st.integers(0, 60), then=st.sampled_from(["wait", "drip"]))
     def check(at: int, then: str) -> None:
         whole = b"HTTP/1.1 200 OK\r\nA: b\r\nContent-Length: 999999\r\n\r\n"
@@ -286,8 +284,8 @@ def test_a_server_that_falls_silent_or_drips_is_given_up_in_time(line: Line, exa
 
 
 @EFFORTS
-def test_what_comes_after_a_whole_answer_is_never_taken_for_the_next_one(line: Line, examples: int) -> None:
-    @tried(examples, of=10)
+def test_bytes_after_an_answer_are_never_read_as_the_next_answer(line: Line, examples: int) -> None:
+    @with_effort(examples, of=10)
     @given(chunk=st.integers(0, 70), more=st.one_of(BODIES, answers()), times=st.integers(1, 2_000))
     def check(chunk: int, more: bytes, times: int) -> None:
         whole = well_formed(READY, chunk=chunk, packed=False)

@@ -1,4 +1,4 @@
-"""Addresses put together from pieces that some reader of addresses takes otherwise than another one."""
+"""URLs made of pieces that URL parsers read differently."""
 # ruff: noqa: E501, RUF001  # rows of pieces, and letters that are mistaken for others
 
 from hypothesis import strategies as st
@@ -87,7 +87,7 @@ PIECES = st.sets(st.sampled_from(["scheme", "user", "host", "port", "path", "tai
 
 @st.composite
 def urls(draw: st.DrawFn) -> str:
-    """Any address, with up to three odd pieces."""
+    """Draw a URL with up to three unusual pieces."""
     odd = draw(PIECES)
     hosts = st.sampled_from(NAMES) | st.sampled_from(ADDRESSES) | st.text(max_size=6) | st.ip_addresses().map(str)
     scheme = draw(st.sampled_from(SCHEMES)) if "scheme" in odd else "https://"
@@ -102,16 +102,16 @@ def urls(draw: st.DrawFn) -> str:
 
 @st.composite
 def fetch_urls(draw: st.DrawFn, sites: tuple[str, ...]) -> str:
-    """Addresses that are right to be asked at, or nearly."""
+    """Draw fetch URLs that are valid or almost valid."""
     odd = draw(PIECES)
     site = draw(st.sampled_from(sites))
     if "host" in odd:
         elsewhere = st.sampled_from([*NAMES, *ADDRESSES]).map("https://{}".format)
         site = draw(st.sampled_from(STRANGERS) | elsewhere | urls())
     elif "user" in odd or "scheme" in odd:
-        scheme, _, rest = site.partition("://")
+        scheme, _, authority = site.partition("://")
         scheme = draw(st.sampled_from(SCHEMES)) if "scheme" in odd else f"{scheme}://"
-        site = scheme + (draw(st.sampled_from(USERS)) if "user" in odd else "") + rest
+        site = scheme + (draw(st.sampled_from(USERS)) if "user" in odd else "") + authority
     if "port" in odd:
         site += draw(st.sampled_from(PORTS))
     start, end = draw(st.sampled_from(FETCH_STARTS)), draw(st.sampled_from(FETCH_ENDS))
@@ -125,7 +125,7 @@ def fetch_urls(draw: st.DrawFn, sites: tuple[str, ...]) -> str:
 
 @st.composite
 def struck(draw: st.DrawFn, url: str) -> str:
-    """The address, with one character put in."""
+    """Draw the URL with one inserted character."""
     at = draw(st.integers(0, len(url)))
     put_in: str = draw(st.sampled_from([*"@:/\\?#%[]. \t\r\n\x00", "\u3002", "\uff0f", "\ufeff", "é"]))
     return url[:at] + put_in + url[at:]
