@@ -115,7 +115,7 @@ def test_given_an_unreadable_state_when_it_is_loaded_then_learning_starts_again_
 def test_given_more_kinds_than_fit_in_memory_when_they_are_used_then_nothing_learned_is_lost(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace_learner, "CLASSES_MOST", 4)
+    monkeypatch.setattr(pace_learner, "MAX_CLASSES", 4)
     learner = PaceLearner(engine)
     for number in range(9):
         observe_job(learner, 10.0, kind=f"kind-{number}")

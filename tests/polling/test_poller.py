@@ -22,7 +22,7 @@ from worker.core.circuit_breaker import after_refusal
 from worker.core.pacing.policy import Pace, PaceModel
 from worker.polling import pace_learner, poller, recorder
 from worker.polling.api_client import ApiClient
-from worker.polling.poller import IN_FLIGHT, Poller
+from worker.polling.poller import MAX_IN_FLIGHT, Poller
 from worker.sandbox import Answer, Sandbox, SandboxOptions
 from worker.store.breakers import locked_breaker, save_breaker
 from worker.store.claims import ClaimedJob, claim_jobs
@@ -452,7 +452,9 @@ def test_given_a_silent_host_with_many_due_jobs_then_those_of_another_host_are_p
         polls.track(range(400), host=host)
         run = threading.Thread(target=polls.run, args=(3.0,))
         run.start()
-        wait_until(lambda: polls.poller._pool.outstanding_at(host) >= IN_FLIGHT, "the silent host's places are taken")
+        wait_until(
+            lambda: polls.poller._pool.outstanding_at(host) >= MAX_IN_FLIGHT, "the silent host's places are taken"
+        )
         good = submitted(sandbox, 20, samples=1)
         polls.track(good)
         polls.poller.wake()
@@ -720,8 +722,8 @@ def test_given_an_internal_error_when_answers_are_written_then_no_job_fails_by_i
 def test_given_many_accounts_and_few_places_when_all_have_many_due_jobs_then_each_is_polled(
     engine: Engine, redis_url: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(poller, "IN_FLIGHT", 4)
-    monkeypatch.setattr(poller, "ROOM_LEAST", 1)
+    monkeypatch.setattr(poller, "MAX_IN_FLIGHT", 4)
+    monkeypatch.setattr(poller, "MIN_ROOM", 1)
     names = [f"account-{number:02}" for number in range(20)]
     polls = Polls(engine, redis_url, sandbox, **dict.fromkeys(names, KEY))
     with engine.begin() as connection:

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 AT_ONCE = 100  # due looks per run
 LEASE_MARGIN = timedelta(seconds=30)  # beyond the request's time-out; then another process may make the look
 BUSY_WAIT = timedelta(seconds=60)  # until the next try of a look that got no answer
-SHUT_WAIT = timedelta(minutes=10)  # until the next try if the account or host is held, or has no free requests
+HELD_WAIT = timedelta(minutes=10)  # until the next try if the account or host is held, or has no free requests
 REFUSED_WAIT = timedelta(hours=1)  # until the next try if the settings do not let the key be sent to the address
 LATE_SECONDS = 2.0  # a job that is overdue by more shows that the account's requests are short
 SOON_SECONDS = 0.05  # a request that may be sent within this time needs no wait
@@ -129,9 +129,11 @@ class LateLooks:
             free_accounts = {
                 account: self._is_free(connection, account, breakers, now) for account in {look.account for look in due}
             }
-            allowed = [look for look in due if free_accounts[look.account] and _host_is_open(breakers, look.host, now)]
+            allowed = [
+                look for look in due if free_accounts[look.account] and _host_may_be_polled(breakers, look.host, now)
+            ]
             deferred = {look.job_id for look in due}.difference(look.job_id for look in allowed)
-            defer_due_looks(connection, list(deferred), now=now, due_at=now + SHUT_WAIT)
+            defer_due_looks(connection, list(deferred), now=now, due_at=now + HELD_WAIT)
             return allowed
 
     def _is_free(
@@ -143,7 +145,7 @@ class LateLooks:
             return False
         late = now - timedelta(seconds=LATE_SECONDS)
         return not any(
-            group.due_at < late and _host_is_open(breakers, group.host, now)
+            group.due_at < late and _host_may_be_polled(breakers, group.host, now)
             for group in due_groups(connection, [account])
         )
 
@@ -267,7 +269,7 @@ class LookClaimLost(Exception):
     """The claim of a look may have passed to another process."""
 
 
-def _host_is_open(breakers: Mapping[tuple[Scope, str], CircuitBreaker], host: str, now: datetime) -> bool:
+def _host_may_be_polled(breakers: Mapping[tuple[Scope, str], CircuitBreaker], host: str, now: datetime) -> bool:
     breaker = breakers.get(("host", host))
     return breaker is None or breaker.allows(now) == "all"
 

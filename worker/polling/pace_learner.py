@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 SHARE_SECONDS = 1.0
 LOCK_PATIENCE = 0.5  # seconds to wait for a row that another transaction has locked; sharing is retried later
 FRESH_SECONDS = 30.0  # after which a process that only reads loads the models again
-CLASSES_MOST = 2_000  # held in memory
+MAX_CLASSES = 2_000  # held in memory
 
 
 class PaceLearner:
@@ -38,7 +38,7 @@ class PaceLearner:
         missing = set(classes) - self._models.keys()
         if not missing:
             return
-        if len(self._models) + len(missing) > CLASSES_MOST:
+        if len(self._models) + len(missing) > MAX_CLASSES:
             self.share()
             self._models.clear()
         needed = missing | {(account, "") for account, _ in missing}

@@ -35,20 +35,20 @@ from worker.store.unlisted_hosts import hold_unlisted
 
 log = logging.getLogger(__name__)
 
-IN_FLIGHT = 128
-CLAIM_MOST = 400
-AHEAD_SECONDS = (
-    0.3  # seconds' worth of jobs to claim ahead, for the time while a batch is written and the next is claimed
-)
-AHEAD_SHARE = 0.05  # but at most this share of a second's budget, since a stalled API could get them all at once
+MAX_IN_FLIGHT = 128
+MAX_CLAIM = 400
+# Jobs claimed ahead keep the threads busy while a batch is written and the next jobs are claimed: this many seconds'
+# worth, but at most a share of a second's budget, since a stalled API could get all of them at once.
+AHEAD_SECONDS = 0.3
+AHEAD_SHARE = 0.05
 IDLE_SECONDS = 1.0
 PROGRESS_SECONDS = 2.0  # least time between two progress reports of a run
 RUN_SECONDS = 10.0
-GATHER_SECONDS = 0.05  # answers that arrive within it are written
-GATHER_MOST = 0.15
+GATHER_SECONDS = 0.05  # answers that arrive within this time are written
+MAX_GATHER_SECONDS = 0.15
 BATCH = 150
 BUSY_RATE = 200.0
-ROOM_LEAST = 32  # fewer free places wait for the next answers, since each claim has a cost
+MIN_ROOM = 32  # with fewer free places, wait for more answers before claiming: each claim has a cost
 VIEW_SECONDS = 0.5  # longest time until a hold made by another process is noticed
 LOOK_SECONDS = 0.05  # least time between two looks that claimed nothing
 ALERT_SECONDS = 0.4  # look often after a wake-up: its sender sends no second one for a while
@@ -119,7 +119,7 @@ class Poller:
         queue_downloads: Callable[[Sequence[int]], None],
         notify: Callable[[Sequence[int]], None],
         late_looks: Sequence[float] = (),
-        threads: int = IN_FLIGHT,
+        threads: int = MAX_IN_FLIGHT,
         rng: random.Random | None = None,
     ) -> None:
         self._engine = engine
@@ -204,7 +204,7 @@ class Poller:
         report = PollReport()
         with self._running:
             self._view_stale = True  # the clock may have jumped
-            self._look()
+            self._claim_due_jobs()
             self._keep_leases()
             while self.busy:
                 answers = self._pool.answers(IDLE_SECONDS, gather=0.0)
@@ -233,7 +233,7 @@ class Poller:
         self.last_run, self._run_thread = time.monotonic(), threading.get_ident()
         try:
             report = self._run(time.monotonic() + seconds, finish, progress)
-            self._recorder.rest()
+            self._recorder.share_models()
             return report
         finally:
             self._preemptible = False
@@ -266,7 +266,7 @@ class Poller:
                 self._release_unstarted()
             elif over and not (finish and self.busy):
                 return report
-            elif not over and (now >= self._look_at or now < self._alert_until) and self._look():
+            elif not over and (now >= self._look_at or now < self._alert_until) and self._claim_due_jobs():
                 idle_until = time.monotonic() + IDLE_SECONDS
             self._keep_leases()
             busy = self.busy
@@ -291,7 +291,7 @@ class Poller:
     def _gather(self) -> float:
         """Return the seconds to wait for more answers after the first: the busier, the larger the batches may grow."""
         rate = self._answers_per_second
-        return GATHER_SECONDS if rate < BUSY_RATE else min(max(GATHER_SECONDS, BATCH / rate), GATHER_MOST)
+        return GATHER_SECONDS if rate < BUSY_RATE else min(max(GATHER_SECONDS, BATCH / rate), MAX_GATHER_SECONDS)
 
     def _keep_leases(self) -> None:
         """Have the leases renewed while jobs are claimed, also between two runs."""
@@ -305,7 +305,7 @@ class Poller:
 
     # ── claiming ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _look(self) -> bool:
+    def _claim_due_jobs(self) -> bool:
         """Claim and start due jobs, and set the time of the next look. Return whether any were started."""
         if self._all_full():
             self._look_at = time.monotonic() + LOOK_SECONDS
@@ -365,8 +365,8 @@ class Poller:
     def _room(self, host: str) -> int:
         """Return how many more jobs may be claimed for a host."""
         outstanding = self._pool.outstanding_at(host) + self._recorder.waiting  # answers of locked rows take no place
-        room = IN_FLIGHT + self._ahead() - outstanding
-        return 0 if outstanding and room < ROOM_LEAST else room
+        room = MAX_IN_FLIGHT + self._ahead() - outstanding
+        return 0 if outstanding and room < MIN_ROOM else room
 
     def _current_view(self) -> _View:
         view = self._view
@@ -380,7 +380,7 @@ class Poller:
 
     def _ahead(self) -> int:
         return min(
-            CLAIM_MOST,
+            MAX_CLAIM,
             int(self._answers_per_second * AHEAD_SECONDS),
             int(max(map(self._rps, self._keys), default=0.0) * AHEAD_SHARE),
         )
@@ -413,7 +413,7 @@ class Poller:
             return 0, False, LOOK_SECONDS if due else IDLE_SECONDS
         free = sum(room.values())
         accounts = self._rng.sample(sorted(due), min(len(due), free))  # not always the same account first
-        share = min(CLAIM_MOST, -(-free // len(accounts)))  # no account takes the places of another
+        share = min(MAX_CLAIM, -(-free // len(accounts)))  # no account takes the places of another
         now = view.time()
         reservations: dict[str, Reservation] = {}
         short_accounts = set[str]()

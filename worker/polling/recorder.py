@@ -38,7 +38,7 @@ from worker.store.results import Outcome, Recorded, jobs_locked_elsewhere, quara
 
 log = logging.getLogger(__name__)
 
-WRITE_MOST = 500
+MAX_BATCH = 500
 BATCH_PATIENCE, SINGLE_PATIENCE = 2.0, 0.1  # seconds to wait for a row that another transaction has locked
 LOCKED_SECONDS = 2.0
 MARK_SECONDS = 5.0
@@ -120,7 +120,7 @@ class Recorder:
             self._set_aside_locked(len(self._waiting))
         lost = 0
         while self._waiting:
-            batch = self._waiting[:WRITE_MOST]
+            batch = self._waiting[:MAX_BATCH]
             try:
                 written = self._write(self._batches, batch, breakers)
             except Exception as error:  # an answer may cause any error in a statement; it must not affect the others
@@ -141,7 +141,7 @@ class Recorder:
             log.warning("pace models are shared later reason=%s", _reason(error))
         return lost
 
-    def rest(self) -> None:
+    def share_models(self) -> None:
         """Share what was learned, before a pause. If the database is away, it is shared later."""
         try:
             self._learner.share()

@@ -21,7 +21,7 @@ from worker.store.claims import ClaimedJob
 
 log = logging.getLogger(__name__)
 
-FEWEST_THREADS = 8
+MIN_THREADS = 8
 ADAPT_SECONDS = 0.25  # between changes of the number of threads
 # Requests use 0.4 to 0.8 cores if answers come at once, and 0.15 at 128 in flight and 150 ms per answer.
 SPARE, BUSY = 0.2, 0.3  # processor cores used by requests
@@ -150,8 +150,8 @@ class RequestPool:
         Requests of `light` lanes only wait. They slow down no other lane, so they keep their threads.
         """
         for lane in self._lanes.values():
-            if lane not in light and busy > BUSY and lane.threads > FEWEST_THREADS:
-                lane.limit_threads(max(lane.threads // 2, FEWEST_THREADS))
+            if lane not in light and busy > BUSY and lane.threads > MIN_THREADS:
+                lane.limit_threads(max(lane.threads // 2, MIN_THREADS))
             elif (lane in light or busy < SPARE) and not lane.queue.empty():
                 lane.limit_threads(min(2 * lane.max_threads, self._max_threads))
 

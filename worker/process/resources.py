@@ -21,7 +21,7 @@ from worker.notify.on_done import notify
 from worker.notify.webhooks import MAX_DELIVERIES, Webhooks
 from worker.polling.api_client import ApiClient
 from worker.polling.late_looks import LateLooks
-from worker.polling.poller import IN_FLIGHT, Poller
+from worker.polling.poller import MAX_IN_FLIGHT, Poller
 from worker.process.dead_claims import log_released, release_dead_claims, sent_folder
 from worker.process.publishing import log_broker_errors, queue_downloads, send_on_done
 from worker.process.redelivery import DatabaseOutage, DeliveryCounter
@@ -78,7 +78,7 @@ class ProcessResources:
             settings.api,
             self.scrubber,
             timeout=settings.sd_api_timeout,
-            connections=IN_FLIGHT,
+            connections=MAX_IN_FLIGHT,
             ca_bundle=settings.ca_bundle,
             proxy=settings.proxy,
             user_agent=settings.user_agent,
