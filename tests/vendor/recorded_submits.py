@@ -1,7 +1,7 @@
-"""Answers to submit calls, as the vendor's pages and clients show them, with what becomes of each. One row per answer.
+"""Answers to submit calls from the vendor's documentation and from clients, with their results. One row per answer.
 
 `sure` as in `recorded_fetches`. `means` is `tracked ID at PATH (KIND)`, `ready:N ID at PATH (KIND)`, `refused` or
-`not_trackable`; PATH is below https://modelslab.com/api, a dash where no family is known. The API is set to v6.
+`not_trackable`. PATH is below https://modelslab.com/api, or a dash if the family is unknown. SD_API_URL is set to v6.
 """
 # ruff: noqa: E501  # a table has one line per case
 
@@ -121,7 +121,7 @@ GIVEN: tuple[Submit, ...] = (
     Submit("chat, id in its meta", "tracked 49afc793-803b-4b4a-bac9-d2f9318c2b8f at v6/llm/get_queued_response (chat)", wait(message="", eta=5, meta={"chat_id": "49afc793-803b-4b4a-bac9-d2f9318c2b8f"}), "docs.modelslab.com/llm of 2024"),
     Submit("finished chat", "not_trackable", {"id": "chat-abc123", "object": "chat.completion", "choices": []}, "docs-v2 llm-api", "C"),
     Submit("plan that has run out", "refused", bad("Your monthly limit exceeded, upgrade subscription now on stablediffusionapi.com"), "two bots", "B"),
-    Submit("success with a word alone", "tracked 7 at v6/fetch/7 (image)", ok(["success"], id=7), "neighbour", "C"),
+    Submit("success with only a word", "tracked 7 at v6/fetch/7 (image)", ok(["success"], id=7), "neighbour", "C"),
     Submit("ready, proxies alone", "ready:1 13204 at - (image)", ok([], id=13204, proxy_links=["https://files.example/generations/a.bin"]), "docs-v2 enterprise fashion"),
 )
 # fmt: on

@@ -45,8 +45,8 @@ SHAPES: list[tuple[str, object, object, tuple[Link, ...]]] = [
     ("proxies by place", [A, B], [P, Q], (Link(A, (P,)), Link(B, (Q,)))),
     ("proxy as text beside one output", [A], P, (Link(A, (P,)),)),
     ("proxy as text beside two outputs", [A, B], P, (Link(A), Link(B))),
-    ("too few proxies pair with nobody", [A, B, C], [P, Q], (Link(A), Link(B), Link(C))),
-    ("proxies with a hole pair with nobody", [A, B], ["", Q], (Link(A), Link(B))),
+    ("too few proxies are not used", [A, B, C], [P, Q], (Link(A), Link(B), Link(C))),
+    ("proxies with a gap are not used", [A, B], ["", Q], (Link(A), Link(B))),
     ("a proxy that is the link", [A], [A], (Link(A),)),
     ("proxies of another scheme", [A], ["javascript:x"], (Link(A),)),
     ("a proxy too long to be one keeps its place", [A, B], ["https://h/" + "x" * MAX_URL, Q], (Link(A), Link(B, (Q,)))),
@@ -59,7 +59,7 @@ SHAPES: list[tuple[str, object, object, tuple[Link, ...]]] = [
     ("bare base64", INLINE, None, (Link(f"data:;sha256={SUM}", (), PICTURE),)),
     ("bare base64 in lines", "\n".join(INLINE[i:i + 20] for i in range(0, len(INLINE), 20)), None, (Link(f"data:;sha256={SUM}", (), PICTURE),)),
     ("the same bytes twice", [INLINE, INLINE], None, (Link(f"data:;sha256={SUM}", (), PICTURE),)),
-    *((f"a word is no address: {word!r}", word, None, ()) for word in (
+    *((f"a word is not a URL: {word!r}", word, None, ()) for word in (
         "abcd", "OK", "Hello", "done", "Done.", "nsfw", "0", "0.5", "-", "...", "[]", "{}", " [ ] ", "{broken", "success", "12:30", "v1.5", "n/a")),
     *((f"words in a list are not URLs: {words}", words, None, ()) for words in (["success"], [["OK"], "-"], {"0": "OK"}, ["[]"])),
     *((f"a name of a file gets its row: {text!r}", text, None, (Link(text),)) for text in (

@@ -222,7 +222,7 @@ WAITS: list[tuple[str, dict[str, str], dict[str, object], float]] = [
     ("body as text", {}, {"retry_after": "8.5"}, 8.5),
     ("body before reset", {"X-RateLimit-Reset": str(NOW + 20)}, {"retry_after": 8}, 8.0),
     ("reset", {"X-RateLimit-Reset": str(NOW + 20)}, {}, 20.0),
-    ("reset that is over", {"X-RateLimit-Reset": str(NOW - 20)}, {}, 30.0),
+    ("reset in the past", {"X-RateLimit-Reset": str(NOW - 20)}, {}, 30.0),
     ("reset that is nonsense", {"X-RateLimit-Reset": "soon"}, {}, 30.0),
     ("reset before the message", {"X-RateLimit-Reset": str(NOW + 20)}, {"message": "wait 9 seconds"}, 20.0),
     ("date", {"Retry-After": formatdate(NOW + 45, usegmt=True)}, {}, 45.0),

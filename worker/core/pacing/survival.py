@@ -316,16 +316,16 @@ def _pieces(not_ready_age: float, age: float) -> list[tuple[int, float]]:
 
 
 def _stretch(odds: float, factor: float, hazard: float, longest: float) -> float:
-    """How long it takes the odds to grow by `odds`: the d of factor·(e^(hazard·d) - 1)/hazard - d = odds.
+    """Return the time d in which the odds grow by `odds`: factor·(e^(hazard·d) - 1)/hazard - d = odds.
 
-    Newton's method from above, where the curve is convex, so it only ever comes closer.
+    This is Newton's method from above. The curve is convex, so each step comes closer to the solution.
     """
     slope, bend = factor - 1.0, factor * hazard
     if odds <= 0:
         return 0.0
     if bend <= 1e-300:
         return min(odds / slope, longest) if slope > 1e-300 else longest
-    # e^z - 1 ≥ z + z²/2, so the root of the parabola lies above the one that is sought
+    # e^z - 1 ≥ z + z²/2, so the root of the parabola is above the solution
     length = 2 * odds / (slope + math.sqrt(slope * slope + 2 * bend * odds))
     if hazard * length > 30.0:
         length = math.log1p(hazard * (odds + length) / factor) / hazard  # one fixed-point step is much closer
