@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 RefusalReason = Literal["key", "credits", "plan", "request"]
 
-MAX_URL = 8_192  # characters; longer URLs are not stored
+MAX_URL = 8_192  # characters of a stored URL
 
 
 @dataclass(frozen=True, slots=True)

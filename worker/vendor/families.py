@@ -61,7 +61,7 @@ FAMILIES: tuple[ApiFamily, ...] = (
     # Version 7.
     ApiFamily("v7/images/**", "v7/images/fetch", "path", "picture"),
     ApiFamily("v7/video-fusion/**", "v7/video-fusion/fetch", "path", "video"),
-    # Enterprise: a server of its own per model. The text-to-image server alone takes the id in the body.
+    # Enterprise: each model has its own server. Only the text-to-image server expects the id in the body.
     ApiFamily("v1/enterprise/speech_to_text/**", "v1/enterprise/speech_to_text/fetch", "path", "text"),
     ApiFamily("v1/enterprise/*", "v1/enterprise/fetch", "request_id", "picture"),
     ApiFamily("v1/enterprise/{server}/**", "v1/enterprise/{server}/fetch", "path", "any"),

@@ -83,7 +83,7 @@ class _Job:
     deadline: float
     not_ready_age: float = 0.0
     polls: int = 0
-    since: float = 0.0  # `submitted + seen`
+    since: float = 0.0  # `submitted + not_ready_age`
     growth: float = 0.0
     offset: float = 0.0
 
