@@ -60,10 +60,8 @@ class LeaseKeeper:
         # left, a request could still be on its way when the next process claims the job and polls it.
         self._margin = self._lease_seconds / 3
         self._lease_ends: dict[str, float] = {}  # by token: when the claim's first lease ends
-        self._renewed: tuple[frozenset[Claim], float] = (
-            frozenset(),
-            0.0,
-        )  # the claims of the last renewal, and the end of their leases
+        # The claims of the last renewal, and the end of their leases.
+        self._renewed: tuple[frozenset[Claim], float] = (frozenset(), 0.0)
         self._holds = 0
         self._lock = threading.Lock()
         self._wake = threading.Event()

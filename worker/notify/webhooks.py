@@ -73,9 +73,7 @@ class Webhooks:
         )
         self._adapter = adapter
         self._user_agent = user_agent
-        self._threads = ThreadPoolExecutor(
-            MAX_DELIVERIES, thread_name_prefix="webhook"
-        )  # starts no thread before the first delivery
+        self._threads = ThreadPoolExecutor(MAX_DELIVERIES, thread_name_prefix="webhook")  # starts threads on demand
         self._in_progress: dict[Future[None], ClaimedEvent] = {}  # single dict operations need no lock
         self._receivers = Receivers()
         self._busy: Counter[str] = Counter()  # deliveries in progress, by receiver
@@ -97,15 +95,15 @@ class Webhooks:
     def _claim_and_start(self, free: int) -> int:
         release_lost = self._claims_lost.is_set()
         self._claims_lost.clear()  # before reading the deliveries in progress, so that a later failure sets it again
-        under_way = list(self._in_progress.values())
-        busy = Counter(self._receivers.cached(event.url) for event in under_way)
+        in_progress = list(self._in_progress.values())
+        busy = Counter(self._receivers.cached(event.url) for event in in_progress)
         token = self._leases.new_token()
         with self._engine.begin() as connection:
             now = database_now(connection)
             self._clock_offset = now.timestamp() - self._clock()
             if release_lost:  # their leases would be renewed as long as this process has any work
                 own_holder, retry_at = [self._leases.holder], now + self._leases.lease
-                release_events(connection, own_holder, due_at=retry_at, but=[event.id for event in under_way])
+                release_events(connection, own_holder, due_at=retry_at, but=[event.id for event in in_progress])
             create_events(connection, now=now, limit=BATCH)
             due = claim_events(
                 connection,
@@ -115,14 +113,16 @@ class Webhooks:
                 now=now,
                 limit=free,
                 without={
-                    url_prefix(event.url) for event in under_way if _full(busy[self._receivers.cached(event.url)], free)
+                    url_prefix(event.url)
+                    for event in in_progress
+                    if _full(busy[self._receivers.cached(event.url)], free)
                 },
             )
-        later = self._start(due, busy, free)
-        if later:
+        deferred = self._start(due, busy, free)
+        if deferred:
             with self._engine.begin() as connection:
-                defer_events(connection, later, now=now, due_at=now + timedelta(seconds=DEFER_SECONDS))
-        return len(due) - len(later)
+                defer_events(connection, deferred, now=now, due_at=now + timedelta(seconds=DEFER_SECONDS))
+        return len(due) - len(deferred)
 
     def wait(self, seconds: float) -> bool:
         """Wait up to `seconds` for the deliveries in progress. Return whether all of them have ended."""
@@ -239,8 +239,8 @@ class Webhooks:
         return status, None if 200 <= status < 300 else f"HTTP {status}", retry_after
 
 
-def _full(under_way: int, free: int) -> bool:
-    return under_way >= min(PER_RECEIVER, free)
+def _full(in_progress: int, free: int) -> bool:
+    return in_progress >= min(PER_RECEIVER, free)
 
 
 def _ended(status: int | None, *, late: bool) -> str | None:

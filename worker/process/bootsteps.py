@@ -39,10 +39,7 @@ PUBLISHER_SECONDS = 2.0
 EVENTS_SECONDS = 0.25
 WAKE_SECONDS = 0.05
 EVENTS_PER_BATCH = 500
-THREADED_POOLS = (
-    "celery.concurrency.thread",
-    "celery.concurrency.prefork",
-)  # pools that run tasks outside of the event loop
+THREADED_POOLS = ("celery.concurrency.thread", "celery.concurrency.prefork")  # run tasks outside of the event loop
 
 
 watchdog = Watchdog(settings.recovery_seconds)
