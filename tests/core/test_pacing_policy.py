@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from worker.core.pacing.policy import (
     AT_DEADLINE,
+    DEFAULT_FIRST_AGE,
     EXPONENTIAL_FIRST,
-    EXPONENTIAL_MOST,
-    FIRST_UNKNOWN,
+    MAX_EXPONENTIAL_WAIT,
+    MAX_SIMPLE_WAIT,
+    MAX_WAIT,
     NOTHING_KNOWN,
     POLICIES,
-    SIMPLE_MOST,
-    WAIT_MOST,
     Pace,
     PacedJob,
     PaceModel,
@@ -36,14 +36,14 @@ def waits(policy: Policy, *, age: float, eta: float | None = None, polls: int = 
 @pytest.mark.parametrize(
     ("eta", "first"),
     [
-        (None, FIRST_UNKNOWN),
+        (None, DEFAULT_FIRST_AGE),
         (0.25, 2.0),  # the minimum is 2 s
         (13.07, 13.07),
         (60.0, 60.0),
         (960.0, 60.0),  # the maximum is one minute
-        (math.inf, FIRST_UNKNOWN),
-        (math.nan, FIRST_UNKNOWN),
-        (-5.0, FIRST_UNKNOWN),
+        (math.inf, DEFAULT_FIRST_AGE),
+        (math.nan, DEFAULT_FIRST_AGE),
+        (-5.0, DEFAULT_FIRST_AGE),
     ],
 )
 @pytest.mark.parametrize("policy", ["fixed", "eta"])
@@ -65,7 +65,7 @@ def test_the_learned_policy_polls_first_at_its_odds_but_not_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("polls", "wait"), [(0, 3.0), (3, 3.375), (5, 7.59375), (100, EXPONENTIAL_MOST), (10**9, EXPONENTIAL_MOST)]
+    ("polls", "wait"), [(0, 3.0), (3, 3.375), (5, 7.59375), (100, MAX_EXPONENTIAL_WAIT), (10**9, MAX_EXPONENTIAL_WAIT)]
 )
 def test_the_exponential_policy_grows_by_a_half_each_time(polls: int, wait: float) -> None:
     assert waits("exponential", age=5.0, polls=polls) == pytest.approx(wait)
@@ -77,7 +77,7 @@ def test_the_exponential_policy_starts_after_one_second() -> None:
 
 @pytest.mark.parametrize(
     ("age", "eta", "wait"),
-    [(10.0, 40.0, 30.0), (40.0, 40.0, 10.0), (60.0, 8.0, 3.0), (60.0, None, 3.0), (0.0, 9_999.0, SIMPLE_MOST)],
+    [(10.0, 40.0, 30.0), (40.0, 40.0, 10.0), (60.0, 8.0, 3.0), (60.0, None, 3.0), (0.0, 9_999.0, MAX_SIMPLE_WAIT)],
 )
 def test_the_eta_policy_waits_for_the_eta_and_then_polls_by_quarters(
     age: float, eta: float | None, wait: float
@@ -119,8 +119,8 @@ def test_every_plan_has_values_within_bounds(
         plan = pace.next(job, model, spread=spread)
         first = pace.first(job, model, spread=spread)
 
-        assert min_wait <= plan.wait <= max(min_wait, WAIT_MOST) * 1.1
-        assert 0.0 <= first.wait <= max(66.0, WAIT_MOST * 1.1)
+        assert min_wait <= plan.wait <= max(min_wait, MAX_WAIT) * 1.1
+        assert 0.0 <= first.wait <= max(66.0, MAX_WAIT * 1.1)
         assert math.isfinite(urgency(10.0, plan.scale, plan.growth))
     assert json.loads(json.dumps(model.snapshot(), allow_nan=False))
 

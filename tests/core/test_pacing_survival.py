@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.core.pacing.survival import BUCKETS, EDGES, OLDEST, LogDurationStats, SurvivalModel, bucket
+from worker.core.pacing.survival import BUCKETS, EDGES, MAX_POLL_AGE, LogDurationStats, SurvivalModel, bucket
 
 AGES = st.floats(0, 1e6)
 PRICES = st.floats(1e-4, 1e4)
@@ -55,8 +55,8 @@ def test_the_odds_at_the_next_age_are_the_price(
 
     age = model.next_age(not_ready_age, price)
 
-    assert not_ready_age <= age <= max(OLDEST, not_ready_age)
-    if age < OLDEST and age - not_ready_age > 1e-6 * max(age, 1.0):
+    assert not_ready_age <= age <= max(MAX_POLL_AGE, not_ready_age)
+    if age < MAX_POLL_AGE and age - not_ready_age > 1e-6 * max(age, 1.0):
         assert model.odds(not_ready_age, age) == pytest.approx(price, rel=0.02)
 
 

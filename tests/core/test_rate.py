@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from worker.core.rate import (
     AHEAD_SECONDS,
-    LEAST_RATE,
+    MIN_RATE,
     RECOVERY_SECONDS,
     burst,
     current_rate,
@@ -56,7 +56,7 @@ def test_the_rate_is_positive_and_never_above_the_configured_rate(
 ) -> None:
     """For any history."""
     rate = current_rate(full, ceiling, age)
-    assert min(full, LEAST_RATE) <= rate <= full
+    assert min(full, MIN_RATE) <= rate <= full
 
 
 @given(ceiling=RATES, age=st.floats(0, 1e4), later=st.floats(0, 1e4))
@@ -80,7 +80,7 @@ def test_an_account_without_rate_limits_has_the_configured_rate() -> None:
 @given(rate=RATES, measured=st.floats(0, 1e5))
 def test_the_ceiling_is_the_measured_rate_within_bounds(rate: float, measured: float) -> None:
     """It is never above the refused rate and never less than a tenth of it."""
-    assert max(rate / 10, LEAST_RATE) - 1e-9 <= learned_ceiling(rate, measured) <= max(rate, LEAST_RATE)
+    assert max(rate / 10, MIN_RATE) - 1e-9 <= learned_ceiling(rate, measured) <= max(rate, MIN_RATE)
 
 
 @pytest.mark.parametrize("limit", [3.0, 20.0, 150.0])

@@ -5,7 +5,7 @@ from typing import Any
 from sqlalchemy import Engine, event, update
 
 from tests.rows import NOW, STORED, add_downloading, add_job, add_output, seconds
-from worker.core.flower_rows import MESSAGE_MOST, FlowerJob, Outputs
+from worker.core.flower_rows import MAX_MESSAGE_LENGTH, FlowerJob, Outputs
 from worker.store.engine import use_clock
 from worker.store.jobs import retry
 from worker.store.reports.flower_rows import read_flower_jobs
@@ -71,7 +71,7 @@ def test_given_a_retried_job_then_it_has_no_values_of_its_former_end(engine: Eng
         failed = {"status": "failed", "error_code": "api_failed", "error_message": "m" * 900}
         job = add_job(connection, **failed, **ENDED)
     before = read_rows(engine, {}, 10)
-    assert before[job].error_message == "m" * MESSAGE_MOST
+    assert before[job].error_message == "m" * MAX_MESSAGE_LENGTH
 
     with engine.begin() as connection:
         retry(connection, job, now=NOW)

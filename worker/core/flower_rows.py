@@ -20,7 +20,7 @@ STATES: Mapping[str, str] = {
 }
 TIME_FIELD: Mapping[str, str] = {"SUCCESS": "succeeded", "FAILURE": "failed", "REVOKED": "revoked"}
 SHOWN_AFTER_END = timedelta(seconds=60)  # an old job stays visible for this time after its end
-NOTE_MOST, REFERENCE_MOST, MESSAGE_MOST = 80, 80, 300  # characters
+MAX_NOTE_LENGTH, MAX_REFERENCE_LENGTH, MAX_MESSAGE_LENGTH = 80, 80, 300  # characters
 
 
 class Outputs(NamedTuple):
@@ -117,13 +117,13 @@ def task_fields(job: FlowerJob) -> dict[str, object]:
 
 def _kwargs(job: FlowerJob) -> dict[str, object]:
     short: dict[str, object] = {"id": job.id, "account": job.account, "kind": job.kind}
-    return short if job.reference is None else short | {"reference": job.reference[:REFERENCE_MOST]}
+    return short if job.reference is None else short | {"reference": job.reference[:MAX_REFERENCE_LENGTH]}
 
 
 def _trouble(job: FlowerJob) -> str | None:
     if job.status not in ("failed", "expired"):
         return None
-    return display_text(f"{job.error_code}: {job.error_message or ''}".rstrip(": ")[:MESSAGE_MOST])
+    return display_text(f"{job.error_code}: {job.error_message or ''}".rstrip(": ")[:MAX_MESSAGE_LENGTH])
 
 
 def _result(job: FlowerJob) -> str:
@@ -142,7 +142,7 @@ def _polls(job: FlowerJob) -> str:
         return ""
     last = parse_history(job.last_answer)[:1]
     times = "polled once" if job.polls == 1 else f"polled {job.polls:,} times"
-    return f"{times}: {last[0].note[:NOTE_MOST]}" if last else times
+    return f"{times}: {last[0].note[:MAX_NOTE_LENGTH]}" if last else times
 
 
 def _outputs(count: int) -> str:

@@ -46,14 +46,14 @@ AFTER_HOLD_GRACE = timedelta(seconds=60)
 BAD_BODY_ATTEMPTS = 3
 DEAD_LINK_PATIENCE = timedelta(seconds=60)
 DEAD_LINK_ATTEMPTS = 3
-TROUBLE_WAIT_LEAST = 5.0
-TROUBLE_WAIT_MOST = 300.0
-RETRY_AFTER_MOST = 3_600.0  # longer waits that a server asks for are shortened to this
+MIN_RETRY_WAIT = 5.0
+MAX_RETRY_WAIT = 300.0
+MAX_RETRY_AFTER = 3_600.0  # longer waits that a server asks for are shortened to this
 STORAGE_WAIT = 15.0
 PROMISE_CODES = frozenset({"not_found", "no_output", "expired"})  # promised links are tried before these final states
 PROMISE_PATIENCE = timedelta(minutes=10)
 PROMISE_ATTEMPTS = 5  # the minimum, because no download process may have run during the ten minutes
-PROMISE_WAIT_LEAST, PROMISE_WAIT_MOST = 5.0, 60.0
+MIN_PROMISE_WAIT, MAX_PROMISE_WAIT = 5.0, 60.0
 EARLY_CODES = frozenset({"not_media", "truncated", "gone"})  # results of attempts before the store had the file
 
 
@@ -359,7 +359,7 @@ def after_attempt(
         case TransferTrouble(code, message, retry_after):
             if late:
                 return GiveUp(code, message)
-            min_wait = min(retry_after or 0.0, RETRY_AFTER_MOST)
+            min_wait = min(retry_after or 0.0, MAX_RETRY_AFTER)
             return TryAgain(max(_trouble_wait(output.attempts), min_wait), code, message)
 
 
@@ -381,10 +381,10 @@ def _after_promised(
     age = now - output.ready_at
     if age >= deadline or (age >= PROMISE_PATIENCE and output.attempts >= PROMISE_ATTEMPTS):
         return GiveUp(code, f"{attempt.message}; a promised link, tried for {age.total_seconds():.0f} s")
-    wait = min(PROMISE_WAIT_LEAST * 2 ** min(output.attempts - 1, 10), PROMISE_WAIT_MOST)
+    wait = min(MIN_PROMISE_WAIT * 2 ** min(output.attempts - 1, 10), MAX_PROMISE_WAIT)
     min_wait = (attempt.retry_after or 0.0) if isinstance(attempt, TransferTrouble) else 0.0
     late = age >= PROMISE_PATIENCE
-    max_wait = timedelta(seconds=PROMISE_WAIT_MOST) if late else PROMISE_PATIENCE - age
+    max_wait = timedelta(seconds=MAX_PROMISE_WAIT) if late else PROMISE_PATIENCE - age
     wait = min(max(wait, min_wait), max_wait.total_seconds(), (deadline - age).total_seconds())
     return TryAgain(wait, code, attempt.message, counts=False)
 
@@ -448,4 +448,4 @@ def address_index(output: OutputFacts) -> int:
 
 
 def _trouble_wait(attempts: int) -> float:
-    return float(min(TROUBLE_WAIT_LEAST * 2 ** min(attempts - 1, 10), TROUBLE_WAIT_MOST))
+    return float(min(MIN_RETRY_WAIT * 2 ** min(attempts - 1, 10), MAX_RETRY_WAIT))

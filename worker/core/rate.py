@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 
 BURST_SECONDS = 0.1  # a burst after a pause may have the requests of this period
 AHEAD_SECONDS = 0.1  # slots are reserved at most this far ahead
-LEAST_RATE = 0.2
+MIN_RATE = 0.2
 RECOVERY_SECONDS = 60.0  # from half of the ceiling to the ceiling
-KEPT_BELOW = 0.95  # the flat part of the curve as a share of the ceiling, just below the rate that was refused
-DEEPEST_CUT = 0.1
+PLATEAU_SHARE = 0.95  # the flat part of the curve as a share of the ceiling, just below the rate that was refused
+MIN_CEILING_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +80,8 @@ def current_rate(configured: float, ceiling: float | None, age: float) -> float:
     if ceiling is None:
         return configured
     along = (max(age, 0.0) - RECOVERY_SECONDS) / RECOVERY_SECONDS
-    grown = ceiling * KEPT_BELOW * (1 + min(along**3, 1e6) / 2)
-    return max(min(configured, grown), min(configured, LEAST_RATE))
+    grown = ceiling * PLATEAU_SHARE * (1 + min(along**3, 1e6) / 2)
+    return max(min(configured, grown), min(configured, MIN_RATE))
 
 
 def learned_ceiling(rate: float, measured: float) -> float:
@@ -91,5 +91,5 @@ def learned_ceiling(rate: float, measured: float) -> float:
     (20.0, 100.0, 100.0)
     """
     if measured <= 0:
-        return max(rate, LEAST_RATE)
-    return max(min(rate, measured), rate * DEEPEST_CUT, LEAST_RATE)
+        return max(rate, MIN_RATE)
+    return max(min(rate, measured), rate * MIN_CEILING_SHARE, MIN_RATE)

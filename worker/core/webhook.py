@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 from worker.errors import NotTrackable
 
 SECRET_PREFIX = "whsec_"  # noqa: S105  # the prefix of every secret
-SECRET_LEAST, SECRET_MOST = 24, 64  # decoded bytes
-URL_MOST = 2_000
+MIN_SECRET_BYTES, MAX_SECRET_BYTES = 24, 64  # decoded bytes
+MAX_URL_LENGTH = 2_000
 FIRST_WAIT, LONGEST_WAIT = 5.0, 3_600.0  # seconds between attempts; the wait doubles each time
 _PLAIN = re.compile(r"[\x21-\x7e]+")
 
@@ -27,9 +27,9 @@ def secret_bytes(text: str) -> bytes:
     """Return the bytes of a `whsec_…` secret. Raises ValueError; the message never contains the secret."""
     with suppress(ValueError):
         secret = base64.b64decode(text.removeprefix(SECRET_PREFIX), validate=True)
-        if text.startswith(SECRET_PREFIX) and SECRET_LEAST <= len(secret) <= SECRET_MOST:
+        if text.startswith(SECRET_PREFIX) and MIN_SECRET_BYTES <= len(secret) <= MAX_SECRET_BYTES:
             return secret
-    raise ValueError(f"must be {SECRET_PREFIX} and the base64 of {SECRET_LEAST} to {SECRET_MOST} bytes")
+    raise ValueError(f"must be {SECRET_PREFIX} and the base64 of {MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} bytes")
 
 
 def event_id(job_id: int, completed_at: datetime) -> str:
@@ -79,8 +79,8 @@ def retry_delay(attempts: int, jitter: float, retry_after: float | None = None) 
 
 def checked_url(url: object) -> str:
     """Return the URL if webhooks may be sent to it. Only its text is checked. Raises NotTrackable with the problem."""
-    if not isinstance(url, str) or not _PLAIN.fullmatch(url) or len(url) > URL_MOST:
-        raise NotTrackable(f"webhook_url must be a URL of at most {URL_MOST} plain characters")
+    if not isinstance(url, str) or not _PLAIN.fullmatch(url) or len(url) > MAX_URL_LENGTH:
+        raise NotTrackable(f"webhook_url must be a URL of at most {MAX_URL_LENGTH} plain characters")
     try:
         parts = urlsplit(url)
         is_valid = parts.scheme in ("https", "http") and bool(parts.hostname) and parts.port != 0

@@ -18,7 +18,7 @@ from worker.core.humanize import format_bytes, format_duration
 from worker.core.identity import can_be_asked
 from worker.core.lifecycle import FINAL_STATES, PROMISE_PATIENCE
 from worker.core.pacing.policy import PacedJob, PaceModel
-from worker.core.pacing.survival import OLDEST
+from worker.core.pacing.survival import MAX_POLL_AGE
 from worker.core.redaction.masking import link_host, mask_personal_data
 from worker.operations.overview import HEALTHY_SECONDS, AccountState, account_states
 from worker.operations.snapshot import LATE_EVENT_SECONDS, OVER_SECONDS, attempt_host
@@ -407,7 +407,7 @@ def _curve(context: JobContext) -> Finding:
 
 
 def _within(seconds: float) -> str:
-    return f"in {format_duration(seconds)}" if seconds < OLDEST else "never"
+    return f"in {format_duration(seconds)}" if seconds < MAX_POLL_AGE else "never"
 
 
 def _deadline(context: JobContext) -> Finding:

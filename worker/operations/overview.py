@@ -11,7 +11,7 @@ from worker.core.answer_history import parse_history
 from worker.core.circuit_breaker import BY_OPERATOR, NOT_LISTED, CircuitBreaker, Scope
 from worker.core.lifecycle import JOB_STATES
 from worker.core.pacing.policy import PacedJob, PaceModel
-from worker.core.pacing.survival import OLDEST
+from worker.core.pacing.survival import MAX_POLL_AGE
 from worker.core.redaction.masking import mask_personal_data
 from worker.polling.pace_learner import read_models
 from worker.settings import Settings
@@ -215,7 +215,7 @@ def ready_estimate(connection: Connection, job: Row[Any]) -> ReadyEstimate | Non
 
 
 def _finite(seconds: float) -> float | None:
-    return round(max(seconds, 0.0), 1) if seconds < OLDEST else None
+    return round(max(seconds, 0.0), 1) if seconds < MAX_POLL_AGE else None
 
 
 def _describe(estimate: ReadyEstimate) -> str:

@@ -27,7 +27,7 @@ from sqlalchemy import (
 
 from worker.core.identity import FetchAddress, can_be_asked
 from worker.core.lifecycle import JobFacts, OutputFacts, Strikes
-from worker.core.pacing.policy import SOONEST, WINDOW
+from worker.core.pacing.policy import MIN_SECONDS, WINDOW
 from worker.store.schema import MYSQL_FAMILY, bodies, events, jobs, outputs, promises, waiting_account
 from worker.store.sql_functions import seconds_between
 
@@ -228,7 +228,7 @@ def _urgent_jobs_query() -> Select[Any]:
     now = bindparam("now", type_=jobs.c.due_at.type)
     since_not_ready = seconds_between(func.coalesce(jobs.c.not_ready_at, jobs.c.submitted_at), now)
     log_odds = jobs.c.pace_growth * func.ln(
-        case((since_not_ready > SOONEST, since_not_ready), else_=SOONEST) / jobs.c.pace_scale
+        case((since_not_ready > MIN_SECONDS, since_not_ready), else_=MIN_SECONDS) / jobs.c.pace_scale
     )
     urgency = func.coalesce(log_odds, UNPLANNED)
 

@@ -7,9 +7,9 @@ from typing import Any
 from worker.core.numbers import number, retry_after_seconds
 from worker.vendor.answer_fields import MAX_MESSAGE
 
-RETRY_DEFAULT = 30.0  # seconds, as in the vendor's own answers
-RETRY_LEAST = 1.0
-RETRY_MOST = 900.0
+DEFAULT_RETRY_SECONDS = 30.0  # seconds, as in the vendor's own answers
+MIN_RETRY_SECONDS = 1.0
+MAX_RETRY_SECONDS = 900.0
 _DAY = 86_400.0
 
 _TIME = r"(\d{1,6}(?:\.\d{1,3})?)\s*(seconds?|secs?|s|minutes?|mins?|m|hours?|hrs?|h)\b"
@@ -37,8 +37,8 @@ def retry_after(headers: Mapping[str, str], fields: Mapping[str, Any], message: 
         _wait_in_words(message, fields),
     ):
         if wait is not None:
-            return min(max(wait, RETRY_LEAST), RETRY_MOST)
-    return RETRY_DEFAULT
+            return min(max(wait, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
+    return DEFAULT_RETRY_SECONDS
 
 
 def _until(value: str | None, now: float) -> float | None:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.pacing.policy import PacedJob, PaceModel
-from worker.core.pacing.survival import OLDEST
+from worker.core.pacing.survival import MAX_POLL_AGE
 
 Phase = Literal["waiting", "downloading", "final"]
 
@@ -82,4 +82,4 @@ class _Unseen:
 def _within(job: PacedJob, age: float) -> float | None:
     """Return the seconds until `age`, or None if that is after the deadline, where no job was ever observed."""
     seconds = max(age - job.age, 0.0)
-    return seconds if seconds <= max(job.seconds_left, 0.0) and age < OLDEST else None
+    return seconds if seconds <= max(job.seconds_left, 0.0) and age < MAX_POLL_AGE else None

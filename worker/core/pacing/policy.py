@@ -24,18 +24,18 @@ FADING = 0.98  # decay per answer of the comparison between the two models
 RECORD_FADING = 0.99  # decay per answer of the record of predictions and results
 RECORD_JOBS = 50.0  # the number of jobs that the mean delays cover
 STEEPNESS = 64.0  # the growth of the odds is measured between 1 and 64 times the price
-GROWTH_LEAST, GROWTH_MOST = 0.25, 64.0
-SOONEST = 0.001
+MIN_GROWTH, MAX_GROWTH = 0.25, 64.0
+MIN_SECONDS = 0.001
 
-FIRST_LEAST = 2.0
-FIRST_MOST = 60.0
-FIRST_UNKNOWN = 2.5
-FIRST_LEARNED = 1.0  # earliest first poll of the learned policy, unless POLL_MIN is lower
-WAIT_MOST = 900.0
-SIMPLE_MOST = 300.0  # longest wait of the policies other than learned
-AGE_MOST = 1e8
+MIN_FIRST_AGE = 2.0
+MAX_FIRST_AGE = 60.0
+DEFAULT_FIRST_AGE = 2.5
+MIN_LEARNED_AGE = 1.0  # earliest first poll of the learned policy, unless POLL_MIN is lower
+MAX_WAIT = 900.0
+MAX_SIMPLE_WAIT = 300.0  # longest wait of the policies other than learned
+MAX_AGE = 1e8
 FIXED_WAIT = 5.0
-EXPONENT, EXPONENTIAL_FIRST, EXPONENTIAL_MOST = 1.5, 1.0, 20.0  # google-api-core's defaults for polling operations
+EXPONENT, EXPONENTIAL_FIRST, MAX_EXPONENTIAL_WAIT = 1.5, 1.0, 20.0  # google-api-core's defaults for polling operations
 SPREAD = 0.1
 WINDOW = 250  # when requests are scarce, a claim compares this number of due jobs from each of four windows
 AT_DEADLINE = 0.5  # seconds after the deadline at which the last poll is made
@@ -97,7 +97,7 @@ def urgency(unseen: float, scale: float | None, growth: float | None) -> float:
     """
     if scale is None or growth is None:
         return 0.0
-    return growth * math.log(max(unseen, SOONEST) / scale)
+    return growth * math.log(max(unseen, MIN_SECONDS) / scale)
 
 
 class PaceModel:
@@ -134,9 +134,9 @@ class PaceModel:
     def observe(self, job: PacedJob, ready: bool, planned: float | None = None) -> None:
         """Learn from an answer at `job.age`. `planned` is the age at which the poll was planned."""
         job = _sane(job)
-        if job.age - job.not_ready_age < SOONEST:
+        if job.age - job.not_ready_age < MIN_SECONDS:
             return
-        plan_is_valid = planned is not None and job.not_ready_age < planned < AGE_MOST
+        plan_is_valid = planned is not None and job.not_ready_age < planned < MAX_AGE
         planned_delay = self.by_age.delay_at(job.not_ready_age, planned or 0.0) if ready and plan_is_valid else None
         log_likelihood = self.by_age.observe(job.not_ready_age, job.age, ready)
         if job.eta is not None:
@@ -156,7 +156,7 @@ class PaceModel:
     def note(self, job: PacedJob) -> None:
         """Add a job that was found ready to mean and variance only. The model of a whole account needs nothing else."""
         job = _sane(job)
-        if job.age - job.not_ready_age >= SOONEST:
+        if job.age - job.not_ready_age >= MIN_SECONDS:
             self.by_age.note(job.not_ready_age, job.age)
             if job.eta is not None:
                 self.by_eta.note(*_in_etas(job, job.not_ready_age, job.age))
@@ -244,7 +244,7 @@ class Pace:
         job = _sane(job)
         if self.policy == "learned":
             plan = self._learned(job, model, spread)
-            min_age = min(self.min_wait, FIRST_LEARNED)
+            min_age = min(self.min_wait, MIN_LEARNED_AGE)
         else:
             plan = PollPlan(self._first_age(job.eta) * (1 + SPREAD * spread) - job.age)
             min_age = 0.0
@@ -258,22 +258,22 @@ class Pace:
         if self.policy == "learned":
             plan = self._learned(job, model, spread)
         else:
-            wait = max(self.min_wait, min(_WAITS[self.policy](job), SIMPLE_MOST))
+            wait = max(self.min_wait, min(_WAITS[self.policy](job), MAX_SIMPLE_WAIT))
             plan = PollPlan(wait * (1 + SPREAD * spread))
         return PollPlan(max(_until_deadline(plan.wait, job.seconds_left), self.min_wait), plan.scale, plan.growth)
 
     def _learned(self, job: PacedJob, model: PaceModel, spread: float) -> PollPlan:
         due, later = model.due(job, self.price)
-        scale = max(due - job.not_ready_age, SOONEST)
+        scale = max(due - job.not_ready_age, MIN_SECONDS)
         growth = math.log(STEEPNESS) / math.log(max(later - job.not_ready_age, scale * 1.01) / scale)
         # Jobs that were submitted together are not polled together.
-        wait = min((due - job.age) * (1 + SPREAD * (spread - 0.5)), WAIT_MOST)
-        return PollPlan(wait, scale, min(max(growth, GROWTH_LEAST), GROWTH_MOST))
+        wait = min((due - job.age) * (1 + SPREAD * (spread - 0.5)), MAX_WAIT)
+        return PollPlan(wait, scale, min(max(growth, MIN_GROWTH), MAX_GROWTH))
 
     def _first_age(self, eta: float | None) -> float:
         if self.policy == "exponential":
             return EXPONENTIAL_FIRST
-        return FIRST_UNKNOWN if eta is None else min(max(FIRST_LEAST, eta), FIRST_MOST)
+        return DEFAULT_FIRST_AGE if eta is None else min(max(MIN_FIRST_AGE, eta), MAX_FIRST_AGE)
 
 
 def _until_deadline(wait: float, seconds_left: float) -> float:
@@ -284,14 +284,14 @@ def _until_deadline(wait: float, seconds_left: float) -> float:
 def _sane(job: PacedJob) -> PacedJob:
     """Return the job with all values in range. A clock or the API may have given any number."""
     if (
-        0.0 <= job.not_ready_age <= job.age <= AGE_MOST
+        0.0 <= job.not_ready_age <= job.age <= MAX_AGE
         and 0.0 <= job.eta_age <= job.age
-        and (job.eta is None or 1e-3 <= job.eta <= AGE_MOST)
+        and (job.eta is None or 1e-3 <= job.eta <= MAX_AGE)
     ):
         return job
-    age = min(max(job.age, 0.0), AGE_MOST) if job.age == job.age else 0.0
+    age = min(max(job.age, 0.0), MAX_AGE) if job.age == job.age else 0.0
     not_ready_age = min(max(job.not_ready_age, 0.0), age) if job.not_ready_age == job.not_ready_age else 0.0
-    eta = job.eta if job.eta is not None and 1e-3 <= job.eta <= AGE_MOST else None
+    eta = job.eta if job.eta is not None and 1e-3 <= job.eta <= MAX_AGE else None
     eta_age = job.eta_age if 0.0 <= job.eta_age <= age else 0.0
     return job._replace(age=age, not_ready_age=not_ready_age, eta=eta, eta_age=eta_age)
 
@@ -301,7 +301,7 @@ def _fixed(job: PacedJob) -> float:
 
 
 def _exponential(job: PacedJob) -> float:
-    return min(EXPONENTIAL_FIRST * EXPONENT ** min(job.polls, 20), EXPONENTIAL_MOST)
+    return min(EXPONENTIAL_FIRST * EXPONENT ** min(job.polls, 20), MAX_EXPONENTIAL_WAIT)
 
 
 def _eta(job: PacedJob) -> float:

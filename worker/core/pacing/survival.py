@@ -23,20 +23,20 @@ FIRST_EDGE = 0.25
 EDGES = (0.0, *(FIRST_EDGE * 2 ** (step / PER_OCTAVE) for step in range(BUCKETS - 1)))
 ENDS = (*EDGES[1:], math.inf)
 WIDTHS = tuple(min(end, 2 * start + FIRST_EDGE) - start for start, end in zip(EDGES, ENDS, strict=True))
-OLDEST = 1e9  # no job is polled at a higher age
+MAX_POLL_AGE = 1e9  # no job is polled at a higher age
 
 PRIOR_JOBS = 3.0  # weight of the prior
 PRIOR_FLOOR = 0.1  # minimum weight per bucket, in jobs, so that an endless tail is learned quickly
 PRIOR_SPREAD = 0.5  # standard deviation of log duration before any job was seen; it weighs as much as two jobs
 TAIL = 0.03  # some jobs never end: this share of the prior has a heavy tail
-NEVER_MOST = 0.5  # the largest share of that tail that never ends, for a kind whose jobs took similar times
+MAX_NEVER_SHARE = 0.5  # the largest share of that tail that never ends, for a kind whose jobs took similar times
 NEVER_JOBS = 50.0  # the number of jobs after which that share is reached
 FORGET_JOBS = 150.0  # old evidence decays by 1/e while this number of jobs ends
 FORGET_PASSES = 60.0  # but no faster than this number of jobs passes the bucket: evidence of rare long jobs lasts
-SLOWEST_RATE = 0.03  # mean and variance follow new jobs at least at this rate
-LEAST_CHANCE = 1e-9
+MIN_UPDATE_RATE = 0.03  # mean and variance follow new jobs at least at this rate
+MIN_CHANCE = 1e-9
 TINY = 1e-6
-SINCE_MOST = 5_000
+MAX_RECORDED = 5_000
 
 
 def bucket(age: float) -> int:
@@ -59,7 +59,7 @@ class LogDurationStats:
     def after(self, value: float) -> "LogDurationStats":
         """Return the statistics with one more job."""
         count = self.count + 1
-        rate = max(1 / count, SLOWEST_RATE)
+        rate = max(1 / count, MIN_UPDATE_RATE)
         step = value - self.mean
         return LogDurationStats(count, self.mean + rate * step, (1 - rate) * (self.variance + rate * step * step))
 
@@ -132,7 +132,7 @@ class SurvivalModel:
             if power < 30.0:
                 grown = factor * math.expm1(power) / hazard - length if power > 1e-9 else (factor - 1.0) * length
                 while odds + grown >= price:
-                    ages.append(min(age + _stretch(price - odds, factor, hazard, length), OLDEST))
+                    ages.append(min(age + _stretch(price - odds, factor, hazard, length), MAX_POLL_AGE))
                     next_price = next(remaining_prices, None)
                     if next_price is None:
                         return ages
@@ -143,7 +143,9 @@ class SurvivalModel:
                 age = ENDS[at - 1]
             else:
                 higher_prices = (price, *remaining_prices)
-                ages += [min(age + _stretch(each - odds, factor, hazard, length), OLDEST) for each in higher_prices]
+                ages += [
+                    min(age + _stretch(each - odds, factor, hazard, length), MAX_POLL_AGE) for each in higher_prices
+                ]
                 return ages
 
     def odds(self, not_ready_age: float, age: float) -> float:
@@ -171,7 +173,7 @@ class SurvivalModel:
         ended = 1.0 - alive
         return (
             age - not_ready_age - (under_way - alive * (age - not_ready_age)) / ended
-            if ended > LEAST_CHANCE
+            if ended > MIN_CHANCE
             else (age - not_ready_age) / 2
         )
 
@@ -182,7 +184,7 @@ class SurvivalModel:
         while True:
             hazard, length = self.hazard(at), ENDS[at] - age
             if cumulative_hazard <= hazard * length:
-                return age + cumulative_hazard / hazard if hazard * OLDEST > cumulative_hazard else math.inf
+                return age + cumulative_hazard / hazard if hazard * MAX_POLL_AGE > cumulative_hazard else math.inf
             cumulative_hazard -= hazard * length
             at += 1
             age = EDGES[at]
@@ -207,7 +209,7 @@ class SurvivalModel:
             ended[at] *= keep
             time[at] *= keep
             faded[at] *= keep
-        chance = max(-math.expm1(-total), LEAST_CHANCE)
+        chance = max(-math.expm1(-total), MIN_CHANCE)
         if ready and pieces:
             self.delay = age - not_ready_age - self._spread(pieces, math.exp(-total), 1 / chance)
             self.note(not_ready_age, age)
@@ -223,7 +225,7 @@ class SurvivalModel:
         value = math.log(max(not_ready_age, age / 4, TINY) * max(age, TINY)) / 2
         self.moments = self.moments.after(value)
         self._since.append(value)
-        if len(self._since) > SINCE_MOST:  # nothing calls `merge_into`, so limit the memory
+        if len(self._since) > MAX_RECORDED:  # nothing calls `merge_into`, so limit the memory
             self.mark()
 
     def _spread(self, pieces: Sequence[tuple[int, float, float]], survival: float, weight: float) -> float:
@@ -343,7 +345,7 @@ def _never(moments: LogDurationStats) -> float:
 
     Late jobs of a new kind, or of a kind whose durations differ by orders of magnitude, are expected to end.
     """
-    return NEVER_MOST * min(moments.count / NEVER_JOBS, 1.0) * max(1.0 - moments.spread, 0.0)
+    return MAX_NEVER_SHARE * min(moments.count / NEVER_JOBS, 1.0) * max(1.0 - moments.spread, 0.0)
 
 
 def _rounded(moments: LogDurationStats, never: float) -> tuple[bool, float, float, float]:

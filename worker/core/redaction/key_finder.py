@@ -18,8 +18,8 @@ from urllib.parse import quote
 from worker.core.redaction.escapes import DecodedBytes, decoded
 
 LEVELS = 6  # levels of nested escapes; normal software writes at most three
-LEAST_PIECE = 16  # characters of the start or end of a key; shorter pieces reveal little and occur by chance
-LEAST_DIGITS = 6  # base64 or hexadecimal digits; fewer occur in any text
+MIN_PIECE = 16  # characters of the start or end of a key; shorter pieces reveal little and occur by chance
+MIN_DIGITS = 6  # base64 or hexadecimal digits; fewer occur in any text
 CHUNK_BYTES = 64 * 1024  # processed at once, which limits the memory
 ESCAPE_BYTES = 24  # overlap of chunks per byte of the longest spelling; `\\\\\\\\u0041` has 13
 
@@ -54,7 +54,7 @@ class _Table:
 
 
 class KeyFinder:
-    """Finds `keys`. With `pieces` also their starts and ends of at least half their length and `LEAST_PIECE`."""
+    """Finds `keys`. With `pieces` also their starts and ends of at least half their length and `MIN_PIECE`."""
 
     def __init__(self, keys: Iterable[str], *, pieces: bool) -> None:
         spellings: dict[bytes, list[_Spelling]] = {}
@@ -129,7 +129,7 @@ class KeyFinder:
 def _whole(key: str) -> Iterator[_Spelling]:
     raw = key.encode("utf-8", "surrogatepass")
     yield _Spelling(raw.translate(_ALIKE, _IGNORED))
-    if len(raw) * 2 >= LEAST_DIGITS:
+    if len(raw) * 2 >= MIN_DIGITS:
         yield _Spelling(raw.hex().encode())
         yield _Spelling(raw.hex().upper().encode())
     for written in {raw, json.dumps(key)[1:-1].encode(), quote(key, safe="", errors="surrogatepass").encode()}:
@@ -142,13 +142,13 @@ def _base64(raw: bytes) -> Iterator[_Spelling]:
         digits = base64.b64encode(bytes(shift) + raw).rstrip(b"=")
         shared = 1 if (shift + len(raw)) % 3 else 0  # the last digit contains bits of the next byte
         core = digits[(0, 2, 3)[shift] : len(digits) - shared]
-        if len(core) >= LEAST_DIGITS:
+        if len(core) >= MIN_DIGITS:
             for text in {core, core.translate(bytes.maketrans(b"+/", b"-_"))}:
                 yield _Spelling(text.translate(_ALIKE), before=1 if shift else 0, after=shared)
 
 
 def _pieces(key: str) -> Iterator[_Spelling]:
-    size = max(LEAST_PIECE, (len(key) + 1) // 2)
+    size = max(MIN_PIECE, (len(key) + 1) // 2)
     if size < len(key):
         whole = key.encode("utf-8", "surrogatepass").translate(_ALIKE, _IGNORED)
         beginning = key[:size].encode("utf-8", "surrogatepass").translate(_ALIKE, _IGNORED)

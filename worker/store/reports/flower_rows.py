@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy import BindParameter, ColumnElement, Connection, Row, Select, bindparam, case, func, select
 
-from worker.core.flower_rows import MESSAGE_MOST, FlowerJob, Outputs, job_ids_to_show
+from worker.core.flower_rows import MAX_MESSAGE_LENGTH, FlowerJob, Outputs, job_ids_to_show
 from worker.store.engine import database_now
 from worker.store.schema import jobs, outputs
 
@@ -16,7 +16,7 @@ _JOB_COLUMNS = (  # in the order of the fields of `FlowerJob`
     *(jobs.c[name] for name in ("id", "account", "remote_id", "kind", "reference", "status", "polls")),
     func.substr(jobs.c.last_answer, 1, ANSWER_MOST),
     *(jobs.c[name] for name in ("submitted_at", "asked_at", "ready_at", "completed_at", "held_at", "error_code")),
-    func.substr(jobs.c.error_message, 1, MESSAGE_MOST),
+    func.substr(jobs.c.error_message, 1, MAX_MESSAGE_LENGTH),
 )
 _IS_STORED = outputs.c.status == "stored"
 _OUTPUT_COUNTS = (
