@@ -457,7 +457,7 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine
     engine.dispose()
 
 
-@pytest.mark.parametrize("setting", ["3,60", "off"])
+@pytest.mark.parametrize("setting", ["3,6,12,24,40", "off"])
 def test_given_a_worker_when_an_expired_job_becomes_ready_then_it_is_stored_and_notified_again_unless_disabled(
     setting: str, tmp_path: Path, database: Engine, web: Web, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
