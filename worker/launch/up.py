@@ -156,9 +156,9 @@ def check_broker(url: str) -> None:
         raise Unavailable(_unreachable("the broker", url, error, "BROKER_URL")) from None
 
 
-def _unreachable(what: str, url: str, error: Exception, variable: str) -> str:
+def _unreachable(server: str, url: str, error: Exception, variable: str) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    return f"{what} at {maybe_sanitize_url(url)} does not answer ({reason}); check {variable} and the server"
+    return f"{server} at {maybe_sanitize_url(url)} does not answer ({reason}); check {variable} and the server"
 
 
 # ── output ────────────────────────────────────────────────────────────────────────────────────────────────────────────

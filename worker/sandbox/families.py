@@ -1,7 +1,7 @@
 """Families of the hosted API's endpoints, from its documentation: order paths, fetch paths, and form of the answers.
 
-Paths are relative to `/api/`. `*` stands for one path segment, `{name}` for one segment that the fetch path repeats,
-and `{id}` for the job's id. A fetch path without `{id}` takes the id from the body.
+Paths are relative to `/api/`. `*` is one path segment, `{name}` is one segment that the fetch path repeats,
+and `{id}` is the job's id. A fetch path without `{id}` takes the id from the body.
 """
 
 import re

@@ -179,8 +179,8 @@ class FetchWorker(Workers):
     def _step(self, until: datetime | None) -> bool:
         """Do what is due, or else move the clock to the next due time, at most to `until`. False if it did neither."""
         with _explain_locks():
-            done = [work.do() for work in self.works]
-            if any(done):
+            results = [work.do() for work in self.works]
+            if any(results):
                 return True
             moments = [moment for work in self.works if (moment := work.next(self.now)) is not None]
         if not moments or (until is not None and min(moments) > until):
