@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.markdown import Markdown
 
-COMMENT = re.compile(r"<!--.*?-->\n\n?")  # marks the generated parts of a page
+COMMENT = re.compile(r"^<!--[^\n]*+\n\n?", re.MULTILINE)  # a line that marks a generated part of a page
 FIRST_LINE = 2  # of a page: its title, an empty line, and one sentence that says what it is about
 
 
