@@ -19,7 +19,7 @@ from sqlalchemy import create_engine, text
 
 from tests.waiting import wait_until
 from worker.launch.supervisor import OWN_NAME, Program, Supervisor, Timing, merged_environment
-from worker.system.watchdog import Loop, Watchdog, notify, watched_seconds
+from worker.system.watchdog import IO_PLACES, IO_WAITS, OWN_CODE, Loop, Watchdog, notify, watched_seconds
 
 HERE = Path(__file__).parent
 LIMIT = 6.0
@@ -173,6 +173,37 @@ def test_two_pool_threads_in_a_deadlock_are_found(watchdog: Watchdog, clock: Clo
         assert stalls_in(watchdog, clock, 4)[0].startswith("ThreadPoolExecutor-2_")
         first.release()
         second.release()
+
+
+@pytest.mark.parametrize(
+    ("path", "is_found"),
+    [
+        ("net/pooled_adapter.py", False),
+        ("net/deadlines.py", False),
+        ("storage/partial_files.py", False),
+        ("storage/s3.py", False),
+        ("coordination/sent_requests.py", False),
+        ("coordination/leases.py", True),
+        ("polling/poller.py", True),
+        ("process/redelivery.py", True),
+    ],
+)
+def test_a_pool_thread_may_wait_in_modules_that_talk_to_a_network_or_a_disk_and_nowhere_else(
+    path: str, is_found: bool, clock: Clock
+) -> None:
+    watchdog, lock = Watchdog(LIMIT, clock=clock), threading.Lock()
+    assert (OWN_CODE / path).is_file()
+    wait = compile("lock.acquire()", str(OWN_CODE / path), "exec")
+    with lock, thread(lambda _: exec(wait, {"lock": lock}), "ThreadPoolExecutor-3_0"):  # noqa: S102  # our own code
+        assert bool(stalls_in(watchdog, clock, 2 * LIMIT)) is is_found
+
+
+def test_every_place_where_threads_may_wait_exists() -> None:
+    """A renamed module or function would be watched without anybody noticing."""
+    for place in IO_PLACES:
+        assert (OWN_CODE / place).exists(), place
+    for path, function in IO_WAITS:
+        assert f"def {function}(" in (OWN_CODE / path).read_text(), (path, function)
 
 
 def test_a_pool_thread_that_repeats_the_same_call_is_alive(watchdog: Watchdog, clock: Clock) -> None:

@@ -1,8 +1,9 @@
 """Rate limiter in Redis: one number per account, by Redis's clock, shared by all processes.
 
-The script computes `worker.core.rate.slots` inside Redis. It also counts the requests that the API accepted, so that a
-rate limit adapts the rate of all processes together. Without Redis, each process uses its own clock and a share of the
-rate: one of as many shares as there were processes when Redis last answered. So polling continues within the limit.
+The script computes `worker.core.rate.reserve_slots` inside Redis. It also counts the requests that the API accepted, so
+that a rate limit adapts the rate of all processes together. Without Redis, each process uses its own clock and a share
+of the rate: one of as many shares as there were processes when Redis last answered. So polling continues within the
+limit.
 """
 
 import logging

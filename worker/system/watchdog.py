@@ -31,12 +31,10 @@ CHECKS = 6  # per limit
 MAX_INTERVAL_SECONDS = 2.0  # between two checks
 
 OWN_CODE = Path(__file__).parents[1]
-IO_MODULES = frozenset(
-    {"timed_http.py", "lean_http.py", "addresses.py", "storage.py", "partials.py", "s3.py", "sent_requests.py"}
-)
-IO_WAITS = frozenset(
-    {("downloader.py", "_prepare_storage"), ("redelivery.py", "counted")}
-)  # functions that wait for a thread that talks to a server
+# Code that waits for a network or a disk, as paths below the package: packages, and one module.
+IO_PLACES = ("net/", "storage/", "coordination/sent_requests.py")
+# Functions that wait for a thread that talks to a server.
+IO_WAITS = frozenset({("downloads/downloader.py", "_prepare_storage"), ("process/redelivery.py", "counted")})
 POOL_THREAD_NAMES = ("ThreadPoolExecutor", "webhook")  # name prefixes of the threads that run tasks and send webhooks
 STDLIB_WAITS = ("threading.py", "queue.py")  # waits of the standard library: their caller counts
 DATABASE_DRIVERS = ("sqlalchemy", "psycopg", "pymysql")
@@ -192,11 +190,11 @@ class Watchdog:
             caller = caller.f_back
         if caller is None or not self._own_code:
             return False
-        file = caller.f_code.co_filename
-        name = Path(file).name
-        return (
-            file.startswith(self._own_code) and name not in IO_MODULES and (name, caller.f_code.co_name) not in IO_WAITS
-        )
+        file = Path(caller.f_code.co_filename)
+        if not file.is_relative_to(self._own_code):
+            return False
+        path = file.relative_to(self._own_code).as_posix()
+        return not path.startswith(IO_PLACES) and (path, caller.f_code.co_name) not in IO_WAITS
 
 
 def _is_in(frame: FrameType, libraries: tuple[str, ...]) -> bool:
