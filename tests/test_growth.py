@@ -31,8 +31,8 @@ from worker.core.webhook import checked_url
 from worker.errors import WorkerError
 from worker.net.address_guard import Guard
 from worker.system.redaction import Scrubber
+from worker.vendor.answer_links import collect_links
 from worker.vendor.fetch_url import AllowedApi, fetch_address
-from worker.vendor.links import collect_links
 from worker.vendor.replies import Question, parse
 from worker.vendor.submissions import submission
 

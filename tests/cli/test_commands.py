@@ -17,7 +17,7 @@ from sqlalchemy import Engine, insert, update
 from tests.rows import NOW, add_downloading, add_output
 from worker.cli import main
 from worker.core.pacing.policy import PacedJob
-from worker.polling.pace_learner import PaceLearner
+from worker.polling.duration_learner import DurationLearner
 from worker.store.schema import breakers, jobs
 
 JOB_COLUMNS = {
@@ -458,7 +458,7 @@ def test_a_closed_pipe_causes_no_traceback(tmp_path: Path) -> None:
 
 def teach(engine: Engine, kind: str = "image", seconds: float = 20.0, jobs_seen: int = 40) -> None:
     """Store the learned pace of a kind: its jobs take `seconds`."""
-    learner = PaceLearner(engine)
+    learner = DurationLearner(engine)
     learner.prepare([("default", kind)])
     for _ in range(jobs_seen):
         learner.observe("default", kind, PacedJob(seconds, seconds - 1), ready=True, planned=seconds)

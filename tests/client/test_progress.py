@@ -14,7 +14,7 @@ from tests.rows import add_downloading
 from worker import Job
 from worker.client import tracking
 from worker.core.pacing.policy import PacedJob
-from worker.polling.pace_learner import PaceLearner
+from worker.polling.duration_learner import DurationLearner
 from worker.store.engine import engine_for
 from worker.store.schema import jobs
 
@@ -33,7 +33,7 @@ def database(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 def teach(engine: Engine, *, kind: str, seconds: float, jobs_seen: int = 60) -> None:
     """Store the learned pace of a kind: its jobs take `seconds`."""
-    learner = PaceLearner(engine)
+    learner = DurationLearner(engine)
     learner.prepare([("default", kind)])
     for _ in range(jobs_seen):
         learner.observe("default", kind, PacedJob(seconds, seconds * 0.97), ready=True, planned=seconds)

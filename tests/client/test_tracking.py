@@ -31,7 +31,7 @@ from worker.errors import (
     WaitTimeout,
     WorkerError,
 )
-from worker.polling.pace_learner import PaceLearner
+from worker.polling.duration_learner import DurationLearner
 from worker.store.schema import bodies, jobs, outputs
 
 KEY = "sk-canary/7f3a+9"
@@ -621,7 +621,7 @@ def test_an_unreachable_database_raises_unavailable(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_first_poll_is_planned_from_earlier_jobs_of_the_kind(database: Engine) -> None:
-    learner = PaceLearner(database)
+    learner = DurationLearner(database)
     learner.prepare([("default", "slow")])
     for _ in range(60):
         learner.observe("default", "slow", PacedJob(100.0, 95.0), ready=True, planned=100.0)

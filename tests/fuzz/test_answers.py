@@ -30,7 +30,7 @@ from worker.polling.request_pool import PollAnswer
 from worker.store.claims import ClaimedJob
 from worker.store.schema import bodies, breakers, jobs, outputs
 from worker.system.redaction import Scrubber
-from worker.vendor.links import OUTPUT_FIELDS, stored_address
+from worker.vendor.answer_links import OUTPUT_FIELDS, stored_address
 from worker.vendor.replies import FAILED_WORDS, WAITING, Question, parse
 
 pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning")  # answers are long

@@ -31,7 +31,7 @@ from worker.core.lifecycle import (
 from worker.core.media.signatures import Media
 from worker.core.pacing.policy import Pace
 from worker.core.reply import Link
-from worker.polling import pace_learner, recorder
+from worker.polling import duration_learner, recorder
 from worker.polling.kept_text import KeptText
 from worker.polling.recorder import Recorder
 from worker.polling.request_pool import PollAnswer
@@ -894,7 +894,7 @@ def open_stage(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stag
     """Open a stage that controls the clock. On SQLite durability is switched off for speed."""
     stage = Stage(engine)
     clock: Callable[..., datetime] = lambda _: at(stage.now)  # noqa: E731
-    for module in (recorder, pace_learner):
+    for module in (recorder, duration_learner):
         monkeypatch.setattr(module, "database_now", clock)
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: stage.now / S))
         monkeypatch.setattr(module.log, "disabled", True)

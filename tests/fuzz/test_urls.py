@@ -26,8 +26,8 @@ from worker.net.address_guard import Guard, RefusedTarget, guarded_adapter
 from worker.net.deadlines import lean_session
 from worker.polling.api_client import ApiClient
 from worker.system.redaction import Scrubber
+from worker.vendor.answer_links import collect_links
 from worker.vendor.fetch_url import AllowedApi, fetch_address
-from worker.vendor.links import collect_links
 
 ID = "12202888"
 HOSTS = frozenset({"good.test", "api.test:8443", "127.0.0.1:7001", "[::1]:7001"})

@@ -6,7 +6,7 @@ from prometheus_client.openmetrics import exposition, parser
 from prometheus_client.registry import CollectorRegistry
 from sqlalchemy import Engine
 
-from worker.metrics.families import registry
+from worker.metrics.definitions import registry
 from worker.metrics.figures import read_figures
 from worker.settings import Settings
 

@@ -27,7 +27,7 @@ from tests.waiting import wait_until
 from worker.cli import main
 from worker.errors import Unavailable
 from worker.metrics import figures, server
-from worker.metrics.families import registry
+from worker.metrics.definitions import registry
 from worker.metrics.figures import Figures, SharedFigures, read_figures
 from worker.metrics.server import MetricsServer
 from worker.settings import Settings

@@ -22,6 +22,7 @@ from worker.operations.prune import Pruned, Retention, count_prunable, prune
 from worker.operations.verify import verify
 from worker.settings import Settings, load
 from worker.storage import local
+from worker.storage.base import name_of
 from worker.store import jobs as job_store
 from worker.store.counters import Tally
 from worker.store.engine import database_now
@@ -61,7 +62,7 @@ def _finished(engine: Engine, remote_id: str, age: timedelta, status: str = "com
 
 def _stored(engine: Engine, root: Path, job_id: int, position: int = 0) -> int:
     """Add a stored output with its file. Return its id."""
-    path = root / local.name_of(job_id=job_id, position=position, sha256=SHA[:16], extension="png")
+    path = root / name_of(job_id=job_id, position=position, sha256=SHA[:16], extension="png")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(BODY)
     return _stored_at(engine, job_id, f"file://{path}", position)
@@ -485,7 +486,7 @@ def test_objects_in_a_bucket_are_removed(
     bucket = s3.bucket()
     for number in range(2):
         job_id = _finished(engine, str(number), 40 * DAY)
-        key = "pre fix/" + local.name_of(job_id=job_id, position=0, sha256=SHA[:16], extension="png")
+        key = "pre fix/" + name_of(job_id=job_id, position=0, sha256=SHA[:16], extension="png")
         if number:
             s3.client.put_object(Bucket=bucket, Key=key, Body=BODY)
         _stored_at(engine, job_id, f"s3://{bucket}/{key}")
@@ -509,6 +510,7 @@ import os
 from datetime import timedelta
 from worker.operations import prune
 from worker.storage import local
+from worker.storage.base import name_of
 from worker.store.engine import engine_for
 from worker.settings import load
 from worker.store import pruning

@@ -20,7 +20,7 @@ from worker.coordination.leases import LeaseKeeper, LeaseLost
 from worker.coordination.rate_limiter import RateLimiter
 from worker.core.circuit_breaker import after_refusal
 from worker.core.pacing.policy import Pace, PaceModel
-from worker.polling import pace_learner, poller, recorder
+from worker.polling import duration_learner, poller, recorder
 from worker.polling.api_client import ApiClient
 from worker.polling.poller import MAX_IN_FLIGHT, Poller
 from worker.sandbox import Answer, Sandbox, SandboxOptions
@@ -781,7 +781,7 @@ def test_given_a_claim_delayed_by_the_database_then_its_requests_are_not_sent_al
 def test_given_answers_when_they_are_written_then_all_processes_learn_from_them(
     polls: Polls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace_learner, "SHARE_SECONDS", 0.0)
+    monkeypatch.setattr(duration_learner, "SHARE_SECONDS", 0.0)
     names = submitted(polls.sandbox, 12, samples=1)
     for name in names[:6]:
         polls.sandbox.script(name, scripted(b'{"status": "processing", "output": ""}', times=1))
@@ -800,7 +800,7 @@ def test_given_answers_when_they_are_written_then_all_processes_learn_from_them(
 def model_of(engine: Engine) -> PaceModel:
     """Return the shared model of images."""
     with engine.connect() as connection:
-        return pace_learner.read_models(connection, [("default", "image")])["default", "image"][0]
+        return duration_learner.read_models(connection, [("default", "image")])["default", "image"][0]
 
 
 def test_given_a_waiting_job_when_it_is_nudged_then_it_is_the_most_urgent(polls: Polls) -> None:
@@ -845,7 +845,7 @@ def test_given_a_new_eta_in_an_answer_then_its_clock_starts_and_the_same_eta_aga
 def test_given_answers_that_are_not_about_the_job_when_they_are_written_then_nothing_is_learned(
     polls: Polls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace_learner, "SHARE_SECONDS", 0.0)
+    monkeypatch.setattr(duration_learner, "SHARE_SECONDS", 0.0)
     polls.track(submitted(polls.sandbox, 1))
     polls.run()
     polls.until(lambda: model_of(polls.engine).polls == 1)

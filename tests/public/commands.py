@@ -17,7 +17,7 @@ from tests.rows import add_output, seconds
 from worker.cli import main
 from worker.client.tracking import _settings
 from worker.core.pacing.policy import PacedJob
-from worker.polling.pace_learner import PaceLearner
+from worker.polling.duration_learner import DurationLearner
 from worker.settings import load
 from worker.store.counters import Tally
 from worker.store.engine import close_engines, engine_for, make_engine
@@ -180,7 +180,7 @@ def plant(engine: Engine) -> None:
         keep_answers(
             connection, [KeptAnswer(first, 200, "status=done", UNREAD, recognised=False)], now=now - seconds(5)
         )
-    learner = PaceLearner(engine)
+    learner = DurationLearner(engine)
     learner.prepare([("default", "image")])
     for _ in range(40):
         learner.observe("default", "image", PacedJob(20.0, 19.0), ready=True, planned=20.0)

@@ -11,7 +11,7 @@ from tests.s3_servers import S3Server
 from tests.storage.test_s3 import BODY, SHA, Bucket, _keep
 from worker.errors import SettingsError, StorageTrouble
 from worker.settings import Settings
-from worker.storage.local import Storage
+from worker.storage.base import Storage
 from worker.storage.partial_files import PartialFiles
 from worker.storage.s3 import S3Storage
 from worker.storage.select import storage_for

@@ -20,7 +20,7 @@ from tests.s3_servers import S3Server
 from worker.core.media.signatures import Media
 from worker.errors import OutputMissing, SettingsError, StorageTrouble
 from worker.storage import s3 as module
-from worker.storage.local import Storage
+from worker.storage.base import Storage
 from worker.storage.partial_files import PartialFiles, Source
 from worker.storage.s3 import S3Storage
 

@@ -18,8 +18,8 @@ from worker.core.identity import READY
 from worker.core.reply import MAX_URL, Link, Ready, Reply
 from worker.errors import NotTrackable, RefusedAddress
 from worker.vendor.answer_fields import json_object
+from worker.vendor.answer_links import MAX_PROMISED, OUTPUT_FIELDS, collect_links, listed_outputs, promised_urls
 from worker.vendor.fetch_url import VENDOR_HOSTS, AllowedApi, fetch_address, order_at, order_of_response
-from worker.vendor.links import MAX_PROMISED, OUTPUT_FIELDS, collect_links, listed_outputs, promised_urls
 from worker.vendor.replies import ParsedAnswer, Question, parse, rule_for
 from worker.vendor.submissions import SubmitAnswer, planned_job
 

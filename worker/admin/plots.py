@@ -28,7 +28,7 @@ from worker.admin.curves import (
     waiting_curves,
 )
 from worker.admin.reader import AdminReader
-from worker.store.reports.pages import history_at
+from worker.store.reports.history import history_at
 
 # The import hook of pygal for its plugins causes a warning at every later import on Python 3.11: remove it.
 sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != "pygal"]

@@ -23,7 +23,7 @@ from worker.store.engine import database_now, engine_for, translate_errors
 from worker.store.events import events_of
 from worker.store.jobs import job_row, outputs_of, waiting_accounts
 from worker.store.outputs import output_row
-from worker.store.reports.pages import history_at, latest_history
+from worker.store.reports.history import history_at, latest_history
 
 OUTPUTS_SHOWN = 200
 RATES_FRESH = timedelta(minutes=3)

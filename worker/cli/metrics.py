@@ -24,12 +24,12 @@ def metrics(listen: str | None) -> int:
     """Print or serve Prometheus metrics. They are computed from the database."""
     settings = load("metrics")
     try:
-        from worker.metrics import families, figures, server
+        from worker.metrics import definitions, figures, server
     except ImportError as error:
         raise SettingsError(f"metrics need {error.name}: pip install 'fetch-worker[metrics]'") from None
     engine = engine_for(settings.database)
     shared = figures.SharedFigures(lambda: figures.read_figures(engine, settings))
-    registry = families.registry(shared.get)
+    registry = definitions.registry(shared.get)
     logging.basicConfig(format="fetch-worker: %(message)s", level=logging.WARNING, stream=sys.stderr)
     if listen is None:
         click.echo(server.exposition(registry), nl=False)

@@ -16,12 +16,12 @@ from worker.coordination.wakeups import WakeUps
 from worker.core.identity import ACCOUNT, SYNTHETIC_ID, checked_remote_id
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.numbers import positive_number
-from worker.core.on_done import on_done_problem, task_and_queue
+from worker.core.on_done_name import on_done_problem, task_and_queue
 from worker.core.pacing.estimate import Progress, progress
 from worker.core.pacing.policy import NOTHING_KNOWN, SPREAD, Pace, PacedJob, PaceModel, PollPlan
 from worker.core.webhook import checked_url
 from worker.errors import ApiRefused, JobNotFound, NotTrackable, OutputMissing, WaitTimeout
-from worker.polling.pace_learner import FRESH_SECONDS, read_models
+from worker.polling.duration_learner import FRESH_SECONDS, read_models
 from worker.settings import Settings, load
 from worker.storage.select import storage_of
 from worker.store import jobs as store

@@ -23,6 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from urllib3.exceptions import HTTPError
 
 from worker.coordination.leases import LeaseKeeper, LeaseLost
+from worker.core.dead_links import HEAD_BYTES, is_dead_link
 from worker.core.lifecycle import (
     Attempt,
     BadBody,
@@ -40,7 +41,6 @@ from worker.core.media.signatures import Media, is_complete, is_text, pixel_coun
 from worker.core.media.text import NotPromisedText, Promise, promised_text, text_media
 from worker.core.numbers import retry_after_seconds
 from worker.core.plain_text import plain_text
-from worker.core.refusals import HEAD_BYTES, is_dead_link
 from worker.core.reply import MAX_URL
 from worker.core.urls import percent_encoded, redirect_target
 from worker.downloads.content_coding import TooLarge, detect_coding, unpack
@@ -50,7 +50,7 @@ from worker.net.address_guard import Guard, RefusedTarget
 from worker.net.deadlines import TimeLimit
 from worker.net.network_errors import describe
 from worker.net.pooled_adapter import PooledAdapter, StreamedAnswer
-from worker.storage.local import Storage
+from worker.storage.base import Storage
 from worker.storage.partial_files import Incoming, Source, link_hash
 from worker.store.claims import ClaimedOutput, claim_output, release_claimed_outputs, release_output
 from worker.store.engine import LOCK_WAIT, database_now, error_kind, is_server_error, transact

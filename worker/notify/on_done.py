@@ -12,7 +12,7 @@ from redis.exceptions import ResponseError
 from sqlalchemy import Engine
 
 from worker.coordination.leases import boot_seconds
-from worker.core.on_done import on_done_problem, task_and_queue
+from worker.core.on_done_name import on_done_problem, task_and_queue
 from worker.core.plain_text import plain_text
 from worker.store.engine import database_now
 from worker.store.on_done import CLAIM, OnDoneCall, claim_calls, record_refused, record_sent, release_calls

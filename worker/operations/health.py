@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from worker.coordination.rate_limiter import redis_client
-from worker.core.on_done import task_and_queue
+from worker.core.on_done_name import task_and_queue
 from worker.errors import SettingsError, StorageTrouble, WorkerError
 from worker.operations.overview import HEALTHY_SECONDS, Overview, UnstoredOutputs, overview
 from worker.settings import Settings

@@ -13,7 +13,7 @@ from worker.core.lifecycle import JOB_STATES
 from worker.core.pacing.policy import PacedJob, PaceModel
 from worker.core.pacing.survival import MAX_POLL_AGE
 from worker.core.redaction.masking import mask_personal_data
-from worker.polling.pace_learner import read_models
+from worker.polling.duration_learner import read_models
 from worker.settings import Settings
 from worker.store.breakers import all_breakers, last_asked
 from worker.store.claims import DueGroup, due_groups

@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 
 from worker.errors import SettingsError, StorageTrouble
 from worker.settings import Settings
-from worker.storage.local import Storage, job_id_of
+from worker.storage.base import Storage, job_id_of
 from worker.storage.select import storage_of
 from worker.store import pruning
 from worker.store.engine import LOCK_WAIT, RELAXED, database_now, error_kind, is_server_error

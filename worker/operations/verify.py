@@ -8,7 +8,8 @@ from sqlalchemy import Engine, Row
 
 from worker.errors import StorageTrouble
 from worker.settings import Settings
-from worker.storage.local import Storage, canonical_location, job_id_of
+from worker.storage.base import Storage, job_id_of
+from worker.storage.local import canonical_location
 from worker.storage.select import storage_for, storage_of
 from worker.store.engine import database_now
 from worker.store.events import create_events

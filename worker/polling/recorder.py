@@ -23,9 +23,9 @@ from worker.core.identity import FetchAddress
 from worker.core.lifecycle import AskAgain, EndJob, JobDecision, JobFacts, after_answer, note_of
 from worker.core.pacing.policy import Pace, PacedJob
 from worker.core.reply import ApiDown, ApiError, Empty, Processing, RawAnswer, Ready, Reply, Unread
+from worker.polling.duration_learner import DurationLearner
 from worker.polling.kept_answers import kept_answers
 from worker.polling.kept_text import KeptText
-from worker.polling.pace_learner import PaceLearner
 from worker.polling.request_pool import PollAnswer
 from worker.store.breakers import all_breakers, locked_breaker, mark_asked, save_breaker
 from worker.store.claims import ClaimedJob
@@ -76,7 +76,7 @@ class Recorder:
         self._batches = engine.execution_options(**{LOCK_WAIT: BATCH_PATIENCE})
         self._single = engine.execution_options(**{LOCK_WAIT: SINGLE_PATIENCE})
         self._pace = pace
-        self._learner = PaceLearner(engine)
+        self._learner = DurationLearner(engine)
         self._min_interval = timedelta(seconds=pace.min_wait)
         self._rps = rps
         self._queue_downloads = queue_downloads

@@ -11,7 +11,7 @@ from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
-from worker.core.on_done import OWN_QUEUES
+from worker.core.on_done_name import OWN_QUEUES
 from worker.errors import WorkerError
 from worker.operations.health import Node, foreign_processes
 from worker.settings import Settings

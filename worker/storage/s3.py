@@ -25,7 +25,7 @@ from urllib3.exceptions import HTTPError
 from worker.core.media.signatures import Media
 from worker.errors import OutputMissing, SettingsError, StorageTrouble
 from worker.net.network_errors import describe
-from worker.storage.local import READ_BYTES, Condition, name_of
+from worker.storage.base import READ_BYTES, Condition, name_of
 from worker.storage.partial_files import Incoming, PartialFiles
 
 log = logging.getLogger(__name__)

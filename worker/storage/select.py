@@ -5,7 +5,8 @@ from pathlib import Path
 
 from worker.errors import SettingsError, StorageTrouble
 from worker.settings import DEFAULT_STORAGE, Settings
-from worker.storage.local import FileStorage, Storage
+from worker.storage.base import Storage
+from worker.storage.local import FileStorage
 from worker.storage.partial_files import PartialFiles
 from worker.system.locked_cache import locked_cache
 

@@ -41,7 +41,7 @@ from worker.vendor.answer_fields import (
     training_state,
     training_states,
 )
-from worker.vendor.links import listed_outputs, promised_urls
+from worker.vendor.answer_links import listed_outputs, promised_urls
 from worker.vendor.phrases import ACCOUNT, OF_THE_JOB, PASSING, RECOVERS, RUN_OUT, Meaning, meaning_of
 from worker.vendor.retry_after import retry_after
 

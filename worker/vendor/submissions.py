@@ -22,6 +22,7 @@ from worker.core.reply import (
 )
 from worker.errors import ApiRefused, NotTrackable, RefusedAddress
 from worker.vendor.answer_fields import chat_id_of, eta_of, execution_of, json_object, message_of, status_of
+from worker.vendor.answer_links import listed_outputs, promised_urls
 from worker.vendor.families import CHAT, MAX_KIND, TRAINING, kind_of
 from worker.vendor.fetch_url import (
     AllowedApi,
@@ -33,7 +34,6 @@ from worker.vendor.fetch_url import (
     path_of,
     site_of,
 )
-from worker.vendor.links import listed_outputs, promised_urls
 from worker.vendor.replies import WAITING, ParsedAnswer, Question, rule_for
 
 NO_STATUS_WORDS: Mapping[str, str] = MappingProxyType({})

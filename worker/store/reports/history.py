@@ -2,12 +2,12 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, delete, select
+from sqlalchemy import Connection, Row, delete, func, select
 
 from worker.store.bulk_write import insert_missing
 from worker.store.counters import ANSWERS, ATTEMPTS, DELAY, FINISHED, POLLED, Total, read_counters
@@ -41,6 +41,18 @@ def record_history(connection: Connection, *, now: datetime, full_rps: Callable[
         if insert_missing(connection, history, row):  # only one process deletes: concurrent deletes can deadlock
             connection.execute(delete(history).where(history.c.minute < minute - KEPT))
     return minute + MINUTE - now
+
+
+def history_at(connection: Connection, minutes: Sequence[datetime]) -> Sequence[Row[datetime, str]]:
+    """Return the history of these minutes, oldest first. A chart needs only some of the thousands of minutes."""
+    query = select(history.c.minute, history.c.body).where(history.c.minute.in_(minutes))
+    return connection.execute(query.order_by(history.c.minute)).all()
+
+
+def latest_history(connection: Connection) -> datetime | None:
+    """Return the last minute of the history, or None."""
+    minute: datetime | None = connection.execute(select(func.max(history.c.minute))).scalar()
+    return minute
 
 
 def read_history(connection: Connection, since: datetime) -> list[HistorySample]:

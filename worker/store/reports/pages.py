@@ -8,7 +8,6 @@ where the search stopped, and the next page continues there.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Table, func, or_, select
@@ -16,7 +15,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Table, func, or_, select
 from worker.store.breakers import all_breakers
 from worker.store.jobs import MAX_ID, waiting_accounts
 from worker.store.reports.search import JobFilter, Search, find_jobs, prepare_search
-from worker.store.schema import history, jobs, outputs
+from worker.store.schema import jobs, outputs
 
 WINDOW = 20_000  # ids in the first window
 LOOK_SECONDS = 0.08  # after this time, no other window is searched
@@ -166,18 +165,6 @@ def known_kinds(connection: Connection) -> list[str]:
     return list(
         connection.execute(select(newest.c.kind).distinct().order_by(newest.c.kind).limit(CHOICES_MOST)).scalars()
     )
-
-
-def history_at(connection: Connection, minutes: Sequence[datetime]) -> Sequence[Row[datetime, str]]:
-    """Return the history of these minutes, oldest first. A chart needs only some of the thousands of minutes."""
-    query = select(history.c.minute, history.c.body).where(history.c.minute.in_(minutes))
-    return connection.execute(query.order_by(history.c.minute)).all()
-
-
-def latest_history(connection: Connection) -> datetime | None:
-    """Return the last minute of the history, or None."""
-    minute: datetime | None = connection.execute(select(func.max(history.c.minute))).scalar()
-    return minute
 
 
 def jobs_by_id(connection: Connection, job_ids: Sequence[int]) -> dict[int, Row[int, str, str, str]]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from worker.core.refusals import is_dead_link
+from worker.core.dead_links import is_dead_link
 
 XML = b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>%s</Code><Message>Request has expired</Message></Error>'
 AZURE = b'\xef\xbb\xbf<?xml version="1.0"?><Error><Code>AuthenticationFailed</Code><Message>Signature</Message></Error>'

@@ -9,15 +9,15 @@ import pytest
 from sqlalchemy import Engine, select, update
 
 from worker.core.pacing.policy import PacedJob
-from worker.polling import pace_learner
-from worker.polling.pace_learner import PaceLearner, read_models
+from worker.polling import duration_learner
+from worker.polling.duration_learner import DurationLearner, read_models
 from worker.store.paces import newest_paces
 from worker.store.schema import paces
 
 KIND = ("default", "image")
 
 
-def observe_job(learner: PaceLearner, seconds: float, *, kind: str = "image", eta: float | None = None) -> None:
+def observe_job(learner: DurationLearner, seconds: float, *, kind: str = "image", eta: float | None = None) -> None:
     """Observe a job of this duration until it is ready."""
     learner.prepare([("default", kind)])
     not_ready_age = 0.0
@@ -27,19 +27,19 @@ def observe_job(learner: PaceLearner, seconds: float, *, kind: str = "image", et
         not_ready_age = age
 
 
-def median(learner: PaceLearner, kind: str = "image") -> float:
+def median(learner: DurationLearner, kind: str = "image") -> float:
     """Return the median duration that the learner expects."""
     learner.prepare([("default", kind)])
     return learner.model("default", kind).quantile(PacedJob(0.0), 0.5)
 
 
 def test_given_a_process_that_has_learned_when_another_starts_then_it_has_the_same_model(engine: Engine) -> None:
-    first = PaceLearner(engine)
+    first = DurationLearner(engine)
     for _ in range(60):
         observe_job(first, 20.0, eta=40.0)
     first.share()
 
-    second = PaceLearner(engine)
+    second = DurationLearner(engine)
 
     assert median(second) == pytest.approx(median(first), rel=0.02)
     assert second.model(*KIND).lead == pytest.approx(first.model(*KIND).lead, rel=0.01)
@@ -49,7 +49,7 @@ def test_given_a_process_that_has_learned_when_another_starts_then_it_has_the_sa
 
 def test_given_two_processes_that_learn_at_once_when_both_have_shared_then_both_have_everything(engine: Engine) -> None:
     draw = random.Random(5)
-    learners = [PaceLearner(engine), PaceLearner(engine)]
+    learners = [DurationLearner(engine), DurationLearner(engine)]
     for number in range(120):
         observe_job(learners[number % 2], 20.0 * math.exp(draw.gauss(0, 0.3)))
         if number % 10 > 7:
@@ -57,7 +57,7 @@ def test_given_two_processes_that_learn_at_once_when_both_have_shared_then_both_
     for learner in learners:
         learner.share()
 
-    after = PaceLearner(engine)
+    after = DurationLearner(engine)
     after.prepare([KIND])
     assert after.model(*KIND).by_age.moments.count == 120
     assert median(after) == pytest.approx(20.0, rel=0.12)
@@ -65,7 +65,7 @@ def test_given_two_processes_that_learn_at_once_when_both_have_shared_then_both_
 
 def test_given_many_threads_that_share_at_once_then_nothing_is_lost_and_none_blocks(engine: Engine) -> None:
     def work(number: int) -> None:
-        learner = PaceLearner(engine)
+        learner = DurationLearner(engine)
         for kind in ("image", "video") if number % 2 else ("video", "image"):
             observe_job(learner, 10.0, kind=kind)
         learner.share()
@@ -82,13 +82,13 @@ def test_given_many_threads_that_share_at_once_then_nothing_is_lost_and_none_blo
 def test_given_an_unknown_kind_when_its_model_is_loaded_then_it_starts_from_its_accounts_model(
     engine: Engine,
 ) -> None:
-    first = PaceLearner(engine)
+    first = DurationLearner(engine)
     for _ in range(40):
         observe_job(first, 60.0)
     first.share()
 
-    assert 30.0 < median(PaceLearner(engine), "another") < 90.0
-    fresh = PaceLearner(engine)
+    assert 30.0 < median(DurationLearner(engine), "another") < 90.0
+    fresh = DurationLearner(engine)
     fresh.prepare([("stranger", "image")])
     assert fresh.model("stranger", "image").quantile(PacedJob(0.0), 0.5) < 5.0
 
@@ -97,26 +97,26 @@ def test_given_an_unknown_kind_when_its_model_is_loaded_then_it_starts_from_its_
 def test_given_an_unreadable_state_when_it_is_loaded_then_learning_starts_again_and_is_logged(
     engine: Engine, state: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = PaceLearner(engine)
+    first = DurationLearner(engine)
     observe_job(first, 20.0)
     first.share()
     with engine.begin() as connection:
         connection.execute(update(paces).values(state=state))
 
-    second = PaceLearner(engine)
+    second = DurationLearner(engine)
     for _ in range(30):
         observe_job(second, 20.0)
     second.share()
 
     assert "learning starts again" in caplog.text
-    assert median(PaceLearner(engine)) == pytest.approx(20.0, rel=0.2)
+    assert median(DurationLearner(engine)) == pytest.approx(20.0, rel=0.2)
 
 
 def test_given_more_kinds_than_fit_in_memory_when_they_are_used_then_nothing_learned_is_lost(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace_learner, "MAX_CLASSES", 4)
-    learner = PaceLearner(engine)
+    monkeypatch.setattr(duration_learner, "MAX_CLASSES", 4)
+    learner = DurationLearner(engine)
     for number in range(9):
         observe_job(learner, 10.0, kind=f"kind-{number}")
     learner.share()
@@ -128,7 +128,7 @@ def test_given_more_kinds_than_fit_in_memory_when_they_are_used_then_nothing_lea
 
 
 def test_given_nothing_learned_when_it_shares_then_nothing_is_written(engine: Engine) -> None:
-    learner = PaceLearner(engine)
+    learner = DurationLearner(engine)
     learner.prepare([KIND])
     learner.share()
     learner.share_if_due()

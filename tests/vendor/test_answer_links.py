@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from tests.vendor.test_replies import ANY_JSON
 from worker.core.reply import MAX_URL, Link
-from worker.vendor.links import MAX_LINKS, collect_links, listed_outputs
+from worker.vendor.answer_links import MAX_LINKS, collect_links, listed_outputs
 
 A, B, C = "https://h/a.png", "https://h/b.png", "https://h/c.png"
 P, Q = "https://cdn2/a.png", "https://cdn2/b.png"

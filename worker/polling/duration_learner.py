@@ -23,7 +23,7 @@ FRESH_SECONDS = 30.0  # after which a process that only reads loads the models a
 MAX_CLASSES = 2_000  # held in memory
 
 
-class PaceLearner:
+class DurationLearner:
     """The pace models of one process. Not thread-safe: use it from the poll loop only."""
 
     def __init__(self, engine: Engine) -> None:
