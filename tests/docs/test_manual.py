@@ -9,14 +9,11 @@ import pytest
 
 from tests.docs.generated import rendered_pages
 from tests.docs.manual import DOCS, LINK, PAGES, README, ROOT, TEXTS, anchors, blocks, prose, rows, section
-from worker.admin.jobs import CODES as JOB_CODES
-from worker.admin.outputs import CODES as OUTPUT_CODES
 from worker.cli.commands import group
 from worker.core import lifecycle
-from worker.core.lifecycle import JOB_STATES, PRUNED
+from worker.core.lifecycle import JOB_CODES, JOB_STATES, OUTPUT_CODES
 from worker.core.pacing.estimate import Progress
 from worker.settings import Settings
-from worker.store.reaper import CODE as CRASHED
 from worker.store.schema import jobs, outputs
 
 MOST_WORDS = 1_000  # of the README: it is read to decide whether to try the product
@@ -126,14 +123,13 @@ def test_every_state_of_a_job_is_explained() -> None:
 
 
 def test_every_error_code_of_a_job_is_explained() -> None:
-    assert set(_first_cells(section("Error codes of jobs", PAGES["operating"]))) == {*JOB_CODES, CRASHED}
+    assert set(_first_cells(section("Error codes of jobs", PAGES["operating"]))) == set(JOB_CODES)
 
 
 def test_every_error_code_of_an_output_is_explained() -> None:
-    assert {"storage", "truncated", "too_large"} <= _attempt_codes()
-    codes = {*OUTPUT_CODES, CRASHED, PRUNED} | _attempt_codes()
+    assert {"storage", "truncated", "too_large"} <= _attempt_codes() <= set(OUTPUT_CODES)
 
-    assert set(_first_cells(section("Error codes of outputs", PAGES["operating"]))) == codes
+    assert set(_first_cells(section("Error codes of outputs", PAGES["operating"]))) == set(OUTPUT_CODES)
 
 
 def test_the_transitions_name_every_state_and_no_other() -> None:

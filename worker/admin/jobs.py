@@ -15,7 +15,7 @@ from worker.admin.access import own_path
 from worker.admin.formatting import format_count, moment
 from worker.admin.job_actions import JOB_ACTIONS, apply_to_jobs, job_ids
 from worker.admin.reader import AdminReader
-from worker.core.lifecycle import FINAL_STATES, JOB_STATES
+from worker.core.lifecycle import FINAL_STATES, JOB_CODES, JOB_STATES
 from worker.store.jobs import MAX_ID
 from worker.store.reports.pages import jobs_page as browse_jobs
 from worker.store.reports.pages import known_accounts, known_kinds
@@ -25,7 +25,6 @@ from worker.store.schema import jobs
 PAGE_ROWS = 50
 MAX_TEXT = 255
 MAX_LATE = 10 * 365 * 86_400
-CODES = ("api_error", "api_failed", "expired", "no_output", "not_found", "output_failed", "unwritable", "worker_crash")
 LATE = ((10, "10 s"), (60, "1 min"), (600, "10 min"), (3_600, "1 h"))
 FIELDS = (
     ("id", "remote_id", "account", "kind", "status", "reference", "priority", "polls", "fetch_host"),
@@ -94,7 +93,7 @@ class JobsView(RowsView):
             now=now,
             query=request.args,
             states=JOB_STATES,
-            codes=CODES,
+            codes=JOB_CODES,
             late_options=LATE,
             job_actions=JOB_ACTIONS.values(),
         )

@@ -12,7 +12,7 @@ from werkzeug.wsgi import FileWrapper
 
 from worker.admin.jobs import RowsView, before_id, number, one_of, text
 from worker.client.tracking import open_output
-from worker.core.lifecycle import OUTPUT_STATES
+from worker.core.lifecycle import OUTPUT_CODES, OUTPUT_STATES
 from worker.errors import OutputMissing
 from worker.store.reports.pages import OutputFilter, jobs_by_id
 from worker.store.reports.pages import outputs_page as browse_outputs
@@ -25,10 +25,6 @@ PICTURES = frozenset({"image/png", "image/jpeg", "image/gif", "image/webp", "ima
 FILMS = frozenset({"video/mp4", "video/webm", "video/quicktime"})
 SOUNDS = frozenset({"audio/mpeg", "audio/flac", "audio/ogg", "audio/wav", "audio/mp4"})
 TEXTS = frozenset({"text/plain", "application/json", "text/vtt", "application/x-subrip"})
-CODES = (
-    "cancelled", "gone", "http_error", "not_media", "refused_address", "storage", "too_large", "truncated",
-    "unreachable",
-)  # fmt: skip
 BLOCK = 1 << 16
 FILE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src 'self'; media-src 'self'; sandbox"
 
@@ -49,7 +45,7 @@ class OutputsView(RowsView):
         with self.reader.connection() as (connection, now):
             page = browse_outputs(connection, output_filter, before=before_id(), limit=PAGE_ROWS)
         self._template_args.update(
-            listing=page, now=now, output_filter=output_filter, states=OUTPUT_STATES, codes=CODES
+            listing=page, now=now, output_filter=output_filter, states=OUTPUT_STATES, codes=OUTPUT_CODES
         )
         return None, page.rows
 

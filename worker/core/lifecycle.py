@@ -28,8 +28,15 @@ from worker.core.reply import (
 JobStatus = Literal["pending", "downloading", "completed", "failed", "expired", "cancelled"]
 JOB_STATES: tuple[JobStatus, ...] = ("pending", "downloading", "completed", "failed", "expired", "cancelled")
 FINAL_STATES: frozenset[str] = frozenset({"completed", "failed", "expired", "cancelled"})
-PRUNED = "pruned"  # the error code of an output that is being removed together with its job
 OUTPUT_STATES = ("pending", "stored", "failed")
+
+CRASHED = "worker_crash"  # the error code of a job or output that ended its process again and again
+PRUNED = "pruned"  # the error code of an output that is being removed together with its job
+JOB_CODES = ("api_error", "api_failed", "expired", "no_output", "not_found", "output_failed", "unwritable", CRASHED)
+OUTPUT_CODES = (
+    "cancelled", "gone", "http_error", "not_media", PRUNED, "refused_address", "storage", "too_large", "truncated",
+    "unreachable", CRASHED,
+)  # fmt: skip
 
 FAILED_ANSWERS = 2
 UNKNOWN_ANSWERS = 3

@@ -13,6 +13,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
+from worker.core.lifecycle import CRASHED
 from worker.store.claims import Claim
 from worker.store.counters import Tally
 from worker.store.jobs import finish_job_if_done
@@ -20,7 +21,6 @@ from worker.store.schema import crashes, jobs, outputs
 
 CRASHES_MOST = 8  # consecutive crashes; then the job or output fails
 WAIT_MOST = 15.0  # seconds
-CODE = "worker_crash"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ def _end_job(connection: Connection, row: Row[Any], tally: Tally, now: datetime)
     ended = connection.execute(
         update(jobs)
         .where(jobs.c.id == row.id, jobs.c.status == "pending", jobs.c.claim_token.is_(None))
-        .values(status="failed", error_code=CODE, error_message=_error_message(), completed_at=now, due_at=None)
+        .values(status="failed", error_code=CRASHED, error_message=_error_message(), completed_at=now, due_at=None)
     )
     if ended.rowcount:
         account, kind = connection.execute(select(jobs.c.account, jobs.c.kind).where(jobs.c.id == row.id)).one()
@@ -139,7 +139,7 @@ def _end_output(connection: Connection, row: Row[Any], tally: Tally, now: dateti
     connection.execute(
         update(outputs)
         .where(outputs.c.id == row.id, outputs.c.status == "pending", outputs.c.claim_token.is_(None))
-        .values(status="failed", error_code=CODE, error_message=_error_message(), due_at=None)
+        .values(status="failed", error_code=CRASHED, error_message=_error_message(), due_at=None)
     )
     final = finish_job_if_done(connection, job_id, tally, now=now) if status == "downloading" else None
     return [] if final is None else [job_id]
