@@ -15,7 +15,7 @@ from sqlalchemy.engine import make_url
 from tests import s3_servers, servers
 from tests.download_stand import Stand
 from tests.web import Web, web_server
-from worker.client import tracking
+from worker.client.connection import cached_settings
 from worker.net import deadlines
 from worker.settings import DOTENV_SWITCH, Settings
 from worker.store.engine import close_engines, make_engine
@@ -48,9 +48,9 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
     monkeypatch.setenv("LOG_FORMAT", "text")  # the tests read logs as text
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(redaction, "_shared", redaction.Scrubber())
-    tracking._settings.cache_clear()
+    cached_settings.cache_clear()
     yield
-    tracking._settings.cache_clear()
+    cached_settings.cache_clear()
     close_engines()
 
 

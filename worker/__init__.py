@@ -7,19 +7,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from worker.client.actions import cancel as cancel
+    from worker.client.actions import nudge as nudge
+    from worker.client.actions import retry as retry
     from worker.client.holds import hold as hold
     from worker.client.holds import resume as resume
-    from worker.client.tracking import Job as Job
-    from worker.client.tracking import Output as Output
-    from worker.client.tracking import cancel as cancel
-    from worker.client.tracking import get as get
-    from worker.client.tracking import nudge as nudge
-    from worker.client.tracking import open_output as open_output
-    from worker.client.tracking import output_url as output_url
-    from worker.client.tracking import retry as retry
+    from worker.client.jobs import Job as Job
+    from worker.client.jobs import Output as Output
+    from worker.client.jobs import get as get
+    from worker.client.jobs import open_output as open_output
+    from worker.client.jobs import output_url as output_url
+    from worker.client.jobs import wait as wait
     from worker.client.tracking import track as track
     from worker.client.tracking import track_many as track_many
-    from worker.client.tracking import wait as wait
     from worker.core.pacing.estimate import Progress as Progress
     from worker.errors import ApiRefused as ApiRefused
     from worker.errors import DatabaseRefused as DatabaseRefused
@@ -40,19 +40,10 @@ __path__.append(f"{__path__[0]}/deprecated")  # former import paths still work f
 
 _HOMES = {
     "worker.core.pacing.estimate": ("Progress",),
-    "worker.client.tracking": (
-        "Job",
-        "Output",
-        "cancel",
-        "get",
-        "nudge",
-        "open_output",
-        "output_url",
-        "retry",
-        "track",
-        "track_many",
-        "wait",
-    ),
+    "worker.client.tracking": ("track", "track_many"),
+    "worker.client.jobs": ("Job", "Output", "get", "open_output", "output_url", "wait"),
+    "worker.client.actions": ("cancel", "nudge", "retry"),
+    "worker.client.holds": ("hold", "resume"),
     "worker.errors": (
         "ApiRefused",
         "DatabaseRefused",
@@ -68,7 +59,6 @@ _HOMES = {
         "WaitTimeout",
         "WorkerError",
     ),
-    "worker.client.holds": ("hold", "resume"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

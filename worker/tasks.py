@@ -7,7 +7,8 @@ from celery.exceptions import Reject
 from celery.utils.log import get_task_logger
 
 from worker.app import HINT_EXPIRES_SECONDS, app, settings
-from worker.client import tracking
+from worker.client import actions
+from worker.client.tracking import track_with_created
 from worker.errors import NotTrackable, SchemaOutdated, Unavailable, WorkerError
 from worker.process.publishing import log_broker_errors
 from worker.process.redelivery import DELIVERIES_MOST, TooManyDeliveries, remote_id_of
@@ -27,7 +28,7 @@ def track(self: Any, remote: Any, **options: Any) -> int:
     redelivered = bool((self.request.delivery_info or {}).get("redelivered"))
     try:
         with resources.deliveries.counted(self.request.id, redelivered=redelivered):
-            job_id, created = tracking.track_with_created([remote], **options)[0]
+            job_id, created = track_with_created([remote], **options)[0]
         resources.outage.over()
     except (Unavailable, SchemaOutdated):
         resources.outage.wait(resources.stopping)
@@ -52,19 +53,19 @@ def track(self: Any, remote: Any, **options: Any) -> int:
 @app.task(name="worker.nudge", acks_late=True, throws=(WorkerError,))
 def nudge(remote_id: str | int, account: str | None = None) -> str:
     """Take a hint that a job may be ready: poll it as soon as `POLL_MIN` has passed since its last poll."""
-    return f"{tracking.nudge(remote_id, account)} brought forward"
+    return f"{actions.nudge(remote_id, account)} brought forward"
 
 
 @app.task(name="worker.cancel", throws=(WorkerError,))
 def cancel(job_id: int) -> str:
     """Cancel a job that is not final."""
-    return "cancelled" if tracking.cancel(job_id) else "unchanged"
+    return "cancelled" if actions.cancel(job_id) else "unchanged"
 
 
 @app.task(name="worker.retry", throws=(WorkerError,))
 def retry(job_id: int) -> str:
     """Retry a failed or expired job."""
-    return "retried" if tracking.retry(job_id) else "unchanged"
+    return "retried" if actions.retry(job_id) else "unchanged"
 
 
 @app.task(name="worker.poll", bind=True)

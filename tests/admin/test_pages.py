@@ -17,7 +17,7 @@ from worker.admin.access import AccessControl
 from worker.admin.job_actions import JOB_ACTIONS, apply_to_jobs
 from worker.admin.outputs import MAX_PICTURE_BYTES, PICTURES, display_kind
 from worker.admin.site import make_site
-from worker.client import tracking
+from worker.client import actions
 from worker.core.answer_history import NOTE_SEPARATOR
 from worker.core.media import signatures as core_media
 from worker.core.media.signatures import Media
@@ -153,7 +153,7 @@ def test_a_database_error_between_two_jobs_is_reported_correctly(operator: Opera
     def cancel_two(job_id: int) -> bool:
         if next(successes, None) is None:
             raise Unavailable("the database does not answer")
-        return tracking.cancel(job_id)
+        return actions.cancel(job_id)
 
     result = apply_to_jobs(replace(JOB_ACTIONS["cancel"], work=cancel_two), ids)
 

@@ -18,7 +18,8 @@ import worker
 from tests.apps import asgi, wsgi
 from tests.rows import read_job
 from tests.servers import celery_worker
-from worker.client import hooks, tracking
+from worker.client import hooks
+from worker.client.connection import cached_settings
 from worker.client.hooks import hook_url, received
 from worker.errors import NotTrackable, SettingsError, Unavailable
 from worker.sandbox import Sandbox, SandboxOptions
@@ -35,7 +36,7 @@ def configure(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
     """Set environment variables and clear the cached settings."""
     for name, value in values.items():
         monkeypatch.setenv(name, value)
-    tracking._settings.cache_clear()
+    cached_settings.cache_clear()
     hooks._keys.cache_clear()
 
 
@@ -323,7 +324,7 @@ def test_a_handler_accepts_valid_calls_with_any_body_and_refuses_others(
     with app() as address:
         due_id, other_id = track_due_later(database, "1", "a/b"), track_due_later(database, "2", "b")
         url = hook_url(f"{address}/api-hook", "a/b")
-        engine = engine_for(tracking._settings().database)
+        engine = engine_for(cached_settings().database)
         event.listen(engine, "before_cursor_execute", lambda *arguments: queries.append(arguments[2]))
 
         forged = [

@@ -12,7 +12,8 @@ from sqlalchemy import Engine, event, update
 import worker
 from tests.rows import add_downloading
 from worker import Job
-from worker.client import tracking
+from worker.client import pace_models
+from worker.client.connection import cached_settings
 from worker.core.pacing.policy import PacedJob
 from worker.polling.duration_learner import DurationLearner
 from worker.store.engine import engine_for
@@ -21,7 +22,7 @@ from worker.store.schema import jobs
 
 @pytest.fixture(autouse=True)
 def empty_model_cache() -> None:
-    tracking._models.clear()
+    pace_models.clear_cache()
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def statements(job: Job) -> Iterator[list[str]]:
     def note(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
         queries.append(statement)
 
-    engine = engine_for(tracking._settings().database)
+    engine = engine_for(cached_settings().database)
     event.listen(engine, "before_cursor_execute", note)
     try:
         yield queries
@@ -110,7 +111,7 @@ def test_progress_of_ready_and_final_jobs(database: Engine) -> None:
 
 def test_progress_makes_one_query_and_then_uses_the_cache(database: Engine) -> None:
     job = existing_job(worker.track("1", kind="image"))
-    tracking._models.clear()
+    pace_models.clear_cache()
 
     with statements(job) as first:
         job.progress()

@@ -18,7 +18,9 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 import worker
 from tests.rows import add_downloading, add_output
 from worker import track
-from worker.client import tracking
+from worker.client import jobs as client_jobs
+from worker.client import pace_models
+from worker.client.connection import cached_settings
 from worker.client.tracking import track_with_created
 from worker.coordination.wakeups import WakeUps
 from worker.core.pacing.policy import PacedJob
@@ -423,7 +425,7 @@ def test_webhook_urls_need_a_secret_and_plain_http_needs_an_allowed_network(
     """The secret is never stored."""
     secret = "whsec_" + "c2VjcmV0" * 4
     monkeypatch.setenv("WEBHOOK_SECRET", f"{secret}, {secret}")
-    tracking._settings.cache_clear()
+    cached_settings.cache_clear()
     track("1", webhook_url="https://shop.test/hook")
     for refused_url in ("http://shop.test/hook", "https://shop.test:8443/hook", "https://10.0.0.1/hook"):
         with pytest.raises(NotTrackable, match="WEBHOOK_ALLOWED_NETWORKS"):
@@ -432,7 +434,7 @@ def test_webhook_urls_need_a_secret_and_plain_http_needs_an_allowed_network(
         track("2", webhook_url=f"https://user:{secret}@shop.test/hook")
     assert secret not in str(refused.value)
     monkeypatch.setenv("WEBHOOK_ALLOWED_NETWORKS", "10.0.0.0/8")
-    tracking._settings.cache_clear()
+    cached_settings.cache_clear()
     track("3", webhook_url=f"http://10.0.0.1/{secret}")
     with database.connect() as connection:
         urls = list(connection.execute(select(jobs.c.webhook_url).order_by(jobs.c.id)).scalars())
@@ -565,7 +567,7 @@ def test_a_nudge_does_not_change_a_claimed_job(database: Engine) -> None:
 
 def test_wait_returns_a_final_job_or_raises_wait_timeout(database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """WaitTimeout is a WorkerError and a TimeoutError."""
-    monkeypatch.setattr(tracking, "WAIT_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(client_jobs, "WAIT_POLL_SECONDS", 0.02)
     job_id = worker.track("1")
     with pytest.raises(WaitTimeout, match=f"job {job_id} is still pending") as late:
         worker.wait(job_id, timeout=0.05)
@@ -626,7 +628,7 @@ def test_the_first_poll_is_planned_from_earlier_jobs_of_the_kind(database: Engin
     for _ in range(60):
         learner.observe("default", "slow", PacedJob(100.0, 95.0), ready=True, planned=100.0)
     learner.share()
-    tracking._models.clear()
+    pace_models.clear_cache()
 
     before = datetime.now(UTC)
     learned, new_kind = track("1", kind="slow"), track("2", kind="slow", account="another")

@@ -17,7 +17,8 @@ from tests.fuzz.effort import EFFORTS, with_effort
 from tests.fuzz.urls import urls
 from tests.rows import read_output
 from tests.s3_servers import S3Server
-from worker.client import tracking
+from worker.client import jobs as client_jobs
+from worker.client.connection import cached_settings
 from worker.core.media.base64_text import base64_start
 from worker.core.media.signatures import HEAD_BYTES, TAIL_BYTES, Media, is_complete, pixel_count, sniff
 from worker.core.reply import MAX_URL
@@ -72,7 +73,7 @@ def test_any_link_and_bytes_give_a_complete_file_with_a_safe_name(
     stand.out = tmp_path / "my 100% Bilder ü#?;"
     downloader = stand.downloader()
     monkeypatch.setenv("DATABASE_URL", str(stand.engine.url))
-    tracking._settings.cache_clear()
+    cached_settings.cache_clear()
 
     @with_effort(examples, of=4)
     @given(link=LINKS, body=FILES)
@@ -106,7 +107,7 @@ def test_any_link_and_bytes_give_a_complete_file_with_a_safe_name(
         assert content == body or content == base64.b64decode(body.strip(b'"').rpartition(b",")[2] + b"==")
         assert not content.lstrip().lower().startswith((b"<", b"#!"))
         assert (row.size_bytes, file.stat().st_mode & 0o111) == (len(content), 0)
-        with tracking.open_output(output_id) as opened:
+        with client_jobs.open_output(output_id) as opened:
             assert opened.read() == content
         file.unlink()
 

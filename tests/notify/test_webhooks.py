@@ -20,7 +20,7 @@ from standardwebhooks.webhooks import Webhook
 
 from tests.rows import NOW, add_downloading, add_job, add_output, seconds
 from tests.web import Web, drips
-from worker.client import tracking
+from worker.client import actions
 from worker.coordination.leases import LeaseKeeper, LeaseLost
 from worker.core.webhook import secret_bytes
 from worker.net.address_guard import Guard, guarded_adapter
@@ -440,7 +440,7 @@ def test_a_final_state_that_a_retry_leaves_early_is_delivered_all_the_same(
     monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
     monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
     job_id = _final(engine, receiver.url, status="failed", error_code="api_failed", ready_at=None)
-    assert tracking.retry(job_id)
+    assert actions.retry(job_id)
     with engine.begin() as connection:
         ended = {"status": "expired", "error_code": "expired", "due_at": None, "completed_at": NOW + seconds(20)}
         connection.execute(update(jobs).values(ended))

@@ -10,7 +10,6 @@ import pytest
 from sqlalchemy import Connection, Engine, Row, event, select
 
 from tests.rows import NOW, add_job, add_output, claim_due_jobs, read_job, seconds
-from worker.client import tracking
 from worker.core.pacing.policy import Pace
 from worker.core.reply import Link, RawAnswer, Ready
 from worker.operations.unread import Reread, apply
@@ -296,7 +295,7 @@ def test_given_answers_that_a_rule_reads_when_they_are_recorded_then_no_statemen
 def word_settings(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Settings with additional status words, for this database. No process is woken."""
     monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
-    monkeypatch.setattr(tracking, "wake", lambda _: None)
+    monkeypatch.setattr("worker.operations.unread.wake", lambda _: None)
     return Settings(sd_api_status_words='{"done": "success", "burnt": "failed", "hot": "processing", "bad": "error"}')
 
 

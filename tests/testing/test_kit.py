@@ -18,7 +18,8 @@ from standardwebhooks.webhooks import Webhook
 
 import worker
 from tests.download_stand import PNG
-from worker.client import holds, tracking
+from worker.client import holds
+from worker.client.connection import cached_settings
 from worker.errors import JobNotFound, WaitTimeout
 from worker.store import engine as engine_module
 from worker.store.engine import database_now
@@ -497,7 +498,7 @@ def test_the_environment_points_to_the_stand_in_and_is_restored_afterwards(
     with kit(tmp_path / "kit", tables=migrated_sqlite) as testkit:
         assert os.environ["SD_API_URL"] == testkit.api.url
         assert "sk-real" not in str(dict(os.environ))
-        assert tracking._settings().database.database == str(tmp_path / "kit" / "worker.db")
+        assert cached_settings().database.database == str(tmp_path / "kit" / "worker.db")
         worker.track("1", account="shop")
         assert [job.status for job in testkit.worker.run_all()] == ["completed"]
 

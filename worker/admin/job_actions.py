@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from worker.admin.formatting import format_count
+from worker.client.actions import cancel, retry
 from worker.client.holds import hold, hold_account_or_host, resume, resume_account_or_host
-from worker.client.tracking import cancel, retry
 from worker.core.circuit_breaker import Scope
 from worker.errors import JobNotFound, Unavailable
 from worker.store.jobs import MAX_ID

@@ -11,7 +11,7 @@ from werkzeug.wrappers import Response
 from werkzeug.wsgi import FileWrapper
 
 from worker.admin.jobs import RowsView, before_id, number, one_of, text
-from worker.client.tracking import open_output
+from worker.client.jobs import open_output
 from worker.core.lifecycle import OUTPUT_CODES, OUTPUT_STATES
 from worker.errors import OutputMissing
 from worker.store.reports.pages import OutputFilter, jobs_by_id

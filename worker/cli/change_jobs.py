@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 from worker.cli.filters import filter_options, job_filter
 from worker.cli.job_ids import job_numbers
 from worker.cli.output import json_option, print_json, print_table
-from worker.client import holds, tracking
+from worker.client import actions, holds
 from worker.client.actions import Action, ActionResult, change_matching, changeable
 from worker.core.circuit_breaker import Scope
 from worker.core.identity import ACCOUNT
@@ -31,8 +31,8 @@ SHOWN = 20  # jobs listed by a dry run
 PAGE = 1_000
 PROGRESS_SECONDS = 0.2, 10.0  # the time between two progress lines: on a terminal, and in a log
 ACTIONS: dict[Action, Callable[[int], bool]] = {
-    "cancel": tracking.cancel,
-    "retry": tracking.retry,
+    "cancel": actions.cancel,
+    "retry": actions.retry,
     "hold": holds.hold,
     "resume": holds.resume,
 }

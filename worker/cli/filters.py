@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from worker.client.tracking import lookup_id
+from worker.client.jobs import lookup_id
 from worker.core.durations import UNITS
 from worker.core.lifecycle import JOB_STATES
 from worker.store.reports.search import JobFilter

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from worker.client import tracking
+from worker.client.jobs import lookup_id
 from worker.errors import JobNotFound
 from worker.settings import load
 from worker.store.engine import engine_for, translate_errors
@@ -27,7 +27,7 @@ def targets(ids: tuple[str, ...], remote: str | None, account: str | None) -> li
         raise click.UsageError("give job ids, or --remote ID")
     if remote is not None:
         settings = load()
-        remote_id = tracking.lookup_id(remote)
+        remote_id = lookup_id(remote)
         with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
             job_ids = [row.id for row in jobs_by_remote(connection, remote_id, account)]
         if not job_ids:

@@ -5,7 +5,8 @@ from typing import Any
 import click
 
 from worker.cli.output import json_option, print_json, print_table
-from worker.client import tracking
+from worker.client.jobs import get
+from worker.client.tracking import track_with_created
 from worker.errors import DatabaseRefused, NotTrackable
 from worker.settings import load
 from worker.system.redaction import shared_scrubber
@@ -34,11 +35,11 @@ def track(remotes: tuple[str, ...], as_json: bool, **options: Any) -> int:
     scrubber = shared_scrubber(load().secret_texts)
     for remote in remotes:
         try:
-            job_id, created = tracking.track_with_created([remote], **options)[0]
+            job_id, created = track_with_created([remote], **options)[0]
         except (NotTrackable, DatabaseRefused) as error:
             echo(f"fetch-worker: {scrubber.text(remote)[:60]!r} not tracked: {error}", err=True)
             continue
-        job = tracking.get(job_id)
+        job = get(job_id)
         if job is not None:
             rows.append({"id": job_id, "remote_id": job.remote_id, "status": job.status, "created": created})
     if as_json:

@@ -1,23 +1,24 @@
-"""Cancel, retry, hold or resume all jobs that match a filter, some hundred per transaction."""
+"""Cancel, retry or nudge one job, or change all jobs that match a filter, some hundred per transaction."""
 
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Literal
 
 from sqlalchemy import Connection, Engine, select
 
-from worker.client import tracking
+from worker.client.connection import cached_settings, check_exists, transaction
+from worker.client.jobs import lookup_id, wake
 from worker.settings import Settings
 from worker.store import holds
+from worker.store import jobs as job_store
 from worker.store.counters import Tally
 from worker.store.engine import database_now, engine_for, transact, translate_errors
 from worker.store.events import create_events
 from worker.store.holds import work_limits
-from worker.store.jobs import cancel_all, retry_all
 from worker.store.reports.search import FEW, JobFilter, Search, find_job_ids, lock_matching, prepare_search
 from worker.store.schema import jobs
 
@@ -38,6 +39,53 @@ class ActionResult:
     id: int
     changed: bool
     status: str
+
+
+def cancel(job_id: int) -> bool:
+    """Cancel a job; stored files stay. Return False if the job was already final. Raises JobNotFound."""
+    with transaction(cached_settings()) as connection:
+        check_exists(connection, job_id)
+        tally = Tally()
+        cancelled = job_store.cancel(connection, job_id, tally, now=database_now(connection))
+        tally.write(connection)
+        return cancelled
+
+
+def retry(job_id: int) -> bool:
+    """Retry a failed or expired job at once. Return False if it is in another state. Raises JobNotFound."""
+    settings = cached_settings()
+    with transaction(settings) as connection:
+        check_exists(connection, job_id)
+        # the event of the final state, before leaving it
+        create_events(connection, now=database_now(connection), of=[job_id])
+        changed = job_store.retry(connection, job_id, now=database_now(connection))
+    if changed:
+        wake(settings)
+    return changed
+
+
+def nudge(remote_id: str | int, account: str | None = None) -> int:
+    """Poll the jobs with this remote id earlier, because they may be ready. Return how many; 0 for an unknown id."""
+    settings = cached_settings()
+    with transaction(settings) as connection:
+        interval = timedelta(seconds=settings.poll_min)
+        count = job_store.nudge(
+            connection, lookup_id(remote_id), account, now=database_now(connection), poll_min=interval
+        )
+    if count:
+        wake(settings)
+    return count
+
+
+def nudge_reference(reference: str) -> int:
+    """Poll the jobs with this reference earlier, because they may be ready. Return how many."""
+    settings = cached_settings()
+    with transaction(settings) as connection:
+        interval = timedelta(seconds=settings.poll_min)
+        count = job_store.nudge_reference(connection, reference, now=database_now(connection), poll_min=interval)
+    if count:
+        wake(settings)
+    return count
 
 
 def changeable(action: Action, job_filter: JobFilter) -> JobFilter:
@@ -84,7 +132,7 @@ def _batches(action: Action, job_filter: JobFilter, settings: Settings) -> Itera
             with translate_errors(settings.database):
                 results = transact(engine, work)
             if action in ("retry", "resume"):
-                tracking.wake(settings)
+                wake(settings)
             yield results
             time.sleep(PAUSE_SHARE * (time.monotonic() - started))
 
@@ -119,10 +167,10 @@ def _change(
 ) -> set[int]:
     match action:
         case "cancel":
-            return cancel_all(connection, ids, tally, now=now)
+            return job_store.cancel_all(connection, ids, tally, now=now)
         case "retry":
             create_events(connection, now=now, of=ids)  # the events of the final states, before leaving them
-            return retry_all(connection, ids, now=now)
+            return job_store.retry_all(connection, ids, now=now)
         case "hold":
             return holds.hold(connection, ids, now=now)
         case "resume":

@@ -1,19 +1,14 @@
 """Hold and resume jobs, accounts and API hosts. For operators and their pages."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from sqlalchemy import Connection
-
-from worker.client import tracking
+from worker.client.connection import check_exists, transaction
+from worker.client.jobs import wake
 from worker.core.circuit_breaker import Scope
-from worker.errors import JobNotFound
-from worker.settings import Settings, load
+from worker.settings import load
 from worker.store import holds as store
-from worker.store.engine import database_now, engine_for, translate_errors
+from worker.store.engine import database_now
 from worker.store.holds import work_limits
-from worker.store.jobs import job_row
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +18,8 @@ def hold(job_id: int) -> bool:
 
     Return False if it is already held or not pending. Raises JobNotFound.
     """
-    with _transaction(load()) as connection:
-        _existing(connection, job_id)
+    with transaction(load()) as connection:
+        check_exists(connection, job_id)
         changed = bool(store.hold(connection, [job_id], now=database_now(connection)))
     if changed:
         log.info("held by an operator job=%s", job_id)
@@ -38,12 +33,12 @@ def resume(job_id: int) -> bool:
     that was held does not expire within the next minute. Return False if nothing had to change. Raises JobNotFound.
     """
     settings = load()
-    with _transaction(settings) as connection:
-        _existing(connection, job_id)
+    with transaction(settings) as connection:
+        check_exists(connection, job_id)
         changed = bool(store.resume(connection, [job_id], work_limits(settings), now=database_now(connection)))
     if changed:
         log.info("resumed by an operator job=%s", job_id)
-        tracking.wake(settings)
+        wake(settings)
     return changed
 
 
@@ -52,7 +47,7 @@ def hold_account_or_host(scope: Scope, name: str) -> bool:
 
     Answers to requests in flight are still processed. Return False if it was already held by an operator.
     """
-    with _transaction(load()) as connection:
+    with transaction(load()) as connection:
         changed = store.hold_account_or_host(connection, scope, name, now=database_now(connection))
     if changed:
         log.warning("held by an operator scope=%s name=%s", scope, name)
@@ -65,20 +60,9 @@ def resume_account_or_host(scope: Scope, name: str) -> bool:
     This also ends a pause after a rate limit. Return False if nothing held it.
     """
     settings = load()
-    with _transaction(settings) as connection:
+    with transaction(settings) as connection:
         changed = store.resume_account_or_host(connection, scope, name, now=database_now(connection))
     if changed:
         log.warning("resumed by an operator scope=%s name=%s", scope, name)
-        tracking.wake(settings)
+        wake(settings)
     return changed
-
-
-@contextmanager
-def _transaction(settings: Settings) -> Iterator[Connection]:
-    with translate_errors(settings.database), engine_for(settings.database).begin() as connection:
-        yield connection
-
-
-def _existing(connection: Connection, job_id: int) -> None:
-    if job_row(connection, job_id) is None:
-        raise JobNotFound(f"there is no job {job_id}: `fetch-worker list` shows the jobs")

@@ -1,46 +1,36 @@
-"""The Python API for web apps: track a submit answer, look up a job, act on it, wait for it."""
+"""Track jobs: `track` and `track_many`, and the checks of their arguments."""
 
 import logging
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 from zlib import crc32
 
-from sqlalchemy import URL, Connection, Row, event
+from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, scoped_session
 
-from worker.coordination.wakeups import WakeUps
-from worker.core.identity import ACCOUNT, SYNTHETIC_ID, checked_remote_id
-from worker.core.lifecycle import FINAL_STATES
+from worker.client.connection import cached_settings, transaction
+from worker.client.jobs import wake
+from worker.client.pace_models import pace_model
+from worker.core.identity import ACCOUNT
 from worker.core.numbers import positive_number
 from worker.core.on_done_name import on_done_problem, task_and_queue
-from worker.core.pacing.estimate import Progress, progress
-from worker.core.pacing.policy import NOTHING_KNOWN, SPREAD, Pace, PacedJob, PaceModel, PollPlan
+from worker.core.pacing.policy import SPREAD, Pace, PacedJob, PollPlan
 from worker.core.webhook import checked_url
-from worker.errors import ApiRefused, JobNotFound, NotTrackable, OutputMissing, WaitTimeout
-from worker.polling.duration_learner import FRESH_SECONDS, read_models
-from worker.settings import Settings, load
-from worker.storage.select import storage_of
+from worker.errors import ApiRefused, NotTrackable
+from worker.settings import Settings
 from worker.store import jobs as store
-from worker.store.counters import Tally
-from worker.store.engine import database_now, engine_for, translate_errors
-from worker.store.events import create_events
-from worker.store.outputs import output_row
-from worker.system.locked_cache import locked_cache
+from worker.store.engine import database_now, translate_errors
 from worker.system.redaction import Scrubber, shared_scrubber
 from worker.vendor.families import MAX_KIND
 from worker.vendor.submissions import PlannedJob, planned_job, submit_answer
 
 log = logging.getLogger(__name__)
 
-WAIT_POLL_SECONDS = 0.5  # the time between two reads of a job in `wait`
 SOON_SECONDS = 1.0  # a poll run that waits checks for due jobs at least this often
 MAX_REFERENCE = 255
 PRIORITY_LIMIT = 1_000
-MAX_CACHED_MODELS = 2_000
 _WAKES = "fetch-worker: this session tracked a job that is due soon"
 
 
@@ -50,83 +40,6 @@ class TrackingSession(Protocol):
     def connection(self) -> Connection:
         """Return the connection of the session's transaction."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """An output of a job. `location` is set once it is stored."""
-
-    id: int
-    job_id: int
-    position: int
-    url: str
-    status: str
-    location: str | None
-    size_bytes: int | None
-    sha256: str | None
-    media_type: str | None
-    attempts: int
-    error_code: str | None
-    error_message: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A job as it was at `read_at`, a time of the database's clock. Times are aware, in UTC; `eta` is in seconds.
-
-    `not_ready_at` is when the API last answered that the job is not ready. `eta_at` is when the eta arrived, if it came
-    after the submission. `held_at` is when an operator held the job.
-    """
-
-    id: int
-    account: str
-    remote_id: str
-    kind: str
-    status: str
-    priority: int
-    reference: str | None
-    polls: int
-    eta: float | None
-    submitted_at: datetime
-    ready_at: datetime | None
-    completed_at: datetime | None
-    deadline_at: datetime
-    error_code: str | None
-    error_message: str | None
-    not_ready_at: datetime | None
-    eta_at: datetime | None
-    held_at: datetime | None
-    read_at: datetime
-    outputs: tuple[Output, ...] = ()
-
-    @property
-    def final(self) -> bool:
-        """Whether the job is in a final state."""
-        return self.status in FINAL_STATES
-
-    def progress(self) -> Progress:
-        """Return the progress of the job at `read_at`: the chance that it is ready, and the expected remaining time.
-
-        It is computed from the durations of earlier jobs of this kind. These are read at most twice a minute. Raises
-        Unavailable.
-        """
-        paced_job = PacedJob.at(
-            self.read_at,
-            submitted_at=self.submitted_at,
-            not_ready_at=self.not_ready_at,
-            eta=self.eta,
-            eta_at=self.eta_at,
-            deadline_at=self.deadline_at,
-        )
-        return progress(self.status, paced_job, self._model() if self.status == "pending" else NOTHING_KNOWN)
-
-    def _model(self) -> PaceModel:
-        settings = _settings()
-        model = _cached_model(settings.database, self.account, self.kind)
-        if model is not None:
-            return model
-        with _transaction(settings) as connection:
-            return _model(connection, self.account, self.kind)
 
 
 def track(remote: object, *, session: TrackingSession | None = None, **options: Any) -> int:
@@ -156,7 +69,7 @@ def track_with_created(
     remotes: Sequence[object], *, session: TrackingSession | None = None, **options: Any
 ) -> list[tuple[int, bool]]:
     """Track jobs like `track_many`. Return for each its id and whether it is new."""
-    settings = _settings()
+    settings = cached_settings()
     scrubber = shared_scrubber(settings.secret_texts)
     options = {name: scrubber.links(value) if isinstance(value, str) else value for name, value in options.items()}
     try:
@@ -180,161 +93,11 @@ def track_with_created(
         if due_soon:
             _wake_after_commit(session)
         return tracked_jobs
-    with _transaction(settings) as connection:
+    with transaction(settings) as connection:
         tracked_jobs, due_soon = _insert(connection, settings, checked_options, plans)
     if due_soon:
         wake(settings)  # after the commit: the rows must be there
     return tracked_jobs
-
-
-def get(job_id: int | None = None, *, remote_id: str | int | None = None, account: str | None = None) -> Job | None:
-    """Return a job with its outputs, by id or by remote id (the newest such job), or `None`."""
-    with _transaction(_settings()) as connection:
-        if job_id is not None:
-            row = store.job_row(connection, job_id)
-        else:
-            rows = store.jobs_by_remote(connection, lookup_id(remote_id), account)
-            row = rows[0] if rows else None
-        if row is None:
-            return None
-        return _job(row, store.outputs_of(connection, [row.id]), database_now(connection))
-
-
-def open_output(output_id: int) -> BinaryIO:
-    """Open a stored output as a binary file; the caller closes it. Raises OutputMissing and StorageTrouble."""
-    location = _location(output_id)
-    return storage_of(location, _settings()).open(location)
-
-
-def output_url(output_id: int, seconds: float = 3_600) -> str:
-    """Return a URL of a stored output that is valid for at least `seconds`.
-
-    On S3 the URL is signed. For files it is below STORAGE_ADDRESS, the base URL of your web server for them. Without
-    STORAGE_ADDRESS it is a `file:` URL for programs on this host; send other clients the bytes of `open_output`. Raises
-    OutputMissing and StorageTrouble.
-    """
-    location = _location(output_id)
-    return storage_of(location, _settings()).url(location, seconds)
-
-
-def _location(output_id: int) -> str:
-    if isinstance(output_id, bool) or not isinstance(output_id, int):
-        raise OutputMissing(f"{output_id!r} is not an output id: get(job_id).outputs lists the outputs of a job")
-    with _transaction(_settings()) as connection:
-        row = output_row(connection, output_id)
-    if row is None:
-        raise OutputMissing(f"there is no output {output_id}: get(job_id).outputs lists the outputs of a job")
-    if row.location is None:
-        advice = (
-            "wait for its job" if row.status == "pending" else "see its error_code, and call retry(job_id) to try again"
-        )
-        raise OutputMissing(f"output {output_id} is not stored, it is {row.status}: {advice}")
-    return str(row.location)
-
-
-def cancel(job_id: int) -> bool:
-    """Cancel a job; stored files stay. Return False if the job was already final. Raises JobNotFound."""
-    with _transaction(_settings()) as connection:
-        _existing(connection, job_id)
-        tally = Tally()
-        cancelled = store.cancel(connection, job_id, tally, now=database_now(connection))
-        tally.write(connection)
-        return cancelled
-
-
-def retry(job_id: int) -> bool:
-    """Retry a failed or expired job at once. Return False if it is in another state. Raises JobNotFound."""
-    settings = _settings()
-    with _transaction(settings) as connection:
-        _existing(connection, job_id)
-        create_events(
-            connection, now=database_now(connection), of=[job_id]
-        )  # the event of the final state, before leaving it
-        changed = store.retry(connection, job_id, now=database_now(connection))
-    if changed:
-        wake(settings)
-    return changed
-
-
-def nudge(remote_id: str | int, account: str | None = None) -> int:
-    """Poll the jobs with this remote id earlier, because they may be ready. Return how many; 0 for an unknown id."""
-    settings = _settings()
-    with _transaction(settings) as connection:
-        interval = timedelta(seconds=settings.poll_min)
-        count = store.nudge(connection, lookup_id(remote_id), account, now=database_now(connection), poll_min=interval)
-    if count:
-        wake(settings)
-    return count
-
-
-def nudge_reference(reference: str) -> int:
-    """Poll the jobs with this reference earlier, because they may be ready. Return how many."""
-    settings = _settings()
-    with _transaction(settings) as connection:
-        interval = timedelta(seconds=settings.poll_min)
-        count = store.nudge_reference(connection, reference, now=database_now(connection), poll_min=interval)
-    if count:
-        wake(settings)
-    return count
-
-
-def wait(job_id: int, timeout: float | None = None) -> Job:
-    """Wait until a job is final and return it. `timeout` is in seconds. Raises WaitTimeout and JobNotFound."""
-    deadline = None if timeout is None else _workers.clock() + timeout
-    while True:
-        job = get(job_id)
-        if job is None:
-            raise JobNotFound(f"there is no job {job_id}: `fetch-worker list` shows the jobs")
-        if job.final:
-            return job
-        remaining = None if deadline is None else deadline - _workers.clock()
-        if remaining is not None and remaining <= 0:
-            raise WaitTimeout(
-                f"job {job_id} is still {job.status} after {timeout} s: it continues, so you can wait again"
-            )
-        _workers.pause(job, remaining)
-
-
-class Workers:
-    """The worker processes as a web app sees them: woken over Redis pub/sub; `wait` polls the database."""
-
-    def wake(self, settings: Settings) -> None:
-        """Wake the worker processes, because a job is due earlier than they know. Call it after the commit."""
-        _wake_ups(settings.redis).send()
-
-    def clock(self) -> float:
-        """Return the time in seconds, for time-outs."""
-        return time.monotonic()
-
-    def pause(self, job: Job, max_seconds: float | None) -> None:
-        """Wait a moment for the job to change, at most `max_seconds`."""
-        time.sleep(WAIT_POLL_SECONDS if max_seconds is None else min(WAIT_POLL_SECONDS, max_seconds))
-
-
-_workers = Workers()
-
-
-def wake(settings: Settings) -> None:
-    """Wake the worker processes, because a job is due earlier than they know. Call it after the commit."""
-    _workers.wake(settings)
-
-
-@contextmanager
-def workers_in_place(workers: Workers) -> Iterator[None]:
-    """Replace the workers of this process, for tests. Cached settings and models are cleared before and after."""
-    global _workers
-    replaced, _workers = _workers, workers
-    _clear_caches()
-    try:
-        yield
-    finally:
-        _workers = replaced
-        _clear_caches()
-
-
-def _clear_caches() -> None:
-    _settings.cache_clear()
-    _models.clear()
 
 
 # ── planning ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -482,31 +245,10 @@ class _Paced:
         key = (plan.kind, plan.eta, plan.deadline)
         poll = self._firsts.get(key)
         if poll is None:
-            model = _model(self._connection, self._account, plan.kind)
+            model = pace_model(self._connection, self._account, plan.kind)
             job = PacedJob(age, eta=plan.eta, seconds_left=plan.deadline - age)
             poll = self._firsts[key] = self._pace.first(job, model, spread=0.0)
         return poll
-
-
-_models: dict[tuple[str, str, str], tuple[PaceModel, float]] = {}
-
-
-def _cached_model(url: URL, account: str, kind: str) -> PaceModel | None:
-    """Return the cached pace model of a class of jobs, or `None` if it is not cached or too old."""
-    model, until = _models.get((str(url), account, kind), (None, 0.0))
-    return model if time.monotonic() < until else None
-
-
-def _model(connection: Connection, account: str, kind: str) -> PaceModel:
-    """Return the pace model of a class of jobs, read from the database at most every FRESH_SECONDS."""
-    url = connection.engine.url
-    model = _cached_model(url, account, kind)
-    if model is None:
-        if len(_models) >= MAX_CACHED_MODELS:
-            _models.clear()
-        model, _ = read_models(connection, [(account, kind)])[account, kind]
-        _models[str(url), account, kind] = (model, time.monotonic() + FRESH_SECONDS)
-    return model
 
 
 def _moment(value: datetime | str | None) -> datetime | None:
@@ -594,17 +336,7 @@ def _on_done(value: str, settings: Settings) -> str:
     return checked
 
 
-# ── helpers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@locked_cache
-def _settings() -> Settings:
-    return load()
-
-
-@locked_cache
-def _wake_ups(redis_url: str) -> WakeUps:
-    return WakeUps(redis_url)
+# ── session──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _wake_after_commit(session: TrackingSession) -> None:
@@ -620,40 +352,9 @@ def _wake_after_commit(session: TrackingSession) -> None:
 def _committed(session: Session) -> None:
     if session.info[_WAKES] and not session.in_nested_transaction():
         session.info[_WAKES] = False
-        wake(_settings())
+        wake(cached_settings())
 
 
 def _rolled_back(session: Session) -> None:
     if not session.in_nested_transaction():
         session.info[_WAKES] = False
-
-
-@contextmanager
-def _transaction(settings: Settings) -> Iterator[Connection]:
-    engine = engine_for(settings.database)
-    with translate_errors(settings.database), engine.begin() as connection:
-        yield connection
-
-
-def _existing(connection: Connection, job_id: int) -> Row[Any]:
-    row = store.job_row(connection, job_id)
-    if row is None:
-        raise JobNotFound(f"there is no job {job_id}: `fetch-worker list` shows the jobs")
-    return row
-
-
-def lookup_id(remote_id: object) -> str:
-    """Return a valid remote id, from the API or made by `track`. Raises NotTrackable."""
-    is_synthetic = isinstance(remote_id, str) and SYNTHETIC_ID.fullmatch(remote_id)
-    return str(remote_id) if is_synthetic else checked_remote_id(remote_id)
-
-
-def _job(row: Row[Any], outputs: Sequence[Row[Any]], now: datetime) -> Job:
-    values = row._mapping
-    fields = {name: values[name] for name in Job.__dataclass_fields__ if name not in ("outputs", "read_at")}
-    return Job(**fields, read_at=now, outputs=tuple(_output(output) for output in outputs))
-
-
-def _output(row: Row[Any]) -> Output:
-    values = row._mapping
-    return Output(**{name: values[name] for name in Output.__dataclass_fields__})

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row
 
-from worker.client import tracking
+from worker.client.jobs import wake
 from worker.core.lifecycle import (
     ERROR_ANSWERS,
     FAILED_ANSWERS,
@@ -61,7 +61,7 @@ def apply(settings: Settings, *, shape: str | None = None) -> Iterator[list[Rere
         with translate_errors(settings.database):
             batch = transact(engine, partial(_apply, ids=ids[start : start + BATCH], settings=settings))
         if any(job.changed for job in batch):
-            tracking.wake(settings)
+            wake(settings)
         yield batch
 
 

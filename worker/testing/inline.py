@@ -17,8 +17,8 @@ from pydantic import SecretStr
 from sqlalchemy import Engine
 from sqlalchemy.exc import OperationalError
 
-from worker.client import tracking
-from worker.client.tracking import Job, Workers
+from worker.client import jobs as client_jobs
+from worker.client.jobs import Job, Workers
 from worker.coordination.leases import LeaseKeeper
 from worker.coordination.rate_limiter import RateLimiter, Reservation
 from worker.core.lifecycle import PROMISE_PATIENCE
@@ -117,7 +117,7 @@ class FetchWorker(Workers):
         with self._lock:
             started_at = self.now
             for _ in self._steps():
-                job = tracking.get(job_id)
+                job = client_jobs.get(job_id)
                 if job is None:
                     raise JobNotFound(f"there is no job {job_id}: was the transaction that tracked it committed?")
                 if job.final:
@@ -136,7 +136,7 @@ class FetchWorker(Workers):
                 ended.update(waiting)
                 self.run(waiting[0])
             self._finish_due_work()
-        jobs = [tracking.get(job_id) for job_id in sorted(ended)]
+        jobs = [client_jobs.get(job_id) for job_id in sorted(ended)]
         return [job for job in jobs if job is not None]
 
     def advance(self, seconds: float = 0.0) -> None:
@@ -218,7 +218,7 @@ class FetchWorker(Workers):
 
     def _check_stuck(self, job_id: int) -> None:
         """Raises NeverEnds if the job is not final although no work is left. Another thread may have finished it."""
-        job = tracking.get(job_id)
+        job = client_jobs.get(job_id)
         if job is not None and not job.final:
             raise NeverEnds(
                 f"job {job_id} is {job.status}, and no work is left that could change it ({self._why(job)})"

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import URL, make_url
 
-from worker.client.tracking import workers_in_place
+from worker.client.jobs import workers_in_place
 from worker.errors import SchemaOutdated
 from worker.settings import DOTENV_SWITCH, Settings, load
 from worker.store.engine import check_schema, make_engine, use_clock, use_engine

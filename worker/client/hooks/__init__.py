@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterable
 from functools import cache
 
-from worker.client.tracking import checked_reference, nudge_reference
+from worker.client.actions import nudge_reference
+from worker.client.tracking import checked_reference
 from worker.errors import NotTrackable, SettingsError, Unavailable
 from worker.settings import load
 
