@@ -68,7 +68,15 @@ class LeaseKeeper:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "LeaseKeeper":
-        """Note that work is claimed, or about to be. Leases are renewed until `__exit__`."""
+        """Have the leases renewed within the `with` block."""
+        self.hold()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.drop()
+
+    def hold(self) -> None:
+        """Note that work is claimed, or about to be. Leases are renewed until `drop` was called as often as `hold`."""
         with self._lock:
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="lease-keeper", daemon=True)
@@ -76,9 +84,8 @@ class LeaseKeeper:
                 self._thread = thread
             self._holds += 1
         self._wake.set()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def drop(self) -> None:
         """Note that this work is done."""
         with self._lock:
             self._holds -= 1
@@ -123,7 +130,7 @@ class LeaseKeeper:
             with self._lock:
                 idle = self._holds == 0
                 if idle:
-                    self._wake.clear()  # under the lock, so that a later `__enter__` wakes this thread
+                    self._wake.clear()  # under the lock, so that a later `hold` wakes this thread
             if idle:
                 self._wake.wait()
                 continue

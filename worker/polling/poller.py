@@ -298,9 +298,9 @@ class Poller:
         holds = bool(self._pool.outstanding or self._recorder.unwritten)
         if holds != self._renewing_leases:
             if holds:
-                self._leases.__enter__()
+                self._leases.hold()
             else:
-                self._leases.__exit__()
+                self._leases.drop()
             self._renewing_leases = holds
 
     # ── claiming ──────────────────────────────────────────────────────────────────────────────────────────────────────
