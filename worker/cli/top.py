@@ -1,4 +1,4 @@
-"""The command `top`: renders the live snapshot of `worker.operations.snapshot` in a terminal."""
+"""The command `top`: renders the live snapshot of `worker.operations.snapshot_reader` in a terminal."""
 
 import os
 import select
@@ -23,7 +23,7 @@ from worker.core.display import display_text
 from worker.core.humanize import format_bytes, format_duration
 from worker.errors import WorkerError
 from worker.operations.overview import HEALTHY_SECONDS
-from worker.operations.snapshot import (
+from worker.operations.snapshot_reader import (
     NO_WORKER,
     AccountNow,
     LateJob,
@@ -38,7 +38,7 @@ from worker.settings import load
 from worker.store.engine import engine_for
 from worker.system.terminal import cell, make_console
 
-FILE_LINES = 1_000  # without a terminal, only the limits of `worker.operations.snapshot` apply
+FILE_LINES = 1_000  # without a terminal, only the limits of `worker.operations.snapshot_reader` apply
 GAP = "  "
 
 

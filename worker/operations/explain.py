@@ -21,7 +21,7 @@ from worker.core.pacing.policy import PacedJob, PaceModel
 from worker.core.pacing.survival import MAX_POLL_AGE
 from worker.core.redaction.masking import link_host, mask_personal_data
 from worker.operations.overview import HEALTHY_SECONDS, AccountState, account_states
-from worker.operations.snapshot import LATE_EVENT_SECONDS, OVER_SECONDS, attempt_host
+from worker.operations.snapshot_reader import LATE_EVENT_SECONDS, OVER_SECONDS, attempt_host
 from worker.polling.duration_learner import read_models
 from worker.settings import Settings
 from worker.store.breakers import all_breakers, last_asked
