@@ -24,7 +24,8 @@ from tests.waiting import wait_until
 from worker.cli import main
 from worker.cli.top import render
 from worker.coordination.rate_limiter import RateLimiter, redis_client
-from worker.operations.snapshot_reader import Snapshot, SnapshotReader
+from worker.operations.snapshot import Snapshot
+from worker.operations.snapshot_reader import SnapshotReader
 from worker.settings import load
 from worker.store.counters import ANSWERS, Tally
 from worker.store.schema import HELD_UNTIL

@@ -16,7 +16,8 @@ from worker.core.answer_history import AnswerNote, parse_history
 from worker.core.circuit_breaker import CircuitBreaker
 from worker.operations.explain import Finding, read_context, read_explanation
 from worker.operations.overview import Overview, overview, ready_estimate, why
-from worker.operations.snapshot_reader import Snapshot, SnapshotReader
+from worker.operations.snapshot import Snapshot
+from worker.operations.snapshot_reader import SnapshotReader
 from worker.settings import Settings
 from worker.store.breakers import all_breakers
 from worker.store.engine import database_now, engine_for, translate_errors

@@ -1,4 +1,4 @@
-"""The command `top`: renders the live snapshot of `worker.operations.snapshot_reader` in a terminal."""
+"""The command `top`: renders the live snapshot of `worker.operations.snapshot` in a terminal."""
 
 import os
 import select
@@ -23,17 +23,17 @@ from worker.core.display import display_text
 from worker.core.humanize import format_bytes, format_duration
 from worker.errors import WorkerError
 from worker.operations.overview import HEALTHY_SECONDS
-from worker.operations.snapshot_reader import (
+from worker.operations.snapshot import (
     NO_WORKER,
     AccountNow,
     LateJob,
     LostClaimNow,
     OverdueJob,
     Snapshot,
-    SnapshotReader,
     Transfer,
     UnstoredByHost,
 )
+from worker.operations.snapshot_reader import SnapshotReader
 from worker.settings import load
 from worker.store.engine import engine_for
 from worker.system.terminal import cell, make_console

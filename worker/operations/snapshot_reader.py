@@ -1,4 +1,4 @@
-"""Live snapshot for `top` and the admin overview: rates, holds, late work, downloads and problems.
+"""Reads the live snapshot of `worker.operations.snapshot`.
 
 Each snapshot takes one short transaction of bounded queries and one read from Redis after it. Rates are differences
 between two snapshots: a reader keeps samples of the last minute.
@@ -21,6 +21,21 @@ from worker.core.identity import can_be_asked
 from worker.core.lifecycle import OutputFacts, address_index
 from worker.core.redaction.masking import link_host, mask_personal_data
 from worker.operations.overview import HEALTHY_SECONDS, AccountState, account_states, no_key
+from worker.operations.snapshot import (
+    NO_WORKER,
+    AccountNow,
+    Counted,
+    Failure,
+    HeldHost,
+    KindNow,
+    LateJob,
+    LateWebhook,
+    LostClaimNow,
+    OverdueJob,
+    Snapshot,
+    Transfer,
+    UnstoredByHost,
+)
 from worker.settings import Settings
 from worker.store.breakers import all_breakers, last_asked
 from worker.store.claims import claim_holders, due_groups
@@ -31,7 +46,6 @@ from worker.store.jobs import waiting_accounts
 from worker.store.reports import snapshot_rows
 from worker.system.process_identity import dead_holders
 
-NO_WORKER = "no worker polls"
 WINDOW_SECONDS = 60.0  # for delays and polls per job
 RATE_SECONDS = 10.0  # for requests per second
 OVER_SECONDS = 5.0  # a running worker claims the work of an ended lease sooner
@@ -43,176 +57,6 @@ MAX_TRANSFERS = 100
 MAX_UNSTORED = 1_000
 MAX_EVENTS = 500
 MAX_FAILURES = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Counted:
-    """The number of jobs in a state. `more` means that counting stopped at this number."""
-
-    state: str
-    count: int
-    more: bool
-
-
-@dataclass(frozen=True, slots=True)
-class AccountNow:
-    """An account: the requests per second that it makes and may make, and its hold, if it is held.
-
-    `used` is `None` until two snapshots were read. `left` is the number of requests that can be sent at once, or `None`
-    if Redis is not reachable. `until` is when the hold ends or is probed, or `None` if an operator must end it.
-    """
-
-    account: str
-    used: float | None
-    rps: float
-    ceiling: float | None
-    left: int | None
-    reason: str | None
-    since: datetime | None
-    until: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class HeldHost:
-    """A held host of the API: the reason, the start of the hold, and when it is tried again."""
-
-    host: str
-    reason: str
-    since: datetime | None
-    until: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class LateJob:
-    """A due job that was not polled: how late it is, why, and how long it is past its deadline, if it is."""
-
-    id: int
-    account: str
-    kind: str
-    late_seconds: float
-    past_deadline_seconds: float | None
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class OverdueJob:
-    """A job past its deadline that is not polled soon, and so does not expire."""
-
-    id: int
-    account: str
-    kind: str
-    past_deadline_seconds: float
-    asked_in_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class LostClaimNow:
-    """A claim whose process will not complete the work, with its holder and whether that process is known to be dead.
-
-    `over_seconds` is the time since the lease ended. It is negative while the lease still runs: then the process is
-    dead, or has held the claim for longer than any work takes.
-    """
-
-    what: str
-    id: int
-    holder: str
-    dead: bool
-    over_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """A running download. `bytes` and `bytes_per_second` are `None` until they are known."""
-
-    output_id: int
-    job_id: int
-    host: str
-    attempts: int
-    age_seconds: float | None
-    bytes: int | None
-    bytes_per_second: float | None
-    holder: str
-
-
-@dataclass(frozen=True, slots=True)
-class UnstoredByHost:
-    """Outputs that are not stored yet, grouped by host and code of the last error (`None`: no error so far).
-
-    `next_seconds` is the time until the first of them is tried again. It is negative if that output is overdue.
-    """
-
-    code: str | None
-    host: str
-    job_id: int
-    count: int
-    oldest_seconds: float
-    next_seconds: float
-    message: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class LateWebhook:
-    """Late or refused events of one receiver: their number, the delay of the oldest one, and its last error."""
-
-    receiver: str
-    count: int
-    late_seconds: float
-    attempts: int
-    http_status: int | None
-    message: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A job that failed or expired."""
-
-    id: int
-    account: str
-    kind: str
-    status: str
-    code: str
-    at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class KindNow:
-    """Jobs of a kind that became ready or final: the delay from ready to seen, and the requests per job."""
-
-    account: str
-    kind: str
-    jobs: int
-    delay_p50: float | None
-    delay_p95: float | None
-    polls_per_job: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The state of all work at one moment.
-
-    `kinds_seconds` is the period that `kinds` covers, or `None` for all time. `asked_seconds` is the time since the
-    last request for due work, or `None` if there never was one. `late` lists the latest of `late_count` jobs. `overdue`
-    is empty if too many jobs are pending to check each of them.
-    """
-
-    at: datetime
-    asked_seconds: float | None
-    asking: int
-    budget_known: bool
-    jobs: Sequence[Counted]
-    accounts: Sequence[AccountNow]
-    hosts: Sequence[HeldHost]
-    late: Sequence[LateJob]
-    late_count: Counted
-    overdue: Sequence[OverdueJob]
-    claims: Sequence[LostClaimNow]
-    transfers: Sequence[Transfer]
-    unstored: Sequence[UnstoredByHost]
-    unstored_more: bool
-    webhooks: Sequence[LateWebhook]
-    failures: Sequence[Failure]
-    kinds: Sequence[KindNow]
-    kinds_seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)
