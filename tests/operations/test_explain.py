@@ -16,7 +16,7 @@ from tests.rows import add_output, seconds
 from worker.cli import main
 from worker.coordination.rate_limiter import RateLimiter, redis_client
 from worker.core.answer_history import NOTE_SEPARATOR
-from worker.operations import explain
+from worker.operations import job_context, request_findings
 from worker.store.schema import HELD_UNTIL
 from worker.system.process_identity import holder_name
 
@@ -500,7 +500,8 @@ def test_without_redis_the_rate_limit_is_unknown(database: Engine, show: Show) -
 def test_the_jobs_ahead_are_counted_up_to_a_limit(
     database: Engine, show: Show, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(explain, "MAX_JOBS_AHEAD", 3)
+    monkeypatch.setattr(job_context, "MAX_JOBS_AHEAD", 3)
+    monkeypatch.setattr(request_findings, "MAX_JOBS_AHEAD", 3)
     with database.begin() as connection:
         job_id = behind(connection)
 

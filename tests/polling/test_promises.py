@@ -17,7 +17,8 @@ from tests.testing.test_kit import content
 from tests.waiting import wait_until
 from tests.web import Answer, Web, page
 from worker.core.lifecycle import PROMISE_PATIENCE
-from worker.operations.explain import explain, read_context
+from worker.operations.explain import explain
+from worker.operations.job_context import read_context
 from worker.operations.overview import why
 from worker.operations.prune import Retention, prune
 from worker.operations.verify import verify

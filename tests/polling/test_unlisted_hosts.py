@@ -9,7 +9,8 @@ from sqlalchemy import Engine, select, update
 
 from tests.polling.test_poller import KEY, Polls, submitted
 from worker.core.circuit_breaker import NOT_LISTED
-from worker.operations.explain import explain, read_context
+from worker.operations.explain import explain
+from worker.operations.job_context import read_context
 from worker.operations.overview import overview, why
 from worker.sandbox import Sandbox, SandboxOptions
 from worker.settings import Settings

@@ -14,7 +14,8 @@ from sqlalchemy import Connection, Engine, Row
 from worker.coordination.rate_limiter import RateLimiter
 from worker.core.answer_history import AnswerNote, parse_history
 from worker.core.circuit_breaker import CircuitBreaker
-from worker.operations.explain import Finding, read_context, read_explanation
+from worker.operations.explain import read_explanation
+from worker.operations.job_context import Finding, read_context
 from worker.operations.overview import Overview, overview, ready_estimate, why
 from worker.operations.snapshot import Snapshot
 from worker.operations.snapshot_reader import SnapshotReader

@@ -20,7 +20,8 @@ from worker.cli.output import (
 )
 from worker.cli.unread import shortened
 from worker.coordination.rate_limiter import RateLimiter
-from worker.operations.explain import JobContext, read_context, read_explanation
+from worker.operations.explain import read_explanation
+from worker.operations.job_context import JobContext, read_context
 from worker.operations.overview import ready_estimate, why
 from worker.settings import Settings, load
 from worker.store.engine import engine_for, translate_errors

@@ -28,3 +28,12 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1_000
     return f"{count:.1f} GB"
+
+
+def format_count(count: int, noun: str) -> str:
+    """Return a number and its noun, in the plural unless the number is 1.
+
+    >>> format_count(1, "attempt"), format_count(0, "attempt")
+    ('1 attempt', '0 attempts')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

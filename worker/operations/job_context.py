@@ -1,0 +1,104 @@
+"""A job and everything in the database that explains it, read in one transaction."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, Row
+
+from worker.core.circuit_breaker import CircuitBreaker, Scope
+from worker.core.pacing.policy import PaceModel
+from worker.operations.overview import HEALTHY_SECONDS, AccountState, account_states
+from worker.polling.duration_learner import read_models
+from worker.settings import Settings
+from worker.store.breakers import all_breakers, last_asked
+from worker.store.claims import DueGroup, due_groups
+from worker.store.engine import database_now
+from worker.store.promises import promise_row
+from worker.store.reports.snapshot_rows import count_due_before
+
+MAX_JOBS_AHEAD = 10_000  # jobs counted in front of this one
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One check of an explanation: what was checked (`step`), its state in one or two words, and the numbers.
+
+    `advice` says what to do. It is `None` where this check does not block the job.
+    """
+
+    step: str
+    state: str
+    detail: str
+    advice: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobContext:
+    """A job and everything in the database that it depends on. `account_state` includes a hold of the account."""
+
+    job: Row[Any]
+    outputs: Sequence[Row[Any]]
+    events: Sequence[Row[Any]]
+    now: datetime
+    account_state: AccountState
+    breakers: Mapping[tuple[Scope, str], CircuitBreaker]
+    model: PaceModel
+    jobs_ahead: int
+    last_request_at: datetime | None
+    settings: Settings
+    promise: Row[Any] | None = None
+
+    @property
+    def tries_promised_links(self) -> bool:
+        """Whether the outputs are promised links, which no answer has listed."""
+        return self.promise is not None and self.promise.end_status is not None
+
+    @property
+    def workers_poll(self) -> bool:
+        """Whether any worker made a request within the last `HEALTHY_SECONDS`."""
+        return self.last_request_at is not None and self.now - self.last_request_at <= timedelta(
+            seconds=HEALTHY_SECONDS
+        )
+
+    @property
+    def rate(self) -> float:
+        """The requests per second that the account may make."""
+        return self.account_state.rps
+
+    def seconds_since(self, moment: datetime) -> float:
+        """Return the seconds since a moment. The result is negative for a moment in the future."""
+        return (self.now - moment).total_seconds()
+
+
+def read_context(
+    connection: Connection, job: Row[Any], outputs: Sequence[Row[Any]], events: Sequence[Row[Any]], settings: Settings
+) -> JobContext:
+    """Read everything from the database that explains a job."""
+    now = database_now(connection)
+    breakers = all_breakers(connection)
+    groups = due_groups(connection, [job.account])
+    waits = job.due_at is not None
+    own_group = [DueGroup(job.account, job.priority, job.fetch_host, job.due_at)] if waits else []
+    account_state = next(
+        (
+            state
+            for state in account_states(breakers, [*groups, *own_group], settings, now)
+            if state.account == job.account
+        ),
+        None,
+    )
+    return JobContext(
+        job=job,
+        outputs=outputs,
+        events=events,
+        now=now,
+        account_state=account_state or AccountState(job.account, None, None, None, settings.rps(job.account)),
+        breakers=breakers,
+        model=read_models(connection, [(job.account, job.kind)])[job.account, job.kind][0],
+        jobs_ahead=count_due_before(connection, groups, job, now=now, limit=MAX_JOBS_AHEAD + 1) if waits else 0,
+        last_request_at=last_asked(connection),
+        settings=settings,
+        promise=promise_row(connection, job.id),
+    )
