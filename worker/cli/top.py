@@ -26,7 +26,10 @@ from worker.operations.overview import HEALTHY_SECONDS
 from worker.operations.snapshot import (
     NO_WORKER,
     AccountNow,
+    Failure,
+    KindNow,
     LateJob,
+    LateWebhook,
     LostClaimNow,
     OverdueJob,
     Snapshot,
@@ -275,41 +278,17 @@ def _sections(snapshot: Snapshot) -> list[Section]:
         Section(
             "LATE WEBHOOKS",
             ("events", "oldest", "attempts", "HTTP", "last error"),
-            [
-                (
-                    webhook.receiver,
-                    f"{webhook.count:,}",
-                    format_duration(webhook.late_seconds),
-                    str(webhook.attempts),
-                    str(webhook.http_status or "-"),
-                    webhook.message or "",
-                )
-                for webhook in snapshot.webhooks
-            ],
+            [_webhook_row(webhook) for webhook in snapshot.webhooks],
         ),
         Section(
             "LAST FAILURES",
             ("account", "kind", "code", "ago"),
-            [
-                (str(job.id), job.account, job.kind, job.code, format_duration((at - job.at).total_seconds()))
-                for job in snapshot.failures
-            ],
+            [_failure_row(job, at) for job in snapshot.failures],
         ),
         Section(
             "READY TO SEEN",
             ("kind", "jobs", "p50", "p95", "polls per job", f"({period})"),
-            [
-                (
-                    kind.account,
-                    kind.kind,
-                    f"{kind.jobs:,}",
-                    _or_dash(kind.delay_p50, format_duration),
-                    _or_dash(kind.delay_p95, format_duration),
-                    _or_dash(kind.polls_per_job, lambda number: f"{number:.1f}"),
-                    "",
-                )
-                for kind in snapshot.kinds
-            ],
+            [_kind_row(kind) for kind in snapshot.kinds],
         ),
     ]
 
@@ -368,6 +347,33 @@ def _transfer_row(transfer: Transfer) -> Sequence[str]:
         _or_dash(transfer.bytes_per_second, format_bytes),
         str(transfer.attempts),
         transfer.host,
+    )
+
+
+def _webhook_row(webhook: LateWebhook) -> Sequence[str]:
+    return (
+        webhook.receiver,
+        f"{webhook.count:,}",
+        format_duration(webhook.late_seconds),
+        str(webhook.attempts),
+        str(webhook.http_status or "-"),
+        webhook.message or "",
+    )
+
+
+def _failure_row(job: Failure, now: datetime) -> Sequence[str]:
+    return (str(job.id), job.account, job.kind, job.code, format_duration((now - job.at).total_seconds()))
+
+
+def _kind_row(kind: KindNow) -> Sequence[str]:
+    return (
+        kind.account,
+        kind.kind,
+        f"{kind.jobs:,}",
+        _or_dash(kind.delay_p50, format_duration),
+        _or_dash(kind.delay_p95, format_duration),
+        _or_dash(kind.polls_per_job, lambda number: f"{number:.1f}"),
+        "",
     )
 
 

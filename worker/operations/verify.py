@@ -1,6 +1,6 @@
 """Verify stored outputs: read and hash each file, and queue missing or damaged ones for download again."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,11 +87,7 @@ def verify(
         unreadable = 0
         if missing is not None and condition == "missing":
             missing.append(row)
-            if len(missing) >= MISSING_LIMIT:
-                raise StorageTrouble(
-                    f"the first {MISSING_LIMIT} outputs are all missing: is {_folder(row.location)} mounted? "
-                    "If the files are really lost, use --force"
-                )
+            _check_mounted(missing)
             continue
         for missing_row in missing or ():
             report.wrong.append(_repaired(engine, stores, missing_row, "missing"))
@@ -107,21 +103,7 @@ def verify(
     for missing_row in missing or ():
         report.wrong.append(_repaired(engine, stores, missing_row, "missing"))
     if job_ids is None:
-        unlisted = [
-            location
-            for location in storage_for(settings).locations()
-            if hash(canonical_location(location)) not in known_locations
-        ]
-        with engine.connect() as connection:
-            orphans = sorted(unknown_locations(connection, unlisted))
-            known_jobs = existing_jobs(
-                connection, {job_id for location in orphans if (job_id := job_id_of(location)) is not None}
-            )
-        report.kept = [
-            location for location in orphans if (job_id := job_id_of(location)) is not None and job_id not in known_jobs
-        ]
-        kept_locations = set(report.kept)
-        report.orphans = [location for location in orphans if location not in kept_locations]
+        report.orphans, report.kept = _files_without_output(engine, settings, known_locations)
     return report
 
 
@@ -134,6 +116,36 @@ def _stored(engine: Engine, job_ids: Sequence[int] | None) -> Iterator[Row[Any]]
         if len(rows) < PAGE:
             return
         last_id = rows[-1].id
+
+
+def _check_mounted(missing: Sequence[Row[Any]]) -> None:
+    """Raise StorageTrouble if all outputs so far are missing, and there are MISSING_LIMIT of them."""
+    if len(missing) >= MISSING_LIMIT:
+        raise StorageTrouble(
+            f"the first {MISSING_LIMIT} outputs are all missing: is {_folder(missing[-1].location)} mounted? "
+            "If the files are really lost, use --force"
+        )
+
+
+def _files_without_output(
+    engine: Engine, settings: Settings, known_locations: Collection[int]
+) -> tuple[list[str], list[str]]:
+    """Return the orphans, and the kept files of pruned jobs. `known_locations` are hashes of the outputs' locations."""
+    unlisted = [
+        location
+        for location in storage_for(settings).locations()
+        if hash(canonical_location(location)) not in known_locations
+    ]
+    with engine.connect() as connection:
+        unknown = sorted(unknown_locations(connection, unlisted))
+        known_jobs = existing_jobs(
+            connection, {job_id for location in unknown if (job_id := job_id_of(location)) is not None}
+        )
+    kept = [
+        location for location in unknown if (job_id := job_id_of(location)) is not None and job_id not in known_jobs
+    ]
+    kept_locations = set(kept)
+    return [location for location in unknown if location not in kept_locations], kept
 
 
 def _repaired(engine: Engine, stores: dict[str, Storage], row: Row[Any], condition: str) -> WrongOutput:
