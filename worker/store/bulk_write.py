@@ -32,6 +32,7 @@ from sqlalchemy.types import TypeEngine
 
 from worker.core.answer_history import MAX_NOTE, NOTE_SEPARATOR
 from worker.store.schema import UtcDateTime, jobs
+from worker.store.transitions import NO_CLAIM
 
 KEYS = ("id", "claim_token")
 INSERT_ROWS = 500  # rows per INSERT: every database accepts that many parameters
@@ -50,7 +51,7 @@ def update_claimed_jobs(
     if not rows:
         return set()
     by_id = sorted(rows, key=itemgetter("id"))  # all transactions lock in this order, which avoids deadlocks
-    same_values = {"claim_token": None, "claim_holder": None, **same}
+    same_values = {**NO_CLAIM, **same}
     changed = [name for name in by_id[0] if name not in KEYS]
     if connection.dialect.name == "postgresql":
         statement = _update_statement(tuple(changed), tuple(same_values))

@@ -30,6 +30,7 @@ from worker.core.lifecycle import JobFacts, OutputFacts, Strikes
 from worker.core.pacing.policy import MIN_SECONDS, WINDOW
 from worker.store.schema import MYSQL_FAMILY, bodies, events, jobs, outputs, promises, waiting_account
 from worker.store.sql_functions import seconds_between
+from worker.store.transitions import NO_CLAIM
 
 Claim = tuple[int, str]  # the id of a row and the token of its claim
 
@@ -332,16 +333,14 @@ def release_jobs(connection: Connection, ids: list[int], token: str, *, due_at: 
     connection.execute(
         update(jobs)
         .where(jobs.c.id.in_(ids), jobs.c.claim_token == token)
-        .values(due_at=due_at, claim_token=None, claim_holder=None, polls=jobs.c.polls - 1)
+        .values(due_at=due_at, **NO_CLAIM, polls=jobs.c.polls - 1)
     )
 
 
 def release_claimed_jobs(connection: Connection, holder: str, tokens: Sequence[str], *, now: datetime) -> int:
     """Release the jobs that this process claimed with these tokens and did not poll; return how many."""
     claimed = (jobs.c.claim_holder == holder, jobs.c.claim_token.in_(tokens))
-    release = (
-        update(jobs).where(*claimed).values(due_at=now, claim_token=None, claim_holder=None, polls=jobs.c.polls - 1)
-    )
+    release = update(jobs).where(*claimed).values(due_at=now, **NO_CLAIM, polls=jobs.c.polls - 1)
     return connection.execute(release).rowcount
 
 
@@ -435,7 +434,7 @@ def release_output(connection: Connection, output: ClaimedOutput, *, due_at: dat
     connection.execute(
         update(outputs)
         .where(outputs.c.id == output.id, outputs.c.claim_token == output.token, outputs.c.due_at > now)
-        .values(due_at=due_at, claim_token=None, claim_holder=None, attempts=outputs.c.attempts - 1)
+        .values(due_at=due_at, **NO_CLAIM, attempts=outputs.c.attempts - 1)
     )
 
 
@@ -445,7 +444,7 @@ def release_claimed_outputs(connection: Connection, holder: str, tokens: Sequenc
     For claims whose result could not be recorded.
     """
     claimed = (outputs.c.claim_holder == holder, outputs.c.claim_token.in_(tokens))
-    release = update(outputs).where(*claimed).values(due_at=now, claim_token=None, claim_holder=None)
+    release = update(outputs).where(*claimed).values(due_at=now, **NO_CLAIM)
     return connection.execute(release).rowcount
 
 

@@ -12,6 +12,7 @@ from worker.core.webhook import body, event_id
 from worker.store.counters import WEBHOOKS, Tally
 from worker.store.jobs import outputs_of
 from worker.store.schema import events, jobs
+from worker.store.transitions import NO_CLAIM
 
 OUTPUT_FIELDS = ("position", "location", "sha256", "media_type", "size_bytes")
 
@@ -140,8 +141,7 @@ def record_delivery(
             status=ended or "pending",
             ended_at=now if ended else None,
             due_at=None if ended else due_at,
-            claim_token=None,
-            claim_holder=None,
+            **NO_CLAIM,
             http_status=http_status,
             error_message=message,
         )
@@ -159,7 +159,7 @@ def defer_events(connection: Connection, claimed: Sequence[ClaimedEvent], *, now
         update(events)
         .where(events.c.id.in_([event.id for event in claimed]), events.c.claim_token == claimed[0].token)
         .where(events.c.due_at > now)
-        .values(due_at=due_at, claim_token=None, claim_holder=None, attempts=events.c.attempts - 1)
+        .values(due_at=due_at, **NO_CLAIM, attempts=events.c.attempts - 1)
     )
 
 
@@ -172,9 +172,7 @@ def release_events(connection: Connection, holders: Sequence[str], *, due_at: da
     claimed = select(events.c.id).where(events.c.claim_holder.in_(holders), events.c.id.not_in(but))
     ids = list(connection.execute(claimed.with_for_update(skip_locked=True)).scalars())
     if ids:
-        connection.execute(
-            update(events).where(events.c.id.in_(ids)).values(due_at=due_at, claim_token=None, claim_holder=None)
-        )
+        connection.execute(update(events).where(events.c.id.in_(ids)).values(due_at=due_at, **NO_CLAIM))
     return len(ids)
 
 

@@ -15,6 +15,7 @@ from worker.core.lifecycle import AFTER_HOLD_GRACE
 from worker.settings import Settings
 from worker.store.breakers import all_breakers, locked_breaker, save_breaker
 from worker.store.schema import HELD_UNTIL, jobs, outputs
+from worker.store.transitions import NO_CLAIM
 
 WRITING_SECONDS = 30.0  # the longest time to write the result of any work
 
@@ -50,7 +51,7 @@ def hold(connection: Connection, job_ids: Iterable[int], *, now: datetime) -> se
     locked = select(jobs.c.id).where(jobs.c.id.in_(list(job_ids)), *is_pending).order_by(jobs.c.id).with_for_update()
     ids = set(connection.execute(locked).scalars())
     if ids:
-        hold_values = {"held_at": now, "due_at": HELD_UNTIL, "claim_token": None, "claim_holder": None}
+        hold_values = {"held_at": now, "due_at": HELD_UNTIL, **NO_CLAIM}
         connection.execute(update(jobs).where(jobs.c.id.in_(ids)).values(hold_values))
     return ids
 
@@ -76,7 +77,7 @@ def resume(connection: Connection, job_ids: Iterable[int], limits: WorkLimits, *
         claim_lost = row.claim_token is not None and _is_older(row.asked_at, limits.poll_max, now)
         waiting = row.claim_token is None and row.due_at is not None and row.due_at > due
         if claim_lost or waiting or (row.held_at is not None and row.due_at is not None):
-            release = {"claim_token": None, "claim_holder": None, "pace_scale": None, "pace_growth": None}
+            release = {**NO_CLAIM, "pace_scale": None, "pace_growth": None}
             connection.execute(update(jobs).where(jobs.c.id == row.id).values(due_at=due, **release))
             changed.add(row.id)
     return changed | _resume_outputs(connection, [row.id for row in rows if row.status == "downloading"], limits, now)
@@ -98,7 +99,7 @@ def _resume_outputs(connection: Connection, job_ids: list[int], limits: WorkLimi
         or (row.claim_token is None and row.due_at > now and not (row.renewed and row.renewal_due))
     ]
     if changed:
-        release = {"due_at": now, "queued_at": None, "claim_token": None, "claim_holder": None, "received_bytes": None}
+        release = {"due_at": now, "queued_at": None, **NO_CLAIM, "received_bytes": None}
         connection.execute(update(outputs).where(outputs.c.id.in_([row.id for row in changed])).values(release))
     return {row.job_id for row in changed}
 

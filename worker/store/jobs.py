@@ -15,12 +15,12 @@ from worker.core.pacing.policy import PollPlan
 from worker.core.reply import Link
 from worker.store.bulk_write import INSERT_ROWS, JSON_BATCH_ROWS, batch_columns, batch_parameter
 from worker.store.counters import Tally
-from worker.store.job_values import clear_end
 from worker.store.late_looks import delete_looks
 from worker.store.new_outputs import insert_outputs
 from worker.store.promises import add_promises, clear_promised_end, reset_promises
 from worker.store.schema import MYSQL_FAMILY, jobs, outputs, promises, waiting_account
 from worker.store.sql_functions import HAS_DUE_TIME
+from worker.store.transitions import clear_end, fresh_output, job_ended, output_failed
 
 MAX_ID = 2**63 - 1  # the largest integer in the databases
 NUDGED_MOST = 100  # if more jobs share a reference, a nudge says little about any of them
@@ -364,10 +364,7 @@ def cancel_all(connection: Connection, job_ids: Iterable[int], tally: Tally, *, 
     if not rows:
         return set()
     ids = {row.id for row in rows}
-    release = {"due_at": None, "claim_token": None, "claim_holder": None}
-    connection.execute(
-        update(jobs).where(jobs.c.id.in_(ids)).values(status="cancelled", completed_at=now, held_at=None, **release)
-    )
+    connection.execute(update(jobs).where(jobs.c.id.in_(ids)).values(job_ended("cancelled", now)))
     cancel_outputs(connection, outputs.c.job_id.in_(ids))
     for row in rows:
         tally.finished(row.account, row.kind, "cancelled")
@@ -376,26 +373,8 @@ def cancel_all(connection: Connection, job_ids: Iterable[int], tally: Tally, *, 
 
 def cancel_outputs(connection: Connection, which: ColumnElement[bool]) -> int:
     """End the waiting outputs of cancelled jobs; return how many. Stored files stay."""
-    cancelled = {"status": "failed", "error_code": "cancelled", "error_message": "the job was cancelled"}
-    release = {"due_at": None, "claim_token": None, "claim_holder": None}
     waiting = update(outputs).where(which, outputs.c.status == "pending")
-    return connection.execute(waiting.values(**cancelled, **release)).rowcount
-
-
-def fresh_output(now: datetime) -> dict[str, Any]:
-    """Return the values for an output that is tried again as if it were new. Its attempts are still counted."""
-    return {
-        "status": "pending",
-        "due_at": now,
-        "queued_at": None,
-        "listed_at": now,
-        "bad_bodies": 0,
-        "dead_since": None,
-        "dead_attempts": 0,
-        "renewed": False,
-        "error_code": None,
-        "error_message": None,
-    }
+    return connection.execute(waiting.values(output_failed("cancelled", "the job was cancelled"))).rowcount
 
 
 def retry(connection: Connection, job_id: int, *, now: datetime) -> bool:
@@ -482,10 +461,7 @@ def finish_job_if_done(connection: Connection, job_id: int, tally: Tally, *, now
     elif total != stored:
         status, message = "failed", f"{total - stored} of {total} outputs could not be stored"
         values = {"error_code": "output_failed", "error_message": message}
-    release = {"due_at": None, "claim_token": None, "claim_holder": None}
-    connection.execute(
-        update(jobs).where(jobs.c.id == job_id).values(status=status, completed_at=now, **release, **values)
-    )
+    connection.execute(update(jobs).where(jobs.c.id == job_id).values(job_ended(status, now) | values))
     tally.finished(account, kind, status)
     return status
 

@@ -7,9 +7,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, select, update
 
-from worker.store.job_values import clear_end
-from worker.store.jobs import fresh_output
 from worker.store.schema import events, jobs, outputs
+from worker.store.transitions import clear_end, fresh_output
 
 _IDS_PER_QUERY = 500
 

@@ -18,6 +18,7 @@ from worker.store.claims import Claim
 from worker.store.counters import Tally
 from worker.store.jobs import finish_job_if_done
 from worker.store.schema import crashes, jobs, outputs
+from worker.store.transitions import NO_CLAIM, job_ended, output_failed
 
 CRASHES_MOST = 8  # consecutive crashes; then the job or output fails
 WAIT_MOST = 15.0  # seconds
@@ -99,13 +100,12 @@ def _release(
             for row in rows
         ],
     )
-    release = {"claim_token": None, "claim_holder": None}
     first_crash = [row.id for row in rows if times[row.id] < 2]
-    connection.execute(update(table).where(table.c.id.in_(first_crash)).values(due_at=now, **release))
+    connection.execute(update(table).where(table.c.id.in_(first_crash)).values(due_at=now, **NO_CLAIM))
     for row in rows:
         if times[row.id] >= 2:
             wait = timedelta(seconds=random.uniform(0.0, min(2.0 ** times[row.id], WAIT_MOST)))
-            connection.execute(update(table).where(table.c.id == row.id).values(due_at=now + wait, **release))
+            connection.execute(update(table).where(table.c.id == row.id).values(due_at=now + wait, **NO_CLAIM))
     failing = [row for row in rows if times[row.id] >= CRASHES_MOST]
     return list(failing), len(rows) - len(failing)
 
@@ -125,7 +125,7 @@ def _end_job(connection: Connection, row: Row[Any], tally: Tally, now: datetime)
     ended = connection.execute(
         update(jobs)
         .where(jobs.c.id == row.id, jobs.c.status == "pending", jobs.c.claim_token.is_(None))
-        .values(status="failed", error_code=CRASHED, error_message=_error_message(), completed_at=now, due_at=None)
+        .values(**job_ended("failed", now), error_code=CRASHED, error_message=_error_message())
     )
     if ended.rowcount:
         account, kind = connection.execute(select(jobs.c.account, jobs.c.kind).where(jobs.c.id == row.id)).one()
@@ -139,7 +139,7 @@ def _end_output(connection: Connection, row: Row[Any], tally: Tally, now: dateti
     connection.execute(
         update(outputs)
         .where(outputs.c.id == row.id, outputs.c.status == "pending", outputs.c.claim_token.is_(None))
-        .values(status="failed", error_code=CRASHED, error_message=_error_message(), due_at=None)
+        .values(output_failed(CRASHED, _error_message()))
     )
     final = finish_job_if_done(connection, job_id, tally, now=now) if status == "downloading" else None
     return [] if final is None else [job_id]

@@ -19,6 +19,7 @@ from worker.store.counters import Tally
 from worker.store.engine import SNAPSHOT, database_now
 from worker.store.jobs import cancel_outputs, finish_job_if_done
 from worker.store.schema import events, jobs, outputs
+from worker.store.transitions import NO_CLAIM
 
 PAGE = 500  # index rows per run
 LONGEST_CLAIM = timedelta(hours=2)  # RECOVERY_SECONDS, the length of a lease, is at most one hour
@@ -132,7 +133,7 @@ def _release_overlong(connection: Connection, now: datetime) -> int:
         connection.execute(
             update(table)
             .where(table.c.claim_holder.is_not(None), table.c.due_at > now + LONGEST_CLAIM)
-            .values(due_at=now, claim_token=None, claim_holder=None)
+            .values(due_at=now, **NO_CLAIM)
         ).rowcount
         for table in (jobs, outputs, events)
     )

@@ -34,6 +34,7 @@ from worker.store.jobs import finish_job_if_done
 from worker.store.new_outputs import insert_outputs
 from worker.store.promises import PromisedEnd, delete_promises, promised_links, save_promises, try_promises
 from worker.store.schema import bodies, jobs, outputs
+from worker.store.transitions import NO_CLAIM, output_failed
 
 log = logging.getLogger(__name__)
 
@@ -267,7 +268,7 @@ def record_attempt(
     # All transactions lock the job before its outputs. Otherwise this could deadlock with `cancel`.
     locked = select(jobs.c.status).where(jobs.c.id == output.job_id).with_for_update()
     job_status = connection.execute(locked).scalar_one_or_none()
-    values: dict[str, Any] = {"claim_token": None, "claim_holder": None, "received_bytes": None}
+    values: dict[str, Any] = {**NO_CLAIM, "received_bytes": None}
     tally = Tally()
     match result:
         case StoredFile(location, size_bytes, sha256, media):
@@ -283,7 +284,7 @@ def record_attempt(
                 "error_message": None,
             }
         case GiveUp(code, message):
-            values |= {"status": "failed", "due_at": None, "error_code": code, "error_message": message}
+            values |= output_failed(code, message)
         case TryAgain(wait, code, message):
             due = now + (RENEWAL_WAIT if result.renew else timedelta(seconds=wait))
             values |= {"due_at": due, "error_code": code, "error_message": message} | _failure_values(

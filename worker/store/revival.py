@@ -12,11 +12,11 @@ from worker.core.lifecycle import EndJob, left_out_note, note_of
 from worker.core.reply import Ready
 from worker.store.counters import Tally
 from worker.store.events import create_events
-from worker.store.job_values import clear_end
 from worker.store.late_looks import delete_looks
 from worker.store.new_outputs import insert_outputs
 from worker.store.promises import reset_promises
 from worker.store.schema import jobs, outputs
+from worker.store.transitions import clear_end, job_downloading, job_ended
 
 REVIVABLE = ("pending", "failed", "expired")
 
@@ -80,12 +80,9 @@ def end_pending(connection: Connection, job: Row[Any], end: EndJob, tally: Tally
         update(jobs)
         .where(jobs.c.id == job.id, jobs.c.status == "pending", jobs.c.claim_token.is_(None))
         .values(
-            status=end.status,
+            **job_ended(end.status, now),
             error_code=end.code,
             error_message=end.message,
-            completed_at=now,
-            due_at=None,
-            held_at=None,
             last_answer=_last_answer(job, f"{end.code}: {end.message} (a kept answer, read again)", now),
         )
     )
@@ -105,13 +102,10 @@ def _values(row: Row[Any], reply: Ready, now: datetime, why: str) -> dict[str, A
     return {
         **clear_end(),
         **deadline,
+        **({} if reply.outputs else job_ended("completed", now)),
+        **job_downloading(now),
         "status": "downloading" if reply.outputs else "completed",
-        "completed_at": None if reply.outputs else now,
         "error_message": left_out_note(len(reply.outputs), reply.left_out) if reply.left_out else None,
-        "ready_at": now,
-        "due_at": None,
         "held_at": None,
-        "claim_token": None,
-        "claim_holder": None,
         "last_answer": _last_answer(row, f"{note_of(reply)} ({why})", now),
     }

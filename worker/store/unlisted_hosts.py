@@ -13,6 +13,7 @@ from worker.store.claims import DueGroup
 from worker.store.counters import Tally
 from worker.store.promises import PromisedEnd, promised_links, try_promises
 from worker.store.schema import jobs
+from worker.store.transitions import job_downloading, job_ended
 
 log = logging.getLogger(__name__)
 
@@ -79,14 +80,13 @@ def _expire(connection: Connection, group: DueGroup, tally: Tally, now: datetime
         PromisedEnd(job_id, EndJob("expired", "expired", message), urls) for job_id, urls in promised.items()
     ]
     if promised_ends:
-        downloading = {"status": "downloading", "ready_at": now, "due_at": None}
-        connection.execute(update(jobs).where(jobs.c.id.in_(promised)).values(downloading))
+        connection.execute(update(jobs).where(jobs.c.id.in_(promised)).values(job_downloading(now)))
         try_promises(connection, promised_ends, now=now, queued=False)
     expired = [row for row in rows if row.id not in promised]
     connection.execute(
         update(jobs)
         .where(jobs.c.id.in_([row.id for row in expired]))
-        .values(status="expired", error_code="expired", error_message=message, completed_at=now, due_at=None)
+        .values(**job_ended("expired", now), error_code="expired", error_message=message)
     )
     for row in expired:
         tally.finished(row.account, row.kind, "expired")
