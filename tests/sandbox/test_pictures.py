@@ -13,12 +13,8 @@ SCENE_PROMPTS = {
     "mountains": "an eagle over the alps in winter",
     "lake": "aurora over a lake",
     "sea": "waves and a ship at night",
-    "forest": "a fox in the misty forest",
-    "city": "city street, neon",
-    "desert": "egypt, golden pyramid",
-    "space": "saturn and stars",
     "meadow": "spring flowers by a farm",
-    "flow": "abstract silk",
+    "silk": "abstract silk",
 }
 
 
