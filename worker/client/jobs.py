@@ -1,4 +1,4 @@
-"""Look up jobs and outputs: `get`, `wait`, `open_output` and `output_url`."""
+"""Look up jobs and outputs, wait for a job, and wake the worker processes."""
 
 import time
 from collections.abc import Iterator, Sequence
