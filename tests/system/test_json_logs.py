@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,9 @@ def test_beat_and_flower_write_json_too(name: str, tmp_path: Path, monkeypatch: 
             )
         finally:
             process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+            process.kill()  # Celery may lose the SystemExit that its signal handler raises
     records = [json.loads(line) for line in log.read_text().splitlines()]
     assert any(text in record["event"] for record in records), log.read_text()
     assert {record["process"] for record in records} == {name}

@@ -142,8 +142,8 @@ def test_each_resource_of_a_process_is_made_once(name: str, monkeypatch: pytest.
         return make(own)
 
     monkeypatch.setattr(resource, "func", counted)
-    value = _in_threads(lambda: getattr(resources.process_resources(), name))
-    assert len({id(value) for value in value}) == 1
+    values = _in_threads(lambda: getattr(resources.process_resources(), name))
+    assert len({id(value) for value in values}) == 1
     assert made_names == [name]
 
 
