@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 @pytest.fixture
-def database(tmp_path: Path, migrated_sqlite: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
+def database(tmp_path: Path, migrated_sqlite: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     """A database with a job in each final state that ended 40 days ago, and one that ended yesterday."""
     (tmp_path / "test.db").write_bytes(migrated_sqlite.read_bytes())
     url = f"sqlite:///{tmp_path}/test.db"
@@ -48,7 +48,8 @@ def database(tmp_path: Path, migrated_sqlite: Path, monkeypatch: pytest.MonkeyPa
         for status in ("completed", "cancelled", "failed", "expired"):
             _add(connection, status, now - timedelta(days=40))
         _add(connection, "completed", now - timedelta(days=1))
-    return engine
+    yield engine
+    engine.dispose()
 
 
 def _add(connection: Any, status: str, ended: datetime) -> None:
