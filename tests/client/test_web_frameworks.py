@@ -178,7 +178,7 @@ def test_rolled_back_jobs_are_never_polled_and_committed_jobs_within_a_second(
         refused, committed = (
             [api.submit(f"{word} {number}") for number in range(3)] for word in ("refused", "committed")
         )
-        with celery_worker(tmp_path, "--queues", "fetch-worker,fetch-worker.polls"):
+        with celery_worker(tmp_path, "--queues", "fetch-worker,fetch-worker.polls"), due_times(database) as due:
             with Session(plain) as session:
                 track(refused[0], session=session)
                 session.rollback()
@@ -188,11 +188,9 @@ def test_rolled_back_jobs_are_never_polled_and_committed_jobs_within_a_second(
             db.session.rollback()
             track(committed[1], session=db.session)
             db.session.commit()
-            due = first_due(database)
             db.session.execute(text("DROP TABLE shop_orders"))
             db.session.commit()
             django_orders(database, tmp_path, refused[2], committed[2])
-            due = first_due(database) | due
             polled = polled_at(database, 3)
     plain.dispose()
 
@@ -203,13 +201,25 @@ def test_rolled_back_jobs_are_never_polled_and_committed_jobs_within_a_second(
     assert not [job["id"] for job in refused if api.calls.fetches[str(job["id"])]]
 
 
-def first_due(engine: Engine) -> dict[str, datetime]:
-    """Return the due times of the jobs that were not polled yet."""
-    with engine.connect() as connection:
-        rows = connection.execute(
-            select(jobs.c.remote_id, jobs.c.due_at).where(jobs.c.claim_token.is_(None), jobs.c.polls == 0)
-        )
-        return {row.remote_id: row.due_at for row in rows}
+@contextmanager
+def due_times(engine: Engine) -> Iterator[dict[str, datetime]]:
+    """Collect the due time of each job before its first poll, in a thread, since a poll replaces it."""
+    times: dict[str, datetime] = {}
+    stop = threading.Event()
+    not_polled = select(jobs.c.remote_id, jobs.c.due_at).where(jobs.c.claim_token.is_(None), jobs.c.polls == 0)
+
+    def collect() -> None:
+        while not stop.wait(0.02):
+            with engine.connect() as connection:
+                times.update({row.remote_id: row.due_at for row in connection.execute(not_polled)})
+
+    thread = threading.Thread(target=collect)
+    thread.start()
+    try:
+        yield times
+    finally:
+        stop.set()
+        thread.join()
 
 
 def polled_at(engine: Engine, count: int) -> dict[str, datetime]:
