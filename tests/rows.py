@@ -4,7 +4,7 @@ from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Row, select
+from sqlalchemy import Connection, Engine, Row, select, update
 
 from worker.store.claims import ClaimedJob, ClaimedOutput, claim_jobs, claim_output, due_groups
 from worker.store.schema import jobs, outputs
@@ -125,3 +125,9 @@ def read_output(engine: Engine, output_id: int) -> Row[Any]:
     """Return the committed row of an output."""
     with engine.connect() as connection:
         return connection.execute(select(outputs).where(outputs.c.id == output_id)).one()
+
+
+def update_job(engine: Engine, job_id: int, **values: Any) -> None:
+    """Set columns of a job, and commit."""
+    with engine.begin() as connection:
+        connection.execute(update(jobs).where(jobs.c.id == job_id).values(values))

@@ -7,37 +7,20 @@ import pty
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from sqlalchemy import Engine, insert, select, update
 
+from tests.command_line import Run, command_runner
 from tests.rows import NOW, add_downloading, add_job, add_output, read_job
-from worker.cli import change_jobs, main
+from worker.cli import change_jobs
 from worker.client import actions
 from worker.store.breakers import all_breakers
 from worker.store.counters import FINISHED, read_counters
 from worker.store.engine import transact
 from worker.store.schema import HELD_UNTIL, breakers, events, jobs, outputs
 
-
-@dataclass(frozen=True)
-class Result:
-    """The result of a command."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> Any:
-        """The JSON document on stdout."""
-        return json.loads(self.out)
-
-
-Run = Callable[..., Result]
 LATER = {"due_at": HELD_UNTIL.replace(year=9998), "deadline_at": HELD_UNTIL.replace(year=9998)}
 FAILED = {"status": "failed", "error_code": "api_failed", "due_at": None, "completed_at": NOW}
 
@@ -47,17 +30,7 @@ def run(engine: Engine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     """Return a function that runs a command in this process, on the test database, without a terminal."""
     monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-
-    def command(*arguments: str) -> Result:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main(list(arguments))
-        result = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        assert "Traceback" not in result.err
-        return Result(ended.value.code, result.out, result.err)
-
-    return command
+    return command_runner(capsys)
 
 
 def _add(engine: Engine, *remotes: str, **values: Any) -> list[int]:

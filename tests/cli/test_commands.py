@@ -5,17 +5,15 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 from sqlalchemy import Engine, insert, update
 
+from tests.command_line import Run, command_runner
 from tests.rows import NOW, add_downloading, add_output
-from worker.cli import main
 from worker.core.pacing.policy import PacedJob
 from worker.polling.duration_learner import DurationLearner
 from worker.store.schema import breakers, jobs
@@ -54,37 +52,10 @@ ISO = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 NOT_UTF8 = "\udcff"  # how Python represents an argument byte that is not UTF-8
 
 
-@dataclass(frozen=True)
-class Result:
-    """The result of a command."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> Any:
-        """The JSON document on stdout."""
-        return json.loads(self.out)
-
-
-Run = Callable[..., Result]
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Return a function that runs a command in this process, like its entry point. Only SystemExit may be raised."""
-
-    def command(*arguments: str) -> Result:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main(list(arguments))
-        printed = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        assert "Traceback" not in printed.err
-        return Result(ended.value.code, printed.out, printed.err)
-
-    return command
+    return command_runner(capsys)
 
 
 @pytest.fixture

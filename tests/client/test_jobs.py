@@ -5,13 +5,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, insert, update
+from sqlalchemy import Engine, insert
 
 import worker
-from tests.rows import add_downloading, add_output, read_job
+from tests.rows import add_downloading, add_output, read_job, update_job
 from worker.client import jobs as client_jobs
 from worker.errors import JobNotFound, NotTrackable, WaitTimeout, WorkerError
-from worker.store.schema import bodies, jobs
+from worker.store.schema import bodies
 
 
 @pytest.fixture
@@ -19,11 +19,6 @@ def database(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """A migrated database that the Python API uses."""
     monkeypatch.setenv("DATABASE_URL", engine.url.render_as_string(hide_password=False))
     return engine
-
-
-def _update_job(engine: Engine, job_id: int, **values: Any) -> None:
-    with engine.begin() as connection:
-        connection.execute(update(jobs).where(jobs.c.id == job_id).values(values))
 
 
 def test_get_returns_none_and_actions_raise_job_not_found_for_unknown_jobs(database: Engine) -> None:
@@ -55,7 +50,7 @@ def test_cancel_and_retry_return_whether_they_changed_the_job(database: Engine) 
     assert worker.cancel(job_id) is False
     assert worker.retry(job_id) is False
     expired_id = worker.track("2", deadline=60)
-    _update_job(
+    update_job(
         database, expired_id, status="expired", due_at=None, completed_at=datetime.now(UTC), error_code="expired"
     )
     assert worker.retry(expired_id) is True
@@ -73,9 +68,9 @@ def test_a_nudge_makes_all_jobs_with_that_id_due_earlier_but_not_before_poll_min
     now = datetime.now(UTC)
     ids = [worker.track("7"), worker.track("7", account="shop"), worker.track("8"), worker.track("7", account="done")]
     in_an_hour = now + timedelta(hours=1)
-    _update_job(database, ids[0], due_at=in_an_hour)
-    _update_job(database, ids[1], due_at=in_an_hour, asked_at=now - timedelta(seconds=10))
-    _update_job(database, ids[2], due_at=in_an_hour)
+    update_job(database, ids[0], due_at=in_an_hour)
+    update_job(database, ids[1], due_at=in_an_hour, asked_at=now - timedelta(seconds=10))
+    update_job(database, ids[2], due_at=in_an_hour)
     worker.cancel(ids[3])
 
     assert worker.nudge(7) == 2
@@ -91,7 +86,7 @@ def test_a_nudge_does_not_change_a_claimed_job(database: Engine) -> None:
     """The due time of a claimed job is its lease: an earlier time would release the claim."""
     job_id = worker.track("1")
     lease = datetime.now(UTC) + timedelta(seconds=30)
-    _update_job(database, job_id, due_at=lease, claim_token="t", claim_holder="h")
+    update_job(database, job_id, due_at=lease, claim_token="t", claim_holder="h")
     assert worker.nudge("1") == 0
     assert read_job(database, job_id).due_at == lease
 

@@ -12,11 +12,11 @@ from threading import Barrier
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, func, select, update
+from sqlalchemy import Engine, create_engine, func, select
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 import worker
-from tests.rows import read_job
+from tests.rows import read_job, update_job
 from worker import track
 from worker.client import pace_models
 from worker.client.connection import cached_settings
@@ -62,11 +62,6 @@ def database(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
 def _count(engine: Engine) -> int:
     with engine.connect() as connection:
         return connection.execute(select(func.count()).select_from(jobs)).scalar_one()
-
-
-def _update_job(engine: Engine, job_id: int, **values: Any) -> None:
-    with engine.begin() as connection:
-        connection.execute(update(jobs).where(jobs.c.id == job_id).values(values))
 
 
 # ── track ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -274,11 +269,11 @@ def test_workers_are_woken_after_the_commit_and_only_for_jobs_due_soon(
             session.commit()
             assert job_counts[-1] == int(number) + 1
     assert job_counts == [3, 5, 6, 7]
-    _update_job(database, job_id, due_at=datetime.now(UTC) + timedelta(hours=1))
+    update_job(database, job_id, due_at=datetime.now(UTC) + timedelta(hours=1))
     assert worker.nudge("2") == 1
     assert worker.nudge("unknown") == 0
     assert job_counts == [3, 5, 6, 7, 7]
-    _update_job(database, job_id, status="expired", due_at=None, completed_at=datetime.now(UTC), error_code="expired")
+    update_job(database, job_id, status="expired", due_at=None, completed_at=datetime.now(UTC), error_code="expired")
     assert worker.retry(job_id)
     assert not worker.retry(job_id)
     assert job_counts == [3, 5, 6, 7, 7, 7]

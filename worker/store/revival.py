@@ -102,9 +102,8 @@ def _values(row: Row[Any], reply: Ready, now: datetime, why: str) -> dict[str, A
     return {
         **clear_end(),
         **deadline,
-        **({} if reply.outputs else job_ended("completed", now)),
-        **job_downloading(now),
-        "status": "downloading" if reply.outputs else "completed",
+        **(job_downloading(now) if reply.outputs else job_ended("completed", now)),
+        "ready_at": now,
         "error_message": left_out_note(len(reply.outputs), reply.left_out) if reply.left_out else None,
         "held_at": None,
         "last_answer": _last_answer(row, f"{note_of(reply)} ({why})", now),
