@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, Row, select
 
 from worker.core.lifecycle import FINAL_STATES
 from worker.operations.overview import why
@@ -29,6 +29,7 @@ OTHER_ROWS = 9  # rows of the terminal that are not used for jobs
 PRINT_SECONDS = 1.0
 MIN_REASON_WIDTH = 100  # columns; a narrower terminal does not show the reasons
 STYLES = {"completed": "green", "failed": "red", "expired": "red", "cancelled": "yellow", "downloading": "cyan"}
+MARKS = {"stored": ("■", "green"), "failed": ("■", "red")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +44,16 @@ class Submitted:
 
 
 @dataclass(frozen=True, slots=True)
-class DemoOutput:
-    """One output. `location` is set once it is stored."""
-
-    position: int
-    status: str
-    location: str | None
-    size_bytes: int | None
-    sha256: str | None
-    stored_at: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
 class DemoJob:
-    """The current state of one job. `id` is None until the job is tracked."""
+    """The current state of one job. `id` is None until the job is tracked. `outputs` are rows of the table."""
 
     submitted: Submitted
-    id: int | None
-    status: str
-    polls: int
-    seen_at: datetime | None
-    files: tuple[DemoOutput, ...]
-    reason: str
+    id: int | None = None
+    status: str = "submitted"
+    polls: int = 0
+    seen_at: datetime | None = None
+    outputs: Sequence[Row[Any]] = ()
+    reason: str = "on its way to the worker"
 
     @property
     def final(self) -> bool:
@@ -72,9 +61,9 @@ class DemoJob:
         return self.status in FINAL_STATES
 
     @property
-    def stored(self) -> int:
-        """The number of its files that are stored."""
-        return sum(file.status == "stored" for file in self.files)
+    def stored(self) -> list[Row[Any]]:
+        """Its outputs that are stored."""
+        return [output for output in self.outputs if output.status == "stored"]
 
     @property
     def seen_after(self) -> float | None:
@@ -84,51 +73,53 @@ class DemoJob:
     @property
     def stored_after(self) -> float | None:
         """Seconds from ready until the last file was stored."""
-        times = [file.stored_at for file in self.files if file.stored_at is not None]
-        if not times or len(times) < len(self.files):
+        if not self.outputs or len(self.stored) < len(self.outputs):
             return None
-        return max(0.0, (max(times) - self.submitted.ready_at).total_seconds())
+        stored_at: datetime = max(output.stored_at for output in self.outputs)
+        return max(0.0, (stored_at - self.submitted.ready_at).total_seconds())
+
+
+def seconds_text(value: float | None) -> str:
+    """Return seconds as text."""
+    return "–" if value is None else f"{value:.1f} s"
+
+
+def figures(jobs: Sequence[DemoJob]) -> dict[str, str]:
+    """Return the totals of all jobs by name, and the mean times from ready to seen and to stored."""
+    pictures, polls = sum(len(job.stored) for job in jobs), sum(job.polls for job in jobs)
+    return {
+        "jobs": str(len(jobs)),
+        "pictures": str(pictures),
+        "polls": str(polls),
+        "polls per job": f"{polls / len(jobs):.1f}",
+        "ready to seen": seconds_text(_mean([job.seen_after for job in jobs])),
+        "ready to stored": seconds_text(_mean([job.stored_after for job in jobs])),
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def read_progress(engine: Engine, settings: Settings, submitted: Sequence[Submitted]) -> list[DemoJob]:
     """Return the current state of every job."""
-    names = [submission.remote_id for submission in submitted]
+    jobs = {submission.remote_id: DemoJob(submission) for submission in submitted}
     with engine.connect() as connection:
-        selected = connection.execute(select(schema.jobs).where(schema.jobs.c.remote_id.in_(names)))
-        rows = {row.remote_id: row for row in selected}
-        jobs: list[DemoJob] = []
-        for submission in submitted:
-            row = rows.get(submission.remote_id)
-            if row is None:
-                jobs.append(DemoJob(submission, None, "submitted", 0, None, (), "on its way to the worker"))
-                continue
+        for row in connection.execute(select(schema.jobs).where(schema.jobs.c.remote_id.in_(jobs))).all():
             outputs = outputs_of(connection, [row.id])
-            files = tuple(
-                DemoOutput(
-                    output.position, output.status, output.location, output.size_bytes, output.sha256, output.stored_at
-                )
-                for output in outputs
-            )
             reason = why(connection, row, outputs, settings)
-            jobs.append(DemoJob(submission, row.id, row.status, row.polls, row.ready_at, files, reason))
-    return jobs
-
-
-def summary_line(jobs: Sequence[DemoJob]) -> str:
-    """Return a summary of all jobs in one line."""
-    states = Counter(job.status for job in jobs)
-    states_text = ", ".join(f"{count} {state}" for state, count in states.most_common())
-    files = sum(job.stored for job in jobs)
-    polls = sum(job.polls for job in jobs)
-    return f"{len(jobs)} jobs: {states_text}; {polls} polls, {files} pictures stored"
+            submission = jobs[row.remote_id].submitted
+            jobs[row.remote_id] = DemoJob(submission, row.id, row.status, row.polls, row.ready_at, outputs, reason)
+    return list(jobs.values())
 
 
 class Display:
     """Shows the progress inside its `with` block: a live table on a terminal, or else a line now and then."""
 
-    def __init__(self, console: Console, started_at: float) -> None:
-        self._console, self._started_at = console, started_at
-        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+    def __init__(self, console: Console, folder: Path, started_at: float) -> None:
+        self._console, self._folder, self._started_at = console, folder, started_at
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._last_text, self._last_printed_at = "", -PRINT_SECONDS
 
     def __enter__(self) -> Self:
@@ -141,96 +132,58 @@ class Display:
             self._live.stop()
 
     def show(self, jobs: Sequence[DemoJob]) -> None:
-        """Show the current state of the jobs."""
+        """Show the current state of the jobs, on a terminal as many as fit. Unfinished jobs are preferred."""
         seconds = time.monotonic() - self._started_at
+        states = ", ".join(f"{count} {state}" for state, count in Counter(job.status for job in jobs).most_common())
+        total = figures(jobs)
+        text = f"{total['jobs']} jobs: {states}; {total['polls']} polls, {total['pictures']} pictures stored"
         if self._live is not None:
-            self._live.update(progress_table(jobs, self._console, now=datetime.now(UTC), seconds=seconds), refresh=True)
-            return
-        text = summary_line(jobs)
-        if text != self._last_text and (
+            rows = max(3, self._console.height - OTHER_ROWS)
+            visible = sorted(sorted(range(len(jobs)), key=lambda number: jobs[number].final)[:rows])
+            table = job_table([jobs[number] for number in visible], self._folder, self._console)
+            more = f"… and {len(jobs) - len(visible)} more" if len(visible) < len(jobs) else ""
+            summary = cell(f"{seconds:.1f} s  {text}", "bold")
+            self._live.update(Group(table, Text(more, style="dim"), summary), refresh=True)
+        elif text != self._last_text and (
             seconds - self._last_printed_at >= PRINT_SECONDS or all(job.final for job in jobs)
         ):
             self._last_text, self._last_printed_at = text, seconds
             self._console.print(cell(f"{seconds:5.1f} s  {text}"), soft_wrap=True)
 
 
-def result_table(jobs: Sequence[DemoJob], folder: Path) -> RenderableType:
-    """Return a table with the result of each job and its files, relative to the folder."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("job", "prompt", "state", "polls", "seen after", "stored after", "files"):
-        numbers = name in ("job", "polls", "seen after", "stored after")
-        table.add_column(name, justify="right" if numbers else "left", no_wrap=name == "prompt", overflow="ellipsis")
+def job_table(jobs: Sequence[DemoJob], folder: Path, console: Console) -> Table:
+    """Return the jobs as a table: with bars on a terminal, with the reason or the files where there is room."""
+    bars, reasons, now = console.is_terminal, console.width >= MIN_REASON_WIDTH, datetime.now(UTC)
+    table = Table(box=None, pad_edge=False, header_style="bold", expand=bars)
+    table.add_column("job", justify="right")
+    table.add_column("prompt", ratio=5, no_wrap=True, overflow="ellipsis")
+    if bars:
+        table.add_column("", width=16 if reasons else 8)
+    table.add_column("state", width=11)
+    for name in ("polls", "seen", "stored"):
+        table.add_column(f"{name} after" if reasons and name != "polls" else name, justify="right", no_wrap=True)
+    table.add_column("", width=5)
+    if reasons:
+        table.add_column("", ratio=4, no_wrap=True, overflow="ellipsis", style="dim")
     for job in jobs:
-        paths = [path_of(file.location).relative_to(folder) for file in job.files if file.location is not None]
-        files = f"{paths[0].parent}/ ×{len(paths)}" if paths else job.reason
-        state = Text(job.status, style=STYLES.get(job.status, ""))
-        after = [seconds_text(job.seen_after), seconds_text(job.stored_after)]
-        table.add_row(str(job.id or ""), cell(job.submitted.prompt), state, str(job.polls), *after, cell(files))
+        style = STYLES.get(job.status, "yellow")
+        cells: list[RenderableType] = [str(job.id or ""), cell(job.submitted.prompt)]
+        if bars:
+            cells.append(ProgressBar(total=1.0, completed=_share(job, now), complete_style=style, finished_style=style))
+        cells += [Text(job.status, style=style), str(job.polls)]
+        cells += [seconds_text(job.seen_after), seconds_text(job.stored_after)]
+        cells.append(Text.assemble(*(MARKS.get(output.status, ("□", "dim")) for output in job.outputs)))
+        paths = [path_of(output.location).relative_to(folder) for output in job.stored]
+        cells.append(cell(f"{paths[0].parent}/" if paths and job.status == "completed" else job.reason))
+        table.add_row(*cells[: len(table.columns)])
     return table
 
 
-def mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean of the values that are not None."""
-    numbers = [value for value in values if value is not None]
-    return sum(numbers) / len(numbers) if numbers else None
-
-
-def seconds_text(value: float | None) -> str:
-    """Return seconds as text."""
-    return "–" if value is None else f"{value:.1f} s"
-
-
-def progress_table(jobs: Sequence[DemoJob], console: Console, *, now: datetime, seconds: float) -> RenderableType:
-    """Return all jobs as a table with progress bars that fits the terminal."""
-    table = Table(box=None, pad_edge=False, header_style="dim", expand=True)
-    table.add_column("job", justify="right", style="dim")
-    table.add_column("prompt", ratio=5, no_wrap=True, overflow="ellipsis")
-    table.add_column("", width=16)
-    table.add_column("state", width=11)
-    table.add_column("polls", justify="right", width=5)
-    table.add_column("files", width=5)
-    if console.width >= MIN_REASON_WIDTH:
-        table.add_column("why", ratio=4, no_wrap=True, overflow="ellipsis", style="dim")
-    visible = _fitting(jobs, max(3, console.height - OTHER_ROWS))
-    for job in visible:
-        style = STYLES.get(job.status, "yellow")
-        done = _fraction(job, now)
-        bar = ProgressBar(total=1.0, completed=done, width=16, complete_style=style, finished_style=style)
-        cells: list[RenderableType] = [
-            "" if job.id is None else str(job.id),
-            cell(job.submitted.prompt),
-            bar,
-            Text(job.status, style=style),
-            str(job.polls),
-            _squares(job),
-        ]
-        if console.width >= MIN_REASON_WIDTH:
-            cells.append(cell("" if job.status == "completed" else job.reason))
-        table.add_row(*cells)
-    hidden = len(jobs) - len(visible)
-    items: list[RenderableType] = [table]
-    if hidden:
-        items.append(Text(f"… and {hidden} more", style="dim"))
-    return Group(*items, Text(), cell(f"{seconds:.1f} s  {summary_line(jobs)}", "bold"))
-
-
-def _fitting(jobs: Sequence[DemoJob], limit: int) -> list[DemoJob]:
-    """Return as many jobs as fit, in order. Unfinished jobs are preferred."""
-    if len(jobs) <= limit:
-        return list(jobs)
-    chosen = sorted(range(len(jobs)), key=lambda number: jobs[number].final)[:limit]
-    return [jobs[number] for number in sorted(chosen)]
-
-
-def _fraction(job: DemoJob, now: datetime) -> float:
+def _share(job: DemoJob, now: datetime) -> float:
+    """Return how much of a job's bar is filled."""
     if job.final:
         return 1.0
     if job.status == "downloading":
-        return WAITING_SHARE + (1 - WAITING_SHARE) * job.stored / max(len(job.files), 1)
+        return WAITING_SHARE + (1 - WAITING_SHARE) * len(job.stored) / max(len(job.outputs), 1)
     waited = (now - job.submitted.submitted_at).total_seconds()
     return min(WAITING_SHARE, WAITING_SHARE * waited / max(job.submitted.eta, 0.1))
-
-
-def _squares(job: DemoJob) -> Text:
-    marks = {"stored": ("■", "green"), "failed": ("■", "red")}
-    return Text.assemble(*(marks.get(file.status, ("□", "dim")) for file in job.files))

@@ -3,8 +3,8 @@
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
+from itertools import cycle, islice
 from pathlib import Path
 
 import requests
@@ -14,8 +14,8 @@ from rich.console import Console
 from sqlalchemy import create_engine
 
 from worker.demo.contact_sheet import contact_sheet
-from worker.demo.display import DemoJob, Display, Submitted, mean, read_progress, result_table, seconds_text
-from worker.demo.processes import DemoFailed, DemoProcesses, Stopped
+from worker.demo.display import DemoJob, Display, Submitted, figures, job_table, read_progress
+from worker.demo.processes import FLOWER_USER, DemoFailed, DemoProcesses, Stopped, demo_processes
 from worker.errors import WorkerError
 from worker.sandbox.behaviour import Behaviour
 from worker.sandbox.options import SandboxOptions
@@ -54,15 +54,19 @@ def demo(*, jobs: int, longest: float, folder: Path | None, with_flower: bool) -
     """Run the demo. Return the exit code: 0 if all jobs completed, 1 if one did not, 130 after a signal."""
     started_at = time.monotonic()
     console = make_console()
-    run_folder = _make_folder(folder)
+    if folder is None:
+        folder = Path(tempfile.mkdtemp(prefix="fetch-worker-demo-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder.absolute()
     options = SandboxOptions(seed=SEED, min_seconds=MIN_SECONDS, max_seconds=longest, size=PICTURE_SIZE)
-    _say(console, f"All files of this demo are in {run_folder}")
+    _say(console, f"All files of this demo are in {folder}")
     try:
-        with DemoProcesses(run_folder, options, with_flower=with_flower) as processes:
+        with demo_processes(folder, options, with_flower=with_flower) as processes:
             try:
                 _start(processes, console)
                 submitted = _submit(processes, Behaviour(options), jobs)
-                demo_jobs = _follow(processes, console, submitted, started_at, longest + SPARE_SECONDS + jobs)
+                with Display(console, folder, started_at) as display:
+                    demo_jobs = _follow(processes, display, submitted, longest + SPARE_SECONDS + jobs)
             except (requests.RequestException, BrokerError, RedisError) as error:
                 processes.wait(SETTLE_SECONDS)  # if a process died, this raises a better error
                 raise DemoFailed(str(error)) from None
@@ -71,25 +75,20 @@ def demo(*, jobs: int, longest: float, folder: Path | None, with_flower: bool) -
         _say(console, "Stopped; all processes have ended")
         return EXIT_INTERRUPTED
     except (WorkerError, OSError) as error:
-        _say(console, f"The demo failed: {error}. The logs are in {run_folder / 'logs'}")
+        _say(console, f"The demo failed: {error}. The logs are in {folder / 'logs'}")
         return EXIT_FAILED
-    return _report(console, run_folder, demo_jobs, seconds=time.monotonic() - started_at)
-
-
-def _make_folder(folder: Path | None) -> Path:
-    if folder is None:
-        return Path(tempfile.mkdtemp(prefix="fetch-worker-demo-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder.absolute()
+    return _report(console, folder, demo_jobs, seconds=time.monotonic() - started_at)
 
 
 def _start(processes: DemoProcesses, console: Console) -> None:
-    with _busy(console, "Starting Redis, the stand-in of the API, two workers, beat and Flower"):
+    text = "Starting Redis, the stand-in of the API, two workers, beat and Flower"
+    if not console.is_terminal:
+        _say(console, text)
+    with console.status(text):  # shows nothing if this is no terminal
         processes.start()
-        processes.until_ready()
-    if processes.flower is not None:
-        login = f"(user {processes.flower.user}, password {processes.flower.password})"
-        _say(console, f"Flower shows the tasks while this runs: {processes.flower.url} {login}")
+    if processes.flower_listens:
+        login = f"(user {FLOWER_USER}, password {processes.flower_password})"
+        _say(console, f"Flower shows the tasks while this runs: http://127.0.0.1:{processes.flower_port} {login}")
 
 
 def _submit(processes: DemoProcesses, model: Behaviour, jobs: int) -> list[Submitted]:
@@ -101,69 +100,59 @@ def _submit(processes: DemoProcesses, model: Behaviour, jobs: int) -> list[Submi
     submitted: list[Submitted] = []
     with requests.Session() as session:
         session.trust_env = False
-        for number in range(jobs):
+        for prompt in islice(cycle(PROMPTS), jobs):
             processes.check()
-            prompt = PROMPTS[number % len(PROMPTS)]
             at = datetime.now(UTC)
-            response = session.post(
-                f"{processes.api['url']}/text2img",
-                json={"key": processes.api["key"], "prompt": prompt},
-                timeout=HTTP_SECONDS,
-            )
+            order = {"key": processes.api["key"], "prompt": prompt}
+            response = session.post(f"{processes.api['url']}/text2img", json=order, timeout=HTTP_SECONDS)
             response.raise_for_status()
             answer = response.json()
             if not answer.get("id"):
                 raise DemoFailed(f"the stand-in refused a prompt: {str(answer)[:200]}")
             arguments = f"({answer['id']},)"  # shown by Flower instead of the whole answer
             processes.client.send_task("worker.track", [answer], queue=QUEUE, ignore_result=True, argsrepr=arguments)
-            job = model.submit(prompt, now=at.timestamp())
-            ready_at = datetime.fromtimestamp(job.ready_at, UTC)
+            ready_at = datetime.fromtimestamp(model.submit(prompt, now=at.timestamp()).ready_at, UTC)
             submitted.append(Submitted(str(answer["id"]), prompt, float(answer.get("eta") or 0), at, ready_at))
     return submitted
 
 
 def _follow(
-    processes: DemoProcesses, console: Console, submitted: Sequence[Submitted], started_at: float, max_seconds: float
+    processes: DemoProcesses, display: Display, submitted: Sequence[Submitted], max_seconds: float
 ) -> list[DemoJob]:
     """Show the progress until all jobs are final, for at most this many seconds."""
     engine = create_engine(processes.database)  # read only; unlike the worker's own engine it takes no lock
     deadline = time.monotonic() + max_seconds
     try:
-        with Display(console, started_at) as display:
-            while True:
-                demo_jobs = read_progress(engine, processes.settings, submitted)
-                display.show(demo_jobs)
-                unfinished = [job for job in demo_jobs if not job.final]
-                if not unfinished:
-                    return demo_jobs
-                if time.monotonic() > deadline:
-                    raise DemoFailed(
-                        f"not done in time; job {unfinished[0].id} is {unfinished[0].status}: {unfinished[0].reason}"
-                    )
-                processes.wait(CHECK_SECONDS)
+        while True:
+            demo_jobs = read_progress(engine, processes.settings, submitted)
+            display.show(demo_jobs)
+            unfinished = next((job for job in demo_jobs if not job.final), None)
+            if unfinished is None:
+                return demo_jobs
+            if time.monotonic() > deadline:
+                reason = f"{unfinished.status}: {unfinished.reason}"
+                raise DemoFailed(f"not done in time; job {unfinished.id} is {reason}")
+            processes.wait(CHECK_SECONDS)
     finally:
         engine.dispose()
 
 
-def _report(console: Console, run_folder: Path, demo_jobs: Sequence[DemoJob], *, seconds: float) -> int:
+def _report(console: Console, folder: Path, demo_jobs: Sequence[DemoJob], *, seconds: float) -> int:
     """Write the page and print the results."""
-    page = run_folder / PAGE
-    page.write_text(contact_sheet(demo_jobs, run_folder, seconds=seconds), encoding="utf-8")
-    pictures, polls = sum(job.stored for job in demo_jobs), sum(job.polls for job in demo_jobs)
-    seen, stored = mean([job.seen_after for job in demo_jobs]), mean([job.stored_after for job in demo_jobs])
-    console.print(result_table(demo_jobs, run_folder))
-    _say(
-        console,
-        f"{len(demo_jobs)} jobs, {pictures} pictures, {polls} polls ({polls / len(demo_jobs):.1f} per job)",
-    )
-    _say(console, f"From ready to seen {seconds_text(seen)}, to stored {seconds_text(stored)}, on average")
-    _say(console, f"The files are below {run_folder / 'outputs'}")
+    page = folder / PAGE
+    page.write_text(contact_sheet(demo_jobs, folder, seconds=seconds), encoding="utf-8")
+    total = figures(demo_jobs)
+    console.print(job_table(demo_jobs, folder, console))
+    polls = f"{total['polls']} polls ({total['polls per job']} per job)"
+    _say(console, f"{total['jobs']} jobs, {total['pictures']} pictures, {polls}")
+    _say(console, f"From ready to seen {total['ready to seen']}, to stored {total['ready to stored']}, on average")
+    _say(console, f"The files are below {folder / 'outputs'}")
     _say(console, f"To look at them: {page.as_uri()}")
     unfinished = [job for job in demo_jobs if job.status != "completed"]
     if unfinished:
-        first = unfinished[0]
-        summary = f"{len(unfinished)} of {len(demo_jobs)} jobs did not complete; job {first.id}: {first.reason}"
-        _say(console, f"The demo failed: {summary}. The logs are in {run_folder / 'logs'}")
+        summary = f"{len(unfinished)} of {len(demo_jobs)} jobs did not complete"
+        reason = f"job {unfinished[0].id}: {unfinished[0].reason}"
+        _say(console, f"The demo failed: {summary}; {reason}. The logs are in {folder / 'logs'}")
         return EXIT_FAILED
     return 0
 
@@ -171,10 +160,3 @@ def _report(console: Console, run_folder: Path, demo_jobs: Sequence[DemoJob], *,
 def _say(console: Console, text: str) -> None:
     """Print one line without wrapping, so that paths and URLs can be copied."""
     console.print(cell(text), soft_wrap=True)
-
-
-def _busy(console: Console, text: str) -> AbstractContextManager[object]:
-    if console.is_terminal:
-        return console.status(text)
-    _say(console, text)
-    return nullcontext()
