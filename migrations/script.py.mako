@@ -1,7 +1,8 @@
 """${message}.
 
 Works with the code before it and the code after it: expand first, contract in a later release.
-Imports nothing from the project. Every constraint has a name.
+Imports nothing from the project. Every constraint has a name. Can run again after a crash on MariaDB, which commits each
+DDL statement at once: `if_not_exists=True`, `if_exists=True` (not for columns on SQLite).
 
 Revision ${up_revision}, after ${down_revision | comma,n}, ${create_date}.
 """

@@ -11,8 +11,6 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
 
-from worker.store.schema_steps import create_index, create_table
-
 revision = "0001"
 down_revision = None
 branch_labels = None
@@ -30,7 +28,7 @@ def partial(condition: str) -> dict[str, Any]:
 
 def upgrade() -> None:
     """Create the tables."""
-    create_table(
+    op.create_table(
         "fetch_gates",
         sa.Column("scope", sa.String(length=16), nullable=False),
         sa.Column("name", sa.String(length=255), nullable=False),
@@ -47,8 +45,9 @@ def upgrade() -> None:
         sa.CheckConstraint("(reason IS NULL) = (since IS NULL)", name=op.f("ck_fetch_gates_hold_has_since")),
         sa.PrimaryKeyConstraint("scope", "name", name=op.f("pk_fetch_gates")),
         comment="accounts and API hosts: may they be asked, and if not, why and until when",
+        if_not_exists=True,
     )
-    create_table(
+    op.create_table(
         "fetch_jobs",
         sa.Column("id", ROW_ID, autoincrement=True, nullable=False),
         sa.Column("account", sa.String(length=64), nullable=False),
@@ -110,24 +109,33 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_fetch_jobs")),
         sa.UniqueConstraint("account", "fetch_base", "remote_id", name="uq_fetch_jobs_same_job"),
         sqlite_autoincrement=True,
+        if_not_exists=True,
     )
-    create_index(
-        "ix_fetch_jobs_due", "fetch_jobs", ["account", "due_at"], unique=False, **partial("due_at IS NOT NULL")
+    op.create_index(
+        "ix_fetch_jobs_due",
+        "fetch_jobs",
+        ["account", "due_at"],
+        **partial("due_at IS NOT NULL"),
+        if_not_exists=True,
     )
-    create_index(
-        "ix_fetch_jobs_holder", "fetch_jobs", ["claim_holder"], unique=False, **partial("claim_holder IS NOT NULL")
+    op.create_index(
+        "ix_fetch_jobs_holder",
+        "fetch_jobs",
+        ["claim_holder"],
+        **partial("claim_holder IS NOT NULL"),
+        if_not_exists=True,
     )
-    create_index("ix_fetch_jobs_reference", "fetch_jobs", ["reference"], unique=False)
-    create_index("ix_fetch_jobs_remote_id", "fetch_jobs", ["remote_id"], unique=False)
-    create_index("ix_fetch_jobs_status", "fetch_jobs", ["status", "id"], unique=False)
-    create_index(
+    op.create_index("ix_fetch_jobs_reference", "fetch_jobs", ["reference"], if_not_exists=True)
+    op.create_index("ix_fetch_jobs_remote_id", "fetch_jobs", ["remote_id"], if_not_exists=True)
+    op.create_index("ix_fetch_jobs_status", "fetch_jobs", ["status", "id"], if_not_exists=True)
+    op.create_index(
         "ix_fetch_jobs_untold",
         "fetch_jobs",
         ["completed_at"],
-        unique=False,
         **partial("completed_at IS NOT NULL AND on_done IS NOT NULL AND told_at IS NULL"),
+        if_not_exists=True,
     )
-    create_table(
+    op.create_table(
         "fetch_outputs",
         sa.Column("id", ROW_ID, autoincrement=True, nullable=False),
         sa.Column("job_id", ROW_ID, nullable=False),
@@ -172,19 +180,30 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_fetch_outputs")),
         sa.UniqueConstraint("job_id", "position", name="uq_fetch_outputs_position"),
         sqlite_autoincrement=True,
+        if_not_exists=True,
     )
-    create_index(
-        "ix_fetch_outputs_oldest", "fetch_outputs", ["listed_at", "id"], unique=False, **partial("due_at IS NOT NULL")
+    op.create_index(
+        "ix_fetch_outputs_oldest",
+        "fetch_outputs",
+        ["listed_at", "id"],
+        **partial("due_at IS NOT NULL"),
+        if_not_exists=True,
     )
-    create_index("ix_fetch_outputs_due", "fetch_outputs", ["due_at"], unique=False, **partial("due_at IS NOT NULL"))
-    create_index(
+    op.create_index(
+        "ix_fetch_outputs_due",
+        "fetch_outputs",
+        ["due_at"],
+        **partial("due_at IS NOT NULL"),
+        if_not_exists=True,
+    )
+    op.create_index(
         "ix_fetch_outputs_holder",
         "fetch_outputs",
         ["claim_holder"],
-        unique=False,
         **partial("claim_holder IS NOT NULL"),
+        if_not_exists=True,
     )
-    create_table(
+    op.create_table(
         "fetch_output_bodies",
         sa.Column("output_id", ROW_ID, nullable=False),
         sa.Column("body", BODY, nullable=False),
@@ -193,6 +212,7 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("output_id", name=op.f("pk_fetch_output_bodies")),
         comment="bytes that an answer carried itself, until they are stored",
+        if_not_exists=True,
     )
 
 

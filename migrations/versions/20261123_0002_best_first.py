@@ -15,8 +15,6 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
 
-from worker.store.schema_steps import add_column, create_index, drop_index
-
 revision = "0002"
 down_revision = "0001"
 branch_labels = None
@@ -39,21 +37,29 @@ def partial(condition: str) -> dict[str, Any]:
 
 def upgrade() -> None:
     """Add the columns and the new index, and drop the old index."""
-    add_column("fetch_gates", sa.Column("ceiling", sa.Double(), nullable=True))
-    add_column("fetch_gates", sa.Column("cut_at", MOMENT, nullable=True))
-    create_index(
+    repeatable = op.get_context().dialect.name != "sqlite"  # SQLite has no such clause for columns, and rolls back
+    op.add_column("fetch_gates", sa.Column("ceiling", sa.Double(), nullable=True), if_not_exists=repeatable)
+    op.add_column("fetch_gates", sa.Column("cut_at", MOMENT, nullable=True), if_not_exists=repeatable)
+    op.create_index(
         "ix_fetch_jobs_best",
         "fetch_jobs",
         ["account", "priority", "fetch_host", "due_at"],
         **partial("due_at IS NOT NULL"),
+        if_not_exists=True,
     )
-    drop_index("ix_fetch_jobs_due", "fetch_jobs")
-    drop_index("ix_fetch_jobs_reference", "fetch_jobs")
-    create_index("ix_fetch_jobs_reference", "fetch_jobs", ["reference"], **partial("reference IS NOT NULL"))
+    op.drop_index("ix_fetch_jobs_due", table_name="fetch_jobs", if_exists=True)
+    op.drop_index("ix_fetch_jobs_reference", table_name="fetch_jobs", if_exists=True)
+    op.create_index(
+        "ix_fetch_jobs_reference", "fetch_jobs", ["reference"], **partial("reference IS NOT NULL"), if_not_exists=True
+    )
     if op.get_bind().dialect.name == "postgresql":
-        drop_index("ix_fetch_jobs_status", "fetch_jobs")
-        create_index(
-            "ix_fetch_jobs_status", "fetch_jobs", ["status", "id"], postgresql_where=sa.text("status <> 'pending'")
+        op.drop_index("ix_fetch_jobs_status", table_name="fetch_jobs", if_exists=True)
+        op.create_index(
+            "ix_fetch_jobs_status",
+            "fetch_jobs",
+            ["status", "id"],
+            postgresql_where=sa.text("status <> 'pending'"),
+            if_not_exists=True,
         )
         op.execute(f"ALTER TABLE fetch_jobs SET ({', '.join(f'{name} = {value}' for name, value in HOT.items())})")
 

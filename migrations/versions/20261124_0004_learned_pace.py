@@ -11,8 +11,6 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
 
-from worker.store.schema_steps import add_column, create_table
-
 revision = "0004"
 down_revision = "0003"
 branch_labels = None
@@ -23,7 +21,8 @@ MOMENT = sa.DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql",
 
 def upgrade() -> None:
     """Add the table and the columns."""
-    create_table(
+    repeatable = op.get_context().dialect.name != "sqlite"  # SQLite has no such clause for columns, and rolls back
+    op.create_table(
         "fetch_paces",
         sa.Column("account", sa.String(64), nullable=False),
         sa.Column("kind", sa.String(64), nullable=False),
@@ -34,6 +33,7 @@ def upgrade() -> None:
         comment="how long jobs of each kind take, as polls showed",
         mysql_charset="utf8mb4",
         mysql_collate="utf8mb4_bin",
+        if_not_exists=True,
     )
     for name, kind in (
         ("eta_at", MOMENT),
@@ -41,7 +41,7 @@ def upgrade() -> None:
         ("pace_scale", sa.Double()),
         ("pace_growth", sa.Double()),
     ):
-        add_column("fetch_jobs", sa.Column(name, kind, nullable=True))
+        op.add_column("fetch_jobs", sa.Column(name, kind, nullable=True), if_not_exists=repeatable)
 
 
 def downgrade() -> None:

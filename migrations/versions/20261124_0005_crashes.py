@@ -11,8 +11,6 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
 
-from worker.store.schema_steps import create_table
-
 revision = "0005"
 down_revision = "0004"
 branch_labels = None
@@ -23,7 +21,7 @@ MOMENT = sa.DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql",
 
 def upgrade() -> None:
     """Add the table."""
-    create_table(
+    op.create_table(
         "fetch_crashes",
         sa.Column("scope", sa.String(8), nullable=False),
         sa.Column("row_id", sa.BigInteger(), nullable=False, autoincrement=False),
@@ -34,6 +32,7 @@ def upgrade() -> None:
         comment="jobs and outputs whose process died, how often in a row",
         mysql_charset="utf8mb4",
         mysql_collate="utf8mb4_bin",
+        if_not_exists=True,
     )
 
 

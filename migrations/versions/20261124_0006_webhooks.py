@@ -9,8 +9,6 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
 
-from worker.store.schema_steps import add_column, create_index, create_table
-
 revision = "0006"
 down_revision = "0005"
 branch_labels = None
@@ -27,23 +25,26 @@ def partial(condition: str) -> dict[str, Any]:
 
 def upgrade() -> None:
     """Add the columns and the table."""
-    add_column("fetch_jobs", sa.Column("webhook_url", sa.Text(), nullable=True))
-    add_column("fetch_jobs", sa.Column("announced_at", MOMENT, nullable=True))
-    create_index(
+    repeatable = op.get_context().dialect.name != "sqlite"  # SQLite has no such clause for columns, and rolls back
+    op.add_column("fetch_jobs", sa.Column("webhook_url", sa.Text(), nullable=True), if_not_exists=repeatable)
+    op.add_column("fetch_jobs", sa.Column("announced_at", MOMENT, nullable=True), if_not_exists=repeatable)
+    op.create_index(
         "ix_fetch_jobs_unannounced",
         "fetch_jobs",
         ["completed_at"],
         **partial("completed_at IS NOT NULL AND webhook_url IS NOT NULL AND announced_at IS NULL"),
+        if_not_exists=True,
     )
-    create_index(  # for MariaDB, which has no partial indexes; empty on other databases
+    op.create_index(  # for MariaDB, which has no partial indexes; empty on other databases
         "ix_fetch_jobs_unannounced_mysql",
         "fetch_jobs",
         ["announced_at", "webhook_url"],
         mysql_length={"webhook_url": 1},
         mariadb_length={"webhook_url": 1},
         **partial("false"),
+        if_not_exists=True,
     )
-    create_table(
+    op.create_table(
         "fetch_events",
         sa.Column("id", ROW_ID, autoincrement=True, nullable=False),
         sa.Column("event_id", sa.String(64), nullable=False),
@@ -76,10 +77,19 @@ def upgrade() -> None:
         sqlite_autoincrement=True,
         mysql_charset="utf8mb4",
         mysql_collate="utf8mb4_bin",
+        if_not_exists=True,
     )
-    create_index("ix_fetch_events_job_id", "fetch_events", ["job_id"])
-    create_index("ix_fetch_events_due", "fetch_events", ["due_at"], **partial("due_at IS NOT NULL"))
-    create_index("ix_fetch_events_holder", "fetch_events", ["claim_holder"], **partial("claim_holder IS NOT NULL"))
+    op.create_index("ix_fetch_events_job_id", "fetch_events", ["job_id"], if_not_exists=True)
+    op.create_index(
+        "ix_fetch_events_due", "fetch_events", ["due_at"], **partial("due_at IS NOT NULL"), if_not_exists=True
+    )
+    op.create_index(
+        "ix_fetch_events_holder",
+        "fetch_events",
+        ["claim_holder"],
+        **partial("claim_holder IS NOT NULL"),
+        if_not_exists=True,
+    )
 
 
 def downgrade() -> None:

@@ -7,8 +7,6 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
 
-from worker.store.schema_steps import add_column, create_index, create_table
-
 revision = "0007"
 down_revision = "0006"
 branch_labels = None
@@ -25,9 +23,10 @@ ADDED = (
 
 def upgrade() -> None:
     """Add the columns and the tables."""
+    repeatable = op.get_context().dialect.name != "sqlite"  # SQLite has no such clause for columns, and rolls back
     for table, name, type_ in ADDED:
-        add_column(table, sa.Column(name, type_, nullable=True))
-    create_index(  # for MariaDB, which has no partial indexes and read all final jobs; empty on other databases
+        op.add_column(table, sa.Column(name, type_, nullable=True), if_not_exists=repeatable)
+    op.create_index(  # for MariaDB, which has no partial indexes and read all final jobs; empty on other databases
         "ix_fetch_jobs_untold_mysql",
         "fetch_jobs",
         ["told_at", "on_done"],
@@ -35,8 +34,9 @@ def upgrade() -> None:
         mariadb_length={"on_done": 1},
         postgresql_where=sa.text("false"),
         sqlite_where=sa.text("false"),
+        if_not_exists=True,
     )
-    create_table(
+    op.create_table(
         "fetch_totals",
         sa.Column("name", sa.String(24), nullable=False),
         sa.Column("account", sa.String(64), nullable=False),
@@ -49,8 +49,9 @@ def upgrade() -> None:
         comment="what has happened so far: counts and sums, in slots that add up",
         mysql_charset="utf8mb4",
         mysql_collate="utf8mb4_bin",
+        if_not_exists=True,
     )
-    create_table(
+    op.create_table(
         "fetch_history",
         sa.Column("minute", MOMENT, nullable=False),
         sa.Column("body", sa.Text(), nullable=False),
@@ -58,6 +59,7 @@ def upgrade() -> None:
         comment="how everything stood, once a minute",
         mysql_charset="utf8mb4",
         mysql_collate="utf8mb4_bin",
+        if_not_exists=True,
     )
 
 

@@ -10,8 +10,6 @@ Revision 0008, after 0007, 2026-11-29.
 import sqlalchemy as sa
 from alembic import op
 
-from worker.store.schema_steps import add_column, create_index
-
 revision = "0008"
 down_revision = "0007"
 branch_labels = None
@@ -26,9 +24,9 @@ def upgrade() -> None:
     if op.get_bind().dialect.name not in MYSQL_FAMILY:
         return
     waiting = sa.Computed("IF(due_at IS NULL, NULL, account)", persisted=False)
-    add_column("fetch_jobs", sa.Column("waiting_account", NAME, waiting, nullable=True))
+    op.add_column("fetch_jobs", sa.Column("waiting_account", NAME, waiting, nullable=True), if_not_exists=True)
     columns = ["waiting_account", "priority", "fetch_host", "due_at", "deadline_at"]
-    create_index("ix_fetch_jobs_waiting", "fetch_jobs", columns)
+    op.create_index("ix_fetch_jobs_waiting", "fetch_jobs", columns, if_not_exists=True)
 
 
 def downgrade() -> None:

@@ -7,8 +7,6 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
 
-from worker.store.schema_steps import add_column
-
 revision = "0009"
 down_revision = "0008"
 branch_labels = None
@@ -20,9 +18,14 @@ COLUMNS = ("on_done_attempts", "on_done_due_at", "on_done_error")
 
 def upgrade() -> None:
     """Add the columns."""
-    add_column("fetch_jobs", sa.Column("on_done_attempts", sa.SmallInteger(), nullable=False, server_default="0"))
-    add_column("fetch_jobs", sa.Column("on_done_due_at", MOMENT, nullable=True))
-    add_column("fetch_jobs", sa.Column("on_done_error", sa.String(255), nullable=True))
+    repeatable = op.get_context().dialect.name != "sqlite"  # SQLite has no such clause for columns, and rolls back
+    op.add_column(
+        "fetch_jobs",
+        sa.Column("on_done_attempts", sa.SmallInteger(), nullable=False, server_default="0"),
+        if_not_exists=repeatable,
+    )
+    op.add_column("fetch_jobs", sa.Column("on_done_due_at", MOMENT, nullable=True), if_not_exists=repeatable)
+    op.add_column("fetch_jobs", sa.Column("on_done_error", sa.String(255), nullable=True), if_not_exists=repeatable)
 
 
 def downgrade() -> None:

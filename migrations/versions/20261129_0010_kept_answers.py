@@ -7,8 +7,6 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
 
-from worker.store.schema_steps import create_index, create_table, drop_table
-
 revision = "0010"
 down_revision = "0009"
 branch_labels = None
@@ -26,7 +24,7 @@ OPTIONS = {
 
 def upgrade() -> None:
     """Add the tables."""
-    create_table(
+    op.create_table(
         "fetch_unread",
         sa.Column("id", ROW_ID, autoincrement=True, nullable=False),
         sa.Column("job_id", ROW_ID, nullable=False),
@@ -40,10 +38,11 @@ def upgrade() -> None:
         comment="the last answers that no rule reads, and the last answer of each job that ended without an output",
         sqlite_autoincrement=True,
         **OPTIONS,
+        if_not_exists=True,
     )
-    create_index("ix_fetch_unread_job_id", "fetch_unread", ["job_id"])
-    create_index("ix_fetch_unread_shape", "fetch_unread", ["shape"])
-    create_table(
+    op.create_index("ix_fetch_unread_job_id", "fetch_unread", ["job_id"], if_not_exists=True)
+    op.create_index("ix_fetch_unread_shape", "fetch_unread", ["shape"], if_not_exists=True)
+    op.create_table(
         "fetch_promises",
         sa.Column("job_id", ROW_ID, autoincrement=False, nullable=False),
         sa.Column("urls", LONG_TEXT, nullable=False),
@@ -57,8 +56,9 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("job_id", name=op.f("pk_fetch_promises")),
         comment="links at which the API promised outputs, and how a job would have ended without them",
         **OPTIONS,
+        if_not_exists=True,
     )
-    create_table(
+    op.create_table(
         "fetch_late_looks",
         sa.Column("job_id", ROW_ID, autoincrement=False, nullable=False),
         sa.Column("looks", sa.SmallInteger(), server_default="0", nullable=False),
@@ -69,11 +69,12 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("job_id", name=op.f("pk_fetch_late_looks")),
         comment="expired jobs that are asked about again, how often they were, and when next",
         **OPTIONS,
+        if_not_exists=True,
     )
-    create_index("ix_fetch_late_looks_due_at", "fetch_late_looks", ["due_at"])
+    op.create_index("ix_fetch_late_looks_due_at", "fetch_late_looks", ["due_at"], if_not_exists=True)
 
 
 def downgrade() -> None:
     """Drop the tables."""
     for name in ("fetch_late_looks", "fetch_promises", "fetch_unread"):
-        drop_table(name)
+        op.drop_table(name, if_exists=True)

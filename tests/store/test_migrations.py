@@ -210,7 +210,7 @@ def test_the_alembic_command_prints_sql_without_a_database(checkout: Path) -> No
     result = _alembic(checkout, "postgresql://nobody@127.0.0.1:1/none", "upgrade", "head", "--sql")
     assert result.returncode == 0, result.stderr
     for table in metadata.tables:
-        assert f"CREATE TABLE {table} " in result.stdout
+        assert f"CREATE TABLE IF NOT EXISTS {table} " in result.stdout
     assert f"CREATE TABLE {VERSION_TABLE} " in result.stdout
 
 
