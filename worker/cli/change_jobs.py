@@ -9,20 +9,20 @@ from itertools import islice
 from typing import Any
 
 import click
-from sqlalchemy import Connection
 
 from worker.cli.filters import filter_options, job_filter
-from worker.cli.job_ids import job_numbers
-from worker.cli.output import json_option, print_json, print_table
+from worker.cli.job_ids import job_numbers, jobs_with_remote_id
+from worker.cli.output import json_option, print_json, print_records, print_table
 from worker.client import actions, holds
 from worker.client.actions import Action, ActionResult, change_matching, changeable
+from worker.client.connection import transaction
 from worker.core.circuit_breaker import Scope
 from worker.core.identity import ACCOUNT
 from worker.errors import JobNotFound
 from worker.settings import Settings, load
 from worker.store.breakers import all_breakers
-from worker.store.engine import database_now, engine_for, translate_errors
-from worker.store.jobs import job_row, jobs_by_remote
+from worker.store.engine import database_now
+from worker.store.jobs import job_row
 from worker.store.reports.search import JobFilter, Search, count_matching, find_jobs, prepare_search
 from worker.store.schema import jobs
 from worker.system.terminal import echo
@@ -37,7 +37,6 @@ ACTIONS: dict[Action, Callable[[int], bool]] = {
     "resume": holds.resume,
 }
 PARTICIPLES: dict[Action, str] = {"cancel": "cancelled", "retry": "retried", "hold": "held", "resume": "resumed"}
-NOT_FOUND = "there is no job {}: `fetch-worker list` shows the jobs"
 RULES = """
     Name the jobs by their ids, or with --remote (add --account to limit the accounts). Exit code 1 if one of them
     does not exist or did not change.
@@ -82,9 +81,15 @@ def _run(request: _Request, ids: tuple[str, ...], options: Mapping[str, Any]) ->
         return _jobs(request, job_numbers(ids), settings)
     if request.action in ("hold", "resume") and (breakers := _breakers(options)):
         return _whole(request, breakers, settings)
-    with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
+    with transaction(settings) as connection:
         selection = job_filter(options, database_now(connection))
-        named = _named(connection, selection) if selection.only_remote_ids else None
+        named = None
+        if selection.only_remote_ids:
+            named = [
+                job_id
+                for remote_id in selection.remote_ids
+                for job_id in jobs_with_remote_id(connection, remote_id, selection.accounts)
+            ]
     if named is not None:
         return _jobs(request, named, settings)
     return _filtered(request, selection, settings)
@@ -93,25 +98,12 @@ def _run(request: _Request, ids: tuple[str, ...], options: Mapping[str, Any]) ->
 # ── jobs by name ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _named(connection: Connection, job_filter: JobFilter) -> list[int]:
-    """Return the ids of the jobs with the remote ids of a filter. Raises JobNotFound."""
-    job_ids: list[int] = []
-    for remote_id in job_filter.remote_ids:
-        rows = jobs_by_remote(connection, remote_id, None)
-        matching_ids = [row.id for row in rows if not job_filter.accounts or row.account in job_filter.accounts]
-        if not matching_ids:
-            raise JobNotFound(f"there is no job with the remote id {remote_id!r}")
-        job_ids += matching_ids
-    return job_ids
-
-
 def _jobs(request: _Request, job_ids: Iterable[int], settings: Settings) -> int:
-    apply = _preview if request.dry_run else _act
     rows: list[ActionResult] = []
     code = 0
     for job_id in job_ids:
         try:
-            rows.append(apply(request.action, job_id, settings))
+            rows.append(_apply(request, job_id, settings))
         except JobNotFound as error:
             echo(f"fetch-worker: {error}", err=True)
             code = 1
@@ -122,23 +114,16 @@ def _jobs(request: _Request, job_ids: Iterable[int], settings: Settings) -> int:
     return code if all(row.changed for row in rows) else 1
 
 
-def _act(action: Action, job_id: int, settings: Settings) -> ActionResult:
-    changed = ACTIONS[action](job_id)
-    with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
-        job = job_row(connection, job_id)
-    if job is None:
-        raise JobNotFound(NOT_FOUND.format(job_id))
-    return ActionResult(job_id, changed, job.status)
-
-
-def _preview(action: Action, job_id: int, settings: Settings) -> ActionResult:
-    with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
+def _apply(request: _Request, job_id: int, settings: Settings) -> ActionResult:
+    """Apply the action to a job, or only check whether it would change the job. Raises JobNotFound."""
+    changed = not request.dry_run and ACTIONS[request.action](job_id)
+    with transaction(settings) as connection:
         job = job_row(connection, job_id)
         if job is None:
-            raise JobNotFound(NOT_FOUND.format(job_id))
-        return ActionResult(
-            job_id, count_matching(connection, changeable(action, JobFilter(ids=(job_id,)))) > 0, job.status
-        )
+            raise JobNotFound(f"there is no job {job_id}: `fetch-worker list` shows the jobs")
+        if request.dry_run:
+            changed = count_matching(connection, changeable(request.action, JobFilter(ids=(job_id,)))) > 0
+    return ActionResult(job_id, changed, job.status)
 
 
 # ── jobs by filter ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -148,7 +133,7 @@ def _filtered(request: _Request, job_filter: JobFilter, settings: Settings) -> i
     must_ask = not request.yes and not request.dry_run
     if must_ask and not sys.stdin.isatty():
         raise click.UsageError("there is no terminal to ask on: check the jobs with --dry-run, then add --yes")
-    with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
+    with transaction(settings) as connection:
         matching_jobs = prepare_search(connection, changeable(request.action, job_filter))
         count = count_matching(connection, matching_jobs)
     if count == 0:
@@ -187,7 +172,7 @@ def _all(matching_jobs: Search, settings: Settings) -> Iterator[Any]:
     """Yield the rows of all matching jobs, read in pages."""
     last_id: int | None = None
     while True:
-        with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
+        with transaction(settings) as connection:
             columns = (jobs.c.id, jobs.c.status)
             rows = find_jobs(connection, matching_jobs, limit=PAGE, after=last_id, columns=columns)
         yield from rows
@@ -247,7 +232,7 @@ def _whole(request: _Request, breakers: Iterable[tuple[Scope, str]], settings: S
     if request.as_json:
         print_json(rows)
     else:
-        print_table(list(rows[0]), [list(row.values()) for row in rows], empty="")
+        print_records(list(rows[0]), rows, empty="")
     return 0
 
 
@@ -258,7 +243,7 @@ def _breaker_name(scope: Scope, name: str, settings: Settings) -> str:
             raise click.UsageError(f"{name!r} is not a valid account name")
         return name
     host = name.lower().removesuffix(":443")
-    with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
+    with transaction(settings) as connection:
         hosts = {*settings.api.hosts, *(name for kind, name in all_breakers(connection) if kind == "host")}
         if host not in hosts and not count_matching(connection, JobFilter(hosts=(host,)), limit=1):
             raise click.UsageError(f"no job is fetched from {name!r}; the known hosts are {', '.join(sorted(hosts))}")
@@ -266,7 +251,7 @@ def _breaker_name(scope: Scope, name: str, settings: Settings) -> str:
 
 
 def _would_change_breaker(action: Action, scope: Scope, name: str, settings: Settings) -> bool:
-    with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
+    with transaction(settings) as connection:
         breaker = all_breakers(connection).get((scope, name))
         if action == "hold":
             return breaker is None or breaker.paused_at is None

@@ -6,25 +6,23 @@ import os
 import click
 
 from worker import __version__
-from worker.cli import (
-    change_jobs,
-    compare,
-    docs,
-    doctor,
-    list_jobs,
-    metrics,
-    migrate,
-    parse,
-    prune,
-    run,
-    show,
-    simulate,
-    status,
-    top,
-    track,
-    unread,
-    verify,
-)
+from worker.cli import change_jobs
+from worker.cli.compare import compare_api
+from worker.cli.docs import docs
+from worker.cli.doctor import doctor
+from worker.cli.list_jobs import list_jobs
+from worker.cli.metrics import metrics
+from worker.cli.migrate import migrate
+from worker.cli.parse import parse
+from worker.cli.prune import prune
+from worker.cli.run import admin, demo, sandbox, up
+from worker.cli.show import show
+from worker.cli.simulate import simulate_command
+from worker.cli.status import status
+from worker.cli.top import top
+from worker.cli.track import track
+from worker.cli.unread import unread
+from worker.cli.verify import verify
 from worker.core.display import display_lines
 from worker.errors import SettingsError, WorkerError
 from worker.system.own_package import advice, other_worker, python_path
@@ -43,27 +41,12 @@ def group(context: click.Context) -> None:
         raise SettingsError(advice(shadowing_module))
 
 
-for _module in (
-    migrate,
-    run,
-    track,
-    verify,
-    compare,
-    change_jobs,
-    list_jobs,
-    show,
-    status,
-    doctor,
-    top,
-    unread,
-    metrics,
-    parse,
-    prune,
-    simulate,
-    docs,
-):
-    for _command in _module.COMMANDS:
-        group.add_command(_command)
+COMMANDS = (
+    migrate, demo, up, sandbox, admin, track, verify, compare_api, *change_jobs.COMMANDS, list_jobs, show, status,
+    doctor, top, unread, metrics, parse, prune, simulate_command, docs,
+)  # fmt: skip
+for _command in COMMANDS:
+    group.add_command(_command)
 
 
 def run_command(arguments: list[str]) -> int:

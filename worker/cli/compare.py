@@ -173,6 +173,3 @@ def _print(compared: Sequence[Compared]) -> None:
     print_table(("request", "API", "read as", "shape of the answer"), rows, empty="")
     different = [row.question for row in compared if not row.same]
     echo(f"different shapes: {', '.join(different)}" if different else "the shapes are the same")
-
-
-COMMANDS = (compare_api,)

@@ -61,6 +61,3 @@ def _formatted(text: str) -> "Markdown":
         elements: ClassVar = {**Markdown.elements, "table_open": FoldedTable}
 
     return Page(text)
-
-
-COMMANDS: tuple[click.Command, ...] = (docs,)

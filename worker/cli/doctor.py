@@ -39,6 +39,3 @@ def _nodes() -> Mapping[str, Node]:
     from worker.process.neighbours import ask_nodes
 
     return ask_nodes(app, NODES_SECONDS)
-
-
-COMMANDS: tuple[click.Command, ...] = (doctor,)

@@ -36,7 +36,7 @@ FILTERS = (
     click.option("--status", "statuses", type=click.Choice(JOB_STATES), multiple=True, help="In this state."),
     click.option("--account", "accounts", metavar="NAME", multiple=True, help="Of this account."),
     click.option("--kind", "kinds", metavar="KIND", multiple=True, help="Of this kind."),
-    click.option("--remote", "remotes", metavar="ID", multiple=True, help="With this remote id."),
+    click.option("--remote", "remote_ids", metavar="ID", multiple=True, help="With this remote id."),
     click.option("--reference", "references", metavar="TEXT", multiple=True, help="With this reference."),
     click.option("--code", "codes", metavar="CODE", multiple=True, help="Failed or expired with this error code."),
     click.option(
@@ -45,11 +45,12 @@ FILTERS = (
     click.option("--host", "hosts", metavar="HOST", multiple=True, help="Fetched from this host of the API."),
     click.option(
         "--since",
+        "submitted_since",
         metavar="TIME",
         callback=_time,
         help="Submitted at or after: ISO 8601 with a zone, or an age (90s, 15m, 2h, 7d).",
     ),
-    click.option("--until", metavar="TIME", callback=_time, help="Submitted before."),
+    click.option("--until", "submitted_until", metavar="TIME", callback=_time, help="Submitted before."),
     click.option("--finished-since", metavar="TIME", callback=_time, help="Final at or after."),
     click.option("--finished-until", metavar="TIME", callback=_time, help="Final before."),
     click.option(
@@ -71,28 +72,15 @@ def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def job_filter(options: Mapping[str, Any], now: datetime) -> JobFilter:
     """Return the filter of the options. Raises NotTrackable for an invalid remote id, and click's usage error."""
-    return JobFilter(
-        statuses=options["statuses"],
-        accounts=options["accounts"],
-        kinds=options["kinds"],
-        remote_ids=tuple(lookup_id(remote) for remote in options["remotes"]),
-        references=options["references"],
-        codes=options["codes"],
-        output_codes=options["output_codes"],
-        hosts=tuple(host.lower() for host in options["hosts"]),
-        submitted_since=_moment(options["since"], now),
-        submitted_until=_moment(options["until"], now),
-        finished_since=_moment(options["finished_since"], now),
-        finished_until=_moment(options["finished_until"], now),
-        late=options["late"],
-        stuck=options["stuck"],
-        past_deadline=options["past_deadline"],
-        held=options["held"],
-        holders=options["holders"],
-    )
+    changed = {
+        "remote_ids": tuple(lookup_id(remote) for remote in options["remote_ids"]),
+        "hosts": tuple(host.lower() for host in options["hosts"]),
+    }
+    return JobFilter(**{name: _moment(value, now) for name, value in options.items()} | changed)
 
 
-def _moment(value: datetime | timedelta | None, now: datetime) -> datetime | None:
+def _moment(value: Any, now: datetime) -> Any:
+    """Return the time of an age; any other value unchanged."""
     if not isinstance(value, timedelta):
         return value
     try:

@@ -1,14 +1,15 @@
 """The arguments of commands that name jobs: job ids, or `--remote ID`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import click
+from sqlalchemy import Connection
 
+from worker.client.connection import transaction
 from worker.client.jobs import lookup_id
 from worker.errors import JobNotFound
 from worker.settings import load
-from worker.store.engine import engine_for, translate_errors
 from worker.store.jobs import jobs_by_remote
 
 MAX_DIGITS = 100  # of a job id; Python refuses to parse very long numbers
@@ -25,15 +26,19 @@ def targets(ids: tuple[str, ...], remote: str | None, account: str | None) -> li
     """Return the given job ids, or the ids of all jobs with a remote id. Raises JobNotFound and a usage error."""
     if bool(ids) == (remote is not None):
         raise click.UsageError("give job ids, or --remote ID")
-    if remote is not None:
-        settings = load()
-        remote_id = lookup_id(remote)
-        with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
-            job_ids = [row.id for row in jobs_by_remote(connection, remote_id, account)]
-        if not job_ids:
-            raise JobNotFound(f"there is no job with the remote id {remote!r}")
-        return job_ids
-    return job_numbers(ids)
+    if remote is None:
+        return job_numbers(ids)
+    with transaction(load()) as connection:
+        return jobs_with_remote_id(connection, lookup_id(remote), () if account is None else (account,))
+
+
+def jobs_with_remote_id(connection: Connection, remote_id: str, accounts: Collection[str]) -> list[int]:
+    """Return the ids of the jobs with a remote id, of these accounts if there are any. Raises JobNotFound."""
+    rows = jobs_by_remote(connection, remote_id, None)
+    job_ids = [row.id for row in rows if not accounts or row.account in accounts]
+    if not job_ids:
+        raise JobNotFound(f"there is no job with the remote id {remote_id!r}")
+    return job_ids
 
 
 def job_numbers(ids: tuple[str, ...]) -> list[int]:

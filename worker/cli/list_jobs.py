@@ -5,9 +5,10 @@ from typing import Any
 import click
 
 from worker.cli.filters import filter_options, job_filter
-from worker.cli.output import JOB_COLUMNS, json_option, plain, print_json, print_table
+from worker.cli.output import JOB_COLUMNS, json_option, plain, print_json, print_records
+from worker.client.connection import transaction
 from worker.settings import load
-from worker.store.engine import database_now, engine_for, translate_errors
+from worker.store.engine import database_now
 from worker.store.reports.search import find_jobs
 
 LISTED = ("id", "remote_id", "account", "kind", "status", "polls", "submitted_at", "reference", "error_code")
@@ -23,12 +24,9 @@ def list_jobs(limit: int, as_json: bool, **options: Any) -> None:
     Lists all jobs, or those that match all the options. If an option is repeated, a job must match one of its values.
     """
     settings = load()
-    with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
+    with transaction(settings) as connection:
         rows = find_jobs(connection, job_filter(options, database_now(connection)), limit=limit)
     if as_json:
         print_json([plain(row, JOB_COLUMNS) for row in rows])
     else:
-        print_table(LISTED, [[row._mapping[name] for name in LISTED] for row in rows], empty="no jobs")
-
-
-COMMANDS: tuple[click.Command, ...] = (list_jobs,)
+        print_records(LISTED, (dict(row._mapping) for row in rows), empty="no jobs")

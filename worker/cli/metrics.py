@@ -64,6 +64,3 @@ def _run_until_signal(work: Callable[[], None], end: Callable[[], None]) -> None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     work()
-
-
-COMMANDS: tuple[click.Command, ...] = (metrics,)

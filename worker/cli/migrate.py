@@ -21,6 +21,3 @@ def migrate() -> None:
     if encoding is not None:
         echo(f"fetch-worker: no process can start: {encoding_message(encoding)}", err=True)
     echo(f"{url} is at {after}" + (" already" if before == after else f", was {before or 'empty'}"))
-
-
-COMMANDS: tuple[click.Command, ...] = (migrate,)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from datetime import datetime
 from typing import Any
 
@@ -10,52 +11,19 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy import Row
 
+from worker.client.jobs import Output
 from worker.core.display import display_json
 from worker.system.terminal import cell, echo, make_console
 
 JOB_COLUMNS = (
-    "id",
-    "account",
-    "remote_id",
-    "kind",
-    "status",
-    "reference",
-    "polls",
-    "eta",
-    "priority",
-    "submitted_at",
-    "ready_at",
-    "completed_at",
-    "deadline_at",
-    "error_code",
-    "error_message",
+    *("id", "account", "remote_id", "kind", "status", "reference", "polls", "eta", "priority", "submitted_at"),
+    *("ready_at", "completed_at", "deadline_at", "error_code", "error_message"),
 )
 EVENT_COLUMNS = (
-    "event_id",
-    "type",
-    "url",
-    "status",
-    "attempts",
-    "created_at",
-    "due_at",
-    "ended_at",
-    "http_status",
-    "error_message",
+    *("event_id", "type", "url", "status", "attempts", "created_at", "due_at", "ended_at"),
+    *("http_status", "error_message"),
 )
-OUTPUT_COLUMNS = (
-    "id",
-    "job_id",
-    "position",
-    "url",
-    "status",
-    "location",
-    "size_bytes",
-    "sha256",
-    "media_type",
-    "attempts",
-    "error_code",
-    "error_message",
-)
+OUTPUT_COLUMNS = tuple(field.name for field in fields(Output))
 COLOURS = {
     "completed": "green",
     "stored": "green",
@@ -79,8 +47,8 @@ def moment(value: datetime | None) -> str | None:
 
 
 def print_json(document: object) -> None:
-    """Print a JSON document."""
-    click.echo(display_json(json.dumps(document, ensure_ascii=False, indent=2)))
+    """Print a JSON document. It may contain times."""
+    click.echo(display_json(json.dumps(document, ensure_ascii=False, indent=2, default=moment)))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:
@@ -93,12 +61,17 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, emp
     make_console().print(table) if table.row_count else echo(empty)
 
 
-def print_fields(fields: Mapping[str, object]) -> None:
+def print_records(columns: Sequence[str], records: Iterable[Mapping[str, object]], *, empty: str) -> None:
+    """Print these columns of records as a table, or the line `empty` if there are no records."""
+    print_table(columns, [[record[name] for name in columns] for record in records], empty=empty)
+
+
+def print_fields(values: Mapping[str, object]) -> None:
     """Print names and values, one per line. Names without a value are left out."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, value in fields.items():
+    for name, value in values.items():
         if value is not None:
             table.add_row(name, _cell(value))
     make_console().print(table)

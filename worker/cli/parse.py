@@ -179,6 +179,3 @@ def _print(document: Document) -> None:
         job = document["job"]
         echo(f"  job {job['remote_id']} of kind {job['kind']}")
         echo(f"  polled at {job['fetch_url']}" if job["fetch_url"] else "  not polled: its endpoint is not known")
-
-
-COMMANDS = (parse,)

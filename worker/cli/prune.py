@@ -88,6 +88,3 @@ def _retention(
 def _summary(pruned: Pruned, retention: Retention, participle: str) -> str:
     files = f", {pruned.files} files of {pruned.bytes} bytes" if retention.remove_files else "; files are kept"
     return f"{pruned.jobs} jobs and {pruned.outputs} outputs {participle}{files}"
-
-
-COMMANDS: tuple[click.Command, ...] = (prune,)

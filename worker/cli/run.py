@@ -75,6 +75,3 @@ def admin(address: str | None, port: int | None) -> None:
             raise
         raise SettingsError(f"`admin` needs {error.name}: pip install 'fetch-worker[admin]'") from None
     serve(settings, listen_address_of(settings, address, port))
-
-
-COMMANDS: tuple[click.Command, ...] = (demo, up, sandbox, admin)

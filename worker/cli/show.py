@@ -16,15 +16,16 @@ from worker.cli.output import (
     plain,
     print_fields,
     print_json,
+    print_records,
     print_table,
 )
 from worker.cli.unread import shortened
+from worker.client.connection import transaction
 from worker.coordination.rate_limiter import RateLimiter
 from worker.operations.explain import read_explanation
 from worker.operations.job_context import JobContext, read_context
 from worker.operations.overview import ready_estimate, why
 from worker.settings import Settings, load
-from worker.store.engine import engine_for, translate_errors
 from worker.store.events import events_of
 from worker.store.jobs import job_row, outputs_of
 from worker.store.kept_answers import answers_of
@@ -47,7 +48,7 @@ def show(ids: tuple[str, ...], remote: str | None, account: str | None, as_json:
     limiter = RateLimiter(settings.redis)
     documents: list[dict[str, Any]] = []
     for job_id in job_ids:
-        with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
+        with transaction(settings) as connection:
             document_and_context = _document(connection, job_id, settings)
         if document_and_context is None:
             echo(f"fetch-worker: there is no job {job_id}", err=True)
@@ -57,28 +58,24 @@ def show(ids: tuple[str, ...], remote: str | None, account: str | None, as_json:
         print_json(documents[0] if len(job_ids) == 1 else documents)
     elif not as_json:
         for document in documents:
-            outputs = document.pop("outputs")
-            webhooks = document.pop("webhooks")
-            kept_answers = document.pop("unread")
-            document.pop("believed")  # the findings contain it
-            findings = document.pop("chain")
-            advice = document.pop("advice")
-            if document["on_done"] is None:
-                del document["on_done_attempts"]
-            print_fields(document)
-            print_table(
-                FINDING_COLUMNS, [[finding[name] for name in FINDING_COLUMNS] for finding in findings], empty=""
-            )
-            if webhooks:
-                print_table(EVENT_FIELDS, [[event[name] for name in EVENT_FIELDS] for event in webhooks], empty="")
-            if kept_answers:
-                rows = [(answer["at"], answer["http_status"], shortened(answer["body"])) for answer in kept_answers]
-                print_table(("kept answer of", "HTTP", "body"), rows, empty="")
-            print_table(
-                OUTPUT_FIELDS, [[output[name] for name in OUTPUT_FIELDS] for output in outputs], empty="no outputs yet"
-            )
-            echo(f"what to do: {advice}")
+            _print(document)
     return 0 if len(documents) == len(job_ids) else 1
+
+
+def _print(document: dict[str, Any]) -> None:
+    parts = {name: document.pop(name) for name in ("outputs", "webhooks", "unread", "chain", "advice")}
+    document.pop("believed")  # the findings contain it
+    if document["on_done"] is None:
+        del document["on_done_attempts"]
+    print_fields(document)
+    print_records(FINDING_COLUMNS, parts["chain"], empty="")
+    if parts["webhooks"]:
+        print_records(EVENT_FIELDS, parts["webhooks"], empty="")
+    if parts["unread"]:
+        rows = [(answer["at"], answer["http_status"], shortened(answer["body"])) for answer in parts["unread"]]
+        print_table(("kept answer of", "HTTP", "body"), rows, empty="")
+    print_records(OUTPUT_FIELDS, parts["outputs"], empty="no outputs yet")
+    echo(f"what to do: {parts['advice']}")
 
 
 def _document(connection: Connection, job_id: int, settings: Settings) -> tuple[dict[str, Any], JobContext] | None:
@@ -110,6 +107,3 @@ def _with_findings(document: dict[str, Any], context: JobContext, limiter: RateL
     explanation = read_explanation(context, limiter)
     findings = [{name: getattr(finding, name) for name in FINDING_COLUMNS} for finding in explanation.findings]
     return document | {"chain": findings, "advice": explanation.advice}
-
-
-COMMANDS: tuple[click.Command, ...] = (show,)

@@ -7,11 +7,11 @@ from typing import Any
 import click
 
 from worker.cli.output import json_option, print_fields, print_json, print_table
+from worker.client.connection import transaction
 from worker.core.pacing.policy import POLICIES, Pace, Policy
 from worker.core.pacing.simulation import Simulation, TraceJob, quantile, read_trace, simulate
 from worker.errors import TraceError
 from worker.settings import load
-from worker.store.engine import engine_for, translate_errors
 from worker.store.jobs import measured_durations
 
 MOST_JOBS = 1_000_000
@@ -53,7 +53,7 @@ def simulate_command(
         raise click.UsageError("give either --trace FILE or --from-database, and not both --policy and --compare")
     settings = load()
     if trace is None:
-        with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
+        with transaction(settings) as connection:
             jobs = [TraceJob(*row) for row in measured_durations(connection, limit=limit)]
     else:
         jobs = _read(trace)
@@ -105,6 +105,3 @@ def _document(simulation: Simulation) -> dict[str, Any]:
         "polls_per_job": round(simulation.polls / simulation.jobs, 4),
         "delay": {name: round(value, 4) for name, value in delay.items()},
     }
-
-
-COMMANDS: tuple[click.Command, ...] = (simulate_command,)

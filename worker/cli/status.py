@@ -5,11 +5,11 @@ from typing import Any
 
 import click
 
-from worker.cli.output import json_option, moment, print_fields, print_json, print_table
+from worker.cli.output import json_option, print_fields, print_json, print_table
+from worker.client.connection import transaction
 from worker.core.lifecycle import STORAGE_WAIT
-from worker.operations.overview import KindState, Overview, overview
+from worker.operations.overview import AccountState, KindState, Overview, overview
 from worker.settings import load
-from worker.store.engine import engine_for, translate_errors
 from worker.system.terminal import echo
 
 
@@ -18,7 +18,7 @@ from worker.system.terminal import echo
 def status(as_json: bool) -> None:
     """Show jobs by state, accounts, holds and late work."""
     settings = load()
-    with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
+    with transaction(settings) as connection:
         state = overview(connection, settings)
     if as_json:
         print_json(_status_document(state))
@@ -50,19 +50,9 @@ def _status_document(state: Overview) -> dict[str, Any]:
     return {
         "jobs": dict(state.jobs),
         "accounts": [
-            {
-                "account": account.account,
-                "hold": None
-                if account.reason is None
-                else {"reason": account.reason, "since": moment(account.since), "until": moment(account.until)},
-                "rps": account.rps,
-            }
-            for account in state.accounts
+            {"account": account.account, "hold": _hold(account), "rps": account.rps} for account in state.accounts
         ],
-        "hosts": [
-            {"host": host.host, "reason": host.reason, "since": moment(host.since), "until": moment(host.until)}
-            for host in state.hosts
-        ],
+        "hosts": [asdict(host) for host in state.hosts],
         "oldest_due_seconds": state.oldest_due_seconds,
         "healthy": state.healthy,
         "outputs": {
@@ -75,22 +65,18 @@ def _status_document(state: Overview) -> dict[str, Any]:
     }
 
 
+def _hold(account: AccountState) -> dict[str, Any] | None:
+    if account.reason is None:
+        return None
+    return {"reason": account.reason, "since": account.since, "until": account.until}
+
+
 def _kind_row(kind: KindState) -> list[str]:
     times = (_or_never(kind.median), _or_never(kind.p90))
     shares = (f"{kind.ready:.0%}", f"{kind.expected:.0%}")
-    return [
-        kind.account,
-        kind.kind,
-        f"{kind.jobs:.0f}",
-        *times,
-        *shares,
-        f"{kind.seen_delay:.1f}",
-        f"{kind.planned_delay:.1f}",
-    ]
+    delays = (f"{kind.seen_delay:.1f}", f"{kind.planned_delay:.1f}")
+    return [kind.account, kind.kind, f"{kind.jobs:.0f}", *times, *shares, *delays]
 
 
 def _or_never(seconds: float | None) -> str:
     return "never" if seconds is None else f"{seconds:.1f}"
-
-
-COMMANDS: tuple[click.Command, ...] = (status,)

@@ -6,7 +6,7 @@ import sys
 import termios
 import time
 import tty
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -18,24 +18,12 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from worker.cli.output import json_option, moment, print_json
+from worker.cli.output import json_option, print_json
 from worker.core.display import display_text
 from worker.core.humanize import format_bytes, format_duration
 from worker.errors import WorkerError
 from worker.operations.overview import HEALTHY_SECONDS
-from worker.operations.snapshot import (
-    NO_WORKER,
-    AccountNow,
-    Failure,
-    KindNow,
-    LateJob,
-    LateWebhook,
-    LostClaimNow,
-    OverdueJob,
-    Snapshot,
-    Transfer,
-    UnstoredByHost,
-)
+from worker.operations.snapshot import NO_WORKER, Snapshot
 from worker.operations.snapshot_reader import SnapshotReader
 from worker.settings import load
 from worker.store.engine import engine_for
@@ -92,20 +80,7 @@ def document(snapshot: Snapshot) -> dict[str, Any]:
     fields["late_count"], fields["late_more"] = snapshot.late_count.count, snapshot.late_count.more
     fields["jobs"] = {counted.state: counted.count for counted in snapshot.jobs}
     fields["jobs_more"] = [counted.state for counted in snapshot.jobs if counted.more]
-    plain: dict[str, Any] = _plain(fields)
-    return plain
-
-
-def _plain(value: Any) -> Any:
-    match value:
-        case datetime():
-            return moment(value)
-        case dict():
-            return {name: _plain(item) for name, item in value.items()}
-        case list() | tuple():
-            return [_plain(item) for item in value]
-        case _:
-            return value
+    return fields
 
 
 # ── watching ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -235,150 +210,142 @@ def _joined(row: Sequence[str], widths: Sequence[int]) -> str:
 
 def _sections(snapshot: Snapshot) -> list[Section]:
     """Return the sections, the most important first: problems before normal work."""
-    period = (
-        "since counting began"
-        if snapshot.kinds_seconds is None
-        else f"the last {format_duration(snapshot.kinds_seconds)}"
-    )
-    at = snapshot.at
-    return [
-        Section(
-            "ACCOUNTS",
-            ("per second", "of", "free now", "held for", "next try", "state"),
-            [
-                _account_row(account, at)
-                for account in sorted(snapshot.accounts, key=lambda account: account.reason is None)
-            ],
-        ),
-        Section(
-            "HELD HOSTS",
-            ("held for", "next try", "why"),
-            [(host.host, _since(host.since, at), _in(host.until, at), host.reason) for host in snapshot.hosts],
-            alarming=True,
-        ),
-        Section("LOST CLAIMS", ("its lease", "its process"), [_claim_row(claim) for claim in snapshot.claims], True),
-        Section(
-            "LATE JOBS",
-            ("account", "late", "past deadline", "why"),
-            [_late_row(job) for job in snapshot.late],
-            count=snapshot.late_count.count,
-            more=snapshot.late_count.more,
-        ),
-        Section("PAST DEADLINE", ("account", "for", "polled in"), [_overdue_row(job) for job in snapshot.overdue]),
-        Section(
-            "NOT STORED",
-            ("outputs", "oldest", "of job", "next try", "host", "last error"),
-            [_unstored_row(group, snapshot.unstored_more) for group in snapshot.unstored],
-        ),
-        Section(
-            "DOWNLOADS",
-            ("job", "age", "bytes", "per second", "attempt", "host"),
-            [_transfer_row(transfer) for transfer in snapshot.transfers],
-        ),
-        Section(
-            "LATE WEBHOOKS",
-            ("events", "oldest", "attempts", "HTTP", "last error"),
-            [_webhook_row(webhook) for webhook in snapshot.webhooks],
-        ),
-        Section(
-            "LAST FAILURES",
-            ("account", "kind", "code", "ago"),
-            [_failure_row(job, at) for job in snapshot.failures],
-        ),
-        Section(
-            "READY TO SEEN",
-            ("kind", "jobs", "p50", "p95", "polls per job", f"({period})"),
-            [_kind_row(kind) for kind in snapshot.kinds],
-        ),
+    return [section(snapshot) for section in SECTIONS]
+
+
+def _accounts(snapshot: Snapshot) -> Section:
+    rows = [
+        (
+            account.account,
+            _or_dash(account.used, "{:.1f}".format),
+            f"{account.rps:g}" + ("" if account.ceiling is None else f" (learned: {account.ceiling:g})"),
+            _or_dash(account.left, str),
+            _since(account.since, snapshot.at),
+            _in(account.until, snapshot.at),
+            "open" if account.reason is None else f"HELD: {account.reason}",
+        )
+        for account in sorted(snapshot.accounts, key=lambda account: account.reason is None)
     ]
+    return Section("ACCOUNTS", ("per second", "of", "free now", "held for", "next try", "state"), rows)
 
 
-def _account_row(account: AccountNow, now: datetime) -> Sequence[str]:
-    ceiling = "" if account.ceiling is None else f" (learned: {account.ceiling:g})"
-    return (
-        account.account,
-        _or_dash(account.used, lambda number: f"{number:.1f}"),
-        f"{account.rps:g}{ceiling}",
-        "-" if account.left is None else str(account.left),
-        _since(account.since, now),
-        _in(account.until, now),
-        "open" if account.reason is None else f"HELD: {account.reason}",
-    )
+def _held_hosts(snapshot: Snapshot) -> Section:
+    at = snapshot.at
+    rows = [(host.host, _since(host.since, at), _in(host.until, at), host.reason) for host in snapshot.hosts]
+    return Section("HELD HOSTS", ("held for", "next try", "why"), rows, alarming=True)
 
 
-def _claim_row(claim: LostClaimNow) -> Sequence[str]:
-    lease = (
-        f"ended {format_duration(claim.over_seconds)} ago"
-        if claim.over_seconds > 0
-        else f"ends in {format_duration(-claim.over_seconds)}"
-    )
-    state = (
-        "is dead" if claim.dead else "is silent" if claim.over_seconds > 0 else "has held it longer than any work takes"
-    )
-    return (f"{claim.what} {claim.id}", lease, f"{claim.holder} {state}")
+def _lost_claims(snapshot: Snapshot) -> Section:
+    rows = []
+    for claim in snapshot.claims:
+        ended, seconds = claim.over_seconds > 0, format_duration(abs(claim.over_seconds))
+        state = "is dead" if claim.dead else "is silent" if ended else "has held it longer than any work takes"
+        lease = f"ended {seconds} ago" if ended else f"ends in {seconds}"
+        rows.append((f"{claim.what} {claim.id}", lease, f"{claim.holder} {state}"))
+    return Section("LOST CLAIMS", ("its lease", "its process"), rows, alarming=True)
 
 
-def _overdue_row(job: OverdueJob) -> Sequence[str]:
-    return (str(job.id), job.account, format_duration(job.past_deadline_seconds), format_duration(job.asked_in_seconds))
+def _late_jobs(snapshot: Snapshot) -> Section:
+    rows = [
+        (
+            str(job.id),
+            job.account,
+            format_duration(job.late_seconds),
+            _or_dash(job.past_deadline_seconds, format_duration),
+            job.why,
+        )
+        for job in snapshot.late
+    ]
+    count = snapshot.late_count
+    return Section("LATE JOBS", ("account", "late", "past deadline", "why"), rows, count=count.count, more=count.more)
 
 
-def _late_row(job: LateJob) -> Sequence[str]:
-    past = _or_dash(job.past_deadline_seconds, format_duration)
-    return (str(job.id), job.account, format_duration(job.late_seconds), past, job.why)
+def _overdue_jobs(snapshot: Snapshot) -> Section:
+    rows = [
+        (str(job.id), job.account, format_duration(job.past_deadline_seconds), format_duration(job.asked_in_seconds))
+        for job in snapshot.overdue
+    ]
+    return Section("PAST DEADLINE", ("account", "for", "polled in"), rows)
 
 
-def _unstored_row(group: UnstoredByHost, more: bool) -> Sequence[str]:
-    next_try = (
-        f"in {format_duration(group.next_seconds)}"
-        if group.next_seconds > 0
-        else f"due for {format_duration(-group.next_seconds)}"
-    )
-    count = f"{group.count:,}{'+' if more else ''}"
-    oldest = (format_duration(group.oldest_seconds), str(group.job_id))
-    return (group.code or "no error", count, *oldest, next_try, group.host or "-", group.message or "")
+def _unstored(snapshot: Snapshot) -> Section:
+    rows = [
+        (
+            group.code or "no error",
+            f"{group.count:,}{'+' if snapshot.unstored_more else ''}",
+            format_duration(group.oldest_seconds),
+            str(group.job_id),
+            _in_seconds(group.next_seconds),
+            group.host or "-",
+            group.message or "",
+        )
+        for group in snapshot.unstored
+    ]
+    return Section("NOT STORED", ("outputs", "oldest", "of job", "next try", "host", "last error"), rows)
 
 
-def _transfer_row(transfer: Transfer) -> Sequence[str]:
-    return (
-        str(transfer.output_id),
-        str(transfer.job_id),
-        _or_dash(transfer.age_seconds, format_duration),
-        _or_dash(transfer.bytes, format_bytes),
-        _or_dash(transfer.bytes_per_second, format_bytes),
-        str(transfer.attempts),
-        transfer.host,
-    )
+def _downloads(snapshot: Snapshot) -> Section:
+    rows = [
+        (
+            str(transfer.output_id),
+            str(transfer.job_id),
+            _or_dash(transfer.age_seconds, format_duration),
+            _or_dash(transfer.bytes, format_bytes),
+            _or_dash(transfer.bytes_per_second, format_bytes),
+            str(transfer.attempts),
+            transfer.host,
+        )
+        for transfer in snapshot.transfers
+    ]
+    return Section("DOWNLOADS", ("job", "age", "bytes", "per second", "attempt", "host"), rows)
 
 
-def _webhook_row(webhook: LateWebhook) -> Sequence[str]:
-    return (
-        webhook.receiver,
-        f"{webhook.count:,}",
-        format_duration(webhook.late_seconds),
-        str(webhook.attempts),
-        str(webhook.http_status or "-"),
-        webhook.message or "",
-    )
+def _late_webhooks(snapshot: Snapshot) -> Section:
+    rows = [
+        (
+            webhook.receiver,
+            f"{webhook.count:,}",
+            format_duration(webhook.late_seconds),
+            str(webhook.attempts),
+            str(webhook.http_status or "-"),
+            webhook.message or "",
+        )
+        for webhook in snapshot.webhooks
+    ]
+    return Section("LATE WEBHOOKS", ("events", "oldest", "attempts", "HTTP", "last error"), rows)
 
 
-def _failure_row(job: Failure, now: datetime) -> Sequence[str]:
-    return (str(job.id), job.account, job.kind, job.code, format_duration((now - job.at).total_seconds()))
+def _failures(snapshot: Snapshot) -> Section:
+    rows = [(str(job.id), job.account, job.kind, job.code, _since(job.at, snapshot.at)) for job in snapshot.failures]
+    return Section("LAST FAILURES", ("account", "kind", "code", "ago"), rows)
 
 
-def _kind_row(kind: KindNow) -> Sequence[str]:
-    return (
-        kind.account,
-        kind.kind,
-        f"{kind.jobs:,}",
-        _or_dash(kind.delay_p50, format_duration),
-        _or_dash(kind.delay_p95, format_duration),
-        _or_dash(kind.polls_per_job, lambda number: f"{number:.1f}"),
-        "",
-    )
+def _ready_to_seen(snapshot: Snapshot) -> Section:
+    seconds = snapshot.kinds_seconds
+    period = "since counting began" if seconds is None else f"the last {format_duration(seconds)}"
+    rows = [
+        (
+            kind.account,
+            kind.kind,
+            f"{kind.jobs:,}",
+            _or_dash(kind.delay_p50, format_duration),
+            _or_dash(kind.delay_p95, format_duration),
+            _or_dash(kind.polls_per_job, "{:.1f}".format),
+            "",
+        )
+        for kind in snapshot.kinds
+    ]
+    return Section("READY TO SEEN", ("kind", "jobs", "p50", "p95", "polls per job", f"({period})"), rows)
 
 
-def _or_dash(value: float | None, form: Any) -> str:
-    return "-" if value is None else str(form(value))
+SECTIONS = (
+    *(_accounts, _held_hosts, _lost_claims, _late_jobs, _overdue_jobs, _unstored, _downloads, _late_webhooks),
+    *(_failures, _ready_to_seen),
+)
+
+
+def _or_dash(value: float | None, form: Callable[[Any], str]) -> str:
+    return "-" if value is None else form(value)
 
 
 def _since(moment: datetime | None, now: datetime) -> str:
@@ -386,10 +353,8 @@ def _since(moment: datetime | None, now: datetime) -> str:
 
 
 def _in(moment: datetime | None, now: datetime) -> str:
-    if moment is None:
-        return "-"
-    remaining = (moment - now).total_seconds()
-    return f"in {format_duration(remaining)}" if remaining > 0 else f"due for {format_duration(-remaining)}"
+    return "-" if moment is None else _in_seconds((moment - now).total_seconds())
 
 
-COMMANDS: tuple[click.Command, ...] = (top,)
+def _in_seconds(seconds: float) -> str:
+    return f"in {format_duration(seconds)}" if seconds > 0 else f"due for {format_duration(-seconds)}"

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from worker.cli.output import json_option, print_json, print_table
+from worker.cli.output import json_option, print_json, print_records
 from worker.client.jobs import get
 from worker.client.tracking import track_with_created
 from worker.errors import DatabaseRefused, NotTrackable
@@ -45,8 +45,5 @@ def track(remotes: tuple[str, ...], as_json: bool, **options: Any) -> int:
     if as_json:
         print_json(rows)
     elif rows:
-        print_table(list(rows[0]), [list(row.values()) for row in rows], empty="")
+        print_records(list(rows[0]), rows, empty="")
     return 0 if len(rows) == len(remotes) else 1
-
-
-COMMANDS: tuple[click.Command, ...] = (track,)

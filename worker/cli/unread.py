@@ -6,10 +6,10 @@ from itertools import chain
 
 import click
 
-from worker.cli.output import json_option, moment, plain, print_json, print_table
+from worker.cli.output import json_option, plain, print_json, print_table
+from worker.client.connection import transaction
 from worker.operations.unread import Reread, apply
 from worker.settings import Settings, load
-from worker.store.engine import engine_for, translate_errors
 from worker.store.kept_answers import answer_shapes, answers_of
 from worker.system.terminal import echo
 
@@ -45,11 +45,10 @@ def unread(shape: str | None, apply_rules: bool, as_json: bool) -> None:
 
 
 def _shapes(settings: Settings, as_json: bool) -> None:
-    with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
+    with transaction(settings) as connection:
         groups = answer_shapes(connection)
     if as_json:
-        times = [{"first_at": moment(group.first_at), "last_at": moment(group.last_at)} for group in groups]
-        print_json([asdict(group) | at for group, at in zip(groups, times, strict=True)])
+        print_json([asdict(group) for group in groups])
         return
     columns = ("answers", "jobs", "first", "last (UTC)", "job", "shape")
     rows = [(group.count, group.jobs, group.first_at, group.last_at, group.job_id, group.shape) for group in groups]
@@ -59,7 +58,7 @@ def _shapes(settings: Settings, as_json: bool) -> None:
 
 
 def _answers(settings: Settings, shape: str, as_json: bool) -> None:
-    with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
+    with transaction(settings) as connection:
         rows = answers_of(connection, shape=shape)
     if as_json:
         print_json([plain(row, COLUMNS) for row in rows])
@@ -85,6 +84,3 @@ def _apply(settings: Settings, shape: str | None, as_json: bool) -> None:
     changed = Counter(job.status for job in jobs if job.changed)
     by_state = "".join(f", {count} {status}" for status, count in sorted(changed.items()))
     echo(f"{changed.total()} of {len(jobs)} jobs changed{by_state}")
-
-
-COMMANDS: tuple[click.Command, ...] = (unread,)

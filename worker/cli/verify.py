@@ -5,7 +5,7 @@ from dataclasses import asdict
 import click
 
 from worker.cli.job_ids import target_options, targets
-from worker.cli.output import json_option, print_json, print_table
+from worker.cli.output import json_option, print_json, print_records
 from worker.operations.verify import verify as run_verification
 from worker.settings import load
 from worker.store.engine import engine_for, translate_errors
@@ -32,19 +32,16 @@ def verify(
         report = run_verification(
             engine_for(settings.database), settings, job_ids=job_ids, dry_run=dry_run, force=force
         )
+    wrong = [asdict(output) for output in report.wrong]
     if as_json:
-        print_json({"checked": report.checked, "whole": report.whole, "wrong": [asdict(row) for row in report.wrong],
+        print_json({"checked": report.checked, "whole": report.whole, "wrong": wrong,
                     "orphans": report.orphans, "kept": report.kept})  # fmt: skip
     else:
         echo(f"{report.whole} of {report.checked} stored outputs are whole")
-        if report.wrong:
-            rows = [[getattr(output, name) for name in WRONG_COLUMNS] for output in report.wrong]
-            print_table(WRONG_COLUMNS, rows, empty="")
+        if wrong:
+            print_records(WRONG_COLUMNS, wrong, empty="")
         for orphan in report.orphans:
             echo(f"file without an output: {orphan}")
         if report.kept:
             echo(f"{len(report.kept)} files were kept when their jobs were pruned (--json lists them)")
     return 0 if report.repaired or dry_run else 1
-
-
-COMMANDS: tuple[click.Command, ...] = (verify,)
