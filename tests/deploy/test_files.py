@@ -22,7 +22,7 @@ from tests.faults.pooler import SAMPLE, pgbouncer
 from tests.servers import free_port, missing, postgres, redis_binary
 from worker import track
 from worker.cli.commands import group
-from worker.launch.supervisor import read_procfile
+from worker.launch.procfile import read_procfile
 from worker.settings import KEY_NAMES, Settings, load
 from worker.store.engine import SCHEMA_VERSION, make_engine
 from worker.store.migrate import migrate

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from worker.launch.supervisor import own_procfile
+from worker.launch.procfile import own_procfile
 from worker.launch.up import procfile, text_writer
 from worker.settings import Settings
 

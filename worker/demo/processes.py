@@ -17,7 +17,9 @@ from sqlalchemy import URL
 
 from worker.errors import WorkerError
 from worker.launch.embedded_redis import EmbeddedRedis
-from worker.launch.supervisor import Program, Supervisor, Timing, own_procfile, prepared, program, read_procfile
+from worker.launch.procfile import Program, own_procfile, prepared, program, read_procfile
+from worker.launch.supervised_process import Timing
+from worker.launch.supervisor import Supervisor
 from worker.sandbox.options import SandboxOptions
 from worker.settings import Settings
 from worker.store.engine import make_engine

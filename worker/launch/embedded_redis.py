@@ -20,7 +20,10 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from worker.errors import SettingsError, Unavailable
+from worker.launch.procfile import Program
+from worker.launch.supervisor import Supervisor
 
+EMBEDDED_NAME = "redis"
 MAX_SOCKET_PATH = 103  # bytes: the smallest limit among the supported systems
 ANSWER_SECONDS = 1.0
 START_SECONDS = 10.0
@@ -128,6 +131,15 @@ class EmbeddedRedis:
         if not _is_running(pid):
             return None
         return pid if pid == self.pid() or str(self.socket) in _command_line(pid) else None
+
+
+def start_embedded(supervisor: Supervisor, embedded: EmbeddedRedis) -> None:
+    """Start the server and wait until it answers. Raises Unavailable."""
+    plain = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "TZ")}
+    supervisor.start(Program(EMBEDDED_NAME, embedded.command, plain, outlives=True))
+    supervisor.wait_until(embedded.answers, START_SECONDS, CHECK_SECONDS)
+    if not supervisor.stop_signals and not embedded.answers():
+        raise Unavailable(f"the embedded Redis on {embedded.socket} does not answer; see its output above")
 
 
 def _server() -> str:

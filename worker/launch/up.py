@@ -15,27 +15,16 @@ from redis.exceptions import RedisError
 from worker.coordination.rate_limiter import redis_client
 from worker.core.display import display_json, display_text
 from worker.errors import SettingsError, Unavailable
-from worker.launch.embedded_redis import START_SECONDS, EmbeddedRedis
-from worker.launch.supervisor import (
-    OWN_NAME,
-    RELEASE,
-    Line,
-    Program,
-    Say,
-    Supervisor,
-    merged_environment,
-    own_procfile,
-    program,
-    read_procfile,
-)
+from worker.launch.embedded_redis import EMBEDDED_NAME, EmbeddedRedis, start_embedded
+from worker.launch.procfile import RELEASE, Line, merged_environment, own_procfile, program, read_procfile
+from worker.launch.supervised_process import OWN_NAME, Say
+from worker.launch.supervisor import Supervisor
 from worker.settings import EMBEDDED_SOCKET, KEY_NAMES, PROCESS_SETTINGS, Settings, dotenv_file, load
 from worker.store.engine import make_engine, translate_errors
 from worker.system.json_logs import LINE_START, plain_line
 from worker.system.own_package import advice, other_worker, python_path
 
 SERVER_SECONDS = 5.0
-CHECK_SECONDS = 0.05
-EMBEDDED_NAME = "redis"
 EXIT_FAILED = 1
 OUR_APP = "worker.app"
 OUR_NAMES = frozenset({RELEASE, "worker", "downloads", "beat", "flower"})
@@ -72,7 +61,7 @@ def up() -> int:
     programs = [program(line, environment) for line in lines if _settings_allow(settings, line.name, say)]
     with Supervisor(folder, say) as supervisor:
         if not settings.redis_url and embedded.claim():
-            _start_embedded(supervisor, embedded)
+            start_embedded(supervisor, embedded)
         for release in (process for process in programs if process.name == RELEASE):
             code = supervisor.run_once(release)
             if code:
@@ -110,14 +99,6 @@ def _settings_allow(settings: Settings, name: str, say: Say) -> bool:
         say(OWN_NAME, f"{name} is not started: {error}")
         return False
     return True
-
-
-def _start_embedded(supervisor: Supervisor, embedded: EmbeddedRedis) -> None:
-    plain = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "TZ")}
-    supervisor.start(Program(EMBEDDED_NAME, embedded.command, plain, outlives=True))
-    supervisor.wait_until(embedded.answers, START_SECONDS, CHECK_SECONDS)
-    if not supervisor.stop_signals and not embedded.answers():
-        raise Unavailable(f"the embedded Redis on {embedded.socket} does not answer; see its output above")
 
 
 # ── servers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
