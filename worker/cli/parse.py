@@ -137,11 +137,7 @@ def _submit_document(
 
 def _job(job: PlannedJob) -> Document:
     pollable = not job.address.base.startswith(READY)
-    return {
-        "remote_id": job.submission.remote_id,
-        "fetch_url": job.address.url if pollable else None,
-        "kind": job.kind,
-    }
+    return {"remote_id": job.submission.remote_id, "fetch_url": job.address.url if pollable else None, "kind": job.kind}
 
 
 def _document(

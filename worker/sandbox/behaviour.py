@@ -7,28 +7,20 @@ from math import ceil
 from random import Random
 from typing import Any, NamedTuple
 
-from worker.sandbox.answers import (
-    Answer,
-    invalid_field,
-    invalid_key,
-    json_answer,
-    no_such_route,
-    unknown_id,
-)
-from worker.sandbox.families import FAMILIES, Family, Target, family_of, target_of
+from worker.sandbox.answers import Answer, invalid_field, invalid_key, json_answer, no_such_route, unknown_id
+from worker.sandbox.families import API, FAMILIES, Family, Target, family_of, request_of
 from worker.sandbox.files import file_name
-from worker.sandbox.jobs import SandboxJob, failed_answer, processing_answer, submit_answer, success_answer
-from worker.sandbox.options import MAX_OUTPUTS, PLANS, SandboxOptions
+from worker.sandbox.jobs import SandboxJob, failed_answer, fetch_answer, submit_answer, success_answer
+from worker.sandbox.options import MAX_OUTPUTS, SandboxOptions
 from worker.sandbox.orders import extension_of, next_id, order_paths, samples_of
-from worker.sandbox.scenarios import SCENARIOS, FetchCall, Scenario, check_scenario
+from worker.sandbox.rate_limit import RateLimit, queue_refusal
+from worker.sandbox.scenarios import SCENARIOS, FetchCall, check_scenario, scenario_of
 from worker.sandbox.webhooks import NOT_CALLED, Webhook, is_local, webhook_of
 
 MAX_JOBS = 50_000  # the oldest jobs are dropped first, as in the hosted API
 DEFAULT_ORDER = "v3/text2img"
 
 _PROXIED_SHARE = 0.35
-_API = "/api/"
-_NO_SCENARIO = Scenario(about="no scenario")
 
 JobKey = tuple[str, str]  # store and job id
 
@@ -39,11 +31,6 @@ class FoundOutput(NamedTuple):
     job: SandboxJob
     position: int
     status: int
-
-
-def fetch_target(path: str, body: Mapping[str, Any], method: str = "POST") -> Target | None:
-    """Return the job that a request is about, or None if the path is not a fetch path."""
-    return target_of(path.removeprefix(_API), body, method) if path.startswith(_API) else None
 
 
 class Behaviour:
@@ -58,30 +45,26 @@ class Behaviour:
         self._ready_fetches: Counter[JobKey] = Counter()  # fetches of jobs that were ready
         self._queue: list[float] = []  # ready times of the jobs that are not ready
         self._webhooks: list[tuple[float, int, SandboxJob]] = []
-        self._allowance: float | None = None
-        self._counted_at = 0.0
+        self._rate_limit = RateLimit()
 
     def answer(self, path: str, body: Mapping[str, Any], *, now: float, origin: str, method: str = "POST") -> Answer:
         """Return the answer to a request. `origin` is the start of links in the answer."""
-        route, target = path.removeprefix(_API), fetch_target(path, body, method)
-        family = family_of(route) if path.startswith(_API) and method == "POST" and target is None else None
-        account = _ACCOUNT_CALLS.get(route)
-        if target is None and family is None and account is None:
+        request = request_of(path, body, method)
+        if request is None:
             return no_such_route(path)
         if body.get("key") != self.options.key:
             return invalid_key()
-        seconds = self._rate_limit_wait(now)
-        if seconds:
-            return self._rate_limit_answer(seconds)
-        for name in self.options.scenarios:
-            scenario = SCENARIOS[name]
+        refusal = self._rate_limit.refusal(self.options, now)
+        if refusal is not None:
+            return refusal
+        for scenario in map(scenario_of, self.options.scenarios):
             if scenario.account is not None:
                 return scenario.account()
-        if account is not None:
-            return json_answer(account(self, now))
-        if target is not None:
-            return self._fetch_answer(target, now=now, origin=origin)
-        return no_such_route(path) if family is None else self._order_answer(family, body, now=now, origin=origin)
+        if isinstance(request, Target):
+            return self._fetch_answer(request, now=now, origin=origin)
+        if isinstance(request, Family):
+            return self._order_answer(request, body, now=now, origin=origin)
+        return json_answer(self._account_answer(request, now))
 
     def submit(
         self,
@@ -94,12 +77,12 @@ class Behaviour:
         body: Mapping[str, Any] | None = None,
     ) -> SandboxJob:
         """Add a job that is ordered at a path below `/api/`. Raises ValueError for an unknown path or scenario."""
-        found_family = family_of(family.removeprefix(_API).strip("/"))
-        if found_family is None:
+        ordered = family_of(family.removeprefix(API).strip("/"))
+        if ordered is None:
             raise ValueError(f"the path of an order must be one of {', '.join(order_paths())}, not {family!r}")
         if scenario:
             check_scenario(scenario)
-        return self._submit(found_family, prompt, samples or 0, scenario, now, body or {})
+        return self._submit(ordered, prompt, samples or 0, scenario, now, body or {})
 
     def adopt(self, target: Target, *, submitted_at: float, scenario: str = "") -> SandboxJob:
         """Add a job with an id that was not issued here."""
@@ -126,7 +109,7 @@ class Behaviour:
         job, index = entry
         if not job.ready(now):
             return FoundOutput(job, index, 404)
-        status_of = SCENARIOS.get(job.scenario, _NO_SCENARIO).file
+        status_of = scenario_of(job.scenario).file
         return FoundOutput(job, index, (status_of(now - job.ready_at, proxy) if status_of else 0) or 200)
 
     def accepted(self, job: SandboxJob, *, now: float, origin: str) -> dict[str, Any]:
@@ -134,7 +117,7 @@ class Behaviour:
         content = submit_answer(job, now=now, origin=origin, eta=self.options.eta)
         if job.webhook and not is_local(job.webhook) and "webhook_status" in content:
             content["webhook_status"] = NOT_CALLED
-        modify = SCENARIOS.get(job.scenario, _NO_SCENARIO).accepted
+        modify = scenario_of(job.scenario).accepted
         return content if modify is None else modify(job, content, origin)
 
     def webhooks_due(self, now: float, origin: str) -> list[Webhook]:
@@ -168,12 +151,11 @@ class Behaviour:
         if not job_id:
             job_id = next_id(family, options, self._counts[counter])
             self._counts[counter] += 1
-        if not scenario and options.scenarios:
-            scenario = options.scenarios[number % len(options.scenarios)]
+        scenario = scenario or options.scenario(number)
         rng = Random(f"{options.seed or 0}|{number}")
         count = rng.randint(options.min_outputs, options.max_outputs) if family.makes == "png" else 1
         seconds = rng.uniform(options.min_seconds, options.max_seconds)
-        fixed_seconds = SCENARIOS.get(scenario, _NO_SCENARIO).seconds
+        fixed_seconds = scenario_of(scenario).seconds
         extension = extension_of(family, body)
         webhook = body.get("webhook")
         job = SandboxJob(
@@ -210,18 +192,14 @@ class Behaviour:
         requested = body.get("scenario", "")
         if requested and (not isinstance(requested, str) or requested not in SCENARIOS):
             return invalid_field("scenario", f"The scenario must be one of {', '.join(SCENARIOS)}.")
-        scenario = requested or (
-            self.options.scenarios[self._orders % len(self.options.scenarios)] if self.options.scenarios else ""
-        )
-        refusal = SCENARIOS.get(scenario, _NO_SCENARIO).order
-        if refusal is not None:
+        refuse = scenario_of(requested or self.options.scenario(self._orders)).order
+        if refuse is not None:
             self._orders += not requested  # the next order takes the next scenario
-            return refusal()
-        limit, queued = PLANS[self.options.plan], self._queue_length(now)
-        if limit and queued >= limit:
-            text = f"Rate limit exceeded. Maximum {limit} queued requests allowed."
-            wait = max(1, ceil(min(self._queue[0] - now, 30)))
-            return json_answer({"status": "error", "message": text, "retry_after": wait}, status=429)
+            return refuse()
+        queued = self._queue_length(now)
+        refusal = queue_refusal(self.options.plan, queued, self._queue[0] - now if queued else 0.0)
+        if refusal is not None:
+            return refusal
         prompt = body.get("prompt", body.get("text", ""))
         prompt = prompt if isinstance(prompt, str) else ""
         if family.prompt and not prompt.strip():
@@ -230,9 +208,8 @@ class Behaviour:
         if samples is None:
             return invalid_field("samples", f"The samples field must be between 1 and {MAX_OUTPUTS}.")
         job = self._submit(family, prompt, samples if family.makes == "png" else 0, requested, now, body)
-        return json_answer(
-            self.accepted(job, now=now, origin=origin), status=202 if family.shape == "workflow" else 200
-        )
+        status = 202 if family.shape == "workflow" else 200
+        return json_answer(self.accepted(job, now=now, origin=origin), status=status)
 
     def _fetch_answer(self, target: Target, *, now: float, origin: str) -> Answer:
         key = (target.store, target.id)
@@ -242,20 +219,10 @@ class Behaviour:
                 text = "The specified ID does not exist or is not queued"
                 return json_answer({"status": "error", "message": text}, status=404)
             return unknown_id()
-        ready = now >= job.ready_at
-        body = (
-            processing_answer(job, now=now)
-            if not ready
-            else failed_answer(job)
-            if job.fails
-            else success_answer(job, origin)
-        )
-        answer_fetch = SCENARIOS.get(job.scenario, _NO_SCENARIO).fetched
-        answer = (
-            None
-            if answer_fetch is None
-            else answer_fetch(FetchCall(job, self._ready_fetches[key], ready, body, now, origin))
-        )
+        ready, body = now >= job.ready_at, fetch_answer(job, now=now, origin=origin)
+        answer, answer_fetch = None, scenario_of(job.scenario).fetched
+        if answer_fetch is not None:
+            answer = answer_fetch(FetchCall(job, self._ready_fetches[key], ready, body, now, origin))
         self._ready_fetches[key] += ready
         return answer or json_answer(body)
 
@@ -264,46 +231,14 @@ class Behaviour:
             heappop(self._queue)
         return len(self._queue)
 
-    def _system_load(self, now: float) -> dict[str, Any]:
-        return {
-            "queue_num": self._queue_length(now),
-            "queue_time": ceil(max(self._queue, default=now) - now),
-            "status": "ok",
-        }
-
-    def _request_count(self, now: float) -> dict[str, Any]:
-        return {
-            "status": "success",
-            "processing_count": self._queue_length(now),
-            "message": "Requests that are processed now",
-        }
-
-    def _wallet_balance(self, now: float) -> dict[str, Any]:
-        return {"status": "success", "data": {"balance": 43.6, "currency": "USD"}}
-
-    def _rate_limit_wait(self, now: float) -> float:
-        """Return the seconds until the next request is allowed. If 0, this request was counted."""
-        rate = self.options.rps
-        if not rate:
-            return 0.0
-        burst = max(1.0, rate)  # requests of one second may come at once
-        elapsed = max(0.0, now - self._counted_at)
-        allowance = burst if self._allowance is None else min(burst, self._allowance + elapsed * rate)
-        self._counted_at = now
-        self._allowance = allowance - 1 if allowance >= 1 else allowance
-        return 0.0 if allowance >= 1 else (1 - allowance) / rate
-
-    def _rate_limit_answer(self, wait: float) -> Answer:
-        seconds = max(1, ceil(wait))
-        if self.options.limit_style == "http429":
-            text = f"Rate limit exceeded. At most {self.options.rps:g} requests per second are allowed."
-            return json_answer({"status": "error", "message": text, "retry_after": seconds}, status=429)
-        tips = f"too many requests in a short time, please wait for {seconds} seconds and try again"
-        return json_answer({"status": "error", "message": "Rate limit exceeded", "tips": tips, "retry_after": seconds})
-
-
-_ACCOUNT_CALLS = {
-    "v3/system_load": Behaviour._system_load,
-    "v6/processing/request_count": Behaviour._request_count,
-    "wallet_balance": Behaviour._wallet_balance,
-}
+    def _account_answer(self, call: str, now: float) -> dict[str, Any]:
+        queued = self._queue_length(now)
+        match call:
+            case "v3/system_load":
+                seconds = ceil(max(self._queue, default=now) - now)
+                return {"queue_num": queued, "queue_time": seconds, "status": "ok"}
+            case "v6/processing/request_count":
+                text = "Requests that are processed now"
+                return {"status": "success", "processing_count": queued, "message": text}
+            case _:
+                return {"status": "success", "data": {"balance": 43.6, "currency": "USD"}}

@@ -4,6 +4,9 @@ import json
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
+from worker.sandbox.answers import Answer
+from worker.sandbox.families import Target
+
 MAX_FETCH_TIMES = 100_000
 
 
@@ -20,10 +23,22 @@ class Calls:
     """Time of each fetch by the clock of the stand-in, and the job id."""
     pictures: Counter[str] = field(default_factory=Counter)  # GETs that returned the output, by name
     pictures_missing: Counter[str] = field(default_factory=Counter)  # GETs that did not, by name
+    succeeded: set[tuple[str, str]] = field(default_factory=set)  # store and id of jobs answered with success
     webhooks: list[tuple[str, int]] = field(default_factory=list)  # URLs that were called, with the HTTP status
 
+    def count_fetch(self, target: Target, moment: float, answer: Answer) -> None:
+        """Count a fetch and its answer. The status of trainings and workflows is always `success`."""
+        key, status = (target.store, target.id), _status_text(answer.body)
+        self.fetches[target.id] += 1
+        self.fetch_moments.append((moment, target.id))
+        if key in self.succeeded:
+            self.fetches_after_success[target.id] += 1
+        self.fetch_answers[status] += 1
+        if status == "success" and answer.status == 200 and target.family.shape not in ("training", "workflow"):
+            self.succeeded.add(key)
 
-def status_text(body: bytes) -> str:
+
+def _status_text(body: bytes) -> str:
     """Return the status field of an answer, or `unreadable`."""
     try:
         content = json.loads(body)

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+API = "/api/"
+ACCOUNT_CALLS = frozenset({"v3/system_load", "v6/processing/request_count", "wallet_balance"})
 IMAGES_FROM = 12_202_888
 OTHERS_FROM = 298  # the documentation of face swap and interior does show the same id
 SERVERS_FROM = 1  # each enterprise server counts its own jobs
@@ -180,16 +182,23 @@ def family_of(path: str) -> Family | None:
     return None
 
 
-def target_of(path: str, body: Mapping[str, Any], method: str = "POST") -> Target | None:
-    """Return the job for a fetch path below `/api/`, or None if this method has no such fetch path."""
+def request_of(path: str, body: Mapping[str, Any], method: str = "POST") -> Target | Family | str | None:
+    """Return what a request is about: the job to fetch, the family to order from, or one of `ACCOUNT_CALLS`.
+
+    Return None if this method has no such path.
+    """
+    route = path.removeprefix(API)
+    if route == path:
+        return None
     for pattern, in_path, family in _FETCHES:
-        match = pattern.fullmatch(path)
-        if match is None or method != ("GET" if family.shape == "workflow" else "POST"):
-            continue
-        names = match.groupdict()
-        job_id = names.pop("id", None) if in_path else _id_in(body, family)
-        return Target(_with_name(family, names), str(job_id))
-    return None
+        match = pattern.fullmatch(route)
+        if match is not None and method == ("GET" if family.shape == "workflow" else "POST"):
+            names = match.groupdict()
+            job_id = names.pop("id", None) if in_path else _id_in(body, family)
+            return Target(_with_name(family, names), str(job_id))
+    if method != "POST":
+        return None
+    return family_of(route) or (route if route in ACCOUNT_CALLS else None)
 
 
 def _id_in(body: Mapping[str, Any], family: Family) -> object:

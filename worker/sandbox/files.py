@@ -3,6 +3,8 @@
 import base64
 import json
 import struct
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from hashlib import sha256
 from math import pi, sin
@@ -10,6 +12,7 @@ from typing import NamedTuple
 
 from worker.sandbox.pictures import MIN_SIZE, draw
 
+MAX_CACHED_FILES = 64
 SAMPLE_RATE = 8_000  # sound samples per second
 FRAMES = 4  # of a video, one per half second
 FRAME_SIZE = 64  # width and height of a video in pixels
@@ -27,6 +30,23 @@ def make_output(name: str, prompt: str, job_id: str, index: int, size: int) -> O
     """Return the output for a file name. Its extension is the kind. `size` is the width of pictures in pixels."""
     media_type, produce = _KINDS[WITH_TIMES if name.endswith(WITH_TIMES) else name.rpartition(".")[2]]
     return OutputFile(produce(prompt, job_id, index, size), media_type)
+
+
+class OutputCache:
+    """Makes outputs and keeps the latest ones. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # one at a time: drawing is computation, so a second thread is not faster
+        self._files: OrderedDict[tuple[str, int], OutputFile] = OrderedDict()
+
+    def get(self, name: str, prompt: str, job_id: str, index: int, size: int) -> OutputFile:
+        """Return the output for a file name, as `make_output` does."""
+        with self._lock:
+            file = self._files.pop((name, size), None) or make_output(name, prompt, job_id, index, size)
+            self._files[name, size] = file
+            if len(self._files) > MAX_CACHED_FILES:
+                self._files.popitem(last=False)
+        return file
 
 
 def file_name(*parts: object, index: int, extension: str) -> str:

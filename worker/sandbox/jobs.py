@@ -112,6 +112,13 @@ def processing_answer(job: SandboxJob, *, now: float) -> dict[str, Any]:
     return {"status": "processing", job.family.fetch_label: "try again later.", "output": "", "tip": TIP}
 
 
+def fetch_answer(job: SandboxJob, *, now: float, origin: str) -> dict[str, Any]:
+    """Return the usual answer to a fetch."""
+    if now < job.ready_at:
+        return processing_answer(job, now=now)
+    return failed_answer(job) if job.fails else success_answer(job, origin)
+
+
 def failed_answer(job: SandboxJob, message: str = "Processing failed: Invalid input dimensions") -> dict[str, Any]:
     """Return the answer about a failed job."""
     if job.family.shape == "training":

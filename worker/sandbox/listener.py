@@ -19,8 +19,6 @@ CHECK_SECONDS = 0.5  # a stop is noticed after at most this time
 class Site(Protocol):
     """Answers the requests that a listener receives."""
 
-    verbose: bool
-
     def posted(self, path: str, content_type: str, raw: bytes) -> Answer:
         """Answer a POST."""
         ...
@@ -37,14 +35,20 @@ class Listener(ThreadingHTTPServer):
     request_queue_size = 512
     timeout = CHECK_SECONDS
 
-    def __init__(self, site: Site, host: str, port: int) -> None:
+    def __init__(self, site: Site, host: str, port: int, *, verbose: bool = False) -> None:
         if ":" in host:
             self.address_family = socket.AF_INET6
-        self.site = site
+        self.site, self.verbose = site, verbose
         self.open_connections: set[socket.socket] = set()
         self.all_closed = threading.Condition()
         self._ending = False
         super().__init__((host, port), Handler)
+        self._thread = threading.Thread(target=self._serve, name="sandbox", daemon=True)
+
+    def start(self) -> "Listener":
+        """Accept connections in a thread until `stop` is called."""
+        self._thread.start()
+        return self
 
     def server_bind(self) -> None:
         """Bind without the reverse DNS lookup of the parent class."""
@@ -53,16 +57,22 @@ class Listener(ThreadingHTTPServer):
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
-    def serve(self) -> None:
-        """Accept connections until `end` is called."""
+    def _serve(self) -> None:
         while not self._ending:
             self.handle_request()
 
-    def end(self) -> None:
-        """Stop accepting connections. A connection to itself ends the current wait."""
+    def stop(self) -> None:
+        """Stop accepting connections, and shut down the open ones. A connection to itself ends the current wait."""
         self._ending = True
         with suppress(OSError):
             socket.create_connection((self.server_name, self.server_port), CHECK_SECONDS).close()
+        self._thread.join()
+        self.server_close()
+        with self.all_closed:
+            for connection in self.open_connections:
+                with suppress(OSError):  # the client closed it first
+                    connection.shutdown(socket.SHUT_RDWR)
+            self.all_closed.wait_for(lambda: not self.open_connections, CLOSING_SECONDS)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Register the connection before its thread starts."""
@@ -76,16 +86,6 @@ class Listener(ThreadingHTTPServer):
         with self.all_closed:
             self.open_connections.discard(request)
             self.all_closed.notify_all()
-
-    def end_connections(self) -> None:
-        """Shut down all connections and wait a limited time for their threads."""
-        with self.all_closed:
-            for connection in self.open_connections:
-                try:
-                    connection.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    continue  # the client closed it first
-            self.all_closed.wait_for(lambda: not self.open_connections, CLOSING_SECONDS)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore errors of clients that disconnected."""
@@ -168,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_request(self, code: Any = "-", size: Any = "-") -> None:
         """Log one line per request if verbose. Query, headers and body are left out because they may contain a key."""
-        if self.server.site.verbose:
+        if self.server.verbose:
             path = ascii(getattr(self, "path", "").partition("?")[0])[1:-1]
             sys.stderr.write(f"{self.command} {path} {int(code)}\n")
 

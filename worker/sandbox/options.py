@@ -53,3 +53,7 @@ class SandboxOptions:
             raise ValueError("ids_after must be 0 or more")
         for name in self.scenarios:
             check_scenario(name)
+
+    def scenario(self, number: int) -> str:
+        """Return the scenario of the order with this number; empty if there is none."""
+        return self.scenarios[number % len(self.scenarios)] if self.scenarios else ""

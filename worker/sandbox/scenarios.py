@@ -43,7 +43,7 @@ FetchAnswer = Callable[[FetchCall], Answer | None]
 ModifyOrderAnswer = Callable[[SandboxJob, dict[str, Any], str], dict[str, Any]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Scenario:
     """One scenario. Parts that are not set behave normally.
 
@@ -65,6 +65,11 @@ def check_scenario(name: str) -> None:
     """Raise ValueError for an unknown scenario."""
     if name not in SCENARIOS:
         raise ValueError(f"the scenario must be one of {', '.join(SCENARIOS)}, not {name!r}")
+
+
+def scenario_of(name: str) -> Scenario:
+    """Return a scenario by its name. The one without a name is the normal behaviour."""
+    return SCENARIOS[name] if name else _NORMAL
 
 
 def _error(message: str, status: int = 200, **fields: object) -> Callable[[], Answer]:
@@ -139,104 +144,101 @@ def _id_only_in_fetch_result(job: SandboxJob, body: dict[str, Any], origin: str)
     return {**_without("id")(job, body, origin), "fetch_result": job.fetch_result(origin)}
 
 
+_NORMAL = Scenario("normal behaviour")
 SCENARIOS: Mapping[str, Scenario] = {
     "failed": Scenario(
-        about="the job fails permanently; a training says training_failed",
+        "the job fails permanently; a training says training_failed",
         fetched=_once_ready(lambda call: json_answer(failed_answer(call.job))),
         file=lambda seconds, proxy: 404,
     ),
     "try-again": Scenario(
-        about="three times failed with the message Try Again, then a success",
+        "three times failed with the message Try Again, then a success",
         fetched=_during_trouble(
             lambda: json_answer({"status": "failed", "id": "", "message": "Failed, Try Again", "output": ""})
         ),
     ),
-    "never": Scenario(about="the job is never ready", seconds=float("inf")),
-    "ready-at-once": Scenario(about="the answer to the order already has the outputs", seconds=0.0),
+    "never": Scenario("the job is never ready", seconds=float("inf")),
+    "ready-at-once": Scenario("the answer to the order already has the outputs", seconds=0.0),
     "forgotten": Scenario(
-        about="Request not found, as soon as the job is ready; its future links have the outputs",
+        "Request not found, as soon as the job is ready; its future links have the outputs",
         fetched=_once_ready(lambda call: unknown_id()),
     ),
     "empty": Scenario(
-        about="three successes without an output, then one with it",
+        "three successes without an output, then one with it",
         fetched=lambda call: _empty(call) if call.in_trouble else None,
     ),
-    "no-output": Scenario(about="a success without an output, forever", fetched=_once_ready(_empty)),
+    "no-output": Scenario("a success without an output, forever", fetched=_once_ready(_empty)),
     "only-future-links": Scenario(
-        about="a success whose only links are under future_links",
+        "a success whose only links are under future_links",
         fetched=_once_ready(lambda call: _success(call, output=[], future_links=call.job.links(call.origin))),
     ),
     "output-url": Scenario(
-        about="a success whose only link is under output_url",
+        "a success whose only link is under output_url",
         fetched=_once_ready(lambda call: _success(call, output="", output_url=call.job.links(call.origin)[0])),
     ),
     "new-words": Scenario(
-        about="status done, links under assets",
+        "status done, links under assets",
         fetched=_once_ready(lambda call: json_answer({"status": "done", "assets": call.job.links(call.origin)})),
     ),
     "wrong-words": Scenario(
-        about="a success whose other fields contain error messages", fetched=_once_ready(_misleading_words)
+        "a success whose other fields contain error messages", fetched=_once_ready(_misleading_words)
     ),
-    "inline-words": Scenario(about="the words of a transcript instead of a link", fetched=_once_ready(_inline_words)),
-    "nested-output": Scenario(
-        about="output is an object with output and proxy_links", fetched=_once_ready(_nested_output)
-    ),
+    "inline-words": Scenario("the words of a transcript instead of a link", fetched=_once_ready(_inline_words)),
+    "nested-output": Scenario("output is an object with output and proxy_links", fetched=_once_ready(_nested_output)),
     "one-text": Scenario(
-        about="output is a single text",
+        "output is a single text",
         fetched=_once_ready(lambda call: _success(call, output=call.job.links(call.origin)[0])),
     ),
-    "inline-base64": Scenario(about="output is base64 text, not links", fetched=_once_ready(_inline_base64)),
+    "inline-base64": Scenario("output is base64 text, not links", fetched=_once_ready(_inline_base64)),
     "no-status": Scenario(
-        about="a success without a status, with links instead of output",
+        "a success without a status, with links instead of output",
         fetched=_once_ready(lambda call: json_answer({"id": call.job.answer_id, "links": call.job.links(call.origin)})),
     ),
-    "queued": Scenario(about="status queued, with links that do not exist yet", fetched=_queued),
-    "another-job": Scenario(about="the first success is about another job", fetched=_another_job),
-    "other-id": Scenario(about="fetch_result has another id than the field id", accepted=_other_id),
-    "no-id": Scenario(about="the id is only in fetch_result", accepted=_id_only_in_fetch_result),
-    "no-fetch-result": Scenario(about="an id, but no fetch_result", accepted=_without("fetch_result")),
-    "no-eta": Scenario(about="no estimate", accepted=_without("eta")),
-    "long-eta": Scenario(about="an estimate of more than a day", accepted=_with(eta=99_999)),
-    "eta-in-words": Scenario(about="an estimate in words", accepted=_with(eta="30 Minutes")),
+    "queued": Scenario("status queued, with links that do not exist yet", fetched=_queued),
+    "another-job": Scenario("the first success is about another job", fetched=_another_job),
+    "other-id": Scenario("fetch_result has another id than the field id", accepted=_other_id),
+    "no-id": Scenario("the id is only in fetch_result", accepted=_id_only_in_fetch_result),
+    "no-fetch-result": Scenario("an id, but no fetch_result", accepted=_without("fetch_result")),
+    "no-eta": Scenario("no estimate", accepted=_without("eta")),
+    "long-eta": Scenario("an estimate of more than a day", accepted=_with(eta=99_999)),
+    "eta-in-words": Scenario("an estimate in words", accepted=_with(eta="30 Minutes")),
     "late-links": Scenario(
-        about="links are 404 for ten seconds after the success",
+        "links are 404 for ten seconds after the success",
         file=lambda seconds, proxy: 404 if seconds < LATE_SECONDS else 0,
     ),
     "dead-links": Scenario(
-        about="links are 404; the links under proxy_links have the outputs",
+        "links are 404; the links under proxy_links have the outputs",
         fetched=_once_ready(lambda call: json_answer({**call.body, "proxy_links": call.job.proxy_links(call.origin)})),
         file=lambda seconds, proxy: 0 if proxy else 404,
     ),
-    "gone": Scenario(about="all links are 404", file=lambda seconds, proxy: 404),
+    "gone": Scenario("all links are 404", file=lambda seconds, proxy: 404),
     "nsfw": Scenario(
-        about="a success that is marked as not safe for work",
+        "a success that is marked as not safe for work",
         fetched=_once_ready(lambda call: json_answer({**call.body, "nsfw_content_detected": True})),
     ),
     "error": Scenario(
-        about="an error about the order: Model id not found",
-        fetched=_once_ready(lambda call: _error("Model id not found")()),
+        "an error about the order: Model id not found", fetched=_once_ready(lambda call: _error("Model id not found")())
     ),
     "busy": Scenario(
-        about="three errors of the service",
-        fetched=_during_trouble(_error("Service is not available, try again later")),
+        "three errors of the service", fetched=_during_trouble(_error("Service is not available, try again later"))
     ),
     "server-error": Scenario(
-        about="three times HTTP 500 without a status",
+        "three times HTTP 500 without a status",
         fetched=_during_trouble(lambda: json_answer({"message": "Server Error"}, 500)),
     ),
     "gateway": Scenario(
-        about="three HTML error pages of a gateway", fetched=_during_trouble(lambda: page_answer(502, "Bad gateway"))
+        "three HTML error pages of a gateway", fetched=_during_trouble(lambda: page_answer(502, "Bad gateway"))
     ),
     "down": Scenario(
-        about="three times HTTP 503",
+        "three times HTTP 503",
         fetched=_during_trouble(_error("Service temporarily unavailable. Please try again later.", 503)),
     ),
     "rate-limit": Scenario(
-        about="three times HTTP 429 with retry_after",
+        "three times HTTP 429 with retry_after",
         fetched=_during_trouble(_error("Rate limit exceeded", 429, retry_after=2)),
     ),
     "spam-filter": Scenario(
-        about="once HTTP 200 with a rate limit that asks to wait 30 seconds",
+        "once HTTP 200 with a rate limit that asks to wait 30 seconds",
         fetched=lambda call: (
             _error("Rate limit exceeded", tips="spam filter: please wait for 30 seconds")()
             if call.ready and call.ready_fetches == 0
@@ -244,29 +246,27 @@ SCENARIOS: Mapping[str, Scenario] = {
         ),
     ),
     "queue-full": Scenario(
-        about="orders are refused because as many wait as the plan allows",
+        "orders are refused because as many wait as the plan allows",
         order=_error("Rate limit exceeded. Maximum 5 queued requests allowed.", 429, retry_after=QUEUE_FULL_SECONDS),
     ),
     "not-taken": Scenario(
-        about="orders fail with the message Try Again, and no job is created",
+        "orders fail with the message Try Again, and no job is created",
         order=lambda: json_answer({"status": "failed", "id": "", "message": "Failed, Try Again", "output": ""}),
     ),
     "refused-order": Scenario(
-        about="orders are refused because of a field",
-        order=lambda: invalid_field("prompt", "The prompt field is required."),
+        "orders are refused because of a field", order=lambda: invalid_field("prompt", "The prompt field is required.")
     ),
-    "unknown-model": Scenario(about="orders are refused because of their model", order=_error("Model id not found")),
-    "wrong-key": Scenario(about="the key is refused", **_account(invalid_key)),
+    "unknown-model": Scenario("orders are refused because of their model", order=_error("Model id not found")),
+    "wrong-key": Scenario("the key is refused", **_account(invalid_key)),
     "no-credits": Scenario(
-        about="HTTP 402: no credits",
-        **_account(_error("Insufficient credits. Please add more credits to continue.", 402)),
+        "HTTP 402: no credits", **_account(_error("Insufficient credits. Please add more credits to continue.", 402))
     ),
     "monthly-limit": Scenario(
-        about="the plan's monthly limit is reached",
+        "the plan's monthly limit is reached",
         **_account(_error("Your monthly limit exceeded, upgrade subscription now")),
     ),
     "no-plan": Scenario(
-        about="HTTP 403: the plan does not include it",
+        "HTTP 403: the plan does not include it",
         **_account(_error("This feature requires a premium subscription", 403)),
     ),
 }

@@ -3,18 +3,18 @@
 import socket
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from worker.sandbox.answers import Answer, invalid_request, no_such_route, page_answer, parse_body
-from worker.sandbox.behaviour import DEFAULT_ORDER, Behaviour, fetch_target
-from worker.sandbox.calls import Calls, status_text
-from worker.sandbox.families import Target, family_of
-from worker.sandbox.files import OutputFile, make_output
+from worker.sandbox.behaviour import DEFAULT_ORDER, Behaviour
+from worker.sandbox.calls import Calls
+from worker.sandbox.families import API, Family, Target, request_of
+from worker.sandbox.files import OutputCache, OutputFile
 from worker.sandbox.jobs import SandboxJob
 from worker.sandbox.listener import Listener
 from worker.sandbox.options import SandboxOptions
@@ -23,9 +23,9 @@ from worker.sandbox.page import render_page
 from worker.sandbox.scenarios import ScenarioName
 from worker.sandbox.webhooks import call
 
-MAX_CACHED_FILES = 64
 THUMBNAIL_SIZE = 128
 PAGE_JOBS = 24
+STORM = " "  # the key of the answers to any fetch; no id and no name is a blank
 WEBHOOK_SECONDS = 0.1  # interval of checks while a webhook is waiting
 FOLDERS = {"/generations": False, "/cdn2/generations": True}  # path -> whether it is the proxy
 
@@ -43,28 +43,19 @@ class Sandbox:
         verbose: bool = False,
     ) -> None:
         self.calls = Calls()
-        self.verbose = verbose
         self.calls_webhooks = True
         self._clock = clock
         self._behaviour = Behaviour(unused_ids(options or SandboxOptions(), time.time()))
-        self._lock = threading.Lock()
-        self._drawing_lock = threading.Lock()
-        self._cache: OrderedDict[tuple[str, int], OutputFile] = OrderedDict()
+        self._lock = threading.RLock()
+        self._outputs = OutputCache()
         self._scripts: dict[str, deque[Answer]] = {}
-        self._storm: deque[Answer] = deque()
-        self._succeeded: set[tuple[str, str]] = set()
         self._closed = threading.Event()
         self._webhook_thread: threading.Thread | None = None
-        self._server = Listener(self, host, port)
+        self._server = Listener(self, host, port, verbose=verbose)
         bound = self._server.server_address[1]
         self.root_url = f"http://[{host}]:{bound}" if ":" in host else f"http://{host}:{bound}"
         self.url = f"{self.root_url}/api/v3"
-        self._thread = self._start_thread()
-
-    def _start_thread(self) -> threading.Thread:
-        thread = threading.Thread(target=self._server.serve, name="sandbox", daemon=True)
-        thread.start()
-        return thread
+        self._server.start()
 
     def __enter__(self) -> Self:
         return self
@@ -77,26 +68,19 @@ class Sandbox:
     def close(self) -> None:
         """Stop listening and close all connections."""
         self._closed.set()
-        self._end_server()
-
-    def _end_server(self) -> None:
-        self._server.end()
-        self._thread.join()
-        self._server.server_close()
-        self._server.end_connections()
+        self._server.stop()
 
     @contextmanager
     def away(self) -> Iterator[None]:
         """Refuse all connections inside the `with` block. Jobs and port are kept."""
-        host, port = self._server.server_address[0], self._server.server_address[1]
-        family = self._server.address_family
-        self._end_server()
-        with socket.socket(family) as reserved:  # bound but not listening
+        stopped = self._server
+        host, port = str(stopped.server_address[0]), stopped.server_address[1]
+        stopped.stop()
+        with socket.socket(stopped.address_family) as reserved:  # bound but not listening
             reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             reserved.bind((host, port))
             yield
-        self._server = Listener(self, str(host), port)
-        self._thread = self._start_thread()
+        self._server = Listener(self, host, port, verbose=stopped.verbose).start()
 
     @property
     def options(self) -> SandboxOptions:
@@ -118,7 +102,7 @@ class Sandbox:
     def storm(self, answers: Iterable[Answer]) -> None:
         """Answer every fetch with these answers in turn, for any job. An empty list ends it. Scripts come first."""
         with self._lock:
-            self._storm = deque(answers)
+            self._scripts[STORM] = deque(answers)
 
     def submit(
         self,
@@ -155,28 +139,22 @@ class Sandbox:
 
     def picture(self, name: str, *, size: int | None = None) -> bytes | None:
         """Return the bytes of an output that is available now, or None."""
-        with self._lock:
-            file = self._behaviour.file(name, now=self._clock(), proxy=True)
-        return (
-            None
-            if file is None or file.status != 200
-            else self._output_file(name, file.job, file.position, size).content
-        )
+        file = self._output(name, size, proxy=True)
+        return file.content if isinstance(file, OutputFile) else None
 
     def posted(self, path: str, content_type: str, raw: bytes) -> Answer:
         """Answer a POST and count it."""
         body = parse_body(content_type, raw)
         with self._lock:
             self.calls.by_path[path] += 1
-            target = fetch_target(path, body or {})
-            if target is not None:
-                return self._fetch_answer(path, target, body, "POST")
-            route = path.removeprefix("/api/")
-            is_order = family_of(route) is not None
-            self.calls.orders[route] += is_order
+            request = request_of(path, body or {})
+            if isinstance(request, Target):
+                return self._fetch_answer(path, request, body, "POST")
+            if isinstance(request, Family):
+                self.calls.orders[path.removeprefix(API)] += 1
+                self._count_order(body or {})
             answer = self._model_answer(path, body, "POST")
-        if is_order:
-            self._call_webhooks()
+        self._call_webhooks()
         return answer
 
     def got(self, path: str, query: str, raw: bytes = b"", key: str = "") -> Answer:
@@ -191,70 +169,58 @@ class Sandbox:
         if folder in FOLDERS:
             return self._file(name, proxy=FOLDERS[folder])
         if folder == "/thumbs":
-            return self._thumbnail(name, None if query == "full" else THUMBNAIL_SIZE)
-        if not path.startswith("/api/"):
+            return _file_answer(self._output(name, None if query == "full" else THUMBNAIL_SIZE, proxy=True))
+        if not path.startswith(API):
             return page_answer(404, "Nothing here")
-        target = fetch_target(path, {}, "GET")
-        if target is not None:
+        target = request_of(path, {}, "GET")
+        if isinstance(target, Target):
             body = parse_body("application/json", raw) if raw else {"key": key}
             with self._lock:
                 return self._fetch_answer(path, target, body, "GET")
-        is_api_path = fetch_target(path, {}) is not None or family_of(path.removeprefix("/api/")) is not None
-        return invalid_request() if is_api_path else no_such_route(path)
+        is_post_path = isinstance(request_of(path, {}), Target | Family)
+        return invalid_request() if is_post_path else no_such_route(path)
+
+    def _count_order(self, body: Mapping[str, Any]) -> None:
+        """Called before each order is answered."""
 
     def _fetch_answer(self, path: str, target: Target, body: Any, method: str) -> Answer:
-        self.calls.fetches[target.id] += 1
-        self.calls.fetch_moments.append((self._clock(), target.id))
-        if (target.store, target.id) in self._succeeded:
-            self.calls.fetches_after_success[target.id] += 1
-        answer = self._scripted_answer(target.id) or self._storm_answer() or self._model_answer(path, body, method)
-        status = status_text(answer.body)
-        self.calls.fetch_answers[status] += 1
-        if status == "success" and answer.status == 200 and target.family.shape not in ("training", "workflow"):
-            self._succeeded.add((target.store, target.id))
+        answer = self._scripted_fetch(target) or self._model_answer(path, body, method)
+        self.calls.count_fetch(target, self._clock(), answer)
         return answer
 
     def _model_answer(self, path: str, body: Any, method: str) -> Answer:
-        if body is None and (fetch_target(path, {}) or family_of(path.removeprefix("/api/"))):
+        if body is None and isinstance(request_of(path, {}), Target | Family):
             return invalid_request()
         return self._behaviour.answer(path, body or {}, now=self._clock(), origin=self.root_url, method=method)
 
-    def _scripted_answer(self, target: str) -> Answer | None:
+    def _scripted_fetch(self, target: Target) -> Answer | None:
+        """Return the scripted answer to a fetch, if there is one."""
+        answer, storm = self._scripted(target.id), self._scripts.get(STORM)
+        if answer is None and storm:
+            storm.rotate(-1)
+            answer = storm[-1]
+        return answer
+
+    def _scripted(self, target: str) -> Answer | None:
         answers = self._scripts.get(target)
         return answers.popleft() if answers else None
 
-    def _storm_answer(self) -> Answer | None:
-        if not self._storm:
-            return None
-        self._storm.rotate(-1)
-        return self._storm[-1]
-
     def _file(self, name: str, *, proxy: bool) -> Answer:
         with self._lock:
-            answer = self._scripted_answer(name)
-            file = self._behaviour.file(name, now=self._clock(), proxy=proxy)
-        if answer is None and file is not None and file.status == 200:
-            answer = _file_answer(self._output_file(name, file.job, file.position, None))
-        answer = answer or page_answer(404 if file is None else file.status, "Nothing here")
+            scripted = self._scripted(name)
+        answer = scripted or _file_answer(self._output(name, None, proxy=proxy))
         with self._lock:
             (self.calls.pictures if answer.status == 200 else self.calls.pictures_missing)[name] += 1
         return answer
 
-    def _thumbnail(self, name: str, size: int | None) -> Answer:
+    def _output(self, name: str, size: int | None, *, proxy: bool) -> OutputFile | int:
+        """Return an output, or the HTTP status of its URL if it can't be downloaded now."""
         with self._lock:
-            file = self._behaviour.file(name, now=self._clock(), proxy=True)
-        if file is None or file.status != 200:
-            return page_answer(404, "Nothing here")
-        return _file_answer(self._output_file(name, file.job, file.position, size))
-
-    def _output_file(self, name: str, job: SandboxJob, index: int, size: int | None) -> OutputFile:
-        key = (name, size or job.size)
-        with self._drawing_lock:  # one at a time: drawing is pure computation, so a second thread would not be faster
-            content = self._cache.pop(key, None) or make_output(name, job.prompt, job.id, index, key[1])
-            self._cache[key] = content
-            if len(self._cache) > MAX_CACHED_FILES:
-                self._cache.popitem(last=False)
-        return content
+            entry = self._behaviour.file(name, now=self._clock(), proxy=proxy)
+        if entry is None or entry.status != 200:
+            return 404 if entry is None else entry.status
+        job = entry.job
+        return self._outputs.get(name, job.prompt, job.id, entry.position, size or job.size)
 
     def _page(self) -> Answer:
         now = self._clock()
@@ -283,5 +249,7 @@ class Sandbox:
                     self.calls.webhooks.append((webhook.url, status))
 
 
-def _file_answer(file: OutputFile) -> Answer:
+def _file_answer(file: OutputFile | int) -> Answer:
+    if isinstance(file, int):
+        return page_answer(file, "Nothing here")
     return Answer(200, {"Content-Type": file.media_type}, file.content)

@@ -25,12 +25,7 @@ from worker.testing.stand_in import KEY, FetchApi
 LOCK_TIMEOUT_MS = 2_000  # how long to wait for an open transaction of the test
 SECRET = "whsec_" + "dGVzdCBraXQg" * 4  # used if the app's tests set no secret; nothing is posted
 # These lead to the real API, so they are unset.
-REAL_API_SETTINGS = (
-    "SD_API_KEYS",
-    "SD_API_HOSTS",
-    "SD_API_PROXY",
-    "SD_API_CA_BUNDLE",
-)
+REAL_API_SETTINGS = ("SD_API_KEYS", "SD_API_HOSTS", "SD_API_PROXY", "SD_API_CA_BUNDLE")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,13 @@
 """Stand-in of the hosted API for tests. A test decides what each job answers, and when."""
 
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal, Self
 
-from worker.sandbox.answers import Answer, json_answer, parse_body
-from worker.sandbox.behaviour import DEFAULT_ORDER, fetch_target
-from worker.sandbox.families import Target, family_of
+from worker.sandbox.answers import Answer, json_answer
+from worker.sandbox.behaviour import DEFAULT_ORDER
+from worker.sandbox.families import Target
 from worker.sandbox.files import file_name
 from worker.sandbox.options import SandboxOptions
 from worker.sandbox.pictures import MIN_SIZE, draw
@@ -145,7 +144,6 @@ class FetchApi(Sandbox):
         self._made_up: dict[str, float] = {}  # ids made up by the test -> submission time
         self._plays: dict[str, str] = {}  # scenarios by made-up id
         self._files: dict[str, bytes] = {}
-        self._answers_lock = threading.RLock()
         options = SandboxOptions(
             key=KEY, size=MIN_SIZE, min_outputs=1, max_outputs=1, min_seconds=READY_SECONDS, max_seconds=READY_SECONDS
         )
@@ -158,7 +156,7 @@ class FetchApi(Sandbox):
         `fetch_api.answers(12202888).processing(2).success(pictures=4)`
         """
         answers = Answers(self, self._time)
-        with self._answers_lock:
+        with self._lock:
             if remote_id is None:
                 self._for_all = answers
                 self._copies.clear()
@@ -202,7 +200,7 @@ class FetchApi(Sandbox):
             check_scenario(name)
         if len(scenarios) > 1 or self.job(remote_id) is not None:
             raise ValueError("remote_id takes one scenario, and an id that the stand-in did not issue")
-        with self._answers_lock:
+        with self._lock:
             self._plays[str(remote_id)] = scenarios[0] if scenarios else ""
 
     def ready_after(self, seconds: float) -> None:
@@ -215,32 +213,10 @@ class FetchApi(Sandbox):
 
     def expect(self, jobs: Iterable[tuple[str, datetime]]) -> None:
         """Accept ids that the stand-in never issued as jobs that were submitted at these times."""
-        with self._answers_lock:
+        with self._lock:
             for remote_id, submitted_at in jobs:
                 if self.job(remote_id) is None:
                     self._made_up.setdefault(remote_id, submitted_at.timestamp())
-
-    def posted(self, path: str, content_type: str, raw: bytes) -> Answer:
-        """Answer a POST with the answers set by the test, or else as the sandbox does."""
-        body = parse_body(content_type, raw) or {}
-        target = fetch_target(path, body)
-        if target is not None:
-            self._prepare(target)
-        elif family_of(path.removeprefix("/api/")) is not None:
-            self.submissions.append({name: value for name, value in body.items() if name != "key"})
-        return super().posted(path, content_type, raw)
-
-    def got(self, path: str, query: str, raw: bytes = b"", key: str = "") -> Answer:
-        """Answer a GET: outputs named by the test's answers, or else as the sandbox does."""
-        target = fetch_target(path, {}, "GET")
-        if target is not None:
-            self._prepare(target)
-        name = path.removeprefix(PICTURES)
-        with self._answers_lock:
-            content = self._files.get(name)
-        if content is not None:
-            self.script(name, [Answer(200, {"Content-Type": "application/octet-stream"}, content)])
-        return super().got(path, query, raw, key)
 
     def ready(self, remote_id: str, pictures: int | Sequence[str | bytes]) -> Answer:
         """Return the answer about a ready job. Pictures that are not given as URLs are served here."""
@@ -253,22 +229,29 @@ class FetchApi(Sandbox):
             return picture
         name = file_name("answers", remote_id, index=index, extension="png")
         content = draw("a picture", remote_id, index, MIN_SIZE) if picture is None else picture
-        with self._answers_lock:
+        with self._lock:
             self._files[name] = content
         return f"{self.root_url}{PICTURES}{name}"
 
-    def _prepare(self, target: Target) -> None:
-        """Set the next fetch answer of a job as the test wants it. Adopt an id that the test made up."""
-        with self._answers_lock:
-            answers = self._answers.get(target.id) or self._copies.get(target.id)
-            if answers is None and self._for_all is not None:
-                answers = self._copies[target.id] = self._for_all.copy()
-            answer = None if answers is None else answers.next(target.id)
-            submitted_at = self._made_up.get(target.id)
-        if answer is not None:
-            self.script(target.id, [answer])
-        elif submitted_at is not None and self.job(target.id) is None:
+    def _count_order(self, body: Mapping[str, Any]) -> None:
+        self.submissions.append({name: value for name, value in body.items() if name != "key"})
+
+    def _scripted_fetch(self, target: Target) -> Answer | None:
+        """Return the next answer that the test set for a job. Without one, adopt an id that the test made up."""
+        answers = self._answers.get(target.id) or self._copies.get(target.id)
+        if answers is None and self._for_all is not None:
+            answers = self._copies[target.id] = self._for_all.copy()
+        answer = super()._scripted_fetch(target) or (None if answers is None else answers.next(target.id))
+        submitted_at = self._made_up.get(target.id)
+        if answer is None and submitted_at is not None and self.job(target.id) is None:
             self.adopt(target, submitted_at=submitted_at, scenario=self._plays.get(target.id, ""))
+        return answer
+
+    def _scripted(self, target: str) -> Answer | None:
+        content = self._files.get(target)
+        if content is not None:
+            return Answer(200, {"Content-Type": "application/octet-stream"}, content)
+        return super()._scripted(target)
 
 
 def _json_id(remote_id: str) -> int | str:
