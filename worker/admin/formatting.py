@@ -58,15 +58,6 @@ def host_of(url: str) -> str:
         return "?"
 
 
-def format_count(number: int, noun: str) -> str:
-    """Format a number with its noun.
-
-    >>> format_count(1, "job"), format_count(1200, "job")
-    ('1 job', '1,200 jobs')
-    """
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
 def without_links(text: str | None) -> str:
     """Cut the links in a text after their host.
 

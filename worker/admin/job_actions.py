@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from worker.admin.formatting import format_count
 from worker.client.actions import cancel, retry
 from worker.client.holds import hold, hold_account_or_host, resume, resume_account_or_host
 from worker.core.circuit_breaker import Scope
+from worker.core.humanize import format_count
 from worker.errors import JobNotFound, Unavailable
 from worker.store.jobs import MAX_ID
 

@@ -12,9 +12,10 @@ from sqlalchemy import Row, Table
 from werkzeug.exceptions import NotFound
 
 from worker.admin.access import own_path
-from worker.admin.formatting import format_count, moment
+from worker.admin.formatting import moment
 from worker.admin.job_actions import JOB_ACTIONS, apply_to_jobs, job_ids
 from worker.admin.reader import AdminReader
+from worker.core.humanize import format_count
 from worker.core.lifecycle import FINAL_STATES, JOB_CODES, JOB_STATES
 from worker.store.jobs import MAX_ID
 from worker.store.reports.pages import jobs_page as browse_jobs

@@ -17,6 +17,7 @@ from worker.client import actions, holds
 from worker.client.actions import Action, ActionResult, change_matching, changeable
 from worker.client.connection import transaction
 from worker.core.circuit_breaker import Scope
+from worker.core.humanize import format_count
 from worker.core.identity import ACCOUNT
 from worker.errors import JobNotFound
 from worker.settings import Settings, load
@@ -141,7 +142,7 @@ def _filtered(request: _Request, job_filter: JobFilter, settings: Settings) -> i
         if request.as_json:
             _print_stream(())
         return 0
-    if must_ask and not click.confirm(f"{request.action} {_count_jobs(count)}?", err=True):
+    if must_ask and not click.confirm(f"{request.action} {format_count(count, 'job')}?", err=True):
         echo("nothing was changed", err=True)
         return 1
     if request.dry_run:
@@ -152,7 +153,7 @@ def _filtered(request: _Request, job_filter: JobFilter, settings: Settings) -> i
         _print_stream(changes)
     else:
         changed = sum(row.changed for row in changes)
-        echo(f"{_count_jobs(changed)} {PARTICIPLES[request.action]}")
+        echo(f"{format_count(changed, 'job')} {PARTICIPLES[request.action]}")
     return 0
 
 
@@ -161,7 +162,7 @@ def _show_preview(request: _Request, matching_jobs: Search, count: int, settings
     if request.as_json:
         _print_stream(preview)
         return
-    echo(f"{_count_jobs(count)} would be {PARTICIPLES[request.action]}")
+    echo(f"{format_count(count, 'job')} would be {PARTICIPLES[request.action]}")
     shown = list(islice(preview, SHOWN))
     _print_acted(shown, request)
     if count > len(shown):
@@ -195,14 +196,11 @@ def _with_progress(batches: Iterable[list[ActionResult]], action: Action, count:
             yield from batch
     except BaseException:
         click.echo(err=True)
-        echo(f"{_count_jobs(changed)} {PARTICIPLES[action]} so far: run the same command again to continue", err=True)
+        done = f"{format_count(changed, 'job')} {PARTICIPLES[action]}"
+        echo(f"{done} so far: run the same command again to continue", err=True)
         raise
     if terminal and changed:
         click.echo("\r\033[K", err=True, nl=False)
-
-
-def _count_jobs(count: int) -> str:
-    return "1 job" if count == 1 else f"{count:,} jobs"
 
 
 # ── accounts and hosts as a whole ─────────────────────────────────────────────────────────────────────────────────────

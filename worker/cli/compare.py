@@ -13,7 +13,7 @@ from worker.errors import NotTrackable, Unavailable
 from worker.polling.api_client import ApiClient
 from worker.sandbox import Sandbox, SandboxOptions
 from worker.settings import Settings, load
-from worker.system.redaction import Scrubber, shared_scrubber
+from worker.system.redaction import shared_scrubber
 from worker.system.terminal import echo
 from worker.vendor.families import is_training
 from worker.vendor.fetch_url import AllowedApi, fetch_address, order_at
@@ -80,9 +80,8 @@ def compare_api(remote_id: str | None, endpoint: str | None, account: str, as_js
         for question, address in zip(questions, addresses, strict=True):
             echo(f"would request {question.name}: {address.url}", err=True)
         return 0
-    scrubber = shared_scrubber(settings.secret_texts)
     try:
-        compared = _compare(settings, scrubber, questions, addresses, key, endpoint)
+        compared = _compare(settings, questions, key, endpoint)
     except Unavailable as error:
         echo(f"fetch-worker: {settings.api.url}: {error}", err=True)
         return 1
@@ -98,47 +97,48 @@ def _address(api: AllowedApi, remote_id: str, endpoint: str | None) -> FetchAddr
     return fetch_address(url, remote_id, api)
 
 
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """The real API, or the stand-in."""
+
+    api: AllowedApi
+    client: ApiClient
+    key: SecretStr
+    status_words: Mapping[str, str]
+
+    def ask(self, request: ComparedRequest, remote_id: str, endpoint: str | None) -> tuple[str, str]:
+        """Return how the worker reads the answer to a request, and the shape of the answer."""
+        address = _address(self.api, remote_id, endpoint)
+        status, body = self.client.whole_answer(address, remote_id, self.key if request.right_key else WRONG_KEY)
+        question = Question(remote_id, 0.0, is_training(address.base), self.status_words)
+        return CLASSES[type(parse(status, {}, body, question))], shape_of(status, body)
+
+
 def _compare(
-    settings: Settings,
-    scrubber: Scrubber,
-    questions: Sequence[ComparedRequest],
-    addresses: Sequence[FetchAddress],
-    key: SecretStr,
-    endpoint: str | None,
+    settings: Settings, requests: Sequence[ComparedRequest], key: SecretStr, endpoint: str | None
 ) -> list[Compared]:
-    live = ApiClient(
+    scrubber, timeout, words = shared_scrubber(settings.secret_texts), settings.sd_api_timeout, settings.status_words
+    client = ApiClient(
         settings.api,
         scrubber,
-        timeout=settings.sd_api_timeout,
+        timeout=timeout,
         connections=1,
         ca_bundle=settings.ca_bundle,
         proxy=settings.proxy,
         user_agent=settings.user_agent,
     )
+    real = _Side(settings.api, client, key, words)
     path = _order_path(endpoint or DEFAULT_ORDER)
     compared = []
     with Sandbox(SandboxOptions(min_seconds=0, max_seconds=0)) as sandbox:
-        stand_in = AllowedApi(sandbox.url, frozenset({sandbox.url.split("/")[2]}))
-        local = ApiClient(stand_in, scrubber, timeout=settings.sd_api_timeout, connections=1)
-        for question, address in zip(questions, addresses, strict=True):
-            request_key = key if question.right_key else WRONG_KEY
-            training = is_training(address.base)
-            answer = live.whole_answer(address, question.remote_id, request_key)
-            own_id = _finished_in(sandbox, path) if question.finished else question.remote_id
-            own_address = _address(stand_in, own_id, path)
-            own_key = SecretStr(sandbox.options.key) if question.right_key else WRONG_KEY
-            own_answer = local.whole_answer(own_address, own_id, own_key)
-            shapes = shape_of(*answer), shape_of(*own_answer)
-            compared.append(
-                Compared(
-                    question.name,
-                    _class(answer, question.remote_id, training, settings.status_words),
-                    shapes[0],
-                    _class(own_answer, own_id, training, settings.status_words),
-                    shapes[1],
-                    shapes[0] == shapes[1],
-                )
-            )
+        api = AllowedApi(sandbox.url, frozenset({sandbox.url.split("/")[2]}))
+        client = ApiClient(api, scrubber, timeout=timeout, connections=1)
+        stand_in = _Side(api, client, SecretStr(sandbox.options.key), words)
+        for request in requests:
+            answer, shape = real.ask(request, request.remote_id, endpoint)
+            own_id = _finished_in(sandbox, path) if request.finished else request.remote_id
+            own_answer, own_shape = stand_in.ask(request, own_id, path)
+            compared.append(Compared(request.name, answer, shape, own_answer, own_shape, shape == own_shape))
     return compared
 
 
@@ -156,20 +156,11 @@ def _finished_in(sandbox: Sandbox, path: str) -> str:
     return submission(answer).remote_id
 
 
-def _class(answer: tuple[int, bytes], remote_id: str, training: bool, status_words: Mapping[str, str]) -> str:
-    status, body = answer
-    return CLASSES[type(parse(status, {}, body, Question(remote_id, 0.0, training, status_words)))]
-
-
 def _print(compared: Sequence[Compared]) -> None:
-    rows = [
-        (row.question, api, answer_class, shape)
-        for row in compared
-        for api, answer_class, shape in (
-            ("real", row.api, row.api_shape),
-            ("stand-in", row.stand_in, row.stand_in_shape),
-        )
-    ]
+    rows = []
+    for row in compared:
+        rows.append((row.question, "real", row.api, row.api_shape))
+        rows.append((row.question, "stand-in", row.stand_in, row.stand_in_shape))
     print_table(("request", "API", "read as", "shape of the answer"), rows, empty="")
     different = [row.question for row in compared if not row.same]
     echo(f"different shapes: {', '.join(different)}" if different else "the shapes are the same")

@@ -33,7 +33,7 @@ def format_bytes(count: float) -> str:
 def format_count(count: int, noun: str) -> str:
     """Return a number and its noun, in the plural unless the number is 1.
 
-    >>> format_count(1, "attempt"), format_count(0, "attempt")
-    ('1 attempt', '0 attempts')
+    >>> format_count(1, "attempt"), format_count(0, "attempt"), format_count(1200, "job")
+    ('1 attempt', '0 attempts', '1,200 jobs')
     """
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -56,7 +56,7 @@ def contact_sheet(jobs: Sequence[DemoJob], folder: Path, *, seconds: float) -> s
 
 
 def _card(job: DemoJob, folder: Path) -> str:
-    prompt, pictures, rows = escape(job.submitted.prompt), "", ""
+    prompt, pictures, rows = escape(job.order.prompt), "", ""
     for output in job.stored:
         path = path_of(output.location)
         link = quote(os.path.relpath(path, folder))
@@ -69,7 +69,7 @@ def _card(job: DemoJob, folder: Path) -> str:
     return f"""<article>
 <div class="pictures">{pictures}</div>
 <div class="about"><h2>{prompt}</h2>
-<p>job {job.id or "–"} · API id {escape(job.submitted.remote_id)}{state}</p>
+<p>job {job.id or "–"} · API id {escape(job.order.id)}{state}</p>
 <p>{job.polls} polls · {times}</p>
 <ul>{rows}</ul></div>
 </article>"""

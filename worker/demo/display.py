@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,13 +18,14 @@ from sqlalchemy import Engine, Row, select
 
 from worker.core.lifecycle import FINAL_STATES
 from worker.operations.overview import why
+from worker.sandbox.jobs import SandboxJob
 from worker.settings import Settings
 from worker.storage.local import path_of
 from worker.store import schema
 from worker.store.jobs import outputs_of
 from worker.system.terminal import cell
 
-WAITING_SHARE = 0.9  # a bar gets at most this far by waiting, because the API does not tell when a job is ready
+WAITING_SHARE = 0.9  # a bar gets at most this far by waiting, the rest by downloads
 OTHER_ROWS = 9  # rows of the terminal that are not used for jobs
 PRINT_SECONDS = 1.0
 MIN_REASON_WIDTH = 100  # columns; a narrower terminal does not show the reasons
@@ -33,21 +34,13 @@ MARKS = {"stored": ("■", "green"), "failed": ("■", "red")}
 
 
 @dataclass(frozen=True, slots=True)
-class Submitted:
-    """A submitted prompt. `ready_at` is the true time, which only the stand-in knows."""
-
-    remote_id: str
-    prompt: str
-    eta: float
-    submitted_at: datetime
-    ready_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
 class DemoJob:
-    """The current state of one job. `id` is None until the job is tracked. `outputs` are rows of the table."""
+    """The current state of one job. `id` is None until the job is tracked. `outputs` are rows of the table.
 
-    submitted: Submitted
+    `order` is the job in the stand-in. It alone knows when the job is ready.
+    """
+
+    order: SandboxJob
     id: int | None = None
     status: str = "submitted"
     polls: int = 0
@@ -68,15 +61,15 @@ class DemoJob:
     @property
     def seen_after(self) -> float | None:
         """Seconds from ready until a poll saw it."""
-        return None if self.seen_at is None else max(0.0, (self.seen_at - self.submitted.ready_at).total_seconds())
+        return None if self.seen_at is None else max(0.0, self.seen_at.timestamp() - self.order.ready_at)
 
     @property
     def stored_after(self) -> float | None:
         """Seconds from ready until the last file was stored."""
         if not self.outputs or len(self.stored) < len(self.outputs):
             return None
-        stored_at: datetime = max(output.stored_at for output in self.outputs)
-        return max(0.0, (stored_at - self.submitted.ready_at).total_seconds())
+        stored_at: float = max(output.stored_at.timestamp() for output in self.outputs)
+        return max(0.0, stored_at - self.order.ready_at)
 
 
 def seconds_text(value: float | None) -> str:
@@ -102,15 +95,15 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(numbers) / len(numbers) if numbers else None
 
 
-def read_progress(engine: Engine, settings: Settings, submitted: Sequence[Submitted]) -> list[DemoJob]:
+def read_progress(engine: Engine, settings: Settings, orders: Sequence[SandboxJob]) -> list[DemoJob]:
     """Return the current state of every job."""
-    jobs = {submission.remote_id: DemoJob(submission) for submission in submitted}
+    jobs = {order.id: DemoJob(order) for order in orders}
     with engine.connect() as connection:
         for row in connection.execute(select(schema.jobs).where(schema.jobs.c.remote_id.in_(jobs))).all():
             outputs = outputs_of(connection, [row.id])
             reason = why(connection, row, outputs, settings)
-            submission = jobs[row.remote_id].submitted
-            jobs[row.remote_id] = DemoJob(submission, row.id, row.status, row.polls, row.ready_at, outputs, reason)
+            order = jobs[row.remote_id].order
+            jobs[row.remote_id] = DemoJob(order, row.id, row.status, row.polls, row.ready_at, outputs, reason)
     return list(jobs.values())
 
 
@@ -153,7 +146,7 @@ class Display:
 
 def job_table(jobs: Sequence[DemoJob], folder: Path, console: Console) -> Table:
     """Return the jobs as a table: with bars on a terminal, with the reason or the files where there is room."""
-    bars, reasons, now = console.is_terminal, console.width >= MIN_REASON_WIDTH, datetime.now(UTC)
+    bars, reasons = console.is_terminal, console.width >= MIN_REASON_WIDTH
     table = Table(box=None, pad_edge=False, header_style="bold", expand=bars)
     table.add_column("job", justify="right")
     table.add_column("prompt", ratio=5, no_wrap=True, overflow="ellipsis")
@@ -167,9 +160,9 @@ def job_table(jobs: Sequence[DemoJob], folder: Path, console: Console) -> Table:
         table.add_column("", ratio=4, no_wrap=True, overflow="ellipsis", style="dim")
     for job in jobs:
         style = STYLES.get(job.status, "yellow")
-        cells: list[RenderableType] = [str(job.id or ""), cell(job.submitted.prompt)]
+        cells: list[RenderableType] = [str(job.id or ""), cell(job.order.prompt)]
         if bars:
-            cells.append(ProgressBar(total=1.0, completed=_share(job, now), complete_style=style, finished_style=style))
+            cells.append(ProgressBar(total=1.0, completed=_share(job), complete_style=style, finished_style=style))
         cells += [Text(job.status, style=style), str(job.polls)]
         cells += [seconds_text(job.seen_after), seconds_text(job.stored_after)]
         cells.append(Text.assemble(*(MARKS.get(output.status, ("□", "dim")) for output in job.outputs)))
@@ -179,11 +172,11 @@ def job_table(jobs: Sequence[DemoJob], folder: Path, console: Console) -> Table:
     return table
 
 
-def _share(job: DemoJob, now: datetime) -> float:
+def _share(job: DemoJob) -> float:
     """Return how much of a job's bar is filled."""
     if job.final:
         return 1.0
     if job.status == "downloading":
         return WAITING_SHARE + (1 - WAITING_SHARE) * len(job.stored) / max(len(job.outputs), 1)
-    waited = (now - job.submitted.submitted_at).total_seconds()
-    return min(WAITING_SHARE, WAITING_SHARE * waited / max(job.submitted.eta, 0.1))
+    waited = time.time() - job.order.submitted_at
+    return min(WAITING_SHARE, WAITING_SHARE * waited / (job.order.ready_at - job.order.submitted_at))

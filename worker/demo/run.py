@@ -3,7 +3,6 @@
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -14,10 +13,11 @@ from rich.console import Console
 from sqlalchemy import create_engine
 
 from worker.demo.contact_sheet import contact_sheet
-from worker.demo.display import DemoJob, Display, Submitted, figures, job_table, read_progress
+from worker.demo.display import DemoJob, Display, figures, job_table, read_progress
 from worker.demo.processes import FLOWER_USER, DemoFailed, DemoProcesses, Stopped, demo_processes
 from worker.errors import WorkerError
 from worker.sandbox.behaviour import Behaviour
+from worker.sandbox.jobs import SandboxJob
 from worker.sandbox.options import SandboxOptions
 from worker.system.terminal import cell, make_console
 
@@ -64,9 +64,9 @@ def demo(*, jobs: int, longest: float, folder: Path | None, with_flower: bool) -
         with demo_processes(folder, options, with_flower=with_flower) as processes:
             try:
                 _start(processes, console)
-                submitted = _submit(processes, Behaviour(options), jobs)
+                orders = _submit(processes, Behaviour(options), jobs)
                 with Display(console, folder, started_at) as display:
-                    demo_jobs = _follow(processes, display, submitted, longest + SPARE_SECONDS + jobs)
+                    demo_jobs = _follow(processes, display, orders, longest + SPARE_SECONDS + jobs)
             except (requests.RequestException, BrokerError, RedisError) as error:
                 processes.wait(SETTLE_SECONDS)  # if a process died, this raises a better error
                 raise DemoFailed(str(error)) from None
@@ -91,40 +91,37 @@ def _start(processes: DemoProcesses, console: Console) -> None:
         _say(console, f"Flower shows the tasks while this runs: http://127.0.0.1:{processes.flower_port} {login}")
 
 
-def _submit(processes: DemoProcesses, model: Behaviour, jobs: int) -> list[Submitted]:
+def _submit(processes: DemoProcesses, model: Behaviour, jobs: int) -> list[SandboxJob]:
     """Submit every prompt as a web app would, and pass each answer to the worker by task name.
 
-    `model` is a copy of the stand-in's model, from which the demo knows when a job is ready. The API does not tell
-    that.
+    `model` is a copy of the stand-in's model. Its jobs tell when they are ready, which the API does not tell.
     """
-    submitted: list[Submitted] = []
+    orders: list[SandboxJob] = []
     with requests.Session() as session:
         session.trust_env = False
         for prompt in islice(cycle(PROMPTS), jobs):
             processes.check()
-            at = datetime.now(UTC)
-            order = {"key": processes.api["key"], "prompt": prompt}
-            response = session.post(f"{processes.api['url']}/text2img", json=order, timeout=HTTP_SECONDS)
+            orders.append(model.submit(prompt, now=time.time()))
+            body = {"key": processes.api["key"], "prompt": prompt}
+            response = session.post(f"{processes.api['url']}/text2img", json=body, timeout=HTTP_SECONDS)
             response.raise_for_status()
             answer = response.json()
             if not answer.get("id"):
                 raise DemoFailed(f"the stand-in refused a prompt: {str(answer)[:200]}")
             arguments = f"({answer['id']},)"  # shown by Flower instead of the whole answer
             processes.client.send_task("worker.track", [answer], queue=QUEUE, ignore_result=True, argsrepr=arguments)
-            ready_at = datetime.fromtimestamp(model.submit(prompt, now=at.timestamp()).ready_at, UTC)
-            submitted.append(Submitted(str(answer["id"]), prompt, float(answer.get("eta") or 0), at, ready_at))
-    return submitted
+    return orders
 
 
 def _follow(
-    processes: DemoProcesses, display: Display, submitted: Sequence[Submitted], max_seconds: float
+    processes: DemoProcesses, display: Display, orders: Sequence[SandboxJob], max_seconds: float
 ) -> list[DemoJob]:
     """Show the progress until all jobs are final, for at most this many seconds."""
     engine = create_engine(processes.database)  # read only; unlike the worker's own engine it takes no lock
     deadline = time.monotonic() + max_seconds
     try:
         while True:
-            demo_jobs = read_progress(engine, processes.settings, submitted)
+            demo_jobs = read_progress(engine, processes.settings, orders)
             display.show(demo_jobs)
             unfinished = next((job for job in demo_jobs if not job.final), None)
             if unfinished is None:

@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         default=_DEFAULTS.plan,
         help="how many orders may wait: 5, 10, 15, or any number (enterprise)",
     )
-    add("--scenario", action="append", default=[], metavar="NAME",
+    add("--scenario", dest="scenarios", action="append", default=[], metavar="NAME",
            help="a problem to simulate, from the list below; several are used in turn, one per job")  # fmt: skip
     add("--failure-rate", type=float, default=_DEFAULTS.failure_rate, help="share of jobs that fail (0)")
     add("--size", type=int, default=_DEFAULTS.size, help="width and height of a picture in pixels (512)")
@@ -97,20 +97,10 @@ def _epilog() -> str:
 
 
 def _options(arguments: argparse.Namespace) -> SandboxOptions:
-    return SandboxOptions(
-        seed=arguments.seed,
-        min_seconds=arguments.min_seconds,
-        max_seconds=arguments.max_seconds,
-        min_outputs=arguments.outputs[0],
-        max_outputs=arguments.outputs[1],
-        key=arguments.key,
-        rps=arguments.rps,
-        limit_style=arguments.limit_style,
-        size=arguments.size,
-        failure_rate=arguments.failure_rate,
-        plan=arguments.plan,
-        scenarios=tuple(arguments.scenario),
-    )
+    values = {name: value for name, value in vars(arguments).items() if name in SandboxOptions.__dataclass_fields__}
+    minimum, maximum = arguments.outputs
+    outputs = {"min_outputs": minimum, "max_outputs": maximum}
+    return SandboxOptions(**values | outputs | {"scenarios": tuple(arguments.scenarios)})
 
 
 def _announcement(sandbox: Sandbox, *, as_json: bool) -> str:

@@ -38,6 +38,16 @@ class FetchCall:
         """Whether a temporary trouble is still present."""
         return self.ready and self.ready_fetches < TROUBLE_FETCHES
 
+    @property
+    def links(self) -> list[str]:
+        """The URLs of the outputs."""
+        return self.job.links(self.origin)
+
+    @property
+    def success(self) -> dict[str, Any]:
+        """The beginning of an answer with outputs."""
+        return {"status": "success", "id": self.job.answer_id}
+
 
 FetchAnswer = Callable[[FetchCall], Answer | None]
 ModifyOrderAnswer = Callable[[SandboxJob, dict[str, Any], str], dict[str, Any]]
@@ -76,56 +86,23 @@ def _error(message: str, status: int = 200, **fields: object) -> Callable[[], An
     return lambda: json_answer({"status": "error", "message": message, **fields}, status)
 
 
-def _during_trouble(answer: Callable[[], Answer]) -> FetchAnswer:
-    return lambda call: answer() if call.in_trouble else None
+def _when_ready(about: str, fields: Callable[[FetchCall], dict[str, Any]], **parts: Any) -> Scenario:
+    """Return a scenario with another answer about a ready job."""
+    return Scenario(about, fetched=lambda call: json_answer(fields(call)) if call.ready else None, **parts)
 
 
-def _once_ready(answer: Callable[[FetchCall], Answer]) -> FetchAnswer:
-    return lambda call: answer(call) if call.ready else None
+def _trouble(about: str, answer: Callable[[], Answer]) -> Scenario:
+    """Return a scenario with a temporary trouble as soon as the job is ready."""
+    return Scenario(about, fetched=lambda call: answer() if call.in_trouble else None)
 
 
-def _success(call: FetchCall, **fields: object) -> Answer:
-    return json_answer({"status": "success", "id": call.job.answer_id, **fields})
+def _account(about: str, answer: Callable[[], Answer]) -> Scenario:
+    """Return a scenario that concerns all calls with a key."""
+    return Scenario(about, account=answer, fetched=lambda _: answer())
 
 
-def _empty(call: FetchCall) -> Answer:
-    body = {name: value for name, value in call.body.items() if "links" not in name}
-    return json_answer({**body, "output": []})
-
-
-def _account(answer: Callable[[], Answer]) -> dict[str, Any]:
-    return {"account": answer, "fetched": lambda _: answer()}
-
-
-def _queued(call: FetchCall) -> Answer | None:
-    if call.ready:
-        return None
-    queue_state = {"queue_size": 2, "estimated_time": 5, "links": call.job.links(call.origin)}
-    return json_answer({"status": "queued", "message": "Request has been queued", **queue_state})
-
-
-def _another_job(call: FetchCall) -> Answer | None:
-    return json_answer({**call.body, "id": f"{call.job.id}9"}) if call.ready and call.ready_fetches == 0 else None
-
-
-def _misleading_words(call: FetchCall) -> Answer:
-    words = "rate limit exceeded, invalid api key, request not found, insufficient credits, failed"
-    return json_answer({**call.body, "meta": {"prompt": words, "status": "failed"}, "tip": f"Words only: {words}"})
-
-
-def _inline_words(call: FetchCall) -> Answer:
-    words = [{"word": word, "start": index / 2} for index, word in enumerate(call.job.prompt.split() or ["Nothing"])]
-    return _success(call, output=[{"text": call.job.prompt or "Nothing", "words": words}])
-
-
-def _nested_output(call: FetchCall) -> Answer:
-    inner = {"status": "success", "output": call.job.links(call.origin)}
-    return _success(call, output={**inner, "proxy_links": call.job.proxy_links(call.origin)})
-
-
-def _inline_base64(call: FetchCall) -> Answer:
-    texts = [base64_text(call.job.prompt, call.job.id, index, call.job.size) for index in range(len(call.job.files))]
-    return _success(call, output=[text.decode() for text in texts])
+def _first_time(answer: Callable[[FetchCall], Answer]) -> FetchAnswer:
+    return lambda call: answer(call) if call.ready and call.ready_fetches == 0 else None
 
 
 def _without(*names: str) -> ModifyOrderAnswer:
@@ -134,6 +111,41 @@ def _without(*names: str) -> ModifyOrderAnswer:
 
 def _with(**fields: object) -> ModifyOrderAnswer:
     return lambda job, body, origin: {**body, **fields}
+
+
+def _try_again() -> Answer:
+    return json_answer({"status": "failed", "id": "", "message": "Failed, Try Again", "output": ""})
+
+
+def _without_output(call: FetchCall) -> dict[str, Any]:
+    return {**{name: value for name, value in call.body.items() if "links" not in name}, "output": []}
+
+
+def _queued(call: FetchCall) -> Answer | None:
+    queue_state = {"queue_size": 2, "estimated_time": 5, "links": call.links}
+    body = {"status": "queued", "message": "Request has been queued", **queue_state}
+    return None if call.ready else json_answer(body)
+
+
+def _misleading_words(call: FetchCall) -> dict[str, Any]:
+    words = "rate limit exceeded, invalid api key, request not found, insufficient credits, failed"
+    return {**call.body, "meta": {"prompt": words, "status": "failed"}, "tip": f"Words only: {words}"}
+
+
+def _inline_words(call: FetchCall) -> dict[str, Any]:
+    words = [{"word": word, "start": index / 2} for index, word in enumerate(call.job.prompt.split() or ["Nothing"])]
+    return {**call.success, "output": [{"text": call.job.prompt or "Nothing", "words": words}]}
+
+
+def _nested_output(call: FetchCall) -> dict[str, Any]:
+    links = {"output": call.links, "proxy_links": call.job.proxy_links(call.origin)}
+    return {**call.success, "output": {"status": "success", **links}}
+
+
+def _inline_base64(call: FetchCall) -> dict[str, Any]:
+    job = call.job
+    texts = [base64_text(job.prompt, job.id, index, job.size).decode() for index in range(len(job.files))]
+    return {**call.success, "output": texts}
 
 
 def _other_id(job: SandboxJob, body: dict[str, Any], origin: str) -> dict[str, Any]:
@@ -146,56 +158,46 @@ def _id_only_in_fetch_result(job: SandboxJob, body: dict[str, Any], origin: str)
 
 _NORMAL = Scenario("normal behaviour")
 SCENARIOS: Mapping[str, Scenario] = {
-    "failed": Scenario(
+    "failed": _when_ready(
         "the job fails permanently; a training says training_failed",
-        fetched=_once_ready(lambda call: json_answer(failed_answer(call.job))),
+        lambda call: failed_answer(call.job),
         file=lambda seconds, proxy: 404,
     ),
-    "try-again": Scenario(
-        "three times failed with the message Try Again, then a success",
-        fetched=_during_trouble(
-            lambda: json_answer({"status": "failed", "id": "", "message": "Failed, Try Again", "output": ""})
-        ),
-    ),
+    "try-again": _trouble("three times failed with the message Try Again, then a success", _try_again),
     "never": Scenario("the job is never ready", seconds=float("inf")),
     "ready-at-once": Scenario("the answer to the order already has the outputs", seconds=0.0),
     "forgotten": Scenario(
         "Request not found, as soon as the job is ready; its future links have the outputs",
-        fetched=_once_ready(lambda call: unknown_id()),
+        fetched=lambda call: unknown_id() if call.ready else None,
     ),
     "empty": Scenario(
         "three successes without an output, then one with it",
-        fetched=lambda call: _empty(call) if call.in_trouble else None,
+        fetched=lambda call: json_answer(_without_output(call)) if call.in_trouble else None,
     ),
-    "no-output": Scenario("a success without an output, forever", fetched=_once_ready(_empty)),
-    "only-future-links": Scenario(
+    "no-output": _when_ready("a success without an output, forever", _without_output),
+    "only-future-links": _when_ready(
         "a success whose only links are under future_links",
-        fetched=_once_ready(lambda call: _success(call, output=[], future_links=call.job.links(call.origin))),
+        lambda call: {**call.success, "output": [], "future_links": call.links},
     ),
-    "output-url": Scenario(
+    "output-url": _when_ready(
         "a success whose only link is under output_url",
-        fetched=_once_ready(lambda call: _success(call, output="", output_url=call.job.links(call.origin)[0])),
+        lambda call: {**call.success, "output": "", "output_url": call.links[0]},
     ),
-    "new-words": Scenario(
-        "status done, links under assets",
-        fetched=_once_ready(lambda call: json_answer({"status": "done", "assets": call.job.links(call.origin)})),
-    ),
-    "wrong-words": Scenario(
-        "a success whose other fields contain error messages", fetched=_once_ready(_misleading_words)
-    ),
-    "inline-words": Scenario("the words of a transcript instead of a link", fetched=_once_ready(_inline_words)),
-    "nested-output": Scenario("output is an object with output and proxy_links", fetched=_once_ready(_nested_output)),
-    "one-text": Scenario(
-        "output is a single text",
-        fetched=_once_ready(lambda call: _success(call, output=call.job.links(call.origin)[0])),
-    ),
-    "inline-base64": Scenario("output is base64 text, not links", fetched=_once_ready(_inline_base64)),
-    "no-status": Scenario(
+    "new-words": _when_ready("status done, links under assets", lambda call: {"status": "done", "assets": call.links}),
+    "wrong-words": _when_ready("a success whose other fields contain error messages", _misleading_words),
+    "inline-words": _when_ready("the words of a transcript instead of a link", _inline_words),
+    "nested-output": _when_ready("output is an object with output and proxy_links", _nested_output),
+    "one-text": _when_ready("output is a single text", lambda call: {**call.success, "output": call.links[0]}),
+    "inline-base64": _when_ready("output is base64 text, not links", _inline_base64),
+    "no-status": _when_ready(
         "a success without a status, with links instead of output",
-        fetched=_once_ready(lambda call: json_answer({"id": call.job.answer_id, "links": call.job.links(call.origin)})),
+        lambda call: {"id": call.job.answer_id, "links": call.links},
     ),
     "queued": Scenario("status queued, with links that do not exist yet", fetched=_queued),
-    "another-job": Scenario("the first success is about another job", fetched=_another_job),
+    "another-job": Scenario(
+        "the first success is about another job",
+        fetched=_first_time(lambda call: json_answer({**call.body, "id": f"{call.job.id}9"})),
+    ),
     "other-id": Scenario("fetch_result has another id than the field id", accepted=_other_id),
     "no-id": Scenario("the id is only in fetch_result", accepted=_id_only_in_fetch_result),
     "no-fetch-result": Scenario("an id, but no fetch_result", accepted=_without("fetch_result")),
@@ -206,67 +208,49 @@ SCENARIOS: Mapping[str, Scenario] = {
         "links are 404 for ten seconds after the success",
         file=lambda seconds, proxy: 404 if seconds < LATE_SECONDS else 0,
     ),
-    "dead-links": Scenario(
+    "dead-links": _when_ready(
         "links are 404; the links under proxy_links have the outputs",
-        fetched=_once_ready(lambda call: json_answer({**call.body, "proxy_links": call.job.proxy_links(call.origin)})),
+        lambda call: {**call.body, "proxy_links": call.job.proxy_links(call.origin)},
         file=lambda seconds, proxy: 0 if proxy else 404,
     ),
     "gone": Scenario("all links are 404", file=lambda seconds, proxy: 404),
-    "nsfw": Scenario(
-        "a success that is marked as not safe for work",
-        fetched=_once_ready(lambda call: json_answer({**call.body, "nsfw_content_detected": True})),
+    "nsfw": _when_ready(
+        "a success that is marked as not safe for work", lambda call: {**call.body, "nsfw_content_detected": True}
     ),
-    "error": Scenario(
-        "an error about the order: Model id not found", fetched=_once_ready(lambda call: _error("Model id not found")())
+    "error": _when_ready(
+        "an error about the order: Model id not found",
+        lambda call: {"status": "error", "message": "Model id not found"},
     ),
-    "busy": Scenario(
-        "three errors of the service", fetched=_during_trouble(_error("Service is not available, try again later"))
+    "busy": _trouble("three errors of the service", _error("Service is not available, try again later")),
+    "server-error": _trouble(
+        "three times HTTP 500 without a status", lambda: json_answer({"message": "Server Error"}, 500)
     ),
-    "server-error": Scenario(
-        "three times HTTP 500 without a status",
-        fetched=_during_trouble(lambda: json_answer({"message": "Server Error"}, 500)),
-    ),
-    "gateway": Scenario(
-        "three HTML error pages of a gateway", fetched=_during_trouble(lambda: page_answer(502, "Bad gateway"))
-    ),
-    "down": Scenario(
-        "three times HTTP 503",
-        fetched=_during_trouble(_error("Service temporarily unavailable. Please try again later.", 503)),
-    ),
-    "rate-limit": Scenario(
-        "three times HTTP 429 with retry_after",
-        fetched=_during_trouble(_error("Rate limit exceeded", 429, retry_after=2)),
-    ),
+    "gateway": _trouble("three HTML error pages of a gateway", lambda: page_answer(502, "Bad gateway")),
+    "down": _trouble("three times HTTP 503", _error("Service temporarily unavailable. Please try again later.", 503)),
+    "rate-limit": _trouble("three times HTTP 429 with retry_after", _error("Rate limit exceeded", 429, retry_after=2)),
     "spam-filter": Scenario(
         "once HTTP 200 with a rate limit that asks to wait 30 seconds",
-        fetched=lambda call: (
-            _error("Rate limit exceeded", tips="spam filter: please wait for 30 seconds")()
-            if call.ready and call.ready_fetches == 0
-            else None
+        fetched=_first_time(
+            lambda call: _error("Rate limit exceeded", tips="spam filter: please wait for 30 seconds")()
         ),
     ),
     "queue-full": Scenario(
         "orders are refused because as many wait as the plan allows",
         order=_error("Rate limit exceeded. Maximum 5 queued requests allowed.", 429, retry_after=QUEUE_FULL_SECONDS),
     ),
-    "not-taken": Scenario(
-        "orders fail with the message Try Again, and no job is created",
-        order=lambda: json_answer({"status": "failed", "id": "", "message": "Failed, Try Again", "output": ""}),
-    ),
+    "not-taken": Scenario("orders fail with the message Try Again, and no job is created", order=_try_again),
     "refused-order": Scenario(
         "orders are refused because of a field", order=lambda: invalid_field("prompt", "The prompt field is required.")
     ),
     "unknown-model": Scenario("orders are refused because of their model", order=_error("Model id not found")),
-    "wrong-key": Scenario("the key is refused", **_account(invalid_key)),
-    "no-credits": Scenario(
-        "HTTP 402: no credits", **_account(_error("Insufficient credits. Please add more credits to continue.", 402))
+    "wrong-key": _account("the key is refused", invalid_key),
+    "no-credits": _account(
+        "HTTP 402: no credits", _error("Insufficient credits. Please add more credits to continue.", 402)
     ),
-    "monthly-limit": Scenario(
-        "the plan's monthly limit is reached",
-        **_account(_error("Your monthly limit exceeded, upgrade subscription now")),
+    "monthly-limit": _account(
+        "the plan's monthly limit is reached", _error("Your monthly limit exceeded, upgrade subscription now")
     ),
-    "no-plan": Scenario(
-        "HTTP 403: the plan does not include it",
-        **_account(_error("This feature requires a premium subscription", 403)),
+    "no-plan": _account(
+        "HTTP 403: the plan does not include it", _error("This feature requires a premium subscription", 403)
     ),
 }

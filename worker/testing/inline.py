@@ -81,7 +81,7 @@ class Work(Protocol):
 
     def next(self, after: datetime) -> datetime | None:
         """Return when the next work is due, or None if there is none."""
-        ...
+        return None
 
 
 class FetchWorker(Workers):
@@ -238,7 +238,7 @@ class FetchWorker(Workers):
             return unfinished_jobs(connection)
 
 
-class _PollWork:
+class _PollWork(Work):
     """The work of `worker.poll`, one request at a time, so that the order of requests is the same in every run."""
 
     def __init__(self, engine: Engine, settings: Settings, api: FetchApi) -> None:
@@ -289,7 +289,7 @@ class _PollWork:
         self._poller.close()
 
 
-class _DownloadWork:
+class _DownloadWork(Work):
     """The work of `worker.download`."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
@@ -321,7 +321,7 @@ class _DownloadWork:
             return next_download(connection, after=after)
 
 
-class _OnDoneWork:
+class _OnDoneWork(Work):
     """Collect `on_done` calls, and run their tasks if a Celery app is set."""
 
     def __init__(self, worker: FetchWorker) -> None:
@@ -336,11 +336,8 @@ class _OnDoneWork:
                 _run_task(self._worker.celery, call)
         return bool(new)
 
-    def next(self, after: datetime) -> datetime | None:
-        return None
 
-
-class _WebhookWork:
+class _WebhookWork(Work):
     """Collect the webhooks that would be posted."""
 
     def __init__(self, worker: FetchWorker) -> None:
@@ -360,9 +357,6 @@ class _WebhookWork:
             Sent(event.url, headers(secrets, event.event_id, at, event.body), event.body) for event in due
         ]
         return bool(due)
-
-    def next(self, after: datetime) -> datetime | None:
-        return None
 
 
 def _run_task(app: Any, call: Told) -> None:

@@ -1,0 +1,33 @@
+"""The rate limit and the queue of the stand-in."""
+
+import json
+
+import pytest
+
+from worker.sandbox.options import SandboxOptions
+from worker.sandbox.rate_limit import RateLimit, queue_refusal
+
+
+@pytest.mark.parametrize(("style", "status"), [("http429", 429), ("http200", 200)])
+def test_requests_beyond_the_limit_are_refused_until_the_next_one_is_allowed(style: str, status: int) -> None:
+    limit, options = RateLimit(), SandboxOptions(rps=2, limit_style=style)
+
+    refusals = [limit.refusal(options, now) for now in (10.0, 10.0, 10.0, 10.5, 10.5)]
+
+    assert [refusal is None for refusal in refusals] == [True, True, False, True, False]
+    assert {refusal.status for refusal in refusals if refusal is not None} == {status}
+
+
+def test_without_a_limit_every_request_is_allowed() -> None:
+    limit = RateLimit()
+
+    assert not any(limit.refusal(SandboxOptions(), 10.0) for _ in range(100))
+
+
+def test_an_order_is_refused_only_when_as_many_wait_as_the_plan_allows() -> None:
+    refusal = queue_refusal("standard", 10, 4.2)
+
+    assert queue_refusal("standard", 9, 4.2) is None
+    assert queue_refusal("enterprise", 10_000, 4.2) is None
+    assert refusal is not None
+    assert (refusal.status, json.loads(refusal.body)["retry_after"]) == (429, 5)
