@@ -1,6 +1,6 @@
 """The pages of jobs: the list with its filters, one job with its outputs and events, and the actions on jobs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flask import flash, request, url_for
@@ -73,6 +73,17 @@ class RowsView(BaseModelView):
         return BaseForm
 
 
+def _action_method(name: str) -> Callable[["JobsView", Sequence[str]], str | None]:
+    """Return the method that Flask-Admin calls for an action."""
+
+    @action(name, JOB_ACTIONS[name].label)
+    def act(view: "JobsView", ids: Sequence[str]) -> str | None:
+        return view.act(name, ids)
+
+    method: Callable[[JobsView, Sequence[str]], str | None] = act
+    return method
+
+
 class JobsView(RowsView):
     """The list of jobs, newest first."""
 
@@ -113,7 +124,7 @@ class JobsView(RowsView):
         html: str = self.render(self.details_template, page=page, fields=fields, actions=actions)
         return html
 
-    def _act(self, name: str, ids: Sequence[str]) -> str | None:
+    def act(self, name: str, ids: Sequence[str]) -> str | None:
         """Ask for confirmation, or apply the action if the form is confirmed."""
         job_action, selected = JOB_ACTIONS[name], job_ids(ids)
         if not selected:
@@ -134,25 +145,7 @@ class JobsView(RowsView):
             flash(apply_to_jobs(job_action, selected), "success")
         return None
 
-    @action("retry", "Retry")
-    def retry(self, ids: Sequence[str]) -> str | None:
-        """Retry failed and expired jobs."""
-        return self._act("retry", ids)
-
-    @action("cancel", "Cancel")
-    def cancel(self, ids: Sequence[str]) -> str | None:
-        """Cancel jobs."""
-        return self._act("cancel", ids)
-
-    @action("hold", "Hold")
-    def hold(self, ids: Sequence[str]) -> str | None:
-        """Hold pending jobs."""
-        return self._act("hold", ids)
-
-    @action("resume", "Resume")
-    def resume(self, ids: Sequence[str]) -> str | None:
-        """Continue jobs at once."""
-        return self._act("resume", ids)
+    retry, cancel, hold, resume = map(_action_method, ("retry", "cancel", "hold", "resume"))
 
 
 JobsView.keep_urls("index_view", "details_view", "action_view")

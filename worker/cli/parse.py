@@ -141,25 +141,14 @@ def _job(job: PlannedJob) -> Document:
 
 
 def _document(
-    name: str,
-    message: str,
-    *,
-    outputs: Sequence[Link] = (),
-    promised: Sequence[str] = (),
-    retry_after: float | None = None,
-    eta: float | None = None,
-    job: Document | None = None,
+    name: str, message: str, *, outputs: Sequence[Link] = (), promised: Sequence[str] = (), **fields: object
 ) -> Document:
-    return {
-        "class": name,
-        "message": message,
+    links = {
         "outputs": [link.url for link in outputs],
         "proxy_links": [proxy for link in outputs for proxy in link.proxies],
         "promised": list(promised),
-        "retry_after": retry_after,
-        "eta": eta,
-        "job": job,
     }
+    return {"class": name, "message": message, **links, "retry_after": None, "eta": None, "job": None, **fields}
 
 
 def _print(document: Document) -> None:

@@ -52,15 +52,16 @@ class Family:
         return self.fetch[0].removesuffix("/{id}")
 
 
-def _images(*orders: str, fetch: str, **changes: Any) -> Family:
-    """Return a family whose ids come from the shared sequence of pictures."""
-    family = Family(orders=orders, fetch=(f"{fetch}/{{id}}",), counter="images", first_id=IMAGES_FROM, prompt=True)
-    return replace(family, **changes)
+def _images(*orders: str, fetch: str, in_body: str = "", **changes: Any) -> Family:
+    """Return a family whose ids come from the shared sequence of pictures. Path `in_body` takes the id in the body."""
+    paths = (f"{fetch}/{{id}}", in_body) if in_body else (f"{fetch}/{{id}}",)
+    values = {"counter": "images", "first_id": IMAGES_FROM, "prompt": True, **changes}
+    return Family(orders=orders, fetch=paths, **values)
 
 
 def _simple(name: str, **changes: Any) -> Family:
     """Return a family whose fetch path is next to its order paths."""
-    return replace(Family(orders=(f"{name}/*",), fetch=(f"{name}/fetch/{{id}}",)), **changes)
+    return Family(**{"orders": (f"{name}/*",), "fetch": (f"{name}/fetch/{{id}}",), **changes})
 
 
 _V3: Mapping[str, Any] = {"fetch": "v3/fetch", "label": "messege"}
@@ -93,59 +94,34 @@ FAMILIES: tuple[Family, ...] = (
     # name a version 3 path and the documentation one that takes the id in the body. Both find the job.
     _images("v3/text2img", "v3/img2img", "v3/inpaint", **_V3),
     _images("v3/text2video", **_V3_VIDEO),
-    replace(
-        _images(*_BOOTHS, fetch="v3/dreambooth/fetch", label="messege", fetch_label="messege"),
-        fetch=("v3/dreambooth/fetch/{id}", "v4/dreambooth/fetch"),
-    ),
+    _images(*_BOOTHS, fetch="v3/dreambooth/fetch", in_body="v4/dreambooth/fetch", label="messege",
+            fetch_label="messege"),
     _images(*_V5_PICTURES, **_V3, no_output="", prompt=False),
     _images("v5/super_resolution", **_V3, no_output="", output="text", prompt=False),
     _images("v5/text2video", **_V3_VIDEO),
     # Version 6.
-    replace(
-        _images("v6/images/*", fetch="v6/images/fetch", label="messege", fetch_label="messege"),
-        fetch=("v6/images/fetch/{id}", "v6/images/fetch"),
-    ),
+    _images("v6/images/*", fetch="v6/images/fetch", in_body="v6/images/fetch", label="messege", fetch_label="messege"),
     _images("v6/realtime/*", fetch="v6/realtime/fetch", label="messege", eta=33.0),
     # Fashion is ordered at image editing. The documentation names either fetch path.
-    Family(
-        orders=("v6/image_editing/*", "v6/fashion/*"),
-        fetch=("v6/image_editing/fetch/{id}", "v6/fashion/fetch/{id}"),
-        label="messege",
-        eta=5.0,
-        proxies="text",
-    ),
+    _simple("v6/image_editing", orders=("v6/image_editing/*", "v6/fashion/*"),
+            fetch=("v6/image_editing/fetch/{id}", "v6/fashion/fetch/{id}"), label="messege", eta=5.0, proxies="text"),
     _simple("v6/interior", label="messege", eta=20.0),
     _simple("v6/deepfake", label="messege", eta=605.0, makes="mp4", proxies="null"),
     _simple("v6/faceswap", label="messege", eta=605.0),
     _simple("v6/video", eta=960.0, makes="mp4"),
-    replace(_simple("v6/whisper", eta=5.0, makes="txt"), orders=("v6/voice/speech_to_text", "v6/whisper/*")),
+    _simple("v6/whisper", orders=("v6/voice/speech_to_text", "v6/whisper/*"), eta=5.0, makes="txt"),
     _simple("v6/voice", eta=100.0, makes="wav"),
     _simple("v6/3d", label="messege", eta=4.0, makes="glb"),
-    Family(
-        orders=("v6/llm/*",),
-        fetch=("v6/llm/get_queued_response",),
-        makes="json",
-        shape="chat",
-        fetch_result=False,
-        eta=5.0,
-        promises=False,
-        proxies="none",
-        text_ids=True,
-    ),
+    _simple("v6/llm", fetch=("v6/llm/get_queued_response",), makes="json", shape="chat", fetch_result=False, eta=5.0,
+            promises=False, proxies="none", text_ids=True),
     # Version 7. The newest documentation has no `fetch_result`; in a captured video answer there is no id.
     _images("v7/images/*", fetch="v7/images/fetch", fetch_result=False, promises=False, proxies="object", eta=30.0,
             text_ids=True),
     _simple("v7/video-fusion", shape="nameless", eta=10.0, makes="mp4"),
     _simple("v7/voice", eta=100.0, makes="wav", output="links"),
     # Enterprise. Only the text-to-image server takes the id in the body.
-    Family(
-        orders=tuple(f"v1/enterprise/{name}" for name in ("text2img", "img2img", "inpaint")),
-        fetch=("v1/enterprise/fetch",),
-        first_id=SERVERS_FROM,
-        fetch_result=False,
-        eta=10.0,
-        prompt=True,
-    ),
+    Family(orders=tuple(f"v1/enterprise/{name}" for name in ("text2img", "img2img", "inpaint")),
+           fetch=("v1/enterprise/fetch",), first_id=SERVERS_FROM, fetch_result=False, eta=10.0, prompt=True),
     *(_simple(f"v1/enterprise/{name}", **{"first_id": SERVERS_FROM, "eta": 10.0, **changes})
       for name, changes in _SERVERS.items()),
     # Trainings are fetched at version 3. They produce a model instead of a file.

@@ -6,26 +6,17 @@ import threading
 import time
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from worker.sandbox.answers import Answer, invalid_request, json_answer
+
+if TYPE_CHECKING:
+    from worker.sandbox.server import Sandbox
 
 MAX_BODY_BYTES = 1 << 20
 IDLE_SECONDS = 120.0  # an idle connection is closed after this time
 CLOSING_SECONDS = 3.0
 CHECK_SECONDS = 0.5  # a stop is noticed after at most this time
-
-
-class Site(Protocol):
-    """Answers the requests that a listener receives."""
-
-    def posted(self, path: str, content_type: str, raw: bytes) -> Answer:
-        """Answer a POST."""
-        ...
-
-    def got(self, path: str, query: str, raw: bytes = b"", key: str = "") -> Answer:
-        """Answer a GET. `key` is the one in the request headers."""
-        ...
 
 
 class Listener(ThreadingHTTPServer):
@@ -35,7 +26,7 @@ class Listener(ThreadingHTTPServer):
     request_queue_size = 512
     timeout = CHECK_SECONDS
 
-    def __init__(self, site: Site, host: str, port: int, *, verbose: bool = False) -> None:
+    def __init__(self, site: "Sandbox", host: str, port: int, *, verbose: bool = False) -> None:
         if ":" in host:
             self.address_family = socket.AF_INET6
         self.site, self.verbose = site, verbose
