@@ -15,9 +15,9 @@ from worker.core.circuit_breaker import CircuitBreaker, Scope, after_rate_limit,
 from worker.core.lifecycle import AskAgain, EndJob, JobFacts, Strikes, after_answer
 from worker.core.reply import Processing
 from worker.errors import JobNotFound
-from worker.operations import overview
+from worker.operations import job_context, overview
+from worker.operations.explain import why
 from worker.operations.overview import overview as read_overview
-from worker.operations.overview import why
 from worker.settings import load
 from worker.store import holds as store
 from worker.store.breakers import all_breakers, locked_breaker, save_breaker
@@ -173,17 +173,18 @@ def test_the_python_api_holds_and_resumes_and_wakes_the_workers(
 
 def test_a_held_job_is_explained_and_is_not_late(database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its due time in the year 9999 is shown nowhere."""
-    monkeypatch.setattr(overview, "database_now", lambda _: YEARS)
+    for module in (overview, job_context):
+        monkeypatch.setattr(module, "database_now", lambda _: YEARS)
     job_id = _held(database)
     with database.connect() as connection:
         row = read_job(database, job_id)
-        reason = why(connection, row, [], load())
+        context = job_context.read_context(connection, row, [], [], load())
         state = read_overview(connection, load())
 
-    assert reason.startswith("held by an operator since 2026-03-01 12:00:00 UTC")
+    assert why(context).startswith("held by an operator since 2026-03-01 12:00:00 UTC")
     assert (state.oldest_due_seconds, state.healthy) == (0.0, True)
     assert [(account.account, account.reason, account.since) for account in state.accounts] == [("default", None, None)]
-    assert overview.ready_estimate(connection, row) is None
+    assert context.estimate is None
 
 
 def test_the_next_request_ignores_held_jobs(engine: Engine) -> None:

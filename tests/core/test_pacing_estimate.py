@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 
@@ -169,14 +170,14 @@ def test_a_ready_or_final_job_has_certain_progress(status: str, phase: str, frac
 
 def test_clock_differences_and_invalid_etas_give_valid_estimates() -> None:
     now = datetime(2026, 3, 1, 12, tzinfo=UTC)
-    job = PacedJob.at(
-        now,
+    row = SimpleNamespace(
         submitted_at=now + timedelta(hours=1),
         not_ready_at=now + timedelta(hours=2),
         eta=-5.0,
         eta_at=now - timedelta(days=9),
         deadline_at=now + timedelta(hours=2),
     )
+    job = PacedJob.at(now, row)
 
     estimate = progress("pending", job, PaceModel())
 

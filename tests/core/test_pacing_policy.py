@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.core.odds import next_age, odds
 from worker.core.pacing.policy import (
     AT_DEADLINE,
     DEFAULT_FIRST_AGE,
@@ -164,7 +165,7 @@ def test_an_answer_without_information_does_not_change_the_odds() -> None:
     plan = Pace("learned", 0.5, 3.0).next(job, NOTHING_KNOWN, spread=0.5)
 
     assert plan.wait == 3.0
-    assert plan.scale == pytest.approx(NOTHING_KNOWN.by_age.next_age(10.0, 0.5) - 10.0)
+    assert plan.scale == pytest.approx(next_age(NOTHING_KNOWN.by_age, 10.0, 0.5) - 10.0)
 
 
 # ── urgency ───────── ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -179,8 +180,8 @@ def test_the_urgency_approximates_the_odds(first_age: float, second_age: float, 
         plan = pace.next(PacedJob(age, age), model, spread=0.5)
         assert plan.scale is not None
         unseen = plan.scale * times
-        odds = math.log(model.by_age.odds(age, age + unseen) / 0.5)
-        assert urgency(unseen, plan.scale, plan.growth) == pytest.approx(odds, abs=max(0.6, 0.35 * odds))
+        log_odds = math.log(odds(model.by_age, age, age + unseen) / 0.5)
+        assert urgency(unseen, plan.scale, plan.growth) == pytest.approx(log_odds, abs=max(0.6, 0.35 * log_odds))
 
 
 def test_a_job_that_is_about_to_end_comes_before_one_that_rarely_ends() -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.core.odds import next_age, odds
 from worker.core.pacing.survival import BUCKETS, EDGES, MAX_POLL_AGE, LogDurationStats, SurvivalModel, bucket
 
 AGES = st.floats(0, 1e6)
@@ -28,7 +29,7 @@ def poll_until_ready(model: SurvivalModel, duration: float, price: float = 0.5) 
     """Poll a job of this duration until it is ready. Return the ages of the polls. The model learns from them."""
     not_ready_age, ages = 0.0, list[float]()
     while not ages or ages[-1] < duration:
-        ages.append(model.next_age(not_ready_age, price))
+        ages.append(next_age(model, not_ready_age, price))
         model.observe(not_ready_age, ages[-1], ages[-1] >= duration)
         not_ready_age = ages[-1]
     return ages
@@ -44,7 +45,7 @@ def test_without_jobs_waits_grow_with_the_root_of_age_and_price() -> None:
 
     for age, price in ((16.0, 0.5), (100.0, 0.5), (100.0, 2.0), (3_600.0, 0.5)):
         # I(x, y) = (y - x)² / 2x for the hazard 1/t
-        assert model.next_age(age, price) - age == pytest.approx(math.sqrt(2 * price * age), rel=0.12)
+        assert next_age(model, age, price) - age == pytest.approx(math.sqrt(2 * price * age), rel=0.12)
 
 
 @given(ANSWERS, AGES, PRICES)
@@ -53,11 +54,11 @@ def test_the_odds_at_the_next_age_are_the_price(
 ) -> None:
     model = model_after(answers)
 
-    age = model.next_age(not_ready_age, price)
+    age = next_age(model, not_ready_age, price)
 
     assert not_ready_age <= age <= max(MAX_POLL_AGE, not_ready_age)
     if age < MAX_POLL_AGE and age - not_ready_age > 1e-6 * max(age, 1.0):
-        assert model.odds(not_ready_age, age) == pytest.approx(price, rel=0.02)
+        assert odds(model, not_ready_age, age) == pytest.approx(price, rel=0.02)
 
 
 @given(ANSWERS, AGES, st.lists(PRICES, min_size=1, max_size=5))
@@ -69,7 +70,7 @@ def test_a_higher_price_is_never_earlier_and_one_pass_equals_single_calls(
     ages = model.next_ages(not_ready_age, rising)
 
     assert all(later >= sooner * (1 - 1e-6) for sooner, later in pairwise(ages))  # Newton stops at steps of 1e-6
-    assert ages == pytest.approx([model.next_age(not_ready_age, price) for price in rising])
+    assert ages == pytest.approx([next_age(model, not_ready_age, price) for price in rising])
 
 
 @given(ANSWERS, AGES, st.floats(0, 1e5), st.floats(0, 1e5))
@@ -79,7 +80,7 @@ def test_odds_and_chances_only_grow_with_age(
     model = model_after(answers)
     sooner, later = sorted((not_ready_age + first_wait, not_ready_age + second_wait))
 
-    assert model.odds(not_ready_age, sooner) <= model.odds(not_ready_age, later) * (1 + 1e-9) + 1e-9
+    assert odds(model, not_ready_age, sooner) <= odds(model, not_ready_age, later) * (1 + 1e-9) + 1e-9
     assert 0.0 <= model.chance(not_ready_age, sooner) <= model.chance(not_ready_age, later) + 1e-12 <= 1.0 + 1e-12
 
 
@@ -136,7 +137,7 @@ def test_jobs_that_never_end_are_polled_less_and_less_often() -> None:
         poll_until_ready(model, 8.0)
     ages = [0.0]
     while ages[-1] < 3_600.0:
-        ages.append(model.next_age(ages[-1], 0.5))
+        ages.append(next_age(model, ages[-1], 0.5))
         model.observe(ages[-2], ages[-1], False)
     late = [later - sooner for sooner, later in pairwise(ages) if sooner > 60.0]
 

@@ -17,9 +17,8 @@ from tests.testing.test_kit import content
 from tests.waiting import wait_until
 from tests.web import Answer, Web, page
 from worker.core.lifecycle import PROMISE_PATIENCE
-from worker.operations.explain import explain
+from worker.operations.explain import explain, why
 from worker.operations.job_context import read_context
-from worker.operations.overview import why
 from worker.operations.prune import Retention, prune
 from worker.operations.verify import verify
 from worker.sandbox import Sandbox, SandboxOptions
@@ -336,7 +335,8 @@ def test_given_a_job_whose_promise_is_tried_when_it_is_shown_then_it_says_so_and
     with env.worker.engine.connect() as connection:
         row = job_row(connection, job_id)
         assert row is not None
-        explanation = why(connection, row, outputs_of(connection, [job_id]), env.worker.settings)
+        outputs = outputs_of(connection, [job_id])
+        explanation = why(read_context(connection, row, outputs, [], env.worker.settings))
     assert explanation.startswith(
         "it ends as not_found unless a promised link gives an output; 0 of 1 outputs are stored"
     )

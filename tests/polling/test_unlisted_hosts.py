@@ -9,9 +9,9 @@ from sqlalchemy import Engine, select, update
 
 from tests.polling.test_poller import KEY, Polls, submitted
 from worker.core.circuit_breaker import NOT_LISTED
-from worker.operations.explain import explain
+from worker.operations.explain import explain, why
 from worker.operations.job_context import read_context
-from worker.operations.overview import overview, why
+from worker.operations.overview import overview
 from worker.sandbox import Sandbox, SandboxOptions
 from worker.settings import Settings
 from worker.store.engine import database_now
@@ -73,13 +73,11 @@ def test_given_an_unlisted_host_then_it_is_held_and_every_view_says_so(unlisted:
     with unlisted.engine.connect() as connection:
         job = job_row(connection, unlisted.job_id)
         assert job is not None
-        assert f"held: {unlisted.host} {NOT_LISTED}: add {unlisted.host} to it" in why(
-            connection, job, [], unlisted.settings
-        )
         state = overview(connection, unlisted.settings)
         context = read_context(connection, job, [], [], unlisted.settings)
     assert [(host.host, host.reason.startswith(NOT_LISTED)) for host in state.hosts] == [(unlisted.host, True)]
     assert state.healthy
+    assert f"held: {unlisted.host} {NOT_LISTED}: add {unlisted.host} to it" in why(context)
     explanation = explain(context, None)
     assert any(NOT_LISTED in finding.detail for finding in explanation.findings)
     assert f"add {unlisted.host} to SD_API_HOSTS" in explanation.advice

@@ -14,9 +14,9 @@ from sqlalchemy import Connection, Engine, Row
 from worker.coordination.rate_limiter import RateLimiter
 from worker.core.answer_history import AnswerNote, parse_history
 from worker.core.circuit_breaker import CircuitBreaker
-from worker.operations.explain import read_explanation
+from worker.operations.explain import read_explanation, why
 from worker.operations.job_context import Finding, read_context
-from worker.operations.overview import Overview, overview, ready_estimate, why
+from worker.operations.overview import Overview, overview
 from worker.operations.snapshot import Snapshot
 from worker.operations.snapshot_reader import SnapshotReader
 from worker.settings import Settings
@@ -82,18 +82,16 @@ class AdminReader:
                 return None
             settings = self.with_placeholder_keys([job.account])
             outputs, events = outputs_of(connection, [job_id]), events_of(connection, job_id)
-            estimate = ready_estimate(connection, job)
-            reason = why(connection, job, outputs, settings)
             context = read_context(connection, job, outputs, events, settings)
         explanation = read_explanation(context, _rate_limiter(settings.redis))
         return JobPage(
             job=job,
-            why=reason,
+            why=why(context),
             now=now,
             outputs=list(outputs[:OUTPUTS_SHOWN]),
             events=list(events),
             answers=parse_history(job.last_answer),
-            likely="" if estimate is None else f"{estimate.chance_now:.0%}",
+            likely="" if context.estimate is None else f"{context.estimate.chance_now:.0%}",
             findings=explanation.findings,
             advice=explanation.advice,
         )

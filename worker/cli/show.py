@@ -22,14 +22,12 @@ from worker.cli.output import (
 from worker.cli.unread import shortened
 from worker.client.connection import transaction
 from worker.coordination.rate_limiter import RateLimiter
-from worker.operations.explain import read_explanation
+from worker.operations.explain import read_explanation, why
 from worker.operations.job_context import JobContext, read_context
-from worker.operations.overview import ready_estimate, why
 from worker.settings import Settings, load
 from worker.store.events import events_of
 from worker.store.jobs import job_row, outputs_of
 from worker.store.kept_answers import answers_of
-from worker.store.late_looks import look_of
 from worker.system.terminal import echo
 
 EVENT_FIELDS = ("event_id", "type", "status", "attempts", "due_at", "http_status", "error_message")
@@ -84,8 +82,8 @@ def _document(connection: Connection, job_id: int, settings: Settings) -> tuple[
         return None
     outputs, events = outputs_of(connection, [job_id]), events_of(connection, job_id)
     is_waiting = job.status == "pending" and job.claim_token is None and job.held_at is None
-    estimate = ready_estimate(connection, job)
-    late_poll = look_of(connection, job_id)
+    context = read_context(connection, job, outputs, events, settings)
+    look, estimate = context.late_look, context.estimate
     document = plain(job, JOB_COLUMNS) | {
         "on_done": job.on_done,
         "on_done_sent_at": moment(job.told_at),
@@ -95,12 +93,12 @@ def _document(connection: Connection, job_id: int, settings: Settings) -> tuple[
         "outputs": [plain(output, OUTPUT_COLUMNS) for output in outputs],
         "webhooks": [plain(event, EVENT_COLUMNS) for event in events],
         "unread": [plain(answer, KEPT_COLUMNS) for answer in answers_of(connection, job_ids=[job_id])],
-        "next_look_at": None if late_poll is None else moment(late_poll.due_at),
-        "why": why(connection, job, outputs, settings),
+        "next_look_at": None if look is None else moment(look.due_at),
+        "why": why(context),
         "next_poll_at": moment(job.due_at) if is_waiting else None,
         "believed": None if estimate is None else asdict(estimate),
     }
-    return document, read_context(connection, job, outputs, events, settings)
+    return document, context
 
 
 def _with_findings(document: dict[str, Any], context: JobContext, limiter: RateLimiter) -> dict[str, Any]:

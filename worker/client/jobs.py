@@ -85,14 +85,7 @@ class Job:
         It is computed from the durations of earlier jobs of this kind. These are read at most twice a minute. Raises
         Unavailable.
         """
-        paced_job = PacedJob.at(
-            self.read_at,
-            submitted_at=self.submitted_at,
-            not_ready_at=self.not_ready_at,
-            eta=self.eta,
-            eta_at=self.eta_at,
-            deadline_at=self.deadline_at,
-        )
+        paced_job = PacedJob.at(self.read_at, self)
         return progress(self.status, paced_job, self._model() if self.status == "pending" else NOTHING_KNOWN)
 
     def _model(self) -> PaceModel:

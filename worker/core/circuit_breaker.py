@@ -1,5 +1,8 @@
 """Circuit breakers of accounts and API hosts: whether requests are allowed (all, a single probe, or none).
 
+After HTTP 429 the account's breaker has the pause and the learned rate (`after_rate_limit`, `with_learned_rate`). The
+formula of the rate is in `worker.core.rate`. `worker.coordination.rate_limiter` shares it between processes in Redis.
+
 A breaker that lets no requests through, or only a probe, is called held. A rejected key, missing credits or an
 exhausted plan hold the account. A host that does not answer is held as well. A rate limit holds the account for a known
 time. Jobs behind a held breaker stay pending and are not polled. A single probe after 10, 20, 40 and then every 60

@@ -1,5 +1,8 @@
 """Request rates per account: time slots for requests, and the rate after a rate limit. Pure. All times in seconds.
 
+`worker.core.circuit_breaker` keeps the learned rate and the pause after HTTP 429. `worker.coordination.rate_limiter`
+reserves the slots in Redis, for all processes together.
+
 Slots are reserved with the generic cell rate algorithm in its virtual scheduling form. The state is one number per
 account, the next free slot. Each reservation takes the next slots in a row, so requests are spread evenly. After a
 pause a small burst is allowed.

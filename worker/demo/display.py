@@ -17,7 +17,8 @@ from rich.text import Text
 from sqlalchemy import Engine, Row, select
 
 from worker.core.lifecycle import FINAL_STATES
-from worker.operations.overview import why
+from worker.operations.explain import why
+from worker.operations.job_context import read_context
 from worker.sandbox.jobs import SandboxJob
 from worker.settings import Settings
 from worker.storage.local import path_of
@@ -101,7 +102,7 @@ def read_progress(engine: Engine, settings: Settings, orders: Sequence[SandboxJo
     with engine.connect() as connection:
         for row in connection.execute(select(schema.jobs).where(schema.jobs.c.remote_id.in_(jobs))).all():
             outputs = outputs_of(connection, [row.id])
-            reason = why(connection, row, outputs, settings)
+            reason = why(read_context(connection, row, outputs, [], settings))
             order = jobs[row.remote_id].order
             jobs[row.remote_id] = DemoJob(order, row.id, row.status, row.polls, row.ready_at, outputs, reason)
     return list(jobs.values())

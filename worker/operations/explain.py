@@ -1,18 +1,21 @@
 """Explain why a job does not move: one finding for each thing that the job depends on, and one line of advice.
 
 The findings are listed in the order in which a job meets them. The first finding that blocks the job gives the advice.
+`why` is the short form, in one or two sentences.
 """
 
 from dataclasses import dataclass
 
 from worker.coordination.rate_limiter import BudgetStatus, RateLimiter
 from worker.core.answer_history import parse_history
+from worker.core.circuit_breaker import BY_OPERATOR, NOT_LISTED
 from worker.core.humanize import format_count, format_duration
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.redaction.masking import mask_personal_data
-from worker.operations.job_context import Finding, JobContext
+from worker.operations.job_context import Finding, JobContext, ReadyEstimate
 from worker.operations.output_findings import on_done_findings, output_finding, promise_findings, webhook_findings
 from worker.operations.request_findings import request_findings
+from worker.store.holds import work_limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,3 +86,96 @@ def _final_advice(context: JobContext) -> str | None:
     if "refused_address" in codes:
         return f"add the network of that address to OUTPUT_ALLOWED_NETWORKS if you trust it, then {retry}"
     return f"set a larger OUTPUT_MAX_BYTES, then {retry}" if "too_large" in codes else retry
+
+
+def why(context: JobContext) -> str:
+    """Return the reason for the state of a job, in one or two sentences."""
+    job = context.job
+    match job.status:
+        case "completed":
+            return f"all {len(context.outputs)} outputs are stored"
+        case "failed" if job.error_code == "not_found":
+            return (
+                f"not_found: {job.error_message}; polled at {job.fetch_base}: "
+                "if the job belongs to another endpoint, track it with `endpoint`"
+            )
+        case "failed":
+            return f"{job.error_code}: {job.error_message}"
+        case "expired":
+            look = context.late_look
+            next_poll = "" if look is None else f"; it is polled once more at {look.due_at:%Y-%m-%d %H:%M} UTC"
+            return f"{job.error_code}: {job.error_message}{next_poll}"
+        case "cancelled":
+            return "it was cancelled"
+        case "downloading":
+            return _why_downloading(context)
+    return _why_held(context) or _why_waiting(context)
+
+
+def _why_downloading(context: JobContext) -> str:
+    stored = sum(output.status == "stored" for output in context.outputs)
+    parts = [f"{stored} of {len(context.outputs)} outputs are stored"]
+    if context.promise is not None and context.promise.end_code is not None:
+        parts.insert(0, f"it ends as {context.promise.end_code} unless a promised link gives an output")
+    if context.job.due_at is not None:
+        parts.append("the API is asked for a fresh link")
+    for output in (output for output in context.outputs if output.status == "pending"):
+        if output.claim_token is not None:
+            parts.append(f"output {output.position} is being downloaded")
+        elif output.error_code is not None:
+            wait = max(0.0, -context.seconds_since(output.due_at))
+            error = f"{output.error_code} ({output.error_message})"
+            parts.append(f"output {output.position}: {error}, again in {wait:.0f} s")
+        else:
+            parts.append(f"output {output.position} is waiting for a download process")
+    return "; ".join(parts)
+
+
+def _why_held(context: JobContext) -> str | None:
+    """Return who or what holds a pending job, or None if it is not held."""
+    job, account = context.job, context.account_state
+    no_expiry = "it does not expire during the hold"
+    if job.held_at is not None:
+        return f"{BY_OPERATOR} since {job.held_at:%Y-%m-%d %H:%M:%S} UTC; {no_expiry}; `resume` ends the hold"
+    if account.reason is not None:
+        until = f", tried again at {account.until:%H:%M:%S} UTC" if account.until else ""
+        return f"held: {account.reason}{until}; {no_expiry}"
+    host = context.breakers.get(("host", job.fetch_host))
+    if host is None or not host.held(context.now):
+        return None
+    not_listed = (host.why or "").startswith(NOT_LISTED)
+    return f"held: {host.name} {host.why}; {'it expires at its deadline' if not_listed else no_expiry}"
+
+
+def _why_waiting(context: JobContext) -> str:
+    """Return what a pending job that is not held waits for."""
+    job = context.job
+    kept_answers = parse_history(job.last_answer)
+    last_answer = f"; last answer: {mask_personal_data(kept_answers[0].note)}" if kept_answers else ""
+    late = context.seconds_since(job.due_at)
+    if job.claim_token is not None:
+        age = None if job.asked_at is None else context.seconds_since(job.asked_at)
+        if late > 0:
+            reason = f"{job.claim_holder} claimed it and its lease has ended: no worker has claimed it since"
+        elif age is not None and age > work_limits(context.settings).poll_max.total_seconds():
+            too_long = "longer than any request takes: `resume` polls it at once"
+            reason = f"{job.claim_holder} claimed it {age:.0f} s ago, {too_long}"
+        else:
+            reason = f"it is being polled by {job.claim_holder}"
+    elif late >= 0:
+        reason = f"due for {late:.0f} s: no worker has polled it yet, or the rate limit is used up"
+    else:
+        reason = f"waiting for its next poll in {-late:.0f} s"
+        if context.settings.poll_policy == "learned" and context.estimate is not None:
+            reason += f"; {_describe(context.estimate)}"
+    return reason + last_answer
+
+
+def _describe(estimate: ReadyEstimate) -> str:
+    if not estimate.jobs:
+        return "no job of this kind has finished yet"
+    half, ninety = ("never" if at is None else f"in {at:.0f} s" for at in (estimate.median, estimate.p90))
+    return (
+        f"the chance that it is ready is {estimate.chance_now:.0%} now and {estimate.chance_then:.0%} then"
+        f"; estimated from {estimate.jobs:.0f} jobs of this kind by {estimate.by}: half are ready {half}, 90 % {ninety}"
+    )

@@ -2,19 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, Row
 
 from worker.core.circuit_breaker import CircuitBreaker, Scope
-from worker.core.pacing.policy import PaceModel
-from worker.operations.overview import HEALTHY_SECONDS, AccountState, account_states
+from worker.core.pacing.policy import PacedJob, PaceModel
+from worker.operations.overview import AccountState, account_states, finite_seconds, workers_poll
 from worker.polling.duration_learner import read_models
 from worker.settings import Settings
 from worker.store.breakers import all_breakers, last_asked
 from worker.store.claims import DueGroup, due_groups
 from worker.store.engine import database_now
+from worker.store.late_looks import look_of
 from worker.store.promises import promise_row
 from worker.store.reports.snapshot_rows import count_due_before
 
@@ -35,6 +36,22 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadyEstimate:
+    """The estimate for one waiting job: the chances that it is ready now and at its next poll.
+
+    `median` and `p90` are the seconds from now until half and 90 % of the jobs of this kind are ready. `by` says
+    whether the estimate uses the job's `age` or its `eta`.
+    """
+
+    chance_now: float
+    chance_then: float
+    median: float | None
+    p90: float | None
+    by: str
+    jobs: float
+
+
+@dataclass(frozen=True, slots=True)
 class JobContext:
     """A job and everything in the database that it depends on. `account_state` includes a hold of the account."""
 
@@ -49,6 +66,7 @@ class JobContext:
     last_request_at: datetime | None
     settings: Settings
     promise: Row[Any] | None = None
+    late_look: Row[Any] | None = None
 
     @property
     def tries_promised_links(self) -> bool:
@@ -58,14 +76,30 @@ class JobContext:
     @property
     def workers_poll(self) -> bool:
         """Whether any worker made a request within the last `HEALTHY_SECONDS`."""
-        return self.last_request_at is not None and self.now - self.last_request_at <= timedelta(
-            seconds=HEALTHY_SECONDS
-        )
+        return workers_poll(self.last_request_at, self.now)
 
     @property
     def rate(self) -> float:
         """The requests per second that the account may make."""
         return self.account_state.rps
+
+    @property
+    def estimate(self) -> ReadyEstimate | None:
+        """The estimate of a pending job, or `None` for a job that is held or not pending."""
+        job, model = self.job, self.model
+        if job.status != "pending" or job.held_at is not None:
+            return None
+        waiting = PacedJob.at(self.now, job)
+        due = max((job.due_at - job.submitted_at).total_seconds(), waiting.not_ready_age)
+        clock, _, _ = model.clock(waiting)
+        return ReadyEstimate(
+            chance_now=round(model.chance(waiting, waiting.age), 3),
+            chance_then=round(model.chance(waiting, due), 3),
+            median=finite_seconds(model.quantile(waiting, 0.5) - waiting.age),
+            p90=finite_seconds(model.quantile(waiting, 0.9) - waiting.age),
+            by="age" if clock is model.by_age else "eta",
+            jobs=clock.moments.count,
+        )
 
     def seconds_since(self, moment: datetime) -> float:
         """Return the seconds since a moment. The result is negative for a moment in the future."""
@@ -101,4 +135,5 @@ def read_context(
         last_request_at=last_asked(connection),
         settings=settings,
         promise=promise_row(connection, job.id),
+        late_look=look_of(connection, job.id),
     )

@@ -1,29 +1,23 @@
-"""Overview of all jobs and accounts, and the one-sentence reason for the state of a job."""
+"""Overview of all jobs and accounts: the states of accounts, hosts, learned paces and unstored outputs."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
 
-from sqlalchemy import Connection, Row
+from sqlalchemy import Connection
 
-from worker.core.answer_history import parse_history
-from worker.core.circuit_breaker import BY_OPERATOR, NOT_LISTED, CircuitBreaker, Scope
+from worker.core.circuit_breaker import NOT_LISTED, CircuitBreaker, Scope
 from worker.core.lifecycle import JOB_STATES
-from worker.core.pacing.policy import PacedJob, PaceModel
+from worker.core.pacing.policy import PaceModel
 from worker.core.pacing.survival import MAX_POLL_AGE
-from worker.core.redaction.masking import mask_personal_data
 from worker.polling.duration_learner import read_models
 from worker.settings import Settings
 from worker.store.breakers import all_breakers, last_asked
 from worker.store.claims import DueGroup, due_groups
 from worker.store.engine import database_now
-from worker.store.holds import work_limits
 from worker.store.jobs import count_by_state, waiting_accounts
-from worker.store.late_looks import look_of
 from worker.store.outputs import unstored_by_code
 from worker.store.paces import newest_paces
-from worker.store.promises import promise_row
 from worker.store.schema import HELD_UNTIL
 
 MAX_KINDS = 50  # the most recently updated kinds
@@ -42,8 +36,8 @@ class AccountState:
 
 
 @dataclass(frozen=True, slots=True)
-class HostState:
-    """A held host of the API: the reason, start and end of the hold."""
+class HeldHost:
+    """A held host of the API: the reason, start and end of the hold. `until` is `None` if an operator must end it."""
 
     host: str
     reason: str
@@ -72,22 +66,6 @@ class KindState:
 
 
 @dataclass(frozen=True, slots=True)
-class ReadyEstimate:
-    """The estimate for one waiting job: the chances that it is ready now and at its next poll.
-
-    `median` and `p90` are the seconds from now until half and 90 % of the jobs of this kind are ready. `by` says
-    whether the estimate uses the job's `age` or its `eta`.
-    """
-
-    chance_now: float
-    chance_then: float
-    median: float | None
-    p90: float | None
-    by: str
-    jobs: float
-
-
-@dataclass(frozen=True, slots=True)
 class UnstoredOutputs:
     """Outputs that are not stored yet: their number, and the seconds since the oldest link was first seen.
 
@@ -110,7 +88,7 @@ class Overview:
     healthy: bool
     unstored: UnstoredOutputs
     kinds: Sequence[KindState] = ()
-    hosts: Sequence[HostState] = ()
+    hosts: Sequence[HeldHost] = ()
 
 
 def overview(connection: Connection, settings: Settings) -> Overview:
@@ -120,29 +98,38 @@ def overview(connection: Connection, settings: Settings) -> Overview:
     groups = due_groups(connection, waiting_accounts(connection))
     accounts = account_states(breakers, groups, settings, now)
     free_accounts = [state.account for state in accounts if state.reason is None]
-    held_hosts = [breaker.name for breaker in breakers.values() if breaker.scope == "host" and breaker.held(now)]
+    hosts = held_hosts(breakers, now)
+    held_names = {host.host for host in hosts}
     due_times = [
         group.due_at
         for group in groups
-        if group.due_at <= now and group.account in free_accounts and group.host not in held_hosts
+        if group.due_at <= now and group.account in free_accounts and group.host not in held_names
     ]
     oldest = max(0.0, (now - min(due_times)).total_seconds()) if due_times else 0.0
-    last_request_at = last_asked(connection)
-    workers_poll = last_request_at is not None and now - last_request_at <= timedelta(seconds=HEALTHY_SECONDS)
     job_counts = count_by_state(connection)
     return Overview(
         jobs={state: job_counts.get(state, 0) for state in JOB_STATES},
         accounts=accounts,
         oldest_due_seconds=round(oldest, 3),
-        healthy=oldest <= HEALTHY_SECONDS or workers_poll,
+        healthy=oldest <= HEALTHY_SECONDS or workers_poll(last_asked(connection), now),
         unstored=_unstored(connection, now),
         kinds=_kinds(connection),
-        hosts=[
-            HostState(breaker.name, breaker.why or "", breaker.paused_at or breaker.since, _tried_at(breaker))
-            for (scope, _), breaker in sorted(breakers.items())
-            if scope == "host" and breaker.held(now)
-        ],
+        hosts=hosts,
     )
+
+
+def workers_poll(last_request_at: datetime | None, now: datetime) -> bool:
+    """Return whether any worker made a request within the last `HEALTHY_SECONDS`."""
+    return last_request_at is not None and now - last_request_at <= timedelta(seconds=HEALTHY_SECONDS)
+
+
+def held_hosts(breakers: Mapping[tuple[Scope, str], CircuitBreaker], now: datetime) -> list[HeldHost]:
+    """Return the held hosts, sorted by name."""
+    return [
+        HeldHost(breaker.name, breaker.why or "", breaker.paused_at or breaker.since, _tried_at(breaker))
+        for (scope, _), breaker in sorted(breakers.items())
+        if scope == "host" and breaker.held(now)
+    ]
 
 
 def account_states(
@@ -178,8 +165,8 @@ def _kind(account: str, kind: str, model: PaceModel) -> KindState:
         account=account,
         kind=kind,
         jobs=model.by_age.moments.count,
-        median=_finite(model.by_age.quantile(0.0, 0.5)),
-        p90=_finite(model.by_age.quantile(0.0, 0.9)),
+        median=finite_seconds(model.by_age.quantile(0.0, 0.5)),
+        p90=finite_seconds(model.by_age.quantile(0.0, 0.9)),
         expected=round(model.expected_ready / requests, 3),
         ready=round(model.found_ready / requests, 3),
         planned_delay=round(model.planned_delay, 2),
@@ -187,46 +174,9 @@ def _kind(account: str, kind: str, model: PaceModel) -> KindState:
     )
 
 
-def ready_estimate(connection: Connection, job: Row[Any]) -> ReadyEstimate | None:
-    """Estimate when a pending job is ready. Return `None` for a job that is held or not pending."""
-    if job.status != "pending" or job.held_at is not None:
-        return None
-    now = database_now(connection)
-    model, _ = read_models(connection, [(job.account, job.kind)])[job.account, job.kind]
-    since = job.submitted_at
-    waiting = PacedJob.at(
-        now,
-        submitted_at=since,
-        not_ready_at=job.not_ready_at,
-        eta=job.eta,
-        eta_at=job.eta_at,
-        deadline_at=job.deadline_at,
-    )
-    due = max((job.due_at - since).total_seconds(), waiting.not_ready_age)
-    clock, _, _ = model.clock(waiting)
-    return ReadyEstimate(
-        chance_now=round(model.chance(waiting, waiting.age), 3),
-        chance_then=round(model.chance(waiting, due), 3),
-        median=_finite(model.quantile(waiting, 0.5) - waiting.age),
-        p90=_finite(model.quantile(waiting, 0.9) - waiting.age),
-        by="age" if clock is model.by_age else "eta",
-        jobs=clock.moments.count,
-    )
-
-
-def _finite(seconds: float) -> float | None:
+def finite_seconds(seconds: float) -> float | None:
+    """Return a number of seconds from now, at least 0, or `None` for never."""
     return round(max(seconds, 0.0), 1) if seconds < MAX_POLL_AGE else None
-
-
-def _describe(estimate: ReadyEstimate) -> str:
-    if not estimate.jobs:
-        return "no job of this kind has finished yet"
-    half = "never" if estimate.median is None else f"in {estimate.median:.0f} s"
-    ninety = "never" if estimate.p90 is None else f"in {estimate.p90:.0f} s"
-    return (
-        f"the chance that it is ready is {estimate.chance_now:.0%} now and {estimate.chance_then:.0%} then"
-        f"; estimated from {estimate.jobs:.0f} jobs of this kind by {estimate.by}: half are ready {half}, 90 % {ninety}"
-    )
 
 
 def _account(
@@ -258,78 +208,3 @@ def _tried_at(breaker: CircuitBreaker) -> datetime | None:
 def no_key(account: str) -> str:
     """Return the reason for holding the jobs of an account without a key."""
     return f"no key for account {account}"
-
-
-def why(connection: Connection, job: Row[Any], outputs: Sequence[Row[Any]], settings: Settings) -> str:
-    """Return the reason for the state of a job, in one or two sentences."""
-    now = database_now(connection)
-    match job.status:
-        case "completed":
-            return f"all {len(outputs)} outputs are stored"
-        case "failed" if job.error_code == "not_found":
-            return (
-                f"not_found: {job.error_message}; polled at {job.fetch_base}: "
-                "if the job belongs to another endpoint, track it with `endpoint`"
-            )
-        case "failed" | "expired":
-            late_poll = look_of(connection, job.id) if job.status == "expired" else None
-            next_poll = (
-                "" if late_poll is None else f"; it is polled once more at {late_poll.due_at:%Y-%m-%d %H:%M} UTC"
-            )
-            return f"{job.error_code}: {job.error_message}{next_poll}"
-        case "cancelled":
-            return "it was cancelled"
-        case "downloading":
-            promise = promise_row(connection, job.id)
-            code = None if promise is None else promise.end_code
-            promised = f"it ends as {code} unless a promised link gives an output; " if code is not None else ""
-            return promised + _why_downloading(job, outputs, now)
-    if job.held_at is not None:
-        since = f"{job.held_at:%Y-%m-%d %H:%M:%S} UTC"
-        return f"{BY_OPERATOR} since {since}; it does not expire during the hold; `resume` ends the hold"
-    breakers = all_breakers(connection)
-    state = _account(job.account, breakers, {job.account: job.due_at}, settings, now)
-    if state.reason is not None:
-        until = f", tried again at {state.until:%H:%M:%S} UTC" if state.until else ""
-        return f"held: {state.reason}{until}; it does not expire during the hold"
-    host = breakers.get(("host", job.fetch_host))
-    if host is not None and host.held(now):
-        not_listed = (host.why or "").startswith(NOT_LISTED)
-        effect = "it expires at its deadline" if not_listed else "it does not expire during the hold"
-        return f"held: {host.name} {host.why}; {effect}"
-    kept_answers = parse_history(job.last_answer)
-    last_answer = f"; last answer: {mask_personal_data(kept_answers[0].note)}" if kept_answers else ""
-    if job.claim_token is not None and job.due_at < now:
-        return f"{job.claim_holder} claimed it and its lease has ended: no worker has claimed it since{last_answer}"
-    if job.claim_token is not None and job.asked_at is not None and now - job.asked_at > work_limits(settings).poll_max:
-        age = (now - job.asked_at).total_seconds()
-        return (
-            f"{job.claim_holder} claimed it {age:.0f} s ago, longer than any request takes: "
-            f"`resume` polls it at once{last_answer}"
-        )
-    if job.claim_token is not None:
-        return f"it is being polled by {job.claim_holder}{last_answer}"
-    estimate = ready_estimate(connection, job)
-    prospect = f"; {_describe(estimate)}" if estimate is not None and settings.poll_policy == "learned" else ""
-    if job.due_at > now:
-        return f"waiting for its next poll in {(job.due_at - now).total_seconds():.0f} s{prospect}{last_answer}"
-    late = (now - job.due_at).total_seconds()
-    return f"due for {late:.0f} s: no worker has polled it yet, or the rate limit is used up{last_answer}"
-
-
-def _why_downloading(job: Row[Any], outputs: Sequence[Row[Any]], now: datetime) -> str:
-    waiting = [output for output in outputs if output.status == "pending"]
-    stored = sum(output.status == "stored" for output in outputs)
-    reason = f"{stored} of {len(outputs)} outputs are stored"
-    if job.due_at is not None:
-        reason += "; the API is asked for a fresh link"
-    for output in waiting:
-        if output.claim_token is not None:
-            reason += f"; output {output.position} is being downloaded"
-        elif output.error_code is not None:
-            wait_seconds = max(0.0, (output.due_at - now).total_seconds())
-            error = f"{output.error_code} ({output.error_message})"
-            reason += f"; output {output.position}: {error}, again in {wait_seconds:.0f} s"
-        else:
-            reason += f"; output {output.position} is waiting for a download process"
-    return reason

@@ -208,14 +208,7 @@ def _late_advice(context: JobContext, late: float) -> str:
 
 def _curve(context: JobContext) -> Finding:
     job, model = context.job, context.model
-    waiting = PacedJob.at(
-        context.now,
-        submitted_at=job.submitted_at,
-        not_ready_at=job.not_ready_at,
-        eta=job.eta,
-        eta_at=job.eta_at,
-        deadline_at=job.deadline_at,
-    )
+    waiting = PacedJob.at(context.now, job)
     clock, _, _ = model.clock(waiting)
     if not clock.moments.count:
         return Finding("curve", "unknown", "no job of this kind has finished yet")

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from worker.operations.overview import HeldHost
+
 NO_WORKER = "no worker polls"  # the reason of late jobs if no process makes requests
 
 
@@ -30,16 +32,6 @@ class AccountNow:
     ceiling: float | None
     left: int | None
     reason: str | None
-    since: datetime | None
-    until: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class HeldHost:
-    """A held host of the API: the reason, the start of the hold, and when it is tried again."""
-
-    host: str
-    reason: str
     since: datetime | None
     until: datetime | None
 

@@ -8,7 +8,7 @@ import json
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -20,13 +20,12 @@ from worker.core.histograms import DELAYS, quantile
 from worker.core.identity import can_be_asked
 from worker.core.lifecycle import OutputFacts, address_index
 from worker.core.redaction.masking import link_host, mask_personal_data
-from worker.operations.overview import HEALTHY_SECONDS, AccountState, account_states, no_key
+from worker.operations.overview import AccountState, account_states, held_hosts, no_key, workers_poll
 from worker.operations.snapshot import (
     NO_WORKER,
     AccountNow,
     Counted,
     Failure,
-    HeldHost,
     KindNow,
     LateJob,
     LateWebhook,
@@ -129,10 +128,6 @@ def _read_rows(connection: Connection, settings: Settings) -> _Rows:
     )
 
 
-def _workers_poll(rows: _Rows) -> bool:
-    return rows.last_request_at is not None and rows.now - rows.last_request_at <= timedelta(seconds=HEALTHY_SECONDS)
-
-
 class SnapshotReader:
     """Reads snapshots, and keeps samples of the last minute to compute rates."""
 
@@ -160,7 +155,7 @@ class SnapshotReader:
             rows.breakers,
             {state.account: state for state in rows.account_states},
             rows.dead_holders,
-            _workers_poll(rows),
+            workers_poll(rows.last_request_at, now),
             now,
         )
         kinds, kinds_seconds = self._kinds(sample)
@@ -173,7 +168,7 @@ class SnapshotReader:
             accounts=[
                 self._account(state, rows.breakers, peeks.get(state.account), sample) for state in rows.account_states
             ],
-            hosts=_held_hosts(rows.breakers, now),
+            hosts=[replace(host, reason=mask_personal_data(host.reason)) for host in held_hosts(rows.breakers, now)],
             late=[why.late(row) for row in rows.late],
             late_count=_count("late", rows.late_count),
             overdue=[
@@ -245,21 +240,6 @@ def _count_states(counts: Mapping[str, int]) -> list[Counted]:
 
 def _count(state: str, count: int) -> Counted:
     return Counted(state, min(count, snapshot_rows.COUNTED_MOST), count > snapshot_rows.COUNTED_MOST)
-
-
-def _held_hosts(breakers: Mapping[tuple[Scope, str], CircuitBreaker], now: datetime) -> list[HeldHost]:
-    held_breakers = (
-        breaker for (scope, _), breaker in sorted(breakers.items()) if scope == "host" and breaker.held(now)
-    )
-    return [
-        HeldHost(
-            breaker.name,
-            mask_personal_data(breaker.why or ""),
-            breaker.paused_at or breaker.since,
-            None if breaker.paused_at else breaker.until or breaker.probe_at,
-        )
-        for breaker in held_breakers
-    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,8 @@ from worker.net.address_guard import Guard, guarded_adapter
 from worker.net.pooled_adapter import PooledAdapter
 from worker.notify.on_done import notify
 from worker.notify.webhooks import BATCH
-from worker.operations.overview import why
+from worker.operations.explain import why
+from worker.operations.job_context import read_context
 from worker.polling.api_client import MAX_ANSWER_BYTES, ApiClient
 from worker.polling.poller import Poller
 from worker.settings import Settings
@@ -230,7 +231,7 @@ class FetchWorker(Workers):
             return (
                 "it was deleted"
                 if row is None
-                else why(connection, row, outputs_of(connection, [job.id]), self.settings)
+                else why(read_context(connection, row, outputs_of(connection, [job.id]), [], self.settings))
             )
 
     def _unfinished(self) -> list[int]:

@@ -57,24 +57,16 @@ class PacedJob(NamedTuple):
     seconds_left: float = math.inf
 
     @classmethod
-    def at(
-        cls,
-        now: datetime,
-        *,
-        submitted_at: datetime,
-        not_ready_at: datetime | None,
-        eta: float | None,
-        eta_at: datetime | None,
-        deadline_at: datetime,
-    ) -> "PacedJob":
-        """Return the job as it is at `now`. Values that are out of range, from a clock or the API, are corrected."""
+    def at(cls, now: datetime, job: Any) -> "PacedJob":
+        """Return a row of a job as it is at `now`. Values out of range, from a clock or the API, are corrected."""
 
         def age(moment: datetime | None) -> float:
-            return 0.0 if moment is None else max((moment - submitted_at).total_seconds(), 0.0)
+            return 0.0 if moment is None else max((moment - job.submitted_at).total_seconds(), 0.0)
 
-        not_ready_age = age(not_ready_at)
-        seconds_left = (deadline_at - now).total_seconds()
-        return _sane(cls(max(age(now), not_ready_age), not_ready_age, eta, age(eta_at), seconds_left=seconds_left))
+        not_ready_age = age(job.not_ready_at)
+        seconds_left = (job.deadline_at - now).total_seconds()
+        age_now = max(age(now), not_ready_age)
+        return _sane(cls(age_now, not_ready_age, job.eta, age(job.eta_at), seconds_left=seconds_left))
 
 
 class PollPlan(NamedTuple):

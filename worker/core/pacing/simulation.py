@@ -12,7 +12,7 @@ from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from worker.core.pacing.policy import WINDOW, Pace, PacedJob, PaceModel, PollPlan
+from worker.core.pacing.policy import WINDOW, Pace, PacedJob, PaceModel, PollPlan, urgency
 from worker.core.rate import reserve_slots
 from worker.errors import TraceError
 
@@ -84,8 +84,7 @@ class _Job:
     not_ready_age: float = 0.0
     polls: int = 0
     since: float = 0.0  # `submitted + not_ready_age`
-    growth: float = 0.0
-    offset: float = 0.0
+    plan: PollPlan = PollPlan(0.0)  # noqa: RUF009  # a tuple
 
 
 def simulate(
@@ -156,8 +155,7 @@ class _Run:
         self._plan(job, trace.submitted, plan)
 
     def _plan(self, job: _Job, now: float, plan: PollPlan) -> None:
-        if plan.scale is not None and plan.growth is not None:
-            job.growth, job.offset = plan.growth, plan.growth * math.log(plan.scale)
+        job.plan = plan
         heapq.heappush(self._future, (now + plan.wait, job.number, job))
 
     def _best(self, now: float, count: int) -> list[_Job]:
@@ -165,14 +163,11 @@ class _Run:
         due = self._due
         if count >= len(due):
             return [job for _, _, job in self._drained()]
-        chosen = sorted(self._candidates(now), key=lambda place: (-self._urgency(due[place][2], now), place))[:count]
+        chosen = sorted(self._candidates(now), key=lambda place: (-_urgency(due[place][2], now), place))[:count]
         best = [due[place][2] for place in chosen]
         for place in sorted(chosen, reverse=True):
             del due[place]
         return best
-
-    def _urgency(self, job: _Job, now: float) -> float:
-        return job.growth * math.log(max(now - job.since, 0.001)) - job.offset
 
     def _candidates(self, now: float) -> Iterable[int]:
         due = self._due
@@ -201,6 +196,10 @@ class _Run:
             job.not_ready_age, job.since = age, now
             waiting = PacedJob(age, age, trace.eta, 0.0, job.polls, job.deadline - age)
             self._plan(job, now, self._pace.next(waiting, model, spread=self._random.random()))
+
+
+def _urgency(job: _Job, now: float) -> float:
+    return urgency(now - job.since, job.plan.scale, job.plan.growth)
 
 
 def quantile(values: Sequence[float], share: float) -> float:

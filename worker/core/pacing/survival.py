@@ -113,12 +113,11 @@ class SurvivalModel:
 
     # ── deciding ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def next_age(self, not_ready_age: float, price: float) -> float:
-        """Return the age at which the odds since `not_ready_age` reach `price`. All are in the unit of the model."""
-        return self.next_ages(not_ready_age, (price,))[0]
-
     def next_ages(self, not_ready_age: float, prices: Sequence[float]) -> list[float]:
-        """Do the same for several prices, in ascending order, in one pass over the buckets."""
+        """Return the ages at which the odds since `not_ready_age` reach each of `prices`, which are in ascending order.
+
+        All are in the unit of the model.
+        """
         ended, time, base, pull = self.ended, self.time, self._base, self._pull
         ages: list[float] = []
         remaining_prices = iter(prices)
@@ -147,16 +146,6 @@ class SurvivalModel:
                     min(age + _stretch(each - odds, factor, hazard, length), MAX_POLL_AGE) for each in higher_prices
                 ]
                 return ages
-
-    def odds(self, not_ready_age: float, age: float) -> float:
-        """Return I(not_ready_age, age), the value of a poll at `age`, in the unit of the model."""
-        odds, factor = 0.0, 1.0
-        for at, length in _pieces(not_ready_age, age):
-            hazard = self.hazard(at)
-            power = min(hazard * length, 300.0)
-            odds += (factor * math.expm1(power) / hazard - length) if power > 1e-9 else (factor - 1) * length
-            factor = min(factor * math.exp(power), 1e100)
-        return odds
 
     def chance(self, not_ready_age: float, age: float) -> float:
         """Return the chance that a job that was not ready at `not_ready_age` is ready at `age`."""
