@@ -6,11 +6,10 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +22,7 @@ from requests.adapters import HTTPAdapter
 from tests.web import page, sends, web_server
 from worker.core.reply import ApiDown, Processing, Reply
 from worker.net import deadlines, pooled_adapter
-from worker.net.deadlines import TimeLimit, lean_session, look_up, tls_context
+from worker.net.deadlines import TimeLimit, look_up, tls_context
 from worker.net.pooled_adapter import PooledAdapter
 from worker.polling.api_client import ApiClient
 from worker.system.redaction import Scrubber
@@ -299,9 +298,8 @@ def test_given_an_answer_without_a_length_then_its_connection_is_not_pooled() ->
     with web_server() as web:  # hangs up after each answer, which marks its end
         web.serves("/api/v3/fetch/1", sends(b"HTTP/1.1 200 OK\r\n\r\n" + PROCESSING))
         adapter = PooledAdapter(limit=1_000, connections=4)
-        request = requests.Request("POST", f"{web.url}/api/v3/fetch/1", data=b"{}").prepare()
 
-        assert adapter.send(request, timeout=(1.0, 1.0)).content == PROCESSING
+        assert adapter.post(f"{web.url}/api/v3/fetch/1", {}, b"{}", (1.0, 1.0)).body == PROCESSING
 
         assert not any(adapter._idle.values())
 
@@ -309,10 +307,9 @@ def test_given_an_answer_without_a_length_then_its_connection_is_not_pooled() ->
 def test_given_more_connections_than_the_limit_then_the_surplus_is_closed(site: KeepAliveServer) -> None:
     site.seconds = 0.1
     adapter = PooledAdapter(limit=1_000, connections=2)
-    request = requests.Request("POST", f"{site.origin}/x", data=b"{}").prepare()
 
     with ThreadPoolExecutor(6) as threads:
-        list(threads.map(lambda _: adapter.send(request, timeout=(1.0, 1.0)), range(6)))
+        list(threads.map(lambda _: adapter.post(f"{site.origin}/x", {"Content-Length": "2"}, b"{}", (1, 1)), range(6)))
 
     assert [len(lines) for lines in adapter._idle.values()] == [2]
     adapter.close()
@@ -551,106 +548,15 @@ def test_given_several_silent_addresses_when_connecting_then_all_together_take_a
             filler.connect_ex(("127.0.0.1", port))
             fillers.append(filler)
         monkeypatch.setattr(deadlines, "look_up", lambda *_: [(socket.AF_INET, ("127.0.0.1", port))] * 20)
-        session = lean_session(PooledAdapter(limit=1_000, connections=2))
-        request = requests.Request("POST", f"http://{NAME}:{port}/x", data=b"{}").prepare()
+        adapter = PooledAdapter(limit=1_000, connections=2)
         started = time.monotonic()
 
         with TimeLimit(0.6), pytest.raises(requests.RequestException):
-            session.get_adapter(request.url or "").send(request, timeout=(5.0, 5.0))
+            adapter.post(f"http://{NAME}:{port}/x", {"Content-Length": "2"}, b"{}", (5.0, 5.0))
 
         assert time.monotonic() - started < 5.0
         for filler in fillers:
             filler.close()
-
-
-OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-A: 1\r\nx-a: 2\r\n\r\n{}"
-RAW_ANSWERS = {
-    "the usual one": OK,
-    "an error": b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\n\r\ndown",
-    "no reason": b"HTTP/1.1 200\r\nContent-Length: 2\r\n\r\n{}",
-    "no body": b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
-    "no headers": b"HTTP/1.1 200 OK\r\n\r\n{}",
-    "no content": b"HTTP/1.1 204 No Content\r\nContent-Length: 2\r\n\r\n{}",
-    "an interim answer": b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + OK,
-    "HTTP/1.0": OK.replace(b"HTTP/1.1", b"HTTP/1.0"),
-    "HTTP/2": OK.replace(b"HTTP/1.1", b"HTTP/2"),
-    "a status that is none": OK.replace(b"200", b"2x0"),
-    "two spaces": OK.replace(b" 200 ", b"  200 "),
-    "bare line feeds": OK.replace(b"\r\n", b"\n"),
-    "a bare line feed in a header": OK.replace(b"X-A: 1", b"X-A: 1\nX-B: 2"),
-    "a bare carriage return": OK.replace(b"X-A: 1", b"X-A: \r1\r"),
-    "a folded header": OK.replace(b"X-A: 1", b"X-A: 1\r\n 2"),
-    "a header without a colon": OK.replace(b"X-A: 1", b"X-A"),
-    "a blank before the colon": OK.replace(b"Content-Length:", b"Content-Length :"),
-    "chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Length: x\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
-    "not quite chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
-    "two lengths": OK.replace(b"X-A: 1", b"Content-Length: 3"),
-    "one length twice": OK.replace(b"X-A: 1", b"Content-Length: 2"),
-    "a length that is none": OK.replace(b": 2", b": -2"),
-    "cut off in the headers": OK[:30],
-    "cut off in the body": OK[:-1],
-    "cut off at once": b"",
-    "no HTTP": b"SSH-2.0-OpenSSH_9.2\r\n",
-    "larger than the limit": b"HTTP/1.1 200 OK\r\nContent-Length: 3000\r\n\r\n" + b"x" * 3000,
-    "a hundred headers": OK.replace(b"X-A: 1", b"\r\n".join(b"X-%d: 1" % number for number in range(97))),
-    "more headers than that": OK.replace(b"X-A: 1", b"\r\n".join(b"X-%d: 1" % number for number in range(99))),
-    "something packed": OK.replace(b"X-A: 1", b"Content-Encoding: gzip"),
-}
-
-
-def read_by(read: Callable[[socket.socket], pooled_adapter.WholeAnswer], raw: bytes, first: int) -> object:
-    """Read an answer whose first bytes arrive separately. Return the answer, or the type of the error."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ours.settimeout(5)
-        theirs.sendall(raw[:first])
-
-        def send_rest() -> None:
-            theirs.sendall(raw[first:])
-            theirs.shutdown(socket.SHUT_WR)
-
-        timer = threading.Timer(0.02 if first else 0.0, send_rest)
-        timer.start()
-        try:
-            answer = read(ours)
-        except (OSError, HTTPException, ValueError) as error:
-            return type(error)
-        finally:
-            timer.join()
-    headers = {name.lower(): value for name, value in answer.headers.items()}
-    return answer.status, answer.reason, headers, answer.body, answer.encoded
-
-
-@pytest.mark.parametrize("first", [0, 20, 60])
-@pytest.mark.parametrize("raw", RAW_ANSWERS.values(), ids=RAW_ANSWERS.keys())
-def test_the_fast_reader_reads_the_same_as_the_general_reader(raw: bytes, first: int) -> None:
-    short = read_by(lambda sock: pooled_adapter._read(sock, 1_000), raw, first)
-    long = read_by(lambda sock: pooled_adapter._read_any(b"", sock, 1_000), raw, first)
-
-    assert short == long
-
-
-def test_a_usual_answer_is_read_by_the_fast_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pooled_adapter, "_read_any", None)
-
-    assert read_by(lambda sock: pooled_adapter._read(sock, 1_000), OK, 0) == (
-        200,
-        "OK",
-        {"content-length": "2", "x-a": "1, 2"},
-        b"{}",
-        False,
-    )
-
-
-@pytest.mark.parametrize(
-    ("raw", "reusable"), [(OK, True), (OK + b"more", False), (OK.replace(b"X-A: 1", b"Connection: close"), False)]
-)
-def test_given_extra_bytes_after_an_answer_then_its_connection_is_not_reused(raw: bytes, reusable: bool) -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        theirs.sendall(raw)
-
-        assert pooled_adapter._read(ours, 1_000).reusable is reusable
 
 
 def test_given_a_deadline_that_is_removed_then_the_deadline_of_the_next_call_stays() -> None:
@@ -666,6 +572,23 @@ def test_given_a_deadline_that_is_removed_then_the_deadline_of_the_next_call_sta
     peer.settimeout(10.0)
     assert peer.recv(1) == b"", "the connection is shut down at the second deadline"
     own.close()
+    peer.close()
+
+
+def test_given_a_call_that_ended_when_its_connection_is_closed_then_the_server_notices() -> None:
+    """The watchdog's thread keeps no connection open."""
+    own, peer = socket.socketpair()
+    handle, watchdog = deadlines.SocketHandle(own), deadlines.DeadlineWatchdog()
+    until = time.monotonic() + 60.0
+    watchdog.watch(handle, until)
+    time.sleep(3 * deadlines.CHECK_SECONDS)
+
+    watchdog.forget(handle, until)
+    del handle
+    own.close()
+
+    peer.settimeout(10.0)
+    assert peer.recv(1) == b""
     peer.close()
 
 

@@ -48,8 +48,9 @@ from worker.downloads.progress import ReceivedBytes
 from worker.errors import StorageTrouble
 from worker.net.address_guard import Guard, RefusedTarget
 from worker.net.deadlines import TimeLimit
+from worker.net.http_answers import StreamedAnswer
 from worker.net.network_errors import describe
-from worker.net.pooled_adapter import PooledAdapter, StreamedAnswer
+from worker.net.pooled_adapter import PooledAdapter
 from worker.storage.base import Storage
 from worker.storage.partial_files import Incoming, Source, link_hash
 from worker.store.claims import ClaimedOutput, claim_output, release_claimed_outputs, release_output

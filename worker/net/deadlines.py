@@ -17,8 +17,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
-from http.client import HTTPException, HTTPResponse
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, cast
@@ -32,11 +32,10 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 from urllib3.util.ssl_ import create_urllib3_context
 
+from worker.net.http_answers import FinalResponse
+
 CHECK_SECONDS = 0.2
 ATTEMPT_DELAY_SECONDS = 0.25  # between attempts to connect to the addresses of one host: RFC 8305, section 5
-MAX_INTERIM_RESPONSES = 32
-MAX_HEADER_LINE = 65_536
-MAX_HEADERS = 100
 CONNECTING = frozenset({errno.EINPROGRESS, errno.EWOULDBLOCK})
 
 Target = tuple[int, Any]  # an address family, and an address as `socket.connect` takes it
@@ -89,11 +88,15 @@ class DeadlineWatchdog:
     def _run(self) -> None:
         while True:
             time.sleep(CHECK_SECONDS)
-            now = time.monotonic()
-            for handle, until in self._deadlines.copy():  # a single step, safe beside other threads
-                if now >= until and (handle, until) in self._deadlines:
-                    handle.shut()
-                    self._deadlines.pop((handle, until), None)
+            self._shut_late()
+
+    def _shut_late(self) -> None:
+        # A method of its own: a local variable that outlives it would keep a closed connection open.
+        now = time.monotonic()
+        for handle, until in self._deadlines.copy():  # a single step, safe beside other threads
+            if now >= until and (handle, until) in self._deadlines:
+                handle.shut()
+                self._deadlines.pop((handle, until), None)
 
 
 watchdog = DeadlineWatchdog()
@@ -169,27 +172,7 @@ class LookUpTimeout(TimeoutError):
     """The look-up of a name took too long."""
 
 
-class _NameLookUp:
-    """One look-up of a name in a separate thread. Any number of calls can wait for it."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self.host, self.port = host, port
-        self.finished = threading.Event()
-        self.targets: list[Target] = []
-        self.error: OSError | None = None
-
-    def run(self) -> None:
-        try:
-            self.targets = _resolve(self.host, self.port)
-        except (OSError, UnicodeError) as error:
-            self.error = error if isinstance(error, OSError) else socket.gaierror(socket.EAI_NONAME, str(error))
-        finally:
-            with _look_ups_lock:
-                _look_ups.pop((self.host, self.port), None)
-            self.finished.set()
-
-
-_look_ups: dict[tuple[str, int], _NameLookUp] = {}
+_look_ups: dict[tuple[str, int], Future[list[Target]]] = {}  # any number of calls can wait for one
 _look_ups_lock = threading.Lock()
 
 
@@ -199,22 +182,36 @@ def look_up(host: str, port: int, seconds: float) -> list[Target]:
         ipaddress.ip_address(host)
         return _resolve(host, port)
     with _look_ups_lock:
-        name_look_up = _look_ups.get((host, port))
-        if name_look_up is None:
-            name_look_up = _NameLookUp(host, port)
-            threading.Thread(target=name_look_up.run, name="look-up", daemon=True).start()
-            _look_ups[host, port] = (
-                name_look_up  # registered once its thread runs; the thread needs the lock to remove it
-            )
-    if not name_look_up.finished.wait(None if math.isinf(seconds) else seconds):
+        result = _look_ups.get((host, port))
+        if result is None:
+            result = Future()
+            threading.Thread(target=_run_look_up, args=(host, port, result), name="look-up", daemon=True).start()
+            _look_ups[host, port] = result  # registered once its thread runs, which needs the lock to remove it
+    if not wait([result], None if math.isinf(seconds) else seconds).done:
         raise LookUpTimeout(f"the look-up of {host} took too long")
-    if name_look_up.error is not None:
-        raise name_look_up.error
-    return name_look_up.targets
+    return result.result()
+
+
+def _run_look_up(host: str, port: int, result: Future[list[Target]]) -> None:
+    targets, failure = list[Target](), None
+    try:
+        targets = _resolve(host, port)
+    except BaseException as error:  # raised in the calls that wait
+        failure = error
+    with _look_ups_lock:
+        _look_ups.pop((host, port), None)
+    if failure is None:
+        result.set_result(targets)
+    else:
+        result.set_exception(failure)
 
 
 def _resolve(host: str, port: int) -> list[Target]:
-    return [(family, answer) for family, _, _, _, answer in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    try:
+        answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError as error:
+        raise socket.gaierror(socket.EAI_NONAME, str(error)) from None
+    return [(family, address) for family, _, _, _, address in answers]
 
 
 def connect_first(connection: HTTPConnection, targets: Sequence[Target]) -> socket.socket:
@@ -311,31 +308,6 @@ def _interleaved(targets: Sequence[Target]) -> list[Target]:
 
 
 # ── connections ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class FinalResponse(HTTPResponse):
-    """A response that skips the interim responses (1xx) before it.
-
-    `http.client` skips "100 Continue" only, and takes "102 Processing" or "103 Early Hints" for the response. "101
-    Switching Protocols" is a final response: what follows is not HTTP.
-    """
-
-    def _read_status(self) -> tuple[str, int, str]:
-        for _ in range(MAX_INTERIM_RESPONSES):
-            status_line: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]  # not in the stubs
-            if not 100 <= status_line[1] < 200 or status_line[1] == 101:
-                return status_line
-            self._skip_headers()
-        raise HTTPException(f"more than {MAX_INTERIM_RESPONSES} interim responses")
-
-    def _skip_headers(self) -> None:
-        for _ in range(MAX_HEADERS + 1):
-            line = self.fp.readline(MAX_HEADER_LINE + 1)
-            if line in (b"\r\n", b"\n", b""):
-                return
-            if len(line) > MAX_HEADER_LINE:
-                break
-        raise HTTPException("an interim response with too many or too long headers")
 
 
 class _WatchedConnection(HTTPConnection):

@@ -3,8 +3,8 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from worker.core.reply import AnotherJob, ApiDown, ApiReply, Empty, Processing, 
 from worker.errors import RefusedAddress, Unavailable
 from worker.net.deadlines import TimeLimit, lean_session
 from worker.net.network_errors import describe
-from worker.net.pooled_adapter import PooledAdapter, as_response
+from worker.net.pooled_adapter import PooledAdapter
 from worker.polling.kept_text import RAW_BYTES, KeptText, kept_text, raw_answer
 from worker.system.redaction import Scrubber
 from worker.vendor.families import is_training
@@ -152,22 +152,18 @@ class ApiClient:
         ):
             # Call the adapter directly. Building the objects of `requests` would take longer than the rest of the call.
             answer = adapter.post(url, self._headers | {"Content-Length": str(len(body))}, body, timeout)
-            if not answer.encoded:
-                return _checked_answer(limit, answer.status, answer.headers, answer.body)
-            response = as_response(_prepare_request(method, url, self._headers, body), answer)
-        else:
-            response = adapter.send(
-                _prepare_request(method, url, self._headers, body),
-                stream=True,
-                timeout=timeout,
-                verify=verify,
-                cert=session.cert,
-                proxies=session.proxies,
-            )
-        try:
-            content = _read_body(response, limit)
-        finally:
-            response.close()
+            content = _joined(answer.decompressed(CHUNK_BYTES), limit) if answer.encoded else answer.body
+            return _checked_answer(limit, answer.status, answer.headers, content)
+        response = adapter.send(
+            _prepare_request(method, url, self._headers, body),
+            stream=True,
+            timeout=timeout,
+            verify=verify,
+            cert=session.cert,
+            proxies=session.proxies,
+        )
+        with closing(response):
+            content = _joined(response.iter_content(CHUNK_BYTES), limit)
         return _checked_answer(limit, response.status_code, response.headers, content)
 
 
@@ -218,13 +214,13 @@ def _prepare_request(method: str, url: str, headers: Mapping[str, str], body: by
     return request
 
 
-def _read_body(response: requests.Response, limit: TimeLimit) -> bytes:
+def _joined(chunks: Iterable[bytes], limit: TimeLimit) -> bytes:
     """Return the body. Stop reading once it is larger than the limit."""
-    chunks = list[bytes]()
+    pieces = list[bytes]()
     size = 0
-    for chunk in response.iter_content(CHUNK_BYTES):
-        chunks.append(chunk)
+    for chunk in chunks:
+        pieces.append(chunk)
         size += len(chunk)
         if size > MAX_ANSWER_BYTES or limit.expired:
             break
-    return b"".join(chunks)
+    return b"".join(pieces)
