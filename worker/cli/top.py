@@ -6,9 +6,9 @@ import sys
 import termios
 import time
 import tty
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -23,7 +23,7 @@ from worker.core.display import display_text
 from worker.core.humanize import format_bytes, format_duration
 from worker.errors import WorkerError
 from worker.operations.overview import HEALTHY_SECONDS
-from worker.operations.snapshot import NO_WORKER, Snapshot
+from worker.operations.snapshot import NO_WORKER, AccountNow, LostClaimNow, Snapshot
 from worker.operations.snapshot_reader import SnapshotReader
 from worker.settings import load
 from worker.store.engine import engine_for
@@ -210,151 +210,123 @@ def _joined(row: Sequence[str], widths: Sequence[int]) -> str:
 
 def _sections(snapshot: Snapshot) -> list[Section]:
     """Return the sections, the most important first: problems before normal work."""
-    return [section(snapshot) for section in SECTIONS]
-
-
-def _accounts(snapshot: Snapshot) -> Section:
-    rows = [
-        (
-            account.account,
-            _or_dash(account.used, "{:.1f}".format),
-            f"{account.rps:g}" + ("" if account.ceiling is None else f" (learned: {account.ceiling:g})"),
-            _or_dash(account.left, str),
-            _since(account.since, snapshot.at),
-            _in(account.until, snapshot.at),
-            "open" if account.reason is None else f"HELD: {account.reason}",
-        )
-        for account in sorted(snapshot.accounts, key=lambda account: account.reason is None)
-    ]
-    return Section("ACCOUNTS", ("per second", "of", "free now", "held for", "next try", "state"), rows)
-
-
-def _held_hosts(snapshot: Snapshot) -> Section:
-    at = snapshot.at
-    rows = [(host.host, _since(host.since, at), _in(host.until, at), host.reason) for host in snapshot.hosts]
-    return Section("HELD HOSTS", ("held for", "next try", "why"), rows, alarming=True)
-
-
-def _lost_claims(snapshot: Snapshot) -> Section:
-    rows = []
-    for claim in snapshot.claims:
-        ended, seconds = claim.over_seconds > 0, format_duration(abs(claim.over_seconds))
-        state = "is dead" if claim.dead else "is silent" if ended else "has held it longer than any work takes"
-        lease = f"ended {seconds} ago" if ended else f"ends in {seconds}"
-        rows.append((f"{claim.what} {claim.id}", lease, f"{claim.holder} {state}"))
-    return Section("LOST CLAIMS", ("its lease", "its process"), rows, alarming=True)
-
-
-def _late_jobs(snapshot: Snapshot) -> Section:
-    rows = [
-        (
-            str(job.id),
-            job.account,
-            format_duration(job.late_seconds),
-            _or_dash(job.past_deadline_seconds, format_duration),
-            job.why,
-        )
-        for job in snapshot.late
-    ]
-    count = snapshot.late_count
-    return Section("LATE JOBS", ("account", "late", "past deadline", "why"), rows, count=count.count, more=count.more)
-
-
-def _overdue_jobs(snapshot: Snapshot) -> Section:
-    rows = [
-        (str(job.id), job.account, format_duration(job.past_deadline_seconds), format_duration(job.asked_in_seconds))
-        for job in snapshot.overdue
-    ]
-    return Section("PAST DEADLINE", ("account", "for", "polled in"), rows)
-
-
-def _unstored(snapshot: Snapshot) -> Section:
-    rows = [
-        (
-            group.code or "no error",
-            f"{group.count:,}{'+' if snapshot.unstored_more else ''}",
-            format_duration(group.oldest_seconds),
-            str(group.job_id),
-            _in_seconds(group.next_seconds),
-            group.host or "-",
-            group.message or "",
-        )
-        for group in snapshot.unstored
-    ]
-    return Section("NOT STORED", ("outputs", "oldest", "of job", "next try", "host", "last error"), rows)
-
-
-def _downloads(snapshot: Snapshot) -> Section:
-    rows = [
-        (
-            str(transfer.output_id),
-            str(transfer.job_id),
-            _or_dash(transfer.age_seconds, format_duration),
-            _or_dash(transfer.bytes, format_bytes),
-            _or_dash(transfer.bytes_per_second, format_bytes),
-            str(transfer.attempts),
-            transfer.host,
-        )
-        for transfer in snapshot.transfers
-    ]
-    return Section("DOWNLOADS", ("job", "age", "bytes", "per second", "attempt", "host"), rows)
-
-
-def _late_webhooks(snapshot: Snapshot) -> Section:
-    rows = [
-        (
-            webhook.receiver,
-            f"{webhook.count:,}",
-            format_duration(webhook.late_seconds),
-            str(webhook.attempts),
-            str(webhook.http_status or "-"),
-            webhook.message or "",
-        )
-        for webhook in snapshot.webhooks
-    ]
-    return Section("LATE WEBHOOKS", ("events", "oldest", "attempts", "HTTP", "last error"), rows)
-
-
-def _failures(snapshot: Snapshot) -> Section:
-    rows = [(str(job.id), job.account, job.kind, job.code, _since(job.at, snapshot.at)) for job in snapshot.failures]
-    return Section("LAST FAILURES", ("account", "kind", "code", "ago"), rows)
-
-
-def _ready_to_seen(snapshot: Snapshot) -> Section:
-    seconds = snapshot.kinds_seconds
+    seconds, late = snapshot.kinds_seconds, snapshot.late_count
     period = "since counting began" if seconds is None else f"the last {format_duration(seconds)}"
-    rows = [
-        (
-            kind.account,
-            kind.kind,
-            f"{kind.jobs:,}",
-            _or_dash(kind.delay_p50, format_duration),
-            _or_dash(kind.delay_p95, format_duration),
-            _or_dash(kind.polls_per_job, "{:.1f}".format),
-            "",
-        )
-        for kind in snapshot.kinds
-    ]
-    return Section("READY TO SEEN", ("kind", "jobs", "p50", "p95", "polls per job", f"({period})"), rows)
+    sections = []
+    for table in TABLES:
+        cells = (table.first, *table.columns.values())
+        rows = [[cell_of(item, snapshot) for cell_of in cells] for item in table.items(snapshot)]
+        columns = [name.format(period=period) for name in table.columns]
+        section = Section(table.title, columns, rows, table.alarming)
+        sections.append(replace(section, count=late.count, more=late.more) if table is LATE_JOBS else section)
+    return sections
 
 
-SECTIONS = (
-    *(_accounts, _held_hosts, _lost_claims, _late_jobs, _overdue_jobs, _unstored, _downloads, _late_webhooks),
-    *(_failures, _ready_to_seen),
-)
+Cell = Callable[[Any, Snapshot], str]
 
 
-def _or_dash(value: float | None, form: Callable[[Any], str]) -> str:
-    return "-" if value is None else form(value)
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A section: what it lists, the cells of the first column, and those of the other columns by header."""
+
+    title: str
+    items: Callable[[Snapshot], Sequence[Any]]
+    first: Cell
+    columns: Mapping[str, Cell]
+    alarming: bool = False
 
 
-def _since(moment: datetime | None, now: datetime) -> str:
-    return "-" if moment is None else format_duration((now - moment).total_seconds())
+def _field(name: str, form: Callable[[Any], str] = str, *, missing: str = "-") -> Cell:
+    """Return the cell of a field. `missing` stands for `None` and for an empty text."""
+
+    def cell_of(item: Any, _: Snapshot) -> str:
+        value = getattr(item, name)
+        return missing if value is None or value == "" else form(value)
+
+    return cell_of
 
 
-def _in(moment: datetime | None, now: datetime) -> str:
-    return "-" if moment is None else _in_seconds((moment - now).total_seconds())
+def _duration(name: str) -> Cell:
+    return _field(name, format_duration)
 
 
-def _in_seconds(seconds: float) -> str:
+def _since(name: str) -> Cell:
+    """Return the cell of a past moment."""
+    return lambda item, snapshot: _field(name, lambda moment: format_duration(_seconds(snapshot.at, moment)))(
+        item, snapshot
+    )
+
+
+def _until(name: str) -> Cell:
+    """Return the cell of a moment to come."""
+    return lambda item, snapshot: _field(name, lambda moment: _in(_seconds(moment, snapshot.at)))(item, snapshot)
+
+
+def _seconds(later: datetime, earlier: datetime) -> float:
+    return (later - earlier).total_seconds()
+
+
+def _in(seconds: float) -> str:
     return f"in {format_duration(seconds)}" if seconds > 0 else f"due for {format_duration(-seconds)}"
+
+
+def _lease(claim: LostClaimNow, _: Snapshot) -> str:
+    seconds = format_duration(abs(claim.over_seconds))
+    return f"ended {seconds} ago" if claim.over_seconds > 0 else f"ends in {seconds}"
+
+
+def _holder(claim: LostClaimNow, _: Snapshot) -> str:
+    silent = "is silent" if claim.over_seconds > 0 else "has held it longer than any work takes"
+    return f"{claim.holder} {'is dead' if claim.dead else silent}"
+
+
+def _rate(account: AccountNow, _: Snapshot) -> str:
+    return f"{account.rps:g}" + ("" if account.ceiling is None else f" (learned: {account.ceiling:g})")
+
+
+_one_decimal = "{:.1f}".format
+_thousands = "{:,}".format
+LATE_JOBS = _Table("LATE JOBS", lambda snapshot: snapshot.late, _field("id"), {
+    "account": _field("account"), "late": _duration("late_seconds"),
+    "past deadline": _duration("past_deadline_seconds"), "why": _field("why"),
+})  # fmt: skip
+TABLES = (
+    _Table("ACCOUNTS", lambda snapshot: sorted(snapshot.accounts, key=lambda account: account.reason is None),
+        _field("account"), {
+        "per second": _field("used", _one_decimal), "of": _rate, "free now": _field("left"),
+        "held for": _since("since"), "next try": _until("until"),
+        "state": _field("reason", "HELD: {}".format, missing="open"),
+    }),
+    _Table("HELD HOSTS", lambda snapshot: snapshot.hosts, _field("host"), {
+        "held for": _since("since"), "next try": _until("until"), "why": _field("reason"),
+    }, alarming=True),
+    _Table("LOST CLAIMS", lambda snapshot: snapshot.claims, lambda claim, _: f"{claim.what} {claim.id}", {
+        "its lease": _lease, "its process": _holder,
+    }, alarming=True),
+    LATE_JOBS,
+    _Table("PAST DEADLINE", lambda snapshot: snapshot.overdue, _field("id"), {
+        "account": _field("account"), "for": _duration("past_deadline_seconds"),
+        "polled in": _duration("asked_in_seconds"),
+    }),
+    _Table("NOT STORED", lambda snapshot: snapshot.unstored, _field("code", missing="no error"), {
+        "outputs": lambda group, snapshot: f"{group.count:,}{'+' if snapshot.unstored_more else ''}",
+        "oldest": _duration("oldest_seconds"), "of job": _field("job_id"), "next try": _field("next_seconds", _in),
+        "host": _field("host"), "last error": _field("message", missing=""),
+    }),
+    _Table("DOWNLOADS", lambda snapshot: snapshot.transfers, _field("output_id"), {
+        "job": _field("job_id"), "age": _duration("age_seconds"), "bytes": _field("bytes", format_bytes),
+        "per second": _field("bytes_per_second", format_bytes), "attempt": _field("attempts"), "host": _field("host"),
+    }),
+    _Table("LATE WEBHOOKS", lambda snapshot: snapshot.webhooks, _field("receiver"), {
+        "events": _field("count", _thousands), "oldest": _duration("late_seconds"), "attempts": _field("attempts"),
+        "HTTP": _field("http_status"), "last error": _field("message", missing=""),
+    }),
+    _Table("LAST FAILURES", lambda snapshot: snapshot.failures, _field("id"), {
+        "account": _field("account"), "kind": _field("kind"), "code": _field("code"), "ago": _since("at"),
+    }),
+    _Table("READY TO SEEN", lambda snapshot: snapshot.kinds, _field("account"), {
+        "kind": _field("kind"), "jobs": _field("jobs", _thousands), "p50": _duration("delay_p50"),
+        "p95": _duration("delay_p95"), "polls per job": _field("polls_per_job", _one_decimal),
+        "({period})": lambda kind, _: "",
+    }),
+)  # fmt: skip
