@@ -24,8 +24,7 @@ class BreakersView(BaseView):
     @expose("/")
     def index(self) -> str:
         """Show all accounts and hosts."""
-        page: str = self.render("breakers.html", states=self.reader.breakers())
-        return page
+        return str(self.render("breakers.html", states=self.reader.breakers()))
 
     @expose("/act/", methods=("POST",))
     def act(self) -> str | Response:

@@ -121,8 +121,7 @@ class JobsView(RowsView):
         fields = [(name, shown(getattr(page.job, name))) for group in FIELDS for name in group if name != hidden]
         possible_actions = possible(page.job)
         actions = [job_action for job_action in JOB_ACTIONS.values() if job_action.name in possible_actions]
-        html: str = self.render(self.details_template, page=page, fields=fields, actions=actions)
-        return html
+        return str(self.render(self.details_template, page=page, fields=fields, actions=actions))
 
     def act(self, name: str, ids: Sequence[str]) -> str | None:
         """Ask for confirmation, or apply the action if the form is confirmed."""

@@ -56,8 +56,7 @@ class OutputsView(RowsView):
         with self.reader.connection() as (connection, _):
             page = browse_outputs(connection, output_filter, before=before_id(), limit=GALLERY_ROWS)
             owners = jobs_by_id(connection, [row.job_id for row in page.rows])
-        html: str = self.render("gallery.html", listing=page, owners=owners, output_filter=output_filter)
-        return html
+        return str(self.render("gallery.html", listing=page, owners=owners, output_filter=output_filter))
 
     @expose("/file/<int:output_id>")
     def file(self, output_id: int) -> Response:

@@ -36,24 +36,6 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module_
 SVG_POLICY = "default-src 'none'; style-src 'unsafe-inline'; sandbox"
 MAX_DOTS = 60  # with more points, dots are not drawn
 COLOURS = ("#1d6fb8", "#d9822b", "#3b8a5a", "#b23a48", "#7a5ea8", "#5f6b76")
-STYLE = Style(
-    background="#ffffff",
-    plot_background="#ffffff",
-    foreground="#4a5560",
-    foreground_strong="#1f2933",
-    foreground_subtle="#d5dbe1",
-    font_family="system-ui, sans-serif",
-    label_font_size=13,
-    major_label_font_size=13,
-    legend_font_size=14,
-    no_data_font_size=20,
-    colors=COLOURS,
-    opacity="1",
-    guide_stroke_color="#e3e7eb",
-    guide_stroke_dasharray="0",
-    major_guide_stroke_color="#d5dbe1",
-    major_guide_stroke_dasharray="0",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +67,7 @@ class PlotsView(BaseView):
     @expose("/")
     def index(self) -> str:
         """Show all plots of one span."""
-        page: str = self.render("plots.html", plots=PLOTS, spans=SPANS, chosen=_span())
-        return page
+        return str(self.render("plots.html", plots=PLOTS, spans=SPANS, chosen=_span()))
 
     @expose("/picture/<title>.svg")
     def picture(self, title: str) -> Response:
@@ -147,12 +128,26 @@ def _sparse(curves: Sequence[Curve]) -> bool:
     return max((sum(value is not None for _, value in curve.points) for curve in curves), default=0) <= MAX_DOTS
 
 
-def _style(plot: Plot) -> Any:
+def _style(plot: Plot) -> Style:
     """Return the style. A curve and its limit have one colour."""
-    if not plot.paired:
-        return STYLE
-    paired = tuple(colour for colour in COLOURS for _ in range(2))
-    return Style(**{**{name: getattr(STYLE, name) for name in vars(STYLE) if name != "colors"}, "colors": paired})
+    return Style(
+        background="#ffffff",
+        plot_background="#ffffff",
+        foreground="#4a5560",
+        foreground_strong="#1f2933",
+        foreground_subtle="#d5dbe1",
+        font_family="system-ui, sans-serif",
+        label_font_size=13,
+        major_label_font_size=13,
+        legend_font_size=14,
+        no_data_font_size=20,
+        colors=tuple(colour for colour in COLOURS for _ in range(2)) if plot.paired else COLOURS,
+        opacity="1",
+        guide_stroke_color="#e3e7eb",
+        guide_stroke_dasharray="0",
+        major_guide_stroke_color="#d5dbe1",
+        major_guide_stroke_dasharray="0",
+    )
 
 
 def _without_scripts(svg: bytes) -> bytes:

@@ -146,11 +146,11 @@ class DemoProcesses:
 
     @property
     def _environment(self) -> dict[str, str]:
-        variables = {name.upper(): str(value) for name, value in self._settings.items()} | {"LOG_FORMAT": "text"}
+        values = self._settings | {"log_format": "text"}
         if self.flower_port:
             login = f"{FLOWER_USER}:{self.flower_password}"
-            variables |= {"FLOWER_BASIC_AUTH": login, "FLOWER_PORT": str(self.flower_port)}
-        return variables
+            values |= {"flower_basic_auth": login, "flower_port": self.flower_port}
+        return {name.upper(): str(value) for name, value in values.items()}
 
     @property
     def _sandbox_command(self) -> tuple[str, ...]:
