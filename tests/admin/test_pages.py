@@ -125,7 +125,7 @@ def test_the_page_of_a_job_shows_reason_outputs_events_and_answers(operator: Ope
     text = operator.page(f"/jobs/details/?id={job_id}")
 
     for expected in ("0 of 2 outputs are stored", "unreachable: no route", "cdn.test", "at 12 s: success",
-                 "at 4 s: processing", "msg_1", "hook.test", "it said 500"):  # fmt: skip
+                 "at 4.0 s: processing", "msg_1", "hook.test", "it said 500"):  # fmt: skip
         assert expected in " ".join(text.split())
 
 

@@ -9,12 +9,14 @@ from werkzeug.exceptions import HTTPException, NotFound
 
 from worker.admin.access import AccessControl, guard
 from worker.admin.breakers import BreakersView
-from worker.admin.formatting import age, host_of, moment, size, without_links
+from worker.admin.formatting import moment, without_links
 from worker.admin.jobs import JobsView
 from worker.admin.outputs import OutputsView, display_kind
 from worker.admin.plots import PlotsView
 from worker.admin.reader import AdminReader
 from worker.core.display import display_lines
+from worker.core.humanize import format_bytes, format_duration
+from worker.core.redaction.masking import link_host
 from worker.errors import Unavailable, WorkerError
 from worker.settings import Settings
 
@@ -58,7 +60,7 @@ def make_site(settings: Settings, access: AccessControl) -> Flask:
     app.after_request(_display)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(WorkerError, _worker_error)
-    for function in (age, host_of, moment, size, without_links):
+    for function in (format_bytes, format_duration, link_host, moment, without_links):
         app.jinja_env.filters[function.__name__] = function
     app.context_processor(
         lambda: {

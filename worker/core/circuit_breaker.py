@@ -56,6 +56,21 @@ class CircuitBreaker:
         """The reason of the hold, or None. It names the operator or contains the message of the API."""
         return BY_OPERATOR if self.paused_at is not None else self.reason
 
+    @property
+    def held_since(self) -> datetime | None:
+        """When the hold began."""
+        return self.paused_at or self.since
+
+    @property
+    def is_unlisted(self) -> bool:
+        """Whether this is the breaker of a host that is not on SD_API_HOSTS."""
+        return (self.reason or "").startswith(NOT_LISTED)
+
+    @property
+    def tried_at(self) -> datetime | None:
+        """When a hold ends or is probed. None if only an operator, or other settings, can end it."""
+        return None if self.paused_at is not None or self.is_unlisted else self.until or self.probe_at
+
     def rate(self, configured: float, now: datetime) -> float:
         """Return the requests per second that are allowed now. `configured` is the limit in the settings."""
         age = 0.0 if self.cut_at is None else (now - self.cut_at).total_seconds()
@@ -232,7 +247,7 @@ def held_as_unlisted(breaker: CircuitBreaker, *, now: datetime) -> CircuitBreake
     It is held until a worker whose settings list the host makes a successful request. That worker may probe at once.
     """
     settled = _settled(breaker, now)
-    if settled.reason is not None and settled.reason.startswith(NOT_LISTED):
+    if settled.is_unlisted:
         return settled
     reason = f"{NOT_LISTED}: add {breaker.name} to it and restart the worker"
     return replace(settled, reason=reason, since=now, until=None, probe_at=now)

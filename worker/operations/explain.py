@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from worker.coordination.rate_limiter import BudgetStatus, RateLimiter
 from worker.core.answer_history import parse_history
-from worker.core.circuit_breaker import BY_OPERATOR, NOT_LISTED
+from worker.core.circuit_breaker import BY_OPERATOR
 from worker.core.humanize import format_count, format_duration
 from worker.core.lifecycle import FINAL_STATES
 from worker.core.redaction.masking import mask_personal_data
@@ -143,8 +143,8 @@ def _why_held(context: JobContext) -> str | None:
     host = context.breakers.get(("host", job.fetch_host))
     if host is None or not host.held(context.now):
         return None
-    not_listed = (host.why or "").startswith(NOT_LISTED)
-    return f"held: {host.name} {host.why}; {'it expires at its deadline' if not_listed else no_expiry}"
+    expires = host.is_unlisted and host.paused_at is None
+    return f"held: {host.name} {host.why}; {'it expires at its deadline' if expires else no_expiry}"
 
 
 def _why_waiting(context: JobContext) -> str:

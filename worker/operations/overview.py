@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection
 
-from worker.core.circuit_breaker import NOT_LISTED, CircuitBreaker, Scope
+from worker.core.circuit_breaker import CircuitBreaker, Scope
 from worker.core.lifecycle import JOB_STATES
 from worker.core.pacing.policy import PaceModel
 from worker.core.pacing.survival import MAX_POLL_AGE
@@ -126,7 +126,7 @@ def workers_poll(last_request_at: datetime | None, now: datetime) -> bool:
 def held_hosts(breakers: Mapping[tuple[Scope, str], CircuitBreaker], now: datetime) -> list[HeldHost]:
     """Return the held hosts, sorted by name."""
     return [
-        HeldHost(breaker.name, breaker.why or "", breaker.paused_at or breaker.since, _tried_at(breaker))
+        HeldHost(breaker.name, breaker.why or "", breaker.held_since, breaker.tried_at)
         for (scope, _), breaker in sorted(breakers.items())
         if scope == "host" and breaker.held(now)
     ]
@@ -190,19 +190,12 @@ def _account(
     host = breakers.get(("host", settings.api_host))
     rps = round(breaker.rate(settings.rps(name), now), 2)
     if breaker.held(now):
-        return AccountState(name, breaker.why, breaker.paused_at or breaker.since, _tried_at(breaker), rps)
+        return AccountState(name, breaker.why, breaker.held_since, breaker.tried_at, rps)
     if name not in settings.keys and not breaker.proven and name in waiting_since:
         return AccountState(name, no_key(name), waiting_since[name], None, rps)
     if host is not None and host.held(now):
-        return AccountState(name, f"{host.name} {host.why}", host.paused_at or host.since, _tried_at(host), rps)
+        return AccountState(name, f"{host.name} {host.why}", host.held_since, host.tried_at, rps)
     return AccountState(name, None, None, None, rps)
-
-
-def _tried_at(breaker: CircuitBreaker) -> datetime | None:
-    """Return when a held circuit breaker ends or is probed; `None` if only an operator can end the hold."""
-    if breaker.paused_at is not None or (breaker.reason or "").startswith(NOT_LISTED):
-        return None
-    return breaker.until or breaker.probe_at
 
 
 def no_key(account: str) -> str:

@@ -71,19 +71,18 @@ def _host(context: JobContext) -> Finding:
 
 def _held(context: JobContext, breaker: CircuitBreaker, subject: str, variable: str) -> Finding:
     """Return the finding about an account or host (`subject`) that is held."""
-    began = breaker.paused_at or breaker.since
+    began = breaker.held_since
     duration = "" if began is None else f" held for {format_duration(context.seconds_since(began))}"
     if breaker.paused_at is not None:
         advice = f"fetch-worker resume --{breaker.scope} {breaker.name}"
         return Finding(breaker.scope, BY_OPERATOR, f"{subject}:{duration}, until an operator resumes it", advice)
-    if (breaker.reason or "").startswith(NOT_LISTED):
+    if breaker.is_unlisted:
         advice = (
             f"add {breaker.name} to SD_API_HOSTS and restart the worker, or cancel the job; "
             "otherwise the job expires at its deadline"
         )
         return Finding(breaker.scope, "held", f"{subject}:{duration}, {NOT_LISTED}", advice)
-    until = breaker.until or breaker.probe_at
-    wait = 0.0 if until is None else -context.seconds_since(until)
+    wait = 0.0 if breaker.tried_at is None else -context.seconds_since(breaker.tried_at)
     next_try = (
         f"continues in {format_duration(wait)}" if breaker.until else f"is tried again in {format_duration(wait)}"
     )

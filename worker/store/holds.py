@@ -1,7 +1,11 @@
 """Holds by an operator, on single jobs or on whole accounts and hosts. A held job is not polled.
 
 A held job is pending and due in the year 9999 (`HELD_UNTIL`), so no process claims it. It can't expire, because only an
-answer expires a job. A nudge does not change it.
+answer expires a job. A nudge does not change it. `IS_HELD` is the condition for such jobs.
+
+The due time is not NULL, although that would say the same. To allow it, the check `pending_is_due` must be replaced,
+for which MariaDB and SQLite copy the table. Held jobs are counted from the index of due times, which has no NULLs, so
+they would need an index of their own. And `resume` of the previous release can't release a job without a due time.
 """
 
 from collections.abc import Iterable
@@ -14,7 +18,7 @@ from worker.core.circuit_breaker import Scope, held_by_operator, resumed_by_oper
 from worker.core.lifecycle import AFTER_HOLD_GRACE
 from worker.settings import Settings
 from worker.store.breakers import all_breakers, locked_breaker, save_breaker
-from worker.store.schema import HELD_UNTIL, jobs, outputs
+from worker.store.schema import HELD_UNTIL, IS_HELD, jobs, outputs
 from worker.store.transitions import NO_CLAIM
 
 WRITING_SECONDS = 30.0  # the longest time to write the result of any work
@@ -47,7 +51,7 @@ def hold(connection: Connection, job_ids: Iterable[int], *, now: datetime) -> se
 
     The result of a poll in progress is discarded, because its claim is removed.
     """
-    is_pending = (jobs.c.status == "pending", jobs.c.due_at < HELD_UNTIL)
+    is_pending = (jobs.c.status == "pending", ~IS_HELD)
     locked = select(jobs.c.id).where(jobs.c.id.in_(list(job_ids)), *is_pending).order_by(jobs.c.id).with_for_update()
     ids = set(connection.execute(locked).scalars())
     if ids:

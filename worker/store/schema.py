@@ -193,6 +193,8 @@ jobs = Table(
 waiting_account = literal_column("fetch_jobs.waiting_account", String(64))
 MYSQL_ONLY = frozenset({"waiting_account", "ix_fetch_jobs_waiting"})
 
+IS_HELD = jobs.c.due_at >= HELD_UNTIL  # an operator holds the job; written with `due_at` because its index is read
+
 outputs = Table(
     "fetch_outputs",
     metadata,

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, select, update
 
-from worker.core.circuit_breaker import NOT_LISTED, CircuitBreaker, held_as_unlisted
+from worker.core.circuit_breaker import NOT_LISTED, held_as_unlisted
 from worker.core.lifecycle import AFTER_HOLD_GRACE, EndJob
 from worker.store.breakers import locked_breaker, save_breaker
 from worker.store.claims import DueGroup
@@ -39,7 +39,7 @@ def hold_unlisted(connection: Connection, groups: Sequence[DueGroup], *, now: da
         breaker = locked_breaker(connection, "host", host)
         if breaker.paused_at is not None:
             continue
-        if not _is_unlisted(breaker):
+        if not breaker.is_unlisted:
             if not breaker.proven or min(group.due_at for group in host_groups) <= now - OTHERS_ASK:
                 held_breaker = held_as_unlisted(breaker, now=now)
                 save_breaker(connection, held_breaker)
@@ -49,10 +49,6 @@ def hold_unlisted(connection: Connection, groups: Sequence[DueGroup], *, now: da
                 ended += _expire(connection, group, tally, now)
     tally.write(connection)
     return ended
-
-
-def _is_unlisted(breaker: CircuitBreaker) -> bool:
-    return breaker.reason is not None and breaker.reason.startswith(NOT_LISTED)
 
 
 def _expire(connection: Connection, group: DueGroup, tally: Tally, now: datetime) -> list[int]:

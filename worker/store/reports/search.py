@@ -18,7 +18,7 @@ from worker.store.breakers import all_breakers
 from worker.store.claims import DueGroup, due_groups, in_due_group
 from worker.store.engine import database_now
 from worker.store.jobs import OUT_OF_ORDER, first_tracked, waiting_accounts
-from worker.store.schema import HELD_UNTIL, MYSQL_FAMILY, jobs, outputs, waiting_account
+from worker.store.schema import IS_HELD, MYSQL_FAMILY, jobs, outputs, waiting_account
 from worker.store.sql_functions import HAS_DUE_TIME
 
 FEW = 5_000  # the largest number of ids in a condition; if there are more, they are not looked up
@@ -270,7 +270,7 @@ def _rare_conditions(connection: Connection, job_filter: JobFilter, now: datetim
             conditions += _id_condition(connection, jobs.c.due_at, late_jobs)
         if job_filter.by_hand:
             conditions += _id_condition(
-                connection, jobs.c.due_at, [(*in_due_group(group), _is_held()) for group in groups]
+                connection, jobs.c.due_at, [(*in_due_group(group), IS_HELD) for group in groups]
             )
         if job_filter.held:
             conditions += _held_conditions(connection, groups, now)
@@ -282,7 +282,7 @@ def _held_conditions(connection: Connection, groups: Sequence[DueGroup], now: da
     alternatives = [
         in_due_group(group)
         if ("account", group.account) in held_keys or ("host", group.host) in held_keys
-        else (*in_due_group(group), _is_held())
+        else (*in_due_group(group), IS_HELD)
         for group in groups
     ]
     conditions = _id_condition(connection, jobs.c.due_at, alternatives)
@@ -293,10 +293,6 @@ def _held_conditions(connection: Connection, groups: Sequence[DueGroup], now: da
         jobs.c.fetch_host.in_(held_names["host"]),
     )
     return [is_held, *conditions]
-
-
-def _is_held() -> ColumnElement[bool]:
-    return jobs.c.due_at >= HELD_UNTIL
 
 
 def _in_due_group_indexed(connection: Connection, group: DueGroup) -> tuple[ColumnElement[bool], ...]:

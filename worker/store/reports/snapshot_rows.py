@@ -5,14 +5,14 @@ A query that could read all jobs reads an index in its order instead, and stops 
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, Table, func, or_, select
 
 from worker.core.lifecycle import JOB_STATES
 from worker.store.claims import DueGroup, in_due_group
-from worker.store.schema import HELD_UNTIL, MYSQL_FAMILY, events, jobs, outputs
+from worker.store.schema import IS_HELD, MYSQL_FAMILY, events, jobs, outputs
 from worker.store.sql_functions import HAS_DUE_TIME
 
 COUNTED_MOST = 10_000  # jobs of one state; a larger number is shown as "more than"
@@ -165,7 +165,8 @@ def jobs_past_deadline(connection: Connection, *, now: datetime, later: datetime
     columns = (jobs.c.id, jobs.c.account, jobs.c.kind, jobs.c.deadline_at, jobs.c.due_at)
     query = select(*columns).where(
         HAS_DUE_TIME,
-        jobs.c.due_at.between(later, HELD_UNTIL - timedelta(days=1)),
+        jobs.c.due_at >= later,
+        ~IS_HELD,
         jobs.c.deadline_at < now,
         jobs.c.status == "pending",
         jobs.c.claim_token.is_(None),

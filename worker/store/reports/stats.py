@@ -16,7 +16,7 @@ from worker.store.breakers import all_breakers
 from worker.store.claims import DueGroup, due_groups
 from worker.store.counters import OTHER
 from worker.store.outputs import UnstoredGroup, unstored_by_code
-from worker.store.schema import HELD_UNTIL, breakers, jobs
+from worker.store.schema import IS_HELD, breakers, jobs
 from worker.store.sql_functions import HAS_DUE_TIME
 
 HELD = "held"
@@ -101,7 +101,7 @@ def _waiting(connection: Connection, now: datetime, *by: ColumnElement[str]) -> 
         jobs.c.account,
         *(by or (literal(OTHER),)),
         func.count(),
-        _count(jobs.c.due_at >= HELD_UNTIL),
+        _count(IS_HELD),
         _count(jobs.c.due_at <= now),
     )
     waiting = query.where(HAS_DUE_TIME).group_by(jobs.c.account, *by)
@@ -118,7 +118,7 @@ def count_unfinished(connection: Connection, waiting: Iterable[WaitingCount]) ->
         by_kind = by_kind and entry.kind != OTHER
     has_due_time = jobs.c.due_at.is_not(None)
     downloading = (
-        select(jobs.c.account, jobs.c.kind, func.count(), _count(has_due_time), _count(jobs.c.due_at >= HELD_UNTIL))
+        select(jobs.c.account, jobs.c.kind, func.count(), _count(has_due_time), _count(IS_HELD))
         .where(jobs.c.status == "downloading")
         .group_by(jobs.c.account, jobs.c.kind)
     )
@@ -180,9 +180,7 @@ def _jobs(connection: Connection, waiting: Sequence[WaitingCount]) -> dict[str, 
     not_pending = select(jobs.c.status, func.count()).where(jobs.c.status != "pending").group_by(jobs.c.status)
     counts = {row[0]: int(row[1]) for row in connection.execute(not_pending)}
     renewing, paused = connection.execute(
-        select(func.count(), _count(jobs.c.due_at >= HELD_UNTIL)).where(
-            jobs.c.status == "downloading", jobs.c.due_at.is_not(None)
-        )
+        select(func.count(), _count(IS_HELD)).where(jobs.c.status == "downloading", jobs.c.due_at.is_not(None))
     ).one()
     held_count = max(
         0, sum(entry.held for entry in waiting) - paused
@@ -202,7 +200,7 @@ def _oldest_by_account(groups: Iterable[DueGroup]) -> dict[str, datetime]:
 def _breaker_holds(breakers: Iterable[CircuitBreaker], now: datetime) -> list[Hold]:
     held_breakers = [breaker for breaker in breakers if breaker.held(now)]
     return [
-        Hold(breaker.scope, breaker.name, hold_class(breaker.why or ""), breaker.paused_at or breaker.since or now)
+        Hold(breaker.scope, breaker.name, hold_class(breaker.why or ""), breaker.held_since or now)
         for breaker in sorted(held_breakers, key=lambda breaker: (breaker.scope, breaker.name))
     ]
 
