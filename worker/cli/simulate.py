@@ -65,24 +65,17 @@ def simulate_command(
         pace = Pace(name, cost, settings.poll_min)
         return _document(simulate(jobs, pace, deadline_for=settings.deadline_for, rps=rps))
 
-    if compare:
-        _show_all({name: run(name) for name in POLICIES}, as_json)
-        return
-    document = run(policy or settings.poll_policy)
+    results = {name: run(name) for name in (POLICIES if compare else [policy or settings.poll_policy])}
+    document = next(iter(results.values()))
     if as_json:
-        print_json(document)
+        print_json(results if compare else document)
+    elif compare:
+        columns = ("policy", "polls per job", "mean delay (s)", "p50", "p95", "p99")
+        rows = [(name, result["polls_per_job"], *result["delay"].values()) for name, result in results.items()]
+        print_table(columns, rows, empty="")
     else:
         delay = document.pop("delay")
         print_fields(document | {f"delay {name} (s)": value for name, value in delay.items()})
-
-
-def _show_all(results: dict[Policy, dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        print_json(results)
-        return
-    columns = ("policy", "polls per job", "mean delay (s)", "p50", "p95", "p99")
-    rows = [(name, result["polls_per_job"], *result["delay"].values()) for name, result in results.items()]
-    print_table(columns, rows, empty="")
 
 
 def _read(trace: Path) -> list[TraceJob]:

@@ -146,7 +146,7 @@ class Display:
 
 
 def job_table(jobs: Sequence[DemoJob], folder: Path, console: Console) -> Table:
-    """Return the jobs as a table: with bars on a terminal, with the reason or the files where there is room."""
+    """Return the jobs as a table: with bars on a terminal, and with the reason or the files if it is wide enough."""
     bars, reasons = console.is_terminal, console.width >= MIN_REASON_WIDTH
     table = Table(box=None, pad_edge=False, header_style="bold", expand=bars)
     table.add_column("job", justify="right")

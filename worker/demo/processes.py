@@ -112,7 +112,7 @@ class DemoProcesses:
 
     @cached_property
     def client(self) -> Celery:
-        """A Celery client like that of a web app: it knows two addresses and has nothing of ours installed."""
+        """A Celery client like that of a web app: it knows two addresses and does not import this package."""
         client = Celery("web-app", broker=self._redis.url, backend=self._redis.url, set_as_current=False)
         client.conf.broker_transport_options = {"socket_timeout": SOCKET_SECONDS}
         return client

@@ -17,8 +17,6 @@ from worker.sandbox.server import Sandbox
 
 DEFAULT_PORT = 8377
 
-_DEFAULTS = SandboxOptions()
-
 
 class _Parser(argparse.ArgumentParser):
     """Reports an error in one line."""
@@ -58,32 +56,27 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_epilog(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # the defaults are those of SandboxOptions
     )
     add = parser.add_argument
     add("--host", type=_loopback, default="127.0.0.1", help="loopback address to listen on (127.0.0.1)")
     add("--port", type=_port, default=DEFAULT_PORT, help=f"port to listen on, 0 for any free one ({DEFAULT_PORT})")
-    add(
-        "--seed", type=int, help="the same seed gives the same ids, durations and outputs (none: ids never used before)"
-    )
-    add("--min-seconds", type=float, default=_DEFAULTS.min_seconds, help="minimum duration of a job (2)")
-    add("--max-seconds", type=float, default=_DEFAULTS.max_seconds, help="maximum duration of a job (8)")
-    add("--outputs", type=_count_range, default=(_DEFAULTS.min_outputs, _DEFAULTS.max_outputs), metavar="N or N-M",
-           help="pictures per job if the submission does not say (1-4)")  # fmt: skip
-    add("--key", default=_DEFAULTS.key, help=f"the key it accepts ({_DEFAULTS.key})")
-    add("--rps", type=float, default=_DEFAULTS.rps, help="requests per second before the rate limit applies (0: none)")
-    add("--limit-style", choices=LIMIT_STYLES, default=_DEFAULTS.limit_style, help="form of the rate limit's answer")
-    add(
-        "--plan",
-        choices=tuple(PLANS),
-        default=_DEFAULTS.plan,
-        help="how many orders may wait: 5, 10, 15, or any number (enterprise)",
-    )
+    add("--seed", type=int,
+        help="the same seed gives the same ids, durations and outputs (none: ids never used before)")  # fmt: skip
+    add("--min-seconds", type=float, help="minimum duration of a job (2)")
+    add("--max-seconds", type=float, help="maximum duration of a job (8)")
+    add("--outputs", type=_count_range, default={}, metavar="N or N-M",
+        help="pictures per job if the submission does not say (1-4)")  # fmt: skip
+    add("--key", help=f"the key it accepts ({SandboxOptions().key})")
+    add("--rps", type=float, help="requests per second before the rate limit applies (0: none)")
+    add("--limit-style", choices=LIMIT_STYLES, help="form of the rate limit's answer")
+    add("--plan", choices=tuple(PLANS), help="how many orders may wait: 5, 10, 15, or any number (enterprise)")
     add("--scenario", dest="scenarios", action="append", default=[], metavar="NAME",
-           help="a problem to simulate, from the list below; several are used in turn, one per job")  # fmt: skip
-    add("--failure-rate", type=float, default=_DEFAULTS.failure_rate, help="share of jobs that fail (0)")
-    add("--size", type=int, default=_DEFAULTS.size, help="width and height of a picture in pixels (512)")
-    add("--json", action="store_true", help="announce the address as one JSON document")
-    add("--verbose", action="store_true", help="log one line per request to standard error")
+        help="a problem to simulate, from the list below; several are used in turn, one per job")  # fmt: skip
+    add("--failure-rate", type=float, help="share of jobs that fail (0)")
+    add("--size", type=int, help="width and height of a picture in pixels (512)")
+    add("--json", action="store_true", default=False, help="announce the address as one JSON document")
+    add("--verbose", action="store_true", default=False, help="log one line per request to standard error")
     return parser
 
 
@@ -98,9 +91,7 @@ def _epilog() -> str:
 
 def _options(arguments: argparse.Namespace) -> SandboxOptions:
     values = {name: value for name, value in vars(arguments).items() if name in SandboxOptions.__dataclass_fields__}
-    minimum, maximum = arguments.outputs
-    outputs = {"min_outputs": minimum, "max_outputs": maximum}
-    return SandboxOptions(**values | outputs | {"scenarios": tuple(arguments.scenarios)})
+    return SandboxOptions(**values | arguments.outputs | {"scenarios": tuple(arguments.scenarios)})
 
 
 def _announcement(sandbox: Sandbox, *, as_json: bool) -> str:
@@ -126,11 +117,11 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _count_range(text: str) -> tuple[int, int]:
+def _count_range(text: str) -> dict[str, int]:
     minimum, dash, maximum = text.partition("-")
     if not (minimum.isascii() and minimum.isdigit() and (not dash or (maximum.isascii() and maximum.isdigit()))):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a range such as 1-4")
-    return int(minimum), int(maximum or minimum)
+    return {"min_outputs": int(minimum), "max_outputs": int(maximum or minimum)}
 
 
 @contextmanager

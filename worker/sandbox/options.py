@@ -31,26 +31,23 @@ class SandboxOptions:
     ids_after: int = 0  # added to the first id of each family
 
     def __post_init__(self) -> None:
-        if not (isfinite(self.max_seconds) and 0 <= self.min_seconds <= self.max_seconds):
-            raise ValueError("seconds must be 0 or more, and the minimum must not exceed the maximum")
-        if not 1 <= self.min_outputs <= self.max_outputs <= MAX_OUTPUTS:
-            raise ValueError(
-                f"outputs must be between 1 and {MAX_OUTPUTS}, and the minimum must not exceed the maximum"
-            )
-        if not self.key:
-            raise ValueError("the key must not be empty")
-        if not (isfinite(self.rps) and self.rps >= 0):
-            raise ValueError("rps must be 0 (no limit) or more")
-        if self.limit_style not in LIMIT_STYLES:
-            raise ValueError(f"the limit style must be one of {', '.join(LIMIT_STYLES)}")
-        if self.plan not in PLANS:
-            raise ValueError(f"the plan must be one of {', '.join(PLANS)}")
-        if not MIN_SIZE <= self.size <= MAX_SIZE:
-            raise ValueError(f"the size must be between {MIN_SIZE} and {MAX_SIZE} pixels")
-        if not 0 <= self.failure_rate <= 1:
-            raise ValueError("the failure rate must be between 0 and 1")
-        if self.ids_after < 0:
-            raise ValueError("ids_after must be 0 or more")
+        durations = isfinite(self.max_seconds) and 0 <= self.min_seconds <= self.max_seconds
+        checks = {
+            "seconds must be 0 or more, and the minimum must not exceed the maximum": durations,
+            f"outputs must be between 1 and {MAX_OUTPUTS}, and the minimum must not exceed the maximum": (
+                1 <= self.min_outputs <= self.max_outputs <= MAX_OUTPUTS
+            ),
+            "the key must not be empty": bool(self.key),
+            "rps must be 0 (no limit) or more": isfinite(self.rps) and self.rps >= 0,
+            f"the limit style must be one of {', '.join(LIMIT_STYLES)}": self.limit_style in LIMIT_STYLES,
+            f"the plan must be one of {', '.join(PLANS)}": self.plan in PLANS,
+            f"the size must be between {MIN_SIZE} and {MAX_SIZE} pixels": MIN_SIZE <= self.size <= MAX_SIZE,
+            "the failure rate must be between 0 and 1": 0 <= self.failure_rate <= 1,
+            "ids_after must be 0 or more": self.ids_after >= 0,
+        }
+        for message, is_valid in checks.items():
+            if not is_valid:
+                raise ValueError(message)
         for name in self.scenarios:
             check_scenario(name)
 
