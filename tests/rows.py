@@ -1,13 +1,14 @@
 """Helpers for tests of the store: insert jobs and outputs directly, claim them, and read them."""
 
+import json
 from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Engine, Row, select, update
 
 from worker.store.claims import ClaimedJob, ClaimedOutput, claim_jobs, claim_output, due_groups
-from worker.store.schema import jobs, outputs
+from worker.store.schema import history, jobs, outputs
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 LEASE = timedelta(seconds=30)
@@ -131,3 +132,16 @@ def update_job(engine: Engine, job_id: int, **values: Any) -> None:
     """Set columns of a job, and commit."""
     with engine.begin() as connection:
         connection.execute(update(jobs).where(jobs.c.id == job_id).values(values))
+
+
+class HistorySample(NamedTuple):
+    """The statistics at a minute."""
+
+    minute: datetime
+    body: dict[str, Any]
+
+
+def read_history(connection: Connection, since: datetime) -> list[HistorySample]:
+    """Return the history since a time, oldest first."""
+    rows = select(history.c.minute, history.c.body).where(history.c.minute >= since).order_by(history.c.minute)
+    return [HistorySample(row.minute, json.loads(row.body)) for row in connection.execute(rows)]

@@ -13,9 +13,9 @@ from sqlalchemy import Engine, func, select
 
 from tests.faults.servers import RedisServer, children, up, wait_completed
 from tests.metrics.exposition import Exposition, scrape
+from tests.rows import read_history
 from worker import track_many
 from worker.sandbox import Sandbox
-from worker.store.reports.history import read_history
 from worker.store.schema import jobs, outputs
 
 JOBS, SECONDS = 300, 15.0

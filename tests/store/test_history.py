@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import Connection, Engine, event, func, insert, select, text, update
 
-from tests.rows import NOW, add_downloading, add_job, add_output, seconds
+from tests.rows import NOW, add_downloading, add_job, add_output, read_history, seconds
 from worker.core.circuit_breaker import held_by_operator
 from worker.store.breakers import locked_breaker, save_breaker
 from worker.store.counters import Tally
-from worker.store.reports.history import KEPT, read_history, record_history
+from worker.store.reports.history import KEPT, record_history
 from worker.store.schema import HELD_UNTIL, breakers, history
 
 LATER = NOW + seconds(20.5)

@@ -38,25 +38,24 @@ OUTPUT_CODES = (
     "unreachable", CRASHED,
 )  # fmt: skip
 
+# How many answers of a class end a job. A single one can be a mistake of the API.
 FAILED_ANSWERS = 2
 UNKNOWN_ANSWERS = 3
 ERROR_ANSWERS = 3
 EMPTY_ANSWERS = 5
-UNKNOWN_GRACE = timedelta(seconds=60)
-RECOVERABLE_ANSWERS, RECOVERABLE_APART = (
-    5,
-    timedelta(seconds=15),
-)  # "Failed, Try Again" is accepted for at least one minute
+UNKNOWN_GRACE = timedelta(seconds=60)  # the API does not know a new job at once
+RECOVERABLE_ANSWERS = 5  # with the time between them, "Failed, Try Again" is accepted for at least one minute
+RECOVERABLE_APART = timedelta(seconds=15)
 MAX_EXPECTED = 3_600.0  # seconds; an eta keeps a failed job pending no longer than this
-AFTER_HOLD_GRACE = timedelta(seconds=60)
+AFTER_HOLD_GRACE = timedelta(seconds=60)  # time for a poll after a hold, before the job can expire
 
 BAD_BODY_ATTEMPTS = 3
-DEAD_LINK_PATIENCE = timedelta(seconds=60)
-DEAD_LINK_ATTEMPTS = 3
-MIN_RETRY_WAIT = 5.0
+DEAD_LINK_PATIENCE = timedelta(seconds=60)  # a store may not have a new file yet
+DEAD_LINK_ATTEMPTS = 3  # after the link was renewed and each proxy link was tried
+MIN_RETRY_WAIT = 5.0  # doubled after each failed attempt, up to the next
 MAX_RETRY_WAIT = 300.0
 MAX_RETRY_AFTER = 3_600.0  # longer waits that a server asks for are shortened to this
-STORAGE_WAIT = 15.0
+STORAGE_WAIT = 15.0  # a full or missing disk is repaired by a person
 PROMISE_CODES = frozenset({"not_found", "no_output", "expired"})  # promised links are tried before these final states
 PROMISE_PATIENCE = timedelta(minutes=10)
 PROMISE_ATTEMPTS = 5  # the minimum, because no download process may have run during the ten minutes
@@ -171,7 +170,9 @@ def _strike(
     job: JobFacts, reply: Failed | UnknownId | ApiError | Empty, now: datetime, min_interval: timedelta
 ) -> JobDecision:
     old = job.strikes
-    counts = old.last is None or now - old.last >= max(min_interval, _apart(reply))
+    recoverable = isinstance(reply, Failed) and reply.may_recover
+    apart = max(min_interval, RECOVERABLE_APART) if recoverable else min_interval
+    counts = old.last is None or now - old.last >= apart
     strike = 1 if counts else 0
     last = now if counts else old.last
     without_errors = replace(old, error=0, last=last)  # only errors must be in a row
@@ -179,7 +180,7 @@ def _strike(
         case Failed(message):
             strikes, code = replace(without_errors, failed=old.failed + strike), "api_failed"
             reached = strikes.failed >= FAILED_ANSWERS
-            if reply.may_recover:
+            if recoverable:
                 expected = timedelta(seconds=min(job.eta or 0.0, MAX_EXPECTED))
                 reached = strikes.failed >= RECOVERABLE_ANSWERS and now - job.tracked_at >= expected
         case UnknownId(message):
@@ -195,15 +196,6 @@ def _strike(
     if reached:
         return EndJob("failed", code, message)
     return _unless_late(job, strikes, note_of(reply), now)
-
-
-def _apart(reply: Failed | UnknownId | ApiError | Empty) -> timedelta:
-    """Return the minimum time between two answers that both count, in addition to the minimum poll interval."""
-    match reply:
-        case Failed(may_recover=True):
-            return RECOVERABLE_APART
-        case _:
-            return timedelta(0)
 
 
 def _unless_late(job: JobFacts, strikes: Strikes, note: str, now: datetime) -> JobDecision:

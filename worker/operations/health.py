@@ -19,29 +19,26 @@ from sqlalchemy.exc import SQLAlchemyError
 from worker.coordination.rate_limiter import redis_client
 from worker.core.on_done_name import task_and_queue
 from worker.errors import SettingsError, StorageTrouble, WorkerError
-from worker.operations.overview import HEALTHY_SECONDS, Overview, UnstoredOutputs, overview
+from worker.operations.overview import HEALTHY_SECONDS, Overview, UnstoredOutputs, lost_claims, overdue_jobs, overview
 from worker.settings import Settings
 from worker.storage.select import storage_for
 from worker.store.database_identity import database_id
 from worker.store.engine import check_schema, database_now, engine_for, is_writable, shown_url, translate_errors
 from worker.store.events import UndeliveredEvents, count_overdue_events, undelivered_events
-from worker.store.holds import work_limits
 from worker.store.on_done import GIVE_UP, recent_on_done, refused_calls, unsent_calls
-from worker.store.reports import snapshot_rows
 from worker.store.reports.server_state import HISTORY_MOST, ServerState, server_state
 from worker.system.own_package import OWN_PACKAGE, advice, other_worker, python_path
 from worker.system.process_identity import host_name
 
 SKEW_SECONDS = 5.0  # allowed difference of the clocks
-SLOW_SECONDS = 0.5
-PING_SECONDS = 2.0
-REDIS_MINIMUM = (6, 2)
-FULL_SHARE = 0.9
-UNSENT_LATE_SECONDS = 60.0
-UNSTORED_LATE_SECONDS = 3_600.0
-UNREACHABLE_LATE_SECONDS = 300.0
-STALE_PARTIAL_SECONDS = 2 * 3_600.0
-SOON_SECONDS = 60.0
+SLOW_SECONDS = 0.5  # a query takes a few milliseconds; each claim and each result needs several
+PING_SECONDS = 2.0  # a server on the same network answers sooner
+REDIS_MINIMUM = (6, 2)  # what Celery needs
+FULL_SHARE = 0.9  # of Redis's memory: at the limit it refuses writes, or removes messages
+UNSENT_LATE_SECONDS = 60.0  # `on_done` calls and webhooks are sent within seconds
+UNSTORED_LATE_SECONDS = 3_600.0  # after an hour without a file, probably no process downloads
+UNREACHABLE_LATE_SECONDS = 300.0  # if the last attempt failed at the network
+STALE_PARTIAL_SECONDS = 2 * 3_600.0  # far longer than any download
 MAX_NAMED = 5  # rows named in one message
 MIB = 1 << 20
 
@@ -268,15 +265,8 @@ def _webhooks(webhooks: UndeliveredEvents, late: int) -> Check:
 
 def _claims(connection: Connection, settings: Settings) -> Check:
     """Check for claims that should have been released by now, or that are older than any work takes."""
-    now, limits = database_now(connection), work_limits(settings)
-    grace = timedelta(seconds=settings.recovery_seconds + HEALTHY_SECONDS)
-    lost = snapshot_rows.stale_claims(
-        connection,
-        dead=(),
-        expired_before=now - grace,
-        polled_before=now - limits.poll_max,
-        claimed_before=now - limits.download_max,
-    )
+    grace = settings.recovery_seconds + HEALTHY_SECONDS
+    lost = lost_claims(connection, settings, database_now(connection), grace=grace)
     if not lost:
         return Check("claims", True, "no dead process holds a claim")
     names = ", ".join(f"{claim.what} {claim.id}" for claim in lost[:MAX_NAMED])
@@ -288,12 +278,9 @@ def _claims(connection: Connection, settings: Settings) -> Check:
 
 def _deadlines(connection: Connection, state: Overview) -> Check:
     """Check for jobs past their deadline that are not polled soon, and so do not expire."""
-    if state.jobs["pending"] > snapshot_rows.COUNTED_MOST:
+    jobs = overdue_jobs(connection, state.jobs["pending"], database_now(connection), limit=MAX_NAMED)
+    if jobs is None:
         return Check("deadlines", True, "too many jobs to check each of them: run `fetch-worker list --past-deadline`")
-    now = database_now(connection)
-    jobs = snapshot_rows.jobs_past_deadline(
-        connection, now=now, later=now + timedelta(seconds=SOON_SECONDS), limit=MAX_NAMED
-    )
     if not jobs:
         return Check("deadlines", True, "every job past its deadline is polled soon")
     ids = " ".join(str(job.id) for job in jobs)

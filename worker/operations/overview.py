@@ -1,10 +1,11 @@
 """Overview of all jobs and accounts: the states of accounts, hosts, learned paces and unstored outputs."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Row
 
 from worker.core.circuit_breaker import CircuitBreaker, Scope
 from worker.core.lifecycle import JOB_STATES
@@ -15,12 +16,15 @@ from worker.settings import Settings
 from worker.store.breakers import all_breakers, last_asked
 from worker.store.claims import DueGroup, due_groups
 from worker.store.engine import database_now
+from worker.store.holds import work_limits
 from worker.store.jobs import count_by_state, waiting_accounts
 from worker.store.outputs import unstored_by_code
 from worker.store.paces import newest_paces
+from worker.store.reports.snapshot_rows import COUNTED_MOST, StaleClaim, jobs_past_deadline, stale_claims
 from worker.store.schema import HELD_UNTIL
 
 MAX_KINDS = 50  # the most recently updated kinds
+SOON = timedelta(seconds=60)  # a job past its deadline that is polled sooner expires by itself
 HEALTHY_SECONDS = 30.0  # healthy: no work is due for longer, or a request was made within it
 
 
@@ -121,6 +125,34 @@ def overview(connection: Connection, settings: Settings) -> Overview:
 def workers_poll(last_request_at: datetime | None, now: datetime) -> bool:
     """Return whether any worker made a request within the last `HEALTHY_SECONDS`."""
     return last_request_at is not None and now - last_request_at <= timedelta(seconds=HEALTHY_SECONDS)
+
+
+def lost_claims(
+    connection: Connection, settings: Settings, now: datetime, *, grace: float, dead: Collection[str] = ()
+) -> list[StaleClaim]:
+    """Return the claims whose process will not complete the work.
+
+    That is so if their lease ended `grace` seconds ago, if they are older than any work takes, or if their holder is
+    known to be `dead`.
+    """
+    limits = work_limits(settings)
+    return stale_claims(
+        connection,
+        dead=dead,
+        expired_before=now - timedelta(seconds=grace),
+        polled_before=now - limits.poll_max,
+        claimed_before=now - limits.download_max,
+    )
+
+
+def overdue_jobs(connection: Connection, pending: int, now: datetime, *, limit: int) -> list[Row[Any]] | None:
+    """Return the jobs past their deadline that are not polled soon, and so do not expire.
+
+    Return `None` if too many jobs are `pending` to check each of them.
+    """
+    if pending > COUNTED_MOST:
+        return None
+    return jobs_past_deadline(connection, now=now, later=now + SOON, limit=limit)
 
 
 def held_hosts(breakers: Mapping[tuple[Scope, str], CircuitBreaker], now: datetime) -> list[HeldHost]:

@@ -20,7 +20,15 @@ from worker.core.histograms import DELAYS, quantile
 from worker.core.identity import can_be_asked
 from worker.core.lifecycle import OutputFacts, address_index
 from worker.core.redaction.masking import link_host, mask_personal_data
-from worker.operations.overview import AccountState, account_states, held_hosts, no_key, workers_poll
+from worker.operations.overview import (
+    AccountState,
+    account_states,
+    held_hosts,
+    lost_claims,
+    no_key,
+    overdue_jobs,
+    workers_poll,
+)
 from worker.operations.snapshot import (
     NO_WORKER,
     AccountNow,
@@ -40,7 +48,6 @@ from worker.store.breakers import all_breakers, last_asked
 from worker.store.claims import claim_holders, due_groups
 from worker.store.counters import ANSWERS, DELAY, POLLED, CounterKey, Total, read_counters
 from worker.store.engine import database_now, translate_errors
-from worker.store.holds import work_limits
 from worker.store.jobs import waiting_accounts
 from worker.store.reports import snapshot_rows
 from worker.system.process_identity import dead_holders
@@ -50,7 +57,6 @@ RATE_SECONDS = 10.0  # for requests per second
 OVER_SECONDS = 5.0  # a running worker claims the work of an ended lease sooner
 LATE_SECONDS = 1.0  # work that is due for less is not late yet
 LATE_EVENT_SECONDS = 60.0
-SOON = timedelta(seconds=60)  # a job past its deadline that is polled sooner expires by itself
 MAX_LATE_JOBS = 20
 MAX_TRANSFERS = 100
 MAX_UNSTORED = 1_000
@@ -95,7 +101,7 @@ def _read_rows(connection: Connection, settings: Settings) -> _Rows:
     breakers = all_breakers(connection)
     groups = due_groups(connection, waiting_accounts(connection))
     dead_names = dead_holders(claim_holders(connection))
-    late, limits = now - timedelta(seconds=LATE_SECONDS), work_limits(settings)
+    late = now - timedelta(seconds=LATE_SECONDS)
     jobs = snapshot_rows.count_jobs(connection)
     return _Rows(
         now=now,
@@ -107,16 +113,8 @@ def _read_rows(connection: Connection, settings: Settings) -> _Rows:
         jobs=jobs,
         late=snapshot_rows.longest_due(connection, groups, before=late, limit=MAX_LATE_JOBS),
         late_count=snapshot_rows.count_late(connection, groups, before=late),
-        overdue=snapshot_rows.jobs_past_deadline(connection, now=now, later=now + SOON, limit=MAX_LATE_JOBS)
-        if jobs["pending"] <= snapshot_rows.COUNTED_MOST
-        else (),
-        claims=snapshot_rows.stale_claims(
-            connection,
-            dead=dead_names,
-            expired_before=now - timedelta(seconds=OVER_SECONDS),
-            polled_before=now - limits.poll_max,
-            claimed_before=now - limits.download_max,
-        ),
+        overdue=overdue_jobs(connection, jobs["pending"], now, limit=MAX_LATE_JOBS) or (),
+        claims=lost_claims(connection, settings, now, grace=OVER_SECONDS, dead=dead_names),
         transfers=snapshot_rows.running_downloads(connection, now=now, limit=MAX_TRANSFERS),
         unstored=snapshot_rows.oldest_unstored(connection, limit=MAX_UNSTORED),
         events=snapshot_rows.pending_events(connection, limit=MAX_EVENTS),
@@ -151,25 +149,18 @@ class SnapshotReader:
 
     def _snapshot(self, rows: "_Rows", peeks: Mapping[str, BudgetStatus], sample: _Sample) -> Snapshot:
         now, before = rows.now, self._previous(sample)
-        why = _LateReasons(
-            rows.breakers,
-            {state.account: state for state in rows.account_states},
-            rows.dead_holders,
-            workers_poll(rows.last_request_at, now),
-            now,
-        )
         kinds, kinds_seconds = self._kinds(sample)
         return Snapshot(
             at=now,
             asked_seconds=None if rows.last_request_at is None else _seconds(now - rows.last_request_at),
             asking=rows.asking,
             budget_known=bool(peeks) or not rows.account_states,
-            jobs=_count_states(rows.jobs),
+            jobs=[_count(state, count) for state, count in rows.jobs.items()],
             accounts=[
                 self._account(state, rows.breakers, peeks.get(state.account), sample) for state in rows.account_states
             ],
             hosts=[replace(host, reason=mask_personal_data(host.reason)) for host in held_hosts(rows.breakers, now)],
-            late=[why.late(row) for row in rows.late],
+            late=[_late_job(row, rows) for row in rows.late],
             late_count=_count("late", rows.late_count),
             overdue=[
                 OverdueJob(row.id, row.account, row.kind, _seconds(now - row.deadline_at), _seconds(row.due_at - now))
@@ -234,46 +225,34 @@ def _seconds(span: timedelta) -> float:
     return round(span.total_seconds(), 1)
 
 
-def _count_states(counts: Mapping[str, int]) -> list[Counted]:
-    return [_count(state, count) for state, count in counts.items()]
-
-
 def _count(state: str, count: int) -> Counted:
     return Counted(state, min(count, snapshot_rows.COUNTED_MOST), count > snapshot_rows.COUNTED_MOST)
 
 
-@dataclass(frozen=True, slots=True)
-class _LateReasons:
-    """Finds out why a due job was not polled."""
+def _late_job(job: Row[Any], rows: _Rows) -> LateJob:
+    past = (rows.now - job.deadline_at).total_seconds()
+    return LateJob(
+        id=job.id,
+        account=job.account,
+        kind=job.kind,
+        late_seconds=_seconds(rows.now - job.due_at),
+        past_deadline_seconds=round(past, 1) if past > 0 else None,
+        why=_why_late(job, rows),
+    )
 
-    breakers: Mapping[tuple[Scope, str], CircuitBreaker]
-    accounts: Mapping[str, AccountState]
-    dead_holders: Collection[str]
-    workers_poll: bool
-    now: datetime
 
-    def late(self, job: Row[Any]) -> LateJob:
-        past = (self.now - job.deadline_at).total_seconds()
-        return LateJob(
-            id=job.id,
-            account=job.account,
-            kind=job.kind,
-            late_seconds=_seconds(self.now - job.due_at),
-            past_deadline_seconds=round(past, 1) if past > 0 else None,
-            why=self._why(job),
-        )
-
-    def _why(self, job: Row[Any]) -> str:
-        state = self.accounts.get(job.account)
-        host = self.breakers.get(("host", job.fetch_host))
-        if state is not None and state.reason is not None:
-            return f"held: {mask_personal_data(state.reason)}" if state.reason != no_key(job.account) else state.reason
-        if host is not None and host.held(self.now):
-            return f"held: {host.name} {mask_personal_data(host.why or '')}"
-        if job.claim_token is not None:
-            liveness = "dead" if job.claim_holder in self.dead_holders else "silent"
-            return f"claimed by {job.claim_holder}, which is {liveness}"
-        return "the rate limit is used up" if self.workers_poll else NO_WORKER
+def _why_late(job: Row[Any], rows: _Rows) -> str:
+    """Return why a due job was not polled."""
+    account = next((state.reason for state in rows.account_states if state.account == job.account), None)
+    if account is not None:
+        return account if account == no_key(job.account) else f"held: {mask_personal_data(account)}"
+    host = rows.breakers.get(("host", job.fetch_host))
+    if host is not None and host.held(rows.now):
+        return f"held: {host.name} {mask_personal_data(host.why or '')}"
+    if job.claim_token is not None:
+        liveness = "dead" if job.claim_holder in rows.dead_holders else "silent"
+        return f"claimed by {job.claim_holder}, which is {liveness}"
+    return "the rate limit is used up" if workers_poll(rows.last_request_at, rows.now) else NO_WORKER
 
 
 def _lost(claim: snapshot_rows.StaleClaim, dead_holders: Collection[str], now: datetime) -> LostClaimNow:

@@ -27,16 +27,17 @@ STEEPNESS = 64.0  # the growth of the odds is measured between 1 and 64 times th
 MIN_GROWTH, MAX_GROWTH = 0.25, 64.0
 MIN_SECONDS = 0.001
 
+# First polls of the policies other than learned: after the eta, within these ages, or after the default.
 MIN_FIRST_AGE = 2.0
 MAX_FIRST_AGE = 60.0
 DEFAULT_FIRST_AGE = 2.5
 MIN_LEARNED_AGE = 1.0  # earliest first poll of the learned policy, unless POLL_MIN is lower
-MAX_WAIT = 900.0
+MAX_WAIT = 900.0  # longest wait of the learned policy
 MAX_SIMPLE_WAIT = 300.0  # longest wait of the policies other than learned
-MAX_AGE = 1e8
+MAX_AGE = 1e8  # three years: a higher age is a wrong clock
 FIXED_WAIT = 5.0
 EXPONENT, EXPONENTIAL_FIRST, MAX_EXPONENTIAL_WAIT = 1.5, 1.0, 20.0  # google-api-core's defaults for polling operations
-SPREAD = 0.1
+SPREAD = 0.1  # of a wait, so that jobs that were submitted together are not polled together
 WINDOW = 250  # when requests are scarce, a claim compares this number of due jobs from each of four windows
 AT_DEADLINE = 0.5  # seconds after the deadline at which the last poll is made
 

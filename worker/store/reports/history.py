@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -16,14 +15,6 @@ from worker.store.schema import history
 
 KEPT = timedelta(days=8)
 MINUTE = timedelta(minutes=1)
-
-
-@dataclass(frozen=True, slots=True)
-class HistorySample:
-    """The statistics at a minute, as `record_history` wrote them. The counters in `body` only grow."""
-
-    minute: datetime
-    body: dict[str, Any]
 
 
 def record_history(connection: Connection, *, now: datetime, full_rps: Callable[[str], float]) -> timedelta:
@@ -53,12 +44,6 @@ def latest_history(connection: Connection) -> datetime | None:
     """Return the last minute of the history, or None."""
     minute: datetime | None = connection.execute(select(func.max(history.c.minute))).scalar()
     return minute
-
-
-def read_history(connection: Connection, since: datetime) -> list[HistorySample]:
-    """Return the samples since a time, oldest first."""
-    rows = select(history.c.minute, history.c.body).where(history.c.minute >= since).order_by(history.c.minute)
-    return [HistorySample(row.minute, json.loads(row.body)) for row in connection.execute(rows)]
 
 
 def _body(stats: Stats, totals: Iterable[Total]) -> dict[str, Any]:
