@@ -81,20 +81,16 @@ _KIND_NAME = re.compile(r"/api/v[0-9]+/(?:(?P<name>[A-Za-z0-9_/-]*)/)?fetch")
 OTHER_FETCH_PATHS = rf"{TRAINING}|{CHAT}|{_RUNS.pattern}"
 
 
+_PLACEHOLDERS = {
+    "**": "(?:/[A-Za-z0-9_.-]{1,100})*",
+    "*": "/[A-Za-z0-9_.-]{1,100}",
+    "{version}": "/(?P<version>v[0-9]{1,3})",
+    "{server}": "/(?P<server>[A-Za-z0-9_-]{1,100})",
+}
+
+
 def _order_pattern(order: str) -> str:
-    parts = []
-    for part in order.split("/"):
-        if part == "**":
-            parts.append("(?:/[A-Za-z0-9_.-]{1,100})*")
-        elif part == "*":
-            parts.append("/[A-Za-z0-9_.-]{1,100}")
-        elif part == "{version}":
-            parts.append("/(?P<version>v[0-9]{1,3})")
-        elif part == "{server}":
-            parts.append("/(?P<server>[A-Za-z0-9_-]{1,100})")
-        else:
-            parts.append(f"/{re.escape(part)}")
-    return "".join(parts)
+    return "".join(_PLACEHOLDERS.get(part) or f"/{re.escape(part)}" for part in order.split("/"))
 
 
 _FETCH = re.compile(
