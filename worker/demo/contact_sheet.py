@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from worker.core.humanize import format_bytes
+from worker.core.humanize import format_bytes, format_count
 from worker.demo.display import DemoJob, figures, seconds_text
 from worker.storage.local import path_of
 
@@ -70,6 +70,6 @@ def _card(job: DemoJob, folder: Path) -> str:
 <div class="pictures">{pictures}</div>
 <div class="about"><h2>{prompt}</h2>
 <p>job {job.id or "–"} · API id {escape(job.order.id)}{state}</p>
-<p>{job.polls} polls · {times}</p>
+<p>{format_count(job.polls, "poll")} · {times}</p>
 <ul>{rows}</ul></div>
 </article>"""

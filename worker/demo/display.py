@@ -86,8 +86,8 @@ def figures(jobs: Sequence[DemoJob]) -> dict[str, str]:
         "pictures": str(pictures),
         "polls": str(polls),
         "polls per job": f"{polls / len(jobs):.1f}",
-        "ready to seen": seconds_text(_mean([job.seen_after for job in jobs])),
-        "ready to stored": seconds_text(_mean([job.stored_after for job in jobs])),
+        "mean, ready to seen": seconds_text(_mean([job.seen_after for job in jobs])),
+        "mean, ready to stored": seconds_text(_mean([job.stored_after for job in jobs])),
     }
 
 

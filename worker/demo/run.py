@@ -142,7 +142,8 @@ def _report(console: Console, folder: Path, demo_jobs: Sequence[DemoJob], *, sec
     console.print(job_table(demo_jobs, folder, console))
     polls = f"{total['polls']} polls ({total['polls per job']} per job)"
     _say(console, f"{total['jobs']} jobs, {total['pictures']} pictures, {polls}")
-    _say(console, f"From ready to seen {total['ready to seen']}, to stored {total['ready to stored']}, on average")
+    seen, stored = total["mean, ready to seen"], total["mean, ready to stored"]
+    _say(console, f"From ready to seen {seen}, to stored {stored}, on average")
     _say(console, f"The files are below {folder / 'outputs'}")
     _say(console, f"To look at them: {page.as_uri()}")
     unfinished = [job for job in demo_jobs if job.status != "completed"]
