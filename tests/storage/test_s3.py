@@ -99,7 +99,9 @@ def _keep(storage: Storage, body: bytes = BODY, *, position: int = 2, then: Call
 
 def _record_calls(storage: S3Storage, calls: list[str]) -> None:
     """Record every call to the store."""
-    storage._client().meta.events.register("before-send.s3", lambda event_name, **_: calls.append(event_name))
+    storage.client.boto3_client().meta.events.register(
+        "before-send.s3", lambda event_name, **_: calls.append(event_name)
+    )
 
 
 def _replace_answers(
@@ -113,7 +115,7 @@ def _replace_answers(
             return None
         return AWSResponse(request.url, response[0], dict(headers), _Raw(response[1]))
 
-    storage._client().meta.events.register(f"before-send.s3.{operation}", stand_in)
+    storage.client.boto3_client().meta.events.register(f"before-send.s3.{operation}", stand_in)
 
 
 class _Raw:
@@ -202,7 +204,7 @@ def test_the_same_content_from_another_tool_is_recognized(storage: S3Storage, bu
 def test_a_name_that_is_taken_between_check_and_upload_is_not_overwritten(storage: S3Storage, bucket: Bucket) -> None:
     """The store refuses the upload, and the object there is compared."""
     key = f"out/puts/12/12345/2-{SHA[:16]}.png"
-    events = storage._client().meta.events
+    events = storage.client.boto3_client().meta.events
     events.register_first("before-call.s3.PutObject", lambda **_: bucket.put(key, b"other"), unique_id="once")
     location = _keep(storage)
     assert location.endswith(f"2-{SHA}.png")
@@ -238,7 +240,7 @@ def test_an_object_in_a_store_without_checksums_is_read_back(storage: S3Storage,
     def remove_checksum(params: dict[str, Any], **_: Any) -> None:
         params["headers"].pop("x-amz-checksum-sha256", None)
 
-    storage._client().meta.events.register("before-call.s3.PutObject", remove_checksum)
+    storage.client.boto3_client().meta.events.register("before-call.s3.PutObject", remove_checksum)
     calls: list[str] = []
     _record_calls(storage, calls)
     location = _keep(storage)
@@ -263,7 +265,7 @@ def test_an_error_of_the_store_raises_storage_trouble(storage: S3Storage) -> Non
 def test_a_stored_output_can_be_opened_and_read_in_chunks(storage: S3Storage, bucket: Bucket) -> None:
     """As a file. Closing it early ends the transfer and releases the connection."""
     location, bodies = _keep(storage), list[Any]()
-    storage._client().meta.events.register(
+    storage.client.boto3_client().meta.events.register(
         "after-call.s3.GetObject", lambda parsed, **_: bodies.append(parsed.get("Body"))
     )
     with storage.open(location) as file:
@@ -490,9 +492,9 @@ def test_an_outage_raises_storage_trouble_soon_and_the_storage_recovers(storage:
 def test_a_child_process_has_connections_of_its_own(storage: S3Storage, bucket: Bucket) -> None:
     """The connections of its parent are not shared."""
     storage.prepare()
-    parent_client = storage._client()
-    assert storage._client() is parent_client
+    parent_client = storage.client.boto3_client()
+    assert storage.client.boto3_client() is parent_client
     child = os.fork()
     if child == 0:
-        os._exit(0 if storage._client() is not parent_client else 1)
+        os._exit(0 if storage.client.boto3_client() is not parent_client else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

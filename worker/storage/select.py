@@ -42,6 +42,8 @@ def storage_of(location: str, settings: Settings) -> Storage:
 @locked_cache
 def _s3(bucket: str, prefix: str, partials: Path, pid: int) -> Storage:
     """Return the S3 storage of this process. It is cached, because its client is slow to create and has connections."""
-    from worker.storage.s3 import S3Storage  # an optional dependency, not needed for local files
-
+    try:
+        from worker.storage.s3 import S3Storage  # an optional dependency, not needed for local files
+    except ImportError:
+        raise SettingsError("STORAGE_URL names an S3 bucket: pip install 'fetch-worker[s3]'") from None
     return S3Storage(bucket, prefix, PartialFiles(partials))
