@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from worker.app import make_app
-from worker.coordination.rate_limiter import redis_client
 from worker.errors import SettingsError
 from worker.settings import DOTENV_SWITCH, PROCESS_SETTINGS, load
 from worker.vendor.fetch_url import VENDOR_HOSTS
@@ -24,29 +22,6 @@ def _error_for(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
     with pytest.raises(SettingsError) as raised:
         load(*PROCESS_SETTINGS)
     return str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("url", "expected"),
-    [
-        ("rediss://r:6380/0", "rediss://r:6380/0?ssl_cert_reqs=required"),  # Celery refuses it without the option
-        ("rediss://r:6380/0?db=1", "rediss://r:6380/1?ssl_cert_reqs=required"),
-        ("rediss://r:6380?ssl_cert_reqs=none", "rediss://r:6380/0?ssl_cert_reqs=none"),
-        ("rediss://r:6380?ssl_cert_reqs=CERT_NONE&db=1", "rediss://r:6380/1?ssl_cert_reqs=none"),  # redis-py refuses it
-        ("redis://r:6379/0", "redis://r:6379/0"),
-        ("unix:///tmp/r.sock", "redis+socket:///tmp/r.sock"),
-    ],
-)
-def test_a_redis_url_is_accepted_by_celery_and_redis_py(
-    url: str, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("REDIS_URL", url)
-    monkeypatch.setenv("BROKER_URL", url.replace("unix://", "redis+socket://"))
-    settings = load()
-
-    assert (settings.redis, settings.broker) == (expected, expected)
-    assert make_app(settings).backend.connparams
-    assert redis_client(settings.redis, seconds=1.0).connection_pool.make_connection()
 
 
 def test_without_any_variable_the_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
@@ -72,19 +47,6 @@ def test_without_any_variable_the_defaults_are_those_of_the_contract(tmp_path: P
         "keep",
     )
     assert (settings.flower_basic_auth, settings.flower_address) == (None, "127.0.0.1")
-
-
-@pytest.mark.parametrize(
-    ("kind", "seconds"),
-    [("image", 3_600), ("dreambooth/x", 3_600), ("video", 7_200), ("text2video", 7_200), ("training", 14_400)],
-)
-def test_deadlines_depend_on_the_kind_unless_job_deadline_is_set(
-    kind: str, seconds: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """JOB_DEADLINE applies to every kind."""
-    assert load().deadline_for(kind) == seconds
-    monkeypatch.setenv("JOB_DEADLINE", "90")
-    assert load().deadline_for(kind) == 90
 
 
 @pytest.mark.parametrize(
@@ -267,83 +229,6 @@ def test_lists_may_have_blanks_and_empty_items(monkeypatch: pytest.MonkeyPatch) 
     assert settings.sd_api_url == "https://base.example/api/v3"
 
 
-def test_both_vendor_hosts_are_allowed_if_the_base_url_is_on_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With another base URL only its own host is allowed."""
-    monkeypatch.setenv("SD_API_URL", "https://modelslab.com/api/v6")
-    assert load().api.hosts == VENDOR_HOSTS
-    monkeypatch.setenv("SD_API_URL", "http://127.0.0.1:8010/api/v3")
-    assert load().api.hosts == {"127.0.0.1:8010"}
-
-
-def test_sd_api_key_takes_precedence_over_the_default_in_sd_api_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No representation of the settings shows a key."""
-    monkeypatch.setenv("SD_API_KEYS", f'{{"default": "other", "shop": "{SECRET}", "empty": ""}}')
-    monkeypatch.setenv("SD_API_KEY", SECRET + "2")
-    settings = load()
-    assert {name: key.get_secret_value() for name, key in settings.keys.items()} == {
-        "default": SECRET + "2",
-        "shop": SECRET,
-    }
-    assert SECRET not in repr(settings) + str(settings) + repr(settings.keys) + str(settings.model_dump())
-
-
-def test_the_apis_own_ca_bundle_takes_precedence_and_only_a_configured_proxy_is_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """REQUESTS_CA_BUNDLE is used if there is no other; HTTPS_PROXY is ignored."""
-    common_bundle, own_bundle = tmp_path / "common.pem", tmp_path / "own.pem"
-    for path in (common_bundle, own_bundle):
-        path.write_text("")
-    monkeypatch.setenv("HTTPS_PROXY", "http://proxy-of-the-host.example:3128")
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(common_bundle))
-    assert (load().ca_bundle, load().proxy) == (str(common_bundle), None)
-    monkeypatch.setenv("SD_API_CA_BUNDLE", str(own_bundle))
-    monkeypatch.setenv("SD_API_PROXY", f"http://user:{SECRET}@proxy.example:3128")
-    settings = load()
-    assert (settings.ca_bundle, settings.proxy) == (str(own_bundle), f"http://user:{SECRET}@proxy.example:3128")
-    assert SECRET not in repr(settings) + str(settings.model_dump())
-
-
-@pytest.mark.parametrize(
-    ("url", "driver"),
-    [
-        ("postgres://u@h/d", "postgresql+psycopg"),
-        ("postgresql://u@h/d", "postgresql+psycopg"),
-        ("postgresql+psycopg2://u@h/d", "postgresql+psycopg"),
-        ("mysql://u@h/d", "mysql+pymysql"),
-        ("mariadb://u@h/d", "mariadb+pymysql"),
-        ("sqlite:///x.db", "sqlite"),
-    ],
-)
-def test_every_database_uses_our_driver(url: str, driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This includes the short URL schemes of hosting services."""
-    monkeypatch.setenv("DATABASE_URL", url)
-    assert load().database.drivername == driver
-
-
-@pytest.mark.parametrize("url", ["file:/srv/out puts", "file:///srv/out puts"])
-def test_both_spellings_of_a_file_url_are_accepted(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may have one slash or three."""
-    monkeypatch.setenv("STORAGE_URL", url)
-    assert load().storage_path == Path("/srv/out puts")
-
-
-@pytest.mark.parametrize(
-    ("url", "bucket"),
-    [
-        ("s3://pictures", ("pictures", "")),
-        ("s3://pictures/", ("pictures", "")),
-        ("s3://my.pictures-1/shop/to day/", ("my.pictures-1", "shop/to day")),
-    ],
-)
-def test_a_bucket_may_have_a_prefix(url: str, bucket: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Partial downloads for it are in the state directory."""
-    monkeypatch.setenv("STORAGE_URL", url)
-    settings = load()
-    assert (settings.bucket, settings.storage_path) == (bucket, None)
-    assert settings.partial_path == Path("var/partial").absolute()
-
-
 def test_aws_variables_may_be_in_the_dotenv_file_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment takes precedence, as for all variables."""
     Path(".env").write_text("AWS_ENDPOINT_URL=http://one:8333\nAWS_ACCESS_KEY_ID=of-the-file\n")
@@ -352,13 +237,6 @@ def test_aws_variables_may_be_in_the_dotenv_file_too(monkeypatch: pytest.MonkeyP
     load()
     assert (os.environ["AWS_ENDPOINT_URL"], os.environ["AWS_ACCESS_KEY_ID"]) == ("http://other:8333", "of-the-file")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-
-
-def test_a_socket_file_without_a_listener_does_not_count_as_a_server(tmp_path: Path) -> None:
-    """It may be left from a crash."""
-    (tmp_path / "var").mkdir()
-    (tmp_path / "var" / "redis.sock").touch()
-    assert load().redis == "redis://localhost:6379/0"
 
 
 def test_representations_of_the_settings_show_no_password(monkeypatch: pytest.MonkeyPatch) -> None:

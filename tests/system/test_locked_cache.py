@@ -204,7 +204,7 @@ def test_settings_search_for_the_embedded_redis_once(monkeypatch: pytest.MonkeyP
         time.sleep(0.02)
         return True
 
-    monkeypatch.setattr("worker.settings._answers", answers)
+    monkeypatch.setattr("worker.configuration.server_settings.answers", answers)
     monkeypatch.delenv("REDIS_URL", raising=False)
     settings = Settings()
     assert len(set(_in_threads(lambda: settings.redis))) == 1

@@ -6,11 +6,12 @@ from datetime import timedelta
 import click
 
 from worker.cli.output import json_option, print_json
+from worker.configuration.setting_types import MAX_SECONDS
 from worker.core.durations import parse_duration
 from worker.core.lifecycle import FINAL_STATES
 from worker.operations.prune import Pruned, Retention, count_prunable
 from worker.operations.prune import prune as run_prune
-from worker.settings import MAX_SECONDS, Settings, load
+from worker.settings import Settings, load
 from worker.store.engine import engine_for, translate_errors
 from worker.system.terminal import echo
 

@@ -1,1 +1,1 @@
-"""Sources of settings: environment variables, the key file, server URLs and the state directory."""
+"""Groups of settings and their sources: environment variables, the key file, server URLs, the state directory."""

@@ -12,6 +12,7 @@ from kombu.connection import Connection
 from kombu.utils.url import maybe_sanitize_url
 from redis.exceptions import RedisError
 
+from worker.configuration.server_settings import EMBEDDED_SOCKET
 from worker.coordination.rate_limiter import redis_client
 from worker.core.display import display_json, display_text
 from worker.errors import SettingsError, Unavailable
@@ -19,7 +20,7 @@ from worker.launch.embedded_redis import EMBEDDED_NAME, EmbeddedRedis, start_emb
 from worker.launch.procfile import RELEASE, Line, merged_environment, own_procfile, program, read_procfile
 from worker.launch.supervised_process import OWN_NAME, Say
 from worker.launch.supervisor import Supervisor
-from worker.settings import EMBEDDED_SOCKET, KEY_NAMES, PROCESS_SETTINGS, Settings, dotenv_file, load
+from worker.settings import KEY_NAMES, PROCESS_SETTINGS, Settings, dotenv_file, load
 from worker.store.engine import make_engine, translate_errors
 from worker.system.json_logs import LINE_START, plain_line
 from worker.system.own_package import advice, other_worker, python_path

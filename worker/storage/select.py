@@ -3,8 +3,9 @@
 import os
 from pathlib import Path
 
+from worker.configuration.output_settings import DEFAULT_STORAGE
 from worker.errors import SettingsError, StorageTrouble
-from worker.settings import DEFAULT_STORAGE, Settings
+from worker.settings import Settings
 from worker.storage.base import Storage
 from worker.storage.local import FileStorage
 from worker.storage.partial_files import PartialFiles

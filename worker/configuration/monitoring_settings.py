@@ -1,0 +1,37 @@
+"""Settings of logs, Flower, the metrics and the admin pages."""
+
+from typing import Annotated, Literal, TextIO
+
+from pydantic import BeforeValidator, Field, SecretStr
+
+from worker.configuration.setting_types import Port, SettingsGroup, items, readable_by
+
+
+def _log_format(value: object) -> str:
+    word = str(value).lower()
+    return word if word in ("json", "text") else "auto"  # the web app may use the same variable for itself
+
+
+def _logins(text: str) -> None:
+    if not all(":" in item for item in items(text)):
+        raise ValueError("must be user:password")
+
+
+class MonitoringSettings(SettingsGroup):
+    """Logs, Flower, metrics, and the admin pages."""
+
+    log_format: Annotated[Literal["auto", "json", "text"], BeforeValidator(_log_format)] = "auto"
+    flower_basic_auth: Annotated[SecretStr, readable_by(_logins)] | None = None
+    flower_address: str = "127.0.0.1"
+    flower_port: Port | None = None
+    flower_jobs: Annotated[int, Field(ge=0, le=5_000)] = 1_000
+    port: Port | None = None
+    metrics_address: str = "127.0.0.1"
+    metrics_port: Port = 9464
+    admin_password: SecretStr | None = None
+    admin_address: str = "127.0.0.1"
+    admin_port: Port | None = None
+
+    def json_logs(self, stream: TextIO) -> bool:
+        """Return whether logs on this stream are JSON. By default they are unless the stream is a terminal."""
+        return self.log_format == "json" or (self.log_format == "auto" and not stream.isatty())
