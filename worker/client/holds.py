@@ -2,10 +2,9 @@
 
 import logging
 
-from worker.client.connection import check_exists, transaction
+from worker.client.connection import cached_settings, check_exists, transaction
 from worker.client.jobs import wake
 from worker.core.circuit_breaker import Scope
-from worker.settings import load
 from worker.store import holds as store
 from worker.store.engine import database_now
 from worker.store.holds import work_limits
@@ -18,7 +17,7 @@ def hold(job_id: int) -> bool:
 
     Return False if it is already held or not pending. Raises JobNotFound.
     """
-    with transaction(load()) as connection:
+    with transaction(cached_settings()) as connection:
         check_exists(connection, job_id)
         changed = bool(store.hold(connection, [job_id], now=database_now(connection)))
     if changed:
@@ -32,7 +31,7 @@ def resume(job_id: int) -> bool:
     This ends a hold, a wait for the next poll or download attempt, and a claim that is older than any work takes. A job
     that was held does not expire within the next minute. Return False if nothing had to change. Raises JobNotFound.
     """
-    settings = load()
+    settings = cached_settings()
     with transaction(settings) as connection:
         check_exists(connection, job_id)
         changed = bool(store.resume(connection, [job_id], work_limits(settings), now=database_now(connection)))
@@ -47,7 +46,7 @@ def hold_account_or_host(scope: Scope, name: str) -> bool:
 
     Answers to requests in flight are still processed. Return False if it was already held by an operator.
     """
-    with transaction(load()) as connection:
+    with transaction(cached_settings()) as connection:
         changed = store.hold_account_or_host(connection, scope, name, now=database_now(connection))
     if changed:
         log.warning("held by an operator scope=%s name=%s", scope, name)
@@ -59,7 +58,7 @@ def resume_account_or_host(scope: Scope, name: str) -> bool:
 
     This also ends a pause after a rate limit. Return False if nothing held it.
     """
-    settings = load()
+    settings = cached_settings()
     with transaction(settings) as connection:
         changed = store.resume_account_or_host(connection, scope, name, now=database_now(connection))
     if changed:
