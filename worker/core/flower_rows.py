@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from worker.core.answer_history import parse_history
 from worker.core.display import display_text
+from worker.core.humanize import format_count
 from worker.core.lifecycle import FINAL_STATES
 
 NAME = "fetch-worker.job"
@@ -130,8 +131,8 @@ def _result(job: FlowerJob) -> str:
     """Return the progress of the job or its result in a few words."""
     listed, stored, size = job.outputs
     if job.status == "completed":
-        return f"{_outputs(stored)} stored, {size:,} bytes"
-    progress = f"{stored} of {_outputs(listed)} stored, {size:,} bytes" if listed else ""
+        return f"{format_count(stored, 'output')} stored, {size:,} bytes"
+    progress = f"{stored} of {format_count(listed, 'output')} stored, {size:,} bytes" if listed else ""
     code = job.error_code if job.status in ("failed", "expired") else None
     hold = "" if job.held_at is None or job.final else f"held by an operator since {job.held_at:%Y-%m-%d %H:%M} UTC"
     return ", ".join(part for part in (code, hold, progress, _polls(job)) if part)
@@ -143,7 +144,3 @@ def _polls(job: FlowerJob) -> str:
     last = parse_history(job.last_answer)[:1]
     times = "polled once" if job.polls == 1 else f"polled {job.polls:,} times"
     return f"{times}: {last[0].note[:MAX_NOTE_LENGTH]}" if last else times
-
-
-def _outputs(count: int) -> str:
-    return f"{count} output" if count == 1 else f"{count} outputs"

@@ -153,9 +153,8 @@ def _rate_limit(context: JobContext, peek: BudgetStatus | None) -> Finding:
     configured = context.settings.rps(context.job.account)
     detail = f"{context.rate:g} requests per second allowed now, {configured:g} configured{ceiling}"
     if peek is None:
-        return Finding(
-            "budget", "unknown", f"{detail}; Redis is not reachable, so the number of free requests is unknown"
-        )
+        unknown = "Redis is not reachable, so the number of free requests is unknown"
+        return Finding("budget", "unknown", f"{detail}; {unknown}")
     used = f"{peek.accepted:.0f} were made in the last second"
     if peek.available:
         return Finding("budget", "free", f"{detail}; {peek.available} can be sent now, {used}")
@@ -173,7 +172,7 @@ def _queue(context: JobContext) -> Finding:
 def _jobs_ahead(context: JobContext) -> str:
     if context.jobs_ahead > MAX_JOBS_AHEAD:
         return f"more than {MAX_JOBS_AHEAD:,} due jobs"
-    return f"{context.jobs_ahead:,} due job{'s' if context.jobs_ahead > 1 else ''}"
+    return format_count(context.jobs_ahead, "due job")
 
 
 def _poll(context: JobContext) -> Finding:
@@ -229,9 +228,7 @@ def _within(seconds: float) -> str:
 def _deadline(context: JobContext) -> Finding:
     over = context.seconds_since(context.job.deadline_at)
     if over < 0:
-        return Finding(
-            "deadline", "ahead", f"in {format_duration(-over)}; the job can only expire on an answer after it"
-        )
-    return Finding(
-        "deadline", "over", f"for {format_duration(over)}; the job expires on the next answer that is not ready"
-    )
+        detail = f"in {format_duration(-over)}; the job can only expire on an answer after it"
+        return Finding("deadline", "ahead", detail)
+    detail = f"for {format_duration(over)}; the job expires on the next answer that is not ready"
+    return Finding("deadline", "over", detail)

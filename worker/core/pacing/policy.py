@@ -93,6 +93,9 @@ def urgency(unseen: float, scale: float | None, growth: float | None) -> float:
     return growth * math.log(max(unseen, MIN_SECONDS) / scale)
 
 
+_RECORD = ("polls", "expected_ready", "found_ready", "planned_delay", "actual_delay")  # in this order in a snapshot
+
+
 class PaceModel:
     """The learned durations of one kind of jobs: by age, and by age since the eta arrived, in units of the eta.
 
@@ -189,17 +192,16 @@ class PaceModel:
         self.by_age.merge_into(other.by_age)
         self.by_eta.merge_into(other.by_eta)
         other.lead = (self.lead + other.lead) / 2
-        for name in ("polls", "expected_ready", "found_ready", "planned_delay", "actual_delay"):
+        for name in _RECORD:
             setattr(other, name, (getattr(self, name) + getattr(other, name)) / 2)
 
     def snapshot(self) -> dict[str, Any]:
         """Return the model as JSON data: a few hundred bytes, at most 4,000."""
-        record = (self.polls, self.expected_ready, self.found_ready, self.planned_delay, self.actual_delay)
         return {
             "age": self.by_age.snapshot(),
             "eta": self.by_eta.snapshot(),
             "lead": float(f"{self.lead:.4g}"),
-            "record": [float(f"{value:.4g}") for value in record],
+            "record": [float(f"{getattr(self, name):.4g}") for name in _RECORD],
         }
 
     @classmethod
@@ -210,9 +212,8 @@ class PaceModel:
             SurvivalModel.restored(snapshot["eta"], parent.by_eta.moments),
             float(snapshot["lead"]),
         )
-        model.polls, model.expected_ready, model.found_ready, model.planned_delay, model.actual_delay = map(
-            float, snapshot["record"]
-        )
+        for name, value in zip(_RECORD, snapshot["record"], strict=True):
+            setattr(model, name, float(value))
         return model
 
 
