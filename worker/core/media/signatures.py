@@ -98,7 +98,7 @@ def is_complete(media: Media, head: bytes, tail: bytes, size: int) -> bool:
         case "video/mp4" | "video/quicktime" | "audio/mp4":
             return _boxes_whole(head, tail, size, {b"moov", b"mdat"})
         case "video/webm" | "video/x-matroska":
-            return _ebml_whole(head, size)
+            return size >= (_ebml_length(head) or 0)  # a live recording has no declared length
         case "image/webp":
             return size >= max(_little(head[4:8]), 12) + 8
         case "audio/wav" | "video/x-msvideo":
@@ -372,12 +372,6 @@ def _view(head: bytes, tail: bytes, size: int, at: int, count: int) -> bytes:
         return head[at : at + count]
     in_tail = at - (size - len(tail))
     return tail[in_tail : in_tail + count] if in_tail >= 0 else b""
-
-
-def _ebml_whole(head: bytes, size: int) -> bool:
-    """Return whether the segment has its declared length. A live recording has no declared length."""
-    length = _ebml_length(head)
-    return length is None or size >= length
 
 
 def _ebml_length(head: bytes) -> int | None:

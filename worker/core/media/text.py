@@ -9,9 +9,9 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
-from urllib.parse import unquote, urlsplit
 
 from worker.core.json_size import too_many_values
+from worker.core.media.link_kinds import EXTENSIONS, extension_of
 from worker.core.media.signatures import Media
 
 Promise = Literal["", "text", "json", "subtitles"]
@@ -24,11 +24,9 @@ PARSED_CHARACTERS = 4_194_304  # for longer JSON only the first and last charact
 START_CHARACTERS = 65_536  # kept from the start and from the end; the errors of stores are shorter
 
 _PROMISED_BY_EXTENSION: dict[str, Promise] = {
-    "txt": "text",
-    "text": "text",
+    **dict.fromkeys(("txt", "text"), "text"),
     "json": "json",
-    "vtt": "subtitles",
-    "srt": "subtitles",
+    **dict.fromkeys(("vtt", "srt"), "subtitles"),
 }
 _PROMISED_BY_TYPE: dict[str, Promise] = {
     "text/plain": "text",
@@ -43,14 +41,9 @@ _PROMISED_BY_TYPE: dict[str, Promise] = {
 }
 # A URL with one of these extensions is not text, whatever type is declared: stores declare many files as text/plain,
 # and their errors are JSON.
-_BINARY = (
-    "png apng jpg jpeg jpe jfif gif webp avif heic heif bmp tif tiff ico svg mp4 m4v mov webm mkv avi mpg mpeg ogv mp3"
-    " mpga wav wave flac ogg oga opus m4a aac wma weba glb gltf obj ply stl fbx usd usdz zip tar 7z rar pdf bin"
-    " safetensors ckpt html htm xhtml xml"
+_BINARY_EXTENSIONS = frozenset({"zip", "tar", "7z", "rar", "pdf", "bin", "html", "htm", "xhtml", "xml"}).union(
+    *(EXTENSIONS[kind] for kind in ("picture", "video", "audio", "model", "weights"))
 )
-_BINARY_EXTENSIONS = frozenset(_BINARY.split())
-_PACKED = re.compile(r"\.(?:gz|gzip|zst|br)$", re.IGNORECASE)
-_EXTENSION = re.compile(r"[^/]\.([A-Za-z0-9]{1,16})$")
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 _MARKUP = re.compile(
@@ -104,20 +97,6 @@ def promised_text(addresses: Iterable[str], declared: str = "") -> Promise:
         if extension in _BINARY_EXTENSIONS:
             return ""
     return _PROMISED_BY_TYPE.get(declared.partition(";")[0].strip().lower(), "")
-
-
-def extension_of(address: str) -> str:
-    """Return the extension of a URL's path in lower case, without a compression suffix, or "".
-
-    >>> extension_of("https://h/a/B.JSON.gz?x=1.png"), extension_of("https://h.txt/a"), extension_of("https://h/.txt")
-    ('json', '', '')
-    """
-    try:
-        path = unquote(urlsplit(address).path)
-    except ValueError:
-        return ""
-    match = _EXTENSION.search(_PACKED.sub("", path.rstrip()))
-    return match[1].lower() if match else ""
 
 
 def text_media(promise: Promise, chunks: Iterable[bytes]) -> Media:
