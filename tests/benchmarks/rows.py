@@ -64,7 +64,7 @@ print(json.dumps({name: sorted(seconds)[len(seconds) // 2] for name, seconds in 
 # Runs in a separate process: a poller without Celery. The processor time of its threads is recorded by operation.
 SHARE = """
 import collections, json, os, sys, threading, time
-from worker.polling import poller as claiming, recorder as recording
+from worker.polling import answer_writer as recording, due_view as viewing, job_claims as claiming
 from worker.process.resources import process_resources
 spent, http_times = collections.Counter(), collections.Counter()
 def timed(name, work):
@@ -83,7 +83,7 @@ def each_thread(work):
         finally:
             http_times[threading.get_ident()] += time.thread_time() - began
     return inner
-for module, names in (claiming, ("claim_jobs", "due_groups", "all_breakers")), (
+for module, names in (claiming, ("claim_jobs",)), (viewing, ("due_groups", "all_breakers")), (
     recording, ("record_answers", "mark_asked")
 ):
     for name in names:
@@ -98,12 +98,14 @@ class TimedEngine:
     def connect(self): return TimedTransaction(self.engine.connect())
 process_resources().make_for({"fetch-worker.polls"})  # as a worker does at its start
 poller = process_resources().poller
-poller._engine, poller._claims = TimedEngine(poller._engine), TimedEngine(poller._claims)
-recorder = poller._recorder
-recorder._batches = TimedEngine(recorder._batches)
-recorder._learn = timed("learning", recorder._learn)
+for part, name in (poller._claims, "_engine"), (poller._claims, "_relaxed"), (poller._views, "_engine"), (
+    poller._recorder, "_batches"
+):
+    setattr(part, name, TimedEngine(getattr(part, name)))
+recorder, outcomes = poller._recorder, poller._recorder._outcomes
+outcomes.learn = timed("learning", outcomes.learn)
 recorder._learner.share_if_due = timed("learning", recorder._learner.share_if_due)
-recorder._outcome = timed("deciding", recorder._outcome)
+outcomes.outcome = timed("deciding", outcomes.outcome)
 for name in ("take", "give_back", "count_accepted"):
     setattr(poller._budget, name, timed("budget", getattr(poller._budget, name)))
 poller._pool._ask = each_thread(poller._pool._ask)

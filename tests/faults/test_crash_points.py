@@ -44,7 +44,7 @@ CRASH_POINTS = {
         EXIT_BEFORE.format(module="worker.polling.api_client", owner="ApiClient", name="ask"), ("pending",)
     ),
     "before the commit of an answer": CrashPoint(
-        EXIT_AFTER.format(module="worker.polling", owner="recorder", name="record_answers"), ("pending",), calls=2
+        EXIT_AFTER.format(module="worker.polling", owner="answer_writer", name="record_answers"), ("pending",), calls=2
     ),
     "between the commit of an answer and its messages": CrashPoint(
         EXIT_BEFORE.format(module="worker.polling.recorder", owner="Recorder", name="_finish"),

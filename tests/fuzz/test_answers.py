@@ -17,6 +17,7 @@ from sqlalchemy import Engine, String, Table, Text, delete, select
 
 from tests.fuzz.answers import BODIES, CODES, HEADERS, ID, KEY, key_forms
 from tests.fuzz.effort import EFFORTS, with_effort
+from tests.recorders import make_recorder
 from tests.rows import add_job, add_output, job_values
 from worker.core.circuit_breaker import BreakerInput, CircuitBreaker, RateMeasurement, after_replies
 from worker.core.identity import FetchAddress
@@ -24,8 +25,6 @@ from worker.core.lifecycle import JobFacts, Strikes
 from worker.core.pacing.policy import Pace
 from worker.core.plain_text import plain_text
 from worker.core.reply import AnotherJob, Empty, Processing, RateLimited, RawAnswer, Ready, Reply
-from worker.polling.kept_text import kept_text
-from worker.polling.recorder import Recorder
 from worker.polling.request_pool import PollAnswer
 from worker.store.claims import ClaimedJob
 from worker.store.schema import bodies, breakers, jobs, outputs
@@ -158,15 +157,7 @@ _COUNTS = st.integers(0, 5)
 
 @EFFORTS
 def test_any_answer_gives_rows_within_columns_and_constraints(engine: Engine, examples: int) -> None:
-    recorder = Recorder(
-        engine=engine,
-        pace=PACE,
-        rps=lambda _: 10.0,
-        queue_downloads=lambda _: None,
-        notify=lambda _: None,
-        kept_text=lambda raw: kept_text(raw, Scrubber([KEY])),
-        late_looks=(3_600.0,),
-    )
+    recorder = make_recorder(engine, Scrubber([KEY]), pace=PACE, late_looks=(3_600.0,))
     dialect = engine.dialect.name
 
     @with_effort(examples, of=1 if dialect == "sqlite" else 10)

@@ -3,7 +3,6 @@
 The model implements the contract. The clock is controlled by the test. After each step every row must equal the model.
 """
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from sqlalchemy import Engine, delete, event, select
 
 from tests.fuzz.effort import EFFORTS, QUICK, effort
+from tests.recorders import make_recorder
 from worker.core.lifecycle import (
     Attempt,
     BadBody,
@@ -31,8 +31,7 @@ from worker.core.lifecycle import (
 from worker.core.media.signatures import Media
 from worker.core.pacing.policy import Pace
 from worker.core.reply import Link
-from worker.polling import duration_learner, recorder
-from worker.polling.kept_text import KeptText
+from worker.polling import answer_writer, breaker_updates, duration_learner, outcomes, recorder
 from worker.polling.recorder import Recorder
 from worker.polling.request_pool import PollAnswer
 from worker.store import holds
@@ -55,6 +54,7 @@ from worker.store.outputs import requeue_output
 from worker.store.reaper import release_crashed
 from worker.store.results import record_attempt
 from worker.store.schema import HELD_UNTIL, breakers, crashes, jobs, outputs, paces, promises
+from worker.system.redaction import Scrubber
 from worker.vendor.fetch_url import AllowedApi, fetch_address
 from worker.vendor.replies import Question, parse
 
@@ -304,17 +304,7 @@ class Stage:
 
     def recorder(self) -> Recorder:
         """Return the recorder of one process."""
-        pace = Pace("learned", 0.5, POLL_MIN / S)
-        new_recorder = Recorder(
-            engine=self.engine,
-            pace=pace,
-            rps=lambda _: 10.0,
-            queue_downloads=lambda _: None,
-            notify=lambda _: None,
-            kept_text=lambda raw: KeptText("", raw.body.decode()),
-        )
-        new_recorder._rng = random.Random(0)
-        return new_recorder
+        return make_recorder(self.engine, Scrubber([]), pace=Pace("learned", 0.5, POLL_MIN / S))
 
 
 def state_machine(stage: Stage) -> type[RuleBasedStateMachine]:
@@ -894,9 +884,11 @@ def open_stage(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stag
     """Open a stage that controls the clock. On SQLite durability is switched off for speed."""
     stage = Stage(engine)
     clock: Callable[..., datetime] = lambda _: at(stage.now)  # noqa: E731
-    for module in (recorder, duration_learner):
+    for module in (recorder, answer_writer, duration_learner):
         monkeypatch.setattr(module, "database_now", clock)
+    for module in (recorder, answer_writer, breaker_updates, duration_learner, outcomes):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: stage.now / S))
+    for module in (recorder, answer_writer, breaker_updates, duration_learner):
         monkeypatch.setattr(module.log, "disabled", True)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=OFF"))

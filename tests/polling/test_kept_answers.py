@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, Row, event, select
 
+from tests.recorders import make_recorder
 from tests.rows import NOW, add_job, add_output, claim_due_jobs, read_job, seconds
 from worker.core.pacing.policy import Pace
 from worker.core.reply import Link, RawAnswer, Ready
 from worker.operations.unread import Reread, apply
-from worker.polling.api_client import read_answer
+from worker.polling.api_client import ApiClient, read_answer
 from worker.polling.kept_text import MAX_BYTES, KeptText, kept_text
-from worker.polling.recorder import Recorder
 from worker.polling.request_pool import PollAnswer
 from worker.settings import Settings
 from worker.store.claims import ClaimedJob
@@ -57,18 +57,13 @@ def _record(
     """
     scrubber = Scrubber([KEY])
 
-    def text(raw: RawAnswer) -> KeptText:
-        before_text()
-        return kept_text(raw, scrubber)
+    class Client(ApiClient):
+        def kept_text(self, raw: RawAnswer) -> KeptText:
+            before_text()
+            return super().kept_text(raw)
 
-    recorder = Recorder(
-        engine=engine,
-        pace=Pace("learned", 0.5, 0.0),
-        rps=lambda _: 10.0,
-        queue_downloads=lambda _: None,
-        notify=lambda _: None,
-        kept_text=text,
-        late_looks=(HOUR, 3 * HOUR),
+    recorder = make_recorder(
+        engine, scrubber, pace=Pace("learned", 0.5, 0.0), late_looks=(HOUR, 3 * HOUR), client=Client
     )
     ids: dict[str, int] = {}
     with engine.begin() as connection:

@@ -20,8 +20,10 @@ from tests.web import Answer, Web, page
 from worker import track
 from worker.coordination.rate_limiter import RateLimiter, redis_client
 from worker.core.circuit_breaker import CircuitBreaker, after_refusal, held_by_operator
+from worker.core.pacing.policy import Pace
 from worker.polling.api_client import ApiClient
 from worker.polling.late_looks import LateLooks
+from worker.polling.options import AfterCommit, PollOptions
 from worker.store.breakers import all_breakers, locked_breaker, save_breaker
 from worker.store.engine import database_now, make_engine
 from worker.store.kept_answers import answers_of
@@ -54,12 +56,14 @@ class Looks:
             engine=engine,
             api=ApiClient(allowed, Scrubber([KEY]), timeout=5.0, connections=4),
             budget=self.budget,
-            keys={"default": SecretStr(KEY)},
-            rps=lambda _: self.rps,
-            after=AFTER,
-            api_timeout=5.0,
-            queue_downloads=self.queued.extend,
-            notify=self.told.extend,
+            options=PollOptions(
+                keys={"default": SecretStr(KEY)},
+                rps=lambda _: self.rps,
+                pace=Pace("learned", 0.5, 0.0),
+                api_timeout=5.0,
+                late_looks=AFTER,
+            ),
+            after_commit=AfterCommit(queue_downloads=self.queued.extend, notify=self.told.extend),
         )
         with engine.begin() as connection:
             locked_breaker(connection, "account", "default")

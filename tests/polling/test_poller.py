@@ -4,7 +4,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -20,12 +20,13 @@ from worker.coordination.leases import LeaseKeeper, LeaseLost
 from worker.coordination.rate_limiter import RateLimiter
 from worker.core.circuit_breaker import after_refusal
 from worker.core.pacing.policy import Pace, PaceModel
-from worker.polling import duration_learner, poller, recorder
+from worker.polling import answer_writer, duration_learner, job_claims
 from worker.polling.api_client import ApiClient
-from worker.polling.poller import MAX_IN_FLIGHT, Poller
+from worker.polling.options import MAX_IN_FLIGHT, AfterCommit, PollOptions
+from worker.polling.poller import Poller
 from worker.sandbox import Answer, Sandbox, SandboxOptions
 from worker.store.breakers import locked_breaker, save_breaker
-from worker.store.claims import ClaimedJob, claim_jobs
+from worker.store.claims import claim_jobs, release_jobs
 from worker.store.counters import Tally
 from worker.store.engine import database_now
 from worker.store.jobs import NewJob, cancel, insert_jobs, nudge
@@ -46,31 +47,41 @@ def closed() -> Iterator[None]:
     yield
     for polls in all_polls:
         polls.poller.close()
-        polls.poller._api.session.close()
+        polls.client.session.close()
     all_polls.clear()
 
 
 class Polls:
     """The polling of one process: a poller, the outputs that it queued, and the stand-in that it polls."""
 
-    def __init__(self, engine: Engine, redis_url: str, sandbox: Sandbox, other_host: str = "", **keys: str) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        redis_url: str,
+        sandbox: Sandbox,
+        other_host: str = "",
+        options: Mapping[str, Any] | None = None,
+        **keys: str,
+    ) -> None:
         self.engine = engine
         self.sandbox = sandbox
         self.queued: list[int] = []
         self.told: list[int] = []
         self.api = AllowedApi(sandbox.url, frozenset({sandbox.url.split("/")[2], other_host}))
         all_polls.append(self)
+        self.keys = {name: SecretStr(key) for name, key in (keys or {"default": KEY}).items()}
+        self.rps = 2_000.0
+        self.client = ApiClient(self.api, Scrubber([KEY]), timeout=5.0, connections=16)
+        self.budget = RateLimiter(redis_url)
+        self.leases = LeaseKeeper(engine, lease=timedelta(seconds=30))
+        defaults = PollOptions(keys=self.keys, rps=lambda _: self.rps, pace=Pace("learned", 0.5, 0.0), api_timeout=5.0)
         self.poller = Poller(
             engine=engine,
-            api=ApiClient(self.api, Scrubber([KEY]), timeout=5.0, connections=16),
-            budget=RateLimiter(redis_url),
-            leases=LeaseKeeper(engine, lease=timedelta(seconds=30)),
-            keys={name: SecretStr(key) for name, key in (keys or {"default": KEY}).items()},
-            rps=lambda _: 2_000,
-            pace=Pace("learned", 0.5, 0.0),
-            api_timeout=5.0,
-            queue_downloads=self.queued.extend,
-            notify=self.told.extend,
+            api=self.client,
+            budget=self.budget,
+            leases=self.leases,
+            options=replace(defaults, **(options or {})),
+            after_commit=AfterCommit(queue_downloads=self.queued.extend, notify=self.told.extend),
         )
 
     def track(self, remote_ids: Sequence[Any], **changes: Any) -> list[int]:
@@ -143,9 +154,9 @@ def scripted(message: bytes, status: int = 200, times: int = 50) -> list[Answer]
 
 
 def test_given_a_long_run_with_a_progress_callback_then_it_reports_its_progress(
-    polls: Polls, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, redis_url: str, sandbox: Sandbox
 ) -> None:
-    monkeypatch.setattr(poller, "PROGRESS_SECONDS", 0.0)
+    polls = Polls(engine, redis_url, sandbox, options={"progress_seconds": 0.0})
     progress: list[tuple[str, int]] = []
     polls.track(submitted(polls.sandbox, 3))
 
@@ -298,7 +309,7 @@ def test_given_a_cancelled_job_when_its_answer_comes_late_then_nothing_changes(
 ) -> None:
     (job,) = polls.track(submitted(polls.sandbox, 1))
     sent, cancelled = threading.Event(), threading.Event()
-    ask = polls.poller._api.ask
+    ask = polls.client.ask
 
     def held(*arguments: Any) -> Any:
         reply = ask(*arguments)
@@ -306,7 +317,7 @@ def test_given_a_cancelled_job_when_its_answer_comes_late_then_nothing_changes(
         cancelled.wait(10)
         return reply
 
-    monkeypatch.setattr(polls.poller._api, "ask", held)
+    monkeypatch.setattr(polls.client, "ask", held)
     run = threading.Thread(target=polls.run)
     run.start()
     assert sent.wait(10)
@@ -350,7 +361,7 @@ def test_given_more_jobs_than_the_budget_when_polled_then_no_second_has_more_tha
     engine: Engine, redis_url: str, sandbox: Sandbox
 ) -> None:
     polls = Polls(engine, redis_url, sandbox, budgeted=KEY)
-    polls.poller._rps = lambda _: 20
+    polls.rps = 20
     ids = polls.track(submitted(sandbox, 60, samples=1), account="budgeted")
     started = time.monotonic()
 
@@ -426,7 +437,7 @@ def test_given_a_short_budget_when_jobs_are_due_then_priority_and_then_due_time_
     polls.track(submitted(sandbox, 1), account="short")
     polls.run()
     polled_before = len(sandbox.calls.fetches)
-    polls.poller._rps = lambda _: 20
+    polls.rps = 20
     late, early, important = (submitted(sandbox, 6, samples=1) for _ in range(3))
     polls.track(late, account="short", due_at=now - timedelta(seconds=10))
     polls.track(early, account="short", due_at=now - timedelta(seconds=60))
@@ -521,10 +532,10 @@ def test_given_a_stop_when_jobs_are_claimed_and_not_polled_then_they_are_due_aga
     polls = Polls(engine, redis_url, sandbox, slow=KEY)
     polls.track(submitted(sandbox, 1), account="slow")
     polls.run()
-    polls.poller._rps = lambda _: 100
+    polls.rps = 100
     ids = polls.track(submitted(sandbox, 60, samples=1), account="slow")
     breaker = threading.Event()
-    ask = polls.poller._api.ask
+    ask = polls.client.ask
     polls.poller._pool._ask = lambda job: (breaker.wait(60), ask(job.address, job.remote_id, SecretStr(KEY)))[1]
     polls.poller._pool._max_threads = 2
     run = threading.Thread(target=polls.run, args=(20.0,))
@@ -562,7 +573,7 @@ def test_given_answers_while_the_database_is_away_then_the_next_run_writes_them_
             raise OperationalError("UPDATE", {}, RuntimeError("the server closed the connection"))
         return record(*arguments, **options)
 
-    monkeypatch.setattr(recorder, "record_answers", away)
+    monkeypatch.setattr(answer_writer, "record_answers", away)
     for _ in range(3):
         with pytest.raises(OperationalError):
             polls.run(1.0)
@@ -583,13 +594,13 @@ def test_given_an_unwritable_answer_in_a_batch_then_only_its_job_ends(
     polls.run()
     remote_ids = submitted(sandbox, 20, samples=1)
     ids = polls.track(remote_ids)
-    outcome = polls.poller._recorder._outcome
+    outcome = polls.poller._recorder._outcomes.outcome
 
     def spoilt(answer: Any, *arguments: Any, **options: Any) -> Any:
         result = outcome(answer, *arguments, **options)
         return result._replace(note="no text\x00") if answer.job.remote_id == remote_ids[7] else result
 
-    monkeypatch.setattr(polls.poller._recorder, "_outcome", spoilt)
+    monkeypatch.setattr(polls.poller._recorder._outcomes, "outcome", spoilt)
     polls.until(lambda: all(polls.row(job).status != "pending" for job in ids))
 
     rows = {row.remote_id: row for row in map(polls.row, ids)}
@@ -604,20 +615,18 @@ def test_given_an_unwritable_answer_in_a_batch_then_only_its_job_ends(
 def test_given_a_locked_row_when_answers_are_written_then_only_its_own_answer_waits(
     engine: Engine, redis_url: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recorder, "BATCH_PATIENCE", 0.2)
-    monkeypatch.setattr(recorder, "LOCKED_SECONDS", 0.1)
-    polls = Polls(engine, redis_url, sandbox)
+    polls = Polls(engine, redis_url, sandbox, options={"batch_patience": 0.2, "locked_seconds": 0.1})
     polls.track(submitted(sandbox, 1))
     polls.run()
     names = submitted(sandbox, 20, samples=1)
     ids = polls.track(names)
-    ask, breaker = polls.poller._api.ask, threading.Event()
+    ask, breaker = polls.client.ask, threading.Event()
 
     def held(*arguments: Any) -> Any:
         breaker.wait(10)
         return ask(*arguments)
 
-    monkeypatch.setattr(polls.poller._api, "ask", held)
+    monkeypatch.setattr(polls.client, "ask", held)
     run = threading.Thread(target=polls.run, args=(3.0,))
     run.start()
     wait_until(lambda: all(polls.row(job).claim_token for job in ids), "all jobs are claimed")
@@ -641,13 +650,13 @@ def test_given_200_locked_rows_when_other_jobs_are_due_then_they_are_polled_all_
     polls.track(submitted(sandbox, 1))
     polls.run()
     ids = polls.track(submitted(sandbox, 200, samples=1))
-    ask, breaker = polls.poller._api.ask, threading.Event()
+    ask, breaker = polls.client.ask, threading.Event()
 
     def held(*arguments: Any) -> Any:
         breaker.wait(30)
         return ask(*arguments)
 
-    monkeypatch.setattr(polls.poller._api, "ask", held)
+    monkeypatch.setattr(polls.client, "ask", held)
     run = threading.Thread(target=polls.run, args=(60.0,))
     run.start()
     wait_until(lambda: all(polls.row(job).claim_token for job in ids[:100]), "a hundred jobs are claimed")
@@ -670,7 +679,7 @@ def test_given_a_claim_whose_commit_was_interrupted_when_the_next_run_starts_the
     polls.track(submitted(polls.sandbox, 1))
     polls.run()
     ids = polls.track(submitted(polls.sandbox, 5, samples=1))
-    claims, cut = polls.poller._claims, [True]
+    claims, cut = polls.poller._claims._relaxed, [True]
 
     class Cut:
         """Commits, but loses the reply."""
@@ -683,7 +692,7 @@ def test_given_a_claim_whose_commit_was_interrupted_when_the_next_run_starts_the
                 cut.clear()
                 raise OperationalError("COMMIT", {}, RuntimeError("the server closed the connection"))
 
-    monkeypatch.setattr(polls.poller, "_claims", Cut())
+    monkeypatch.setattr(polls.poller._claims, "_relaxed", Cut())
     with pytest.raises(OperationalError):
         polls.run(2.0)
     assert all(polls.row(job).claim_token for job in ids)
@@ -693,21 +702,21 @@ def test_given_a_claim_whose_commit_was_interrupted_when_the_next_run_starts_the
 
 
 def test_given_an_internal_error_when_answers_are_written_then_no_job_fails_by_it(
-    polls: Polls, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, redis_url: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recorder, "LOCKED_SECONDS", 0.1)
+    polls = Polls(engine, redis_url, sandbox, options={"locked_seconds": 0.1})
     polls.track(submitted(polls.sandbox, 1))
     polls.run()
     names = submitted(polls.sandbox, 5, samples=1)
     ids = polls.track(names)
-    outcome, broken = polls.poller._recorder._outcome, [True]
+    outcome, broken = polls.poller._recorder._outcomes.outcome, [True]
 
     def faulty(answer: Any, *arguments: Any, **options: Any) -> Any:
         if broken and answer.job.remote_id == names[2]:
             raise KeyError("a slip")
         return outcome(answer, *arguments, **options)
 
-    monkeypatch.setattr(polls.poller._recorder, "_outcome", faulty)
+    monkeypatch.setattr(polls.poller._recorder._outcomes, "outcome", faulty)
     polls.until(lambda: sum(polls.row(job).status == "downloading" for job in ids) == 4)
     assert polls.row(ids[2]).status == "pending"
     broken.clear()
@@ -722,24 +731,23 @@ def test_given_an_internal_error_when_answers_are_written_then_no_job_fails_by_i
 def test_given_many_accounts_and_few_places_when_all_have_many_due_jobs_then_each_is_polled(
     engine: Engine, redis_url: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(poller, "MAX_IN_FLIGHT", 4)
-    monkeypatch.setattr(poller, "MIN_ROOM", 1)
     names = [f"account-{number:02}" for number in range(20)]
-    polls = Polls(engine, redis_url, sandbox, **dict.fromkeys(names, KEY))
+    options = {"max_in_flight": 4, "min_room": 1}
+    polls = Polls(engine, redis_url, sandbox, options=options, **dict.fromkeys(names, KEY))
     with engine.begin() as connection:
         for name in names:
             save_breaker(connection, replace(locked_breaker(connection, "account", name), proven=True))
     for name in names:
         polls.track([f"{name}-{number}" for number in range(100)], account=name)
     polled: Counter[str] = Counter()
-    ask = polls.poller._api.ask
+    ask = polls.client.ask
 
     def counted(address: Any, remote_id: str, *options: Any) -> Any:
         polled[remote_id[:10]] += 1
         time.sleep(0.005)
         return ask(address, remote_id, *options)
 
-    monkeypatch.setattr(polls.poller._api, "ask", counted)
+    monkeypatch.setattr(polls.client, "ask", counted)
     polls.until(lambda: polled.total() >= 300)
 
     assert set(polled) == set(names)
@@ -752,21 +760,21 @@ def test_given_a_claim_delayed_by_the_database_then_its_requests_are_not_sent_al
     polls = Polls(engine, redis_url, sandbox)
     polls.track(submitted(sandbox, 1))
     polls.run()
-    monkeypatch.setattr(polls.poller, "_rps", lambda _: 100.0)
+    polls.rps = 100.0
     claim, sent = claim_jobs, list[float]()
 
     def slow(*arguments: Any, **options: Any) -> Any:
         time.sleep(0.3)
         return claim(*arguments, **options)
 
-    ask = polls.poller._api.ask
+    ask = polls.client.ask
 
     def noted(*arguments: Any) -> Any:
         sent.append(time.monotonic())
         return ask(*arguments)
 
-    monkeypatch.setattr(poller, "claim_jobs", slow)
-    monkeypatch.setattr(polls.poller._api, "ask", noted)
+    monkeypatch.setattr(job_claims, "claim_jobs", slow)
+    monkeypatch.setattr(polls.client, "ask", noted)
     polls.track([f"late{number}" for number in range(400)])
     polls.run(2.0)
 
@@ -867,7 +875,7 @@ def test_given_a_lease_that_may_have_ended_when_a_job_is_to_be_polled_then_it_is
     """A process was stopped for longer than its lease. Other processes may poll the job by now."""
     polls.track(submitted(polls.sandbox, 1))
     polls.until(lambda: len(polls.sandbox.calls.fetches) == 1)  # the account's key is proven from here on
-    leases, slept = polls.poller._leases, threading.Event()
+    leases, slept = polls.leases, threading.Event()
     check = leases.check
 
     def check_after_sleep(row_id: int, token: str) -> None:
@@ -896,18 +904,78 @@ def test_given_a_database_that_is_away_when_unpolled_jobs_are_released_then_they
     def refuse(*_: object) -> None:
         raise LeaseLost
 
-    release = polls.poller._release
-
-    def away(jobs: Sequence[ClaimedJob]) -> None:
-        monkeypatch.setattr(polls.poller, "_release", release)
-        raise OperationalError("", {}, Exception("away"))
-
     [job_id] = polls.track(submitted(polls.sandbox, 1))
-    monkeypatch.setattr(polls.poller._leases, "check", refuse)
-    monkeypatch.setattr(polls.poller, "_release", away)
+    monkeypatch.setattr(polls.leases, "check", refuse)
+    fail_once(monkeypatch)
     with pytest.raises(OperationalError):
         polls.run(seconds=2)
     assert polls.row(job_id).claim_token is not None
-    polls.poller._keys = {}  # no new job is claimed
+    polls.keys.clear()  # no new job is claimed
     polls.run()
     assert (polls.row(job_id).claim_token, polls.row(job_id).polls) == (None, 0)
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the next release of claimed jobs fail, as if the database were away."""
+
+    def away(*_: object, **__: object) -> None:
+        monkeypatch.setattr(job_claims, "release_jobs", release_jobs)
+        raise OperationalError("", {}, Exception("away"))
+
+    monkeypatch.setattr(job_claims, "release_jobs", away)
+
+
+def test_given_a_stop_while_the_database_is_away_then_the_next_run_releases_the_unpolled_jobs(
+    polls: Polls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    polls.track(submitted(polls.sandbox, 1))
+    polls.until(lambda: len(polls.sandbox.calls.fetches) == 1)  # the account's key is proven from here on
+    polls.run()
+    polls.poller.close()  # its threads end, and no others start: no request is sent
+    monkeypatch.setattr(polls.poller._pool, "_start_threads", lambda *_: None)
+    job_ids = polls.track(submitted(polls.sandbox, 20))
+    polls.until(lambda: all(polls.row(job_id).claim_token for job_id in job_ids))
+    fail_once(monkeypatch)
+    polls.poller.stop()
+    with pytest.raises(OperationalError):
+        polls.run()
+    polls.run()
+
+    rows = [polls.row(job_id) for job_id in job_ids]
+    assert {(row.status, row.polls, row.claim_token) for row in rows} == {("pending", 0, None)}
+
+
+def test_given_two_accounts_and_a_slow_claim_when_the_surplus_cannot_be_released_then_no_job_is_polled_twice(
+    engine: Engine, redis_url: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The jobs that started stay claimed. The others are released by the next run."""
+    polls = Polls(engine, redis_url, sandbox, first=KEY, second=KEY)
+    for account in ("first", "second"):
+        polls.track(submitted(sandbox, 1), account=account)
+    polls.until(lambda: len(sandbox.calls.fetches) == 2)
+    polls.run()
+    polls.rps = 20.0
+    claim = claim_jobs
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.3)
+        polls.budget.take("second", 100, rate=polls.rps)  # as another process does
+        return claim(*arguments, **options)
+
+    for account in ("first", "second"):
+        polls.track(submitted(sandbox, 40, samples=1), account=account)
+    monkeypatch.setattr(job_claims, "claim_jobs", slow)
+    fail_once(monkeypatch)
+    with pytest.raises(OperationalError):
+        polls.run(5.0)
+    monkeypatch.setattr(job_claims, "claim_jobs", claim)
+    polls.rps = 2_000.0
+
+    def all_ready() -> bool:
+        with engine.connect() as connection:
+            return set(connection.execute(select(jobs.c.status)).scalars()) == {"downloading"}
+
+    polls.until(all_ready)
+    with engine.connect() as connection:
+        assert set(connection.execute(select(jobs.c.polls)).scalars()) == {1}
+    assert set(sandbox.calls.fetches.values()) == {1}

@@ -29,7 +29,7 @@ class Unlisted:
         self.engine = engine
         self.host = own.replace("127.0.0.1", "localhost")
         self.listing = Polls(engine, redis_url, sandbox, other_host=self.host)
-        self.unlisting = Polls(engine, redis_url, sandbox)
+        self.unlisting = Polls(engine, redis_url, sandbox, options={"unlisted_seconds": 0.0, "late_looks": (3_600.0,)})
         (remote_id,) = submitted(sandbox, 1)
         (self.job_id,) = self.listing.track([remote_id], host=self.host)
         self.settings = Settings(sd_api_url=sandbox.url, sd_api_key=SecretStr(KEY))
@@ -55,9 +55,8 @@ class Unlisted:
 
 
 @pytest.fixture
-def unlisted(engine: Engine, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Unlisted]:
+def unlisted(engine: Engine, redis_url: str) -> Iterator[Unlisted]:
     """One such job."""
-    monkeypatch.setattr("worker.polling.poller.UNLISTED_SECONDS", 0.0)
     with Sandbox(SandboxOptions(key=KEY, min_seconds=0.0, max_seconds=0.0, size=32)) as sandbox:
         unlisted_ = Unlisted(engine, redis_url, sandbox)
         yield unlisted_
@@ -104,7 +103,6 @@ def test_given_such_a_job_with_a_promised_link_when_it_would_expire_then_the_lin
     unlisted: Unlisted,
 ) -> None:
     """A link can be fetched without the API. If it does not work, the expired job is polled again later."""
-    unlisted.unlisting.poller._late_looks = (3_600.0,)
     with unlisted.engine.begin() as connection:
         add_promises(connection, {unlisted.job_id: ("https://h.example/a.png",)})
     unlisted.unlisting.until(lambda: unlisted.held)

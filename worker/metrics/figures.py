@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 SHARED_SECONDS = 1.0
 WAIT_SECONDS = 8.0  # below the default scrape time-out of Prometheus, 10 s
-LATE_SECONDS = 60.0  # webhooks that are due for longer are late
+WEBHOOK_LATE_SECONDS = 60.0  # webhooks that are due for longer are late
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def read_figures(engine: Engine, settings: Settings) -> Figures:
                 connection, before=now - timedelta(seconds=settings.recovery_seconds + HEALTHY_SECONDS)
             ),
             webhooks=count_pending_events(connection),
-            webhooks_late=count_overdue_events(connection, before=now - timedelta(seconds=LATE_SECONDS)),
+            webhooks_late=count_overdue_events(connection, before=now - timedelta(seconds=WEBHOOK_LATE_SECONDS)),
             full_rps=settings.rps,
         )
 

@@ -76,6 +76,11 @@ class ApiClient:
         """Return the fetch address of a job that has no address of its own."""
         return fetch_address(None, remote_id, self._allowed)
 
+    def corrected_address(self, address: FetchAddress, remote_id: str) -> FetchAddress | None:
+        """Return the default address if it has the host of `address`, but another path: SD_API_URL was corrected."""
+        default = self.default_address(remote_id)
+        return default if default.host == address.host and default.base != address.base else None
+
     def permits(self, address: FetchAddress, remote_id: str) -> str | None:
         """Return why the key may not be sent to this address, or None if it may.
 

@@ -7,23 +7,22 @@ its account or host is held, while the account's request budget is short, and wh
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 
-from pydantic import SecretStr
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from worker.coordination.leases import boot_seconds
 from worker.coordination.rate_limiter import RateLimiter, Reservation
 from worker.core import circuit_breaker
-from worker.core.circuit_breaker import CircuitBreaker, RateMeasurement, Scope
 from worker.core.reply import AccountRefused, ApiDown, ApiReply, RateLimited, Ready
 from worker.net.network_errors import describe
+from worker.polling.answer_writer import count_answers
 from worker.polling.api_client import ApiClient
+from worker.polling.breaker_updates import Breakers, count_accepted, mark_own_path_error, update_breakers
 from worker.polling.kept_answers import kept_answer
-from worker.polling.recorder import count_answers, mark_own_path_error, update_breakers
+from worker.polling.options import AfterCommit, PollOptions
 from worker.polling.request_pool import PollAnswer
 from worker.store.breakers import all_breakers, locked_breaker, save_breaker
 from worker.store.claims import due_groups
@@ -50,7 +49,7 @@ LEASE_MARGIN = timedelta(seconds=30)  # beyond the request's time-out; then anot
 BUSY_WAIT = timedelta(seconds=60)  # until the next try of a look that got no answer
 HELD_WAIT = timedelta(minutes=10)  # until the next try if the account or host is held, or has no free requests
 REFUSED_WAIT = timedelta(hours=1)  # until the next try if the settings do not let the key be sent to the address
-LATE_SECONDS = 2.0  # a job that is overdue by more shows that the account's requests are short
+OVERDUE_SECONDS = 2.0  # a job that is overdue by more shows that the account's requests are short
 SOON_SECONDS = 0.05  # a request that may be sent within this time needs no wait
 
 
@@ -63,22 +62,17 @@ class LateLooks:
         engine: Engine,
         api: ApiClient,
         budget: RateLimiter,
-        keys: Mapping[str, SecretStr],
-        rps: Callable[[str], float],
-        after: Sequence[float],
-        api_timeout: float,
-        queue_downloads: Callable[[Sequence[int]], None],
-        notify: Callable[[Sequence[int]], None],
+        options: PollOptions,
+        after_commit: AfterCommit,
     ) -> None:
         self._engine = engine
         self._api = api
         self._budget = budget
-        self._keys = keys  # can change at any time
-        self._rps = rps
-        self._after = tuple(after)
-        self._lease = timedelta(seconds=api_timeout) + LEASE_MARGIN
-        self._queue_downloads = queue_downloads
-        self._notify = notify
+        self._keys = options.keys  # can change at any time
+        self._rps = options.rps
+        self._after = options.late_looks
+        self._lease = timedelta(seconds=options.api_timeout) + LEASE_MARGIN
+        self._after_commit = after_commit
         self._running = threading.Lock()
         self._stopping = threading.Event()
 
@@ -136,14 +130,12 @@ class LateLooks:
             defer_due_looks(connection, list(deferred), now=now, due_at=now + HELD_WAIT)
             return allowed
 
-    def _is_free(
-        self, connection: Connection, account: str, breakers: Mapping[tuple[Scope, str], CircuitBreaker], now: datetime
-    ) -> bool:
+    def _is_free(self, connection: Connection, account: str, breakers: Breakers, now: datetime) -> bool:
         """Return whether an account has a key, is not held, and has no overdue job."""
         breaker = breakers.get(("account", account))
         if account not in self._keys or (breaker is not None and breaker.held(now)):
             return False
-        late = now - timedelta(seconds=LATE_SECONDS)
+        late = now - timedelta(seconds=OVERDUE_SECONDS)
         return not any(
             group.due_at < late and _host_may_be_polled(breakers, group.host, now)
             for group in due_groups(connection, [account])
@@ -178,9 +170,7 @@ class LateLooks:
         self._record(look, answer, probe, sent, breakers)
         return True
 
-    def _reserve_request(
-        self, account: str, breakers: Mapping[tuple[Scope, str], CircuitBreaker], now: datetime
-    ) -> Reservation | None:
+    def _reserve_request(self, account: str, breakers: Breakers, now: datetime) -> Reservation | None:
         """Reserve a request of the account's budget if it may be sent at once."""
         full_rate = self._rps(account)
         breaker = breakers.get(("account", account))
@@ -223,17 +213,15 @@ class LateLooks:
         answer: ApiReply,
         probe: bool,
         sent: float,
-        breakers: Mapping[tuple[Scope, str], CircuitBreaker],
+        breakers: Breakers,
     ) -> None:
         poll_answer = PollAnswer(look.job, answer.reply, probe, sent, raw=answer.raw)
         poll_answer = mark_own_path_error(poll_answer, self._api.default_address)
-        account = look.job.account
-        refused = isinstance(answer.reply, (RateLimited, ApiDown))
-        limit = RateMeasurement(self._rps(account), self._budget.count_accepted(account, 0 if refused else 1))
+        accepted_rates = count_accepted(self._budget, [poll_answer])
         revived = Revived({}, ())
         with self._engine.begin() as connection:
             now = database_now(connection)
-            update_breakers(connection, [poll_answer], breakers, lambda _: limit, now=now)
+            update_breakers(connection, [poll_answer], breakers, self._rps, accepted_rates, now=now)
             tally = Tally()
             if lock_look(connection, look):
                 revived = self._write_result(connection, look, poll_answer, tally, now)
@@ -241,8 +229,8 @@ class LateLooks:
             tally.write(connection)
         if revived.jobs:
             log.info("an expired job became ready job=%s looks=%s", look.job.id, look.looks)
-        self._queue_downloads(revived.outputs)  # after the commit: the rows must exist
-        self._notify(revived.completed)
+        self._after_commit.queue_downloads(revived.outputs)  # after the commit: the rows must exist
+        self._after_commit.notify(revived.completed)
 
     def _write_result(
         self, connection: Connection, look: ClaimedLook, answer: PollAnswer, tally: Tally, now: datetime
@@ -269,7 +257,7 @@ class LookClaimLost(Exception):
     """The claim of a look may have passed to another process."""
 
 
-def _host_may_be_polled(breakers: Mapping[tuple[Scope, str], CircuitBreaker], host: str, now: datetime) -> bool:
+def _host_may_be_polled(breakers: Breakers, host: str, now: datetime) -> bool:
     breaker = breakers.get(("host", host))
     return breaker is None or breaker.allows(now) == "all"
 

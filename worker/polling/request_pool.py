@@ -72,7 +72,7 @@ class RequestPool:
         self._inbox: SimpleQueue[PollAnswer | _QueuedRequest | None] = SimpleQueue()  # unsent requests come back
         self.outstanding = 0
         self._adapted_at = 0.0
-        self.lost_claims: list[ClaimedJob] = []  # claims lost before their request; the caller releases them
+        self._lost: list[ClaimedJob] = []  # jobs whose claim was lost before their request
 
     def outstanding_at(self, host: str) -> int:
         """Return how many requests to this host are queued or in flight."""
@@ -122,7 +122,7 @@ class RequestPool:
         self._count(received)
         answers = [item for item in received if isinstance(item, PollAnswer)]
         if len(answers) < len(received):
-            self.lost_claims += [item.job for item in received if isinstance(item, _QueuedRequest)]
+            self._lost += [item.job for item in received if isinstance(item, _QueuedRequest)]
         return answers
 
     def _count(self, finished: Sequence[PollAnswer | _QueuedRequest]) -> None:
@@ -160,6 +160,11 @@ class RequestPool:
         for lane in self._lanes.values():
             for _ in range(lane.threads):
                 lane.queue.put(None)
+
+    def take_lost(self) -> list[ClaimedJob]:
+        """Remove and return the jobs whose lease may have ended before their request, which was not sent."""
+        lost, self._lost = self._lost, []
+        return lost
 
     def take_back(self) -> list[ClaimedJob]:
         """Remove and return the jobs whose request no thread has started."""

@@ -21,7 +21,8 @@ from worker.notify.on_done import notify
 from worker.notify.webhooks import MAX_DELIVERIES, Webhooks
 from worker.polling.api_client import ApiClient
 from worker.polling.late_looks import LateLooks
-from worker.polling.poller import MAX_IN_FLIGHT, Poller
+from worker.polling.options import MAX_IN_FLIGHT, AfterCommit, PollOptions
+from worker.polling.poller import Poller
 from worker.process.dead_claims import log_released, release_dead_claims, sent_folder
 from worker.process.publishing import log_broker_errors, queue_downloads, send_on_done
 from worker.process.redelivery import DatabaseOutage, DeliveryCounter
@@ -86,6 +87,17 @@ class ProcessResources:
         )
 
     @locked_property
+    def poll_options(self) -> PollOptions:
+        """How this process polls."""
+        return PollOptions(
+            keys=settings.keys,
+            rps=settings.rps,
+            pace=settings.pace,
+            api_timeout=settings.sd_api_timeout,
+            late_looks=settings.late_look_seconds,
+        )
+
+    @locked_property
     def poller(self) -> Poller:
         """Polls jobs, and listens for wake-ups."""
         poller = Poller(
@@ -93,13 +105,13 @@ class ProcessResources:
             api=self.api,
             budget=RateLimiter(settings.redis),
             leases=self.leases,
-            keys=settings.keys,
-            rps=settings.rps,
-            pace=settings.pace,
-            api_timeout=settings.sd_api_timeout,
-            queue_downloads=lambda ids: self.publisher.send("downloads", lambda: queue_downloads(ids)) if ids else None,
-            notify=lambda ids: self.publisher.send("on_done", lambda: self.notify(ids)) if ids else None,
-            late_looks=settings.late_look_seconds,
+            options=self.poll_options,
+            after_commit=AfterCommit(
+                queue_downloads=lambda ids: (
+                    self.publisher.send("downloads", lambda: queue_downloads(ids)) if ids else None
+                ),
+                notify=lambda ids: self.publisher.send("on_done", lambda: self.notify(ids)) if ids else None,
+            ),
         )
         listen(settings.redis, poller.wake)
         if self.stopping.is_set():
@@ -113,12 +125,8 @@ class ProcessResources:
             engine=self.engine,
             api=self.api,
             budget=RateLimiter(settings.redis),
-            keys=settings.keys,
-            rps=settings.rps,
-            after=settings.late_look_seconds,
-            api_timeout=settings.sd_api_timeout,
-            queue_downloads=queue_downloads,
-            notify=self.notify,
+            options=self.poll_options,
+            after_commit=AfterCommit(queue_downloads=queue_downloads, notify=self.notify),
         )
         if self.stopping.is_set():
             late_looks.stop()

@@ -32,6 +32,7 @@ from worker.notify.webhooks import BATCH
 from worker.operations.explain import why
 from worker.operations.job_context import read_context
 from worker.polling.api_client import MAX_ANSWER_BYTES, ApiClient
+from worker.polling.options import AfterCommit, PollOptions
 from worker.polling.poller import Poller
 from worker.settings import Settings
 from worker.storage.select import storage_for
@@ -258,13 +259,14 @@ class _PollWork(Work):
             ),
             budget=_NoRateLimit(),
             leases=_Leases(engine, lease=LEASE),
-            keys=self._keys,
-            rps=settings.rps,
-            pace=settings.pace,
-            api_timeout=settings.sd_api_timeout,
-            queue_downloads=_do_nothing,
-            notify=_do_nothing,
-            threads=1,
+            options=PollOptions(
+                keys=self._keys,
+                rps=settings.rps,
+                pace=settings.pace,
+                api_timeout=settings.sd_api_timeout,
+                threads=1,
+            ),
+            after_commit=AfterCommit(queue_downloads=_do_nothing, notify=_do_nothing),
             rng=random.Random(0),  # the same poll times in every run of a test
         )
 
