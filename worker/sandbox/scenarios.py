@@ -9,7 +9,7 @@ from worker.sandbox.files import base64_text
 from worker.sandbox.jobs import SandboxJob, failed_answer
 
 TROUBLE_FETCHES = 3  # number of fetches that a temporary trouble lasts
-LATE_SECONDS = 10.0  # how long the links of `late-links` are missing
+MISSING_LINKS_SECONDS = 10.0  # how long the links of `late-links` are missing
 QUEUE_FULL_SECONDS = 30
 
 ScenarioName = Literal[
@@ -206,7 +206,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     "eta-in-words": Scenario("an estimate in words", accepted=_with(eta="30 Minutes")),
     "late-links": Scenario(
         "links are 404 for ten seconds after the success",
-        file=lambda seconds, proxy: 404 if seconds < LATE_SECONDS else 0,
+        file=lambda seconds, proxy: 404 if seconds < MISSING_LINKS_SECONDS else 0,
     ),
     "dead-links": _when_ready(
         "links are 404; the links under proxy_links have the outputs",
