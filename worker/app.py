@@ -246,11 +246,14 @@ def _process_name(arguments: list[str]) -> str:
     >>> _process_name(["celery", "-A", "worker.app", "worker", "--hostname", "downloads@%h"])
     'downloads'
     """
+    named = (value.partition("@")[0] for value in _values_of(arguments, "-n", "--hostname") if "@" in value)
+    return next(named, None) or next((word for word in arguments if word in ("worker", "beat", "flower")), "worker")
+
+
+def _values_of(arguments: list[str], *options: str) -> list[str]:
+    """Return the values of an option, under any of its names, in a command line."""
     parts = [part for argument in arguments for part in argument.split("=", 1)]
-    for option, value in pairwise(parts):
-        if option in ("-n", "--hostname") and "@" in value:
-            return value.partition("@")[0]
-    return next((argument for argument in arguments if argument in ("worker", "beat", "flower")), "worker")
+    return [value for option, value in pairwise(parts) if option in options]
 
 
 def _configure_flower(settings: Settings, arguments: list[str]) -> None:
@@ -330,8 +333,7 @@ def _forget_celery_variables() -> None:
 
 def _queues(arguments: list[str]) -> frozenset[str]:
     """Return the queues of a worker's command line, or all queues if it names none."""
-    parts = [part for argument in arguments for part in argument.split("=", 1)]
-    queue_names = [value for option, value in pairwise(parts) if option in ("-Q", "--queues")]
+    queue_names = _values_of(arguments, "-Q", "--queues")
     return frozenset(",".join(queue_names).split(",")) if queue_names else frozenset({QUEUE, POLLS, DOWNLOADS})
 
 

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session, scoped_session
 from worker.client.connection import cached_settings, transaction
 from worker.client.jobs import wake
 from worker.client.pace_models import pace_model
+from worker.configuration.setting_types import MAX_SECONDS
 from worker.core.identity import ACCOUNT
 from worker.core.numbers import positive_number
 from worker.core.on_done_name import on_done_problem, task_and_queue
@@ -252,21 +253,18 @@ class _Paced:
 
 
 def _moment(value: datetime | str | None) -> datetime | None:
-    if isinstance(value, str):
-        try:
-            parsed: object = datetime.fromisoformat(value)
-        except ValueError:
-            raise NotTrackable(
-                f"submitted_at {value[:60]!r} is not an ISO 8601 time such as 2026-03-01T12:00:00Z"
-            ) from None
-    else:
-        parsed = value
-    if parsed is None:
+    if value is None:
         return None
-    if not isinstance(parsed, datetime) or parsed.tzinfo is None:
+    try:
+        moment = datetime.fromisoformat(value) if isinstance(value, str) else value
+    except ValueError:
+        raise NotTrackable(
+            f"submitted_at {str(value)[:60]!r} is not an ISO 8601 time such as 2026-03-01T12:00:00Z"
+        ) from None
+    if not isinstance(moment, datetime) or moment.tzinfo is None:
         raise NotTrackable("submitted_at needs a time zone, for example datetime.now(UTC)")
     try:
-        return parsed.astimezone(UTC)
+        return moment.astimezone(UTC)
     except OverflowError:
         raise NotTrackable(
             f"submitted_at {value!s} is out of range: omit it for a job that was submitted just now"
@@ -275,7 +273,7 @@ def _moment(value: datetime | str | None) -> datetime | None:
 
 def _checked_seconds(value: object, name: str) -> float:
     number = positive_number(value)
-    if number is None or number > 10 * 365 * 86_400:
+    if number is None or number > MAX_SECONDS:
         raise NotTrackable(f"{name} must be a positive number of seconds, not {value!r}")
     return number
 

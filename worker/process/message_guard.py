@@ -25,6 +25,7 @@ from celery.worker.consumer.control import Control
 from celery.worker.consumer.gossip import Gossip
 from kombu.exceptions import ContentDisallowed
 
+from worker.configuration.setting_types import MAX_SECONDS
 from worker.process.transport_guard import (
     UNREADABLE,
     describe_type,
@@ -39,7 +40,6 @@ log = get_task_logger(__name__)
 
 TEXT_MOST = 255  # characters of an id or a name; Celery's own ids have 36
 REPR_MOST = 100_000  # characters of argsrepr and kwargsrepr; Celery's clients cut them at 1,024
-SECONDS_MOST = 10 * 365 * 86_400.0
 RETRIES_MOST = 1 << 31
 CLOCK_MOST = 1 << 53
 ETA_SECONDS = 30.0  # half of the time after which Redis redelivers a message
@@ -53,7 +53,7 @@ RESERVED = frozenset(
     name
     for name, value in vars(Context).items()
     if callable(value) or isinstance(value, property) or name.startswith("_")
-) | {"called_directly", "is_eager", "loglevel", "logfile", "callbacks", "errbacks", "chain", "chord"}
+) | {"called_directly", "is_eager", "loglevel", "logfile"}
 
 
 class MalformedMessage(Exception):
@@ -197,7 +197,7 @@ def _is_time_limit(value: object) -> bool:
 
 def _is_seconds(value: object) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and 0 <= value <= SECONDS_MOST  # type: ignore[operator]  # it is a number here
+    return number and 0 <= value <= MAX_SECONDS  # type: ignore[operator]  # it is a number here
 
 
 def _is_moment(value: object) -> bool:
@@ -250,7 +250,7 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
         is_right_or_none = OPTIONAL.get(name)
         if value is not None and is_right_or_none is not None and not is_right_or_none(value):
             raise MalformedMessage(f"its {name} is {describe_type(value)}")
-        if name in RESERVED and name not in EMBED:
+        if name in RESERVED:
             raise MalformedMessage(f"it has a header {quote_for_log(name)}")
 
 

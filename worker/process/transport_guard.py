@@ -131,14 +131,10 @@ def _guard_redis_delivery(transport: Any) -> None:
                     raise
                 problem = f"it can't be read ({type(error).__name__})"
         if problem is not None:
-            body, content_type = (message.get("body"), message.get("content-type")) if _is_dict(message) else ("", None)
-            log_refused(queue, size_of(body), content_type, problem)
+            fields = message if isinstance(message, dict) else {}
+            log_refused(queue, size_of(fields.get("body")), fields.get("content-type"), problem)
 
     transport._deliver = guarded
-
-
-def _is_dict(value: object) -> bool:
-    return isinstance(value, dict)
 
 
 def _guard_redis_reading(channel: Any) -> None:

@@ -128,17 +128,14 @@ class Watchdog:
         now, frames = self._clock(), sys._current_frames()
         with self._lock:
             if any(_is_in(frame, DATABASE_DRIVERS) for frame in frames.values()):
-                self._reset_locked(now)
+                self._reset(now)
                 return None
             stalled = [self._stalled_loop(name, progress, frames, now) for name, progress in self._loops.items()]
             stalled += self._stalled_threads(frames, now)
         return next((text for text in stalled if text), None)
 
     def _reset(self, now: float) -> None:
-        with self._lock:
-            self._reset_locked(now)
-
-    def _reset_locked(self, now: float) -> None:
+        """Forget all stalls so far. The caller holds the lock."""
         self._places.clear()
         self._since = dict.fromkeys(self._loops, now)
 
@@ -148,7 +145,8 @@ class Watchdog:
             now, previous = self._clock(), checked_at
             checked_at = now
             if now - previous > self.limit / 2:  # the whole process was paused (SIGSTOP, a frozen container)
-                self._reset(now)
+                with self._lock:
+                    self._reset(now)
             stalled = self.find_stall()
             if stalled is None:
                 notify("WATCHDOG=1")
