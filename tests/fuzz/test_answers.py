@@ -54,24 +54,49 @@ def read(body: bytes) -> dict[str, Any]:
 
 
 def texts(value: object) -> Iterator[str]:
-    """Yield every text in a JSON value."""
+    """Yield every text in a JSON value, also those of a list or an object that is written as a text."""
     waiting = [value]
     while waiting:
         item = waiting.pop()
         if isinstance(item, str):
             yield item
+            with suppress(ValueError, RecursionError):
+                parsed = json.loads(item)
+                waiting += [parsed] if isinstance(parsed, (list, dict)) else []
         elif isinstance(item, (list, dict)):
             waiting += item.values() if isinstance(item, dict) else item
 
 
+def run_of(answer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the `execution` of an answer about a workflow, or the answer itself."""
+    execution = answer.get("execution")
+    return execution if isinstance(execution, dict) else answer
+
+
+def succeeded(answer: Mapping[str, Any]) -> bool:
+    """Return whether an answer says that the job is done."""
+    states = [answer.get("status"), run_of(answer).get("status"), answer.get("success")]
+    words = [state.strip().lower() if isinstance(state, str) else state for state in states]
+    return words[0] in ("success", True) or words[1] == "completed" or (words[0] is None and words[2] is True)
+
+
+def id_text(value: object) -> str:
+    """Return an id as a text, or an empty text if the value is no id."""
+    if isinstance(value, float):
+        value = int(value) if math.isfinite(value) and value == int(value) else None
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        return ""
+    text = str(value).strip()
+    return "" if text == "0" else text
+
+
 def of_another_job(answer: Mapping[str, Any], field: str = "id") -> bool:
-    """Return whether an answer has the id of another job."""
-    named = answer.get(field)
-    if isinstance(named, bool) or not isinstance(named, (str, int, float)):
-        return False
-    if isinstance(named, float):
-        return math.isfinite(named) and named == int(named) and int(named) != int(ID)
-    return str(named).strip() not in ("", ID) if isinstance(named, str) else named != int(ID)
+    """Return whether an answer has the id of another job, and no id of this one."""
+    meta = answer.get("meta")
+    chat = answer.get("chat_id") or (meta.get("chat_id") if isinstance(meta, dict) else None)
+    named = run_of(answer).get(field)
+    others = (answer.get("request_id"), chat)
+    return id_text(named) not in ("", ID) and ID not in map(id_text, others)
 
 
 @EFFORTS
@@ -81,6 +106,9 @@ def test_no_answer_breaks_the_parser_or_adds_outputs_that_it_does_not_list(examp
     @example(200, {}, b'{"status": "success", "id": 12202889, "output": ["https://h.example/a.png"]}', False)
     @example(200, {}, b'{"status": "success", "id": "x", "output": "", "links": ["https://h.example/a.png"]}', False)
     @example(200, {}, b'{"status": "success", "output": "", "future_links": ["https://h.example/a.png"]}', False)
+    @example(200, {}, b'{"links": ["https://h.example/a.png"], "execution": {"status": "completed"}}', False)
+    @example(200, {}, b'{"status": "success", "output": "[\\"https://h/1.png\\", \\"https://h/2.png\\"]"}', False)
+    @example(200, {}, b'{"status": "success", "output": ["https://h/1.png"], "id": "m", "chat_id": "12202888"}', False)
     def check(code: int, headers: dict[str, str], body: bytes, training: bool) -> None:
         reply = reply_to(code, headers, body, training=training)
 
@@ -93,9 +121,10 @@ def test_no_answer_breaks_the_parser_or_adds_outputs_that_it_does_not_list(examp
                 assert str(answer.get("status", "")).strip().lower() not in {*WAITING, *FAILED_WORDS}
                 assert reply.outputs == ()
                 return
-            assert answer["status"].strip().lower() == "success"
+            assert succeeded(answer)
             assert not of_another_job(answer)
-            listed = [text for name in (*OUTPUT_FIELDS, "meta") for text in texts(answer.get(name))]
+            objects = (answer, run_of(answer))
+            listed = [text for part in objects for name in (*OUTPUT_FIELDS, "meta") for text in texts(part.get(name))]
             listed_urls = {stored_address(part) for text in listed for part in (text.strip(), *_PARTS.split(text))}
             assert reply.outputs
             for link in reply.outputs:
