@@ -14,6 +14,7 @@ from sqlalchemy import Engine
 from tests.rows import add_downloading, add_output, read_output
 from worker.coordination.leases import LeaseKeeper
 from worker.downloads.downloader import Downloader
+from worker.downloads.options import DownloadOptions
 from worker.net.address_guard import Guard, guarded_adapter
 from worker.storage.local import FileStorage
 from worker.system.redaction import Scrubber
@@ -51,6 +52,8 @@ class Stand:
     out: Path
     notified: list[int] = field(default_factory=list)
     timeout: float = 5.0
+    per_host: int = 12
+    slow_seconds: float = 30.0
     allowed: tuple[Any, ...] = (LOOPBACK,)
 
     def downloader(self) -> Downloader:
@@ -62,10 +65,14 @@ class Stand:
             guard=Guard(self.allowed),
             adapter=guarded_adapter(Guard(self.allowed), connections=8),
             scrubber=Scrubber([KEY]),
-            max_bytes=MAX_BYTES,
-            max_pixels=MAX_PIXELS,
-            timeout=self.timeout,
-            deadline=86_400,
+            options=DownloadOptions(
+                max_bytes=MAX_BYTES,
+                max_pixels=MAX_PIXELS,
+                timeout=self.timeout,
+                deadline=86_400,
+                per_host=self.per_host,
+                slow_seconds=self.slow_seconds,
+            ),
             notify=self.notified.extend,
         )
 

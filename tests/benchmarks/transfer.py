@@ -31,6 +31,7 @@ from tests.benchmarks.table import Rounds, Table
 from worker.coordination.leases import LeaseKeeper
 from worker.core.lifecycle import OutputFacts, StoredFile
 from worker.downloads.downloader import Downloader
+from worker.downloads.options import DownloadOptions
 from worker.net.address_guard import Guard, guarded_adapter
 from worker.storage.local import FileStorage
 from worker.store.claims import ClaimedOutput
@@ -122,12 +123,10 @@ def _downloader(engine: Engine, leases: LeaseKeeper, folder: Path, threads: int)
         guard=guard,
         adapter=guarded_adapter(guard, connections=threads),
         scrubber=Scrubber([]),
-        max_bytes=200_000_000,
-        max_pixels=150_000_000,
-        timeout=60,
-        deadline=86_400,
+        options=DownloadOptions(
+            max_bytes=200_000_000, max_pixels=150_000_000, timeout=60, deadline=86_400, per_host=threads
+        ),
         notify=lambda ids: None,
-        per_host=threads,
     )
 
 

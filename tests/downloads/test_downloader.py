@@ -26,7 +26,7 @@ from tests.networks import Net
 from tests.rows import read_job, read_output
 from tests.web import Answer, Web, drips, floods, head, page, resets, sends, web_server
 from worker.coordination.leases import LeaseLost
-from worker.downloads import downloader
+from worker.downloads import content, recorder
 from worker.errors import StorageTrouble
 from worker.storage.local import FileStorage, path_of
 from worker.store import engine as engine_module
@@ -609,7 +609,7 @@ def test_an_internal_error_ends_the_attempt_like_any_failure(
     def raise_error(*_: Any) -> None:
         raise LookupError("https://cdn.test/a.png?signature=secret")
 
-    monkeypatch.setattr(downloader, "sniff", raise_error)
+    monkeypatch.setattr(content, "sniff", raise_error)
     row = stand.download(web.serves("/a.png", page(200, PNG)))
     assert (row.status, row.error_code, row.claim_token) == ("pending", "unreachable", None)
     assert row.error_message == "internal error: LookupError"
@@ -705,7 +705,7 @@ def test_a_kept_result_that_can_not_be_written_releases_its_claim(
             raise troubles.pop(0)
         return record_attempt(*arguments, **options)
 
-    monkeypatch.setattr(downloader, "record_attempt", fails)
+    monkeypatch.setattr(recorder, "record_attempt", fails)
     with pytest.raises(OperationalError):
         loader.run(first)
     for _ in range(3):

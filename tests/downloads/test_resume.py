@@ -25,9 +25,7 @@ from sqlalchemy import update
 from tests.download_stand import Stand, png
 from tests.rows import read_output
 from tests.web import Picture, Web, drips, head, page, sends, web_server
-from worker.core.lifecycle import Attempt
 from worker.core.media.signatures import Media
-from worker.downloads import downloader as downloads
 from worker.downloads.downloader import HostSlots
 from worker.errors import StorageTrouble
 from worker.storage.local import PARTIAL, FileStorage, path_of
@@ -237,11 +235,9 @@ def test_a_file_that_is_cut_at_its_source_is_not_requested_repeatedly(
 def test_a_transfer_below_the_minimum_speed_ends_the_attempt(
     stand: Stand,
     web: Web,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Long before its timeout. The received bytes are kept for the next attempt."""
-    monkeypatch.setattr(downloads, "FLOOR_SECONDS", 0.3)
-    stand.timeout = 30.0
+    stand.timeout, stand.slow_seconds = 30.0, 0.3
     url = web.serves(
         "/a.png", drips(head(200, ETag=TAG, Content_Length="900000") + BODY[:400], b"x", every=0.05, seconds=9)
     )
@@ -371,20 +367,10 @@ def test_while_the_storage_fails_no_file_is_downloaded_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A complete file is kept, also if the server sends no validator or length."""
-    refuse = Event()
-    refuse.set()
-    real = downloads.Downloader._keep
-
-    def keep(self: downloads.Downloader, output: Any, incoming: Any) -> Attempt:
-        with monkeypatch.context() as patched:
-            if refuse.is_set():
-                patched.setattr(self._storage, "keep", _refuses)
-            return real(self, output, incoming)
-
-    monkeypatch.setattr(downloads.Downloader, "_keep", keep)
-    row = stand.download(web.serves("/a.png", sends(head(200), BODY)))
+    with monkeypatch.context() as patched:
+        patched.setattr(FileStorage, "keep", _refuses)
+        row = stand.download(web.serves("/a.png", sends(head(200), BODY)))
     assert (row.status, row.error_code) == ("pending", "storage")
-    refuse.clear()
     row = _run_again(stand, row.id)
     assert _is_stored(stand, row)
     assert len(web.requests) == 1
@@ -611,7 +597,7 @@ def test_a_host_that_hangs_uses_no_more_than_its_slots() -> None:
 def test_outputs_of_a_host_that_hangs_do_not_delay_other_outputs(stand: Stand, web: Web) -> None:
     """However many and however old they are: free threads download the others."""
     release = Event()
-    stand.timeout = 30.0
+    stand.timeout, stand.per_host = 30.0, 2
 
     def hang(_: socket.socket) -> None:
         release.wait(20)
@@ -621,7 +607,6 @@ def test_outputs_of_a_host_that_hangs_do_not_delay_other_outputs(stand: Stand, w
         waiting = [stand.add(f"{url}?{number}") for number in range(150)]
         late = [stand.add(web.serves(f"/{number}.png", page(200, png(padding=number)))) for number in range(5)]
         downloader = stand.downloader()
-        downloader._hosts = HostSlots(2)
         stop = Event()
 
         def run_downloads() -> None:

@@ -287,7 +287,7 @@ def test_the_user_agent_is_a_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     settings = Settings(user_agent="shop/2.1 (+https://shop.test)", storage_url=f"file:{tmp_path}")
     monkeypatch.setattr(resources, "settings", settings)
     own = resources.ProcessResources()
-    used = [own.api._headers["User-Agent"], own.downloader._headers["User-Agent"], own.webhooks._user_agent]
+    used = [own.api._headers["User-Agent"], own.downloader._transfer._headers["User-Agent"], own.webhooks._user_agent]
     assert used == ["shop/2.1 (+https://shop.test)"] * 3
 
 

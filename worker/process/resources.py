@@ -15,6 +15,7 @@ from worker.coordination.rate_limiter import RateLimiter, redis_client
 from worker.coordination.sent_requests import SentRequests, old_files, processes_with_files, remove_files
 from worker.coordination.wakeups import listen
 from worker.downloads.downloader import Downloader
+from worker.downloads.options import download_options
 from worker.errors import WorkerError
 from worker.net.address_guard import Guard, guarded_adapter
 from worker.notify.on_done import notify
@@ -165,13 +166,8 @@ class ProcessResources:
             guard=guard,
             adapter=guarded_adapter(guard, connections=DOWNLOAD_THREADS),
             scrubber=self.scrubber,
-            max_bytes=settings.output_max_bytes,
-            max_pixels=settings.output_max_pixels,
-            timeout=settings.output_timeout,
-            deadline=settings.output_deadline,
+            options=download_options(settings),
             notify=self.notify,
-            per_host=settings.downloads_per_host,
-            user_agent=settings.user_agent,
         )
 
     @locked_property

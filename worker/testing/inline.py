@@ -24,6 +24,7 @@ from worker.coordination.rate_limiter import RateLimiter, Reservation
 from worker.core.lifecycle import PROMISE_PATIENCE
 from worker.core.webhook import headers
 from worker.downloads.downloader import Downloader
+from worker.downloads.options import download_options
 from worker.errors import JobNotFound, WorkerError
 from worker.net.address_guard import Guard, guarded_adapter
 from worker.net.pooled_adapter import PooledAdapter
@@ -304,10 +305,7 @@ class _DownloadWork(Work):
             guard=Guard(settings.allowed_networks),
             adapter=_adapters()[1],
             scrubber=_scrubber(settings),
-            max_bytes=settings.output_max_bytes,
-            max_pixels=settings.output_max_pixels,
-            timeout=settings.output_timeout,
-            deadline=settings.output_deadline,
+            options=download_options(settings),
             notify=_do_nothing,
             pause=_do_nothing,
         )
