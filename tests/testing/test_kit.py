@@ -59,14 +59,14 @@ def test_a_submitted_job_runs_until_its_files_are_stored_in_virtual_time(testkit
     assert testkit.worker.now - started_at >= timedelta(seconds=READY_SECONDS)
 
 
-def test_a_whole_job_takes_less_than_fifty_milliseconds_of_cpu_time(testkit: Kit) -> None:
+def test_a_whole_job_takes_less_than_a_tenth_of_a_second_of_cpu_time(testkit: Kit) -> None:
     durations = []
     for number in range(1, 9):  # the first jobs also compile SQL statements
         started_at = time.process_time()
         assert testkit.worker.run(worker.track(number)).status == "completed"
         durations.append(time.process_time() - started_at)
 
-    assert min(durations) < 0.05
+    assert min(durations) < 0.1  # about 0.04 on a quiet machine
 
 
 def test_the_clock_only_moves_when_the_test_moves_it(testkit: Kit) -> None:
