@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Engine, Row, select, update
 
-from worker.store.claims import ClaimedJob, ClaimedOutput, claim_jobs, claim_output, due_groups
+from worker.store.claims import ClaimedJob, ClaimedOutput, claim_jobs, claim_output
+from worker.store.due_groups import due_groups
 from worker.store.schema import history, jobs, outputs
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)

@@ -45,7 +45,8 @@ from worker.core.lifecycle import AskAgain
 from worker.core.pacing.policy import PollPlan
 from worker.store.engine import database_now, engine_for
 from worker.settings import load
-from worker.store.claims import DueGroup, claim_jobs
+from worker.store.claims import claim_jobs
+from worker.store.due_groups import DueGroup
 from worker.store.results import Outcome, record_answers
 from worker.store.counters import Tally
 engine = engine_for(load().database)

@@ -20,8 +20,9 @@ from tests.benchmarks.polls import bare
 from tests.benchmarks.table import Rounds, Table
 from worker.core.lifecycle import AskAgain
 from worker.core.pacing.policy import PollPlan
-from worker.store.claims import ClaimedJob, DueGroup, claim_jobs, due_groups
+from worker.store.claims import ClaimedJob, claim_jobs
 from worker.store.counters import Tally
+from worker.store.due_groups import DueGroup, due_groups
 from worker.store.engine import database_now, make_engine
 from worker.store.results import Outcome, record_answers
 

@@ -13,8 +13,9 @@ from worker.client import actions
 from worker.client.actions import Action, change_matching
 from worker.core.lifecycle import AskAgain, EndJob, Strikes
 from worker.settings import Settings, load
-from worker.store.claims import claim_jobs, due_groups
+from worker.store.claims import claim_jobs
 from worker.store.counters import FINISHED, Tally, read_counters
+from worker.store.due_groups import due_groups
 from worker.store.engine import database_now, transact
 from worker.store.reports.search import JobFilter
 from worker.store.results import Outcome, record_answers

@@ -21,8 +21,9 @@ from worker.operations.overview import overview as read_overview
 from worker.settings import load
 from worker.store import holds as store
 from worker.store.breakers import all_breakers, locked_breaker, save_breaker
-from worker.store.claims import due_groups, release_jobs, renew_leases
+from worker.store.claims import release_jobs, renew_leases
 from worker.store.counters import Tally
+from worker.store.due_groups import due_groups
 from worker.store.due_work import next_request
 from worker.store.engine import database_now
 from worker.store.holds import WorkLimits

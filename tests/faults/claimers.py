@@ -19,8 +19,9 @@ from sqlalchemy.engine import make_url
 from tests.rows import LEASE, NOW, seconds
 from worker.core.lifecycle import AskAgain, Strikes, TryAgain
 from worker.core.pacing.policy import PollPlan
-from worker.store.claims import ClaimedJob, ClaimedOutput, claim_jobs, claim_output, due_groups
+from worker.store.claims import ClaimedJob, ClaimedOutput, claim_jobs, claim_output
 from worker.store.counters import Tally
+from worker.store.due_groups import due_groups
 from worker.store.engine import make_engine, transact
 from worker.store.results import Outcome, record_answers, record_attempt
 from worker.store.schema import outputs

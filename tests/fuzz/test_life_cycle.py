@@ -42,13 +42,13 @@ from worker.store.claims import (
     ClaimedOutput,
     claim_jobs,
     claim_output,
-    due_groups,
     queue_due_outputs,
     release_jobs,
     release_output,
     renew_leases,
 )
 from worker.store.counters import Tally
+from worker.store.due_groups import due_groups
 from worker.store.holds import WorkLimits
 from worker.store.outputs import requeue_output
 from worker.store.reaper import release_crashed

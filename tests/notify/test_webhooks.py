@@ -25,6 +25,7 @@ from worker.coordination.leases import LeaseKeeper, LeaseLost
 from worker.core.webhook import secret_bytes
 from worker.net.address_guard import Guard, guarded_adapter
 from worker.notify import webhooks
+from worker.notify.webhook_request import TIMEOUT_SECONDS, WebhookSender
 from worker.notify.webhooks import MAX_DELIVERIES, PER_RECEIVER, Webhooks
 from worker.store.engine import database_now
 from worker.store.events import claim_events, create_events, record_delivery, release_events
@@ -99,16 +100,23 @@ def sender(engine: Engine) -> Webhooks:
 
 
 def _sender(
-    engine: Engine, *secret_texts: str, network: str = "127.0.0.1/32", leases: LeaseKeeper | None = None
+    engine: Engine,
+    *secret_texts: str,
+    network: str = "127.0.0.1/32",
+    leases: LeaseKeeper | None = None,
+    timeout: float = TIMEOUT_SECONDS,
 ) -> Webhooks:
     guard = Guard([ipaddress.ip_network(network)] if network else [])
     return Webhooks(
         engine=engine,
         leases=leases or LeaseKeeper(engine, lease=LEASE),
-        guard=guard,
-        adapter=guarded_adapter(guard, connections=MAX_DELIVERIES),
+        sender=WebhookSender(
+            guard=guard,
+            adapter=guarded_adapter(guard, connections=MAX_DELIVERIES),
+            secrets=[secret_bytes(text) for text in secret_texts or (SECRET,)],
+            timeout=timeout,
+        ),
         scrubber=Scrubber(["sk-canary", SECRET]),
-        secrets=[secret_bytes(text) for text in secret_texts or (SECRET,)],
     )
 
 
@@ -235,11 +243,9 @@ def test_an_unreachable_receiver_is_tried_again(engine: Engine, sender: Webhooks
     assert "can't be reached" in event.error_message
 
 
-def test_a_request_to_a_very_slow_receiver_ends_in_time(
-    engine: Engine, web: Web, sender: Webhooks, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_to_a_very_slow_receiver_ends_in_time(engine: Engine, web: Web) -> None:
     """It sends an endless header, byte by byte."""
-    monkeypatch.setattr(webhooks, "TIMEOUT_SECONDS", 0.5)
+    sender = _sender(engine, timeout=0.5)
     _final(engine, web.serves("/hooks", drips(b"HTTP/1.1 200 OK\r\n", b"x", every=0.05, seconds=10)))
     began = time.monotonic()
     _deliver(sender)
@@ -540,7 +546,7 @@ def test_without_a_secret_no_event_is_sent_or_lost(engine: Engine, receiver: Rec
     """It was removed from the settings. The events are created once it is back."""
     _final(engine, receiver.url)
     silent = _sender(engine)
-    silent._secrets = ()
+    silent._sender.secrets = ()
     assert _deliver(silent) == 0
     assert _events(engine) == []
     assert _deliver(_sender(engine)) == 1

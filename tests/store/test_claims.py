@@ -28,8 +28,9 @@ from tests.rows import (
 )
 from worker.core.lifecycle import AskAgain, EndJob, GiveUp, Strikes
 from worker.core.pacing.policy import PollPlan, urgency
-from worker.store.claims import DueGroup, claim_jobs, due_groups, queue_due_outputs, release_jobs, renew_leases
+from worker.store.claims import claim_jobs, queue_due_outputs, release_jobs, renew_leases
 from worker.store.counters import Tally
+from worker.store.due_groups import DueGroup, due_groups
 from worker.store.jobs import waiting_accounts
 from worker.store.results import Outcome, record_answers, record_attempt
 from worker.store.schema import bodies, jobs, outputs

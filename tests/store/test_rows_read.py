@@ -8,7 +8,8 @@ import pytest
 from sqlalchemy import Connection, Engine, insert
 
 from tests.rows import LEASE, NOW, job_values, seconds
-from worker.store.claims import DueGroup, claim_jobs, due_groups
+from worker.store.claims import claim_jobs
+from worker.store.due_groups import DueGroup, due_groups
 from worker.store.jobs import waiting_accounts
 from worker.store.reports.search import JobFilter, find_job_ids
 from worker.store.reports.snapshot_rows import last_failures

@@ -55,10 +55,9 @@ class LeaseKeeper:
         self._engine = engine
         self._sent = sent
         self._clock = clock
-        self._lease_seconds = lease.total_seconds()
         # A lease is renewed every third of its length, so more than a third is left while renewals work. With less
         # left, a request could still be on its way when the next process claims the job and polls it.
-        self._margin = self._lease_seconds / 3
+        self._renewal_seconds = lease.total_seconds() / 3
         self._lease_ends: dict[str, float] = {}  # by token: when the claim's first lease ends
         # The claims of the last renewal, and the end of their leases.
         self._renewed: tuple[frozenset[Claim], float] = (frozenset(), 0.0)
@@ -95,12 +94,12 @@ class LeaseKeeper:
         if len(self._lease_ends) > TOKENS_KEPT:
             self._forget_ended()
         token = secrets.token_hex(TOKEN_BYTES)
-        self._lease_ends[token] = self._clock() + self._lease_seconds
+        self._lease_ends[token] = self._clock() + self.lease.total_seconds()
         return token
 
     def check(self, row_id: int, token: str) -> None:
         """Permit one request for a claim, right before it is sent. Raises LeaseLost if the lease may have ended."""
-        now = self._clock() + self._margin
+        now = self._clock() + self._renewal_seconds
         if now >= self._lease_ends.get(token, 0.0):
             renewed_claims, until = self._renewed
             if now >= until or (row_id, token) not in renewed_claims:
@@ -111,7 +110,7 @@ class LeaseKeeper:
     def renew(self) -> None:
         """Renew the active leases of this process. Raises the errors of the database."""
         # Read before the database's clock, so that the end is never later than the one in the row.
-        ends = self._clock() + self._lease_seconds
+        ends = self._clock() + self.lease.total_seconds()
         with self._engine.begin() as connection:
             claims = renew_leases(connection, self.holder, lease=self.lease, now=database_now(connection))
         self._renewed = (frozenset(claims), ends)
@@ -126,7 +125,7 @@ class LeaseKeeper:
     def _run(self) -> None:
         pause = threading.Event()
         while True:
-            pause.wait(self._lease_seconds / 3)
+            pause.wait(self._renewal_seconds)
             with self._lock:
                 idle = self._holds == 0
                 if idle:

@@ -13,7 +13,7 @@ from worker.operations.overview import AccountState, account_states, finite_seco
 from worker.polling.duration_learner import read_models
 from worker.settings import Settings
 from worker.store.breakers import all_breakers, last_asked
-from worker.store.claims import DueGroup, due_groups
+from worker.store.due_groups import DueGroup, due_groups
 from worker.store.engine import database_now
 from worker.store.late_looks import look_of
 from worker.store.promises import promise_row

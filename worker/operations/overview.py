@@ -14,7 +14,7 @@ from worker.core.pacing.survival import MAX_POLL_AGE
 from worker.polling.duration_learner import read_models
 from worker.settings import Settings
 from worker.store.breakers import all_breakers, last_asked
-from worker.store.claims import DueGroup, due_groups
+from worker.store.due_groups import DueGroup, due_groups
 from worker.store.engine import database_now
 from worker.store.holds import work_limits
 from worker.store.jobs import count_by_state, waiting_accounts

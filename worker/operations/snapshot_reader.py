@@ -45,8 +45,9 @@ from worker.operations.snapshot import (
 )
 from worker.settings import Settings
 from worker.store.breakers import all_breakers, last_asked
-from worker.store.claims import claim_holders, due_groups
+from worker.store.claims import claim_holders
 from worker.store.counters import ANSWERS, DELAY, POLLED, CounterKey, Total, read_counters
+from worker.store.due_groups import due_groups
 from worker.store.engine import database_now, translate_errors
 from worker.store.jobs import waiting_accounts
 from worker.store.reports import snapshot_rows

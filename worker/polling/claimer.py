@@ -13,7 +13,8 @@ from worker.polling.job_claims import JobClaims
 from worker.polling.options import PollOptions
 from worker.polling.request_pool import RequestPool
 from worker.polling.unlisted_hosts import UnlistedHosts
-from worker.store.claims import ClaimedJob, DueGroup
+from worker.store.claims import ClaimedJob
+from worker.store.due_groups import DueGroup
 
 MAX_CLAIM = 400  # jobs of one account in one claim: it bounds the time of the transaction
 SLOW_CLAIM_SECONDS = 0.1  # a claim that took longer has missed its send times

@@ -11,7 +11,7 @@ from sqlalchemy import Engine
 from worker.core.circuit_breaker import CircuitBreaker, Scope
 from worker.polling.breaker_updates import Breakers
 from worker.store.breakers import all_breakers
-from worker.store.claims import DueGroup, due_groups
+from worker.store.due_groups import DueGroup, due_groups
 from worker.store.engine import database_now
 
 VIEW_SECONDS = 0.5  # longest time until a hold made by another process is noticed

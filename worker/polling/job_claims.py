@@ -13,7 +13,8 @@ from worker.core import circuit_breaker
 from worker.core.circuit_breaker import Scope
 from worker.polling.api_client import ApiClient
 from worker.store.breakers import locked_breaker, save_breaker
-from worker.store.claims import ClaimedJob, DueGroup, claim_jobs, release_claimed_jobs, release_jobs
+from worker.store.claims import ClaimedJob, claim_jobs, release_claimed_jobs, release_jobs
+from worker.store.due_groups import DueGroup
 from worker.store.engine import RELAXED, database_now
 from worker.store.jobs import readdress
 

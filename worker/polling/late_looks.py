@@ -25,8 +25,8 @@ from worker.polling.kept_answers import kept_answer
 from worker.polling.options import AfterCommit, PollOptions
 from worker.polling.request_pool import PollAnswer
 from worker.store.breakers import all_breakers, locked_breaker, save_breaker
-from worker.store.claims import due_groups
 from worker.store.counters import Tally
+from worker.store.due_groups import due_groups
 from worker.store.engine import database_now
 from worker.store.kept_answers import keep_answers
 from worker.store.late_looks import (

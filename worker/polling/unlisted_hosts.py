@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from sqlalchemy import Engine
 
 from worker.polling.options import AfterCommit, PollOptions
-from worker.store.claims import DueGroup
+from worker.store.due_groups import DueGroup
 from worker.store.engine import database_now
 from worker.store.late_looks import plan_looks
 from worker.store.unlisted_hosts import hold_unlisted

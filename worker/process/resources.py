@@ -19,6 +19,7 @@ from worker.downloads.options import download_options
 from worker.errors import WorkerError
 from worker.net.address_guard import Guard, guarded_adapter
 from worker.notify.on_done import notify
+from worker.notify.webhook_request import WebhookSender
 from worker.notify.webhooks import MAX_DELIVERIES, Webhooks
 from worker.polling.api_client import ApiClient
 from worker.polling.late_looks import LateLooks
@@ -177,11 +178,13 @@ class ProcessResources:
         return Webhooks(
             engine=self.engine,
             leases=self.leases,
-            guard=guard,
-            adapter=guarded_adapter(guard, connections=MAX_DELIVERIES),
+            sender=WebhookSender(
+                guard=guard,
+                adapter=guarded_adapter(guard, connections=MAX_DELIVERIES),
+                secrets=settings.webhook_secrets,
+                user_agent=settings.user_agent,
+            ),
             scrubber=self.scrubber,
-            secrets=settings.webhook_secrets,
-            user_agent=settings.user_agent,
         )
 
     @locked_property

@@ -1,7 +1,7 @@
 """Claims: take due rows with a lease and a fencing token, renew leases, release rows."""
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cache
@@ -28,7 +28,8 @@ from sqlalchemy import (
 from worker.core.identity import FetchAddress, can_be_asked
 from worker.core.lifecycle import JobFacts, OutputFacts, Strikes
 from worker.core.pacing.policy import MIN_SECONDS, WINDOW
-from worker.store.schema import MYSQL_FAMILY, bodies, events, jobs, outputs, promises, waiting_account
+from worker.store.due_groups import DueGroup
+from worker.store.schema import MYSQL_FAMILY, bodies, events, jobs, outputs, promises
 from worker.store.sql_functions import seconds_between
 from worker.store.transitions import NO_CLAIM
 
@@ -90,80 +91,6 @@ class ClaimedOutput:
     body: bytes | None
     facts: OutputFacts
     claimed_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class DueGroup:
-    """The jobs with a due time of one account, priority and API host. `due_at` is the earliest of their due times."""
-
-    account: str
-    priority: int
-    host: str
-    due_at: datetime
-
-
-def in_due_group(group: DueGroup) -> tuple[ColumnElement[bool], ...]:
-    """Return the conditions that select the jobs of a group, in the form that matches their index."""
-    return (
-        jobs.c.account == group.account,
-        jobs.c.priority == group.priority,
-        jobs.c.fetch_host == group.host,
-        jobs.c.due_at.is_not(None),
-    )
-
-
-def due_groups(connection: Connection, accounts: Iterable[str]) -> list[DueGroup]:
-    """Return the due groups of these accounts, ordered by account, highest priority and earliest due time.
-
-    The due time of a claimed job is the end of its lease. The query jumps from one group to the next in the index, so
-    its cost depends on the number of groups, not of jobs.
-    """
-    if connection.dialect.name in MYSQL_FAMILY:
-        return _due_groups_mysql(connection, list(accounts))
-    return [
-        DueGroup(account, row.priority, row.host, row.due_at)
-        for account in accounts
-        for row in connection.execute(_DUE_GROUPS, {"account": account}).all()
-    ]
-
-
-def _due_groups_mysql(connection: Connection, accounts: list[str]) -> list[DueGroup]:
-    """Do the same with a loose index scan of MariaDB and MySQL: one index lookup per group."""
-    rows = connection.execute(_DUE_GROUPS_MYSQL, {"accounts": accounts}).all()
-    groups = [DueGroup(*row) for row in rows]
-    return sorted(groups, key=lambda group: (accounts.index(group.account), -group.priority, group.due_at))
-
-
-def _due_groups_query() -> Select[Any]:
-    waiting = (jobs.c.account == bindparam("account"), jobs.c.due_at.is_not(None))
-    highest = select(func.max(jobs.c.priority).label("priority")).where(*waiting).cte("priorities", recursive=True)
-    lower = select(func.max(jobs.c.priority)).where(*waiting, jobs.c.priority < highest.c.priority).scalar_subquery()
-    priorities = highest.union_all(select(lower).where(highest.c.priority.is_not(None)))
-
-    def last_host(priority: ColumnElement[int], *before: ColumnElement[bool]) -> Any:
-        query = select(func.max(jobs.c.fetch_host)).where(*waiting, jobs.c.priority == priority, *before)
-        return query.scalar_subquery()
-
-    last = select(priorities.c.priority, last_host(priorities.c.priority).label("host")).cte("hosts", recursive=True)
-    earlier = last_host(last.c.priority, jobs.c.fetch_host < last.c.host)
-    groups = last.union_all(select(last.c.priority, earlier).where(last.c.host.is_not(None)))
-    first = (
-        select(jobs.c.due_at)
-        .where(*waiting, jobs.c.priority == groups.c.priority, jobs.c.fetch_host == groups.c.host)
-        .order_by(jobs.c.due_at)
-        .limit(1)
-        .scalar_subquery()
-    )
-    query = select(groups.c.priority, groups.c.host, first.label("due_at")).where(groups.c.host.is_not(None))
-    return query.order_by(groups.c.priority.desc(), "due_at")
-
-
-_DUE_GROUPS = _due_groups_query()
-_DUE_GROUPS_MYSQL = (
-    select(waiting_account, jobs.c.priority, jobs.c.fetch_host, func.min(jobs.c.due_at))
-    .where(waiting_account.in_(bindparam("accounts", expanding=True)))
-    .group_by(waiting_account, jobs.c.priority, jobs.c.fetch_host)
-)
 
 
 def claim_jobs(
@@ -360,8 +287,29 @@ def claim_output(
     newer ones. And if two messages each claim the other's output, both outputs are downloaded. Outputs whose link is on
     a host in `without` are skipped.
     """
-    on_other_hosts = tuple(not_(_link_is_on(host)) for host in sorted(without))
+    on_other_hosts = (not_(_link_is_on(host)) for host in sorted(without))
     due = (outputs.c.due_at.is_not(None), outputs.c.due_at <= now, *on_other_hosts)
+    oldest_id = _oldest_due_output(connection, output_id, due)
+    if oldest_id is None:
+        return None
+    claimed = connection.execute(
+        update(outputs)
+        .where(outputs.c.id == oldest_id, *due)
+        .values(
+            due_at=now + lease,
+            queued_at=None,
+            claim_token=token,
+            claim_holder=holder,
+            claimed_at=now,
+            received_bytes=None,
+            attempts=outputs.c.attempts + 1,
+        )
+    )
+    return _read_claimed_output(connection, oldest_id, token, now) if claimed.rowcount else None
+
+
+def _oldest_due_output(connection: Connection, output_id: int, due: Sequence[ColumnElement[bool]]) -> int | None:
+    """Return the id of the oldest due output, or `output_id` if it is due and none is older. The row is locked."""
     named_query = select(outputs.c.listed_at).where(outputs.c.id == output_id, *due).with_for_update(skip_locked=True)
     # Lock the row now: on MariaDB, updates of neighbouring index entries can deadlock.
     listed_at = connection.execute(named_query).scalar()
@@ -374,24 +322,10 @@ def claim_output(
         .with_for_update(skip_locked=True)
     )
     oldest_id = connection.execute(oldest).scalar()
-    if oldest_id is None and listed_at is None:
-        return None
-    output_id = output_id if oldest_id is None else oldest_id
-    claimed = connection.execute(
-        update(outputs)
-        .where(outputs.c.id == output_id, *due)
-        .values(
-            due_at=now + lease,
-            queued_at=None,
-            claim_token=token,
-            claim_holder=holder,
-            claimed_at=now,
-            received_bytes=None,
-            attempts=outputs.c.attempts + 1,
-        )
-    )
-    if not claimed.rowcount:
-        return None
+    return output_id if oldest_id is None and listed_at is not None else oldest_id
+
+
+def _read_claimed_output(connection: Connection, output_id: int, token: str, claimed_at: datetime) -> ClaimedOutput:
     row = connection.execute(
         select(outputs, jobs.c.remote_id, jobs.c.fetch_base, bodies.c.body, promises.c.end_status)
         .join(jobs, jobs.c.id == outputs.c.job_id)
@@ -400,27 +334,20 @@ def claim_output(
         .where(outputs.c.id == output_id)
     ).one()
     proxies = tuple(json.loads(row.proxy_urls))
-    return ClaimedOutput(
-        id=row.id,
-        token=token,
-        job_id=row.job_id,
-        position=row.position,
-        urls=(row.url, *proxies),
-        body=row.body,
-        facts=OutputFacts(
-            attempts=row.attempts,
-            proxies=len(proxies),
-            ready_at=row.listed_at,
-            bad_bodies=row.bad_bodies,
-            dead_since=row.dead_since,
-            renewed=row.renewed,
-            dead_attempts=row.dead_attempts,
-            renewable=can_be_asked(row.fetch_base, row.remote_id),
-            last_code=row.error_code,
-            promised=row.end_status is not None,
-        ),
-        claimed_at=now,
+    facts = OutputFacts(
+        attempts=row.attempts,
+        proxies=len(proxies),
+        ready_at=row.listed_at,
+        bad_bodies=row.bad_bodies,
+        dead_since=row.dead_since,
+        renewed=row.renewed,
+        dead_attempts=row.dead_attempts,
+        renewable=can_be_asked(row.fetch_base, row.remote_id),
+        last_code=row.error_code,
+        promised=row.end_status is not None,
     )
+    urls = (row.url, *proxies)
+    return ClaimedOutput(row.id, token, row.job_id, row.position, urls, row.body, facts, claimed_at)
 
 
 def _link_is_on(host: str) -> ColumnElement[bool]:

@@ -9,8 +9,8 @@ from sqlalchemy import Connection, select, update
 from worker.core.circuit_breaker import NOT_LISTED, held_as_unlisted
 from worker.core.lifecycle import AFTER_HOLD_GRACE, EndJob
 from worker.store.breakers import locked_breaker, save_breaker
-from worker.store.claims import DueGroup
 from worker.store.counters import Tally
+from worker.store.due_groups import DueGroup
 from worker.store.promises import PromisedEnd, promised_links, try_promises
 from worker.store.schema import jobs
 from worker.store.transitions import job_downloading, job_ended

@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, false, func, or_, s
 
 from worker.core.lifecycle import FINAL_STATES, JOB_STATES
 from worker.store.breakers import all_breakers
-from worker.store.claims import DueGroup, due_groups, in_due_group
+from worker.store.due_groups import DueGroup, due_groups, in_due_group
 from worker.store.engine import database_now
 from worker.store.jobs import OUT_OF_ORDER, first_tracked, waiting_accounts
 from worker.store.schema import IS_HELD, MYSQL_FAMILY, jobs, outputs, waiting_account

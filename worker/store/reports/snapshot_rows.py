@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, Select, Table, func, or_, select
 
 from worker.core.lifecycle import JOB_STATES
-from worker.store.claims import DueGroup, in_due_group
+from worker.store.due_groups import DueGroup, in_due_group
 from worker.store.schema import IS_HELD, MYSQL_FAMILY, events, jobs, outputs
 from worker.store.sql_functions import HAS_DUE_TIME
 

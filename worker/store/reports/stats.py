@@ -13,8 +13,8 @@ from sqlalchemy import ColumnElement, Connection, case, func, literal, select
 from worker.core.circuit_breaker import CircuitBreaker, Scope, hold_class
 from worker.core.lifecycle import JOB_STATES
 from worker.store.breakers import all_breakers
-from worker.store.claims import DueGroup, due_groups
 from worker.store.counters import OTHER
+from worker.store.due_groups import DueGroup, due_groups
 from worker.store.outputs import UnstoredGroup, unstored_by_code
 from worker.store.schema import IS_HELD, breakers, jobs
 from worker.store.sql_functions import HAS_DUE_TIME
