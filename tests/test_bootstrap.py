@@ -123,7 +123,7 @@ def test_the_test_command_plans_every_check_and_all_tests() -> None:
     plan = bootstrap.plan_for(["test"], Path("/checkout"), cores=2)
 
     assert [check[0] for check in plan.checks] == ["ruff", "ruff", "mypy", "lint-imports"]
-    assert plan.pytest == ("pytest", "-n", "2")
+    assert plan.pytest == ("pytest", "-n", "2", "--dist", "worksteal")
     assert plan.environment.lock.name == "requirements-dev.lock"
 
 

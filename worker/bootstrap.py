@@ -157,7 +157,7 @@ def plan_for(arguments: Sequence[str], root: Path, *, cores: int) -> Plan:
     if command == "test" and options:
         return Plan(tests, program=("pytest", *options))
     if command == "test":
-        pytest = ("pytest", "-n", "2") if cores > 1 else ("pytest",)
+        pytest = ("pytest", "-n", "2", "--dist", "worksteal") if cores > 1 else ("pytest",)
         elsewhere = (*pytest, "-m", "every_python and not long")
         return Plan(tests, checks=STATIC_CHECKS, pytest=pytest, pytest_elsewhere=elsewhere)
     return Plan(product, program=("fetch-worker", *arguments))
