@@ -20,9 +20,7 @@ from worker.store.jobs import readdress
 
 log = logging.getLogger(__name__)
 
-PROBE_MARGIN = timedelta(
-    seconds=5
-)  # beyond the request's time-out, to write its answer; then another process may probe
+PROBE_MARGIN = timedelta(seconds=5)  # beyond the request's time-out: to write the answer before another process probes
 REFUSED_WAIT = timedelta(seconds=60)  # until the next claim of a job whose address is refused: settings may change
 MOVED_WAIT = timedelta(seconds=1)  # until the next claim of a job with a new address
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pydantic import SecretStr
 
 from worker.core.pacing.policy import Pace
+from worker.settings import Settings
 
 MAX_IN_FLIGHT = 128  # requests to one host at once: 850 per second at 150 ms per answer
 
@@ -31,6 +32,17 @@ class PollOptions:
     locked_seconds: float = 2.0  # between two tries to write the answers of locked rows
     progress_seconds: float = 2.0  # least time between two progress reports of a run: each is an event on the broker
     unlisted_seconds: float = 3.0  # between two checks of hosts that SD_API_HOSTS does not list: each locks rows
+
+
+def poll_options(settings: Settings) -> PollOptions:
+    """Return the options from the settings."""
+    return PollOptions(
+        keys=settings.keys,
+        rps=settings.rps,
+        pace=settings.pace,
+        api_timeout=settings.sd_api_timeout,
+        late_looks=settings.late_look_seconds,
+    )
 
 
 @dataclass(frozen=True, slots=True)

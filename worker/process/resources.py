@@ -23,7 +23,7 @@ from worker.notify.webhook_request import WebhookSender
 from worker.notify.webhooks import MAX_DELIVERIES, Webhooks
 from worker.polling.api_client import ApiClient
 from worker.polling.late_looks import LateLooks
-from worker.polling.options import MAX_IN_FLIGHT, AfterCommit, PollOptions
+from worker.polling.options import MAX_IN_FLIGHT, AfterCommit, poll_options
 from worker.polling.poller import Poller
 from worker.process.dead_claims import log_released, release_dead_claims, sent_folder
 from worker.process.publishing import log_broker_errors, queue_downloads, send_on_done
@@ -89,17 +89,6 @@ class ProcessResources:
         )
 
     @locked_property
-    def poll_options(self) -> PollOptions:
-        """How this process polls."""
-        return PollOptions(
-            keys=settings.keys,
-            rps=settings.rps,
-            pace=settings.pace,
-            api_timeout=settings.sd_api_timeout,
-            late_looks=settings.late_look_seconds,
-        )
-
-    @locked_property
     def poller(self) -> Poller:
         """Polls jobs, and listens for wake-ups."""
         poller = Poller(
@@ -107,7 +96,7 @@ class ProcessResources:
             api=self.api,
             budget=RateLimiter(settings.redis),
             leases=self.leases,
-            options=self.poll_options,
+            options=poll_options(settings),
             after_commit=AfterCommit(
                 queue_downloads=lambda ids: (
                     self.publisher.send("downloads", lambda: queue_downloads(ids)) if ids else None
@@ -127,7 +116,7 @@ class ProcessResources:
             engine=self.engine,
             api=self.api,
             budget=RateLimiter(settings.redis),
-            options=self.poll_options,
+            options=poll_options(settings),
             after_commit=AfterCommit(queue_downloads=queue_downloads, notify=self.notify),
         )
         if self.stopping.is_set():

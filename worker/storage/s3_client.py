@@ -44,7 +44,6 @@ NOT_ABOUT_FEATURES = WRONG_SUM | {
 }
 CHECKSUM_MODE = "x-amz-checksum-mode"
 BATCH_DELETE = "DeleteObjects"
-NOT_INSTALLED = "STORAGE_URL names an S3 bucket: pip install 'fetch-worker[s3]'"
 AMAZON = re.compile(r"^https://[a-z0-9.-]+\.amazonaws\.com(\.cn)?$")
 
 
@@ -152,11 +151,9 @@ class S3Client:
 
 
 def _new_client() -> Any:
-    try:
-        import boto3  # slow to import
-        from botocore.config import Config
-    except ImportError:
-        raise SettingsError(NOT_INSTALLED) from None
+    import boto3  # slow to import
+    from botocore.config import Config
+
     config = Config(
         signature_version="s3v4",
         connect_timeout=CONNECT_TIMEOUT,

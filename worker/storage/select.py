@@ -1,6 +1,7 @@
 """Select the storage for new outputs, by the settings, and for existing outputs, by their location."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from worker.configuration.output_settings import DEFAULT_STORAGE
@@ -43,8 +44,8 @@ def storage_of(location: str, settings: Settings) -> Storage:
 @locked_cache
 def _s3(bucket: str, prefix: str, partials: Path, pid: int) -> Storage:
     """Return the S3 storage of this process. It is cached, because its client is slow to create and has connections."""
-    try:
-        from worker.storage.s3 import S3Storage  # an optional dependency, not needed for local files
-    except ImportError:
-        raise SettingsError("STORAGE_URL names an S3 bucket: pip install 'fetch-worker[s3]'") from None
+    if find_spec("boto3") is None:  # an optional dependency, slow to import
+        raise SettingsError("STORAGE_URL names an S3 bucket: pip install 'fetch-worker[s3]'")
+    from worker.storage.s3 import S3Storage
+
     return S3Storage(bucket, prefix, PartialFiles(partials))
