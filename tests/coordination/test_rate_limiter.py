@@ -12,7 +12,7 @@ import redis
 from tests.servers import redis_server
 from worker.coordination import rate_limiter
 from worker.coordination.rate_limiter import LOCAL_SHARE, UNKNOWN_PROCESSES, RateLimiter, Reservation
-from worker.core.rate import AHEAD_SECONDS, burst
+from worker.core.learned_rate import AHEAD_SECONDS, burst
 
 pytestmark = pytest.mark.every_python
 

@@ -25,7 +25,7 @@ from worker.coordination.leases import LeaseKeeper, LeaseLost
 from worker.core.webhook import secret_bytes
 from worker.net.address_guard import Guard, guarded_adapter
 from worker.notify import webhooks
-from worker.notify.webhook_request import TIMEOUT_SECONDS, WebhookSender
+from worker.notify.webhook_sender import TIMEOUT_SECONDS, WebhookSender
 from worker.notify.webhooks import MAX_DELIVERIES, PER_RECEIVER, Webhooks
 from worker.store.engine import database_now
 from worker.store.events import claim_events, create_events, record_delivery, release_events

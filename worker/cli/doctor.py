@@ -36,6 +36,6 @@ def doctor(liveness: bool, as_json: bool) -> int:
 
 def _nodes() -> Mapping[str, Node]:
     from worker.app import app  # imports all of Celery; does not connect yet
-    from worker.process.neighbours import ask_nodes
+    from worker.process.other_workers import ask_nodes
 
     return ask_nodes(app, NODES_SECONDS)

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from worker.configuration.api_keys import ApiKeys, parse_keys
 from worker.configuration.setting_types import SettingsGroup, items, readable_by
 from worker.core.identity import ACCOUNT
-from worker.core.rate import RequestRates
+from worker.core.learned_rate import RequestRates
 from worker.errors import NotTrackable
 from worker.system.locked_cache import locked_property
 from worker.vendor.fetch_url import VENDOR_HOSTS, AllowedApi, api_host

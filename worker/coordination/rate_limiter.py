@@ -1,12 +1,12 @@
 """Rate limiter in Redis: one number per account, by Redis's clock, shared by all processes.
 
-It is told the rate. How a rate limit (HTTP 429) lowers the rate is in `worker.core.rate`; the pause after it and the
-learned rate of each account are in `worker.core.circuit_breaker`.
+It is told the rate. How a rate limit (HTTP 429) lowers the rate is in `worker.core.learned_rate`. The pause after it
+and the learned rate of each account are in `worker.core.circuit_breaker`.
 
-The script computes `worker.core.rate.reserve_slots` inside Redis. It also counts the requests that the API accepted, so
-that a rate limit adapts the rate of all processes together. Without Redis, each process uses its own clock and a share
-of the rate: one of as many shares as there were processes when Redis last answered. So polling continues within the
-limit.
+The script computes `worker.core.learned_rate.reserve_slots` inside Redis. It also counts the requests that the API
+accepted, so that a rate limit adapts the rate of all processes together. Without Redis, each process uses its own clock
+and a share of the rate: one of as many shares as there were processes when Redis last answered. So polling continues
+within the limit.
 """
 
 import logging
@@ -20,7 +20,7 @@ from typing import Any
 import redis
 from redis.exceptions import RedisError
 
-from worker.core.rate import AHEAD_SECONDS, RateSlots, burst, reserve_slots
+from worker.core.learned_rate import AHEAD_SECONDS, RateSlots, burst, reserve_slots
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,8 @@
 """Circuit breakers of accounts and API hosts: whether requests are allowed (all, a single probe, or none).
 
 After HTTP 429 the account's breaker has the pause and the learned rate (`after_rate_limit`, `with_learned_rate`). The
-formula of the rate is in `worker.core.rate`. `worker.coordination.rate_limiter` shares it between processes in Redis.
+formula of the rate is in `worker.core.learned_rate`. `worker.coordination.rate_limiter` shares it between processes in
+Redis.
 
 A breaker that lets no requests through, or only a probe, is called held. A rejected key, missing credits or an
 exhausted plan hold the account. A host that does not answer is held as well. A rate limit holds the account for a known
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Literal
 
-from worker.core.rate import current_rate, learned_ceiling
+from worker.core.learned_rate import current_rate, learned_ceiling
 from worker.core.reply import AccountRefused, ApiDown, RateLimited, Reply, Unread
 
 Scope = Literal["account", "host"]

@@ -17,7 +17,7 @@ from worker.coordination.leases import LeaseKeeper, LeaseLost
 from worker.core.plain_text import plain_text
 from worker.core.webhook import retry_delay
 from worker.notify.receivers import Receivers, receiver_name, url_prefix
-from worker.notify.webhook_request import CONNECT_SECONDS, ReceiverAnswer, WebhookSender
+from worker.notify.webhook_sender import CONNECT_SECONDS, ReceiverAnswer, WebhookSender
 from worker.store.engine import database_now
 from worker.store.events import ClaimedEvent, claim_events, create_events, defer_events, record_delivery, release_events
 from worker.system.redaction import Scrubber

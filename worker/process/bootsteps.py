@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from worker.app import POLLS, app, settings
 from worker.errors import DeploymentError, SchemaOutdated, Unavailable
-from worker.process.neighbours import remember_database, warn_about_foreign_workers
+from worker.process.other_workers import remember_database, warn_about_foreign_workers
 from worker.process.resources import process_resources
 from worker.process.runs import probe_keys, run_polls, run_sweep, run_webhooks
 from worker.store.engine import describe_error, engine_for

@@ -19,7 +19,7 @@ from worker.downloads.options import download_options
 from worker.errors import WorkerError
 from worker.net.address_guard import Guard, guarded_adapter
 from worker.notify.on_done import notify
-from worker.notify.webhook_request import WebhookSender
+from worker.notify.webhook_sender import WebhookSender
 from worker.notify.webhooks import MAX_DELIVERIES, Webhooks
 from worker.polling.api_client import ApiClient
 from worker.polling.late_looks import LateLooks

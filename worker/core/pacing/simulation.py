@@ -12,8 +12,8 @@ from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from worker.core.learned_rate import reserve_slots
 from worker.core.pacing.policy import WINDOW, Pace, PacedJob, PaceModel, PollPlan, urgency
-from worker.core.rate import reserve_slots
 from worker.errors import TraceError
 
 LOOK_SECONDS = 0.05  # the wait of a poll run if no more requests are allowed

@@ -9,7 +9,7 @@ from sqlalchemy.engine import make_url
 
 from tests.faults.servers import RedisServer, celery
 from tests.waiting import wait_until
-from worker.process.neighbours import ask_nodes
+from worker.process.other_workers import ask_nodes
 from worker.sandbox import Sandbox
 from worker.store.database_identity import database_id
 from worker.store.engine import make_engine

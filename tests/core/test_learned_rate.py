@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.core.rate import (
+from worker.core.learned_rate import (
     AHEAD_SECONDS,
     MIN_RATE,
     RECOVERY_SECONDS,
