@@ -379,3 +379,33 @@ history = Table(
     Column("body", Text, nullable=False),  # JSON
     comment="how everything stood, once a minute",
 )
+
+processes = Table(
+    "fetch_processes",
+    metadata,
+    Column("holder", String(32), primary_key=True),  # the name of the process in its claims
+    Column("name", String(255), nullable=False),  # the name of its Celery node
+    Column("queues", Text, nullable=False),  # JSON list
+    Column("accounts", Text, nullable=False),  # JSON object: the requests per second of each account that has a key
+    Column("version", String(32), nullable=False),
+    Column("redis_answers", Boolean, nullable=False),
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("seen_at", UtcDateTime, nullable=False),
+    comment="worker processes: which queues and accounts they serve, and when they last said so",
+)
+
+actions = Table(
+    "fetch_actions",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("at", UtcDateTime, nullable=False),
+    Column("source", String(16), nullable=False),  # cli, page, flower, python or task
+    Column("who", String(255), nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("filter", Text, nullable=False),  # which jobs, as options of the command line
+    Column("jobs", BigInteger, nullable=False),  # how many jobs changed
+    Column("job_id", BigInteger),  # if the action named one job; the row stays when the job is pruned
+    Index("ix_fetch_actions_job_id", "job_id"),
+    comment="what operators and apps changed by hand: when, from where, who, and how many jobs",
+    sqlite_autoincrement=True,
+)
