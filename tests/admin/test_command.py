@@ -1,5 +1,7 @@
 """The command `admin` reports in one line why it can't serve and what to do."""
 
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import wait_until
 from worker.cli import main
 from worker.settings import Settings
 from worker.store.engine import make_engine
@@ -72,3 +75,18 @@ def test_a_used_port_is_reported_with_the_settings_to_change(
         f"fetch-worker: can't listen on 127.0.0.1 port {port} (Address already in use): "
         "change ADMIN_ADDRESS or ADMIN_PORT\n"
     )
+
+
+def test_given_a_served_page_when_sigterm_comes_then_it_ends_with_exit_code_0(
+    migrated_sqlite: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The kernel drops signals without a handler for process 1 of a container. An exit by the signal shows none."""
+    shutil.copy(migrated_sqlite, tmp_path / "test.db")
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/test.db")
+    program = [str(Path(sys.executable).with_name("fetch-worker")), "admin", "--port", "0"]
+    log = tmp_path / "admin.log"
+    with log.open("wb") as out, subprocess.Popen(program, stdout=out, stderr=out) as process:
+        wait_until(lambda: "http://" in log.read_text(), "it serves", seen=log.read_text)
+        process.send_signal(signal.SIGTERM)
+
+        assert process.wait(30) == 0, log.read_text()

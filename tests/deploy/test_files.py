@@ -34,6 +34,7 @@ BIN = Path(sys.executable).parent
 INSTALLED = "/opt/fetch-worker/bin/"
 PROCFILE = {line.name: line.command for line in read_procfile(ROOT / "Procfile")}
 PROCESSES = ("worker", "downloads", "beat", "flower")
+PAGES = {"metrics": "fetch-worker metrics --listen", "admin": "fetch-worker admin"}  # processes that only show things
 WITH_KEYS = {"fetch-worker-worker@.service", "fetch-worker-up.service"}
 COMMON = SYSTEMD / "fetch-worker-.service.d" / "common.conf"
 UNITS = sorted(path for path in SYSTEMD.rglob("*") if path.is_file())
@@ -116,9 +117,8 @@ def test_each_process_of_the_procfile_has_a_unit_with_its_command() -> None:
 
     assert commands_by_unit.pop("fetch-worker-up.service") == "fetch-worker up"
     assert commands_by_unit.pop("fetch-worker-migrate.service") == PROCFILE["release"]
-    names = {name.removeprefix("fetch-worker-").removesuffix(".service").rstrip("@") for name in commands_by_unit}
-    assert names == set(PROCESSES)
-    assert all(line == PROCFILE[re.split(r"[-@.]", name)[2]] for name, line in commands_by_unit.items())
+    commands = {re.split(r"[-@.]", name)[2]: command for name, command in commands_by_unit.items()}
+    assert commands == {name: PROCFILE[name] for name in PROCESSES} | PAGES
 
 
 def test_only_the_units_that_poll_get_the_keys() -> None:
@@ -169,6 +169,7 @@ def test_each_process_of_the_procfile_has_a_container_with_its_command() -> None
     services = compose()["services"]
 
     assert {name: services[name]["command"] for name in PROCESSES} == {name: PROCFILE[name] for name in PROCESSES}
+    assert {name: shlex.join(services[name]["command"]) for name in PAGES} == PAGES
     assert shlex.join(services["migrate"]["command"]) == PROCFILE["release"]
 
 
@@ -181,7 +182,7 @@ def test_only_the_container_that_polls_gets_the_keys() -> None:
 def test_every_process_waits_for_the_tables_and_has_time_to_stop() -> None:
     services = compose()["services"]
 
-    for name in PROCESSES:
+    for name in (*PROCESSES, *PAGES):
         assert services[name]["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}
         assert services[name]["stop_grace_period"]
     assert services["migrate"]["depends_on"] == {"postgres": {"condition": "service_healthy"}}
@@ -289,7 +290,7 @@ def test_celery_commands_exist(command: str) -> None:
 
 def test_there_are_no_other_commands() -> None:
     assert {line.split()[0] for line in commands()} == {"celery", "fetch-worker"}
-    assert len(commands()) == len(PROCFILE) + 2
+    assert len(commands()) == len(PROCFILE) + len(PAGES) + 2
 
 
 def test_every_variable_is_a_setting_or_belongs_to_another_program() -> None:
@@ -315,7 +316,7 @@ def test_an_example_can_be_used_unchanged_and_has_no_secret(name: str, monkeypat
     lines = lines_of(DEPLOY / f"{name}.example")
     for line in lines:
         variable, _, value = line.partition("=")
-        assert not value or variable not in (*KEY_NAMES, "FLOWER_BASIC_AUTH"), variable
+        assert not value or variable not in (*KEY_NAMES, "FLOWER_BASIC_AUTH", "ADMIN_PASSWORD"), variable
         assert not {'"', "'", " "} & set(value)
         monkeypatch.setenv(variable, value)
 

@@ -86,6 +86,8 @@ def test_the_settings_page_has_every_setting_once_with_its_default() -> None:
         assert meaning, variables
         for name in re.findall(r"`([^`]+)`", variables):
             value = Settings.model_fields[name.lower()].default
+            if isinstance(value, bool):
+                value = "on" if value else "off"
             if isinstance(value, int | float) or (isinstance(value, str) and value and name != "USER_AGENT"):
                 shown = f"{value:g}" if isinstance(value, float) else str(value)
                 assert f"`{shown}`" in default, f"{name}: {shown}"

@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy import Engine, func, select
 from sqlalchemy.engine import make_url
 
+from tests.servers import celery_worker
 from tests.waiting import wait_until
 from worker import track_many
 from worker.sandbox import Sandbox, SandboxOptions
@@ -196,3 +197,29 @@ def test_given_a_database_that_blocks_a_worker_for_longer_than_its_lease_then_no
     _wait_completed(tables, ids, up)
     assert up.count("it is ended") == 0
     assert up.count("restart in") == 0
+
+
+@pytest.mark.long
+def test_given_a_worker_that_nobody_watches_when_it_hangs_then_it_ends_itself(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container that runs one process: the container's runtime starts it again."""
+    (tmp_path / "sitecustomize.py").write_text(TROUBLE)
+    for name, value in {
+        "DATABASE_URL": f"sqlite:///{tmp_path}/worker.db", "REDIS_URL": redis_url, "RECOVERY_SECONDS": str(LEASE),
+        "END_WHEN_STALLED": "on", "PYTHONPATH": str(tmp_path), "STANDSTILL_TEST": "1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    engine = make_engine(make_url(f"sqlite:///{tmp_path}/worker.db"))
+    migrate(engine)
+    engine.dispose()
+    with celery_worker(tmp_path, "--queues", "fetch-worker.polls", "--hostname", "worker@test") as process:
+        time.sleep(2 * LEASE)
+        assert process.poll() is None, "it lives while it works"
+        (tmp_path / "hold").touch()
+
+        assert process.wait(LEASE + 30) == 1
+
+    log = (tmp_path / "worker.log").read_text()
+    assert "Timeout (0:00:0" in log
+    assert "wait_for_trouble" in log

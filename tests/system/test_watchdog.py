@@ -5,6 +5,7 @@ import queue
 import shutil
 import socket
 import sqlite3
+import subprocess
 import sys
 import tempfile
 import threading
@@ -279,3 +280,41 @@ def test_messages_reach_a_path_socket_and_an_abstract_socket_without_blocking(
     monkeypatch.delenv("NOTIFY_SOCKET")
     assert not notify("WATCHDOG=1")
     shutil.rmtree(folder)
+
+
+UNWATCHED = """
+import ctypes, sys, threading, time
+from pathlib import Path
+from worker.system.watchdog import Loop, Watchdog
+
+watchdog, loop, lock = Watchdog(1.0, own_code=Path.cwd()), Loop(), threading.Lock()
+watchdog.watch("the loop", loop)
+watchdog.start(ends_process=True)
+for _ in range(20):
+    time.sleep(0.1)
+    loop.beat()
+print("works", flush=True)
+{trouble}
+print("survived", flush=True)
+"""
+
+
+@pytest.mark.every_python
+@pytest.mark.parametrize(
+    ("trouble", "output"),
+    [
+        ("ctypes.PyDLL(None).sleep(60)", "Timeout (0:00:01"),  # C code that does not release the GIL
+        ("lock.acquire(); lock.acquire()", "the loop for 1 s"),
+    ],
+    ids=["the GIL is held", "a loop waits for a lock forever"],
+)
+def test_given_a_process_that_nobody_watches_when_it_stalls_then_it_ends_itself_with_its_stack_traces(
+    trouble: str, output: str, tmp_path: Path
+) -> None:
+    script = tmp_path / "stalls.py"
+    script.write_text(UNWATCHED.format(trouble=trouble))
+    process = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert (process.returncode, process.stdout) == (1, "works\n")
+    assert output in process.stderr
+    assert f'File "{script}", line 13 in <module>' in process.stderr

@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ def listen_address_of(settings: Settings, address: str | None, port: int | None)
 
 
 def serve(settings: Settings, listen_address: ListenAddress) -> None:
-    """Serve until Ctrl-C. Raises SchemaOutdated and Unavailable."""
+    """Serve until Ctrl-C or SIGTERM. Raises SchemaOutdated and Unavailable."""
     check_schema(engine_for(settings.database))
     listener = _listener(listen_address)
     port = listener.getsockname()[1]
@@ -51,7 +52,13 @@ def serve(settings: Settings, listen_address: ListenAddress) -> None:
         clear_untrusted_proxy_headers=True,
     )
     print(f"Admin: http://{host}:{port}/", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGTERM, _end)  # without a handler, process 1 of a container ignores it
     server.run()
+
+
+def _end(*_: object) -> None:
+    """End the server's loop, which handles SystemExit."""
+    sys.exit(0)
 
 
 def _log_to_stderr() -> None:

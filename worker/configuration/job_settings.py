@@ -50,6 +50,7 @@ class PollingSettings(SettingsGroup):
     job_deadline: float | None = Field(default=None, gt=0, le=MAX_SECONDS)
     late_looks: Annotated[str, readable_by(_late_looks)] = DEFAULT_LATE_LOOKS
     recovery_seconds: float = Field(default=30.0, ge=5, le=3_600)
+    end_when_stalled: bool = False
 
     @cached_property
     def pace(self) -> Pace:

@@ -203,8 +203,9 @@ def _wake_loop() -> None:
 
 @worker_init.connect(weak=False)  # type: ignore[untyped-decorator]  # celery has no types
 def _start_watchdog(**_: object) -> None:
-    if watched_seconds() is not None:
-        watchdog.start()
+    watched = watched_seconds() is not None
+    if watched or settings.end_when_stalled:
+        watchdog.start(ends_process=not watched)
 
 
 @worker_init.connect(weak=False)  # type: ignore[untyped-decorator]  # celery has no types

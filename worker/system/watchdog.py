@@ -1,7 +1,8 @@
 """Watchdog of the worker process: sends heartbeats to systemd or `up` while the process's loops make progress.
 
 It uses systemd's protocol (`sd_notify`): datagrams to the socket named by NOTIFY_SOCKET. `up` implements it too. A
-process that sends no heartbeat within its limit is ended from outside and restarted.
+process that sends no heartbeat within its limit is ended from outside and restarted. A process that nobody watches, as
+in a container of its own, can end itself instead (END_WHEN_STALLED).
 
 The heartbeat thread needs the GIL. While C code holds the GIL, as a catastrophic regular expression does, no heartbeat
 is sent. If one of the process's loops, or a thread of its pool, waits in our own code for too long, the process reports
@@ -23,12 +24,14 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 log = logging.getLogger(__name__)
 
 SOCKET, MICROSECONDS, PROCESS = NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")  # environment variables
 CHECKS = 6  # per limit
 MAX_INTERVAL_SECONDS = 2.0  # between two checks
+STALLED = 1  # exit code of a process that ends itself; faulthandler's is the same
 
 OWN_CODE = Path(__file__).parents[1]
 # Code that waits for a network or a disk, as paths below the package: packages, and one module.
@@ -92,6 +95,7 @@ class Watchdog:
         self.interval = min(limit / CHECKS, MAX_INTERVAL_SECONDS)
         self.limit = limit + self.interval
         self._own_code = str(own_code)
+        self._traces_to: TextIO | None = None  # where a process that ends itself prints its stack traces
         self._clock = clock
         self._loops: dict[str, Progress] = {}
         self._since: dict[str, float] = {}  # loop -> time since which it makes no progress
@@ -115,8 +119,9 @@ class Watchdog:
             self._loops.clear()
             self._own_code = ""
 
-    def start(self) -> None:
-        """Start the thread that sends heartbeats."""
+    def start(self, *, ends_process: bool = False) -> None:
+        """Start the thread that sends heartbeats. With `ends_process`, a stall ends this process with exit code 1."""
+        self._traces_to = sys.__stderr__ if ends_process else None
         if sys.__stderr__ is not None:  # SIGABRT, which ends a stalled process, then prints all stack traces
             with suppress(ValueError, OSError):
                 faulthandler.enable(file=sys.__stderr__)
@@ -150,9 +155,14 @@ class Watchdog:
             stalled = self.find_stall()
             if stalled is None:
                 notify("WATCHDOG=1")
+                if self._traces_to is not None:  # a thread in C ends the process, unless this is called again in time
+                    faulthandler.dump_traceback_later(self.limit, exit=True, file=self._traces_to)
                 continue
             log.critical("this process is stalled: %s; it asks to be ended", stalled)
             notify("WATCHDOG=trigger")
+            if self._traces_to is not None:
+                faulthandler.dump_traceback(file=self._traces_to)
+                os._exit(STALLED)
             return
 
     def _stalled_loop(self, name: str, progress: Progress, frames: Mapping[int, FrameType], now: float) -> str | None:
