@@ -24,16 +24,13 @@ from celery.signals import after_setup_logger, after_setup_task_logger, celeryd_
 from kombu.entity import Exchange, Queue
 
 from worker.configuration.environment import clean, is_service_link, trimmed
+from worker.core.queues import DOWNLOADS, POLLS, QUEUE
 from worker.errors import SettingsError, WorkerError
 from worker.settings import Settings, load
 from worker.store.engine import engine_for
 from worker.system.json_logs import JsonFormatter
 from worker.system.kombu_patch import apply_patch
 from worker.system.redaction import RedactingFilter, shared_scrubber
-
-QUEUE = "fetch-worker"
-POLLS = "fetch-worker.polls"
-DOWNLOADS = "fetch-worker.downloads"
 
 POLL_EVERY_SECONDS = 5.0
 SWEEP_EVERY_SECONDS = 2.0

@@ -183,8 +183,10 @@ def test_a_held_job_is_explained_and_is_not_late(database: Engine, monkeypatch: 
         state = read_overview(connection, load())
 
     assert why(context).startswith("held by an operator since 2026-03-01 12:00:00 UTC")
-    assert (state.oldest_due_seconds, state.healthy) == (0.0, True)
-    assert [(account.account, account.reason, account.since) for account in state.accounts] == [("default", None, None)]
+    assert (state.work.oldest_due_seconds, state.work.healthy) == (0.0, True)
+    assert [(account.account, account.reason, account.since) for account in state.work.accounts] == [
+        ("default", None, None)
+    ]
     assert context.estimate is None
 
 

@@ -16,7 +16,8 @@ from tests.metrics.exposition import Exposition
 from worker.core.circuit_breaker import HOLD_CLASSES
 from worker.core.histograms import ANSWER_WORDS
 from worker.settings import Settings
-from worker.store.reports.stats import NO_KEY, STATES
+from worker.store.reports.stats import STATES
+from worker.store.reports.work_state import NO_KEY
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "worker" / "deploy"

@@ -74,8 +74,8 @@ def test_given_an_unlisted_host_then_it_is_held_and_every_view_says_so(unlisted:
         assert job is not None
         state = overview(connection, unlisted.settings)
         context = read_context(connection, job, [], [], unlisted.settings)
-    assert [(host.host, host.reason.startswith(NOT_LISTED)) for host in state.hosts] == [(unlisted.host, True)]
-    assert state.healthy
+    assert [(host.host, host.reason.startswith(NOT_LISTED)) for host in state.work.hosts] == [(unlisted.host, True)]
+    assert state.work.healthy
     assert f"held: {unlisted.host} {NOT_LISTED}: add {unlisted.host} to it" in why(context)
     explanation = explain(context, None)
     assert any(NOT_LISTED in finding.detail for finding in explanation.findings)

@@ -11,10 +11,10 @@ from unittest.mock import Mock
 
 import pytest
 
-from worker.app import POLLS
 from worker.client.connection import cached_settings
 from worker.client.jobs import _wake_ups
 from worker.coordination.publisher import Publisher
+from worker.core.queues import POLLS
 from worker.downloads.downloader import Downloader
 from worker.process import dead_claims, resources
 from worker.settings import Settings

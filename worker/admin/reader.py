@@ -1,14 +1,12 @@
 """The queries of the pages: short transactions, each committed before the page is rendered."""
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import cache
 from typing import Any
 
-from pydantic import SecretStr
 from sqlalchemy import Connection, Engine, Row
 
 from worker.coordination.rate_limiter import RateLimiter
@@ -20,15 +18,13 @@ from worker.operations.overview import Overview, overview
 from worker.operations.snapshot import Snapshot
 from worker.operations.snapshot_reader import SnapshotReader
 from worker.settings import Settings
-from worker.store.breakers import all_breakers
 from worker.store.engine import database_now, engine_for, translate_errors
 from worker.store.events import events_of
-from worker.store.jobs import job_row, outputs_of, waiting_accounts
+from worker.store.jobs import job_row, outputs_of
 from worker.store.outputs import output_row
-from worker.store.reports.history import history_at, latest_history
+from worker.store.reports.work_state import read_work_state
 
 OUTPUTS_SHOWN = 200
-RATES_FRESH = timedelta(minutes=3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +44,12 @@ class JobPage:
 
 @dataclass(frozen=True, slots=True)
 class BreakerState:
-    """An account or host: its circuit breaker, whether it is held, its requests per second, and whether jobs wait."""
+    """An account or host: its circuit breaker, its hold, its requests per second, and whether jobs wait."""
 
     breaker: CircuitBreaker
     held: bool
+    reason: str | None
+    since: datetime | None
     rps: float
     waiting: bool
     now: datetime
@@ -80,10 +78,9 @@ class AdminReader:
             job = job_row(connection, job_id)
             if job is None:
                 return None
-            settings = self.with_placeholder_keys([job.account])
             outputs, events = outputs_of(connection, [job_id]), events_of(connection, job_id)
-            context = read_context(connection, job, outputs, events, settings)
-        explanation = read_explanation(context, _rate_limiter(settings.redis))
+            context = read_context(connection, job, outputs, events, self.settings)
+        explanation = read_explanation(context, _rate_limiter(self.settings.redis))
         return JobPage(
             job=job,
             why=why(context),
@@ -103,57 +100,37 @@ class AdminReader:
 
     def breakers(self) -> list[BreakerState]:
         """Return all accounts and hosts, held ones first."""
-        with self.connection() as (connection, now):
-            breakers = all_breakers(connection)
-            waiting = waiting_accounts(connection)
-            rates = _rates(connection, now)
-        for name in waiting:
-            breakers.setdefault(("account", name), CircuitBreaker("account", name))
-        states = [
-            BreakerState(
-                breaker,
-                breaker.held(now),
-                rates.get(breaker.name, breaker.rate(self.settings.rps(breaker.name), now)),
-                breaker.name in waiting,
-                now,
+        with self.connection() as (connection, _):
+            work = read_work_state(connection, self.settings.rps)
+        waiting = {group.account for group in work.groups}
+        accounts = {state.account: state for state in work.accounts}
+        breakers = {("account", name): CircuitBreaker("account", name) for name in accounts} | dict(work.breakers)
+        states = []
+        for breaker in breakers.values():
+            account = accounts.get(breaker.name) if breaker.scope == "account" else None
+            states.append(
+                BreakerState(
+                    breaker=breaker,
+                    reason=breaker.why if account is None else account.reason,
+                    since=breaker.held_since if account is None else account.since,
+                    held=breaker.held(work.now) or (account is not None and account.reason is not None),
+                    rps=0.0 if account is None else account.rps,
+                    waiting=account is not None and breaker.name in waiting,
+                    now=work.now,
+                )
             )
-            for breaker in breakers.values()
-        ]
         return sorted(states, key=lambda state: (not state.held, state.breaker.scope, state.breaker.name))
 
     def overview(self) -> Overview:
         """Return the state of all jobs and accounts."""
         with self.connection() as (connection, _):
-            return overview(connection, self.with_placeholder_keys(waiting_accounts(connection)))
+            return overview(connection, self.settings)
 
     def snapshot(self) -> Snapshot:
         """Return the snapshot that `top` shows."""
-        with self.connection() as (connection, _):
-            accounts = waiting_accounts(connection)
-        return SnapshotReader(self.engine, self.with_placeholder_keys(accounts)).read()
-
-    def with_placeholder_keys(self, accounts: Iterable[str]) -> Settings:
-        """Return the settings, with a placeholder key for these accounts if this process has no keys.
-
-        The admin page needs no keys, so it does not know which accounts have one in the environment of the workers.
-        """
-        if self.settings.keys:
-            return self.settings
-        placeholders = SecretStr(json.dumps(dict.fromkeys(accounts, "in the environment of the workers")))
-        settings = self.settings.model_copy(update={"sd_api_keys": placeholders, "sd_api_keys_file": None})
-        settings.__dict__.pop("keys", None)  # drop the copied cached value
-        return settings
+        return SnapshotReader(self.engine, self.settings).read()
 
 
 @cache
 def _rate_limiter(redis_url: str) -> RateLimiter:
     return RateLimiter(redis_url)
-
-
-def _rates(connection: Connection, now: datetime) -> dict[str, float]:
-    """Return the current requests per second by account, as the workers recorded them from their own settings."""
-    latest = latest_history(connection)
-    if latest is None or now - latest > RATES_FRESH:
-        return {}
-    (row,) = history_at(connection, [latest])
-    return {name: float(state["rps"]) for name, state in json.loads(row.body).get("accounts", {}).items()}

@@ -6,14 +6,15 @@ from dataclasses import asdict
 import click
 
 from worker.cli.output import json_option, print_json, print_table
+from worker.core.queues import DOWNLOADS, POLLS, QUEUE
 from worker.operations.health import Node, check_liveness, run_checks
 from worker.settings import load
 
 NODES_SECONDS = 1.5
 QUEUES = {
-    "fetch-worker": "tracking and sweeps: start a `worker` process",
-    "fetch-worker.polls": "polls: start a `worker` process",
-    "fetch-worker.downloads": "downloads: start a `downloads` process",
+    QUEUE: "tracking and sweeps: start a `worker` process",
+    POLLS: "polls: start a `worker` process",
+    DOWNLOADS: "downloads: start a `downloads` process",
 }
 
 

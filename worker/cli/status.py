@@ -7,9 +7,10 @@ import click
 
 from worker.cli.output import json_option, print_fields, print_json, print_table
 from worker.client.connection import transaction
-from worker.core.lifecycle import STORAGE_WAIT
-from worker.operations.overview import AccountState, KindState, Overview, overview
+from worker.core.humanize import format_duration
+from worker.operations.overview import KindState, Overview, overview
 from worker.settings import load
+from worker.store.reports.work_state import AccountState
 from worker.system.terminal import echo
 
 
@@ -26,11 +27,11 @@ def status(as_json: bool) -> None:
     print_fields({name: count for name, count in state.jobs.items() if count} or {"jobs": "none yet"})
     rows = [
         (account.account, f"{account.rps:g}/s", account.reason or "open", account.since, account.until)
-        for account in state.accounts
+        for account in state.work.accounts
     ]
     print_table(("account", "rate limit", "state", "since", "until (UTC)"), rows, empty="no accounts yet")
-    if state.hosts:
-        hosts = [(host.host, host.reason, host.since, host.until) for host in state.hosts]
+    if state.work.hosts:
+        hosts = [(host.host, host.reason, host.since, host.until) for host in state.work.hosts]
         print_table(("host", "held", "since", "until (UTC)"), hosts, empty="")
     if state.kinds:
         columns = ("account", "kind", "jobs", "half ready (s)", "90 % (s)", "found ready", "expected",
@@ -39,22 +40,25 @@ def status(as_json: bool) -> None:
     unstored = state.unstored
     if unstored.count:
         errors = "".join(f", {count} {code}" for code, count in sorted(unstored.trouble.items()))
-        echo(f"outputs not stored yet: {unstored.count}, the oldest for {unstored.oldest_seconds:.0f} s{errors}")
-    if unstored.storage is not None:
-        echo(f"the storage does not work: {unstored.storage}; no output is lost, it is tried every {STORAGE_WAIT:g} s")
-    health = "healthy" if state.healthy else "NOT healthy: due work is not done; check that a `worker` process runs"
-    echo(f"oldest due work: {state.oldest_due_seconds:.1f} s; {health}")
+        oldest = format_duration(unstored.oldest_seconds)
+        echo(f"outputs not stored yet: {unstored.count:,}, the oldest for {oldest}{errors}")
+    health = "healthy" if state.work.healthy else "NOT healthy: due work is not done"
+    echo(f"oldest due work: {format_duration(state.work.oldest_due_seconds)}; {health}")
+    if state.troubles:
+        troubles = [(trouble.code, trouble.text, trouble.command) for trouble in state.troubles]
+        print_table(("trouble", "", "what to do"), troubles, empty="")
 
 
 def _status_document(state: Overview) -> dict[str, Any]:
     return {
         "jobs": dict(state.jobs),
         "accounts": [
-            {"account": account.account, "hold": _hold(account), "rps": account.rps} for account in state.accounts
+            {"account": account.account, "hold": _hold(account), "rps": account.rps} for account in state.work.accounts
         ],
-        "hosts": [asdict(host) for host in state.hosts],
-        "oldest_due_seconds": state.oldest_due_seconds,
-        "healthy": state.healthy,
+        "hosts": [asdict(host) for host in state.work.hosts],
+        "oldest_due_seconds": round(state.work.oldest_due_seconds, 3),
+        "healthy": state.work.healthy,
+        "troubles": [asdict(trouble) for trouble in state.troubles],
         "outputs": {
             "unstored": state.unstored.count,
             "oldest_seconds": state.unstored.oldest_seconds,

@@ -22,11 +22,11 @@ from worker.cli.output import json_option, print_json
 from worker.core.display import display_text
 from worker.core.humanize import format_bytes, format_duration
 from worker.errors import WorkerError
-from worker.operations.overview import HEALTHY_SECONDS
 from worker.operations.snapshot import NO_WORKER, AccountNow, LostClaimNow, Snapshot
 from worker.operations.snapshot_reader import SnapshotReader
 from worker.settings import load
 from worker.store.engine import engine_for
+from worker.store.reports.work_state import HEALTHY_SECONDS
 from worker.system.terminal import cell, make_console
 
 FILE_LINES = 1_000  # without a terminal, only the limits of `worker.operations.snapshot_reader` apply
@@ -291,6 +291,9 @@ LATE_JOBS = _Table("LATE JOBS", lambda snapshot: snapshot.late, _field("id"), {
     "past deadline": _duration("past_deadline_seconds"), "why": _field("why"),
 })  # fmt: skip
 TABLES = (
+    _Table("TROUBLES", lambda snapshot: snapshot.troubles, _field("code"), {
+        "": _field("text"), "what to do": _field("command"),
+    }, alarming=True),
     _Table("ACCOUNTS", lambda snapshot: sorted(snapshot.accounts, key=lambda account: account.reason is None),
         _field("account"), {
         "per second": _field("used", _one_decimal), "of": _rate, "free now": _field("left"),

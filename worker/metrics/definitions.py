@@ -10,10 +10,12 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from worker import __version__
+from worker.core import queues
 from worker.core.display import display_text
 from worker.core.histograms import ANSWER_WORDS, DELAYS, MORE, POLLS, TRANSFERS
 from worker.core.lifecycle import FINAL_STATES
 from worker.metrics.figures import Figures
+from worker.operations.troubles import count_by_code, count_jobs_by_code
 from worker.store.counters import (
     ANSWERS,
     ATTEMPTS,
@@ -50,6 +52,14 @@ METRICS = (
         "Whether the database could be read and its tables have this version. If not, other figures are missing."),
     Definition(GAUGE, "build_info", ("version",), "The version of fetch-worker that serves these metrics."),
     Definition(GAUGE, "schema_info", ("schema",), "The version of the tables."),
+    Definition(GAUGE, "troubles", ("code",),
+        "Troubles by code, the same ones as `fetch-worker status` shows. The manual explains each code."),
+    Definition(GAUGE, "trouble_jobs", ("code",),
+        "Jobs, outputs or messages that the troubles of a code concern. Counting stops at 10,001 for each trouble."),
+    Definition(GAUGE, "processes", ("queue",), "Running worker processes that consume a queue."),
+    Definition(GAUGE, "redis_unreachable_processes", (), "Running worker processes that can't reach Redis."),
+    Definition(GAUGE, "last_request_timestamp_seconds", (),
+        "When a job was last polled; missing if none ever was."),
     Definition(GAUGE, "jobs", ("status",),
         "Jobs in the table by status. Jobs held by an operator are `held`, not `pending`. Final jobs decrease when "
         "rows are pruned; see fetch_worker_jobs_finished_total."),
@@ -67,7 +77,7 @@ METRICS = (
         "Seconds from ready to seen, estimated from the polls."),
     Definition(HISTOGRAM, "job_polls", ("account", "kind"), "Requests about a job until it was ready or final."),
     Definition(GAUGE, "budget_configured_requests_per_second", ("account",),
-        "SD_API_RPS in the process that serves these metrics."),
+        "SD_API_RPS in the worker processes, as they recorded it."),
     Definition(GAUGE, "budget_requests_per_second", ("account",),
         "Requests per second that the account may make now. Lower than configured after the API refused requests."),
     Definition(GAUGE, "budget_ceiling_requests_per_second", ("account",),
@@ -147,6 +157,13 @@ def _rows(figures: Figures) -> dict[str, Any]:
     attempts = list(_named(counters, ATTEMPTS))
     return {
         "schema_info": [((figures.schema,), 1.0)],
+        "troubles": [((code,), count) for code, count in count_by_code(figures.troubles).items()],
+        "trouble_jobs": [((code,), count) for code, count in count_jobs_by_code(figures.troubles).items()],
+        "processes": [((queue,), len(figures.work.running(queue))) for queue in queues.ALL],
+        "redis_unreachable_processes": [((), sum(not process.redis_answers for process in figures.work.running()))],
+        "last_request_timestamp_seconds": [
+            ((), moment.timestamp()) for moment in (figures.work.last_request_at,) if moment is not None
+        ],
         "jobs": [((status,), stats.jobs[status]) for status in STATES],
         "jobs_unfinished": figures.unfinished.items(),
         "jobs_due": [((account.name,), account.due) for account in accounts],
@@ -155,9 +172,7 @@ def _rows(figures: Figures) -> dict[str, Any]:
         "jobs_finished": _finished(counters).items(),
         "detection_delay_seconds": _histogram(_named(counters, DELAY), DELAYS),
         "job_polls": _histogram(_named(counters, POLLED), POLLS),
-        "budget_configured_requests_per_second": [
-            ((account.name,), figures.full_rps(account.name)) for account in accounts
-        ],
+        "budget_configured_requests_per_second": [((account.name,), account.configured) for account in accounts],
         "budget_requests_per_second": [((account.name,), account.rps) for account in accounts],
         "budget_ceiling_requests_per_second": [
             ((account.name,), account.ceiling) for account in accounts if account.ceiling is not None

@@ -12,13 +12,15 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from worker.errors import SchemaOutdated, WorkerError
-from worker.operations.overview import HEALTHY_SECONDS
+from worker.operations.troubles import Trouble, read_troubles
+from worker.operations.unstored import read_unstored
 from worker.settings import Settings
 from worker.store.counters import KINDS_MOST, OTHER, Total, read_counters
-from worker.store.engine import SCHEMA_VERSION, SNAPSHOT, database_now, error_name, schema_version, translate_errors
+from worker.store.engine import SCHEMA_VERSION, SNAPSHOT, error_name, schema_version, translate_errors
 from worker.store.events import PendingEvents, count_overdue_events, count_pending_events
 from worker.store.outputs import count_claims, count_expired_claims
 from worker.store.reports.stats import Stats, count_unfinished, read_stats, waiting_by_kind
+from worker.store.reports.work_state import HEALTHY_SECONDS, WorkState, read_work_state
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,8 @@ class Figures:
     stuck: int
     webhooks: PendingEvents
     webhooks_late: int
-    full_rps: Callable[[str], float]
+    work: WorkState
+    troubles: Sequence[Trouble]
 
 
 def read_figures(engine: Engine, settings: Settings) -> Figures:
@@ -51,12 +54,13 @@ def read_figures(engine: Engine, settings: Settings) -> Figures:
         schema = schema_version(connection)
         if schema is None or schema < SCHEMA_VERSION:
             raise SchemaOutdated(f"the schema is {schema}, {SCHEMA_VERSION} is needed: run `fetch-worker migrate`")
-        now = database_now(connection)
+        work = read_work_state(connection, settings.rps)
+        now = work.now
         waiting = waiting_by_kind(connection, now=now)
         counters = read_counters(connection)
         return Figures(
             schema=schema,
-            stats=read_stats(connection, waiting, now=now, full_rps=settings.rps),
+            stats=read_stats(connection, waiting, work),
             unfinished=limit_kinds(
                 count_unfinished(connection, waiting), {total.key.kind for total in counters} - {""}
             ),
@@ -67,7 +71,8 @@ def read_figures(engine: Engine, settings: Settings) -> Figures:
             ),
             webhooks=count_pending_events(connection),
             webhooks_late=count_overdue_events(connection, before=now - timedelta(seconds=WEBHOOK_LATE_SECONDS)),
-            full_rps=settings.rps,
+            work=work,
+            troubles=read_troubles(connection, settings, work, read_unstored(connection, now)),
         )
 
 

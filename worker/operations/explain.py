@@ -140,7 +140,7 @@ def _why_held(context: JobContext) -> str | None:
     if account.reason is not None:
         until = f", tried again at {account.until:%H:%M:%S} UTC" if account.until else ""
         return f"held: {account.reason}{until}; {no_expiry}"
-    host = context.breakers.get(("host", job.fetch_host))
+    host = context.work.breakers.get(("host", job.fetch_host))
     if host is None or not host.held(context.now):
         return None
     expires = host.is_unlisted and host.paused_at is None

@@ -3,9 +3,10 @@
 import os
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 from kombu.connection import Connection as BrokerConnection
@@ -13,20 +14,20 @@ from kombu.exceptions import ChannelError, KombuError
 from kombu.exceptions import OperationalError as BrokerError
 from kombu.utils.url import maybe_sanitize_url
 from redis.exceptions import RedisError, ResponseError
-from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from worker.coordination.rate_limiter import redis_client
+from worker.core.humanize import format_duration
 from worker.core.on_done_name import task_and_queue
 from worker.errors import SettingsError, StorageTrouble, WorkerError
-from worker.operations.overview import HEALTHY_SECONDS, Overview, UnstoredOutputs, lost_claims, overdue_jobs, overview
+from worker.operations.overview import overview
 from worker.settings import Settings
 from worker.storage.select import storage_for
 from worker.store.database_identity import database_id
 from worker.store.engine import check_schema, database_now, engine_for, is_writable, shown_url, translate_errors
-from worker.store.events import UndeliveredEvents, count_overdue_events, undelivered_events
-from worker.store.on_done import GIVE_UP, recent_on_done, refused_calls, unsent_calls
+from worker.store.on_done import recent_on_done
 from worker.store.reports.server_state import HISTORY_MOST, ServerState, server_state
+from worker.store.reports.work_state import WorkState, read_work_state
 from worker.system.own_package import OWN_PACKAGE, advice, other_worker, python_path
 from worker.system.process_identity import host_name
 
@@ -35,12 +36,42 @@ SLOW_SECONDS = 0.5  # a query takes a few milliseconds; each claim and each resu
 PING_SECONDS = 2.0  # a server on the same network answers sooner
 REDIS_MINIMUM = (6, 2)  # what Celery needs
 FULL_SHARE = 0.9  # of Redis's memory: at the limit it refuses writes, or removes messages
-UNSENT_LATE_SECONDS = 60.0  # `on_done` calls and webhooks are sent within seconds
-UNSTORED_LATE_SECONDS = 3_600.0  # after an hour without a file, probably no process downloads
-UNREACHABLE_LATE_SECONDS = 300.0  # if the last attempt failed at the network
 STALE_PARTIAL_SECONDS = 2 * 3_600.0  # far longer than any download
 MAX_NAMED = 5  # rows named in one message
 MIB = 1 << 20
+AREAS = {  # the check that shows each trouble
+    "no_worker": "work",
+    "polling_stalled": "work",
+    "backlog": "work",
+    "redis_away": "work",
+    "account_refused": "holds",
+    "no_key": "holds",
+    "wrong_path": "holds",
+    "host_not_allowed": "holds",
+    "api_unreachable": "holds",
+    "account_slowed": "holds",
+    "held_by_operator": "holds",
+    "lost_claims": "claims",
+    "past_deadline": "deadlines",
+    "storage": "outputs",
+    "no_downloader": "outputs",
+    "links_ending": "outputs",
+    "outputs_unreachable": "outputs",
+    "webhooks_refused": "webhooks",
+    "webhooks_given_up": "webhooks",
+    "webhooks_late": "webhooks",
+    "on_done_refused": "on_done",
+    "on_done_late": "on_done",
+}
+NO_TROUBLE = {
+    "work": "due work is done",
+    "holds": "no account and no host is held",
+    "claims": "no dead process holds a claim",
+    "on_done": "every on_done task of a final job was sent",
+    "deadlines": "every job past its deadline is polled soon",
+    "outputs": "every listed output is stored, has failed, or is on its way",
+    "webhooks": "every receiver accepts them",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +114,7 @@ def check_liveness(settings: Settings) -> Check:
     """Check that due work is done: nothing is due for long, or requests were made recently. For container probes."""
     try:
         with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
-            return _work(overview(connection, settings))
+            return _work(read_work_state(connection, settings.rps))
     except WorkerError as error:
         return Check("work", False, str(error))
 
@@ -144,48 +175,21 @@ def _database(settings: Settings) -> Check:
 
 
 def _with_tables(settings: Settings) -> Iterator[Check]:
+    """Report each trouble, and each area without one."""
     try:
         with translate_errors(settings.database), engine_for(settings.database).connect() as connection:
             state = overview(connection, settings)
-            webhooks = undelivered_events(connection, since=database_now(connection) - timedelta(days=1))
-            late_events = count_overdue_events(
-                connection, before=database_now(connection) - timedelta(seconds=UNSENT_LATE_SECONDS)
-            )
-            claims = _claims(connection, settings)
-            on_done = _on_done(connection)
-            deadlines = _deadlines(connection, state)
     except WorkerError as error:
         yield Check("work", False, str(error))
         return
-    yield _work(state)
-    holds = [f"{account.account}: {account.reason}" for account in state.accounts if account.reason is not None]
-    holds += [f"{host.host}: {host.reason}" for host in state.hosts if host.host != settings.api_host]
-    if holds:
-        message = (
-            "; ".join(holds) + ". Jobs wait until the hold ends; `fetch-worker show` of such a job says what to do"
-        )
-        yield Check("holds", False, message)
-    else:
-        yield Check("holds", True, "no account and no host is held" if state.accounts else "no account has jobs yet")
-    yield claims
-    yield on_done
-    yield deadlines
-    yield _outputs(state.unstored)
-    yield _webhooks(webhooks, late_events)
-
-
-def _outputs(unstored: UnstoredOutputs) -> Check:
-    message = f"{unstored.count} outputs are not stored yet, the oldest for {unstored.oldest_seconds:.0f} s"
-    refused = unstored.trouble.get("unreachable", 0) + unstored.trouble.get("http_error", 0)
-    limit = UNREACHABLE_LATE_SECONDS if refused else UNSTORED_LATE_SECONDS
-    late = unstored.count > 0 and unstored.oldest_seconds > limit
-    errors = ", ".join(f"{count} {code}" for code, count in sorted(unstored.trouble.items()))
-    if late:
-        message += (
-            f" ({errors or 'no attempt yet'}): check that a `downloads` process runs, before the links expire; "
-            "`fetch-worker show` explains each job"
-        )
-    return Check("outputs", not late, message if unstored.count else "every listed output is stored or has failed")
+    troubles = defaultdict(list)
+    for trouble in state.troubles:
+        troubles[AREAS[trouble.code]].append(trouble)
+    for area, message in NO_TROUBLE.items():
+        for trouble in troubles[area]:
+            yield Check(area, False, f"{trouble.text}: {trouble.command}")
+        if not troubles[area]:
+            yield Check(area, True, message)
 
 
 def _server(settings: Settings) -> Iterator[Check]:
@@ -236,67 +240,11 @@ def _transactions(state: ServerState) -> Check:
     return Check("transactions", True, message)
 
 
-def _on_done(connection: Connection) -> Check:
-    """Check that the broker accepts the `on_done` tasks."""
-    now = database_now(connection)
-    refused = refused_calls(connection, now=now)
-    late = unsent_calls(connection, before=now - timedelta(seconds=UNSENT_LATE_SECONDS))
-    if refused.job_id is not None:
-        counts = f"{refused.waiting} are sent again, {refused.given_up} were given up after {GIVE_UP.days} days"
-        example = f"job {refused.job_id}, {refused.on_done}: {refused.reason}"
-        return Check("on_done", False, f"{counts} ({example}): check that queue of the broker")
-    if late:
-        return Check("on_done", False, f"{late} are unsent for more than a minute: check that a `worker` process runs")
-    return Check("on_done", True, "every on_done task of a final job was sent")
-
-
-def _webhooks(webhooks: UndeliveredEvents, late: int) -> Check:
-    if late:
-        message = f"{late} are due for more than {UNSENT_LATE_SECONDS:.0f} s and no process sends them"
-        return Check("webhooks", False, f"{message}: check that a `worker` process runs with WEBHOOK_SECRET set")
-    if not webhooks.waiting and not webhooks.given_up:
-        return Check("webhooks", True, "every receiver accepts them")
-    message = (
-        f"{webhooks.waiting} are sent again, {webhooks.given_up} were given up in the last day, {webhooks.message}"
-    )
-    advice = "check that the receiver runs; `fetch-worker show` lists the events of a job"
-    return Check("webhooks", False, f"{message}: {advice}")
-
-
-def _claims(connection: Connection, settings: Settings) -> Check:
-    """Check for claims that should have been released by now, or that are older than any work takes."""
-    grace = settings.recovery_seconds + HEALTHY_SECONDS
-    lost = lost_claims(connection, settings, database_now(connection), grace=grace)
-    if not lost:
-        return Check("claims", True, "no dead process holds a claim")
-    names = ", ".join(f"{claim.what} {claim.id}" for claim in lost[:MAX_NAMED])
-    more = " …" if len(lost) > MAX_NAMED else ""
-    message = f"{len(lost)} rows are still claimed by dead processes ({names}{more})"
-    advice = "check that a `worker` process runs; `fetch-worker show` explains each job"
-    return Check("claims", False, f"{message}: {advice}")
-
-
-def _deadlines(connection: Connection, state: Overview) -> Check:
-    """Check for jobs past their deadline that are not polled soon, and so do not expire."""
-    jobs = overdue_jobs(connection, state.jobs["pending"], database_now(connection), limit=MAX_NAMED)
-    if jobs is None:
-        return Check("deadlines", True, "too many jobs to check each of them: run `fetch-worker list --past-deadline`")
-    if not jobs:
-        return Check("deadlines", True, "every job past its deadline is polled soon")
-    ids = " ".join(str(job.id) for job in jobs)
-    return Check(
-        "deadlines", False, f"past their deadline and not polled soon: `fetch-worker resume {ids}` polls them at once"
-    )
-
-
-def _work(state: Overview) -> Check:
-    if state.healthy:
-        return Check("work", True, f"the oldest due work waits for {state.oldest_due_seconds:.1f} s")
-    return Check(
-        "work",
-        False,
-        f"work is due for {state.oldest_due_seconds:.0f} s and no process does it: start a `worker` process",
-    )
+def _work(work: WorkState) -> Check:
+    oldest = format_duration(work.oldest_due_seconds)
+    if work.healthy:
+        return Check("work", True, f"the oldest due work waits for {oldest}")
+    return Check("work", False, f"work is due for {oldest} and no process does it: start a `worker` process")
 
 
 def _redis(settings: Settings) -> Check:

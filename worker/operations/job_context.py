@@ -1,23 +1,20 @@
 """A job and everything in the database that explains it, read in one transaction."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, Row
 
-from worker.core.circuit_breaker import CircuitBreaker, Scope
 from worker.core.pacing.policy import PacedJob, PaceModel
-from worker.operations.overview import AccountState, account_states, finite_seconds, workers_poll
+from worker.operations.overview import finite_seconds
 from worker.polling.duration_learner import read_models
 from worker.settings import Settings
-from worker.store.breakers import all_breakers, last_asked
-from worker.store.due_groups import DueGroup, due_groups
-from worker.store.engine import database_now
 from worker.store.late_looks import look_of
 from worker.store.promises import promise_row
 from worker.store.reports.snapshot_rows import count_due_before
+from worker.store.reports.work_state import AccountState, WorkState, read_work_state
 
 MAX_JOBS_AHEAD = 10_000  # jobs counted in front of this one
 
@@ -53,17 +50,14 @@ class ReadyEstimate:
 
 @dataclass(frozen=True, slots=True)
 class JobContext:
-    """A job and everything in the database that it depends on. `account_state` includes a hold of the account."""
+    """A job and everything in the database that it depends on. `work` is the state of its account's work."""
 
     job: Row[Any]
     outputs: Sequence[Row[Any]]
     events: Sequence[Row[Any]]
-    now: datetime
-    account_state: AccountState
-    breakers: Mapping[tuple[Scope, str], CircuitBreaker]
+    work: WorkState
     model: PaceModel
     jobs_ahead: int
-    last_request_at: datetime | None
     settings: Settings
     promise: Row[Any] | None = None
     late_look: Row[Any] | None = None
@@ -74,9 +68,15 @@ class JobContext:
         return self.promise is not None and self.promise.end_status is not None
 
     @property
-    def workers_poll(self) -> bool:
-        """Whether any worker made a request within the last `HEALTHY_SECONDS`."""
-        return workers_poll(self.last_request_at, self.now)
+    def now(self) -> datetime:
+        """The database's time when the context was read."""
+        return self.work.now
+
+    @property
+    def account_state(self) -> AccountState:
+        """The state of the job's account."""
+        default = AccountState(self.job.account, None, None, None, self.settings.rps(self.job.account))
+        return next((state for state in self.work.accounts if state.account == self.job.account), default)
 
     @property
     def rate(self) -> float:
@@ -110,29 +110,17 @@ def read_context(
     connection: Connection, job: Row[Any], outputs: Sequence[Row[Any]], events: Sequence[Row[Any]], settings: Settings
 ) -> JobContext:
     """Read everything from the database that explains a job."""
-    now = database_now(connection)
-    breakers = all_breakers(connection)
-    groups = due_groups(connection, [job.account])
+    work = read_work_state(connection, settings.rps, accounts=[job.account])
     waits = job.due_at is not None
-    own_group = [DueGroup(job.account, job.priority, job.fetch_host, job.due_at)] if waits else []
-    account_state = next(
-        (
-            state
-            for state in account_states(breakers, [*groups, *own_group], settings, now)
-            if state.account == job.account
-        ),
-        None,
-    )
     return JobContext(
         job=job,
         outputs=outputs,
         events=events,
-        now=now,
-        account_state=account_state or AccountState(job.account, None, None, None, settings.rps(job.account)),
-        breakers=breakers,
+        work=work,
         model=read_models(connection, [(job.account, job.kind)])[job.account, job.kind][0],
-        jobs_ahead=count_due_before(connection, groups, job, now=now, limit=MAX_JOBS_AHEAD + 1) if waits else 0,
-        last_request_at=last_asked(connection),
+        jobs_ahead=(
+            count_due_before(connection, work.groups, job, now=work.now, limit=MAX_JOBS_AHEAD + 1) if waits else 0
+        ),
         settings=settings,
         promise=promise_row(connection, job.id),
         late_look=look_of(connection, job.id),

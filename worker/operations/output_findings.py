@@ -11,9 +11,10 @@ from worker.core.identity import can_be_asked
 from worker.core.lifecycle import PROMISE_PATIENCE
 from worker.core.redaction.masking import link_host, mask_personal_data
 from worker.operations.job_context import Finding, JobContext
-from worker.operations.overview import HEALTHY_SECONDS
+from worker.operations.late_webhooks import LATE_SECONDS
 from worker.operations.request_findings import SOON_SECONDS, START_WORKER, claim_finding
-from worker.operations.snapshot_reader import LATE_EVENT_SECONDS, attempt_host
+from worker.operations.snapshot_reader import attempt_host
+from worker.store.reports.work_state import HEALTHY_SECONDS
 
 START_DOWNLOADS = "start a `downloads` process"
 
@@ -110,7 +111,7 @@ def on_done_findings(context: JobContext) -> Iterator[Finding]:
         yield Finding("on_done", "sent", f"{job.on_done}, {format_duration(context.seconds_since(job.told_at))} ago")
     elif job.on_done_error is None:
         late = context.seconds_since(job.completed_at)
-        advice = START_WORKER if late > LATE_EVENT_SECONDS else None
+        advice = START_WORKER if late > LATE_SECONDS else None
         yield Finding("on_done", "waits", f"for {format_duration(late)}", advice)
     else:
         wait = None if job.on_done_due_at is None else -context.seconds_since(job.on_done_due_at)
@@ -126,7 +127,7 @@ def webhook_findings(context: JobContext) -> Iterator[Finding]:
     start_sender = f"{START_WORKER} with WEBHOOK_SECRET set"
     if job.webhook_url is not None and job.completed_at is not None and job.announced_at is None:
         late = context.seconds_since(job.completed_at)
-        advice = start_sender if late > LATE_EVENT_SECONDS else None
+        advice = start_sender if late > LATE_SECONDS else None
         yield Finding("webhook", "not made", f"for {format_duration(late)}", advice)
     for event in context.events:
         yield _webhook(context, event, link_host(event.url), start_sender)
@@ -141,7 +142,7 @@ def _webhook(context: JobContext, event: Row[Any], receiver: str, start_sender: 
     if event.status == "delivered":
         return Finding("webhook", "delivered", detail)
     late = context.seconds_since(event.due_at)
-    if late > LATE_EVENT_SECONDS:
+    if late > LATE_SECONDS:
         return Finding("webhook", "late", f"due for {format_duration(late)}; {detail}", start_sender)
     if event.error_message is not None:
         advice = f"check the receiver {receiver}: the event is sent again in {format_duration(-late)}"

@@ -12,9 +12,9 @@ from worker.core.pacing.policy import PacedJob
 from worker.core.pacing.survival import MAX_POLL_AGE
 from worker.core.redaction.masking import mask_personal_data
 from worker.operations.job_context import MAX_JOBS_AHEAD, Finding, JobContext
-from worker.operations.overview import HEALTHY_SECONDS
-from worker.operations.snapshot_reader import OVER_SECONDS
+from worker.operations.lost_work import OVER_SECONDS
 from worker.store.holds import work_limits
+from worker.store.reports.work_state import HEALTHY_SECONDS
 from worker.system.process_identity import liveness
 
 SOON_SECONDS = 60.0  # a longer wait also gets the command that ends it
@@ -40,7 +40,7 @@ def request_findings(context: JobContext, peek: BudgetStatus | None) -> Iterator
 
 def _account(context: JobContext) -> Finding:
     name = context.job.account
-    breaker = context.breakers.get(("account", name), CircuitBreaker("account", name))
+    breaker = context.work.breakers.get(("account", name), CircuitBreaker("account", name))
     variable = _key_variable(context, name)
     if breaker.held(context.now):
         return _held(context, breaker, f"account {name}", variable)
@@ -62,7 +62,7 @@ def _key_variable(context: JobContext, account: str) -> str:
 
 def _host(context: JobContext) -> Finding:
     name = context.job.fetch_host
-    breaker = context.breakers.get(("host", name), CircuitBreaker("host", name))
+    breaker = context.work.breakers.get(("host", name), CircuitBreaker("host", name))
     if breaker.held(context.now):
         return _held(context, breaker, name, "")
     detail = f"{name}: the last {format_count(breaker.troubles, 'request')} failed" if breaker.troubles else name
@@ -135,7 +135,7 @@ def claim_finding(context: JobContext, step: str, row: Row[Any], activity: str, 
         f"its lease ends in {format_duration(-over)}" if over < 0 else f"its lease ended {format_duration(over)} ago"
     )
     detail = f"by {row.claim_holder}, {holder_state},{duration}; {lease}"
-    if over > OVER_SECONDS or (holder_liveness == "dead" and not context.workers_poll):
+    if over > OVER_SECONDS or (holder_liveness == "dead" and not context.work.workers_poll):
         return Finding(step, "stuck", detail, f"{start}: it releases the claims of dead processes")
     if holder_liveness == "dead":
         return Finding(step, "stuck", detail, "nothing: the next sweep releases the claim within seconds")
@@ -146,7 +146,7 @@ def claim_finding(context: JobContext, step: str, row: Row[Any], activity: str, 
 
 
 def _rate_limit(context: JobContext, peek: BudgetStatus | None) -> Finding:
-    breaker = context.breakers.get(("account", context.job.account))
+    breaker = context.work.breakers.get(("account", context.job.account))
     ceiling = (
         "" if breaker is None or breaker.ceiling is None else f", learned from the last refusal: {breaker.ceiling:.3g}"
     )
@@ -192,7 +192,7 @@ def _poll(context: JobContext) -> Finding:
 
 
 def _late_advice(context: JobContext, late: float) -> str:
-    if late > HEALTHY_SECONDS and not context.workers_poll:
+    if late > HEALTHY_SECONDS and not context.work.workers_poll:
         return f"{START_WORKER}: no process polls"
     if context.jobs_ahead:
         return (

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from worker.operations.overview import HeldHost
+from worker.operations.late_webhooks import LateWebhook
+from worker.operations.troubles import Trouble
+from worker.operations.unstored import UnstoredByHost
+from worker.store.reports.work_state import HeldHost
 
 NO_WORKER = "no worker polls"  # the reason of late jobs if no process makes requests
 
@@ -89,34 +92,6 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True)
-class UnstoredByHost:
-    """Outputs that are not stored yet, grouped by host and code of the last error (`None`: no error so far).
-
-    `next_seconds` is the time until the first of them is tried again. It is negative if that output is overdue.
-    """
-
-    code: str | None
-    host: str
-    job_id: int
-    count: int
-    oldest_seconds: float
-    next_seconds: float
-    message: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class LateWebhook:
-    """Late or refused events of one receiver: their number, the delay of the oldest one, and its last error."""
-
-    receiver: str
-    count: int
-    late_seconds: float
-    attempts: int
-    http_status: int | None
-    message: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class Failure:
     """A job that failed or expired."""
 
@@ -153,6 +128,7 @@ class Snapshot:
     asked_seconds: float | None
     asking: int
     budget_known: bool
+    troubles: Sequence[Trouble]
     jobs: Sequence[Counted]
     accounts: Sequence[AccountNow]
     hosts: Sequence[HeldHost]

@@ -15,20 +15,12 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Row
 
 from worker.coordination.rate_limiter import BudgetStatus, RateLimiter
-from worker.core.circuit_breaker import CircuitBreaker, Scope
 from worker.core.histograms import DELAYS, quantile
 from worker.core.identity import can_be_asked
 from worker.core.lifecycle import OutputFacts, address_index
 from worker.core.redaction.masking import link_host, mask_personal_data
-from worker.operations.overview import (
-    AccountState,
-    account_states,
-    held_hosts,
-    lost_claims,
-    no_key,
-    overdue_jobs,
-    workers_poll,
-)
+from worker.operations.late_webhooks import LateWebhook, late_webhooks
+from worker.operations.lost_work import dead_claim_holders, lost_claims, overdue_jobs
 from worker.operations.snapshot import (
     NO_WORKER,
     AccountNow,
@@ -36,32 +28,24 @@ from worker.operations.snapshot import (
     Failure,
     KindNow,
     LateJob,
-    LateWebhook,
     LostClaimNow,
     OverdueJob,
     Snapshot,
     Transfer,
-    UnstoredByHost,
 )
+from worker.operations.troubles import Trouble, read_troubles
+from worker.operations.unstored import UnstoredOutputs, read_unstored
 from worker.settings import Settings
-from worker.store.breakers import all_breakers, last_asked
-from worker.store.claims import claim_holders
 from worker.store.counters import ANSWERS, DELAY, POLLED, CounterKey, Total, read_counters
-from worker.store.due_groups import due_groups
-from worker.store.engine import database_now, translate_errors
-from worker.store.jobs import waiting_accounts
+from worker.store.engine import translate_errors
 from worker.store.reports import snapshot_rows
-from worker.system.process_identity import dead_holders
+from worker.store.reports.work_state import AccountState, WorkState, no_key, read_work_state
 
 WINDOW_SECONDS = 60.0  # for delays and polls per job
 RATE_SECONDS = 10.0  # for requests per second
-OVER_SECONDS = 5.0  # a running worker claims the work of an ended lease sooner
 LATE_SECONDS = 1.0  # work that is due for less is not late yet
-LATE_EVENT_SECONDS = 60.0
 MAX_LATE_JOBS = 20
 MAX_TRANSFERS = 100
-MAX_UNSTORED = 1_000
-MAX_EVENTS = 500
 MAX_FAILURES = 20
 
 
@@ -79,9 +63,8 @@ class _Rows:
     """The rows that the transaction of a snapshot reads."""
 
     now: datetime
-    breakers: Mapping[tuple[Scope, str], CircuitBreaker]
-    account_states: Sequence[AccountState]
-    last_request_at: datetime | None
+    work: WorkState
+    troubles: Sequence[Trouble]
     asking: int
     dead_holders: Collection[str]
     jobs: Mapping[str, int]
@@ -90,38 +73,33 @@ class _Rows:
     overdue: Sequence[Row[Any]]
     claims: Sequence[snapshot_rows.StaleClaim]
     transfers: Sequence[Row[Any]]
-    unstored: Sequence[Row[Any]]
-    events: Sequence[Row[Any]]
-    unannounced: Sequence[Row[Any]]
+    unstored: UnstoredOutputs
+    webhooks: Sequence[LateWebhook]
     failures: Sequence[Row[Any]]
     counters: Sequence[Total]
 
 
 def _read_rows(connection: Connection, settings: Settings) -> _Rows:
-    now = database_now(connection)
-    breakers = all_breakers(connection)
-    groups = due_groups(connection, waiting_accounts(connection))
-    dead_names = dead_holders(claim_holders(connection))
+    work = read_work_state(connection, settings.rps)
+    now, groups = work.now, work.groups
+    dead_names = dead_claim_holders(connection, work)
     late = now - timedelta(seconds=LATE_SECONDS)
     jobs = snapshot_rows.count_jobs(connection)
+    unstored = read_unstored(connection, now)
     return _Rows(
         now=now,
-        breakers=breakers,
-        account_states=account_states(breakers, groups, settings, now),
-        last_request_at=last_asked(connection),
+        work=work,
+        troubles=read_troubles(connection, settings, work, unstored),
         asking=snapshot_rows.count_running_polls(connection, now=now),
         dead_holders=dead_names,
         jobs=jobs,
         late=snapshot_rows.longest_due(connection, groups, before=late, limit=MAX_LATE_JOBS),
         late_count=snapshot_rows.count_late(connection, groups, before=late),
         overdue=overdue_jobs(connection, jobs["pending"], now, limit=MAX_LATE_JOBS) or (),
-        claims=lost_claims(connection, settings, now, grace=OVER_SECONDS, dead=dead_names),
+        claims=lost_claims(connection, settings, now, dead=dead_names),
         transfers=snapshot_rows.running_downloads(connection, now=now, limit=MAX_TRANSFERS),
-        unstored=snapshot_rows.oldest_unstored(connection, limit=MAX_UNSTORED),
-        events=snapshot_rows.pending_events(connection, limit=MAX_EVENTS),
-        unannounced=snapshot_rows.jobs_without_event(
-            connection, before=now - timedelta(seconds=LATE_EVENT_SECONDS), limit=MAX_EVENTS
-        ),
+        unstored=unstored,
+        webhooks=late_webhooks(connection, now),
         failures=snapshot_rows.last_failures(connection, limit=MAX_FAILURES),
         counters=read_counters(connection, (ANSWERS, DELAY, POLLED)),
     )
@@ -142,7 +120,7 @@ class SnapshotReader:
         with translate_errors(self._settings.database), self._engine.connect() as connection:
             rows = _read_rows(connection, self._settings)
         # After the transaction: no network call inside it.
-        peeks = self._limiter.peek({state.account: state.rps for state in rows.account_states})
+        peeks = self._limiter.peek({state.account: state.rps for state in rows.work.accounts})
         sample = _Sample(self._clock(), {total.key: total for total in rows.counters}, _received(rows.transfers))
         snapshot = self._snapshot(rows, peeks, sample)
         self._samples.append(sample)
@@ -153,14 +131,13 @@ class SnapshotReader:
         kinds, kinds_seconds = self._kinds(sample)
         return Snapshot(
             at=now,
-            asked_seconds=None if rows.last_request_at is None else _seconds(now - rows.last_request_at),
+            asked_seconds=None if rows.work.last_request_at is None else _seconds(now - rows.work.last_request_at),
             asking=rows.asking,
-            budget_known=bool(peeks) or not rows.account_states,
+            budget_known=bool(peeks) or not rows.work.accounts,
+            troubles=rows.troubles,
             jobs=[_count(state, count) for state, count in rows.jobs.items()],
-            accounts=[
-                self._account(state, rows.breakers, peeks.get(state.account), sample) for state in rows.account_states
-            ],
-            hosts=[replace(host, reason=mask_personal_data(host.reason)) for host in held_hosts(rows.breakers, now)],
+            accounts=[self._account(state, peeks.get(state.account), sample) for state in rows.work.accounts],
+            hosts=[replace(host, reason=mask_personal_data(host.reason)) for host in rows.work.hosts],
             late=[_late_job(row, rows) for row in rows.late],
             late_count=_count("late", rows.late_count),
             overdue=[
@@ -169,9 +146,9 @@ class SnapshotReader:
             ],
             claims=[_lost(claim, rows.dead_holders, now) for claim in rows.claims],
             transfers=[_transfer(row, sample, before, now) for row in rows.transfers],
-            unstored=_unstored(rows.unstored, now),
-            unstored_more=len(rows.unstored) == MAX_UNSTORED,
-            webhooks=_webhooks(rows.events, rows.unannounced, now),
+            unstored=rows.unstored.groups,
+            unstored_more=rows.unstored.more,
+            webhooks=rows.webhooks,
             failures=[
                 Failure(row.id, row.account, row.kind, row.status, row.error_code, row.completed_at)
                 for row in rows.failures
@@ -188,7 +165,6 @@ class SnapshotReader:
     def _account(
         self,
         state: AccountState,
-        breakers: Mapping[tuple[Scope, str], CircuitBreaker],
         peek: BudgetStatus | None,
         sample: _Sample,
     ) -> AccountNow:
@@ -200,12 +176,11 @@ class SnapshotReader:
                 times for key, (times, _) in _growth(first, sample, ANSWERS).items() if key.account == state.account
             )
             used = requests / max(sample.at - first.at, 1e-3)
-        breaker = breakers.get(("account", state.account))
         return AccountNow(
             account=state.account,
             used=None if used is None else round(used, 2),
             rps=state.rps,
-            ceiling=None if breaker is None or breaker.ceiling is None else round(breaker.ceiling, 2),
+            ceiling=None if state.ceiling is None else round(state.ceiling, 2),
             left=None if peek is None else peek.available,
             reason=state.reason,
             since=state.since,
@@ -244,16 +219,16 @@ def _late_job(job: Row[Any], rows: _Rows) -> LateJob:
 
 def _why_late(job: Row[Any], rows: _Rows) -> str:
     """Return why a due job was not polled."""
-    account = next((state.reason for state in rows.account_states if state.account == job.account), None)
+    account = next((state.reason for state in rows.work.accounts if state.account == job.account), None)
     if account is not None:
         return account if account == no_key(job.account) else f"held: {mask_personal_data(account)}"
-    host = rows.breakers.get(("host", job.fetch_host))
+    host = rows.work.breakers.get(("host", job.fetch_host))
     if host is not None and host.held(rows.now):
         return f"held: {host.name} {mask_personal_data(host.why or '')}"
     if job.claim_token is not None:
         liveness = "dead" if job.claim_holder in rows.dead_holders else "silent"
         return f"claimed by {job.claim_holder}, which is {liveness}"
-    return "the rate limit is used up" if workers_poll(rows.last_request_at, rows.now) else NO_WORKER
+    return "the rate limit is used up" if rows.work.workers_poll else NO_WORKER
 
 
 def _lost(claim: snapshot_rows.StaleClaim, dead_holders: Collection[str], now: datetime) -> LostClaimNow:
@@ -303,54 +278,6 @@ def attempt_host(row: Row[Any], *, renewable: bool) -> str:
         last_code=row.error_code,
     )
     return link_host((row.url, *proxies)[address_index(facts)])
-
-
-def _unstored(rows: Iterable[Row[Any]], now: datetime) -> list[UnstoredByHost]:
-    """Group the outputs: groups with errors first, then by waiting time."""
-    groups: dict[tuple[str | None, str], list[Row[Any]]] = defaultdict(list)
-    for row in rows:
-        host = "" if row.error_code in (None, "storage") else link_host(row.url)
-        groups[row.error_code, host].append(row)
-    unstored = [
-        UnstoredByHost(
-            code=code,
-            host=host,
-            job_id=min(group, key=lambda row: row.listed_at).job_id,
-            count=len(group),
-            oldest_seconds=_seconds(now - min(row.listed_at for row in group)),
-            next_seconds=_seconds(min(row.due_at for row in group) - now),
-            message=next((mask_personal_data(row.error_message) for row in group if row.error_message), None),
-        )
-        for (code, host), group in groups.items()
-    ]
-    return sorted(unstored, key=lambda outputs: (outputs.code is None, -outputs.oldest_seconds))
-
-
-def _webhooks(events: Sequence[Row[Any]], unannounced: Sequence[Row[Any]], now: datetime) -> list[LateWebhook]:
-    groups: dict[str, list[Row[Any]]] = defaultdict(list)
-    for row in events:
-        late = (now - row.due_at).total_seconds() > LATE_EVENT_SECONDS
-        if late or row.error_message is not None:
-            groups[link_host(row.url)].append(row)
-    webhooks = [_webhook(receiver, rows, now) for receiver, rows in groups.items()]
-    if unannounced:
-        late_seconds = _seconds(now - unannounced[0].completed_at)
-        webhooks.append(
-            LateWebhook("(not created yet)", len(unannounced), late_seconds, 0, None, "no process creates these events")
-        )
-    return sorted(webhooks, key=lambda webhook: -webhook.late_seconds)
-
-
-def _webhook(receiver: str, rows: Sequence[Row[Any]], now: datetime) -> LateWebhook:
-    first = min(rows, key=lambda row: row.created_at)
-    return LateWebhook(
-        receiver=receiver,
-        count=len(rows),
-        late_seconds=_seconds(now - first.created_at),
-        attempts=max(row.attempts for row in rows),
-        http_status=first.http_status,
-        message=None if first.error_message is None else mask_personal_data(first.error_message),
-    )
 
 
 def _growth(before: _Sample, after: _Sample, name: str) -> dict[CounterKey, tuple[int, float]]:

@@ -17,9 +17,11 @@ from celery.signals import worker_init, worker_process_init, worker_shutting_dow
 from celery.utils.log import get_logger
 from sqlalchemy.exc import SQLAlchemyError
 
-from worker.app import POLLS, app, settings
+from worker.app import app, settings
+from worker.core.queues import POLLS
 from worker.errors import DeploymentError, SchemaOutdated, Unavailable
 from worker.process.other_workers import remember_database, warn_about_foreign_workers
+from worker.process.registration import Registration
 from worker.process.resources import process_resources
 from worker.process.runs import probe_keys, run_polls, run_sweep, run_webhooks
 from worker.store.engine import describe_error, engine_for
@@ -36,6 +38,7 @@ SWEEP_SILENCE_SECONDS = 10.0
 WEBHOOK_SECONDS = (0.5, 1.0)
 STOP_MARGIN_SECONDS = 5.0
 PUBLISHER_SECONDS = 2.0
+REGISTRATION_SECONDS = 2.0
 EVENTS_SECONDS = 0.25
 WAKE_SECONDS = 0.05
 EVENTS_PER_BATCH = 500
@@ -53,6 +56,7 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
     def __init__(self, worker: Any, **options: Any) -> None:
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
+        self._registration: threading.Thread | None = None
         self._changed_keys = set[str]()
         super().__init__(worker, **options)
 
@@ -60,6 +64,13 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
         """Make the resources of this process, and start the loops in a worker that consumes polls."""
         make_resources()
         threading.Thread(target=check_neighbours, name="neighbours", daemon=True).start()
+        registration = Registration(
+            process_resources().engine, settings, name=worker.hostname, queues=worker.app.amqp.queues.consume_from
+        )
+        self._registration = threading.Thread(
+            target=registration.run, args=(self._stop,), name="registration", daemon=True
+        )
+        self._registration.start()
         if POLLS not in worker.app.amqp.queues.consume_from:
             return
         process_resources().ticks = True
@@ -74,6 +85,8 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
         until = time.monotonic() + settings.sd_api_timeout + STOP_MARGIN_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
+        if self._registration is not None:
+            self._registration.join(REGISTRATION_SECONDS)
         if self._threads:
             process_resources().publisher.finish(PUBLISHER_SECONDS)
         if settings.webhook_secrets:

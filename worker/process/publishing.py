@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from celery.utils.log import get_task_logger
 from kombu.exceptions import OperationalError as BrokerError
 
-from worker.app import DOWNLOADS, app
+from worker.app import app
+from worker.core.queues import DOWNLOADS
 from worker.notify.on_done import refusal
 
 log = get_task_logger(__name__)

@@ -8,12 +8,13 @@ from datetime import timedelta
 
 from sqlalchemy import Engine
 
-from worker.app import DOWNLOADS, POLLS, settings
+from worker.app import settings
 from worker.coordination.leases import LeaseKeeper
 from worker.coordination.publisher import Publisher
 from worker.coordination.rate_limiter import RateLimiter, redis_client
 from worker.coordination.sent_requests import SentRequests, old_files, processes_with_files, remove_files
 from worker.coordination.wakeups import listen
+from worker.core.queues import DOWNLOADS, POLLS
 from worker.downloads.downloader import Downloader
 from worker.downloads.options import download_options
 from worker.errors import WorkerError

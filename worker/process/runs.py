@@ -14,8 +14,9 @@ from kombu.exceptions import ChannelError
 from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy.exc import SQLAlchemyError
 
-from worker.app import DOWNLOADS, app, settings
+from worker.app import app, settings
 from worker.core import circuit_breaker as breakers
+from worker.core.queues import DOWNLOADS
 from worker.errors import Unavailable
 from worker.operations.prune import Retention
 from worker.operations.prune import prune as prune_jobs

@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Row, delete, func, select
 from worker.store.bulk_write import insert_missing
 from worker.store.counters import ANSWERS, ATTEMPTS, DELAY, FINISHED, POLLED, Total, read_counters
 from worker.store.reports.stats import Stats, read_stats, waiting_by_account
+from worker.store.reports.work_state import read_work_state
 from worker.store.schema import history
 
 KEPT = timedelta(days=8)
@@ -26,7 +27,8 @@ def record_history(connection: Connection, *, now: datetime, full_rps: Callable[
     recorded = connection.execute(select(history.c.minute).where(history.c.minute == minute)).scalar()
     if recorded is None:
         counters = read_counters(connection, (ANSWERS, ATTEMPTS, DELAY, FINISHED, POLLED))
-        stats = read_stats(connection, waiting_by_account(connection, now=now), now=now, full_rps=full_rps)
+        work = read_work_state(connection, full_rps)
+        stats = read_stats(connection, waiting_by_account(connection, now=now), work)
         body = _body(stats, counters)
         row = {"minute": minute, "body": json.dumps(body, separators=(",", ":"))}
         if insert_missing(connection, history, row):  # only one process deletes: concurrent deletes can deadlock

@@ -127,6 +127,7 @@ class StaleClaim:
     id: int
     holder: str
     until: datetime
+    job_id: int
 
 
 def stale_claims(
@@ -149,12 +150,15 @@ def stale_claims(
         too_old = (older[name],) if name in older else ()
         is_stale = or_(table.c.due_at < expired_before, *held_by_dead, *too_old)
         query = _claims(table).where(is_stale).order_by(table.c.due_at).limit(CLAIMS_MOST)
-        claims += [StaleClaim(name, row.id, row.claim_holder, row.due_at) for row in connection.execute(query)]
+        claims += [
+            StaleClaim(name, row.id, row.claim_holder, row.due_at, row.job_id) for row in connection.execute(query)
+        ]
     return sorted(claims, key=lambda claim: claim.until)
 
 
 def _claims(table: Table) -> Any:
-    return select(table.c.id, table.c.claim_holder, table.c.due_at).where(table.c.claim_holder.is_not(None))
+    job_id = (table.c.id if table is jobs else table.c.job_id).label("job_id")
+    return select(table.c.id, job_id, table.c.claim_holder, table.c.due_at).where(table.c.claim_holder.is_not(None))
 
 
 def jobs_past_deadline(connection: Connection, *, now: datetime, later: datetime, limit: int) -> list[Row[Any]]:

@@ -4,24 +4,22 @@ Jobs that an operator holds are counted as a separate state, `held`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from sqlalchemy import ColumnElement, Connection, case, func, literal, select
 
-from worker.core.circuit_breaker import CircuitBreaker, Scope, hold_class
+from worker.core.circuit_breaker import Scope, hold_class
 from worker.core.lifecycle import JOB_STATES
-from worker.store.breakers import all_breakers
 from worker.store.counters import OTHER
-from worker.store.due_groups import DueGroup, due_groups
 from worker.store.outputs import UnstoredGroup, unstored_by_code
-from worker.store.schema import IS_HELD, breakers, jobs
+from worker.store.reports.work_state import WorkState
+from worker.store.schema import IS_HELD, jobs
 from worker.store.sql_functions import HAS_DUE_TIME
 
 HELD = "held"
 STATES = (*JOB_STATES[:1], HELD, *JOB_STATES[1:])
-NO_KEY = "no key"
 KINDS_COUNTED = 100_000  # with more waiting jobs, kinds are not counted separately: that would read every row
 
 
@@ -44,13 +42,15 @@ class Account:
     """The due jobs and the rate of an account.
 
     `oldest_due` is the number of seconds since the oldest job that may be polled became due. `rps` is the present limit
-    of requests per second. `ceiling` is the rate that the API accepted when it last refused a request.
+    of requests per second, `configured` the one in the workers' settings, and `ceiling` the rate that the API accepted
+    when it last refused a request.
     """
 
     name: str
     due: int
     oldest_due: float
     rps: float
+    configured: float
     ceiling: float | None
     held: bool
 
@@ -130,42 +130,44 @@ def count_unfinished(connection: Connection, waiting: Iterable[WaitingCount]) ->
     return counts
 
 
-def read_stats(
-    connection: Connection, waiting: Sequence[WaitingCount], *, now: datetime, full_rps: Callable[[str], float]
-) -> Stats:
-    """Return the statistics. `waiting` comes from `waiting_by_account` or `waiting_by_kind`.
-
-    `full_rps` returns the requests per second that the settings allow an account.
-    """
-    breakers_by_key = all_breakers(connection)
+def read_stats(connection: Connection, waiting: Sequence[WaitingCount], work: WorkState) -> Stats:
+    """Return the statistics. `waiting` comes from `waiting_by_account` or `waiting_by_kind`."""
     due: Counter[str] = Counter()
     for entry in waiting:
         due[entry.account] += entry.due
-    due_groups_now = [entry for entry in due_groups(connection, sorted(due)) if entry.due_at <= now]
-    holds = [
-        *_breaker_holds(breakers_by_key.values(), now),
-        *_accounts_without_key(connection, breakers_by_key, due_groups_now),
-    ]
-    held_accounts = {entry.name for entry in holds if entry.scope == "account"}
-    held_hosts = {entry.name for entry in holds if entry.scope == "host"}
-    since = _oldest_by_account(
-        entry for entry in due_groups_now if entry.account not in held_accounts and entry.host not in held_hosts
-    )
-    accounts = []
-    for name in sorted({*due, *(name for scope, name in breakers_by_key if scope == "account")}):
-        breaker = breakers_by_key.get(("account", name), CircuitBreaker("account", name))
-        late = _age(since.get(name, now), now)
-        accounts.append(
-            Account(name, due[name], late, breaker.rate(full_rps(name), now), breaker.ceiling, name in held_accounts)
+    oldest: dict[str, datetime] = {}
+    for group in work.due:
+        oldest[group.account] = min(group.due_at, oldest.get(group.account, group.due_at))
+    accounts = [
+        Account(
+            name=state.account,
+            due=due[state.account],
+            oldest_due=_age(oldest.get(state.account, work.now), work.now),
+            rps=state.rps,
+            configured=state.configured,
+            ceiling=state.ceiling,
+            held=state.reason is not None,
         )
+        for state in work.accounts
+    ]
     return Stats(
-        now=now,
+        now=work.now,
         jobs=_jobs(connection, waiting),
         accounts=accounts,
-        holds=holds,
-        oldest_due=max((entry.oldest_due for entry in accounts), default=0.0),
+        holds=_holds(work),
+        oldest_due=work.oldest_due_seconds,
         unstored=unstored_by_code(connection),
     )
+
+
+def _holds(work: WorkState) -> list[Hold]:
+    accounts = [
+        Hold("account", state.account, state.reason_class or "other", state.since or work.now)
+        for state in work.accounts
+        if state.reason is not None
+    ]
+    hosts = [Hold("host", host.host, hold_class(host.reason), host.since or work.now) for host in work.hosts]
+    return [*accounts, *hosts]
 
 
 def _age(since: datetime, now: datetime) -> float:
@@ -187,39 +189,3 @@ def _jobs(connection: Connection, waiting: Sequence[WaitingCount]) -> dict[str, 
     )  # without a snapshot, a job may change its state between the queries
     pending = max(0, sum(entry.count for entry in waiting) - renewing - held_count)
     return dict.fromkeys(STATES, 0) | counts | {"pending": pending, HELD: held_count}
-
-
-def _oldest_by_account(groups: Iterable[DueGroup]) -> dict[str, datetime]:
-    """Return the earliest due time of each account."""
-    oldest: dict[str, datetime] = {}
-    for group in groups:
-        oldest[group.account] = min(group.due_at, oldest.get(group.account, group.due_at))
-    return oldest
-
-
-def _breaker_holds(breakers: Iterable[CircuitBreaker], now: datetime) -> list[Hold]:
-    held_breakers = [breaker for breaker in breakers if breaker.held(now)]
-    return [
-        Hold(breaker.scope, breaker.name, hold_class(breaker.why or ""), breaker.held_since or now)
-        for breaker in sorted(held_breakers, key=lambda breaker: (breaker.scope, breaker.name))
-    ]
-
-
-def _accounts_without_key(
-    connection: Connection, breakers_by_key: Mapping[tuple[Scope, str], CircuitBreaker], due: Iterable[DueGroup]
-) -> list[Hold]:
-    """Return holds for the accounts with due jobs for which, by the tables, no worker process ever had a key.
-
-    A worker with a key creates the account's circuit breaker when it starts, and records the first answer there.
-    """
-    polled = select(breakers.c.name).where(breakers.c.scope == "account", breakers.c.asked_at.is_not(None))
-    polled_accounts = set(connection.execute(polled).scalars())
-    return [
-        Hold("account", name, NO_KEY, since)
-        for name, since in sorted(_oldest_by_account(due).items())
-        if name not in polled_accounts and _is_unused(breakers_by_key.get(("account", name)))
-    ]
-
-
-def _is_unused(breaker: CircuitBreaker | None) -> bool:
-    return breaker is None or (not breaker.proven and breaker.why is None)

@@ -1,0 +1,173 @@
+"""The state of all work: accounts, hosts, worker processes and due jobs. Every page, command and metric shows this one.
+
+It comes from the database alone. The settings and keys of the process that shows it do not matter.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sqlalchemy import Connection
+
+from worker.core.circuit_breaker import CircuitBreaker, Scope, hold_class
+from worker.core.queues import DOWNLOADS, POLLS
+from worker.store.breakers import all_breakers, last_asked
+from worker.store.due_groups import DueGroup, due_groups
+from worker.store.engine import database_now
+from worker.store.jobs import waiting_accounts
+from worker.store.processes import WorkerProcess, read_processes
+from worker.store.schema import HELD_UNTIL
+from worker.system.process_identity import dead_holders
+
+NO_KEY = "no key"  # the class of this hold
+HEALTHY_SECONDS = 30.0  # healthy: no work is due for longer, or a request was made within it
+
+
+@dataclass(frozen=True, slots=True)
+class AccountState:
+    """An account: the reason, start and end of its hold, if it is held, and the requests per second it may make.
+
+    `reason_class` is the reason without the message of the API. `configured` is the limit in the workers' settings, and
+    `ceiling` the rate that the API accepted when it last refused a request, if it ever did.
+    """
+
+    account: str
+    reason: str | None
+    since: datetime | None
+    until: datetime | None
+    rps: float
+    reason_class: str | None = None
+    configured: float = 0.0
+    ceiling: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HeldHost:
+    """A held host of the API: the reason, start and end of the hold. `until` is `None` if an operator must end it."""
+
+    host: str
+    reason: str
+    since: datetime | None
+    until: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkState:
+    """The state of all work at `now`, by the database's clock."""
+
+    now: datetime
+    breakers: Mapping[tuple[Scope, str], CircuitBreaker]
+    groups: Sequence[DueGroup]
+    processes: Sequence[WorkerProcess]
+    dead_holders: Collection[str]
+    last_request_at: datetime | None
+    accounts: Sequence[AccountState]
+
+    @property
+    def hosts(self) -> list[HeldHost]:
+        """The held hosts, sorted by name."""
+        return [
+            HeldHost(breaker.name, breaker.why or "", breaker.held_since, breaker.tried_at)
+            for (scope, _), breaker in sorted(self.breakers.items())
+            if scope == "host" and breaker.held(self.now)
+        ]
+
+    @property
+    def due(self) -> list[DueGroup]:
+        """The groups with due jobs whose account and host are not held: these jobs may be polled now."""
+        held_accounts = {account.account for account in self.accounts if account.reason is not None}
+        held_hosts = {host.host for host in self.hosts}
+        return [
+            group
+            for group in self.groups
+            if group.due_at <= self.now and group.account not in held_accounts and group.host not in held_hosts
+        ]
+
+    @property
+    def oldest_due_seconds(self) -> float:
+        """The seconds since the oldest job became due that may be polled now; 0 if there is none."""
+        return max(((self.now - group.due_at).total_seconds() for group in self.due), default=0.0)
+
+    @property
+    def workers_poll(self) -> bool:
+        """Whether any worker made a request lately."""
+        last_request_at = self.last_request_at
+        return last_request_at is not None and self.now - last_request_at <= timedelta(seconds=HEALTHY_SECONDS)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether due work is being done."""
+        return self.oldest_due_seconds <= HEALTHY_SECONDS or self.workers_poll
+
+    def running(self, queue: str | None = None) -> list[WorkerProcess]:
+        """Return the processes that are alive, or only those that consume this queue."""
+        return [
+            process
+            for process in self.processes
+            if process.alive(self.now, self.dead_holders) and (queue is None or queue in process.queues)
+        ]
+
+    @property
+    def pollers(self) -> list[WorkerProcess]:
+        """The processes that are alive and poll."""
+        return self.running(POLLS)
+
+    @property
+    def downloaders(self) -> list[WorkerProcess]:
+        """The processes that are alive and download."""
+        return self.running(DOWNLOADS)
+
+
+def read_work_state(
+    connection: Connection, full_rps: Callable[[str], float], *, accounts: Iterable[str] | None = None
+) -> WorkState:
+    """Read the state of all work, or only of the work of some accounts.
+
+    `full_rps` returns the requests per second that the settings allow an account. It is used for accounts that no
+    running worker has recorded.
+    """
+    now = database_now(connection)
+    breakers = all_breakers(connection)
+    names = waiting_accounts(connection) if accounts is None else list(accounts)
+    groups = due_groups(connection, names)
+    processes = read_processes(connection)
+    dead = dead_holders(process.holder for process in processes)
+    last_request_at = last_asked(connection)
+    state = WorkState(now, breakers, groups, processes, dead, last_request_at, ())
+    return WorkState(now, breakers, groups, processes, dead, last_request_at, account_states(state, full_rps))
+
+
+def account_states(state: WorkState, full_rps: Callable[[str], float]) -> list[AccountState]:
+    """Return the state of each account that has a circuit breaker, waiting jobs, or a worker with its key, by name."""
+    recorded = {name: rps for process in state.pollers for name, rps in process.accounts.items()}
+    with_breaker = (name for scope, name in state.breakers if scope == "account")
+    names = sorted({*(group.account for group in state.groups), *recorded, *with_breaker})
+    return [_account(name, state, recorded.get(name), full_rps(name)) for name in names]
+
+
+def _account(name: str, state: WorkState, recorded_rps: float | None, default_rps: float) -> AccountState:
+    breaker = state.breakers.get(("account", name), CircuitBreaker("account", name))
+    configured = default_rps if recorded_rps is None else recorded_rps
+    reason, reason_class, since = None, None, None
+    if breaker.held(state.now):
+        reason, since = breaker.why, breaker.held_since
+        reason_class = hold_class(breaker.why or "")
+    elif state.pollers and recorded_rps is None:
+        since = min((group.due_at for group in state.groups if group.account == name), default=None)
+        if since is not None and since < HELD_UNTIL:
+            reason, reason_class = no_key(name), NO_KEY
+    return AccountState(
+        account=name,
+        reason=reason,
+        since=since if reason is not None else None,
+        until=breaker.tried_at if breaker.held(state.now) else None,
+        rps=round(breaker.rate(configured, state.now), 2),
+        reason_class=reason_class,
+        configured=configured,
+        ceiling=breaker.ceiling,
+    )
+
+
+def no_key(account: str) -> str:
+    """Return the reason for holding the jobs of an account for which no running worker has a key."""
+    return f"no key for account {account}"
