@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Engine, Row, select, update
 
+from worker.core.queues import ALL as ALL_QUEUES
 from worker.store.claims import ClaimedJob, ClaimedOutput, claim_jobs, claim_output
 from worker.store.due_groups import due_groups
+from worker.store.engine import database_now
+from worker.store.processes import WorkerProcess, record_process
 from worker.store.schema import history, jobs, outputs
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -43,6 +46,22 @@ def job_values(remote_id: str = "1", **changes: Any) -> dict[str, Any]:
         "deadline_seconds": 3_600.0,
         "due_at": NOW,
     } | changes
+
+
+def add_process(connection: Connection, **changes: Any) -> None:
+    """Record a running worker process that polls and has a key of the account `default`, with `changes`."""
+    now = database_now(connection)
+    values: dict[str, Any] = {
+        "holder": "0badc0de.1.1",
+        "name": "worker@test",
+        "queues": frozenset(ALL_QUEUES),
+        "accounts": {"default": 10.0},
+        "version": "0.1.0",
+        "redis_answers": True,
+        "started_at": now,
+        "seen_at": now,
+    }
+    record_process(connection, WorkerProcess(**(values | changes)))
 
 
 def output_values(job_id: int, position: int = 0, **changes: Any) -> dict[str, Any]:

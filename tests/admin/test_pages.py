@@ -12,7 +12,7 @@ from flask import Flask
 from sqlalchemy import Engine, insert, update
 
 from tests.admin_pages import PASSWORD, Operator, add_stored
-from tests.rows import NOW, add_downloading, add_job, add_output, read_job, seconds
+from tests.rows import NOW, add_downloading, add_job, add_output, add_process, read_job, seconds
 from worker.admin.access import AccessControl
 from worker.admin.job_actions import JOB_ACTIONS, apply_to_jobs
 from worker.admin.outputs import MAX_PICTURE_BYTES, PICTURES, display_kind
@@ -59,10 +59,10 @@ def test_the_overview_links_problems_and_their_jobs_show_what_to_do(operator: Op
         assert f'href="/jobs/details/?id={job_id}"' in page
         assert f"fetch-worker resume {job_id}" in operator.client.get(f"/jobs/details/?id={job_id}").text
         operator.send("/jobs/action/", action="resume", rowid=str(job_id), confirmed="yes", url="/jobs/")
-    assert "unreachable from cdn.test:8443" in page
+    assert "1 output from cdn.test:8443: unreachable" in operator.page("/")
     assert read_job(engine, stuck).claim_token is None
     assert read_job(engine, overdue).due_at <= now + timedelta(minutes=1)
-    assert "unreachable from" in operator.client.get("/").text  # it is tried again, but not stored yet
+    assert "1 output from cdn.test:8443: unreachable" in operator.page("/")  # it is tried again, but not stored yet
 
 
 def test_every_filter_and_search_finds_its_jobs(operator: Operator, engine: Engine) -> None:
@@ -199,6 +199,7 @@ def test_accounts_and_hosts_are_held_and_resumed(operator: Operator, engine: Eng
 def test_without_keys_the_page_does_not_claim_that_an_account_has_none(operator: Operator, engine: Engine) -> None:
     with engine.begin() as connection:
         job_id = add_job(connection)
+        add_process(connection)
 
     assert "no key" not in operator.page("/") + operator.page(f"/jobs/details/?id={job_id}")
 
@@ -419,8 +420,6 @@ def test_plots_without_history_say_so(operator: Operator) -> None:
 def test_the_current_rate_is_the_one_that_the_workers_recorded(operator: Operator, engine: Engine) -> None:
     with engine.begin() as connection:
         add_job(connection)
-        minute = database_now(connection).replace(second=0, microsecond=0)
-        body = {"accounts": {"default": {"rps": 2.5, "held": False, "answers": 0}}}
-        connection.execute(insert(history).values(minute=minute, body=json.dumps(body)))
+        add_process(connection, accounts={"default": 2.5})
 
     assert "2.5" in operator.page("/accounts/")

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Engine, insert, update
 
 from tests.command_line import Run, command_runner
-from tests.rows import NOW, add_downloading, add_output
+from tests.rows import NOW, add_downloading, add_output, add_process
 from worker.core.pacing.policy import PacedJob
 from worker.polling.duration_learner import DurationLearner
 from worker.store.schema import breakers, jobs
@@ -164,6 +164,8 @@ def test_show_prints_the_outputs_and_the_reason(database: Engine, run: Run) -> N
     assert "a [bold] message" in run("show", str(job_id)).out
 
     run("track", "8")
+    with database.begin() as connection:
+        add_process(connection, accounts={})
     waiting = run("show", "--remote", "8", "--json").document
     assert ISO.fullmatch(waiting["next_poll_at"])
     assert "no key for account default" in waiting["why"]
@@ -278,13 +280,23 @@ def test_status_shows_jobs_and_accounts(database: Engine, run: Run, monkeypatch:
     run("track", "2", "--account", "shop")
     run("cancel", "--remote", "2")
     with database.begin() as connection:
+        add_process(connection, accounts={"shop": 7.0, "held": 7.0})
         connection.execute(
             insert(breakers).values(scope="account", name="held", proven=True, reason="key: refused", since=NOW)
         )
     result = run("status", "--json")
     document = result.document
     assert (result.code, result.err) == (0, "")
-    assert set(document) == {"jobs", "accounts", "oldest_due_seconds", "healthy", "hosts", "kinds", "outputs"}
+    assert set(document) == {
+        "jobs",
+        "accounts",
+        "oldest_due_seconds",
+        "healthy",
+        "hosts",
+        "kinds",
+        "outputs",
+        "troubles",
+    }
     assert document["kinds"] == []
     assert document["outputs"] == {"unstored": 0, "oldest_seconds": 0.0, "trouble": {}, "storage": None}
     assert document["jobs"] == {

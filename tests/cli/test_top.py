@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Engine
 
 from tests import planted
 from tests.planted import DEAD, ELSEWHERE
-from tests.rows import seconds
+from tests.rows import add_process, seconds
 from tests.waiting import wait_until
 from worker.cli import main
 from worker.cli.top import render
@@ -70,6 +70,7 @@ def top(capsys: pytest.CaptureFixture[str]) -> Top:
 def add_problems(connection: Connection) -> dict[str, int]:
     """Create every problem that `top` shows. Return the job ids."""
     at = planted.now()
+    add_process(connection, accounts={"default": 10.0, "refused": 10.0, "resting": 10.0})
     planted.add_open_breaker(connection, "account", "refused", "key rejected: Invalid API key")
     planted.add_breaker(connection, "account", "resting", paused_at=at - seconds(30))
     planted.add_open_breaker(connection, "host", "api.dead.test", "unreachable: no answer from 10.1.2.3")
@@ -204,6 +205,7 @@ def test_rates_are_computed_between_snapshots(database: Engine) -> None:
     at = [0.0]
     reader = SnapshotReader(database, load(), clock=lambda: at[0])
     with database.begin() as connection:
+        add_process(connection)
         count(connection, answers=1_000, delays=5)
         planted.add_receiving_job(connection, "1", attempts=2, received_bytes=1_000)
 
@@ -232,6 +234,8 @@ def test_the_first_snapshot_reads_used_and_free_requests_from_redis(
     monkeypatch.setenv("REDIS_URL", redis_url)
     redis_client(redis_url, seconds=2).flushall()  # a server of these tests: remove the requests of the previous test
     limiter = RateLimiter(redis_url)
+    with database.begin() as connection:
+        add_process(connection)
 
     account = SnapshotReader(database, load()).read().accounts[0]
     limiter.take("default", 5, rate=10.0)
@@ -246,6 +250,8 @@ def test_the_first_snapshot_reads_used_and_free_requests_from_redis(
 
 def test_without_redis_the_snapshot_says_so(database: Engine, top: Top) -> None:
     assert "Redis is not reachable" in top("--once")
+    with database.begin() as connection:
+        add_process(connection)
     assert json.loads(top("--json"))["accounts"][0]["left"] is None
 
 

@@ -15,7 +15,7 @@ from worker.core.circuit_breaker import CircuitBreaker, Scope, after_rate_limit,
 from worker.core.lifecycle import AskAgain, EndJob, JobFacts, Strikes, after_answer
 from worker.core.reply import Processing
 from worker.errors import JobNotFound
-from worker.operations import job_context, overview
+from worker.operations import job_context
 from worker.operations.explain import why
 from worker.operations.overview import overview as read_overview
 from worker.settings import load
@@ -28,6 +28,7 @@ from worker.store.due_work import next_request
 from worker.store.engine import database_now
 from worker.store.holds import WorkLimits
 from worker.store.jobs import cancel, nudge, retry
+from worker.store.reports import work_state
 from worker.store.reports.search import JobFilter
 from worker.store.results import Outcome, record_answers
 from worker.store.schema import HELD_UNTIL, jobs
@@ -174,8 +175,7 @@ def test_the_python_api_holds_and_resumes_and_wakes_the_workers(
 
 def test_a_held_job_is_explained_and_is_not_late(database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its due time in the year 9999 is shown nowhere."""
-    for module in (overview, job_context):
-        monkeypatch.setattr(module, "database_now", lambda _: YEARS)
+    monkeypatch.setattr(work_state, "database_now", lambda _: YEARS)
     job_id = _held(database)
     with database.connect() as connection:
         row = read_job(database, job_id)

@@ -11,7 +11,17 @@ from sqlalchemy import Engine, delete, func, insert, select, update
 
 import worker
 from tests.metrics.exposition import scrape
-from tests.rows import NOW, add_downloading, add_job, add_output, claim_due_jobs, job_values, seconds, try_claim_output
+from tests.rows import (
+    NOW,
+    add_downloading,
+    add_job,
+    add_output,
+    add_process,
+    claim_due_jobs,
+    job_values,
+    seconds,
+    try_claim_output,
+)
 from worker.core.circuit_breaker import held_by_operator
 from worker.core.histograms import DELAYS, bucket_names
 from worker.metrics import figures
@@ -178,6 +188,7 @@ def test_only_jobs_that_may_be_polled_are_late(engine: Engine) -> None:
             locked_breaker(connection, "account", name)
         connection.execute(update(breakers).values(asked_at=NOW))
         save_breaker(connection, held_by_operator(locked_breaker(connection, "account", "held"), now=NOW - seconds(7)))
+        add_process(connection, accounts={"shop": 10.0, "other": 10.0, "held": 10.0}, started_at=NOW, seen_at=NOW)
         away: dict[str, Any] = {"reason": "unreachable: no route", "since": NOW - seconds(9), "probe_at": NOW}
         connection.execute(insert(breakers).values(scope="host", name="away.test", **away))
     with use_clock(lambda: NOW):

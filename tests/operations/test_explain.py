@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine
 from tests import planted
 from tests.cli.test_commands import teach
 from tests.planted import DEAD, ELSEWHERE
-from tests.rows import add_output, seconds
+from tests.rows import add_output, add_process, seconds
 from worker.cli import main
 from worker.coordination.rate_limiter import RateLimiter, redis_client
 from worker.core.answer_history import NOTE_SEPARATOR
@@ -71,6 +71,12 @@ def no_process_probes(connection: Connection) -> int:
     at = planted.now()
     planted.add_open_breaker(connection, "account", "default", "key rejected: no", probe_at=at - seconds(600))
     return planted.add_waiting_job(connection, "1")
+
+
+def without_key(connection: Connection) -> int:
+    """Add a job of an account that no running worker serves."""
+    add_process(connection)
+    return planted.add_waiting_job(connection, "1", account="shop")
 
 
 def behind(connection: Connection) -> int:
@@ -156,10 +162,10 @@ CASES = [
     Case("behind", behind, "queue", "behind", "4 due jobs .*", "nothing: 4 due jobs are ahead .*"),
     Case(
         "no key",
-        lambda c: planted.add_waiting_job(c, "1", account="shop"),
+        without_key,
         "account",
         "no key",
-        "shop has no key.*",
+        "no running worker process has a key of account shop",
         r'put the key of account shop into SD_API_KEYS\["shop"\] and restart the worker',
     ),
     Case(

@@ -219,7 +219,7 @@ def test_outputs_wait_while_the_storage_is_missing_and_status_reports_it(
         main(["status"])
     text = capsys.readouterr().out
     assert "outputs not stored yet: 1" in text
-    assert "the storage does not work" in text
+    assert "can't be written" in text
     aside.rename(stand.out)
     with stand.engine.begin() as connection:
         connection.execute(update(outputs).where(outputs.c.id == output_id).values(due_at=row.listed_at))

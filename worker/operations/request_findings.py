@@ -14,7 +14,7 @@ from worker.core.redaction.masking import mask_personal_data
 from worker.operations.job_context import MAX_JOBS_AHEAD, Finding, JobContext
 from worker.operations.lost_work import OVER_SECONDS
 from worker.store.holds import work_limits
-from worker.store.reports.work_state import HEALTHY_SECONDS
+from worker.store.reports.work_state import HEALTHY_SECONDS, NO_KEY
 from worker.system.process_identity import liveness
 
 SOON_SECONDS = 60.0  # a longer wait also gets the command that ends it
@@ -44,9 +44,9 @@ def _account(context: JobContext) -> Finding:
     variable = _key_variable(context, name)
     if breaker.held(context.now):
         return _held(context, breaker, f"account {name}", variable)
-    if name not in context.settings.keys and not breaker.proven:
+    if context.account_state.reason_class == NO_KEY:
         advice = f"put the key of account {name} into {variable}"
-        return Finding("account", "no key", f"{name} has no key in the environment of this command", advice)
+        return Finding("account", "no key", f"no running worker process has a key of account {name}", advice)
     if breaker.proven:
         return Finding("account", "open", f"{name}: the API accepted its key")
     return Finding("account", "open", f"{name}: its key is not tested yet, so a single request is sent first")

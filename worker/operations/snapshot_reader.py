@@ -120,7 +120,8 @@ class SnapshotReader:
         with translate_errors(self._settings.database), self._engine.connect() as connection:
             rows = _read_rows(connection, self._settings)
         # After the transaction: no network call inside it.
-        peeks = self._limiter.peek({state.account: state.rps for state in rows.work.accounts})
+        rates = {state.account: state.rps for state in rows.work.accounts}
+        peeks = self._limiter.peek(rates or {"default": 1.0})
         sample = _Sample(self._clock(), {total.key: total for total in rows.counters}, _received(rows.transfers))
         snapshot = self._snapshot(rows, peeks, sample)
         self._samples.append(sample)
@@ -133,7 +134,7 @@ class SnapshotReader:
             at=now,
             asked_seconds=None if rows.work.last_request_at is None else _seconds(now - rows.work.last_request_at),
             asking=rows.asking,
-            budget_known=bool(peeks) or not rows.work.accounts,
+            budget_known=bool(peeks),
             troubles=rows.troubles,
             jobs=[_count(state, count) for state, count in rows.jobs.items()],
             accounts=[self._account(state, peeks.get(state.account), sample) for state in rows.work.accounts],

@@ -199,10 +199,9 @@ def _outputs(settings: Settings, work: WorkState, unstored: UnstoredOutputs) -> 
     oldest_at = work.now - timedelta(seconds=unstored.oldest_seconds)
     age = format_duration(unstored.oldest_seconds)
     waiting = f"{format_count(unstored.count, 'output')} not stored, the oldest for {age}"
-    if unstored.storage is not None:
-        count = unstored.trouble.get("storage", 0)
+    if count := unstored.trouble.get("storage", 0):
         text = (
-            f"{format_count(count, 'output')} can't be written: {mask_personal_data(unstored.storage)}; "
+            f"{format_count(count, 'output')} can't be written: {mask_personal_data(unstored.storage or 'unknown')}; "
             f"tried again every {STORAGE_WAIT:g} s, none is lost"
         )
         yield Trouble("storage", text, "fetch-worker resume --output-code storage", count, _oldest(unstored, work))
