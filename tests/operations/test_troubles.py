@@ -114,7 +114,7 @@ def slowed(connection: Connection) -> None:
 def disk_full(connection: Connection) -> None:
     add_process(connection)
     job_id = add_downloading(connection)
-    trouble = {"error_code": "storage", "error_message": "No space left on device"}
+    trouble: dict[str, Any] = {"error_code": "storage", "error_message": "No space left on device"}
     add_output(connection, job_id, listed_at=database_now(connection) - seconds(30), **trouble)
 
 
@@ -125,7 +125,7 @@ def no_downloader(connection: Connection) -> None:
 
 def dead_picture_host(connection: Connection) -> None:
     add_process(connection)
-    trouble = {"error_code": "unreachable", "error_message": "no answer"}
+    trouble: dict[str, Any] = {"error_code": "unreachable", "error_message": "no answer"}
     add_output(connection, add_downloading(connection), listed_at=database_now(connection) - seconds(90), **trouble)
 
 
@@ -186,7 +186,7 @@ CASES: list[tuple[Callable[[Connection], object], str, str, str, int]] = [
         "fetch-worker list --status downloading", 1),
     (lost_lease, "lost_claims", "1 row claimed, and the process that has the claim is dead or hangs",
         "fetch-worker resume ", 1),
-    (forgotten, "past_deadline", "1 job past their deadline and not polled soon", "fetch-worker resume ", 1),
+    (forgotten, "past_deadline", "1 job past the deadline and not polled soon", "fetch-worker resume ", 1),
     (refused_webhook, "webhooks_refused", "1 webhook for shop.test refused: HTTP 500", "fetch-worker ", 1),
     (redis_away, "redis_away", "Redis does not answer worker@test", "fetch-worker doctor", 0),
 ]  # fmt: skip
@@ -215,7 +215,8 @@ def healthy(connection: Connection) -> None:
 
 
 def idle(connection: Connection) -> None:
-    add_job(connection, due_at=database_now(connection) + timedelta(hours=1))
+    now = database_now(connection)
+    add_job(connection, due_at=now + timedelta(hours=1), deadline_at=now + timedelta(hours=2))
 
 
 def waiting_behind_a_hold(connection: Connection) -> None:

@@ -273,7 +273,7 @@ def _lost_work(connection: Connection, settings: Settings, work: WorkState) -> I
     rows = overdue_jobs(connection, pending, work.now, limit=COUNTED_MOST) or ()
     if rows:
         ids = " ".join(str(row.id) for row in rows[:MAX_NAMED])
-        text = f"{_jobs(len(rows))} past their deadline and not polled soon"
+        text = f"{_jobs(len(rows))} past the deadline and not polled soon"
         yield Trouble("past_deadline", text, f"fetch-worker resume {ids}", len(rows), rows[0].deadline_at)
 
 
