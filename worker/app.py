@@ -32,8 +32,9 @@ from worker.system.json_logs import JsonFormatter
 from worker.system.kombu_patch import apply_patch
 from worker.system.redaction import RedactingFilter, shared_scrubber
 
-POLL_EVERY_SECONDS = 5.0
-SWEEP_EVERY_SECONDS = 2.0
+# Worker processes notice due work themselves. Beat's tasks are a safety net.
+POLL_EVERY_SECONDS = 60.0
+SWEEP_EVERY_SECONDS = 120.0
 PRUNE_EVERY_SECONDS = 3_600.0
 HINT_EXPIRES_SECONDS = 10.0
 TRACK_RESULT_SECONDS = 3_600

@@ -70,9 +70,9 @@ def retry(job_id: int) -> str:
 
 @app.task(name="worker.poll", bind=True)
 def poll(self: Any) -> str:
-    """Poll until nothing is due for a second, then publish the next poll task."""
-    summary = run_polls(progress=ProgressEvents(self.request))
-    if summary != "another run is active" and not process_resources().stopping.is_set():
+    """Poll until nothing is due for a second. If more is due after ten seconds, publish the next poll task."""
+    summary, more = run_polls(ProgressEvents(self.request))
+    if more and not process_resources().stopping.is_set():
         log_broker_errors("poll", lambda: poll.apply_async(expires=HINT_EXPIRES_SECONDS))
     return summary
 

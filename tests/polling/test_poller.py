@@ -490,20 +490,6 @@ def test_given_an_active_run_when_another_starts_then_the_other_ends_at_once(pol
     first.join()
 
 
-def test_given_a_preemptible_run_when_another_starts_then_it_takes_over_at_once(polls: Polls) -> None:
-    reports: list[object] = []
-    first = threading.Thread(target=lambda: reports.append(polls.poller.run(seconds=30, preemptible=True)))
-    began = time.monotonic()
-    first.start()
-    time.sleep(0.1)
-
-    assert polls.poller.run(seconds=0.1) is not None
-
-    first.join(20)
-    assert reports[0] is not None
-    assert time.monotonic() - began < 20
-
-
 def test_given_a_waiting_run_when_a_job_is_due_and_it_is_woken_then_the_job_is_polled_at_once(
     polls: Polls,
 ) -> None:

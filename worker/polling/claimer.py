@@ -3,6 +3,9 @@
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Literal
 
 from worker.coordination.rate_limiter import RateLimiter, Reservation
 from worker.core.circuit_breaker import Scope
@@ -17,7 +20,34 @@ from worker.store.claims import ClaimedJob
 from worker.store.due_groups import DueGroup
 
 MAX_CLAIM = 400  # jobs of one account in one claim: it bounds the time of the transaction
+AHEAD_SECONDS = 0.05  # how early a run is requested: a message needs some ten milliseconds
 SLOW_CLAIM_SECONDS = 0.1  # a claim that took longer has missed its send times
+
+
+@dataclass(frozen=True, slots=True)
+class DueWork:
+    """Due groups by account, and what the circuit breakers of their accounts and hosts allow."""
+
+    groups: Mapping[str, Sequence[DueGroup]]
+    accounts: Mapping[str, Literal["all", "probe", "none"]]
+    hosts: Mapping[str, Literal["all", "probe", "none"]]
+
+    @property
+    def reachable(self) -> dict[str, list[DueGroup]]:
+        """The groups of each account whose host is not held."""
+        return {
+            account: [group for group in groups if self.hosts[group.host] == "all"]
+            for account, groups in self.groups.items()
+        }
+
+    @property
+    def may_start(self) -> bool:
+        """Whether the circuit breakers allow any request."""
+        return any(
+            self.accounts[account] != "none" and self.hosts[group.host] != "none"
+            for account, groups in self.groups.items()
+            for group in groups
+        )
 
 
 class Claimer:
@@ -51,6 +81,7 @@ class Claimer:
         self._waiting_answers = waiting_answers
         self._rng = rng
         self.look_times = LookTimes()
+        self.waits_for_rate = False  # whether the last look found due jobs and started none: the rate limit is used up
 
     def claim_due_jobs(self) -> bool:
         """Claim and start due jobs, and set the time of the next look. Return whether any were started."""
@@ -58,30 +89,32 @@ class Claimer:
             self.look_times.look_after(LOOK_SECONDS)
             return False
         view = self._views.current()
-        now = view.time()
-        due = self._due_groups(view)
-        account_states = {account: view.breaker("account", account).allows(now) for account in due}
-        host_states = {
-            group.host: view.breaker("host", group.host).allows(now) for groups in due.values() for group in groups
-        }
-        reachable = {
-            account: [group for group in groups if host_states[group.host] == "all"] for account, groups in due.items()
-        }
+        work = self._due_work(view, view.time())
+        reachable = work.reachable
         started, more, wait = self._claim(
-            {account: groups for account, groups in reachable.items() if groups and account_states[account] == "all"},
+            {account: groups for account, groups in reachable.items() if groups and work.accounts[account] == "all"},
             view,
         )
         for account, groups in reachable.items():
-            if account_states[account] == "probe":
+            if work.accounts[account] == "probe":
                 started += self._probe(groups, [("account", account)])
-        for host, state in host_states.items():
+        for host, state in work.hosts.items():
             if state == "probe":
-                started += self._probe_host(host, due, account_states)
+                started += self._probe_host(host, work)
+        self.waits_for_rate = not started and work.may_start
         empty_looks = self.look_times.empty_looks = 0 if started else self.look_times.empty_looks + 1
-        pause = min(wait, view.pause(account_states, empty_looks)) if not started else 0.0 if more else LOOK_SECONDS
+        pause = min(wait, view.pause(work.accounts, empty_looks)) if not started else 0.0 if more else LOOK_SECONDS
         self._views.stale = not more  # if a claim was full, more of the same jobs are due
         self.look_times.look_after(pause)
         return started > 0
+
+    def work_ahead(self) -> bool:
+        """Return whether jobs that may be polled are due, or due in a moment. Set the time of the next look."""
+        view = self._views.current()
+        ready = self._due_work(view, view.time() + timedelta(seconds=AHEAD_SECONDS)).may_start
+        self._views.stale = True
+        self.look_times.look_after(LOOK_SECONDS if ready else max(view.pause({}, 0) - AHEAD_SECONDS, 0.001))
+        return ready
 
     def _all_full(self) -> bool:
         """Return whether no host with waiting jobs has free places, as far as a recent view shows."""
@@ -95,19 +128,22 @@ class Claimer:
         room = self._options.max_in_flight + min(ahead, MAX_CLAIM) - outstanding
         return 0 if outstanding and room < self._options.min_room else room
 
-    def _due_groups(self, view: DueView) -> dict[str, list[DueGroup]]:
-        """Return the due groups of each account. The hosts that SD_API_HOSTS does not list are held instead."""
-        now = view.time()
+    def _due_work(self, view: DueView, moment: datetime) -> DueWork:
+        """Return the work that is due at a moment. The hosts that SD_API_HOSTS does not list are held instead."""
         due: dict[str, list[DueGroup]] = {}
         unlisted: list[DueGroup] = []
         for group in view.groups:
-            if group.due_at <= now and self._api.lists(group.host):
+            if group.due_at <= moment and self._api.lists(group.host):
                 due.setdefault(group.account, []).append(group)
-            elif group.due_at <= now:
+            elif group.due_at <= view.time():
                 unlisted.append(group)
         if unlisted:
             self._unlisted.hold(unlisted)
-        return due
+        accounts = {account: view.breaker("account", account).allows(moment) for account in due}
+        hosts = {
+            group.host: view.breaker("host", group.host).allows(moment) for groups in due.values() for group in groups
+        }
+        return DueWork(due, accounts, hosts)
 
     def _claim(self, due: Mapping[str, Sequence[DueGroup]], view: DueView) -> tuple[int, bool, float]:
         """Claim and start jobs of these accounts.
@@ -152,12 +188,12 @@ class Claimer:
             self._pool.start(job, moment)
         return jobs[len(reservation.send_times) :]
 
-    def _probe_host(self, host: str, due: Mapping[str, Sequence[DueGroup]], account_states: Mapping[str, str]) -> int:
+    def _probe_host(self, host: str, work: DueWork) -> int:
         """Probe a host whose breaker is half open, with one job of an account that may be polled."""
-        for account, groups in due.items():
+        for account, groups in work.groups.items():
             host_groups = [group for group in groups if group.host == host]
-            probed: list[tuple[Scope, str]] = [("account", account)] if account_states[account] == "probe" else []
-            if account_states[account] != "none" and self._probe(host_groups, [*probed, ("host", host)]):
+            probed: list[tuple[Scope, str]] = [("account", account)] if work.accounts[account] == "probe" else []
+            if work.accounts[account] != "none" and self._probe(host_groups, [*probed, ("host", host)]):
                 return 1
         return 0
 

@@ -33,6 +33,8 @@ from worker.store.claims import ClaimedJob
 
 log = logging.getLogger(__name__)
 
+HAND_OVER_SECONDS = 2.0  # how long a requested run may take to start: without a broker the watching run polls then
+REQUEST_SECONDS = 2.0  # between two requests for the same work
 RUN_SECONDS = 10.0  # a task should end soon, so that monitors show what it did and its worker can stop
 
 
@@ -43,6 +45,7 @@ class PollReport:
     asked: int = 0
     lost: int = 0
     answers: Counter[str] = field(default_factory=Counter)
+    more: bool = False  # whether the run ended by its time limit, and more is due or in flight
 
     def __str__(self) -> str:
         if not self.asked:
@@ -77,6 +80,8 @@ class Poller:
         self._leases = leases
         self._progress_seconds = options.progress_seconds
         self._run_lock = RunLock()
+        self._requested_at: float | None = None  # when this process first requested a run for the work that is due
+        self._last_request_at = 0.0
         self._stopping = threading.Event()
         self._rate = AnswerRate()
         self._views = ViewReader(engine, options.keys)
@@ -155,25 +160,28 @@ class Poller:
         self,
         *,
         seconds: float = RUN_SECONDS,
-        preemptible: bool = False,
+        request_run: Callable[[], None] | None = None,
         finish: bool = False,
         progress: Progress | None = None,
     ) -> PollReport | None:
         """Poll until nothing was due for a second, or for `seconds`. Return None if another run is active.
 
-        A `preemptible` run ends as soon as another run wants to start. With `finish` the run waits for the last answer,
+        With `request_run` the run only watches: it calls the function when jobs are about to be due, and ends as soon
+        as another run wants to start. If none does, it polls itself. With `finish` the run waits for the last answer,
         since no other run follows it in this process. `progress` is called from time to time.
         """
-        if not self._run_lock.acquire(preemptible=preemptible, wake=self._pool.wake):
+        if not self._run_lock.acquire(preemptible=request_run is not None, wake=self._pool.wake):
             return None
         try:
-            report = self._run(time.monotonic() + seconds, finish, progress)
+            report = self._run(time.monotonic() + seconds, request_run, finish, progress)
             self._recorder.share_models()
             return report
         finally:
             self._run_lock.release()
 
-    def _run(self, until: float, finish: bool, progress: Progress | None) -> PollReport:
+    def _run(
+        self, until: float, request_run: Callable[[], None] | None, finish: bool, progress: Progress | None
+    ) -> PollReport:
         report = PollReport()
         progress_at = time.monotonic() + self._progress_seconds
         if self._recorder.waiting:
@@ -188,12 +196,18 @@ class Poller:
             if self.stopped:
                 self._claims.release(self._pool.take_back())
             elif over and not (finish and self.busy):
+                report.more = True
                 return report
-            elif not over and look_times.due(now) and self._claimer.claim_due_jobs():
+            elif (
+                not over
+                and look_times.due(now)
+                and self._may_claim(request_run, now)
+                and (self._claimer.claim_due_jobs() or self._claimer.waits_for_rate)
+            ):
                 idle_until = time.monotonic() + IDLE_SECONDS
             self._keep_leases()
             busy = self.busy
-            if not busy and (self.stopped or now >= idle_until):
+            if not busy and (self.stopped or (now >= idle_until and request_run is None)):
                 return report
             answers = self._pool.answers(self._wait(until, idle_until, busy), gather=self._rate.gather_seconds)
             if answers or self._recorder.unwritten:
@@ -202,12 +216,25 @@ class Poller:
                 progress_at = now + self._progress_seconds
                 progress(report, self._pool.outstanding)
 
+    def _may_claim(self, request_run: Callable[[], None] | None, now: float) -> bool:
+        """Return whether this run may claim jobs. A run that watches gives another run the chance to do it first."""
+        if request_run is None:
+            self._requested_at = None
+            return True
+        if not self._claimer.work_ahead():
+            self._requested_at = None
+            return False
+        if self._requested_at is None or now - self._last_request_at > REQUEST_SECONDS:
+            self._requested_at, self._last_request_at = self._requested_at or now, now
+            request_run()
+        return now - self._requested_at > HAND_OVER_SECONDS
+
     def _wait(self, until: float, idle_until: float, busy: bool) -> float:
         """Return the seconds until the next thing to do, unless an answer comes first."""
         now = time.monotonic()
         if self.stopped or now >= until:
             return IDLE_SECONDS
-        return self._claimer.look_times.wait(now, until, *(() if busy else (idle_until,)))
+        return self._claimer.look_times.wait(now, until, *(() if busy or now >= idle_until else (idle_until,)))
 
     def _keep_leases(self) -> None:
         """Have the leases renewed while jobs are claimed, also between two runs."""

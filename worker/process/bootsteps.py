@@ -1,8 +1,8 @@
 """Boot steps of a worker process: check the schema at start, and poll and sweep where no message asks for it.
 
-Messages are hints. A poll run may end with no message to start the next one: there is no broker, no beat, or another
-process took the message. Then the ticker of a process that consumes polls starts the same run directly. That run is
-preemptible by the next message, so that Flower shows the polls. From time to time the ticker sweeps, too.
+The ticker of a process that consumes polls watches for due jobs, and publishes a poll task when there are some. So an
+idle worker publishes nothing, and Flower shows the polls that asked something. If no task starts in time, because there
+is no broker, the ticker polls itself. Sweeps are done in the same way.
 """
 
 import random
@@ -23,7 +23,15 @@ from worker.errors import DeploymentError, SchemaOutdated, Unavailable
 from worker.process.other_workers import remember_database, warn_about_foreign_workers
 from worker.process.registration import Registration
 from worker.process.resources import process_resources
-from worker.process.runs import probe_keys, run_polls, run_sweep, run_webhooks
+from worker.process.runs import (
+    probe_keys,
+    run_housekeeping,
+    run_polls,
+    run_sweep,
+    run_webhooks,
+    sweep_needed,
+    watch_due_work,
+)
 from worker.store.engine import describe_error, engine_for
 from worker.store.migrate import expand
 from worker.system.watchdog import Loop, Watchdog, watched_seconds
@@ -31,7 +39,9 @@ from worker.system.watchdog import Loop, Watchdog, watched_seconds
 log = get_logger(__name__)
 
 LOOK_SECONDS = 0.1
-SILENCE_SECONDS = 0.15
+WATCH_SECONDS = 0.02
+SILENCE_SECONDS = 0.03
+SWEEP_LOOK_SECONDS = 2.0
 DATABASE_WAIT_SECONDS = 2.0
 NEIGHBOURS_SECONDS = 3.0
 SWEEP_SILENCE_SECONDS = 10.0
@@ -58,6 +68,7 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
         self._threads: list[threading.Thread] = []
         self._registration: threading.Thread | None = None
         self._changed_keys = set[str]()
+        self._needed_since: float | None = None  # since when a sweep would put something back
         super().__init__(worker, **options)
 
     def start(self, worker: Any) -> None:
@@ -102,23 +113,39 @@ class Ticker(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no ty
         loop = Loop()
         watchdog.watch("the poll run", lambda: poller.run_progress)
         watchdog.watch("the poll loop", lambda: loop() if poller.run_progress is None else None)
-        while not self._stop.wait(LOOK_SECONDS):
+        while not self._stop.wait(WATCH_SECONDS):
             loop.beat()
             if time.monotonic() - poller.last_run > SILENCE_SECONDS:
-                never_raise(lambda: run_polls(preemptible=True))
+                never_raise(watch_due_work)
         if poller.busy:
             never_raise(run_polls)  # claims no more jobs, but records the outstanding answers
 
     def _sweep(self) -> None:
         loop = Loop()
         watchdog.watch("the sweep loop", loop)
+        looked_at = 0.0
         while not self._stop.wait(LOOK_SECONDS):
             loop.beat()
-            if time.monotonic() - process_resources().swept_at > SWEEP_SILENCE_SECONDS:
-                never_raise(run_sweep)
+            if time.monotonic() - looked_at > SWEEP_LOOK_SECONDS:
+                looked_at = time.monotonic()
+                never_raise(self._look_for_lost_work)
             self._changed_keys |= settings.keys.take_changed()
             if self._changed_keys:
                 self._try_keys()
+
+    def _look_for_lost_work(self) -> None:
+        """Request a sweep if it would put something back. If none starts, sweep here."""
+        run_housekeeping()
+        if not sweep_needed():
+            self._needed_since = None
+            return
+        resources = process_resources()
+        self._needed_since = self._needed_since or time.monotonic()
+        late = time.monotonic() - self._needed_since > SWEEP_SILENCE_SECONDS
+        if late and resources.swept_at < self._needed_since:
+            run_sweep()
+        else:
+            resources.run_requests.request("worker.sweep")
 
     def _try_keys(self) -> None:
         """Probe changed keys, whatever held their accounts. An account without a key is held from now on."""

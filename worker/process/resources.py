@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from sqlalchemy import Engine
 
-from worker.app import settings
+from worker.app import app, settings
 from worker.coordination.leases import LeaseKeeper
 from worker.coordination.publisher import Publisher
 from worker.coordination.rate_limiter import RateLimiter, redis_client
@@ -29,6 +29,7 @@ from worker.polling.poller import Poller
 from worker.process.dead_claims import log_released, release_dead_claims, sent_folder
 from worker.process.publishing import log_broker_errors, queue_downloads, send_on_done
 from worker.process.redelivery import DatabaseOutage, DeliveryCounter
+from worker.process.run_requests import RunRequests
 from worker.storage.select import storage_for
 from worker.store.claims import claim_holders
 from worker.store.engine import check_schema, engine_for
@@ -147,6 +148,11 @@ class ProcessResources:
         return Publisher()
 
     @locked_property
+    def run_requests(self) -> RunRequests:
+        """Requests runs of polls and sweeps."""
+        return RunRequests(app, settings.redis, self.publisher)
+
+    @locked_property
     def downloader(self) -> Downloader:
         """Downloads outputs."""
         guard = Guard(settings.allowed_networks)
@@ -189,7 +195,7 @@ class ProcessResources:
         gc.freeze()
         gc.set_threshold(*GARBAGE_THRESHOLDS)
         if POLLS in queues:
-            _ = self.poller, self.publisher
+            _ = self.poller, self.publisher, self.run_requests
             if settings.webhook_secrets:
                 _ = self.webhooks
         if DOWNLOADS in queues:

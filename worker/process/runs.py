@@ -5,7 +5,7 @@ If the database is away, a run ends early and says so. The next run continues.
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from worker.app import app, settings
 from worker.core import circuit_breaker as breakers
+from worker.core.humanize import format_count
 from worker.core.queues import DOWNLOADS
 from worker.errors import Unavailable
 from worker.operations.prune import Retention
@@ -25,9 +26,11 @@ from worker.process.dead_claims import log_released, release_dead_claims
 from worker.process.publishing import queue_downloads
 from worker.process.resources import ProcessResources, process_resources
 from worker.store.breakers import locked_breaker, save_breaker
-from worker.store.claims import queue_due_outputs
+from worker.store.claims import claim_holders, has_outputs_to_queue, queue_due_outputs
 from worker.store.engine import database_now, describe_error
+from worker.store.on_done import has_due_calls
 from worker.store.reports.history import record_history
+from worker.system.process_identity import dead_holders
 
 log = get_task_logger(__name__)
 
@@ -42,17 +45,29 @@ _pruning = threading.Lock()
 _repairing = threading.Lock()
 
 
-def run_polls(*, preemptible: bool = False, progress: Progress | None = None) -> str:
-    """Run the poller once and return a short summary. A preemptible run ends when another one starts."""
+def run_polls(progress: Progress | None = None) -> tuple[str, bool]:
+    """Run the poller once. Return a short summary, and whether another run should follow at once."""
     resources = process_resources()
+    report = _run_poller(lambda: resources.poller.run(finish=not resources.ticks, progress=progress))
+    if report is None:
+        return "another run is active", False
+    return (report, True) if isinstance(report, str) else (str(report), report.more)
+
+
+def watch_due_work() -> None:
+    """Watch for due jobs for some seconds, and request a run for them. If none starts, poll here."""
+    resources = process_resources()
+    _run_poller(lambda: resources.poller.run(request_run=lambda: resources.run_requests.request("worker.poll")))
+
+
+def _run_poller(run: Callable[[], PollReport | None]) -> PollReport | str | None:
     try:
-        resources.release_dead_claims()
-        report = resources.poller.run(preemptible=preemptible, finish=not resources.ticks, progress=progress)
+        process_resources().release_dead_claims()
+        return run()
     except DATABASE_ERRORS as error:
         log.error("polling waits for the database reason=%s", describe_error(error, settings.database))
         time.sleep(DATABASE_AWAY_SECONDS)
         return "the database is away"
-    return "another run is active" if report is None else str(report)
 
 
 class ProgressEvents:
@@ -64,6 +79,7 @@ class ProgressEvents:
 
     def __call__(self, report: PollReport, in_flight: int) -> None:
         """Send what was done so far, as text and in numbers."""
+        process_resources().run_requests.active("worker.poll")
         if self._sending:
             return
         self._sending = True
@@ -102,10 +118,32 @@ def run_sweep() -> str:
     queue_downloads(output_ids)
     resources.notify(None)
     log_released(released)
+    done = [f"{format_count(len(output_ids), 'download')} requeued"] if output_ids else []
+    done += [f"{format_count(released.rows, 'claim')} of dead processes released"] if released.rows else []
+    return ", ".join(done) or "nothing to requeue"
+
+
+def sweep_needed() -> bool:
+    """Return whether a sweep would put something back: lost messages, work of dead processes, unsent calls."""
+    try:
+        with process_resources().engine.connect() as connection:
+            now = database_now(connection)
+            if dead_holders(claim_holders(connection)) or has_due_calls(connection, now=now):
+                return True
+            if not has_outputs_to_queue(connection, now=now, queued_before=now - TAKEN_WITHIN):
+                return False
+            return has_outputs_to_queue(connection, now=now, queued_before=now - _lost_after())
+    except DATABASE_ERRORS as error:
+        log.error("the sweep waits for the database reason=%s", describe_error(error, settings.database))
+        return False
+
+
+def run_housekeeping() -> None:
+    """Repair invalid rows, write the history row of this minute, and start the due late looks."""
+    resources = process_resources()
     _repair(resources)
     _sample(resources)
     _start_late_looks(resources)
-    return f"{len(output_ids)} downloads requeued" if output_ids else "nothing to requeue"
 
 
 def _repair(resources: ProcessResources) -> None:

@@ -436,6 +436,17 @@ def claim_holders(connection: Connection) -> set[str]:
     }
 
 
+def has_outputs_to_queue(connection: Connection, *, now: datetime, queued_before: datetime) -> bool:
+    """Return whether `queue_due_outputs` would find an output."""
+    query = select(outputs.c.id).where(*_to_queue(now, queued_before)).limit(1)
+    return connection.execute(query).scalar() is not None
+
+
+def _to_queue(now: datetime, queued_before: datetime) -> tuple[ColumnElement[bool], ...]:
+    lost = or_(outputs.c.queued_at.is_(None), outputs.c.queued_at < queued_before)
+    return outputs.c.due_at.is_not(None), outputs.c.due_at <= now, lost
+
+
 def queue_due_outputs(connection: Connection, *, now: datetime, queued_before: datetime, limit: int) -> list[int]:
     """Mark due outputs as queued, and return their ids, oldest link first.
 
@@ -444,11 +455,7 @@ def queue_due_outputs(connection: Connection, *, now: datetime, queued_before: d
     """
     due = (
         select(outputs.c.id)
-        .where(
-            outputs.c.due_at.is_not(None),
-            outputs.c.due_at <= now,
-            or_(outputs.c.queued_at.is_(None), outputs.c.queued_at < queued_before),
-        )
+        .where(*_to_queue(now, queued_before))
         .order_by(outputs.c.listed_at)
         .limit(limit)
         .with_for_update(skip_locked=True)

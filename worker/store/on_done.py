@@ -40,7 +40,7 @@ def claim_calls(connection: Connection, *, now: datetime, job_ids: Sequence[int]
     """Claim the calls that are due, in the order in which the jobs ended. With `job_ids`, only claim their calls."""
     query = (
         select(jobs.c.id, jobs.c.on_done, jobs.c.on_done_attempts)
-        .where(_unsent(), _still_tried(now), or_(jobs.c.on_done_due_at.is_(None), jobs.c.on_done_due_at <= now))
+        .where(*_due(now))
         .order_by(jobs.c.completed_at)
         .limit(BATCH)
         .with_for_update(skip_locked=True)
@@ -50,6 +50,12 @@ def claim_calls(connection: Connection, *, now: datetime, job_ids: Sequence[int]
         claimed = jobs.c.id.in_([row.id for row in rows])
         connection.execute(update(jobs).where(claimed).values(on_done_due_at=now + CLAIM))
     return [OnDoneCall(row.id, row.on_done, row.on_done_attempts + 1) for row in rows]
+
+
+def has_due_calls(connection: Connection, *, now: datetime) -> bool:
+    """Return whether `claim_calls` would find a call."""
+    query = select(jobs.c.id).where(*_due(now)).limit(1)
+    return connection.execute(query).scalar() is not None
 
 
 def record_sent(connection: Connection, job_ids: Collection[int], *, now: datetime) -> None:
@@ -102,6 +108,10 @@ def recent_on_done(connection: Connection) -> list[str]:
 
 def _unsent() -> ColumnElement[bool]:
     return and_(jobs.c.completed_at.is_not(None), jobs.c.on_done.is_not(None), jobs.c.told_at.is_(None))
+
+
+def _due(now: datetime) -> tuple[ColumnElement[bool], ...]:
+    return _unsent(), _still_tried(now), or_(jobs.c.on_done_due_at.is_(None), jobs.c.on_done_due_at <= now)
 
 
 def _still_tried(now: datetime) -> ColumnElement[bool]:
