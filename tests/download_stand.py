@@ -9,14 +9,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, update
 
 from tests.rows import add_downloading, add_output, read_output
 from worker.coordination.leases import LeaseKeeper
 from worker.downloads.downloader import Downloader
 from worker.downloads.options import DownloadOptions
 from worker.net.address_guard import Guard, guarded_adapter
-from worker.storage.local import FileStorage
+from worker.storage.local import FileStorage, path_of
+from worker.store.schema import outputs
 from worker.system.redaction import Scrubber
 
 KEY = "sk-canary-7f3a"
@@ -94,3 +95,17 @@ class Stand:
     def files(self) -> list[Path]:
         """All files, including temporary files."""
         return [path for path in self.out.rglob("*") if path.is_file()]
+
+
+def assert_stored(stand: Stand, row: Any, body: bytes) -> None:
+    """Check that an output is stored completely, and that there is no other file."""
+    assert (row.status, row.error_code, row.size_bytes) == ("stored", None, len(body)), row.error_message
+    assert row.sha256 == hashlib.sha256(body).hexdigest()
+    assert path_of(row.location).read_bytes() == body
+    assert stand.files == [path_of(row.location)]
+
+
+def make_due(engine: Engine) -> None:
+    """Make the next attempt due now."""
+    with engine.begin() as connection:
+        connection.execute(update(outputs).where(outputs.c.due_at.is_not(None)).values(due_at=outputs.c.listed_at))

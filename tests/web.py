@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 Answer = Callable[[socket.socket], None]
 
@@ -173,3 +174,15 @@ class Picture:
             remaining = remaining[: self.cuts.pop(0)]
         client.sendall(remaining)
         self.sent += len(remaining)
+
+
+class Always(dict[str, Answer]):
+    """The same answer for every path, for `Web.answers`."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self._answer = answer
+
+    def get(self, *_: Any) -> Any:
+        """Return the answer."""
+        return self._answer

@@ -3,7 +3,6 @@
 import base64
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import random
@@ -12,24 +11,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
 import pytest
 from sqlalchemy import update
 
-from tests.download_stand import Stand, png
+from tests.download_stand import Stand, assert_stored, png
 from tests.rows import read_output
-from tests.web import Picture, Web, drips, head, page, sends, web_server
-from worker.core.media.signatures import Media
-from worker.downloads.downloader import HostSlots
+from tests.web import Picture, Web, drips, head, page, sends
 from worker.errors import StorageTrouble
-from worker.storage.local import PARTIAL, FileStorage, path_of
-from worker.storage.partial_files import Incoming, PartialFiles, Source, link_hash
+from worker.storage.local import PARTIAL, FileStorage
+from worker.storage.partial_files import Incoming, PartialFiles
 from worker.store.claims import claim_holders
 from worker.store.reaper import release_crashed
 from worker.store.schema import outputs
@@ -56,10 +51,7 @@ def _run_again(stand: Stand, output_id: int) -> Any:
 
 
 def _is_stored(stand: Stand, row: Any, body: bytes = BODY) -> bool:
-    assert (row.status, row.error_code) == ("stored", None), row.error_message
-    assert row.sha256 == hashlib.sha256(body).hexdigest()
-    assert path_of(row.location).read_bytes() == body
-    assert stand.files == [path_of(row.location)]
+    assert_stored(stand, row, body)
     return True
 
 
@@ -442,82 +434,6 @@ def test_the_rest_of_a_base64_text_is_never_appended_to_the_decoded_picture(
     assert len(web.requests) == 1
 
 
-# ── files of two processes ────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_two_downloads_of_the_same_output_do_not_mix(tmp_path: Path) -> None:
-    """The second one, with the newer claim, has its own file. The file of the first one can be resumed."""
-    partials = PartialFiles(tmp_path / "p")
-    source = Source(link_hash("x"), TAG, 30)
-    with partials.receive(7, "a") as first:
-        first.begin(source)
-        first.write(b"a" * 10)
-        with partials.receive(7, "b") as second:
-            second.begin(source)
-            second.write(b"b" * 20)
-            second.hold = True
-            assert (first.size, second.size, first.path.read_bytes()) == (10, 20, b"a" * 10)
-        first.hold = True
-    assert {path.name for path in (tmp_path / "p").iterdir()} == {"7.part", "7.json"}
-    with partials.receive(7, "c") as third:
-        assert (third.size, third.source) == (10, source)
-
-
-def test_a_file_that_was_renamed_before_it_was_locked_is_not_written_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between opening and locking, the file may have got its final name."""
-    partials = PartialFiles(tmp_path / "p")
-    partials.folder.mkdir()
-    (partials.folder / "7.part").write_bytes(b"whole")
-    real = os.open
-
-    def open_and_rename(path: Any, *arguments: Any, **options: Any) -> int:
-        handle = real(path, *arguments, **options)
-        final_path = tmp_path / "kept.png"
-        if str(path).endswith("7.part") and not final_path.exists():
-            Path(path).rename(final_path)
-        return handle
-
-    monkeypatch.setattr(os, "open", open_and_rename)
-    with partials.receive(7, "t") as incoming:
-        incoming.write(b"other")
-    assert (tmp_path / "kept.png").read_bytes() == b"whole"
-
-
-def test_after_a_rename_the_next_file_with_the_old_name_is_not_deleted(tmp_path: Path) -> None:
-    """Otherwise a third download could use the name, and the second would give its partial file a final name."""
-    storage, media = FileStorage(tmp_path / "out"), Media("image/png", "png")
-    storage.prepare()
-    source = Source(link_hash("x"), TAG, 100)
-    with storage.partials.receive(7, "a") as first:
-        first.begin(source)
-        first.write(b"a" * 100)
-        storage.keep(first, job_id=1, position=0, media=media)
-        later = storage.partials.receive(7, "b")
-        second = later.__enter__()
-        second.begin(source)
-        second.write(b"b" * 100)
-    with storage.partials.receive(7, "c") as third:
-        third.begin(source)
-        third.write(b"c" * 40)
-        assert path_of(storage.keep(second, job_id=1, position=0, media=media)).read_bytes() == b"b" * 100
-        later.__exit__(None, None, None)
-        assert third.path.read_bytes() == b"c" * 40
-
-
-def test_a_file_whose_temporary_name_was_removed_is_not_renamed(tmp_path: Path) -> None:
-    storage = FileStorage(tmp_path / "out")
-    storage.prepare()
-    with storage.partials.receive(7, "a") as incoming:
-        incoming.write(b"a" * 100)
-        incoming.path.unlink()
-        incoming.path.write_bytes(b"other")
-        with pytest.raises(StorageTrouble, match="removed"):
-            storage.keep(incoming, job_id=1, position=0, media=Media("image/png", "png"))
-    assert incoming.path.read_bytes() == b"other"
-
-
 @pytest.mark.parametrize("refusal", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_without_locks_each_claim_has_its_own_file(
     refusal: int, stand: Stand, web: Web, picture: Picture, monkeypatch: pytest.MonkeyPatch
@@ -534,113 +450,3 @@ def test_without_locks_each_claim_has_its_own_file(
     old.write_bytes(b"x")
     os.utime(old, (0, 0))
     assert PartialFiles(old.parent).remove_stale(older_than=10) == 1
-
-
-def test_an_error_while_a_file_is_resumed_leaves_no_handle_open(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An open handle would keep its lock until the process ends."""
-
-    def refuses(*_: Any) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    partials = PartialFiles(tmp_path / "p")
-    for call in ("utime", "ftruncate"):
-        with monkeypatch.context() as patched:
-            patched.setattr(os, call, refuses)
-            with pytest.raises(StorageTrouble), partials.receive(7, "a"):
-                pass
-        with partials.receive(7, "b") as incoming:
-            assert incoming.path.name == "7.part"
-
-
-def test_old_partial_files_are_removed_but_not_those_in_use(tmp_path: Path) -> None:
-    """With their sidecars, and sidecars without a file."""
-    partials = PartialFiles(tmp_path)
-    past = time.time() - 1_000
-    for name in ("1.part", "1.json", "2.json", "3.other"):
-        (tmp_path / name).write_text("x")
-        os.utime(tmp_path / name, (past, past))
-    with partials.receive(9, "t") as busy:
-        busy.begin(Source(link_hash("x"), TAG))
-        os.utime(busy.path, (past, past))
-        os.utime(busy.path.with_suffix(".json"), (past, past))
-        partials.remove_stale(older_than=500)
-        assert {path.name for path in tmp_path.iterdir()} == {"9.part", "9.json"}
-
-
-# ── hosts ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_host_that_hangs_uses_no_more_than_its_slots() -> None:
-    """Other hosts are not affected. A released slot is given to a waiting download."""
-    hosts = HostSlots(1, wait_seconds=0.05)
-    with hosts.slot("a") as first, hosts.slot("a") as second, hosts.slot("b") as other_host:
-        assert (first, second, other_host) == (True, False, True)
-    with hosts.slot("a") as next_slot:
-        assert next_slot
-
-    patient, results = HostSlots(1, wait_seconds=5), list[bool]()
-
-    def wait_for_slot() -> None:
-        with patient.slot("a") as has_slot:
-            results.append(has_slot)
-
-    with patient.slot("a"):
-        thread = Thread(target=wait_for_slot)
-        thread.start()
-        time.sleep(0.05)
-    thread.join(5)
-    assert results == [True]
-
-
-def test_outputs_of_a_host_that_hangs_do_not_delay_other_outputs(stand: Stand, web: Web) -> None:
-    """However many and however old they are: free threads download the others."""
-    release = Event()
-    stand.timeout, stand.per_host = 30.0, 2
-
-    def hang(_: socket.socket) -> None:
-        release.wait(20)
-
-    with web_server("127.0.0.2") as other_server:
-        url = other_server.serves("/h.png", hang)
-        waiting = [stand.add(f"{url}?{number}") for number in range(150)]
-        late = [stand.add(web.serves(f"/{number}.png", page(200, png(padding=number)))) for number in range(5)]
-        downloader = stand.downloader()
-        stop = Event()
-
-        def run_downloads() -> None:
-            while not stop.is_set():
-                downloader.run(waiting[0])
-
-        threads = [Thread(target=run_downloads) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        until = time.monotonic() + 10
-        while (states := {read_output(stand.engine, output_id).status for output_id in late}) != {"stored"}:
-            if time.monotonic() >= until:
-                break
-            time.sleep(0.05)
-        stop.set()
-        release.set()
-        for thread in threads:
-            thread.join()
-    assert states == {"stored"}
-
-
-@contextmanager
-def _no_free_slot(_: HostSlots, __: str) -> Iterator[bool]:
-    yield False
-
-
-def test_an_output_whose_host_is_busy_is_released_without_counting_the_attempt(
-    stand: Stand, web: Web, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is due again in a few seconds."""
-    monkeypatch.setattr(HostSlots, "slot", _no_free_slot)
-    output_id = stand.add(web.url + "/a.png")
-    assert "busy" in stand.downloader().run(output_id)
-    row = read_output(stand.engine, output_id)
-    assert (row.status, row.attempts, row.claim_token, row.error_code) == ("pending", 0, None, None)
-    assert row.due_at > row.listed_at
-    assert web.requests == []

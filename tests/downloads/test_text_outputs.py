@@ -4,14 +4,13 @@ import base64
 import gzip
 import hashlib
 import json
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from sqlalchemy import insert
 
 from tests.download_stand import PNG, Stand, png
-from tests.networks import Net
+from tests.downloads.bad_bodies import HTML
 from tests.rows import read_job, read_output
 from tests.web import Answer, Picture, Web, head, page, sends
 from worker.errors import StorageTrouble
@@ -22,16 +21,7 @@ TRANSCRIPT = "Grüße. And that was all.\n".encode()
 CHAT = json.dumps({"choices": [{"message": {"role": "assistant", "content": "Hello."}}]}).encode()
 CUES = b"1\r\n00:00:00,000 --> 00:00:02,500\r\nHello.\r\n"
 CAPTIONS = b"WEBVTT\n\n00:00.000 --> 00:02.500\nHello.\n"
-HTML = b"<!doctype html><html><body>Sign in</body></html>"
 ERROR = b'<?xml version="1.0"?><Error><Code>NoSuchKey</Code></Error>'
-
-
-@pytest.fixture(autouse=True)
-def net(monkeypatch: pytest.MonkeyPatch) -> Iterator[Net]:
-    """Refuse connections outside of loopback."""
-    net = Net(loopback=True).install(monkeypatch)
-    yield net
-    assert net.external == []
 
 
 @pytest.mark.parametrize(

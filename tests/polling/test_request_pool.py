@@ -4,26 +4,15 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 
 import pytest
 
-from tests.rows import BASE, NOW
-from worker.core.identity import FetchAddress
-from worker.core.lifecycle import JobFacts
+from tests.polling.answers import claimed_job
 from worker.core.reply import ApiDown, ApiReply, Processing
 from worker.polling.request_pool import PollAnswer, RequestPool
 from worker.store.claims import ClaimedJob
 
 pytestmark = pytest.mark.every_python
-
-
-def job(number: int, host: str = "api.test") -> ClaimedJob:
-    """Return a claimed job."""
-    name = str(number)
-    address = FetchAddress(f"{BASE}/{name}", BASE, host)
-    facts = JobFacts("pending", NOW, NOW + timedelta(hours=1))
-    return ClaimedJob(number, "token", "default", name, "image", address, None, 1, NOW, facts)
 
 
 def collect(pool: RequestPool, count: int, seconds: float = 5.0) -> list[PollAnswer]:
@@ -59,7 +48,7 @@ def test_given_a_slow_request_when_others_are_done_then_their_answers_come_and_t
 ) -> None:
     pool = RequestPool(answer_after(release, {1}), threads=2)
     for number in range(1, 8):
-        pool.start(job(number), 0.0)
+        pool.start(claimed_job(number), 0.0)
 
     assert sorted(answer.job.id for answer in collect(pool, 6)) == [2, 3, 4, 5, 6, 7]
     assert pool.outstanding == 1
@@ -84,7 +73,7 @@ def test_given_more_jobs_than_threads_then_there_are_never_more_requests_than_th
 
     pool = RequestPool(ask, threads=4)
     for number in range(40):
-        pool.start(job(number), 0.0)
+        pool.start(claimed_job(number), 0.0)
 
     assert len(collect(pool, 40)) == 40
     assert maximum == 4
@@ -95,9 +84,9 @@ def test_given_a_silent_host_when_others_are_polled_then_they_do_not_wait_for_it
 ) -> None:
     pool = RequestPool(answer_after(release, set(range(10))), threads=2)
     for number in range(10):
-        pool.start(job(number, "silent.test"), 0.0)
+        pool.start(claimed_job(number, "silent.test"), 0.0)
     for number in range(10, 14):
-        pool.start(job(number), 0.0)
+        pool.start(claimed_job(number), 0.0)
 
     assert sorted(item.job.id for item in collect(pool, 4)) == [10, 11, 12, 13]
     assert (pool.outstanding_at("silent.test"), pool.outstanding_at("api.test"), pool.outstanding) == (10, 0, 10)
@@ -108,8 +97,8 @@ def test_given_a_silent_host_when_others_are_polled_then_they_do_not_wait_for_it
 def test_given_few_jobs_then_only_the_needed_threads_are_started(release: threading.Event) -> None:
     before = threading.active_count()
     pool = RequestPool(answer_after(release, {1, 2}), threads=128)
-    pool.start(job(1), 0.0)
-    pool.start(job(2), 0.0)
+    pool.start(claimed_job(1), 0.0)
+    pool.start(claimed_job(2), 0.0)
 
     assert threading.active_count() == before + 2
 
@@ -117,7 +106,7 @@ def test_given_few_jobs_then_only_the_needed_threads_are_started(release: thread
 def test_given_a_future_send_time_when_a_job_is_started_then_it_is_not_sent_before() -> None:
     pool = RequestPool(lambda _: ApiReply(Processing()), threads=1)
     moment = time.monotonic() + 0.15
-    pool.start(job(1), moment)
+    pool.start(claimed_job(1), moment)
 
     (answer,) = collect(pool, 1)
 
@@ -133,8 +122,8 @@ def test_given_a_request_that_raises_then_the_api_counts_as_down_and_the_thread_
         return ApiReply(Processing())
 
     pool = RequestPool(ask, threads=1)
-    pool.start(job(1), 0.0)
-    pool.start(job(2), 0.0)
+    pool.start(claimed_job(1), 0.0)
+    pool.start(claimed_job(2), 0.0)
 
     replies = {item.job.id: item.reply for item in collect(pool, 2)}
 
@@ -148,7 +137,7 @@ def test_given_a_stop_when_jobs_wait_for_a_thread_then_they_are_returned_and_the
 ) -> None:
     pool = RequestPool(answer_after(release, {1}), threads=1)
     for number in range(1, 5):
-        pool.start(job(number), 0.0)
+        pool.start(claimed_job(number), 0.0)
     until = time.monotonic() + 5
     while pool._lanes["api.test"].queue.qsize() > 3 and time.monotonic() < until:
         time.sleep(0.001)  # the first request has started
@@ -173,7 +162,7 @@ def test_given_no_answers_when_waiting_then_the_wait_ends_in_time_or_when_woken(
 
 def test_given_a_probe_when_it_is_answered_then_the_answer_says_so() -> None:
     pool = RequestPool(lambda _: ApiReply(Processing()), threads=1)
-    pool.start(job(1), 0.0, probe=True)
+    pool.start(claimed_job(1), 0.0, probe=True)
 
     assert [answer.probe for answer in collect(pool, 1)] == [True]
 
@@ -182,7 +171,7 @@ def test_a_closed_pool_leaves_no_thread() -> None:
     pool = RequestPool(lambda job: ApiReply(Processing()), threads=2)
     before = set(threading.enumerate())
     for number in range(4):
-        pool.start(job(number), time.monotonic())
+        pool.start(claimed_job(number), time.monotonic())
     collect(pool, 4)
     started = set(threading.enumerate()) - before
 
@@ -211,7 +200,7 @@ def test_given_a_busy_processor_when_adapted_then_few_threads_are_left_and_no_jo
     before = set(threading.enumerate())
     pool = RequestPool(answer_after(release, set(range(100))), threads=64)
     for number in range(100):
-        pool.start(job(number), 0.0)
+        pool.start(claimed_job(number), 0.0)
     assert threads_of(pool) == 64
 
     for _ in range(5):
@@ -231,7 +220,7 @@ def test_given_few_threads_when_jobs_wait_and_the_processor_is_idle_then_all_thr
 ) -> None:
     pool = RequestPool(answer_after(release, set(range(100))), threads=64)
     for number in range(100):
-        pool.start(job(number), 0.0)
+        pool.start(claimed_job(number), 0.0)
     for _ in range(5):
         pool._set_threads(0.9)
 
@@ -249,14 +238,14 @@ def test_given_few_threads_when_jobs_come_after_a_pause_then_all_threads_are_all
 ) -> None:
     pool = RequestPool(answer_after(release, set(range(1_000, 1_064))), threads=64)
     for number in range(64):
-        pool.start(job(number), 0.0)
+        pool.start(claimed_job(number), 0.0)
     for _ in range(5):
         pool._set_threads(0.9)
     collect(pool, 64)
     assert threads_of(pool) == 8
 
     for number in range(1_000, 1_064):
-        pool.start(job(number), 0.0)
+        pool.start(claimed_job(number), 0.0)
 
     assert threads_of(pool) == 64
 
@@ -269,7 +258,7 @@ def test_an_answer_has_the_processor_time_of_its_request() -> None:
         return ApiReply(Processing())
 
     pool = RequestPool(ask, threads=1)
-    pool.start(job(1), 0.0)
+    pool.start(claimed_job(1), 0.0)
 
     (answer,) = collect(pool, 1)
 
@@ -281,13 +270,13 @@ def test_given_stopping_threads_when_jobs_are_taken_back_then_the_threads_end_an
 ) -> None:
     before = set(threading.enumerate())
     pool = RequestPool(answer_after(release, {1, 2}), threads=2)
-    pool.start(job(1), 0.0)
-    pool.start(job(2), 0.0)
+    pool.start(claimed_job(1), 0.0)
+    pool.start(claimed_job(2), 0.0)
     lane = pool._lanes["api.test"]
     while lane.queue.qsize():
         time.sleep(0.001)  # both requests have started
     lane.limit_threads(1)
-    pool.start(job(3), 0.0)
+    pool.start(claimed_job(3), 0.0)
 
     assert [job_.id for job_ in pool.take_back()] == [3]
     release.set()
@@ -304,7 +293,7 @@ def test_given_requests_of_one_host_that_only_wait_when_another_host_is_busy_the
     """Its threads slow down no other host. With fewer threads a slow host would be polled less and less often."""
     pool = RequestPool(answer_after(release, set(range(200))), threads=64)
     for number in range(200):
-        pool.start(job(number, host="slow.test" if number % 2 else "fast.test"), 0.0)
+        pool.start(claimed_job(number, host="slow.test" if number % 2 else "fast.test"), 0.0)
     slow, fast = pool._lanes["slow.test"], pool._lanes["fast.test"]
 
     for _ in range(5):

@@ -1,18 +1,17 @@
 """Jobs whose fetch host is not on SD_API_HOSTS: they get no request, every view says why, and they end."""
 
-from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import Engine, select, update
 
-from tests.polling.test_poller import KEY, Polls, submitted
+from tests.polling.polls import KEY, Polls, submitted
 from worker.core.circuit_breaker import NOT_LISTED
 from worker.operations.explain import explain, why
 from worker.operations.job_context import read_context
 from worker.operations.overview import overview
-from worker.sandbox import Sandbox, SandboxOptions
+from worker.sandbox import Sandbox
 from worker.settings import Settings
 from worker.store.engine import database_now
 from worker.store.jobs import job_row, outputs_of
@@ -55,13 +54,9 @@ class Unlisted:
 
 
 @pytest.fixture
-def unlisted(engine: Engine, redis_url: str) -> Iterator[Unlisted]:
-    """One such job."""
-    with Sandbox(SandboxOptions(key=KEY, min_seconds=0.0, max_seconds=0.0, size=32)) as sandbox:
-        unlisted_ = Unlisted(engine, redis_url, sandbox)
-        yield unlisted_
-        unlisted_.listing.poller.close()
-        unlisted_.unlisting.poller.close()
+def unlisted(engine: Engine, redis_url: str, sandbox: Sandbox) -> Unlisted:
+    """A job at an unlisted host."""
+    return Unlisted(engine, redis_url, sandbox)
 
 
 def test_given_an_unlisted_host_then_it_is_held_and_every_view_says_so(unlisted: Unlisted) -> None:
@@ -96,7 +91,7 @@ def test_given_such_a_job_past_its_deadline_when_the_hold_is_a_minute_old_then_i
     assert (row.error_code, row.polls, row.due_at) == ("expired", 0, None)
     assert NOT_LISTED in row.error_message
     assert row.completed_at is not None
-    assert unlisted.unlisting.told == [unlisted.job_id]
+    assert unlisted.unlisting.notified == [unlisted.job_id]
 
 
 def test_given_such_a_job_with_a_promised_link_when_it_would_expire_then_the_link_is_tried_first(
