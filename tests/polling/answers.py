@@ -1,11 +1,14 @@
-"""Claimed jobs for tests, without a database."""
+"""Claimed jobs and answers about them for tests, without a database."""
 
+import time
 from datetime import timedelta
 from typing import Any
 
 from tests.rows import BASE, NOW
 from worker.core.identity import FetchAddress
 from worker.core.lifecycle import JobFacts
+from worker.core.reply import Reply
+from worker.polling.request_pool import PollAnswer
 from worker.store.claims import ClaimedJob
 
 
@@ -16,3 +19,8 @@ def claimed_job(number: int = 1, host: str = "api.test", **changes: Any) -> Clai
     facts = JobFacts("pending", NOW, NOW + timedelta(hours=1))
     job = ClaimedJob(number, "token", "default", name, "image", address, None, 1, NOW, facts)
     return job._replace(**changes)
+
+
+def answer_about(job: ClaimedJob, reply: Reply, *, probe: bool = False) -> PollAnswer:
+    """Return an answer about a job, to a request that was sent just now."""
+    return PollAnswer(job, reply, probe, time.monotonic())

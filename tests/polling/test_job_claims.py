@@ -1,10 +1,12 @@
 """Claims and releases of jobs: none is claimed twice, and none stays claimed without a poll."""
 
+import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -12,13 +14,19 @@ from sqlalchemy import Engine, select
 from sqlalchemy.exc import OperationalError
 
 from tests.polling.polls import KEY, Polls, submitted
-from worker.coordination.leases import LeaseLost
+from tests.rows import add_job, read_job
+from worker.coordination.leases import LeaseKeeper, LeaseLost
+from worker.core.circuit_breaker import Scope
 from worker.polling import job_claims
+from worker.polling.api_client import ApiClient
+from worker.polling.job_claims import JobClaims
 from worker.sandbox import Sandbox
 from worker.store.claims import claim_jobs, release_jobs
+from worker.store.due_groups import DueGroup, due_groups
 from worker.store.engine import database_now
 from worker.store.jobs import insert_jobs
 from worker.store.schema import jobs
+from worker.system.redaction import Scrubber
 from worker.vendor.fetch_url import AllowedApi, fetch_address
 
 
@@ -170,3 +178,136 @@ def fail_once(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OperationalError("", {}, Exception("away"))
 
     monkeypatch.setattr(job_claims, "release_jobs", away)
+
+
+# ── claims without a poller ───────────────────────────────────────────────────────────────────────────────────────────
+
+TWO_HOSTS = AllowedApi("https://api.test/api/v3", frozenset({"api.test", "other.test"}))
+ACCOUNT: list[tuple[Scope, str]] = [("account", "default")]
+
+
+def make_claims(engine: Engine) -> JobClaims:
+    """Return the claims of one process."""
+    client = ApiClient(TWO_HOSTS, Scrubber([]), timeout=5.0, connections=1)
+    leases = LeaseKeeper(engine, lease=timedelta(seconds=30))
+    return JobClaims(engine, client, leases, api_timeout=5.0, rng=random.Random(0))
+
+
+def add_due(engine: Engine, remote_ids: Sequence[str], *, host: str = "api.test", **changes: Any) -> list[int]:
+    """Insert jobs of a host that are due now."""
+    base = f"https://{host}/api/v3/fetch"
+    with engine.begin() as connection:
+        now = database_now(connection)
+        times = {"submitted_at": now, "tracked_at": now, "due_at": now, "deadline_at": now + timedelta(hours=1)}
+        return [
+            add_job(connection, name, fetch_url=f"{base}/{name}", fetch_base=base, fetch_host=host, **(times | changes))
+            for name in remote_ids
+        ]
+
+
+def groups_of(engine: Engine, account: str = "default") -> list[DueGroup]:
+    """Return the due groups of an account."""
+    with engine.connect() as connection:
+        return due_groups(connection, [account])
+
+
+def seconds_until_due(engine: Engine, job_id: int) -> float:
+    """Return the seconds until a job is due."""
+    with engine.connect() as connection:
+        now = database_now(connection)
+    return float((read_job(engine, job_id).due_at - now).total_seconds())
+
+
+def test_given_fewer_granted_requests_than_due_jobs_then_only_so_many_are_claimed(engine: Engine) -> None:
+    add_due(engine, ["1", "2", "3"])
+    room = {"api.test": 9}
+
+    claimed = make_claims(engine).claim({"default": groups_of(engine)}, {"default": 2}, room, ())
+
+    assert len(claimed["default"]) == 2
+    assert room == {"api.test": 7}
+    rows = [read_job(engine, job.id) for job in claimed["default"]]
+    assert [(row.polls, row.claim_token) for row in rows] == [(1, job.token) for job in claimed["default"]]
+
+
+def test_given_a_host_without_free_places_then_only_jobs_of_another_host_are_claimed(engine: Engine) -> None:
+    add_due(engine, ["1", "2"])
+    elsewhere = add_due(engine, ["3"], host="other.test")
+
+    claimed = make_claims(engine).claim(
+        {"default": groups_of(engine)}, {"default": 5}, {"api.test": 0, "other.test": 5}, ()
+    )
+
+    assert [job.id for job in claimed["default"]] == elsewhere
+
+
+def test_given_two_accounts_of_one_host_then_they_share_its_free_places(engine: Engine) -> None:
+    add_due(engine, ["1", "2"])
+    add_due(engine, ["3", "4"], account="other")
+    due = {account: groups_of(engine, account) for account in ("default", "other")}
+
+    claimed = make_claims(engine).claim(due, {"default": 2, "other": 2}, {"api.test": 3}, ())
+
+    assert [len(account_jobs) for account_jobs in claimed.values()] == [2, 1]
+
+
+def test_given_an_account_without_granted_requests_then_none_of_its_jobs_is_claimed(engine: Engine) -> None:
+    [job_id] = add_due(engine, ["1"])
+
+    assert make_claims(engine).claim({"default": groups_of(engine)}, {"default": 0}, {"api.test": 9}, ()) == {}
+
+    assert read_job(engine, job_id).claim_token is None
+
+
+def test_given_a_probe_in_flight_when_another_process_wants_to_probe_then_it_claims_nothing(engine: Engine) -> None:
+    add_due(engine, ["1", "2"])
+    groups = groups_of(engine)
+
+    [job] = make_claims(engine).claim_probe(groups, ACCOUNT)
+    second_probe = make_claims(engine).claim_probe(groups, ACCOUNT)
+
+    assert second_probe == []
+    assert read_job(engine, job.id).claim_token == job.token
+
+
+def test_given_no_job_that_may_be_polled_then_another_process_may_probe_at_once(engine: Engine) -> None:
+    add_due(engine, ["1"], host="unlisted.test")
+    assert make_claims(engine).claim_probe(groups_of(engine), ACCOUNT) == []
+    allowed = add_due(engine, ["2"])
+
+    assert [job.id for job in make_claims(engine).claim_probe(groups_of(engine), ACCOUNT)] == allowed
+
+
+def test_given_a_breaker_that_is_not_to_be_probed_when_another_is_then_no_job_is_claimed(engine: Engine) -> None:
+    """Another process has ended the hold of the host, or has begun one."""
+    add_due(engine, ["1"])
+
+    assert make_claims(engine).claim_probe(groups_of(engine), [*ACCOUNT, ("host", "api.test")]) == []
+
+
+def test_given_claimed_jobs_when_they_are_released_then_they_are_due_again_and_their_polls_do_not_count(
+    engine: Engine,
+) -> None:
+    ids = add_due(engine, ["1", "2"])
+    claims = make_claims(engine)
+    claimed = claims.claim({"default": groups_of(engine)}, {"default": 2}, {"api.test": 2}, ())
+
+    claims.release(claimed["default"])
+
+    rows = [read_job(engine, job_id) for job_id in ids]
+    assert [(row.polls, row.claim_token, row.claim_holder) for row in rows] == [(0, None, None)] * 2
+    assert all(seconds_until_due(engine, job_id) <= 0 for job_id in ids)
+
+
+def test_given_a_job_whose_address_may_not_get_the_key_when_claimed_then_it_is_not_tried_again_for_a_minute(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    [job_id] = add_due(engine, ["1"], host="unlisted.test")
+
+    claimed = make_claims(engine).claim({"default": groups_of(engine)}, {"default": 1}, {"unlisted.test": 1}, ())
+
+    row = read_job(engine, job_id)
+    assert claimed == {"default": []}
+    assert (row.polls, row.claim_token) == (0, None)
+    assert 50 < seconds_until_due(engine, job_id) <= 60
+    assert f"a job's fetch address is refused job={job_id}" in caplog.text
