@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import Connection, Engine, event, func, insert, select, text, update
 
-from tests.rows import NOW, add_downloading, add_job, add_output, read_history, seconds
+from tests.rows import NOW, add_downloading, add_job, add_output, add_process, read_history, seconds
 from worker.core.circuit_breaker import held_by_operator
 from worker.store.breakers import locked_breaker, save_breaker
 from worker.store.counters import Tally
@@ -40,6 +40,7 @@ def test_a_sample_has_the_statistics(engine: Engine) -> None:
         locked_breaker(connection, "account", "shop")
         connection.execute(update(breakers).values(proven=True, asked_at=NOW, ceiling=4.0, cut_at=LATER))
         _add_counts(connection)
+        add_process(connection, accounts={"shop": 10.0}, started_at=LATER, seen_at=LATER)
         record_history(connection, now=LATER, full_rps=lambda _: 10.0)
         (sample,) = read_history(connection, NOW)
 
@@ -121,17 +122,20 @@ SWEEPS = """
 import logging
 
 from worker.process.resources import process_resources
-from worker.process.runs import run_sweep
+from worker.process.runs import run_housekeeping, run_sweep
 
 logging.basicConfig()
-results = [run_sweep()]
-process_resources().sample_at = 0.0
-print(results + [run_sweep()])
+results = []
+for _ in range(2):
+    process_resources().sample_at = 0.0
+    run_housekeeping()
+    results.append(run_sweep())
+print(results)
 """
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["", "its table is gone"])
-def test_every_sweep_records_history_and_errors_in_it_do_not_stop_the_sweep(
+def test_housekeeping_records_history_and_errors_in_it_do_not_stop_the_sweep(
     there: bool, engine: Engine, redis_url: str
 ) -> None:
     with engine.begin() as connection:

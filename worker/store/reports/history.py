@@ -27,7 +27,7 @@ def record_history(connection: Connection, *, now: datetime, full_rps: Callable[
     recorded = connection.execute(select(history.c.minute).where(history.c.minute == minute)).scalar()
     if recorded is None:
         counters = read_counters(connection, (ANSWERS, ATTEMPTS, DELAY, FINISHED, POLLED))
-        work = read_work_state(connection, full_rps)
+        work = read_work_state(connection, full_rps, now=now)
         stats = read_stats(connection, waiting_by_account(connection, now=now), work)
         body = _body(stats, counters)
         row = {"minute": minute, "body": json.dumps(body, separators=(",", ":"))}

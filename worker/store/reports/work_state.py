@@ -119,14 +119,18 @@ class WorkState:
 
 
 def read_work_state(
-    connection: Connection, full_rps: Callable[[str], float], *, accounts: Iterable[str] | None = None
+    connection: Connection,
+    full_rps: Callable[[str], float],
+    *,
+    accounts: Iterable[str] | None = None,
+    now: datetime | None = None,
 ) -> WorkState:
-    """Read the state of all work, or only of the work of some accounts.
+    """Read the state of all work, or only of the work of some accounts, `now` or at the database's time.
 
     `full_rps` returns the requests per second that the settings allow an account. It is used for accounts that no
     running worker has recorded.
     """
-    now = database_now(connection)
+    now = now or database_now(connection)
     breakers = all_breakers(connection)
     names = waiting_accounts(connection) if accounts is None else list(accounts)
     groups = due_groups(connection, names)
