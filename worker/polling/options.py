@@ -31,6 +31,7 @@ class PollOptions:
     batch_patience: float = 2.0  # seconds to wait for a locked row: most transactions of web apps are shorter
     locked_seconds: float = 2.0  # between two tries to write the answers of locked rows
     progress_seconds: float = 2.0  # least time between two progress reports of a run: each is an event on the broker
+    hand_over_seconds: float = 2.0  # how long a requested run may take to start; then the watching run polls itself
     unlisted_seconds: float = 3.0  # between two checks of hosts that SD_API_HOSTS does not list: each locks rows
 
 

@@ -33,7 +33,6 @@ from worker.store.claims import ClaimedJob
 
 log = logging.getLogger(__name__)
 
-HAND_OVER_SECONDS = 2.0  # how long a requested run may take to start: without a broker the watching run polls then
 REQUEST_SECONDS = 2.0  # between two requests for the same work
 RUN_SECONDS = 10.0  # a task should end soon, so that monitors show what it did and its worker can stop
 
@@ -79,6 +78,7 @@ class Poller:
         self._budget = budget
         self._leases = leases
         self._progress_seconds = options.progress_seconds
+        self._hand_over_seconds = options.hand_over_seconds
         self._run_lock = RunLock()
         self._requested_at: float | None = None  # when this process first requested a run for the work that is due
         self._last_request_at = 0.0
@@ -227,7 +227,7 @@ class Poller:
         if self._requested_at is None or now - self._last_request_at > REQUEST_SECONDS:
             self._requested_at, self._last_request_at = self._requested_at or now, now
             request_run()
-        return now - self._requested_at > HAND_OVER_SECONDS
+        return now - self._requested_at > self._hand_over_seconds
 
     def _wait(self, until: float, idle_until: float, busy: bool) -> float:
         """Return the seconds until the next thing to do, unless an answer comes first."""
