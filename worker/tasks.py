@@ -1,6 +1,7 @@
 """The Celery tasks: thin functions with stable names. Each may run twice, late or never without harm."""
 
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 from celery.exceptions import Reject
@@ -15,6 +16,7 @@ from worker.process.redelivery import DELIVERIES_MOST, TooManyDeliveries, remote
 from worker.process.resources import process_resources
 from worker.process.runs import DATABASE_AWAY_SECONDS, DATABASE_ERRORS, ProgressEvents, run_polls, run_prune, run_sweep
 from worker.process.transport_guard import quote_for_log
+from worker.store.audit import SOURCE_HEADER, WHO_HEADER, acting
 from worker.store.engine import describe_error
 from worker.vendor.submissions import planned_job
 
@@ -56,16 +58,25 @@ def nudge(remote_id: str | int, account: str | None = None) -> str:
     return f"{actions.nudge(remote_id, account)} brought forward"
 
 
-@app.task(name="worker.cancel", throws=(WorkerError,))
-def cancel(job_id: int) -> str:
+@app.task(name="worker.cancel", bind=True, throws=(WorkerError,))
+def cancel(self: Any, job_id: int) -> str:
     """Cancel a job that is not final."""
-    return "cancelled" if actions.cancel(job_id) else "unchanged"
+    with _acting(self.request):
+        return "cancelled" if actions.cancel(job_id) else "unchanged"
 
 
-@app.task(name="worker.retry", throws=(WorkerError,))
-def retry(job_id: int) -> str:
+@app.task(name="worker.retry", bind=True, throws=(WorkerError,))
+def retry(self: Any, job_id: int) -> str:
     """Retry a failed or expired job."""
-    return "retried" if actions.retry(job_id) else "unchanged"
+    with _acting(self.request):
+        return "retried" if actions.retry(job_id) else "unchanged"
+
+
+def _acting(request: Any) -> AbstractContextManager[None]:
+    """Name the actor of a task: Flower and its user, or else the process that sent the message."""
+    if request.get(SOURCE_HEADER) == "flower":
+        return acting("flower", str(request.get(WHO_HEADER) or ""))
+    return acting("task", str(request.origin or ""))
 
 
 @app.task(name="worker.poll", bind=True)

@@ -155,7 +155,7 @@ def test_a_database_error_between_two_jobs_is_reported_correctly(operator: Opera
             raise Unavailable("the database does not answer")
         return actions.cancel(job_id)
 
-    result = apply_to_jobs(replace(JOB_ACTIONS["cancel"], work=cancel_two), ids)
+    result = apply_to_jobs(replace(JOB_ACTIONS["cancel"], work=cancel_two), ids, who="admin")
 
     assert result == "2 jobs cancelled, 2 not changed: the database does not answer."
     assert [read_job(engine, job_id).status for job_id in ids] == ["cancelled", "cancelled", "pending", "pending"]

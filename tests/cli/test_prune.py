@@ -17,6 +17,7 @@ from worker import tasks
 from worker.cli import main
 from worker.process import resources, runs
 from worker.settings import load
+from worker.store.audit import latest_actions, record_job_action
 from worker.store.engine import database_now, make_engine
 from worker.store.schema import jobs
 
@@ -138,14 +139,34 @@ def test_files_that_can_not_be_removed_are_reported_with_exit_code_1(
     assert "mount it" in err
 
 
+@pytest.mark.parametrize("prune_after", ["", "30d"])
+def test_the_task_removes_actions_after_a_year_with_and_without_prune_after(
+    prune_after: str, database: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prune by the task is not an action of an operator."""
+    monkeypatch.setenv("PRUNE_AFTER", prune_after)
+    monkeypatch.setattr(runs, "settings", load())
+    monkeypatch.setattr(resources, "settings", load())
+    monkeypatch.setattr(resources, "_resources", {})
+    with database.begin() as connection:
+        now = database_now(connection)
+        for days in (400, 366, 364):
+            record_job_action(connection, "cancel", days, now=now - timedelta(days=days))
+
+    tasks.prune()
+
+    with database.connect() as connection:
+        assert [action.job_id for action in latest_actions(connection)] == [364]
+
+
 def test_the_task_prunes_as_the_settings_say(database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without PRUNE_AFTER nothing is pruned."""
     monkeypatch.setattr(runs, "settings", load())
+    monkeypatch.setattr(resources, "settings", load())
+    monkeypatch.setattr(resources, "_resources", {})
     assert tasks.prune() == "nothing is pruned: PRUNE_AFTER is not set"
     monkeypatch.setenv("PRUNE_AFTER", "30d")
     monkeypatch.setenv("PRUNE_STATES", "completed, failed")
     monkeypatch.setattr(runs, "settings", load())
-    monkeypatch.setattr(resources, "settings", load())
-    monkeypatch.setattr(resources, "_resources", {})
     assert tasks.prune() == "2 jobs pruned"
     assert _remaining_states(database) == ["cancelled", "expired", "completed"]

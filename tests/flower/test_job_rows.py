@@ -29,6 +29,7 @@ from worker.core.flower_rows import FlowerJob
 from worker.flower import job_rows
 from worker.flower.job_rows import Feeder, JobRows, is_supported
 from worker.sandbox import Answer, Sandbox, SandboxOptions
+from worker.store.audit import actions_of
 from worker.store.engine import make_engine
 from worker.store.migrate import migrate
 from worker.store.schema import jobs
@@ -414,7 +415,10 @@ def test_given_a_real_worker_when_jobs_run_then_their_rows_follow_and_no_page_ha
         pages = {path: shown.page(path) for path in paths}
         shown.until(lambda: "celery@" in shown.page("/workers?json=1"))
         workers = json.loads(shown.page("/workers?json=1"))["data"]
+    with migrated.connect() as connection:
+        actions = [(action.source, action.who, action.action) for action in actions_of(connection, unwanted)]
 
+    assert actions == [("flower", "viewer", "cancel")]
     assert tasks[f"job-{good}"]["result"].startswith("2 outputs stored, ")
     assert tasks[f"job-{bad}"]["exception"] == "api_failed: no lake for [key]"
     assert [path for path, page in pages.items() if KEY in page] == []

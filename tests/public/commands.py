@@ -19,6 +19,7 @@ from worker.client.connection import cached_settings
 from worker.core.pacing.policy import PacedJob
 from worker.polling.duration_learner import DurationLearner
 from worker.settings import load
+from worker.store.audit import record_job_action
 from worker.store.counters import Tally
 from worker.store.engine import close_engines, engine_for, make_engine
 from worker.store.events import create_events
@@ -177,6 +178,7 @@ def plant(engine: Engine) -> None:
         tally.polled("default", "image", 3)
         tally.attempt("stored", seconds=0.2, stored_bytes=12)
         tally.write(connection)
+        record_job_action(connection, "retry", third, now=now)
         keep_answers(
             connection, [KeptAnswer(first, 200, "status=done", UNREAD, recognised=False)], now=now - seconds(5)
         )

@@ -22,6 +22,7 @@ from werkzeug.wrappers import Response as AnyResponse
 log = logging.getLogger(__name__)
 
 COOKIE = "fetch_worker_admin"
+ADMIN = "admin"  # the name of a login
 LOGIN_SECONDS = 12 * 3600.0
 MAX_LOGINS = 100
 MAX_FORM_BYTES = 1 << 20
@@ -46,8 +47,9 @@ HEADERS = {
 
 @dataclass(slots=True)
 class Login:
-    """A login that is valid until `ends`, a time of the clock of `AccessControl`."""
+    """A login that is valid until `ends`, a time of the clock of `AccessControl`. `name` is in the audit trail."""
 
+    name: str
     token: str
     ends: float
 
@@ -90,7 +92,7 @@ class AccessControl:
 
     def _new_login(self) -> str:
         login_id = secrets.token_urlsafe(24)
-        self._logins[login_id] = Login(secrets.token_urlsafe(24), self.clock() + LOGIN_SECONDS)
+        self._logins[login_id] = Login(ADMIN, secrets.token_urlsafe(24), self.clock() + LOGIN_SECONDS)
         while len(self._logins) > MAX_LOGINS:
             self._logins.popitem(last=False)
         return login_id
@@ -155,7 +157,7 @@ def _check(access: AccessControl) -> AnyResponse | None:
     if request.method in CHANGES:
         _refuse_other_sites()
     login = access.login(session.get("login"))
-    g.token = "" if login is None else login.token
+    g.token, g.login_name = ("", "") if login is None else (login.token, login.name)
     if request.endpoint in OPEN_ENDPOINTS:
         return None
     if login is None:

@@ -1,6 +1,6 @@
 """The page of accounts and hosts: shows their holds, and holds or resumes them."""
 
-from flask import flash, redirect, request, url_for
+from flask import flash, g, redirect, request, url_for
 from flask_admin import BaseView, expose
 from werkzeug.exceptions import NotFound
 from werkzeug.wrappers import Response
@@ -35,7 +35,7 @@ class BreakersView(BaseView):
         if existing is None or name not in MEANING:
             raise NotFound("there is no such account or host")
         if request.form.get("confirmed") == "yes":
-            flash(apply_to_breaker(name, *existing), "success")
+            flash(apply_to_breaker(name, *existing, who=g.login_name), "success")
             return redirect(url_for("gates.index"))
         page: str = self.render(
             "confirm.html",

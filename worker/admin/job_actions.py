@@ -10,6 +10,7 @@ from worker.client.holds import hold, hold_account_or_host, resume, resume_accou
 from worker.core.circuit_breaker import Scope
 from worker.core.humanize import format_count
 from worker.errors import JobNotFound, Unavailable
+from worker.store.audit import acting
 from worker.store.jobs import MAX_ID
 
 log = logging.getLogger(__name__)
@@ -50,9 +51,10 @@ def job_ids(values: Sequence[str]) -> list[int]:
     return list(dict.fromkeys(number for number in map(int, numbers) if 0 < number <= MAX_ID))
 
 
-def apply_to_jobs(action: JobAction, ids: Sequence[int]) -> str:
+def apply_to_jobs(action: JobAction, ids: Sequence[int], *, who: str) -> str:
     """Apply an action to each job, in the order of their ids. Return the result as a sentence."""
-    outcomes, error = _apply_to_each(action, sorted(ids))
+    with acting("page", who):
+        outcomes, error = _apply_to_each(action, sorted(ids))
     changed, unchanged, missing = (outcomes[outcome] for outcome in ("changed", "unchanged", "missing"))
     parts = [f"{format_count(changed, 'job')} {action.done}"]
     if unchanged:
@@ -78,9 +80,10 @@ def _apply_to_each(action: JobAction, ids: Sequence[int]) -> tuple[Counter[str],
     return outcomes, ""
 
 
-def apply_to_breaker(name: str, scope: Scope, breaker: str) -> str:
+def apply_to_breaker(name: str, scope: Scope, breaker: str, *, who: str) -> str:
     """Hold or resume a whole account or host. Return the result as a sentence."""
+    with acting("page", who):
+        changed = (hold_account_or_host if name == "hold" else resume_account_or_host)(scope, breaker)
     if name == "hold":
-        return f"The {scope} {breaker} {'is held' if hold_account_or_host(scope, breaker) else 'was already held'}."
-    changed = resume_account_or_host(scope, breaker)
+        return f"The {scope} {breaker} {'is held' if changed else 'was already held'}."
     return f"The {scope} {breaker} {'is resumed: it is tried at once' if changed else 'was already open'}."

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flask import flash, request, url_for
+from flask import flash, g, request, url_for
 from flask_admin import expose
 from flask_admin.actions import action
 from flask_admin.form import BaseForm
@@ -141,7 +141,7 @@ class JobsView(RowsView):
             )
             return page
         else:
-            flash(apply_to_jobs(job_action, selected), "success")
+            flash(apply_to_jobs(job_action, selected, who=g.login_name), "success")
         return None
 
     retry, cancel, hold, resume = map(_action_method, ("retry", "cancel", "hold", "resume"))

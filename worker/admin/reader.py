@@ -18,6 +18,7 @@ from worker.operations.overview import Overview, overview
 from worker.operations.snapshot import Snapshot
 from worker.operations.snapshot_reader import SnapshotReader
 from worker.settings import Settings
+from worker.store.audit import actions_of
 from worker.store.engine import database_now, engine_for, translate_errors
 from worker.store.events import events_of
 from worker.store.jobs import job_row, outputs_of
@@ -36,6 +37,7 @@ class JobPage:
     now: datetime
     outputs: list[Row[Any]]
     events: list[Row[Any]]
+    actions: list[Row[Any]]
     answers: list[AnswerNote]
     likely: str
     findings: list[Finding]
@@ -79,6 +81,7 @@ class AdminReader:
             if job is None:
                 return None
             outputs, events = outputs_of(connection, [job_id]), events_of(connection, job_id)
+            actions = actions_of(connection, job_id)
             context = read_context(connection, job, outputs, events, self.settings)
         explanation = read_explanation(context, _rate_limiter(self.settings.redis))
         return JobPage(
@@ -87,6 +90,7 @@ class AdminReader:
             now=now,
             outputs=list(outputs[:OUTPUTS_SHOWN]),
             events=list(events),
+            actions=list(actions),
             answers=parse_history(job.last_answer),
             likely="" if context.estimate is None else f"{context.estimate.chance_now:.0%}",
             findings=explanation.findings,

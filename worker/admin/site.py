@@ -8,6 +8,7 @@ from flask_admin import Admin, AdminIndexView, expose
 from werkzeug.exceptions import HTTPException, NotFound
 
 from worker.admin.access import AccessControl, guard
+from worker.admin.actions import ActionsView
 from worker.admin.breakers import BreakersView
 from worker.admin.formatting import moment, without_links
 from worker.admin.jobs import JobsView
@@ -55,6 +56,7 @@ def make_site(settings: Settings, access: AccessControl) -> Flask:
     admin.add_view(JobsView(reader, name="Jobs", endpoint="jobs", url="/jobs"))
     admin.add_view(OutputsView(reader, name="Outputs", endpoint="outputs", url="/outputs"))
     admin.add_view(BreakersView(reader, name="Accounts", endpoint="gates", url="/accounts"))
+    admin.add_view(ActionsView(reader, name="Actions", endpoint="actions", url="/actions"))
     admin.add_view(PlotsView(reader, name="Plots", endpoint="plots", url="/plots"))
     app.add_url_rule("/assets/<name>", "assets", _asset)
     app.after_request(_display)

@@ -25,8 +25,10 @@ from worker.cli.unread import unread
 from worker.cli.verify import verify
 from worker.core.display import display_lines
 from worker.errors import SettingsError, WorkerError
+from worker.store.audit import acting
 from worker.system.own_package import advice, other_worker, python_path
 from worker.system.terminal import echo
+from worker.system.who import user_name
 
 ANYWHERE = ("doctor", "demo", "sandbox", "docs")  # these import no `worker` from the working directory
 
@@ -55,7 +57,8 @@ def run_command(arguments: list[str]) -> int:
         echo("fetch-worker: an argument is not valid UTF-8", err=True)
         return 2
     try:
-        code = group.main(arguments, prog_name="fetch-worker", standalone_mode=False)
+        with acting("cli", user_name()):
+            code = group.main(arguments, prog_name="fetch-worker", standalone_mode=False)
     except click.exceptions.Abort:
         echo("stopped", err=True)
         return 130

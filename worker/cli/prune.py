@@ -7,11 +7,12 @@ import click
 
 from worker.cli.output import json_option, print_json
 from worker.configuration.setting_types import MAX_SECONDS
-from worker.core.durations import parse_duration
+from worker.core.durations import parse_duration, shortest_duration
 from worker.core.lifecycle import FINAL_STATES
 from worker.operations.prune import Pruned, Retention, count_prunable
 from worker.operations.prune import prune as run_prune
 from worker.settings import Settings, load
+from worker.store.audit import CountedAction
 from worker.store.engine import engine_for, translate_errors
 from worker.system.terminal import echo
 
@@ -62,7 +63,8 @@ def prune(
                 abort=True,
                 err=True,
             )
-        pruned = count_prunable(engine, retention) if dry_run else run_prune(engine, settings, retention)
+        audit = CountedAction("prune", _options(retention))
+        pruned = count_prunable(engine, retention) if dry_run else run_prune(engine, settings, retention, audit=audit)
     if as_json:
         print_json({name: getattr(pruned, name) for name in ("jobs", "outputs", "files", "bytes")})
     else:
@@ -84,6 +86,15 @@ def _retention(
         remove_files=settings.prune_files == "remove" if remove_files is None else remove_files,
         limit=limit,
     )
+
+
+def _options(retention: Retention) -> str:
+    """Return the options that select these jobs, for the audit trail."""
+    words = ["--older-than", shortest_duration(retention.older_than.total_seconds())]
+    for state in retention.states:
+        words += ["--status", state]
+    words += ["--remove-files"] if retention.remove_files else []
+    return " ".join(words if retention.limit is None else [*words, "--limit", str(retention.limit)])
 
 
 def _summary(pruned: Pruned, retention: Retention, participle: str) -> str:

@@ -25,6 +25,7 @@ from worker.coordination.rate_limiter import RateLimiter
 from worker.operations.explain import read_explanation, why
 from worker.operations.job_context import JobContext, read_context
 from worker.settings import Settings, load
+from worker.store.audit import actions_of
 from worker.store.events import events_of
 from worker.store.jobs import job_row, outputs_of
 from worker.store.kept_answers import answers_of
@@ -32,6 +33,8 @@ from worker.system.terminal import echo
 
 EVENT_FIELDS = ("event_id", "type", "status", "attempts", "due_at", "http_status", "error_message")
 KEPT_COLUMNS = ("at", "http_status", "shape", "body")
+ACTION_COLUMNS = ("at", "source", "who", "action", "filter", "jobs")
+ACTION_FIELDS = ("at", "action", "source", "who")
 FINDING_COLUMNS = ("step", "state", "detail")
 OUTPUT_FIELDS = ("id", "position", "status", "media_type", "size_bytes", "attempts", "location", "error_code")
 
@@ -61,7 +64,7 @@ def show(ids: tuple[str, ...], remote: str | None, account: str | None, as_json:
 
 
 def _print(document: dict[str, Any]) -> None:
-    parts = {name: document.pop(name) for name in ("outputs", "webhooks", "unread", "chain", "advice")}
+    parts = {name: document.pop(name) for name in ("outputs", "webhooks", "unread", "actions", "chain", "advice")}
     document.pop("believed")  # the findings contain it
     if document["on_done"] is None:
         del document["on_done_attempts"]
@@ -72,6 +75,8 @@ def _print(document: dict[str, Any]) -> None:
     if parts["unread"]:
         rows = [(answer["at"], answer["http_status"], shortened(answer["body"])) for answer in parts["unread"]]
         print_table(("kept answer of", "HTTP", "body"), rows, empty="")
+    if parts["actions"]:
+        print_records(ACTION_FIELDS, parts["actions"], empty="")
     print_records(OUTPUT_FIELDS, parts["outputs"], empty="no outputs yet")
     echo(f"what to do: {parts['advice']}")
 
@@ -93,6 +98,7 @@ def _document(connection: Connection, job_id: int, settings: Settings) -> tuple[
         "outputs": [plain(output, OUTPUT_COLUMNS) for output in outputs],
         "webhooks": [plain(event, EVENT_COLUMNS) for event in events],
         "unread": [plain(answer, KEPT_COLUMNS) for answer in answers_of(connection, job_ids=[job_id])],
+        "actions": [plain(action, ACTION_COLUMNS) for action in actions_of(connection, job_id)],
         "next_look_at": None if look is None else moment(look.due_at),
         "why": why(context),
         "next_poll_at": moment(job.due_at) if is_waiting else None,

@@ -12,9 +12,11 @@ from sqlalchemy import Connection, Engine, select
 
 from worker.client.connection import cached_settings, check_exists, transaction
 from worker.client.jobs import lookup_id, wake
+from worker.client.selection import filter_options
 from worker.settings import Settings
 from worker.store import holds
 from worker.store import jobs as job_store
+from worker.store.audit import CountedAction, record_job_action
 from worker.store.counters import Tally
 from worker.store.engine import database_now, engine_for, transact, translate_errors
 from worker.store.events import create_events
@@ -45,8 +47,10 @@ def cancel(job_id: int) -> bool:
     """Cancel a job; stored files stay. Return False if the job was already final. Raises JobNotFound."""
     with transaction(cached_settings()) as connection:
         check_exists(connection, job_id)
-        tally = Tally()
-        cancelled = job_store.cancel(connection, job_id, tally, now=database_now(connection))
+        tally, now = Tally(), database_now(connection)
+        cancelled = job_store.cancel(connection, job_id, tally, now=now)
+        if cancelled:
+            record_job_action(connection, "cancel", job_id, now=now)
         tally.write(connection)
         return cancelled
 
@@ -56,9 +60,11 @@ def retry(job_id: int) -> bool:
     settings = cached_settings()
     with transaction(settings) as connection:
         check_exists(connection, job_id)
-        # the event of the final state, before leaving it
-        create_events(connection, now=database_now(connection), of=[job_id])
-        changed = job_store.retry(connection, job_id, now=database_now(connection))
+        now = database_now(connection)
+        create_events(connection, now=now, of=[job_id])  # the event of the final state, before leaving it
+        changed = job_store.retry(connection, job_id, now=now)
+        if changed:
+            record_job_action(connection, "retry", job_id, now=now)
     if changed:
         wake(settings)
     return changed
@@ -108,8 +114,8 @@ def changeable(action: Action, job_filter: JobFilter) -> JobFilter:
 def change_matching(action: Action, job_filter: JobFilter, settings: Settings) -> Iterator[list[ActionResult]]:
     """Apply an action to all matching jobs, newest first. Yield the results of each transaction after its commit.
 
-    A job that no longer matches when its turn comes is not changed. Raises Unavailable; the results yielded before that
-    are committed.
+    A job that no longer matches when its turn comes is not changed. The audit trail has one row for all of them. Raises
+    Unavailable; the results yielded before that are committed.
     """
     changed = 0
     try:
@@ -125,10 +131,12 @@ def _batches(action: Action, job_filter: JobFilter, settings: Settings) -> Itera
     engine = engine_for(settings.database)
     with translate_errors(settings.database), engine.begin() as connection:
         search = prepare_search(connection, changeable(action, job_filter))
+    audit = CountedAction(action, filter_options(job_filter))
     for ids in _pages(engine, search, settings):
         for start in range(0, len(ids), BATCH):
             started = time.monotonic()
-            work = partial(_act, action=action, search=search, ids=ids[start : start + BATCH], settings=settings)
+            batch = ids[start : start + BATCH]
+            work = partial(_act, action=action, search=search, ids=batch, audit=audit, settings=settings)
             with translate_errors(settings.database):
                 results = transact(engine, work)
             if action in ("retry", "resume"):
@@ -150,7 +158,13 @@ def _pages(engine: Engine, search: Search, settings: Settings) -> Iterator[list[
 
 
 def _act(
-    connection: Connection, *, action: Action, search: Search, ids: Sequence[int], settings: Settings
+    connection: Connection,
+    *,
+    action: Action,
+    search: Search,
+    ids: Sequence[int],
+    audit: CountedAction,
+    settings: Settings,
 ) -> list[ActionResult]:
     now = database_now(connection)
     locked = lock_matching(connection, search, ids)
@@ -158,6 +172,7 @@ def _act(
     changed = _change(connection, action, locked, tally, now, settings)
     rows = connection.execute(select(jobs.c.id, jobs.c.status).where(jobs.c.id.in_(locked)).order_by(jobs.c.id.desc()))
     results = [ActionResult(row.id, row.id in changed, row.status) for row in rows.all()]
+    audit.add(connection, len(changed), now=now)
     tally.write(connection)
     return results
 

@@ -4,8 +4,10 @@ import logging
 
 from worker.client.connection import cached_settings, check_exists, transaction
 from worker.client.jobs import wake
+from worker.client.selection import breaker_option
 from worker.core.circuit_breaker import Scope
 from worker.store import holds as store
+from worker.store.audit import record_action, record_job_action
 from worker.store.engine import database_now
 from worker.store.holds import work_limits
 
@@ -19,7 +21,10 @@ def hold(job_id: int) -> bool:
     """
     with transaction(cached_settings()) as connection:
         check_exists(connection, job_id)
-        changed = bool(store.hold(connection, [job_id], now=database_now(connection)))
+        now = database_now(connection)
+        changed = bool(store.hold(connection, [job_id], now=now))
+        if changed:
+            record_job_action(connection, "hold", job_id, now=now)
     if changed:
         log.info("held by an operator job=%s", job_id)
     return changed
@@ -34,7 +39,10 @@ def resume(job_id: int) -> bool:
     settings = cached_settings()
     with transaction(settings) as connection:
         check_exists(connection, job_id)
-        changed = bool(store.resume(connection, [job_id], work_limits(settings), now=database_now(connection)))
+        now = database_now(connection)
+        changed = bool(store.resume(connection, [job_id], work_limits(settings), now=now))
+        if changed:
+            record_job_action(connection, "resume", job_id, now=now)
     if changed:
         log.info("resumed by an operator job=%s", job_id)
         wake(settings)
@@ -47,7 +55,10 @@ def hold_account_or_host(scope: Scope, name: str) -> bool:
     Answers to requests in flight are still processed. Return False if it was already held by an operator.
     """
     with transaction(cached_settings()) as connection:
-        changed = store.hold_account_or_host(connection, scope, name, now=database_now(connection))
+        now = database_now(connection)
+        changed = store.hold_account_or_host(connection, scope, name, now=now)
+        if changed:
+            record_action(connection, "hold", breaker_option(scope, name), jobs=0, now=now)
     if changed:
         log.warning("held by an operator scope=%s name=%s", scope, name)
     return changed
@@ -60,7 +71,10 @@ def resume_account_or_host(scope: Scope, name: str) -> bool:
     """
     settings = cached_settings()
     with transaction(settings) as connection:
-        changed = store.resume_account_or_host(connection, scope, name, now=database_now(connection))
+        now = database_now(connection)
+        changed = store.resume_account_or_host(connection, scope, name, now=now)
+        if changed:
+            record_action(connection, "resume", breaker_option(scope, name), jobs=0, now=now)
     if changed:
         log.warning("resumed by an operator scope=%s name=%s", scope, name)
         wake(settings)

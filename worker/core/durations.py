@@ -20,3 +20,13 @@ def parse_duration(text: str) -> float:
     if not 0 <= seconds < math.inf:
         raise ValueError("must be a duration such as 30d, 12h, 90m or 3600 (seconds)")
     return seconds
+
+
+def shortest_duration(seconds: float) -> str:
+    """Return seconds in the largest unit that gives a whole number, as `parse_duration` reads it.
+
+    >>> shortest_duration(2592000.0), shortest_duration(5400.0), shortest_duration(0.5)
+    ('30d', '90m', '0.5s')
+    """
+    unit = next((unit for unit in "dhm" if seconds and seconds % UNITS[unit] == 0), "s")
+    return f"{seconds / UNITS[unit]:.15g}{unit}"

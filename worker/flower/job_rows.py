@@ -15,11 +15,13 @@ from celery.app.control import Control
 from celery.events.state import State
 from flower import app as flower_app
 from flower.events import Events
+from flower.options import options as flower_options
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from worker.core.flower_rows import NAME, FlowerJob, job_id_of, task_fields, task_id
 from worker.errors import WorkerError
+from worker.store.audit import SOURCE_HEADER, WHO_HEADER
 from worker.store.engine import error_name, is_missing_table
 from worker.store.reports.flower_rows import read_flower_jobs
 
@@ -199,7 +201,14 @@ class JobControl(Control):  # type: ignore[misc]  # celery has no types
         job_id = job_id_of(str(task_id))
         if job_id is None:
             return super().revoke(task_id, *arguments, **options)
-        return self.app.send_task(CANCEL, (job_id,), ignore_result=True)
+        headers = {SOURCE_HEADER: "flower", WHO_HEADER: _only_user()}
+        return self.app.send_task(CANCEL, (job_id,), ignore_result=True, headers=headers)
+
+
+def _only_user() -> str:
+    """Return the name of Flower's user if there is only one. With several, Flower does not say which one acts."""
+    logins = flower_options.basic_auth or []
+    return str(logins[0]).partition(":")[0] if len(logins) == 1 else ""
 
 
 def is_supported(events: Any) -> bool:

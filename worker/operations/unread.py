@@ -1,5 +1,6 @@
 """Read kept answers again with the current rules and status words, and act on them. No request is made."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -21,6 +22,7 @@ from worker.core.lifecycle import (
 )
 from worker.core.reply import CLASSES, ApiError, Ready, Reply
 from worker.settings import Settings
+from worker.store.audit import CountedAction
 from worker.store.counters import Tally
 from worker.store.engine import database_now, engine_for, transact, translate_errors
 from worker.store.kept_answers import answers_of, jobs_with_answers
@@ -55,17 +57,19 @@ def apply(settings: Settings, *, shape: str | None = None) -> Iterator[list[Rere
     with an answer of that shape. Raises Unavailable; the batches yielded before that are committed.
     """
     engine = engine_for(settings.database)
+    audit = CountedAction("unread", shlex.join(["--apply", *(() if shape is None else ("--shape", shape))]))
     with translate_errors(settings.database), engine.connect() as connection:
         ids = jobs_with_answers(connection, shape=shape)
     for start in range(0, len(ids), BATCH):
         with translate_errors(settings.database):
-            batch = transact(engine, partial(_apply, ids=ids[start : start + BATCH], settings=settings))
+            work = partial(_apply, ids=ids[start : start + BATCH], audit=audit, settings=settings)
+            batch = transact(engine, work)
         if any(job.changed for job in batch):
             wake(settings)
         yield batch
 
 
-def _apply(connection: Connection, *, ids: Sequence[int], settings: Settings) -> list[Reread]:
+def _apply(connection: Connection, *, ids: Sequence[int], audit: CountedAction, settings: Settings) -> list[Reread]:
     now = database_now(connection)
     tally = Tally()
     jobs = lock_revivable_jobs(connection, ids)
@@ -81,6 +85,7 @@ def _apply(connection: Connection, *, ids: Sequence[int], settings: Settings) ->
         end = _end(job, best_answers[job.id], now) if job.id in best_answers else None
         if end is not None and end_pending(connection, job, end, tally, now=now):
             states[job.id] = end.status
+    audit.add(connection, len(states), now=now)
     tally.write(connection)
     return [_reread(job, best_answers[job.id].reply, states.get(job.id)) for job in jobs if job.id in best_answers]
 

@@ -11,6 +11,7 @@ from worker.settings import Settings
 from worker.storage.base import Storage, job_id_of
 from worker.storage.local import canonical_location
 from worker.storage.select import storage_for, storage_of
+from worker.store.audit import CountedAction
 from worker.store.engine import database_now
 from worker.store.events import create_events
 from worker.store.outputs import existing_jobs, requeue_output, stored_after, unknown_locations
@@ -67,6 +68,7 @@ def verify(
     """
     report = VerifyReport()
     stores: dict[str, Storage] = {}
+    repairer = _Repairer(engine, stores, job_ids)
     known_locations: set[int] = set()  # hashes of locations need a tenth of the memory
     unreadable = 0
     missing: list[Row[Any]] | None = None if force or dry_run else []
@@ -90,7 +92,7 @@ def verify(
             _check_mounted(missing)
             continue
         for missing_row in missing or ():
-            report.wrong.append(_repaired(engine, stores, missing_row, "missing"))
+            report.wrong.append(repairer.repair(missing_row, "missing"))
         missing = None  # at least one file exists, so the storage is mounted
         if condition == "whole":
             report.whole += 1
@@ -99,9 +101,9 @@ def verify(
                 WrongOutput(row.id, row.job_id, row.location, condition, "would be queued for download again")
             )
         else:
-            report.wrong.append(_repaired(engine, stores, row, condition))
+            report.wrong.append(repairer.repair(row, condition))
     for missing_row in missing or ():
-        report.wrong.append(_repaired(engine, stores, missing_row, "missing"))
+        report.wrong.append(repairer.repair(missing_row, "missing"))
     if job_ids is None:
         report.orphans, report.kept = _files_without_output(engine, settings, known_locations)
     return report
@@ -148,27 +150,40 @@ def _files_without_output(
     return [location for location in unknown if location not in kept_locations], kept
 
 
-def _repaired(engine: Engine, stores: dict[str, Storage], row: Row[Any], condition: str) -> WrongOutput:
-    storage = stores[row.location.partition(":")[0]]
-    return WrongOutput(row.id, row.job_id, row.location, condition, _repair(engine, storage, row, condition))
-
-
 def _folder(location: str) -> str:
     return location.rsplit("/", 3)[0]
 
 
-def _repair(engine: Engine, storage: Storage, row: Row[Any], condition: str) -> str:
-    if row.job_status == "cancelled":
-        return "left: its job was cancelled"
-    if row.url.startswith("data:"):
-        return "lost: the API sent its bytes inside the answer, so there is no link to download"
-    try:
-        if condition == "damaged":
-            storage.quarantine(row.location)
-    except StorageTrouble as error:
-        return f"left: {error}"
-    with engine.begin() as connection:
-        now = database_now(connection)
-        create_events(connection, now=now, of=[row.job_id])  # create the event of the final state before leaving it
-        requeued = requeue_output(connection, row.id, location=row.location, now=now)
-    return QUEUED_AGAIN if requeued else "left: another process changed it meanwhile"
+class _Repairer:
+    """Queues missing and damaged outputs for download again. The audit trail has one row for all of them."""
+
+    def __init__(self, engine: Engine, stores: dict[str, Storage], job_ids: Sequence[int] | None) -> None:
+        self._engine = engine
+        self._stores = stores
+        self._changed_jobs: set[int] = set()
+        named = list(job_ids or ())
+        only_job = named[0] if len(named) == 1 else None
+        self._audit = CountedAction("verify", " ".join(map(str, named)), job_id=only_job)
+
+    def repair(self, row: Row[Any], condition: str) -> WrongOutput:
+        """Repair an output if possible. Return it with what was done."""
+        return WrongOutput(row.id, row.job_id, row.location, condition, self._repair(row, condition))
+
+    def _repair(self, row: Row[Any], condition: str) -> str:
+        if row.job_status == "cancelled":
+            return "left: its job was cancelled"
+        if row.url.startswith("data:"):
+            return "lost: the API sent its bytes inside the answer, so there is no link to download"
+        try:
+            if condition == "damaged":
+                self._stores[row.location.partition(":")[0]].quarantine(row.location)
+        except StorageTrouble as error:
+            return f"left: {error}"
+        with self._engine.begin() as connection:
+            now = database_now(connection)
+            create_events(connection, now=now, of=[row.job_id])  # create the event of the final state before leaving it
+            requeued = requeue_output(connection, row.id, location=row.location, now=now)
+            self._audit.add(connection, int(requeued and row.job_id not in self._changed_jobs), now=now)
+        if requeued:
+            self._changed_jobs.add(row.job_id)
+        return QUEUED_AGAIN if requeued else "left: another process changed it meanwhile"

@@ -19,7 +19,7 @@ from worker.core import circuit_breaker as breakers
 from worker.core.humanize import format_count
 from worker.core.queues import DOWNLOADS
 from worker.errors import Unavailable
-from worker.operations.prune import Retention
+from worker.operations.prune import Pruned, Retention, forget_actions
 from worker.operations.prune import prune as prune_jobs
 from worker.polling.poller import PollReport, Progress
 from worker.process.dead_claims import log_released, release_dead_claims
@@ -196,35 +196,40 @@ def run_webhooks() -> int:
 
 
 def run_prune() -> str:
-    """Remove jobs that are past their retention, for a limited time. Return a short summary."""
-    if settings.prune_seconds is None:
-        return "nothing is pruned: PRUNE_AFTER is not set"
+    """Remove jobs that are past their retention, and old actions, for a limited time. Return a short summary."""
     if not _pruning.acquire(blocking=False):
         return "another prune is active"
-    until = time.monotonic() + PRUNE_SECONDS
-    retention = Retention(
-        older_than=timedelta(seconds=settings.prune_seconds),
-        states=settings.states_to_prune,
-        remove_files=settings.prune_files == "remove",
-    )
-    resources = process_resources()
     try:
-        pruned = prune_jobs(
-            resources.engine,
-            settings,
-            retention,
-            keep_going=lambda: time.monotonic() < until and not resources.stopping.is_set(),
-        )
+        pruned = _prune_all(process_resources(), time.monotonic() + PRUNE_SECONDS)
     except DATABASE_ERRORS as error:
         log.error("pruning waits for the database reason=%s", describe_error(error, settings.database))
         return "the database is away"
     finally:
         _pruning.release()
+    if pruned is None:
+        return "nothing is pruned: PRUNE_AFTER is not set"
     if pruned.jobs:
         log.info("pruned jobs=%s outputs=%s files=%s bytes=%s", pruned.jobs, pruned.outputs, pruned.files, pruned.bytes)
     if pruned.kept:
         log.error("files could not be removed, their jobs stay jobs=%s reason=%s", pruned.kept, pruned.reason)
     return f"{pruned.jobs} jobs pruned"
+
+
+def _prune_all(resources: ProcessResources, until: float) -> Pruned | None:
+    """Remove old actions, and jobs that are past their retention. Return the removed jobs, or None without one."""
+
+    def keep_going() -> bool:
+        return time.monotonic() < until and not resources.stopping.is_set()
+
+    forget_actions(resources.engine, keep_going=keep_going)
+    if settings.prune_seconds is None:
+        return None
+    retention = Retention(
+        older_than=timedelta(seconds=settings.prune_seconds),
+        states=settings.states_to_prune,
+        remove_files=settings.prune_files == "remove",
+    )
+    return prune_jobs(resources.engine, settings, retention, keep_going=keep_going)
 
 
 def _lost_after() -> timedelta:

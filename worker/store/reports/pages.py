@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Table, func, or_, select
 
+from worker.store.audit import latest_actions
 from worker.store.breakers import all_breakers
 from worker.store.jobs import MAX_ID, waiting_accounts
 from worker.store.reports.search import JobFilter, Search, find_jobs, prepare_search
@@ -151,6 +152,11 @@ def _search_windows(
 def _page(rows: Sequence[Row[Any]], limit: int) -> Page:
     """Return a page of `limit` rows. The query had a limit of one row more."""
     return Page(rows[:limit], rows[limit - 1].id if len(rows) > limit else None)
+
+
+def actions_page(connection: Connection, *, before: int | None, limit: int) -> Page:
+    """Return a page of the audit trail."""
+    return _page(latest_actions(connection, limit=limit + 1, before=before), limit)
 
 
 def known_accounts(connection: Connection) -> list[str]:
