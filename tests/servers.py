@@ -105,7 +105,7 @@ def rabbitmq() -> Iterator[str]:
     name = f"fetch_worker_test_{secrets.token_hex(6)}"
     url = f"{MACHINE_RABBITMQ.rstrip('/')}/{name}"
     control = shutil.which("rabbitmqctl")
-    if control is None or not _listens(server.host or "127.0.0.1", server.port or 5_672):
+    if control is None or not is_listening(server.host or "127.0.0.1", server.port or 5_672):
         missing("RabbitMQ")
     subprocess.run([control, "--quiet", "add_vhost", name], check=True, timeout=60)
     try:
@@ -116,7 +116,8 @@ def rabbitmq() -> Iterator[str]:
         subprocess.run([control, "--quiet", "delete_vhost", name], check=True, timeout=60)
 
 
-def _listens(host: str, port: int) -> bool:
+def is_listening(host: str, port: int) -> bool:
+    """Return whether a server accepts connections at a port."""
     try:
         with socket.create_connection((host, port), timeout=3):
             return True

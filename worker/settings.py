@@ -20,7 +20,7 @@ from worker.errors import SettingsError
 
 SHARED_NAMES = frozenset(
     {"DATABASE_URL", "REDIS_URL", "BROKER_URL", "PORT", "REQUESTS_CA_BUNDLE", "LOG_FORMAT"}
-    | {"ADMIN_PASSWORD", "ADMIN_ADDRESS", "ADMIN_PORT", "STATE_DIRECTORY", "USER_AGENT"}
+    | {"ADMIN_PASSWORD", "ADMIN_ADDRESS", "ADMIN_PORT", "ADMIN_URL", "STATE_DIRECTORY", "USER_AGENT"}
 )  # apps may use similar names for settings of their own
 KEY_NAMES = ("SD_API_KEY", "SD_API_KEYS", "SD_API_KEYS_FILE", "WEBHOOK_SECRET")
 # Settings that only one process uses. A wrong value stops that process only.

@@ -65,7 +65,7 @@ def test_there_are_no_urls_to_edit_or_delete_rows(site: Flask) -> None:
 
     assert endpoints == {
         *("static", "login", "logout", "assets", "index", "index_view", "details_view", "action_view", "act"),
-        *("gallery", "file", "picture"),
+        *("gallery", "file", "picture", "health"),
     }
 
 

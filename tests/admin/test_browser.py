@@ -1,30 +1,23 @@
 """The admin page in a real browser, served by the command on a real port."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from selenium import webdriver
-from selenium.webdriver.common.by import By
-from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.ui import WebDriverWait
 from sqlalchemy import Engine, insert
 from sqlalchemy.engine import make_url
 
+from tests import browsers
 from tests.admin_pages import add_stored
+from tests.admin_server import served
+from tests.browsers import Reader
 from tests.rows import NOW, add_job, read_job
-from tests.servers import missing
-from tests.waiting import wait_until
 from worker.sandbox.pictures import draw
 from worker.store.engine import database_now, make_engine
 from worker.store.schema import breakers, history
@@ -32,7 +25,6 @@ from worker.store.schema import breakers, history
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("interruptible")]
 
 PASSWORD = "a password for the browser"
-ADDRESS = re.compile(r"Admin: (http://\S+)/\n")
 
 
 @pytest.fixture
@@ -44,99 +36,11 @@ def engine(migrated_sqlite: Path, tmp_path: Path) -> Iterator[Engine]:
     engine.dispose()
 
 
-@contextmanager
-def served(folder: Path, redis_url: str, *arguments: str, **settings: str) -> Iterator[tuple[str, Path]]:
-    """Run the command in a process without API keys. Yields its URL and its log file."""
-    log = folder / "admin.log"
-    environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LANG") if name in os.environ}
-    environment |= {
-        "DATABASE_URL": f"sqlite:///{folder}/test.db", "REDIS_URL": redis_url, "STORAGE_URL": f"file:{folder}/out",
-        "FETCH_WORKER_DOTENV": "off", **settings,
-    }  # fmt: skip
-    with log.open("wb") as out:
-        program = [str(Path(sys.executable).with_name("fetch-worker")), "admin", "--port", "0", *arguments]
-        process = subprocess.Popen(program, cwd=folder, env=environment, stdout=out, stderr=out)
-    try:
-        wait_until(
-            lambda: process.poll() is not None or ADDRESS.search(log.read_text()), "it serves", seen=log.read_text
-        )
-        match = ADDRESS.search(log.read_text())
-        assert match is not None, log.read_text()
-        yield match[1], log
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) in (0, 130), log.read_text()
-    finally:
-        process.kill()
-        process.wait()
-
-
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
     """A headless Chromium that can reach only this machine."""
-    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if program is None or driver is None:
-        missing("chromium")
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(program)
-    for argument in (
-        *("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1280,900"),
-        *("--disable-background-networking", "--no-first-run", "--disable-component-update"),
-        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
-    yield browser
-    browser.quit()
-
-
-class Reader:
-    """A user of the browser."""
-
-    def __init__(self, browser: webdriver.Chrome, address: str) -> None:
-        self.browser, self.address = browser, address
-
-    def open(self, path: str) -> None:
-        """Open a page."""
-        self.browser.get(self.address + path)
-
-    def first(self, selector: str) -> WebElement:
-        """Return the first matching element of the page."""
-        return self.browser.find_element(By.CSS_SELECTOR, selector)
-
-    def press(self, selector: str) -> None:
-        """Click a button or link and wait for the next page."""
-        before = self.first("html")
-        self.first(selector).click()
-        WebDriverWait(self.browser, 10).until(lambda _: self.first("html") != before)
-
-    def log_in(self, password: str) -> None:
-        """Log in with a password."""
-        self.first("#password").send_keys(password)
-        self.press("form button")
-
-    def jobs(self) -> list[str]:
-        """Return the ids of the jobs on the page."""
-        return [box.get_attribute("value") or "" for box in self.browser.find_elements(By.NAME, "rowid")]
-
-    def message(self) -> str:
-        """Return the message about the last action."""
-        return self.first(".message").text
-
-    def widths(self, selector: str) -> list[int]:
-        """Wait until the pictures are loaded. Return their widths."""
-        script = (
-            f"return [...document.querySelectorAll('{selector}')].map(image => image.complete && image.naturalWidth)"
-        )
-        WebDriverWait(self.browser, 10).until(lambda browser: all(browser.execute_script(script)))
-        widths: list[int] = self.browser.execute_script(script)
-        return widths
-
-    def errors(self) -> list[str]:
-        """Return what the browser refused to load or run since the last call, except refused pages."""
-        logged = self.browser.get_log("browser")  # type: ignore[no-untyped-call]  # selenium
-        return [entry["message"] for entry in logged if entry["level"] == "SEVERE" and "401" not in entry["message"]]
+    with browsers.chromium(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
 
 
 def test_an_operator_logs_in_finds_and_changes_jobs_views_pictures_and_logs_out(

@@ -1,7 +1,8 @@
 """Access control of the admin page: checks host, origin, login and token of each request, and sets headers.
 
-Without a login, only the login page and the style sheets of Flask-Admin are served. A request that may change anything
-must be a POST from a page of this server with the token of its session.
+Behind a proxy, `ADMIN_URL` names the only host and origin that are accepted. Without a login, only the login page and
+the style sheets of Flask-Admin are served. A request that may change anything must be a POST from a page of this server
+with the token of its session.
 """
 
 import hmac
@@ -19,6 +20,8 @@ from flask import Flask, Response, g, redirect, render_template, request, sessio
 from werkzeug.exceptions import Forbidden, MisdirectedRequest
 from werkzeug.wrappers import Response as AnyResponse
 
+from worker.configuration.admin_url import AdminUrl
+
 log = logging.getLogger(__name__)
 
 COOKIE = "fetch_worker_admin"
@@ -28,7 +31,8 @@ MAX_LOGINS = 100
 MAX_FORM_BYTES = 1 << 20
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 MAX_WAITING_CLIENTS = 1_000
-OPEN_ENDPOINTS = frozenset({"login", "admin.static"})
+HEALTH = "health"  # the endpoint that is answered under any host: it says nothing about jobs
+OPEN_ENDPOINTS = frozenset({"login", "admin.static", HEALTH})
 CHANGES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 POLICY = (
     "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; media-src 'self';"
@@ -56,11 +60,15 @@ class Login:
 
 @dataclass(slots=True)
 class AccessControl:
-    """The password, the current logins, and the waiting times after wrong passwords."""
+    """The password, the current logins, and the waiting times after wrong passwords.
+
+    `address` is what the server listens on. Behind a proxy, `url` is the address of the page.
+    """
 
     password: str
     address: str
     clock: Callable[[], float] = time.monotonic
+    url: AdminUrl | None = None
     _logins: OrderedDict[str, Login] = field(default_factory=OrderedDict)
     _wrong_passwords: OrderedDict[str, tuple[int, float]] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -111,6 +119,8 @@ class AccessControl:
 
     def accepts_host(self, host: str) -> bool:
         """Return whether a Host header names this server. Other names are refused (DNS rebinding)."""
+        if self.url is not None:
+            return self.url.accepts_host(host)
         try:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
@@ -123,6 +133,15 @@ class AccessControl:
             return False
         return bound.is_unspecified or (called.is_loopback and bound.is_loopback)
 
+    def accepts_origin(self, origin: str, host: str) -> bool:
+        """Return whether an Origin or Referer header is of this server, which the Host header calls `host`."""
+        if self.url is not None:
+            return self.url.accepts_origin(origin)
+        try:
+            return urlsplit(origin).netloc.lower() == host.lower()
+        except ValueError:
+            return False
+
 
 def guard(app: Flask, access: AccessControl) -> None:
     """Check every request of an app with `access`."""
@@ -131,6 +150,8 @@ def guard(app: Flask, access: AccessControl) -> None:
         SESSION_COOKIE_NAME=COOKIE,
         SESSION_COOKIE_HTTPONLY=True,
         SESSION_COOKIE_SAMESITE="Strict",
+        SESSION_COOKIE_SECURE=access.url is not None and access.url.secure,
+        SESSION_COOKIE_PATH=(access.url.prefix if access.url is not None else "") or "/",
         MAX_CONTENT_LENGTH=MAX_FORM_BYTES,
         MAX_FORM_MEMORY_SIZE=MAX_FORM_BYTES,
     )
@@ -149,13 +170,15 @@ def guard(app: Flask, access: AccessControl) -> None:
     app.after_request(_with_headers)
     app.add_url_rule("/login", "login", log_in, methods=["GET", "POST"])
     app.add_url_rule("/logout", "logout", log_out, methods=["POST"])
+    app.add_url_rule("/healthz", HEALTH, lambda: Response("ok\n", mimetype="text/plain"))
 
 
 def _check(access: AccessControl) -> AnyResponse | None:
-    if not access.accepts_host(request.host):
-        raise MisdirectedRequest("this is not the name of this server: see ADMIN_ADDRESS")
+    if request.endpoint != HEALTH and not access.accepts_host(request.host):
+        setting = "ADMIN_ADDRESS" if access.url is None else "ADMIN_URL"
+        raise MisdirectedRequest(f"this is not the name of this server: see {setting}")
     if request.method in CHANGES:
-        _refuse_other_sites()
+        _refuse_other_sites(access)
     login = access.login(session.get("login"))
     g.token, g.login_name = ("", "") if login is None else (login.token, login.name)
     if request.endpoint in OPEN_ENDPOINTS:
@@ -169,23 +192,25 @@ def _check(access: AccessControl) -> AnyResponse | None:
     return None
 
 
-def _refuse_other_sites() -> None:
+def _refuse_other_sites(access: AccessControl) -> None:
     """Refuse forms of other sites, by the headers in which browsers send the origin of a request."""
     site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
     if site not in (None, "same-origin", "none"):
         raise Forbidden("this form belongs to another site")
-    if origin is not None and urlsplit(origin).netloc.lower() != request.host.lower():
+    if origin is None and access.url is not None:
+        origin = request.headers.get("Referer")
+    if origin is not None and not access.accepts_origin(origin, request.host):
         raise Forbidden("this form belongs to another site")
 
 
 def _to_login() -> AnyResponse:
     if request.method in CHANGES or request.endpoint in (None, "outputs.file", "plots.picture"):
         return Response("log in first\n", 401, mimetype="text/plain")
-    return redirect(url_for("login", then=request.full_path.rstrip("?")))
+    return redirect(url_for("login", then=this_path()))
 
 
 def _log_in(access: AccessControl) -> AnyResponse | str:
-    then = own_path(request.values.get("then", "/"))
+    then = own_path(request.values.get("then", ""))
     client = request.remote_addr or ""
     if request.method == "GET":
         return render_template("login.html", then=then)
@@ -207,10 +232,16 @@ def _log_in(access: AccessControl) -> AnyResponse | str:
     return redirect(then)
 
 
+def this_path() -> str:
+    """Return the path and query of this request, as the browser sees them: with the prefix of ADMIN_URL."""
+    return request.script_root + request.full_path.rstrip("?")
+
+
 def own_path(path: str) -> str:
-    """Return a path of this server, or `/` if it could lead to another server."""
-    plain = path.startswith("/") and not path.startswith(("//", "/\\")) and path.isprintable() and "\\" not in path
-    return path if plain else "/"
+    """Return a path of this page, or that of the overview if it could lead anywhere else."""
+    overview = f"{request.script_root}/"
+    plain = path.startswith(overview) and not path.startswith("//") and path.isprintable() and "\\" not in path
+    return path if plain and ".." not in path.partition("?")[0].split("/") else overview
 
 
 def _with_headers(response: Response) -> Response:

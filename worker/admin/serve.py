@@ -7,11 +7,13 @@ import signal
 import socket
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import waitress
 
 from worker.admin.access import AccessControl
 from worker.admin.site import make_site
+from worker.configuration.admin_url import AdminUrl
 from worker.errors import Unavailable
 from worker.settings import Settings
 from worker.store.engine import check_schema, engine_for
@@ -41,7 +43,8 @@ def serve(settings: Settings, listen_address: ListenAddress) -> None:
     listener = _listener(listen_address)
     port = listener.getsockname()[1]
     host = f"[{listen_address.address}]" if ":" in listen_address.address else listen_address.address
-    site = make_site(settings, AccessControl(_password(settings), listen_address.address))
+    url = settings.admin_page
+    site = make_site(settings, AccessControl(_password(settings), listen_address.address, url=url))
     _log_to_stderr()
     server = waitress.create_server(
         site,
@@ -50,8 +53,11 @@ def serve(settings: Settings, listen_address: ListenAddress) -> None:
         ident=None,
         channel_timeout=SECONDS_PER_REQUEST,
         clear_untrusted_proxy_headers=True,
+        **_proxy_options(url, listen_address),
     )
     print(f"Admin: http://{host}:{port}/", file=sys.stderr, flush=True)
+    if url is not None:
+        print(f"Admin: only {url.origin}{url.prefix}/ is answered (ADMIN_URL)", file=sys.stderr, flush=True)
     signal.signal(signal.SIGTERM, _end)  # without a handler, process 1 of a container ignores it
     server.run()
 
@@ -59,6 +65,22 @@ def serve(settings: Settings, listen_address: ListenAddress) -> None:
 def _end(*_: object) -> None:
     """End the server's loop, which handles SystemExit."""
     sys.exit(0)
+
+
+def _proxy_options(url: AdminUrl | None, listen_address: ListenAddress) -> dict[str, Any]:
+    """Return waitress's options for a proxy. It may pass the prefix on or strip it.
+
+    Only a proxy on this host is trusted to name its client, for the waiting time after a wrong password.
+    """
+    if url is None:
+        return {}
+    return {
+        "url_scheme": url.scheme,
+        "url_prefix": url.prefix,
+        "trusted_proxy": "::1" if ":" in listen_address.address else "127.0.0.1",
+        "trusted_proxy_count": 1,
+        "trusted_proxy_headers": "x-forwarded-for",
+    }
 
 
 def _log_to_stderr() -> None:

@@ -7,7 +7,7 @@ from flask import Flask, Response, g, render_template, request
 from flask_admin import Admin, AdminIndexView, expose
 from werkzeug.exceptions import HTTPException, NotFound
 
-from worker.admin.access import AccessControl, guard
+from worker.admin.access import AccessControl, guard, this_path
 from worker.admin.actions import ActionsView
 from worker.admin.breakers import BreakersView
 from worker.admin.formatting import moment, without_links
@@ -68,6 +68,7 @@ def make_site(settings: Settings, access: AccessControl) -> Flask:
         lambda: {
             "token": getattr(g, "token", ""),
             "menu": admin.menu(),
+            "this_path": this_path,
             "display_kind": display_kind,
             "without_before": _without_before,
         }

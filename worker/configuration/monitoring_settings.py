@@ -4,6 +4,7 @@ from typing import Annotated, Literal, TextIO
 
 from pydantic import BeforeValidator, Field, SecretStr
 
+from worker.configuration.admin_url import AdminUrl, parse_admin_url
 from worker.configuration.setting_types import Port, SettingsGroup, items, readable_by
 
 
@@ -31,6 +32,12 @@ class MonitoringSettings(SettingsGroup):
     admin_password: SecretStr | None = None
     admin_address: str = "127.0.0.1"
     admin_port: Port | None = None
+    admin_url: Annotated[str, readable_by(parse_admin_url)] | None = None
+
+    @property
+    def admin_page(self) -> AdminUrl | None:
+        """The address of the admin page behind a proxy, or None."""
+        return None if self.admin_url is None else parse_admin_url(self.admin_url)
 
     def json_logs(self, stream: TextIO) -> bool:
         """Return whether logs on this stream are JSON. By default they are unless the stream is a terminal."""
