@@ -13,6 +13,7 @@ from worker.cli.commands import group
 from worker.core import lifecycle
 from worker.core.lifecycle import JOB_CODES, JOB_STATES, OUTPUT_CODES
 from worker.core.pacing.estimate import Progress
+from worker.operations.troubles import CODES
 from worker.settings import Settings
 from worker.store.schema import jobs, outputs
 
@@ -132,6 +133,10 @@ def test_every_error_code_of_an_output_is_explained() -> None:
     assert {"storage", "truncated", "too_large"} <= _attempt_codes() <= set(OUTPUT_CODES)
 
     assert set(_first_cells(section("Error codes of outputs", PAGES["operating"]))) == set(OUTPUT_CODES)
+
+
+def test_every_trouble_is_explained_worst_first() -> None:
+    assert re.findall(r"^### (.*)$", section("Troubles", PAGES["operating"]), re.MULTILINE) == list(CODES)
 
 
 def test_the_transitions_name_every_state_and_no_other() -> None:

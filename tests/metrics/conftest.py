@@ -39,7 +39,14 @@ def everything(tmp_path: Path, migrated_sqlite: Path) -> Iterator[tuple[Expositi
     with engine.begin() as connection:
         add_job(connection, account="shop")
         until = NOW + timedelta(days=9_999)
-        slowed = {"reason": "rate limited", "since": NOW, "until": until, "ceiling": 4.0, "cut_at": NOW}
+        slowed = {
+            "reason": "rate limited",
+            "since": NOW,
+            "until": until,
+            "ceiling": 4.0,
+            "cut_at": NOW,
+            "asked_at": NOW,
+        }
         connection.execute(insert(breakers).values(scope="account", name="shop", **slowed))
         tally.write(connection)
     metrics = registry_of(engine)
