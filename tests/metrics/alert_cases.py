@@ -60,12 +60,11 @@ def _webhooks(refused: str, delivered: str) -> dict[str, str]:
     }
 
 
-def _simple(alert: str, code: str, after: int) -> list[Case]:
-    """Return the cases of an alert that fires while there is a trouble, after some minutes, and names its code."""
-    return [
-        Case(alert, trouble(code, "0x3 2x40 0x9"), (4 + after, 43), (3, 3 + after, 45), ({"code": code},)),
-        Case(alert, trouble("no_worker" if code != "no_worker" else "storage", "1x60"), silent=(60,)),
-    ]
+def _simple(alert: str, code: str, after: int) -> Case:
+    """Return the case of an alert that fires while there is one kind of trouble, after some minutes, and of no other."""
+    other = "no_worker" if code != "no_worker" else "storage"
+    series = trouble(code, f"0x3 2x{after + 4} 0x2") | trouble(other, "1x60")
+    return Case(alert, series, (4 + after, 8 + after), (3, 3 + after, 9 + after), ({"code": code},))
 
 
 IMAGE = {"account": "shop", "kind": "image"}
@@ -90,7 +89,7 @@ SIMPLE = (
     ("FetchWorkerPastDeadline", "past_deadline", 10),
 )
 CASES = [
-    *(case for alert, code, after in SIMPLE for case in _simple(alert, code, after)),
+    *(_simple(*row) for row in SIMPLE),
     Case("FetchWorkerMetricsDown", {}, fires=(3, 9), silent=(2,)),
     Case("FetchWorkerMetricsDown", {"fetch_worker_up": "1x4 0x4 1x9"}, fires=(8, 9), silent=(4, 7, 10)),
     Case("FetchWorkerMetricsDown", {"fetch_worker_up": "1x4 _x9"}, fires=(13,), silent=(4, 6)),
