@@ -61,7 +61,7 @@ def _webhooks(refused: str, delivered: str) -> dict[str, str]:
 
 
 def _simple(alert: str, code: str, after: int) -> Case:
-    """Return the case of an alert that fires while there is one kind of trouble, after some minutes, and of no other."""
+    """Return the case of an alert that fires during one kind of trouble, after some minutes, and during no other."""
     other = "no_worker" if code != "no_worker" else "storage"
     series = trouble(code, f"0x3 2x{after + 4} 0x2") | trouble(other, "1x60")
     return Case(alert, series, (4 + after, 8 + after), (3, 3 + after, 9 + after), ({"code": code},))
