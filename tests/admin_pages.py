@@ -16,6 +16,7 @@ from werkzeug.test import TestResponse
 from tests.rows import NOW, add_job, add_output
 
 PASSWORD = "correct horse battery staple"
+VIEWER_PASSWORD = "a view without a room"
 TOKEN = re.compile(r'name="token" value="([^"]+)"')
 
 
@@ -33,9 +34,9 @@ class Clock:
 class Operator:
     """A client with a login."""
 
-    def __init__(self, client: FlaskClient) -> None:
+    def __init__(self, client: FlaskClient, password: str = PASSWORD) -> None:
         self.client = client
-        answer = client.post("/login", data={"password": PASSWORD})
+        answer = client.post("/login", data={"password": password})
         assert answer.status_code == 302, answer.text
         token = TOKEN.search(client.get("/outputs/").text)
         assert token is not None

@@ -25,13 +25,14 @@ from worker.configuration.admin_url import AdminUrl
 log = logging.getLogger(__name__)
 
 COOKIE = "fetch_worker_admin"
-ADMIN = "admin"  # the name of a login
+ADMIN, VIEWER = "admin", "viewer"  # the names of logins: who may act, and who may only look
 LOGIN_SECONDS = 12 * 3600.0
 MAX_LOGINS = 100
 MAX_FORM_BYTES = 1 << 20
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 MAX_WAITING_CLIENTS = 1_000
 HEALTH = "health"  # the endpoint that is answered under any host: it says nothing about jobs
+LOG_OUT = "logout"
 OPEN_ENDPOINTS = frozenset({"login", "admin.static", HEALTH})
 CHANGES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 POLICY = (
@@ -57,10 +58,15 @@ class Login:
     token: str
     ends: float
 
+    @property
+    def may_act(self) -> bool:
+        """Whether it may change anything."""
+        return self.name == ADMIN
+
 
 @dataclass(slots=True)
 class AccessControl:
-    """The password, the current logins, and the waiting times after wrong passwords.
+    """The passwords, the current logins, and the waiting times after wrong passwords.
 
     `address` is what the server listens on. Behind a proxy, `url` is the address of the page.
     """
@@ -69,6 +75,7 @@ class AccessControl:
     address: str
     clock: Callable[[], float] = time.monotonic
     url: AdminUrl | None = None
+    viewer_password: str | None = None
     _logins: OrderedDict[str, Login] = field(default_factory=OrderedDict)
     _wrong_passwords: OrderedDict[str, tuple[int, float]] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -79,16 +86,17 @@ class AccessControl:
             return max(0.0, self._wrong_passwords.get(client, (0, 0.0))[1] - self.clock())
 
     def log_in(self, client: str, password: str) -> str | None:
-        """Return the id of a new login for the right password, else `None`.
+        """Return the id of a new login for a right password, else `None`. The password decides whether it may act.
 
         Each wrong password doubles the waiting time of the client. A client that must wait is always refused.
         """
         with self._lock:
             if self.clock() < self._wrong_passwords.get(client, (0, 0.0))[1]:
                 return None
-            if hmac.compare_digest(password.encode(), self.password.encode()):
-                self._wrong_passwords.pop(client, None)
-                return self._new_login()
+            for name, right_password in ((ADMIN, self.password), (VIEWER, self.viewer_password)):
+                if right_password and hmac.compare_digest(password.encode(), right_password.encode()):
+                    self._wrong_passwords.pop(client, None)
+                    return self._new_login(name)
             misses = self._wrong_passwords.pop(client, (0, 0.0))[0]
             self._wrong_passwords[client] = (
                 misses + 1,
@@ -98,11 +106,12 @@ class AccessControl:
                 self._wrong_passwords.popitem(last=False)
             return None
 
-    def _new_login(self) -> str:
+    def _new_login(self, name: str) -> str:
         login_id = secrets.token_urlsafe(24)
-        self._logins[login_id] = Login(ADMIN, secrets.token_urlsafe(24), self.clock() + LOGIN_SECONDS)
-        while len(self._logins) > MAX_LOGINS:
-            self._logins.popitem(last=False)
+        self._logins[login_id] = Login(name, secrets.token_urlsafe(24), self.clock() + LOGIN_SECONDS)
+        same_name = [login_id for login_id, login in self._logins.items() if login.name == name]
+        for oldest in same_name[:-MAX_LOGINS]:  # so viewers end no login of an admin
+            del self._logins[oldest]
         return login_id
 
     def login(self, login_id: object) -> Login | None:
@@ -169,7 +178,7 @@ def guard(app: Flask, access: AccessControl) -> None:
     app.before_request(check)
     app.after_request(_with_headers)
     app.add_url_rule("/login", "login", log_in, methods=["GET", "POST"])
-    app.add_url_rule("/logout", "logout", log_out, methods=["POST"])
+    app.add_url_rule("/logout", LOG_OUT, log_out, methods=["POST"])
     app.add_url_rule("/healthz", HEALTH, lambda: Response("ok\n", mimetype="text/plain"))
 
 
@@ -180,7 +189,7 @@ def _check(access: AccessControl) -> AnyResponse | None:
     if request.method in CHANGES:
         _refuse_other_sites(access)
     login = access.login(session.get("login"))
-    g.token, g.login_name = ("", "") if login is None else (login.token, login.name)
+    g.login = login
     if request.endpoint in OPEN_ENDPOINTS:
         return None
     if login is None:
@@ -189,6 +198,8 @@ def _check(access: AccessControl) -> AnyResponse | None:
         request.form.get("token", "").encode(), login.token.encode()
     ):
         raise Forbidden("the form is too old or belongs to another login: go back, reload the page and try again")
+    if request.method in CHANGES and request.endpoint != LOG_OUT and not login.may_act:
+        raise Forbidden("a viewer may look, and change nothing: log in with ADMIN_PASSWORD to act")
     return None
 
 

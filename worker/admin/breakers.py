@@ -35,7 +35,7 @@ class BreakersView(BaseView):
         if existing is None or name not in MEANING:
             raise NotFound("there is no such account or host")
         if request.form.get("confirmed") == "yes":
-            flash(apply_to_breaker(name, *existing, who=g.login_name), "success")
+            flash(apply_to_breaker(name, *existing, who=g.login.name), "success")
             return redirect(url_for("gates.index"))
         page: str = self.render(
             "confirm.html",

@@ -141,7 +141,7 @@ class JobsView(RowsView):
             )
             return page
         else:
-            flash(apply_to_jobs(job_action, selected, who=g.login_name), "success")
+            flash(apply_to_jobs(job_action, selected, who=g.login.name), "success")
         return None
 
     retry, cancel, hold, resume = map(_action_method, ("retry", "cancel", "hold", "resume"))

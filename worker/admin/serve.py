@@ -44,7 +44,11 @@ def serve(settings: Settings, listen_address: ListenAddress) -> None:
     port = listener.getsockname()[1]
     host = f"[{listen_address.address}]" if ":" in listen_address.address else listen_address.address
     url = settings.admin_page
-    site = make_site(settings, AccessControl(_password(settings), listen_address.address, url=url))
+    viewer_password = (
+        None if settings.admin_viewer_password is None else settings.admin_viewer_password.get_secret_value()
+    )
+    access = AccessControl(_password(settings), listen_address.address, url=url, viewer_password=viewer_password)
+    site = make_site(settings, access)
     _log_to_stderr()
     server = waitress.create_server(
         site,

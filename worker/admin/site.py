@@ -66,7 +66,7 @@ def make_site(settings: Settings, access: AccessControl) -> Flask:
         app.jinja_env.filters[function.__name__] = function
     app.context_processor(
         lambda: {
-            "token": getattr(g, "token", ""),
+            "login": getattr(g, "login", None),
             "menu": admin.menu(),
             "this_path": this_path,
             "display_kind": display_kind,

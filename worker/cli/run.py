@@ -65,7 +65,7 @@ def admin(address: str | None, port: int | None) -> None:
 
     It shows jobs, outputs, accounts and plots. It needs no API key, only the DATABASE_URL, REDIS_URL and
     STORAGE_URL of the workers. The password is ADMIN_PASSWORD; if that is not set, a new password is printed at the
-    start.
+    start. Who logs in with ADMIN_VIEWER_PASSWORD may look and change nothing.
     """
     settings = load("admin")
     try:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, TextIO
 
-from pydantic import BeforeValidator, Field, SecretStr
+from pydantic import BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 
 from worker.configuration.admin_url import AdminUrl, parse_admin_url
 from worker.configuration.setting_types import Port, SettingsGroup, items, readable_by
@@ -30,9 +30,17 @@ class MonitoringSettings(SettingsGroup):
     metrics_address: str = "127.0.0.1"
     metrics_port: Port = 9464
     admin_password: SecretStr | None = None
+    admin_viewer_password: SecretStr | None = None
     admin_address: str = "127.0.0.1"
     admin_port: Port | None = None
     admin_url: Annotated[str, readable_by(parse_admin_url)] | None = None
+
+    @field_validator("admin_viewer_password")
+    @classmethod
+    def _differs_from_admin_password(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        if value is not None and value == info.data.get("admin_password"):
+            raise ValueError("must differ from ADMIN_PASSWORD: a viewer may not act")
+        return value
 
     @property
     def admin_page(self) -> AdminUrl | None:
