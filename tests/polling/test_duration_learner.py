@@ -127,6 +127,19 @@ def test_given_more_kinds_than_fit_in_memory_when_they_are_used_then_nothing_lea
     assert len(learner._models) <= 6
 
 
+def test_given_a_full_memory_when_a_batch_has_loaded_and_new_kinds_then_all_of_them_can_be_used(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duration_learner, "MAX_CLASSES", 4)
+    learner = DurationLearner(engine)
+    learner.prepare([("default", "old"), ("default", "older")])
+
+    learner.prepare([("default", "old"), ("default", "new"), ("default", "newer")])
+
+    for kind in ("old", "new", "newer"):
+        assert learner.model("default", kind).by_age.moments.count == 0
+
+
 def test_given_nothing_learned_when_it_shares_then_nothing_is_written(engine: Engine) -> None:
     learner = DurationLearner(engine)
     learner.prepare([KIND])

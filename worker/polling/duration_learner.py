@@ -35,12 +35,14 @@ class DurationLearner:
 
     def prepare(self, classes: Iterable[Class]) -> None:
         """Load the models of these classes that are not loaded yet. Raises the errors of the database."""
-        missing = set(classes) - self._models.keys()
+        requested = set(classes)
+        missing = requested - self._models.keys()
         if not missing:
             return
         if len(self._models) + len(missing) > MAX_CLASSES:
             self.share()
             self._models.clear()
+            missing = requested  # those that were loaded before are cleared, too
         needed = missing | {(account, "") for account, _ in missing}
         with self._engine.connect() as connection:
             for pace_class, (model, version) in read_models(connection, needed).items():
